@@ -32,7 +32,7 @@ class StudentConfig:
     image_model: str = "vit_small_patch14_dinov2"  # timm name
     image_weights: str = "demo"
     image_overrides: dict[str, Any] = field(default_factory=dict)  # keyword arguments of timm.create_model
-    text_model: str = "demo"  # transformers name or local path of a BERT-like encoder; "demo": MiniLM
+    text_model: str = "bert"  # transformers name, or architecture, of a BERT-like encoder
     text_weights: str = "demo"
     text_overrides: dict[str, Any] = field(default_factory=dict)  # fields of the transformers config
     layers: int = 6  # first layers kept of each encoder
@@ -182,7 +182,17 @@ def _build(name: str, section: Any, values: dict[str, Any]) -> Any:
 
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     # Real pairs and real weights at half the document's width, sized for two CPU cores.
-    "demo": {},
+    "demo": {
+        "student": {
+            # MiniLM's sizes, for `--init random`; the packaged weights bring the same.
+            "text_overrides": {
+                "hidden_size": 384,
+                "num_hidden_layers": 6,
+                "num_attention_heads": 12,
+                "intermediate_size": 1536,
+            },
+        },
+    },
     # The document's setting. Card and models are assumed: it names neither.
     "paper": {
         "student": {

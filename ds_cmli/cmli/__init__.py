@@ -1,0 +1,8 @@
+"""All-pairs Cross-Modal Late Interaction (CMLI): exact scores of every image with every text, and the loss on them.
+
+Usable from any PyTorch project; knows nothing of DeepSpeed, configurations or data.
+"""
+
+from ds_cmli.cmli.op import cmli_scores
+
+__all__ = ["cmli_scores"]

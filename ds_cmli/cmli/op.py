@@ -1,0 +1,185 @@
+"""`cmli_scores`: all-pairs CMLI as one opaque, differentiable operator with several backends.
+
+The two operators `ds_cmli::cmli_forward` and `ds_cmli::cmli_backward` are registered with torch.library, so that
+FakeTensorMode, torch.compile and activation checkpointing see their shapes and never look inside.
+A backend is a module with the two functions `forward` and `backward` of the signatures below.
+
+Shape legend: I images, J texts, N patches, M text positions (padded), D features.
+"""
+
+import importlib.util
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from ds_cmli.cmli.check import check_inputs
+
+DEFAULT_SCRATCH_BYTES = 64 * 2**20
+
+
+def cmli_scores(
+    image: Tensor,
+    text: Tensor,
+    text_mask: Tensor,
+    image_mask: Tensor | None = None,
+    *,
+    backend: str = "auto",
+    scratch_bytes: int = DEFAULT_SCRATCH_BYTES,
+    recompute: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Score every image with every text by Cross-Modal Late Interaction, in both directions.
+
+    With S[n, m] = image[i, n] . text[j, m] over valid patches n and valid tokens m:
+        s_i2t[i, j] = mean over n of max over m of S[n, m]
+        s_t2i[i, j] = mean over m of max over n of S[n, m]
+    Equations (1)-(4) of the source document; FILIP (arXiv 2111.07783), equations 4 and 5. The similarities of all
+    pairs are never stored: memory is the winners' indices (I*J*(N+M) bytes) and a bounded scratch.
+
+    Args:
+        image: [I, N, D] patch features, float64, float32, bfloat16 or float16. Not normalised here: for cosines,
+            the caller normalises (as `CMLILoss` does, in fp32).
+        text: [J, M, D] token features, of the same dtype and device.
+        text_mask: [J, M] bool, True = valid, in any pattern. Leave out [CLS], [SEP] and [PAD].
+        image_mask: [I, N] bool, True = valid; None = all.
+        backend: "auto" (triton on CUDA where it is installed, otherwise chunked), "chunked", "triton" or
+            "reference" (materialises everything; for tests).
+        scratch_bytes: budget for temporary memory. A different budget changes the order of sums, at most 1e-6.
+        recompute: keep nothing but the inputs for backward, which then computes the products again.
+
+    Returns:
+        (s_i2t, s_t2i), both [I, J] float32 (float64 for float64 inputs). Products are summed in fp32 and maxima taken
+        on those sums, whatever the inputs. A masked position wins no maximum and counts in no mean; a text without
+        valid tokens and an image without valid patches score 0 with zero gradient. Equal similarities: the lowest
+        index wins. NaN and inf propagate. Under autocast the inputs are taken as they are.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; one line says which and how.
+        RuntimeError: the backend cannot run here, or a second derivative is asked for.
+    """
+    check_inputs(image, text, text_mask, image_mask, backend, scratch_bytes)
+    if backend == "auto":
+        backend = "triton" if image.device.type == "cuda" and importlib.util.find_spec("triton") else "chunked"
+    if backend == "reference":
+        from ds_cmli.cmli.reference import cmli_scores_reference
+
+        return cmli_scores_reference(image, text, text_mask, image_mask)
+    differentiable = torch.is_grad_enabled() and (image.requires_grad or text.requires_grad)
+    s_i2t, s_t2i, _, _ = _forward(
+        image, text, text_mask, image_mask, backend, scratch_bytes, differentiable and not recompute
+    )
+    return s_i2t, s_t2i
+
+
+def _module(backend: str) -> ModuleType:
+    if backend == "chunked":
+        from ds_cmli.cmli import chunked
+
+        return chunked
+    try:
+        from ds_cmli.cmli import triton_backend  # type: ignore[attr-defined,unused-ignore]
+    except ImportError as error:
+        raise RuntimeError(f"backend='triton' cannot be used here ({error}): use backend='chunked'") from error
+    return triton_backend
+
+
+def winner_dtype(length: int) -> torch.dtype:
+    """The dtype that indexes a side of this length in the saved winners."""
+    return torch.uint8 if length <= 256 else torch.int16
+
+
+@torch.library.custom_op("ds_cmli::cmli_forward", mutates_args=())
+def _forward(
+    image: Tensor,
+    text: Tensor,
+    text_mask: Tensor,
+    image_mask: Tensor | None,
+    backend: str,
+    scratch_bytes: int,
+    save_argmax: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    # Autocast would run the products inside in 16 bits.
+    with torch.autocast(image.device.type, enabled=False):
+        return _module(backend).forward(image, text, text_mask, image_mask, scratch_bytes, save_argmax)
+
+
+@torch.library.custom_op("ds_cmli::cmli_backward", mutates_args=())
+def _backward(
+    grad_i2t: Tensor,
+    grad_t2i: Tensor,
+    image: Tensor,
+    text: Tensor,
+    text_mask: Tensor,
+    image_mask: Tensor | None,
+    arg_i2t: Tensor,
+    arg_t2i: Tensor,
+    backend: str,
+    scratch_bytes: int,
+    need_image: bool,
+    need_text: bool,
+) -> tuple[Tensor, Tensor]:
+    with torch.autocast(image.device.type, enabled=False):
+        return _module(backend).backward(
+            grad_i2t,
+            grad_t2i,
+            image,
+            text,
+            text_mask,
+            image_mask,
+            arg_i2t,
+            arg_t2i,
+            scratch_bytes,
+            need_image,
+            need_text,
+        )
+
+
+@_forward.register_fake
+def _(image, text, text_mask, image_mask, backend, scratch_bytes, save_argmax):
+    (I, N, _), (J, M, _) = image.shape, text.shape  # noqa: E741
+    score_dtype = torch.promote_types(image.dtype, torch.float32)
+    return (
+        image.new_empty((I, J), dtype=score_dtype),
+        image.new_empty((I, J), dtype=score_dtype),
+        image.new_empty((I, J, N) if save_argmax else (0,), dtype=winner_dtype(M)),
+        image.new_empty((I, J, M) if save_argmax else (0,), dtype=winner_dtype(N)),
+    )
+
+
+@_backward.register_fake
+def _(
+    grad_i2t,
+    grad_t2i,
+    image,
+    text,
+    text_mask,
+    image_mask,
+    arg_i2t,
+    arg_t2i,
+    backend,
+    scratch_bytes,
+    need_image,
+    need_text,
+):
+    return image.new_empty(image.shape if need_image else (0,)), text.new_empty(text.shape if need_text else (0,))
+
+
+def _save(ctx, inputs, output):
+    image, text, text_mask, image_mask, ctx.backend, ctx.scratch_bytes, _ = inputs
+    ctx.save_for_backward(image, text, text_mask, image_mask, *output[2:])
+
+
+def _differentiate(ctx, grad_i2t, grad_t2i, *_):
+    need_image, need_text = ctx.needs_input_grad[:2]
+    d_image, d_text = _backward(
+        grad_i2t, grad_t2i, *ctx.saved_tensors, ctx.backend, ctx.scratch_bytes, need_image, need_text
+    )
+    return (d_image if need_image else None, d_text if need_text else None, *[None] * 5)
+
+
+def _no_second_derivative(ctx, *grads):
+    raise RuntimeError("cmli_scores has no second derivative: call backward without create_graph=True")
+
+
+torch.library.register_autograd("ds_cmli::cmli_forward", _differentiate, setup_context=_save)
+torch.library.register_autograd("ds_cmli::cmli_backward", _no_second_derivative)

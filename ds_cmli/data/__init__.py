@@ -1,0 +1,106 @@
+"""Image-text pairs: the demo's scenes or a folder, tokenised, batched, in a resumable order.
+
+B pairs, M text positions (padded), S image size in pixels.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from ds_cmli.config import DataConfig
+from ds_cmli.data.bad import Bad, BadSamples
+from ds_cmli.data.batch import Batch, Collate, Sample
+from ds_cmli.data.folder import FolderPairs, load_folder
+from ds_cmli.data.sampler import GlobalBatchSampler
+from ds_cmli.data.scenes import EVAL_SCENES, EVAL_SEED, TRAIN_SCENES, Pictures, Scenes
+from ds_cmli.data.tokens import CaptionTokenizer, load_tokenizer
+from ds_cmli.errors import UserError
+
+__all__ = ["BadSamples", "Batch", "Data", "GlobalBatchSampler", "Sample", "build_data", "eval_loader", "train_loader"]
+
+
+@dataclass
+class Data:
+    """What a run trains and evaluates on. Datasets are map-style and give `Sample`s."""
+
+    train: Dataset
+    evals: dict[str, Dataset]  # "seen" and "unseen" of the demo, "val" of a folder
+    tokenizer: CaptionTokenizer
+    collate: Collate
+    bad: list[Bad]  # left out at load, to be reported
+    has_places: bool  # tokens and patches of known pictures: `pointing` can be measured
+
+    @property
+    def vocab_size(self) -> int:
+        return self.tokenizer.vocab_size
+
+    @property
+    def pad_id(self) -> int:
+        return self.tokenizer.pad_id
+
+
+def build_data(config: DataConfig, seed: int) -> Data:
+    """Everything `config` describes; demo assets it needs are fetched at first use.
+
+    Raises:
+        UserError: what `load_tokenizer`, `load_folder` and `Scenes` say, or more than `max_bad_share` empty captions.
+    """
+    size = config.image_size
+    if config.source == "demo":
+        pictures = Pictures(size)  # before the tokenizer: the smaller download, and the first to fail
+        tokenizer = load_tokenizer(config.tokenizer, config.text_positions)
+        evals: dict[str, Dataset] = {
+            split: Scenes(split, EVAL_SEED, EVAL_SCENES, pictures, tokenizer, size) for split in ("seen", "unseen")
+        }
+        train: Dataset = Scenes("train", seed, TRAIN_SCENES, pictures, tokenizer, size)
+        return Data(train, evals, tokenizer, Collate(tokenizer), bad=[], has_places=True)
+    train_rows, validation_rows = load_folder(config.source)
+    for rows in (train_rows, validation_rows):
+        bad = BadSamples(config.max_bad_share, len(rows.files), rows.bad)
+        if bad.too_many(0, 0):
+            raise UserError(bad.message(0))
+    tokenizer = load_tokenizer(config.tokenizer, config.text_positions)
+    return Data(
+        train=FolderPairs(train_rows, tokenizer, size),
+        evals={"val": FolderPairs(validation_rows, tokenizer, size)},
+        tokenizer=tokenizer,
+        collate=Collate(tokenizer),
+        bad=train_rows.bad + validation_rows.bad,
+        has_places=False,
+    )
+
+
+class _Loader(DataLoader):
+    """A `DataLoader` whose loading processes hand on a `UserError` as the one line it is."""
+
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+        try:
+            yield from super().__iter__()
+        except UserError as error:
+            raise UserError(str(error).strip().splitlines()[-1].split("UserError: ", 1)[-1]) from None
+
+
+def train_loader(data: Data, sampler: GlobalBatchSampler, workers: int) -> DataLoader:
+    """Endless `Batch`es of this rank, from the position the sampler has consumed on."""
+    return _loader(data.train, data, workers, batch_sampler=sampler, seed=sampler.seed)
+
+
+def eval_loader(dataset: Dataset, data: Data, batch_size: int, workers: int, rank: int, world: int) -> DataLoader:
+    """The `Batch`es of this rank: samples rank, rank + world, ...; `Batch.index` tells which they are."""
+    mine = range(rank, len(dataset), world)  # type: ignore[arg-type]
+    return _loader(dataset, data, workers, sampler=mine, batch_size=batch_size, seed=0)
+
+
+def _loader(dataset: Dataset, data: Data, workers: int, seed: int, **batching) -> DataLoader:
+    return _Loader(
+        dataset,
+        collate_fn=data.collate,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        pin_memory=torch.cuda.is_available(),
+        # Its own: the loader would otherwise draw its workers' seeds from the generator that the model's dropout uses.
+        generator=torch.Generator().manual_seed(seed),
+        **batching,
+    )

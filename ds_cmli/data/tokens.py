@@ -1,0 +1,111 @@
+"""Tokenising captions: which tokenizer, which of its tokens count, and where in the caption each one comes from."""
+
+import os
+import string
+from dataclasses import dataclass
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+from ds_cmli.data import assets
+from ds_cmli.errors import UserError
+
+WORDS = Path(__file__).with_name("words.txt")
+SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+
+
+@dataclass
+class Tokens:
+    """One tokenised caption, M_j + special tokens long."""
+
+    input_ids: list[int]
+    valid: list[bool]  # False for [CLS], [SEP] and the like: they are no tokens of the caption
+    starts: list[int]  # the character of the caption at which the token starts
+
+
+class CaptionTokenizer:
+    """A transformers tokenizer reduced to what pairs need: truncating, and telling valid tokens.
+
+    Attributes: `vocab_size` (ids are below it), `pad_id`, `positions` (the longest result, special tokens included).
+    """
+
+    def __init__(self, tokenizer, positions: int):
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        if backend is None or tokenizer.pad_token_id is None:
+            lacks = "fast version (tokenizer.json)" if backend is None else "[PAD] token"
+            raise UserError(
+                f"data.tokenizer is {tokenizer.name_or_path!r}, which has no {lacks}: choose a BERT-like tokenizer"
+            )
+        # A copy: transformers changes truncation and padding of its own at every call.
+        self.backend = Tokenizer.from_str(backend.to_str())
+        self.backend.no_padding()
+        self.backend.enable_truncation(positions)
+        self.positions = positions
+        self.vocab_size = len(tokenizer)
+        self.pad_id: int = tokenizer.pad_token_id
+        ids = (tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id)
+        # By id too: "[SEP]" written out in a caption becomes the special token without being marked as one.
+        self.special_ids = {self.pad_id, *(i for i in ids if i is not None)}
+
+    def __call__(self, text: str) -> Tokens:
+        encoding = self.backend.encode(text)
+        ids = encoding.ids
+        added = encoding.special_tokens_mask
+        valid = [not a and i not in self.special_ids for i, a in zip(ids, added, strict=True)]
+        return Tokens(ids, valid, [start for start, _ in encoding.offsets])
+
+    def decode(self, ids: list[int]) -> str:
+        return self.backend.decode(ids, skip_special_tokens=True)
+
+
+def load_tokenizer(name: str, positions: int) -> CaptionTokenizer:
+    """The tokenizer of `DataConfig.tokenizer`, its results at most `positions` (M) long.
+
+    "demo": MiniLM's (fetched); "builtin": see `builtin_tokenizer`; otherwise a transformers name or a local path.
+
+    Raises:
+        UserError: it cannot be loaded, has no fast version or no [PAD] token.
+    """
+    # Captions are short and come one at a time; threads would only warn and hang in forked loading processes.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if name == "builtin":
+        return CaptionTokenizer(builtin_tokenizer(), positions)
+    from transformers import AutoTokenizer
+
+    path = assets.minilm() if name == "demo" else Path(name).expanduser()
+    local = path.exists()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(path) if local else name, local_files_only=local, trust_remote_code=False
+        )
+    except Exception as error:  # the hub's client, transformers and tokenizers each raise their own kinds
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"data.tokenizer is {name!r}, which cannot be loaded ({reason}): "
+            "give 'demo', 'builtin', a transformers name or a local folder"
+        ) from None
+    return CaptionTokenizer(tokenizer, positions)
+
+
+def builtin_tokenizer():
+    """A lower-case WordPiece tokenizer that needs no download, as a transformers `PreTrainedTokenizerFast`.
+
+    Vocabulary: the special tokens, every printable ASCII character alone and as a ## continuation, and the words of
+    the demo pictures' names (`words.txt`). Other ASCII words fall into characters, anything else into [UNK].
+    """
+    from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    characters = [c for c in string.printable if not c.isspace() and not c.isupper()]
+    words = WORDS.read_text(encoding="utf-8").split()
+    pieces = [*SPECIAL, *characters, *(f"##{c}" for c in characters), *(w for w in words if w not in characters)]
+    vocabulary = {piece: i for i, piece in enumerate(pieces)}
+    backend = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    backend.normalizer = normalizers.BertNormalizer(lowercase=True)
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    backend.decoder = decoders.WordPiece()
+    backend.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[(t, vocabulary[t]) for t in ("[CLS]", "[SEP]")]
+    )
+    named = {f"{token.strip('[]').lower()}_token": token for token in SPECIAL}
+    return PreTrainedTokenizerFast(tokenizer_object=backend, name_or_path="builtin", **named)

@@ -1,0 +1,192 @@
+"""Processes, and what travels between them: text features with their gradients, and column softmax statistics.
+
+Only text moves, the smaller side. A rank computes its block row of the score matrix, its own B images against
+the G = B * P texts of all ranks; whatever a loss needs from other rows comes as vectors of length G.
+
+Shapes: B pairs per rank, P ranks, G = B * P, M text positions, D matching space.
+Gradients follow one rule: every rank's loss is the mean over its own pairs, and a gradient that belongs to another
+rank is *summed* over the ranks that computed a part of it. The average over ranks that data-parallel training takes
+is then exactly the gradient of the global batch's mean loss: no factor of P appears anywhere.
+"""
+
+import os
+import subprocess
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def map_launcher_environment() -> None:
+    """Set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT for whatever started this process.
+
+    `deepspeed` and `torchrun` set them. A task of `srun` is mapped from its SLURM_* variables, and a plain `python`
+    process is a world of one.
+    """
+    env = os.environ
+    if "RANK" not in env and "SLURM_STEP_ID" in env and int(env.get("SLURM_NTASKS", "1")) > 1:
+        env["RANK"], env["WORLD_SIZE"] = env["SLURM_PROCID"], env["SLURM_NTASKS"]
+        env["LOCAL_RANK"] = env["SLURM_LOCALID"]
+        if "MASTER_ADDR" not in env:
+            command = ["scontrol", "show", "hostnames", env["SLURM_STEP_NODELIST"]]
+            env["MASTER_ADDR"] = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]
+        # Two jobs on one node must not meet: a port of the job's own.
+        env.setdefault("MASTER_PORT", str(20000 + int(env["SLURM_JOB_ID"]) % 20000))
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}.items():
+        env.setdefault(name, value)
+    # Port 0 lets the store pick a free one, which only a world of one can use: nobody else has to find it.
+    env.setdefault("MASTER_PORT", "0" if env["WORLD_SIZE"] == "1" else "29500")
+
+
+def init(timeout: timedelta = timedelta(minutes=30)) -> torch.device:
+    """Start the process group (NCCL on GPUs, gloo on CPUs) and return this rank's device."""
+    map_launcher_environment()
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    else:
+        device = torch.device("cpu")
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)  # collective
+    return device
+
+
+def shutdown() -> None:
+    """End the process group; without it a process may abort at exit."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rank(group: dist.ProcessGroup | None = None) -> int:
+    return dist.get_rank(group) if dist.is_initialized() else 0
+
+
+def world_size(group: dist.ProcessGroup | None = None) -> int:
+    return dist.get_world_size(group) if dist.is_initialized() else 1
+
+
+def is_main() -> bool:
+    return rank() == 0
+
+
+def mean_over_ranks(values: Tensor) -> Tensor:
+    """Average of `values` over ranks, in place. Collective."""
+    if world_size() > 1:
+        dist.all_reduce(values)  # collective
+        values /= world_size()
+    return values
+
+
+def sum_over_ranks(values: Tensor) -> Tensor:
+    """Sum of `values` over ranks, in place. Collective."""
+    if world_size() > 1:
+        dist.all_reduce(values)  # collective
+    return values
+
+
+def broadcast_object(value):
+    """Rank 0's `value` on every rank. Collective."""
+    if world_size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)  # collective
+    return box[0]
+
+
+def gather_objects(value) -> list:
+    """Every rank's `value`, in rank order, on every rank. Collective."""
+    if world_size() == 1:
+        return [value]
+    out: list = [None] * world_size()
+    dist.all_gather_object(out, value)  # collective
+    return out
+
+
+def _all_gather(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """[B, ...] of every rank -> [G, ...] in rank order, bit for bit, for any dtype. Collective."""
+    # As bytes: gloo has no bf16 or bool of its own.
+    x = x.contiguous()
+    sent = x.view(torch.uint8) if x.dtype != torch.bool else x.to(torch.uint8)
+    out = torch.empty((world_size(group) * x.shape[0], *sent.shape[1:]), dtype=torch.uint8, device=x.device)
+    dist.all_gather_into_tensor(out, sent, group=group)  # collective
+    return out.view(x.dtype) if x.dtype != torch.bool else out.bool()
+
+
+class _GatherWithGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, group):
+        ctx.group, ctx.dtype, ctx.batch = group, x.dtype, x.shape[0]
+        return _all_gather(x, group)
+
+    @staticmethod
+    def backward(ctx, grad):
+        # Summed in fp32 (fp64 for fp64): P contributions of half precision would lose bits, and overflow under
+        # loss scaling. Contiguous: gloo sends a strided tensor's storage in the wrong order without complaint.
+        wide = torch.float64 if grad.dtype == torch.float64 else torch.float32
+        grad = grad.to(wide).contiguous()
+        own = torch.empty((ctx.batch, *grad.shape[1:]), dtype=wide, device=grad.device)
+        dist.reduce_scatter_tensor(own, grad, group=ctx.group)  # collective: SUM back to the owner
+        return own.to(ctx.dtype), None
+
+
+def gather_with_gradient(x: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
+    """[B, ...] of every rank -> [G, ...]; the gradient of each row returns to its owner, summed over ranks.
+
+    Shapes must be equal on all ranks. Collective, in forward and in backward.
+    """
+    return x if world_size(group) == 1 else _GatherWithGradient.apply(x, group)
+
+
+def gather_text(text: Tensor, mask: Tensor, group: dist.ProcessGroup | None = None) -> tuple[Tensor, Tensor]:
+    """Every rank's text features and masks: [B, M, D], bool [B, M] -> [G, M', D], bool [G, M'].
+
+    Padded lengths may differ between ranks: M' is the longest, and what is added is masked. The gradient of the
+    features returns to their owner, summed over ranks in fp32 (fp64 for fp64). Collective.
+
+    Raises:
+        ValueError: on every rank, where batch size or D differ between ranks.
+    """
+    if world_size(group) == 1:
+        return text, mask
+    # Collective, and a CPU-GPU sync: the shapes decide how the tensors are padded.
+    shape = torch.tensor([text.shape], dtype=torch.int64, device=text.device)
+    shapes = _all_gather(shape, group).tolist()
+    if len({(b, d) for b, _, d in shapes}) > 1:
+        raise ValueError(
+            f"the ranks' text features must agree in batch size and width, found [B, M, D] = {shapes}: "
+            "drop the last incomplete batch"
+        )
+    longest = max(m for _, m, _ in shapes)
+    missing = longest - text.shape[1]
+    text = torch.nn.functional.pad(text, (0, 0, 0, missing))
+    mask = torch.nn.functional.pad(mask, (0, missing))
+    return gather_with_gradient(text, group), _all_gather(mask, group)
+
+
+class _ColumnLogSumExp(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits, group):
+        ctx.group = group
+        top = logits.amax(0)
+        dist.all_reduce(top, op=dist.ReduceOp.MAX, group=group)  # collective, G numbers
+        total = (logits - top).exp_().sum(0)
+        dist.all_reduce(total, group=group)  # collective, G numbers
+        lse = top + total.log_()
+        ctx.save_for_backward(logits, lse)
+        return lse
+
+    @staticmethod
+    def backward(ctx, grad):
+        logits, lse = ctx.saved_tensors
+        grad = grad.contiguous().clone()
+        dist.all_reduce(grad, group=ctx.group)  # collective: every rank's loss may use every column
+        return (logits - lse).exp_().mul_(grad), None
+
+
+def column_logsumexp(logits: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
+    """log(sum(exp)) over the images of all ranks: this rank's rows [B, G] -> [G], the same on every rank.
+
+    fp32 or fp64. Collective, in forward and in backward: two vectors of length G there, one back.
+    """
+    return logits.logsumexp(0) if world_size(group) == 1 else _ColumnLogSumExp.apply(logits, group)

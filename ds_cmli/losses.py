@@ -1,0 +1,127 @@
+"""The losses, as functions of tensors: nothing here knows of processes, engines or data.
+
+Shapes: B pairs of this rank, G >= B texts they are compared with, N image patches, M text positions, H hidden size,
+D matching space. Equation numbers are those of the source document. Everything is computed in fp32 whatever the
+inputs' precision, fp64 for fp64.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+MAX_SCALE = 100.0  # of 1/temperature, as in CLIP (Radford et al., 2021)
+
+
+def widen(x: Tensor) -> Tensor:
+    """fp32, or fp64 for fp64."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def temperature_scale(logit_scale: Tensor) -> Tensor:
+    """exp(logit_scale), at most 100, in fp32.
+
+    The clamp is straight through: above 100 the value stops and the gradient still passes, so a parameter that
+    drifted over the limit can return. A plain clamp has no gradient there and would stay stuck.
+    """
+    x = widen(logit_scale)
+    return (x + (x.clamp(max=math.log(MAX_SCALE)) - x).detach()).exp()
+
+
+def contrastive_loss(
+    s_i2t: Tensor,
+    s_t2i: Tensor,
+    logit_scale: Tensor,
+    first: int = 0,
+    column_logsumexp: Callable[[Tensor], Tensor] = lambda logits: logits.logsumexp(0),
+) -> Tensor:
+    """(CE(rows of t * s_i2t) + CE(columns of t * s_t2i)) / 2, the mean over this block's B pairs.
+
+    Args:
+        s_i2t: [B, G] fp32 or fp64, this rank's images against all texts, scored from the image's side (3).
+        s_t2i: [B, G], the same pairs scored from the text's side (4); the global loss passes one matrix twice.
+        logit_scale: one element, ln(1/temperature).
+        first: the column that belongs to row 0: row b's text is column first + b.
+        column_logsumexp: [B, G] -> [G], over the images of the whole batch. The default is right where the block
+            is the whole batch; across ranks pass `distributed.column_logsumexp`.
+
+    Returns:
+        A scalar. Averaged over ranks it is the loss of the global batch.
+    """
+    scale = temperature_scale(logit_scale)  # one element
+    rows, columns = scale * s_i2t, scale * s_t2i  # [B, G]
+    b = torch.arange(rows.shape[0], device=rows.device)
+    row_loss = rows.logsumexp(1) - rows[b, first + b]  # [B]
+    column_loss = column_logsumexp(columns)[first + b] - columns[b, first + b]  # [B]
+    return (row_loss.mean() + column_loss.mean()) / 2
+
+
+def match_patches(tokens: Tensor, patches: Tensor) -> Tensor:
+    """(2) for the positive pairs: the patch with the highest cosine similarity to each token.
+
+    Args:
+        tokens: [B, M, D], projected by g. Any length, any float dtype.
+        patches: [B, N, D], projected by the same g: two different random projections match at chance.
+
+    Returns:
+        int64 [B, M]. The index passes no gradient, so this alone never trains g. Ties go to the lowest patch.
+    """
+    with torch.no_grad():
+        tokens = F.normalize(widen(tokens), dim=-1)
+        patches = F.normalize(widen(patches), dim=-1)
+        similarity = tokens @ patches.transpose(1, 2)  # [B, M, N]
+        return similarity.argmax(2)
+
+
+def squared_distance(x: Tensor, y: Tensor, reduction: str) -> Tensor:
+    """||x - y||^2 over the last dimension H: summed as (7) and (9) are written, or averaged as "MSE" usually means.
+
+    The mean is the default of the trainer: the document wants this loss and the contrastive loss to weigh the same,
+    and the sum is H times larger.
+    """
+    square = (widen(x) - widen(y)).square()
+    return square.mean(-1) if reduction == "mean" else square.sum(-1)
+
+
+def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
+    """Mean over the valid positions of each row, then over rows: [B, M], bool [B, M] -> scalar; empty rows give 0."""
+    count = mask.sum(1).clamp(min=1)
+    return ((values * mask).sum(1) / count).mean()
+
+
+def target_cmli_loss(
+    student_patches: Tensor,
+    student_tokens: Tensor,
+    teacher_patches: Tensor,
+    match: Tensor,
+    token_mask: Tensor,
+    reduction: str = "mean",
+) -> Tensor:
+    """Target-CMLI, (7), (9) and their mean (10).
+
+    (9) as written averages over N and sums k = 1..N, although k counts text tokens: it is taken over the M_j valid
+    tokens of each text.
+
+    Args:
+        student_patches: [B, N, H].
+        student_tokens: [B, M, H].
+        teacher_patches: [B, N, H], the frozen teacher's, already layer-normalised.
+        match: int64 [B, M], `match_patches`: the teacher patch that each token regresses.
+        token_mask: bool [B, M], True = valid: no [CLS], [SEP], [PAD].
+        reduction: over H, see `squared_distance`.
+    """
+    targets = teacher_patches.gather(1, match[:, :, None].expand(-1, -1, teacher_patches.shape[2]))  # [B, M, H]
+    image = squared_distance(student_patches, teacher_patches, reduction).mean()  # (7): N of each image, then images
+    text = masked_mean(squared_distance(student_tokens, targets, reduction), token_mask)  # (9)
+    return (image + text) / 2
+
+
+def cls_distillation_loss(
+    student_image: Tensor, student_text: Tensor, teacher_image: Tensor, reduction: str = "mean"
+) -> Tensor:
+    """Both class tokens regress the teacher's class token: the document's starting point. All [B, H]; mean of both."""
+    image = squared_distance(student_image, teacher_image, reduction).mean()
+    text = squared_distance(student_text, teacher_image, reduction).mean()
+    return (image + text) / 2

@@ -1,0 +1,16 @@
+"""Silences what libraries say at every start and a user can do nothing about."""
+
+import logging
+import os
+import warnings
+
+
+def silence() -> None:
+    """Before the libraries are imported."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # otherwise a warning at each loading process
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TQDM_DISABLE_LOADING_BARS", "1")
+    warnings.filterwarnings("ignore")
+    logging.getLogger("torch.distributed").setLevel(logging.ERROR)
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)

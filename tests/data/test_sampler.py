@@ -1,0 +1,81 @@
+import pytest
+import torch
+
+from ds_cmli.data.sampler import GlobalBatchSampler, epoch_order
+from ds_cmli.errors import UserError
+
+
+def take(sampler, count):
+    """The next batches of a trainer that consumes each."""
+    batches = []
+    for batch, _ in zip(sampler, range(count), strict=False):
+        batches.append(batch)
+        sampler.advance()
+    return batches
+
+
+def global_batches(length, micro_batch, world_size, count, state=None, seed=3):
+    ranks = [GlobalBatchSampler(length, micro_batch, r, world_size, seed) for r in range(world_size)]
+    for sampler in ranks:
+        if state:
+            sampler.load_state_dict(state)
+    taken = [take(sampler, count) for sampler in ranks]
+    return [sum(parts, []) for parts in zip(*taken, strict=True)], ranks[0].state_dict()
+
+
+def test_an_epoch_is_a_permutation_that_depends_on_seed_and_epoch_only():
+    order = epoch_order(100, seed=1, epoch=2)
+    assert sorted(order.tolist()) == list(range(100))
+    torch.manual_seed(5)
+    assert torch.equal(order, epoch_order(100, seed=1, epoch=2))
+    assert not torch.equal(order, epoch_order(100, seed=2, epoch=1))
+    assert not torch.equal(order, epoch_order(100, seed=1, epoch=3))
+
+
+def test_any_number_of_ranks_sees_the_same_global_batches_across_epochs():
+    one, _ = global_batches(26, 4, 1, 15)
+    two, _ = global_batches(26, 2, 2, 15)
+    four, _ = global_batches(26, 1, 4, 15)
+    assert one == two == four
+    assert one[0] == epoch_order(26, 3, 0)[:4].tolist()
+    assert one[6] == epoch_order(26, 3, 1)[:4].tolist()  # 26 = 6 x 4 + 2 dropped
+
+
+def test_resuming_on_another_number_of_ranks_continues_the_same_order():
+    whole, _ = global_batches(26, 4, 1, 15)
+    first, state = global_batches(26, 2, 2, 8)
+    assert (state["epoch"], state["position"]) == (1, 8)
+    rest, _ = global_batches(26, 1, 4, 7, state)
+    assert first + rest == whole
+
+
+def test_resuming_with_a_larger_global_batch_loses_only_the_end_of_the_epoch():
+    _, state = global_batches(26, 4, 1, 5)
+    assert state["position"] == 20
+    larger, after = global_batches(26, 8, 1, 1, state)  # 6 samples of the epoch are left, fewer than 8
+    assert larger == [epoch_order(26, 3, 1)[:8].tolist()]
+    assert (after["epoch"], after["position"]) == (1, 8)
+
+
+def test_only_advance_moves_the_position():
+    sampler = GlobalBatchSampler(10, 2, 0, 1, 0)
+    ahead = iter(sampler)
+    for _ in range(9):  # a loader that prefetches, even into the next epoch
+        next(ahead)
+    assert (sampler.epoch, sampler.position) == (0, 0)
+    sampler.advance()
+    assert sampler.position == 2
+    assert next(iter(sampler)) == epoch_order(10, 0, 0)[2:4].tolist()
+
+
+def test_too_small_a_set_names_the_three_numbers():
+    with pytest.raises(UserError, match=r"7 samples.*8 = 4 \(micro-batch\) x 2 \(ranks\)"):
+        GlobalBatchSampler(7, 4, 0, 2, 0)
+    assert GlobalBatchSampler(8, 4, 0, 2, 0).batches_per_epoch == 1
+
+
+@pytest.mark.parametrize(("length", "seed", "named"), [(11, 0, "length of 10"), (10, 1, "seed of 0")])
+def test_resuming_another_order_is_refused(length, seed, named):
+    state = GlobalBatchSampler(10, 2, 0, 1, 0).state_dict()
+    with pytest.raises(UserError, match=named):
+        GlobalBatchSampler(length, 2, 0, 1, seed).load_state_dict(state)

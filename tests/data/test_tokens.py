@@ -1,0 +1,62 @@
+import pytest
+
+from ds_cmli.data.tokens import SPECIAL, builtin_tokenizer, load_tokenizer
+from ds_cmli.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def builtin():
+    return load_tokenizer("builtin", 12)
+
+
+def test_special_tokens_are_not_valid(builtin):
+    tokens = builtin("Red apple")
+    assert builtin.backend.decode(tokens.input_ids, skip_special_tokens=False) == "[CLS] red apple [SEP]"
+    assert tokens.valid == [False, True, True, False]
+    assert tokens.starts[1:3] == [0, 4]
+
+
+def test_special_tokens_written_in_a_caption_are_not_valid(builtin):
+    tokens = builtin("red [SEP] apple [PAD]")
+    assert [builtin.backend.id_to_token(i) for i, v in zip(tokens.input_ids, tokens.valid, strict=True) if v] == [
+        "red",
+        "apple",
+    ]
+
+
+def test_truncation_keeps_the_special_tokens(builtin):
+    tokens = builtin("red " * 40)
+    assert len(tokens.input_ids) == 12
+    assert tokens.valid == [False] + [True] * 10 + [False]
+
+
+def test_builtin_vocabulary():
+    tokenizer = builtin_tokenizer()
+    assert [tokenizer.convert_ids_to_tokens(i) for i in range(5)] == list(SPECIAL)
+    assert tokenizer.tokenize("Apple xq9! piñata") == ["apple", "x", "##q", "##9", "!", "pinata"]
+    assert tokenizer.tokenize("\u4e2d") == ["[UNK]"]
+
+
+def test_a_caption_of_nothing_has_no_valid_token(builtin):
+    assert builtin("\u200b").valid == [False, False]
+
+
+def test_a_saved_tokenizer_loads_by_its_path(tmp_path, builtin):
+    builtin_tokenizer().save_pretrained(tmp_path)
+    loaded = load_tokenizer(str(tmp_path), 12)
+    assert loaded("cat face").input_ids == builtin("cat face").input_ids
+    assert (loaded.vocab_size, loaded.pad_id) == (builtin.vocab_size, 0)
+
+
+def test_what_cannot_be_loaded_is_one_line(tmp_path):
+    with pytest.raises(UserError, match=r"data.tokenizer is '.*', which cannot be loaded") as error:
+        load_tokenizer(str(tmp_path), 12)
+    assert "\n" not in str(error.value)
+
+
+def test_a_tokenizer_without_padding_is_refused(tmp_path):
+    tokenizer = builtin_tokenizer()
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"no \[PAD\] token"):
+        load_tokenizer(str(tmp_path), 12)
