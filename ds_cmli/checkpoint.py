@@ -36,7 +36,7 @@ def save(folder: Path, step: Step, state: TrainState) -> None:
 
 
 def full_weights(module: nn.Module) -> dict[str, torch.Tensor]:
-    """Every parameter of student and temperatures in fp32, from the optimizer's master copy, whatever the ZeRO stage. Collective."""
+    """Student and temperatures in fp32, from the optimizer's master copy, whatever the ZeRO stage. Collective."""
     from deepspeed.utils import safe_get_full_fp32_param
 
     out = {}
@@ -63,4 +63,6 @@ def load_weights(folder: Path, module: nn.Module) -> None:
     except Exception as error:
         raise UserError(f"--checkpoint {path}: cannot load it: {str(error).splitlines()[-1].strip()}") from None
     if missing or unexpected:
-        raise UserError(f"--checkpoint {path}: does not fit the model: {(missing + unexpected)[0]!r} has no counterpart")
+        raise UserError(
+            f"--checkpoint {path}: does not fit the model: {(missing + unexpected)[0]!r} has no counterpart"
+        )

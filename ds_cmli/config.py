@@ -5,6 +5,8 @@ No heavy imports here: `--help` and `--dry-run` read this file before torch is n
 
 import dataclasses
 import json
+import types
+import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -174,10 +176,24 @@ class Config:
 
 
 def _build(name: str, section: Any, values: dict[str, Any]) -> Any:
-    known = {f.name for f in dataclasses.fields(section)}
-    for key in values:
-        choice(f"setting of {name}", key, known)
+    hints = typing.get_type_hints(section)
+    for key, value in values.items():
+        choice(f"setting of {name}", key, hints)
+        if not _fits(value, hints[key]):
+            wanted = getattr(hints[key], "__name__", str(hints[key]))
+            raise UserError(f"{name}.{key} is {value!r}: give a value of type {wanted}")
     return section(**{k: tuple(v) if k == "betas" else v for k, v in values.items()})
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value out of JSON or the command line is of a field's type."""
+    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    for kind in kinds:
+        kind = typing.get_origin(kind) or kind
+        accepted = {float: (int, float), tuple: (list, tuple)}.get(kind, kind)
+        if isinstance(value, accepted) and (kind is bool or not isinstance(value, bool)):
+            return True
+    return False
 
 
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {

@@ -39,7 +39,9 @@ def load(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     if not path.is_file():
         beside = sorted(p.name for p in path.parent.glob("*.json")) if path.parent.is_dir() else []
-        raise UserError(f"--deepspeed_config is {str(path)!r}: no such file; beside it: {', '.join(beside) or 'nothing'}")
+        raise UserError(
+            f"--deepspeed_config is {str(path)!r}: no such file; beside it: {', '.join(beside) or 'nothing'}"
+        )
     try:
         config = json.loads(path.read_text(), object_pairs_hook=_no_duplicates)
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -146,10 +148,7 @@ def resolve_batch(config: dict[str, Any], micro_batch: int, world_size: int) -> 
     """
     total, micro, steps = (None if config.get(key, "auto") == "auto" else config[key] for key in BATCH_KEYS)
     if micro is None:
-        if total is None or steps is None:
-            micro = micro_batch
-        else:
-            micro = max(1, total // (steps * world_size))
+        micro = micro_batch if total is None or steps is None else max(1, total // (steps * world_size))
     if steps is None:
         steps = 1 if total is None else max(1, total // (micro * world_size))
     product = micro * steps * world_size

@@ -53,9 +53,7 @@ def recall(rows: Any, own: Any, positions: Any) -> dict[str, float]:
     hits[1] = torch.stack([((n - 1 - lower) < k).sum() for k in RECALLS])
     hits[0] = sum_over_ranks(hits[0].clone())  # collective
     hits /= n
-    return {
-        f"{way}_r{k}": hits[w, i].item() for w, way in enumerate(("i2t", "t2i")) for i, k in enumerate(RECALLS)
-    }
+    return {f"{way}_r{k}": hits[w, i].item() for w, way in enumerate(("i2t", "t2i")) for i, k in enumerate(RECALLS)}
 
 
 def evaluate(objective: Any, dataset: Any, data: Any, batch_size: int, device: Any) -> dict[str, float]:

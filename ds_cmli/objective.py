@@ -4,6 +4,7 @@ Shapes: B pairs per rank, N patches, M text positions, H student width, H_t teac
 """
 
 import math
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -14,8 +15,18 @@ from ds_cmli import distributed, losses
 from ds_cmli.cmli.loss import CMLILoss, unit
 from ds_cmli.config import LossConfig
 from ds_cmli.data import Batch
-from ds_cmli.student import Features, Student
+from ds_cmli.student import Student
 from ds_cmli.teacher import Targets
+
+
+@dataclass
+class Features:
+    """The student's view of a batch. Not normalised, in the model's precision."""
+
+    image_cls: Tensor  # [B, H]
+    patches: Tensor  # [B, N, H]
+    text_cls: Tensor  # [B, H]
+    tokens: Tensor  # [B, M, H], padding and special tokens included
 
 
 class WidthHead(nn.Linear):
@@ -54,7 +65,7 @@ class Objective(nn.Module):
 
         Averaged over ranks both are those of the global batch.
         """
-        features = self.student(batch.image, batch.input_ids, batch.attention_mask)
+        features = Features(*self.student(batch.image, batch.input_ids, batch.attention_mask))
         compute = {
             "global": self.global_loss,
             "cmli": self.cmli_loss,

@@ -10,7 +10,7 @@ def silence() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # otherwise a warning at each loading process
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TQDM_DISABLE_LOADING_BARS", "1")
     warnings.filterwarnings("ignore")
     logging.getLogger("torch.distributed").setLevel(logging.ERROR)
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    # A filter and not a level: DeepSpeed sets the level itself when it is imported.
+    logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)

@@ -3,7 +3,6 @@
 The one place where a training step is put together: whatever trains, profiles or predicts uses it.
 """
 
-import logging
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -28,7 +27,9 @@ def resolve_precision(ds_config: dict[str, Any]) -> tuple[dict[str, Any], str | 
 
     if deepspeed_json.precision(ds_config) == "fp16" and not get_accelerator().is_fp16_supported():
         name = get_accelerator().device_name()
-        return deepspeed_json.fall_back_to_bf16(ds_config), f"this device ({name}) has no fp16: training in bf16 instead"
+        return deepspeed_json.fall_back_to_bf16(
+            ds_config
+        ), f"this device ({name}) has no fp16: training in bf16 instead"
     return ds_config, None
 
 
@@ -122,7 +123,6 @@ def build(config: Config, ds_config: dict[str, Any], vocab_size: int, total_step
     import deepspeed
     from transformers import get_cosine_schedule_with_warmup
 
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     use_no_compiler()
     deepspeed.init_distributed(verbose=False)
     dtype = DTYPES[deepspeed_json.precision(ds_config)]

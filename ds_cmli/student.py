@@ -5,7 +5,6 @@ Shapes: B pairs, S image side in pixels, N image patches, M text positions, H hi
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +16,6 @@ from transformers import AutoConfig, AutoModel
 
 from ds_cmli.config import StudentConfig
 from ds_cmli.errors import UserError
-
-
-@dataclass
-class Features:
-    """What the losses need of a batch. Unnormalised, in the model's precision."""
-
-    image_cls: Tensor  # [B, H]
-    patches: Tensor  # [B, N, H]
-    text_cls: Tensor  # [B, H]
-    tokens: Tensor  # [B, M, H], padding and special tokens included
 
 
 def one_line(error: Exception) -> str:
@@ -63,7 +52,7 @@ class PixelNorm(nn.Module):
     def __init__(self, vit: nn.Module):
         super().__init__()
         for name in ("mean", "std"):
-            # As integers, in 1/10000 of a pixel value: a float buffer would be rounded when the model is cast to 16 bit.
+            # Integers, in 1/10000 of a pixel value: a float buffer would be rounded with the model's cast to 16 bit.
             value = torch.tensor(vit.pretrained_cfg[name])[:, None, None] * 255e4
             self.register_buffer(name, value.round().int(), persistent=False)
 
@@ -168,12 +157,18 @@ class Student(nn.Module):
         """Patches per column and row; N is their product."""
         return self.vit.patch_embed.grid_size
 
-    def forward(self, image: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Features:
-        """uint8 [B, 3, S, S], int64 [B, M], bool [B, M] (True = attend) -> `Features`."""
+    def forward(self, image: Tensor, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, ...]:
+        """uint8 [B, 3, S, S], int64 [B, M], bool [B, M] (True = attend) -> what the losses need of a batch.
+
+        Returns:
+            image class tokens [B, H], patches [B, N, H], text class tokens [B, H], tokens [B, M, H] (padding and
+            special tokens included): not normalised, in the model's precision. A plain tuple: ZeRO-3's hooks look
+            for tensors in nothing else.
+        """
         x, y = self.embed_image(image), self.embed_text(input_ids, attention_mask)
         for block in self.shared:
             x, y = block(x, y, attention_mask)
-        return Features(*self.split_image(self.norm(x)), *self.split_text(self.norm(y)))
+        return *self.split_image(self.norm(x)), *self.split_text(self.norm(y))
 
     def encode_image(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """uint8 [B, 3, S, S] -> class tokens [B, H], patches [B, N, H]; as `forward` gives them."""

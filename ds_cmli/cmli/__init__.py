@@ -3,6 +3,8 @@
 Usable from any PyTorch project; knows nothing of DeepSpeed, configurations or data.
 """
 
+from ds_cmli.cmli.loss import CMLILoss
 from ds_cmli.cmli.op import cmli_scores
 
-__all__ = ["cmli_scores"]
+
+__all__ = ["CMLILoss", "cmli_scores"]

@@ -5,7 +5,7 @@ from torch import Tensor
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 BACKENDS = ("auto", "reference", "chunked", "triton")
-# Winners are kept as int16 where a side is too long for uint8.
+# Winners are kept in int16 at most.
 LONGEST_SIDE = 32767
 
 
@@ -61,3 +61,8 @@ def check_inputs(
         raise TypeError(f"scratch_bytes must be an int, not {type(scratch_bytes).__name__}")
     if scratch_bytes < 1:
         raise ValueError(f"scratch_bytes={scratch_bytes} must be positive")
+
+
+def winner_dtype(length: int) -> torch.dtype:
+    """The dtype that indexes a side of this length in the saved winners."""
+    return torch.uint8 if length <= 256 else torch.int16

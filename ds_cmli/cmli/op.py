@@ -13,7 +13,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from ds_cmli.cmli.check import check_inputs
+from ds_cmli.cmli.check import check_inputs, winner_dtype
 
 DEFAULT_SCRATCH_BYTES = 64 * 2**20
 
@@ -83,9 +83,6 @@ def _module(backend: str) -> ModuleType:
     return triton_backend
 
 
-def winner_dtype(length: int) -> torch.dtype:
-    """The dtype that indexes a side of this length in the saved winners."""
-    return torch.uint8 if length <= 256 else torch.int16
 
 
 @torch.library.custom_op("ds_cmli::cmli_forward", mutates_args=())

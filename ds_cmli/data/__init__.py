@@ -45,7 +45,8 @@ def build_data(config: DataConfig, seed: int) -> Data:
     """Everything `config` describes; demo assets it needs are fetched at first use.
 
     Raises:
-        UserError: what `load_tokenizer`, `load_folder` and `Scenes` say, or more than `max_bad_share` empty captions.
+        UserError: what `load_tokenizer`, `load_folder`, `FolderPairs` and `Pictures` say, or more than `max_bad_share`
+            empty captions.
     """
     size = config.image_size
     if config.source == "demo":
@@ -54,17 +55,20 @@ def build_data(config: DataConfig, seed: int) -> Data:
         evals: dict[str, Dataset] = {
             split: Scenes(split, EVAL_SEED, EVAL_SCENES, pictures, tokenizer, size) for split in ("seen", "unseen")
         }
-        train: Dataset = Scenes("train", seed, TRAIN_SCENES, pictures, tokenizer, size)
-        return Data(train, evals, tokenizer, Collate(tokenizer), bad=[], has_places=True)
+        scenes = Scenes("train", seed, TRAIN_SCENES, pictures, tokenizer, size)
+        return Data(scenes, evals, tokenizer, Collate(tokenizer), bad=[], has_places=True)
     train_rows, validation_rows = load_folder(config.source)
     for rows in (train_rows, validation_rows):
         bad = BadSamples(config.max_bad_share, len(rows.files), rows.bad)
         if bad.too_many(0, 0):
             raise UserError(bad.message(0))
     tokenizer = load_tokenizer(config.tokenizer, config.text_positions)
+    train, validation = FolderPairs(train_rows, tokenizer, size), FolderPairs(validation_rows, tokenizer, size)
+    for pairs in (train, validation):
+        pairs[0]  # a folder without its images fails here: torch takes 5 s a loading process to end after an error
     return Data(
-        train=FolderPairs(train_rows, tokenizer, size),
-        evals={"val": FolderPairs(validation_rows, tokenizer, size)},
+        train=train,
+        evals={"val": validation},
         tokenizer=tokenizer,
         collate=Collate(tokenizer),
         bad=train_rows.bad + validation_rows.bad,

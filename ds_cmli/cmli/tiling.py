@@ -1,0 +1,98 @@
+"""How large the chunked backend's tiles are, and what each holds in memory: one arithmetic for both.
+
+`tile_sizes` makes tiles of the fastest size, or smaller ones until their bytes fit the budget; `ds_cmli.cmli.peak`
+adds up the same bytes for the blocks that a call really has.
+
+Shape legend: T tokens of c texts, K patches of i images in a tile; D features.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+from ds_cmli.cmli.ragged import Extent
+
+# Tokens and patches of a tile, as measured: a forward tile (6 MB of fp32 similarities) stays in the last-level cache;
+# backward wants larger ones, as its tables are small and its sorts four times faster above 32,768 elements.
+FORWARD_ROWS = (512, 3136)
+BACKWARD_ROWS = (2048, 6272)
+MOST_TEXTS = 64
+
+
+class Widths(NamedTuple):
+    """Bytes of an element as it comes, and in the arithmetic."""
+
+    narrow: int
+    wide: int
+
+    @classmethod
+    def of(cls, dtype: torch.dtype) -> "Widths":
+        return cls(dtype.itemsize, torch.promote_types(dtype, torch.float32).itemsize)
+
+
+def load_bytes(rows: int, D: int, width: Widths, masked: bool) -> int:
+    """`Side.load_buffers`: rows gathered by a mask, and 16-bit rows widened, are copies."""
+    narrow = masked and width.narrow < width.wide
+    wide = masked or width.narrow < width.wide
+    return rows * D * (narrow * width.narrow + wide * width.wide)
+
+
+def forward_tile_bytes(text: Extent, image: Extent, width: Widths, scores: bool, winners: bool) -> int:
+    """Similarities and both maxima; then the means, and after them the equality with the maxima."""
+    (T, c), (K, i) = text, image
+    return width.wide * (T * K + c * K + T * i + max(scores * c * i, winners * T * K))
+
+
+def backward_buffer_bytes(own: Extent, other: Extent, D: int, width: Widths) -> int:
+    """What the gradient of one side holds throughout: its rows, and the indices and weights of a tile's winners."""
+    winners = max(own.rows * other.items, own.items * other.rows)
+    return own.rows * (D * width.wide + 4 + 8) + winners * (4 + 4 + 8 + 2 * width.wide)
+
+
+def backward_tile_bytes(own: Extent, other: Extent, D: int, width: Widths) -> int:
+    """What its operators take for themselves: the sort; embedding_bag, which has no `out=`."""
+    won, lost = own.rows * other.items, own.items * other.rows
+    bags = own.rows * D * width.wide
+    if width.wide == 4:
+        gather = bags + 2 * 8 * own.rows
+    else:  # embedding_bag has no fused fp64 kernel: it lists the bag of each index, twice
+        gather = bags + max(4 * own.rows + 2 * 4 * (won + 1), 2 * 8 * (lost + 1))
+    return max(gather, 8 * lost)
+
+
+def tile_sizes(N: int, M: int, D: int, dtype: torch.dtype, scratch_bytes: int, backward: bool) -> tuple[Extent, Extent]:
+    """The most that a block of texts and a block of images may hold, for texts of up to M and images of up to N rows.
+
+    One text and one image at least, even where these exceed the budget.
+    """
+    width = Widths.of(dtype)
+    text_rows, image_rows = BACKWARD_ROWS if backward else FORWARD_ROWS
+    texts, images = MOST_TEXTS, max(1, image_rows // N)
+    while True:
+        text, image = Extent(max(text_rows, M), texts), Extent(images * N, images)
+        need = load_bytes(text.rows, D, width, True) + load_bytes(image.rows, D, width, True)
+        if backward:
+            need += max(
+                backward_buffer_bytes(own, other, D, width) + backward_tile_bytes(own, other, D, width)
+                for own, other in ((text, image), (image, text))
+            )
+        else:
+            need += forward_tile_bytes(text, image, width, True, True)
+        if need <= scratch_bytes or (text_rows <= M and texts == images == 1):
+            return text, image
+        text_rows, texts, images = text_rows // 2, max(1, texts // 2), max(1, images // 2)
+
+
+class Stripes(NamedTuple):
+    """How a recomputing backward cuts the images: so many a stripe, so many stripes, the bytes of a stripe's winners."""
+
+    images: int
+    number: int
+    nbytes: int
+
+    @classmethod
+    def of(cls, I: int, N: int, J: int, tokens: int, M: int, scratch_bytes: int) -> "Stripes":  # noqa: E741
+        """For `tokens` valid ones in J texts: half of the budget is for winners, one image's at least."""
+        each = J * N * (1 if M <= 256 else 2) + tokens * (1 if N <= 256 else 2)
+        images = min(I, max(1, scratch_bytes // 2 // each))
+        return cls(images, -(-I // images), images * each)

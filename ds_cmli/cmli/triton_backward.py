@@ -1,0 +1,147 @@
+"""The backward pass of the Triton backend: for each side one product with matrices of winners, built in registers.
+
+    d_image[i, n] = sum_j  g_i2t[i,j]/N_i * text[j, a(i,j,n)]  +  sum_{j, m: b(i,j,m) = n} g_t2i[i,j]/M_j * text[j, m]
+    d_text[j, m]  = sum_i  g_t2i[i,j]/M_j * image[i, b(i,j,m)] +  sum_{i, n: a(i,j,n) = m} g_i2t[i,j]/N_i * image[i, n]
+
+a, b are the winning token and patch (`arg_i2t`, `arg_t2i`), N_i and M_j count valid positions. Both lines are one
+formula with the roles changed, so there is one kernel: P is the side of the gradient, Q the source's.
+
+A program owns ROWS rows of the gradient, adds up over all of Q in a fixed order and writes each row once: no atomics,
+the same bits every time. Rows come in tiles of 16 positions listed over all items, and a program takes the next ROWS/16
+tiles whichever items they belong to; the source comes in long steps and, for what is left of an item, steps of 16. So
+neither N=196 nor short texts waste products.
+
+Shape legend: P, Q items of the two sides; D features; of one program: R tiles, ROWS = 16 R rows, STEP source positions.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _winners(here, p, live, r, r_inside, p_win, q_win, p_grad, q_grad, p_factor, shrink, q_inverse,
+             p_win_p, p_win_q, q_win_p, q_win_q, grad_p, grad_q, Q_LEN, q_slots, STEP: tl.constexpr):  # fmt: skip
+    """What one step of the source needs: winners in P [16, R] and in Q [R, STEP], and their coefficients [R]."""
+    q = (here // q_slots).to(tl.int64)
+    s = here % q_slots * 16 + tl.arange(0, STEP)
+    p_won = tl.load(p_win + (p * p_win_p + q * p_win_q)[None, :] + r, mask=r_inside, other=0)
+    inside = live[:, None] & (s < Q_LEN)[None, :]
+    q_won = tl.load(q_win + (p * q_win_p + q * q_win_q)[:, None] + s[None, :], mask=inside, other=0)
+    pair = p * grad_p + q * grad_q
+    p_share = tl.load(p_grad + pair, mask=live, other=0.0) * p_factor
+    q_share = tl.load(q_grad + pair, mask=live, other=0.0) * shrink * tl.load(q_inverse + q)
+    return p_won.to(tl.int32), q_won.to(tl.int32), p_share, q_share
+
+
+@triton.jit
+def _add_steps(acc, code, total, terms, source, q_mask, d, p, live, r, r_inside, p_win, q_win, p_grad, q_grad,
+               p_factor, shrink, q_inverse, p_win_p, p_win_q, q_win_p, q_win_q, grad_p, grad_q, Q_LEN, q_slots,
+               D: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr, Q_MASKED: tl.constexpr,
+               TWO_TERMS: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+    dtype = acc.dtype
+    here = tl.load(code)
+    p_won, q_won, p_share, q_share = _winners(
+        here, p, live, r, r_inside, p_win, q_win, p_grad, q_grad, p_factor, shrink, q_inverse,
+        p_win_p, p_win_q, q_win_p, q_win_q, grad_p, grad_q, Q_LEN, q_slots, STEP)  # fmt: skip
+    for t in tl.range(0, total, num_stages=STAGES):
+        s = here % q_slots * 16 + tl.arange(0, STEP)
+        row = (here // q_slots).to(tl.int64) * Q_LEN + s
+        s_ok = s < Q_LEN
+        if Q_MASKED:  # what a masked position holds, NaN included, must not meet even a zero coefficient
+            s_ok = tl.load(q_mask + row, mask=s_ok, other=0) != 0
+        x = tl.load(source + row[:, None] * D + d[None, :], mask=s_ok[:, None] & (d[None, :] < D), other=0.0)
+
+        g = tl.where(p_won[:, :, None] == s[None, None, :], p_share[None, :, None], 0.0)
+        g += tl.where(q_won[None, :, :] == r[:, :, None], q_share[None, :, None], 0.0)
+        g = tl.reshape(g, [ROWS, STEP])
+
+        # The next step's winners are asked for before this one's products, which hide their latency.
+        here = tl.load(code + t + 1)
+        p_won, q_won, p_share, q_share = _winners(
+            here, p, live, r, r_inside, p_win, q_win, p_grad, q_grad, p_factor, shrink, q_inverse,
+            p_win_p, p_win_q, q_win_p, q_win_q, grad_p, grad_q, Q_LEN, q_slots, STEP)  # fmt: skip
+
+        main = g.to(source.dtype.element_ty)
+        acc = tl.dot(main, x, acc, input_precision="ieee", out_dtype=dtype)
+        if TWO_TERMS:
+            # A branch the compiler cannot resolve: of two products in one block it would take the second for a product
+            # of the first's result, as in attention, and give each warp all columns and more registers than there are.
+            if terms > 1:
+                rest = (g - main.to(dtype)).to(source.dtype.element_ty)
+                acc = tl.dot(rest, x, acc, input_precision="ieee", out_dtype=dtype)
+    return acc
+
+
+@triton.jit
+def gradient_kernel(
+    out,  # [P, P_LEN, D] zeros; rows in no tile stay so
+    p_mask,  # [P, P_LEN], not read unless P_MASKED
+    p_code,  # [tiles + 1] int32, item * p_slots + first position / 16
+    p_total,  # [1] int32, number of tiles
+    p_inverse,  # [P] 1 / valid positions
+    scale,  # [P] an upper bound of |coefficient| in each item's rows
+    source,  # [Q, Q_LEN, D]
+    q_mask,  # [Q, Q_LEN], not read unless Q_MASKED
+    long_code,  # steps of the source of LONG positions, as p_code
+    long_total,
+    short_code,  # steps of 16 positions
+    short_total,
+    q_inverse,  # [Q]
+    p_win,  # [P, Q, P_LEN] (in some order): position in q that wins position in p
+    q_win,  # [P, Q, Q_LEN] (in some order): position in p that wins position in q
+    p_grad,  # [P, Q] (in some order): gradient of the score averaged over p's positions
+    q_grad,  # [P, Q]: of the one averaged over q's
+    p_win_p,  # stride of p_win from one item p to the next
+    p_win_q,  # from one item q to the next
+    q_win_p,
+    q_win_q,
+    grad_p,
+    grad_q,
+    P_LEN,
+    Q_LEN,
+    p_slots,
+    q_slots,
+    terms,  # products a coefficient is split into: 2 in bf16, 1 otherwise
+    D: tl.constexpr,
+    BD: tl.constexpr,
+    ROWS: tl.constexpr,
+    LONG: tl.constexpr,
+    P_MASKED: tl.constexpr,
+    Q_MASKED: tl.constexpr,
+    TWO_TERMS: tl.constexpr,  # only with terms = 2
+    STAGES: tl.constexpr,
+):
+    R: tl.constexpr = ROWS // 16
+    tiles = tl.load(p_total)
+    if tl.program_id(0) * R >= tiles:
+        return
+    dtype = scale.dtype.element_ty
+    tile = tl.program_id(0) * R + tl.arange(0, R)
+    live = tile < tiles
+    here = tl.load(p_code + tile, mask=live, other=0)
+    p = (here // p_slots).to(tl.int64)  # [R]
+    r = (here % p_slots * 16)[None, :] + tl.arange(0, 16)[:, None]  # [16, R]
+    r_inside = live[None, :] & (r < P_LEN)
+    size = tl.load(scale + p)
+    shrink = 1.0 / size
+    p_factor = tl.load(p_inverse + p) * shrink
+    d = tl.program_id(1) * BD + tl.arange(0, BD)
+
+    acc = tl.zeros([ROWS, BD], dtype)
+    acc = _add_steps(
+        acc, long_code, tl.load(long_total), terms, source, q_mask, d, p, live, r, r_inside, p_win, q_win, p_grad,
+        q_grad, p_factor, shrink, q_inverse, p_win_p, p_win_q, q_win_p, q_win_q, grad_p, grad_q, Q_LEN, q_slots,
+        D, ROWS, LONG, Q_MASKED, TWO_TERMS, STAGES)  # fmt: skip
+    acc = _add_steps(
+        acc, short_code, tl.load(short_total), terms, source, q_mask, d, p, live, r, r_inside, p_win, q_win, p_grad,
+        q_grad, p_factor, shrink, q_inverse, p_win_p, p_win_q, q_win_p, q_win_q, grad_p, grad_q, Q_LEN, q_slots,
+        D, ROWS, 16, Q_MASKED, TWO_TERMS, STAGES)  # fmt: skip
+
+    row = p[None, :] * P_LEN + r
+    r_ok = r_inside
+    if P_MASKED:
+        r_ok = tl.load(p_mask + row, mask=r_inside, other=0) != 0
+    acc *= tl.reshape(tl.broadcast_to(size[None, :], [16, R]), [ROWS])[:, None]
+    to = out + tl.reshape(row, [ROWS])[:, None] * D + d[None, :]
+    keep = tl.reshape(r_ok, [ROWS])[:, None] & (d[None, :] < D)
+    tl.store(to, acc.to(out.dtype.element_ty), mask=keep)
