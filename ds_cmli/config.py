@@ -110,11 +110,11 @@ class LossConfig:
 class OptimConfig:
     """Fills the "auto" values of the DeepSpeed JSON, whose own numbers always win."""
 
-    lr: float = 2e-4
+    lr: float = 1e-4
     betas: tuple[float, float] = (0.9, 0.98)
     eps: float = 1e-6
     weight_decay: float = 0.05  # not on norms, biases and embeddings
-    warmup_share: float = 0.1  # of all steps, linear
+    warmup_share: float = 0.05  # of all steps, linear
     grad_clip: float = 1.0
     micro_batch: int = 64  # B, pairs per rank
     steps: int | None = 240

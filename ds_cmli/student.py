@@ -103,6 +103,10 @@ class SharedBlock(nn.Module):
     def __init__(self, width: int, heads: int):
         super().__init__()
         self.block = Block(width, heads, qkv_bias=True)
+        # Identity at the start: random outputs of this size would drown what the pretrained encoders know.
+        for last in (self.block.attn.proj, self.block.mlp.fc2):
+            nn.init.zeros_(last.weight)
+            nn.init.zeros_(last.bias)
 
     def forward(self, image: Tensor, text: Tensor, text_mask: Tensor) -> tuple[Tensor, Tensor]:
         """[B, 1+N, H], [B, M, H], bool [B, M] (True = attend) -> the same shapes.
@@ -141,7 +145,10 @@ class Student(nn.Module):
         self.text_head = nn.Linear(text_width, width) if text_width != width else nn.Identity()
         heads = max(1, width // 64)
         self.shared = nn.ModuleList(SharedBlock(width, heads) for _ in range(config.shared_blocks))
-        self.norm = nn.LayerNorm(width)
+        # Two scales enter the shared blocks, and two means leave them: norms of each modality's own bring both to
+        # one size and let the gap between the modalities close.
+        self.image_in, self.text_in = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.image_out, self.text_out = nn.LayerNorm(width), nn.LayerNorm(width)
         # g: one projection for patches and tokens (and the teacher's patches). Orthonormal rows keep cosines
         # approximately from the first step on.
         self.g = nn.Linear(width, config.embed_dim, bias=False)
@@ -168,34 +175,36 @@ class Student(nn.Module):
         x, y = self.embed_image(image), self.embed_text(input_ids, attention_mask)
         for block in self.shared:
             x, y = block(x, y, attention_mask)
-        return *self.split_image(self.norm(x)), *self.split_text(self.norm(y))
+        return *self.split_image(x), *self.split_text(y)
 
     def encode_image(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """uint8 [B, 3, S, S] -> class tokens [B, H], patches [B, N, H]; as `forward` gives them."""
         x = self.embed_image(image)
         for block in self.shared:
             x = block.image(x)
-        return self.split_image(self.norm(x))
+        return self.split_image(x)
 
     def encode_text(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
         """int64 [B, M], bool [B, M] -> class tokens [B, H], tokens [B, M, H]; as `forward` gives them."""
         y = self.embed_text(input_ids, attention_mask)
         for block in self.shared:
             y = block.text(y, attention_mask)
-        return self.split_text(self.norm(y))
+        return self.split_text(y)
 
     def embed_image(self, image: Tensor) -> Tensor:
-        return self.vit(self.pixels(image, self.norm.weight.dtype))  # [B, 1+N, H]
+        return self.image_in(self.vit(self.pixels(image, self.g.weight.dtype)))  # [B, 1+N, H]
 
     def embed_text(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         # The mask as integers: that is what BERT-like encoders of every transformers version take.
-        mask = attention_mask.long()
-        return self.text_head(self.text(input_ids=input_ids, attention_mask=mask).last_hidden_state)  # [B, M, H]
+        encoded = self.text(input_ids=input_ids, attention_mask=attention_mask.long()).last_hidden_state
+        return self.text_in(self.text_head(encoded))  # [B, M, H]
 
     def split_image(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.image_out(x)
         return x[:, 0], x[:, self.vit.num_prefix_tokens :]
 
     def split_text(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        y = self.text_out(y)
         return y[:, 0], y
 
 

@@ -113,7 +113,7 @@ def test_target_cmli_alone_never_trains_g(student, match):
     total, _ = objective(batch, Targets(torch.randn(3, 32), torch.randn(3, 16, 32)))
     total.backward()
     assert student.g.weight.grad is None
-    assert student.norm.weight.grad.abs().sum() > 0
+    assert student.image_out.weight.grad.abs().sum() > 0
 
 
 def test_tokenizer_larger_than_the_vocabulary_is_refused(tmp_path):

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+DEFAULT_SCRATCH_BYTES = 64 * 2**20
 BACKENDS = ("auto", "reference", "chunked", "triton")
 # Winners are kept in int16 at most.
 LONGEST_SIDE = 32767

@@ -19,6 +19,10 @@ from ds_cmli.cmli.chunked_forward import Winners, run_tiles
 from ds_cmli.cmli.ragged import Block, Side, largest, make_blocks, make_sides
 from ds_cmli.cmli.tiling import Stripes, tile_sizes
 
+# For an own and an other block: what the own rows won by [rows, other_items], and what the other rows won by
+# [items, other_rows].
+Codes = Callable[[Block, Block], tuple[Tensor, Tensor]]
+
 
 def backward(
     grad_i2t: Tensor,
@@ -44,9 +48,8 @@ def backward(
     d_image = _gradient_of(images, need_image)
     d_text = _gradient_of(texts, need_text)
     recompute = not arg_i2t.numel()
-    stripes = Stripes.of(I, N, J, sum(texts.lengths), M, scratch_bytes) if recompute else Stripes(I, 1, 0)
-    budget = scratch_bytes - stripes.nbytes
-    most_text, most_image = tile_sizes(N, M, D, image.dtype, budget, backward=True)
+    stripes = Stripes.of(I, N, J, sum(texts.lengths), M, scratch_bytes) if recompute else Stripes(I, 1, scratch_bytes)
+    most_text, most_image = tile_sizes(N, M, D, image.dtype, stripes.budget, backward=True)
     text_blocks = make_blocks(texts.lengths, most_text)
     add = stripes.number > 1
     text_total = d_text.to(texts.wide) if add else d_text
@@ -56,36 +59,17 @@ def backward(
         image_blocks = make_blocks(images.lengths, most_image, first, stop)
         if not image_blocks or not text_blocks:
             continue
-        winners = (
-            _recompute(texts, images, first, stop, N, M, budget)
-            if recompute
-            else Winners(arg_i2t.view(J, I * N), arg_t2i.view(J * M, I))
-        )
+        if recompute:
+            winners = _recompute(texts, images, first, stop, N, M, stripes.budget)
+        else:
+            winners = Winners(arg_i2t.view(J, I * N), arg_t2i.view(J * M, I))
         if need_image:
-            _add_up(
-                images,
-                texts,
-                image_blocks,
-                text_blocks,
-                grad_i2t,
-                grad_t2i,
-                lambda ib, tb, w=winners: tuple(code.t() for code in w.tile(tb, ib)),
-                d_image,
-                add=False,
-            )
+            codes = _image_codes(winners)
+            _add_up(images, texts, image_blocks, text_blocks, grad_i2t, grad_t2i, codes, d_image, False)
         if need_text:
-            _add_up(
-                texts,
-                images,
-                text_blocks,
-                image_blocks,
-                grad_t2i.t(),
-                grad_i2t.t(),
-                lambda tb, ib, w=winners: w.tile(tb, ib)[::-1],
-                text_total,
-                add,
-            )
-        del winners
+            codes = _text_codes(winners)
+            _add_up(texts, images, text_blocks, image_blocks, grad_t2i.t(), grad_i2t.t(), codes, text_total, add)
+        del winners, codes
     d_text = text_total.to(d_text.dtype)
     return d_image.view(image.shape) if need_image else d_image, d_text.view(text.shape) if need_text else d_text
 
@@ -93,6 +77,22 @@ def backward(
 def _gradient_of(side: Side, needed: bool) -> Tensor:
     """Zeros [B * P, D] where some rows get no gradient; nothing if nobody asks."""
     return torch.zeros_like(side.features) if needed else side.features.new_empty(0)
+
+
+def _image_codes(winners: Winners) -> Codes:
+    def codes(image: Block, text: Block) -> tuple[Tensor, Tensor]:
+        i2t, t2i = winners.tile(text, image)
+        return i2t.t(), t2i.t()
+
+    return codes
+
+
+def _text_codes(winners: Winners) -> Codes:
+    def codes(text: Block, image: Block) -> tuple[Tensor, Tensor]:
+        i2t, t2i = winners.tile(text, image)
+        return t2i, i2t
+
+    return codes
 
 
 def _recompute(texts: Side, images: Side, first: int, stop: int, N: int, M: int, budget: int) -> Winners:
@@ -119,14 +119,13 @@ def _add_up(
     other_blocks: list[Block],
     grad_own: Tensor,
     grad_other: Tensor,
-    codes: Callable[[Block, Block], tuple[Tensor, Tensor]],
+    codes: Codes,
     into: Tensor,
     add: bool,
 ) -> None:
     """The gradient of the own side's features, written or added to `into` [B * P, D].
 
     grad_own, grad_other: [own items, other items], of the score that is a mean over own rows, and over other rows.
-    codes: for a tile, what the own rows won by [rows, other_items] and what the other rows won by [items, other_rows].
     """
     most, most_other = largest(own_blocks), largest(other_blocks)
     size = max(most.rows * most_other.items, most.items * most_other.rows)
@@ -166,9 +165,7 @@ def _add_up(
             torch.searchsorted(keys[:n], row_numbers[: ob.height], out=starts[: ob.height])
             torch.index_select(weight[:n], 0, order[:n], out=sorted_weight[:n])
             rows = order[:n].remainder_(xb.height)
-            bags = F.embedding_bag(
-                rows, table, starts[: ob.height], per_sample_weights=sorted_weight[:n], mode="sum"
-            )
+            bags = F.embedding_bag(rows, table, starts[: ob.height], per_sample_weights=sorted_weight[:n], mode="sum")
             sums += bags
             del bags
         own.store(ob, sums, into, add)

@@ -29,7 +29,7 @@ class Winners(NamedTuple):
     def tile(self, text: Block, image: Block) -> tuple[Tensor, Tensor]:
         """[c, K] and [T, i]"""
         i2t = self.code_i2t[text.items()].narrow(1, image.row - self.row, image.height)
-        return i2t, self.code_t2i[text.rows()].narrow(1, image.item - self.item, image.count)
+        return i2t, self.code_t2i[text.rows()].narrow(1, image.item - self.item, image.number)
 
 
 def product(text: Tensor, image: Tensor) -> Tensor:
@@ -46,8 +46,9 @@ def forward(
     (I, N, D), (J, M, _) = image.shape, text.shape  # noqa: E741
     images, texts = make_sides(image, text, text_mask, image_mask)
     s_i2t, s_t2i = (image.new_zeros((I, J), dtype=images.wide) for _ in range(2))
-    arg_i2t = image.new_empty((I, J, N) if save_argmax else (0,), dtype=winner_dtype(M))
-    arg_t2i = image.new_empty((I, J, M) if save_argmax else (0,), dtype=winner_dtype(N))
+    # Zeros, as what belongs to empty items is never written: the same bits every time.
+    arg_i2t = image.new_zeros((I, J, N) if save_argmax else (0,), dtype=winner_dtype(M))
+    arg_t2i = image.new_zeros((I, J, M) if save_argmax else (0,), dtype=winner_dtype(N))
     winners = Winners(arg_i2t.view(J, I * N), arg_t2i.view(J * M, I)) if save_argmax else None
     most_text, most_image = tile_sizes(N, M, D, image.dtype, scratch_bytes, backward=False)
     blocks = make_blocks(texts.lengths, most_text), make_blocks(images.lengths, most_image)
@@ -86,20 +87,22 @@ def _tile(
     from_last: tuple[Tensor, Tensor] | None,
 ) -> None:
     S = product(W, V)  # [T, K]
-    best_token = S.new_empty(tb.count, ib.height)  # [c, K]
+    best_token = S.new_empty(tb.number, ib.height)  # [c, K]
     for run in tb.runs:
         torch.amax(run.by_item(S, 0), 1, out=best_token[run.items()])
-    best_patch = S.new_empty(tb.height, ib.count)  # [T, i]
+    best_patch = S.new_empty(tb.height, ib.number)  # [T, i]
     for run in ib.runs:
         torch.amax(run.by_item(S, 1), 2, out=best_patch[:, run.items()])
     if scores is not None:
         where = (images.order[ib.items(), None], texts.order[tb.items()])
-        mean = S.new_empty(tb.count, ib.count)  # [c, i]
+        mean = S.new_empty(tb.number, ib.number)  # [c, i]
         for run in ib.runs:
-            torch.mean(run.by_item(best_token, 1), 2, out=mean[:, run.items()])
+            torch.sum(run.by_item(best_token, 1), 2, out=mean[:, run.items()])
+        mean *= images.scale[ib.items()]
         scores[0].index_put_(where, mean.t())
         for run in tb.runs:
-            torch.mean(run.by_item(best_patch, 0), 1, out=mean[run.items()])
+            torch.sum(run.by_item(best_patch, 0), 1, out=mean[run.items()])
+        mean *= texts.scale[tb.items(), None]
         scores[1].index_put_(where, mean.t())
         del mean
     if winners is None or from_last is None:

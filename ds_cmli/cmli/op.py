@@ -13,9 +13,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from ds_cmli.cmli.check import check_inputs, winner_dtype
-
-DEFAULT_SCRATCH_BYTES = 64 * 2**20
+from ds_cmli.cmli.check import DEFAULT_SCRATCH_BYTES, check_inputs, winner_dtype
 
 
 def cmli_scores(
@@ -81,8 +79,6 @@ def _module(backend: str) -> ModuleType:
     except ImportError as error:
         raise RuntimeError(f"backend='triton' cannot be used here ({error}): use backend='chunked'") from error
     return triton_backend
-
-
 
 
 @torch.library.custom_op("ds_cmli::cmli_forward", mutates_args=())

@@ -13,42 +13,45 @@ from torch import Tensor
 
 
 class Run(NamedTuple):
-    """`count` items of equal `length` (at least 1), and where they begin in their block."""
+    """`number` items of equal `length` (at least 1), and where they begin in their block."""
 
     item: int
     row: int
-    count: int
+    number: int
     length: int
 
     def items(self) -> slice:
-        return slice(self.item, self.item + self.count)
+        return slice(self.item, self.item + self.number)
 
     def by_item(self, rows: Tensor, dim: int) -> Tensor:
         """The run's part of `rows`, its dimension `dim` split in two: items and positions."""
-        return rows.narrow(dim, self.row, self.count * self.length).unflatten(dim, (self.count, self.length))
+        return rows.narrow(dim, self.row, self.number * self.length).unflatten(dim, (self.number, self.length))
+
+
+class Extent(NamedTuple):
+    """Size of a block, or most of either in several: rows and items."""
+
+    rows: int
+    items: int
 
 
 class Block(NamedTuple):
     """Consecutive items of a side in its sorted order, and their rows."""
 
     item: int
-    count: int
+    number: int
     row: int
     height: int
     runs: tuple[Run, ...]
 
+    def extent(self) -> Extent:
+        return Extent(self.height, self.number)
+
     def items(self) -> slice:
-        return slice(self.item, self.item + self.count)
+        return slice(self.item, self.item + self.number)
 
     def rows(self) -> slice:
         return slice(self.row, self.row + self.height)
-
-
-class Extent(NamedTuple):
-    """Size of a block, or of the largest of several: rows and items."""
-
-    rows: int
-    items: int
 
 
 def make_blocks(lengths: list[int], most: Extent, start: int = 0, stop: int | None = None) -> list[Block]:
@@ -65,7 +68,7 @@ def make_blocks(lengths: list[int], most: Extent, start: int = 0, stop: int | No
         first, height, runs = item, 0, list[Run]()
         while item < stop and item - first < most.items and (item == first or height + lengths[item] <= most.rows):
             if runs and runs[-1].length == lengths[item]:
-                runs[-1] = runs[-1]._replace(count=runs[-1].count + 1)
+                runs[-1] = runs[-1]._replace(number=runs[-1].number + 1)
             else:
                 runs.append(Run(item - first, height, 1, lengths[item]))
             height += lengths[item]
@@ -77,7 +80,7 @@ def make_blocks(lengths: list[int], most: Extent, start: int = 0, stop: int | No
 
 def largest(blocks: list[Block]) -> Extent:
     """Most rows and most items of any block."""
-    return Extent(max((b.height for b in blocks), default=0), max((b.count for b in blocks), default=0))
+    return Extent(max((b.height for b in blocks), default=0), max((b.number for b in blocks), default=0))
 
 
 class Side:
@@ -129,7 +132,7 @@ class Side:
         """Write, or add, the block's rows [height, D] to where they belong in `into` [B * P, D], in its dtype."""
         if self.source is None:
             target = into[block.rows()]
-            target.copy_(target + rows if add else rows)
+            target.add_(rows) if add else target.copy_(rows)
         else:
             source, rows = self.source[block.rows()], rows.to(into.dtype)
             into.index_add_(0, source, rows) if add else into.index_copy_(0, source, rows)
@@ -137,7 +140,7 @@ class Side:
 
 def make_sides(image: Tensor, text: Tensor, text_mask: Tensor, image_mask: Tensor | None) -> tuple[Side, Side]:
     """Images and texts. Lengths go to the host, the one time that a GPU is waited for in forward, and in backward."""
-    (I, N, _), J = image.shape, text.shape[0]
+    (I, N, _), J = image.shape, text.shape[0]  # noqa: E741
     counts = text_mask.sum(1) if image_mask is None else torch.cat([text_mask.sum(1), image_mask.sum(1)])
     lengths = counts.tolist()  # CPU-GPU sync
     return Side(image, image_mask, lengths[J:] or [N] * I), Side(text, text_mask, lengths[:J])

@@ -13,7 +13,8 @@ def first_maximum(S: Tensor, dim: int) -> Tensor:
     """Index of the maximum along `dim`; the lowest among equals; the first NaN where there is one."""
     shape = [-1 if d == dim % S.ndim else 1 for d in range(S.ndim)]
     index = torch.arange(S.shape[dim], device=S.device).view(shape)
-    hit = (S == S.amax(dim, keepdim=True)) | S.isnan()
+    best = S.amax(dim, keepdim=True)
+    hit = (best == S) | S.isnan()
     return torch.where(hit, index, S.shape[dim]).amin(dim)
 
 

@@ -56,7 +56,8 @@ def backward_tile_bytes(own: Extent, other: Extent, D: int, width: Widths) -> in
     if width.wide == 4:
         gather = bags + 2 * 8 * own.rows
     else:  # embedding_bag has no fused fp64 kernel: it lists the bag of each index, twice
-        gather = bags + max(4 * own.rows + 2 * 4 * (won + 1), 2 * 8 * (lost + 1))
+        won = 4 * own.rows + 4 * (won + 1) + max(4 * (won + 1), 2 * 4 * own.rows)
+        gather = bags + max(won, 8 * (lost + 1) + max(8 * (lost + 1), 2 * 8 * own.rows))
     return max(gather, 8 * lost)
 
 
@@ -84,15 +85,15 @@ def tile_sizes(N: int, M: int, D: int, dtype: torch.dtype, scratch_bytes: int, b
 
 
 class Stripes(NamedTuple):
-    """How a recomputing backward cuts the images: so many a stripe, so many stripes, the bytes of a stripe's winners."""
+    """How a recomputing backward cuts the images: so many a stripe, in so many stripes; what is left for its tiles."""
 
     images: int
     number: int
-    nbytes: int
+    budget: int
 
     @classmethod
     def of(cls, I: int, N: int, J: int, tokens: int, M: int, scratch_bytes: int) -> "Stripes":  # noqa: E741
         """For `tokens` valid ones in J texts: half of the budget is for winners, one image's at least."""
         each = J * N * (1 if M <= 256 else 2) + tokens * (1 if N <= 256 else 2)
         images = min(I, max(1, scratch_bytes // 2 // each))
-        return cls(images, -(-I // images), images * each)
+        return cls(images, -(-I // images), scratch_bytes // 2)

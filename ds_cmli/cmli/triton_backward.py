@@ -72,20 +72,20 @@ def _add_steps(acc, code, total, terms, source, q_mask, d, p, live, r, r_inside,
     return acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["p_win_p", "p_win_q", "q_win_p", "q_win_q", "grad_p", "grad_q", "P", "Q", "terms"])
 def gradient_kernel(
     out,  # [P, P_LEN, D] zeros; rows in no tile stay so
     p_mask,  # [P, P_LEN], not read unless P_MASKED
     p_code,  # [tiles + 1] int32, item * p_slots + first position / 16
-    p_total,  # [1] int32, number of tiles
+    p_first,  # [P + 1] int32; the last is the number of tiles
     p_inverse,  # [P] 1 / valid positions
     scale,  # [P] an upper bound of |coefficient| in each item's rows
     source,  # [Q, Q_LEN, D]
     q_mask,  # [Q, Q_LEN], not read unless Q_MASKED
     long_code,  # steps of the source of LONG positions, as p_code
-    long_total,
+    long_first,
     short_code,  # steps of 16 positions
-    short_total,
+    short_first,
     q_inverse,  # [Q]
     p_win,  # [P, Q, P_LEN] (in some order): position in q that wins position in p
     q_win,  # [P, Q, Q_LEN] (in some order): position in p that wins position in q
@@ -97,6 +97,8 @@ def gradient_kernel(
     q_win_q,
     grad_p,
     grad_q,
+    P,
+    Q,
     P_LEN,
     Q_LEN,
     p_slots,
@@ -112,7 +114,7 @@ def gradient_kernel(
     STAGES: tl.constexpr,
 ):
     R: tl.constexpr = ROWS // 16
-    tiles = tl.load(p_total)
+    tiles = tl.load(p_first + P)
     if tl.program_id(0) * R >= tiles:
         return
     dtype = scale.dtype.element_ty
@@ -129,11 +131,11 @@ def gradient_kernel(
 
     acc = tl.zeros([ROWS, BD], dtype)
     acc = _add_steps(
-        acc, long_code, tl.load(long_total), terms, source, q_mask, d, p, live, r, r_inside, p_win, q_win, p_grad,
+        acc, long_code, tl.load(long_first + Q), terms, source, q_mask, d, p, live, r, r_inside, p_win, q_win, p_grad,
         q_grad, p_factor, shrink, q_inverse, p_win_p, p_win_q, q_win_p, q_win_q, grad_p, grad_q, Q_LEN, q_slots,
         D, ROWS, LONG, Q_MASKED, TWO_TERMS, STAGES)  # fmt: skip
     acc = _add_steps(
-        acc, short_code, tl.load(short_total), terms, source, q_mask, d, p, live, r, r_inside, p_win, q_win, p_grad,
+        acc, short_code, tl.load(short_first + Q), terms, source, q_mask, d, p, live, r, r_inside, p_win, q_win, p_grad,
         q_grad, p_factor, shrink, q_inverse, p_win_p, p_win_q, q_win_p, q_win_q, grad_p, grad_q, Q_LEN, q_slots,
         D, ROWS, 16, Q_MASKED, TWO_TERMS, STAGES)  # fmt: skip
 

@@ -19,7 +19,8 @@ NO_INDEX = tl.constexpr(0x7FFFFFFF)
 # than the padding.
 
 
-@triton.jit
+# Sizes that change with the batch select no compilation.
+@triton.jit(do_not_specialize=["score_stride", "i2t_stride", "t2i_stride", "J"])
 def forward_kernel(
     s_i2t,  # [I, J] scores; several blocks: [I, BLOCKS, J] sums of the row maxima
     s_t2i,  # [I, J] scores; several blocks: [I, BLOCKS, J, M] column maxima
@@ -33,7 +34,7 @@ def forward_kernel(
     text_count,  # [J] int32, valid tokens
     suspect,  # [1]: some input may give a NaN
     first,  # [J + 1] int32, first tile of each text
-    code,  # [tiles + 1] int32, text * slots + place in the text; -1 after the last
+    code,  # [tiles + 1] int32, text * slots + place in the text; J * slots after the last
     score_stride,  # elements from one image to the next in s_i2t; s_t2i has the same unless in blocks
     i2t_stride,
     t2i_stride,
@@ -138,7 +139,7 @@ def forward_kernel(
             poison = tl.zeros([], dtype)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["score_stride", "t2i_stride", "J"])
 def combine_kernel(
     s_i2t,  # [I, J] out
     s_t2i,  # [I, J] out

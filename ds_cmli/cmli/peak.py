@@ -1,0 +1,172 @@
+"""What a call of `cmli_scores` allocates at its peak: an opaque operator hides its scratch memory from any tracing.
+
+Shape legend: I images, J texts, N patches, M text positions (padded), D features.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from ds_cmli.cmli.check import DEFAULT_SCRATCH_BYTES, winner_dtype
+from ds_cmli.cmli.ragged import Extent, make_blocks
+from ds_cmli.cmli.tiling import (
+    Stripes,
+    Widths,
+    backward_buffer_bytes,
+    backward_tile_bytes,
+    forward_tile_bytes,
+    load_bytes,
+    tile_sizes,
+)
+
+
+class PeakBytes(NamedTuple):
+    """Bytes that one call requests from the allocator, at the most, beyond its arguments.
+
+    forward: during forward, scores and saved winners included.
+    saved: the winners, which stay until backward (the inputs, which autograd also keeps, not counted).
+    backward: during backward, the gradients it returns included, the saved winners not.
+    gradients: of these, the gradients returned.
+    extra: over both, beyond inputs and their gradients; the scores and the gradients that come in for them included.
+    """
+
+    forward: int
+    saved: int
+    backward: int
+    gradients: int
+    extra: int
+
+
+def cmli_peak_bytes(
+    I: int,  # noqa: E741
+    J: int,
+    N: int,
+    M: int,
+    D: int,
+    dtype: torch.dtype,
+    *,
+    backend: str = "chunked",
+    recompute: bool = False,
+    scratch_bytes: int = DEFAULT_SCRATCH_BYTES,
+    text_lengths: Sequence[int] | None = None,
+    image_lengths: Sequence[int] | None = None,
+) -> PeakBytes:
+    """Peak memory of `cmli_scores` and its backward, both inputs requiring gradients, for contiguous arguments.
+
+    Args:
+        I, J, N, M, D, dtype: shapes and dtype of image [I, N, D] and text [J, M, D].
+        recompute, scratch_bytes: as given to `cmli_scores`.
+        text_lengths: valid tokens of each text; None = the most that any lengths need (a few percent above all M).
+        image_lengths: valid patches of each image, where an image_mask is given; None = no image_mask.
+
+    Equal to the allocator's count on a CPU where `text_lengths` are given. Not included is the workspace that a
+    library's matrix product takes for itself (oneDNN: about 65 KB a thread at D=256), which shows only where a tile
+    needs less than that after its product. On a GPU the allocator rounds each buffer up to 512 bytes, and `sort`
+    takes more.
+
+    Raises:
+        ValueError: a backend whose memory is not known, or lengths that are not one number for each item.
+    """
+    if backend not in ("chunked", "triton"):
+        raise ValueError(f"backend={backend!r}: peak memory is known for chunked and triton")
+    for name, lengths, number, most in (("text_lengths", text_lengths, J, M), ("image_lengths", image_lengths, I, N)):
+        if lengths is not None and (len(lengths) != number or not all(0 <= n <= most for n in lengths)):
+            raise ValueError(f"{name} must hold {number} numbers from 0 to {most}")
+    width = Widths.of(dtype)
+    scores = 2 * I * J * width.wide
+    saved = 0 if recompute else I * J * (N * winner_dtype(M).itemsize + M * winner_dtype(N).itemsize)
+    gradients = (I * N + J * M) * D * width.narrow
+    if backend == "triton":
+        from ds_cmli.cmli.triton_backend import peak_bytes
+
+        forward, backward = peak_bytes(I, J, N, M, D, dtype, recompute, scratch_bytes)
+    else:
+        text = _Side(J, M, text_lengths, True, D, width)
+        image = _Side(I, N, image_lengths or [N] * I, image_lengths is not None, D, width)
+        tables = text.table_bytes() + image.table_bytes()
+        sizes = tile_sizes(N, M, D, dtype, scratch_bytes, backward=False)
+        tiles = _forward_tiles(text, image, sizes, 0, I, width, True, not recompute)
+        forward = scores + saved + tables + tiles
+        backward = gradients + tables + _backward(text, image, N, M, dtype, recompute, scratch_bytes)
+    # When backward runs, the scores and their gradients are there as well.
+    extra = max(forward, 2 * scores + saved + backward - gradients)
+    return PeakBytes(forward, saved, backward, gradients, extra)
+
+
+def _forward_tiles(
+    text: "_Side",
+    image: "_Side",
+    most: tuple[Extent, Extent],
+    first: int,
+    stop: int,
+    width: Widths,
+    with_scores: bool,
+    with_winners: bool,
+) -> int:
+    """Of all texts and the images [first, stop)."""
+    texts, images = text.extents(most[0]), image.extents(most[1], first, stop)
+    tile = max(forward_tile_bytes(t, i, width, with_scores, with_winners) for t in texts for i in images)
+    distances = (text.rows + image.rows) * width.wide if with_winners else 0
+    return text.load_bytes(texts) + image.load_bytes(images) + distances + tile
+
+
+def _backward(
+    text: "_Side", image: "_Side", N: int, M: int, dtype: torch.dtype, recompute: bool, scratch_bytes: int
+) -> int:
+    I, J, D = image.number, text.number, text.D  # noqa: E741
+    width = text.width
+    stripes = Stripes.of(I, N, J, text.rows, M, scratch_bytes) if recompute else Stripes(I, 1, scratch_bytes)
+    most_text, most_image = tile_sizes(N, M, D, dtype, stripes.budget, backward=True)
+    forward_most = tile_sizes(N, M, D, dtype, stripes.budget, backward=False)
+    texts = text.extents(most_text)
+    peak = 0
+    # Stripes of equal lengths need the same.
+    starts = range(0, I, stripes.images) if image.masked else sorted({0, (stripes.number - 1) * stripes.images})
+    for first in starts:
+        stop = min(first + stripes.images, I)
+        images = image.extents(most_image, first, stop)
+        winners = 0
+        if recompute:
+            rows, items = image.size(first, stop)
+            winners = J * rows * winner_dtype(M).itemsize + text.rows * items * winner_dtype(N).itemsize
+            if text.lengths is None and stripes.number > 1:
+                winners = max(winners, stripes.budget)  # shorter texts make larger stripes
+            tiles = _forward_tiles(text, image, forward_most, first, stop, width, False, True)
+            peak = max(peak, winners + tiles)
+        for own, other, load in ((images, texts, text.load_bytes(texts)), (texts, images, image.load_bytes(images))):
+            buffers = backward_buffer_bytes(both(own), both(other), D, width)
+            tile = max(backward_tile_bytes(o, x, D, width) for o in own for x in other)
+            peak = max(peak, winners + load + buffers + tile)
+    return peak + (J * M * D * width.wide if stripes.number > 1 and width.narrow < width.wide else 0)
+
+
+def both(extents: set[Extent]) -> Extent:
+    """Most rows and most items of any."""
+    return Extent(max(e.rows for e in extents), max(e.items for e in extents))
+
+
+class _Side:
+    """The bytes of a `ragged.Side`, for lengths that are known or, where they are None, for any."""
+
+    def __init__(self, number: int, longest: int, lengths: Sequence[int] | None, masked: bool, D: int, width: Widths):
+        self.number, self.masked, self.D, self.width = number, masked, D, width
+        self.lengths = None if lengths is None else sorted(lengths)
+        self.rows = number * longest if lengths is None else sum(lengths)
+
+    def table_bytes(self) -> int:
+        return self.number * (8 + 8 + self.width.wide + 4) + self.masked * self.rows * 8
+
+    def size(self, first: int, stop: int) -> tuple[int, int]:
+        """Rows and items that are not empty."""
+        lengths = [n for n in (self.lengths or [])[first:stop] if n]
+        return sum(lengths), len(lengths)
+
+    def extents(self, most: Extent, first: int = 0, stop: int | None = None) -> set[Extent]:
+        """The sizes of the blocks."""
+        if self.lengths is None:
+            return {Extent(min(most.rows, self.rows), min(most.items, self.number))}
+        return {b.extent() for b in make_blocks(self.lengths, most, first, stop)} or {Extent(0, 0)}
+
+    def load_bytes(self, extents: set[Extent]) -> int:
+        return load_bytes(both(extents).rows, self.D, self.width, self.masked)

@@ -1,0 +1,150 @@
+"""Tile sizes of the Triton kernels, and the lists that tell a program which positions to work on.
+
+Shape legend: X items of a side (images or texts), L positions of each, D features.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class ForwardTiles(NamedTuple):
+    rows: int  # patches a program holds
+    tokens: tuple[int, ...]  # tile widths, ascending: a text takes the smallest that holds it, or several of the last
+    features: int  # features a product takes at a time
+    warps: int
+    stages: int
+
+
+class BackwardTiles(NamedTuple):
+    rows: int  # gradient rows a program owns
+    step: int  # source positions a product takes; what is left of an item goes in steps of 16
+    features: int
+    warps: int
+    stages: int
+
+
+def power_of_two(n: int) -> int:
+    """The least power of two that is at least n and at least 16, the smallest side of a product."""
+    return max(16, 1 << (n - 1).bit_length())
+
+
+def forward_tiles(N: int, M: int, D: int, dtype: torch.dtype, capability: tuple[int, int], shared: int) -> ForwardTiles:
+    """Tiles for one device. Chosen from sizes that do not change between steps, never by timing: same input, same bits.
+
+    `shared` is the shared memory a block may use: 163 KB on sm_80, 227 KB on sm_90, 99 KB on sm_86, sm_89 and sm_120.
+    16-bit inputs: an image's block stays resident and 8 warps read it from shared memory, which leaves the registers to
+    S and its maxima (ROWS=256, D=256: 131 KB and 80 to 216 registers). sm_90 reads the texts from shared memory too, so
+    it needs the tile in use and the one in flight; earlier ones hold the tile in use in registers. 99 KB hold 128 rows.
+    fp32 and fp64 run on plain multiply-adds (fp64 on its tensor cores), limited by arithmetic: small tiles, features in
+    turn.
+    """
+    widths = [width for width in (16, 32, 64) if width < 2 * M or width == 16]
+    if dtype.itemsize > 2:
+        return ForwardTiles(min(128, power_of_two(N)), tuple(w for w in widths if w < 64), 16, 8, 3)
+    if D > 256:
+        return ForwardTiles(min(128, power_of_two(N)), tuple(widths), 64, 8, 3)
+    rows, features = min(256, power_of_two(N)), power_of_two(D)
+    buffers = 2 if capability[0] == 9 else 1
+    scratch = 2304  # what reductions and layout changes were seen to take at most
+
+    def fitting(rows: int) -> tuple[int, ...]:
+        return tuple(w for w in widths if (rows + buffers * w) * features * dtype.itemsize + scratch <= shared)
+
+    while rows > 16 and len(fitting(rows)) < min(2, len(widths)):
+        rows //= 2
+    return ForwardTiles(rows, fitting(rows) or (16,), features, 8 if rows > 64 else 4, 2)
+
+
+def backward_tiles(D: int, dtype: torch.dtype) -> BackwardTiles:
+    """Tiles of the gradient kernel, for sm_80 and sm_90 alike: 128 x 128 fp32 sums take 64 of 255 registers, and the
+    winners, coefficients and both terms of the product fit beside them; 256 features or steps of 64 spill."""
+    if dtype.itemsize > 2:
+        return BackwardTiles(64, 16, min(64, power_of_two(D)), 8, 2)
+    return BackwardTiles(128, 32, min(128, power_of_two(D)), 8, 3)
+
+
+class Side:
+    """Lengths and masks of one side. Everything stays on the device: nothing here waits for it."""
+
+    def __init__(self, mask: Tensor | None, items: int, length: int, device: torch.device):
+        self.items, self.length, self.masked = items, length, mask is not None
+        if mask is None:
+            self.counts = torch.full((items,), length, dtype=torch.int32, device=device)
+            self.ends = self.counts
+            self.mask = self.counts  # stands in for a pointer that is not read
+        else:
+            # int16: Triton sizes the registers of a product by the narrowest type its operands depend on.
+            self.mask = mask.to(torch.int16)
+            self.counts = mask.sum(1, dtype=torch.int32)
+            places = torch.arange(1, length + 1, dtype=torch.int16, device=device)
+            self.ends = (self.mask * places).amax(1).to(torch.int32)  # last valid position + 1
+
+    def inverse_counts(self, dtype: torch.dtype) -> Tensor:
+        """[X] 1 / valid positions (1 where there are none, which have no tiles)."""
+        return 1.0 / self.counts.clamp(min=1).to(dtype)
+
+
+class TileList(NamedTuple):
+    """`code[t] = item * slots + first position / unit` for each tile, item after item, and what is needed to read it."""
+
+    code: Tensor  # [bound + 1] int32; after the last: of item `after`
+    first: Tensor  # [X + 1] int32: the item's first tile; the last entry is the number of tiles
+    slots: int
+    bound: int  # number of tiles there can be at most
+
+
+def tile_list(
+    count: Tensor, bound_per_item: int, slots: int, base: Tensor | int = 0, unit: int = 1, after: int = 0
+) -> TileList:
+    """List `count[x]` tiles of each item, the first at slot `base[x]`, the next `unit` slots further each.
+
+    `after` is the item that the entries after the last name: 0 is safe to load from, `items` is no text's.
+    """
+    items = len(count)
+    bound = items * bound_per_item
+    first = torch.zeros(items + 1, dtype=torch.int32, device=count.device)
+    torch.cumsum(count, 0, dtype=torch.int32, out=first[1:])
+    tile = torch.arange(bound + 1, dtype=torch.int32, device=count.device)
+    item = torch.searchsorted(first[1:], tile, right=True, out_int32=True)
+    inside = item < items
+    item = item.clamp_(max=items - 1)
+    start = base[item] if isinstance(base, Tensor) else base
+    code = item * slots + start + (tile - first[item]) * unit
+    return TileList(torch.where(inside, code, after * slots), first, slots, bound)
+
+
+def text_tiles(side: Side, widths: tuple[int, ...]) -> list[TileList]:
+    """For each tile width, the tiles of the texts that take it."""
+    lists, below = [], 0
+    for width in widths:
+        takes = side.ends > below
+        if width != widths[-1]:
+            takes &= side.ends <= width
+        per_text = 1 if width != widths[-1] else math.ceil(side.length / width)
+        count = torch.where(takes, (side.ends + width - 1) // width, 0)
+        lists.append(tile_list(count, per_text, per_text, after=side.items))
+        below = width
+    return lists
+
+
+def row_tiles(side: Side) -> TileList:
+    """All positions up to each item's last valid one, in tiles of 16."""
+    slots = math.ceil(side.length / 16)
+    return tile_list((side.ends + 15) // 16, slots, slots)
+
+
+def source_steps(side: Side, step: int) -> tuple[TileList, TileList]:
+    """The same positions in steps of `step` and, where 16 are enough for what is left of an item, one of 16."""
+    slots = math.ceil(side.length / 16)
+    long = side.ends // step + (side.ends % step > 16).to(torch.int32)
+    short = (side.ends > long * step).to(torch.int32)
+    if step == 16:  # no rest of up to 16 is left out above
+        long, short = (side.ends + 15) // 16, torch.zeros_like(side.ends)
+    unit = step // 16
+    return (
+        tile_list(long, math.ceil(side.length / step), slots, unit=unit),
+        tile_list(short, 1, slots, base=long * unit),
+    )

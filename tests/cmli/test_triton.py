@@ -1,0 +1,276 @@
+"""The Triton backend against a few lines of fp64, run on the CPU by Triton's interpreter.
+
+TRITON_INTERPRET must be set before triton is imported, so each check runs in a process of its own: this file with the
+name of the check. bf16 is left out, because the interpreter multiplies it wrongly; it is compiled in
+test_triton_compile.py. Nothing here shows what threads do to each other on a GPU.
+"""
+
+import os
+import subprocess
+import sys
+import weakref
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+CHECKS = {}
+# Rounding coefficients and results to fp16, relative to the largest entry; for the others the sums' rounding.
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-3}
+
+
+def check(function):
+    CHECKS[function.__name__] = function
+    return function
+
+
+def reference(image, text, text_mask, image_mask):
+    """(s_i2t, s_t2i, arg_i2t, arg_t2i) with everything materialised."""
+    S = torch.einsum("ind,jmd->ijnm", image, text)
+    patch, token = image_mask[:, None, :], text_mask[None, :, :]
+    over_m = S.masked_fill(~token[:, :, None, :], -torch.inf)
+    over_n = S.masked_fill(~patch[..., None], -torch.inf)
+    (best_m, arg_i2t), (best_n, arg_t2i) = over_m.max(3), over_n.max(2)
+    some = patch.any(2) & token.any(2)
+    s_i2t = torch.where(patch, best_m, 0).sum(2) / patch.sum(2).clamp(min=1)
+    s_t2i = torch.where(token, best_n, 0).sum(2) / token.sum(2).clamp(min=1)
+    return torch.where(some, s_i2t, 0), torch.where(some, s_t2i, 0), arg_i2t, arg_t2i
+
+
+def inputs(I, J, N, M, D, dtype, seed, holes=True, exact=False):  # noqa: E741
+    """Features, masks with holes (texts 0 and 1 have no and one valid token, the last all) and upstream gradients."""
+    rng = torch.Generator().manual_seed(seed)
+
+    def draw(*shape):
+        return torch.randint(-2, 3, shape, generator=rng) / 4 if exact else torch.randn(shape, generator=rng)
+
+    image, text = draw(I, N, D).to(dtype), draw(J, M, D).to(dtype)
+    text_mask = torch.rand(J, M, generator=rng) < 0.7
+    text_mask[0] = False
+    if J > 1:
+        text_mask[1] = torch.arange(M) == M // 2
+    text_mask[-1] = True
+    image_mask = torch.rand(I, N, generator=rng) < 0.8 if holes else None
+    if holes and I > 2:
+        image_mask[1] = False
+    acc = torch.promote_types(dtype, torch.float32)
+    grads = [torch.randn(I, J, generator=rng).to(acc) for _ in range(2)]
+    return image, text, text_mask, image_mask, grads
+
+
+def run(image, text, text_mask, image_mask, grads, scratch=2**25, recompute=False):
+    from ds_cmli.cmli.triton_backend import backward, forward
+
+    s_i2t, s_t2i, *args = forward(image, text, text_mask, image_mask, scratch, not recompute)
+    return s_i2t, s_t2i, *args, *backward(*grads, image, text, text_mask, image_mask, *args, scratch, True, True)
+
+
+def distance(value, expected):
+    """Largest error, relative to the largest expected entry."""
+    assert value.shape == expected.shape and value.isfinite().all()
+    return ((value.double() - expected).abs().max() / expected.abs().max().clamp(min=1e-30)).item()
+
+
+def compare(I, J, N, M, D, dtype, seed, **options):  # noqa: E741
+    image, text, text_mask, image_mask, grads = inputs(I, J, N, M, D, dtype, seed, **options)
+    s_i2t, s_t2i, _, _, d_image, d_text = run(image, text, text_mask, image_mask, grads)
+    ours = (s_i2t, s_t2i, d_image, d_text)
+    wide = [x.double().requires_grad_() for x in (image, text)]
+    full = torch.ones(I, N, dtype=torch.bool) if image_mask is None else image_mask
+    expected = reference(*wide, text_mask, full)[:2]
+    torch.autograd.backward(expected, [g.double() for g in grads])
+    scores = min(TOLERANCE[dtype], 1e-5)
+    for name, x, y in zip(("s_i2t", "s_t2i"), ours, expected, strict=False):
+        assert distance(x, y.detach()) < scores, (name, I, J, N, M, D, dtype, seed, distance(x, y.detach()))
+    for name, x, y in zip(("d_image", "d_text"), ours[2:], wide, strict=True):
+        assert x.dtype == dtype
+        assert distance(x, y.grad) < TOLERANCE[dtype], (name, I, J, N, M, D, dtype, seed, distance(x, y.grad))
+    assert not d_text[~text_mask].any() and not d_image[~full].any()
+
+
+@check
+def random_shapes():
+    rng = torch.Generator().manual_seed(0)
+    for seed in range(200):
+        I, J, N, M, D = (int(torch.randint(1, top, (), generator=rng)) for top in (4, 5, 41, 41, 41))  # noqa: E741
+        dtype = (torch.float32, torch.float16)[seed % 2]
+        compare(I, J, N, M, D, dtype, seed, holes=seed % 3 > 0)
+
+
+@check
+def long_sides():
+    for dtype in (torch.float32, torch.float16):
+        compare(2, 3, 300, 70, 33, dtype, 1)  # several blocks of patches; int16 indices
+        compare(1, 3, 17, 130, 20, dtype, 2)  # several tiles of a text
+        compare(2, 2, 5, 290, 8, dtype, 3, holes=False)
+        compare(2, 3, 9, 20, 300, dtype, 4)  # features in several products
+    compare(3, 4, 30, 40, 24, torch.float64, 5)
+    compare(2, 70, 6, 5, 8, torch.float32, 6)  # several groups of texts
+
+
+@check
+def ties_go_to_the_lowest_index():
+    for seed in range(12):
+        dtype = (torch.float32, torch.float16)[seed % 2]
+        N = 300 if seed == 11 else 37  # noqa: N806
+        image, text, text_mask, image_mask, grads = inputs(3, 4, N, 35, 2, dtype, seed, exact=True)
+        s_i2t, s_t2i, arg_i2t, arg_t2i, _, _ = run(image, text, text_mask, image_mask, grads)
+        expected = reference(image.double(), text.double(), text_mask, image_mask)
+        some = image_mask.any(1)[:, None] & text_mask.any(1)[None, :]
+        patch, token = some[..., None] & image_mask[:, None, :], some[..., None] & text_mask[None, :, :]
+        assert arg_t2i.dtype == (torch.uint8 if N <= 256 else torch.int16)
+        assert torch.equal(arg_i2t.long()[patch], expected[2].expand_as(arg_i2t)[patch])
+        assert torch.equal(arg_t2i.long()[token], expected[3].expand_as(arg_t2i)[token])
+        torch.testing.assert_close(s_i2t.double(), expected[0], rtol=1e-6, atol=0)
+        torch.testing.assert_close(s_t2i.double(), expected[1], rtol=1e-6, atol=0)
+
+
+@check
+def same_bits_again_and_alike_in_groups():
+    for N, dtype in ((20, torch.float32), (150, torch.float32), (30, torch.float16)):  # noqa: N806
+        case = inputs(5, 6, N, 18, 12, dtype, 7)
+        first = run(*case)
+        for x, y in zip(first, run(*case), strict=True):
+            assert torch.equal(x, y)
+        for scratch in (2**25, 3000, 1):
+            again = run(*case, scratch=scratch, recompute=True)
+            for k in (0, 1, 4, 5):
+                # Equal bits on a GPU; the interpreter's matrix product is numpy's, where a row's place matters.
+                torch.testing.assert_close(first[k], again[k], rtol=1e-6 if dtype.itemsize > 2 else 1e-3, atol=1e-6)
+
+
+@check
+def only_what_is_asked_for():
+    from ds_cmli.cmli.triton_backend import backward, forward
+
+    image, text, text_mask, image_mask, _ = inputs(2, 3, 9, 7, 5, torch.float32, 8)
+    *_, arg_i2t, arg_t2i = forward(image, text, text_mask, image_mask, 2**20, False)
+    assert arg_i2t.shape == arg_t2i.shape == (0,)
+    one = torch.ones(()).expand(2, 3)  # as .sum().backward() gives it: no strides
+    views = image.transpose(1, 2).contiguous().transpose(1, 2), text[:, :, :]
+    everything = run(image, text, text_mask, image_mask, [torch.ones(2, 3)] * 2)[4:]
+    for k in (0, 1):
+        part = backward(one, one, *views, text_mask, image_mask, arg_i2t, arg_t2i, 2**20, k == 0, k == 1)
+        assert torch.equal(part[k], everything[k]) and part[1 - k].shape == (0,)
+
+
+@check
+def nan_and_inf_propagate():
+    plain = inputs(3, 4, 20, 18, 6, torch.float32, 9, exact=True)
+    for value in (torch.nan, torch.inf, -torch.inf, 3e38):
+        for side in (0, 1):
+            for N in (20, 200):  # noqa: N806 - one block and several
+                image, text, text_mask, _, grads = inputs(3, 4, N, 18, 6, torch.float32, 9, exact=True)
+                mask = torch.ones(3, N, dtype=torch.bool)
+                (image, text)[side][2, 3, 1] = value
+                text_mask[2, 3] = True
+                *ours, arg_i2t, arg_t2i, _, _ = run(image, text, text_mask, mask, grads)
+                expected = reference(image, text, text_mask, mask)[:2]
+                for x, y in zip(ours, expected, strict=True):
+                    torch.testing.assert_close(x, y, equal_nan=True, rtol=1e-5, atol=1e-6)
+                    assert not x[:2, :2].isnan().any()
+                assert arg_i2t.max() < 18 and arg_t2i.to(torch.int32).max() < N
+    # What a masked position holds changes nothing, not even as NaN.
+    image, text, text_mask, image_mask, grads = plain
+    holed = image.clone(), text.clone()
+    holed[0][~image_mask], holed[1][~text_mask] = torch.nan, torch.inf
+    for x, y in zip(run(*plain), run(*holed, text_mask, image_mask, grads), strict=True):
+        assert x.dtype in (torch.uint8, torch.int16) or torch.equal(x, y)
+
+
+@check
+def small_upstream_gradients_in_fp16():
+    image, text, text_mask, image_mask, grads = inputs(3, 5, 40, 9, 16, torch.float16, 10)
+    image, text = image * 64, text * 64
+    plain = run(image, text, text_mask, image_mask, grads)[4:]
+    tiny = run(image, text, text_mask, image_mask, [g * 2**-12 for g in grads])[4:]
+    for x, y in zip(plain, tiny, strict=True):  # coefficients down to 2^-12 / 40, under fp16's normal numbers
+        assert (x.double() - y.double() * 2**12).abs().max() < 1e-3 * x.double().abs().max()
+
+
+class Allocated(TorchDispatchMode):
+    """Peak bytes of the tensors that operators make, by their storages."""
+
+    def __init__(self):
+        super().__init__()
+        self.live, self.peak = {}, 0
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        result = op(*args, **(kwargs or {}))
+        known = {x.untyped_storage().data_ptr() for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
+        for x in tree_leaves(result):
+            if isinstance(x, torch.Tensor):
+                key = x.untyped_storage().data_ptr()
+                if key in self.live:
+                    self.live[key][1] += 1
+                elif key not in known:
+                    self.live[key] = [x.untyped_storage().nbytes(), 1]
+                else:
+                    continue
+                weakref.finalize(x, self.drop, key)
+        self.peak = max(self.peak, sum(size for size, _ in self.live.values()))
+        return result
+
+    def drop(self, key):
+        self.live[key][1] -= 1
+        if self.live[key][1] == 0:
+            del self.live[key]
+
+
+@check
+def peak_bytes_are_true():
+    from ds_cmli.cmli.triton_backend import backward, forward, peak_bytes
+
+    for I, J, N, M, D, dtype, scratch in (  # noqa: E741
+        (6, 40, 30, 20, 64, torch.float16, 2**25),
+        (6, 40, 30, 20, 64, torch.float16, 2500),
+        (6, 30, 150, 20, 64, torch.float32, 20000),
+    ):
+        image, text, text_mask, image_mask, grads = inputs(I, J, N, M, D, dtype, 11)
+        for recompute in (False, True):
+            with Allocated() as first:
+                *_, arg_i2t, arg_t2i = forward(image, text, text_mask, image_mask, scratch, not recompute)
+            with Allocated() as second:
+                backward(*grads, image, text, text_mask, image_mask, arg_i2t, arg_t2i, scratch, True, True)
+            stated = peak_bytes(I, J, N, M, D, dtype, recompute, scratch)
+            for x, y in zip((first.peak, second.peak), stated, strict=True):
+                assert x <= y <= 1.35 * x + 4096, (N, scratch, recompute, x, y)
+
+
+def test_peak_bytes_of_the_document_s_setting():
+    triton_backend = triton_backend_or_skip()
+    setting = (256, 512, 196, 64, 256, torch.bfloat16)
+    gradients = (256 * 196 + 512 * 64) * 256 * 2
+    forward, backward = triton_backend.peak_bytes(*setting, False, 2**25, ((9, 0), 227 * 1024))
+    assert 256 * 512 * (196 + 64) < forward < 40e6
+    assert backward - gradients < 5e6
+    _, backward = triton_backend.peak_bytes(*setting, True, 2**25, ((9, 0), 227 * 1024))
+    assert 2**25 / 2 < backward - gradients < 45e6
+
+
+def triton_backend_or_skip():
+    pytest.importorskip("triton", reason="triton is not installed: pip install 'ds-cmli[test]'")
+    from ds_cmli.cmli import triton_backend
+
+    return triton_backend
+
+
+def test_cpu_tensors_are_refused_in_one_line():
+    triton_backend = triton_backend_or_skip()
+    image, text, text_mask, image_mask, _ = inputs(1, 2, 3, 4, 5, torch.float32, 0)
+    with pytest.raises(RuntimeError, match="runs on CUDA tensors, not on cpu: use backend='chunked'"):
+        triton_backend.forward(image, text, text_mask, image_mask, 2**20, True)
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_interpreted(name):
+    pytest.importorskip("triton", reason="triton is not installed: pip install 'ds-cmli[test]'")
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
+    result = subprocess.run([sys.executable, __file__, name], env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-4000:]
+
+
+if __name__ == "__main__":
+    CHECKS[sys.argv[1]]()

@@ -1,0 +1,136 @@
+"""The command itself, as users start it, on the preset `tiny`."""
+
+import json
+import os
+import sys
+
+import pytest
+from safetensors.torch import load_file
+
+from tests.conftest import ROOT, free_port, run
+
+BIN = os.path.dirname(sys.executable)
+TINY = ("--preset", "tiny", "--steps", "4")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run of four steps by the real `deepspeed` command, as the README writes it."""
+    folder = tmp_path_factory.mktemp("run")
+    config = str(ROOT / "ds_configs" / "zero2.json")
+    launcher = (os.path.join(BIN, "deepspeed"), "--num_accelerators", "1", "--master_port", str(free_port()))
+    done = run("--deepspeed_config", config, *TINY, "--output-dir", str(folder), launcher=launcher)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder, done
+
+
+def lines(folder) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def without_times(folder) -> list[dict]:
+    return [{k: v for k, v in line.items() if k != "pairs_per_s"} for line in lines(folder)]
+
+
+def test_what_a_run_leaves(finished):
+    folder, done = finished
+    steps = [line for line in lines(folder) if "loss" in line]
+    assert [line["step"] for line in steps] == [1, 2, 3, 4]
+    expected = {"loss", "loss/global", "loss/cmli", "loss/target_cmli", "lr", "grad_norm", "temperature/cmli"}
+    assert expected <= steps[0].keys()
+    assert steps[0]["loss"] == pytest.approx(sum(v for k, v in steps[0].items() if k.startswith("loss/")), rel=1e-5)
+    assert steps[0]["temperature/global"] == pytest.approx(0.07, rel=0.01)
+    assert steps[0]["temperature/cmli"] == pytest.approx(0.02, rel=0.01)
+
+    evals = {k: v for line in lines(folder) for k, v in line.items() if k.startswith("eval/")}
+    for split in ("seen", "unseen"):
+        for score in ("global", "cmli", "combined"):
+            for way in ("i2t", "t2i"):
+                r1, r5, r10 = (evals[f"eval/{split}/{score}/{way}_r{k}"] for k in (1, 5, 10))
+                assert 0 <= r1 <= r5 <= r10 <= 1
+        assert 0 <= evals[f"eval/{split}/pointing"] <= 1
+
+    config = json.loads((folder / "config.json").read_text())
+    assert config["config"]["run"]["preset"] == "tiny"
+    assert config["deepspeed"]["train_batch_size"] == 8
+    assert {"torch", "deepspeed", "python"} <= config["versions"].keys()
+    weights = load_file(folder / "student.safetensors")
+    assert {"logit_scale", "cmli.logit_scale", "student.g.weight"} <= weights.keys()
+    assert weights["student.g.weight"].shape == (16, 32)
+    assert (folder / "checkpoint" / "latest").read_text() == "step4"
+    assert list((folder / "tensorboard").iterdir())
+    assert "written to" in done.stdout and str(folder) in done.stdout
+
+
+def test_nothing_distracts_from_the_output(finished):
+    _, done = finished
+    for noise in ("Warning", "WARNING", "LOAD REPORT", "Traceback", "Building extension"):
+        assert noise not in done.stdout + done.stderr, done.stdout + done.stderr
+
+
+def test_same_seed_gives_the_same_metrics_and_weights(finished, tmp_path):
+    folder, _ = finished
+    done = run(*TINY, "--output-dir", str(tmp_path / "again"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert without_times(tmp_path / "again") == without_times(folder)
+    a, b = (load_file(f / "student.safetensors") for f in (folder, tmp_path / "again"))
+    assert all((a[name] == b[name]).all() for name in a)
+
+
+def test_evaluate_command_repeats_the_last_evaluation(finished, tmp_path):
+    folder, _ = finished
+    file = tmp_path / "metrics.json"
+    done = run("--checkpoint", str(folder), "--json", str(file), script="evaluate.py")
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(file.read_text())
+    last = {k: v for line in lines(folder) for k, v in line.items() if k.startswith("eval/")}
+    assert found.keys() == last.keys()
+    # The run evaluated in bf16, this one the fp32 weights: a pair of 300 may change places.
+    assert all(abs(found[k] - last[k]) < 0.03 for k in last)
+
+
+def test_torchrun_with_two_ranks_and_accumulation(tmp_path):
+    launcher = (os.path.join(BIN, "torchrun"), "--nproc_per_node", "2", "--master_port", str(free_port()))
+    config = tmp_path / "ds.json"
+    config.write_text(json.dumps({"gradient_accumulation_steps": 2, "zero_optimization": {"stage": 2}}))
+    done = run("--deepspeed_config", str(config), *TINY, "--steps", "2", "--output-dir", str(tmp_path / "run"),
+               launcher=launcher)  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "8 pairs per rank x 2 accumulation x 2 ranks = 32 pairs a step" in done.stdout
+    resolved = json.loads((tmp_path / "run" / "config.json").read_text())["deepspeed"]
+    assert resolved["train_batch_size"] == 32
+
+
+def test_dry_run_prints_the_resolved_configuration_and_trains_nothing(tmp_path):
+    done = run(*TINY, "--dry-run", "--set", "student.layers=1", "--output-dir", str(tmp_path / "run"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    printed = json.loads(done.stdout[done.stdout.index("{\n") :])
+    assert printed["config"]["student"]["layers"] == 1
+    assert printed["deepspeed"]["train_micro_batch_size_per_gpu"] == 8
+    assert not (tmp_path / "run").exists()
+
+
+def test_training_on_a_folder_with_one_broken_image(tmp_path):
+    from tests.test_mistakes import pairs
+
+    folder = pairs(tmp_path / "data", count=200, broken=1)
+    done = run(*TINY, "--steps", "24", "--data", folder, "--output-dir", str(tmp_path / "run"))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "skipped" in done.stdout and "0.png" in done.stdout
+    assert any("eval/val/combined/i2t_r1" in line for line in lines(tmp_path / "run"))
+
+
+def test_help_groups_options_and_shows_defaults():
+    done = run("--help", timeout=5)
+    assert done.returncode == 0
+    for words in ("What to train", "Length and batch", "--losses", "[default: demo]"):
+        assert words in done.stdout
+
+
+def test_mistakes_reach_the_user_through_the_deepspeed_command():
+    launcher = (os.path.join(BIN, "deepspeed"), "--num_accelerators", "2", "--master_port", str(free_port()))
+    done = run("--preset", "tinny", launcher=launcher)
+    assert done.returncode == 2
+    output = done.stdout + done.stderr
+    assert output.count("--preset is 'tinny': did you mean 'tiny'?") == 1
+    assert "Traceback" not in output
