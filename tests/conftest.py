@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -18,24 +18,24 @@ def pictures():
     assets.fetch(["pictures"])
 
 
-def run(*arguments: str, launcher: tuple[str, ...] = (), timeout: float = 300, **environment: str):
-    """Run `ds_cmli/train.py` as a user does, by its path, and return the finished process."""
-    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR")}
-    env.update(environment)
-    start = launcher or (sys.executable,)
-    command = [*start, str(ROOT / "ds_cmli" / "train.py"), *arguments]
-    return subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=timeout)
+def clean_environment() -> dict[str, str]:
+    """This process's, without what a launcher would have set."""
+    launchers = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    return {k: v for k, v in os.environ.items() if k not in launchers}
+
+
+def run(*arguments: str, launcher: tuple[str, ...] = (sys.executable,), script: str = "train.py", timeout: float = 300):
+    """Run a script of ds_cmli as a user does, by its path, and return the finished process."""
+    command = [*launcher, str(ROOT / "ds_cmli" / script), *arguments]
+    return subprocess.run(
+        command, env=clean_environment(), cwd=ROOT, capture_output=True, text=True, timeout=timeout
+    )
 
 
 def free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return s.getsockname()[1]
-
-
-@pytest.fixture
-def train():
-    return run
 
 
 def spawn(function, world_size: int, *arguments) -> list:

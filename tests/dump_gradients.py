@@ -20,7 +20,7 @@ def main(file: str, micro_batch: int, stage: int, steps: int) -> None:
     from deepspeed.utils import safe_get_full_grad
 
     torch.set_num_threads(1)
-    weights = {"global": 1.0, "target_cmli": 1.0, "cls_kd": 1.0}
+    weights = {"global": 1.0, "cmli": 1.0, "target_cmli": 1.0, "cls_kd": 1.0}
     config = load_preset("tiny", {"optim": {"micro_batch": micro_batch}, "loss": {"weights": weights}})
     device = distributed.init()
     world_size = int(os.environ["WORLD_SIZE"])

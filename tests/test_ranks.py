@@ -7,15 +7,14 @@ import sys
 import pytest
 import torch
 
-from tests.conftest import ROOT, free_port
+from tests.conftest import ROOT, clean_environment, free_port
 
 STEPS = 5
 
 
 def gradients(tmp_path, launcher, micro_batch, stage):
     file = tmp_path / f"{micro_batch}.pt"
-    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR")}
-    env["PYTHONPATH"] = str(ROOT)
+    env = clean_environment() | {"PYTHONPATH": str(ROOT)}
     command = [
         *launcher,
         str(ROOT / "tests" / "dump_gradients.py"),
@@ -29,7 +28,7 @@ def gradients(tmp_path, launcher, micro_batch, stage):
     return torch.load(file)
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("stage", [2, 3])
 def test_two_ranks_give_the_gradients_of_one_process(tmp_path, stage):
     deepspeed = (
         *(os.path.join(os.path.dirname(sys.executable), "deepspeed"), "--no_local_rank"),

@@ -8,6 +8,7 @@ import pytest
 from safetensors.torch import load_file
 
 from tests.conftest import ROOT, free_port, run
+from tests.test_mistakes import pairs
 
 BIN = os.path.dirname(sys.executable)
 TINY = ("--preset", "tiny", "--steps", "4")
@@ -62,16 +63,13 @@ def test_what_a_run_leaves(finished):
     assert "written to" in done.stdout and str(folder) in done.stdout
 
 
-def test_nothing_distracts_from_the_output(finished):
-    _, done = finished
-    for noise in ("Warning", "WARNING", "LOAD REPORT", "Traceback", "Building extension"):
-        assert noise not in done.stdout + done.stderr, done.stdout + done.stderr
-
-
 def test_same_seed_gives_the_same_metrics_and_weights(finished, tmp_path):
     folder, _ = finished
     done = run(*TINY, "--output-dir", str(tmp_path / "again"))
     assert done.returncode == 0, done.stdout + done.stderr
+    # Without the launcher, whose own lines nobody can turn off, only ours are left.
+    for noise in ("warning", "report", "traceback", "extension"):
+        assert noise not in (done.stdout + done.stderr).lower(), done.stdout + done.stderr
     assert without_times(tmp_path / "again") == without_times(folder)
     a, b = (load_file(f / "student.safetensors") for f in (folder, tmp_path / "again"))
     assert all((a[name] == b[name]).all() for name in a)
@@ -110,13 +108,13 @@ def test_dry_run_prints_the_resolved_configuration_and_trains_nothing(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_training_on_a_folder_with_one_broken_image(tmp_path):
-    from tests.test_mistakes import pairs
-
-    folder = pairs(tmp_path / "data", count=200, broken=1)
-    done = run(*TINY, "--steps", "24", "--data", folder, "--output-dir", str(tmp_path / "run"))
+def test_training_on_a_folder_with_a_few_broken_images(tmp_path):
+    folder = pairs(tmp_path / "data", count=200, broken=4)
+    share = ("--set", "data.max_bad_share=0.05")
+    done = run(*TINY, "--steps", "24", *share, "--data", folder, "--output-dir", str(tmp_path / "run"))
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "skipped" in done.stdout and "0.png" in done.stdout
+    line = next(line for line in done.stdout.splitlines() if "skipped" in line)
+    assert ".png" in line and "cannot identify image file" in line
     assert any("eval/val/combined/i2t_r1" in line for line in lines(tmp_path / "run"))
 
 

@@ -70,7 +70,8 @@ def backward(
             codes = _text_codes(winners)
             _add_up(texts, images, text_blocks, image_blocks, grad_t2i.t(), grad_i2t.t(), codes, text_total, add)
         del winners, codes
-    d_text = text_total.to(d_text.dtype)
+    if text_total is not d_text:
+        d_text.copy_(text_total)
     return d_image.view(image.shape) if need_image else d_image, d_text.view(text.shape) if need_text else d_text
 
 

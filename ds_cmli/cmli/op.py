@@ -159,14 +159,18 @@ def _(
 
 def _save(ctx, inputs, output):
     image, text, text_mask, image_mask, ctx.backend, ctx.scratch_bytes, _ = inputs
+    # Or autograd would hand backward a tensor of zeros for the winners too.
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(image, text, text_mask, image_mask, *output[2:])
 
 
 def _differentiate(ctx, grad_i2t, grad_t2i, *_):
     need_image, need_text = ctx.needs_input_grad[:2]
-    d_image, d_text = _backward(
-        grad_i2t, grad_t2i, *ctx.saved_tensors, ctx.backend, ctx.scratch_bytes, need_image, need_text
-    )
+    saved = ctx.saved_tensors  # once: non-reentrant checkpointing unpacks them only once
+    image, text = saved[:2]
+    shape, dtype = (image.shape[0], text.shape[0]), torch.promote_types(image.dtype, torch.float32)
+    grad_i2t, grad_t2i = (image.new_zeros(shape, dtype=dtype) if g is None else g for g in (grad_i2t, grad_t2i))
+    d_image, d_text = _backward(grad_i2t, grad_t2i, *saved, ctx.backend, ctx.scratch_bytes, need_image, need_text)
     return (d_image if need_image else None, d_text if need_text else None, *[None] * 5)
 
 

@@ -1,4 +1,4 @@
-"""All-pairs CMLI on a GPU by Triton kernels that never store the similarities. `cmli_scores` calls `forward`, `backward`.
+"""All-pairs CMLI on a GPU by Triton kernels that never store the similarities: what `cmli_scores` calls.
 
 Products are fp32 sums of 16-bit products on tensor cores, plain fp32 for fp32 (never tf32), fp64 for fp64. Nothing is
 tuned at run time and nothing is added atomically: the same input gives the same bits on the same kind of GPU.
@@ -152,17 +152,22 @@ def peak_bytes(
     blocks = math.ceil(N / tiles.rows)
     i_step, j_step = _partial_chunk(I, J, N, M, tiles, torch.float64 if acc == 8 else torch.float32, scratch_bytes)
 
-    def lists(items: int, length: int) -> int:  # tile lists and what building them takes; masks and lengths
-        return items * (24 * (math.ceil(length / 16) + 2) + 4 * length + 32)
+    def lists(items: int, length: int) -> int:  # tile lists of a side and what building them takes
+        return items * (24 * (math.ceil(length / 16) + 2) + 16)
+
+    def sides(items_i: int, items_j: int) -> int:  # masks and lengths
+        return items_i * (4 * N + 16) + items_j * (4 * M + 16)
 
     def run(items_i: int, items_j: int, save: bool) -> int:
         partial = 0
         if blocks > 1:
-            partial = min(i_step, items_i) * min(j_step, items_j) * _partial_pair(blocks, M, acc)
-        return items_i * items_j * (2 * acc + save * index) + partial + lists(items_i, N) + lists(items_j, M)
+            pairs = min(i_step, items_i) * min(j_step, items_j)
+            partial = pairs * (_partial_pair(blocks, M, acc) - (not save) * 2 * blocks * M)
+        outputs = items_i * items_j * (2 * acc + save * index)
+        return outputs + partial + sides(items_i, items_j) + lists(items_j, M)
 
     gradients = (I * N + J * M) * D * dtype.itemsize
-    backward = gradients + 3 * I * J * acc + 2 * lists(I, N) + 2 * lists(J, M)
+    backward = gradients + 3 * I * J * acc + sides(I, J) + 2 * lists(I, N) + 2 * lists(J, M)
     if recompute:
         if I * J * index <= scratch_bytes:
             backward += run(I, J, True)

@@ -63,7 +63,7 @@ def _add_steps(acc, code, total, terms, source, q_mask, d, p, live, r, r_inside,
 
         main = g.to(source.dtype.element_ty)
         acc = tl.dot(main, x, acc, input_precision="ieee", out_dtype=dtype)
-        if TWO_TERMS:
+        if TWO_TERMS:  # noqa: SIM102 - decided when compiled; the next one must not be
             # A branch the compiler cannot resolve: of two products in one block it would take the second for a product
             # of the first's result, as in attention, and give each warp all columns and more registers than there are.
             if terms > 1:

@@ -88,7 +88,7 @@ class Side:
 
 
 class TileList(NamedTuple):
-    """`code[t] = item * slots + first position / unit` for each tile, item after item, and what is needed to read it."""
+    """Tiles, item after item: `code[t] = item * slots + place`, the place counted in tiles or in 16 positions."""
 
     code: Tensor  # [bound + 1] int32; after the last: of item `after`
     first: Tensor  # [X + 1] int32: the item's first tile; the last entry is the number of tiles

@@ -211,6 +211,18 @@ def test_only_the_gradient_asked_for():
         assert torch.equal(grad, both[2 + side])
 
 
+@pytest.mark.parametrize("which", [0, 1])
+def test_one_score_alone(which):
+    """The other score's gradient never arrives."""
+    case = random_case(3, 4, 6, 5, 4)
+    upstream = upstream_for(case)
+    inputs = [x.clone().requires_grad_() for x in case[:2]]
+    grads = torch.autograd.grad(cmli_scores(*inputs, *case[2:])[which], inputs, upstream[which])
+    alone = tuple(g if k == which else torch.zeros_like(g) for k, g in enumerate(upstream))
+    for got, want in zip(grads, with_gradients(case, alone, backend="reference")[2:], strict=True):
+        torch.testing.assert_close(got, want)
+
+
 def test_strided_inputs_and_gradients():
     case = random_case(3, 4, 6, 5, 4, text_lengths=[1, 5, 4, 5])
     strided = tuple(x.transpose(0, 2).contiguous().transpose(0, 2) for x in case[:2]) + case[2:]

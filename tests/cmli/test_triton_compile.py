@@ -21,6 +21,7 @@ from ds_cmli.cmli.triton_tiles import backward_tiles, forward_tiles  # noqa: E40
 
 SHARED = {80: 163 * 1024, 86: 99 * 1024, 90: 227 * 1024}  # bytes a block may use (CUDA C++ Programming Guide)
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+CASES = [(target, dtype) for target in (80, 90) for dtype in NAMES] + [(86, torch.bfloat16)]
 N, M, D = 196, 64, 256
 
 
@@ -51,8 +52,7 @@ def check(registers, spills, shared, ptx, target, dtype):
         assert "fma.rn.f32" in ptx and "tf32" not in ptx
 
 
-@pytest.mark.parametrize("dtype", NAMES, ids=NAMES.values())
-@pytest.mark.parametrize("target", SHARED)
+@pytest.mark.parametrize(("target", "dtype"), CASES, ids=str)
 def test_forward(target, dtype):
     tiles = forward_tiles(N, M, D, dtype, divmod(target, 10), SHARED[target])
     blocks = -(-N // tiles.rows)
@@ -60,7 +60,8 @@ def test_forward(target, dtype):
     pointers |= dict.fromkeys(("arg_i2t", "arg_t2i"), "u8") | dict.fromkeys(("image_mask", "text_mask"), "i16")
     pointers |= dict.fromkeys(("image_count", "text_count", "first", "code"), "i32") | {"suspect": "i1"}
     for tokens in tiles.tokens:
-        for masked, save in ((False, True), (True, True), (False, False)):
+        # Without winners, and without image masks in fp16, the kernels are parts of these.
+        for masked, save in ((False, True), (True, True))[: 2 if dtype == torch.bfloat16 else 1]:
             constants = {"D": D, "ROWS": tiles.rows, "TOKENS": tokens, "BD": tiles.features, "BLOCKS": blocks}
             constants |= {"MASKED": masked, "SAVE": save, "STAGES": tiles.stages}
             check(*compiled(triton_forward.forward_kernel, pointers, constants, target, tiles), target, dtype)
@@ -68,15 +69,14 @@ def test_forward(target, dtype):
     assert dtype.itemsize > 2 or target == 86 or blocks == 1
 
 
-@pytest.mark.parametrize("dtype", NAMES, ids=NAMES.values())
-@pytest.mark.parametrize("target", SHARED)
+@pytest.mark.parametrize(("target", "dtype"), CASES, ids=str)
 def test_backward(target, dtype):
     tiles = backward_tiles(D, dtype)
     pointers = dict.fromkeys(("out", "source"), NAMES[dtype]) | dict.fromkeys(("p_win", "q_win"), "u8")
     pointers |= dict.fromkeys(("p_mask", "q_mask"), "i16")
     pointers |= dict.fromkeys(("p_inverse", "q_inverse", "scale", "p_grad", "q_grad"), "fp32")
     pointers |= {f"{list_}_{part}": "i32" for list_ in ("p", "long", "short") for part in ("code", "first")}
-    for p_masked, q_masked in ((False, True), (True, False), (True, True)):  # d_image, d_text, patches masked too
+    for p_masked, q_masked in ((False, True), (True, False)):  # d_image, d_text
         constants = {"D": D, "BD": tiles.features, "ROWS": tiles.rows, "LONG": tiles.step, "P_MASKED": p_masked}
         constants |= {"Q_MASKED": q_masked, "TWO_TERMS": dtype == torch.bfloat16, "STAGES": tiles.stages}
         check(*compiled(triton_backward.gradient_kernel, pointers, constants, target, tiles), target, dtype)

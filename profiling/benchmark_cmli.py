@@ -1,0 +1,347 @@
+"""python profiling/benchmark_cmli.py [--json FILE] [--plot FILE]
+
+The all-pairs CMLI scores beside everything else that computes them, in one run: time of forward and of forward and
+backward, extra memory, where our own time goes, and how it grows. Peers come with `pip install -e '.[bench]'`; one
+that is missing or does not run here is a row that says so.
+
+Floor: the bare matrix product over valid tokens, torch.mm into a preallocated tensor, fp32. It is no lower bound where
+the chunked backend's product (oneDNN) is faster than torch.mm's (MKL). Timings: repeats of all contenders
+interleaved, medians.
+
+Shapes: image [B, N, D], text [B, M, D].
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+import click
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ds_cmli.cmli import cmli_scores
+
+N, M, D = 196, 64, 256
+SETTINGS = ("full", "captions", "mixed")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+Scores = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+def text_lengths(setting: str, B: int) -> Tensor:
+    """Valid tokens of each text: all 62; as in captions (mean about 12, one of 62); evenly from 8 to 62."""
+    g = torch.Generator().manual_seed(1)
+    if setting == "full":
+        return torch.full((B,), 62)
+    if setting == "mixed":
+        return torch.randint(8, 63, (B,), generator=g)
+    lengths = torch.empty(B).log_normal_(2.35, 0.5, generator=g).round().clamp(3, 62).long()
+    lengths[0] = 62
+    return lengths
+
+
+def naive(image: Tensor, text: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    S = torch.einsum("ind,jmd->ijnm", image, text)
+    s_i2t = S.masked_fill(~mask[:, None, :], -torch.inf).amax(3).mean(2)
+    return s_i2t, (S.amax(2) * mask).sum(2) / mask.sum(1)
+
+
+def x_clip(image: Tensor, text: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """The formula of x-clip 0.14.4, use_all_token_embeds."""
+    S = torch.einsum("xtd,yid->xyti", text, image)
+    token = mask[:, None, :]
+    t2i = S.amax(-1).masked_fill(~token, 0.0).sum(-1) / token.sum(-1).clamp(min=1e-6)
+    i2t = S.masked_fill(~token[..., None], -torch.finfo(S.dtype).max).amax(-2).mean(-1)
+    return i2t.t(), t2i.t()
+
+
+def sentence_transformers(image: Tensor, text: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    from sentence_transformers.util import maxsim
+
+    return maxsim(image, text, b_mask=mask) / image.shape[1], maxsim(text, image, a_mask=mask).t() / mask.sum(1)
+
+
+def late_interaction_kernels(image: Tensor, text: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    from late_interaction_kernels import maxsim
+
+    return maxsim(image, text, d_mask=mask) / image.shape[1], maxsim(text, image, q_mask=mask).t() / mask.sum(1)
+
+
+def flash_maxsim(image: Tensor, text: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    from flash_maxsim import flash_maxsim_batched_train as maxsim
+
+    lengths = mask.sum(1).to(torch.int32)
+    s_i2t = maxsim(image, text, doc_lengths=lengths) / image.shape[1]
+    return s_i2t, maxsim(text, image, query_lengths=lengths).t() / lengths
+
+
+def ours(**options) -> Scores:
+    return lambda image, text, mask: cmli_scores(image, text, mask, **options)
+
+
+# name -> (scores, dtypes, whether it is ours)
+CONTENDERS: dict[str, tuple[Scores, tuple[str, ...], bool]] = {
+    "naive autograd": (naive, ("fp32",), False),
+    "x-clip": (x_clip, ("fp32",), False),
+    "sentence-transformers": (sentence_transformers, ("fp32",), False),
+    "late-interaction-kernels": (late_interaction_kernels, ("fp32",), False),
+    "flash-maxsim": (flash_maxsim, ("fp32",), False),
+    "chunked": (ours(backend="chunked"), ("fp32", "bf16", "fp16"), True),
+    "chunked, recompute": (ours(backend="chunked", recompute=True), ("fp32",), True),
+    "triton": (ours(backend="triton"), ("fp32", "bf16", "fp16"), True),
+}
+
+
+class Problem:
+    """Inputs, upstream gradients and what is timed: I images against J texts."""
+
+    def __init__(self, setting: str, I: int, J: int, dtype: torch.dtype, device: str):  # noqa: E741
+        g = torch.Generator().manual_seed(0)
+        lengths = text_lengths(setting, J)
+        self.tokens = int(lengths.sum())
+        self.mask = (torch.arange(M) < lengths[:, None]).to(device)
+        self.image, self.text = (
+            F.normalize(torch.randn(n, p, D, generator=g), dim=-1).to(device, dtype).requires_grad_()
+            for n, p in ((I, N), (J, M))
+        )
+        self.grads = [(torch.randn(I, J, generator=g) / J).to(device) for _ in range(2)]
+        self.device = device
+
+    def forward(self, scores: Scores) -> None:
+        with torch.no_grad():
+            scores(self.image, self.text, self.mask)
+
+    def step(self, scores: Scores) -> None:
+        torch.autograd.grad(scores(self.image, self.text, self.mask), (self.image, self.text), self.grads)
+
+    def floor(self) -> Callable[[], None]:
+        valid = self.text.detach()[self.mask].float()
+        patches = self.image.detach().float().flatten(0, 1)
+        out = valid.new_empty(len(valid), 16 * N)
+
+        def product() -> None:
+            for block in patches.split(16 * N):
+                torch.mm(valid, block.t(), out=out[:, : len(block)] if len(block) == 16 * N else None)
+
+        return product
+
+    def seconds(self, call: Callable[[], None]) -> float:
+        start = time.perf_counter()
+        call()
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+
+def why_not(name: str, dtype: str, device: str) -> str | None:
+    """One line on why a contender does not run here, or None."""
+    try:
+        Problem("full", 2, 2, DTYPES[dtype], device).step(CONTENDERS[name][0])
+    except Exception as error:
+        return f"not run: {type(error).__name__}: {error}".splitlines()[0][:110]
+    return None
+
+
+def compare(
+    setting: str, B: int, repeats: int, peers: bool, runnable: list[tuple[str, str]], device: str
+) -> list[dict]:
+    problems = {dtype: Problem(setting, B, B, DTYPES[dtype], device) for dtype in DTYPES}
+    entries = [(name, dtype) for name, dtype in runnable if peers or CONTENDERS[name][2]]
+    calls: dict[tuple[str, str, str], tuple[Problem, Callable[[], None]]] = {
+        ("floor", "fp32", ""): (problems["fp32"], problems["fp32"].floor())
+    }
+    for name, dtype in entries:
+        problem, scores = problems[dtype], CONTENDERS[name][0]
+        calls[name, dtype, "forward"] = problem, lambda p=problem, s=scores: p.forward(s)  # type: ignore[misc]
+        calls[name, dtype, "step"] = problem, lambda p=problem, s=scores: p.step(s)  # type: ignore[misc]
+    times: dict[tuple[str, str, str], list[float]] = {key: [] for key in calls}
+    for repeat in range(repeats + 1):
+        for key, (problem, call) in calls.items():
+            seconds = problem.seconds(call)
+            if repeat:  # the first is a warm-up
+                times[key].append(seconds)
+    median = {key: statistics.median(values) for key, values in times.items()}
+    return [
+        {
+            "name": name,
+            "setting": setting,
+            "dtype": dtype,
+            "B": B,
+            "forward_s": median[name, dtype, "forward"],
+            "step_s": median[name, dtype, "step"],
+            "floor_s": median["floor", "fp32", ""],
+            "peak_extra_bytes": None,
+        }
+        for name, dtype in entries
+    ]
+
+
+def resident(field: str) -> int:
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) * 1024 for line in status if line.startswith(field))
+
+
+def own_peak(name: str, setting: str, dtype: str, I: int, J: int, device: str) -> int:  # noqa: E741
+    """Extra memory of one forward and backward beyond inputs and their gradients; call it in a fresh process."""
+    scores = CONTENDERS[name][0]
+    Problem(setting, 2, 2, DTYPES[dtype], device).step(scores)  # libraries load and start their threads
+    problem = Problem(setting, I, J, DTYPES[dtype], device)
+    gradients = problem.image.nbytes + problem.text.nbytes
+    if device == "cuda":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        problem.step(scores)
+        return torch.cuda.max_memory_allocated() - before - gradients
+    with open("/proc/self/clear_refs", "w") as reset:
+        reset.write("5")  # the high-water mark starts from here
+    before = resident("VmRSS")
+    problem.step(scores)
+    return resident("VmHWM") - before - gradients
+
+
+def peak_in_own_process(name: str, setting: str, dtype: str, I: int, J: int, device: str) -> int | None:  # noqa: E741
+    command = [sys.executable, os.path.abspath(__file__), "--peak-of", json.dumps([name, setting, dtype, I, J, device])]
+    run = subprocess.run(command, capture_output=True, text=True)
+    return int(run.stdout.split()[-1]) if run.returncode == 0 else None
+
+
+KINDS = {
+    "product": ("mkldnn::_linear_pointwise", "aten::mm"),
+    "maxima": ("aten::amax", "aten::eq", "aten::eq_", "aten::mul_"),
+    "gathers": ("aten::_embedding_bag", "aten::_embedding_bag_forward_only", "aten::index_select", "aten::add_"),
+    "sorts": ("aten::sort", "aten::searchsorted", "aten::remainder_"),
+}
+
+
+def breakdown(setting: str, B: int) -> dict[str, float]:
+    """Seconds of a step of the chunked backend by kind of work."""
+    problem, scores = Problem(setting, B, B, torch.float32, "cpu"), CONTENDERS["chunked"][0]
+    problem.step(scores)
+    plain = statistics.median(problem.seconds(lambda: problem.step(scores)) for _ in range(3))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as prof:
+        problem.step(scores)
+    own = {event.key: event.self_cpu_time_total / 1e6 for event in prof.key_averages()}
+    parts = {kind: sum(own.get(key, 0.0) for key in keys) for kind, keys in KINDS.items()}
+    return {"step": plain, **parts, "overhead": plain - sum(parts.values())}
+
+
+def scaling(setting: str, batches: list[int], repeats: int, device: str) -> list[dict]:
+    """One rank's block row of G/P images against G texts: time by G^2/P and by valid patch-token pair."""
+    rows = []
+    scores = ours()
+    for G in batches:
+        for P in (1, 2, 4) if G == batches[-1] else (1,):
+            problem = Problem(setting, G // P, G, torch.float32, device)
+            problem.step(scores)
+            seconds = statistics.median(problem.seconds(lambda p=problem: p.step(scores)) for _ in range(repeats))
+            pairs = G // P * N * problem.tokens
+            rows.append({"name": "scaling", "setting": setting, "dtype": "fp32", "B": G // P, "G": G, "P": P})
+            rows[-1].update(forward_s=None, step_s=seconds, floor_s=None, peak_extra_bytes=None)
+            rows[-1]["ns_per_pair"] = seconds / pairs * 1e9
+    return rows
+
+
+def megabytes(value: int | None) -> str:
+    return "" if value is None else f"{value / 1e6:.1f}"
+
+
+def draw(rows: list[dict], path: str) -> None:
+    try:
+        import matplotlib
+    except ImportError:
+        click.echo("no plot: matplotlib is not installed; pip install -e '.[bench]'")
+        return
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, len(SETTINGS), figsize=(15, 4), sharey=True, constrained_layout=True)
+    for axis, setting in zip(axes, SETTINGS, strict=True):
+        timed = [r for r in rows if r["setting"] == setting and r["step_s"] and r["name"] != "scaling"]
+        for name, dtype in dict.fromkeys((r["name"], r["dtype"]) for r in timed):
+            line = [(r["B"], r["step_s"]) for r in timed if (r["name"], r["dtype"]) == (name, dtype)]
+            axis.loglog(*zip(*line, strict=True), marker="o", label=f"{name} {dtype}")
+        floor = sorted({(r["B"], r["floor_s"]) for r in timed})
+        if floor:
+            axis.loglog(*zip(*floor, strict=True), "k--", label="floor: torch.mm")
+        axis.set(title=setting, xlabel="B")
+    axes[0].set_ylabel("forward + backward, s")
+    axes[0].legend(fontsize=7)
+    figure.savefig(path, dpi=120)
+
+
+@click.command(help=(__doc__ or "").split("\n\n")[1])
+@click.option(
+    "--batch", "batches", multiple=True, type=click.IntRange(2), default=(32, 64, 128, 256), show_default=True
+)
+@click.option("--setting", "settings", multiple=True, type=click.Choice(SETTINGS), default=SETTINGS, show_default=True)
+@click.option("--peers-up-to", default=128, show_default=True, help="Largest B of the others, who need B^2 memory.")
+@click.option("--repeats", type=click.IntRange(1), default=3, show_default=True)
+@click.option("--memory/--no-memory", default=True, help="Peak memory at `full`, each contender in its own process.")
+@click.option("--scaling/--no-scaling", "scale", default=True, help="G from 64 to 512, and P = 1, 2, 4.")
+@click.option("--json", "json_path", type=click.Path(dir_okay=False, writable=True), help="Write the rows here.")
+@click.option("--plot", "plot_path", type=click.Path(dir_okay=False, writable=True), help="Write a PNG here.")
+@click.option("--peak-of", hidden=True)
+def main(batches, settings, peers_up_to, repeats, memory, scale, json_path, plot_path, peak_of):
+    if peak_of:
+        click.echo(own_peak(*json.loads(peak_of)))
+        return
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    click.echo(
+        f"torch {torch.__version__}, {device}, {torch.get_num_threads()} threads, N={N} M={M} D={D}; times in ms"
+    )
+    rows, runnable = list[dict](), list[tuple[str, str]]()
+    for name, (_, dtypes, _) in CONTENDERS.items():
+        for dtype in dtypes:
+            reason = why_not(name, dtype, device)
+            if reason is None:
+                runnable.append((name, dtype))
+                continue
+            click.echo(f"{name:26}{dtype:6}{reason}")
+            rows.append({"name": name, "setting": None, "dtype": dtype, "B": None, "note": reason})
+            rows[-1].update(forward_s=None, step_s=None, floor_s=None, peak_extra_bytes=None)
+
+    click.echo(
+        f"\n{'':26}{'':6}{'setting':>9}{'B':>5}{'forward':>10}{'step':>10}{'x floor':>9}{'x naive':>9}{'extra MB':>10}"
+    )
+    for setting in settings:
+        for B in batches:
+            group = compare(setting, B, repeats, B <= peers_up_to, runnable, device)
+            reference = next((r["step_s"] for r in group if r["name"] == "naive autograd"), None)
+            for row in group:
+                if memory and setting == "full":
+                    row["peak_extra_bytes"] = peak_in_own_process(row["name"], setting, row["dtype"], B, B, device)
+                faster = f"{reference / row['step_s']:.2f}" if reference else ""
+                click.echo(
+                    f"{row['name']:26}{row['dtype']:6}{setting:>9}{B:>5}{row['forward_s'] * 1e3:>10.1f}"
+                    f"{row['step_s'] * 1e3:>10.1f}{row['step_s'] / row['floor_s']:>9.2f}{faster:>9}"
+                    f"{megabytes(row['peak_extra_bytes']):>10}"
+                )
+            rows += group
+
+    if device == "cpu":
+        click.echo("\nWhere a step of `chunked` goes (ms, B=128)")
+        for setting in settings:
+            parts = breakdown(setting, 128)
+            click.echo(f"{setting:9}" + "  ".join(f"{kind} {seconds * 1e3:.1f}" for kind, seconds in parts.items()))
+    if memory:
+        click.echo("\nThe document's setting, bf16, all tokens valid: extra MB of a forward and backward")
+        for name, I, J in (("chunked", 256, 512), ("chunked, recompute", 256, 512), ("chunked", 512, 512)):  # noqa: E741
+            click.echo(f"{name:26}{I} x {J}  {megabytes(peak_in_own_process(name, 'full', 'bf16', I, J, device))}")
+    if scale:
+        click.echo("\nGrowth with G^2/P (fp32, captions): step, ns per valid patch-token pair")
+        for row in scaling("captions", [64, 128, 256, 512], repeats, device):
+            click.echo(f"G={row['G']:<5}P={row['P']:<3}{row['step_s'] * 1e3:>9.1f} ms{row['ns_per_pair']:>8.2f} ns")
+            rows.append(row)
+    if json_path:
+        with open(json_path, "w") as file:
+            json.dump(rows, file, indent=1)
+    if plot_path:
+        draw(rows, plot_path)
+
+
+if __name__ == "__main__":
+    main()
