@@ -27,9 +27,7 @@ def clean_environment() -> dict[str, str]:
 def run(*arguments: str, launcher: tuple[str, ...] = (sys.executable,), script: str = "train.py", timeout: float = 300):
     """Run a script of ds_cmli as a user does, by its path, and return the finished process."""
     command = [*launcher, str(ROOT / "ds_cmli" / script), *arguments]
-    return subprocess.run(
-        command, env=clean_environment(), cwd=ROOT, capture_output=True, text=True, timeout=timeout
-    )
+    return subprocess.run(command, env=clean_environment(), cwd=ROOT, capture_output=True, text=True, timeout=timeout)
 
 
 def free_port() -> int:

@@ -36,8 +36,9 @@ def forward_tiles(N: int, M: int, D: int, dtype: torch.dtype, capability: tuple[
 
     `shared` is the shared memory a block may use: 163 KB on sm_80, 227 KB on sm_90, 99 KB on sm_86, sm_89 and sm_120.
     16-bit inputs: an image's block stays resident and 8 warps read it from shared memory, which leaves the registers to
-    S and its maxima (ROWS=256, D=256: 131 KB and 80 to 216 registers). sm_90 reads the texts from shared memory too, so
-    it needs the tile in use and the one in flight; earlier ones hold the tile in use in registers. 99 KB hold 128 rows.
+    S and its maxima (ROWS=256, D=256: 131 KB and 80 to 231 registers). sm_90 reads the texts from shared memory too, so
+    it needs the tile in use and the one in flight; earlier ones hold the tile in use in registers, where a tile of 64
+    beside 256 rows comes too close to the 255 there are. 99 KB of shared memory hold 128 rows.
     fp32 and fp64 run on plain multiply-adds (fp64 on its tensor cores), limited by arithmetic: small tiles, features in
     turn.
     """
@@ -51,7 +52,9 @@ def forward_tiles(N: int, M: int, D: int, dtype: torch.dtype, capability: tuple[
     scratch = 2304  # what reductions and layout changes were seen to take at most
 
     def fitting(rows: int) -> tuple[int, ...]:
-        return tuple(w for w in widths if (rows + buffers * w) * features * dtype.itemsize + scratch <= shared)
+        width = 64 if capability[0] >= 9 or rows < 256 else 32
+        need = [(rows + buffers * w) * features * dtype.itemsize + scratch for w in widths]
+        return tuple(w for w, bytes_ in zip(widths, need, strict=True) if w <= width and bytes_ <= shared)
 
     while rows > 16 and len(fitting(rows)) < min(2, len(widths)):
         rows //= 2
