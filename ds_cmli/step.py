@@ -33,6 +33,17 @@ def resolve_precision(ds_config: dict[str, Any]) -> tuple[dict[str, Any], str | 
     return ds_config, None
 
 
+def demo_assets(config: Config) -> list[str]:
+    """The demo assets that this configuration uses, for one fetch before anything else is built."""
+    student = config.student
+    uses = {
+        "pictures": config.data.source == "demo",
+        "minilm": "demo" in (config.data.tokenizer, student.text_weights),
+        "vit": "demo" in (student.image_weights, config.teacher.weights),
+    }
+    return [name for name, used in uses.items() if used]
+
+
 def resolve_weights(config: Config) -> Config:
     """The configuration with "demo" weights replaced by the paths of the packaged ones."""
     student, teacher = config.student, config.teacher

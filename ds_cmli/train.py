@@ -87,7 +87,7 @@ def train(config: Config, json_path: str, dry_run: bool) -> None:
 
     quiet.silence()
     from ds_cmli import deepspeed_json, distributed, step
-    from ds_cmli.data import GlobalBatchSampler, build_data
+    from ds_cmli.data import GlobalBatchSampler, assets, build_data
 
     # --- processes
     distributed.map_launcher_environment()
@@ -96,6 +96,7 @@ def train(config: Config, json_path: str, dry_run: bool) -> None:
     # --- configuration: every mistake that can be found before the processes meet is found here, on every rank
     ds_config, notice = step.resolve_precision(deepspeed_json.load(json_path))
     say(notice)
+    assets.fetch(step.demo_assets(config))
     data = build_data(config.data, config.run.seed)
     global_batch, micro_batch, accumulation = deepspeed_json.resolve_batch(
         ds_config, config.optim.micro_batch, world_size

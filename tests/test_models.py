@@ -44,7 +44,7 @@ def test_encoding_one_modality_gives_the_same(student):
 
 
 def test_padding_does_not_reach_valid_tokens(student):
-    image, ids, mask = inputs()
+    _image, ids, mask = inputs()
     tokens = student.encode_text(ids, mask)[1]
     changed = student.encode_text(ids.masked_fill(~mask, 5), mask)[1]
     assert_close(tokens[mask], changed[mask])

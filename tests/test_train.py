@@ -6,6 +6,7 @@ import sys
 
 import pytest
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.conftest import ROOT, free_port, run
 from tests.test_mistakes import pairs
@@ -59,7 +60,10 @@ def test_what_a_run_leaves(finished):
     assert {"logit_scale", "cmli.logit_scale", "student.g.weight"} <= weights.keys()
     assert weights["student.g.weight"].shape == (16, 32)
     assert (folder / "checkpoint" / "latest").read_text() == "step4"
-    assert list((folder / "tensorboard").iterdir())
+    events = EventAccumulator(str(folder / "tensorboard"))
+    events.Reload()
+    drawn = {"loss/cmli", "lr", "grad_norm", "temperature/global", "pairs_per_s", "peak_memory_bytes"}
+    assert drawn | {"eval/seen/combined/i2t_r1"} <= set(events.Tags()["scalars"])
     assert "written to" in done.stdout and str(folder) in done.stdout
 
 
