@@ -163,8 +163,7 @@ def resolve_batch(config: dict[str, Any], micro_batch: int, world_size: int) -> 
 def resolve(config: dict[str, Any], optim: OptimConfig, world_size: int, total_steps: int) -> dict[str, Any]:
     """A copy with every "auto" filled in, ready for `deepspeed.initialize`."""
     out = copy.deepcopy(config)
-    for key, value in zip(BATCH_KEYS, resolve_batch(config, optim.micro_batch, world_size), strict=True):
-        out[key] = value
+    out.update(zip(BATCH_KEYS, resolve_batch(config, optim.micro_batch, world_size), strict=True))
     if out.get("gradient_clipping", "auto") == "auto":
         out["gradient_clipping"] = optim.grad_clip
     # AdamW in PyTorch's own implementation: DeepSpeed's fused one is compiled at first use.

@@ -77,7 +77,9 @@ def evaluate(objective: Any, dataset: Any, data: Any, batch_size: int, device: A
     rank, world_size = distributed.rank(), distributed.world_size()
     share = len(range(rank, n, world_size))
     images = torch.utils.data.Subset(dataset, [(rank + k * world_size) % n for k in range(-(-n // world_size))])
-    blocks, own, hits = [], [], torch.zeros(2, dtype=torch.float64)
+    blocks: list[torch.Tensor] = []
+    own: list[torch.Tensor] = []
+    hits = torch.zeros(2, dtype=torch.float64)
     with torch.no_grad():
         for start in range(0, n, CHUNK):
             texts = torch.utils.data.Subset(dataset, range(start, min(n, start + CHUNK)))
@@ -100,7 +102,7 @@ def evaluate(objective: Any, dataset: Any, data: Any, batch_size: int, device: A
                 rows.append(torch.stack([by_global, i2t, t2i]).float().cpu())  # CPU-GPU sync
                 if start == 0:
                     if data.has_places:
-                        batch.token_picture[max(0, share - sum(map(len, own))) :] = -1
+                        batch.token_picture[max(0, share - sum(len(o) for o in own)) :] = -1
                         hits += pointing_hits(student, batch, patches)
                     own.append(batch.index.cpu())
             blocks.append(torch.cat(rows, 1))  # [3, r, c]
@@ -176,7 +178,7 @@ def command(checkpoint: str, source: str | None, batch_size: int, json_file: str
     load_weights(folder, objective)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     objective.to(device)
-    metrics = {}
+    metrics: dict[str, float] = {}
     for split, dataset in data.evals.items():
         found = evaluate(objective, dataset, data, batch_size, device)
         metrics |= {f"eval/{split}/{name}": value for name, value in found.items()}
@@ -207,4 +209,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -4,6 +4,7 @@ Shapes: B pairs per rank, N patches, M text positions, H student width, H_t teac
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -55,10 +56,9 @@ class Objective(nn.Module):
                 scratch_bytes=config.cmli_scratch_bytes,
                 recompute=config.cmli_recompute,
             )
+        self.width_head: WidthHead | None = None
         if teacher_width is not None and teacher_width != student.width:
             self.width_head = WidthHead(student.width, teacher_width)
-        else:
-            self.width_head = None
 
     def forward(self, batch: Batch, targets: Targets | None) -> tuple[Tensor, dict[str, Tensor]]:
         """The weighted sum of this rank's mean losses (a scalar in fp32), and each of them by name, detached.
@@ -66,14 +66,14 @@ class Objective(nn.Module):
         Averaged over ranks both are those of the global batch.
         """
         features = Features(*self.student(batch.image, batch.input_ids, batch.attention_mask))
-        compute = {
+        compute: dict[str, Callable[..., Tensor]] = {
             "global": self.global_loss,
             "cmli": self.cmli_loss,
             "target_cmli": self.target_cmli_loss,
             "cls_kd": self.cls_kd_loss,
         }
         each = {name: compute[name](features, batch, targets) for name in self.config.weights}
-        total = sum(weight * each[name] for name, weight in self.config.weights.items())
+        total = torch.stack([weight * each[name] for name, weight in self.config.weights.items()]).sum()
         return total, {name: loss.detach() for name, loss in each.items()}
 
     def global_loss(self, features: Features, batch: Batch, targets: Targets | None) -> Tensor:

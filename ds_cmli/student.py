@@ -23,7 +23,7 @@ def one_line(error: Exception) -> str:
     return re.sub(r"\s+", " ", str(error)).strip()[:300]
 
 
-def build_vit(setting: str, model: str, weights: str, overrides: dict[str, Any], image_size: int) -> nn.Module:
+def build_vit(setting: str, model: str, weights: str, overrides: dict[str, Any], image_size: int) -> Any:
     """A timm ViT that returns all its tokens: uint8-normalisation constants in `pretrained_cfg`, no head.
 
     `weights`: "random", "hub", or the path of a file in the model's own layout; position embeddings of another
@@ -49,7 +49,10 @@ def build_vit(setting: str, model: str, weights: str, overrides: dict[str, Any],
 class PixelNorm(nn.Module):
     """uint8 pixels -> the mean and standard deviation the encoder was trained with, in the encoder's precision."""
 
-    def __init__(self, vit: nn.Module):
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, vit: Any):
         super().__init__()
         for name in ("mean", "std"):
             # Integers, in 1/10000 of a pixel value: a float buffer would be rounded with the model's cast to 16 bit.
@@ -60,7 +63,7 @@ class PixelNorm(nn.Module):
         return ((image.float() * 1e4 - self.mean) / self.std).to(dtype)
 
 
-def build_text_encoder(config: StudentConfig, vocab_size: int) -> nn.Module:
+def build_text_encoder(config: StudentConfig, vocab_size: int) -> Any:
     """A BERT-like encoder of the transformers library, its first `config.layers` layers, without pooler or dropout."""
     name, weights = config.text_model, config.text_weights
     # No dropout: the same batch gives the same loss whatever the number of ranks.
@@ -100,6 +103,8 @@ def cut(blocks: Any, layers: int, setting: str) -> Any:
 class SharedBlock(nn.Module):
     """One pre-norm Transformer block applied to both modalities."""
 
+    block: Any
+
     def __init__(self, width: int, heads: int):
         super().__init__()
         self.block = Block(width, heads, qkv_bias=True)
@@ -124,6 +129,9 @@ class SharedBlock(nn.Module):
 
 
 class Student(nn.Module):
+    vit: Any  # timm's VisionTransformer
+    text: Any  # transformers' BERT-like encoder
+
     def __init__(self, config: StudentConfig, image_size: int, vocab_size: int):
         super().__init__()
         self.vit = build_vit(
@@ -142,7 +150,7 @@ class Student(nn.Module):
 
         width = self.vit.embed_dim  # H
         text_width = self.text.config.hidden_size
-        self.text_head = nn.Linear(text_width, width) if text_width != width else nn.Identity()
+        self.text_head: nn.Module = nn.Linear(text_width, width) if text_width != width else nn.Identity()
         heads = max(1, width // 64)
         self.shared = nn.ModuleList(SharedBlock(width, heads) for _ in range(config.shared_blocks))
         # Two scales enter the shared blocks, and two means leave them: norms of each modality's own bring both to
@@ -181,14 +189,14 @@ class Student(nn.Module):
         """uint8 [B, 3, S, S] -> class tokens [B, H], patches [B, N, H]; as `forward` gives them."""
         x = self.embed_image(image)
         for block in self.shared:
-            x = block.image(x)
+            x = block.image(x)  # type: ignore[operator]
         return self.split_image(x)
 
     def encode_text(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
         """int64 [B, M], bool [B, M] -> class tokens [B, H], tokens [B, M, H]; as `forward` gives them."""
         y = self.embed_text(input_ids, attention_mask)
         for block in self.shared:
-            y = block.text(y, attention_mask)
+            y = block.text(y, attention_mask)  # type: ignore[operator]
         return self.split_text(y)
 
     def embed_image(self, image: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ Shapes: B images, S image side in pixels, N patches of the student's grid, H_t t
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +25,8 @@ class Targets:
 
 
 class Teacher(nn.Module):
+    vit: Any  # timm's
+
     def __init__(self, config: TeacherConfig, image_size: int, grid: tuple[int, int]):
         """`grid`: the student's patch grid; the teacher's is resampled to it where they differ."""
         super().__init__()

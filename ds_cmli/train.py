@@ -102,7 +102,8 @@ def train(config: Config, json_path: str, dry_run: bool) -> None:
         ds_config, config.optim.micro_batch, world_size
     )
     rank = int(os.environ["RANK"])
-    sampler = GlobalBatchSampler(len(data.train), micro_batch, rank, world_size, config.run.seed)
+    length = len(data.train)  # type: ignore[arg-type]
+    sampler = GlobalBatchSampler(length, micro_batch, rank, world_size, config.run.seed)
     total_steps = config.optim.steps
     if total_steps is None:
         assert config.optim.epochs is not None
@@ -135,7 +136,7 @@ def loop(config, data, sampler, trainer, total_steps, accumulation, folder, ds_c
     from ds_cmli.metrics import NullWriter, Writer, peak_memory_bytes
 
     run = config.run
-    writer = NullWriter()
+    writer: NullWriter | Writer = NullWriter()
     if distributed.is_main():
         environment.write(folder / "config.json", config, ds_config)
         writer = Writer(folder, total_steps)

@@ -285,7 +285,7 @@ def draw(rows: list[dict], path: str) -> None:
 @click.option("--setting", "settings", multiple=True, type=click.Choice(SETTINGS), default=SETTINGS, show_default=True)
 @click.option("--peers-up-to", default=64, show_default=True, help="Largest B of the others, who need B^2 memory.")
 @click.option("--repeats", type=click.IntRange(1), default=3, show_default=True)
-@click.option("--memory/--no-memory", default=True, help="Peak memory at `full`, each contender in its own process.")
+@click.option("--memory/--no-memory", default=True, help="Peak memory at `full` up to that B, each in its own process.")
 @click.option("--scaling/--no-scaling", "scale", default=True, help="G from 64 to 512, and P = 1, 2, 4.")
 @click.option("--json", "json_path", type=click.Path(dir_okay=False, writable=True), help="Write the rows here.")
 @click.option("--plot", "plot_path", type=click.Path(dir_okay=False, writable=True), help="Write a PNG here.")
@@ -317,7 +317,7 @@ def main(batches, settings, peers_up_to, repeats, memory, scale, json_path, plot
             group = compare(setting, B, repeats, peers_up_to >= B, runnable, device)
             reference = next((r["step_s"] for r in group if r["name"] == "naive autograd"), None)
             for row in group:
-                if memory and setting == "full":
+                if memory and setting == "full" and peers_up_to >= B:
                     row["peak_extra_bytes"] = peak_in_own_process(row["name"], setting, row["dtype"], B, B, device)
                 faster = f"{reference / row['step_s']:.2f}" if reference else ""
                 click.echo(
