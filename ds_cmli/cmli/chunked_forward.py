@@ -14,7 +14,7 @@ from ds_cmli.cmli.check import winner_dtype
 from ds_cmli.cmli.ragged import Block, Side, largest, make_blocks, make_sides
 from ds_cmli.cmli.tiling import tile_sizes
 
-# oneDNN's fp32 product is twice as fast as MKL's on AMD processors and as fast on Intel's; torch.mm takes MKL.
+# On AMD processors oneDNN's fp32 product is about twice as fast as MKL's, which torch.mm takes.
 ONEDNN = torch.backends.mkldnn.is_available() and platform.machine() in ("x86_64", "AMD64")
 
 
