@@ -40,10 +40,12 @@ class StudentConfig:
     layers: int = 6  # first layers kept of each encoder
     shared_blocks: int = 1  # Transformer blocks over both modalities
     embed_dim: int = 256  # D, the matching space
+    dropout: float = 0.1  # in the text encoder, as BERT was trained
 
     def __post_init__(self):
         check(self.layers >= 1, "student.layers", self.layers, "give at least 1")
         check(self.shared_blocks >= 1, "student.shared_blocks", self.shared_blocks, "give at least 1")
+        check(0 <= self.dropout < 1, "student.dropout", self.dropout, "give 0 (off) to below 1")
         check(1 <= self.embed_dim <= 1024, "student.embed_dim", self.embed_dim, "give 1 to 1024")
 
 
@@ -238,6 +240,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             },
             "layers": 2,
             "embed_dim": 16,
+            "dropout": 0.0,  # the same loss whatever the number of ranks
         },
         "teacher": {
             "model": "vit_tiny_patch16_224",

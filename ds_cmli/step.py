@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ds_cmli import deepspeed_json
+from ds_cmli import deepspeed_json, distributed
 from ds_cmli.config import Config
 from ds_cmli.data import Batch, assets
 from ds_cmli.errors import UserError
@@ -139,6 +139,7 @@ def build(config: Config, ds_config: dict[str, Any], vocab_size: int, total_step
     deepspeed.init_distributed(verbose=False)
     dtype = DTYPES[deepspeed_json.precision(ds_config)]
     objective, teacher = build_models(config, vocab_size)
+    torch.manual_seed(config.run.seed + distributed.rank())  # dropout: its own on each rank
     if "activation_checkpointing" in ds_config:
         deepspeed.checkpointing.configure(None, deepspeed_config=ds_config)
         checkpoint_blocks(objective.student.blocks, deepspeed.checkpointing.checkpoint)

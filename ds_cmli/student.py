@@ -64,10 +64,10 @@ class PixelNorm(nn.Module):
 
 
 def build_text_encoder(config: StudentConfig, vocab_size: int) -> Any:
-    """A BERT-like encoder of the transformers library, its first `config.layers` layers, without pooler or dropout."""
+    """A BERT-like encoder of the transformers library, its first `config.layers` layers, without pooler."""
     name, weights = config.text_model, config.text_weights
-    # No dropout: the same batch gives the same loss whatever the number of ranks.
-    settings = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, **config.text_overrides}
+    dropout = {"hidden_dropout_prob": config.dropout, "attention_probs_dropout_prob": config.dropout}
+    settings = {**dropout, **config.text_overrides}
     try:
         if weights == "random":
             settings["vocab_size"] = vocab_size

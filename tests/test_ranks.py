@@ -34,8 +34,8 @@ def test_two_ranks_give_the_gradients_of_one_process(tmp_path, stage):
         *(os.path.join(os.path.dirname(sys.executable), "deepspeed"), "--no_local_rank"),
         *("--num_accelerators", "2", "--master_port", str(free_port())),
     )
-    two = gradients(tmp_path, deepspeed, 4, stage)
-    one = gradients(tmp_path, (sys.executable,), 8, stage)
+    two = gradients(tmp_path, deepspeed, 16, stage)
+    one = gradients(tmp_path, (sys.executable,), 32, stage)
     torch.testing.assert_close(two["losses"], one["losses"], rtol=1e-5, atol=1e-6)
     worst = 0.0
     for step in (0, STEPS - 1):
