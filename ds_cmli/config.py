@@ -40,7 +40,7 @@ class StudentConfig:
     layers: int = 6  # first layers kept of each encoder
     shared_blocks: int = 1  # Transformer blocks over both modalities
     embed_dim: int = 256  # D, the matching space
-    dropout: float = 0.1  # in the text encoder, as BERT was trained
+    dropout: float = 0.0  # in the text encoder
 
     def __post_init__(self):
         check(self.layers >= 1, "student.layers", self.layers, "give at least 1")
@@ -119,7 +119,7 @@ class OptimConfig:
     warmup_share: float = 0.05  # of all steps, linear
     grad_clip: float = 1.0
     micro_batch: int = 64  # B, pairs per rank
-    steps: int | None = 240
+    steps: int | None = 320
     epochs: float | None = None
 
     def __post_init__(self):
@@ -240,7 +240,6 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             },
             "layers": 2,
             "embed_dim": 16,
-            "dropout": 0.0,  # the same loss whatever the number of ranks
         },
         "teacher": {
             "model": "vit_tiny_patch16_224",
