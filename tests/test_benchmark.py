@@ -1,0 +1,22 @@
+import json
+import subprocess
+import sys
+
+from tests.conftest import ROOT, clean_environment
+
+
+def test_benchmark_writes_what_it_measures(tmp_path):
+    file = tmp_path / "rows.json"
+    command = [sys.executable, str(ROOT / "profiling" / "benchmark_cmli.py"), "--batch", "4", "--setting", "captions"]
+    options = ["--repeats", "1", "--no-memory", "--no-scaling", "--json", str(file)]
+    done = subprocess.run([*command, *options], env=clean_environment(), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = json.loads(file.read_text())
+    keys = {"name", "setting", "dtype", "B", "forward_s", "step_s", "floor_s", "peak_extra_bytes"}
+    assert all(keys <= row.keys() for row in rows)
+    timed = {(row["name"], row["dtype"]): row for row in rows if row["step_s"]}
+    for contender in [("naive autograd", "fp32"), ("chunked", "fp32"), ("chunked", "bf16"), ("chunked", "fp16")]:
+        assert timed[contender]["step_s"] > 0
+        assert timed[contender]["floor_s"] > 0
+    # Peers that are not installed are rows that say so.
+    assert {"flash-maxsim", "late-interaction-kernels"} <= {row["name"] for row in rows}
