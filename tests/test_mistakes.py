@@ -76,7 +76,10 @@ MISTAKES = {
     "no data folder": (["--data", "/nowhere"], "/nowhere"),
     "no metadata": (lambda p: ["--data", str(p)], "metadata.jsonl"),
     "missing caption column": (lambda p: ["--data", pairs(p / "d", column="captoin")], "captoin"),
-    "unreadable images": (lambda p: ["--data", pairs(p / "d", count=200, broken=20), "--steps", "3"], "data.max_bad_share = 0.01"),
+    "unreadable images": (
+        lambda p: ["--data", pairs(p / "d", count=200, broken=20), "--steps", "3"],
+        "data.max_bad_share = 0.01",
+    ),
     "empty captions": (lambda p: ["--data", empty_captions(p / "d")], "data.max_bad_share = 0.01"),
     "too few pairs": (lambda p: ["--data", pairs(p / "d", count=5)], "fewer than one global batch of 8"),
     "output folder": (a_file, "cannot write there"),
