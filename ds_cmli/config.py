@@ -135,6 +135,9 @@ class OptimConfig:
         if self.epochs is not None:
             check(self.epochs > 0, "--epochs", self.epochs, "give a positive number")
 
+    def warmup_steps(self, total_steps: int) -> int:
+        return max(1, round(self.warmup_share * total_steps))
+
 
 @dataclass
 class RunConfig:

@@ -173,7 +173,7 @@ def resolve(config: dict[str, Any], optim: OptimConfig, world_size: int, total_s
     for key, value in ours.items():
         if params.get(key, "auto") == "auto":
             params[key] = value
-    warmup = max(1, round(optim.warmup_share * total_steps))
+    warmup = optim.warmup_steps(total_steps)
     fill = {
         **{"warmup_num_steps": warmup, "total_num_steps": total_steps},
         **{"warmup_min_lr": 0, "warmup_max_lr": params["lr"]},

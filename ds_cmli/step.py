@@ -144,7 +144,7 @@ def build(config: Config, ds_config: dict[str, Any], vocab_size: int, total_step
         deepspeed.checkpointing.configure(None, deepspeed_config=ds_config)
         checkpoint_blocks(objective.student.blocks, deepspeed.checkpointing.checkpoint)
 
-    warmup = max(1, round(config.optim.warmup_share * total_steps))
+    warmup = config.optim.warmup_steps(total_steps)
     schedule = None
     if "scheduler" not in ds_config:
         schedule = lambda optimizer: get_cosine_schedule_with_warmup(optimizer, warmup, total_steps)  # noqa: E731

@@ -8,6 +8,7 @@ import torch
 from ds_cmli import deepspeed_json, distributed, step
 from ds_cmli.config import load_preset
 from ds_cmli.data import Batch, build_data, eval_loader
+from tests.cmli.helpers import allocator_peak
 from tests.conftest import ROOT
 
 
@@ -62,18 +63,6 @@ def test_teacher_stays_frozen_and_outside_the_engine(device, data, batches):
     assert not any(id(p) in engine or p.requires_grad for p in trainer.teacher.parameters())
 
 
-def peak_bytes(run) -> int:
-    """Most memory above the start that the CPU allocator's own events show."""
-    with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as prof:
-        run()
-    events = [e for e in prof.profiler.kineto_results.events() if e.name() == "[memory]"]
-    live = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        live += event.nbytes()
-        peak = max(peak, live)
-    return peak
-
-
 def test_activation_checkpointing_changes_memory_and_no_bit_of_the_loss(device, data, batches):
     losses, peaks = [], []
     for section in ({}, {"activation_checkpointing": {}}):
@@ -82,7 +71,7 @@ def test_activation_checkpointing_changes_memory_and_no_bit_of_the_loss(device, 
             {"student": {"shared_blocks": 2, "dropout": 0.1}},
         )  # fmt: skip
         losses.append([trainer(b)[0] for b in batches[:3]])
-        peaks.append(peak_bytes(lambda: trainer(batches[3])))  # noqa: B023
+        peaks.append(allocator_peak(lambda: trainer(batches[3])))  # noqa: B023
     assert torch.equal(torch.stack(losses[0]), torch.stack(losses[1]))
     assert peaks[1] < peaks[0]
     print(f"peak of a step without checkpointing {peaks[0]:,} B, with {peaks[1]:,} B")
