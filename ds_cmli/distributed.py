@@ -11,6 +11,7 @@ is then exactly the gradient of the global batch's mean loss: no factor of P app
 
 import os
 import subprocess
+import sys
 from datetime import timedelta
 
 import torch
@@ -55,7 +56,12 @@ def init(timeout: timedelta = timedelta(minutes=30)) -> torch.device:
 def shutdown() -> None:
     """End the process group; without it a process may abort at exit."""
     if dist.is_initialized():
-        dist.destroy_process_group()
+        # DeepSpeed caches groups and would hand the ended ones to the next engine of this process: let it end them.
+        deepspeed_comm = sys.modules.get("deepspeed.comm")
+        if deepspeed_comm is not None and deepspeed_comm.is_initialized():
+            deepspeed_comm.destroy_process_group()
+        else:
+            dist.destroy_process_group()
 
 
 def rank(group: dist.ProcessGroup | None = None) -> int:

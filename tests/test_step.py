@@ -15,6 +15,7 @@ from tests.conftest import ROOT
 @pytest.fixture(scope="module")
 def device():
     yield distributed.init()
+    distributed.shutdown()
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +86,7 @@ def fp16_device(monkeypatch):
     from deepspeed.accelerator import get_accelerator
 
     monkeypatch.setattr(get_accelerator(), "is_fp16_supported", lambda: True)
+    monkeypatch.setattr(step, "resolve_precision", lambda ds_config: (ds_config, None))
 
 
 def test_fp16_with_dynamic_loss_scaling_skips_an_overflow_and_goes_on(fp16_device, device, data, batches):
@@ -103,15 +105,20 @@ def test_fp16_with_dynamic_loss_scaling_skips_an_overflow_and_goes_on(fp16_devic
     assert losses[-1] < losses[0]
 
 
-def test_fp16_falls_back_to_bf16_where_the_device_has_none(monkeypatch):
+@pytest.mark.parametrize(
+    "device_name, supported, runs", [("cpu", True, "bf16"), ("cuda", False, "bf16"), ("cuda", True, "fp16")]
+)
+def test_fp16_falls_back_to_bf16_where_it_is_slow_or_missing(monkeypatch, device_name, supported, runs):
     from deepspeed.accelerator import get_accelerator
 
-    monkeypatch.setattr(get_accelerator(), "is_fp16_supported", lambda: False)
+    monkeypatch.setattr(get_accelerator(), "device_name", lambda: device_name)
+    monkeypatch.setattr(get_accelerator(), "is_fp16_supported", lambda: supported)
     ds_config, notice = step.resolve_precision(FP16)
-    assert deepspeed_json.precision(ds_config) == "bf16"
-    assert "no fp16" in notice and "\n" not in notice
-    monkeypatch.setattr(get_accelerator(), "is_fp16_supported", lambda: True)
-    assert step.resolve_precision(FP16) == (FP16, None)
+    assert deepspeed_json.precision(ds_config) == runs
+    if runs == "bf16":
+        assert device_name in notice and "\n" not in notice
+    else:
+        assert notice is None
 
 
 def test_weight_decay_spares_norms_biases_and_embeddings(data):
