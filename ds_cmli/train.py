@@ -19,8 +19,9 @@ from typing import Any  # noqa: E402
 import click  # noqa: E402
 
 from ds_cmli.cli import GroupedCommand, option, run_command  # noqa: E402
-from ds_cmli.config import LOSSES, PRESETS, Config, load_preset, parse_losses, parse_settings  # noqa: E402
+from ds_cmli.config import LOSSES, Config, parse_losses, parse_settings  # noqa: E402
 from ds_cmli.errors import UserError  # noqa: E402
+from ds_cmli.presets import PRESETS, load_preset  # noqa: E402
 
 DEFAULT_JSON = Path(__file__).resolve().parent.parent / "ds_configs" / "zero2.json"
 

@@ -9,8 +9,8 @@ import sys
 import torch
 
 from ds_cmli import deepspeed_json, distributed, quiet
-from ds_cmli.config import load_preset
 from ds_cmli.data import GlobalBatchSampler, build_data, train_loader
+from ds_cmli.presets import load_preset
 from ds_cmli.step import build
 
 quiet.silence()

@@ -1,7 +1,8 @@
 import pytest
 
-from ds_cmli.config import PRESETS, Config, load_preset, parse_losses, parse_settings
+from ds_cmli.config import Config, parse_losses, parse_settings
 from ds_cmli.errors import UserError
+from ds_cmli.presets import PRESETS, load_preset
 
 
 @pytest.mark.parametrize("name", PRESETS)

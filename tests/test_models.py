@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from ds_cmli.config import LossConfig, load_preset
+from ds_cmli.config import LossConfig
 from ds_cmli.errors import UserError
 from ds_cmli.objective import Objective
+from ds_cmli.presets import load_preset
 from ds_cmli.student import PixelNorm, Student, build_text_encoder
 from ds_cmli.teacher import Targets, Teacher
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from ds_cmli import deepspeed_json, distributed, step
-from ds_cmli.config import load_preset
 from ds_cmli.data import Batch, build_data, eval_loader
+from ds_cmli.presets import load_preset
 from tests.cmli.helpers import allocator_peak
 from tests.conftest import ROOT
 
