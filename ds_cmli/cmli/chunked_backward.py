@@ -2,26 +2,21 @@
 
 A row of one side gets a share of each row that it won by (one in every item of the other side), and of each row that
 won by it. The first are gathered by embedding_bag as they stand; the second once a stable sort has put them in the
-order of their destinations. Sums run in a fixed order: no atomics, the same bits every time.
+order of their destinations. Where texts are short, the winners are so dense that both come faster by one product with
+a matrix of their shares, zero elsewhere. Sums run in a fixed order: no atomics, the same bits every time.
 
 Shape legend: I images, J texts, N patches, M text positions, D features. One side is `own`, the other `other`: a tile
 is `rows` of `items` of the own side against `other_rows` of `other_items`.
 """
 
-from collections.abc import Callable
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ds_cmli.cmli.check import winner_dtype
 from ds_cmli.cmli.chunked_forward import Winners, run_tiles
+from ds_cmli.cmli.chunked_tiles import Buffers, Codes, Tile, add_lost, add_product, add_won
 from ds_cmli.cmli.ragged import Block, Side, largest, make_blocks, make_sides
-from ds_cmli.cmli.tiling import Stripes, tile_sizes
-
-# For an own and an other block: what the own rows won by [rows, other_items], and what the other rows won by
-# [items, other_rows].
-Codes = Callable[[Block, Block], tuple[Tensor, Tensor]]
+from ds_cmli.cmli.tiling import Stripes, Widths, by_product, strip_rows, tile_sizes
 
 
 def backward(
@@ -65,10 +60,11 @@ def backward(
             winners = Winners(arg_i2t.view(J, I * N), arg_t2i.view(J * M, I))
         if need_image:
             codes = _image_codes(winners)
-            _add_up(images, texts, image_blocks, text_blocks, grad_i2t, grad_t2i, codes, d_image, False)
+            _add_up(images, texts, image_blocks, text_blocks, grad_i2t, grad_t2i, codes, stripes.budget, d_image, False)
         if need_text:
             codes = _text_codes(winners)
-            _add_up(texts, images, text_blocks, image_blocks, grad_t2i.t(), grad_i2t.t(), codes, text_total, add)
+            grads = grad_t2i.t(), grad_i2t.t()
+            _add_up(texts, images, text_blocks, image_blocks, *grads, codes, stripes.budget, text_total, add)
         del winners, codes
     if text_total is not d_text:
         d_text.copy_(text_total)
@@ -121,6 +117,7 @@ def _add_up(
     grad_own: Tensor,
     grad_other: Tensor,
     codes: Codes,
+    budget: int,
     into: Tensor,
     add: bool,
 ) -> None:
@@ -129,49 +126,21 @@ def _add_up(
     grad_own, grad_other: [own items, other items], of the score that is a mean over own rows, and over other rows.
     """
     most, most_other = largest(own_blocks), largest(other_blocks)
-    size = max(most.rows * most_other.items, most.items * most_other.rows)
-    D, device = own.features.shape[1], own.features.device
-    buffers = other.load_buffers(most_other.rows)
-    total = torch.empty(most.rows, D, dtype=own.wide, device=device)
-    row_numbers = torch.arange(most.rows, dtype=torch.int32, device=device)
-    starts = torch.empty(most.rows, dtype=torch.int64, device=device)
-    index, keys = (torch.empty(size, dtype=torch.int32, device=device) for _ in range(2))
-    order = torch.empty(size, dtype=torch.int64, device=device)
-    weight, sorted_weight = (torch.empty(size, dtype=own.wide, device=device) for _ in range(2))
-
+    cpu, width = own.features.device.type == "cpu", Widths.of(own.wide)
+    extents = [(ob.extent(), xb.extent()) for ob in own_blocks for xb in other_blocks]
+    strips = [strip_rows(*e, budget, width) * e[1].rows for e in extents if by_product(*e, cpu)]
+    buffers = Buffers.new(most, most_other, own.features, own.wide, max(strips, default=0))
+    load_buffers = other.load_buffers(most_other.rows)
     for ob in own_blocks:
-        sums = total[: ob.height].zero_()
+        sums = buffers.total[: ob.height].zero_()
         for xb in other_blocks:
-            table = other.load(xb, buffers)  # [other_rows, D]
-            won, lost = codes(ob, xb)
-
-            rows = index[: won.numel()].view(won.shape).copy_(won)
-            torch.sub(other.last[xb.items()].sub(xb.row), rows, out=rows)  # [rows, other_items] of `table`
-            shares = weight[: won.numel()].view(won.shape)
-            per_pair = _per_pair(grad_own, own, other, ob, xb).mul_(own.scale[ob.items(), None])
-            for run in ob.runs:
-                run.by_item(shares, 0).copy_(per_pair[run.items(), None])
-            del per_pair
-            sums += F.embedding_bag(rows, table, per_sample_weights=shares, mode="sum")
-
-            n = lost.numel()
-            key = index[:n].view(lost.shape).copy_(lost)
-            torch.sub(own.last[ob.items(), None].sub(ob.row), key, out=key)  # [items, other_rows] -> own row
-            shares = weight[:n].view(lost.shape)
-            per_pair = _per_pair(grad_other, own, other, ob, xb).mul_(other.scale[xb.items()])
-            for run in xb.runs:
-                run.by_item(shares, 1).copy_(per_pair[:, run.items(), None])
-            del per_pair
-            torch.sort(index[:n], stable=True, out=(keys[:n], order[:n]))
-            torch.searchsorted(keys[:n], row_numbers[: ob.height], out=starts[: ob.height])
-            torch.index_select(weight[:n], 0, order[:n], out=sorted_weight[:n])
-            rows = order[:n].remainder_(xb.height)
-            bags = F.embedding_bag(rows, table, starts[: ob.height], per_sample_weights=sorted_weight[:n], mode="sum")
-            sums += bags
-            del bags
+            table = other.load(xb, load_buffers)  # [other_rows, D]
+            tile = Tile(own, other, ob, xb, grad_own, grad_other)
+            if by_product(ob.extent(), xb.extent(), cpu):
+                rows = strip_rows(ob.extent(), xb.extent(), budget, width)
+                add_product(tile, codes, table, rows, buffers, sums)
+            else:
+                won, lost = codes(ob, xb)
+                add_won(tile, won, table, buffers, sums)
+                add_lost(tile, lost, table, buffers, sums)
         own.store(ob, sums, into, add)
-
-
-def _per_pair(grad: Tensor, own: Side, other: Side, ob: Block, xb: Block) -> Tensor:
-    """grad [own items, other items] -> [items, other_items] of the tile, a copy in the dtype of the arithmetic."""
-    return grad[own.order[ob.items(), None], other.order[xb.items()]].to(own.wide)

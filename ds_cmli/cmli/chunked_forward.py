@@ -4,18 +4,15 @@ Shape legend: I images, J texts, N patches, M text positions, D features; T toke
 images in a tile.
 """
 
-import platform
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ds_cmli.cmli.check import winner_dtype
+from ds_cmli.cmli.product import product
 from ds_cmli.cmli.ragged import Block, Side, largest, make_blocks, make_sides
 from ds_cmli.cmli.tiling import tile_sizes
-
-# On AMD processors oneDNN's fp32 product is about twice as fast as MKL's, which torch.mm takes.
-ONEDNN = torch.backends.mkldnn.is_available() and platform.machine() in ("x86_64", "AMD64")
 
 
 class Winners(NamedTuple):
@@ -30,13 +27,6 @@ class Winners(NamedTuple):
         """[c, K] and [T, i]"""
         i2t = self.code_i2t[text.items()].narrow(1, image.row - self.row, image.height)
         return i2t, self.code_t2i[text.rows()].narrow(1, image.item - self.item, image.number)
-
-
-def product(text: Tensor, image: Tensor) -> Tensor:
-    """text [T, D] @ image [K, D]^T -> [T, K], in fp32 or fp64."""
-    if ONEDNN and text.dtype == torch.float32 and text.device.type == "cpu":
-        return torch.ops.mkldnn._linear_pointwise(text, image, None, "none", [], "")
-    return torch.mm(text, image.t())
 
 
 def forward(

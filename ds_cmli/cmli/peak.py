@@ -4,6 +4,7 @@ Shape legend: I images, J texts, N patches, M text positions (padded), D feature
 """
 
 from collections.abc import Sequence
+from itertools import product
 from typing import NamedTuple
 
 import torch
@@ -11,12 +12,16 @@ import torch
 from ds_cmli.cmli.check import DEFAULT_SCRATCH_BYTES, winner_dtype
 from ds_cmli.cmli.ragged import Extent, make_blocks
 from ds_cmli.cmli.tiling import (
+    STRIP,
     Stripes,
     Widths,
     backward_buffer_bytes,
-    backward_tile_bytes,
+    by_product,
     forward_tile_bytes,
+    gather_tile_bytes,
     load_bytes,
+    product_tile_bytes,
+    strip_bytes,
     tile_sizes,
 )
 
@@ -134,16 +139,34 @@ def _backward(
                 winners = max(winners, stripes.budget)  # shorter texts make larger stripes
             tiles = _forward_tiles(text, image, forward_most, first, stop, width, False, True)
             peak = max(peak, winners + tiles)
-        for own, other, load in ((images, texts, text.load_bytes(texts)), (texts, images, image.load_bytes(images))):
-            buffers = backward_buffer_bytes(both(own), both(other), D, width)
-            tile = max(backward_tile_bytes(o, x, D, width) for o in own for x in other)
-            peak = max(peak, winners + load + buffers + tile)
+        for own, other in ((image, text), (text, image)):
+            own_extents, other_extents = (images, texts) if own is image else (texts, images)
+            peak = max(peak, winners + _side_backward(own, other, own_extents, other_extents, stripes.budget))
     return peak + (J * M * D * width.wide if stripes.number > 1 and width.narrow < width.wide else 0)
 
 
+def _side_backward(own: "_Side", other: "_Side", owns: set[Extent], others: set[Extent], budget: int) -> int:
+    """Of one side's gradient, in blocks of these sizes."""
+    D, width = own.D, own.width
+    strip = tile = 0
+    for o, x in product(owns, others):
+        # Of unknown lengths there may be short ones, which take the other way.
+        unknown = own.lengths is None or other.lengths is None
+        if unknown or by_product(o, x):
+            longest = o._replace(rows=max(o.rows, STRIP)) if unknown else o
+            strip = max(strip, strip_bytes(longest, x, budget, width))
+            tile = max(tile, product_tile_bytes(o, x, width))
+        if unknown or not by_product(o, x):
+            tile = max(tile, gather_tile_bytes(o, x, D, width))
+    store = both(owns).rows * D * width.narrow if own.masked and width.narrow < width.wide else 0
+    return (
+        other.load_bytes(others) + backward_buffer_bytes(both(owns), both(others), D, width) + strip + max(tile, store)
+    )
+
+
 def both(extents: set[Extent]) -> Extent:
-    """Most rows and most items of any."""
-    return Extent(max(e.rows for e in extents), max(e.items for e in extents))
+    """Most of each of any."""
+    return Extent(*(max(each) for each in zip(*extents, strict=True)))
 
 
 class _Side:
@@ -165,8 +188,8 @@ class _Side:
     def extents(self, most: Extent, first: int = 0, stop: int | None = None) -> set[Extent]:
         """The sizes of the blocks."""
         if self.lengths is None:
-            return {Extent(min(most.rows, self.rows), min(most.items, self.number))}
-        return {b.extent() for b in make_blocks(self.lengths, most, first, stop)} or {Extent(0, 0)}
+            return {Extent(min(most.rows, self.rows), min(most.items, self.number), most.longest)}
+        return {b.extent() for b in make_blocks(self.lengths, most, first, stop)} or {Extent(0, 0, 0)}
 
     def load_bytes(self, extents: set[Extent]) -> int:
         return load_bytes(both(extents).rows, self.D, self.width, self.masked)

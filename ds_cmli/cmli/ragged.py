@@ -29,10 +29,11 @@ class Run(NamedTuple):
 
 
 class Extent(NamedTuple):
-    """Size of a block, or most of either in several: rows and items."""
+    """Size of a block, or most of each in several: rows, items, and rows of an item."""
 
     rows: int
     items: int
+    longest: int
 
 
 class Block(NamedTuple):
@@ -45,7 +46,7 @@ class Block(NamedTuple):
     runs: tuple[Run, ...]
 
     def extent(self) -> Extent:
-        return Extent(self.height, self.number)
+        return Extent(self.height, self.number, self.runs[-1].length)
 
     def items(self) -> slice:
         return slice(self.item, self.item + self.number)
@@ -79,8 +80,9 @@ def make_blocks(lengths: list[int], most: Extent, start: int = 0, stop: int | No
 
 
 def largest(blocks: list[Block]) -> Extent:
-    """Most rows and most items of any block."""
-    return Extent(max((b.height for b in blocks), default=0), max((b.number for b in blocks), default=0))
+    """Most of each in any block."""
+    extents = [b.extent() for b in blocks] or [Extent(0, 0, 0)]
+    return Extent(*(max(each) for each in zip(*extents, strict=True)))
 
 
 class Side:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 
+from ds_cmli.cmli import product
 from ds_cmli.cmli.ragged import Extent
 
 # Tokens and patches of a tile, as measured: a forward tile (6 MB of fp32 similarities) stays in the last-level cache;
@@ -17,6 +18,10 @@ from ds_cmli.cmli.ragged import Extent
 FORWARD_ROWS = (512, 3136)
 BACKWARD_ROWS = (2048, 6272)
 MOST_TEXTS = 64
+# A tile's gradient comes by a matrix product where its winners are dense enough: one in so many pairs of rows, as
+# measured; short texts are. Its operand, zeros but for the winners, is made in strips that stay in the cache.
+DENSE_PAIRS = 16
+STRIP = 2**20  # elements
 
 
 class Widths(NamedTuple):
@@ -39,8 +44,20 @@ def load_bytes(rows: int, D: int, width: Widths, masked: bool) -> int:
 
 def forward_tile_bytes(text: Extent, image: Extent, width: Widths, scores: bool, winners: bool) -> int:
     """Similarities and both maxima; then the means, and after them the equality with the maxima."""
-    (T, c), (K, i) = text, image
+    (T, c, _), (K, i, _) = text, image
     return width.wide * (T * K + c * K + T * i + max(scores * c * i, winners * T * K))
+
+
+def by_product(own: Extent, other: Extent, cpu: bool = True) -> bool:
+    """Whether a tile's gradient comes by a matrix product, or by gathering the winners' rows."""
+    few = own.rows * other.rows <= DENSE_PAIRS * (own.rows * other.items + own.items * other.rows)
+    return few and cpu and not product.ONEDNN
+
+
+def strip_rows(own: Extent, other: Extent, scratch_bytes: int, width: Widths) -> int:
+    """Most own rows of a strip: what an eighth of the budget holds, but one item at least."""
+    most = min(STRIP, scratch_bytes // 8 // width.wide)
+    return min(own.rows, max(own.longest, most // max(1, other.rows)))
 
 
 def backward_buffer_bytes(own: Extent, other: Extent, D: int, width: Widths) -> int:
@@ -49,8 +66,18 @@ def backward_buffer_bytes(own: Extent, other: Extent, D: int, width: Widths) -> 
     return own.rows * (D * width.wide + 4 + 8) + winners * (4 + 4 + 8 + 2 * width.wide)
 
 
-def backward_tile_bytes(own: Extent, other: Extent, D: int, width: Widths) -> int:
-    """What its operators take for themselves: the sort; embedding_bag, which has no `out=`."""
+def strip_bytes(own: Extent, other: Extent, scratch_bytes: int, width: Widths) -> int:
+    """What a tile needs throughout if its gradient comes by a matrix product."""
+    return strip_rows(own, other, scratch_bytes, width) * other.rows * width.wide
+
+
+def product_tile_bytes(own: Extent, other: Extent, width: Widths) -> int:
+    """What a matrix product's tile takes besides its strip: the shares of pairs, tables, a number as operand."""
+    return 2 * own.items * other.items * width.wide + 8 * (own.items + other.items) + 8
+
+
+def gather_tile_bytes(own: Extent, other: Extent, D: int, width: Widths) -> int:
+    """What a gathering tile's operators take for themselves: the sort; embedding_bag, which has no `out=`."""
     won, lost = own.rows * other.items, own.items * other.rows
     bags = own.rows * D * width.wide
     if width.wide == 4:
@@ -70,11 +97,14 @@ def tile_sizes(N: int, M: int, D: int, dtype: torch.dtype, scratch_bytes: int, b
     text_rows, image_rows = BACKWARD_ROWS if backward else FORWARD_ROWS
     texts, images = MOST_TEXTS, max(1, image_rows // N)
     while True:
-        text, image = Extent(max(text_rows, M), texts), Extent(images * N, images)
+        text, image = Extent(max(text_rows, M), texts, M), Extent(images * N, images, N)
         need = load_bytes(text.rows, D, width, True) + load_bytes(image.rows, D, width, True)
         if backward:
+            # Shorter texts than these may come by a matrix product.
             need += max(
-                backward_buffer_bytes(own, other, D, width) + backward_tile_bytes(own, other, D, width)
+                backward_buffer_bytes(own, other, D, width)
+                + strip_bytes(own, other, scratch_bytes, width)
+                + max(gather_tile_bytes(own, other, D, width), product_tile_bytes(own, other, width))
                 for own, other in ((text, image), (image, text))
             )
         else:
