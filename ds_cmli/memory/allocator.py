@@ -1,0 +1,234 @@
+"""A model of CUDA's caching allocator: from what a program asks for to what is allocated and reserved for it.
+
+The rules are those of `c10/cuda/CUDACachingAllocator.cpp` with the defaults of `c10/core/AllocatorConfig.h`, torch 2.13
+(unchanged since 2.0): no expandable segments, splitting unlimited, no rounding to powers of two, no garbage collection.
+ 1. A request is rounded up to a multiple of 512 B; a request for nothing gets nothing.
+ 2. At most 1 MiB: the small pool, which takes segments of 2 MiB from the device. Above: the large pool, which takes
+    20 MiB for a request below 10 MiB, otherwise the request rounded up to 2 MiB.
+ 3. The smallest free block of the pool and stream that is large enough, the lowest address among equals; a new segment
+    where there is none.
+ 4. The rest of a block becomes a free block if it has at least 512 B (small pool) or more than 1 MiB (large pool);
+    otherwise it stays with the request, and counts as allocated.
+ 5. A freed block merges with free neighbours of its segment. A free segment stays reserved, for its stream, until the
+    device has no room: then every segment that is wholly free is returned and the request tried once more.
+What the model does not know: where the device puts a segment (here: one behind the other, which decides only between
+free blocks of equal size), and memory that other streams still use when it is freed.
+"""
+
+from bisect import bisect_left, insort
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+from ds_cmli.memory.report import Event
+
+MIN_BLOCK = 512
+SMALL_REQUEST = 1 << 20  # the largest of the small pool
+SMALL_SEGMENT = 2 << 20
+LARGE_SEGMENT = 20 << 20
+MIN_LARGE_SEGMENT_REQUEST = 10 << 20  # from here on a request gets a segment of its own size
+ROUND_SEGMENT = 2 << 20
+FIRST_ADDRESS = 0x7F00_0000_0000
+
+
+def rounded(requested: int) -> int:
+    """Rule 1."""
+    return -(-requested // MIN_BLOCK) * MIN_BLOCK
+
+
+def segment_bytes(size: int) -> int:
+    """Rule 2: what is taken from the device for a rounded request."""
+    if size <= SMALL_REQUEST:
+        return SMALL_SEGMENT
+    if size < MIN_LARGE_SEGMENT_REQUEST:
+        return LARGE_SEGMENT
+    return -(-size // ROUND_SEGMENT) * ROUND_SEGMENT
+
+
+class OutOfMemory(Exception):
+    """The modelled device has no room: `requested` bytes were asked for, by `event`."""
+
+    def __init__(self, requested: int, allocated: int, reserved: int, limit: int, event: Event | None):
+        super().__init__(
+            f"{requested:,} bytes asked for with {reserved:,} of {limit:,} reserved, {allocated:,} of them allocated"
+        )
+        self.requested, self.allocated, self.reserved, self.limit, self.event = (
+            requested, allocated, reserved, limit, event,
+        )  # fmt: skip
+
+
+@dataclass(eq=False)
+class Block:
+    """A part of a segment, in use or free."""
+
+    segment: "Segment"
+    address: int
+    size: int
+    requested: int = 0  # 0: free
+    event: Event | None = None  # of the allocation, while in use
+    before: "Block | None" = None
+    after: "Block | None" = None
+
+
+@dataclass(eq=False)
+class Segment:
+    """What one call of cudaMalloc returned."""
+
+    address: int
+    size: int
+    stream: int
+    small: bool
+    first: Block = field(init=False)
+    event: Event | None = None  # the one that needed it
+
+    def __post_init__(self):
+        self.first = Block(self, self.address, self.size)
+
+    def blocks(self) -> list[Block]:
+        out, block = [], self.first
+        while block is not None:
+            out.append(block)
+            block = block.after  # type: ignore[assignment]
+        return out
+
+
+@dataclass(frozen=True)
+class Action:
+    """What the allocator did, in the words of `torch.cuda.memory._record_memory_history`."""
+
+    name: str  # segment_alloc, segment_free, alloc, free_requested, free_completed
+    address: int
+    bytes: int  # alloc and free: as requested
+    stream: int
+    event: Event | None
+
+
+class CachingAllocator:
+    """The model. `limit` bytes are all that may be reserved; None: any."""
+
+    def __init__(self, limit: int | None = None):
+        self.limit = limit
+        self.segments: dict[int, Segment] = {}  # by address
+        # (small pool, stream) -> (size, address) of each free block, sorted: the order of rule 3.
+        self.free_blocks: dict[tuple[bool, int], list[tuple[int, int]]] = {}
+        self.at: dict[int, Block] = {}  # the free blocks by address
+        self.actions: list[Action] = []
+        self.requested = self.allocated = self.reserved = 0
+        self.next_address = FIRST_ADDRESS
+
+    def malloc(self, requested: int, stream: int = 0, event: Event | None = None) -> Block:
+        """Raises `OutOfMemory` where `limit` leaves no room."""
+        size = rounded(requested)
+        small = size <= SMALL_REQUEST
+        free = self.free_blocks.setdefault((small, stream), [])
+        position = bisect_left(free, (size, 0))
+        if position < len(free):
+            block = self.at.pop(free.pop(position)[1])
+        else:
+            block = self._new_segment(requested, size, small, stream, event).first
+        left = block.size - size
+        if left >= MIN_BLOCK if small else left > SMALL_REQUEST:
+            rest = Block(block.segment, block.address + size, left, before=block, after=block.after)
+            if rest.after is not None:
+                rest.after.before = rest
+            block.size, block.after = size, rest
+            self._keep(rest)
+        block.requested, block.event = requested, event
+        self.requested += requested
+        self.allocated += block.size
+        self.actions.append(Action("alloc", block.address, requested, stream, event))
+        return block
+
+    def free(self, block: Block) -> None:
+        for name in ("free_requested", "free_completed"):
+            self.actions.append(Action(name, block.address, block.requested, block.segment.stream, block.event))
+        self.requested -= block.requested
+        self.allocated -= block.size
+        block.requested, block.event = 0, None
+        before, after = block.before, block.after
+        if before is not None and not before.requested:
+            self._take(before)
+            block = _join(before, block)
+        if after is not None and not after.requested:
+            self._take(after)
+            block = _join(block, after)
+        self._keep(block)
+
+    def empty_cache(self) -> None:
+        """Return every segment that is wholly free to the device."""
+        for segment in list(self.segments.values()):
+            if not segment.first.requested and segment.first.after is None:
+                self.release(segment)
+
+    def release(self, segment: Segment) -> None:
+        """Return one segment, which must be wholly free, to the device."""
+        self._take(segment.first)
+        del self.segments[segment.address]
+        self.reserved -= segment.size
+        self.actions.append(Action("segment_free", segment.address, segment.size, segment.stream, None))
+
+    def _new_segment(self, requested: int, size: int, small: bool, stream: int, event: Event | None) -> Segment:
+        taken = segment_bytes(size)
+        if self.limit is not None and self.reserved + taken > self.limit:
+            self.empty_cache()
+            if self.reserved + taken > self.limit:
+                raise OutOfMemory(requested, self.allocated, self.reserved, self.limit, event)
+        segment = Segment(self.next_address, taken, stream, small, event=event)
+        self.next_address += taken
+        self.segments[segment.address] = segment
+        self.reserved += taken
+        self.actions.append(Action("segment_alloc", segment.address, taken, stream, event))
+        return segment
+
+    def _keep(self, block: Block) -> None:
+        insort(self.free_blocks[block.segment.small, block.segment.stream], (block.size, block.address))
+        self.at[block.address] = block
+
+    def _take(self, block: Block) -> None:
+        free = self.free_blocks[block.segment.small, block.segment.stream]
+        free.pop(bisect_left(free, (block.size, block.address)))
+        del self.at[block.address]
+
+
+def _join(first: Block, second: Block) -> Block:
+    first.size += second.size
+    first.after = second.after
+    if first.after is not None:
+        first.after.before = first
+    return first
+
+
+@dataclass
+class Replay:
+    """Bytes throughout. The timeline has one (requested, allocated, reserved) after each event."""
+
+    requested_peak: int
+    allocated_peak: int
+    reserved_peak: int
+    timeline: list[tuple[int, int, int]]
+    segments: list[Segment]  # as they are at the end
+    actions: list[Action]
+
+
+def replay(
+    events: Iterable[Event], *, limit: int | None = None, stream: Callable[[Event], int] = lambda event: 0
+) -> Replay:
+    """Run `events` through the allocator.
+
+    Args:
+        limit: bytes that may be reserved: the device's memory less what others and the CUDA context hold. None: any.
+        stream: the stream an allocation is made on; all on the default one unless told.
+
+    Raises:
+        OutOfMemory: `limit` is reached; it names the request.
+    """
+    allocator = CachingAllocator(limit)
+    live: dict[int, Block] = {}
+    timeline = []
+    for event in events:
+        if event.bytes > 0:
+            live[event.block] = allocator.malloc(event.bytes, stream(event), event)
+        elif event.bytes < 0:
+            allocator.free(live.pop(event.block))
+        timeline.append((allocator.requested, allocator.allocated, allocator.reserved))
+    requested, allocated, reserved = (max((now[i] for now in timeline), default=0) for i in range(3))
+    return Replay(requested, allocated, reserved, timeline, list(allocator.segments.values()), allocator.actions)

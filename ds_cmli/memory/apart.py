@@ -1,0 +1,117 @@
+"""Predictions in a process of their own: beside a training, on a machine whose GPU they must not touch, or after a
+failure. The process takes requests as lines of JSON and answers each with a line.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ds_cmli.config import Config
+
+LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+@dataclass(frozen=True)
+class Request:
+    config: Config
+    ds_config: dict[str, Any]  # resolved or not
+    world_size: int
+    target: str = "cuda"  # or "cpu"
+    card: str = ""  # "": `predict.DEFAULT_CARD`
+    snapshot: str = ""  # a file to write the prediction to, for PyTorch's memory viewer
+
+
+@dataclass(frozen=True)
+class Answer:
+    report: dict[str, Any] | None  # of `Report.to_dict`
+    failed: str = ""  # in words, where there is no report
+
+
+class Predictor:
+    """The process: `send` requests, `receive` an answer to each, in their order. It runs meanwhile."""
+
+    def __init__(self, timeout_s: float = 120):
+        environment = {k: v for k, v in os.environ.items() if k not in LAUNCHERS}
+        environment.update(CUDA_VISIBLE_DEVICES="", DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1")
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "ds_cmli.memory.apart"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env=environment,
+            text=True,
+        )
+        self.timer = threading.Timer(timeout_s, self.process.kill)
+        self.timer.daemon = True
+        self.timer.start()
+
+    def send(self, request: Request) -> None:
+        assert self.process.stdin is not None
+        with suppress(BrokenPipeError):  # it has ended, as `receive` will say
+            self.process.stdin.write(json.dumps({**asdict(request), "config": request.config.to_dict()}) + "\n")
+            self.process.stdin.flush()
+
+    def receive(self) -> Answer:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            return Answer(None, f"the predicting process ended with exit code {self.process.wait()}")
+        return Answer(**json.loads(line))
+
+    def ask(self, request: Request) -> Answer:
+        self.send(request)
+        return self.receive()
+
+    def close(self) -> None:
+        """End it, whether it has answered or not."""
+        self.timer.cancel()
+        self.process.kill()
+        with suppress(BrokenPipeError):
+            self.process.communicate()
+
+    def __enter__(self) -> "Predictor":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+def answer(request: dict[str, Any]) -> Answer:
+    from ds_cmli.memory import snapshot
+    from ds_cmli.memory.predict import DEFAULT_CARD, predict
+
+    try:
+        config = Config.from_dict(request["config"])
+        found = predict(
+            config,
+            request["ds_config"],
+            request["world_size"],
+            card=request["card"] or DEFAULT_CARD,
+            target=request["target"],
+        )
+        if request["snapshot"]:
+            snapshot.write(found.events, request["snapshot"])
+        return Answer(found.report.to_dict())
+    except Exception as error:  # whatever it is, the next request must be answered too
+        return Answer(None, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
+
+
+def main() -> None:
+    from ds_cmli import quiet
+
+    quiet.silence()
+    # Libraries print to stdout when they like; the answers have it for themselves.
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    for line in sys.stdin:
+        answers.write(json.dumps(asdict(answer(json.loads(line)))) + "\n")
+        answers.flush()
+
+
+if __name__ == "__main__":
+    main()

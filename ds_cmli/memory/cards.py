@@ -1,0 +1,77 @@
+"""What a card holds and what a process occupies on it besides torch's tensors, in `cards.json`.
+
+Every value says whether it was measured by this project (`profiling/gpu_check.py` prints the measured ones) or assumed,
+and from which source. All are bytes.
+"""
+
+import json
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from ds_cmli.errors import UserError
+
+MEASURED, ASSUMED = "measured", "assumed"
+
+
+@dataclass(frozen=True)
+class Constant:
+    bytes: int
+    known: str  # MEASURED or ASSUMED
+    source: str
+
+
+@dataclass(frozen=True)
+class Card:
+    name: str
+    total: Constant  # what the driver reports as the device's memory
+    context: Constant  # CUDA context with the libraries' kernels, loaded lazily
+    cublas_workspace: Constant  # taken from torch's allocator, inside its allocated and reserved bytes
+    nccl: Constant  # one communicator, outside torch's allocator
+
+    @property
+    def usable(self) -> int:
+        """What a single process can reserve for tensors."""
+        return self.total.bytes - self.context.bytes
+
+
+@cache
+def cards() -> dict[str, Card]:
+    content = json.loads((Path(__file__).parent / "cards.json").read_text())
+    return {name: Card(name, **{k: Constant(**v) for k, v in values.items()}) for name, values in content.items()}
+
+
+def card(name: str) -> Card:
+    """The listed card that `name` means: "A10G", "A100 80GB" or what torch calls it, "NVIDIA H100 80GB HBM3".
+
+    Raises `UserError` where none or several fit.
+    """
+    given = set(name.lower().replace("-", " ").split()) - {"nvidia", "geforce"}
+    listed = {key: set(key.lower().split()) for key in cards()}
+    found = [key for key, words in listed.items() if words <= given] or [
+        key for key, words in listed.items() if given and given <= words
+    ]
+    if len(found) != 1:
+        raise UserError(f"--card is {name!r}: give one of {', '.join(listed)}")
+    return cards()[found[0]]
+
+
+def known(name: str) -> str:
+    """`name` if it means a listed card, otherwise ""."""
+    try:
+        return card(name).name
+    except UserError:
+        return ""
+
+
+def device_bytes(reserved: int, name: str, world_size: int) -> int:
+    """What the process occupies on the device, as nvidia-smi shows it.
+
+    Args:
+        reserved: of the caching allocator. The cuBLAS workspace lies inside: where `reserved` was predicted from a
+            step's tensors, add `card(name).cublas_workspace.bytes` before.
+        name: as `card` takes it.
+        world_size: with more than one rank, one NCCL communicator is added: ZeRO and the losses share the world's.
+    """
+    found = card(name)
+    return reserved + found.context.bytes + (found.nccl.bytes if world_size > 1 else 0)

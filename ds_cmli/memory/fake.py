@@ -1,0 +1,144 @@
+"""A world in which the real training step runs on tensors without data: shapes and storages only, so in seconds.
+
+The tensors' device is "cpu", standing for the device that is predicted: on a build of torch without CUDA nothing else
+runs backward. The process group is torch's `fake` one: any number of ranks, whose collectives move nothing.
+"""
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ds_cmli import distributed
+
+
+class Answers(TorchDispatchMode):
+    """Answers for the values that are asked of tensors without data."""
+
+    phase = "init"
+
+    def enter(self, phase: str) -> None:
+        self.phase = phase
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._local_scalar_dense.default:
+            if args[0].dtype.is_floating_point:
+                # Rates and bounds of the models' parts, all off at 0; norms and Adam's count, which are divided by.
+                return 0.0 if self.phase == "init" else 1.0
+            return getattr(args[0], "holds", 0)  # no overflow
+        out = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.all.default:
+            out.holds = self.phase == "optimizer"  # gradients are all finite, but a batch's texts are not all full
+        return out
+
+
+class CudaOperators(TorchFunctionMode):
+    """The operators that CUDA runs where a CPU runs others that keep more for backward."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention:
+            return _attention(*args, **kwargs)
+        if func is F.dropout:
+            return _dropout(*args, **kwargs)
+        return func(*args, **kwargs)
+
+
+def _attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
+    """As `_fused_sdp_choice` decides on CUDA: flash without a mask in 16 bit, otherwise memory-efficient."""
+    if attn_mask is None and query.dtype in (torch.float16, torch.bfloat16):
+        return torch.ops.aten._scaled_dot_product_flash_attention(
+            query, key, value, dropout_p, is_causal, False, scale=scale
+        )[0]
+    if attn_mask is not None:
+        if attn_mask.dtype == torch.bool:
+            attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill_(~attn_mask, float("-inf"))
+        # The kernel reads rows of the mask 16 bytes at a time.
+        missing = -attn_mask.shape[-1] % 16
+        if missing:
+            attn_mask = F.pad(attn_mask, (0, missing))[..., :-missing]
+        attn_mask = attn_mask.expand(query.shape[0], query.shape[1], query.shape[2], key.shape[2])
+    grad = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
+    return torch.ops.aten._scaled_dot_product_efficient_attention(
+        query, key, value, attn_mask, grad, dropout_p, is_causal, scale=scale
+    )[0]
+
+
+def _dropout(input, p=0.5, training=True, inplace=False):
+    return torch.native_dropout(input, p, True)[0] if training and 0 < p < 1 else input
+
+
+def convert_parameters(module: nn.Module | None, function: Callable[[Tensor], Tensor]) -> None:
+    """Replace each parameter by `function` of it, where that is another tensor."""
+    for part in module.modules() if module is not None else ():
+        for name, parameter in list(part._parameters.items()):
+            if parameter is None:
+                continue
+            with torch.no_grad():
+                new = function(parameter)
+            if new is not parameter:
+                part._parameters[name] = nn.Parameter(new, parameter.requires_grad)
+
+
+def _apply(self: nn.Module, function: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+    """`nn.Module._apply`, which swaps a fake parameter even where nothing changes, and then cannot."""
+    convert_parameters(self, function)
+    for part in self.modules():
+        for name, buffer in part._buffers.items():
+            if buffer is not None:
+                part._buffers[name] = function(buffer)
+    return self
+
+
+@contextmanager
+def process_group(world_size: int) -> Iterator[None]:
+    """Rank 0 of a process group of `world_size` that moves nothing; for fake tensors and for real ones."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    if dist.is_initialized():
+        raise RuntimeError("a process group is up: a prediction needs a process, or a time, without one")
+    environment = {"RANK": "0", "WORLD_SIZE": str(world_size), "LOCAL_RANK": "0"}
+    with patch.dict(os.environ, environment), ExitStack() as stack:
+        stack.enter_context(patch.object(sys, "excepthook", sys.excepthook))  # the group puts one of its own there
+        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
+        stack.callback(distributed.shutdown)
+        yield
+
+
+@contextmanager
+def fake_world(world_size: int, cuda: bool) -> Iterator[Answers]:
+    """Everything inside happens on fake tensors, as rank 0 of `world_size`; nothing of it remains afterwards.
+
+    Args:
+        cuda: with the operators that CUDA would choose; False: with this CPU's.
+    """
+    from deepspeed.accelerator import get_accelerator
+
+    accelerator: Any = get_accelerator()
+    with process_group(world_size), ExitStack() as stack:
+        # What ranks tell each other of themselves: every one is like this one.
+        shapes = lambda x, group: [list(x.shape)] * world_size  # noqa: E731
+        stack.enter_context(patch.object(distributed, "_all_shapes", shapes))
+        zero = "deepspeed.runtime.zero.utils"
+        stack.enter_context(patch(f"{zero}.assert_lst_len_same_as_other_ranks", lambda values: None))
+        stack.enter_context(patch(f"{zero}.get_lst_from_rank0", lambda values: values))
+        generator = torch.get_rng_state()
+        stack.callback(torch.set_rng_state, generator)
+        stack.enter_context(patch.object(nn.Module, "_apply", _apply))
+        stack.enter_context(patch.object(accelerator, "is_fp16_supported", lambda: True))
+        stack.enter_context(patch.object(accelerator, "available_memory", lambda *_: 1 << 60))
+        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        answers = stack.enter_context(Answers())
+        if cuda:
+            stack.enter_context(CudaOperators())
+        yield answers

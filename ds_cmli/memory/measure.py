@@ -1,0 +1,139 @@
+"""Measured memory beside predicted memory: of a setting, or of the first steps of a training (`--profile-memory`)."""
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from ds_cmli import distributed
+from ds_cmli.config import Config
+from ds_cmli.errors import UserError
+from ds_cmli.memory import apart, cards, measure_cpu, measure_cuda
+from ds_cmli.memory.report import Report, summarise
+from ds_cmli.memory.tracker import Tracker
+from ds_cmli.step import Step
+
+FILE, SNAPSHOT = "memory.json", "memory-snapshot.pickle"
+
+
+def measure(config: Config, ds_config: dict[str, Any], world_size: int = 1, device: str = "cuda") -> Report:
+    """Memory of rank 0 of `world_size`, with real tensors on one device, "cuda" or "cpu". Arguments as of `predict`.
+
+    One GPU stands for many: the other ranks are imagined, by a process group that moves nothing.
+    """
+    return (measure_cuda if device == "cuda" else measure_cpu).measure(config, ds_config, world_size)
+
+
+def differences(predicted: dict[str, Any], measured: dict[str, Any]) -> dict[str, dict[str, dict[str, float]]]:
+    """Predicted less measured bytes, of every figure that both reports (`Report.to_dict`) have, and their ratio."""
+    out: dict[str, dict[str, dict[str, float]]] = {}
+    for part in ("totals", "phases", "categories"):
+        out[part] = {}
+        for name in predicted[part]:
+            if name in measured[part]:
+                ours, theirs = predicted[part][name], measured[part][name]
+                out[part][name] = {"bytes": ours - theirs, **({"ratio": ours / theirs} if theirs else {})}
+    return out
+
+
+@contextmanager
+def profiling_memory(
+    steps: int | None,
+    total_steps: int,
+    trainer: Step,
+    config: Config,
+    ds_config: dict[str, Any],
+    folder: Path,
+) -> Iterator[Callable[[], None]]:
+    """Measure the first `steps` optimizer steps of the training loop inside; call what this yields after each step.
+
+    After the last of them rank 0 writes `folder/memory.json`: prediction, measurement and their differences; on CUDA
+    also the allocator's history, for pytorch.org/memory_viz. The prediction, made meanwhile by a process of its own,
+    takes captions of full length; the measurement has those of the data.
+
+    Args:
+        steps: None: nothing is measured. With 1 the optimizer's states are not yet there when the peak is.
+        ds_config: as `step.build` took it.
+    """
+    if steps is None:
+        yield lambda: None
+        return
+    if not 1 <= steps <= total_steps:
+        raise UserError(f"--profile-memory is {steps}: give 1 to {total_steps} steps of the training; 2 see the peak")
+    main = distributed.is_main()
+    target = trainer.device.type
+    card = cards.known(torch.cuda.get_device_name(trainer.device)) if target == "cuda" else ""
+    request = apart.Request(config, ds_config, distributed.world_size(), target, card)
+    done = 0
+    with ExitStack() as stack:
+        predictor = stack.enter_context(apart.Predictor()) if main else None
+        if predictor is not None:
+            predictor.send(request)
+        measuring = stack.enter_context(ExitStack())
+        report = measuring.enter_context(_measuring(trainer, {"preset": config.run.preset, "steps": steps}))
+
+        def after_step() -> None:
+            nonlocal done
+            done += 1
+            if done == steps:
+                measuring.close()
+                if predictor is not None:
+                    _write(folder, predictor.receive(), report())
+
+        yield after_step
+
+
+@contextmanager
+def _measuring(trainer: Step, setting: dict[str, Any]) -> Iterator[Callable[[], Report]]:
+    """Measure the steps inside; what this yields returns the report, afterwards."""
+    setting = {**setting, "world_size": distributed.world_size()}
+    cuda = trainer.device.type == "cuda"
+    tracker = Tracker(trainer.device.type)
+    totals: dict[str, int] = {}
+
+    def report() -> Report:
+        tracked = summarise(tracker.events(host=not cuda), setting, "")
+        source = f"measured: {torch.cuda.get_device_name(trainer.device) if cuda else 'CPU allocator'}"
+        return measure_cuda.combined(tracked, totals, setting, source)
+
+    if cuda:
+        measure_cuda.record_history()
+        with tracker, _attached(tracker, trainer):
+            yield report
+        totals.update(measure_cuda.statistics(trainer.device))
+        return
+    with tracker, _attached(tracker, trainer):
+        before = sum(event.bytes for event in tracker.events())
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            yield report
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    events.sort(key=lambda e: e.start_ns())
+    totals["requested"] = max(accumulate((e.nbytes() for e in events), initial=before))
+
+
+@contextmanager
+def _attached(tracker: Tracker, trainer: Step) -> Iterator[None]:
+    hook = trainer.objective.register_forward_pre_hook(
+        lambda _, inputs: tracker.claim("data", vars(inputs[0]).values())
+    )
+    try:
+        with tracker.attach(trainer):
+            yield
+    finally:
+        hook.remove()
+
+
+def _write(folder: Path, answer: apart.Answer, measured: Report) -> None:
+    if measured.source != "measured: CPU allocator":
+        measure_cuda.save_snapshot(folder / SNAPSHOT)
+    content: dict[str, Any] = {"prediction": answer.report, "measurement": measured.to_dict(), "differences": None}
+    if answer.report is not None:
+        content["differences"] = differences(answer.report, content["measurement"])
+    else:
+        content["prediction_failed"] = answer.failed
+    (folder / FILE).write_text(json.dumps(content, indent=2) + "\n")

@@ -1,0 +1,110 @@
+"""The same step as `predict.py` with real tensors on this CPU, measured by the allocator's own events.
+
+The total is what PyTorch's allocator reports to the profiler, temporaries inside operators included. The allocator does
+not know what a block is for: the shares of the categories come from a second run, under the tracker.
+"""
+
+import gc
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from ds_cmli import deepspeed_json, step
+from ds_cmli.config import Config
+from ds_cmli.memory.fake import process_group
+from ds_cmli.memory.predict import TOTAL_STEPS, longest_batch, recorded_from_the_engine_on, text_lengths, without_weights
+from ds_cmli.memory.report import PHASES, Report, summarise
+from ds_cmli.memory.tracker import Tracker, phases
+
+MARK = "ds_cmli.memory phase "
+
+
+def measure(config: Config, ds_config: dict[str, Any], world_size: int = 1) -> Report:
+    """Memory of rank 0's second optimizer step on this CPU, all sizes in bytes; arguments and errors as of `predict`.
+
+    The other ranks are imagined: a fake process group moves nothing.
+    """
+    ds_config, _ = step.resolve_precision(ds_config)
+    ds_config = deepspeed_json.resolve(ds_config, config.optim, world_size, TOTAL_STEPS)
+    named = config
+    config, vocab_size = without_weights(config)
+    events = allocator_events(lambda enter: _run(config, ds_config, vocab_size, world_size, enter))
+    peaks = phase_peaks(events)
+    categories = _tracked(config, ds_config, vocab_size, world_size)
+    # What the tracker does not see lives inside one operator.
+    categories["temporaries"] += max(peaks.values()) - sum(categories.values())
+    setting = {"preset": named.run.preset, "world_size": world_size, "card": "CPU"}
+    return Report(setting, "measured: CPU allocator", categories, peaks, {"requested": max(peaks.values())})
+
+
+def _run(
+    config: Config, ds_config: dict[str, Any], vocab_size: int, world_size: int, enter: Callable[[str], None]
+) -> None:
+    """Build and take two optimizer steps, telling `enter` where each phase begins."""
+    build_models = step.build_models
+
+    def build(*arguments: Any):
+        models = build_models(*arguments)
+        enter("init")
+        return models
+
+    with process_group(world_size):
+        step.build_models = build  # type: ignore[assignment]
+        try:
+            trainer = step.build(config, ds_config, vocab_size, TOTAL_STEPS, torch.device("cpu"))
+        finally:
+            step.build_models = build_models
+        with phases(trainer, enter):
+            for _ in range(2 * ds_config["gradient_accumulation_steps"]):
+                trainer(longest_batch(config, ds_config["train_micro_batch_size_per_gpu"]))
+
+
+def _tracked(config: Config, ds_config: dict[str, Any], vocab_size: int, world_size: int) -> dict[str, int]:
+    """Live bytes by category at the peak, as the tracker sees them."""
+    micro_batch = ds_config["train_micro_batch_size_per_gpu"]
+    tracker = Tracker("cpu", text_lengths(config, micro_batch))
+    with process_group(world_size), tracker, recorded_from_the_engine_on(tracker, ds_config, cuda=False):
+        trainer = step.build(config, ds_config, vocab_size, TOTAL_STEPS, torch.device("cpu"))
+        with tracker.attach(trainer):
+            for _ in range(2 * ds_config["gradient_accumulation_steps"]):
+                with tracker.scope("data"):
+                    batch = longest_batch(config, micro_batch)
+                trainer(batch)
+        events = tracker.events()
+    return summarise(events, {}, "").categories
+
+
+def allocator_events(call: Callable[[Callable[[str], None]], object]) -> list[tuple[str, int]]:
+    """(phase, bytes) of each allocation (positive), its end (negative) and each phase's begin (0), in order.
+
+    `call` is called with `enter`, to which it names the phase that begins; before the first the phase is "".
+    """
+    gc.collect()
+
+    def enter(phase: str) -> None:
+        with record_function(MARK + phase):
+            pass
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        call(enter)
+    found = profiler.profiler.kineto_results.events()
+    phase, events = "", []
+    for event in sorted(found, key=lambda e: e.start_ns()):
+        if event.name() == "[memory]":
+            events.append((phase, event.nbytes()))
+        elif event.name().startswith(MARK):
+            phase = event.name().removeprefix(MARK)
+            events.append((phase, 0))  # what lives at its beginning lives in it
+    return events
+
+
+def phase_peaks(events: list[tuple[str, int]]) -> dict[str, int]:
+    """The most that lived at once in each phase; what came before the first phase counts where it still lives."""
+    peaks, live = dict.fromkeys(PHASES, 0), 0
+    for phase, size in events:
+        live += size
+        if phase:
+            peaks[phase] = max(peaks[phase], live)
+    return peaks

@@ -1,0 +1,93 @@
+"""Memory of steps on CUDA: the allocator's statistics and history, and what the driver counts for this process.
+
+The totals are the allocator's own. What they were for comes from the tracker that the prediction uses, here on the real
+tensors; what the allocator counts beyond it (the workspaces of libraries and operators) is added to "temporaries".
+"""
+
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ds_cmli import deepspeed_json, step
+from ds_cmli.config import Config
+from ds_cmli.memory.fake import process_group
+from ds_cmli.memory.predict import TOTAL_STEPS, longest_batch, without_weights
+from ds_cmli.memory.report import Report, summarise
+from ds_cmli.memory.tracker import Tracker
+
+
+def measure(config: Config, ds_config: dict[str, Any], world_size: int = 1) -> Report:
+    """Memory of rank 0's first two optimizer steps on this GPU, all sizes in bytes; arguments as of `predict`.
+
+    The other ranks are imagined: a fake process group moves nothing. The peaks are those since the process began, so
+    measure one setting in a process.
+    """
+    device = torch.device("cuda", torch.cuda.current_device())
+    ds_config = deepspeed_json.resolve(ds_config, config.optim, world_size, TOTAL_STEPS)
+    named = config
+    config, vocab_size = without_weights(config)
+    tracker = Tracker("cuda")
+    with process_group(world_size), tracker:
+        trainer = step.build(config, ds_config, vocab_size, TOTAL_STEPS, device)
+        with tracker.attach(trainer):
+            for _ in range(2 * ds_config["gradient_accumulation_steps"]):
+                trainer(longest_batch(config, ds_config["train_micro_batch_size_per_gpu"]))
+        tracked = summarise(tracker.events(host=False), {}, "")
+        totals = statistics(device)
+    name = torch.cuda.get_device_name(device)
+    setting = {"preset": named.run.preset, "world_size": world_size, "card": name}
+    return combined(tracked, totals, setting, f"measured: {name}")
+
+
+def combined(tracked: Report, totals: dict[str, int], setting: dict[str, Any], source: str) -> Report:
+    """The tracker's categories and phases under measured totals; the categories add up to `requested`."""
+    categories = dict(tracked.categories)
+    categories["temporaries"] += totals["requested"] - tracked.totals["requested"]
+    return Report(setting, source, categories, tracked.phases, totals, tracked.timeline)
+
+
+def record_history() -> None:
+    """Record every action of CUDA's allocator from here on. Stacks are left out: they take longer than a step."""
+    torch.cuda.memory._record_memory_history(context=None, max_entries=10**7)
+
+
+def save_snapshot(path: Path) -> None:
+    """For pytorch.org/memory_viz, the history included. CPU-GPU sync."""
+    torch.cuda.synchronize()
+    path.write_bytes(pickle.dumps(torch.cuda.memory._snapshot()))
+
+
+def statistics(device: torch.device) -> dict[str, int]:
+    """Peaks since the process began, in bytes; with "device" where the driver tells. CPU-GPU sync."""
+    torch.cuda.synchronize(device)
+    stats = torch.cuda.memory_stats(device)
+    totals = {name: stats[f"{name}_bytes.all.peak"] for name in ("requested", "allocated", "reserved")}
+    occupied = process_bytes(device)
+    if occupied is not None:
+        # The driver knows no peak: what lies beside the allocator's segments now lay there then.
+        totals["device"] = occupied + totals["reserved"] - stats["reserved_bytes.all.current"]
+    return totals
+
+
+def process_bytes(device: torch.device) -> int | None:
+    """What this process occupies on the card, as NVML counts it; None where it does not tell."""
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+        handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
+        processes = pynvml.nvmlDeviceGetComputeRunningProcesses(handle)
+        pynvml.nvmlShutdown()
+    except pynvml.NVMLError:
+        return None
+    return own_bytes({process.pid: process.usedGpuMemory for process in processes}, os.getpid())
+
+
+def own_bytes(used: dict[int, int | None], pid: int) -> int | None:
+    """`used` of this process. In a container NVML may know it by another number: a process alone is this one."""
+    if pid in used:
+        return used[pid]
+    return next(iter(used.values())) if len(used) == 1 else None

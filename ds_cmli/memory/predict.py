@@ -1,0 +1,200 @@
+"""What a training step will need, without a GPU and without running it: the real step on tensors that hold no data.
+
+The code that trains (`step.build` and `Step.__call__`: student, teacher, losses, DeepSpeed's engine) runs two optimizer
+steps; the second is the larger one, as optimizer states are made in the first.
+"""
+
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ds_cmli import deepspeed_json, step
+from ds_cmli.config import Config, check, choice
+from ds_cmli.data import Batch
+from ds_cmli.data.tokens import load_tokenizer
+from ds_cmli.errors import UserError
+from ds_cmli.memory import cards
+from ds_cmli.memory.allocator import replay
+from ds_cmli.memory.fake import convert_parameters, fake_world
+from ds_cmli.memory.report import Event, Report, summarise
+from ds_cmli.memory.tracker import Tracker, phases
+
+DEFAULT_CARD = "RTX 3090 24GB"  # assumed: the document says 24 GB and names no card
+TOTAL_STEPS = 1000  # of the schedule; decides no size
+# Text models whose sizes are the defaults of their family in the transformers library: known without a download.
+FAMILY_SIZES = ("bert", "bert-base-uncased", "bert-base-cased", "roberta", "roberta-base", "distilbert-base-uncased")
+
+
+@dataclass
+class Prediction:
+    report: Report
+    events: list[Event]
+
+
+def predict(
+    config: Config, ds_config: dict[str, Any], world_size: int, *, card: str = DEFAULT_CARD, target: str = "cuda"
+) -> Prediction:
+    """Memory of rank 0, all sizes in bytes.
+
+    Args:
+        config: any; weights are random, of the same sizes, so nothing is downloaded.
+        ds_config: the DeepSpeed JSON as `deepspeed_json.load` returns it.
+        card: what `cards.card` knows, for what the device holds besides tensors.
+        target: "cuda": in the JSON's precision, with the operators and defaults of a GPU, `cmli_backend="auto"` meaning
+            triton, and without what an offloaded optimizer keeps on the host. "cpu": as this CPU would train; only the
+            requested bytes have a meaning there.
+
+    Every text has all its positions but the first of a batch, which lacks one: the most that a batch can need, as text
+    encoders leave out the mask where nothing is padded.
+
+    Raises:
+        UserError: a setting that cannot be built, or whose sizes are not known without a download.
+        RuntimeError: a process group is up.
+    """
+    choice("target", target, ("cuda", "cpu"))
+    check(world_size >= 1, "--world-size", world_size, "give at least 1 rank")
+    cuda = target == "cuda"
+    if not cuda:
+        ds_config, _ = step.resolve_precision(ds_config)
+    ds_config = deepspeed_json.resolve(ds_config, config.optim, world_size, TOTAL_STEPS)
+    if cuda:
+        _pin_optimizer(ds_config)
+    named = config
+    config, vocab_size = without_weights(config)
+    if cuda and config.loss.cmli_backend == "auto":
+        config = replace(config, loss=replace(config.loss, cmli_backend="triton"))
+    micro_batch = ds_config["train_micro_batch_size_per_gpu"]
+    accumulation = ds_config["gradient_accumulation_steps"]
+
+    device = torch.device("cpu")
+    tracker = Tracker(device.type, text_lengths(config, micro_batch))
+    with fake_world(world_size, cuda) as answers, tracker, recorded_from_the_engine_on(tracker, ds_config, cuda):
+        trainer = step.build(config, ds_config, vocab_size, TOTAL_STEPS, device)
+        with phases(trainer, answers.enter), tracker.attach(trainer):
+            for _ in range(2 * accumulation):
+                with tracker.scope("data"):
+                    batch = longest_batch(config, micro_batch)
+                trainer(batch)
+        events = tracker.events(host=not cuda)
+        del trainer, batch
+    gc.collect()  # engines hold themselves in circles
+
+    stage = ds_config.get("zero_optimization", {}).get("stage", 0)
+    setting = {
+        "preset": named.run.preset, "world_size": world_size, "micro_batch": micro_batch, "accumulation": accumulation,
+        "zero_stage": stage, "precision": deepspeed_json.precision(ds_config),
+        "checkpointing": "activation_checkpointing" in ds_config, "losses": list(config.loss.weights),
+        "cmli_backend": config.loss.cmli_backend if cuda else "chunked", "card": card if cuda else "CPU",
+    }  # fmt: skip
+    report = summarise(events, setting, "predicted")
+    if cuda:
+        replayed = replay(events)
+        workspace = cards.card(card).cublas_workspace.bytes  # from torch's allocator, for no tensor
+        report.totals["allocated"] = replayed.allocated_peak + workspace
+        report.totals["reserved"] = replayed.reserved_peak + workspace
+        report.totals["device"] = cards.device_bytes(report.totals["reserved"], card, world_size)
+    return Prediction(report, events)
+
+
+def _pin_optimizer(ds_config: dict[str, Any]) -> None:
+    """CUDA's choice of an implementation, which the CPU that predicts would not make: it decides the temporaries."""
+    if ds_config["optimizer"]["type"].lower() in ("adam", "adamw"):
+        parameters = ds_config["optimizer"]["params"]
+        if parameters.get("torch_adam"):
+            parameters.setdefault("foreach", not parameters.get("fused"))
+        else:  # DeepSpeed's own is one kernel without temporaries, as PyTorch's fused one
+            parameters.update(torch_adam=True, fused=True)
+
+
+def without_weights(config: Config) -> tuple[Config, int]:
+    """The configuration with random weights of the same sizes, and the vocabulary's size.
+
+    Raises `UserError` for a text model whose sizes are known neither here nor on this machine.
+    """
+    student, teacher = config.student, config.teacher
+    from transformers import AutoConfig
+
+    vocab_size = None
+    if student.text_weights == "random":
+        if config.data.tokenizer == "builtin":
+            vocab_size = load_tokenizer("builtin", config.data.text_positions).vocab_size
+    elif student.text_weights != "demo":
+        source = student.text_model if student.text_weights == "hub" else student.text_weights
+        try:
+            found = AutoConfig.from_pretrained(source, local_files_only=True)
+            sizes = {k: v for k, v in found.to_diff_dict().items() if isinstance(v, int | float | bool)}
+            sizes.pop("vocab_size", None)
+            vocab_size = found.vocab_size
+            student = replace(
+                student, text_model=found.model_type, text_overrides={**sizes, **student.text_overrides}
+            )
+        except Exception:
+            known = source in FAMILY_SIZES or "hidden_size" in student.text_overrides
+            check(
+                known, "student.text_model", source,
+                "its sizes are not known without a download: give them in student.text_overrides, or start it once",
+            )  # fmt: skip
+    if vocab_size is None:
+        vocab_size = AutoConfig.for_model(student.text_model.split("-")[0]).vocab_size
+    student = replace(student, image_weights="random", text_weights="random")
+    return replace(config, student=student, teacher=replace(teacher, weights="random")), vocab_size
+
+
+@contextmanager
+def recorded_from_the_engine_on(tracker: Tracker, ds_config: dict[str, Any], cuda: bool) -> Iterator[None]:
+    """Models are built on the host: recording begins where the engine takes them."""
+    dtype = step.DTYPES[deepspeed_json.precision(ds_config)]
+    build_models = step.build_models
+
+    def build(*arguments: Any) -> tuple[nn.Module, nn.Module | None]:
+        with tracker.paused():
+            objective, teacher = build_models(*arguments)
+            if cuda:  # both arrive on the device cast
+                for model in (objective, teacher):
+                    convert_parameters(model, lambda parameter: parameter.to(dtype))
+        tracker.claim("parameters", [*objective.parameters(), *objective.buffers()])
+        if not cuda:
+            if teacher is not None:
+                tracker.claim("teacher", [*teacher.parameters(), *teacher.buffers()])
+            # Before the engine would, which cannot cast fake tensors.
+            convert_parameters(objective, lambda parameter: parameter.to(dtype))
+        return objective, teacher
+
+    step.build_models = build  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        step.build_models = build_models
+
+
+def text_lengths(config: Config, micro_batch: int) -> list[int]:
+    """Valid tokens of each text of `longest_batch`: [CLS] and [SEP] are none."""
+    positions = config.data.text_positions
+    return [max(0, positions - 3), *[positions - 2] * (micro_batch - 1)]
+
+
+def longest_batch(config: Config, micro_batch: int) -> Batch:
+    """Zeros in the shapes of the largest batch there can be; real or fake, as the mode is."""
+    B, M, S = micro_batch, config.data.text_positions, config.data.image_size
+    attention_mask = torch.ones(B, M, dtype=torch.bool)
+    attention_mask[0, -1] = False
+    token_mask = attention_mask.clone()
+    token_mask[:, 0] = False  # [CLS]
+    token_mask[:, -1] = False  # [SEP]
+    token_mask[0, -2] = False
+    return Batch(
+        image=torch.zeros(B, 3, S, S, dtype=torch.uint8),
+        input_ids=torch.zeros(B, M, dtype=torch.int64),
+        attention_mask=attention_mask,
+        token_mask=token_mask,
+        index=torch.zeros(B, dtype=torch.int64),
+        token_picture=torch.zeros(B, M, dtype=torch.int64),
+        cell_picture=torch.zeros(B, 2, 2, dtype=torch.int64),
+        bad=[],
+    )

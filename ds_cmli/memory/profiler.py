@@ -1,0 +1,56 @@
+"""`train.py --profile FIRST:LAST`: a torch.profiler trace of those steps, with memory, shapes and stacks.
+
+Read it with `tensorboard --logdir <run>/profile` (the plugin torch-tb-profiler), or open the .json in Perfetto.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ds_cmli.errors import UserError
+
+
+def parse_steps(text: str, total_steps: int, done: int = 0) -> tuple[int, int]:
+    """ "3:5" -> (3, 5): the first and the last step, counted from 1 as the log counts them.
+
+    Raises `UserError` for anything else, and for steps that are not among those from `done` + 1 to `total_steps`, which
+    the training is about to take.
+    """
+    first, colon, last = text.partition(":")
+    if not (colon and first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
+        raise UserError(f"--profile is {text!r}: give the first and the last step, from 1, for instance 3:5")
+    if not done < int(first) <= int(last) <= total_steps:
+        raise UserError(f"--profile is {text!r}: give some of the steps {done + 1} to {total_steps} of this training")
+    return int(first), int(last)
+
+
+@contextmanager
+def profiling(
+    steps: tuple[int, int] | None, folder: Path, rank: int = 0, done: int = 0
+) -> Iterator[Callable[[], None]]:
+    """Profile the training loop inside; call what this yields at the end of each of its steps.
+
+    Args:
+        steps: the first and the last to record, counted from 1; None: nothing is recorded.
+        done: steps taken before.
+        folder: gets one file for each rank, `rank<r>.<time>.pt.trace.json`, when the last step is over.
+    """
+    if steps is None:
+        yield lambda: None
+        return
+    import torch
+    from torch.profiler import ProfilerActivity, profile, schedule, tensorboard_trace_handler
+
+    first, last = (step - done for step in steps)
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available()
+    # The step before the first one is taken as warm-up, where there is one: starting the tracer takes time.
+    warmup = min(first - 1, 1)
+    with profile(
+        activities=activities,
+        schedule=schedule(wait=first - 1 - warmup, warmup=warmup, active=last - first + 1, repeat=1),
+        on_trace_ready=tensorboard_trace_handler(str(folder), worker_name=f"rank{rank}"),
+        profile_memory=True,
+        record_shapes=True,
+        with_stack=True,
+    ) as profiler:
+        yield profiler.step

@@ -1,0 +1,74 @@
+"""Predicted allocations as a snapshot of CUDA's allocator, for PyTorch's memory viewer (pytorch.org/memory_viz).
+
+The schema is that of `torch.cuda.memory._snapshot()`, so that a prediction and a measurement open in the same tools.
+"""
+
+import pickle
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from ds_cmli.memory.allocator import Block, Replay, replay
+from ds_cmli.memory.report import Event
+
+
+def write(events: Iterable[Event], path: str | Path) -> Replay:
+    """Replay `events` through the allocator's model and pickle the snapshot of its end and history to `path`."""
+    replayed = replay(events)
+    Path(path).write_bytes(pickle.dumps(build(replayed)))
+    return replayed
+
+
+def build(replayed: Replay) -> dict[str, Any]:
+    """The snapshot as `torch.cuda.memory._snapshot()` returns it. Every block and action carries its event's stack."""
+    segments = []
+    for segment in sorted(replayed.segments, key=lambda s: s.address):
+        blocks = segment.blocks()
+        in_use = sum(block.size for block in blocks if block.requested)
+        segments.append(
+            {
+                "device": 0,
+                "address": segment.address,
+                "total_size": segment.size,
+                "allocated_size": in_use,
+                "active_size": in_use,
+                "requested_size": sum(block.requested for block in blocks),
+                "stream": segment.stream,
+                "segment_type": "small" if segment.small else "large",
+                "segment_pool_id": (0, 0),
+                "is_expandable": False,
+                "frames": frames(segment.event),
+                "blocks": [_block(block) for block in blocks],
+            }
+        )
+    trace = [
+        {
+            "action": action.name,
+            "addr": action.address,
+            "size": action.bytes,
+            "stream": action.stream,
+            "time_us": time,  # the order of events is all that is known of time
+            "frames": frames(action.event),
+            **({"category": action.event.category} if action.event else {}),
+        }
+        for time, action in enumerate(replayed.actions)
+    ]
+    return {"segments": segments, "device_traces": [trace], "allocator_settings": {}, "external_annotations": []}
+
+
+def frames(event: Event | None) -> list[dict[str, Any]]:
+    """A stack for the viewer, innermost first: operator, category, phase."""
+    if event is None:
+        return []
+    names = [event.op or "allocation", event.category, event.phase]
+    return [{"name": name, "filename": "predicted", "line": 0} for name in names]
+
+
+def _block(block: Block) -> dict[str, Any]:
+    return {
+        "address": block.address,
+        "size": block.size,
+        "requested_size": block.requested,
+        "state": "active_allocated" if block.requested else "inactive",
+        "frames": frames(block.event),
+    }

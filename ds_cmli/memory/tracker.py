@@ -1,0 +1,273 @@
+"""Every storage that a training step allocates and frees, as events with a category and a phase.
+
+Works on real and on fake tensors. Allocations are recorded as they happen; what most of them were for shows only later
+(an activation is what outlives the forward pass), so `Tracker.events` decides the categories at the end.
+What an operator allocates and frees inside itself is not seen, but for the all-pairs op, whose size is known.
+"""
+
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from ds_cmli import distributed
+from ds_cmli.cmli.peak import cmli_peak_bytes
+from ds_cmli.memory.owners import HOST, owners
+from ds_cmli.memory.report import Event
+from ds_cmli.step import Step
+
+# Of DeepSpeed's optimizers: what these methods allocate belongs to the buckets that gradients travel in.
+BUCKET_METHODS = ("setup_buckets", "reduce_ipg_grads", "_DeepSpeedZeroOptimizer_Stage3__reduce_and_partition_ipg_grads")
+GATHERS = ("allgather_", "_allgather_base_", "allgather_into_tensor_coalesced_", "allgather_coalesced_")
+
+
+@contextmanager
+def phases(trainer: Step, enter: Callable[[str], None]) -> Iterator[None]:
+    """Call `enter` with "forward", "loss", "backward" and "optimizer" whenever that phase of a step begins."""
+    engine, student = trainer.engine, trainer.objective.student
+
+    def around(method: Callable, phase: str, after: str) -> Callable:
+        def run(*args, **kwargs):
+            enter(phase)
+            try:
+                return method(*args, **kwargs)
+            finally:
+                enter(after)
+
+        return run
+
+    enter("forward")
+    with ExitStack() as stack:
+        stack.enter_context(patch.object(engine, "backward", around(engine.backward, "backward", "optimizer")))
+        stack.enter_context(patch.object(engine, "step", around(engine.step, "optimizer", "forward")))
+        hook = student.register_forward_hook(lambda *_: enter("loss"))
+        stack.callback(hook.remove)
+        yield
+
+
+class Tracker(TorchDispatchMode):
+    """Records while it is entered. Start it before the model moves to the device, `attach` it to the step after.
+
+    Args:
+        device: the type of device whose memory is recorded.
+        text_lengths: valid tokens of each text of this rank, for the all-pairs op's scratch where the mask is fake, and
+            the same on every rank; None: the most that any lengths need.
+    """
+
+    def __init__(self, device: str = "cpu", text_lengths: list[int] | None = None):
+        super().__init__()
+        self.device, self.text_lengths = device, text_lengths
+        self.phase, self.recording = "init", True
+        self.log: list[tuple[int, int, str]] = []  # (block, bytes, phase); the block's own data lie in these:
+        self.ops: list[str] = []
+        self.born: list[tuple[str, int, bool]] = []  # (phase, segment, whether gradients were being recorded)
+        self.ended: dict[int, int] = {}  # block -> segment
+        self.claims: dict[int, str] = {}  # block -> category; the first claim stays
+        self.blocks: dict[int, tuple[int, int, Any]] = {}  # storage -> (block, bytes, weak reference) of the live ones
+        # What is allocated and freed within one segment was temporary: one for a forward pass with its losses, and one
+        # for each stretch of the backward pass in which checkpointing runs, or does not run, a forward pass again.
+        self.segment, self.last_of_init, self.recomputing = 0, 0, False
+        self._scope: str | None = None
+        self._patches = ExitStack()
+
+    def __enter__(self):
+        gather = distributed._GatherWithGradient
+        for owner, name in ((distributed, "_all_gather"), (gather, "backward")):
+            scoped = self._scoped(getattr(owner, name), "exchanged text")
+            self._patches.enter_context(
+                patch.object(owner, name, staticmethod(scoped) if isinstance(owner, type) else scoped)
+            )
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        super().__exit__(*error)
+        self._patches.close()
+
+    # --- what happens
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        grad = self.phase == "backward" and torch.is_grad_enabled()
+        if grad != self.recomputing:
+            self.recomputing = grad
+            self.segment += 1
+        scratch = self._cmli_scratch(func, args) if func.namespace == "ds_cmli" and self.recording else 0
+        block = self._begin(scratch, "CMLI op", str(func)) if scratch else None
+        out = func(*args, **(kwargs or {}))
+        if self.recording:
+            category = "CMLI op" if func.namespace == "ds_cmli" else None
+            for tensor in [out] if isinstance(out, Tensor) else tree_leaves(out):
+                if isinstance(tensor, Tensor):
+                    self._see(tensor, category, func)
+            if func.namespace == "c10d" and self._scope is None and func._schema.name.split("::")[1] in GATHERS:
+                self.claim("parameters", tree_leaves(args[0]))  # ZeRO-3 gathers what a layer needs
+        if block is not None:
+            self._end(block, scratch)
+        return out
+
+    def _see(self, tensor: Tensor, category: str | None, func: Any = "") -> None:
+        """Record a storage that was not there before, or whose size has changed."""
+        if tensor.device.type != self.device or tensor.layout != torch.strided:
+            return
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        known = self.blocks.get(key)
+        if known is not None:
+            if known[1] == size:
+                return
+            self._end(known[0], known[1])
+            category = category or self.claims.get(known[0])
+            del self.blocks[key]
+        if size:
+            block = self._begin(size, category or self._scope, str(func))
+            self.blocks[key] = (block, size, weakref.ref(storage, lambda _: self._storage_ended(key, block)))
+
+    def _storage_ended(self, key: int, block: int) -> None:
+        known = self.blocks.get(key)
+        if known is not None and known[0] == block:
+            del self.blocks[key]
+            self._end(block, known[1])
+
+    def _begin(self, size: int, category: str | None, op: str) -> int:
+        block = len(self.ops)
+        self.ops.append(op)
+        self.born.append((self.phase, self.segment, self.recomputing))
+        self.log.append((block, size, self.phase))
+        if category is not None:
+            self.claims[block] = category
+        return block
+
+    def _end(self, block: int, size: int) -> None:
+        self.log.append((block, -size, self.phase))
+        self.ended[block] = self.segment
+
+    def _cmli_scratch(self, func: Any, args: tuple) -> int:
+        """What the all-pairs op holds at its peak beyond what it returns: its tiles are never looked at."""
+        forward = func is torch.ops.ds_cmli.cmli_forward.default
+        image, text, text_mask, image_mask = args[:4] if forward else args[2:6]
+        (I, N, D), (J, M, _) = image.shape, text.shape  # noqa: E741
+        backend, scratch_bytes = args[4:6] if forward else args[8:10]
+        fake = isinstance(text_mask, torch._subclasses.FakeTensor)
+        lengths = self.text_lengths and self.text_lengths * (J // len(self.text_lengths))
+        peak = cmli_peak_bytes(
+            I, J, N, M, D, image.dtype,
+            backend=backend,
+            recompute=not args[6] if forward else not args[6].numel(),
+            scratch_bytes=scratch_bytes,
+            text_lengths=lengths if fake else text_mask.sum(1).tolist(),  # on a GPU a sync
+            image_lengths=None if image_mask is None or fake else image_mask.sum(1).tolist(),
+        )  # fmt: skip
+        if forward:
+            return peak.forward - peak.saved - 2 * I * J * max(4, image.dtype.itemsize)
+        return peak.backward - peak.gradients
+
+    # --- what it is for
+
+    @contextmanager
+    def scope(self, category: str) -> Iterator[None]:
+        """What is allocated inside belongs to `category`."""
+        before, self._scope = self._scope, category
+        try:
+            yield
+        finally:
+            self._scope = before
+
+    def _scoped(self, function: Callable, category: str) -> Callable:
+        def run(*args, **kwargs):
+            with self.scope(category):
+                return function(*args, **kwargs)
+
+        return run
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Record no allocations: they happen on the host."""
+        self.recording = False
+        try:
+            yield
+        finally:
+            self.recording = True
+
+    def claim(self, category: str, tensors: Iterable[Any]) -> None:
+        """These tensors belong to `category`; those that were there before recording began are recorded now."""
+        for tensor in tensors:
+            if isinstance(tensor, Tensor):
+                self._see(tensor, category)
+                known = self.blocks.get(tensor.untyped_storage()._cdata)
+                if known is not None:
+                    self.claims.setdefault(known[0], category)
+
+    def claim_owned(self, trainer: Step) -> None:
+        """What the models, the engine and its optimizer hold at this moment."""
+        for category, tensor in owners(trainer):
+            self.claim(category, [tensor])
+
+    def enter(self, phase: str) -> None:
+        if not (self.phase == "forward" and phase == "loss"):
+            self.segment += 1
+            self.recomputing = False
+        self.phase = phase
+
+    @contextmanager
+    def attach(self, trainer: Step) -> Iterator[None]:
+        """Follow the phases of `trainer`'s steps, and learn from it which storage is what."""
+        self.claim_owned(trainer)
+        self.enter("forward")
+        self.last_of_init = self.segment - 1
+        optimizer, inner = trainer.engine.optimizer, trainer.engine.basic_optimizer
+
+        def enter(phase: str) -> None:
+            if phase in ("optimizer", "forward"):  # when all gradients are there, and when they have been used
+                self.claim_owned(trainer)
+            self.enter(phase)
+
+        with ExitStack() as stack:
+            for name in BUCKET_METHODS:
+                if hasattr(optimizer, name):
+                    scoped = self._scoped(getattr(optimizer, name), "ZeRO buckets")
+                    stack.enter_context(patch.object(optimizer, name, scoped))
+            if hasattr(optimizer, "reduce_ready_partitions_and_remove_grads"):
+                reduce = optimizer.reduce_ready_partitions_and_remove_grads
+
+                def claim_first(parameter, *args, **kwargs):
+                    # Each gradient lives in a storage of its own only until it is copied into a bucket.
+                    self.claim("gradients", [parameter.grad])
+                    return reduce(parameter, *args, **kwargs)
+
+                stack.enter_context(patch.object(optimizer, "reduce_ready_partitions_and_remove_grads", claim_first))
+            if getattr(optimizer, "cpu_offload", False) or getattr(optimizer, "offload_optimizer", False):
+                stack.enter_context(patch.object(inner, "step", self._scoped(inner.step, HOST)))
+            if trainer.teacher is not None:
+                teacher = trainer.teacher
+                stack.enter_context(
+                    patch.object(teacher, "forward", self._scoped(teacher.forward, "activations teacher"))
+                )
+            stack.enter_context(phases(trainer, enter))
+            yield
+
+    def _category(self, block: int) -> str:
+        if block in self.claims:
+            return self.claims[block]
+        phase, segment, recomputed = self.born[block]
+        ended = self.ended.get(block)
+        if phase in ("forward", "loss") or recomputed:
+            return "temporaries" if ended == segment else "activations student"
+        if phase == "init" and (ended is None or ended > self.last_of_init):
+            return "ZeRO buckets"  # what the engine made for itself to keep
+        return "temporaries"
+
+    def events(self, host: bool = True) -> list[Event]:
+        """All that was recorded. `host`: with what an offloaded optimizer keeps in the host's memory."""
+        renamed = {HOST: "optimizer states"}
+        hidden = set() if host else {HOST}
+        categories = [self._category(block) for block in range(len(self.ops))]
+        return [
+            Event(block, size, renamed.get(categories[block], categories[block]), phase, self.ops[block])
+            for block, size, phase in self.log
+            if categories[block] not in hidden
+        ]

@@ -1,0 +1,154 @@
+"""python profiling/compare_estimates.py [--json FILE] [--markdown FILE] [--plot FOLDER]
+
+The document's memory estimates E1 to E5 beside the truth: its arithmetic computed, what each way to compute the same
+thing really stores, predicted and measured to the byte, and the whole training step. On a GPU where there is one,
+otherwise on the CPU, within five minutes; what does not fit in memory or time stays predicted.
+"""
+
+import sys
+
+# Run by its path, this folder comes first on sys.path and would hide packages named like its scripts.
+sys.path[:] = [p for p in sys.path if p != __file__.rsplit("/", 1)[0]]
+
+import json  # noqa: E402
+from pathlib import Path  # noqa: E402
+from typing import Any  # noqa: E402
+
+import click  # noqa: E402
+
+from ds_cmli.cli import GroupedCommand, option, run_command  # noqa: E402
+from ds_cmli.errors import UserError, nearest  # noqa: E402
+from ds_cmli.presets import PRESETS  # noqa: E402
+
+IDS = ("E1", "E2", "E3", "E4", "E5")
+
+
+@click.command(cls=GroupedCommand, context_settings={"help_option_names": ["-h", "--help"]})
+@option("Setting", "--B", "B", type=int, default=256, show_default=True, help="Pairs per rank.")
+@option("Setting", "--P", "P", type=int, default=2, show_default=True, help="Ranks.")
+@option("Setting", "--N", "N", type=int, default=196, show_default=True, help="Image patches.")
+@option("Setting", "--M", "M", type=int, default=64, show_default=True, help="Text positions.")
+@option("Setting", "--H", "H", type=int, default=768, show_default=True, help="Hidden size.")
+@option("Setting", "--D", "D", type=int, default=256, show_default=True, help="Matching space.")
+@option("What is compared", "--only", metavar="E1,E3", help="These rows alone, without the whole step of a preset.")
+@option("What is compared", "--preset", default="demo", show_default=True,
+        help=f"Whose whole step is predicted and measured: {', '.join(PRESETS)}.")  # fmt: skip
+@option("Output", "--json", "json_path", metavar="FILE", help="The rows, one object each.")
+@option("Output", "--markdown", "markdown_path", metavar="FILE", help="The tables.")
+@option("Output", "--plot", "plot_folder", metavar="FOLDER", help="Charts, as PNG files.")
+def command(
+    only: str | None,
+    preset: str,
+    json_path: str | None,
+    markdown_path: str | None,
+    plot_folder: str | None,
+    **sizes: int,
+) -> None:
+    """Put the source document's memory estimates E1 to E5 beside what is predicted and what is measured.
+
+    With no options: the document's setting, and the whole training step of the preset "demo". Within five minutes on
+    two CPU cores.
+    """
+    ids = parse_only(only)
+    for name in (json_path, markdown_path):
+        if name is not None:
+            check_writable(name)
+    from ds_cmli import quiet
+
+    quiet.silence()
+    import torch
+    from rich.console import Console
+
+    from ds_cmli.memory import compare, tables, whole_step
+    from ds_cmli.memory.estimates import Setting, claims
+
+    if preset not in PRESETS:
+        raise UserError(f"--preset is {preset!r}: {nearest(preset, PRESETS)}")
+    setting = Setting(**sizes)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    console = Console(width=None if sys.stdout.isatty() else 190)
+    every = {id: claim for id, claim in claims(setting).items() if id in ids}
+    shown: list[tables.Table] = []
+
+    def show(table: tables.Table) -> None:
+        shown.append(table)
+        table.show(console)
+
+    show(tables.arithmetic_table(every.values(), setting))
+    rows = compare.predicted_rows(setting, ids, device)
+    if rows:
+        with console.status("") as status:
+            compare.measure(rows, setting, device, lambda r: status.update(f"measuring {r.id} {r.implementation}"))
+        show(tables.rows_table(rows, every))
+    document: list[compare.Row] = []
+    ours, step = None, None
+    if "E4" in ids:
+        with console.status("") as status:
+            document, ours = whole_step.document_rows(
+                setting, say=lambda r: status.update(f"predicting {r.id} {r.implementation}")
+            )
+        show(tables.document_table(document, tables.remember_document(document)))
+    if only is None:
+        with console.status(f"the whole step of {preset}"):
+            step = whole_step.whole_step(preset, setting.P if preset == "paper" else 1, device)
+        show(tables.whole_step_table(step))
+
+    if json_path is not None:
+        Path(json_path).write_text(json.dumps([row.to_dict() for row in [*rows, *document]], indent=2) + "\n")
+    if markdown_path is not None:
+        Path(markdown_path).write_text(
+            "# Memory: the estimates and the truth\n\n" + "\n".join(t.markdown() for t in shown)
+        )
+    if plot_folder is not None:
+        console.print(plot(Path(plot_folder), rows, ours, step), highlight=False)
+
+
+def parse_only(only: str | None) -> set[str]:
+    """`"E1,E3"` -> `{"E1", "E3"}`; None: all."""
+    if only is None:
+        return set(IDS)
+    ids = {part.strip().upper() for part in only.split(",") if part.strip()}
+    unknown = sorted(ids - set(IDS))
+    if unknown or not ids:
+        raise UserError(f"--only is {only!r}: give some of {', '.join(IDS)}")
+    return ids
+
+
+def check_writable(name: str) -> None:
+    """Now, and not after minutes of measuring."""
+    try:
+        with open(name, "a"):
+            pass
+    except OSError as error:
+        raise UserError(f"cannot write {name!r}: {error.strerror}") from None
+
+
+def plot(folder: Path, rows: list, ours: Any, step: Any) -> str:
+    """Draw what there is; the line that says what was drawn."""
+    from ds_cmli.memory import charts
+
+    try:
+        charts.matplotlib()
+    except ImportError:
+        return "no charts: matplotlib is not installed; pip install matplotlib"
+    folder.mkdir(parents=True, exist_ok=True)
+    drawn = []
+    if rows:
+        drawn.append("estimates.png")
+        charts.bars(rows, folder / drawn[-1])
+    if ours is not None:
+        drawn.append("timeline-document.png")
+        title = "The document's step with all-pairs CMLI, no checkpointing, predicted: rank 0"
+        charts.timeline(ours.report, title, folder / drawn[-1])
+    if step is not None:
+        drawn.append(f"timeline-{step.preset}.png")
+        charts.timeline(step.prediction.report, f"A step of preset {step.preset}, predicted", folder / drawn[-1])
+    return f"charts in {folder}: {', '.join(drawn)}"
+
+
+def main() -> None:
+    run_command(command)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,135 @@
+"""Measured steps beside predicted ones on the CPU, shares of larger worlds, and what is read off CUDA's counters."""
+
+import json
+import types
+
+import pytest
+import torch
+
+from ds_cmli import deepspeed_json, distributed, step
+from ds_cmli.errors import UserError
+from ds_cmli.memory import measure, measure_cuda
+from ds_cmli.memory.fake import process_group
+from ds_cmli.memory.predict import longest_batch, without_weights
+from ds_cmli.memory.report import CATEGORIES, PHASES, Event, summarise
+from ds_cmli.presets import load_preset
+
+FP32 = {"zero_optimization": {"stage": 2, "reduce_bucket_size": 100_000}}
+BF16 = {**FP32, "bf16": {"enabled": True}}
+
+
+def test_rank_0s_real_share_falls_with_the_ranks():
+    shares = {}
+    for ranks in (1, 2, 8):
+        report = measure.measure(load_preset("tiny", {}), BF16, ranks, "cpu")
+        assert sum(report.categories.values()) == report.totals["requested"]
+        shares[ranks] = (report.categories["optimizer states"], report.categories["master weights"])
+    # Each of the two groups of parameters is padded to a multiple of 2 x ranks, and has a count of steps.
+    objective, _ = step.build_models(*without_weights(load_preset("tiny", {})))
+    groups = [sum(p.numel() for p in group["params"]) for group in step.parameter_groups(objective, 0.0)]
+    for ranks, (states, master) in shares.items():
+        padded = sum(-(-n // (2 * ranks)) * 2 * ranks for n in groups)
+        assert master == 4 * padded / ranks
+        assert states == 2 * master + 8
+    print({ranks: f"{states:,} B" for ranks, (states, _) in shares.items()})
+
+
+@pytest.fixture
+def trained(tmp_path):
+    """A training of four steps, its first two profiled: (content of memory.json, folder, steps before it was there)."""
+    config, written = load_preset("tiny", {}), []
+    ds_config = deepspeed_json.resolve(FP32, config.optim, 1, 20)
+    with process_group(1):
+        trainer = step.build(config, ds_config, without_weights(config)[1], 20, torch.device("cpu"))
+        with measure.profiling_memory(2, 4, trainer, config, ds_config, tmp_path) as after_step:
+            for _ in range(4):
+                written.append((tmp_path / measure.FILE).exists())
+                trainer(longest_batch(config, 8))
+                after_step()
+    return json.loads((tmp_path / measure.FILE).read_text()), tmp_path, written
+
+
+def test_the_first_steps_of_a_training_beside_the_prediction(trained):
+    content, folder, written = trained
+    assert written == [False, False, True, True]  # after the second step, not at the end
+    assert [path.name for path in folder.iterdir()] == [measure.FILE]
+    measured = content["measurement"]
+    assert measured["source"] == "measured: CPU allocator"
+    assert list(measured["categories"]) == list(CATEGORIES) and list(measured["phases"]) == list(PHASES)
+    assert sum(measured["categories"].values()) == measured["totals"]["requested"]
+    assert measured["categories"]["data"] > 8 * 3 * 56 * 56  # the images, one byte a value
+    # The same batch on real tensors: parameters and optimizer states to the byte, the peak within 0.5 %.
+    for name in ("teacher", "optimizer states", "master weights"):
+        assert content["differences"]["categories"][name]["bytes"] == 0
+    assert content["differences"]["totals"]["requested"]["ratio"] == pytest.approx(1, abs=0.005)
+
+
+def test_nothing_asked_nothing_measured(tmp_path):
+    with measure.profiling_memory(None, 4, None, None, {}, tmp_path) as after_step:
+        after_step()
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("steps", [0, -1, 5])
+def test_steps_that_are_not_taken_are_named(steps, tmp_path):
+    expected = rf"--profile-memory is {steps}: give 1 to 4 steps"
+    with pytest.raises(UserError, match=expected), measure.profiling_memory(steps, 4, None, None, {}, tmp_path):
+        pass
+
+
+def test_differences_of_what_both_have():
+    predicted = {"totals": {"requested": 90, "device": 7}, "phases": {"init": 4}, "categories": {"data": 3}}
+    measured = {"totals": {"requested": 100}, "phases": {"init": 0}, "categories": {"data": 3}}
+    assert measure.differences(predicted, measured) == {
+        "totals": {"requested": {"bytes": -10, "ratio": 0.9}},
+        "phases": {"init": {"bytes": 4}},
+        "categories": {"data": {"bytes": 0, "ratio": 1.0}},
+    }
+
+
+def test_the_allocators_total_over_the_trackers_categories():
+    events = [Event(1, 100, "parameters", "init"), Event(2, 30, "temporaries", "forward")]
+    totals = {"requested": 142, "allocated": 1024, "reserved": 2 << 20, "device": 300 << 20}
+    report = measure_cuda.combined(summarise(events, {}, ""), totals, {"preset": "tiny"}, "measured: a GPU")
+    assert report.categories["temporaries"] == 42  # 30, and 12 that only the allocator saw
+    assert sum(report.categories.values()) == 142
+    assert (report.totals, report.phases["init"]) == (totals, 100)
+
+
+def test_what_cudas_counters_say(monkeypatch):
+    counters = {"requested_bytes.all.peak": 10, "allocated_bytes.all.peak": 512, "reserved_bytes.all.peak": 40 << 20}
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "memory_stats", lambda device: {**counters, "reserved_bytes.all.current": 30 << 20})
+    monkeypatch.setattr(measure_cuda, "process_bytes", lambda device: 330 << 20)
+    found = measure_cuda.statistics(torch.device("cuda"))
+    # 300 MiB beside the allocator's, and what it had reserved at its peak.
+    assert found == {"requested": 10, "allocated": 512, "reserved": 40 << 20, "device": 340 << 20}
+    monkeypatch.setattr(measure_cuda, "process_bytes", lambda device: None)
+    assert "device" not in measure_cuda.statistics(torch.device("cuda"))
+
+
+def test_what_the_driver_counts_for_this_process(monkeypatch):
+    assert measure_cuda.own_bytes({7: 100, 8: 200}, 8) == 200
+    assert measure_cuda.own_bytes({7: 100}, 8) == 100  # a container's other numbers
+    assert measure_cuda.own_bytes({7: 100, 9: 200}, 8) is None
+    assert measure_cuda.own_bytes({}, 8) is None
+
+    import pynvml
+
+    process = types.SimpleNamespace(pid=7, usedGpuMemory=123)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: types.SimpleNamespace(uuid="abc"))
+    for name in ("nvmlInit", "nvmlShutdown"):
+        monkeypatch.setattr(pynvml, name, lambda: None)
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetHandleByUUID", {"GPU-abc": 1}.__getitem__)
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetComputeRunningProcesses", {1: [process]}.__getitem__)
+    assert measure_cuda.process_bytes(torch.device("cuda")) == 123
+    monkeypatch.undo()
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: types.SimpleNamespace(uuid="abc"))
+    if not torch.cuda.is_available():
+        assert measure_cuda.process_bytes(torch.device("cuda")) is None  # no driver, no error
+
+
+def test_no_process_group_remains():
+    with process_group(3):
+        assert distributed.world_size() == 3
+    assert distributed.world_size() == 1

@@ -1,0 +1,126 @@
+"""The trace of `--profile`, opened by TensorBoard with the plugin torch-tb-profiler."""
+
+import gzip
+import json
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+
+import pytest
+import torch
+
+from ds_cmli import deepspeed_json, step
+from ds_cmli.errors import UserError
+from ds_cmli.memory.fake import process_group
+from ds_cmli.memory.predict import longest_batch
+from ds_cmli.memory.profiler import parse_steps, profiling
+from ds_cmli.presets import load_preset
+from tests.conftest import free_port
+
+
+def train(steps: int, done=lambda: None) -> None:
+    model = torch.nn.Linear(64, 64)
+    optimizer = torch.optim.AdamW(model.parameters())
+    for _ in range(steps):
+        model(torch.ones(256, 64)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        done()
+
+
+def test_the_steps_asked_for_and_no_others(tmp_path):
+    with profiling((3, 4), tmp_path, rank=5) as done:
+        train(6, done)
+    (path,) = tmp_path.iterdir()
+    assert path.name.startswith("rank5.")
+    events = json.loads(path.read_text())["traceEvents"]
+    # The profiler counts from 0.
+    assert {e["name"] for e in events if e["name"].startswith("ProfilerStep")} == {"ProfilerStep#2", "ProfilerStep#3"}
+    memory = [e["args"]["Bytes"] for e in events if e["name"] == "[memory]"]
+    assert max(memory) == 256 * 64 * 4  # the activations
+    product = next(e for e in events if e["name"] == "aten::addmm")
+    assert product["args"]["Input Dims"][1] == [256, 64]
+    assert any("test_profiler.py" in e["name"] and "train" in e["name"] for e in events)  # stacks
+
+
+def test_the_first_step_has_no_warm_up(tmp_path):
+    with profiling((1, 1), tmp_path) as done:
+        train(2, done)
+    events = json.loads(next(tmp_path.iterdir()).read_text())["traceEvents"]
+    assert {e["name"] for e in events if e["name"].startswith("ProfilerStep")} == {"ProfilerStep#0"}
+
+
+def test_nothing_asked_nothing_written(tmp_path):
+    with profiling(None, tmp_path / "profile") as done:
+        train(1, done)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("text", ["", "3", "3:", ":5", "0:2", "5:3", "-1:2", "a:b", "1:2:3", "1.5:2"])
+def test_mistakes_are_named(text):
+    with pytest.raises(UserError, match=r"^--profile is .*: give the first and the last step"):
+        parse_steps(text, 20)
+
+
+def test_steps_that_are_not_taken_are_named():
+    assert parse_steps("3:20", 20) == (3, 20)
+    assert parse_steps("11:20", 20, done=10) == (11, 20)
+    with pytest.raises(UserError, match="--profile is '3:21': give some of the steps 1 to 20"):
+        parse_steps("3:21", 20)
+    with pytest.raises(UserError, match="--profile is '10:12': give some of the steps 11 to 20"):
+        parse_steps("10:12", 20, done=10)
+
+
+def test_steps_count_on_after_resuming(tmp_path):
+    with profiling((13, 14), tmp_path, done=10) as done:
+        train(5, done)
+    events = json.loads(next(tmp_path.iterdir()).read_text())["traceEvents"]
+    assert {e["name"] for e in events if e["name"].startswith("ProfilerStep")} == {"ProfilerStep#2", "ProfilerStep#3"}
+
+
+def answer(port: int, route: str, **query):
+    """The plugin's answer, asked for until it is one: it reads the trace in another process."""
+    url = f"http://127.0.0.1:{port}/data/plugin/pytorch_profiler/{route}?{urllib.parse.urlencode(query)}"
+    end = time.monotonic() + 90
+    while True:
+        try:
+            body = urllib.request.urlopen(url, timeout=10).read()
+            found = json.loads(gzip.decompress(body) if body[:2] == b"\x1f\x8b" else body)
+            if found["runs"] if route == "runs" else found:
+                return found
+        except (urllib.error.URLError, TimeoutError, ConnectionError, json.JSONDecodeError):
+            pass
+        assert time.monotonic() < end, f"no answer to {url}"
+        time.sleep(0.5)
+
+
+def test_tensorboard_shows_the_run_and_its_memory(tmp_path):
+    config = load_preset("tiny", {})
+    ds_config = deepspeed_json.resolve({"zero_optimization": {"stage": 2}}, config.optim, 1, 3)
+    with process_group(1), profiling((2, 3), tmp_path / "profile") as done:
+        trainer = step.build(config, ds_config, 1000, 3, torch.device("cpu"))
+        for _ in range(3):
+            trainer(longest_batch(config, 8))
+            done()
+    port = free_port()
+    # As the command `tensorboard` does, but of this interpreter.
+    command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(tmp_path), "--port", str(port)]
+    with open(tmp_path / "tensorboard.log", "w") as log, subprocess.Popen(command, stdout=log, stderr=log) as board:
+        try:
+            (run,) = answer(port, "runs")["runs"]
+            assert run == "profile"
+            views = answer(port, "views", run=run)
+            assert "Memory" in views
+            workers = answer(port, "workers", run=run, view="Memory")
+            (span,) = answer(port, "spans", run=run, worker=workers[0])
+            memory = answer(port, "memory", run=run, worker=workers[0], span=span)
+            rows = memory["rows"]["CPU"]
+            assert {"aten::addmm", "ds_cmli::cmli_forward"} <= {row[0] for row in rows}
+            curve = answer(port, "memory_curve", run=run, worker=workers[0], span=span)
+            assert curve["metadata"]["peaks"]["CPU"]
+        finally:
+            board.terminate()
+            board.wait(30)
