@@ -149,14 +149,21 @@ class RunConfig:
     log_every: int = 10  # steps
     eval_every: int = 0  # steps; 0: only at the end
     eval_batch: int = 50  # pairs a step of the evaluation
-    save_every: int = 0  # steps; 0: only at the end
+    save_every: int = 0  # steps; 0: by time alone, and at the end
+    save_minutes: float = 15.0  # since the last checkpoint; 0: by steps alone, and at the end
+    keep: int = 2  # checkpoints
+    most_skipped: int = 5  # steps in a row skipped for values that are not finite
+    deterministic: bool = False  # the same bits again on the same kind of device
 
     def __post_init__(self):
         check(0 <= self.seed < 2**31, "--seed", self.seed, "give 0 to 2147483647")
         check(self.log_every >= 1, "--log-every", self.log_every, "give at least 1 step")
         check(self.eval_every >= 0, "--eval-every", self.eval_every, "give 0 (only at the end) or more steps")
         check(self.eval_batch >= 1, "run.eval_batch", self.eval_batch, "give at least 1")
-        check(self.save_every >= 0, "--save-every", self.save_every, "give 0 (only at the end) or more steps")
+        check(self.save_every >= 0, "--save-every", self.save_every, "give 0 (by time alone) or more steps")
+        check(self.save_minutes >= 0, "--save-minutes", self.save_minutes, "give 0 (by steps alone) or more minutes")
+        check(self.keep >= 1, "--keep", self.keep, "give at least 1 checkpoint")
+        check(self.most_skipped >= 0, "run.most_skipped", self.most_skipped, "give 0 or more steps in a row")
 
 
 @dataclass

@@ -10,6 +10,8 @@ is then exactly the gradient of the global batch's mean loss: no factor of P app
 """
 
 import os
+import re
+import socket
 import subprocess
 import sys
 from datetime import timedelta
@@ -17,6 +19,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from ds_cmli.errors import UserError
 
 
 def map_launcher_environment() -> None:
@@ -26,22 +30,56 @@ def map_launcher_environment() -> None:
     process is a world of one.
     """
     env = os.environ
-    if "RANK" not in env and "SLURM_STEP_ID" in env and int(env.get("SLURM_NTASKS", "1")) > 1:
-        env["RANK"], env["WORLD_SIZE"] = env["SLURM_PROCID"], env["SLURM_NTASKS"]
-        env["LOCAL_RANK"] = env["SLURM_LOCALID"]
+    tasks = env.get("SLURM_STEP_NUM_TASKS") or env.get("SLURM_NTASKS", "1")
+    if "RANK" not in env and "SLURM_STEP_ID" in env and int(tasks) > 1:
+        env["RANK"], env["WORLD_SIZE"], env["LOCAL_RANK"] = env["SLURM_PROCID"], tasks, env["SLURM_LOCALID"]
+        # Where Slurm gives each task a GPU of its own to see (--gpus-per-task), that is its GPU 0.
+        if len(env.get("CUDA_VISIBLE_DEVICES", "").split(",")) == 1 and env.get("CUDA_VISIBLE_DEVICES"):
+            env["LOCAL_RANK"] = "0"
         if "MASTER_ADDR" not in env:
-            command = ["scontrol", "show", "hostnames", env["SLURM_STEP_NODELIST"]]
-            env["MASTER_ADDR"] = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]
-        # Two jobs on one node must not meet: a port of the job's own.
-        env.setdefault("MASTER_PORT", str(20000 + int(env["SLURM_JOB_ID"]) % 20000))
+            env["MASTER_ADDR"] = _slurm_address(env["SLURM_STEP_NODELIST"])
+        # Two jobs on one node must not meet: a port of the job's own, below those that systems hand out (32768 on).
+        env.setdefault("MASTER_PORT", str(12000 + int(env["SLURM_JOB_ID"]) % 20000))
     for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}.items():
         env.setdefault(name, value)
     # Port 0 lets the store pick a free one, which only a world of one can use: nobody else has to find it.
     env.setdefault("MASTER_PORT", "0" if env["WORLD_SIZE"] == "1" else "29500")
 
 
-def init(timeout: timedelta = timedelta(minutes=30)) -> torch.device:
-    """Start the process group (NCCL on GPUs, gloo on CPUs) and return this rank's device."""
+def _slurm_address(nodes: str) -> str:
+    """Address of the first node of a Slurm node list, which rank 0 runs on.
+
+    Raises:
+        UserError: there is no `scontrol` to ask (inside a container, for instance), or it knows no such node.
+    """
+    try:
+        first = _scontrol("show", "hostnames", nodes).split()[0]
+        try:
+            socket.getaddrinfo(first, None)
+            return first
+        except OSError:  # the node's name in Slurm is not one that this machine's resolver knows
+            return _scontrol("show", "node", first).split("NodeAddr=", 1)[1].split()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        raise UserError(
+            f"MASTER_ADDR is not set, and scontrol gives no address for the nodes {nodes!r}: "
+            "set MASTER_ADDR to the first node's address"
+        ) from None
+
+
+def _scontrol(*arguments: str) -> str:
+    return subprocess.run(["scontrol", *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def init(timeout: timedelta = timedelta(minutes=30), start: timedelta = timedelta(minutes=10)) -> torch.device:
+    """Start the process group (NCCL on GPUs, gloo on CPUs) and return this rank's device. Collective.
+
+    Args:
+        timeout: of a collective.
+        start: how long the ranks wait for each other here.
+
+    Raises:
+        UserError: not all ranks have come in time.
+    """
     map_launcher_environment()
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
@@ -49,8 +87,28 @@ def init(timeout: timedelta = timedelta(minutes=30)) -> torch.device:
     else:
         device = torch.device("cpu")
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)  # collective
+        try:
+            store, rank, world_size = next(dist.rendezvous("env://", timeout=start))  # collective
+            store.set_timeout(timeout)
+            name = "nccl" if device.type == "cuda" else "gloo"
+            dist.init_process_group(name, store=store, rank=rank, world_size=world_size, timeout=timeout)  # collective
+        except dist.DistError as error:
+            raise UserError(_nobody_there(str(error), start)) from None
     return device
+
+
+def _nobody_there(reason: str, start: timedelta) -> str:
+    env = os.environ
+    if "in use" in reason:
+        return f"MASTER_PORT is {env['MASTER_PORT']}: in use on this machine; set it to a free one"
+    place = f"at {env['MASTER_ADDR']}:{env['MASTER_PORT']} within {start.total_seconds():g} s"
+    joined = re.search(r"(\d+)/(\d+) clients joined", reason)
+    if joined:
+        return f"only {joined[1]} of {joined[2]} ranks met {place}: see why the others did not start"
+    message = f"rank {env['RANK']} of {env['WORLD_SIZE']} met no rank 0 {place}: see why it did not start or has ended"
+    if env["RANK"] == "1":  # rank 0, which tells mistakes for all, is not there
+        print(f"error: {message}", file=sys.stderr, flush=True)
+    return message
 
 
 def shutdown() -> None:
@@ -119,6 +177,11 @@ def _all_gather(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     return out.view(x.dtype) if x.dtype != torch.bool else out.bool()
 
 
+def _all_shapes(x: Tensor, group: dist.ProcessGroup | None) -> list[list[int]]:
+    """Every rank's shape of `x`, in rank order. Collective, a CPU-GPU sync."""
+    return _all_gather(torch.tensor([x.shape], dtype=torch.int64, device=x.device), group).tolist()
+
+
 class _GatherWithGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, group):
@@ -155,9 +218,7 @@ def gather_text(text: Tensor, mask: Tensor, group: dist.ProcessGroup | None = No
     """
     if world_size(group) == 1:
         return text, mask
-    # Collective, and a CPU-GPU sync: the shapes decide how the tensors are padded.
-    shape = torch.tensor([text.shape], dtype=torch.int64, device=text.device)
-    shapes = _all_gather(shape, group).tolist()
+    shapes = _all_shapes(text, group)  # collective, and a CPU-GPU sync: they decide how the tensors are padded
     if len({(b, d) for b, _, d in shapes}) > 1:
         raise ValueError(
             f"the ranks' text features must agree in batch size and width, found [B, M, D] = {shapes}: "

@@ -1,6 +1,7 @@
 """Where a run's numbers go: metrics.jsonl, TensorBoard, and the terminal. Rank 0 writes, the others do nothing."""
 
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -10,13 +11,38 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from ds_cmli import manifest
+
+METRICS = "metrics.jsonl"
+
+
+def cut(path: Path, step: int, evaluated: bool) -> None:
+    """Leave out what a run wrote after the step it resumes from, and the last line where it is torn.
+
+    Without `evaluated` the evaluation of that step goes too: it is done again.
+    """
+    kept = []
+    for text in path.read_bytes().splitlines(keepends=True) if path.is_file() else ():
+        try:
+            values = json.loads(text)
+            last = values["step"]
+        except (ValueError, KeyError, TypeError):
+            continue
+        again = last == step and not evaluated and any(name.startswith("eval/") for name in values)
+        if last <= step and not again and text.endswith(b"\n"):
+            kept.append(text)
+    manifest.publish(path, b"".join(kept))
+
 
 class Writer:
-    """`metrics.jsonl` and TensorBoard events in `folder`, and a progress bar or, away from a terminal, plain lines."""
+    """`metrics.jsonl` and TensorBoard events in `folder`, and a progress bar or, away from a terminal, plain lines.
+
+    On a full disk lines wait in memory and points of TensorBoard are lost; the run goes on.
+    """
 
     def __init__(self, folder: Path, total_steps: int, first_step: int = 0):
-        self.jsonl = (folder / "metrics.jsonl").open("a", buffering=1)
-        self.tensorboard = SummaryWriter(str(folder / "tensorboard"))
+        self.path, self.waiting, self.told = folder / METRICS, b"", False
+        self.tensorboard: SummaryWriter | None = None
         self.total = total_steps
         self.started, self.first_step = time.monotonic(), first_step
         self.bar = tqdm(total=total_steps, initial=first_step, unit="step", disable=not sys.stderr.isatty())
@@ -30,10 +56,11 @@ class Writer:
 
     def log(self, step: int, values: dict[str, Any], **only_tensorboard: float) -> None:
         """One object in metrics.jsonl, one point in TensorBoard for each number."""
-        self.jsonl.write(json.dumps({"step": step, **values}) + "\n")
+        self.waiting += (json.dumps({"step": step, **values}) + "\n").encode()
+        self.flush()
         for name, value in {**values, **only_tensorboard}.items():
             if isinstance(value, int | float):
-                self.tensorboard.add_scalar(name, value, step)
+                self._draw(name, value, step)
         if "loss" not in values:
             return
         pairs = values["pairs_per_s"]
@@ -47,10 +74,52 @@ class Writer:
         else:
             self.bar.set_postfix_str(f"loss {values['loss']:.4f}, {pairs:.0f} pairs/s")
 
+    def draw(self, step: int, **values: float) -> None:
+        """Points in TensorBoard alone."""
+        for name, value in values.items():
+            self._draw(name, value, step)
+
+    def flush(self, to_disk: bool = False) -> None:
+        """Write the lines that wait; a line half written on a full disk is taken back."""
+        try:
+            with open(self.path, "ab", buffering=0) as file:
+                end = file.tell()
+                try:
+                    if file.write(self.waiting) != len(self.waiting):
+                        raise OSError("no space left on device")
+                except OSError:
+                    file.truncate(end)
+                    raise
+                if to_disk:
+                    os.fsync(file.fileno())
+            self.waiting = b""
+        except OSError as error:
+            self._tell(error)
+
+    def _draw(self, name: str, value: float, step: int) -> None:
+        try:
+            if self.tensorboard is None:
+                # What an interrupted run drew after the step it resumes from is hidden.
+                folder = self.path.parent / "tensorboard"
+                self.tensorboard = SummaryWriter(str(folder), purge_step=min(step, self.first_step + 1))
+            self.tensorboard.add_scalar(name, value, step)
+        except OSError as error:
+            self.tensorboard = None
+            self._tell(error)
+
+    def _tell(self, error: OSError) -> None:
+        if not self.told:
+            self.told = True
+            self.say(f"warning: metrics cannot be written now: {error}")
+
     def close(self) -> None:
+        self.flush()
         self.bar.close()
-        self.jsonl.close()
-        self.tensorboard.close()
+        try:
+            if self.tensorboard is not None:
+                self.tensorboard.close()
+        except OSError as error:
+            self._tell(error)
 
 
 class NullWriter:
@@ -63,6 +132,12 @@ class NullWriter:
         pass
 
     def log(self, step: int, values: dict[str, Any], **only_tensorboard: float) -> None:
+        pass
+
+    def draw(self, step: int, **values: float) -> None:
+        pass
+
+    def flush(self, to_disk: bool = False) -> None:
         pass
 
     def close(self) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ds_cmli import deepspeed_json, distributed
+from ds_cmli import deepspeed_json, distributed, guard
 from ds_cmli.config import Config
 from ds_cmli.data import Batch, assets
 from ds_cmli.errors import UserError
@@ -106,9 +106,15 @@ class Step:
         batch = batch.to(self.device)
         targets = self.teacher(batch.image) if self.teacher is not None else None
         total, each = self.engine(batch, targets)  # collectives: text features, column statistics
+        total = guard.poison(total)
         self.engine.backward(total)  # collectives: text gradients, gradient buckets
         self.engine.step()  # collectives and a CPU-GPU sync: overflow check, gradient norm, updated weights
         return total.detach(), each
+
+    @property
+    def skipped(self) -> bool:
+        """Whether the update that ended the last accumulation was left out, on all ranks: something was not finite."""
+        return not self.engine.was_step_applied()
 
     def state(self) -> dict[str, float]:
         """Learning rate, gradient norm, loss scale and temperatures. CPU-GPU sync."""
@@ -160,6 +166,7 @@ def build(config: Config, ds_config: dict[str, Any], vocab_size: int, total_step
         )
     except (AssertionError, ValueError) as error:
         raise UserError(f"DeepSpeed refuses the configuration: {error}") from error
+    guard.attach(engine)
     if teacher is not None:
         teacher.to(device=device, dtype=dtype)
     return Step(engine, objective, teacher, device, dtype)

@@ -1,0 +1,120 @@
+"""Files that are whole or not there: written with their checksum, forced to disk, published by a rename, verified.
+
+A manifest lists each file of a folder with size and SHA-256, and vouches for itself in the same way.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, Any
+
+NAME = "manifest.json"
+READ_BYTES = 1 << 20
+
+
+class _Hashing:
+    """The part of a file that writers use; counts and hashes what passes, before the disk can change it."""
+
+    def __init__(self, file: IO[bytes]):
+        self.file, self.bytes, self.digest = file, 0, hashlib.sha256()
+        self.error: OSError | None = None
+
+    def write(self, data) -> int:
+        self.digest.update(data)
+        self.bytes += memoryview(data).nbytes
+        try:
+            self.file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
+        return memoryview(data).nbytes
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+def write_file(path: Path, write: Callable[[Any], Any]) -> dict[str, Any]:
+    """Create `path` by `write(file)`, force it to disk and return its line for the manifest. Raises OSError."""
+    with open(path, "wb") as file:
+        hashing = _Hashing(file)
+        try:
+            write(hashing)
+        except RuntimeError:  # PyTorch's writer hides a full disk behind an error of its own
+            raise hashing.error or OSError("not written") from None
+        file.flush()
+        os.fsync(file.fileno())
+    return {"bytes": hashing.bytes, "sha256": hashing.digest.hexdigest()}
+
+
+def publish(path: Path, data: bytes) -> None:
+    """Replace `path` by a file of these bytes, at once and for good: a reader sees the old one or the new one."""
+    beside = path.with_name(path.name + ".writing")
+    write_file(beside, lambda file: file.write(data))
+    os.replace(beside, path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Force a folder's names to disk: a rename is lost in a power cut otherwise."""
+    number = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
+
+
+def write(folder: Path, files: dict[str, dict[str, Any]]) -> None:
+    """The manifest of `folder`: files by name, each as `write_file` described it."""
+    write_file(folder / NAME, lambda file: file.write(_text(files).encode()))
+    sync_folder(folder)
+
+
+def _text(files: dict[str, dict[str, Any]]) -> str:
+    body = json.dumps(files, indent=1, sort_keys=True)
+    return json.dumps({"sha256": hashlib.sha256(body.encode()).hexdigest()}) + "\n" + body + "\n"
+
+
+def read(folder: Path) -> dict[str, dict[str, Any]]:
+    """The files that the manifest names; raises ValueError with what is wrong with it."""
+    try:
+        text = (folder / NAME).read_text()
+        files = json.loads(text.partition("\n")[2])
+    except FileNotFoundError:
+        raise ValueError(f"{NAME} is missing") from None
+    except (OSError, ValueError):
+        raise ValueError(f"{NAME} cannot be read") from None
+    if not isinstance(files, dict) or _text(files) != text:
+        raise ValueError(f"{NAME} does not match its own checksum")
+    return files
+
+
+def problem(folder: Path, part: int = 0, parts: int = 1) -> str | None:
+    """What is wrong with `folder`, None where all is as the manifest says.
+
+    With `parts`, every so-many-th file only is read: ranks share the work.
+    """
+    try:
+        files = read(folder)
+    except ValueError as error:
+        return str(error)
+    for name, expected in sorted(files.items())[part::parts]:
+        try:
+            found = _describe(folder / name)
+        except OSError as error:
+            return f"{name} cannot be read ({error.strerror})"
+        if found["bytes"] != expected["bytes"]:
+            return f"{name} has {found['bytes']} bytes instead of {expected['bytes']}"
+        if found != expected:
+            return f"{name} does not match its checksum"
+    return None
+
+
+def _describe(path: Path) -> dict[str, Any]:
+    digest, size = hashlib.sha256(), 0
+    with open(path, "rb", buffering=0) as file:
+        while chunk := file.read(READ_BYTES):
+            digest.update(chunk)
+            size += len(chunk)
+    return {"bytes": size, "sha256": digest.hexdigest()}

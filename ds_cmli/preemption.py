@@ -1,0 +1,55 @@
+"""A signal only sets a flag: the loop finishes its step, all ranks save together, and the process ends with code 85.
+
+TERM, USR1, USR2 and INT, whichever a scheduler sends, are taken alike. A second INT stops at once.
+Nothing heavy is imported here: a signal that comes before `install` kills the process, so it must stand at its start.
+"""
+
+import os
+import signal
+import threading
+import time
+from types import FrameType
+
+EXIT_CODE = 85  # of a run that saved and wants to be started again
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
+SAME_PRESS = 1.0  # seconds; one Ctrl-C reaches a rank from the terminal and once more from its launcher
+
+_received: list[int] = []
+
+
+class Preempted(Exception):
+    """Raised on all ranks together, to leave an evaluation."""
+
+
+def install() -> None:
+    """Take the signals from here on. Main thread only."""
+    for number in SIGNALS:
+        signal.signal(number, _note)
+    # Python runs its handlers between two instructions, never while a rank waits in a collective for one that hangs.
+    # The bytes that the C handler writes here reach a thread that needs no other.
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    threading.Thread(target=_stop_at_second_int, args=(reader,), daemon=True).start()
+    # A data loading process inherits the handlers, and so outlives a signal to the whole group; it reports to nobody.
+    os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))
+
+
+def _note(number: int, frame: FrameType | None) -> None:
+    _received.append(number)
+
+
+def _stop_at_second_int(reader: int) -> None:
+    first: float | None = None
+    while True:
+        for number in os.read(reader, 64):
+            if number == signal.SIGINT:
+                now = time.monotonic()
+                first = first or now
+                if now - first > SAME_PRESS:
+                    os._exit(128 + signal.SIGINT)
+
+
+def requested() -> str | None:
+    """The name of the first signal received, None before."""
+    return signal.Signals(_received[0]).name if _received else None

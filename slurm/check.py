@@ -1,0 +1,39 @@
+"""Is this node ready to train? Prints one line for each thing that is missing, and ends with 1 if anything is.
+
+`slurm/train.sh` runs it once on every node. Only the standard library, as what it looks for may be missing.
+"""
+
+import os
+import sys
+from importlib.util import find_spec
+
+PACKAGES = ("torch", "deepspeed", "transformers", "timm")
+
+
+def missing() -> list[str]:
+    python = f"{sys.executable} ({sys.version.split()[0]})"
+    if sys.version_info < (3, 10):  # noqa: UP036
+        return [f"{python} is too old: Python 3.10 or newer is needed; set DS_CMLI_PYTHON to one"]
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    if find_spec("ds_cmli") is None:
+        return [f"{python} does not find the package ds_cmli: set DS_CMLI_PYTHON, or pip install -e {root}"]
+    lines = [f"{python} has no {name}: pip install -e {root}" for name in PACKAGES if find_spec(name) is None]
+    granted = int(os.environ.get("SLURM_GPUS_ON_NODE") or 0)
+    if granted and not lines:
+        import torch
+
+        seen = torch.cuda.device_count()
+        if seen != granted:
+            lines.append(
+                f"{granted} GPUs are granted, but torch {torch.__version__} sees {seen}: install a torch build for "
+                "these GPUs and their driver, or pass them into the container (apptainer exec --nv)"
+            )
+    return lines
+
+
+if __name__ == "__main__":
+    node = os.environ.get("SLURMD_NODENAME") or os.uname().nodename
+    lines = missing()
+    for line in lines:
+        print(f"error: node {node}: {line}", file=sys.stderr)
+    sys.exit(1 if lines else 0)

@@ -1,0 +1,69 @@
+"""One rank that trains several times in one process, as the tests ask: `drive_train.py FILE`, under RANK and WORLD_SIZE.
+
+FILE holds JSON: a list of `{"arguments": [...], "port": N, "stop_at": STEP, "seen": FILE}`, the last two optional. A signal
+is sent to rank `stop_rank` (the last one) after step `stop_at`. `seen` gets one line of sample indices a micro-batch.
+The exit codes are printed as JSON, on rank 0.
+"""
+
+import json
+import os
+import signal
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+from unittest import mock
+
+from ds_cmli import preemption, train
+from ds_cmli.errors import UserError
+
+
+def drive(arguments: list[str], stop_at: int | None = None, seen: str | None = None, mistakes: bool = False) -> int:
+    """The exit code of one training; with `mistakes` a `UserError` is printed and counts as 2."""
+    from ds_cmli.run import Run
+    from ds_cmli.step import Step
+
+    one_step, one_call = Run.train_step, Step.__call__
+
+    def train_step(run, batches):
+        due = one_step(run, batches)
+        if run.state.step == stop_at and int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return due
+
+    def call(step, batch):
+        if seen:
+            with open(f"{seen}.{os.environ['RANK']}", "a") as file:
+                file.write(json.dumps(batch.index.tolist()) + "\n")
+        return one_call(step, batch)
+
+    handlers = {number: signal.getsignal(number) for number in preemption.SIGNALS}
+    preemption._received.clear()
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(Run, "train_step", train_step))
+        stack.enter_context(mock.patch.object(Step, "__call__", call))
+        for number in preemption.SIGNALS:
+            signal.signal(number, preemption._note)
+        try:
+            return train.command.main(arguments, standalone_mode=False)
+        except UserError as error:
+            if not mistakes:
+                raise
+            print(f"error: {error}", flush=True)
+            return 2
+        finally:
+            preemption._received.clear()
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+
+
+def main(file: str) -> None:
+    codes = []
+    for task in json.loads(Path(file).read_text()):
+        os.environ["MASTER_PORT"] = str(task["port"])
+        codes.append(drive(task["arguments"], task.get("stop_at"), task.get("seen"), task.get("mistakes", False)))
+    if os.environ["RANK"] == "0":
+        print(json.dumps({"codes": codes}), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,46 @@
+"""Jobs of slurm/train.sh, and what they leave."""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+from tests.conftest import ROOT
+from tests.slurm.cluster import Cluster
+
+SCRIPT = str(ROOT / "slurm" / "train.sh")
+TIMES = {"pairs_per_s", "checkpoint_s"}
+
+
+def submit(cluster: Cluster, folder: Path, sbatch: tuple[str, ...], *options: str, python: str = sys.executable) -> str:
+    """Submit slurm/train.sh from `folder`; the job's id."""
+    return cluster.submit(*sbatch, SCRIPT, *options, cwd=folder, DS_CMLI_PYTHON=python, OMP_NUM_THREADS="1")
+
+
+def log(folder: Path, job: str) -> str:
+    file = folder / f"slurm-{job}.out"
+    return file.read_text() if file.exists() else ""
+
+
+def finish(cluster: Cluster, folder: Path, job: str, state: str = "COMPLETED", timeout: float = 180) -> str:
+    """Wait for the job's end, which must be `state`; its log."""
+    try:
+        found = cluster.wait(job, timeout=timeout)
+    except TimeoutError as error:
+        raise AssertionError(f"{error}\n{log(folder, job)}") from None
+    text = log(folder, job)
+    assert found["JobState"] == state, text
+    return text
+
+
+def metrics(run: Path) -> list[dict]:
+    """The lines of metrics.jsonl, without what depends on the clock."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in TIMES} for line in lines]
+
+
+def steps_done(run: Path) -> int:
+    """The last step in metrics.jsonl, which may be in the middle of being written; 0 before the first."""
+    file = run / "metrics.jsonl"
+    found = re.findall(r'^\{"step": (\d+),', file.read_text(), re.MULTILINE) if file.exists() else []
+    return int(found[-1]) if found else 0
