@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ds_cmli.cmli import cmli_scores
+from ds_cmli.cmli import cmli_scores, peers
 
 N, M, D = 196, 64, 256
 SETTINGS = ("full", "captions", "mixed")
@@ -44,53 +44,17 @@ def text_lengths(setting: str, B: int) -> Tensor:
     return lengths
 
 
-def naive(image: Tensor, text: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """The fastest materialised form: one product, and `max`, whose backward is cheaper than that of `amax`."""
-    S = (image.flatten(0, 1) @ text.flatten(0, 1).t()).view(*image.shape[:2], *text.shape[:2])  # [I, N, J, M]
-    s_i2t = S.masked_fill(~mask, -torch.inf).max(3).values.mean(1)
-    return s_i2t, (S.max(1).values * mask).sum(2) / mask.sum(1)
-
-
-def x_clip(image: Tensor, text: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """The formula of x-clip 0.14.4, use_all_token_embeds."""
-    S = torch.einsum("xtd,yid->xyti", text, image)
-    token = mask[:, None, :]
-    t2i = S.amax(-1).masked_fill(~token, 0.0).sum(-1) / token.sum(-1).clamp(min=1e-6)
-    i2t = S.masked_fill(~token[..., None], -torch.finfo(S.dtype).max).amax(-2).mean(-1)
-    return i2t.t(), t2i.t()
-
-
-def sentence_transformers(image: Tensor, text: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    from sentence_transformers.util import maxsim
-
-    return maxsim(image, text, b_mask=mask) / image.shape[1], maxsim(text, image, a_mask=mask).t() / mask.sum(1)
-
-
-def late_interaction_kernels(image: Tensor, text: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    from late_interaction_kernels import maxsim
-
-    return maxsim(image, text, d_mask=mask) / image.shape[1], maxsim(text, image, q_mask=mask).t() / mask.sum(1)
-
-
-def flash_maxsim(image: Tensor, text: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    from flash_maxsim import flash_maxsim_batched_train as maxsim
-
-    lengths = mask.sum(1).to(torch.int32)
-    s_i2t = maxsim(image, text, doc_lengths=lengths) / image.shape[1]
-    return s_i2t, maxsim(text, image, query_lengths=lengths).t() / lengths
-
-
 def ours(**options) -> Scores:
     return lambda image, text, mask: cmli_scores(image, text, mask, **options)
 
 
 # name -> (scores, dtypes, whether it is ours)
 CONTENDERS: dict[str, tuple[Scores, tuple[str, ...], bool]] = {
-    "naive autograd": (naive, ("fp32",), False),
-    "x-clip": (x_clip, ("fp32",), False),
-    "sentence-transformers": (sentence_transformers, ("fp32",), False),
-    "late-interaction-kernels": (late_interaction_kernels, ("fp32",), False),
-    "flash-maxsim": (flash_maxsim, ("fp32",), False),
+    "naive autograd": (peers.naive, ("fp32",), False),
+    "x-clip": (peers.x_clip, ("fp32",), False),
+    "sentence-transformers": (peers.sentence_transformers, ("fp32",), False),
+    "late-interaction-kernels": (peers.late_interaction_kernels, ("fp32",), False),
+    "flash-maxsim": (peers.flash_maxsim, ("fp32",), False),
     "chunked": (ours(backend="chunked"), ("fp32", "bf16", "fp16"), True),
     "chunked, recompute": (ours(backend="chunked", recompute=True), ("fp32",), True),
     "triton": (ours(backend="triton"), ("fp32", "bf16", "fp16"), True),
@@ -214,6 +178,7 @@ KINDS = {
     "product": ("mkldnn::_linear_pointwise", "aten::mm"),
     "maxima": ("aten::amax", "aten::eq", "aten::eq_", "aten::mul_"),
     "gathers": ("aten::_embedding_bag", "aten::_embedding_bag_forward_only", "aten::index_select", "aten::add_"),
+    "shares": ("aten::addmm_", "aten::scatter_", "aten::scatter_add_", "aten::fill_"),
     "sorts": ("aten::sort", "aten::searchsorted", "aten::remainder_"),
 }
 
