@@ -1,7 +1,7 @@
 """Other implementations of the all-pairs scores, which ours is measured beside: never imported by training.
 
-Each takes image [I, N, D], text [J, M, D] and the text's mask, bool [J, M], and returns s_i2t and s_t2i [I, J]; libraries
-that know one direction are called in both. They come with `pip install -e '.[bench]'`.
+Each takes image [I, N, D], text [J, M, D] and the text's mask, bool [J, M], and returns s_i2t and s_t2i [I, J].
+Libraries that know one direction are called in both; they come with `pip install -e '.[bench]'`.
 """
 
 import torch

@@ -41,14 +41,19 @@ def differences(predicted: dict[str, Any], measured: dict[str, Any]) -> dict[str
     return out
 
 
+def check_steps(steps: int | None, trace: str | None, most: int) -> None:
+    """Raise `UserError` where `--profile-memory STEPS` cannot be had: of `most` steps, beside `--profile TRACE`."""
+    if steps is None:
+        return
+    if not 1 <= steps <= most:
+        raise UserError(f"--profile-memory is {steps}: give 1 to {most} steps of the training; 2 see the peak")
+    if trace is not None:
+        raise UserError(f"--profile-memory is {steps} and --profile is {trace!r}: both take the profiler, give one")
+
+
 @contextmanager
 def profiling_memory(
-    steps: int | None,
-    total_steps: int,
-    trainer: Step,
-    config: Config,
-    ds_config: dict[str, Any],
-    folder: Path,
+    steps: int | None, trainer: Step, config: Config, ds_config: dict[str, Any], folder: Path
 ) -> Iterator[Callable[[], None]]:
     """Measure the first `steps` optimizer steps of the training loop inside; call what this yields after each step.
 
@@ -63,8 +68,6 @@ def profiling_memory(
     if steps is None:
         yield lambda: None
         return
-    if not 1 <= steps <= total_steps:
-        raise UserError(f"--profile-memory is {steps}: give 1 to {total_steps} steps of the training; 2 see the peak")
     main = distributed.is_main()
     target = trainer.device.type
     card = cards.known(torch.cuda.get_device_name(trainer.device)) if target == "cuda" else ""

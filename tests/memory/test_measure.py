@@ -41,7 +41,7 @@ def trained(tmp_path):
     ds_config = deepspeed_json.resolve(FP32, config.optim, 1, 20)
     with process_group(1):
         trainer = step.build(config, ds_config, without_weights(config)[1], 20, torch.device("cpu"))
-        with measure.profiling_memory(2, 4, trainer, config, ds_config, tmp_path) as after_step:
+        with measure.profiling_memory(2, trainer, config, ds_config, tmp_path) as after_step:
             for _ in range(4):
                 written.append((tmp_path / measure.FILE).exists())
                 trainer(longest_batch(config, 8))
@@ -65,16 +65,22 @@ def test_the_first_steps_of_a_training_beside_the_prediction(trained):
 
 
 def test_nothing_asked_nothing_measured(tmp_path):
-    with measure.profiling_memory(None, 4, None, None, {}, tmp_path) as after_step:
+    with measure.profiling_memory(None, None, None, {}, tmp_path) as after_step:
         after_step()
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("steps", [0, -1, 5])
-def test_steps_that_are_not_taken_are_named(steps, tmp_path):
-    expected = rf"--profile-memory is {steps}: give 1 to 4 steps"
-    with pytest.raises(UserError, match=expected), measure.profiling_memory(steps, 4, None, None, {}, tmp_path):
-        pass
+def test_steps_that_are_not_taken_are_named(steps):
+    with pytest.raises(UserError, match=f"--profile-memory is {steps}: give 1 to 4 steps"):
+        measure.check_steps(steps, None, 4)
+
+
+def test_one_profiler_at_a_time():
+    measure.check_steps(2, None, 4)
+    measure.check_steps(None, "1:2", 0)
+    with pytest.raises(UserError, match="--profile-memory is 2 and --profile is '1:2': both"):
+        measure.check_steps(2, "1:2", 4)
 
 
 def test_differences_of_what_both_have():
