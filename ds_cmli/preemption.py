@@ -4,6 +4,8 @@ TERM, USR1, USR2 and INT, whichever a scheduler sends, are taken alike. A second
 Nothing heavy is imported here: a signal that comes before `install` kills the process, so it must stand at its start.
 """
 
+import atexit
+import multiprocessing.util
 import os
 import signal
 import threading
@@ -31,8 +33,19 @@ def install() -> None:
     os.set_blocking(writer, False)
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     threading.Thread(target=_stop_at_second_int, args=(reader,), daemon=True).start()
-    # A data loading process inherits the handlers, and so outlives a signal to the whole group; it reports to nobody.
     os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))
+    # After multiprocessing's own, and so called before it, which would wait for shielded processes for ever.
+    atexit.register(_end_loaders)
+
+
+def shield(worker: int) -> None:
+    """For a data loading process: schedulers signal it too, and a rank cannot finish its step without its data."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+
+
+def _end_loaders() -> None:
+    for process in multiprocessing.active_children():
+        process.kill()
 
 
 def _note(number: int, frame: FrameType | None) -> None:

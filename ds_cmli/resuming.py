@@ -72,17 +72,22 @@ def find(resume: str, folder: Path) -> Found | None:
 
 
 def _candidates(resume: str, folder: Path) -> tuple[list[Path], str | None]:
+    """Checkpoints in the order to try them, or what is wrong with `--resume`."""
+    own = folder / checkpoint.FOLDER
+    known = [own / name for name in checkpoint.candidates(own)]
     if resume == "never":
         return [], None
     if resume == "auto":
-        root = folder / checkpoint.FOLDER
-        return [root / name for name in checkpoint.candidates(root)], None
+        return known, None
     path = Path(resume).absolute()
     if path.is_dir() and path.name in checkpoint.names(path.parent):
-        return [path], None
-    root = path if path.name == checkpoint.FOLDER else path / checkpoint.FOLDER
-    found = [root / name for name in checkpoint.candidates(root)]
-    return found, None if found else f"--resume is {resume!r}: no checkpoint there; give a run's folder, or one of its "
+        root, found = path.parent, [path]
+    else:
+        root = path if path.name == checkpoint.FOLDER else path / checkpoint.FOLDER
+        found = [root / name for name in checkpoint.candidates(root)]
+    if known and root != own.absolute():
+        return known, None  # started from another run before, and interrupted since
+    return found, None if found else f"--resume is {resume!r}: no checkpoint there; give a run's output folder"
 
 
 def cut_batch(found: Found | None, ds_config: dict[str, Any]) -> dict[str, Any]:
@@ -184,6 +189,7 @@ def _load_engine(found: Found, step: Step, with_changes: bool) -> None:
     with no_code():
         engine.load_checkpoint(str(path.parent), tag=path.name)  # collectives
     if converted is not None:
+        universal.mend(engine.optimizer, fresh)
         distributed.gather_objects(None)  # collective: all have read it
         if distributed.is_main():
             universal.remove(converted)
@@ -204,13 +210,30 @@ def _apply_rates(engine: Any, fresh: list[dict[str, Any]]) -> None:
 
 
 def settle(resume: str, found: Found | None, folder: Path, config: Config, ds_config: dict[str, Any]) -> None:
-    """Make the run's folder agree with where the run goes on: what a later step left there must not count again."""
-    if not distributed.is_main():
-        return
+    """Make the run's folder agree with where the run goes on: what a later step left there must not count again.
+
+    Collective; raises `UserError` on every rank where it cannot be written.
+    """
+    error = None
+    if distributed.is_main():
+        try:
+            _settle(resume, found, folder, config, ds_config)
+        except OSError as caught:
+            error = f"--output-dir is {str(folder)!r}: cannot write there: {caught.strerror}"
+    error = distributed.broadcast_object(error)  # collective
+    if error is not None:
+        raise UserError(error)
+
+
+def _settle(resume: str, found: Found | None, folder: Path, config: Config, ds_config: dict[str, Any]) -> None:
     root = folder / checkpoint.FOLDER
     if resume == "never":
         shutil.rmtree(root, ignore_errors=True)
-    if found is not None and found.path.parent == root and checkpoint.latest(root) != found.path.name:
+    if (
+        found is not None
+        and found.path.parent.absolute() == root.absolute()
+        and checkpoint.latest(root) != found.path.name
+    ):
         manifest.publish(root / checkpoint.LATEST, found.path.name.encode())
     state = found.state if found is not None else TrainState()
     metrics.cut(folder / metrics.METRICS, state.step, state.evaluated)

@@ -27,7 +27,7 @@ from ds_cmli.options import OUTPUT, WHAT, add, resolve_config  # noqa: E402
 @click.command(cls=GroupedCommand, context_settings={"help_option_names": ["-h", "--help"]})
 @add(*WHAT, *OUTPUT)
 @option("Checkpoints", "--resume", default="auto", show_default=True, metavar="auto|never|PATH",
-        help="auto: go on with the run that --output-dir holds. PATH: with another one.")  # fmt: skip
+        help="auto: go on with the run that --output-dir holds. PATH: start from another one.")  # fmt: skip
 @option("Checkpoints", "--resume-with-changes", is_flag=True, help="Also where settings differ from the run's.")
 @option("DeepSpeed", "--dry-run", is_flag=True, help="Check everything, print the resolved configuration, and stop.")
 @option("DeepSpeed", "--deepspeed", is_flag=True, hidden=True)  # passed by habit; the JSON is always read
@@ -97,7 +97,7 @@ def train(config: Config, json_path: str, dry_run: bool, resume: str, with_chang
         trainer = step.build(config, resuming.for_engine(found, ds_config), data.vocab_size, total_steps, device)
         bad = BadSamples(config.data.max_bad_share, length, data.bad)
         own = resuming.load(found, trainer, sampler, bad, with_changes)  # collective
-        resuming.settle(resume, found, folder, config, ds_config)
+        resuming.settle(resume, found, folder, config, ds_config)  # collective
         writer = Writer(folder, total_steps, state.step) if distributed.is_main() else NullWriter()
         return loop(
             Run(config, data, sampler, trainer, total_steps, accumulation, folder, state, own, bad, writer)
@@ -111,7 +111,9 @@ def loop(run: Any) -> int:
     from ds_cmli.data import train_loader
 
     settings, state = run.config.run, run.state
-    batches = iter(train_loader(run.data, run.sampler, run.config.data.workers))
+    loader = train_loader(run.data, run.sampler, run.config.data.workers)
+    loader.worker_init_fn = preemption.shield
+    batches = iter(loader)
     due = state.step == run.total_steps  # the run was stopped in its last evaluation
     try:
         while True:

@@ -9,6 +9,9 @@ import contextlib
 import io
 import shutil
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from ds_cmli import distributed
 from ds_cmli.errors import UserError
@@ -55,6 +58,22 @@ def _convert(checkpoint: Path, converted: Path) -> str | None:
         remove(converted)
         return str(error).splitlines()[0]
     return None
+
+
+def mend(optimizer: Any, groups: list[dict[str, Any]]) -> None:
+    """Put right what DeepSpeed's loader of a universal checkpoint gets wrong under ZeRO-3 (0.19.8).
+
+    It gives all parameter groups the settings of the first, and thus weight decay to those that must have none; and
+    one shared step counter to all, which then counts each update several times.
+
+    Args:
+        groups: settings of the groups as the engine was built.
+    """
+    for group, built in zip(optimizer.param_groups, groups, strict=True):
+        group.update({name: value for name, value in built.items() if name not in ("lr", "initial_lr")})
+    for state in optimizer.state.values():
+        if isinstance(state.get("step"), torch.Tensor):
+            state["step"] = state["step"].clone()
 
 
 def remove(converted: Path) -> None:

@@ -208,7 +208,8 @@ class Watchdog:
     def _end(self, ranks: list[int], what: str) -> None:
         """Say on one rank what has happened, and leave on all."""
         with self.ending:  # never given back: a process ends once
-            blamed = self._beat(ranks[0])
+            # What was read of it may be old; but in lockstep it has done every step that this rank has.
+            step = max(self._beat(ranks[0]).step, self.mine.step)
             name = ", ".join(f"{r} on node {self._beat(r).node}" for r in ranks[:8]) + (", ..." if ranks[8:] else "")
             try:
                 if self.store_is_gone:
@@ -217,7 +218,7 @@ class Watchdog:
             except RuntimeError:
                 first = self.rank == min({*range(self.world_size)} - {*ranks}, default=self.rank)
             if first:
-                print(f"error: rank {name} {what}; last step {blamed.step}: the job ends", file=sys.stderr, flush=True)
+                print(f"error: rank {name} {what}; last step {step}: the job ends", file=sys.stderr, flush=True)
             self._leave()
 
     def _leave(self) -> None:

@@ -6,15 +6,19 @@ op against fp64 and against the clock, and the document's estimates. The files a
 where a bar is missed (ds_cmli/memory/gpu_check.py has the bars), 2 without a GPU.
 """
 
-import os
 import sys
-import time
-from pathlib import Path
 
-import click
-import torch
+# Run by its path, this folder comes first on sys.path and would hide packages named like its scripts.
+sys.path[:] = [p for p in sys.path if p != __file__.rsplit("/", 1)[0]]
 
-from ds_cmli.memory import gpu_check
+import os  # noqa: E402
+import time  # noqa: E402
+from pathlib import Path  # noqa: E402
+
+import click  # noqa: E402
+import torch  # noqa: E402
+
+from ds_cmli.memory import gpu_check  # noqa: E402
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -22,9 +26,11 @@ from ds_cmli.memory import gpu_check
 @click.option("--markdown", "markdown_path", default="gpu_check.md", show_default=True, help="The figures as a table.")
 @click.option("--only", help="Checks whose name contains this, or of this kind, for instance 'prediction'.")
 @click.option("--minutes", type=float, default=7.5, show_default=True, help="What has not ended by then is missed.")
-@click.option("--jobs", type=int, default=min(4, os.cpu_count() or 1), show_default=True, help="Checks at a time.")
+@click.option("--jobs", type=int, help="Checks at a time.  [by cores, and 8 GB of the card's memory each; at most 6]")
 @click.option("--device", default="cuda", hidden=True)  # "cpu": the same checks on what this machine has, for tests
-def command(json_path: str, markdown_path: str, only: str | None, minutes: float, jobs: int, device: str) -> None:
+def command(
+    json_path: str, markdown_path: str, only: str | None, minutes: float, jobs: int | None, device: str
+) -> None:
     if device == "cuda" and not torch.cuda.is_available():
         click.echo("error: no GPU that torch can use here: run this where torch.cuda.is_available()", err=True)
         sys.exit(2)
@@ -45,7 +51,7 @@ def command(json_path: str, markdown_path: str, only: str | None, minutes: float
             value = "" if row.value is None else f"{row.value:.4g}"
             click.echo(f"{verdict} {row.check}: {row.figure} {value} {row.note}")
 
-    gpu_check.run(todo, 60 * minutes, jobs, device, report)
+    gpu_check.run(todo, 60 * minutes, jobs or most_jobs(device), device, report)
     found = [row for outcome in outcomes for row in gpu_check.rows(outcome)]
     missed = gpu_check.failed(found)
     click.echo(
@@ -53,6 +59,12 @@ def command(json_path: str, markdown_path: str, only: str | None, minutes: float
         f"{json_path}, {markdown_path}"
     )
     sys.exit(1 if missed else 0)
+
+
+def most_jobs(device: str) -> int:
+    """Two cores for each, one to measure and one to predict, and a share of the card that the largest setting fits."""
+    by_memory = torch.cuda.get_device_properties(0).total_memory // 2**33 if device == "cuda" else 6
+    return max(1, min(6, (os.cpu_count() or 1) // 2, by_memory))
 
 
 if __name__ == "__main__":

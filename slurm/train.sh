@@ -29,7 +29,8 @@ script=$(job_field Command)
 for project in "$(dirname "${script:-.}")/.." "${SLURM_SUBMIT_DIR:-.}"; do
     [[ -f $project/ds_cmli/train.py ]] && break
 done
-[[ -f $project/ds_cmli/train.py ]] || die "no ds_cmli/train.py beside $script or in ${SLURM_SUBMIT_DIR:-.}: submit slurm/train.sh from the project's folder"
+[[ -f $project/ds_cmli/train.py ]] ||
+    die "no ds_cmli/train.py beside $script or in ${SLURM_SUBMIT_DIR:-.}: submit slurm/train.sh from the project's folder"
 project=$(cd "$project" && pwd)
 
 # The command that starts Python: DS_CMLI_PYTHON, or an active environment's, or the project's .venv.
@@ -37,7 +38,8 @@ if [[ -z ${DS_CMLI_PYTHON:-} && -z ${VIRTUAL_ENV:-}${CONDA_PREFIX:-} && -x $proj
     DS_CMLI_PYTHON=$project/.venv/bin/python
 fi
 read -ra python <<<"${DS_CMLI_PYTHON:-python3}"
-found=$(command -v "${python[0]}") || die "node $(hostname): no '${python[0]}': set DS_CMLI_PYTHON to the command that starts Python"
+found=$(command -v "${python[0]}") ||
+    die "node $(hostname): no '${python[0]}': set DS_CMLI_PYTHON to the command that starts Python"
 # What DeepSpeed builds at run time calls programs of the same environment.
 export PATH="$(dirname "$found"):$PATH"
 
@@ -45,20 +47,32 @@ export PATH="$(dirname "$found"):$PATH"
 gpus=${SLURM_GPUS_ON_NODE:-0}
 if ((gpus > 0)); then
     tasks=$((gpus * SLURM_NNODES))
-    [[ ${SLURM_GPUS:-$tasks} == "$tasks" ]] || die "$SLURM_GPUS GPUs on $SLURM_NNODES nodes are not the same number on each: ask with --gpus-per-node"
+    [[ ${SLURM_GPUS:-$tasks} == "$tasks" ]] ||
+        die "$SLURM_GPUS GPUs on $SLURM_NNODES nodes are not the same number on each: ask with --gpus-per-node"
 else
     tasks=${SLURM_NTASKS:-$SLURM_NNODES}
 fi
 per_node=$(((tasks + SLURM_NNODES - 1) / SLURM_NNODES))
 cpus=$((SLURM_CPUS_ON_NODE / per_node))
 # srun would read these and share out GPUs and CPUs once more. Every task sees all GPUs of its node: NCCL wants it so.
-unset SLURM_NTASKS_PER_GPU SLURM_GPUS_PER_TASK SLURM_TRES_PER_TASK SLURM_CPUS_PER_GPU SLURM_CPUS_PER_TASK SLURM_NTASKS_PER_NODE
+unset SLURM_GPUS_PER_TASK SLURM_TRES_PER_TASK SLURM_NTASKS_PER_GPU SLURM_NTASKS_PER_NODE
+unset SLURM_CPUS_PER_GPU SLURM_CPUS_PER_TASK
 common=(--nodes="$SLURM_NNODES" --gpu-bind=none)
 share=(--cpus-per-task="$cpus")
 if ((cpus == 0)); then
-    echo "notice: $per_node tasks share ${SLURM_CPUS_ON_NODE} CPUs of a node: ask for more with --cpus-per-gpu or --cpus-per-task"
+    echo "notice: the $per_node tasks of a node share $SLURM_CPUS_ON_NODE CPU: ask for more with --cpus-per-gpu"
     share=(--overcommit)
 fi
+
+# --- signals: most reach the tasks by Slurm. Those that come to this shell alone are passed on, as USR1: srun would take
+# a TERM for itself and kill the tasks.
+step=
+signalled=0
+pass_on() {
+    signalled=1
+    [[ -z $step ]] || kill -USR1 "$step" 2>/dev/null
+}
+trap pass_on TERM USR1 USR2
 
 # --- what every node needs
 srun "${common[@]}" --ntasks="$SLURM_NNODES" --ntasks-per-node=1 "${python[@]}" "$project/slurm/check.py" ||
@@ -68,24 +82,22 @@ srun "${common[@]}" --ntasks="$SLURM_NNODES" --ntasks-per-node=1 "${python[@]}" 
 name=$SLURM_JOB_ID
 [[ -z ${SLURM_ARRAY_JOB_ID:-} ]] || name=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
 options=("${@//%a/${SLURM_ARRAY_TASK_ID:-%a}}")
-echo "job $name, start ${SLURM_RESTART_COUNT:-0}: $tasks tasks on $SLURM_NNODES nodes ($SLURM_JOB_NODELIST), $gpus GPUs and $SLURM_CPUS_ON_NODE CPUs a node"
-# One failed task does not end the others at once: they find out who failed, or save what they have.
-srun "${common[@]}" "${share[@]}" --ntasks="$tasks" --ntasks-per-node="$per_node" --kill-on-bad-exit=0 --wait=300 \
-    "${python[@]}" "$project/ds_cmli/train.py" --output-dir "runs/slurm-$name" "${options[@]}" &
-step=$!
-
-# Most signals reach the tasks by Slurm. Those that come to this shell alone are passed on, as USR1: srun would take a
-# TERM for itself and kill the tasks. A signal also ends `wait`, which is then repeated.
-pass_on() {
-    signalled=1
-    kill -USR1 "$step" 2>/dev/null
-}
-trap pass_on TERM USR1 USR2
-signalled=1
-while ((signalled)); do
+echo "job $name, start ${SLURM_RESTART_COUNT:-0}: $tasks tasks on $SLURM_NNODES nodes ($SLURM_JOB_NODELIST)," \
+    "$gpus GPUs and $SLURM_CPUS_ON_NODE CPUs a node"
+if ((signalled)); then
+    code=$PREEMPTED # before it began
+else
+    # One failed task does not end the others at once: they find out who failed, or save what they have.
+    srun "${common[@]}" "${share[@]}" --ntasks="$tasks" --ntasks-per-node="$per_node" --kill-on-bad-exit=0 --wait=300 \
+        "${python[@]}" "$project/ds_cmli/train.py" --output-dir "runs/slurm-$name" "${options[@]}" &
+    step=$!
+fi
+# A signal also ends `wait`, which is then repeated.
+while [[ -n $step ]]; do
     signalled=0
     wait "$step"
     code=$?
+    ((signalled)) || break
 done
 
 # --- again, if it was preempted; killed by a warning signal while it was still starting, it has lost nothing

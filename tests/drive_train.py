@@ -1,8 +1,7 @@
-"""One rank that trains several times in one process, as the tests ask: `drive_train.py FILE`, under RANK and WORLD_SIZE.
+"""One rank that trains several times in one process, as the tests ask, under RANK and WORLD_SIZE: `drive_train.py FILE`
 
-FILE holds JSON: a list of `{"arguments": [...], "port": N, "stop_at": STEP, "seen": FILE}`, the last two optional. A signal
-is sent to rank `stop_rank` (the last one) after step `stop_at`. `seen` gets one line of sample indices a micro-batch.
-The exit codes are printed as JSON, on rank 0.
+FILE holds JSON, a list of `{"arguments": [...], "port": N}` and the other arguments of `drive`. The exit codes are
+printed as JSON, on rank 0.
 """
 
 import json
@@ -18,7 +17,13 @@ from ds_cmli.errors import UserError
 
 
 def drive(arguments: list[str], stop_at: int | None = None, seen: str | None = None, mistakes: bool = False) -> int:
-    """The exit code of one training; with `mistakes` a `UserError` is printed and counts as 2."""
+    """The exit code of one training.
+
+    Args:
+        stop_at: a signal is sent to the last rank after this step.
+        seen: gets one line of sample indices for each micro-batch of rank R, with `.R` behind its name.
+        mistakes: a `UserError` is printed and counts as 2.
+    """
     from ds_cmli.run import Run
     from ds_cmli.step import Step
 

@@ -16,8 +16,7 @@ import pytest
 
 from tests.conftest import ROOT, clean_environment, free_port
 
-WARM = 0.3  # share of a start's training time after which its memory is taken as settled
-GROWTH = 8.0  # MB a process may still grow from there to its end, and one start's end over another's
+WARM = 0.4  # share of a start's training time in which its memory settles: the allocator's pools fill for some 15 s
 
 
 def start(folder: Path) -> list[subprocess.Popen]:
@@ -73,28 +72,29 @@ def logs(folder: Path) -> str:
     return "\n".join((folder / f"rank{rank}.log").read_text()[-3000:] for rank in range(2))
 
 
-def soak(folder: Path, starts: int, seconds: float) -> None:
+def soak(folder: Path, starts: int, seconds: float, growth: float) -> None:
+    """`growth`: MB that a process may grow once it has settled, and that one start may end above the first."""
     ends: list[list[float]] = [[], []]
     for _ in range(starts):
         for rank, memory in enumerate(one_start(folder, seconds)):
             settled = memory[int(WARM * len(memory)) :]
             ends[rank].append(settled[-1])
-            assert settled[-1] - settled[0] < GROWTH, f"rank {rank} grew: {memory}"
+            assert settled[-1] - settled[0] < growth, f"rank {rank} grew: {memory}"
     done = steps(folder)
     figures = [[f"{value:.0f}" for value in rank[:: max(1, starts // 8)]] for rank in ends]
     print(f"{starts} starts, {len(done)} steps; MB at each end: {figures}")
     assert done == list(range(1, len(done) + 1))  # none lost, none twice, over all starts
     assert len(done) >= 5 * starts
     for rank in ends:
-        assert max(rank) - rank[0] < GROWTH, rank
+        assert max(rank) - rank[0] < growth, rank
     assert "Traceback" not in logs(folder)
 
 
 def test_signals_lose_no_step_short(tmp_path):
-    soak(tmp_path, starts=3, seconds=5)
+    soak(tmp_path, starts=3, seconds=5, growth=50)
 
 
 @pytest.mark.soak
 def test_signals_lose_no_step_in_half_an_hour(tmp_path):
     # A start takes some seconds more, which makes a minute.
-    soak(tmp_path, starts=30, seconds=53)
+    soak(tmp_path, starts=30, seconds=53, growth=8)

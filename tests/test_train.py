@@ -31,7 +31,7 @@ def lines(folder) -> list[dict]:
 
 
 def without_times(folder) -> list[dict]:
-    return [{k: v for k, v in line.items() if k != "pairs_per_s"} for line in lines(folder)]
+    return [{k: v for k, v in line.items() if k not in ("pairs_per_s", "checkpoint_s")} for line in lines(folder)]
 
 
 def test_what_a_run_leaves(finished):
@@ -60,9 +60,10 @@ def test_what_a_run_leaves(finished):
     assert {"logit_scale", "cmli.logit_scale", "student.g.weight"} <= weights.keys()
     assert weights["student.g.weight"].shape == (16, 32)
     assert (folder / "checkpoint" / "latest").read_text() == "step4"
+    assert "checkpoint step4: " in done.stdout and "best seen combined R@1 " in done.stdout
     events = EventAccumulator(str(folder / "tensorboard"))
     events.Reload()
-    drawn = {"loss/cmli", "lr", "grad_norm", "temperature/global", "pairs_per_s", "peak_memory_bytes"}
+    drawn = {"loss/cmli", "lr", "grad_norm", "temperature/global", "pairs_per_s", "peak_memory_bytes", "checkpoint_s"}
     assert drawn | {"eval/seen/combined/i2t_r1"} <= set(events.Tags()["scalars"])
     assert "written to" in done.stdout and str(folder) in done.stdout
 

@@ -12,6 +12,7 @@ import pytest
 from tests.conftest import ROOT, clean_environment, free_port
 
 TIMEOUT = 3.0  # seconds
+SLACK = 5.0  # seconds; a loaded machine takes its time to end a process
 STEP = 0.1
 
 
@@ -76,7 +77,7 @@ def test_one_rank_stops_and_the_job_ends(outcomes, fate, victim):
     print(f"rank {victim} {fate}: exit codes {codes}, {took:.1f} s", *said, sep="\n")
     assert codes[1 - victim] == 1, output
     assert codes[victim] == {"exits": 0, "is killed": -signal.SIGKILL, "is stopped": -signal.SIGKILL}.get(fate, 1)
-    assert took < seconds, output
+    assert took < seconds + SLACK, output
     assert len(said) == 1, output
     assert said[0].startswith(f"error: rank {victim} on node node-{victim} {words}"), said
     assert said[0].endswith("; last step 5: the job ends")
@@ -88,7 +89,7 @@ def test_an_error_on_all_ranks_is_left_to_them(outcomes):
     codes, output, took = outcomes["agrees", 1]
     assert codes == [1, 1]
     assert output.count("UserError: too many broken images") == 2 and "error: rank" not in output
-    assert took < 2
+    assert took < SLACK
 
 
 @pytest.mark.parametrize("fate", GOES_ON[:-1])

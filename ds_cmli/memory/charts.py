@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ds_cmli.memory.compare import GB, Row
-from ds_cmli.memory.report import CATEGORIES
+from ds_cmli.memory.report import CATEGORIES, Event
 
 
 def matplotlib() -> Any:
@@ -38,36 +38,44 @@ def bars(rows: Sequence[Row], path: Path) -> None:
     pyplot.close(figure)
 
 
-def timeline(report: Any, title: str, path: Path) -> None:
-    """The last step of a `Report`, stacked by category, its phases marked; over allocations and frees, not seconds."""
+def timeline(events: Sequence[Event], title: str, path: Path) -> None:
+    """The last step of a run's `events`, stacked by category, its phases marked; over events, not seconds."""
     pyplot = matplotlib()
-    last = last_step(report.timeline)
-    # Some thousand points at the most, and the peak among them.
-    every = max(1, len(last) // 3000)
-    highest = max(range(len(last)), key=lambda i: sum(last[i][1].values()))
-    points = sorted({*range(0, len(last), every), highest})
+    before, step = last_step(events)
+    live = dict.fromkeys(CATEGORIES, 0)
+    for event in before:
+        live[event.category] += event.bytes
+    points: list[tuple[int, dict[str, int]]] = []
+    for i, event in enumerate(step):
+        live[event.category] += event.bytes
+        # Local maxima alone: between two of them nothing is highest.
+        if event.bytes > 0 and (i + 1 == len(step) or step[i + 1].bytes < 0):
+            points.append((i, dict(live)))
     figure, axis = pyplot.subplots(figsize=(11, 5), constrained_layout=True)
-    used = [name for name in CATEGORIES if any(last[i][1][name] for i in points)]
+    used = [name for name in CATEGORIES if any(now[name] for _, now in points)]
     colours = pyplot.get_cmap("tab20").colors
-    stacks = [[last[i][1][name] / GB for i in points] for name in used]
-    axis.stackplot(points, stacks, labels=used, step="post", colors=[colours[CATEGORIES.index(n)] for n in used])
-    begins = [i for i in range(len(last)) if i == 0 or last[i][0] != last[i - 1][0]]
-    top = sum(last[highest][1].values()) / GB
-    for i in begins:
-        axis.axvline(i, color="black", linewidth=0.5)
-        axis.annotate(last[i][0], (i, top * 1.02), fontsize=8)
-    axis.set(title=title, xlabel="allocations and frees", ylabel="GB requested", ylim=(0, top * 1.1))
+    stacks = [[now[name] / GB for _, now in points] for name in used]
+    where = [i for i, _ in points]
+    axis.stackplot(where, stacks, labels=used, step="post", colors=[colours[CATEGORIES.index(n)] for n in used])
+    top = max(sum(now.values()) for _, now in points) / GB
+    for i, event in enumerate(step):
+        if i == 0 or event.phase != step[i - 1].phase:
+            axis.axvline(i, color="black", linewidth=0.5)
+            axis.annotate(event.phase, (i, top * 1.02), fontsize=8)
+    axis.set(title=title, xlabel="allocations and frees", ylabel="GB requested", xlim=(0, len(step)))
+    axis.set_ylim(0, top * 1.1)
     axis.legend(*reversed_legend(axis), loc="upper left", bbox_to_anchor=(1, 1), fontsize=8)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
 
 
-def last_step(timeline: list[tuple[str, dict[str, int]]]) -> list[tuple[str, dict[str, int]]]:
-    """From where the last forward pass begins."""
-    end = max((i for i, (phase, _) in enumerate(timeline) if phase == "backward"), default=0)
-    starts = [i for i in range(1, end) if timeline[i][0] == "forward" and timeline[i - 1][0] != "forward"]
-    stop = next((i for i in range(end, len(timeline)) if timeline[i][0] == "forward"), len(timeline))
-    return timeline[starts[-1] if starts else 0 : stop]
+def last_step(events: Sequence[Event]) -> tuple[Sequence[Event], Sequence[Event]]:
+    """What came before the last step, and that step: from where its forward pass begins until the next one's."""
+    end = max((i for i, event in enumerate(events) if event.phase == "backward"), default=0)
+    starts = [i for i in range(1, end) if events[i].phase == "forward" != events[i - 1].phase]
+    start = starts[-1] if starts else 0
+    stop = next((i for i in range(end, len(events)) if events[i].phase == "forward"), len(events))
+    return events[:start], events[start:stop]
 
 
 def reversed_legend(axis: Any) -> tuple[list, list]:

@@ -117,6 +117,7 @@ def all_pairs(s: Setting, itemsize: int = 4) -> Claim:
     pair = s.N * s.M
     written, printed, every = s.B * pair, s.G * pair, s.G**2 * pair
     result = printed * s.D * itemsize
+    winners = s.B * s.G * (s.N * winner_dtype(s.M).itemsize + s.M * winner_dtype(s.N).itemsize)
     return Claim(
         id="E2",
         topic="all-pairs CMLI",
@@ -138,8 +139,8 @@ def all_pairs(s: Setting, itemsize: int = 4) -> Claim:
             "materialised, all": every * itemsize,
         },
         verdict=f"all pairs are {s.G}^2 * {pair:,} = {every:,} dot products, of one number each",
-        remember="Exact scores of all pairs need no similarity kept: only, as one byte, which patch or token won "
-        f"({s.B * s.G * (s.N * winner_dtype(s.M).itemsize + s.M * winner_dtype(s.N).itemsize) / 1e6:,.1f} MB on a rank).",
+        remember="Exact scores of all pairs need no similarity kept, only which patch or token won: "
+        f"{winners / 1e6:,.1f} MB on a rank.",
     )
 
 
@@ -208,7 +209,7 @@ def valid_positions(s: Setting) -> Claim:
             f"E3 materialised, {kept} of {s.M}": s.B * pair * 2,
         },
         verdict=f"{s.M} positions hold at most {kept} tokens: {pair:,} dot products a pair",
-        remember=f"Two of {s.M} positions are never tokens: {SPECIAL_TOKENS / s.M:.0%} off whatever is stored for them.",
+        remember=f"Two of {s.M} positions are never tokens: {SPECIAL_TOKENS / s.M:.0%} off what is stored for them.",
     )
 
 

@@ -125,6 +125,8 @@ def fake_world(world_size: int, cuda: bool) -> Iterator[Answers]:
     from deepspeed.accelerator import get_accelerator
 
     accelerator: Any = get_accelerator()
+    if accelerator.device_name() != "cpu":
+        raise RuntimeError("a prediction needs a process that started with DS_ACCELERATOR=cpu")
     with process_group(world_size), ExitStack() as stack:
         # What ranks tell each other of themselves: every one is like this one.
         shapes = lambda x, group: [list(x.shape)] * world_size  # noqa: E731

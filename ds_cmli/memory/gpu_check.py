@@ -62,7 +62,7 @@ def checks(backend: str = "triton", settings: Iterable[Setting] = SETTINGS) -> l
     backends = list(dict.fromkeys([backend, "chunked"]))
     for dtype in ("bf16", "fp32"):
         out.append(Check(f"speed, {dtype}", "speed", {"dtype": dtype, "backends": backends}, 120, alone=True))
-    out.append(Check("E1 to E5", "estimates", {}, 180, alone=True))
+    out.append(Check("E1 to E5", "estimates", {}, 240, alone=True))
     return out
 
 

@@ -12,7 +12,6 @@ from torch.profiler import ProfilerActivity, profile
 
 from ds_cmli import distributed
 from ds_cmli.config import Config
-from ds_cmli.errors import UserError
 from ds_cmli.memory import apart, cards, measure_cpu, measure_cuda
 from ds_cmli.memory.report import Report, summarise
 from ds_cmli.memory.tracker import Tracker
@@ -39,16 +38,6 @@ def differences(predicted: dict[str, Any], measured: dict[str, Any]) -> dict[str
                 ours, theirs = predicted[part][name], measured[part][name]
                 out[part][name] = {"bytes": ours - theirs, **({"ratio": ours / theirs} if theirs else {})}
     return out
-
-
-def check_steps(steps: int | None, trace: str | None, most: int) -> None:
-    """Raise `UserError` where `--profile-memory STEPS` cannot be had: of `most` steps, beside `--profile TRACE`."""
-    if steps is None:
-        return
-    if not 1 <= steps <= most:
-        raise UserError(f"--profile-memory is {steps}: give 1 to {most} steps of the training; 2 see the peak")
-    if trace is not None:
-        raise UserError(f"--profile-memory is {steps} and --profile is {trace!r}: both take the profiler, give one")
 
 
 @contextmanager

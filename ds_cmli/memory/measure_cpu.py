@@ -14,7 +14,13 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from ds_cmli import deepspeed_json, step
 from ds_cmli.config import Config
 from ds_cmli.memory.fake import process_group
-from ds_cmli.memory.predict import TOTAL_STEPS, longest_batch, recorded_from_the_engine_on, text_lengths, without_weights
+from ds_cmli.memory.predict import (
+    TOTAL_STEPS,
+    longest_batch,
+    recorded_from_the_engine_on,
+    text_lengths,
+    without_weights,
+)
 from ds_cmli.memory.report import PHASES, Report, summarise
 from ds_cmli.memory.tracker import Tracker, phases
 

@@ -8,6 +8,7 @@ from ds_cmli.config import Config
 from ds_cmli.memory import apart
 
 MOST = 2  # settings that are proposed
+DEFAULT_BUCKET, SMALL_BUCKET = 500_000_000, 5_000_000  # elements: DeepSpeed's, and one that still fills messages
 SECONDS = 120  # for all predictions; the other ranks wait
 
 
@@ -37,6 +38,9 @@ def changes(config: Config, ds_config: dict[str, Any], world_size: int, gpu: boo
     if len(same) == 2:
         out.append(Change(f"{same[0].what} and {same[1].what}", same[0].config, same[1].ds_config))
     stage = ds_config.get("zero_optimization", {}).get("stage", 0)
+    if stage and ds_config["zero_optimization"].get("reduce_bucket_size", DEFAULT_BUCKET) > SMALL_BUCKET:
+        smaller = _zero(ds_config, reduce_bucket_size=SMALL_BUCKET)
+        out.append(Change(f'"zero_optimization": {{"reduce_bucket_size": {SMALL_BUCKET}}}', config, smaller))
     if world_size > 1:
         for higher in range(stage + 1, 4):
             out.append(Change(f'"zero_optimization": {{"stage": {higher}}}', config, _zero(ds_config, stage=higher)))
@@ -103,6 +107,8 @@ def advise(
         lines = table(first.report)
         if room is None:
             return lines
+        # Not all of the room is had: heaps and segments fragment. What ran out did so below the prediction at the most.
+        room = min(room, first.report["totals"][total] * 9 // 10)
         for change in tried:
             if any(enough in change.what for enough in fits):
                 continue  # it adds to a change that is enough

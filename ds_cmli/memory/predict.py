@@ -5,20 +5,18 @@ steps; the second is the larger one, as optimizer states are made in the first.
 """
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ds_cmli import deepspeed_json, step
 from ds_cmli.config import Config, check, choice
 from ds_cmli.data import Batch
 from ds_cmli.data.tokens import load_tokenizer
-from ds_cmli.errors import UserError
 from ds_cmli.memory import cards
 from ds_cmli.memory.allocator import replay
 from ds_cmli.memory.fake import convert_parameters, fake_world
@@ -38,7 +36,13 @@ class Prediction:
 
 
 def predict(
-    config: Config, ds_config: dict[str, Any], world_size: int, *, card: str = DEFAULT_CARD, target: str = "cuda"
+    config: Config,
+    ds_config: dict[str, Any],
+    world_size: int,
+    *,
+    card: str = DEFAULT_CARD,
+    target: str = "cuda",
+    scores: Callable[..., tuple[Tensor, Tensor]] | None = None,
 ) -> Prediction:
     """Memory of rank 0, all sizes in bytes.
 
@@ -49,16 +53,18 @@ def predict(
         target: "cuda": in the JSON's precision, with the operators and defaults of a GPU, `cmli_backend="auto"` meaning
             triton, and without what an offloaded optimizer keeps on the host. "cpu": as this CPU would train; only the
             requested bytes have a meaning there.
+        scores: another all-pairs implementation, called as `CMLILoss` calls `cmli_scores`; None: the project's.
 
     Every text has all its positions but the first of a batch, which lacks one: the most that a batch can need, as text
     encoders leave out the mask where nothing is padded.
 
     Raises:
         UserError: a setting that cannot be built, or whose sizes are not known without a download.
-        RuntimeError: a process group is up.
+        RuntimeError: a process group is up, or DeepSpeed is set to a GPU in this process.
     """
     choice("target", target, ("cuda", "cpu"))
     check(world_size >= 1, "--world-size", world_size, "give at least 1 rank")
+    _check_offload(ds_config)
     cuda = target == "cuda"
     if not cuda:
         ds_config, _ = step.resolve_precision(ds_config)
@@ -76,6 +82,8 @@ def predict(
     tracker = Tracker(device.type, text_lengths(config, micro_batch))
     with fake_world(world_size, cuda) as answers, tracker, recorded_from_the_engine_on(tracker, ds_config, cuda):
         trainer = step.build(config, ds_config, vocab_size, TOTAL_STEPS, device)
+        if scores is not None:
+            trainer.objective.cmli.score = scores  # type: ignore[assignment]
         with phases(trainer, answers.enter), tracker.attach(trainer):
             for _ in range(2 * accumulation):
                 with tracker.scope("data"):
@@ -100,6 +108,16 @@ def predict(
         report.totals["reserved"] = replayed.reserved_peak + workspace
         report.totals["device"] = cards.device_bytes(report.totals["reserved"], card, world_size)
     return Prediction(report, events)
+
+
+def _check_offload(ds_config: dict[str, Any]) -> None:
+    zero = ds_config.get("zero_optimization", {})
+    for name, known in (("offload_optimizer", ("none", "cpu")), ("offload_param", ("none",))):
+        device = (zero.get(name) or {}).get("device") or "none"
+        check(
+            device in known, f"zero_optimization.{name}.device", device,
+            f"it cannot be predicted: leave it out, or give {' or '.join(known)}",
+        )  # fmt: skip
 
 
 def _pin_optimizer(ds_config: dict[str, Any]) -> None:
@@ -131,9 +149,7 @@ def without_weights(config: Config) -> tuple[Config, int]:
             sizes = {k: v for k, v in found.to_diff_dict().items() if isinstance(v, int | float | bool)}
             sizes.pop("vocab_size", None)
             vocab_size = found.vocab_size
-            student = replace(
-                student, text_model=found.model_type, text_overrides={**sizes, **student.text_overrides}
-            )
+            student = replace(student, text_model=found.model_type, text_overrides={**sizes, **student.text_overrides})
         except Exception:
             known = source in FAMILY_SIZES or "hidden_size" in student.text_overrides
             check(

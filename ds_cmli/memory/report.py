@@ -6,6 +6,7 @@ All sizes are bytes. "Requested" is what the program asked for; "allocated" what
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 CATEGORIES = (
@@ -45,6 +46,10 @@ class Report:
     totals: dict[str, int]  # peaks: requested, and where known allocated, reserved, device
     timeline: list[tuple[str, dict[str, int]]] = field(default_factory=list)  # (phase, live bytes by category)
 
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "Report":
+        return cls(**values)
+
     def to_dict(self) -> dict[str, Any]:
         return {
             "setting": self.setting,
@@ -55,17 +60,80 @@ class Report:
         }
 
 
+TIMELINE_POINTS = 2000
+
+
 def summarise(events: Iterable[Event], setting: dict[str, Any], source: str) -> Report:
-    """Replay `events` into a report: live bytes by category at the peak, and the peak of each phase."""
-    live = dict.fromkeys(CATEGORIES, 0)
+    """Replay `events` into a report: live bytes by category at the peak, the peak of each phase, and the timeline.
+
+    A phase's peak includes what lived when it began. The timeline holds local maxima, `TIMELINE_POINTS` at the most:
+    the largest of as many equal stretches of events.
+    """
+    events = list(events)
+    totals = list(accumulate(event.bytes for event in events))
     phases = dict.fromkeys(PHASES, 0)
-    total, peak, at_peak = 0, -1, dict(live)
-    timeline = []
-    for event in events:
+    before = 0
+    for event, total in zip(events, totals, strict=True):
+        phases[event.phase] = max(phases[event.phase], before, total)
+        before = total
+
+    number = len(events)
+    tops = [i for i in range(number) if events[i].bytes > 0 and (i + 1 == number or events[i + 1].bytes < 0)]
+    largest: dict[int, int] = {}  # stretch -> event
+    for i in tops:
+        stretch = i * TIMELINE_POINTS // number
+        if stretch not in largest or totals[i] > totals[largest[stretch]]:
+            largest[stretch] = i
+    kept = set(largest.values())
+
+    peak = max(range(number), key=totals.__getitem__, default=None)
+    live = dict.fromkeys(CATEGORIES, 0)
+    at_peak, timeline = dict(live), []
+    for i, event in enumerate(events):
         live[event.category] += event.bytes
-        total += event.bytes
-        phases[event.phase] = max(phases[event.phase], total)
-        timeline.append((event.phase, dict(live)))
-        if total > peak:
-            peak, at_peak = total, dict(live)
-    return Report(setting, source, at_peak, phases, {"requested": max(peak, 0)}, timeline)
+        if i in kept:
+            timeline.append((event.phase, dict(live)))
+        if i == peak:
+            at_peak = dict(live)
+    return Report(setting, source, at_peak, phases, {"requested": sum(at_peak.values())}, timeline)
+
+
+def show(report: Report, console: Any = None) -> None:
+    """Print the report as tables, on a rich console; None: on the terminal."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = console or Console(highlight=False)
+    setting = ", ".join(f"{name.replace('_', ' ')} {_plain(value)}" for name, value in report.setting.items())
+    console.print(f"\nMemory of rank 0, {report.source}: {setting}")
+    requested = report.totals["requested"]
+    for title, values in (("at the peak", report.categories), ("peak of phase", report.phases)):
+        table = Table(title_justify="left")
+        table.add_column(title)
+        for name in ("bytes", "GB", "share"):
+            table.add_column(name, justify="right")
+        for name, size in values.items():
+            table.add_row(name, *_sizes(size), f"{size / max(requested, 1):.1%}", style=None if size else "dim")
+        console.print(table)
+    explained = {
+        "requested": "the largest sum of all tensors",
+        "allocated": "rounded up by the allocator, with the workspace of cuBLAS",
+        "reserved": "taken from the device by the allocator",
+        "device": "with the CUDA context and NCCL",
+    }
+    table = Table()
+    for name in ("total", "bytes", "GB", ""):
+        table.add_column(name, justify="right" if name in ("bytes", "GB") else "left")
+    for name, size in report.totals.items():
+        table.add_row(name, *_sizes(size), explained.get(name, ""))
+    console.print(table)
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return " + ".join(value) if isinstance(value, list) else str(value)
+
+
+def _sizes(size: int) -> tuple[str, str]:
+    return f"{size:,}", f"{size / 1e9:.3f}"

@@ -8,15 +8,18 @@ Shapes: B pairs per rank, P ranks, N image patches, M text positions, H hidden s
 
 import json
 import math
+import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from multiprocessing import get_context
 from typing import Any
 from unittest.mock import patch
 
-from ds_cmli import deepspeed_json, step
+from ds_cmli import deepspeed_json, quiet, step
 from ds_cmli.config import Config
 from ds_cmli.errors import UserError
 from ds_cmli.memory import cards
@@ -83,30 +86,37 @@ def document_json(checkpointing: bool) -> dict[str, Any]:
 
 
 def document_rows(
-    s: Setting, card: str = DEFAULT_CARD, say: Callable[[Row], None] = lambda row: None
+    s: Setting,
+    variants: Iterable[Variant] = VARIANTS,
+    card: str = DEFAULT_CARD,
+    say: Callable[[Row], None] = lambda row: None,
 ) -> tuple[list[Row], Prediction | None]:
     """E4: the bytes that each variant leaves free on a card of 24 GB (assumed); and "ours" without checkpointing."""
     claim, total = claims(s)["E4"], cards.card(card).total.bytes
     rows, ours = [], None
-    for variant in VARIANTS:
-        name = variant.name + ", checkpointing" * variant.checkpointing
-        row = Row("E4", name, claim.document_bytes, None, None, measured_on=f"predicted for {card}, rank 0 of {s.P}")
-        rows.append(row)
-        say(row)
-        try:
-            config = document_config(s, variant.losses)
-        except UserError as error:
-            row.verdict = f"not predicted: {error}"
-            continue
-        with built_models(lambda objective, v=variant: use_scores(objective, v.scores)):  # type: ignore[misc]
-            found = predict(config, document_json(variant.checkpointing), s.P, card=card)
-        if variant.name == "ours" and not variant.checkpointing:
-            ours = found
-        report = found.report
-        needed = report.totals["device"]
-        row.predicted_bytes, row.predicted_peak_bytes = total - needed, report.totals["requested"]
-        row.verdict = f"{'fits' if needed <= total else 'does not fit'}: {describe(total - needed)}"
-        row.extra = {"card": card, "card_bytes": total, **report.to_dict()}
+    with predicting() as pool:
+        for variant in variants:
+            name = variant.name + ", checkpointing" * variant.checkpointing
+            row = Row(
+                "E4", name, claim.document_bytes, None, None, measured_on=f"predicted for {card}, rank 0 of {s.P}"
+            )
+            rows.append(row)
+            say(row)
+            try:
+                config = document_config(s, variant.losses)
+            except UserError as error:
+                row.verdict = f"not predicted: {error}"
+                continue
+            found = pool.submit(
+                predict, config, document_json(variant.checkpointing), s.P, card=card, scores=variant.scores
+            ).result()
+            if variant.name == "ours" and not variant.checkpointing:
+                ours = found
+            report = found.report
+            needed = report.totals["device"]
+            row.predicted_bytes, row.predicted_peak_bytes = total - needed, report.totals["requested"]
+            row.verdict = f"{'fits' if needed <= total else 'does not fit'}: {describe(total - needed)}"
+            row.extra = {"card": card, "card_bytes": total, **report.to_dict()}
     return rows, ours
 
 
@@ -114,23 +124,26 @@ def describe(free: int) -> str:
     return f"{free / GB:,.1f} GB free" if free >= 0 else f"{-free / GB:,.1f} GB too much"
 
 
-def use_scores(objective: Any, scores: Callable | None) -> None:
-    if scores is not None:
-        objective.cmli.score = scores
-
-
 @contextmanager
-def built_models(visit: Callable[[Any], None]) -> Iterator[None]:
-    """`visit` the objective of every step that is built inside."""
-    build_models = step.build_models
+def predicting() -> Iterator[ProcessPoolExecutor]:
+    """A process for predictions, which must see no GPU from its start on."""
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        with patch.dict(os.environ, CUDA_VISIBLE_DEVICES="", DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1"):
+            pool.submit(quiet.silence).result()  # it starts at its first task
+        yield pool
+
+
+def predict_preset(preset: str, world_size: int, device: str) -> tuple[Prediction, list[int]]:
+    """The prediction, and the number of trained parameters that each part of the student has of its own."""
+    build_models, sizes = step.build_models, []
 
     def build(*arguments: Any) -> Any:
         models = build_models(*arguments)
-        visit(models[0])
+        sizes.extend(sum(p.numel() for p in module.parameters(recurse=False)) for module in models[0].modules())
         return models
 
     with patch.object(step, "build_models", build):
-        yield
+        return predict(load_preset(preset, {}), deepspeed_json.load(DEFAULT_JSON), world_size, target=device), sizes
 
 
 @dataclass
@@ -148,21 +161,15 @@ class WholeStep:
     deepspeed_bytes: int | None  # by DeepSpeed's estimator
 
 
-def whole_step(preset: str, world_size: int, device: str) -> WholeStep:
-    """Predicted for `device`, and measured there in a process of its own where memory and two minutes allow."""
-    config, ds_config = load_preset(preset, {}), deepspeed_json.load(DEFAULT_JSON)
-    sizes: list[list[int]] = []
-
-    def count(objective: Any) -> None:
-        sizes.append([sum(p.numel() for p in module.parameters(recurse=False)) for module in objective.modules()])
-
-    with built_models(count):
-        found = predict(config, ds_config, world_size, target=device)
+def whole_step(preset: str, world_size: int, device: str, seconds: float = MOST_SECONDS) -> WholeStep:
+    """Predicted for `device`, and measured there in a process of its own where memory and `seconds` allow."""
+    with predicting() as pool:
+        found, sizes = pool.submit(predict_preset, preset, world_size, device).result()
     needed, free = found.report.totals["requested"], free_bytes(device)
     measured, why_not = None, f"needs {needed / GB:.1f} GB, {free / GB:.1f} GB are free"
     if needed <= free:
-        measured, why_not = measure_apart(preset, world_size, device, MOST_SECONDS)
-    parameters, largest, stage = sum(sizes[0]), max(sizes[0]), ds_config["zero_optimization"]["stage"]
+        measured, why_not = measure_apart(preset, world_size, device, seconds)
+    parameters, largest, stage = sum(sizes), max(sizes), found.report.setting["zero_stage"]
     return WholeStep(
         preset,
         world_size,
@@ -196,7 +203,5 @@ def main(preset: str, world_size: str, device: str) -> None:
 
 
 if __name__ == "__main__":
-    from ds_cmli import quiet
-
     quiet.silence()
     main(*sys.argv[1:])

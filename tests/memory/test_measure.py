@@ -11,6 +11,7 @@ from ds_cmli.errors import UserError
 from ds_cmli.memory import measure, measure_cuda
 from ds_cmli.memory.fake import process_group
 from ds_cmli.memory.predict import longest_batch, without_weights
+from ds_cmli.memory.profiles import Profiles
 from ds_cmli.memory.report import CATEGORIES, PHASES, Event, summarise
 from ds_cmli.presets import load_preset
 
@@ -73,14 +74,29 @@ def test_nothing_asked_nothing_measured(tmp_path):
 @pytest.mark.parametrize("steps", [0, -1, 5])
 def test_steps_that_are_not_taken_are_named(steps):
     with pytest.raises(UserError, match=f"--profile-memory is {steps}: give 1 to 4 steps"):
-        measure.check_steps(steps, None, 4)
+        Profiles(memory=steps).check(total_steps=14, done=10)
 
 
 def test_one_profiler_at_a_time():
-    measure.check_steps(2, None, 4)
-    measure.check_steps(None, "1:2", 0)
+    Profiles(memory=2).check(4, 0)
+    Profiles(trace="1:2").check(4, 0)
+    Profiles().check(0, 0)
     with pytest.raises(UserError, match="--profile-memory is 2 and --profile is '1:2': both"):
-        measure.check_steps(2, "1:2", 4)
+        Profiles(trace="1:2", memory=2).check(4, 0)
+    with pytest.raises(UserError, match="--profile is '1:2': give some of the steps 3 to 4"):
+        Profiles(trace="1:2").check(4, 2)
+
+
+def test_both_profilers_are_told_of_each_step(tmp_path):
+    trainer = step.Step(None, None, None, torch.device("cpu"), torch.float32)
+    with Profiles().around(trainer, None, {}, tmp_path, 0) as after_step:
+        after_step()
+    assert not list(tmp_path.iterdir())
+    with Profiles(trace="12:12").around(trainer, None, {}, tmp_path, 10) as after_step:
+        for _ in range(3):
+            torch.ones(3).add(1)
+            after_step()
+    assert len(list((tmp_path / "profile").glob("rank0.*.json"))) == 1
 
 
 def test_differences_of_what_both_have():

@@ -122,6 +122,11 @@ def test_changes_that_train_the_same_come_first():
     assert len(names) == 5 + 3 + 3  # 4, 2, 1 alone and with what saves most
 
 
+def test_large_buckets_can_shrink():
+    names = [change.what for change in changes({"zero_optimization": {"stage": 1}}, 1, False)]
+    assert '"zero_optimization": {"reduce_bucket_size": 5000000}' in names
+
+
 def test_only_changes_that_change_something():
     everything = {**ZERO2, "activation_checkpointing": {}}
     assert changes(everything, 1, False, {"loss": {"weights": {"global": 1.0}}, "optim": {"micro_batch": 1}}) == []
@@ -168,6 +173,10 @@ def test_what_adds_to_a_change_that_is_enough_is_not_proposed(monkeypatch):
         "--micro-batch 2 with gradient_accumulation_steps 4 (the same pairs a step, but negatives from 2): 55 B",
     ]
     assert len(asked) == 5  # as it is, recomputed, checkpointed, micro-batch 4, micro-batch 2
+    # What ran out should have fitted, by prediction: a tenth less than that is asked of what is proposed.
+    assert oom_advice.advise(config, ds_config, 1, False, 120, "")[4] == (
+        "would fit in 90 B by prediction: --set loss.cmli_recompute=true: 90 B"
+    )
     assert oom_advice.advise(config, ds_config, 1, False, 50, "")[4:] == [
         "no setting that was tried would fit in 50 B: a smaller model or more memory"
     ]

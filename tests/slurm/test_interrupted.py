@@ -1,11 +1,16 @@
 """A job interrupted in every way Slurm has, against the same run left alone: equal metrics and weights, to the bit."""
 
+import os
 import random
+import re
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+
+import pytest
 
 from tests.conftest import ROOT, clean_environment, free_port
 from tests.slurm.cluster import Cluster, poll
@@ -103,3 +108,53 @@ def test_forty_steps_with_six_interruptions_equal_forty_straight(cluster, tmp_pa
     same(run, tmp_path / "straight")
     assert text.count("start ") >= len(KINDS) + 2
     assert "Traceback" not in text
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("seed", range(5))
+def test_three_times_as_many_interruptions(cluster, tmp_path, seed):
+    reference = straight(tmp_path / "straight", 120)
+    kinds = random.Random(seed).sample(3 * KINDS, 3 * len(KINDS))
+    run, text = interrupted(cluster, tmp_path, 120, kinds, seed)
+    assert reference.wait(600) == 0
+    same(run, tmp_path / "straight")
+    assert "Traceback" not in text
+
+
+def test_a_cancelled_job_is_saved_and_not_requeued(cluster, tmp_path):
+    job = submit(cluster, tmp_path, ("--nodes=2",), *TINY, "--steps=1000")
+    run = tmp_path / "runs" / f"slurm-{job}"
+    poll(lambda: steps_done(run) >= 2, 120, lambda: log(tmp_path, job))
+    cluster.command("scancel", job)
+    text = finish(cluster, tmp_path, job, state="CANCELLED")
+    poll(lambda: "preempted" in log(tmp_path, job), 30, lambda: text)
+    assert cluster.job(job)["Restarts"] == "0"
+    stopped = re.search(r"checkpoint step(\d+): ", text)
+    assert stopped and int(stopped[1]) == steps_done(run)
+    assert "requeued" not in log(tmp_path, job)
+
+
+def test_a_killed_rank_ends_the_job_with_one_line(cluster, tmp_path):
+    job = submit(cluster, tmp_path, ("--nodes=2",), *TINY, "--steps=1000", "--set", "run.watchdog=10")
+    run = tmp_path / "runs" / f"slurm-{job}"
+    poll(lambda: steps_done(run) >= 2, 120, lambda: log(tmp_path, job))
+    os.kill(task(job, rank=1), signal.SIGKILL)
+    killed = time.monotonic()
+    text = finish(cluster, tmp_path, job, state="FAILED", timeout=40)
+    lines = [line for line in text.splitlines() if line.startswith("error: ")]
+    print(f"{time.monotonic() - killed:.1f} s: {lines}")
+    assert len(lines) == 1 and lines[0].startswith("error: rank 1 on node n2 is dead"), text
+    assert "Traceback" not in text and "requeued" not in text
+
+
+def task(job: str, rank: int) -> int:
+    """The process id of a job's task."""
+    wanted = {f"SLURM_JOB_ID={job}".encode(), f"SLURM_PROCID={rank}".encode(), b"SLURM_STEP_ID=1"}
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            command, given = (process / "cmdline").read_bytes(), (process / "environ").read_bytes()
+        except OSError:
+            continue
+        if b"train.py" in command and wanted <= set(given.split(b"\0")):
+            return int(process.name)
+    raise AssertionError(f"no process of rank {rank} of job {job}")

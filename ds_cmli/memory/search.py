@@ -1,0 +1,150 @@
+"""Questions that take several predictions: a grid of settings, and the largest micro-batch that fits."""
+
+import copy
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+from ds_cmli import deepspeed_json
+from ds_cmli.config import Config, check, choice
+from ds_cmli.errors import UserError
+from ds_cmli.memory import cards, oom_advice
+from ds_cmli.memory.predict import TOTAL_STEPS, Prediction, predict
+
+AXES = ("batch", "world", "stage")
+UNITS = {"": 1, "B": 1, "MB": 10**6, "GB": 10**9, "MIB": 2**20, "GIB": 2**30}
+LARGEST_BATCH = 2**16
+
+
+def parse_axes(texts: tuple[str, ...], micro_batch: int, world_size: int) -> dict[str, list[int]]:
+    """`("batch=64,128", "world")` or `("batch=64,128,world",)` -> {"batch": [64, 128], "world": [1, 2, 8, 64]}.
+
+    Raises `UserError` for what is neither an axis nor a number.
+    """
+    usual = {
+        "batch": [n for n in (micro_batch // 4, micro_batch // 2, micro_batch, 2 * micro_batch) if n],
+        "world": sorted({1, 2, 8, world_size}),
+        "stage": [0, 1, 2, 3],
+    }
+    axes: dict[str, list[int]] = {}
+    for part in (p.strip() for text in texts for p in text.split(",")):
+        name, equals, value = part.rpartition("=")
+        if not equals and not part.isdecimal():
+            name, value = part, ""
+        if name:
+            choice("--sweep", name, AXES)
+            axes[name] = []
+        if value:
+            check(bool(axes) and value.isdecimal(), "--sweep", part, "write for instance batch=64,128,world,stage=1,2")
+            list(axes.values())[-1].append(int(value))
+    for stage in axes.get("stage", []):
+        check(stage <= 3, "--sweep stage", stage, "ZeRO's stages are 0 to 3")
+    return {name: values or usual[name] for name, values in axes.items()}
+
+
+def with_batch(ds_config: dict[str, Any], micro_batch: int) -> dict[str, Any]:
+    """The DeepSpeed JSON with this micro-batch and its own accumulation, whatever batch it had."""
+    out = copy.deepcopy(ds_config)
+    out.pop("train_batch_size", None)
+    out["train_micro_batch_size_per_gpu"] = micro_batch
+    return out
+
+
+def sweep(
+    config: Config, ds_config: dict[str, Any], world_size: int, axes: dict[str, list[int]], **options: Any
+) -> Iterator[tuple[tuple[int, ...], Prediction]]:
+    """(values of the axes, prediction) of each point of the grid, the last axis first. `options`: of `predict`."""
+    for values in product(*axes.values()):
+        point = dict(zip(axes, values, strict=True))
+        changed = copy.deepcopy(ds_config)
+        if "batch" in point:
+            changed = with_batch(changed, point["batch"])
+        if "stage" in point:
+            changed.setdefault("zero_optimization", {})["stage"] = point["stage"]
+        yield values, predict(config, changed, point.get("world", world_size), **options)
+
+
+def parse_room(text: str) -> tuple[int, str | None]:
+    """ "24GB" -> (24 * 10^9, None); a card's name -> (its memory in bytes, the name)."""
+    number = re.fullmatch(r"\s*([0-9.]+)\s*([a-zA-Z]*)\s*", text)
+    if number and number[2].upper() in UNITS:
+        try:
+            return int(float(number[1]) * UNITS[number[2].upper()]), None
+        except ValueError:
+            pass
+    try:
+        found = cards.card(text)
+    except UserError:
+        raise UserError(
+            f"--fit is {text!r}: give a size, for instance 24GB (10^9 bytes) or 22GiB, or one of "
+            f"{', '.join(cards.cards())}"
+        ) from None
+    return found.total.bytes, found.name
+
+
+@dataclass
+class Fit:
+    micro_batch: int  # the largest that fits; 0: none does
+    prediction: Prediction  # with it; of one pair where none fits
+    tried: dict[int, int]  # micro-batch -> bytes on the device
+    changes: list[tuple[str, int]]  # where none fits: a setting to change, and one pair's bytes with it
+
+
+def largest(needs: Callable[[int], int], room: int, most: int = LARGEST_BATCH) -> int:
+    """The largest n from 1 to `most` with needs(n) <= room, for needs that grow with n; 0 where there is none.
+
+    Needs are nearly linear in n: the next n is read off the line through the nearest two that were tried.
+    """
+    low, low_needs = 1, needs(1)
+    if low_needs > room:
+        return 0
+    high, high_needs = 2, needs(2)
+    while high_needs <= room:
+        if high == most:
+            return most
+        guess = high + (room - high_needs) * (high - low) // max(high_needs - low_needs, 1)
+        low, low_needs = high, high_needs
+        high = min(max(2 * high, min(guess + 1, 64 * high)), most)
+        high_needs = needs(high)
+    turn = 0
+    while high - low > 1:
+        if turn % 3 == 2:  # a step in what is needed may lie between
+            guess = (low + high) // 2
+        else:
+            guess = low + (room - low_needs) * (high - low) // (high_needs - low_needs)
+            guess = min(max(guess + turn % 3, low + 1), high - 1)
+        turn += 1
+        guess_needs = needs(guess)
+        if guess_needs <= room:
+            low, low_needs = guess, guess_needs
+        else:
+            high, high_needs = guess, guess_needs
+    return low
+
+
+def fit(config: Config, ds_config: dict[str, Any], world_size: int, room: int, **options: Any) -> Fit:
+    """The largest micro-batch whose predicted bytes on the device are at most `room`. `options`: of `predict`.
+
+    Where not even one pair fits, the settings to change are tried for one pair, cheapest first, until two do.
+    """
+    found: dict[int, Prediction] = {}
+
+    def needs(micro_batch: int) -> int:
+        if micro_batch not in found:
+            found[micro_batch] = predict(config, with_batch(ds_config, micro_batch), world_size, **options)
+        return found[micro_batch].report.totals["device"]
+
+    best = largest(needs, room)
+    changes: list[tuple[str, int]] = []
+    if not best:
+        one = deepspeed_json.resolve(with_batch(ds_config, 1), config.optim, world_size, TOTAL_STEPS)
+        for change in oom_advice.changes(config, one, world_size, gpu=True):
+            size = predict(change.config, change.ds_config, world_size, **options).report.totals["device"]
+            if size <= room:
+                changes.append((change.what, size))
+            if len(changes) == oom_advice.MOST:
+                break
+    tried = {n: p.report.totals["device"] for n, p in sorted(found.items())}
+    return Fit(best, found[best or 1], tried, changes)

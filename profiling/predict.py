@@ -1,0 +1,153 @@
+"""What a training needs, before asking for GPUs: `python profiling/predict.py --preset paper --world-size 2`
+
+The real training step on tensors without data: seconds, no GPU, nothing downloaded. Takes the options of train.py.
+"""
+
+import os
+import sys
+
+# Run by its path, this file's folder comes first on sys.path, where its own name would hide other modules.
+sys.path[:] = [p for p in sys.path if p != __file__.rsplit("/", 1)[0]]
+# A prediction runs on the CPU, also where there is a GPU; DeepSpeed decides when it is imported.
+os.environ.update(CUDA_VISIBLE_DEVICES="", DS_ACCELERATOR="cpu")
+
+import json  # noqa: E402
+from pathlib import Path  # noqa: E402
+from typing import Any  # noqa: E402
+
+import click  # noqa: E402
+
+from ds_cmli.cli import GroupedCommand, option, run_command  # noqa: E402
+from ds_cmli.config import Config  # noqa: E402
+from ds_cmli.errors import UserError  # noqa: E402
+from ds_cmli.options import WHAT, add, resolve_config  # noqa: E402
+
+CPU = "cpu"
+
+
+@click.command(cls=GroupedCommand, context_settings={"help_option_names": ["-h", "--help"]})
+@add(*WHAT)
+@option("Prediction", "--world-size", type=click.IntRange(1), default=1, show_default=True, help="Ranks.")
+@option("Prediction", "--checkpointing", type=click.Choice(["on", "off"]), help="Of activations.  [the JSON's]")
+@option("Prediction", "--card", help="Whose context, workspace and NCCL are added; cpu: as this machine would train.  "
+        "[RTX 3090 24GB]")  # fmt: skip
+@option(
+    "Questions",
+    "--sweep",
+    multiple=True,
+    metavar="AXES",
+    help="A grid over batch, world or stage, by comma, each with or without values: batch=64,128,world,stage.",
+)
+@option(
+    "Questions",
+    "--fit",
+    metavar="SIZE|CARD",
+    help="The largest micro-batch that fits: 24GB (10^9 bytes), 22GiB, or a card.",
+)
+@option("Files", "--json", "json_path", type=click.Path(dir_okay=False), help="The report, in bytes.")
+@option("Files", "--snapshot", type=click.Path(dir_okay=False), help="For pytorch.org/memory_viz.")  # fmt: skip
+def command(preset: str, deepspeed_config: str, settings: tuple[str, ...], world_size: int, checkpointing: str | None,
+            card: str | None, sweep: tuple[str, ...], fit: str | None, json_path: str | None, snapshot: str | None,
+            **options: Any) -> None:  # fmt: skip
+    """Predict the memory of a training step by category and phase, and on the device."""
+    config = resolve_config(preset, settings, options)
+    if sweep and (fit or snapshot):
+        raise UserError(f"--sweep is {','.join(sweep)!r}: it goes with neither --fit nor --snapshot: give one of them")
+    if card == CPU and (sweep or fit or snapshot):
+        raise UserError("--card is 'cpu': --sweep, --fit and --snapshot are about GPUs: name one, or leave it out")
+    from ds_cmli import quiet
+
+    quiet.silence()
+    from ds_cmli import deepspeed_json
+    from ds_cmli.memory import search
+    from ds_cmli.memory.predict import DEFAULT_CARD, predict
+    from ds_cmli.memory.report import show
+
+    ds_config = deepspeed_json.load(deepspeed_config)
+    if checkpointing == "on":
+        ds_config.setdefault("activation_checkpointing", {})
+    elif checkpointing == "off":
+        ds_config.pop("activation_checkpointing", None)
+
+    if sweep:
+        micro_batch = deepspeed_json.resolve_batch(ds_config, config.optim.micro_batch, world_size)[1]
+        axes = search.parse_axes(sweep, micro_batch, world_size)
+        content: Any = grid(config, ds_config, world_size, axes, card or DEFAULT_CARD)
+    else:
+        if fit:
+            room, fitted_card = search.parse_room(fit)
+            found = search.fit(config, ds_config, world_size, room, card=card or fitted_card or DEFAULT_CARD)
+            prediction = found.prediction
+        elif card == CPU:
+            prediction = predict(config, ds_config, world_size, target="cpu")
+        else:
+            prediction = predict(config, ds_config, world_size, card=card or DEFAULT_CARD)
+        show(prediction.report)
+        if fit:
+            print_fit(found, room)
+        content = prediction.report.to_dict()
+        if snapshot:
+            from ds_cmli.memory import snapshot as snapshots
+
+            write(snapshot, "--snapshot", lambda: snapshots.write(prediction.events, snapshot))
+    if json_path:
+        write(json_path, "--json", lambda: Path(json_path).write_text(json.dumps(content, indent=2) + "\n"))
+
+
+def grid(config: Config, ds_config: dict[str, Any], world_size: int, axes: dict[str, list[int]], card: str) -> list:
+    """Print the bytes on the device as they are found, then as a table: the first axis down, the others across."""
+    from itertools import product
+
+    from rich.console import Console
+    from rich.table import Table
+
+    from ds_cmli.memory import cards, search
+
+    reports, device = [], {}
+    total = cards.card(card).total.bytes
+    for point, prediction in search.sweep(config, ds_config, world_size, axes, card=card):
+        device[point] = prediction.report.totals["device"]
+        reports.append(prediction.report.to_dict())
+        names = ", ".join(f"{name} {value}" for name, value in zip(axes, point, strict=True))
+        print(f"{names}: {device[point]:,} B on the device", flush=True)
+    (first, rows), *others = axes.items()
+    axes_across = [values for _, values in others]
+    table = Table(title=f"GB on the device; {card} has {total / 1e9:.1f}, * does not fit", title_justify="left")
+    table.add_column(first, justify="right")
+    for values in product(*axes_across):
+        heads = (f"{name} {value}" for (name, _), value in zip(others, values, strict=True))
+        table.add_column(", ".join(heads) or "GB", justify="right")
+    for row in rows:
+        sizes = [device[point] for point in product([row], *axes_across)]
+        table.add_row(str(row), *(f"{size / 1e9:.2f}{'*' if size > total else ' '}" for size in sizes))
+    Console(highlight=False).print(table)
+    return reports
+
+
+def print_fit(found: Any, room: int) -> None:
+    tried = ", ".join(f"{n}: {size / 1e9:.2f} GB" for n, size in found.tried.items())
+    print(f"tried, micro-batch: on the device: {tried}")
+    if found.micro_batch:
+        size = found.tried[found.micro_batch]
+        print(f"the largest micro-batch that fits in {room:,} B: {found.micro_batch}, with {size:,} B on the device")
+        return
+    print(f"not even one pair per rank fits in {room:,} B: it takes {found.tried[1]:,} B on the device")
+    for what, size in found.changes:
+        print(f"with {what} it fits: {size:,} B")
+    if not found.changes:
+        print("no setting that was tried makes it fit: a smaller model, more ranks or a larger card")
+
+
+def write(path: str, setting: str, function: Any) -> None:
+    try:
+        function()
+    except OSError as error:
+        raise UserError(f"{setting} is {path!r}: cannot write there: {error.strerror}") from None
+
+
+def main() -> None:
+    run_command(command)
+
+
+if __name__ == "__main__":
+    main()
