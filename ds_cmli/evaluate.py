@@ -12,6 +12,7 @@ import sys
 sys.path[:] = [p for p in sys.path if p != __file__.rsplit("/", 1)[0]]
 
 import json  # noqa: E402
+from collections.abc import Callable  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
 
@@ -56,8 +57,12 @@ def recall(rows: Any, own: Any, positions: Any) -> dict[str, float]:
     return {f"{way}_r{k}": hits[w, i].item() for w, way in enumerate(("i2t", "t2i")) for i, k in enumerate(RECALLS)}
 
 
-def evaluate(objective: Any, dataset: Any, data: Any, batch_size: int, device: Any) -> dict[str, float]:
+def evaluate(
+    objective: Any, dataset: Any, data: Any, batch_size: int, device: Any, beat: Callable[[], None] = lambda: None
+) -> dict[str, float]:
     """All metrics of one split, named `<score>/<way>_r<k>` and `pointing`, the same on every rank. Collective.
+
+    `beat` is called with every batch: a sign of life for whoever watches over the ranks.
 
     Each rank scores its share of the images against all texts; no token tensor of the whole split is ever held.
     """
@@ -85,6 +90,7 @@ def evaluate(objective: Any, dataset: Any, data: Any, batch_size: int, device: A
             texts = torch.utils.data.Subset(dataset, range(start, min(n, start + CHUNK)))
             cls, tokens, masks = [], [], []
             for batch in eval_loader(texts, data, batch_size, 0, 0, 1):
+                beat()
                 batch = batch.to(device)
                 text_cls, token = student.encode_text(batch.input_ids, batch.attention_mask)
                 cls.append(widen(unit(text_cls)))  # [B, H]
@@ -92,6 +98,7 @@ def evaluate(objective: Any, dataset: Any, data: Any, batch_size: int, device: A
                 masks.append(batch.token_mask)
             rows = []
             for batch in eval_loader(images, data, batch_size, 0, 0, 1):
+                beat()
                 batch = batch.to(device)
                 image_cls, patches = student.encode_image(batch.image)
                 patches = unit(student.g(patches))  # [B, N, D]

@@ -9,6 +9,7 @@ def silence() -> None:
     """Before the libraries are imported."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # otherwise a warning at each loading process
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # otherwise socket traces around every lost rank
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     warnings.filterwarnings("ignore")
     logging.getLogger("torch.distributed").setLevel(logging.ERROR)

@@ -126,4 +126,4 @@ def test_srun_task_is_mapped(monkeypatch):
     monkeypatch.setattr("os.environ", env)
     distributed.map_launcher_environment()
     found = [env[k] for k in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")]
-    assert found == ["3", "4", "1", "n1", "20007"]
+    assert found == ["3", "4", "1", "n1", "12007"]

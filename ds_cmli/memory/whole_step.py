@@ -135,7 +135,8 @@ def predicting() -> Iterator[ProcessPoolExecutor]:
 
 def predict_preset(preset: str, world_size: int, device: str) -> tuple[Prediction, list[int]]:
     """The prediction, and the number of trained parameters that each part of the student has of its own."""
-    build_models, sizes = step.build_models, []
+    build_models = step.build_models
+    sizes: list[int] = []
 
     def build(*arguments: Any) -> Any:
         models = build_models(*arguments)
