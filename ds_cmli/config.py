@@ -154,6 +154,7 @@ class RunConfig:
     keep: int = 2  # checkpoints
     most_skipped: int = 5  # steps in a row skipped for values that are not finite
     deterministic: bool = False  # the same bits again on the same kind of device
+    watchdog: float = 120.0  # seconds without progress after which a rank counts as hung or dead; 0: off
 
     def __post_init__(self):
         check(0 <= self.seed < 2**31, "--seed", self.seed, "give 0 to 2147483647")
@@ -164,6 +165,7 @@ class RunConfig:
         check(self.save_minutes >= 0, "--save-minutes", self.save_minutes, "give 0 (by steps alone) or more minutes")
         check(self.keep >= 1, "--keep", self.keep, "give at least 1 checkpoint")
         check(self.most_skipped >= 0, "run.most_skipped", self.most_skipped, "give 0 or more steps in a row")
+        check(self.watchdog >= 0, "run.watchdog", self.watchdog, "give 0 (off) or more seconds")
 
 
 @dataclass

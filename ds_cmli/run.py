@@ -17,6 +17,7 @@ from ds_cmli.evaluate import evaluate, summary
 from ds_cmli.metrics import NullWriter, Writer, peak_memory_bytes
 from ds_cmli.step import Step
 from ds_cmli.train_state import RankState, TrainState
+from ds_cmli.watchdog import Watchdog
 
 
 @dataclass
@@ -34,6 +35,7 @@ class Run:
     own: RankState
     bad: BadSamples
     writer: Writer | NullWriter
+    dog: Watchdog
     agreement: Agreement = field(default_factory=Agreement)
     pairs: int = 0  # since the last logged step
     since: float = field(default_factory=time.monotonic)  # when these began, pauses left out
@@ -51,6 +53,7 @@ class Run:
             UserError: on every rank, where a batch cannot be had, or too many steps in a row had to be skipped.
         """
         state, own = self.state, self.own
+        self.dog.beat(state.step)
         window = []
         sums = torch.zeros_like(own.sums)
         due = False
@@ -60,6 +63,7 @@ class Run:
                 batch = next(batches)
             except Exception as caught:  # one rank's data: the others must not wait for it in a collective
                 error = caught
+            self.dog.beat()
             limit = 60 * self.config.run.save_minutes
             failed, signalled, due = self.agreement.any(  # collective
                 batch is None,
@@ -132,9 +136,8 @@ class Run:
         started, state = time.monotonic(), self.state
         for split, dataset in self.data.evals.items():
             self.poll()  # collective
-            found = evaluate(
-                self.trainer.objective, dataset, self.data, self.config.run.eval_batch, self.trainer.device
-            )
+            batch, device, beat = self.config.run.eval_batch, self.trainer.device, self.dog.beat
+            found = evaluate(self.trainer.objective, dataset, self.data, batch, device, beat)
             self.writer.log(state.step, {f"eval/{split}/{name}": value for name, value in found.items()})
             self.writer.say(summary(split, found))
             score = next(s for s in ("combined", "cmli", "global") if f"{s}/i2t_r1" in found)
@@ -154,7 +157,8 @@ class Run:
         state = self.state
         self.writer.flush(to_disk=True)
         own = resuming.collect(state, self.own, self.sampler, self.bad)
-        saved = checkpoint.save(self.folder, self.trainer, state, own, self.config.run.keep)  # collectives
+        with self.dog.slow():
+            saved = checkpoint.save(self.folder, self.trainer, state, own, self.config.run.keep)  # collectives
         if saved.error is None:
             self.saved = (state.step, state.evaluated)
             self.writer.say(f"checkpoint {saved.name}: {saved.bytes / 1e6:.1f} MB in {saved.seconds:.2f} s")

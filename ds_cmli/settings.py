@@ -9,7 +9,7 @@ from ds_cmli.config import Config
 # Where results go and how often they are looked at: no step depends on these.
 FREE = {
     *("run.preset", "run.output_dir", "run.log_every", "run.eval_every", "run.save_every", "run.save_minutes"),
-    *("run.keep", "run.resume", "run.resume_with_changes", "run.most_skipped", "data.workers"),
+    *("run.keep", "run.resume", "run.resume_with_changes", "run.most_skipped", "run.watchdog", "data.workers"),
 }
 # How the global batch is cut into ranks: it stays the same, and the cut follows the number of ranks.
 CUT = {"optim.micro_batch", "deepspeed.train_micro_batch_size_per_gpu"}

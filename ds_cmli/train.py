@@ -11,6 +11,7 @@ sys.path[:] = [p for p in sys.path if p != __file__.rsplit("/", 1)[0]]
 
 import json  # noqa: E402
 import os  # noqa: E402
+from collections.abc import Callable  # noqa: E402
 from datetime import datetime  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
@@ -21,6 +22,7 @@ from ds_cmli import preemption  # noqa: E402
 from ds_cmli.cli import GroupedCommand, option, run_command  # noqa: E402
 from ds_cmli.config import Config  # noqa: E402
 from ds_cmli.errors import UserError  # noqa: E402
+from ds_cmli.memory.profiles import Profiles  # noqa: E402
 from ds_cmli.options import OUTPUT, WHAT, add, resolve_config  # noqa: E402
 
 
@@ -29,84 +31,117 @@ from ds_cmli.options import OUTPUT, WHAT, add, resolve_config  # noqa: E402
 @option("Checkpoints", "--resume", default="auto", show_default=True, metavar="auto|never|PATH",
         help="auto: go on with the run that --output-dir holds. PATH: start from another one.")  # fmt: skip
 @option("Checkpoints", "--resume-with-changes", is_flag=True, help="Also where settings differ from the run's.")
+@option("Profiling", "--profile", metavar="FIRST:LAST", help="Trace these steps with torch.profiler, into profile/.")
+@option("Profiling", "--profile-memory", type=int, metavar="STEPS",
+        help="Measure the first steps' memory beside the predicted one, into memory.json.")  # fmt: skip
 @option("DeepSpeed", "--dry-run", is_flag=True, help="Check everything, print the resolved configuration, and stop.")
 @option("DeepSpeed", "--deepspeed", is_flag=True, hidden=True)  # passed by habit; the JSON is always read
 @option("DeepSpeed", "--local_rank", type=int, hidden=True)  # passed by the deepspeed launcher; the same in LOCAL_RANK
 def command(preset: str, deepspeed_config: str, settings: tuple[str, ...], resume: str, resume_with_changes: bool,
-            dry_run: bool, **options: Any) -> int:  # fmt: skip
+            dry_run: bool, profile: str | None, profile_memory: int | None, **options: Any) -> int:  # fmt: skip
     """Train a student on image-text pairs with global contrastive, all-pairs CMLI and Target-CMLI losses.
 
     With no options it trains the preset "demo" to its end. On TERM, USR1, USR2 or INT it saves and ends with exit
     code 85; started again in the same way, it goes on.
     """
     config = resolve_config(preset, settings, options)
-    return train(config, deepspeed_config, dry_run, resume, resume_with_changes)
+    profiles = Profiles(profile, profile_memory)
+    return train(config, deepspeed_config, dry_run, resume, resume_with_changes, profiles)
 
 
-def train(config: Config, json_path: str, dry_run: bool, resume: str, with_changes: bool) -> int:
+def train(config: Config, json_path: str, dry_run: bool, resume: str, with_changes: bool, profiles: Profiles) -> int:
     """Returns the exit code: 0 at the end of the run, `preemption.EXIT_CODE` where it is to be started again."""
     from ds_cmli import quiet
 
     quiet.silence()
-    from ds_cmli import deepspeed_json, determinism, distributed, resuming, step
-    from ds_cmli.data import BadSamples, GlobalBatchSampler, assets, build_data
-    from ds_cmli.metrics import NullWriter, Writer
-    from ds_cmli.run import Run
+    from ds_cmli import deepspeed_json, determinism, distributed, step
+    from ds_cmli.data import assets, build_data
+    from ds_cmli.watchdog import Watchdog
 
     # --- configuration: on every rank, before the processes meet
     distributed.map_launcher_environment()
-    world_size = int(os.environ["WORLD_SIZE"])
     if config.run.deterministic:
         determinism.enforce()
     ds_config, notice = step.resolve_precision(deepspeed_json.load(json_path))
     say(notice)
     assets.fetch(step.demo_assets(config))
     data = build_data(config.data, config.run.seed)
+    if dry_run:
+        return show(config, ds_config, data)
 
-    # --- processes, and what there is to go on from
-    device = None if dry_run else distributed.init()
+    # --- processes
+    device = distributed.init()
     try:
-        folder, found = Path(), None
-        if not dry_run:
-            folder = output_folder(config, resume)
-            found = resuming.find(resume, folder)  # collective
-        ds_config = resuming.cut_batch(found, ds_config)
-        batch = deepspeed_json.resolve_batch(ds_config, config.optim.micro_batch, world_size)
-        global_batch, micro_batch, accumulation = batch
-        length = len(data.train)  # type: ignore[arg-type]
-        sampler = GlobalBatchSampler(length, micro_batch, int(os.environ["RANK"]), world_size, config.run.seed)
-        total_steps = config.optim.steps
-        if total_steps is None:
-            assert config.optim.epochs is not None
-            total_steps = max(1, int(config.optim.epochs * sampler.batches_per_epoch / accumulation))
-        ds_config = deepspeed_json.resolve(ds_config, config.optim, world_size, total_steps)
-        say(
-            f"batch: {micro_batch} pairs per rank x {accumulation} accumulation x {world_size} ranks = {global_batch} "
-            f"pairs a step; {total_steps} steps; negatives from {micro_batch * world_size} pairs"
-        )
-        if device is None:
-            step.build_models(config, data.vocab_size)
-            say(json.dumps({"config": config.to_dict(), "deepspeed": ds_config}, indent=2))
-            return 0
-        state = resuming.state_of(found, config, ds_config, with_changes, say)
-        if state.step >= total_steps and state.evaluated:
-            say(f"the run in {folder} is finished, {state.step} steps: give another --output-dir to start a new one")
-            return 0
-
-        # --- step
-        trainer = step.build(config, resuming.for_engine(found, ds_config), data.vocab_size, total_steps, device)
-        bad = BadSamples(config.data.max_bad_share, length, data.bad)
-        own = resuming.load(found, trainer, sampler, bad, with_changes)  # collective
-        resuming.settle(resume, found, folder, config, ds_config)  # collective
-        writer = Writer(folder, total_steps, state.step) if distributed.is_main() else NullWriter()
-        return loop(
-            Run(config, data, sampler, trainer, total_steps, accumulation, folder, state, own, bad, writer)
-        )  # collective
+        with Watchdog(config.run.watchdog) as dog:
+            return run(config, ds_config, data, device, resume, with_changes, profiles, dog)
     finally:
         distributed.shutdown()
 
 
-def loop(run: Any) -> int:
+def show(config: Config, ds_config: dict[str, Any], data: Any) -> int:
+    """What a run would do, without doing it."""
+    from ds_cmli import step
+
+    ds_config, *_ = plan(config, ds_config, data)
+    step.build_models(config, data.vocab_size)
+    say(json.dumps({"config": config.to_dict(), "deepspeed": ds_config}, indent=2))
+    return 0
+
+
+def plan(config: Config, ds_config: dict[str, Any], data: Any) -> tuple[dict[str, Any], Any, int]:
+    """The DeepSpeed JSON with nothing left to "auto", the sampler, and the number of optimizer steps."""
+    from ds_cmli import deepspeed_json
+    from ds_cmli.data import GlobalBatchSampler
+
+    rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    total, micro_batch, accumulation = deepspeed_json.resolve_batch(ds_config, config.optim.micro_batch, ranks)
+    sampler = GlobalBatchSampler(len(data.train), micro_batch, rank, ranks, config.run.seed)
+    steps = config.optim.steps
+    if steps is None:
+        assert config.optim.epochs is not None
+        steps = max(1, int(config.optim.epochs * sampler.batches_per_epoch / accumulation))
+    say(
+        f"batch: {micro_batch} pairs per rank x {accumulation} accumulation x {ranks} ranks = {total} pairs a step; "
+        f"{steps} steps; negatives from {micro_batch * ranks} pairs"
+    )
+    return deepspeed_json.resolve(ds_config, config.optim, ranks, steps), sampler, steps
+
+
+def run(
+    config: Config, ds_config: dict[str, Any], data: Any, device: Any, resume: str, with_changes: bool,
+    profiles: Profiles, dog: Any,
+) -> int:  # fmt: skip
+    """Build everything, put back what there is to go on from, and train. Collective."""
+    from ds_cmli import distributed, resuming, step
+    from ds_cmli.data import BadSamples
+    from ds_cmli.memory import oom
+    from ds_cmli.metrics import NullWriter, Writer
+    from ds_cmli.run import Run
+
+    # --- what there is to go on from
+    folder = output_folder(config, resume)  # collective
+    found = resuming.find(resume, folder)  # collective
+    ds_config, sampler, total_steps = plan(config, resuming.cut_batch(found, ds_config), data)
+    state = resuming.state_of(found, config, ds_config, with_changes, say)
+    if state.step >= total_steps and state.evaluated:
+        say(f"the run in {folder} is finished, {state.step} steps: give another --output-dir to start a new one")
+        return 0
+    profiles.check(total_steps, state.step)
+
+    # --- step
+    with oom.ending(config, ds_config, folder, device):  # collective
+        trainer = step.build(config, resuming.for_engine(found, ds_config), data.vocab_size, total_steps, device)
+        bad = BadSamples(config.data.max_bad_share, len(data.train), data.bad)
+        own = resuming.load(found, trainer, sampler, bad, with_changes)  # collective
+        resuming.settle(resume, found, folder, config, ds_config)  # collective
+        writer = Writer(folder, total_steps, state.step) if distributed.is_main() else NullWriter()
+        accumulation = ds_config["gradient_accumulation_steps"]
+        all_of_it = Run(config, data, sampler, trainer, total_steps, accumulation, folder, state, own, bad, writer, dog)
+        with profiles.around(trainer, config, ds_config, folder, state.step) as after_step:
+            return loop(all_of_it, after_step)  # collective
+
+
+def loop(run: Any, after_step: Callable[[], None]) -> int:
     """Train to the end, `run` being a `ds_cmli.run.Run`. Collectives in every call."""
     from ds_cmli.data import train_loader
 
@@ -124,6 +159,7 @@ def loop(run: Any) -> int:
             if state.step == run.total_steps:
                 break
             timed = run.train_step(batches)
+            after_step()
             last = state.step == run.total_steps
             if last or state.step % settings.log_every == 0:
                 run.log()

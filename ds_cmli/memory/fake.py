@@ -25,7 +25,7 @@ from ds_cmli import distributed
 class Answers(TorchDispatchMode):
     """Answers for the values that are asked of tensors without data."""
 
-    phase = "init"
+    phase = "models"  # being built
 
     def enter(self, phase: str) -> None:
         self.phase = phase
@@ -34,11 +34,14 @@ class Answers(TorchDispatchMode):
         if func is torch.ops.aten._local_scalar_dense.default:
             if args[0].dtype.is_floating_point:
                 # Rates and bounds of the models' parts, all off at 0; norms and Adam's count, which are divided by.
-                return 0.0 if self.phase == "init" else 1.0
+                return 0.0 if self.phase == "models" else 1.0
             return getattr(args[0], "holds", 0)  # no overflow
         out = func(*args, **(kwargs or {}))
         if func is torch.ops.aten.all.default:
-            out.holds = self.phase == "optimizer"  # gradients are all finite, but a batch's texts are not all full
+            out.holds = self.phase in (
+                "init",
+                "optimizer",
+            )  # gradients are all finite, but a batch's texts are not all full
         return out
 
 

@@ -11,50 +11,55 @@ from torch import Tensor
 from ds_cmli.step import Step
 
 HOST = "host"  # in no category: an offloaded optimizer's tensors lie in the host's memory
-PARAMETERS = ("bit16_groups_flat", "fp16_partitioned_groups_flat", "fp16_groups_flat", "lp_param_buffer")
-GRADIENTS = ("averaged_gradients", "all_grad_tensors", "grad_partitions_flat_buffer")
+# Attributes of DeepSpeed's optimizers.
+PARAMETERS = ("bit16_groups_flat", "fp16_partitioned_groups_flat", "fp16_groups_flat", "bf16_groups_flat",
+              "lp_param_buffer")  # fmt: skip
+MASTER = ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat", "fp32_groups_flat", "fp32_groups",
+          "fp32_groups_flat_partition")  # fmt: skip
+GRADIENTS = ("averaged_gradients", "all_grad_tensors", "grad_partitions_flat_buffer", "fp32_groups_gradients_flat")
 OFFLOADED = ("temp_grad_buffer_for_cpu_offload", "param_buffer_of_bit16_for_cpu_offload_groups",
              "accumulated_grads_in_cpu")  # fmt: skip
 
 
 def owners(trainer: Step) -> Iterator[tuple[str, Tensor]]:
     """(category, tensor) of all that lives now; where one storage comes twice, the first is right."""
-    optimizer, inner = trainer.engine.optimizer, trainer.engine.basic_optimizer
-    offloaded = getattr(optimizer, "cpu_offload", False) or getattr(optimizer, "offload_optimizer", False)
+    for category, value in _held(trainer):
+        for tensor in _tensors(value):
+            yield category, tensor
+
+
+def _held(trainer: Step) -> Iterator[tuple[str, Any]]:
+    module, optimizer, inner = trainer.engine.module, trainer.engine.optimizer, trainer.engine.basic_optimizer
     if trainer.teacher is not None:
-        for tensor in (*trainer.teacher.parameters(), *trainer.teacher.buffers()):
-            yield "teacher", tensor
-    module = trainer.engine.module
-    for parameter in module.parameters():
-        yield "parameters", parameter
-        yield from _tensors("parameters", getattr(parameter, "ds_tensor", None))
-    for buffer in module.buffers():
-        yield "parameters", buffer
-    for name in PARAMETERS:
-        yield from _tensors("parameters", getattr(optimizer, name, None))
-    for parameter in module.parameters():
-        yield from _tensors("gradients", [parameter.grad, getattr(parameter, "grad_accum", None)])
-    if offloaded:
-        for name in OFFLOADED:
-            yield from _tensors(HOST, getattr(optimizer, name, None))
-    master, states = (HOST, HOST) if offloaded else ("master weights", "optimizer states")
-    for group in inner.param_groups if inner is not None else []:
-        for parameter in group["params"]:
-            # Without master weights the optimizer holds the module's own parameters, which came first.
-            yield from _tensors(master, parameter)
-            yield from _tensors(HOST if offloaded else "gradients", parameter.grad)
-            yield from _tensors(states, inner.state.get(parameter))
-    for name in GRADIENTS:
-        yield from _tensors("gradients", getattr(optimizer, name, None))
+        yield "teacher", [*trainer.teacher.parameters(), *trainer.teacher.buffers()]
+    parameters = list(module.parameters())
+    yield "parameters", [*parameters, *module.buffers()]
+    yield "parameters", [getattr(p, "ds_tensor", None) for p in parameters]  # ZeRO-3's share of each
+    yield "parameters", [getattr(optimizer, name, None) for name in PARAMETERS]
+    yield "gradients", [(p.grad, getattr(p, "grad_accum", None)) for p in parameters]
+    master, gradients, states = "master weights", "gradients", "optimizer states"
+    if is_offloaded(optimizer):
+        yield HOST, [getattr(optimizer, name, None) for name in OFFLOADED]
+        master = gradients = states = HOST
+    # Where there are no master weights the optimizer holds the module's own parameters, which came first.
+    groups = [group["params"] for group in inner.param_groups]
+    updated = list(_tensors([groups, [getattr(optimizer, name, None) for name in MASTER]]))
+    yield master, updated
+    yield gradients, [p.grad for p in updated]
+    yield states, list(inner.state.values())
+    yield "gradients", [getattr(optimizer, name, None) for name in GRADIENTS]
 
 
-def _tensors(category: str, value: Any) -> Iterator[tuple[str, Tensor]]:
+def is_offloaded(optimizer: Any) -> bool:
+    return bool(getattr(optimizer, "cpu_offload", False) or getattr(optimizer, "offload_optimizer", False))
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
     """The tensors in a value: one, or any nesting of lists and dictionaries."""
     if isinstance(value, Tensor):
-        yield category, value
+        yield value
     elif isinstance(value, dict):
-        for item in value.values():
-            yield from _tensors(category, item)
+        yield from _tensors(list(value.values()))
     elif isinstance(value, list | tuple):
         for item in value:
-            yield from _tensors(category, item)
+            yield from _tensors(item)

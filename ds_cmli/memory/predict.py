@@ -80,7 +80,11 @@ def predict(
 
     device = torch.device("cpu")
     tracker = Tracker(device.type, text_lengths(config, micro_batch))
-    with fake_world(world_size, cuda) as answers, tracker, recorded_from_the_engine_on(tracker, ds_config, cuda):
+    with (
+        fake_world(world_size, cuda) as answers,
+        tracker,
+        recorded_from_the_engine_on(tracker, ds_config, cuda, answers.enter),
+    ):
         trainer = step.build(config, ds_config, vocab_size, TOTAL_STEPS, device)
         if scores is not None:
             trainer.objective.cmli.score = scores  # type: ignore[assignment]
@@ -163,8 +167,10 @@ def without_weights(config: Config) -> tuple[Config, int]:
 
 
 @contextmanager
-def recorded_from_the_engine_on(tracker: Tracker, ds_config: dict[str, Any], cuda: bool) -> Iterator[None]:
-    """Models are built on the host: recording begins where the engine takes them."""
+def recorded_from_the_engine_on(
+    tracker: Tracker, ds_config: dict[str, Any], cuda: bool, enter: Callable[[str], None] = lambda phase: None
+) -> Iterator[None]:
+    """Models are built on the host: recording begins, and `enter("init")` is called, where the engine takes them."""
     dtype = step.DTYPES[deepspeed_json.precision(ds_config)]
     build_models = step.build_models
 
@@ -174,6 +180,7 @@ def recorded_from_the_engine_on(tracker: Tracker, ds_config: dict[str, Any], cud
             if cuda:  # both arrive on the device cast
                 for model in (objective, teacher):
                     convert_parameters(model, lambda parameter: parameter.to(dtype))
+        enter("init")
         tracker.claim("parameters", [*objective.parameters(), *objective.buffers()])
         if not cuda:
             if teacher is not None:

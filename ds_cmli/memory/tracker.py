@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from ds_cmli import distributed
 from ds_cmli.cmli.peak import cmli_peak_bytes
-from ds_cmli.memory.owners import HOST, owners
+from ds_cmli.memory.owners import HOST, is_offloaded, owners
 from ds_cmli.memory.report import Event
 from ds_cmli.step import Step
 
@@ -240,7 +240,7 @@ class Tracker(TorchDispatchMode):
                     return reduce(parameter, *args, **kwargs)
 
                 stack.enter_context(patch.object(optimizer, "reduce_ready_partitions_and_remove_grads", claim_first))
-            if getattr(optimizer, "cpu_offload", False) or getattr(optimizer, "offload_optimizer", False):
+            if is_offloaded(optimizer):
                 stack.enter_context(patch.object(inner, "step", self._scoped(inner.step, HOST)))
             if trainer.teacher is not None:
                 teacher = trainer.teacher

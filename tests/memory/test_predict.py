@@ -1,0 +1,237 @@
+"""Predictions against PyTorch's allocator on this CPU, and what a prediction must never do: leave something behind."""
+
+import copy
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ds_cmli import deepspeed_json, distributed, step
+from ds_cmli.cmli.reference import cmli_scores_reference
+from ds_cmli.errors import UserError
+from ds_cmli.memory import search
+from ds_cmli.memory.fake import fake_world
+from ds_cmli.memory.measure_cpu import measure
+from ds_cmli.memory.predict import longest_batch, predict
+from ds_cmli.memory.report import CATEGORIES
+from ds_cmli.memory.tracker import Tracker
+from ds_cmli.presets import load_preset
+from tests.conftest import ROOT, clean_environment
+
+ALL = ("global", "cmli", "target_cmli")
+
+
+def ds_json(stage=2, precision="bf16", accumulation=1, checkpointing=False, bucket=100_000) -> dict:
+    out = {
+        "gradient_accumulation_steps": accumulation,
+        "optimizer": {"type": "AdamW", "params": {"torch_adam": True}},
+        "zero_optimization": {
+            "stage": stage,
+            "contiguous_gradients": True,
+            "overlap_comm": True,
+            "reduce_bucket_size": bucket,
+        },
+    }
+    if precision != "fp32":
+        out[precision] = {"enabled": True}
+    return {**out, "activation_checkpointing": {}} if checkpointing else out
+
+
+def preset(name="tiny", batch=8, losses=ALL, **overrides):
+    return load_preset(
+        name, {"optim": {"micro_batch": batch}, "loss": {"weights": dict.fromkeys(losses, 1.0)}, **overrides}
+    )
+
+
+@pytest.mark.parametrize(
+    "config, ds_config, world_size",
+    [
+        (preset(batch=32), ds_json(), 8),
+        (preset(batch=24, losses=("global", "cls_kd")), ds_json(1, checkpointing=True, accumulation=2), 2),
+        (preset(batch=32, losses=("cmli",)), ds_json(3), 2),
+        (preset(batch=32, student={"dropout": 0.1}), ds_json(0, "fp32"), 1),
+        (preset("demo", losses=ALL), ds_json(2, bucket=5_000_000), 2),
+    ],
+    ids=["ZeRO-2 of 8", "ZeRO-1, accumulation, checkpointing", "ZeRO-3 of 2", "fp32 without ZeRO", "demo"],
+)
+def test_predicted_equals_the_allocator(config, ds_config, world_size):
+    predicted = predict(config, ds_config, world_size, target="cpu").report
+    measured = measure(config, ds_config, world_size)
+    ours, theirs = predicted.totals["requested"], measured.totals["requested"]
+    print(f"predicted {ours:,} B, measured {theirs:,} B: {ours / theirs - 1:+.3%}")
+    assert ours == pytest.approx(theirs, rel=0.005)
+    for phase, size in measured.phases.items():
+        assert predicted.phases[phase] == pytest.approx(size, rel=0.03), phase
+    assert sum(predicted.categories.values()) == ours
+    for category in CATEGORIES:  # operators' own temporaries are not seen
+        if category != "temporaries":
+            assert predicted.categories[category] == measured.categories[category], category
+
+
+def test_optimizer_states_and_master_weights_fall_as_one_over_ranks():
+    found = {world: predict(preset(), ds_json(), world).report for world in (1, 2, 8, 64)}
+    parameters = sum(p.numel() for p in step.build_models(preset(), 500)[0].parameters())
+    for world, report in found.items():
+        # Two groups, each padded to a multiple of twice the ranks.
+        most = -(-parameters // world) + 4
+        assert 4 * parameters / world <= report.categories["master weights"] <= 4 * most + 4 * 500 / world * 32
+        states = report.categories["optimizer states"] - 2 * 4  # the counts of two groups
+        assert states == 2 * report.categories["master weights"]
+    assert found[1].categories["master weights"] == pytest.approx(64 * found[64].categories["master weights"], rel=0.01)
+
+
+def test_nothing_remains():
+    """A training in the same process gives the same bits, before and after predictions that end well or badly."""
+    config = preset()
+    resolved = deepspeed_json.resolve(ds_json(checkpointing=True), config.optim, 1, 10)
+
+    def train() -> list[float]:
+        trainer = step.build(config, copy.deepcopy(resolved), 300, 10, distributed.init())
+        losses = [trainer(longest_batch(config, 8))[0].item() for _ in range(3)]
+        distributed.shutdown()
+        return losses
+
+    before, apply, hook, generator = train(), nn.Module._apply, sys.excepthook, torch.get_rng_state()
+    sizes = [predict(config, ds_json(checkpointing=True), world).report.totals["requested"] for world in (1, 8, 1, 8)]
+    assert sizes[:2] == sizes[2:] and sizes[0] != sizes[1]
+    with pytest.raises(UserError, match="no_such_model"):
+        predict(preset(student={"image_model": "no_such_model"}), ds_json(), 2)
+    assert nn.Module._apply is apply and sys.excepthook is hook
+    assert torch.equal(torch.get_rng_state(), generator)
+    assert type(torch.empty(1)) is torch.Tensor
+    assert "RANK" not in os.environ or os.environ["WORLD_SIZE"] == "1"
+    assert train() == before
+
+
+def test_no_prediction_beside_a_process_group():
+    distributed.init()
+    try:
+        with pytest.raises(RuntimeError, match="a process group is up"):
+            predict(preset(), ds_json(), 2)
+    finally:
+        distributed.shutdown()
+
+
+def test_operators_are_those_of_cuda():
+    """Attention with dropout keeps no scores, and dropout one byte an element."""
+    x = nn.Parameter(torch.empty(2, 3, 32, 16, dtype=torch.float16))
+    mask = torch.ones(2, 1, 1, 32, dtype=torch.bool)
+
+    def kept(function) -> int:
+        with fake_world(1, cuda=True), Tracker() as tracker:
+            q = nn.Parameter(torch.empty(x.shape, dtype=x.dtype))
+            before = sum(e.bytes for e in tracker.events())
+            out = function(q, torch.ones(mask.shape, dtype=torch.bool))
+            size = sum(e.bytes for e in tracker.events()) - before
+            del out
+        return size
+
+    elements = 2 * 3 * 32 * 16
+    assert kept(lambda q, m: F.dropout(q, 0.1)) == elements * (2 + 1)
+    attention = kept(lambda q, m: F.scaled_dot_product_attention(q, q, q))
+    assert elements * 2 + 2 * 3 * 32 * 4 <= attention <= elements * 2 + 2 * 3 * 32 * 4 + 64  # out, log-sum-exp, seeds
+    masked = kept(lambda q, m: F.scaled_dot_product_attention(q, q, q, m, dropout_p=0.1))
+    # The mask as numbers, padded from 32 to a multiple of 16, is kept for all heads once.
+    assert masked <= elements * 2 + 2 * 3 * 32 * 4 + 2 * 32 * 2 + 2 * 2 * 32 + 64
+
+
+def test_on_a_gpu_the_backend_is_triton_and_the_allocator_rounds_up():
+    report = predict(preset(), ds_json(precision="fp16"), 2, card="A100 40GB").report
+    assert report.setting["cmli_backend"] == "triton" and report.setting["precision"] == "fp16"
+    totals = report.totals
+    assert totals["requested"] < totals["allocated"] <= totals["reserved"] < totals["device"]
+
+
+def test_an_offloaded_optimizer_takes_nothing_from_the_device():
+    offloaded = ds_json()
+    offloaded["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
+    offloaded["zero_force_ds_cpu_optimizer"] = False
+    there, here = (predict(preset(), j, 1).report for j in (offloaded, ds_json()))
+    assert there.categories["optimizer states"] == there.categories["master weights"] == 0
+    kept = here.categories["optimizer states"] + here.categories["master weights"]
+    assert there.totals["requested"] < here.totals["requested"] - 0.8 * kept
+
+
+def test_another_implementation_of_all_pairs():
+    config = preset(batch=16, losses=("cmli",))
+    ours = predict(config, ds_json(), 2)
+    materialised = predict(config, ds_json(), 2, scores=cmli_scores_reference)
+    products = 16 * 32 * 16 * 32 * 4  # B x G x N x M in fp32
+    assert materialised.report.totals["requested"] > ours.report.totals["requested"] + products
+    assert any(event.bytes == products for event in materialised.events)
+
+
+def test_what_cannot_be_predicted_is_said():
+    offload = ds_json(3)
+    offload["zero_optimization"]["offload_param"] = {"device": "cpu"}
+    with pytest.raises(UserError, match=r"offload_param\.device is 'cpu'"):
+        predict(preset(), offload, 1)
+    unknown = {"text_model": "someone/no-such-model", "text_weights": "hub", "text_overrides": {}}
+    with pytest.raises(UserError, match=r"student\.text_model is 'someone/no-such-model'"):
+        predict(load_preset("demo", {"student": unknown}), ds_json(), 1)
+
+
+@pytest.mark.parametrize("room", [0, 5, 1000, 1003, 77_777, 10**9])
+def test_the_largest_that_fits(room):
+    for needs in (lambda n: 10 * n, lambda n: 1000 + n // 7, lambda n: 3 * n * n + (500 if n > 64 else 0)):
+        calls = []
+        found = search.largest(lambda n: (calls.append(n), needs(n))[1], room, most=100_000)  # noqa: B023
+        expected = next((n for n in range(100_000, 0, -1) if needs(n) <= room), 0)
+        assert found == expected
+        assert len(calls) <= 40
+
+
+def test_axes_and_sizes_as_they_are_typed():
+    assert search.parse_axes(("batch=8,16,world",), 64, 4) == {"batch": [8, 16], "world": [1, 2, 4, 8]}
+    assert search.parse_axes(("stage=2", "batch"), 64, 1) == {"stage": [2], "batch": [16, 32, 64, 128]}
+    for wrong in ("size=3", "batch=x", "7", "stage=4"):
+        with pytest.raises(UserError, match="--sweep"):
+            search.parse_axes((wrong,), 64, 1)
+    assert search.parse_room("24GB") == (24 * 10**9, None)
+    assert search.parse_room("1.5 GiB") == (3 * 2**29, None)
+    assert search.parse_room("RTX 3090")[1] == "RTX 3090 24GB"
+    with pytest.raises(UserError, match="--fit is '24 apples'"):
+        search.parse_room("24 apples")
+
+
+def command(*arguments: str) -> subprocess.CompletedProcess:
+    script = [sys.executable, str(ROOT / "profiling" / "predict.py"), "--preset", "tiny", *arguments]
+    return subprocess.run(script, env=clean_environment(), cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+
+def test_the_command_writes_json_and_snapshot(tmp_path):
+    done = command(
+        "--world-size", "2", "--checkpointing", "off", "--micro-batch", "4",
+        "--json", str(tmp_path / "memory.json"), "--snapshot", str(tmp_path / "memory.pickle"),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    content = json.loads((tmp_path / "memory.json").read_text())
+    assert set(content["categories"]) == set(CATEGORIES)
+    assert set(content["totals"]) == {"requested", "allocated", "reserved", "device"}
+    assert sum(content["categories"].values()) == content["totals"]["requested"] == max(content["phases"].values())
+    assert content["setting"]["micro_batch"] == 4 and content["setting"]["checkpointing"] is False
+    assert f"{content['totals']['device']:,}" in done.stdout
+    assert (tmp_path / "memory.pickle").stat().st_size > 1000
+
+
+def test_the_command_sweeps_and_fits():
+    done = command("--sweep", "batch=4,8,stage=1,2")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("B on the device") == 4 and "stage 2" in done.stdout
+    done = command("--fit", "300MB")
+    assert done.returncode == 0, done.stderr
+    assert "not even one pair per rank fits in 300,000,000 B" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "arguments", [("--card", "abacus"), ("--sweep", "moon"), ("--fit", "x"), ("--world-size", "0")]
+)
+def test_mistakes_are_one_line(arguments):
+    done = command(*arguments)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1 and arguments[0] in done.stderr and "Traceback" not in done.stderr

@@ -1,0 +1,76 @@
+"""Events replayed by hand, and the report as a user reads it."""
+
+import io
+
+from ds_cmli.memory.report import CATEGORIES, PHASES, TIMELINE_POINTS, Event, Report, show, summarise
+
+
+def events(*rows) -> list[Event]:
+    return [Event(*row) for row in rows]
+
+
+def test_peaks_and_categories_by_hand():
+    found = summarise(
+        events(
+            (0, 100, "parameters", "init"),
+            (1, 30, "activations student", "forward"),
+            (2, 50, "temporaries", "forward"),
+            (2, -50, "temporaries", "forward"),
+            (3, 20, "gradients", "backward"),
+            (1, -30, "activations student", "backward"),
+            (4, 90, "optimizer states", "optimizer"),
+            (3, -20, "gradients", "optimizer"),
+        ),
+        {"preset": "by hand"},
+        "predicted",
+    )
+    at_peak = {"parameters": 100, "gradients": 20, "optimizer states": 90}
+    assert found.categories == {**dict.fromkeys(CATEGORIES, 0), **at_peak}
+    assert found.totals == {"requested": 210}
+    # What lived when a phase began counts: backward starts at 130 and reaches 150.
+    assert found.phases == {"init": 100, "forward": 180, "loss": 0, "backward": 150, "optimizer": 210}
+    assert [(phase, sum(live.values())) for phase, live in found.timeline] == [
+        ("forward", 180),
+        ("backward", 150),
+        ("optimizer", 210),
+    ]
+
+
+def test_a_phase_that_only_frees_peaks_at_its_beginning():
+    found = summarise(
+        events((0, 70, "teacher", "forward"), (0, -70, "teacher", "backward")), {}, "predicted"
+    )  # fmt: skip
+    assert found.phases["backward"] == 70
+
+
+def test_no_events():
+    found = summarise([], {}, "predicted")
+    assert found.totals == {"requested": 0}
+    assert found.categories == dict.fromkeys(CATEGORIES, 0)
+    assert found.phases == dict.fromkeys(PHASES, 0)
+    assert found.timeline == []
+
+
+def test_the_timeline_of_many_events_is_short_and_keeps_the_peak():
+    many = []
+    for block in range(50_000):
+        size = 10_000 if block == 31_234 else 1 + block % 7
+        many += [Event(block, size, "temporaries", "forward"), Event(block, -size, "temporaries", "forward")]
+    found = summarise(many, {}, "predicted")
+    assert len(found.timeline) == TIMELINE_POINTS
+    assert max(live["temporaries"] for _, live in found.timeline) == found.totals["requested"] == 10_000
+
+
+def test_tables_show_every_category_phase_and_total():
+    from rich.console import Console
+
+    out = io.StringIO()
+    found = summarise(
+        events((0, 123_456_789, "CMLI op", "loss")), {"preset": "demo", "checkpointing": True}, "predicted"
+    )
+    found.totals["device"] = 987_654_321
+    show(Report.from_dict(found.to_dict()), Console(file=out, width=120))
+    text = out.getvalue()
+    assert "predicted: preset demo, checkpointing on" in text
+    for word in (*CATEGORIES, *PHASES, "123,456,789", "0.123", "100.0%", "987,654,321"):
+        assert word in text

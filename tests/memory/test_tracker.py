@@ -1,0 +1,125 @@
+"""The tracker on real CPU tensors, against sizes known by hand."""
+
+import pytest
+import torch
+
+from ds_cmli import deepspeed_json, distributed, step
+from ds_cmli.cmli import cmli_peak_bytes, cmli_scores
+from ds_cmli.memory.predict import longest_batch
+from ds_cmli.memory.report import summarise
+from ds_cmli.memory.tracker import Tracker
+from ds_cmli.presets import load_preset
+
+
+def live(tracker: Tracker) -> dict[str, int]:
+    found: dict[str, int] = {}
+    for event in tracker.events():
+        found[event.category] = found.get(event.category, 0) + event.bytes
+    return {category: size for category, size in found.items() if size}
+
+
+def test_storages_are_counted_once_from_their_birth_to_their_end():
+    with Tracker() as tracker:
+        with tracker.scope("data"):
+            a = torch.empty(100)
+            view = a.view(10, 10)[3:]
+        with tracker.scope("teacher"):
+            b = a + 1
+        assert live(tracker) == {"data": 400, "teacher": 400}
+        del a
+        assert live(tracker) == {"data": 400, "teacher": 400}  # the view holds the storage
+        del view
+        assert live(tracker) == {"teacher": 400}
+        b.resize_(200)
+        assert live(tracker) == {"teacher": 800}
+        b.add_(1)
+        del b
+        assert live(tracker) == {}
+    assert [event.bytes for event in tracker.events()] == [400, 400, -400, -400, 800, -800]
+
+
+def test_what_was_there_before_is_recorded_when_it_is_claimed():
+    before = torch.empty(25)
+    with Tracker() as tracker:
+        with tracker.paused():
+            host = torch.empty(1000)
+        tracker.claim("parameters", [before, before[5:], None])
+        tracker.claim("gradients", [before])  # the first claim stays
+        before + 0
+        assert live(tracker) == {"parameters": 100}
+        del host
+    assert live(tracker) == {"parameters": 100}
+
+
+@pytest.mark.parametrize("lengths", [[30] * 12, [5, 30, 0] * 4])
+def test_the_all_pairs_op_holds_what_its_formula_says(lengths):
+    sizes = {"I": 8, "J": 12, "N": 49, "M": 30, "D": 32}
+    image = torch.randn(8, 49, 32, requires_grad=True)
+    text = torch.randn(12, 30, 32, requires_grad=True)
+    mask = torch.arange(30) < torch.tensor(lengths)[:, None]
+    expected = cmli_peak_bytes(**sizes, dtype=torch.float32, text_lengths=lengths)
+    with Tracker() as tracker:
+        scores = cmli_scores(image, text, mask)
+        assert summarise(tracker.events(), {}, "").totals["requested"] == expected.forward
+        upstream = [torch.ones_like(s) for s in scores]
+        del scores
+        before = sum(live(tracker).values())
+        gradients = torch.autograd.grad(cmli_scores(image, text, mask), (image, text), upstream)
+        assert live(tracker)["CMLI op"] == expected.gradients + before - 2 * 8 * 12 * 4
+    peak = summarise(tracker.events(), {}, "").categories
+    assert peak["CMLI op"] == expected.saved + expected.backward + 2 * 8 * 12 * 4
+    del gradients
+
+
+@pytest.fixture(scope="module")
+def tracked():
+    """Two optimizer steps of the preset tiny under ZeRO-2 with checkpointing: tracker and trainer."""
+    config = load_preset("tiny", {"student": {"shared_blocks": 2}})
+    ds_config = {
+        "zero_optimization": {"stage": 2, "reduce_bucket_size": 100_000, "overlap_comm": False},
+        "bf16": {"enabled": True},
+        "activation_checkpointing": {},
+    }
+    ds_config = deepspeed_json.resolve(ds_config, config.optim, 1, 10)
+    device = distributed.init()
+    with Tracker() as tracker:
+        trainer = step.build(config, ds_config, 300, 10, device)
+        with tracker.attach(trainer):
+            for _ in range(2):
+                with tracker.scope("data"):
+                    batch = longest_batch(config, 8)
+                trainer(batch)
+                del batch
+    distributed.shutdown()
+    return tracker, trainer
+
+
+def test_a_step_leaves_what_training_keeps(tracked):
+    tracker, trainer = tracked
+    padded = 2 * sum(-(-sum(p.numel() for p in group) // 2) for group in trainer.engine.optimizer.bit16_groups)
+    found = live(tracker)
+    buffers = sum(b.nbytes for b in trainer.objective.buffers())
+    assert found["parameters"] == 2 * padded + buffers
+    assert found["master weights"] == 4 * padded
+    assert found["optimizer states"] == 2 * 4 * padded + 2 * 4  # two moments, and the count of each of two groups
+    teacher = trainer.teacher
+    assert found["teacher"] == sum(t.nbytes for t in (*teacher.parameters(), *teacher.buffers()))
+    assert "activations student" not in found and "data" not in found and "gradients" not in found
+
+
+def test_a_step_has_every_category_in_its_phase(tracked):
+    tracker, _ = tracked
+    most: dict[tuple[str, str], int] = {}
+    now: dict[str, int] = {}
+    for event in tracker.events():
+        now[event.category] = now.get(event.category, 0) + event.bytes
+        place = (event.phase, event.category)
+        most[place] = max(most.get(place, 0), now[event.category])
+    assert most["backward", "ZeRO buckets"] == 2 * 100_000
+    assert most["backward", "gradients"] > 0
+    assert most["loss", "CMLI op"] > 0 and most["backward", "CMLI op"] > 0
+    assert most["forward", "activations teacher"] > 0
+    batch = longest_batch(load_preset("tiny", {}), 8)
+    assert most["forward", "data"] == sum(v.nbytes for v in vars(batch).values() if isinstance(v, torch.Tensor))
+    # Checkpointing keeps the inputs of blocks until backward, which computes one block's activations again.
+    assert most["backward", "activations student"] > most["forward", "activations student"]
