@@ -44,6 +44,7 @@ def shield(worker: int) -> None:
 
 
 def _end_loaders() -> None:
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler would report them as lost
     for process in multiprocessing.active_children():
         process.kill()
 
