@@ -134,10 +134,10 @@ class Run:
     def evaluate(self) -> None:
         """Every held-out split; raises `Preempted` on all ranks where a signal came."""
         started, state = time.monotonic(), self.state
+        batch, device = self.config.run.eval_batch, self.trainer.device
         for split, dataset in self.data.evals.items():
-            self.poll()  # collective
-            batch, device, beat = self.config.run.eval_batch, self.trainer.device, self.dog.beat
-            found = evaluate(self.trainer.objective, dataset, self.data, batch, device, beat)
+            # Between two batches, of which all ranks have as many.
+            found = evaluate(self.trainer.objective, dataset, self.data, batch, device, self.poll)
             self.writer.log(state.step, {f"eval/{split}/{name}": value for name, value in found.items()})
             self.writer.say(summary(split, found))
             score = next(s for s in ("combined", "cmli", "global") if f"{s}/i2t_r1" in found)
@@ -148,7 +148,8 @@ class Run:
         self.since += time.monotonic() - started
 
     def poll(self) -> None:
-        """Raise `Preempted` on all ranks where one has been signalled."""
+        """A sign of life; raises `Preempted` on all ranks where one has been signalled."""
+        self.dog.beat()
         if self.agreement.any(preemption.requested() is not None)[0]:  # collective
             raise preemption.Preempted
 

@@ -92,8 +92,8 @@ class Watchdog:
     def __exit__(self, kind, error, trace) -> None:
         if not self.timeout:
             return
-        if error is None or isinstance(error, (SystemExit, KeyboardInterrupt)):
-            self.mine.done = True
+        if error is None or isinstance(error, (SystemExit, KeyboardInterrupt)) or self.world_size == 1:
+            self.mine.done = True  # alone, an error tells itself
         else:
             if _lost_a_rank(error):  # then this one is not to blame; where nobody is found, its error is told as it is
                 self._wait(4 * self.interval + 2, self._blame_the_missing)

@@ -21,7 +21,7 @@ from ds_cmli.cli import GroupedCommand, option, run_command  # noqa: E402
 from ds_cmli.errors import UserError, nearest  # noqa: E402
 from ds_cmli.presets import PRESETS  # noqa: E402
 
-ALL_SECONDS = 280  # of everything; what comes last is measured in what is left, or stays predicted
+ALL_SECONDS = 260  # of everything; what comes last is measured in what is left, or stays predicted
 IDS = ("E1", "E2", "E3", "E4", "E5")
 
 

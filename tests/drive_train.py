@@ -49,7 +49,8 @@ def drive(arguments: list[str], stop_at: int | None = None, seen: str | None = N
         for number in preemption.SIGNALS:
             signal.signal(number, preemption._note)
         try:
-            return train.command.main(arguments, standalone_mode=False)
+            # Without the watchdog, which ends the process of a training that has failed.
+            return train.command.main([*arguments, "--set", "run.watchdog=0"], standalone_mode=False)
         except UserError as error:
             if not mistakes:
                 raise

@@ -71,6 +71,9 @@ class Claim:
 
     @property
     def arithmetic(self) -> str:
+        """The verdict on the numbers that the document prints."""
+        if all(s.stated is None for s in self.steps):
+            return "no numbers of the document"
         wrong = next((s for s in self.steps if not s.right), None)
         return f"wrong: {wrong.text} = {wrong.value:,}, not {wrong.stated:,}" if wrong else "right"
 

@@ -7,6 +7,7 @@ not know what a block is for: the shares of the categories come from a second ru
 import gc
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
@@ -57,11 +58,8 @@ def _run(
         return models
 
     with process_group(world_size):
-        step.build_models = build  # type: ignore[assignment]
-        try:
+        with patch.object(step, "build_models", build):
             trainer = step.build(config, ds_config, vocab_size, TOTAL_STEPS, torch.device("cpu"))
-        finally:
-            step.build_models = build_models
         with phases(trainer, enter):
             for _ in range(2 * ds_config["gradient_accumulation_steps"]):
                 trainer(longest_batch(config, ds_config["train_micro_batch_size_per_gpu"]))
@@ -78,6 +76,7 @@ def _tracked(config: Config, ds_config: dict[str, Any], vocab_size: int, world_s
                 with tracker.scope("data"):
                     batch = longest_batch(config, micro_batch)
                 trainer(batch)
+                del batch
         events = tracker.events()
     return summarise(events, {}, "").categories
 

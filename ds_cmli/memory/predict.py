@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +27,7 @@ from ds_cmli.memory.tracker import Tracker, phases
 DEFAULT_CARD = "RTX 3090 24GB"  # assumed: the document says 24 GB and names no card
 TOTAL_STEPS = 1000  # of the schedule; decides no size
 # Text models whose sizes are the defaults of their family in the transformers library: known without a download.
-FAMILY_SIZES = ("bert", "bert-base-uncased", "bert-base-cased", "roberta", "roberta-base", "distilbert-base-uncased")
+FAMILY_SIZES = ("bert", "bert-base-uncased", "bert-base-cased", "roberta", "roberta-base")
 
 
 @dataclass
@@ -93,8 +94,9 @@ def predict(
                 with tracker.scope("data"):
                     batch = longest_batch(config, micro_batch)
                 trainer(batch)
+                del batch
         events = tracker.events(host=not cuda)
-        del trainer, batch
+        del trainer
     gc.collect()  # engines hold themselves in circles
 
     stage = ds_config.get("zero_optimization", {}).get("stage", 0)
@@ -189,11 +191,8 @@ def recorded_from_the_engine_on(
             convert_parameters(objective, lambda parameter: parameter.to(dtype))
         return objective, teacher
 
-    step.build_models = build  # type: ignore[assignment]
-    try:
+    with patch.object(step, "build_models", build):
         yield
-    finally:
-        step.build_models = build_models
 
 
 def text_lengths(config: Config, micro_batch: int) -> list[int]:
