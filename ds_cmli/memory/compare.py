@@ -77,7 +77,7 @@ def measure(rows: list[Row], s: Setting, device: str, say: Callable[[Row], None]
         if passes and row.id == "E5":
             passes = "forward"  # it is about one tensor's size
         left = min(MOST_SECONDS, end - time.monotonic())
-        if passes and left <= 0:
+        if passes and left < 1:
             passes, why_not = "", f"the {ALL_SECONDS:.0f} s for measuring were spent"
         found = measure_apart(row, s, device, passes, left) if passes else None
         if found is None:

@@ -67,6 +67,7 @@ def predict(
     check(world_size >= 1, "--world-size", world_size, "give at least 1 rank")
     _check_offload(ds_config)
     cuda = target == "cuda"
+    constants = cards.card(card)
     if not cuda:
         ds_config, _ = step.resolve_precision(ds_config)
     ds_config = deepspeed_json.resolve(ds_config, config.optim, world_size, TOTAL_STEPS)
@@ -109,7 +110,7 @@ def predict(
     report = summarise(events, setting, "predicted")
     if cuda:
         replayed = replay(events)
-        workspace = cards.card(card).cublas_workspace.bytes  # from torch's allocator, for no tensor
+        workspace = constants.cublas_workspace.bytes  # from torch's allocator, for no tensor
         report.totals["allocated"] = replayed.allocated_peak + workspace
         report.totals["reserved"] = replayed.reserved_peak + workspace
         report.totals["device"] = cards.device_bytes(report.totals["reserved"], card, world_size)
