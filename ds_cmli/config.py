@@ -119,7 +119,7 @@ class OptimConfig:
     warmup_share: float = 0.05  # of all steps, linear
     grad_clip: float = 1.0
     micro_batch: int = 64  # B, pairs per rank
-    steps: int | None = 240
+    steps: int | None = 300
     epochs: float | None = None
 
     def __post_init__(self):

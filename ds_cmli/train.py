@@ -79,12 +79,19 @@ def train(config: Config, json_path: str, dry_run: bool, resume: str, with_chang
 
 
 def show(config: Config, ds_config: dict[str, Any], data: Any) -> int:
-    """What a run would do, without doing it."""
+    """What a run would do and what memory it would need on this kind of device, without doing it."""
     from ds_cmli import step
+    from ds_cmli.memory import apart
+    from ds_cmli.memory.report import Report
+    from ds_cmli.memory.report import show as show_report
 
-    ds_config, *_ = plan(config, ds_config, data)
+    resolved, *_ = plan(config, ds_config, data)
     step.build_models(config, data.vocab_size)
-    say(json.dumps({"config": config.to_dict(), "deepspeed": ds_config}, indent=2))
+    say(json.dumps({"config": config.to_dict(), "deepspeed": resolved}, indent=2))
+    if os.environ["RANK"] == "0":
+        with apart.Predictor() as predictor:
+            answer = predictor.ask(apart.Request(config, ds_config, int(os.environ["WORLD_SIZE"])))
+        say(answer.failed) if answer.report is None else show_report(Report.from_dict(answer.report))
     return 0
 
 

@@ -107,7 +107,8 @@ def test_torchrun_with_two_ranks_and_accumulation(tmp_path):
 def test_dry_run_prints_the_resolved_configuration_and_trains_nothing(tmp_path):
     done = run(*TINY, "--dry-run", "--set", "student.layers=1", "--output-dir", str(tmp_path / "run"))
     assert done.returncode == 0, done.stdout + done.stderr
-    printed = json.loads(done.stdout[done.stdout.index("{\n") :])
+    printed, _ = json.JSONDecoder().raw_decode(done.stdout[done.stdout.index("{\n") :])
+    assert "optimizer states" in done.stdout  # the predicted memory
     assert printed["config"]["student"]["layers"] == 1
     assert printed["deepspeed"]["train_micro_batch_size_per_gpu"] == 8
     assert not (tmp_path / "run").exists()

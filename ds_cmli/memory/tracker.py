@@ -26,6 +26,10 @@ from ds_cmli.step import Step
 BUCKET_METHODS = ("setup_buckets", "reduce_ipg_grads", "_DeepSpeedZeroOptimizer_Stage3__reduce_and_partition_ipg_grads")
 GATHERS = ("allgather_", "_allgather_base_", "allgather_into_tensor_coalesced_", "allgather_coalesced_")
 
+# Autograd adds gradients up and fills in those of maxima in place, but not where a mode looks on: there the argument
+# ends right after these.
+IN_PLACE = (torch.ops.aten.add.Tensor, torch.ops.aten.scatter.src)
+
 
 @contextmanager
 def phases(trainer: Step, enter: Callable[[str], None]) -> Iterator[None]:
@@ -73,6 +77,7 @@ class Tracker(TorchDispatchMode):
         # What is allocated and freed within one segment was temporary: one for a forward pass with its losses, and one
         # for each stretch of the backward pass in which checkpointing runs, or does not run, a forward pass again.
         self.segment, self.last_of_init, self.recomputing = 0, 0, False
+        self.in_place_at = 0  # length of the log after an operator that is in place where no mode looks on
         self._scope: str | None = None
         self._patches = ExitStack()
 
@@ -106,6 +111,8 @@ class Tracker(TorchDispatchMode):
                     self._see(tensor, category, func)
             if func.namespace == "c10d" and self._scope is None and func._schema.name.split("::")[1] in GATHERS:
                 self.claim("parameters", tree_leaves(args[0]))  # ZeRO-3 gathers what a layer needs
+        if func in IN_PLACE and self.phase == "backward" and not grad:
+            self.in_place_at = len(self.log)
         if block is not None:
             self._end(block, scratch)
         return out
@@ -143,7 +150,11 @@ class Tracker(TorchDispatchMode):
         return block
 
     def _end(self, block: int, size: int) -> None:
-        self.log.append((block, -size, self.phase))
+        end = (block, -size, self.phase)
+        if len(self.log) == self.in_place_at and self.log and self.log[-1][1] == size and self.log[-1][0] != block:
+            self.log.insert(-1, end)
+        else:
+            self.log.append(end)
         self.ended[block] = self.segment
 
     def _cmli_scratch(self, func: Any, args: tuple) -> int:
