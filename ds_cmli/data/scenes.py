@@ -68,8 +68,8 @@ class Scenes(Dataset):
     A scene holds one to four different pictures, each in its own quarter of a white image; its caption is their names
     in random order. A valid token's chance to find its own picture by picking any patch is 1/4.
 
-    In training each picture is mirrored or not: a few thousand scenes otherwise teach the drawings by heart. And a scene
-    of n pictures is n times as frequent there as one of a single picture: it teaches more at the same cost.
+    In training each picture is mirrored or not: a few thousand scenes otherwise teach the drawings by heart. Scenes of
+    more pictures are more frequent there, as their number: they teach more at the same cost.
 
     Splits: "train" and "seen" show training concepts, but never the same pictures in the same quarters; "unseen"
     shows held-out ones. No two validation scenes show the same pictures, so each caption has one right image.
