@@ -12,13 +12,9 @@ import urllib.request
 import pytest
 import torch
 
-from ds_cmli import deepspeed_json, step
 from ds_cmli.errors import UserError
-from ds_cmli.memory.fake import process_group
-from ds_cmli.memory.predict import longest_batch
 from ds_cmli.memory.profiler import parse_steps, profiling
-from ds_cmli.presets import load_preset
-from tests.conftest import free_port
+from tests.conftest import free_port, run
 
 
 def train(steps: int, done=lambda: None) -> None:
@@ -98,28 +94,23 @@ def answer(port: int, route: str, **query):
 
 
 def test_tensorboard_shows_the_run_and_its_memory(tmp_path):
-    config = load_preset("tiny", {})
-    ds_config = deepspeed_json.resolve({"zero_optimization": {"stage": 2}}, config.optim, 1, 3)
-    with process_group(1), profiling((2, 3), tmp_path / "profile") as done:
-        trainer = step.build(config, ds_config, 1000, 3, torch.device("cpu"))
-        for _ in range(3):
-            trainer(longest_batch(config, 8))
-            done()
+    arguments = ("--preset", "tiny", "--steps", "3", "--profile", "2:3", "--output-dir", str(tmp_path))
+    done = run(*arguments)
+    assert done.returncode == 0, done.stdout + done.stderr
     port = free_port()
     # As the command `tensorboard` does, but of this interpreter.
     command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(tmp_path), "--port", str(port)]
     with open(tmp_path / "tensorboard.log", "w") as log, subprocess.Popen(command, stdout=log, stderr=log) as board:
         try:
-            (run,) = answer(port, "runs")["runs"]
-            assert run == "profile"
-            views = answer(port, "views", run=run)
+            (found,) = (r for r in answer(port, "runs")["runs"] if r == "profile")
+            views = answer(port, "views", run=found)
             assert "Memory" in views
-            workers = answer(port, "workers", run=run, view="Memory")
-            (span,) = answer(port, "spans", run=run, worker=workers[0])
-            memory = answer(port, "memory", run=run, worker=workers[0], span=span)
+            workers = answer(port, "workers", run=found, view="Memory")
+            (span,) = answer(port, "spans", run=found, worker=workers[0])
+            memory = answer(port, "memory", run=found, worker=workers[0], span=span)
             rows = memory["rows"]["CPU"]
             assert {"aten::addmm", "ds_cmli::cmli_forward"} <= {row[0] for row in rows}
-            curve = answer(port, "memory_curve", run=run, worker=workers[0], span=span)
+            curve = answer(port, "memory_curve", run=found, worker=workers[0], span=span)
             assert curve["metadata"]["peaks"]["CPU"]
         finally:
             board.terminate()
