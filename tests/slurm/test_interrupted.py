@@ -17,7 +17,7 @@ from tests.slurm.cluster import Cluster, poll
 from tests.slurm.jobs import finish, log, metrics, steps_done, submit
 
 # Two ranks, on two nodes. The micro-batch makes a step long enough to be interrupted somewhere before the end.
-TINY = ("--preset", "tiny", "--micro-batch", "96", "--set", "run.eval_batch=100")
+TINY = ("--preset", "tiny", "--micro-batch", "256", "--set", "run.eval_batch=100")
 SAVED_BY_SIGNAL = "preempted (exit code 85)"
 
 
@@ -61,7 +61,11 @@ def straight(folder: Path, steps: int) -> subprocess.Popen:
 
 
 def time_limit(cluster: Cluster, folder: Path, job: str) -> None:
-    """Wait for the warning before the job's limit of one minute, then lift the limit."""
+    """Wait for the warning before the job's limit of one minute, then lift the limit.
+
+    Until it comes the tasks stand still: a fast machine would be through before Slurm looks. It sends CONT with it.
+    """
+    cluster.command("scancel", "--signal=STOP", job)
     poll(lambda: SAVED_BY_SIGNAL in log(folder, job), 90, lambda: log(folder, job))
     cluster.wait(job, "PENDING", "RUNNING")
     cluster.command("scontrol", "update", f"jobid={job}", "TimeLimit=60")
@@ -75,6 +79,7 @@ def interrupted(cluster: Cluster, folder: Path, steps: int, kinds: list[Callable
     time.sleep(left if left < 15 else 0)
     job = submit(cluster, folder, ("--nodes=2", "--time=1", "--signal=TERM@90"), *TINY, f"--steps={steps}")
     run = folder / "runs" / f"slurm-{job}"
+    poll(lambda: steps_done(run) >= dice.randint(1, 4), 120, lambda: log(folder, job), interval=0.02)
     time_limit(cluster, folder, job)
     stops = [steps_done(run)]
     for kind in kinds:
