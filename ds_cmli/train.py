@@ -79,7 +79,7 @@ def train(config: Config, json_path: str, dry_run: bool, resume: str, with_chang
 
 
 def show(config: Config, ds_config: dict[str, Any], data: Any) -> int:
-    """What a run would do and what memory it would need on this kind of device, without doing it."""
+    """What a run would do and what memory it would need on a GPU, without doing it."""
     from ds_cmli import step
     from ds_cmli.memory import apart
     from ds_cmli.memory.report import Report

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from ds_cmli import distributed
 from ds_cmli.cmli.peak import cmli_peak_bytes
+from ds_cmli.memory.allocations import IN_PLACE
 from ds_cmli.memory.owners import HOST, is_offloaded, owners
 from ds_cmli.memory.report import Event
 from ds_cmli.step import Step
@@ -25,10 +26,6 @@ from ds_cmli.step import Step
 # Of DeepSpeed's optimizers: what these methods allocate belongs to the buckets that gradients travel in.
 BUCKET_METHODS = ("setup_buckets", "reduce_ipg_grads", "_DeepSpeedZeroOptimizer_Stage3__reduce_and_partition_ipg_grads")
 GATHERS = ("allgather_", "_allgather_base_", "allgather_into_tensor_coalesced_", "allgather_coalesced_")
-
-# Autograd adds gradients up and fills in those of maxima in place, but not where a mode looks on: there the argument
-# ends right after these.
-IN_PLACE = (torch.ops.aten.add.Tensor, torch.ops.aten.scatter.src)
 
 
 @contextmanager
