@@ -1,9 +1,11 @@
 """What the commands share: options in groups, and how they end. A user's mistake is one line and exit code 2."""
 
+import atexit
+import contextlib
 import os
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
@@ -34,17 +36,33 @@ def option(group: str, *names: str, **kwargs: Any) -> Callable:
     return click.option(*names, cls=GroupedOption, group=group, **kwargs)
 
 
-def run_command(command: click.Command) -> None:
-    """Run a click command and exit."""
+def run_command(command: click.Command) -> NoReturn:
+    """Run a click command and end the process with its exit code."""
+    leave(exit_code(command))
+
+
+def exit_code(command: click.Command) -> int:
     try:
-        code = command.main(standalone_mode=False) or 0
+        return command.main(standalone_mode=False) or 0
     except UserError as error:
-        code = _report(str(error))
+        return _report(str(error))
     except click.ClickException as error:
-        code = _report(error.format_message())
+        return _report(error.format_message())
     except (click.exceptions.Abort, KeyboardInterrupt):
-        code = _report("interrupted")
-    sys.exit(code)
+        return _report("interrupted")
+
+
+def leave(code: int) -> NoReturn:
+    """End the process with this code, whatever threads the libraries still have.
+
+    In the interpreter's own end such a thread can abort the process ("terminate called without an active exception"),
+    and a scheduler would take a run that is finished, or saved and to be continued, for one that failed.
+    """
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # nobody reads it any more
+            stream.flush()
+    os._exit(code)
 
 
 def _report(message: str) -> int:

@@ -13,6 +13,7 @@ from pathlib import Path
 from unittest import mock
 
 from ds_cmli import preemption, train
+from ds_cmli.cli import leave
 from ds_cmli.errors import UserError
 
 
@@ -69,6 +70,7 @@ def main(file: str) -> None:
         codes.append(drive(task["arguments"], task.get("stop_at"), task.get("seen"), task.get("mistakes", False)))
     if os.environ["RANK"] == "0":
         print(json.dumps({"codes": codes}), flush=True)
+    leave(0)
 
 
 if __name__ == "__main__":

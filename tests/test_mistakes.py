@@ -9,7 +9,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from ds_cmli import evaluate, train
-from ds_cmli.cli import run_command
+from ds_cmli.cli import exit_code
 
 
 def pairs(folder, count=24, text="a red square", broken=0, column="text"):
@@ -98,10 +98,9 @@ def fail(command, arguments, monkeypatch, capsys) -> str:
     monkeypatch.setattr(sys, "argv", ["command", *arguments])
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
-    with pytest.raises(SystemExit) as end:
-        run_command(command)
+    code = exit_code(command)
     error = capsys.readouterr().err
-    assert end.value.code == 2, error
+    assert code == 2, error
     lines = [line for line in error.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1 and "Traceback" not in error
     return lines[0]
