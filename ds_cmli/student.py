@@ -66,7 +66,8 @@ class PixelNorm(nn.Module):
 def build_text_encoder(config: StudentConfig, vocab_size: int) -> Any:
     """A BERT-like encoder of the transformers library, its first `config.layers` layers, without pooler."""
     name, weights = config.text_model, config.text_weights
-    dropout = {"hidden_dropout_prob": config.dropout, "attention_probs_dropout_prob": config.dropout}
+    # None in the attention: CPUs have no fused kernel with dropout.
+    dropout = {"hidden_dropout_prob": config.dropout, "attention_probs_dropout_prob": 0.0}
     settings = {**dropout, **config.text_overrides}
     try:
         if weights == "random":
@@ -91,7 +92,7 @@ def build_text_encoder(config: StudentConfig, vocab_size: int) -> Any:
             f"data.tokenizer has {vocab_size} tokens and student.text_model {name!r} only {encoder.config.vocab_size}: "
             "choose the tokenizer that belongs to the model"
         )
-    return encoder
+    return encoder.train()  # it comes in eval mode out of a file, with its dropout off
 
 
 def cut(blocks: Any, layers: int, setting: str) -> Any:
