@@ -9,22 +9,22 @@ from tests.conftest import free_port, run
 from tests.slurm.jobs import finish, log, metrics, submit
 
 TINY = ("--preset", "tiny", "--steps", "3", "--set", "run.eval_batch=100")
-DEMO = ("--preset", "demo", "--steps", "2", "--micro-batch", "4", "--log-every", "1")
-# name: (sbatch options, ranks, options of train.py)
+DEMO = ("--preset", "demo", "--steps", "2", "--log-every", "1", "--set", "run.eval_batch=100")
+# name: (sbatch options, nodes, ranks)
 RUNS = {
-    "1 node x 1": ((), 1, TINY),
-    "1 node x 2": (("--ntasks-per-node=2",), 2, TINY),
-    "2 nodes x 2": (("--nodes=2", "--ntasks-per-node=2"), 4, TINY),
-    "2 nodes x 1, demo": (("--nodes=2",), 2, DEMO),
+    "1 node x 1": ((), 1, 1),
+    "1 node x 2": (("--ntasks-per-node=2",), 1, 2),
+    "2 nodes x 2": (("--nodes=2", "--ntasks-per-node=2"), 2, 4),
 }
 
 
 @pytest.mark.parametrize("name", RUNS)
 def test_a_job_trains_as_the_same_run_without_slurm(cluster, tmp_path, name):
-    sbatch, ranks, options = RUNS[name]
+    sbatch, nodes, ranks = RUNS[name]
+    options = (*DEMO, "--micro-batch", str(8 // ranks))
     job = submit(cluster, tmp_path, sbatch, *options)
     text = finish(cluster, tmp_path, job, timeout=300)
-    assert f"job {job}, start 0: {ranks} tasks on {2 if '2 nodes' in name else 1} nodes" in text
+    assert f"job {job}, start 0: {ranks} tasks on {nodes} nodes" in text
     torchrun = os.path.join(os.path.dirname(sys.executable), "torchrun")
     launcher = (torchrun, "--nproc_per_node", str(ranks), "--master_port", str(free_port()))
     done = run(*options, "--output-dir", str(tmp_path / "plain"), launcher=launcher if ranks > 1 else (sys.executable,))
