@@ -15,7 +15,9 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
                 "num_attention_heads": 12,
                 "intermediate_size": 1536,
             },
+            "dropout": 0.0,  # for longer trainings
         },
+        "optim": {"lr": 2e-4, "warmup_share": 0.15, "micro_batch": 64, "steps": 210},
     },
     # The document's setting. Card and models are assumed: it names neither.
     "paper": {
