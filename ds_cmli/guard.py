@@ -25,8 +25,11 @@ def poison(loss: Tensor) -> Tensor:
 
 
 def attach(engine: Any) -> None:
-    """Guard an engine without ZeRO, whose optimizer does not look at its gradients."""
+    """Guard what DeepSpeed does not: an optimizer without ZeRO, and fp16 at its smallest loss scale."""
     optimizer = engine.optimizer
+    scaler = getattr(optimizer, "loss_scaler", None)
+    if hasattr(scaler, "raise_error_at_min_scale"):
+        scaler.raise_error_at_min_scale = False  # such steps are counted and end the run like other bad ones
     if hasattr(optimizer, "overflow"):
         return
     update = optimizer.step
@@ -41,19 +44,26 @@ def attach(engine: Any) -> None:
     optimizer.step = step
 
 
-def skipped_samples(window: list[tuple[Tensor, Tensor]], fp16: bool, agreement: Agreement) -> list[int]:
+def can_lower_scale(optimizer: Any) -> bool:
+    """Whether gradients that overflow only ask for less: the loss scale is dynamic and above its minimum."""
+    scaler = getattr(optimizer, "loss_scaler", None) or getattr(optimizer, "loss_scale_config", None)
+    smallest = getattr(scaler, "min_scale", None) or getattr(scaler, "min_loss_scale", None)
+    return smallest is not None and scaler.cur_scale > smallest
+
+
+def skipped_samples(window: list[tuple[Tensor, Tensor]], lower_scale: bool, agreement: Agreement) -> list[int]:
     """The samples of a skipped step. Collective, CPU-GPU sync; called on all ranks after a skipped step only.
 
     Args:
         window: index [B] and loss (a scalar) of each micro-batch of this rank.
-        fp16: gradients alone that overflow are no fault in fp16, they only ask for a smaller loss scale.
+        lower_scale: gradients alone are no fault, see `can_lower_scale`.
 
     Returns:
         Indices into the training set, sorted: of the micro-batches whose loss is not finite, or else of the whole
-        step. Empty where fp16 asks for a smaller loss scale.
+        step. Empty where that is no fault.
     """
     lost = [index.tolist() for index, loss in window if not loss.isfinite().item()]
-    found = agreement.gather((lost, [] if fp16 else [index.tolist() for index, _ in window]))  # collective
+    found = agreement.gather((lost, [] if lower_scale else [index.tolist() for index, _ in window]))  # collective
     blamed = [i for theirs, _ in found for batch in theirs for i in batch]
     return sorted(blamed or [i for _, every in found for batch in every for i in batch])
 

@@ -86,7 +86,8 @@ class Run:
 
         samples: list[int] = []
         if self.trainer.skipped:
-            samples = guard.skipped_samples(window, self.trainer.dtype == torch.float16, self.agreement)  # collective
+            lower_scale = guard.can_lower_scale(self.trainer.engine.optimizer)
+            samples = guard.skipped_samples(window, lower_scale, self.agreement)  # collective
         if samples:
             self._count_skipped(samples)  # collectives
             return due

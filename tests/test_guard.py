@@ -13,7 +13,7 @@ from ds_cmli.presets import load_preset
 from tests.conftest import spawn
 from tests.drive_train import drive
 from tests.test_mistakes import pairs
-from tests.test_step import build
+from tests.test_step import FP16, build, fp16_device  # noqa: F401
 
 CONFIGS = {
     "zero 0": {},
@@ -173,3 +173,26 @@ def test_too_many_in_a_row_stop_with_a_checkpoint_from_before(arguments, tmp_pat
                        weights_only=False)["optimizer_state_dict"] for name in ("step6", "step9"))  # fmt: skip
     for x, y in zip(a["single_partition_of_fp32_groups"], b["single_partition_of_fp32_groups"], strict=True):
         assert torch.equal(x, y)
+
+
+def test_fp16_at_its_smallest_scale_stops_with_a_checkpoint_from_before(arguments, tmp_path, monkeypatch, fp16_device):  # noqa: F811
+    file = tmp_path / "ds.json"
+    settings = {"enabled": True, "initial_scale_power": 2, "hysteresis": 1, "min_loss_scale": 1}
+    file.write_text(json.dumps({**FP16, "fp16": settings}))
+    call, count = step.Step.__call__, [0]
+
+    def overflowing(trainer, batch):  # the loss is finite, the gradients are not
+        count[0] += 1
+        hooks = spoil(trainer, "gradient", monkeypatch) if count[0] > 3 else []
+        found = call(trainer, batch)
+        for hook in hooks:
+            hook.remove()
+        return found
+
+    monkeypatch.setattr(step.Step, "__call__", overflowing)
+    with pytest.raises(UserError, match="6 steps in a row were skipped"):
+        drive([*arguments, "--deepspeed_config", str(file)])
+    # Step 4 lowers the scale from 4 to 2, which is no fault; from step 5 on, at 1, each step is one.
+    assert (tmp_path / "run" / "checkpoint" / "latest").read_text() == "step10"
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").open()]
+    assert [line["step"] for line in lines if "skipped" in line] == [5, 6, 7, 8, 9, 10]
