@@ -27,7 +27,7 @@ def poison(loss: Tensor) -> Tensor:
 def attach(engine: Any) -> None:
     """Guard what DeepSpeed does not: an optimizer without ZeRO, and fp16 at its smallest loss scale."""
     optimizer = engine.optimizer
-    scaler = getattr(optimizer, "loss_scaler", None)
+    scaler: Any = getattr(optimizer, "loss_scaler", None)
     if hasattr(scaler, "raise_error_at_min_scale"):
         scaler.raise_error_at_min_scale = False  # such steps are counted and end the run like other bad ones
     if hasattr(optimizer, "overflow"):
@@ -46,7 +46,7 @@ def attach(engine: Any) -> None:
 
 def can_lower_scale(optimizer: Any) -> bool:
     """Whether gradients that overflow only ask for less: the loss scale is dynamic and above its minimum."""
-    scaler = getattr(optimizer, "loss_scaler", None) or getattr(optimizer, "loss_scale_config", None)
+    scaler: Any = getattr(optimizer, "loss_scaler", None) or getattr(optimizer, "loss_scale_config", None)
     smallest = getattr(scaler, "min_scale", None) or getattr(scaler, "min_loss_scale", None)
     return smallest is not None and scaler.cur_scale > smallest
 
