@@ -15,7 +15,7 @@ from ds_cmli.presets import load_preset
 from tests.conftest import ROOT, clean_environment, free_port
 
 ZERO2 = {"zero_optimization": {"stage": 2, "reduce_bucket_size": 100_000}}
-ROOM = 300  # MB: between what the setting needs with activation checkpointing and without
+ROOM = 350  # MB: between what the setting needs with activation checkpointing and without
 
 
 def run(*arguments: object, ranks: int = 1, ds_config: dict = ZERO2) -> subprocess.CompletedProcess:
@@ -42,7 +42,7 @@ def test_a_process_that_meets_its_limit_ends_with_one_message(tmp_path):
     assert table[-1][0] == "predicted peak" and sum(n for _, n in table[:-1]) == table[-1][1] > ROOM * 2**20
     assert [n for _, n in table[:-1]] == sorted((n for _, n in table[:-1]), reverse=True)
     assert "  the largest: activations student" in lines
-    (fit, *_) = [line for line in lines if line.startswith("  would fit in 314,572,800 B")]
+    (fit, *_) = [line for line in lines if line.startswith(f"  would fit in {ROOM * 2**20:,} B")]
     assert '"activation_checkpointing": {} in the DeepSpeed JSON' in fit
     (written,) = tmp_path.glob("out_of_memory-*.txt")
     assert written.read_text() == done.stderr

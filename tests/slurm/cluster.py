@@ -89,6 +89,8 @@ class Cluster:
         key.chmod(0o600)
         for name in ("state", *(f"spool.{node}" for node in NODES)):
             (self.folder / name).mkdir()
+        # Each slurmd makes it at its start, and of two at once the second takes that for an error.
+        Path("/run/slurm").mkdir(mode=0o755, exist_ok=True)
         self.started = time.monotonic()
         self._daemon("slurmctld", "-D", "-i", "-c", "-f", str(self.conf))
         for node in NODES:
