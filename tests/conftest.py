@@ -1,4 +1,6 @@
+import contextlib
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -31,9 +33,12 @@ def run(*arguments: str, launcher: tuple[str, ...] = (sys.executable,), script: 
 
 
 def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+    """Below the ports that the system hands out by itself (32768 on): nobody is given it between now and its use."""
+    while True:
+        port = random.SystemRandom().randrange(20000, 32000)
+        with socket.socket() as s, contextlib.suppress(OSError):
+            s.bind(("127.0.0.1", port))
+            return port
 
 
 def spawn(function, world_size: int, *arguments) -> list:

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -66,8 +67,14 @@ def ranks(tmp_path: Path, world_size: int, tasks: list[dict], timeout: float = 3
                          stderr=subprocess.STDOUT)
         for r, log in enumerate(out)
     ]  # fmt: skip
+    end = time.monotonic() + timeout
+    while any(process.poll() is None for process in processes) and time.monotonic() < end:
+        if any(process.poll() for process in processes):
+            break  # the others would wait for the one that failed
+        time.sleep(0.1)
     for process in processes:
-        process.wait(timeout)
+        process.kill()
+        process.wait()
     output = "\n".join(log.read_text() for log in out)
     assert all(process.returncode == 0 for process in processes), output
     return json.loads(next(line for line in output.splitlines() if line.startswith('{"codes"')))["codes"], output
