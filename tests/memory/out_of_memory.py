@@ -17,7 +17,7 @@ from ds_cmli.memory import oom  # noqa: E402
 from ds_cmli.memory.predict import longest_batch  # noqa: E402
 from ds_cmli.presets import load_preset  # noqa: E402
 
-OVERRIDES = {"optim": {"micro_batch": 512}, "student": {"shared_blocks": 4}}
+OVERRIDES = {"optim": {"micro_batch": 768}, "student": {"shared_blocks": 4}}
 
 
 def main(folder: str, limited: str, megabytes: str, deepspeed_json_text: str) -> None:
