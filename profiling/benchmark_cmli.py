@@ -141,17 +141,20 @@ def _step_seconds(problem: Problem, scores: Scores) -> float:
 
 def scaling(setting: str, batches: list[int], repeats: int, device: str) -> list[dict]:
     """One rank's block row of G/P images against G texts: time by G^2/P and by valid patch-token pair."""
-    rows = []
-    scores = ours()
+    scores, rows = ours(), []
     ranks = [(G, 1) for G in batches] + [(batches[-1], 2), (batches[-1], 4)]
-    for G, P in ranks:
-        problem = Problem(setting, G // P, G, torch.float32, device)
-        problem.step(scores)
-        seconds = statistics.median([_step_seconds(problem, scores) for _ in range(repeats)])
+    problems = [Problem(setting, G // P, G, torch.float32, device) for G, P in ranks]
+    times: list[list[float]] = [[] for _ in problems]
+    for repeat in range(repeats + 1):
+        for own, problem in zip(times, problems, strict=True):
+            seconds = _step_seconds(problem, scores)
+            if repeat:  # the first is a warm-up
+                own.append(seconds)
+    for (G, P), problem, own in zip(ranks, problems, times, strict=True):
         pairs = G // P * N * problem.tokens
         rows.append({"name": "scaling", "setting": setting, "dtype": "fp32", "B": G // P, "G": G, "P": P})
-        rows[-1].update(forward_s=None, step_s=seconds, floor_s=None, peak_extra_bytes=None)
-        rows[-1]["ns_per_pair"] = seconds / pairs * 1e9
+        rows[-1].update(forward_s=None, step_s=statistics.median(own), floor_s=None, peak_extra_bytes=None)
+        rows[-1]["ns_per_pair"] = rows[-1]["step_s"] / pairs * 1e9
     return rows
 
 

@@ -20,6 +20,17 @@ def pictures():
     assets.fetch(["pictures"])
 
 
+@pytest.fixture
+def fp16_device(monkeypatch):
+    """A device that is said to have fp16, so that nothing falls back to bf16."""
+    from deepspeed.accelerator import get_accelerator
+
+    from ds_cmli import step
+
+    monkeypatch.setattr(get_accelerator(), "is_fp16_supported", lambda: True)
+    monkeypatch.setattr(step, "resolve_precision", lambda ds_config: (ds_config, None))
+
+
 def clean_environment() -> dict[str, str]:
     """This process's, without what a launcher would have set."""
     launchers = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")

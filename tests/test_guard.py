@@ -13,7 +13,7 @@ from ds_cmli.presets import load_preset
 from tests.conftest import spawn
 from tests.drive_train import drive
 from tests.test_mistakes import pairs
-from tests.test_step import FP16, build, fp16_device  # noqa: F401
+from tests.test_step import FP16, build
 
 CONFIGS = {
     "zero 0": {},
@@ -175,7 +175,7 @@ def test_too_many_in_a_row_stop_with_a_checkpoint_from_before(arguments, tmp_pat
         assert torch.equal(x, y)
 
 
-def test_fp16_at_its_smallest_scale_stops_with_a_checkpoint_from_before(arguments, tmp_path, monkeypatch, fp16_device):  # noqa: F811
+def test_fp16_at_its_smallest_scale_stops_with_a_checkpoint_from_before(arguments, tmp_path, monkeypatch, fp16_device):
     file = tmp_path / "ds.json"
     settings = {"enabled": True, "initial_scale_power": 2, "hysteresis": 1, "min_loss_scale": 1}
     file.write_text(json.dumps({**FP16, "fp16": settings}))

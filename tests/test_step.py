@@ -81,14 +81,6 @@ def test_activation_checkpointing_changes_memory_and_no_bit_of_the_loss(device, 
 FP16 = {"zero_optimization": {"stage": 2}, "fp16": {"enabled": True, "initial_scale_power": 40, "hysteresis": 1}}
 
 
-@pytest.fixture
-def fp16_device(monkeypatch):
-    from deepspeed.accelerator import get_accelerator
-
-    monkeypatch.setattr(get_accelerator(), "is_fp16_supported", lambda: True)
-    monkeypatch.setattr(step, "resolve_precision", lambda ds_config: (ds_config, None))
-
-
 def test_fp16_with_dynamic_loss_scaling_skips_an_overflow_and_goes_on(fp16_device, device, data, batches):
     trainer = build(device, data, FP16)
     assert trainer.dtype == torch.float16
