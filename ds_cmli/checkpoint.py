@@ -144,7 +144,7 @@ def _write(
     engine._copy_recovery_script = lambda path: None  # `student.safetensors` is in fp32 already
     engine.save_checkpoint(str(writing.parent), tag=writing.name, save_latest=False)  # collectives
     write_tensors(shards, own.to_dict(), writing / f"rank-{distributed.rank()}.pt")
-    weights = full_weights(step.objective)  # collectives
+    weights = full_weights(step.objective, step.engine.optimizer)  # collectives
     if distributed.is_main() and shards.error is None:
         text = json.dumps(state.to_dict(), indent=1)
         data = to_safetensors(weights, metadata={"format": "pt"})  # one key: with more, their order is random
@@ -187,16 +187,32 @@ def read_rank(path: Path, rank: int) -> dict[str, Any]:
     return torch.load(path / f"rank-{rank}.pt", map_location="cpu", weights_only=True)
 
 
-def full_weights(module: nn.Module) -> dict[str, torch.Tensor]:
+def full_weights(module: nn.Module, optimizer: Any) -> dict[str, torch.Tensor]:
     """Student and temperatures in fp32, from the optimizer's master copy, whatever the ZeRO stage. Collective."""
     from deepspeed.utils import safe_get_full_fp32_param
 
+    masters = _masters_without_zero(optimizer)
     out = {}
     for name, parameter in module.named_parameters():
         if name.startswith("width_head."):
             continue  # maps to the teacher's width: part of distillation, not of the student
-        full = safe_get_full_fp32_param(parameter)  # collective; CPU-GPU sync in the copy
+        full = masters.get(id(parameter))
+        if full is None:
+            full = safe_get_full_fp32_param(parameter)  # collective; CPU-GPU sync in the copy
         out[name] = (parameter if full is None else full).detach().float().cpu().reshape(_shape(parameter)).contiguous()
+    return out
+
+
+def _masters_without_zero(optimizer: Any) -> dict[int, torch.Tensor]:
+    """id of a 16-bit parameter -> its fp32 master copy, which DeepSpeed's function knows only under ZeRO."""
+    out: dict[int, torch.Tensor] = {}
+    if hasattr(optimizer, "fp32_groups"):  # FP16_UnfusedOptimizer
+        for group, masters in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
+            out |= {id(p): master for p, master in zip(group, masters, strict=True)}
+    elif hasattr(optimizer, "fp32_groups_flat"):  # FP16_Optimizer
+        for group, flat in zip(optimizer.fp16_groups, optimizer.fp32_groups_flat, strict=True):
+            parts = flat.split([p.numel() for p in group])
+            out |= {id(p): part for p, part in zip(group, parts, strict=True)}
     return out
 
 

@@ -143,9 +143,11 @@ def mean_over_ranks(values: Tensor) -> Tensor:
 
 
 def sum_over_ranks(values: Tensor) -> Tensor:
-    """Sum of `values` over ranks, in place. Collective."""
+    """Sum of `values`, on the CPU or on this rank's device, over ranks, in place. Collective."""
     if world_size() > 1:
-        dist.all_reduce(values)  # collective
+        moved = values.cuda() if dist.get_backend() == "nccl" else values  # NCCL takes no CPU tensors
+        dist.all_reduce(moved)  # collective
+        values.copy_(moved)  # CPU-GPU sync, under NCCL
     return values
 
 

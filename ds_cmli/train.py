@@ -70,6 +70,9 @@ def train(config: Config, json_path: str, dry_run: bool, resume: str, with_chang
         return show(config, ds_config, data)
 
     # --- processes
+    if config.run.watchdog:
+        # NCCL would abort a rank that has lost another, before our watchdog can tell which one is to blame.
+        os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
     device = distributed.init()
     try:
         with Watchdog(config.run.watchdog) as dog:

@@ -151,10 +151,10 @@ def scaling(setting: str, batches: list[int], repeats: int, device: str) -> list
             if repeat:  # the first is a warm-up
                 own.append(seconds)
     for (G, P), problem, own in zip(ranks, problems, times, strict=True):
-        pairs = G // P * N * problem.tokens
+        pairs, seconds = G // P * N * problem.tokens, statistics.median(own)
         rows.append({"name": "scaling", "setting": setting, "dtype": "fp32", "B": G // P, "G": G, "P": P})
-        rows[-1].update(forward_s=None, step_s=statistics.median(own), floor_s=None, peak_extra_bytes=None)
-        rows[-1]["ns_per_pair"] = rows[-1]["step_s"] / pairs * 1e9
+        rows[-1].update(forward_s=None, step_s=seconds, floor_s=None, peak_extra_bytes=None)
+        rows[-1]["ns_per_pair"] = seconds / pairs * 1e9
     return rows
 
 

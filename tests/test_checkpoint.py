@@ -13,6 +13,7 @@ import torch
 from ds_cmli import checkpoint, distributed, manifest, resuming, shards
 from ds_cmli.data import build_data, eval_loader
 from ds_cmli.errors import UserError
+from ds_cmli.presets import load_preset
 from ds_cmli.train_state import RankState, TrainState, generators
 from tests.test_manifest import DAMAGES, flip
 from tests.test_step import build
@@ -26,8 +27,6 @@ def device():
 
 @pytest.fixture(scope="module")
 def trainer(device):
-    from ds_cmli.presets import load_preset
-
     data = build_data(load_preset("tiny", {}).data, 0)
     trainer = build(device, data, {"zero_optimization": {"stage": 2}})
     trainer(next(iter(eval_loader(data.train, data, 8, 0, 0, 1))))
@@ -227,3 +226,17 @@ def test_fewer_or_more_ranks_share_the_running_sums():
     assert [state.bad_count for state in new] == [4, 0, 0]  # and so does the sum
     assert torch.equal(new[1].generators["torch"], ranks[1]["generators"]["torch"])
     assert not torch.equal(new[2].generators["torch"], ranks[1]["generators"]["torch"])
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_weights_are_the_masters_and_not_what_16_bit_left_of_them(device, stage):
+    data = build_data(load_preset("tiny", {}).data, 0)
+    ds_config = {"zero_optimization": {"stage": stage}, "bf16": {"enabled": True}}
+    trainer = build(device, data, ds_config, {"optim": {"lr": 1e-4, "warmup_share": 0.0}})
+    for _ in range(2):  # the first step's learning rate is 0
+        trainer(next(iter(eval_loader(data.train, data, 8, 0, 0, 1))))
+    weights = checkpoint.full_weights(trainer.objective, trainer.engine.optimizer)
+    for name, parameter in trainer.objective.named_parameters():
+        assert weights[name].dtype == torch.float32
+        assert torch.equal(weights[name].bfloat16(), parameter.detach().cpu())
+    assert not torch.equal(weights["student.g.weight"], weights["student.g.weight"].bfloat16().float())

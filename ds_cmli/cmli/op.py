@@ -7,7 +7,8 @@ A backend is a module with the two functions `forward` and `backward` of the sig
 Shape legend: I images, J texts, N patches, M text positions (padded), D features.
 """
 
-import importlib.util
+import functools
+import warnings
 from types import ModuleType
 
 import torch
@@ -40,7 +41,7 @@ def cmli_scores(
         text: [J, M, D] token features, of the same dtype and device.
         text_mask: [J, M] bool, True = valid, in any pattern. Leave out [CLS], [SEP] and [PAD].
         image_mask: [I, N] bool, True = valid; None = all.
-        backend: "auto" (triton on CUDA where it is installed, otherwise chunked), "chunked", "triton" or
+        backend: "auto" (triton on CUDA where it runs, otherwise chunked), "chunked", "triton" or
             "reference" (materialises everything; for tests).
         scratch_bytes: budget for temporary memory. A different budget changes the order of sums, at most 1e-6.
         recompute: keep nothing but the inputs for backward, which then computes the products again.
@@ -57,7 +58,7 @@ def cmli_scores(
     """
     check_inputs(image, text, text_mask, image_mask, backend, scratch_bytes)
     if backend == "auto":
-        backend = "triton" if image.device.type == "cuda" and importlib.util.find_spec("triton") else "chunked"
+        backend = "triton" if image.device.type == "cuda" and triton_runs() else "chunked"
     if backend == "reference":
         from ds_cmli.cmli.reference import cmli_scores_reference
 
@@ -67,6 +68,20 @@ def cmli_scores(
         image, text, text_mask, image_mask, backend, scratch_bytes, differentiable and not recompute
     )
     return s_i2t, s_t2i
+
+
+@torch.compiler.assume_constant_result
+@functools.cache
+def triton_runs() -> bool:
+    """Whether Triton is installed and can start kernels here: for its first one it needs a C compiler."""
+    try:
+        from triton.runtime import driver
+
+        driver.active.utils  # noqa: B018  # compiled now, if it is in no cache
+    except Exception as error:
+        warnings.warn(f"Triton does not run here, CMLI takes the slower chunked backend: {error}", stacklevel=3)
+        return False
+    return True
 
 
 def _module(backend: str) -> ModuleType:

@@ -3,7 +3,6 @@
 Each measurement runs in a process of its own, where it fits in memory and in time; what does not stays predicted.
 """
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from typing import Any
 import psutil
 import torch
 
+from ds_cmli.cmli.op import triton_runs
 from ds_cmli.memory.allocations import Allocations, predict
 from ds_cmli.memory.estimates import Setting, claims
 from ds_cmli.memory.implementations import Implementation, implementations
@@ -51,7 +51,7 @@ class Row:
 
 def backend(device: str) -> str:
     """The one that the all-pairs op chooses for itself."""
-    return "triton" if device == "cuda" and importlib.util.find_spec("triton") else "chunked"
+    return "triton" if device == "cuda" and triton_runs() else "chunked"
 
 
 def predicted_rows(s: Setting, ids: set[str], device: str) -> list[Row]:

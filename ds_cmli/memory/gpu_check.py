@@ -105,7 +105,8 @@ def run_one(check: Check, limit_s: float, device: str) -> Outcome:
 
 def _environment() -> dict[str, str]:
     launchers = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    return {k: v for k, v in os.environ.items() if k not in launchers and k != "PYTORCH_CUDA_ALLOC_CONF"}
+    allocator = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")  # its old name and its new one
+    return {k: v for k, v in os.environ.items() if k not in (*launchers, *allocator)}
 
 
 def rows(outcome: Outcome) -> list[Row]:

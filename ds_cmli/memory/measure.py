@@ -76,6 +76,8 @@ def profiling_memory(
                 measuring.close()
                 if predictor is not None:
                     _write(folder, predictor.receive(), report())
+                if target == "cuda":
+                    measure_cuda.record_history()  # no more than every training keeps
 
         yield after_step
 
@@ -94,30 +96,18 @@ def _measuring(trainer: Step, setting: dict[str, Any]) -> Iterator[Callable[[], 
         return measure_cuda.combined(tracked, totals, setting, source)
 
     if cuda:
-        measure_cuda.record_history()
-        with tracker, _attached(tracker, trainer):
+        measure_cuda.record_history(10**7)
+        with tracker, tracker.attach_to_training(trainer):
             yield report
         totals.update(measure_cuda.statistics(trainer.device))
         return
-    with tracker, _attached(tracker, trainer):
+    with tracker, tracker.attach_to_training(trainer):
         before = sum(event.bytes for event in tracker.events())
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
             yield report
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
     events.sort(key=lambda e: e.start_ns())
     totals["requested"] = max(accumulate((e.nbytes() for e in events), initial=before))
-
-
-@contextmanager
-def _attached(tracker: Tracker, trainer: Step) -> Iterator[None]:
-    hook = trainer.objective.register_forward_pre_hook(
-        lambda _, inputs: tracker.claim("data", vars(inputs[0]).values())
-    )
-    try:
-        with tracker.attach(trainer):
-            yield
-    finally:
-        hook.remove()
 
 
 def _write(folder: Path, answer: apart.Answer, measured: Report) -> None:

@@ -32,7 +32,7 @@ def measure(config: Config, ds_config: dict[str, Any], world_size: int = 1) -> R
     tracker = Tracker("cuda")
     with process_group(world_size), tracker:
         trainer = step.build(config, ds_config, vocab_size, TOTAL_STEPS, device)
-        with tracker.attach(trainer):
+        with tracker.attach_to_training(trainer):
             for _ in range(2 * ds_config["gradient_accumulation_steps"]):
                 trainer(longest_batch(config, ds_config["train_micro_batch_size_per_gpu"]))
         tracked = summarise(tracker.events(host=False), {}, "")
@@ -49,9 +49,9 @@ def combined(tracked: Report, totals: dict[str, int], setting: dict[str, Any], s
     return Report(setting, source, categories, tracked.phases, totals, tracked.timeline)
 
 
-def record_history() -> None:
-    """Record every action of CUDA's allocator from here on. Stacks are left out: they take longer than a step."""
-    torch.cuda.memory._record_memory_history(context=None, max_entries=10**7)
+def record_history(most: int = 100_000) -> None:
+    """Keep the last `most` actions of CUDA's allocator from here on. No stacks: they cost time at every allocation."""
+    torch.cuda.memory._record_memory_history(context=None, max_entries=most, clear_history=True)
 
 
 def save_snapshot(path: Path) -> None:

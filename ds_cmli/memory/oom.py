@@ -24,7 +24,7 @@ import torch
 
 from ds_cmli import distributed
 from ds_cmli.config import Config
-from ds_cmli.memory import oom_advice
+from ds_cmli.memory import measure_cuda, oom_advice
 
 EXIT_CODE = 2  # as for every mistake that the user can mend
 WAIT_SECONDS = 180  # for the rank that speaks; predicting what would fit takes most of it
@@ -161,8 +161,7 @@ def _save_when_cuda_runs_out(path: Path) -> None:
     """Have the allocator's state and history saved at the moment it gives up, while everything is still there."""
     import pickle
 
-    # Without stacks: those cost time at every allocation of every training.
-    torch.cuda.memory._record_memory_history(context=None, max_entries=100_000)
+    measure_cuda.record_history()
 
     def save(device: int, asked: int, total: int, free: int) -> None:
         path.write_bytes(pickle.dumps(torch.cuda.memory._snapshot()))

@@ -111,6 +111,8 @@ def predict(
     if cuda:
         replayed = replay(events)
         workspace = constants.cublas_workspace.bytes  # from torch's allocator, for no tensor
+        report.totals["requested"] += workspace
+        report.categories["temporaries"] += workspace
         report.totals["allocated"] = replayed.allocated_peak + workspace
         report.totals["reserved"] = replayed.reserved_peak + workspace
         report.totals["device"] = cards.device_bytes(report.totals["reserved"], card, world_size)

@@ -82,7 +82,7 @@ def replay_trace(snapshot: dict[str, Any], device: int = 0) -> Comparison:
             else:
                 out.unknown += 1
         elif action in ("segment_map", "segment_unmap"):
-            raise ValueError("recorded with expandable segments: unset PYTORCH_CUDA_ALLOC_CONF and record again")
+            raise ValueError("recorded with expandable segments: unset PYTORCH_ALLOC_CONF and record again")
         out.reserved_peak_recorded = max(out.reserved_peak_recorded, reserved)
         out.reserved_peak_predicted = max(out.reserved_peak_predicted, allocator.reserved)
     return out

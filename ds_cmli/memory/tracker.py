@@ -258,6 +258,18 @@ class Tracker(TorchDispatchMode):
             stack.enter_context(phases(trainer, enter))
             yield
 
+    @contextmanager
+    def attach_to_training(self, trainer: Step) -> Iterator[None]:
+        """As `attach`, and each batch that comes is "data"."""
+        hook = trainer.objective.register_forward_pre_hook(
+            lambda _, inputs: self.claim("data", vars(inputs[0]).values())
+        )
+        try:
+            with self.attach(trainer):
+                yield
+        finally:
+            hook.remove()
+
     def _category(self, block: int) -> str:
         if block in self.claims:
             return self.claims[block]
