@@ -66,8 +66,7 @@ class Scenes(Dataset):
     A scene holds one to four different pictures, each in its own quarter of a white image; its caption is their names
     in random order. A valid token's chance to find its own picture by picking any patch is 1/4.
 
-    In training each picture is mirrored or not: a few thousand scenes otherwise teach the drawings by heart. Scenes of
-    more pictures are more frequent there, as their number: they teach more at the same cost.
+    In training scenes of more pictures are more frequent, as their number: they teach more at the same cost.
 
     Splits: "train" and "seen" show training concepts, but never the same pictures in the same quarters; "unseen"
     shows held-out ones. No two validation scenes show the same pictures, so each caption has one right image.
@@ -115,15 +114,11 @@ class Scenes(Dataset):
         cell = self.pictures.cell
         image = np.full((3, self.size, self.size), 255, dtype=np.uint8)
         cell_picture = [NO_PICTURE] * 4
-        mirror = random.Random(f"mirror {self.seed} {index}")
         ends = []  # of each name in the caption
         caption = ""
         for picture, (concept, place) in enumerate(layout):
             row, column = CORNERS[place]
-            drawn = self.pictures.images[concept]
-            if self.split == "train" and mirror.random() < 0.5:
-                drawn = drawn[:, :, ::-1]
-            image[:, row * cell : (row + 1) * cell, column * cell : (column + 1) * cell] = drawn
+            image[:, row * cell : (row + 1) * cell, column * cell : (column + 1) * cell] = self.pictures.images[concept]
             cell_picture[place] = picture
             caption += (SEPARATOR if caption else "") + self.pictures.names[concept]
             ends.append(len(caption))
