@@ -68,8 +68,7 @@ def device_bytes(reserved: int, name: str, world_size: int) -> int:
     """What the process occupies on the device, as nvidia-smi shows it.
 
     Args:
-        reserved: of the caching allocator. The cuBLAS workspace lies inside: where `reserved` was predicted from a
-            step's tensors, add `card(name).cublas_workspace.bytes` before.
+        reserved: of the caching allocator, in which the cuBLAS workspace lies too.
         name: as `card` takes it.
         world_size: with more than one rank, one NCCL communicator is added: ZeRO and the losses share the world's.
     """

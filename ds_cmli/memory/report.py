@@ -116,8 +116,8 @@ def show(report: Report, console: Any = None) -> None:
             table.add_row(name, *_sizes(size), f"{size / max(requested, 1):.1%}", style=None if size else "dim")
         console.print(table)
     explained = {
-        "requested": "the largest sum of all tensors",
-        "allocated": "rounded up by the allocator, with the workspace of cuBLAS",
+        "requested": "the largest sum of all tensors and workspaces",
+        "allocated": "rounded up by the allocator",
         "reserved": "taken from the device by the allocator",
         "device": "with the CUDA context and NCCL",
     }
