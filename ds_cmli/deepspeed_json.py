@@ -4,6 +4,7 @@ What the JSON says always wins. DeepSpeed ignores unknown top-level keys without
 """
 
 import copy
+import inspect
 import json
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,8 @@ CHECKPOINTING_KEYS = {
     "synchronize_checkpoint_boundary",
     "profile",
 }
+# What DeepSpeed's own Adam takes beside PyTorch's parameters.
+ADAM_KEYS = {"torch_adam", "adam_w_mode", "bias_correction", "set_grad_none", "fp32_optimizer_states"}
 
 
 def load(path: str | Path) -> dict[str, Any]:
@@ -44,6 +47,8 @@ def load(path: str | Path) -> dict[str, Any]:
         )
     try:
         config = json.loads(path.read_text(), object_pairs_hook=_no_duplicates)
+    except OSError as error:
+        raise UserError(f"--deepspeed_config is {str(path)!r}: cannot read it: {error.strerror}") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"--deepspeed_config {path}: not valid JSON: {error}") from None
     if not isinstance(config, dict):
@@ -78,12 +83,48 @@ def check(config: dict[str, Any]) -> None:
     ):
         for key in _mapping(section, config.get(section, {})):
             choice(f"key of {section}", key, known)
+    for section, keys_of in (("optimizer", optimizer_keys), ("scheduler", scheduler_keys)):
+        if section in config:
+            takes = keys_of(config[section].get("type"))
+            for key in _mapping(f"{section}.params", config[section].get("params", {})):
+                if takes is not None:
+                    choice(f"key of {section}.params", key, takes)
     for key in BATCH_KEYS:
         value = config.get(key, "auto")
         if value != "auto" and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
             raise UserError(f'{key} is {value!r}: give a positive whole number or "auto"')
     if config.get("fp16", {}).get("enabled") is True and config.get("bf16", {}).get("enabled") is True:
         raise UserError("fp16.enabled and bf16.enabled are both true: choose one")
+
+
+def optimizer_keys(kind: Any) -> set[str] | None:
+    """The keys that `optimizer.params` may have; None: not known, for optimizers of DeepSpeed's own.
+
+    Raises:
+        UserError: there is no optimizer `kind`, neither in DeepSpeed nor in torch.optim.
+    """
+    import torch
+    from deepspeed.runtime.config import DEEPSPEED_OPTIMIZERS
+
+    name = {"adam": "AdamW", "adamw": "AdamW", "adagrad": "Adagrad"}.get(str(kind).lower())
+    if name is None and str(kind).lower() in DEEPSPEED_OPTIMIZERS:
+        return None
+    here = {n for n, c in vars(torch.optim).items() if inspect.isclass(c) and n != "Optimizer"}
+    choice("optimizer.type", name or kind, here | {*DEEPSPEED_OPTIMIZERS})
+    known = {*inspect.signature(getattr(torch.optim, name or kind)).parameters} - {"params"}
+    return known | ADAM_KEYS if name == "AdamW" else known
+
+
+def scheduler_keys(kind: Any) -> set[str]:
+    """The keys that `scheduler.params` may have; raises `UserError` where DeepSpeed and PyTorch know no such `kind`."""
+    import torch
+    from deepspeed.runtime import lr_schedules
+
+    theirs = torch.optim.lr_scheduler
+    here = {n for n, c in vars(theirs).items() if inspect.isclass(c) and issubclass(c, theirs.LRScheduler)}
+    choice("scheduler.type", kind, here | {*lr_schedules.VALID_LR_SCHEDULES})
+    found = getattr(lr_schedules if kind in lr_schedules.VALID_LR_SCHEDULES else theirs, kind)
+    return {*inspect.signature(found).parameters} - {"optimizer"}
 
 
 def _section_models() -> dict[str, Any]:
@@ -170,8 +211,9 @@ def resolve(config: dict[str, Any], optim: OptimConfig, world_size: int, total_s
     optimizer = out.setdefault("optimizer", {"type": "AdamW", "params": {"torch_adam": True}})
     params = optimizer.setdefault("params", {})
     ours = {"lr": optim.lr, "betas": list(optim.betas), "eps": optim.eps, "weight_decay": optim.weight_decay}
+    known = optimizer_keys(optimizer["type"])
     for key, value in ours.items():
-        if params.get(key, "auto") == "auto":
+        if params.get(key, "auto") == "auto" and (known is None or key in known):
             params[key] = value
     warmup = optim.warmup_steps(total_steps)
     fill = {

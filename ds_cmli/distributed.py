@@ -82,6 +82,12 @@ def init(timeout: timedelta = timedelta(minutes=30), start: timedelta = timedelt
     """
     map_launcher_environment()
     if torch.cuda.is_available():
+        here = torch.cuda.device_count()
+        if int(os.environ["LOCAL_RANK"]) >= here:
+            message = f"rank {os.environ['RANK']} has no GPU: its node has {here}; start one rank a GPU"
+            if os.environ["RANK"] != "0":  # only rank 0's mistakes are told by themselves
+                print(f"error: {message}", file=sys.stderr, flush=True)
+            raise UserError(message)
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     else:
@@ -149,6 +155,14 @@ def sum_over_ranks(values: Tensor) -> Tensor:
         dist.all_reduce(moved)  # collective
         values.copy_(moved)  # CPU-GPU sync, under NCCL
     return values
+
+
+def raise_together(mistake: str | None) -> None:
+    """Raise the first rank's `UserError` on all ranks, where any has one. Collective."""
+    told = gather_objects(mistake)  # collective
+    first = next((r for r, message in enumerate(told) if message), None)
+    if first is not None:
+        raise UserError(told[first] if all(told) else f"rank {first}: {told[first]}")
 
 
 def broadcast_object(value):

@@ -1,6 +1,7 @@
 """What a run was made with: configuration, versions and revision, in `config.json` of its folder."""
 
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -41,5 +42,6 @@ def write(path: Path, config: Config, ds_config: dict[str, Any]) -> None:
         "versions": versions(),
         "revision": revision(),
         "command": sys.argv,
+        "slurm_job": os.environ.get("SLURM_JOB_ID"),
     }
     path.write_text(json.dumps(content, indent=2) + "\n")

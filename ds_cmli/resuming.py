@@ -4,6 +4,7 @@ Everything read here has been verified against the checkpoint's manifest; DeepSp
 running code from them.
 """
 
+import json
 import os
 import shutil
 from collections.abc import Callable
@@ -35,6 +36,11 @@ class Found:
     def same_ranks(self) -> bool:
         return self.ranks == distributed.world_size()
 
+    @property
+    def cut_as_asked(self) -> bool:
+        """Whether this start's settings still say how the batch is cut into ranks."""
+        return self.same_ranks and not self.state.cut
+
 
 def run_folder(resume: str, output_dir: str) -> str:
     """Where the run is written: `--output-dir`, or else the folder of the run that `--resume PATH` names."""
@@ -44,6 +50,21 @@ def run_folder(resume: str, output_dir: str) -> str:
     if (path / manifest.NAME).is_file():
         path = path.parent
     return str(path.parent if path.name == checkpoint.FOLDER else path)
+
+
+def requeued(resume: str, folder: Path) -> str:
+    """`--resume` as it is to be understood by a Slurm job that starts again with the same command line.
+
+    Where the job has saved before, "never" and the path of another checkpoint are done with: it goes on by "auto".
+    """
+    env = os.environ
+    if env.get("SLURM_RESTART_COUNT", "0") == "0" or not checkpoint.names(folder / checkpoint.FOLDER):
+        return resume
+    try:
+        job = json.loads((folder / "config.json").read_text()).get("slurm_job")
+    except (OSError, ValueError):
+        return resume
+    return "auto" if job is not None and job == env.get("SLURM_JOB_ID") else resume
 
 
 def find(resume: str, folder: Path) -> Found | None:
@@ -91,14 +112,14 @@ def _candidates(resume: str, folder: Path) -> tuple[list[Path], str | None]:
 
 
 def cut_batch(found: Found | None, ds_config: dict[str, Any]) -> dict[str, Any]:
-    """The DeepSpeed JSON with the batch of the run to resume, where the number of ranks has changed.
+    """The DeepSpeed JSON with the batch of the run to resume, where the number of ranks has changed, now or before.
 
     The global batch stays, and with it the negatives; so does accumulation, which must not stand in for ranks.
 
     Raises:
         UserError: the batch does not divide by the number of ranks.
     """
-    if found is None or found.same_ranks:
+    if found is None or found.cut_as_asked:
         return ds_config
     total, accumulation, ranks = found.state.train_batch_size, found.state.accumulation, distributed.world_size()
     negatives = total // accumulation
@@ -130,7 +151,7 @@ def state_of(
     if found is not None:
         for line in found.lines:
             say(line)
-        changed = settings.differences(state.config, now, found.same_ranks)
+        changed = settings.differences(state.config, now, found.cut_as_asked)
         if changed and not with_changes:
             raise UserError(
                 f"the run in {found.path.parent.parent} was made with other settings: {'; '.join(changed)}. Give the "
@@ -139,6 +160,7 @@ def state_of(
         say(f"resuming from {found.path}" + (f" with changes: {'; '.join(changed)}" if changed else ""))
         if not found.same_ranks:
             say(f"on {distributed.world_size()} ranks instead of {found.ranks}, through a universal checkpoint")
+        state.cut = not found.cut_as_asked
     state.config, state.digest = now, settings.digest(now)
     state.world_size = distributed.world_size()
     state.train_batch_size, state.accumulation = ds_config[BATCH_KEYS[0]], ds_config[BATCH_KEYS[2]]

@@ -11,6 +11,7 @@ sys.path[:] = [p for p in sys.path if p != __file__.rsplit("/", 1)[0]]
 
 import json  # noqa: E402
 import os  # noqa: E402
+import uuid  # noqa: E402
 from collections.abc import Callable  # noqa: E402
 from datetime import datetime  # noqa: E402
 from pathlib import Path  # noqa: E402
@@ -64,8 +65,14 @@ def train(config: Config, json_path: str, dry_run: bool, resume: str, with_chang
         determinism.enforce()
     ds_config, notice = step.resolve_precision(deepspeed_json.load(json_path))
     say(notice)
-    assets.fetch(step.demo_assets(config))
-    data = build_data(config.data, config.run.seed)
+    data, mistake = None, None
+    try:
+        assets.fetch(step.demo_assets(config))
+        data = build_data(config.data, config.run.seed)
+    except UserError as error:
+        if dry_run or os.environ["WORLD_SIZE"] == "1":
+            raise
+        mistake = str(error)  # perhaps on this node alone, where nobody would hear of it: told once the ranks have met
     if dry_run:
         return show(config, ds_config, data)
 
@@ -75,6 +82,7 @@ def train(config: Config, json_path: str, dry_run: bool, resume: str, with_chang
         os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
     device = distributed.init()
     try:
+        distributed.raise_together(mistake)  # collective
         with Watchdog(config.run.watchdog) as dog:
             return run(config, ds_config, data, device, resume, with_changes, profiles, dog)
     finally:
@@ -130,16 +138,17 @@ def run(
 
     # --- what there is to go on from
     folder = output_folder(config, resume)  # collective
+    resume = distributed.broadcast_object(resuming.requeued(resume, folder))  # collective
     found = resuming.find(resume, folder)  # collective
     ds_config, sampler, total_steps = plan(config, resuming.cut_batch(found, ds_config), data)
     state = resuming.state_of(found, config, ds_config, with_changes, say)
     if state.step >= total_steps and state.evaluated:
         say(f"the run in {folder} is finished, {state.step} steps: give another --output-dir to start a new one")
         return 0
-    profiles.check(total_steps, state.step)
+    profiles = profiles.left(total_steps, state.step, say)
 
     # --- step
-    with oom.ending(config, ds_config, folder, device):  # collective
+    with oom.ending(config, ds_config, folder, device, dog):  # collective
         trainer = step.build(config, resuming.for_engine(found, ds_config), data.vocab_size, total_steps, device)
         bad = BadSamples(config.data.max_bad_share, len(data.train), data.bad)
         own = resuming.load(found, trainer, sampler, bad, with_changes)  # collective
@@ -194,6 +203,18 @@ def output_folder(config: Config, resume: str) -> Path:
         (folder / "metrics.jsonl").touch()
     except OSError as error:
         raise UserError(f"--output-dir is {str(folder)!r}: cannot write there: {error.strerror}") from None
+    mark = folder / distributed.broadcast_object(f".shared-{uuid.uuid4().hex}")  # collective
+    if distributed.is_main():
+        mark.touch()
+    distributed.gather_objects(None)  # collective: it is there
+    seen = distributed.gather_objects(mark.exists())  # collective
+    if distributed.is_main():
+        mark.unlink()
+    if not all(seen):
+        raise UserError(
+            f"--output-dir is {str(folder)!r}: rank {seen.index(False)} does not see what rank 0 writes there; give a "
+            "folder that all nodes share"
+        )
     return folder
 
 

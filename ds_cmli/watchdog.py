@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 
 import torch.distributed as dist
@@ -80,6 +80,13 @@ class Watchdog:
         yield
         self.mine.slow = before
 
+    def dismiss(self) -> None:
+        """Let the other ranks leave without a word: this one has said why the job ends."""
+        if self.timeout and self.world_size > 1:
+            with suppress(RuntimeError):  # the store's process has ended
+                self.store.set("reporter", str(self.rank))
+                time.sleep(2 * self.interval + 1)  # until all know of it, in case rank 0, which holds the store, leaves
+
     def __enter__(self) -> "Watchdog":
         if self.timeout:
             # A connection of its own: on the process group's, a waiting collective would hold it up.
@@ -109,6 +116,7 @@ class Watchdog:
     # --- in threads beside the main one
 
     def _exchange_loop(self) -> None:
+        last = time.monotonic()
         while not self.closed.is_set():
             self.wake.wait(self.interval)
             self.wake.clear()
@@ -121,6 +129,11 @@ class Watchdog:
                     self._end([0], f"failed: {host.failed}" if host and host.failed else "is dead")
                 return
             self.silence = 0.0
+            now = time.monotonic()
+            stopped, last = now - last - self.interval, now
+            if stopped > self.interval:  # this process itself, with its eyes closed: by Ctrl-Z or a suspended job
+                self.lived = [min(now, t + stopped) for t in self.lived]
+                self.progressed = [min(now, t + stopped) for t in self.progressed]
             if not (self.mine.done or self.mine.failed):
                 self._judge(time.monotonic())
 

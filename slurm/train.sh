@@ -47,7 +47,8 @@ export PATH="$(dirname "$found"):$PATH"
 gpus=${SLURM_GPUS_ON_NODE:-0}
 if ((gpus > 0)); then
     tasks=$((gpus * SLURM_NNODES))
-    [[ ${SLURM_GPUS:-$tasks} == "$tasks" ]] ||
+    asked=${SLURM_GPUS:-$tasks} # "8", or "a100:8"
+    [[ ${asked##*:} == "$tasks" ]] ||
         die "$SLURM_GPUS GPUs on $SLURM_NNODES nodes are not the same number on each: ask with --gpus-per-node"
 else
     tasks=${SLURM_NTASKS:-$SLURM_NNODES}
@@ -74,9 +75,18 @@ pass_on() {
 }
 trap pass_on TERM USR1 USR2
 
+# --- where the tasks meet: on the first node, where rank 0 runs. Asked here because a container has no scontrol.
+if [[ -z ${MASTER_ADDR:-} ]]; then
+    MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+    # A node's name in Slurm may be none that its resolver knows.
+    getent hosts "$MASTER_ADDR" >/dev/null ||
+        MASTER_ADDR=$(scontrol --oneliner show node "$MASTER_ADDR" | grep -o ' NodeAddr=[^ ]*' | cut -d = -f 2)
+    export MASTER_ADDR
+fi
+
 # --- what every node needs
 srun "${common[@]}" --ntasks="$SLURM_NNODES" --ntasks-per-node=1 "${python[@]}" "$project/slurm/check.py" ||
-    die "not started: see the lines above"
+    ((signalled)) || die "not started: see the lines above"
 
 # --- the run: its folder bears the job's name, so that a requeued job finds what it has saved
 name=$SLURM_JOB_ID

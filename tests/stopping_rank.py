@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 import sys
 import time
 
@@ -33,6 +34,9 @@ def meet_fate(dog):
         os.kill(os.getpid(), signal.SIGSTOP)
     if fate == "raises":
         raise Poisoned("sample 17")
+    if fate == "pauses":  # with all its threads, as by Ctrl-Z and fg
+        subprocess.Popen(["sh", "-c", f"sleep {2 * timeout}; kill -CONT {os.getpid()}"])
+        os.kill(os.getpid(), signal.SIGSTOP)
     if fate == "evaluates":  # longer than the limit, but getting on
         for _ in range(int(2 * timeout / 0.2)):
             time.sleep(0.2)
@@ -53,7 +57,7 @@ with Watchdog(timeout) as dog:
         if step == 5 and fate == "agrees":  # a user's mistake, found by all ranks together
             print("FATE", time.time(), flush=True)
             raise UserError("too many broken images")
-        if step == 5 and dist.get_rank() == victim:
+        if step == 5 and (dist.get_rank() == victim or fate == "pauses"):
             print("FATE", time.time(), flush=True)
             meet_fate(dog)
         dist.all_reduce(torch.ones(1))

@@ -38,6 +38,18 @@ def test_names_of_shipped_files():
         ({"fp16": True}, "fp16 is True: give a JSON object"),
         ({"activation_checkpointing": {"cpu_checkpoint": True}}, "did you mean 'cpu_checkpointing'?"),
         ({"optimizer": {"typ": "Adam"}}, "did you mean 'type'?"),
+        ({"optimizer": {"params": {}}}, "optimizer.type is None: "),
+        ({"optimizer": {"type": "AdamWW"}}, "optimizer.type is 'AdamWW': did you mean 'AdamW'?"),
+        (
+            {"optimizer": {"type": "AdamW", "params": {"weigth_decay": 0.1}}},
+            "key of optimizer.params is 'weigth_decay': did you mean 'weight_decay'?",
+        ),
+        ({"optimizer": {"type": "AdamW", "params": None}}, "optimizer.params is None: give a JSON object"),
+        ({"scheduler": {"type": "WarmupRL"}}, "scheduler.type is 'WarmupRL': did you mean 'WarmupLR'?"),
+        (
+            {"scheduler": {"type": "WarmupLR", "params": {"warmup_steps": 3}}},
+            "key of scheduler.params is 'warmup_steps': did you mean 'warmup_num_steps'?",
+        ),
         ({"train_batch_size": 0}, "train_batch_size is 0: give a positive whole number"),
         ({"fp16": {"enabled": True}, "bf16": {"enabled": True}}, "choose one"),
     ],
@@ -71,6 +83,15 @@ def test_what_the_json_says_wins():
     assert out["optimizer"]["params"]["weight_decay"] == 0.1
     assert out["gradient_clipping"] == 3.0
     assert given["optimizer"]["params"]["weight_decay"] == "auto"  # the caller's own is left alone
+
+
+def test_an_optimizer_is_given_what_it_takes():
+    def filled(kind):
+        resolved = deepspeed_json.resolve({"optimizer": {"type": kind, "params": {"lr": 0.1}}}, OptimConfig(), 1, 10)
+        return set(resolved["optimizer"]["params"])
+
+    assert filled("SGD") == {"lr", "weight_decay"}
+    assert filled("adam") == filled("Lamb") == {"lr", "betas", "eps", "weight_decay"}
 
 
 def test_scheduler_auto_values_are_filled_and_others_refused():

@@ -1,6 +1,7 @@
 """What a user can do wrong, and the one line each mistake gets: on stderr, exit code 2, no traceback."""
 
 import json
+import subprocess
 import sys
 
 import pytest
@@ -10,6 +11,7 @@ from safetensors.torch import save_file
 
 from ds_cmli import evaluate, train
 from ds_cmli.cli import exit_code
+from tests.conftest import ROOT, clean_environment, free_port
 
 
 def pairs(folder, count=24, text="a red square", broken=0, column="text"):
@@ -122,3 +124,37 @@ def test_evaluation_mistakes(tmp_path, monkeypatch, capsys):
     assert f"--checkpoint is {str(tmp_path)!r}: no config.json there" in line
     line = fail(evaluate.command, [], monkeypatch, capsys)
     assert "Missing option '--checkpoint'" in line
+
+
+def two_ranks(folders, arguments) -> list[tuple[int, str]]:
+    """Exit code and standard error of each of two ranks, started in its own folder with its own arguments."""
+    env = clean_environment() | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    ranks = []
+    for rank in range(2):
+        command = [sys.executable, str(ROOT / "ds_cmli" / "train.py"), "--preset", "tiny", *arguments[rank]]
+        own = env | {"RANK": str(rank), "LOCAL_RANK": str(rank), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        ranks.append(subprocess.Popen(command, cwd=folders[rank], env=own, stderr=subprocess.PIPE, text=True))
+    errors = [process.communicate(timeout=120)[1] for process in ranks]
+    return [(process.returncode, error) for process, error in zip(ranks, errors, strict=True)]
+
+
+def test_a_mistake_of_one_rank_alone_is_told(tmp_path):
+    run, here = ["--output-dir", str(tmp_path / "run")], ["--data", pairs(tmp_path / "pairs")]
+    (code, error), (other_code, other_error) = two_ranks(
+        [tmp_path] * 2, [[*run, *here], [*run, "--data", str(tmp_path / "nowhere")]]
+    )
+    assert (code, other_code) == (2, 2), (error, other_error)
+    (line,) = (line for line in error.splitlines() if line.startswith("error: "))
+    assert line.startswith("error: rank 1: ") and str(tmp_path / "nowhere") in line
+    assert "Traceback" not in error + other_error
+
+
+def test_an_output_folder_that_the_ranks_do_not_share(tmp_path):
+    folders = [tmp_path / "node-0", tmp_path / "node-1"]
+    for folder in folders:
+        folder.mkdir()
+    data = pairs(tmp_path / "pairs")
+    found = two_ranks(folders, [["--data", data, "--output-dir", "run"]] * 2)
+    assert [code for code, _ in found] == [2, 2], found
+    assert "error: --output-dir is 'run': rank 1 does not see what rank 0 writes there" in found[0][1]
+    assert "Traceback" not in found[0][1] + found[1][1]

@@ -15,10 +15,11 @@ import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from ds_cmli import distributed, preemption, resuming
+from ds_cmli import deepspeed_json, distributed, preemption, resuming
 from ds_cmli.data.sampler import epoch_order
 from ds_cmli.deepspeed_json import BATCH_KEYS
 from ds_cmli.errors import UserError
+from ds_cmli.presets import load_preset
 from ds_cmli.train_state import TrainState
 from tests.conftest import ROOT, clean_environment, free_port
 from tests.drive_train import drive
@@ -211,6 +212,23 @@ def test_a_batch_that_does_not_divide_is_refused_with_the_numbers_that_do(monkey
     assert "out of 1, 2, 3, 4, 6, 12" in str(error.value)
 
 
+def test_a_batch_once_cut_for_other_ranks_stays_so_at_every_later_start(monkeypatch):
+    config, said = load_preset("tiny", {}), []  # 8 pairs per rank
+
+    def start(ranks, found):
+        monkeypatch.setattr(distributed, "world_size", lambda: ranks)
+        asked = resuming.cut_batch(found, {"zero_optimization": {"stage": 2}})
+        resolved = deepspeed_json.resolve(asked, config.optim, ranks, 20)
+        return resuming.state_of(found, config, resolved, False, said.append)
+
+    state = start(2, None)
+    assert (state.train_batch_size, state.world_size, state.cut) == (16, 2, False)
+    for ranks, before in ((1, 2), (1, 1), (2, 1), (2, 2)):
+        state = start(ranks, resuming.Found(Path("run/checkpoint/step1"), state, before, []))
+        assert (state.train_batch_size, state.world_size, state.cut) == (16, ranks, True)
+    assert sum("universal" in line for line in said) == 2
+
+
 @pytest.fixture(scope="module")
 def stopped(source, tmp_path_factory) -> Path:
     """A run stopped at step 4 of 12, with checkpoints of step 2 and 4."""
@@ -286,6 +304,18 @@ def test_never_starts_over(copied, source):
     assert drive(arguments, stop_at=1) == 85
     assert [p.name for p in (copied / "checkpoint").glob("step*")] == ["step1"]
     assert metrics(copied) == []
+
+
+def test_never_is_done_with_once_a_slurm_job_is_requeued(copied, source, monkeypatch, capfd):
+    arguments = [*TINY, *source, "--output-dir", str(copied), "--resume", "never"]
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    assert drive(arguments, stop_at=1) == 85
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert drive(arguments, stop_at=2) == 85
+    assert f"resuming from {copied / 'checkpoint' / 'step1'}" in capfd.readouterr().out
+    monkeypatch.setenv("SLURM_JOB_ID", "18")  # another job, requeued before it has saved
+    assert drive(arguments, stop_at=1) == 85
+    assert "resuming" not in capfd.readouterr().out
 
 
 def assert_same_weights(folder: Path, other: Path) -> None:

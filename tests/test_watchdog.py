@@ -58,7 +58,7 @@ FATES = {
 
 # Rank 0 holds the store that all others read: where it stops they cannot ask about it.
 STOPS = [*((fate, 1) for fate in FATES), *((fate, 0) for fate in FATES if fate not in ("spins", "exits"))]
-GOES_ON = ("evaluates", "saves", "compiles", "preempted", "agrees")
+GOES_ON = ("evaluates", "saves", "compiles", "pauses", "preempted", "agrees")
 
 
 @pytest.fixture(scope="module")

@@ -2,8 +2,7 @@
 
 The rank that runs out claims a file in the run's folder, so that only one rank speaks where several run out together;
 the others that notice wait for it and end without a word. Nothing here is a collective: a rank that still waits in one
-for the rank that ran out is ended by the launcher (deepspeed, torchrun, and srun with --kill-on-bad-exit), which sees
-the exit code.
+for the rank that ran out is sent off by the watchdog, or ended by the launcher, which sees the exit code.
 """
 
 import errno
@@ -25,6 +24,7 @@ import torch
 from ds_cmli import distributed
 from ds_cmli.config import Config
 from ds_cmli.memory import measure_cuda, oom_advice
+from ds_cmli.watchdog import Watchdog
 
 EXIT_CODE = 2  # as for every mistake that the user can mend
 WAIT_SECONDS = 180  # for the rank that speaks; predicting what would fit takes most of it
@@ -80,12 +80,15 @@ def device_room(device: torch.device) -> Room:
 
 
 @contextmanager
-def ending(config: Config, ds_config: dict[str, Any], folder: Path, device: torch.device) -> Iterator[None]:
+def ending(
+    config: Config, ds_config: dict[str, Any], folder: Path, device: torch.device, dog: Watchdog
+) -> Iterator[None]:
     """Build and train inside: if memory runs out, this ends the process. Entering is a collective.
 
     Args:
         config, ds_config: as `step.build` takes them; the prediction is made of them.
         folder: the run's, the same on every rank. Gets the message and the snapshot, `out_of_memory*`.
+        dog: is told that speaking takes its time, and then tells the other ranks to leave.
     """
     token = distributed.broadcast_object(uuid.uuid4().hex[:8])  # collective
     message = folder / f"out_of_memory-{token}.txt"
@@ -96,24 +99,27 @@ def ending(config: Config, ds_config: dict[str, Any], folder: Path, device: torc
     try:
         yield
     except (MemoryError, RuntimeError, OSError) as error:
-        if is_shortage(error):
-            room = process_room(base) if device.type == "cpu" else device_room(device)
-            # The frames hold the step's tensors, and speaking takes memory.
-            traceback.clear_frames(error.__traceback__)
-            _speak(error, room, message, snapshot, config, ds_config, device)
-        elif not message.exists():
+        if not (is_shortage(error) or message.exists()):
             raise
-        # Another rank ran out, and this one met that as a broken connection or ran out later.
-        _wait_for(message)
-        _leave()
+        with dog.slow():
+            if is_shortage(error):
+                room = process_room(base) if device.type == "cpu" else device_room(device)
+                # The frames hold the step's tensors, and speaking takes memory.
+                traceback.clear_frames(error.__traceback__)
+                if _speak(error, room, message, snapshot, config, ds_config, device):
+                    dog.dismiss()
+                    _leave()
+            # Another rank ran out, and this one met that as a broken connection or ran out later.
+            _wait_for(message)
+            _leave()
 
 
-def _speak(error, room: Room, message: Path, snapshot: Path, config: Config, ds_config, device: torch.device) -> None:
-    """Print and write the message, and end the process; returns where another rank does it."""
+def _speak(error, room: Room, message: Path, snapshot: Path, config: Config, ds_config, device: torch.device) -> bool:
+    """Print and write the message; False where another rank does it."""
     try:
         message.touch(exist_ok=False)
     except FileExistsError:
-        return
+        return False
     asked = asked_bytes(error)
     first = "error: out of memory"
     first += f": rank {distributed.rank()} asked for {asked:,} B" if asked else f" on rank {distributed.rank()}"
@@ -130,7 +136,7 @@ def _speak(error, room: Room, message: Path, snapshot: Path, config: Config, ds_
     text = "\n  ".join([first, *lines]) + "\n"
     print(text, end="", file=sys.stderr, flush=True)
     message.write_text(text)
-    _leave()
+    return True
 
 
 def _lift_limits() -> None:

@@ -14,21 +14,30 @@ class Profiles:
     trace: str | None = None  # --profile
     memory: int | None = None  # --profile-memory
 
-    def check(self, total_steps: int, done: int) -> None:
-        """Raise `UserError` for what cannot be had from the steps `done` + 1 to `total_steps`."""
+    def left(self, total_steps: int, done: int, say: Callable[[str], None]) -> "Profiles":
+        """What can still be had of it from a training that has `done` steps behind it; `say` tells what cannot.
+
+        Raises:
+            UserError: it could not be had from any start of this training.
+        """
         from ds_cmli.memory.profiler import parse_steps
 
-        most = total_steps - done
-        if self.memory is not None and not 1 <= self.memory <= most:
+        if self.memory is not None and not 1 <= self.memory <= total_steps:
             raise UserError(
-                f"--profile-memory is {self.memory}: give 1 to {most} steps of the training; 2 see the peak"
+                f"--profile-memory is {self.memory}: give 1 to {total_steps} steps of the training; 2 see the peak"
             )
         if self.memory is not None and self.trace is not None:
             raise UserError(
                 f"--profile-memory is {self.memory} and --profile is {self.trace!r}: both take the profiler, give one"
             )
-        if self.trace is not None:
-            parse_steps(self.trace, total_steps, done)
+        trace, memory = self.trace, self.memory
+        if trace is not None and parse_steps(trace, total_steps)[0] <= done:
+            say(f"--profile {trace} is left out: the training goes on at step {done + 1}")
+            trace = None
+        if memory is not None and memory > total_steps - done:
+            say(f"--profile-memory {memory} is left out: {total_steps - done} steps are left of the training")
+            memory = None
+        return Profiles(trace, memory)
 
     @contextmanager
     def around(

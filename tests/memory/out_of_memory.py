@@ -16,6 +16,7 @@ from ds_cmli import deepspeed_json, distributed, step  # noqa: E402
 from ds_cmli.memory import oom  # noqa: E402
 from ds_cmli.memory.predict import longest_batch  # noqa: E402
 from ds_cmli.presets import load_preset  # noqa: E402
+from ds_cmli.watchdog import Watchdog  # noqa: E402
 
 OVERRIDES = {"optim": {"micro_batch": 768}, "student": {"shared_blocks": 4}}
 
@@ -29,7 +30,7 @@ def main(folder: str, limited: str, megabytes: str, deepspeed_json_text: str) ->
     if distributed.rank() == int(limited):
         limit = oom.process_bytes()["VmData"] + int(megabytes) * 2**20
         resource.setrlimit(resource.RLIMIT_DATA, (limit, resource.getrlimit(resource.RLIMIT_DATA)[1]))
-    with oom.ending(config, ds_config, Path(folder), device):
+    with Watchdog(120) as dog, oom.ending(config, ds_config, Path(folder), device, dog):
         trainer = step.build(config, ds_config, 1000, 20, device)
         for _ in range(2):
             trainer(longest_batch(config, config.optim.micro_batch))

@@ -12,6 +12,7 @@ import torch
 from ds_cmli import deepspeed_json
 from ds_cmli.memory import apart, oom, oom_advice
 from ds_cmli.presets import load_preset
+from ds_cmli.watchdog import Watchdog
 from tests.conftest import ROOT, clean_environment, free_port
 
 ZERO2 = {"zero_optimization": {"stage": 2, "reduce_bucket_size": 100_000}}
@@ -67,9 +68,8 @@ def test_ranks_that_run_out_together_speak_once(tmp_path):
     message, snapshot = tmp_path / "out_of_memory-x.txt", tmp_path / "out_of_memory-rank0.pickle"
     message.touch()  # another rank's claim
     config = load_preset("tiny", {})
-    # Returns, without a word, instead of ending the process.
     room = oom.Room(None, "")
-    oom._speak(MemoryError(), room, message, snapshot, config, ZERO2, torch.device("cpu"))
+    assert not oom._speak(MemoryError(), room, message, snapshot, config, ZERO2, torch.device("cpu"))
     assert message.read_text() == ""
 
 
@@ -96,7 +96,7 @@ def test_other_errors_pass(error, tmp_path):
     assert not oom.is_shortage(error)
     with (
         pytest.raises(type(error), match=str(error.args[-1])),
-        oom.ending(load_preset("tiny", {}), ZERO2, tmp_path, torch.device("cpu")),
+        oom.ending(load_preset("tiny", {}), ZERO2, tmp_path, torch.device("cpu"), Watchdog(0)),
     ):
         raise error
     assert not list(tmp_path.iterdir())

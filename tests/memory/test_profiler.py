@@ -14,6 +14,7 @@ import torch
 
 from ds_cmli.errors import UserError
 from ds_cmli.memory.profiler import parse_steps, profiling
+from ds_cmli.memory.profiles import Profiles
 from tests.conftest import free_port, run
 
 
@@ -68,6 +69,19 @@ def test_steps_that_are_not_taken_are_named():
         parse_steps("3:21", 20)
     with pytest.raises(UserError, match="--profile is '10:12': give some of the steps 11 to 20"):
         parse_steps("10:12", 20, done=10)
+
+
+def test_what_a_start_before_this_one_was_to_record_is_left_out():
+    said = []
+    trace, memory = Profiles(trace="5:8"), Profiles(memory=2)
+    assert trace.left(20, 4, said.append) == trace and memory.left(20, 18, said.append) == memory and not said
+    assert trace.left(20, 5, said.append) == memory.left(20, 19, said.append) == Profiles()
+    assert said == [
+        "--profile 5:8 is left out: the training goes on at step 6",
+        "--profile-memory 2 is left out: 1 steps are left of the training",
+    ]
+    with pytest.raises(UserError, match="--profile-memory is 21: give 1 to 20 steps"):
+        Profiles(memory=21).left(20, 0, said.append)
 
 
 def test_steps_count_on_after_resuming(tmp_path):
