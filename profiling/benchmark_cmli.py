@@ -246,7 +246,7 @@ def main(batches, settings, peers_up_to, repeats, memory, scale, json_path, plot
             click.echo(f"{name:26}{I} x {J}  {megabytes(peak_in_own_process(name, 'full', 'bf16', I, J, device))}")
     if scale:
         click.echo("\nGrowth with G^2/P (fp32, captions): step, ns per valid patch-token pair")
-        for row in scaling("captions", [64, 128, 256, 512], repeats, device):
+        for row in scaling("captions", [64, 128, 256, 512], max(7, repeats), device):
             click.echo(f"G={row['G']:<5}P={row['P']:<3}{row['step_s'] * 1e3:>9.1f} ms{row['ns_per_pair']:>8.2f} ns")
             rows.append(row)
     if json_path:
