@@ -36,6 +36,15 @@ def option(group: str, *names: str, **kwargs: Any) -> Callable:
     return click.option(*names, cls=GroupedOption, group=group, **kwargs)
 
 
+def check_writable(name: str) -> None:
+    """Now, and not after minutes of work. Raises `UserError`."""
+    try:
+        with open(name, "a"):
+            pass
+    except OSError as error:
+        raise UserError(f"cannot write {name!r}: {error.strerror}") from None
+
+
 def run_command(command: click.Command) -> NoReturn:
     """Run a click command and end the process with its exit code."""
     leave(exit_code(command))

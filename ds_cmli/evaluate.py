@@ -162,6 +162,7 @@ def command(checkpoint: str, source: str | None, batch_size: int, json_file: str
 
     from ds_cmli import distributed
     from ds_cmli.checkpoint import load_weights
+    from ds_cmli.cli import check_writable
     from ds_cmli.config import Config
     from ds_cmli.data import build_data
     from ds_cmli.errors import UserError
@@ -170,6 +171,8 @@ def command(checkpoint: str, source: str | None, batch_size: int, json_file: str
     folder = Path(checkpoint)
     if not (folder / "config.json").is_file():
         raise UserError(f"--checkpoint is {checkpoint!r}: no config.json there; give a run's output folder")
+    if json_file:
+        check_writable(json_file)
     if batch_size < 1:
         raise UserError(f"--batch-size is {batch_size}: give at least 1")
     config = Config.from_dict(json.loads((folder / "config.json").read_text())["config"])

@@ -17,7 +17,7 @@ from typing import Any  # noqa: E402
 
 import click  # noqa: E402
 
-from ds_cmli.cli import GroupedCommand, option, run_command  # noqa: E402
+from ds_cmli.cli import GroupedCommand, check_writable, option, run_command  # noqa: E402
 from ds_cmli.errors import UserError, nearest  # noqa: E402
 from ds_cmli.presets import PRESETS  # noqa: E402
 
@@ -117,15 +117,6 @@ def parse_only(only: str | None) -> set[str]:
     if unknown or not ids:
         raise UserError(f"--only is {only!r}: give some of {', '.join(IDS)}")
     return ids
-
-
-def check_writable(name: str) -> None:
-    """Now, and not after minutes of measuring."""
-    try:
-        with open(name, "a"):
-            pass
-    except OSError as error:
-        raise UserError(f"cannot write {name!r}: {error.strerror}") from None
 
 
 def plot(folder: Path, rows: list, ours: Any, step: Any) -> str:

@@ -122,6 +122,9 @@ def test_training_mistakes(name, tmp_path, monkeypatch, capsys):
 def test_evaluation_mistakes(tmp_path, monkeypatch, capsys):
     line = fail(evaluate.command, ["--checkpoint", str(tmp_path)], monkeypatch, capsys)
     assert f"--checkpoint is {str(tmp_path)!r}: no config.json there" in line
+    (tmp_path / "config.json").write_text("{}")
+    arguments = ["--checkpoint", str(tmp_path), "--json", str(tmp_path / "nowhere" / "found.json")]
+    assert "found.json': No such file or directory" in fail(evaluate.command, arguments, monkeypatch, capsys)
     line = fail(evaluate.command, [], monkeypatch, capsys)
     assert "Missing option '--checkpoint'" in line
 
