@@ -27,13 +27,14 @@ def main(folder: str, limited: str, megabytes: str, deepspeed_json_text: str) ->
     ds_config = deepspeed_json.resolve(json.loads(deepspeed_json_text), config.optim, distributed.world_size(), 20)
     import deepspeed  # noqa: F401  before the limit: the libraries are not the training
 
-    if distributed.rank() == int(limited):
-        limit = oom.process_bytes()["VmData"] + int(megabytes) * 2**20
-        resource.setrlimit(resource.RLIMIT_DATA, (limit, resource.getrlimit(resource.RLIMIT_DATA)[1]))
-    with Watchdog(120) as dog, oom.ending(config, ds_config, Path(folder), device, dog):
-        trainer = step.build(config, ds_config, 1000, 20, device)
-        for _ in range(2):
-            trainer(longest_batch(config, config.optim.micro_batch))
+    with Watchdog(120) as dog:
+        if distributed.rank() == int(limited):
+            limit = oom.process_bytes()["VmData"] + int(megabytes) * 2**20
+            resource.setrlimit(resource.RLIMIT_DATA, (limit, resource.getrlimit(resource.RLIMIT_DATA)[1]))
+        with oom.ending(config, ds_config, Path(folder), device, dog):
+            trainer = step.build(config, ds_config, 1000, 20, device)
+            for _ in range(2):
+                trainer(longest_batch(config, config.optim.micro_batch))
     print("trained", flush=True)
     distributed.shutdown()
 

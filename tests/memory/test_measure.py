@@ -71,20 +71,19 @@ def test_nothing_asked_nothing_measured(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("steps", [0, -1, 5])
+@pytest.mark.parametrize("steps", [0, -1, 15])
 def test_steps_that_are_not_taken_are_named(steps):
-    with pytest.raises(UserError, match=f"--profile-memory is {steps}: give 1 to 4 steps"):
-        Profiles(memory=steps).check(total_steps=14, done=10)
+    with pytest.raises(UserError, match=f"--profile-memory is {steps}: give 1 to 14 steps"):
+        Profiles(memory=steps).left(14, 10, print)
 
 
 def test_one_profiler_at_a_time():
-    Profiles(memory=2).check(4, 0)
-    Profiles(trace="1:2").check(4, 0)
-    Profiles().check(0, 0)
+    for one in (Profiles(memory=2), Profiles(trace="1:2"), Profiles()):
+        assert one.left(4, 0, print) == one
     with pytest.raises(UserError, match="--profile-memory is 2 and --profile is '1:2': both"):
-        Profiles(trace="1:2", memory=2).check(4, 0)
-    with pytest.raises(UserError, match="--profile is '1:2': give some of the steps 3 to 4"):
-        Profiles(trace="1:2").check(4, 2)
+        Profiles(trace="1:2", memory=2).left(4, 0, print)
+    with pytest.raises(UserError, match="--profile is '1:5': give some of the steps 1 to 4"):
+        Profiles(trace="1:5").left(4, 0, print)
 
 
 def test_both_profilers_are_told_of_each_step(tmp_path):
