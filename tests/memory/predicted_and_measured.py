@@ -6,8 +6,6 @@ Takes minutes, so it is no test; ends with exit code 1 where one differs by more
 import argparse
 import sys
 
-import torch
-
 from ds_cmli import quiet
 
 quiet.silence()
@@ -41,8 +39,6 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--preset", default="demo")
     preset = parser.parse_args().preset
-    # In bf16 oneDNN's matrix product takes a workspace for each thread, 0.9 MB here, which no prediction sees.
-    torch.set_num_threads(1)
     missed = 0
     for batch, stage, checkpointing, accumulation, losses, precision, world_size in SETTINGS:
         ds_config = {
