@@ -11,6 +11,8 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
+
 from ds_cmli.config import Config
 
 LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -37,7 +39,9 @@ class Predictor:
 
     def __init__(self, timeout_s: float = 120):
         environment = {k: v for k, v in os.environ.items() if k not in LAUNCHERS}
-        environment.update(CUDA_VISIBLE_DEVICES="", DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1")
+        # The threads of this process decide what libraries take on the CPU.
+        threads = str(torch.get_num_threads())
+        environment.update(CUDA_VISIBLE_DEVICES="", DS_ACCELERATOR="cpu", OMP_NUM_THREADS=threads)
         self.process = subprocess.Popen(
             [sys.executable, "-m", "ds_cmli.memory.apart"],
             stdin=subprocess.PIPE,

@@ -52,8 +52,8 @@ def predict(
         ds_config: the DeepSpeed JSON as `deepspeed_json.load` returns it.
         card: what `cards.card` knows, for what the device holds besides tensors.
         target: "cuda": in the JSON's precision, with the operators and defaults of a GPU, `cmli_backend="auto"` meaning
-            triton, and without what an offloaded optimizer keeps on the host. "cpu": as this CPU would train; only the
-            requested bytes have a meaning there.
+            triton, and without what an offloaded optimizer keeps on the host. "cpu": as this CPU would train, with
+            torch's number of threads; only the requested bytes have a meaning there.
         scores: another all-pairs implementation, called as `CMLILoss` calls `cmli_scores`; None: the project's.
 
     Every text has all its positions but the first of a batch, which lacks one: the most that a batch can need, as text
@@ -81,7 +81,7 @@ def predict(
     accumulation = ds_config["gradient_accumulation_steps"]
 
     device = torch.device("cpu")
-    tracker = Tracker(device.type, text_lengths(config, micro_batch))
+    tracker = Tracker(device.type, text_lengths(config, micro_batch), workspaces=not cuda)
     with (
         fake_world(world_size, cuda) as answers,
         tracker,

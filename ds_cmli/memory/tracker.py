@@ -2,7 +2,8 @@
 
 Works on real and on fake tensors. Allocations are recorded as they happen; what most of them were for shows only later
 (an activation is what outlives the forward pass), so `Tracker.events` decides the categories at the end.
-What an operator allocates and frees inside itself is not seen, but for the all-pairs op, whose size is known.
+What an operator allocates and frees inside itself is not seen, but for the all-pairs op, whose size is known, and on
+the CPU for its libraries, which are asked.
 """
 
 import weakref
@@ -21,6 +22,7 @@ from ds_cmli.cmli.peak import cmli_peak_bytes
 from ds_cmli.memory.allocations import IN_PLACE
 from ds_cmli.memory.owners import HOST, is_offloaded, owners
 from ds_cmli.memory.report import Event
+from ds_cmli.memory.workspace import workspace_bytes
 from ds_cmli.step import Step
 
 # Of DeepSpeed's optimizers: what these methods allocate belongs to the buckets that gradients travel in.
@@ -59,11 +61,12 @@ class Tracker(TorchDispatchMode):
         device: the type of device whose memory is recorded.
         text_lengths: valid tokens of each text of this rank, for the all-pairs op's scratch where the mask is fake, and
             the same on every rank; None: the most that any lengths need.
+        workspaces: with what this CPU's libraries take inside their operators.
     """
 
-    def __init__(self, device: str = "cpu", text_lengths: list[int] | None = None):
+    def __init__(self, device: str = "cpu", text_lengths: list[int] | None = None, workspaces: bool = False):
         super().__init__()
-        self.device, self.text_lengths = device, text_lengths
+        self.device, self.text_lengths, self.workspaces = device, text_lengths, workspaces
         self.phase, self.recording = "init", True
         self.log: list[tuple[int, int, str]] = []  # (block, bytes, phase); the block's own data lie in these:
         self.ops: list[str] = []
@@ -98,8 +101,8 @@ class Tracker(TorchDispatchMode):
         if grad != self.recomputing:
             self.recomputing = grad
             self.segment += 1
-        scratch = self._cmli_scratch(func, args) if func.namespace == "ds_cmli" and self.recording else 0
-        block = self._begin(scratch, "CMLI op", str(func)) if scratch else None
+        scratch, category = self._inside(func, args, kwargs) if self.recording else (0, None)
+        block = self._begin(scratch, category, str(func)) if scratch else None
         out = func(*args, **(kwargs or {}))
         if self.recording:
             category = "CMLI op" if func.namespace == "ds_cmli" else None
@@ -153,6 +156,12 @@ class Tracker(TorchDispatchMode):
         else:
             self.log.append(end)
         self.ended[block] = self.segment
+
+    def _inside(self, func: Any, args: tuple, kwargs: dict[str, Any] | None) -> tuple[int, str]:
+        """Bytes that an operator holds at its peak beyond what it returns, as far as they are known; and for what."""
+        if func.namespace == "ds_cmli":
+            return self._cmli_scratch(func, args), "CMLI op"
+        return workspace_bytes(func, args, kwargs) if self.workspaces else 0, "temporaries"
 
     def _cmli_scratch(self, func: Any, args: tuple) -> int:
         """What the all-pairs op holds at its peak beyond what it returns: its tiles are never looked at."""

@@ -19,6 +19,8 @@ from multiprocessing import get_context
 from typing import Any
 from unittest.mock import patch
 
+import torch
+
 from ds_cmli import deepspeed_json, quiet, step
 from ds_cmli.config import Config
 from ds_cmli.errors import UserError
@@ -128,7 +130,8 @@ def describe(free: int) -> str:
 def predicting() -> Iterator[ProcessPoolExecutor]:
     """A process for predictions, which must see no GPU from its start on."""
     with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-        with patch.dict(os.environ, CUDA_VISIBLE_DEVICES="", DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1"):
+        threads = str(torch.get_num_threads())  # they decide what libraries take on the CPU
+        with patch.dict(os.environ, CUDA_VISIBLE_DEVICES="", DS_ACCELERATOR="cpu", OMP_NUM_THREADS=threads):
             pool.submit(quiet.silence).result()  # it starts at its first task
         yield pool
 

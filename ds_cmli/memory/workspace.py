@@ -1,0 +1,67 @@
+"""What the CPU's libraries take from the allocator for themselves inside one operator, which tensors do not show.
+
+oneDNN's products and convolutions copy operands into blocks of their own; how large these are depends on the processor,
+the sizes, and the number of threads, and no formula is published. So the library is asked: the one operator runs once
+on zeros of these sizes, under the profiler that reports the allocator's events.
+"""
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
+
+from ds_cmli.memory.allocations import cpu_sizes, summarise
+
+aten = torch.ops.aten
+LIBRARY_OPS = {
+    aten.mm.default,
+    aten.addmm.default,
+    aten.bmm.default,
+    aten.baddbmm.default,
+    aten.convolution.default,
+    aten.convolution_backward.default,
+    aten._scaled_dot_product_flash_attention_for_cpu.default,
+    aten._scaled_dot_product_flash_attention_for_cpu_backward.default,
+}
+
+
+def workspace_bytes(func: Any, args: tuple, kwargs: dict[str, Any] | None) -> int:
+    """Bytes that `func` would hold at its peak beside what it returns, on this CPU and with its number of threads.
+
+    Args:
+        args, kwargs: real tensors or fake ones: only their sizes, strides and dtypes count.
+    """
+    if func not in LIBRARY_OPS:
+        return 0
+    named = tuple(sorted((kwargs or {}).items()))
+    return _asked(func, _described(args), _described(named), torch.get_num_threads())
+
+
+class _Tensor(tuple):
+    """Size, strides and dtype of a tensor."""
+
+
+def _described(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return _Tensor((tuple(value.shape), tuple(value.stride()), value.dtype))
+    return tuple(map(_described, value)) if isinstance(value, list | tuple) else value
+
+
+def _zeros(value: Any) -> Any:
+    if isinstance(value, _Tensor):
+        return torch.empty_strided(value[0], value[1], dtype=value[2]).zero_()
+    return [_zeros(part) for part in value] if isinstance(value, tuple) else value
+
+
+@functools.cache
+def _asked(func: Any, args: tuple, kwargs: tuple, threads: int) -> int:
+    returned: list[Any] = []
+    with _disable_current_modes():
+        operands, named = _zeros(args), {name: _zeros(value) for name, value in kwargs}
+        func(*operands, **named)  # what a library keeps from its first call on is no workspace
+        sizes = cpu_sizes(lambda: returned.append(func(*operands, **named)))
+        results = [returned[0]] if isinstance(returned[0], Tensor) else list(returned[0])
+    kept = sum(t.untyped_storage().nbytes() for t in results if isinstance(t, Tensor))
+    return max(0, summarise(sizes, None).peak - kept)
