@@ -43,6 +43,13 @@ def run(*arguments: str, launcher: tuple[str, ...] = (sys.executable,), script: 
     return subprocess.run(command, env=clean_environment(), cwd=ROOT, capture_output=True, text=True, timeout=timeout)
 
 
+def rank_environments(world_size: int, **more: str) -> list[dict[str, str]]:
+    """The environment of each rank's process on this machine, as a launcher would set it, and `more`."""
+    env = clean_environment() | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **more}
+    env |= {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    return [env | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world_size)]
+
+
 def free_port() -> int:
     """Below the ports that the system hands out by itself (32768 on): nobody is given it between now and its use."""
     while True:

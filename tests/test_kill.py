@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT, clean_environment, free_port
+from tests.conftest import ROOT, rank_environments
 from tests.test_mistakes import pairs
 from tests.test_resume import assert_same
 
@@ -19,14 +19,12 @@ class Ranks:
     """Processes of one run, started as a scheduler does, one for each rank."""
 
     def __init__(self, folder: Path, world_size: int, arguments: list[str]):
-        shared = {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
         self.logs = [folder / f"{rank}.log" for rank in range(world_size)]
         command = [sys.executable, str(ROOT / "ds_cmli" / "train.py"), *arguments]
         self.processes = [
-            subprocess.Popen(command, cwd=ROOT, stdout=log.open("w"), stderr=subprocess.STDOUT,
-                             env=clean_environment() | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
-            for rank, log in enumerate(self.logs)
-        ]  # fmt: skip
+            subprocess.Popen(command, cwd=ROOT, env=env, stdout=log.open("w"), stderr=subprocess.STDOUT)
+            for log, env in zip(self.logs, rank_environments(world_size), strict=True)
+        ]
 
     @property
     def output(self) -> str:

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from ds_cmli import evaluate, train
 from ds_cmli.cli import exit_code
-from tests.conftest import ROOT, clean_environment, free_port
+from tests.conftest import ROOT, rank_environments
 
 
 def pairs(folder, count=24, text="a red square", broken=0, column="text"):
@@ -131,12 +131,10 @@ def test_evaluation_mistakes(tmp_path, monkeypatch, capsys):
 
 def two_ranks(folders, arguments) -> list[tuple[int, str]]:
     """Exit code and standard error of each of two ranks, started in its own folder with its own arguments."""
-    env = clean_environment() | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     ranks = []
-    for rank in range(2):
-        command = [sys.executable, str(ROOT / "ds_cmli" / "train.py"), "--preset", "tiny", *arguments[rank]]
-        own = env | {"RANK": str(rank), "LOCAL_RANK": str(rank), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        ranks.append(subprocess.Popen(command, cwd=folders[rank], env=own, stderr=subprocess.PIPE, text=True))
+    for folder, own, env in zip(folders, arguments, rank_environments(2), strict=True):
+        command = [sys.executable, str(ROOT / "ds_cmli" / "train.py"), "--preset", "tiny", *own]
+        ranks.append(subprocess.Popen(command, cwd=folder, env=env, stderr=subprocess.PIPE, text=True))
     errors = [process.communicate(timeout=120)[1] for process in ranks]
     return [(process.returncode, error) for process, error in zip(ranks, errors, strict=True)]
 

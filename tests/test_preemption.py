@@ -10,7 +10,7 @@ import time
 import pytest
 
 from ds_cmli import preemption
-from tests.conftest import ROOT, clean_environment, free_port
+from tests.conftest import ROOT, clean_environment, free_port, rank_environments
 from tests.test_mistakes import pairs
 
 WAITS = """
@@ -75,13 +75,11 @@ LONG = ["--preset", "tiny", "--steps", "100000", "--log-every", "5"]
 
 def test_a_signal_to_one_rank_ends_all_with_a_checkpoint(tmp_path):
     arguments = [*LONG, "--data", pairs(tmp_path / "pairs", count=63), "--output-dir", str(tmp_path / "run")]
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     logs = [tmp_path / f"{rank}.log" for rank in range(2)]
     processes = [
         subprocess.Popen([sys.executable, str(ROOT / "ds_cmli" / "train.py"), *arguments], cwd=ROOT,
-                         env=clean_environment() | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-                         stdout=log.open("w"), stderr=subprocess.STDOUT)
-        for rank, log in enumerate(logs)
+                         env=env, stdout=log.open("w"), stderr=subprocess.STDOUT)
+        for log, env in zip(logs, rank_environments(2), strict=True)
     ]  # fmt: skip
     try:
         wait_for(logs[0], r"step \d+/", processes[0])

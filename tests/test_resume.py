@@ -21,7 +21,7 @@ from ds_cmli.deepspeed_json import BATCH_KEYS
 from ds_cmli.errors import UserError
 from ds_cmli.presets import load_preset
 from ds_cmli.train_state import TrainState
-from tests.conftest import ROOT, clean_environment, free_port
+from tests.conftest import ROOT, free_port, rank_environments
 from tests.drive_train import drive
 from tests.test_mistakes import pairs
 
@@ -60,14 +60,12 @@ def ranks(tmp_path: Path, world_size: int, tasks: list[dict], timeout: float = 3
     """Exit codes and output of several trainings, one after the other, on `world_size` ranks."""
     file = tmp_path / f"tasks-{random.randrange(10**9)}.json"
     file.write_text(json.dumps([{"port": free_port(), **task} for task in tasks]))
-    env = clean_environment() | {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, str(ROOT / "tests" / "drive_train.py"), str(file)]
     out = [file.with_suffix(f".{rank}.log") for rank in range(world_size)]
     processes = [
-        subprocess.Popen(command, env=env | {"RANK": str(r), "LOCAL_RANK": str(r)}, cwd=ROOT, stdout=log.open("w"),
-                         stderr=subprocess.STDOUT)
-        for r, log in enumerate(out)
-    ]  # fmt: skip
+        subprocess.Popen(command, env=env, cwd=ROOT, stdout=log.open("w"), stderr=subprocess.STDOUT)
+        for log, env in zip(out, rank_environments(world_size), strict=True)
+    ]
     end = time.monotonic() + timeout
     while any(process.poll() is None for process in processes) and time.monotonic() < end:
         if any(process.poll() for process in processes):

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT, clean_environment, free_port
+from tests.conftest import ROOT, rank_environments
 from tests.test_mistakes import pairs
 
 WARM = 0.4  # share of a start's training time in which its memory settles: the allocator's pools fill for some 15 s
@@ -24,13 +24,10 @@ def start(folder: Path) -> list[subprocess.Popen]:
     command = [sys.executable, str(ROOT / "ds_cmli" / "train.py"), "--preset", "tiny", "--steps", "1000000"]
     # Captions of one length: for each new shape of a batch the libraries keep some more memory, which is no leak.
     command += ["--save-minutes", "0", "--data", str(folder / "pairs"), "--output-dir", str(folder / "run")]
-    env = clean_environment() | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    env |= {"OMP_NUM_THREADS": "1"}
     ranks = []
-    for rank in range(2):
+    for rank, env in enumerate(rank_environments(2)):
         with (folder / f"rank{rank}.log").open("a") as log:
-            own = env | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            ranks.append(subprocess.Popen(command, env=own, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT))
+            ranks.append(subprocess.Popen(command, env=env, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT))
     return ranks
 
 

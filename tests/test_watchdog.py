@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from tests.conftest import ROOT, clean_environment, free_port
+from tests.conftest import ROOT, rank_environments
 
 TIMEOUT = 3.0  # seconds
 SLACK = 5.0  # seconds; a loaded machine takes its time to end a process
@@ -18,12 +18,10 @@ STEP = 0.1
 
 def two_ranks(fate: str, victim: int = 1) -> tuple[list[int | None], str, float]:
     """Exit codes, all output, and the seconds from the fate of the victim to the end of the survivors."""
-    env = clean_environment() | {"PYTHONPATH": str(ROOT), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    env |= {"WORLD_SIZE": "2", "VICTIM": str(victim), "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
     command = [sys.executable, str(ROOT / "tests" / "stopping_rank.py"), fate, str(TIMEOUT), str(STEP)]
     ranks, output, ended = [], ["", ""], [0.0, 0.0]
-    for rank in range(2):
-        own = env | {"RANK": str(rank), "LOCAL_RANK": str(rank), "SLURMD_NODENAME": f"node-{rank}"}
+    for rank, env in enumerate(rank_environments(2, VICTIM=str(victim), TORCH_CPP_LOG_LEVEL="ERROR")):
+        own = env | {"SLURMD_NODENAME": f"node-{rank}"}
         ranks.append(subprocess.Popen(command, env=own, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
 
     def follow(rank: int) -> None:
