@@ -15,6 +15,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from ds_cmli import deepspeed_json, step
 from ds_cmli.config import Config
 from ds_cmli.memory.fake import process_group
+from ds_cmli.memory.phases import phases
 from ds_cmli.memory.predict import (
     TOTAL_STEPS,
     longest_batch,
@@ -23,7 +24,7 @@ from ds_cmli.memory.predict import (
     without_weights,
 )
 from ds_cmli.memory.report import PHASES, Report, summarise
-from ds_cmli.memory.tracker import Tracker, phases
+from ds_cmli.memory.tracker import Tracker
 
 MARK = "ds_cmli.memory phase "
 
@@ -68,7 +69,7 @@ def _run(
 def _tracked(config: Config, ds_config: dict[str, Any], vocab_size: int, world_size: int) -> dict[str, int]:
     """Live bytes by category at the peak, as the tracker sees them."""
     micro_batch = ds_config["train_micro_batch_size_per_gpu"]
-    tracker = Tracker("cpu", text_lengths(config, micro_batch))
+    tracker = Tracker("cpu", text_lengths(config, micro_batch), workspaces=True)
     with process_group(world_size), tracker, recorded_from_the_engine_on(tracker, ds_config, cuda=False):
         trainer = step.build(config, ds_config, vocab_size, TOTAL_STEPS, torch.device("cpu"))
         with tracker.attach(trainer):

@@ -21,8 +21,9 @@ from ds_cmli.data.tokens import load_tokenizer
 from ds_cmli.memory import cards
 from ds_cmli.memory.allocator import replay
 from ds_cmli.memory.fake import convert_parameters, fake_world
+from ds_cmli.memory.phases import phases
 from ds_cmli.memory.report import Event, Report, summarise
-from ds_cmli.memory.tracker import Tracker, phases
+from ds_cmli.memory.tracker import Tracker
 
 DEFAULT_CARD = "RTX 3090 24GB"  # assumed: the document says 24 GB and names no card
 TOTAL_STEPS = 1000  # of the schedule; decides no size

@@ -21,6 +21,7 @@ from ds_cmli import distributed
 from ds_cmli.cmli.peak import cmli_peak_bytes
 from ds_cmli.memory.allocations import IN_PLACE
 from ds_cmli.memory.owners import HOST, is_offloaded, owners
+from ds_cmli.memory.phases import phases
 from ds_cmli.memory.report import Event
 from ds_cmli.memory.workspace import workspace_bytes
 from ds_cmli.step import Step
@@ -30,30 +31,6 @@ BUCKET_METHODS = ("setup_buckets", "reduce_ipg_grads", "_DeepSpeedZeroOptimizer_
 GATHERS = ("allgather_", "_allgather_base_", "allgather_into_tensor_coalesced_", "allgather_coalesced_")
 
 
-@contextmanager
-def phases(trainer: Step, enter: Callable[[str], None]) -> Iterator[None]:
-    """Call `enter` with "forward", "loss", "backward" and "optimizer" whenever that phase of a step begins."""
-    engine, student = trainer.engine, trainer.objective.student
-
-    def around(method: Callable, phase: str, after: str) -> Callable:
-        def run(*args, **kwargs):
-            enter(phase)
-            try:
-                return method(*args, **kwargs)
-            finally:
-                enter(after)
-
-        return run
-
-    enter("forward")
-    with ExitStack() as stack:
-        stack.enter_context(patch.object(engine, "backward", around(engine.backward, "backward", "optimizer")))
-        stack.enter_context(patch.object(engine, "step", around(engine.step, "optimizer", "forward")))
-        hook = student.register_forward_hook(lambda *_: enter("loss"))
-        stack.callback(hook.remove)
-        yield
-
-
 class Tracker(TorchDispatchMode):
     """Records while it is entered. Start it before the model moves to the device, `attach` it to the step after.
 
@@ -61,7 +38,7 @@ class Tracker(TorchDispatchMode):
         device: the type of device whose memory is recorded.
         text_lengths: valid tokens of each text of this rank, for the all-pairs op's scratch where the mask is fake, and
             the same on every rank; None: the most that any lengths need.
-        workspaces: with what this CPU's libraries take inside their operators.
+        workspaces: with what only a CPU holds: its libraries' memory inside operators, and the generator's states.
     """
 
     def __init__(self, device: str = "cpu", text_lengths: list[int] | None = None, workspaces: bool = False):
@@ -88,6 +65,8 @@ class Tracker(TorchDispatchMode):
             self._patches.enter_context(
                 patch.object(owner, name, staticmethod(scoped) if isinstance(owner, type) else scoped)
             )
+        if self.workspaces:  # checkpointing keeps the generator's state of each block, which no operator returns
+            self._patches.enter_context(patch.object(torch, "get_rng_state", self._seen(torch.get_rng_state)))
         return super().__enter__()
 
     def __exit__(self, *error):
@@ -193,6 +172,14 @@ class Tracker(TorchDispatchMode):
             yield
         finally:
             self._scope = before
+
+    def _seen(self, function: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        def run() -> Tensor:
+            tensor = function()
+            self._see(tensor, None, function.__name__)
+            return tensor
+
+        return run
 
     def _scoped(self, function: Callable, category: str) -> Callable:
         def run(*args, **kwargs):

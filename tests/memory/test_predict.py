@@ -24,6 +24,7 @@ from ds_cmli.presets import load_preset
 from tests.conftest import ROOT, clean_environment
 
 ALL = ("global", "cmli", "target_cmli")
+SCALARS = 256  # bytes: the few numbers that operators and the engine hold for a moment
 
 
 def ds_json(stage=2, precision="bf16", accumulation=1, checkpointing=False, bucket=100_000) -> dict:
@@ -63,14 +64,13 @@ def test_predicted_equals_the_allocator(config, ds_config, world_size):
     predicted = predict(config, ds_config, world_size, target="cpu").report
     measured = measure(config, ds_config, world_size)
     ours, theirs = predicted.totals["requested"], measured.totals["requested"]
-    print(f"predicted {ours:,} B, measured {theirs:,} B: {ours / theirs - 1:+.3%}")
-    assert ours == pytest.approx(theirs, rel=0.005)
+    print(f"predicted {ours:,} B, measured {theirs:,} B: {ours - theirs:+,} B")
+    assert abs(ours - theirs) <= SCALARS
     for phase, size in measured.phases.items():
-        assert predicted.phases[phase] == pytest.approx(size, rel=0.03), phase
+        assert abs(predicted.phases[phase] - size) <= SCALARS, phase
     assert sum(predicted.categories.values()) == ours
-    for category in CATEGORIES:  # operators' own temporaries are not seen
-        if category != "temporaries":
-            assert predicted.categories[category] == measured.categories[category], category
+    for category in CATEGORIES:
+        assert abs(predicted.categories[category] - measured.categories[category]) <= SCALARS, category
 
 
 def test_optimizer_states_and_master_weights_fall_as_one_over_ranks():
