@@ -51,7 +51,9 @@ def _described(value: Any) -> Any:
 
 def _zeros(value: Any) -> Any:
     if isinstance(value, _Tensor):
-        return torch.empty_strided(value[0], value[1], dtype=value[2]).zero_()
+        size, stride, dtype = value
+        elements = 1 + sum((n - 1) * step for n, step in zip(size, stride, strict=True)) if 0 not in size else 0
+        return torch.zeros(elements, dtype=dtype).as_strided(size, stride)
     return [_zeros(part) for part in value] if isinstance(value, tuple) else value
 
 

@@ -55,6 +55,12 @@ def test_an_operator_of_the_same_sizes_is_asked_once(asked):
     assert asked == [(3, 4), (3, 4), (4, 3), (4, 3)]
 
 
+@pytest.mark.parametrize("x", [torch.ones(5, 1).expand(5, 3), torch.ones(0, 3), torch.ones(2, 6)[:, ::2].t()])
+def test_any_strides(asked, x):
+    assert workspace.workspace_bytes(OP, (x,), {}) == 1024
+    assert asked == [x.shape] * 2
+
+
 def test_operators_of_no_library_are_not_asked():
     assert workspace.workspace_bytes(torch.ops.aten.sin.default, (torch.ones(5),), {}) == 0
 
