@@ -10,6 +10,8 @@ def silence() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # otherwise a warning at each loading process
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # otherwise socket traces around every lost rank
+    if not os.path.exists("/dev/nvidiactl"):  # two lines for each use of torch.profiler; its errors are about GPUs
+        os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     warnings.filterwarnings("ignore")
     logging.getLogger("torch.distributed").setLevel(logging.ERROR)

@@ -18,11 +18,15 @@ import subprocess
 import sys
 from collections.abc import Callable
 
-import click
-import torch
+from ds_cmli import quiet
 
-from ds_cmli.cmli import cmli_scores, peers
-from ds_cmli.cmli.problem import DTYPES, SETTINGS, D, M, N, Problem, Scores
+quiet.silence()
+
+import click  # noqa: E402
+import torch  # noqa: E402
+
+from ds_cmli.cmli import cmli_scores, peers  # noqa: E402
+from ds_cmli.cmli.problem import DTYPES, SETTINGS, D, M, N, Problem, Scores  # noqa: E402
 
 
 def ours(**options) -> Scores:

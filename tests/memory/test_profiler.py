@@ -111,6 +111,7 @@ def test_tensorboard_shows_the_run_and_its_memory(tmp_path):
     arguments = ("--preset", "tiny", "--steps", "3", "--profile", "2:3", "--output-dir", str(tmp_path))
     done = run(*arguments)
     assert done.returncode == 0, done.stdout + done.stderr
+    assert "profiler_start" not in done.stdout + done.stderr or torch.cuda.is_available()
     port = free_port()
     # As the command `tensorboard` does, but of this interpreter.
     command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(tmp_path), "--port", str(port)]
