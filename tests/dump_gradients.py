@@ -9,6 +9,7 @@ import sys
 import torch
 
 from ds_cmli import deepspeed_json, distributed, quiet
+from ds_cmli.cli import leave
 from ds_cmli.data import GlobalBatchSampler, build_data, train_loader
 from ds_cmli.presets import load_preset
 from ds_cmli.step import build
@@ -52,3 +53,4 @@ def main(file: str, micro_batch: int, stage: int, steps: int) -> None:
 
 if __name__ == "__main__":
     main(sys.argv[1], *(int(a) for a in sys.argv[2:5]))
+    leave(0)

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from ds_cmli import distributed
+from ds_cmli.cli import leave
 from ds_cmli.errors import UserError
 from ds_cmli.watchdog import Watchdog
 
@@ -65,3 +66,4 @@ with Watchdog(timeout) as dog:
         sys.exit(85)
 distributed.shutdown()
 print("finished", dist.is_initialized(), flush=True)
+leave(0)

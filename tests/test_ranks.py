@@ -10,6 +10,9 @@ import torch
 from tests.conftest import ROOT, clean_environment, free_port
 
 STEPS = 5
+# Few: where two patches match a token equally well but for rounding, either may win, and the gradients are others. Of
+# 32 pairs with each other there was such a tie within five steps with one version of torch, with another none.
+PAIRS = 8
 
 
 def gradients(tmp_path, launcher, micro_batch, stage):
@@ -34,8 +37,8 @@ def test_two_ranks_give_the_gradients_of_one_process(tmp_path, stage):
         *(os.path.join(os.path.dirname(sys.executable), "deepspeed"), "--no_local_rank"),
         *("--num_accelerators", "2", "--master_port", str(free_port())),
     )
-    two = gradients(tmp_path, deepspeed, 16, stage)
-    one = gradients(tmp_path, (sys.executable,), 32, stage)
+    two = gradients(tmp_path, deepspeed, PAIRS // 2, stage)
+    one = gradients(tmp_path, (sys.executable,), PAIRS, stage)
     torch.testing.assert_close(two["losses"], one["losses"], rtol=1e-5, atol=1e-6)
     worst = 0.0
     for step in (0, STEPS - 1):
