@@ -18,6 +18,12 @@ from ds_cmli.config import Config
 LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
+def without_gpu() -> dict[str, str]:
+    """What the environment of a predicting process needs from its start on."""
+    # The threads are this process's: they decide what libraries take on the CPU.
+    return {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": str(torch.get_num_threads())}
+
+
 @dataclass(frozen=True)
 class Request:
     config: Config
@@ -38,10 +44,7 @@ class Predictor:
     """The process: `send` requests, `receive` an answer to each, in their order. It runs meanwhile."""
 
     def __init__(self, timeout_s: float = 120):
-        environment = {k: v for k, v in os.environ.items() if k not in LAUNCHERS}
-        # The threads of this process decide what libraries take on the CPU.
-        threads = str(torch.get_num_threads())
-        environment.update(CUDA_VISIBLE_DEVICES="", DS_ACCELERATOR="cpu", OMP_NUM_THREADS=threads)
+        environment = {k: v for k, v in os.environ.items() if k not in LAUNCHERS} | without_gpu()
         self.process = subprocess.Popen(
             [sys.executable, "-m", "ds_cmli.memory.apart"],
             stdin=subprocess.PIPE,

@@ -19,12 +19,10 @@ from multiprocessing import get_context
 from typing import Any
 from unittest.mock import patch
 
-import torch
-
 from ds_cmli import deepspeed_json, quiet, step
 from ds_cmli.config import Config
 from ds_cmli.errors import UserError
-from ds_cmli.memory import cards
+from ds_cmli.memory import apart, cards
 from ds_cmli.memory.compare import GB, MOST_SECONDS, Row, free_bytes
 from ds_cmli.memory.estimates import Setting, claims, deepspeed_model_states, zero_model_states
 from ds_cmli.memory.implementations import broadcast_scores, materialised_scores
@@ -130,8 +128,7 @@ def describe(free: int) -> str:
 def predicting() -> Iterator[ProcessPoolExecutor]:
     """A process for predictions, which must see no GPU from its start on."""
     with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-        threads = str(torch.get_num_threads())  # they decide what libraries take on the CPU
-        with patch.dict(os.environ, CUDA_VISIBLE_DEVICES="", DS_ACCELERATOR="cpu", OMP_NUM_THREADS=threads):
+        with patch.dict(os.environ, apart.without_gpu()):
             pool.submit(quiet.silence).result()  # it starts at its first task
         yield pool
 

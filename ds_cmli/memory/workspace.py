@@ -1,8 +1,8 @@
 """What the CPU's libraries take from the allocator for themselves inside one operator, which tensors do not show.
 
 oneDNN's products and convolutions copy operands into blocks of their own; how large these are depends on the processor,
-the sizes, and the number of threads, and no formula is published. So the library is asked: the one operator runs once
-on zeros of these sizes, under the profiler that reports the allocator's events.
+the sizes, and the number of threads, and no formula is published. So the library is asked: the one operator runs on
+zeros of these sizes, under the profiler that reports the allocator's events.
 """
 
 import functools
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._pytree import tree_leaves
 
 from ds_cmli.memory.allocations import cpu_sizes, summarise
 
@@ -64,6 +65,5 @@ def _asked(func: Any, args: tuple, kwargs: tuple, threads: int) -> int:
         operands, named = _zeros(args), {name: _zeros(value) for name, value in kwargs}
         func(*operands, **named)  # what a library keeps from its first call on is no workspace
         sizes = cpu_sizes(lambda: returned.append(func(*operands, **named)))
-        results = [returned[0]] if isinstance(returned[0], Tensor) else list(returned[0])
-    kept = sum(t.untyped_storage().nbytes() for t in results if isinstance(t, Tensor))
+    kept = sum(t.untyped_storage().nbytes() for t in tree_leaves(returned) if isinstance(t, Tensor))
     return max(0, summarise(sizes, None).peak - kept)

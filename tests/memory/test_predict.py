@@ -70,7 +70,8 @@ def test_predicted_equals_the_allocator(config, ds_config, world_size):
         assert abs(predicted.phases[phase] - size) <= SCALARS, phase
     assert sum(predicted.categories.values()) == ours
     for category in CATEGORIES:
-        assert abs(predicted.categories[category] - measured.categories[category]) <= SCALARS, category
+        most = SCALARS if category == "temporaries" else 0
+        assert abs(predicted.categories[category] - measured.categories[category]) <= most, category
 
 
 def test_optimizer_states_and_master_weights_fall_as_one_over_ranks():
