@@ -37,7 +37,7 @@ def recall(rows: Any, own: Any, positions: Any) -> dict[str, float]:
     """
     import torch
 
-    from ds_cmli.distributed import sum_over_ranks
+    from ds_cmli.distributed.process_group import sum_over_ranks
 
     i2t, t2i = rows
     n = i2t.shape[1]
@@ -68,11 +68,11 @@ def evaluate(
     """
     import torch
 
-    from ds_cmli import distributed
     from ds_cmli.cmli import cmli_scores
     from ds_cmli.cmli.loss import unit
     from ds_cmli.data import eval_loader
-    from ds_cmli.losses import temperature_scale, widen
+    from ds_cmli.distributed import process_group as distributed
+    from ds_cmli.losses.functions import temperature_scale, widen
 
     student, n = objective.student, len(dataset)
     with_cmli = hasattr(objective, "cmli")
@@ -138,7 +138,7 @@ def pointing_hits(student: Any, batch: Any, patches: Any) -> Any:
     import torch
     import torch.nn.functional as F
 
-    from ds_cmli.losses import match_patches
+    from ds_cmli.losses.functions import match_patches
 
     _, tokens = student.encode_text(batch.input_ids, batch.attention_mask)
     match = match_patches(student.g(tokens), patches)  # [B, M]
@@ -160,13 +160,13 @@ def command(checkpoint: str, source: str | None, batch_size: int, json_file: str
 
     import torch
 
-    from ds_cmli import distributed
-    from ds_cmli.checkpoint import load_weights
-    from ds_cmli.cli import check_writable
-    from ds_cmli.config import Config
+    from ds_cmli.checkpoint.save import load_weights
+    from ds_cmli.common.cli import check_writable
+    from ds_cmli.common.errors import UserError
+    from ds_cmli.config.schema import Config
     from ds_cmli.data import build_data
-    from ds_cmli.errors import UserError
-    from ds_cmli.step import build_models
+    from ds_cmli.distributed import process_group as distributed
+    from ds_cmli.engine import build_models
 
     folder = Path(checkpoint)
     if not (folder / "config.json").is_file():
@@ -213,7 +213,7 @@ def summary(split: str, found: dict[str, float]) -> str:
 
 
 def main() -> None:
-    from ds_cmli.cli import run_command
+    from ds_cmli.common.cli import run_command
 
     run_command(command)
 

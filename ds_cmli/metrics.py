@@ -11,7 +11,7 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from ds_cmli import manifest
+from ds_cmli.checkpoint import checksums as manifest
 
 METRICS = "metrics.jsonl"
 

@@ -8,16 +8,20 @@ from pathlib import Path
 
 import torch
 
-from ds_cmli import checkpoint, distributed, guard, preemption, resuming
-from ds_cmli.agreement import Agreement
-from ds_cmli.config import Config
+from ds_cmli.checkpoint import restore as resuming
+from ds_cmli.checkpoint import save as checkpoint
+from ds_cmli.checkpoint.train_state import RankState, TrainState
+from ds_cmli.common.errors import UserError
+from ds_cmli.config.schema import Config
 from ds_cmli.data import BadSamples, Batch, Data, GlobalBatchSampler
-from ds_cmli.errors import UserError
+from ds_cmli.distributed import process_group as distributed
+from ds_cmli.distributed.collective_flags import Agreement
+from ds_cmli.engine import Step
 from ds_cmli.evaluate import evaluate, summary
+from ds_cmli.faults import nonfinite as guard
+from ds_cmli.faults import preemption
+from ds_cmli.faults.watchdog import Watchdog
 from ds_cmli.metrics import NullWriter, Writer, peak_memory_bytes
-from ds_cmli.step import Step
-from ds_cmli.train_state import RankState, TrainState
-from ds_cmli.watchdog import Watchdog
 
 
 @dataclass

@@ -19,12 +19,12 @@ from typing import Any  # noqa: E402
 
 import click  # noqa: E402
 
-from ds_cmli import preemption  # noqa: E402
-from ds_cmli.cli import GroupedCommand, option, run_command  # noqa: E402
-from ds_cmli.config import Config  # noqa: E402
-from ds_cmli.errors import UserError  # noqa: E402
+from ds_cmli.common.cli import GroupedCommand, option, run_command  # noqa: E402
+from ds_cmli.common.errors import UserError  # noqa: E402
+from ds_cmli.config.options import OUTPUT, WHAT, add, resolve_config  # noqa: E402
+from ds_cmli.config.schema import Config  # noqa: E402
+from ds_cmli.faults import preemption  # noqa: E402
 from ds_cmli.memory.profiles import Profiles  # noqa: E402
-from ds_cmli.options import OUTPUT, WHAT, add, resolve_config  # noqa: E402
 
 
 @click.command(cls=GroupedCommand, context_settings={"help_option_names": ["-h", "--help"]})
@@ -52,12 +52,15 @@ def command(preset: str, deepspeed_config: str, settings: tuple[str, ...], resum
 
 def train(config: Config, json_path: str, dry_run: bool, resume: str, with_changes: bool, profiles: Profiles) -> int:
     """Returns the exit code: 0 at the end of the run, `preemption.EXIT_CODE` where it is to be started again."""
-    from ds_cmli import quiet
+    from ds_cmli.common import quiet
 
     quiet.silence()
-    from ds_cmli import deepspeed_json, determinism, distributed, step
+    from ds_cmli import engine as step
+    from ds_cmli.common import determinism
+    from ds_cmli.config import deepspeed_json
     from ds_cmli.data import assets, build_data
-    from ds_cmli.watchdog import Watchdog
+    from ds_cmli.distributed import process_group as distributed
+    from ds_cmli.faults.watchdog import Watchdog
 
     # --- configuration: on every rank, before the processes meet
     distributed.map_launcher_environment()
@@ -91,7 +94,7 @@ def train(config: Config, json_path: str, dry_run: bool, resume: str, with_chang
 
 def show(config: Config, ds_config: dict[str, Any], data: Any) -> int:
     """What a run would do and what memory it would need on a GPU, without doing it."""
-    from ds_cmli import step
+    from ds_cmli import engine as step
     from ds_cmli.memory import apart
     from ds_cmli.memory.report import Report
     from ds_cmli.memory.report import show as show_report
@@ -108,7 +111,7 @@ def show(config: Config, ds_config: dict[str, Any], data: Any) -> int:
 
 def plan(config: Config, ds_config: dict[str, Any], data: Any) -> tuple[dict[str, Any], Any, int]:
     """The DeepSpeed JSON with nothing left to "auto", the sampler, and the number of optimizer steps."""
-    from ds_cmli import deepspeed_json
+    from ds_cmli.config import deepspeed_json
     from ds_cmli.data import GlobalBatchSampler
 
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -130,9 +133,11 @@ def run(
     profiles: Profiles, dog: Any,
 ) -> int:  # fmt: skip
     """Build everything, put back what there is to go on from, and train. Collective."""
-    from ds_cmli import distributed, resuming, step
+    from ds_cmli import engine as step
+    from ds_cmli.checkpoint import restore as resuming
     from ds_cmli.data import BadSamples
-    from ds_cmli.memory import oom
+    from ds_cmli.distributed import process_group as distributed
+    from ds_cmli.faults import out_of_memory as oom
     from ds_cmli.metrics import NullWriter, Writer
     from ds_cmli.run import Run
 
@@ -193,7 +198,8 @@ def loop(run: Any, after_step: Callable[[], None]) -> int:
 
 def output_folder(config: Config, resume: str) -> Path:
     """The run's folder, made, and the same on every rank."""
-    from ds_cmli import distributed, resuming
+    from ds_cmli.checkpoint import restore as resuming
+    from ds_cmli.distributed import process_group as distributed
 
     name = resuming.run_folder(resume, config.run.output_dir)
     name = name or f"runs/{config.run.preset}-{datetime.now():%Y%m%d-%H%M%S}"

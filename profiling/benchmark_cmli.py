@@ -18,7 +18,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 
-from ds_cmli import quiet
+from ds_cmli.common import quiet
 
 quiet.silence()
 

@@ -17,9 +17,9 @@ from typing import Any  # noqa: E402
 
 import click  # noqa: E402
 
-from ds_cmli.cli import GroupedCommand, check_writable, option, run_command  # noqa: E402
-from ds_cmli.errors import UserError, nearest  # noqa: E402
-from ds_cmli.presets import PRESETS  # noqa: E402
+from ds_cmli.common.cli import GroupedCommand, check_writable, option, run_command  # noqa: E402
+from ds_cmli.common.errors import UserError, nearest  # noqa: E402
+from ds_cmli.config.presets import PRESETS  # noqa: E402
 
 ALL_SECONDS = 260  # of everything; what comes last is measured in what is left, or stays predicted
 IDS = ("E1", "E2", "E3", "E4", "E5")
@@ -56,7 +56,7 @@ def command(
     for name in (json_path, markdown_path):
         if name is not None:
             check_writable(name)
-    from ds_cmli import quiet
+    from ds_cmli.common import quiet
 
     quiet.silence()
     import torch

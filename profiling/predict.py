@@ -17,10 +17,10 @@ from typing import Any  # noqa: E402
 
 import click  # noqa: E402
 
-from ds_cmli.cli import GroupedCommand, option, run_command  # noqa: E402
-from ds_cmli.config import Config  # noqa: E402
-from ds_cmli.errors import UserError  # noqa: E402
-from ds_cmli.options import WHAT, add, resolve_config  # noqa: E402
+from ds_cmli.common.cli import GroupedCommand, option, run_command  # noqa: E402
+from ds_cmli.common.errors import UserError  # noqa: E402
+from ds_cmli.config.options import WHAT, add, resolve_config  # noqa: E402
+from ds_cmli.config.schema import Config  # noqa: E402
 
 CPU = "cpu"
 
@@ -55,10 +55,10 @@ def command(preset: str, deepspeed_config: str, settings: tuple[str, ...], world
         raise UserError(f"--sweep is {','.join(sweep)!r}: it goes with neither --fit nor --snapshot: give one of them")
     if card == CPU and (sweep or fit or snapshot):
         raise UserError("--card is 'cpu': --sweep, --fit and --snapshot are about GPUs: name one, or leave it out")
-    from ds_cmli import quiet
+    from ds_cmli.common import quiet
 
     quiet.silence()
-    from ds_cmli import deepspeed_json
+    from ds_cmli.config import deepspeed_json
     from ds_cmli.memory import search
     from ds_cmli.memory.predict import DEFAULT_CARD, predict
     from ds_cmli.memory.report import show

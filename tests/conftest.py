@@ -25,7 +25,7 @@ def fp16_device(monkeypatch):
     """A device that is said to have fp16, so that nothing falls back to bf16."""
     from deepspeed.accelerator import get_accelerator
 
-    from ds_cmli import step
+    from ds_cmli import engine as step
 
     monkeypatch.setattr(get_accelerator(), "is_fp16_supported", lambda: True)
     monkeypatch.setattr(step, "resolve_precision", lambda ds_config: (ds_config, None))

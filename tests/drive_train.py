@@ -12,9 +12,10 @@ from contextlib import ExitStack
 from pathlib import Path
 from unittest import mock
 
-from ds_cmli import preemption, train
-from ds_cmli.cli import leave
-from ds_cmli.errors import UserError
+from ds_cmli import train
+from ds_cmli.common.cli import leave
+from ds_cmli.common.errors import UserError
+from ds_cmli.faults import preemption
 
 
 def drive(arguments: list[str], stop_at: int | None = None, seen: str | None = None, mistakes: bool = False) -> int:
@@ -25,8 +26,8 @@ def drive(arguments: list[str], stop_at: int | None = None, seen: str | None = N
         seen: gets one line of sample indices for each micro-batch of rank R, with `.R` behind its name.
         mistakes: a `UserError` is printed and counts as 2.
     """
+    from ds_cmli.engine import Step
     from ds_cmli.run import Run
-    from ds_cmli.step import Step
 
     one_step, one_call = Run.train_step, Step.__call__
 

@@ -3,10 +3,10 @@ import math
 import pytest
 import torch
 
+from ds_cmli.config.presets import load_preset
 from ds_cmli.data import build_data
+from ds_cmli.engine import build_models
 from ds_cmli.evaluate import evaluate, recall
-from ds_cmli.presets import load_preset
-from ds_cmli.step import build_models
 from tests.conftest import spawn
 
 

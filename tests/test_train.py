@@ -8,8 +8,8 @@ import pytest
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from tests.config.test_mistakes import pairs
 from tests.conftest import ROOT, free_port, run
-from tests.test_mistakes import pairs
 
 BIN = os.path.dirname(sys.executable)
 TINY = ("--preset", "tiny", "--steps", "4")

@@ -11,9 +11,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ds_cmli import distributed
 from ds_cmli.cmli.op import DEFAULT_SCRATCH_BYTES, cmli_scores
-from ds_cmli.losses import contrastive_loss, widen
+from ds_cmli.distributed import process_group as distributed
+from ds_cmli.losses.functions import contrastive_loss, widen
 
 
 def unit(x: Tensor) -> Tensor:

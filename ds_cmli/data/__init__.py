@@ -9,14 +9,14 @@ from dataclasses import dataclass
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from ds_cmli.config import DataConfig
+from ds_cmli.common.errors import UserError
+from ds_cmli.config.schema import DataConfig
 from ds_cmli.data.bad import Bad, BadSamples
 from ds_cmli.data.batch import Batch, Collate, Sample
 from ds_cmli.data.folder import FolderPairs, load_folder
 from ds_cmli.data.sampler import GlobalBatchSampler
 from ds_cmli.data.scenes import EVAL_SCENES, EVAL_SEED, TRAIN_SCENES, Pictures, Scenes
 from ds_cmli.data.tokens import CaptionTokenizer, load_tokenizer
-from ds_cmli.errors import UserError
 
 __all__ = ["BadSamples", "Batch", "Data", "GlobalBatchSampler", "Sample", "build_data", "eval_loader", "train_loader"]
 

@@ -19,8 +19,8 @@ from pathlib import Path
 
 from filelock import FileLock
 
+from ds_cmli.common.errors import UserError, nearest
 from ds_cmli.data.vit_onnx import convert_vit
-from ds_cmli.errors import UserError, nearest
 
 SUMS = "SHA256SUMS"
 TEMPORARY = "tmp-"

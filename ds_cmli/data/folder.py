@@ -16,10 +16,10 @@ import torch
 from PIL import Image, ImageOps
 from torch.utils.data import Dataset
 
+from ds_cmli.common.errors import UserError, nearest
 from ds_cmli.data.bad import Bad
 from ds_cmli.data.batch import Sample
 from ds_cmli.data.tokens import CaptionTokenizer, Tokens
-from ds_cmli.errors import UserError, nearest
 
 METADATA = ("metadata.jsonl", "metadata.csv")
 COLUMNS = ("file_name", "text")

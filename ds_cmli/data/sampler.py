@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import torch
 
-from ds_cmli.errors import UserError
+from ds_cmli.common.errors import UserError
 
 
 def epoch_order(length: int, seed: int, epoch: int) -> torch.Tensor:

@@ -17,10 +17,10 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
+from ds_cmli.common.errors import UserError
 from ds_cmli.data import assets
 from ds_cmli.data.batch import NO_PICTURE, Sample
 from ds_cmli.data.tokens import CaptionTokenizer, Tokens
-from ds_cmli.errors import UserError
 
 TRAIN_SCENES = 20_000
 EVAL_SCENES = 300

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
+from ds_cmli.common.errors import UserError
 from ds_cmli.data import assets
-from ds_cmli.errors import UserError
 
 WORDS = Path(__file__).with_name("words.txt")
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")

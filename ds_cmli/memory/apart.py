@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ds_cmli.config import Config
+from ds_cmli.config.schema import Config
 
 LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
@@ -109,7 +109,7 @@ def answer(request: dict[str, Any]) -> Answer:
 
 
 def main() -> None:
-    from ds_cmli import quiet
+    from ds_cmli.common import quiet
 
     quiet.silence()
     # Libraries print to stdout when they like; the answers have it for themselves.

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from ds_cmli.errors import UserError
+from ds_cmli.common.errors import UserError
 
 MEASURED, ASSUMED = "measured", "assumed"
 

@@ -12,7 +12,7 @@ import torch
 from ds_cmli.cmli.check import DEFAULT_SCRATCH_BYTES, winner_dtype
 from ds_cmli.cmli.ragged import largest, make_blocks
 from ds_cmli.cmli.tiling import Widths, tile_sizes
-from ds_cmli.config import check
+from ds_cmli.config.schema import check
 
 SPECIAL_TOKENS = 2  # [CLS] and [SEP]/[EOS], which the document leaves out of its formulas but not out of M
 

@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ds_cmli import distributed
+from ds_cmli.distributed import process_group as distributed
 
 
 class Answers(TorchDispatchMode):

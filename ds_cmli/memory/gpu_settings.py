@@ -7,8 +7,8 @@ import copy
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from ds_cmli.config import Config
-from ds_cmli.presets import load_preset
+from ds_cmli.config.presets import load_preset
+from ds_cmli.config.schema import Config
 
 STEPS = 3  # the optimizer's states appear in the first, the peak in the second; one more shows that it stays
 

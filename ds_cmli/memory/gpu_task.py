@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from ds_cmli import quiet
+from ds_cmli.common import quiet
 
 quiet.silence()
 

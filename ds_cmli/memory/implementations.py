@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ds_cmli import losses
 from ds_cmli.cmli import cmli_scores
+from ds_cmli.losses import functions as losses
 from ds_cmli.memory.estimates import SPECIAL_TOKENS, Setting
 
 

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from ds_cmli import distributed
-from ds_cmli.config import Config
+from ds_cmli.config.schema import Config
+from ds_cmli.distributed import process_group as distributed
+from ds_cmli.engine import Step
 from ds_cmli.memory import apart, cards, measure_cpu, measure_cuda
 from ds_cmli.memory.report import Report, summarise
 from ds_cmli.memory.tracker import Tracker
-from ds_cmli.step import Step
 
 FILE, SNAPSHOT = "memory.json", "memory-snapshot.pickle"
 

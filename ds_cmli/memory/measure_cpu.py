@@ -12,8 +12,9 @@ from unittest.mock import patch
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from ds_cmli import deepspeed_json, step
-from ds_cmli.config import Config
+from ds_cmli import engine as step
+from ds_cmli.config import deepspeed_json
+from ds_cmli.config.schema import Config
 from ds_cmli.memory.fake import process_group
 from ds_cmli.memory.phases import phases
 from ds_cmli.memory.predict import (

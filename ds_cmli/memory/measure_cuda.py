@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
-from ds_cmli import deepspeed_json, step
-from ds_cmli.config import Config
+from ds_cmli import engine as step
+from ds_cmli.config import deepspeed_json
+from ds_cmli.config.schema import Config
 from ds_cmli.memory.fake import process_group
 from ds_cmli.memory.predict import TOTAL_STEPS, longest_batch, without_weights
 from ds_cmli.memory.report import Report, summarise

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ds_cmli.step import Step
+from ds_cmli.engine import Step
 
 HOST = "host"  # in no category: an offloaded optimizer's tensors lie in the host's memory
 # Attributes of DeepSpeed's optimizers.

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from unittest.mock import patch
 
-from ds_cmli.step import Step
+from ds_cmli.engine import Step
 
 
 @contextmanager

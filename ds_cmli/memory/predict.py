@@ -14,8 +14,9 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 
-from ds_cmli import deepspeed_json, step
-from ds_cmli.config import Config, check, choice
+from ds_cmli import engine as step
+from ds_cmli.config import deepspeed_json
+from ds_cmli.config.schema import Config, check, choice
 from ds_cmli.data import Batch
 from ds_cmli.data.tokens import load_tokenizer
 from ds_cmli.memory import cards

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ds_cmli.errors import UserError
+from ds_cmli.common.errors import UserError
 
 
 def parse_steps(text: str, total_steps: int, done: int = 0) -> tuple[int, int]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ds_cmli.errors import UserError
+from ds_cmli.common.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Profiles:
             folder: the run's; gets `profile/` and `memory.json`.
             done: steps taken before.
         """
-        from ds_cmli import distributed
+        from ds_cmli.distributed import process_group as distributed
         from ds_cmli.memory.measure import profiling_memory
         from ds_cmli.memory.profiler import parse_steps, profiling
 

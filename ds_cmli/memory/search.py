@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
-from ds_cmli import deepspeed_json
-from ds_cmli.config import Config, check, choice
-from ds_cmli.errors import UserError
-from ds_cmli.memory import cards, oom_advice
+from ds_cmli.common.errors import UserError
+from ds_cmli.config import deepspeed_json
+from ds_cmli.config.schema import Config, check, choice
+from ds_cmli.faults import memory_advice as oom_advice
+from ds_cmli.memory import cards
 from ds_cmli.memory.predict import TOTAL_STEPS, Prediction, predict
 
 AXES = ("batch", "world", "stage")

@@ -17,14 +17,14 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ds_cmli import distributed
 from ds_cmli.cmli.peak import cmli_peak_bytes
+from ds_cmli.distributed import process_group as distributed
+from ds_cmli.engine import Step
 from ds_cmli.memory.allocations import IN_PLACE
 from ds_cmli.memory.owners import HOST, is_offloaded, owners
 from ds_cmli.memory.phases import phases
 from ds_cmli.memory.report import Event
 from ds_cmli.memory.workspace import workspace_bytes
-from ds_cmli.step import Step
 
 # Of DeepSpeed's optimizers: what these methods allocate belongs to the buckets that gradients travel in.
 BUCKET_METHODS = ("setup_buckets", "reduce_ipg_grads", "_DeepSpeedZeroOptimizer_Stage3__reduce_and_partition_ipg_grads")

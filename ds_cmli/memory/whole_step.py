@@ -19,16 +19,18 @@ from multiprocessing import get_context
 from typing import Any
 from unittest.mock import patch
 
-from ds_cmli import deepspeed_json, quiet, step
-from ds_cmli.config import Config
-from ds_cmli.errors import UserError
+from ds_cmli import engine as step
+from ds_cmli.common import quiet
+from ds_cmli.common.errors import UserError
+from ds_cmli.config import deepspeed_json
+from ds_cmli.config.options import DEFAULT_JSON
+from ds_cmli.config.presets import load_preset
+from ds_cmli.config.schema import Config
 from ds_cmli.memory import apart, cards
 from ds_cmli.memory.compare import GB, MOST_SECONDS, Row, free_bytes
 from ds_cmli.memory.estimates import Setting, claims, deepspeed_model_states, zero_model_states
 from ds_cmli.memory.implementations import broadcast_scores, materialised_scores
 from ds_cmli.memory.predict import DEFAULT_CARD, Prediction, predict
-from ds_cmli.options import DEFAULT_JSON
-from ds_cmli.presets import load_preset
 
 ALL_LOSSES = ("global", "cmli", "target_cmli")
 # What the student learned by before, where the document finds 2 GB left.

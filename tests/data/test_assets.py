@@ -8,8 +8,8 @@ import zipfile
 import pytest
 import torch
 
+from ds_cmli.common.errors import UserError
 from ds_cmli.data import assets
-from ds_cmli.errors import UserError
 
 WHEEL = "ds_cmli_fake-1.0-py3-none-any.whl"
 

@@ -4,11 +4,11 @@ import pytest
 import torch
 from PIL import Image
 
-from ds_cmli.config import DataConfig
+from ds_cmli.common.errors import UserError
+from ds_cmli.config.schema import DataConfig
 from ds_cmli.data import build_data, train_loader
 from ds_cmli.data.folder import HELD_OUT_MOST, load_folder, load_image, read_metadata
 from ds_cmli.data.sampler import GlobalBatchSampler
-from ds_cmli.errors import UserError
 
 
 def write(folder, rows, images=True):

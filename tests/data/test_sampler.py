@@ -1,8 +1,8 @@
 import pytest
 import torch
 
+from ds_cmli.common.errors import UserError
 from ds_cmli.data.sampler import GlobalBatchSampler, epoch_order
-from ds_cmli.errors import UserError
 
 
 def take(sampler, count):

@@ -7,12 +7,12 @@ import pytest
 import torch
 from tokenizers import normalizers, pre_tokenizers
 
-from ds_cmli.config import DataConfig
+from ds_cmli.common.errors import UserError
+from ds_cmli.config.schema import DataConfig
 from ds_cmli.data import build_data, eval_loader, train_loader
 from ds_cmli.data.sampler import GlobalBatchSampler
 from ds_cmli.data.scenes import EVAL_SCENES, TRAIN_SCENES, Pictures
 from ds_cmli.data.tokens import WORDS
-from ds_cmli.errors import UserError
 
 CONFIG = DataConfig(image_size=56, tokenizer="builtin", text_positions=32)
 

@@ -1,7 +1,7 @@
 import pytest
 
+from ds_cmli.common.errors import UserError
 from ds_cmli.data.tokens import SPECIAL, builtin_tokenizer, load_tokenizer
-from ds_cmli.errors import UserError
 
 
 @pytest.fixture(scope="module")

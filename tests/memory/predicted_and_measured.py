@@ -6,13 +6,13 @@ Takes minutes, so it is no test; ends with exit code 1 where one differs by more
 import argparse
 import sys
 
-from ds_cmli import quiet
+from ds_cmli.common import quiet
 
 quiet.silence()
 
+from ds_cmli.config.presets import load_preset  # noqa: E402
 from ds_cmli.memory.measure_cpu import measure  # noqa: E402
 from ds_cmli.memory.predict import predict  # noqa: E402
-from ds_cmli.presets import load_preset  # noqa: E402
 
 BAR = 0.005
 ALL = ("global", "cmli", "target_cmli")

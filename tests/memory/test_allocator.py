@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ds_cmli.errors import UserError
+from ds_cmli.common.errors import UserError
 from ds_cmli.memory import cards
 from ds_cmli.memory.allocator import FIRST_ADDRESS, CachingAllocator, OutOfMemory, replay
 from ds_cmli.memory.recorded import replay_trace

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from ds_cmli.cmli import chunked
-from ds_cmli.errors import UserError
+from ds_cmli.common.errors import UserError
 from ds_cmli.memory.allocations import cpu_sizes
 from ds_cmli.memory.estimates import (
     DOCUMENT,

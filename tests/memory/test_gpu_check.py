@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 
-from ds_cmli import deepspeed_json
+from ds_cmli.config import deepspeed_json
 from ds_cmli.memory import gpu_check, gpu_task, op_check
 from ds_cmli.memory.gpu_check import Check, Outcome
 from ds_cmli.memory.gpu_settings import SETTINGS

@@ -5,8 +5,8 @@ from functools import partial
 import pytest
 import torch
 
-from ds_cmli import losses
 from ds_cmli.cmli.reference import cmli_scores_reference
+from ds_cmli.losses import functions as losses
 from ds_cmli.memory import allocations
 from ds_cmli.memory.estimates import Setting, claims
 from ds_cmli.memory.implementations import (

@@ -6,14 +6,16 @@ import types
 import pytest
 import torch
 
-from ds_cmli import deepspeed_json, distributed, step
-from ds_cmli.errors import UserError
+from ds_cmli import engine as step
+from ds_cmli.common.errors import UserError
+from ds_cmli.config import deepspeed_json
+from ds_cmli.config.presets import load_preset
+from ds_cmli.distributed import process_group as distributed
 from ds_cmli.memory import measure, measure_cuda
 from ds_cmli.memory.fake import process_group
 from ds_cmli.memory.predict import longest_batch, without_weights
 from ds_cmli.memory.profiles import Profiles
 from ds_cmli.memory.report import CATEGORIES, PHASES, Event, summarise
-from ds_cmli.presets import load_preset
 
 FP32 = {"zero_optimization": {"stage": 2, "reduce_bucket_size": 100_000}}
 BF16 = {**FP32, "bf16": {"enabled": True}}

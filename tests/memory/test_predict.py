@@ -11,16 +11,18 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ds_cmli import deepspeed_json, distributed, step
+from ds_cmli import engine as step
 from ds_cmli.cmli.reference import cmli_scores_reference
-from ds_cmli.errors import UserError
+from ds_cmli.common.errors import UserError
+from ds_cmli.config import deepspeed_json
+from ds_cmli.config.presets import load_preset
+from ds_cmli.distributed import process_group as distributed
 from ds_cmli.memory import search
 from ds_cmli.memory.fake import fake_world
 from ds_cmli.memory.measure_cpu import measure
 from ds_cmli.memory.predict import longest_batch, predict, without_weights
 from ds_cmli.memory.report import CATEGORIES
 from ds_cmli.memory.tracker import Tracker
-from ds_cmli.presets import load_preset
 from tests.conftest import ROOT, clean_environment
 
 ALL = ("global", "cmli", "target_cmli")

@@ -12,7 +12,7 @@ import urllib.request
 import pytest
 import torch
 
-from ds_cmli.errors import UserError
+from ds_cmli.common.errors import UserError
 from ds_cmli.memory.profiler import parse_steps, profiling
 from ds_cmli.memory.profiles import Profiles
 from tests.conftest import free_port, run

@@ -3,12 +3,14 @@
 import pytest
 import torch
 
-from ds_cmli import deepspeed_json, distributed, step
+from ds_cmli import engine as step
 from ds_cmli.cmli import cmli_peak_bytes, cmli_scores
+from ds_cmli.config import deepspeed_json
+from ds_cmli.config.presets import load_preset
+from ds_cmli.distributed import process_group as distributed
 from ds_cmli.memory.predict import longest_batch
 from ds_cmli.memory.report import summarise
 from ds_cmli.memory.tracker import Tracker
-from ds_cmli.presets import load_preset
 
 
 def live(tracker: Tracker) -> dict[str, int]:

@@ -1,0 +1,69 @@
+"""How DeepSpeed's files of a checkpoint are written and read, in the place of its own `TorchCheckpointEngine`.
+
+Written: with a checksum, forced to disk, and without raising, as one rank that leaves DeepSpeed's `save_checkpoint`
+leaves the others waiting in it. Read: by PyTorch's loader that runs no code from a file; beside tensors and plain
+values it builds only the four classes of DeepSpeed's named here.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+from deepspeed.runtime.zero.config import ZeroStageEnum
+from deepspeed.utils.tensor_fragment import fragment_address
+
+from ds_cmli.checkpoint import checksums as manifest
+
+DEEPSPEED_CLASSES = [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
+
+
+class Shards(TorchCheckpointEngine):
+    """Attributes: `files`, what the manifest says of each file written; `error`, why one could not be."""
+
+    def __init__(self):
+        super().__init__()
+        self.files: dict[str, dict[str, Any]] = {}
+        self.error: Exception | None = None
+
+    def makedirs(self, path, exist_ok=False):
+        try:
+            super().makedirs(path, exist_ok=exist_ok)
+        except OSError as error:
+            self.error = error
+
+    def save(self, state_dict, path):
+        write_tensors(self, state_dict, Path(path))
+
+    def load(self, path, map_location=None):
+        return torch.load(path, map_location=map_location, weights_only=True)  # what `no_code` allows, and no more
+
+
+def write_tensors(shards: Shards, value: Any, path: Path) -> None:
+    """`torch.save`, noted in `shards`."""
+    if shards.error is not None:
+        return
+    try:
+        shards.files[path.name] = manifest.write_file(path, lambda file: torch.save(value, file))
+    except OSError as error:
+        shards.error = error
+
+
+@contextmanager
+def no_code() -> Iterator[None]:
+    """Files are read without running code from them, also by libraries that ask for it. Does not nest."""
+    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        with torch.serialization.safe_globals(DEEPSPEED_CLASSES):
+            yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before

@@ -1,0 +1,276 @@
+"""How a run goes on: which checkpoint, whether it fits, and putting everything back as it was.
+
+Everything read here has been verified against the checkpoint's manifest; DeepSpeed's files and ours are loaded without
+running code from them.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ds_cmli import metrics
+from ds_cmli.checkpoint import checksums as manifest
+from ds_cmli.checkpoint import save as checkpoint
+from ds_cmli.checkpoint import world_size as universal
+from ds_cmli.checkpoint.train_state import RankState, TrainState, generators, redistribute, restore_generators
+from ds_cmli.common import provenance as environment
+from ds_cmli.common.errors import UserError
+from ds_cmli.config import settings
+from ds_cmli.config.deepspeed_json import BATCH_KEYS
+from ds_cmli.config.schema import Config
+from ds_cmli.data import BadSamples, GlobalBatchSampler
+from ds_cmli.distributed import process_group as distributed
+from ds_cmli.engine import Step
+
+
+@dataclass
+class Found:
+    """A verified checkpoint to go on from."""
+
+    path: Path
+    state: TrainState
+    ranks: int  # that wrote it
+    lines: list[str]  # what to tell: damaged checkpoints that were passed over
+
+    @property
+    def same_ranks(self) -> bool:
+        return self.ranks == distributed.world_size()
+
+    @property
+    def cut_as_asked(self) -> bool:
+        """Whether this start's settings still say how the batch is cut into ranks."""
+        return self.same_ranks and not self.state.cut
+
+
+def run_folder(resume: str, output_dir: str) -> str:
+    """Where the run is written: `--output-dir`, or else the folder of the run that `--resume PATH` names."""
+    if output_dir or resume in ("auto", "never"):
+        return output_dir
+    path = Path(resume).absolute()
+    if (path / manifest.NAME).is_file():
+        path = path.parent
+    return str(path.parent if path.name == checkpoint.FOLDER else path)
+
+
+def requeued(resume: str, folder: Path) -> str:
+    """`--resume` as it is to be understood by a Slurm job that starts again with the same command line.
+
+    Where the job has saved before, "never" and the path of another checkpoint are done with: it goes on by "auto".
+    """
+    env = os.environ
+    if env.get("SLURM_RESTART_COUNT", "0") == "0" or not checkpoint.names(folder / checkpoint.FOLDER):
+        return resume
+    try:
+        job = json.loads((folder / "config.json").read_text()).get("slurm_job")
+    except (OSError, ValueError):
+        return resume
+    return "auto" if job is not None and job == env.get("SLURM_JOB_ID") else resume
+
+
+def find(resume: str, folder: Path) -> Found | None:
+    """The newest checkpoint that is whole, by `--resume` and the run's folder; None for a fresh start. Collective.
+
+    Raises:
+        UserError: on every rank, where the path has no checkpoint, or all of them are damaged.
+    """
+    paths, error = distributed.broadcast_object(  # collective
+        _candidates(resume, folder) if distributed.is_main() else None
+    )
+    if error is not None:
+        raise UserError(error)
+    lines: list[str] = []
+    for path in paths:
+        # Ranks share the reading; it costs as much as loading.
+        own = manifest.problem(path, distributed.rank(), distributed.world_size())
+        problem = next((p for p in distributed.gather_objects(own) if p), None)  # collective
+        if problem is None:
+            state = checkpoint.read_state(path)
+            return Found(path, state, state.world_size, lines)
+        lines.append(f"checkpoint {path} is damaged: {problem}; trying the one before")
+    if lines:
+        raise UserError(f"{lines[-1].rsplit(';', 1)[0]}; there is no other to go on from: --resume never starts over")
+    return None
+
+
+def _candidates(resume: str, folder: Path) -> tuple[list[Path], str | None]:
+    """Checkpoints in the order to try them, or what is wrong with `--resume`."""
+    own = folder / checkpoint.FOLDER
+    known = [own / name for name in checkpoint.candidates(own)]
+    if resume == "never":
+        return [], None
+    if resume == "auto":
+        return known, None
+    path = Path(resume).absolute()
+    if path.is_dir() and path.name in checkpoint.names(path.parent):
+        root, found = path.parent, [path]
+    else:
+        root = path if path.name == checkpoint.FOLDER else path / checkpoint.FOLDER
+        found = [root / name for name in checkpoint.candidates(root)]
+    if known and root != own.absolute():
+        return known, None  # started from another run before, and interrupted since
+    return found, None if found else f"--resume is {resume!r}: no checkpoint there; give a run's output folder"
+
+
+def cut_batch(found: Found | None, ds_config: dict[str, Any]) -> dict[str, Any]:
+    """The DeepSpeed JSON with the batch of the run to resume, where the number of ranks has changed, now or before.
+
+    The global batch stays, and with it the negatives; so does accumulation, which must not stand in for ranks.
+
+    Raises:
+        UserError: the batch does not divide by the number of ranks.
+    """
+    if found is None or found.cut_as_asked:
+        return ds_config
+    total, accumulation, ranks = found.state.train_batch_size, found.state.accumulation, distributed.world_size()
+    negatives = total // accumulation
+    if negatives % ranks:
+        fitting = ", ".join(str(n) for n in range(1, negatives + 1) if negatives % n == 0)
+        raise UserError(
+            f"the run to resume has a batch of {total} = {negatives} pairs x {accumulation} accumulation, which "
+            f"{ranks} ranks cannot share evenly: start it on a number of ranks out of {fitting}"
+        )
+    given = {key: ds_config[key] for key in ("train_batch_size", "gradient_accumulation_steps") if key in ds_config}
+    kept = dict(zip(BATCH_KEYS, (total, negatives // ranks, accumulation), strict=True))
+    return {**ds_config, **kept, **{key: value for key, value in given.items() if value != "auto"}}
+
+
+def state_of(
+    found: Found | None,
+    config: Config,
+    ds_config: dict[str, Any],
+    with_changes: bool,
+    say: Callable[[str], None],
+) -> TrainState:
+    """The state to go on from, or a fresh one, with the settings and the batch of this start.
+
+    Raises:
+        UserError: the run to resume was made with other settings; the differences are listed.
+    """
+    now = settings.compared(config, ds_config)
+    state = TrainState() if found is None else found.state
+    if found is not None:
+        for line in found.lines:
+            say(line)
+        changed = settings.differences(state.config, now, found.cut_as_asked)
+        if changed and not with_changes:
+            raise UserError(
+                f"the run in {found.path.parent.parent} was made with other settings: {'; '.join(changed)}. Give the "
+                "old ones, another --output-dir, or --resume-with-changes"
+            )
+        say(f"resuming from {found.path}" + (f" with changes: {'; '.join(changed)}" if changed else ""))
+        if not found.same_ranks:
+            say(f"on {distributed.world_size()} ranks instead of {found.ranks}, through a universal checkpoint")
+        state.cut = not found.cut_as_asked
+    state.config, state.digest = now, settings.digest(now)
+    state.world_size = distributed.world_size()
+    state.train_batch_size, state.accumulation = ds_config[BATCH_KEYS[0]], ds_config[BATCH_KEYS[2]]
+    return state
+
+
+def for_engine(found: Found | None, ds_config: dict[str, Any]) -> dict[str, Any]:
+    """The JSON that tells DeepSpeed to load a universal checkpoint where the number of ranks has changed."""
+    if found is None or found.same_ranks or ds_config.get("zero_optimization", {}).get("stage", 0) == 0:
+        return ds_config
+    return {**ds_config, "checkpoint": {**ds_config.get("checkpoint", {}), "load_universal": True}}
+
+
+def load(
+    found: Found | None, step: Step, sampler: GlobalBatchSampler, bad: BadSamples, with_changes: bool
+) -> RankState:
+    """Put engine, sampler, broken-sample counts and random generators back, where there is what to go on from.
+
+    Collective. The engine must have been built with the JSON of `for_engine`.
+    """
+    names = 1 + len(step.objective.config.weights)
+    if found is None:
+        return RankState(torch.zeros(names, device=step.device))
+    _load_engine(found, step, with_changes)  # collectives
+    sampler.load_state_dict(found.state.sampler)
+    rank = distributed.rank()
+    if found.same_ranks:
+        own = RankState(**checkpoint.read_rank(found.path, rank))
+    else:
+        every = [checkpoint.read_rank(found.path, r) for r in range(found.ranks)]
+        own = redistribute(every, rank, distributed.world_size(), sampler.seed)
+    own.sums = own.sums.to(step.device)
+    if len(own.sums) != names:  # resumed with other losses
+        own.sums, own.micro_batches = torch.zeros(names, device=step.device), 0
+    bad.count, bad.first = own.bad_count, own.bad_first
+    restore_generators(own.generators)  # last: nothing above may draw from them
+    return own
+
+
+def _load_engine(found: Found, step: Step, with_changes: bool) -> None:
+    from ds_cmli.checkpoint.io import Shards, no_code
+
+    engine, path = step.engine, found.path
+    fresh = [{k: v for k, v in group.items() if k != "params"} for group in engine.optimizer.param_groups]
+    converted = universal.convert(path) if engine.load_universal_checkpoint() else None  # collective
+    path = converted or path
+    engine.checkpoint_engine = Shards()
+    with no_code():
+        engine.load_checkpoint(str(path.parent), tag=path.name)  # collectives
+    if converted is not None:
+        universal.mend(engine.optimizer, fresh)
+        distributed.gather_objects(None)  # collective: all have read it
+        if distributed.is_main():
+            universal.remove(converted)
+    if with_changes:
+        _apply_rates(engine, fresh)
+
+
+def _apply_rates(engine: Any, fresh: list[dict[str, Any]]) -> None:
+    """Let a changed learning rate, weight decay and the like count, which a checkpoint would overrule."""
+    schedule = engine.lr_scheduler
+    for group, new in zip(engine.optimizer.param_groups, fresh, strict=True):
+        group.update({k: v for k, v in new.items() if k != "lr"})
+    if isinstance(schedule, torch.optim.lr_scheduler.LambdaLR):
+        schedule.base_lrs = [group["initial_lr"] for group in fresh]
+        rates = [base * f(schedule.last_epoch) for base, f in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
+        for group, rate in zip(engine.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+
+
+def settle(resume: str, found: Found | None, folder: Path, config: Config, ds_config: dict[str, Any]) -> None:
+    """Make the run's folder agree with where the run goes on: what a later step left there must not count again.
+
+    Collective; raises `UserError` on every rank where it cannot be written.
+    """
+    error = None
+    if distributed.is_main():
+        try:
+            _settle(resume, found, folder, config, ds_config)
+        except OSError as caught:
+            error = f"--output-dir is {str(folder)!r}: cannot write there: {caught.strerror}"
+    error = distributed.broadcast_object(error)  # collective
+    if error is not None:
+        raise UserError(error)
+
+
+def _settle(resume: str, found: Found | None, folder: Path, config: Config, ds_config: dict[str, Any]) -> None:
+    root = folder / checkpoint.FOLDER
+    if resume == "never":
+        shutil.rmtree(root, ignore_errors=True)
+    if (
+        found is not None
+        and found.path.parent.absolute() == root.absolute()
+        and checkpoint.latest(root) != found.path.name
+    ):
+        manifest.publish(root / checkpoint.LATEST, found.path.name.encode())
+    state = found.state if found is not None else TrainState()
+    metrics.cut(folder / metrics.METRICS, state.step, state.evaluated)
+    beside = folder / ("config.json" + checkpoint.WRITING)
+    environment.write(beside, config, ds_config)
+    os.replace(beside, folder / "config.json")
+
+
+def collect(state: TrainState, own: RankState, sampler: GlobalBatchSampler, bad: BadSamples) -> RankState:
+    """Everything to be saved now: completes `state`, and returns this rank's own. CPU-GPU sync."""
+    state.sampler = sampler.state_dict()
+    return RankState(own.sums, own.micro_batches, bad.count, list(bad.first), generators())

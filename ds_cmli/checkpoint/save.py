@@ -1,0 +1,237 @@
+"""Checkpoints: written beside, published by a rename, verified before use; and the student's weights alone.
+
+`checkpoint/stepN/` holds DeepSpeed's files, `state.json` (`TrainState`), `rank-R.pt` (`RankState`) and `manifest.json`;
+`checkpoint/latest` names the newest one that is whole. Until that file is replaced the checkpoint before counts, and
+what is not whole ends in `.writing`. A folder `stepN.K` is a later checkpoint of the same step.
+"""
+
+import json
+import os
+import re
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from safetensors.torch import save as to_safetensors
+from torch import nn
+
+from ds_cmli.checkpoint import checksums as manifest
+from ds_cmli.checkpoint.train_state import RankState, TrainState
+from ds_cmli.common.errors import UserError
+from ds_cmli.distributed import process_group as distributed
+from ds_cmli.engine import Step
+
+FOLDER = "checkpoint"
+LATEST = "latest"  # DeepSpeed's name, so that its tools find the newest checkpoint too
+STATE = "state.json"
+WEIGHTS = "student.safetensors"
+WRITING = ".writing"
+BYTES_PER_PARAMETER = 24  # at most: weights, fp32 copy and two moments, and the student once more
+MARGIN = 1.1  # of the space needed
+
+
+@dataclass
+class Saved:
+    """What became of a checkpoint: `error` says why there is none."""
+
+    name: str
+    seconds: float
+    bytes: int = 0
+    error: str | None = None
+
+
+def names(root: Path) -> list[str]:
+    """The checkpoints in `root`, oldest first."""
+    found = []
+    for path in root.iterdir() if root.is_dir() else ():
+        match = re.fullmatch(r"step(\d+)(?:\.(\d+))?", path.name)
+        if match and path.is_dir():
+            found.append((int(match[1]), int(match[2] or 0), path.name))
+    return [name for *_, name in sorted(found)]
+
+
+def latest(root: Path) -> str | None:
+    """The checkpoint that counts; None where none has been published, or the pointer cannot be read."""
+    try:
+        name = (root / LATEST).read_text().strip()
+    except (OSError, UnicodeDecodeError):
+        return None
+    return name if name in names(root) else None
+
+
+def candidates(root: Path) -> list[str]:
+    """Which checkpoints to try, in order: the published one, then older ones; without a pointer all of them."""
+    known, newest = names(root), latest(root)
+    return (known if newest is None else known[: known.index(newest) + 1])[::-1]
+
+
+def save(folder: Path, step: Step, state: TrainState, own: RankState, keep: int) -> Saved:
+    """Write and publish a checkpoint of the run in `folder`, and its `student.safetensors`. Collective.
+
+    A full disk or any other failure to write, on any rank, leaves what was published before as it was.
+    """
+    started = time.monotonic()
+    root = folder / FOLDER
+    name, refusal = distributed.broadcast_object(
+        _prepare(root, step, state.step) if distributed.is_main() else None
+    )  # collective
+    writing = root / (name + WRITING)
+    if refusal is None:
+        files, refusal = _write(folder, writing, step, state, own)  # collectives
+    if distributed.is_main():
+        try:
+            if refusal is None:
+                manifest.write(writing, files)
+                _publish(folder, root, name, keep)
+        except OSError as error:
+            refusal = str(error)
+        if refusal is not None:
+            _remove(writing)
+            (folder / (WEIGHTS + WRITING)).unlink(missing_ok=True)
+    refusal = distributed.broadcast_object(refusal)  # collective: nobody goes on, or ends, before it is published
+    size = 0 if refusal else sum(file["bytes"] for file in files.values())
+    return Saved(name, time.monotonic() - started, size, refusal)
+
+
+def _prepare(root: Path, step: Step, number: int) -> tuple[str, str | None]:
+    """A name that is free, and why nothing can be written, if so. What was left half written goes."""
+    known = names(root)
+    name = first = f"step{number}"
+    again = 0
+    while name in known:
+        again += 1
+        name = f"{first}.{again}"
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        for path in root.glob("*" + WRITING):
+            _remove(path)
+        need = MARGIN * _expected_bytes(root, step)
+        free = shutil.disk_usage(root).free
+        if free < need:
+            return name, f"it needs about {need / 1e6:,.1f} MB, and {free / 1e6:,.1f} MB are free"
+        (root / (name + WRITING)).mkdir()
+    except OSError as error:
+        return name, str(error)
+    return name, None
+
+
+def _expected_bytes(root: Path, step: Step) -> int:
+    """Of the next checkpoint: as many as the last one, or an estimate from the number of parameters."""
+    newest = latest(root)
+    if newest is not None:
+        try:
+            return sum(file["bytes"] for file in manifest.read(root / newest).values())
+        except ValueError:
+            pass
+    return BYTES_PER_PARAMETER * sum(_shape(p).numel() for p in step.objective.parameters())
+
+
+def _write(
+    folder: Path, writing: Path, step: Step, state: TrainState, own: RankState
+) -> tuple[dict[str, dict[str, Any]], str | None]:
+    """Every file of a checkpoint, and `student.safetensors` beside the old one. Collective; raises on no rank alone.
+
+    Returns what the manifest says of the files of all ranks, and why it failed, if it did.
+    """
+    from ds_cmli.checkpoint.io import Shards, write_tensors
+
+    shards = Shards()
+    engine = step.engine
+    engine.checkpoint_engine = shards
+    engine._copy_recovery_script = lambda path: None  # `student.safetensors` is in fp32 already
+    engine.save_checkpoint(str(writing.parent), tag=writing.name, save_latest=False)  # collectives
+    write_tensors(shards, own.to_dict(), writing / f"rank-{distributed.rank()}.pt")
+    weights = full_weights(step.objective, step.engine.optimizer)  # collectives
+    if distributed.is_main() and shards.error is None:
+        text = json.dumps(state.to_dict(), indent=1)
+        data = to_safetensors(weights, metadata={"format": "pt"})  # one key: with more, their order is random
+        try:
+            shards.files[STATE] = manifest.write_file(writing / STATE, lambda file: file.write(text.encode()))
+            manifest.write_file(folder / (WEIGHTS + WRITING), lambda file: file.write(data))
+        except OSError as error:
+            shards.error = error
+    problem = None if shards.error is None else str(shards.error).splitlines()[0]
+    found = distributed.gather_objects((shards.files, problem))  # collective
+    files = {name: file for theirs, _ in found for name, file in theirs.items()}
+    return files, next((f"rank {rank}: {theirs}" for rank, (_, theirs) in enumerate(found) if theirs), None)
+
+
+def _publish(folder: Path, root: Path, name: str, keep: int) -> None:
+    """Make the checkpoint written beside count, then remove old ones."""
+    os.replace(root / (name + WRITING), root / name)
+    manifest.sync_folder(root)
+    os.replace(folder / (WEIGHTS + WRITING), folder / WEIGHTS)
+    manifest.sync_folder(folder)
+    before = candidates(root)
+    manifest.publish(root / LATEST, name.encode())
+    # Those after the one published before belong to a branch that a resume from an older one has left.
+    kept = {name, *[n for n in before if n != name][: keep - 1]}
+    for other in names(root):
+        if other not in kept:
+            _remove(root / other)
+
+
+def _remove(path: Path) -> None:
+    shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def read_state(path: Path) -> TrainState:
+    """Of a verified checkpoint."""
+    return TrainState(**json.loads((path / STATE).read_text()))
+
+
+def read_rank(path: Path, rank: int) -> dict[str, Any]:
+    return torch.load(path / f"rank-{rank}.pt", map_location="cpu", weights_only=True)
+
+
+def full_weights(module: nn.Module, optimizer: Any) -> dict[str, torch.Tensor]:
+    """Student and temperatures in fp32, from the optimizer's master copy, whatever the ZeRO stage. Collective."""
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    masters = _masters_without_zero(optimizer)
+    out = {}
+    for name, parameter in module.named_parameters():
+        if name.startswith("width_head."):
+            continue  # maps to the teacher's width: part of distillation, not of the student
+        full = masters.get(id(parameter))
+        if full is None:
+            full = safe_get_full_fp32_param(parameter)  # collective; CPU-GPU sync in the copy
+        out[name] = (parameter if full is None else full).detach().float().cpu().reshape(_shape(parameter)).contiguous()
+    return out
+
+
+def _masters_without_zero(optimizer: Any) -> dict[int, torch.Tensor]:
+    """id of a 16-bit parameter -> its fp32 master copy, which DeepSpeed's function knows only under ZeRO."""
+    out: dict[int, torch.Tensor] = {}
+    if hasattr(optimizer, "fp32_groups"):  # FP16_UnfusedOptimizer
+        for group, masters in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
+            out |= {id(p): master for p, master in zip(group, masters, strict=True)}
+    elif hasattr(optimizer, "fp32_groups_flat"):  # FP16_Optimizer
+        for group, flat in zip(optimizer.fp16_groups, optimizer.fp32_groups_flat, strict=True):
+            parts = flat.split([p.numel() for p in group])
+            out |= {id(p): part for p, part in zip(group, parts, strict=True)}
+    return out
+
+
+def _shape(parameter: nn.Parameter) -> torch.Size:
+    # Under ZeRO-3 a parameter's own shape is empty between uses.
+    return getattr(parameter, "ds_shape", parameter.shape)
+
+
+def load_weights(folder: Path, module: nn.Module) -> None:
+    """Fill `module` from `folder/student.safetensors`; raises `UserError` where they do not belong together."""
+    path = folder / WEIGHTS
+    if not path.is_file():
+        raise UserError(f"--checkpoint is {str(folder)!r}: no {WEIGHTS} there; give a run's output folder")
+    try:
+        missing, unexpected = module.load_state_dict(load_file(path), strict=False)
+    except Exception as error:
+        raise UserError(f"--checkpoint {path}: cannot load it: {str(error).splitlines()[-1].strip()}") from None
+    if missing or unexpected:
+        raise UserError(
+            f"--checkpoint {path}: does not fit the model: {(missing + unexpected)[0]!r} has no counterpart"
+        )

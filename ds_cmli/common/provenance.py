@@ -1,0 +1,47 @@
+"""What a run was made with: configuration, versions and revision, in `config.json` of its folder."""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from ds_cmli.config.schema import Config
+
+PACKAGES = ("ds-cmli", "torch", "deepspeed", "transformers", "timm")
+
+
+def revision() -> str | None:
+    """The git commit of the source tree, "+" behind it where files were changed; None outside a repository."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head + ("+" if changed.strip() else "")
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def write(path: Path, config: Config, ds_config: dict[str, Any]) -> None:
+    content = {
+        "config": config.to_dict(),
+        "deepspeed": ds_config,
+        "versions": versions(),
+        "revision": revision(),
+        "command": sys.argv,
+        "slurm_job": os.environ.get("SLURM_JOB_ID"),
+    }
+    path.write_text(json.dumps(content, indent=2) + "\n")

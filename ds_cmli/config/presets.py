@@ -1,0 +1,73 @@
+"""The presets: `demo`, `paper` and `tiny`, as what they change of `config.py`'s defaults."""
+
+from typing import Any
+
+from ds_cmli.config.schema import Config, choice
+
+PRESETS: dict[str, dict[str, dict[str, Any]]] = {
+    # Real pairs and real weights at half the document's width, sized for two CPU cores.
+    "demo": {
+        "student": {
+            # MiniLM's sizes, for `--init random`; the packaged weights bring the same.
+            "text_overrides": {
+                "hidden_size": 384,
+                "num_hidden_layers": 6,
+                "num_attention_heads": 12,
+                "intermediate_size": 1536,
+            },
+            "dropout": 0.0,  # for longer trainings
+        },
+        "optim": {"lr": 2e-4, "warmup_share": 0.15, "micro_batch": 64, "steps": 210},
+    },
+    # The document's setting. Card and models are assumed: it names neither.
+    "paper": {
+        "student": {
+            "image_model": "vit_base_patch16_224",
+            "image_weights": "hub",
+            "text_model": "bert-base-uncased",
+            "text_weights": "hub",
+        },
+        "teacher": {"model": "beitv2_base_patch16_224", "weights": "hub", "block": -1},
+        "data": {"image_size": 224, "text_positions": 64, "tokenizer": "bert-base-uncased", "workers": 8},
+        "optim": {"lr": 5e-4, "micro_batch": 256, "steps": None, "epochs": 7, "weight_decay": 0.01},
+        "run": {"log_every": 50, "eval_every": 1000, "save_every": 1000},
+    },
+    # For tests: nothing is downloaded but the pictures, a step takes well under a second.
+    "tiny": {
+        "student": {
+            "image_model": "vit_tiny_patch16_224",
+            "image_weights": "random",
+            "image_overrides": {"embed_dim": 32, "depth": 2, "num_heads": 2, "patch_size": 14},
+            "text_model": "bert",
+            "text_weights": "random",
+            "text_overrides": {
+                "hidden_size": 32,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 2,
+                "intermediate_size": 64,
+            },
+            "layers": 2,
+            "embed_dim": 16,
+            "dropout": 0.0,  # the same loss whatever the number of ranks
+        },
+        "teacher": {
+            "model": "vit_tiny_patch16_224",
+            "weights": "random",
+            "overrides": {"embed_dim": 32, "depth": 2, "num_heads": 2, "patch_size": 14},
+            "block": -1,
+        },
+        "data": {"image_size": 56, "tokenizer": "builtin", "text_positions": 32},
+        "optim": {"micro_batch": 8, "steps": 20, "lr": 1e-3},
+        "run": {"log_every": 1},
+    },
+}
+
+
+def load_preset(name: str, overrides: dict[str, dict[str, Any]]) -> Config:
+    """The preset's configuration with `overrides` ({section: {setting: value}}) on top."""
+    choice("--preset", name, PRESETS)
+    values: dict[str, dict[str, Any]] = {"run": {"preset": name}}
+    for layer in (PRESETS[name], overrides):
+        for section, settings in layer.items():
+            values.setdefault(section, {}).update(settings)
+    return Config.from_dict(values)

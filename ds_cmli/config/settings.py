@@ -1,0 +1,45 @@
+"""Which settings a run may change when it is resumed, and how the others' differences are told."""
+
+import hashlib
+import json
+from typing import Any
+
+from ds_cmli.config.schema import Config
+
+# Where results go and how often they are looked at: no step depends on these.
+FREE = {
+    *("run.preset", "run.output_dir", "run.log_every", "run.eval_every", "run.save_every", "run.save_minutes"),
+    *("run.keep", "run.resume", "run.resume_with_changes", "run.most_skipped", "run.watchdog", "data.workers"),
+}
+# How the global batch is cut into ranks: it stays the same, and the cut follows the number of ranks.
+CUT = {"optim.micro_batch", "deepspeed.train_micro_batch_size_per_gpu"}
+
+
+def flatten(value: Any, path: str = "") -> dict[str, Any]:
+    """`{"a": {"b": 1}}` -> `{"a.b": 1}`."""
+    if not isinstance(value, dict) or not value:
+        return {path: value}
+    out: dict[str, Any] = {}
+    for key, item in value.items():
+        out |= flatten(item, f"{path}.{key}" if path else str(key))
+    return out
+
+
+def compared(config: Config, ds_config: dict[str, Any]) -> dict[str, Any]:
+    """What must not change: `{"student.layers": 6, ..., "deepspeed.gradient_clipping": 1.0, ...}`, as JSON gives it."""
+    settings = flatten({**config.to_dict(), "deepspeed": {k: v for k, v in ds_config.items() if k != "checkpoint"}})
+    return json.loads(json.dumps({name: value for name, value in settings.items() if name not in FREE}))
+
+
+def digest(settings: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+
+def differences(before: dict[str, Any], now: dict[str, Any], same_ranks: bool) -> list[str]:
+    """`["optim.lr: 0.001 -> 0.002", ...]`."""
+    names = sorted({*before, *now} - (set() if same_ranks else CUT))
+
+    def show(settings: dict[str, Any], name: str) -> str:
+        return json.dumps(settings[name]) if name in settings else "not set"
+
+    return [f"{n}: {show(before, n)} -> {show(now, n)}" for n in names if before.get(n, n) != now.get(n, n)]

@@ -1,0 +1,40 @@
+"""What ranks decide together: whether any of them was signalled, failed, or finds that it is time for something."""
+
+import torch
+import torch.distributed as dist
+
+from ds_cmli.common.errors import UserError
+from ds_cmli.distributed import process_group as distributed
+
+
+class Agreement:
+    """A group for small messages between processors: over the GPUs' own group each would stop a GPU to be read."""
+
+    def __init__(self):
+        self.group: dist.ProcessGroup | None = None
+        if distributed.world_size() > 1 and dist.get_backend() != "gloo":
+            self.group = dist.new_group(backend="gloo")  # collective
+
+    def any(self, *flags: bool) -> list[bool]:
+        """Each flag, raised where it is raised on any rank. Collective."""
+        if distributed.world_size() == 1:
+            return list(flags)
+        raised = torch.tensor(flags, dtype=torch.uint8)
+        dist.all_reduce(raised, op=dist.ReduceOp.MAX, group=self.group)  # collective, on the CPU
+        return raised.bool().tolist()
+
+    def gather(self, value) -> list:
+        """Every rank's `value`, on every rank. Collective."""
+        if distributed.world_size() == 1:
+            return [value]
+        out: list = [None] * distributed.world_size()
+        dist.all_gather_object(out, value, group=self.group)  # collective, on the CPU
+        return out
+
+    def raise_together(self, error: Exception | None) -> None:
+        """Call on all ranks where one of them failed: its error is raised there and told by all. Collective."""
+        found = self.gather(None if error is None else str(error) or type(error).__name__)
+        if error is not None and not isinstance(error, UserError):
+            raise error
+        rank, message = next((r, m) for r, m in enumerate(found) if m is not None)
+        raise UserError(message if distributed.world_size() == 1 else f"rank {rank}: {message}")

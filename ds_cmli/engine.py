@@ -1,0 +1,174 @@
+"""Builds student, teacher, losses and DeepSpeed engine from a configuration, and runs one step.
+
+The one place where a training step is put together: whatever trains, profiles or predicts uses it.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ds_cmli.common.errors import UserError
+from ds_cmli.config import deepspeed_json
+from ds_cmli.config.schema import Config
+from ds_cmli.data import Batch, assets
+from ds_cmli.distributed import process_group as distributed
+from ds_cmli.faults import nonfinite as guard
+from ds_cmli.losses.objective import Objective
+from ds_cmli.models.student import Student, checkpoint_blocks
+from ds_cmli.models.teacher import Teacher
+
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+TEACHER_LOSSES = ("target_cmli", "cls_kd")
+
+
+def resolve_precision(ds_config: dict[str, Any]) -> tuple[dict[str, Any], str | None]:
+    """The JSON as this device can run it, and the line that says what changed, if anything did."""
+    from deepspeed.accelerator import get_accelerator
+
+    accelerator = get_accelerator()
+    # CPUs that have fp16 at all run this step two to three times slower in it than in bf16.
+    if deepspeed_json.precision(ds_config) == "fp16" and (
+        accelerator.device_name() == "cpu" or not accelerator.is_fp16_supported()
+    ):
+        notice = f"fp16 is slow or missing on this device ({accelerator.device_name()}): training in bf16 instead"
+        return deepspeed_json.fall_back_to_bf16(ds_config), notice
+    return ds_config, None
+
+
+def demo_assets(config: Config) -> list[str]:
+    """The demo assets that this configuration uses, for one fetch before anything else is built."""
+    student = config.student
+    uses = {
+        "pictures": config.data.source == "demo",
+        "minilm": "demo" in (config.data.tokenizer, student.text_weights),
+        "vit": "demo" in (student.image_weights, config.teacher.weights),
+    }
+    return [name for name, used in uses.items() if used]
+
+
+def resolve_weights(config: Config) -> Config:
+    """The configuration with "demo" weights replaced by the paths of the packaged ones."""
+    student, teacher = config.student, config.teacher
+    if student.image_weights == "demo":
+        student = replace(student, image_weights=str(assets.vit_weights()))
+    if student.text_weights == "demo":
+        student = replace(student, text_weights=str(assets.minilm()))
+    if teacher.weights == "demo":
+        teacher = replace(teacher, weights=str(assets.vit_weights()))
+    return replace(config, student=student, teacher=teacher)
+
+
+def build_models(config: Config, vocab_size: int) -> tuple[Objective, Teacher | None]:
+    """Student with losses, and the teacher where a loss asks for it; on the CPU, in fp32, equal on every rank."""
+    config = resolve_weights(config)
+    torch.manual_seed(config.run.seed)
+    student = Student(config.student, config.data.image_size, vocab_size)
+    teacher = None
+    if any(name in config.loss.weights for name in TEACHER_LOSSES):
+        teacher = Teacher(config.teacher, config.data.image_size, student.grid)
+    return Objective(student, config.loss, teacher.width if teacher else None), teacher
+
+
+def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Weight decay on matrices only: not on norms, biases, temperatures, class tokens and embeddings."""
+    embeddings = {id(p) for m in module.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
+    named = ("cls_token", "pos_embed", "reg_token", "mask_token")
+    decay: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
+    for name, parameter in module.named_parameters():
+        flat = parameter.ndim < 2 or id(parameter) in embeddings or name.rsplit(".", 1)[-1] in named
+        (plain if flat else decay).append(parameter)
+    return [{"params": decay, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+
+
+def use_no_compiler() -> None:
+    """On a CPU, keep DeepSpeed from building its shared-memory collectives: minutes of compiling at the first start."""
+    import deepspeed.ops
+
+    if not torch.cuda.is_available():
+        # The whole table, as DeepSpeed fills it by running compilers.
+        deepspeed.ops.__compatible_ops__ = {}
+
+
+@dataclass
+class Step:
+    engine: Any  # deepspeed.DeepSpeedEngine around the objective
+    objective: Objective
+    teacher: Teacher | None
+    device: torch.device
+    dtype: torch.dtype
+
+    def __call__(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Forward, backward and, at the end of accumulation, update on one micro-batch of this rank.
+
+        Returns the weighted loss and each loss by name, of this rank's pairs, fp32 scalars without graph.
+        """
+        batch = batch.to(self.device)
+        targets = self.teacher(batch.image) if self.teacher is not None else None
+        total, each = self.engine(batch, targets)  # collectives: text features, column statistics
+        total = guard.poison(total)
+        self.engine.backward(total)  # collectives: text gradients, gradient buckets
+        self.engine.step()  # collectives and a CPU-GPU sync: overflow check, gradient norm, updated weights
+        return total.detach(), each
+
+    @property
+    def skipped(self) -> bool:
+        """Whether the update that ended the last accumulation was left out, on all ranks: something was not finite."""
+        return not self.engine.was_step_applied()
+
+    def state(self) -> dict[str, float]:
+        """Learning rate, gradient norm, loss scale and temperatures. CPU-GPU sync."""
+        optimizer = self.engine.optimizer
+        out = {"lr": self.engine.get_lr()[0]}
+        norm = self.engine.get_global_grad_norm()
+        if norm is not None:
+            out["grad_norm"] = float(norm)
+        if self.dtype == torch.float16:
+            out["loss_scale"] = float(optimizer.loss_scale)
+            out["skipped_steps"] = self.engine.skipped_steps
+        for name, temperature in self.objective.temperatures.items():
+            out[f"temperature/{name}"] = temperature
+        return out
+
+
+def build(config: Config, ds_config: dict[str, Any], vocab_size: int, total_steps: int, device: torch.device) -> Step:
+    """The engine around student and losses, ready to step.
+
+    Args:
+        ds_config: the DeepSpeed JSON after `resolve_precision` and `deepspeed_json.resolve`.
+        vocab_size: of the tokenizer.
+        total_steps: optimizer steps of the whole run, for the schedule.
+        device: this rank's; the process group is already up.
+    """
+    import deepspeed
+    from transformers import get_cosine_schedule_with_warmup
+
+    use_no_compiler()
+    deepspeed.init_distributed(verbose=False)
+    dtype = DTYPES[deepspeed_json.precision(ds_config)]
+    objective, teacher = build_models(config, vocab_size)
+    torch.manual_seed(config.run.seed + distributed.rank())  # dropout: its own on each rank
+    if "activation_checkpointing" in ds_config:
+        deepspeed.checkpointing.configure(None, deepspeed_config=ds_config)
+        checkpoint_blocks(objective.student.blocks, deepspeed.checkpointing.checkpoint)
+
+    warmup = config.optim.warmup_steps(total_steps)
+    schedule = None
+    if "scheduler" not in ds_config:
+        schedule = lambda optimizer: get_cosine_schedule_with_warmup(optimizer, warmup, total_steps)  # noqa: E731
+    weight_decay = ds_config["optimizer"]["params"].get("weight_decay", 0.0)
+    try:
+        engine, *_ = deepspeed.initialize(
+            model=objective,
+            model_parameters=parameter_groups(objective, weight_decay),  # type: ignore[arg-type]
+            config=ds_config,
+            lr_scheduler=schedule,
+        )
+    except (AssertionError, ValueError) as error:
+        raise UserError(f"DeepSpeed refuses the configuration: {error}") from error
+    guard.attach(engine)
+    if teacher is not None:
+        teacher.to(device=device, dtype=dtype)
+    return Step(engine, objective, teacher, device, dtype)

@@ -1,0 +1,122 @@
+"""What to change when a setting does not fit: the prediction by category, and one or two settings that would fit."""
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+from ds_cmli.config.schema import Config
+from ds_cmli.memory import apart
+
+MOST = 2  # settings that are proposed
+DEFAULT_BUCKET, SMALL_BUCKET = 500_000_000, 5_000_000  # elements: DeepSpeed's, and one that still fills messages
+SECONDS = 120  # for all predictions; the other ranks wait
+
+
+@dataclass(frozen=True)
+class Change:
+    what: str  # as the user writes it
+    config: Config
+    ds_config: dict[str, Any]
+
+
+def changes(config: Config, ds_config: dict[str, Any], world_size: int, gpu: bool) -> list[Change]:
+    """Settings to try, those that train the same model first, those that change the negatives last.
+
+    Args:
+        ds_config: as `deepspeed_json.resolve` returns it.
+    """
+    out = []
+    same: list[Change] = []
+    if "cmli" in config.loss.weights and not config.loss.cmli_recompute:
+        values = config.to_dict()
+        values["loss"]["cmli_recompute"] = True
+        same.append(Change("--set loss.cmli_recompute=true", Config.from_dict(values), ds_config))
+    if "activation_checkpointing" not in ds_config:
+        changed = {**copy.deepcopy(ds_config), "activation_checkpointing": {}}
+        same.append(Change('"activation_checkpointing": {} in the DeepSpeed JSON', config, changed))
+    out += same
+    if len(same) == 2:
+        out.append(Change(f"{same[0].what} and {same[1].what}", same[0].config, same[1].ds_config))
+    stage = ds_config.get("zero_optimization", {}).get("stage", 0)
+    if stage and ds_config["zero_optimization"].get("reduce_bucket_size", DEFAULT_BUCKET) > SMALL_BUCKET:
+        smaller = _zero(ds_config, reduce_bucket_size=SMALL_BUCKET)
+        out.append(Change(f'"zero_optimization": {{"reduce_bucket_size": {SMALL_BUCKET}}}', config, smaller))
+    if world_size > 1:
+        for higher in range(stage + 1, 4):
+            out.append(Change(f'"zero_optimization": {{"stage": {higher}}}', config, _zero(ds_config, stage=higher)))
+    if gpu and stage and "offload_optimizer" not in ds_config["zero_optimization"]:
+        offload = _zero(ds_config, offload_optimizer={"device": "cpu"})
+        out.append(Change('"zero_optimization": {"offload_optimizer": {"device": "cpu"}} (slower)', config, offload))
+    thrifty = [c for c in out if c.what.startswith(same[0].what)][-1:] if same else []
+    for base in (Change("", config, ds_config), *thrifty):
+        out += _smaller_batches(base, world_size)
+    return out
+
+
+def _zero(ds_config: dict[str, Any], **settings: Any) -> dict[str, Any]:
+    changed = copy.deepcopy(ds_config)
+    changed.setdefault("zero_optimization", {}).update(settings)
+    return changed
+
+
+def _smaller_batches(base: Change, world_size: int) -> list[Change]:
+    """Micro-batches halved down to 1 with the same pairs a step: the contrastive losses see fewer negatives."""
+    out = []
+    micro = base.ds_config["train_micro_batch_size_per_gpu"]
+    steps = base.ds_config["gradient_accumulation_steps"]
+    while micro % 2 == 0:
+        micro, steps = micro // 2, steps * 2
+        changed = copy.deepcopy(base.ds_config)
+        changed.update(train_micro_batch_size_per_gpu=micro, gradient_accumulation_steps=steps)
+        what = (
+            f"--micro-batch {micro} with gradient_accumulation_steps {steps}"
+            f" (the same pairs a step, but negatives from {micro * world_size})"
+        )
+        out.append(Change(f"{base.what} and {what}" if base.what else what, base.config, changed))
+    return out
+
+
+def table(report: dict[str, Any]) -> list[str]:
+    """A prediction by category, largest first, with its sum."""
+    terms = sorted(((n, name) for name, n in report["categories"].items() if n), reverse=True)
+    lines = [f"{name:<20} {n:>16,} B" for n, name in terms]
+    lines.append(f"{'predicted peak':<20} {report['totals']['requested']:>16,} B")
+    if terms:
+        lines.append(f"the largest: {terms[0][1]}")
+    return lines
+
+
+def advise(
+    config: Config, ds_config: dict[str, Any], world_size: int, gpu: bool, room: int | None, snapshot: str
+) -> list[str]:
+    """The lines of the message: the table, the largest term, and at most `MOST` settings that would fit.
+
+    Args:
+        ds_config: as `deepspeed_json.resolve` returns it.
+        room: bytes that tensors can have: on a GPU what the allocator can reserve; None: not known.
+        snapshot: a file for the predicted snapshot; "": none.
+    """
+    target, total = ("cuda", "reserved") if gpu else ("cpu", "requested")
+    tried = changes(config, ds_config, world_size, gpu) if room is not None else []
+    found: list[str] = []
+    fits: list[str] = []
+    with apart.Predictor(SECONDS) as predictor:
+        first = predictor.ask(apart.Request(config, ds_config, world_size, target, snapshot=snapshot))
+        if first.report is None:
+            return [f"no prediction of what would fit: {first.failed}"]
+        lines = table(first.report)
+        if room is None:
+            return lines
+        # Not all of the room is had: heaps and segments fragment. What ran out did so below the prediction at the most.
+        room = min(room, first.report["totals"][total] * 9 // 10)
+        for change in tried:
+            if any(enough in change.what for enough in fits):
+                continue  # it adds to a change that is enough
+            answer = predictor.ask(apart.Request(change.config, change.ds_config, world_size, target))
+            needed = answer.report["totals"][total] if answer.report is not None else room + 1
+            if needed <= room:
+                fits.append(change.what)
+                found.append(f"would fit in {room:,} B by prediction: {change.what}: {needed:,} B")
+            if len(fits) == MOST:
+                break
+    return lines + (found or [f"no setting that was tried would fit in {room:,} B: a smaller model or more memory"])

@@ -1,0 +1,176 @@
+"""Out of memory: training ends on every rank with one message that says what to change, and exit code 2.
+
+The rank that runs out claims a file in the run's folder, so that only one rank speaks where several run out together;
+the others that notice wait for it and end without a word. Nothing here is a collective: a rank that still waits in one
+for the rank that ran out is sent off by the watchdog, or ended by the launcher, which sees the exit code.
+"""
+
+import errno
+import os
+import re
+import resource
+import sys
+import time
+import traceback
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ds_cmli.config.schema import Config
+from ds_cmli.distributed import process_group as distributed
+from ds_cmli.faults import memory_advice as oom_advice
+from ds_cmli.faults.watchdog import Watchdog
+from ds_cmli.memory import measure_cuda
+
+EXIT_CODE = 2  # as for every mistake that the user can mend
+WAIT_SECONDS = 180  # for the rank that speaks; predicting what would fit takes most of it
+PHRASES = ("can't allocate memory", "not enough memory", "std::bad_alloc", "out of memory", "ALLOC_FAILED")
+UNITS = {"bytes": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
+
+
+def is_shortage(error: BaseException) -> bool:
+    """Whether an exception says that memory, of the GPU or of this process, did not suffice."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    return isinstance(error, RuntimeError) and any(phrase in str(error) for phrase in PHRASES)
+
+
+def asked_bytes(error: BaseException) -> int | None:
+    """What the allocator was asked for, as its message says: exact on the CPU, rounded as it prints it on CUDA."""
+    found = re.search(r"tried to allocate ([\d.]+) (bytes|KiB|MiB|GiB)", str(error), re.IGNORECASE)
+    return int(float(found[1]) * UNITS[found[2]]) if found else None
+
+
+@dataclass(frozen=True)
+class Room:
+    """What tensors can have, in bytes; None: not known."""
+
+    bytes: int | None
+    limit: str  # in words
+
+
+def process_room(base: dict[str, int]) -> Room:
+    """On the CPU: the smallest limit set for this process, less what it occupied without tensors (`process_bytes`)."""
+    limits = {"VmData": ("RLIMIT_DATA", resource.RLIMIT_DATA), "VmSize": ("RLIMIT_AS", resource.RLIMIT_AS)}
+    rooms = []
+    for name, (words, kind) in limits.items():
+        limit, _ = resource.getrlimit(kind)
+        if limit != resource.RLIM_INFINITY:
+            rooms.append(Room(limit - base[name], f"of this process, {words} (ulimit) = {limit:,} B"))
+    return min(rooms, key=lambda room: room.bytes or 0, default=Room(None, "of this machine"))
+
+
+def process_bytes() -> dict[str, int]:
+    """VmSize and VmData of this process, Linux's count of what RLIMIT_AS and RLIMIT_DATA limit."""
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return {name: int(lines[name].split()[0]) * 1024 for name in ("VmSize", "VmData")}
+
+
+def device_room(device: torch.device) -> Room:
+    """On CUDA: what the allocator could reserve at most beside the others on the card. Called before it is emptied."""
+    free, total = torch.cuda.mem_get_info(device)  # CPU-GPU sync
+    room = free + torch.cuda.memory_reserved(device)
+    return Room(room, f"of {torch.cuda.get_device_name(device)}, {room:,} B of {total:,} B for tensors of this rank")
+
+
+@contextmanager
+def ending(
+    config: Config, ds_config: dict[str, Any], folder: Path, device: torch.device, dog: Watchdog
+) -> Iterator[None]:
+    """Build and train inside: if memory runs out, this ends the process. Entering is a collective.
+
+    Args:
+        config, ds_config: as `step.build` takes them; the prediction is made of them.
+        folder: the run's, the same on every rank. Gets the message and the snapshot, `out_of_memory*`.
+        dog: is told that speaking takes its time, and then tells the other ranks to leave.
+    """
+    token = distributed.broadcast_object(uuid.uuid4().hex[:8])  # collective
+    message = folder / f"out_of_memory-{token}.txt"
+    snapshot = folder / f"out_of_memory-rank{distributed.rank()}.pickle"
+    base = process_bytes() if device.type == "cpu" else {}
+    if device.type == "cuda":
+        _save_when_cuda_runs_out(snapshot)
+    try:
+        yield
+    except (MemoryError, RuntimeError, OSError) as error:
+        if not (is_shortage(error) or message.exists()):
+            raise
+        with dog.slow():
+            if is_shortage(error):
+                room = process_room(base) if device.type == "cpu" else device_room(device)
+                # The frames hold the step's tensors, and speaking takes memory.
+                traceback.clear_frames(error.__traceback__)
+                if _speak(error, room, message, snapshot, config, ds_config, device):
+                    dog.dismiss()
+                    _leave()
+            # Another rank ran out, and this one met that as a broken connection or ran out later.
+            _wait_for(message)
+            _leave()
+
+
+def _speak(error, room: Room, message: Path, snapshot: Path, config: Config, ds_config, device: torch.device) -> bool:
+    """Print and write the message; False where another rank does it."""
+    try:
+        message.touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    asked = asked_bytes(error)
+    first = "error: out of memory"
+    first += f": rank {distributed.rank()} asked for {asked:,} B" if asked else f" on rank {distributed.rank()}"
+    first += f" over the limit {room.limit}"
+    _lift_limits()
+    gpu = device.type == "cuda"
+    try:
+        predicted = "" if gpu else str(snapshot)  # on a GPU the allocator's own is there
+        lines = oom_advice.advise(config, ds_config, distributed.world_size(), gpu, room.bytes, predicted)
+    except Exception as failed:  # whatever went wrong there, what is known must be said
+        lines = [f"no prediction of what would fit: {type(failed).__name__}: {failed}"]
+    if snapshot.exists():
+        lines.append(f"snapshot for pytorch.org/memory_viz: {snapshot}")
+    text = "\n  ".join([first, *lines]) + "\n"
+    print(text, end="", file=sys.stderr, flush=True)
+    message.write_text(text)
+    return True
+
+
+def _lift_limits() -> None:
+    """For the process that predicts, which would inherit them; this one has nothing left to do but to speak."""
+    for kind in (resource.RLIMIT_DATA, resource.RLIMIT_AS):
+        for limit in (resource.RLIM_INFINITY, resource.getrlimit(kind)[1]):
+            try:
+                resource.setrlimit(kind, (limit, limit))
+                break
+            except (ValueError, OSError):  # above the hard limit, which only the superuser may raise
+                continue
+
+
+def _wait_for(message: Path) -> None:
+    end = time.monotonic() + WAIT_SECONDS
+    while message.stat().st_size == 0 and time.monotonic() < end:
+        time.sleep(0.2)
+
+
+def _leave() -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Not sys.exit: ending the process group would wait for collectives that the other ranks never finish.
+    os._exit(EXIT_CODE)
+
+
+def _save_when_cuda_runs_out(path: Path) -> None:
+    """Have the allocator's state and history saved at the moment it gives up, while everything is still there."""
+    import pickle
+
+    measure_cuda.record_history()
+
+    def save(device: int, asked: int, total: int, free: int) -> None:
+        path.write_bytes(pickle.dumps(torch.cuda.memory._snapshot()))
+
+    torch._C._cuda_attach_out_of_memory_observer(save)  # type: ignore[attr-defined]

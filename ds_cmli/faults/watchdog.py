@@ -1,0 +1,269 @@
+"""Ends the whole job when a rank is dead, hangs or fails, with one line that names the rank, its node and last step.
+
+Every rank publishes its progress through the process group's store and reads that of the others. Ranks train in
+lockstep: the one that all wait for does not sit in a collective, and among several of these it has got on least.
+How long nothing has come of a rank is measured by the reader: clocks differ between nodes.
+"""
+
+import json
+import os
+import platform
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+
+import torch.distributed as dist
+
+from ds_cmli.distributed import process_group as distributed
+
+EXIT_CODE = 1
+SLOW = 10  # times the limit, while models are built, kernels compiled or a checkpoint is written
+COLLECTIVES = ("torch/distributed/", "deepspeed/comm/")  # files in which a thread waits for other ranks
+
+
+@dataclass
+class Beat:
+    """What a rank tells of itself."""
+
+    node: str
+    step: int = 0  # optimizer steps done
+    count: int = 0  # calls of `beat`
+    slow: bool = True
+    waiting: bool = False  # in a collective
+    where: str = ""  # the line of code its main thread is at
+    alive: int = 0  # grows as long as the process runs
+    failed: str = ""  # the exception that ended it
+    done: bool = False
+
+
+class Watchdog:
+    """`with Watchdog(120) as dog: ...; dog.beat(step)` on every rank, while the process group is up.
+
+    Args:
+        timeout: seconds without a beat after which a rank counts as hung, and without any sign of life as dead;
+            0 turns the watchdog off.
+    """
+
+    def __init__(self, timeout: float):
+        self.timeout = timeout
+        self.interval = min(5.0, max(0.2, timeout / 20))  # seconds
+        self.rank, self.world_size = distributed.rank(), distributed.world_size()
+        self.mine = Beat(os.environ.get("SLURMD_NODENAME") or platform.node())
+        self.started = False
+        self.beats: list[Beat | None] = [None] * self.world_size
+        now = time.monotonic()
+        self.progressed, self.lived = [now] * self.world_size, [now] * self.world_size
+        self.first_failure: float | None = None
+        self.silence = 0.0  # seconds since the store, which rank 0 holds, has answered
+        self.store_is_gone = self.reported = False
+        self.main = threading.get_ident()
+        self.closed, self.wake = threading.Event(), threading.Event()
+        self.ending = threading.Lock()
+
+    # --- for the training loop
+
+    def beat(self, step: int | None = None) -> None:
+        """This rank has got on. With `step`, the optimizer steps done: where the loop begins a step."""
+        if step is not None:
+            self.mine.step = step
+            self.mine.slow = not self.started  # the first step compiles kernels and fills caches
+            self.started = True
+        self.mine.count += 1
+
+    @contextmanager
+    def slow(self) -> Iterator[None]:
+        """Work that may take longer than the limit without a beat: it has ten times as long."""
+        before, self.mine.slow = self.mine.slow, True
+        yield
+        self.mine.slow = before
+
+    def dismiss(self) -> None:
+        """Let the other ranks leave without a word: this one has said why the job ends."""
+        if self.timeout and self.world_size > 1:
+            with suppress(RuntimeError):  # the store's process has ended
+                self.store.set("reporter", str(self.rank))
+                time.sleep(2 * self.interval + 1)  # until all know of it, in case rank 0, which holds the store, leaves
+
+    def __enter__(self) -> "Watchdog":
+        if self.timeout:
+            # A connection of its own: on the process group's, a waiting collective would hold it up.
+            self.store = dist.PrefixStore("watchdog", dist.distributed_c10d._get_default_store().clone())  # type: ignore
+            self.exchange = threading.Thread(target=self._exchange_loop, daemon=True)
+            self.exchange.start()
+            threading.Thread(target=self._silence_loop, daemon=True).start()
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        if not self.timeout:
+            return
+        if error is None or isinstance(error, (SystemExit, KeyboardInterrupt)) or self.world_size == 1:
+            self.mine.done = True  # alone, an error tells itself
+        else:
+            if _lost_a_rank(error):  # then this one is not to blame; where nobody is found, its error is told as it is
+                self._wait(4 * self.interval + 2, self._blame_the_missing)
+                if self.store_is_gone:
+                    self.exchange.join()  # which ends the job, unless rank 0 was through
+            self.mine.failed = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        # Rank 0 holds the store: should it leave before the others have said goodbye, they would take it for dead.
+        self._wait(30, self._all_have_ended if self.rank == 0 else lambda: self._has_ended(self.rank))
+        if self.mine.failed:
+            self._leave_later()
+        self.closed.set()
+
+    # --- in threads beside the main one
+
+    def _exchange_loop(self) -> None:
+        last = time.monotonic()
+        while not self.closed.is_set():
+            self.wake.wait(self.interval)
+            self.wake.clear()
+            try:
+                self._exchange()
+            except RuntimeError:  # the store's process has ended
+                self.store_is_gone = True
+                host = self.beats[0]
+                if not (self.mine.done or (host and host.done)):
+                    self._end([0], f"failed: {host.failed}" if host and host.failed else "is dead")
+                return
+            self.silence = 0.0
+            now = time.monotonic()
+            stopped, last = now - last - self.interval, now
+            if stopped > self.interval:  # this process itself, with its eyes closed: by Ctrl-Z or a suspended job
+                self.lived = [min(now, t + stopped) for t in self.lived]
+                self.progressed = [min(now, t + stopped) for t in self.progressed]
+            if not (self.mine.done or self.mine.failed):
+                self._judge(time.monotonic())
+
+    def _silence_loop(self) -> None:
+        """The store of a node that has vanished does not even refuse: the other thread waits for ever."""
+        while not self.closed.wait(self.interval):
+            # Summed and not read from the clock: this process itself may have been stopped for a while.
+            self.silence += self.interval
+            if self.silence > self.timeout + 2 * self.interval:
+                self.store_is_gone = True
+                self._end([0], f"is dead: no answer for {self.timeout:g} s")
+
+    def _exchange(self) -> None:
+        """Publish this rank's beat and read the others'."""
+        self.mine.alive += 1
+        self.mine.waiting, self.mine.where = _position(self.main)
+        self.store.set(str(self.rank), json.dumps(asdict(self.mine)))
+        if self.store.check(["reporter"]):
+            if self.mine.failed:
+                self.reported = True
+                return
+            self._leave()
+        here = [r for r in range(self.world_size) if self.beats[r] is not None or self.store.check([str(r)])]
+        now = time.monotonic()
+        for r, text in zip(here, self.store.multi_get([str(r) for r in here]), strict=True):
+            old, new = self.beats[r], Beat(**json.loads(text))
+            if old is None or old.alive != new.alive:
+                self.lived[r] = now
+            if old is None or (old.count, old.slow) != (new.count, new.slow):
+                self.progressed[r] = now
+            self.beats[r] = new
+
+    def _judge(self, now: float) -> None:
+        """End the job if a rank has failed, is dead or hangs."""
+        limits = [self.timeout * (SLOW if b is None or b.slow else 1) for b in self.beats]
+        failed = [r for r, b in enumerate(self.beats) if b and b.failed]
+        if failed:
+            # A moment for this rank's own end: it may have met the same error, or lost the connection.
+            self.first_failure = self.first_failure or now
+            if now - self.first_failure > 2:
+                self._end(failed, f"failed: {self._beat(failed[0]).failed}")
+        running = [r for r in range(self.world_size) if not self._has_ended(r)]
+        dead = [r for r in running if now - self.lived[r] > limits[r]]
+        if dead:
+            self._end(dead, f"is dead: no sign of life for {limits[dead[0]]:g} s")
+        # On a GPU a rank that waits for others may look busy: it waits in a synchronisation, not in a collective.
+        busy = [r for r in running if not self._beat(r).waiting] or running
+        least = min(self._beat(r).count for r in busy)
+        awaited = [r for r in busy if self._beat(r).count == least]
+        hung = [r for r in awaited if now - self.progressed[r] > limits[r]]
+        if hung:
+            self._end(hung, f"hangs: no progress for {limits[hung[0]]:g} s, in {self._beat(hung[0]).where}")
+
+    def _blame_the_missing(self) -> bool:
+        """End the job for the rank whose connection was lost, once it is known which that is."""
+        now = time.monotonic()
+        others = [r for r in range(self.world_size) if r != self.rank]
+        failed = [r for r in others if self._beat(r).failed]
+        if failed:
+            self._end(failed, f"failed: {self._beat(failed[0]).failed}")
+        dead = [r for r in others if not self._has_ended(r) and now - self.lived[r] > 3 * self.interval]
+        if dead:
+            self._end(dead, "is dead")
+        return False
+
+    def _beat(self, rank: int) -> Beat:
+        return self.beats[rank] or Beat("?", count=-1, where="its start")
+
+    def _has_ended(self, rank: int) -> bool:
+        return self._beat(rank).done or bool(self._beat(rank).failed)
+
+    def _all_have_ended(self) -> bool:
+        if self.reported:
+            time.sleep(2 * self.interval + 1)  # until all others know of it
+        return self.reported or all(map(self._has_ended, range(self.world_size)))
+
+    # --- the end
+
+    def _wait(self, seconds: float, condition: Callable[[], bool]) -> None:
+        end = time.monotonic() + seconds
+        while not condition() and not self.store_is_gone and time.monotonic() < end:
+            self.wake.set()
+            time.sleep(0.05)
+
+    def _end(self, ranks: list[int], what: str) -> None:
+        """Say on one rank what has happened, and leave on all."""
+        with self.ending:  # never given back: a process ends once
+            # What was read of it may be old; but in lockstep it has done every step that this rank has.
+            step = max(self._beat(ranks[0]).step, self.mine.step)
+            name = ", ".join(f"{r} on node {self._beat(r).node}" for r in ranks[:8]) + (", ..." if ranks[8:] else "")
+            try:
+                if self.store_is_gone:
+                    raise RuntimeError
+                first = self.store.compare_set("reporter", "", str(self.rank)) == str(self.rank).encode()
+            except RuntimeError:
+                first = self.rank == min({*range(self.world_size)} - {*ranks}, default=self.rank)
+            if first:
+                print(f"error: rank {name} {what}; last step {step}: the job ends", file=sys.stderr, flush=True)
+            self._leave()
+
+    def _leave(self) -> None:
+        # The others learn of the end from the store, which is rank 0's; and a launcher that sees one rank leave kills
+        # the rest, which would cut off the message.
+        time.sleep(2 * self.interval + 1 if self.rank == 0 else 0.5)
+        sys.stdout.flush()
+        os._exit(EXIT_CODE)
+
+    def _leave_later(self) -> None:
+        """A rank that has failed may not get to its end: its cleaning up may wait for the others."""
+        timer = threading.Timer(self.timeout, os._exit, [EXIT_CODE])
+        timer.daemon = True
+        timer.start()
+
+
+def _lost_a_rank(error: BaseException) -> bool:
+    """Whether it is what torch.distributed raises when another rank is gone."""
+    text = str(error)
+    return isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and ("gloo" in text or "NCCL" in text or "Connection" in text)
+    )
+
+
+def _position(thread: int) -> tuple[bool, str]:
+    """Whether a thread waits in a collective, and the innermost line of code that is no library's."""
+    frame = sys._current_frames().get(thread)
+    waiting, where = False, ""
+    while frame:
+        file = frame.f_code.co_filename
+        waiting = waiting or any(part in file for part in COLLECTIVES)
+        if not where and "/lib/python" not in file and not file.startswith("<"):
+            where = f"{os.path.basename(file)}:{frame.f_lineno} {frame.f_code.co_name}"
+        frame = frame.f_back
+    return waiting, where or "a library"

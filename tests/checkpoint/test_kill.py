@@ -1,0 +1,98 @@
+"""kill -9 at any moment: the next start goes on from the last checkpoint, and ends as if nothing had happened."""
+
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.checkpoint.test_restore import assert_same
+from tests.config.test_mistakes import pairs
+from tests.conftest import ROOT, rank_environments
+
+
+class Ranks:
+    """Processes of one run, started as a scheduler does, one for each rank."""
+
+    def __init__(self, folder: Path, world_size: int, arguments: list[str]):
+        self.logs = [folder / f"{rank}.log" for rank in range(world_size)]
+        command = [sys.executable, str(ROOT / "ds_cmli" / "train.py"), *arguments]
+        self.processes = [
+            subprocess.Popen(command, cwd=ROOT, env=env, stdout=log.open("w"), stderr=subprocess.STDOUT)
+            for log, env in zip(self.logs, rank_environments(world_size), strict=True)
+        ]
+
+    @property
+    def output(self) -> str:
+        return self.logs[0].read_text()
+
+    def wait_until(self, condition, seconds: float = 120) -> bool:
+        """False where the processes have ended before."""
+        end = time.monotonic() + seconds
+        while not condition():
+            if self.processes[0].poll() is not None:
+                return False
+            assert time.monotonic() < end, self.output
+            time.sleep(0.001)
+        return True
+
+    def kill(self, ranks: list[int]) -> None:
+        for rank in ranks:
+            self.processes[rank].send_signal(signal.SIGKILL)
+        for process in self.processes:
+            if len(ranks) < len(self.processes):
+                time.sleep(0.2)  # the others notice, or hang: a launcher ends them
+            process.kill()
+            process.wait()
+
+    def wait(self) -> list[int]:
+        return [process.wait(300) for process in self.processes]
+
+
+def series(tmp_path, world_size: int, moments: list[str], seed: int) -> None:
+    """Kill a run at each of the moments, "write" or "any", resume it, and compare with one that was left alone."""
+    draw = random.Random(seed)
+    steps = 40 + 12 * len(moments)
+    arguments = ["--preset", "tiny", "--steps", str(steps), "--log-every", "2", "--save-every", "3",
+                 "--micro-batch", "4", "--set", "student.dropout=0.1", "--set", "data.image_size=28",
+                 "--data", pairs(tmp_path / "pairs", count=63), "--output-dir"]  # fmt: skip
+    assert Ranks(tmp_path, world_size, [*arguments, str(tmp_path / "straight")]).wait() == [0] * world_size
+    run = tmp_path / "killed"
+    pointer = run / "checkpoint" / "latest"
+    writes = 0
+    for number, moment in enumerate(moments):
+        before = pointer.read_text() if pointer.is_file() else None
+        started = Ranks(tmp_path, world_size, [*arguments, str(run)])
+        trained = started.wait_until(lambda: "step " in started.output.split("steps; negatives")[-1])  # noqa: B023
+        assert trained, started.output
+        time.sleep(draw.uniform(0, 0.8))
+        if moment == "write":
+            started.wait_until(lambda: any((run / "checkpoint").glob("*.writing")))
+            time.sleep(draw.uniform(0, 0.02))
+        started.kill(draw.choice([[0], [world_size - 1], list(range(world_size))]))
+        assert f"resuming from {run / 'checkpoint' / before}\n" in started.output if before else True, started.output
+        wrote = any((run / "checkpoint").glob("*.writing"))
+        writes += wrote
+        now = pointer.read_text() if pointer.is_file() else None
+        assert before is None or int(re.findall(r"\d+", now)[0]) >= int(re.findall(r"\d+", before)[0])
+        print(f"kill {number + 1} ({'in a write' if wrote else 'outside one'}): {before} -> {now}", flush=True)
+    last = Ranks(tmp_path, world_size, [*arguments, str(run)])
+    assert last.wait() == [0] * world_size, last.output
+    assert "is damaged" not in last.output
+    assert_same(tmp_path / "straight", run)
+    assert not list(run.rglob("*.writing"))
+    print(f"{len(moments)} kills on {world_size} ranks, {writes} of them during a write: nothing lost")
+    assert writes >= moments.count("write") // 2
+
+
+def test_killed_at_four_moments(tmp_path):
+    series(tmp_path, 1, ["any", "write", "write", "any"], seed=1)
+
+
+@pytest.mark.soak
+def test_killed_at_thirty_moments_on_two_ranks(tmp_path):
+    series(tmp_path, 2, ["write", "write", "any"] * 10, seed=2)

@@ -1,0 +1,387 @@
+"""Interrupted and resumed runs against unbroken ones: the same metrics, weights and samples."""
+
+import json
+import math
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from ds_cmli.checkpoint import restore as resuming
+from ds_cmli.checkpoint.train_state import TrainState
+from ds_cmli.common.errors import UserError
+from ds_cmli.config import deepspeed_json
+from ds_cmli.config.deepspeed_json import BATCH_KEYS
+from ds_cmli.config.presets import load_preset
+from ds_cmli.data.sampler import epoch_order
+from ds_cmli.distributed import process_group as distributed
+from ds_cmli.faults import preemption
+from tests.config.test_mistakes import pairs
+from tests.conftest import ROOT, free_port, rank_environments
+from tests.drive_train import drive
+
+TIMES = {"pairs_per_s", "checkpoint_s"}
+TINY = ["--preset", "tiny", "--steps", "12", "--log-every", "3", "--eval-every", "5", "--set", "student.dropout=0.2"]
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> list[str]:
+    """`--data` with 60 training pairs and three held out: an epoch ends within a test, and evaluation is quick."""
+    return ["--data", pairs(tmp_path_factory.mktemp("data") / "pairs", count=63)]
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch):
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_PORT": "0"}.items():
+        monkeypatch.setenv(name, value)
+
+
+def metrics(folder: Path) -> list[dict]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in TIMES} for line in lines]
+
+
+def assert_same(folder: Path, other: Path) -> None:
+    assert metrics(folder) == metrics(other)
+    assert (folder / "student.safetensors").read_bytes() == (other / "student.safetensors").read_bytes()
+
+
+def json_file(path: Path, content: dict) -> list[str]:
+    path.write_text(json.dumps(content))
+    return ["--deepspeed_config", str(path)]
+
+
+def ranks(tmp_path: Path, world_size: int, tasks: list[dict], timeout: float = 300) -> tuple[list[int], str]:
+    """Exit codes and output of several trainings, one after the other, on `world_size` ranks."""
+    file = tmp_path / f"tasks-{random.randrange(10**9)}.json"
+    file.write_text(json.dumps([{"port": free_port(), **task} for task in tasks]))
+    command = [sys.executable, str(ROOT / "tests" / "drive_train.py"), str(file)]
+    out = [file.with_suffix(f".{rank}.log") for rank in range(world_size)]
+    processes = [
+        subprocess.Popen(command, env=env, cwd=ROOT, stdout=log.open("w"), stderr=subprocess.STDOUT)
+        for log, env in zip(out, rank_environments(world_size), strict=True)
+    ]
+    end = time.monotonic() + timeout
+    while any(process.poll() is None for process in processes) and time.monotonic() < end:
+        if any(process.poll() for process in processes):
+            break  # the others would wait for the one that failed
+        time.sleep(0.1)
+    for process in processes:
+        process.kill()
+        process.wait()
+    output = "\n".join(log.read_text() for log in out)
+    assert all(process.returncode == 0 for process in processes), output
+    return json.loads(next(line for line in output.splitlines() if line.startswith('{"codes"')))["codes"], output
+
+
+def interrupt(arguments: list[str], folder: Path, places: list[int]) -> None:
+    for place in places:
+        assert drive([*arguments, "--output-dir", str(folder)], stop_at=place) == 85
+    assert drive([*arguments, "--output-dir", str(folder)]) == 0
+
+
+ACCUMULATION = {"gradient_accumulation_steps": 2, "bf16": {"enabled": True}, "zero_optimization": {"stage": 2}}
+KINDS = {
+    "zero 2 in bf16, accumulating": ACCUMULATION,
+    "zero 3 in bf16": {"zero_optimization": {"stage": 3}, "bf16": {"enabled": True}},
+    "zero 1 in fp32, a schedule of DeepSpeed's": {
+        "zero_optimization": {"stage": 1},
+        "scheduler": {
+            "type": "WarmupLR",
+            "params": {"warmup_min_lr": 0, "warmup_max_lr": 0.001, "warmup_num_steps": 9},
+        },
+    },
+    "without zero": {},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_interrupted_at_five_places_as_if_never(kind, source, tmp_path):
+    arguments = [*TINY, *source, *json_file(tmp_path / "ds.json", KINDS[kind])]
+    assert drive([*arguments, "--output-dir", str(tmp_path / "straight")]) == 0
+    interrupt(arguments, tmp_path / "broken", [1, 2, 5, 8, 11])
+    assert_same(tmp_path / "straight", tmp_path / "broken")
+    assert len(metrics(tmp_path / "broken")) == 7  # four of the loss, three evaluations
+
+
+def test_two_ranks_interrupted_as_if_never(source, tmp_path):
+    arguments = [*TINY, *source, *json_file(tmp_path / "ds.json", ACCUMULATION), "--micro-batch", "4", "--workers", "1"]
+    broken = [*arguments, "--output-dir", str(tmp_path / "broken")]
+    tasks = [
+        {"arguments": [*arguments, "--output-dir", str(tmp_path / "straight")]},
+        *({"arguments": broken, "stop_at": place} for place in (4, 5, 9)),
+        {"arguments": broken},
+    ]
+    codes, _ = ranks(tmp_path, 2, tasks)
+    assert codes == [0, 85, 85, 85, 0]
+    assert_same(tmp_path / "straight", tmp_path / "broken")
+
+
+STAGES = {"zero 2": {"zero_optimization": {"stage": 2}}, "zero 3": {"zero_optimization": {"stage": 3}}}
+BATCH, BREAK, STEPS = 12, 3, 7  # pairs a step, steps before the change, steps in all: the epoch of 65 has 5
+
+
+@pytest.fixture(scope="module")
+def changed(tmp_path_factory):
+    """Runs of one global batch in fp32: straight on two ranks, and broken by a change to another number of ranks."""
+    folder = tmp_path_factory.mktemp("ranks")
+    data = pairs(folder / "pairs", count=68)
+    tasks: dict[str, dict[str, list[dict]]] = {stage: {} for stage in STAGES}
+    for number, (stage, content) in enumerate(STAGES.items()):
+        common = ["--preset", "tiny", "--steps", str(STEPS), "--data", data, "--set", "run.eval_batch=3"]
+        common += json_file(folder / f"{number}.json", content)
+
+        def task(name, per_rank, stop=None, common=common, number=number):
+            run = str(folder / f"{number}-{name}")
+            arguments = [*common, "--micro-batch", str(per_rank), "--output-dir", run]
+            return {"arguments": arguments, "seen": f"{run}.seen", "stop_at": stop, "port": free_port()}
+
+        tasks[stage] = {
+            "two": [task("straight", 6), task("2 to 1", 6, BREAK), task("2 to 3", 6, BREAK)],
+            "one": [task("2 to 1", 12), task("1 to 2", 12, BREAK)],
+            "three": [task("2 to 3", 4)],
+            "two again": [task("1 to 2", 6)],
+        }
+
+    def gather(part):
+        return [task for stage in STAGES for task in tasks[stage][part]]
+
+    codes, _ = ranks(folder, 2, gather("two"))
+    assert codes == [0, 85, 85] * len(STAGES)
+    for task in gather("one"):
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_PORT": "0"}.items():
+                patch.setenv(name, value)
+            assert drive(task["arguments"], task["stop_at"], task["seen"]) == (85 if task["stop_at"] else 0)
+    assert ranks(folder, 3, gather("three"))[0] == [0] * len(STAGES)
+    assert ranks(folder, 2, gather("two again"))[0] == [0] * len(STAGES)
+    return folder
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("change", ["2 to 1", "1 to 2", "2 to 3"])
+def test_another_number_of_ranks_goes_on_with_the_same_batches(changed, stage, change):
+    number = list(STAGES).index(stage)
+    straight, broken = (changed / f"{number}-{name}" for name in ("straight", change))
+    losses = [[line["loss"] for line in metrics(run) if "loss" in line] for run in (straight, broken)]
+    assert len(losses[1]) == STEPS
+    worst = max(abs(a - b) for a, b in zip(*losses, strict=True))
+    assert worst < 1e-4, losses
+    print(f"{stage}, {change} ranks: largest difference of a loss {worst:.1e}")
+    resolved = json.loads((broken / "config.json").read_text())["deepspeed"]
+    assert resolved["train_batch_size"] == BATCH
+    assert resolved["train_micro_batch_size_per_gpu"] == BATCH // int(change[-1])
+    weights = [load_file(run / "student.safetensors") for run in (straight, broken)]
+    assert max((a - weights[1][name]).abs().max() for name, a in weights[0].items()) < 1e-3
+    assert not list((broken / "checkpoint").glob("*.writing"))
+
+    # Each sample of the first epoch once, but for the 5 of 65 that its last incomplete batch would have had.
+    samples = samples_of_epoch(changed, f"{number}-{change}")
+    assert len(samples) == len(set(samples)) == 60
+    assert sorted(samples) == sorted(epoch_order(65, 0, 0)[:60].tolist())
+
+
+def samples_of_epoch(folder: Path, name: str) -> list[int]:
+    """Everything trained on in the first five steps, before and after the change of ranks."""
+    before, after = int(name[-6]), int(name[-1])
+    out = []
+    for rank in range(max(before, after)):
+        lines = [json.loads(line) for line in (folder / f"{name}.seen.{rank}").read_text().splitlines()]
+        first = BREAK if rank < before else 0  # how many of the lines are from before
+        out += [i for line in lines[:first] for i in line]
+        out += [i for line in lines[first : first + 5 - BREAK] for i in line] if rank < after else []
+    return out
+
+
+def test_a_batch_that_does_not_divide_is_refused_with_the_numbers_that_do(monkeypatch):
+    found = resuming.Found(Path("run"), TrainState(train_batch_size=24, accumulation=2), 2, [])
+    monkeypatch.setattr(distributed, "world_size", lambda: 3)
+    cut = resuming.cut_batch(found, {"train_micro_batch_size_per_gpu": 6})
+    assert [cut[key] for key in BATCH_KEYS] == [24, 4, 2]
+    monkeypatch.setattr(distributed, "world_size", lambda: 5)
+    with pytest.raises(UserError) as error:
+        resuming.cut_batch(found, {})
+    assert "24 = 12 pairs x 2 accumulation, which 5 ranks cannot share evenly" in str(error.value)
+    assert "out of 1, 2, 3, 4, 6, 12" in str(error.value)
+
+
+def test_a_batch_once_cut_for_other_ranks_stays_so_at_every_later_start(monkeypatch):
+    config, said = load_preset("tiny", {}), []  # 8 pairs per rank
+
+    def start(ranks, found):
+        monkeypatch.setattr(distributed, "world_size", lambda: ranks)
+        asked = resuming.cut_batch(found, {"zero_optimization": {"stage": 2}})
+        resolved = deepspeed_json.resolve(asked, config.optim, ranks, 20)
+        return resuming.state_of(found, config, resolved, False, said.append)
+
+    state = start(2, None)
+    assert (state.train_batch_size, state.world_size, state.cut) == (16, 2, False)
+    for ranks, before in ((1, 2), (1, 1), (2, 1), (2, 2)):
+        state = start(ranks, resuming.Found(Path("run/checkpoint/step1"), state, before, []))
+        assert (state.train_batch_size, state.world_size, state.cut) == (16, ranks, True)
+    assert sum("universal" in line for line in said) == 2
+
+
+@pytest.fixture(scope="module")
+def stopped(source, tmp_path_factory) -> Path:
+    """A run stopped at step 4 of 12, with checkpoints of step 2 and 4."""
+    folder = tmp_path_factory.mktemp("stopped") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_PORT": "0"}.items():
+            patch.setenv(name, value)
+        assert drive([*TINY, *source, "--save-every", "2", "--output-dir", str(folder)], stop_at=4) == 85
+    return folder
+
+
+@pytest.fixture
+def copied(stopped, tmp_path) -> Path:
+    return Path(shutil.copytree(stopped, tmp_path / "run"))
+
+
+def test_other_settings_are_refused_with_their_differences_unless_asked_for(copied, source):
+    arguments = [*TINY, *source, "--output-dir", str(copied), "--lr", "0.002", "--set", "loss.match=student"]
+    with pytest.raises(UserError) as error:
+        drive(arguments)
+    assert "deepspeed.optimizer.params.lr: 0.001 -> 0.002; loss.match: " in str(error.value)
+    assert 'loss.match: "teacher" -> "student"' in str(error.value) and "\n" not in str(error.value)
+    assert drive([*arguments, "--resume-with-changes"]) == 0
+    # Warm-up has ended: the rate falls by the cosine of step 6 of 12, from the new peak.
+    rate = next(line["lr"] for line in metrics(copied) if line["step"] == 6 and "lr" in line)
+    assert rate == pytest.approx(0.002 * 0.5 * (1 + math.cos(math.pi * 5 / 11)), rel=1e-6)
+    assert [line["step"] for line in metrics(copied) if "loss" in line] == [3, 6, 9, 12]
+
+
+def test_what_does_not_touch_training_may_change(copied, source):
+    arguments = [*TINY, *source, "--output-dir", str(copied), "--save-every", "5", "--keep", "3", "--workers", "1"]
+    assert drive(arguments) == 0
+    assert sorted(p.name for p in (copied / "checkpoint").glob("step*")) == ["step10", "step12", "step5"]
+
+
+def test_a_finished_run_says_so_and_changes_nothing(copied, source, capfd):
+    arguments = [*TINY, *source, "--output-dir", str(copied)]
+    assert drive(arguments) == 0
+    files = {path: path.stat().st_mtime_ns for path in copied.rglob("*") if path.is_file()}
+    files.pop(copied / "metrics.jsonl")
+    capfd.readouterr()
+    assert drive(arguments) == 0
+    assert f"the run in {copied} is finished, 12 steps" in capfd.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in files} == files
+
+
+def test_lines_after_the_resumed_step_are_cut_off(copied, source, tmp_path):
+    with (copied / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "loss": 1.0}\n{"step": 6, "lo')  # the process was killed while it wrote
+    arguments = [*TINY, *source, "--output-dir"]
+    assert drive([*arguments, str(copied)]) == 0
+    assert [line["step"] for line in metrics(copied)] == [3, 5, 6, 9, 10, 12, 12]
+    events = EventAccumulator(str(copied / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("loss")] == [3, 6, 9, 12]
+
+
+def test_resume_by_path_goes_on_in_another_folder_or_the_same(copied, source, tmp_path, capfd):
+    arguments = [*TINY, *source]
+    assert drive([*arguments, "--output-dir", str(tmp_path / "new"), "--resume", str(copied / "checkpoint/step2")]) == 0
+    assert [line["step"] for line in metrics(tmp_path / "new") if "loss" in line] == [3, 6, 9, 12]
+    # Started again in the same way, as after an interruption, it goes on with what it has itself.
+    assert drive([*arguments, "--output-dir", str(tmp_path / "new"), "--resume", str(copied / "checkpoint/step2")]) == 0
+    assert "is finished, 12 steps" in capfd.readouterr().out
+    assert drive([*arguments, "--resume", str(copied)]) == 0
+    assert_same_weights(tmp_path / "new", copied)
+    with pytest.raises(UserError, match="no checkpoint there"):
+        drive([*arguments, "--resume", str(tmp_path), "--output-dir", str(tmp_path / "other")])
+
+
+def test_never_starts_over(copied, source):
+    arguments = [*TINY, *source, "--output-dir", str(copied), "--resume", "never"]
+    assert drive(arguments, stop_at=1) == 85
+    assert [p.name for p in (copied / "checkpoint").glob("step*")] == ["step1"]
+    assert metrics(copied) == []
+
+
+def test_never_is_done_with_once_a_slurm_job_is_requeued(copied, source, monkeypatch, capfd):
+    arguments = [*TINY, *source, "--output-dir", str(copied), "--resume", "never"]
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    assert drive(arguments, stop_at=1) == 85
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert drive(arguments, stop_at=2) == 85
+    assert f"resuming from {copied / 'checkpoint' / 'step1'}" in capfd.readouterr().out
+    monkeypatch.setenv("SLURM_JOB_ID", "18")  # another job, requeued before it has saved
+    assert drive(arguments, stop_at=1) == 85
+    assert "resuming" not in capfd.readouterr().out
+
+
+def assert_same_weights(folder: Path, other: Path) -> None:
+    assert (folder / "student.safetensors").read_bytes() == (other / "student.safetensors").read_bytes()
+
+
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(copied, source, tmp_path, capfd):
+    file = next((copied / "checkpoint" / "step4").glob("*optim_states.pt"))
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    arguments = [*TINY, *source, "--output-dir"]
+    assert drive([*arguments, str(copied)]) == 0
+    out = capfd.readouterr().out
+    assert f"step4 is damaged: {file.name} does not match its checksum" in out
+    assert f"resuming from {copied / 'checkpoint' / 'step2'}" in out
+    assert drive([*arguments, str(tmp_path / "straight")]) == 0
+    assert_same(tmp_path / "straight", copied)
+    for path in (copied / "checkpoint").glob("step*/state.json"):
+        path.unlink()
+    with pytest.raises(UserError, match=r"state.json cannot be read.*there is no other"):
+        drive([*arguments, str(copied)])
+
+
+def test_a_run_stopped_in_its_evaluation_does_it_again(source, tmp_path, monkeypatch):
+    from ds_cmli.run import Run
+
+    arguments = [*TINY, *source, "--output-dir"]
+    assert drive([*arguments, str(tmp_path / "straight")]) == 0
+    poll, calls = Run.poll, []
+
+    def signalled(run):
+        calls.append(run.state.step)
+        if calls in (
+            [5, 5],
+            [5] * 4 + [10] * 2 + [12],
+        ):  # within the first evaluation, and in the last
+            preemption._received.append(signal.SIGTERM)
+        poll(run)
+
+    monkeypatch.setattr(Run, "poll", signalled)
+    assert drive([*arguments, str(tmp_path / "broken")]) == 85
+    assert drive([*arguments, str(tmp_path / "broken")]) == 85
+    assert drive([*arguments, str(tmp_path / "broken")]) == 0
+    assert calls == [5] * 4 + [10] * 2 + [12] * 3
+    assert_same(tmp_path / "straight", tmp_path / "broken")
+
+
+def test_a_rank_whose_data_fail_ends_all_with_the_same_line(tmp_path):
+    folder = Path(pairs(tmp_path / "pairs", count=400))
+    for number in range(100, 320):
+        (folder / f"{number}.png").write_bytes(b"not a picture")
+    arguments = ["--preset", "tiny", "--steps", "50", "--data", str(folder), "--set", "data.max_bad_share=1"]
+    codes, output = ranks(tmp_path, 2, [{"arguments": [*arguments, "--output-dir", str(tmp_path / "run")],
+                                         "mistakes": True}], timeout=120)  # fmt: skip
+    assert codes == [2]
+    told = [line for line in output.splitlines() if line.startswith("error: rank ")]
+    assert len(told) == 2 and told[0] == told[1] and "100 samples in a row" in told[0]
+
+
+def test_deterministic_runs_repeat_their_bits(source, tmp_path):
+    arguments = [*TINY, *source, "--deterministic", "--output-dir"]
+    try:
+        assert [drive([*arguments, str(tmp_path / name)]) for name in "ab"] == [0, 0]
+        assert torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert_same(tmp_path / "a", tmp_path / "b")

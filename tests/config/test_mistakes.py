@@ -1,0 +1,161 @@
+"""What a user can do wrong, and the one line each mistake gets: on stderr, exit code 2, no traceback."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from ds_cmli import evaluate, train
+from ds_cmli.common.cli import exit_code
+from tests.conftest import ROOT, rank_environments
+
+
+def pairs(folder, count=24, text="a red square", broken=0, column="text"):
+    folder.mkdir()
+    with (folder / "metadata.jsonl").open("w") as f:
+        for i in range(count):
+            name = f"{i}.png"
+            Image.new("RGB", (60, 60), (200, 10 * i % 255, 0)).save(folder / name)
+            if i < broken:
+                (folder / name).write_bytes(b"not a picture")
+            f.write(json.dumps({"file_name": name, column: f"{text} {i}"}) + "\n")
+    return str(folder)
+
+
+def json_file(tmp_path, text):
+    path = tmp_path / "ds.json"
+    path.write_text(text if isinstance(text, str) else json.dumps(text))
+    return ["--deepspeed_config", str(path)]
+
+
+def wrong_weights(tmp_path):
+    save_file({"cls_token": torch.zeros(1, 1, 7)}, tmp_path / "w.safetensors")
+    return [f"--set=student.image_weights={tmp_path / 'w.safetensors'}"]
+
+
+def a_file(tmp_path):
+    (tmp_path / "file").write_text("")
+    return ["--output-dir", str(tmp_path / "file" / "run")]
+
+
+# name: (arguments, what the line must say)
+MISTAKES = {
+    "unknown preset": (["--preset", "dmeo"], "--preset is 'dmeo': did you mean 'demo'?"),
+    "unknown option": (["--stpes", "3"], "No such option '--stpes'"),
+    "negative steps": (["--steps", "-3"], "--steps is -3: give at least 1"),
+    "steps not a number": (["--steps", "many"], "'many' is not a valid integer"),
+    "steps and epochs": (["--steps", "3", "--epochs", "1"], "optim.steps is 3 and optim.epochs is 1.0: give one"),
+    "unknown loss": (["--losses", "global,clmi"], "losses is 'clmi': did you mean 'cmli'?"),
+    "no loss": (["--losses", ""], "choose at least one of global"),
+    "loss weight": (["--losses", "cmli=big"], "--losses has 'cmli=big': write NAME or NAME=WEIGHT"),
+    "negative seed": (["--seed", "-1"], "--seed is -1: give 0 to"),
+    "unknown setting": (["--set", "student.layres=2"], "setting of student is 'layres': did you mean 'layers'?"),
+    "setting without value": (["--set", "student.layers"], "write SECTION.SETTING=VALUE"),
+    "setting of a wrong type": (["--set", "student.layers=two"], "student.layers is 'two': give a value of type int"),
+    "too many layers": (["--set", "student.layers=9"], "student.layers is 9: student.image_model"),
+    "teacher block": (["--set", "teacher.block=5"], "teacher.block is 5: 'vit_tiny_patch16_224' has blocks 0 to 1"),
+    "unknown image model": (["--set", "student.image_model=vit_tinny"], "student.image_weights is 'random', the model"),
+    "model without class token": (["--set", "teacher.model=resnet18", "--set", "teacher.overrides={}"], "resnet18"),
+    "missing weights": (["--set", "teacher.weights=nowhere.pt"], "teacher.weights is 'nowhere.pt': no such file"),
+    "weights of the wrong shape": (wrong_weights, "w.safetensors', the model 'vit_tiny_patch16_224': cannot"),
+    "unknown tokenizer": (["--set", "data.tokenizer=/nowhere"], "data.tokenizer is '/nowhere'"),
+    "no JSON": (["--deepspeed_config", "ds_configs/zero9.json"], "no such file; beside it: zero1.json, zero2.json"),
+    "broken JSON": (lambda p: json_file(p, '{"fp16": '), "not valid JSON"),
+    "JSON twice": (lambda p: json_file(p, '{"fp16": {}, "fp16": {}}'), "has 'fp16' twice"),
+    "typo in JSON": (lambda p: json_file(p, {"gradient_cliping": 1.0}), "did you mean 'gradient_clipping'?"),
+    "typo in a section": (
+        lambda p: json_file(p, {"zero_optimization": {"stage": 2, "overlap_com": True}}),
+        "key of zero_optimization is 'overlap_com': did you mean 'overlap_comm'?",
+    ),
+    "odd batch numbers": (
+        lambda p: json_file(p, {"train_batch_size": 10, "train_micro_batch_size_per_gpu": 4}),
+        "train_batch_size is 10, but train_micro_batch_size_per_gpu 4 x gradient_accumulation_steps 2 x world size 1",
+    ),
+    "no data folder": (["--data", "/nowhere"], "/nowhere"),
+    "no metadata": (lambda p: ["--data", str(p)], "metadata.jsonl"),
+    "missing caption column": (lambda p: ["--data", pairs(p / "d", column="captoin")], "captoin"),
+    "unreadable images": (
+        lambda p: ["--data", pairs(p / "d", count=200, broken=20), "--steps", "3"],
+        "data.max_bad_share = 0.01",
+    ),
+    "empty captions": (lambda p: ["--data", empty_captions(p / "d")], "data.max_bad_share = 0.01"),
+    "too few pairs": (lambda p: ["--data", pairs(p / "d", count=5)], "fewer than one global batch of 8"),
+    "output folder": (a_file, "cannot write there"),
+}
+
+
+def empty_captions(folder):
+    pairs(folder)
+    lines = [json.dumps({"file_name": f"{i}.png", "text": " " if i % 2 else "red"}) for i in range(24)]
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+    return str(folder)
+
+
+def fail(command, arguments, monkeypatch, capsys) -> str:
+    """The line on stderr of a command that must end with exit code 2."""
+    monkeypatch.setattr(sys, "argv", ["command", *arguments])
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    code = exit_code(command)
+    error = capsys.readouterr().err
+    assert code == 2, error
+    lines = [line for line in error.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and "Traceback" not in error
+    return lines[0]
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_training_mistakes(name, tmp_path, monkeypatch, capsys):
+    arguments, words = MISTAKES[name]
+    if callable(arguments):
+        arguments = arguments(tmp_path)
+    defaults = ["--preset", "tiny", "--output-dir", str(tmp_path / "run")]
+    line = fail(train.command, [*defaults, *arguments], monkeypatch, capsys)
+    assert words in line
+    print(f"{name}: {line}")
+
+
+def test_evaluation_mistakes(tmp_path, monkeypatch, capsys):
+    line = fail(evaluate.command, ["--checkpoint", str(tmp_path)], monkeypatch, capsys)
+    assert f"--checkpoint is {str(tmp_path)!r}: no config.json there" in line
+    (tmp_path / "config.json").write_text("{}")
+    arguments = ["--checkpoint", str(tmp_path), "--json", str(tmp_path / "nowhere" / "found.json")]
+    assert "found.json': No such file or directory" in fail(evaluate.command, arguments, monkeypatch, capsys)
+    line = fail(evaluate.command, [], monkeypatch, capsys)
+    assert "Missing option '--checkpoint'" in line
+
+
+def two_ranks(folders, arguments) -> list[tuple[int, str]]:
+    """Exit code and standard error of each of two ranks, started in its own folder with its own arguments."""
+    ranks = []
+    for folder, own, env in zip(folders, arguments, rank_environments(2), strict=True):
+        command = [sys.executable, str(ROOT / "ds_cmli" / "train.py"), "--preset", "tiny", *own]
+        ranks.append(subprocess.Popen(command, cwd=folder, env=env, stderr=subprocess.PIPE, text=True))
+    errors = [process.communicate(timeout=120)[1] for process in ranks]
+    return [(process.returncode, error) for process, error in zip(ranks, errors, strict=True)]
+
+
+def test_a_mistake_of_one_rank_alone_is_told(tmp_path):
+    run, here = ["--output-dir", str(tmp_path / "run")], ["--data", pairs(tmp_path / "pairs")]
+    (code, error), (other_code, other_error) = two_ranks(
+        [tmp_path] * 2, [[*run, *here], [*run, "--data", str(tmp_path / "nowhere")]]
+    )
+    assert (code, other_code) == (2, 2), (error, other_error)
+    (line,) = (line for line in error.splitlines() if line.startswith("error: "))
+    assert line.startswith("error: rank 1: ") and str(tmp_path / "nowhere") in line
+    assert "Traceback" not in error + other_error
+
+
+def test_an_output_folder_that_the_ranks_do_not_share(tmp_path):
+    folders = [tmp_path / "node-0", tmp_path / "node-1"]
+    for folder in folders:
+        folder.mkdir()
+    data = pairs(tmp_path / "pairs")
+    found = two_ranks(folders, [["--data", data, "--output-dir", "run"]] * 2)
+    assert [code for code, _ in found] == [2, 2], found
+    assert "error: --output-dir is 'run': rank 1 does not see what rank 0 writes there" in found[0][1]
+    assert "Traceback" not in found[0][1] + found[1][1]

@@ -1,0 +1,50 @@
+import pytest
+
+from ds_cmli.common.errors import UserError
+from ds_cmli.config.presets import PRESETS, load_preset
+from ds_cmli.config.schema import Config, parse_losses, parse_settings
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_build_and_survive_a_round_trip(name):
+    config = load_preset(name, {})
+    assert config.run.preset == name
+    assert Config.from_dict(config.to_dict()) == config
+
+
+def test_paper_is_the_documents_setting():
+    config = load_preset("paper", {})
+    assert (config.optim.micro_batch, config.data.text_positions, config.student.embed_dim) == (256, 64, 256)
+    assert config.data.image_size == 224  # 14 x 14 patches of 16 px: N = 196
+
+
+def test_overrides_win_over_the_preset():
+    config = load_preset("tiny", {"student": {"layers": 1}, "optim": {"steps": 3}})
+    assert (config.student.layers, config.optim.steps, config.student.embed_dim) == (1, 3, 16)
+
+
+def test_losses_and_settings_are_parsed():
+    assert parse_losses("global, cmli=0.5") == {"global": 1.0, "cmli": 0.5}
+    found = parse_settings(("student.layers=4", "data.source=some/folder", "optim.betas=[0.9,0.95]"))
+    assert found == {"student": {"layers": 4}, "data": {"source": "some/folder"}, "optim": {"betas": [0.9, 0.95]}}
+    assert load_preset("tiny", {"optim": {"betas": [0.9, 0.95]}}).optim.betas == (0.9, 0.95)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        ({"student": {"layers": 0}}, "student.layers is 0"),
+        ({"student": {"layers": "four"}}, "student.layers is 'four': give a value of type int"),
+        ({"student": {"layers": True}}, "student.layers is True: give a value of type int"),
+        ({"student": {"layer": 4}}, "did you mean 'layers'?"),
+        ({"loss": {"weights": {"globl": 1.0}}}, "did you mean 'global'?"),
+        ({"loss": {"init_temperature": 0.001}}, "1/temperature is at most 100"),
+        ({"optim": {"epochs": 1.0}}, "give one of the two"),
+        ({"modle": {}}, "configuration section is 'modle'"),
+    ],
+)
+def test_mistakes_name_setting_value_and_remedy(overrides, words):
+    with pytest.raises(UserError) as error:
+        load_preset("tiny", overrides)
+    assert words in str(error.value)
+    assert "\n" not in str(error.value)

@@ -1,0 +1,129 @@
+"""Exchange across real gloo processes, against one process on the whole batch."""
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from ds_cmli.cmli.loss import CMLILoss
+from ds_cmli.distributed import process_group as distributed
+from tests.conftest import spawn
+
+B, N, D = 3, 5, 4
+
+
+def batch(world_size: int):
+    generator = torch.Generator().manual_seed(7)
+    G, M = B * world_size, 6
+    image = torch.randn(G, N, D, generator=generator, dtype=torch.float64)
+    text = torch.randn(G, M, D, generator=generator, dtype=torch.float64)
+    lengths = torch.randint(1, M + 1, (G,), generator=generator)
+    return image, text, torch.arange(M) < lengths[:, None]
+
+
+def loss_and_gradients(image, text, mask, dtype):
+    image, text = (x.to(dtype).requires_grad_() for x in (image, text))
+    module = CMLILoss(0.1).to(dtype)
+    loss = module(image, text, mask)
+    grads = torch.autograd.grad(loss, (image, text, module.logit_scale))
+    return [loss.detach(), *grads]
+
+
+def on_rank(rank, world_size):
+    image, text, mask = batch(world_size)
+    mine = slice(rank * B, (rank + 1) * B)
+    # Each rank pads to its own longest caption.
+    longest = int(mask[mine].sum(1).max())
+    own = image[mine], text[mine, :longest], mask[mine, :longest]
+    return {dtype: loss_and_gradients(*own, dtype) for dtype in TOLERANCES}
+
+
+TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-5}
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+def test_cmli_loss_of_many_ranks_equals_one(world_size):
+    results = spawn(on_rank, world_size)
+    for dtype, tolerance in TOLERANCES.items():
+        expected = loss_and_gradients(*batch(world_size), dtype)
+        ranks = [result[dtype] for result in results]
+        assert_close(torch.stack([r[0] for r in ranks]).mean(), expected[0], rtol=tolerance, atol=tolerance)
+        # Averaged over ranks, as an engine does with parameters: hence the division by P.
+        image = torch.cat([r[1] for r in ranks]) / world_size
+        assert_close(image, expected[1], rtol=tolerance, atol=tolerance)
+        text = torch.zeros_like(expected[2])
+        for rank, (_, _, grad, _) in enumerate(ranks):
+            text[rank * B : (rank + 1) * B, : grad.shape[1]] = grad / world_size
+        assert_close(text, expected[2], rtol=tolerance, atol=tolerance)
+        assert_close(sum(r[3] for r in ranks) / world_size, expected[3], rtol=tolerance, atol=tolerance)
+
+
+def uneven_batch(rank, world_size):
+    with pytest.raises(ValueError, match="drop the last incomplete batch"):
+        distributed.gather_text(torch.zeros(2 + rank, 3, 4), torch.ones(2 + rank, 3, dtype=torch.bool))
+    return "refused"
+
+
+def test_unequal_batches_are_refused_on_every_rank():
+    assert spawn(uneven_batch, 2) == ["refused", "refused"]
+
+
+def strided_gradient(rank, world_size):
+    x = torch.full((2, 3), float(rank), requires_grad=True)
+    y = distributed.gather_with_gradient(x)  # [4, 3]
+    weights = torch.arange(12.0).view(3, 4) * (rank + 1)
+    (y.t() * weights).sum().backward()  # the gradient of y arrives transposed in memory
+    return y.detach(), x.grad
+
+
+def test_gradients_are_summed_for_their_owner_whatever_their_strides():
+    weights = torch.arange(12.0).view(3, 4).t() * 3  # (1 + 2) times: both ranks' contributions
+    for rank, (y, grad) in enumerate(spawn(strided_gradient, 2)):
+        assert y[:, 0].tolist() == [0, 0, 1, 1]
+        assert_close(grad, weights[2 * rank : 2 * rank + 2])
+
+
+def gathered_bits(rank, world_size):
+    x = torch.tensor([[1.0 + rank / 128]], dtype=torch.bfloat16)
+    text, mask = distributed.gather_text(x[:, :, None].expand(1, 1, 2), torch.tensor([[rank == 0]]))
+    return text, mask
+
+
+def test_gather_text_keeps_bf16_bits_and_masks():
+    for text, mask in spawn(gathered_bits, 2):
+        assert text[:, 0, 0].tolist() == [1.0, 1.0 + 1 / 128]
+        assert mask.tolist() == [[True], [False]]
+
+
+def column(rank, world_size):
+    logits = torch.tensor([[[0.0, 50.0]], [[1.0, -50.0]]], dtype=torch.float64)[rank].requires_grad_()
+    lse = distributed.column_logsumexp(logits)
+    (lse * torch.tensor([1.0, 2.0], dtype=torch.float64)).sum().backward()
+    return lse.detach(), logits.grad
+
+
+def test_column_logsumexp_and_its_gradient():
+    whole = torch.tensor([[0.0, 50.0], [1.0, -50.0]], dtype=torch.float64)
+    for rank, (lse, grad) in enumerate(spawn(column, 2)):
+        assert_close(lse, whole.logsumexp(0))
+        # Both ranks' losses use both columns: their gradients add up.
+        assert_close(grad, 2 * whole.softmax(0)[rank : rank + 1] * torch.tensor([1.0, 2.0]).double())
+
+
+def test_plain_process_is_a_world_of_one(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "SLURM_STEP_ID"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("os.environ", dict())
+    import os
+
+    distributed.map_launcher_environment()
+    assert os.environ["WORLD_SIZE"] == "1"
+    assert os.environ["RANK"] == os.environ["LOCAL_RANK"] == "0"
+
+
+def test_srun_task_is_mapped(monkeypatch):
+    slurm = {"SLURM_STEP_ID": "0", "SLURM_NTASKS": "4", "SLURM_PROCID": "3", "SLURM_LOCALID": "1"}
+    env = {**slurm, "SLURM_JOB_ID": "40007", "MASTER_ADDR": "n1"}
+    monkeypatch.setattr("os.environ", env)
+    distributed.map_launcher_environment()
+    found = [env[k] for k in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")]
+    assert found == ["3", "4", "1", "n1", "12007"]

@@ -1,0 +1,45 @@
+"""A training for test_oom.py, in which one rank may have only so many MB beside what it has before the model is built.
+
+python -m tests.faults.run_out_of_memory FOLDER RANK MB DEEPSPEED_JSON
+"""
+
+import json
+import resource
+import sys
+from pathlib import Path
+
+from ds_cmli.common import quiet
+
+quiet.silence()
+
+from ds_cmli import engine as step  # noqa: E402
+from ds_cmli.config import deepspeed_json  # noqa: E402
+from ds_cmli.config.presets import load_preset  # noqa: E402
+from ds_cmli.distributed import process_group as distributed  # noqa: E402
+from ds_cmli.faults import out_of_memory as oom  # noqa: E402
+from ds_cmli.faults.watchdog import Watchdog  # noqa: E402
+from ds_cmli.memory.predict import longest_batch  # noqa: E402
+
+OVERRIDES = {"optim": {"micro_batch": 768}, "student": {"shared_blocks": 4}}
+
+
+def main(folder: str, limited: str, megabytes: str, deepspeed_json_text: str) -> None:
+    device = distributed.init()
+    config = load_preset("tiny", OVERRIDES)
+    ds_config = deepspeed_json.resolve(json.loads(deepspeed_json_text), config.optim, distributed.world_size(), 20)
+    import deepspeed  # noqa: F401  before the limit: the libraries are not the training
+
+    with Watchdog(120) as dog:
+        if distributed.rank() == int(limited):
+            limit = oom.process_bytes()["VmData"] + int(megabytes) * 2**20
+            resource.setrlimit(resource.RLIMIT_DATA, (limit, resource.getrlimit(resource.RLIMIT_DATA)[1]))
+        with oom.ending(config, ds_config, Path(folder), device, dog):
+            trainer = step.build(config, ds_config, 1000, 20, device)
+            for _ in range(2):
+                trainer(longest_batch(config, config.optim.micro_batch))
+    print("trained", flush=True)
+    distributed.shutdown()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,69 @@
+"""One rank of faults/test_watchdog.py: ten steps, each of which ends in a collective; a fate in place of step 5."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import torch
+import torch.distributed as dist
+
+from ds_cmli.common.cli import leave
+from ds_cmli.common.errors import UserError
+from ds_cmli.distributed import process_group as distributed
+from ds_cmli.faults.watchdog import Watchdog
+
+fate, timeout, step_time = sys.argv[1], float(sys.argv[2]), float(sys.argv[3])
+
+
+class Poisoned(Exception):
+    pass
+
+
+def meet_fate(dog):
+    if fate == "sleeps":
+        time.sleep(1000)
+    if fate == "spins":
+        while True:
+            pass
+    if fate == "exits":
+        os._exit(0)
+    if fate == "is killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if fate == "is stopped":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    if fate == "raises":
+        raise Poisoned("sample 17")
+    if fate == "pauses":  # with all its threads, as by Ctrl-Z and fg
+        subprocess.Popen(["sh", "-c", f"sleep {2 * timeout}; kill -CONT {os.getpid()}"])
+        os.kill(os.getpid(), signal.SIGSTOP)
+    if fate == "evaluates":  # longer than the limit, but getting on
+        for _ in range(int(2 * timeout / 0.2)):
+            time.sleep(0.2)
+            dog.beat()
+    if fate == "saves":
+        with dog.slow():
+            time.sleep(2 * timeout)
+
+
+distributed.init()
+victim = int(os.environ["VICTIM"])
+with Watchdog(timeout) as dog:
+    for step in range(10):
+        dog.beat(step)
+        time.sleep(step_time)
+        if fate == "compiles" and step == 0:
+            time.sleep(2 * timeout)
+        if step == 5 and fate == "agrees":  # a user's mistake, found by all ranks together
+            print("FATE", time.time(), flush=True)
+            raise UserError("too many broken images")
+        if step == 5 and (dist.get_rank() == victim or fate == "pauses"):
+            print("FATE", time.time(), flush=True)
+            meet_fate(dog)
+        dist.all_reduce(torch.ones(1))
+    if fate == "preempted":
+        sys.exit(85)
+distributed.shutdown()
+print("finished", dist.is_initialized(), flush=True)
+leave(0)

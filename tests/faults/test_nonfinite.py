@@ -1,0 +1,201 @@
+"""Losses and gradients that are not finite: nothing changes, on any rank, and the samples are told."""
+
+import json
+
+import pytest
+import torch
+
+from ds_cmli import engine as step
+from ds_cmli.common.errors import UserError
+from ds_cmli.config import deepspeed_json
+from ds_cmli.config.presets import load_preset
+from ds_cmli.data import build_data, eval_loader
+from ds_cmli.distributed import process_group as distributed
+from ds_cmli.distributed.collective_flags import Agreement
+from ds_cmli.faults import nonfinite as guard
+from tests.config.test_mistakes import pairs
+from tests.conftest import spawn
+from tests.drive_train import drive
+from tests.test_engine import FP16, build
+
+CONFIGS = {
+    "zero 0": {},
+    "zero 1": {"zero_optimization": {"stage": 1}},
+    "zero 2 fp32": {"zero_optimization": {"stage": 2}},
+    "zero 2 bf16": {"zero_optimization": {"stage": 2}, "bf16": {"enabled": True}},
+    "zero 2 offload": {
+        "zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}},
+        "zero_force_ds_cpu_optimizer": False,
+        "bf16": {"enabled": True},
+    },
+    "zero 3 fp32": {"zero_optimization": {"stage": 3}},
+    "zero 3 bf16": {"zero_optimization": {"stage": 3}, "bf16": {"enabled": True}},
+}
+
+
+@pytest.fixture(scope="module")
+def device():
+    yield distributed.init()
+    distributed.shutdown()
+
+
+def everything(trainer) -> list[torch.Tensor]:
+    """Copies of all that an update changes: weights, fp32 copies, moments, counters and the learning rate."""
+    optimizer = trainer.engine.optimizer
+    states = [s[k] for s in optimizer.state.values() for k in sorted(s) if torch.is_tensor(s[k])]
+    params = [p.ds_tensor if hasattr(p, "ds_tensor") else p for p in trainer.engine.module.parameters()]
+    flat = [p for name in ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat")
+            for p in getattr(optimizer, name, [])]  # fmt: skip
+    return [x.detach().clone() for x in (*params, *flat, *states, torch.tensor(trainer.engine.get_lr()))]
+
+
+def same(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
+    return len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def spoil(trainer, what, monkeypatch) -> list:
+    """Make losses or gradients not finite until the hooks returned are removed and `monkeypatch` is undone."""
+    if what == "gradient":
+
+        def hook(module, inputs, output):
+            if output.requires_grad:
+                output.register_hook(lambda gradient: gradient * torch.inf)
+
+        return [trainer.objective.student.g.register_forward_hook(hook)]
+    poison = guard.poison
+    monkeypatch.setattr(guard, "poison", lambda loss: poison(loss + torch.tensor(float(what))))
+    return []
+
+
+@pytest.mark.parametrize("what", ["nan", "gradient"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_bad_step_changes_nothing_and_the_next_goes_on(device, name, what, monkeypatch):
+    data = build_data(load_preset("tiny", {}).data, 0)
+    batches = [b for b, _ in zip(eval_loader(data.train, data, 8, 0, 0, 1), range(5), strict=False)]
+    overrides = {"optim": {"warmup_share": 0.0}}
+    ds_config = {"gradient_accumulation_steps": 2, **CONFIGS[name]}
+    trainer, straight = (build(device, data, ds_config, overrides) for _ in range(2))
+    for batch in batches[:2]:
+        trainer(batch)
+    assert not trainer.skipped
+    before = everything(trainer)
+    trainer(batches[2])
+    handles = spoil(trainer, what, monkeypatch)
+    trainer(batches[3])  # the last of an accumulation
+    monkeypatch.undo()
+    for handle in handles:
+        handle.remove()
+    assert trainer.skipped
+    assert same(before, everything(trainer))
+    for batch in batches[3:]:
+        trainer(batch)
+    assert not trainer.skipped
+    # Nothing of the bad step is left: the same as a run that never met it.
+    for batch in [*batches[:2], *batches[3:]]:
+        straight(batch)
+    assert same(everything(straight), everything(trainer))
+
+
+def on_two_ranks(rank, world_size, data_folder):
+    """Rank 1 alone meets a loss that is not finite."""
+    config = load_preset("tiny", {"data": {"source": data_folder}})
+    data = build_data(config.data, 0)
+    ds_config = deepspeed_json.resolve({"zero_optimization": {"stage": 2}}, config.optim, world_size, 6)
+    trainer = step.build(config, ds_config, data.vocab_size, 6, torch.device("cpu"))
+    batch = next(iter(eval_loader(data.train, data, 8, 0, rank, 2)))
+    before = everything(trainer)
+    poison = guard.poison
+    guard.poison = lambda loss: poison(loss * (torch.nan if rank == 1 else 1.0))
+    total, _ = trainer(batch)
+    guard.poison = poison
+    skipped, untouched = trainer.skipped, same(before, everything(trainer))
+    window = [(batch.index, total * (torch.nan if rank == 1 else 1.0))]
+    samples = guard.skipped_samples(window, False, Agreement())
+    trainer(batch)
+    return skipped, untouched, samples, trainer.skipped
+
+
+def test_ranks_agree_and_the_samples_of_the_one_at_fault_are_told(tmp_path):
+    results = spawn(on_two_ranks, 2, pairs(tmp_path / "pairs", count=63))
+    assert results == [(True, True, list(range(1, 16, 2)), False)] * 2
+
+
+def test_samples_of_a_skipped_step():
+    one, two = torch.tensor(1.0), torch.tensor(torch.inf)
+    window = [(torch.tensor([3, 1]), one), (torch.tensor([7, 5]), two)]
+    assert guard.skipped_samples(window, False, Agreement()) == [5, 7]
+    assert guard.skipped_samples(window[:1], False, Agreement()) == [1, 3]  # gradients alone
+    assert guard.skipped_samples(window[:1], True, Agreement()) == []  # fp16 lowers its scale
+    assert guard.skipped_samples(window, True, Agreement()) == [5, 7]
+    assert "samples 0, 1, 2, 3, 4, 5, 6, 7 and 2 more of" in guard.line(3, list(range(10)))
+
+
+@pytest.fixture
+def arguments(tmp_path, monkeypatch):
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_PORT": "0"}.items():
+        monkeypatch.setenv(name, value)
+    data = pairs(tmp_path / "pairs", count=63)
+    return ["--preset", "tiny", "--steps", "10", "--data", data, "--output-dir", str(tmp_path / "run")]
+
+
+def bad_steps(monkeypatch, numbers):
+    """Losses that are NaN in these steps, counted over everything trained in this test."""
+    poison, count = guard.poison, [0]
+
+    def spoiled(loss):
+        count[0] += 1
+        return poison(loss * (torch.nan if count[0] in numbers else 1.0))
+
+    monkeypatch.setattr(guard, "poison", spoiled)
+    call = step.Step.__call__
+
+    def returned(trainer, batch):
+        total, each = call(trainer, batch)
+        return total * (torch.nan if count[0] in numbers else 1.0), each
+
+    monkeypatch.setattr(step.Step, "__call__", returned)
+
+
+def test_a_run_goes_over_bad_steps_and_names_their_samples(arguments, tmp_path, monkeypatch, capfd):
+    bad_steps(monkeypatch, {3, 4, 7})
+    assert drive(arguments) == 0
+    lines = [json.loads(line, parse_constant=pytest.fail) for line in (tmp_path / "run/metrics.jsonl").open()]
+    skipped = {line["step"]: line["skipped"] for line in lines if "skipped" in line}
+    assert list(skipped) == [3, 4, 7] and all(len(samples) == 8 for samples in skipped.values())
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 5, 6, 8, 9, 10]
+    assert capfd.readouterr().out.count("loss or gradients are not finite; samples") == 3
+
+
+def test_too_many_in_a_row_stop_with_a_checkpoint_from_before(arguments, tmp_path, monkeypatch):
+    bad_steps(monkeypatch, set(range(4, 50)))
+    with pytest.raises(UserError, match=r"6 steps in a row were skipped, more than run\.most_skipped = 5"):
+        drive([*arguments, "--save-every", "3"])
+    root = tmp_path / "run" / "checkpoint"
+    assert (root / "latest").read_text() == "step9"
+    a, b = (torch.load(root / name / "zero_pp_rank_0_mp_rank_00_optim_states.pt".replace("zero_pp", "bf16_zero_pp"),
+                       weights_only=False)["optimizer_state_dict"] for name in ("step6", "step9"))  # fmt: skip
+    for x, y in zip(a["single_partition_of_fp32_groups"], b["single_partition_of_fp32_groups"], strict=True):
+        assert torch.equal(x, y)
+
+
+def test_fp16_at_its_smallest_scale_stops_with_a_checkpoint_from_before(arguments, tmp_path, monkeypatch, fp16_device):
+    file = tmp_path / "ds.json"
+    settings = {"enabled": True, "initial_scale_power": 2, "hysteresis": 1, "min_loss_scale": 1}
+    file.write_text(json.dumps({**FP16, "fp16": settings}))
+    call, count = step.Step.__call__, [0]
+
+    def overflowing(trainer, batch):  # the loss is finite, the gradients are not
+        count[0] += 1
+        hooks = spoil(trainer, "gradient", monkeypatch) if count[0] > 3 else []
+        found = call(trainer, batch)
+        for hook in hooks:
+            hook.remove()
+        return found
+
+    monkeypatch.setattr(step.Step, "__call__", overflowing)
+    with pytest.raises(UserError, match="6 steps in a row were skipped"):
+        drive([*arguments, "--deepspeed_config", str(file)])
+    # Step 4 lowers the scale from 4 to 2, which is no fault; from step 5 on, at 1, each step is one.
+    assert (tmp_path / "run" / "checkpoint" / "latest").read_text() == "step10"
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").open()]
+    assert [line["step"] for line in lines if "skipped" in line] == [5, 6, 7, 8, 9, 10]

@@ -1,0 +1,116 @@
+"""Signals to real processes: a flag alone, a checkpoint by all ranks together, exit code 85, and the run goes on."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from ds_cmli.faults import preemption
+from tests.config.test_mistakes import pairs
+from tests.conftest import ROOT, clean_environment, free_port, rank_environments
+
+WAITS = """
+import sys, time
+from ds_cmli.faults import preemption
+preemption.install()
+print("ready", flush=True)
+while not preemption.requested():
+    time.sleep(0.01)
+print(preemption.requested(), flush=True)
+sys.exit(preemption.EXIT_CODE)
+"""
+# The main thread sits in C code, as in a collective: Python's own handlers cannot run.
+STUCK = """
+import hashlib
+from ds_cmli.faults import preemption
+preemption.install()
+print("ready", flush=True)
+hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)
+"""
+
+
+def start(code: str) -> subprocess.Popen:
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    return process
+
+
+@pytest.mark.parametrize("number", preemption.SIGNALS, ids=lambda number: signal.Signals(number).name)
+def test_each_signal_sets_the_flag(number):
+    process = start(WAITS)
+    process.send_signal(number)
+    assert process.communicate(timeout=30)[0] == f"{signal.Signals(number).name}\n"
+    assert process.returncode == 85
+
+
+def test_a_second_int_stops_at_once_even_while_ranks_wait_for_each_other():
+    process = start(STUCK)
+    try:
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.2)
+        process.send_signal(signal.SIGINT)  # the same Ctrl-C, passed on by a launcher
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(preemption.SAME_PRESS + 0.3)
+        started = time.monotonic()
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) == 128 + signal.SIGINT
+        print(f"ended {time.monotonic() - started:.3f} s after the second INT")
+    finally:
+        process.kill()
+
+
+def wait_for(log, pattern: str, process: subprocess.Popen, seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not re.search(pattern, log.read_text()):
+        assert process.poll() is None and time.monotonic() < end, log.read_text()
+        time.sleep(0.05)
+
+
+LONG = ["--preset", "tiny", "--steps", "100000", "--log-every", "5"]
+
+
+def test_a_signal_to_one_rank_ends_all_with_a_checkpoint(tmp_path):
+    arguments = [*LONG, "--data", pairs(tmp_path / "pairs", count=63), "--output-dir", str(tmp_path / "run")]
+    logs = [tmp_path / f"{rank}.log" for rank in range(2)]
+    processes = [
+        subprocess.Popen([sys.executable, str(ROOT / "ds_cmli" / "train.py"), *arguments], cwd=ROOT,
+                         env=env, stdout=log.open("w"), stderr=subprocess.STDOUT)
+        for log, env in zip(logs, rank_environments(2), strict=True)
+    ]  # fmt: skip
+    try:
+        wait_for(logs[0], r"step \d+/", processes[0])
+        started = time.monotonic()
+        processes[1].send_signal(signal.SIGUSR2)
+        assert [process.wait(120) for process in processes] == [85, 85], logs[0].read_text()
+        print(f"both ranks ended {time.monotonic() - started:.2f} s after the signal")
+    finally:
+        for process in processes:
+            process.kill()
+    stopped = re.search(r"stopped at step (\d+) of 100000 by a signal to another rank", logs[0].read_text())
+    assert stopped, logs[0].read_text()
+    assert (tmp_path / "run" / "checkpoint" / "latest").read_text() == f"step{stopped[1]}"
+    assert "Traceback" not in logs[0].read_text() + logs[1].read_text()
+
+
+def test_ctrl_c_on_the_deepspeed_command_saves_and_the_next_start_goes_on(tmp_path):
+    log = tmp_path / "log"
+    launcher = [os.path.join(os.path.dirname(sys.executable), "deepspeed"), "--num_accelerators", "1"]
+    command = [*launcher, "--master_port", str(free_port()), str(ROOT / "ds_cmli" / "train.py"), *LONG]
+    command += ["--data", pairs(tmp_path / "pairs", count=63), "--workers", "1", "--output-dir", str(tmp_path / "run")]
+    for start in ("step 5/", "resuming from"):
+        with log.open("w") as out:
+            process = subprocess.Popen(command, cwd=ROOT, env=clean_environment(), stdout=out,
+                                       stderr=subprocess.STDOUT, start_new_session=True)  # fmt: skip
+        try:
+            wait_for(log, start, process)
+            wait_for(log, r"step \d+/", process)
+            os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the launcher, the rank and its loader
+            process.wait(60)
+        finally:
+            process.kill()
+        wait_for(log, "stopped at step .* by SIGINT", subprocess.Popen(["sleep", "10"]), 10)
+        assert (tmp_path / "run" / "checkpoint" / "latest").is_file()

@@ -1,0 +1,98 @@
+"""Two real processes over gloo, one of which stops in its own way: how the job ends, when, and what it says."""
+
+import signal
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from tests.conftest import ROOT, rank_environments
+
+TIMEOUT = 3.0  # seconds
+SLACK = 5.0  # seconds; a loaded machine takes its time to end a process
+STEP = 0.1
+
+
+def two_ranks(fate: str, victim: int = 1) -> tuple[list[int | None], str, float]:
+    """Exit codes, all output, and the seconds from the fate of the victim to the end of the survivors."""
+    command = [sys.executable, str(ROOT / "tests" / "faults" / "stopping_rank.py"), fate, str(TIMEOUT), str(STEP)]
+    ranks, output, ended = [], ["", ""], [0.0, 0.0]
+    for rank, env in enumerate(rank_environments(2, VICTIM=str(victim), TORCH_CPP_LOG_LEVEL="ERROR")):
+        own = env | {"SLURMD_NODENAME": f"node-{rank}"}
+        ranks.append(subprocess.Popen(command, env=own, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
+
+    def follow(rank: int) -> None:
+        output[rank] = ranks[rank].communicate()[0]
+        ended[rank] = time.time()
+
+    threads = [threading.Thread(target=follow, args=(rank,)) for rank in range(2)]
+    for thread in threads:
+        thread.start()
+    threads[1 - victim].join(60)
+    if fate == "is stopped":
+        ranks[victim].kill()
+    for process, thread in zip(ranks, threads, strict=True):
+        thread.join(20)
+        if thread.is_alive():
+            process.kill()
+    text = "".join(output)
+    begin = [float(line.split()[1]) for line in text.splitlines() if line.startswith("FATE")]
+    return [process.poll() for process in ranks], text, max(ended) - begin[0]
+
+
+# fate: what the line says, after "error: rank R on node node-R", and the longest it may take
+FATES = {
+    "sleeps": ("hangs: no progress for 3 s, in stopping_rank.py:", 2 * TIMEOUT),
+    "spins": ("hangs: no progress for 3 s, in stopping_rank.py:", 2 * TIMEOUT),
+    "exits": ("is dead", TIMEOUT),
+    "is killed": ("is dead", TIMEOUT),
+    "is stopped": ("is dead: no ", 2 * TIMEOUT + 2),
+    "raises": ("failed: Poisoned: sample 17", TIMEOUT + 2),
+}
+
+
+# Rank 0 holds the store that all others read: where it stops they cannot ask about it.
+STOPS = [*((fate, 1) for fate in FATES), *((fate, 0) for fate in FATES if fate not in ("spins", "exits"))]
+GOES_ON = ("evaluates", "saves", "compiles", "pauses", "preempted", "agrees")
+
+
+@pytest.fixture(scope="module")
+def outcomes():
+    """All cases, some at a time: they mostly wait."""
+    with ThreadPoolExecutor(4) as pool:
+        cases = [*STOPS, *((fate, 1) for fate in GOES_ON)]
+        yield dict(zip(cases, pool.map(lambda case: two_ranks(*case), cases), strict=True))
+
+
+@pytest.mark.parametrize("fate, victim", STOPS)
+def test_one_rank_stops_and_the_job_ends(outcomes, fate, victim):
+    words, seconds = FATES[fate]
+    codes, output, took = outcomes[fate, victim]
+    said = [line for line in output.splitlines() if line.startswith("error: ")]
+    print(f"rank {victim} {fate}: exit codes {codes}, {took:.1f} s", *said, sep="\n")
+    assert codes[1 - victim] == 1, output
+    assert codes[victim] == {"exits": 0, "is killed": -signal.SIGKILL, "is stopped": -signal.SIGKILL}.get(fate, 1)
+    assert took < seconds + SLACK, output
+    assert len(said) == 1, output
+    assert said[0].startswith(f"error: rank {victim} on node node-{victim} {words}"), said
+    assert said[0].endswith("; last step 5: the job ends")
+    # The rank that fails tells where; nobody else adds a traceback to it.
+    assert output.count("Traceback") == (1 if fate == "raises" else 0), output
+
+
+def test_an_error_on_all_ranks_is_left_to_them(outcomes):
+    codes, output, took = outcomes["agrees", 1]
+    assert codes == [1, 1]
+    assert output.count("UserError: too many broken images") == 2 and "error: rank" not in output
+    assert took < SLACK
+
+
+@pytest.mark.parametrize("fate", GOES_ON[:-1])
+def test_a_rank_that_gets_on_is_left_alone(outcomes, fate):
+    codes, output, _ = outcomes[fate, 1]
+    assert codes == ([85, 85] if fate == "preempted" else [0, 0]), output
+    assert "error" not in output
+    assert output.count("finished False") == (0 if fate == "preempted" else 2)

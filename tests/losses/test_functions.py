@@ -1,0 +1,125 @@
+"""The losses against literals that can be checked by hand, and against fp64 autograd."""
+
+import math
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from ds_cmli.losses import functions as losses
+
+F64 = torch.float64
+
+
+def test_contrastive_loss_by_hand():
+    s = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    scale = torch.tensor([math.log(2.0)])
+    # Every row and column is (2, 0): -log(e^2 / (e^2 + 1)).
+    assert losses.contrastive_loss(s, s, scale).item() == pytest.approx(math.log(1 + math.exp(-2)))
+
+
+def test_contrastive_loss_takes_rows_from_one_matrix_and_columns_from_the_other():
+    rows = torch.tensor([[3.0, 0.0], [0.0, 3.0]])
+    columns = torch.tensor([[0.0, 5.0], [1.0, 0.0]])
+    row_loss = math.log(1 + math.exp(-3))
+    column_loss = (math.log(1 + math.exp(1)) + math.log(1 + math.exp(5))) / 2
+    found = losses.contrastive_loss(rows, columns, torch.zeros(1)).item()
+    assert found == pytest.approx((row_loss + column_loss) / 2)
+
+
+def test_contrastive_loss_of_a_block_row():
+    # Two ranks' blocks of one row each: the mean over ranks is the loss of the whole.
+    s = torch.tensor([[0.3, -0.2], [0.8, 0.1]], dtype=F64)
+    whole = losses.contrastive_loss(s, s, torch.ones(1, dtype=F64))
+    column = lambda _: (math.e * s).logsumexp(0)  # noqa: E731
+    blocks = [
+        losses.contrastive_loss(s[r : r + 1], s[r : r + 1], torch.ones(1, dtype=F64), r, column) for r in range(2)
+    ]
+    assert_close(sum(blocks) / 2, whole)
+
+
+def test_temperature_is_clamped_straight_through():
+    x = torch.tensor([math.log(500.0)], requires_grad=True)
+    y = losses.temperature_scale(x)
+    y.sum().backward()
+    assert y.item() == pytest.approx(100.0, rel=1e-5)
+    assert x.grad.item() == pytest.approx(100.0, rel=1e-5)  # not 0: a parameter over the limit can come back
+    assert losses.temperature_scale(torch.tensor([math.log(14.0)])).item() == pytest.approx(14.0, rel=1e-5)
+
+
+def test_temperature_is_computed_in_fp32():
+    assert losses.temperature_scale(torch.tensor([2.5], dtype=torch.bfloat16)).dtype == torch.float32
+
+
+# One text of two tokens (the third is padding) and one image of two patches, H = 2.
+PATCHES = torch.tensor([[[1.0, 0.0], [0.0, 1.0]]])
+TOKENS = torch.tensor([[[0.0, 2.0], [3.0, 0.0], [9.0, 9.0]]])
+MASK = torch.tensor([[True, True, False]])
+TEACHER = torch.tensor([[[1.0, 1.0], [0.0, 2.0]]])
+
+
+def test_match_patches_by_hand():
+    # (0, 2) points along patch 1, (3, 0) along patch 0; (9, 9) ties and takes the lowest.
+    assert losses.match_patches(TOKENS, PATCHES).tolist() == [[1, 0, 0]]
+
+
+def test_target_cmli_by_hand():
+    match = losses.match_patches(TOKENS, PATCHES)
+    # (7): patches against the teacher at equal places: |(0, -1)|^2 = 1 and |(0, -1)|^2 = 1, mean 1.
+    # (9): token 0 against teacher patch 1: (0, 0); token 1 against teacher patch 0: |(2, -1)|^2 = 5; mean over the two
+    # valid tokens 2.5; the padding token counts nowhere.
+    total = losses.target_cmli_loss(PATCHES, TOKENS, TEACHER, match, MASK, "sum")
+    assert total.item() == pytest.approx((1 + 2.5) / 2)
+    mean = losses.target_cmli_loss(PATCHES, TOKENS, TEACHER, match, MASK, "mean")
+    assert mean.item() == pytest.approx((1 + 2.5) / 2 / 2)  # H = 2
+
+
+def test_target_cmli_is_the_mean_over_tokens_and_then_over_texts():
+    # One text of one token at distance 4, one of three tokens at distance 0: (4 + 0) / 2, not 4 / 4.
+    patches = torch.zeros(2, 1, 1)
+    tokens = torch.tensor([[[2.0], [5.0], [5.0]], [[0.0], [0.0], [0.0]]])
+    mask = torch.tensor([[True, False, False], [True, True, True]])
+    match = torch.zeros(2, 3, dtype=torch.long)
+    found = losses.target_cmli_loss(patches, tokens, patches, match, mask, "sum")
+    assert found.item() == pytest.approx((0 + 2.0) / 2)
+
+
+def test_target_cmli_gradient_against_fp64():
+    torch.manual_seed(0)
+    patches, tokens = torch.randn(3, 5, 4, dtype=F64), torch.randn(3, 6, 4, dtype=F64)
+    teacher, match = torch.randn(3, 5, 4, dtype=F64), torch.randint(5, (3, 6))
+    mask = torch.rand(3, 6) < 0.6
+    mask[1] = False  # a text without tokens counts zero and gets no gradient
+
+    def oracle(p, t):
+        image = sum(((p[b, n] - teacher[b, n]) ** 2).sum() for b in range(3) for n in range(5)) / 15
+        text = 0
+        for b in range(3):
+            each = [((t[b, m] - teacher[b, match[b, m]]) ** 2).sum() for m in range(6) if mask[b, m]]
+            text = text + (sum(each) / len(each) if each else 0)
+        return (image + text / 3) / 2
+
+    def ours(p, t):
+        return losses.target_cmli_loss(p, t, teacher, match, mask, "sum")
+
+    expected, found = [], []
+    for function, grads in ((oracle, expected), (ours, found)):
+        p, t = patches.clone().requires_grad_(), tokens.clone().requires_grad_()
+        value = function(p, t)
+        grads.extend([value.detach(), *torch.autograd.grad(value, (p, t))])
+    assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    assert found[2][1].abs().max() == 0
+    half = losses.target_cmli_loss(patches.half(), tokens.half(), teacher.half(), match, mask, "sum")
+    assert half.dtype == torch.float32
+
+
+def test_cls_distillation_by_hand():
+    image, text, teacher = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 3.0]]), torch.tensor([[0.0, 0.0]])
+    assert losses.cls_distillation_loss(image, text, teacher, "sum").item() == pytest.approx((1 + 9) / 2)
+    assert losses.cls_distillation_loss(image, text, teacher).item() == pytest.approx((1 + 9) / 4)
+
+
+def test_masked_mean_ignores_padding_and_empty_rows():
+    values = torch.tensor([[1.0, 100.0], [7.0, 7.0]])
+    mask = torch.tensor([[True, False], [False, False]])
+    assert losses.masked_mean(values, mask).item() == pytest.approx(0.5)

@@ -1,0 +1,125 @@
+import dataclasses
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from ds_cmli.common.errors import UserError
+from ds_cmli.config.presets import load_preset
+from ds_cmli.config.schema import LossConfig
+from ds_cmli.losses.objective import Objective
+from ds_cmli.models.student import PixelNorm, Student, build_text_encoder
+from ds_cmli.models.teacher import Targets, Teacher
+
+CONFIG = load_preset("tiny", {})
+S, VOCAB = CONFIG.data.image_size, 99
+
+
+@pytest.fixture(scope="module")
+def student():
+    torch.manual_seed(0)
+    return Student(CONFIG.student, S, VOCAB)
+
+
+def inputs(batch=3, length=7):
+    generator = torch.Generator().manual_seed(1)
+    image = torch.randint(256, (batch, 3, S, S), generator=generator, dtype=torch.uint8)
+    ids = torch.randint(VOCAB, (batch, length), generator=generator)
+    mask = torch.arange(length) < torch.tensor([[7], [3], [5]])[:batch]
+    return image, ids, mask
+
+
+def test_shapes_of_features(student):
+    image_cls, patches, text_cls, tokens = student(*inputs())
+    assert image_cls.shape == text_cls.shape == (3, 32)
+    assert patches.shape == (3, 16, 32)  # 56 px in patches of 14: 4 x 4, without the class token
+    assert tokens.shape == (3, 7, 32)
+    assert student.g(tokens).shape == (3, 7, 16)
+
+
+def test_encoding_one_modality_gives_the_same(student):
+    image, ids, mask = inputs()
+    image_cls, patches, text_cls, tokens = student(image, ids, mask)
+    assert_close(student.encode_image(image), (image_cls, patches))
+    assert_close(student.encode_text(ids, mask), (text_cls, tokens))
+
+
+def test_padding_does_not_reach_valid_tokens(student):
+    _image, ids, mask = inputs()
+    tokens = student.encode_text(ids, mask)[1]
+    changed = student.encode_text(ids.masked_fill(~mask, 5), mask)[1]
+    assert_close(tokens[mask], changed[mask])
+    assert not torch.allclose(tokens[~mask], changed[~mask])
+
+
+def test_encoders_are_cut_to_their_first_layers():
+    config = dataclasses.replace(CONFIG.student, layers=1)
+    cut = Student(config, S, VOCAB)
+    assert len(cut.vit.blocks) == len(cut.text.encoder.layer) == 1
+    assert len(cut.blocks) == 3  # one of each encoder and the shared one
+
+
+def test_g_starts_orthonormal(student):
+    assert_close(student.g.weight @ student.g.weight.t(), torch.eye(16))
+
+
+def test_pixels_are_normalised_alike_in_16_bit(student):
+    image = inputs()[0]
+    exact = PixelNorm(student.vit)(image, torch.float32)
+    mean, std = (torch.tensor(student.vit.pretrained_cfg[k])[:, None, None] for k in ("mean", "std"))
+    assert_close(exact, (image / 255 - mean) / std, rtol=1e-4, atol=1e-4)
+    assert torch.equal(PixelNorm(student.vit).half()(image, torch.float32), exact)
+
+
+def test_teacher_features_are_layer_normalised_and_of_the_chosen_block():
+    torch.manual_seed(0)
+    teacher = Teacher(dataclasses.replace(CONFIG.teacher, block=0), S, (4, 4))
+    assert len(teacher.vit.blocks) == 1  # later blocks are not held
+    image = inputs()[0]
+    targets = teacher(image)
+    x = teacher.vit.patch_embed(teacher.pixels(image, torch.float32))
+    x = teacher.vit.blocks[0](teacher.vit._pos_embed(x))
+    assert_close(targets.cls, torch.nn.functional.layer_norm(x[:, 0], (32,)))
+    assert_close(targets.patches, torch.nn.functional.layer_norm(x[:, 1:], (32,)))
+    assert not targets.patches.requires_grad
+
+
+def test_teacher_grid_is_resampled_to_the_students():
+    teacher = Teacher(CONFIG.teacher, S, (2, 2))
+    assert teacher(inputs()[0]).patches.shape == (3, 4, 32)
+
+
+def test_other_teacher_width_goes_through_one_linear_head(student):
+    config = LossConfig(weights={"target_cmli": 1.0, "cls_kd": 1.0})
+    objective = Objective(student, config, teacher_width=48)
+    assert objective.width_head.weight.shape == (48, 32)
+    x = torch.randn(5, 32)
+    assert_close(objective.width_head(objective.width_head(x), back=True), x)  # orthonormal: back is its inverse
+    targets = Targets(torch.randn(3, 48), torch.randn(3, 16, 48))
+    image, ids, mask = inputs()
+    batch = type("Batch", (), {"image": image, "input_ids": ids, "attention_mask": mask, "token_mask": mask})
+    total, each = objective(batch, targets)
+    total.backward()
+    assert objective.width_head.weight.grad.abs().sum() > 0
+    assert set(each) == {"target_cmli", "cls_kd"}
+    assert Objective(student, config, teacher_width=32).width_head is None
+
+
+@pytest.mark.parametrize("match", ["teacher", "student"])
+def test_target_cmli_alone_never_trains_g(student, match):
+    objective = Objective(student, LossConfig(weights={"target_cmli": 1.0}, match=match), 32)
+    student.zero_grad()
+    image, ids, mask = inputs()
+    batch = type("Batch", (), {"image": image, "input_ids": ids, "attention_mask": mask, "token_mask": mask})
+    total, _ = objective(batch, Targets(torch.randn(3, 32), torch.randn(3, 16, 32)))
+    total.backward()
+    assert student.g.weight.grad is None
+    assert student.image_out.weight.grad.abs().sum() > 0
+
+
+def test_tokenizer_larger_than_the_vocabulary_is_refused(tmp_path):
+    build_text_encoder(CONFIG.student, 50).save_pretrained(tmp_path)
+    saved = dataclasses.replace(CONFIG.student, text_weights=str(tmp_path))
+    assert build_text_encoder(saved, 50).config.vocab_size == 50
+    with pytest.raises(UserError, match=r"data.tokenizer has 99 tokens and student.text_model"):
+        build_text_encoder(saved, 99)

@@ -1,0 +1,126 @@
+"""One training step through the real DeepSpeed engine, in this process."""
+
+import json
+
+import pytest
+import torch
+
+from ds_cmli import engine as step
+from ds_cmli.config import deepspeed_json
+from ds_cmli.config.presets import load_preset
+from ds_cmli.data import Batch, build_data, eval_loader
+from ds_cmli.distributed import process_group as distributed
+from tests.cmli.helpers import allocator_peak
+from tests.conftest import ROOT
+
+
+@pytest.fixture(scope="module")
+def device():
+    yield distributed.init()
+    distributed.shutdown()
+
+
+@pytest.fixture(scope="module")
+def data():
+    return build_data(load_preset("tiny", {}).data, 0)
+
+
+@pytest.fixture(scope="module")
+def batches(data) -> list[Batch]:
+    loader = iter(eval_loader(data.train, data, 8, 0, 0, 1))
+    return [next(loader) for _ in range(6)]
+
+
+def build(device, data, ds_config, overrides=None, steps=6):
+    config = load_preset("tiny", overrides or {})
+    ds_config, _ = step.resolve_precision(ds_config)
+    return step.build(config, deepspeed_json.resolve(ds_config, config.optim, 1, steps), data.vocab_size, steps, device)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "ds_configs").glob("*.json")), ids=lambda p: p.stem)
+def test_five_steps_with_each_shipped_json(device, data, batches, path):
+    trainer = build(device, data, deepspeed_json.load(path), {"optim": {"lr": 3e-3, "warmup_share": 0.0}})
+    losses = [trainer(batches[0])[0].item() for _ in range(5)]
+    assert all(torch.isfinite(torch.tensor(losses)))
+    assert losses[-1] < losses[0]  # the same batch five times: it must be learned
+    assert trainer.engine.zero_optimization_stage() == json.loads(path.read_text())["zero_optimization"]["stage"]
+
+
+@pytest.mark.parametrize("loss", ["global", "cmli", "target_cmli", "cls_kd"])
+def test_each_loss_alone(device, data, batches, loss):
+    trainer = build(device, data, {"zero_optimization": {"stage": 2}}, {"loss": {"weights": {loss: 2.0}}})
+    total, each = trainer(batches[0])
+    assert list(each) == [loss]
+    assert total.item() == pytest.approx(2 * each[loss].item())
+    assert (trainer.teacher is None) == (loss in ("global", "cmli"))
+
+
+def test_teacher_stays_frozen_and_outside_the_engine(device, data, batches):
+    trainer = build(device, data, {"zero_optimization": {"stage": 2}})
+    before = [p.clone() for p in trainer.teacher.parameters()]
+    trainer(batches[0])
+    trainer.teacher.train()
+    assert not trainer.teacher.training
+    assert all(torch.equal(p, q) for p, q in zip(before, trainer.teacher.parameters(), strict=True))
+    engine = {id(p) for p in trainer.engine.module.parameters()}
+    assert not any(id(p) in engine or p.requires_grad for p in trainer.teacher.parameters())
+
+
+def test_activation_checkpointing_changes_memory_and_no_bit_of_the_loss(device, data, batches):
+    losses, peaks = [], []
+    for section in ({}, {"activation_checkpointing": {}}):
+        trainer = build(
+            device, data, {"zero_optimization": {"stage": 2, "reduce_bucket_size": 100000}, **section},
+            {"student": {"shared_blocks": 2, "dropout": 0.1}},
+        )  # fmt: skip
+        losses.append([trainer(b)[0] for b in batches[:3]])
+        peaks.append(allocator_peak(lambda: trainer(batches[3])))  # noqa: B023
+    assert torch.equal(torch.stack(losses[0]), torch.stack(losses[1]))
+    assert peaks[1] < peaks[0]
+    print(f"peak of a step without checkpointing {peaks[0]:,} B, with {peaks[1]:,} B")
+
+
+FP16 = {"zero_optimization": {"stage": 2}, "fp16": {"enabled": True, "initial_scale_power": 40, "hysteresis": 1}}
+
+
+def test_fp16_with_dynamic_loss_scaling_skips_an_overflow_and_goes_on(fp16_device, device, data, batches):
+    trainer = build(device, data, FP16)
+    assert trainer.dtype == torch.float16
+    weights = trainer.objective.student.g.weight.clone()
+    trainer(batches[0])  # a scale of 2^40 overflows fp16
+    assert trainer.engine.skipped_steps == 1
+    assert torch.equal(weights, trainer.objective.student.g.weight)
+    scale = trainer.state()["loss_scale"]
+    assert scale == 2.0**39
+    trainer.engine.optimizer.loss_scaler.cur_scale = 1024.0
+    skipped = trainer.engine.skipped_steps
+    losses = [trainer(batches[0])[0].item() for _ in range(5)]
+    assert trainer.engine.skipped_steps == skipped
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize(
+    "device_name, supported, runs", [("cpu", True, "bf16"), ("cuda", False, "bf16"), ("cuda", True, "fp16")]
+)
+def test_fp16_falls_back_to_bf16_where_it_is_slow_or_missing(monkeypatch, device_name, supported, runs):
+    from deepspeed.accelerator import get_accelerator
+
+    monkeypatch.setattr(get_accelerator(), "device_name", lambda: device_name)
+    monkeypatch.setattr(get_accelerator(), "is_fp16_supported", lambda: supported)
+    ds_config, notice = step.resolve_precision(FP16)
+    assert deepspeed_json.precision(ds_config) == runs
+    if runs == "bf16":
+        assert device_name in notice and "\n" not in notice
+    else:
+        assert notice is None
+
+
+def test_weight_decay_spares_norms_biases_and_embeddings(data):
+    objective, _ = step.build_models(load_preset("tiny", {}), data.vocab_size)
+    names = {id(p): n for n, p in objective.named_parameters()}
+    decay, plain = ({names[id(p)] for p in g["params"]} for g in step.parameter_groups(objective, 0.1))
+    assert {"student.g.weight", "student.vit.blocks.0.attn.qkv.weight"} <= decay
+    expected = ("logit_scale", "cmli.logit_scale", "student.vit.pos_embed", "student.image_out.weight")
+    assert set(expected) <= plain
+    assert "student.text.embeddings.word_embeddings.weight" in plain
+    assert decay | plain == set(names.values())
