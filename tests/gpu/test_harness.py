@@ -1,5 +1,6 @@
-"""The checks for a GPU, run by what this machine has: their bars, their limits in time, their files and exit codes."""
+"""The tests for a GPU, run by what this machine has: their bars, their limits in time, their tables and exit codes."""
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -9,22 +10,32 @@ import pytest
 import torch
 
 from ds_cmli.config import deepspeed_json
-from ds_cmli.memory import gpu_check, gpu_task, op_check
-from ds_cmli.memory.gpu_check import Check, Outcome
-from ds_cmli.memory.gpu_settings import SETTINGS
 from tests.conftest import ROOT, clean_environment
+from tests.gpu import op_check
+from tests.gpu.conftest import run_setting
+from tests.gpu.figures import (
+    Figure,
+    estimate_figures,
+    exactness_figures,
+    judge,
+    prediction_figures,
+    speed_figures,
+)
+from tests.gpu.settings import SETTINGS, Setting
 
 CPU = torch.device("cpu")
+SCRIPT = ROOT / "profiling" / "gpu_check.py"
 
 
-def script(*arguments: object, timeout: float = 300) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(ROOT / "profiling" / "gpu_check.py"), *map(str, arguments)]
-    return subprocess.run(command, env=clean_environment(), capture_output=True, text=True, timeout=timeout)
+def script(*arguments: object, device: str = "cpu", timeout: float = 300) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(SCRIPT), *map(str, arguments)]
+    env = clean_environment() | {"DS_CMLI_GPU_TESTS_DEVICE": device}
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=timeout)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_one_line_and_exit_code_2(tmp_path):
-    done = script("--json", tmp_path / "x.json")
+    done = script("--json", tmp_path / "x.json", device="cuda")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "error: no GPU that torch can use here: run this where torch.cuda.is_available()\n"
     assert not list(tmp_path.iterdir())
@@ -47,18 +58,10 @@ def test_at_least_20_settings_of_every_kind_all_different():
     assert {s.precision for s in SETTINGS} == {"fp32", "bf16", "fp16"}
     assert any(s.offload for s in SETTINGS) and any(s.checkpointing for s in SETTINGS)
     assert any(s.accumulation > 1 for s in SETTINGS) and len({s.world for s in SETTINGS}) >= 4
-    # The lonely ones one after the other, the rest four at a time: under 8 minutes, if each takes half its limit.
-    checks = gpu_check.checks()
-    assert {c.kind for c in checks} == set(gpu_task.KINDS)
-    assert sum(c.limit_s if c.alone else c.limit_s / 4 for c in checks) / 2 < 8 * 60 * 1.5
 
 
-def check(kind: str, limit_s: int = 60, **task) -> Check:
-    return Check(f"a {kind} check", kind, task, limit_s)
-
-
-def verdicts(outcome: Outcome) -> dict[str, bool | None]:
-    return {row.figure: row.passed for row in gpu_check.rows(outcome)}
+def verdicts(figures: list[Figure]) -> list[bool | None]:
+    return [figure.passed for figure in figures]
 
 
 def test_bars_of_predictions():
@@ -66,100 +69,107 @@ def test_bars_of_predictions():
     predicted = {"requested": 1049, "allocated": 949, "reserved": 1099, "device": 500}
     model = {"allocations": 5, "at_recorded_address": 5, "unknown": 0, "error": -0.02}
     found = {"predicted": {"totals": predicted}, "measured": {"totals": measured}, "allocator": model}
-    assert list(verdicts(Outcome(check("prediction"), found)).values()) == [True, False, True, None, False]
+    assert verdicts(prediction_figures(found)) == [True, False, True, None, False]
     # The CPU's allocator knows requested bytes only.
     del found["allocator"]
     found["measured"] = {"totals": {"requested": 1000}}
-    assert verdicts(Outcome(check("prediction"), found)) == {"requested, predicted/measured - 1": True}
+    assert [(f.name, f.passed) for f in prediction_figures(found)] == [("requested, predicted/measured - 1", True)]
 
 
 def test_bars_of_the_op():
     found = {"scores": 2e-5, "gradients": 1e-3, "unequal_repeats": 0.0}
-    assert list(verdicts(Outcome(check("exactness", dtype="fp32"), found)).values()) == [False, False, True]
-    assert list(verdicts(Outcome(check("exactness", dtype="bf16"), found)).values()) == [False, True, True]
+    assert verdicts(exactness_figures(found, "fp32")) == [False, False, True]
+    assert verdicts(exactness_figures(found, "bf16")) == [False, True, True]
     found = {"scores": float("nan"), "gradients": float("inf"), "unequal_repeats": 1.0}
-    assert not any(verdicts(Outcome(check("exactness", dtype="bf16"), found)).values())
-    found = {"triton": 3.0, "chunked": 9.0, "materialised": 4.0}
-    assert list(verdicts(Outcome(check("speed", backends=["triton", "chunked"]), found)).values()) == [True, None]
-    assert list(verdicts(Outcome(check("speed", backends=["chunked"]), found)).values()) == [False]
+    assert not any(verdicts(exactness_figures(found, "bf16")))
+    assert verdicts(speed_figures({"triton": 3.0, "chunked": 9.0, "materialised": 4.0})) == [True, None]
+    assert verdicts(speed_figures({"chunked": 9.0, "materialised": 4.0})) == [False]
 
 
 def test_bars_of_the_estimates():
     row = {"id": "E1", "implementation": "ours", "predicted_bytes": 10, "measured_bytes": 10, "measured_on": "a GPU"}
     rows = [row, {**row, "id": "E2", "measured_bytes": 11}, {**row, "id": "E3", "measured_bytes": None}]
-    found = gpu_check.rows(Outcome(check("estimates"), {"rows": rows}))
-    assert [(r.value, r.passed) for r in found] == [(0, True), (1, False), (1, False)]
+    found = estimate_figures(rows)
+    assert [(f.value, f.passed) for f in found] == [(0, True), (1, False), (1, False)]
     assert found[-1].note == "E3"
 
 
-def test_a_check_that_fails_has_missed_its_bars():
-    (row,) = gpu_check.rows(Outcome(check("speed"), failed="longer than 60 s"))
-    assert (row.passed, row.note) == (False, "longer than 60 s")
+def test_every_figure_is_recorded_and_a_missed_bar_fails_the_test():
+    recorded = []
+    judge([Figure("good", 1, 2), Figure("only told", 9)], lambda name, value: recorded.append(value))
+    with pytest.raises(AssertionError, match=r"bad is 3, its bar 2 \(why\)"):
+        judge([Figure("bad", 3, 2, "why"), Figure("good", 1, 2)], lambda name, value: recorded.append(value))
+    assert [(r["name"], r["passed"]) for r in recorded] == [
+        ("good", True), ("only told", None), ("bad", False), ("good", True)
+    ]  # fmt: skip
 
 
-def test_real_checks_on_the_cpu():
-    seen = []
-    todo = [
-        Check("exact", "exactness", {"dtype": "fp32", "backend": "chunked"}, 120),
-        Check("unknown", "exactness", {"dtype": "fp8", "backend": "chunked"}, 120),
-        Check("hurried", "exactness", {"dtype": "fp64", "backend": "chunked"}, 1),
-        Check("fast", "speed", {"dtype": "fp32", "backends": ["chunked"]}, 120, alone=True),
-    ]
-    outcomes = gpu_check.run(todo, 200, 2, "cpu", seen.append)
-    assert [o.check.name for o in outcomes] == ["exact", "unknown", "hurried", "fast"]
-    assert sorted(o.check.name for o in seen) == sorted(o.check.name for o in outcomes)
-    exact, unknown, hurried, fast = outcomes
-    assert all(row.passed for row in gpu_check.rows(exact))
-    assert unknown.failed == "exit code 1: KeyError: 'fp8'"
-    assert hurried.failed == "longer than 1 s"
-    assert fast.found["chunked"] > 0 and fast.found["materialised"] > 0
-
-
-def test_what_no_time_is_left_for_is_said():
+def test_a_setting_that_does_not_end_is_said():
     start = time.monotonic()
-    outcomes = gpu_check.run([check("exactness", dtype="fp32", backend="chunked")], 0.5, 1, "cpu", lambda o: None)
-    assert [o.failed for o in outcomes] == ["no time left"]
-    assert time.monotonic() - start < 1
+    with pytest.raises(AssertionError, match=r"longer than 1 s"):
+        run_setting(SETTINGS[0], "cpu", limit_s=1)
+    assert time.monotonic() - start < 20
+    with pytest.raises(AssertionError, match=r"exit code 1: .*--preset is 'unknown'"):
+        run_setting(Setting("unknown", "unknown", 1), "cpu")
+
+
+def test_the_op_on_the_cpu():
+    found = op_check.exactness("fp32", CPU, "chunked")
+    assert all(verdicts(exactness_figures(found, "fp32")))
+    found = op_check.speed("fp32", CPU, ["chunked"], shape=(4, 8, 49, 16, 64), repeats=3)
+    assert found["chunked"] > 0 and found["materialised"] > 0
+
+
+class Report:
+    """What pytest tells of a test, as far as the tables read it."""
+
+    def __init__(self, test: str, figures: list[Figure], failed: bool = False, message: str = ""):
+        self.when, self.nodeid, self.failed = "call", f"file::{test}", failed
+        self.user_properties = [("figure", figure.to_dict()) for figure in figures]
+        crash = type("Crash", (), {"message": message})
+        self.longrepr = type("Repr", (), {"reprcrash": crash}) if failed else None
 
 
 def test_the_files(tmp_path):
-    outcomes = [
-        Outcome(check("exactness", dtype="fp32"), {"scores": 1e-7, "gradients": 1e-6, "unequal_repeats": 0.0}),
-        Outcome(check("speed", backends=["triton"]), {"triton": 5.0, "materialised": 4.0}),
-    ]
+    spec = importlib.util.spec_from_file_location("gpu_check", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
     paths = tmp_path / "found.json", tmp_path / "found.md"
-    gpu_check.write(outcomes[:1], "a GPU", *paths)
+    tables = module.Tables("a GPU", 0, *paths)
+    with pytest.raises(AssertionError, match="no time left"):
+        tables.pytest_runtest_setup(None)
+    exact = exactness_figures({"scores": 1e-7, "gradients": 1e-6, "unequal_repeats": 0.0}, "fp32")
+    tables.pytest_runtest_logreport(Report("test_exactness[fp32]", exact))
     assert json.loads(paths[0].read_text())["passed"] is True
-    gpu_check.write(outcomes, "a GPU", *paths)
+    slow = speed_figures({"triton": 5.0, "materialised": 4.0})
+    tables.pytest_runtest_logreport(Report("test_speed[bf16]", slow, failed=True))
     content = json.loads(paths[0].read_text())
     assert (content["device"], content["passed"], len(content["rows"])) == ("a GPU", False, 4)
     lines = paths[1].read_text().splitlines()
-    assert lines[:3] == ["# Checked on a GPU", "", "2 checks, 4 figures, 1 missed their bar."]
+    assert lines[0].startswith("# Checked on a GPU, 20") and lines[2] == "4 figures, 1 missed their bar."
     # What missed its bar comes first.
     assert lines[6] == (
-        "| a speed check | triton, time / materialised | 1.25 | 1 | **missed** | 5.00 ms, materialised 4.00 ms |"
+        "| test_speed[bf16] | triton, time / materialised | 1.25 | 1 | **missed** | 5.00 ms, materialised 4.00 ms |"
     )
     assert sorted(p.name for p in tmp_path.iterdir()) == ["found.json", "found.md"]
+    # A test that ends before it has a figure has missed its bars.
+    tables.pytest_runtest_logreport(Report("test_speed[fp32]", [], failed=True, message="longer than 60 s"))
+    assert (tables.rows[-1]["passed"], tables.rows[-1]["note"]) == (False, "longer than 60 s")
 
 
 def test_the_whole_script_on_the_cpu(tmp_path):
     paths = tmp_path / "found.json", tmp_path / "found.md"
-    where = ("--device", "cpu", "--json", paths[0], "--markdown", paths[1])
-    done = script(*where, "--only", "tiny", "--jobs", 1)
+    where = ("--json", paths[0], "--markdown", paths[1])
+    done = script(*where, "--only", "tiny")
     assert done.returncode == 0, done.stdout + done.stderr
-    content = json.loads(paths[0].read_text())
-    (row,) = content["rows"]
+    (row,) = json.loads(paths[0].read_text())["rows"]
     assert row["passed"] and abs(row["value"]) < 0.005
-    (outcome,) = content["checks"]
-    assert (
-        outcome["found"]["predicted"]["categories"]["teacher"] == outcome["found"]["measured"]["categories"]["teacher"]
-    )
 
-    done = script(*where, "--only", "tiny", "--minutes", 0.01)
+    done = script(*where, "--only", "tiny", "--minutes", 0)
     assert done.returncode == 1
     assert json.loads(paths[0].read_text())["passed"] is False
     done = script(*where, "--only", "nothing")
-    assert (done.returncode, done.stderr) == (2, "error: --only is 'nothing': no check has that in its name\n")
+    assert (done.returncode, done.stderr) == (2, "error: --only is 'nothing': no test has that in its name\n")
 
 
 def test_exactness_tells_a_wrong_backend(monkeypatch):

@@ -1,4 +1,4 @@
-"""The settings whose prediction is measured on a GPU: presets, batch, ZeRO stage, world size, precision and the rest.
+"""The settings whose memory is predicted and measured on a GPU: presets, batches, ZeRO stages, ranks, precisions.
 
 All with random weights and made-up batches: nothing is downloaded.
 """

@@ -1,0 +1,47 @@
+"""python -m tests.gpu.measure_setting DEVICE JSON: one setting predicted and measured; the last line is the result.
+
+It needs a process of its own, as the measured peaks are those since the process began.
+"""
+
+import json
+import sys
+from typing import Any
+
+from ds_cmli.common import quiet
+
+quiet.silence()
+
+import torch  # noqa: E402
+
+from ds_cmli.memory import apart, cards, measure, measure_cuda, recorded  # noqa: E402
+from tests.gpu.settings import Setting  # noqa: E402
+
+
+def measure_setting(device: str, setting: dict[str, Any]) -> dict[str, Any]:
+    wanted = Setting(**setting)
+    config, ds_config = wanted.resolve()
+    card = cards.known(torch.cuda.get_device_name()) if device == "cuda" else ""
+    # The prediction runs meanwhile, on the CPU.
+    with apart.Predictor() as predictor:
+        predictor.send(apart.Request(config, ds_config, wanted.world, device, card))
+        if device == "cuda":
+            measure_cuda.record_history()
+        measured = measure.measure(config, ds_config, wanted.world, device)
+        answer = predictor.receive()
+    if answer.report is None:
+        raise RuntimeError(f"no prediction: {answer.failed}")
+    out: dict[str, Any] = {"predicted": answer.report, "measured": measured.to_dict()}
+    if device == "cuda":
+        compared = recorded.replay_trace(torch.cuda.memory._snapshot(), torch.cuda.current_device())
+        out["allocator"] = {
+            "allocations": compared.allocations,
+            "at_recorded_address": compared.at_recorded_address,
+            "unknown": compared.unknown,
+            "error": compared.reserved_error,
+        }
+    return out
+
+
+if __name__ == "__main__":
+    device, setting = sys.argv[1:]
+    print("\n" + json.dumps(measure_setting(device, json.loads(setting))), flush=True)

@@ -1,0 +1,11 @@
+"""Predicted against measured memory on a GPU, for every setting of `settings.py`."""
+
+import pytest
+
+from tests.gpu.figures import judge, prediction_figures
+from tests.gpu.settings import SETTINGS
+
+
+@pytest.mark.parametrize("setting", SETTINGS, ids=lambda setting: setting.name)
+def test_predicted_against_measured(setting, measured_settings, record_property):
+    judge(prediction_figures(measured_settings[setting.name].result()), record_property)
