@@ -94,7 +94,7 @@ class Side:
     def __init__(self, features: Tensor, mask: Tensor | None, lengths: list[int]):
         B, P, D = features.shape
         device = features.device
-        self.features = features.reshape(B * P, D)
+        self.features = features.contiguous().view(B * P, D)  # gradients get its strides, as the op promises them
         self.wide = torch.promote_types(features.dtype, torch.float32)
         order = sorted(range(B), key=lengths.__getitem__)
         self.lengths = [lengths[b] for b in order]

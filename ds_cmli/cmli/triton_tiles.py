@@ -79,8 +79,9 @@ class Side:
             self.ends = self.counts
             self.mask = self.counts  # stands in for a pointer that is not read
         else:
-            # int16: Triton sizes the registers of a product by the narrowest type its operands depend on.
-            self.mask = mask.to(torch.int16)
+            # int16: Triton sizes the registers of a product by the narrowest type its operands depend on. Contiguous, as
+            # kernels read it.
+            self.mask = mask.to(torch.int16, memory_format=torch.contiguous_format)
             self.counts = mask.sum(1, dtype=torch.int32)
             places = torch.arange(1, length + 1, dtype=torch.int16, device=device)
             self.ends = (self.mask * places).amax(1).to(torch.int32)  # last valid position + 1

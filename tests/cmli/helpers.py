@@ -1,6 +1,7 @@
 """What the tests of the all-pairs op share: random cases, scores with their gradients, the allocator's own count."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import permutations
 
 import torch
 from torch import Tensor
@@ -58,3 +59,37 @@ def allocator_peak(call: Callable[[], object]) -> int:
         live += event.nbytes()
         most = max(most, live)
     return most
+
+
+def layouts(x: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """`x` in other layouts of memory: every order of its dimensions, and a part of something larger."""
+    for order in list(permutations(range(x.ndim)))[1:]:
+        yield f"stored as {order}", x.permute(order).contiguous().permute([order.index(d) for d in range(x.ndim)])
+    part = x.new_zeros([2 * n + 1 for n in x.shape])[tuple(slice(1, None, 2) for _ in x.shape)]
+    yield "every second element", part.copy_(x)
+    yield "at an offset", torch.cat([x.new_zeros(3), x.flatten()])[3:].view(x.shape)
+    if x.dtype != torch.bool:
+        yield "negated when read", torch._neg_view(-x)
+
+
+def any_layout_gives_the_same(backend: str) -> None:
+    """Scores and gradients, for every argument and upstream gradient; gradients have the strides of a new tensor."""
+    case = random_case(2, 3, 5, 4, 6, dtype=torch.float32, masked=True)
+    plain = [*case, *(g.float() for g in upstream_for(case))]
+    repeated = [x[:1].expand(x.shape) for x in plain]
+    for options in ({}, {"recompute": True, "scratch_bytes": 50}):
+
+        def run(arguments: list[Tensor]) -> tuple[Tensor, ...]:
+            image, text = (x.detach().requires_grad_() for x in arguments[:2])
+            scores = cmli_scores(image, text, *arguments[2:4], backend=backend, **options)  # noqa: B023
+            gradients = torch.autograd.grad(scores, (image, text), arguments[4:])
+            assert backend == "reference" or all(g.is_contiguous() for g in gradients)
+            return *scores, *gradients
+
+        expected = run(plain)
+        for k, argument in enumerate(plain):
+            for layout, same in layouts(argument):
+                for got, want in zip(run([*plain[:k], same, *plain[k + 1 :]]), expected, strict=True):
+                    torch.testing.assert_close(got, want, rtol=0, atol=1e-6, msg=lambda m: f"{k}, {layout}: {m}")  # noqa: B023
+        for got, want in zip(run(repeated), run([x.clone() for x in repeated]), strict=True):
+            torch.testing.assert_close(got, want, rtol=0, atol=1e-6)

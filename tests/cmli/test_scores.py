@@ -5,9 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ds_cmli.cmli import cmli_scores
+from ds_cmli.cmli import cmli_scores, product
 from ds_cmli.cmli.reference import cmli_scores_reference
-from tests.cmli.helpers import random_case, upstream_for, with_gradients
+from tests.cmli.helpers import any_layout_gives_the_same, random_case, upstream_for, with_gradients
 
 BACKENDS = ["reference", "chunked"]
 # Largest error relative to the largest value, fp64 arithmetic on the same (rounded) inputs as the yardstick: fp32 sums,
@@ -181,6 +181,13 @@ def test_what_is_masked_never_matters(backend):
         assert not scores[:, 0].any() and not scores[2].any()
     assert not d_text[0].any() and not d_image[2].any()
     assert not d_text[~case[2]].any() and not d_image[~case[3]].any()
+
+
+@pytest.mark.parametrize("onednn", [False, True])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_any_layout_gives_the_same(backend, onednn, monkeypatch):
+    monkeypatch.setattr(product, "ONEDNN", onednn)
+    any_layout_gives_the_same(backend)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

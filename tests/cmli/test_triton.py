@@ -156,6 +156,13 @@ def only_what_is_asked_for():
 
 
 @check
+def any_layout():
+    from tests.cmli.helpers import any_layout_gives_the_same
+
+    any_layout_gives_the_same("triton")
+
+
+@check
 def nan_and_inf_propagate():
     plain = inputs(3, 4, 20, 18, 6, torch.float32, 9, exact=True)
     for value in (torch.nan, -torch.inf, 3e38):
