@@ -79,8 +79,8 @@ class Side:
             self.ends = self.counts
             self.mask = self.counts  # stands in for a pointer that is not read
         else:
-            # int16: Triton sizes the registers of a product by the narrowest type its operands depend on. Contiguous, as
-            # kernels read it.
+            # int16: Triton sizes the registers of a product by the narrowest type its operands depend on.
+            # Contiguous: that is how kernels read it.
             self.mask = mask.to(torch.int16, memory_format=torch.contiguous_format)
             self.counts = mask.sum(1, dtype=torch.int32)
             places = torch.arange(1, length + 1, dtype=torch.int16, device=device)
