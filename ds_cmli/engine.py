@@ -119,7 +119,7 @@ class Step:
         return not self.engine.was_step_applied()
 
     def state(self) -> dict[str, float]:
-        """Learning rate, gradient norm, loss scale and temperatures. CPU-GPU sync."""
+        """Learning rate, gradient norm, loss scale and temperatures. CPU-GPU sync; collective under ZeRO-3."""
         optimizer = self.engine.optimizer
         out = {"lr": self.engine.get_lr()[0]}
         norm = self.engine.get_global_grad_norm()
@@ -128,8 +128,8 @@ class Step:
         if self.dtype == torch.float16:
             out["loss_scale"] = float(optimizer.loss_scale)
             out["skipped_steps"] = self.engine.skipped_steps
-        for name, temperature in self.objective.temperatures.items():
-            out[f"temperature/{name}"] = temperature
+        for name, scale in self.objective.scales().items():
+            out[f"temperature/{name}"] = 1 / scale
         return out
 
 

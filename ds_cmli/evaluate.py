@@ -72,7 +72,7 @@ def evaluate(
     from ds_cmli.cmli.loss import unit
     from ds_cmli.data import eval_loader
     from ds_cmli.distributed import process_group as distributed
-    from ds_cmli.losses.functions import temperature_scale, widen
+    from ds_cmli.losses.functions import widen
 
     student, n = objective.student, len(dataset)
     with_cmli = hasattr(objective, "cmli")
@@ -122,9 +122,9 @@ def evaluate(
     out = {f"global/{k}": v for k, v in recall((by_global, by_global), indices, first).items()}
     if with_cmli:
         out |= {f"cmli/{k}": v for k, v in recall((i2t, t2i), indices, first).items()}
-        scale = temperature_scale(objective.cmli.logit_scale).item()
+        scales = objective.scales()  # collective under ZeRO-3
         # Logits add where both losses set a temperature; otherwise CMLI alone stands for "combined".
-        base = by_global * temperature_scale(objective.logit_scale).item() if hasattr(objective, "logit_scale") else 0
+        base, scale = by_global * scales["global"] if "global" in scales else 0, scales["cmli"]
         combined = recall((base + scale * i2t, base + scale * t2i), indices, first)
         out |= {f"combined/{k}": v for k, v in combined.items()}
     if data.has_places:

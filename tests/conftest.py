@@ -23,11 +23,13 @@ def pictures():
 @pytest.fixture
 def fp16_device(monkeypatch):
     """A device that is said to have fp16, so that nothing falls back to bf16."""
+    import torch
     from deepspeed.accelerator import get_accelerator
 
     from ds_cmli import engine as step
 
     monkeypatch.setattr(get_accelerator(), "is_fp16_supported", lambda: True)
+    monkeypatch.setattr(get_accelerator(), "supported_dtypes", lambda: [torch.float, torch.bfloat16, torch.half])
     monkeypatch.setattr(step, "resolve_precision", lambda ds_config: (ds_config, None))
 
 

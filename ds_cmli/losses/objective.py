@@ -5,6 +5,7 @@ Shapes: B pairs per rank, N patches, M text positions, H student width, H_t teac
 
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -118,11 +119,20 @@ class Objective(nn.Module):
         """[.., H] -> [.., H_t]."""
         return x if self.width_head is None else self.width_head(x)
 
-    @property
-    def temperatures(self) -> dict[str, float]:
-        """CPU-GPU sync."""
-        scales = {"global": getattr(self, "logit_scale", None)}
+    def scales(self) -> dict[str, float]:
+        """1/temperature of each contrastive loss. CPU-GPU sync; collective where ZeRO-3 has partitioned them."""
+        logarithms = {"global": getattr(self, "logit_scale", None)}
         if "cmli" in self.config.weights:
-            scales["cmli"] = self.cmli.logit_scale
-        with torch.no_grad():
-            return {name: 1 / losses.temperature_scale(x).item() for name, x in scales.items() if x is not None}
+            logarithms["cmli"] = self.cmli.logit_scale
+        present = {name: x for name, x in logarithms.items() if x is not None}
+        with torch.no_grad(), _whole(list(present.values())):
+            return {name: losses.temperature_scale(x).item() for name, x in present.items()}
+
+
+def _whole(parameters: list[Tensor]) -> AbstractContextManager:
+    """Parameters with all their elements: ZeRO-3 may hold a part alone at any time, after a skipped step for one."""
+    if not any(hasattr(p, "ds_id") for p in parameters):
+        return nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(parameters)  # collective
