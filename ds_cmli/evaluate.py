@@ -158,34 +158,35 @@ def command(checkpoint: str, source: str | None, batch_size: int, json_file: str
     """Evaluate a trained student: retrieval on held-out pairs, and pointing on scenes."""
     import dataclasses
 
-    import torch
-
-    from ds_cmli.checkpoint.save import load_weights
     from ds_cmli.common.cli import check_writable
     from ds_cmli.common.errors import UserError
-    from ds_cmli.config.schema import Config
-    from ds_cmli.data import build_data
-    from ds_cmli.distributed import process_group as distributed
-    from ds_cmli.engine import build_models
+    from ds_cmli.config.schema import Loss, load_config
 
-    folder = Path(checkpoint)
-    if not (folder / "config.json").is_file():
-        raise UserError(f"--checkpoint is {checkpoint!r}: no config.json there; give a run's output folder")
     if json_file:
         check_writable(json_file)
     if batch_size < 1:
         raise UserError(f"--batch-size is {batch_size}: give at least 1")
-    config = Config.from_dict(json.loads((folder / "config.json").read_text())["config"])
+    config = load_config(Path(checkpoint) / "config.json", "--checkpoint")
     if source:
         config.data = dataclasses.replace(config.data, source=source)
     # Only the student is needed: without distillation losses no teacher is built.
-    weights = {k: v for k, v in config.loss.weights.items() if k in ("global", "cmli")} or {"global": 1.0}
+    weights: dict[Loss, float] = {k: v for k, v in config.loss.weights.items() if k in ("global", "cmli")}
+    weights = weights or {"global": 1.0}
     config.loss = dataclasses.replace(config.loss, weights=weights)
+    import torch
+
+    from ds_cmli.data import build_data
+
     data = build_data(config.data, config.run.seed)
     if not data.evals:
         raise UserError(f"--data is {config.data.source!r}: it has no held-out split")
+
+    from ds_cmli.checkpoint.save import load_weights
+    from ds_cmli.distributed import process_group as distributed
+    from ds_cmli.engine import build_models
+
     objective, _ = build_models(config, data.vocab_size)
-    load_weights(folder, objective)
+    load_weights(Path(checkpoint), objective)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     objective.to(device)
     metrics: dict[str, float] = {}

@@ -19,7 +19,7 @@ from typing import Any  # noqa: E402
 
 import click  # noqa: E402
 
-from ds_cmli.common.cli import GroupedCommand, option, run_command  # noqa: E402
+from ds_cmli.common.cli import GroupedCommand, option, run_command, say  # noqa: E402
 from ds_cmli.common.errors import UserError  # noqa: E402
 from ds_cmli.config.options import OUTPUT, WHAT, add, resolve_config  # noqa: E402
 from ds_cmli.config.schema import Config  # noqa: E402
@@ -222,11 +222,6 @@ def output_folder(config: Config, resume: str) -> Path:
             "folder that all nodes share"
         )
     return folder
-
-
-def say(line: str | None) -> None:
-    if line and os.environ.get("RANK", "0") == "0":
-        print(line, flush=True)
 
 
 def main() -> None:

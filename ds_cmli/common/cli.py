@@ -36,6 +36,16 @@ def option(group: str, *names: str, **kwargs: Any) -> Callable:
     return click.option(*names, cls=GroupedOption, group=group, **kwargs)
 
 
+def say(line: str | None) -> None:
+    if line and _is_main():
+        print(line, flush=True)
+
+
+def _is_main() -> bool:
+    """Whether this is the rank that speaks for all, also before the ranks have met."""
+    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) == 0
+
+
 def check_writable(name: str) -> None:
     """Now, and not after minutes of work. Raises `UserError`."""
     try:
@@ -57,6 +67,10 @@ def exit_code(command: click.Command) -> int:
         return _report(str(error))
     except click.ClickException as error:
         return _report(error.format_message())
+    except OSError as error:  # of a file that the user named, or the disk: no bug of this code's
+        if error.filename is None:
+            raise
+        return _report(f"{error.strerror}: {error.filename!r}")
     except (click.exceptions.Abort, KeyboardInterrupt):
         return _report("interrupted")
 
@@ -76,6 +90,6 @@ def leave(code: int) -> NoReturn:
 
 def _report(message: str) -> int:
     # Ranks started together meet the same mistake: rank 0 tells it for all.
-    if int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) == 0:
+    if _is_main():
         print("error: " + " ".join(message.split()), file=sys.stderr, flush=True)
     return 2

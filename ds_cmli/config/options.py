@@ -1,14 +1,16 @@
 """The command-line options that make up a run's configuration, for whatever command needs one."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import click
 
-from ds_cmli.common.cli import option
+from ds_cmli.common.cli import option, say
+from ds_cmli.common.errors import UserError
 from ds_cmli.config.presets import PRESETS, load_preset
 from ds_cmli.config.schema import LOSSES, Config, parse_losses, parse_settings
+from ds_cmli.config.validation import shown
 
 DEFAULT_JSON = Path(__file__).resolve().parents[2] / "ds_configs" / "zero2.json"
 
@@ -40,10 +42,19 @@ OUTPUT = (
 )
 
 PLACES = {
+    **{"preset": ("run", "preset"), "losses": ("loss", "weights")},
     **{"data": ("data", "source"), "workers": ("data", "workers")},
     **{name: ("optim", name) for name in ("steps", "epochs", "micro_batch", "lr")},
     **{name: ("run", name) for name in ("seed", "deterministic", "output_dir", "log_every", "eval_every")},
     **{name: ("run", name) for name in ("save_every", "save_minutes", "keep")},
+}
+RANDOM = (("student", "image_weights"), ("student", "text_weights"), ("teacher", "weights"))  # with `--init random`
+# Settings of one loss or of some, without which they mean nothing.
+OF_LOSSES = {
+    **{"loss.init_temperature": ("global",), "loss.match": ("target_cmli",)},
+    **{f"loss.cmli_{name}": ("cmli",) for name in ("init_temperature", "backend", "recompute", "scratch_bytes")},
+    **{name: ("target_cmli", "cls_kd") for name in ("loss.mse_reduction", "teacher.block", "teacher.model")},
+    **{name: ("target_cmli", "cls_kd") for name in ("teacher.overrides", "teacher.weights")},
 }
 
 
@@ -59,23 +70,59 @@ def add(*options: Callable) -> Callable:
 
 
 def resolve_config(preset: str, settings: tuple[str, ...], options: dict[str, Any]) -> Config:
-    """The preset with the command line on top; only what was given overrides.
+    """The preset with the command line on top; only what was given overrides. Says which settings have no effect.
 
     `options`: the values of `WHAT`, and of `OUTPUT` where the command has it, but for `preset`, `settings` and
     `deepspeed_config`.
+
+    Raises:
+        UserError: one that `Config.from_dict` refuses, or that is given twice with two values.
     """
     overrides = parse_settings(settings)
-    for name, (section, key) in PLACES.items():
-        if options.get(name) is not None:
-            overrides.setdefault(section, {})[key] = options[name]
+    by_set = {f"{section}.{key}" for section, values in overrides.items() for key in values}
+    given = {
+        name: value for name, value in {**options, "preset": preset}.items() if name in PLACES and value is not None
+    }
+    if "losses" in given:
+        given["losses"] = parse_losses(given["losses"])
+    written = {}
+    for name, value in given.items():
+        section, key = PLACES[name]
+        written[f"{section}.{key}"] = option = "--" + name.replace("_", "-")
+        _put(overrides, section, key, value, option)
     # One of the two replaces whichever the preset names.
-    for given, other in (("steps", "epochs"), ("epochs", "steps")):
-        if options[given] is not None and options[other] is None:
-            overrides["optim"][other] = None
-    if options["losses"] is not None:
-        overrides.setdefault("loss", {})["weights"] = parse_losses(options["losses"])
+    optim = overrides.get("optim", {})
+    for one, other in (("steps", "epochs"), ("epochs", "steps")):
+        if optim.get(one) is not None and other not in optim:
+            optim[other] = None
+            break
     if options["init"] == "random":
-        overrides.setdefault("student", {}).update(image_weights="random", text_weights="random")
-        overrides.setdefault("teacher", {})["weights"] = "random"
+        for section, key in RANDOM:
+            _put(overrides, section, key, "random", "--init")
         overrides.setdefault("data", {}).setdefault("tokenizer", "builtin")
-    return load_preset(preset, overrides)
+    config = load_preset(preset, overrides, written)
+    for line in _without_effect(config, by_set):
+        say(line)
+    return config
+
+
+def _put(overrides: dict[str, dict[str, Any]], section: str, key: str, value: Any, option: str) -> None:
+    """Set what `option` says, which `--set` must not contradict."""
+    values = overrides.setdefault(section, {})
+    if key in values and values[key] != value:
+        raise UserError(
+            f"{option} is {shown(value)} and --set {section}.{key} is {shown(values[key])}: give one of them"
+        )
+    values[key] = value
+
+
+def _without_effect(config: Config, by_set: set[str]) -> Iterator[str]:
+    """A line for each setting that was given by `--set` and that nothing reads."""
+    for name in sorted(by_set):
+        losses = OF_LOSSES.get(name)
+        if losses and not set(losses) & set(config.loss.weights):
+            yield f"--set {name} has no effect: the losses are {', '.join(config.loss.weights)}, without {losses[0]}"
+    if "student.text_model" in by_set and config.student.text_weights not in ("hub", "random"):
+        yield f"--set student.text_model has no effect: student.text_weights {config.student.text_weights!r} says it"
+    if "data.max_bad_share" in by_set and config.data.source == "demo":
+        yield "--set data.max_bad_share has no effect: the demo has no broken samples"

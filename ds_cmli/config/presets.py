@@ -1,5 +1,6 @@
 """The presets: `demo`, `paper` and `tiny`, as what they change of `config.py`'s defaults."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from ds_cmli.config.schema import Config, choice
@@ -63,11 +64,11 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
 }
 
 
-def load_preset(name: str, overrides: dict[str, dict[str, Any]]) -> Config:
-    """The preset's configuration with `overrides` ({section: {setting: value}}) on top."""
+def load_preset(name: str, overrides: dict[str, dict[str, Any]], written: Mapping[str, str] | None = None) -> Config:
+    """The preset's configuration with `overrides` ({section: {setting: value}}) on top; `written` as `from_dict`'s."""
     choice("--preset", name, PRESETS)
     values: dict[str, dict[str, Any]] = {"run": {"preset": name}}
     for layer in (PRESETS[name], overrides):
         for section, settings in layer.items():
             values.setdefault(section, {}).update(settings)
-    return Config.from_dict(values)
+    return Config.from_dict(values, written)

@@ -50,7 +50,7 @@ MISTAKES = {
     "steps not a number": (["--steps", "many"], "'many' is not a valid integer"),
     "steps and epochs": (["--steps", "3", "--epochs", "1"], "optim.steps is 3 and optim.epochs is 1.0: give one"),
     "unknown loss": (["--losses", "global,clmi"], "losses is 'clmi': did you mean 'cmli'?"),
-    "no loss": (["--losses", ""], "choose at least one of global"),
+    "no loss": (["--losses", ""], "give at least one of global"),
     "loss weight": (["--losses", "cmli=big"], "--losses has 'cmli=big': write NAME or NAME=WEIGHT"),
     "negative seed": (["--seed", "-1"], "--seed is -1: give 0 to"),
     "unknown setting": (["--set", "student.layres=2"], "setting of student is 'layres': did you mean 'layers'?"),
