@@ -12,7 +12,8 @@ from ds_cmli.config.presets import PRESETS, load_preset
 from ds_cmli.config.schema import LOSSES, Config, parse_losses, parse_settings
 from ds_cmli.config.validation import shown
 
-DEFAULT_JSON = Path(__file__).resolve().parents[2] / "ds_configs" / "zero2.json"
+# The package's `ds_configs` is a link to the folder beside it in a checkout, and a folder of its own in a wheel.
+DEFAULT_JSON = Path(__file__).resolve().parents[1] / "ds_configs" / "zero2.json"
 
 WHAT = (
     option("What to train", "--preset", default="demo", show_default=True, help=f"One of: {', '.join(PRESETS)}."),

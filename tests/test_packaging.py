@@ -1,0 +1,45 @@
+"""A wheel is enough to train with: what the package reads beside its code is in it, and found there."""
+
+import shutil
+import subprocess
+import sys
+import zipfile
+
+import pytest
+
+from tests.conftest import ROOT, clean_environment
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory):
+    """A folder that holds what `pip install` of the project's wheel would put into site-packages."""
+    folder = tmp_path_factory.mktemp("wheel")
+    source = folder / "source"
+    for name in ("ds_cmli", "ds_configs"):
+        shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    build = [sys.executable, "-m", "pip", "wheel", ".", "--no-deps", "--no-build-isolation", "-q", "-w", str(folder)]
+    done = subprocess.run(build, cwd=source, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    (wheel,) = folder.glob("*.whl")
+    with zipfile.ZipFile(wheel) as file:
+        file.extractall(folder / "site-packages")
+    return folder / "site-packages"
+
+
+def test_the_wheel_holds_every_file_that_is_no_code(installed):
+    beside = [p.relative_to(ROOT) for p in (ROOT / "ds_cmli").rglob("*") if p.suffix in (".json", ".txt")]
+    beside += [p.relative_to(ROOT) for p in (ROOT / "ds_cmli" / "ds_configs").iterdir()]
+    assert len(beside) >= 7
+    for path in beside:
+        assert (installed / path).read_bytes() == (ROOT / path).read_bytes()
+
+
+def test_the_default_json_is_found_outside_a_checkout(installed, tmp_path):
+    script = "from ds_cmli.config.options import DEFAULT_JSON as path; print(path); print(path.read_text())"
+    env = clean_environment() | {"PYTHONPATH": str(installed)}
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=env, capture_output=True, text=True)
+    path, _, text = done.stdout.partition("\n")
+    assert path == str(installed / "ds_cmli" / "ds_configs" / "zero2.json"), done.stderr
+    assert text.strip() == (ROOT / "ds_configs" / "zero2.json").read_text().strip()
