@@ -25,8 +25,8 @@ quiet.silence()
 import click  # noqa: E402
 import torch  # noqa: E402
 
-from ds_cmli.cmli import cmli_scores, peers  # noqa: E402
-from ds_cmli.cmli.problem import DTYPES, SETTINGS, D, M, N, Problem, Scores  # noqa: E402
+from ds_cmli.cmli import baselines, cmli_scores  # noqa: E402
+from ds_cmli.cmli.baselines import DTYPES, SETTINGS, D, M, N, Problem, Scores  # noqa: E402
 
 
 def ours(**options) -> Scores:
@@ -36,11 +36,11 @@ def ours(**options) -> Scores:
 THRIFTY = "recompute, 32 MB"  # the chunked backend's least memory: no argmax saved, half the default scratch
 # name -> (scores, dtypes, whether it is ours)
 CONTENDERS: dict[str, tuple[Scores, tuple[str, ...], bool]] = {
-    "naive autograd": (peers.naive, ("fp32",), False),
-    "x-clip": (peers.x_clip, ("fp32",), False),
-    "sentence-transformers": (peers.sentence_transformers, ("fp32",), False),
-    "late-interaction-kernels": (peers.late_interaction_kernels, ("fp32",), False),
-    "flash-maxsim": (peers.flash_maxsim, ("fp32",), False),
+    "naive autograd": (baselines.naive, ("fp32",), False),
+    "x-clip": (baselines.x_clip, ("fp32",), False),
+    "sentence-transformers": (baselines.sentence_transformers, ("fp32",), False),
+    "late-interaction-kernels": (baselines.late_interaction_kernels, ("fp32",), False),
+    "flash-maxsim": (baselines.flash_maxsim, ("fp32",), False),
     "chunked": (ours(backend="chunked"), ("fp32", "bf16", "fp16"), True),
     THRIFTY: (ours(backend="chunked", recompute=True, scratch_bytes=32 << 20), ("fp32",), True),
     "triton": (ours(backend="triton"), ("fp32", "bf16", "fp16"), True),

@@ -6,7 +6,7 @@ from torch import Tensor
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 DEFAULT_SCRATCH_BYTES = 64 * 2**20
 BACKENDS = ("auto", "reference", "chunked", "triton")
-# Winners are kept in int16 at most.
+# Argmax indices are kept in int16 at most.
 LONGEST_SIDE = 32767
 
 
@@ -64,6 +64,6 @@ def check_inputs(
         raise ValueError(f"scratch_bytes={scratch_bytes} must be positive")
 
 
-def winner_dtype(length: int) -> torch.dtype:
-    """The dtype that indexes a side of this length in the saved winners."""
+def index_dtype(length: int) -> torch.dtype:
+    """The dtype that indexes a side of this length in the saved argmax indices."""
     return torch.uint8 if length <= 256 else torch.int16

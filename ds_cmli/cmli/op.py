@@ -14,7 +14,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from ds_cmli.cmli.check import DEFAULT_SCRATCH_BYTES, check_inputs, winner_dtype
+from ds_cmli.cmli.check import DEFAULT_SCRATCH_BYTES, check_inputs, index_dtype
 
 
 def cmli_scores(
@@ -33,7 +33,7 @@ def cmli_scores(
         s_i2t[i, j] = mean over n of max over m of S[n, m]
         s_t2i[i, j] = mean over m of max over n of S[n, m]
     Equations (1)-(4) of the source document; FILIP (arXiv 2111.07783), equations 4 and 5. The similarities of all
-    pairs are never stored: memory is the winners' indices (I*J*(N+M) bytes) and a bounded scratch.
+    pairs are never stored: memory is the argmax indices (I*J*(N+M) bytes) and a bounded scratch.
 
     Args:
         image: [I, N, D] patch features, float64, float32, bfloat16 or float16. Not normalised here: for cosines,
@@ -90,7 +90,7 @@ def _module(backend: str) -> ModuleType:
 
         return chunked
     try:
-        from ds_cmli.cmli import triton_backend  # type: ignore[attr-defined,unused-ignore]
+        from ds_cmli.cmli import triton as triton_backend
     except ImportError as error:
         raise RuntimeError(f"backend='triton' cannot be used here ({error}): use backend='chunked'") from error
     return triton_backend
@@ -149,8 +149,8 @@ def _(image, text, text_mask, image_mask, backend, scratch_bytes, save_argmax):
     return (
         image.new_empty((I, J), dtype=score_dtype),
         image.new_empty((I, J), dtype=score_dtype),
-        image.new_empty((I, J, N) if save_argmax else (0,), dtype=winner_dtype(M)),
-        image.new_empty((I, J, M) if save_argmax else (0,), dtype=winner_dtype(N)),
+        image.new_empty((I, J, N) if save_argmax else (0,), dtype=index_dtype(M)),
+        image.new_empty((I, J, M) if save_argmax else (0,), dtype=index_dtype(N)),
     )
 
 
@@ -174,7 +174,7 @@ def _(
 
 def _save(ctx, inputs, output):
     image, text, text_mask, image_mask, ctx.backend, ctx.scratch_bytes, _ = inputs
-    # Or autograd would hand backward a tensor of zeros for the winners too.
+    # Or autograd would hand backward a tensor of zeros for the argmax indices too.
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(image, text, text_mask, image_mask, *output[2:])
 

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 import torch
 
-from ds_cmli.cmli.check import DEFAULT_SCRATCH_BYTES, winner_dtype
-from ds_cmli.cmli.ragged import largest, make_blocks
-from ds_cmli.cmli.tiling import Widths, tile_sizes
+from ds_cmli.cmli.check import DEFAULT_SCRATCH_BYTES, index_dtype
+from ds_cmli.cmli.chunked.packed import largest, make_chunks
+from ds_cmli.cmli.chunked.tiling import Widths, tile_sizes
 from ds_cmli.config.schema import check
 
 SPECIAL_TOKENS = 2  # [CLS] and [SEP]/[EOS], which the document leaves out of its formulas but not out of M
@@ -120,7 +120,7 @@ def all_pairs(s: Setting, itemsize: int = 4) -> Claim:
     pair = s.N * s.M
     written, printed, every = s.B * pair, s.G * pair, s.G**2 * pair
     result = printed * s.D * itemsize
-    winners = s.B * s.G * (s.N * winner_dtype(s.M).itemsize + s.M * winner_dtype(s.N).itemsize)
+    indices = s.B * s.G * (s.N * index_dtype(s.M).itemsize + s.M * index_dtype(s.N).itemsize)
     return Claim(
         id="E2",
         topic="all-pairs CMLI",
@@ -143,7 +143,7 @@ def all_pairs(s: Setting, itemsize: int = 4) -> Claim:
         },
         verdict=f"all pairs are {s.G}^2 * {pair:,} = {every:,} dot products, of one number each",
         remember="Exact scores of all pairs need no similarity kept, only which patch or token won: "
-        f"{winners / 1e6:,.1f} MB on a rank.",
+        f"{indices / 1e6:,.1f} MB on a rank.",
     )
 
 
@@ -227,12 +227,12 @@ def cmli_op_largest(
 ) -> int:
     """Bytes of the largest tensor that the all-pairs op (backend "chunked") holds in forward, all tokens being valid.
 
-    The winners of all pairs, or where these are few a tile of similarities, which does not grow with the batch.
+    The argmax indices of all pairs, or where these are few a tile of similarities, which does not grow with the batch.
     """
     most_text, most_image = tile_sizes(N, M, D, dtype, scratch_bytes, backward=False)
-    texts, images = largest(make_blocks([M] * J, most_text)), largest(make_blocks([N] * I, most_image))
+    texts, images = largest(make_chunks([M] * J, most_text)), largest(make_chunks([N] * I, most_image))
     tile = texts.rows * images.rows * Widths.of(dtype).wide
-    return max(tile, I * J * N * winner_dtype(M).itemsize, I * J * M * winner_dtype(N).itemsize)
+    return max(tile, I * J * N * index_dtype(M).itemsize, I * J * M * index_dtype(N).itemsize)
 
 
 def zero_model_states(parameters: int, world_size: int, stage: int) -> dict[str, int]:

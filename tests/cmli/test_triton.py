@@ -60,7 +60,7 @@ def inputs(I, J, N, M, D, dtype, seed, holes=True, exact=False):  # noqa: E741
 
 
 def run(image, text, text_mask, image_mask, grads, scratch=2**25, recompute=False):
-    from ds_cmli.cmli.triton_backend import backward, forward
+    from ds_cmli.cmli.triton import backward, forward
 
     s_i2t, s_t2i, *args = forward(image, text, text_mask, image_mask, scratch, not recompute)
     return s_i2t, s_t2i, *args, *backward(*grads, image, text, text_mask, image_mask, *args, scratch, True, True)
@@ -142,7 +142,7 @@ def same_bits_again_and_alike_in_groups():
 
 @check
 def only_what_is_asked_for():
-    from ds_cmli.cmli.triton_backend import backward, forward
+    from ds_cmli.cmli.triton import backward, forward
 
     image, text, text_mask, image_mask, _ = inputs(2, 3, 9, 7, 5, torch.float32, 8)
     *_, arg_i2t, arg_t2i = forward(image, text, text_mask, image_mask, 2**20, False)
@@ -227,7 +227,7 @@ class Allocated(TorchDispatchMode):
 
 @check
 def peak_bytes_are_true():
-    from ds_cmli.cmli.triton_backend import backward, forward, peak_bytes
+    from ds_cmli.cmli.triton import backward, forward, peak_bytes
 
     for I, J, N, M, D, dtype, scratch in (  # noqa: E741
         (4, 12, 30, 20, 64, torch.float16, 2**25),
@@ -258,7 +258,7 @@ def test_peak_bytes_of_the_document_s_setting():
 
 def triton_backend_or_skip():
     pytest.importorskip("triton", reason="triton is not installed: pip install 'ds-cmli[test]'")
-    from ds_cmli.cmli import triton_backend
+    from ds_cmli.cmli import triton as triton_backend
 
     return triton_backend
 

@@ -1,6 +1,6 @@
 """The Triton kernels compiled for GPUs that need not be there: registers do not spill, 16-bit runs on tensor cores.
 
-The setting is the source document's: N=196, M=64, D=256. What is compiled is what `triton_tiles` chooses.
+The setting is the source document's: N=196, M=64, D=256. What is compiled is what `triton.tiles` chooses.
 """
 
 import re
@@ -16,8 +16,9 @@ triton = pytest.importorskip("triton", reason="triton is not installed: pip inst
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from ds_cmli.cmli import triton_backward, triton_forward  # noqa: E402
-from ds_cmli.cmli.triton_tiles import backward_tiles, forward_tiles  # noqa: E402
+from ds_cmli.cmli.triton.backward_kernel import gradient_kernel  # noqa: E402
+from ds_cmli.cmli.triton.forward_kernel import forward_kernel  # noqa: E402
+from ds_cmli.cmli.triton.tiles import backward_tiles, forward_tiles  # noqa: E402
 
 SHARED = {80: 163 * 1024, 86: 99 * 1024, 90: 227 * 1024}  # bytes a block may use (CUDA C++ Programming Guide)
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -64,7 +65,7 @@ def test_forward(target, dtype):
         for masked, save in ((False, True), (True, True))[: 2 if dtype == torch.bfloat16 else 1]:
             constants = {"D": D, "ROWS": tiles.rows, "TOKENS": tokens, "BD": tiles.features, "BLOCKS": blocks}
             constants |= {"MASKED": masked, "SAVE": save, "STAGES": tiles.stages}
-            check(*compiled(triton_forward.forward_kernel, pointers, constants, target, tiles), target, dtype)
+            check(*compiled(forward_kernel, pointers, constants, target, tiles), target, dtype)
     assert max(tiles.tokens) >= 32
     assert dtype.itemsize > 2 or target == 86 or blocks == 1
 
@@ -79,4 +80,4 @@ def test_backward(target, dtype):
     for p_masked, q_masked in ((False, True), (True, False)):  # d_image, d_text
         constants = {"D": D, "BD": tiles.features, "ROWS": tiles.rows, "LONG": tiles.step, "P_MASKED": p_masked}
         constants |= {"Q_MASKED": q_masked, "TWO_TERMS": dtype == torch.bfloat16, "STAGES": tiles.stages}
-        check(*compiled(triton_backward.gradient_kernel, pointers, constants, target, tiles), target, dtype)
+        check(*compiled(gradient_kernel, pointers, constants, target, tiles), target, dtype)

@@ -9,19 +9,19 @@ from typing import NamedTuple
 
 import torch
 
-from ds_cmli.cmli.check import DEFAULT_SCRATCH_BYTES, winner_dtype
-from ds_cmli.cmli.ragged import Extent, make_blocks
-from ds_cmli.cmli.tiling import (
-    STRIP,
-    Stripes,
+from ds_cmli.cmli.check import DEFAULT_SCRATCH_BYTES, index_dtype
+from ds_cmli.cmli.chunked.packed import ChunkShape, make_chunks
+from ds_cmli.cmli.chunked.tiling import (
+    PANEL,
+    RecomputePlan,
     Widths,
     backward_buffer_bytes,
     by_product,
     forward_tile_bytes,
     gather_tile_bytes,
     load_bytes,
+    panel_bytes,
     product_tile_bytes,
-    strip_bytes,
     tile_sizes,
 )
 
@@ -29,9 +29,9 @@ from ds_cmli.cmli.tiling import (
 class PeakBytes(NamedTuple):
     """Bytes that one call requests from the allocator, at the most, beyond its arguments.
 
-    forward: during forward, scores and saved winners included.
-    saved: the winners, which stay until backward (the inputs, which autograd also keeps, not counted).
-    backward: during backward, the gradients it returns included, the saved winners not.
+    forward: during forward, scores and saved argmax indices included.
+    saved: the argmax indices, which stay until backward (the inputs, which autograd also keeps, not counted).
+    backward: during backward, the gradients it returns included, the saved indices not.
     gradients: of these, the gradients returned.
     extra: over both, beyond inputs and their gradients; the scores and the gradients that come in for them included.
     """
@@ -71,7 +71,7 @@ def cmli_peak_bytes(
     takes more.
 
     Raises:
-        ValueError: a backend whose memory is not known, or lengths that are not one number for each item.
+        ValueError: a backend whose memory is not known, or lengths that are not one number for each sequence.
     """
     if backend not in ("chunked", "triton"):
         raise ValueError(f"backend={backend!r}: peak memory is known for chunked and triton")
@@ -80,97 +80,101 @@ def cmli_peak_bytes(
             raise ValueError(f"{name} must hold {number} numbers from 0 to {most}")
     width = Widths.of(dtype)
     scores = 2 * I * J * width.wide
-    saved = 0 if recompute else I * J * (N * winner_dtype(M).itemsize + M * winner_dtype(N).itemsize)
+    saved = 0 if recompute else I * J * (N * index_dtype(M).itemsize + M * index_dtype(N).itemsize)
     gradients = (I * N + J * M) * D * width.narrow
     if backend == "triton":
-        from ds_cmli.cmli.triton_backend import peak_bytes
+        from ds_cmli.cmli.triton import peak_bytes
 
         forward, backward = peak_bytes(I, J, N, M, D, dtype, recompute, scratch_bytes)
     else:
-        text = _Side(J, M, text_lengths, True, D, width)
-        image = _Side(I, N, image_lengths or [N] * I, image_lengths is not None, D, width)
+        text = _PackedSizes(J, M, text_lengths, True, D, width)
+        image = _PackedSizes(I, N, image_lengths or [N] * I, image_lengths is not None, D, width)
         tables = text.table_bytes() + image.table_bytes()
         sizes = tile_sizes(N, M, D, dtype, scratch_bytes, backward=False)
         tiles = _forward_tiles(text, image, sizes, 0, I, width, True, not recompute)
         forward = scores + saved + tables + tiles
         backward = gradients + tables + _backward(text, image, N, M, dtype, recompute, scratch_bytes)
-    # When backward runs, the scores and their gradients are there as well.
+    # When backward groups, the scores and their gradients are there as well.
     extra = max(forward, 2 * scores + saved + backward - gradients)
     return PeakBytes(forward, saved, backward, gradients, extra)
 
 
 def _forward_tiles(
-    text: "_Side",
-    image: "_Side",
-    most: tuple[Extent, Extent],
+    text: "_PackedSizes",
+    image: "_PackedSizes",
+    most: tuple[ChunkShape, ChunkShape],
     first: int,
     stop: int,
     width: Widths,
     with_scores: bool,
-    with_winners: bool,
+    with_indices: bool,
 ) -> int:
     """Of all texts and the images [first, stop)."""
-    texts, images = text.extents(most[0]), image.extents(most[1], first, stop)
-    tile = max(forward_tile_bytes(t, i, width, with_scores, with_winners) for t in texts for i in images)
-    distances = (text.rows + image.rows) * width.wide if with_winners else 0
+    texts, images = text.shapes(most[0]), image.shapes(most[1], first, stop)
+    tile = max(forward_tile_bytes(t, i, width, with_scores, with_indices) for t in texts for i in images)
+    distances = (text.rows + image.rows) * width.wide if with_indices else 0
     return text.load_bytes(texts) + image.load_bytes(images) + distances + tile
 
 
 def _backward(
-    text: "_Side", image: "_Side", N: int, M: int, dtype: torch.dtype, recompute: bool, scratch_bytes: int
+    text: "_PackedSizes", image: "_PackedSizes", N: int, M: int, dtype: torch.dtype, recompute: bool, scratch_bytes: int
 ) -> int:
     I, J, D = image.number, text.number, text.D  # noqa: E741
     width = text.width
-    stripes = Stripes.of(I, N, J, text.rows, M, scratch_bytes) if recompute else Stripes(I, 1, scratch_bytes)
-    most_text, most_image = tile_sizes(N, M, D, dtype, stripes.budget, backward=True)
-    forward_most = tile_sizes(N, M, D, dtype, stripes.budget, backward=False)
-    texts = text.extents(most_text)
+    plan = RecomputePlan(I, 1, scratch_bytes)
+    if recompute:
+        plan = RecomputePlan.of(I, N, J, text.rows, M, scratch_bytes)
+    most_text, most_image = tile_sizes(N, M, D, dtype, plan.budget, backward=True)
+    forward_most = tile_sizes(N, M, D, dtype, plan.budget, backward=False)
+    texts = text.shapes(most_text)
     peak = 0
-    # Stripes of equal lengths need the same.
-    starts = range(0, I, stripes.images) if image.masked else sorted({0, (stripes.number - 1) * stripes.images})
+    # RecomputePlan of equal lengths need the same.
+    starts = range(0, I, plan.images) if image.masked else sorted({0, (plan.number - 1) * plan.images})
     for first in starts:
-        stop = min(first + stripes.images, I)
-        images = image.extents(most_image, first, stop)
-        winners = 0
+        stop = min(first + plan.images, I)
+        images = image.shapes(most_image, first, stop)
+        indices = 0
         if recompute:
-            rows, items = image.size(first, stop)
-            winners = J * rows * winner_dtype(M).itemsize + text.rows * items * winner_dtype(N).itemsize
-            if text.lengths is None and stripes.number > 1:
-                winners = max(winners, stripes.budget)  # shorter texts make larger stripes
+            rows, sequences = image.size(first, stop)
+            indices = J * rows * index_dtype(M).itemsize + text.rows * sequences * index_dtype(N).itemsize
+            if text.lengths is None and plan.number > 1:
+                indices = max(indices, plan.budget)  # shorter texts make larger parts
             tiles = _forward_tiles(text, image, forward_most, first, stop, width, False, True)
-            peak = max(peak, winners + tiles)
+            peak = max(peak, indices + tiles)
         for own, other in ((image, text), (text, image)):
-            own_extents, other_extents = (images, texts) if own is image else (texts, images)
-            peak = max(peak, winners + _side_backward(own, other, own_extents, other_extents, stripes.budget))
-    return peak + (J * M * D * width.wide if stripes.number > 1 and width.narrow < width.wide else 0)
+            own_shapes, other_shapes = (images, texts) if own is image else (texts, images)
+            peak = max(peak, indices + _side_backward(own, other, own_shapes, other_shapes, plan.budget))
+    return peak + (J * M * D * width.wide if plan.number > 1 and width.narrow < width.wide else 0)
 
 
-def _side_backward(own: "_Side", other: "_Side", owns: set[Extent], others: set[Extent], budget: int) -> int:
-    """Of one side's gradient, in blocks of these sizes."""
+def _side_backward(
+    own: "_PackedSizes", other: "_PackedSizes", owns: set[ChunkShape], others: set[ChunkShape], budget: int
+) -> int:
+    """Of one side's gradient, in chunks of these sizes."""
     D, width = own.D, own.width
-    strip = tile = 0
+    panel = tile = 0
     for o, x in product(owns, others):
         # Of unknown lengths there may be short ones, which take the other way.
         unknown = own.lengths is None or other.lengths is None
         if unknown or by_product(o, x):
-            longest = o._replace(rows=max(o.rows, STRIP)) if unknown else o
-            strip = max(strip, strip_bytes(longest, x, budget, width))
+            longest = o._replace(rows=max(o.rows, PANEL)) if unknown else o
+            panel = max(panel, panel_bytes(longest, x, budget, width))
             tile = max(tile, product_tile_bytes(o, x, width))
         if unknown or not by_product(o, x):
             tile = max(tile, gather_tile_bytes(o, x, D, width))
     store = both(owns).rows * D * width.narrow if own.masked and width.narrow < width.wide else 0
     return (
-        other.load_bytes(others) + backward_buffer_bytes(both(owns), both(others), D, width) + strip + max(tile, store)
+        other.load_bytes(others) + backward_buffer_bytes(both(owns), both(others), D, width) + panel + max(tile, store)
     )
 
 
-def both(extents: set[Extent]) -> Extent:
+def both(shapes: set[ChunkShape]) -> ChunkShape:
     """Most of each of any."""
-    return Extent(*(max(each) for each in zip(*extents, strict=True)))
+    return ChunkShape(*(max(each) for each in zip(*shapes, strict=True)))
 
 
-class _Side:
-    """The bytes of a `ragged.Side`, for lengths that are known or, where they are None, for any."""
+class _PackedSizes:
+    """The bytes of a `PackedBatch`, for lengths that are known or, where they are None, for any."""
 
     def __init__(self, number: int, longest: int, lengths: Sequence[int] | None, masked: bool, D: int, width: Widths):
         self.number, self.masked, self.D, self.width = number, masked, D, width
@@ -181,15 +185,15 @@ class _Side:
         return self.number * (8 + 8 + self.width.wide + 4) + self.masked * self.rows * 8
 
     def size(self, first: int, stop: int) -> tuple[int, int]:
-        """Rows and items that are not empty."""
+        """Rows and sequences that are not empty."""
         lengths = [n for n in (self.lengths or [])[first:stop] if n]
         return sum(lengths), len(lengths)
 
-    def extents(self, most: Extent, first: int = 0, stop: int | None = None) -> set[Extent]:
-        """The sizes of the blocks."""
+    def shapes(self, most: ChunkShape, first: int = 0, stop: int | None = None) -> set[ChunkShape]:
+        """The sizes of the chunks."""
         if self.lengths is None:
-            return {Extent(min(most.rows, self.rows), min(most.items, self.number), most.longest)}
-        return {b.extent() for b in make_blocks(self.lengths, most, first, stop)} or {Extent(0, 0, 0)}
+            return {ChunkShape(min(most.rows, self.rows), min(most.sequences, self.number), most.longest)}
+        return {b.shape() for b in make_chunks(self.lengths, most, first, stop)} or {ChunkShape(0, 0, 0)}
 
-    def load_bytes(self, extents: set[Extent]) -> int:
-        return load_bytes(both(extents).rows, self.D, self.width, self.masked)
+    def load_bytes(self, shapes: set[ChunkShape]) -> int:
+        return load_bytes(both(shapes).rows, self.D, self.width, self.masked)

@@ -1,6 +1,6 @@
 """Tile sizes of the Triton kernels, and the lists that tell a program which positions to work on.
 
-Shape legend: X items of a side (images or texts), L positions of each, D features.
+Shape legend: X sequences of a side (images or texts), L positions of each, D features.
 """
 
 import math
@@ -20,7 +20,7 @@ class ForwardTiles(NamedTuple):
 
 class BackwardTiles(NamedTuple):
     rows: int  # gradient rows a program owns
-    step: int  # source positions a product takes; what is left of an item goes in steps of 16
+    step: int  # source positions a product takes; what is left of a sequence goes in steps of 16
     features: int
     warps: int
     stages: int
@@ -63,19 +63,19 @@ def forward_tiles(N: int, M: int, D: int, dtype: torch.dtype, capability: tuple[
 
 def backward_tiles(D: int, dtype: torch.dtype) -> BackwardTiles:
     """Tiles of the gradient kernel, for sm_80 and sm_90 alike: 128 x 128 fp32 sums take 64 of 255 registers, and the
-    winners, coefficients and both terms of the product fit beside them; 256 features or steps of 64 spill."""
+    indices, coefficients and both terms of the product fit beside them; 256 features or steps of 64 spill."""
     if dtype.itemsize > 2:
         return BackwardTiles(64, 16, min(64, power_of_two(D)), 8, 2)
     return BackwardTiles(128, 32, min(128, power_of_two(D)), 8, 3)
 
 
-class Side:
+class Sequences:
     """Lengths and masks of one side. Everything stays on the device: nothing here waits for it."""
 
-    def __init__(self, mask: Tensor | None, items: int, length: int, device: torch.device):
-        self.items, self.length, self.masked = items, length, mask is not None
+    def __init__(self, mask: Tensor | None, sequences: int, length: int, device: torch.device):
+        self.sequences, self.length, self.masked = sequences, length, mask is not None
         if mask is None:
-            self.counts = torch.full((items,), length, dtype=torch.int32, device=device)
+            self.counts = torch.full((sequences,), length, dtype=torch.int32, device=device)
             self.ends = self.counts
             self.mask = self.counts  # stands in for a pointer that is not read
         else:
@@ -92,35 +92,35 @@ class Side:
 
 
 class TileList(NamedTuple):
-    """Tiles, item after item: `code[t] = item * slots + place`, the place counted in tiles or in 16 positions."""
+    """Tiles, sequence after sequence: `code[t] = sequence * slots + place`, places counted in tiles or 16 positions."""
 
-    code: Tensor  # [bound + 1] int32; after the last: of item `after`
-    first: Tensor  # [X + 1] int32: the item's first tile; the last entry is the number of tiles
+    code: Tensor  # [bound + 1] int32; after the last: of sequence `after`
+    first: Tensor  # [X + 1] int32: the sequence's first tile; the last entry is the number of tiles
     slots: int
     bound: int  # number of tiles there can be at most
 
 
 def tile_list(
-    count: Tensor, bound_per_item: int, slots: int, base: Tensor | int = 0, unit: int = 1, after: int = 0
+    count: Tensor, bound_per_sequence: int, slots: int, base: Tensor | int = 0, unit: int = 1, after: int = 0
 ) -> TileList:
-    """List `count[x]` tiles of each item, the first at slot `base[x]`, the next `unit` slots further each.
+    """List `count[x]` tiles of each sequence, the first at slot `base[x]`, the next `unit` slots further each.
 
-    `after` is the item that the entries after the last name: 0 is safe to load from, `items` is no text's.
+    `after` is the sequence that the entries after the last name: 0 is safe to load from, `sequences` is no text's.
     """
-    items = len(count)
-    bound = items * bound_per_item
-    first = torch.zeros(items + 1, dtype=torch.int32, device=count.device)
+    sequences = len(count)
+    bound = sequences * bound_per_sequence
+    first = torch.zeros(sequences + 1, dtype=torch.int32, device=count.device)
     torch.cumsum(count, 0, dtype=torch.int32, out=first[1:])
     tile = torch.arange(bound + 1, dtype=torch.int32, device=count.device)
-    item = torch.searchsorted(first[1:], tile, right=True, out_int32=True)
-    inside = item < items
-    item = item.clamp_(max=items - 1)
-    start = base[item] if isinstance(base, Tensor) else base
-    code = item * slots + start + (tile - first[item]) * unit
+    sequence = torch.searchsorted(first[1:], tile, right=True, out_int32=True)
+    inside = sequence < sequences
+    sequence = sequence.clamp_(max=sequences - 1)
+    start = base[sequence] if isinstance(base, Tensor) else base
+    code = sequence * slots + start + (tile - first[sequence]) * unit
     return TileList(torch.where(inside, code, after * slots), first, slots, bound)
 
 
-def text_tiles(side: Side, widths: tuple[int, ...]) -> list[TileList]:
+def text_tiles(side: Sequences, widths: tuple[int, ...]) -> list[TileList]:
     """For each tile width, the tiles of the texts that take it."""
     lists, below = [], 0
     for width in widths:
@@ -129,19 +129,19 @@ def text_tiles(side: Side, widths: tuple[int, ...]) -> list[TileList]:
             takes &= side.ends <= width
         per_text = 1 if width != widths[-1] else math.ceil(side.length / width)
         count = torch.where(takes, (side.ends + width - 1) // width, 0)
-        lists.append(tile_list(count, per_text, per_text, after=side.items))
+        lists.append(tile_list(count, per_text, per_text, after=side.sequences))
         below = width
     return lists
 
 
-def row_tiles(side: Side) -> TileList:
-    """All positions up to each item's last valid one, in tiles of 16."""
+def row_tiles(side: Sequences) -> TileList:
+    """All positions up to each sequence's last valid one, in tiles of 16."""
     slots = math.ceil(side.length / 16)
     return tile_list((side.ends + 15) // 16, slots, slots)
 
 
-def source_steps(side: Side, step: int) -> tuple[TileList, TileList]:
-    """The same positions in steps of `step` and, where 16 are enough for what is left of an item, one of 16."""
+def source_steps(side: Sequences, step: int) -> tuple[TileList, TileList]:
+    """The same positions in steps of `step` and, where 16 are enough for what is left of a sequence, one of 16."""
     slots = math.ceil(side.length / 16)
     long = side.ends // step + (side.ends % step > 16).to(torch.int32)
     short = (side.ends > long * step).to(torch.int32)

@@ -12,11 +12,12 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
-from ds_cmli.cmli.triton_backward import gradient_kernel
-from ds_cmli.cmli.triton_forward import combine_kernel, forward_kernel
-from ds_cmli.cmli.triton_tiles import (
+from ds_cmli.cmli.check import index_dtype
+from ds_cmli.cmli.triton.backward_kernel import gradient_kernel
+from ds_cmli.cmli.triton.forward_kernel import combine_kernel, forward_kernel
+from ds_cmli.cmli.triton.tiles import (
     ForwardTiles,
-    Side,
+    Sequences,
     TileList,
     backward_tiles,
     forward_tiles,
@@ -33,7 +34,7 @@ HUGE = 2.0**50  # products of smaller inputs cannot overflow fp32: no NaN withou
 def forward(
     image: Tensor, text: Tensor, text_mask: Tensor, image_mask: Tensor | None, scratch_bytes: int, save_argmax: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Scores of all pairs, and the winners' indices for `backward`.
+    """Scores of all pairs, and the argmax indices for `backward`.
 
     Args:
         image: [I, N, D] float64, float32, bfloat16 or float16; text: [J, M, D] of the same dtype.
@@ -51,12 +52,12 @@ def forward(
     _check_device(image)
     image, text = image.contiguous(), text.contiguous()
     (I, N, D), (J, M, _) = image.shape, text.shape  # noqa: E741
-    images, texts = Side(image_mask, I, N, image.device), Side(text_mask, J, M, image.device)
+    images, texts = Sequences(image_mask, I, N, image.device), Sequences(text_mask, J, M, image.device)
     tiles = forward_tiles(N, M, D, image.dtype, *_limits(image.device))
     s_i2t = image.new_zeros((I, J), dtype=torch.promote_types(image.dtype, torch.float32))
     s_t2i = torch.zeros_like(s_i2t)
-    arg_i2t = torch.zeros((I, J, N) if save_argmax else (0,), dtype=_index_dtype(M), device=image.device)
-    arg_t2i = torch.zeros((I, J, M) if save_argmax else (0,), dtype=_index_dtype(N), device=image.device)
+    arg_i2t = torch.zeros((I, J, N) if save_argmax else (0,), dtype=index_dtype(M), device=image.device)
+    arg_t2i = torch.zeros((I, J, M) if save_argmax else (0,), dtype=index_dtype(N), device=image.device)
     i_step, j_step = _partial_chunk(I, J, N, M, tiles, s_i2t.dtype, scratch_bytes)
     suspect = _suspect(image) | _suspect(text)
     with _device(image):
@@ -89,41 +90,41 @@ def backward(
 
     grad_i2t, grad_t2i: [I, J]. The other arguments are those of `forward` and its indices; where these are empty the
     forward kernel finds them again: for a group of images at a time for d_image, of texts for d_text, each group's
-    indices within `scratch_bytes` (at least one item's). Masked positions get zeros. Sums are fp32 (fp64 for float64).
+    indices within `scratch_bytes` (at least one sequence's). Masked positions get zeros. Sums are fp32, fp64 for fp64.
     """
     _check_device(image)
     image, text = image.contiguous(), text.contiguous()
     (I, N, _), (J, M, _) = image.shape, text.shape  # noqa: E741
-    images, texts = Side(image_mask, I, N, image.device), Side(text_mask, J, M, image.device)
+    images, texts = Sequences(image_mask, I, N, image.device), Sequences(text_mask, J, M, image.device)
     grads = [g.to(torch.promote_types(image.dtype, torch.float32)).contiguous() for g in (grad_i2t, grad_t2i)]
     d_image = torch.zeros_like(image) if need_image else image.new_empty((0,))
     d_text = torch.zeros_like(text) if need_text else text.new_empty((0,))
     i_step, j_step = I, J
-    pair_bytes = N * _index_dtype(M).itemsize + M * _index_dtype(N).itemsize
+    pair_bytes = N * index_dtype(M).itemsize + M * index_dtype(N).itemsize
     recompute = arg_i2t.numel() == 0
     if recompute and I * J * pair_bytes > scratch_bytes:
         i_step = max(1, scratch_bytes // (J * pair_bytes))
         j_step = max(1, scratch_bytes // (I * pair_bytes))
 
-    def winners(i: slice, j: slice) -> list[Tensor]:
+    def indices(i: slice, j: slice) -> list[Tensor]:
         if not recompute:
             return [arg_i2t, arg_t2i]
         mask = None if image_mask is None else image_mask[i]
         return list(forward(image[i], text[j], text_mask[j], mask, scratch_bytes, True)[2:])
 
     everything = slice(None)
-    shared = winners(everything, everything) if not recompute or (i_step, j_step) == (I, J) else None
+    shared = indices(everything, everything) if not recompute or (i_step, j_step) == (I, J) else None
     with _device(image):
         for start in range(0, I if need_image else 0, i_step):
             some = slice(start, start + i_step)
-            args = shared or winners(some, everything)
+            args = shared or indices(some, everything)
             _launch_gradient(
                 d_image[some], text, _part(images, some), texts, args, [g[some] for g in grads], p_axis=0
             )  # fmt: skip
             del args
         for start in range(0, J if need_text else 0, j_step):
             some = slice(start, start + j_step)
-            args = shared or winners(everything, some)
+            args = shared or indices(everything, some)
             _launch_gradient(
                 d_text[some], image, _part(texts, some), images, args[::-1], [g[:, some] for g in grads[::-1]], p_axis=1
             )  # fmt: skip
@@ -147,24 +148,24 @@ def peak_bytes(
     memory of a block), those of the current GPU, or of an sm_80 without one.
     """
     acc = max(4, dtype.itemsize)
-    index = N * _index_dtype(M).itemsize + M * _index_dtype(N).itemsize
+    index = N * index_dtype(M).itemsize + M * index_dtype(N).itemsize
     tiles = forward_tiles(N, M, D, dtype, *(limits or _limits(torch.device("cuda"))))
     blocks = math.ceil(N / tiles.rows)
     i_step, j_step = _partial_chunk(I, J, N, M, tiles, torch.float64 if acc == 8 else torch.float32, scratch_bytes)
 
-    def lists(items: int, length: int) -> int:  # tile lists of a side and what building them takes
-        return items * (24 * (math.ceil(length / 16) + 2) + 16)
+    def lists(sequences: int, length: int) -> int:  # tile lists of a side and what building them takes
+        return sequences * (24 * (math.ceil(length / 16) + 2) + 16)
 
-    def sides(items_i: int, items_j: int) -> int:  # masks and lengths
-        return items_i * (4 * N + 16) + items_j * (4 * M + 16)
+    def sides(images_: int, texts_: int) -> int:  # masks and lengths
+        return images_ * (4 * N + 16) + texts_ * (4 * M + 16)
 
-    def run(items_i: int, items_j: int, save: bool) -> int:
+    def run(images_: int, texts_: int, save: bool) -> int:
         partial = 0
         if blocks > 1:
-            pairs = min(i_step, items_i) * min(j_step, items_j)
+            pairs = min(i_step, images_) * min(j_step, texts_)
             partial = pairs * (_partial_pair(blocks, M, acc) - (not save) * 2 * blocks * M)
-        outputs = items_i * items_j * (2 * acc + save * index)
-        return outputs + partial + sides(items_i, items_j) + lists(items_j, M)
+        outputs = images_ * texts_ * (2 * acc + save * index)
+        return outputs + partial + sides(images_, texts_) + lists(texts_, M)
 
     gradients = (I * N + J * M) * D * dtype.itemsize
     backward = gradients + 3 * I * J * acc + sides(I, J) + 2 * lists(I, N) + 2 * lists(J, M)
@@ -181,8 +182,8 @@ def _launch_forward(
     out: list[Tensor],
     image: Tensor,
     text: Tensor,
-    images: Side,
-    texts: Side,
+    images: Sequences,
+    texts: Sequences,
     suspect: Tensor,
     tiles: ForwardTiles,
     lists: list[TileList],
@@ -195,7 +196,7 @@ def _launch_forward(
     if blocks > 1:
         row_out = s_i2t.new_empty((I, blocks, J))
         column_out = s_i2t.new_empty((I, blocks, J, M))
-        column_arg = torch.empty((I, blocks, J, M) if save else (0,), dtype=_index_dtype(N), device=image.device)
+        column_arg = torch.empty((I, blocks, J, M) if save else (0,), dtype=index_dtype(N), device=image.device)
     for width, tile in zip(tiles.tokens, lists, strict=True):
         forward_kernel[(I * blocks, math.ceil(J / TEXTS_PER_PROGRAM))](
             row_out, column_out, arg_i2t, column_arg, image, text, images.mask, texts.mask, images.counts,
@@ -212,11 +213,11 @@ def _launch_forward(
 
 
 def _launch_gradient(
-    out: Tensor, source: Tensor, p: Side, q: Side, winners: list[Tensor], grads: list[Tensor], p_axis: int
+    out: Tensor, source: Tensor, p: Sequences, q: Sequences, indices: list[Tensor], grads: list[Tensor], p_axis: int
 ) -> None:
-    """Write the gradient of side p, given (winners of p's positions, of q's) and (gradients of p's score, of q's).
+    """Write the gradient of side p, given (indices of p's positions, of q's) and (gradients of p's score, of q's).
 
-    The pair axes of winners and gradients are images, texts, so p's is 0 or 1.
+    The pair axes of indices and gradients are images, texts, so p's is 0 or 1.
     """
     tiles = backward_tiles(out.shape[-1], out.dtype)
     rows, (long, short) = row_tiles(p), source_steps(q, tiles.step)
@@ -230,25 +231,21 @@ def _launch_gradient(
     programs = math.ceil(rows.bound / (tiles.rows // 16)), math.ceil(out.shape[-1] / tiles.features)
     gradient_kernel[programs](
         out, p.mask, rows.code, rows.first, p_inverse, scale, source, q.mask, long.code,
-        long.first, short.code, short.first, q_inverse, *winners, *grads,
-        winners[0].stride(p_axis), winners[0].stride(other), winners[1].stride(p_axis), winners[1].stride(other),
-        grads[0].stride(p_axis), grads[0].stride(other), p.items, q.items, p.length, q.length, rows.slots,
+        long.first, short.code, short.first, q_inverse, *indices, *grads,
+        indices[0].stride(p_axis), indices[0].stride(other), indices[1].stride(p_axis), indices[1].stride(other),
+        grads[0].stride(p_axis), grads[0].stride(other), p.sequences, q.sequences, p.length, q.length, rows.slots,
         long.slots, 2 if two_terms else 1, D=out.shape[-1], BD=tiles.features, ROWS=tiles.rows, LONG=tiles.step,
         P_MASKED=p.masked, Q_MASKED=q.masked, TWO_TERMS=two_terms, STAGES=tiles.stages, num_warps=tiles.warps,
         num_stages=tiles.stages,
     )  # fmt: skip
 
 
-def _part(side: Side, some: slice) -> Side:
-    part = Side.__new__(Side)
+def _part(side: Sequences, some: slice) -> Sequences:
+    part = Sequences.__new__(Sequences)
     part.length, part.masked = side.length, side.masked
     part.mask, part.counts, part.ends = side.mask[some], side.counts[some], side.ends[some]
-    part.items = len(part.counts)
+    part.sequences = len(part.counts)
     return part
-
-
-def _index_dtype(length: int) -> torch.dtype:
-    return torch.uint8 if length <= 256 else torch.int16
 
 
 def _suspect(x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The backward pass of the Triton backend: for each side one product with matrices of winners, built in registers.
+"""The backward pass of the Triton backend: for each side one product with matrices built from argmax positions.
 
     d_image[i, n] = sum_j  g_i2t[i,j]/N_i * text[j, a(i,j,n)]  +  sum_{j, m: b(i,j,m) = n} g_t2i[i,j]/M_j * text[j, m]
     d_text[j, m]  = sum_i  g_t2i[i,j]/M_j * image[i, b(i,j,m)] +  sum_{i, n: a(i,j,n) = m} g_i2t[i,j]/N_i * image[i, n]
@@ -7,11 +7,12 @@ a, b are the winning token and patch (`arg_i2t`, `arg_t2i`), N_i and M_j count v
 formula with the roles changed, so there is one kernel: P is the side of the gradient, Q the source's.
 
 A program owns ROWS rows of the gradient, adds up over all of Q in a fixed order and writes each row once: no atomics,
-the same bits every time. Rows come in tiles of 16 positions listed over all items, and a program takes the next ROWS/16
-tiles whichever items they belong to; the source comes in long steps and, for what is left of an item, steps of 16. So
-neither N=196 nor short texts waste products.
+the same bits every time. Rows come in tiles of 16 positions listed over all sequences, and a program takes the next
+ROWS/16 tiles whichever sequences they belong to; the source comes in long steps and, for what is left of a sequence,
+steps of 16. So neither N=196 nor short texts waste products.
 
-Shape legend: P, Q items of the two sides; D features; of one program: R tiles, ROWS = 16 R rows, STEP source positions.
+Shape legend: P, Q sequences of the two sides; D features; in a program R tiles, ROWS = 16 R rows, STEP source
+positions.
 """
 
 import triton
@@ -19,9 +20,9 @@ import triton.language as tl
 
 
 @triton.jit
-def _winners(here, p, live, r, r_inside, p_win, q_win, p_grad, q_grad, p_factor, shrink, q_inverse,
+def _indices(here, p, live, r, r_inside, p_win, q_win, p_grad, q_grad, p_factor, shrink, q_inverse,
              p_win_p, p_win_q, q_win_p, q_win_q, grad_p, grad_q, Q_LEN, q_slots, STEP: tl.constexpr):  # fmt: skip
-    """What one step of the source needs: winners in P [16, R] and in Q [R, STEP], and their coefficients [R]."""
+    """What one step of the source needs: indices in P [16, R] and in Q [R, STEP], and their coefficients [R]."""
     q = (here // q_slots).to(tl.int64)
     s = here % q_slots * 16 + tl.arange(0, STEP)
     p_won = tl.load(p_win + (p * p_win_p + q * p_win_q)[None, :] + r, mask=r_inside, other=0)
@@ -40,7 +41,7 @@ def _add_steps(acc, code, total, terms, source, q_mask, d, p, live, r, r_inside,
                TWO_TERMS: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
     dtype = acc.dtype
     here = tl.load(code)
-    p_won, q_won, p_share, q_share = _winners(
+    p_won, q_won, p_share, q_share = _indices(
         here, p, live, r, r_inside, p_win, q_win, p_grad, q_grad, p_factor, shrink, q_inverse,
         p_win_p, p_win_q, q_win_p, q_win_q, grad_p, grad_q, Q_LEN, q_slots, STEP)  # fmt: skip
     for t in tl.range(0, total, num_stages=STAGES):
@@ -55,9 +56,9 @@ def _add_steps(acc, code, total, terms, source, q_mask, d, p, live, r, r_inside,
         g += tl.where(q_won[None, :, :] == r[:, :, None], q_share[None, :, None], 0.0)
         g = tl.reshape(g, [ROWS, STEP])
 
-        # The next step's winners are asked for before this one's products, which hide their latency.
+        # The next step's indices are asked for before this one's products, which hide their latency.
         here = tl.load(code + t + 1)
-        p_won, q_won, p_share, q_share = _winners(
+        p_won, q_won, p_share, q_share = _indices(
             here, p, live, r, r_inside, p_win, q_win, p_grad, q_grad, p_factor, shrink, q_inverse,
             p_win_p, p_win_q, q_win_p, q_win_q, grad_p, grad_q, Q_LEN, q_slots, STEP)  # fmt: skip
 
@@ -76,10 +77,10 @@ def _add_steps(acc, code, total, terms, source, q_mask, d, p, live, r, r_inside,
 def gradient_kernel(
     out,  # [P, P_LEN, D] zeros; rows in no tile stay so
     p_mask,  # [P, P_LEN], not read unless P_MASKED
-    p_code,  # [tiles + 1] int32, item * p_slots + first position / 16
+    p_code,  # [tiles + 1] int32, sequence * p_slots + first position / 16
     p_first,  # [P + 1] int32; the last is the number of tiles
     p_inverse,  # [P] 1 / valid positions
-    scale,  # [P] an upper bound of |coefficient| in each item's rows
+    scale,  # [P] an upper bound of |coefficient| in each sequence's rows
     source,  # [Q, Q_LEN, D]
     q_mask,  # [Q, Q_LEN], not read unless Q_MASKED
     long_code,  # steps of the source of LONG positions, as p_code
@@ -91,8 +92,8 @@ def gradient_kernel(
     q_win,  # [P, Q, Q_LEN] (in some order): position in p that wins position in q
     p_grad,  # [P, Q] (in some order): gradient of the score averaged over p's positions
     q_grad,  # [P, Q]: of the one averaged over q's
-    p_win_p,  # stride of p_win from one item p to the next
-    p_win_q,  # from one item q to the next
+    p_win_p,  # stride of p_win from one sequence p to the next
+    p_win_q,  # from one sequence q to the next
     q_win_p,
     q_win_q,
     grad_p,

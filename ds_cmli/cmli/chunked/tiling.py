@@ -1,7 +1,7 @@
 """How large the chunked backend's tiles are, and what each holds in memory: one arithmetic for both.
 
-`tile_sizes` makes tiles of the fastest size, or smaller ones until their bytes fit the budget; `ds_cmli.cmli.peak`
-adds up the same bytes for the blocks that a call really has.
+`tile_sizes` makes tiles of the fastest size, or smaller ones until their bytes fit the budget; `peak_memory` adds up
+the same bytes for the chunks that a call really has.
 
 Shape legend: T tokens of c texts, K patches of i images in a tile; D features.
 """
@@ -10,18 +10,18 @@ from typing import NamedTuple
 
 import torch
 
-from ds_cmli.cmli import product
-from ds_cmli.cmli.ragged import Extent
+from ds_cmli.cmli.chunked import product
+from ds_cmli.cmli.chunked.packed import ChunkShape
 
 # Tokens and patches of a tile, as measured: a forward tile (6 MB of fp32 similarities) stays in the last-level cache;
 # backward wants larger ones, as its tables are small and its sorts four times faster above 32,768 elements.
 FORWARD_ROWS = (512, 3136)
 BACKWARD_ROWS = (2048, 6272)
 MOST_TEXTS = 64
-# A tile's gradient comes by a matrix product where its winners are dense enough: one in so many pairs of rows, as
-# measured; short texts are. Its operand, zeros but for the winners, is made in strips that stay in the cache.
+# A tile's gradient comes by a matrix product where its argmax positions are dense: one in so many pairs of rows, as
+# measured, which holds for short texts. Its operand, zeros elsewhere, is made in panels that stay in the cache.
 DENSE_PAIRS = 16
-STRIP = 2**20  # elements
+PANEL = 2**20  # elements
 
 
 class Widths(NamedTuple):
@@ -36,49 +36,49 @@ class Widths(NamedTuple):
 
 
 def load_bytes(rows: int, D: int, width: Widths, masked: bool) -> int:
-    """`Side.load_buffers`: rows gathered by a mask, and 16-bit rows widened, are copies."""
+    """`PackedBatch.load_buffers`: rows gathered by a mask, and 16-bit rows widened, are copies."""
     narrow = masked and width.narrow < width.wide
     wide = masked or width.narrow < width.wide
     return rows * D * (narrow * width.narrow + wide * width.wide)
 
 
-def forward_tile_bytes(text: Extent, image: Extent, width: Widths, scores: bool, winners: bool) -> int:
+def forward_tile_bytes(text: ChunkShape, image: ChunkShape, width: Widths, scores: bool, indices: bool) -> int:
     """Similarities and both maxima; then the means, and after them the equality with the maxima."""
     (T, c, _), (K, i, _) = text, image
-    return width.wide * (T * K + c * K + T * i + max(scores * c * i, winners * T * K))
+    return width.wide * (T * K + c * K + T * i + max(scores * c * i, indices * T * K))
 
 
-def by_product(own: Extent, other: Extent, cpu: bool = True) -> bool:
-    """Whether a tile's gradient comes by a matrix product, or by gathering the winners' rows."""
-    few = own.rows * other.rows <= DENSE_PAIRS * (own.rows * other.items + own.items * other.rows)
+def by_product(own: ChunkShape, other: ChunkShape, cpu: bool = True) -> bool:
+    """Whether a tile's gradient comes by a matrix product, or by gathering rows."""
+    few = own.rows * other.rows <= DENSE_PAIRS * (own.rows * other.sequences + own.sequences * other.rows)
     return few and cpu and not product.ONEDNN
 
 
-def strip_rows(own: Extent, other: Extent, scratch_bytes: int, width: Widths) -> int:
-    """Most own rows of a strip: what an eighth of the budget holds, but one item at least."""
-    most = min(STRIP, scratch_bytes // 8 // width.wide)
+def panel_rows(own: ChunkShape, other: ChunkShape, scratch_bytes: int, width: Widths) -> int:
+    """Most own rows of a panel: what an eighth of the budget holds, but one sequence at least."""
+    most = min(PANEL, scratch_bytes // 8 // width.wide)
     return min(own.rows, max(own.longest, most // max(1, other.rows)))
 
 
-def backward_buffer_bytes(own: Extent, other: Extent, D: int, width: Widths) -> int:
-    """What the gradient of one side holds throughout: its rows, and the indices and weights of a tile's winners."""
-    winners = max(own.rows * other.items, own.items * other.rows)
-    return own.rows * (D * width.wide + 4 + 8) + winners * (4 + 4 + 8 + 2 * width.wide)
+def backward_buffer_bytes(own: ChunkShape, other: ChunkShape, D: int, width: Widths) -> int:
+    """What the gradient of one side holds throughout: its rows, and the argmax indices of a tile with their weights."""
+    indices = max(own.rows * other.sequences, own.sequences * other.rows)
+    return own.rows * (D * width.wide + 4 + 8) + indices * (4 + 4 + 8 + 2 * width.wide)
 
 
-def strip_bytes(own: Extent, other: Extent, scratch_bytes: int, width: Widths) -> int:
+def panel_bytes(own: ChunkShape, other: ChunkShape, scratch_bytes: int, width: Widths) -> int:
     """What a tile needs throughout if its gradient comes by a matrix product."""
-    return strip_rows(own, other, scratch_bytes, width) * other.rows * width.wide
+    return panel_rows(own, other, scratch_bytes, width) * other.rows * width.wide
 
 
-def product_tile_bytes(own: Extent, other: Extent, width: Widths) -> int:
-    """What a matrix product's tile takes besides its strip: the shares of pairs, tables, a number as operand."""
-    return 2 * own.items * other.items * width.wide + 8 * (own.items + other.items) + 8
+def product_tile_bytes(own: ChunkShape, other: ChunkShape, width: Widths) -> int:
+    """What a matrix product's tile takes besides its panel: the shares of pairs, tables, a number as operand."""
+    return 2 * own.sequences * other.sequences * width.wide + 8 * (own.sequences + other.sequences) + 8
 
 
-def gather_tile_bytes(own: Extent, other: Extent, D: int, width: Widths) -> int:
+def gather_tile_bytes(own: ChunkShape, other: ChunkShape, D: int, width: Widths) -> int:
     """What a gathering tile's operators take for themselves: the sort; embedding_bag, which has no `out=`."""
-    won, lost = own.rows * other.items, own.items * other.rows
+    won, lost = own.rows * other.sequences, own.sequences * other.rows
     bags = own.rows * D * width.wide
     if width.wide == 4:
         gather = bags + 2 * 8 * own.rows
@@ -88,8 +88,10 @@ def gather_tile_bytes(own: Extent, other: Extent, D: int, width: Widths) -> int:
     return max(gather, 8 * lost)
 
 
-def tile_sizes(N: int, M: int, D: int, dtype: torch.dtype, scratch_bytes: int, backward: bool) -> tuple[Extent, Extent]:
-    """The most that a block of texts and a block of images may hold, for texts of up to M and images of up to N rows.
+def tile_sizes(
+    N: int, M: int, D: int, dtype: torch.dtype, scratch_bytes: int, backward: bool
+) -> tuple[ChunkShape, ChunkShape]:
+    """The most that a chunk of texts and a chunk of images may hold, for texts of up to M and images of up to N rows.
 
     One text and one image at least, even where these exceed the budget.
     """
@@ -97,13 +99,13 @@ def tile_sizes(N: int, M: int, D: int, dtype: torch.dtype, scratch_bytes: int, b
     text_rows, image_rows = BACKWARD_ROWS if backward else FORWARD_ROWS
     texts, images = MOST_TEXTS, max(1, image_rows // N)
     while True:
-        text, image = Extent(max(text_rows, M), texts, M), Extent(images * N, images, N)
+        text, image = ChunkShape(max(text_rows, M), texts, M), ChunkShape(images * N, images, N)
         need = load_bytes(text.rows, D, width, True) + load_bytes(image.rows, D, width, True)
         if backward:
             # Shorter texts than these may come by a matrix product.
             need += max(
                 backward_buffer_bytes(own, other, D, width)
-                + strip_bytes(own, other, scratch_bytes, width)
+                + panel_bytes(own, other, scratch_bytes, width)
                 + max(gather_tile_bytes(own, other, D, width), product_tile_bytes(own, other, width))
                 for own, other in ((text, image), (image, text))
             )
@@ -114,16 +116,16 @@ def tile_sizes(N: int, M: int, D: int, dtype: torch.dtype, scratch_bytes: int, b
         text_rows, texts, images = text_rows // 2, max(1, texts // 2), max(1, images // 2)
 
 
-class Stripes(NamedTuple):
-    """How a recomputing backward cuts the images: so many a stripe, in so many stripes; what is left for its tiles."""
+class RecomputePlan(NamedTuple):
+    """How a backward that recomputes indices goes over the images: in `number` parts of `images` each."""
 
     images: int
     number: int
-    budget: int
+    budget: int  # bytes that are left for tiles
 
     @classmethod
-    def of(cls, I: int, N: int, J: int, tokens: int, M: int, scratch_bytes: int) -> "Stripes":  # noqa: E741
-        """For `tokens` valid ones in J texts: half of the budget is for winners, one image's at least."""
+    def of(cls, I: int, N: int, J: int, tokens: int, M: int, scratch_bytes: int) -> "RecomputePlan":  # noqa: E741
+        """For `tokens` valid ones in J texts: half of the budget is for indices, one image's at least."""
         each = J * N * (1 if M <= 256 else 2) + tokens * (1 if N <= 256 else 2)
         images = min(I, max(1, scratch_bytes // 2 // each))
         return cls(images, -(-I // images), scratch_bytes // 2)

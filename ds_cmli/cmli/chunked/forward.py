@@ -1,0 +1,115 @@
+"""Forward of the chunked backend: one matrix product a tile, and both maxima from it.
+
+Shape legend: I images, J texts, N patches, M text positions, D features; T tokens of c texts and K patches of i
+images in a tile.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ds_cmli.cmli.check import index_dtype
+from ds_cmli.cmli.chunked.packed import Chunk, PackedBatch, largest, make_chunks, pack_both
+from ds_cmli.cmli.chunked.product import product
+from ds_cmli.cmli.chunked.tiling import tile_sizes
+
+
+class ArgmaxIndices(NamedTuple):
+    """Argmax indices of all texts and of the images from `sequence` on, whose rows begin at `row`; see `chunked`."""
+
+    arg_i2t: Tensor  # [J, K]
+    arg_t2i: Tensor  # [T, I]
+    sequence: int = 0
+    row: int = 0
+
+    def tile(self, text: Chunk, image: Chunk) -> tuple[Tensor, Tensor]:
+        """[c, K] and [T, i]"""
+        i2t = self.arg_i2t[text.sequences()].narrow(1, image.row - self.row, image.height)
+        return i2t, self.arg_t2i[text.rows()].narrow(1, image.sequence - self.sequence, image.number)
+
+
+def forward(
+    image: Tensor, text: Tensor, text_mask: Tensor, image_mask: Tensor | None, scratch_bytes: int, save_argmax: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Both scores [I, J], and the indices in memory of shape [I, J, N] and [I, J, M] (empty unless `save_argmax`)."""
+    (I, N, D), (J, M, _) = image.shape, text.shape  # noqa: E741
+    images, texts = pack_both(image, text, text_mask, image_mask)
+    s_i2t, s_t2i = (image.new_zeros((I, J), dtype=images.wide) for _ in range(2))
+    # Zeros, as what belongs to empty sequences is never written: the same bits every time.
+    arg_i2t = image.new_zeros((I, J, N) if save_argmax else (0,), dtype=index_dtype(M))
+    arg_t2i = image.new_zeros((I, J, M) if save_argmax else (0,), dtype=index_dtype(N))
+    indices = ArgmaxIndices(arg_i2t.view(J, I * N), arg_t2i.view(J * M, I)) if save_argmax else None
+    most_text, most_image = tile_sizes(N, M, D, image.dtype, scratch_bytes, backward=False)
+    chunks = make_chunks(texts.lengths, most_text), make_chunks(images.lengths, most_image)
+    compute_tiles(texts, images, *chunks, (s_i2t, s_t2i), indices)
+    return s_i2t, s_t2i, arg_i2t, arg_t2i
+
+
+def compute_tiles(
+    texts: PackedBatch,
+    images: PackedBatch,
+    text_chunks: list[Chunk],
+    image_chunks: list[Chunk],
+    scores: tuple[Tensor, Tensor] | None,
+    indices: ArgmaxIndices | None,
+) -> None:
+    """Fill in the scores and the indices, whichever are wanted, for all pairs of these chunks."""
+    text_buffers = texts.load_buffers(largest(text_chunks).rows)
+    image_buffers = images.load_buffers(largest(image_chunks).rows)
+    from_last = (texts.from_last(), images.from_last()) if indices is not None else None
+    for image_chunk in image_chunks:
+        V = images.load(image_chunk, image_buffers)  # [K, D]
+        for text_chunk in text_chunks:
+            W = texts.load(text_chunk, text_buffers)  # [T, D]
+            _tile(V, W, texts, images, text_chunk, image_chunk, scores, indices, from_last)
+
+
+def _tile(
+    V: Tensor,
+    W: Tensor,
+    texts: PackedBatch,
+    images: PackedBatch,
+    text_chunk: Chunk,
+    image_chunk: Chunk,
+    scores: tuple[Tensor, Tensor] | None,
+    indices: ArgmaxIndices | None,
+    from_last: tuple[Tensor, Tensor] | None,
+) -> None:
+    S = product(W, V)  # [T, K]
+    best_token = S.new_empty(text_chunk.number, image_chunk.height)  # [c, K]
+    for group in text_chunk.groups:
+        torch.amax(group.by_sequence(S, 0), 1, out=best_token[group.sequences()])
+    best_patch = S.new_empty(text_chunk.height, image_chunk.number)  # [T, i]
+    for group in image_chunk.groups:
+        torch.amax(group.by_sequence(S, 1), 2, out=best_patch[:, group.sequences()])
+    if scores is not None:
+        where = (images.order[image_chunk.sequences(), None], texts.order[text_chunk.sequences()])
+        mean = S.new_empty(text_chunk.number, image_chunk.number)  # [c, i]
+        for group in image_chunk.groups:
+            torch.sum(group.by_sequence(best_token, 1), 2, out=mean[:, group.sequences()])
+        mean *= images.scale[image_chunk.sequences()]
+        scores[0].index_put_(where, mean.t())
+        for group in text_chunk.groups:
+            torch.sum(group.by_sequence(best_patch, 0), 1, out=mean[group.sequences()])
+        mean *= texts.scale[text_chunk.sequences(), None]
+        scores[1].index_put_(where, mean.t())
+        del mean
+    if indices is None or from_last is None:
+        return
+    # The first position equal to its maximum, three times faster than an argmax: equality as 0 or 1, times the
+    # distance from the last position, is largest at the first. Everything in place, S and the maxima included.
+    arg_i2t, arg_t2i = indices.tile(text_chunk, image_chunk)
+    equal = torch.empty_like(S)
+    for group in text_chunk.groups:
+        torch.eq(group.by_sequence(S, 0), best_token[group.sequences(), None], out=group.by_sequence(equal, 0))
+    equal *= from_last[0][text_chunk.rows(), None]
+    for group in text_chunk.groups:
+        torch.amax(group.by_sequence(equal, 0), 1, out=best_token[group.sequences()])
+    arg_i2t.copy_(best_token)
+    for group in image_chunk.groups:
+        group.by_sequence(S, 1).eq_(best_patch[:, group.sequences(), None])
+    S *= from_last[1][image_chunk.rows()]
+    for group in image_chunk.groups:
+        torch.amax(group.by_sequence(S, 1), 2, out=best_patch[:, group.sequences()])
+    arg_t2i.copy_(best_patch)

@@ -1,0 +1,154 @@
+"""One side of the score matrix, images or texts, without its padding: sequences sorted by length, valid rows only.
+
+Both sides are treated alike. A chunk of consecutive sorted sequences is a matrix of valid rows, in which sequences of
+equal length lie side by side (a group): no padding is multiplied, and no mask is applied to a similarity.
+
+Shape legend: B sequences, P positions of a sequence (padded), R valid rows of all sequences, D features.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Group(NamedTuple):
+    """`number` sequences of equal `length` (at least 1), and where they begin in their chunk."""
+
+    sequence: int
+    row: int
+    number: int
+    length: int
+
+    def sequences(self) -> slice:
+        return slice(self.sequence, self.sequence + self.number)
+
+    def by_sequence(self, rows: Tensor, dim: int) -> Tensor:
+        """The group's part of `rows`, its dimension `dim` split in two: sequences and positions."""
+        return rows.narrow(dim, self.row, self.number * self.length).unflatten(dim, (self.number, self.length))
+
+
+class ChunkShape(NamedTuple):
+    """Size of a chunk, or most of each in several: rows, sequences, and rows of a sequence."""
+
+    rows: int
+    sequences: int
+    longest: int
+
+
+class Chunk(NamedTuple):
+    """Consecutive sequences of a side in its sorted order, and their rows."""
+
+    sequence: int
+    number: int
+    row: int
+    height: int
+    groups: tuple[Group, ...]
+
+    def shape(self) -> ChunkShape:
+        return ChunkShape(self.height, self.number, self.groups[-1].length)
+
+    def sequences(self) -> slice:
+        return slice(self.sequence, self.sequence + self.number)
+
+    def rows(self) -> slice:
+        return slice(self.row, self.row + self.height)
+
+
+def make_chunks(lengths: list[int], most: ChunkShape, start: int = 0, stop: int | None = None) -> list[Chunk]:
+    """Split the sequences [start, stop) of ascending `lengths` into chunks of at most `most` rows and sequences.
+
+    A chunk holds one sequence at least. Sequences of length 0 are in no chunk.
+    """
+    chunks: list[Chunk] = []
+    sequence, row = start, sum(lengths[:start])
+    stop = len(lengths) if stop is None else stop
+    while sequence < stop and lengths[sequence] == 0:
+        sequence += 1
+    while sequence < stop:
+        first, height, groups = sequence, 0, list[Group]()
+        while (
+            sequence < stop
+            and sequence - first < most.sequences
+            and (sequence == first or height + lengths[sequence] <= most.rows)
+        ):
+            if groups and groups[-1].length == lengths[sequence]:
+                groups[-1] = groups[-1]._replace(number=groups[-1].number + 1)
+            else:
+                groups.append(Group(sequence - first, height, 1, lengths[sequence]))
+            height += lengths[sequence]
+            sequence += 1
+        chunks.append(Chunk(first, sequence - first, row, height, tuple(groups)))
+        row += height
+    return chunks
+
+
+def largest(chunks: list[Chunk]) -> ChunkShape:
+    """Most of each in any chunk."""
+    shapes = [b.shape() for b in chunks] or [ChunkShape(0, 0, 0)]
+    return ChunkShape(*(max(each) for each in zip(*shapes, strict=True)))
+
+
+class PackedBatch:
+    """The features of one side and the tables that find its valid rows.
+
+    features [B, P, D]; mask [B, P] bool or None (all valid); lengths: valid positions of each sequence, on the host.
+    """
+
+    def __init__(self, features: Tensor, mask: Tensor | None, lengths: list[int]):
+        B, P, D = features.shape
+        device = features.device
+        self.features = features.contiguous().view(B * P, D)  # gradients get its strides, as the op promises them
+        self.wide = torch.promote_types(features.dtype, torch.float32)
+        order = sorted(range(B), key=lengths.__getitem__)
+        self.lengths = [lengths[b] for b in order]
+        self.order = torch.tensor(order, device=device)  # [B]
+        self.counts = torch.tensor(self.lengths, device=device)  # [B]
+        self.scale = self.counts.clamp(min=1).to(self.wide).reciprocal_()  # [B] weight of a row in the mean
+        self.last = self.counts.cumsum(0).sub_(1).to(torch.int32)  # [B] row of each sequence's last valid position
+        self.source = None  # [R] where each row lies in `features`; None: rows lie as they are
+        if mask is not None:
+            # nonzero_static instead of nonzero: the number is known, so the GPU need not tell it.
+            valid = torch.nonzero_static(mask.index_select(0, self.order).flatten(), size=sum(lengths))[:, 0]
+            self.source = self.order[valid // P].mul_(P).add_(valid.remainder_(P))
+
+    def from_last(self) -> Tensor:
+        """[R] how far each row is from the last of its sequence."""
+        R = sum(self.lengths)
+        rows = torch.repeat_interleave(self.last, self.counts, output_size=R).to(self.wide)
+        return rows.sub_(torch.arange(R, device=rows.device))
+
+    def load_buffers(self, rows: int) -> tuple[Tensor, Tensor]:
+        """What `load` needs for chunks of so many rows: as they come, and widened."""
+        D, same = self.features.shape[1], self.features.dtype == self.wide
+        narrow = self.features.new_empty(0 if same or self.source is None else rows, D)
+        return narrow, self.features.new_empty(0 if same and self.source is None else rows, D, dtype=self.wide)
+
+    def load(self, chunk: Chunk, buffers: tuple[Tensor, Tensor]) -> Tensor:
+        """The chunk's rows [height, D] in the dtype of the arithmetic."""
+        narrow, wide = buffers
+        if self.source is None:
+            rows = self.features[chunk.rows()]
+        else:
+            out = narrow if narrow.shape[0] else wide
+            rows = torch.index_select(self.features, 0, self.source[chunk.rows()], out=out[: chunk.height])
+        return rows if rows.dtype == self.wide else wide[: chunk.height].copy_(rows)
+
+    def store(self, chunk: Chunk, rows: Tensor, into: Tensor, add: bool) -> None:
+        """Write, or add, the chunk's rows [height, D] to where they belong in `into` [B * P, D], in its dtype."""
+        if self.source is None:
+            target = into[chunk.rows()]
+            target.add_(rows) if add else target.copy_(rows)
+        else:
+            source, rows = self.source[chunk.rows()], rows.to(into.dtype)
+            into.index_add_(0, source, rows) if add else into.index_copy_(0, source, rows)
+
+
+def pack_both(
+    image: Tensor, text: Tensor, text_mask: Tensor, image_mask: Tensor | None
+) -> tuple[PackedBatch, PackedBatch]:
+    """Images and texts. Lengths go to the host, the one time that a GPU is waited for in forward, and in backward."""
+    (I, N, _), J = image.shape, text.shape[0]  # noqa: E741
+    counts = text_mask.sum(1) if image_mask is None else torch.cat([text_mask.sum(1), image_mask.sum(1)])
+    lengths = counts.tolist()  # CPU-GPU sync
+    return PackedBatch(image, image_mask, lengths[J:] or [N] * I), PackedBatch(text, text_mask, lengths[:J])
