@@ -5,7 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ds_cmli.cmli import cmli_scores, product
+from ds_cmli.cmli import cmli_scores
+from ds_cmli.cmli.chunked import product
 from ds_cmli.cmli.reference import cmli_scores_reference
 from tests.cmli.helpers import any_layout_gives_the_same, random_case, upstream_for, with_gradients
 
