@@ -15,12 +15,12 @@ from ds_cmli.config.schema import Config
 from ds_cmli.data import Batch, assets
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.faults import nonfinite as guard
+from ds_cmli.losses import needs_teacher
 from ds_cmli.losses.objective import Objective
 from ds_cmli.models.student import Student, checkpoint_blocks
 from ds_cmli.models.teacher import Teacher
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-TEACHER_LOSSES = ("target_cmli", "cls_kd")
 
 
 def resolve_precision(ds_config: dict[str, Any]) -> tuple[dict[str, Any], str | None]:
@@ -66,7 +66,7 @@ def build_models(config: Config, vocab_size: int) -> tuple[Objective, Teacher | 
     torch.manual_seed(config.run.seed)
     student = Student(config.student, config.data.image_size, vocab_size)
     teacher = None
-    if any(name in config.loss.weights for name in TEACHER_LOSSES):
+    if needs_teacher(config.loss.weights):
         teacher = Teacher(config.teacher, config.data.image_size, student.grid)
     return Objective(student, config.loss, teacher.width if teacher else None), teacher
 

@@ -75,7 +75,6 @@ def evaluate(
     from ds_cmli.losses.functions import widen
 
     student, n = objective.student, len(dataset)
-    with_cmli = hasattr(objective, "cmli")
     was_training = objective.training
     objective.eval()
     # A rank's share is filled up with repeated images so that all ranks take as many steps: count each once.
@@ -120,9 +119,9 @@ def evaluate(
 
     by_global, i2t, t2i = scores
     out = {f"global/{k}": v for k, v in recall((by_global, by_global), indices, first).items()}
-    if with_cmli:
+    scales = objective.score_scales()  # collective under ZeRO-3
+    if "cmli" in scales:
         out |= {f"cmli/{k}": v for k, v in recall((i2t, t2i), indices, first).items()}
-        scales = objective.scales()  # collective under ZeRO-3
         # Logits add where both losses set a temperature; otherwise CMLI alone stands for "combined".
         base, scale = by_global * scales["global"] if "global" in scales else 0, scales["cmli"]
         combined = recall((base + scale * i2t, base + scale * t2i), indices, first)
@@ -161,6 +160,7 @@ def command(checkpoint: str, source: str | None, batch_size: int, json_file: str
     from ds_cmli.common.cli import check_writable
     from ds_cmli.common.errors import UserError
     from ds_cmli.config.schema import Loss, load_config
+    from ds_cmli.losses import LOSSES
 
     if json_file:
         check_writable(json_file)
@@ -170,7 +170,7 @@ def command(checkpoint: str, source: str | None, batch_size: int, json_file: str
     if source:
         config.data = dataclasses.replace(config.data, source=source)
     # Only the student is needed: without distillation losses no teacher is built.
-    weights: dict[Loss, float] = {k: v for k, v in config.loss.weights.items() if k in ("global", "cmli")}
+    weights: dict[Loss, float] = {k: v for k, v in config.loss.weights.items() if not LOSSES[k].teacher}
     weights = weights or {"global": 1.0}
     config.loss = dataclasses.replace(config.loss, weights=weights)
     import torch

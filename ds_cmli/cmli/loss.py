@@ -4,6 +4,7 @@ Shapes: B pairs per rank, P ranks, G = B * P, N image patches, M text positions,
 """
 
 import math
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -19,6 +20,19 @@ from ds_cmli.losses.functions import contrastive_loss, widen
 def unit(x: Tensor) -> Tensor:
     """Unit length over the last dimension, computed in fp32 (fp64 for fp64) and returned in x's dtype."""
     return F.normalize(widen(x), dim=-1).to(x.dtype)
+
+
+def score_global_batch(
+    image: Tensor,
+    text: Tensor,
+    text_mask: Tensor,
+    image_mask: Tensor | None = None,
+    group: dist.ProcessGroup | None = None,
+    score: Callable[..., tuple[Tensor, Tensor]] = cmli_scores,
+) -> tuple[Tensor, Tensor]:
+    """s_i2t and s_t2i [B, G] of this rank's images and the texts of all ranks; arguments as `CMLILoss`. Collective."""
+    all_text, all_mask = distributed.gather_text(unit(text), text_mask, group)  # collective
+    return score(unit(image), all_text, all_mask, image_mask)
 
 
 class CMLILoss(nn.Module):
@@ -66,9 +80,7 @@ class CMLILoss(nn.Module):
             ValueError, TypeError: on shapes, dtypes, devices or masks that do not fit, and on every rank where the
                 ranks' batches differ in size.
         """
-        # Collective: the text of all ranks.
-        all_text, all_mask = distributed.gather_text(unit(text), text_mask, self.group)
-        s_i2t, s_t2i = self.score(unit(image), all_text, all_mask, image_mask)  # [B, G]
+        s_i2t, s_t2i = score_global_batch(image, text, text_mask, image_mask, self.group, self.score)  # collective
         first = distributed.rank(self.group) * image.shape[0]
         columns = partial(distributed.column_logsumexp, group=self.group)
         return contrastive_loss(s_i2t, s_t2i, self.logit_scale, first, columns)

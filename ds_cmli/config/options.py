@@ -1,6 +1,7 @@
 """The command-line options that make up a run's configuration, for whatever command needs one."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,9 @@ import click
 from ds_cmli.common.cli import option, say
 from ds_cmli.common.errors import UserError
 from ds_cmli.config.presets import PRESETS, load_preset
-from ds_cmli.config.schema import LOSSES, Config, parse_losses, parse_settings
+from ds_cmli.config.schema import Config, TeacherConfig, parse_losses, parse_settings
 from ds_cmli.config.validation import shown
+from ds_cmli.losses import LOSSES
 
 # The package's `ds_configs` is a link to the folder beside it in a checkout, and a folder of its own in a wheel.
 DEFAULT_JSON = Path(__file__).resolve().parents[1] / "ds_configs" / "zero2.json"
@@ -52,10 +54,8 @@ PLACES = {
 RANDOM = (("student", "image_weights"), ("student", "text_weights"), ("teacher", "weights"))  # with `--init random`
 # Settings of one loss or of some, without which they mean nothing.
 OF_LOSSES = {
-    **{"loss.init_temperature": ("global",), "loss.match": ("target_cmli",)},
-    **{f"loss.cmli_{name}": ("cmli",) for name in ("init_temperature", "backend", "recompute", "scratch_bytes")},
-    **{name: ("target_cmli", "cls_kd") for name in ("loss.mse_reduction", "teacher.block", "teacher.model")},
-    **{name: ("target_cmli", "cls_kd") for name in ("teacher.overrides", "teacher.weights")},
+    **{f"loss.{s}": [n for n, e in LOSSES.items() if s in e.settings] for e in LOSSES.values() for s in e.settings},
+    **{f"teacher.{f.name}": [n for n, e in LOSSES.items() if e.teacher] for f in fields(TeacherConfig)},
 }
 
 

@@ -6,16 +6,19 @@ No heavy imports here: `--help` and the checks of what a user wrote need no torc
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 from ds_cmli.common.errors import UserError
 from ds_cmli.config.validation import MOST, build, check, choice, parse_json, shown
+from ds_cmli.losses import LOSSES
 
-Loss = Literal["global", "cmli", "target_cmli", "cls_kd"]
-LOSSES = get_args(Loss)
+if TYPE_CHECKING:
+    Loss = str
+else:
+    Loss = Literal[tuple(LOSSES)]
 
 STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 Text = Annotated[str, Field(max_length=4096, pattern=r"^[^\x00]*$")]

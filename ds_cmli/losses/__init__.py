@@ -1,0 +1,38 @@
+"""The losses by name. A new loss is one file in this folder and one line in the table below.
+
+`--losses` and its check, the help text, the logged columns and the memory prediction follow from the line. The table is
+read before PyTorch is needed, so an entry names its class and `load` imports it.
+"""
+
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Entry:
+    implementation: str  # "file.Class", a `losses.base.Loss`
+    teacher: bool = False  # whether it needs the teacher's features
+    settings: tuple[str, ...] = ()  # fields of `LossConfig` that it reads
+
+
+OP = ("cmli_backend", "cmli_recompute", "cmli_scratch_bytes")  # settings of the all-pairs op
+
+LOSSES = {
+    "global": Entry("global_contrastive.GlobalContrastive", settings=("init_temperature",)),
+    "global_sigmoid": Entry("global_sigmoid.GlobalSigmoid"),
+    "cmli": Entry("cmli.AllPairsCMLI", settings=("cmli_init_temperature", *OP)),
+    "cmli_sigmoid": Entry("cmli_sigmoid.CMLISigmoid", settings=OP),
+    "target_cmli": Entry("target_cmli.TargetCMLI", teacher=True, settings=("match", "mse_reduction")),
+    "cls_kd": Entry("cls_distillation.ClsDistillation", teacher=True, settings=("mse_reduction",)),
+}
+
+
+def load(name: str) -> Any:
+    """The class of the loss `name`; imports its file."""
+    module, _, cls = LOSSES[name].implementation.partition(".")
+    return getattr(import_module(f"{__name__}.{module}"), cls)
+
+
+def needs_teacher(names: Any) -> bool:
+    return any(LOSSES[name].teacher for name in names)

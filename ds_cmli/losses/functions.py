@@ -58,6 +58,28 @@ def contrastive_loss(
     return (row_loss.mean() + column_loss.mean()) / 2
 
 
+def sigmoid_loss(scores: Tensor, logit_scale: Tensor, bias: Tensor, first: int = 0) -> Tensor:
+    """-log sigmoid(z * (t * score + b)) summed over texts and averaged over this block's B images; SigLIP.
+
+    z is 1 for the pairs and -1 for all others (Zhai et al., 2023, equation 1). No normalisation over the batch: across
+    ranks only the scores need the other ranks.
+
+    Args:
+        scores: [B, G] fp32 or fp64, this rank's images against all texts.
+        logit_scale: one element, ln(1/temperature).
+        bias: one element, b.
+        first: the column that belongs to row 0: row b's text is column first + b.
+
+    Returns:
+        A scalar. Averaged over ranks it is the loss of the global batch.
+    """
+    logits = temperature_scale(logit_scale) * scores + widen(bias)  # [B, G]
+    b = torch.arange(len(logits), device=logits.device)
+    sign = torch.full_like(logits, -1.0)
+    sign[b, first + b] = 1.0
+    return -F.logsigmoid(sign * logits).sum(1).mean()
+
+
 def match_patches(tokens: Tensor, patches: Tensor) -> Tensor:
     """(2) for the positive pairs: the patch with the highest cosine similarity to each token.
 

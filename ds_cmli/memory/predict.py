@@ -91,7 +91,7 @@ def predict(
     ):
         trainer = step.build(config, ds_config, vocab_size, TOTAL_STEPS, device)
         if scores is not None:
-            trainer.objective.cmli.score = scores  # type: ignore[assignment]
+            trainer.objective.score = scores  # type: ignore[assignment]
         with phases(trainer, answers.enter), tracker.attach(trainer):
             for _ in range(2 * accumulation):
                 with tracker.scope("data"):

@@ -1,0 +1,109 @@
+"""What a loss is, and what it is computed from.
+
+Shapes: B pairs per rank, P ranks, G = B * P, N patches, M text positions, H student width, H_t teacher width,
+D embedding dimension.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ds_cmli.cmli.loss import score_global_batch, unit
+from ds_cmli.config.schema import LossConfig
+from ds_cmli.data import Batch
+from ds_cmli.distributed import process_group as distributed
+from ds_cmli.losses.functions import widen
+from ds_cmli.models.student import Student
+from ds_cmli.models.teacher import Targets
+
+
+@dataclass
+class Features:
+    """The student's view of a batch. Not normalised, in the model's precision."""
+
+    image_cls: Tensor  # [B, H]
+    patches: Tensor  # [B, N, H]
+    text_cls: Tensor  # [B, H]
+    tokens: Tensor  # [B, M, H], padding and special tokens included
+
+
+class WidthHead(nn.Linear):
+    """Student width -> teacher width, where they differ; orthonormal at the start."""
+
+    def __init__(self, width: int, teacher_width: int):
+        super().__init__(width, teacher_width, bias=False)
+        nn.init.orthogonal_(self.weight)
+
+    def forward(self, x: Tensor, back: bool = False) -> Tensor:
+        """[.., H] -> [.., H_t], or `back` by the transpose: for an orthonormal map that is its pseudo-inverse."""
+        return F.linear(x, self.weight.t() if back else self.weight)
+
+
+@dataclass
+class LossInputs:
+    """One micro-batch as the losses see it. Pair scores are computed once, for whichever losses compare them."""
+
+    features: Features
+    batch: Batch
+    targets: Targets | None  # the teacher's features; None where no loss needs them
+    student: Student
+    width_head: WidthHead | None
+    score: Callable[..., tuple[Tensor, Tensor]]  # `cmli_scores` with its options
+
+    @property
+    def first(self) -> int:
+        """The column of the pair scores that belongs to row 0."""
+        return distributed.rank() * len(self.batch.index)
+
+    @cached_property
+    def global_scores(self) -> Tensor:
+        """[B, G] fp32 (fp64), cosines of this rank's image and all ranks' text class tokens. Collective."""
+        image = widen(unit(self.features.image_cls))  # [B, H]
+        text = distributed.gather_with_gradient(widen(unit(self.features.text_cls)))  # [G, H], collective
+        return image @ text.t()
+
+    @cached_property
+    def cmli_scores(self) -> tuple[Tensor, Tensor]:
+        """s_i2t and s_t2i [B, G] fp32 (fp64), CMLI of this rank's images and all ranks' texts. Collective."""
+        patches, tokens = self.student.g(self.features.patches), self.student.g(self.features.tokens)
+        return score_global_batch(patches, tokens, self.batch.token_mask, score=self.score)
+
+    @property
+    def teacher(self) -> Targets:
+        assert self.targets is not None, "the registry says of no chosen loss that it needs the teacher"
+        return self.targets
+
+    def to_teacher(self, x: Tensor) -> Tensor:
+        """[.., H] -> [.., H_t]."""
+        return x if self.width_head is None else self.width_head(x)
+
+
+class Loss(nn.Module):
+    """One loss with its own parameters: a file of this folder defines one, the table in `losses` names it.
+
+    A temperature is the parameter `logit_scale`, ln(1/temperature), made by `log_scale`; it is logged as
+    `temperature/<name>`.
+    """
+
+    scores: ClassVar[str] = ""  # the pair scores that it compares: "global", "cmli" or none
+    logit_scale: nn.Parameter  # only of a loss with a temperature
+
+    def __init__(self, config: LossConfig):
+        super().__init__()
+        self.config = config
+
+    def forward(self, inputs: LossInputs) -> Tensor:
+        """A scalar in fp32 (fp64), the mean over this rank's B pairs; the ranks' mean is that of the global batch."""
+        raise NotImplementedError
+
+
+def log_scale(temperature: float) -> nn.Parameter:
+    """ln(1/temperature), learned."""
+    # One element, not zero dimensions: DeepSpeed sends parameters as bytes, which a 0-dim tensor has no view of.
+    return nn.Parameter(torch.tensor([math.log(1 / temperature)]))

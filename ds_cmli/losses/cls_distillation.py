@@ -1,0 +1,16 @@
+"""Both class tokens regress the teacher's class token: the source document's starting point."""
+
+from torch import Tensor
+
+from ds_cmli.losses.base import Loss, LossInputs
+from ds_cmli.losses.functions import cls_distillation_loss
+
+
+class ClsDistillation(Loss):
+    def forward(self, inputs: LossInputs) -> Tensor:
+        return cls_distillation_loss(
+            inputs.to_teacher(inputs.features.image_cls),
+            inputs.to_teacher(inputs.features.text_cls),
+            inputs.teacher.cls,
+            self.config.mse_reduction,
+        )

@@ -1,0 +1,19 @@
+"""All-pairs CMLI as a contrastive loss, equations (1) to (4); FILIP (Yao et al., 2021)."""
+
+from torch import Tensor
+
+from ds_cmli.config.schema import LossConfig
+from ds_cmli.distributed.process_group import column_logsumexp
+from ds_cmli.losses.base import Loss, LossInputs, log_scale
+from ds_cmli.losses.functions import contrastive_loss
+
+
+class AllPairsCMLI(Loss):
+    scores = "cmli"
+
+    def __init__(self, config: LossConfig):
+        super().__init__(config)
+        self.logit_scale = log_scale(config.cmli_init_temperature)
+
+    def forward(self, inputs: LossInputs) -> Tensor:
+        return contrastive_loss(*inputs.cmli_scores, self.logit_scale, inputs.first, column_logsumexp)  # collective

@@ -1,0 +1,20 @@
+"""Global contrastive loss on the class tokens, as in CLIP (Radford et al., 2021)."""
+
+from torch import Tensor
+
+from ds_cmli.config.schema import LossConfig
+from ds_cmli.distributed.process_group import column_logsumexp
+from ds_cmli.losses.base import Loss, LossInputs, log_scale
+from ds_cmli.losses.functions import contrastive_loss
+
+
+class GlobalContrastive(Loss):
+    scores = "global"
+
+    def __init__(self, config: LossConfig):
+        super().__init__(config)
+        self.logit_scale = log_scale(config.init_temperature)
+
+    def forward(self, inputs: LossInputs) -> Tensor:
+        scores = inputs.global_scores  # [B, G], collective
+        return contrastive_loss(scores, scores, self.logit_scale, inputs.first, column_logsumexp)  # collective
