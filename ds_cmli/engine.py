@@ -6,11 +6,13 @@ The one place where a training step is put together: whatever trains, profiles o
 from dataclasses import dataclass, replace
 from typing import Any
 
+import timm
 import torch
 from torch import Tensor, nn
 
 from ds_cmli.common.errors import UserError
-from ds_cmli.config import deepspeed_json
+from ds_cmli.config import deepspeed_checks
+from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.schema import Config
 from ds_cmli.data import Batch, assets
 from ds_cmli.distributed import process_group as distributed
@@ -23,18 +25,32 @@ from ds_cmli.models.teacher import Teacher
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
-def resolve_precision(ds_config: dict[str, Any]) -> tuple[dict[str, Any], str | None]:
-    """The JSON as this device can run it, and the line that says what changed, if anything did."""
+def on_this_device(ds_config: DeepSpeedConfig) -> DeepSpeedConfig:
+    """The JSON as DeepSpeed and this device can run it: its precision is decided."""
     from deepspeed.accelerator import get_accelerator
 
+    deepspeed_checks.deep(ds_config)
     accelerator = get_accelerator()
-    # CPUs that have fp16 at all run this step two to three times slower in it than in bf16.
-    if deepspeed_json.precision(ds_config) == "fp16" and (
-        accelerator.device_name() == "cpu" or not accelerator.is_fp16_supported()
-    ):
-        notice = f"fp16 is slow or missing on this device ({accelerator.device_name()}): training in bf16 instead"
-        return deepspeed_json.fall_back_to_bf16(ds_config), notice
-    return ds_config, None
+    device = accelerator.device_name()
+    # CPUs that have fp16 at all run this step two to three times slower in it than in bf16; GPUs before Ampere
+    # imitate bf16 slowly.
+    fp16 = device != "cpu" and accelerator.is_fp16_supported()
+    if device == "cuda":
+        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        bf16 = accelerator.is_bf16_supported()
+    return ds_config.on(device, fp16, bf16)
+
+
+def filled(config: Config, ds_config: DeepSpeedConfig, world_size: int, total_steps: int) -> DeepSpeedConfig:
+    """The JSON with nothing left to "auto"."""
+
+    def width() -> int:
+        with torch.device("meta"):
+            vit: Any = timm.create_model(config.student.image_model, **config.student.image_overrides)
+            return vit.embed_dim
+
+    return ds_config.filled(config.optim, world_size, total_steps, width)
 
 
 def demo_assets(config: Config) -> list[str]:
@@ -133,11 +149,11 @@ class Step:
         return out
 
 
-def build(config: Config, ds_config: dict[str, Any], vocab_size: int, total_steps: int, device: torch.device) -> Step:
+def build(config: Config, ds_config: DeepSpeedConfig, vocab_size: int, total_steps: int, device: torch.device) -> Step:
     """The engine around student and losses, ready to step.
 
     Args:
-        ds_config: the DeepSpeed JSON after `resolve_precision` and `deepspeed_json.resolve`.
+        ds_config: after `on_this_device` and `filled`.
         vocab_size: of the tokenizer.
         total_steps: optimizer steps of the whole run, for the schedule.
         device: this rank's; the process group is already up.
@@ -147,23 +163,23 @@ def build(config: Config, ds_config: dict[str, Any], vocab_size: int, total_step
 
     use_no_compiler()
     deepspeed.init_distributed(verbose=False)
-    dtype = DTYPES[deepspeed_json.precision(ds_config)]
+    dtype = DTYPES[ds_config.precision]
     objective, teacher = build_models(config, vocab_size)
     torch.manual_seed(config.run.seed + distributed.rank())  # dropout: its own on each rank
-    if "activation_checkpointing" in ds_config:
-        deepspeed.checkpointing.configure(None, deepspeed_config=ds_config)
+    if ds_config.checkpointing:
+        deepspeed.checkpointing.configure(None, deepspeed_config=ds_config.raw())
         checkpoint_blocks(objective.student.blocks, deepspeed.checkpointing.checkpoint)
 
     warmup = config.optim.warmup_steps(total_steps)
     schedule = None
     if "scheduler" not in ds_config:
         schedule = lambda optimizer: get_cosine_schedule_with_warmup(optimizer, warmup, total_steps)  # noqa: E731
-    weight_decay = ds_config["optimizer"]["params"].get("weight_decay", 0.0)
+    weight_decay = ds_config.optimizer_params.get("weight_decay", 0.0)
     try:
         engine, *_ = deepspeed.initialize(
             model=objective,
             model_parameters=parameter_groups(objective, weight_decay),  # type: ignore[arg-type]
-            config=ds_config,
+            config=ds_config.raw(),
             lr_scheduler=schedule,
         )
     except (AssertionError, ValueError) as error:

@@ -21,6 +21,7 @@ import click  # noqa: E402
 
 from ds_cmli.common.cli import GroupedCommand, option, run_command, say  # noqa: E402
 from ds_cmli.common.errors import UserError  # noqa: E402
+from ds_cmli.config.deepspeed_config import DeepSpeedConfig  # noqa: E402
 from ds_cmli.config.options import OUTPUT, WHAT, add, resolve_config  # noqa: E402
 from ds_cmli.config.schema import Config  # noqa: E402
 from ds_cmli.faults import preemption  # noqa: E402
@@ -57,7 +58,6 @@ def train(config: Config, json_path: str, dry_run: bool, resume: str, with_chang
     quiet.silence()
     from ds_cmli import engine as step
     from ds_cmli.common import determinism
-    from ds_cmli.config import deepspeed_json
     from ds_cmli.data import assets, build_data
     from ds_cmli.distributed import process_group as distributed
     from ds_cmli.faults.watchdog import Watchdog
@@ -66,8 +66,7 @@ def train(config: Config, json_path: str, dry_run: bool, resume: str, with_chang
     distributed.map_launcher_environment()
     if config.run.deterministic:
         determinism.enforce()
-    ds_config, notice = step.resolve_precision(deepspeed_json.load(json_path))
-    say(notice)
+    ds_config = step.on_this_device(DeepSpeedConfig.load(json_path))
     data, mistake = None, None
     try:
         assets.fetch(step.demo_assets(config))
@@ -92,7 +91,7 @@ def train(config: Config, json_path: str, dry_run: bool, resume: str, with_chang
         distributed.shutdown()
 
 
-def show(config: Config, ds_config: dict[str, Any], data: Any) -> int:
+def show(config: Config, ds_config: DeepSpeedConfig, data: Any) -> int:
     """What a run would do and what memory it would need on a GPU, without doing it."""
     from ds_cmli import engine as step
     from ds_cmli.memory import apart
@@ -101,7 +100,7 @@ def show(config: Config, ds_config: dict[str, Any], data: Any) -> int:
 
     resolved, *_ = plan(config, ds_config, data)
     step.build_models(config, data.vocab_size)
-    say(json.dumps({"config": config.to_dict(), "deepspeed": resolved}, indent=2))
+    say(json.dumps({"config": config.to_dict(), "deepspeed": resolved.raw()}, indent=2))
     if os.environ["RANK"] == "0":
         with apart.Predictor() as predictor:
             answer = predictor.ask(apart.Request(config, ds_config, int(os.environ["WORLD_SIZE"])))
@@ -109,13 +108,13 @@ def show(config: Config, ds_config: dict[str, Any], data: Any) -> int:
     return 0
 
 
-def plan(config: Config, ds_config: dict[str, Any], data: Any) -> tuple[dict[str, Any], Any, int]:
+def plan(config: Config, ds_config: DeepSpeedConfig, data: Any) -> tuple[DeepSpeedConfig, Any, int]:
     """The DeepSpeed JSON with nothing left to "auto", the sampler, and the number of optimizer steps."""
-    from ds_cmli.config import deepspeed_json
+    from ds_cmli import engine as step
     from ds_cmli.data import GlobalBatchSampler
 
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    total, micro_batch, accumulation = deepspeed_json.resolve_batch(ds_config, config.optim.micro_batch, ranks)
+    total, micro_batch, accumulation = ds_config.batch(config.optim.micro_batch, ranks)
     sampler = GlobalBatchSampler(len(data.train), micro_batch, rank, ranks, config.run.seed)
     steps = config.optim.steps
     if steps is None:
@@ -125,11 +124,14 @@ def plan(config: Config, ds_config: dict[str, Any], data: Any) -> tuple[dict[str
         f"batch: {micro_batch} pairs per rank x {accumulation} accumulation x {ranks} ranks = {total} pairs a step; "
         f"{steps} steps; negatives from {micro_batch * ranks} pairs"
     )
-    return deepspeed_json.resolve(ds_config, config.optim, ranks, steps), sampler, steps
+    ds_config = step.filled(config, ds_config, ranks, steps)
+    for notice in ds_config.notices:
+        say(notice)
+    return ds_config, sampler, steps
 
 
 def run(
-    config: Config, ds_config: dict[str, Any], data: Any, device: Any, resume: str, with_changes: bool,
+    config: Config, ds_config: DeepSpeedConfig, data: Any, device: Any, resume: str, with_changes: bool,
     profiles: Profiles, dog: Any,
 ) -> int:  # fmt: skip
     """Build everything, put back what there is to go on from, and train. Collective."""
@@ -159,7 +161,7 @@ def run(
         own = resuming.load(found, trainer, sampler, bad, with_changes)  # collective
         resuming.settle(resume, found, folder, config, ds_config)  # collective
         writer = Writer(folder, total_steps, state.step) if distributed.is_main() else NullWriter()
-        accumulation = ds_config["gradient_accumulation_steps"]
+        accumulation = ds_config.accumulation
         all_of_it = Run(config, data, sampler, trainer, total_steps, accumulation, folder, state, own, bad, writer, dog)
         with profiles.around(trainer, config, ds_config, folder, state.step) as after_step:
             return loop(all_of_it, after_step)  # collective

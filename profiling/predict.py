@@ -19,6 +19,7 @@ import click  # noqa: E402
 
 from ds_cmli.common.cli import GroupedCommand, option, run_command  # noqa: E402
 from ds_cmli.common.errors import UserError  # noqa: E402
+from ds_cmli.config.deepspeed_config import DeepSpeedConfig  # noqa: E402
 from ds_cmli.config.options import WHAT, add, resolve_config  # noqa: E402
 from ds_cmli.config.schema import Config  # noqa: E402
 
@@ -58,19 +59,18 @@ def command(preset: str, deepspeed_config: str, settings: tuple[str, ...], world
     from ds_cmli.common import quiet
 
     quiet.silence()
-    from ds_cmli.config import deepspeed_json
     from ds_cmli.memory import search
     from ds_cmli.memory.predict import DEFAULT_CARD, predict
     from ds_cmli.memory.report import show
 
-    ds_config = deepspeed_json.load(deepspeed_config)
+    ds_config = DeepSpeedConfig.load(deepspeed_config)
     if checkpointing == "on":
-        ds_config.setdefault("activation_checkpointing", {})
+        ds_config = ds_config.replaced(activation_checkpointing=ds_config.get("activation_checkpointing", {}))
     elif checkpointing == "off":
-        ds_config.pop("activation_checkpointing", None)
+        ds_config = ds_config.replaced(activation_checkpointing=None)
 
     if sweep:
-        micro_batch = deepspeed_json.resolve_batch(ds_config, config.optim.micro_batch, world_size)[1]
+        micro_batch = ds_config.batch(config.optim.micro_batch, world_size)[1]
         axes = search.parse_axes(sweep, micro_batch, world_size)
         content: Any = grid(config, ds_config, world_size, axes, card or DEFAULT_CARD)
     else:
@@ -94,7 +94,7 @@ def command(preset: str, deepspeed_config: str, settings: tuple[str, ...], world
         write(json_path, "--json", lambda: Path(json_path).write_text(json.dumps(content, indent=2) + "\n"))
 
 
-def grid(config: Config, ds_config: dict[str, Any], world_size: int, axes: dict[str, list[int]], card: str) -> list:
+def grid(config: Config, ds_config: DeepSpeedConfig, world_size: int, axes: dict[str, list[int]], card: str) -> list:
     """Print the bytes on the device as they are found, then as a table: the first axis down, the others across."""
     from itertools import product
 

@@ -30,7 +30,7 @@ def fp16_device(monkeypatch):
 
     monkeypatch.setattr(get_accelerator(), "is_fp16_supported", lambda: True)
     monkeypatch.setattr(get_accelerator(), "supported_dtypes", lambda: [torch.float, torch.bfloat16, torch.half])
-    monkeypatch.setattr(step, "resolve_precision", lambda ds_config: (ds_config, None))
+    monkeypatch.setattr(step, "on_this_device", lambda ds_config: ds_config)
 
 
 def clean_environment() -> dict[str, str]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ds_cmli import engine as step
-from ds_cmli.config import deepspeed_json
+from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.presets import load_preset
 from ds_cmli.data import Batch, build_data, eval_loader
 from ds_cmli.distributed import process_group as distributed
@@ -33,13 +33,13 @@ def batches(data) -> list[Batch]:
 
 def build(device, data, ds_config, overrides=None, steps=6):
     config = load_preset("tiny", overrides or {})
-    ds_config, _ = step.resolve_precision(ds_config)
-    return step.build(config, deepspeed_json.resolve(ds_config, config.optim, 1, steps), data.vocab_size, steps, device)
+    ds_config = step.on_this_device(DeepSpeedConfig.of(ds_config))
+    return step.build(config, step.filled(config, ds_config, 1, steps), data.vocab_size, steps, device)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "ds_configs").glob("*.json")), ids=lambda p: p.stem)
 def test_five_steps_with_each_shipped_json(device, data, batches, path):
-    trainer = build(device, data, deepspeed_json.load(path), {"optim": {"lr": 3e-3, "warmup_share": 0.0}})
+    trainer = build(device, data, DeepSpeedConfig.load(path), {"optim": {"lr": 3e-3, "warmup_share": 0.0}})
     losses = [trainer(batches[0])[0].item() for _ in range(5)]
     assert all(torch.isfinite(torch.tensor(losses)))
     assert losses[-1] < losses[0]  # the same batch five times: it must be learned
@@ -107,12 +107,13 @@ def test_fp16_falls_back_to_bf16_where_it_is_slow_or_missing(monkeypatch, device
 
     monkeypatch.setattr(get_accelerator(), "device_name", lambda: device_name)
     monkeypatch.setattr(get_accelerator(), "is_fp16_supported", lambda: supported)
-    ds_config, notice = step.resolve_precision(FP16)
-    assert deepspeed_json.precision(ds_config) == runs
+    ds_config = step.on_this_device(DeepSpeedConfig.of(FP16))
+    assert ds_config.precision == runs
     if runs == "bf16":
+        (notice,) = ds_config.notices
         assert device_name in notice and "\n" not in notice
     else:
-        assert notice is None
+        assert ds_config.notices == ()
 
 
 def test_weight_decay_spares_norms_biases_and_embeddings(data):

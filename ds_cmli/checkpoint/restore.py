@@ -22,7 +22,7 @@ from ds_cmli.checkpoint.train_state import RankState, TrainState, generators, re
 from ds_cmli.common import provenance as environment
 from ds_cmli.common.errors import UserError
 from ds_cmli.config import settings
-from ds_cmli.config.deepspeed_json import BATCH_KEYS
+from ds_cmli.config.deepspeed_config import BATCH_KEYS, DeepSpeedConfig
 from ds_cmli.config.schema import Config
 from ds_cmli.data import BadSamples, GlobalBatchSampler
 from ds_cmli.distributed import process_group as distributed
@@ -117,7 +117,7 @@ def _candidates(resume: str, folder: Path) -> tuple[list[Path], str | None]:
     return found, None if found else f"--resume is {resume!r}: no checkpoint there; give a run's output folder"
 
 
-def cut_batch(found: Found | None, ds_config: dict[str, Any]) -> dict[str, Any]:
+def cut_batch(found: Found | None, ds_config: DeepSpeedConfig) -> DeepSpeedConfig:
     """The DeepSpeed JSON with the batch of the run to resume, where the number of ranks has changed, now or before.
 
     The global batch stays, and with it the negatives; so does accumulation, which must not stand in for ranks.
@@ -137,13 +137,13 @@ def cut_batch(found: Found | None, ds_config: dict[str, Any]) -> dict[str, Any]:
         )
     given = {key: ds_config[key] for key in ("train_batch_size", "gradient_accumulation_steps") if key in ds_config}
     kept = dict(zip(BATCH_KEYS, (total, negatives // ranks, accumulation), strict=True))
-    return {**ds_config, **kept, **{key: value for key, value in given.items() if value != "auto"}}
+    return ds_config.replaced(**{**kept, **{key: value for key, value in given.items() if value != "auto"}})
 
 
 def state_of(
     found: Found | None,
     config: Config,
-    ds_config: dict[str, Any],
+    ds_config: DeepSpeedConfig,
     with_changes: bool,
     say: Callable[[str], None],
 ) -> TrainState:
@@ -169,15 +169,15 @@ def state_of(
         state.cut = not found.cut_as_asked
     state.config, state.digest = now, settings.digest(now)
     state.world_size = distributed.world_size()
-    state.train_batch_size, state.accumulation = ds_config[BATCH_KEYS[0]], ds_config[BATCH_KEYS[2]]
+    state.train_batch_size, state.accumulation = ds_config.train_batch, ds_config.accumulation
     return state
 
 
-def for_engine(found: Found | None, ds_config: dict[str, Any]) -> dict[str, Any]:
+def for_engine(found: Found | None, ds_config: DeepSpeedConfig) -> DeepSpeedConfig:
     """The JSON that tells DeepSpeed to load a universal checkpoint where the number of ranks has changed."""
-    if found is None or found.same_ranks or ds_config.get("zero_optimization", {}).get("stage", 0) == 0:
+    if found is None or found.same_ranks or ds_config.stage == 0:
         return ds_config
-    return {**ds_config, "checkpoint": {**ds_config.get("checkpoint", {}), "load_universal": True}}
+    return DeepSpeedConfig({**ds_config, "checkpoint": {**ds_config.get("checkpoint", {}), "load_universal": True}})
 
 
 def load(
@@ -237,7 +237,7 @@ def _apply_rates(engine: Any, fresh: list[dict[str, Any]]) -> None:
             group["lr"] = rate
 
 
-def settle(resume: str, found: Found | None, folder: Path, config: Config, ds_config: dict[str, Any]) -> None:
+def settle(resume: str, found: Found | None, folder: Path, config: Config, ds_config: DeepSpeedConfig) -> None:
     """Make the run's folder agree with where the run goes on: what a later step left there must not count again.
 
     Collective; raises `UserError` on every rank where it cannot be written.
@@ -253,7 +253,7 @@ def settle(resume: str, found: Found | None, folder: Path, config: Config, ds_co
         raise UserError(error)
 
 
-def _settle(resume: str, found: Found | None, folder: Path, config: Config, ds_config: dict[str, Any]) -> None:
+def _settle(resume: str, found: Found | None, folder: Path, config: Config, ds_config: DeepSpeedConfig) -> None:
     root = folder / checkpoint.FOLDER
     if resume == "never":
         shutil.rmtree(root, ignore_errors=True)

@@ -5,6 +5,7 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -35,10 +36,10 @@ def versions() -> dict[str, str]:
     return found
 
 
-def write(path: Path, config: Config, ds_config: dict[str, Any]) -> None:
+def write(path: Path, config: Config, ds_config: Mapping[str, Any]) -> None:
     content = {
         "config": config.to_dict(),
-        "deepspeed": ds_config,
+        "deepspeed": dict(ds_config),
         "versions": versions(),
         "revision": revision(),
         "command": sys.argv,

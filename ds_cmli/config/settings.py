@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from ds_cmli.config.schema import Config
@@ -25,7 +26,7 @@ def flatten(value: Any, path: str = "") -> dict[str, Any]:
     return out
 
 
-def compared(config: Config, ds_config: dict[str, Any]) -> dict[str, Any]:
+def compared(config: Config, ds_config: Mapping[str, Any]) -> dict[str, Any]:
     """What must not change: `{"student.layers": 6, ..., "deepspeed.gradient_clipping": 1.0, ...}`, as JSON gives it."""
     settings = flatten({**config.to_dict(), "deepspeed": {k: v for k, v in ds_config.items() if k != "checkpoint"}})
     return json.loads(json.dumps({name: value for name, value in settings.items() if name not in FREE}))

@@ -1,9 +1,9 @@
 """What to change when a setting does not fit: the prediction by category, and one or two settings that would fit."""
 
-import copy
 from dataclasses import dataclass
 from typing import Any
 
+from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.schema import Config
 from ds_cmli.memory import apart
 
@@ -16,14 +16,14 @@ SECONDS = 120  # for all predictions; the other ranks wait
 class Change:
     what: str  # as the user writes it
     config: Config
-    ds_config: dict[str, Any]
+    ds_config: DeepSpeedConfig
 
 
-def changes(config: Config, ds_config: dict[str, Any], world_size: int, gpu: bool) -> list[Change]:
+def changes(config: Config, ds_config: DeepSpeedConfig, world_size: int, gpu: bool) -> list[Change]:
     """Settings to try, those that train the same model first, those that change the negatives last.
 
     Args:
-        ds_config: as `deepspeed_json.resolve` returns it.
+        ds_config: filled.
     """
     out = []
     same: list[Change] = []
@@ -31,21 +31,23 @@ def changes(config: Config, ds_config: dict[str, Any], world_size: int, gpu: boo
         values = config.to_dict()
         values["loss"]["cmli_recompute"] = True
         same.append(Change("--set loss.cmli_recompute=true", Config.from_dict(values), ds_config))
-    if "activation_checkpointing" not in ds_config:
-        changed = {**copy.deepcopy(ds_config), "activation_checkpointing": {}}
+    if not ds_config.checkpointing:
+        changed = ds_config.replaced(activation_checkpointing={})
         same.append(Change('"activation_checkpointing": {} in the DeepSpeed JSON', config, changed))
     out += same
     if len(same) == 2:
         out.append(Change(f"{same[0].what} and {same[1].what}", same[0].config, same[1].ds_config))
-    stage = ds_config.get("zero_optimization", {}).get("stage", 0)
-    if stage and ds_config["zero_optimization"].get("reduce_bucket_size", DEFAULT_BUCKET) > SMALL_BUCKET:
-        smaller = _zero(ds_config, reduce_bucket_size=SMALL_BUCKET)
+    stage = ds_config.stage
+    if stage and ds_config.zero.get("reduce_bucket_size", DEFAULT_BUCKET) > SMALL_BUCKET:
+        smaller = ds_config.replaced({"reduce_bucket_size": SMALL_BUCKET})
         out.append(Change(f'"zero_optimization": {{"reduce_bucket_size": {SMALL_BUCKET}}}', config, smaller))
     if world_size > 1:
         for higher in range(stage + 1, 4):
-            out.append(Change(f'"zero_optimization": {{"stage": {higher}}}', config, _zero(ds_config, stage=higher)))
-    if gpu and stage and "offload_optimizer" not in ds_config["zero_optimization"]:
-        offload = _zero(ds_config, offload_optimizer={"device": "cpu"})
+            out.append(
+                Change(f'"zero_optimization": {{"stage": {higher}}}', config, ds_config.replaced({"stage": higher}))
+            )
+    if gpu and stage and "offload_optimizer" not in ds_config.zero:
+        offload = ds_config.replaced({"offload_optimizer": {"device": "cpu"}})
         out.append(Change('"zero_optimization": {"offload_optimizer": {"device": "cpu"}} (slower)', config, offload))
     thrifty = [c for c in out if c.what.startswith(same[0].what)][-1:] if same else []
     for base in (Change("", config, ds_config), *thrifty):
@@ -53,21 +55,13 @@ def changes(config: Config, ds_config: dict[str, Any], world_size: int, gpu: boo
     return out
 
 
-def _zero(ds_config: dict[str, Any], **settings: Any) -> dict[str, Any]:
-    changed = copy.deepcopy(ds_config)
-    changed.setdefault("zero_optimization", {}).update(settings)
-    return changed
-
-
 def _smaller_batches(base: Change, world_size: int) -> list[Change]:
     """Micro-batches halved down to 1 with the same pairs a step: the contrastive losses see fewer negatives."""
     out = []
-    micro = base.ds_config["train_micro_batch_size_per_gpu"]
-    steps = base.ds_config["gradient_accumulation_steps"]
+    micro, steps = base.ds_config.micro_batch, base.ds_config.accumulation
     while micro % 2 == 0:
         micro, steps = micro // 2, steps * 2
-        changed = copy.deepcopy(base.ds_config)
-        changed.update(train_micro_batch_size_per_gpu=micro, gradient_accumulation_steps=steps)
+        changed = base.ds_config.replaced(train_micro_batch_size_per_gpu=micro, gradient_accumulation_steps=steps)
         what = (
             f"--micro-batch {micro} with gradient_accumulation_steps {steps}"
             f" (the same pairs a step, but negatives from {micro * world_size})"
@@ -87,12 +81,12 @@ def table(report: dict[str, Any]) -> list[str]:
 
 
 def advise(
-    config: Config, ds_config: dict[str, Any], world_size: int, gpu: bool, room: int | None, snapshot: str
+    config: Config, ds_config: DeepSpeedConfig, world_size: int, gpu: bool, room: int | None, snapshot: str
 ) -> list[str]:
     """The lines of the message: the table, the largest term, and at most `MOST` settings that would fit.
 
     Args:
-        ds_config: as `deepspeed_json.resolve` returns it.
+        ds_config: filled.
         room: bytes that tensors can have: on a GPU what the allocator can reserve; None: not known.
         snapshot: a file for the predicted snapshot; "": none.
     """

@@ -17,10 +17,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
+from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.schema import Config
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.faults import memory_advice as oom_advice
@@ -82,7 +82,7 @@ def device_room(device: torch.device) -> Room:
 
 @contextmanager
 def ending(
-    config: Config, ds_config: dict[str, Any], folder: Path, device: torch.device, dog: Watchdog
+    config: Config, ds_config: DeepSpeedConfig, folder: Path, device: torch.device, dog: Watchdog
 ) -> Iterator[None]:
     """Build and train inside: if memory runs out, this ends the process. Entering is a collective.
 

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import threading
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -27,7 +28,7 @@ def without_gpu() -> dict[str, str]:
 @dataclass(frozen=True)
 class Request:
     config: Config
-    ds_config: dict[str, Any]  # resolved or not
+    ds_config: Mapping[str, Any]  # filled or not
     world_size: int
     target: str = "cuda"  # or "cpu"
     card: str = ""  # "": `predict.DEFAULT_CARD`
@@ -60,7 +61,12 @@ class Predictor:
     def send(self, request: Request) -> None:
         assert self.process.stdin is not None
         with suppress(BrokenPipeError):  # it has ended, as `receive` will say
-            self.process.stdin.write(json.dumps({**asdict(request), "config": request.config.to_dict()}) + "\n")
+            self.process.stdin.write(
+                json.dumps(
+                    {**asdict(request), "config": request.config.to_dict(), "ds_config": dict(request.ds_config)}
+                )
+                + "\n"
+            )
             self.process.stdin.flush()
 
     def receive(self) -> Answer:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.schema import Config
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.engine import Step
@@ -20,7 +21,7 @@ from ds_cmli.memory.tracker import Tracker
 FILE, SNAPSHOT = "memory.json", "memory-snapshot.pickle"
 
 
-def measure(config: Config, ds_config: dict[str, Any], world_size: int = 1, device: str = "cuda") -> Report:
+def measure(config: Config, ds_config: DeepSpeedConfig, world_size: int = 1, device: str = "cuda") -> Report:
     """Memory of rank 0 of `world_size`, with real tensors on one device, "cuda" or "cpu". Arguments as of `predict`.
 
     One GPU stands for many: the other ranks are imagined, by a process group that moves nothing.
@@ -42,7 +43,7 @@ def differences(predicted: dict[str, Any], measured: dict[str, Any]) -> dict[str
 
 @contextmanager
 def profiling_memory(
-    steps: int | None, trainer: Step, config: Config, ds_config: dict[str, Any], folder: Path
+    steps: int | None, trainer: Step, config: Config, ds_config: DeepSpeedConfig, folder: Path
 ) -> Iterator[Callable[[], None]]:
     """Measure the first `steps` optimizer steps of the training loop inside; call what this yields after each step.
 

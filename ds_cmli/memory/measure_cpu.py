@@ -5,7 +5,7 @@ not know what a block is for: the shares of the categories come from a second ru
 """
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 from unittest.mock import patch
 
@@ -13,7 +13,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from ds_cmli import engine as step
-from ds_cmli.config import deepspeed_json
+from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.schema import Config
 from ds_cmli.memory.fake import process_group
 from ds_cmli.memory.phases import phases
@@ -30,13 +30,13 @@ from ds_cmli.memory.tracker import Tracker
 MARK = "ds_cmli.memory phase "
 
 
-def measure(config: Config, ds_config: dict[str, Any], world_size: int = 1) -> Report:
+def measure(config: Config, ds_config: Mapping[str, Any], world_size: int = 1) -> Report:
     """Memory of rank 0's second optimizer step on this CPU, all sizes in bytes; arguments and errors as of `predict`.
 
     The other ranks are imagined: a fake process group moves nothing.
     """
-    ds_config, _ = step.resolve_precision(ds_config)
-    ds_config = deepspeed_json.resolve(ds_config, config.optim, world_size, TOTAL_STEPS)
+    ds_config = step.on_this_device(DeepSpeedConfig.of(ds_config))
+    ds_config = step.filled(config, ds_config, world_size, TOTAL_STEPS)
     named = config
     config, vocab_size = without_weights(config)
     events = allocator_events(lambda enter: _run(config, ds_config, vocab_size, world_size, enter))
@@ -49,7 +49,7 @@ def measure(config: Config, ds_config: dict[str, Any], world_size: int = 1) -> R
 
 
 def _run(
-    config: Config, ds_config: dict[str, Any], vocab_size: int, world_size: int, enter: Callable[[str], None]
+    config: Config, ds_config: DeepSpeedConfig, vocab_size: int, world_size: int, enter: Callable[[str], None]
 ) -> None:
     """Build and take two optimizer steps, telling `enter` where each phase begins."""
     build_models = step.build_models
@@ -63,18 +63,18 @@ def _run(
         with patch.object(step, "build_models", build):
             trainer = step.build(config, ds_config, vocab_size, TOTAL_STEPS, torch.device("cpu"))
         with phases(trainer, enter):
-            for _ in range(2 * ds_config["gradient_accumulation_steps"]):
-                trainer(longest_batch(config, ds_config["train_micro_batch_size_per_gpu"]))
+            for _ in range(2 * ds_config.accumulation):
+                trainer(longest_batch(config, ds_config.micro_batch))
 
 
-def _tracked(config: Config, ds_config: dict[str, Any], vocab_size: int, world_size: int) -> dict[str, int]:
+def _tracked(config: Config, ds_config: DeepSpeedConfig, vocab_size: int, world_size: int) -> dict[str, int]:
     """Live bytes by category at the peak, as the tracker sees them."""
-    micro_batch = ds_config["train_micro_batch_size_per_gpu"]
+    micro_batch = ds_config.micro_batch
     tracker = Tracker("cpu", text_lengths(config, micro_batch), workspaces=True)
     with process_group(world_size), tracker, recorded_from_the_engine_on(tracker, ds_config, cuda=False):
         trainer = step.build(config, ds_config, vocab_size, TOTAL_STEPS, torch.device("cpu"))
         with tracker.attach(trainer):
-            for _ in range(2 * ds_config["gradient_accumulation_steps"]):
+            for _ in range(2 * ds_config.accumulation):
                 with tracker.scope("data"):
                     batch = longest_batch(config, micro_batch)
                 trainer(batch)

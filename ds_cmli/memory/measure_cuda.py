@@ -6,13 +6,14 @@ tensors; what the allocator counts beyond it (the workspaces of libraries and op
 
 import os
 import pickle
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ds_cmli import engine as step
-from ds_cmli.config import deepspeed_json
+from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.schema import Config
 from ds_cmli.memory.fake import process_group
 from ds_cmli.memory.predict import TOTAL_STEPS, longest_batch, without_weights
@@ -20,22 +21,22 @@ from ds_cmli.memory.report import Report, summarise
 from ds_cmli.memory.tracker import Tracker
 
 
-def measure(config: Config, ds_config: dict[str, Any], world_size: int = 1) -> Report:
+def measure(config: Config, ds_config: Mapping[str, Any], world_size: int = 1) -> Report:
     """Memory of rank 0's first two optimizer steps on this GPU, all sizes in bytes; arguments as of `predict`.
 
     The other ranks are imagined: a fake process group moves nothing. The peaks are those since the process began, so
     measure one setting in a process.
     """
     device = torch.device("cuda", torch.cuda.current_device())
-    ds_config = deepspeed_json.resolve(ds_config, config.optim, world_size, TOTAL_STEPS)
+    ds_config = step.filled(config, DeepSpeedConfig.of(ds_config), world_size, TOTAL_STEPS)
     named = config
     config, vocab_size = without_weights(config)
     tracker = Tracker("cuda")
     with process_group(world_size), tracker:
         trainer = step.build(config, ds_config, vocab_size, TOTAL_STEPS, device)
         with tracker.attach_to_training(trainer):
-            for _ in range(2 * ds_config["gradient_accumulation_steps"]):
-                trainer(longest_batch(config, ds_config["train_micro_batch_size_per_gpu"]))
+            for _ in range(2 * ds_config.accumulation):
+                trainer(longest_batch(config, ds_config.micro_batch))
         tracked = summarise(tracker.events(host=False), {}, "")
         totals = statistics(device)
     name = torch.cuda.get_device_name(device)

@@ -5,7 +5,7 @@ steps; the second is the larger one, as optimizer states are made in the first.
 """
 
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ds_cmli import engine as step
-from ds_cmli.config import deepspeed_json
+from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.schema import Config, check, choice
 from ds_cmli.data import Batch
 from ds_cmli.data.tokens import load_tokenizer
@@ -40,7 +40,7 @@ class Prediction:
 
 def predict(
     config: Config,
-    ds_config: dict[str, Any],
+    ds_config: Mapping[str, Any],
     world_size: int,
     *,
     card: str = DEFAULT_CARD,
@@ -51,7 +51,7 @@ def predict(
 
     Args:
         config: any; weights are random, of the same sizes, so nothing is downloaded.
-        ds_config: the DeepSpeed JSON as `deepspeed_json.load` returns it.
+        ds_config: the DeepSpeed JSON, filled or not.
         card: what `cards.card` knows, for what the device holds besides tensors.
         target: "cuda": in the JSON's precision, with the operators and defaults of a GPU, `cmli_backend="auto"` meaning
             triton, and without what an offloaded optimizer keeps on the host. "cpu": as this CPU would train, with
@@ -67,29 +67,28 @@ def predict(
     """
     choice("target", target, ("cuda", "cpu"))
     check(world_size >= 1, "--world-size", world_size, "give at least 1 rank")
-    _check_offload(ds_config)
+    json = DeepSpeedConfig.of(ds_config)
+    _check_offload(json)
     cuda = target == "cuda"
     constants = cards.card(card)
-    if not cuda:
-        ds_config, _ = step.resolve_precision(ds_config)
-    ds_config = deepspeed_json.resolve(ds_config, config.optim, world_size, TOTAL_STEPS)
+    json = json.on("cuda", fp16=True, bf16=True) if cuda else step.on_this_device(json)
+    json = step.filled(config, json, world_size, TOTAL_STEPS)
     if cuda:
-        _pin_optimizer(ds_config)
+        json = _pinned(json)
     named = config
     config, vocab_size = without_weights(config)
     if cuda and config.loss.cmli_backend == "auto":
         config = replace(config, loss=replace(config.loss, cmli_backend="triton"))
-    micro_batch = ds_config["train_micro_batch_size_per_gpu"]
-    accumulation = ds_config["gradient_accumulation_steps"]
+    micro_batch, accumulation = json.micro_batch, json.accumulation
 
     device = torch.device("cpu")
     tracker = Tracker(device.type, text_lengths(config, micro_batch), workspaces=not cuda)
     with (
         fake_world(world_size, cuda) as answers,
         tracker,
-        recorded_from_the_engine_on(tracker, ds_config, cuda, answers.enter),
+        recorded_from_the_engine_on(tracker, json, cuda, answers.enter),
     ):
-        trainer = step.build(config, ds_config, vocab_size, TOTAL_STEPS, device)
+        trainer = step.build(config, json, vocab_size, TOTAL_STEPS, device)
         if scores is not None:
             trainer.objective.score = scores  # type: ignore[assignment]
         with phases(trainer, answers.enter), tracker.attach(trainer):
@@ -102,11 +101,10 @@ def predict(
         del trainer
     gc.collect()  # engines hold themselves in circles
 
-    stage = ds_config.get("zero_optimization", {}).get("stage", 0)
     setting = {
         "preset": named.run.preset, "world_size": world_size, "micro_batch": micro_batch, "accumulation": accumulation,
-        "zero_stage": stage, "precision": deepspeed_json.precision(ds_config),
-        "checkpointing": "activation_checkpointing" in ds_config, "losses": list(config.loss.weights),
+        "zero_stage": json.stage, "precision": json.precision,
+        "checkpointing": json.checkpointing, "losses": list(config.loss.weights),
         "cmli_backend": config.loss.cmli_backend if cuda else "chunked", "card": card if cuda else "CPU",
     }  # fmt: skip
     if cuda:
@@ -121,24 +119,21 @@ def predict(
     return Prediction(report, events)
 
 
-def _check_offload(ds_config: dict[str, Any]) -> None:
-    zero = ds_config.get("zero_optimization", {})
-    for name, known in (("offload_optimizer", ("none", "cpu")), ("offload_param", ("none",))):
-        device = (zero.get(name) or {}).get("device") or "none"
-        check(
-            device in known, f"zero_optimization.{name}.device", device,
-            f"it cannot be predicted: leave it out, or give {' or '.join(known)}",
-        )  # fmt: skip
+def _check_offload(ds_config: DeepSpeedConfig) -> None:
+    device = ds_config.offload("param")
+    check(device == "none", "zero_optimization.offload_param.device", device, "it cannot be predicted: leave it out")
 
 
-def _pin_optimizer(ds_config: dict[str, Any]) -> None:
+def _pinned(ds_config: DeepSpeedConfig) -> DeepSpeedConfig:
     """CUDA's choice of an implementation, which the CPU that predicts would not make: it decides the temporaries."""
-    if ds_config["optimizer"]["type"].lower() in ("adam", "adamw"):
-        parameters = ds_config["optimizer"]["params"]
+    out = ds_config.raw()
+    if ds_config.optimizer_type in ("Adam", "AdamW"):
+        parameters = out["optimizer"]["params"]
         if parameters.get("torch_adam"):
             parameters.setdefault("foreach", not parameters.get("fused"))
         else:  # DeepSpeed's own is one kernel without temporaries, as PyTorch's fused one
             parameters.update(torch_adam=True, fused=True)
+    return DeepSpeedConfig(out)
 
 
 def without_weights(config: Config) -> tuple[Config, int]:
@@ -175,10 +170,10 @@ def without_weights(config: Config) -> tuple[Config, int]:
 
 @contextmanager
 def recorded_from_the_engine_on(
-    tracker: Tracker, ds_config: dict[str, Any], cuda: bool, enter: Callable[[str], None] = lambda phase: None
+    tracker: Tracker, ds_config: DeepSpeedConfig, cuda: bool, enter: Callable[[str], None] = lambda phase: None
 ) -> Iterator[None]:
     """Models are built on the host: recording begins, and `enter("init")` is called, where the engine takes them."""
-    dtype = step.DTYPES[deepspeed_json.precision(ds_config)]
+    dtype = step.DTYPES[ds_config.precision]
     build_models = step.build_models
 
     def build(*arguments: Any) -> tuple[nn.Module, nn.Module | None]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ds_cmli.common.errors import UserError
+from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Profiles:
 
     @contextmanager
     def around(
-        self, trainer: Any, config: Any, ds_config: dict[str, Any], folder: Path, done: int
+        self, trainer: Any, config: Any, ds_config: DeepSpeedConfig, folder: Path, done: int
     ) -> Iterator[Callable[[], None]]:
         """Around the training loop; call what this yields at the end of each step.
 

@@ -1,14 +1,14 @@
 """Questions that take several predictions: a grid of settings, and the largest micro-batch that fits."""
 
-import copy
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
+from ds_cmli import engine as step
 from ds_cmli.common.errors import UserError
-from ds_cmli.config import deepspeed_json
+from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.schema import Config, check, choice
 from ds_cmli.faults import memory_advice as oom_advice
 from ds_cmli.memory import cards
@@ -45,25 +45,22 @@ def parse_axes(texts: tuple[str, ...], micro_batch: int, world_size: int) -> dic
     return {name: values or usual[name] for name, values in axes.items()}
 
 
-def with_batch(ds_config: dict[str, Any], micro_batch: int) -> dict[str, Any]:
+def with_batch(ds_config: Mapping[str, Any], micro_batch: int) -> DeepSpeedConfig:
     """The DeepSpeed JSON with this micro-batch and its own accumulation, whatever batch it had."""
-    out = copy.deepcopy(ds_config)
-    out.pop("train_batch_size", None)
-    out["train_micro_batch_size_per_gpu"] = micro_batch
-    return out
+    return DeepSpeedConfig.of(ds_config).replaced(train_batch_size=None, train_micro_batch_size_per_gpu=micro_batch)
 
 
 def sweep(
-    config: Config, ds_config: dict[str, Any], world_size: int, axes: dict[str, list[int]], **options: Any
+    config: Config, ds_config: Mapping[str, Any], world_size: int, axes: dict[str, list[int]], **options: Any
 ) -> Iterator[tuple[tuple[int, ...], Prediction]]:
     """(values of the axes, prediction) of each point of the grid, the last axis first. `options`: of `predict`."""
     for values in product(*axes.values()):
         point = dict(zip(axes, values, strict=True))
-        changed = copy.deepcopy(ds_config)
+        changed = DeepSpeedConfig.of(ds_config)
         if "batch" in point:
             changed = with_batch(changed, point["batch"])
         if "stage" in point:
-            changed.setdefault("zero_optimization", {})["stage"] = point["stage"]
+            changed = changed.replaced({"stage": point["stage"]})
         yield values, predict(config, changed, point.get("world", world_size), **options)
 
 
@@ -125,7 +122,7 @@ def largest(needs: Callable[[int], int], room: int, most: int = LARGEST_BATCH) -
     return low
 
 
-def fit(config: Config, ds_config: dict[str, Any], world_size: int, room: int, **options: Any) -> Fit:
+def fit(config: Config, ds_config: Mapping[str, Any], world_size: int, room: int, **options: Any) -> Fit:
     """The largest micro-batch whose predicted bytes on the device are at most `room`. `options`: of `predict`.
 
     Where not even one pair fits, the settings to change are tried for one pair, cheapest first, until two do.
@@ -140,7 +137,7 @@ def fit(config: Config, ds_config: dict[str, Any], world_size: int, room: int, *
     best = largest(needs, room)
     changes: list[tuple[str, int]] = []
     if not best:
-        one = deepspeed_json.resolve(with_batch(ds_config, 1), config.optim, world_size, TOTAL_STEPS)
+        one = step.filled(config, with_batch(ds_config, 1), world_size, TOTAL_STEPS)
         for change in oom_advice.changes(config, one, world_size, gpu=True):
             size = predict(change.config, change.ds_config, world_size, **options).report.totals["device"]
             if size <= room:

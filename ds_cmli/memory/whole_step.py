@@ -22,7 +22,7 @@ from unittest.mock import patch
 from ds_cmli import engine as step
 from ds_cmli.common import quiet
 from ds_cmli.common.errors import UserError
-from ds_cmli.config import deepspeed_json
+from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.options import DEFAULT_JSON
 from ds_cmli.config.presets import load_preset
 from ds_cmli.config.schema import Config
@@ -79,11 +79,11 @@ def document_config(s: Setting, losses: tuple[str, ...] = ALL_LOSSES) -> Config:
     )
 
 
-def document_json(checkpointing: bool) -> dict[str, Any]:
+def document_json(checkpointing: bool) -> DeepSpeedConfig:
     """The JSON that training takes by default: fp16 and ZeRO-2."""
-    ds_config = deepspeed_json.load(DEFAULT_JSON)
+    ds_config = DeepSpeedConfig.load(DEFAULT_JSON)
     if not checkpointing:
-        del ds_config["activation_checkpointing"]
+        ds_config = ds_config.replaced(activation_checkpointing=None)
     return ds_config
 
 
@@ -146,7 +146,7 @@ def predict_preset(preset: str, world_size: int, device: str) -> tuple[Predictio
         return models
 
     with patch.object(step, "build_models", build):
-        return predict(load_preset(preset, {}), deepspeed_json.load(DEFAULT_JSON), world_size, target=device), sizes
+        return predict(load_preset(preset, {}), DeepSpeedConfig.load(DEFAULT_JSON), world_size, target=device), sizes
 
 
 @dataclass
@@ -201,7 +201,7 @@ def measure_apart(preset: str, world_size: int, device: str, seconds: float) -> 
 def main(preset: str, world_size: str, device: str) -> None:
     from ds_cmli.memory.measure import measure
 
-    report = measure(load_preset(preset, {}), deepspeed_json.load(DEFAULT_JSON), int(world_size), device)
+    report = measure(load_preset(preset, {}), DeepSpeedConfig.load(DEFAULT_JSON), int(world_size), device)
     print(json.dumps(report.to_dict()))
 
 

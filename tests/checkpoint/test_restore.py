@@ -18,8 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from ds_cmli.checkpoint import restore as resuming
 from ds_cmli.checkpoint.train_state import TrainState
 from ds_cmli.common.errors import UserError
-from ds_cmli.config import deepspeed_json
-from ds_cmli.config.deepspeed_json import BATCH_KEYS
+from ds_cmli.config.deepspeed_config import BATCH_KEYS, DeepSpeedConfig
 from ds_cmli.config.presets import load_preset
 from ds_cmli.data.sampler import epoch_order
 from ds_cmli.distributed import process_group as distributed
@@ -219,7 +218,7 @@ def test_a_batch_once_cut_for_other_ranks_stays_so_at_every_later_start(monkeypa
     def start(ranks, found):
         monkeypatch.setattr(distributed, "world_size", lambda: ranks)
         asked = resuming.cut_batch(found, {"zero_optimization": {"stage": 2}})
-        resolved = deepspeed_json.resolve(asked, config.optim, ranks, 20)
+        resolved = DeepSpeedConfig.of(asked).filled(config.optim, ranks, 20)
         return resuming.state_of(found, config, resolved, False, said.append)
 
     state = start(2, None)

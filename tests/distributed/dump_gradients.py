@@ -10,7 +10,7 @@ import torch
 
 from ds_cmli.common import quiet
 from ds_cmli.common.cli import leave
-from ds_cmli.config import deepspeed_json
+from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.presets import load_preset
 from ds_cmli.data import GlobalBatchSampler, build_data, train_loader
 from ds_cmli.distributed import process_group as distributed
@@ -29,7 +29,7 @@ def main(file: str, micro_batch: int, stage: int, steps: int) -> None:
     world_size = int(os.environ["WORLD_SIZE"])
     data = build_data(config.data, 0)
     ds_config = {"zero_optimization": {"stage": stage}, "activation_checkpointing": {}, "gradient_clipping": 0.01}
-    ds_config = deepspeed_json.resolve(ds_config, config.optim, world_size, total_steps=steps)
+    ds_config = DeepSpeedConfig.of(ds_config).filled(config.optim, world_size, total_steps=steps)
     ds_config["optimizer"]["params"]["torch_adam"] = True
     step = build(config, ds_config, data.vocab_size, steps, device)
     sampler = GlobalBatchSampler(len(data.train), micro_batch, distributed.rank(), world_size, 0)

@@ -13,7 +13,7 @@ from ds_cmli.common import quiet
 quiet.silence()
 
 from ds_cmli import engine as step  # noqa: E402
-from ds_cmli.config import deepspeed_json  # noqa: E402
+from ds_cmli.config.deepspeed_config import DeepSpeedConfig  # noqa: E402
 from ds_cmli.config.presets import load_preset  # noqa: E402
 from ds_cmli.distributed import process_group as distributed  # noqa: E402
 from ds_cmli.faults import out_of_memory as oom  # noqa: E402
@@ -26,7 +26,7 @@ OVERRIDES = {"optim": {"micro_batch": 768}, "student": {"shared_blocks": 4}}
 def main(folder: str, limited: str, megabytes: str, deepspeed_json_text: str) -> None:
     device = distributed.init()
     config = load_preset("tiny", OVERRIDES)
-    ds_config = deepspeed_json.resolve(json.loads(deepspeed_json_text), config.optim, distributed.world_size(), 20)
+    ds_config = DeepSpeedConfig.of(json.loads(deepspeed_json_text)).filled(config.optim, distributed.world_size(), 20)
     import deepspeed  # noqa: F401  before the limit: the libraries are not the training
 
     with Watchdog(120) as dog:

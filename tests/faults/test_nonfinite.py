@@ -7,7 +7,7 @@ import torch
 
 from ds_cmli import engine as step
 from ds_cmli.common.errors import UserError
-from ds_cmli.config import deepspeed_json
+from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.presets import load_preset
 from ds_cmli.data import build_data, eval_loader
 from ds_cmli.distributed import process_group as distributed
@@ -107,7 +107,7 @@ def on_two_ranks(rank, world_size, data_folder):
     """Rank 1 alone meets a loss that is not finite."""
     config = load_preset("tiny", {"data": {"source": data_folder}})
     data = build_data(config.data, 0)
-    ds_config = deepspeed_json.resolve({"zero_optimization": {"stage": 2}}, config.optim, world_size, 6)
+    ds_config = DeepSpeedConfig.of({"zero_optimization": {"stage": 2}}).filled(config.optim, world_size, 6)
     trainer = step.build(config, ds_config, data.vocab_size, 6, torch.device("cpu"))
     batch = next(iter(eval_loader(data.train, data, 8, 0, rank, 2)))
     before = everything(trainer)

@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from ds_cmli.config import deepspeed_json
+from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.presets import load_preset
 from ds_cmli.faults import memory_advice as oom_advice
 from ds_cmli.faults import out_of_memory as oom
@@ -106,7 +106,9 @@ def test_other_errors_pass(error, tmp_path):
 
 def changes(ds_config, world_size, gpu, overrides=None):
     config = load_preset("tiny", overrides or {})
-    return oom_advice.changes(config, deepspeed_json.resolve(ds_config, config.optim, world_size, 20), world_size, gpu)
+    return oom_advice.changes(
+        config, DeepSpeedConfig.of(ds_config).filled(config.optim, world_size, 20), world_size, gpu
+    )
 
 
 def test_changes_that_train_the_same_come_first():
@@ -138,14 +140,14 @@ def test_only_changes_that_change_something():
 
 def test_every_change_is_a_setting_that_resolves():
     for change in changes(ZERO2, 2, True):
-        resolved = deepspeed_json.resolve(change.ds_config, change.config.optim, 2, 20)
+        resolved = DeepSpeedConfig.of(change.ds_config).filled(change.config.optim, 2, 20)
         assert resolved["train_batch_size"] == 16
-        deepspeed_json.check(change.ds_config)
+        DeepSpeedConfig.of(change.ds_config)
 
 
 def test_what_adds_to_a_change_that_is_enough_is_not_proposed(monkeypatch):
     config = load_preset("tiny", {})
-    ds_config = deepspeed_json.resolve(ZERO2, config.optim, 1, 20)
+    ds_config = DeepSpeedConfig.of(ZERO2).filled(config.optim, 1, 20)
 
     asked = []
 

@@ -9,7 +9,7 @@ import time
 import pytest
 import torch
 
-from ds_cmli.config import deepspeed_json
+from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from tests.conftest import ROOT, clean_environment
 from tests.gpu import op_check
 from tests.gpu.conftest import run_setting
@@ -47,8 +47,8 @@ def test_at_least_20_settings_of_every_kind_all_different():
     resolved = []
     for setting in SETTINGS:
         config, ds_config = setting.resolve()
-        deepspeed_json.check(ds_config)
-        full = deepspeed_json.resolve(ds_config, config.optim, setting.world, 100)
+        DeepSpeedConfig.of(ds_config)
+        full = DeepSpeedConfig.of(ds_config).filled(config.optim, setting.world, 100)
         assert full["train_micro_batch_size_per_gpu"] == setting.batch
         assert config.student.image_weights == config.student.text_weights == config.teacher.weights == "random"
         resolved.append(json.dumps([config.to_dict(), full], sort_keys=True))

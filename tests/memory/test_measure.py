@@ -8,7 +8,7 @@ import torch
 
 from ds_cmli import engine as step
 from ds_cmli.common.errors import UserError
-from ds_cmli.config import deepspeed_json
+from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.presets import load_preset
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.memory import measure, measure_cuda
@@ -41,7 +41,7 @@ def test_rank_0s_real_share_falls_with_the_ranks():
 def trained(tmp_path):
     """A training of four steps, its first two profiled: (content of memory.json, folder, steps before it was there)."""
     config, written = load_preset("tiny", {}), []
-    ds_config = deepspeed_json.resolve(FP32, config.optim, 1, 20)
+    ds_config = DeepSpeedConfig.of(FP32).filled(config.optim, 1, 20)
     with process_group(1):
         trainer = step.build(config, ds_config, without_weights(config)[1], 20, torch.device("cpu"))
         with measure.profiling_memory(2, trainer, config, ds_config, tmp_path) as after_step:

@@ -14,7 +14,7 @@ from torch import nn
 from ds_cmli import engine as step
 from ds_cmli.cmli.reference import cmli_scores_reference
 from ds_cmli.common.errors import UserError
-from ds_cmli.config import deepspeed_json
+from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.presets import load_preset
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.memory import search
@@ -89,7 +89,7 @@ def test_optimizer_states_and_master_weights_fall_as_one_over_ranks():
 def test_nothing_remains():
     """A training in the same process gives the same bits, before and after predictions that end well or badly."""
     config = preset()
-    resolved = deepspeed_json.resolve(ds_json(checkpointing=True), config.optim, 1, 10)
+    resolved = DeepSpeedConfig.of(ds_json(checkpointing=True)).filled(config.optim, 1, 10)
 
     def train() -> list[float]:
         trainer = step.build(config, copy.deepcopy(resolved), 300, 10, distributed.init())

@@ -5,7 +5,7 @@ import torch
 
 from ds_cmli import engine as step
 from ds_cmli.cmli import cmli_peak_bytes, cmli_scores
-from ds_cmli.config import deepspeed_json
+from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.presets import load_preset
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.memory.predict import longest_batch
@@ -80,7 +80,7 @@ def tracked():
         "bf16": {"enabled": True},
         "activation_checkpointing": {},
     }
-    ds_config = deepspeed_json.resolve(ds_config, config.optim, 1, 10)
+    ds_config = DeepSpeedConfig.of(ds_config).filled(config.optim, 1, 10)
     device = distributed.init()
     with Tracker() as tracker:
         trainer = step.build(config, ds_config, 300, 10, device)

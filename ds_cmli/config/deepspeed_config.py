@@ -1,0 +1,299 @@
+"""The DeepSpeed JSON as one object: loaded, checked, filled and decided, and never changed after that.
+
+What the JSON says is done, or refused in one line. "auto" means what Hugging Face's integration means by it. Whatever
+is derived from it is asked here; only `raw` gives the JSON itself, for `deepspeed.initialize`.
+"""
+
+import copy
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ds_cmli.common.errors import UserError
+from ds_cmli.config import deepspeed_checks as checks
+from ds_cmli.config import deepspeed_keys as keys
+from ds_cmli.config.schema import OptimConfig
+
+BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+# What fills a parameter of the optimizer that the JSON leaves out or to "auto".
+FILLED = ("lr", "betas", "eps", "weight_decay")
+
+
+@dataclass(frozen=True)
+class DeepSpeedConfig(Mapping):
+    """A read-only view of the JSON's top level, and what follows from it.
+
+    `load` or `of` checks it without importing DeepSpeed or PyTorch; `on` decides what depends on the device; `filled`
+    leaves nothing to "auto". Each returns a new object.
+    """
+
+    content: Mapping[str, Any]
+    notices: tuple[str, ...] = field(default=(), compare=False)  # lines to tell the user: what is not as it seems
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "content", copy.deepcopy(dict(self.content)))
+
+    def __getitem__(self, key: str) -> Any:
+        return copy.deepcopy(self.content[key])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.content)
+
+    def __len__(self) -> int:
+        return len(self.content)
+
+    def raw(self) -> dict[str, Any]:
+        """The JSON, the caller's own to change."""
+        return copy.deepcopy(dict(self.content))
+
+    @classmethod
+    def load(cls, path: str | Path) -> "DeepSpeedConfig":
+        """Raises `UserError` with one line for whatever is wrong with the file."""
+        try:
+            return cls.of(_read(Path(path)))
+        except UserError as error:
+            raise UserError(f"--deepspeed_config {path}: {error}") from None
+
+    @classmethod
+    def of(cls, content: Mapping[str, Any]) -> "DeepSpeedConfig":
+        """The same from what such a file holds."""
+        if isinstance(content, cls):
+            return content
+        checks.light(dict(content))
+        return cls(content, _without_effect(content))
+
+    def replaced(self, zero_optimization: dict[str, Any] | None = None, **settings: Any) -> "DeepSpeedConfig":
+        """Another one with these keys set, those of `zero_optimization` one by one; None removes a key."""
+        changed = {**self.raw(), **settings}
+        changed = {key: value for key, value in changed.items() if value is not None or key not in settings}
+        if zero_optimization is not None:
+            changed["zero_optimization"] = {**changed.get("zero_optimization", {}), **zero_optimization}
+        return DeepSpeedConfig.of(changed)
+
+    # --- what others ask
+
+    @property
+    def stage(self) -> int:
+        return self.zero.get("stage", 0)
+
+    @property
+    def zero(self) -> dict[str, Any]:
+        return self.get("zero_optimization", {})
+
+    @property
+    def precision(self) -> str:
+        """ "fp16", "bf16" or "fp32"."""
+        return next((n for n in ("fp16", "bf16") if self.content.get(n, {}).get("enabled") is True), "fp32")
+
+    @property
+    def micro_batch(self) -> int:
+        return self.content["train_micro_batch_size_per_gpu"]
+
+    @property
+    def accumulation(self) -> int:
+        return self.content["gradient_accumulation_steps"]
+
+    @property
+    def train_batch(self) -> int:
+        return self.content["train_batch_size"]
+
+    @property
+    def checkpointing(self) -> bool:
+        """Whether activations are recomputed."""
+        return "activation_checkpointing" in self.content
+
+    @property
+    def optimizer_type(self) -> str:
+        """As PyTorch or DeepSpeed's documentation writes it."""
+        kind = self.content.get("optimizer", {}).get("type", "AdamW")
+        return keys.DEEPSPEED_OPTIMIZERS.get(kind.lower(), kind)
+
+    @property
+    def optimizer_params(self) -> dict[str, Any]:
+        return self.get("optimizer", {}).get("params", {})
+
+    def offload(self, what: str) -> str:
+        """The device that "optimizer" or "param" is offloaded to; "none" where it is not."""
+        return (self.zero.get(f"offload_{what}") or {}).get("device", "none")
+
+    @property
+    def prints(self) -> bool:
+        """Whether the JSON asks for lines of DeepSpeed's own log."""
+        flags = ("wall_clock_breakdown", "memory_breakdown", "dump_state", "steps_per_print", "log_level")
+        sections = (self.content.get(name, {}) for name in ("comms_logger", "flops_profiler"))
+        return any(self.content.get(name) for name in flags) or any(s.get("enabled") for s in sections)
+
+    # --- what is decided
+
+    def on(self, device: str, fp16: bool, bf16: bool) -> "DeepSpeedConfig":
+        """With the precision that this device trains in, where the JSON says "auto" or names one that it lacks.
+
+        Args:
+            device: "cuda", "cpu" and the like.
+            fp16, bf16: whether the device has them, and is not slower for it.
+        """
+        out, notices = self.raw(), list(self.notices)
+        asked = {name: out.get(name, {}).get("enabled") for name in ("fp16", "bf16")}
+        has = {"bf16": bf16, "fp16": fp16}
+        if "auto" in asked.values():
+            wanted = [n for n in has if asked[n] == "auto"] + [n for n in has if asked[n] is None]
+            fixed = next((n for n in has if asked[n] is True), None)
+            if out.get("torch_autocast", {}).get("enabled"):
+                chosen = "fp32"
+            else:
+                chosen = fixed or next((n for n in wanted if has[n]), "fp32")
+            named = " and ".join(f"{n}.enabled" for n in ("fp16", "bf16") if asked[n] == "auto")
+            notices.append(f'{named} "auto": training in {chosen} on this device ({device})')
+            for name in ("fp16", "bf16"):
+                if asked[name] == "auto" or chosen == name:
+                    out.setdefault(name, {})["enabled"] = chosen == name
+        elif asked["fp16"] is True and not fp16:
+            notices.append(f"fp16 is slow or missing on this device ({device}): training in bf16 instead")
+            del out["fp16"]
+            out["bf16"] = {"enabled": True}
+        own = self.optimizer_type in ("Lamb", "Lion") or self.optimizer_params.get("torch_adam") is False
+        if own and device == "cpu" and self.offload("optimizer") == "none" and self.optimizer_type in ("Lamb", "Lion"):
+            raise UserError(f"optimizer.type is {self.optimizer_type!r}: DeepSpeed has it for GPUs only: take AdamW")
+        if own or (self.optimizer_type == "Adagrad" and self.offload("optimizer") != "none"):
+            notices.append(f"{self.optimizer_type} is DeepSpeed's own: compiled at its first use, which takes minutes")
+        return DeepSpeedConfig(out, tuple(notices))
+
+    def batch(self, micro_batch: int, world_size: int) -> tuple[int, int, int]:
+        """(train_batch_size, micro batch per rank, accumulation steps), any of which the JSON may leave to "auto".
+
+        Raises `UserError` with the three numbers where they do not multiply out.
+        """
+        given = [self.content.get(key, "auto") for key in BATCH_KEYS]
+        total, micro, steps = (None if value == "auto" else int(value) for value in given)
+        if micro is None:
+            micro = micro_batch if total is None or steps is None else max(1, total // (steps * world_size))
+        if steps is None:
+            steps = 1 if total is None else max(1, total // (micro * world_size))
+        product = micro * steps * world_size
+        if total is not None and total != product:
+            raise UserError(
+                f"train_batch_size is {total}, but train_micro_batch_size_per_gpu {micro} x "
+                f"gradient_accumulation_steps {steps} x world size {world_size} = {product}: change one of the three"
+            )
+        return product, micro, steps
+
+    def filled(
+        self, optim: OptimConfig, world_size: int, total_steps: int, width: Callable[[], int] | None = None
+    ) -> "DeepSpeedConfig":
+        """With nothing left to "auto"; what the JSON says wins over `optim`.
+
+        `width`: gives the model's hidden size, asked only where ZeRO's sizes are to follow from it.
+        """
+        out, notices = self.raw(), list(self.notices)
+        out.update(zip(BATCH_KEYS, self.batch(optim.micro_batch, world_size), strict=True))
+        if out.get("gradient_clipping", "auto") == "auto":
+            out["gradient_clipping"] = optim.grad_clip
+        optimizer = out.setdefault("optimizer", {"type": "AdamW", "params": {"torch_adam": True}})
+        params = optimizer.setdefault("params", {})
+        takes = keys.OPTIMIZERS[self.optimizer_type].split()
+        if "torch_adam" in takes and "torch_adam" not in params:
+            params["torch_adam"] = True
+            notices.append(
+                f"optimizer {optimizer['type']}: PyTorch's own; DeepSpeed's would be compiled first: \"torch_adam\": "
+                "false in its params asks for it"
+            )
+        for key in FILLED:
+            if (
+                key in takes
+                and params.get(key, "auto") == "auto"
+                and (self.optimizer_type, key) != ("Adafactor", "eps")
+            ):
+                value = getattr(optim, key)
+                params[key] = list(value) if key == "betas" else value
+        for key, size in keys.WIDTHS.items():
+            if self.zero.get(key) == "auto":
+                if width is None:
+                    raise UserError(f'zero_optimization.{key} is "auto": give a number')
+                out["zero_optimization"][key] = size(width())
+        if "scheduler" in out:
+            self._fill_scheduler(out["scheduler"], params["lr"], optim, total_steps)
+        return DeepSpeedConfig(out, tuple(notices))
+
+    @staticmethod
+    def _fill_scheduler(scheduler: dict[str, Any], lr: float, optim: OptimConfig, total_steps: int) -> None:
+        params = scheduler.setdefault("params", {})
+        fill = {
+            **{"warmup_num_steps": optim.warmup_steps(total_steps), "total_num_steps": total_steps},
+            **{"warmup_min_lr": 0, "warmup_max_lr": lr},
+        }
+        for key in (p.rstrip("+") for p in keys.SCHEDULERS[scheduler["type"]].split() if p.endswith("+")):
+            if params.get(key, "auto") == "auto":
+                params[key] = fill[key]
+        if scheduler["type"] == "OneCycleLR":
+            if not params.keys() & {"total_steps", "epochs"}:
+                params["total_steps"] = total_steps
+            cycle = params.get("total_steps") or params["epochs"] * params.get("steps_per_epoch", 0)
+            if cycle < total_steps:
+                raise UserError(
+                    f"scheduler.params.total_steps is {cycle}: OneCycleLR ends there; the run has {total_steps} steps"
+                )
+
+    def overruled(self, given: Mapping[str, Any]) -> list[str]:
+        """Lines for what the command line says (`options.given`) and this JSON overrules."""
+        lines = []
+        scheduler = self.content.get("scheduler", {}).get("params", {})
+        says = {
+            "micro_batch": {BATCH_KEYS[1]: self.content.get(BATCH_KEYS[1], "auto")},
+            "grad_clip": {"gradient_clipping": self.content.get("gradient_clipping", "auto")},
+            **{key: {f"optimizer.params.{key}": self.optimizer_params.get(key, "auto")} for key in FILLED},
+        }
+        if "auto" not in (self.content.get(BATCH_KEYS[0], "auto"), self.content.get(BATCH_KEYS[2], "auto")):
+            says["micro_batch"] = {f"{BATCH_KEYS[0]} and {BATCH_KEYS[2]}": [self.content[k] for k in BATCH_KEYS[::2]]}
+        for name in ("warmup_max_lr", "cycle_max_lr", "max_lr", "lr_range_test_min_lr", "cycle_min_lr", "base_lr"):
+            if scheduler.get(name, "auto") != "auto":
+                says["lr"] = {f"scheduler.params.{name}": scheduler[name]}
+                break
+        if "scheduler" in self.content and scheduler.get("warmup_num_steps", None) != "auto":
+            says["warmup_share"] = {"scheduler": self.content["scheduler"].get("type")}
+        for setting, (option, value) in given.items():
+            for where, found in says.get(setting, {}).items():
+                if found != "auto" and found != value:
+                    lines.append(f"{option} {value} does not count: the DeepSpeed JSON says {where} {found}")
+        return lines
+
+
+def _without_effect(content: Mapping[str, Any]) -> tuple[str, ...]:
+    """One line with the keys of zero_optimization that its stage does not read."""
+    zero = content.get("zero_optimization", {})
+    stage = zero.get("stage", 0)
+    idle = sorted(key for stages, names in keys.STAGES.items() if stage not in stages for key in zero if key in names)
+    return (f"zero_optimization: no effect at stage {stage}: {', '.join(idle)}",) if idle else ()
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        if not path.is_file():
+            beside = sorted(p.name for p in path.parent.glob("*.json")) if path.parent.is_dir() else []
+            raise UserError(f"no such file; beside it: {', '.join(beside) or 'nothing'}")
+        content = json.loads(
+            path.read_text(encoding="utf-8-sig"), object_pairs_hook=_no_duplicates, parse_constant=_no_constant
+        )
+    except OSError as error:
+        raise UserError(f"cannot read it: {error.strerror}") from None
+    except RecursionError:
+        raise UserError("not valid JSON: nested too deeply") from None
+    except ValueError as error:  # of JSON, of UTF-8, or of a number with too many digits
+        raise UserError(f"not valid JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"holds a {type(content).__name__}, give a JSON object {{...}}")
+    return content
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in out:
+            raise UserError(f"it has {checks.shown(key)} twice: keep one")
+        out[key] = value
+    return out
+
+
+def _no_constant(name: str) -> Any:
+    raise UserError(f"it has {name}, which is no number in JSON: give a finite one")

@@ -1,0 +1,315 @@
+import contextlib
+import inspect
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ds_cmli.common.errors import UserError
+from ds_cmli.config import deepspeed_keys as keys
+from ds_cmli.config.deepspeed_config import BATCH_KEYS, DeepSpeedConfig
+from ds_cmli.config.schema import OptimConfig
+
+SHIPPED = sorted((Path(__file__).parents[2] / "ds_configs").glob("*.json"))
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)
+def test_shipped_files_are_valid_and_checkpoint_activations(path):
+    config = DeepSpeedConfig.load(path)
+    assert "activation_checkpointing" in config
+    resolved = config.filled(OptimConfig(micro_batch=4), world_size=2, total_steps=10)
+    assert '"auto"' not in json.dumps(resolved.raw())
+    assert resolved["train_batch_size"] == resolved.train_batch == 8
+
+
+def test_names_of_shipped_files():
+    assert [p.stem for p in SHIPPED] == ["zero1", "zero2", "zero2_bf16", "zero2_offload", "zero3"]
+    assert DeepSpeedConfig.load(SHIPPED[1]).precision == "fp16"
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"zero_optimisation": {}}, "key is 'zero_optimisation': did you mean 'zero_optimization'?"),
+        ({"zero_optimization": {"stge": 2}}, "key of zero_optimization is 'stge': did you mean 'stage'?"),
+        ({"zero_optimization": {"stage": 7}}, "zero_optimization.stage is 7"),
+        (
+            {"zero_optimization": {"offload_optimizer": {"devise": "cpu"}}},
+            "key of zero_optimization.offload_optimizer is 'devise': did you mean 'device'?",
+        ),
+        ({"fp16": {"enable": True}}, "key of fp16 is 'enable': did you mean 'enabled'?"),
+        ({"fp16": True}, "fp16 is True: give a JSON object"),
+        ({"activation_checkpointing": {"cpu_checkpoint": True}}, "did you mean 'cpu_checkpointing'?"),
+        ({"fp16": {"loss_scale": 0}}, 'fp16 has no "enabled"'),
+        ({"fp16": {"enabled": 1}}, "fp16.enabled is 1: give true or false"),
+        ({"bf16": {"enabled": "true"}}, "bf16.enabled is 'true': give true or false"),
+        ({"gradient_clipping": -1.0}, "gradient_clipping is -1.0: give a finite number of at least 0"),
+        ({"gradient_clipping": float("nan")}, "gradient_clipping is nan: give a finite number of at least 0"),
+        ({"aio": {"block_sise": 1}}, "aio is {'block_sise': 1}: it has no effect here"),
+        ({"checkpoint": {"tag_validatoin": "Warn"}}, "did you mean 'tag_validation'?"),
+        ({"data_types": {"grad_accum_type": "fp32"}}, "did you mean 'grad_accum_dtype'?"),
+        ({"flops_profiler": {"enabled": True, "profle_step": 1}}, "did you mean 'profile_step'?"),
+        ({"timers": {"throughput": {"enable": True}}}, "key of timers.throughput is 'enable': did you mean 'enabled'?"),
+        ({"torch_autocast": {"enabled": True, "dtyp": "fp16"}}, "did you mean 'dtype'?"),
+        ({"comms_logger": {"enabled": True, "verbos": True}}, "did you mean 'verbose'?"),
+        ({"data_efficiency": {"enabled": True}}, "data_efficiency is {'enabled': True}: it has no effect here"),
+        ({"pipeline": {"stages": 2}}, "pipeline is {'stages': 2}: it has no effect here"),
+        ({"autotuning": {"enabled": True}}, "autotuning is {'enabled': True}: it has no effect here"),
+        ({"compile": {"deepcompile": True}}, "compile is {'deepcompile': True}: it has no effect here"),
+        (
+            {"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}},
+            "zero_optimization.offload_param is {'device': 'cpu'}: no effect at stage 2",
+        ),
+        ({"zero_optimization": {"cpu_offload": True}}, 'an old name: give "offload_optimizer"'),
+        ({"zero_optimization": {"stage": 0, "offload_optimizer": {"device": "cpu"}}}, "needs a stage of 1 to 3"),
+        ({"wandb": {"enabled": True}}, "wandb.enabled is true: it needs wandb: pip install wandb, or give false"),
+        ({"optimizer": {"type": ["AdamW"]}}, "optimizer.type is ['AdamW']: give a text"),
+        ({"optimizer": {"type": "LBFGS"}}, "it cannot train here, as it needs the loss several times a step"),
+        ({"optimizer": {"type": "AdamW", "params": {"bias_correction": False}}}, "PyTorch's AdamW does not take it"),
+        ({"scheduler": {"type": "LambdaLR"}}, "JSON has no functions"),
+        ({"scheduler": {"type": "StepLR"}}, "scheduler.params has no step_size: StepLR needs it"),
+        ({"optimizer": {"typ": "Adam"}}, "did you mean 'type'?"),
+        ({"optimizer": {"params": {}}}, "optimizer.type is None: "),
+        ({"optimizer": {"type": "AdamWW"}}, "optimizer.type is 'AdamWW': did you mean 'AdamW'?"),
+        (
+            {"optimizer": {"type": "AdamW", "params": {"weigth_decay": 0.1}}},
+            "key of optimizer.params is 'weigth_decay': did you mean 'weight_decay'?",
+        ),
+        ({"optimizer": {"type": "AdamW", "params": None}}, "optimizer.params is None: give a JSON object"),
+        ({"scheduler": {"type": "WarmupRL"}}, "scheduler.type is 'WarmupRL': did you mean 'WarmupLR'?"),
+        (
+            {"scheduler": {"type": "WarmupLR", "params": {"warmup_steps": 3}}},
+            "key of scheduler.params is 'warmup_steps': did you mean 'warmup_num_steps'?",
+        ),
+        ({"train_batch_size": 0}, "train_batch_size is 0: give a positive whole number"),
+        ({"fp16": {"enabled": True}, "bf16": {"enabled": True}}, "choose one"),
+    ],
+)
+def test_unknown_keys_and_bad_values(config, words):
+    with pytest.raises(UserError) as error:
+        DeepSpeedConfig.of(config)
+    assert words in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def batch(total, micro, steps, world_size, default=64):
+    values = zip(BATCH_KEYS, (total, micro, steps), strict=True)
+    return DeepSpeedConfig.of({k: v for k, v in values if v is not None}).batch(default, world_size)
+
+
+def test_batch_arithmetic():
+    assert batch("auto", "auto", "auto", 2) == (128, 64, 1)
+    assert batch(None, 8, 4, 2) == (64, 8, 4)
+    assert batch(64, "auto", 4, 2) == (64, 8, 4)
+    assert batch(64, 8, "auto", 2) == (64, 8, 4)
+    assert batch(256, "auto", "auto", 2) == (256, 64, 2)
+    with pytest.raises(UserError, match=r"train_batch_size is 100, .*gpu 16 x .*steps 2 x world size 3 = 96"):
+        batch(100, 16, 2, 3)
+
+
+def test_what_the_json_says_wins():
+    given = {"optimizer": {"type": "AdamW", "params": {"lr": 0.5, "weight_decay": "auto"}}, "gradient_clipping": 3.0}
+    out = DeepSpeedConfig.of(given).filled(OptimConfig(lr=1e-3, weight_decay=0.1), 1, 10)
+    assert out["optimizer"]["params"]["lr"] == 0.5
+    assert out["optimizer"]["params"]["weight_decay"] == 0.1
+    assert out["gradient_clipping"] == 3.0
+    assert given["optimizer"]["params"]["weight_decay"] == "auto"  # the caller's own is left alone
+
+
+def test_an_optimizer_is_given_what_it_takes():
+    def filled(kind):
+        given = DeepSpeedConfig.of({"optimizer": {"type": kind, "params": {"lr": 0.1}}})
+        return set(given.filled(OptimConfig(), 1, 10).optimizer_params)
+
+    assert filled("SGD") == {"lr", "weight_decay"}
+    assert filled("Lion") == {"lr", "betas", "weight_decay"}
+    assert filled("Lamb") == {"lr", "betas", "eps", "weight_decay"}
+    assert filled("adam") == {"lr", "betas", "eps", "weight_decay", "torch_adam"}
+
+
+def test_auto_is_filled_as_hugging_face_does_and_refused_elsewhere():
+    params = {"total_num_steps": "auto", "warmup_num_steps": "auto", "warmup_min_lr": "auto", "warmup_max_lr": "auto"}
+    zero = dict.fromkeys(
+        ("reduce_bucket_size", "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold"), "auto"
+    )
+    given = {"scheduler": {"type": "WarmupDecayLR", "params": params}, "zero_optimization": {"stage": 3, **zero}}
+    out = DeepSpeedConfig.of(given).filled(OptimConfig(warmup_share=0.2, lr=0.5), 1, 50, width=lambda: 64)
+    expected = {"total_num_steps": 50, "warmup_num_steps": 10, "warmup_min_lr": 0, "warmup_max_lr": 0.5}
+    assert out["scheduler"]["params"] == expected
+    assert [out.zero[key] for key in zero] == [4096, 3686, 640]
+    for bad in ({"steps_per_print": "auto"}, {"zero_optimization": {"stage": "auto"}}, {"fp16": {"enabled": "Auto"}}):
+        with pytest.raises(UserError, match=r"is .[aA]uto"):
+            DeepSpeedConfig.of(bad)
+
+
+@pytest.mark.parametrize("kind", ["WarmupLR", "WarmupDecayLR", "WarmupCosineLR"])
+def test_warmup_schedulers_need_no_parameters(kind):
+    out = DeepSpeedConfig.of({"scheduler": {"type": kind}}).filled(OptimConfig(warmup_share=0.2), 1, 50)
+    assert out["scheduler"]["params"]["warmup_num_steps"] == 10
+    assert ("total_num_steps" in out["scheduler"]["params"]) == (kind != "WarmupLR")
+
+
+CPU, AMPERE, VOLTA = ("cpu", False, True), ("cuda", True, True), ("cuda", True, False)
+
+
+@pytest.mark.parametrize(
+    ("fp16", "bf16", "device", "runs"),
+    [
+        ("auto", "auto", AMPERE, "bf16"),
+        ("auto", "auto", VOLTA, "fp16"),
+        ("auto", "auto", CPU, "bf16"),
+        ("auto", None, AMPERE, "fp16"),
+        ("auto", None, CPU, "bf16"),
+        ("auto", False, CPU, "fp32"),
+        (None, "auto", VOLTA, "fp16"),
+        (False, "auto", VOLTA, "fp32"),
+        (True, "auto", AMPERE, "fp16"),
+        ("auto", True, AMPERE, "bf16"),
+        (True, None, CPU, "bf16"),
+        (True, None, AMPERE, "fp16"),
+        (False, False, AMPERE, "fp32"),
+    ],
+)
+def test_precision_is_decided_by_the_device(fp16, bf16, device, runs):
+    given = {n: {"enabled": v} for n, v in (("fp16", fp16), ("bf16", bf16)) if v is not None}
+    out = DeepSpeedConfig.of(given).on(*device)
+    assert out.precision == runs
+    assert "auto" not in json.dumps(out.raw())
+    changed = "auto" in (fp16, bf16) or (fp16 is True and runs != "fp16")
+    assert len(out.notices) == changed and all(runs in line and "\n" not in line for line in out.notices)
+
+
+def test_it_cannot_be_changed():
+    given = {"zero_optimization": {"stage": 2}}
+    config = DeepSpeedConfig.of(given)
+    given["zero_optimization"]["stage"] = 1
+    config.raw()["zero_optimization"]["stage"] = 0
+    config["zero_optimization"]["stage"] = 3
+    assert config.stage == 2
+    assert config.replaced({"stage": 1}).stage == 1
+
+
+def test_the_command_line_beside_a_value_of_the_json_is_told():
+    config = DeepSpeedConfig.of(
+        {
+            **{"train_micro_batch_size_per_gpu": 8, "gradient_clipping": "auto"},
+            "optimizer": {"type": "AdamW", "params": {"lr": 0.5, "eps": "auto"}},
+        }
+    )
+    given = {"lr": ("--lr", 0.1), "micro_batch": ("--micro-batch", 8), "eps": ("--set optim.eps", 1e-3)}
+    assert config.overruled(given) == ["--lr 0.1 does not count: the DeepSpeed JSON says optimizer.params.lr 0.5"]
+    assert len(config.overruled({"micro_batch": ("--micro-batch", 4)})) == 1
+    assert DeepSpeedConfig.of({"train_batch_size": "auto"}).overruled(given) == []
+
+
+CONTENTS = {
+    "nested": b'{"a": ' + b"[" * 3000 + b"]" * 3000 + b"}",
+    "digits": b'{"train_batch_size": ' + b"9" * 5000 + b"}",
+    "latin": b'{"a": "\xe9"}',
+    "nan": b'{"gradient_clipping": NaN}',
+    "infinite": b'{"gradient_clipping": 1e400}',
+    "constant": b'{"gradient_clipping": -Infinity}',
+    "twice": b'{"bf16": {}, "bf16": {}}',
+    "list": b"[1]",
+    "empty": b"",
+}
+
+
+@pytest.mark.parametrize("name", CONTENTS)
+def test_a_file_that_is_no_json_is_one_line(tmp_path, name):
+    path = tmp_path / "x.json"
+    path.write_bytes(CONTENTS[name])
+    with pytest.raises(UserError) as error:
+        DeepSpeedConfig.load(path)
+    assert str(error.value).startswith(f"--deepspeed_config {path}: ")
+    assert "\n" not in str(error.value) and len(str(error.value)) < 400
+
+
+def test_checks_need_neither_deepspeed_nor_torch():
+    code = (
+        "import sys; from ds_cmli.config.deepspeed_config import DeepSpeedConfig as D; "
+        f"D.load({str(SHIPPED[0])!r}); assert not {{'torch', 'deepspeed'}} & {{*sys.modules}}"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def values(kind):
+    """Values of every JSON type, most of which no key takes."""
+    return [None, True, False, 1, 0, -1, 2.5, 1e308, "true", "auto", [], [1], ["x"], {}, {"enabled": 1}, [[{}]]]
+
+
+def test_any_value_anywhere_is_taken_or_one_line():
+    for section, known in keys.SECTIONS.items():
+        for key in [*known, "unknown"]:
+            for value in values(known.get(key)):
+                content: Any = {key: value}
+                for part in reversed(section.split(".") if section else []):
+                    content = {part: content}
+                try:
+                    DeepSpeedConfig.of(content).on("cpu", False, True).filled(OptimConfig(), 1, 10, lambda: 32)
+                except UserError as error:
+                    assert "\n" not in str(error)
+                    continue
+                assert key != "unknown"
+
+
+@pytest.mark.parametrize("section, table", [("optimizer", keys.OPTIMIZERS), ("scheduler", keys.SCHEDULERS)])
+def test_any_parameter_is_taken_or_one_line(section, table):
+    for kind, parameters in table.items():
+        for key in parameters.replace("!", "").replace("+", "").split():
+            for value in values(key):
+                with contextlib.suppress(UserError):
+                    DeepSpeedConfig.of({section: {"type": kind, "params": {key: value}}}).filled(OptimConfig(), 1, 10)
+
+
+def test_tables_hold_what_deepspeed_and_torch_take():
+    import torch
+    from deepspeed.comm.config import CommsLoggerConfig
+    from deepspeed.monitor.config import CometConfig, CSVConfig, TensorBoardConfig, WandbConfig
+    from deepspeed.runtime import constants, lr_schedules
+    from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    from deepspeed.runtime.zero.leaf_module_config import DeepSpeedZeroLeafModuleConfig
+    from deepspeed.runtime.zero.offload_config import (
+        DeepSpeedZeroOffloadOptimizerConfig,
+        DeepSpeedZeroOffloadParamConfig,
+    )
+    from deepspeed.utils.config import DeepSpeedThroughputTimerConfig
+
+    models = {
+        **{"zero_optimization": DeepSpeedZeroConfig, "fp16": DeepSpeedFP16Config, "bf16": DeepSpeedBF16Config},
+        "zero_optimization.offload_param": DeepSpeedZeroOffloadParamConfig,
+        "zero_optimization.offload_optimizer": DeepSpeedZeroOffloadOptimizerConfig,
+        "zero_optimization.leaf_module": DeepSpeedZeroLeafModuleConfig,
+        **{"tensorboard": TensorBoardConfig, "wandb": WandbConfig, "csv_monitor": CSVConfig, "comet": CometConfig},
+        **{"comms_logger": CommsLoggerConfig, "timers.throughput": DeepSpeedThroughputTimerConfig},
+    }
+    for section, model in models.items():
+        takes = {field.alias or name for name, field in model.model_fields.items()}
+        nested = {n.rpartition(".")[2] for n in keys.SECTIONS if n.rpartition(".")[0] == section}
+        assert takes == keys.SECTIONS[section].keys() | nested, section
+    ours = keys.SECTIONS[""].keys() | keys.SECTIONS.keys()
+    for name in ("TRAIN_BATCH_SIZE", "DATALOADER_DROP_LAST", "LOG_LEVEL", "DATA_TYPES", "CHECKPOINT", "DUMP_STATE"):
+        assert getattr(constants, name) in ours
+
+    def takes(found):
+        return {*inspect.signature(found).parameters} - {"params", "optimizer", "last_epoch", "last_batch_iteration"}
+
+    for name, parameters in keys.OPTIMIZERS.items():
+        if hasattr(torch.optim, name):
+            known = {*parameters.split()} - keys.OURS_ALONE - {"torch_adam", "adam_w_mode"}
+            assert known == takes(getattr(torch.optim, name)) - {"decoupled_weight_decay"} | (
+                known & {"decoupled_weight_decay"}
+            ), name
+    for name, parameters in keys.SCHEDULERS.items():
+        home = lr_schedules if name in keys.DEEPSPEED_SCHEDULERS else torch.optim.lr_scheduler
+        known = {*parameters.replace("!", "").replace("+", "").split()}
+        assert known == takes(getattr(home, name)) - {"scale_fn"}, name
+    theirs = {n for n, c in vars(torch.optim).items() if inspect.isclass(c) and n != "Optimizer"}
+    assert theirs <= keys.OPTIMIZERS.keys() | keys.NO_OPTIMIZERS.keys()
+    base = torch.optim.lr_scheduler.LRScheduler
+    found = {n for n, c in vars(torch.optim.lr_scheduler).items() if inspect.isclass(c) and issubclass(c, base)}
+    assert found - {"LRScheduler", "_LRScheduler"} <= keys.SCHEDULERS.keys() | keys.NO_SCHEDULERS.keys()
