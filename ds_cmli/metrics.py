@@ -63,16 +63,17 @@ class Writer:
                 self._draw(name, value, step)
         if "loss" not in values:
             return
-        pairs = values["pairs_per_s"]
+        losses = f"loss {values['loss']:.4f}  "
+        losses += "  ".join(f"{k[5:]} {v:.3f}" for k, v in values.items() if k.startswith("loss/"))
+        speed = f"{values['pairs_per_s']:.0f} pairs/s"
         if self.bar.disable:
             left = (time.monotonic() - self.started) / max(1, step - self.first_step) * (self.total - step)
-            each = "  ".join(f"{k[5:]} {v:.3f}" for k, v in values.items() if k.startswith("loss/"))
             self.say(
-                f"step {step}/{self.total}  loss {values['loss']:.4f}  {each}  lr {values['lr']:.2e}  "
-                f"{pairs:.0f} pairs/s  {left // 60:.0f}m{left % 60:02.0f}s left"
+                f"step {step}/{self.total}  {losses}  lr {values['lr']:.2e}  {speed}  "
+                f"{left // 60:.0f}m{left % 60:02.0f}s left"
             )
         else:
-            self.bar.set_postfix_str(f"loss {values['loss']:.4f}, {pairs:.0f} pairs/s")
+            self.bar.set_postfix_str(f"{losses}  {speed}")
 
     def draw(self, step: int, **values: float) -> None:
         """Points in TensorBoard alone."""

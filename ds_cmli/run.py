@@ -188,7 +188,8 @@ class Run:
         """The last lines of a run; raises `UserError` where its last checkpoint could not be written."""
         skipped = sum(self.agreement.gather(self.bad.count))  # collective
         if skipped or self.bad.at_load:
-            at_load, first = len(self.bad.at_load), self.bad.first
+            first = ", ".join(f"{name} ({reason})" for name, reason in self.bad.first)
+            at_load = len(self.bad.at_load)
             self.writer.say(f"skipped {at_load} samples at load and {skipped} in training; the first: {first}")
         self.writer.close()
         if self.saved != (self.state.step, True):
