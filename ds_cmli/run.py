@@ -114,11 +114,15 @@ class Run:
                 f"{self.folder / 'metrics.jsonl'} names, or start over with a lower --lr"
             )
 
+    def logs(self) -> bool:
+        """Whether the step that was taken last is one to be logged."""
+        return self.state.step == self.total_steps or self.state.step % self.config.run.log_every == 0
+
     def log(self) -> None:
         """One line of means over all ranks and all steps since the last one."""
         own = self.own
         means = distributed.mean_over_ranks(own.sums / max(1, own.micro_batches)).tolist()  # collective, CPU-GPU sync
-        self._stop_if_too_many_bad()  # collective
+        self.stop_if_too_many_bad()  # collective
         names = ["loss", *(f"loss/{name}" for name in self.config.loss.weights)]
         losses = dict(zip(names, means, strict=True)) if own.micro_batches else {}  # else every step was skipped
         values = {name: v for name, v in {**losses, **self.trainer.state()}.items() if math.isfinite(v)}
@@ -128,7 +132,7 @@ class Run:
         own.sums.zero_()
         own.micro_batches, self.pairs, self.paused, self.since = 0, 0, 0.0, time.monotonic()
 
-    def _stop_if_too_many_bad(self) -> None:
+    def stop_if_too_many_bad(self) -> None:
         """Raise on every rank together where broken samples exceed their allowed share."""
         every = self.agreement.gather((self.bad.count, self.bad.first))  # collective
         count = sum(n for n, _ in every)

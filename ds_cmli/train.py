@@ -9,7 +9,6 @@ import sys
 # Run by its path, this file's folder comes first on sys.path and would hide packages named like our modules.
 sys.path[:] = [p for p in sys.path if p != __file__.rsplit("/", 1)[0]]
 
-import json  # noqa: E402
 import os  # noqa: E402
 import uuid  # noqa: E402
 from collections.abc import Callable  # noqa: E402
@@ -72,11 +71,9 @@ def train(config: Config, json_path: str, dry_run: bool, resume: str, with_chang
         assets.fetch(step.demo_assets(config))
         data = build_data(config.data, config.run.seed)
     except UserError as error:
-        if dry_run or os.environ["WORLD_SIZE"] == "1":
+        if os.environ["WORLD_SIZE"] == "1":
             raise
         mistake = str(error)  # perhaps on this node alone, where nobody would hear of it: told once the ranks have met
-    if dry_run:
-        return show(config, ds_config, data)
 
     # --- processes
     if config.run.watchdog:
@@ -86,26 +83,9 @@ def train(config: Config, json_path: str, dry_run: bool, resume: str, with_chang
     try:
         distributed.raise_together(mistake)  # collective
         with Watchdog(config.run.watchdog) as dog:
-            return run(config, ds_config, data, device, resume, with_changes, profiles, dog)
+            return run(config, ds_config, data, device, dry_run, resume, with_changes, profiles, dog)
     finally:
         distributed.shutdown()
-
-
-def show(config: Config, ds_config: DeepSpeedConfig, data: Any) -> int:
-    """What a run would do and what memory it would need on a GPU, without doing it."""
-    from ds_cmli import engine as step
-    from ds_cmli.memory import apart
-    from ds_cmli.memory.report import Report
-    from ds_cmli.memory.report import show as show_report
-
-    resolved, *_ = plan(config, ds_config, data)
-    step.build_models(config, data.vocab_size)
-    say(json.dumps({"config": config.to_dict(), "deepspeed": resolved.raw()}, indent=2))
-    if os.environ["RANK"] == "0":
-        with apart.Predictor() as predictor:
-            answer = predictor.ask(apart.Request(config, ds_config, int(os.environ["WORLD_SIZE"])))
-        say(answer.failed) if answer.report is None else show_report(Report.from_dict(answer.report))
-    return 0
 
 
 def plan(config: Config, ds_config: DeepSpeedConfig, data: Any) -> tuple[DeepSpeedConfig, Any, int]:
@@ -131,10 +111,11 @@ def plan(config: Config, ds_config: DeepSpeedConfig, data: Any) -> tuple[DeepSpe
 
 
 def run(
-    config: Config, ds_config: DeepSpeedConfig, data: Any, device: Any, resume: str, with_changes: bool,
+    config: Config, ds_config: DeepSpeedConfig, data: Any, device: Any, dry_run: bool, resume: str, with_changes: bool,
     profiles: Profiles, dog: Any,
 ) -> int:  # fmt: skip
     """Build everything, put back what there is to go on from, and train. Collective."""
+    from ds_cmli import dry_run as dry
     from ds_cmli import engine as step
     from ds_cmli.checkpoint import restore as resuming
     from ds_cmli.data import BadSamples
@@ -144,7 +125,7 @@ def run(
     from ds_cmli.run import Run
 
     # --- what there is to go on from
-    folder = output_folder(config, resume)  # collective
+    folder = output_folder(config, resume, dry_run)  # collective
     resume = distributed.broadcast_object(resuming.requeued(resume, folder))  # collective
     found = resuming.find(resume, folder)  # collective
     ds_config, sampler, total_steps = plan(config, resuming.cut_batch(found, ds_config), data)
@@ -153,15 +134,21 @@ def run(
         say(f"the run in {folder} is finished, {state.step} steps: give another --output-dir to start a new one")
         return 0
     profiles = profiles.left(total_steps, state.step, say)
+    bad = BadSamples(config.data.max_bad_share, len(data.train), data.bad)
+    accumulation = ds_config.accumulation
+    if dry_run:
+        own = resuming.fresh(found, config, sampler)
+        none: Any = dry.NoEngine(config)
+        start = Run(config, data, sampler, none, total_steps, accumulation, folder, state, own, bad, NullWriter(), dog)
+        dry.rehearse(start, ds_config, data.vocab_size, device)  # collective
+        return 0
 
     # --- step
     with oom.ending(config, ds_config, folder, device, dog):  # collective
         trainer = step.build(config, resuming.for_engine(found, ds_config), data.vocab_size, total_steps, device)
-        bad = BadSamples(config.data.max_bad_share, len(data.train), data.bad)
         own = resuming.load(found, trainer, sampler, bad, with_changes)  # collective
         resuming.settle(resume, found, folder, config, ds_config)  # collective
         writer = Writer(folder, total_steps, state.step) if distributed.is_main() else NullWriter()
-        accumulation = ds_config.accumulation
         all_of_it = Run(config, data, sampler, trainer, total_steps, accumulation, folder, state, own, bad, writer, dog)
         with profiles.around(trainer, config, ds_config, folder, state.step) as after_step:
             return loop(all_of_it, after_step)  # collective
@@ -187,7 +174,7 @@ def loop(run: Any, after_step: Callable[[], None]) -> int:
             timed = run.train_step(batches)
             after_step()
             last = state.step == run.total_steps
-            if last or state.step % settings.log_every == 0:
+            if run.logs():
                 run.log()
             state.evaluated = not (last or (settings.eval_every and state.step % settings.eval_every == 0))
             due = timed or last or bool(settings.save_every and state.step % settings.save_every == 0)
@@ -198,26 +185,29 @@ def loop(run: Any, after_step: Callable[[], None]) -> int:
     return 0
 
 
-def output_folder(config: Config, resume: str) -> Path:
-    """The run's folder, made, and the same on every rank."""
+def output_folder(config: Config, resume: str, dry_run: bool) -> Path:
+    """The run's folder, made, and the same on every rank. A dry run removes what it made there. Collective."""
     from ds_cmli.checkpoint import restore as resuming
     from ds_cmli.distributed import process_group as distributed
 
     name = resuming.run_folder(resume, config.run.output_dir)
     name = name or f"runs/{config.run.preset}-{datetime.now():%Y%m%d-%H%M%S}"
-    folder = Path(distributed.broadcast_object(name))  # collective
+    folder, mark = distributed.broadcast_object((Path(name), f".shared-{uuid.uuid4().hex}"))  # collective
+    new = distributed.broadcast_object(resuming.missing(folder))  # collective: before anybody makes them
+    error = None
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "metrics.jsonl").touch()
-    except OSError as error:
-        raise UserError(f"--output-dir is {str(folder)!r}: cannot write there: {error.strerror}") from None
-    mark = folder / distributed.broadcast_object(f".shared-{uuid.uuid4().hex}")  # collective
-    if distributed.is_main():
-        mark.touch()
-    distributed.gather_objects(None)  # collective: it is there
-    seen = distributed.gather_objects(mark.exists())  # collective
-    if distributed.is_main():
-        mark.unlink()
+        if distributed.is_main():
+            (folder / mark).write_bytes(bytes(2**16))  # as much as a run writes there first: the disk may be full
+    except OSError as caught:
+        error = f"--output-dir is {str(folder)!r}: cannot write there: {caught.strerror}"
+    try:
+        distributed.raise_together(error)  # collective: the mark is there
+        seen = distributed.gather_objects((folder / mark).exists())  # collective
+    finally:
+        if distributed.is_main():
+            resuming.remove([folder / mark, *(new if dry_run else [])])
     if not all(seen):
         raise UserError(
             f"--output-dir is {str(folder)!r}: rank {seen.index(False)} does not see what rank 0 writes there; give a "

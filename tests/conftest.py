@@ -33,6 +33,22 @@ def fp16_device(monkeypatch):
     monkeypatch.setattr(step, "on_this_device", lambda ds_config: ds_config)
 
 
+@pytest.fixture(scope="session")
+def predicting_process():
+    from ds_cmli.memory import apart
+
+    with apart.Predictor(timeout_s=3600) as predictor:
+        yield predictor
+
+
+@pytest.fixture
+def one_predictor(monkeypatch, predicting_process):
+    """Predictions of this process's commands come from one process that stays, and not from a new one each time."""
+    from ds_cmli.memory import apart
+
+    monkeypatch.setattr(apart, "Predictor", lambda timeout_s: contextlib.nullcontext(predicting_process))
+
+
 def clean_environment() -> dict[str, str]:
     """This process's, without what a launcher would have set."""
     launchers = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")

@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,20 @@ def run_folder(resume: str, output_dir: str) -> str:
     if (path / manifest.NAME).is_file():
         path = path.parent
     return str(path.parent if path.name == checkpoint.FOLDER else path)
+
+
+def missing(folder: Path) -> list[Path]:
+    """What making the run's folder will add, the innermost first."""
+    with suppress(OSError):
+        return [path for path in (folder / metrics.METRICS, folder, *folder.parents) if not path.exists()]
+    return []
+
+
+def remove(paths: list[Path]) -> None:
+    """Files and empty folders; what cannot be removed stays."""
+    for path in paths:
+        with suppress(OSError):
+            path.rmdir() if path.is_dir() else path.unlink()
 
 
 def requeued(resume: str, folder: Path) -> str:
@@ -178,6 +193,13 @@ def for_engine(found: Found | None, ds_config: DeepSpeedConfig) -> DeepSpeedConf
     if found is None or found.same_ranks or ds_config.stage == 0:
         return ds_config
     return DeepSpeedConfig({**ds_config, "checkpoint": {**ds_config.get("checkpoint", {}), "load_universal": True}})
+
+
+def fresh(found: Found | None, config: Config, sampler: GlobalBatchSampler) -> RankState:
+    """A rank's own state where only the position in the data is put back."""
+    if found is not None:
+        sampler.load_state_dict(found.state.sampler)
+    return RankState(torch.zeros(1 + len(config.loss.weights)))
 
 
 def load(

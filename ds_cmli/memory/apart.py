@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from ds_cmli.common.errors import UserError
 from ds_cmli.config.schema import Config
 
 LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -39,6 +40,7 @@ class Request:
 class Answer:
     report: dict[str, Any] | None  # of `Report.to_dict`
     failed: str = ""  # in words, where there is no report
+    fails: bool = False  # whether a training would fail so, too
 
 
 class Predictor:
@@ -96,7 +98,7 @@ class Predictor:
 
 def answer(request: dict[str, Any]) -> Answer:
     from ds_cmli.memory import snapshot
-    from ds_cmli.memory.predict import DEFAULT_CARD, predict
+    from ds_cmli.memory.predict import DEFAULT_CARD, NotPredictable, predict
 
     try:
         config = Config.from_dict(request["config"])
@@ -111,7 +113,8 @@ def answer(request: dict[str, Any]) -> Answer:
             snapshot.write(found.events, request["snapshot"])
         return Answer(found.report.to_dict())
     except Exception as error:  # whatever it is, the next request must be answered too
-        return Answer(None, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
+        kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+        return Answer(None, kind + " ".join(str(error).split())[:300], not isinstance(error, NotPredictable))
 
 
 def main() -> None:

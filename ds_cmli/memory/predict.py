@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ds_cmli import engine as step
+from ds_cmli.common.errors import UserError
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.schema import Config, check, choice
 from ds_cmli.data import Batch
@@ -30,6 +31,10 @@ DEFAULT_CARD = "RTX 3090 24GB"  # assumed: the document says 24 GB and names no 
 TOTAL_STEPS = 1000  # of the schedule; decides no size
 # Text models whose sizes are the defaults of their family in the transformers library: known without a download.
 FAMILY_SIZES = ("bert", "bert-base-uncased", "bert-base-cased", "roberta", "roberta-base")
+
+
+class NotPredictable(UserError):
+    """A setting that can be trained with, but whose memory cannot be told."""
 
 
 @dataclass
@@ -121,7 +126,10 @@ def predict(
 
 def _check_offload(ds_config: DeepSpeedConfig) -> None:
     device = ds_config.offload("param")
-    check(device == "none", "zero_optimization.offload_param.device", device, "it cannot be predicted: leave it out")
+    if device != "none":
+        raise NotPredictable(
+            f"zero_optimization.offload_param.device is {device!r}: it cannot be predicted: leave it out"
+        )
 
 
 def _pinned(ds_config: DeepSpeedConfig) -> DeepSpeedConfig:
@@ -157,11 +165,11 @@ def without_weights(config: Config) -> tuple[Config, int]:
             vocab_size = found.vocab_size
             student = replace(student, text_model=found.model_type, text_overrides={**sizes, **student.text_overrides})
         except Exception:
-            known = source in FAMILY_SIZES or "hidden_size" in student.text_overrides
-            check(
-                known, "student.text_model", source,
-                "its sizes are not known without a download: give them in student.text_overrides, or start it once",
-            )  # fmt: skip
+            if source not in FAMILY_SIZES and "hidden_size" not in student.text_overrides:
+                raise NotPredictable(
+                    f"student.text_model is {source!r}: its sizes are not known without a download: give them in "
+                    "student.text_overrides, or start it once"
+                ) from None
     if vocab_size is None:
         vocab_size = AutoConfig.for_model(student.text_model.split("-")[0]).vocab_size
     student = replace(student, image_weights="random", text_weights="random")

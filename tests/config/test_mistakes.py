@@ -79,12 +79,25 @@ MISTAKES = {
     "no metadata": (lambda p: ["--data", str(p)], "metadata.jsonl"),
     "missing caption column": (lambda p: ["--data", pairs(p / "d", column="captoin")], "captoin"),
     "unreadable images": (
-        lambda p: ["--data", pairs(p / "d", count=200, broken=20), "--steps", "3"],
+        lambda p: ["--data", pairs(p / "d", count=200, broken=20), "--micro-batch", "16"],
         "data.max_bad_share = 0.01",
     ),
     "empty captions": (lambda p: ["--data", empty_captions(p / "d")], "data.max_bad_share = 0.01"),
     "too few pairs": (lambda p: ["--data", pairs(p / "d", count=5)], "fewer than one global batch of 8"),
     "output folder": (a_file, "cannot write there"),
+    "trace beyond the end": (["--profile", "30:31"], "--profile is '30:31': give some of the steps 1 to 20"),
+    "trace of no step": (["--profile", "0:1"], "--profile is '0:1': give the first and the last step"),
+    "memory of no step": (["--profile-memory", "0"], "--profile-memory is 0: give 1 to 20"),
+    "both profiles": (["--profile", "1:2", "--profile-memory", "1"], "both take the profiler, give one"),
+    "nothing to resume": (lambda p: ["--resume", str(p)], "no checkpoint there; give a run's output folder"),
+    "heads": (
+        ["--set", 'student.image_overrides={"embed_dim": 33, "depth": 2, "num_heads": 2, "patch_size": 14}'],
+        "student.image_weights is 'random'",
+    ),
+    "text heads": (
+        ["--set", 'student.text_overrides={"hidden_size": 33, "num_attention_heads": 2}'],
+        "student.text_weights is 'random'",
+    ),
 }
 
 
@@ -109,13 +122,16 @@ def fail(command, arguments, monkeypatch, capsys) -> str:
 
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_training_mistakes(name, tmp_path, monkeypatch, capsys):
+def test_training_mistakes(name, tmp_path, monkeypatch, capsys, one_predictor):
     arguments, words = MISTAKES[name]
     if callable(arguments):
         arguments = arguments(tmp_path)
     defaults = ["--preset", "tiny", "--output-dir", str(tmp_path / "run")]
+    before = {*tmp_path.rglob("*")}
+    dry = fail(train.command, [*defaults, *arguments, "--dry-run"], monkeypatch, capsys)
+    assert {*tmp_path.rglob("*")} == before
     line = fail(train.command, [*defaults, *arguments], monkeypatch, capsys)
-    assert words in line
+    assert words in line and words in dry
     print(f"{name}: {line}")
 
 
