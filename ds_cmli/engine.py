@@ -53,17 +53,6 @@ def filled(config: Config, ds_config: DeepSpeedConfig, world_size: int, total_st
     return ds_config.filled(config.optim, world_size, total_steps, width)
 
 
-def demo_assets(config: Config) -> list[str]:
-    """The demo assets that this configuration uses, for one fetch before anything else is built."""
-    student = config.student
-    uses = {
-        "pictures": config.data.source == "demo",
-        "minilm": "demo" in (config.data.tokenizer, student.text_weights),
-        "vit": "demo" in (student.image_weights, config.teacher.weights),
-    }
-    return [name for name, used in uses.items() if used]
-
-
 def resolve_weights(config: Config) -> Config:
     """The configuration with "demo" weights replaced by the paths of the packaged ones."""
     student, teacher = config.student, config.teacher

@@ -52,28 +52,31 @@ def command(preset: str, deepspeed_config: str, settings: tuple[str, ...], resum
 
 def train(config: Config, json_path: str, dry_run: bool, resume: str, with_changes: bool, profiles: Profiles) -> int:
     """Returns the exit code: 0 at the end of the run, `preemption.EXIT_CODE` where it is to be started again."""
+    # --- configuration: on every rank, before the processes meet, and before imports that take seconds
+    ds_config = DeepSpeedConfig.load(json_path)
+    check_early(config, ds_config, resume, profiles)
     from ds_cmli.common import quiet
 
     quiet.silence()
-    from ds_cmli import engine as step
     from ds_cmli.common import determinism
     from ds_cmli.data import assets, build_data
     from ds_cmli.distributed import process_group as distributed
-    from ds_cmli.faults.watchdog import Watchdog
 
-    # --- configuration: on every rank, before the processes meet
     distributed.map_launcher_environment()
     if config.run.deterministic:
         determinism.enforce()
-    ds_config = step.on_this_device(DeepSpeedConfig.load(json_path))
     data, mistake = None, None
     try:
-        assets.fetch(step.demo_assets(config))
+        assets.fetch(assets.used(config))
         data = build_data(config.data, config.run.seed)
     except UserError as error:
         if os.environ["WORLD_SIZE"] == "1":
             raise
         mistake = str(error)  # perhaps on this node alone, where nobody would hear of it: told once the ranks have met
+    from ds_cmli import engine as step
+    from ds_cmli.faults.watchdog import Watchdog
+
+    ds_config = step.on_this_device(ds_config)
 
     # --- processes
     if config.run.watchdog:
@@ -86,6 +89,15 @@ def train(config: Config, json_path: str, dry_run: bool, resume: str, with_chang
             return run(config, ds_config, data, device, dry_run, resume, with_changes, profiles, dog)
     finally:
         distributed.shutdown()
+
+
+def check_early(config: Config, ds_config: DeepSpeedConfig, resume: str, profiles: Profiles) -> None:
+    """What a new run would be refused for later, after imports that take seconds. Raises `UserError`."""
+    if config.optim.steps is not None:
+        profiles.left(config.optim.steps, 0, lambda line: None)
+    ranks = os.environ.get("WORLD_SIZE", "1" if "SLURM_STEP_ID" not in os.environ else None)
+    if ranks and resume == "auto" and not (Path(config.run.output_dir) / "checkpoint").exists():
+        ds_config.batch(config.optim.micro_batch, int(ranks))
 
 
 def plan(config: Config, ds_config: DeepSpeedConfig, data: Any) -> tuple[DeepSpeedConfig, Any, int]:

@@ -52,6 +52,8 @@ def command(
     two CPU cores.
     """
     end = time.monotonic() + ALL_SECONDS
+    if preset not in PRESETS:
+        raise UserError(f"--preset is {preset!r}: {nearest(preset, PRESETS)}")
     ids = parse_only(only)
     for name in (json_path, markdown_path):
         if name is not None:
@@ -65,8 +67,6 @@ def command(
     from ds_cmli.memory import compare, tables, whole_step
     from ds_cmli.memory.estimates import Setting, claims
 
-    if preset not in PRESETS:
-        raise UserError(f"--preset is {preset!r}: {nearest(preset, PRESETS)}")
     setting = Setting(**sizes)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     console = Console(width=None if sys.stdout.isatty() else 190)

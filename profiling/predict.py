@@ -56,6 +56,12 @@ def command(preset: str, deepspeed_config: str, settings: tuple[str, ...], world
         raise UserError(f"--sweep is {','.join(sweep)!r}: it goes with neither --fit nor --snapshot: give one of them")
     if card == CPU and (sweep or fit or snapshot):
         raise UserError("--card is 'cpu': --sweep, --fit and --snapshot are about GPUs: name one, or leave it out")
+    ds_config = DeepSpeedConfig.load(deepspeed_config)
+    if checkpointing == "on":
+        ds_config = ds_config.replaced(activation_checkpointing=ds_config.get("activation_checkpointing", {}))
+    elif checkpointing == "off":
+        ds_config = ds_config.replaced(activation_checkpointing=None)
+    micro_batch = ds_config.batch(config.optim.micro_batch, world_size)[1]
     from ds_cmli.common import quiet
 
     quiet.silence()
@@ -63,14 +69,7 @@ def command(preset: str, deepspeed_config: str, settings: tuple[str, ...], world
     from ds_cmli.memory.predict import DEFAULT_CARD, predict
     from ds_cmli.memory.report import show
 
-    ds_config = DeepSpeedConfig.load(deepspeed_config)
-    if checkpointing == "on":
-        ds_config = ds_config.replaced(activation_checkpointing=ds_config.get("activation_checkpointing", {}))
-    elif checkpointing == "off":
-        ds_config = ds_config.replaced(activation_checkpointing=None)
-
     if sweep:
-        micro_batch = ds_config.batch(config.optim.micro_batch, world_size)[1]
         axes = search.parse_axes(sweep, micro_batch, world_size)
         content: Any = grid(config, ds_config, world_size, axes, card or DEFAULT_CARD)
     else:

@@ -20,6 +20,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from ds_cmli.common.errors import UserError, nearest
+from ds_cmli.config.schema import Config
 from ds_cmli.data.vit_onnx import convert_vit
 
 SUMS = "SHA256SUMS"
@@ -137,6 +138,17 @@ def vit_weights(cache: str | os.PathLike | None = None) -> Path:
 def minilm(cache: str | os.PathLike | None = None) -> Path:
     """Folder for transformers' `AutoModel` and `AutoTokenizer.from_pretrained(folder, local_files_only=True)`."""
     return _ensure("minilm", cache)
+
+
+def used(config: Config) -> list[str]:
+    """The assets that a configuration uses, for one fetch before anything is built of them."""
+    student = config.student
+    uses = {
+        "pictures": config.data.source == "demo",
+        "minilm": "demo" in (config.data.tokenizer, student.text_weights),
+        "vit": "demo" in (student.image_weights, config.teacher.weights),
+    }
+    return [name for name, used in uses.items() if used]
 
 
 def fetch(names: Iterable[str], cache: str | os.PathLike | None = None) -> None:

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from ds_cmli import evaluate, train
 from ds_cmli.common.cli import exit_code
-from tests.conftest import ROOT, rank_environments
+from tests.conftest import ROOT, clean_environment, rank_environments
 
 
 def pairs(folder, count=24, text="a red square", broken=0, column="text"):
@@ -143,6 +143,27 @@ def test_evaluation_mistakes(tmp_path, monkeypatch, capsys):
     assert "found.json': No such file or directory" in fail(evaluate.command, arguments, monkeypatch, capsys)
     line = fail(evaluate.command, [], monkeypatch, capsys)
     assert "Missing option '--checkpoint'" in line
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments"),
+    [
+        ("ds_cmli/train.py", ["--deepspeed_config", "/nowhere.json"]), ("ds_cmli/train.py", ["--data", "/nowhere"]),
+        ("ds_cmli/train.py", ["--profile", "0:1"]), ("ds_cmli/evaluate.py", ["--checkpoint", "/nowhere"]),
+        ("profiling/predict.py", ["--deepspeed_config", "/nowhere.json"]),
+        ("profiling/compare_estimates.py", ["--preset", "demmo"]),
+    ],
+)  # fmt: skip
+def test_mistakes_are_told_before_libraries_are_imported_that_take_seconds(script, arguments):
+    lines = ["import atexit, runpy, sys", f"sys.argv = {[script, *arguments]!r}"]
+    lines.append("atexit.register(lambda: print('imported', 'deepspeed' in sys.modules, 'timm' in sys.modules))")
+    lines.append(f"runpy.run_path({str(ROOT / script)!r}, run_name='__main__')")
+    done = subprocess.run(
+        [sys.executable, "-c", "\n".join(lines)], cwd=ROOT, env=clean_environment() | {"PYTHONPATH": str(ROOT)},
+        capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 2 and done.stderr.startswith("error: "), done.stderr
+    assert "imported False False" in done.stdout
 
 
 def two_ranks(folders, arguments) -> list[tuple[int, str]]:
