@@ -4,6 +4,7 @@ import json
 import os
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -48,11 +49,13 @@ class Writer:
         self.bar = tqdm(total=total_steps, initial=first_step, unit="step", disable=not sys.stderr.isatty())
 
     def say(self, line: str) -> None:
-        tqdm.write(line, file=sys.stdout)
-        sys.stdout.flush()
+        with suppress(OSError):  # the terminal or the launcher that read it is gone: the run still has to be saved
+            tqdm.write(line, file=sys.stdout)
+            sys.stdout.flush()
 
     def advance(self) -> None:
-        self.bar.update()
+        with suppress(OSError):
+            self.bar.update()
 
     def log(self, step: int, values: dict[str, Any], **only_tensorboard: float) -> None:
         """One object in metrics.jsonl, one point in TensorBoard for each number."""
@@ -73,7 +76,8 @@ class Writer:
                 f"{left // 60:.0f}m{left % 60:02.0f}s left"
             )
         else:
-            self.bar.set_postfix_str(f"{losses}  {speed}")
+            with suppress(OSError):
+                self.bar.set_postfix_str(f"{losses}  {speed}")
 
     def draw(self, step: int, **values: float) -> None:
         """Points in TensorBoard alone."""
@@ -115,7 +119,8 @@ class Writer:
 
     def close(self) -> None:
         self.flush()
-        self.bar.close()
+        with suppress(OSError):
+            self.bar.close()
         try:
             if self.tensorboard is not None:
                 self.tensorboard.close()

@@ -74,18 +74,20 @@ def train(config: Config, json_path: str, dry_run: bool, resume: str, with_chang
             raise
         mistake = str(error)  # perhaps on this node alone, where nobody would hear of it: told once the ranks have met
     from ds_cmli import engine as step
-    from ds_cmli.faults.watchdog import Watchdog
+    from ds_cmli.faults import watchdog
 
     ds_config = step.on_this_device(ds_config)
 
     # --- processes
-    if config.run.watchdog:
-        # NCCL would abort a rank that has lost another, before our watchdog can tell which one is to blame.
-        os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
-    device = distributed.init()
+    watchdog.hold_back_nccl(config.run.watchdog)
+    try:
+        device = distributed.init(stop=preemption.stop)  # collective
+    except preemption.Preempted:
+        say(f"stopped before step 1 by {preemption.requested()}: start again to go on")
+        return preemption.EXIT_CODE
     try:
         distributed.raise_together(mistake)  # collective
-        with Watchdog(config.run.watchdog) as dog:
+        with watchdog.Watchdog(config.run.watchdog) as dog:
             return run(config, ds_config, data, device, dry_run, resume, with_changes, profiles, dog)
     finally:
         distributed.shutdown()

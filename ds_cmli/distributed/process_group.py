@@ -10,10 +10,10 @@ is then exactly the gradient of the global batch's mean loss: no factor of P app
 """
 
 import os
-import re
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from datetime import timedelta
 
 import torch
@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ds_cmli.common.errors import UserError
+from ds_cmli.distributed import rendezvous
 
 
 def map_launcher_environment() -> None:
@@ -38,8 +39,7 @@ def map_launcher_environment() -> None:
             env["LOCAL_RANK"] = "0"
         if "MASTER_ADDR" not in env:
             env["MASTER_ADDR"] = _slurm_address(env["SLURM_STEP_NODELIST"])
-        # Two jobs on one node must not meet: a port of the job's own, below those that systems hand out (32768 on).
-        env.setdefault("MASTER_PORT", str(12000 + int(env["SLURM_JOB_ID"]) % 20000))
+        env.setdefault("MASTER_PORT", str(rendezvous.slurm_ports()[0]))
     for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}.items():
         env.setdefault(name, value)
     # Port 0 lets the store pick a free one, which only a world of one can use: nobody else has to find it.
@@ -70,12 +70,17 @@ def _scontrol(*arguments: str) -> str:
     return subprocess.run(["scontrol", *arguments], capture_output=True, text=True, check=True).stdout
 
 
-def init(timeout: timedelta = timedelta(minutes=30), start: timedelta = timedelta(minutes=10)) -> torch.device:
+def init(
+    timeout: timedelta = timedelta(minutes=30),
+    start: timedelta = timedelta(minutes=10),
+    stop: Callable[[], None] = lambda: None,
+) -> torch.device:
     """Start the process group (NCCL on GPUs, gloo on CPUs) and return this rank's device. Collective.
 
     Args:
         timeout: of a collective.
         start: how long the ranks wait for each other here.
+        stop: called while they wait; what it raises ends that.
 
     Raises:
         UserError: not all ranks have come in time.
@@ -93,28 +98,12 @@ def init(timeout: timedelta = timedelta(minutes=30), start: timedelta = timedelt
     else:
         device = torch.device("cpu")
     if not dist.is_initialized():
-        try:
-            store, rank, world_size = next(dist.rendezvous("env://", timeout=start))  # collective
-            store.set_timeout(timeout)
-            name = "nccl" if device.type == "cuda" else "gloo"
-            dist.init_process_group(name, store=store, rank=rank, world_size=world_size, timeout=timeout)  # collective
-        except dist.DistError as error:
-            raise UserError(_nobody_there(str(error), start)) from None
+        store = rendezvous.meet(start, stop)  # collective
+        store.set_timeout(timeout)
+        name = "nccl" if device.type == "cuda" else "gloo"
+        rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        dist.init_process_group(name, store=store, rank=rank, world_size=ranks, timeout=timeout)  # collective
     return device
-
-
-def _nobody_there(reason: str, start: timedelta) -> str:
-    env = os.environ
-    if "in use" in reason:
-        return f"MASTER_PORT is {env['MASTER_PORT']}: in use on this machine; set it to a free one"
-    place = f"at {env['MASTER_ADDR']}:{env['MASTER_PORT']} within {start.total_seconds():g} s"
-    joined = re.search(r"(\d+)/(\d+) clients joined", reason)
-    if joined:
-        return f"only {joined[1]} of {joined[2]} ranks met {place}: see why the others did not start"
-    message = f"rank {env['RANK']} of {env['WORLD_SIZE']} met no rank 0 {place}: see why it did not start or has ended"
-    if env["RANK"] == "1":  # rank 0, which tells mistakes for all, is not there
-        print(f"error: {message}", file=sys.stderr, flush=True)
-    return message
 
 
 def shutdown() -> None:

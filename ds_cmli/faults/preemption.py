@@ -1,6 +1,7 @@
 """A signal only sets a flag: the loop finishes its step, all ranks save together, and the process ends with code 85.
 
-TERM, USR1, USR2 and INT, whichever a scheduler sends, are taken alike. A second INT stops at once.
+TERM, USR1, USR2, INT and HUP, whichever a scheduler sends, are taken alike, and so is the end of the launcher. A second
+INT stops at once.
 Nothing heavy is imported here: a signal that comes before `install` kills the process, so it must stand at its start.
 """
 
@@ -12,27 +13,31 @@ import threading
 import time
 from types import FrameType
 
+from ds_cmli.faults import launcher
+
 EXIT_CODE = 85  # of a run that saved and wants to be started again
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP)
 SAME_PRESS = 1.0  # seconds; one Ctrl-C reaches a rank from the terminal and once more from its launcher
 
-_received: list[int] = []
+_received: list[str] = []
 
 
 class Preempted(Exception):
-    """Raised on all ranks together, to leave an evaluation."""
+    """Raised to leave what must not be finished first: on all ranks together, once they have met."""
 
 
 def install() -> None:
     """Take the signals from here on. Main thread only."""
     for number in SIGNALS:
-        signal.signal(number, _note)
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup has it ignored
+            signal.signal(number, _note)
     # Python runs its handlers between two instructions, never while a rank waits in a collective for one that hangs.
     # The bytes that the C handler writes here reach a thread that needs no other.
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     threading.Thread(target=_stop_at_second_int, args=(reader,), daemon=True).start()
+    launcher.watch(lambda: _received.append("the end of its launcher"))
     os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))
     # After multiprocessing's own, and so called before it, which would wait for shielded processes for ever.
     atexit.register(_end_loaders)
@@ -50,7 +55,7 @@ def _end_loaders() -> None:
 
 
 def _note(number: int, frame: FrameType | None) -> None:
-    _received.append(number)
+    _received.append(signal.Signals(number).name)
 
 
 def _stop_at_second_int(reader: int) -> None:
@@ -65,5 +70,11 @@ def _stop_at_second_int(reader: int) -> None:
 
 
 def requested() -> str | None:
-    """The name of the first signal received, None before."""
-    return signal.Signals(_received[0]).name if _received else None
+    """What asked for an end first, a signal by its name; None before."""
+    return _received[0] if _received else None
+
+
+def stop() -> None:
+    """Raises `Preempted` where an end was asked for. On this rank alone."""
+    if _received:
+        raise Preempted

@@ -39,6 +39,27 @@ class Beat:
     done: bool = False
 
 
+def hold_back_nccl(timeout: float) -> None:
+    """Have NCCL end a rank that has lost another only after the watchdog, which can tell which one is to blame.
+
+    A rank in which NCCL meets an error sleeps for four times this setting before it aborts (torch 2.8 on). What sleeps
+    there is one thread: the watchdog's go on, and once they are through the process has ended. To be called before the
+    process group is made.
+
+    Args:
+        timeout: the watchdog's.
+    """
+    if timeout:
+        needed = timeout + 4 * _interval(timeout) + 10  # seconds: found dead, told to all, and said
+        os.environ.setdefault("TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC", str(int(max(60, needed) * 1000 / 4)))
+        # Another thread of NCCL takes that sleep for a hang, if it is longer than this.
+        os.environ.setdefault("TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC", str(int(max(480, 2 * needed))))
+
+
+def _interval(timeout: float) -> float:
+    return min(5.0, max(0.2, timeout / 20))  # seconds
+
+
 class Watchdog:
     """`with Watchdog(120) as dog: ...; dog.beat(step)` on every rank, while the process group is up.
 
@@ -49,7 +70,7 @@ class Watchdog:
 
     def __init__(self, timeout: float):
         self.timeout = timeout
-        self.interval = min(5.0, max(0.2, timeout / 20))  # seconds
+        self.interval = _interval(timeout)
         self.rank, self.world_size = distributed.rank(), distributed.world_size()
         self.mine = Beat(os.environ.get("SLURMD_NODENAME") or platform.node())
         self.started = False
@@ -231,14 +252,16 @@ class Watchdog:
             except RuntimeError:
                 first = self.rank == min({*range(self.world_size)} - {*ranks}, default=self.rank)
             if first:
-                print(f"error: rank {name} {what}; last step {step}: the job ends", file=sys.stderr, flush=True)
+                with suppress(OSError):  # nobody reads it any more
+                    print(f"error: rank {name} {what}; last step {step}: the job ends", file=sys.stderr, flush=True)
             self._leave()
 
     def _leave(self) -> None:
         # The others learn of the end from the store, which is rank 0's; and a launcher that sees one rank leave kills
         # the rest, which would cut off the message.
         time.sleep(2 * self.interval + 1 if self.rank == 0 else 0.5)
-        sys.stdout.flush()
+        with suppress(OSError):
+            sys.stdout.flush()
         os._exit(EXIT_CODE)
 
     def _leave_later(self) -> None:

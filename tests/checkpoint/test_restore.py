@@ -4,7 +4,6 @@ import json
 import math
 import random
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -353,7 +352,7 @@ def test_a_run_stopped_in_its_evaluation_does_it_again(source, tmp_path, monkeyp
             [5, 5],
             [5] * 4 + [10] * 2 + [12],
         ):  # within the first evaluation, and in the last
-            preemption._received.append(signal.SIGTERM)
+            preemption._received.append("SIGTERM")
         poll(run)
 
     monkeypatch.setattr(Run, "poll", signalled)

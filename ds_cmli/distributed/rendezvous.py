@@ -1,0 +1,208 @@
+"""Where the ranks of a run meet: a store that rank 0 holds and the others recognise, though other runs use ports too.
+
+A port that Slurm's job and step give is only the first of several: rank 0 takes the first free one, and the others
+look through all. A port that the user or a launcher gave counts; where it is taken, the others learn it at those ports.
+"""
+
+import os
+import socket
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from datetime import timedelta
+from typing import NoReturn
+
+import torch.distributed as dist
+
+from ds_cmli.common.errors import UserError
+
+ANSWER = 5.0  # seconds in which a store answers
+STRANGER = 20.0  # seconds that somebody else may answer at a given port
+FAILED, TOKEN, COME, ALL = (f"ds_cmli/{name}" for name in ("failed", "token", "come", "all"))
+
+
+def slurm_ports() -> list[int]:
+    """For a step of a job, the likeliest first; below those that systems hand out by themselves (32768 on)."""
+    number = int(os.environ["SLURM_JOB_ID"]) + 1009 * int(os.environ["SLURM_STEP_ID"])
+    return [12000 + (number + 2003 * i) % 20000 for i in range(8)]
+
+
+def meet(start: timedelta, stop: Callable[[], None]) -> dist.Store:
+    """The store of all ranks of this run, once all have come. Collective.
+
+    Args:
+        start: how long they wait for each other.
+        stop: called now and then while they wait; what it raises ends that.
+
+    Raises:
+        UserError: not all ranks have come in time, or the port is another's.
+    """
+    env = os.environ
+    rank, ranks, host = int(env["RANK"]), int(env["WORLD_SIZE"]), env["MASTER_ADDR"]
+    end = time.monotonic() + start.total_seconds()
+    if env.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        store = _beside_the_agents(rank, ranks, start)
+    else:
+        ports, fixed = _ports()
+        store = _hold(host, ports, fixed, ranks) if rank == 0 else _find(host, ports, fixed, start, stop)
+    try:
+        if store.add(COME, 1) == ranks:
+            store.set(ALL, "")
+        while not store.check([ALL]):
+            stop()
+            if time.monotonic() > end:
+                raise UserError(
+                    f"only {store.add(COME, 0)} of {ranks} ranks met at {host}:{env['MASTER_PORT']} within "
+                    f"{start.total_seconds():g} s: see why the others did not start"
+                )
+            time.sleep(min(1.0, 0.05 + ranks / 1000))
+    except dist.DistError:
+        stop()  # it may have been told the same
+        raise UserError("rank 0 has ended before all ranks had come: see what it says") from None
+    return store
+
+
+def _ports() -> tuple[list[int], int | None]:
+    """Where the store may be, and the one port of them that counts, where one was given."""
+    given = int(os.environ["MASTER_PORT"])
+    if os.environ["WORLD_SIZE"] == "1":
+        return [given], given
+    if _is_slurm_step() and given == slurm_ports()[0]:
+        return slurm_ports(), None
+    return [given, *(12000 + (given + 2003 * i) % 20000 for i in range(4))], given
+
+
+def _is_slurm_step() -> bool:
+    """Whether the ranks are the tasks of one step of `srun`."""
+    env = os.environ
+    same = (("SLURM_PROCID", "RANK"), ("SLURM_STEP_NUM_TASKS", "WORLD_SIZE"))
+    return "SLURM_STEP_ID" in env and all(env.get(theirs) == env[ours] for theirs, ours in same)
+
+
+def _token() -> str:
+    """What all ranks of a run know, and those of another run on its ports do not."""
+    env = os.environ
+    token = env["WORLD_SIZE"]
+    if _is_slurm_step():
+        return " ".join([token, *(env.get(f"SLURM_{name}", "") for name in ("JOB_ID", "STEP_ID", "RESTART_COUNT"))])
+    if env.get("LOCAL_SIZE") == token:  # all on this machine, in the launcher's process group
+        token += f" {os.getpgid(0)}"
+    return token
+
+
+def _beside_the_agents(rank: int, ranks: int, start: timedelta) -> dist.Store:
+    """A store of rank 0's own, told through torchrun's, which ends with the launcher."""
+    env = os.environ
+    host, port = env["MASTER_ADDR"], int(env["MASTER_PORT"])
+    attempt = f"ds_cmli/{env.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+    try:
+        agents = dist.PrefixStore(
+            attempt, dist.TCPStore(host, port, is_master=False, timeout=start, wait_for_workers=False)
+        )
+        if rank == 0:
+            with socket.create_connection((host, port)) as way:  # the address that others see, unless it is local
+                here = way.getsockname()[0]
+            here = host if here.startswith("127.") or here == "::1" else here
+            store = _listen(here, 0, ranks)
+            token = uuid.uuid4().hex
+            store.set(TOKEN, token)
+            agents.set("store", f"{here} {store.port} {token}")
+            return store
+        here, at, token = agents.get("store").decode().split()
+        found = _ask(here, int(at), token)
+    except (dist.DistError, OSError) as error:
+        raise UserError(f"rank {rank} of {ranks} does not reach the launcher at {host}:{port}: {error}") from None
+    if found is None:
+        raise UserError(f"rank {rank} of {ranks} does not reach rank 0 at {here}:{at}")
+    return found
+
+
+def _listen(host: str, port: int, ranks: int) -> dist.TCPStore:
+    return dist.TCPStore(host, port, ranks, is_master=True, wait_for_workers=False)
+
+
+def _hold(host: str, ports: list[int], fixed: int | None, ranks: int) -> dist.Store:
+    """Rank 0's part: the store, at the first free port."""
+    for port in ports:
+        try:
+            store = _listen(host, port, ranks)
+        except dist.DistError as error:
+            if "in use" not in str(error):
+                raise UserError(f"no store for the ranks at {host}:{port}: {str(error).splitlines()[0]}") from None
+            continue
+        if fixed in (None, port):
+            os.environ["MASTER_PORT"] = str(store.port)
+            store.set(TOKEN, _token())
+            return store
+        line = f"MASTER_PORT is {fixed}: in use on this machine; set it to a free one"
+        store.set(FAILED, line)
+        store.set(TOKEN, _token())
+        end = time.monotonic() + STRANGER
+        while store.add(COME, 0) < ranks - 1 and time.monotonic() < end:
+            time.sleep(0.1)
+        raise UserError(line)
+    raise UserError(
+        f"MASTER_PORT: all of {', '.join(map(str, ports))} are in use on this machine; set it to a free one"
+    )
+
+
+def _find(
+    host: str, ports: list[int], fixed: int | None, start: timedelta, stop: Callable[[], None]
+) -> dist.Store:  # fmt: skip
+    """The other ranks' part: rank 0's store, at the first port where it answers."""
+    rank, ranks = os.environ["RANK"], os.environ["WORLD_SIZE"]
+    began, stranger = time.monotonic(), 0.0  # since when somebody else answers at the port that counts
+    while time.monotonic() - began < start.total_seconds():
+        for port in ports:
+            stop()
+            if not _open(host, port):
+                continue
+            store = _ask(host, port, _token())
+            if store is None:
+                stranger = stranger or (port == fixed and time.monotonic()) or 0.0
+                continue
+            if store.check([FAILED]):
+                store.add(COME, 1)
+                raise UserError(store.get(FAILED).decode())
+            os.environ["MASTER_PORT"] = str(port)
+            return store
+        if stranger and time.monotonic() - stranger > STRANGER:
+            _nobody(rank, f"MASTER_PORT is {fixed}: another program answers there on {host}; set it to a free one")
+        time.sleep(0.3)
+    place = f"at {host}:{ports[0]} within {start.total_seconds():g} s"
+    _nobody(rank, f"rank {rank} of {ranks} met no rank 0 {place}: see why it did not start or has ended")
+
+
+def _nobody(rank: str, message: str) -> NoReturn:
+    if rank == "1":  # rank 0, which tells mistakes for all, is not there
+        print(f"error: {message}", file=sys.stderr, flush=True)
+    raise UserError(message)
+
+
+def _ask(host: str, port: int, token: str) -> dist.Store | None:
+    """The store there if it is this run's. In a thread: who is no store may never answer."""
+    found: list[dist.Store] = []
+
+    def connect() -> None:
+        try:
+            answer = timedelta(seconds=ANSWER)
+            store = dist.TCPStore(host, port, is_master=False, timeout=answer, wait_for_workers=False)
+            if store.get(TOKEN).decode() == token:
+                found.append(store)
+        except (dist.DistError, UnicodeDecodeError):
+            pass
+
+    thread = threading.Thread(target=connect, daemon=True)
+    thread.start()
+    thread.join(ANSWER + 1)
+    return found[0] if found else None
+
+
+def _open(host: str, port: int) -> bool:
+    try:
+        socket.create_connection((host, port), timeout=2).close()
+        return True
+    except OSError:
+        return False

@@ -1,0 +1,93 @@
+"""Tells when the launcher that started this rank is gone: then nobody passes on signals, or ends the ranks together.
+
+`torchrun` is the parent of its ranks; `deepspeed` the grandparent, its `deepspeed.launcher.launch` stands between and
+outlives it. A rank of `srun` or of plain `python` has no such launcher.
+"""
+
+import os
+import threading
+import time
+from collections.abc import Callable
+
+PROGRAMS = ("torchrun", "torch.distributed.run", "torch.distributed.launch", "accelerate", "deepspeed", "ds",
+            "deepspeed.launcher.runner", "deepspeed.launcher.launch")  # fmt: skip
+STARTED_BY_DEEPSPEED = "deepspeed.launcher.launch"  # which only the command `deepspeed` starts
+REAPERS = ("systemd", "slurmstepd")  # the parents, beside process 1, of processes whose own parent has ended
+INTERVAL = 0.5  # seconds
+
+
+def watch(gone: Callable[[], None]) -> None:
+    """Call `gone` once, in a thread, when the launcher has ended; never where there is none."""
+    if "TORCHELASTIC_RUN_ID" in os.environ or {"CROSS_RANK", "LOCAL_SIZE"} <= os.environ.keys():
+        threading.Thread(target=_watch, args=(gone,), daemon=True).start()
+
+
+def _watch(gone: Callable[[], None]) -> None:
+    links, orphan = _links()
+    while not orphan and all(_parent(child) == parent for child, parent in links):
+        time.sleep(INTERVAL)
+    gone()
+
+
+def _links() -> tuple[list[tuple[int, int]], bool]:
+    """(process, parent) from this rank up to its launcher, and whether the launcher had ended before."""
+    links: list[tuple[int, int]] = []
+    known = 0  # links up to the highest launcher
+    program, pid = "", os.getpid()
+    while pid > 1 and len(links) < 16 and not _reaped(pid):
+        links.append((pid, _parent(pid)))
+        pid = links[-1][1]
+        name = _program(pid)
+        if name in PROGRAMS:
+            known, program = len(links), name
+    if not known:  # ended, or one of another name
+        return links[:1], _orphaned(pid)
+    top = links[known - 1][1]
+    return links[:known], program == STARTED_BY_DEEPSPEED and _orphaned(top)
+
+
+def _orphaned(pid: int) -> bool:
+    """Whether its parent has ended: it is in the process group neither of its new parent nor of its own."""
+    if not _reaped(pid) or str(pid) == os.environ.get("SLURM_TASK_PID"):
+        return False
+    try:
+        return os.getpgid(pid) not in (pid, os.getpgid(_parent(pid)))
+    except OSError:
+        return True
+
+
+def _reaped(pid: int) -> bool:
+    parent = _parent(pid)
+    return parent <= 1 or _stat(parent)[0] in REAPERS
+
+
+def _parent(pid: int) -> int:
+    """0 where the process has ended."""
+    return _stat(pid)[1]
+
+
+def _stat(pid: int) -> tuple[str, int]:
+    """Name and parent of a process."""
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            text = file.read()
+    except OSError:
+        return "", 0
+    end = text.rindex(")")  # the name may hold brackets and spaces
+    state, parent = text[end + 2 :].split()[:2]
+    return text[text.index("(") + 1 : end], 0 if state in "ZX" else int(parent)
+
+
+def _program(pid: int) -> str:
+    """The module or the script's name that a Python process runs."""
+    try:
+        with open(f"/proc/{pid}/cmdline", "rb") as file:
+            words = file.read().decode(errors="replace").split("\0")[:8]
+    except OSError:
+        return ""
+    while len(words) > 1 and (os.path.basename(words[0]).startswith("python") or words[0].startswith("-")):
+        if words[0] == "-m":
+            return words[1]
+        words = words[1:]
+    path = words[0].removesuffix(".py").split("/")
+    return next((name for name in PROGRAMS if path[-1:] == [name] or path[-3:] == name.split(".")), "")

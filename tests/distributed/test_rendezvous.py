@@ -1,0 +1,137 @@
+"""Ranks that look for each other among other runs and programs on their ports. Processes of their own, over gloo."""
+
+import multiprocessing
+import os
+import socket
+import time
+from contextlib import ExitStack
+from datetime import timedelta
+
+import pytest
+
+from ds_cmli.common.errors import UserError
+from ds_cmli.distributed import rendezvous
+from tests.conftest import free_port
+
+START = timedelta(seconds=60)
+fork = multiprocessing.get_context("fork")
+
+
+def one_rank(env: dict[str, str], results, held) -> None:
+    for name in [n for n in os.environ if n.startswith("SLURM_")]:
+        del os.environ[name]
+    os.environ.update(env)
+    if "LOCAL_SIZE" in env:  # as the launcher of one run, and not of another
+        os.setpgid(0, int(env["GROUP"]))
+    began = time.monotonic()
+    try:
+        store = rendezvous.meet(START, lambda: None)
+        store.set(f"name of {env['RANK']}", env.get("NAME", ""))
+        met = [store.get(f"name of {rank}").decode() for rank in range(int(env["WORLD_SIZE"]))]
+        results.put((env["RANK"], env.get("NAME", ""), (met, int(os.environ["MASTER_PORT"])), 0.0))
+        held.wait(60)
+    except UserError as error:
+        results.put((env["RANK"], env.get("NAME", ""), str(error), time.monotonic() - began))
+
+
+def given(port: int, rank: int) -> dict[str, str]:
+    return {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+
+
+def step_of(job: int, step: int, rank: int) -> dict[str, str]:
+    slurm = {"JOB_ID": job, "STEP_ID": step, "PROCID": rank, "STEP_NUM_TASKS": 2}
+    env = {f"SLURM_{name}": str(value) for name, value in slurm.items()}
+    return env | given(12000 + (job + 1009 * step) % 20000, rank) | {"NAME": f"{job}.{step}"}
+
+
+class Ranks:
+    def __init__(self):
+        self.results, self.held, self.processes = fork.Queue(), fork.Event(), []
+
+    def start(self, *environments: dict[str, str]) -> "Ranks":
+        for env in environments:
+            self.processes.append(fork.Process(target=one_rank, args=(env, self.results, self.held), daemon=True))
+            self.processes[-1].start()
+        return self
+
+    def told(self, count: int) -> list:
+        return sorted(self.results.get(timeout=60) for _ in range(count))
+
+    def __enter__(self) -> "Ranks":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.held.set()
+        for process in self.processes:
+            process.join(20)
+
+
+@pytest.fixture
+def ranks():
+    with Ranks() as ranks:
+        yield ranks
+
+
+def silent(stack: ExitStack, port: int) -> None:
+    """A program that listens and never answers."""
+    listener = stack.enter_context(socket.socket())
+    listener.bind(("127.0.0.1", port))
+    listener.listen()
+
+
+def test_a_port_that_another_program_holds_is_passed_over(ranks):
+    job = 4000 + free_port() % 1000
+    with ExitStack() as stack:
+        silent(stack, step_port := int(step_of(job, 1, 0)["MASTER_PORT"]))
+        ranks.start(step_of(job, 1, 0), step_of(job, 1, 1))
+        for _, _, (met, port), _ in ranks.told(2):
+            assert met == [f"{job}.1"] * 2 and port == step_port + 2003
+
+
+def test_two_steps_with_one_port_do_not_meet(ranks):
+    job = 5000 + free_port() % 1000
+    pairs = [(job + 1009, 0), (job, 1)]
+    ranks.start(*(step_of(*pair, rank) for rank in (1, 0) for pair in pairs))
+    found = ranks.told(4)
+    assert all(met == [name] * 2 for _, name, (met, _), _ in found)
+    assert len({port for _, _, (_, port), _ in found}) == 2
+
+
+def test_a_given_port_that_is_taken_ends_all_with_one_line(ranks, capfd):
+    port = free_port()
+    with ExitStack() as stack:
+        silent(stack, port)
+        ranks.start(given(port, 0), given(port, 1))
+        for _, _, said, seconds in ranks.told(2):
+            assert said == f"MASTER_PORT is {port}: in use on this machine; set it to a free one"
+            assert seconds < 30
+    assert "error" not in capfd.readouterr().err  # rank 0 tells it, where it leaves
+
+
+def test_another_runs_store_is_recognised_and_left_alone(ranks):
+    port = free_port()
+    with Ranks() as first:
+        first.start(*(given(port, rank) | {"LOCAL_SIZE": "2", "GROUP": "0", "NAME": "first"} for rank in (0,)))
+        group = first.processes[0].pid
+        time.sleep(0.5)
+        own = {"LOCAL_SIZE": "2", "NAME": "second"}
+        ranks.start(*(given(port, rank) | own | {"GROUP": str(os.getpgid(0))} for rank in (0, 1)))
+        assert all("in use on this machine" in said and seconds < 30 for _, _, said, seconds in ranks.told(2))
+        first.start(given(port, 1) | {"LOCAL_SIZE": "2", "GROUP": str(group), "NAME": "first"})
+        assert [met for _, _, (met, _), _ in first.told(2)] == [["first", "first"]] * 2
+
+
+def test_waiting_ends_where_asked_and_where_nobody_comes(monkeypatch):
+    class Asked(Exception):
+        pass
+
+    def stop():
+        raise Asked
+
+    for rank in (0, 1):
+        for name, value in given(free_port(), rank).items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(Asked):
+            rendezvous.meet(START, stop)
+        with pytest.raises(UserError, match=["only 1 of 2 ranks met at", "rank 1 of 2 met no rank 0 at"][rank]):
+            rendezvous.meet(timedelta(seconds=0.5), lambda: None)
