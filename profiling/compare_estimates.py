@@ -1,4 +1,4 @@
-"""python profiling/compare_estimates.py [--json FILE] [--markdown FILE] [--plot FOLDER]
+"""python profiling/compare_estimates.py [--json FILE] [--markdown FILE]
 
 The document's memory estimates E1 to E5 beside the truth: its arithmetic computed, what each way to compute the same
 thing really stores, predicted and measured to the byte, and the whole training step. On a GPU where there is one,
@@ -31,19 +31,20 @@ IDS = ("E1", "E2", "E3", "E4", "E5")
 @option("Setting", "--N", "N", type=int, default=196, show_default=True, help="Image patches.")
 @option("Setting", "--M", "M", type=int, default=64, show_default=True, help="Text positions.")
 @option("Setting", "--H", "H", type=int, default=768, show_default=True, help="Hidden size.")
-@option("Setting", "--D", "D", type=int, default=256, show_default=True, help="Matching space.")
+@option("Setting", "--D", "D", type=int, default=256, show_default=True, help="Embedding dimension.")
 @option("What is compared", "--only", metavar="E1,E3", help="These rows alone, without the whole step of a preset.")
 @option("What is compared", "--preset", default="demo", show_default=True,
         help=f"Whose whole step is predicted and measured: {', '.join(PRESETS)}.")  # fmt: skip
 @option("Output", "--json", "json_path", metavar="FILE", help="The rows, one object each.")
 @option("Output", "--markdown", "markdown_path", metavar="FILE", help="The tables.")
-@option("Output", "--plot", "plot_folder", metavar="FOLDER", help="Charts, as PNG files.")
+@option("Output", "--plot", "plot_folder", default="runs/estimates", show_default=True, metavar="FOLDER",
+        help="Charts, as PNG files, where matplotlib is installed.")  # fmt: skip
 def command(
     only: str | None,
     preset: str,
     json_path: str | None,
     markdown_path: str | None,
-    plot_folder: str | None,
+    plot_folder: str,
     **sizes: int,
 ) -> None:
     """Put the source document's memory estimates E1 to E5 beside what is predicted and what is measured.
@@ -64,48 +65,52 @@ def command(
     import torch
     from rich.console import Console
 
-    from ds_cmli.memory import compare, tables, whole_step
+    from ds_cmli.common.tables import Table
+    from ds_cmli.memory import compare, compare_tables
     from ds_cmli.memory.estimates import Setting, claims
 
     setting = Setting(**sizes)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    console = Console(width=None if sys.stdout.isatty() else 190)
+    console = Console(width=min(100, Console().width) if sys.stdout.isatty() else 100)
     every = {id: claim for id, claim in claims(setting).items() if id in ids}
-    shown: list[tables.Table] = []
+    shown: list[Table] = []
 
-    def show(table: tables.Table) -> None:
-        shown.append(table)
-        table.show(console)
+    def show(*tables: Table) -> None:
+        for table in tables:
+            shown.append(table)
+            table.show(console)
 
-    show(tables.arithmetic_table(every.values(), setting))
     rows = compare.predicted_rows(setting, ids, device)
+    with console.status("") as status:
+        compare.measure(rows, setting, device, lambda r: status.update(f"measuring {r.id} {r.implementation}"))
+    summary = compare_tables.sentences(every.values(), rows)
+    for sentence in summary:
+        console.print(sentence, highlight=False)
+    console.print()
+    show(compare_tables.arithmetic_table(every.values(), setting))
     if rows:
-        with console.status("") as status:
-            compare.measure(rows, setting, device, lambda r: status.update(f"measuring {r.id} {r.implementation}"))
-        show(tables.rows_table(rows, every))
+        show(*compare_tables.rows_tables(rows, every))
     document: list[compare.Row] = []
     ours, step = None, None
     if "E4" in ids:
         with console.status("") as status:
-            document, ours = whole_step.document_rows(
+            document, ours = compare.document_rows(
                 setting, say=lambda r: status.update(f"predicting {r.id} {r.implementation}")
             )
-        show(tables.document_table(document, tables.remember_document(document)))
+        show(compare_tables.document_table(document, compare_tables.remember_document(document)))
     if only is None:
         with console.status(f"the whole step of {preset}"):
-            step = whole_step.whole_step(
+            step = compare.whole_step(
                 preset, setting.P if preset == "paper" else 1, device, max(10.0, end - time.monotonic())
             )
-        show(tables.whole_step_table(step))
+        show(compare_tables.whole_step_table(step))
 
     if json_path is not None:
         Path(json_path).write_text(json.dumps([row.to_dict() for row in [*rows, *document]], indent=2) + "\n")
     if markdown_path is not None:
-        Path(markdown_path).write_text(
-            "# Memory: the estimates and the truth\n\n" + "\n".join(t.markdown() for t in shown)
-        )
-    if plot_folder is not None:
-        console.print(plot(Path(plot_folder), rows, ours, step), highlight=False)
+        heading = "# Memory: the estimates and the truth\n\n" + "".join(f"{sentence}\n" for sentence in summary) + "\n"
+        Path(markdown_path).write_text(heading + "\n".join(t.markdown() for t in shown))
+    console.print(plot(Path(plot_folder), rows, ours, step), highlight=False)
 
 
 def parse_only(only: str | None) -> set[str]:

@@ -1,7 +1,8 @@
 """What `profiling/benchmark_cmli.py` measures the all-pairs scores beside; training never imports it.
 
 Inputs in the document's sizes, a timed step over them with the bare matrix product as floor, and other implementations
-of the scores. Each of these takes image [I, N, D], text [J, M, D] and the text's mask, bool [J, M], and returns s_i2t
+of the scores: `broadcast` stores every product of every dot product, `materialised` lets a matrix product store one
+number for each. Each of these takes image [I, N, D], text [J, M, D] and the text's mask, bool [J, M], and returns s_i2t
 and s_t2i [I, J]. Libraries that know one direction are called in both; they come with `pip install -e '.[bench]'`.
 """
 
@@ -11,6 +12,8 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from ds_cmli.losses.functions import widen
 
 N, M, D = 196, 64, 256
 SETTINGS = ("full", "captions", "mixed")
@@ -69,6 +72,40 @@ class Problem:
         if self.device == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter() - start
+
+
+def broadcast_dots(x: Tensor, y: Tensor) -> Tensor:
+    """Dot products over the last dimension of tensors that broadcast, every single product stored on the way."""
+    return (x * y).sum(-1)
+
+
+def cmli_from(similarities: Tensor, text_mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Both scores [I, G] from [I, N, G, M], masked tokens at minus infinity; each text has a valid token."""
+    s_i2t = similarities.max(3).values.mean(1)
+    best = similarities.max(1).values.masked_fill(~text_mask, 0)  # [I, G, M]
+    return s_i2t, best.sum(2) / text_mask.sum(1)
+
+
+def broadcast_scores(image: Tensor, text: Tensor, text_mask: Tensor, image_mask: None = None) -> tuple[Tensor, Tensor]:
+    """CMLI of all pairs as the document counts it: [I, N, G, M, D] is stored. Arguments as `cmli_scores`."""
+    similarities = broadcast_dots(widen(image)[:, :, None, None], widen(text))
+    return cmli_from(similarities.masked_fill_(~text_mask, -torch.inf), text_mask)
+
+
+def materialised_scores(
+    image: Tensor, text: Tensor, text_mask: Tensor, image_mask: None = None, *, narrow: bool = False
+) -> tuple[Tensor, Tensor]:
+    """CMLI of all pairs by one matrix product, all similarities stored: [I, N, G, M]. Arguments as `cmli_scores`.
+
+    Plain autograd. `narrow` stores 16-bit inputs' similarities in 16 bits and lets rounding decide between maxima.
+    """
+    if not narrow:
+        image, text = widen(image), widen(text)
+    similarities = image.flatten(0, 1) @ text.flatten(0, 1).t()  # [I*N, G*M]
+    # In place and before the view: a copy of this tensor is what nobody can afford.
+    similarities.masked_fill_(~text_mask.flatten(), -torch.inf)
+    s_i2t, s_t2i = cmli_from(similarities.view(*image.shape[:2], *text.shape[:2]), text_mask)
+    return widen(s_i2t), widen(s_t2i)
 
 
 def naive(image: Tensor, text: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,24 +1,43 @@
-"""The document's claims E1, E2, E3 and E5 beside what is predicted and what is measured for each way to compute them.
+"""The document's claims beside what is stored: predicted, and measured where memory and time allow.
 
-Each measurement runs in a process of its own, where it fits in memory and in time; what does not stays predicted.
+E1, E2, E3 and E5 are about single losses, each computed in the ways of `implementations.py`; E4 is about a whole
+training step, predicted in the document's setting for each way to compute the loss, and for one preset predicted and
+measured by category. Each measurement runs in a process of its own; what does not fit stays predicted.
+
+As a command, `python -m ds_cmli.memory.compare PRESET WORLD DEVICE` measures a preset's step and prints it as JSON.
+
+Shapes: B pairs per rank, P ranks, N image patches, M text positions, H hidden size, D embedding dimension.
 """
 
 import json
-import subprocess
+import math
+import os
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 
+from ds_cmli.cmli.baselines import broadcast_scores, materialised_scores
 from ds_cmli.cmli.op import triton_runs
-from ds_cmli.memory.allocations import Allocations, predict
-from ds_cmli.memory.estimates import Setting, claims
-from ds_cmli.memory.implementations import Implementation, implementations
+from ds_cmli.common import quiet
+from ds_cmli.common.errors import UserError
+from ds_cmli.common.subprocesses import ask
+from ds_cmli.config.deepspeed_config import DeepSpeedConfig
+from ds_cmli.config.options import DEFAULT_JSON
+from ds_cmli.config.presets import load_preset
+from ds_cmli.config.schema import Config
+from ds_cmli.memory import apart, cards, implementations
+from ds_cmli.memory.estimates import Setting, claims, deepspeed_model_states, zero_model_states
+from ds_cmli.memory.implementations import Allocations, Implementation
+from ds_cmli.memory.predict import DEFAULT_CARD, Prediction, predict
 
 GB = 10**9
 MOST_BYTES = 16 * GB  # of a measurement in main memory: this is a machine that others use too
@@ -57,9 +76,9 @@ def backend(device: str) -> str:
 def predicted_rows(s: Setting, ids: set[str], device: str) -> list[Row]:
     """Rows of the claims in `ids`, predicted and not measured yet."""
     every, out = claims(s), []
-    for (id, name), implementation in implementations(s, backend(device)).items():
+    for (id, name), implementation in implementations.implementations(s, backend(device)).items():
         if id in ids:
-            claim, found = every[id], predict(implementation)
+            claim, found = every[id], implementations.predict(implementation)
             row = Row(id, name, claim.document_bytes, claim.arithmetic_bytes, claim.stored[name])
             row.predicted_bytes, row.predicted_peak_bytes = found.largest, found.peak
             row.verdict = f"{claim.arithmetic}; {claim.verdict}"
@@ -70,7 +89,7 @@ def predicted_rows(s: Setting, ids: set[str], device: str) -> list[Row]:
 def measure(rows: list[Row], s: Setting, device: str, say: Callable[[Row], None] = lambda row: None) -> None:
     """Measure each of `rows` that there is room and time for, the quick ones first."""
     end = time.monotonic() + ALL_SECONDS
-    known = implementations(s, backend(device))
+    known = implementations.implementations(s, backend(device))
     for row in sorted(rows, key=lambda r: (("E1", "E3", "E2", "E5").index(r.id), r.implementation != "ours")):
         say(row)
         passes, why_not = affordable(known[row.id, row.implementation], device)
@@ -91,7 +110,7 @@ def affordable(implementation: Implementation, device: str) -> tuple[str, str]:
     """The passes that fit in memory ("" for none), and what is missing for more."""
     free = free_bytes(device)
     for passes in ("forward and backward", "forward"):
-        need = predict(implementation, backward=passes != "forward").peak
+        need = implementations.predict(implementation, backward=passes != "forward").peak
         if need <= free:
             return passes, ""
     return "", f"needs {need / GB:,.1f} GB, {max(free, 0) / GB:,.1f} GB are free"
@@ -122,17 +141,167 @@ def control_group_free(process: str = "/proc/self/cgroup", root: str = "/sys/fs/
 
 def measure_apart(row: Row, s: Setting, device: str, passes: str, seconds: float) -> Allocations | None:
     """In a process of its own, which says what it knows after each pass; None where it did not get that far."""
-    module = "ds_cmli.memory.allocations"
-    command = [sys.executable, "-m", module, row.id, row.implementation, device, json.dumps(asdict(s)), passes]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
-        try:
-            said, _ = process.communicate(timeout=seconds)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            said, _ = process.communicate()
-    lines = [line for line in said.splitlines() if line.startswith("{")]
-    return Allocations(**json.loads(lines[-1])) if lines else None
+    module = implementations.__name__
+    found, _ = ask(["-m", module, row.id, row.implementation, device, json.dumps(asdict(s)), passes], seconds)
+    return None if found is None else Allocations(**found)
 
 
 def device_name(device: str) -> str:
     return torch.cuda.get_device_name() if device == "cuda" else "CPU allocator"
+
+
+ALL_LOSSES = ("global", "cmli", "target_cmli")
+# What the student learned by before, where the document finds 2 GB left.
+BEFORE = ("global", "cls_kd")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to compute the losses of the document's step."""
+
+    name: str
+    losses: tuple[str, ...]
+    checkpointing: bool
+    scores: Callable | None = None  # in place of `cmli_scores`
+
+
+VARIANTS = (
+    Variant("without CMLI", BEFORE, False),
+    Variant("broadcast", ALL_LOSSES, False, broadcast_scores),
+    Variant("materialised", ALL_LOSSES, False, materialised_scores),
+    Variant("materialised", ALL_LOSSES, True, materialised_scores),
+    Variant("ours", ALL_LOSSES, False),
+    Variant("ours", ALL_LOSSES, True),
+)
+
+
+def document_config(s: Setting, losses: tuple[str, ...] = ALL_LOSSES) -> Config:
+    """The preset `paper` in the setting `s`. Raises `UserError` where its models have no such size."""
+    side, patch_size = math.isqrt(s.N), 16
+    if side * side != s.N:
+        raise UserError(f"--N is {s.N}: the models' patches form a square, give {side * side} or {(side + 1) ** 2}")
+    if s.H % 64:
+        raise UserError(f"--H is {s.H}: the models' heads are 64 wide, give a multiple of 64")
+    heads = s.H // 64
+    image = {"embed_dim": s.H, "num_heads": heads}
+    text = {"hidden_size": s.H, "num_attention_heads": heads, "intermediate_size": 4 * s.H}
+    config = load_preset("paper", {"loss": {"weights": dict.fromkeys(losses, 1.0)}})
+    return replace(
+        config,
+        student=replace(
+            config.student, embed_dim=s.D, image_overrides=image, text_overrides=text, text_weights="random"
+        ),
+        teacher=replace(config.teacher, overrides=image),
+        data=replace(config.data, image_size=side * patch_size, text_positions=s.M),
+        optim=replace(config.optim, micro_batch=s.B),
+    )
+
+
+def document_json(checkpointing: bool) -> DeepSpeedConfig:
+    """The JSON that training takes by default: fp16 and ZeRO-2."""
+    ds_config = DeepSpeedConfig.load(DEFAULT_JSON)
+    if not checkpointing:
+        ds_config = ds_config.replaced(activation_checkpointing=None)
+    return ds_config
+
+
+def document_rows(
+    s: Setting,
+    variants: Iterable[Variant] = VARIANTS,
+    card: str = DEFAULT_CARD,
+    say: Callable[[Row], None] = lambda row: None,
+) -> tuple[list[Row], Prediction | None]:
+    """E4: the bytes that each variant leaves free on a card of 24 GB (assumed); and "ours" without checkpointing."""
+    claim, total = claims(s)["E4"], cards.card(card).total.bytes
+    rows, ours = [], None
+    with predicting() as pool:
+        for variant in variants:
+            name = variant.name + ", checkpointing" * variant.checkpointing
+            row = Row(
+                "E4", name, claim.document_bytes, None, None, measured_on=f"predicted for {card}, rank 0 of {s.P}"
+            )
+            rows.append(row)
+            say(row)
+            try:
+                config = document_config(s, variant.losses)
+            except UserError as error:
+                row.verdict = f"not predicted: {error}"
+                continue
+            found = pool.submit(
+                predict, config, document_json(variant.checkpointing), s.P, card=card, scores=variant.scores
+            ).result()
+            if variant.name == "ours" and not variant.checkpointing:
+                ours = found
+            report = found.report
+            needed = report.totals["device"]
+            row.predicted_bytes, row.predicted_peak_bytes = total - needed, report.totals["requested"]
+            row.verdict = f"{'fits' if needed <= total else 'does not fit'}: {describe(total - needed)}"
+            row.extra = {"card": card, "card_bytes": total, **report.to_dict()}
+    return rows, ours
+
+
+def describe(free: int) -> str:
+    return f"{free / GB:,.1f} GB free" if free >= 0 else f"{-free / GB:,.1f} GB too much"
+
+
+@contextmanager
+def predicting() -> Iterator[ProcessPoolExecutor]:
+    """A process for predictions, which must see no GPU from its start on."""
+    with ProcessPoolExecutor(1, get_context("spawn"), _without_gpu, (apart.without_gpu(),)) as pool:
+        yield pool
+
+
+def _without_gpu(environment: dict[str, str]) -> None:
+    os.environ.update(environment)
+    torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
+    quiet.silence()
+
+
+@dataclass
+class WholeStep:
+    """The second step of one preset, by category."""
+
+    preset: str
+    world_size: int
+    device: str
+    prediction: Prediction
+    measured: dict[str, Any] | None  # of `Report.to_dict`
+    not_measured: str  # why
+    parameters: int  # of the student
+    zero: dict[str, int]  # category -> bytes by ZeRO's formula
+    deepspeed_bytes: int | None  # by DeepSpeed's estimator
+
+
+def whole_step(preset: str, world_size: int, device: str, seconds: float = MOST_SECONDS) -> WholeStep:
+    """Predicted for `device`, and measured there in a process of its own where memory and `seconds` allow."""
+    with predicting() as pool:
+        ds_config = DeepSpeedConfig.load(DEFAULT_JSON)
+        found = pool.submit(predict, load_preset(preset, {}), ds_config, world_size, target=device).result()
+    needed, free = found.report.totals["requested"], free_bytes(device)
+    measured, why_not = None, f"needs {needed / GB:.1f} GB, {free / GB:.1f} GB are free"
+    if needed <= free:
+        measured, why_not = ask(["-m", __name__, preset, str(world_size), device], seconds)
+    parameters, largest, stage = found.parameters, found.largest_module, found.report.setting["zero_stage"]
+    return WholeStep(
+        preset,
+        world_size,
+        device,
+        found,
+        measured,
+        why_not,
+        parameters,
+        zero_model_states(parameters, world_size, stage),
+        deepspeed_model_states(parameters, largest, world_size, stage),
+    )
+
+
+def main(preset: str, world_size: str, device: str) -> None:
+    from ds_cmli.memory.measure import measure
+
+    report = measure(load_preset(preset, {}), DeepSpeedConfig.load(DEFAULT_JSON), int(world_size), device)
+    print(json.dumps(report.to_dict()))
+
+
+if __name__ == "__main__":
+    quiet.silence()
+    main(*sys.argv[1:])

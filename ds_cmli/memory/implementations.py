@@ -1,58 +1,37 @@
-"""The ways to compute what E1 to E3 are about, as code that runs: what each stores is measured, not argued.
+"""python -m ds_cmli.memory.implementations ID NAME DEVICE SETTING PASSES: what one way to compute a claim allocates.
 
+The ways to compute what the estimates E1 to E3 are about, as code that runs: what each stores is measured, not argued.
 `broadcast` stores every product of every dot product, as the document counts; `materialised` lets a matrix product
 store one number for each; `ours` is what this project trains with. One process stands for one rank: where a rank
 would gather the other ranks' texts (or, in the first two of E1, images too), they are given.
 
-Shapes: B pairs per rank, G = B * P, I images (B or G), N image patches, M text positions, H hidden size, D matching
-space.
+`run` measures an implementation, in a process of its own so that its memory returns and its peak is its own; `predict`
+runs the same code on tensors without data.
+
+Shapes: B pairs per rank, G = B * P, I images (B or G), N image patches, M text positions, H hidden size, D embedding
+dimension.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import json
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, replace
 from functools import partial
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ds_cmli.cmli import cmli_scores
+from ds_cmli.cmli.baselines import broadcast_dots, broadcast_scores, materialised_scores
 from ds_cmli.losses import functions as losses
-from ds_cmli.memory.estimates import SPECIAL_TOKENS, Setting
+from ds_cmli.memory import cpu_events
+from ds_cmli.memory.estimates import SPECIAL_TOKENS, Setting, cmli_op_largest
+from ds_cmli.memory.tracker import Tracker
 
-
-def broadcast_dots(x: Tensor, y: Tensor) -> Tensor:
-    """Dot products over the last dimension of tensors that broadcast, every single product stored on the way."""
-    return (x * y).sum(-1)
-
-
-def cmli_from(similarities: Tensor, text_mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Both scores [I, G] from [I, N, G, M], masked tokens at minus infinity; each text has a valid token."""
-    s_i2t = similarities.max(3).values.mean(1)
-    best = similarities.max(1).values.masked_fill(~text_mask, 0)  # [I, G, M]
-    return s_i2t, best.sum(2) / text_mask.sum(1)
-
-
-def broadcast_scores(image: Tensor, text: Tensor, text_mask: Tensor, image_mask: None = None) -> tuple[Tensor, Tensor]:
-    """CMLI of all pairs as the document counts it: [I, N, G, M, D] is stored. Arguments as `cmli_scores`."""
-    similarities = broadcast_dots(losses.widen(image)[:, :, None, None], losses.widen(text))
-    return cmli_from(similarities.masked_fill_(~text_mask, -torch.inf), text_mask)
-
-
-def materialised_scores(
-    image: Tensor, text: Tensor, text_mask: Tensor, image_mask: None = None, *, narrow: bool = False
-) -> tuple[Tensor, Tensor]:
-    """CMLI of all pairs by one matrix product, all similarities stored: [I, N, G, M]. Arguments as `cmli_scores`.
-
-    Plain autograd. `narrow` stores 16-bit inputs' similarities in 16 bits and lets rounding decide between maxima.
-    """
-    if not narrow:
-        image, text = losses.widen(image), losses.widen(text)
-    similarities = image.flatten(0, 1) @ text.flatten(0, 1).t()  # [I*N, G*M]
-    # In place and before the view: a copy of this tensor is what nobody can afford.
-    similarities.masked_fill_(~text_mask.flatten(), -torch.inf)
-    s_i2t, s_t2i = cmli_from(similarities.view(*image.shape[:2], *text.shape[:2]), text_mask)
-    return losses.widen(s_i2t), losses.widen(s_t2i)
+SMALL = Setting(B=2, P=1, N=4, M=4, H=8, D=8)
 
 
 def global_loss(dots: Callable[[Tensor, Tensor], Tensor], image: Tensor, text: Tensor, logit_scale: Tensor) -> Tensor:
@@ -104,6 +83,7 @@ def _logit_scale(device: str) -> Tensor:
 class Implementation:
     inputs: Callable[[str], tuple[Tensor, ...]]  # device -> arguments of `forward`
     forward: Callable[..., Tensor]  # a scalar loss, or an index without gradient
+    inside: int = 0  # bytes of the largest tensor inside an operator that tracing does not look into
 
 
 def implementations(s: Setting, backend: str = "auto") -> dict[tuple[str, str], Implementation]:
@@ -112,6 +92,7 @@ def implementations(s: Setting, backend: str = "auto") -> dict[tuple[str, str], 
     `backend`: of the all-pairs op.
     """
     kept = s.M - SPECIAL_TOKENS
+    inside = 0 if backend == "triton" else cmli_op_largest(s.B, s.G, s.N, s.M, s.D, torch.float32)
     blocks = {"all": partial(cmli_inputs, s.G, s.M, s), "row": partial(cmli_inputs, s.B, s.M, s)}
     return {
         ("E1", "broadcast"): Implementation(
@@ -121,7 +102,9 @@ def implementations(s: Setting, backend: str = "auto") -> dict[tuple[str, str], 
         ("E1", "ours"): Implementation(partial(global_inputs, s.B, s), partial(global_loss, _product)),
         ("E2", "broadcast"): Implementation(blocks["all"], partial(cmli_loss, broadcast_scores)),
         ("E2", "materialised"): Implementation(blocks["row"], partial(cmli_loss, materialised_scores)),
-        ("E2", "ours"): Implementation(blocks["row"], partial(cmli_loss, partial(cmli_scores, backend=backend))),
+        ("E2", "ours"): Implementation(
+            blocks["row"], partial(cmli_loss, partial(cmli_scores, backend=backend)), inside
+        ),
         ("E2", "materialised, all"): Implementation(blocks["all"], partial(cmli_loss, materialised_scores)),
         ("E3", "broadcast"): Implementation(partial(match_inputs, s.M, s), broadcast_match),
         ("E3", "materialised"): Implementation(partial(match_inputs, s.M, s), materialised_match),
@@ -135,3 +118,91 @@ def implementations(s: Setting, backend: str = "auto") -> dict[tuple[str, str], 
 
 def _product(image: Tensor, text: Tensor) -> Tensor:
     return image @ text.t()
+
+
+@dataclass(frozen=True)
+class Allocations:
+    largest: int  # bytes of the largest single allocation of forward
+    peak: int  # the most held at once above what was live before, over the passes that ran
+    passes: str  # "forward", or "forward and backward"
+
+
+def summarise(forward: Iterable[int], backward: Iterable[int] | None) -> Allocations:
+    """From the signed sizes of allocations and their ends, in order; `backward` None: it did not run."""
+    forward = list(forward)
+    peak = max(accumulate([*forward, *(backward or ())]), default=0)
+    return Allocations(max(forward, default=0), max(peak, 0), "forward" + " and backward" * (backward is not None))
+
+
+def run(implementation: Implementation, device: str, backward: bool, say: Callable = lambda found: None) -> Allocations:
+    """Forward as in training, with its graph recorded, and `backward` where asked for and there is a gradient.
+
+    `say` is told what is known after forward: backward may find no memory.
+    """
+    observe = cuda_sizes if device == "cuda" else cpu_events.sizes
+    inputs = implementation.inputs(device)
+    out: list[Tensor] = []
+    forward = observe(lambda: out.append(implementation.forward(*inputs)))
+    found = summarise(forward, None)
+    say(found)
+    if backward and out[0].requires_grad:
+        found = summarise(forward, observe(out.pop().backward))
+        say(found)
+    return found
+
+
+def cuda_sizes(call: Callable[[], object]) -> list[int]:
+    """As PyTorch's CUDA allocator records them: requested bytes, before its rounding."""
+    history = torch.cuda.memory
+    history._record_memory_history(context=None, stacks="python", max_entries=10**6)
+    call()
+    torch.cuda.synchronize()  # CPU-GPU sync
+    trace = history._snapshot()["device_traces"][torch.cuda.current_device()]
+    history._record_memory_history(enabled=None)
+    return trace_sizes(trace)
+
+
+def trace_sizes(trace: list[dict]) -> list[int]:
+    """Of the allocator's recorded history on one device."""
+    sign = {"alloc": 1, "free_requested": -1}
+    return [sign[entry["action"]] * entry["size"] for entry in trace if entry["action"] in sign]
+
+
+def predict(implementation: Implementation, backward: bool = True) -> Allocations:
+    """The same code on fake tensors, which have sizes and lifetimes but no data: any size, in a moment."""
+    with FakeTensorMode():
+        inputs = implementation.inputs("cpu")
+        # Every position of every text is valid in the inputs of CMLI, which have a mask.
+        tracker = Tracker(text_lengths=[inputs[1].shape[1]] * inputs[1].shape[0] if len(inputs) == 4 else None)
+        tracker.claim("data", inputs)
+        known = len(tracker.log)
+        with tracker:
+            tracker.enter("forward")
+            out = implementation.forward(*inputs)
+            forward = len(tracker.log)
+            if backward and out.requires_grad:
+                tracker.enter("backward")
+                out.backward()
+        events = tracker.events()
+    first, rest = events[known:forward], events[forward:]
+    found = summarise((e.bytes for e in first), (e.bytes for e in rest) if rest else None)
+    if not any(event.op.startswith("ds_cmli") for event in first):
+        return found
+    # What the op holds inside is one event: its largest part is known by arithmetic.
+    ended = {event.block for event in first if event.bytes < 0}
+    largest = max(e.bytes for e in first if not (e.op.startswith("ds_cmli") and e.block in ended))
+    return replace(found, largest=max(largest, implementation.inside))
+
+
+def main(row: str, name: str, device: str, setting: str, passes: str) -> None:
+    # Libraries' workspaces come from the allocator at their first use: not part of any implementation.
+    for small in implementations(SMALL).values():
+        run(small, device, backward=True)
+    implementation = implementations(Setting(**json.loads(setting)))[row, name]
+    # Flushed: the process may be ended in the middle of backward.
+    say = lambda found: print(json.dumps(asdict(found)), flush=True)  # noqa: E731
+    run(implementation, device, passes == "forward and backward", say)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

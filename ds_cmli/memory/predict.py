@@ -41,6 +41,8 @@ class NotPredictable(UserError):
 class Prediction:
     report: Report
     events: list[Event]
+    parameters: int  # trained ones, of the whole student with its losses
+    largest_module: int  # the most of them that one module has for itself
 
 
 def predict(
@@ -94,6 +96,7 @@ def predict(
         recorded_from_the_engine_on(tracker, json, cuda, answers.enter),
     ):
         trainer = step.build(config, json, vocab_size, TOTAL_STEPS, device)
+        sizes = [_own_parameters(module) for module in trainer.objective.modules()]
         if scores is not None:
             trainer.objective.score = scores  # type: ignore[assignment]
         with phases(trainer, answers.enter), tracker.attach(trainer):
@@ -121,7 +124,12 @@ def predict(
         replayed = replay(events)
         report.totals["allocated"], report.totals["reserved"] = replayed.allocated_peak, replayed.reserved_peak
         report.totals["device"] = cards.device_bytes(report.totals["reserved"], card, world_size)
-    return Prediction(report, events)
+    return Prediction(report, events, sum(sizes), max(sizes))
+
+
+def _own_parameters(module: nn.Module) -> int:
+    # Under ZeRO-3 a parameter's own size is that of this rank's part.
+    return sum(getattr(p, "ds_numel", p.numel()) for p in module.parameters(recurse=False))
 
 
 def _check_offload(ds_config: DeepSpeedConfig) -> None:

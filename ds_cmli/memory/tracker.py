@@ -20,12 +20,14 @@ from torch.utils._pytree import tree_leaves
 from ds_cmli.cmli.peak_memory import cmli_peak_bytes
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.engine import Step
-from ds_cmli.memory.allocations import IN_PLACE
 from ds_cmli.memory.owners import HOST, is_offloaded, owners
 from ds_cmli.memory.phases import phases
 from ds_cmli.memory.report import Event
 from ds_cmli.memory.workspace import workspace_bytes
 
+# Autograd adds gradients up and fills in those of maxima in place, but not where a mode looks on: there the argument
+# ends right after these.
+IN_PLACE = (torch.ops.aten.add.Tensor, torch.ops.aten.scatter.src)
 # Of DeepSpeed's optimizers: what these methods allocate belongs to the buckets that gradients travel in.
 BUCKET_METHODS = ("setup_buckets", "reduce_ipg_grads", "_DeepSpeedZeroOptimizer_Stage3__reduce_and_partition_ipg_grads")
 GATHERS = ("allgather_", "_allgather_base_", "allgather_into_tensor_coalesced_", "allgather_coalesced_")

@@ -6,6 +6,7 @@ zeros of these sizes, under the profiler that reports the allocator's events.
 """
 
 import functools
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
-from ds_cmli.memory.allocations import cpu_sizes, summarise
+from ds_cmli.memory import cpu_events
 
 aten = torch.ops.aten
 LIBRARY_OPS = {
@@ -64,6 +65,6 @@ def _asked(func: Any, args: tuple, kwargs: tuple, threads: int) -> int:
     with _disable_current_modes():
         operands, named = _zeros(args), {name: _zeros(value) for name, value in kwargs}
         func(*operands, **named)  # what a library keeps from its first call on is no workspace
-        sizes = cpu_sizes(lambda: returned.append(func(*operands, **named)))
+        sizes = cpu_events.sizes(lambda: returned.append(func(*operands, **named)))
     kept = sum(t.untyped_storage().nbytes() for t in tree_leaves(returned) if isinstance(t, Tensor))
-    return max(0, summarise(sizes, None).peak - kept)
+    return max(0, max(accumulate(sizes), default=0) - kept)

@@ -3,7 +3,7 @@ import torch
 
 from ds_cmli.cmli import chunked
 from ds_cmli.common.errors import UserError
-from ds_cmli.memory.allocations import cpu_sizes
+from ds_cmli.memory.cpu_events import sizes as cpu_sizes
 from ds_cmli.memory.estimates import (
     DOCUMENT,
     Setting,

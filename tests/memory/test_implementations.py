@@ -7,7 +7,8 @@ import torch
 
 from ds_cmli.cmli.reference import cmli_scores_reference
 from ds_cmli.losses import functions as losses
-from ds_cmli.memory import allocations
+from ds_cmli.memory import implementations as allocations
+from ds_cmli.memory.cpu_events import sizes as cpu_sizes
 from ds_cmli.memory.estimates import Setting, claims
 from ds_cmli.memory.implementations import (
     broadcast_match,
@@ -43,7 +44,7 @@ def test_narrow_similarities_are_stored_in_16_bits(dtype):
     narrow = materialised_scores(image, text, mask, narrow=True)
     assert {x.dtype for x in (*wide, *narrow)} == {torch.float32}
     torch.testing.assert_close(narrow, wide, rtol=0.02, atol=0.05)
-    largest = lambda function: max(allocations.cpu_sizes(lambda: function(image, text, mask)))  # noqa: E731
+    largest = lambda function: max(cpu_sizes(lambda: function(image, text, mask)))  # noqa: E731
     assert largest(materialised_scores) == 3 * 6 * 5 * 4 * 4
     assert largest(partial(materialised_scores, narrow=True)) == 3 * 6 * 5 * 4 * 2
 
@@ -83,7 +84,7 @@ def test_predicted_is_what_the_allocator_reports(warm, key):
     assert predicted.largest == claims(SMALL)[key[0]].stored[key[1]]
     if "E3 materialised" in " ".join(key):  # the 16-bit product takes a workspace of its own, here the largest
         inputs = implementation.inputs("cpu")
-        assert predicted.largest in allocations.cpu_sizes(lambda: implementation.forward(*inputs))
+        assert predicted.largest in cpu_sizes(lambda: implementation.forward(*inputs))
     else:
         assert predicted == allocations.run(implementation, "cpu", backward=True)
 

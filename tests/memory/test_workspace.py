@@ -8,7 +8,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ds_cmli.memory import workspace
-from ds_cmli.memory.allocations import cpu_sizes
+from ds_cmli.memory.cpu_events import sizes as cpu_sizes
 from ds_cmli.memory.report import Event
 from ds_cmli.memory.tracker import Tracker
 

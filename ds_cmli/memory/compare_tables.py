@@ -1,50 +1,12 @@
-"""What the comparison of estimates found, as tables: for the terminal and as Markdown."""
+"""What the comparison of estimates found, in sentences and tables of at most 100 columns."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
-from typing import Any
 
-from ds_cmli.memory.compare import GB, Row
+from ds_cmli.common.tables import Table, count
+from ds_cmli.memory.charts import readable
+from ds_cmli.memory.compare import GB, Row, WholeStep, describe
 from ds_cmli.memory.estimates import DOCUMENT, Claim, Setting
 from ds_cmli.memory.report import CATEGORIES, PHASES
-from ds_cmli.memory.whole_step import WholeStep, describe
-
-
-@dataclass
-class Table:
-    title: str
-    columns: list[str]  # the first is text; of the others those named "B" or "GB" hold numbers
-    rows: list[list[str]]
-    notes: list[str] = field(default_factory=list)
-
-    def markdown(self) -> str:
-        lines = [f"## {self.title}", ""]
-        alignment = ["---:" if numeric(name) else "---" for name in self.columns]
-        lines += [f"| {' | '.join(cells)} |" for cells in (self.columns, alignment, *self.rows)]
-        return "\n".join([*lines, "", *(f"- {note}" for note in self.notes), ""])
-
-    def show(self, console: Any) -> None:
-        from rich import box
-        from rich.markup import escape
-        from rich.table import Table as RichTable
-
-        table = RichTable(title=self.title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
-        for name in self.columns:
-            table.add_column(name, justify="right" if numeric(name) else "left", overflow="fold")
-        for row in self.rows:
-            table.add_row(*map(escape, row))
-        console.print(table)
-        for note in self.notes:
-            console.print(f"  {escape(note)}", highlight=False)
-        console.print()
-
-
-def numeric(column: str) -> bool:
-    return column.endswith((" B", " GB"))
-
-
-def count(number: int | None) -> str:
-    return "-" if number is None else f"{number:,}"
 
 
 def describe_setting(s: Setting) -> str:
@@ -65,25 +27,52 @@ def arithmetic_table(claims: Iterable[Claim], s: Setting) -> Table:
     return Table(f"What the document says: {describe_setting(s)}", ["id", "about", "step", "comes to", ""], rows, notes)
 
 
-def rows_table(rows: list[Row], claims: dict[str, Claim]) -> Table:
-    columns = ["id", "implementation", "document B", "as written B", "true B", "predicted B", "measured B"]
-    columns += ["peak, predicted B", "peak, measured B", "measured on"]
-    cells = [
-        [
-            row.id, row.implementation,
-            *map(count, (row.document_bytes, row.arithmetic_bytes, row.corrected_bytes, row.predicted_bytes,
-                         row.measured_bytes, row.predicted_peak_bytes, row.measured_peak_bytes)),
-            row.measured_on,
-        ]
+def sentences(claims: Iterable[Claim], rows: list[Row]) -> list[str]:
+    """What the document claims, what is stored, and what was measured: one sentence each."""
+    claims = list(claims)
+    known = [c for c in claims if c.document_bytes is not None and c.stored]
+    if not known:
+        return []
+    said = ", ".join(f"{c.figure} for {c.topic} ({c.id})" for c in known)
+    least = ", ".join(f"{readable(min(c.stored.values()))} for {c.id}" for c in known)
+    measured = [row for row in rows if row.measured_bytes is not None]
+    equal = sum(row.measured_bytes == row.predicted_bytes for row in measured)
+    truth = "Nothing was measured here: the tables give the reasons."
+    if measured:
+        where = measured[0].measured_on.split(",")[0]
+        truth = f"Measured by the {where}: {equal} of {len(measured)} largest allocations equal the predicted ones."
+    return [
+        f"The document claims that a step needs {said}.",
+        f"It counts every product of every dot product; a matrix product stores one number each, at the least {least}.",
+        truth,
+    ]
+
+
+def rows_tables(rows: list[Row], claims: dict[str, Claim]) -> list[Table]:
+    sizes = [
+        [f"{row.id} {row.implementation}",
+         *map(count, (row.document_bytes, row.corrected_bytes, row.predicted_bytes, row.measured_bytes))]
         for row in rows
     ]  # fmt: skip
     ids = dict.fromkeys(row.id for row in rows)
     notes = [
-        "true, predicted, measured: the largest single allocation of forward. Peak: the most held above what was live "
-        "before, over the passes named (predicted: over forward and backward).",
+        "true, predicted, measured: the largest single allocation of forward.",
         *(f"{id}: {claims[id].remember}" for id in ids),
     ]
-    return Table("E1, E2, E3, E5: what is stored", columns, cells, notes)
+    peaks = [
+        [f"{row.id} {row.implementation}", *map(count, (row.predicted_peak_bytes, row.measured_peak_bytes)),
+         row.measured_on]
+        for row in rows
+    ]  # fmt: skip
+    peak_note = (
+        "Peak: the most held above what was live before, over the passes named (predicted: forward and backward)."
+    )
+    return [
+        Table("E1, E2, E3, E5: what is stored",
+              ["", "document B", "true B", "predicted B", "measured B"], sizes, notes),
+        Table("E1, E2, E3, E5: at the peak",
+              ["", "predicted B", "measured B", "measured on"], peaks, [peak_note]),
+    ]  # fmt: skip
 
 
 def document_table(rows: list[Row], remember: str) -> Table:

@@ -1,0 +1,39 @@
+"""Start a Python process for one piece of work, and read the JSON object that it prints last."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+# What launchers tell a rank: a process of its own is no rank.
+LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+def environment(**more: str) -> dict[str, str]:
+    """This process's environment without what a launcher set, and `more`."""
+    return {k: v for k, v in os.environ.items() if k not in LAUNCHER_VARIABLES} | more
+
+
+def ask(
+    arguments: list[str], timeout_s: float, env: Mapping[str, str] | None = None
+) -> tuple[dict[str, Any] | None, str]:
+    """Run `python *arguments`, at most `timeout_s` seconds.
+
+    Returns:
+        The last JSON object that it printed, and "" or why it did not end well. A process that prints what it knows as
+        it goes on, and is then ended, still has an answer; without any the object is None.
+    """
+    command = [sys.executable, *arguments]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env) as process:
+        try:
+            printed, errors = process.communicate(timeout=timeout_s)
+            last = (errors.strip().splitlines() or ["no message"])[-1][:300]
+            reason = f"exit code {process.returncode}: {last}" if process.returncode else ""
+        except subprocess.TimeoutExpired:
+            process.kill()
+            printed, _ = process.communicate()
+            reason = f"took more than {timeout_s:.0f} s"
+    answers = [line for line in printed.splitlines() if line.startswith("{")]
+    return (json.loads(answers[-1]) if answers else None), reason

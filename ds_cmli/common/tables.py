@@ -1,0 +1,43 @@
+"""Tables for the terminal and as Markdown."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass
+class Table:
+    title: str
+    columns: list[str]  # those named "B" or "GB", or ending in one of them, hold numbers
+    rows: list[list[str]]
+    notes: list[str] = field(default_factory=list)
+
+    def markdown(self) -> str:
+        lines = [f"## {self.title}", ""]
+        alignment = ["---:" if _numeric(name) else "---" for name in self.columns]
+        lines += [f"| {' | '.join(cells)} |" for cells in (self.columns, alignment, *self.rows)]
+        return "\n".join([*lines, "", *(f"- {note}" for note in self.notes), ""])
+
+    def show(self, console: Any) -> None:
+        """Print it on a rich console."""
+        from rich import box
+        from rich.markup import escape
+        from rich.table import Table as RichTable
+
+        table = RichTable(title=self.title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+        for name in self.columns:
+            table.add_column(name, justify="right" if _numeric(name) else "left", overflow="fold")
+        for row in self.rows:
+            table.add_row(*map(escape, row))
+        console.print(table)
+        for note in self.notes:
+            console.print(f"  {escape(note)}", highlight=False)
+        console.print()
+
+
+def _numeric(column: str) -> bool:
+    return column.rsplit(" ", 1)[-1] in ("B", "GB", "share")
+
+
+def count(number: int | None) -> str:
+    """1,024; "-" where there is no such figure."""
+    return "-" if number is None else f"{number:,}"
