@@ -10,6 +10,8 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from ds_cmli import schedule
+from ds_cmli.common import quiet
 from ds_cmli.common.errors import UserError
 from ds_cmli.config import deepspeed_checks
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
@@ -51,6 +53,15 @@ def filled(config: Config, ds_config: DeepSpeedConfig, world_size: int, total_st
             return vit.embed_dim
 
     return ds_config.filled(config.optim, world_size, total_steps, width)
+
+
+def try_out(ds_config: DeepSpeedConfig, total_steps: int) -> str | None:
+    """`schedule.try_out` where the optimizer will run."""
+    from deepspeed.accelerator import get_accelerator
+
+    gpu_only = ds_config.optimizer_params.get("fused") or ds_config.optimizer_params.get("capturable")
+    device = get_accelerator().device_name() if gpu_only and ds_config.offload("optimizer") == "none" else "cpu"
+    return schedule.try_out(ds_config, torch.device(device), total_steps)
 
 
 def resolve_weights(config: Config) -> Config:
@@ -104,6 +115,7 @@ class Step:
     teacher: Teacher | None
     device: torch.device
     dtype: torch.dtype
+    lr: float = 0.0  # that the last update was made with
 
     def __call__(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Forward, backward and, at the end of accumulation, update on one micro-batch of this rank.
@@ -115,6 +127,7 @@ class Step:
         total, each = self.engine(batch, targets)  # collectives: text features, column statistics
         total = guard.poison(total)
         self.engine.backward(total)  # collectives: text gradients, gradient buckets
+        self.lr = self.engine.get_lr()[0]  # of this update: its end brings the next one's
         self.engine.step()  # collectives and a CPU-GPU sync: overflow check, gradient norm, updated weights
         return total.detach(), each
 
@@ -124,9 +137,9 @@ class Step:
         return not self.engine.was_step_applied()
 
     def state(self) -> dict[str, float]:
-        """Learning rate, gradient norm, loss scale and temperatures. CPU-GPU sync; collective under ZeRO-3."""
+        """Last update's rate, gradient norm, loss scale and temperatures. CPU-GPU sync; collective under ZeRO-3."""
         optimizer = self.engine.optimizer
-        out = {"lr": self.engine.get_lr()[0]}
+        out = {"lr": self.lr}
         norm = self.engine.get_global_grad_norm()
         if norm is not None:
             out["grad_norm"] = float(norm)
@@ -148,9 +161,10 @@ def build(config: Config, ds_config: DeepSpeedConfig, vocab_size: int, total_ste
         device: this rank's; the process group is already up.
     """
     import deepspeed
-    from transformers import get_cosine_schedule_with_warmup
 
     use_no_compiler()
+    if ds_config.prints:
+        quiet.let_deepspeed_print(ds_config.get("log_level") is None)
     deepspeed.init_distributed(verbose=False)
     dtype = DTYPES[ds_config.precision]
     objective, teacher = build_models(config, vocab_size)
@@ -159,17 +173,13 @@ def build(config: Config, ds_config: DeepSpeedConfig, vocab_size: int, total_ste
         deepspeed.checkpointing.configure(None, deepspeed_config=ds_config.raw())
         checkpoint_blocks(objective.student.blocks, deepspeed.checkpointing.checkpoint)
 
-    warmup = config.optim.warmup_steps(total_steps)
-    schedule = None
-    if "scheduler" not in ds_config:
-        schedule = lambda optimizer: get_cosine_schedule_with_warmup(optimizer, warmup, total_steps)  # noqa: E731
     weight_decay = ds_config.optimizer_params.get("weight_decay", 0.0)
     try:
         engine, *_ = deepspeed.initialize(
             model=objective,
             model_parameters=parameter_groups(objective, weight_decay),  # type: ignore[arg-type]
             config=ds_config.raw(),
-            lr_scheduler=schedule,
+            lr_scheduler=schedule.maker(ds_config, config.optim.warmup_steps(total_steps), total_steps),
         )
     except (AssertionError, ValueError) as error:
         raise UserError(f"DeepSpeed refuses the configuration: {error}") from error

@@ -21,7 +21,7 @@ import click  # noqa: E402
 from ds_cmli.common.cli import GroupedCommand, option, run_command, say  # noqa: E402
 from ds_cmli.common.errors import UserError  # noqa: E402
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig  # noqa: E402
-from ds_cmli.config.options import OUTPUT, WHAT, add, resolve_config  # noqa: E402
+from ds_cmli.config.options import OUTPUT, WHAT, add, given_optim, resolve_config  # noqa: E402
 from ds_cmli.config.schema import Config  # noqa: E402
 from ds_cmli.faults import preemption  # noqa: E402
 from ds_cmli.memory.profiles import Profiles  # noqa: E402
@@ -47,13 +47,17 @@ def command(preset: str, deepspeed_config: str, settings: tuple[str, ...], resum
     """
     config = resolve_config(preset, settings, options)
     profiles = Profiles(profile, profile_memory)
-    return train(config, deepspeed_config, dry_run, resume, resume_with_changes, profiles)
+    ds_config = DeepSpeedConfig.load(deepspeed_config)
+    for line in ds_config.overruled(given_optim(settings, options)):
+        say(line)
+    return train(config, ds_config, dry_run, resume, resume_with_changes, profiles)
 
 
-def train(config: Config, json_path: str, dry_run: bool, resume: str, with_changes: bool, profiles: Profiles) -> int:
+def train(
+    config: Config, ds_config: DeepSpeedConfig, dry_run: bool, resume: str, with_changes: bool, profiles: Profiles
+) -> int:
     """Returns the exit code: 0 at the end of the run, `preemption.EXIT_CODE` where it is to be started again."""
     # --- configuration: on every rank, before the processes meet, and before imports that take seconds
-    ds_config = DeepSpeedConfig.load(json_path)
     check_early(config, ds_config, resume, profiles)
     from ds_cmli.common import quiet
 
@@ -119,7 +123,7 @@ def plan(config: Config, ds_config: DeepSpeedConfig, data: Any) -> tuple[DeepSpe
         f"{steps} steps; negatives from {micro_batch * ranks} pairs"
     )
     ds_config = step.filled(config, ds_config, ranks, steps)
-    for notice in ds_config.notices:
+    for notice in (*ds_config.notices, step.try_out(ds_config, steps)):
         say(notice)
     return ds_config, sampler, steps
 

@@ -17,10 +17,10 @@ from typing import Any  # noqa: E402
 
 import click  # noqa: E402
 
-from ds_cmli.common.cli import GroupedCommand, option, run_command  # noqa: E402
+from ds_cmli.common.cli import GroupedCommand, option, run_command, say  # noqa: E402
 from ds_cmli.common.errors import UserError  # noqa: E402
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig  # noqa: E402
-from ds_cmli.config.options import WHAT, add, resolve_config  # noqa: E402
+from ds_cmli.config.options import WHAT, add, given_optim, resolve_config  # noqa: E402
 from ds_cmli.config.schema import Config  # noqa: E402
 
 CPU = "cpu"
@@ -57,6 +57,8 @@ def command(preset: str, deepspeed_config: str, settings: tuple[str, ...], world
     if card == CPU and (sweep or fit or snapshot):
         raise UserError("--card is 'cpu': --sweep, --fit and --snapshot are about GPUs: name one, or leave it out")
     ds_config = DeepSpeedConfig.load(deepspeed_config)
+    for line in ds_config.overruled(given_optim(settings, options)):
+        say(line)
     if checkpointing == "on":
         ds_config = ds_config.replaced(activation_checkpointing=ds_config.get("activation_checkpointing", {}))
     elif checkpointing == "off":

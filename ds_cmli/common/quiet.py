@@ -16,4 +16,18 @@ def silence() -> None:
     warnings.filterwarnings("ignore")
     logging.getLogger("torch.distributed").setLevel(logging.ERROR)
     # A filter and not a level: DeepSpeed sets the level itself when it is imported.
-    logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
+    logging.getLogger("DeepSpeed").addFilter(only_errors)
+
+
+def only_errors(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.ERROR
+
+
+def let_deepspeed_print(info: bool) -> None:
+    """DeepSpeed's own lines, which its JSON may ask for; `info`: also those below its usual level, as most are."""
+    logger = logging.getLogger("DeepSpeed")
+    logger.removeFilter(only_errors)
+    if info:
+        logger.setLevel(logging.INFO)
+        for handler in logger.handlers:
+            handler.setLevel(logging.INFO)

@@ -6,12 +6,7 @@ from typing import Any
 
 from ds_cmli.common.errors import UserError, nearest
 from ds_cmli.config import deepspeed_keys as keys
-
-
-def shown(value: Any) -> str:
-    """A value as an error message shows it: on one line, and not longer than that."""
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
+from ds_cmli.config.validation import shown
 
 
 def light(content: dict[str, Any]) -> None:
@@ -112,6 +107,18 @@ def _zero(content: dict[str, Any]) -> None:
             raise UserError(
                 f"zero_optimization.{key} is {shown(value)}: no effect at stage {stage}: remove it, or take stage 3"
             )
+    kind = str(content.get("optimizer", {}).get("type", "AdamW"))
+    kind = keys.DEEPSPEED_OPTIMIZERS.get(kind.lower(), kind)
+    if stage and kind == "Adagrad":
+        raise UserError(
+            f"optimizer.type is 'Adagrad': at stage {stage} DeepSpeed makes one group of all parameters, those without "
+            "weight decay too: take stage 0, or AdamW"
+        )
+    if stage and kind not in keys.ZERO_TESTED and not content.get("zero_allow_untested_optimizer"):
+        raise UserError(
+            f"optimizer.type is {kind!r}: DeepSpeed has not tested it at stage {stage}: add "
+            '"zero_allow_untested_optimizer": true, or take stage 0'
+        )
     offload = (zero.get("offload_optimizer") or {}).get("device", "none") != "none"
     if offload and stage == 0:
         raise UserError("zero_optimization.offload_optimizer needs a stage of 1 to 3, and the stage is 0")

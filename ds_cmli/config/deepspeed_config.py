@@ -15,6 +15,7 @@ from ds_cmli.common.errors import UserError
 from ds_cmli.config import deepspeed_checks as checks
 from ds_cmli.config import deepspeed_keys as keys
 from ds_cmli.config.schema import OptimConfig
+from ds_cmli.config.validation import shown
 
 BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 # What fills a parameter of the optimizer that the JSON leaves out or to "auto".
@@ -122,8 +123,7 @@ class DeepSpeedConfig(Mapping):
     def prints(self) -> bool:
         """Whether the JSON asks for lines of DeepSpeed's own log."""
         flags = ("wall_clock_breakdown", "memory_breakdown", "dump_state", "steps_per_print", "log_level")
-        sections = (self.content.get(name, {}) for name in ("comms_logger", "flops_profiler"))
-        return any(self.content.get(name) for name in flags) or any(s.get("enabled") for s in sections)
+        return any(self.content.get(n) for n in flags) or self.content.get("comms_logger", {}).get("enabled", False)
 
     # --- what is decided
 
@@ -153,10 +153,11 @@ class DeepSpeedConfig(Mapping):
             notices.append(f"fp16 is slow or missing on this device ({device}): training in bf16 instead")
             del out["fp16"]
             out["bf16"] = {"enabled": True}
-        own = self.optimizer_type in ("Lamb", "Lion") or self.optimizer_params.get("torch_adam") is False
-        if own and device == "cpu" and self.offload("optimizer") == "none" and self.optimizer_type in ("Lamb", "Lion"):
+        own = self.optimizer_type in ("Lamb", "Lion")
+        if own and device == "cpu":
             raise UserError(f"optimizer.type is {self.optimizer_type!r}: DeepSpeed has it for GPUs only: take AdamW")
-        if own or (self.optimizer_type == "Adagrad" and self.offload("optimizer") != "none"):
+        own = own or self.optimizer_params.get("torch_adam") is False
+        if own:
             notices.append(f"{self.optimizer_type} is DeepSpeed's own: compiled at its first use, which takes minutes")
         return DeepSpeedConfig(out, tuple(notices))
 
@@ -290,7 +291,7 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     out: dict[str, Any] = {}
     for key, value in pairs:
         if key in out:
-            raise UserError(f"it has {checks.shown(key)} twice: keep one")
+            raise UserError(f"it has {shown(key)} twice: keep one")
         out[key] = value
     return out
 

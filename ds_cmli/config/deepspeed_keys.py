@@ -302,6 +302,7 @@ OPTIMIZERS = {
     "Rprop": f"lr etas step_sizes capturable {_TORCH}",
     "SGD": f"lr momentum dampening weight_decay nesterov fused {_TORCH}",
 }
+ZERO_TESTED = ("Adam", "AdamW", "Lion")
 OURS_ALONE = {"bias_correction", "set_grad_none", "fp32_optimizer_states"}  # of DeepSpeed's Adam, not of PyTorch's
 NO_OPTIMIZERS = {
     "LBFGS": "it needs the loss several times a step",

@@ -107,6 +107,13 @@ def resolve_config(preset: str, settings: tuple[str, ...], options: dict[str, An
     return config
 
 
+def given_optim(settings: tuple[str, ...], options: dict[str, Any]) -> dict[str, tuple[str, Any]]:
+    """What the command line says of `optim`, and by which option: `{"lr": ("--lr", 0.1)}`."""
+    by_set = {key: (f"--set optim.{key}", value) for key, value in parse_settings(settings).get("optim", {}).items()}
+    by_option = {key: (f"--{key.replace('_', '-')}", options[key]) for key in ("lr", "micro_batch")}
+    return by_set | {key: (option, value) for key, (option, value) in by_option.items() if value is not None}
+
+
 def _put(overrides: dict[str, dict[str, Any]], section: str, key: str, value: Any, option: str) -> None:
     """Set what `option` says, which `--set` must not contradict."""
     values = overrides.setdefault(section, {})

@@ -251,9 +251,9 @@ def test_other_settings_are_refused_with_their_differences_unless_asked_for(copi
     assert "deepspeed.optimizer.params.lr: 0.001 -> 0.002; loss.match: " in str(error.value)
     assert 'loss.match: "teacher" -> "student"' in str(error.value) and "\n" not in str(error.value)
     assert drive([*arguments, "--resume-with-changes"]) == 0
-    # Warm-up has ended: the rate falls by the cosine of step 6 of 12, from the new peak.
+    # Warm-up took one step: step 6 is the 5th of the 11 of the cosine that would end with a 12th, from the new peak.
     rate = next(line["lr"] for line in metrics(copied) if line["step"] == 6 and "lr" in line)
-    assert rate == pytest.approx(0.002 * 0.5 * (1 + math.cos(math.pi * 5 / 11)), rel=1e-6)
+    assert rate == pytest.approx(0.002 * 0.5 * (1 + math.cos(math.pi * 5 / 12)), rel=1e-6)
     assert [line["step"] for line in metrics(copied) if "loss" in line] == [3, 6, 9, 12]
 
 

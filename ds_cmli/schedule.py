@@ -1,0 +1,92 @@
+"""Learning rates: a run's schedule, and a trial of the JSON's optimizer and scheduler before any model is built."""
+
+import inspect
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from ds_cmli.common.errors import UserError
+from ds_cmli.config.deepspeed_config import DeepSpeedConfig
+from ds_cmli.config.deepspeed_keys import DEEPSPEED_SCHEDULERS
+
+MOST_TRIED = 10_000  # steps of a schedule
+
+
+def warmup_then_cosine(optimizer: Optimizer, warmup: int, total_steps: int) -> LambdaLR:
+    """Linear up to the full rate at update number `warmup`, then a cosine down; the first and last update move too."""
+
+    def share(done: int) -> float:
+        update = done + 1
+        if update <= warmup:
+            return update / warmup
+        return 0.5 * (1 + math.cos(math.pi * (update - warmup) / (total_steps + 1 - warmup)))
+
+    return LambdaLR(optimizer, share)
+
+
+def maker(ds_config: DeepSpeedConfig, warmup: int, total_steps: int) -> Callable[[Optimizer], Any] | None:
+    """What makes the run's schedule of its optimizer; None: DeepSpeed does, as it is one of its own."""
+    scheduler = ds_config.get("scheduler")
+    if scheduler is None:
+        return lambda optimizer: warmup_then_cosine(optimizer, warmup, total_steps)
+    if scheduler["type"] in DEEPSPEED_SCHEDULERS:
+        return None
+    # Made by DeepSpeed, PyTorch's would be given a ZeRO optimizer, which they refuse.
+    kind = getattr(torch.optim.lr_scheduler, scheduler["type"])
+    return lambda optimizer: kind(optimizer, **scheduler["params"])
+
+
+def try_out(ds_config: DeepSpeedConfig, device: torch.device, total_steps: int) -> str | None:
+    """Two updates of the JSON's optimizer and all rates of its scheduler, on parameters of one number each.
+
+    Returns:
+        The line that the first update changes nothing, where its rate is 0.
+
+    Raises:
+        UserError: PyTorch or DeepSpeed refuses the parameters, or a rate is negative or not finite.
+    """
+    groups = [{"params": [nn.Parameter(torch.ones(1, device=device))]} for _ in range(2)]
+    kind, params = _optimizer(ds_config)
+    try:
+        optimizer = kind(groups, **params)
+        for _ in range(2):
+            for group in optimizer.param_groups:
+                group["params"][0].grad = torch.ones(1, device=device)
+            optimizer.step()
+    except Exception as error:  # whatever it is, these parameters lead to it
+        raise UserError(f"optimizer.params does not suit {ds_config.optimizer_type}: {error}") from None
+    if "scheduler" not in ds_config:
+        return None
+    name, first = ds_config["scheduler"]["type"], 0.0
+    try:
+        make = maker(ds_config, 1, total_steps)
+        if make is None:
+            from deepspeed.runtime import lr_schedules
+
+            schedule = getattr(lr_schedules, name)(optimizer, **ds_config["scheduler"]["params"])
+        else:
+            schedule = make(optimizer)
+        for step in range(min(total_steps, MOST_TRIED)):
+            rates = [group["lr"] for group in optimizer.param_groups]
+            if not all(isinstance(rate, int | float) and 0 <= rate < math.inf for rate in rates):
+                raise ValueError(f"the rate of step {step + 1} is {rates[0]}")
+            first = first if step else max(rates)
+            schedule.step()
+    except Exception as error:
+        raise UserError(f"scheduler.params does not suit {name}: {error}") from None
+    return None if first else f"scheduler {name} starts at rate 0: the first step changes no weight"
+
+
+def _optimizer(ds_config: DeepSpeedConfig) -> tuple[Any, dict[str, Any]]:
+    """PyTorch's optimizer of that name and its parameters; AdamW stands in for DeepSpeed's own."""
+    kind, params = ds_config.optimizer_type, ds_config.optimizer_params
+    if kind in ("Adam", "AdamW") and params.pop("torch_adam") and params.pop("adam_w_mode", True):
+        kind = "AdamW"
+    found = getattr(torch.optim, kind, torch.optim.AdamW)
+    takes = inspect.signature(found).parameters
+    return found, {key: value for key, value in params.items() if key in takes}

@@ -1,0 +1,137 @@
+"""Optimizers and learning rates: every optimizer and scheduler that a JSON may name, through the real engine."""
+
+import pytest
+import torch
+
+from ds_cmli import engine as step
+from ds_cmli.common.errors import UserError
+from ds_cmli.config import deepspeed_keys as keys
+from ds_cmli.config.deepspeed_config import DeepSpeedConfig
+from ds_cmli.config.presets import load_preset
+from ds_cmli.data import build_data, eval_loader
+from ds_cmli.distributed import process_group as distributed
+from ds_cmli.schedule import warmup_then_cosine
+
+STEPS = 4
+REQUIRED = {
+    **{"cycle_min_lr": 1e-4, "cycle_max_lr": 1e-2, "T_max": 3, "T_0": 2, "base_lr": 1e-4, "max_lr": 1e-2, "gamma": 0.9},
+    **{"milestones": [1, 2], "step_size": 2},
+}
+
+
+@pytest.fixture(scope="module")
+def device():
+    yield distributed.init()
+    distributed.shutdown()
+
+
+@pytest.fixture(scope="module")
+def data():
+    return build_data(load_preset("tiny", {}).data, 0)
+
+
+@pytest.fixture(scope="module")
+def batches(data):
+    loader = iter(eval_loader(data.train, data, 8, 0, 0, 1))
+    return [next(loader) for _ in range(STEPS)]
+
+
+def decided(content):
+    config = load_preset("tiny", {"optim": {"lr": 1e-2, "warmup_share": 0.5}})
+    ds_config = step.on_this_device(DeepSpeedConfig.of(content))
+    return config, step.filled(config, ds_config, 1, STEPS)
+
+
+def train(content, device, data, batches):
+    """The rates logged for each step, whether each changed the weights, and the rates of the schedule after each."""
+    config, ds_config = decided(content)
+    step.try_out(ds_config, STEPS)
+    trainer = step.build(config, ds_config, data.vocab_size, STEPS, device)
+    logged, moved, after = [], [], []
+    for batch in batches:
+        before = trainer.objective.student.g.weight.detach().clone()
+        trainer(batch)
+        logged.append(trainer.state()["lr"])
+        moved.append(not torch.equal(before, trainer.objective.student.g.weight))
+        after.append(trainer.engine.get_lr()[0])
+    return logged, moved, after
+
+
+def test_every_step_has_a_rate_and_the_first_half_warms_up():
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=1.0)
+    schedule, rates = warmup_then_cosine(optimizer, 2, 5), []
+    for _ in range(5):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    # 1/2, 2/2, then (1 + cos(pi k/4)) / 2 for k = 1, 2, 3.
+    assert rates == pytest.approx([0.5, 1.0, 0.8535534, 0.5, 0.1464466])
+
+
+def test_the_first_step_trains_and_its_own_rate_is_logged(device, data, batches):
+    logged, moved, after = train({}, device, data, batches)
+    assert logged == pytest.approx([0.005, 0.01, 0.0075, 0.0025])
+    assert all(moved)
+    assert logged[1:] == after[:-1]
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+@pytest.mark.parametrize("kind", sorted({*keys.OPTIMIZERS, *keys.NO_OPTIMIZERS, "adamw"}))
+def test_every_optimizer_trains_or_is_one_line(device, data, batches, kind, stage):
+    content = {
+        **{"optimizer": {"type": kind}, "zero_allow_untested_optimizer": True},
+        **{"zero_optimization": {"stage": stage}, "bf16": {"enabled": stage > 0}},
+    }
+    not_here = ("Lamb", "Lion", "Adagrad" if stage else "")  # the first two need a GPU
+    if kind in keys.NO_OPTIMIZERS or kind in not_here:
+        with pytest.raises(UserError, match=f"^optimizer.type is '{kind}': [^\n]*$"):
+            train(content, device, data, batches)
+    else:
+        _, moved, _ = train(content, device, data, batches[:2])
+        assert all(moved)
+
+
+@pytest.mark.parametrize("kind", sorted({*keys.SCHEDULERS, *keys.NO_SCHEDULERS}))
+def test_every_scheduler_trains_or_is_one_line(device, data, batches, kind):
+    takes = {p.rstrip("!") for p in keys.SCHEDULERS.get(kind, "").split() if p.endswith("!")}
+    params = {key: REQUIRED[key] for key in takes}
+    content = {"scheduler": {"type": kind, "params": params}, "zero_optimization": {"stage": 2}}
+    if kind in keys.NO_SCHEDULERS:
+        with pytest.raises(UserError, match=f"^scheduler.type is '{kind}': [^\n]*$"):
+            train(content, device, data, batches)
+        return
+    logged, moved, after = train(content, device, data, batches)
+    assert logged[1:] == after[:-1]
+    assert [rate > 0 for rate in logged] == moved
+
+
+def test_a_scheduler_that_starts_at_0_is_told():
+    lines = [step.try_out(decided({"scheduler": {"type": k}})[1], STEPS) for k in ("WarmupLR", "LinearLR")]
+    assert lines == ["scheduler WarmupLR starts at rate 0: the first step changes no weight", None]
+
+
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        ({"optimizer": {"type": "SGD", "params": {"nesterov": True}}}, "does not suit SGD"),
+        ({"optimizer": {"type": "AdamW", "params": {"foreach": True, "fused": True}}}, "does not suit AdamW"),
+        ({"scheduler": {"type": "StepLR", "params": {"step_size": 1, "gamma": -1}}}, "the rate of step 2 is -0.01"),
+        ({"scheduler": {"type": "ExponentialLR", "params": {"gamma": 1e200}}}, "does not suit ExponentialLR"),
+        ({"scheduler": {"type": "WarmupLR", "params": {"warmup_max_lr": [1.0]}}}, "does not suit WarmupLR"),
+        ({"scheduler": {"type": "LinearLR", "params": {"start_factor": 0}}}, "does not suit LinearLR"),
+        ({"scheduler": {"type": "OneCycleLR", "params": {"max_lr": 1, "total_steps": 2}}}, "the run has 4 steps"),
+    ],
+)
+def test_parameters_that_an_optimizer_or_scheduler_refuses_are_one_line(content, words):
+    with pytest.raises(UserError, match=words) as error:
+        step.try_out(decided({"zero_allow_untested_optimizer": True, **content})[1], STEPS)
+    assert "\n" not in str(error.value)
+
+
+def test_no_optimizer_of_deepspeeds_own_is_compiled_unasked():
+    for kind in ("Adam", "AdamW"):
+        for section in ({}, {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}):
+            _, ds_config = decided({"optimizer": {"type": kind}, **section})
+            assert ds_config.optimizer_params["torch_adam"] is True
+            (notice,) = ds_config.notices
+            assert notice.startswith(f"optimizer {kind}: PyTorch's own; DeepSpeed's would be compiled first: ")
