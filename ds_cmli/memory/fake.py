@@ -6,6 +6,8 @@ runs backward. The process group is torch's `fake` one: any number of ranks, who
 
 import os
 import sys
+import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -20,6 +22,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ds_cmli.distributed import process_group as distributed
+
+MANY = 8  # tensors to put together: from here on it costs less to know their size
 
 
 class Answers(TorchDispatchMode):
@@ -79,6 +83,64 @@ def _attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False
 
 def _dropout(input, p=0.5, training=True, inplace=False):
     return torch.native_dropout(input, p, True)[0] if training and 0 < p < 1 else input
+
+
+class SharesOfRanks(TorchFunctionMode):
+    """What ZeRO-3 does for each rank in turn, done once: views of a buffer that differ only in where they begin.
+
+    Without data they are alike, so one stands for all; and what is put together of many is, as it was, one new tensor.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last: tuple[Any, int, Any] | None = None  # weakly: a buffer; a length; weakly: the view of it
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        with torch._C.DisableTorchFunction():  # nothing below asks for another operator
+            if func is Tensor.narrow and args[0].dim() == 1:
+                return self._view(args[0], args[3])
+            if func is Tensor.__getitem__ and isinstance(args[1], slice) and args[0].dim() == 1:
+                return self._view(args[0], len(range(*args[1].indices(len(args[0])))))
+            if func is torch.cat and not kwargs and len(args[0]) > MANY:
+                times = Counter(map(id, args[0]))
+                parts = {id(part): part for part in args[0]}
+                if {(part.dtype, part.dim()) for part in parts.values()} == {(args[0][0].dtype, 1)}:
+                    size = sum(n * parts[key].numel() for key, n in times.items())
+                    first = max(parts.values(), key=Tensor.numel)
+                    return torch.cat([first[:1].expand(size)])
+        return func(*args, **(kwargs or {}))
+
+    def _view(self, buffer: Tensor, length: int) -> Tensor:
+        if self.last is not None and self.last[0]() is buffer and self.last[1] == length:
+            view = self.last[2]()
+            if view is not None:
+                return view
+        view = buffer.narrow(0, 0, length)
+        self.last = weakref.ref(buffer), length, weakref.ref(view)
+        return view
+
+
+@contextmanager
+def shares_made_once() -> Iterator[None]:
+    """Enter `SharesOfRanks` in the functions of ZeRO-3 that loop over the ranks."""
+    from deepspeed.runtime.zero import partition_parameters, partitioned_param_coordinator, stage3
+
+    def within(function: Callable) -> Callable:
+        def run(*args, **kwargs):
+            with SharesOfRanks():
+                return function(*args, **kwargs)
+
+        return run
+
+    coordinator = partitioned_param_coordinator.PartitionedParameterCoordinator
+    with ExitStack() as stack:
+        for owner, name in (
+            (coordinator, "_PartitionedParameterCoordinator__all_gather_params_"),
+            (partition_parameters.AllGatherCoalescedHandle, "wait"),
+            (stage3, "reduce_scatter_coalesced"),
+        ):
+            stack.enter_context(patch.object(owner, name, within(getattr(owner, name))))
+        yield
 
 
 def convert_parameters(module: nn.Module | None, function: Callable[[Tensor], Tensor]) -> None:
@@ -142,6 +204,7 @@ def fake_world(world_size: int, cuda: bool) -> Iterator[Answers]:
         stack.enter_context(patch.object(nn.Module, "_apply", _apply))
         stack.enter_context(patch.object(accelerator, "is_fp16_supported", lambda: True))
         stack.enter_context(patch.object(accelerator, "available_memory", lambda *_: 1 << 60))
+        stack.enter_context(shares_made_once())
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         answers = stack.enter_context(Answers())
         if cuda:

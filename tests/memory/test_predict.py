@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.presets import load_preset
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.memory import search
-from ds_cmli.memory.fake import fake_world
+from ds_cmli.memory.fake import Answers, fake_world
 from ds_cmli.memory.measure_cpu import measure
 from ds_cmli.memory.predict import longest_batch, predict, without_weights
 from ds_cmli.memory.report import CATEGORIES
@@ -107,6 +108,20 @@ def test_nothing_remains():
     assert type(torch.empty(1)) is torch.Tensor
     assert "RANK" not in os.environ or os.environ["WORLD_SIZE"] == "1"
     assert train() == before
+
+
+def test_what_ranks_have_alike_is_made_once(monkeypatch):
+    """The events of ZeRO-3 are those of its loops over all ranks, shares of unequal and of no size included."""
+    ds_config = ds_json(3)
+    ds_config["zero_optimization"]["stage3_param_persistence_threshold"] = 1000
+    operators = []
+    dispatch = Answers.__torch_dispatch__
+    monkeypatch.setattr(Answers, "__torch_dispatch__", lambda *args: (operators.append(1), dispatch(*args))[1])
+    once = predict(preset(), ds_config, 40).events
+    few = len(operators)
+    monkeypatch.setattr("ds_cmli.memory.fake.shares_made_once", nullcontext)
+    assert once == predict(preset(), ds_config, 40).events
+    assert few < (len(operators) - few) / 2
 
 
 def test_no_prediction_beside_a_process_group():
