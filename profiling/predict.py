@@ -77,12 +77,14 @@ def command(preset: str, deepspeed_config: str, settings: tuple[str, ...], world
     else:
         if fit:
             room, fitted_card = search.parse_room(fit)
-            found = search.fit(config, ds_config, world_size, room, card=card or fitted_card or DEFAULT_CARD)
+            card = card or fitted_card or DEFAULT_CARD
+            found = search.fit(config, ds_config, world_size, room, card=card, tell=tell)
             prediction = found.prediction
         elif card == CPU:
-            prediction = predict(config, ds_config, world_size, target="cpu")
+            prediction = predict(config, ds_config, world_size, target="cpu", tell=tell)
         else:
-            prediction = predict(config, ds_config, world_size, card=card or DEFAULT_CARD)
+            prediction = predict(config, ds_config, world_size, card=card or DEFAULT_CARD, tell=tell)
+        tell("")
         show(prediction.report)
         if fit:
             print_fit(found, room)
@@ -106,7 +108,8 @@ def grid(config: Config, ds_config: DeepSpeedConfig, world_size: int, axes: dict
 
     reports, device = [], {}
     total = cards.card(card).total.bytes
-    for point, prediction in search.sweep(config, ds_config, world_size, axes, card=card):
+    for point, prediction in search.sweep(config, ds_config, world_size, axes, card=card, tell=tell):
+        tell("")
         device[point] = prediction.report.totals["device"]
         reports.append(prediction.report.to_dict())
         names = ", ".join(f"{name} {value}" for name, value in zip(axes, point, strict=True))
@@ -137,6 +140,14 @@ def print_fit(found: Any, room: int) -> None:
         print(f"with {what} it fits: {size:,} B")
     if not found.changes:
         print("no setting that was tried makes it fit: a smaller model, more ranks or a larger card")
+
+
+def tell(line: str) -> None:
+    """Progress: one line that changes on a terminal, a line each elsewhere."""
+    if sys.stderr.isatty():
+        print(f"\r\033[K{line}", end="", file=sys.stderr, flush=True)
+    elif line:
+        print(line, file=sys.stderr, flush=True)
 
 
 def write(path: str, setting: str, function: Any) -> None:

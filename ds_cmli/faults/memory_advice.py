@@ -55,6 +55,28 @@ def changes(config: Config, ds_config: DeepSpeedConfig, world_size: int, gpu: bo
     return out
 
 
+def together(config: Config, ds_config: DeepSpeedConfig, world_size: int) -> list[Change]:
+    """For a GPU: what trains the same model, one more at a time, the cheapest first: each change keeps those before."""
+    out: list[Change] = []
+
+    def add(what: str, **settings: Any) -> None:
+        before = out[-1] if out else Change("", config, ds_config)
+        zero = settings.pop("zero", {})
+        what = f"{before.what} and {what}" if out else what
+        out.append(Change(what, before.config, before.ds_config.replaced(zero, **settings)))
+
+    if not ds_config.checkpointing:
+        add('"activation_checkpointing": {}', activation_checkpointing={})
+    highest = 3 if world_size > 1 else 1
+    if ds_config.stage < highest:
+        add(f'"zero_optimization": {{"stage": {highest}}}', zero={"stage": highest})
+    if ds_config.zero.get("reduce_bucket_size", DEFAULT_BUCKET) > SMALL_BUCKET:
+        add(f'"reduce_bucket_size": {SMALL_BUCKET} in it', zero={"reduce_bucket_size": SMALL_BUCKET})
+    if "offload_optimizer" not in ds_config.zero:
+        add('"offload_optimizer": {"device": "cpu"} in it (slower)', zero={"offload_optimizer": {"device": "cpu"}})
+    return out
+
+
 def _smaller_batches(base: Change, world_size: int) -> list[Change]:
     """Micro-batches halved down to 1 with the same pairs a step: the contrastive losses see fewer negatives."""
     out = []

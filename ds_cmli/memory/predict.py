@@ -53,6 +53,7 @@ def predict(
     card: str = DEFAULT_CARD,
     target: str = "cuda",
     scores: Callable[..., tuple[Tensor, Tensor]] | None = None,
+    tell: Callable[[str], None] = lambda line: None,
 ) -> Prediction:
     """Memory of rank 0, all sizes in bytes.
 
@@ -64,6 +65,7 @@ def predict(
             triton, and without what an offloaded optimizer keeps on the host. "cpu": as this CPU would train, with
             torch's number of threads; only the requested bytes have a meaning there.
         scores: another all-pairs implementation, called as `CMLILoss` calls `cmli_scores`; None: the project's.
+        tell: called with lines about the progress.
 
     Every text has all its positions but the first of a batch, which lacks one: the most that a batch can need, as text
     encoders leave out the mask where nothing is padded.
@@ -95,12 +97,14 @@ def predict(
         tracker,
         recorded_from_the_engine_on(tracker, json, cuda, answers.enter),
     ):
+        tell("building the models and DeepSpeed's engine")
         trainer = step.build(config, json, vocab_size, TOTAL_STEPS, device)
         sizes = [_own_parameters(module) for module in trainer.objective.modules()]
         if scores is not None:
             trainer.objective.score = scores  # type: ignore[assignment]
         with phases(trainer, answers.enter), tracker.attach(trainer):
-            for _ in range(2 * accumulation):
+            for number in range(2 * accumulation):
+                tell(f"step {number + 1} of {2 * accumulation}, as rank 0 of {world_size:,}")
                 with tracker.scope("data"):
                     batch = longest_batch(config, micro_batch)
                 trainer(batch)

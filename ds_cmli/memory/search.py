@@ -2,9 +2,11 @@
 
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
+
+import numpy as np
 
 from ds_cmli import engine as step
 from ds_cmli.common.errors import UserError
@@ -12,11 +14,13 @@ from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.schema import Config, check, choice
 from ds_cmli.faults import memory_advice as oom_advice
 from ds_cmli.memory import cards
-from ds_cmli.memory.predict import TOTAL_STEPS, Prediction, predict
+from ds_cmli.memory.allocator import replay
+from ds_cmli.memory.predict import DEFAULT_CARD, TOTAL_STEPS, Prediction, predict
 
 AXES = ("batch", "world", "stage")
 UNITS = {"": 1, "B": 1, "MB": 10**6, "GB": 10**9, "MIB": 2**20, "GIB": 2**30}
 LARGEST_BATCH = 2**16
+FIRST_BATCHES = (16, 128)  # predicted before any is estimated
 
 
 def parse_axes(texts: tuple[str, ...], micro_batch: int, world_size: int) -> dict[str, list[int]]:
@@ -90,29 +94,41 @@ class Fit:
     changes: list[tuple[str, int]]  # where none fits: a setting to change, and one pair's bytes with it
 
 
-def largest(needs: Callable[[int], int], room: int, most: int = LARGEST_BATCH) -> int:
+def largest(
+    needs: Callable[[int], int],
+    room: int,
+    most: int = LARGEST_BATCH,
+    estimate: Callable[[int], int] | None = None,
+) -> int:
     """The largest n from 1 to `most` with needs(n) <= room, for needs that grow with n; 0 where there is none.
 
-    Needs are nearly linear in n: the next n is read off the line through the nearest two that were tried.
+    Needs are nearly linear in n: the next n is read off the line through the nearest two that were tried. Where needs
+    cost much, `estimate` of them costs little: the next n is then the largest by it, and the one after.
     """
     low, low_needs = 1, needs(1)
     if low_needs > room:
         return 0
-    high, high_needs = 2, needs(2)
-    while high_needs <= room:
-        if high == most:
-            return most
-        guess = high + (room - high_needs) * (high - low) // max(high_needs - low_needs, 1)
-        low, low_needs = high, high_needs
-        high = min(max(2 * high, min(guess + 1, 64 * high)), most)
-        high_needs = needs(high)
+    high, high_needs = most + 1, 0
+    if estimate is None:
+        high, high_needs = 2, needs(2)
+        while high_needs <= room:
+            if high == most:
+                return most
+            guess = high + (room - high_needs) * (high - low) // max(high_needs - low_needs, 1)
+            low, low_needs = high, high_needs
+            high = min(max(2 * high, min(guess + 1, 64 * high)), most)
+            high_needs = needs(high)
     turn = 0
     while high - low > 1:
-        if turn % 3 == 2:  # a step in what is needed may lie between
+        if turn % 3 == 2 if estimate is None else turn > 5 and turn % 2:  # a step in what is needed may lie between
             guess = (low + high) // 2
+        elif estimate is not None:
+            guess = largest(estimate, room, most)
+            guess += guess == low  # `low` fits for certain: does the next?
         else:
             guess = low + (room - low_needs) * (high - low) // (high_needs - low_needs)
-            guess = min(max(guess + turn % 3, low + 1), high - 1)
+            guess += turn % 3
+        guess = min(max(guess, low + 1), high - 1)
         turn += 1
         guess_needs = needs(guess)
         if guess_needs <= room:
@@ -122,27 +138,73 @@ def largest(needs: Callable[[int], int], room: int, most: int = LARGEST_BATCH) -
     return low
 
 
-def fit(config: Config, ds_config: Mapping[str, Any], world_size: int, room: int, **options: Any) -> Fit:
-    """The largest micro-batch whose predicted bytes on the device are at most `room`. `options`: of `predict`.
+def estimated_bytes(known: dict[int, Prediction], micro_batch: int, card: str, world_size: int) -> int:
+    """On the device, for a micro-batch that was not predicted: each event's bytes, as a polynomial through the nearest
+    three predictions (or fewer) with the same events, in the allocator's model."""
+    nearest = sorted(known, key=lambda n: (abs(n - micro_batch), n))
+    number = len(known[nearest[0]].events)
+    points = [n for n in nearest if len(known[n].events) == number][:3]
+    sizes = np.zeros(number)
+    for n in points:
+        weight = np.prod([(micro_batch - other) / (n - other) for other in points if other != n])
+        sizes += weight * np.array([abs(event.bytes) for event in known[n].events], dtype=np.float64)
+    base = known[points[0]].events
+    events = [
+        replace(event, bytes=max(int(size), 1) if event.bytes > 0 else -max(int(size), 1))
+        for event, size in zip(base, np.rint(sizes), strict=True)
+    ]
+    return cards.device_bytes(replay(events).reserved_peak, card, world_size)
 
-    Where not even one pair fits, the settings to change are tried for one pair, cheapest first, until two do.
+
+def fit(
+    config: Config,
+    ds_config: Mapping[str, Any],
+    world_size: int,
+    room: int,
+    *,
+    card: str = DEFAULT_CARD,
+    tell: Callable[[str], None] = lambda line: None,
+) -> Fit:
+    """The largest micro-batch whose predicted bytes on the device are at most `room`, and that one more is too much.
+
+    Where not even one pair fits, the settings to change are tried for one pair, cheapest first, until two do; then, if
+    none is enough alone, the fewest together.
+
+    Args:
+        card: as `predict` takes it.
+        tell: called with lines about the progress.
     """
     found: dict[int, Prediction] = {}
 
+    def predicted(what: str, config: Config, ds_config: Mapping[str, Any]) -> Prediction:
+        prediction = predict(config, ds_config, world_size, card=card, tell=lambda line: tell(f"{what}: {line}"))
+        tell(f"{what}: {prediction.report.totals['device']:,} B on the device")
+        return prediction
+
     def needs(micro_batch: int) -> int:
         if micro_batch not in found:
-            found[micro_batch] = predict(config, with_batch(ds_config, micro_batch), world_size, **options)
+            found[micro_batch] = predicted(f"micro-batch {micro_batch}", config, with_batch(ds_config, micro_batch))
         return found[micro_batch].report.totals["device"]
 
-    best = largest(needs, room)
+    def needs_of(change: oom_advice.Change) -> int:
+        return predicted(change.what, change.config, change.ds_config).report.totals["device"]
+
+    def estimate(micro_batch: int) -> int:
+        for first in FIRST_BATCHES:
+            needs(first)
+        return estimated_bytes(found, micro_batch, card, world_size)
+
+    best = largest(needs, room, estimate=estimate)
     changes: list[tuple[str, int]] = []
-    if not best:
+    if not best and room > cards.device_bytes(0, card, world_size):
         one = step.filled(config, with_batch(ds_config, 1), world_size, TOTAL_STEPS)
         for change in oom_advice.changes(config, one, world_size, gpu=True):
-            size = predict(change.config, change.ds_config, world_size, **options).report.totals["device"]
-            if size <= room:
-                changes.append((change.what, size))
-            if len(changes) == oom_advice.MOST:
-                break
+            if len(changes) < oom_advice.MOST:
+                size = needs_of(change)
+                if size <= room:
+                    changes.append((change.what, size))
+        combined = oom_advice.together(config, one, world_size) if not changes else []
+        if combined and needs_of(combined[-1]) <= room:  # otherwise all of them are not enough
+            changes = [next((c.what, size) for c in combined if (size := needs_of(c)) <= room)]
     tried = {n: p.report.totals["device"] for n, p in sorted(found.items())}
     return Fit(best, found[best or 1], tried, changes)

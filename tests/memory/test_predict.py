@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,10 +19,10 @@ from ds_cmli.common.errors import UserError
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.presets import load_preset
 from ds_cmli.distributed import process_group as distributed
-from ds_cmli.memory import search
+from ds_cmli.memory import cards, search
 from ds_cmli.memory.fake import Answers, fake_world
 from ds_cmli.memory.measure_cpu import measure
-from ds_cmli.memory.predict import longest_batch, predict, without_weights
+from ds_cmli.memory.predict import DEFAULT_CARD, longest_batch, predict, without_weights
 from ds_cmli.memory.report import CATEGORIES
 from ds_cmli.memory.tracker import Tracker
 from tests.conftest import ROOT, clean_environment
@@ -117,11 +118,12 @@ def test_what_ranks_have_alike_is_made_once(monkeypatch):
     operators = []
     dispatch = Answers.__torch_dispatch__
     monkeypatch.setattr(Answers, "__torch_dispatch__", lambda *args: (operators.append(1), dispatch(*args))[1])
-    once = predict(preset(), ds_config, 40).events
+    config = preset(batch=2, losses=("global",))
+    once = predict(config, ds_config, 24).events
     few = len(operators)
     monkeypatch.setattr("ds_cmli.memory.fake.shares_made_once", nullcontext)
-    assert once == predict(preset(), ds_config, 40).events
-    assert few < (len(operators) - few) / 2
+    assert once == predict(config, ds_config, 24).events
+    assert few < 0.7 * (len(operators) - few)
 
 
 def test_no_prediction_beside_a_process_group():
@@ -244,11 +246,32 @@ def test_the_command_sweeps():
 def test_fit():
     config, ds_config = preset(), ds_json()
     room = predict(config, search.with_batch(ds_config, 100), 2).report.totals["device"]
-    found = search.fit(config, ds_config, 2, room)
+    told: list[str] = []
+    found = search.fit(config, ds_config, 2, room, tell=told.append)
     assert found.tried[found.micro_batch] <= room < found.tried[found.micro_batch + 1]
     assert found.prediction.report.setting["micro_batch"] == found.micro_batch
+    assert len(found.tried) <= 8 and all(any(f"micro-batch {n}: " in line for line in told) for n in found.tried)
     nothing = search.fit(config, ds_config, 1, room=1)
     assert nothing.micro_batch == 0 and nothing.changes == [] and list(nothing.tried) == [1]
+
+
+def test_fit_proposes_what_makes_one_pair_fit(monkeypatch):
+    """One change if one is enough, otherwise the fewest together; each was predicted to fit."""
+    config, ds_config = preset(), DeepSpeedConfig.of(ds_json(1, bucket=500_000_000))
+    context = cards.device_bytes(0, DEFAULT_CARD, 2)
+
+    def bytes_of(config, ds_config, world_size, **options):
+        size = 100 if ds_config.stage < 3 else 13
+        size -= 5 * ("offload_optimizer" in ds_config.zero)
+        return SimpleNamespace(report=SimpleNamespace(totals={"device": context + size}), events=[])
+
+    monkeypatch.setattr(search, "predict", bytes_of)
+    one = search.fit(config, ds_config, 2, context + 13)
+    assert [what for what, _ in one.changes] == ['"zero_optimization": {"stage": 3}']
+    several = search.fit(config, ds_config, 2, context + 10)
+    ((what, size),) = several.changes
+    assert size == context + 8 and '"stage": 3' in what and "offload_optimizer" in what
+    assert search.fit(config, ds_config, 2, context + 7).changes == []
 
 
 @pytest.mark.parametrize("arguments", [("--card", "abacus"), ("--sweep", "moon"), ("--world-size", "0")])
