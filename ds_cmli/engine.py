@@ -115,6 +115,7 @@ class Step:
     teacher: Teacher | None
     device: torch.device
     dtype: torch.dtype
+    names: list[list[str]]  # of the parameters, in the order of the optimizer's groups
     lr: float = 0.0  # that the last update was made with
 
     def __call__(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -126,10 +127,16 @@ class Step:
         targets = self.teacher(batch.image) if self.teacher is not None else None
         total, each = self.engine(batch, targets)  # collectives: text features, column statistics
         total = guard.poison(total)
-        self.engine.backward(total)  # collectives: text gradients, gradient buckets
+        self.engine.backward(total * self.missing_scale)  # collectives: text gradients, gradient buckets
         self.lr = self.engine.get_lr()[0]  # of this update: its end brings the next one's
         self.engine.step()  # collectives and a CPU-GPU sync: overflow check, gradient norm, updated weights
         return total.detach(), each
+
+    @property
+    def missing_scale(self) -> float:
+        """The loss scale where DeepSpeed (0.19.8) forgets it: in 16 bit without ZeRO it only divides by it."""
+        config = getattr(self.engine.optimizer, "loss_scale_config", None)
+        return 1.0 if config is None else config.cur_scale
 
     @property
     def skipped(self) -> bool:
@@ -142,7 +149,7 @@ class Step:
         out = {"lr": self.lr}
         norm = self.engine.get_global_grad_norm()
         if norm is not None:
-            out["grad_norm"] = float(norm)
+            out["grad_norm"] = float(norm) / self.missing_scale
         if self.dtype == torch.float16:
             out["loss_scale"] = float(optimizer.loss_scale)
             out["skipped_steps"] = self.engine.skipped_steps
@@ -174,16 +181,33 @@ def build(config: Config, ds_config: DeepSpeedConfig, vocab_size: int, total_ste
         checkpoint_blocks(objective.student.blocks, deepspeed.checkpointing.checkpoint)
 
     weight_decay = ds_config.optimizer_params.get("weight_decay", 0.0)
+    groups = parameter_groups(objective, weight_decay)
+    name_of = {id(parameter): name for name, parameter in objective.named_parameters()}
+    names = [[name_of[id(parameter)] for parameter in group["params"]] for group in groups]
     try:
         engine, *_ = deepspeed.initialize(
             model=objective,
-            model_parameters=parameter_groups(objective, weight_decay),  # type: ignore[arg-type]
+            model_parameters=groups,  # type: ignore[arg-type]
             config=ds_config.raw(),
             lr_scheduler=schedule.maker(ds_config, config.optim.warmup_steps(total_steps), total_steps),
         )
     except (AssertionError, ValueError) as error:
         raise UserError(f"DeepSpeed refuses the configuration: {error}") from error
+    _undo_first_update(engine.optimizer)
     guard.attach(engine)
     if teacher is not None:
         teacher.to(device=device, dtype=dtype)
-    return Step(engine, objective, teacher, device, dtype)
+    return Step(engine, objective, teacher, device, dtype, names)
+
+
+def _undo_first_update(optimizer: Any) -> None:
+    """Take back the update with zero gradients by which DeepSpeed (0.19.8), in 16 bit without ZeRO, makes the states.
+
+    It has decayed the weights, and counts in the bias correction.
+    """
+    if not hasattr(optimizer, "loss_scale_config"):
+        return
+    optimizer.refresh_fp32_params()
+    for state in [*optimizer.state.values(), *optimizer.param_groups]:
+        if "step" in state:
+            state["step"] = state["step"] * 0

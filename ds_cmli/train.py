@@ -163,7 +163,7 @@ def run(
 
     # --- step
     with oom.ending(config, ds_config, folder, device, dog):  # collective
-        trainer = step.build(config, resuming.for_engine(found, ds_config), data.vocab_size, total_steps, device)
+        trainer = step.build(config, ds_config, data.vocab_size, total_steps, device)
         own = resuming.load(found, trainer, sampler, bad, with_changes)  # collective
         resuming.settle(resume, found, folder, config, ds_config)  # collective
         writer = Writer(folder, total_steps, state.step) if distributed.is_main() else NullWriter()

@@ -18,7 +18,7 @@ import torch
 from ds_cmli import metrics
 from ds_cmli.checkpoint import checksums as manifest
 from ds_cmli.checkpoint import save as checkpoint
-from ds_cmli.checkpoint import world_size as universal
+from ds_cmli.checkpoint import universal
 from ds_cmli.checkpoint.train_state import RankState, TrainState, generators, redistribute, restore_generators
 from ds_cmli.common import provenance as environment
 from ds_cmli.common.errors import UserError
@@ -38,6 +38,7 @@ class Found:
     state: TrainState
     ranks: int  # that wrote it
     lines: list[str]  # what to tell: damaged checkpoints that were passed over
+    cut_otherwise: bool = False  # whether weights and optimizer are cut into files otherwise than this start does it
 
     @property
     def same_ranks(self) -> bool:
@@ -179,20 +180,15 @@ def state_of(
                 "old ones, another --output-dir, or --resume-with-changes"
             )
         say(f"resuming from {found.path}" + (f" with changes: {'; '.join(changed)}" if changed else ""))
-        if not found.same_ranks:
-            say(f"on {distributed.world_size()} ranks instead of {found.ranks}, through a universal checkpoint")
+        found.cut_otherwise = _cut_otherwise(found, now)
+        if found.cut_otherwise or not found.same_ranks:
+            how = "through a universal checkpoint" if found.cut_otherwise else "as it is"
+            say(f"written by {found.ranks} ranks, read by {distributed.world_size()}: {how}")
         state.cut = not found.cut_as_asked
     state.config, state.digest = now, settings.digest(now)
     state.world_size = distributed.world_size()
     state.train_batch_size, state.accumulation = ds_config.train_batch, ds_config.accumulation
     return state
-
-
-def for_engine(found: Found | None, ds_config: DeepSpeedConfig) -> DeepSpeedConfig:
-    """The JSON that tells DeepSpeed to load a universal checkpoint where the number of ranks has changed."""
-    if found is None or found.same_ranks or ds_config.stage == 0:
-        return ds_config
-    return DeepSpeedConfig({**ds_config, "checkpoint": {**ds_config.get("checkpoint", {}), "load_universal": True}})
 
 
 def fresh(found: Found | None, config: Config, sampler: GlobalBatchSampler) -> RankState:
@@ -202,12 +198,19 @@ def fresh(found: Found | None, config: Config, sampler: GlobalBatchSampler) -> R
     return RankState(torch.zeros(1 + len(config.loss.weights)))
 
 
+def _cut_otherwise(found: Found, now: dict[str, Any]) -> bool:
+    """Whether DeepSpeed's files of the checkpoint are not those that this start would write."""
+    sections = ("deepspeed.zero_", "deepspeed.fp16", "deepspeed.bf16", "deepspeed.data_types", "deepspeed.torch_auto")
+    before, after = ({k: v for k, v in x.items() if k.startswith(sections)} for x in (found.state.config, now))
+    return before != after or (not found.same_ranks and now.get("deepspeed.zero_optimization.stage", 0) != 0)
+
+
 def load(
     found: Found | None, step: Step, sampler: GlobalBatchSampler, bad: BadSamples, with_changes: bool
 ) -> RankState:
     """Put engine, sampler, broken-sample counts and random generators back, where there is what to go on from.
 
-    Collective. The engine must have been built with the JSON of `for_engine`.
+    Collective.
     """
     names = 1 + len(step.objective.config.weights)
     if found is None:
@@ -233,18 +236,27 @@ def _load_engine(found: Found, step: Step, with_changes: bool) -> None:
 
     engine, path = step.engine, found.path
     fresh = [{k: v for k, v in group.items() if k != "params"} for group in engine.optimizer.param_groups]
-    converted = universal.convert(path) if engine.load_universal_checkpoint() else None  # collective
-    path = converted or path
-    engine.checkpoint_engine = Shards()
-    with no_code():
-        engine.load_checkpoint(str(path.parent), tag=path.name)  # collectives
-    if converted is not None:
-        universal.mend(engine.optimizer, fresh)
-        distributed.gather_objects(None)  # collective: all have read it
-        if distributed.is_main():
-            universal.remove(converted)
-    if with_changes:
-        _apply_rates(engine, fresh)
+    try:
+        if found.cut_otherwise:
+            converted = universal.convert(path, step.names)  # collective
+            universal.load(step, converted)  # collectives
+            distributed.gather_objects(None)  # collective: all have read it
+            if distributed.is_main():
+                universal.remove(converted)
+        else:
+            engine.checkpoint_engine = Shards()
+            with no_code():
+                engine.load_checkpoint(str(path.parent), tag=path.name)  # collectives
+        if with_changes:
+            _apply_rates(engine, fresh)
+    except UserError:
+        raise
+    except Exception as error:  # libraries raise anything where shapes or names differ, on all ranks alike
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"{path}: does not fit the model and the optimizer of this start: {reason}: give the run's own settings, "
+            "or another --output-dir for a new run"
+        ) from error
 
 
 def _apply_rates(engine: Any, fresh: list[dict[str, Any]]) -> None:

@@ -1,0 +1,241 @@
+"""A checkpoint of one ZeRO stage, number of ranks and precision goes on at another: weights, moments and losses."""
+
+import functools
+from pathlib import Path
+
+import pytest
+import torch
+
+from ds_cmli import engine as step
+from ds_cmli.checkpoint import restore as resuming
+from ds_cmli.checkpoint import save as checkpoint
+from ds_cmli.checkpoint.train_state import RankState
+from ds_cmli.common.errors import UserError
+from ds_cmli.config import deepspeed_json
+from ds_cmli.config.presets import load_preset
+from ds_cmli.data import BadSamples, GlobalBatchSampler, build_data, eval_loader
+from ds_cmli.distributed import process_group as distributed
+from tests.config.test_mistakes import pairs
+from tests.conftest import spawn
+
+GLOBAL, STEPS = 8, 6  # pairs of a step, optimizer steps in all
+PRECISIONS = {"fp32": {}, "bf16": {"bf16": {"enabled": True}},
+              "fp16": {"fp16": {"enabled": True, "initial_scale_power": 9}}}  # fmt: skip
+Layout = tuple[int, str]  # ZeRO stage, precision
+
+
+class Setting:
+    """A rank's data, and what it builds, saves and loads in each layout."""
+
+    def __init__(self, source: str, device, **overrides):
+        self.source = source
+        self.rank, self.ranks, self.device = distributed.rank(), distributed.world_size(), device
+        self.micro_batch = GLOBAL // self.ranks
+        optim = {"warmup_share": 0.0, "micro_batch": self.micro_batch}
+        self.config = load_preset("tiny", {"data": {"source": source}, "optim": optim, **overrides})
+        self.data = build_data(self.config.data, 0)
+        loader = iter(eval_loader(self.data.train, self.data, self.micro_batch, 0, self.rank, self.ranks))
+        self.batches = [next(loader) for _ in range(4)]
+
+    def build(self, layout: Layout, **more):
+        stage, precision = layout
+        asked = {"zero_optimization": {"stage": stage}, **PRECISIONS[precision], **more}
+        ds_config = deepspeed_json.resolve(asked, self.config.optim, self.ranks, STEPS)
+        return step.build(self.config, ds_config, self.data.vocab_size, STEPS, self.device), ds_config
+
+    def parts(self):
+        sampler = GlobalBatchSampler(len(self.data.train), self.micro_batch, self.rank, self.ranks, 0)
+        return sampler, BadSamples(1.0, len(self.data.train), [])
+
+    def write(self, folder: Path, layout: Layout, record: bool = True, **more) -> None:
+        """Two steps, a checkpoint of them, and in `record.pt` what it holds and the losses of the next two steps."""
+        trainer, ds_config = self.build(layout, **more)
+        for batch in self.batches[:2]:
+            trainer(batch)
+        state = resuming.state_of(None, self.config, ds_config, False, print)
+        state.step = 2
+        sampler, bad = self.parts()
+        own = resuming.collect(state, RankState(torch.zeros(4)), sampler, bad)
+        assert checkpoint.save(folder, trainer, state, own, 1).error is None
+        if record:
+            found = {**contents(trainer), "losses": self.losses(trainer)}
+            if distributed.is_main():
+                torch.save(found, folder / "record.pt")
+
+    def read(self, folder: Path, layout: Layout, **more) -> dict[str, float]:
+        """Largest differences between what was written and what is there after loading, and in the next losses."""
+        trainer, ds_config = self.build(layout, **more)
+        found = resuming.find("auto", folder)
+        assert found is not None
+        resuming.state_of(found, self.config, ds_config, True, lambda line: None)
+        resuming.load(found, trainer, *self.parts(), False)
+        record, here = torch.load(folder / "record.pt"), contents(trainer)
+        assert here["shared"] == record["shared"]
+        if distributed.is_main():
+            assert not (found.path.parent / "universal.writing").exists()
+        worst = {}
+        for kind in ("weights", "moments"):
+            assert here[kind].keys() == record[kind].keys()
+            worst[kind] = max((here[kind][n] - x).abs().max().item() for n, x in record[kind].items())
+        for name, parameter in trainer.objective.named_parameters():
+            if not hasattr(parameter, "ds_id"):  # what the next forward pass uses
+                assert torch.equal(parameter.detach().float(), here["weights"][name].to(parameter.dtype).float())
+        losses = self.losses(trainer)
+        worst["losses"] = max(abs(a - b) for a, b in zip(losses, record["losses"], strict=True))
+        return worst
+
+    def losses(self, trainer) -> list[float]:
+        return [distributed.mean_over_ranks(trainer(batch)[0].clone()).item() for batch in self.batches[2:]]
+
+
+def contents(trainer) -> dict:
+    """Everything that an update depends on, whole, whatever the layout. Collective."""
+    from deepspeed.utils import safe_get_full_optimizer_state
+
+    engine = trainer.engine
+    weights = {n: x.clone() for n, x in checkpoint.full_weights(trainer.objective, engine.optimizer).items()}
+    masters = checkpoint._masters_without_zero(engine.optimizer)
+    if hasattr(engine.optimizer, "_lazy_init_hp_params_optimizer_state"):  # stages 1 and 2 do so in their next step
+        engine.optimizer._hp_optimizer_states_linked = False
+        engine.optimizer._lazy_init_hp_params_optimizer_state()
+    moments = {}
+    for name, parameter in trainer.objective.named_parameters():
+        for key in ("exp_avg", "exp_avg_sq"):
+            if engine.zero_optimization() and engine.optimizer.state:
+                value = safe_get_full_optimizer_state(parameter, key)
+            else:
+                value = engine.optimizer.state[masters.get(id(parameter), parameter)][key]
+            moments[f"{name} {key}"] = value.clone().flatten()
+    groups = [{k: g[k] for k in ("lr", "initial_lr", "betas", "eps", "weight_decay")}
+              for g in engine.optimizer.param_groups]  # fmt: skip
+    steps = {float(state["step"]) for state in engine.optimizer.state.values()}
+    counters = [engine.global_steps, engine.global_samples, engine.skipped_steps, engine.lr_scheduler.last_epoch]
+    return {"weights": weights, "moments": moments, "shared": repr((groups, steps, counters))}
+
+
+def on_ranks(rank, ranks, source, folder, precisions):
+    """Write every stage with these ranks, then read everything that there is; the table's cells of these ranks."""
+    setting = Setting(source, torch.device("cpu"))
+    for precision in precisions:
+        for stage in range(4):
+            setting.write(folder / f"{ranks} {stage} {precision}", (stage, precision))
+    return read_all(setting, folder, precisions)
+
+
+def read_all(setting: Setting, folder: Path, precisions: list[str]) -> dict[tuple, dict[str, float] | str]:
+    cells: dict[tuple, dict[str, float] | str] = {}
+    for precision in precisions:
+        for written in sorted(folder.iterdir()):
+            before = written.name.split()
+            if before[2] != precision:
+                continue
+            for stage in range(4):
+                cell = (int(before[0]), int(before[1]), setting.ranks, stage, precision)
+                try:
+                    cells[cell] = setting.read(written, (stage, precision))
+                except UserError as error:
+                    cells[cell] = str(error)
+    return cells
+
+
+@pytest.fixture(scope="module")
+def device():
+    yield distributed.init()
+    distributed.shutdown()
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> str:
+    return pairs(tmp_path_factory.mktemp("data") / "pairs", count=63)
+
+
+@pytest.fixture(scope="module")
+def setting(source, device) -> Setting:
+    return Setting(source, device)
+
+
+@pytest.fixture(scope="module")
+def written(setting, tmp_path_factory):
+    """The folder of a run of a layout, written once."""
+    return functools.cache(lambda layout: _written(setting, layout, tmp_path_factory.mktemp("written")))
+
+
+def _written(setting, layout, folder) -> Path:
+    setting.write(folder, layout)
+    return folder
+
+
+LIMITS = {"fp32": 1e-4, "bf16": 0.03, "fp16": 0.03, "other": 0.2}  # of losses of about 6.5
+
+
+def assert_equal(cell: dict[str, float], precision: str) -> None:
+    assert cell["weights"] == cell["moments"] == 0
+    assert cell["losses"] < LIMITS[precision]
+
+
+@pytest.mark.parametrize("after", range(4))
+@pytest.mark.parametrize("before", range(4))
+def test_each_stage_goes_on_at_each_other(setting, written, before, after):
+    assert_equal(setting.read(written((before, "bf16")), (after, "bf16")), "bf16")
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_every_stage_trains_the_same(setting, precision, fp16_device):
+    found, norms = [], []
+    for stage in range(4):
+        trainer, _ = setting.build((stage, precision))
+        losses = [trainer(batch)[0].item() for batch in setting.batches]
+        found.append((*losses, *contents(trainer)["weights"]["student.g.weight"].flatten().tolist()))
+        if precision != "fp32" or stage > 0:  # DeepSpeed tells none without ZeRO there
+            norms.append(trainer.state()["grad_norm"])
+    assert norms == pytest.approx([norms[0]] * len(norms), rel=0.02)
+    for other in found[1:]:
+        assert other == pytest.approx(found[0], abs=0.005)
+
+
+CHANGES = [
+    *[((2, a), (2, b)) for a in PRECISIONS for b in PRECISIONS if a != b],
+    ((0, "fp16"), (3, "fp32")),
+    ((3, "fp32"), (0, "fp16")),
+    ((0, "fp16"), (1, "fp16")),
+    ((2, "fp16"), (0, "fp16")),
+]
+
+
+@pytest.mark.parametrize("before, after", CHANGES, ids=str)
+def test_each_precision_goes_on_in_each_other(setting, written, before, after, fp16_device):
+    assert_equal(setting.read(written(before), after), "other")
+
+
+def test_bf16_with_sums_of_gradients_in_fp32(setting, written, tmp_path):
+    wide = {"data_types": {"grad_accum_dtype": "fp32"}}
+    assert_equal(setting.read(written((3, "fp32")), (1, "bf16"), **wide), "other")
+    setting.write(tmp_path, (1, "bf16"), **wide)
+    assert_equal(setting.read(tmp_path, (0, "bf16")), "bf16")
+
+
+def test_what_cannot_be_converted_or_does_not_fit_is_one_line(setting, written, tmp_path):
+    setting.write(tmp_path, (1, "fp32"), record=False, optimizer={"type": "SGD", "params": {"lr": 0.01}},
+                  zero_allow_untested_optimizer=True)  # fmt: skip
+    with pytest.raises(UserError, match=r"step2: cannot be converted to other ranks, ZeRO stage or precision: it has"):
+        setting.read(tmp_path, (2, "fp32"))
+    narrow = Setting(setting.source, setting.device, student={"embed_dim": 24})
+    for stage in (1, 2):  # converted, and as it is
+        with pytest.raises(UserError, match="step2: does not fit the model and the optimizer of this start: ") as error:
+            narrow.read(written((2, "fp32")), (stage, "fp32"))
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.soak
+def test_each_stage_at_each_stage_on_one_and_two_ranks(setting, source, tmp_path):
+    precisions = ["fp32", "bf16"]
+    for precision in precisions:
+        for stage in range(4):
+            setting.write(tmp_path / f"1 {stage} {precision}", (stage, precision))
+    cells = spawn(on_ranks, 2, source, tmp_path, precisions)[0] | read_all(setting, tmp_path, precisions)
+    assert len(cells) == 64 * len(precisions)
+    for (ranks, stage, *to, precision), cell in sorted(cells.items()):
+        print(f"{precision} zero {stage} on {ranks} -> zero {to[1]} on {to[0]}: {cell}", flush=True)
+    for (*_, precision), cell in cells.items():
+        assert isinstance(cell, dict), cell
+        assert_equal(cell, precision)
