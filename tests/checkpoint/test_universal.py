@@ -181,16 +181,17 @@ def test_each_stage_goes_on_at_each_other(setting, written, before, after):
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_every_stage_trains_the_same(setting, precision, fp16_device):
-    found, norms = [], []
+    losses, weights, norms = [], [], []
     for stage in range(4):
         trainer, _ = setting.build((stage, precision))
-        losses = [trainer(batch)[0].item() for batch in setting.batches]
-        found.append((*losses, *contents(trainer)["weights"]["student.g.weight"].flatten().tolist()))
+        losses.append([trainer(batch)[0].item() for batch in setting.batches])
         if precision != "fp32" or stage > 0:  # DeepSpeed tells none without ZeRO there
             norms.append(trainer.state()["grad_norm"])
-    assert norms == pytest.approx([norms[0]] * len(norms), rel=0.02)
-    for other in found[1:]:
-        assert other == pytest.approx(found[0], abs=0.005)
+        weights.append(checkpoint.full_weights(trainer.objective, trainer.engine.optimizer)["student.g.weight"].clone())
+    assert norms == pytest.approx([norms[0]] * len(norms), rel=0.05)
+    for stage in (1, 2, 3):
+        assert losses[stage] == pytest.approx(losses[0], rel=0.01)
+        assert (weights[stage] - weights[0]).abs().max() < 0.002  # of about 4 updates of 0.001
 
 
 CHANGES = [
