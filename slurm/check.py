@@ -18,6 +18,15 @@ def missing() -> list[str]:
     if find_spec("ds_cmli") is None:
         return [f"{python} does not find the package ds_cmli: set DS_CMLI_PYTHON, or pip install -e {root}"]
     lines = [f"{python} has no {name}: pip install -e {root}" for name in PACKAGES if find_spec(name) is None]
+    cache = os.environ.get("TRITON_CACHE_DIR")
+    if cache:
+        # Compiled code is loaded from there: in a folder that all users may write to, it must be this user's own.
+        try:
+            os.makedirs(cache, mode=0o700, exist_ok=True)
+            if os.stat(cache).st_uid != os.getuid():
+                lines.append(f"TRITON_CACHE_DIR is {cache!r}: it belongs to another user; set it to a folder of yours")
+        except OSError as error:
+            lines.append(f"TRITON_CACHE_DIR is {cache!r}: it cannot be made: {error.strerror}")
     granted = int(os.environ.get("SLURM_GPUS_ON_NODE") or 0)
     if granted and not lines:
         import torch

@@ -4,6 +4,8 @@
 #SBATCH --job-name=ds-cmli
 #SBATCH --nodes=1
 #SBATCH --time=24:00:00
+# Begin when all nodes are up, and not with those that already are.
+#SBATCH --wait-all-nodes=1
 # A preempted job, and one whose node failed, starts again under the same id and goes on in the same log.
 #SBATCH --requeue
 #SBATCH --open-mode=append
@@ -18,15 +20,26 @@ die() {
     exit 2
 }
 
+# --- signals: most reach the tasks by Slurm. Those that come to this shell alone are passed on, as USR1: srun would take
+# a TERM for itself and kill the tasks.
+step=
+signalled=0
+pass_on() {
+    signalled=1
+    [[ -z $step ]] || kill -USR1 "$step" 2>/dev/null
+}
+trap pass_on TERM USR1 USR2 INT
 # --- where things are
 [[ -n ${SLURM_JOB_ID:-} ]] || die "this is a job script: start it with sbatch [sbatch options] slurm/train.sh [options]"
 for program in srun scontrol; do
     command -v "$program" >/dev/null || die "node $(hostname): no $program on PATH"
 done
-job_field() { scontrol --oneliner show job "$SLURM_JOB_ID" | grep -o " $1=[^ ]*" | head -n 1 | cut -d = -f 2-; }
-# sbatch runs a copy from its spool folder: only Slurm knows where the original lies.
-script=$(job_field Command)
-for project in "$(dirname "${script:-.}")/.." "${SLURM_SUBMIT_DIR:-.}"; do
+job_field() { scontrol show job "$SLURM_JOB_ID" | sed -n "s/^.* $1=\([^ ]*\).*/\1/p" | head -n 1; }
+# sbatch runs a copy from its spool folder: only Slurm knows where the original lies. Its arguments may follow.
+script=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *Command=//p' | head -n 1)
+while [[ ! -f $script && $script == *" "* ]]; do script=${script% *}; done
+for project in "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.." "$(dirname "$(readlink -f "$script")")/.." \
+    "${SLURM_SUBMIT_DIR:-.}"; do
     [[ -f $project/ds_cmli/train.py ]] && break
 done
 [[ -f $project/ds_cmli/train.py ]] ||
@@ -37,13 +50,78 @@ project=$(cd "$project" && pwd)
 if [[ -z ${DS_CMLI_PYTHON:-} && -z ${VIRTUAL_ENV:-}${CONDA_PREFIX:-} && -x $project/.venv/bin/python ]]; then
     DS_CMLI_PYTHON=$project/.venv/bin/python
 fi
-read -ra python <<<"${DS_CMLI_PYTHON:-python3}"
+python=("${DS_CMLI_PYTHON:-python3}")
+# One program, whose path may hold spaces, or several words, of which those with spaces are quoted.
+command -v "${python[0]}" >/dev/null || mapfile -t python < <(xargs printf '%s\n' <<<"${python[0]}")
 found=$(command -v "${python[0]}") ||
     die "node $(hostname): no '${python[0]}': set DS_CMLI_PYTHON to the command that starts Python"
 # What DeepSpeed builds at run time calls programs of the same environment.
 export PATH="$(dirname "$found"):$PATH"
 
+# --- the run's folder bears the job's name, so that a requeued job finds what it has saved
+name=$SLURM_JOB_ID
+[[ -z ${SLURM_ARRAY_JOB_ID:-} ]] || name=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
+options=(--output-dir "runs/slurm-$name" "${@//%a/${SLURM_ARRAY_TASK_ID:-%a}}")
+for ((i = 0; i < ${#options[@]}; i++)); do
+    case ${options[i]} in
+    --output-dir) run=${options[i + 1]:-} ;;
+    --output-dir=*) run=${options[i]#*=} ;;
+    esac
+done
+saved_step() {
+    local latest=
+    [[ -f $run/checkpoint/latest ]] && latest=$(tr -dc 0-9 <"$run/checkpoint/latest")
+    echo $((10#0$latest))
+}
+first_step=$(saved_step)
+# A start that gained no step counts. A run that is told to stop before it has got that far would be requeued for ever.
+most=${DS_CMLI_REQUEUE_MOST:-3}
+[[ $most =~ ^[1-9][0-9]*$ ]] || die "DS_CMLI_REQUEUE_MOST is '$most': give a number from 1 on"
+limit=$((${SLURM_JOB_END_TIME:-0} - ${SLURM_JOB_START_TIME:-0})) # seconds; 0 where Slurm does not tell
+lead=${SBATCH_SIGNAL:-$(grep -m 1 '^#SBATCH --signal=' "${BASH_SOURCE[0]}")}
+lead=${lead##*@} # what --signal says on sbatch's command line, Slurm does not tell
+((limit <= 0 || 2 * lead <= limit)) ||
+    echo "notice: the time limit is $limit s, and $lead s before it the run is told to stop (unless --signal says" \
+        "otherwise): that is more than half of it; ask for a longer --time"
+count_start() {
+    local file=$run/starts-without-a-step starts=1
+    if (($(saved_step) > first_step)); then
+        rm -f "$file"
+        return
+    fi
+    [[ -f $file ]] && starts=$(($(<"$file") + 1))
+    if ((starts >= most)); then
+        rm -f "$file"
+        die "job $name: $starts starts in a row ended before they had gained a step: not requeued. Ask for a longer" \
+            "--time; DS_CMLI_REQUEUE_MOST sets how many such starts are allowed"
+    fi
+    echo "notice: told to stop after $SECONDS s of a time limit of $limit s, before a step was gained: $starts of $most"
+    mkdir -p "$run" && echo "$starts" >"$file"
+}
+
+# DS_CMLI_SNAPSHOT=1: all starts of the job run the code as it was at the first.
+if [[ ${DS_CMLI_SNAPSHOT:-0} == 1 ]]; then
+    copy=$(realpath -m "$run/code")
+    if [[ ! -d $copy ]]; then
+        rm -rf "$copy.new"
+        mkdir -p "$copy.new" && cp -r "$project"/{ds_cmli,ds_configs,slurm} "$copy.new" || die "no snapshot in $copy"
+        PYTHONPATH=$project "${python[@]}" -c \
+            "from ds_cmli.common.provenance import revision; print(revision() or '')" >"$copy.new/REVISION"
+        mv "$copy.new" "$copy"
+    fi
+    project=$copy
+    export PYTHONPATH="$copy${PYTHONPATH:+:$PYTHONPATH}"
+fi
+
+# --- what the tasks find in their environment, unless it is set: a crash tells where, and each node has a cache of its own
+export PYTHONFAULTHANDLER="${PYTHONFAULTHANDLER-1}"
+export TRITON_CACHE_DIR="${TRITON_CACHE_DIR:-${TMPDIR:-/tmp}/ds-cmli-triton-$(id -u)}"
+
 # --- one task a GPU; without GPUs --ntasks or --ntasks-per-node, or one a node
+if [[ -z ${SLURM_CPUS_ON_NODE:-} ]]; then # within salloc only a task is told
+    read -r SLURM_GPUS_ON_NODE SLURM_CPUS_ON_NODE < <(srun --nodes=1 --ntasks=1 --gpu-bind=none \
+        bash -c 'echo ${SLURM_GPUS_ON_NODE:-0} $SLURM_CPUS_ON_NODE') || die "srun starts nothing in this allocation"
+fi
 gpus=${SLURM_GPUS_ON_NODE:-0}
 if ((gpus > 0)); then
     tasks=$((gpus * SLURM_NNODES))
@@ -58,22 +136,30 @@ cpus=$((SLURM_CPUS_ON_NODE / per_node))
 # srun would read these and share out GPUs and CPUs once more. Every task sees all GPUs of its node: NCCL wants it so.
 unset SLURM_GPUS_PER_TASK SLURM_TRES_PER_TASK SLURM_NTASKS_PER_GPU SLURM_NTASKS_PER_NODE
 unset SLURM_CPUS_PER_GPU SLURM_CPUS_PER_TASK
-common=(--nodes="$SLURM_NNODES" --gpu-bind=none)
-share=(--cpus-per-task="$cpus")
+# ALL: also where sbatch was told to hand on no environment, this script's is for the tasks.
+common=(--nodes="$SLURM_NNODES" --gpu-bind=none --export=ALL)
+# In blocks: neighbouring ranks have neighbouring cores, as neighbouring GPUs are on one socket.
+share=(--cpus-per-task="$cpus" --distribution=block:block)
 if ((cpus == 0)); then
     echo "notice: the $per_node tasks of a node share $SLURM_CPUS_ON_NODE CPU: ask for more with --cpus-per-gpu"
     share=(--overcommit)
 fi
 
-# --- signals: most reach the tasks by Slurm. Those that come to this shell alone are passed on, as USR1: srun would take
-# a TERM for itself and kill the tasks.
-step=
-signalled=0
-pass_on() {
-    signalled=1
-    [[ -z $step ]] || kill -USR1 "$step" 2>/dev/null
+# Run a step to its end; `code` is its exit code.
+finish() {
+    srun "${common[@]}" "$@" &
+    step=$!
+    local before
+    while true; do # a signal also ends `wait`
+        before=$signalled
+        signalled=0
+        wait "$step"
+        code=$?
+        ((signalled)) || break
+    done
+    signalled=$((before || signalled))
+    step=
 }
-trap pass_on TERM USR1 USR2
 
 # --- where the tasks meet: on the first node, where rank 0 runs. Asked here because a container has no scontrol.
 if [[ -z ${MASTER_ADDR:-} ]]; then
@@ -85,40 +171,38 @@ if [[ -z ${MASTER_ADDR:-} ]]; then
 fi
 
 # --- what every node needs
-srun "${common[@]}" --ntasks="$SLURM_NNODES" --ntasks-per-node=1 "${python[@]}" "$project/slurm/check.py" ||
-    ((signalled)) || die "not started: see the lines above"
+finish --ntasks="$SLURM_NNODES" --ntasks-per-node=1 "${python[@]}" "$project/slurm/check.py"
 
-# --- the run: its folder bears the job's name, so that a requeued job finds what it has saved
-name=$SLURM_JOB_ID
-[[ -z ${SLURM_ARRAY_JOB_ID:-} ]] || name=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
-options=("${@//%a/${SLURM_ARRAY_TASK_ID:-%a}}")
-echo "job $name, start ${SLURM_RESTART_COUNT:-0}: $tasks tasks on $SLURM_NNODES nodes ($SLURM_JOB_NODELIST)," \
-    "$gpus GPUs and $SLURM_CPUS_ON_NODE CPUs a node"
-if ((signalled)); then
+# --- the run. One failed task does not end the others at once: they find out who failed, or save what they have.
+if ((code == 0 && !signalled)); then
+    echo "job $name, start ${SLURM_RESTART_COUNT:-0}: $tasks tasks on $SLURM_NNODES nodes ($SLURM_JOB_NODELIST)," \
+        "$gpus GPUs and $SLURM_CPUS_ON_NODE CPUs a node"
+    output=()
+    if [[ ${DS_CMLI_RANK_OUTPUT:-0} == 1 ]]; then
+        mkdir -p "$run" || die "cannot write to $run"
+        output=(--output="$run/rank-%t.out" --open-mode=append)
+        echo "job $name: the output of each rank is in $run/rank-N.out"
+    fi
+    finish "${share[@]}" ${output[@]+"${output[@]}"} --ntasks="$tasks" --ntasks-per-node="$per_node" \
+        --kill-on-bad-exit=0 --wait=300 "${python[@]}" "$project/ds_cmli/train.py" "${options[@]}"
+elif ((code == 0)); then
     code=$PREEMPTED # before it began
-else
-    # One failed task does not end the others at once: they find out who failed, or save what they have.
-    srun "${common[@]}" "${share[@]}" --ntasks="$tasks" --ntasks-per-node="$per_node" --kill-on-bad-exit=0 --wait=300 \
-        "${python[@]}" "$project/ds_cmli/train.py" --output-dir "runs/slurm-$name" "${options[@]}" &
-    step=$!
+elif ((code <= 128)); then
+    die "not started: see the lines above"
 fi
-# A signal also ends `wait`, which is then repeated.
-while [[ -n $step ]]; do
-    signalled=0
-    wait "$step"
-    code=$?
-    ((signalled)) || break
-done
 
 # --- again, if it was preempted; killed by a warning signal while it was still starting, it has lost nothing
 case $code in
 "$PREEMPTED" | $((128 + 10)) | $((128 + 12)) | $((128 + 15)))
     state=$(job_field JobState)
     echo "job $name: preempted (exit code $code), the job's state is $state"
+    if [[ $(job_field BatchFlag) == 0 ]]; then
+        echo "job $name: started within salloc, and so not requeued: start it again to go on"
     # Where it is no longer running it was cancelled, or is being requeued by Slurm itself. Only a time limit that no
     # signal came before is left to us.
-    if [[ $state == RUNNING || $(job_field Reason) == TimeLimit ]]; then
+    elif [[ $state == RUNNING || $(job_field Reason) == TimeLimit ]]; then
         trap '' TERM
+        count_start
         scontrol requeue "$SLURM_JOB_ID" && echo "job $name: requeued"
     fi
     ;;

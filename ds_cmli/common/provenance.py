@@ -16,14 +16,24 @@ PACKAGES = ("ds-cmli", "torch", "deepspeed", "transformers", "timm")
 
 
 def revision() -> str | None:
-    """The git commit of the source tree, "+" behind it where files were changed; None outside a repository."""
-    git = ["git", "-C", str(Path(__file__).parent)]
+    """The git commit of the source tree, "+" behind it where sources were changed; None outside a repository.
+
+    A copy of the sources has it in a file REVISION. Files that git does not know count where they are sources.
+    """
+    package = Path(__file__).parent.parent
+    kept = package.parent / "REVISION"
+    if kept.is_file():
+        return kept.read_text().strip() or None
+    git = ["git", "-C", str(package)]
+    unknown = ["ls-files", "--others", "--exclude-standard"]
     try:
-        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True).stdout
+        head, changed, new = (
+            subprocess.run([*git, *command], capture_output=True, text=True, check=True).stdout.strip()
+            for command in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"], unknown)
+        )
     except (OSError, subprocess.CalledProcessError):
         return None
-    return head + ("+" if changed.strip() else "")
+    return head + ("+" if changed or new else "")
 
 
 def versions() -> dict[str, str]:

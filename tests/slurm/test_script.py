@@ -1,0 +1,122 @@
+"""What slurm/train.sh does around a run: requeueing and its limit, odd paths, salloc, and what the tasks are given.
+
+A stand-in takes Python's place: `check` and `train` are what it does as one and as the other.
+"""
+
+import re
+import shutil
+import subprocess
+
+import pytest
+
+from tests.conftest import ROOT
+from tests.slurm.cluster import poll
+from tests.slurm.jobs import SCRIPT, finish, log, submit
+
+
+@pytest.fixture
+def stand_in(tmp_path):
+    def make(train: str, check: str = "exit 0", name: str = "stand-in") -> str:
+        file = tmp_path / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(
+            "#!/bin/bash\nscript=$1; shift; run=$2\n"
+            f"case $script in\n*check.py) {check} ;;\n*train.py) {train} ;;\nesac\n"
+        )
+        file.chmod(0o755)
+        return str(file)
+
+    return make
+
+
+@pytest.mark.parametrize("to", [("--signal=TERM",), ("--signal=USR1",), ("--batch", "--signal=USR1")])
+def test_a_signal_during_the_node_check_requeues_the_job(cluster, tmp_path, stand_in, to):
+    mark = tmp_path / "checking"
+    python = stand_in("echo trained", f"[[ -e {mark} ]] && exit 0; touch {mark}; exec sleep 60")
+    job = submit(cluster, tmp_path, (), python=python)
+    poll(mark.exists, 30, lambda: log(tmp_path, job), interval=0.05)
+    cluster.command("scancel", *to, job)
+    text = finish(cluster, tmp_path, job, timeout=60)
+    assert "requeued" in text and "trained" in text and "not started" not in text
+    assert cluster.job(job)["Restarts"] == "1"
+
+
+def test_a_job_that_gains_no_step_is_not_requeued_for_ever(cluster, tmp_path, stand_in):
+    job = submit(cluster, tmp_path, ("--time=2",), python=stand_in("exit 85"))
+    text = finish(cluster, tmp_path, job, state="FAILED", timeout=90)
+    assert len(re.findall(r", start \d: ", text)) == 3 and text.count(": requeued\n") == 2
+    assert re.search(r"error: job \d+: 3 starts in a row ended before they had gained a step: not requeued", text)
+    assert "notice: the time limit is 120 s, and 90 s before it the run is told to stop" in text
+    assert text.count("before a step was gained: ") == 2
+
+
+def test_a_job_that_gains_steps_is_requeued_as_often_as_it_takes(cluster, tmp_path, stand_in):
+    again = (
+        "mkdir -p $run/checkpoint; n=$(($(grep -o [0-9]* $run/checkpoint/latest) + 1)); "
+        "[[ $n == 4 ]] && exit 0; echo step$n > $run/checkpoint/latest; exit 85"
+    )
+    job = cluster.submit("--time=60", SCRIPT, "--output-dir", "my run", cwd=tmp_path, DS_CMLI_REQUEUE_MOST="1",
+                         DS_CMLI_PYTHON=stand_in(again.replace("$run", '"$4"')))  # fmt: skip
+    text = finish(cluster, tmp_path, job, timeout=90)
+    assert text.count(": requeued\n") == 3 and "notice" not in text
+
+
+def test_spaces_and_links_in_paths(cluster, tmp_path, stand_in):
+    project = tmp_path / "my projects" / "ds cmli"
+    (project / "ds_cmli").mkdir(parents=True)
+    (project / "ds_cmli" / "train.py").touch()
+    shutil.copytree(ROOT / "slurm", project / "slurm")
+    python = stand_in('echo "given $script: $*"', name="my env/bin/python")
+    (tmp_path / "linked job").symlink_to(project / "slurm" / "train.sh")
+    folder = tmp_path / "jobs of mine"
+    folder.mkdir()
+    for script in (project / "slurm" / "train.sh", tmp_path / "linked job"):
+        for command in (python, f"env 'A=b c' '{python}'"):
+            job = cluster.submit(str(script), "a b", cwd=folder, DS_CMLI_PYTHON=command)
+            text = finish(cluster, folder, job)
+            assert f"given {project}/ds_cmli/train.py: --output-dir runs/slurm-{job} a b\n" in text
+
+
+def test_within_salloc(cluster, tmp_path, stand_in):
+    python = stand_in('echo "task $SLURM_PROCID of $SLURM_NTASKS"; exit 85')
+    command = ["salloc", "--nodes=2", "--gpus-per-node=2", "--cpus-per-gpu=2", "bash", SCRIPT, "--seed", "1"]
+    env = cluster.environment() | {"DS_CMLI_PYTHON": python}
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 85, done.stdout + done.stderr
+    assert all(f"task {rank} of 4" in done.stdout for rank in range(4)), done.stdout + done.stderr
+    assert "2 GPUs and 4 CPUs a node" in done.stdout
+    assert "started within salloc, and so not requeued: start it again to go on" in done.stdout
+
+
+def test_what_tasks_are_given(cluster, tmp_path, stand_in):
+    names = "PYTHONFAULTHANDLER NCCL_DEBUG NCCL_SOCKET_IFNAME GLOO_SOCKET_IFNAME TRITON_CACHE_DIR"
+    python = stand_in(f'for name in {names}; do echo "$name=${{!name}}"; done')
+    own = {"NCCL_DEBUG": "INFO", "NCCL_SOCKET_IFNAME": "ib0", "GLOO_SOCKET_IFNAME": "eth0", "TMPDIR": "/tmp/x y"}
+    only = ["PATH", "DS_CMLI_PYTHON", "SLURM_CONF", "DS_CMLI_RANK_OUTPUT", *own]
+    job = cluster.submit("--ntasks=2", f"--export={','.join(only)}", SCRIPT, cwd=tmp_path, DS_CMLI_PYTHON=python,
+                         DS_CMLI_RANK_OUTPUT="1", **own)  # fmt: skip
+    text = finish(cluster, tmp_path, job)
+    assert f"the output of each rank is in runs/slurm-{job}/rank-N.out" in text and "NCCL_DEBUG" not in text
+    for rank in range(2):
+        given = dict(
+            line.split("=") for line in (tmp_path / f"runs/slurm-{job}/rank-{rank}.out").read_text().split("\n")[:-1]
+        )
+        assert given.pop("PYTHONFAULTHANDLER") == "1"
+        assert given.pop("TRITON_CACHE_DIR").startswith("/tmp/x y/ds-cmli-triton-")
+        assert given == {name: own[name] for name in given} and len(given) == 3
+
+
+def test_a_snapshot_keeps_the_code_of_the_first_start(cluster, tmp_path, stand_in):
+    project = tmp_path / "project"
+    for name in ("ds_cmli", "ds_configs"):
+        (project / name).mkdir(parents=True)
+    (project / "ds_cmli" / "train.py").write_text("first")
+    shutil.copytree(ROOT / "slurm", project / "slurm")
+    edit = f'echo "runs $(cat $script), $PYTHONPATH"; [[ $(cat {project}/ds_cmli/train.py) == second ]] && exit 0; '
+    edit += f"echo second > {project}/ds_cmli/train.py; exit 85"
+    job = cluster.submit("--time=60", str(project / "slurm" / "train.sh"), cwd=tmp_path, DS_CMLI_SNAPSHOT="1",
+                         DS_CMLI_PYTHON=stand_in(edit))  # fmt: skip
+    text = finish(cluster, tmp_path, job, timeout=60)
+    code = tmp_path / f"runs/slurm-{job}/code"
+    assert text.count(f"runs first, {code}") == 2, text
+    assert (code / "REVISION").exists()
