@@ -28,6 +28,8 @@ LARGE_SEGMENT = 20 << 20
 MIN_LARGE_SEGMENT_REQUEST = 10 << 20  # from here on a request gets a segment of its own size
 ROUND_SEGMENT = 2 << 20
 FIRST_ADDRESS = 0x7F00_0000_0000
+Pool = tuple[int, int]  # as `torch.cuda.MemPool.id`, and of a CUDA graph
+DEFAULT_POOL = (0, 0)
 
 
 def rounded(requested: int) -> int:
@@ -77,6 +79,7 @@ class Segment:
     size: int
     stream: int
     small: bool
+    pool: Pool = DEFAULT_POOL
     first: Block = field(init=False)
     event: Event | None = None  # the one that needed it
 
@@ -108,30 +111,30 @@ class CachingAllocator:
     def __init__(self, limit: int | None = None):
         self.limit = limit
         self.segments: dict[int, Segment] = {}  # by address
-        # (small pool, stream) -> (size, address) of each free block, sorted: the order of rule 3.
-        self.free_blocks: dict[tuple[bool, int], list[tuple[int, int]]] = {}
+        # (pool, small, stream) -> (size, address) of each free block, sorted: the order of rule 3.
+        self.free_blocks: dict[tuple[Pool, bool, int], list[tuple[int, int]]] = {}
         self.at: dict[int, Block] = {}  # the free blocks by address
         self.actions: list[Action] = []
         self.requested = self.allocated = self.reserved = 0
         self.next_address = FIRST_ADDRESS
 
-    def malloc(self, requested: int, stream: int = 0, event: Event | None = None) -> Block:
+    def malloc(self, requested: int, stream: int = 0, event: Event | None = None, pool: Pool = DEFAULT_POOL) -> Block:
         """Raises `OutOfMemory` where `limit` leaves no room."""
         size = rounded(requested)
         small = size <= SMALL_REQUEST
-        free = self.free_blocks.setdefault((small, stream), [])
+        free = self.free_blocks.setdefault((pool, small, stream), [])
         position = bisect_left(free, (size, 0))
         if position < len(free):
             block = self.at.pop(free.pop(position)[1])
         else:
-            block = self._new_segment(requested, size, small, stream, event).first
+            block = self._new_segment(requested, size, small, stream, event, pool).first
         left = block.size - size
         if left >= MIN_BLOCK if small else left > SMALL_REQUEST:
             rest = Block(block.segment, block.address + size, left, before=block, after=block.after)
             if rest.after is not None:
                 rest.after.before = rest
             block.size, block.after = size, rest
-            self._keep(rest)
+            self.keep(rest)
         block.requested, block.event = requested, event
         self.requested += requested
         self.allocated += block.size
@@ -151,12 +154,12 @@ class CachingAllocator:
         if after is not None and not after.requested:
             self._take(after)
             block = _join(block, after)
-        self._keep(block)
+        self.keep(block)
 
     def empty_cache(self) -> None:
-        """Return every segment that is wholly free to the device."""
+        """Return every segment that is wholly free to the device; those of private pools stay theirs."""
         for segment in list(self.segments.values()):
-            if not segment.first.requested and segment.first.after is None:
+            if segment.pool == DEFAULT_POOL and not segment.first.requested and segment.first.after is None:
                 self.release(segment)
 
     def release(self, segment: Segment) -> None:
@@ -166,25 +169,31 @@ class CachingAllocator:
         self.reserved -= segment.size
         self.actions.append(Action("segment_free", segment.address, segment.size, segment.stream, None))
 
-    def _new_segment(self, requested: int, size: int, small: bool, stream: int, event: Event | None) -> Segment:
+    def _new_segment(
+        self, requested: int, size: int, small: bool, stream: int, event: Event | None, pool: Pool
+    ) -> Segment:
         taken = segment_bytes(size)
         if self.limit is not None and self.reserved + taken > self.limit:
             self.empty_cache()
             if self.reserved + taken > self.limit:
                 raise OutOfMemory(requested, self.allocated, self.reserved, self.limit, event)
-        segment = Segment(self.next_address, taken, stream, small, event=event)
+        segment = Segment(self.next_address, taken, stream, small, pool, event=event)
         self.next_address += taken
         self.segments[segment.address] = segment
         self.reserved += taken
         self.actions.append(Action("segment_alloc", segment.address, taken, stream, event))
         return segment
 
-    def _keep(self, block: Block) -> None:
-        insort(self.free_blocks[block.segment.small, block.segment.stream], (block.size, block.address))
+    def keep(self, block: Block) -> None:
+        """Note a block as free."""
+        segment = block.segment
+        free = self.free_blocks.setdefault((segment.pool, segment.small, segment.stream), [])
+        insort(free, (block.size, block.address))
         self.at[block.address] = block
 
     def _take(self, block: Block) -> None:
-        free = self.free_blocks[block.segment.small, block.segment.stream]
+        segment = block.segment
+        free = self.free_blocks[segment.pool, segment.small, segment.stream]
         free.pop(bisect_left(free, (block.size, block.address)))
         del self.at[block.address]
 

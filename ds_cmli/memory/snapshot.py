@@ -35,7 +35,7 @@ def build(replayed: Replay) -> dict[str, Any]:
                 "requested_size": sum(block.requested for block in blocks),
                 "stream": segment.stream,
                 "segment_type": "small" if segment.small else "large",
-                "segment_pool_id": (0, 0),
+                "segment_pool_id": segment.pool,
                 "is_expandable": False,
                 "frames": frames(segment.event),
                 "blocks": [_block(block) for block in blocks],

@@ -241,7 +241,7 @@ def test_whatever_is_asked_for_segments_stay_whole(requests, seed):
                 in_use += block.size * bool(block.requested)
                 requested += block.requested
                 if not block.requested:
-                    free.append((segment.small, segment.stream, block.size, block.address))
+                    free.append((segment.pool, segment.small, segment.stream, block.size, block.address))
             assert end == segment.address + segment.size
         assert {b.address for b in live} == {
             b.address for s in allocator.segments.values() for b in s.blocks() if b.requested

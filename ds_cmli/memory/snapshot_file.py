@@ -1,0 +1,75 @@
+"""A snapshot of CUDA's allocator as a file: what `torch.cuda.memory._dump_snapshot` pickles, or the same as JSON.
+
+Such files come from anywhere: only plain containers, numbers and texts are read, whatever a pickle asks for.
+"""
+
+import gzip
+import io
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+from ds_cmli.common.errors import UserError
+
+ENTRY = {"action": str, "addr": int, "size": int, "stream": int}
+SEGMENT = {"address": int, "total_size": int, "stream": int}
+BLOCK = {"size": int, "state": str}
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}, and only plain containers are read")
+
+    def persistent_load(self, pid: Any) -> Any:
+        raise pickle.UnpicklingError("it asks for an object outside the file, and only plain containers are read")
+
+
+def read(path: str | Path) -> dict[str, Any]:
+    """A snapshot with "segments" and "device_traces", of the types that a replay relies on.
+
+    Raises `UserError` with one line for anything else.
+    """
+    try:
+        data = Path(path).read_bytes()
+        if data[:2] == b"\x1f\x8b":
+            data = gzip.decompress(data)
+        plain = data[:1] in (b"{", b"[") or data[:1].isspace()
+        content = json.loads(data) if plain else _PlainUnpickler(io.BytesIO(data)).load()
+    except OSError as error:
+        raise UserError(f"{str(path)!r} cannot be read: {error.strerror or error}") from None
+    except Exception as error:  # a damaged or hostile pickle can raise anything
+        why = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(f"{str(path)!r} is no snapshot that can be read: {why}") from None
+    wrong = _wrong(content)
+    if wrong:
+        raise UserError(f"{str(path)!r} is no snapshot of CUDA's allocator: {wrong}")
+    return content
+
+
+def _wrong(content: Any) -> str:
+    if not isinstance(content, dict) or not all(
+        isinstance(content.get(k), list) for k in ("segments", "device_traces")
+    ):
+        return "it has no lists 'segments' and 'device_traces'"
+    for number, trace in enumerate(content["device_traces"]):
+        if not isinstance(trace, list):
+            return f"device_traces[{number}] is no list"
+        for at, entry in enumerate(trace):
+            if not _has(entry, ENTRY, optional=("addr", "size", "stream")):
+                return f"device_traces[{number}][{at}] is no event of the allocator"
+    for number, segment in enumerate(content["segments"]):
+        if not _has(segment, SEGMENT) or not isinstance(segment.get("blocks"), list):
+            return f"segments[{number}] is no segment with blocks"
+        if not all(_has(block, BLOCK) for block in segment["blocks"]):
+            return f"segments[{number}] has what is no block"
+        if sum(block["size"] for block in segment["blocks"]) != segment["total_size"]:
+            return f"the blocks of segments[{number}] do not fill it"
+    return ""
+
+
+def _has(value: Any, types: dict[str, type], optional: tuple[str, ...] = ()) -> bool:
+    return isinstance(value, dict) and all(
+        (type(value[key]) is kind and (kind is str or value[key] >= 0)) if key in value else key in optional
+        for key, kind in types.items()
+    )

@@ -1,0 +1,179 @@
+"""Histories of random programs on the model, cut in the middle: their beginning is found again."""
+
+import gzip
+import json
+import pickle
+import random
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from ds_cmli.common.errors import UserError
+from ds_cmli.memory import snapshot, snapshot_file
+from ds_cmli.memory.allocator import CachingAllocator, OutOfMemory, Replay
+from ds_cmli.memory.history import beginning, replay_history
+from profiling.replay import command
+
+K, M = 1 << 10, 1 << 20
+SIZES = (
+    lambda r: r.randrange(1, 4 * K),
+    lambda r: r.randrange(M - 8 * K, M + 8 * K),
+    lambda r: r.randrange(M + 1, 12 * M),
+    lambda r: r.choice((10, 11, 19, 20, 33)) * M - r.choice((0, 512, r.randrange(1200 * K))),
+)
+
+
+def recorded(seed: int, steps: int = 400) -> dict[str, Any]:
+    """A snapshot whose history lost its first part."""
+    r = random.Random(seed)
+    allocator = CachingAllocator(limit=r.choice((None, 150 * M, 400 * M)))
+    live: list = []
+    pending: list = []  # freed by the program, still used by another stream
+    trace: list[dict[str, Any]] = []
+
+    def note(action: str, address: int, size: int, stream: int) -> None:
+        trace.append({"action": action, "addr": address, "size": size, "stream": stream})
+
+    def act(function, *arguments, **options):
+        known = len(allocator.actions)
+        try:
+            return function(*arguments, **options)
+        finally:
+            for action in allocator.actions[known:]:
+                note(action.name, action.address, action.bytes, action.stream)
+
+    for _ in range(steps):
+        turn = r.random()
+        if turn < 0.55:
+            size = r.choice(SIZES)(r)
+            pool = (0, 1) if r.random() < 0.15 else (0, 0)
+            try:
+                live.append(act(allocator.malloc, size, r.choice((0, 0, 7)), pool=pool))
+            except OutOfMemory:
+                note("oom", 0, size, 0)
+        elif turn < 0.9 and live:
+            act(allocator.free, live.pop(r.randrange(len(live))))
+        elif turn < 0.93 and live:
+            block = live.pop(r.randrange(len(live)))
+            note("free_requested", block.address, block.requested, block.segment.stream)
+            pending.append(block)
+        elif turn < 0.97 and pending:
+            block = pending.pop(0)
+            known = len(trace)
+            act(allocator.free, block)
+            del trace[known]  # its free_requested came before
+        elif turn > 0.99:
+            act(allocator.empty_cache)
+    content = snapshot.build(Replay(0, 0, 0, [], list(allocator.segments.values()), []))
+    waiting = {block.address for block in pending}
+    for segment in content["segments"]:
+        for block in segment["blocks"]:
+            if block["address"] in waiting:
+                block["state"] = "active_pending_free"
+    return {**content, "device_traces": [[], trace[r.randrange(len(trace) * 3 // 4) :]][1:]}
+
+
+@pytest.mark.parametrize("first", range(0, 200, 50))
+def test_every_address_is_found_again(first):
+    ambiguous = 0
+    for seed in range(first, first + 50):
+        found = replay_history(recorded(seed), 0)
+        assert found.exact, (seed, found)
+        ambiguous += found.ambiguous
+    assert ambiguous  # the programs are such that not everything can be told
+
+
+def test_another_allocators_choice_is_no_match():
+    content = recorded(1)
+    trace = content["device_traces"][0]
+    last = next(entry for entry in reversed(trace) if entry["action"] == "alloc")
+    twin = dict(last, addr=last["addr"] + 512)
+    trace[trace.index(last)] = twin
+    with pytest.raises(UserError, match=r"device 0: event .* contradicts what came after"):
+        replay_history(content, 0)
+
+
+def test_the_rest_behind_a_block_is_told_by_what_was_passed_over():
+    """10.5 MiB went where 11 were free: behind the 9 MiB block, then, less than 10.5 of the 10.625 MiB were free."""
+    base, eighth = 1 << 40, M // 8
+    active = {"state": "active_allocated"}
+    segments = [
+        {"address": base, "total_size": 20 * M, "stream": 0, "blocks": [
+            {"size": 11 * M, "requested_size": 84 * eighth, **active}, {"size": 9 * M, **active}
+        ]},
+        {"address": base + 64 * M, "total_size": 157 * eighth, "stream": 0, "blocks": [
+            {"size": 157 * eighth, "state": "inactive"}
+        ]},
+    ]  # fmt: skip
+    trace = [
+        {"action": "alloc", "addr": base, "size": 84 * eighth, "stream": 0},
+        {"action": "free_completed", "addr": base + 64 * M, "size": 9 * M, "stream": 0},
+    ]
+    found = replay_history({"segments": segments, "device_traces": [trace]}, 0)
+    assert found.exact and found.allocations == 1 and found.ambiguous == 1
+    assert found.allocated_peak == 20 * M + 9 * M + eighth + 512
+
+
+def test_what_cannot_be_replayed_is_said(tmp_path):
+    mapped = {"segments": [], "device_traces": [[{"action": "segment_map", "addr": 1, "size": 2 * M, "stream": 0}]]}
+    with pytest.raises(UserError, match="device 0 was recorded with expandable segments"):
+        beginning(mapped, 0)
+    path = tmp_path / "mapped.json"
+    path.write_text(json.dumps(mapped))
+    done = CliRunner().invoke(command, [str(path)])
+    assert isinstance(done.exception, UserError)
+
+
+def test_the_command_prints_an_object_per_device(tmp_path):
+    content = recorded(3)
+    other = recorded(4)
+    for segment in other["segments"]:
+        segment["device"] = 1
+    both = {"segments": content["segments"] + other["segments"], "device_traces": [
+        content["device_traces"][0], other["device_traces"][0], []
+    ]}  # fmt: skip
+    path = tmp_path / "history.json.gz"
+    path.write_bytes(gzip.compress(json.dumps(both).encode()))
+    lines = [json.loads(line) for line in CliRunner().invoke(command, [str(path), "--json"]).output.splitlines()]
+    assert [line["device"] for line in lines] == [0, 1]
+    for line in lines:
+        assert line["allocations"] == line["at_recorded_address"] > 0
+        assert line["segments_recorded"] == line["segments_replayed"]
+        assert line["reserved_peak_recorded"] == line["reserved_peak_replayed"] >= line["allocated_peak"] > 0
+        assert "ambiguous" in line
+    assert "replayed at their recorded address" in CliRunner().invoke(command, [str(path)]).output
+
+
+class Hostile:
+    def __reduce__(self):
+        return open, ("executed", "w")
+
+
+@pytest.mark.parametrize(
+    "content, why",
+    [
+        (pickle.dumps({"segments": Hostile()}), "it asks for .*open, and only plain containers"),
+        (b"cos\nsystem\n(S'touch executed'\ntR.", "it asks for os.system"),
+        (pickle.dumps({"segments": []}), "no lists 'segments' and 'device_traces'"),
+        (pickle.dumps({"segments": [], "device_traces": [[{"action": "alloc", "addr": "x"}]]}), "is no event"),
+        (pickle.dumps([1])[:-3], "is no snapshot that can be read"),
+        (b"[" * 100_000, "is no snapshot that can be read"),
+        (b"\x1f\x8bnothing", "is no snapshot that can be read"),
+        (b"", "is no snapshot that can be read"),
+    ],
+)
+def test_only_plain_containers_are_read(tmp_path, monkeypatch, content, why):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "snapshot").write_bytes(content)
+    with pytest.raises(UserError, match=why) as error:
+        snapshot_file.read("snapshot")
+    assert "\n" not in str(error.value) and not (tmp_path / "executed").exists()
+
+
+def test_a_snapshot_of_ours_is_read(tmp_path):
+    content = recorded(5)
+    (tmp_path / "ours.pickle").write_bytes(pickle.dumps(content))
+    assert snapshot_file.read(tmp_path / "ours.pickle") == content
+    with pytest.raises(UserError, match="cannot be read: No such file"):
+        snapshot_file.read(tmp_path / "missing")
