@@ -21,7 +21,7 @@ from ds_cmli.config.schema import Config, check, choice
 from ds_cmli.data import Batch
 from ds_cmli.data.tokens import load_tokenizer
 from ds_cmli.memory import cards
-from ds_cmli.memory.allocator import replay
+from ds_cmli.memory.allocator import CachingAllocator, replay
 from ds_cmli.memory.fake import convert_parameters, fake_world
 from ds_cmli.memory.phases import phases
 from ds_cmli.memory.report import Event, Report, summarise
@@ -96,6 +96,7 @@ def predict(
         fake_world(world_size, cuda) as answers,
         tracker,
         recorded_from_the_engine_on(tracker, json, cuda, answers.enter),
+        flattened_where_there_is_room(tracker, lambda: free_bytes(tracker, card, world_size) if cuda else 1 << 60),
     ):
         tell("building the models and DeepSpeed's engine")
         trainer = step.build(config, json, vocab_size, TOTAL_STEPS, device)
@@ -212,6 +213,48 @@ def recorded_from_the_engine_on(
         return objective, teacher
 
     with patch.object(step, "build_models", build):
+        yield
+
+
+def free_bytes(tracker: Tracker, card: str, world_size: int) -> int:
+    """What is free on the device when its allocator has given back what it can."""
+    allocator = CachingAllocator()
+    live = {}
+    for block, size, _ in tracker.log:
+        if size > 0:
+            live[block] = allocator.malloc(size)
+        else:
+            allocator.free(live.pop(block))
+    allocator.empty_cache()
+    return cards.card(card).total.bytes - cards.device_bytes(allocator.reserved, card, world_size)
+
+
+@contextmanager
+def flattened_where_there_is_room(tracker: Tracker, free: Callable[[], int]) -> Iterator[None]:
+    """DeepSpeed's stages 1 and 2 copy each group of parameters into one buffer: on the device where `free` bytes are
+    enough for it, otherwise on the host, after the device's parameters are gone."""
+    from deepspeed.accelerator import get_accelerator
+    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+
+    flatten = DeepSpeedZeroOptimizer.flatten_dense_tensors_aligned
+
+    def to_host(tensor: Tensor) -> Tensor:
+        with tracker.paused():
+            return tensor.clone()
+
+    def flattened(self: Any, tensors: list[Tensor], alignment: int, use_cpu_data: bool = False, **options: Any) -> Any:
+        if not use_cpu_data:
+            return flatten(self, tensors, alignment, **options)
+        with tracker.paused():
+            flat = flatten(self, tensors, alignment, use_cpu_data=True, **options)
+        tracker.claim("parameters", [flat])  # as it comes to the device
+        return flat
+
+    with (
+        patch.object(get_accelerator(), "available_memory", lambda *_: free()),
+        patch.object(DeepSpeedZeroOptimizer, "flatten_dense_tensors_aligned", flattened),
+        patch.object(Tensor, "cpu", to_host),
+    ):
         yield
 
 

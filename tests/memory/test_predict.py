@@ -6,6 +6,8 @@ import os
 import subprocess
 import sys
 from contextlib import nullcontext
+from dataclasses import replace
+from itertools import accumulate
 from types import SimpleNamespace
 
 import pytest
@@ -124,6 +126,23 @@ def test_what_ranks_have_alike_is_made_once(monkeypatch):
     monkeypatch.setattr("ds_cmli.memory.fake.shares_made_once", nullcontext)
     assert once == predict(config, ds_config, 24).events
     assert few < 0.7 * (len(operators) - few)
+
+
+def test_parameters_are_flattened_on_the_host_where_the_device_has_no_room_for_both(monkeypatch):
+    """As DeepSpeed does at stages 1 and 2: then both copies never lie on the device; and the rest stays as it was."""
+    config = preset(batch=2, losses=("global",))
+
+    def most_parameters(events) -> int:
+        return max(accumulate(e.bytes for e in events if e.category == "parameters" and e.phase == "init"))
+
+    usual = predict(config, ds_json(), 2)
+    full = replace(cards.card(DEFAULT_CARD).total, bytes=cards.device_bytes(0, DEFAULT_CARD, 2))
+    monkeypatch.setitem(cards.cards(), DEFAULT_CARD, replace(cards.card(DEFAULT_CARD), total=full))
+    little = predict(config, ds_json(), 2)
+    parameters = usual.report.categories["parameters"]
+    assert most_parameters(usual.events) > 1.5 * parameters > 1.4 * most_parameters(little.events)
+    assert little.report.categories == usual.report.categories
+    assert little.report.phases["backward"] == usual.report.phases["backward"]
 
 
 def test_no_prediction_beside_a_process_group():
