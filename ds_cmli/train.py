@@ -73,6 +73,8 @@ def train(
     try:
         assets.fetch(assets.used(config))
         data = build_data(config.data, config.run.seed)
+        for line in data.notices:
+            say(line)
     except UserError as error:
         if os.environ["WORLD_SIZE"] == "1":
             raise

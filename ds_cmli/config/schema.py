@@ -68,6 +68,8 @@ class DataConfig:
     workers: Annotated[int, Field(ge=0, le=256)] = 0  # data loading processes per rank
     # Broken images and empty captions above this share stop the run.
     max_bad_share: Annotated[float, Field(ge=0, le=1)] = 0.01
+    max_pixels: Annotated[int, Field(ge=1, le=2**32)] = 64_000_000  # of an image file; a larger one counts as broken
+    follow_symlinks: bool = False  # also to files outside the folder
 
 
 @dataclass(config=STRICT)

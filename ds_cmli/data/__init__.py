@@ -4,7 +4,7 @@ B pairs, M text positions (padded), S image size in pixels.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -13,12 +13,16 @@ from ds_cmli.common.errors import UserError
 from ds_cmli.config.schema import DataConfig
 from ds_cmli.data.bad import Bad, BadSamples
 from ds_cmli.data.batch import Batch, Collate, Sample
-from ds_cmli.data.folder import FolderPairs, load_folder
+from ds_cmli.data.folder import Rows, load_folder
+from ds_cmli.data.pairs import FolderPairs
 from ds_cmli.data.sampler import GlobalBatchSampler
 from ds_cmli.data.scenes import EVAL_SCENES, EVAL_SEED, TRAIN_SCENES, Pictures, Scenes
 from ds_cmli.data.tokens import CaptionTokenizer, load_tokenizer
 
 __all__ = ["BadSamples", "Batch", "Data", "GlobalBatchSampler", "Sample", "build_data", "eval_loader", "train_loader"]
+
+
+CAPTIONS_LOOKED_AT = 5000  # of each part, for tokens unknown to the tokenizer: half a second
 
 
 @dataclass
@@ -31,6 +35,7 @@ class Data:
     collate: Collate
     bad: list[Bad]  # left out at load, to be reported
     has_places: bool  # tokens and patches of known pictures: `pointing` can be measured
+    notices: list[str] = field(default_factory=list)  # what the user should know before the run, a line each
 
     @property
     def vocab_size(self) -> int:
@@ -57,13 +62,13 @@ def build_data(config: DataConfig, seed: int) -> Data:
         }
         scenes = Scenes("train", seed, TRAIN_SCENES, pictures, tokenizer, size)
         return Data(scenes, evals, tokenizer, Collate(tokenizer), bad=[], has_places=True)
-    train_rows, validation_rows = load_folder(config.source)
+    train_rows, validation_rows = load_folder(config.source, config.follow_symlinks)
     for rows in (train_rows, validation_rows):
         bad = BadSamples(config.max_bad_share, len(rows.files), rows.bad)
         if bad.too_many(0, 0):
             raise UserError(bad.message(0))
     tokenizer = load_tokenizer(config.tokenizer, config.text_positions)
-    train, validation = FolderPairs(train_rows, tokenizer, size), FolderPairs(validation_rows, tokenizer, size)
+    train, validation = FolderPairs(train_rows, tokenizer, config), FolderPairs(validation_rows, tokenizer, config)
     for pairs in (train, validation):
         pairs[0]  # a folder without its images fails here: torch takes 5 s a loading process to end after an error
     return Data(
@@ -73,7 +78,23 @@ def build_data(config: DataConfig, seed: int) -> Data:
         collate=Collate(tokenizer),
         bad=train_rows.bad + validation_rows.bad,
         has_places=False,
+        notices=[*train_rows.notices, *_unknown([train_rows, validation_rows], tokenizer, config.tokenizer)],
     )
+
+
+def _unknown(parts: list[Rows], tokenizer: CaptionTokenizer, name: str) -> list[str]:
+    """A line on captions that are no language of the tokenizer, where there are any; of large sets a sample is read."""
+    looked_at, found = 0, []
+    for rows in parts:
+        some = range(0, len(rows.texts), max(1, len(rows.texts) // CAPTIONS_LOOKED_AT))
+        looked_at += len(some)
+        found += [rows.files[i] for i in some if tokenizer.mostly_unknown(rows.texts[i])]
+    if not found:
+        return []
+    return [
+        f"{len(found)} of {looked_at} captions looked at are mostly tokens that data.tokenizer = {name!r} does "
+        f"not know, the first of {found[0]}: give a tokenizer of their language"
+    ]
 
 
 class _Loader(DataLoader):

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 Bad = tuple[str, str]  # file name, reason
 
 SHOWN = 5
+NO_TOKEN = "caption without a token"
 
 
 @dataclass
@@ -38,8 +39,13 @@ class BadSamples:
 
     def message(self, count: int) -> str:
         """The line for the `UserError` once `too_many` says so."""
-        names = ", ".join(f"{name} ({reason})" for name, reason in self.first)
+        names = ", ".join(told(self.first))
         return (
             f"{count + len(self.at_load)} samples of {self.length + len(self.at_load)} cannot be used, more than "
             f"data.max_bad_share = {self.max_share}: mend or remove them, or raise it. The first: {names}"
         )
+
+
+def told(bad: list[Bad]) -> list[str]:
+    """`["2.png (no such file)", ...]`, the first few of them."""
+    return [f"{name} ({reason})" for name, reason in bad[:SHOWN]]

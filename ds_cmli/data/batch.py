@@ -19,6 +19,7 @@ class Sample:
     image: torch.Tensor  # uint8 [3, S, S]
     tokens: Tokens
     index: int  # the one asked for, also where another sample stands in for it
+    image_id: int  # of the picture shown: captions of one picture have the same
     token_picture: list[int] | None = None  # scenes only, see `Batch`
     cell_picture: list[int] | None = None
     bad: Bad | None = None  # why the sample asked for could not be used
@@ -31,6 +32,7 @@ class Batch:
     attention_mask: torch.Tensor  # bool [B, M], False: padding
     token_mask: torch.Tensor  # bool [B, M], True: valid token (no [CLS], [SEP], [PAD])
     index: torch.Tensor  # int64 [B], position in the data set
+    image_id: torch.Tensor  # int64 [B], equal where the picture is
     token_picture: torch.Tensor  # int64 [B, M], the scene's picture that the token names, -1: none
     cell_picture: torch.Tensor  # int64 [B, 2, 2], the picture in each quarter of the image, -1: none
     bad: list[Bad]  # samples of this batch that others stand in for
@@ -66,6 +68,7 @@ class Collate:
             attention_mask=padded([[True] * len(row) for row in ids], False, torch.bool),
             token_mask=padded([s.tokens.valid for s in samples], False, torch.bool),
             index=torch.tensor([s.index for s in samples]),
+            image_id=torch.tensor([s.image_id for s in samples]),
             token_picture=padded([s.token_picture or [] for s in samples], NO_PICTURE, torch.int64),
             cell_picture=torch.tensor([s.cell_picture or [NO_PICTURE] * 4 for s in samples]).view(-1, 2, 2),
             bad=[s.bad for s in samples if s.bad],

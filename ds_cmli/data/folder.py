@@ -1,6 +1,6 @@
-"""Pairs from a folder: images beside a `metadata.jsonl` or `metadata.csv` with `file_name` and `text`.
+"""Which pairs a folder holds: images beside a `metadata.jsonl` or `metadata.csv` with `file_name` and `text`.
 
-This is the imagefolder convention of Hugging Face datasets. S image size in pixels.
+This is the imagefolder convention of Hugging Face datasets.
 """
 
 import csv
@@ -8,24 +8,30 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
-
-import numpy as np
-import torch
-from PIL import Image, ImageOps
-from torch.utils.data import Dataset
 
 from ds_cmli.common.errors import UserError, nearest
 from ds_cmli.data.bad import Bad
-from ds_cmli.data.batch import Sample
-from ds_cmli.data.tokens import CaptionTokenizer, Tokens
+from ds_cmli.data.pictures import inside
 
 METADATA = ("metadata.jsonl", "metadata.csv")
 COLUMNS = ("file_name", "text")
 VALIDATION = ("validation", "val")
+OTHER_SPLITS = ("test", "testing", "training", "valid", "dev", "eval", "evaluation")  # that other tools read
 HELD_OUT_SHARE, HELD_OUT_MOST = 0.05, 1000
-MOST_TRIES = 100  # samples in a row that cannot be read before giving up
+ACCEPTED = (
+    "accepted are 'demo' and a folder of images with a metadata.jsonl, which has a line like "
+    '{"file_name": "1.jpg", "text": "a red bicycle"} for each, or a metadata.csv with these columns; or one with such '
+    "folders train/ and validation/ in it"
+)
+# What else data comes in, by the end of a file's name.
+KINDS = {
+    **dict.fromkeys((".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst"), "a tar archive"),
+    ".zip": "a zip archive", ".parquet": "a parquet file", ".arrow": "an Arrow file, as save_to_disk writes it",
+    ".jsonl": "a JSON lines file", ".json": "a JSON file", ".csv": "a CSV file", ".tsv": "a TSV file",
+}  # fmt: skip
 
 
 @dataclass
@@ -36,100 +42,94 @@ class Rows:
     files: list[str]
     texts: list[str]
     bad: list[Bad]
+    root: Path  # the data folder, which `folder` is or lies in
+    notices: list[str] = field(default_factory=list)  # what of the data folder is not used
 
     def select(self, keep: list[bool]) -> "Rows":
         kept = [i for i, k in enumerate(keep) if k]
-        return Rows(self.folder, [self.files[i] for i in kept], [self.texts[i] for i in kept], self.bad)
+        files, texts = [self.files[i] for i in kept], [self.texts[i] for i in kept]
+        return Rows(self.folder, files, texts, self.bad, self.root, self.notices)
 
 
-class FolderPairs(Dataset):
-    """Map-style dataset over `Rows`: image uint8 [3, S, S], shorter side resized to S (bicubic), centre cropped.
-
-    A sample whose image cannot be read or whose caption has no valid token is replaced by the next one that can be
-    used, always the same one, and says so in `Sample.bad`.
-
-    Raises:
-        UserError: `MOST_TRIES` samples in a row cannot be used.
-    """
-
-    def __init__(self, rows: Rows, tokenizer: CaptionTokenizer, size: int):
-        self.rows, self.tokenizer, self.size = rows, tokenizer, size
-
-    def __len__(self) -> int:
-        return len(self.rows.files)
-
-    def __getitem__(self, index: int) -> Sample:
-        if not 0 <= index < len(self):
-            raise IndexError(index)
-        first_bad: Bad | None = None
-        tries = min(MOST_TRIES, len(self))
-        for step in range(tries):
-            found = self._read((index + step) % len(self))
-            if not isinstance(found, str):
-                return Sample(*found, index=index, bad=first_bad)
-            first_bad = first_bad or (self.rows.files[index], found)
-        assert first_bad is not None
-        raise UserError(
-            f"{tries} samples in a row of {self.rows.folder} cannot be used, from {first_bad[0]} ({first_bad[1]}) on: "
-            "mend or remove them"
-        )
-
-    def _read(self, index: int) -> tuple[torch.Tensor, Tokens] | str:
-        """Image and tokens, or why there are none."""
-        tokens = self.tokenizer(self.rows.texts[index])
-        if not any(tokens.valid):
-            return "caption without a token"
-        path = self.rows.folder / self.rows.files[index]
-        try:
-            with Image.open(path) as image:
-                return load_image(image, self.size), tokens
-        except FileNotFoundError:
-            return "no such file"
-        except Exception as error:  # decoders of damaged files raise nearly anything
-            return f"{type(error).__name__}: {error}".replace("\n", " ").replace(str(path), "").strip(": ")
-
-
-def load_image(image: Image.Image, size: int) -> torch.Tensor:
-    """Upright, RGB on white, shorter side resized to `size` (bicubic), centre cropped: uint8 [3, size, size]."""
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):  # 16-bit grey, which Pillow would clip to white instead of scaling it
-        image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    image = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BICUBIC)
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
-
-
-def load_folder(source: str) -> tuple[Rows, Rows]:
+def load_folder(source: str, follow_symlinks: bool = False) -> tuple[Rows, Rows]:
     """Training and validation rows of a folder.
 
     `train/` and `validation/` (or `val/`), each with its own metadata; a folder without a validation part has
     `HELD_OUT_SHARE` of its files held out (at least 1, at most `HELD_OUT_MOST`), chosen by a hash of the file name.
 
     Raises:
-        UserError: no such folder, no metadata, a line that cannot be read, a missing column, a file name that leads
-            out of the folder, or fewer than two images.
+        UserError: no such folder, no metadata or more than one that could be meant, a line that cannot be read, a
+            missing column, a file name that leads out of the folder, or fewer than two images.
     """
-    root = Path(source).expanduser()
-    if not root.is_dir():
-        raise UserError(f"data.source is {source!r}, which is no folder: give 'demo' or a folder with {METADATA[0]}")
-    train = root / "train" if _metadata(root / "train") else root
-    metadata = _metadata(train)
-    if metadata is None:
-        raise UserError(
-            f"data.source is {source!r}, which has no {' or '.join(METADATA)} (nor has its train folder): "
-            'write one with a line like {"file_name": "1.jpg", "text": "a red bicycle"} for each image'
-        )
-    rows = read_metadata(metadata)
-    for name in VALIDATION:
-        if train != root and (validation := _metadata(root / name)):
-            return _not_empty(rows, metadata), _not_empty(read_metadata(validation), validation)
-    held_out = _held_out(rows, metadata)
-    train_rows = rows.select([file not in held_out for file in rows.files])
-    validation_rows = rows.select([file in held_out for file in rows.files])
+    try:
+        root = Path(source).expanduser()
+        if not root.is_dir():
+            kind = _kind(root.name) or "a file" if root.exists() else "it does not exist"
+            raise UserError(f"data.source is {source!r}, which is no folder ({kind}): {ACCEPTED}")
+        return _load(root, follow_symlinks)
+    except (OSError, RuntimeError) as error:  # no right to look, too long a name, a home that is not there
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"data.source is {source!r}, which cannot be read ({reason}): {ACCEPTED}") from None
+
+
+def _load(root: Path, follow_symlinks: bool) -> tuple[Rows, Rows]:
+    found = {name: _metadata(root / name) for name in (".", "train", *VALIDATION)}
+    metadata = {name: path for name, path in found.items() if path is not None}
+    training = [name for name in (".", "train") if name in metadata]
+    validation = [name for name in VALIDATION if name in metadata]
+    if not training:
+        none = f"a folder with no {' or '.join(METADATA)} in it or in its train/ ({_contents(root)})"
+        raise UserError(f"data.source is {str(root)!r}, {none}: {ACCEPTED}")
+    if len(metadata) > 1 and list(metadata) not in [["train", name] for name in VALIDATION]:
+        names = " and ".join(str(path.relative_to(root)) for path in metadata.values())
+        raise UserError(f"data.source is {str(root)!r}, which has {names}: keep one, or train/ and validation/ alone")
+    for path in metadata.values():
+        if not follow_symlinks and not inside(path, os.path.realpath(root)):
+            raise UserError(f"{path} is a symlink out of the data folder: data.follow_symlinks=true allows it")
+    rows = read_metadata(metadata[training[0]], root)
+    rows.notices = _not_used(root, training[0], validation, rows)
+    if validation:
+        held_out = read_metadata(metadata[validation[0]], root)
+        return _not_empty(rows, metadata[training[0]]), _not_empty(held_out, metadata[validation[0]])
+    chosen = _held_out(rows, metadata[training[0]])
+    train_rows = rows.select([file not in chosen for file in rows.files])
+    validation_rows = rows.select([file in chosen for file in rows.files])
     validation_rows.bad = []  # told once, with the training rows
     return train_rows, validation_rows
+
+
+def _not_used(root: Path, training: str, validation: list[str], rows: Rows) -> list[str]:
+    """A line for each folder that looks like a part of the data and is none."""
+    candidates = [name for name in (*VALIDATION, *OTHER_SPLITS) if name not in validation and (root / name).is_dir()]
+    if training == ".":
+        named = {file.split("/", 1)[0] for file in rows.files}
+        candidates = [name for name in candidates if name not in named]
+    training = f"{training}/" if training != "." else "the folder around it"
+    held_out = f"{validation[0]}/" if validation else "a share of that, as no validation/ has metadata"
+    return [f"{root / name} is not used: training takes {training}, validation {held_out}" for name in candidates]
+
+
+def _metadata(folder: Path) -> Path | None:
+    paths = [folder / name for name in METADATA if os.path.lexists(folder / name)]
+    if len(paths) > 1:
+        raise UserError(f"{folder} has both {' and '.join(METADATA)}: keep the one that is meant")
+    if paths and not paths[0].is_file():
+        raise UserError(f"{paths[0]} is no file that can be read: write one with a line for each image")
+    return paths[0] if paths else None
+
+
+def _kind(name: str) -> str | None:
+    return next((kind for end, kind in KINDS.items() if name.lower().endswith(end)), None)
+
+
+def _contents(folder: Path) -> str:
+    """What a folder without metadata holds, in a few words."""
+    with os.scandir(folder) as entries:
+        names = sorted(entry.name for entry in islice(entries, 1000))
+    if {"dataset_dict.json", "state.json"} & set(names):
+        return "it is one that save_to_disk wrote"
+    told = next((f"it holds {name}, {kind}" for name in names if (kind := _kind(name))), None)
+    return told or (f"it holds {', '.join(names[:3])}{' ...' if len(names) > 3 else ''}" if names else "it is empty")
 
 
 def _held_out(rows: Rows, metadata: Path) -> set[str]:
@@ -148,13 +148,9 @@ def _not_empty(rows: Rows, metadata: Path) -> Rows:
     return rows
 
 
-def _metadata(folder: Path) -> Path | None:
-    return next((folder / name for name in METADATA if (folder / name).is_file()), None)
-
-
-def read_metadata(path: Path) -> Rows:
-    """The rows of one metadata file; raises `UserError` as `load_folder`."""
-    rows = Rows(path.parent, [], [], [])
+def read_metadata(path: Path, root: Path | None = None) -> Rows:
+    """The rows of one metadata file of the data folder `root`; raises `UserError` as `load_folder`."""
+    rows = Rows(path.parent, [], [], [], root or path.parent)
     try:
         for line, values in _lines(path):
             for column in COLUMNS:
@@ -169,6 +165,11 @@ def read_metadata(path: Path) -> Rows:
                 raise UserError(f"{path} line {line} has file_name {file!r}: give a path inside {path.parent}")
             if not isinstance(text, str | None):
                 raise UserError(f"{path} line {line} has text {text!r}: give the caption as text")
+            try:
+                (file + (text or "")).encode()
+            except UnicodeEncodeError as error:  # half of a surrogate pair, which JSON can write
+                raise UserError(f"{path} line {line} is no Unicode ({error.reason}): give whole characters") from None
+            file = os.path.normpath(file)  # images are told apart by it
             if not text or not text.strip():
                 rows.bad.append((file, "empty caption"))
             else:
@@ -187,7 +188,9 @@ def _lines(path: Path) -> Iterator[tuple[int, dict]]:
         with open(path, encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file)
             for values in reader:
-                values.pop(None, None)  # type: ignore[call-overload]  # surplus cells
+                if None in values:
+                    place = f"{path} line {reader.line_num}"
+                    raise UserError(f"{place} has more cells than the first line: put texts with commas in quotes")
                 yield reader.line_num, values
         return
     with open(path, encoding="utf-8-sig") as file:
@@ -196,8 +199,9 @@ def _lines(path: Path) -> Iterator[tuple[int, dict]]:
                 continue
             try:
                 values = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise UserError(f"{path} line {number} is no JSON ({error.msg}): write one object a line") from None
+            except (ValueError, RecursionError) as error:
+                reason = getattr(error, "msg", None) or str(error)
+                raise UserError(f"{path} line {number} is no JSON ({reason}): write one object a line") from None
             if not isinstance(values, dict):
                 raise UserError(f"{path} line {number} is {type(values).__name__}: write one JSON object a line")
             yield number, values

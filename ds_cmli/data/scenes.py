@@ -110,20 +110,29 @@ class Scenes(Dataset):
             yield list(zip(draw.sample(self.concepts, count), draw.sample(range(4), count), strict=True))
 
     def __getitem__(self, index: int) -> Sample:
+        return self.pair(index)
+
+    def image_id(self, index: int) -> int:
+        """A number of what the scene shows and where: two scenes of the same picture differ in their captions only."""
+        return sum((concept + 1) << 12 * place for concept, place in self.layout(index))
+
+    def pair(self, index: int, picture: bool = True) -> Sample:
+        """The sample; `picture` is as for folders: a scene costs nothing to draw."""
         layout = self.layout(index)
         cell = self.pictures.cell
         image = np.full((3, self.size, self.size), 255, dtype=np.uint8)
         cell_picture = [NO_PICTURE] * 4
         ends = []  # of each name in the caption
         caption = ""
-        for picture, (concept, place) in enumerate(layout):
+        for number, (concept, place) in enumerate(layout):
             row, column = CORNERS[place]
             image[:, row * cell : (row + 1) * cell, column * cell : (column + 1) * cell] = self.pictures.images[concept]
-            cell_picture[place] = picture
+            cell_picture[place] = number
             caption += (SEPARATOR if caption else "") + self.pictures.names[concept]
             ends.append(len(caption))
         tokens = self.tokenizer(caption)
-        return Sample(torch.from_numpy(image), tokens, index, self._token_picture(tokens, ends), cell_picture)
+        token_picture = self._token_picture(tokens, ends)
+        return Sample(torch.from_numpy(image), tokens, index, self.image_id(index), token_picture, cell_picture)
 
     def _token_picture(self, tokens: Tokens, ends: list[int]) -> list[int]:
         """The picture that each token names, given where each name ends in the caption."""
@@ -151,7 +160,9 @@ def _concepts(folder: Path) -> tuple[list[str], list[str], list[Image.Image]]:
             character = entry["character"]
             if any(ord(c) in SKIN_TONES for c in character):
                 continue
-            picture = Image.open(io.BytesIO(archive.read(_member(character, members)))).convert("RGBA")
+            picture = Image.open(io.BytesIO(archive.read(_member(character, members))), formats=("PNG",)).convert(
+                "RGBA"
+            )
             drawing = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
             concepts[drawing.tobytes()] = (entry["cldr_name"], character, drawing)
     names, characters, drawings = zip(*concepts.values(), strict=True)

@@ -43,6 +43,7 @@ class CaptionTokenizer:
         self.positions = positions
         self.vocab_size = len(tokenizer)
         self.pad_id: int = tokenizer.pad_token_id
+        self.unknown_id = tokenizer.unk_token_id
         ids = (tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id)
         # By id too: "[SEP]" written out in a caption becomes the special token without being marked as one.
         self.special_ids = {self.pad_id, *(i for i in ids if i is not None)}
@@ -53,6 +54,12 @@ class CaptionTokenizer:
         added = encoding.special_tokens_mask
         valid = [not a and i not in self.special_ids for i, a in zip(ids, added, strict=True)]
         return Tokens(ids, valid, [end for _, end in encoding.offsets])
+
+    def mostly_unknown(self, text: str) -> bool:
+        """Whether more than half of the caption's tokens stand for something that the vocabulary does not have."""
+        tokens = self(text)
+        valid = [i for i, v in zip(tokens.input_ids, tokens.valid, strict=True) if v]
+        return 2 * valid.count(self.unknown_id) > len(valid)
 
     def decode(self, ids: list[int]) -> str:
         return self.backend.decode(ids, skip_special_tokens=True)

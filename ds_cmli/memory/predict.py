@@ -279,6 +279,7 @@ def longest_batch(config: Config, micro_batch: int) -> Batch:
         attention_mask=attention_mask,
         token_mask=token_mask,
         index=torch.zeros(B, dtype=torch.int64),
+        image_id=torch.arange(B),
         token_picture=torch.zeros(B, M, dtype=torch.int64),
         cell_picture=torch.zeros(B, 2, 2, dtype=torch.int64),
         bad=[],

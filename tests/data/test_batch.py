@@ -6,7 +6,7 @@ from ds_cmli.data.tokens import Tokens, load_tokenizer
 
 def sample(length, index=0, **places):
     tokens = Tokens(list(range(2, 2 + length)), [False, *[True] * (length - 2), False], [0] * length)
-    return Sample(torch.full((3, 4, 4), index, dtype=torch.uint8), tokens, index, **places)
+    return Sample(torch.full((3, 4, 4), index, dtype=torch.uint8), tokens, index, image_id=index, **places)
 
 
 def test_captions_are_padded_to_a_multiple_of_eight():

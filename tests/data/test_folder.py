@@ -1,14 +1,12 @@
 import json
 
 import pytest
-import torch
 from PIL import Image
 
 from ds_cmli.common.errors import UserError
 from ds_cmli.config.schema import DataConfig
-from ds_cmli.data import build_data, train_loader
-from ds_cmli.data.folder import HELD_OUT_MOST, load_folder, load_image, read_metadata
-from ds_cmli.data.sampler import GlobalBatchSampler
+from ds_cmli.data import build_data
+from ds_cmli.data.folder import HELD_OUT_MOST, load_folder, read_metadata
 
 
 def write(folder, rows, images=True):
@@ -137,80 +135,137 @@ def test_too_many_empty_captions_stop_at_load_and_few_are_reported(tmp_path):
     assert len(data.train) + len(data.evals["val"]) == 28
 
 
-def break_some(folder):
-    """Of ten training pairs: 2 is missing, 3 is no image, 4 is cut off, 6's caption has no token."""
-    some = rows(10)
-    some[6]["text"] = "\u200b"
-    write(folder / "train", some)
-    write(folder / "val", rows(1))
-    (folder / "train" / "002.png").unlink()
-    (folder / "train" / "003.png").write_text("no image")
-    Image.effect_noise((64, 64), 90).save(folder / "train" / "004.png")
-    whole = (folder / "train" / "004.png").read_bytes()
-    (folder / "train" / "004.png").write_bytes(whole[: len(whole) // 2])
+def make(folder, *names):
+    """Empty files, and folders with usable metadata for names that end in a slash."""
+    for name in names:
+        if name.endswith("/"):
+            write(folder / name, rows(4))
+        else:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).touch()
+    return str(folder)
 
 
-def test_samples_that_cannot_be_used_are_replaced_by_the_next_and_reported(tmp_path):
-    break_some(tmp_path)
-    train = build(tmp_path).train
-    samples = [train[i] for i in range(10)]
-    assert [int(s.image[0, 0, 0]) for s in samples] == [0, 1, 5, 5, 5, 5, 7, 7, 8, 9]
-    assert [s.index for s in samples] == list(range(10))
-    reasons = {s.bad[0]: s.bad[1] for s in samples if s.bad}
-    assert list(reasons) == ["002.png", "003.png", "004.png", "006.png"]
-    assert (reasons["002.png"], reasons["006.png"]) == ("no such file", "caption without a token")
-    assert all("\n" not in reason and str(tmp_path) not in reason for reason in reasons.values())
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        (["data.tar"], "it holds data.tar, a tar archive"),
+        (["0001.tar.gz"], "it holds 0001.tar.gz, a tar archive"),
+        (["data/train-0.parquet", "x.parquet"], "it holds x.parquet, a parquet file"),
+        (["data-00000-of-00001.arrow", "dataset_info.json", "state.json"], "it is one that save_to_disk wrote"),
+        (["dataset_dict.json", "train/data-00000-of-00001.arrow"], "it is one that save_to_disk wrote"),
+        (["1.jpg", "2.jpg", "3.jpg", "4.jpg"], "it holds 1.jpg, 2.jpg, 3.jpg ..."),
+        (["metadata.json"], "it holds metadata.json, a JSON file"),
+        (["validation/"], "it holds validation"),
+    ],
+)
+def test_a_folder_without_metadata_is_told_what_it_is_and_what_is_accepted(tmp_path, names, said):
+    line = user_error(load_folder, make(tmp_path / "data", *names))
+    assert f"no metadata.jsonl or metadata.csv in it or in its train/ ({said})" in line
+    assert "accepted are 'demo' and a folder of images" in line
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_batches_report_bad_samples_once_an_epoch(tmp_path, workers):
-    break_some(tmp_path)
-    data = build(tmp_path)
-    sampler = GlobalBatchSampler(10, 5, 0, 1, seed=0)
-    found = [batch for batch, _ in zip(train_loader(data, sampler, workers), range(2), strict=False)]
-    assert sorted(name for batch in found for name, _ in batch.bad) == ["002.png", "003.png", "004.png", "006.png"]
-    assert sorted(torch.cat([batch.index for batch in found]).tolist()) == list(range(10))
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("x.tar", "a tar archive"),
+        ("x.parquet", "a parquet file"),
+        ("x.zip", "a zip archive"),
+        ("metadata.jsonl", "a JSON lines file"),
+        ("x", "a file"),
+        ("nowhere/", "it does not exist"),
+        ("x" * 300, "File name too long"),
+    ],
+)
+def test_a_source_that_is_no_folder_is_told_what_it_is_and_what_is_accepted(tmp_path, name, said):
+    if not name.endswith("/") and len(name) < 300:
+        make(tmp_path, name)
+    line = user_error(load_folder, str(tmp_path / name))
+    assert f"({said})" in line and "accepted are 'demo' and a folder of images" in line
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_nothing_readable_is_one_line_also_from_a_loading_process(tmp_path, workers):
-    write(tmp_path, rows(8))
-    data = build(tmp_path)
-    for image in tmp_path.glob("*.png"):
-        image.unlink()
-    sampler = GlobalBatchSampler(len(data.train), 2, 0, 1, seed=0)
-    said = user_error(next, iter(train_loader(data, sampler, workers)))
-    assert said.startswith("7 samples in a row of")
-    assert "no such file" in said
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        (["./", "train/"], "has metadata.jsonl and train/metadata.jsonl: keep one"),
+        (["./", "validation/"], "has metadata.jsonl and validation/metadata.jsonl: keep one"),
+        (["train/", "validation/", "val/"], "has train/metadata.jsonl and validation/metadata.jsonl and val/metadata"),
+        (["./", "metadata.csv"], "has both metadata.jsonl and metadata.csv: keep the one that is meant"),
+        (["train/", "train/metadata.csv"], "has both metadata.jsonl and metadata.csv"),
+        (["train/", "val/", "val/metadata.csv"], "has both metadata.jsonl and metadata.csv"),
+        (["metadata.jsonl/x"], "metadata.jsonl is no file that can be read"),
+    ],
+)
+def test_metadata_that_could_be_meant_twice_is_refused(tmp_path, names, said):
+    assert said in user_error(load_folder, make(tmp_path, *names))
 
 
-def test_a_folder_without_its_images_is_refused_at_once(tmp_path):
-    write(tmp_path, rows(200), images=False)
-    assert user_error(build, tmp_path).startswith("100 samples in a row of")
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        (["train/", "validation/"], []),
+        (["train/", "val/"], []),
+        (["train/", "validation/", "test/"], ["test is not used: training takes train/, validation validation/"]),
+        (["train/", "val/", "test/x.png"], ["test is not used: training takes train/, validation val/"]),
+        (["train/", "validation/x.png"], ["validation is not used: training takes train/, validation a share of that"]),
+        (["./", "test/"], ["test is not used: training takes the folder around it, validation a share of that"]),
+        (["train/", "valid/", "test/"], ["test is not used", "valid is not used"]),
+    ],
+)
+def test_folders_that_are_not_used_get_a_line(tmp_path, names, said):
+    notices = build(make(tmp_path, *names)).notices
+    assert len(notices) == len(said)
+    assert all(words in notice for words, notice in zip(said, notices, strict=True))
 
 
-def image_value(mode, colour, size=(4, 4)):
-    return load_image(Image.new(mode, size, colour), 4)[:, 0, 0].tolist()
+def test_a_folder_whose_images_the_metadata_names_is_used(tmp_path):
+    write(tmp_path, [{"file_name": f"test/{k}.png", "text": "red"} for k in range(4)], images=False)
+    make(tmp_path, "test/x.png")
+    assert load_folder(str(tmp_path))[0].notices == []
 
 
-def test_every_kind_of_image_becomes_rgb_on_white():
-    assert image_value("RGB", (1, 2, 3)) == [1, 2, 3]
-    assert image_value("L", 7) == [7, 7, 7]
-    assert image_value("RGBA", (0, 0, 0, 0)) == [255, 255, 255]
-    assert image_value("LA", (0, 255)) == [0, 0, 0]
-    assert image_value("I;16", 0x8000) == [128, 128, 128]
-    palette = Image.new("P", (4, 4), 0)
-    palette.putpalette([10, 20, 30] * 256)
-    assert load_image(palette, 4)[:, 0, 0].tolist() == [10, 20, 30]
-    palette.info["transparency"] = 0
-    assert load_image(palette, 4)[:, 0, 0].tolist() == [255, 255, 255]
+def test_metadata_that_a_symlink_brings_in_is_refused_unless_allowed(tmp_path):
+    write(tmp_path / "outside", rows(4))
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train").symlink_to(tmp_path / "outside")
+    said = user_error(load_folder, str(tmp_path / "data"))
+    assert said.endswith("is a symlink out of the data folder: data.follow_symlinks=true allows it")
+    assert len(build(tmp_path / "data", follow_symlinks=True).train) == 3
 
 
-def test_images_are_cropped_at_the_centre_and_turned_upright():
-    wide = Image.new("RGB", (12, 4), (0, 0, 0))
-    wide.paste((255, 0, 0), (4, 0, 8, 4))
-    assert (load_image(wide, 4)[0] == 255).all()  # the middle 4 x 4
-    upside = Image.new("RGB", (4, 4), (0, 0, 0))
-    upside.paste((255, 255, 255), (0, 0, 4, 2))
-    upside.getexif()[0x0112] = 3  # orientation: turned by 180 degrees
-    assert load_image(upside, 4)[0, :, 0].tolist() == [0, 0, 255, 255]
+def test_file_names_are_told_apart_by_where_they_lead(tmp_path):
+    write(tmp_path, [{"file_name": name, "text": "red"} for name in ("a.png", "./a.png", "b/../a.png", "b.png")], False)
+    assert read_metadata(tmp_path / "metadata.jsonl").files == ["a.png", "a.png", "a.png", "b.png"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("metadata.csv", "file_name,text\na.png,a cat, asleep\n", "line 2 has more cells than the first line"),
+        ("metadata.jsonl", "[" * 100_000, "line 1 is no JSON"),
+        ("metadata.jsonl", '{"file_name": ' + "1" * 5000 + "}", "line 1 is no JSON"),
+        ("metadata.jsonl", '{"file_name": "a.png", "text": "\\ud800"}', "line 1 is no Unicode"),
+        ("metadata.jsonl", '{"file_name": "\\ud800.png", "text": "x"}', "line 1 is no Unicode"),
+    ],
+)
+def test_odd_lines_are_named(tmp_path, name, content, said):
+    (tmp_path / name).write_text(content)
+    assert said in user_error(load_folder, str(tmp_path))
+
+
+def test_captions_of_unknown_tokens_are_counted(tmp_path):
+    some = rows(30)
+    for k in (3, 4, 5):
+        some[k]["text"] = "\u4e2d\u6587 red"
+    some[6]["text"] = "\u4e2d red apple"  # mostly known
+    write(tmp_path, some)
+    (line,) = build(tmp_path).notices
+    assert line.startswith("3 of 30 captions looked at are mostly tokens that data.tokenizer = 'builtin' does not know")
+    assert "the first of 003.png" in line
+
+
+def test_of_many_captions_a_sample_is_looked_at(tmp_path, monkeypatch):
+    monkeypatch.setattr("ds_cmli.data.CAPTIONS_LOOKED_AT", 10)
+    write(tmp_path, rows(400, "\u4e2d"))
+    (line,) = build(tmp_path).notices
+    assert line.startswith("20 of 20 captions looked at")
