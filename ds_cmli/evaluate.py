@@ -18,113 +18,101 @@ from typing import Any  # noqa: E402
 
 import click  # noqa: E402
 
-CHUNK = 2048  # texts whose token features are held at a time
-RECALLS = (1, 5, 10)
-
-
-def recall(rows: Any, own: Any, positions: Any) -> dict[str, float]:
-    """Recall of the matching text among a rank's images' rows, and of the matching image among all images.
-
-    Args:
-        rows: fp32 [r, n], scores of this rank's r images against all n texts (i2t), and the same for t2i, stacked:
-            [2, r, n].
-        own: int64 [r], each row's image index, which is its text's column.
-        positions: bool [r], False for rows that only fill up a rank's share.
-
-    Returns:
-        `i2t_r1` ... `t2i_r10`, fractions of all n pairs, the same on every rank. A pair counts as lost to every
-        competitor that does not score strictly less: constant or NaN scores retrieve nothing. Collective.
-    """
-    import torch
-
-    from ds_cmli.distributed.process_group import sum_over_ranks
-
-    i2t, t2i = rows
-    n = i2t.shape[1]
-    r = torch.arange(len(own))
-    hits = torch.zeros(2, len(RECALLS), dtype=torch.float64)
-    # i2t: the competitors stand in the row itself.
-    beaten = (i2t < i2t[r, own][:, None]).sum(1)  # [r]
-    hits[0] = torch.stack([((n - 1 - beaten) < k)[positions].sum() for k in RECALLS])
-    # t2i: the competitors stand in a column, spread over ranks.
-    diagonal = torch.zeros(n).index_put_((own[positions],), t2i[r, own][positions])
-    diagonal = sum_over_ranks(diagonal)  # collective
-    lower = (t2i[positions] < diagonal).sum(0)  # [n]
-    lower = sum_over_ranks(lower)  # collective
-    hits[1] = torch.stack([((n - 1 - lower) < k).sum() for k in RECALLS])
-    hits[0] = sum_over_ranks(hits[0].clone())  # collective
-    hits /= n
-    return {f"{way}_r{k}": hits[w, i].item() for w, way in enumerate(("i2t", "t2i")) for i, k in enumerate(RECALLS)}
+CHUNK = 1024  # pictures whose patch features are held at a time
+POINTING_CHANCE = 0.25  # a scene's pictures each fill a quarter
 
 
 def evaluate(
     objective: Any, dataset: Any, data: Any, batch_size: int, device: Any, beat: Callable[[], None] = lambda: None
-) -> dict[str, float]:
-    """All metrics of one split, named `<score>/<way>_r<k>` and `pointing`, the same on every rank. Collective.
+) -> dict[str, Any]:
+    """All metrics of one split, the same on every rank. Collective.
 
-    `beat` is called with every batch: a sign of life for whoever watches over the ranks.
+    `<score>/<way>_r<k>`, `chance/<way>_r<k>`, `pointing`, and what they were taken over: `pairs`, `pictures`, and
+    where pairs could not be used `left_out` and `left_out_first`, names of some.
 
-    Each rank scores its share of the images against all texts; no token tensor of the whole split is ever held.
+    Each rank decodes and scores its share of the pictures against all captions; no token tensor of the whole split is
+    ever held. `beat` is called with every batch: a sign of life for whoever watches over the ranks.
+
+    Raises:
+        UserError: on every rank, where no pair can be used.
     """
     import torch
 
     from ds_cmli.cmli import cmli_scores
     from ds_cmli.cmli.loss import unit
+    from ds_cmli.common.errors import UserError
     from ds_cmli.data import eval_loader
+    from ds_cmli.data.bad import NO_TOKEN, told
+    from ds_cmli.data.held_out import HeldOut
     from ds_cmli.distributed import process_group as distributed
     from ds_cmli.losses.functions import widen
+    from ds_cmli.retrieval import chance, recall
 
-    student, n = objective.student, len(dataset)
+    student, held_out = objective.student, HeldOut(dataset)
     was_training = objective.training
     objective.eval()
-    # A rank's share is filled up with repeated images so that all ranks take as many steps: count each once.
     rank, world_size = distributed.rank(), distributed.world_size()
-    share = len(range(rank, n, world_size))
-    images = torch.utils.data.Subset(dataset, [(rank + k * world_size) % n for k in range(-(-n // world_size))])
+    own = list(range(rank, held_out.images, world_size))
+    # Filled up, so that all ranks take as many steps.
+    share = [*own, *[None] * (-(-held_out.images // world_size) - len(own))]
     blocks: list[torch.Tensor] = []
-    own: list[torch.Tensor] = []
     hits = torch.zeros(2, dtype=torch.float64)
     with torch.no_grad():
-        for start in range(0, n, CHUNK):
-            texts = torch.utils.data.Subset(dataset, range(start, min(n, start + CHUNK)))
-            cls, tokens, masks = [], [], []
-            for batch in eval_loader(texts, data, batch_size, 0, 0, 1):
+        for start in range(0, len(share), CHUNK):
+            cls, patches = [], []
+            pictures = held_out.pictures(share[start : start + CHUNK])
+            for batch in eval_loader(pictures, data, batch_size, 0, 0, 1):
                 beat()
                 batch = batch.to(device)
-                text_cls, token = student.encode_text(batch.input_ids, batch.attention_mask)
-                cls.append(widen(unit(text_cls)))  # [B, H]
-                tokens.append(unit(student.g(token)))  # [B, M, D]
-                masks.append(batch.token_mask)
-            rows = []
-            for batch in eval_loader(images, data, batch_size, 0, 0, 1):
+                image_cls, features = student.encode_image(batch.image)
+                cls.append(widen(unit(image_cls)))  # [B, H]
+                patches.append(unit(student.g(features)))  # [B, N, D]
+                if data.has_places:
+                    hits += pointing_hits(student, batch, patches[-1])
+            columns, usable = [], []
+            for batch in eval_loader(held_out.captions(), data, batch_size, 0, 0, 1):
                 beat()
+                usable.append(batch.token_mask.any(1))
                 batch = batch.to(device)
-                image_cls, patches = student.encode_image(batch.image)
-                patches = unit(student.g(patches))  # [B, N, D]
-                image_cls = widen(unit(image_cls))
-                by_global = torch.cat([image_cls @ c.t() for c in cls], 1)  # [B, c]
-                pairs = [cmli_scores(patches, t, m) for t, m in zip(tokens, masks, strict=True)]
-                i2t, t2i = (torch.cat(side, 1) for side in zip(*pairs, strict=True))  # [B, c] each
-                rows.append(torch.stack([by_global, i2t, t2i]).float().cpu())  # CPU-GPU sync
-                if start == 0:
-                    if data.has_places:
-                        batch.token_picture[max(0, share - sum(len(o) for o in own)) :] = -1
-                        hits += pointing_hits(student, batch, patches)
-                    own.append(batch.index.cpu())
-            blocks.append(torch.cat(rows, 1))  # [3, r, c]
+                text_cls, tokens = student.encode_text(batch.input_ids, batch.attention_mask)
+                text_cls, tokens = widen(unit(text_cls)), unit(student.g(tokens))  # [B, H], [B, M, D]
+                by_global = torch.cat([c @ text_cls.t() for c in cls])  # [c, B]
+                pairs = [cmli_scores(p, tokens, batch.token_mask) for p in patches]
+                i2t, t2i = (torch.cat(side) for side in zip(*pairs, strict=True))  # [c, B] each
+                columns.append(torch.stack([by_global, i2t, t2i]).float().cpu())  # CPU-GPU sync
+            blocks.append(torch.cat(columns, 2))  # [3, c, n]
     objective.train(was_training)
-    scores = torch.cat(blocks, 2)  # [3, r, n]
-    indices = torch.cat(own)
-    first = torch.arange(len(indices)) < share
 
+    broken: dict[int, Any] = {}
+    for found in distributed.gather_objects(held_out.broken):  # collective
+        broken |= found
+    with_token = torch.cat(usable)  # [n]
+    whole = torch.tensor([number not in broken for number in range(held_out.images)])  # [m]
+    keep = with_token & whole[held_out.image_of]
+    image_of = held_out.image_of[keep]
+    left_out = [*held_out.at_load, *broken.values()]
+    left_out += [(held_out.file(caption), NO_TOKEN) for caption in (~with_token).nonzero().flatten().tolist()]
+    if not len(image_of):
+        raise UserError(f"no pair of the validation set can be used, for instance {', '.join(told(left_out))}")
+    numbers = torch.tensor(own, dtype=torch.int64)  # [r]
+    scores = torch.cat(blocks, 1)[:, : len(own)]  # [3, r, n]
+    if not keep.all():
+        rows = torch.isin(numbers, image_of)
+        numbers, scores = numbers[rows], scores[:, rows][:, :, keep]
     by_global, i2t, t2i = scores
-    out = {f"global/{k}": v for k, v in recall((by_global, by_global), indices, first).items()}
+
+    out: dict[str, Any] = {"pairs": len(image_of), "pictures": len(image_of.unique())}
+    if left_out:
+        out["left_out"] = len(keep) - len(image_of) + len(held_out.at_load)
+        out["left_out_first"] = told(left_out)
+    out |= chance(image_of)
+    out |= {f"global/{k}": v for k, v in recall(by_global, by_global, numbers, image_of).items()}
     scales = objective.score_scales()  # collective under ZeRO-3
     if "cmli" in scales:
-        out |= {f"cmli/{k}": v for k, v in recall((i2t, t2i), indices, first).items()}
+        out |= {f"cmli/{k}": v for k, v in recall(i2t, t2i, numbers, image_of).items()}
         # Logits add where both losses set a temperature; otherwise CMLI alone stands for "combined".
         base, scale = by_global * scales["global"] if "global" in scales else 0, scales["cmli"]
-        combined = recall((base + scale * i2t, base + scale * t2i), indices, first)
+        combined = recall(base + scale * i2t, base + scale * t2i, numbers, image_of)
         out |= {f"combined/{k}": v for k, v in combined.items()}
     if data.has_places:
         hits = distributed.sum_over_ranks(hits)  # collective
@@ -189,7 +177,9 @@ def command(checkpoint: str, source: str | None, batch_size: int, json_file: str
     load_weights(Path(checkpoint), objective)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     objective.to(device)
-    metrics: dict[str, float] = {}
+    metrics: dict[str, Any] = {}
+    for line in data.notices:
+        click.echo(line)
     for split, dataset in data.evals.items():
         found = evaluate(objective, dataset, data, batch_size, device)
         metrics |= {f"eval/{split}/{name}": value for name, value in found.items()}
@@ -199,17 +189,20 @@ def command(checkpoint: str, source: str | None, batch_size: int, json_file: str
     distributed.shutdown()
 
 
-def summary(split: str, found: dict[str, float]) -> str:
-    """`seen: R@1 i2t 0.84 t2i 0.82 (combined), ... pointing 0.74`"""
-    parts = []
-    for score in ("combined", "cmli", "global"):
+def summary(split: str, found: dict[str, Any]) -> str:
+    """The result of one split as lines of a table: what it was taken over, each score, chance, and pointing."""
+    from ds_cmli.retrieval import RECALLS
+
+    out = f", {found['left_out']} left out: {', '.join(found['left_out_first'])}" if "left_out" in found else ""
+    parts = [f"  {split:>6} {found['pairs']} pairs, {found['pictures']} pictures{out}"]
+    for score in ("combined", "cmli", "global", "chance"):
         if f"{score}/i2t_r1" in found:
             values = "  ".join(
                 f"R@{k} {found[f'{score}/i2t_r{k}']:.3f}/{found[f'{score}/t2i_r{k}']:.3f}" for k in RECALLS
             )
             parts.append(f"  {split:>6} {score:<8} i2t/t2i  {values}")
     if "pointing" in found:
-        parts.append(f"  {split:>6} pointing {found['pointing']:.3f}")
+        parts.append(f"  {split:>6} pointing {found['pointing']:.3f} (chance {POINTING_CHANCE})")
     return "\n".join(parts)
 
 

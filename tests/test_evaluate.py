@@ -1,64 +1,188 @@
-import math
+import json
 
 import pytest
 import torch
+from PIL import Image
 
+from ds_cmli.common.errors import UserError
 from ds_cmli.config.presets import load_preset
-from ds_cmli.data import build_data
-from ds_cmli.engine import build_models
-from ds_cmli.evaluate import evaluate, recall
+from ds_cmli.data import build_data, pairs
+from ds_cmli.evaluate import evaluate, summary
 from tests.conftest import spawn
-
-
-def metrics(i2t, t2i=None):
-    i2t = torch.tensor(i2t)
-    n = len(i2t)
-    t2i = i2t if t2i is None else torch.tensor(t2i)
-    return recall((i2t, t2i), torch.arange(n), torch.ones(n, dtype=torch.bool))
-
-
-def test_recall_by_hand():
-    # Image 0 finds its text first, image 1 second; text 0 finds its image first, text 1 first.
-    found = metrics([[3.0, 1.0], [2.0, 1.5]])
-    assert (found["i2t_r1"], found["i2t_r5"]) == (0.5, 1.0)
-    assert found["t2i_r1"] == 1.0
-
-
-def test_recall_takes_rows_and_columns_from_their_own_scores():
-    found = metrics([[1.0, 0.0], [0.0, 1.0]], [[0.0, 1.0], [1.0, 0.0]])
-    assert (found["i2t_r1"], found["t2i_r1"]) == (1.0, 0.0)
-
-
-@pytest.mark.parametrize("value", [0.5, math.nan])
-def test_scores_that_say_nothing_retrieve_nothing(value):
-    found = metrics([[value] * 12] * 12)
-    assert set(found.values()) == {0.0}
 
 
 def untrained():
     config = load_preset("tiny", {"run": {"seed": 3}})
     data = build_data(config.data, 0)
+    from ds_cmli.engine import build_models
+
     objective, _ = build_models(config, data.vocab_size)
-    return objective, torch.utils.data.Subset(data.evals["seen"], range(11)), data
+    return objective, data
+
+
+def pairs_of(source):
+    return build_data(load_preset("tiny", {"data": {"source": str(source)}}).data, 0)
 
 
 def on_rank(rank, world_size):
-    objective, dataset, data = untrained()
+    objective, data = untrained()
+    dataset = torch.utils.data.Subset(data.evals["seen"], range(11))
     return evaluate(objective, dataset, data, 2, torch.device("cpu"))
 
 
 def test_ranks_share_the_work_and_agree_with_one_process(monkeypatch):
     expected = on_rank(0, 1)
-    for found in spawn(on_rank, 3):  # 11 pairs on 3 ranks: shares of 4, 4 and 3
+    for found in spawn(on_rank, 3):  # 11 pictures on 3 ranks: shares of 4, 4 and 3
         assert found == pytest.approx(expected, abs=1e-9)
-    # Texts held in several chunks: the same again.
+    # Pictures held in several chunks: the same again.
     monkeypatch.setattr("ds_cmli.evaluate.CHUNK", 4)
     assert on_rank(0, 1) == pytest.approx(expected, abs=1e-9)
     assert 0 < expected["pointing"] < 1
+    assert (expected["pairs"], expected["pictures"]) == (11, 11)
+    assert expected["chance/t2i_r5"] == pytest.approx(5 / 11)
 
 
 def test_training_mode_is_restored():
-    objective, dataset, data = untrained()
+    objective, data = untrained()
     objective.train()
-    evaluate(objective, dataset, data, 4, torch.device("cpu"))
+    evaluate(objective, torch.utils.data.Subset(data.evals["seen"], range(3)), data, 4, torch.device("cpu"))
     assert objective.training
+
+
+CAPTIONS, PICTURES = 3, 5
+
+
+def folder(path, captions=CAPTIONS):
+    """Pictures of one colour each, with several captions."""
+    for part in ("train", "validation"):
+        (path / part).mkdir(parents=True)
+        lines = []
+        for k in range(PICTURES):
+            Image.new("RGB", (30, 30), (40 * k, 255 - 40 * k, 99)).save(path / part / f"{k}.png")
+            lines += [{"file_name": f"{k}.png", "text": f"square {k} {c}"} for c in range(captions)]
+        (path / part / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+class Colours:
+    """Stands in for the student: embeds a picture by its colour and a caption by the number of its picture."""
+
+    def __init__(self, tokenizer, constant=False):
+        self.digits = {tokenizer(f"square {k}").input_ids[2]: k for k in range(PICTURES)}
+        self.constant = constant
+
+    def encode_image(self, image):
+        return self._embed((image[:, 0, 0, 0].long() / 40).round().long())
+
+    def encode_text(self, input_ids, attention_mask):
+        cls, tokens = self._embed(torch.tensor([self.digits[row[2].item()] for row in input_ids]))
+        return cls, tokens.expand(-1, input_ids.shape[1], -1)
+
+    def _embed(self, number):
+        cls = torch.nn.functional.one_hot(number * (not self.constant), PICTURES).float()
+        return cls, cls[:, None]
+
+    def g(self, x):
+        return x
+
+
+class Stub(torch.nn.Module):
+    def __init__(self, student):
+        super().__init__()
+        self.student = student
+
+    def score_scales(self):
+        return {"cmli": 10.0, "global": 10.0}
+
+
+def score(source, constant=False):
+    data = pairs_of(source)
+    stub = Stub(Colours(data.tokenizer, constant))
+    return evaluate(stub, data.evals["val"], data, 4, torch.device("cpu"))
+
+
+def recalls(found):
+    return {k: v for k, v in found.items() if k.split("/")[0] in ("global", "cmli", "combined")}
+
+
+def test_perfect_embeddings_of_several_captions_a_picture_are_perfect_and_constant_ones_are_chance(tmp_path):
+    folder(tmp_path)
+    found = score(tmp_path)
+    assert set(recalls(found).values()) == {1.0}
+    assert (found["pairs"], found["pictures"]) == (PICTURES * CAPTIONS, PICTURES)
+    found = score(tmp_path, constant=True)
+    for name, value in recalls(found).items():
+        assert value == pytest.approx(found[f"chance/{name.split('/')[1]}"])
+    text = summary("val", found)
+    assert "15 pairs, 5 pictures" in text and "chance   i2t/t2i  R@1 0.200/0.200" in text
+
+
+def break_some(path):
+    (path / "validation" / "1.png").write_bytes(b"no picture")
+    (path / "validation" / "4.png").unlink()
+    with open(path / "validation" / "metadata.jsonl", "a") as file:
+        file.write('{"file_name": "0.png", "text": "\\u200b"}\n')
+        file.write('{"file_name": "3.png", "text": " "}\n')
+
+
+def test_what_is_broken_is_left_out_counted_and_named(tmp_path, monkeypatch):
+    folder(tmp_path)
+    break_some(tmp_path)
+    monkeypatch.setattr("ds_cmli.data.BadSamples.too_many", lambda *_: False)
+    monkeypatch.setattr(Colours, "encode_text", whatever(Colours.encode_text))
+    found = score(tmp_path)
+    assert set(recalls(found).values()) == {1.0}
+    assert (found["pairs"], found["pictures"]) == ((PICTURES - 2) * CAPTIONS, PICTURES - 2)
+    assert found["left_out"] == 2 * CAPTIONS + 2
+    assert found["chance/t2i_r1"] == pytest.approx(1 / 3)
+    told = " ".join(found["left_out_first"])
+    assert "1.png (cannot identify" in told and "4.png (no such file)" in told
+    assert "0.png (caption without a token)" in told and "3.png (empty caption)" in told
+    assert "9 pairs, 3 pictures, 8 left out: 3.png (empty caption), " in summary("val", found)
+
+
+def whatever(encode_text):
+    """Captions without a token are encoded as any other."""
+
+    def encode(student, input_ids, attention_mask):
+        known = next(iter(student.digits))
+        ids = input_ids.clone()
+        ids[[row for row in range(len(ids)) if ids[row, 2].item() not in student.digits], 2] = known
+        return encode_text(student, ids, attention_mask)
+
+    return encode
+
+
+def counted_on_rank(rank, world_size, path):
+    opened = []
+    read = pairs.read_picture
+
+    def counting(file, *arguments):
+        opened.append(file.name)
+        return read(file, *arguments)
+
+    data = pairs_of(path)
+    pairs.read_picture = counting
+    stub = Stub(Colours(data.tokenizer))
+    return evaluate(stub, data.evals["val"], data, 4, torch.device("cpu")), opened
+
+
+def test_each_rank_decodes_its_own_share_once_and_all_know_of_what_is_broken(tmp_path):
+    folder(tmp_path)
+    (tmp_path / "validation" / "1.png").write_bytes(b"no picture")
+    results = spawn(counted_on_rank, 2, tmp_path)  # shares of 3 and 2
+    assert sorted(file for _, opened in results for file in opened) == [f"{k}.png" for k in range(PICTURES)]
+    assert [len(opened) for _, opened in results] == [3, 2]
+    for found, _ in results:
+        assert found == results[0][0]
+        assert set(recalls(found).values()) == {1.0}
+        assert (found["pairs"], found["left_out"]) == (12, 3)
+
+
+def test_nothing_left_is_one_line(tmp_path):
+    folder(tmp_path)
+    data = pairs_of(tmp_path)
+    for file in (tmp_path / "validation").glob("*.png"):
+        file.unlink()
+    with pytest.raises(UserError, match=r"no pair of the validation set can be used.*0.png \(no such file\)"):
+        evaluate(Stub(Colours(data.tokenizer)), data.evals["val"], data, 4, torch.device("cpu"))
