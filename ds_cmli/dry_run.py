@@ -27,6 +27,7 @@ class NoEngine:
     """In the place of the engine, where only a run's data is tried."""
 
     skipped = False
+    ignored = torch.zeros(())
 
     def __init__(self, config: Config):
         self.losses = config.loss.weights

@@ -143,6 +143,11 @@ class Step:
         """Whether the update that ended the last accumulation was left out, on all ranks: something was not finite."""
         return not self.engine.was_step_applied()
 
+    @property
+    def ignored(self) -> Tensor:
+        """Negatives that the last micro-batch ignored as captions of the same picture, a pair of this rank's."""
+        return self.objective.ignored
+
     def state(self) -> dict[str, float]:
         """Last update's rate, gradient norm, loss scale and temperatures. CPU-GPU sync; collective under ZeRO-3."""
         optimizer = self.engine.optimizer

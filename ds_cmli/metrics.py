@@ -68,6 +68,8 @@ class Writer:
             return
         losses = f"loss {values['loss']:.4f}  "
         losses += "  ".join(f"{k[5:]} {v:.3f}" for k, v in values.items() if k.startswith("loss/"))
+        if values.get("ignored_negatives"):
+            losses += f"  ignored negatives {values['ignored_negatives']}"
         speed = f"{values['pairs_per_s']:.0f} pairs/s"
         if self.bar.disable:
             left = (time.monotonic() - self.started) / max(1, step - self.first_step) * (self.total - step)

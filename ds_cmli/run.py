@@ -14,6 +14,7 @@ from ds_cmli.checkpoint.train_state import RankState, TrainState
 from ds_cmli.common.errors import UserError
 from ds_cmli.config.schema import Config
 from ds_cmli.data import BadSamples, Batch, Data, GlobalBatchSampler
+from ds_cmli.data.bad import told
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.distributed.collective_flags import Agreement
 from ds_cmli.engine import Step
@@ -82,7 +83,7 @@ class Run:
             self.bad.add(batch.bad)
             total, each = self.trainer(batch)  # collectives
             self.sampler.advance()
-            sums += torch.stack([total, *each.values()])
+            sums += torch.stack([total, *each.values(), self.trainer.ignored.to(total.device)])
             window.append((batch.index, total))
             self.pairs += len(batch.index) * distributed.world_size()
         state.step += 1
@@ -124,7 +125,9 @@ class Run:
         means = distributed.mean_over_ranks(own.sums / max(1, own.micro_batches)).tolist()  # collective, CPU-GPU sync
         self.stop_if_too_many_bad()  # collective
         names = ["loss", *(f"loss/{name}" for name in self.config.loss.weights)]
-        losses = dict(zip(names, means, strict=True)) if own.micro_batches else {}  # else every step was skipped
+        losses = dict(zip(names, means[:-1], strict=True)) if own.micro_batches else {}  # else every step was skipped
+        if own.micro_batches:
+            losses["ignored_negatives"] = round(means[-1] * own.micro_batches * self.sampler.global_batch)
         values = {name: v for name, v in {**losses, **self.trainer.state()}.items() if math.isfinite(v)}
         speed = self.pairs / (time.monotonic() - self.since)
         times = {"pairs_per_s": round(speed, 1), "checkpoint_s": round(self.paused, 3)}
@@ -152,7 +155,9 @@ class Run:
             score = next(s for s in ("combined", "cmli", "global") if f"{s}/i2t_r1" in found)
             metric, value = f"{split} {score} R@1", (found[f"{score}/i2t_r1"] + found[f"{score}/t2i_r1"]) / 2
             if state.best.get("metric", metric) == metric and value > state.best.get("value", -1.0):
-                state.best = {"metric": metric, "value": value, "step": state.step}
+                by_chance = (found["chance/i2t_r1"] + found["chance/t2i_r1"]) / 2
+                over = {"pairs": found["pairs"], "chance": by_chance}
+                state.best = {"metric": metric, "value": value, "step": state.step, **over}
         state.evaluated = True
         self.since += time.monotonic() - started
 
@@ -192,13 +197,14 @@ class Run:
         """The last lines of a run; raises `UserError` where its last checkpoint could not be written."""
         skipped = sum(self.agreement.gather(self.bad.count))  # collective
         if skipped or self.bad.at_load:
-            first = ", ".join(f"{name} ({reason})" for name, reason in self.bad.first)
+            first = ", ".join(told(self.bad.first))
             at_load = len(self.bad.at_load)
             self.writer.say(f"skipped {at_load} samples at load and {skipped} in training; the first: {first}")
         self.writer.close()
         if self.saved != (self.state.step, True):
             raise UserError(f"the last checkpoint could not be written: free some space and start {self.folder} again")
         best = self.state.best
-        self.writer.say(f"best {best['metric']} {best['value']:.3f} at step {best['step']}")
+        over = f" ({best['pairs']} pairs, chance {best['chance']:.3f})" if "pairs" in best else ""
+        self.writer.say(f"best {best['metric']} {best['value']:.3f} at step {best['step']}{over}")
         parts = "config.json, metrics.jsonl, tensorboard/, checkpoint/, student.safetensors"
         self.writer.say(f"written to {self.folder}: {parts}")

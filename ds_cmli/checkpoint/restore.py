@@ -195,7 +195,8 @@ def fresh(found: Found | None, config: Config, sampler: GlobalBatchSampler) -> R
     """A rank's own state where only the position in the data is put back."""
     if found is not None:
         sampler.load_state_dict(found.state.sampler)
-    return RankState(torch.zeros(1 + len(config.loss.weights)))
+    sums = 2 + len(config.loss.weights)  # the weighted sum, each loss, and ignored negatives
+    return RankState(torch.zeros(sums))
 
 
 def _cut_otherwise(found: Found, now: dict[str, Any]) -> bool:
@@ -212,7 +213,7 @@ def load(
 
     Collective.
     """
-    names = 1 + len(step.objective.config.weights)
+    names = 2 + len(step.objective.config.weights)  # as `fresh`
     if found is None:
         return RankState(torch.zeros(names, device=step.device))
     _load_engine(found, step, with_changes)  # collectives

@@ -21,7 +21,7 @@ class TrainState:
     step: int = 0  # optimizer steps done, skipped ones included; TensorBoard's step too
     sampler: dict[str, int] = field(default_factory=dict)  # `GlobalBatchSampler.state_dict()`: epoch and position
     evaluated: bool = True  # False: the evaluation due at `step` is still to be done
-    best: dict[str, Any] = field(default_factory=dict)  # `{"metric": ..., "value": ..., "step": ...}`
+    best: dict[str, Any] = field(default_factory=dict)  # `{"metric", "value", "step", "pairs", "chance"}`
     skipped_in_row: int = 0  # steps skipped for values that were not finite, up to now
     world_size: int = 1
     train_batch_size: int = 0  # pairs of an optimizer step, over all ranks
@@ -38,7 +38,7 @@ class TrainState:
 class RankState:
     """One rank's own; a file for each in the checkpoint, of plain values and tensors only.
 
-    `sums` holds the losses added up since the last logged step, fp32 [losses], over `micro_batches`.
+    `sums` holds the losses and ignored negatives added up since the last logged step, fp32, over `micro_batches`.
     """
 
     sums: torch.Tensor

@@ -66,7 +66,14 @@ class CMLILoss(nn.Module):
         # One element, not zero dimensions: DeepSpeed sends parameters as bytes, which a 0-dim tensor has no view of.
         self.logit_scale = nn.Parameter(torch.tensor([math.log(1 / init_temperature)]))
 
-    def forward(self, image: Tensor, text: Tensor, text_mask: Tensor, image_mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        image: Tensor,
+        text: Tensor,
+        text_mask: Tensor,
+        image_mask: Tensor | None = None,
+        ignore: Tensor | None = None,
+    ) -> Tensor:
         """The mean loss of this rank's B pairs, a scalar in fp32 (fp64 for fp64).
 
         Args:
@@ -75,6 +82,8 @@ class CMLILoss(nn.Module):
                 differ between ranks, B may not.
             text_mask: bool [B, M], True = valid. Leave out class, separator and padding tokens.
             image_mask: bool [B, N], True = valid; None: all are.
+            ignore: bool [B, G], True: this text is no negative of this image, though not its own, as other captions of
+                the same picture; see `losses.functions.same_picture`.
 
         Raises:
             ValueError, TypeError: on shapes, dtypes, devices or masks that do not fit, and on every rank where the
@@ -83,4 +92,4 @@ class CMLILoss(nn.Module):
         s_i2t, s_t2i = score_global_batch(image, text, text_mask, image_mask, self.group, self.score)  # collective
         first = distributed.rank(self.group) * image.shape[0]
         columns = partial(distributed.column_logsumexp, group=self.group)
-        return contrastive_loss(s_i2t, s_t2i, self.logit_scale, first, columns)
+        return contrastive_loss(s_i2t, s_t2i, self.logit_scale, first, columns, ignore)

@@ -172,6 +172,11 @@ def gather_objects(value) -> list:
     return out
 
 
+def gather(x: Tensor) -> Tensor:
+    """[B] of every rank -> [G] in rank order, without a gradient. Collective."""
+    return x if world_size() == 1 else _all_gather(x[:, None], None)[:, 0]
+
+
 def _all_gather(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """[B, ...] of every rank -> [G, ...] in rank order, bit for bit, for any dtype. Collective."""
     # As bytes: gloo has no bf16 or bool of its own.

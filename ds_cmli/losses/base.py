@@ -18,7 +18,7 @@ from ds_cmli.cmli.loss import score_global_batch, unit
 from ds_cmli.config.schema import LossConfig
 from ds_cmli.data import Batch
 from ds_cmli.distributed import process_group as distributed
-from ds_cmli.losses.functions import widen
+from ds_cmli.losses.functions import same_picture, widen
 from ds_cmli.models.student import Student
 from ds_cmli.models.teacher import Targets
 
@@ -60,6 +60,12 @@ class LossInputs:
     def first(self) -> int:
         """The column of the pair scores that belongs to row 0."""
         return distributed.rank() * len(self.batch.index)
+
+    @cached_property
+    def ignore(self) -> Tensor:
+        """bool [B, G], pairs of a picture and another of its captions: no negatives. Collective, 8 bytes a pair."""
+        ids = self.batch.image_id
+        return same_picture(ids, distributed.gather(ids), self.first)  # collective
 
     @cached_property
     def global_scores(self) -> Tensor:

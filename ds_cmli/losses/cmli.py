@@ -16,4 +16,6 @@ class AllPairsCMLI(Loss):
         self.logit_scale = log_scale(config.cmli_init_temperature)
 
     def forward(self, inputs: LossInputs) -> Tensor:
-        return contrastive_loss(*inputs.cmli_scores, self.logit_scale, inputs.first, column_logsumexp)  # collective
+        s_i2t, s_t2i = inputs.cmli_scores  # [B, G], collective
+        ignore = inputs.ignore  # collective
+        return contrastive_loss(s_i2t, s_t2i, self.logit_scale, inputs.first, column_logsumexp, ignore)  # collective

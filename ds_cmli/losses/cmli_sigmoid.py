@@ -21,7 +21,7 @@ class CMLISigmoid(Loss):
 
     def forward(self, inputs: LossInputs) -> Tensor:
         losses = [
-            sigmoid_loss(scores, self.logit_scale, self.logit_bias, inputs.first)
+            sigmoid_loss(scores, self.logit_scale, self.logit_bias, inputs.first, inputs.ignore)  # collective
             for scores in inputs.cmli_scores  # collective
         ]
         return (losses[0] + losses[1]) / 2

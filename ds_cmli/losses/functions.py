@@ -36,6 +36,7 @@ def contrastive_loss(
     logit_scale: Tensor,
     first: int = 0,
     column_logsumexp: Callable[[Tensor], Tensor] = lambda logits: logits.logsumexp(0),
+    ignore: Tensor | None = None,
 ) -> Tensor:
     """(CE(rows of t * s_i2t) + CE(columns of t * s_t2i)) / 2, the mean over this block's B pairs.
 
@@ -46,19 +47,24 @@ def contrastive_loss(
         first: the column that belongs to row 0: row b's text is column first + b.
         column_logsumexp: [B, G] -> [G], over the images of the whole batch. The default is right where the block
             is the whole batch; across ranks pass `distributed.column_logsumexp`.
+        ignore: bool [B, G], pairs that are no negatives of each other, see `same_picture`; None: all others are.
 
     Returns:
         A scalar. Averaged over ranks it is the loss of the global batch.
     """
     scale = temperature_scale(logit_scale)  # one element
     rows, columns = scale * s_i2t, scale * s_t2i  # [B, G]
+    if ignore is not None:
+        rows, columns = (x.masked_fill_(ignore, -torch.inf) for x in (rows, columns))
     b = torch.arange(rows.shape[0], device=rows.device)
     row_loss = rows.logsumexp(1) - rows[b, first + b]  # [B]
     column_loss = column_logsumexp(columns)[first + b] - columns[b, first + b]  # [B]
     return (row_loss.mean() + column_loss.mean()) / 2
 
 
-def sigmoid_loss(scores: Tensor, logit_scale: Tensor, bias: Tensor, first: int = 0) -> Tensor:
+def sigmoid_loss(
+    scores: Tensor, logit_scale: Tensor, bias: Tensor, first: int = 0, ignore: Tensor | None = None
+) -> Tensor:
     """-log sigmoid(z * (t * score + b)) summed over texts and averaged over this block's B images; SigLIP.
 
     z is 1 for the pairs and -1 for all others (Zhai et al., 2023, equation 1). No normalisation over the batch: across
@@ -69,6 +75,7 @@ def sigmoid_loss(scores: Tensor, logit_scale: Tensor, bias: Tensor, first: int =
         logit_scale: one element, ln(1/temperature).
         bias: one element, b.
         first: the column that belongs to row 0: row b's text is column first + b.
+        ignore: bool [B, G], pairs that are no negatives of each other, see `same_picture`; None: all others are.
 
     Returns:
         A scalar. Averaged over ranks it is the loss of the global batch.
@@ -77,7 +84,23 @@ def sigmoid_loss(scores: Tensor, logit_scale: Tensor, bias: Tensor, first: int =
     b = torch.arange(len(logits), device=logits.device)
     sign = torch.full_like(logits, -1.0)
     sign[b, first + b] = 1.0
-    return -F.logsigmoid(sign * logits).sum(1).mean()
+    each = -F.logsigmoid(sign * logits)
+    if ignore is not None:
+        each = each.masked_fill_(ignore, 0.0)
+    return each.sum(1).mean()
+
+
+def same_picture(image_id: Tensor, all_ids: Tensor, first: int = 0) -> Tensor:
+    """Pairs of a picture and another caption of the same picture, which is right too and no negative: bool [B, G].
+
+    Args:
+        image_id: int64 [B], equal where the picture is.
+        all_ids: int64 [G], of all ranks.
+        first: the column that belongs to row 0.
+    """
+    same = image_id[:, None] == all_ids
+    same.diagonal(first).fill_(False)  # a row's own text
+    return same
 
 
 def match_patches(tokens: Tensor, patches: Tensor) -> Tensor:

@@ -17,4 +17,5 @@ class GlobalContrastive(Loss):
 
     def forward(self, inputs: LossInputs) -> Tensor:
         scores = inputs.global_scores  # [B, G], collective
-        return contrastive_loss(scores, scores, self.logit_scale, inputs.first, column_logsumexp)  # collective
+        ignore = inputs.ignore  # collective
+        return contrastive_loss(scores, scores, self.logit_scale, inputs.first, column_logsumexp, ignore)  # collective

@@ -19,4 +19,5 @@ class GlobalSigmoid(Loss):
         self.logit_bias = nn.Parameter(torch.tensor([self.init_bias]))
 
     def forward(self, inputs: LossInputs) -> Tensor:
-        return sigmoid_loss(inputs.global_scores, self.logit_scale, self.logit_bias, inputs.first)  # collective
+        scores, ignore = inputs.global_scores, inputs.ignore  # [B, G] each, collective
+        return sigmoid_loss(scores, self.logit_scale, self.logit_bias, inputs.first, ignore)

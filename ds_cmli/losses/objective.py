@@ -23,6 +23,7 @@ class Objective(nn.Module):
         self.config = config
         self.student = student
         self.losses = nn.ModuleDict({name: losses.load(name)(config) for name in config.weights})
+        self.ignored = torch.zeros(())  # negatives that the last batch ignored as captions of the same picture, a pair
         self.width_head: WidthHead | None = None
         if teacher_width is not None and teacher_width != student.width:
             self.width_head = WidthHead(student.width, teacher_width)
@@ -41,6 +42,8 @@ class Objective(nn.Module):
         features = Features(*self.student(batch.image, batch.input_ids, batch.attention_mask))
         inputs = LossInputs(features, batch, targets, self.student, self.width_head, self.score)
         each = {name: loss(inputs) for name, loss in self.losses.items()}  # collectives
+        if "ignore" in vars(inputs):  # some loss compared pairs
+            self.ignored = inputs.ignore.sum() / len(batch.image_id)
         total = torch.stack([weight * each[name] for name, weight in self.config.weights.items()]).sum()
         return total, {name: loss.detach() for name, loss in each.items()}
 

@@ -1,11 +1,14 @@
 """Exchange across real gloo processes, against one process on the whole batch."""
 
+import itertools
+
 import pytest
 import torch
 from torch.testing import assert_close
 
 from ds_cmli.cmli.loss import CMLILoss
 from ds_cmli.distributed import process_group as distributed
+from ds_cmli.losses.functions import same_picture
 from tests.conftest import spawn
 
 B, N, D = 3, 5, 4
@@ -20,10 +23,13 @@ def batch(world_size: int):
     return image, text, torch.arange(M) < lengths[:, None]
 
 
-def loss_and_gradients(image, text, mask, dtype):
+def loss_and_gradients(image, text, mask, dtype, ids=None):
     image, text = (x.to(dtype).requires_grad_() for x in (image, text))
     module = CMLILoss(0.1).to(dtype)
-    loss = module(image, text, mask)
+    ignore = None
+    if ids is not None:
+        ignore = same_picture(ids, distributed.gather(ids), distributed.rank() * len(ids))
+    loss = module(image, text, mask, ignore=ignore)
     grads = torch.autograd.grad(loss, (image, text, module.logit_scale))
     return [loss.detach(), *grads]
 
@@ -34,7 +40,19 @@ def on_rank(rank, world_size):
     # Each rank pads to its own longest caption.
     longest = int(mask[mine].sum(1).max())
     own = image[mine], text[mine, :longest], mask[mine, :longest]
-    return {dtype: loss_and_gradients(*own, dtype) for dtype in TOLERANCES}
+    # Other captions of a picture: none, all different, on the same rank and on others, and of nothing else at all.
+    return {
+        (dtype, name): loss_and_gradients(*own, dtype, None if ids is None else ids[mine])
+        for name, ids in same_pictures(world_size).items()
+        for dtype in TOLERANCES
+    }
+
+
+def same_pictures(world_size):
+    G = B * world_size
+    some = torch.arange(G)
+    some[[1, G - 1]] = 0
+    return {"none": None, "different": torch.arange(G) - 5, "some": some, "one": torch.zeros(G, dtype=torch.int64)}
 
 
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-5}
@@ -43,9 +61,10 @@ TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-5}
 @pytest.mark.parametrize("world_size", [2, 3, 4])
 def test_cmli_loss_of_many_ranks_equals_one(world_size):
     results = spawn(on_rank, world_size)
-    for dtype, tolerance in TOLERANCES.items():
-        expected = loss_and_gradients(*batch(world_size), dtype)
-        ranks = [result[dtype] for result in results]
+    for name, dtype in itertools.product(same_pictures(world_size), TOLERANCES):
+        tolerance = TOLERANCES[dtype]
+        expected = loss_and_gradients(*batch(world_size), dtype, same_pictures(world_size)[name])
+        ranks = [result[dtype, name] for result in results]
         assert_close(torch.stack([r[0] for r in ranks]).mean(), expected[0], rtol=tolerance, atol=tolerance)
         # Averaged over ranks, as an engine does with parameters: hence the division by P.
         image = torch.cat([r[1] for r in ranks]) / world_size
@@ -55,6 +74,11 @@ def test_cmli_loss_of_many_ranks_equals_one(world_size):
             text[rank * B : (rank + 1) * B, : grad.shape[1]] = grad / world_size
         assert_close(text, expected[2], rtol=tolerance, atol=tolerance)
         assert_close(sum(r[3] for r in ranks) / world_size, expected[3], rtol=tolerance, atol=tolerance)
+        if name == "different":  # nothing to ignore: the same bits as without
+            for result, rank in zip(results, ranks, strict=True):
+                assert all(torch.equal(a, b) for a, b in zip(rank, result[dtype, "none"], strict=True))
+        if name == "one":  # no negatives: nothing to learn
+            assert expected[0] == 0 and all(not rank[1].any() and not rank[2].any() for rank in ranks)
 
 
 def uneven_batch(rank, world_size):
