@@ -24,6 +24,7 @@ from ds_cmli.checkpoint.train_state import RankState, TrainState
 from ds_cmli.common.errors import UserError
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.engine import Step
+from ds_cmli.models.weights import not_finite
 
 FOLDER = "checkpoint"
 LATEST = "latest"  # DeepSpeed's name, so that its tools find the newest checkpoint too
@@ -228,9 +229,13 @@ def load_weights(folder: Path, module: nn.Module) -> None:
     if not path.is_file():
         raise UserError(f"--checkpoint is {str(folder)!r}: no {WEIGHTS} there; give a run's output folder")
     try:
-        missing, unexpected = module.load_state_dict(load_file(path), strict=False)
+        weights = load_file(path)
+        missing, unexpected = module.load_state_dict(weights, strict=False)
     except Exception as error:
         raise UserError(f"--checkpoint {path}: cannot load it: {str(error).splitlines()[-1].strip()}") from None
+    key = not_finite(weights)
+    if key is not None:
+        raise UserError(f"--checkpoint {path}: its {key!r} holds NaN or infinite values; give another run's")
     if missing or unexpected:
         raise UserError(
             f"--checkpoint {path}: does not fit the model: {(missing + unexpected)[0]!r} has no counterpart"
