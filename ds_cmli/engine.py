@@ -200,8 +200,14 @@ def build(config: Config, ds_config: DeepSpeedConfig, vocab_size: int, total_ste
             config=ds_config.raw(),
             lr_scheduler=schedule.maker(ds_config, config.optim.warmup_steps(total_steps), total_steps),
         )
-    except (AssertionError, ValueError) as error:
+    except (AssertionError, ValueError, NotImplementedError) as error:
         raise UserError(f"DeepSpeed refuses the configuration: {error}") from error
+    except (ImportError, RuntimeError) as error:
+        if not ds_config.compiles or isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise UserError(
+            f"optimizer.type is {ds_config.optimizer_type!r}: DeepSpeed cannot compile its own here: {error}"
+        ) from error
     _undo_first_update(engine.optimizer)
     guard.attach(engine)
     if teacher is not None:
