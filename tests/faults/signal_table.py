@@ -3,7 +3,7 @@
 Two ranks of tiny steps (one under plain `python`) get a signal at one rank, or at the launcher. For each case a row:
 the launcher's exit code, the step of the newest checkpoint of those done, ranks that are left 30 s after, and whether
 the next start, by the same command, ends with the metrics and weights of a run that nobody has disturbed, bit for bit.
-The rows of `srun` and of a Slurm job need a Slurm that can be started here.
+The rows of `srun` and of a Slurm job need a Slurm that can be started here, beside which no other runs.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from tests.conftest import ROOT, clean_environment, free_port
 from tests.slurm.cluster import Cluster, poll
 from tests.slurm.jobs import metrics, steps_done
 
-STEPS = 150
+STEPS = 100
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGKILL)
 TARGETS = ("a rank", "the launcher")
 TRAIN = str(ROOT / "ds_cmli" / "train.py")
@@ -100,6 +100,7 @@ class Table:
             poll(
                 lambda: steps_done(run) >= 3 or process.poll() is not None, 120, lambda: Path(f"{run}.log").read_text()
             )
+            assert process.poll() is None, log(run)
             at = process.pid if target == "the launcher" else ranks_of(run)[-1]
             os.kill(at, number)
             row.code = str(shell_code(process.wait(90)))
