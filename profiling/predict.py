@@ -67,7 +67,7 @@ def command(preset: str, deepspeed_config: str, settings: tuple[str, ...], world
     from ds_cmli.common import quiet
 
     quiet.silence()
-    from ds_cmli.memory import search
+    from ds_cmli.memory import cards, search
     from ds_cmli.memory.predict import DEFAULT_CARD, predict
     from ds_cmli.memory.report import show
 
@@ -76,7 +76,7 @@ def command(preset: str, deepspeed_config: str, settings: tuple[str, ...], world
         content: Any = grid(config, ds_config, world_size, axes, card or DEFAULT_CARD)
     else:
         if fit:
-            room, fitted_card = search.parse_room(fit)
+            room, fitted_card = cards.parse_room(fit)
             card = card or fitted_card or DEFAULT_CARD
             found = search.fit(config, ds_config, world_size, room, card=card, tell=tell)
             prediction = found.prediction

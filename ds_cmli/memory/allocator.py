@@ -1,7 +1,7 @@
 """A model of CUDA's caching allocator: from what a program asks for to what is allocated and reserved for it.
 
-The rules are those of `c10/cuda/CUDACachingAllocator.cpp` with the defaults of `c10/core/AllocatorConfig.h`, torch 2.13
-(unchanged since 2.0): no expandable segments, splitting unlimited, no rounding to powers of two, no garbage collection.
+The rules are those of `c10/cuda/CUDACachingAllocator.cpp`, torch 2.13 (unchanged since 2.0), without expandable
+segments; what `Settings` changes is off by default, as in `c10/core/AllocatorConfig.h`.
  1. A request is rounded up to a multiple of 512 B; a request for nothing gets nothing.
  2. At most 1 MiB: the small pool, which takes segments of 2 MiB from the device. Above: the large pool, which takes
     20 MiB for a request below 10 MiB, otherwise the request rounded up to 2 MiB.
@@ -32,8 +32,26 @@ Pool = tuple[int, int]  # as `torch.cuda.MemPool.id`, and of a CUDA graph
 DEFAULT_POOL = (0, 0)
 
 
-def rounded(requested: int) -> int:
-    """Rule 1."""
+@dataclass(frozen=True)
+class Settings:
+    """Of PYTORCH_ALLOC_CONF, in bytes; by default everything is off."""
+
+    # A block from this size on is neither split nor given to a smaller request, nor to one smaller by 20 MiB or more.
+    max_split_size: int | None = None
+    roundup_power2_divisions: int = 0  # parts of each interval between powers of two that requests are rounded up to
+    # Share of the limit from which on, before a new segment is taken, whole free ones older than their mean go back.
+    garbage_collection_threshold: float = 0.0
+
+
+DEFAULTS = Settings()
+
+
+def rounded(requested: int, divisions: int = 0) -> int:
+    """Rule 1; with `roundup_power2_divisions`, of what is larger than so many times 512 B."""
+    if divisions > 1 and requested > MIN_BLOCK * divisions:
+        floor = 1 << (requested.bit_length() - 1)
+        step = floor >> (divisions.bit_length() - 1)
+        return requested if requested == floor else -(-requested // step) * step
     return -(-requested // MIN_BLOCK) * MIN_BLOCK
 
 
@@ -69,6 +87,7 @@ class Block:
     event: Event | None = None  # of the allocation, while in use
     before: "Block | None" = None
     after: "Block | None" = None
+    freed_at: int = 0  # number of requests to its pool by then
 
 
 @dataclass(eq=False)
@@ -85,6 +104,10 @@ class Segment:
 
     def __post_init__(self):
         self.first = Block(self, self.address, self.size)
+
+    @property
+    def free(self) -> bool:
+        return not self.first.requested and self.first.after is None
 
     def blocks(self) -> list[Block]:
         out, block = [], self.first
@@ -106,10 +129,11 @@ class Action:
 
 
 class CachingAllocator:
-    """The model. `limit` bytes are all that may be reserved; None: any."""
+    """The model. `limit` bytes are all that may be reserved; None: any, and no garbage is collected."""
 
-    def __init__(self, limit: int | None = None):
-        self.limit = limit
+    def __init__(self, limit: int | None = None, settings: Settings = DEFAULTS):
+        self.limit, self.settings = limit, settings
+        self.requests: dict[tuple[Pool, bool], int] = {}  # number of requests to each pool
         self.segments: dict[int, Segment] = {}  # by address
         # (pool, small, stream) -> (size, address) of each free block, sorted: the order of rule 3.
         self.free_blocks: dict[tuple[Pool, bool, int], list[tuple[int, int]]] = {}
@@ -120,16 +144,18 @@ class CachingAllocator:
 
     def malloc(self, requested: int, stream: int = 0, event: Event | None = None, pool: Pool = DEFAULT_POOL) -> Block:
         """Raises `OutOfMemory` where `limit` leaves no room."""
-        size = rounded(requested)
+        size = rounded(requested, self.settings.roundup_power2_divisions)
         small = size <= SMALL_REQUEST
+        self.requests[pool, small] = self.requests.get((pool, small), 0) + 1
         free = self.free_blocks.setdefault((pool, small, stream), [])
         position = bisect_left(free, (size, 0))
-        if position < len(free):
+        if position < len(free) and self._may_use(free[position][0], size):
             block = self.at.pop(free.pop(position)[1])
         else:
             block = self._new_segment(requested, size, small, stream, event, pool).first
         left = block.size - size
-        if left >= MIN_BLOCK if small else left > SMALL_REQUEST:
+        most = self.settings.max_split_size
+        if left >= MIN_BLOCK if small else left > SMALL_REQUEST and (most is None or size < most):
             rest = Block(block.segment, block.address + size, left, before=block, after=block.after)
             if rest.after is not None:
                 rest.after.before = rest
@@ -159,7 +185,7 @@ class CachingAllocator:
     def empty_cache(self) -> None:
         """Return every segment that is wholly free to the device; those of private pools stay theirs."""
         for segment in list(self.segments.values()):
-            if segment.pool == DEFAULT_POOL and not segment.first.requested and segment.first.after is None:
+            if segment.pool == DEFAULT_POOL and segment.free:
                 self.release(segment)
 
     def release(self, segment: Segment) -> None:
@@ -173,8 +199,12 @@ class CachingAllocator:
         self, requested: int, size: int, small: bool, stream: int, event: Event | None, pool: Pool
     ) -> Segment:
         taken = segment_bytes(size)
-        if self.limit is not None and self.reserved + taken > self.limit:
-            self.empty_cache()
+        if self.limit is not None:
+            self._collect_garbage()
+            if self.reserved + taken > self.limit:
+                self._release_oversize((pool, small, stream), size)
+            if self.reserved + taken > self.limit:
+                self.empty_cache()
             if self.reserved + taken > self.limit:
                 raise OutOfMemory(requested, self.allocated, self.reserved, self.limit, event)
         segment = Segment(self.next_address, taken, stream, small, pool, event=event)
@@ -184,9 +214,48 @@ class CachingAllocator:
         self.actions.append(Action("segment_alloc", segment.address, taken, stream, event))
         return segment
 
+    def _may_use(self, block_size: int, size: int) -> bool:
+        most = self.settings.max_split_size
+        if most is None:
+            return True
+        return block_size < most if size < most else block_size < size + LARGE_SEGMENT
+
+    def _collect_garbage(self) -> None:
+        over = self.reserved - int(self.settings.garbage_collection_threshold * self.limit)  # type: ignore[operator]
+        if not self.settings.garbage_collection_threshold or over <= 0:
+            return
+        requests = self.requests.get((DEFAULT_POOL, False), 0)
+        whole = {
+            segment.address: requests - segment.first.freed_at
+            for segment in self.segments.values()
+            if segment.pool == DEFAULT_POOL and not segment.small and segment.free
+        }
+        while over > 0 and whole:
+            mean = sum(whole.values()) / len(whole)
+            for address in [address for address, age in whole.items() if age >= mean]:
+                over -= self.segments[address].size
+                self.release(self.segments[address])
+                del whole[address]
+
+    def _release_oversize(self, key: tuple[Pool, bool, int], size: int) -> None:
+        """Of the blocks that are too large to be split: one that is enough, otherwise as many of the largest as are."""
+        most = self.settings.max_split_size
+        if most is None:
+            return
+        free = self.free_blocks[key]
+        size = max(size, most)
+        position = bisect_left(free, (size, 0))
+        if position < len(free):
+            self.release(self.at[free[position][1]].segment)
+            return
+        while size > 0 and free and free[-1][0] >= most:
+            size -= free[-1][0]
+            self.release(self.at[free[-1][1]].segment)
+
     def keep(self, block: Block) -> None:
         """Note a block as free."""
         segment = block.segment
+        block.freed_at = self.requests.get((segment.pool, segment.small), 0)
         free = self.free_blocks.setdefault((segment.pool, segment.small, segment.stream), [])
         insort(free, (block.size, block.address))
         self.at[block.address] = block

@@ -5,6 +5,7 @@ and from which source. All are bytes.
 """
 
 import json
+import re
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -12,6 +13,7 @@ from pathlib import Path
 from ds_cmli.common.errors import UserError
 
 MEASURED, ASSUMED = "measured", "assumed"
+UNITS = {"": 1, "B": 1, "MB": 10**6, "GB": 10**9, "MIB": 2**20, "GIB": 2**30}
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,24 @@ def known(name: str) -> str:
         return card(name).name
     except UserError:
         return ""
+
+
+def parse_room(text: str, setting: str = "--fit") -> tuple[int, str | None]:
+    """ "24GB" -> (24 * 10^9, None); a card's name -> (its memory in bytes, the name)."""
+    number = re.fullmatch(r"\s*([0-9.]+)\s*([a-zA-Z]*)\s*", text)
+    if number and number[2].upper() in UNITS:
+        try:
+            return int(float(number[1]) * UNITS[number[2].upper()]), None
+        except ValueError:
+            pass
+    try:
+        found = card(text)
+    except UserError:
+        raise UserError(
+            f"{setting} is {text!r}: give a size, for instance 24GB (10^9 bytes) or 22GiB, or one of "
+            f"{', '.join(cards())}"
+        ) from None
+    return found.total.bytes, found.name
 
 
 def device_bytes(reserved: int, name: str, world_size: int) -> int:

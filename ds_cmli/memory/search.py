@@ -1,6 +1,5 @@
 """Questions that take several predictions: a grid of settings, and the largest micro-batch that fits."""
 
-import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import product
@@ -9,7 +8,6 @@ from typing import Any
 import numpy as np
 
 from ds_cmli import engine as step
-from ds_cmli.common.errors import UserError
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.schema import Config, check, choice
 from ds_cmli.faults import memory_advice as oom_advice
@@ -18,7 +16,6 @@ from ds_cmli.memory.allocator import replay
 from ds_cmli.memory.predict import DEFAULT_CARD, TOTAL_STEPS, Prediction, predict
 
 AXES = ("batch", "world", "stage")
-UNITS = {"": 1, "B": 1, "MB": 10**6, "GB": 10**9, "MIB": 2**20, "GIB": 2**30}
 LARGEST_BATCH = 2**16
 FIRST_BATCHES = (16, 128)  # predicted before any is estimated
 
@@ -66,24 +63,6 @@ def sweep(
         if "stage" in point:
             changed = changed.replaced({"stage": point["stage"]})
         yield values, predict(config, changed, point.get("world", world_size), **options)
-
-
-def parse_room(text: str) -> tuple[int, str | None]:
-    """ "24GB" -> (24 * 10^9, None); a card's name -> (its memory in bytes, the name)."""
-    number = re.fullmatch(r"\s*([0-9.]+)\s*([a-zA-Z]*)\s*", text)
-    if number and number[2].upper() in UNITS:
-        try:
-            return int(float(number[1]) * UNITS[number[2].upper()]), None
-        except ValueError:
-            pass
-    try:
-        found = cards.card(text)
-    except UserError:
-        raise UserError(
-            f"--fit is {text!r}: give a size, for instance 24GB (10^9 bytes) or 22GiB, or one of "
-            f"{', '.join(cards.cards())}"
-        ) from None
-    return found.total.bytes, found.name
 
 
 @dataclass

@@ -229,11 +229,11 @@ def test_axes_and_sizes_as_they_are_typed():
     for wrong in ("size=3", "batch=x", "7", "stage=4"):
         with pytest.raises(UserError, match="--sweep"):
             search.parse_axes((wrong,), 64, 1)
-    assert search.parse_room("24GB") == (24 * 10**9, None)
-    assert search.parse_room("1.5 GiB") == (3 * 2**29, None)
-    assert search.parse_room("RTX 3090")[1] == "RTX 3090 24GB"
+    assert cards.parse_room("24GB") == (24 * 10**9, None)
+    assert cards.parse_room("1.5 GiB") == (3 * 2**29, None)
+    assert cards.parse_room("RTX 3090")[1] == "RTX 3090 24GB"
     with pytest.raises(UserError, match="--fit is '24 apples'"):
-        search.parse_room("24 apples")
+        cards.parse_room("24 apples")
 
 
 def command(*arguments: str) -> subprocess.CompletedProcess:
