@@ -76,14 +76,18 @@ def resolve_weights(config: Config) -> Config:
     return replace(config, student=student, teacher=teacher)
 
 
-def build_models(config: Config, vocab_size: int) -> tuple[Objective, Teacher | None]:
-    """Student with losses, and the teacher where a loss asks for it; on the CPU, in fp32, equal on every rank."""
+def build_models(config: Config, vocab_size: int, pretrained: bool = True) -> tuple[Objective, Teacher | None]:
+    """Student with losses, and the teacher where a loss asks for it; on the CPU, in fp32, equal on every rank.
+
+    `pretrained=False`: the student's weights are random, as they will be overwritten.
+    """
     config = resolve_weights(config)
     torch.manual_seed(config.run.seed)
-    student = Student(config.student, config.data.image_size, vocab_size)
+    data = config.data
+    student = Student(config.student, data.image_size, vocab_size, data.text_positions, pretrained)
     teacher = None
     if needs_teacher(config.loss.weights):
-        teacher = Teacher(config.teacher, config.data.image_size, student.grid)
+        teacher = Teacher(config.teacher, data.image_size, student.grid)
     return Objective(student, config.loss, teacher.width if teacher else None), teacher
 
 
@@ -196,8 +200,14 @@ def build(config: Config, ds_config: DeepSpeedConfig, vocab_size: int, total_ste
             config=ds_config.raw(),
             lr_scheduler=schedule.maker(ds_config, config.optim.warmup_steps(total_steps), total_steps),
         )
-    except (AssertionError, ValueError) as error:
+    except (AssertionError, ValueError, NotImplementedError) as error:
         raise UserError(f"DeepSpeed refuses the configuration: {error}") from error
+    except (ImportError, RuntimeError) as error:
+        if not ds_config.compiles or isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise UserError(
+            f"optimizer.type is {ds_config.optimizer_type!r}: DeepSpeed cannot compile its own here: {error}"
+        ) from error
     _undo_first_update(engine.optimizer)
     guard.attach(engine)
     if teacher is not None:

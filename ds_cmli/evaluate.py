@@ -173,7 +173,7 @@ def command(checkpoint: str, source: str | None, batch_size: int, json_file: str
     from ds_cmli.distributed import process_group as distributed
     from ds_cmli.engine import build_models
 
-    objective, _ = build_models(config, data.vocab_size)
+    objective, _ = build_models(config, data.vocab_size, pretrained=False)
     load_weights(Path(checkpoint), objective)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     objective.to(device)

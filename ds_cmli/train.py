@@ -10,9 +10,7 @@ import sys
 sys.path[:] = [p for p in sys.path if p != __file__.rsplit("/", 1)[0]]
 
 import os  # noqa: E402
-import uuid  # noqa: E402
 from collections.abc import Callable  # noqa: E402
-from datetime import datetime  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
 
@@ -80,6 +78,7 @@ def train(
             raise
         mistake = str(error)  # perhaps on this node alone, where nobody would hear of it: told once the ranks have met
     from ds_cmli import engine as step
+    from ds_cmli.checkpoint import lock, run_folder
     from ds_cmli.faults import watchdog
 
     ds_config = step.on_this_device(ds_config)
@@ -93,8 +92,9 @@ def train(
         return preemption.EXIT_CODE
     try:
         distributed.raise_together(mistake)  # collective
-        with watchdog.Watchdog(config.run.watchdog) as dog:
-            return run(config, ds_config, data, device, dry_run, resume, with_changes, profiles, dog)
+        folder = run_folder.make(config, resume, dry_run)  # collective
+        with watchdog.Watchdog(config.run.watchdog) as dog, lock.held(folder):  # collective
+            return run(config, ds_config, data, device, folder, dry_run, resume, with_changes, profiles, dog)
     finally:
         distributed.shutdown()
 
@@ -131,13 +131,14 @@ def plan(config: Config, ds_config: DeepSpeedConfig, data: Any) -> tuple[DeepSpe
 
 
 def run(
-    config: Config, ds_config: DeepSpeedConfig, data: Any, device: Any, dry_run: bool, resume: str, with_changes: bool,
-    profiles: Profiles, dog: Any,
+    config: Config, ds_config: DeepSpeedConfig, data: Any, device: Any, folder: Path, dry_run: bool, resume: str,
+    with_changes: bool, profiles: Profiles, dog: Any,
 ) -> int:  # fmt: skip
     """Build everything, put back what there is to go on from, and train. Collective."""
     from ds_cmli import dry_run as dry
     from ds_cmli import engine as step
     from ds_cmli.checkpoint import restore as resuming
+    from ds_cmli.checkpoint import run_folder
     from ds_cmli.data import BadSamples
     from ds_cmli.distributed import process_group as distributed
     from ds_cmli.faults import out_of_memory as oom
@@ -145,8 +146,7 @@ def run(
     from ds_cmli.run import Run
 
     # --- what there is to go on from
-    folder = output_folder(config, resume, dry_run)  # collective
-    resume = distributed.broadcast_object(resuming.requeued(resume, folder))  # collective
+    resume = distributed.broadcast_object(run_folder.requeued(resume, folder))  # collective
     found = resuming.find(resume, folder)  # collective
     ds_config, sampler, total_steps = plan(config, resuming.cut_batch(found, ds_config), data)
     state = resuming.state_of(found, config, ds_config, with_changes, say)
@@ -167,7 +167,7 @@ def run(
     with oom.ending(config, ds_config, folder, device, dog):  # collective
         trainer = step.build(config, ds_config, data.vocab_size, total_steps, device)
         own = resuming.load(found, trainer, sampler, bad, with_changes)  # collective
-        resuming.settle(resume, found, folder, config, ds_config)  # collective
+        run_folder.settle(resume, found, folder, config, ds_config)  # collective
         writer = Writer(folder, total_steps, state.step) if distributed.is_main() else NullWriter()
         all_of_it = Run(config, data, sampler, trainer, total_steps, accumulation, folder, state, own, bad, writer, dog)
         with profiles.around(trainer, config, ds_config, folder, state.step) as after_step:
@@ -203,37 +203,6 @@ def loop(run: Any, after_step: Callable[[], None]) -> int:
         return preemption.EXIT_CODE
     run.finish()
     return 0
-
-
-def output_folder(config: Config, resume: str, dry_run: bool) -> Path:
-    """The run's folder, made, and the same on every rank. A dry run removes what it made there. Collective."""
-    from ds_cmli.checkpoint import restore as resuming
-    from ds_cmli.distributed import process_group as distributed
-
-    name = resuming.run_folder(resume, config.run.output_dir)
-    name = name or f"runs/{config.run.preset}-{datetime.now():%Y%m%d-%H%M%S}"
-    folder, mark = distributed.broadcast_object((Path(name), f".shared-{uuid.uuid4().hex}"))  # collective
-    new = distributed.broadcast_object(resuming.missing(folder))  # collective: before anybody makes them
-    error = None
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "metrics.jsonl").touch()
-        if distributed.is_main():
-            (folder / mark).write_bytes(bytes(2**16))  # as much as a run writes there first: the disk may be full
-    except OSError as caught:
-        error = f"--output-dir is {str(folder)!r}: cannot write there: {caught.strerror}"
-    try:
-        distributed.raise_together(error)  # collective: the mark is there
-        seen = distributed.gather_objects((folder / mark).exists())  # collective
-    finally:
-        if distributed.is_main():
-            resuming.remove([folder / mark, *(new if dry_run else [])])
-    if not all(seen):
-        raise UserError(
-            f"--output-dir is {str(folder)!r}: rank {seen.index(False)} does not see what rank 0 writes there; give a "
-            "folder that all nodes share"
-        )
-    return folder
 
 
 def main() -> None:

@@ -43,6 +43,8 @@ def drive(arguments: list[str], stop_at: int | None = None, seen: str | None = N
                 file.write(json.dumps(batch.index.tolist()) + "\n")
         return one_call(step, batch)
 
+    if os.environ["WORLD_SIZE"] == "1":
+        os.environ["MASTER_PORT"] = "0"  # the last training has left its own there, still taken
     handlers = {number: signal.getsignal(number) for number in preemption.SIGNALS}
     preemption._received.clear()
     with ExitStack() as stack:

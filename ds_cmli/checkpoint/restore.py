@@ -4,23 +4,17 @@ Everything read here has been verified against the checkpoint's manifest; DeepSp
 running code from them.
 """
 
-import json
-import os
-import shutil
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ds_cmli import metrics
 from ds_cmli.checkpoint import checksums as manifest
 from ds_cmli.checkpoint import save as checkpoint
 from ds_cmli.checkpoint import universal
 from ds_cmli.checkpoint.train_state import RankState, TrainState, generators, redistribute, restore_generators
-from ds_cmli.common import provenance as environment
 from ds_cmli.common.errors import UserError
 from ds_cmli.config import settings
 from ds_cmli.config.deepspeed_config import BATCH_KEYS, DeepSpeedConfig
@@ -48,45 +42,6 @@ class Found:
     def cut_as_asked(self) -> bool:
         """Whether this start's settings still say how the batch is cut into ranks."""
         return self.same_ranks and not self.state.cut
-
-
-def run_folder(resume: str, output_dir: str) -> str:
-    """Where the run is written: `--output-dir`, or else the folder of the run that `--resume PATH` names."""
-    if output_dir or resume in ("auto", "never"):
-        return output_dir
-    path = Path(resume).absolute()
-    if (path / manifest.NAME).is_file():
-        path = path.parent
-    return str(path.parent if path.name == checkpoint.FOLDER else path)
-
-
-def missing(folder: Path) -> list[Path]:
-    """What making the run's folder will add, the innermost first."""
-    with suppress(OSError):
-        return [path for path in (folder / metrics.METRICS, folder, *folder.parents) if not path.exists()]
-    return []
-
-
-def remove(paths: list[Path]) -> None:
-    """Files and empty folders; what cannot be removed stays."""
-    for path in paths:
-        with suppress(OSError):
-            path.rmdir() if path.is_dir() else path.unlink()
-
-
-def requeued(resume: str, folder: Path) -> str:
-    """`--resume` as it is to be understood by a Slurm job that starts again with the same command line.
-
-    Where the job has saved before, "never" and the path of another checkpoint are done with: it goes on by "auto".
-    """
-    env = os.environ
-    if env.get("SLURM_RESTART_COUNT", "0") == "0" or not checkpoint.names(folder / checkpoint.FOLDER):
-        return resume
-    try:
-        job = json.loads((folder / "config.json").read_text()).get("slurm_job")
-    except (OSError, ValueError):
-        return resume
-    return "auto" if job is not None and job == env.get("SLURM_JOB_ID") else resume
 
 
 def find(resume: str, folder: Path) -> Found | None:
@@ -121,7 +76,9 @@ def _candidates(resume: str, folder: Path) -> tuple[list[Path], str | None]:
     if resume == "never":
         return [], None
     if resume == "auto":
-        return known, None
+        # Of a run that was to start over, and ended before its first checkpoint, nothing is left to go on from.
+        aside = folder / checkpoint.REPLACED / checkpoint.FOLDER
+        return known or [aside / name for name in checkpoint.candidates(aside)], None
     path = Path(resume).absolute()
     if path.is_dir() and path.name in checkpoint.names(path.parent):
         root, found = path.parent, [path]
@@ -270,39 +227,6 @@ def _apply_rates(engine: Any, fresh: list[dict[str, Any]]) -> None:
         rates = [base * f(schedule.last_epoch) for base, f in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
         for group, rate in zip(engine.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
-
-
-def settle(resume: str, found: Found | None, folder: Path, config: Config, ds_config: DeepSpeedConfig) -> None:
-    """Make the run's folder agree with where the run goes on: what a later step left there must not count again.
-
-    Collective; raises `UserError` on every rank where it cannot be written.
-    """
-    error = None
-    if distributed.is_main():
-        try:
-            _settle(resume, found, folder, config, ds_config)
-        except OSError as caught:
-            error = f"--output-dir is {str(folder)!r}: cannot write there: {caught.strerror}"
-    error = distributed.broadcast_object(error)  # collective
-    if error is not None:
-        raise UserError(error)
-
-
-def _settle(resume: str, found: Found | None, folder: Path, config: Config, ds_config: DeepSpeedConfig) -> None:
-    root = folder / checkpoint.FOLDER
-    if resume == "never":
-        shutil.rmtree(root, ignore_errors=True)
-    if (
-        found is not None
-        and found.path.parent.absolute() == root.absolute()
-        and checkpoint.latest(root) != found.path.name
-    ):
-        manifest.publish(root / checkpoint.LATEST, found.path.name.encode())
-    state = found.state if found is not None else TrainState()
-    metrics.cut(folder / metrics.METRICS, state.step, state.evaluated)
-    beside = folder / ("config.json" + checkpoint.WRITING)
-    environment.write(beside, config, ds_config)
-    os.replace(beside, folder / "config.json")
 
 
 def collect(state: TrainState, own: RankState, sampler: GlobalBatchSampler, bad: BadSamples) -> RankState:

@@ -24,12 +24,14 @@ from ds_cmli.checkpoint.train_state import RankState, TrainState
 from ds_cmli.common.errors import UserError
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.engine import Step
+from ds_cmli.models.weights import not_finite
 
 FOLDER = "checkpoint"
 LATEST = "latest"  # DeepSpeed's name, so that its tools find the newest checkpoint too
 STATE = "state.json"
 WEIGHTS = "student.safetensors"
 WRITING = ".writing"
+REPLACED = "replaced"  # holds the run before, where one starts over in its folder, until it has a checkpoint itself
 BYTES_PER_PARAMETER = 24  # at most: weights, fp32 copy and two moments, and the student once more
 MARGIN = 1.1  # of the space needed
 
@@ -90,7 +92,7 @@ def save(folder: Path, step: Step, state: TrainState, own: RankState, keep: int)
         except OSError as error:
             refusal = str(error)
         if refusal is not None:
-            _remove(writing)
+            remove(writing)
             (folder / (WEIGHTS + WRITING)).unlink(missing_ok=True)
     refusal = distributed.broadcast_object(refusal)  # collective: nobody goes on, or ends, before it is published
     size = 0 if refusal else sum(file["bytes"] for file in files.values())
@@ -108,7 +110,7 @@ def _prepare(root: Path, step: Step, number: int) -> tuple[str, str | None]:
     try:
         root.mkdir(parents=True, exist_ok=True)
         for path in root.glob("*" + WRITING):
-            _remove(path)
+            remove(path)
         need = MARGIN * _expected_bytes(root, step)
         free = shutil.disk_usage(root).free
         if free < need:
@@ -172,10 +174,11 @@ def _publish(folder: Path, root: Path, name: str, keep: int) -> None:
     kept = {name, *[n for n in before if n != name][: keep - 1]}
     for other in names(root):
         if other not in kept:
-            _remove(root / other)
+            remove(root / other)
+    remove(folder / REPLACED)
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
     shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
@@ -228,9 +231,13 @@ def load_weights(folder: Path, module: nn.Module) -> None:
     if not path.is_file():
         raise UserError(f"--checkpoint is {str(folder)!r}: no {WEIGHTS} there; give a run's output folder")
     try:
-        missing, unexpected = module.load_state_dict(load_file(path), strict=False)
+        weights = load_file(path)
+        missing, unexpected = module.load_state_dict(weights, strict=False)
     except Exception as error:
         raise UserError(f"--checkpoint {path}: cannot load it: {str(error).splitlines()[-1].strip()}") from None
+    key = not_finite(weights)
+    if key is not None:
+        raise UserError(f"--checkpoint {path}: its {key!r} holds NaN or infinite values; give another run's")
     if missing or unexpected:
         raise UserError(
             f"--checkpoint {path}: does not fit the model: {(missing + unexpected)[0]!r} has no counterpart"

@@ -24,6 +24,25 @@ def light(content: dict[str, Any]) -> None:
     _outputs(content)
 
 
+def whole_numbers(section: str, content: Mapping[str, Any]) -> dict[str, Any]:
+    """The checked content with whole numbers that are written as 5e7 made such, which schedulers insist on."""
+
+    def whole(kind: keys.Kind | None, value: Any) -> Any:
+        counts = isinstance(value, float) and value.is_integer() and kind is not None and kind(value + 0.5) is not None
+        return int(value) if counts else value
+
+    out = {}
+    for key, value in content.items():
+        nested = f"{section}.{key}" if section else key
+        if isinstance(value, dict):
+            out[key] = whole_numbers(nested, value)
+        else:
+            parameters = section in ("optimizer.params", "scheduler.params")
+            known = keys.PARAMETERS if parameters else keys.SECTIONS.get(section, {})
+            out[key] = whole(known.get(key), value)
+    return out
+
+
 def _section(name: str, value: Any) -> None:
     mapping(name, value)
     known = keys.SECTIONS[name]
@@ -136,6 +155,12 @@ def _outputs(content: dict[str, Any]) -> None:
     for name, package in keys.PACKAGES.items():
         if content.get(name, {}).get("enabled") and importlib.util.find_spec(package) is None:
             raise UserError(f"{name}.enabled is true: it needs {package}: pip install {package}, or give false")
+    checkpointing = content.get("activation_checkpointing", {})
+    if checkpointing.get("cpu_checkpointing") and not checkpointing.get("partition_activations"):
+        raise UserError(
+            "activation_checkpointing.cpu_checkpointing is true: DeepSpeed can do it only with partition_activations: "
+            "add that"
+        )
     comms = content.get("comms_logger", {})
     if comms.get("enabled") and not comms.get("verbose"):
         raise UserError("comms_logger.enabled is true, but verbose is not: nothing would be printed: add it")
@@ -159,8 +184,9 @@ def deep(content: Mapping[str, Any]) -> None:
             model(**content.get(section, {}))
         except pydantic.ValidationError as error:
             first = error.errors()[0]
+            found = f" is {shown(first.get('input'))}" if first["loc"] else ""  # else it is the whole section
             where = ".".join([section, *map(str, first["loc"])])
-            message = first["msg"].removeprefix("Value error, ")
-            raise UserError(f"{where} is {shown(first.get('input'))}: DeepSpeed says: {message}") from None
+            message = first["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
+            raise UserError(f"{where}{found}: DeepSpeed says: {message}") from None
         except (AssertionError, TypeError, ValueError) as error:
             raise UserError(f"{section}: DeepSpeed says: {error}") from None

@@ -63,7 +63,7 @@ class DeepSpeedConfig(Mapping):
         if isinstance(content, cls):
             return content
         checks.light(dict(content))
-        return cls(content, _without_effect(content))
+        return cls(checks.whole_numbers("", content), _without_effect(content))
 
     def replaced(self, zero_optimization: dict[str, Any] | None = None, **settings: Any) -> "DeepSpeedConfig":
         """Another one with these keys set, those of `zero_optimization` one by one; None removes a key."""
@@ -71,7 +71,8 @@ class DeepSpeedConfig(Mapping):
         changed = {key: value for key, value in changed.items() if value is not None or key not in settings}
         if zero_optimization is not None:
             changed["zero_optimization"] = {**changed.get("zero_optimization", {}), **zero_optimization}
-        return DeepSpeedConfig.of(changed)
+        told = DeepSpeedConfig.of(changed)
+        return DeepSpeedConfig(told, (*(n for n in self.notices if n not in told.notices), *told.notices))
 
     # --- what others ask
 
@@ -123,7 +124,16 @@ class DeepSpeedConfig(Mapping):
     def prints(self) -> bool:
         """Whether the JSON asks for lines of DeepSpeed's own log."""
         flags = ("wall_clock_breakdown", "memory_breakdown", "dump_state", "steps_per_print", "log_level")
-        return any(self.content.get(n) for n in flags) or self.content.get("comms_logger", {}).get("enabled", False)
+        return (
+            any(self.content.get(n) for n in flags)
+            or self.content.get("comms_logger", {}).get("enabled", False)
+            or self.content.get("activation_checkpointing", {}).get("profile", False)
+        )
+
+    @property
+    def compiles(self) -> bool:
+        """Whether the optimizer is DeepSpeed's own, compiled at its first use."""
+        return self.optimizer_type in ("Lamb", "Lion") or self.optimizer_params.get("torch_adam") is False
 
     # --- what is decided
 
@@ -153,11 +163,12 @@ class DeepSpeedConfig(Mapping):
             notices.append(f"fp16 is slow or missing on this device ({device}): training in bf16 instead")
             del out["fp16"]
             out["bf16"] = {"enabled": True}
-        own = self.optimizer_type in ("Lamb", "Lion")
-        if own and device == "cpu":
+        if self.optimizer_type in ("Lamb", "Lion") and device == "cpu":
             raise UserError(f"optimizer.type is {self.optimizer_type!r}: DeepSpeed has it for GPUs only: take AdamW")
-        own = own or self.optimizer_params.get("torch_adam") is False
-        if own:
+        quantized = next((key for key in self.zero if key.startswith("zero_quantized") and self.zero[key]), None)
+        if quantized and device == "cpu":
+            raise UserError(f"zero_optimization.{quantized} is true: DeepSpeed has it for GPUs only: remove it")
+        if self.compiles:
             notices.append(f"{self.optimizer_type} is DeepSpeed's own: compiled at its first use, which takes minutes")
         return DeepSpeedConfig(out, tuple(notices))
 
@@ -208,6 +219,16 @@ class DeepSpeedConfig(Mapping):
             ):
                 value = getattr(optim, key)
                 params[key] = list(value) if key == "betas" else value
+        partitions = self.zero.get("zero_hpz_partition_size", 1)
+        if world_size % partitions:
+            raise UserError(
+                f"zero_optimization.zero_hpz_partition_size is {partitions}: {world_size} ranks do not divide"
+            )
+        profiler = self.content.get("flops_profiler", {})
+        if profiler.get("enabled") and profiler.get("profile_step", 1) > total_steps:
+            raise UserError(
+                f"flops_profiler.profile_step is {profiler['profile_step']}: the run has {total_steps} steps"
+            )
         for key, size in keys.WIDTHS.items():
             if self.zero.get(key) == "auto":
                 if width is None:

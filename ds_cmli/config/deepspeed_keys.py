@@ -160,6 +160,7 @@ SECTIONS: dict[str, dict[str, Kind]] = {
         "pipeline_loading_checkpoint": refused("checkpoints are read by this project: remove it", False),
         "elastic_checkpoint": refused("a run resumes on any number of ranks without it: remove it", False),
         "legacy_stage1": refused("DeepSpeed has no such stage any more: remove it", False),
+        "leaf_module": no_effect("the models have no experts", {}),
         "zenflow": refused("ZenFlow is not supported here: remove it", None),
         "save_muon_momentum_buffer_in_memory": no_effect("nothing is offloaded to NVMe"),
         "cpu_offload": refused(OLD_ZERO("optimizer"), None, False),
@@ -183,7 +184,6 @@ SECTIONS: dict[str, dict[str, Kind]] = {
         **dict.fromkeys(("nvme_path", "buffer_count"), no_effect("it is for NVMe", None)),
         **dict.fromkeys(("pipeline_read", "pipeline_write", "fast_init"), no_effect("it is for NVMe")),
     },
-    "zero_optimization.leaf_module": {"classes": texts, "names": texts, "name_suffixes": texts},
     "fp16": {
         "enabled": boolean,
         "auto_cast": boolean,
@@ -198,15 +198,16 @@ SECTIONS: dict[str, dict[str, Kind]] = {
     "bf16": {
         "enabled": boolean,
         "immediate_grad_update": boolean,
-        "check_grad_overflow": boolean,
+        "check_grad_overflow": refused("a step that is not finite would spoil the weights: remove it", True),
         "bf16_master_weights_and_grads": boolean,
         "bf16_optimizer_states": boolean,
     },
     "torch_autocast": {"enabled": boolean, "dtype": AUTOCAST, "lower_precision_safe_modules": texts},
     "activation_checkpointing": {
-        **dict.fromkeys(("partition_activations", "cpu_checkpointing", "contiguous_memory_optimization"), boolean),
+        **dict.fromkeys(("partition_activations", "cpu_checkpointing"), boolean),
         **dict.fromkeys(("synchronize_checkpoint_boundary", "profile"), boolean),
-        "number_checkpoints": optional(integer(1)),
+        "contiguous_memory_optimization": refused("activations of images and texts differ in size: remove it", False),
+        "number_checkpoints": no_effect("it is for contiguous_memory_optimization", None),
     },
     "data_types": {
         **dict.fromkeys(("grad_accum_dtype", "param_dtype", "buffer_dtype"), optional(PRECISION)),
@@ -275,7 +276,7 @@ STAGES = {
     ),
     (3,): (
         *(key for key in SECTIONS["zero_optimization"] if key.startswith("stage3_")),
-        *("sub_group_size", "memory_efficient_linear", "override_module_apply", "leaf_module"),
+        *("sub_group_size", "memory_efficient_linear", "override_module_apply"),
         *("log_trace_cache_warnings", "enable_sanity_checks"),
     ),
 }

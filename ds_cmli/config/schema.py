@@ -45,6 +45,7 @@ class StudentConfig:
     shared_blocks: Count = 1  # Transformer blocks over both modalities
     embed_dim: Annotated[int, Field(ge=1, le=1024)] = 256  # D, the matching space
     dropout: BelowOne = 0.1  # in the text encoder, as BERT was trained
+    weights_partial: bool = False  # weights may lack blocks, which start random then
 
 
 @dataclass(config=STRICT)
@@ -55,6 +56,7 @@ class TeacherConfig:
     weights: Name = "demo"
     overrides: dict[str, Any] = Field(default_factory=dict)
     block: Annotated[int, Field(ge=-1000, le=1000)] = 9  # features after this block, 0-based; negative: from the last
+    weights_partial: bool = False  # as the student's
 
 
 @dataclass(config=STRICT)

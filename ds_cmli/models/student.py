@@ -3,96 +3,20 @@
 Shapes: B pairs, S image side in pixels, N image patches, M text positions, H hidden size, D matching space.
 """
 
-import re
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-import timm
 import torch
+from timm.models import VisionTransformer
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel
+from torch._subclasses.fake_tensor import FakeTensor
 
 from ds_cmli.common.errors import UserError
+from ds_cmli.common.pretrained import reason
 from ds_cmli.config.schema import StudentConfig
-
-
-def one_line(error: Exception) -> str:
-    """A library's message without its line breaks, cut to what a terminal line holds."""
-    return re.sub(r"\s+", " ", str(error)).strip()[:300]
-
-
-def build_vit(setting: str, model: str, weights: str, overrides: dict[str, Any], image_size: int) -> Any:
-    """A timm ViT that returns all its tokens: uint8-normalisation constants in `pretrained_cfg`, no head.
-
-    `weights`: "random", "hub", or the path of a file in the model's own layout; position embeddings of another
-    image size are resampled by timm.
-    """
-    arguments: dict[str, Any] = {"num_classes": 0, "img_size": image_size, **overrides}
-    if weights not in ("random", "hub") and not Path(weights).is_file():
-        raise UserError(f"{setting} is {weights!r}: no such file; give 'hub', 'random' or a weights file of {model}")
-    try:
-        vit = timm.create_model(
-            model,
-            pretrained=weights != "random",
-            pretrained_cfg_overlay={} if weights in ("random", "hub") else {"file": weights},
-            **arguments,
-        )
-    except Exception as error:
-        raise UserError(f"{setting} is {weights!r}, the model {model!r}: cannot build it: {one_line(error)}") from None
-    if not getattr(vit, "num_prefix_tokens", 0) or getattr(vit, "cls_token", None) is None:
-        raise UserError(f"the image model {model!r} has no class token: choose a timm ViT that has one")
-    return vit
-
-
-class PixelNorm(nn.Module):
-    """uint8 pixels -> the mean and standard deviation the encoder was trained with, in the encoder's precision."""
-
-    mean: Tensor
-    std: Tensor
-
-    def __init__(self, vit: Any):
-        super().__init__()
-        for name in ("mean", "std"):
-            # Integers, in 1/10000 of a pixel value: a float buffer would be rounded with the model's cast to 16 bit.
-            value = torch.tensor(vit.pretrained_cfg[name])[:, None, None] * 255e4
-            self.register_buffer(name, value.round().int(), persistent=False)
-
-    def forward(self, image: Tensor, dtype: torch.dtype) -> Tensor:
-        return ((image.float() * 1e4 - self.mean) / self.std).to(dtype)
-
-
-def build_text_encoder(config: StudentConfig, vocab_size: int) -> Any:
-    """A BERT-like encoder of the transformers library, its first `config.layers` layers, without pooler."""
-    name, weights = config.text_model, config.text_weights
-    # None in the attention: CPUs have no fused kernel with dropout.
-    dropout = {"hidden_dropout_prob": config.dropout, "attention_probs_dropout_prob": 0.0}
-    settings = {**dropout, **config.text_overrides}
-    try:
-        if weights == "random":
-            settings["vocab_size"] = vocab_size
-            # The family's default size ("bert-base-uncased" -> "bert"), so that no hub is needed.
-            family = AutoConfig.for_model(name.split("-")[0], **settings)
-            encoder = AutoModel.from_config(family, add_pooling_layer=False)
-        else:
-            source = name if weights == "hub" else weights
-            settings["num_hidden_layers"] = config.layers
-            encoder = AutoModel.from_pretrained(
-                source, local_files_only=weights != "hub", add_pooling_layer=False, dtype=torch.float32, **settings
-            )
-    except Exception as error:
-        raise UserError(
-            f"student.text_weights is {weights!r}, the model {name!r}: cannot load it: {one_line(error)}"
-        ) from None
-    if not hasattr(getattr(encoder, "encoder", None), "layer"):
-        raise UserError(f"student.text_model is {name!r}: choose a BERT-like encoder (encoder.layer)")
-    if encoder.config.vocab_size < vocab_size:
-        raise UserError(
-            f"data.tokenizer has {vocab_size} tokens and student.text_model {name!r} only {encoder.config.vocab_size}: "
-            "choose the tokenizer that belongs to the model"
-        )
-    return encoder.train()  # it comes in eval mode out of a file, with its dropout off
+from ds_cmli.models.image_encoder import PixelNorm, build_vit
+from ds_cmli.models.text_encoder import build_text_encoder, most_positions
 
 
 def cut(blocks: Any, layers: int, setting: str) -> Any:
@@ -133,18 +57,26 @@ class Student(nn.Module):
     vit: Any  # timm's VisionTransformer
     text: Any  # transformers' BERT-like encoder
 
-    def __init__(self, config: StudentConfig, image_size: int, vocab_size: int):
+    def __init__(
+        self, config: StudentConfig, image_size: int, vocab_size: int, positions: int = 8, pretrained: bool = True
+    ):
+        """`positions`: M, the longest text. `pretrained=False`: random weights, to be overwritten."""
         super().__init__()
-        self.vit = build_vit(
-            "student.image_weights", config.image_model, config.image_weights, config.image_overrides, image_size
+        weights = config.image_weights if pretrained else "random"
+        image = build_vit(
+            "student.image_", config.image_model, weights, config.image_overrides, image_size, config.weights_partial
         )
-        if not isinstance(getattr(self.vit, "blocks", None), nn.Sequential):
+        self.vit = image.vit
+        if not isinstance(self.vit, VisionTransformer) or not isinstance(self.vit.blocks, nn.Sequential):
             raise UserError(f"student.image_model is {config.image_model!r}: choose a VisionTransformer of timm")
         self.vit.blocks = cut(self.vit.blocks, config.layers, f"student.image_model {config.image_model!r}")
-        # The pretrained final norm belongs to the last block, and pooling would drop the patches.
-        self.vit.norm, self.vit.fc_norm, self.vit.global_pool = nn.Identity(), nn.Identity(), ""
+        # The pretrained final norm belongs to the last block; head and pooling would drop the patches.
+        self.vit.norm, self.vit.fc_norm = nn.Identity(), nn.Identity()
+        self.vit.reset_classifier(0, "")
+        self.vit.forward = self.vit.forward_features  # type: ignore[method-assign]
+        image.account()
         self.pixels = PixelNorm(self.vit)
-        self.text = build_text_encoder(config, vocab_size)
+        self.text = build_text_encoder(config, vocab_size, pretrained)
         self.text.encoder.layer = cut(
             self.text.encoder.layer, config.layers, f"student.text_model {config.text_model!r}"
         )
@@ -152,7 +84,8 @@ class Student(nn.Module):
         width = self.vit.embed_dim  # H
         text_width = self.text.config.hidden_size
         self.text_head: nn.Module = nn.Linear(text_width, width) if text_width != width else nn.Identity()
-        heads = max(1, width // 64)
+        # About 64 wide each.
+        heads = next(n for n in range(max(1, width // 64), 0, -1) if width % n == 0)
         self.shared = nn.ModuleList(SharedBlock(width, heads) for _ in range(config.shared_blocks))
         # Two scales enter the shared blocks, and two means leave them: norms of each modality's own bring both to
         # one size and let the gap between the modalities close.
@@ -163,6 +96,50 @@ class Student(nn.Module):
         self.g = nn.Linear(width, config.embed_dim, bias=False)
         nn.init.orthogonal_(self.g.weight)
         self.width = width
+        self.try_out(config, image_size, positions)
+
+    @torch.no_grad()
+    def try_out(self, config: StudentConfig, image_size: int, positions: int) -> None:
+        """One picture and one text through the encoders: what does not fit is one line now, and no traceback later."""
+        self.eval()
+        rows, columns = self.grid
+        try:
+            x = self.embed_image(torch.zeros(1, 3, image_size, image_size, dtype=torch.uint8))
+            problem = (
+                ""
+                if x.shape == (1, self.vit.num_prefix_tokens + rows * columns, self.width)
+                else f"gives {list(x.shape)}"
+            )
+        except Exception as error:
+            problem = reason(error)
+        if problem:
+            raise UserError(
+                f"student.image_model is {config.image_model!r}, which cannot encode {image_size} pixels square "
+                f"with student.image_overrides {config.image_overrides}: {problem}"
+            )
+        most = most_positions(self.text)
+        if most is not None and positions > most:
+            raise UserError(
+                f"data.text_positions is {positions}: student.text_model {config.text_model!r} has only {most}"
+            )
+        # Two texts that differ in their padding alone.
+        ids = torch.ones(2, positions, dtype=torch.int64)
+        ids[1, -1] = 2
+        mask = ids.new_ones(ids.shape, dtype=torch.bool)
+        mask[:, -1] = False
+        try:
+            y = self.embed_text(ids, mask)
+            problem = "" if y.shape == (2, positions, self.width) else f"gives {list(y.shape)}"
+        except Exception as error:
+            problem = reason(error)
+        if not problem and not isinstance(y, FakeTensor) and not torch.allclose(y[0, :-1], y[1, :-1], atol=1e-3):
+            problem = "it lets tokens see padding"
+        if problem:
+            raise UserError(
+                f"student.text_model is {config.text_model!r}, which cannot encode {positions} positions with "
+                f"student.text_overrides {config.text_overrides}: {problem}"
+            )
+        self.train()
 
     @property
     def blocks(self) -> list[nn.Module]:

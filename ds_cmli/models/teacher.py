@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ds_cmli.common.errors import UserError
+from ds_cmli.common.pretrained import reason
 from ds_cmli.config.schema import TeacherConfig
-from ds_cmli.models.student import PixelNorm, build_vit
+from ds_cmli.models.image_encoder import PixelNorm, build_vit
 
 
 @dataclass
@@ -30,19 +31,34 @@ class Teacher(nn.Module):
     def __init__(self, config: TeacherConfig, image_size: int, grid: tuple[int, int]):
         """`grid`: the student's patch grid; the teacher's is resampled to it where they differ."""
         super().__init__()
-        self.vit = build_vit("teacher.weights", config.model, config.weights, config.overrides, image_size)
+        image = build_vit(
+            "teacher.", config.model, config.weights, config.overrides, image_size, config.weights_partial
+        )
+        self.vit = image.vit
+        unfit = f"teacher.model is {config.model!r}, whose blocks give no class token beside a grid of patches"
+        if not hasattr(self.vit, "blocks") or not hasattr(getattr(self.vit, "patch_embed", None), "grid_size"):
+            raise UserError(f"{unfit}: choose a plain ViT of timm")
         depth = len(self.vit.blocks)
         if not -depth <= config.block < depth:
             raise UserError(f"teacher.block is {config.block}: {config.model!r} has blocks 0 to {depth - 1}")
         self.block = config.block % depth
         # Later blocks, the final norm and the head are never used: do not hold them.
         self.vit.prune_intermediate_layers([self.block], prune_norm=True, prune_head=True)
+        image.account()
         self.pixels = PixelNorm(self.vit)
         self.own_grid = tuple(self.vit.patch_embed.grid_size)
         self.grid = tuple(grid)
         self.width = self.vit.embed_dim
         self.requires_grad_(False)
         self.eval()
+        try:  # one picture: what does not fit is one line now, and no traceback later
+            found = self(torch.zeros(1, 3, image_size, image_size, dtype=torch.uint8))
+            fits = found.patches.shape == (1, grid[0] * grid[1], self.width) and found.cls.shape == (1, self.width)
+            problem = "" if fits else f"gives {list(found.patches.shape)}"
+        except Exception as error:
+            problem = reason(error)
+        if problem:
+            raise UserError(f"{unfit} ({problem}): choose a plain ViT of timm")
 
     def train(self, mode: bool = True):
         return super().train(False)

@@ -1,7 +1,9 @@
 """Interrupted and resumed runs against unbroken ones: the same metrics, weights and samples."""
 
+import contextlib
 import json
 import math
+import os
 import random
 import shutil
 import subprocess
@@ -303,6 +305,71 @@ def test_never_starts_over(copied, source):
     assert drive(arguments, stop_at=1) == 85
     assert [p.name for p in (copied / "checkpoint").glob("step*")] == ["step1"]
     assert metrics(copied) == []
+
+
+class Killed(Exception):
+    pass
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_never_loses_nothing_before_its_first_checkpoint(copied, source, tmp_path, monkeypatch, capfd):
+    from ds_cmli.checkpoint import save
+    from ds_cmli.run import Run
+
+    arguments = [*TINY, *source, "--output-dir", str(copied)]
+
+    def killed(run):
+        raise Killed
+
+    for _ in range(2):  # also where it starts over again
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            patch.setattr(Run, "save", killed)
+            drive([*arguments, "--resume", "never", "--save-every", "5"])
+        assert sorted(path.name for path in (copied / save.REPLACED / "checkpoint").glob("step*")) == ["step2", "step4"]
+        assert [line["step"] for line in metrics(copied)] == [3, 5]
+    again = Path(shutil.copytree(copied, tmp_path / "again"))
+    # Going on means going on with the run that was to be replaced.
+    assert drive(arguments) == 0
+    assert f"resuming from {copied / save.REPLACED / 'checkpoint' / 'step4'}" in capfd.readouterr().out
+    assert [line["step"] for line in metrics(copied)] == [3, 5, 6, 9, 10, 12, 12]
+    assert not (copied / save.REPLACED).exists()
+    # The first checkpoint of the new run ends the old one.
+    assert drive([*arguments[:-1], str(again), "--resume", "never"], stop_at=1) == 85
+    assert not (again / save.REPLACED).exists()
+    assert [p.name for p in (again / "checkpoint").glob("step*")] == ["step1"]
+
+
+def test_moving_a_run_aside_may_be_stopped_anywhere(stopped, tmp_path, monkeypatch):
+    from ds_cmli.checkpoint import run_folder
+
+    before = snapshot(stopped)
+    replace = os.replace
+    for moves in range(4):
+        for more in range(5):
+            folder = Path(shutil.copytree(stopped, tmp_path / f"{moves}-{more}"))
+            left = [moves]
+
+            def one(source, target, left=left):
+                left[0] -= 1
+                if left[0] < 0:
+                    raise Killed
+                replace(source, target)
+
+            monkeypatch.setattr(os, "replace", one)
+            with pytest.raises(Killed):
+                run_folder._set_aside(folder, folder / "replaced")
+            left[0] = more
+            with contextlib.suppress(Killed, OSError):
+                run_folder._put_back(folder, folder / "replaced")
+            monkeypatch.setattr(os, "replace", replace)
+            found, error = resuming._candidates("auto", folder)
+            assert error is None and [path.name for path in found] == ["step4", "step2"]
+            if (folder / "replaced").is_dir():
+                run_folder._put_back(folder, folder / "replaced")
+            assert snapshot(folder) == before
 
 
 def test_never_is_done_with_once_a_slurm_job_is_requeued(copied, source, monkeypatch, capfd):

@@ -11,7 +11,7 @@ from ds_cmli.checkpoint import restore as resuming
 from ds_cmli.checkpoint import save as checkpoint
 from ds_cmli.checkpoint.train_state import RankState
 from ds_cmli.common.errors import UserError
-from ds_cmli.config import deepspeed_json
+from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.presets import load_preset
 from ds_cmli.data import BadSamples, GlobalBatchSampler, build_data, eval_loader
 from ds_cmli.distributed import process_group as distributed
@@ -40,7 +40,7 @@ class Setting:
     def build(self, layout: Layout, **more):
         stage, precision = layout
         asked = {"zero_optimization": {"stage": stage}, **PRECISIONS[precision], **more}
-        ds_config = deepspeed_json.resolve(asked, self.config.optim, self.ranks, STEPS)
+        ds_config = DeepSpeedConfig.of(asked).filled(self.config.optim, self.ranks, STEPS)
         return step.build(self.config, ds_config, self.data.vocab_size, STEPS, self.device), ds_config
 
     def parts(self):

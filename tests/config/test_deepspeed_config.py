@@ -65,6 +65,11 @@ def test_names_of_shipped_files():
         ),
         ({"zero_optimization": {"cpu_offload": True}}, 'an old name: give "offload_optimizer"'),
         ({"zero_optimization": {"stage": 0, "offload_optimizer": {"device": "cpu"}}}, "needs a stage of 1 to 3"),
+        ({"zero_optimization": {"stage": 3, "leaf_module": {"names": ["vit"]}}}, "it has no effect here"),
+        ({"bf16": {"enabled": True, "check_grad_overflow": False}}, "would spoil the weights"),
+        ({"activation_checkpointing": {"cpu_checkpointing": True}}, "only with partition_activations"),
+        ({"activation_checkpointing": {"number_checkpoints": 2}}, "number_checkpoints is 2: it has no effect here"),
+        ({"optimizer": {"type": "SGD"}, "zero_optimization": {"stage": 2}}, "has not tested it at stage 2"),
         ({"wandb": {"enabled": True}}, "wandb.enabled is true: it needs wandb: pip install wandb, or give false"),
         ({"optimizer": {"type": ["AdamW"]}}, "optimizer.type is ['AdamW']: give a text"),
         ({"optimizer": {"type": "LBFGS"}}, "it cannot train here, as it needs the loss several times a step"),
@@ -182,6 +187,27 @@ def test_precision_is_decided_by_the_device(fp16, bf16, device, runs):
     assert len(out.notices) == changed and all(runs in line and "\n" not in line for line in out.notices)
 
 
+def test_what_this_device_or_run_cannot_do_is_one_line():
+    def refused(content, words):
+        with pytest.raises(UserError, match=words):
+            DeepSpeedConfig.of(content).on(*CPU).filled(OptimConfig(), 3, 10)
+
+    refused({"zero_optimization": {"stage": 3, "zero_quantized_gradients": True}}, "for GPUs only")
+    refused({"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2}}, "3 ranks do not divide")
+    refused({"flops_profiler": {"enabled": True, "profile_step": 11}}, "the run has 10 steps")
+    refused({"optimizer": {"type": "Lamb"}}, "for GPUs only")
+
+
+def test_whole_numbers_may_be_written_as_floats():
+    scheduler = {"type": "WarmupLR", "params": {"warmup_num_steps": 1e2, "warmup_max_lr": 1.0}}
+    zero = {"stage": 2, "reduce_bucket_size": 5e7}
+    optimizer = {"type": "AdamW", "params": {"betas": [0.9, 0.5], "eps": 0.0, "lr": 2.0, "weight_decay": 0.9}}
+    out = DeepSpeedConfig.of({"zero_optimization": zero, "scheduler": scheduler, "optimizer": optimizer})
+    found = (out.zero["reduce_bucket_size"], *out["scheduler"]["params"].values())
+    assert repr(out["optimizer"]) == repr(optimizer)
+    assert found == (50_000_000, 100, 1.0) and [type(value) for value in found] == [int, int, float]
+
+
 def test_it_cannot_be_changed():
     given = {"zero_optimization": {"stage": 2}}
     config = DeepSpeedConfig.of(given)
@@ -272,7 +298,6 @@ def test_tables_hold_what_deepspeed_and_torch_take():
     from deepspeed.runtime import constants, lr_schedules
     from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-    from deepspeed.runtime.zero.leaf_module_config import DeepSpeedZeroLeafModuleConfig
     from deepspeed.runtime.zero.offload_config import (
         DeepSpeedZeroOffloadOptimizerConfig,
         DeepSpeedZeroOffloadParamConfig,
@@ -283,7 +308,6 @@ def test_tables_hold_what_deepspeed_and_torch_take():
         **{"zero_optimization": DeepSpeedZeroConfig, "fp16": DeepSpeedFP16Config, "bf16": DeepSpeedBF16Config},
         "zero_optimization.offload_param": DeepSpeedZeroOffloadParamConfig,
         "zero_optimization.offload_optimizer": DeepSpeedZeroOffloadOptimizerConfig,
-        "zero_optimization.leaf_module": DeepSpeedZeroLeafModuleConfig,
         **{"tensorboard": TensorBoardConfig, "wandb": WandbConfig, "csv_monitor": CSVConfig, "comet": CometConfig},
         **{"comms_logger": CommsLoggerConfig, "timers.throughput": DeepSpeedThroughputTimerConfig},
     }

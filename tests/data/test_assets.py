@@ -46,7 +46,7 @@ def cache(tmp_path, monkeypatch):
     fake = assets.Asset(
         folder="fake-1.0",
         wheels={WHEEL: ("ds-cmli-fake==1.0", digest)},
-        files=("data.txt",),
+        files={"data.txt": hashlib.sha256(b"content").hexdigest()},
         megabytes=1,
         licence="fake      public domain",
         build=build,
@@ -82,14 +82,20 @@ def test_a_complete_cache_needs_no_right_to_write(cache, monkeypatch):
     assets.fetch(["fake"])
 
 
+def with_own_sums(folder):
+    """Changed by someone who could write there, with sums beside it that agree."""
+    (folder / "data.txt").write_text("other")
+    digest = hashlib.sha256(b"other").hexdigest()
+    (folder / "SHA256SUMS").write_text(f"{digest}  data.txt\n")
+
+
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
         (lambda folder: (folder / "data.txt").write_text("c0ntent"), "data.txt does not match its sha256 sum"),
         (lambda folder: (folder / "data.txt").write_text(""), "data.txt does not match its sha256 sum"),
         (lambda folder: (folder / "data.txt").unlink(), "no data.txt"),
-        (lambda folder: (folder / "SHA256SUMS").write_text(""), "no data.txt"),
-        (lambda folder: (folder / "SHA256SUMS").write_bytes(b"\xff\xfe"), "no readable SHA256SUMS"),
+        (with_own_sums, "data.txt does not match its sha256 sum"),
     ],
 )
 def test_damage_is_noticed_and_fetched_again(cache, capsys, damage, said):
@@ -134,6 +140,16 @@ def test_content_of_another_hash_is_refused(cache, monkeypatch):
     with pytest.raises(UserError, match=r"ds-cmli-fake==1.0 cannot be fetched \(.*HASHES.*DS_CMLI_CACHE") as error:
         assets.fetch(["fake"])
     assert "\n" not in str(error.value)
+    assert not (cache / "fake-1.0").exists()
+
+
+def test_what_is_built_otherwise_than_known_is_refused(cache, monkeypatch):
+    def other(wheels, out):
+        (out / "data.txt").write_text("other")
+
+    monkeypatch.setattr(assets, "ASSETS", {"fake": _with(assets.ASSETS["fake"], build=other)})
+    with pytest.raises(UserError, match=r"data.txt made of ds_cmli_fake.* is not what it has to be"):
+        assets.fetch(["fake"])
     assert not (cache / "fake-1.0").exists()
 
 

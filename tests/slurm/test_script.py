@@ -6,6 +6,7 @@ A stand-in takes Python's place: `check` and `train` are what it does as one and
 import re
 import shutil
 import subprocess
+import sys
 
 import pytest
 
@@ -120,3 +121,22 @@ def test_a_snapshot_keeps_the_code_of_the_first_start(cluster, tmp_path, stand_i
     code = tmp_path / f"runs/slurm-{job}/code"
     assert text.count(f"runs first, {code}") == 2, text
     assert (code / "REVISION").exists()
+
+
+MEETS = """
+import os
+from ds_cmli.distributed import process_group as distributed
+distributed.init()
+print("step", os.environ["SLURM_STEP_ID"], distributed.gather_objects(os.environ["SLURM_STEP_ID"]), flush=True)
+distributed.shutdown()
+"""
+
+
+def test_two_steps_of_one_allocation_do_not_meet(cluster, tmp_path):
+    (tmp_path / "meets.py").write_text(MEETS)
+    step = f"srun --ntasks=2 --overlap {sys.executable} {tmp_path}/meets.py"
+    env = {"PYTHONPATH": str(ROOT), "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
+    job = cluster.submit("--nodes=2", "--ntasks=2", f"--wrap={step} & {step} & wait", cwd=tmp_path, **env)
+    text = finish(cluster, tmp_path, job, timeout=90)
+    for number in "01":
+        assert text.count(f"step {number} ['{number}', '{number}']") == 2, text

@@ -1,0 +1,173 @@
+"""The folder of a run: its name, what a start makes in it, and the run before that it may replace."""
+
+import itertools
+import json
+import os
+import uuid
+from contextlib import suppress
+from datetime import datetime
+from pathlib import Path
+
+from ds_cmli import metrics
+from ds_cmli.checkpoint import checksums as manifest
+from ds_cmli.checkpoint import save as checkpoint
+from ds_cmli.checkpoint.restore import Found
+from ds_cmli.checkpoint.train_state import TrainState
+from ds_cmli.common import provenance as environment
+from ds_cmli.common.errors import UserError
+from ds_cmli.config.deepspeed_config import DeepSpeedConfig
+from ds_cmli.config.schema import Config
+from ds_cmli.distributed import process_group as distributed
+
+OF_A_RUN = (metrics.METRICS, "config.json", "tensorboard")
+
+
+def make(config: Config, resume: str, dry_run: bool) -> Path:
+    """The run's folder, made, and the same on every rank. A dry run removes what it made there. Collective."""
+    name = _named(resume, config.run.output_dir)
+    base = Path(name or f"runs/{config.run.preset}-{datetime.now():%Y%m%d-%H%M%S}")
+    made = _make(base, named=bool(name)) if distributed.is_main() else None
+    (folder, new), mark = distributed.broadcast_object((made, f".shared-{uuid.uuid4().hex}"))  # collective
+    error = None
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "metrics.jsonl").touch()
+        if distributed.is_main():
+            (folder / mark).write_bytes(bytes(2**16))  # as much as a run writes there first: the disk may be full
+    except OSError as caught:
+        error = f"--output-dir is {str(folder)!r}: cannot write there: {caught.strerror}"
+    try:
+        distributed.raise_together(error)  # collective: the mark is there
+        seen = distributed.gather_objects((folder / mark).exists())  # collective
+    finally:
+        if distributed.is_main():
+            _remove([folder / mark, *(new if dry_run else [])])
+    if not all(seen):
+        raise UserError(
+            f"--output-dir is {str(folder)!r}: rank {seen.index(False)} does not see what rank 0 writes there; give a "
+            "folder that all nodes share"
+        )
+    return folder
+
+
+def _named(resume: str, output_dir: str) -> str:
+    """Where the run is written: `--output-dir`, or else the folder of the run that `--resume PATH` names."""
+    if output_dir or resume in ("auto", "never"):
+        return output_dir
+    path = Path(resume).absolute()
+    if (path / manifest.NAME).is_file():
+        path = path.parent
+    return str(path.parent if path.name == checkpoint.FOLDER else path)
+
+
+def _missing(folder: Path) -> list[Path]:
+    """What making the run's folder will add, the innermost first."""
+    with suppress(OSError):
+        return [path for path in (folder / metrics.METRICS, folder, *folder.parents) if not path.exists()]
+    return []
+
+
+def _make(base: Path, named: bool) -> tuple[Path, list[Path]]:
+    """The run's folder, and what was made for it. One that the user has not `named` is nobody else's."""
+    for number in itertools.count(1):
+        folder = base if number == 1 else base.with_name(f"{base.name}.{number}")
+        new = _missing(folder)
+        with suppress(OSError):  # told by whoever writes there first
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                folder.mkdir()
+            except FileExistsError:
+                if not named:
+                    continue
+        return folder, new
+    raise AssertionError
+
+
+def _remove(paths: list[Path]) -> None:
+    """Files and empty folders; what cannot be removed stays."""
+    for path in paths:
+        with suppress(OSError):
+            path.rmdir() if path.is_dir() else path.unlink()
+
+
+def requeued(resume: str, folder: Path) -> str:
+    """`--resume` as it is to be understood by a Slurm job that starts again with the same command line.
+
+    Where the job has saved before, "never" and the path of another checkpoint are done with: it goes on by "auto".
+    """
+    env = os.environ
+    if env.get("SLURM_RESTART_COUNT", "0") == "0" or not checkpoint.names(folder / checkpoint.FOLDER):
+        return resume
+    try:
+        job = json.loads((folder / "config.json").read_text()).get("slurm_job")
+    except (OSError, ValueError):
+        return resume
+    return "auto" if job is not None and job == env.get("SLURM_JOB_ID") else resume
+
+
+def settle(resume: str, found: Found | None, folder: Path, config: Config, ds_config: DeepSpeedConfig) -> None:
+    """Make the run's folder agree with where the run goes on: what a later step left there must not count again.
+
+    Collective; raises `UserError` on every rank where it cannot be written.
+    """
+    error = None
+    if distributed.is_main():
+        try:
+            _settle(resume, found, folder, config, ds_config)
+        except OSError as caught:
+            error = f"--output-dir is {str(folder)!r}: cannot write there: {caught.strerror}"
+    error = distributed.broadcast_object(error)  # collective
+    if error is not None:
+        raise UserError(error)
+
+
+def _settle(resume: str, found: Found | None, folder: Path, config: Config, ds_config: DeepSpeedConfig) -> None:
+    root = folder / checkpoint.FOLDER
+    aside = folder / checkpoint.REPLACED
+    if resume == "never":
+        _set_aside(folder, aside)
+    elif aside.is_dir() and (not (aside / checkpoint.FOLDER).exists() or not checkpoint.names(root)):
+        _put_back(folder, aside)
+        if found is not None and found.path.parent == aside / checkpoint.FOLDER:
+            found.path = root / found.path.name
+    if (
+        found is not None
+        and found.path.parent.absolute() == root.absolute()
+        and checkpoint.latest(root) != found.path.name
+    ):
+        manifest.publish(root / checkpoint.LATEST, found.path.name.encode())
+    state = found.state if found is not None else TrainState()
+    metrics.cut(folder / metrics.METRICS, state.step, state.evaluated)
+    beside = folder / ("config.json" + checkpoint.WRITING)
+    environment.write(beside, config, ds_config)
+    os.replace(beside, folder / "config.json")
+
+
+def _set_aside(folder: Path, aside: Path) -> None:
+    """Move a run out of the way of one that starts over: the first checkpoint of the new one removes it."""
+    root, kept = folder / checkpoint.FOLDER, aside / checkpoint.FOLDER
+    if kept.exists() and not checkpoint.names(root):  # started over before, and ended without a checkpoint
+        for name in (*OF_A_RUN, checkpoint.FOLDER):
+            checkpoint.remove(folder / name)
+        return
+    if kept.exists():
+        checkpoint.remove(aside)
+    if checkpoint.names(root):
+        aside.mkdir(exist_ok=True)
+        for name in OF_A_RUN:
+            if (folder / name).exists() and not (aside / name).exists():
+                os.replace(folder / name, aside / name)
+        os.replace(root, kept)  # last: without it what lies there belongs to the run in `folder`
+        manifest.sync_folder(aside)
+        manifest.sync_folder(folder)
+    checkpoint.remove(root)
+
+
+def _put_back(folder: Path, aside: Path) -> None:
+    """Undo `_set_aside`, wherever it, or this, was stopped."""
+    for name in (*OF_A_RUN, checkpoint.FOLDER):
+        if (aside / name).exists():
+            checkpoint.remove(folder / name)
+            os.replace(aside / name, folder / name)
+    manifest.sync_folder(folder)
+    aside.rmdir()

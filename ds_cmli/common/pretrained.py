@@ -1,0 +1,61 @@
+"""How libraries may load pretrained models: no code out of files, no chatter, no long wait for a hub that is away."""
+
+import logging
+import os
+import re
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from unittest.mock import patch
+
+LIBRARIES = ("huggingface_hub", "timm", "transformers")
+
+
+@contextmanager
+def loading(hub: bool) -> Iterator[None]:
+    """Around every call that loads a model or a tokenizer.
+
+    Args:
+        hub: it may ask the hub. One that does not answer is asked once, and its cache serves instead: the library
+            would try again for up to a minute.
+    """
+    from huggingface_hub import constants
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    with ExitStack() as stack:
+        # Pickles give tensors alone, whatever a library asks torch for.
+        stack.enter_context(patch.dict(os.environ, TORCH_FORCE_WEIGHTS_ONLY_LOAD="1"))
+        for name in LIBRARIES:
+            logger = logging.getLogger(name)
+            stack.callback(logger.setLevel, logger.level)
+            logger.setLevel(logging.ERROR)
+        if hub and not constants.HF_HUB_OFFLINE:
+            stack.enter_context(patch.object(constants, "HF_HUB_OFFLINE", not _answers(constants.ENDPOINT)))
+        yield
+
+
+def _answers(url: str) -> bool:
+    from huggingface_hub import get_session
+
+    try:
+        get_session().head(url, timeout=10)
+    except Exception:  # of whichever client the library uses
+        return False
+    return True
+
+
+def reason(error: Exception) -> str:
+    """Why a library could not load something, in one line that advises nothing unsafe."""
+    text = re.sub(r"\s+", " ", str(error)).strip()
+    if "weights_only" in text or type(error).__name__ == "UnpicklingError":
+        named = re.search(r"(?:GLOBAL|globals:) ([\w.]+\w)", text)
+        return (
+            f"it holds more than tensors{f' ({named[1]})' if named else ''}, and code in pickles is never run: "
+            "give a .safetensors file, or a state dict that torch.save wrote"
+        )
+    if "trust_remote_code" in text:
+        return "it needs code of its own, which is never run: choose a model that the transformers library has"
+    if type(error).__name__ in ("LocalEntryNotFoundError", "OfflineModeIsEnabled") or "couldn't connect" in text:
+        return "the model hub cannot be reached and its cache does not have it: give a local path, or another model"
+    alone = isinstance(error, KeyError | IndexError) or not text
+    return (f"{type(error).__name__}: {text}" if alone else text)[:300]

@@ -1,0 +1,101 @@
+"""Pretrained weights: every key accounted for in one line a kind, every value finite, nothing random in silence."""
+
+import os
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ds_cmli.common.errors import UserError
+
+BLOCK = re.compile(r"(?:^|\.)(?:blocks|layer)\.(\d+)\.")
+Shape = tuple[int, ...]
+
+
+@dataclass
+class Source:
+    """Where a model's weights come from, for the lines that say so."""
+
+    setting: str  # "student.image_weights"
+    weights: str  # its value, with "demo" resolved to a path
+    partial: bool  # `weights_partial` of the same section: what is missing may start random
+
+    def error(self, problem: str) -> UserError:
+        return UserError(f"{self.setting} is {self.weights!r}: {problem}")
+
+    @property
+    def allow(self) -> str:
+        return f"or set {self.setting.split('.')[0]}.weights_partial=true to start from random ones"
+
+
+def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
+    """The name of the first tensor with a NaN or an infinity."""
+    return next((k for k, t in tensors.items() if t.is_floating_point() and not torch.isfinite(t).all()), None)
+
+
+def check_finite(source: Source, model: nn.Module) -> None:
+    """Before anything is cut off the model, so that every loaded tensor is seen. Raises `UserError`."""
+    key = not_finite(model.state_dict())
+    if key is not None:
+        raise source.error(f"its {key!r} holds NaN or infinite values; give weights that are whole")
+
+
+def account(source: Source, model: nn.Module, given: Mapping[str, Shape], before: Mapping[str, Shape]) -> None:
+    """Print what became of the keys of `given`, or refuse them.
+
+    Args:
+        model: what is used of the model, after its last blocks are cut off.
+        given: shapes of the weights by key, as the model names them.
+        before: shapes as the file has them, where they differ the library has resized the tensor.
+
+    Raises:
+        UserError: a shape does not fit; or nothing fits, or a block lacks a matrix (biases, norms and scales start
+            neutral, but a random matrix ruins what the others know), unless `source.partial`.
+    """
+    wanted = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
+    missing = [key for key in wanted if key not in given]
+    unused = [key for key in given if key not in wanted]
+    other = [
+        f"{key} {list(given[key])} for {list(shape)}" for key, shape in wanted.items() if given.get(key, shape) != shape
+    ]
+    resized = [
+        f"{key} {list(before[key])} -> {list(wanted[key])}"
+        for key in wanted
+        if key in given and key in before and before[key] != wanted[key]
+    ]
+    if other:
+        raise source.error(f"{_count(other, len(wanted))} of another shape: {_some(other)}; give this model's own")
+    if len(missing) == len(wanted) and not source.partial:
+        raise source.error(
+            f"none of its keys ({_some(unused)}) is one of the model's ({_some(missing)}): give weights in the layout "
+            f"of the model, {source.allow}"
+        )
+    blocks = sorted({int(m[1]) for key in missing if len(wanted[key]) > 1 and (m := BLOCK.search(key))})
+    if blocks and not source.partial:
+        raise source.error(
+            f"it lacks weights of block {', '.join(map(str, blocks))} ({_count(missing, len(wanted))} missing: "
+            f"{_some(missing)}): give weights that have them, {source.allow}"
+        )
+    name = f"{source.setting} {source.weights}"
+    if missing:
+        _say(f"{name}: {_count(missing, len(wanted))} missing there, random at the start: {_some(missing)}")
+    if unused:
+        _say(f"{name}: {_count(unused, len(given))} there not used: {_some(unused)}")
+    if resized:
+        _say(f"{name}: {_count(resized, len(given))} resized: {_some(resized)}")
+
+
+def _count(keys: list[str], of: int) -> str:
+    return f"{len(keys)} of {of} keys"
+
+
+def _some(keys: Iterable[str], most: int = 3) -> str:
+    keys = list(keys)
+    return ", ".join(keys[:most]) + (", ..." if len(keys) > most else "")
+
+
+def _say(line: str) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        print(line, flush=True)

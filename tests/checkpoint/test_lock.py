@@ -1,0 +1,101 @@
+"""One run a folder: who holds it, who is gone, and names that two starts cannot share."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from ds_cmli.checkpoint import lock, run_folder
+from ds_cmli.checkpoint.lock import LEASE, NAME, Lock, _started
+from ds_cmli.common.errors import UserError
+from tests.checkpoint.test_restore import TINY, alone, source  # noqa: F401
+from tests.drive_train import drive
+
+
+@pytest.fixture(autouse=True)
+def no_beat(monkeypatch):
+    """These tests take locks from each other, which ends a process at its next look."""
+    monkeypatch.setattr(lock, "BEAT", 1e6)
+
+
+def holder(folder, age: float = 0.0, **changes) -> None:
+    """A lock of another process than this one."""
+    path = folder / NAME
+    path.write_text(json.dumps({**Lock(folder).own, "token": "other", **changes}))
+    os.utime(path, (time.time() - age,) * 2)
+
+
+def test_a_second_start_ends_in_one_line_and_the_lock_goes_with_its_run(tmp_path):
+    first = Lock(tmp_path)
+    assert first.take() is None
+    line = Lock(tmp_path).take()
+    assert line is not None and f"in use since {first.own['since']} by process {os.getpid()} on " in line
+    assert "\n" not in line and "give another --output-dir" in line
+    first.give_back()
+    assert list(tmp_path.iterdir()) == []
+    assert Lock(tmp_path).take() is None
+
+
+def test_a_holder_that_has_died_here_is_gone_at_once(tmp_path):
+    with subprocess.Popen([sys.executable, "-c", "pass"]) as process:
+        pass
+    holder(tmp_path, pid=process.pid)
+    assert Lock(tmp_path).take() is None
+    holder(tmp_path, started="1")  # its number belongs to another process now
+    assert Lock(tmp_path).take() is None
+    assert [path.name for path in tmp_path.iterdir()] == [NAME]
+
+
+def test_a_holder_elsewhere_is_gone_after_its_lease(tmp_path):
+    holder(tmp_path, host="there", place="there")
+    line = Lock(tmp_path).take()
+    assert line is not None and "on there" in line and f"without one for {LEASE:.0f} s the folder is free" in line
+    holder(tmp_path, LEASE + 1, host="there", place="there")
+    assert Lock(tmp_path).take() is None
+
+
+def test_a_requeued_job_takes_over_its_own_earlier_start(tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    for slurm, free in ((["7", "0"], True), (["7", None], True), (["7", "1"], False), (["8", "0"], False)):
+        holder(tmp_path, place="there", slurm=slurm)
+        assert (Lock(tmp_path).take() is None) == free
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "\x00"])
+def test_a_damaged_lock_is_in_use_while_it_is_young(tmp_path, content):
+    (tmp_path / NAME).write_text(content)
+    line = Lock(tmp_path).take()
+    assert line is not None and "another start is just making it" in line
+    os.utime(tmp_path / NAME, (0, 0))
+    assert Lock(tmp_path).take() is None
+
+
+def test_of_many_starts_at_a_stale_lock_one_gets_it(tmp_path):
+    holder(tmp_path, started="1")
+    with ThreadPoolExecutor(8) as pool:
+        lines = list(pool.map(lambda _: Lock(tmp_path).take(), range(8)))
+    assert lines.count(None) == 1
+
+
+def test_a_run_that_goes_on_elsewhere_is_not_touched(tmp_path, source):  # noqa: F811
+    folder = tmp_path / "run"
+    folder.mkdir()
+    holder(folder, pid=os.getppid(), started=_started(os.getppid()))
+    (folder / "metrics.jsonl").write_text('{"step": 1}\n')
+    with pytest.raises(UserError, match=f"in use since .* by process {os.getppid()} on "):
+        drive([*TINY, *source, "--output-dir", str(folder)])
+    assert (folder / "metrics.jsonl").read_text() == '{"step": 1}\n'
+    assert sorted(path.name for path in folder.iterdir()) == ["metrics.jsonl", NAME]
+
+
+def test_names_made_in_the_same_second_differ(tmp_path):
+    base = tmp_path / "runs" / "tiny-20260101-000000"
+    with ThreadPoolExecutor(8) as pool:
+        folders = list(pool.map(lambda _: run_folder._make(base, False)[0], range(8)))
+    assert len(set(folders)) == 8 and all(folder.is_dir() for folder in folders)
+    assert run_folder._make(base, True)[0] == base  # a name that was given is what is used
