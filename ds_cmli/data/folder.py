@@ -159,7 +159,7 @@ def read_metadata(path: Path, root: Path | None = None) -> Rows:
                     hint = nearest(column, values) if values else "add it"
                     raise UserError(f"{path} line {line} has no column {column!r} (found: {found}): {hint}")
             file, text = values["file_name"], values["text"]
-            if not isinstance(file, str) or not file:
+            if not isinstance(file, str) or not file or "\0" in file:
                 raise UserError(f"{path} line {line} has file_name {file!r}: give the image's path as text")
             if os.path.isabs(file) or os.path.normpath(file).split(os.sep)[0] == os.pardir:
                 raise UserError(f"{path} line {line} has file_name {file!r}: give a path inside {path.parent}")

@@ -100,6 +100,7 @@ def test_csv_with_quotes_and_a_byte_order_mark(tmp_path):
         ('{"file_name": "b/../../a.png", "text": "x"}', "give a path inside"),
         ('{"file_name": "/etc/a.png", "text": "x"}', "give a path inside"),
         ('{"file_name": "", "text": "x"}', "has file_name ''"),
+        ('{"file_name": "a\\u0000.png", "text": "x"}', "has file_name 'a\\x00.png': give the image's path"),
         ('{"file_name": "a.png", "text": ["x"]}', "has text ['x']"),
     ],
 )
