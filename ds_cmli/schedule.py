@@ -45,7 +45,7 @@ def try_out(ds_config: DeepSpeedConfig, device: torch.device, total_steps: int) 
     """Two updates of the JSON's optimizer and all rates of its scheduler, on parameters of one number each.
 
     Returns:
-        The line that the first update changes nothing, where its rate is 0.
+        The line that the first updates change nothing, where their rates are 0.
 
     Raises:
         UserError: PyTorch or DeepSpeed refuses the parameters, or a rate is negative or not finite.
@@ -62,7 +62,7 @@ def try_out(ds_config: DeepSpeedConfig, device: torch.device, total_steps: int) 
         raise UserError(f"optimizer.params does not suit {ds_config.optimizer_type}: {error}") from None
     if "scheduler" not in ds_config:
         return None
-    name, first = ds_config["scheduler"]["type"], 0.0
+    name, largest = ds_config["scheduler"]["type"], []
     try:
         make = maker(ds_config, 1, total_steps)
         if make is None:
@@ -75,11 +75,13 @@ def try_out(ds_config: DeepSpeedConfig, device: torch.device, total_steps: int) 
             rates = [group["lr"] for group in optimizer.param_groups]
             if not all(isinstance(rate, int | float) and 0 <= rate < math.inf for rate in rates):
                 raise ValueError(f"the rate of step {step + 1} is {rates[0]}")
-            first = first if step else max(rates)
+            largest.append(max(rates))
             schedule.step()
     except Exception as error:
         raise UserError(f"scheduler.params does not suit {name}: {error}") from None
-    return None if first else f"scheduler {name} starts at rate 0: the first step changes no weight"
+    idle = next((step for step, rate in enumerate(largest) if rate), len(largest))
+    steps = "step changes" if idle == 1 else f"{idle} steps change"
+    return f"scheduler {name} starts at rate 0: the first {steps} no weight" if idle else None
 
 
 def _optimizer(ds_config: DeepSpeedConfig) -> tuple[Any, dict[str, Any]]:
