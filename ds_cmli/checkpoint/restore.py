@@ -16,6 +16,7 @@ from ds_cmli.checkpoint import save as checkpoint
 from ds_cmli.checkpoint import universal
 from ds_cmli.checkpoint.train_state import RankState, TrainState, generators, redistribute, restore_generators
 from ds_cmli.common.errors import UserError
+from ds_cmli.common.pretrained import refused_code
 from ds_cmli.config import settings
 from ds_cmli.config.deepspeed_config import BATCH_KEYS, DeepSpeedConfig
 from ds_cmli.config.schema import Config
@@ -210,7 +211,7 @@ def _load_engine(found: Found, step: Step, with_changes: bool) -> None:
     except UserError:
         raise
     except Exception as error:  # libraries raise anything where shapes or names differ, on all ranks alike
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+        reason = refused_code(error) or (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(
             f"{path}: does not fit the model and the optimizer of this start: {reason}: give the run's own settings, "
             "or another --output-dir for a new run"

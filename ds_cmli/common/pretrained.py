@@ -44,15 +44,21 @@ def _answers(url: str) -> bool:
     return True
 
 
+def refused_code(error: Exception) -> str | None:
+    """What to say of a pickle that torch refuses: its own message advises to run the code. None for other errors."""
+    text = str(error)
+    if "weights_only" not in text and type(error).__name__ != "UnpicklingError":
+        return None
+    named = re.search(r"(?:GLOBAL|globals:) ([\w.]+\w)", text)
+    return f"it holds more than tensors{f' ({named[1]})' if named else ''}, and code in pickles is never run"
+
+
 def reason(error: Exception) -> str:
     """Why a library could not load something, in one line that advises nothing unsafe."""
     text = re.sub(r"\s+", " ", str(error)).strip()
-    if "weights_only" in text or type(error).__name__ == "UnpicklingError":
-        named = re.search(r"(?:GLOBAL|globals:) ([\w.]+\w)", text)
-        return (
-            f"it holds more than tensors{f' ({named[1]})' if named else ''}, and code in pickles is never run: "
-            "give a .safetensors file, or a state dict that torch.save wrote"
-        )
+    refused = refused_code(error)
+    if refused is not None:
+        return f"{refused}: give a .safetensors file, or a state dict that torch.save wrote"
     if "trust_remote_code" in text:
         return "it needs code of its own, which is never run: choose a model that the transformers library has"
     if type(error).__name__ in ("LocalEntryNotFoundError", "OfflineModeIsEnabled") or "couldn't connect" in text:

@@ -16,6 +16,7 @@ from ds_cmli.checkpoint import restore as resuming
 from ds_cmli.checkpoint import save as checkpoint
 from ds_cmli.checkpoint.train_state import RankState, TrainState, generators
 from ds_cmli.common.errors import UserError
+from ds_cmli.common.pretrained import refused_code
 from ds_cmli.config.presets import load_preset
 from ds_cmli.data import build_data, eval_loader
 from ds_cmli.distributed import process_group as distributed
@@ -188,8 +189,9 @@ class Evil:
 def test_loading_runs_no_code_from_a_file(tmp_path):
     for number, value in enumerate([Evil(str(tmp_path / "ran")), {"loss_scaler": [Evil(str(tmp_path / "ran"))]}]):
         torch.save(value, tmp_path / f"{number}.pt")
-        with shards.no_code(), pytest.raises(pickle.UnpicklingError):
+        with shards.no_code(), pytest.raises(pickle.UnpicklingError) as error:
             shards.Shards().load(str(tmp_path / f"{number}.pt"))
+        assert refused_code(error.value) == "it holds more than tensors (posix.mkdir), and code in pickles is never run"
         with shards.no_code(), pytest.raises(pickle.UnpicklingError):
             torch.load(tmp_path / f"{number}.pt", weights_only=False)  # as DeepSpeed's converter asks for
     assert not (tmp_path / "ran").exists()
