@@ -57,7 +57,7 @@ def command(snapshot: str, limit: str | None, max_split_size_mb: int | None, rou
         except UserError as error:
             refused.append(str(error))
             continue
-        values = found[-1].to_dict()
+        values: dict[str, Any] = dict(found[-1].to_dict())
         lines = [text(found[-1])]
         if asked:
             answer = what_if(beginning(content, device), trace, room, settings)

@@ -26,6 +26,8 @@ from ds_cmli.memory.allocator import (
 
 INVENTED = 1 << 62  # addresses of segments that the model takes and the recording does not have
 LIVE = ("active_allocated", "active_pending_free", "active_awaiting_free")
+ACTIONS = ("alloc", "free_requested", "free_completed", "segment_alloc", "segment_free", "snapshot", "oom",
+           "user_defined")  # fmt: skip
 ROUNDS = 1000  # of replays, each with another rest
 
 
@@ -95,10 +97,7 @@ def replay_history(snapshot: dict[str, Any], device: int) -> Replayed:
 def beginning(snapshot: dict[str, Any], device: int) -> State:
     """The state before the first event."""
     trace = snapshot["device_traces"][device]
-    if any(entry["action"] in ("segment_map", "segment_unmap") for entry in trace) or any(
-        segment.get("is_expandable") for segment in snapshot["segments"] if segment.get("device", 0) == device
-    ):
-        raise UserError(f"device {device} was recorded with expandable segments, which the model does not replay")
+    _check_rules(snapshot, device)
     out = State()
     for segment in snapshot["segments"]:
         if segment.get("device", 0) != device:
@@ -132,6 +131,30 @@ def beginning(snapshot: dict[str, Any], device: int) -> State:
             )
     _bound_rests(out, trace, device)
     return out
+
+
+def _check_rules(snapshot: dict[str, Any], device: int) -> None:
+    """Whether the history follows the rules of the model."""
+    actions = {entry["action"] for entry in snapshot["device_traces"][device]}
+    settings = snapshot.get("allocator_settings")
+    settings = settings if isinstance(settings, dict) else {}
+    divisions = settings.get("roundup_power2_divisions")
+    with_settings = {
+        "expandable segments": actions & {"segment_map", "segment_unmap"}
+        or any(s.get("is_expandable") for s in snapshot["segments"] if s.get("device", 0) == device),
+        "max_split_size_mb": settings.get("max_split_size", -1) not in (-1, 2**64 - 1),
+        "roundup_power2_divisions": any(
+            number not in (None, 0, 1)
+            for number in (divisions.values() if isinstance(divisions, dict) else [divisions])
+        ),
+    }
+    for name, found in with_settings.items():
+        if found:
+            raise UserError(f"device {device} was recorded with {name}, which the replay does not follow")
+    if actions - set(ACTIONS):
+        raise UserError(
+            f"device {device} has events {sorted(actions - set(ACTIONS))!r}, which the replay does not know"
+        )
 
 
 def _bound_rests(state: State, trace: list[dict[str, Any]], device: int) -> None:

@@ -12,9 +12,9 @@ from typing import Any
 
 from ds_cmli.common.errors import UserError
 
-ENTRY = {"action": str, "addr": int, "size": int, "stream": int}
-SEGMENT = {"address": int, "total_size": int, "stream": int}
-BLOCK = {"size": int, "state": str}
+ENTRY: dict[str, type] = {"action": str, "addr": int, "size": int, "stream": int}
+SEGMENT: dict[str, type] = {"address": int, "total_size": int, "stream": int, "device": int}
+BLOCK: dict[str, type] = {"size": int, "state": str, "requested_size": int}
 
 
 class _PlainUnpickler(pickle.Unpickler):
@@ -59,9 +59,12 @@ def _wrong(content: Any) -> str:
             if not _has(entry, ENTRY, optional=("addr", "size", "stream")):
                 return f"device_traces[{number}][{at}] is no event of the allocator"
     for number, segment in enumerate(content["segments"]):
-        if not _has(segment, SEGMENT) or not isinstance(segment.get("blocks"), list):
+        if not _has(segment, SEGMENT, optional=("device",)) or not isinstance(segment.get("blocks"), list):
             return f"segments[{number}] is no segment with blocks"
-        if not all(_has(block, BLOCK) for block in segment["blocks"]):
+        pool = segment.get("segment_pool_id", [0, 0])
+        if not isinstance(pool, list | tuple) or [type(part) for part in pool] != [int, int]:
+            return f"segments[{number}] belongs to no pool"
+        if not all(_has(block, BLOCK, optional=("requested_size",)) for block in segment["blocks"]):
             return f"segments[{number}] has what is no block"
         if sum(block["size"] for block in segment["blocks"]) != segment["total_size"]:
             return f"the blocks of segments[{number}] do not fill it"

@@ -4,6 +4,7 @@ import gzip
 import json
 import pickle
 import random
+import re
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from click.testing import CliRunner
 from ds_cmli.common.errors import UserError
 from ds_cmli.memory import snapshot, snapshot_file
 from ds_cmli.memory.allocator import CachingAllocator, OutOfMemory, Replay
-from ds_cmli.memory.history import beginning, replay_history
+from ds_cmli.memory.history import replay_history
 from profiling.replay import command
 
 K, M = 1 << 10, 1 << 20
@@ -115,14 +116,22 @@ def test_the_rest_behind_a_block_is_told_by_what_was_passed_over():
     assert found.allocated_peak == 20 * M + 9 * M + eighth + 512
 
 
-def test_what_cannot_be_replayed_is_said(tmp_path):
-    mapped = {"segments": [], "device_traces": [[{"action": "segment_map", "addr": 1, "size": 2 * M, "stream": 0}]]}
-    with pytest.raises(UserError, match="device 0 was recorded with expandable segments"):
-        beginning(mapped, 0)
-    path = tmp_path / "mapped.json"
-    path.write_text(json.dumps(mapped))
-    done = CliRunner().invoke(command, [str(path)])
-    assert isinstance(done.exception, UserError)
+@pytest.mark.parametrize(
+    "event, more, line",
+    [
+        ("segment_map", {}, "device 0 was recorded with expandable segments"),
+        ("dance", {}, "device 0 has events .'dance'., which the replay does not know"),
+        ("oom", {"allocator_settings": {"max_split_size": 64 * M}}, "recorded with max_split_size_mb"),
+        ("oom", {"allocator_settings": {"roundup_power2_divisions": {"1": 4}}}, "with roundup_power2_divisions"),
+        ("alloc", {}, "device 0: event 0 .alloc of 2,097,152 B at 0x1. contradicts what came after"),
+        ("free_completed", {}, "the block at 0x1 lies in no segment"),
+    ],
+)
+def test_what_cannot_be_replayed_is_one_line(tmp_path, event, more, line):
+    content = {"segments": [], "device_traces": [[{"action": event, "addr": 1, "size": 2 * M, "stream": 0}]], **more}
+    (tmp_path / "history.json").write_text(json.dumps(content))
+    done = CliRunner().invoke(command, [str(tmp_path / "history.json"), "--json"])
+    assert isinstance(done.exception, UserError) and re.search(line, str(done.exception)) and not done.output
 
 
 def test_the_command_prints_an_object_per_device(tmp_path):
@@ -145,6 +154,9 @@ def test_the_command_prints_an_object_per_device(tmp_path):
     assert "replayed at their recorded address" in CliRunner().invoke(command, [str(path)]).output
 
 
+SEGMENT = {"address": M, "total_size": 2 * M, "stream": 0, "blocks": [{"size": 2 * M, "state": "inactive"}]}
+
+
 class Hostile:
     def __reduce__(self):
         return open, ("executed", "w")
@@ -157,6 +169,8 @@ class Hostile:
         (b"cos\nsystem\n(S'touch executed'\ntR.", "it asks for os.system"),
         (pickle.dumps({"segments": []}), "no lists 'segments' and 'device_traces'"),
         (pickle.dumps({"segments": [], "device_traces": [[{"action": "alloc", "addr": "x"}]]}), "is no event"),
+        (json.dumps({"segments": [{**SEGMENT, "segment_pool_id": 3}], "device_traces": []}).encode(), "to no pool"),
+        (json.dumps({"segments": [{**SEGMENT, "total_size": M}], "device_traces": []}).encode(), "do not fill it"),
         (pickle.dumps([1])[:-3], "is no snapshot that can be read"),
         (b"[" * 100_000, "is no snapshot that can be read"),
         (b"\x1f\x8bnothing", "is no snapshot that can be read"),
