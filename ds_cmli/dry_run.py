@@ -4,7 +4,8 @@ Before that a dry run goes the run's own way, so both find the same mistakes. No
 """
 
 import json
-from collections.abc import Iterator
+import os
+from contextlib import nullcontext
 
 import torch
 
@@ -15,6 +16,8 @@ from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.schema import Config
 from ds_cmli.data import Batch, train_loader
 from ds_cmli.distributed import process_group as distributed
+from ds_cmli.faults import out_of_memory as oom
+from ds_cmli.faults import preemption
 from ds_cmli.memory import apart
 from ds_cmli.memory.report import Report, show
 from ds_cmli.run import Run
@@ -36,50 +39,68 @@ class NoEngine:
         return torch.zeros(()), {name: torch.zeros(()) for name in self.losses}
 
 
-def rehearse(run: Run, ds_config: DeepSpeedConfig, vocab_size: int, device: torch.device) -> None:
+def rehearse(
+    run: Run, ds_config: DeepSpeedConfig, vocab_size: int, device: torch.device, start: dict[str, str | int | None]
+) -> None:
     """Print the resolved configuration and the predicted memory. Collective.
 
     Args:
         run: with `NoEngine`, from where it would start or go on.
         ds_config: the DeepSpeed JSON with nothing left to "auto".
+        start: options of this start that are no settings of the run, to be printed too.
 
     Raises:
         UserError: on every rank, with why the run would fail within its first steps.
     """
     config = run.config
-    say(json.dumps({"config": config.to_dict(), "deepspeed": ds_config.raw()}, indent=2))
+    say(json.dumps({"config": config.to_dict(), "deepspeed": ds_config.raw(), "start": start}, indent=2))
     mistake = None
-    with run.dog.slow():
+    with run.dog.slow(), apart.Predictor(SECONDS) if distributed.is_main() else nullcontext() as predictor:
         try:
-            for line in _steps(config, ds_config, vocab_size, device) if distributed.is_main() else ():
-                say(line)
+            targets = ["cuda"] if device.type == "cuda" else ["cpu", "cuda"]
+            if predictor is not None:
+                for target in targets:
+                    predictor.send(apart.Request(config, ds_config, distributed.world_size(), target))
             step.build_models(config, vocab_size)
+            if predictor is not None:
+                _show([predictor.receive() for _ in targets], device)
         except UserError as error:
             mistake = str(error)
         distributed.raise_together(mistake)  # collective
-    batches = iter(train_loader(run.data, run.sampler, config.data.workers))
+    loader = train_loader(run.data, run.sampler, config.data.workers)
+    loader.worker_init_fn = preemption.shield
+    batches = iter(loader)
     for _ in range(min(STEPS, run.total_steps - run.state.step)):
         run.train_step(batches)  # collectives
         if run.logs():
             run.stop_if_too_many_bad()  # collective
 
 
-def _steps(config: Config, ds_config: DeepSpeedConfig, vocab_size: int, device: torch.device) -> Iterator[str]:
-    """Try the first steps on tensors without data, as this device would take them, and show a GPU's memory.
+def _show(answers: list[apart.Answer], device: torch.device) -> None:
+    """Show what memory a GPU needs.
+
+    Args:
+        answers: of the first steps without data as this device takes them and, where that is no GPU, as one would.
 
     Raises:
-        UserError: they fail.
+        UserError: this device cannot take them.
     """
-    targets = ["cuda"] if device.type == "cuda" else ["cpu", "cuda"]
-    with apart.Predictor(SECONDS) as predictor:
-        for target in targets:
-            predictor.send(apart.Request(config, ds_config, distributed.world_size(), target))
-        answers = [predictor.receive() for _ in targets]
-    if answers[0].fails:
-        raise UserError(answers[0].failed)
-    if answers[0].report is None:
-        yield f"the first steps were not tried: {answers[0].failed}"
-    if answers[-1].report is not None:
-        show(Report.from_dict(answers[-1].report))
-    elif len(answers) > 1:
-        yield f"no prediction for a GPU: {answers[-1].failed}"
+    here, there = answers[0], answers[-1]
+    if here.fails:
+        raise UserError(here.failed)
+    if there.report is not None:
+        show(Report.from_dict(there.report))
+    if here.report is None:
+        say(f"the first steps were not tried: {here.failed}")
+        return
+    if there.report is None:
+        say(f"no prediction for a GPU: {there.failed}")
+    gpu = device.type == "cuda"
+    room = oom.device_room(device) if gpu else oom.process_room(oom.process_bytes())
+    needed = here.report["totals"]["allocated" if gpu else "requested"]
+    most = room.bytes or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > most:
+        raise UserError(
+            f"out of memory: a step needs {needed:,} B by prediction, more than the {most:,} B {room.limit}: "
+            "profiling/predict.py --fit names what fits"
+        )

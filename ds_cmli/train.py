@@ -160,7 +160,11 @@ def run(
         own = resuming.fresh(found, config, sampler)
         none: Any = dry.NoEngine(config)
         start = Run(config, data, sampler, none, total_steps, accumulation, folder, state, own, bad, NullWriter(), dog)
-        dry.rehearse(start, ds_config, data.vocab_size, device)  # collective
+        asked = {"resume": resume, "profile": profiles.trace, "profile_memory": profiles.memory}
+        try:
+            dry.rehearse(start, ds_config, data.vocab_size, device, asked)  # collective
+        except preemption.Preempted:
+            return preemption.EXIT_CODE
         return 0
 
     # --- step

@@ -113,8 +113,9 @@ def answer(request: dict[str, Any]) -> Answer:
             snapshot.write(found.events, request["snapshot"])
         return Answer(found.report.to_dict())
     except Exception as error:  # whatever it is, the next request must be answered too
-        kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
-        return Answer(None, kind + " ".join(str(error).split())[:300], not isinstance(error, NotPredictable))
+        said = " ".join(str(error).split())
+        said = said if isinstance(error, UserError) else f"{type(error).__name__}: {said[:300]}"
+        return Answer(None, said, not isinstance(error, NotPredictable))
 
 
 def main() -> None:

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 
 from ds_cmli import evaluate, train
 from ds_cmli.common.cli import exit_code
+from ds_cmli.memory.apart import LAUNCHERS
 from tests.conftest import ROOT, clean_environment, rank_environments
 
 
@@ -111,7 +112,7 @@ def empty_captions(folder):
 def fail(command, arguments, monkeypatch, capsys) -> str:
     """The line on stderr of a command that must end with exit code 2."""
     monkeypatch.setattr(sys, "argv", ["command", *arguments])
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+    for name in LAUNCHERS:
         monkeypatch.delenv(name, raising=False)
     code = exit_code(command)
     error = capsys.readouterr().err

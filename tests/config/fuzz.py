@@ -1,0 +1,358 @@
+"""Random mistakes: `python -m tests.config.fuzz [--count 500] [--seed 0] [--only 12,34]`
+
+Each case changes a DeepSpeed JSON or the options of train.py in one or two places, and goes through `--dry-run`; each
+tenth is also trained, two steps. Three things must hold, or the case is printed:
+- no traceback: exit code 0, or 2 with one line;
+- nothing is ignored in silence: the resolved configuration or a line differs from those of the unchanged command;
+- `--dry-run` and the training end with the same exit code, and where that is 2 with the same line.
+"""
+
+import argparse
+import contextlib
+import copy
+import dataclasses
+import io
+import json
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from PIL import Image
+
+from ds_cmli.config import deepspeed_keys as keys
+from ds_cmli.config.options import PLACES
+from ds_cmli.config.schema import LOSSES, Config
+from tests.conftest import ROOT, clean_environment
+
+VALUES = [
+    *(None, True, False, 0, 1, 2, 3, -1, 7, 0.5, 1.0, 1e-3, 1e30, 2**40, 10**400, float("nan"), float("inf")),
+    *("", "auto", "true", "1", "none", "cpu", "fp16", "bf16", "x" * 300, "\0", "..", [], [1], ["a"], {}, {"a": 1}),
+]
+TEXTS = ["{}", "[]", "null", "", "{", "[" * 3000, '{"fp16": {}, "fp16": {}}', '{"steps_per_print": ' + "9" * 5000 + "}"]
+
+
+@dataclass
+class Case:
+    number: int
+    json_text: str  # of the DeepSpeed JSON
+    options: list[str] = field(default_factory=list)
+    changes: list[str] = field(default_factory=list)  # in words
+
+
+def _places(value: Any, path: tuple = ()) -> list[tuple]:
+    """The path of every key of nested objects."""
+    found = []
+    for key, item in value.items() if isinstance(value, dict) else ():
+        found += [(*path, key), *_places(item, (*path, key))]
+    return found
+
+
+def change_json(draw: random.Random, content: dict[str, Any]) -> str:
+    """Change one place; what was done."""
+    kind = draw.choice(["value", "value", "key", "remove", "typo", "stage", "optimizer", "scheduler", "optimizer key"])
+    path = draw.choice(_places(content))
+    *parents, key = path
+    inside = content
+    for parent in parents:
+        inside = inside[parent]
+    name = ".".join(path)
+    if kind == "value":
+        inside[key] = draw.choice(VALUES)
+        return f"{name} = {inside[key]!r:.40}"
+    if kind == "remove":
+        del inside[key]
+        return f"without {name}"
+    if kind == "typo":
+        at = draw.randrange(len(key))
+        inside[key[:at] + key[at + 1 :] + draw.choice("xyz_")] = inside.pop(key)
+        return f"typo in {name}"
+    if kind == "stage":
+        content["zero_optimization"] = {"stage": draw.choice([0, 1, 2, 3])}
+        return f"zero_optimization = {content['zero_optimization']}"
+    if kind == "key":
+        section = draw.choice([s for s in keys.SECTIONS if s and "." not in s] + [""] * 3)
+        at = content if not section else content.setdefault(section, {})
+        if not isinstance(at, dict):
+            at = content[section] = {}
+        new = draw.choice([*keys.SECTIONS[section]] or ["enabled"])
+        if draw.random() < 0.5 and "enabled" in keys.SECTIONS[section]:
+            at["enabled"] = True
+        at[new] = draw.choice(VALUES)
+        return f"{section}.{new} = {at[new]!r:.40}"
+    table = keys.SCHEDULERS if kind == "scheduler" else keys.OPTIMIZERS
+    if kind == "optimizer key" and isinstance(content.get("optimizer"), dict):
+        optimizer = content["optimizer"]
+        optimizer["params"] = dict(optimizer["params"]) if isinstance(optimizer.get("params"), dict) else {}
+        new = draw.choice(table.get(str(optimizer.get("type")), "lr").split())
+        optimizer["params"][new] = draw.choice(VALUES)
+        return f"optimizer.params.{new} = {optimizer['params'][new]!r:.40}"
+    kind = kind.split()[0]
+    content[kind] = {"type": draw.choice([*table, *keys.NO_OPTIMIZERS, "LambdaLR", "Adamm"])}
+    known = table.get(content[kind]["type"], "lr").replace("!", "").replace("+", "").split()
+    if draw.random() < 0.7 and known:
+        content[kind]["params"] = {draw.choice(known): draw.choice([0.1, 1, 10, 0, -1, "auto", True, [0.5, 0.9]])}
+    return f"{kind} = {content[kind]}"
+
+
+def change_options(draw: random.Random, folder: Path) -> list[str]:
+    kind = draw.choice(["set", "set", "set", "option", "losses", "profile", "data", "output", "resume", "twice"])
+    settings = [
+        f"{s.name}.{f.name}"
+        for s in dataclasses.fields(Config)
+        for f in dataclasses.fields(s.default_factory)  # type: ignore[arg-type]
+    ]
+    if kind in ("set", "twice"):
+        name = draw.choice([*settings, "student.layer", "modle.layers", "optim", "loss.weights.cmli"])
+        values = [*VALUES, 16, 4, 0.02, "random", "hub", "demo", "builtin", "student", "sum", "triton", "chunked"]
+        values += [{"cmli": 1}, {"cmli": "a"}, {"hidden_size": 48}, {"num_heads": 3}, {"typo": 1}, [0.9, 0.95]]
+        value = draw.choice(values)
+        text = value if isinstance(value, str) else json.dumps(value)
+        out = ["--set", f"{name}={text}"]
+        if kind == "twice":
+            out += draw.choice([out, ["--lr", "0.5"], ["--set", f"{name}=3"], ["--seed", "5"], ["--init", "random"]])
+        return [part.replace("\0", "") for part in out]
+    if kind == "option":
+        option = draw.choice([o for o in PLACES if o not in ("deterministic", "losses", "data", "output_dir", "steps")])
+        value = draw.choice(["0", "1", "2", "-1", "1e30", "nan", "inf", "", "many", "0.5", "9" * 5000])
+        return [f"--{option.replace('_', '-')}", value]
+    if kind == "losses":
+        weights = ["", "", "=0.5", "=-1", "=0", "=nan", "=x", "="]
+        parts = (draw.choice([*LOSSES, "clmi", ""]) + draw.choice(weights) for _ in range(draw.choice([1, 2, 3])))
+        return ["--losses", ",".join(parts)]
+    if kind == "profile":
+        value = draw.choice(["1:2", "2:1", "1", "0:1", "1:9", "a:b", ""])
+        return draw.choice([["--profile", value], ["--profile-memory", draw.choice(["0", "1", "2", "3", "x"])]])
+    if kind == "data":
+        return ["--data", str(folder / draw.choice(["nowhere", "empty", "broken", "few", "file", "captions", ""]))]
+    if kind == "output":
+        return [
+            "--output-dir",
+            draw.choice([str(folder / "file" / "run"), "/proc/run", str(folder / "file"), "x" * 300]),
+        ]
+    return ["--resume", draw.choice(["never", str(folder), "/nowhere", "", str(folder / "file")])]
+
+
+def cases(count: int, seed: int, folder: Path) -> list[Case]:
+    shipped = [json.loads(path.read_text()) for path in sorted((ROOT / "ds_configs").glob("*.json"))]
+    out = []
+    for number in range(count):
+        draw = random.Random(f"{seed} {number}")
+        content = copy.deepcopy(draw.choice(shipped))
+        case = Case(number, "")
+        for _ in range(draw.choice([1, 1, 2])):
+            if draw.random() < 0.55 and content:
+                case.changes.append(change_json(draw, content))
+            else:
+                case.options += change_options(draw, folder)
+        case.json_text = json.dumps(content)
+        if draw.random() < 0.04:
+            case.json_text = draw.choice(TEXTS)
+            case.changes = [f"the JSON is {case.json_text[:30]!r}"]
+        case.changes += [f"{option:.60}" for option in case.options]
+        out.append(case)
+    return out
+
+
+def write_data(folder: Path) -> None:
+    for name, count in (("pairs", 40), ("few", 3), ("broken", 40), ("captions", 40), ("empty", 0)):
+        (folder / name).mkdir(parents=True)
+        with (folder / name / "metadata.jsonl").open("w") if count else contextlib.nullcontext(io.StringIO()) as file:
+            for i in range(count):
+                Image.new("RGB", (60, 60), (5 * i, 200, 0)).save(folder / name / f"{i}.png")
+                if name == "broken":
+                    (folder / name / f"{i}.png").write_bytes(b"no picture")
+                text = " " if name == "captions" else f"a red square {i}"
+                file.write(json.dumps({"file_name": f"{i}.png", "text": text}) + "\n")
+    (folder / "file").write_text("")
+
+
+def _arguments(case: Case, folder: Path) -> list[str]:
+    """The command line: the preset `tiny` on few pairs, two steps, and the case's options, which come last."""
+    path = folder / "ds.json"
+    path.write_text(case.json_text)
+    defaults = ["--preset", "tiny", "--steps", "2", "--micro-batch", "4", "--deepspeed_config", str(path)]
+    for name, value in (("--data", folder / "pairs"), ("--output-dir", folder / "run")):
+        defaults += [name, str(value)] if name not in case.options else []
+    given = {case.options[i] for i in range(0, len(case.options), 2)}
+    for name in ("--preset", "--micro-batch"):
+        if name in given:
+            at = defaults.index(name)
+            del defaults[at : at + 2]
+    return [*defaults, *case.options]
+
+
+class Worker:
+    """A process that runs commands one after the other; a new one where it has ended."""
+
+    def __init__(self):
+        self.process = None
+
+    def __call__(self, arguments: list[str]) -> dict[str, Any]:
+        if self.process is None or self.process.poll() is not None:
+            env = clean_environment() | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "tests.config.fuzz", "--worker"], cwd=ROOT, env=env, text=True,
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+            )  # fmt: skip
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self.process.stdin.write(json.dumps(arguments) + "\n")
+        self.process.stdin.flush()
+        line = self.process.stdout.readline()
+        return json.loads(line) if line else {"code": self.process.wait(), "out": "", "err": "", "ended": True}
+
+    def close(self) -> None:
+        if self.process is not None:
+            self.process.communicate()
+
+
+def work() -> None:
+    """Answer each line of arguments by a line with the exit code and what was printed."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    import torch
+
+    from ds_cmli import train
+    from ds_cmli.common.cli import exit_code
+    from ds_cmli.memory import apart
+
+    class One(apart.Predictor):
+        """One process for all predictions, of this device's kind alone."""
+
+        def send(self, request):
+            self.asked = getattr(self, "asked", [])
+            self.asked.append(request.target)
+            if request.target == "cpu":
+                super().send(request)
+
+        def receive(self):
+            return super().receive() if self.asked.pop(0) == "cpu" else apart.Answer(None, "not asked")
+
+    def one(*_):
+        if not predictors or predictors[0].process.poll() is not None:
+            predictors[:] = [One(3600)]
+        return contextlib.nullcontext(predictors[0])
+
+    predictors: list[One] = []
+    for line in sys.stdin:
+        out, err, environment = io.StringIO(), io.StringIO(), dict(os.environ)
+        with (
+            contextlib.redirect_stdout(out), contextlib.redirect_stderr(err),
+            mock.patch.object(apart, "Predictor", one), mock.patch.object(sys, "argv", ["train.py", *json.loads(line)]),
+        ):  # fmt: skip
+            try:
+                code = exit_code(train.command)
+            except BaseException:
+                code = 1
+                traceback.print_exc()
+        os.environ.clear()
+        os.environ.update(environment)
+        torch.use_deterministic_algorithms(False)
+        answers.write(json.dumps({"code": code, "out": out.getvalue(), "err": err.getvalue()}) + "\n")
+        answers.flush()
+    for predictor in predictors:
+        predictor.close()
+
+
+def _told(answer: dict[str, Any]) -> str:
+    """What was printed, without what differs between two equal commands."""
+    text = re.sub(r"/tmp/\S+", "FOLDER", answer["out"] + answer["err"])
+    return re.sub(r"\d\d:\d\d:\d\d[,.\d]*", "TIME", text)
+
+
+def _line(answer: dict[str, Any]) -> str | None:
+    lines = [line for line in answer["err"].splitlines() if line.startswith("error: ")]
+    return lines[0] if len(lines) == 1 else None
+
+
+def judge(case: Case, dry: dict[str, Any], plain: str, real: dict[str, Any] | None) -> list[str]:
+    """What does not hold."""
+    wrong = []
+    for name, answer in (("dry run", dry), ("run", real)):
+        if answer is None:
+            continue
+        if answer["code"] not in (0, 2) or "Traceback" in answer["err"]:
+            wrong.append(f"{name} ends with {answer['code']}: {answer['err'].strip().splitlines()[-1:]}")
+        elif answer["code"] == 2 and _line(answer) is None:
+            wrong.append(f"{name} has no one line: {answer['err'][-300:]!r}")
+    if dry["code"] == 0 and _told(dry) == plain:
+        wrong.append("ignored in silence")
+    if real is not None and (dry["code"], _line(dry)) != (real["code"], _line(real)):
+        wrong.append(f"dry run {dry['code']} {_line(dry)}, run {real['code']} {_line(real)}")
+    return wrong
+
+
+def fuzz(
+    count: int, seed: int, first: int = 0, each: int = 10, only: set[int] | None = None, say=print
+) -> tuple[Counter, list[str]]:
+    """Figures, and the cases of which something does not hold; every `each`-th case is trained, too."""
+    figures: Counter[str] = Counter()
+    failures = []
+    with tempfile.TemporaryDirectory(dir="/tmp") as name:
+        folder, worker, plain = Path(name), Worker(), {}
+        write_data(folder)
+        for case in cases(first + count, seed, folder)[first:]:
+            if only is not None and case.number not in only:
+                continue
+            dry = worker([*_arguments(case, folder), "--dry-run"])
+            base = ""
+            if dry["code"] == 0:  # compared with the shipped JSON that it is like
+                for path in sorted((ROOT / "ds_configs").glob("*.json")):
+                    if path not in plain:
+                        unchanged = Case(0, path.read_text())
+                        plain[path] = _told(worker([*_arguments(unchanged, folder), "--dry-run"]))
+                    base = _told(dry) if _told(dry) == plain[path] else base
+                _arguments(case, folder)
+            real = None
+            if case.number % each == 0 or only is not None:
+                real = worker(_arguments(case, folder))
+            wrong = judge(case, dry, base, real)
+            figures["cases"] += 1
+            figures["refused" if dry["code"] == 2 else "accepted"] += 1
+            figures["trained"] += real is not None and real["code"] == 0
+            figures["compared"] += real is not None
+            for what in wrong:
+                failures.append(f"case {case.number}: {'; '.join(case.changes)}: {what}")
+                print(failures[-1])
+            shutil.rmtree(folder / "run", ignore_errors=True)
+            if figures["cases"] % 25 == 0:
+                print(dict(figures), flush=True)
+            if only is not None:
+                print(
+                    json.dumps(
+                        {"changes": case.changes, "dry": dry["err"][-1500:], "real": (real or dry)["err"][-1500:]},
+                        indent=1,
+                    )
+                )
+        worker.close()
+    return figures, failures
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--count", type=int, default=500)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--first", type=int, default=0, help="Case to begin with.")
+    parser.add_argument("--only", type=lambda text: {int(n) for n in text.split(",")})
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.worker:
+        return work()
+    started = time.monotonic()
+    figures, failures = fuzz(options.count, options.seed, options.first, only=options.only)
+    print(f"seed {options.seed}: {dict(figures)}, {len(failures)} failures, {time.monotonic() - started:.0f} s")
+    sys.exit(bool(failures))
+
+
+if __name__ == "__main__":
+    main()
