@@ -3,6 +3,7 @@
 The one place where a training step is put together: whatever trains, profiles or predicts uses it.
 """
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -163,7 +164,7 @@ class Step:
             out["loss_scale"] = float(optimizer.loss_scale)
             out["skipped_steps"] = self.engine.skipped_steps
         for name, scale in self.objective.scales().items():
-            out[f"temperature/{name}"] = 1 / scale
+            out[f"temperature/{name}"] = 1 / scale if scale else math.inf  # a scale learned down to 0
         return out
 
 

@@ -3,7 +3,9 @@
 import json
 import os
 import sys
+import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -15,24 +17,32 @@ from tqdm import tqdm
 from ds_cmli.checkpoint import checksums as manifest
 
 METRICS = "metrics.jsonl"
+DAMAGED = "metrics.damaged.jsonl"
 
 
-def cut(path: Path, step: int, evaluated: bool) -> None:
+def cut(path: Path, step: int, evaluated: bool) -> str | None:
     """Leave out what a run wrote after the step it resumes from, and the last line where it is torn.
 
-    Without `evaluated` the evaluation of that step goes too: it is done again.
+    Without `evaluated` the evaluation of that step goes too: it is done again. Lines that cannot be read are kept
+    in a file beside; returns what to tell of them.
     """
-    kept = []
-    for text in path.read_bytes().splitlines(keepends=True) if path.is_file() else ():
+    kept, damaged = [], []
+    lines = path.read_bytes().split(b"\n") if path.is_file() else [b""]
+    for text in lines[:-1]:  # behind the last line break there is nothing, or a line whose writing was cut short
         try:
             values = json.loads(text)
-            last = values["step"]
+            again = values["step"] == step and not evaluated and any(name.startswith("eval/") for name in values)
+            if values["step"] <= step and not again:
+                kept.append(text + b"\n")
         except (ValueError, KeyError, TypeError):
-            continue
-        again = last == step and not evaluated and any(name.startswith("eval/") for name in values)
-        if last <= step and not again and text.endswith(b"\n"):
-            kept.append(text)
+            damaged.append(text + b"\n")
+    if damaged:
+        with open(path.with_name(DAMAGED), "ab") as file:
+            file.writelines(damaged)
     manifest.publish(path, b"".join(kept))
+    if not damaged:
+        return None
+    return f"warning: {len(damaged)} lines of {path} cannot be read: kept in {path.with_name(DAMAGED)}"
 
 
 class Writer:
@@ -44,6 +54,7 @@ class Writer:
     def __init__(self, folder: Path, total_steps: int, first_step: int = 0):
         self.path, self.waiting, self.told = folder / METRICS, b"", False
         self.tensorboard: SummaryWriter | None = None
+        threading.excepthook = _without_full_disks(threading.excepthook)
         self.total = total_steps
         self.started, self.first_step = time.monotonic(), first_step
         self.bar = tqdm(total=total_steps, initial=first_step, unit="step", disable=not sys.stderr.isatty())
@@ -128,6 +139,16 @@ class Writer:
                 self.tensorboard.close()
         except OSError as error:
             self._tell(error)
+
+
+def _without_full_disks(hook: Callable[[Any], Any]) -> Callable[[Any], None]:
+    """TensorBoard's thread would print a traceback for what its next use raises, and `Writer` tells, in one line."""
+
+    def told_later(found: Any) -> None:
+        if not (type(found.thread).__name__ == "_AsyncWriterThread" and isinstance(found.exc_value, OSError)):
+            hook(found)
+
+    return told_later
 
 
 class NullWriter:

@@ -110,10 +110,21 @@ class Run:
         if self.state.skipped_in_row > most:
             self.save()  # collectives
             raise UserError(
-                f"{self.state.skipped_in_row} steps in a row were skipped, more than run.most_skipped = {most}: the "
-                "checkpoint has the weights from before the first of them. Look at the samples that "
-                f"{self.folder / 'metrics.jsonl'} names, or start over with a lower --lr"
+                self._diverged(
+                    f"{self.state.skipped_in_row} steps in a row were skipped, more than run.most_skipped = {most}"
+                )
             )
+
+    def _diverged(self, what: str) -> str:
+        """The line a diverged run ends with: its first bad step, and what is left from before."""
+        first = self.state.step - max(0, self.state.skipped_in_row - 1)
+        root = self.folder / checkpoint.FOLDER
+        good = checkpoint.latest(root)
+        kept = f"the last good checkpoint is {root / good}" if good else "no checkpoint had been saved before"
+        return (
+            f"the run has diverged: {what}; the first bad step is {first}, {kept}. Look at the "
+            f"samples that {self.folder / 'metrics.jsonl'} names, or start over with a lower --lr"
+        )
 
     def logs(self) -> bool:
         """Whether the step that was taken last is one to be logged."""
@@ -174,6 +185,9 @@ class Run:
         own = resuming.collect(state, self.own, self.sampler, self.bad)
         with self.dog.slow():
             saved = checkpoint.save(self.folder, self.trainer, state, own, self.config.run.keep)  # collectives
+        if saved.not_finite:
+            self.writer.close()
+            raise UserError(self._diverged(f"{saved.error} is not finite, nothing was saved"))
         if saved.error is None:
             self.saved = (state.step, state.evaluated)
             self.writer.say(f"checkpoint {saved.name}: {saved.bytes / 1e6:.1f} MB in {saved.seconds:.2f} s")

@@ -6,7 +6,7 @@ values it builds only the four classes of DeepSpeed's named here.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,21 @@ from deepspeed.utils.tensor_fragment import fragment_address
 from ds_cmli.checkpoint import checksums as manifest
 
 DEEPSPEED_CLASSES = [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
+
+
+class NotFinite(Exception):
+    """A tensor to be saved has NaN or inf: the run has diverged, and what was saved before stays."""
+
+
+def not_finite(value: Any, name: str = "") -> str | None:
+    """The name of the first tensor in nested containers that has NaN or inf. CPU-GPU sync."""
+    if isinstance(value, torch.Tensor):
+        if not value.is_floating_point() or not value.numel():
+            return None
+        least, most = value.detach().aminmax()  # NaN passes through both; no mask of the tensor's size is made
+        return None if least.isfinite() and most.isfinite() else name
+    items = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list | tuple) else ()
+    return next((found for key, x in items if (found := not_finite(x, f"{name}.{key}".lstrip(".")))), None)
 
 
 class Shards(TorchCheckpointEngine):
@@ -44,8 +59,12 @@ class Shards(TorchCheckpointEngine):
 
 
 def write_tensors(shards: Shards, value: Any, path: Path) -> None:
-    """`torch.save`, noted in `shards`."""
+    """`torch.save`, noted in `shards`; nothing that is not finite is written."""
     if shards.error is not None:
+        return
+    bad = not_finite(value)
+    if bad is not None:
+        shards.error = NotFinite(f"{bad} in {path.name}")
         return
     try:
         shards.files[path.name] = manifest.write_file(path, lambda file: torch.save(value, file))

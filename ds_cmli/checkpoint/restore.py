@@ -191,7 +191,7 @@ def load(
 
 
 def _load_engine(found: Found, step: Step, with_changes: bool) -> None:
-    from ds_cmli.checkpoint.io import Shards, no_code
+    from ds_cmli.checkpoint.io import Shards, no_code, not_finite
 
     engine, path = step.engine, found.path
     fresh = [{k: v for k, v in group.items() if k != "params"} for group in engine.optimizer.param_groups]
@@ -208,6 +208,10 @@ def _load_engine(found: Found, step: Step, with_changes: bool) -> None:
                 engine.load_checkpoint(str(path.parent), tag=path.name)  # collectives
         if with_changes:
             _apply_rates(engine, fresh)
+        own = not_finite({"weights": checkpoint.parts(engine), "optimizer": list(engine.optimizer.state.values())})
+        bad = next((name for name in distributed.gather_objects(own) if name), None)  # collective
+        if bad is not None:
+            raise UserError(f"{path}: its {bad} is not finite: give an earlier checkpoint by --resume PATH")
     except UserError:
         raise
     except Exception as error:  # libraries raise anything where shapes or names differ, on all ranks alike

@@ -137,7 +137,9 @@ def _settle(resume: str, found: Found | None, folder: Path, config: Config, ds_c
     ):
         manifest.publish(root / checkpoint.LATEST, found.path.name.encode())
     state = found.state if found is not None else TrainState()
-    metrics.cut(folder / metrics.METRICS, state.step, state.evaluated)
+    damage = metrics.cut(folder / metrics.METRICS, state.step, state.evaluated)
+    if damage:
+        print(damage, flush=True)
     beside = folder / ("config.json" + checkpoint.WRITING)
     environment.write(beside, config, ds_config)
     os.replace(beside, folder / "config.json")

@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,7 @@ class Saved:
     seconds: float
     bytes: int = 0
     error: str | None = None
+    not_finite: bool = False  # the error is that a tensor has NaN or inf
 
 
 def names(root: Path) -> list[str]:
@@ -82,8 +83,9 @@ def save(folder: Path, step: Step, state: TrainState, own: RankState, keep: int)
         _prepare(root, step, state.step) if distributed.is_main() else None
     )  # collective
     writing = root / (name + WRITING)
+    not_finite = False
     if refusal is None:
-        files, refusal = _write(folder, writing, step, state, own)  # collectives
+        files, refusal, not_finite = _write(folder, writing, step, state, own)  # collectives
     if distributed.is_main():
         try:
             if refusal is None:
@@ -96,7 +98,7 @@ def save(folder: Path, step: Step, state: TrainState, own: RankState, keep: int)
             (folder / (WEIGHTS + WRITING)).unlink(missing_ok=True)
     refusal = distributed.broadcast_object(refusal)  # collective: nobody goes on, or ends, before it is published
     size = 0 if refusal else sum(file["bytes"] for file in files.values())
-    return Saved(name, time.monotonic() - started, size, refusal)
+    return Saved(name, time.monotonic() - started, size, refusal, not_finite)
 
 
 def _prepare(root: Path, step: Step, number: int) -> tuple[str, str | None]:
@@ -134,16 +136,19 @@ def _expected_bytes(root: Path, step: Step) -> int:
 
 def _write(
     folder: Path, writing: Path, step: Step, state: TrainState, own: RankState
-) -> tuple[dict[str, dict[str, Any]], str | None]:
+) -> tuple[dict[str, dict[str, Any]], str | None, bool]:
     """Every file of a checkpoint, and `student.safetensors` beside the old one. Collective; raises on no rank alone.
 
-    Returns what the manifest says of the files of all ranks, and why it failed, if it did.
+    Returns what the manifest says of the files of all ranks, why it failed, if it did, and whether for a tensor.
     """
-    from ds_cmli.checkpoint.io import Shards, write_tensors
+    from ds_cmli.checkpoint.io import NotFinite, Shards, not_finite, write_tensors
 
     shards = Shards()
     engine = step.engine
     engine.checkpoint_engine = shards
+    bad = not_finite(parts(engine))  # of ZeRO-3's 16-bit weights no file holds a copy
+    if bad is not None:
+        shards.error = NotFinite(f"the weight {bad}")
     engine._copy_recovery_script = lambda path: None  # `student.safetensors` is in fp32 already
     engine.save_checkpoint(str(writing.parent), tag=writing.name, save_latest=False)  # collectives
     write_tensors(shards, own.to_dict(), writing / f"rank-{distributed.rank()}.pt")
@@ -157,9 +162,10 @@ def _write(
         except OSError as error:
             shards.error = error
     problem = None if shards.error is None else str(shards.error).splitlines()[0]
-    found = distributed.gather_objects((shards.files, problem))  # collective
-    files = {name: file for theirs, _ in found for name, file in theirs.items()}
-    return files, next((f"rank {rank}: {theirs}" for rank, (_, theirs) in enumerate(found) if theirs), None)
+    every = distributed.gather_objects((shards.files, problem, isinstance(shards.error, NotFinite)))  # collective
+    files = {name: file for theirs, *_ in every for name, file in theirs.items()}
+    refusal = next((f"rank {rank}: {theirs}" for rank, (_, theirs, _) in enumerate(every) if theirs), None)
+    return files, refusal, any(bad for *_, bad in every)
 
 
 def _publish(folder: Path, root: Path, name: str, keep: int) -> None:
@@ -183,12 +189,28 @@ def remove(path: Path) -> None:
 
 
 def read_state(path: Path) -> TrainState:
-    """Of a verified checkpoint."""
-    return TrainState(**json.loads((path / STATE).read_text()))
+    """Of a verified checkpoint; raises `UserError` where another version wrote what this one does not know."""
+    values = json.loads((path / STATE).read_text())
+    unknown = sorted({*values} - {field.name for field in fields(TrainState)})
+    if unknown:
+        raise UserError(
+            f"{path / STATE} has {', '.join(unknown)}, which this version does not know: go on with the version that "
+            "wrote it, named in the run's config.json"
+        )
+    return TrainState(**values)
 
 
 def read_rank(path: Path, rank: int) -> dict[str, Any]:
-    return torch.load(path / f"rank-{rank}.pt", map_location="cpu", weights_only=True)
+    values = torch.load(path / f"rank-{rank}.pt", map_location="cpu", weights_only=True)
+    unknown = sorted({*values} - {field.name for field in fields(RankState)})
+    if unknown:
+        raise UserError(f"{path}: rank-{rank}.pt has {', '.join(unknown)}, which this version does not know")
+    return values
+
+
+def parts(engine: Any) -> dict[str, torch.Tensor]:
+    """What this rank holds of each parameter."""
+    return {name: getattr(p, "ds_tensor", p) for name, p in engine.module.named_parameters()}
 
 
 def full_weights(module: nn.Module, optimizer: Any) -> dict[str, torch.Tensor]:

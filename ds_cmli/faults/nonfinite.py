@@ -27,6 +27,7 @@ def poison(loss: Tensor) -> Tensor:
 def attach(engine: Any) -> None:
     """Guard what DeepSpeed does not: an optimizer without ZeRO, and fp16 at its smallest loss scale."""
     optimizer = engine.optimizer
+    _clear_padding(optimizer)
     scaler: Any = getattr(optimizer, "loss_scaler", None)
     if hasattr(scaler, "raise_error_at_min_scale"):
         scaler.raise_error_at_min_scale = False  # such steps are counted and end the run like other bad ones
@@ -42,6 +43,19 @@ def attach(engine: Any) -> None:
             update(*args, **kwargs)
 
     optimizer.step = step
+
+
+def _clear_padding(optimizer: Any) -> None:
+    """Zeros where ZeRO-3 leaves whatever was in memory: behind the last element of a part, saved with it."""
+    flats = getattr(optimizer, "fp32_partitioned_groups_flat", ())
+    for group, flat in zip(getattr(optimizer, "fp16_groups", ()), flats, strict=False):
+        start = 0
+        for parameter in group:
+            size = parameter.ds_tensor.numel()
+            used = max(0, min(size, parameter.ds_numel - optimizer._get_param_partition_rank(parameter) * size))
+            parameter.ds_tensor[used:].zero_()
+            flat.detach()[start + used : start + size].zero_()
+            start += size
 
 
 def can_lower_scale(optimizer: Any) -> bool:

@@ -16,7 +16,9 @@ import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from ds_cmli.checkpoint import checksums as manifest
 from ds_cmli.checkpoint import restore as resuming
+from ds_cmli.checkpoint.io import no_code
 from ds_cmli.checkpoint.train_state import TrainState
 from ds_cmli.common.errors import UserError
 from ds_cmli.config.deepspeed_config import BATCH_KEYS, DeepSpeedConfig
@@ -386,6 +388,65 @@ def test_never_is_done_with_once_a_slurm_job_is_requeued(copied, source, monkeyp
 
 def assert_same_weights(folder: Path, other: Path) -> None:
     assert (folder / "student.safetensors").read_bytes() == (other / "student.safetensors").read_bytes()
+
+
+def rewrite(checkpoint: Path, name: str, change) -> None:
+    """A file of a checkpoint changed by `change(path)`, and the manifest with it."""
+    change(checkpoint / name)
+    files = manifest.read(checkpoint)
+    files[name] = manifest._describe(checkpoint / name)
+    manifest.write(checkpoint, files)
+
+
+def test_a_state_of_a_newer_version_is_one_line(copied, source):
+    def newer(path):
+        path.write_text(json.dumps({**json.loads(path.read_text()), "phase": 3}))
+
+    rewrite(copied / "checkpoint" / "step4", "state.json", newer)
+    with pytest.raises(UserError, match=r"step4/state.json has phase, which this version does not know: go on with"):
+        drive([*TINY, *source, "--output-dir", str(copied)])
+
+
+def test_a_checkpoint_that_is_not_finite_is_not_gone_on_from(copied, source):
+    def spoiled(path):
+        with no_code():
+            values = torch.load(path, weights_only=True)
+        values["module"]["student.text.embeddings.word_embeddings.weight"][-1] = torch.nan
+        torch.save(values, path)
+
+    rewrite(copied / "checkpoint" / "step4", "mp_rank_00_model_states.pt", spoiled)
+    with pytest.raises(UserError, match=r"step4: its weights.student.text.* is not finite: give an earlier checkpoint"):
+        drive([*TINY, *source, "--output-dir", str(copied)])
+
+
+def test_damaged_lines_of_metrics_are_kept_and_told(copied, source, capfd):
+    file = copied / "metrics.jsonl"
+    good = file.read_text()
+    file.write_text('{"step": 1, "lo\n' + good + "[1]\n\x00\x00\n")
+    assert drive([*TINY, *source, "--output-dir", str(copied)], stop_at=5) == 85
+    assert f"warning: 3 lines of {file} cannot be read: kept in " in capfd.readouterr().out
+    assert file.read_text().startswith(good)
+    assert (copied / "metrics.damaged.jsonl").read_text() == '{"step": 1, "lo\n[1]\n\x00\x00\n'
+
+
+def test_a_full_disk_under_tensorboard_is_one_line(tmp_path, monkeypatch, capfd):
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    from ds_cmli.metrics import Writer
+
+    def full(writer, data):
+        raise OSError(28, "No space left on device")
+
+    writer = Writer(tmp_path, 5)
+    writer.draw(1, loss=1.0)
+    monkeypatch.setattr(RecordWriter, "write", full)
+    for step in range(2, 6):
+        writer.draw(step, loss=1.0)
+        time.sleep(0.1)
+    writer.close()
+    found = capfd.readouterr()
+    assert "Traceback" not in found.err
+    assert found.out.count("warning: metrics cannot be written now: [Errno 28]") == 1
 
 
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(copied, source, tmp_path, capfd):

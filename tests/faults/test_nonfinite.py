@@ -1,11 +1,14 @@
 """Losses and gradients that are not finite: nothing changes, on any rank, and the samples are told."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
 
 from ds_cmli import engine as step
+from ds_cmli.checkpoint.io import no_code, not_finite
 from ds_cmli.common.errors import UserError
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.presets import load_preset
@@ -206,3 +209,33 @@ def test_fp16_at_its_smallest_scale_stops_with_a_checkpoint_from_before(argument
     assert (tmp_path / "run" / "checkpoint" / "latest").read_text() == "step10"
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").open()]
     assert [line["step"] for line in lines if "skipped" in line] == [5, 6, 7, 8, 9, 10]
+
+
+DIVERGED = {
+    "fp32": "the first bad step is 2, the last good checkpoint is ",
+    "fp16": "not finite, nothing was saved; the first bad step is 1, no checkpoint had been saved before",
+}  # in fp16 the first update lets the weights overflow
+
+
+@pytest.mark.parametrize("precision", DIVERGED)
+def test_a_diverged_run_names_its_first_bad_step_and_a_checkpoint_that_is_there(
+    arguments, tmp_path, fp16_device, precision
+):
+    file = tmp_path / "ds.json"
+    file.write_text(json.dumps({"zero_optimization": {"stage": 3}, **PRECISIONS[precision]}))
+    with pytest.raises(UserError) as error:
+        drive([*arguments, "--lr", "1e6", "--log-every", "1", "--deepspeed_config", str(file), "--save-every", "1"])
+    assert "\n" not in str(error.value) and "the run has diverged: " in str(error.value)
+    assert DIVERGED[precision] in str(error.value)
+    named = re.search(r"last good checkpoint is (\S+)\. ", str(error.value))
+    assert named is None or Path(named[1]).is_dir()
+    for path in (tmp_path / "run" / "checkpoint").glob("step*/*.pt"):
+        with no_code():
+            assert not_finite(torch.load(path, weights_only=True)) is None
+
+
+def test_what_is_not_finite_is_found_in_nested_containers():
+    nested = {"a": [torch.ones(2), (torch.zeros(0), torch.tensor([1, 2]))], "b": {"c": torch.tensor([1.0, torch.nan])}}
+    assert not_finite(nested) == "b.c"
+    assert not_finite({"x": [torch.tensor(-torch.inf, dtype=torch.float16)]}) == "x.0"
+    assert not_finite({"a": nested["a"], "n": None, "s": "nan"}) is None
