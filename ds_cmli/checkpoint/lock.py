@@ -153,7 +153,8 @@ def _started(pid: Any) -> str | None:
     """What tells a process from a later one of the same number; None where it is gone."""
     try:
         with open(f"/proc/{int(pid)}/stat") as file:
-            return file.read().rpartition(")")[2].split()[19]
+            state, *rest = file.read().rpartition(")")[2].split()
+        return None if state in "ZX" else rest[18]  # a zombie writes nothing any more
     except (OSError, TypeError, ValueError, IndexError):
         pass
     if os.path.isdir("/proc/self"):

@@ -41,9 +41,15 @@ def test_a_second_start_ends_in_one_line_and_the_lock_goes_with_its_run(tmp_path
 
 
 def test_a_holder_that_has_died_here_is_gone_at_once(tmp_path):
-    with subprocess.Popen([sys.executable, "-c", "pass"]) as process:
-        pass
-    holder(tmp_path, pid=process.pid)
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
+        started = _started(process.pid)
+        process.kill()
+        end = time.monotonic() + 10
+        while _started(process.pid) and time.monotonic() < end:  # a zombie: nobody has waited for it yet
+            time.sleep(0.01)
+        holder(tmp_path, pid=process.pid, started=started)
+        assert Lock(tmp_path).take() is None
+    holder(tmp_path, pid=process.pid, started=started)
     assert Lock(tmp_path).take() is None
     holder(tmp_path, started="1")  # its number belongs to another process now
     assert Lock(tmp_path).take() is None
