@@ -53,6 +53,7 @@ def predict(
     *,
     card: str = DEFAULT_CARD,
     target: str = "cuda",
+    backend: str | None = None,
     scores: Callable[..., tuple[Tensor, Tensor]] | None = None,
     tell: Callable[[str], None] = lambda line: None,
 ) -> Prediction:
@@ -65,6 +66,8 @@ def predict(
         target: "cuda": in the JSON's precision, with the operators and defaults of a GPU, `cmli_backend="auto"` meaning
             triton, and without what an offloaded optimizer keeps on the host. "cpu": as this CPU would train, with
             torch's number of threads; only the requested bytes have a meaning there.
+        backend: of the process group, "nccl", "gloo" or "fake": it decides what collectives copy for themselves. None:
+            what training takes, gloo on a CPU and NCCL on a GPU.
         scores: another all-pairs implementation, called as `CMLILoss` calls `cmli_scores`; None: the project's.
         tell: called with lines about the progress.
 
@@ -76,6 +79,7 @@ def predict(
         RuntimeError: a process group is up, or DeepSpeed is set to a GPU in this process.
     """
     choice("target", target, ("cuda", "cpu"))
+    backend = backend or ("nccl" if target == "cuda" else "gloo")
     check(world_size >= 1, "--world-size", world_size, "give at least 1 rank")
     json = DeepSpeedConfig.of(ds_config)
     _check_offload(json)
@@ -92,7 +96,7 @@ def predict(
     micro_batch, accumulation = json.micro_batch, json.accumulation
 
     device = torch.device("cpu")
-    tracker = Tracker(device.type, text_lengths(config, micro_batch), workspaces=not cuda)
+    tracker = Tracker(device.type, text_lengths(config, micro_batch), workspaces=not cuda, backend=backend)
     with (
         fake_world(world_size, cuda) as answers,
         tracker,
@@ -119,7 +123,8 @@ def predict(
         "preset": named.run.preset, "world_size": world_size, "micro_batch": micro_batch, "accumulation": accumulation,
         "zero_stage": json.stage, "precision": json.precision,
         "checkpointing": json.checkpointing, "losses": list(config.loss.weights),
-        "cmli_backend": config.loss.cmli_backend if cuda else "chunked", "card": card if cuda else "CPU",
+        "cmli_backend": config.loss.cmli_backend if cuda else "chunked", "process_group": backend,
+        "card": card if cuda else "CPU",
     }  # fmt: skip
     if cuda:
         # From the first matrix product on, torch's allocator lends cuBLAS a workspace that belongs to no tensor.

@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 from ds_cmli.cmli.peak_memory import cmli_peak_bytes
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.engine import Step
+from ds_cmli.memory.collectives import copied_bytes
 from ds_cmli.memory.owners import HOST, is_offloaded, owners
 from ds_cmli.memory.phases import phases
 from ds_cmli.memory.report import Event
@@ -41,11 +42,18 @@ class Tracker(TorchDispatchMode):
         text_lengths: valid tokens of each text of this rank, for the all-pairs op's scratch where the mask is fake, and
             the same on every rank; None: the most that any lengths need.
         workspaces: with what only a CPU holds: its libraries' memory inside operators, and the generator's states.
+        backend: of the process group, whose copies in collectives are added: "gloo", "nccl" or "fake".
     """
 
-    def __init__(self, device: str = "cpu", text_lengths: list[int] | None = None, workspaces: bool = False):
+    def __init__(
+        self,
+        device: str = "cpu",
+        text_lengths: list[int] | None = None,
+        workspaces: bool = False,
+        backend: str = "fake",
+    ):
         super().__init__()
-        self.device, self.text_lengths, self.workspaces = device, text_lengths, workspaces
+        self.device, self.text_lengths, self.workspaces, self.backend = device, text_lengths, workspaces, backend
         self.phase, self.recording = "init", True
         self.log: list[tuple[int, int, str]] = []  # (block, bytes, phase); the block's own data lie in these:
         self.ops: list[str] = []
@@ -142,6 +150,8 @@ class Tracker(TorchDispatchMode):
         """Bytes that an operator holds at its peak beyond what it returns, as far as they are known; and for what."""
         if func.namespace == "ds_cmli":
             return self._cmli_scratch(func, args), "CMLI op"
+        if func.namespace == "c10d":
+            return copied_bytes(func, args, self.backend), "temporaries"
         return workspace_bytes(func, args, kwargs) if self.workspaces else 0, "temporaries"
 
     def _cmli_scratch(self, func: Any, args: tuple) -> int:

@@ -1,0 +1,112 @@
+"""python tests/memory/real_ranks.py: peaks of rank 0 of real gloo ranks on this CPU beside predicted ones.
+
+Stages 0 to 3 x ranks 1, 2, 3 x accumulation 1, 2 x checkpointing x bf16, fp32, with captions of full length. Takes
+minutes, so it is no test; ends with exit code 1 where one differs by more than `BAR` bytes.
+"""
+
+import argparse
+import multiprocessing
+import os
+import sys
+from itertools import product
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from ds_cmli.common import quiet
+
+quiet.silence()
+
+import deepspeed  # noqa: E402, F401 - once, for all processes
+import torch.distributed as dist  # noqa: E402
+
+from ds_cmli.common.cli import leave  # noqa: E402
+from ds_cmli.config.presets import load_preset  # noqa: E402
+from ds_cmli.memory.measure_cpu import measure_phases  # noqa: E402
+from ds_cmli.memory.predict import predict  # noqa: E402
+from tests.conftest import free_port  # noqa: E402
+
+BAR = 512
+STAGES, RANKS, ACCUMULATION, CHECKPOINTING, PRECISIONS = (
+    (0, 1, 2, 3),
+    (1, 2, 3),
+    (1, 2),
+    (False, True),
+    ("bf16", "fp32"),
+)
+ALL = ("global", "cmli", "target_cmli")
+
+
+def setting(preset, stage, accumulation, checkpointing, precision):
+    """(configuration, DeepSpeed JSON)"""
+    ds_config = {
+        "gradient_accumulation_steps": accumulation,
+        "zero_optimization": {"stage": stage, "reduce_bucket_size": 100_000},
+        **({} if precision == "fp32" else {precision: {"enabled": True}}),
+        **({"activation_checkpointing": {}} if checkpointing else {}),
+    }
+    return load_preset(preset, {"loss": {"weights": dict.fromkeys(ALL, 1.0)}}), ds_config
+
+
+def measured(world_size: int, *each) -> dict[str, int]:
+    """The peak of each phase of rank 0 of real ranks."""
+    port = free_port()
+    others = [_forked(_measure, rank, world_size, port, *each) for rank in range(1, world_size)]
+    return [_forked(_measure, 0, world_size, port, *each), *others][0].get()
+
+
+def predicted(world_size: int, *each) -> dict[str, int]:
+    return _forked(_predict, world_size, *each).get()
+
+
+def _forked(function, *arguments):
+    """The queue that gets the result of a process of its own.
+
+    In a process that has measured before, what is left of the last engine ends in the middle of the next measurement.
+    """
+    context = multiprocessing.get_context("fork")
+    results = context.SimpleQueue()
+
+    def run() -> None:
+        try:
+            results.put(function(*arguments))
+        finally:
+            leave(0)
+
+    context.Process(target=run).start()
+    return results
+
+
+def _measure(rank: int, world_size: int, port: int, *each) -> dict[str, int]:
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank))
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size)
+    return measure_phases(*setting(*each), world_size)
+
+
+def _predict(world_size: int, *each) -> dict[str, int]:
+    return predict(*setting(*each), world_size, target="cpu").report.phases
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--preset", default="tiny")
+    preset = parser.parse_args().preset
+    settings = list(product(RANKS, [preset], STAGES, ACCUMULATION, CHECKPOINTING, PRECISIONS))
+    missed = 0
+    for each in settings:
+        world_size, _, stage, accumulation, checkpointing, precision = each
+        peaks, expected = measured(*each), predicted(*each)
+        ours, theirs = max(expected.values()), max(peaks.values())
+        missed += abs(ours - theirs) > BAR
+        off = {name: expected[name] - size for name, size in peaks.items()}
+        worst = max(off, key=lambda name: abs(off[name]))
+        print(
+            f"stage {stage}, {world_size} ranks, accumulation {accumulation}, checkpointing "
+            f"{'on ' if checkpointing else 'off'}, {precision}: measured {theirs:9,} B, predicted {ours:9,} B, "
+            f"{ours - theirs:+9,} B ({ours / theirs - 1:+.3%}); the furthest phase: {worst} {off[worst]:+,} B",
+            flush=True,
+        )
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
