@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ds_cmli import schedule
+from ds_cmli.cmli.op import why_no_triton
 from ds_cmli.common import quiet
 from ds_cmli.common.errors import UserError
 from ds_cmli.config import deepspeed_checks
@@ -20,7 +21,7 @@ from ds_cmli.config.schema import Config
 from ds_cmli.data import Batch, assets
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.faults import nonfinite as guard
-from ds_cmli.losses import needs_teacher
+from ds_cmli.losses import LOSSES, needs_teacher
 from ds_cmli.losses.objective import Objective
 from ds_cmli.models.student import Student, checkpoint_blocks
 from ds_cmli.models.teacher import Teacher
@@ -63,6 +64,25 @@ def try_out(ds_config: DeepSpeedConfig, total_steps: int) -> str | None:
     gpu_only = ds_config.optimizer_params.get("fused") or ds_config.optimizer_params.get("capturable")
     device = get_accelerator().device_name() if gpu_only and ds_config.offload("optimizer") == "none" else "cpu"
     return schedule.try_out(ds_config, torch.device(device), total_steps)
+
+
+def with_backend(config: Config, device: torch.device) -> tuple[Config, str | None]:
+    """The configuration with the all-pairs backend that will run, and the line for where that is the slower one.
+
+    Raises:
+        UserError: the backend that is asked for does not run.
+    """
+    asked = config.loss.cmli_backend
+    if asked == "chunked" or not any("cmli_backend" in LOSSES[name].settings for name in config.loss.weights):
+        return config, None
+    reason = why_no_triton() if device.type == "cuda" else "there is no GPU"
+    if asked == "triton" and reason is not None:
+        raise UserError(f"loss.cmli_backend is 'triton', which does not run here ({reason}): give 'auto' or 'chunked'")
+    notice = None
+    if reason is not None and device.type == "cuda":
+        notice = f"Triton does not run here, the all-pairs losses take the slower chunked backend: {reason}"
+    backend = "triton" if reason is None else "chunked"
+    return replace(config, loss=replace(config.loss, cmli_backend=backend)), notice
 
 
 def resolve_weights(config: Config) -> Config:

@@ -168,13 +168,15 @@ def run(
         return 0
 
     # --- step
-    with oom.ending(config, ds_config, folder, device, dog):  # collective
-        trainer = step.build(config, ds_config, data.vocab_size, total_steps, device)
+    here, notice = step.with_backend(config, device)
+    say(notice)
+    with oom.ending(here, ds_config, folder, device, dog):  # collective
+        trainer = step.build(here, ds_config, data.vocab_size, total_steps, device)
         own = resuming.load(found, trainer, sampler, bad, with_changes)  # collective
         run_folder.settle(resume, found, folder, config, ds_config)  # collective
         writer = Writer(folder, total_steps, state.step) if distributed.is_main() else NullWriter()
         all_of_it = Run(config, data, sampler, trainer, total_steps, accumulation, folder, state, own, bad, writer, dog)
-        with profiles.around(trainer, config, ds_config, folder, state.step) as after_step:
+        with profiles.around(trainer, here, ds_config, folder, state.step) as after_step:
             return loop(all_of_it, after_step)  # collective
 
 

@@ -1,11 +1,14 @@
 """One training step through the real DeepSpeed engine, in this process."""
 
 import json
+import sys
 
 import pytest
 import torch
 
 from ds_cmli import engine as step
+from ds_cmli.cmli import op
+from ds_cmli.common.errors import UserError
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.presets import load_preset
 from ds_cmli.data import Batch, build_data, eval_loader
@@ -125,3 +128,29 @@ def test_weight_decay_spares_norms_biases_and_embeddings(data):
     assert {"student.vit.pos_embed", "student.image_out.weight"} <= plain
     assert "student.text.embeddings.word_embeddings.weight" in plain
     assert decay | plain == set(names.values())
+
+
+def test_the_backend_that_runs_is_told_in_one_line(monkeypatch):
+    config, gpu, cpu = load_preset("tiny", {}), torch.device("cuda"), torch.device("cpu")
+    asked = load_preset("tiny", {"loss": {"cmli_backend": "triton"}})
+    monkeypatch.setattr(step, "why_no_triton", lambda: None)
+    here, line = step.with_backend(config, gpu)
+    assert (here.loss.cmli_backend, line) == ("triton", None)
+    monkeypatch.setattr(step, "why_no_triton", lambda: "Failed to find C compiler.")
+    here, line = step.with_backend(config, gpu)
+    assert here.loss.cmli_backend == "chunked"
+    assert "the slower chunked backend: Failed to find C compiler." in line and "\n" not in line
+    here, line = step.with_backend(config, cpu)
+    assert (here.loss.cmli_backend, line) == ("chunked", None)
+    for device in (cpu, gpu):
+        with pytest.raises(UserError, match=r"cmli_backend is 'triton', which does not run here"):
+            step.with_backend(asked, device)
+    without = load_preset("tiny", {"loss": {"weights": {"global": 1.0}, "cmli_backend": "triton"}})
+    assert step.with_backend(without, cpu) == (without, None)
+
+
+def test_what_keeps_triton_from_running_is_one_line(monkeypatch):
+    op.why_no_triton.cache_clear()
+    monkeypatch.setitem(sys.modules, "triton.runtime", None)
+    assert "triton.runtime" in op.why_no_triton()
+    op.why_no_triton.cache_clear()

@@ -73,15 +73,23 @@ def cmli_scores(
 @torch.compiler.assume_constant_result
 @functools.cache
 def triton_runs() -> bool:
-    """Whether Triton is installed and can start kernels here: for its first one it needs a C compiler."""
+    """Whether Triton is installed and can start kernels here; warns where not."""
+    reason = why_no_triton()
+    if reason is not None:
+        warnings.warn(f"Triton does not run here, CMLI takes the slower chunked backend: {reason}", stacklevel=3)
+    return reason is None
+
+
+@functools.cache
+def why_no_triton() -> str | None:
+    """In one line what keeps Triton from starting kernels here, None: nothing. For its first it needs a C compiler."""
     try:
         from triton.runtime import driver
 
         driver.active.utils  # noqa: B018  # compiled now, if it is in no cache
     except Exception as error:
-        warnings.warn(f"Triton does not run here, CMLI takes the slower chunked backend: {error}", stacklevel=3)
-        return False
-    return True
+        return (" ".join(str(error).split()) or type(error).__name__)[:300]
+    return None
 
 
 def _module(backend: str) -> ModuleType:

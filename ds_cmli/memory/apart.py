@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -33,6 +33,7 @@ class Request:
     world_size: int
     target: str = "cuda"  # or "cpu"
     card: str = ""  # "": `predict.DEFAULT_CARD`
+    texts: Sequence[Any] | None = None  # as of `predict`
     snapshot: str = ""  # a file to write the prediction to, for PyTorch's memory viewer
 
 
@@ -108,6 +109,7 @@ def answer(request: dict[str, Any]) -> Answer:
             request["world_size"],
             card=request["card"] or DEFAULT_CARD,
             target=request["target"],
+            texts=request["texts"],
         )
         if request["snapshot"]:
             snapshot.write(found.events, request["snapshot"])

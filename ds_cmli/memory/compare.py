@@ -276,7 +276,9 @@ def whole_step(preset: str, world_size: int, device: str, seconds: float = MOST_
     """Predicted for `device`, and measured there in a process of its own where memory and `seconds` allow."""
     with predicting() as pool:
         ds_config = DeepSpeedConfig.load(DEFAULT_JSON)
-        found = pool.submit(predict, load_preset(preset, {}), ds_config, world_size, target=device).result()
+        # Ranks are imagined in the measurement too: their collectives copy nothing.
+        submitted = pool.submit(predict, load_preset(preset, {}), ds_config, world_size, target=device, backend="fake")
+        found = submitted.result()
     needed, free = found.report.totals["requested"], free_bytes(device)
     measured, why_not = None, f"needs {needed / GB:.1f} GB, {free / GB:.1f} GB are free"
     if needed <= free:

@@ -30,6 +30,7 @@ class Answers(TorchDispatchMode):
     """Answers for the values that are asked of tensors without data."""
 
     phase = "models"  # being built
+    positions = 0  # of other ranks' texts, padded, where they are longer than this rank's
 
     def enter(self, phase: str) -> None:
         self.phase = phase
@@ -195,7 +196,9 @@ def fake_world(world_size: int, cuda: bool) -> Iterator[Answers]:
         raise RuntimeError("a prediction needs a process that started with DS_ACCELERATOR=cpu")
     with process_group(world_size), ExitStack() as stack:
         # What ranks tell each other of themselves: every one is like this one.
-        shapes = lambda x, group: [list(x.shape)] * world_size  # noqa: E731
+        answers = Answers()
+        # Of texts [B, M, D], which are padded to the longest of all ranks.
+        shapes = lambda x, group: [[len(x), max(x.shape[1], answers.positions), x.shape[2]]] * world_size  # noqa: E731
         stack.enter_context(patch.object(distributed, "_all_shapes", shapes))
         zero = "deepspeed.runtime.zero.utils"
         stack.enter_context(patch(f"{zero}.assert_lst_len_same_as_other_ranks", lambda values: None))
@@ -207,7 +210,7 @@ def fake_world(world_size: int, cuda: bool) -> Iterator[Answers]:
         stack.enter_context(patch.object(accelerator, "available_memory", lambda *_: 1 << 60))
         stack.enter_context(shares_made_once())
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
-        answers = stack.enter_context(Answers())
+        stack.enter_context(answers)
         if cuda:
             stack.enter_context(CudaOperators())
         yield answers

@@ -12,12 +12,15 @@ from torch.profiler import ProfilerActivity, profile
 
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.schema import Config
+from ds_cmli.data import Batch
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.engine import Step
 from ds_cmli.memory import apart, cards, measure_cpu, measure_cuda
+from ds_cmli.memory.collectives import seen_by_the_profiler
 from ds_cmli.memory.report import Report, summarise
 from ds_cmli.memory.tracker import Tracker
 
+PREDICTION_S = 600  # for it to be made; the ranks wait
 FILE, SNAPSHOT = "memory.json", "memory-snapshot.pickle"
 
 
@@ -48,8 +51,8 @@ def profiling_memory(
     """Measure the first `steps` optimizer steps of the training loop inside; call what this yields after each step.
 
     After the last of them rank 0 writes `folder/memory.json`: prediction, measurement and their differences; on CUDA
-    also the allocator's history, for pytorch.org/memory_viz. The prediction, made meanwhile by a process of its own,
-    takes captions of full length; the measurement has those of the data.
+    also the allocator's history, for pytorch.org/memory_viz. The prediction, for which all ranks wait, is made by a
+    process of its own and for texts as long as those that were measured. Collective.
 
     Args:
         steps: None: nothing is measured. With 1 the optimizer's states are not yet there when the peak is.
@@ -61,13 +64,11 @@ def profiling_memory(
     main = distributed.is_main()
     target = trainer.device.type
     card = cards.known(torch.cuda.get_device_name(trainer.device)) if target == "cuda" else ""
-    request = apart.Request(config, ds_config, distributed.world_size(), target, card)
+    texts: list[tuple[int, list[int]]] = []  # of this rank's micro-batches
     done = 0
-    with ExitStack() as stack:
-        predictor = stack.enter_context(apart.Predictor()) if main else None
-        if predictor is not None:
-            predictor.send(request)
-        measuring = stack.enter_context(ExitStack())
+    with ExitStack() as measuring:
+        seen = lambda _, inputs: texts.append(_lengths(inputs[0]))  # noqa: E731
+        measuring.callback(trainer.objective.register_forward_pre_hook(seen).remove)
         report = measuring.enter_context(_measuring(trainer, {"preset": config.run.preset, "steps": steps}))
 
         def after_step() -> None:
@@ -75,12 +76,20 @@ def profiling_memory(
             done += 1
             if done == steps:
                 measuring.close()
-                if predictor is not None:
-                    _write(folder, predictor.receive(), report())
+                every = list(zip(*distributed.gather_objects(texts), strict=True))  # collective
+                if main:
+                    request = apart.Request(config, ds_config, distributed.world_size(), target, card, every)
+                    with apart.Predictor(PREDICTION_S) as predictor:
+                        _write(folder, predictor.ask(request), report())
                 if target == "cuda":
                     measure_cuda.record_history()  # no more than every training keeps
 
         yield after_step
+
+
+def _lengths(batch: Batch) -> tuple[int, list[int]]:
+    """Positions that its texts are padded to, and valid tokens of each. CPU-GPU sync."""
+    return batch.token_mask.shape[1], batch.token_mask.sum(1).tolist()
 
 
 @contextmanager
@@ -102,7 +111,7 @@ def _measuring(trainer: Step, setting: dict[str, Any]) -> Iterator[Callable[[], 
             yield report
         totals.update(measure_cuda.statistics(trainer.device))
         return
-    with tracker, tracker.attach_to_training(trainer):
+    with seen_by_the_profiler(), tracker, tracker.attach_to_training(trainer):
         before = sum(event.bytes for event in tracker.events())
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
             yield report

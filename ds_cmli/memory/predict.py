@@ -5,9 +5,10 @@ steps; the second is the larger one, as optimizer states are made in the first.
 """
 
 import gc
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from typing import Any
 from unittest.mock import patch
 
@@ -34,6 +35,10 @@ TOTAL_STEPS = 1000  # of the schedule; decides no size
 FAMILY_SIZES = ("bert", "bert-base-uncased", "bert-base-cased", "roberta", "roberta-base")
 
 
+# Of one micro-batch, for each rank: the positions that its texts are padded to, and the valid tokens of each.
+Texts = Sequence[tuple[int, Sequence[int]]]
+
+
 class NotPredictable(UserError):
     """A setting that can be trained with, but whose memory cannot be told."""
 
@@ -54,6 +59,7 @@ def predict(
     card: str = DEFAULT_CARD,
     target: str = "cuda",
     backend: str | None = None,
+    texts: Sequence[Texts] | None = None,
     scores: Callable[..., tuple[Tensor, Tensor]] | None = None,
     tell: Callable[[str], None] = lambda line: None,
 ) -> Prediction:
@@ -64,15 +70,16 @@ def predict(
         ds_config: the DeepSpeed JSON, filled or not.
         card: what `cards.card` knows, for what the device holds besides tensors.
         target: "cuda": in the JSON's precision, with the operators and defaults of a GPU, `cmli_backend="auto"` meaning
-            triton, and without what an offloaded optimizer keeps on the host. "cpu": as this CPU would train, with
-            torch's number of threads; only the requested bytes have a meaning there.
+            triton where that is installed here, and without what an offloaded optimizer keeps on the host. "cpu": as
+            this CPU would train, with torch's number of threads; only the requested bytes have a meaning there.
         backend: of the process group, "nccl", "gloo" or "fake": it decides what collectives copy for themselves. None:
             what training takes, gloo on a CPU and NCCL on a GPU.
+        texts: of each micro-batch, from the first on; None: of two optimizer steps, as long as there can be.
         scores: another all-pairs implementation, called as `CMLILoss` calls `cmli_scores`; None: the project's.
         tell: called with lines about the progress.
 
-    Every text has all its positions but the first of a batch, which lacks one: the most that a batch can need, as text
-    encoders leave out the mask where nothing is padded.
+    Without `texts` all have all their positions but the first of a batch, which lacks one: the most that a batch can
+    need, as text encoders leave out the mask where nothing is padded.
 
     Raises:
         UserError: a setting that cannot be built, or whose sizes are not known without a download.
@@ -92,7 +99,10 @@ def predict(
     named = config
     config, vocab_size = without_weights(config)
     if cuda and config.loss.cmli_backend == "auto":
-        config = replace(config, loss=replace(config.loss, cmli_backend="triton"))
+        runs = find_spec("triton") is not None
+        if not runs:
+            tell("Triton is not installed here: predicted for the chunked backend of the all-pairs losses")
+        config = replace(config, loss=replace(config.loss, cmli_backend="triton" if runs else "chunked"))
     micro_batch, accumulation = json.micro_batch, json.accumulation
 
     device = torch.device("cpu")
@@ -109,10 +119,14 @@ def predict(
         if scores is not None:
             trainer.objective.score = scores  # type: ignore[assignment]
         with phases(trainer, answers.enter), tracker.attach(trainer):
-            for number in range(2 * accumulation):
-                tell(f"step {number + 1} of {2 * accumulation}, as rank 0 of {world_size:,}")
+            batches: Sequence[Texts | None] = texts or [None] * (2 * accumulation)
+            for number, ranks in enumerate(batches):
+                tell(f"step {number + 1} of {len(batches)}, as rank 0 of {world_size:,}")
+                if ranks is not None:
+                    answers.positions = max(positions for positions, _ in ranks)
+                    tracker.text_lengths = [n for _, lengths in ranks for n in lengths]
                 with tracker.scope("data"):
-                    batch = longest_batch(config, micro_batch)
+                    batch = longest_batch(config, micro_batch, ranks[0][0] if ranks is not None else None)
                 trainer(batch)
                 del batch
         events = tracker.events(host=not cuda)
@@ -273,9 +287,9 @@ def text_lengths(config: Config, micro_batch: int) -> list[int]:
     return [max(0, positions - 3), *[positions - 2] * (micro_batch - 1)]
 
 
-def longest_batch(config: Config, micro_batch: int) -> Batch:
-    """Zeros in the shapes of the largest batch there can be; real or fake, as the mode is."""
-    B, M, S = micro_batch, config.data.text_positions, config.data.image_size
+def longest_batch(config: Config, micro_batch: int, positions: int | None = None) -> Batch:
+    """Zeros in the shapes of the largest batch there can be, or with texts padded to `positions`; real or fake."""
+    B, M, S = micro_batch, positions or config.data.text_positions, config.data.image_size
     attention_mask = torch.ones(B, M, dtype=torch.bool)
     attention_mask[0, -1] = False
     token_mask = attention_mask.clone()

@@ -39,7 +39,10 @@ def test_rank_0s_real_share_falls_with_the_ranks():
 
 @pytest.fixture
 def trained(tmp_path):
-    """A training of four steps, its first two profiled: (content of memory.json, folder, steps before it was there)."""
+    """A training of four steps, its first two profiled: (content of memory.json, folder, steps before it was there).
+
+    Its texts are shorter than they could be, as those of the prediction then have to be.
+    """
     config, written = load_preset("tiny", {}), []
     ds_config = DeepSpeedConfig.of(FP32).filled(config.optim, 1, 20)
     with process_group(1):
@@ -47,7 +50,7 @@ def trained(tmp_path):
         with measure.profiling_memory(2, trainer, config, ds_config, tmp_path) as after_step:
             for _ in range(4):
                 written.append((tmp_path / measure.FILE).exists())
-                trainer(longest_batch(config, 8))
+                trainer(longest_batch(config, 8, 16))
                 after_step()
     return json.loads((tmp_path / measure.FILE).read_text()), tmp_path, written
 
