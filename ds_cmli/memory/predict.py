@@ -89,7 +89,7 @@ def predict(
     backend = backend or ("nccl" if target == "cuda" else "gloo")
     check(world_size >= 1, "--world-size", world_size, "give at least 1 rank")
     json = DeepSpeedConfig.of(ds_config)
-    _check_offload(json)
+    _check_predictable(json)
     cuda = target == "cuda"
     constants = cards.card(card)
     json = json.on("cuda", fp16=True, bf16=True) if cuda else step.on_this_device(json)
@@ -157,12 +157,16 @@ def _own_parameters(module: nn.Module) -> int:
     return sum(getattr(p, "ds_numel", p.numel()) for p in module.parameters(recurse=False))
 
 
-def _check_offload(ds_config: DeepSpeedConfig) -> None:
+def _check_predictable(ds_config: DeepSpeedConfig) -> None:
     device = ds_config.offload("param")
     if device != "none":
         raise NotPredictable(
             f"zero_optimization.offload_param.device is {device!r}: it cannot be predicted: leave it out"
         )
+    for key in ("partition_activations", "cpu_checkpointing"):
+        # DeepSpeed reads the sizes that it saved from a tensor, and takes the host for another device than this one.
+        if (ds_config.get("activation_checkpointing") or {}).get(key):
+            raise NotPredictable(f"activation_checkpointing.{key} is true: it cannot be predicted: leave it out")
 
 
 def _pinned(ds_config: DeepSpeedConfig) -> DeepSpeedConfig:

@@ -1,7 +1,7 @@
 """python tests/memory/real_ranks.py: peaks of rank 0 of real gloo ranks on this CPU beside predicted ones.
 
-Stages 0 to 3 x ranks 1, 2, 3 x accumulation 1, 2 x checkpointing x bf16, fp32, with captions of full length. Takes
-minutes, so it is no test; ends with exit code 1 where one differs by more than `BAR` bytes.
+Stages 0 to 3 x ranks 1, 2, 3 x accumulation 1, 2 x checkpointing x bf16, fp32, with captions of full length, or those
+that the options name. All take many minutes; ends with exit code 1 where one differs by more than `BAR` bytes.
 """
 
 import argparse
@@ -26,13 +26,14 @@ from ds_cmli.memory.predict import predict  # noqa: E402
 from tests.conftest import free_port  # noqa: E402
 
 BAR = 512
-STAGES, RANKS, ACCUMULATION, CHECKPOINTING, PRECISIONS = (
-    (0, 1, 2, 3),
-    (1, 2, 3),
-    (1, 2),
-    (False, True),
-    ("bf16", "fp32"),
-)
+AXES: dict[str, list] = {
+    "ranks": [1, 2, 3],
+    "preset": ["tiny"],
+    "stage": [0, 1, 2, 3],
+    "accumulation": [1, 2],
+    "checkpointing": ["off", "on"],
+    "precision": ["bf16", "fp32"],
+}
 ALL = ("global", "cmli", "target_cmli")
 
 
@@ -42,7 +43,7 @@ def setting(preset, stage, accumulation, checkpointing, precision):
         "gradient_accumulation_steps": accumulation,
         "zero_optimization": {"stage": stage, "reduce_bucket_size": 100_000},
         **({} if precision == "fp32" else {precision: {"enabled": True}}),
-        **({"activation_checkpointing": {}} if checkpointing else {}),
+        **({"activation_checkpointing": {}} if checkpointing == "on" else {}),
     }
     return load_preset(preset, {"loss": {"weights": dict.fromkeys(ALL, 1.0)}}), ds_config
 
@@ -88,9 +89,9 @@ def _predict(world_size: int, *each) -> dict[str, int]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--preset", default="tiny")
-    preset = parser.parse_args().preset
-    settings = list(product(RANKS, [preset], STAGES, ACCUMULATION, CHECKPOINTING, PRECISIONS))
+    for axis, values in AXES.items():
+        parser.add_argument(f"--{axis}", nargs="*", type=type(values[0]), default=values)
+    settings = list(product(*vars(parser.parse_args()).values()))
     missed = 0
     for each in settings:
         world_size, _, stage, accumulation, checkpointing, precision = each
@@ -101,7 +102,7 @@ def main() -> int:
         worst = max(off, key=lambda name: abs(off[name]))
         print(
             f"stage {stage}, {world_size} ranks, accumulation {accumulation}, checkpointing "
-            f"{'on ' if checkpointing else 'off'}, {precision}: measured {theirs:9,} B, predicted {ours:9,} B, "
+            f"{checkpointing:3}, {precision}: measured {theirs:9,} B, predicted {ours:9,} B, "
             f"{ours - theirs:+9,} B ({ours / theirs - 1:+.3%}); the furthest phase: {worst} {off[worst]:+,} B",
             flush=True,
         )

@@ -203,11 +203,26 @@ def test_another_implementation_of_all_pairs():
     assert any(event.bytes == products for event in materialised.events)
 
 
+def test_nadam_is_predicted():
+    """It divides by the distance from 1 of a product that it keeps."""
+    nadam = {**ds_json(1), "optimizer": {"type": "NAdam", "params": {}}, "zero_allow_untested_optimizer": True}
+    assert predict(preset(), nadam, 2).report.categories["optimizer states"] > 0
+
+
+def test_zero_3_leaves_nothing_for_the_next_prediction():
+    before = F.linear
+    predict(preset(), ds_json(3), 1)
+    assert F.linear is before
+
+
 def test_what_cannot_be_predicted_is_said():
     offload = ds_json(3)
     offload["zero_optimization"]["offload_param"] = {"device": "cpu"}
     with pytest.raises(UserError, match=r"offload_param\.device is 'cpu'"):
         predict(preset(), offload, 1)
+    for key in ("partition_activations", "cpu_checkpointing"):
+        with pytest.raises(NotPredictable, match=rf"activation_checkpointing\.{key} is true"):
+            predict(preset(), {**ds_json(1), "activation_checkpointing": {key: True}}, 1)
     unknown = {"text_model": "someone/no-such-model", "text_weights": "hub", "text_overrides": {}}
     with pytest.raises(UserError, match=r"student\.text_model is 'someone/no-such-model'"):
         predict(load_preset("demo", {"student": unknown}), ds_json(), 1)
