@@ -38,8 +38,8 @@ class Answers(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func is torch.ops.aten._local_scalar_dense.default:
             if args[0].dtype.is_floating_point:
-                # Rates and bounds of the models' parts, all off at 0; norms and an optimizer's count of steps, which are
-                # divided by. NAdam divides by the distance of one of its own from 1.
+                # Rates and bounds of the models' parts, all off at 0; norms and an optimizer's count, which are divided
+                # by, as is the distance from 1 of a product that NAdam keeps.
                 return 0.0 if self.phase == "models" else 2.0
             return getattr(args[0], "holds", 0)  # no overflow
         out = func(*args, **(kwargs or {}))

@@ -24,7 +24,7 @@ from ds_cmli.distributed import process_group as distributed
 from ds_cmli.memory import cards, search
 from ds_cmli.memory.fake import Answers, fake_world
 from ds_cmli.memory.measure_cpu import measure
-from ds_cmli.memory.predict import DEFAULT_CARD, longest_batch, predict, without_weights
+from ds_cmli.memory.predict import DEFAULT_CARD, NotPredictable, longest_batch, predict, without_weights
 from ds_cmli.memory.report import CATEGORIES
 from ds_cmli.memory.tracker import Tracker
 from tests.conftest import ROOT, clean_environment
