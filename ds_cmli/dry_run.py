@@ -5,7 +5,9 @@ Before that a dry run goes the run's own way, so both find the same mistakes. No
 
 import json
 import os
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 
@@ -13,41 +15,34 @@ from ds_cmli import engine as step
 from ds_cmli.common.cli import say
 from ds_cmli.common.errors import UserError
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
-from ds_cmli.config.schema import Config
 from ds_cmli.data import Batch, train_loader
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.faults import out_of_memory as oom
 from ds_cmli.faults import preemption
 from ds_cmli.memory import apart
 from ds_cmli.memory.report import Report, show
-from ds_cmli.run import Run
 
 STEPS = 2  # that are tried
 SECONDS = 600  # for the steps without data
 
 
-class NoEngine:
-    """In the place of the engine, where only a run's data is tried."""
-
-    skipped = False
-    ignored = torch.zeros(())
-
-    def __init__(self, config: Config):
-        self.losses = config.loss.weights
-
-    def __call__(self, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        return torch.zeros(()), {name: torch.zeros(()) for name in self.losses}
-
-
 def rehearse(
-    run: Run, ds_config: DeepSpeedConfig, vocab_size: int, device: torch.device, start: dict[str, str | int | None]
-) -> None:
-    """Print the resolved configuration and the predicted memory. Collective.
+    run: Any,
+    ds_config: DeepSpeedConfig,
+    device: torch.device,
+    start: dict[str, str | int | None],
+    next_batch: Callable[[Iterator[Batch]], tuple[Batch, bool, bool]],
+) -> int:
+    """Print the resolved configuration and the predicted memory, and try the first data. Collective.
 
     Args:
-        run: with `NoEngine`, from where it would start or go on.
+        run: `train.Run` without an engine, from where it would start or go on.
         ds_config: the DeepSpeed JSON with nothing left to "auto".
         start: options of this start that are no settings of the run, to be printed too.
+        next_batch: the loop's own way to the next micro-batch, a collective.
+
+    Returns:
+        The exit code.
 
     Raises:
         UserError: on every rank, with why the run would fail within its first steps.
@@ -61,19 +56,23 @@ def rehearse(
             if predictor is not None:
                 for target in targets:
                     predictor.send(apart.Request(config, ds_config, distributed.world_size(), target))
-            step.build_models(config, vocab_size)
+            step.build_models(config, run.data.vocab_size)
             if predictor is not None:
                 _show([predictor.receive() for _ in targets], device)
         except UserError as error:
             mistake = str(error)
         distributed.raise_together(mistake)  # collective
-    loader = train_loader(run.data, run.sampler, config.data.workers)
-    loader.worker_init_fn = preemption.shield
-    batches = iter(loader)
-    for _ in range(min(STEPS, run.total_steps - run.state.step)):
-        run.train_step(batches)  # collectives
-        if run.logs():
-            run.stop_if_too_many_bad()  # collective
+    batches = iter(train_loader(run.data, run.sampler, config.data.workers, preemption.shield))
+    try:
+        for taken in range(1, 1 + min(STEPS, run.total_steps - run.state.step)):
+            for _ in range(run.accumulation):
+                batch, *_ = next_batch(batches)  # collective
+                run.bad.add(batch.bad)
+            seen = (run.state.step + taken) * run.accumulation * run.sampler.global_batch
+            run.bad.check(run.flags, seen)  # collective
+    except preemption.Preempted:
+        return preemption.EXIT_CODE
+    return 0
 
 
 def _show(answers: list[apart.Answer], device: torch.device) -> None:

@@ -4,6 +4,7 @@ The one place where a training step is put together: whatever trains, profiles o
 """
 
 import math
+import os
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,11 +15,12 @@ from torch import Tensor, nn
 from ds_cmli import schedule
 from ds_cmli.cmli.op import why_no_triton
 from ds_cmli.common import quiet
+from ds_cmli.common.cli import say
 from ds_cmli.common.errors import UserError
 from ds_cmli.config import deepspeed_checks
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.schema import Config
-from ds_cmli.data import Batch, assets
+from ds_cmli.data import Batch, GlobalBatchSampler, assets
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.faults import nonfinite as guard
 from ds_cmli.losses import LOSSES, needs_teacher
@@ -83,6 +85,28 @@ def with_backend(config: Config, device: torch.device) -> tuple[Config, str | No
         notice = f"Triton does not run here, the all-pairs losses take the slower chunked backend: {reason}"
     backend = "triton" if reason is None else "chunked"
     return replace(config, loss=replace(config.loss, cmli_backend=backend)), notice
+
+
+def plan(config: Config, ds_config: DeepSpeedConfig, length: int) -> tuple[DeepSpeedConfig, GlobalBatchSampler, int]:
+    """The DeepSpeed JSON with nothing left to "auto", the sampler of `length` samples, and the optimizer steps.
+
+    Says how the batch is made up. Raises `UserError` where it cannot be.
+    """
+    rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    total, micro_batch, accumulation = ds_config.batch(config.optim.micro_batch, ranks)
+    sampler = GlobalBatchSampler(length, micro_batch, rank, ranks, config.run.seed)
+    steps = config.optim.steps
+    if steps is None:
+        assert config.optim.epochs is not None
+        steps = max(1, int(config.optim.epochs * sampler.batches_per_epoch / accumulation))
+    say(
+        f"batch: {micro_batch} pairs per rank x {accumulation} accumulation x {ranks} ranks = {total} pairs a step; "
+        f"{steps} steps; negatives from {micro_batch * ranks} pairs"
+    )
+    ds_config = filled(config, ds_config, ranks, steps)
+    for notice in (*ds_config.notices, try_out(ds_config, steps)):
+        say(notice)
+    return ds_config, sampler, steps
 
 
 def resolve_weights(config: Config) -> Config:

@@ -189,6 +189,16 @@ def command(checkpoint: str, source: str | None, batch_size: int, json_file: str
     distributed.shutdown()
 
 
+def best(before: dict[str, Any], split: str, found: dict[str, Any], step: int) -> dict[str, Any]:
+    """The best result of a run so far: `before`, or this one where it is of the same metric and higher."""
+    score = next(s for s in ("combined", "cmli", "global") if f"{s}/i2t_r1" in found)
+    metric, value = f"{split} {score} R@1", (found[f"{score}/i2t_r1"] + found[f"{score}/t2i_r1"]) / 2
+    if before.get("metric", metric) != metric or value <= before.get("value", -1.0):
+        return before
+    chance = (found["chance/i2t_r1"] + found["chance/t2i_r1"]) / 2
+    return {"metric": metric, "value": value, "step": step, "pairs": found["pairs"], "chance": chance}
+
+
 def summary(split: str, found: dict[str, Any]) -> str:
     """The result of one split as lines of a table: what it was taken over, each score, chance, and pointing."""
     from ds_cmli.retrieval import RECALLS

@@ -5,8 +5,8 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -171,6 +171,31 @@ class NullWriter:
 
     def close(self) -> None:
         pass
+
+
+class Meter:
+    """Pairs trained on, and the time they took, since the last logged step; what interrupts training does not count."""
+
+    def __init__(self):
+        self.pairs, self.since, self.checkpoint_s = 0, time.monotonic(), 0.0
+
+    def pause(self, seconds: float, checkpoint: bool = False) -> None:
+        self.since += seconds
+        self.checkpoint_s += seconds if checkpoint else 0.0
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Nothing of what happens inside is training, unless it raises."""
+        started = time.monotonic()
+        yield
+        self.pause(time.monotonic() - started)
+
+    def lap(self) -> dict[str, float]:
+        """The columns of a logged step; counts from here on."""
+        speed = self.pairs / (time.monotonic() - self.since)
+        out = {"pairs_per_s": round(speed, 1), "checkpoint_s": round(self.checkpoint_s, 3)}
+        self.pairs, self.since, self.checkpoint_s = 0, time.monotonic(), 0.0
+        return out
 
 
 def peak_memory_bytes() -> int:

@@ -9,33 +9,27 @@ import sys
 # Run by its path, this file's folder comes first on sys.path and would hide packages named like our modules.
 sys.path[:] = [p for p in sys.path if p != __file__.rsplit("/", 1)[0]]
 
+import math  # noqa: E402
 import os  # noqa: E402
-from collections.abc import Callable  # noqa: E402
+from collections.abc import Callable, Iterator  # noqa: E402
+from dataclasses import dataclass  # noqa: E402
+from functools import partial  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
 
 import click  # noqa: E402
 
-from ds_cmli.common.cli import GroupedCommand, option, run_command, say  # noqa: E402
+from ds_cmli.common.cli import GroupedCommand, run_command, say  # noqa: E402
 from ds_cmli.common.errors import UserError  # noqa: E402
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig  # noqa: E402
-from ds_cmli.config.options import OUTPUT, WHAT, add, given_optim, resolve_config  # noqa: E402
+from ds_cmli.config.options import OUTPUT, START, WHAT, add, check_early, given_optim, resolve_config  # noqa: E402
 from ds_cmli.config.schema import Config  # noqa: E402
 from ds_cmli.faults import preemption  # noqa: E402
 from ds_cmli.memory.profiles import Profiles  # noqa: E402
 
 
 @click.command(cls=GroupedCommand, context_settings={"help_option_names": ["-h", "--help"]})
-@add(*WHAT, *OUTPUT)
-@option("Checkpoints", "--resume", default="auto", show_default=True, metavar="auto|never|PATH",
-        help="auto: go on with the run that --output-dir holds. PATH: start from another one.")  # fmt: skip
-@option("Checkpoints", "--resume-with-changes", is_flag=True, help="Also where settings differ from the run's.")
-@option("Profiling", "--profile", metavar="FIRST:LAST", help="Trace these steps with torch.profiler, into profile/.")
-@option("Profiling", "--profile-memory", type=int, metavar="STEPS",
-        help="Measure the first steps' memory beside the predicted one, into memory.json.")  # fmt: skip
-@option("DeepSpeed", "--dry-run", is_flag=True, help="Check everything, print the resolved configuration, and stop.")
-@option("DeepSpeed", "--deepspeed", is_flag=True, hidden=True)  # passed by habit; the JSON is always read
-@option("DeepSpeed", "--local_rank", type=int, hidden=True)  # passed by the deepspeed launcher; the same in LOCAL_RANK
+@add(*WHAT, *OUTPUT, *START)
 def command(preset: str, deepspeed_config: str, settings: tuple[str, ...], resume: str, resume_with_changes: bool,
             dry_run: bool, profile: str | None, profile_memory: int | None, **options: Any) -> int:  # fmt: skip
     """Train a student on image-text pairs with global contrastive, all-pairs CMLI and Target-CMLI losses.
@@ -99,35 +93,24 @@ def train(
         distributed.shutdown()
 
 
-def check_early(config: Config, ds_config: DeepSpeedConfig, resume: str, profiles: Profiles) -> None:
-    """What a new run would be refused for later, after imports that take seconds. Raises `UserError`."""
-    if config.optim.steps is not None:
-        profiles.left(config.optim.steps, 0, lambda line: None)
-    ranks = os.environ.get("WORLD_SIZE", "1" if "SLURM_STEP_ID" not in os.environ else None)
-    if ranks and resume == "auto" and not (Path(config.run.output_dir) / "checkpoint").exists():
-        ds_config.batch(config.optim.micro_batch, int(ranks))
+@dataclass
+class Run:
+    """The parts of a run, as the loop below uses them."""
 
-
-def plan(config: Config, ds_config: DeepSpeedConfig, data: Any) -> tuple[DeepSpeedConfig, Any, int]:
-    """The DeepSpeed JSON with nothing left to "auto", the sampler, and the number of optimizer steps."""
-    from ds_cmli import engine as step
-    from ds_cmli.data import GlobalBatchSampler
-
-    rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    total, micro_batch, accumulation = ds_config.batch(config.optim.micro_batch, ranks)
-    sampler = GlobalBatchSampler(len(data.train), micro_batch, rank, ranks, config.run.seed)
-    steps = config.optim.steps
-    if steps is None:
-        assert config.optim.epochs is not None
-        steps = max(1, int(config.optim.epochs * sampler.batches_per_epoch / accumulation))
-    say(
-        f"batch: {micro_batch} pairs per rank x {accumulation} accumulation x {ranks} ranks = {total} pairs a step; "
-        f"{steps} steps; negatives from {micro_batch * ranks} pairs"
-    )
-    ds_config = step.filled(config, ds_config, ranks, steps)
-    for notice in (*ds_config.notices, step.try_out(ds_config, steps)):
-        say(notice)
-    return ds_config, sampler, steps
+    config: Config
+    data: Any  # data.Data
+    sampler: Any  # data.GlobalBatchSampler: the order of the samples, and the position in it
+    engine: Any  # engine.Step
+    total_steps: int  # optimizer steps
+    accumulation: int  # micro-batches of an optimizer step
+    state: Any  # TrainState: what the next step depends on, the same on every rank
+    own: Any  # RankState: the rest of it, this rank's
+    bad: Any  # data.BadSamples
+    checkpoints: Any  # checkpoint.save.Checkpoints
+    writer: Any  # metrics.Writer on rank 0, else metrics.NullWriter
+    flags: Any  # CollectiveFlags: what ranks decide together
+    dog: Any  # Watchdog
+    meter: Any  # metrics.Meter
 
 
 def run(
@@ -139,76 +122,214 @@ def run(
     from ds_cmli import engine as step
     from ds_cmli.checkpoint import restore as resuming
     from ds_cmli.checkpoint import run_folder
+    from ds_cmli.checkpoint.save import Checkpoints
     from ds_cmli.data import BadSamples
     from ds_cmli.distributed import process_group as distributed
+    from ds_cmli.distributed.collective_flags import Agreement
     from ds_cmli.faults import out_of_memory as oom
-    from ds_cmli.metrics import NullWriter, Writer
-    from ds_cmli.run import Run
+    from ds_cmli.metrics import Meter, NullWriter, Writer
 
     # --- what there is to go on from
     resume = distributed.broadcast_object(run_folder.requeued(resume, folder))  # collective
     found = resuming.find(resume, folder)  # collective
-    ds_config, sampler, total_steps = plan(config, resuming.cut_batch(found, ds_config), data)
+    ds_config, sampler, total_steps = step.plan(config, resuming.cut_batch(found, ds_config), len(data.train))
     state = resuming.state_of(found, config, ds_config, with_changes, say)
     if state.step >= total_steps and state.evaluated:
         say(f"the run in {folder} is finished, {state.step} steps: give another --output-dir to start a new one")
         return 0
     profiles = profiles.left(total_steps, state.step, say)
     bad = BadSamples(config.data.max_bad_share, len(data.train), data.bad)
-    accumulation = ds_config.accumulation
-    if dry_run:
-        own = resuming.fresh(found, config, sampler)
-        none: Any = dry.NoEngine(config)
-        start = Run(config, data, sampler, none, total_steps, accumulation, folder, state, own, bad, NullWriter(), dog)
-        asked = {"resume": resume, "profile": profiles.trace, "profile_memory": profiles.memory}
-        try:
-            dry.rehearse(start, ds_config, data.vocab_size, device, asked)  # collective
-        except preemption.Preempted:
-            return preemption.EXIT_CODE
-        return 0
 
-    # --- step
+    def parts(engine: Any, own: Any, writer: Any) -> Run:
+        return Run(
+            config, data, sampler, engine, total_steps, ds_config.accumulation, state, own, bad,
+            Checkpoints(folder, engine, config.run, state), writer, Agreement(), dog, Meter(),
+        )  # fmt: skip
+
+    if dry_run:
+        start = {"resume": resume, "profile": profiles.trace, "profile_memory": profiles.memory}
+        tried = parts(None, resuming.fresh(found, config, sampler), NullWriter())
+        return dry.rehearse(tried, ds_config, device, start, partial(next_batch, tried))  # collectives
+
+    # --- engine
     here, notice = step.with_backend(config, device)
     say(notice)
     with oom.ending(here, ds_config, folder, device, dog):  # collective
-        trainer = step.build(here, ds_config, data.vocab_size, total_steps, device)
-        own = resuming.load(found, trainer, sampler, bad, with_changes)  # collective
+        engine = step.build(here, ds_config, data.vocab_size, total_steps, device)
+        own = resuming.load(found, engine, sampler, bad, with_changes)  # collective
         run_folder.settle(resume, found, folder, config, ds_config)  # collective
         writer = Writer(folder, total_steps, state.step) if distributed.is_main() else NullWriter()
-        all_of_it = Run(config, data, sampler, trainer, total_steps, accumulation, folder, state, own, bad, writer, dog)
-        with profiles.around(trainer, here, ds_config, folder, state.step) as after_step:
-            return loop(all_of_it, after_step)  # collective
+        with profiles.around(engine, here, ds_config, folder, state.step) as after_step:
+            return loop(parts(engine, own, writer), after_step)  # collective
 
 
-def loop(run: Any, after_step: Callable[[], None]) -> int:
-    """Train to the end, `run` being a `ds_cmli.run.Run`. Collectives in every call."""
+def loop(run: Run, after_step: Callable[[], None]) -> int:
+    """Train to the end. All ranks go through the same lines, and meet in those that are marked.
+
+    Returns the exit code.
+    """
+    import torch
+
     from ds_cmli.data import train_loader
 
-    settings, state = run.config.run, run.state
-    loader = train_loader(run.data, run.sampler, run.config.data.workers)
-    loader.worker_init_fn = preemption.shield
-    batches = iter(loader)
-    due = state.step == run.total_steps  # the run was stopped in its last evaluation
+    settings, state, engine = run.config.run, run.state, run.engine
+    batches = iter(train_loader(run.data, run.sampler, run.config.data.workers, preemption.shield))
+    save_due = state.step == run.total_steps  # the run was stopped in its last evaluation
     try:
         while True:
+            # The evaluation of a step comes before its checkpoint, which holds the result.
             if not state.evaluated:
-                run.evaluate()
-            if due:
-                run.save()
+                evaluate(run)  # collectives
+            if save_due:
+                save(run)  # collectives
             if state.step == run.total_steps:
                 break
-            timed = run.train_step(batches)
+
+            # One optimizer step: forward and backward of each micro-batch; the engine updates after the last one.
+            run.dog.beat(state.step)
+            window = []  # (sample indices, loss) of each micro-batch, to name the samples of a step that fails
+            sums = torch.zeros_like(run.own.sums)
+            for micro_batch in range(run.accumulation):
+                batch, stop, save_due = next_batch(run, batches)  # collective
+                if stop and micro_batch == 0:
+                    raise preemption.Preempted
+                run.bad.add(batch.bad)
+                run.meter.pairs += run.sampler.global_batch
+                total, each = engine(batch)  # collectives: exchanged text, gradients, the update
+                run.sampler.advance()
+                sums += torch.stack([total, *each.values(), engine.ignored.to(total.device)])
+                window.append((batch.index, total))
+            state.step += 1
+            end_step(run, window, sums)  # collectives after a skipped step
             after_step()
+
             last = state.step == run.total_steps
-            if run.logs():
-                run.log()
+            if last or state.step % settings.log_every == 0:
+                log(run)  # collectives, CPU-GPU sync
             state.evaluated = not (last or (settings.eval_every and state.step % settings.eval_every == 0))
-            due = timed or last or bool(settings.save_every and state.step % settings.save_every == 0)
+            save_due = save_due or last or bool(settings.save_every and state.step % settings.save_every == 0)
     except preemption.Preempted:
-        run.stop()
+        if not run.checkpoints.holds(state):
+            save(run)  # collectives
+        by = preemption.requested() or "a signal to another rank"
+        where = f"stopped at step {state.step} of {run.total_steps} by {by}"
+        run.writer.say(f"{where}: start again with --output-dir {run.checkpoints.folder} to go on")
+        run.writer.close()
         return preemption.EXIT_CODE
-    run.finish()
+
+    for line in run.bad.summary(run.flags):  # collective
+        run.writer.say(line)
+    run.writer.close()
+    for line in run.checkpoints.closing_lines(state):
+        run.writer.say(line)
     return 0
+
+
+def next_batch(run: Run, batches: Iterator[Any]) -> tuple[Any, bool, bool]:
+    """The next micro-batch; whether a rank has been signalled; whether a checkpoint is due by the clock. Collective.
+
+    Raises:
+        UserError: on every rank, where one of them has no batch.
+    """
+    batch, error = None, None
+    try:
+        batch = next(batches)
+    except Exception as caught:  # one rank's data: the others must not wait for it in a collective
+        error = caught
+    run.dog.beat()
+    signalled = preemption.requested() is not None
+    failed, stop, save_due = run.flags.any(batch is None, signalled, run.checkpoints.due())  # collective
+    if failed:
+        run.flags.raise_together(error)  # collective
+    assert batch is not None
+    return batch, stop, save_due
+
+
+def end_step(run: Run, window: list[tuple[Any, Any]], sums: Any) -> None:
+    """Count the step's losses, or the step as skipped on all ranks where loss or gradients were not finite.
+
+    Raises:
+        UserError: on every rank, once too many steps in a row were skipped.
+    """
+    from ds_cmli.faults import nonfinite as guard
+
+    state, own = run.state, run.own
+    run.writer.advance()
+    samples: list[int] = []
+    if run.engine.skipped:
+        lower_scale = guard.can_lower_scale(run.engine.engine.optimizer)
+        samples = guard.skipped_samples(window, lower_scale, run.flags)  # collective
+    else:
+        state.skipped_in_row = 0
+    if not samples:  # an overflow that only asked for a lower loss scale has finite losses
+        own.sums += sums
+        own.micro_batches += run.accumulation
+        return
+    state.skipped_in_row += 1
+    run.writer.say(guard.line(state.step, samples))
+    run.writer.log(state.step, {"skipped": samples})
+    most = run.config.run.most_skipped
+    if state.skipped_in_row > most:
+        save(run)  # collectives: with the weights from before the first of them
+        why = f"{state.skipped_in_row} steps in a row were skipped, more than run.most_skipped = {most}"
+        raise UserError(run.checkpoints.diverged(why, state))
+
+
+def log(run: Run) -> None:
+    """One line of means over all ranks and all steps since the last one. Collectives, CPU-GPU sync."""
+    from ds_cmli.distributed.process_group import mean_over_ranks
+    from ds_cmli.metrics import peak_memory_bytes
+
+    state, own = run.state, run.own
+    values: dict[str, float] = {}
+    means = mean_over_ranks(own.sums / max(1, own.micro_batches)).tolist()  # collective, CPU-GPU sync
+    run.bad.check(run.flags, state.step * run.accumulation * run.sampler.global_batch)  # collective
+    if own.micro_batches:  # else every step was skipped
+        names = ["loss", *(f"loss/{name}" for name in run.config.loss.weights)]
+        values = dict(zip(names, means[:-1], strict=True))
+        values["ignored_negatives"] = round(means[-1] * own.micro_batches * run.sampler.global_batch)
+    values |= run.engine.state()  # CPU-GPU sync; collective under ZeRO-3
+    finite = {name: value for name, value in values.items() if math.isfinite(value)}
+    run.writer.log(state.step, {**finite, **run.meter.lap()}, peak_memory_bytes=peak_memory_bytes())
+    own.sums.zero_()
+    own.micro_batches = 0
+
+
+def evaluate(run: Run) -> None:
+    """Every held-out split; raises `Preempted` on all ranks where a signal came. Collectives."""
+    from ds_cmli import evaluate as evaluation
+
+    with run.meter.paused():
+        for split, dataset in run.data.evals.items():
+            batch, device = run.config.run.eval_batch, run.engine.device
+            found = evaluation.evaluate(run.engine.objective, dataset, run.data, batch, device, lambda: poll(run))
+            run.writer.log(run.state.step, {f"eval/{split}/{name}": value for name, value in found.items()})
+            run.writer.say(evaluation.summary(split, found))
+            run.state.best = evaluation.best(run.state.best, split, found, run.state.step)
+    run.state.evaluated = True
+
+
+def poll(run: Run) -> None:
+    """A sign of life between two batches of an evaluation; raises `Preempted` on all ranks together. Collective."""
+    run.dog.beat()
+    if run.flags.any(preemption.requested() is not None)[0]:  # collective
+        raise preemption.Preempted
+
+
+def save(run: Run) -> None:
+    """A checkpoint, or a line that says why there is none. Collectives."""
+    from ds_cmli.checkpoint.restore import collect
+
+    run.writer.flush(to_disk=True)
+    own = collect(run.state, run.own, run.sampler, run.bad)  # CPU-GPU sync
+    with run.dog.slow():
+        saved = run.checkpoints.save(run.state, own)  # collectives
+    if saved.not_finite:
+        run.writer.close()
+        raise UserError(run.checkpoints.diverged(f"{saved.error} is not finite, nothing was saved", run.state))
+    run.writer.say(saved.line(run.state.step))
+    run.writer.draw(run.state.step, checkpoint_s=saved.seconds)
+    run.meter.pause(saved.seconds, checkpoint=True)
 
 
 def main() -> None:

@@ -27,15 +27,13 @@ def drive(arguments: list[str], stop_at: int | None = None, seen: str | None = N
         mistakes: a `UserError` is printed and counts as 2.
     """
     from ds_cmli.engine import Step
-    from ds_cmli.run import Run
 
-    one_step, one_call = Run.train_step, Step.__call__
+    end_step, one_call = train.end_step, Step.__call__
 
-    def train_step(run, batches):
-        due = one_step(run, batches)
+    def ended(run, window, sums):
+        end_step(run, window, sums)
         if run.state.step == stop_at and int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1:
             os.kill(os.getpid(), signal.SIGUSR1)
-        return due
 
     def call(step, batch):
         if seen:
@@ -48,7 +46,7 @@ def drive(arguments: list[str], stop_at: int | None = None, seen: str | None = N
     handlers = {number: signal.getsignal(number) for number in preemption.SIGNALS}
     preemption._received.clear()
     with ExitStack() as stack:
-        stack.enter_context(mock.patch.object(Run, "train_step", train_step))
+        stack.enter_context(mock.patch.object(train, "end_step", ended))
         stack.enter_context(mock.patch.object(Step, "__call__", call))
         for number in preemption.SIGNALS:
             signal.signal(number, preemption._note)

@@ -22,6 +22,7 @@ from torch import nn
 from ds_cmli.checkpoint import checksums as manifest
 from ds_cmli.checkpoint.train_state import RankState, TrainState
 from ds_cmli.common.errors import UserError
+from ds_cmli.config.schema import RunConfig
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.engine import Step
 from ds_cmli.models.weights import not_finite
@@ -45,6 +46,61 @@ class Saved:
     bytes: int = 0
     error: str | None = None
     not_finite: bool = False  # the error is that a tensor has NaN or inf
+
+    def line(self, step: int) -> str:
+        if self.error is not None:
+            return f"warning: no checkpoint at step {step}, the one before stays: {self.error}"
+        return f"checkpoint {self.name}: {self.bytes / 1e6:.1f} MB in {self.seconds:.2f} s"
+
+
+class Checkpoints:
+    """The checkpoints of a run in `folder`: when one is due, and which state the last one holds."""
+
+    def __init__(self, folder: Path, engine: Step, settings: RunConfig, state: TrainState):
+        self.folder, self.engine, self.settings = folder, engine, settings
+        self.saved, self.saved_at = self._mark(state), time.monotonic()
+
+    def due(self) -> bool:
+        """Whether by this rank's clock one is due."""
+        return 0 < 60 * self.settings.save_minutes < time.monotonic() - self.saved_at
+
+    def holds(self, state: TrainState) -> bool:
+        """Whether `state` is that of the last checkpoint, or that of the start."""
+        return self.saved == self._mark(state)
+
+    def save(self, state: TrainState, own: RankState) -> Saved:
+        """Collective."""
+        saved = save(self.folder, self.engine, state, own, self.settings.keep)  # collectives
+        if saved.error is None:
+            self.saved = self._mark(state)
+        self.saved_at = time.monotonic()
+        return saved
+
+    def diverged(self, what: str, state: TrainState) -> str:
+        """The line a diverged run ends with: its first bad step, and what is left from before."""
+        first = state.step - max(0, state.skipped_in_row - 1)
+        root = self.folder / FOLDER
+        good = latest(root)
+        kept = f"the last good checkpoint is {root / good}" if good else "no checkpoint had been saved before"
+        return (
+            f"the run has diverged: {what}; the first bad step is {first}, {kept}. Look at the "
+            f"samples that {self.folder / 'metrics.jsonl'} names, or start over with a lower --lr"
+        )
+
+    def closing_lines(self, state: TrainState) -> list[str]:
+        """What to say of a run that is at its end; raises `UserError` where its last checkpoint is missing."""
+        if not self.holds(state):
+            raise UserError(f"the last checkpoint could not be written: free some space and start {self.folder} again")
+        best = state.best
+        over = f" ({best['pairs']} pairs, chance {best['chance']:.3f})" if "pairs" in best else ""
+        return [
+            f"best {best['metric']} {best['value']:.3f} at step {best['step']}{over}",
+            f"written to {self.folder}: config.json, metrics.jsonl, tensorboard/, checkpoint/, {WEIGHTS}",
+        ]
+
+    @staticmethod
+    def _mark(state: TrainState) -> tuple[int, bool]:
+        return state.step, state.evaluated
 
 
 def names(root: Path) -> list[str]:

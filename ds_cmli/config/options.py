@@ -1,5 +1,6 @@
 """The command-line options that make up a run's configuration, for whatever command needs one."""
 
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import fields
 from pathlib import Path
@@ -9,6 +10,7 @@ import click
 
 from ds_cmli.common.cli import option, say
 from ds_cmli.common.errors import UserError
+from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.presets import PRESETS, load_preset
 from ds_cmli.config.schema import Config, TeacherConfig, parse_losses, parse_settings
 from ds_cmli.config.validation import shown
@@ -43,6 +45,19 @@ OUTPUT = (
     option("Checkpoints", "--save-minutes", type=float, help="Minutes since the last one; 0: by steps alone.  [15]"),
     option("Checkpoints", "--keep", type=int, help="Checkpoints that stay.  [2]"),
 )
+START = (
+    option("Checkpoints", "--resume", default="auto", show_default=True, metavar="auto|never|PATH",
+           help="auto: go on with the run that --output-dir holds. PATH: start from another one."),
+    option("Checkpoints", "--resume-with-changes", is_flag=True, help="Also where settings differ from the run's."),
+    option("Profiling", "--profile", metavar="FIRST:LAST",
+           help="Trace these steps with torch.profiler, into profile/."),
+    option("Profiling", "--profile-memory", type=int, metavar="STEPS",
+           help="Measure the first steps' memory beside the predicted one, into memory.json."),
+    option("DeepSpeed", "--dry-run", is_flag=True,
+           help="Check everything, print the resolved configuration, and stop."),
+    option("DeepSpeed", "--deepspeed", is_flag=True, hidden=True),  # passed by habit; the JSON is always read
+    option("DeepSpeed", "--local_rank", type=int, hidden=True),  # the launcher's; the same is in LOCAL_RANK
+)  # fmt: skip
 
 PLACES = {
     **{"preset": ("run", "preset"), "losses": ("loss", "weights")},
@@ -134,3 +149,15 @@ def _without_effect(config: Config, by_set: set[str]) -> Iterator[str]:
         yield f"--set student.text_model has no effect: student.text_weights {config.student.text_weights!r} says it"
     if "data.max_bad_share" in by_set and config.data.source == "demo":
         yield "--set data.max_bad_share has no effect: the demo has no broken samples"
+
+
+def check_early(config: Config, ds_config: DeepSpeedConfig, resume: str, profiles: Any) -> None:
+    """What a new run would be refused for later, after imports that take seconds. Raises `UserError`.
+
+    `profiles`: `memory.profiles.Profiles`.
+    """
+    if config.optim.steps is not None:
+        profiles.left(config.optim.steps, 0, lambda line: None)
+    ranks = os.environ.get("WORLD_SIZE", "1" if "SLURM_STEP_ID" not in os.environ else None)
+    if ranks and resume == "auto" and not (Path(config.run.output_dir) / "checkpoint").exists():
+        ds_config.batch(config.optim.micro_batch, int(ranks))

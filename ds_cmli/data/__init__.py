@@ -3,7 +3,7 @@
 B pairs, M text positions (padded), S image size in pixels.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -107,9 +107,11 @@ class _Loader(DataLoader):
             raise UserError(str(error).strip().splitlines()[-1].split("UserError: ", 1)[-1]) from None
 
 
-def train_loader(data: Data, sampler: GlobalBatchSampler, workers: int) -> DataLoader:
+def train_loader(
+    data: Data, sampler: GlobalBatchSampler, workers: int, worker_init: Callable[[int], None] | None = None
+) -> DataLoader:
     """Endless `Batch`es of this rank, from the position the sampler has consumed on."""
-    return _loader(data.train, data, workers, batch_sampler=sampler, seed=sampler.seed)
+    return _loader(data.train, data, workers, batch_sampler=sampler, seed=sampler.seed, worker_init_fn=worker_init)
 
 
 def eval_loader(dataset: Dataset, data: Data, batch_size: int, workers: int, rank: int, world: int) -> DataLoader:

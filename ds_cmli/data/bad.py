@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass, field
 
+from ds_cmli.common.errors import UserError
+from ds_cmli.distributed.collective_flags import Agreement
+
 Bad = tuple[str, str]  # file name, reason
 
 SHOWN = 5
@@ -36,6 +39,22 @@ class BadSamples:
         """`count` bad ones among `seen` samples asked for since the start, both over all ranks."""
         passes = max(1.0, seen / self.length) if self.length else 1.0
         return count + len(self.at_load) * passes > self.max_share * (self.length + len(self.at_load)) * passes
+
+    def check(self, flags: Agreement, seen: int) -> None:
+        """Raise `UserError` on every rank together where there are too many; `seen` as of `too_many`. Collective."""
+        every = flags.gather((self.count, self.first))  # collective
+        count = sum(n for n, _ in every)
+        if self.too_many(count, seen):
+            self.first = [item for _, first in every for item in first]
+            raise UserError(self.message(count))
+
+    def summary(self, flags: Agreement) -> list[str]:
+        """What to tell at the end of a run, if anything. Collective."""
+        skipped = sum(flags.gather(self.count))  # collective
+        if not skipped and not self.at_load:
+            return []
+        first = ", ".join(told(self.first))
+        return [f"skipped {len(self.at_load)} samples at load and {skipped} in training; the first: {first}"]
 
     def message(self, count: int) -> str:
         """The line for the `UserError` once `too_many` says so."""

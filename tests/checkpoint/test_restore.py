@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from ds_cmli import train
 from ds_cmli.checkpoint import checksums as manifest
 from ds_cmli.checkpoint import restore as resuming
 from ds_cmli.checkpoint.io import no_code
@@ -319,7 +320,6 @@ def snapshot(folder: Path) -> dict[str, bytes]:
 
 def test_never_loses_nothing_before_its_first_checkpoint(copied, source, tmp_path, monkeypatch, capfd):
     from ds_cmli.checkpoint import save
-    from ds_cmli.run import Run
 
     arguments = [*TINY, *source, "--output-dir", str(copied)]
 
@@ -328,7 +328,7 @@ def test_never_loses_nothing_before_its_first_checkpoint(copied, source, tmp_pat
 
     for _ in range(2):  # also where it starts over again
         with monkeypatch.context() as patch, pytest.raises(Killed):
-            patch.setattr(Run, "save", killed)
+            patch.setattr(train, "save", killed)
             drive([*arguments, "--resume", "never", "--save-every", "5"])
         assert sorted(path.name for path in (copied / save.REPLACED / "checkpoint").glob("step*")) == ["step2", "step4"]
         assert [line["step"] for line in metrics(copied)] == [3, 5]
@@ -468,11 +468,9 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(copied, source, tmp_pa
 
 
 def test_a_run_stopped_in_its_evaluation_does_it_again(source, tmp_path, monkeypatch):
-    from ds_cmli.run import Run
-
     arguments = [*TINY, *source, "--output-dir"]
     assert drive([*arguments, str(tmp_path / "straight")]) == 0
-    poll, calls = Run.poll, []
+    poll, calls = train.poll, []
 
     def signalled(run):
         calls.append(run.state.step)
@@ -483,7 +481,7 @@ def test_a_run_stopped_in_its_evaluation_does_it_again(source, tmp_path, monkeyp
             preemption._received.append("SIGTERM")
         poll(run)
 
-    monkeypatch.setattr(Run, "poll", signalled)
+    monkeypatch.setattr(train, "poll", signalled)
     assert drive([*arguments, str(tmp_path / "broken")]) == 85
     assert drive([*arguments, str(tmp_path / "broken")]) == 85
     assert drive([*arguments, str(tmp_path / "broken")]) == 0
