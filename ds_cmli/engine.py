@@ -6,7 +6,7 @@ The one place where a training step is put together: whatever trains, profiles o
 import math
 import os
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import timm
 import torch
@@ -83,7 +83,7 @@ def with_backend(config: Config, device: torch.device) -> tuple[Config, str | No
     notice = None
     if reason is not None and device.type == "cuda":
         notice = f"Triton does not run here, the all-pairs losses take the slower chunked backend: {reason}"
-    backend = "triton" if reason is None else "chunked"
+    backend: Literal["chunked", "triton"] = "triton" if reason is None else "chunked"
     return replace(config, loss=replace(config.loss, cmli_backend=backend)), notice
 
 

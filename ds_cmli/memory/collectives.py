@@ -51,7 +51,7 @@ def seen_by_the_profiler() -> Iterator[None]:
 def _to_the_end(method: Callable, seconds: float) -> Callable:
     def run(group: dist.ProcessGroup, *arguments: Any) -> "_Work | None":
         tensors = [t for t in tree_leaves(arguments) if isinstance(t, Tensor)]
-        before = [t._use_count() for t in tensors]
+        before = [t._use_count() for t in tensors]  # type: ignore[attr-defined]
         work = _Work(method(group, *arguments), tensors, before, seconds)
         if arguments[-1].asyncOp:
             return work
@@ -76,7 +76,7 @@ class _Work:
             time.sleep(self.seconds)
         self.work = None
         latest = time.monotonic() + LONGEST_S
-        while [t._use_count() for t in self.tensors] > self.before and time.monotonic() < latest:
+        while [t._use_count() for t in self.tensors] > self.before and time.monotonic() < latest:  # type: ignore[attr-defined]
             time.sleep(1e-4)
         self.tensors, self.before = [], []
         return True

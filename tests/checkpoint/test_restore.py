@@ -207,11 +207,11 @@ def samples_of_epoch(folder: Path, name: str) -> list[int]:
 def test_a_batch_that_does_not_divide_is_refused_with_the_numbers_that_do(monkeypatch):
     found = resuming.Found(Path("run"), TrainState(train_batch_size=24, accumulation=2), 2, [])
     monkeypatch.setattr(distributed, "world_size", lambda: 3)
-    cut = resuming.cut_batch(found, {"train_micro_batch_size_per_gpu": 6})
+    cut = resuming.cut_batch(found, DeepSpeedConfig.of({"train_micro_batch_size_per_gpu": 6}))
     assert [cut[key] for key in BATCH_KEYS] == [24, 4, 2]
     monkeypatch.setattr(distributed, "world_size", lambda: 5)
     with pytest.raises(UserError) as error:
-        resuming.cut_batch(found, {})
+        resuming.cut_batch(found, DeepSpeedConfig.of({}))
     assert "24 = 12 pairs x 2 accumulation, which 5 ranks cannot share evenly" in str(error.value)
     assert "out of 1, 2, 3, 4, 6, 12" in str(error.value)
 
@@ -221,8 +221,8 @@ def test_a_batch_once_cut_for_other_ranks_stays_so_at_every_later_start(monkeypa
 
     def start(ranks, found):
         monkeypatch.setattr(distributed, "world_size", lambda: ranks)
-        asked = resuming.cut_batch(found, {"zero_optimization": {"stage": 2}})
-        resolved = DeepSpeedConfig.of(asked).filled(config.optim, ranks, 20)
+        asked = resuming.cut_batch(found, DeepSpeedConfig.of({"zero_optimization": {"stage": 2}}))
+        resolved = asked.filled(config.optim, ranks, 20)
         return resuming.state_of(found, config, resolved, False, said.append)
 
     state = start(2, None)
