@@ -11,14 +11,13 @@ from typing import Any
 
 import torch
 
-from ds_cmli import engine as step
+from ds_cmli import engine
 from ds_cmli.common.cli import say
 from ds_cmli.common.errors import UserError
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.data import Batch, train_loader
 from ds_cmli.distributed import process_group as distributed
-from ds_cmli.faults import out_of_memory as oom
-from ds_cmli.faults import preemption
+from ds_cmli.faults import out_of_memory, preemption
 from ds_cmli.memory import apart
 from ds_cmli.memory.report import Report, show
 
@@ -50,13 +49,13 @@ def rehearse(
     config = run.config
     say(json.dumps({"config": config.to_dict(), "deepspeed": ds_config.raw(), "start": start}, indent=2))
     mistake = None
-    with run.dog.slow(), apart.Predictor(SECONDS) if distributed.is_main() else nullcontext() as predictor:
+    with run.watchdog.slow(), apart.Predictor(SECONDS) if distributed.is_main() else nullcontext() as predictor:
         try:
             targets = ["cuda"] if device.type == "cuda" else ["cpu", "cuda"]
             if predictor is not None:
                 for target in targets:
                     predictor.send(apart.Request(config, ds_config, distributed.world_size(), target))
-            step.build_models(config, run.data.vocab_size)
+            engine.build_models(config, run.data.vocab_size)
             if predictor is not None:
                 _show([predictor.receive() for _ in targets], device)
         except UserError as error:
@@ -95,7 +94,7 @@ def _show(answers: list[apart.Answer], device: torch.device) -> None:
     if there.report is None:
         say(f"no prediction for a GPU: {there.failed}")
     gpu = device.type == "cuda"
-    room = oom.device_room(device) if gpu else oom.process_room(oom.process_bytes())
+    room = out_of_memory.device_room(device) if gpu else out_of_memory.process_room(out_of_memory.process_bytes())
     needed = here.report["totals"]["allocated" if gpu else "requested"]
     most = room.bytes or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if needed > most:

@@ -22,7 +22,7 @@ from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.schema import Config
 from ds_cmli.data import Batch, GlobalBatchSampler, assets
 from ds_cmli.distributed import process_group as distributed
-from ds_cmli.faults import nonfinite as guard
+from ds_cmli.faults import nonfinite
 from ds_cmli.losses import LOSSES, needs_teacher
 from ds_cmli.losses.objective import Objective
 from ds_cmli.models.student import Student, checkpoint_blocks
@@ -129,7 +129,7 @@ def build_models(config: Config, vocab_size: int, pretrained: bool = True) -> tu
     config = resolve_weights(config)
     torch.manual_seed(config.run.seed)
     data = config.data
-    student = Student(config.student, data.image_size, vocab_size, data.text_positions, pretrained)
+    student = Student(config.student, data.image_size, vocab_size, data.context_length, pretrained)
     teacher = None
     if needs_teacher(config.loss.weights):
         teacher = Teacher(config.teacher, data.image_size, student.grid)
@@ -158,7 +158,7 @@ def use_no_compiler() -> None:
 
 
 @dataclass
-class Step:
+class TrainEngine:
     engine: Any  # deepspeed.DeepSpeedEngine around the objective
     objective: Objective
     teacher: Teacher | None
@@ -175,7 +175,7 @@ class Step:
         batch = batch.to(self.device)
         targets = self.teacher(batch.image) if self.teacher is not None else None
         total, each = self.engine(batch, targets)  # collectives: text features, column statistics
-        total = guard.poison(total)
+        total = nonfinite.poison(total)
         self.engine.backward(total * self.missing_scale)  # collectives: text gradients, gradient buckets
         self.lr = self.engine.get_lr()[0]  # of this update: its end brings the next one's
         self.engine.step()  # collectives and a CPU-GPU sync: overflow check, gradient norm, updated weights
@@ -212,7 +212,9 @@ class Step:
         return out
 
 
-def build(config: Config, ds_config: DeepSpeedConfig, vocab_size: int, total_steps: int, device: torch.device) -> Step:
+def build(
+    config: Config, ds_config: DeepSpeedConfig, vocab_size: int, total_steps: int, device: torch.device
+) -> TrainEngine:
     """The engine around student and losses, ready to step.
 
     Args:
@@ -254,10 +256,10 @@ def build(config: Config, ds_config: DeepSpeedConfig, vocab_size: int, total_ste
             f"optimizer.type is {ds_config.optimizer_type!r}: DeepSpeed cannot compile its own here: {error}"
         ) from error
     _undo_first_update(engine.optimizer)
-    guard.attach(engine)
+    nonfinite.attach(engine)
     if teacher is not None:
         teacher.to(device=device, dtype=dtype)
-    return Step(engine, objective, teacher, device, dtype, names)
+    return TrainEngine(engine, objective, teacher, device, dtype, names)
 
 
 def _undo_first_update(optimizer: Any) -> None:

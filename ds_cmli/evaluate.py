@@ -3,7 +3,7 @@
 Recall at 1, 5 and 10, from image to text and back, by three scores: the cosine of the class tokens (global), CMLI,
 and the sum of both logits (combined). Pointing, on scenes: the share of caption tokens whose best patch lies in
 their own picture.
-Shapes: n pairs, c texts held at a time, B pairs a step, N patches, M text positions, D matching space.
+Shapes: n pairs, c texts held at a time, B pairs a step, N patches, M text positions, D embedding dimension.
 """
 
 import sys
@@ -39,13 +39,13 @@ def evaluate(
     import torch
 
     from ds_cmli.cmli import cmli_scores
-    from ds_cmli.cmli.loss import unit
+    from ds_cmli.cmli.loss import l2_normalize
     from ds_cmli.common.errors import UserError
     from ds_cmli.data import eval_loader
     from ds_cmli.data.bad import NO_TOKEN, told
     from ds_cmli.data.held_out import HeldOut
     from ds_cmli.distributed import process_group as distributed
-    from ds_cmli.losses.functions import widen
+    from ds_cmli.losses.functions import upcast
     from ds_cmli.retrieval import chance, recall
 
     student, held_out = objective.student, HeldOut(dataset)
@@ -65,8 +65,8 @@ def evaluate(
                 beat()
                 batch = batch.to(device)
                 image_cls, features = student.encode_image(batch.image)
-                cls.append(widen(unit(image_cls)))  # [B, H]
-                patches.append(unit(student.g(features)))  # [B, N, D]
+                cls.append(upcast(l2_normalize(image_cls)))  # [B, H]
+                patches.append(l2_normalize(student.projection(features)))  # [B, N, D]
                 if data.has_places:
                     hits += pointing_hits(student, batch, patches[-1])
             columns, usable = [], []
@@ -75,7 +75,10 @@ def evaluate(
                 usable.append(batch.token_mask.any(1))
                 batch = batch.to(device)
                 text_cls, tokens = student.encode_text(batch.input_ids, batch.attention_mask)
-                text_cls, tokens = widen(unit(text_cls)), unit(student.g(tokens))  # [B, H], [B, M, D]
+                text_cls, tokens = (
+                    upcast(l2_normalize(text_cls)),
+                    l2_normalize(student.projection(tokens)),
+                )  # [B, H], [B, M, D]
                 by_global = torch.cat([c @ text_cls.t() for c in cls])  # [c, B]
                 pairs = [cmli_scores(p, tokens, batch.token_mask) for p in patches]
                 i2t, t2i = (torch.cat(side) for side in zip(*pairs, strict=True))  # [c, B] each
@@ -128,7 +131,7 @@ def pointing_hits(student: Any, batch: Any, patches: Any) -> Any:
     from ds_cmli.losses.functions import match_patches
 
     _, tokens = student.encode_text(batch.input_ids, batch.attention_mask)
-    match = match_patches(student.g(tokens), patches)  # [B, M]
+    match = match_patches(student.projection(tokens), patches)  # [B, M]
     cells = F.interpolate(batch.cell_picture[:, None].float(), size=student.grid, mode="nearest")
     found = cells.flatten(1).long().gather(1, match)  # [B, M], the picture in which the best patch lies
     counted = batch.token_picture >= 0

@@ -14,7 +14,7 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from ds_cmli.checkpoint import checksums as manifest
+from ds_cmli.checkpoint import checksums
 
 METRICS = "metrics.jsonl"
 DAMAGED = "metrics.damaged.jsonl"
@@ -39,7 +39,7 @@ def cut(path: Path, step: int, evaluated: bool) -> str | None:
     if damaged:
         with open(path.with_name(DAMAGED), "ab") as file:
             file.writelines(damaged)
-    manifest.publish(path, b"".join(kept))
+    checksums.publish(path, b"".join(kept))
     if not damaged:
         return None
     return f"warning: {len(damaged)} lines of {path} cannot be read: kept in {path.with_name(DAMAGED)}"

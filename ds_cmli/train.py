@@ -71,14 +71,14 @@ def train(
         if os.environ["WORLD_SIZE"] == "1":
             raise
         mistake = str(error)  # perhaps on this node alone, where nobody would hear of it: told once the ranks have met
-    from ds_cmli import engine as step
     from ds_cmli.checkpoint import lock, run_folder
-    from ds_cmli.faults import watchdog
+    from ds_cmli.engine import on_this_device
+    from ds_cmli.faults.watchdog import Watchdog, hold_back_nccl
 
-    ds_config = step.on_this_device(ds_config)
+    ds_config = on_this_device(ds_config)
 
     # --- processes
-    watchdog.hold_back_nccl(config.run.watchdog)
+    hold_back_nccl(config.run.watchdog)
     try:
         device = distributed.init(stop=preemption.stop)  # collective
     except preemption.Preempted:
@@ -87,8 +87,8 @@ def train(
     try:
         distributed.raise_together(mistake)  # collective
         folder = run_folder.make(config, resume, dry_run)  # collective
-        with watchdog.Watchdog(config.run.watchdog) as dog, lock.held(folder):  # collective
-            return run(config, ds_config, data, device, folder, dry_run, resume, with_changes, profiles, dog)
+        with Watchdog(config.run.watchdog) as watchdog, lock.held(folder):  # collective
+            return run(config, ds_config, data, device, folder, dry_run, resume, with_changes, profiles, watchdog)
     finally:
         distributed.shutdown()
 
@@ -100,7 +100,7 @@ class Run:
     config: Config
     data: Any  # data.Data
     sampler: Any  # data.GlobalBatchSampler: the order of the samples, and the position in it
-    engine: Any  # engine.Step
+    engine: Any  # engine.TrainEngine
     total_steps: int  # optimizer steps
     accumulation: int  # micro-batches of an optimizer step
     state: Any  # TrainState: what the next step depends on, the same on every rank
@@ -109,31 +109,30 @@ class Run:
     checkpoints: Any  # checkpoint.save.Checkpoints
     writer: Any  # metrics.Writer on rank 0, else metrics.NullWriter
     flags: Any  # CollectiveFlags: what ranks decide together
-    dog: Any  # Watchdog
+    watchdog: Any  # Watchdog
     meter: Any  # metrics.Meter
 
 
 def run(
     config: Config, ds_config: DeepSpeedConfig, data: Any, device: Any, folder: Path, dry_run: bool, resume: str,
-    with_changes: bool, profiles: Profiles, dog: Any,
+    with_changes: bool, profiles: Profiles, watchdog: Any,
 ) -> int:  # fmt: skip
     """Build everything, put back what there is to go on from, and train. Collective."""
     from ds_cmli import dry_run as dry
-    from ds_cmli import engine as step
-    from ds_cmli.checkpoint import restore as resuming
-    from ds_cmli.checkpoint import run_folder
+    from ds_cmli.checkpoint import restore, run_folder
     from ds_cmli.checkpoint.save import Checkpoints
     from ds_cmli.data import BadSamples
     from ds_cmli.distributed import process_group as distributed
-    from ds_cmli.distributed.collective_flags import Agreement
-    from ds_cmli.faults import out_of_memory as oom
+    from ds_cmli.distributed.collective_flags import CollectiveFlags
+    from ds_cmli.engine import build, plan, with_backend
+    from ds_cmli.faults import out_of_memory
     from ds_cmli.metrics import Meter, NullWriter, Writer
 
     # --- what there is to go on from
     resume = distributed.broadcast_object(run_folder.requeued(resume, folder))  # collective
-    found = resuming.find(resume, folder)  # collective
-    ds_config, sampler, total_steps = step.plan(config, resuming.cut_batch(found, ds_config), len(data.train))
-    state = resuming.state_of(found, config, ds_config, with_changes, say)
+    found = restore.find(resume, folder)  # collective
+    ds_config, sampler, total_steps = plan(config, restore.cut_batch(found, ds_config), len(data.train))
+    state = restore.state_of(found, config, ds_config, with_changes, say)
     if state.step >= total_steps and state.evaluated:
         say(f"the run in {folder} is finished, {state.step} steps: give another --output-dir to start a new one")
         return 0
@@ -143,20 +142,20 @@ def run(
     def parts(engine: Any, own: Any, writer: Any) -> Run:
         return Run(
             config, data, sampler, engine, total_steps, ds_config.accumulation, state, own, bad,
-            Checkpoints(folder, engine, config.run, state), writer, Agreement(), dog, Meter(),
+            Checkpoints(folder, engine, config.run, state), writer, CollectiveFlags(), watchdog, Meter(),
         )  # fmt: skip
 
     if dry_run:
         start = {"resume": resume, "profile": profiles.trace, "profile_memory": profiles.memory}
-        tried = parts(None, resuming.fresh(found, config, sampler), NullWriter())
+        tried = parts(None, restore.fresh(found, config, sampler), NullWriter())
         return dry.rehearse(tried, ds_config, device, start, partial(next_batch, tried))  # collectives
 
     # --- engine
-    here, notice = step.with_backend(config, device)
+    here, notice = with_backend(config, device)
     say(notice)
-    with oom.ending(here, ds_config, folder, device, dog):  # collective
-        engine = step.build(here, ds_config, data.vocab_size, total_steps, device)
-        own = resuming.load(found, engine, sampler, bad, with_changes)  # collective
+    with out_of_memory.ending(here, ds_config, folder, device, watchdog):  # collective
+        engine = build(here, ds_config, data.vocab_size, total_steps, device)
+        own = restore.load(found, engine, sampler, bad, with_changes)  # collective
         run_folder.settle(resume, found, folder, config, ds_config)  # collective
         writer = Writer(folder, total_steps, state.step) if distributed.is_main() else NullWriter()
         with profiles.around(engine, here, ds_config, folder, state.step) as after_step:
@@ -186,7 +185,7 @@ def loop(run: Run, after_step: Callable[[], None]) -> int:
                 break
 
             # One optimizer step: forward and backward of each micro-batch; the engine updates after the last one.
-            run.dog.beat(state.step)
+            run.watchdog.heartbeat(state.step)
             window = []  # (sample indices, loss) of each micro-batch, to name the samples of a step that fails
             sums = torch.zeros_like(run.own.sums)
             for micro_batch in range(run.accumulation):
@@ -236,7 +235,7 @@ def next_batch(run: Run, batches: Iterator[Any]) -> tuple[Any, bool, bool]:
         batch = next(batches)
     except Exception as caught:  # one rank's data: the others must not wait for it in a collective
         error = caught
-    run.dog.beat()
+    run.watchdog.heartbeat()
     signalled = preemption.requested() is not None
     failed, stop, save_due = run.flags.any(batch is None, signalled, run.checkpoints.due())  # collective
     if failed:
@@ -251,14 +250,14 @@ def end_step(run: Run, window: list[tuple[Any, Any]], sums: Any) -> None:
     Raises:
         UserError: on every rank, once too many steps in a row were skipped.
     """
-    from ds_cmli.faults import nonfinite as guard
+    from ds_cmli.faults import nonfinite
 
     state, own = run.state, run.own
     run.writer.advance()
     samples: list[int] = []
     if run.engine.skipped:
-        lower_scale = guard.can_lower_scale(run.engine.engine.optimizer)
-        samples = guard.skipped_samples(window, lower_scale, run.flags)  # collective
+        lower_scale = nonfinite.can_lower_scale(run.engine.engine.optimizer)
+        samples = nonfinite.skipped_samples(window, lower_scale, run.flags)  # collective
     else:
         state.skipped_in_row = 0
     if not samples:  # an overflow that only asked for a lower loss scale has finite losses
@@ -266,7 +265,7 @@ def end_step(run: Run, window: list[tuple[Any, Any]], sums: Any) -> None:
         own.micro_batches += run.accumulation
         return
     state.skipped_in_row += 1
-    run.writer.say(guard.line(state.step, samples))
+    run.writer.say(nonfinite.line(state.step, samples))
     run.writer.log(state.step, {"skipped": samples})
     most = run.config.run.most_skipped
     if state.skipped_in_row > most:
@@ -311,7 +310,7 @@ def evaluate(run: Run) -> None:
 
 def poll(run: Run) -> None:
     """A sign of life between two batches of an evaluation; raises `Preempted` on all ranks together. Collective."""
-    run.dog.beat()
+    run.watchdog.heartbeat()
     if run.flags.any(preemption.requested() is not None)[0]:  # collective
         raise preemption.Preempted
 
@@ -322,7 +321,7 @@ def save(run: Run) -> None:
 
     run.writer.flush(to_disk=True)
     own = collect(run.state, run.own, run.sampler, run.bad)  # CPU-GPU sync
-    with run.dog.slow():
+    with run.watchdog.slow():
         saved = run.checkpoints.save(run.state, own)  # collectives
     if saved.not_finite:
         run.writer.close()

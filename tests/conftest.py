@@ -26,11 +26,11 @@ def fp16_device(monkeypatch):
     import torch
     from deepspeed.accelerator import get_accelerator
 
-    from ds_cmli import engine as step
+    from ds_cmli import engine
 
     monkeypatch.setattr(get_accelerator(), "is_fp16_supported", lambda: True)
     monkeypatch.setattr(get_accelerator(), "supported_dtypes", lambda: [torch.float, torch.bfloat16, torch.half])
-    monkeypatch.setattr(step, "on_this_device", lambda ds_config: ds_config)
+    monkeypatch.setattr(engine, "on_this_device", lambda ds_config: ds_config)
 
 
 @pytest.fixture(scope="session")

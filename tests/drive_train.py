@@ -26,9 +26,9 @@ def drive(arguments: list[str], stop_at: int | None = None, seen: str | None = N
         seen: gets one line of sample indices for each micro-batch of rank R, with `.R` behind its name.
         mistakes: a `UserError` is printed and counts as 2.
     """
-    from ds_cmli.engine import Step
+    from ds_cmli.engine import TrainEngine
 
-    end_step, one_call = train.end_step, Step.__call__
+    end_step, one_call = train.end_step, TrainEngine.__call__
 
     def ended(run, window, sums):
         end_step(run, window, sums)
@@ -47,7 +47,7 @@ def drive(arguments: list[str], stop_at: int | None = None, seen: str | None = N
     preemption._received.clear()
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(train, "end_step", ended))
-        stack.enter_context(mock.patch.object(Step, "__call__", call))
+        stack.enter_context(mock.patch.object(TrainEngine, "__call__", call))
         for number in preemption.SIGNALS:
             signal.signal(number, preemption._note)
         try:

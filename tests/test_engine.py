@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from ds_cmli import engine as step
+from ds_cmli import engine
 from ds_cmli.cmli import op
 from ds_cmli.common.errors import UserError
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
@@ -36,48 +36,48 @@ def batches(data) -> list[Batch]:
 
 def build(device, data, ds_config, overrides=None, steps=6):
     config = load_preset("tiny", overrides or {})
-    ds_config = step.on_this_device(DeepSpeedConfig.of(ds_config))
-    return step.build(config, step.filled(config, ds_config, 1, steps), data.vocab_size, steps, device)
+    ds_config = engine.on_this_device(DeepSpeedConfig.of(ds_config))
+    return engine.build(config, engine.filled(config, ds_config, 1, steps), data.vocab_size, steps, device)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "ds_configs").glob("*.json")), ids=lambda p: p.stem)
 def test_five_steps_with_each_shipped_json(device, data, batches, path):
-    trainer = build(device, data, DeepSpeedConfig.load(path), {"optim": {"lr": 3e-3, "warmup_share": 0.0}})
-    losses = [trainer(batches[0])[0].item() for _ in range(5)]
+    train_engine = build(device, data, DeepSpeedConfig.load(path), {"optim": {"lr": 3e-3, "warmup_share": 0.0}})
+    losses = [train_engine(batches[0])[0].item() for _ in range(5)]
     assert all(torch.isfinite(torch.tensor(losses)))
     assert losses[-1] < losses[0]  # the same batch five times: it must be learned
-    assert trainer.engine.zero_optimization_stage() == json.loads(path.read_text())["zero_optimization"]["stage"]
+    assert train_engine.engine.zero_optimization_stage() == json.loads(path.read_text())["zero_optimization"]["stage"]
 
 
 @pytest.mark.parametrize("loss", ["global", "cmli", "target_cmli", "cls_kd"])
 def test_each_loss_alone(device, data, batches, loss):
-    trainer = build(device, data, {"zero_optimization": {"stage": 2}}, {"loss": {"weights": {loss: 2.0}}})
-    total, each = trainer(batches[0])
+    train_engine = build(device, data, {"zero_optimization": {"stage": 2}}, {"loss": {"weights": {loss: 2.0}}})
+    total, each = train_engine(batches[0])
     assert list(each) == [loss]
     assert total.item() == pytest.approx(2 * each[loss].item())
-    assert (trainer.teacher is None) == (loss in ("global", "cmli"))
+    assert (train_engine.teacher is None) == (loss in ("global", "cmli"))
 
 
 def test_teacher_stays_frozen_and_outside_the_engine(device, data, batches):
-    trainer = build(device, data, {"zero_optimization": {"stage": 2}})
-    before = [p.clone() for p in trainer.teacher.parameters()]
-    trainer(batches[0])
-    trainer.teacher.train()
-    assert not trainer.teacher.training
-    assert all(torch.equal(p, q) for p, q in zip(before, trainer.teacher.parameters(), strict=True))
-    engine = {id(p) for p in trainer.engine.module.parameters()}
-    assert not any(id(p) in engine or p.requires_grad for p in trainer.teacher.parameters())
+    train_engine = build(device, data, {"zero_optimization": {"stage": 2}})
+    before = [p.clone() for p in train_engine.teacher.parameters()]
+    train_engine(batches[0])
+    train_engine.teacher.train()
+    assert not train_engine.teacher.training
+    assert all(torch.equal(p, q) for p, q in zip(before, train_engine.teacher.parameters(), strict=True))
+    engine = {id(p) for p in train_engine.engine.module.parameters()}
+    assert not any(id(p) in engine or p.requires_grad for p in train_engine.teacher.parameters())
 
 
 def test_activation_checkpointing_changes_memory_and_no_bit_of_the_loss(device, data, batches):
     losses, peaks = [], []
     for section in ({}, {"activation_checkpointing": {}}):
-        trainer = build(
+        train_engine = build(
             device, data, {"zero_optimization": {"stage": 2, "reduce_bucket_size": 100000}, **section},
             {"student": {"shared_blocks": 2, "dropout": 0.1}},
         )  # fmt: skip
-        losses.append([trainer(b)[0] for b in batches[:3]])
-        peaks.append(allocator_peak(lambda: trainer(batches[3])))  # noqa: B023
+        losses.append([train_engine(b)[0] for b in batches[:3]])
+        peaks.append(allocator_peak(lambda: train_engine(batches[3])))  # noqa: B023
     assert torch.equal(torch.stack(losses[0]), torch.stack(losses[1]))
     assert peaks[1] < peaks[0]
     print(f"peak of a step without checkpointing {peaks[0]:,} B, with {peaks[1]:,} B")
@@ -87,18 +87,18 @@ FP16 = {"zero_optimization": {"stage": 2}, "fp16": {"enabled": True, "initial_sc
 
 
 def test_fp16_with_dynamic_loss_scaling_skips_an_overflow_and_goes_on(fp16_device, device, data, batches):
-    trainer = build(device, data, FP16)
-    assert trainer.dtype == torch.float16
-    weights = trainer.objective.student.g.weight.clone()
-    trainer(batches[0])  # a scale of 2^40 overflows fp16
-    assert trainer.engine.skipped_steps == 1
-    assert torch.equal(weights, trainer.objective.student.g.weight)
-    scale = trainer.state()["loss_scale"]
+    train_engine = build(device, data, FP16)
+    assert train_engine.dtype == torch.float16
+    weights = train_engine.objective.student.projection.weight.clone()
+    train_engine(batches[0])  # a scale of 2^40 overflows fp16
+    assert train_engine.engine.skipped_steps == 1
+    assert torch.equal(weights, train_engine.objective.student.projection.weight)
+    scale = train_engine.state()["loss_scale"]
     assert scale == 2.0**39
-    trainer.engine.optimizer.loss_scaler.cur_scale = 1024.0
-    skipped = trainer.engine.skipped_steps
-    losses = [trainer(batches[0])[0].item() for _ in range(5)]
-    assert trainer.engine.skipped_steps == skipped
+    train_engine.engine.optimizer.loss_scaler.cur_scale = 1024.0
+    skipped = train_engine.engine.skipped_steps
+    losses = [train_engine(batches[0])[0].item() for _ in range(5)]
+    assert train_engine.engine.skipped_steps == skipped
     assert losses[-1] < losses[0]
 
 
@@ -110,7 +110,7 @@ def test_fp16_falls_back_to_bf16_where_it_is_slow_or_missing(monkeypatch, device
 
     monkeypatch.setattr(get_accelerator(), "device_name", lambda: device_name)
     monkeypatch.setattr(get_accelerator(), "is_fp16_supported", lambda: supported)
-    ds_config = step.on_this_device(DeepSpeedConfig.of(FP16))
+    ds_config = engine.on_this_device(DeepSpeedConfig.of(FP16))
     assert ds_config.precision == runs
     if runs == "bf16":
         (notice,) = ds_config.notices
@@ -120,10 +120,10 @@ def test_fp16_falls_back_to_bf16_where_it_is_slow_or_missing(monkeypatch, device
 
 
 def test_weight_decay_spares_norms_biases_and_embeddings(data):
-    objective, _ = step.build_models(load_preset("tiny", {}), data.vocab_size)
+    objective, _ = engine.build_models(load_preset("tiny", {}), data.vocab_size)
     names = {id(p): n for n, p in objective.named_parameters()}
-    decay, plain = ({names[id(p)] for p in g["params"]} for g in step.parameter_groups(objective, 0.1))
-    assert {"student.g.weight", "student.vit.blocks.0.attn.qkv.weight"} <= decay
+    decay, plain = ({names[id(p)] for p in g["params"]} for g in engine.parameter_groups(objective, 0.1))
+    assert {"student.projection.weight", "student.vit.blocks.0.attn.qkv.weight"} <= decay
     assert {"losses.global.logit_scale", "losses.cmli.logit_scale"} <= plain
     assert {"student.vit.pos_embed", "student.image_out.weight"} <= plain
     assert "student.text.embeddings.word_embeddings.weight" in plain
@@ -133,20 +133,20 @@ def test_weight_decay_spares_norms_biases_and_embeddings(data):
 def test_the_backend_that_runs_is_told_in_one_line(monkeypatch):
     config, gpu, cpu = load_preset("tiny", {}), torch.device("cuda"), torch.device("cpu")
     asked = load_preset("tiny", {"loss": {"cmli_backend": "triton"}})
-    monkeypatch.setattr(step, "why_no_triton", lambda: None)
-    here, line = step.with_backend(config, gpu)
+    monkeypatch.setattr(engine, "why_no_triton", lambda: None)
+    here, line = engine.with_backend(config, gpu)
     assert (here.loss.cmli_backend, line) == ("triton", None)
-    monkeypatch.setattr(step, "why_no_triton", lambda: "Failed to find C compiler.")
-    here, line = step.with_backend(config, gpu)
+    monkeypatch.setattr(engine, "why_no_triton", lambda: "Failed to find C compiler.")
+    here, line = engine.with_backend(config, gpu)
     assert here.loss.cmli_backend == "chunked"
     assert "the slower chunked backend: Failed to find C compiler." in line and "\n" not in line
-    here, line = step.with_backend(config, cpu)
+    here, line = engine.with_backend(config, cpu)
     assert (here.loss.cmli_backend, line) == ("chunked", None)
     for device in (cpu, gpu):
         with pytest.raises(UserError, match=r"cmli_backend is 'triton', which does not run here"):
-            step.with_backend(asked, device)
+            engine.with_backend(asked, device)
     without = load_preset("tiny", {"loss": {"weights": {"global": 1.0}, "cmli_backend": "triton"}})
-    assert step.with_backend(without, cpu) == (without, None)
+    assert engine.with_backend(without, cpu) == (without, None)
 
 
 def test_what_keeps_triton_from_running_is_one_line(monkeypatch):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ds_cmli import engine as step
+from ds_cmli import engine
 from ds_cmli.common.errors import UserError
 from ds_cmli.config import deepspeed_keys as keys
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
@@ -38,22 +38,22 @@ def batches(data):
 
 def decided(content):
     config = load_preset("tiny", {"optim": {"lr": 1e-2, "warmup_share": 0.5}})
-    ds_config = step.on_this_device(DeepSpeedConfig.of(content))
-    return config, step.filled(config, ds_config, 1, STEPS)
+    ds_config = engine.on_this_device(DeepSpeedConfig.of(content))
+    return config, engine.filled(config, ds_config, 1, STEPS)
 
 
 def train(content, device, data, batches):
     """The rates logged for each step, whether each changed the weights, and the rates of the schedule after each."""
     config, ds_config = decided(content)
-    step.try_out(ds_config, STEPS)
-    trainer = step.build(config, ds_config, data.vocab_size, STEPS, device)
+    engine.try_out(ds_config, STEPS)
+    train_engine = engine.build(config, ds_config, data.vocab_size, STEPS, device)
     logged, moved, after = [], [], []
     for batch in batches:
-        before = trainer.objective.student.g.weight.detach().clone()
-        trainer(batch)
-        logged.append(trainer.state()["lr"])
-        moved.append(not torch.equal(before, trainer.objective.student.g.weight))
-        after.append(trainer.engine.get_lr()[0])
+        before = train_engine.objective.student.projection.weight.detach().clone()
+        train_engine(batch)
+        logged.append(train_engine.state()["lr"])
+        moved.append(not torch.equal(before, train_engine.objective.student.projection.weight))
+        after.append(train_engine.engine.get_lr()[0])
     return logged, moved, after
 
 
@@ -106,7 +106,7 @@ def test_every_scheduler_trains_or_is_one_line(device, data, batches, kind):
 
 
 def test_a_scheduler_that_starts_at_0_is_told():
-    lines = [step.try_out(decided({"scheduler": {"type": k}})[1], STEPS) for k in ("WarmupLR", "LinearLR")]
+    lines = [engine.try_out(decided({"scheduler": {"type": k}})[1], STEPS) for k in ("WarmupLR", "LinearLR")]
     assert lines == ["scheduler WarmupLR starts at rate 0: the first 2 steps change no weight", None]
 
 
@@ -124,7 +124,7 @@ def test_a_scheduler_that_starts_at_0_is_told():
 )
 def test_parameters_that_an_optimizer_or_scheduler_refuses_are_one_line(content, words):
     with pytest.raises(UserError, match=words) as error:
-        step.try_out(decided({"zero_allow_untested_optimizer": True, **content})[1], STEPS)
+        engine.try_out(decided({"zero_allow_untested_optimizer": True, **content})[1], STEPS)
     assert "\n" not in str(error.value)
 
 

@@ -57,8 +57,8 @@ def test_what_a_run_leaves(finished):
     assert config["deepspeed"]["train_batch_size"] == 8
     assert {"torch", "deepspeed", "python"} <= config["versions"].keys()
     weights = load_file(folder / "student.safetensors")
-    assert {"losses.global.logit_scale", "losses.cmli.logit_scale", "student.g.weight"} <= weights.keys()
-    assert weights["student.g.weight"].shape == (16, 32)
+    assert {"losses.global.logit_scale", "losses.cmli.logit_scale", "student.projection.weight"} <= weights.keys()
+    assert weights["student.projection.weight"].shape == (16, 32)
     assert (folder / "checkpoint" / "latest").read_text() == "step4"
     assert "checkpoint step4: " in done.stdout and "best seen combined R@1 " in done.stdout
     events = EventAccumulator(str(folder / "tensorboard"))

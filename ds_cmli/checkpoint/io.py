@@ -17,7 +17,7 @@ from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
 
-from ds_cmli.checkpoint import checksums as manifest
+from ds_cmli.checkpoint import checksums
 
 DEEPSPEED_CLASSES = [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
 
@@ -67,7 +67,7 @@ def write_tensors(shards: Shards, value: Any, path: Path) -> None:
         shards.error = NotFinite(f"{bad} in {path.name}")
         return
     try:
-        shards.files[path.name] = manifest.write_file(path, lambda file: torch.save(value, file))
+        shards.files[path.name] = checksums.write_file(path, lambda file: torch.save(value, file))
     except OSError as error:
         shards.error = error
 

@@ -11,9 +11,8 @@ from typing import Any
 
 import torch
 
-from ds_cmli.checkpoint import checksums as manifest
+from ds_cmli.checkpoint import checksums, universal
 from ds_cmli.checkpoint import save as checkpoint
-from ds_cmli.checkpoint import universal
 from ds_cmli.checkpoint.train_state import RankState, TrainState, generators, redistribute, restore_generators
 from ds_cmli.common.errors import UserError
 from ds_cmli.common.pretrained import refused_code
@@ -22,7 +21,7 @@ from ds_cmli.config.deepspeed_config import BATCH_KEYS, DeepSpeedConfig
 from ds_cmli.config.schema import Config
 from ds_cmli.data import BadSamples, GlobalBatchSampler
 from ds_cmli.distributed import process_group as distributed
-from ds_cmli.engine import Step
+from ds_cmli.engine import TrainEngine
 
 
 @dataclass
@@ -59,7 +58,7 @@ def find(resume: str, folder: Path) -> Found | None:
     lines: list[str] = []
     for path in paths:
         # Ranks share the reading; it costs as much as loading.
-        own = manifest.problem(path, distributed.rank(), distributed.world_size())
+        own = checksums.problem(path, distributed.rank(), distributed.world_size())
         problem = next((p for p in distributed.gather_objects(own) if p), None)  # collective
         if problem is None:
             state = checkpoint.read_state(path)
@@ -165,7 +164,7 @@ def _cut_otherwise(found: Found, now: dict[str, Any]) -> bool:
 
 
 def load(
-    found: Found | None, step: Step, sampler: GlobalBatchSampler, bad: BadSamples, with_changes: bool
+    found: Found | None, step: TrainEngine, sampler: GlobalBatchSampler, bad: BadSamples, with_changes: bool
 ) -> RankState:
     """Put engine, sampler, broken-sample counts and random generators back, where there is what to go on from.
 
@@ -190,7 +189,7 @@ def load(
     return own
 
 
-def _load_engine(found: Found, step: Step, with_changes: bool) -> None:
+def _load_engine(found: Found, step: TrainEngine, with_changes: bool) -> None:
     from ds_cmli.checkpoint.io import Shards, no_code, not_finite
 
     engine, path = step.engine, found.path

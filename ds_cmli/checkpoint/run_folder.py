@@ -9,11 +9,11 @@ from datetime import datetime
 from pathlib import Path
 
 from ds_cmli import metrics
-from ds_cmli.checkpoint import checksums as manifest
+from ds_cmli.checkpoint import checksums
 from ds_cmli.checkpoint import save as checkpoint
 from ds_cmli.checkpoint.restore import Found
 from ds_cmli.checkpoint.train_state import TrainState
-from ds_cmli.common import provenance as environment
+from ds_cmli.common import provenance
 from ds_cmli.common.errors import UserError
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.schema import Config
@@ -55,7 +55,7 @@ def _named(resume: str, output_dir: str) -> str:
     if output_dir or resume in ("auto", "never"):
         return output_dir
     path = Path(resume).absolute()
-    if (path / manifest.NAME).is_file():
+    if (path / checksums.NAME).is_file():
         path = path.parent
     return str(path.parent if path.name == checkpoint.FOLDER else path)
 
@@ -135,13 +135,13 @@ def _settle(resume: str, found: Found | None, folder: Path, config: Config, ds_c
         and found.path.parent.absolute() == root.absolute()
         and checkpoint.latest(root) != found.path.name
     ):
-        manifest.publish(root / checkpoint.LATEST, found.path.name.encode())
+        checksums.publish(root / checkpoint.LATEST, found.path.name.encode())
     state = found.state if found is not None else TrainState()
     damage = metrics.cut(folder / metrics.METRICS, state.step, state.evaluated)
     if damage:
         print(damage, flush=True)
     beside = folder / ("config.json" + checkpoint.WRITING)
-    environment.write(beside, config, ds_config)
+    provenance.write(beside, config, ds_config)
     os.replace(beside, folder / "config.json")
 
 
@@ -160,8 +160,8 @@ def _set_aside(folder: Path, aside: Path) -> None:
             if (folder / name).exists() and not (aside / name).exists():
                 os.replace(folder / name, aside / name)
         os.replace(root, kept)  # last: without it what lies there belongs to the run in `folder`
-        manifest.sync_folder(aside)
-        manifest.sync_folder(folder)
+        checksums.sync_folder(aside)
+        checksums.sync_folder(folder)
     checkpoint.remove(root)
 
 
@@ -171,5 +171,5 @@ def _put_back(folder: Path, aside: Path) -> None:
         if (aside / name).exists():
             checkpoint.remove(folder / name)
             os.replace(aside / name, folder / name)
-    manifest.sync_folder(folder)
+    checksums.sync_folder(folder)
     aside.rmdir()

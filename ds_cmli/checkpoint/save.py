@@ -19,12 +19,12 @@ from safetensors.torch import load_file
 from safetensors.torch import save as to_safetensors
 from torch import nn
 
-from ds_cmli.checkpoint import checksums as manifest
+from ds_cmli.checkpoint import checksums
 from ds_cmli.checkpoint.train_state import RankState, TrainState
 from ds_cmli.common.errors import UserError
 from ds_cmli.config.schema import RunConfig
 from ds_cmli.distributed import process_group as distributed
-from ds_cmli.engine import Step
+from ds_cmli.engine import TrainEngine
 from ds_cmli.models.weights import not_finite
 
 FOLDER = "checkpoint"
@@ -56,7 +56,7 @@ class Saved:
 class Checkpoints:
     """The checkpoints of a run in `folder`: when one is due, and which state the last one holds."""
 
-    def __init__(self, folder: Path, engine: Step, settings: RunConfig, state: TrainState):
+    def __init__(self, folder: Path, engine: TrainEngine, settings: RunConfig, state: TrainState):
         self.folder, self.engine, self.settings = folder, engine, settings
         self.saved, self.saved_at = self._mark(state), time.monotonic()
 
@@ -128,7 +128,7 @@ def candidates(root: Path) -> list[str]:
     return (known if newest is None else known[: known.index(newest) + 1])[::-1]
 
 
-def save(folder: Path, step: Step, state: TrainState, own: RankState, keep: int) -> Saved:
+def save(folder: Path, step: TrainEngine, state: TrainState, own: RankState, keep: int) -> Saved:
     """Write and publish a checkpoint of the run in `folder`, and its `student.safetensors`. Collective.
 
     A full disk or any other failure to write, on any rank, leaves what was published before as it was.
@@ -145,7 +145,7 @@ def save(folder: Path, step: Step, state: TrainState, own: RankState, keep: int)
     if distributed.is_main():
         try:
             if refusal is None:
-                manifest.write(writing, files)
+                checksums.write(writing, files)
                 _publish(folder, root, name, keep)
         except OSError as error:
             refusal = str(error)
@@ -157,7 +157,7 @@ def save(folder: Path, step: Step, state: TrainState, own: RankState, keep: int)
     return Saved(name, time.monotonic() - started, size, refusal, not_finite)
 
 
-def _prepare(root: Path, step: Step, number: int) -> tuple[str, str | None]:
+def _prepare(root: Path, step: TrainEngine, number: int) -> tuple[str, str | None]:
     """A name that is free, and why nothing can be written, if so. What was left half written goes."""
     known = names(root)
     name = first = f"step{number}"
@@ -179,19 +179,19 @@ def _prepare(root: Path, step: Step, number: int) -> tuple[str, str | None]:
     return name, None
 
 
-def _expected_bytes(root: Path, step: Step) -> int:
+def _expected_bytes(root: Path, step: TrainEngine) -> int:
     """Of the next checkpoint: as many as the last one, or an estimate from the number of parameters."""
     newest = latest(root)
     if newest is not None:
         try:
-            return sum(file["bytes"] for file in manifest.read(root / newest).values())
+            return sum(file["bytes"] for file in checksums.read(root / newest).values())
         except ValueError:
             pass
     return BYTES_PER_PARAMETER * sum(_shape(p).numel() for p in step.objective.parameters())
 
 
 def _write(
-    folder: Path, writing: Path, step: Step, state: TrainState, own: RankState
+    folder: Path, writing: Path, step: TrainEngine, state: TrainState, own: RankState
 ) -> tuple[dict[str, dict[str, Any]], str | None, bool]:
     """Every file of a checkpoint, and `student.safetensors` beside the old one. Collective; raises on no rank alone.
 
@@ -213,8 +213,8 @@ def _write(
         text = json.dumps(state.to_dict(), indent=1)
         data = to_safetensors(weights, metadata={"format": "pt"})  # one key: with more, their order is random
         try:
-            shards.files[STATE] = manifest.write_file(writing / STATE, lambda file: file.write(text.encode()))
-            manifest.write_file(folder / (WEIGHTS + WRITING), lambda file: file.write(data))
+            shards.files[STATE] = checksums.write_file(writing / STATE, lambda file: file.write(text.encode()))
+            checksums.write_file(folder / (WEIGHTS + WRITING), lambda file: file.write(data))
         except OSError as error:
             shards.error = error
     problem = None if shards.error is None else str(shards.error).splitlines()[0]
@@ -227,11 +227,11 @@ def _write(
 def _publish(folder: Path, root: Path, name: str, keep: int) -> None:
     """Make the checkpoint written beside count, then remove old ones."""
     os.replace(root / (name + WRITING), root / name)
-    manifest.sync_folder(root)
+    checksums.sync_folder(root)
     os.replace(folder / (WEIGHTS + WRITING), folder / WEIGHTS)
-    manifest.sync_folder(folder)
+    checksums.sync_folder(folder)
     before = candidates(root)
-    manifest.publish(root / LATEST, name.encode())
+    checksums.publish(root / LATEST, name.encode())
     # Those after the one published before belong to a branch that a resume from an older one has left.
     kept = {name, *[n for n in before if n != name][: keep - 1]}
     for other in names(root):

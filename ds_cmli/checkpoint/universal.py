@@ -21,7 +21,7 @@ from torch import Tensor
 from ds_cmli.checkpoint.io import no_code
 from ds_cmli.common.errors import UserError
 from ds_cmli.distributed import process_group as distributed
-from ds_cmli.engine import Step
+from ds_cmli.engine import TrainEngine
 
 CONVERTED = "universal.writing"  # half-written and left-over ones go with the next checkpoint
 SHARED = "shared.pt"  # what is the same for all parameters, see `_shared`
@@ -160,7 +160,7 @@ def _convert_without_zero(
     return inner["param_groups"], optimizer, inner["state"][0]["step"]
 
 
-def load(step: Step, converted: Path) -> None:
+def load(step: TrainEngine, converted: Path) -> None:
     """Fill the engine from a universal checkpoint. Collective."""
     engine, optimizer = step.engine, step.engine.optimizer
     with no_code():
@@ -195,7 +195,7 @@ def _load_zero(engine: Any, converted: Path) -> None:
         optimizer.update_lp_params()  # collective
 
 
-def _load_without_zero(step: Step, converted: Path) -> None:
+def _load_without_zero(step: TrainEngine, converted: Path) -> None:
     optimizer = step.engine.optimizer
     parameters = dict(step.objective.named_parameters())
     for several, master in _masters(step, parameters):
@@ -212,7 +212,7 @@ def _load_without_zero(step: Step, converted: Path) -> None:
         optimizer.state[master] = {key: read(key) for key in MOMENTS}
 
 
-def _masters(step: Step, parameters: dict[str, Any]) -> Iterator[tuple[list[str], Tensor]]:
+def _masters(step: TrainEngine, parameters: dict[str, Any]) -> Iterator[tuple[list[str], Tensor]]:
     """The fp32 tensors that an optimizer without ZeRO updates, each with the names of the parameters in it."""
     optimizer = step.engine.optimizer
     if hasattr(optimizer, "fp32_groups_flat"):  # FP16_Optimizer

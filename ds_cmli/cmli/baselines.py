@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ds_cmli.losses.functions import widen
+from ds_cmli.losses.functions import upcast
 
 N, M, D = 196, 64, 256
 SETTINGS = ("full", "captions", "mixed")
@@ -79,33 +79,33 @@ def broadcast_dots(x: Tensor, y: Tensor) -> Tensor:
     return (x * y).sum(-1)
 
 
-def cmli_from(similarities: Tensor, text_mask: Tensor) -> tuple[Tensor, Tensor]:
+def cmli_from(similarities: Tensor, token_mask: Tensor) -> tuple[Tensor, Tensor]:
     """Both scores [I, G] from [I, N, G, M], masked tokens at minus infinity; each text has a valid token."""
     s_i2t = similarities.max(3).values.mean(1)
-    best = similarities.max(1).values.masked_fill(~text_mask, 0)  # [I, G, M]
-    return s_i2t, best.sum(2) / text_mask.sum(1)
+    best = similarities.max(1).values.masked_fill(~token_mask, 0)  # [I, G, M]
+    return s_i2t, best.sum(2) / token_mask.sum(1)
 
 
-def broadcast_scores(image: Tensor, text: Tensor, text_mask: Tensor, image_mask: None = None) -> tuple[Tensor, Tensor]:
+def broadcast_scores(image: Tensor, text: Tensor, token_mask: Tensor, image_mask: None = None) -> tuple[Tensor, Tensor]:
     """CMLI of all pairs as the document counts it: [I, N, G, M, D] is stored. Arguments as `cmli_scores`."""
-    similarities = broadcast_dots(widen(image)[:, :, None, None], widen(text))
-    return cmli_from(similarities.masked_fill_(~text_mask, -torch.inf), text_mask)
+    similarities = broadcast_dots(upcast(image)[:, :, None, None], upcast(text))
+    return cmli_from(similarities.masked_fill_(~token_mask, -torch.inf), token_mask)
 
 
 def materialised_scores(
-    image: Tensor, text: Tensor, text_mask: Tensor, image_mask: None = None, *, narrow: bool = False
+    image: Tensor, text: Tensor, token_mask: Tensor, image_mask: None = None, *, narrow: bool = False
 ) -> tuple[Tensor, Tensor]:
     """CMLI of all pairs by one matrix product, all similarities stored: [I, N, G, M]. Arguments as `cmli_scores`.
 
     Plain autograd. `narrow` stores 16-bit inputs' similarities in 16 bits and lets rounding decide between maxima.
     """
     if not narrow:
-        image, text = widen(image), widen(text)
+        image, text = upcast(image), upcast(text)
     similarities = image.flatten(0, 1) @ text.flatten(0, 1).t()  # [I*N, G*M]
     # In place and before the view: a copy of this tensor is what nobody can afford.
-    similarities.masked_fill_(~text_mask.flatten(), -torch.inf)
-    s_i2t, s_t2i = cmli_from(similarities.view(*image.shape[:2], *text.shape[:2]), text_mask)
-    return widen(s_i2t), widen(s_t2i)
+    similarities.masked_fill_(~token_mask.flatten(), -torch.inf)
+    s_i2t, s_t2i = cmli_from(similarities.view(*image.shape[:2], *text.shape[:2]), token_mask)
+    return upcast(s_i2t), upcast(s_t2i)
 
 
 def naive(image: Tensor, text: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,10 +11,10 @@ LONGEST_SIDE = 32767
 
 
 def check_inputs(
-    image: Tensor, text: Tensor, text_mask: Tensor, image_mask: Tensor | None, backend: str, scratch_bytes: int
+    image: Tensor, text: Tensor, token_mask: Tensor, image_mask: Tensor | None, backend: str, scratch_bytes: int
 ) -> None:
     """Raise ValueError or TypeError for the first thing wrong. Looks at shapes and types only, never at values."""
-    tensors = {"image": image, "text": text, "text_mask": text_mask}
+    tensors = {"image": image, "text": text, "token_mask": token_mask}
     if image_mask is not None:
         tensors["image_mask"] = image_mask
     for name, tensor in tensors.items():
@@ -40,7 +40,7 @@ def check_inputs(
         )
 
     for name, mask, of, features in (
-        ("text_mask", text_mask, "text", text),
+        ("token_mask", token_mask, "text", text),
         ("image_mask", image_mask, "image", image),
     ):
         if mask is None:

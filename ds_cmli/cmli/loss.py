@@ -1,6 +1,6 @@
 """CMLI as a contrastive loss over every pair of the global batch, as a module for any PyTorch project.
 
-Shapes: B pairs per rank, P ranks, G = B * P, N image patches, M text positions, D matching space.
+Shapes: B pairs per rank, P ranks, G = B * P, N image patches, M text positions, D embedding dimension.
 """
 
 import math
@@ -14,25 +14,25 @@ from torch import Tensor, nn
 
 from ds_cmli.cmli.op import DEFAULT_SCRATCH_BYTES, cmli_scores
 from ds_cmli.distributed import process_group as distributed
-from ds_cmli.losses.functions import contrastive_loss, widen
+from ds_cmli.losses.functions import contrastive_loss, upcast
 
 
-def unit(x: Tensor) -> Tensor:
+def l2_normalize(x: Tensor) -> Tensor:
     """Unit length over the last dimension, computed in fp32 (fp64 for fp64) and returned in x's dtype."""
-    return F.normalize(widen(x), dim=-1).to(x.dtype)
+    return F.normalize(upcast(x), dim=-1).to(x.dtype)
 
 
 def score_global_batch(
     image: Tensor,
     text: Tensor,
-    text_mask: Tensor,
+    token_mask: Tensor,
     image_mask: Tensor | None = None,
     group: dist.ProcessGroup | None = None,
     score: Callable[..., tuple[Tensor, Tensor]] = cmli_scores,
 ) -> tuple[Tensor, Tensor]:
     """s_i2t and s_t2i [B, G] of this rank's images and the texts of all ranks; arguments as `CMLILoss`. Collective."""
-    all_text, all_mask = distributed.gather_text(unit(text), text_mask, group)  # collective
-    return score(unit(image), all_text, all_mask, image_mask)
+    all_text, all_mask = distributed.gather_text(l2_normalize(text), token_mask, group)  # collective
+    return score(l2_normalize(image), all_text, all_mask, image_mask)
 
 
 class CMLILoss(nn.Module):
@@ -70,7 +70,7 @@ class CMLILoss(nn.Module):
         self,
         image: Tensor,
         text: Tensor,
-        text_mask: Tensor,
+        token_mask: Tensor,
         image_mask: Tensor | None = None,
         ignore: Tensor | None = None,
     ) -> Tensor:
@@ -80,7 +80,7 @@ class CMLILoss(nn.Module):
             image: [B, N, D], patch features, not normalised: that is done here, in fp32.
             text: [B, M, D], token features, likewise; the same dtype (fp64, fp32, bf16 or fp16) and device. M may
                 differ between ranks, B may not.
-            text_mask: bool [B, M], True = valid. Leave out class, separator and padding tokens.
+            token_mask: bool [B, M], True = valid. Leave out class, separator and padding tokens.
             image_mask: bool [B, N], True = valid; None: all are.
             ignore: bool [B, G], True: this text is no negative of this image, though not its own, as other captions of
                 the same picture; see `losses.functions.same_picture`.
@@ -89,7 +89,7 @@ class CMLILoss(nn.Module):
             ValueError, TypeError: on shapes, dtypes, devices or masks that do not fit, and on every rank where the
                 ranks' batches differ in size.
         """
-        s_i2t, s_t2i = score_global_batch(image, text, text_mask, image_mask, self.group, self.score)  # collective
+        s_i2t, s_t2i = score_global_batch(image, text, token_mask, image_mask, self.group, self.score)  # collective
         first = distributed.rank(self.group) * image.shape[0]
         columns = partial(distributed.column_logsumexp, group=self.group)
         return contrastive_loss(s_i2t, s_t2i, self.logit_scale, first, columns, ignore)

@@ -20,7 +20,7 @@ from ds_cmli.cmli.check import DEFAULT_SCRATCH_BYTES, check_inputs, index_dtype
 def cmli_scores(
     image: Tensor,
     text: Tensor,
-    text_mask: Tensor,
+    token_mask: Tensor,
     image_mask: Tensor | None = None,
     *,
     backend: str = "auto",
@@ -39,7 +39,7 @@ def cmli_scores(
         image: [I, N, D] patch features, float64, float32, bfloat16 or float16. Not normalised here: for cosines,
             the caller normalises (as `CMLILoss` does, in fp32).
         text: [J, M, D] token features, of the same dtype and device.
-        text_mask: [J, M] bool, True = valid, in any pattern. Leave out [CLS], [SEP] and [PAD].
+        token_mask: [J, M] bool, True = valid, in any pattern. Leave out [CLS], [SEP] and [PAD].
         image_mask: [I, N] bool, True = valid; None = all.
         backend: "auto" (triton on CUDA where it runs, otherwise chunked), "chunked", "triton" or
             "reference" (materialises everything; for tests).
@@ -56,16 +56,16 @@ def cmli_scores(
         TypeError, ValueError: an argument does not fit; one line says which and how.
         RuntimeError: the backend cannot run here, or a second derivative is asked for.
     """
-    check_inputs(image, text, text_mask, image_mask, backend, scratch_bytes)
+    check_inputs(image, text, token_mask, image_mask, backend, scratch_bytes)
     if backend == "auto":
         backend = "triton" if image.device.type == "cuda" and triton_runs() else "chunked"
     if backend == "reference":
         from ds_cmli.cmli.reference import cmli_scores_reference
 
-        return cmli_scores_reference(image, text, text_mask, image_mask)
+        return cmli_scores_reference(image, text, token_mask, image_mask)
     differentiable = torch.is_grad_enabled() and (image.requires_grad or text.requires_grad)
     s_i2t, s_t2i, _, _ = _forward(
-        image, text, text_mask, image_mask, backend, scratch_bytes, differentiable and not recompute
+        image, text, token_mask, image_mask, backend, scratch_bytes, differentiable and not recompute
     )
     return s_i2t, s_t2i
 
@@ -108,7 +108,7 @@ def _module(backend: str) -> ModuleType:
 def _forward(
     image: Tensor,
     text: Tensor,
-    text_mask: Tensor,
+    token_mask: Tensor,
     image_mask: Tensor | None,
     backend: str,
     scratch_bytes: int,
@@ -116,7 +116,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     # Autocast would run the products inside in 16 bits.
     with torch.autocast(image.device.type, enabled=False):
-        return _module(backend).forward(image, text, text_mask, image_mask, scratch_bytes, save_argmax)
+        return _module(backend).forward(image, text, token_mask, image_mask, scratch_bytes, save_argmax)
 
 
 @torch.library.custom_op("ds_cmli::cmli_backward", mutates_args=())
@@ -125,7 +125,7 @@ def _backward(
     grad_t2i: Tensor,
     image: Tensor,
     text: Tensor,
-    text_mask: Tensor,
+    token_mask: Tensor,
     image_mask: Tensor | None,
     arg_i2t: Tensor,
     arg_t2i: Tensor,
@@ -140,7 +140,7 @@ def _backward(
             grad_t2i,
             image,
             text,
-            text_mask,
+            token_mask,
             image_mask,
             arg_i2t,
             arg_t2i,
@@ -151,7 +151,7 @@ def _backward(
 
 
 @_forward.register_fake
-def _(image, text, text_mask, image_mask, backend, scratch_bytes, save_argmax):
+def _(image, text, token_mask, image_mask, backend, scratch_bytes, save_argmax):
     (I, N, _), (J, M, _) = image.shape, text.shape  # noqa: E741
     score_dtype = torch.promote_types(image.dtype, torch.float32)
     return (
@@ -168,7 +168,7 @@ def _(
     grad_t2i,
     image,
     text,
-    text_mask,
+    token_mask,
     image_mask,
     arg_i2t,
     arg_t2i,
@@ -181,10 +181,10 @@ def _(
 
 
 def _save(ctx, inputs, output):
-    image, text, text_mask, image_mask, ctx.backend, ctx.scratch_bytes, _ = inputs
+    image, text, token_mask, image_mask, ctx.backend, ctx.scratch_bytes, _ = inputs
     # Or autograd would hand backward a tensor of zeros for the argmax indices too.
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(image, text, text_mask, image_mask, *output[2:])
+    ctx.save_for_backward(image, text, token_mask, image_mask, *output[2:])
 
 
 def _differentiate(ctx, grad_i2t, grad_t2i, *_):

@@ -19,7 +19,7 @@ def first_maximum(S: Tensor, dim: int) -> Tensor:
 
 
 def cmli_scores_reference(
-    image: Tensor, text: Tensor, text_mask: Tensor, image_mask: Tensor | None = None
+    image: Tensor, text: Tensor, token_mask: Tensor, image_mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """CMLI scores of all pairs, equations (1)-(4) (FILIP, arXiv 2111.07783, eq. 4-5), by plain autograd.
 
@@ -30,11 +30,11 @@ def cmli_scores_reference(
     dtype = torch.promote_types(image.dtype, torch.float32)
     # A masked feature may hold anything, NaN included: it is zeroed here and its similarities are taken out below.
     image = image.to(dtype).masked_fill(~image_mask[..., None], 0)
-    text = text.to(dtype).masked_fill(~text_mask[..., None], 0)
+    text = text.to(dtype).masked_fill(~token_mask[..., None], 0)
 
     S = torch.einsum("ind,jmd->ijnm", image, text)
     patch = image_mask[:, None, :]  # [I, 1, N]
-    token = text_mask[None, :, :]  # [1, J, M]
+    token = token_mask[None, :, :]  # [1, J, M]
 
     over_tokens = S.masked_fill(~token[:, :, None, :], -torch.inf)
     best = over_tokens.gather(3, first_maximum(over_tokens, 3)[..., None])[..., 0]  # [I, J, N]

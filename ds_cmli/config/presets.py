@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from ds_cmli.config.schema import Config, choice
+from ds_cmli.config.schema import Config, choice, with_new_names
 
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     # Real pairs and real weights at half the document's width, sized for two CPU cores.
@@ -29,7 +29,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "text_weights": "hub",
         },
         "teacher": {"model": "beitv2_base_patch16_224", "weights": "hub", "block": -1},
-        "data": {"image_size": 224, "text_positions": 64, "tokenizer": "bert-base-uncased", "workers": 8},
+        "data": {"image_size": 224, "context_length": 64, "tokenizer": "bert-base-uncased", "workers": 8},
         "optim": {"lr": 5e-4, "micro_batch": 256, "steps": None, "epochs": 7, "weight_decay": 0.01},
         "run": {"log_every": 50, "eval_every": 1000, "save_every": 1000},
     },
@@ -57,7 +57,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "overrides": {"embed_dim": 32, "depth": 2, "num_heads": 2, "patch_size": 14},
             "block": -1,
         },
-        "data": {"image_size": 56, "tokenizer": "builtin", "text_positions": 32},
+        "data": {"image_size": 56, "tokenizer": "builtin", "context_length": 32},
         "optim": {"micro_batch": 8, "steps": 20, "lr": 1e-3},
         "run": {"log_every": 1},
     },
@@ -68,7 +68,7 @@ def load_preset(name: str, overrides: dict[str, dict[str, Any]], written: Mappin
     """The preset's configuration with `overrides` ({section: {setting: value}}) on top; `written` as `from_dict`'s."""
     choice("--preset", name, PRESETS)
     values: dict[str, dict[str, Any]] = {"run": {"preset": name}}
-    for layer in (PRESETS[name], overrides):
+    for layer in (PRESETS[name], with_new_names(overrides)):
         for section, settings in layer.items():
             values.setdefault(section, {}).update(settings)
     return Config.from_dict(values, written)

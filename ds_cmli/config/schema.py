@@ -43,7 +43,7 @@ class StudentConfig:
     text_overrides: dict[str, Any] = Field(default_factory=dict)  # fields of the transformers config
     layers: Count = 6  # first layers kept of each encoder
     shared_blocks: Count = 1  # Transformer blocks over both modalities
-    embed_dim: Annotated[int, Field(ge=1, le=1024)] = 256  # D, the matching space
+    embed_dim: Annotated[int, Field(ge=1, le=1024)] = 256  # D, the embedding dimension
     dropout: BelowOne = 0.1  # in the text encoder, as BERT was trained
     weights_partial: bool = False  # weights may lack blocks, which start random then
 
@@ -65,7 +65,7 @@ class DataConfig:
 
     source: Name = "demo"  # "demo" (scenes) or a folder with metadata.jsonl or metadata.csv
     image_size: Annotated[int, Field(ge=1, le=4096)] = 84  # pixels, square
-    text_positions: Annotated[int, Field(ge=3, le=65536)] = 64  # longest caption in tokens, with [CLS] and [SEP]
+    context_length: Annotated[int, Field(ge=3, le=65536)] = 64  # longest caption in tokens, with [CLS] and [SEP]
     tokenizer: Name = "demo"  # "demo" (MiniLM's), "builtin" (no download), transformers name or local path
     workers: Annotated[int, Field(ge=0, le=256)] = 0  # data loading processes per rank
     # Broken images and empty captions above this share stop the run.
@@ -156,10 +156,26 @@ class Config:
             UserError: the first name or value that cannot be.
         """
         sections = {f.name: f.default_factory for f in dataclasses.fields(cls)}
+        values = with_new_names(values)
         for name in values:
             choice("configuration section", name, sections)
         built = {n: build(s, n, values.get(n, {}), written or {}) for n, s in sections.items()}  # type: ignore[arg-type]
         return cls(**built)
+
+
+# Settings by their former names, which stay valid: (section, former name) -> name.
+FORMER = {("data", "text_positions"): "context_length"}
+
+
+def with_new_names(values: dict[str, Any]) -> dict[str, Any]:
+    """`values` of the sections with former names replaced. Raises `UserError` where both names are given."""
+    out = {section: dict(settings) if isinstance(settings, dict) else settings for section, settings in values.items()}
+    for (section, former), name in FORMER.items():
+        settings = out.get(section)
+        if isinstance(settings, dict) and former in settings:
+            check(name not in settings, f"{section}.{former}", settings[former], f"{section}.{name} is given too")
+            settings[name] = settings.pop(former)
+    return out
 
 
 def load_config(path: Path, setting: str) -> Config:

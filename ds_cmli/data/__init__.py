@@ -56,7 +56,7 @@ def build_data(config: DataConfig, seed: int) -> Data:
     size = config.image_size
     if config.source == "demo":
         pictures = Pictures(size)  # before the tokenizer: the smaller download, and the first to fail
-        tokenizer = load_tokenizer(config.tokenizer, config.text_positions)
+        tokenizer = load_tokenizer(config.tokenizer, config.context_length)
         evals: dict[str, Dataset] = {
             split: Scenes(split, EVAL_SEED, EVAL_SCENES, pictures, tokenizer, size) for split in ("seen", "unseen")
         }
@@ -67,7 +67,7 @@ def build_data(config: DataConfig, seed: int) -> Data:
         bad = BadSamples(config.max_bad_share, len(rows.files), rows.bad)
         if bad.too_many(0, 0):
             raise UserError(bad.message(0))
-    tokenizer = load_tokenizer(config.tokenizer, config.text_positions)
+    tokenizer = load_tokenizer(config.tokenizer, config.context_length)
     train, validation = FolderPairs(train_rows, tokenizer, config), FolderPairs(validation_rows, tokenizer, config)
     for pairs in (train, validation):
         pairs[0]  # a folder without its images fails here: torch takes 5 s a loading process to end after an error

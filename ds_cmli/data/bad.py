@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from ds_cmli.common.errors import UserError
-from ds_cmli.distributed.collective_flags import Agreement
+from ds_cmli.distributed.collective_flags import CollectiveFlags
 
 Bad = tuple[str, str]  # file name, reason
 
@@ -40,7 +40,7 @@ class BadSamples:
         passes = max(1.0, seen / self.length) if self.length else 1.0
         return count + len(self.at_load) * passes > self.max_share * (self.length + len(self.at_load)) * passes
 
-    def check(self, flags: Agreement, seen: int) -> None:
+    def check(self, flags: CollectiveFlags, seen: int) -> None:
         """Raise `UserError` on every rank together where there are too many; `seen` as of `too_many`. Collective."""
         every = flags.gather((self.count, self.first))  # collective
         count = sum(n for n, _ in every)
@@ -48,7 +48,7 @@ class BadSamples:
             self.first = [item for _, first in every for item in first]
             raise UserError(self.message(count))
 
-    def summary(self, flags: Agreement) -> list[str]:
+    def summary(self, flags: CollectiveFlags) -> list[str]:
         """What to tell at the end of a run, if anything. Collective."""
         skipped = sum(flags.gather(self.count))  # collective
         if not skipped and not self.at_load:

@@ -7,7 +7,7 @@ from ds_cmli.common.errors import UserError
 from ds_cmli.distributed import process_group as distributed
 
 
-class Agreement:
+class CollectiveFlags:
     """A group for small messages between processors: over the GPUs' own group each would stop a GPU to be read."""
 
     def __init__(self):

@@ -3,7 +3,7 @@
 Only text moves, the smaller side. A rank computes its block row of the score matrix, its own B images against
 the G = B * P texts of all ranks; whatever a loss needs from other rows comes as vectors of length G.
 
-Shapes: B pairs per rank, P ranks, G = B * P, M text positions, D matching space.
+Shapes: B pairs per rank, P ranks, G = B * P, M text positions, D embedding dimension.
 Gradients follow one rule: every rank's loss is the mean over its own pairs, and a gradient that belongs to another
 rank is *summed* over the ranks that computed a part of it. The average over ranks that data-parallel training takes
 is then exactly the gradient of the global batch's mean loss: no factor of P appears anywhere.

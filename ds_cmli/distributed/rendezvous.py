@@ -66,9 +66,9 @@ def meet(start: timedelta, stop: Callable[[], None]) -> dist.Store:
 
 def _ports() -> tuple[list[int], int | None]:
     """Where the store may be, and the one port of them that counts, where one was given."""
+    if os.environ["WORLD_SIZE"] == "1":  # nobody has to find it: any free port does
+        return [0], 0
     given = int(os.environ["MASTER_PORT"])
-    if os.environ["WORLD_SIZE"] == "1":
-        return [given], given
     if _is_slurm_step() and given == slurm_ports()[0]:
         return slurm_ports(), None
     return [given, *(12000 + (given + 2003 * i) % 20000 for i in range(4))], given

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ds_cmli.distributed.collective_flags import Agreement
+from ds_cmli.distributed.collective_flags import CollectiveFlags
 
 SHOWN = 8  # samples in the terminal's line; metrics.jsonl has all
 
@@ -65,7 +65,7 @@ def can_lower_scale(optimizer: Any) -> bool:
     return smallest is not None and scaler.cur_scale > smallest
 
 
-def skipped_samples(window: list[tuple[Tensor, Tensor]], lower_scale: bool, agreement: Agreement) -> list[int]:
+def skipped_samples(window: list[tuple[Tensor, Tensor]], lower_scale: bool, flags: CollectiveFlags) -> list[int]:
     """The samples of a skipped step. Collective, CPU-GPU sync; called on all ranks after a skipped step only.
 
     Args:
@@ -77,7 +77,7 @@ def skipped_samples(window: list[tuple[Tensor, Tensor]], lower_scale: bool, agre
         step. Empty where that is no fault.
     """
     lost = [index.tolist() for index, loss in window if not loss.isfinite().item()]
-    found = agreement.gather((lost, [] if lower_scale else [index.tolist() for index, _ in window]))  # collective
+    found = flags.gather((lost, [] if lower_scale else [index.tolist() for index, _ in window]))  # collective
     blamed = [i for theirs, _ in found for batch in theirs for i in batch]
     return sorted(blamed or [i for _, every in found for batch in every for i in batch])
 

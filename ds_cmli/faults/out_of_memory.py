@@ -23,7 +23,7 @@ import torch
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.schema import Config
 from ds_cmli.distributed import process_group as distributed
-from ds_cmli.faults import memory_advice as oom_advice
+from ds_cmli.faults import memory_advice
 from ds_cmli.faults.watchdog import Watchdog
 from ds_cmli.memory import measure_cuda
 
@@ -82,14 +82,14 @@ def device_room(device: torch.device) -> Room:
 
 @contextmanager
 def ending(
-    config: Config, ds_config: DeepSpeedConfig, folder: Path, device: torch.device, dog: Watchdog
+    config: Config, ds_config: DeepSpeedConfig, folder: Path, device: torch.device, watchdog: Watchdog
 ) -> Iterator[None]:
     """Build and train inside: if memory runs out, this ends the process. Entering is a collective.
 
     Args:
         config, ds_config: as `step.build` takes them; the prediction is made of them.
         folder: the run's, the same on every rank. Gets the message and the snapshot, `out_of_memory*`.
-        dog: is told that speaking takes its time, and then tells the other ranks to leave.
+        watchdog: is told that speaking takes its time, and then tells the other ranks to leave.
     """
     token = distributed.broadcast_object(uuid.uuid4().hex[:8])  # collective
     message = folder / f"out_of_memory-{token}.txt"
@@ -102,13 +102,13 @@ def ending(
     except (MemoryError, RuntimeError, OSError) as error:
         if not (is_shortage(error) or message.exists()):
             raise
-        with dog.slow():
+        with watchdog.slow():
             if is_shortage(error):
                 room = process_room(base) if device.type == "cpu" else device_room(device)
                 # The frames hold the step's tensors, and speaking takes memory.
                 traceback.clear_frames(error.__traceback__)
                 if _speak(error, room, message, snapshot, config, ds_config, device):
-                    dog.dismiss()
+                    watchdog.dismiss()
                     _leave()
             # Another rank ran out, and this one met that as a broken connection or ran out later.
             _wait_for(message)
@@ -129,7 +129,7 @@ def _speak(error, room: Room, message: Path, snapshot: Path, config: Config, ds_
     gpu = device.type == "cuda"
     try:
         predicted = "" if gpu else str(snapshot)  # on a GPU the allocator's own is there
-        lines = oom_advice.advise(config, ds_config, distributed.world_size(), gpu, room.bytes, predicted)
+        lines = memory_advice.advise(config, ds_config, distributed.world_size(), gpu, room.bytes, predicted)
     except Exception as failed:  # whatever went wrong there, what is known must be said
         lines = [f"no prediction of what would fit: {type(failed).__name__}: {failed}"]
     if snapshot.exists():

@@ -25,7 +25,7 @@ COLLECTIVES = ("torch/distributed/", "deepspeed/comm/")  # files in which a thre
 
 
 @dataclass
-class Beat:
+class Heartbeat:
     """What a rank tells of itself."""
 
     node: str
@@ -61,7 +61,7 @@ def _interval(timeout: float) -> float:
 
 
 class Watchdog:
-    """`with Watchdog(120) as dog: ...; dog.beat(step)` on every rank, while the process group is up.
+    """`with Watchdog(120) as watchdog: ...; watchdog.heartbeat(step)` on every rank, while the process group is up.
 
     Args:
         timeout: seconds without a beat after which a rank counts as hung, and without any sign of life as dead;
@@ -72,9 +72,9 @@ class Watchdog:
         self.timeout = timeout
         self.interval = _interval(timeout)
         self.rank, self.world_size = distributed.rank(), distributed.world_size()
-        self.mine = Beat(os.environ.get("SLURMD_NODENAME") or platform.node())
+        self.mine = Heartbeat(os.environ.get("SLURMD_NODENAME") or platform.node())
         self.started = False
-        self.beats: list[Beat | None] = [None] * self.world_size
+        self.beats: list[Heartbeat | None] = [None] * self.world_size
         now = time.monotonic()
         self.progressed, self.lived = [now] * self.world_size, [now] * self.world_size
         self.first_failure: float | None = None
@@ -86,7 +86,7 @@ class Watchdog:
 
     # --- for the training loop
 
-    def beat(self, step: int | None = None) -> None:
+    def heartbeat(self, step: int | None = None) -> None:
         """This rank has got on. With `step`, the optimizer steps done: where the loop begins a step."""
         if step is not None:
             self.mine.step = step
@@ -180,7 +180,7 @@ class Watchdog:
         here = [r for r in range(self.world_size) if self.beats[r] is not None or self.store.check([str(r)])]
         now = time.monotonic()
         for r, text in zip(here, self.store.multi_get([str(r) for r in here]), strict=True):
-            old, new = self.beats[r], Beat(**json.loads(text))
+            old, new = self.beats[r], Heartbeat(**json.loads(text))
             if old is None or old.alive != new.alive:
                 self.lived[r] = now
             if old is None or (old.count, old.slow) != (new.count, new.slow):
@@ -220,8 +220,8 @@ class Watchdog:
             self._end(dead, "is dead")
         return False
 
-    def _beat(self, rank: int) -> Beat:
-        return self.beats[rank] or Beat("?", count=-1, where="its start")
+    def _beat(self, rank: int) -> Heartbeat:
+        return self.beats[rank] or Heartbeat("?", count=-1, where="its start")
 
     def _has_ended(self, rank: int) -> bool:
         return self._beat(rank).done or bool(self._beat(rank).failed)

@@ -14,11 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ds_cmli.cmli.loss import score_global_batch, unit
+from ds_cmli.cmli.loss import l2_normalize, score_global_batch
 from ds_cmli.config.schema import LossConfig
 from ds_cmli.data import Batch
 from ds_cmli.distributed import process_group as distributed
-from ds_cmli.losses.functions import same_picture, widen
+from ds_cmli.losses.functions import same_picture, upcast
 from ds_cmli.models.student import Student
 from ds_cmli.models.teacher import Targets
 
@@ -70,14 +70,14 @@ class LossInputs:
     @cached_property
     def global_scores(self) -> Tensor:
         """[B, G] fp32 (fp64), cosines of this rank's image and all ranks' text class tokens. Collective."""
-        image = widen(unit(self.features.image_cls))  # [B, H]
-        text = distributed.gather_with_gradient(widen(unit(self.features.text_cls)))  # [G, H], collective
+        image = upcast(l2_normalize(self.features.image_cls))  # [B, H]
+        text = distributed.gather_with_gradient(upcast(l2_normalize(self.features.text_cls)))  # [G, H], collective
         return image @ text.t()
 
     @cached_property
     def cmli_scores(self) -> tuple[Tensor, Tensor]:
         """s_i2t and s_t2i [B, G] fp32 (fp64), CMLI of this rank's images and all ranks' texts. Collective."""
-        patches, tokens = self.student.g(self.features.patches), self.student.g(self.features.tokens)
+        patches, tokens = self.student.projection(self.features.patches), self.student.projection(self.features.tokens)
         return score_global_batch(patches, tokens, self.batch.token_mask, score=self.score)
 
     @property

@@ -1,7 +1,7 @@
 """The losses, as functions of tensors: nothing here knows of processes, engines or data.
 
 Shapes: B pairs of this rank, G >= B texts they are compared with, N image patches, M text positions, H hidden size,
-D matching space. Equation numbers are those of the source document. Everything is computed in fp32 whatever the
+D embedding dimension. Equation numbers are those of the source document. Everything is computed in fp32 whatever the
 inputs' precision, fp64 for fp64.
 """
 
@@ -15,7 +15,7 @@ from torch import Tensor
 MAX_SCALE = 100.0  # of 1/temperature, as in CLIP (Radford et al., 2021)
 
 
-def widen(x: Tensor) -> Tensor:
+def upcast(x: Tensor) -> Tensor:
     """fp32, or fp64 for fp64."""
     return x if x.dtype == torch.float64 else x.float()
 
@@ -26,7 +26,7 @@ def temperature_scale(logit_scale: Tensor) -> Tensor:
     The clamp is straight through: above 100 the value stops and the gradient still passes, so a parameter that
     drifted over the limit can return. A plain clamp has no gradient there and would stay stuck.
     """
-    x = widen(logit_scale)
+    x = upcast(logit_scale)
     return (x + (x.clamp(max=math.log(MAX_SCALE)) - x).detach()).exp()
 
 
@@ -80,7 +80,7 @@ def sigmoid_loss(
     Returns:
         A scalar. Averaged over ranks it is the loss of the global batch.
     """
-    logits = temperature_scale(logit_scale) * scores + widen(bias)  # [B, G]
+    logits = temperature_scale(logit_scale) * scores + upcast(bias)  # [B, G]
     b = torch.arange(len(logits), device=logits.device)
     sign = torch.full_like(logits, -1.0)
     sign[b, first + b] = 1.0
@@ -114,8 +114,8 @@ def match_patches(tokens: Tensor, patches: Tensor) -> Tensor:
         int64 [B, M]. The index passes no gradient, so this alone never trains g. Ties go to the lowest patch.
     """
     with torch.no_grad():
-        tokens = F.normalize(widen(tokens), dim=-1)
-        patches = F.normalize(widen(patches), dim=-1)
+        tokens = F.normalize(upcast(tokens), dim=-1)
+        patches = F.normalize(upcast(patches), dim=-1)
         similarity = tokens @ patches.transpose(1, 2)  # [B, M, N]
         return similarity.argmax(2)
 
@@ -126,7 +126,7 @@ def squared_distance(x: Tensor, y: Tensor, reduction: str) -> Tensor:
     The mean is the default of the trainer: the document wants this loss and the contrastive loss to weigh the same,
     and the sum is H times larger.
     """
-    square = (widen(x) - widen(y)).square()
+    square = (upcast(x) - upcast(y)).square()
     return square.mean(-1) if reduction == "mean" else square.sum(-1)
 
 

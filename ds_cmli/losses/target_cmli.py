@@ -9,7 +9,7 @@ from ds_cmli.losses.functions import match_patches, target_cmli_loss
 
 class TargetCMLI(Loss):
     def forward(self, inputs: LossInputs) -> Tensor:
-        features, project = inputs.features, inputs.student.g
+        features, project = inputs.features, inputs.student.projection
         # The index passes no gradient: the projection learns only where an all-pairs loss trains it.
         with torch.no_grad():
             patches = features.patches

@@ -192,7 +192,7 @@ def document_config(s: Setting, losses: tuple[str, ...] = ALL_LOSSES) -> Config:
             config.student, embed_dim=s.D, image_overrides=image, text_overrides=text, text_weights="random"
         ),
         teacher=replace(config.teacher, overrides=image),
-        data=replace(config.data, image_size=side * patch_size, text_positions=s.M),
+        data=replace(config.data, image_size=side * patch_size, context_length=s.M),
         optim=replace(config.optim, micro_batch=s.B),
     )
 

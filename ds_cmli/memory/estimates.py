@@ -2,7 +2,7 @@
 
 Everything here is arithmetic on sizes; nothing is run. `implementations.py` runs what the claims are about.
 
-Shapes: B pairs per rank, P ranks, G = B * P, N image patches, M text positions, H hidden size, D matching space.
+Shapes: B pairs per rank, P ranks, G = B * P, N image patches, M text positions, H hidden size, D embedding dimension.
 """
 
 from dataclasses import dataclass

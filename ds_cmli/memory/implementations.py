@@ -39,8 +39,8 @@ def global_loss(dots: Callable[[Tensor, Tensor], Tensor], image: Tensor, text: T
     return losses.contrastive_loss(scores, scores, logit_scale)
 
 
-def cmli_loss(scores: Callable, image: Tensor, text: Tensor, text_mask: Tensor, logit_scale: Tensor) -> Tensor:
-    s_i2t, s_t2i = scores(image, text, text_mask)
+def cmli_loss(scores: Callable, image: Tensor, text: Tensor, token_mask: Tensor, logit_scale: Tensor) -> Tensor:
+    s_i2t, s_t2i = scores(image, text, token_mask)
     return losses.contrastive_loss(s_i2t, s_t2i, logit_scale)
 
 

@@ -14,7 +14,7 @@ from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.schema import Config
 from ds_cmli.data import Batch
 from ds_cmli.distributed import process_group as distributed
-from ds_cmli.engine import Step
+from ds_cmli.engine import TrainEngine
 from ds_cmli.memory import apart, cards, measure_cpu, measure_cuda
 from ds_cmli.memory.collectives import seen_by_the_profiler
 from ds_cmli.memory.report import Report, summarise
@@ -46,7 +46,7 @@ def differences(predicted: dict[str, Any], measured: dict[str, Any]) -> dict[str
 
 @contextmanager
 def profiling_memory(
-    steps: int | None, trainer: Step, config: Config, ds_config: DeepSpeedConfig, folder: Path
+    steps: int | None, train_engine: TrainEngine, config: Config, ds_config: DeepSpeedConfig, folder: Path
 ) -> Iterator[Callable[[], None]]:
     """Measure the first `steps` optimizer steps of the training loop inside; call what this yields after each step.
 
@@ -62,14 +62,14 @@ def profiling_memory(
         yield lambda: None
         return
     main = distributed.is_main()
-    target = trainer.device.type
-    card = cards.known(torch.cuda.get_device_name(trainer.device)) if target == "cuda" else ""
+    target = train_engine.device.type
+    card = cards.known(torch.cuda.get_device_name(train_engine.device)) if target == "cuda" else ""
     texts: list[tuple[int, list[int]]] = []  # of this rank's micro-batches
     done = 0
     with ExitStack() as measuring:
         seen = lambda _, inputs: texts.append(_lengths(inputs[0]))  # noqa: E731
-        measuring.callback(trainer.objective.register_forward_pre_hook(seen).remove)
-        report = measuring.enter_context(_measuring(trainer, {"preset": config.run.preset, "steps": steps}))
+        measuring.callback(train_engine.objective.register_forward_pre_hook(seen).remove)
+        report = measuring.enter_context(_measuring(train_engine, {"preset": config.run.preset, "steps": steps}))
 
         def after_step() -> None:
             nonlocal done
@@ -93,25 +93,25 @@ def _lengths(batch: Batch) -> tuple[int, list[int]]:
 
 
 @contextmanager
-def _measuring(trainer: Step, setting: dict[str, Any]) -> Iterator[Callable[[], Report]]:
+def _measuring(train_engine: TrainEngine, setting: dict[str, Any]) -> Iterator[Callable[[], Report]]:
     """Measure the steps inside; what this yields returns the report, afterwards."""
     setting = {**setting, "world_size": distributed.world_size()}
-    cuda = trainer.device.type == "cuda"
-    tracker = Tracker(trainer.device.type)
+    cuda = train_engine.device.type == "cuda"
+    tracker = Tracker(train_engine.device.type)
     totals: dict[str, int] = {}
 
     def report() -> Report:
         tracked = summarise(tracker.events(host=not cuda), setting, "")
-        source = f"measured: {torch.cuda.get_device_name(trainer.device) if cuda else 'CPU allocator'}"
+        source = f"measured: {torch.cuda.get_device_name(train_engine.device) if cuda else 'CPU allocator'}"
         return measure_cuda.combined(tracked, totals, setting, source)
 
     if cuda:
         measure_cuda.record_history(10**7)
-        with tracker, tracker.attach_to_training(trainer):
+        with tracker, tracker.attach_to_training(train_engine):
             yield report
-        totals.update(measure_cuda.statistics(trainer.device))
+        totals.update(measure_cuda.statistics(train_engine.device))
         return
-    with seen_by_the_profiler(), tracker, tracker.attach_to_training(trainer):
+    with seen_by_the_profiler(), tracker, tracker.attach_to_training(train_engine):
         before = sum(event.bytes for event in tracker.events())
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
             yield report

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from ds_cmli import engine as step
+from ds_cmli import engine
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.schema import Config
 from ds_cmli.memory.collectives import seen_by_the_profiler
@@ -55,7 +55,7 @@ def measure_phases(config: Config, ds_config: Mapping[str, Any], world_size: int
 
 def _filled(config: Config, ds_config: Mapping[str, Any], world_size: int) -> tuple[Config, DeepSpeedConfig, int]:
     """The configuration without weights, the JSON with all its values, and the vocabulary's size."""
-    json = step.filled(config, step.on_this_device(DeepSpeedConfig.of(ds_config)), world_size, TOTAL_STEPS)
+    json = engine.filled(config, engine.on_this_device(DeepSpeedConfig.of(ds_config)), world_size, TOTAL_STEPS)
     config, vocab_size = without_weights(config)
     return config, json, vocab_size
 
@@ -68,7 +68,7 @@ def _run(
     config: Config, ds_config: DeepSpeedConfig, vocab_size: int, world_size: int, enter: Callable[[str], None]
 ) -> None:
     """Build and take two optimizer steps, telling `enter` where each phase begins."""
-    build_models = step.build_models
+    build_models = engine.build_models
 
     def build(*arguments: Any):
         models = build_models(*arguments)
@@ -76,11 +76,11 @@ def _run(
         return models
 
     with _ranks(world_size):
-        with patch.object(step, "build_models", build):
-            trainer = step.build(config, ds_config, vocab_size, TOTAL_STEPS, torch.device("cpu"))
-        with phases(trainer, enter):
+        with patch.object(engine, "build_models", build):
+            train_engine = engine.build(config, ds_config, vocab_size, TOTAL_STEPS, torch.device("cpu"))
+        with phases(train_engine, enter):
             for _ in range(2 * ds_config.accumulation):
-                trainer(longest_batch(config, ds_config.micro_batch))
+                train_engine(longest_batch(config, ds_config.micro_batch))
 
 
 def _tracked(config: Config, ds_config: DeepSpeedConfig, vocab_size: int, world_size: int) -> dict[str, int]:
@@ -88,12 +88,12 @@ def _tracked(config: Config, ds_config: DeepSpeedConfig, vocab_size: int, world_
     micro_batch = ds_config.micro_batch
     tracker = Tracker("cpu", text_lengths(config, micro_batch), workspaces=True)
     with _ranks(world_size), tracker, recorded_from_the_engine_on(tracker, ds_config, cuda=False):
-        trainer = step.build(config, ds_config, vocab_size, TOTAL_STEPS, torch.device("cpu"))
-        with tracker.attach(trainer):
+        train_engine = engine.build(config, ds_config, vocab_size, TOTAL_STEPS, torch.device("cpu"))
+        with tracker.attach(train_engine):
             for _ in range(2 * ds_config.accumulation):
                 with tracker.scope("data"):
                     batch = longest_batch(config, micro_batch)
-                trainer(batch)
+                train_engine(batch)
                 del batch
         events = tracker.events()
     return summarise(events, {}, "").categories

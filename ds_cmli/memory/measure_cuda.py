@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ds_cmli import engine as step
+from ds_cmli import engine
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.schema import Config
 from ds_cmli.memory.fake import process_group
@@ -28,15 +28,15 @@ def measure(config: Config, ds_config: Mapping[str, Any], world_size: int = 1) -
     measure one setting in a process.
     """
     device = torch.device("cuda", torch.cuda.current_device())
-    ds_config = step.filled(config, DeepSpeedConfig.of(ds_config), world_size, TOTAL_STEPS)
+    ds_config = engine.filled(config, DeepSpeedConfig.of(ds_config), world_size, TOTAL_STEPS)
     named = config
     config, vocab_size = without_weights(config)
     tracker = Tracker("cuda")
     with process_group(world_size), tracker:
-        trainer = step.build(config, ds_config, vocab_size, TOTAL_STEPS, device)
-        with tracker.attach_to_training(trainer):
+        train_engine = engine.build(config, ds_config, vocab_size, TOTAL_STEPS, device)
+        with tracker.attach_to_training(train_engine):
             for _ in range(2 * ds_config.accumulation):
-                trainer(longest_batch(config, ds_config.micro_batch))
+                train_engine(longest_batch(config, ds_config.micro_batch))
         tracked = summarise(tracker.events(host=False), {}, "")
         totals = statistics(device)
     name = torch.cuda.get_device_name(device)

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ds_cmli.engine import Step
+from ds_cmli.engine import TrainEngine
 
 HOST = "host"  # in no category: an offloaded optimizer's tensors lie in the host's memory
 # Attributes of DeepSpeed's optimizers.
@@ -21,17 +21,21 @@ OFFLOADED = ("temp_grad_buffer_for_cpu_offload", "param_buffer_of_bit16_for_cpu_
              "accumulated_grads_in_cpu")  # fmt: skip
 
 
-def owners(trainer: Step) -> Iterator[tuple[str, Tensor]]:
+def owners(train_engine: TrainEngine) -> Iterator[tuple[str, Tensor]]:
     """(category, tensor) of all that lives now; where one storage comes twice, the first is right."""
-    for category, value in _held(trainer):
+    for category, value in _held(train_engine):
         for tensor in _tensors(value):
             yield category, tensor
 
 
-def _held(trainer: Step) -> Iterator[tuple[str, Any]]:
-    module, optimizer, inner = trainer.engine.module, trainer.engine.optimizer, trainer.engine.basic_optimizer
-    if trainer.teacher is not None:
-        yield "teacher", [*trainer.teacher.parameters(), *trainer.teacher.buffers()]
+def _held(train_engine: TrainEngine) -> Iterator[tuple[str, Any]]:
+    module, optimizer, inner = (
+        train_engine.engine.module,
+        train_engine.engine.optimizer,
+        train_engine.engine.basic_optimizer,
+    )
+    if train_engine.teacher is not None:
+        yield "teacher", [*train_engine.teacher.parameters(), *train_engine.teacher.buffers()]
     parameters = list(module.parameters())
     yield "parameters", [*parameters, *module.buffers()]
     yield "parameters", [getattr(p, "ds_tensor", None) for p in parameters]  # ZeRO-3's share of each

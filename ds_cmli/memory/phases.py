@@ -4,13 +4,13 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from unittest.mock import patch
 
-from ds_cmli.engine import Step
+from ds_cmli.engine import TrainEngine
 
 
 @contextmanager
-def phases(trainer: Step, enter: Callable[[str], None]) -> Iterator[None]:
+def phases(train_engine: TrainEngine, enter: Callable[[str], None]) -> Iterator[None]:
     """Call `enter` with "forward", "loss", "backward" and "optimizer" whenever that phase of a step begins."""
-    engine, student = trainer.engine, trainer.objective.student
+    engine, student = train_engine.engine, train_engine.objective.student
 
     def around(method: Callable, phase: str, after: str) -> Callable:
         def run(*args, **kwargs):

@@ -1,6 +1,6 @@
 """What a training step will need, without a GPU and without running it: the real step on tensors that hold no data.
 
-The code that trains (`step.build` and `Step.__call__`: student, teacher, losses, DeepSpeed's engine) runs two optimizer
+The code that trains (`engine.build` and `TrainEngine`: student, teacher, losses, DeepSpeed's engine) runs two optimizer
 steps; the second is the larger one, as optimizer states are made in the first.
 """
 
@@ -15,7 +15,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 
-from ds_cmli import engine as step
+from ds_cmli import engine
 from ds_cmli.common.errors import UserError
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.schema import Config, check, choice
@@ -92,8 +92,8 @@ def predict(
     _check_predictable(json)
     cuda = target == "cuda"
     constants = cards.card(card)
-    json = json.on("cuda", fp16=True, bf16=True) if cuda else step.on_this_device(json)
-    json = step.filled(config, json, world_size, TOTAL_STEPS)
+    json = json.on("cuda", fp16=True, bf16=True) if cuda else engine.on_this_device(json)
+    json = engine.filled(config, json, world_size, TOTAL_STEPS)
     if cuda:
         json = _pinned(json)
     named = config
@@ -114,11 +114,11 @@ def predict(
         flattened_where_there_is_room(tracker, lambda: free_bytes(tracker, card, world_size) if cuda else 1 << 60),
     ):
         tell("building the models and DeepSpeed's engine")
-        trainer = step.build(config, json, vocab_size, TOTAL_STEPS, device)
-        sizes = [_own_parameters(module) for module in trainer.objective.modules()]
+        train_engine = engine.build(config, json, vocab_size, TOTAL_STEPS, device)
+        sizes = [_own_parameters(module) for module in train_engine.objective.modules()]
         if scores is not None:
-            trainer.objective.score = scores  # type: ignore[assignment]
-        with phases(trainer, answers.enter), tracker.attach(trainer):
+            train_engine.objective.score = scores  # type: ignore[assignment]
+        with phases(train_engine, answers.enter), tracker.attach(train_engine):
             batches: Sequence[Texts | None] = texts or [None] * (2 * accumulation)
             for number, ranks in enumerate(batches):
                 tell(f"step {number + 1} of {len(batches)}, as rank 0 of {world_size:,}")
@@ -127,10 +127,10 @@ def predict(
                     tracker.text_lengths = [n for _, lengths in ranks for n in lengths]
                 with tracker.scope("data"):
                     batch = longest_batch(config, micro_batch, ranks[0][0] if ranks is not None else None)
-                trainer(batch)
+                train_engine(batch)
                 del batch
         events = tracker.events(host=not cuda)
-        del trainer
+        del train_engine
     gc.collect()  # engines hold themselves in circles
 
     setting = {
@@ -193,7 +193,7 @@ def without_weights(config: Config) -> tuple[Config, int]:
     vocab_size = None
     if student.text_weights == "random":
         if config.data.tokenizer == "builtin":
-            vocab_size = load_tokenizer("builtin", config.data.text_positions).vocab_size
+            vocab_size = load_tokenizer("builtin", config.data.context_length).vocab_size
     elif student.text_weights != "demo":
         source = student.text_model if student.text_weights == "hub" else student.text_weights
         try:
@@ -222,8 +222,8 @@ def recorded_from_the_engine_on(
     tracker: Tracker, ds_config: DeepSpeedConfig, cuda: bool, enter: Callable[[str], None] = lambda phase: None
 ) -> Iterator[None]:
     """Models are built on the host: recording begins, and `enter("init")` is called, where the engine takes them."""
-    dtype = step.DTYPES[ds_config.precision]
-    build_models = step.build_models
+    dtype = engine.DTYPES[ds_config.precision]
+    build_models = engine.build_models
 
     def build(*arguments: Any) -> tuple[nn.Module, nn.Module | None]:
         with tracker.paused():
@@ -240,7 +240,7 @@ def recorded_from_the_engine_on(
             convert_parameters(objective, lambda parameter: parameter.to(dtype))
         return objective, teacher
 
-    with patch.object(step, "build_models", build):
+    with patch.object(engine, "build_models", build):
         yield
 
 
@@ -288,13 +288,13 @@ def flattened_where_there_is_room(tracker: Tracker, free: Callable[[], int]) -> 
 
 def text_lengths(config: Config, micro_batch: int) -> list[int]:
     """Valid tokens of each text of `longest_batch`: [CLS] and [SEP] are none."""
-    positions = config.data.text_positions
+    positions = config.data.context_length
     return [max(0, positions - 3), *[positions - 2] * (micro_batch - 1)]
 
 
 def longest_batch(config: Config, micro_batch: int, positions: int | None = None) -> Batch:
     """Zeros in the shapes of the largest batch there can be, or with texts padded to `positions`; real or fake."""
-    B, M, S = micro_batch, positions or config.data.text_positions, config.data.image_size
+    B, M, S = micro_batch, positions or config.data.context_length, config.data.image_size
     attention_mask = torch.ones(B, M, dtype=torch.bool)
     attention_mask[0, -1] = False
     token_mask = attention_mask.clone()

@@ -42,12 +42,12 @@ class Profiles:
 
     @contextmanager
     def around(
-        self, trainer: Any, config: Any, ds_config: DeepSpeedConfig, folder: Path, done: int
+        self, train_engine: Any, config: Any, ds_config: DeepSpeedConfig, folder: Path, done: int
     ) -> Iterator[Callable[[], None]]:
         """Around the training loop; call what this yields at the end of each step.
 
         Args:
-            trainer, config, ds_config: the `Step` and what it was built from.
+            train_engine, config, ds_config: the `Step` and what it was built from.
             folder: the run's; gets `profile/` and `memory.json`.
             done: steps taken before.
         """
@@ -58,7 +58,7 @@ class Profiles:
         steps = None if self.trace is None else parse_steps(self.trace, 10**12, done)
         with (
             profiling(steps, folder / "profile", distributed.rank(), done) as traced,
-            profiling_memory(self.memory, trainer, config, ds_config, folder) as measured,
+            profiling_memory(self.memory, train_engine, config, ds_config, folder) as measured,
         ):
 
             def after_step() -> None:

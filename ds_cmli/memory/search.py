@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from ds_cmli import engine as step
+from ds_cmli import engine
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.schema import Config, check, choice
-from ds_cmli.faults import memory_advice as oom_advice
+from ds_cmli.faults import memory_advice
 from ds_cmli.memory import cards
 from ds_cmli.memory.allocator import replay
 from ds_cmli.memory.predict import DEFAULT_CARD, TOTAL_STEPS, Prediction, predict
@@ -165,7 +165,7 @@ def fit(
             found[micro_batch] = predicted(f"micro-batch {micro_batch}", config, with_batch(ds_config, micro_batch))
         return found[micro_batch].report.totals["device"]
 
-    def needs_of(change: oom_advice.Change) -> int:
+    def needs_of(change: memory_advice.Change) -> int:
         return predicted(change.what, change.config, change.ds_config).report.totals["device"]
 
     def estimate(micro_batch: int) -> int:
@@ -176,13 +176,13 @@ def fit(
     best = largest(needs, room, estimate=estimate)
     changes: list[tuple[str, int]] = []
     if not best and room > cards.device_bytes(0, card, world_size):
-        one = step.filled(config, with_batch(ds_config, 1), world_size, TOTAL_STEPS)
-        for change in oom_advice.changes(config, one, world_size, gpu=True):
-            if len(changes) < oom_advice.MOST:
+        one = engine.filled(config, with_batch(ds_config, 1), world_size, TOTAL_STEPS)
+        for change in memory_advice.changes(config, one, world_size, gpu=True):
+            if len(changes) < memory_advice.MOST:
                 size = needs_of(change)
                 if size <= room:
                     changes.append((change.what, size))
-        combined = oom_advice.together(config, one, world_size) if not changes else []
+        combined = memory_advice.together(config, one, world_size) if not changes else []
         if combined and needs_of(combined[-1]) <= room:  # otherwise all of them are not enough
             changes = [next((c.what, size) for c in combined if (size := needs_of(c)) <= room)]
     tried = {n: p.report.totals["device"] for n, p in sorted(found.items())}

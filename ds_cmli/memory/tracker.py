@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from ds_cmli.cmli.peak_memory import cmli_peak_bytes
 from ds_cmli.distributed import process_group as distributed
-from ds_cmli.engine import Step
+from ds_cmli.engine import TrainEngine
 from ds_cmli.memory.collectives import copied_bytes
 from ds_cmli.memory.owners import HOST, is_offloaded, owners
 from ds_cmli.memory.phases import phases
@@ -157,17 +157,17 @@ class Tracker(TorchDispatchMode):
     def _cmli_scratch(self, func: Any, args: tuple) -> int:
         """What the all-pairs op holds at its peak beyond what it returns: its tiles are never looked at."""
         forward = func is torch.ops.ds_cmli.cmli_forward.default
-        image, text, text_mask, image_mask = args[:4] if forward else args[2:6]
+        image, text, token_mask, image_mask = args[:4] if forward else args[2:6]
         (I, N, D), (J, M, _) = image.shape, text.shape  # noqa: E741
         backend, scratch_bytes = args[4:6] if forward else args[8:10]
-        fake = isinstance(text_mask, torch._subclasses.FakeTensor)
+        fake = isinstance(token_mask, torch._subclasses.FakeTensor)
         lengths = self.text_lengths and self.text_lengths * (J // len(self.text_lengths))
         peak = cmli_peak_bytes(
             I, J, N, M, D, image.dtype,
             backend=backend,
             recompute=not args[6] if forward else not args[6].numel(),
             scratch_bytes=scratch_bytes,
-            text_lengths=lengths if fake else text_mask.sum(1).tolist(),  # on a GPU a sync
+            text_lengths=lengths if fake else token_mask.sum(1).tolist(),  # on a GPU a sync
             image_lengths=None if image_mask is None or fake else image_mask.sum(1).tolist(),
         )  # fmt: skip
         if forward:
@@ -218,9 +218,9 @@ class Tracker(TorchDispatchMode):
                 if known is not None:
                     self.claims.setdefault(known[0], category)
 
-    def claim_owned(self, trainer: Step) -> None:
+    def claim_owned(self, train_engine: TrainEngine) -> None:
         """What the models, the engine and its optimizer hold at this moment."""
-        for category, tensor in owners(trainer):
+        for category, tensor in owners(train_engine):
             self.claim(category, [tensor])
 
     def enter(self, phase: str) -> None:
@@ -230,16 +230,16 @@ class Tracker(TorchDispatchMode):
         self.phase = phase
 
     @contextmanager
-    def attach(self, trainer: Step) -> Iterator[None]:
-        """Follow the phases of `trainer`'s steps, and learn from it which storage is what."""
-        self.claim_owned(trainer)
+    def attach(self, train_engine: TrainEngine) -> Iterator[None]:
+        """Follow the phases of `train_engine`'s steps, and learn from it which storage is what."""
+        self.claim_owned(train_engine)
         self.enter("forward")
         self.last_of_init = self.segment - 1
-        optimizer, inner = trainer.engine.optimizer, trainer.engine.basic_optimizer
+        optimizer, inner = train_engine.engine.optimizer, train_engine.engine.basic_optimizer
 
         def enter(phase: str) -> None:
             if phase in ("optimizer", "forward"):  # when all gradients are there, and when they have been used
-                self.claim_owned(trainer)
+                self.claim_owned(train_engine)
             self.enter(phase)
 
         with ExitStack() as stack:
@@ -258,22 +258,22 @@ class Tracker(TorchDispatchMode):
                 stack.enter_context(patch.object(optimizer, "reduce_ready_partitions_and_remove_grads", claim_first))
             if is_offloaded(optimizer):
                 stack.enter_context(patch.object(inner, "step", self._scoped(inner.step, HOST)))
-            if trainer.teacher is not None:
-                teacher = trainer.teacher
+            if train_engine.teacher is not None:
+                teacher = train_engine.teacher
                 stack.enter_context(
                     patch.object(teacher, "forward", self._scoped(teacher.forward, "activations teacher"))
                 )
-            stack.enter_context(phases(trainer, enter))
+            stack.enter_context(phases(train_engine, enter))
             yield
 
     @contextmanager
-    def attach_to_training(self, trainer: Step) -> Iterator[None]:
+    def attach_to_training(self, train_engine: TrainEngine) -> Iterator[None]:
         """As `attach`, and each batch that comes is "data"."""
-        hook = trainer.objective.register_forward_pre_hook(
+        hook = train_engine.objective.register_forward_pre_hook(
             lambda _, inputs: self.claim("data", vars(inputs[0]).values())
         )
         try:
-            with self.attach(trainer):
+            with self.attach(train_engine):
                 yield
         finally:
             hook.remove()

@@ -1,6 +1,6 @@
 """The student: an image and a text encoder, each cut to its first layers, under shared Transformer blocks.
 
-Shapes: B pairs, S image side in pixels, N image patches, M text positions, H hidden size, D matching space.
+Shapes: B pairs, S image side in pixels, N image patches, M text positions, H hidden size, D embedding dimension.
 """
 
 from collections.abc import Callable
@@ -38,13 +38,13 @@ class SharedBlock(nn.Module):
             nn.init.zeros_(last.weight)
             nn.init.zeros_(last.bias)
 
-    def forward(self, image: Tensor, text: Tensor, text_mask: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, image: Tensor, text: Tensor, token_mask: Tensor) -> tuple[Tensor, Tensor]:
         """[B, 1+N, H], [B, M, H], bool [B, M] (True = attend) -> the same shapes.
 
         Both in one call: under checkpointing that is one recomputation, so each parameter's gradient arrives once,
         which ZeRO requires.
         """
-        return self.image(image), self.text(text, text_mask)
+        return self.image(image), self.text(text, token_mask)
 
     def image(self, x: Tensor) -> Tensor:
         return self.block(x)
@@ -93,8 +93,8 @@ class Student(nn.Module):
         self.image_out, self.text_out = nn.LayerNorm(width), nn.LayerNorm(width)
         # g: one projection for patches and tokens (and the teacher's patches). Orthonormal rows keep cosines
         # approximately from the first step on.
-        self.g = nn.Linear(width, config.embed_dim, bias=False)
-        nn.init.orthogonal_(self.g.weight)
+        self.projection = nn.Linear(width, config.embed_dim, bias=False)
+        nn.init.orthogonal_(self.projection.weight)
         self.width = width
         self.try_out(config, image_size, positions)
 
@@ -120,7 +120,7 @@ class Student(nn.Module):
         most = most_positions(self.text)
         if most is not None and positions > most:
             raise UserError(
-                f"data.text_positions is {positions}: student.text_model {config.text_model!r} has only {most}"
+                f"data.context_length is {positions}: student.text_model {config.text_model!r} has only {most}"
             )
         # Two texts that differ in their padding alone.
         ids = torch.ones(2, positions, dtype=torch.int64)
@@ -178,7 +178,7 @@ class Student(nn.Module):
         return self.split_text(y)
 
     def embed_image(self, image: Tensor) -> Tensor:
-        return self.image_in(self.vit(self.pixels(image, self.g.weight.dtype)))  # [B, 1+N, H]
+        return self.image_in(self.vit(self.pixels(image, self.projection.weight.dtype)))  # [B, 1+N, H]
 
     def embed_text(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         # The mask as integers: that is what BERT-like encoders of every transformers version take.

@@ -17,8 +17,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from ds_cmli import train
-from ds_cmli.checkpoint import checksums as manifest
-from ds_cmli.checkpoint import restore as resuming
+from ds_cmli.checkpoint import checksums, restore
 from ds_cmli.checkpoint.io import no_code
 from ds_cmli.checkpoint.train_state import TrainState
 from ds_cmli.common.errors import UserError
@@ -205,13 +204,13 @@ def samples_of_epoch(folder: Path, name: str) -> list[int]:
 
 
 def test_a_batch_that_does_not_divide_is_refused_with_the_numbers_that_do(monkeypatch):
-    found = resuming.Found(Path("run"), TrainState(train_batch_size=24, accumulation=2), 2, [])
+    found = restore.Found(Path("run"), TrainState(train_batch_size=24, accumulation=2), 2, [])
     monkeypatch.setattr(distributed, "world_size", lambda: 3)
-    cut = resuming.cut_batch(found, DeepSpeedConfig.of({"train_micro_batch_size_per_gpu": 6}))
+    cut = restore.cut_batch(found, DeepSpeedConfig.of({"train_micro_batch_size_per_gpu": 6}))
     assert [cut[key] for key in BATCH_KEYS] == [24, 4, 2]
     monkeypatch.setattr(distributed, "world_size", lambda: 5)
     with pytest.raises(UserError) as error:
-        resuming.cut_batch(found, DeepSpeedConfig.of({}))
+        restore.cut_batch(found, DeepSpeedConfig.of({}))
     assert "24 = 12 pairs x 2 accumulation, which 5 ranks cannot share evenly" in str(error.value)
     assert "out of 1, 2, 3, 4, 6, 12" in str(error.value)
 
@@ -221,14 +220,14 @@ def test_a_batch_once_cut_for_other_ranks_stays_so_at_every_later_start(monkeypa
 
     def start(ranks, found):
         monkeypatch.setattr(distributed, "world_size", lambda: ranks)
-        asked = resuming.cut_batch(found, DeepSpeedConfig.of({"zero_optimization": {"stage": 2}}))
+        asked = restore.cut_batch(found, DeepSpeedConfig.of({"zero_optimization": {"stage": 2}}))
         resolved = asked.filled(config.optim, ranks, 20)
-        return resuming.state_of(found, config, resolved, False, said.append)
+        return restore.state_of(found, config, resolved, False, said.append)
 
     state = start(2, None)
     assert (state.train_batch_size, state.world_size, state.cut) == (16, 2, False)
     for ranks, before in ((1, 2), (1, 1), (2, 1), (2, 2)):
-        state = start(ranks, resuming.Found(Path("run/checkpoint/step1"), state, before, []))
+        state = start(ranks, restore.Found(Path("run/checkpoint/step1"), state, before, []))
         assert (state.train_batch_size, state.world_size, state.cut) == (16, ranks, True)
     assert sum("universal" in line for line in said) == 2
 
@@ -367,7 +366,7 @@ def test_moving_a_run_aside_may_be_stopped_anywhere(stopped, tmp_path, monkeypat
             with contextlib.suppress(Killed, OSError):
                 run_folder._put_back(folder, folder / "replaced")
             monkeypatch.setattr(os, "replace", replace)
-            found, error = resuming._candidates("auto", folder)
+            found, error = restore._candidates("auto", folder)
             assert error is None and [path.name for path in found] == ["step4", "step2"]
             if (folder / "replaced").is_dir():
                 run_folder._put_back(folder, folder / "replaced")
@@ -393,9 +392,9 @@ def assert_same_weights(folder: Path, other: Path) -> None:
 def rewrite(checkpoint: Path, name: str, change) -> None:
     """A file of a checkpoint changed by `change(path)`, and the manifest with it."""
     change(checkpoint / name)
-    files = manifest.read(checkpoint)
-    files[name] = manifest._describe(checkpoint / name)
-    manifest.write(checkpoint, files)
+    files = checksums.read(checkpoint)
+    files[name] = checksums._describe(checkpoint / name)
+    checksums.write(checkpoint, files)
 
 
 def test_a_state_of_a_newer_version_is_one_line(copied, source):

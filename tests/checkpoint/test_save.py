@@ -10,9 +10,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from ds_cmli.checkpoint import checksums as manifest
+from ds_cmli.checkpoint import checksums, restore
 from ds_cmli.checkpoint import io as shards
-from ds_cmli.checkpoint import restore as resuming
 from ds_cmli.checkpoint import save as checkpoint
 from ds_cmli.checkpoint.train_state import RankState, TrainState, generators
 from ds_cmli.common.errors import UserError
@@ -31,16 +30,16 @@ def device():
 
 
 @pytest.fixture(scope="module")
-def trainer(device):
+def train_engine(device):
     data = build_data(load_preset("tiny", {}).data, 0)
-    trainer = build(device, data, {"zero_optimization": {"stage": 2}})
-    trainer(next(iter(eval_loader(data.train, data, 8, 0, 0, 1))))
-    return trainer
+    train_engine = build(device, data, {"zero_optimization": {"stage": 2}})
+    train_engine(next(iter(eval_loader(data.train, data, 8, 0, 0, 1))))
+    return train_engine
 
 
-def save(folder, trainer, number, keep=2):
+def save(folder, train_engine, number, keep=2):
     own = RankState(torch.zeros(4), generators=generators())
-    return checkpoint.save(folder, trainer, TrainState(step=number), own, keep)
+    return checkpoint.save(folder, train_engine, TrainState(step=number), own, keep)
 
 
 def published(folder):
@@ -49,11 +48,11 @@ def published(folder):
 
 
 @pytest.fixture(scope="module")
-def two(trainer, tmp_path_factory):
+def two(train_engine, tmp_path_factory):
     """A run's folder with checkpoints of step 1 and 2."""
     folder = tmp_path_factory.mktemp("two")
     for number in (1, 2):
-        assert save(folder, trainer, number).error is None
+        assert save(folder, train_engine, number).error is None
     return folder
 
 
@@ -63,18 +62,18 @@ def run(two, tmp_path):
     return tmp_path / "run"
 
 
-def test_old_ones_go_only_after_the_new_one_is_published(trainer, tmp_path):
+def test_old_ones_go_only_after_the_new_one_is_published(train_engine, tmp_path):
     for number in (1, 2, 3):
-        saved = save(tmp_path, trainer, number)
+        saved = save(tmp_path, train_engine, number)
     assert published(tmp_path) == ("step3", ["step2", "step3"])
     assert (
         saved.bytes
         == sum(f.stat().st_size for f in (tmp_path / "checkpoint/step3").iterdir())
         - (tmp_path / "checkpoint/step3/manifest.json").stat().st_size
     )
-    assert save(tmp_path, trainer, 3).name == "step3.1"  # the same step again: never in the place of a good one
+    assert save(tmp_path, train_engine, 3).name == "step3.1"  # the same step again: never in the place of a good one
     assert published(tmp_path) == ("step3.1", ["step3", "step3.1"])
-    assert save(tmp_path, trainer, 20, keep=1).error is None
+    assert save(tmp_path, train_engine, 20, keep=1).error is None
     assert published(tmp_path) == ("step20", ["step20"])
 
 
@@ -87,11 +86,11 @@ def test_each_file_damaged_is_found_and_the_one_before_used(run, damage):
     for name in names:
         whole = (newest / name).read_bytes()
         damage(newest / name)
-        found = resuming.find("auto", run)
+        found = restore.find("auto", run)
         assert found.path.name == "step1", name
         assert len(found.lines) == 1 and "step2 is damaged" in found.lines[0] and name in found.lines[0]
         (newest / name).write_bytes(whole)
-    assert resuming.find("auto", run).path.name == "step2"
+    assert restore.find("auto", run).path.name == "step2"
 
 
 @pytest.mark.parametrize("content", [None, b"", b"step9", b"\xff\xfe", b"../step2"])
@@ -100,15 +99,15 @@ def test_a_damaged_pointer_leaves_the_newest_whole_one(run, content):
     pointer.unlink()
     if content is not None:
         pointer.write_bytes(content)
-    assert resuming.find("auto", run).path.name == "step2"
+    assert restore.find("auto", run).path.name == "step2"
 
 
-def test_what_was_never_published_does_not_count(run, trainer):
+def test_what_was_never_published_does_not_count(run, train_engine):
     root = run / "checkpoint"
     shutil.copytree(root / "step2", root / "step3")  # killed before the pointer was replaced
     shutil.copytree(root / "step2", root / "step4.writing")
-    assert resuming.find("auto", run).path.name == "step2"
-    assert save(run, trainer, 3).name == "step3.1"
+    assert restore.find("auto", run).path.name == "step2"
+    assert save(run, train_engine, 3).name == "step3.1"
     assert published(run) == ("step3.1", ["step2", "step3.1"])
 
 
@@ -116,32 +115,32 @@ def test_all_damaged_is_a_mistake_to_be_told(run):
     for state in run.glob("checkpoint/*/state.json"):
         flip(state)
     with pytest.raises(UserError, match=r"step1 is damaged: state.json does not match its checksum; there is no other"):
-        resuming.find("auto", run)
-    assert resuming.find("never", run) is None
-    assert resuming.find("auto", run / "elsewhere") is None
+        restore.find("auto", run)
+    assert restore.find("never", run) is None
+    assert restore.find("auto", run / "elsewhere") is None
 
 
 def assert_untouched(run, before):
     assert published(run) == ("step2", ["step1", "step2"])
     assert (run / "student.safetensors").read_bytes() == before
     assert not list(run.rglob("*.writing"))
-    assert manifest.problem(run / "checkpoint" / "step2") is None
+    assert checksums.problem(run / "checkpoint" / "step2") is None
 
 
 @pytest.mark.parametrize("writes", [1, 3, 100, 1000])
-def test_a_disk_that_fills_up_at_any_write_leaves_the_one_before(run, trainer, monkeypatch, writes):
+def test_a_disk_that_fills_up_at_any_write_leaves_the_one_before(run, train_engine, monkeypatch, writes):
     before = (run / "student.safetensors").read_bytes()
     left = [writes]
 
-    def write(self, data, one=manifest._Hashing.write):
+    def write(self, data, one=checksums._Hashing.write):
         left[0] -= 1
         if left[0] < 0:
             self.error = OSError(28, "No space left on device")
             raise self.error
         return one(self, data)
 
-    monkeypatch.setattr(manifest._Hashing, "write", write)
-    saved = save(run, trainer, 3)
+    monkeypatch.setattr(checksums._Hashing, "write", write)
+    saved = save(run, train_engine, 3)
     monkeypatch.undo()
     if left[0] >= 0:  # fewer writes than that
         assert saved.error is None and writes == 1000
@@ -150,14 +149,14 @@ def test_a_disk_that_fills_up_at_any_write_leaves_the_one_before(run, trainer, m
     assert_untouched(run, before)
 
 
-def test_no_space_is_found_before_writing(run, trainer, monkeypatch):
+def test_no_space_is_found_before_writing(run, train_engine, monkeypatch):
     before = (run / "student.safetensors").read_bytes()
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1_000_000))
-    assert "MB, and 1.0 MB are free" in save(run, trainer, 3).error
+    assert "MB, and 1.0 MB are free" in save(run, train_engine, 3).error
     assert_untouched(run, before)
 
 
-def test_a_full_file_system_leaves_the_one_before(two, trainer, tmp_path, monkeypatch):
+def test_a_full_file_system_leaves_the_one_before(two, train_engine, tmp_path, monkeypatch):
     size = int(2.9 * sum(f.stat().st_size for f in (two / "checkpoint" / "step2").iterdir()))  # room for two
     command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(tmp_path)]
     mounted = subprocess.run(command, capture_output=True)
@@ -165,15 +164,15 @@ def test_a_full_file_system_leaves_the_one_before(two, trainer, tmp_path, monkey
         pytest.skip(f"cannot mount a tmpfs: {mounted.stderr.decode().strip()}")
     try:
         monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10**12))
-        assert save(tmp_path, trainer, 1).error is None
-        assert save(tmp_path, trainer, 2).error is None
+        assert save(tmp_path, train_engine, 1).error is None
+        assert save(tmp_path, train_engine, 2).error is None
         before = (tmp_path / "student.safetensors").read_bytes()
-        error = save(tmp_path, trainer, 3).error
+        error = save(tmp_path, train_engine, 3).error
         assert "No space left on device" in error
         assert_untouched(tmp_path, before)
         print(f"full tmpfs: {error}")
         shutil.rmtree(tmp_path / "checkpoint" / "step1")
-        assert save(tmp_path, trainer, 3).error is None
+        assert save(tmp_path, train_engine, 3).error is None
     finally:
         subprocess.run(["umount", str(tmp_path)], check=True)
 
@@ -197,11 +196,11 @@ def test_loading_runs_no_code_from_a_file(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-def test_the_state_survives_its_file(run, trainer):
+def test_the_state_survives_its_file(run, train_engine):
     torch.rand(7)
     own = RankState(torch.tensor([1.5, 2.5]), 3, 2, [("a.png", "broken")], generators())
     state = TrainState(step=7, sampler={"epoch": 1, "position": 8}, best={"value": 0.5})
-    saved = checkpoint.save(run, trainer, state, own, 2)
+    saved = checkpoint.save(run, train_engine, state, own, 2)
     path = run / "checkpoint" / saved.name
     assert checkpoint.read_state(path) == state
     read = RankState(**checkpoint.read_rank(path, 0))
@@ -238,11 +237,13 @@ def test_fewer_or_more_ranks_share_the_running_sums():
 def test_weights_are_the_masters_and_not_what_16_bit_left_of_them(device, stage):
     data = build_data(load_preset("tiny", {}).data, 0)
     ds_config = {"zero_optimization": {"stage": stage}, "bf16": {"enabled": True}}
-    trainer = build(device, data, ds_config, {"optim": {"lr": 1e-4, "warmup_share": 0.0}})
+    train_engine = build(device, data, ds_config, {"optim": {"lr": 1e-4, "warmup_share": 0.0}})
     for _ in range(2):  # the first step's learning rate is 0
-        trainer(next(iter(eval_loader(data.train, data, 8, 0, 0, 1))))
-    weights = checkpoint.full_weights(trainer.objective, trainer.engine.optimizer)
-    for name, parameter in trainer.objective.named_parameters():
+        train_engine(next(iter(eval_loader(data.train, data, 8, 0, 0, 1))))
+    weights = checkpoint.full_weights(train_engine.objective, train_engine.engine.optimizer)
+    for name, parameter in train_engine.objective.named_parameters():
         assert weights[name].dtype == torch.float32
         assert torch.equal(weights[name].bfloat16(), parameter.detach().cpu())
-    assert not torch.equal(weights["student.g.weight"], weights["student.g.weight"].bfloat16().float())
+    assert not torch.equal(
+        weights["student.projection.weight"], weights["student.projection.weight"].bfloat16().float()
+    )

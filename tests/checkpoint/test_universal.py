@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from ds_cmli import engine as step
-from ds_cmli.checkpoint import restore as resuming
+from ds_cmli import engine
+from ds_cmli.checkpoint import restore
 from ds_cmli.checkpoint import save as checkpoint
 from ds_cmli.checkpoint.train_state import RankState
 from ds_cmli.common.errors import UserError
@@ -41,7 +41,7 @@ class Setting:
         stage, precision = layout
         asked = {"zero_optimization": {"stage": stage}, **PRECISIONS[precision], **more}
         ds_config = DeepSpeedConfig.of(asked).filled(self.config.optim, self.ranks, STEPS)
-        return step.build(self.config, ds_config, self.data.vocab_size, STEPS, self.device), ds_config
+        return engine.build(self.config, ds_config, self.data.vocab_size, STEPS, self.device), ds_config
 
     def parts(self):
         sampler = GlobalBatchSampler(len(self.data.train), self.micro_batch, self.rank, self.ranks, 0)
@@ -49,27 +49,27 @@ class Setting:
 
     def write(self, folder: Path, layout: Layout, record: bool = True, **more) -> None:
         """Two steps, a checkpoint of them, and in `record.pt` what it holds and the losses of the next two steps."""
-        trainer, ds_config = self.build(layout, **more)
+        train_engine, ds_config = self.build(layout, **more)
         for batch in self.batches[:2]:
-            trainer(batch)
-        state = resuming.state_of(None, self.config, ds_config, False, print)
+            train_engine(batch)
+        state = restore.state_of(None, self.config, ds_config, False, print)
         state.step = 2
         sampler, bad = self.parts()
-        own = resuming.collect(state, RankState(torch.zeros(4)), sampler, bad)
-        assert checkpoint.save(folder, trainer, state, own, 1).error is None
+        own = restore.collect(state, RankState(torch.zeros(4)), sampler, bad)
+        assert checkpoint.save(folder, train_engine, state, own, 1).error is None
         if record:
-            found = {**contents(trainer), "losses": self.losses(trainer)}
+            found = {**contents(train_engine), "losses": self.losses(train_engine)}
             if distributed.is_main():
                 torch.save(found, folder / "record.pt")
 
     def read(self, folder: Path, layout: Layout, **more) -> dict[str, float]:
         """Largest differences between what was written and what is there after loading, and in the next losses."""
-        trainer, ds_config = self.build(layout, **more)
-        found = resuming.find("auto", folder)
+        train_engine, ds_config = self.build(layout, **more)
+        found = restore.find("auto", folder)
         assert found is not None
-        resuming.state_of(found, self.config, ds_config, True, lambda line: None)
-        resuming.load(found, trainer, *self.parts(), False)
-        record, here = torch.load(folder / "record.pt"), contents(trainer)
+        restore.state_of(found, self.config, ds_config, True, lambda line: None)
+        restore.load(found, train_engine, *self.parts(), False)
+        record, here = torch.load(folder / "record.pt"), contents(train_engine)
         assert here["shared"] == record["shared"]
         if distributed.is_main():
             assert not (found.path.parent / "universal.writing").exists()
@@ -77,29 +77,29 @@ class Setting:
         for kind in ("weights", "moments"):
             assert here[kind].keys() == record[kind].keys()
             worst[kind] = max((here[kind][n] - x).abs().max().item() for n, x in record[kind].items())
-        for name, parameter in trainer.objective.named_parameters():
+        for name, parameter in train_engine.objective.named_parameters():
             if not hasattr(parameter, "ds_id"):  # what the next forward pass uses
                 assert torch.equal(parameter.detach().float(), here["weights"][name].to(parameter.dtype).float())
-        losses = self.losses(trainer)
+        losses = self.losses(train_engine)
         worst["losses"] = max(abs(a - b) for a, b in zip(losses, record["losses"], strict=True))
         return worst
 
-    def losses(self, trainer) -> list[float]:
-        return [distributed.mean_over_ranks(trainer(batch)[0].clone()).item() for batch in self.batches[2:]]
+    def losses(self, train_engine) -> list[float]:
+        return [distributed.mean_over_ranks(train_engine(batch)[0].clone()).item() for batch in self.batches[2:]]
 
 
-def contents(trainer) -> dict:
+def contents(train_engine) -> dict:
     """Everything that an update depends on, whole, whatever the layout. Collective."""
     from deepspeed.utils import safe_get_full_optimizer_state
 
-    engine = trainer.engine
-    weights = {n: x.clone() for n, x in checkpoint.full_weights(trainer.objective, engine.optimizer).items()}
+    engine = train_engine.engine
+    weights = {n: x.clone() for n, x in checkpoint.full_weights(train_engine.objective, engine.optimizer).items()}
     masters = checkpoint._masters_without_zero(engine.optimizer)
     if hasattr(engine.optimizer, "_lazy_init_hp_params_optimizer_state"):  # stages 1 and 2 do so in their next step
         engine.optimizer._hp_optimizer_states_linked = False
         engine.optimizer._lazy_init_hp_params_optimizer_state()
     moments = {}
-    for name, parameter in trainer.objective.named_parameters():
+    for name, parameter in train_engine.objective.named_parameters():
         for key in ("exp_avg", "exp_avg_sq"):
             if engine.zero_optimization() and engine.optimizer.state:
                 value = safe_get_full_optimizer_state(parameter, key)
@@ -185,11 +185,15 @@ def test_each_stage_goes_on_at_each_other(setting, written, before, after):
 def test_every_stage_trains_the_same(setting, precision, fp16_device):
     losses, weights, norms = [], [], []
     for stage in range(4):
-        trainer, _ = setting.build((stage, precision))
-        losses.append([trainer(batch)[0].item() for batch in setting.batches])
+        train_engine, _ = setting.build((stage, precision))
+        losses.append([train_engine(batch)[0].item() for batch in setting.batches])
         if precision != "fp32" or stage > 0:  # DeepSpeed tells none without ZeRO there
-            norms.append(trainer.state()["grad_norm"])
-        weights.append(checkpoint.full_weights(trainer.objective, trainer.engine.optimizer)["student.g.weight"].clone())
+            norms.append(train_engine.state()["grad_norm"])
+        weights.append(
+            checkpoint.full_weights(train_engine.objective, train_engine.engine.optimizer)[
+                "student.projection.weight"
+            ].clone()
+        )
     assert norms == pytest.approx([norms[0]] * len(norms), rel=0.05)
     for stage in (1, 2, 3):
         assert losses[stage] == pytest.approx(losses[0], rel=0.01)

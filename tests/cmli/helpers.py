@@ -28,11 +28,11 @@ def random_case(
     image = torch.randn(I, N, D, generator=g, dtype=torch.float64).to(dtype)
     text = torch.randn(J, M, D, generator=g, dtype=torch.float64).to(dtype)
     lengths = torch.randint(0, M + 1, (J,), generator=g) if text_lengths is None else torch.tensor(text_lengths)
-    text_mask = torch.arange(M) < lengths[:, None]
+    token_mask = torch.arange(M) < lengths[:, None]
     if not masked:
-        return image, text, text_mask, None
-    text_mask = text_mask.gather(1, torch.rand(J, M, generator=g).argsort(1))
-    return image, text, text_mask, torch.rand(I, N, generator=g) < 0.6
+        return image, text, token_mask, None
+    token_mask = token_mask.gather(1, torch.rand(J, M, generator=g).argsort(1))
+    return image, text, token_mask, torch.rand(I, N, generator=g) < 0.6
 
 
 def with_gradients(case: Case, upstream: tuple[Tensor, Tensor], **options) -> tuple[Tensor, Tensor, Tensor, Tensor]:

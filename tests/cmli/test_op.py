@@ -10,8 +10,8 @@ from ds_cmli.cmli import cmli_scores
 from tests.cmli.helpers import random_case, upstream_for, with_gradients
 
 
-def scalar(image, text, text_mask, image_mask=None, **options):
-    s_i2t, s_t2i = cmli_scores(image, text, text_mask, image_mask, **options)
+def scalar(image, text, token_mask, image_mask=None, **options):
+    s_i2t, s_t2i = cmli_scores(image, text, token_mask, image_mask, **options)
     return s_i2t.square().sum() + s_t2i.sum()
 
 
@@ -23,15 +23,15 @@ def gradients(function, case, **options):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("masked", [False, True])
 def test_opcheck(masked, dtype):
-    image, text, text_mask, image_mask = random_case(3, 4, 6, 5, 4, dtype=dtype, masked=masked)
+    image, text, token_mask, image_mask = random_case(3, 4, 6, 5, 4, dtype=dtype, masked=masked)
     for save in (False, True):
         for needs in (False, True):
             inputs = (image.clone().requires_grad_(needs), text.clone().requires_grad_(needs))
             torch.library.opcheck(
-                torch.ops.ds_cmli.cmli_forward, (*inputs, text_mask, image_mask, "chunked", 2**20, save)
+                torch.ops.ds_cmli.cmli_forward, (*inputs, token_mask, image_mask, "chunked", 2**20, save)
             )
     s_i2t, s_t2i, arg_i2t, arg_t2i = torch.ops.ds_cmli.cmli_forward(
-        image, text, text_mask, image_mask, "chunked", 2**20, True
+        image, text, token_mask, image_mask, "chunked", 2**20, True
     )
     for need_image, need_text in ((True, True), (False, True), (True, False)):
         torch.library.opcheck(
@@ -41,7 +41,7 @@ def test_opcheck(masked, dtype):
                 s_t2i,
                 image,
                 text,
-                text_mask,
+                token_mask,
                 image_mask,
                 arg_i2t,
                 arg_t2i,
@@ -80,9 +80,9 @@ def test_fake_tensors_have_the_shapes_of_real_ones():
 def test_activation_checkpointing(use_reentrant, recompute):
     case = random_case(3, 4, 6, 5, 4, dtype=torch.float32)
 
-    def checkpointed(image, text, text_mask, image_mask):
+    def checkpointed(image, text, token_mask, image_mask):
         return checkpoint(
-            lambda v, w: scalar(v, w, text_mask, image_mask, recompute=recompute),
+            lambda v, w: scalar(v, w, token_mask, image_mask, recompute=recompute),
             image,
             text,
             use_reentrant=use_reentrant,
@@ -138,7 +138,7 @@ def test_auto_is_chunked_on_a_cpu(monkeypatch):
     assert used == ["chunked"]
 
 
-GOOD = {"image": torch.zeros(2, 3, 4), "text": torch.zeros(5, 6, 4), "text_mask": torch.ones(5, 6, dtype=torch.bool)}
+GOOD = {"image": torch.zeros(2, 3, 4), "text": torch.zeros(5, 6, 4), "token_mask": torch.ones(5, 6, dtype=torch.bool)}
 BAD = {
     "image not a tensor": ({"image": [1.0]}, TypeError, "image must be a tensor, not list"),
     "image of two dimensions": ({"image": torch.zeros(2, 4)}, ValueError, r"image must have 3 dimensions \[I, N, D\]"),
@@ -149,16 +149,16 @@ BAD = {
     "integer features": ({"image": torch.zeros(2, 3, 4).long()}, TypeError, "not torch.int64"),
     "dtypes differ": ({"text": torch.zeros(5, 6, 4).half()}, TypeError, "float32 and text is torch.float16: cast one"),
     "too many patches": ({"image": torch.zeros(1, 40000, 4)}, ValueError, "has 40000 positions; at most 32767"),
-    "mask of numbers": ({"text_mask": torch.ones(5, 6)}, TypeError, "text_mask must be a bool tensor"),
+    "mask of numbers": ({"token_mask": torch.ones(5, 6)}, TypeError, "token_mask must be a bool tensor"),
     "mask of other shape": (
-        {"text_mask": torch.ones(5, 7).bool()},
+        {"token_mask": torch.ones(5, 7).bool()},
         ValueError,
-        r"text_mask has shape \[5, 7\]; it must",
+        r"token_mask has shape \[5, 7\]; it must",
     ),
     "image mask of the text": ({"image_mask": torch.ones(5, 6).bool()}, ValueError, r"image_mask has shape \[5, 6\]"),
-    "text_mask missing": ({"text_mask": None}, TypeError, "text_mask must be a tensor, not NoneType"),
+    "token_mask missing": ({"token_mask": None}, TypeError, "token_mask must be a tensor, not NoneType"),
     "other device": ({"text": torch.zeros(5, 6, 4, device="meta")}, ValueError, "text is on meta and image on cpu"),
-    "mask elsewhere": ({"text_mask": torch.ones(5, 6, device="meta").bool()}, ValueError, "text_mask is on meta"),
+    "mask elsewhere": ({"token_mask": torch.ones(5, 6, device="meta").bool()}, ValueError, "token_mask is on meta"),
     "unknown backend": ({"backend": "cuda"}, ValueError, "backend='cuda' is unknown; it must be one of auto"),
     "no scratch": ({"scratch_bytes": 0}, ValueError, "scratch_bytes=0 must be positive"),
     "scratch of half a byte": ({"scratch_bytes": 0.5}, TypeError, "scratch_bytes must be an int, not float"),

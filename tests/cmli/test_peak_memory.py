@@ -30,7 +30,7 @@ def test_equal_to_the_allocator(shape, lengths, scratch_bytes, recompute, dtype)
     I, J, N, M = sizes["I"], sizes["J"], sizes["N"], sizes["M"]  # noqa: E741
     text_lengths = [M] * J if lengths == "all valid" else [(7 * j) % (M + 1) for j in range(J)]
     image_lengths = None if lengths == "all valid" else [(11 * i) % (N + 1) for i in range(I)]
-    image, text, text_mask, _ = random_case(**sizes, dtype=dtype, text_lengths=text_lengths)
+    image, text, token_mask, _ = random_case(**sizes, dtype=dtype, text_lengths=text_lengths)
     image_mask = None if image_lengths is None else torch.arange(N) < torch.tensor(image_lengths)[:, None]
     grads = [torch.randn(I, J, dtype=torch.promote_types(dtype, torch.float32)) for _ in range(2)]
     predicted = cmli_peak_bytes(
@@ -42,7 +42,7 @@ def test_equal_to_the_allocator(shape, lengths, scratch_bytes, recompute, dtype)
         image_lengths=image_lengths,
     )
     out = []
-    inputs = (image, text, text_mask, image_mask)
+    inputs = (image, text, token_mask, image_mask)
     forward = allocator_peak(lambda: out.extend(chunked.forward(*inputs, scratch_bytes, not recompute)))
     assert forward == predicted.forward
     assert sum(arg.nbytes for arg in out[2:]) == predicted.saved

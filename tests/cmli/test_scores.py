@@ -46,9 +46,9 @@ def test_scores_and_gradients_by_hand(backend):
 def test_masks_on_both_sides_by_hand(backend):
     image = torch.tensor([[[9.0], [1.0], [2.0]]])
     text = torch.tensor([[[7.0], [-1.0], [-3.0]]])
-    image_mask, text_mask = torch.tensor([[False, True, True]]), torch.tensor([[False, True, True]])
+    image_mask, token_mask = torch.tensor([[False, True, True]]), torch.tensor([[False, True, True]])
     # S over valid ones: patch 1: -1 -3, patch 2: -2 -6.
-    s_i2t, s_t2i = cmli_scores(image, text, text_mask, image_mask, backend=backend)
+    s_i2t, s_t2i = cmli_scores(image, text, token_mask, image_mask, backend=backend)
     assert (s_i2t.item(), s_t2i.item()) == (-1.5, -2.0)
 
 
@@ -91,7 +91,7 @@ def cases(draw):
     N, M, D = draw(st.integers(1, 33)), draw(st.integers(1, 19)), draw(st.integers(1, 20))
     lengths = draw(st.lists(st.sampled_from([0, 1, M // 2, M]), min_size=J, max_size=J))
     case = random_case(I, J, N, M, D, draw(st.integers(0, 2**16)), text_lengths=lengths, masked=draw(st.booleans()))
-    image, text, text_mask, image_mask = case
+    image, text, token_mask, image_mask = case
     # Multiples of 1/4 up to 2: products and sums are exact in every dtype, so equal similarities are bit-equal, and
     # no two others are closer than rounding.
     image, text = (image * 2).round().clamp(-4, 4) / 2, (text * 2).round().clamp(-4, 4) / 2
@@ -99,7 +99,7 @@ def cases(draw):
         image, text = random_distinct(image), random_distinct(text)
     if image_mask is not None and draw(st.booleans()):
         image_mask[0] = False
-    return image, text, text_mask, image_mask
+    return image, text, token_mask, image_mask
 
 
 def random_distinct(x):
@@ -135,10 +135,10 @@ def test_several_tiles_of_the_usual_size(dtype):
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("recompute", [False, True])
 def test_gradcheck(masked, recompute):
-    image, text, text_mask, image_mask = random_case(3, 4, 5, 6, 4, masked=masked, text_lengths=[6, 0, 1, 3])
+    image, text, token_mask, image_mask = random_case(3, 4, 5, 6, 4, masked=masked, text_lengths=[6, 0, 1, 3])
 
     def scores(image, text):
-        return cmli_scores(image, text, text_mask, image_mask, recompute=recompute, scratch_bytes=2_000)
+        return cmli_scores(image, text, token_mask, image_mask, recompute=recompute, scratch_bytes=2_000)
 
     assert torch.autograd.gradcheck(scores, (image.requires_grad_(), text.requires_grad_()))
 

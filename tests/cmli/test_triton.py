@@ -25,10 +25,10 @@ def check(function):
     return function
 
 
-def reference(image, text, text_mask, image_mask):
+def reference(image, text, token_mask, image_mask):
     """(s_i2t, s_t2i, arg_i2t, arg_t2i) with everything materialised."""
     S = torch.einsum("ind,jmd->ijnm", image, text)
-    patch, token = image_mask[:, None, :], text_mask[None, :, :]
+    patch, token = image_mask[:, None, :], token_mask[None, :, :]
     over_m = S.masked_fill(~token[:, :, None, :], -torch.inf)
     over_n = S.masked_fill(~patch[..., None], -torch.inf)
     (best_m, arg_i2t), (best_n, arg_t2i) = over_m.max(3), over_n.max(2)
@@ -46,24 +46,24 @@ def inputs(I, J, N, M, D, dtype, seed, holes=True, exact=False):  # noqa: E741
         return torch.randint(-2, 3, shape, generator=rng) / 4 if exact else torch.randn(shape, generator=rng)
 
     image, text = draw(I, N, D).to(dtype), draw(J, M, D).to(dtype)
-    text_mask = torch.rand(J, M, generator=rng) < 0.7
-    text_mask[0] = False
+    token_mask = torch.rand(J, M, generator=rng) < 0.7
+    token_mask[0] = False
     if J > 1:
-        text_mask[1] = torch.arange(M) == M // 2
-    text_mask[-1] = True
+        token_mask[1] = torch.arange(M) == M // 2
+    token_mask[-1] = True
     image_mask = torch.rand(I, N, generator=rng) < 0.8 if holes else None
     if holes and I > 2:
         image_mask[1] = False
     acc = torch.promote_types(dtype, torch.float32)
     grads = [torch.randn(I, J, generator=rng).to(acc) for _ in range(2)]
-    return image, text, text_mask, image_mask, grads
+    return image, text, token_mask, image_mask, grads
 
 
-def run(image, text, text_mask, image_mask, grads, scratch=2**25, recompute=False):
+def run(image, text, token_mask, image_mask, grads, scratch=2**25, recompute=False):
     from ds_cmli.cmli.triton import backward, forward
 
-    s_i2t, s_t2i, *args = forward(image, text, text_mask, image_mask, scratch, not recompute)
-    return s_i2t, s_t2i, *args, *backward(*grads, image, text, text_mask, image_mask, *args, scratch, True, True)
+    s_i2t, s_t2i, *args = forward(image, text, token_mask, image_mask, scratch, not recompute)
+    return s_i2t, s_t2i, *args, *backward(*grads, image, text, token_mask, image_mask, *args, scratch, True, True)
 
 
 def distance(value, expected):
@@ -73,12 +73,12 @@ def distance(value, expected):
 
 
 def compare(I, J, N, M, D, dtype, seed, **options):  # noqa: E741
-    image, text, text_mask, image_mask, grads = inputs(I, J, N, M, D, dtype, seed, **options)
-    s_i2t, s_t2i, _, _, d_image, d_text = run(image, text, text_mask, image_mask, grads)
+    image, text, token_mask, image_mask, grads = inputs(I, J, N, M, D, dtype, seed, **options)
+    s_i2t, s_t2i, _, _, d_image, d_text = run(image, text, token_mask, image_mask, grads)
     ours = (s_i2t, s_t2i, d_image, d_text)
     wide = [x.double().requires_grad_() for x in (image, text)]
     full = torch.ones(I, N, dtype=torch.bool) if image_mask is None else image_mask
-    expected = reference(*wide, text_mask, full)[:2]
+    expected = reference(*wide, token_mask, full)[:2]
     torch.autograd.backward(expected, [g.double() for g in grads])
     scores = min(TOLERANCE[dtype], 1e-5)
     for name, x, y in zip(("s_i2t", "s_t2i"), ours, expected, strict=False):
@@ -86,7 +86,7 @@ def compare(I, J, N, M, D, dtype, seed, **options):  # noqa: E741
     for name, x, y in zip(("d_image", "d_text"), ours[2:], wide, strict=True):
         assert x.dtype == dtype
         assert distance(x, y.grad) < TOLERANCE[dtype], (name, I, J, N, M, D, dtype, seed, distance(x, y.grad))
-    assert not d_text[~text_mask].any() and not d_image[~full].any()
+    assert not d_text[~token_mask].any() and not d_image[~full].any()
 
 
 @check
@@ -114,11 +114,11 @@ def ties_go_to_the_lowest_index():
     for seed in range(12):
         dtype = (torch.float32, torch.float16)[seed % 2]
         N = 300 if seed == 11 else 37
-        image, text, text_mask, image_mask, grads = inputs(3, 4, N, 35, 2, dtype, seed, exact=True)
-        s_i2t, s_t2i, arg_i2t, arg_t2i, _, _ = run(image, text, text_mask, image_mask, grads)
-        expected = reference(image.double(), text.double(), text_mask, image_mask)
-        some = image_mask.any(1)[:, None] & text_mask.any(1)[None, :]
-        patch, token = some[..., None] & image_mask[:, None, :], some[..., None] & text_mask[None, :, :]
+        image, text, token_mask, image_mask, grads = inputs(3, 4, N, 35, 2, dtype, seed, exact=True)
+        s_i2t, s_t2i, arg_i2t, arg_t2i, _, _ = run(image, text, token_mask, image_mask, grads)
+        expected = reference(image.double(), text.double(), token_mask, image_mask)
+        some = image_mask.any(1)[:, None] & token_mask.any(1)[None, :]
+        patch, token = some[..., None] & image_mask[:, None, :], some[..., None] & token_mask[None, :, :]
         assert arg_t2i.dtype == (torch.uint8 if N <= 256 else torch.int16)
         assert torch.equal(arg_i2t.long()[patch], expected[2].expand_as(arg_i2t)[patch])
         assert torch.equal(arg_t2i.long()[token], expected[3].expand_as(arg_t2i)[token])
@@ -144,14 +144,14 @@ def same_bits_again_and_alike_in_groups():
 def only_what_is_asked_for():
     from ds_cmli.cmli.triton import backward, forward
 
-    image, text, text_mask, image_mask, _ = inputs(2, 3, 9, 7, 5, torch.float32, 8)
-    *_, arg_i2t, arg_t2i = forward(image, text, text_mask, image_mask, 2**20, False)
+    image, text, token_mask, image_mask, _ = inputs(2, 3, 9, 7, 5, torch.float32, 8)
+    *_, arg_i2t, arg_t2i = forward(image, text, token_mask, image_mask, 2**20, False)
     assert arg_i2t.shape == arg_t2i.shape == (0,)
     one = torch.ones(()).expand(2, 3)  # as .sum().backward() gives it: no strides
     views = image.transpose(1, 2).contiguous().transpose(1, 2), text[:, :, :]
-    everything = run(image, text, text_mask, image_mask, [torch.ones(2, 3)] * 2)[4:]
+    everything = run(image, text, token_mask, image_mask, [torch.ones(2, 3)] * 2)[4:]
     for k in (0, 1):
-        part = backward(one, one, *views, text_mask, image_mask, arg_i2t, arg_t2i, 2**20, k == 0, k == 1)
+        part = backward(one, one, *views, token_mask, image_mask, arg_i2t, arg_t2i, 2**20, k == 0, k == 1)
         assert torch.equal(part[k], everything[k]) and part[1 - k].shape == (0,)
 
 
@@ -168,30 +168,30 @@ def nan_and_inf_propagate():
     for value in (torch.nan, -torch.inf, 3e38):
         for side in (0, 1):
             for N in (20, 200):  # one block and several
-                image, text, text_mask, _, grads = inputs(3, 4, N, 18, 6, torch.float32, 9, exact=True)
+                image, text, token_mask, _, grads = inputs(3, 4, N, 18, 6, torch.float32, 9, exact=True)
                 mask = torch.ones(3, N, dtype=torch.bool)
                 (image, text)[side][2, 3, 1] = value
-                text_mask[2, 3] = True
-                *ours, arg_i2t, arg_t2i, _, _ = run(image, text, text_mask, mask, grads)
-                expected = reference(image, text, text_mask, mask)[:2]
+                token_mask[2, 3] = True
+                *ours, arg_i2t, arg_t2i, _, _ = run(image, text, token_mask, mask, grads)
+                expected = reference(image, text, token_mask, mask)[:2]
                 for x, y in zip(ours, expected, strict=True):
                     torch.testing.assert_close(x, y, equal_nan=True, rtol=1e-5, atol=1e-6)
                     assert not x[:2, :2].isnan().any()
                 assert arg_i2t.max() < 18 and arg_t2i.to(torch.int32).max() < N
     # What a masked position holds changes nothing, not even as NaN.
-    image, text, text_mask, image_mask, grads = plain
+    image, text, token_mask, image_mask, grads = plain
     holed = image.clone(), text.clone()
-    holed[0][~image_mask], holed[1][~text_mask] = torch.nan, torch.inf
-    for x, y in zip(run(*plain), run(*holed, text_mask, image_mask, grads), strict=True):
+    holed[0][~image_mask], holed[1][~token_mask] = torch.nan, torch.inf
+    for x, y in zip(run(*plain), run(*holed, token_mask, image_mask, grads), strict=True):
         assert x.dtype in (torch.uint8, torch.int16) or torch.equal(x, y)
 
 
 @check
 def small_upstream_gradients_in_fp16():
-    image, text, text_mask, image_mask, grads = inputs(3, 5, 40, 9, 16, torch.float16, 10)
+    image, text, token_mask, image_mask, grads = inputs(3, 5, 40, 9, 16, torch.float16, 10)
     image, text = image * 64, text * 64
-    plain = run(image, text, text_mask, image_mask, grads)[4:]
-    tiny = run(image, text, text_mask, image_mask, [g * 2**-12 for g in grads])[4:]
+    plain = run(image, text, token_mask, image_mask, grads)[4:]
+    tiny = run(image, text, token_mask, image_mask, [g * 2**-12 for g in grads])[4:]
     for x, y in zip(plain, tiny, strict=True):  # coefficients down to 2^-12 / 40, under fp16's normal numbers
         assert (x.double() - y.double() * 2**12).abs().max() < 1e-3 * x.double().abs().max()
 
@@ -234,12 +234,12 @@ def peak_bytes_are_true():
         (4, 12, 30, 20, 64, torch.float16, 1000),
         (3, 6, 150, 20, 64, torch.float32, 4000),
     ):
-        image, text, text_mask, image_mask, grads = inputs(I, J, N, M, D, dtype, 11)
+        image, text, token_mask, image_mask, grads = inputs(I, J, N, M, D, dtype, 11)
         for recompute in (False, True):
             with Allocated() as first:
-                *_, arg_i2t, arg_t2i = forward(image, text, text_mask, image_mask, scratch, not recompute)
+                *_, arg_i2t, arg_t2i = forward(image, text, token_mask, image_mask, scratch, not recompute)
             with Allocated() as second:
-                backward(*grads, image, text, text_mask, image_mask, arg_i2t, arg_t2i, scratch, True, True)
+                backward(*grads, image, text, token_mask, image_mask, arg_i2t, arg_t2i, scratch, True, True)
             stated = peak_bytes(I, J, N, M, D, dtype, recompute, scratch)
             for x, y in zip((first.peak, second.peak), stated, strict=True):
                 assert x <= y <= 1.35 * x + 8192, (N, scratch, recompute, x, y)
@@ -265,9 +265,9 @@ def triton_backend_or_skip():
 
 def test_cpu_tensors_are_refused_in_one_line():
     triton_backend = triton_backend_or_skip()
-    image, text, text_mask, image_mask, _ = inputs(1, 2, 3, 4, 5, torch.float32, 0)
+    image, text, token_mask, image_mask, _ = inputs(1, 2, 3, 4, 5, torch.float32, 0)
     with pytest.raises(RuntimeError, match="runs on CUDA tensors, not on cpu: use backend='chunked'"):
-        triton_backend.forward(image, text, text_mask, image_mask, 2**20, True)
+        triton_backend.forward(image, text, token_mask, image_mask, 2**20, True)
 
 
 @pytest.mark.parametrize("name", CHECKS)

@@ -58,7 +58,7 @@ def test_forward(target, dtype):
     tiles = forward_tiles(N, M, D, dtype, divmod(target, 10), SHARED[target])
     blocks = -(-N // tiles.rows)
     pointers = dict.fromkeys(("s_i2t", "s_t2i"), "fp32") | dict.fromkeys(("image", "text"), NAMES[dtype])
-    pointers |= dict.fromkeys(("arg_i2t", "arg_t2i"), "u8") | dict.fromkeys(("image_mask", "text_mask"), "i16")
+    pointers |= dict.fromkeys(("arg_i2t", "arg_t2i"), "u8") | dict.fromkeys(("image_mask", "token_mask"), "i16")
     pointers |= dict.fromkeys(("image_count", "text_count", "first", "code"), "i32") | {"suspect": "i1"}
     for tokens in tiles.tokens:
         # Without winners, and without image masks in fp16, the kernels are parts of these.

@@ -14,7 +14,7 @@ def test_presets_build_and_survive_a_round_trip(name):
 
 def test_paper_is_the_documents_setting():
     config = load_preset("paper", {})
-    assert (config.optim.micro_batch, config.data.text_positions, config.student.embed_dim) == (256, 64, 256)
+    assert (config.optim.micro_batch, config.data.context_length, config.student.embed_dim) == (256, 64, 256)
     assert config.data.image_size == 224  # 14 x 14 patches of 16 px: N = 196
 
 
@@ -48,3 +48,9 @@ def test_mistakes_name_setting_value_and_remedy(overrides, words):
         load_preset("tiny", overrides)
     assert words in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_former_names_stay_valid():
+    assert load_preset("tiny", {"data": {"text_positions": 20}}).data.context_length == 20
+    with pytest.raises(UserError, match=r"data.text_positions is 20: data.context_length is given too"):
+        load_preset("tiny", {"data": {"text_positions": 20, "context_length": 30}})

@@ -86,7 +86,9 @@ def test_lines_say_what_is_accepted():
     assert line(loss={"weights": {"cmli": "a"}}) == (
         "loss.weights.cmli is 'a': give a value of type float, more than 0"
     )
-    assert line(loss={"weights": ["cmli"]}).endswith("a value of type dict, of global, cmli, target_cmli, cls_kd")
+    assert line(loss={"weights": ["cmli"]}).endswith(
+        "a value of type dict, of global, global_sigmoid, cmli, cmli_sigmoid, target_cmli, cls_kd"
+    )
     assert line(loss={"match": "techer"}) == "loss.match is 'techer': did you mean 'teacher'?"
     assert line(loss={"match": ["teacher"]}) == "loss.match is ['teacher']: give one of teacher, student"
     assert line(optim={"lr": float("inf")}) == "optim.lr is inf: give a finite number, more than 0"

@@ -6,7 +6,7 @@ from ds_cmli.data.sampler import GlobalBatchSampler, epoch_order
 
 
 def take(sampler, count):
-    """The next batches of a trainer that consumes each."""
+    """The next batches of a train_engine that consumes each."""
     batches = []
     for batch, _ in zip(sampler, range(count), strict=False):
         batches.append(batch)

@@ -14,7 +14,7 @@ from ds_cmli.data.sampler import GlobalBatchSampler
 from ds_cmli.data.scenes import EVAL_SCENES, TRAIN_SCENES, Pictures
 from ds_cmli.data.tokens import WORDS
 
-CONFIG = DataConfig(image_size=56, tokenizer="builtin", text_positions=32)
+CONFIG = DataConfig(image_size=56, tokenizer="builtin", context_length=32)
 
 
 @pytest.fixture(scope="module")

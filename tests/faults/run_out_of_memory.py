@@ -12,11 +12,11 @@ from ds_cmli.common import quiet
 
 quiet.silence()
 
-from ds_cmli import engine as step  # noqa: E402
+from ds_cmli import engine  # noqa: E402
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig  # noqa: E402
 from ds_cmli.config.presets import load_preset  # noqa: E402
 from ds_cmli.distributed import process_group as distributed  # noqa: E402
-from ds_cmli.faults import out_of_memory as oom  # noqa: E402
+from ds_cmli.faults import out_of_memory  # noqa: E402
 from ds_cmli.faults.watchdog import Watchdog  # noqa: E402
 from ds_cmli.memory.predict import longest_batch  # noqa: E402
 
@@ -29,14 +29,14 @@ def main(folder: str, limited: str, megabytes: str, deepspeed_json_text: str) ->
     ds_config = DeepSpeedConfig.of(json.loads(deepspeed_json_text)).filled(config.optim, distributed.world_size(), 20)
     import deepspeed  # noqa: F401  before the limit: the libraries are not the training
 
-    with Watchdog(120) as dog:
+    with Watchdog(120) as watchdog:
         if distributed.rank() == int(limited):
-            limit = oom.process_bytes()["VmData"] + int(megabytes) * 2**20
+            limit = out_of_memory.process_bytes()["VmData"] + int(megabytes) * 2**20
             resource.setrlimit(resource.RLIMIT_DATA, (limit, resource.getrlimit(resource.RLIMIT_DATA)[1]))
-        with oom.ending(config, ds_config, Path(folder), device, dog):
-            trainer = step.build(config, ds_config, 1000, 20, device)
+        with out_of_memory.ending(config, ds_config, Path(folder), device, watchdog):
+            train_engine = engine.build(config, ds_config, 1000, 20, device)
             for _ in range(2):
-                trainer(longest_batch(config, config.optim.micro_batch))
+                train_engine(longest_batch(config, config.optim.micro_batch))
     print("trained", flush=True)
     distributed.shutdown()
 

@@ -21,7 +21,7 @@ class Poisoned(Exception):
     pass
 
 
-def meet_fate(dog):
+def meet_fate(watchdog):
     if fate == "sleeps":
         time.sleep(1000)
     if fate == "spins":
@@ -41,17 +41,17 @@ def meet_fate(dog):
     if fate == "evaluates":  # longer than the limit, but getting on
         for _ in range(int(2 * timeout / 0.2)):
             time.sleep(0.2)
-            dog.beat()
+            watchdog.heartbeat()
     if fate == "saves":
-        with dog.slow():
+        with watchdog.slow():
             time.sleep(2 * timeout)
 
 
 distributed.init()
 victim = int(os.environ["VICTIM"])
-with Watchdog(timeout) as dog:
+with Watchdog(timeout) as watchdog:
     for step in range(10):
-        dog.beat(step)
+        watchdog.heartbeat(step)
         time.sleep(step_time)
         if fate == "compiles" and step == 0:
             time.sleep(2 * timeout)
@@ -60,7 +60,7 @@ with Watchdog(timeout) as dog:
             raise UserError("too many broken images")
         if step == 5 and (dist.get_rank() == victim or fate == "pauses"):
             print("FATE", time.time(), flush=True)
-            meet_fate(dog)
+            meet_fate(watchdog)
         dist.all_reduce(torch.ones(1))
     if fate == "preempted":
         sys.exit(85)

@@ -7,15 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from ds_cmli import engine as step
+from ds_cmli import engine
 from ds_cmli.checkpoint.io import no_code, not_finite
 from ds_cmli.common.errors import UserError
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.presets import load_preset
 from ds_cmli.data import build_data, eval_loader
 from ds_cmli.distributed import process_group as distributed
-from ds_cmli.distributed.collective_flags import Agreement
-from ds_cmli.faults import nonfinite as guard
+from ds_cmli.distributed.collective_flags import CollectiveFlags
+from ds_cmli.faults import nonfinite
 from tests.config.test_mistakes import pairs
 from tests.conftest import spawn
 from tests.drive_train import drive
@@ -46,21 +46,21 @@ def device():
     distributed.shutdown()
 
 
-def everything(trainer) -> list[torch.Tensor]:
+def everything(train_engine) -> list[torch.Tensor]:
     """Copies of all that an update changes: weights, fp32 copies, moments, counters and the learning rate."""
-    optimizer = trainer.engine.optimizer
+    optimizer = train_engine.engine.optimizer
     states = [s[k] for s in optimizer.state.values() for k in sorted(s) if torch.is_tensor(s[k])]
-    params = [p.ds_tensor if hasattr(p, "ds_tensor") else p for p in trainer.engine.module.parameters()]
+    params = [p.ds_tensor if hasattr(p, "ds_tensor") else p for p in train_engine.engine.module.parameters()]
     flat = [p for name in ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat")
             for p in getattr(optimizer, name, [])]  # fmt: skip
-    return [x.detach().clone() for x in (*params, *flat, *states, torch.tensor(trainer.engine.get_lr()))]
+    return [x.detach().clone() for x in (*params, *flat, *states, torch.tensor(train_engine.engine.get_lr()))]
 
 
 def same(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
     return len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
-def spoil(trainer, what, monkeypatch) -> list:
+def spoil(train_engine, what, monkeypatch) -> list:
     """Make losses or gradients not finite until the hooks returned are removed and `monkeypatch` is undone."""
     if what == "gradient":
 
@@ -68,9 +68,9 @@ def spoil(trainer, what, monkeypatch) -> list:
             if output.requires_grad:
                 output.register_hook(lambda gradient: gradient * torch.inf)
 
-        return [trainer.objective.student.g.register_forward_hook(hook)]
-    poison = guard.poison
-    monkeypatch.setattr(guard, "poison", lambda loss: poison(loss + torch.tensor(float(what))))
+        return [train_engine.objective.student.projection.register_forward_hook(hook)]
+    poison = nonfinite.poison
+    monkeypatch.setattr(nonfinite, "poison", lambda loss: poison(loss + torch.tensor(float(what))))
     return []
 
 
@@ -81,29 +81,29 @@ def test_a_bad_step_changes_nothing_and_the_next_goes_on(device, name, what, fp1
     batches = [b for b, _ in zip(eval_loader(data.train, data, 8, 0, 0, 1), range(5), strict=False)]
     overrides = {"optim": {"warmup_share": 0.0}}
     ds_config = {"gradient_accumulation_steps": 2, **CONFIGS[name]}
-    trainer, straight = (build(device, data, ds_config, overrides) for _ in range(2))
+    train_engine, straight = (build(device, data, ds_config, overrides) for _ in range(2))
     for batch in batches[:2]:
-        trainer(batch)
-    assert not trainer.skipped
-    before = everything(trainer)
-    trainer(batches[2])
+        train_engine(batch)
+    assert not train_engine.skipped
+    before = everything(train_engine)
+    train_engine(batches[2])
     with pytest.MonkeyPatch.context() as patch:
-        handles = spoil(trainer, what, patch)
-        trainer(batches[3])  # the last of an accumulation
+        handles = spoil(train_engine, what, patch)
+        train_engine(batches[3])  # the last of an accumulation
     for handle in handles:
         handle.remove()
-    assert trainer.skipped
-    assert same(before, everything(trainer))
+    assert train_engine.skipped
+    assert same(before, everything(train_engine))
     # Logged, although ZeRO-3 holds parts of the parameters only after a skipped step.
-    assert trainer.state()["temperature/cmli"] == pytest.approx(0.02, rel=0.1)
+    assert train_engine.state()["temperature/cmli"] == pytest.approx(0.02, rel=0.1)
     for batch in batches[3:]:
-        trainer(batch)
-    assert not trainer.skipped
-    trainer.state()
+        train_engine(batch)
+    assert not train_engine.skipped
+    train_engine.state()
     # Nothing of the bad step is left: the same as a run that never met it.
     for batch in [*batches[:2], *batches[3:]]:
         straight(batch)
-    assert same(everything(straight), everything(trainer))
+    assert same(everything(straight), everything(train_engine))
 
 
 def on_two_ranks(rank, world_size, data_folder):
@@ -111,18 +111,18 @@ def on_two_ranks(rank, world_size, data_folder):
     config = load_preset("tiny", {"data": {"source": data_folder}})
     data = build_data(config.data, 0)
     ds_config = DeepSpeedConfig.of({"zero_optimization": {"stage": 2}}).filled(config.optim, world_size, 6)
-    trainer = step.build(config, ds_config, data.vocab_size, 6, torch.device("cpu"))
+    train_engine = engine.build(config, ds_config, data.vocab_size, 6, torch.device("cpu"))
     batch = next(iter(eval_loader(data.train, data, 8, 0, rank, 2)))
-    before = everything(trainer)
-    poison = guard.poison
-    guard.poison = lambda loss: poison(loss * (torch.nan if rank == 1 else 1.0))
-    total, _ = trainer(batch)
-    guard.poison = poison
-    skipped, untouched = trainer.skipped, same(before, everything(trainer))
+    before = everything(train_engine)
+    poison = nonfinite.poison
+    nonfinite.poison = lambda loss: poison(loss * (torch.nan if rank == 1 else 1.0))
+    total, _ = train_engine(batch)
+    nonfinite.poison = poison
+    skipped, untouched = train_engine.skipped, same(before, everything(train_engine))
     window = [(batch.index, total * (torch.nan if rank == 1 else 1.0))]
-    samples = guard.skipped_samples(window, False, Agreement())
-    trainer(batch)
-    return skipped, untouched, samples, trainer.skipped
+    samples = nonfinite.skipped_samples(window, False, CollectiveFlags())
+    train_engine(batch)
+    return skipped, untouched, samples, train_engine.skipped
 
 
 def test_ranks_agree_and_the_samples_of_the_one_at_fault_are_told(tmp_path):
@@ -133,11 +133,11 @@ def test_ranks_agree_and_the_samples_of_the_one_at_fault_are_told(tmp_path):
 def test_samples_of_a_skipped_step():
     one, two = torch.tensor(1.0), torch.tensor(torch.inf)
     window = [(torch.tensor([3, 1]), one), (torch.tensor([7, 5]), two)]
-    assert guard.skipped_samples(window, False, Agreement()) == [5, 7]
-    assert guard.skipped_samples(window[:1], False, Agreement()) == [1, 3]  # gradients alone
-    assert guard.skipped_samples(window[:1], True, Agreement()) == []  # fp16 lowers its scale
-    assert guard.skipped_samples(window, True, Agreement()) == [5, 7]
-    assert "samples 0, 1, 2, 3, 4, 5, 6, 7 and 2 more of" in guard.line(3, list(range(10)))
+    assert nonfinite.skipped_samples(window, False, CollectiveFlags()) == [5, 7]
+    assert nonfinite.skipped_samples(window[:1], False, CollectiveFlags()) == [1, 3]  # gradients alone
+    assert nonfinite.skipped_samples(window[:1], True, CollectiveFlags()) == []  # fp16 lowers its scale
+    assert nonfinite.skipped_samples(window, True, CollectiveFlags()) == [5, 7]
+    assert "samples 0, 1, 2, 3, 4, 5, 6, 7 and 2 more of" in nonfinite.line(3, list(range(10)))
 
 
 @pytest.fixture
@@ -150,20 +150,20 @@ def arguments(tmp_path, monkeypatch):
 
 def bad_steps(monkeypatch, numbers):
     """Losses that are NaN in these steps, counted over everything trained in this test."""
-    poison, count = guard.poison, [0]
+    poison, count = nonfinite.poison, [0]
 
     def spoiled(loss):
         count[0] += 1
         return poison(loss * (torch.nan if count[0] in numbers else 1.0))
 
-    monkeypatch.setattr(guard, "poison", spoiled)
-    call = step.Step.__call__
+    monkeypatch.setattr(nonfinite, "poison", spoiled)
+    call = engine.TrainEngine.__call__
 
-    def returned(trainer, batch):
-        total, each = call(trainer, batch)
+    def returned(train_engine, batch):
+        total, each = call(train_engine, batch)
         return total * (torch.nan if count[0] in numbers else 1.0), each
 
-    monkeypatch.setattr(step.Step, "__call__", returned)
+    monkeypatch.setattr(engine.TrainEngine, "__call__", returned)
 
 
 def test_a_run_goes_over_bad_steps_and_names_their_samples(arguments, tmp_path, monkeypatch, capfd):
@@ -192,17 +192,17 @@ def test_fp16_at_its_smallest_scale_stops_with_a_checkpoint_from_before(argument
     file = tmp_path / "ds.json"
     settings = {"enabled": True, "initial_scale_power": 2, "hysteresis": 1, "min_loss_scale": 1}
     file.write_text(json.dumps({**FP16, "fp16": settings}))
-    call, count = step.Step.__call__, [0]
+    call, count = engine.TrainEngine.__call__, [0]
 
-    def overflowing(trainer, batch):  # the loss is finite, the gradients are not
+    def overflowing(train_engine, batch):  # the loss is finite, the gradients are not
         count[0] += 1
-        hooks = spoil(trainer, "gradient", monkeypatch) if count[0] > 3 else []
-        found = call(trainer, batch)
+        hooks = spoil(train_engine, "gradient", monkeypatch) if count[0] > 3 else []
+        found = call(train_engine, batch)
         for hook in hooks:
             hook.remove()
         return found
 
-    monkeypatch.setattr(step.Step, "__call__", overflowing)
+    monkeypatch.setattr(engine.TrainEngine, "__call__", overflowing)
     with pytest.raises(UserError, match="6 steps in a row were skipped"):
         drive([*arguments, "--deepspeed_config", str(file)])
     # Step 4 lowers the scale from 4 to 2, which is no fault; from step 5 on, at 1, each step is one.

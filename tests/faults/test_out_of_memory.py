@@ -11,8 +11,7 @@ import torch
 
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.presets import load_preset
-from ds_cmli.faults import memory_advice as oom_advice
-from ds_cmli.faults import out_of_memory as oom
+from ds_cmli.faults import memory_advice, out_of_memory
 from ds_cmli.faults.watchdog import Watchdog
 from ds_cmli.memory import apart
 from tests.conftest import ROOT, clean_environment, free_port
@@ -32,7 +31,7 @@ def run(*arguments: object, ranks: int = 1, ds_config: dict = ZERO2) -> subproce
 
 def test_a_process_that_meets_its_limit_ends_with_one_message(tmp_path):
     done = run(tmp_path, 0, ROOM)
-    assert done.returncode == oom.EXIT_CODE == 2, done.stderr
+    assert done.returncode == out_of_memory.EXIT_CODE == 2, done.stderr
     assert "Traceback" not in done.stderr and "trained" not in done.stdout
     lines = done.stderr.splitlines()
     assert re.match(
@@ -70,8 +69,8 @@ def test_ranks_that_run_out_together_speak_once(tmp_path):
     message, snapshot = tmp_path / "out_of_memory-x.txt", tmp_path / "out_of_memory-rank0.pickle"
     message.touch()  # another rank's claim
     config = load_preset("tiny", {})
-    room = oom.Room(None, "")
-    assert not oom._speak(MemoryError(), room, message, snapshot, config, ZERO2, torch.device("cpu"))
+    room = out_of_memory.Room(None, "")
+    assert not out_of_memory._speak(MemoryError(), room, message, snapshot, config, ZERO2, torch.device("cpu"))
     assert message.read_text() == ""
 
 
@@ -89,16 +88,16 @@ def test_ranks_that_run_out_together_speak_once(tmp_path):
     ],
 )  # fmt: skip
 def test_shortages_are_known_and_what_was_asked(error, asked):
-    assert oom.is_shortage(error)
-    assert oom.asked_bytes(error) == asked
+    assert out_of_memory.is_shortage(error)
+    assert out_of_memory.asked_bytes(error) == asked
 
 
 @pytest.mark.parametrize("error", [RuntimeError("shape mismatch"), OSError(28, "No space left"), ValueError("memory")])
 def test_other_errors_pass(error, tmp_path):
-    assert not oom.is_shortage(error)
+    assert not out_of_memory.is_shortage(error)
     with (
         pytest.raises(type(error), match=str(error.args[-1])),
-        oom.ending(load_preset("tiny", {}), ZERO2, tmp_path, torch.device("cpu"), Watchdog(0)),
+        out_of_memory.ending(load_preset("tiny", {}), ZERO2, tmp_path, torch.device("cpu"), Watchdog(0)),
     ):
         raise error
     assert not list(tmp_path.iterdir())
@@ -106,7 +105,7 @@ def test_other_errors_pass(error, tmp_path):
 
 def changes(ds_config, world_size, gpu, overrides=None):
     config = load_preset("tiny", overrides or {})
-    return oom_advice.changes(
+    return memory_advice.changes(
         config, DeepSpeedConfig.of(ds_config).filled(config.optim, world_size, 20), world_size, gpu
     )
 
@@ -165,7 +164,7 @@ def test_what_adds_to_a_change_that_is_enough_is_not_proposed(monkeypatch):
             return apart.Answer(report)
 
     monkeypatch.setattr(apart, "Predictor", Predictor)
-    lines = oom_advice.advise(config, ds_config, 1, False, 70, "")
+    lines = memory_advice.advise(config, ds_config, 1, False, 70, "")
     assert lines[:4] == [
         "CMLI op                            99 B",
         "data                                1 B",
@@ -178,10 +177,10 @@ def test_what_adds_to_a_change_that_is_enough_is_not_proposed(monkeypatch):
     ]
     assert len(asked) == 5  # as it is, recomputed, checkpointed, micro-batch 4, micro-batch 2
     # What ran out should have fitted, by prediction: a tenth less than that is asked of what is proposed.
-    assert oom_advice.advise(config, ds_config, 1, False, 120, "")[4] == (
+    assert memory_advice.advise(config, ds_config, 1, False, 120, "")[4] == (
         "would fit in 90 B by prediction: --set loss.cmli_recompute=true: 90 B"
     )
-    assert oom_advice.advise(config, ds_config, 1, False, 50, "")[4:] == [
+    assert memory_advice.advise(config, ds_config, 1, False, 50, "")[4:] == [
         "no setting that was tried would fit in 50 B: a smaller model or more memory"
     ]
 

@@ -21,7 +21,7 @@ MASKS = ("lengths", "holes")
 
 
 def case(shape: tuple[int, ...], dtype: torch.dtype, masks: str, exact: bool, device: torch.device) -> tuple:
-    """(image, text, text_mask, image_mask). `exact`: every product and sum is exact, so that ties are ties everywhere.
+    """(image, text, token_mask, image_mask). `exact`: every product and sum is exact, so that ties are ties everywhere.
 
     With "holes" both sides are masked at random, with one image and one text that have nothing valid.
     """
@@ -37,9 +37,9 @@ def case(shape: tuple[int, ...], dtype: torch.dtype, masks: str, exact: bool, de
     if masks == "lengths":
         lengths = torch.randint(1, M + 1, (J,), generator=g)
         return image, text, (torch.arange(M) < lengths[:, None]).to(device), None
-    text_mask, image_mask = torch.rand(J, M, generator=g) < 0.7, torch.rand(I, N, generator=g) < 0.7
-    text_mask[0], image_mask[-1] = J == 1, I == 1
-    return image, text, text_mask.to(device), image_mask.to(device)
+    token_mask, image_mask = torch.rand(J, M, generator=g) < 0.7, torch.rand(I, N, generator=g) < 0.7
+    token_mask[0], image_mask[-1] = J == 1, I == 1
+    return image, text, token_mask.to(device), image_mask.to(device)
 
 
 def exactness(dtype_name: str, device: torch.device, backend: str) -> dict[str, float]:

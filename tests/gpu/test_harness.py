@@ -195,9 +195,9 @@ def test_exactness_tells_a_wrong_backend(monkeypatch):
 @pytest.mark.parametrize("dtype", op_check.DTYPES)
 def test_exact_inputs_are_exact_in_every_dtype(dtype):
     for masks in op_check.MASKS:
-        image, text, text_mask, image_mask = op_check.case((3, 4, 9, 7, 256), op_check.DTYPES[dtype], masks, True, CPU)
+        image, text, token_mask, image_mask = op_check.case((3, 4, 9, 7, 256), op_check.DTYPES[dtype], masks, True, CPU)
         wide = op_check.case((3, 4, 9, 7, 256), torch.float64, masks, True, CPU)
         assert torch.equal(image.double(), wide[0]) and torch.equal(text.double(), wide[1])
         assert (image_mask is None) == (masks == "lengths")
         if masks == "holes":
-            assert not text_mask[0].any() and not image_mask[-1].any()
+            assert not token_mask[0].any() and not image_mask[-1].any()

@@ -73,7 +73,7 @@ def test_limits_of_a_container_count(tmp_path):
 
 def test_document_config_takes_every_size():
     config = compare.document_config(Setting(B=96, P=2, N=100, M=40, H=512, D=128))
-    assert (config.optim.micro_batch, config.data.image_size, config.data.text_positions) == (96, 160, 40)
+    assert (config.optim.micro_batch, config.data.image_size, config.data.context_length) == (96, 160, 40)
     assert config.student.embed_dim == 128
     assert config.student.image_overrides == config.teacher.overrides == {"embed_dim": 512, "num_heads": 8}
     assert config.student.text_overrides["hidden_size"] == 512

@@ -6,7 +6,7 @@ import types
 import pytest
 import torch
 
-from ds_cmli import engine as step
+from ds_cmli import engine
 from ds_cmli.common.errors import UserError
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.presets import load_preset
@@ -28,8 +28,8 @@ def test_rank_0s_real_share_falls_with_the_ranks():
         assert sum(report.categories.values()) == report.totals["requested"]
         shares[ranks] = (report.categories["optimizer states"], report.categories["master weights"])
     # Each of the two groups of parameters is padded to a multiple of 2 x ranks, and has a count of steps.
-    objective, _ = step.build_models(*without_weights(load_preset("tiny", {})))
-    groups = [sum(p.numel() for p in group["params"]) for group in step.parameter_groups(objective, 0.0)]
+    objective, _ = engine.build_models(*without_weights(load_preset("tiny", {})))
+    groups = [sum(p.numel() for p in group["params"]) for group in engine.parameter_groups(objective, 0.0)]
     for ranks, (states, master) in shares.items():
         padded = sum(-(-n // (2 * ranks)) * 2 * ranks for n in groups)
         assert master == 4 * padded / ranks
@@ -46,11 +46,11 @@ def trained(tmp_path):
     config, written = load_preset("tiny", {}), []
     ds_config = DeepSpeedConfig.of(FP32).filled(config.optim, 1, 20)
     with process_group(1):
-        trainer = step.build(config, ds_config, without_weights(config)[1], 20, torch.device("cpu"))
-        with measure.profiling_memory(2, trainer, config, ds_config, tmp_path) as after_step:
+        train_engine = engine.build(config, ds_config, without_weights(config)[1], 20, torch.device("cpu"))
+        with measure.profiling_memory(2, train_engine, config, ds_config, tmp_path) as after_step:
             for _ in range(4):
                 written.append((tmp_path / measure.FILE).exists())
-                trainer(longest_batch(config, 8, 16))
+                train_engine(longest_batch(config, 8, 16))
                 after_step()
     return json.loads((tmp_path / measure.FILE).read_text()), tmp_path, written
 
@@ -92,11 +92,11 @@ def test_one_profiler_at_a_time():
 
 
 def test_both_profilers_are_told_of_each_step(tmp_path):
-    trainer = step.Step(None, None, None, torch.device("cpu"), torch.float32)
-    with Profiles().around(trainer, None, {}, tmp_path, 0) as after_step:
+    train_engine = engine.TrainEngine(None, None, None, torch.device("cpu"), torch.float32)
+    with Profiles().around(train_engine, None, {}, tmp_path, 0) as after_step:
         after_step()
     assert not list(tmp_path.iterdir())
-    with Profiles(trace="12:12").around(trainer, None, {}, tmp_path, 10) as after_step:
+    with Profiles(trace="12:12").around(train_engine, None, {}, tmp_path, 10) as after_step:
         for _ in range(3):
             torch.ones(3).add(1)
             after_step()

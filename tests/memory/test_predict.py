@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ds_cmli import engine as step
+from ds_cmli import engine
 from ds_cmli.cmli.reference import cmli_scores_reference
 from ds_cmli.common.errors import UserError
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
@@ -81,8 +81,8 @@ def test_predicted_equals_the_allocator(config, ds_config, world_size):
 
 
 def test_optimizer_states_and_master_weights_fall_as_one_over_ranks():
-    objective, _ = step.build_models(*without_weights(preset()))
-    groups = [sum(p.numel() for p in group["params"]) for group in step.parameter_groups(objective, 0.1)]
+    objective, _ = engine.build_models(*without_weights(preset()))
+    groups = [sum(p.numel() for p in group["params"]) for group in engine.parameter_groups(objective, 0.1)]
     for world in (1, 2, 8, 64):
         found = predict(preset(), ds_json(), world).report.categories
         share = sum(-(-numbers // (2 * world)) * 2 for numbers in groups)  # each padded to a multiple of 2 x ranks
@@ -96,8 +96,8 @@ def test_nothing_remains():
     resolved = DeepSpeedConfig.of(ds_json(checkpointing=True)).filled(config.optim, 1, 10)
 
     def train() -> list[float]:
-        trainer = step.build(config, copy.deepcopy(resolved), 300, 10, distributed.init())
-        losses = [trainer(longest_batch(config, 8))[0].item() for _ in range(3)]
+        train_engine = engine.build(config, copy.deepcopy(resolved), 300, 10, distributed.init())
+        losses = [train_engine(longest_batch(config, 8))[0].item() for _ in range(3)]
         distributed.shutdown()
         return losses
 

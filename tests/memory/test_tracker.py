@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ds_cmli import engine as step
+from ds_cmli import engine
 from ds_cmli.cmli import cmli_peak_bytes, cmli_scores
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.presets import load_preset
@@ -73,7 +73,7 @@ def test_the_all_pairs_op_holds_what_its_formula_says(lengths):
 
 @pytest.fixture(scope="module")
 def tracked():
-    """Two optimizer steps of the preset tiny under ZeRO-2 with checkpointing: tracker and trainer."""
+    """Two optimizer steps of the preset tiny under ZeRO-2 with checkpointing: tracker and train_engine."""
     config = load_preset("tiny", {"student": {"shared_blocks": 2}})
     ds_config = {
         "zero_optimization": {"stage": 2, "reduce_bucket_size": 100_000, "overlap_comm": False},
@@ -83,26 +83,26 @@ def tracked():
     ds_config = DeepSpeedConfig.of(ds_config).filled(config.optim, 1, 10)
     device = distributed.init()
     with Tracker() as tracker:
-        trainer = step.build(config, ds_config, 300, 10, device)
-        with tracker.attach(trainer):
+        train_engine = engine.build(config, ds_config, 300, 10, device)
+        with tracker.attach(train_engine):
             for _ in range(2):
                 with tracker.scope("data"):
                     batch = longest_batch(config, 8)
-                trainer(batch)
+                train_engine(batch)
                 del batch
     distributed.shutdown()
-    return tracker, trainer
+    return tracker, train_engine
 
 
 def test_a_step_leaves_what_training_keeps(tracked):
-    tracker, trainer = tracked
-    padded = 2 * sum(-(-sum(p.numel() for p in group) // 2) for group in trainer.engine.optimizer.bit16_groups)
+    tracker, train_engine = tracked
+    padded = 2 * sum(-(-sum(p.numel() for p in group) // 2) for group in train_engine.engine.optimizer.bit16_groups)
     found = live(tracker)
-    buffers = sum(b.nbytes for b in trainer.objective.buffers())
+    buffers = sum(b.nbytes for b in train_engine.objective.buffers())
     assert found["parameters"] == 2 * padded + buffers
     assert found["master weights"] == 4 * padded
     assert found["optimizer states"] == 2 * 4 * padded + 2 * 4  # two moments, and the count of each of two groups
-    teacher = trainer.teacher
+    teacher = train_engine.teacher
     assert found["teacher"] == sum(t.nbytes for t in (*teacher.parameters(), *teacher.buffers()))
     assert "activations student" not in found and "data" not in found and "gradients" not in found
 

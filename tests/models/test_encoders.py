@@ -170,6 +170,6 @@ def test_more_positions_than_the_encoder_has_are_one_line(model, most):
     settings = {"text_model": model, "text_overrides": {**CONFIG.student.text_overrides, "max_position_embeddings": 34}}
     student(positions=most, **settings)
     with pytest.raises(
-        UserError, match=f"data.text_positions is {most + 1}: student.text_model '{model}' has only {most}"
+        UserError, match=f"data.context_length is {most + 1}: student.text_model '{model}' has only {most}"
     ):
         student(positions=most + 1, **settings)

@@ -34,7 +34,7 @@ def test_shapes_of_features(student):
     assert image_cls.shape == text_cls.shape == (3, 32)
     assert patches.shape == (3, 16, 32)  # 56 px in patches of 14: 4 x 4, without the class token
     assert tokens.shape == (3, 7, 32)
-    assert student.g(tokens).shape == (3, 7, 16)
+    assert student.projection(tokens).shape == (3, 7, 16)
 
 
 def test_encoding_one_modality_gives_the_same(student):
@@ -60,7 +60,7 @@ def test_encoders_are_cut_to_their_first_layers():
 
 
 def test_g_starts_orthonormal(student):
-    assert_close(student.g.weight @ student.g.weight.t(), torch.eye(16))
+    assert_close(student.projection.weight @ student.projection.weight.t(), torch.eye(16))
 
 
 def test_pixels_are_normalised_alike_in_16_bit(student):
@@ -113,7 +113,7 @@ def test_target_cmli_alone_never_trains_g(student, match):
     batch = type("Batch", (), {"image": image, "input_ids": ids, "attention_mask": mask, "token_mask": mask})
     total, _ = objective(batch, Targets(torch.randn(3, 32), torch.randn(3, 16, 32)))
     total.backward()
-    assert student.g.weight.grad is None
+    assert student.projection.weight.grad is None
     assert student.image_out.weight.grad.abs().sum() > 0
 
 

@@ -25,7 +25,7 @@ def backward(
     grad_t2i: Tensor,
     image: Tensor,
     text: Tensor,
-    text_mask: Tensor,
+    token_mask: Tensor,
     image_mask: Tensor | None,
     arg_i2t: Tensor,
     arg_t2i: Tensor,
@@ -40,7 +40,7 @@ def backward(
     the one thing outside `scratch_bytes`.
     """
     (I, N, D), (J, M, _) = image.shape, text.shape  # noqa: E741
-    images, texts = pack_both(image, text, text_mask, image_mask)
+    images, texts = pack_both(image, text, token_mask, image_mask)
     d_image = _gradient_of(images, need_image)
     d_text = _gradient_of(texts, need_text)
     recompute = not arg_i2t.numel()

@@ -30,11 +30,11 @@ class ArgmaxIndices(NamedTuple):
 
 
 def forward(
-    image: Tensor, text: Tensor, text_mask: Tensor, image_mask: Tensor | None, scratch_bytes: int, save_argmax: bool
+    image: Tensor, text: Tensor, token_mask: Tensor, image_mask: Tensor | None, scratch_bytes: int, save_argmax: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Both scores [I, J], and the indices in memory of shape [I, J, N] and [I, J, M] (empty unless `save_argmax`)."""
     (I, N, D), (J, M, _) = image.shape, text.shape  # noqa: E741
-    images, texts = pack_both(image, text, text_mask, image_mask)
+    images, texts = pack_both(image, text, token_mask, image_mask)
     s_i2t, s_t2i = (image.new_zeros((I, J), dtype=images.wide) for _ in range(2))
     # Zeros, as what belongs to empty sequences is never written: the same bits every time.
     arg_i2t = image.new_zeros((I, J, N) if save_argmax else (0,), dtype=index_dtype(M))

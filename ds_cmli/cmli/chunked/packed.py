@@ -145,10 +145,10 @@ class PackedBatch:
 
 
 def pack_both(
-    image: Tensor, text: Tensor, text_mask: Tensor, image_mask: Tensor | None
+    image: Tensor, text: Tensor, token_mask: Tensor, image_mask: Tensor | None
 ) -> tuple[PackedBatch, PackedBatch]:
     """Images and texts. Lengths go to the host, the one time that a GPU is waited for in forward, and in backward."""
     (I, N, _), J = image.shape, text.shape[0]  # noqa: E741
-    counts = text_mask.sum(1) if image_mask is None else torch.cat([text_mask.sum(1), image_mask.sum(1)])
+    counts = token_mask.sum(1) if image_mask is None else torch.cat([token_mask.sum(1), image_mask.sum(1)])
     lengths = counts.tolist()  # CPU-GPU sync
-    return PackedBatch(image, image_mask, lengths[J:] or [N] * I), PackedBatch(text, text_mask, lengths[:J])
+    return PackedBatch(image, image_mask, lengths[J:] or [N] * I), PackedBatch(text, token_mask, lengths[:J])

@@ -32,13 +32,13 @@ HUGE = 2.0**50  # products of smaller inputs cannot overflow fp32: no NaN withou
 
 
 def forward(
-    image: Tensor, text: Tensor, text_mask: Tensor, image_mask: Tensor | None, scratch_bytes: int, save_argmax: bool
+    image: Tensor, text: Tensor, token_mask: Tensor, image_mask: Tensor | None, scratch_bytes: int, save_argmax: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Scores of all pairs, and the argmax indices for `backward`.
 
     Args:
         image: [I, N, D] float64, float32, bfloat16 or float16; text: [J, M, D] of the same dtype.
-        text_mask: [J, M] bool, True = valid; image_mask: [I, N] bool or None = all valid.
+        token_mask: [J, M] bool, True = valid; image_mask: [I, N] bool or None = all valid.
         scratch_bytes: bound on the partial maxima of images of more than one block of patches, one pair's at least.
         save_argmax: False leaves the two index tensors empty.
 
@@ -52,7 +52,7 @@ def forward(
     _check_device(image)
     image, text = image.contiguous(), text.contiguous()
     (I, N, D), (J, M, _) = image.shape, text.shape  # noqa: E741
-    images, texts = Sequences(image_mask, I, N, image.device), Sequences(text_mask, J, M, image.device)
+    images, texts = Sequences(image_mask, I, N, image.device), Sequences(token_mask, J, M, image.device)
     tiles = forward_tiles(N, M, D, image.dtype, *_limits(image.device))
     s_i2t = image.new_zeros((I, J), dtype=torch.promote_types(image.dtype, torch.float32))
     s_t2i = torch.zeros_like(s_i2t)
@@ -78,7 +78,7 @@ def backward(
     grad_t2i: Tensor,
     image: Tensor,
     text: Tensor,
-    text_mask: Tensor,
+    token_mask: Tensor,
     image_mask: Tensor | None,
     arg_i2t: Tensor,
     arg_t2i: Tensor,
@@ -95,7 +95,7 @@ def backward(
     _check_device(image)
     image, text = image.contiguous(), text.contiguous()
     (I, N, _), (J, M, _) = image.shape, text.shape  # noqa: E741
-    images, texts = Sequences(image_mask, I, N, image.device), Sequences(text_mask, J, M, image.device)
+    images, texts = Sequences(image_mask, I, N, image.device), Sequences(token_mask, J, M, image.device)
     grads = [g.to(torch.promote_types(image.dtype, torch.float32)).contiguous() for g in (grad_i2t, grad_t2i)]
     d_image = torch.zeros_like(image) if need_image else image.new_empty((0,))
     d_text = torch.zeros_like(text) if need_text else text.new_empty((0,))
@@ -110,7 +110,7 @@ def backward(
         if not recompute:
             return [arg_i2t, arg_t2i]
         mask = None if image_mask is None else image_mask[i]
-        return list(forward(image[i], text[j], text_mask[j], mask, scratch_bytes, True)[2:])
+        return list(forward(image[i], text[j], token_mask[j], mask, scratch_bytes, True)[2:])
 
     everything = slice(None)
     shared = indices(everything, everything) if not recompute or (i_step, j_step) == (I, J) else None

@@ -29,7 +29,7 @@ def forward_kernel(
     image,  # [I, N, D]
     text,  # [J, M, D]
     image_mask,  # [I, N], not read unless MASKED
-    text_mask,  # [J, M]
+    token_mask,  # [J, M]
     image_count,  # [I] int32, valid patches
     text_count,  # [J] int32, valid tokens
     suspect,  # [1]: some input may give a NaN
@@ -83,7 +83,7 @@ def forward_kernel(
         j = (here // slots).to(tl.int64)
         m = here % slots * TOKENS + c
         m_inside = m < M
-        m_ok = tl.load(text_mask + j * M + m, mask=m_inside, other=0) != 0
+        m_ok = tl.load(token_mask + j * M + m, mask=m_inside, other=0) != 0
         tokens = text + j * M * D + m[:, None] * D + d[None, :]
         w = tl.load(tokens, mask=m_inside[:, None] & (d[None, :] < D), other=0.0)  # [TOKENS, BD]
         s = tl.dot(resident, tl.trans(w), input_precision="ieee", out_dtype=dtype)  # [ROWS, TOKENS]
@@ -147,7 +147,7 @@ def combine_kernel(
     row_sum,  # [I, BLOCKS, J]
     column_max,  # [I, BLOCKS, J, M]
     column_arg,  # [I, BLOCKS, J, M]
-    text_mask,  # [J, M]
+    token_mask,  # [J, M]
     image_count,  # [I]
     text_count,  # [J]
     score_stride,
@@ -167,7 +167,7 @@ def combine_kernel(
         return  # no tile was computed; the zeros of the outputs stay
     dtype = s_i2t.dtype.element_ty
     m = tl.arange(0, WIDTH)
-    ok = tl.load(text_mask + j * M + m, mask=m < M, other=0) != 0
+    ok = tl.load(token_mask + j * M + m, mask=m < M, other=0) != 0
     best = tl.full([WIDTH], float("-inf"), dtype)
     best_n = tl.zeros([WIDTH], tl.int32)
     rows = tl.zeros([], dtype)
