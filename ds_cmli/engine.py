@@ -12,12 +12,11 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from ds_cmli import schedule
 from ds_cmli.cmli.op import why_no_triton
 from ds_cmli.common import quiet
 from ds_cmli.common.cli import say
 from ds_cmli.common.errors import UserError
-from ds_cmli.config import deepspeed_checks
+from ds_cmli.config import deepspeed_checks, schedule
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.schema import Config
 from ds_cmli.data import Batch, GlobalBatchSampler, assets
@@ -191,11 +190,6 @@ class TrainEngine:
     def skipped(self) -> bool:
         """Whether the update that ended the last accumulation was left out, on all ranks: something was not finite."""
         return not self.engine.was_step_applied()
-
-    @property
-    def ignored(self) -> Tensor:
-        """Negatives that the last micro-batch ignored as captions of the same picture, a pair of this rank's."""
-        return self.objective.ignored
 
     def state(self) -> dict[str, float]:
         """Last update's rate, gradient norm, loss scale and temperatures. CPU-GPU sync; collective under ZeRO-3."""

@@ -44,9 +44,9 @@ def evaluate(
     from ds_cmli.data import eval_loader
     from ds_cmli.data.bad import NO_TOKEN, told
     from ds_cmli.data.held_out import HeldOut
+    from ds_cmli.data.retrieval import chance, recall
     from ds_cmli.distributed import process_group as distributed
     from ds_cmli.losses.functions import upcast
-    from ds_cmli.retrieval import chance, recall
 
     student, held_out = objective.student, HeldOut(dataset)
     was_training = objective.training
@@ -204,7 +204,7 @@ def best(before: dict[str, Any], split: str, found: dict[str, Any], step: int) -
 
 def summary(split: str, found: dict[str, Any]) -> str:
     """The result of one split as lines of a table: what it was taken over, each score, chance, and pointing."""
-    from ds_cmli.retrieval import RECALLS
+    from ds_cmli.data.retrieval import RECALLS
 
     out = f", {found['left_out']} left out: {', '.join(found['left_out_first'])}" if "left_out" in found else ""
     parts = [f"  {split:>6} {found['pairs']} pairs, {found['pictures']} pictures{out}"]

@@ -118,7 +118,6 @@ def run(
     with_changes: bool, profiles: Profiles, watchdog: Any,
 ) -> int:  # fmt: skip
     """Build everything, put back what there is to go on from, and train. Collective."""
-    from ds_cmli import dry_run as dry
     from ds_cmli.checkpoint import restore, run_folder
     from ds_cmli.checkpoint.save import Checkpoints
     from ds_cmli.data import BadSamples
@@ -126,6 +125,7 @@ def run(
     from ds_cmli.distributed.collective_flags import CollectiveFlags
     from ds_cmli.engine import build, plan, with_backend
     from ds_cmli.faults import out_of_memory
+    from ds_cmli.memory import dry_run as dry
     from ds_cmli.metrics import Meter, NullWriter, Writer
 
     # --- what there is to go on from
@@ -196,7 +196,8 @@ def loop(run: Run, after_step: Callable[[], None]) -> int:
                 run.meter.pairs += run.sampler.global_batch
                 total, each = engine(batch)  # collectives: exchanged text, gradients, the update
                 run.sampler.advance()
-                sums += torch.stack([total, *each.values(), engine.ignored.to(total.device)])
+                ignored = engine.objective.ignored / len(batch.index)  # negatives, a pair
+                sums += torch.stack([total, *each.values(), ignored])
                 window.append((batch.index, total))
             state.step += 1
             end_step(run, window, sums)  # collectives after a skipped step

@@ -30,7 +30,7 @@ def installed(tmp_path_factory):
 
 def test_the_wheel_holds_every_file_that_is_no_code(installed):
     beside = [p.relative_to(ROOT) for p in (ROOT / "ds_cmli").rglob("*") if p.suffix in (".json", ".txt")]
-    beside += [p.relative_to(ROOT) for p in (ROOT / "ds_cmli" / "ds_configs").iterdir()]
+    beside += [p.relative_to(ROOT) for p in (ROOT / "ds_cmli" / "config" / "ds_configs").iterdir()]
     assert len(beside) >= 7
     for path in beside:
         assert (installed / path).read_bytes() == (ROOT / path).read_bytes()
@@ -41,5 +41,5 @@ def test_the_default_json_is_found_outside_a_checkout(installed, tmp_path):
     env = clean_environment() | {"PYTHONPATH": str(installed)}
     done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=env, capture_output=True, text=True)
     path, _, text = done.stdout.partition("\n")
-    assert path == str(installed / "ds_cmli" / "ds_configs" / "zero2.json"), done.stderr
+    assert path == str(installed / "ds_cmli" / "config" / "ds_configs" / "zero2.json"), done.stderr
     assert text.strip() == (ROOT / "ds_configs" / "zero2.json").read_text().strip()

@@ -1,11 +1,11 @@
 """How libraries may load pretrained models: no code out of files, no chatter, no long wait for a hub that is away."""
 
 import logging
-import os
 import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from unittest.mock import patch
+
+from ds_cmli.common.replaced import environment, replaced
 
 LIBRARIES = ("huggingface_hub", "timm", "transformers")
 
@@ -24,13 +24,13 @@ def loading(hub: bool) -> Iterator[None]:
     disable_progress_bar()
     with ExitStack() as stack:
         # Pickles give tensors alone, whatever a library asks torch for.
-        stack.enter_context(patch.dict(os.environ, TORCH_FORCE_WEIGHTS_ONLY_LOAD="1"))
+        stack.enter_context(environment({"TORCH_FORCE_WEIGHTS_ONLY_LOAD": "1"}))
         for name in LIBRARIES:
             logger = logging.getLogger(name)
             stack.callback(logger.setLevel, logger.level)
             logger.setLevel(logging.ERROR)
         if hub and not constants.HF_HUB_OFFLINE:
-            stack.enter_context(patch.object(constants, "HF_HUB_OFFLINE", not _answers(constants.ENDPOINT)))
+            stack.enter_context(replaced(constants, "HF_HUB_OFFLINE", not _answers(constants.ENDPOINT)))
         yield
 
 

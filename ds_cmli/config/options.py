@@ -16,8 +16,8 @@ from ds_cmli.config.schema import Config, TeacherConfig, parse_losses, parse_set
 from ds_cmli.config.validation import shown
 from ds_cmli.losses import LOSSES
 
-# The package's `ds_configs` is a link to the folder beside it in a checkout, and a folder of its own in a wheel.
-DEFAULT_JSON = Path(__file__).resolve().parents[1] / "ds_configs" / "zero2.json"
+# In a checkout a link to the folder `ds_configs` at its top, in a wheel a folder of its own.
+DEFAULT_JSON = Path(__file__).with_name("ds_configs") / "zero2.json"
 
 WHAT = (
     option("What to train", "--preset", default="demo", show_default=True, help=f"One of: {', '.join(PRESETS)}."),

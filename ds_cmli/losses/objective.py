@@ -18,12 +18,15 @@ from ds_cmli.models.teacher import Targets
 
 
 class Objective(nn.Module):
+    ignored: Tensor
+
     def __init__(self, student: Student, config: LossConfig, teacher_width: int | None = None):
         super().__init__()
         self.config = config
         self.student = student
         self.losses = nn.ModuleDict({name: losses.load(name)(config) for name in config.weights})
-        self.ignored = torch.zeros(())  # negatives that the last batch ignored as captions of the same picture, a pair
+        # Negatives of this rank's images that the last micro-batch ignored as captions of the same picture.
+        self.register_buffer("ignored", torch.zeros((), dtype=torch.int64), persistent=False)
         self.width_head: WidthHead | None = None
         if teacher_width is not None and teacher_width != student.width:
             self.width_head = WidthHead(student.width, teacher_width)
@@ -43,7 +46,7 @@ class Objective(nn.Module):
         inputs = LossInputs(features, batch, targets, self.student, self.width_head, self.score)
         each = {name: loss(inputs) for name, loss in self.losses.items()}  # collectives
         if "ignore" in vars(inputs):  # some loss compared pairs
-            self.ignored = inputs.ignore.sum() / len(batch.image_id)
+            self.ignored.copy_(inputs.ignore.sum())
         total = torch.stack([weight * each[name] for name, weight in self.config.weights.items()]).sum()
         return total, {name: loss.detach() for name, loss in each.items()}
 

@@ -7,12 +7,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
-from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
+
+from ds_cmli.common.replaced import replaced
 
 # Of each collective the argument that gloo makes a flat copy of; all_reduce and broadcast work in place.
 GLOO_COPIES = {
@@ -44,7 +45,7 @@ def seen_by_the_profiler() -> Iterator[None]:
         for name in (*PLAIN, *SCATTER):
             if hasattr(dist.ProcessGroup, name):
                 method = _to_the_end(getattr(dist.ProcessGroup, name), COPY_S if name in SCATTER else 0.0)
-                stack.enter_context(patch.object(dist.ProcessGroup, name, method))
+                stack.enter_context(replaced(dist.ProcessGroup, name, method))
         yield
 
 

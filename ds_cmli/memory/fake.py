@@ -4,14 +4,12 @@ The tensors' device is "cpu", standing for the device that is predicted: on a bu
 runs backward. The process group is torch's `fake` one: any number of ranks, whose collectives move nothing.
 """
 
-import os
 import sys
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
-from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -21,6 +19,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ds_cmli.common.replaced import environment as replaced_environment
+from ds_cmli.common.replaced import replaced
 from ds_cmli.distributed import process_group as distributed
 
 MANY = 8  # tensors to put together: from here on it costs less to know their size
@@ -141,7 +141,7 @@ def shares_made_once() -> Iterator[None]:
             (partition_parameters.AllGatherCoalescedHandle, "wait"),
             (stage3, "reduce_scatter_coalesced"),
         ):
-            stack.enter_context(patch.object(owner, name, within(getattr(owner, name))))
+            stack.enter_context(replaced(owner, name, within(getattr(owner, name))))
         yield
 
 
@@ -175,9 +175,9 @@ def process_group(world_size: int) -> Iterator[None]:
     if dist.is_initialized():
         raise RuntimeError("a process group is up: a prediction needs a process, or a time, without one")
     environment = {"RANK": "0", "WORLD_SIZE": str(world_size), "LOCAL_RANK": "0"}
-    with patch.dict(os.environ, environment), ExitStack() as stack:
-        stack.enter_context(patch.object(sys, "excepthook", sys.excepthook))  # the group puts one of its own there
-        stack.enter_context(patch.object(F, "linear", F.linear))  # ZeRO-3 puts one there that keeps less for backward
+    with replaced_environment(environment), ExitStack() as stack:
+        stack.enter_context(replaced(sys, "excepthook", sys.excepthook))  # the group puts one of its own there
+        stack.enter_context(replaced(F, "linear", F.linear))  # ZeRO-3 puts one there that keeps less for backward
         dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
         stack.callback(distributed.shutdown)
         yield
@@ -191,6 +191,7 @@ def fake_world(world_size: int, cuda: bool) -> Iterator[Answers]:
         cuda: with the operators that CUDA would choose; False: with this CPU's.
     """
     from deepspeed.accelerator import get_accelerator
+    from deepspeed.runtime.zero import utils as zero
 
     accelerator: Any = get_accelerator()
     if accelerator.device_name() != "cpu":
@@ -200,15 +201,14 @@ def fake_world(world_size: int, cuda: bool) -> Iterator[Answers]:
         answers = Answers()
         # Of texts [B, M, D], which are padded to the longest of all ranks.
         shapes = lambda x, group: [[len(x), max(x.shape[1], answers.positions), x.shape[2]]] * world_size  # noqa: E731
-        stack.enter_context(patch.object(distributed, "_all_shapes", shapes))
-        zero = "deepspeed.runtime.zero.utils"
-        stack.enter_context(patch(f"{zero}.assert_lst_len_same_as_other_ranks", lambda values: None))
-        stack.enter_context(patch(f"{zero}.get_lst_from_rank0", lambda values: values))
+        stack.enter_context(replaced(distributed, "_all_shapes", shapes))
+        stack.enter_context(replaced(zero, "assert_lst_len_same_as_other_ranks", lambda values: None))
+        stack.enter_context(replaced(zero, "get_lst_from_rank0", lambda values: values))
         generator = torch.get_rng_state()
         stack.callback(torch.set_rng_state, generator)
-        stack.enter_context(patch.object(nn.Module, "_apply", _apply))
-        stack.enter_context(patch.object(accelerator, "is_fp16_supported", lambda: True))
-        stack.enter_context(patch.object(accelerator, "available_memory", lambda *_: 1 << 60))
+        stack.enter_context(replaced(nn.Module, "_apply", _apply))
+        stack.enter_context(replaced(accelerator, "is_fp16_supported", lambda: True))
+        stack.enter_context(replaced(accelerator, "available_memory", lambda *_: 1 << 60))
         stack.enter_context(shares_made_once())
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         stack.enter_context(answers)

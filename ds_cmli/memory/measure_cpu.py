@@ -8,13 +8,13 @@ import gc
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
-from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from ds_cmli import engine
+from ds_cmli.common.replaced import replaced
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.schema import Config
 from ds_cmli.memory.collectives import seen_by_the_profiler
@@ -76,7 +76,7 @@ def _run(
         return models
 
     with _ranks(world_size):
-        with patch.object(engine, "build_models", build):
+        with replaced(engine, "build_models", build):
             train_engine = engine.build(config, ds_config, vocab_size, TOTAL_STEPS, torch.device("cpu"))
         with phases(train_engine, enter):
             for _ in range(2 * ds_config.accumulation):

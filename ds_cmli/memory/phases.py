@@ -2,8 +2,8 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from unittest.mock import patch
 
+from ds_cmli.common.replaced import replaced
 from ds_cmli.engine import TrainEngine
 
 
@@ -24,8 +24,8 @@ def phases(train_engine: TrainEngine, enter: Callable[[str], None]) -> Iterator[
 
     enter("forward")
     with ExitStack() as stack:
-        stack.enter_context(patch.object(engine, "backward", around(engine.backward, "backward", "optimizer")))
-        stack.enter_context(patch.object(engine, "step", around(engine.step, "optimizer", "forward")))
+        stack.enter_context(replaced(engine, "backward", around(engine.backward, "backward", "optimizer")))
+        stack.enter_context(replaced(engine, "step", around(engine.step, "optimizer", "forward")))
         hook = student.register_forward_hook(lambda *_: enter("loss"))
         stack.callback(hook.remove)
         yield

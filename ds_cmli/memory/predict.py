@@ -10,13 +10,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
 
 from ds_cmli import engine
 from ds_cmli.common.errors import UserError
+from ds_cmli.common.replaced import replaced
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.schema import Config, check, choice
 from ds_cmli.data import Batch
@@ -240,7 +240,7 @@ def recorded_from_the_engine_on(
             convert_parameters(objective, lambda parameter: parameter.to(dtype))
         return objective, teacher
 
-    with patch.object(engine, "build_models", build):
+    with replaced(engine, "build_models", build):
         yield
 
 
@@ -279,9 +279,9 @@ def flattened_where_there_is_room(tracker: Tracker, free: Callable[[], int]) -> 
         return flat
 
     with (
-        patch.object(get_accelerator(), "available_memory", lambda *_: free()),
-        patch.object(DeepSpeedZeroOptimizer, "flatten_dense_tensors_aligned", flattened),
-        patch.object(Tensor, "cpu", to_host),
+        replaced(get_accelerator(), "available_memory", lambda *_: free()),
+        replaced(DeepSpeedZeroOptimizer, "flatten_dense_tensors_aligned", flattened),
+        replaced(Tensor, "cpu", to_host),
     ):
         yield
 

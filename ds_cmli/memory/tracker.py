@@ -10,7 +10,6 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -18,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ds_cmli.cmli.peak_memory import cmli_peak_bytes
+from ds_cmli.common.replaced import replaced
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.engine import TrainEngine
 from ds_cmli.memory.collectives import copied_bytes
@@ -66,22 +66,22 @@ class Tracker(TorchDispatchMode):
         self.segment, self.last_of_init, self.recomputing = 0, 0, False
         self.in_place_at = 0  # length of the log after an operator that is in place where no mode looks on
         self._scope: str | None = None
-        self._patches = ExitStack()
+        self._replaced = ExitStack()
 
     def __enter__(self):
         gather = distributed._GatherWithGradient
         for owner, name in ((distributed, "_all_gather"), (gather, "backward")):
             scoped = self._scoped(getattr(owner, name), "exchanged text")
-            self._patches.enter_context(
-                patch.object(owner, name, staticmethod(scoped) if isinstance(owner, type) else scoped)
+            self._replaced.enter_context(
+                replaced(owner, name, staticmethod(scoped) if isinstance(owner, type) else scoped)
             )
         if self.workspaces:  # checkpointing keeps the generator's state of each block, which no operator returns
-            self._patches.enter_context(patch.object(torch, "get_rng_state", self._seen(torch.get_rng_state)))
+            self._replaced.enter_context(replaced(torch, "get_rng_state", self._seen(torch.get_rng_state)))
         return super().__enter__()
 
     def __exit__(self, *error):
         super().__exit__(*error)
-        self._patches.close()
+        self._replaced.close()
 
     # --- what happens
 
@@ -246,7 +246,7 @@ class Tracker(TorchDispatchMode):
             for name in BUCKET_METHODS:
                 if hasattr(optimizer, name):
                     scoped = self._scoped(getattr(optimizer, name), "ZeRO buckets")
-                    stack.enter_context(patch.object(optimizer, name, scoped))
+                    stack.enter_context(replaced(optimizer, name, scoped))
             if hasattr(optimizer, "reduce_ready_partitions_and_remove_grads"):
                 reduce = optimizer.reduce_ready_partitions_and_remove_grads
 
@@ -255,14 +255,12 @@ class Tracker(TorchDispatchMode):
                     self.claim("gradients", [parameter.grad])
                     return reduce(parameter, *args, **kwargs)
 
-                stack.enter_context(patch.object(optimizer, "reduce_ready_partitions_and_remove_grads", claim_first))
+                stack.enter_context(replaced(optimizer, "reduce_ready_partitions_and_remove_grads", claim_first))
             if is_offloaded(optimizer):
-                stack.enter_context(patch.object(inner, "step", self._scoped(inner.step, HOST)))
+                stack.enter_context(replaced(inner, "step", self._scoped(inner.step, HOST)))
             if train_engine.teacher is not None:
                 teacher = train_engine.teacher
-                stack.enter_context(
-                    patch.object(teacher, "forward", self._scoped(teacher.forward, "activations teacher"))
-                )
+                stack.enter_context(replaced(teacher, "forward", self._scoped(teacher.forward, "activations teacher")))
             stack.enter_context(phases(train_engine, enter))
             yield
 

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import timm
 import torch
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 
 from ds_cmli.common.errors import UserError, nearest
 from ds_cmli.common.pretrained import loading, reason
+from ds_cmli.common.replaced import replaced
 from ds_cmli.models.weights import Shape, Source, account, check_finite
 
 # What `overrides` cannot change, and why.
@@ -123,7 +123,7 @@ def _watched(file: str | None, given: Given | None) -> Any:
 
         load_pretrained(model, pretrained_cfg=pretrained_cfg, filter_fn=note, **arguments)
 
-    return patch.object(_builder, "load_pretrained", load)
+    return replaced(_builder, "load_pretrained", load)
 
 
 def _read(file: str) -> dict[str, Any]:

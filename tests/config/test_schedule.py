@@ -8,9 +8,9 @@ from ds_cmli.common.errors import UserError
 from ds_cmli.config import deepspeed_keys as keys
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.presets import load_preset
+from ds_cmli.config.schedule import warmup_then_cosine
 from ds_cmli.data import build_data, eval_loader
 from ds_cmli.distributed import process_group as distributed
-from ds_cmli.schedule import warmup_then_cosine
 
 STEPS = 4
 REQUIRED = {

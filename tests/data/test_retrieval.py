@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from ds_cmli.retrieval import RECALLS, WAYS, chance, recall
+from ds_cmli.data.retrieval import RECALLS, WAYS, chance, recall
 
 
 def metrics(i2t, t2i=None, image_of=None):

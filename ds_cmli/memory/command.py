@@ -1,0 +1,158 @@
+"""`ds-cmli-memory`, or `python profiling/predict.py`: what a training needs, before asking for GPUs.
+
+The real training step on tensors without data: seconds, no GPU, nothing downloaded. Takes the options of train.py.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ds_cmli.common.cli import GroupedCommand, option, run_command, say
+from ds_cmli.common.errors import UserError
+from ds_cmli.config.deepspeed_config import DeepSpeedConfig
+from ds_cmli.config.options import WHAT, add, given_optim, resolve_config
+from ds_cmli.config.schema import Config
+
+# A prediction runs on the CPU, also where there is a GPU; DeepSpeed decides when it is imported.
+os.environ.update(CUDA_VISIBLE_DEVICES="", DS_ACCELERATOR="cpu")
+
+CPU = "cpu"
+
+
+@click.command(cls=GroupedCommand, context_settings={"help_option_names": ["-h", "--help"]})
+@add(*WHAT)
+@option("Prediction", "--world-size", type=click.IntRange(1), default=1, show_default=True, help="Ranks.")
+@option("Prediction", "--checkpointing", type=click.Choice(["on", "off"]), help="Of activations.  [the JSON's]")
+@option("Prediction", "--card", help="Whose context, workspace and NCCL are added; cpu: as this machine would train.  "
+        "[RTX 3090 24GB]")  # fmt: skip
+@option(
+    "Questions",
+    "--sweep",
+    multiple=True,
+    metavar="AXES",
+    help="A grid over batch, world or stage, by comma, each with or without values: batch=64,128,world,stage.",
+)
+@option(
+    "Questions",
+    "--fit",
+    metavar="SIZE|CARD",
+    help="The largest micro-batch that fits: 24GB (10^9 bytes), 22GiB, or a card.",
+)
+@option("Files", "--json", "json_path", type=click.Path(dir_okay=False), help="The report, in bytes.")
+@option("Files", "--snapshot", type=click.Path(dir_okay=False), help="For pytorch.org/memory_viz.")  # fmt: skip
+def command(preset: str, deepspeed_config: str, settings: tuple[str, ...], world_size: int, checkpointing: str | None,
+            card: str | None, sweep: tuple[str, ...], fit: str | None, json_path: str | None, snapshot: str | None,
+            **options: Any) -> None:  # fmt: skip
+    """Predict the memory of a training step by category and phase, and on the device."""
+    config = resolve_config(preset, settings, options)
+    if sweep and (fit or snapshot):
+        raise UserError(f"--sweep is {','.join(sweep)!r}: it goes with neither --fit nor --snapshot: give one of them")
+    if card == CPU and (sweep or fit or snapshot):
+        raise UserError("--card is 'cpu': --sweep, --fit and --snapshot are about GPUs: name one, or leave it out")
+    ds_config = DeepSpeedConfig.load(deepspeed_config)
+    for line in ds_config.overruled(given_optim(settings, options)):
+        say(line)
+    if checkpointing == "on":
+        ds_config = ds_config.replaced(activation_checkpointing=ds_config.get("activation_checkpointing", {}))
+    elif checkpointing == "off":
+        ds_config = ds_config.replaced(activation_checkpointing=None)
+    micro_batch = ds_config.batch(config.optim.micro_batch, world_size)[1]
+    from ds_cmli.common import quiet
+
+    quiet.silence()
+    from ds_cmli.memory import cards, search
+    from ds_cmli.memory.predict import DEFAULT_CARD, predict
+    from ds_cmli.memory.report import show
+
+    if sweep:
+        axes = search.parse_axes(sweep, micro_batch, world_size)
+        content: Any = grid(config, ds_config, world_size, axes, card or DEFAULT_CARD)
+    else:
+        if fit:
+            room, fitted_card = cards.parse_room(fit)
+            card = card or fitted_card or DEFAULT_CARD
+            found = search.fit(config, ds_config, world_size, room, card=card, tell=tell)
+            prediction = found.prediction
+        elif card == CPU:
+            prediction = predict(config, ds_config, world_size, target="cpu", tell=tell)
+        else:
+            prediction = predict(config, ds_config, world_size, card=card or DEFAULT_CARD, tell=tell)
+        tell("")
+        show(prediction.report)
+        if fit:
+            print_fit(found, room)
+        content = prediction.report.to_dict()
+        if snapshot:
+            from ds_cmli.memory import snapshot as snapshots
+
+            write(snapshot, "--snapshot", lambda: snapshots.write(prediction.events, snapshot))
+    if json_path:
+        write(json_path, "--json", lambda: Path(json_path).write_text(json.dumps(content, indent=2) + "\n"))
+
+
+def grid(config: Config, ds_config: DeepSpeedConfig, world_size: int, axes: dict[str, list[int]], card: str) -> list:
+    """Print the bytes on the device as they are found, then as a table: the first axis down, the others across."""
+    from itertools import product
+
+    from rich.console import Console
+    from rich.table import Table
+
+    from ds_cmli.memory import cards, search
+
+    reports, device = [], {}
+    total = cards.card(card).total.bytes
+    for point, prediction in search.sweep(config, ds_config, world_size, axes, card=card, tell=tell):
+        tell("")
+        device[point] = prediction.report.totals["device"]
+        reports.append(prediction.report.to_dict())
+        names = ", ".join(f"{name} {value}" for name, value in zip(axes, point, strict=True))
+        print(f"{names}: {device[point]:,} B on the device", flush=True)
+    (first, rows), *others = axes.items()
+    axes_across = [values for _, values in others]
+    table = Table(title=f"GB on the device; {card} has {total / 1e9:.1f}, * does not fit", title_justify="left")
+    table.add_column(first, justify="right")
+    for values in product(*axes_across):
+        heads = (f"{name} {value}" for (name, _), value in zip(others, values, strict=True))
+        table.add_column(", ".join(heads) or "GB", justify="right")
+    for row in rows:
+        sizes = [device[point] for point in product([row], *axes_across)]
+        table.add_row(str(row), *(f"{size / 1e9:.2f}{'*' if size > total else ' '}" for size in sizes))
+    Console(highlight=False).print(table)
+    return reports
+
+
+def print_fit(found: Any, room: int) -> None:
+    tried = ", ".join(f"{n}: {size / 1e9:.2f} GB" for n, size in found.tried.items())
+    print(f"tried, micro-batch: on the device: {tried}")
+    if found.micro_batch:
+        size = found.tried[found.micro_batch]
+        print(f"the largest micro-batch that fits in {room:,} B: {found.micro_batch}, with {size:,} B on the device")
+        return
+    print(f"not even one pair per rank fits in {room:,} B: it takes {found.tried[1]:,} B on the device")
+    for what, size in found.changes:
+        print(f"with {what} it fits: {size:,} B")
+    if not found.changes:
+        print("no setting that was tried makes it fit: a smaller model, more ranks or a larger card")
+
+
+def tell(line: str) -> None:
+    """Progress: one line that changes on a terminal, a line each elsewhere."""
+    if sys.stderr.isatty():
+        print(f"\r\033[K{line}", end="", file=sys.stderr, flush=True)
+    elif line:
+        print(line, file=sys.stderr, flush=True)
+
+
+def write(path: str, setting: str, function: Any) -> None:
+    try:
+        function()
+    except OSError as error:
+        raise UserError(f"{setting} is {path!r}: cannot write there: {error.strerror}") from None
+
+
+def main() -> None:
+    run_command(command)
