@@ -145,22 +145,35 @@ def shares_made_once() -> Iterator[None]:
         yield
 
 
+def _inner_first(module: nn.Module) -> Iterator[nn.Module]:
+    """All its modules, in the order in which `nn.Module._apply` takes them."""
+    for part in module.children():
+        yield from _inner_first(part)
+    yield module
+
+
 def convert_parameters(module: nn.Module | None, function: Callable[[Tensor], Tensor]) -> None:
-    """Replace each parameter by `function` of it, where that is another tensor."""
-    for part in module.modules() if module is not None else ():
-        for name, parameter in list(part._parameters.items()):
-            if parameter is None:
-                continue
-            with torch.no_grad():
-                new = function(parameter)
-            if new is not parameter:
-                part._parameters[name] = nn.Parameter(new, parameter.requires_grad)
+    """Replace each parameter by `function` of it, where that is another tensor; the old one ends at once."""
+    for part in _inner_first(module) if module is not None else ():
+        _convert_own(part, function)
+
+
+def _convert_own(part: nn.Module, function: Callable[[Tensor], Tensor]) -> None:
+    for name in part._parameters:
+        parameter = part._parameters[name]
+        if parameter is None:
+            continue
+        with torch.no_grad():
+            new = function(parameter)
+        if new is not parameter:
+            part._parameters[name] = nn.Parameter(new, parameter.requires_grad)
+        del parameter, new
 
 
 def _apply(self: nn.Module, function: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
     """`nn.Module._apply`, which swaps a fake parameter even where nothing changes, and then cannot."""
-    convert_parameters(self, function)
-    for part in self.modules():
+    for part in _inner_first(self):
+        _convert_own(part, function)
         for name, buffer in part._buffers.items():
             if buffer is not None:
                 part._buffers[name] = function(buffer)

@@ -1,8 +1,9 @@
-"""What the CPU's libraries take from the allocator for themselves inside one operator, which tensors do not show.
+"""What a CPU takes from the allocator for itself inside one operator, which tensors do not show.
 
 oneDNN's products and convolutions copy operands into blocks of their own; how large these are depends on the processor,
-the sizes, and the number of threads, and no formula is published. So the library is asked: the one operator runs on
-zeros of these sizes, under the profiler that reports the allocator's events.
+the sizes, and the number of threads, and no formula is published. Normalisations add up in one row for each thread,
+lookups make their indices contiguous, and operands of several types are first cast to a common one. So the library is
+asked: the one operator runs on zeros of these sizes, under the profiler that reports the allocator's events.
 """
 
 import functools
@@ -26,7 +27,17 @@ LIBRARY_OPS = {
     aten.convolution_backward.default,
     aten._scaled_dot_product_flash_attention_for_cpu.default,
     aten._scaled_dot_product_flash_attention_for_cpu_backward.default,
+    aten.native_layer_norm.default,
+    aten.native_layer_norm_backward.default,
+    aten.embedding.default,
+    aten.embedding_dense_backward.default,
+    aten.gather.default,
+    aten.sum.default,
+    aten.sum.dim_IntList,
+    aten.logsumexp.default,
 }
+# They cast as they copy.
+CASTS = {aten.copy_.default, aten._to_copy.default}
 
 
 def workspace_bytes(func: Any, args: tuple, kwargs: dict[str, Any] | None) -> int:
@@ -35,10 +46,16 @@ def workspace_bytes(func: Any, args: tuple, kwargs: dict[str, Any] | None) -> in
     Args:
         args, kwargs: real tensors or fake ones: only their sizes, strides and dtypes count.
     """
-    if func not in LIBRARY_OPS:
+    if func not in LIBRARY_OPS and not _casts_operands(func, args):
         return 0
     named = tuple(sorted((kwargs or {}).items()))
     return _asked(func, _described(args), _described(named), torch.get_num_threads())
+
+
+def _casts_operands(func: Any, args: tuple) -> bool:
+    """Whether tensors of several types go into an operator of PyTorch's, scalars aside."""
+    types = {t.dtype for t in tree_leaves(args) if isinstance(t, Tensor) and t.dim()}
+    return len(types) > 1 and func.namespace == "aten" and func not in CASTS
 
 
 class _Tensor(tuple):
@@ -66,5 +83,5 @@ def _asked(func: Any, args: tuple, kwargs: tuple, threads: int) -> int:
         operands, named = _zeros(args), {name: _zeros(value) for name, value in kwargs}
         func(*operands, **named)  # what a library keeps from its first call on is no workspace
         sizes = cpu_events.sizes(lambda: returned.append(func(*operands, **named)))
-    kept = sum(t.untyped_storage().nbytes() for t in tree_leaves(returned) if isinstance(t, Tensor))
-    return max(0, max(accumulate(sizes), default=0) - kept)
+    live = [0, *accumulate(sizes)]
+    return max(live) - live[-1]  # what is returned still lives

@@ -63,8 +63,18 @@ def preset(name="tiny", batch=8, losses=ALL, **overrides):
         (preset(batch=32, losses=("cmli",)), ds_json(3), 2),
         (preset(batch=32, student={"dropout": 0.1}), ds_json(0, "fp32"), 1),
         (preset("demo", losses=ALL), ds_json(2, bucket=5_000_000, checkpointing=True), 2),
+        (preset(), {**ds_json(0, "fp32"), "torch_autocast": {"enabled": True, "dtype": "bfloat16"}}, 2),
+        (preset(), {**ds_json(1), "data_types": {"grad_accum_dtype": "fp32"}}, 2),
     ],
-    ids=["ZeRO-2 of 8", "ZeRO-1, accumulation", "ZeRO-3 of 2", "fp32 without ZeRO", "demo, checkpointing"],
+    ids=[
+        "ZeRO-2 of 8",
+        "ZeRO-1, accumulation",
+        "ZeRO-3 of 2",
+        "fp32 without ZeRO",
+        "demo, checkpointing",
+        "autocast",
+        "fp32 accumulation",
+    ],
 )
 def test_predicted_equals_the_allocator(config, ds_config, world_size):
     predicted = predict(config, ds_config, world_size, target="cpu", backend="fake").report

@@ -55,6 +55,21 @@ def test_an_operator_of_the_same_sizes_is_asked_once(asked):
     assert asked == [(3, 4), (3, 4), (4, 3), (4, 3)]
 
 
+def test_operands_of_several_types_are_cast_to_a_common_one():
+    wide, narrow, aten = torch.ones(100), torch.ones(100, dtype=torch.bfloat16), torch.ops.aten
+    for function in (aten.add.Tensor, aten.add_.Tensor):
+        assert workspace.workspace_bytes(function, (wide, narrow), {}) == narrow.numel() * 4
+        assert workspace.workspace_bytes(function, (wide, wide), {}) == 0
+    assert workspace.workspace_bytes(aten.copy_.default, (wide, narrow), {}) == 0
+
+
+def test_layer_norm_adds_up_its_gradients_in_a_row_for_each_thread():
+    x, one, weight = torch.ones(64, 32), torch.ones(64, 1), torch.ones(32)
+    arguments = (x, x, [32], one, one, weight, weight, [True, True, True])
+    held = workspace.workspace_bytes(torch.ops.aten.native_layer_norm_backward.default, arguments, {})
+    assert held == 2 * torch.get_num_threads() * weight.nbytes
+
+
 @pytest.mark.parametrize("x", [torch.ones(5, 1).expand(5, 3), torch.ones(0, 3), torch.ones(2, 6)[:, ::2].t()])
 def test_any_strides(asked, x):
     assert workspace.workspace_bytes(OP, (x,), {}) == 1024
