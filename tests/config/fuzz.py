@@ -1,7 +1,8 @@
 """Random mistakes: `python -m tests.config.fuzz [--count 500] [--seed 0] [--only 12,34]`
 
 Each case changes a DeepSpeed JSON or the options of train.py in one or two places, and goes through `--dry-run`; each
-tenth is also trained, two steps. Three things must hold, or the case is printed:
+tenth is also trained, two steps. Two cases of three take values that are valid each for itself, the others any values.
+Three things must hold, or the case is printed:
 - no traceback: exit code 0, or 2 with one line;
 - nothing is ignored in silence: the resolved configuration or a line differs from those of the unchanged command;
 - `--dry-run` and the training end with the same exit code, and where that is 2 with the same line.
@@ -40,12 +41,65 @@ VALUES = [
     *("", "auto", "true", "1", "none", "cpu", "fp16", "bf16", "x" * 300, "\0", "..", [], [1], ["a"], {}, {"a": 1}),
 ]
 TEXTS = ["{}", "[]", "null", "", "{", "[" * 3000, '{"fp16": {}, "fp16": {}}', '{"steps_per_print": ' + "9" * 5000 + "}"]
+# What a key of the JSON may be, where its kind allows it; none of them lets a run diverge in two steps.
+POOL = [
+    *(None, True, False, 0, 1, 2, 3, 4, 8, 100, 1000, 5e7, 0.0, 1e-6, 1e-3, 0.05, 0.1, 0.5, 0.9, "auto"),
+    *("fp32", "fp16", "bf16", "cpu", "none", "warning", "mean", "sum", "Warn", "log", "linear", "cos"),
+    *("triangular", "cycle", [0.9, 0.95], [0.5, 1.2], [1e-6, 50], [1, 2], ["all_reduce"], ["norm"]),
+]
+# Valid settings of the preset `tiny`, none of which is its own.
+_TOWER = {"embed_dim": 48, "depth": 2, "num_heads": 3, "patch_size": 14}
+_TEXT = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 32}
+SETTINGS: dict[str, list[Any]] = {
+    "student.image_overrides": [_TOWER, {**_TOWER, "depth": 3}],
+    "student.text_overrides": [_TEXT, {**_TEXT, "num_hidden_layers": 3}],
+    "student.layers": [1],
+    "student.shared_blocks": [2, 3],
+    "student.embed_dim": [8, 24],
+    "student.dropout": [0.1, 0.5],
+    "student.weights_partial": [True],
+    "teacher.overrides": [_TOWER],
+    "teacher.block": [0, 1, -2],
+    "data.image_size": [28, 42, 84],
+    "data.text_positions": [8, 16, 48],
+    "data.workers": [1, 2],
+    "data.max_bad_share": [0, 0.5],
+    "data.max_pixels": [3600, 10**6],
+    "data.follow_symlinks": [True],
+    "loss.weights": [{"cmli": 1}, {"global": 0.5, "cls_kd": 2}, {"global_sigmoid": 1, "cmli_sigmoid": 0.1}],
+    "loss.mse_reduction": ["sum"],
+    "loss.match": ["student"],
+    "loss.init_temperature": [0.01, 0.5],
+    "loss.cmli_init_temperature": [0.1, 1],
+    "loss.cmli_backend": ["chunked", "triton"],
+    "loss.cmli_recompute": [True],
+    "loss.cmli_scratch_bytes": [2**20, 2**22],
+    "optim.lr": [1e-5, 0.01],
+    "optim.betas": [[0.8, 0.9]],
+    "optim.eps": [1e-8],
+    "optim.weight_decay": [0, 0.1],
+    "optim.warmup_share": [0, 0.5],
+    "optim.grad_clip": [0, 0.5],
+    "optim.micro_batch": [2, 8],
+    "run.seed": [1, 2**31 - 1],
+    "run.log_every": [2, 3],
+    "run.eval_every": [1, 2],
+    "run.eval_batch": [3, 20],
+    "run.save_every": [1, 2],
+    "run.save_minutes": [0, 0.001],
+    "run.keep": [1, 5],
+    "run.most_skipped": [0, 1],
+    "run.deterministic": [True],
+    "run.watchdog": [0, 60],
+}
 
 
 @dataclass
 class Case:
     number: int
     json_text: str  # of the DeepSpeed JSON
+    like: str = ""  # the shipped JSON that it was made of
+    valid: bool = False  # whether each value is valid for itself
     options: list[str] = field(default_factory=list)
     changes: list[str] = field(default_factory=list)  # in words
 
@@ -105,6 +159,83 @@ def change_json(draw: random.Random, content: dict[str, Any]) -> str:
     return f"{kind} = {content[kind]}"
 
 
+def _valid(draw: random.Random, kind: keys.Kind, where: str, folder: Path) -> Any:
+    """A value that this kind allows, or None, which may be one, too."""
+    if kind is keys.text:
+        return str(folder / "logs")
+    values = [v for v in POOL if kind(v) is None or (v == "auto" and where in keys.AUTO)]
+    return draw.choice(values or [None])
+
+
+def change_json_validly(draw: random.Random, content: dict[str, Any], folder: Path) -> str:
+    """Change one place to a valid value; what was done."""
+    kind = draw.choice(["key"] * 5 + ["stage", "precision", "batch", "optimizer", "scheduler", "remove"])
+    if kind == "stage":
+        present = content.get("zero_optimization", {}).get("stage", 0)
+        stage = draw.choice([s for s in range(4) if s != present])
+        content["zero_optimization"] = draw.choice([{}, content.get("zero_optimization", {})]) | {"stage": stage}
+        return f"zero_optimization.stage = {stage}"
+    if kind == "precision":
+        for name in ("fp16", "bf16", "torch_autocast"):
+            content.pop(name, None)
+        new = draw.choice(["fp32", "fp16", "bf16", "torch_autocast"])
+        more = {"dtype": draw.choice(["bf16", "float16"])} if new == "torch_autocast" else {}
+        content |= {new: {"enabled": draw.choice([True, True, "auto"] if not more else [True]), **more}}
+        if new == "fp32":
+            del content[new]
+        return f"precision {new}: {content.get(new)}"
+    if kind == "batch":
+        micro, steps = draw.choice([1, 2, 4, 8]), draw.choice([1, 2, 3])
+        new = dict(zip(("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size"),
+                       (micro, steps, micro * steps), strict=True))  # fmt: skip
+        new = {key: new[key] if draw.random() < 0.7 else "auto" for key in new}
+        content |= new
+        return f"{new}"
+    if kind == "remove":
+        optional = [k for k in content if k not in ("zero_optimization", "train_batch_size")]
+        del content[key := draw.choice(optional or [*content])]
+        return f"without {key}"
+    if kind in ("optimizer", "scheduler"):
+        table = keys.SCHEDULERS if kind == "scheduler" else keys.OPTIMIZERS
+        new = draw.choice([*table])
+        names = table[new].split()
+        names = [n for n in names if n.endswith("!")] + draw.sample(names, min(len(names), draw.choice([0, 1, 2])))
+        params = {}
+        for name in (n.rstrip("!+") for n in names):
+            allowed = keys.PARAMETERS.get(name, keys.PARAMETER)
+            params[name] = 1e-3 if name.endswith("lr") else _valid(draw, allowed, f"{kind}.params.{name}", folder)
+        content[kind] = {"type": new, "params": params}
+        if kind == "optimizer" and new not in keys.ZERO_TESTED:
+            content["zero_allow_untested_optimizer"] = True
+        return f"{kind} = {content[kind]}"
+    places = [(s, k) for s, known in keys.SECTIONS.items() for k in known if s not in ("optimizer", "scheduler")]
+    section, key = draw.choice(places)
+    at = content
+    for part in section.split(".") if section else ():
+        at = at.setdefault(part, {})
+    if "enabled" in keys.SECTIONS[section]:
+        at["enabled"] = True
+    where = f"{section}.{key}".lstrip(".")
+    at[key] = _valid(draw, keys.SECTIONS[section][key], where, folder)
+    return f"{where} = {at[key]!r:.40}"
+
+
+def change_options_validly(draw: random.Random) -> list[str]:
+    kind = draw.choice(["set", "set", "set", "option", "losses", "profile"])
+    if kind == "losses":
+        chosen = draw.sample([*LOSSES], draw.choice([1, 2, 3]))
+        return ["--losses", ",".join(name + draw.choice(["", "=0.5", "=2"]) for name in chosen)]
+    if kind == "profile":
+        return draw.choice([["--profile", "1:2"], ["--profile-memory", "1"], ["--profile-memory", "2"]])
+    if kind == "option":
+        options = {o: SETTINGS[name] for o, place in PLACES.items() if (name := ".".join(place)) in SETTINGS}
+        option = draw.choice([o for o in options if o not in ("deterministic", "losses")])
+        return [f"--{option.replace('_', '-')}", str(draw.choice(options[option]))]
+    name = draw.choice([*SETTINGS])
+    value = draw.choice(SETTINGS[name])
+    return ["--set", f"{name}={value if isinstance(value, str) else json.dumps(value)}"]
+
+
 def change_options(draw: random.Random, folder: Path) -> list[str]:
     kind = draw.choice(["set", "set", "set", "option", "losses", "profile", "data", "output", "resume", "twice"])
     settings = [
@@ -144,19 +275,22 @@ def change_options(draw: random.Random, folder: Path) -> list[str]:
 
 
 def cases(count: int, seed: int, folder: Path) -> list[Case]:
-    shipped = [json.loads(path.read_text()) for path in sorted((ROOT / "ds_configs").glob("*.json"))]
+    shipped = {path.name: json.loads(path.read_text()) for path in sorted((ROOT / "ds_configs").glob("*.json"))}
     out = []
     for number in range(count):
         draw = random.Random(f"{seed} {number}")
-        content = copy.deepcopy(draw.choice(shipped))
-        case = Case(number, "")
+        case = Case(number, "", draw.choice([*shipped]), valid=draw.random() < 2 / 3)
+        content = copy.deepcopy(shipped[case.like])
         for _ in range(draw.choice([1, 1, 2])):
-            if draw.random() < 0.55 and content:
+            in_json = draw.random() < 0.55 and content
+            if case.valid and in_json:
+                case.changes.append(change_json_validly(draw, content, folder))
+            elif in_json:
                 case.changes.append(change_json(draw, content))
             else:
-                case.options += change_options(draw, folder)
+                case.options += change_options_validly(draw) if case.valid else change_options(draw, folder)
         case.json_text = json.dumps(content)
-        if draw.random() < 0.04:
+        if not case.valid and draw.random() < 0.1:
             case.json_text = draw.choice(TEXTS)
             case.changes = [f"the JSON is {case.json_text[:30]!r}"]
         case.changes += [f"{option:.60}" for option in case.options]
@@ -305,20 +439,17 @@ def fuzz(
             if only is not None and case.number not in only:
                 continue
             dry = worker([*_arguments(case, folder), "--dry-run"])
-            base = ""
-            if dry["code"] == 0:  # compared with the shipped JSON that it is like
-                for path in sorted((ROOT / "ds_configs").glob("*.json")):
-                    if path not in plain:
-                        unchanged = Case(0, path.read_text())
-                        plain[path] = _told(worker([*_arguments(unchanged, folder), "--dry-run"]))
-                    base = _told(dry) if _told(dry) == plain[path] else base
-                _arguments(case, folder)
+            if dry["code"] == 0 and case.like not in plain:
+                unchanged = Case(0, (ROOT / "ds_configs" / case.like).read_text())
+                plain[case.like] = _told(worker([*_arguments(unchanged, folder), "--dry-run"]))
             real = None
             if case.number % each == 0 or only is not None:
                 real = worker(_arguments(case, folder))
-            wrong = judge(case, dry, base, real)
+            wrong = judge(case, dry, plain.get(case.like, ""), real)
             figures["cases"] += 1
             figures["refused" if dry["code"] == 2 else "accepted"] += 1
+            figures["valid one by one"] += case.valid
+            figures["of these refused"] += case.valid and dry["code"] == 2
             figures["trained"] += real is not None and real["code"] == 0
             figures["compared"] += real is not None
             for what in wrong:
@@ -350,7 +481,8 @@ def main() -> None:
         return work()
     started = time.monotonic()
     figures, failures = fuzz(options.count, options.seed, options.first, only=options.only)
-    print(f"seed {options.seed}: {dict(figures)}, {len(failures)} failures, {time.monotonic() - started:.0f} s")
+    shares = ", ".join(f"{name} {n} ({n / max(1, figures['cases']):.0%})" for name, n in figures.items())
+    print(f"seed {options.seed}: {shares}; {len(failures)} failures, {time.monotonic() - started:.0f} s")
     sys.exit(bool(failures))
 
 
