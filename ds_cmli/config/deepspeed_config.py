@@ -160,8 +160,10 @@ class DeepSpeedConfig(Mapping):
                 if asked[name] == "auto" or chosen == name:
                     out.setdefault(name, {})["enabled"] = chosen == name
         elif asked["fp16"] is True and not fp16:
-            notices.append(f"fp16 is slow or missing on this device ({device}): training in bf16 instead")
-            del out["fp16"]
+            line = f"fp16 is slow or missing on this device ({device}): training in bf16 instead"
+            asked_for = out.pop("fp16").items()
+            idle = [f"fp16.{k} {v}" for k, v in asked_for if k != "enabled" and v != keys.FP16_DEFAULTS[k]]
+            notices.append(line + f", without {', '.join(idle)}" * bool(idle))
             out["bf16"] = {"enabled": True}
         if self.optimizer_type in ("Lamb", "Lion") and device == "cpu":
             raise UserError(f"optimizer.type is {self.optimizer_type!r}: DeepSpeed has it for GPUs only: take AdamW")

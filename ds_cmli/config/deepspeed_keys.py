@@ -250,6 +250,10 @@ SECTIONS: dict[str, dict[str, Kind]] = {
     "optimizer": {"legacy_fusion": no_effect("it is for fused optimizers that are not used"), "type": text},
     "scheduler": {"type": text},
 }
+FP16_DEFAULTS = {  # DeepSpeed's own, beside "enabled"
+    **{"auto_cast": False, "loss_scale": 0, "initial_scale_power": 16, "loss_scale_window": 1000, "hysteresis": 2},
+    **{"consecutive_hysteresis": False, "min_loss_scale": 1, "fp16_master_weights_and_grads": False},
+}
 PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "comet": "comet_ml"}  # that a section needs where enabled
 
 # What "auto" means for these, by the model's hidden size.

@@ -187,6 +187,14 @@ def test_precision_is_decided_by_the_device(fp16, bf16, device, runs):
     assert len(out.notices) == changed and all(runs in line and "\n" not in line for line in out.notices)
 
 
+def test_keys_of_fp16_that_go_with_it_are_told():
+    asks = {"enabled": True, "loss_scale": 0, "initial_scale_power": 8, "auto_cast": True, "hysteresis": 2}
+    (line,) = DeepSpeedConfig.of({"fp16": asks}).on(*CPU).notices
+    assert line.endswith("training in bf16 instead, without fp16.initial_scale_power 8, fp16.auto_cast True")
+    (line,) = DeepSpeedConfig.of({"fp16": {"enabled": True, **keys.FP16_DEFAULTS}}).on(*CPU).notices
+    assert line.endswith("training in bf16 instead")
+
+
 def test_what_this_device_or_run_cannot_do_is_one_line():
     def refused(content, words):
         with pytest.raises(UserError, match=words):
@@ -315,6 +323,7 @@ def test_tables_hold_what_deepspeed_and_torch_take():
         takes = {field.alias or name for name, field in model.model_fields.items()}
         nested = {n.rpartition(".")[2] for n in keys.SECTIONS if n.rpartition(".")[0] == section}
         assert takes == keys.SECTIONS[section].keys() | nested, section
+    assert DeepSpeedFP16Config().model_dump() == {"enabled": False, **keys.FP16_DEFAULTS}
     ours = keys.SECTIONS[""].keys() | keys.SECTIONS.keys()
     for name in ("TRAIN_BATCH_SIZE", "DATALOADER_DROP_LAST", "LOG_LEVEL", "DATA_TYPES", "CHECKPOINT", "DUMP_STATE"):
         assert getattr(constants, name) in ours
