@@ -199,6 +199,8 @@ def main() -> None:
     parser.add_argument("--signals", nargs="+", type=signal.Signals.__getitem__, default=SIGNALS, metavar="SIGTERM")
     parser.add_argument("-o", "--output", type=Path)
     given = parser.parse_args()
+    # A shell starts what runs in its background with this signal ignored, which launchers would inherit.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     with ExitStack() as stack:
         folder = given.output or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         folder.mkdir(exist_ok=True)
