@@ -167,7 +167,9 @@ def _written(setting, layout, folder) -> Path:
     return folder
 
 
-LIMITS = {"fp32": 1e-4, "bf16": 0.03, "fp16": 0.03, "other": 0.2}  # of losses of about 6.5
+# Of losses of about 6.5. Another precision rounds the cosines otherwise, by up to 2^-8, and CMLI's logits are 50 times
+# these: 0.2 a logit. That weights and moments are the same is shown to the bit.
+LIMITS = {"fp32": 1e-4, "bf16": 0.03, "fp16": 0.03, "other": 0.5}
 
 
 def assert_equal(cell: dict[str, float], precision: str) -> None:
