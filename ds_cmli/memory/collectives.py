@@ -1,6 +1,8 @@
 """What collectives hold beside their tensors, and how a measurement on a CPU sees all of it.
 
 gloo copies what it gathers and what it scatters; NCCL does not, whose own buffers lie outside torch's allocator.
+Of collectives in flight together, as ZeRO-3's gathers after a step, gloo may hold several copies at once, which only
+the moment decides: predicted is one.
 """
 
 import time

@@ -52,6 +52,7 @@ def _held(train_engine: TrainEngine) -> Iterator[tuple[str, Any]]:
     yield gradients, [p.grad for p in updated]
     yield states, list(inner.state.values())
     yield "gradients", [getattr(optimizer, name, None) for name in GRADIENTS]
+    yield "ZeRO buckets", [bucket.buffer for bucket in getattr(optimizer, "ipg_buckets", {}).values()]
 
 
 def is_offloaded(optimizer: Any) -> bool:

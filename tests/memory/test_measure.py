@@ -70,6 +70,20 @@ def test_the_first_steps_of_a_training_beside_the_prediction(trained):
     assert content["differences"]["totals"]["requested"]["ratio"] == pytest.approx(1, abs=0.005)
 
 
+def test_the_bucket_that_zero_3_made_before_is_measured(tmp_path):
+    config = load_preset("tiny", {})
+    ds_config = DeepSpeedConfig.of({"zero_optimization": {"stage": 3, "reduce_bucket_size": 100_000}})
+    ds_config = ds_config.filled(config.optim, 1, 20)
+    with process_group(1):
+        train_engine = engine.build(config, ds_config, without_weights(config)[1], 20, torch.device("cpu"))
+        with measure.profiling_memory(1, train_engine, config, ds_config, tmp_path) as after_step:
+            train_engine(longest_batch(config, 8))
+            after_step()
+    content = json.loads((tmp_path / measure.FILE).read_text())
+    assert content["measurement"]["categories"]["ZeRO buckets"] == 4 * 100_000
+    assert content["differences"]["totals"]["requested"]["ratio"] == pytest.approx(1, abs=0.005)
+
+
 def test_nothing_asked_nothing_measured(tmp_path):
     with measure.profiling_memory(None, None, None, {}, tmp_path) as after_step:
         after_step()
