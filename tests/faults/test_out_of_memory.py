@@ -192,7 +192,7 @@ def test_the_predicting_process_answers_each_request_and_names_what_fails():
         predictor.send(apart.Request(config, wrong, 1, "cpu"))
         predictor.send(apart.Request(config, ZERO2, 1, "cpu"))
         first, second = predictor.receive(), predictor.receive()
-    assert first.report is None and first.failed.startswith("UserError: train_batch_size is 3")
+    assert first.report is None and first.failed.startswith("train_batch_size is 3")
     assert sum(second.report["categories"].values()) == second.report["totals"]["requested"] > 0
 
 
