@@ -136,7 +136,7 @@ class Table:
         slow = self.folder / f"slow-{name}"
         mark = self.folder / f"checking-{name}"
         slow.write_text(
-            f"#!/bin/bash\nif [[ $1 == *check.py && ! -e {mark} ]]; then touch {mark}; sleep 30; fi\n"
+            f'#!/bin/bash\nif [[ $1 == *check.py && ! -e "{mark}" ]]; then touch "{mark}"; sleep 30; fi\n'
             f'exec {sys.executable} "$@"\n'
         )
         slow.chmod(0o755)
