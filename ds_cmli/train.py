@@ -1,7 +1,7 @@
 """Train the student: `deepspeed ds_cmli/train.py --deepspeed_config ds_configs/zero2.json`
 
-The same script starts under `deepspeed`, `torchrun`, `srun` and plain `python`. Reads top to bottom:
-configuration -> processes -> resume -> step -> loop.
+The same script starts under `deepspeed`, `torchrun`, `srun` and plain `python`. It reads top to bottom: configuration,
+processes, what there is to go on from, the engine, and the loop.
 """
 
 import sys
@@ -163,10 +163,7 @@ def run(
 
 
 def loop(run: Run, after_step: Callable[[], None]) -> int:
-    """Train to the end. All ranks go through the same lines, and meet in those that are marked.
-
-    Returns the exit code.
-    """
+    """Train to the end; all ranks go through the same lines and meet in those marked. Returns the exit code."""
     import torch
 
     from ds_cmli.data import train_loader
@@ -211,9 +208,8 @@ def loop(run: Run, after_step: Callable[[], None]) -> int:
     except preemption.Preempted:
         if not run.checkpoints.holds(state):
             save(run)  # collectives
-        by = preemption.requested() or "a signal to another rank"
-        where = f"stopped at step {state.step} of {run.total_steps} by {by}"
-        run.writer.say(f"{where}: start again with --output-dir {run.checkpoints.folder} to go on")
+        where = f"step {state.step} of {run.total_steps} by {preemption.requested() or 'a signal to another rank'}"
+        run.writer.say(f"stopped at {where}: start again with --output-dir {run.checkpoints.folder} to go on")
         run.writer.close()
         return preemption.EXIT_CODE
 
@@ -226,11 +222,7 @@ def loop(run: Run, after_step: Callable[[], None]) -> int:
 
 
 def next_batch(run: Run, batches: Iterator[Any]) -> tuple[Any, bool, bool]:
-    """The next micro-batch; whether a rank has been signalled; whether a checkpoint is due by the clock. Collective.
-
-    Raises:
-        UserError: on every rank, where one of them has no batch.
-    """
+    """The next micro-batch; whether a rank has been signalled; whether a checkpoint is due by the clock. Collective."""
     batch, error = None, None
     try:
         batch = next(batches)
@@ -246,11 +238,7 @@ def next_batch(run: Run, batches: Iterator[Any]) -> tuple[Any, bool, bool]:
 
 
 def end_step(run: Run, window: list[tuple[Any, Any]], sums: Any) -> None:
-    """Count the step's losses, or the step as skipped on all ranks where loss or gradients were not finite.
-
-    Raises:
-        UserError: on every rank, once too many steps in a row were skipped.
-    """
+    """Count the step's losses or, where loss or gradients were not finite on some rank, the step as skipped on all."""
     from ds_cmli.faults import nonfinite
 
     state, own = run.state, run.own
