@@ -153,8 +153,11 @@ def _inner_first(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def convert_parameters(module: nn.Module | None, function: Callable[[Tensor], Tensor]) -> None:
-    """Replace each parameter by `function` of it, where that is another tensor; the old one ends at once."""
-    for part in _inner_first(module) if module is not None else ():
+    """Replace each parameter by `function` of it, where that is another tensor; the old one ends at once.
+
+    In the order in which DeepSpeed's engine casts them, that of `Module.parameters`.
+    """
+    for part in module.modules() if module is not None else ():
         _convert_own(part, function)
 
 

@@ -106,7 +106,7 @@ def test_one_profiler_at_a_time():
 
 
 def test_both_profilers_are_told_of_each_step(tmp_path):
-    train_engine = engine.TrainEngine(None, None, None, torch.device("cpu"), torch.float32)
+    train_engine = engine.TrainEngine(None, None, None, torch.device("cpu"), torch.float32, [])
     with Profiles().around(train_engine, None, {}, tmp_path, 0) as after_step:
         after_step()
     assert not list(tmp_path.iterdir())
