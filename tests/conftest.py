@@ -46,7 +46,28 @@ def one_predictor(monkeypatch, predicting_process):
     """Predictions of this process's commands come from one process that stays, and not from a new one each time."""
     from ds_cmli.memory import apart
 
-    monkeypatch.setattr(apart, "Predictor", lambda timeout_s: contextlib.nullcontext(predicting_process))
+    @contextlib.contextmanager
+    def predictor(timeout_s):
+        """Answers that a command has asked for and not taken, as it failed meanwhile, are not the next one's."""
+        counted = Counted()
+        try:
+            yield counted
+        finally:
+            while counted.waiting:
+                counted.receive()
+
+    class Counted:
+        waiting = 0
+
+        def send(self, request):
+            self.waiting += 1
+            predicting_process.send(request)
+
+        def receive(self):
+            self.waiting -= 1
+            return predicting_process.receive()
+
+    monkeypatch.setattr(apart, "Predictor", predictor)
 
 
 def clean_environment() -> dict[str, str]:
