@@ -82,7 +82,7 @@ class Colours:
         cls = torch.nn.functional.one_hot(number * (not self.constant), PICTURES).float()
         return cls, cls[:, None]
 
-    def g(self, x):
+    def projection(self, x):
         return x
 
 
