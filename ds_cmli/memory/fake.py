@@ -8,7 +8,7 @@ import sys
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import masking_utils
 
 from ds_cmli.common.replaced import environment as replaced_environment
 from ds_cmli.common.replaced import replaced
@@ -31,6 +32,7 @@ class Answers(TorchDispatchMode):
 
     phase = "models"  # being built
     positions = 0  # of other ranks' texts, padded, where they are longer than this rank's
+    full = False  # whether no text of this rank's batch is padded
 
     def enter(self, phase: str) -> None:
         self.phase = phase
@@ -44,11 +46,20 @@ class Answers(TorchDispatchMode):
             return getattr(args[0], "holds", 0)  # no overflow
         out = func(*args, **(kwargs or {}))
         if func is torch.ops.aten.all.default:
-            out.holds = self.phase in (
-                "init",
-                "optimizer",
-            )  # gradients are all finite, but a batch's texts are not all full
+            # Gradients are all finite; a batch's texts are all full where `full` says so.
+            out.holds = self.phase in ("init", "optimizer") or self.full
         return out
+
+    @contextmanager
+    def texts(self, full: bool) -> Iterator[None]:
+        """Inside, no text of this rank's batch is padded, where `full`: text encoders then leave out their mask.
+
+        transformers (5.x) keeps the mask of a tensor without data without looking at it, as it takes it for traced.
+        """
+        self.full = full
+        with replaced(masking_utils, "is_tracing", lambda tensor=None: False) if full else nullcontext():
+            yield
+        self.full = False
 
 
 class CudaOperators(TorchFunctionMode):

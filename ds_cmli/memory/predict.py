@@ -127,7 +127,9 @@ def predict(
                     tracker.text_lengths = [n for _, lengths in ranks for n in lengths]
                 with tracker.scope("data"):
                     batch = longest_batch(config, micro_batch, ranks[0][0] if ranks is not None else None)
-                train_engine(batch)
+                # [CLS] and [SEP] are no valid tokens.
+                with answers.texts(ranks is not None and all(n == ranks[0][0] - 2 for n in ranks[0][1])):
+                    train_engine(batch)
                 del batch
         events = tracker.events(host=not cuda)
         del train_engine

@@ -84,6 +84,24 @@ def test_the_bucket_that_zero_3_made_before_is_measured(tmp_path):
     assert content["differences"]["totals"]["requested"]["ratio"] == pytest.approx(1, abs=0.005)
 
 
+def test_texts_without_padding_need_no_mask(tmp_path):
+    config = load_preset("tiny", {})
+    ds_config = DeepSpeedConfig.of({"zero_optimization": {"stage": 2, "reduce_bucket_size": 100_000}})
+    ds_config = ds_config.filled(config.optim, 1, 20)
+    batch = longest_batch(config, 8)
+    batch.attention_mask[:] = True
+    batch.token_mask[:, 1:-1] = True
+    with process_group(1):
+        train_engine = engine.build(config, ds_config, without_weights(config)[1], 20, torch.device("cpu"))
+        with measure.profiling_memory(2, train_engine, config, ds_config, tmp_path) as after_step:
+            for _ in range(2):
+                train_engine(batch)
+                after_step()
+    content = json.loads((tmp_path / measure.FILE).read_text())
+    # With the masks of a batch that has padding 31,700 B more of activations would be predicted.
+    assert abs(content["differences"]["categories"]["activations student"]["bytes"]) < 4096
+
+
 def test_nothing_asked_nothing_measured(tmp_path):
     with measure.profiling_memory(None, None, None, {}, tmp_path) as after_step:
         after_step()
