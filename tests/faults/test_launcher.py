@@ -85,12 +85,7 @@ def test_hang_up_is_taken_unless_nohup_has_it_ignored(tmp_path, before, said):
     (tmp_path / "rank.py").write_text(RANK)
     env = clean_environment() | {"BEFORE": "0", "PYTHONPATH": str(ROOT)}
     command = [*before, sys.executable, str(tmp_path / "rank.py")]
-    # The tests themselves may run under nohup, whose ignored signal a process inherits.
-    inherited = signal.signal(signal.SIGHUP, signal.SIG_DFL)
-    try:
-        process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    finally:
-        signal.signal(signal.SIGHUP, inherited)
+    process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     os.kill(int(process.stdout.readline().split()[1]), signal.SIGHUP)
     assert process.stdout.read() == f"stopped by {said}\n"
     process.wait()
