@@ -15,9 +15,8 @@ from typing import Any
 import torch
 
 from ds_cmli.common.errors import UserError
+from ds_cmli.common.subprocesses import environment
 from ds_cmli.config.schema import Config
-
-LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 def without_gpu() -> dict[str, str]:
@@ -48,13 +47,12 @@ class Predictor:
     """The process: `send` requests, `receive` an answer to each, in their order. It runs meanwhile."""
 
     def __init__(self, timeout_s: float = 120):
-        environment = {k: v for k, v in os.environ.items() if k not in LAUNCHERS} | without_gpu()
         self.process = subprocess.Popen(
             [sys.executable, "-m", "ds_cmli.memory.apart"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            env=environment,
+            env=environment(**without_gpu()),
             text=True,
         )
         self.timer = threading.Timer(timeout_s, self.process.kill)

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from ds_cmli import evaluate, train
 from ds_cmli.common.cli import exit_code
-from ds_cmli.memory.apart import LAUNCHERS
+from ds_cmli.common.subprocesses import LAUNCHER_VARIABLES
 from tests.conftest import ROOT, clean_environment, rank_environments
 
 
@@ -112,7 +112,7 @@ def empty_captions(folder):
 def fail(command, arguments, monkeypatch, capsys) -> str:
     """The line on stderr of a command that must end with exit code 2."""
     monkeypatch.setattr(sys, "argv", ["command", *arguments])
-    for name in LAUNCHERS:
+    for name in LAUNCHER_VARIABLES:
         monkeypatch.delenv(name, raising=False)
     code = exit_code(command)
     error = capsys.readouterr().err
