@@ -2,9 +2,13 @@
 
 It is made by an exclusive open, which is atomic on NFS too, where file locks need a server that has them. Whether its
 process still lives is asked on the same machine and seen from another by the file's age: the holder touches it.
+
+The lock of a holder that is gone is replaced, never removed first: between the two another start could make one. Only
+who has made the claim on it, a second file named after its content, may replace it.
 """
 
 import contextlib
+import hashlib
 import json
 import os
 import socket
@@ -61,11 +65,14 @@ class Lock:
     def take(self) -> str | None:
         """Hold the lock from now on, or tell why not."""
         try:
-            while not self._make():
-                found, age = self._holder()
-                if found != {} and self._lives(found, age):
-                    return self._line(found, age)
-                self._push_aside(found)
+            while not self._make(self.path):
+                content, age = self._read(self.path)
+                if content is not None and self._lives(content, age):
+                    return self._line(content, age)
+                if content is not None and not self._replace(content):
+                    return f"--output-dir is {str(self.folder)!r}: another start is just taking it over from one gone"
+                if self._read(self.path)[0] == json.dumps(self.own):
+                    break
         except OSError as error:
             return f"--output-dir is {str(self.folder)!r}: cannot lock it: {error.strerror}"
         threading.Thread(target=self._beat, daemon=True).start()
@@ -74,33 +81,30 @@ class Lock:
     def give_back(self) -> None:
         self.ended.set()
         with contextlib.suppress(OSError):
-            if self._holder()[0] == self.own:
+            if self._read(self.path)[0] == json.dumps(self.own):
                 self.path.unlink()
 
-    def _make(self) -> bool:
+    def _make(self, path: Path) -> bool:
         try:
-            with open(self.path, "x") as file:
+            with open(path, "x") as file:
                 json.dump(self.own, file)
         except FileExistsError:
             return False
         return True
 
-    def _holder(self) -> tuple[dict[str, Any] | None, float]:
-        """Who holds the lock, {} for nobody, None where it cannot be read (yet); and its age by the server's clock."""
+    def _read(self, path: Path) -> tuple[str | None, float]:
+        """What a lock says, None where there is none; and its age by the server's clock."""
         probe = self.path.with_name(f"{NAME}.{self.own['token']}")
         probe.touch()
         now = probe.stat().st_mtime
         probe.unlink()
         try:
-            age = now - self.path.stat().st_mtime
-            found = json.loads(self.path.read_text())
+            return path.read_text(errors="replace"), now - path.stat().st_mtime
         except FileNotFoundError:
-            return {}, 0.0
-        except ValueError:
-            return None, age
-        return found if isinstance(found, dict) else None, age
+            return None, 0.0
 
-    def _lives(self, found: dict[str, Any] | None, age: float) -> bool:
+    def _lives(self, content: str, age: float) -> bool:
+        found = _parsed(content)
         if found is not None and found.get("place") == self.own["place"]:
             return found.get("started") == _started(found.get("pid"))
         job, restarts = (found or {}).get("slurm") or (None, None)
@@ -108,7 +112,29 @@ class Lock:
             return False  # an earlier start of this job, which Slurm has ended
         return age < LEASE
 
-    def _line(self, found: dict[str, Any] | None, age: float) -> str:
+    def _replace(self, stale: str) -> bool:
+        """Put the own lock in the place of this one, whose holder is gone; False where another start is doing so."""
+        claims, claimed = [], stale
+        while True:
+            claims.append(self.path.with_name(f"{NAME}.{hashlib.sha256(claimed.encode()).hexdigest()[:16]}"))
+            if self._make(claims[-1]):
+                break
+            content, age = self._read(claims[-1])
+            if content is None:  # the claim has just been served
+                return self._read(self.path)[0] != stale
+            if self._lives(content, age):
+                return False
+            claimed = content  # who made the claim is gone too: the claim on the claim decides
+        if self._read(self.path)[0] == stale:  # else it was replaced before this claim was made
+            made = self.path.with_name(f"{NAME}.{self.own['token']}")
+            self._make(made)
+            os.replace(made, self.path)
+        for claim in claims:
+            claim.unlink(missing_ok=True)
+        return True
+
+    def _line(self, content: str, age: float) -> str:
+        found = _parsed(content)
         if found is None:
             return f"{self.path} cannot be read: another start is just making it, or remove it"
         line = (
@@ -119,25 +145,23 @@ class Lock:
             line += f" (last sign of life {max(0.0, age):.0f} s ago; without one for {LEASE:.0f} s the folder is free)"
         return line
 
-    def _push_aside(self, stale: dict[str, Any] | None) -> None:
-        """Remove the lock of a holder that is gone, and no other that has been made since."""
-        aside = self.path.with_name(f"{NAME}.{self.own['token']}")
-        with contextlib.suppress(FileNotFoundError):
-            os.rename(self.path, aside)  # of several starts one alone gets it
-            moved = aside.read_text()
-            if stale is not None and moved != json.dumps(stale):
-                with contextlib.suppress(FileExistsError):
-                    os.link(aside, self.path)
-            aside.unlink()
-
     def _beat(self) -> None:
         while not self.ended.wait(BEAT):
             with contextlib.suppress(OSError):
-                found, _ = self._holder()
-                if found and found != self.own:  # this process stood still for longer than the lease
-                    print(f"error: {self._line(found, 0.0)}", flush=True)
+                content, _ = self._read(self.path)
+                if content and content != json.dumps(self.own):  # this process stood still for longer than the lease
+                    print(f"error: {self._line(content, 0.0)}", flush=True)
                     leave(2)
                 os.utime(self.path)
+
+
+def _parsed(content: str) -> dict[str, Any] | None:
+    """The holder that a lock names; None where it cannot be read (yet)."""
+    try:
+        found = json.loads(content)
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def _place() -> str:

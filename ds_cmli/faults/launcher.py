@@ -31,19 +31,31 @@ def _watch(gone: Callable[[], None]) -> None:
 
 def _links() -> tuple[list[tuple[int, int]], bool]:
     """(process, parent) from this rank up to its launcher, and whether the launcher had ended before."""
+    links, orphan, ending = _walk()
+    for _ in range(100):
+        if not ending:  # else it is still a parent, but no longer tells what it runs
+            break
+        time.sleep(0.02)
+        links, orphan, ending = _walk()
+    return links, orphan
+
+
+def _walk() -> tuple[list[tuple[int, int]], bool, bool]:
+    """As `_links`, and whether a process on the way seems to be ending just now."""
     links: list[tuple[int, int]] = []
     known = 0  # links up to the highest launcher
-    program, pid = "", os.getpid()
+    program, pid, ending = "", os.getpid(), False
     while pid > 1 and len(links) < 16 and not _reaped(pid):
         links.append((pid, _parent(pid)))
         pid = links[-1][1]
         name = _program(pid)
+        ending = ending or name is None
         if name in PROGRAMS:
             known, program = len(links), name
     if not known:  # ended, or one of another name
-        return links[:1], _orphaned(pid)
+        return links[:1], _orphaned(pid), ending
     top = links[known - 1][1]
-    return links[:known], program == STARTED_BY_DEEPSPEED and _orphaned(top)
+    return links[:known], program == STARTED_BY_DEEPSPEED and _orphaned(top), ending
 
 
 def _orphaned(pid: int) -> bool:
@@ -78,13 +90,17 @@ def _stat(pid: int) -> tuple[str, int]:
     return text[text.index("(") + 1 : end], 0 if state in "ZX" else int(parent)
 
 
-def _program(pid: int) -> str:
-    """The module or the script's name that a Python process runs."""
+def _program(pid: int) -> str | None:
+    """The module or the script's name that a Python process runs; None where it is ending or has ended."""
     try:
         with open(f"/proc/{pid}/cmdline", "rb") as file:
             words = file.read().decode(errors="replace").split("\0")[:8]
+    except (FileNotFoundError, ProcessLookupError):
+        return None
     except OSError:
         return ""
+    if words == [""]:
+        return None
     while len(words) > 1 and (os.path.basename(words[0]).startswith("python") or words[0].startswith("-")):
         if words[0] == "-m":
             return words[1]

@@ -1,5 +1,6 @@
 """One run a folder: who holds it, who is gone, and names that two starts cannot share."""
 
+import hashlib
 import json
 import os
 import subprocess
@@ -82,10 +83,28 @@ def test_a_damaged_lock_is_in_use_while_it_is_young(tmp_path, content):
 
 
 def test_of_many_starts_at_a_stale_lock_one_gets_it(tmp_path):
+    for i in range(20):
+        folder = tmp_path / str(i)
+        folder.mkdir()
+        holder(folder, started="1")
+        with ThreadPoolExecutor(8) as pool:
+            lines = list(pool.map(lambda _: Lock(folder).take(), range(8)))  # noqa: B023
+        assert lines.count(None) == 1
+        assert [path.name for path in folder.iterdir()] == [NAME]
+
+
+def test_who_died_while_taking_over_hinders_nobody(tmp_path):
     holder(tmp_path, started="1")
+    stale = (tmp_path / NAME).read_text()
+    claimed = stale
+    for _ in range(2):  # a claim on the lock, and one on that claim, both of processes that are gone
+        claim = tmp_path / f"{NAME}.{hashlib.sha256(claimed.encode()).hexdigest()[:16]}"
+        claimed = json.dumps(Lock(tmp_path).own | {"started": "1"})
+        claim.write_text(claimed)
     with ThreadPoolExecutor(8) as pool:
         lines = list(pool.map(lambda _: Lock(tmp_path).take(), range(8)))
     assert lines.count(None) == 1
+    assert [path.name for path in tmp_path.iterdir()] == [NAME]
 
 
 def test_a_run_that_goes_on_elsewhere_is_not_touched(tmp_path, source):  # noqa: F811
