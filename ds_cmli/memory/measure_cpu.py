@@ -76,7 +76,7 @@ def _run(
         return models
 
     with _ranks(world_size):
-        with replaced(engine, "build_models", build):
+        with replaced(engine.train_engine, "build_models", build):
             train_engine = engine.build(config, ds_config, vocab_size, TOTAL_STEPS, torch.device("cpu"))
         with phases(train_engine, enter):
             for _ in range(2 * ds_config.accumulation):

@@ -242,7 +242,7 @@ def recorded_from_the_engine_on(
             convert_parameters(objective, lambda parameter: parameter.to(dtype))
         return objective, teacher
 
-    with replaced(engine, "build_models", build):
+    with replaced(engine.train_engine, "build_models", build):
         yield
 
 

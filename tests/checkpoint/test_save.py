@@ -20,7 +20,7 @@ from ds_cmli.config.presets import load_preset
 from ds_cmli.data import build_data, eval_loader
 from ds_cmli.distributed import process_group as distributed
 from tests.checkpoint.test_checksums import DAMAGES, flip
-from tests.test_engine import build
+from tests.engine.test_train_engine import build
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from ds_cmli.faults import nonfinite
 from tests.config.test_mistakes import pairs
 from tests.conftest import spawn
 from tests.drive_train import drive
-from tests.test_engine import FP16, build
+from tests.engine.test_train_engine import FP16, build
 
 # A loss scale that stays: a halved one would round the smallest gradients otherwise.
 PRECISIONS = {"fp32": {}, "bf16": {"bf16": {"enabled": True}}, "fp16": {"fp16": {"enabled": True, "loss_scale": 256}}}

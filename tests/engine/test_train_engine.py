@@ -13,6 +13,7 @@ from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.presets import load_preset
 from ds_cmli.data import Batch, build_data, eval_loader
 from ds_cmli.distributed import process_group as distributed
+from ds_cmli.engine import planning
 from tests.cmli.helpers import allocator_peak
 from tests.conftest import ROOT
 
@@ -133,10 +134,10 @@ def test_weight_decay_spares_norms_biases_and_embeddings(data):
 def test_the_backend_that_runs_is_told_in_one_line(monkeypatch):
     config, gpu, cpu = load_preset("tiny", {}), torch.device("cuda"), torch.device("cpu")
     asked = load_preset("tiny", {"loss": {"cmli_backend": "triton"}})
-    monkeypatch.setattr(engine, "why_no_triton", lambda: None)
+    monkeypatch.setattr(planning, "why_no_triton", lambda: None)
     here, line = engine.with_backend(config, gpu)
     assert (here.loss.cmli_backend, line) == ("triton", None)
-    monkeypatch.setattr(engine, "why_no_triton", lambda: "Failed to find C compiler.")
+    monkeypatch.setattr(planning, "why_no_triton", lambda: "Failed to find C compiler.")
     here, line = engine.with_backend(config, gpu)
     assert here.loss.cmli_backend == "chunked"
     assert "the slower chunked backend: Failed to find C compiler." in line and "\n" not in line
