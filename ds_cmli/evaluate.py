@@ -23,7 +23,7 @@ POINTING_CHANCE = 0.25  # a scene's pictures each fill a quarter
 
 
 def evaluate(
-    objective: Any, dataset: Any, data: Any, batch_size: int, device: Any, beat: Callable[[], None] = lambda: None
+    objective: Any, dataset: Any, data: Any, batch_size: int, device: Any, heartbeat: Callable[[], None] = lambda: None
 ) -> dict[str, Any]:
     """All metrics of one split, the same on every rank. Collective.
 
@@ -31,7 +31,7 @@ def evaluate(
     where pairs could not be used `left_out` and `left_out_first`, names of some.
 
     Each rank decodes and scores its share of the pictures against all captions; no token tensor of the whole split is
-    ever held. `beat` is called with every batch: a sign of life for whoever watches over the ranks.
+    ever held. `heartbeat` is called with every batch: a sign of life for whoever watches over the ranks.
 
     Raises:
         UserError: on every rank, where no pair can be used.
@@ -62,7 +62,7 @@ def evaluate(
             cls, patches = [], []
             pictures = held_out.pictures(share[start : start + CHUNK])
             for batch in eval_loader(pictures, data, batch_size, 0, 0, 1):
-                beat()
+                heartbeat()
                 batch = batch.to(device)
                 image_cls, features = student.encode_image(batch.image)
                 cls.append(upcast(l2_normalize(image_cls)))  # [B, H]
@@ -71,7 +71,7 @@ def evaluate(
                     hits += pointing_hits(student, batch, patches[-1])
             columns, usable = [], []
             for batch in eval_loader(held_out.captions(), data, batch_size, 0, 0, 1):
-                beat()
+                heartbeat()
                 usable.append(batch.token_mask.any(1))
                 batch = batch.to(device)
                 text_cls, tokens = student.encode_text(batch.input_ids, batch.attention_mask)

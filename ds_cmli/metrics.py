@@ -20,7 +20,7 @@ METRICS = "metrics.jsonl"
 DAMAGED = "metrics.damaged.jsonl"
 
 
-def cut(path: Path, step: int, evaluated: bool) -> str | None:
+def truncate(path: Path, step: int, evaluated: bool) -> str | None:
     """Leave out what a run wrote after the step it resumes from, and the last line where it is torn.
 
     Without `evaluated` the evaluation of that step goes too: it is done again. Lines that cannot be read are kept
@@ -144,9 +144,9 @@ class Writer:
 def _without_full_disks(hook: Callable[[Any], Any]) -> Callable[[Any], None]:
     """TensorBoard's thread would print a traceback for what its next use raises, and `Writer` tells, in one line."""
 
-    def told_later(found: Any) -> None:
-        if not (type(found.thread).__name__ == "_AsyncWriterThread" and isinstance(found.exc_value, OSError)):
-            hook(found)
+    def told_later(failure: Any) -> None:
+        if not (type(failure.thread).__name__ == "_AsyncWriterThread" and isinstance(failure.exc_value, OSError)):
+            hook(failure)
 
     return told_later
 

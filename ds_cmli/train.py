@@ -130,9 +130,9 @@ def run(
 
     # --- what there is to go on from
     resume = distributed.broadcast_object(run_folder.requeued(resume, folder))  # collective
-    found = restore.find(resume, folder)  # collective
-    ds_config, sampler, total_steps = plan(config, restore.cut_batch(found, ds_config), len(data.train))
-    state = restore.state_of(found, config, ds_config, with_changes, say)
+    point = restore.find(resume, folder)  # collective
+    ds_config, sampler, total_steps = plan(config, restore.rebatch(point, ds_config), len(data.train))
+    state = restore.state_of(point, config, ds_config, with_changes, say)
     if state.step >= total_steps and state.evaluated:
         say(f"the run in {folder} is finished, {state.step} steps: give another --output-dir to start a new one")
         return 0
@@ -147,7 +147,7 @@ def run(
 
     if dry_run:
         start = {"resume": resume, "profile": profiles.trace, "profile_memory": profiles.memory}
-        tried = parts(None, restore.fresh(found, config, sampler), NullWriter())
+        tried = parts(None, restore.fresh(point, config, sampler), NullWriter())
         return dry.rehearse(tried, ds_config, device, start, partial(next_batch, tried))  # collectives
 
     # --- engine
@@ -155,8 +155,8 @@ def run(
     say(notice)
     with out_of_memory.ending(here, ds_config, folder, device, watchdog):  # collective
         engine = build(here, ds_config, data.vocab_size, total_steps, device)
-        own = restore.load(found, engine, sampler, bad, with_changes)  # collective
-        run_folder.settle(resume, found, folder, config, ds_config)  # collective
+        own = restore.load(point, engine, sampler, bad, with_changes)  # collective
+        run_folder.settle(resume, point, folder, config, ds_config)  # collective
         writer = Writer(folder, total_steps, state.step) if distributed.is_main() else NullWriter()
         with profiles.around(engine, here, ds_config, folder, state.step) as after_step:
             return loop(parts(engine, own, writer), after_step)  # collective
@@ -290,10 +290,10 @@ def evaluate(run: Run) -> None:
     with run.meter.paused():
         for split, dataset in run.data.evals.items():
             batch, device = run.config.run.eval_batch, run.engine.device
-            found = evaluation.evaluate(run.engine.objective, dataset, run.data, batch, device, lambda: poll(run))
-            run.writer.log(run.state.step, {f"eval/{split}/{name}": value for name, value in found.items()})
-            run.writer.say(evaluation.summary(split, found))
-            run.state.best = evaluation.best(run.state.best, split, found, run.state.step)
+            measured = evaluation.evaluate(run.engine.objective, dataset, run.data, batch, device, lambda: poll(run))
+            run.writer.log(run.state.step, {f"eval/{split}/{name}": value for name, value in measured.items()})
+            run.writer.say(evaluation.summary(split, measured))
+            run.state.best = evaluation.best(run.state.best, split, measured, run.state.step)
     run.state.evaluated = True
 
 

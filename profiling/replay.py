@@ -20,7 +20,9 @@ from ds_cmli.common.errors import UserError  # noqa: E402
 
 @click.command(cls=GroupedCommand, context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("snapshot", type=click.Path())
-@option("What if", "--limit", metavar="SIZE|CARD", help="Of what may be reserved: 24GB (10^9 bytes), 22GiB, or a card.")
+@option(
+    "What if", "--limit", metavar="SIZE|GPU", help="The most to reserve: 24GB (10^9 bytes), 22GiB, or a GPU's name."
+)
 @option("What if", "--max-split-size-mb", type=click.IntRange(21), help="As in PYTORCH_ALLOC_CONF: MiB.")
 @option("What if", "--roundup-power2-divisions", type=click.IntRange(2), help="As there: a power of two.")
 @option("What if", "--garbage-collection-threshold", type=click.FloatRange(0, 1, min_open=True, max_open=True),
@@ -29,7 +31,7 @@ from ds_cmli.common.errors import UserError  # noqa: E402
 def command(snapshot: str, limit: str | None, max_split_size_mb: int | None, roundup_power2_divisions: int | None,
             garbage_collection_threshold: float | None, as_json: bool) -> None:  # fmt: skip
     """Replay a recorded history of CUDA's allocator through its model, from wherever it begins."""
-    from ds_cmli.memory import cards, snapshot_file
+    from ds_cmli.memory import gpus, snapshot_file
     from ds_cmli.memory.allocator import Settings
     from ds_cmli.memory.history import Replayed, beginning, replay_history
     from ds_cmli.memory.what_if import what_if
@@ -41,8 +43,8 @@ def command(snapshot: str, limit: str | None, max_split_size_mb: int | None, rou
         raise UserError("--garbage-collection-threshold is a share of --limit: give one, as PyTorch's needs a fraction")
     room = None
     if limit is not None:
-        room, card = cards.parse_room(limit, "--limit")
-        room = cards.card(card).usable if card else room
+        room, gpu = gpus.parse_memory(limit, "--limit")
+        room = gpus.find(gpu).usable if gpu else room
     settings = Settings((max_split_size_mb or 0) << 20 or None, divisions, garbage_collection_threshold or 0.0)
     asked = room is not None or settings != Settings()
 
@@ -81,13 +83,13 @@ def told(answer: Any, limit: int | None) -> str:
 
 
 def smallest_card(start: Any, trace: list[dict[str, Any]]) -> str:
-    from ds_cmli.memory.cards import cards
+    from ds_cmli.memory.gpus import all_gpus
     from ds_cmli.memory.what_if import what_if
 
-    for card in sorted(cards().values(), key=lambda card: card.usable):
-        if what_if(start, trace, card.usable).fits:
-            return f"  the smallest card that it fits on, of those that are known: {card.name}"
-    return "  it fits on none of the cards that are known"
+    for gpu in sorted(all_gpus().values(), key=lambda gpu: gpu.usable):
+        if what_if(start, trace, gpu.usable).fits:
+            return f"  the smallest GPU that it fits on, of those that are known: {gpu.name}"
+    return "  it fits on none of the GPUs that are known"
 
 
 def text(replayed: Any) -> str:

@@ -40,16 +40,16 @@ def fp16_device(monkeypatch):
 
 @pytest.fixture(scope="session")
 def predicting_process():
-    from ds_cmli.memory import apart
+    from ds_cmli.memory import predict_subprocess
 
-    with apart.Predictor(timeout_s=3600) as predictor:
+    with predict_subprocess.Predictor(timeout_s=3600) as predictor:
         yield predictor
 
 
 @pytest.fixture
 def one_predictor(monkeypatch, predicting_process):
     """Predictions of this process's commands come from one process that stays, and not from a new one each time."""
-    from ds_cmli.memory import apart
+    from ds_cmli.memory import predict_subprocess
 
     @contextlib.contextmanager
     def predictor(timeout_s):
@@ -72,7 +72,7 @@ def one_predictor(monkeypatch, predicting_process):
             self.waiting -= 1
             return predicting_process.receive()
 
-    monkeypatch.setattr(apart, "Predictor", predictor)
+    monkeypatch.setattr(predict_subprocess, "Predictor", predictor)
 
 
 def clean_environment() -> dict[str, str]:

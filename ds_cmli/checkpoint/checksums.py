@@ -1,6 +1,6 @@
 """Files that are whole or not there: written with their checksum, forced to disk, published by a rename, verified.
 
-A manifest lists each file of a folder with size and SHA-256, and vouches for itself in the same way.
+`checksums.json` lists each file of a folder with its size and SHA-256, and begins with its own SHA-256.
 """
 
 import hashlib
@@ -10,7 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
-NAME = "manifest.json"
+NAME = "checksums.json"
+FORMER_NAME = "manifest.json"  # of checkpoints written before the file was renamed
 READ_BYTES = 1 << 20
 
 
@@ -36,7 +37,7 @@ class _Hashing:
 
 
 def write_file(path: Path, write: Callable[[Any], Any]) -> dict[str, Any]:
-    """Create `path` by `write(file)`, force it to disk and return its line for the manifest. Raises OSError."""
+    """Create `path` by `write(file)`, force it to disk and return its entry for `checksums.json`. Raises OSError."""
     with open(path, "wb") as file:
         hashing = _Hashing(file)
         try:
@@ -66,7 +67,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def write(folder: Path, files: dict[str, dict[str, Any]]) -> None:
-    """The manifest of `folder`: files by name, each as `write_file` described it."""
+    """Write `checksums.json` of `folder`: files by name, each as `write_file` described it."""
     write_file(folder / NAME, lambda file: file.write(_text(files).encode()))
     sync_folder(folder)
 
@@ -77,9 +78,10 @@ def _text(files: dict[str, dict[str, Any]]) -> str:
 
 
 def read(folder: Path) -> dict[str, dict[str, Any]]:
-    """The files that the manifest names; raises ValueError with what is wrong with it."""
+    """The entries of `checksums.json` by file name; raises ValueError with what is wrong with it."""
     try:
-        text = (folder / NAME).read_text()
+        former = folder / FORMER_NAME
+        text = (former if former.is_file() else folder / NAME).read_text()
         files = json.loads(text.partition("\n")[2])
     except FileNotFoundError:
         raise ValueError(f"{NAME} is missing") from None
@@ -91,7 +93,7 @@ def read(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def problem(folder: Path, part: int = 0, parts: int = 1) -> str | None:
-    """What is wrong with `folder`, None where all is as the manifest says.
+    """What is wrong with `folder`, None where all is as `checksums.json` says.
 
     With `parts`, every so-many-th file only is read: ranks share the work.
     """
@@ -101,12 +103,12 @@ def problem(folder: Path, part: int = 0, parts: int = 1) -> str | None:
         return str(error)
     for name, expected in sorted(files.items())[part::parts]:
         try:
-            found = _describe(folder / name)
+            actual = _describe(folder / name)
         except OSError as error:
             return f"{name} cannot be read ({error.strerror})"
-        if found["bytes"] != expected["bytes"]:
-            return f"{name} has {found['bytes']} bytes instead of {expected['bytes']}"
-        if found != expected:
+        if actual["bytes"] != expected["bytes"]:
+            return f"{name} has {actual['bytes']} bytes instead of {expected['bytes']}"
+        if actual != expected:
             return f"{name} does not match its checksum"
     return None
 

@@ -34,11 +34,11 @@ def not_finite(value: Any, name: str = "") -> str | None:
         least, most = value.detach().aminmax()  # NaN passes through both; no mask of the tensor's size is made
         return None if least.isfinite() and most.isfinite() else name
     items = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list | tuple) else ()
-    return next((found for key, x in items if (found := not_finite(x, f"{name}.{key}".lstrip(".")))), None)
+    return next((bad_name for key, x in items if (bad_name := not_finite(x, f"{name}.{key}".lstrip(".")))), None)
 
 
-class Shards(TorchCheckpointEngine):
-    """Attributes: `files`, what the manifest says of each file written; `error`, why one could not be."""
+class CheckpointWriter(TorchCheckpointEngine):
+    """Attributes: `files`, size and checksum of each file written; `error`, why one could not be."""
 
     def __init__(self):
         super().__init__()
@@ -58,18 +58,18 @@ class Shards(TorchCheckpointEngine):
         return torch.load(path, map_location=map_location, weights_only=True)  # what `no_code` allows, and no more
 
 
-def write_tensors(shards: Shards, value: Any, path: Path) -> None:
-    """`torch.save`, noted in `shards`; nothing that is not finite is written."""
-    if shards.error is not None:
+def write_tensors(writer: CheckpointWriter, value: Any, path: Path) -> None:
+    """`torch.save`, noted in `writer`; nothing that is not finite is written."""
+    if writer.error is not None:
         return
     bad = not_finite(value)
     if bad is not None:
-        shards.error = NotFinite(f"{bad} in {path.name}")
+        writer.error = NotFinite(f"{bad} in {path.name}")
         return
     try:
-        shards.files[path.name] = checksums.write_file(path, lambda file: torch.save(value, file))
+        writer.files[path.name] = checksums.write_file(path, lambda file: torch.save(value, file))
     except OSError as error:
-        shards.error = error
+        writer.error = error
 
 
 @contextmanager

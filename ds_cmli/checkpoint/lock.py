@@ -24,7 +24,7 @@ from ds_cmli.common.errors import UserError
 from ds_cmli.distributed import process_group as distributed
 
 NAME = "run.lock"
-BEAT = 15.0  # seconds between two touches
+TOUCH_SECONDS = 15.0  # seconds between two touches
 LEASE = 180.0  # seconds without one after which a holder on another machine is gone; NFS shows a touch after up to 60
 
 
@@ -51,7 +51,7 @@ def held(folder: Path) -> Iterator[None]:
 class Lock:
     def __init__(self, folder: Path):
         self.folder, self.path = folder, folder / NAME
-        self.own: dict[str, Any] = {
+        self.mine: dict[str, Any] = {
             "host": socket.gethostname(),
             "pid": os.getpid(),
             "since": time.strftime("%Y-%m-%d %H:%M:%S"),
@@ -71,30 +71,30 @@ class Lock:
                     return self._line(content, age)
                 if content is not None and not self._replace(content):
                     return f"--output-dir is {str(self.folder)!r}: another start is just taking it over from one gone"
-                if self._read(self.path)[0] == json.dumps(self.own):
+                if self._read(self.path)[0] == json.dumps(self.mine):
                     break
         except OSError as error:
             return f"--output-dir is {str(self.folder)!r}: cannot lock it: {error.strerror}"
-        threading.Thread(target=self._beat, daemon=True).start()
+        threading.Thread(target=self._keep_touching, daemon=True).start()
         return None
 
     def give_back(self) -> None:
         self.ended.set()
         with contextlib.suppress(OSError):
-            if self._read(self.path)[0] == json.dumps(self.own):
+            if self._read(self.path)[0] == json.dumps(self.mine):
                 self.path.unlink()
 
     def _make(self, path: Path) -> bool:
         try:
             with open(path, "x") as file:
-                json.dump(self.own, file)
+                json.dump(self.mine, file)
         except FileExistsError:
             return False
         return True
 
     def _read(self, path: Path) -> tuple[str | None, float]:
         """What a lock says, None where there is none; and its age by the server's clock."""
-        probe = self.path.with_name(f"{NAME}.{self.own['token']}")
+        probe = self.path.with_name(f"{NAME}.{self.mine['token']}")
         probe.touch()
         now = probe.stat().st_mtime
         probe.unlink()
@@ -104,16 +104,16 @@ class Lock:
             return None, 0.0
 
     def _lives(self, content: str, age: float) -> bool:
-        found = _parsed(content)
-        if found is not None and found.get("place") == self.own["place"]:
-            return found.get("started") == _started(found.get("pid"))
-        job, restarts = (found or {}).get("slurm") or (None, None)
-        if job and [job, restarts] != self.own["slurm"] and job == self.own["slurm"][0]:
+        holder = _parsed(content)
+        if holder is not None and holder.get("place") == self.mine["place"]:
+            return holder.get("started") == _started(holder.get("pid"))
+        job, restarts = (holder or {}).get("slurm") or (None, None)
+        if job and [job, restarts] != self.mine["slurm"] and job == self.mine["slurm"][0]:
             return False  # an earlier start of this job, which Slurm has ended
         return age < LEASE
 
     def _replace(self, stale: str) -> bool:
-        """Put the own lock in the place of this one, whose holder is gone; False where another start is doing so."""
+        """Replace the lock of a holder that is gone by this process's; False where another start is doing so."""
         claims, claimed = [], stale
         while True:
             claims.append(self.path.with_name(f"{NAME}.{hashlib.sha256(claimed.encode()).hexdigest()[:16]}"))
@@ -126,7 +126,7 @@ class Lock:
                 return False
             claimed = content  # who made the claim is gone too: the claim on the claim decides
         if self._read(self.path)[0] == stale:  # else it was replaced before this claim was made
-            made = self.path.with_name(f"{NAME}.{self.own['token']}")
+            made = self.path.with_name(f"{NAME}.{self.mine['token']}")
             self._make(made)
             os.replace(made, self.path)
         for claim in claims:
@@ -134,22 +134,22 @@ class Lock:
         return True
 
     def _line(self, content: str, age: float) -> str:
-        found = _parsed(content)
-        if found is None:
+        holder = _parsed(content)
+        if holder is None:
             return f"{self.path} cannot be read: another start is just making it, or remove it"
         line = (
-            f"--output-dir is {str(self.folder)!r}: in use since {found.get('since')} by process {found.get('pid')} on "
-            f"{found.get('host')}: end that run, or give another --output-dir"
+            f"--output-dir is {str(self.folder)!r}: in use since {holder.get('since')} by process {holder.get('pid')} "
+            f"on {holder.get('host')}: end that run, or give another --output-dir"
         )
-        if found.get("place") != self.own["place"]:
+        if holder.get("place") != self.mine["place"]:
             line += f" (last sign of life {max(0.0, age):.0f} s ago; without one for {LEASE:.0f} s the folder is free)"
         return line
 
-    def _beat(self) -> None:
-        while not self.ended.wait(BEAT):
+    def _keep_touching(self) -> None:
+        while not self.ended.wait(TOUCH_SECONDS):
             with contextlib.suppress(OSError):
                 content, _ = self._read(self.path)
-                if content and content != json.dumps(self.own):  # this process stood still for longer than the lease
+                if content and content != json.dumps(self.mine):  # this process stood still for longer than the lease
                     print(f"error: {self._line(content, 0.0)}", flush=True)
                     leave(2)
                 os.utime(self.path)
@@ -158,10 +158,10 @@ class Lock:
 def _parsed(content: str) -> dict[str, Any] | None:
     """The holder that a lock names; None where it cannot be read (yet)."""
     try:
-        found = json.loads(content)
+        holder = json.loads(content)
     except ValueError:
         return None
-    return found if isinstance(found, dict) else None
+    return holder if isinstance(holder, dict) else None
 
 
 def _place() -> str:

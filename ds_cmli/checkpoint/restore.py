@@ -1,6 +1,6 @@
 """How a run goes on: which checkpoint, whether it fits, and putting everything back as it was.
 
-Everything read here has been verified against the checkpoint's manifest; DeepSpeed's files and ours are loaded without
+Everything read here has been verified against the checkpoint's checksums; DeepSpeed's files and ours are loaded without
 running code from them.
 """
 
@@ -25,26 +25,26 @@ from ds_cmli.engine import TrainEngine
 
 
 @dataclass
-class Found:
+class ResumePoint:
     """A verified checkpoint to go on from."""
 
     path: Path
     state: TrainState
     ranks: int  # that wrote it
     lines: list[str]  # what to tell: damaged checkpoints that were passed over
-    cut_otherwise: bool = False  # whether weights and optimizer are cut into files otherwise than this start does it
+    resharded: bool = False  # this start divides weights and optimizer states into other files
 
     @property
     def same_ranks(self) -> bool:
         return self.ranks == distributed.world_size()
 
     @property
-    def cut_as_asked(self) -> bool:
-        """Whether this start's settings still say how the batch is cut into ranks."""
-        return self.same_ranks and not self.state.cut
+    def batch_as_asked(self) -> bool:
+        """Whether the batch is split over ranks as this start's settings say."""
+        return self.same_ranks and not self.state.rebatched
 
 
-def find(resume: str, folder: Path) -> Found | None:
+def find(resume: str, folder: Path) -> ResumePoint | None:
     """The newest checkpoint that is whole, by `--resume` and the run's folder; None for a fresh start. Collective.
 
     Raises:
@@ -58,11 +58,11 @@ def find(resume: str, folder: Path) -> Found | None:
     lines: list[str] = []
     for path in paths:
         # Ranks share the reading; it costs as much as loading.
-        own = checksums.problem(path, distributed.rank(), distributed.world_size())
-        problem = next((p for p in distributed.gather_objects(own) if p), None)  # collective
+        mine = checksums.problem(path, distributed.rank(), distributed.world_size())
+        problem = next((p for p in distributed.gather_objects(mine) if p), None)  # collective
         if problem is None:
             state = checkpoint.read_state(path)
-            return Found(path, state, state.world_size, lines)
+            return ResumePoint(path, state, state.world_size, lines)
         lines.append(f"checkpoint {path} is damaged: {problem}; trying the one before")
     if lines:
         raise UserError(f"{lines[-1].rsplit(';', 1)[0]}; there is no other to go on from: --resume never starts over")
@@ -71,8 +71,8 @@ def find(resume: str, folder: Path) -> Found | None:
 
 def _candidates(resume: str, folder: Path) -> tuple[list[Path], str | None]:
     """Checkpoints in the order to try them, or what is wrong with `--resume`."""
-    own = folder / checkpoint.FOLDER
-    known = [own / name for name in checkpoint.candidates(own)]
+    of_run = folder / checkpoint.FOLDER
+    known = [of_run / name for name in checkpoint.candidates(of_run)]
     if resume == "never":
         return [], None
     if resume == "auto":
@@ -81,16 +81,16 @@ def _candidates(resume: str, folder: Path) -> tuple[list[Path], str | None]:
         return known or [aside / name for name in checkpoint.candidates(aside)], None
     path = Path(resume).absolute()
     if path.is_dir() and path.name in checkpoint.names(path.parent):
-        root, found = path.parent, [path]
+        root, paths = path.parent, [path]
     else:
         root = path if path.name == checkpoint.FOLDER else path / checkpoint.FOLDER
-        found = [root / name for name in checkpoint.candidates(root)]
-    if known and root != own.absolute():
+        paths = [root / name for name in checkpoint.candidates(root)]
+    if known and root != of_run.absolute():
         return known, None  # started from another run before, and interrupted since
-    return found, None if found else f"--resume is {resume!r}: no checkpoint there; give a run's output folder"
+    return paths, None if paths else f"--resume is {resume!r}: no checkpoint there; give a run's output folder"
 
 
-def cut_batch(found: Found | None, ds_config: DeepSpeedConfig) -> DeepSpeedConfig:
+def rebatch(point: ResumePoint | None, ds_config: DeepSpeedConfig) -> DeepSpeedConfig:
     """The DeepSpeed JSON with the batch of the run to resume, where the number of ranks has changed, now or before.
 
     The global batch stays, and with it the negatives; so does accumulation, which must not stand in for ranks.
@@ -98,9 +98,9 @@ def cut_batch(found: Found | None, ds_config: DeepSpeedConfig) -> DeepSpeedConfi
     Raises:
         UserError: the batch does not divide by the number of ranks.
     """
-    if found is None or found.cut_as_asked:
+    if point is None or point.batch_as_asked:
         return ds_config
-    total, accumulation, ranks = found.state.train_batch_size, found.state.accumulation, distributed.world_size()
+    total, accumulation, ranks = point.state.train_batch_size, point.state.accumulation, distributed.world_size()
     negatives = total // accumulation
     if negatives % ranks:
         fitting = ", ".join(str(n) for n in range(1, negatives + 1) if negatives % n == 0)
@@ -114,7 +114,7 @@ def cut_batch(found: Found | None, ds_config: DeepSpeedConfig) -> DeepSpeedConfi
 
 
 def state_of(
-    found: Found | None,
+    point: ResumePoint | None,
     config: Config,
     ds_config: DeepSpeedConfig,
     with_changes: bool,
@@ -126,60 +126,60 @@ def state_of(
         UserError: the run to resume was made with other settings; the differences are listed.
     """
     now = settings.compared(config, ds_config)
-    state = TrainState() if found is None else found.state
-    if found is not None:
-        for line in found.lines:
+    state = TrainState() if point is None else point.state
+    if point is not None:
+        for line in point.lines:
             say(line)
-        changed = settings.differences(state.config, now, found.cut_as_asked)
+        changed = settings.differences(state.config, now, point.batch_as_asked)
         if changed and not with_changes:
             raise UserError(
-                f"the run in {found.path.parent.parent} was made with other settings: {'; '.join(changed)}. Give the "
+                f"the run in {point.path.parent.parent} was made with other settings: {'; '.join(changed)}. Give the "
                 "old ones, another --output-dir, or --resume-with-changes"
             )
-        say(f"resuming from {found.path}" + (f" with changes: {'; '.join(changed)}" if changed else ""))
-        found.cut_otherwise = _cut_otherwise(found, now)
-        if found.cut_otherwise or not found.same_ranks:
-            how = "through a universal checkpoint" if found.cut_otherwise else "as it is"
-            say(f"written by {found.ranks} ranks, read by {distributed.world_size()}: {how}")
-        state.cut = not found.cut_as_asked
+        say(f"resuming from {point.path}" + (f" with changes: {'; '.join(changed)}" if changed else ""))
+        point.resharded = _is_resharded(point, now)
+        if point.resharded or not point.same_ranks:
+            how = "through a universal checkpoint" if point.resharded else "as it is"
+            say(f"written by {point.ranks} ranks, read by {distributed.world_size()}: {how}")
+        state.rebatched = not point.batch_as_asked
     state.config, state.digest = now, settings.digest(now)
     state.world_size = distributed.world_size()
     state.train_batch_size, state.accumulation = ds_config.train_batch, ds_config.accumulation
     return state
 
 
-def fresh(found: Found | None, config: Config, sampler: GlobalBatchSampler) -> RankState:
+def fresh(point: ResumePoint | None, config: Config, sampler: GlobalBatchSampler) -> RankState:
     """A rank's own state where only the position in the data is put back."""
-    if found is not None:
-        sampler.load_state_dict(found.state.sampler)
+    if point is not None:
+        sampler.load_state_dict(point.state.sampler)
     sums = 2 + len(config.loss.weights)  # the weighted sum, each loss, and ignored negatives
     return RankState(torch.zeros(sums))
 
 
-def _cut_otherwise(found: Found, now: dict[str, Any]) -> bool:
+def _is_resharded(point: ResumePoint, now: dict[str, Any]) -> bool:
     """Whether DeepSpeed's files of the checkpoint are not those that this start would write."""
     sections = ("deepspeed.zero_", "deepspeed.fp16", "deepspeed.bf16", "deepspeed.data_types", "deepspeed.torch_auto")
-    before, after = ({k: v for k, v in x.items() if k.startswith(sections)} for x in (found.state.config, now))
-    return before != after or (not found.same_ranks and now.get("deepspeed.zero_optimization.stage", 0) != 0)
+    before, after = ({k: v for k, v in x.items() if k.startswith(sections)} for x in (point.state.config, now))
+    return before != after or (not point.same_ranks and now.get("deepspeed.zero_optimization.stage", 0) != 0)
 
 
 def load(
-    found: Found | None, step: TrainEngine, sampler: GlobalBatchSampler, bad: BadSamples, with_changes: bool
+    point: ResumePoint | None, step: TrainEngine, sampler: GlobalBatchSampler, bad: BadSamples, with_changes: bool
 ) -> RankState:
     """Put engine, sampler, broken-sample counts and random generators back, where there is what to go on from.
 
     Collective.
     """
     names = 2 + len(step.objective.config.weights)  # as `fresh`
-    if found is None:
+    if point is None:
         return RankState(torch.zeros(names, device=step.device))
-    _load_engine(found, step, with_changes)  # collectives
-    sampler.load_state_dict(found.state.sampler)
+    _load_engine(point, step, with_changes)  # collectives
+    sampler.load_state_dict(point.state.sampler)
     rank = distributed.rank()
-    if found.same_ranks:
-        own = RankState(**checkpoint.read_rank(found.path, rank))
+    if point.same_ranks:
+        own = RankState(**checkpoint.read_rank(point.path, rank))
     else:
-        every = [checkpoint.read_rank(found.path, r) for r in range(found.ranks)]
+        every = [checkpoint.read_rank(point.path, r) for r in range(point.ranks)]
         own = redistribute(every, rank, distributed.world_size(), sampler.seed)
     own.sums = own.sums.to(step.device)
     if len(own.sums) != names:  # resumed with other losses
@@ -189,26 +189,26 @@ def load(
     return own
 
 
-def _load_engine(found: Found, step: TrainEngine, with_changes: bool) -> None:
-    from ds_cmli.checkpoint.io import Shards, no_code, not_finite
+def _load_engine(point: ResumePoint, step: TrainEngine, with_changes: bool) -> None:
+    from ds_cmli.checkpoint.io import CheckpointWriter, no_code, not_finite
 
-    engine, path = step.engine, found.path
+    engine, path = step.engine, point.path
     fresh = [{k: v for k, v in group.items() if k != "params"} for group in engine.optimizer.param_groups]
     try:
-        if found.cut_otherwise:
+        if point.resharded:
             converted = universal.convert(path, step.names)  # collective
             universal.load(step, converted)  # collectives
             distributed.gather_objects(None)  # collective: all have read it
             if distributed.is_main():
                 universal.remove(converted)
         else:
-            engine.checkpoint_engine = Shards()
+            engine.checkpoint_engine = CheckpointWriter()
             with no_code():
                 engine.load_checkpoint(str(path.parent), tag=path.name)  # collectives
         if with_changes:
             _apply_rates(engine, fresh)
-        own = not_finite({"weights": checkpoint.parts(engine), "optimizer": list(engine.optimizer.state.values())})
-        bad = next((name for name in distributed.gather_objects(own) if name), None)  # collective
+        mine = not_finite({"weights": checkpoint.parts(engine), "optimizer": list(engine.optimizer.state.values())})
+        bad = next((name for name in distributed.gather_objects(mine) if name), None)  # collective
         if bad is not None:
             raise UserError(f"{path}: its {bad} is not finite: give an earlier checkpoint by --resume PATH")
     except UserError:

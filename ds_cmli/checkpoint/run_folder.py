@@ -11,7 +11,7 @@ from pathlib import Path
 from ds_cmli import metrics
 from ds_cmli.checkpoint import checksums
 from ds_cmli.checkpoint import save as checkpoint
-from ds_cmli.checkpoint.restore import Found
+from ds_cmli.checkpoint.restore import ResumePoint
 from ds_cmli.checkpoint.train_state import TrainState
 from ds_cmli.common import provenance
 from ds_cmli.common.errors import UserError
@@ -105,7 +105,7 @@ def requeued(resume: str, folder: Path) -> str:
     return "auto" if job is not None and job == env.get("SLURM_JOB_ID") else resume
 
 
-def settle(resume: str, found: Found | None, folder: Path, config: Config, ds_config: DeepSpeedConfig) -> None:
+def settle(resume: str, point: ResumePoint | None, folder: Path, config: Config, ds_config: DeepSpeedConfig) -> None:
     """Make the run's folder agree with where the run goes on: what a later step left there must not count again.
 
     Collective; raises `UserError` on every rank where it cannot be written.
@@ -113,7 +113,7 @@ def settle(resume: str, found: Found | None, folder: Path, config: Config, ds_co
     error = None
     if distributed.is_main():
         try:
-            _settle(resume, found, folder, config, ds_config)
+            _settle(resume, point, folder, config, ds_config)
         except OSError as caught:
             error = f"--output-dir is {str(folder)!r}: cannot write there: {caught.strerror}"
     error = distributed.broadcast_object(error)  # collective
@@ -121,23 +121,23 @@ def settle(resume: str, found: Found | None, folder: Path, config: Config, ds_co
         raise UserError(error)
 
 
-def _settle(resume: str, found: Found | None, folder: Path, config: Config, ds_config: DeepSpeedConfig) -> None:
+def _settle(resume: str, point: ResumePoint | None, folder: Path, config: Config, ds_config: DeepSpeedConfig) -> None:
     root = folder / checkpoint.FOLDER
     aside = folder / checkpoint.REPLACED
     if resume == "never":
         _set_aside(folder, aside)
     elif aside.is_dir() and (not (aside / checkpoint.FOLDER).exists() or not checkpoint.names(root)):
         _put_back(folder, aside)
-        if found is not None and found.path.parent == aside / checkpoint.FOLDER:
-            found.path = root / found.path.name
+        if point is not None and point.path.parent == aside / checkpoint.FOLDER:
+            point.path = root / point.path.name
     if (
-        found is not None
-        and found.path.parent.absolute() == root.absolute()
-        and checkpoint.latest(root) != found.path.name
+        point is not None
+        and point.path.parent.absolute() == root.absolute()
+        and checkpoint.latest(root) != point.path.name
     ):
-        checksums.publish(root / checkpoint.LATEST, found.path.name.encode())
-    state = found.state if found is not None else TrainState()
-    damage = metrics.cut(folder / metrics.METRICS, state.step, state.evaluated)
+        checksums.publish(root / checkpoint.LATEST, point.path.name.encode())
+    state = point.state if point is not None else TrainState()
+    damage = metrics.truncate(folder / metrics.METRICS, state.step, state.evaluated)
     if damage:
         print(damage, flush=True)
     beside = folder / ("config.json" + checkpoint.WRITING)

@@ -1,8 +1,8 @@
 """Checkpoints: written beside, published by a rename, verified before use; and the student's weights alone.
 
-`checkpoint/stepN/` holds DeepSpeed's files, `state.json` (`TrainState`), `rank-R.pt` (`RankState`) and `manifest.json`;
-`checkpoint/latest` names the newest one that is whole. Until that file is replaced the checkpoint before counts, and
-what is not whole ends in `.writing`. A folder `stepN.K` is a later checkpoint of the same step.
+`checkpoint/stepN/` holds DeepSpeed's files, `state.json` (`TrainState`), `rank-R.pt` (`RankState`) and
+`checksums.json`. `checkpoint/latest` names the newest checkpoint that is complete; until that file is replaced the one
+before counts. What is not complete ends in `.writing`. A folder `stepN.K` is a later checkpoint of the same step.
 """
 
 import json
@@ -105,12 +105,12 @@ class Checkpoints:
 
 def names(root: Path) -> list[str]:
     """The checkpoints in `root`, oldest first."""
-    found = []
+    numbered = []
     for path in root.iterdir() if root.is_dir() else ():
         match = re.fullmatch(r"step(\d+)(?:\.(\d+))?", path.name)
         if match and path.is_dir():
-            found.append((int(match[1]), int(match[2] or 0), path.name))
-    return [name for *_, name in sorted(found)]
+            numbered.append((int(match[1]), int(match[2] or 0), path.name))
+    return [name for *_, name in sorted(numbered)]
 
 
 def latest(root: Path) -> str | None:
@@ -195,30 +195,30 @@ def _write(
 ) -> tuple[dict[str, dict[str, Any]], str | None, bool]:
     """Every file of a checkpoint, and `student.safetensors` beside the old one. Collective; raises on no rank alone.
 
-    Returns what the manifest says of the files of all ranks, why it failed, if it did, and whether for a tensor.
+    Returns sizes and checksums of the files of all ranks, why it failed, if it did, and whether for a tensor.
     """
-    from ds_cmli.checkpoint.io import NotFinite, Shards, not_finite, write_tensors
+    from ds_cmli.checkpoint.io import CheckpointWriter, NotFinite, not_finite, write_tensors
 
-    shards = Shards()
+    writer = CheckpointWriter()
     engine = step.engine
-    engine.checkpoint_engine = shards
+    engine.checkpoint_engine = writer
     bad = not_finite(parts(engine))  # of ZeRO-3's 16-bit weights no file holds a copy
     if bad is not None:
-        shards.error = NotFinite(f"the weight {bad}")
+        writer.error = NotFinite(f"the weight {bad}")
     engine._copy_recovery_script = lambda path: None  # `student.safetensors` is in fp32 already
     engine.save_checkpoint(str(writing.parent), tag=writing.name, save_latest=False)  # collectives
-    write_tensors(shards, own.to_dict(), writing / f"rank-{distributed.rank()}.pt")
+    write_tensors(writer, own.to_dict(), writing / f"rank-{distributed.rank()}.pt")
     weights = full_weights(step.objective, step.engine.optimizer)  # collectives
-    if distributed.is_main() and shards.error is None:
+    if distributed.is_main() and writer.error is None:
         text = json.dumps(state.to_dict(), indent=1)
         data = to_safetensors(weights, metadata={"format": "pt"})  # one key: with more, their order is random
         try:
-            shards.files[STATE] = checksums.write_file(writing / STATE, lambda file: file.write(text.encode()))
+            writer.files[STATE] = checksums.write_file(writing / STATE, lambda file: file.write(text.encode()))
             checksums.write_file(folder / (WEIGHTS + WRITING), lambda file: file.write(data))
         except OSError as error:
-            shards.error = error
-    problem = None if shards.error is None else str(shards.error).splitlines()[0]
-    every = distributed.gather_objects((shards.files, problem, isinstance(shards.error, NotFinite)))  # collective
+            writer.error = error
+    problem = None if writer.error is None else str(writer.error).splitlines()[0]
+    every = distributed.gather_objects((writer.files, problem, isinstance(writer.error, NotFinite)))  # collective
     files = {name: file for theirs, *_ in every for name, file in theirs.items()}
     refusal = next((f"rank {rank}: {theirs}" for rank, (_, theirs, _) in enumerate(every) if theirs), None)
     return files, refusal, any(bad for *_, bad in every)
@@ -247,6 +247,8 @@ def remove(path: Path) -> None:
 def read_state(path: Path) -> TrainState:
     """Of a verified checkpoint; raises `UserError` where another version wrote what this one does not know."""
     values = json.loads((path / STATE).read_text())
+    if "cut" in values:  # the former name
+        values["rebatched"] = values.pop("cut")
     unknown = sorted({*values} - {field.name for field in fields(TrainState)})
     if unknown:
         raise UserError(

@@ -26,7 +26,7 @@ class TrainState:
     world_size: int = 1
     train_batch_size: int = 0  # pairs of an optimizer step, over all ranks
     accumulation: int = 1
-    cut: bool = False  # whether the number of ranks has changed since: the batch is then cut otherwise than asked for
+    rebatched: bool = False  # the number of ranks has changed since: micro-batches are then not those asked for
     config: dict[str, Any] = field(default_factory=dict)  # what `settings.py` compares at resume
     digest: str = ""  # of `config`
 

@@ -61,8 +61,8 @@ def _value(section: str, key: str, value: Any, known: dict[str, keys.Kind]) -> N
     where = f"{section}.{key}" if section else key
     if key not in known:
         names = {*known, *(n.rpartition(".")[2] for n in keys.SECTIONS if n and n.rpartition(".")[0] == section)}
-        found = f"key of {section} is {shown(key)}" if section else f"key is {shown(key)}"
-        raise UserError(f"{found}: {nearest(key, names)}")
+        place = f"key of {section} is {shown(key)}" if section else f"key is {shown(key)}"
+        raise UserError(f"{place}: {nearest(key, names)}")
     if isinstance(value, str) and value == "auto" and known[key](value) is not None:
         if where not in keys.AUTO:
             raise UserError(f'{where} is "auto", which is not filled for this key: {known[key](value)}')
@@ -184,9 +184,9 @@ def deep(content: Mapping[str, Any]) -> None:
             model(**content.get(section, {}))
         except pydantic.ValidationError as error:
             first = error.errors()[0]
-            found = f" is {shown(first.get('input'))}" if first["loc"] else ""  # else it is the whole section
+            value = f" is {shown(first.get('input'))}" if first["loc"] else ""  # else it is the whole section
             where = ".".join([section, *map(str, first["loc"])])
             message = first["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
-            raise UserError(f"{where}{found}: DeepSpeed says: {message}") from None
+            raise UserError(f"{where}{value}: DeepSpeed says: {message}") from None
         except (AssertionError, TypeError, ValueError) as error:
             raise UserError(f"{section}: DeepSpeed says: {error}") from None

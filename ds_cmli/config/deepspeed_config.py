@@ -277,9 +277,9 @@ class DeepSpeedConfig(Mapping):
         if "scheduler" in self.content and scheduler.get("warmup_num_steps", None) != "auto":
             says["warmup_share"] = {"scheduler": self.content["scheduler"].get("type")}
         for setting, (option, value) in given.items():
-            for where, found in says.get(setting, {}).items():
-                if found != "auto" and found != value:
-                    lines.append(f"{option} {value} does not count: the DeepSpeed JSON says {where} {found}")
+            for where, said in says.get(setting, {}).items():
+                if said != "auto" and said != value:
+                    lines.append(f"{option} {value} does not count: the DeepSpeed JSON says {where} {said}")
         return lines
 
 

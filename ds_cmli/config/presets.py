@@ -20,7 +20,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         },
         "optim": {"lr": 2e-4, "warmup_share": 0.15, "micro_batch": 64, "steps": 210},
     },
-    # The document's setting. Card and models are assumed: it names neither.
+    # The document's setting. GPU and models are assumed: it names neither.
     "paper": {
         "student": {
             "image_model": "vit_base_patch16_224",

@@ -89,6 +89,6 @@ def _optimizer(ds_config: DeepSpeedConfig) -> tuple[Any, dict[str, Any]]:
     kind, params = ds_config.optimizer_type, ds_config.optimizer_params
     if kind in ("Adam", "AdamW") and params.pop("torch_adam") and params.pop("adam_w_mode", True):
         kind = "AdamW"
-    found = getattr(torch.optim, kind, torch.optim.AdamW)
-    takes = inspect.signature(found).parameters
-    return found, {key: value for key, value in params.items() if key in takes}
+    stand_in = getattr(torch.optim, kind, torch.optim.AdamW)
+    takes = inspect.signature(stand_in).parameters
+    return stand_in, {key: value for key, value in params.items() if key in takes}

@@ -12,8 +12,8 @@ FREE = {
     *("run.preset", "run.output_dir", "run.log_every", "run.eval_every", "run.save_every", "run.save_minutes"),
     *("run.keep", "run.resume", "run.resume_with_changes", "run.most_skipped", "run.watchdog", "data.workers"),
 }
-# How the global batch is cut into ranks: it stays the same, and the cut follows the number of ranks.
-CUT = {"optim.micro_batch", "deepspeed.train_micro_batch_size_per_gpu"}
+# How the global batch is split over ranks: it stays the same when the number of ranks changes, these do not.
+BATCH_SPLIT = {"optim.micro_batch", "deepspeed.train_micro_batch_size_per_gpu"}
 
 
 def flatten(value: Any, path: str = "") -> dict[str, Any]:
@@ -38,7 +38,7 @@ def digest(settings: dict[str, Any]) -> str:
 
 def differences(before: dict[str, Any], now: dict[str, Any], same_ranks: bool) -> list[str]:
     """`["optim.lr: 0.001 -> 0.002", ...]`."""
-    names = sorted({*before, *now} - (set() if same_ranks else CUT))
+    names = sorted({*before, *now} - (set() if same_ranks else BATCH_SPLIT))
 
     def show(settings: dict[str, Any], name: str) -> str:
         return json.dumps(settings[name]) if name in settings else "not set"

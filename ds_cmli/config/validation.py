@@ -15,15 +15,15 @@ TYPES = {"integer": "int", "number": "float", "string": "str", "boolean": "bool"
 OUT_OF_RANGE = ("greater_than", "greater_than_equal", "less_than", "less_than_equal", "too_short")
 
 
-def check(ok: bool, setting: str, found: object, need: str) -> None:
+def check(ok: bool, setting: str, value: object, need: str) -> None:
     """Raise the one-line `UserError` for a setting that does not hold."""
     if not ok:
-        raise UserError(f"{setting} is {shown(found)}: {need}")
+        raise UserError(f"{setting} is {shown(value)}: {need}")
 
 
-def choice(setting: str, found: object, known) -> None:
-    if found not in known:
-        raise UserError(f"{setting} is {shown(found)}: {nearest(str(found), known)}")
+def choice(setting: str, value: object, known) -> None:
+    if value not in known:
+        raise UserError(f"{setting} is {shown(value)}: {nearest(str(value), known)}")
 
 
 def shown(value: object) -> str:

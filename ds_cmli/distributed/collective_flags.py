@@ -33,8 +33,8 @@ class CollectiveFlags:
 
     def raise_together(self, error: Exception | None) -> None:
         """Call on all ranks where one of them failed: its error is raised there and told by all. Collective."""
-        found = self.gather(None if error is None else str(error) or type(error).__name__)
+        messages = self.gather(None if error is None else str(error) or type(error).__name__)
         if error is not None and not isinstance(error, UserError):
             raise error
-        rank, message = next((r, m) for r, m in enumerate(found) if m is not None)
+        rank, message = next((r, m) for r, m in enumerate(messages) if m is not None)
         raise UserError(message if distributed.world_size() == 1 else f"rank {rank}: {message}")

@@ -204,9 +204,9 @@ class _GatherWithGradient(torch.autograd.Function):
         # loss scaling. Contiguous: gloo sends a strided tensor's storage in the wrong order without complaint.
         wide = torch.float64 if grad.dtype == torch.float64 else torch.float32
         grad = grad.to(wide).contiguous()
-        own = torch.empty((ctx.batch, *grad.shape[1:]), dtype=wide, device=grad.device)
-        dist.reduce_scatter_tensor(own, grad, group=ctx.group)  # collective: SUM back to the owner
-        return own.to(ctx.dtype), None
+        mine = torch.empty((ctx.batch, *grad.shape[1:]), dtype=wide, device=grad.device)
+        dist.reduce_scatter_tensor(mine, grad, group=ctx.group)  # collective: SUM back to the owner
+        return mine.to(ctx.dtype), None
 
 
 def gather_with_gradient(x: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:

@@ -111,12 +111,12 @@ def _beside_the_agents(rank: int, ranks: int, start: timedelta) -> dist.Store:
             agents.set("store", f"{here} {store.port} {token}")
             return store
         here, at, token = agents.get("store").decode().split()
-        found = _ask(here, int(at), token)
+        reached = _ask(here, int(at), token)
     except (dist.DistError, OSError) as error:
         raise UserError(f"rank {rank} of {ranks} does not reach the launcher at {host}:{port}: {error}") from None
-    if found is None:
+    if reached is None:
         raise UserError(f"rank {rank} of {ranks} does not reach rank 0 at {here}:{at}")
-    return found
+    return reached
 
 
 def _listen(host: str, port: int, ranks: int) -> dist.TCPStore:
@@ -183,21 +183,21 @@ def _nobody(rank: str, message: str) -> NoReturn:
 
 def _ask(host: str, port: int, token: str) -> dist.Store | None:
     """The store there if it is this run's. In a thread: who is no store may never answer."""
-    found: list[dist.Store] = []
+    answered: list[dist.Store] = []
 
     def connect() -> None:
         try:
             answer = timedelta(seconds=ANSWER)
             store = dist.TCPStore(host, port, is_master=False, timeout=answer, wait_for_workers=False)
             if store.get(TOKEN).decode() == token:
-                found.append(store)
+                answered.append(store)
         except (dist.DistError, UnicodeDecodeError):
             pass
 
     thread = threading.Thread(target=connect, daemon=True)
     thread.start()
     thread.join(ANSWER + 1)
-    return found[0] if found else None
+    return answered[0] if answered else None
 
 
 def _open(host: str, port: int) -> bool:

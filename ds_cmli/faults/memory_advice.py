@@ -7,7 +7,7 @@ from typing import Any
 from ds_cmli.common.errors import UserError
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.schema import Config
-from ds_cmli.memory import apart
+from ds_cmli.memory import predict_subprocess
 
 MOST = 2  # settings that are proposed
 DEFAULT_BUCKET, SMALL_BUCKET = 500_000_000, 5_000_000  # elements: DeepSpeed's, and one that still fills messages
@@ -119,10 +119,10 @@ def advise(
     """
     target, total = ("cuda", "reserved") if gpu else ("cpu", "requested")
     tried = changes(config, ds_config, world_size, gpu) if room is not None else []
-    found: list[str] = []
+    proposals: list[str] = []
     fits: list[str] = []
-    with apart.Predictor(SECONDS) as predictor:
-        first = predictor.ask(apart.Request(config, ds_config, world_size, target, snapshot=snapshot))
+    with predict_subprocess.Predictor(SECONDS) as predictor:
+        first = predictor.ask(predict_subprocess.Request(config, ds_config, world_size, target, snapshot=snapshot))
         if first.report is None:
             return [f"no prediction of what would fit: {first.failed}"]
         lines = table(first.report)
@@ -133,11 +133,11 @@ def advise(
         for change in tried:
             if any(enough in change.what for enough in fits):
                 continue  # it adds to a change that is enough
-            answer = predictor.ask(apart.Request(change.config, change.ds_config, world_size, target))
+            answer = predictor.ask(predict_subprocess.Request(change.config, change.ds_config, world_size, target))
             needed = answer.report["totals"][total] if answer.report is not None else room + 1
             if needed <= room:
                 fits.append(change.what)
-                found.append(f"would fit in {room:,} B by prediction: {change.what}: {needed:,} B")
+                proposals.append(f"would fit in {room:,} B by prediction: {change.what}: {needed:,} B")
             if len(fits) == MOST:
                 break
-    return lines + (found or [f"no setting that was tried would fit in {room:,} B: a smaller model or more memory"])
+    return lines + (proposals or [f"no setting that was tried would fit in {room:,} B: a smaller model or more memory"])

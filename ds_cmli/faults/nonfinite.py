@@ -77,9 +77,9 @@ def skipped_samples(window: list[tuple[Tensor, Tensor]], lower_scale: bool, flag
         step. Empty where that is no fault.
     """
     lost = [index.tolist() for index, loss in window if not loss.isfinite().item()]
-    found = flags.gather((lost, [] if lower_scale else [index.tolist() for index, _ in window]))  # collective
-    blamed = [i for theirs, _ in found for batch in theirs for i in batch]
-    return sorted(blamed or [i for _, every in found for batch in every for i in batch])
+    every_rank = flags.gather((lost, [] if lower_scale else [index.tolist() for index, _ in window]))  # collective
+    blamed = [i for theirs, _ in every_rank for batch in theirs for i in batch]
+    return sorted(blamed or [i for _, every in every_rank for batch in every for i in batch])
 
 
 def line(step: int, samples: list[int]) -> str:

@@ -44,8 +44,8 @@ def is_shortage(error: BaseException) -> bool:
 
 def asked_bytes(error: BaseException) -> int | None:
     """What the allocator was asked for, as its message says: exact on the CPU, rounded as it prints it on CUDA."""
-    found = re.search(r"tried to allocate ([\d.]+) (bytes|KiB|MiB|GiB)", str(error), re.IGNORECASE)
-    return int(float(found[1]) * UNITS[found[2]]) if found else None
+    size = re.search(r"tried to allocate ([\d.]+) (bytes|KiB|MiB|GiB)", str(error), re.IGNORECASE)
+    return int(float(size[1]) * UNITS[size[2]]) if size else None
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def process_bytes() -> dict[str, int]:
 
 
 def device_room(device: torch.device) -> Room:
-    """On CUDA: what the allocator could reserve at most beside the others on the card. Called before it is emptied."""
+    """What CUDA's allocator could reserve at most beside other processes. Call it before the cache is emptied."""
     free, total = torch.cuda.mem_get_info(device)  # CPU-GPU sync
     room = free + torch.cuda.memory_reserved(device)
     return Room(room, f"of {torch.cuda.get_device_name(device)}, {room:,} B of {total:,} B for tensors of this rank")

@@ -30,7 +30,7 @@ class Heartbeat:
 
     node: str
     step: int = 0  # optimizer steps done
-    count: int = 0  # calls of `beat`
+    count: int = 0  # calls of `heartbeat`
     slow: bool = True
     waiting: bool = False  # in a collective
     where: str = ""  # the line of code its main thread is at
@@ -64,7 +64,7 @@ class Watchdog:
     """`with Watchdog(120) as watchdog: ...; watchdog.heartbeat(step)` on every rank, while the process group is up.
 
     Args:
-        timeout: seconds without a beat after which a rank counts as hung, and without any sign of life as dead;
+        timeout: seconds without a heartbeat after which a rank counts as hung, and without any sign of life as dead;
             0 turns the watchdog off.
     """
 
@@ -74,7 +74,7 @@ class Watchdog:
         self.rank, self.world_size = distributed.rank(), distributed.world_size()
         self.mine = Heartbeat(os.environ.get("SLURMD_NODENAME") or platform.node())
         self.started = False
-        self.beats: list[Heartbeat | None] = [None] * self.world_size
+        self.heartbeats: list[Heartbeat | None] = [None] * self.world_size
         now = time.monotonic()
         self.progressed, self.lived = [now] * self.world_size, [now] * self.world_size
         self.first_failure: float | None = None
@@ -96,7 +96,7 @@ class Watchdog:
 
     @contextmanager
     def slow(self) -> Iterator[None]:
-        """Work that may take longer than the limit without a beat: it has ten times as long."""
+        """Work that may take longer than the limit without a heartbeat: it has ten times as long."""
         before, self.mine.slow = self.mine.slow, True
         yield
         self.mine.slow = before
@@ -145,7 +145,7 @@ class Watchdog:
                 self._exchange()
             except RuntimeError:  # the store's process has ended
                 self.store_is_gone = True
-                host = self.beats[0]
+                host = self.heartbeats[0]
                 if not (self.mine.done or (host and host.done)):
                     self._end([0], f"failed: {host.failed}" if host and host.failed else "is dead")
                 return
@@ -168,7 +168,7 @@ class Watchdog:
                 self._end([0], f"is dead: no answer for {self.timeout:g} s")
 
     def _exchange(self) -> None:
-        """Publish this rank's beat and read the others'."""
+        """Publish this rank's heartbeat and read the others'."""
         self.mine.alive += 1
         self.mine.waiting, self.mine.where = _position(self.main)
         self.store.set(str(self.rank), json.dumps(asdict(self.mine)))
@@ -177,54 +177,54 @@ class Watchdog:
                 self.reported = True
                 return
             self._leave()
-        here = [r for r in range(self.world_size) if self.beats[r] is not None or self.store.check([str(r)])]
+        here = [r for r in range(self.world_size) if self.heartbeats[r] is not None or self.store.check([str(r)])]
         now = time.monotonic()
         for r, text in zip(here, self.store.multi_get([str(r) for r in here]), strict=True):
-            old, new = self.beats[r], Heartbeat(**json.loads(text))
+            old, new = self.heartbeats[r], Heartbeat(**json.loads(text))
             if old is None or old.alive != new.alive:
                 self.lived[r] = now
             if old is None or (old.count, old.slow) != (new.count, new.slow):
                 self.progressed[r] = now
-            self.beats[r] = new
+            self.heartbeats[r] = new
 
     def _judge(self, now: float) -> None:
         """End the job if a rank has failed, is dead or hangs."""
-        limits = [self.timeout * (SLOW if b is None or b.slow else 1) for b in self.beats]
-        failed = [r for r, b in enumerate(self.beats) if b and b.failed]
+        limits = [self.timeout * (SLOW if b is None or b.slow else 1) for b in self.heartbeats]
+        failed = [r for r, b in enumerate(self.heartbeats) if b and b.failed]
         if failed:
             # A moment for this rank's own end: it may have met the same error, or lost the connection.
             self.first_failure = self.first_failure or now
             if now - self.first_failure > 2:
-                self._end(failed, f"failed: {self._beat(failed[0]).failed}")
+                self._end(failed, f"failed: {self._heartbeat_of(failed[0]).failed}")
         running = [r for r in range(self.world_size) if not self._has_ended(r)]
         dead = [r for r in running if now - self.lived[r] > limits[r]]
         if dead:
             self._end(dead, f"is dead: no sign of life for {limits[dead[0]]:g} s")
         # On a GPU a rank that waits for others may look busy: it waits in a synchronisation, not in a collective.
-        busy = [r for r in running if not self._beat(r).waiting] or running
-        least = min(self._beat(r).count for r in busy)
-        awaited = [r for r in busy if self._beat(r).count == least]
+        busy = [r for r in running if not self._heartbeat_of(r).waiting] or running
+        least = min(self._heartbeat_of(r).count for r in busy)
+        awaited = [r for r in busy if self._heartbeat_of(r).count == least]
         hung = [r for r in awaited if now - self.progressed[r] > limits[r]]
         if hung:
-            self._end(hung, f"hangs: no progress for {limits[hung[0]]:g} s, in {self._beat(hung[0]).where}")
+            self._end(hung, f"hangs: no progress for {limits[hung[0]]:g} s, in {self._heartbeat_of(hung[0]).where}")
 
     def _blame_the_missing(self) -> bool:
         """End the job for the rank whose connection was lost, once it is known which that is."""
         now = time.monotonic()
         others = [r for r in range(self.world_size) if r != self.rank]
-        failed = [r for r in others if self._beat(r).failed]
+        failed = [r for r in others if self._heartbeat_of(r).failed]
         if failed:
-            self._end(failed, f"failed: {self._beat(failed[0]).failed}")
+            self._end(failed, f"failed: {self._heartbeat_of(failed[0]).failed}")
         dead = [r for r in others if not self._has_ended(r) and now - self.lived[r] > 3 * self.interval]
         if dead:
             self._end(dead, "is dead")
         return False
 
-    def _beat(self, rank: int) -> Heartbeat:
-        return self.beats[rank] or Heartbeat("?", count=-1, where="its start")
+    def _heartbeat_of(self, rank: int) -> Heartbeat:
+        return self.heartbeats[rank] or Heartbeat("?", count=-1, where="its start")
 
     def _has_ended(self, rank: int) -> bool:
-        return self._beat(rank).done or bool(self._beat(rank).failed)
+        return self._heartbeat_of(rank).done or bool(self._heartbeat_of(rank).failed)
 
     def _all_have_ended(self) -> bool:
         if self.reported:
@@ -243,8 +243,10 @@ class Watchdog:
         """Say on one rank what has happened, and leave on all."""
         with self.ending:  # never given back: a process ends once
             # What was read of it may be old; but in lockstep it has done every step that this rank has.
-            step = max(self._beat(ranks[0]).step, self.mine.step)
-            name = ", ".join(f"{r} on node {self._beat(r).node}" for r in ranks[:8]) + (", ..." if ranks[8:] else "")
+            step = max(self._heartbeat_of(ranks[0]).step, self.mine.step)
+            name = ", ".join(f"{r} on node {self._heartbeat_of(r).node}" for r in ranks[:8]) + (
+                ", ..." if ranks[8:] else ""
+            )
             try:
                 if self.store_is_gone:
                     raise RuntimeError

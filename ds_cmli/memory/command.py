@@ -27,8 +27,8 @@ CPU = "cpu"
 @add(*WHAT)
 @option("Prediction", "--world-size", type=click.IntRange(1), default=1, show_default=True, help="Ranks.")
 @option("Prediction", "--checkpointing", type=click.Choice(["on", "off"]), help="Of activations.  [the JSON's]")
-@option("Prediction", "--card", help="Whose context, workspace and NCCL are added; cpu: as this machine would train.  "
-        "[RTX 3090 24GB]")  # fmt: skip
+@option("Prediction", "--gpu", "--card", "gpu", help="Whose context, workspace and NCCL buffers are added; cpu: "
+        "predict a training on this machine's CPU.  [RTX 3090 24GB]")  # fmt: skip
 @option(
     "Questions",
     "--sweep",
@@ -39,20 +39,20 @@ CPU = "cpu"
 @option(
     "Questions",
     "--fit",
-    metavar="SIZE|CARD",
-    help="The largest micro-batch that fits: 24GB (10^9 bytes), 22GiB, or a card.",
+    metavar="SIZE|GPU",
+    help="The largest micro-batch that fits: 24GB (10^9 bytes), 22GiB, or a GPU's name.",
 )
 @option("Files", "--json", "json_path", type=click.Path(dir_okay=False), help="The report, in bytes.")
 @option("Files", "--snapshot", type=click.Path(dir_okay=False), help="For pytorch.org/memory_viz.")  # fmt: skip
 def command(preset: str, deepspeed_config: str, settings: tuple[str, ...], world_size: int, checkpointing: str | None,
-            card: str | None, sweep: tuple[str, ...], fit: str | None, json_path: str | None, snapshot: str | None,
+            gpu: str | None, sweep: tuple[str, ...], fit: str | None, json_path: str | None, snapshot: str | None,
             **options: Any) -> None:  # fmt: skip
     """Predict the memory of a training step by category and phase, and on the device."""
     config = resolve_config(preset, settings, options)
     if sweep and (fit or snapshot):
         raise UserError(f"--sweep is {','.join(sweep)!r}: it goes with neither --fit nor --snapshot: give one of them")
-    if card == CPU and (sweep or fit or snapshot):
-        raise UserError("--card is 'cpu': --sweep, --fit and --snapshot are about GPUs: name one, or leave it out")
+    if gpu == CPU and (sweep or fit or snapshot):
+        raise UserError("--gpu is 'cpu': --sweep, --fit and --snapshot are about GPUs: name one, or leave it out")
     ds_config = DeepSpeedConfig.load(deepspeed_config)
     for line in ds_config.overruled(given_optim(settings, options)):
         say(line)
@@ -64,27 +64,27 @@ def command(preset: str, deepspeed_config: str, settings: tuple[str, ...], world
     from ds_cmli.common import quiet
 
     quiet.silence()
-    from ds_cmli.memory import cards, search
-    from ds_cmli.memory.predict import DEFAULT_CARD, predict
+    from ds_cmli.memory import gpus, search
+    from ds_cmli.memory.predict import DEFAULT_GPU, predict
     from ds_cmli.memory.report import show
 
     if sweep:
         axes = search.parse_axes(sweep, micro_batch, world_size)
-        content: Any = grid(config, ds_config, world_size, axes, card or DEFAULT_CARD)
+        content: Any = grid(config, ds_config, world_size, axes, gpu or DEFAULT_GPU)
     else:
         if fit:
-            room, fitted_card = cards.parse_room(fit)
-            card = card or fitted_card or DEFAULT_CARD
-            found = search.fit(config, ds_config, world_size, room, card=card, tell=tell)
-            prediction = found.prediction
-        elif card == CPU:
+            room, fitted_gpu = gpus.parse_memory(fit)
+            gpu = gpu or fitted_gpu or DEFAULT_GPU
+            fitted = search.fit(config, ds_config, world_size, room, gpu=gpu, tell=tell)
+            prediction = fitted.prediction
+        elif gpu == CPU:
             prediction = predict(config, ds_config, world_size, target="cpu", tell=tell)
         else:
-            prediction = predict(config, ds_config, world_size, card=card or DEFAULT_CARD, tell=tell)
+            prediction = predict(config, ds_config, world_size, gpu=gpu or DEFAULT_GPU, tell=tell)
         tell("")
         show(prediction.report)
         if fit:
-            print_fit(found, room)
+            print_fit(fitted, room)
         content = prediction.report.to_dict()
         if snapshot:
             from ds_cmli.memory import snapshot as snapshots
@@ -94,18 +94,18 @@ def command(preset: str, deepspeed_config: str, settings: tuple[str, ...], world
         write(json_path, "--json", lambda: Path(json_path).write_text(json.dumps(content, indent=2) + "\n"))
 
 
-def grid(config: Config, ds_config: DeepSpeedConfig, world_size: int, axes: dict[str, list[int]], card: str) -> list:
+def grid(config: Config, ds_config: DeepSpeedConfig, world_size: int, axes: dict[str, list[int]], gpu: str) -> list:
     """Print the bytes on the device as they are found, then as a table: the first axis down, the others across."""
     from itertools import product
 
     from rich.console import Console
     from rich.table import Table
 
-    from ds_cmli.memory import cards, search
+    from ds_cmli.memory import gpus, search
 
     reports, device = [], {}
-    total = cards.card(card).total.bytes
-    for point, prediction in search.sweep(config, ds_config, world_size, axes, card=card, tell=tell):
+    total = gpus.find(gpu).total.bytes
+    for point, prediction in search.sweep(config, ds_config, world_size, axes, gpu=gpu, tell=tell):
         tell("")
         device[point] = prediction.report.totals["device"]
         reports.append(prediction.report.to_dict())
@@ -113,7 +113,7 @@ def grid(config: Config, ds_config: DeepSpeedConfig, world_size: int, axes: dict
         print(f"{names}: {device[point]:,} B on the device", flush=True)
     (first, rows), *others = axes.items()
     axes_across = [values for _, values in others]
-    table = Table(title=f"GB on the device; {card} has {total / 1e9:.1f}, * does not fit", title_justify="left")
+    table = Table(title=f"GB on the device; {gpu} has {total / 1e9:.1f}, * does not fit", title_justify="left")
     table.add_column(first, justify="right")
     for values in product(*axes_across):
         heads = (f"{name} {value}" for (name, _), value in zip(others, values, strict=True))
@@ -125,18 +125,18 @@ def grid(config: Config, ds_config: DeepSpeedConfig, world_size: int, axes: dict
     return reports
 
 
-def print_fit(found: Any, room: int) -> None:
-    tried = ", ".join(f"{n}: {size / 1e9:.2f} GB" for n, size in found.tried.items())
+def print_fit(fitted: Any, room: int) -> None:
+    tried = ", ".join(f"{n}: {size / 1e9:.2f} GB" for n, size in fitted.tried.items())
     print(f"tried, micro-batch: on the device: {tried}")
-    if found.micro_batch:
-        size = found.tried[found.micro_batch]
-        print(f"the largest micro-batch that fits in {room:,} B: {found.micro_batch}, with {size:,} B on the device")
+    if fitted.micro_batch:
+        size = fitted.tried[fitted.micro_batch]
+        print(f"the largest micro-batch that fits in {room:,} B: {fitted.micro_batch}, with {size:,} B on the device")
         return
-    print(f"not even one pair per rank fits in {room:,} B: it takes {found.tried[1]:,} B on the device")
-    for what, size in found.changes:
+    print(f"not even one pair per rank fits in {room:,} B: it takes {fitted.tried[1]:,} B on the device")
+    for what, size in fitted.changes:
         print(f"with {what} it fits: {size:,} B")
-    if not found.changes:
-        print("no setting that was tried makes it fit: a smaller model, more ranks or a larger card")
+    if not fitted.changes:
+        print("no setting that was tried makes it fit: a smaller model, more ranks or a larger GPU")
 
 
 def tell(line: str) -> None:

@@ -34,10 +34,10 @@ from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.options import DEFAULT_JSON
 from ds_cmli.config.presets import load_preset
 from ds_cmli.config.schema import Config
-from ds_cmli.memory import apart, cards, implementations
+from ds_cmli.memory import gpus, implementations, predict_subprocess
 from ds_cmli.memory.estimates import Setting, claims, deepspeed_model_states, zero_model_states
 from ds_cmli.memory.implementations import Allocations, Implementation
-from ds_cmli.memory.predict import DEFAULT_CARD, Prediction, predict
+from ds_cmli.memory.predict import DEFAULT_GPU, Prediction, predict
 
 GB = 10**9
 MOST_BYTES = 16 * GB  # of a measurement in main memory: this is a machine that others use too
@@ -78,9 +78,9 @@ def predicted_rows(s: Setting, ids: set[str], device: str) -> list[Row]:
     every, out = claims(s), []
     for (id, name), implementation in implementations.implementations(s, backend(device)).items():
         if id in ids:
-            claim, found = every[id], implementations.predict(implementation)
+            claim, allocations = every[id], implementations.predict(implementation)
             row = Row(id, name, claim.document_bytes, claim.arithmetic_bytes, claim.stored[name])
-            row.predicted_bytes, row.predicted_peak_bytes = found.largest, found.peak
+            row.predicted_bytes, row.predicted_peak_bytes = allocations.largest, allocations.peak
             row.verdict = f"{claim.arithmetic}; {claim.verdict}"
             out.append(row)
     return out
@@ -98,12 +98,12 @@ def measure(rows: list[Row], s: Setting, device: str, say: Callable[[Row], None]
         left = min(MOST_SECONDS, end - time.monotonic())
         if passes and left < 1:
             passes, why_not = "", f"the {ALL_SECONDS:.0f} s for measuring were spent"
-        found = measure_apart(row, s, device, passes, left) if passes else None
-        if found is None:
+        allocations = measure_in_subprocess(row, s, device, passes, left) if passes else None
+        if allocations is None:
             row.measured_on = f"not measured: {why_not or f'ended, or took more than {left:.0f} s'}"
             continue
-        row.measured_bytes, row.measured_peak_bytes = found.largest, found.peak
-        row.measured_on = f"{device_name(device)}, {found.passes}"
+        row.measured_bytes, row.measured_peak_bytes = allocations.largest, allocations.peak
+        row.measured_on = f"{device_name(device)}, {allocations.passes}"
 
 
 def affordable(implementation: Implementation, device: str) -> tuple[str, str]:
@@ -139,11 +139,11 @@ def control_group_free(process: str = "/proc/self/cgroup", root: str = "/sys/fs/
     return out
 
 
-def measure_apart(row: Row, s: Setting, device: str, passes: str, seconds: float) -> Allocations | None:
+def measure_in_subprocess(row: Row, s: Setting, device: str, passes: str, seconds: float) -> Allocations | None:
     """In a process of its own, which says what it knows after each pass; None where it did not get that far."""
     module = implementations.__name__
-    found, _ = ask(["-m", module, row.id, row.implementation, device, json.dumps(asdict(s)), passes], seconds)
-    return None if found is None else Allocations(**found)
+    allocations, _ = ask(["-m", module, row.id, row.implementation, device, json.dumps(asdict(s)), passes], seconds)
+    return None if allocations is None else Allocations(**allocations)
 
 
 def device_name(device: str) -> str:
@@ -208,18 +208,16 @@ def document_json(checkpointing: bool) -> DeepSpeedConfig:
 def document_rows(
     s: Setting,
     variants: Iterable[Variant] = VARIANTS,
-    card: str = DEFAULT_CARD,
+    gpu: str = DEFAULT_GPU,
     say: Callable[[Row], None] = lambda row: None,
 ) -> tuple[list[Row], Prediction | None]:
-    """E4: the bytes that each variant leaves free on a card of 24 GB (assumed); and "ours" without checkpointing."""
-    claim, total = claims(s)["E4"], cards.card(card).total.bytes
+    """E4: the bytes that each variant leaves free on a GPU of 24 GB (assumed); and "ours" without checkpointing."""
+    claim, total = claims(s)["E4"], gpus.find(gpu).total.bytes
     rows, ours = [], None
     with predicting() as pool:
         for variant in variants:
             name = variant.name + ", checkpointing" * variant.checkpointing
-            row = Row(
-                "E4", name, claim.document_bytes, None, None, measured_on=f"predicted for {card}, rank 0 of {s.P}"
-            )
+            row = Row("E4", name, claim.document_bytes, None, None, measured_on=f"predicted for {gpu}, rank 0 of {s.P}")
             rows.append(row)
             say(row)
             try:
@@ -227,16 +225,16 @@ def document_rows(
             except UserError as error:
                 row.verdict = f"not predicted: {error}"
                 continue
-            found = pool.submit(
-                predict, config, document_json(variant.checkpointing), s.P, card=card, scores=variant.scores
+            prediction = pool.submit(
+                predict, config, document_json(variant.checkpointing), s.P, gpu=gpu, scores=variant.scores
             ).result()
             if variant.name == "ours" and not variant.checkpointing:
-                ours = found
-            report = found.report
+                ours = prediction
+            report = prediction.report
             needed = report.totals["device"]
             row.predicted_bytes, row.predicted_peak_bytes = total - needed, report.totals["requested"]
             row.verdict = f"{'fits' if needed <= total else 'does not fit'}: {describe(total - needed)}"
-            row.extra = {"card": card, "card_bytes": total, **report.to_dict()}
+            row.extra = {"gpu": gpu, "gpu_bytes": total, **report.to_dict()}
     return rows, ours
 
 
@@ -247,7 +245,7 @@ def describe(free: int) -> str:
 @contextmanager
 def predicting() -> Iterator[ProcessPoolExecutor]:
     """A process for predictions, which must see no GPU from its start on."""
-    with ProcessPoolExecutor(1, get_context("spawn"), _without_gpu, (apart.without_gpu(),)) as pool:
+    with ProcessPoolExecutor(1, get_context("spawn"), _without_gpu, (predict_subprocess.without_gpu(),)) as pool:
         yield pool
 
 
@@ -278,17 +276,21 @@ def whole_step(preset: str, world_size: int, device: str, seconds: float = MOST_
         ds_config = DeepSpeedConfig.load(DEFAULT_JSON)
         # Ranks are imagined in the measurement too: their collectives copy nothing.
         submitted = pool.submit(predict, load_preset(preset, {}), ds_config, world_size, target=device, backend="fake")
-        found = submitted.result()
-    needed, free = found.report.totals["requested"], free_bytes(device)
+        prediction = submitted.result()
+    needed, free = prediction.report.totals["requested"], free_bytes(device)
     measured, why_not = None, f"needs {needed / GB:.1f} GB, {free / GB:.1f} GB are free"
     if needed <= free:
         measured, why_not = ask(["-m", __name__, preset, str(world_size), device], seconds)
-    parameters, largest, stage = found.parameters, found.largest_module, found.report.setting["zero_stage"]
+    parameters, largest, stage = (
+        prediction.parameters,
+        prediction.largest_module,
+        prediction.report.setting["zero_stage"],
+    )
     return WholeStep(
         preset,
         world_size,
         device,
-        found,
+        prediction,
         measured,
         why_not,
         parameters,

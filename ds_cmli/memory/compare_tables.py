@@ -1,4 +1,4 @@
-"""What the comparison of estimates found, in sentences and tables of at most 100 columns."""
+"""The results of comparing the document's estimates, in sentences and tables of at most 100 columns."""
 
 from collections.abc import Iterable
 
@@ -76,19 +76,19 @@ def rows_tables(rows: list[Row], claims: dict[str, Claim]) -> list[Table]:
 
 
 def document_table(rows: list[Row], remember: str) -> Table:
-    columns = ["loss", "peak GB", "on the card GB", "student's activations GB", "temporaries GB", "verdict"]
+    columns = ["loss", "peak GB", "on the GPU GB", "student's activations GB", "temporaries GB", "verdict"]
     cells = []
     for row in rows:
-        found = row.extra
+        report = row.extra
         numbers = ["-"] * 4
-        if found:
-            categories = found["categories"]
+        if report:
+            categories = report["categories"]
             parts = (categories["activations student"], categories["temporaries"])
-            numbers = [f"{n / GB:,.2f}" for n in (found["totals"]["requested"], found["totals"]["device"], *parts)]
+            numbers = [f"{n / GB:,.2f}" for n in (report["totals"]["requested"], report["totals"]["device"], *parts)]
         cells.append([row.implementation, *numbers, row.verdict])
     where = rows[0].measured_on if rows else ""
     notes = [
-        "The document names neither card nor models: assumed, as in the preset paper. Its step is fp16 with ZeRO-2. "
+        "The document names neither GPU nor models: assumed, as in the preset paper. Its step is fp16 with ZeRO-2. "
         "It says that about 2 GB remain for the loss.",
         f"E4: {remember}",
     ]
@@ -106,29 +106,29 @@ def remember_document(rows: list[Row]) -> str:
     )
 
 
-def whole_step_table(found: WholeStep) -> Table:
+def whole_step_table(step: WholeStep) -> Table:
     """One step by category and by phase: predicted, measured, by ZeRO's formula, by DeepSpeed's estimator."""
-    predicted, measured = found.prediction.report.to_dict(), found.measured
+    predicted, measured = step.prediction.report.to_dict(), step.measured
     columns = ["", "predicted B", "measured B", "ZeRO's formula B", "DeepSpeed's estimator B"]
 
     def line(name: str, part: str, zero: int | None = None, estimator: int | None = None) -> list[str]:
         seen = measured[part].get(name) if measured else None
         return [name, *map(count, (predicted[part].get(name), seen, zero, estimator))]
 
-    rows = [line(name, "categories", found.zero.get(name)) for name in CATEGORIES]
-    rows.append(["peak: the sum", *line("requested", "totals", sum(found.zero.values()), found.deepspeed_bytes)[1:]])
+    rows = [line(name, "categories", step.zero.get(name)) for name in CATEGORIES]
+    rows.append(["peak: the sum", *line("requested", "totals", sum(step.zero.values()), step.deepspeed_bytes)[1:]])
     rows += [["  in " + name, *line(name, "phases")[1:]] for name in PHASES]
     total = predicted["totals"]["requested"]
     notes = [
-        f"{found.parameters:,} trained parameters, {found.world_size} rank(s). Categories at the moment of the peak; "
+        f"{step.parameters:,} trained parameters, {step.world_size} rank(s). Categories at the moment of the peak; "
         "formula and estimator know parameters, gradients and optimizer states only."
     ]
     if measured:
         error = total / measured["totals"]["requested"] - 1
         notes.append(f"The prediction is {abs(error):.2%} {'above' if error > 0 else 'below'} the measurement.")
     else:
-        notes.append(f"not measured: {found.not_measured}")
-    if found.deepspeed_bytes:
-        notes.append(f"DeepSpeed's estimator sees {found.deepspeed_bytes / total:.0%} of the peak.")
+        notes.append(f"not measured: {step.not_measured}")
+    if step.deepspeed_bytes:
+        notes.append(f"DeepSpeed's estimator sees {step.deepspeed_bytes / total:.0%} of the peak.")
     where = f"measured: {measured['source'].removeprefix('measured: ')}" if measured else "not measured"
-    return Table(f"The whole step: preset {found.preset}, {where}", columns, rows, notes)
+    return Table(f"The whole step: preset {step.preset}, {where}", columns, rows, notes)

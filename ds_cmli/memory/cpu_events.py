@@ -18,8 +18,8 @@ def events(profiler: Any) -> list[tuple[str, int]]:
 
     Allocations have the name `MEMORY` and positive bytes, their ends the same name and negative bytes.
     """
-    found = sorted(profiler.profiler.kineto_results.events(), key=lambda e: e.start_ns())
-    return [(e.name(), e.nbytes()) for e in found]
+    recorded = sorted(profiler.profiler.kineto_results.events(), key=lambda e: e.start_ns())
+    return [(e.name(), e.nbytes()) for e in recorded]
 
 
 def sizes(call: Callable[[], object]) -> list[int]:

@@ -18,7 +18,7 @@ from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.data import Batch, train_loader
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.faults import out_of_memory, preemption
-from ds_cmli.memory import apart
+from ds_cmli.memory import predict_subprocess
 from ds_cmli.memory.report import Report, show
 
 STEPS = 2  # that are tried
@@ -49,12 +49,15 @@ def rehearse(
     config = run.config
     say(json.dumps({"config": config.to_dict(), "deepspeed": ds_config.raw(), "start": start}, indent=2))
     mistake = None
-    with run.watchdog.slow(), apart.Predictor(SECONDS) if distributed.is_main() else nullcontext() as predictor:
+    with (
+        run.watchdog.slow(),
+        predict_subprocess.Predictor(SECONDS) if distributed.is_main() else nullcontext() as predictor,
+    ):
         try:
             targets = ["cuda"] if device.type == "cuda" else ["cpu", "cuda"]
             if predictor is not None:
                 for target in targets:
-                    predictor.send(apart.Request(config, ds_config, distributed.world_size(), target))
+                    predictor.send(predict_subprocess.Request(config, ds_config, distributed.world_size(), target))
             engine.build_models(config, run.data.vocab_size)
             if predictor is not None:
                 _show([predictor.receive() for _ in targets], device)
@@ -74,7 +77,7 @@ def rehearse(
     return 0
 
 
-def _show(answers: list[apart.Answer], device: torch.device) -> None:
+def _show(answers: list[predict_subprocess.Answer], device: torch.device) -> None:
     """Show what memory a GPU needs.
 
     Args:

@@ -80,8 +80,8 @@ class Claim:
 
 def claims(s: Setting = DOCUMENT) -> dict[str, Claim]:
     """Every claim of the document with the sizes of `s`, by id."""
-    found = (global_contrastive(s), all_pairs(s), target_cmli(s), step_left(s), valid_positions(s))
-    return {claim.id: claim for claim in found}
+    every = (global_contrastive(s), all_pairs(s), target_cmli(s), step_left(s), valid_positions(s))
+    return {claim.id: claim for claim in every}
 
 
 def _stated(s: Setting, number: int) -> int | None:

@@ -134,7 +134,9 @@ def summarise(forward: Iterable[int], backward: Iterable[int] | None) -> Allocat
     return Allocations(max(forward, default=0), max(peak, 0), "forward" + " and backward" * (backward is not None))
 
 
-def run(implementation: Implementation, device: str, backward: bool, say: Callable = lambda found: None) -> Allocations:
+def run(
+    implementation: Implementation, device: str, backward: bool, say: Callable = lambda allocations: None
+) -> Allocations:
     """Forward as in training, with its graph recorded, and `backward` where asked for and there is a gradient.
 
     `say` is told what is known after forward: backward may find no memory.
@@ -143,12 +145,12 @@ def run(implementation: Implementation, device: str, backward: bool, say: Callab
     inputs = implementation.inputs(device)
     out: list[Tensor] = []
     forward = observe(lambda: out.append(implementation.forward(*inputs)))
-    found = summarise(forward, None)
-    say(found)
+    allocations = summarise(forward, None)
+    say(allocations)
     if backward and out[0].requires_grad:
-        found = summarise(forward, observe(out.pop().backward))
-        say(found)
-    return found
+        allocations = summarise(forward, observe(out.pop().backward))
+        say(allocations)
+    return allocations
 
 
 def cuda_sizes(call: Callable[[], object]) -> list[int]:
@@ -185,13 +187,13 @@ def predict(implementation: Implementation, backward: bool = True) -> Allocation
                 out.backward()
         events = tracker.events()
     first, rest = events[known:forward], events[forward:]
-    found = summarise((e.bytes for e in first), (e.bytes for e in rest) if rest else None)
+    allocations = summarise((e.bytes for e in first), (e.bytes for e in rest) if rest else None)
     if not any(event.op.startswith("ds_cmli") for event in first):
-        return found
+        return allocations
     # What the op holds inside is one event: its largest part is known by arithmetic.
     ended = {event.block for event in first if event.bytes < 0}
     largest = max(e.bytes for e in first if not (e.op.startswith("ds_cmli") and e.block in ended))
-    return replace(found, largest=max(largest, implementation.inside))
+    return replace(allocations, largest=max(largest, implementation.inside))
 
 
 def main(row: str, name: str, device: str, setting: str, passes: str) -> None:
@@ -200,7 +202,7 @@ def main(row: str, name: str, device: str, setting: str, passes: str) -> None:
         run(small, device, backward=True)
     implementation = implementations(Setting(**json.loads(setting)))[row, name]
     # Flushed: the process may be ended in the middle of backward.
-    say = lambda found: print(json.dumps(asdict(found)), flush=True)  # noqa: E731
+    say = lambda allocations: print(json.dumps(asdict(allocations)), flush=True)  # noqa: E731
     run(implementation, device, passes == "forward and backward", say)
 
 

@@ -15,7 +15,7 @@ from ds_cmli.config.schema import Config
 from ds_cmli.data import Batch
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.engine import TrainEngine
-from ds_cmli.memory import apart, cards, measure_cpu, measure_cuda
+from ds_cmli.memory import gpus, measure_cpu, measure_cuda, predict_subprocess
 from ds_cmli.memory.collectives import seen_by_the_profiler
 from ds_cmli.memory.report import Report, summarise
 from ds_cmli.memory.tracker import Tracker
@@ -63,7 +63,7 @@ def profiling_memory(
         return
     main = distributed.is_main()
     target = train_engine.device.type
-    card = cards.known(torch.cuda.get_device_name(train_engine.device)) if target == "cuda" else ""
+    gpu = gpus.listed_name(torch.cuda.get_device_name(train_engine.device)) if target == "cuda" else ""
     texts: list[tuple[int, list[int]]] = []  # of this rank's micro-batches
     done = 0
     with ExitStack() as measuring:
@@ -78,8 +78,10 @@ def profiling_memory(
                 measuring.close()
                 every = list(zip(*distributed.gather_objects(texts), strict=True))  # collective
                 if main:
-                    request = apart.Request(config, ds_config, distributed.world_size(), target, card, every)
-                    with apart.Predictor(PREDICTION_S) as predictor:
+                    request = predict_subprocess.Request(
+                        config, ds_config, distributed.world_size(), target, gpu, every
+                    )
+                    with predict_subprocess.Predictor(PREDICTION_S) as predictor:
                         _write(folder, predictor.ask(request), report())
                 if target == "cuda":
                     measure_cuda.record_history()  # no more than every training keeps
@@ -120,7 +122,7 @@ def _measuring(train_engine: TrainEngine, setting: dict[str, Any]) -> Iterator[C
     totals["requested"] = max(accumulate((e.nbytes() for e in events), initial=before))
 
 
-def _write(folder: Path, answer: apart.Answer, measured: Report) -> None:
+def _write(folder: Path, answer: predict_subprocess.Answer, measured: Report) -> None:
     if measured.source != "measured: CPU allocator":
         measure_cuda.save_snapshot(folder / SNAPSHOT)
     content: dict[str, Any] = {"prediction": answer.report, "measurement": measured.to_dict(), "differences": None}

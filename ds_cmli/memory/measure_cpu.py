@@ -43,7 +43,7 @@ def measure(config: Config, ds_config: Mapping[str, Any], world_size: int = 1) -
     categories = _tracked(*_filled(config, ds_config, world_size), world_size)
     # What the tracker does not see lives inside one operator.
     categories["temporaries"] += max(peaks.values()) - sum(categories.values())
-    setting = {"preset": config.run.preset, "world_size": world_size, "card": "CPU"}
+    setting = {"preset": config.run.preset, "world_size": world_size, "gpu": "CPU"}
     return Report(setting, "measured: CPU allocator", categories, peaks, {"requested": max(peaks.values())})
 
 
@@ -112,9 +112,9 @@ def allocator_events(call: Callable[[Callable[[str], None]], object]) -> list[tu
 
     with seen_by_the_profiler(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         call(enter)
-    found = profiler.profiler.kineto_results.events()
+    recorded = profiler.profiler.kineto_results.events()
     phase, events = "", []
-    for event in sorted(found, key=lambda e: e.start_ns()):
+    for event in sorted(recorded, key=lambda e: e.start_ns()):
         if event.name() == "[memory]":
             events.append((phase, event.nbytes()))
         elif event.name().startswith(MARK):

@@ -40,7 +40,7 @@ def measure(config: Config, ds_config: Mapping[str, Any], world_size: int = 1) -
         tracked = summarise(tracker.events(host=False), {}, "")
         totals = statistics(device)
     name = torch.cuda.get_device_name(device)
-    setting = {"preset": named.run.preset, "world_size": world_size, "card": name}
+    setting = {"preset": named.run.preset, "world_size": world_size, "gpu": name}
     return combined(tracked, totals, setting, f"measured: {name}")
 
 
@@ -75,7 +75,7 @@ def statistics(device: torch.device) -> dict[str, int]:
 
 
 def process_bytes(device: torch.device) -> int | None:
-    """What this process occupies on the card, as NVML counts it; None where it does not tell."""
+    """What this process occupies on the GPU, as NVML counts it; None where it does not tell."""
     import pynvml
 
     try:

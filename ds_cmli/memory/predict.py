@@ -21,7 +21,7 @@ from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.schema import Config, check, choice
 from ds_cmli.data import Batch
 from ds_cmli.data.tokens import load_tokenizer
-from ds_cmli.memory import cards
+from ds_cmli.memory import gpus
 from ds_cmli.memory.allocator import CachingAllocator, replay
 from ds_cmli.memory.fake import convert_parameters, fake_world
 from ds_cmli.memory.phases import phases
@@ -29,7 +29,7 @@ from ds_cmli.memory.report import Event, Report, summarise
 from ds_cmli.memory.tracker import Tracker
 from ds_cmli.models.text_encoder import family, without_effect
 
-DEFAULT_CARD = "RTX 3090 24GB"  # assumed: the document says 24 GB and names no card
+DEFAULT_GPU = "RTX 3090 24GB"  # assumed: the document says 24 GB and names no GPU
 TOTAL_STEPS = 1000  # of the schedule; decides no size
 # Text models whose sizes are the defaults of their family in the transformers library: known without a download.
 FAMILY_SIZES = ("bert", "bert-base-uncased", "bert-base-cased", "roberta", "roberta-base")
@@ -56,7 +56,7 @@ def predict(
     ds_config: Mapping[str, Any],
     world_size: int,
     *,
-    card: str = DEFAULT_CARD,
+    gpu: str = DEFAULT_GPU,
     target: str = "cuda",
     backend: str | None = None,
     texts: Sequence[Texts] | None = None,
@@ -68,7 +68,7 @@ def predict(
     Args:
         config: any; weights are random, of the same sizes, so nothing is downloaded.
         ds_config: the DeepSpeed JSON, filled or not.
-        card: what `cards.card` knows, for what the device holds besides tensors.
+        gpu: what `gpus.find` knows, for what the device holds besides tensors.
         target: "cuda": in the JSON's precision, with the operators and defaults of a GPU, `cmli_backend="auto"` meaning
             triton where that is installed here, and without what an offloaded optimizer keeps on the host. "cpu": as
             this CPU would train, with torch's number of threads; only the requested bytes have a meaning there.
@@ -91,7 +91,7 @@ def predict(
     json = DeepSpeedConfig.of(ds_config)
     _check_predictable(json)
     cuda = target == "cuda"
-    constants = cards.card(card)
+    constants = gpus.find(gpu)
     json = json.on("cuda", fp16=True, bf16=True) if cuda else engine.on_this_device(json)
     json = engine.filled(config, json, world_size, TOTAL_STEPS)
     if cuda:
@@ -111,7 +111,7 @@ def predict(
         fake_world(world_size, cuda) as answers,
         tracker,
         recorded_from_the_engine_on(tracker, json, cuda, answers.enter),
-        flattened_where_there_is_room(tracker, lambda: free_bytes(tracker, card, world_size) if cuda else 1 << 60),
+        flattened_where_there_is_room(tracker, lambda: free_bytes(tracker, gpu, world_size) if cuda else 1 << 60),
     ):
         tell("building the models and DeepSpeed's engine")
         train_engine = engine.build(config, json, vocab_size, TOTAL_STEPS, device)
@@ -140,7 +140,7 @@ def predict(
         "zero_stage": json.stage, "precision": json.precision,
         "checkpointing": json.checkpointing, "losses": list(config.loss.weights),
         "cmli_backend": config.loss.cmli_backend if cuda else "chunked", "process_group": backend,
-        "card": card if cuda else "CPU",
+        "gpu": gpu if cuda else "CPU",
     }  # fmt: skip
     if cuda:
         # From the first matrix product on, torch's allocator lends cuBLAS a workspace that belongs to no tensor.
@@ -150,7 +150,7 @@ def predict(
     if cuda:
         replayed = replay(events)
         report.totals["allocated"], report.totals["reserved"] = replayed.allocated_peak, replayed.reserved_peak
-        report.totals["device"] = cards.device_bytes(report.totals["reserved"], card, world_size)
+        report.totals["device"] = gpus.device_bytes(report.totals["reserved"], gpu, world_size)
     return Prediction(report, events, sum(sizes), max(sizes))
 
 
@@ -199,14 +199,16 @@ def without_weights(config: Config) -> tuple[Config, int]:
     elif student.text_weights != "demo":
         source = student.text_model if student.text_weights == "hub" else student.text_weights
         try:
-            found = AutoConfig.from_pretrained(source, local_files_only=True, trust_remote_code=False)
+            encoder = AutoConfig.from_pretrained(source, local_files_only=True, trust_remote_code=False)
             sizes = {
                 name: value
-                for name, value in found.to_diff_dict().items()
-                if isinstance(value, int | float | bool) and without_effect(type(found), name) is None
+                for name, value in encoder.to_diff_dict().items()
+                if isinstance(value, int | float | bool) and without_effect(type(encoder), name) is None
             }
-            vocab_size = found.vocab_size
-            student = replace(student, text_model=found.model_type, text_overrides={**sizes, **student.text_overrides})
+            vocab_size = encoder.vocab_size
+            student = replace(
+                student, text_model=encoder.model_type, text_overrides={**sizes, **student.text_overrides}
+            )
         except Exception:
             if source not in FAMILY_SIZES and "hidden_size" not in student.text_overrides:
                 raise NotPredictable(
@@ -246,7 +248,7 @@ def recorded_from_the_engine_on(
         yield
 
 
-def free_bytes(tracker: Tracker, card: str, world_size: int) -> int:
+def free_bytes(tracker: Tracker, gpu: str, world_size: int) -> int:
     """What is free on the device when its allocator has given back what it can."""
     allocator = CachingAllocator()
     live = {}
@@ -256,7 +258,7 @@ def free_bytes(tracker: Tracker, card: str, world_size: int) -> int:
         else:
             allocator.free(live.pop(block))
     allocator.empty_cache()
-    return cards.card(card).total.bytes - cards.device_bytes(allocator.reserved, card, world_size)
+    return gpus.find(gpu).total.bytes - gpus.device_bytes(allocator.reserved, gpu, world_size)
 
 
 @contextmanager

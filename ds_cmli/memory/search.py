@@ -11,9 +11,9 @@ from ds_cmli import engine
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.schema import Config, check, choice
 from ds_cmli.faults import memory_advice
-from ds_cmli.memory import cards
+from ds_cmli.memory import gpus
 from ds_cmli.memory.allocator import replay
-from ds_cmli.memory.predict import DEFAULT_CARD, TOTAL_STEPS, Prediction, predict
+from ds_cmli.memory.predict import DEFAULT_GPU, TOTAL_STEPS, Prediction, predict
 
 AXES = ("batch", "world", "stage")
 LARGEST_BATCH = 2**16
@@ -117,7 +117,7 @@ def largest(
     return low
 
 
-def estimated_bytes(known: dict[int, Prediction], micro_batch: int, card: str, world_size: int) -> int:
+def estimated_bytes(known: dict[int, Prediction], micro_batch: int, gpu: str, world_size: int) -> int:
     """On the device, for a micro-batch that was not predicted: each event's bytes, as a polynomial through the nearest
     three predictions (or fewer) with the same events, in the allocator's model."""
     nearest = sorted(known, key=lambda n: (abs(n - micro_batch), n))
@@ -132,7 +132,7 @@ def estimated_bytes(known: dict[int, Prediction], micro_batch: int, card: str, w
         replace(event, bytes=max(int(size), 1) if event.bytes > 0 else -max(int(size), 1))
         for event, size in zip(base, np.rint(sizes), strict=True)
     ]
-    return cards.device_bytes(replay(events).reserved_peak, card, world_size)
+    return gpus.device_bytes(replay(events).reserved_peak, gpu, world_size)
 
 
 def fit(
@@ -141,7 +141,7 @@ def fit(
     world_size: int,
     room: int,
     *,
-    card: str = DEFAULT_CARD,
+    gpu: str = DEFAULT_GPU,
     tell: Callable[[str], None] = lambda line: None,
 ) -> Fit:
     """The largest micro-batch whose predicted bytes on the device are at most `room`, and that one more is too much.
@@ -150,20 +150,22 @@ def fit(
     none is enough alone, the fewest together.
 
     Args:
-        card: as `predict` takes it.
+        gpu: as `predict` takes it.
         tell: called with lines about the progress.
     """
-    found: dict[int, Prediction] = {}
+    predictions: dict[int, Prediction] = {}
 
     def predicted(what: str, config: Config, ds_config: Mapping[str, Any]) -> Prediction:
-        prediction = predict(config, ds_config, world_size, card=card, tell=lambda line: tell(f"{what}: {line}"))
+        prediction = predict(config, ds_config, world_size, gpu=gpu, tell=lambda line: tell(f"{what}: {line}"))
         tell(f"{what}: {prediction.report.totals['device']:,} B on the device")
         return prediction
 
     def needs(micro_batch: int) -> int:
-        if micro_batch not in found:
-            found[micro_batch] = predicted(f"micro-batch {micro_batch}", config, with_batch(ds_config, micro_batch))
-        return found[micro_batch].report.totals["device"]
+        if micro_batch not in predictions:
+            predictions[micro_batch] = predicted(
+                f"micro-batch {micro_batch}", config, with_batch(ds_config, micro_batch)
+            )
+        return predictions[micro_batch].report.totals["device"]
 
     def needs_of(change: memory_advice.Change) -> int:
         return predicted(change.what, change.config, change.ds_config).report.totals["device"]
@@ -171,11 +173,11 @@ def fit(
     def estimate(micro_batch: int) -> int:
         for first in FIRST_BATCHES:
             needs(first)
-        return estimated_bytes(found, micro_batch, card, world_size)
+        return estimated_bytes(predictions, micro_batch, gpu, world_size)
 
     best = largest(needs, room, estimate=estimate)
     changes: list[tuple[str, int]] = []
-    if not best and room > cards.device_bytes(0, card, world_size):
+    if not best and room > gpus.device_bytes(0, gpu, world_size):
         one = engine.filled(config, with_batch(ds_config, 1), world_size, TOTAL_STEPS)
         for change in memory_advice.changes(config, one, world_size, gpu=True):
             if len(changes) < memory_advice.MOST:
@@ -185,5 +187,5 @@ def fit(
         combined = memory_advice.together(config, one, world_size) if not changes else []
         if combined and needs_of(combined[-1]) <= room:  # otherwise all of them are not enough
             changes = [next((c.what, size) for c in combined if (size := needs_of(c)) <= room)]
-    tried = {n: p.report.totals["device"] for n, p in sorted(found.items())}
-    return Fit(best, found[best or 1], tried, changes)
+    tried = {n: p.report.totals["device"] for n, p in sorted(predictions.items())}
+    return Fit(best, predictions[best or 1], tried, changes)

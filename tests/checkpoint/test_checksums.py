@@ -43,7 +43,7 @@ def test_every_damage_is_found_and_named(folder, name, damage):
     assert problem is not None and name in problem
 
 
-def test_any_byte_of_the_manifest_counts(folder):
+def test_any_byte_of_the_checksums_file_counts(folder):
     whole = (folder / checksums.NAME).read_bytes()
     for byte in range(len(whole)):
         flip(folder / checksums.NAME, byte)

@@ -18,15 +18,15 @@ from tests.drive_train import drive
 
 
 @pytest.fixture(autouse=True)
-def no_beat(monkeypatch):
+def no_touching(monkeypatch):
     """These tests take locks from each other, which ends a process at its next look."""
-    monkeypatch.setattr(lock, "BEAT", 1e6)
+    monkeypatch.setattr(lock, "TOUCH_SECONDS", 1e6)
 
 
 def holder(folder, age: float = 0.0, **changes) -> None:
     """A lock of another process than this one."""
     path = folder / NAME
-    path.write_text(json.dumps({**Lock(folder).own, "token": "other", **changes}))
+    path.write_text(json.dumps({**Lock(folder).mine, "token": "other", **changes}))
     os.utime(path, (time.time() - age,) * 2)
 
 
@@ -34,7 +34,7 @@ def test_a_second_start_ends_in_one_line_and_the_lock_goes_with_its_run(tmp_path
     first = Lock(tmp_path)
     assert first.take() is None
     line = Lock(tmp_path).take()
-    assert line is not None and f"in use since {first.own['since']} by process {os.getpid()} on " in line
+    assert line is not None and f"in use since {first.mine['since']} by process {os.getpid()} on " in line
     assert "\n" not in line and "give another --output-dir" in line
     first.give_back()
     assert list(tmp_path.iterdir()) == []
@@ -99,7 +99,7 @@ def test_who_died_while_taking_over_hinders_nobody(tmp_path):
     claimed = stale
     for _ in range(2):  # a claim on the lock, and one on that claim, both of processes that are gone
         claim = tmp_path / f"{NAME}.{hashlib.sha256(claimed.encode()).hexdigest()[:16]}"
-        claimed = json.dumps(Lock(tmp_path).own | {"started": "1"})
+        claimed = json.dumps(Lock(tmp_path).mine | {"started": "1"})
         claim.write_text(claimed)
     with ThreadPoolExecutor(8) as pool:
         lines = list(pool.map(lambda _: Lock(tmp_path).take(), range(8)))

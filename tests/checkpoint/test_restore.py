@@ -204,31 +204,31 @@ def samples_of_epoch(folder: Path, name: str) -> list[int]:
 
 
 def test_a_batch_that_does_not_divide_is_refused_with_the_numbers_that_do(monkeypatch):
-    found = restore.Found(Path("run"), TrainState(train_batch_size=24, accumulation=2), 2, [])
+    found = restore.ResumePoint(Path("run"), TrainState(train_batch_size=24, accumulation=2), 2, [])
     monkeypatch.setattr(distributed, "world_size", lambda: 3)
-    cut = restore.cut_batch(found, DeepSpeedConfig.of({"train_micro_batch_size_per_gpu": 6}))
-    assert [cut[key] for key in BATCH_KEYS] == [24, 4, 2]
+    rebatched = restore.rebatch(found, DeepSpeedConfig.of({"train_micro_batch_size_per_gpu": 6}))
+    assert [rebatched[key] for key in BATCH_KEYS] == [24, 4, 2]
     monkeypatch.setattr(distributed, "world_size", lambda: 5)
     with pytest.raises(UserError) as error:
-        restore.cut_batch(found, DeepSpeedConfig.of({}))
+        restore.rebatch(found, DeepSpeedConfig.of({}))
     assert "24 = 12 pairs x 2 accumulation, which 5 ranks cannot share evenly" in str(error.value)
     assert "out of 1, 2, 3, 4, 6, 12" in str(error.value)
 
 
-def test_a_batch_once_cut_for_other_ranks_stays_so_at_every_later_start(monkeypatch):
+def test_a_batch_once_rebatched_for_other_ranks_stays_so_at_every_later_start(monkeypatch):
     config, said = load_preset("tiny", {}), []  # 8 pairs per rank
 
     def start(ranks, found):
         monkeypatch.setattr(distributed, "world_size", lambda: ranks)
-        asked = restore.cut_batch(found, DeepSpeedConfig.of({"zero_optimization": {"stage": 2}}))
+        asked = restore.rebatch(found, DeepSpeedConfig.of({"zero_optimization": {"stage": 2}}))
         resolved = asked.filled(config.optim, ranks, 20)
         return restore.state_of(found, config, resolved, False, said.append)
 
     state = start(2, None)
-    assert (state.train_batch_size, state.world_size, state.cut) == (16, 2, False)
+    assert (state.train_batch_size, state.world_size, state.rebatched) == (16, 2, False)
     for ranks, before in ((1, 2), (1, 1), (2, 1), (2, 2)):
-        state = start(ranks, restore.Found(Path("run/checkpoint/step1"), state, before, []))
-        assert (state.train_batch_size, state.world_size, state.cut) == (16, ranks, True)
+        state = start(ranks, restore.ResumePoint(Path("run/checkpoint/step1"), state, before, []))
+        assert (state.train_batch_size, state.world_size, state.rebatched) == (16, ranks, True)
     assert sum("universal" in line for line in said) == 2
 
 
@@ -278,7 +278,7 @@ def test_a_finished_run_says_so_and_changes_nothing(copied, source, capfd):
     assert {path: path.stat().st_mtime_ns for path in files} == files
 
 
-def test_lines_after_the_resumed_step_are_cut_off(copied, source, tmp_path):
+def test_lines_after_the_resumed_step_are_truncated(copied, source, tmp_path):
     with (copied / "metrics.jsonl").open("a") as file:
         file.write('{"step": 5, "loss": 1.0}\n{"step": 6, "lo')  # the process was killed while it wrote
     arguments = [*TINY, *source, "--output-dir"]
@@ -390,7 +390,7 @@ def assert_same_weights(folder: Path, other: Path) -> None:
 
 
 def rewrite(checkpoint: Path, name: str, change) -> None:
-    """A file of a checkpoint changed by `change(path)`, and the manifest with it."""
+    """A file of a checkpoint changed by `change(path)`, and the checksums with it."""
     change(checkpoint / name)
     files = checksums.read(checkpoint)
     files[name] = checksums._describe(checkpoint / name)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from ds_cmli.checkpoint import checksums, restore
-from ds_cmli.checkpoint import io as shards
+from ds_cmli.checkpoint import io as checkpoint_io
 from ds_cmli.checkpoint import save as checkpoint
 from ds_cmli.checkpoint.train_state import RankState, TrainState, generators
 from ds_cmli.common.errors import UserError
@@ -69,7 +69,7 @@ def test_old_ones_go_only_after_the_new_one_is_published(train_engine, tmp_path)
     assert (
         saved.bytes
         == sum(f.stat().st_size for f in (tmp_path / "checkpoint/step3").iterdir())
-        - (tmp_path / "checkpoint/step3/manifest.json").stat().st_size
+        - (tmp_path / "checkpoint/step3/checksums.json").stat().st_size
     )
     assert save(tmp_path, train_engine, 3).name == "step3.1"  # the same step again: never in the place of a good one
     assert published(tmp_path) == ("step3.1", ["step3", "step3.1"])
@@ -81,7 +81,7 @@ def test_old_ones_go_only_after_the_new_one_is_published(train_engine, tmp_path)
 def test_each_file_damaged_is_found_and_the_one_before_used(run, damage):
     newest = run / "checkpoint" / "step2"
     names = sorted(path.name for path in newest.iterdir())
-    assert names == ["manifest.json", "mp_rank_00_model_states.pt", "rank-0.pt", "state.json",
+    assert names == ["checksums.json", "mp_rank_00_model_states.pt", "rank-0.pt", "state.json",
                      "zero_pp_rank_0_mp_rank_00_optim_states.pt"]  # fmt: skip
     for name in names:
         whole = (newest / name).read_bytes()
@@ -188,10 +188,10 @@ class Evil:
 def test_loading_runs_no_code_from_a_file(tmp_path):
     for number, value in enumerate([Evil(str(tmp_path / "ran")), {"loss_scaler": [Evil(str(tmp_path / "ran"))]}]):
         torch.save(value, tmp_path / f"{number}.pt")
-        with shards.no_code(), pytest.raises(pickle.UnpicklingError) as error:
-            shards.Shards().load(str(tmp_path / f"{number}.pt"))
+        with checkpoint_io.no_code(), pytest.raises(pickle.UnpicklingError) as error:
+            checkpoint_io.CheckpointWriter().load(str(tmp_path / f"{number}.pt"))
         assert refused_code(error.value) == "it holds more than tensors (posix.mkdir), and code in pickles is never run"
-        with shards.no_code(), pytest.raises(pickle.UnpicklingError):
+        with checkpoint_io.no_code(), pytest.raises(pickle.UnpicklingError):
             torch.load(tmp_path / f"{number}.pt", weights_only=False)  # as DeepSpeed's converter asks for
     assert not (tmp_path / "ran").exists()
 

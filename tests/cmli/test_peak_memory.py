@@ -71,13 +71,13 @@ def test_a_whole_step_needs_what_is_predicted(scratch_bytes):
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("scratch_bytes", [2**20, 2**23, 2**26])
 def test_scratch_stays_within_the_budget(scratch_bytes, recompute):
-    """Beyond scores, winners and gradients: the budget, tables of a few bytes a position, an fp32 text gradient."""
+    """Beyond scores, argmax and gradients: the budget, tables of a few bytes a position, an fp32 text gradient."""
     N, M, D = 196, 64, 256
     for G in (32, 128, 512):
         peak = cmli_peak_bytes(G, G, N, M, D, torch.bfloat16, recompute=recompute, scratch_bytes=scratch_bytes)
         scores, tables, text_sum = 2 * G * G * 4, G * (48 + M * 12 + N * 4), G * M * D * 4 if recompute else 0
-        winners_of_one_image = G * (N + M) if recompute else 0
-        room = scratch_bytes + max(0, winners_of_one_image - scratch_bytes // 2)
+        argmax_of_one_image = G * (N + M) if recompute else 0
+        room = scratch_bytes + max(0, argmax_of_one_image - scratch_bytes // 2)
         assert peak.forward - peak.saved - scores <= room + tables
         assert peak.backward - peak.gradients <= room + tables + text_sum
 

@@ -61,7 +61,7 @@ def test_forward(target, dtype):
     pointers |= dict.fromkeys(("arg_i2t", "arg_t2i"), "u8") | dict.fromkeys(("image_mask", "token_mask"), "i16")
     pointers |= dict.fromkeys(("image_count", "text_count", "first", "code"), "i32") | {"suspect": "i1"}
     for tokens in tiles.tokens:
-        # Without winners, and without image masks in fp16, the kernels are parts of these.
+        # Without argmax indices, and without image masks in fp16, the kernels are parts of these.
         for masked, save in ((False, True), (True, True))[: 2 if dtype == torch.bfloat16 else 1]:
             constants = {"D": D, "ROWS": tiles.rows, "TOKENS": tokens, "BD": tiles.features, "BLOCKS": blocks}
             constants |= {"MASKED": masked, "SAVE": save, "STAGES": tiles.stages}

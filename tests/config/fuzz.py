@@ -366,9 +366,9 @@ def work() -> None:
 
     from ds_cmli import train
     from ds_cmli.common.cli import exit_code
-    from ds_cmli.memory import apart
+    from ds_cmli.memory import predict_subprocess
 
-    class One(apart.Predictor):
+    class One(predict_subprocess.Predictor):
         """One process for all predictions, of this device's kind alone."""
 
         def send(self, request):
@@ -378,7 +378,7 @@ def work() -> None:
                 super().send(request)
 
         def receive(self):
-            return super().receive() if self.asked.pop(0) == "cpu" else apart.Answer(None, "not asked")
+            return super().receive() if self.asked.pop(0) == "cpu" else predict_subprocess.Answer(None, "not asked")
 
     def one(*_):
         if not predictors or predictors[0].process.poll() is not None:
@@ -390,7 +390,8 @@ def work() -> None:
         out, err, environment = io.StringIO(), io.StringIO(), dict(os.environ)
         with (
             contextlib.redirect_stdout(out), contextlib.redirect_stderr(err),
-            mock.patch.object(apart, "Predictor", one), mock.patch.object(sys, "argv", ["train.py", *json.loads(line)]),
+            mock.patch.object(predict_subprocess, "Predictor", one),
+            mock.patch.object(sys, "argv", ["train.py", *json.loads(line)]),
         ):  # fmt: skip
             try:
                 code = exit_code(train.command)

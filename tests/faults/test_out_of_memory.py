@@ -13,7 +13,7 @@ from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.presets import load_preset
 from ds_cmli.faults import memory_advice, out_of_memory
 from ds_cmli.faults.watchdog import Watchdog
-from ds_cmli.memory import apart
+from ds_cmli.memory import predict_subprocess
 from tests.conftest import ROOT, clean_environment, free_port
 
 ZERO2 = {"zero_optimization": {"stage": 2, "reduce_bucket_size": 100_000}}
@@ -161,9 +161,9 @@ def test_what_adds_to_a_change_that_is_enough_is_not_proposed(monkeypatch):
             size = 55 if request.ds_config["train_micro_batch_size_per_gpu"] == 2 else size
             asked.append(request)
             report = {"categories": {"data": 1, "teacher": 0, "CMLI op": 99}, "totals": {"requested": size}}
-            return apart.Answer(report)
+            return predict_subprocess.Answer(report)
 
-    monkeypatch.setattr(apart, "Predictor", Predictor)
+    monkeypatch.setattr(predict_subprocess, "Predictor", Predictor)
     lines = memory_advice.advise(config, ds_config, 1, False, 70, "")
     assert lines[:4] == [
         "CMLI op                            99 B",
@@ -188,15 +188,15 @@ def test_what_adds_to_a_change_that_is_enough_is_not_proposed(monkeypatch):
 def test_the_predicting_process_answers_each_request_and_names_what_fails():
     config = load_preset("tiny", {})
     wrong = {**ZERO2, "train_batch_size": 3, "train_micro_batch_size_per_gpu": 8}
-    with apart.Predictor() as predictor:
-        predictor.send(apart.Request(config, wrong, 1, "cpu"))
-        predictor.send(apart.Request(config, ZERO2, 1, "cpu"))
+    with predict_subprocess.Predictor() as predictor:
+        predictor.send(predict_subprocess.Request(config, wrong, 1, "cpu"))
+        predictor.send(predict_subprocess.Request(config, ZERO2, 1, "cpu"))
         first, second = predictor.receive(), predictor.receive()
     assert first.report is None and first.failed.startswith("train_batch_size is 3")
     assert sum(second.report["categories"].values()) == second.report["totals"]["requested"] > 0
 
 
 def test_a_predicting_process_that_takes_too_long_is_an_answer():
-    with apart.Predictor(timeout_s=0.1) as predictor:
-        answer = predictor.ask(apart.Request(load_preset("tiny", {}), ZERO2, 1, "cpu"))
-    assert answer == apart.Answer(None, "the predicting process ended with exit code -9")
+    with predict_subprocess.Predictor(timeout_s=0.1) as predictor:
+        answer = predictor.ask(predict_subprocess.Request(load_preset("tiny", {}), ZERO2, 1, "cpu"))
+    assert answer == predict_subprocess.Answer(None, "the predicting process ended with exit code -9")

@@ -50,7 +50,7 @@ def prediction_figures(found: dict[str, Any]) -> list[Figure]:
         if name in predicted and measured.get(name):
             note = f"{predicted[name]:,} B predicted, {measured[name]:,} B measured"
             error = predicted[name] / measured[name] - 1
-            # "device" rests on the constants of the card, which are assumed until they are measured: it has no bar.
+            # "device" rests on the constants of the GPU, which are assumed until they are measured: it has no bar.
             out.append(Figure(f"{name}, predicted/measured - 1", error, PREDICTION_BARS.get(name), note))
     if "allocator" in found:
         model = found["allocator"]

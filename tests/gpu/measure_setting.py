@@ -13,17 +13,17 @@ quiet.silence()
 
 import torch  # noqa: E402
 
-from ds_cmli.memory import apart, cards, measure, measure_cuda, recorded  # noqa: E402
+from ds_cmli.memory import gpus, measure, measure_cuda, predict_subprocess, recorded  # noqa: E402
 from tests.gpu.settings import Setting  # noqa: E402
 
 
 def measure_setting(device: str, setting: dict[str, Any]) -> dict[str, Any]:
     wanted = Setting(**setting)
     config, ds_config = wanted.resolve()
-    card = cards.known(torch.cuda.get_device_name()) if device == "cuda" else ""
+    gpu = gpus.listed_name(torch.cuda.get_device_name()) if device == "cuda" else ""
     # The prediction runs meanwhile, on the CPU.
-    with apart.Predictor() as predictor:
-        predictor.send(apart.Request(config, ds_config, wanted.world, device, card))
+    with predict_subprocess.Predictor() as predictor:
+        predictor.send(predict_subprocess.Request(config, ds_config, wanted.world, device, gpu))
         if device == "cuda":
             measure_cuda.record_history()
         measured = measure.measure(config, ds_config, wanted.world, device)

@@ -15,7 +15,7 @@ from ds_cmli.cmli.op import cmli_scores
 from ds_cmli.cmli.reference import cmli_scores_reference
 
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-# I, J, N, M, D: the document's tile; odd sizes; sides above 256, whose winners take 16 bits; a single pair.
+# I, J, N, M, D: the document's tile; odd sizes; sides above 256, whose argmax indices take 16 bits; a single pair.
 SHAPES = [(6, 7, 196, 64, 256), (5, 9, 37, 21, 40), (3, 4, 260, 12, 64), (4, 3, 10, 270, 16), (1, 1, 1, 1, 8)]
 MASKS = ("lengths", "holes")
 

@@ -79,7 +79,7 @@ SETTINGS = [
     Setting("demo, global loss only", "demo", 64, overrides=_losses("global")),
     Setting("demo, cmli loss only", "demo", 64, overrides=_losses("cmli")),
     Setting("demo, chunked backend", "demo", 64, overrides=_losses(*ALL, cmli_backend="chunked")),
-    Setting("demo, recomputed winners", "demo", 64, overrides=_losses(*ALL, cmli_recompute=True)),
+    Setting("demo, recomputed argmax indices", "demo", 64, overrides=_losses(*ALL, cmli_recompute=True)),
     Setting("demo, rank 0 of 2", "demo", 64, world=2),
     Setting("demo, rank 0 of 8", "demo", 64, world=8),
     Setting("demo, rank 0 of 64", "demo", 64, world=64),

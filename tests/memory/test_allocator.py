@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ds_cmli.common.errors import UserError
-from ds_cmli.memory import cards
+from ds_cmli.memory import gpus
 from ds_cmli.memory.allocator import FIRST_ADDRESS, CachingAllocator, OutOfMemory, replay
 from ds_cmli.memory.recorded import replay_trace
 from ds_cmli.memory.report import Event
@@ -253,28 +253,28 @@ def test_whatever_is_asked_for_segments_stay_whole(requests, seed):
 
 
 def test_device_bytes_add_the_cards_constants():
-    card = cards.card("A10G 24GB")
-    alone = cards.device_bytes(10 * M, "A10G 24GB", 1)
-    assert alone == 10 * M + card.context.bytes
-    assert cards.device_bytes(10 * M, "A10G 24GB", 2) == alone + card.nccl.bytes
-    assert cards.device_bytes(10 * M, "A10G 24GB", 64) == alone + card.nccl.bytes
+    gpu = gpus.find("A10G 24GB")
+    alone = gpus.device_bytes(10 * M, "A10G 24GB", 1)
+    assert alone == 10 * M + gpu.context.bytes
+    assert gpus.device_bytes(10 * M, "A10G 24GB", 2) == alone + gpu.nccl.bytes
+    assert gpus.device_bytes(10 * M, "A10G 24GB", 64) == alone + gpu.nccl.bytes
 
 
 def test_cards_say_what_is_known_and_are_found_by_torchs_names():
-    for card in cards.cards().values():
-        for constant in (card.total, card.context, card.cublas_workspace, card.nccl):
-            assert constant.known in (cards.MEASURED, cards.ASSUMED)
+    for gpu in gpus.all_gpus().values():
+        for constant in (gpu.total, gpu.context, gpu.cublas_workspace, gpu.nccl):
+            assert constant.known in (gpus.MEASURED, gpus.ASSUMED)
             assert constant.source
-        gigabytes = int(card.name.split()[-1].removesuffix("GB"))
-        assert 0.85 * gigabytes * 1e9 < card.usable < card.total.bytes < 1.1 * gigabytes * 1e9
+        gigabytes = int(gpu.name.split()[-1].removesuffix("GB"))
+        assert 0.85 * gigabytes * 1e9 < gpu.usable < gpu.total.bytes < 1.1 * gigabytes * 1e9
     names = {
         "a10g": "A10G 24GB",
         "NVIDIA A100-SXM4-80GB": "A100 80GB",
         "NVIDIA H100 80GB HBM3": "H100 80GB",
         "NVIDIA GeForce RTX 4090": "RTX 4090 24GB",
     }
-    assert {name: cards.card(name).name for name in names} == names
-    assert (cards.known("NVIDIA A10G"), cards.known("Tesla T4")) == ("A10G 24GB", "")
+    assert {name: gpus.find(name).name for name in names} == names
+    assert (gpus.listed_name("NVIDIA A10G"), gpus.listed_name("Tesla T4")) == ("A10G 24GB", "")
     for unclear in ("A100", "", "T4"):
-        with pytest.raises(UserError, match=r"--card is .*: give one of A10G 24GB"):
-            cards.card(unclear)
+        with pytest.raises(UserError, match=r"--gpu is .*: give one of A10G 24GB"):
+            gpus.find(unclear)

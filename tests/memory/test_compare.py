@@ -38,7 +38,7 @@ def test_a_row_is_measured_in_a_process_of_its_own():
 
 def test_a_measurement_that_takes_too_long_is_ended():
     row = Row("E3", "broadcast", None, None, None)
-    assert compare.measure_apart(row, SMALL, "cpu", "forward", 0.01) is None
+    assert compare.measure_in_subprocess(row, SMALL, "cpu", "forward", 0.01) is None
 
 
 def test_no_time_left_is_said(monkeypatch):
@@ -96,7 +96,7 @@ def test_the_loss_s_way_decides_what_is_left_of_the_card():
     materialised, ours = (row.predicted_bytes for row in rows)
     # At the least all similarities and their gradients at once.
     assert ours - materialised > 2 * 6_576_668_672
-    assert 20e9 < ours < rows[0].extra["card_bytes"]
+    assert 20e9 < ours < rows[0].extra["gpu_bytes"]
     assert rows[1].verdict == f"fits: {ours / 1e9:,.1f} GB free"
     for row in rows:
         assert sum(row.extra["categories"].values()) == row.extra["totals"]["requested"] == row.predicted_peak_bytes

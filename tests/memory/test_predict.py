@@ -21,10 +21,10 @@ from ds_cmli.common.errors import UserError
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.presets import load_preset
 from ds_cmli.distributed import process_group as distributed
-from ds_cmli.memory import cards, search
+from ds_cmli.memory import gpus, search
 from ds_cmli.memory.fake import Answers, fake_world
 from ds_cmli.memory.measure_cpu import measure
-from ds_cmli.memory.predict import DEFAULT_CARD, NotPredictable, longest_batch, predict, without_weights
+from ds_cmli.memory.predict import DEFAULT_GPU, NotPredictable, longest_batch, predict, without_weights
 from ds_cmli.memory.report import CATEGORIES
 from ds_cmli.memory.tracker import Tracker
 from tests.conftest import ROOT, clean_environment
@@ -146,8 +146,8 @@ def test_parameters_are_flattened_on_the_host_where_the_device_has_no_room_for_b
         return max(accumulate(e.bytes for e in events if e.category == "parameters" and e.phase == "init"))
 
     usual = predict(config, ds_json(), 2)
-    full = replace(cards.card(DEFAULT_CARD).total, bytes=cards.device_bytes(0, DEFAULT_CARD, 2))
-    monkeypatch.setitem(cards.cards(), DEFAULT_CARD, replace(cards.card(DEFAULT_CARD), total=full))
+    full = replace(gpus.find(DEFAULT_GPU).total, bytes=gpus.device_bytes(0, DEFAULT_GPU, 2))
+    monkeypatch.setitem(gpus.all_gpus(), DEFAULT_GPU, replace(gpus.find(DEFAULT_GPU), total=full))
     little = predict(config, ds_json(), 2)
     parameters = usual.report.categories["parameters"]
     assert most_parameters(usual.events) > 1.5 * parameters > 1.4 * most_parameters(little.events)
@@ -188,7 +188,7 @@ def test_operators_are_those_of_cuda():
 
 
 def test_on_a_gpu_the_backend_is_triton_and_the_allocator_rounds_up():
-    report = predict(preset(), ds_json(precision="fp16"), 2, card="A100 40GB").report
+    report = predict(preset(), ds_json(precision="fp16"), 2, gpu="A100 40GB").report
     assert report.setting["cmli_backend"] == "triton" and report.setting["precision"] == "fp16"
     totals = report.totals
     assert totals["requested"] < totals["allocated"] <= totals["reserved"] < totals["device"]
@@ -254,11 +254,11 @@ def test_axes_and_sizes_as_they_are_typed():
     for wrong in ("size=3", "batch=x", "7", "stage=4"):
         with pytest.raises(UserError, match="--sweep"):
             search.parse_axes((wrong,), 64, 1)
-    assert cards.parse_room("24GB") == (24 * 10**9, None)
-    assert cards.parse_room("1.5 GiB") == (3 * 2**29, None)
-    assert cards.parse_room("RTX 3090")[1] == "RTX 3090 24GB"
+    assert gpus.parse_memory("24GB") == (24 * 10**9, None)
+    assert gpus.parse_memory("1.5 GiB") == (3 * 2**29, None)
+    assert gpus.parse_memory("RTX 3090")[1] == "RTX 3090 24GB"
     with pytest.raises(UserError, match="--fit is '24 apples'"):
-        cards.parse_room("24 apples")
+        gpus.parse_memory("24 apples")
 
 
 def command(*arguments: str) -> subprocess.CompletedProcess:
@@ -302,7 +302,7 @@ def test_fit():
 def test_fit_proposes_what_makes_one_pair_fit(monkeypatch):
     """One change if one is enough, otherwise the fewest together; each was predicted to fit."""
     config, ds_config = preset(), DeepSpeedConfig.of(ds_json(1, bucket=500_000_000))
-    context = cards.device_bytes(0, DEFAULT_CARD, 2)
+    context = gpus.device_bytes(0, DEFAULT_GPU, 2)
 
     def bytes_of(config, ds_config, world_size, **options):
         size = 100 if ds_config.stage < 3 else 13
@@ -318,7 +318,9 @@ def test_fit_proposes_what_makes_one_pair_fit(monkeypatch):
     assert search.fit(config, ds_config, 2, context + 7).changes == []
 
 
-@pytest.mark.parametrize("arguments", [("--card", "abacus"), ("--sweep", "moon"), ("--world-size", "0")])
+@pytest.mark.parametrize(
+    "arguments", [("--card", "abacus"), ("--gpu", "abacus"), ("--sweep", "moon"), ("--world-size", "0")]
+)
 def test_mistakes_are_one_line(arguments):
     done = command(*arguments)
     assert done.returncode == 2

@@ -1,4 +1,4 @@
-"""What a card holds and what a process occupies on it besides torch's tensors, in `cards.json`.
+"""What a GPU holds and what a process occupies on it besides torch's tensors, in `gpus.json`.
 
 Every value says whether it was measured by this project (`profiling/gpu_check.py` prints the measured ones) or assumed,
 and from which source. All are bytes.
@@ -24,7 +24,7 @@ class Constant:
 
 
 @dataclass(frozen=True)
-class Card:
+class Gpu:
     name: str
     total: Constant  # what the driver reports as the device's memory
     context: Constant  # CUDA context with the libraries' kernels, loaded lazily
@@ -38,36 +38,36 @@ class Card:
 
 
 @cache
-def cards() -> dict[str, Card]:
-    content = json.loads((Path(__file__).parent / "cards.json").read_text())
-    return {name: Card(name, **{k: Constant(**v) for k, v in values.items()}) for name, values in content.items()}
+def all_gpus() -> dict[str, Gpu]:
+    content = json.loads((Path(__file__).parent / "gpus.json").read_text())
+    return {name: Gpu(name, **{k: Constant(**v) for k, v in values.items()}) for name, values in content.items()}
 
 
-def card(name: str) -> Card:
-    """The listed card that `name` means: "A10G", "A100 80GB" or what torch calls it, "NVIDIA H100 80GB HBM3".
+def find(name: str) -> Gpu:
+    """The listed GPU that `name` means: "A10G", "A100 80GB" or what torch calls it, "NVIDIA H100 80GB HBM3".
 
     Raises `UserError` where none or several fit.
     """
     given = set(name.lower().replace("-", " ").split()) - {"nvidia", "geforce"}
-    listed = {key: set(key.lower().split()) for key in cards()}
-    found = [key for key, words in listed.items() if words <= given] or [
+    listed = {key: set(key.lower().split()) for key in all_gpus()}
+    fitting = [key for key, words in listed.items() if words <= given] or [
         key for key, words in listed.items() if given and given <= words
     ]
-    if len(found) != 1:
-        raise UserError(f"--card is {name!r}: give one of {', '.join(listed)}")
-    return cards()[found[0]]
+    if len(fitting) != 1:
+        raise UserError(f"--fitting is {name!r}: give one of {', '.join(listed)}")
+    return all_gpus()[fitting[0]]
 
 
-def known(name: str) -> str:
-    """`name` if it means a listed card, otherwise ""."""
+def listed_name(name: str) -> str:
+    """`name` if it means a listed GPU, otherwise ""."""
     try:
-        return card(name).name
+        return find(name).name
     except UserError:
         return ""
 
 
-def parse_room(text: str, setting: str = "--fit") -> tuple[int, str | None]:
-    """ "24GB" -> (24 * 10^9, None); a card's name -> (its memory in bytes, the name)."""
+def parse_memory(text: str, setting: str = "--fit") -> tuple[int, str | None]:
+    """ "24GB" -> (24 * 10^9, None); a GPU's name -> (its memory in bytes, the name)."""
     number = re.fullmatch(r"\s*([0-9.]+)\s*([a-zA-Z]*)\s*", text)
     if number and number[2].upper() in UNITS:
         try:
@@ -75,13 +75,13 @@ def parse_room(text: str, setting: str = "--fit") -> tuple[int, str | None]:
         except ValueError:
             pass
     try:
-        found = card(text)
+        gpu = find(text)
     except UserError:
         raise UserError(
             f"{setting} is {text!r}: give a size, for instance 24GB (10^9 bytes) or 22GiB, or one of "
-            f"{', '.join(cards())}"
+            f"{', '.join(all_gpus())}"
         ) from None
-    return found.total.bytes, found.name
+    return gpu.total.bytes, gpu.name
 
 
 def device_bytes(reserved: int, name: str, world_size: int) -> int:
@@ -89,8 +89,8 @@ def device_bytes(reserved: int, name: str, world_size: int) -> int:
 
     Args:
         reserved: of the caching allocator, in which the cuBLAS workspace lies too.
-        name: as `card` takes it.
+        name: as `find` takes it.
         world_size: with more than one rank, one NCCL communicator is added: ZeRO and the losses share the world's.
     """
-    found = card(name)
-    return reserved + found.context.bytes + (found.nccl.bytes if world_size > 1 else 0)
+    gpu = find(name)
+    return reserved + gpu.context.bytes + (gpu.nccl.bytes if world_size > 1 else 0)

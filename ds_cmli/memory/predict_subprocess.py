@@ -31,7 +31,7 @@ class Request:
     ds_config: Mapping[str, Any]  # filled or not
     world_size: int
     target: str = "cuda"  # or "cpu"
-    card: str = ""  # "": `predict.DEFAULT_CARD`
+    gpu: str = ""  # "": `predict.DEFAULT_GPU`
     texts: Sequence[Any] | None = None  # as of `predict`
     snapshot: str = ""  # a file to write the prediction to, for PyTorch's memory viewer
 
@@ -48,7 +48,7 @@ class Predictor:
 
     def __init__(self, timeout_s: float = 120):
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "ds_cmli.memory.apart"],
+            [sys.executable, "-m", "ds_cmli.memory.predict_subprocess"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -97,21 +97,21 @@ class Predictor:
 
 def answer(request: dict[str, Any]) -> Answer:
     from ds_cmli.memory import snapshot
-    from ds_cmli.memory.predict import DEFAULT_CARD, NotPredictable, predict
+    from ds_cmli.memory.predict import DEFAULT_GPU, NotPredictable, predict
 
     try:
         config = Config.from_dict(request["config"])
-        found = predict(
+        prediction = predict(
             config,
             request["ds_config"],
             request["world_size"],
-            card=request["card"] or DEFAULT_CARD,
+            gpu=request["gpu"] or DEFAULT_GPU,
             target=request["target"],
             texts=request["texts"],
         )
         if request["snapshot"]:
-            snapshot.write(found.events, request["snapshot"])
-        return Answer(found.report.to_dict())
+            snapshot.write(prediction.events, request["snapshot"])
+        return Answer(prediction.report.to_dict())
     except Exception as error:  # whatever it is, the next request must be answered too
         said = " ".join(str(error).split())
         said = said if isinstance(error, UserError) else f"{type(error).__name__}: {said[:300]}"
