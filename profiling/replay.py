@@ -10,6 +10,8 @@ import sys
 sys.path[:] = [p for p in sys.path if p != __file__.rsplit("/", 1)[0]]
 
 import json  # noqa: E402
+from dataclasses import replace  # noqa: E402
+from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
 
 import click  # noqa: E402
@@ -17,27 +19,34 @@ import click  # noqa: E402
 from ds_cmli.common.cli import GroupedCommand, option, run_command  # noqa: E402
 from ds_cmli.common.errors import UserError  # noqa: E402
 
+SHOWN = 8  # holders of memory that are named
+
 
 @click.command(cls=GroupedCommand, context_settings={"help_option_names": ["-h", "--help"]})
-@click.argument("snapshot", type=click.Path())
-@option(
-    "What if", "--limit", metavar="SIZE|GPU", help="The most to reserve: 24GB (10^9 bytes), 22GiB, or a GPU's name."
-)
-@option("What if", "--max-split-size-mb", type=click.IntRange(21), help="As in PYTORCH_ALLOC_CONF: MiB.")
-@option("What if", "--roundup-power2-divisions", type=click.IntRange(2), help="As there: a power of two.")
+@click.argument("snapshots", nargs=-1, required=True, type=click.Path(), metavar="SNAPSHOT [SNAPSHOT]")
+@option("What if", "--limit", metavar="SIZE|GPU", help="Of what may be reserved: 24GB (10^9 bytes), 22GiB, or a GPU.")
+@option("What if", "--expandable-segments/--no-expandable-segments", default=None, help="As in PYTORCH_ALLOC_CONF.")
+@option("What if", "--max-split-size-mb", type=click.IntRange(21), help="As there: MiB.")
+@option("What if", "--roundup-power2-divisions", type=click.IntRange(1), help="As there: a power of two; 1: off.")
 @option("What if", "--garbage-collection-threshold", type=click.FloatRange(0, 1, min_open=True, max_open=True),
         help="As there: a share of --limit, which it needs.")  # fmt: skip
+@option("What if", "--settings", "compare_settings", is_flag=True, help="Which settings reserve least.")
+@option("Output", "--plot", metavar="FILE", help="Allocated and reserved memory over time, as a picture.")
 @option("Output", "--json", "as_json", is_flag=True, help="One object per device, a line each, instead of the text.")
-def command(snapshot: str, limit: str | None, max_split_size_mb: int | None, roundup_power2_divisions: int | None,
-            garbage_collection_threshold: float | None, as_json: bool) -> None:  # fmt: skip
-    """Replay a recorded history of CUDA's allocator through its model, from wherever it begins."""
-    from ds_cmli.memory import gpus, snapshot_file
-    from ds_cmli.memory.allocator import Settings
-    from ds_cmli.memory.history import Replayed, beginning, replay_history
-    from ds_cmli.memory.what_if import what_if
+def command(snapshots: tuple[str, ...], limit: str | None, expandable_segments: bool | None,
+            max_split_size_mb: int | None, roundup_power2_divisions: int | None,
+            garbage_collection_threshold: float | None, compare_settings: bool, plot: str | None,
+            as_json: bool) -> None:  # fmt: skip
+    """Replay a recorded history of CUDA's allocator through its model, from wherever it begins.
 
-    divisions = roundup_power2_divisions or 0
-    if divisions & (divisions - 1):
+    Of two snapshots also what holds more and what holds less memory at the second one's peak.
+    """
+    from ds_cmli.memory import gpus
+
+    if len(snapshots) > 2:
+        raise UserError(f"{len(snapshots)} snapshots are given: give one, or two to compare")
+    divisions = roundup_power2_divisions
+    if divisions is not None and divisions & (divisions - 1):
         raise UserError(f"--roundup-power2-divisions is {divisions}: give a power of two")
     if garbage_collection_threshold and limit is None:
         raise UserError("--garbage-collection-threshold is a share of --limit: give one, as PyTorch's needs a fraction")
@@ -45,31 +54,82 @@ def command(snapshot: str, limit: str | None, max_split_size_mb: int | None, rou
     if limit is not None:
         room, gpu = gpus.parse_memory(limit, "--limit")
         room = gpus.find(gpu).usable if gpu else room
-    settings = Settings((max_split_size_mb or 0) << 20 or None, divisions, garbage_collection_threshold or 0.0)
-    asked = room is not None or settings != Settings()
+    changes = {
+        "expandable_segments": expandable_segments,
+        "max_split_size": max_split_size_mb and max_split_size_mb << 20,
+        "roundup_power2_divisions": divisions if divisions != 1 else 0,
+        "garbage_collection_threshold": garbage_collection_threshold,
+    }
+    changes = {name: value for name, value in changes.items() if value is not None}
 
-    content = snapshot_file.read(snapshot)
-    found: list[Replayed] = []
+    files: list[list[dict[str, Any]]] = []
+    refused: list[str] = []
+    for i, path in enumerate(snapshots):
+        devices, errors = one(path, room, changes, compare_settings, plot if i == 0 else None)
+        for device in devices:
+            print(json.dumps(device["values"]) if as_json else "\n".join(device["lines"]))
+        files.append(devices)
+        refused += errors
+    if refused:
+        raise UserError("; ".join(refused))
+    if len(files) == 2 and not as_json:
+        for first, second in zip(*files, strict=False):
+            print("\n".join(difference(first["holders"], second["holders"])))
+
+
+def one(
+    path: str, room: int | None, changes: dict[str, Any], compare_settings: bool, plot: str | None
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """Of each device of a snapshot: what --json prints, the lines of the text, and what holds memory at its peak.
+
+    And a line for each device whose history cannot be replayed.
+    """
+    from ds_cmli.memory import charts, snapshot_file
+    from ds_cmli.memory.beginning import beginning
+    from ds_cmli.memory.history import replay_history
+    from ds_cmli.memory.holders import holders
+    from ds_cmli.memory.what_if import what_if
+
+    content = snapshot_file.read(path)
+    out: list[dict[str, Any]] = []
     refused: list[str] = []
     for device, trace in enumerate(content["device_traces"]):
         if not trace:
             continue
         try:
-            found.append(replay_history(content, device))
+            replayed = replay_history(content, device)
+            start = beginning(content, device)
         except UserError as error:
             refused.append(str(error))
             continue
-        values: dict[str, Any] = dict(found[-1].to_dict())
-        lines = [text(found[-1])]
-        if asked:
-            answer = what_if(beginning(content, device), trace, room, settings)
+        at_peak = holders(content, device, start)
+        values: dict[str, Any] = dict(replayed.to_dict())
+        values["at_peak"] = {holder.name: holder.bytes for holder in at_peak}
+        lines = [text(replayed), "  at the peak:", *held(at_peak)]
+        if room is not None or changes:
+            answer = what_if(start, trace, room, replace(start.settings, **changes))
             values["what_if"] = answer.to_dict()
             lines.append(told(answer, room))
-        elif not as_json:
-            lines.append(smallest_card(beginning(content, device), trace))
-        print(json.dumps(values) if as_json else "\n".join(lines))
-    if refused or not found:
-        raise UserError("; ".join(refused) or f"{snapshot!r} holds no history: switch recording on before training")
+            if not answer.fits:
+                lines += ["  held by then:", *held(holders(content, device, start, answer.failed_event))]
+        else:
+            lines.append(smallest_gpu(start, trace))
+        if compare_settings:
+            reserved = settings_tried(start, trace, room)
+            values["settings"] = reserved
+            lines += ["  reserved at most under these settings, the least first:"]
+            lines += [f"    {size:>16,} B  {name}" for name, size in reserved.items()]
+        if plot is not None and not out:
+            try:
+                charts.history(replayed.timeline, path, Path(plot))
+            except ImportError:
+                raise UserError("--plot needs matplotlib: pip install matplotlib") from None
+            except (OSError, ValueError) as error:
+                raise UserError(f"--plot is {plot!r}: cannot write it: {error}") from None
+        out.append({"values": values, "lines": lines, "holders": at_peak})
+    if not refused and not out:
+        raise UserError(f"{path!r} holds no history: switch recording on before training")
+    return out, refused
 
 
 def told(answer: Any, limit: int | None) -> str:
@@ -82,7 +142,44 @@ def told(answer: Any, limit: int | None) -> str:
     return f"  what if: it does not fit{room}: {which}{request} fails, and {answer.too_much:,} B would have to go"
 
 
-def smallest_card(start: Any, trace: list[dict[str, Any]]) -> str:
+def held(found: Any) -> list[str]:
+    rest = found[SHOWN:]
+    lines = [f"    {holder.bytes:>16,} B  {holder.name} ({holder.blocks:,} blocks)" for holder in found[:SHOWN]]
+    if rest:
+        lines.append(f"    {sum(holder.bytes for holder in rest):>16,} B  {len(rest)} others")
+    return lines
+
+
+def difference(first: Any, second: Any) -> list[str]:
+    sizes = [{holder.name: holder.bytes for holder in found} for found in (first, second)]
+    change = {name: sizes[1].get(name, 0) - sizes[0].get(name, 0) for name in {**sizes[0], **sizes[1]}}
+    rows = sorted((item for item in change.items() if item[1]), key=lambda item: -abs(item[1]))
+    lines = [f"the second's peak beside the first's: {sum(change.values()):+,} B"]
+    lines += [f"    {size:>+16,} B  {name}" for name, size in rows[:SHOWN]]
+    if rows[SHOWN:]:
+        lines.append(f"    {sum(size for _, size in rows[SHOWN:]):>+16,} B  {len(rows[SHOWN:])} others")
+    return lines
+
+
+def settings_tried(start: Any, trace: list[dict[str, Any]], room: int | None) -> dict[str, int]:
+    """Reserved bytes by value of PYTORCH_ALLOC_CONF, the least first; of those that fit, where there is a limit."""
+    from ds_cmli.memory.allocator import DEFAULTS
+    from ds_cmli.memory.what_if import what_if
+
+    tried = {"(nothing set)": DEFAULTS, "expandable_segments:True": replace(DEFAULTS, expandable_segments=True)}
+    for size in (32, 64, 128, 256, 512):
+        tried[f"max_split_size_mb:{size}"] = replace(DEFAULTS, max_split_size=size << 20)
+    for parts in (1, 2, 4, 8, 16):
+        for name, settings in list(tried.items())[:2]:
+            if parts > 1:
+                key = f"roundup_power2_divisions:{parts}"
+                key = f"{name},{key}" if settings.expandable_segments else key
+                tried[key] = replace(settings, roundup_power2_divisions=parts)
+    answers = {name: what_if(start, trace, room, settings) for name, settings in tried.items()}
+    return dict(sorted(((n, a.reserved_peak) for n, a in answers.items() if a.fits), key=lambda item: item[1]))
+
+
+def smallest_gpu(start: Any, trace: list[dict[str, Any]]) -> str:
     from ds_cmli.memory.gpus import all_gpus
     from ds_cmli.memory.what_if import what_if
 
@@ -93,11 +190,13 @@ def smallest_card(start: Any, trace: list[dict[str, Any]]) -> str:
 
 
 def text(replayed: Any) -> str:
+    fragmented = replayed.reserved_peak_replayed - replayed.allocated_peak
     lines = [
         f"device {replayed.device}: {replayed.allocations:,} allocations,"
         f" {replayed.at_recorded_address:,} of them replayed at their recorded address",
         f"  reserved at most {replayed.reserved_peak_recorded:,} B recorded,"
-        f" {replayed.reserved_peak_replayed:,} B replayed; {replayed.allocated_peak:,} B of it allocated at most",
+        f" {replayed.reserved_peak_replayed:,} B replayed; {replayed.allocated_peak:,} B of it allocated at most:"
+        f" {fragmented:,} B fragmented",
         f"  segments taken meanwhile: {len(replayed.segments_recorded)} recorded,"
         f" {len(replayed.segments_replayed)} replayed",
     ]

@@ -41,6 +41,7 @@ class Settings:
     roundup_power2_divisions: int = 0  # parts of each interval between powers of two that requests are rounded up to
     # Share of the limit from which on, before a new segment is taken, whole free ones older than their mean go back.
     garbage_collection_threshold: float = 0.0
+    expandable_segments: bool = False  # the model of which is `expandable`
 
 
 DEFAULTS = Settings()
@@ -67,13 +68,12 @@ def segment_bytes(size: int) -> int:
 class OutOfMemory(Exception):
     """The modelled device has no room: `requested` bytes were asked for, by `event`."""
 
-    def __init__(self, requested: int, allocated: int, reserved: int, limit: int, event: Event | None):
+    def __init__(self, requested: int, allocated: int, reserved: int, limit: int, missing: int, event: Event | None):
         super().__init__(
             f"{requested:,} bytes asked for with {reserved:,} of {limit:,} reserved, {allocated:,} of them allocated"
         )
-        self.requested, self.allocated, self.reserved, self.limit, self.event = (
-            requested, allocated, reserved, limit, event,
-        )  # fmt: skip
+        self.requested, self.allocated, self.reserved, self.limit = requested, allocated, reserved, limit
+        self.missing, self.event = missing, event  # bytes that would have to go first
 
 
 @dataclass(eq=False)
@@ -88,6 +88,11 @@ class Block:
     before: "Block | None" = None
     after: "Block | None" = None
     freed_at: int = 0  # number of requests to its pool by then
+    mapped: bool = True  # False: address space of an expandable segment without memory behind it
+
+    @property
+    def free(self) -> bool:
+        return not self.requested and self.mapped
 
 
 @dataclass(eq=False)
@@ -148,23 +153,33 @@ class CachingAllocator:
         small = size <= SMALL_REQUEST
         self.requests[pool, small] = self.requests.get((pool, small), 0) + 1
         free = self.free_blocks.setdefault((pool, small, stream), [])
-        position = bisect_left(free, (size, 0))
+        position = self._best_fit(free, size)
         if position < len(free) and self._may_use(free[position][0], size):
             block = self.at.pop(free.pop(position)[1])
         else:
-            block = self._new_segment(requested, size, small, stream, event, pool).first
+            block = self._from_device(requested, size, (pool, small, stream), event)
         left = block.size - size
-        most = self.settings.max_split_size
-        if left >= MIN_BLOCK if small else left > SMALL_REQUEST and (most is None or size < most):
-            rest = Block(block.segment, block.address + size, left, before=block, after=block.after)
-            if rest.after is not None:
-                rest.after.before = rest
-            block.size, block.after = size, rest
-            self.keep(rest)
+        if self._splits(left, size, small):
+            self.keep(split(block, block.address + size))
+        self.actions.append(Action("alloc", block.address, requested, stream, event))
+        return self.use(block, requested, event)
+
+    def use(self, block: Block, requested: int, event: Event | None = None) -> Block:
+        """Count a block, which is in no list of free ones, as in use."""
         block.requested, block.event = requested, event
         self.requested += requested
         self.allocated += block.size
-        self.actions.append(Action("alloc", block.address, requested, stream, event))
+        return block
+
+    def carve(self, free: Block, address: int, size: int) -> Block:
+        """The part [address, address + size) of a free block, out of the lists; what is left and right stays free."""
+        self._take(free)
+        if address + size < free.address + free.size:
+            self.keep(split(free, address + size))
+        if address == free.address:
+            return free
+        block = split(free, address)
+        self.keep(free)
         return block
 
     def free(self, block: Block) -> None:
@@ -173,14 +188,7 @@ class CachingAllocator:
         self.requested -= block.requested
         self.allocated -= block.size
         block.requested, block.event = 0, None
-        before, after = block.before, block.after
-        if before is not None and not before.requested:
-            self._take(before)
-            block = _join(before, block)
-        if after is not None and not after.requested:
-            self._take(after)
-            block = _join(block, after)
-        self.keep(block)
+        self._merge(block)
 
     def empty_cache(self) -> None:
         """Return every segment that is wholly free to the device; those of private pools stay theirs."""
@@ -195,9 +203,30 @@ class CachingAllocator:
         self.reserved -= segment.size
         self.actions.append(Action("segment_free", segment.address, segment.size, segment.stream, None))
 
-    def _new_segment(
-        self, requested: int, size: int, small: bool, stream: int, event: Event | None, pool: Pool
-    ) -> Segment:
+    def _best_fit(self, free: list[tuple[int, int]], size: int) -> int:
+        """Position of the free block that rule 3 chooses; behind the last where none is large enough."""
+        return bisect_left(free, (size, 0))
+
+    def _splits(self, left: int, size: int, small: bool) -> bool:
+        """Rule 4: whether `left` bytes behind a request of `size` become a free block."""
+        most = self.settings.max_split_size
+        return left >= MIN_BLOCK if small else left > SMALL_REQUEST and (most is None or size < most)
+
+    def _merge(self, block: Block) -> Block:
+        """Keep a block that has become free, as one with its free neighbours."""
+        before, after = block.before, block.after
+        if before is not None and before.free:
+            self._take(before)
+            block = join(before, block)
+        if after is not None and after.free:
+            self._take(after)
+            block = join(block, after)
+        self.keep(block)
+        return block
+
+    def _from_device(self, requested: int, size: int, key: tuple[Pool, bool, int], event: Event | None) -> Block:
+        """A free block of at least `size` bytes out of new memory."""
+        pool, small, stream = key
         taken = segment_bytes(size)
         if self.limit is not None:
             self._collect_garbage()
@@ -206,13 +235,18 @@ class CachingAllocator:
             if self.reserved + taken > self.limit:
                 self.empty_cache()
             if self.reserved + taken > self.limit:
-                raise OutOfMemory(requested, self.allocated, self.reserved, self.limit, event)
+                raise self._out_of_memory(requested, taken, event)
         segment = Segment(self.next_address, taken, stream, small, pool, event=event)
         self.next_address += taken
         self.segments[segment.address] = segment
         self.reserved += taken
         self.actions.append(Action("segment_alloc", segment.address, taken, stream, event))
-        return segment
+        return segment.first
+
+    def _out_of_memory(self, requested: int, taken: int, event: Event | None) -> OutOfMemory:
+        assert self.limit is not None
+        missing = self.reserved + taken - self.limit
+        return OutOfMemory(requested, self.allocated, self.reserved, self.limit, missing, event)
 
     def _may_use(self, block_size: int, size: int) -> bool:
         most = self.settings.max_split_size
@@ -267,7 +301,17 @@ class CachingAllocator:
         del self.at[block.address]
 
 
-def _join(first: Block, second: Block) -> Block:
+def split(block: Block, address: int) -> Block:
+    """Divide a block at an address; returns the right part."""
+    rest = Block(block.segment, address, block.address + block.size - address, before=block, after=block.after)
+    if rest.after is not None:
+        rest.after.before = rest
+    block.size, block.after = address - block.address, rest
+    return rest
+
+
+def join(first: Block, second: Block) -> Block:
+    """Two neighbouring blocks as the first of them."""
     first.size += second.size
     first.after = second.after
     if first.after is not None:

@@ -69,6 +69,21 @@ def timeline(events: Sequence[Event], title: str, path: Path) -> None:
     pyplot.close(figure)
 
 
+def history(points: Sequence[tuple[int, int]], title: str, path: Path) -> None:
+    """Allocated and reserved bytes after each event of a recorded history; what is between them is fragmented."""
+    pyplot = matplotlib()
+    figure, axis = pyplot.subplots(figsize=(11, 5), constrained_layout=True)
+    allocated, reserved = ([point[i] / GB for point in points] for i in range(2))
+    where = range(len(points))
+    axis.fill_between(where, allocated, step="post", color="tab:blue", label="allocated")
+    axis.fill_between(where, allocated, reserved, step="post", color="tab:orange", alpha=0.5, label="fragmented")
+    axis.plot(where, reserved, drawstyle="steps-post", color="tab:red", linewidth=1, label="reserved")
+    axis.set(title=title, xlabel="events of the allocator", ylabel="GB", xlim=(0, len(points)), ylim=(0, None))
+    axis.legend(loc="lower right", fontsize=8)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
 def last_step(events: Sequence[Event]) -> tuple[Sequence[Event], Sequence[Event]]:
     """What came before the last step, and that step: from where its forward pass begins until the next one's."""
     end = max((i for i, event in enumerate(events) if event.phase == "backward"), default=0)

@@ -3,12 +3,13 @@
 The schema is that of `torch.cuda.memory._snapshot()`, so that a prediction and a measurement open in the same tools.
 """
 
+import itertools
 import pickle
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from ds_cmli.memory.allocator import Block, Replay, replay
+from ds_cmli.memory.allocator import Block, Replay, Segment, replay
 from ds_cmli.memory.report import Event
 
 
@@ -22,21 +23,22 @@ def write(events: Iterable[Event], path: str | Path) -> Replay:
 def build(replayed: Replay) -> dict[str, Any]:
     """The snapshot as `torch.cuda.memory._snapshot()` returns it. Every block and action carries its event's stack."""
     segments = []
-    for segment in sorted(replayed.segments, key=lambda s: s.address):
-        blocks = segment.blocks()
+    stretches = [stretch for segment in replayed.segments for stretch in _mapped(segment)]
+    for blocks in sorted(stretches, key=lambda stretch: stretch[0].address):
+        segment = blocks[0].segment
         in_use = sum(block.size for block in blocks if block.requested)
         segments.append(
             {
                 "device": 0,
-                "address": segment.address,
-                "total_size": segment.size,
+                "address": blocks[0].address,
+                "total_size": sum(block.size for block in blocks),
                 "allocated_size": in_use,
                 "active_size": in_use,
                 "requested_size": sum(block.requested for block in blocks),
                 "stream": segment.stream,
                 "segment_type": "small" if segment.small else "large",
                 "segment_pool_id": segment.pool,
-                "is_expandable": False,
+                "is_expandable": sum(block.size for block in blocks) < segment.size,
                 "frames": frames(segment.event),
                 "blocks": [_block(block) for block in blocks],
             }
@@ -54,6 +56,12 @@ def build(replayed: Replay) -> dict[str, Any]:
         for time, action in enumerate(replayed.actions)
     ]
     return {"segments": segments, "device_traces": [trace], "allocator_settings": {}, "external_annotations": []}
+
+
+def _mapped(segment: Segment) -> list[list[Block]]:
+    """The blocks of each stretch with memory behind it: all of an ordinary segment, parts of an expandable one."""
+    groups = itertools.groupby(segment.blocks(), key=lambda block: block.mapped)
+    return [list(blocks) for mapped, blocks in groups if mapped]
 
 
 def frames(event: Event | None) -> list[dict[str, Any]]:

@@ -4,11 +4,16 @@ With a limit alone the replay begins as the recording did. Under other settings 
 elsewhere: they are laid out anew, in the order of their addresses.
 """
 
+from bisect import bisect_right
 from dataclasses import dataclass
 from typing import Any
 
-from ds_cmli.memory.allocator import DEFAULTS, Block, CachingAllocator, OutOfMemory, Settings, rounded, segment_bytes
-from ds_cmli.memory.history import State, restore
+from ds_cmli.memory.allocator import Block, CachingAllocator, OutOfMemory, Settings
+from ds_cmli.memory.beginning import State, restore
+from ds_cmli.memory.expandable import ExpandableAllocator
+
+INVENTED = 1 << 62  # addresses of new segments, which no recorded one has
+GIVEN_BACK = ("segment_free", "segment_unmap")
 
 
 @dataclass(frozen=True)
@@ -19,29 +24,32 @@ class WhatIf:
     failed_at: int | None = None  # number of the allocation, from 0 at the first event; -1: of the beginning
     failed_request: int = 0  # its bytes
     too_much: int = 0  # bytes that would have to go for it
+    failed_event: int = 0  # number of events before it
 
     def to_dict(self) -> dict[str, Any]:
         return dict(vars(self))
 
 
 def what_if(
-    start: State, trace: list[dict[str, Any]], limit: int | None = None, settings: Settings = DEFAULTS
+    start: State, trace: list[dict[str, Any]], limit: int | None = None, settings: Settings | None = None
 ) -> WhatIf:
-    """The requests of `trace` from `start` on.
+    """The requests of `trace` from `start` on, under `settings` (None: those that it was recorded with).
 
     Where segments went back, all that are free go back here: by `empty_cache`, most likely, as the program would again.
     """
-    number = -1
+    number, at = -1, 0
     reserved = allocated = 0
+    settings = start.settings if settings is None else settings
     allocator = CachingAllocator()
     try:
-        if settings == DEFAULTS:
+        if settings == start.settings:
             allocator, blocks = restore(start)
-            allocator.limit = limit
+            allocator.limit, allocator.next_address = limit, INVENTED
             if limit is not None and allocator.reserved > limit:
                 allocator.empty_cache()
                 if allocator.reserved > limit:
-                    raise OutOfMemory(0, allocator.allocated, allocator.reserved, limit, None)
+                    missing = allocator.reserved - limit
+                    raise OutOfMemory(0, allocator.allocated, allocator.reserved, limit, missing, None)
         else:
             allocator, blocks = _anew(start, limit, settings)
         reserved, allocated = allocator.reserved, allocator.allocated
@@ -52,23 +60,20 @@ def what_if(
                 blocks[address] = allocator.malloc(size, entry.get("stream", 0), pool=start.pool(address))
             elif action == "free_completed" and address in blocks:
                 allocator.free(blocks.pop(address))
-            elif action == "segment_free" and (at == 0 or trace[at - 1]["action"] != action):
+            elif action in GIVEN_BACK and (at == 0 or trace[at - 1]["action"] != action):
                 allocator.empty_cache()
             reserved = max(reserved, allocator.reserved)
             allocated = max(allocated, allocator.allocated)
     except OutOfMemory as error:
-        size = segment_bytes(rounded(error.requested, settings.roundup_power2_divisions)) if error.requested else 0
-        return WhatIf(
-            False, max(reserved, allocator.reserved), allocated, number, error.requested,
-            error.reserved + size - error.limit,
-        )  # fmt: skip
+        return WhatIf(False, max(reserved, allocator.reserved), allocated, number, error.requested, error.missing, at)
     return WhatIf(True, reserved, allocated)
 
 
 def _anew(start: State, limit: int | None, settings: Settings) -> tuple[CachingAllocator, dict[int, Block]]:
-    allocator, blocks = CachingAllocator(limit, settings), {}
-    segments = sorted(start.segments.items())
+    kind = ExpandableAllocator if settings.expandable_segments else CachingAllocator
+    allocator, blocks = kind(limit, settings), {}
+    segments = sorted(start.segments)
     for address, size in sorted(start.live.items()):
-        _, (_, stream, pool) = next(item for item in reversed(segments) if item[0] <= address)
-        blocks[address] = allocator.malloc(size, stream, pool=pool)
+        part = start.segments[segments[bisect_right(segments, address) - 1]]
+        blocks[address] = allocator.malloc(size, part.stream, pool=part.pool)
     return allocator, blocks

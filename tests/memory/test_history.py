@@ -12,7 +12,8 @@ from click.testing import CliRunner
 
 from ds_cmli.common.errors import UserError
 from ds_cmli.memory import snapshot, snapshot_file
-from ds_cmli.memory.allocator import CachingAllocator, OutOfMemory, Replay
+from ds_cmli.memory.allocator import DEFAULTS, CachingAllocator, OutOfMemory, Replay, Settings
+from ds_cmli.memory.expandable import ExpandableAllocator
 from ds_cmli.memory.history import replay_history
 from profiling.replay import command
 
@@ -25,10 +26,11 @@ SIZES = (
 )
 
 
-def recorded(seed: int, steps: int = 400) -> dict[str, Any]:
+def recorded(seed: int, steps: int = 400, settings: Settings = DEFAULTS) -> dict[str, Any]:
     """A snapshot whose history lost its first part."""
     r = random.Random(seed)
-    allocator = CachingAllocator(limit=r.choice((None, 150 * M, 400 * M)))
+    kind = ExpandableAllocator if settings.expandable_segments else CachingAllocator
+    allocator = kind(r.choice((None, 150 * M, 400 * M)), settings)
     live: list = []
     pending: list = []  # freed by the program, still used by another stream
     trace: list[dict[str, Any]] = []
@@ -48,7 +50,8 @@ def recorded(seed: int, steps: int = 400) -> dict[str, Any]:
         turn = r.random()
         if turn < 0.55:
             size = r.choice(SIZES)(r)
-            pool = (0, 1) if r.random() < 0.15 else (0, 0)
+            # With a split size a private pool gives segments back; whose they were, the snapshot does not tell.
+            pool = (0, 1) if r.random() < 0.15 and settings.max_split_size is None else (0, 0)
             try:
                 live.append(act(allocator.malloc, size, r.choice((0, 0, 7)), pool=pool))
             except OutOfMemory:
@@ -72,7 +75,12 @@ def recorded(seed: int, steps: int = 400) -> dict[str, Any]:
         for block in segment["blocks"]:
             if block["address"] in waiting:
                 block["state"] = "active_pending_free"
-    return {**content, "device_traces": [[], trace[r.randrange(len(trace) * 3 // 4) :]][1:]}
+    told = {
+        "max_split_size": settings.max_split_size or -1,
+        "roundup_power2_divisions": {"1": settings.roundup_power2_divisions, "2": settings.roundup_power2_divisions},
+    }
+    first = r.randrange(len(trace) * 3 // 4)
+    return {**content, "allocator_settings": told, "device_traces": [trace[first:]]}
 
 
 @pytest.mark.parametrize("first", range(0, 200, 50))
@@ -83,6 +91,22 @@ def test_every_address_is_found_again(first):
         assert found.exact, (seed, found)
         ambiguous += found.ambiguous
     assert ambiguous  # the programs are such that not everything can be told
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        Settings(max_split_size=30 * M),
+        Settings(roundup_power2_divisions=8),
+        Settings(expandable_segments=True),
+        Settings(expandable_segments=True, roundup_power2_divisions=4),
+    ],
+)
+def test_every_address_is_found_again_under_the_settings_of_the_recording(settings):
+    for seed in range(50):
+        found = replay_history(recorded(seed, settings=settings), 0)
+        assert found.exact, (seed, found)
+    assert found.segments_recorded
 
 
 def test_another_allocators_choice_is_no_match():
@@ -116,13 +140,25 @@ def test_the_rest_behind_a_block_is_told_by_what_was_passed_over():
     assert found.allocated_peak == 20 * M + 9 * M + eighth + 512
 
 
+ORDINARY = {"address": 2**40, "total_size": 2 * M, "stream": 0, "blocks": [{"size": 2 * M, "state": "inactive"}]}
+
+
 @pytest.mark.parametrize(
     "event, more, line",
     [
-        ("segment_map", {}, "device 0 was recorded with expandable segments"),
+        ("segment_map", {}, "device 0: event 0 .segment_map of 2,097,152 B at 0x1. contradicts what came after"),
+        (
+            "segment_map",
+            {"segments": [ORDINARY]},
+            "device 0 was recorded with expandable segments beside ordinary ones",
+        ),
         ("dance", {}, "device 0 has events .'dance'., which the replay does not know"),
-        ("oom", {"allocator_settings": {"max_split_size": 64 * M}}, "recorded with max_split_size_mb"),
-        ("oom", {"allocator_settings": {"roundup_power2_divisions": {"1": 4}}}, "with roundup_power2_divisions"),
+        (
+            "oom",
+            {"allocator_settings": {"roundup_power2_divisions": {"1": 4, "2": 8}}},
+            "with roundup_power2_divisions",
+        ),
+        ("oom", {"allocator_settings": {"roundup_power2_divisions": {"1": 3}}}, "with roundup_power2_divisions"),
         ("alloc", {}, "device 0: event 0 .alloc of 2,097,152 B at 0x1. contradicts what came after"),
         ("free_completed", {}, "the block at 0x1 lies in no segment"),
     ],

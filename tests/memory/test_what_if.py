@@ -8,7 +8,8 @@ from click.testing import CliRunner
 
 from ds_cmli.common.errors import UserError
 from ds_cmli.memory.allocator import CachingAllocator, Replay, Settings, rounded
-from ds_cmli.memory.history import State, beginning, replay_history
+from ds_cmli.memory.beginning import State, beginning
+from ds_cmli.memory.history import replay_history
 from ds_cmli.memory.snapshot import build
 from ds_cmli.memory.what_if import what_if
 from profiling.replay import command
@@ -129,3 +130,70 @@ def test_the_command_answers(tmp_path):
 def test_rounding_never_takes_away(size):
     for divisions in (0, 2, 4, 16):
         assert size <= rounded(size, divisions) <= 2 * max(size, 512)
+
+
+def test_expandable_segments_join_what_is_free():
+    steps = (30 * M, -1, 45 * M)
+    assert asked(*steps).reserved_peak == (30 + 46) * M
+    assert asked(*steps, expandable_segments=True).reserved_peak == 60 * M
+
+
+def snapshot_of(tmp_path, name, steps, frames):
+    """A snapshot whose n-th event has the n-th of these stacks."""
+    trace = trace_of(*steps)
+    blocks = CachingAllocator()
+    for entry, stack in zip([e for e in trace if e["action"] == "alloc"], frames, strict=True):
+        entry["frames"] = stack
+        blocks.malloc(entry["size"])
+    content = build(Replay(0, 0, 0, [], list(blocks.segments.values()), []))
+    path = tmp_path / name
+    path.write_text(json.dumps({**content, "device_traces": [trace]}))
+    return str(path)
+
+
+def frame(file, line, name):
+    return {"filename": file, "line": line, "name": name}
+
+
+LIBRARY = [frame("??", 0, "c10::malloc"), frame("/env/site-packages/torch/nn/linear.py", 9, "forward")]
+
+
+def test_what_holds_memory_at_the_peak_is_named_by_the_users_line(tmp_path):
+    stacks = [LIBRARY, [*LIBRARY, frame("/home/me/model.py", 12, "attend")], []]
+    path = snapshot_of(tmp_path, "a.json", (30 * M, 40 * M, 12 * M), stacks)
+    done = CliRunner().invoke(command, [path])
+    assert "41,943,040 B  me/model.py:12 attend (1 blocks)" in done.output
+    assert "31,457,280 B  nn/linear.py:9 forward (1 blocks)" in done.output
+    assert "12,582,912 B  blocks of 12,582,912 B without a recorded stack (1 blocks)" in done.output
+    told = CliRunner().invoke(command, [path, "--limit", "75497472B"]).output.splitlines()
+    failed = "it does not fit in 75,497,472 B: allocation 3 of 12,582,912 B fails, and 10,485,760 B would have to go"
+    assert f"  what if: {failed}" in told
+    assert told[-2:] == [
+        "          41,943,040 B  me/model.py:12 attend (1 blocks)",
+        "          31,457,280 B  nn/linear.py:9 forward (1 blocks)",
+    ]
+
+
+def test_two_snapshots_are_compared_by_what_holds_memory(tmp_path):
+    stacks = [LIBRARY, [frame("/home/me/model.py", 12, "attend")]]
+    first = snapshot_of(tmp_path, "a.json", (30 * M, 40 * M), stacks)
+    second = snapshot_of(tmp_path, "b.json", (30 * M, 50 * M), stacks)
+    assert CliRunner().invoke(command, [first, second]).output.splitlines()[-2:] == [
+        "the second's peak beside the first's: +10,485,760 B",
+        "         +10,485,760 B  me/model.py:12 attend",
+    ]
+
+
+def test_the_settings_that_reserve_least_come_first(tmp_path):
+    path = snapshot_of(tmp_path, "a.json", (30 * M, 40 * M), [LIBRARY, LIBRARY])
+    (line,) = CliRunner().invoke(command, [path, "--settings", "--json"]).output.splitlines()
+    found = json.loads(line)["settings"]
+    assert found["(nothing set)"] == 70 * M and found["expandable_segments:True"] == 80 * M
+    assert list(found.values()) == sorted(found.values())
+
+
+def test_a_picture_is_written(tmp_path):
+    pytest.importorskip("matplotlib")
+    path = snapshot_of(tmp_path, "a.json", (30 * M, 40 * M), [LIBRARY, LIBRARY])
+    CliRunner().invoke(command, [path, "--plot", str(tmp_path / "memory.png")])
+    assert (tmp_path / "memory.png").read_bytes()[:4] == b"\x89PNG"

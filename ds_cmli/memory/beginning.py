@@ -1,0 +1,292 @@
+"""The state of CUDA's allocator at the first event of a recorded history.
+
+A recording begins anywhere: switched on late, or in a ring buffer that lost its first events. What lived then follows
+from the segments at the end, walking back. Only one thing does not: where a block of the large pool is followed by a
+stretch that is free, up to 1 MiB of it may belong to the block, as a rest that was too small to be split off. Later
+events tell: what is allocated behind the block begins where it ends. With expandable segments there are no such rests.
+"""
+
+from bisect import bisect_left, insort
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from ds_cmli.common.errors import UserError
+from ds_cmli.memory.allocator import (
+    DEFAULT_POOL,
+    DEFAULTS,
+    LARGE_SEGMENT,
+    MIN_BLOCK,
+    SMALL_REQUEST,
+    SMALL_SEGMENT,
+    Block,
+    CachingAllocator,
+    Pool,
+    Segment,
+    Settings,
+    rounded,
+)
+from ds_cmli.memory.expandable import ADDRESS_SPACE, ExpandableAllocator, Key
+
+LIVE = ("active_allocated", "active_pending_free", "active_awaiting_free")
+ACTIONS = ("alloc", "free_requested", "free_completed", "segment_alloc", "segment_free", "segment_map", "segment_unmap",
+           "snapshot", "oom", "user_defined")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Mapped:
+    """A stretch of addresses with memory behind it: a segment, or a part of an expandable one."""
+
+    size: int
+    stream: int
+    small: bool
+    pool: Pool = DEFAULT_POOL
+
+    @property
+    def key(self) -> Key:
+        return self.pool, self.small, self.stream
+
+
+@dataclass
+class State:
+    """The allocator at one moment."""
+
+    segments: dict[int, Mapped] = field(default_factory=dict)  # by address
+    live: dict[int, int] = field(default_factory=dict)  # address of each block in use -> requested bytes
+    sizes: dict[int, int] = field(default_factory=dict)  # of these, the blocks' bytes where they are known
+    rests: dict[int, tuple[int, int]] = field(default_factory=dict)  # block -> (least, most) bytes of its rest
+    private: list[tuple[int, int, Pool]] = field(default_factory=list)  # (begin, end, pool) of others' segments
+    settings: Settings = DEFAULTS  # that it was recorded with
+    # Of expandable segments: where each one's addresses begin, and addresses whose owner is known.
+    ranges: dict[int, Key] = field(default_factory=dict)
+    owners: list[tuple[int, Key]] = field(default_factory=list)
+
+    def pool(self, address: int) -> Pool:
+        return next((pool for begin, end, pool in self.private if begin <= address < end), DEFAULT_POOL)
+
+    def rounded(self, requested: int) -> int:
+        return rounded(requested, self.settings.roundup_power2_divisions)
+
+
+def beginning(snapshot: dict[str, Any], device: int) -> State:
+    """The state before the first event.
+
+    Raises:
+        UserError: a history that the model's rules do not cover, or one that contradicts itself.
+    """
+    trace = snapshot["device_traces"][device]
+    out = State(settings=_settings(snapshot, device))
+    for segment in snapshot["segments"]:
+        if segment.get("device", 0) != device:
+            continue
+        address, pool = segment["address"], tuple(segment.get("segment_pool_id", DEFAULT_POOL))
+        small = segment.get("segment_type", "small" if segment["total_size"] == SMALL_SEGMENT else "large") == "small"
+        out.segments[address] = Mapped(segment["total_size"], segment["stream"], small, pool)
+        if pool != DEFAULT_POOL:
+            out.private.append((address, address + segment["total_size"], pool))
+        for block in segment["blocks"]:
+            if block["state"] in LIVE:
+                out.live[address] = block.get("requested_size", block["size"])
+                out.sizes[address] = block["size"]
+            address += block["size"]
+    if out.settings.expandable_segments:
+        _find_ranges(out, trace)
+    for number in range(len(trace) - 1, -1, -1):
+        if not _undo(out, trace[number]):
+            action, address, size = (trace[number].get(key, 0) for key in ("action", "addr", "size"))
+            raise UserError(
+                f"device {device}: event {number} ({action} of {size:,} B at {address:#x}) contradicts what came after:"
+                " the snapshot's segments and its history do not belong together"
+            )
+    _bound_rests(out, trace, device)
+    return out
+
+
+def _undo(state: State, entry: dict[str, Any]) -> bool:
+    """Take one event back; False where it cannot have led to the state."""
+    action, address, size = entry["action"], entry.get("addr", 0), entry.get("size", 0)
+    if action == "alloc" and size:
+        state.sizes.pop(address, None)
+        return state.live.pop(address, None) is not None
+    if action == "free_completed" and size:
+        free = address not in state.live
+        state.live[address] = size
+        return free
+    if action == "segment_alloc":
+        return state.segments.pop(address, None) is not None
+    if action == "segment_free":
+        state.segments[address] = Mapped(size, entry.get("stream", 0), size == SMALL_SEGMENT)
+    if action == "segment_map":
+        return _cut_out(state.segments, address, size)
+    if action == "segment_unmap":
+        pool, small, stream = _owner(state, entry)
+        state.segments[address] = Mapped(size, stream, small, pool)
+    return True
+
+
+def _cut_out(mapped: dict[int, Mapped], address: int, size: int) -> bool:
+    """Take [address, address + size) out of what is mapped: the middle of one stretch, or several; False if absent."""
+    end = address + size
+    inside = sorted(start for start, part in mapped.items() if start < end and start + part.size > address)
+    covered = sum(min(end, start + mapped[start].size) - max(address, start) for start in inside)
+    if covered != size:
+        return False
+    for start in inside:
+        part = mapped.pop(start)
+        if start < address:
+            mapped[start] = replace(part, size=address - start)
+        if start + part.size > end:
+            mapped[end] = replace(part, size=start + part.size - end)
+    return True
+
+
+def _find_ranges(state: State, trace: list[dict[str, Any]]) -> None:
+    """Fill `state.owners`, and `state.ranges` with the lowest addresses that are known of each pool's ranges."""
+    for address, part in state.segments.items():
+        state.owners += [(address, part.key), (address + part.size, part.key)]
+    for entry in trace:
+        if entry["action"] == "segment_map":  # the small pool maps one piece of 2 MiB at a time
+            address, size = entry.get("addr", 0), entry.get("size", 0)
+            key = state.pool(address), size == SMALL_SEGMENT, entry.get("stream", 0)
+            state.owners += [(address, key), (address + size, key)]
+    for entry in trace:
+        if entry["action"] == "segment_unmap":
+            state.owners.append((entry.get("addr", 0), _owner(state, entry)))
+    last: dict[Key, int] = {}
+    for address, key in sorted(state.owners):
+        if key not in last or address >= last[key] + ADDRESS_SPACE:
+            state.ranges[address] = key
+            last[key] = address
+
+
+def _owner(state: State, entry: dict[str, Any]) -> Key:
+    """The pool that unmapped memory belonged to: that of the nearest memory whose pool is known."""
+    address, size, stream = entry.get("addr", 0), entry.get("size", 0), entry.get("stream", 0)
+    distances = [
+        (min(abs(place - address), abs(place - address - size)), key)
+        for place, key in state.owners
+        if key[2] == stream and (key[1] or size % LARGE_SEGMENT == 0)
+    ]
+    distance, nearest = min(distances, default=(0, None))
+    # A private pool gives nothing back as long as it is used: only where its memory is next to this is it likely.
+    if distance and nearest is not None and nearest[0] != DEFAULT_POOL:
+        distance, nearest = min([found for found in distances if found[1][0] == DEFAULT_POOL], default=(1, None))
+    return nearest or (DEFAULT_POOL, size % LARGE_SEGMENT != 0, stream)
+
+
+def _settings(snapshot: dict[str, Any], device: int) -> Settings:
+    """The settings that the history was recorded with; `UserError` where it follows rules that the model lacks."""
+    actions = {entry["action"] for entry in snapshot["device_traces"][device]}
+    if actions - set(ACTIONS):
+        raise UserError(
+            f"device {device} has events {sorted(actions - set(ACTIONS))!r}, which the replay does not know"
+        )
+    recorded = snapshot.get("allocator_settings")
+    recorded = recorded if isinstance(recorded, dict) else {}
+    divisions = recorded.get("roundup_power2_divisions")
+    numbers = {n or 0 for n in (divisions.values() if isinstance(divisions, dict) else [divisions])}
+    if len(numbers) > 1 or not all(type(n) is int and n & (n - 1) == 0 for n in numbers):
+        raise UserError(
+            f"device {device} was recorded with roundup_power2_divisions {divisions!r}, of which the replay knows one"
+            " power of two for all sizes"
+        )
+    most = recorded.get("max_split_size", -1)
+    segments = [s for s in snapshot["segments"] if s.get("device", 0) == device]
+    kinds = {bool(s.get("is_expandable")) for s in segments}
+    kinds |= {True} if actions & {"segment_map", "segment_unmap"} else set()
+    kinds |= {False} if actions & {"segment_alloc", "segment_free"} else set()
+    if len(kinds) > 1:
+        raise UserError(
+            f"device {device} was recorded with expandable segments beside ordinary ones, which the replay does not"
+            " follow: which of them a request may take cannot be told"
+        )
+    return Settings(
+        max_split_size=most if type(most) is int and 0 < most < 2**63 else None,
+        roundup_power2_divisions=numbers.pop(),
+        expandable_segments=kinds == {True},
+    )
+
+
+def _bound_rests(state: State, trace: list[dict[str, Any]], device: int) -> None:
+    """Fill `state.rests` with what the gaps behind blocks and the first allocation in each of them tell."""
+    order = sorted(state.live)
+    ends = sorted((address + part.size, address) for address, part in _joined(state).items())
+    open_gaps: dict[int, tuple[int, int, int]] = {}
+    most_split = state.settings.max_split_size
+    for position, address in enumerate(order):
+        at = bisect_left(ends, (address + 1, 0))
+        if at == len(ends) or address < ends[at][1]:
+            raise UserError(f"device {device}: the block at {address:#x} lies in no segment: the history is incomplete")
+        end, segment = ends[at]
+        behind = min(order[position + 1], end) if position + 1 < len(order) else end
+        size = state.rounded(state.live[address])
+        used = address + size
+        gap = behind - used
+        if gap < 0:
+            raise UserError(f"device {device}: the block at {address:#x} reaches into the next: the history is damaged")
+        if address in state.sizes:
+            rest = state.sizes[address] - size
+            state.rests[address] = rest, rest
+        elif state.settings.expandable_segments or state.segments[segment].small:
+            state.rests[address] = 0, 0
+        elif gap <= SMALL_REQUEST or (most_split is not None and size >= most_split):  # the latter is never split
+            state.rests[address] = gap, gap
+        else:  # a free block of the large pool has more than 1 MiB
+            most = min(SMALL_REQUEST, gap - SMALL_REQUEST - MIN_BLOCK)
+            open_gaps[address] = used, most, end
+            state.rests[address] = 0, most
+    for entry in trace:
+        address = entry.get("addr", 0)
+        if entry["action"] == "alloc" and entry.get("size"):
+            position = bisect_left(order, address)
+            before = order[position - 1] if position else -1
+            if before in open_gaps and address < open_gaps[before][2]:
+                used, most, _ = open_gaps.pop(before)
+                if 0 <= address - used <= most:
+                    state.rests[before] = address - used, address - used
+            insort(order, address)
+        elif entry["action"] == "free_completed" and entry.get("size"):
+            position = bisect_left(order, address)
+            if position < len(order) and order[position] == address:
+                order.pop(position)
+            open_gaps.pop(address, None)
+
+
+def _joined(state: State) -> dict[int, Mapped]:
+    """What is mapped, neighbouring stretches of an expandable segment as one."""
+    if not state.settings.expandable_segments:
+        return state.segments
+    out: dict[int, Mapped] = {}
+    last = -1
+    for address, part in sorted(state.segments.items()):
+        if last in out and last + out[last].size == address and out[last].key == part.key:
+            out[last] = replace(out[last], size=out[last].size + part.size)
+        else:
+            out[address] = part
+            last = address
+    return out
+
+
+def restore(state: State) -> tuple[CachingAllocator, dict[int, Block]]:
+    """The model in that state, and its blocks in use by address."""
+    live, blocks = sorted(state.live), {}
+    allocator = ExpandableAllocator() if state.settings.expandable_segments else CachingAllocator()
+    allocator.settings = state.settings
+    if isinstance(allocator, ExpandableAllocator):
+        for start, key in state.ranges.items():
+            allocator.add_range(start, key)
+    for address, part in sorted(_joined(state).items()):
+        if isinstance(allocator, ExpandableAllocator):
+            start = max(start for start, key in state.ranges.items() if key == part.key and start <= address)
+            free = allocator.map_at(allocator.segments[start], address, part.size)
+        else:
+            segment = Segment(address, part.size, part.stream, part.small, part.pool)
+            allocator.segments[address] = segment
+            allocator.reserved += part.size
+            free = segment.first
+            allocator.keep(free)
+        for start in live[bisect_left(live, address) : bisect_left(live, address + part.size)]:
+            block = allocator.carve(free, start, state.rounded(state.live[start]) + state.rests[start][0])
+            blocks[start] = allocator.use(block, state.live[start])
+            free = block.after if block.after is not None and block.after.free else block
+    allocator.actions.clear()
+    return allocator, blocks

@@ -1,0 +1,202 @@
+"""A model of CUDA's caching allocator with `expandable_segments:True`.
+
+The rules are those of `c10/cuda/CUDACachingAllocator.cpp`, torch 2.13. They differ from those in `allocator` in this:
+ 1. Each stream and pool has one range of addresses, larger than the device. Memory is mapped into it in pieces, of
+    2 MiB in the small pool and of 20 MiB in the large one.
+ 2. Where no free block is large enough, the first stretch from the left that is large enough, free memory at its
+    beginning included, gets memory mapped, as many pieces as are missing.
+ 3. Of the free blocks that are large enough, one that could grow is passed over for the next larger one as long as that
+    could grow less.
+ 4. The rest of a block is split off from 512 B on, in both pools.
+ 5. Where the device has no room, all whole pieces that are free are unmapped, wherever they lie.
+"""
+
+from bisect import bisect_left, insort
+
+from ds_cmli.memory.allocator import (
+    DEFAULT_POOL,
+    DEFAULTS,
+    LARGE_SEGMENT,
+    MIN_BLOCK,
+    SMALL_SEGMENT,
+    Action,
+    Block,
+    CachingAllocator,
+    Pool,
+    Segment,
+    Settings,
+    join,
+    split,
+)
+from ds_cmli.memory.report import Event
+
+ADDRESS_SPACE = LARGE_SEGMENT << 16  # bytes of a range: 1.4 TB, more than any device has
+Key = tuple[Pool, bool, int]  # pool, whether it is the small one, stream
+
+
+class ExpandableAllocator(CachingAllocator):
+    """The model. Its segments are the ranges of addresses; `reserved` counts what is mapped."""
+
+    def __init__(self, limit: int | None = None, settings: Settings = DEFAULTS):
+        super().__init__(limit, settings)
+        self.unmapped: dict[Key, list[int]] = {}  # addresses of each pool's blocks without memory, sorted
+        self.unmapped_at: dict[int, Block] = {}
+
+    def add_range(self, address: int, key: Key, size: int = ADDRESS_SPACE) -> Segment:
+        """A new range of addresses, without memory."""
+        pool, small, stream = key
+        segment = Segment(address, size, stream, small, pool)
+        segment.first.mapped = False
+        self.segments[address] = segment
+        self._keep_unmapped(segment.first)
+        return segment
+
+    def map(self, block: Block, size: int, event: Event | None = None) -> Block | None:
+        """Map memory into the first `size` bytes of a block that has none, rounded up to pieces; merges what is free.
+
+        None where the device has no room.
+        """
+        piece = piece_bytes(block.segment)
+        size = -(-size // piece) * piece
+        if self.limit is not None and self.reserved + size > self.limit:
+            return None
+        self._take_unmapped(block)
+        if size < block.size:
+            rest = split(block, block.address + size)
+            rest.mapped = False
+            self._keep_unmapped(rest)
+        block.mapped = True
+        self.reserved += size
+        self.actions.append(Action("segment_map", block.address, size, block.segment.stream, event))
+        return self._merge(block)
+
+    def map_at(self, segment: Segment, address: int, size: int) -> Block:
+        """Map memory at an address of a range that has none there."""
+        block = segment.first
+        while block.address + block.size <= address:
+            assert block.after is not None
+            block = block.after
+        if block.address < address:
+            self._take_unmapped(block)
+            rest = split(block, address)
+            rest.mapped = False
+            self._keep_unmapped(block)
+            self._keep_unmapped(rest)
+            block = rest
+        mapped = self.map(block, size)
+        assert mapped is not None
+        return mapped
+
+    def unmap(self, block: Block) -> None:
+        """Give the memory of all whole pieces in a free block back to the device."""
+        segment, piece = block.segment, piece_bytes(block.segment)
+        begin = segment.address + -(-(block.address - segment.address) // piece) * piece
+        end = segment.address + (block.address + block.size - segment.address) // piece * piece
+        if begin >= end:
+            return
+        self._take(block)
+        if end < block.address + block.size:
+            self.keep(split(block, end))
+        if begin > block.address:
+            rest = split(block, begin)
+            self.keep(block)
+            block = rest
+        block.mapped = False
+        self.reserved -= end - begin
+        self.actions.append(Action("segment_unmap", begin, end - begin, segment.stream, None))
+        before, after = block.before, block.after
+        if before is not None and not before.mapped:
+            self._take_unmapped(before)
+            block = join(before, block)
+        if after is not None and not after.mapped:
+            self._take_unmapped(after)
+            block = join(block, after)
+        self._keep_unmapped(block)
+
+    def unmap_at(self, address: int, size: int) -> bool:
+        """Unmap the free memory at an address; whether it was exactly this much."""
+        block = next((b for b in self.at.values() if b.address <= address < b.address + b.size), None)
+        if block is None:
+            return False
+        self.unmap(block)
+        done = self.actions[-1]
+        return (done.name, done.address, done.bytes) == ("segment_unmap", address, size)
+
+    def empty_cache(self) -> None:
+        for block in list(self.at.values()):
+            if block.segment.pool == DEFAULT_POOL:
+                self.unmap(block)
+
+    def _best_fit(self, free: list[tuple[int, int]], size: int) -> int:
+        position = super()._best_fit(free, size)
+        while position + 1 < len(free) and self._can_grow_to(free[position + 1]) < self._can_grow_to(free[position]):
+            position += 1
+        return position
+
+    def _can_grow_to(self, entry: tuple[int, int]) -> int:
+        block = self.at[entry[1]]
+        return block.size + (block.after.size if block.after is not None and not block.after.mapped else 0)
+
+    def _splits(self, left: int, size: int, small: bool) -> bool:
+        return left >= MIN_BLOCK
+
+    def _from_device(self, requested: int, size: int, key: Key, event: Event | None) -> Block:
+        block = self._mapped(size, key, event)
+        if block is None:
+            self.empty_cache()
+            block = self._mapped(size, key, event)
+        if block is None:
+            raise self._out_of_memory(requested, self._missing_pieces(self._stretch(size, key), size), event)
+        self._take(block)
+        return block
+
+    def _mapped(self, size: int, key: Key, event: Event | None) -> Block | None:
+        block: Block | None = self._stretch(size, key)
+        assert block is not None
+        if not block.mapped:
+            block = self.map(block, min(block.size, size), event)
+        while block is not None and block.size < size:
+            assert block.after is not None
+            block = self.map(block.after, min(size - block.size, block.after.size), event)
+        return block
+
+    def _stretch(self, size: int, key: Key) -> Block:
+        """Where `size` bytes have room, by rule 2."""
+        for address in self.unmapped.setdefault(key, []):
+            block = self.unmapped_at[address]
+            if block.before is not None and block.before.free:
+                block = block.before
+            room, at = 0, block
+            while room < size and at is not None and not at.requested:
+                room += at.size
+                at = at.after  # type: ignore[assignment]
+            if room >= size:
+                return block
+        segment = self.add_range(self.next_address, key)
+        self.next_address += ADDRESS_SPACE
+        return segment.first
+
+    def _missing_pieces(self, block: Block, size: int) -> int:
+        piece, taken, at = piece_bytes(block.segment), 0, block
+        while size > 0:
+            if not at.mapped:
+                taken += -(-min(size, at.size) // piece) * piece
+            size -= at.size
+            at = at.after  # type: ignore[assignment]
+        return taken
+
+    def _keep_unmapped(self, block: Block) -> None:
+        segment = block.segment
+        insort(self.unmapped.setdefault((segment.pool, segment.small, segment.stream), []), block.address)
+        self.unmapped_at[block.address] = block
+
+    def _take_unmapped(self, block: Block) -> None:
+        segment = block.segment
+        addresses = self.unmapped[segment.pool, segment.small, segment.stream]
+        addresses.pop(bisect_left(addresses, block.address))
+        del self.unmapped_at[block.address]
+
+
+def piece_bytes(segment: Segment) -> int:
+    """Rule 1."""
+    return SMALL_SEGMENT if segment.small else LARGE_SEGMENT
