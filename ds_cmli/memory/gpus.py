@@ -54,7 +54,7 @@ def find(name: str) -> Gpu:
         key for key, words in listed.items() if given and given <= words
     ]
     if len(fitting) != 1:
-        raise UserError(f"--fitting is {name!r}: give one of {', '.join(listed)}")
+        raise UserError(f"--gpu is {name!r}: give one of {', '.join(listed)}")
     return all_gpus()[fitting[0]]
 
 

@@ -13,7 +13,8 @@ quiet.silence()
 
 import torch  # noqa: E402
 
-from ds_cmli.memory import gpus, measure, measure_cuda, predict_subprocess, recorded  # noqa: E402
+from ds_cmli.memory import gpus, measure, measure_cuda, predict_subprocess  # noqa: E402
+from ds_cmli.memory.history import replay_history  # noqa: E402
 from tests.gpu.settings import Setting  # noqa: E402
 
 
@@ -32,12 +33,12 @@ def measure_setting(device: str, setting: dict[str, Any]) -> dict[str, Any]:
         raise RuntimeError(f"no prediction: {answer.failed}")
     out: dict[str, Any] = {"predicted": answer.report, "measured": measured.to_dict()}
     if device == "cuda":
-        compared = recorded.replay_trace(torch.cuda.memory._snapshot(), torch.cuda.current_device())
+        replayed = replay_history(torch.cuda.memory._snapshot(), torch.cuda.current_device())
         out["allocator"] = {
-            "allocations": compared.allocations,
-            "at_recorded_address": compared.at_recorded_address,
-            "unknown": compared.unknown,
-            "error": compared.reserved_error,
+            "allocations": replayed.allocations,
+            "at_recorded_address": replayed.at_recorded_address,
+            "unknown": replayed.unknown,
+            "error": replayed.reserved_peak_replayed / replayed.reserved_peak_recorded - 1,
         }
     return out
 

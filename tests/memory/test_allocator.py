@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from ds_cmli.common.errors import UserError
 from ds_cmli.memory import gpus
 from ds_cmli.memory.allocator import FIRST_ADDRESS, CachingAllocator, OutOfMemory, replay
-from ds_cmli.memory.recorded import replay_trace
+from ds_cmli.memory.history import replay_history
 from ds_cmli.memory.report import Event
 from ds_cmli.memory.snapshot import build
 
@@ -165,9 +165,13 @@ def test_recorded_start_of_resnet18():
         {"action": "alloc", "addr": start + offset, "size": size, "stream": 0}
         for offset, size in zip(offsets, sizes, strict=True)
     ]
-    compared = replay_trace({"device_traces": [trace]})
-    assert compared.exact
-    assert (compared.allocations, compared.segments_predicted) == (6, [2 * M])
+    sizes_rounded = (37888, 512, 512, 512, 512, 512)
+    blocks = [{"size": size, "state": "active_allocated"} for size in sizes_rounded]
+    blocks.append({"size": 2 * M - sum(sizes_rounded), "state": "inactive"})
+    segment = {"address": start, "total_size": 2 * M, "stream": 0, "blocks": blocks}
+    replayed = replay_history({"segments": [segment], "device_traces": [trace]}, 0)
+    assert replayed.exact
+    assert (replayed.allocations, replayed.segments_replayed) == (6, [2 * M])
 
 
 def test_recorded_state_after_a_matrix_product():
@@ -184,32 +188,33 @@ def test_recorded_state_after_a_matrix_product():
 def test_replay_of_a_recording_tells_errors_of_the_model():
     steps = events(3 * M, 700, -1, 5 * M, 30 * M, -3, 2 * M, -2)
     snapshot = build(replay(steps))
-    assert replay_trace(snapshot).exact
+    assert replay_history(snapshot, 0).exact
 
     # Another allocator's choice: the block placed at the segment's end.
     trace = snapshot["device_traces"][0]
     moved = next(entry for entry in trace if entry["action"] == "alloc" and entry["size"] == 5 * M)
     for entry in [e for e in trace if e["addr"] == moved["addr"] and e["size"] == 5 * M]:
         entry["addr"] += 15 * M
-    compared = replay_trace(snapshot)
-    assert not compared.exact
-    assert compared.allocations - compared.at_recorded_address == 1
-    assert compared.reserved_error == 0
+    replayed = replay_history(snapshot, 0)
+    assert not replayed.exact
+    assert replayed.allocations - replayed.at_recorded_address == 1
+    assert replayed.reserved_peak_replayed == replayed.reserved_peak_recorded
 
     # A segment that the rules do not call for.
-    trace[:] = [{"action": "segment_alloc", "addr": 1, "size": 20 * M, "stream": 0}, *trace]
-    assert replay_trace(snapshot).reserved_error < 0
-    with pytest.raises(ValueError, match="expandable segments"):
-        replay_trace({"device_traces": [[{"action": "segment_map", "addr": 1, "size": 2 * M}]]})
+    trace[:] = [{"action": "segment_alloc", "addr": 512, "size": 20 * M, "stream": 0}, *trace]
+    unused = [{"size": 20 * M, "state": "inactive"}]
+    snapshot["segments"].append({"address": 512, "total_size": 20 * M, "stream": 0, "blocks": unused})
+    replayed = replay_history(snapshot, 0)
+    assert replayed.reserved_peak_replayed < replayed.reserved_peak_recorded
 
 
-def test_a_recording_that_begins_late_is_not_exact():
+def test_a_recording_that_begins_late_is_replayed_from_its_beginning():
     steps = events(3 * M, 700, -1)
     snapshot = build(replay(steps))
     del snapshot["device_traces"][0][:2]
-    compared = replay_trace(snapshot)
-    assert compared.unknown == 1
-    assert not compared.exact
+    replayed = replay_history(snapshot, 0)
+    assert (replayed.unknown, replayed.allocations) == (0, 1)
+    assert replayed.exact
 
 
 SIZES = st.one_of(
@@ -252,7 +257,7 @@ def test_whatever_is_asked_for_segments_stay_whole(requests, seed):
     assert all(segment.address >= FIRST_ADDRESS for segment in allocator.segments.values())
 
 
-def test_device_bytes_add_the_cards_constants():
+def test_device_bytes_add_the_gpus_constants():
     gpu = gpus.find("A10G 24GB")
     alone = gpus.device_bytes(10 * M, "A10G 24GB", 1)
     assert alone == 10 * M + gpu.context.bytes
@@ -260,7 +265,7 @@ def test_device_bytes_add_the_cards_constants():
     assert gpus.device_bytes(10 * M, "A10G 24GB", 64) == alone + gpu.nccl.bytes
 
 
-def test_cards_say_what_is_known_and_are_found_by_torchs_names():
+def test_gpus_say_what_is_known_and_are_found_by_torchs_names():
     for gpu in gpus.all_gpus().values():
         for constant in (gpu.total, gpu.context, gpu.cublas_workspace, gpu.nccl):
             assert constant.known in (gpus.MEASURED, gpus.ASSUMED)
