@@ -56,6 +56,14 @@ class CaptionTokenizer:
         valid = [not a and i not in self.special_ids for i, a in zip(ids, added, strict=True)]
         return Tokens(ids, valid, [end for _, end in encoding.offsets])
 
+    def spans(self, text: str) -> list[tuple[int, int]]:
+        """Of each position: the first character of the text that it stands for, and the one after the last."""
+        out = []
+        for start, end in self.backend.encode(text).offsets:
+            piece = text[start:end]  # some tokenizers count the blank before a word to it
+            out.append((start + len(piece) - len(piece.lstrip()), end))
+        return out
+
     def mostly_unknown(self, text: str) -> bool:
         """Whether more than half of the caption's tokens stand for something that the vocabulary does not have."""
         tokens = self(text)

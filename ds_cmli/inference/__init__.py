@@ -1,0 +1,13 @@
+"""A trained student in use: embeddings, scores, what matches what, and search over a folder of pictures.
+
+from ds_cmli.inference import Model
+model = Model.load("runs/demo-20260101-000000")
+images, texts = model.embed_images("pictures/"), model.embed_texts(["a red car"])
+model.scores(images, texts)["combined"]
+"""
+
+from ds_cmli.inference.index import Index, Result
+from ds_cmli.inference.model import ImageEmbeddings, Match, Model, TextEmbeddings
+from ds_cmli.inference.topk import topk
+
+__all__ = ["ImageEmbeddings", "Index", "Match", "Model", "Result", "TextEmbeddings", "topk"]

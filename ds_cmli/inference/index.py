@@ -1,0 +1,169 @@
+"""An index of pictures on disk, and search in it by text: global scores choose candidates, CMLI orders them.
+
+Shapes: I images, N image patches, H hidden size, D embedding dimension.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ds_cmli.cmli import cmli_scores
+from ds_cmli.common.errors import UserError
+from ds_cmli.inference.model import ImageEmbeddings, Model, Picture, TextEmbeddings, list_pictures
+from ds_cmli.inference.topk import topk
+from ds_cmli.losses.functions import upcast
+
+FILE, VERSION = "index.json", 1
+EXACT = 2000  # images up to which all are scored by CMLI
+CANDIDATES = 200  # of a larger index: how many of the best by global score CMLI orders
+AT_A_TIME = 512  # images whose patches are read from disk at a time
+
+
+@dataclass(frozen=True)
+class Result:
+    """One picture that a text found."""
+
+    name: str  # the picture's file
+    score: float  # by which results are ordered
+    global_score: float  # cosine of the class tokens
+    cmli_score: float  # mean of both ways
+
+
+class Index:
+    """Embeddings of pictures in a folder of their own: fp16, memory-mapped, so that it may exceed the memory.
+
+    A picture takes 2 (H + N D) bytes.
+    """
+
+    def __init__(self, folder: str | Path):
+        """Open the index in a folder; raises `UserError` where there is none."""
+        self.folder = Path(folder)
+        try:
+            content = json.loads((self.folder / FILE).read_text())
+            if content["version"] != VERSION:
+                raise ValueError(f"its version is {content['version']!r}")
+            self.model_path: str = content["model"]
+            self.names: list[str] = content["names"]
+            self.cls = np.load(self.folder / "cls.npy", mmap_mode="r")  # [I, H]
+            self.patches = np.load(self.folder / "patches.npy", mmap_mode="r")  # [I, N, D]
+            if not len(self.names) == len(self.cls) == len(self.patches):
+                raise ValueError("its parts differ in length")
+        except FileNotFoundError:
+            raise UserError(f"the index is {str(folder)!r}: none is there; make one with --build PICTURES") from None
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"the index is {str(folder)!r}, which cannot be read ({error}): build it anew") from None
+
+    @classmethod
+    def build(
+        cls, folder: str | Path, model: Model, pictures: str | Path | Sequence[Picture], model_path: str = "",
+        batch_size: int = 32, progress: bool = False,
+    ) -> tuple["Index", list[str]]:  # fmt: skip
+        """Embed pictures into an index. Returns it and a line for each picture that could not be read, left out.
+
+        Raises:
+            UserError: nothing can be read, or the folder cannot be written.
+        """
+        folder = Path(folder)
+        files = list_pictures(pictures) if isinstance(pictures, str | Path) else list(pictures)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / FILE).unlink(missing_ok=True)  # until the new one is whole there is none
+        except OSError as error:
+            raise UserError(f"the index is {str(folder)!r}: cannot write there: {error.strerror}") from None
+        arrays: tuple[Any, Any] | None = None
+        names: list[str] = []
+        refused: list[str] = []
+        for start in tqdm(range(0, len(files), batch_size), "images", disable=not progress, leave=False):
+            images, batch = [], []
+            for number, file in enumerate(files[start : start + batch_size], start):
+                try:
+                    images.append(model.read(file))
+                    batch.append(str(file) if isinstance(file, str | Path) else str(number))
+                except UserError as error:
+                    refused.append(str(error))
+            if not images:
+                continue
+            found = model.embed_images(images, batch_size)
+            if arrays is None:
+                arrays = _files(folder, len(files), found)
+            arrays[0][len(names) : len(names) + len(batch)] = found.cls.half().numpy()
+            arrays[1][len(names) : len(names) + len(batch)] = found.patches.half().numpy()
+            names += batch
+        if arrays is None:
+            raise UserError(f"none of the {len(files)} pictures can be read, for instance: {refused[0]}")
+        for array, name in zip(arrays, ("cls.npy", "patches.npy"), strict=True):
+            array.flush()
+            if len(names) < len(files):  # some were left out
+                np.save(folder / f"short-{name}", array[: len(names)])
+                (folder / f"short-{name}").replace(folder / name)
+        content = {"version": VERSION, "model": str(model_path), "names": names}
+        (folder / FILE).write_text(json.dumps(content))
+        return cls(folder), refused
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def global_scores(self, texts: TextEmbeddings, rows: slice, columns: slice) -> Tensor:
+        """fp32 [texts of `rows`, images of `columns`]."""
+        images = torch.from_numpy(self.cls[columns].astype(np.float32))
+        return upcast(texts.cls[rows]) @ images.t()
+
+    def cmli_scores(self, texts: TextEmbeddings, numbers: Tensor) -> Tensor:
+        """fp32 [images of `numbers`, texts]: the mean of both ways."""
+        out = []
+        for part in numbers.split(AT_A_TIME):
+            patches = torch.from_numpy(self.patches[part.numpy()]).to(texts.tokens.dtype)
+            i2t, t2i = cmli_scores(patches, texts.tokens, texts.token_mask)
+            out.append((i2t + t2i) / 2)
+        return torch.cat(out)
+
+    def search(
+        self, model: Model, texts: str | Sequence[str], k: int = 10, candidates: int | None = None
+    ) -> list[list[Result]]:
+        """The k best pictures of each text, the best first.
+
+        Args:
+            candidates: how many of the best by global score are ordered by all scores together; None: all of an index
+                of at most 2,000 pictures, 200 of a larger one. At least as many as the index has: exact.
+        """
+        if k < 1 or (candidates is not None and candidates < 1):
+            raise UserError(f"k is {k} and candidates {candidates}: give at least 1")
+        if candidates is None:
+            candidates = len(self) if len(self) <= EXACT else CANDIDATES
+        embedded = model.embed_texts(texts)
+        score = lambda rows, columns: self.global_scores(embedded, rows, columns)  # noqa: E731
+        coarse, numbers = topk(score, len(embedded), len(self), max(k, candidates))
+        found = []
+        for j in range(len(embedded)):
+            one = TextEmbeddings(
+                embedded.cls[j : j + 1], embedded.tokens[j : j + 1], embedded.token_mask[j : j + 1],
+                embedded.texts[j : j + 1], embedded.spans[j : j + 1],
+            )  # fmt: skip
+            order = numbers[j].sort().values  # in the order of the file
+            fine = self.cmli_scores(one, order)[:, 0]
+            position = torch.searchsorted(order, numbers[j])
+            fine = fine[position]
+            total = fine
+            if {"global", "cmli"} <= model.scales.keys():
+                total = model.scales["global"] * coarse[j] + model.scales["cmli"] * fine
+            elif "cmli" not in model.scales:
+                total = coarse[j]
+            best = total.argsort(descending=True, stable=True)[:k].tolist()
+            found.append(
+                [Result(self.names[numbers[j, i]], total[i].item(), coarse[j, i].item(), fine[i].item()) for i in best]
+            )
+        return found
+
+
+def _files(folder: Path, length: int, found: ImageEmbeddings) -> tuple[Any, Any]:
+    """The two arrays on disk, written in place."""
+    open_file = np.lib.format.open_memmap
+    cls = open_file(folder / "cls.npy", "w+", np.float16, (length, *found.cls.shape[1:]))
+    return cls, open_file(folder / "patches.npy", "w+", np.float16, (length, *found.patches.shape[1:]))

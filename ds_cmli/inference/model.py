@@ -1,0 +1,243 @@
+"""A trained student that embeds pictures and texts and scores them against each other.
+
+Shapes: I images, J texts, N image patches, M text positions, H hidden size, D embedding dimension, S image side.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from ds_cmli.cmli import cmli_scores
+from ds_cmli.cmli.loss import l2_normalize
+from ds_cmli.common.errors import UserError
+from ds_cmli.config.schema import Config, load_config
+from ds_cmli.data.batch import Collate, Sample
+from ds_cmli.data.pictures import load_image, read_picture
+from ds_cmli.data.tokens import CaptionTokenizer, load_tokenizer
+from ds_cmli.losses.functions import upcast
+from ds_cmli.losses.objective import Objective
+
+SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
+SCORES = ("global", "cmli", "combined")
+Picture = str | Path | Image.Image | np.ndarray | Tensor
+
+
+@dataclass
+class ImageEmbeddings:
+    """Of I images, on the CPU; both parts of unit length, in the model's precision."""
+
+    cls: Tensor  # [I, H], for global scores
+    patches: Tensor  # [I, N, D], for CMLI
+    names: list[str]  # the file, or the number of a picture that came without one
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+@dataclass
+class TextEmbeddings:
+    """Of J texts, on the CPU; both parts of unit length, in the model's precision."""
+
+    cls: Tensor  # [J, H]
+    tokens: Tensor  # [J, M, D]
+    token_mask: Tensor  # bool [J, M], True: a token of the text, no special one and no padding
+    texts: list[str]
+    spans: list[list[tuple[int, int]]]  # of each text's positions: first and last + 1 character; (0, 0) for none
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+
+@dataclass
+class Match:
+    """One text and one picture: what each word finds in the picture, and each patch in the text."""
+
+    similarity: Tensor  # [M, N] fp32, cosines of the text's own tokens (M of them) and the patches
+    words: list[str]  # M, as they stand in the text
+    spans: list[tuple[int, int]]  # M, where they stand
+    grid: tuple[int, int]  # rows and columns of patches, N = rows * columns
+
+    @property
+    def patch_of_word(self) -> Tensor:
+        """int64 [M], the patch that each word matches best; row * columns + column."""
+        return self.similarity.argmax(1)
+
+    @property
+    def word_of_patch(self) -> Tensor:
+        """int64 [N], the word that each patch matches best."""
+        return self.similarity.argmax(0)
+
+
+class Model:
+    """A trained student, ready to embed. Made by `Model.load`."""
+
+    def __init__(self, config: Config, objective: Objective, tokenizer: CaptionTokenizer, device: torch.device):
+        self.config, self.tokenizer, self.device = config, tokenizer, device
+        self.objective = objective.to(device).eval()
+        self.collate = Collate(tokenizer)
+
+    @classmethod
+    def load(cls, path: str | Path, device: str | torch.device | None = None, tokenizer: str | None = None) -> "Model":
+        """The student of a run.
+
+        Args:
+            path: a run's output folder, with `config.json` and `student.safetensors`.
+            device: None: a GPU where there is one.
+            tokenizer: in place of the one that the run names; for instance where that path is not on this machine.
+
+        Raises:
+            UserError: no such run, or what is there cannot be loaded.
+        """
+        from ds_cmli.checkpoint.save import load_weights
+        from ds_cmli.engine import build_models
+        from ds_cmli.losses import LOSSES
+
+        path = Path(path)
+        config = load_config(path / "config.json", "the model")
+        # Without distillation losses no teacher is built.
+        weights = {name: weight for name, weight in config.loss.weights.items() if not LOSSES[name].teacher}
+        config.loss = dataclasses.replace(config.loss, weights=weights or {"global": 1.0})
+        words = load_tokenizer(tokenizer or config.data.tokenizer, config.data.context_length)
+        objective, _ = build_models(config, words.vocab_size, pretrained=False)
+        load_weights(path, objective)
+        chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        return cls(config, objective, words, chosen)
+
+    @property
+    def student(self) -> Any:
+        return self.objective.student
+
+    @property
+    def image_size(self) -> int:
+        """S, pixels: pictures are resized by their shorter side and cropped in the centre."""
+        return self.config.data.image_size
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches; N is their product."""
+        return tuple(self.student.grid)
+
+    @cached_property
+    def scales(self) -> dict[str, float]:
+        """1/temperature of the global and the CMLI scores, of those that were trained."""
+        return self.objective.score_scales()
+
+    def read(self, picture: Picture) -> Tensor:
+        """uint8 [3, S, S], as the training saw pictures: of a file, a PIL image, uint8 [height, width, 3] or [3, S, S].
+
+        Raises:
+            UserError: it cannot be read.
+        """
+        try:
+            if isinstance(picture, str | Path):
+                path = Path(picture)
+                return read_picture(
+                    path, str(path.parent.resolve()), self.image_size, self.config.data.max_pixels, True
+                )
+            if isinstance(picture, Image.Image):
+                return load_image(picture.copy(), self.image_size)
+            if isinstance(picture, np.ndarray) and picture.dtype == np.uint8 and picture.ndim in (2, 3):
+                return load_image(Image.fromarray(picture), self.image_size)
+            shape = (3, self.image_size, self.image_size)
+            if isinstance(picture, Tensor) and picture.dtype == torch.uint8 and picture.shape == shape:
+                return picture.cpu()
+        except Exception as error:  # decoders of damaged files raise nearly anything
+            name = f"{str(picture)!r}" if isinstance(picture, str | Path) else "a picture"
+            raise UserError(f"{name} cannot be read: {' '.join(str(error).split()) or type(error).__name__}") from None
+        what = f"{type(picture).__name__} {getattr(picture, 'dtype', '')} {list(getattr(picture, 'shape', []))}"
+        raise UserError(
+            f"a picture is {what}: give a file, a PIL image, a uint8 array [height, width, 3] or a uint8 tensor "
+            f"[3, {self.image_size}, {self.image_size}]"
+        )
+
+    @torch.inference_mode()
+    def embed_images(
+        self, pictures: str | Path | Sequence[Picture], batch_size: int = 32, progress: bool = False
+    ) -> ImageEmbeddings:
+        """Embed a folder's pictures (in the order of their names, subfolders included), or those of a list."""
+        files = list_pictures(pictures) if isinstance(pictures, str | Path) else list(pictures)
+        cls, patches = [], []
+        for start in _steps(len(files), batch_size, progress, "images"):
+            images = torch.stack([self.read(file) for file in files[start : start + batch_size]]).to(self.device)
+            image_cls, features = self.student.encode_image(images)  # [B, H], [B, N, H]
+            cls.append(l2_normalize(image_cls).cpu())  # CPU-GPU sync
+            patches.append(l2_normalize(self.student.projection(features)).cpu())
+        names = [str(file) if isinstance(file, str | Path) else str(i) for i, file in enumerate(files)]
+        return ImageEmbeddings(torch.cat(cls), torch.cat(patches), names)
+
+    @torch.inference_mode()
+    def embed_texts(self, texts: str | Iterable[str], batch_size: int = 128, progress: bool = False) -> TextEmbeddings:
+        """Embed texts; those longer than the context length are truncated, as in training."""
+        texts = [texts] if isinstance(texts, str) else list(texts)
+        if not texts:
+            raise UserError("no text is given: give at least one")
+        for text in texts:
+            if not isinstance(text, str):
+                raise UserError(f"a text is {type(text).__name__} {text!r}: give a string")
+        nothing = torch.zeros(3, 0, 0, dtype=torch.uint8)
+        whole = self.collate([Sample(nothing, self.tokenizer(text), i, i) for i, text in enumerate(texts)])
+        cls, tokens = [], []
+        for start in _steps(len(texts), batch_size, progress, "texts"):
+            part = slice(start, start + batch_size)
+            ids, mask = whole.input_ids[part].to(self.device), whole.attention_mask[part].to(self.device)
+            text_cls, features = self.student.encode_text(ids, mask)  # [B, H], [B, M, H]
+            cls.append(l2_normalize(text_cls).cpu())  # CPU-GPU sync
+            tokens.append(l2_normalize(self.student.projection(features)).cpu())
+        spans = [self.tokenizer.spans(text) for text in texts]
+        return TextEmbeddings(torch.cat(cls), torch.cat(tokens), whole.token_mask, texts, spans)
+
+    def scores(self, images: ImageEmbeddings, texts: TextEmbeddings) -> dict[str, Tensor]:
+        """fp32 [I, J] each: "global" cosines; "cmli", the mean of both ways; "combined", the sum of both logits.
+
+        "combined" is there where the training set a temperature of both.
+        """
+        with torch.inference_mode():
+            out = {"global": upcast(images.cls) @ upcast(texts.cls).t()}
+            i2t, t2i = cmli_scores(images.patches, texts.tokens, texts.token_mask)  # [I, J] each
+            out["cmli"] = (i2t + t2i) / 2
+            if {"global", "cmli"} <= self.scales.keys():
+                out["combined"] = self.scales["global"] * out["global"] + self.scales["cmli"] * out["cmli"]
+        return out
+
+    def match(self, picture: Picture, text: str) -> Match:
+        """What each word of a text finds in a picture, and each patch in the text."""
+        images, texts = self.embed_images([picture]), self.embed_texts(text)
+        return match_of(images, 0, texts, 0, self.grid)
+
+
+def match_of(images: ImageEmbeddings, i: int, texts: TextEmbeddings, j: int, grid: tuple[int, int]) -> Match:
+    """`Model.match` of what has been embedded already."""
+    valid = texts.token_mask[j]
+    similarity = upcast(texts.tokens[j][valid]) @ upcast(images.patches[i]).t()  # [M, N]
+    spans = [span for span, v in zip(texts.spans[j], valid.tolist(), strict=False) if v]
+    return Match(similarity, [texts.texts[j][a:b] for a, b in spans], spans, grid)
+
+
+def list_pictures(folder: str | Path) -> list[Path]:
+    """The picture files in a folder and its subfolders, by name; a file is itself."""
+    path = Path(folder)
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise UserError(f"{str(folder)!r}: no such file or folder of pictures")
+    files = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
+    if not files:
+        raise UserError(f"{str(folder)!r} has no picture: give a folder with {', '.join(SUFFIXES)} files")
+    return files
+
+
+def _steps(length: int, batch_size: int, progress: bool, what: str) -> Iterable[int]:
+    if batch_size < 1:
+        raise UserError(f"batch_size is {batch_size}: give at least 1")
+    if not length:
+        raise UserError(f"no {what} are given: give at least one")
+    return tqdm(range(0, length, batch_size), what, disable=not progress, leave=False)

@@ -1,0 +1,99 @@
+"""`ds-cmli-search INDEX "a red car"`: pictures that a text describes, as lines and as a page."""
+
+import base64
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ds_cmli.common.cli import check_writable, run_command
+from ds_cmli.common.errors import UserError
+
+
+@click.command()
+@click.argument("index")
+@click.argument("texts", nargs=-1, metavar="[TEXT ...]")
+@click.option("--build", "pictures", default=None, metavar="FOLDER", help="First embed this folder's pictures into it.")
+@click.option("--model", "model_path", default=None, metavar="RUN", help="A run's folder.  [default: the index's own]")
+@click.option("-k", "k", default=10, show_default=True, help="Results of each text.")
+@click.option("--candidates", default=None, type=int,
+              help="The best by global score, ordered by CMLI too.  [default: 200; of up to 2000: all]")  # fmt: skip
+@click.option("--batch-size", default=32, show_default=True, help="Pictures embedded at a time.")
+@click.option("--page", default=None, metavar="FILE", help="Write the results with their pictures as an HTML page.")
+@click.option("--json", "as_json", is_flag=True, help="One object a text, a line each.")
+def command(
+    index: str, texts: tuple[str, ...], pictures: str | None, model_path: str | None, k: int, candidates: int | None,
+    batch_size: int, page: str | None, as_json: bool,
+) -> None:  # fmt: skip
+    """Search an index of pictures by text."""
+    if pictures is None and not texts:
+        raise UserError("nothing to do: give --build FOLDER to make the index, or a text to search for")
+    if pictures is not None and model_path is None:
+        raise UserError("--build needs --model: give the run whose student embeds the pictures")
+    if batch_size < 1:
+        raise UserError(f"--batch-size is {batch_size}: give at least 1")
+    if page is not None:
+        check_writable(page)
+
+    from ds_cmli.inference import Index, Model
+
+    if pictures is not None:
+        assert model_path is not None
+        model = Model.load(model_path)
+        whole = str(Path(model_path).resolve())
+        found, refused = Index.build(index, model, pictures, whole, batch_size, progress=True)
+        for line in refused:
+            click.echo(f"left out: {line}")
+        click.echo(f"{len(found)} pictures in {index}")
+    else:
+        found = Index(index)
+        model = Model.load(model_path or found.model_path)
+    if not texts:
+        return
+    results = found.search(model, texts, k, candidates)
+    for text, best in zip(texts, results, strict=True):
+        if as_json:
+            click.echo(json.dumps({"text": text, "results": [vars(result) for result in best]}))
+            continue
+        click.echo(text)
+        for result in best:
+            scores = f"{result.score:8.3f}  global {result.global_score:.3f}  cmli {result.cmli_score:.3f}"
+            click.echo(f"  {scores}  {result.name}")
+    if page is not None:
+        write_page(page, texts, results)
+        click.echo(f"page: {page}")
+
+
+def write_page(path: str, texts: tuple[str, ...], results: list[list[Any]]) -> None:
+    """The results with small copies of the pictures, one self-contained file."""
+    from jinja2 import Environment, PackageLoader, select_autoescape
+
+    environment = Environment(loader=PackageLoader("ds_cmli.inference", "."), autoescape=select_autoescape(["jinja"]))
+    rows = [(text, [(r, _thumbnail(r.name)) for r in best]) for text, best in zip(texts, results, strict=True)]
+    try:
+        Path(path).write_text(environment.get_template("results.html.jinja").render(rows=rows), encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--page is {path!r}: cannot write it: {error.strerror}") from None
+
+
+def _thumbnail(name: str) -> str:
+    """The picture as a data URL; empty where its file is gone."""
+    from PIL import Image, ImageOps
+
+    buffer = io.BytesIO()
+    try:
+        with Image.open(name) as image:
+            ImageOps.fit(image.convert("RGB"), (224, 224)).save(buffer, "JPEG", quality=85)
+    except (OSError, ValueError):
+        return ""
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def main() -> None:
+    run_command(command)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,77 @@
+"""Match maps as one HTML page that needs no network: hovering a word lights its patches, hovering a patch its words.
+
+Shapes: S image side in pixels, N image patches, M words.
+"""
+
+import base64
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, select_autoescape
+from PIL import Image
+from torch import Tensor
+
+from ds_cmli.common.errors import UserError
+from ds_cmli.inference.model import Match
+
+
+@dataclass
+class Panel:
+    """One caption and its picture, as one or several models match them."""
+
+    title: str
+    text: str
+    image: Tensor  # uint8 [3, S, S]
+    matches: dict[str, Match]  # by the model's name; all of the same words
+
+
+def write_page(panels: Sequence[Panel], path: str | Path, title: str = "Match maps") -> None:
+    """Write the page; raises `UserError` where the file cannot be written."""
+    environment = Environment(loader=PackageLoader("ds_cmli.visualize", "."), autoescape=select_autoescape(["jinja"]))
+    text = environment.get_template("page.html.jinja").render(title=title, panels=[_values(panel) for panel in panels])
+    try:
+        Path(path).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"the page is {str(path)!r}: cannot write it: {error.strerror}") from None
+
+
+def _values(panel: Panel) -> dict[str, Any]:
+    first = next(iter(panel.matches.values()))
+    return {
+        "title": panel.title,
+        "pieces": pieces(panel.text, first.spans),
+        "image": data_url(panel.image),
+        "models": [
+            {
+                "name": name,
+                "rows": match.grid[0],
+                "columns": match.grid[1],
+                "similarity": [[round(value, 3) for value in row] for row in match.similarity.tolist()],
+            }
+            for name, match in panel.matches.items()
+        ],
+    }
+
+
+def pieces(text: str, spans: Sequence[tuple[int, int]]) -> list[tuple[str, int | None]]:
+    """The text in parts: each word with its number, what stands between words with None."""
+    out: list[tuple[str, int | None]] = []
+    position = 0
+    for number, (start, end) in enumerate(spans):
+        if start > position:
+            out.append((text[position:start], None))
+        out.append((text[start:end], number))
+        position = max(position, end)
+    if text[position:]:
+        out.append((text[position:], None))
+    return out
+
+
+def data_url(image: Tensor) -> str:
+    """uint8 [3, S, S] as a PNG inside the page."""
+    buffer = io.BytesIO()
+    Image.fromarray(image.permute(1, 2, 0).numpy()).save(buffer, "PNG")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -1,0 +1,99 @@
+"""Embeddings and scores are those of the student itself, whatever the pictures come as."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ds_cmli.cmli.loss import l2_normalize
+from ds_cmli.common.errors import UserError
+from ds_cmli.inference import Model
+from ds_cmli.inference.model import list_pictures
+
+TEXTS = ["a red car", "two dogs under a tree", "x"]
+
+
+@pytest.fixture(scope="module")
+def model(run):
+    return Model.load(run, "cpu")
+
+
+def test_embeddings_are_the_students_features(model, pictures):
+    images = model.embed_images(pictures, batch_size=5)
+    assert len(images) == 12 and images.names[0].endswith("0/00.png") and images.names[6].endswith("1/01.png")
+    file = list_pictures(pictures)[7]
+    with torch.no_grad():
+        cls, patches = model.student.encode_image(model.read(file)[None])
+        patches = model.student.projection(patches)
+    torch.testing.assert_close(images.cls[7], l2_normalize(cls)[0])
+    torch.testing.assert_close(images.patches[7], l2_normalize(patches)[0])
+    assert images.patches.shape == (12, model.grid[0] * model.grid[1], 16)
+
+
+def test_a_text_is_embedded_alike_alone_and_beside_longer_ones(model):
+    together, alone = model.embed_texts(TEXTS, batch_size=2), model.embed_texts(TEXTS[0])
+    torch.testing.assert_close(together.cls[0], alone.cls[0], atol=1e-5, rtol=1e-5)
+    valid = alone.token_mask[0]
+    torch.testing.assert_close(together.tokens[0][: len(valid)][valid], alone.tokens[0][valid], atol=1e-5, rtol=1e-5)
+
+
+def test_scores_are_the_definitions(model, pictures):
+    images, texts = model.embed_images(pictures), model.embed_texts(TEXTS)
+    scores = model.scores(images, texts)
+    for i in (0, 11):
+        for j in range(3):
+            similarity = images.patches[i] @ texts.tokens[j][texts.token_mask[j]].t()  # [N, M]
+            expected = (similarity.max(1).values.mean() + similarity.max(0).values.mean()) / 2
+            torch.testing.assert_close(scores["cmli"][i, j], expected, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(scores["global"][i, j], images.cls[i] @ texts.cls[j])
+    combined = scores["global"] / 0.07 + scores["cmli"] / 0.02  # the temperatures at the start
+    torch.testing.assert_close(scores["combined"], combined, atol=1e-3, rtol=1e-4)
+
+
+def test_pictures_may_come_as_files_images_arrays_and_tensors(model, pictures):
+    file = list_pictures(pictures)[0]
+    image = Image.open(file)
+    kinds = [file, str(file), image, np.asarray(image), model.read(file)]
+    found = model.embed_images(kinds)
+    for i in range(1, len(kinds)):
+        torch.testing.assert_close(found.patches[i], found.patches[0])
+    assert found.names == [str(file), str(file), "2", "3", "4"]
+
+
+def test_a_match_names_the_words_and_where_they_stand(model, pictures):
+    text = "two  dogs, sitting"
+    match = model.match(list_pictures(pictures)[0], text)
+    assert "".join(match.words) == "twodogs,sitting"  # words that the vocabulary lacks fall into characters
+    assert [text[start:end] for start, end in match.spans] == match.words
+    assert match.similarity.shape == (len(match.words), match.grid[0] * match.grid[1])
+    assert match.similarity[0, match.patch_of_word[0]] == match.similarity[0].max()
+    assert match.similarity[match.word_of_patch[3], 3] == match.similarity[:, 3].max()
+
+
+@pytest.mark.parametrize(
+    "wrong, line",
+    [
+        (np.zeros((4, 4, 3), np.float32), r"a picture is ndarray float32 \[4, 4, 3\]: give a file"),
+        (torch.zeros(3, 5, 5, dtype=torch.uint8), r"a picture is Tensor torch.uint8 \[3, 5, 5\]: give a file"),
+        ("no/such.png", "'no/such.png' cannot be read"),
+        (7, "a picture is int"),
+    ],
+)
+def test_what_is_no_picture_is_told(model, wrong, line):
+    with pytest.raises(UserError, match=line):
+        model.embed_images([wrong])
+
+
+def test_mistakes_are_one_line(model, tmp_path):
+    with pytest.raises(UserError, match="no such file or folder"):
+        model.embed_images(tmp_path / "none")
+    with pytest.raises(UserError, match="has no picture"):
+        model.embed_images(tmp_path)
+    with pytest.raises(UserError, match="batch_size is 0"):
+        model.embed_texts(["a"], batch_size=0)
+    with pytest.raises(UserError, match="a text is int 3: give a string"):
+        model.embed_texts(["a", 3])
+    with pytest.raises(UserError, match="no text is given"):
+        model.embed_texts([])
+    with pytest.raises(UserError, match=r"no config\.json there"):
+        Model.load(tmp_path)
