@@ -27,7 +27,7 @@ from ds_cmli.memory.predict import (
     text_lengths,
     without_weights,
 )
-from ds_cmli.memory.report import PHASES, Report, summarise
+from ds_cmli.memory.report import PHASES, Event, Report, summarise
 from ds_cmli.memory.tracker import Tracker
 
 MARK = "ds_cmli.memory phase "
@@ -85,6 +85,15 @@ def _run(
 
 def _tracked(config: Config, ds_config: DeepSpeedConfig, vocab_size: int, world_size: int) -> dict[str, int]:
     """Live bytes by category at the peak, as the tracker sees them."""
+    return summarise(_events(config, ds_config, vocab_size, world_size), {}, "").categories
+
+
+def tracked_events(config: Config, ds_config: Mapping[str, Any], world_size: int = 1) -> list[Event]:
+    """Allocations and frees of two real optimizer steps, as the tracker sees them: without operators' insides."""
+    return _events(*_filled(config, ds_config, world_size), world_size)
+
+
+def _events(config: Config, ds_config: DeepSpeedConfig, vocab_size: int, world_size: int) -> list[Event]:
     micro_batch = ds_config.micro_batch
     tracker = Tracker("cpu", text_lengths(config, micro_batch), workspaces=True)
     with _ranks(world_size), tracker, recorded_from_the_engine_on(tracker, ds_config, cuda=False):
@@ -95,8 +104,7 @@ def _tracked(config: Config, ds_config: DeepSpeedConfig, vocab_size: int, world_
                     batch = longest_batch(config, micro_batch)
                 train_engine(batch)
                 del batch
-        events = tracker.events()
-    return summarise(events, {}, "").categories
+        return tracker.events()
 
 
 def allocator_events(call: Callable[[Callable[[str], None]], object]) -> list[tuple[str, int]]:

@@ -1,0 +1,235 @@
+"""How far memory estimates are off, over a fixed list of settings: `python profiling/estimators.py`
+
+Each setting's step runs on this CPU under PyTorch's allocator. Beside what was measured stand our prediction,
+DeepSpeed's own estimators (ZeRO-2 and 3 alone), accelerate's rule (`accelerate estimate-memory`, training with Adam), and
+the rule of thumb of 16 bytes a trained parameter. P(OOM) is the share of settings whose step fails when an estimate is
+all the memory that there is: the measured allocations are replayed through the model of CUDA's allocator with that limit.
+"""
+
+import sys
+
+# Run by its path, this file's folder comes first on sys.path, where its own name would hide other modules.
+sys.path[:] = [p for p in sys.path if p != __file__.rsplit("/", 1)[0]]
+
+import json  # noqa: E402
+import statistics  # noqa: E402
+from collections.abc import Iterator  # noqa: E402
+from dataclasses import dataclass, field  # noqa: E402
+from pathlib import Path  # noqa: E402
+from typing import Any  # noqa: E402
+
+import click  # noqa: E402
+
+from ds_cmli.common import quiet  # noqa: E402
+from ds_cmli.common.cli import run_command  # noqa: E402
+from ds_cmli.common.errors import UserError  # noqa: E402
+
+ALL = {"global": 1.0, "cmli": 1.0, "target_cmli": 1.0}
+OURS, DEEPSPEED, ACCELERATE, RULE = "ds-cmli", "DeepSpeed", "accelerate", "16 B a parameter"
+ESTIMATORS = (OURS, DEEPSPEED, ACCELERATE, RULE)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One step: what is not the default is what its name says."""
+
+    stage: int = 2
+    ranks: int = 1
+    batch: int = 16  # pairs a rank
+    precision: str = "bf16"
+    checkpointing: bool = False
+    accumulation: int = 1
+    losses: tuple[str, ...] = tuple(ALL)
+    positions: int = 32  # M, text positions
+    width: int = 128  # of both encoders
+    depth: int = 4
+    image_size: int = 56
+    optimizer: str = "AdamW"
+
+    def name(self) -> str:
+        return ", ".join(
+            f"{key} {'+'.join(value) if isinstance(value, tuple) else value}"
+            for key, value in vars(self).items()
+            if key in ("stage", "ranks") or value != getattr(Setting, key)
+        )
+
+
+def settings() -> list[Setting]:
+    """The fixed list, 64 of them."""
+    out = [
+        Setting(stage, ranks, precision=precision, checkpointing=checkpointing)
+        for stage in (0, 1, 2, 3)
+        for ranks in (1, 2, 8, 64)
+        for precision, checkpointing in (("bf16", False), ("fp32", True))
+    ]
+    out += [Setting(stage, 8, batch=batch) for stage in (1, 2, 3) for batch in (4, 64, 128)]
+    for losses in (
+        ("global",),
+        ("cmli",),
+        ("target_cmli",),
+        ("global_sigmoid",),
+        ("cmli_sigmoid",),
+        ("cmli", "cls_kd"),
+    ):
+        out += [Setting(stage, 2, losses=losses) for stage in (2, 3)]
+    out += [Setting(2, 2, positions=positions, image_size=size) for positions, size in ((16, 56), (64, 112), (32, 224))]
+    out += [Setting(2, 2, width=width, depth=depth) for width, depth in ((64, 2), (256, 6), (384, 4))]
+    out += [Setting(stage, 2, accumulation=4) for stage in (1, 2)]
+    out += [Setting(2, ranks, optimizer="SGD") for ranks in (1, 8)] + [Setting(1, 2, optimizer="Adagrad")]
+    return out
+
+
+@dataclass
+class Row:
+    """One setting: bytes that were measured, that each estimator says, and whether the step fails within them."""
+
+    name: str
+    measured: int
+    estimates: dict[str, int] = field(default_factory=dict)
+    fails: dict[str, bool] = field(default_factory=dict)
+
+    def errors(self) -> dict[str, float]:
+        return {name: value / self.measured - 1 for name, value in self.estimates.items()}
+
+
+def rows(chosen: list[Setting]) -> Iterator[Row]:
+    from ds_cmli.config.presets import load_preset
+    from ds_cmli.memory.allocator import OutOfMemory, replay
+    from ds_cmli.memory.measure_cpu import measure_phases, tracked_events
+    from ds_cmli.memory.predict import predict
+
+    for setting in chosen:
+        tower = {"embed_dim": setting.width, "depth": setting.depth, "num_heads": 4, "patch_size": 14}
+        text = {"hidden_size": setting.width, "num_hidden_layers": setting.depth, "num_attention_heads": 4,
+                "intermediate_size": 4 * setting.width}  # fmt: skip
+        config = load_preset("tiny", {
+            "student": {"image_overrides": tower, "text_overrides": text, "layers": setting.depth, "embed_dim": 64},
+            "teacher": {"overrides": tower},
+            "data": {"image_size": setting.image_size, "context_length": setting.positions},
+            "loss": {"weights": dict.fromkeys(setting.losses, 1.0)},
+            "optim": {"micro_batch": setting.batch},
+        })  # fmt: skip
+        params = {"torch_adam": True} if setting.optimizer == "AdamW" else {"lr": 1e-3}
+        ds_config: dict[str, Any] = {
+            "gradient_accumulation_steps": setting.accumulation,
+            "optimizer": {"type": setting.optimizer, "params": params},
+            "zero_optimization": {"stage": setting.stage, "reduce_bucket_size": 500_000},
+            "zero_allow_untested_optimizer": True,
+        }
+        if setting.precision != "fp32":
+            ds_config[setting.precision] = {"enabled": True}
+        if setting.checkpointing:
+            ds_config["activation_checkpointing"] = {}
+        measured = max(measure_phases(config, ds_config, setting.ranks).values())
+        prediction = predict(config, ds_config, setting.ranks, target="cpu", backend="fake")
+        trained, largest = prediction.parameters, prediction.largest_module
+        row = Row(setting.name(), measured, {OURS: prediction.report.totals["requested"]})
+        if setting.stage >= 2:
+            row.estimates[DEEPSPEED] = deepspeed_estimate(setting.stage, trained, largest, setting.ranks)
+        row.estimates[ACCELERATE] = accelerate_estimate(trained, setting.precision)
+        row.estimates[RULE] = 16 * trained
+        limits = {**row.estimates, OURS: replay(prediction.events).reserved_peak}
+        events = tracked_events(config, ds_config, setting.ranks)
+        for name, limit in limits.items():
+            try:
+                replay(events, limit=limit)
+                row.fails[name] = False
+            except OutOfMemory:
+                row.fails[name] = True
+        yield row
+
+
+def deepspeed_estimate(stage: int, trained: int, largest: int, ranks: int) -> int:
+    """Bytes a GPU, without offload, as DeepSpeed's own functions estimate them."""
+    from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs
+    from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs
+
+    if stage == 2:
+        return estimate_zero2_model_states_mem_needs(trained, ranks, 1, cpu_offload=False)[1]
+    return estimate_zero3_model_states_mem_needs(trained, largest, ranks, 1, False, False)[1]
+
+
+def accelerate_estimate(trained: int, precision: str) -> int:
+    """The peak that `accelerate estimate-memory` prints for training with Adam."""
+    try:
+        from accelerate.commands.estimate import estimate_training_usage
+    except ImportError:
+        raise UserError("accelerate is not installed: pip install accelerate, whose estimate is compared") from None
+    named = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}[precision]
+    return max(estimate_training_usage(4 * trained, named).values())
+
+
+def summary(found: list[Row]) -> dict[str, dict[str, float]]:
+    """Of each estimator: settings, median and maximum of the relative error's size, share too low, and P(OOM)."""
+    out = {}
+    for name in ESTIMATORS:
+        errors = [row.errors()[name] for row in found if name in row.estimates]
+        if not errors:
+            continue
+        sizes = [abs(error) for error in errors]
+        out[name] = {
+            "settings": len(errors),
+            "median_relative_error": statistics.median(sizes),
+            "maximum_relative_error": max(sizes),
+            "exact": sum(row.estimates.get(name) == row.measured for row in found),
+            "p_oom": sum(row.fails[name] for row in found if name in row.fails) / len(errors),
+        }
+    return out
+
+
+@click.command()
+@click.option("--first", default=None, type=click.IntRange(1), help="Only so many of the settings.")
+@click.option("--plot", default=None, metavar="FILE", help="The errors as a picture; needs matplotlib.")
+@click.option("--json", "json_file", default=None, metavar="FILE", help="Write every figure to this file.")
+def command(first: int | None, plot: str | None, json_file: str | None) -> None:
+    """Compare memory estimates with measured memory over a fixed list of settings."""
+    from ds_cmli.common.cli import check_writable
+
+    for file in (plot, json_file):
+        if file is not None:
+            check_writable(file)
+    quiet.silence()
+    found = []
+    for row in rows(settings()[:first]):
+        found.append(row)
+        errors = "  ".join(f"{name} {error:+8.2%}" for name, error in row.errors().items())
+        click.echo(f"{row.measured:13,} B  {errors}  {row.name}")
+    table = summary(found)
+    click.echo(f"\n{'':18} settings   median error   maximum error   P(OOM)")
+    for name, values in table.items():
+        click.echo(
+            f"{name:18} {values['settings']:8}   {values['median_relative_error']:12.4%}"
+            f"   {values['maximum_relative_error']:13.4%}   {values['p_oom']:6.1%}"
+        )
+    if json_file is not None:
+        content = {"rows": [vars(row) for row in found], "summary": table}
+        Path(json_file).write_text(json.dumps(content, indent=2) + "\n")
+    if plot is not None:
+        draw(found, Path(plot))
+
+
+def draw(found: list[Row], path: Path) -> None:
+    from ds_cmli.memory.charts import matplotlib
+
+    try:
+        pyplot = matplotlib()
+    except ImportError:
+        raise UserError("--plot needs matplotlib: pip install matplotlib") from None
+    figure, axis = pyplot.subplots(figsize=(9, 4), constrained_layout=True)
+    order = sorted(found, key=lambda row: row.measured)
+    for name in ESTIMATORS:
+        points = [(row.measured / 1e6, row.estimates[name] / row.measured) for row in order if name in row.estimates]
+        axis.scatter(*zip(*points, strict=True), s=14, label=name)
+    axis.axhline(1, color="black", linewidth=0.5)
+    axis.set(xscale="log", yscale="log", xlabel="measured MB", ylabel="estimate / measured")
+    axis.legend(fontsize=8)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def main() -> None:
+    run_command(command)
+
+
+if __name__ == "__main__":
+    main()
