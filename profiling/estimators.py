@@ -1,9 +1,10 @@
 """How far memory estimates are off, over a fixed list of settings: `python profiling/estimators.py`
 
 Each setting's step runs on this CPU under PyTorch's allocator. Beside what was measured stand our prediction,
-DeepSpeed's own estimators (ZeRO-2 and 3 alone), accelerate's rule (`accelerate estimate-memory`, training with Adam), and
-the rule of thumb of 16 bytes a trained parameter. P(OOM) is the share of settings whose step fails when an estimate is
-all the memory that there is: the measured allocations are replayed through the model of CUDA's allocator with that limit.
+DeepSpeed's own estimators (ZeRO-2 and 3 alone), accelerate's rule (`accelerate estimate-memory`, training with Adam),
+and the rule of thumb of 16 bytes a trained parameter. P(OOM) is the share of settings whose step fails when an estimate
+is all the memory that there is: the measured allocations are replayed through the model of CUDA's allocator with that
+limit.
 """
 
 import sys
@@ -72,7 +73,7 @@ def settings() -> list[Setting]:
         ("cmli", "cls_kd"),
     ):
         out += [Setting(stage, 2, losses=losses) for stage in (2, 3)]
-    out += [Setting(2, 2, positions=positions, image_size=size) for positions, size in ((16, 56), (64, 112), (32, 224))]
+    out += [Setting(2, 2, positions=m, image_size=size) for m, size in ((16, 56), (64, 112), (32, 224))]
     out += [Setting(2, 2, width=width, depth=depth) for width, depth in ((64, 2), (256, 6), (384, 4))]
     out += [Setting(stage, 2, accumulation=4) for stage in (1, 2)]
     out += [Setting(2, ranks, optimizer="SGD") for ranks in (1, 8)] + [Setting(1, 2, optimizer="Adagrad")]
