@@ -285,15 +285,19 @@ def log(run: Run) -> None:
 
 def evaluate(run: Run) -> None:
     """Every held-out split; raises `Preempted` on all ranks where a signal came. Collectives."""
-    from ds_cmli import evaluate as evaluation
+    from ds_cmli.evaluate import report
+    from ds_cmli.evaluate.split import evaluate_split
 
     with run.meter.paused():
         for split, dataset in run.data.evals.items():
-            batch, device = run.config.run.eval_batch, run.engine.device
-            measured = evaluation.evaluate(run.engine.objective, dataset, run.data, batch, device, lambda: poll(run))
+            batch, workers = run.config.run.eval_batch, run.config.data.workers
+            measured = evaluate_split(
+                run.engine.objective, dataset, run.data, batch, run.engine.device, workers,
+                heartbeat=lambda: poll(run), worker_init=preemption.shield,
+            )  # fmt: skip
             run.writer.log(run.state.step, {f"eval/{split}/{name}": value for name, value in measured.items()})
-            run.writer.say(evaluation.summary(split, measured))
-            run.state.best = evaluation.best(run.state.best, split, measured, run.state.step)
+            run.writer.say(report.summary(split, measured))
+            run.state.best = report.best(run.state.best, split, measured, run.state.step)
     run.state.evaluated = True
 
 

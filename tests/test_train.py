@@ -50,7 +50,7 @@ def test_what_a_run_leaves(finished):
             for way in ("i2t", "t2i"):
                 r1, r5, r10 = (evals[f"eval/{split}/{score}/{way}_r{k}"] for k in (1, 5, 10))
                 assert 0 <= r1 <= r5 <= r10 <= 1
-        assert 0 <= evals[f"eval/{split}/pointing"] <= 1
+        assert 0 <= evals[f"eval/{split}/pointing_game"] <= 1
 
     config = json.loads((folder / "config.json").read_text())
     assert config["config"]["run"]["preset"] == "tiny"
@@ -83,7 +83,7 @@ def test_same_seed_gives_the_same_metrics_and_weights(finished, tmp_path):
 def test_evaluate_command_repeats_the_last_evaluation(finished, tmp_path):
     folder, _ = finished
     file = tmp_path / "metrics.json"
-    done = run("--checkpoint", str(folder), "--json", str(file), script="evaluate.py")
+    done = run("--checkpoint", str(folder), "--json", str(file), script="evaluate")
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(file.read_text())
     last = {k: v for line in lines(folder) for k, v in line.items() if k.startswith("eval/")}

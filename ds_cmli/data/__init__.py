@@ -34,7 +34,7 @@ class Data:
     tokenizer: CaptionTokenizer
     collate: Collate
     bad: list[Bad]  # left out at load, to be reported
-    has_places: bool  # tokens and patches of known pictures: `pointing` can be measured
+    has_places: bool  # tokens and patches of known pictures: the pointing-game accuracy can be measured
     notices: list[str] = field(default_factory=list)  # what the user should know before the run, a line each
 
     @property
@@ -111,21 +111,36 @@ def train_loader(
     data: Data, sampler: GlobalBatchSampler, workers: int, worker_init: Callable[[int], None] | None = None
 ) -> DataLoader:
     """Endless `Batch`es of this rank, from the position the sampler has consumed on."""
-    return _loader(data.train, data, workers, batch_sampler=sampler, seed=sampler.seed, worker_init_fn=worker_init)
+    return _loader(
+        data.train,
+        data.collate,
+        workers,
+        batch_sampler=sampler,
+        seed=sampler.seed,
+        worker_init_fn=worker_init,
+        persistent_workers=workers > 0,
+    )
 
 
 def eval_loader(dataset: Dataset, data: Data, batch_size: int, workers: int, rank: int, world: int) -> DataLoader:
     """The `Batch`es of this rank: samples rank, rank + world, ...; `Batch.index` tells which they are."""
     mine = range(rank, len(dataset), world)  # type: ignore[arg-type]
-    return _loader(dataset, data, workers, sampler=mine, batch_size=batch_size, seed=0)
+    return _loader(dataset, data.collate, workers, sampler=mine, batch_size=batch_size, seed=0)
 
 
-def _loader(dataset: Dataset, data: Data, workers: int, seed: int, **batching) -> DataLoader:
+def batches(
+    dataset: Dataset, batch_size: int, workers: int, collate: Callable, worker_init: Callable[[int], None] | None = None
+) -> DataLoader:
+    """A data set once, in its order."""
+    workers = min(workers, -(-len(dataset) // batch_size))  # type: ignore[arg-type]
+    return _loader(dataset, collate, workers, seed=0, batch_size=batch_size, worker_init_fn=worker_init)
+
+
+def _loader(dataset: Dataset, collate: Callable, workers: int, seed: int, **batching) -> DataLoader:
     return _Loader(
         dataset,
-        collate_fn=data.collate,
+        collate_fn=collate,
         num_workers=workers,
-        persistent_workers=workers > 0,
         pin_memory=torch.cuda.is_available(),
         # Its own: the loader would otherwise draw its workers' seeds from the generator that the model's dropout uses.
         generator=torch.Generator().manual_seed(seed),

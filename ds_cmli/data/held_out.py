@@ -1,17 +1,47 @@
 """A held-out set as evaluation reads it: every caption without its picture, every picture once.
 
-n captions, m pictures.
+n captions, m pictures, B of them in a batch, S image size in pixels.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch.utils.data import Dataset, Subset
 
 from ds_cmli.data.bad import NO_TOKEN, Bad
-from ds_cmli.data.batch import Sample
+from ds_cmli.data.batch import NO_PICTURE, Sample
+
+FILLER = -1  # number of what only fills up a batch
+
+
+@dataclass
+class Picture:
+    image: torch.Tensor  # uint8 [3, S, S]
+    number: int
+    cell_picture: list[int] | None = None  # scenes only, see `Batch`
+    bad: Bad | None = None  # why it cannot be read
+
+
+@dataclass
+class PictureBatch:
+    image: torch.Tensor  # uint8 [B, 3, S, S]
+    number: torch.Tensor  # int64 [B]
+    cell_picture: torch.Tensor  # int64 [B, 2, 2]
+    broken: dict[int, Bad]  # by number
+
+    def pin_memory(self) -> "PictureBatch":
+        return replace(self, image=self.image.pin_memory())
+
+
+def collate_pictures(pictures: list[Picture]) -> PictureBatch:
+    return PictureBatch(
+        torch.stack([p.image for p in pictures]),
+        torch.tensor([p.number for p in pictures]),
+        torch.tensor([p.cell_picture or [NO_PICTURE] * 4 for p in pictures]).view(-1, 2, 2),
+        {p.number: p.bad for p in pictures if p.bad is not None},
+    )
 
 
 class HeldOut:
@@ -19,7 +49,6 @@ class HeldOut:
 
     Attributes:
         image_of: int64 [n], the number of each caption's picture; pictures are numbered as they first appear.
-        broken: pictures that could not be read, by number; grows while they are.
         at_load: pairs that the data set has left out from the start.
     """
 
@@ -33,7 +62,6 @@ class HeldOut:
         image_of = [numbers.setdefault(pairs.image_id(row), len(numbers)) for row in rows]
         self.image_of = torch.tensor(image_of)
         self.first = {number: row for row, number in reversed(list(zip(rows, image_of, strict=True)))}
-        self.broken: dict[int, Bad] = {}
         self.at_load: list[Bad] = pairs.rows.bad if hasattr(pairs, "rows") else []
 
     @property
@@ -45,36 +73,36 @@ class HeldOut:
         """The name of a caption's picture, for the user."""
         return self.pairs.rows.files[self.rows[caption]] if hasattr(self.pairs, "rows") else str(self.rows[caption])
 
-    def captions(self) -> Dataset:
-        """All n, without pictures."""
-        return _View(self._caption, self.rows)
+    def captions(self, numbers: Sequence[int]) -> Dataset:
+        """`Sample`s without a picture, whose `index` is the caption's number; for `FILLER` the first caption."""
+        return View(self._caption, numbers)
 
-    def pictures(self, numbers: Sequence[int | None]) -> Dataset:
-        """Those of these numbers, each with its first caption; a broken one is black, and so is None."""
-        return _View(self._picture, numbers)
+    def pictures(self, numbers: Sequence[int]) -> Dataset:
+        """`Picture`s; a broken one is black, and so is `FILLER`."""
+        return View(self._picture, numbers)
 
-    def _caption(self, row: int) -> Sample:
-        return replace(self.pairs.pair(row, picture=False), image=torch.zeros(3, 0, 0, dtype=torch.uint8))
+    def _caption(self, number: int) -> Sample:
+        sample = self.pairs.pair(self.rows[max(number, 0)], picture=False)
+        return replace(sample, image=torch.zeros(3, 0, 0, dtype=torch.uint8), index=number, bad=None)
 
-    def _picture(self, number: int | None) -> Sample:
-        if number is None:
-            black = torch.zeros(3, self.pairs.size, self.pairs.size, dtype=torch.uint8)
-            sample = self.pairs.pair(self.rows[0], picture=False)
-            return replace(sample, image=black, token_picture=None, cell_picture=None)
+    def _picture(self, number: int) -> Picture:
+        if number == FILLER:
+            return Picture(torch.zeros(3, self.pairs.size, self.pairs.size, dtype=torch.uint8), FILLER)
         sample = self.pairs.pair(self.first[number])
-        if sample.bad is not None and sample.bad[1] != NO_TOKEN:
-            self.broken[number] = sample.bad
-        return sample
+        bad = sample.bad if sample.bad is not None and sample.bad[1] != NO_TOKEN else None
+        return Picture(sample.image, number, sample.cell_picture, bad)
 
 
-class _View(Dataset):
-    def __init__(self, read: Callable[[Any], Sample], items: Sequence):
+class View(Dataset):
+    """`read(item)` of each of `items`."""
+
+    def __init__(self, read: Callable[[Any], Any], items: Sequence):
         self.read, self.items = read, items
 
     def __len__(self) -> int:
         return len(self.items)
 
-    def __getitem__(self, index: int) -> Sample:
+    def __getitem__(self, index: int) -> Any:
         if not 0 <= index < len(self):
             raise IndexError(index)
         return self.read(self.items[index])

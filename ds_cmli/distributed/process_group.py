@@ -154,12 +154,12 @@ def raise_together(mistake: str | None) -> None:
         raise UserError(told[first] if all(told) else f"rank {first}: {told[first]}")
 
 
-def broadcast_object(value):
-    """Rank 0's `value` on every rank. Collective."""
+def broadcast_object(value, source: int = 0):
+    """The `value` of rank `source` on every rank. Collective."""
     if world_size() == 1:
         return value
     box = [value]
-    dist.broadcast_object_list(box, src=0)  # collective
+    dist.broadcast_object_list(box, src=source)  # collective
     return box[0]
 
 

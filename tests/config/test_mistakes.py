@@ -9,9 +9,10 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from ds_cmli import evaluate, train
+from ds_cmli import train
 from ds_cmli.common.cli import exit_code
 from ds_cmli.common.subprocesses import LAUNCHER_VARIABLES
+from ds_cmli.evaluate import command as evaluate
 from tests.conftest import ROOT, clean_environment, rank_environments
 
 
@@ -150,7 +151,7 @@ def test_evaluation_mistakes(tmp_path, monkeypatch, capsys):
     ("script", "arguments"),
     [
         ("ds_cmli/train.py", ["--deepspeed_config", "/nowhere.json"]), ("ds_cmli/train.py", ["--data", "/nowhere"]),
-        ("ds_cmli/train.py", ["--profile", "0:1"]), ("ds_cmli/evaluate.py", ["--checkpoint", "/nowhere"]),
+        ("ds_cmli/train.py", ["--profile", "0:1"]), ("ds_cmli/evaluate", ["--checkpoint", "/nowhere"]),
         ("profiling/predict.py", ["--deepspeed_config", "/nowhere.json"]),
         ("profiling/compare_estimates.py", ["--preset", "demmo"]),
     ],

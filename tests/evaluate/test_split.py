@@ -7,7 +7,8 @@ from PIL import Image
 from ds_cmli.common.errors import UserError
 from ds_cmli.config.presets import load_preset
 from ds_cmli.data import build_data, pairs
-from ds_cmli.evaluate import evaluate, summary
+from ds_cmli.evaluate.report import summary
+from ds_cmli.evaluate.split import evaluate_split
 from tests.conftest import spawn
 
 
@@ -27,17 +28,18 @@ def pairs_of(source):
 def on_rank(rank, world_size):
     objective, data = untrained()
     dataset = torch.utils.data.Subset(data.evals["seen"], range(11))
-    return evaluate(objective, dataset, data, 2, torch.device("cpu"))
+    return evaluate_split(objective, dataset, data, 2, torch.device("cpu"))
 
 
 def test_ranks_share_the_work_and_agree_with_one_process(monkeypatch):
     expected = on_rank(0, 1)
     for found in spawn(on_rank, 3):  # 11 pictures on 3 ranks: shares of 4, 4 and 3
         assert found == pytest.approx(expected, abs=1e-9)
-    # Pictures held in several chunks: the same again.
-    monkeypatch.setattr("ds_cmli.evaluate.CHUNK", 4)
+    # Scored in several blocks: the same again.
+    monkeypatch.setattr("ds_cmli.evaluate.scores.PICTURES", 4)
+    monkeypatch.setattr("ds_cmli.evaluate.scores.CAPTIONS", 3)
     assert on_rank(0, 1) == pytest.approx(expected, abs=1e-9)
-    assert 0 < expected["pointing"] < 1
+    assert 0 < expected["pointing_game"] < 1
     assert (expected["pairs"], expected["pictures"]) == (11, 11)
     assert expected["chance/t2i_r5"] == pytest.approx(5 / 11)
 
@@ -45,7 +47,7 @@ def test_ranks_share_the_work_and_agree_with_one_process(monkeypatch):
 def test_training_mode_is_restored():
     objective, data = untrained()
     objective.train()
-    evaluate(objective, torch.utils.data.Subset(data.evals["seen"], range(3)), data, 4, torch.device("cpu"))
+    evaluate_split(objective, torch.utils.data.Subset(data.evals["seen"], range(3)), data, 4, torch.device("cpu"))
     assert objective.training
 
 
@@ -98,7 +100,7 @@ class Stub(torch.nn.Module):
 def score(source, constant=False):
     data = pairs_of(source)
     stub = Stub(Colours(data.tokenizer, constant))
-    return evaluate(stub, data.evals["val"], data, 4, torch.device("cpu"))
+    return evaluate_split(stub, data.evals["val"], data, 4, torch.device("cpu"))
 
 
 def recalls(found):
@@ -164,7 +166,7 @@ def counted_on_rank(rank, world_size, path):
     data = pairs_of(path)
     pairs.read_picture = counting
     stub = Stub(Colours(data.tokenizer))
-    return evaluate(stub, data.evals["val"], data, 4, torch.device("cpu")), opened
+    return evaluate_split(stub, data.evals["val"], data, 4, torch.device("cpu")), opened
 
 
 def test_each_rank_decodes_its_own_share_once_and_all_know_of_what_is_broken(tmp_path):
@@ -185,4 +187,4 @@ def test_nothing_left_is_one_line(tmp_path):
     for file in (tmp_path / "validation").glob("*.png"):
         file.unlink()
     with pytest.raises(UserError, match=r"no pair of the validation set can be used.*0.png \(no such file\)"):
-        evaluate(Stub(Colours(data.tokenizer)), data.evals["val"], data, 4, torch.device("cpu"))
+        evaluate_split(Stub(Colours(data.tokenizer)), data.evals["val"], data, 4, torch.device("cpu"))

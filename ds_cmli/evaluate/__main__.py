@@ -1,0 +1,9 @@
+import sys
+
+# Run by its path, this folder comes first on sys.path and would hide packages named like our modules.
+sys.path[:] = [p for p in sys.path if p != __file__.rsplit("/", 1)[0]]
+
+from ds_cmli.evaluate.command import main  # noqa: E402
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,60 @@
+"""Pointing-game accuracy: how often the patch that fits a word or phrase best lies on what the phrase names.
+
+After Zhang et al., "Top-down Neural Attention by Excitation Backprop" (2016), where a hit is a maximum inside the box.
+Shapes: N = rows * columns patches, M tokens of a caption, F phrases in it, D embedding dimension.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ds_cmli.losses.functions import match_patches
+
+Box = tuple[float, float, float, float]  # left, top, right, bottom
+
+
+def scene_hits(patches: Tensor, tokens: Tensor, token_picture: Tensor, cells: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Of one scene: fp64 [tokens whose best patch lies in their own picture, tokens that belong to a picture].
+
+    Args:
+        patches, tokens: [N, D], [M, D].
+        token_picture: int64 [M], the picture that each token names, -1: none.
+        cells: int64 [2, 2], the picture in each quarter, -1: none.
+        grid: rows and columns of patches.
+    """
+    match = match_patches(tokens[None], patches[None])[0]  # [M]
+    found = F.interpolate(cells[None, None].float(), size=grid, mode="nearest").flatten().long()[match]  # [M]
+    counted = token_picture >= 0
+    return torch.stack([((found == token_picture) & counted).sum(), counted.sum()]).double()
+
+
+def phrase_hits(patches: Tensor, tokens: Tensor, phrase: Tensor, inside: Tensor) -> Tensor:
+    """Whether the patch with the highest mean similarity to a phrase's tokens lies inside: bool [F].
+
+    Args:
+        patches, tokens: [N, D], [M, D], of unit length.
+        phrase: int64 [M], the phrase of each token, -1: none. A phrase without a token is no hit.
+        inside: bool [F, N], the patches whose centre lies in a box of the phrase.
+    """
+    similarity = tokens.float() @ patches.float().t()  # [M, N]
+    of_phrase = phrase == torch.arange(len(inside))[:, None]  # [F, M]
+    best = (of_phrase.float() @ similarity / of_phrase.sum(1, keepdim=True).clamp(min=1)).argmax(1)  # [F]
+    return inside.gather(1, best[:, None])[:, 0] & of_phrase.any(1)
+
+
+def patches_inside(boxes: list[Box], view: Box, grid: tuple[int, int]) -> Tensor:
+    """bool [N], whether the centre of each patch lies in one of the boxes, borders included.
+
+    Args:
+        boxes: in pixels of the picture.
+        view: the part of the picture that the model sees, in the same pixels.
+        grid: rows and columns of patches, which divide the view.
+    """
+    left, top, right, bottom = view
+    rows, columns = grid
+    y = top + (torch.arange(rows).double() + 0.5) * (bottom - top) / rows
+    x = left + (torch.arange(columns).double() + 0.5) * (right - left) / columns
+    inside = torch.zeros(rows, columns, dtype=torch.bool)
+    for x0, y0, x1, y1 in boxes:
+        inside |= ((y >= y0) & (y <= y1))[:, None] & ((x >= x0) & (x <= x1))
+    return inside.flatten()

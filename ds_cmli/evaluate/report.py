@@ -1,0 +1,38 @@
+"""What an evaluation found, in words, and the best of a run. Reads without torch."""
+
+from typing import Any
+
+SCORES = ("combined", "cmli", "global")
+POINTING_CHANCE = 0.25  # a scene's pictures each fill a quarter
+
+
+def best(before: dict[str, Any], split: str, found: dict[str, Any], step: int) -> dict[str, Any]:
+    """The best result of a run so far: `before`, or this one where it is of the same metric and higher."""
+    score = next(s for s in SCORES if f"{s}/i2t_r1" in found)
+    metric, value = f"{split} {score} R@1", (found[f"{score}/i2t_r1"] + found[f"{score}/t2i_r1"]) / 2
+    if before.get("metric", metric) != metric or value <= before.get("value", -1.0):
+        return before
+    chance = (found["chance/i2t_r1"] + found["chance/t2i_r1"]) / 2
+    return {"metric": metric, "value": value, "step": step, "pairs": found["pairs"], "chance": chance}
+
+
+def summary(split: str, found: dict[str, Any]) -> str:
+    """The result of one split as lines of a table: what it was taken over, each score, chance, pointing game."""
+    parts = [f"  {split:>6} {found['pairs']} pairs, {found['pictures']} pictures{left_out(found)}"]
+    for prefix in ("", "fold/"):
+        for score in (*SCORES, "chance"):
+            if f"{prefix}{score}/i2t_r1" in found:
+                name = f"{prefix}{score}/"
+                values = "  ".join(
+                    f"R@{k} {found[f'{name}i2t_r{k}']:.3f}/{found[f'{name}t2i_r{k}']:.3f}" for k in (1, 5, 10)
+                )
+                mean = f"mean {found[f'{name}mean_recall']:.3f}"
+                parts.append(f"  {split:>6} {prefix + score:<8} i2t/t2i  {values}  {mean}")
+    if "pointing_game" in found:
+        accuracy = f"{found['pointing_game']:.3f} (chance {POINTING_CHANCE})"
+        parts.append(f"  {split:>6} pointing-game accuracy {accuracy}")
+    return "\n".join(parts)
+
+
+def left_out(found: dict[str, Any]) -> str:
+    return f", {found['left_out']} left out: {', '.join(found['left_out_first'])}" if "left_out" in found else ""

@@ -1,0 +1,131 @@
+"""Retrieval over all ranks, in blocks of the score matrix: no rank ever holds a row of it.
+
+Each rank has its own pictures with their captions. Text moves: a block of captions goes from its rank to all others,
+which score it against their own pictures, block by block.
+Shapes: K scores side by side (global, cmli, combined), n captions, m pictures; r pictures and b captions of a block.
+"""
+
+from collections.abc import Callable, Iterator
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ds_cmli.cmli import cmli_scores
+from ds_cmli.distributed import process_group as distributed
+from ds_cmli.evaluate.embed import Images, Texts
+from ds_cmli.evaluate.recall import Competitors, own_scores
+
+PICTURES = 128  # of a block
+CAPTIONS = 512
+
+
+def names(scales: dict[str, float]) -> list[str]:
+    """The scores that a model is judged by, given 1/temperature of those that its losses compare."""
+    return ["global", "cmli", "combined"] if "cmli" in scales else ["global"]
+
+
+def combine(by_global: Tensor, cmli: Tensor, scales: dict[str, float]) -> Tensor:
+    """Logits add where both losses set a temperature; otherwise CMLI alone stands for "combined"."""
+    return (by_global * scales["global"] if "global" in scales else 0) + scales["cmli"] * cmli
+
+
+def pair_scores(
+    image_cls: Tensor, patches: Tensor, text_cls: Tensor, tokens: Tensor, token_mask: Tensor, scales: dict[str, float]
+) -> tuple[Tensor, Tensor]:
+    """Every picture of a block with every caption: fp32 [K, r, b] from the picture's side, and from the caption's.
+
+    Args:
+        image_cls, text_cls: fp32 [r, H], [b, H].
+        patches, tokens, token_mask: [r, N, D], [b, M, D], bool [b, M].
+    """
+    by_global = image_cls @ text_cls.t()
+    if "cmli" not in scales:
+        return by_global[None], by_global[None]
+    sides = cmli_scores(patches, tokens, token_mask)
+    i2t, t2i = (torch.stack([by_global, s, combine(by_global, s, scales)]) for s in sides)
+    return i2t, t2i
+
+
+def competitors(
+    images: Images,
+    texts: Texts,
+    image_of: Tensor,
+    scales: dict[str, float],
+    device: Any,
+    fold_of: Tensor | None = None,
+    heartbeat: Callable[[], None] = lambda: None,
+) -> tuple[Competitors, Competitors | None]:
+    """What stands before the right ones, over all pictures and captions of all ranks, the same on every rank.
+
+    Args:
+        images, texts: this rank's own pictures, and exactly the captions of these.
+        image_of: int64 [n], each caption's picture.
+        fold_of: int64 [m], the fold of each picture; the second result counts competitors of the same fold alone.
+        heartbeat: called as often on every rank, with every block.
+
+    Collective.
+    """
+    place = torch.full((int(image_of.max()) + 1,), -1)  # [m], of a picture among this rank's
+    place[images.number] = torch.arange(len(images.number))
+    blocks = [slice(start, start + PICTURES) for start in range(0, len(images.number), PICTURES)]
+    own = list(_caption_blocks(place[image_of[texts.number]]))
+    plan = distributed.gather_objects((len(blocks), len(own)))  # collective
+    most_blocks = max(count for count, _ in plan)
+
+    def scored(rows: slice, text: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        cls, tokens, mask = (x.to(device) for x in text)
+        return pair_scores(*images.block(rows, device), cls, tokens, mask, scales)
+
+    def mine(rows: slice, captions: Tensor) -> Tensor:
+        return images.number[rows, None] == image_of[captions]
+
+    # First the right pairs: in the blocks on the diagonal, computed in the same way as again below, so that a score is
+    # equal to itself bit by bit.
+    best = torch.full((len(names(scales)), len(images.number)), -torch.inf)  # [K, r of all blocks]
+    right = []  # [K, b] of each own block
+    for number in range(max(count for _, count in plan)):
+        heartbeat()
+        if number < len(own):
+            block, columns = own[number]
+            i2t, t2i = (x.cpu() for x in scored(blocks[block], texts.block(columns)))  # CPU-GPU sync
+            found, of_captions = own_scores(i2t, t2i, mine(blocks[block], texts.number[columns]))
+            best[:, blocks[block]] = torch.maximum(best[:, blocks[block]], found)
+            right.append(of_captions)
+
+    total = [Competitors.none(len(best), len(place), len(image_of)) for _ in range(1 if fold_of is None else 2)]
+    for source, (_, count) in enumerate(plan):
+        for number in range(count):
+            sent: Any = None
+            if source == distributed.rank():
+                columns = own[number][1]
+                sent = texts.number[columns], texts.block(columns), right[number]
+            captions, text, of_captions = distributed.broadcast_object(sent, source)  # collective
+            for block in range(most_blocks):
+                heartbeat()
+                if block >= len(blocks):
+                    continue
+                rows = blocks[block]
+                i2t, t2i = (x.cpu() for x in scored(rows, text))  # CPU-GPU sync
+                pairs = images.number[rows], captions, mine(rows, captions), best[:, rows], of_captions
+                total[0].add(i2t, t2i, *pairs)
+                if fold_of is not None:
+                    same = fold_of[images.number[rows], None] == fold_of[image_of[captions]]
+                    total[1].add(i2t, t2i, *pairs, compared=same)
+    for counts in total:
+        for x in (counts.i2t, counts.t2i):
+            distributed.sum_over_ranks(x)  # collective
+    return total[0], total[1] if fold_of is not None else None
+
+
+def _caption_blocks(places: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """(block of pictures, positions of captions whose pictures lie in it), at most `CAPTIONS` each, in order.
+
+    `places`: int64 [t], of each caption's picture among this rank's.
+    """
+    by_block = (places // PICTURES).sort(stable=True)
+    pairs = zip(by_block.values.tolist(), by_block.indices.tolist(), strict=True)
+    for block, group in groupby(pairs, key=lambda pair: pair[0]):
+        for part in torch.tensor([position for _, position in group]).split(CAPTIONS):
+            yield block, part

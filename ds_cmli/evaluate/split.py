@@ -1,0 +1,107 @@
+"""All metrics of one held-out split: retrieval, and pointing-game accuracy where it is known what each token names.
+
+Recall at 1, 5 and 10, from image to text and back, by three scores: the cosine of the class tokens (global), CMLI,
+and the sum of both logits (combined).
+Shapes: n captions, m pictures.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset
+
+from ds_cmli.common.errors import UserError
+from ds_cmli.data import Data, batches
+from ds_cmli.data.bad import NO_TOKEN, told
+from ds_cmli.data.held_out import FILLER, HeldOut, collate_pictures
+from ds_cmli.distributed import process_group as distributed
+from ds_cmli.evaluate.embed import embed_images, embed_texts, pair_positions
+from ds_cmli.evaluate.pointing_game import scene_hits
+from ds_cmli.evaluate.recall import chance
+from ds_cmli.evaluate.scores import competitors, names
+
+
+@torch.no_grad()
+def evaluate_split(
+    objective: Any, dataset: Dataset, data: Data, batch_size: int, device: Any, workers: int = 0,
+    heartbeat: Callable[[], None] = lambda: None, worker_init: Callable[[int], None] | None = None,
+    fold_size: int | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """The same on every rank. Collective.
+
+    Each rank embeds its share of the pictures, and their captions, once.
+
+    Args:
+        heartbeat: called with every batch and block, as often on every rank: a sign of life for whoever watches.
+        fold_size: pictures; retrieval is measured within folds of so many too, and averaged over them.
+
+    Returns:
+        `<score>/<way>_r<k>`, `<score>/mean_recall`, `chance/...`, `fold/<score>/...`, `pointing_game`, and what they
+        were taken over: `pairs`, `pictures`, and where pairs could not be used `left_out` and `left_out_first`, the
+        names of some.
+
+    Raises:
+        UserError: on every rank, where no pair can be used, or the pictures do not make whole folds.
+    """
+    held_out = HeldOut(dataset)
+    if fold_size is not None and held_out.images % fold_size:
+        raise UserError(f"--fold-size is {fold_size}: the split has {held_out.images} pictures, which is no multiple")
+    scales = objective.score_scales()  # collective under ZeRO-3
+    was_training = objective.training
+    objective.eval()
+    rank, ranks = distributed.rank(), distributed.world_size()
+    image_of = held_out.image_of  # [n]
+
+    def loader(view: Callable[[list[int]], Dataset], shares: list[list[int]], collate: Callable) -> Any:
+        """Of this rank's share, filled up so that all ranks take as many steps."""
+        share = shares[rank] + [FILLER] * (max(map(len, shares)) - len(shares[rank]))
+        return batches(view(share), batch_size, workers, collate, worker_init)
+
+    shares = [list(range(r, held_out.images, ranks)) for r in range(ranks)]
+    images = embed_images(
+        objective.student, loader(held_out.pictures, shares, collate_pictures), device, heartbeat
+    )  # may be collective
+    of_rank = image_of % ranks
+    shares = [(of_rank == r).nonzero().flatten().tolist() for r in range(ranks)]
+    texts, empty = embed_texts(
+        objective.student, loader(held_out.captions, shares, data.collate), device, heartbeat
+    )  # may be collective
+    objective.train(was_training)
+
+    # What cannot be used: broken pictures with all of their captions, captions without a token.
+    everywhere = distributed.gather_objects((images.broken, empty))  # collective
+    broken = {number: bad for found, _ in everywhere for number, bad in found.items()}
+    without = sorted(caption for _, found in everywhere for caption in found)
+    keep = torch.ones(len(image_of), dtype=torch.bool)
+    keep[without] = False
+    keep &= ~torch.isin(image_of, torch.tensor(sorted(broken), dtype=torch.int64))
+    left_out = [*held_out.at_load, *broken.values(), *((held_out.file(caption), NO_TOKEN) for caption in without)]
+    captions = keep.nonzero().flatten()
+    if not len(captions):
+        raise UserError(f"no pair of the validation set can be used, for instance {', '.join(told(left_out))}")
+    pictures = image_of[captions].unique()
+    images, texts = images.select(torch.isin(images.number, pictures)), texts.select(keep[texts.number])
+
+    out: dict[str, Any] = {"pairs": len(captions), "pictures": len(pictures)}
+    if left_out:
+        out["left_out"] = len(keep) - len(captions) + len(held_out.at_load)
+        out["left_out_first"] = told(left_out)
+    out |= chance(image_of[captions])
+    fold_of = torch.arange(held_out.images) // fold_size if fold_size is not None else None
+    counted = competitors(images, texts, image_of, scales, device, fold_of, heartbeat)  # collective
+    for prefix, counts in zip(("", "fold/"), counted, strict=True):
+        if counts is not None:
+            for score, values in zip(names(scales), counts.recalls(pictures, captions), strict=True):
+                out |= {f"{prefix}{score}/{name}": value for name, value in values.items()}
+    if data.has_places:
+        hits = torch.zeros(2, dtype=torch.float64)
+        for image, text in pair_positions(images, texts, image_of):
+            tokens = texts.tokens_of(text)
+            hits += scene_hits(
+                images.patches[image], texts.tokens[tokens], texts.token_picture[tokens],
+                images.cell_picture[image], objective.student.grid,
+            )  # fmt: skip
+        hits = distributed.sum_over_ranks(hits)  # collective
+        out["pointing_game"] = (hits[0] / hits[1].clamp(min=1)).item()
+    return out

@@ -1,0 +1,145 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from ds_cmli.evaluate.recall import RECALLS, Competitors, chance, own_scores, recall
+
+
+def metrics(i2t, t2i=None, image_of=None):
+    i2t = torch.tensor(i2t)
+    own = torch.arange(len(i2t))
+    t2i = i2t if t2i is None else torch.tensor(t2i)
+    return recall(i2t, t2i, own if image_of is None else torch.tensor(image_of))
+
+
+def test_recall_by_hand():
+    # Image 0 finds its text first, image 1 second; text 0 finds its image first, text 1 first.
+    found = metrics([[3.0, 1.0], [2.0, 1.5]])
+    assert (found["i2t_r1"], found["i2t_r5"]) == (0.5, 1.0)
+    assert found["t2i_r1"] == 1.0
+
+
+def test_recall_takes_rows_and_columns_from_their_own_scores():
+    found = metrics([[1.0, 0.0], [0.0, 1.0]], [[0.0, 1.0], [1.0, 0.0]])
+    assert (found["i2t_r1"], found["t2i_r1"]) == (1.0, 0.0)
+
+
+def test_any_own_caption_of_a_picture_counts():
+    # Captions 0 and 1 are of picture 0. It finds its second one first; of the captions 0 does not find it.
+    found = metrics([[0.0, 3.0, 2.0], [1.0, 1.0, 2.5]], image_of=[0, 0, 1])
+    assert found["i2t_r1"] == 1.0
+    assert found["t2i_r1"] == pytest.approx(2 / 3)
+
+
+def test_perfect_scores_of_five_captions_a_picture_are_perfect():
+    image_of = torch.arange(50) // 5
+    perfect = (torch.arange(10)[:, None] == image_of).float()
+    assert set(recall(perfect, perfect, image_of).values()) == {1.0}
+
+
+@pytest.mark.parametrize("captions", [1, 5])
+def test_constant_scores_are_worth_chance(captions):
+    image_of = torch.arange(12 * captions) // captions
+    constant = torch.full((12, len(image_of)), 0.5)
+    found = recall(constant, constant, image_of)
+    expected = chance(image_of)
+    assert found == pytest.approx({k: expected[f"chance/{k}"] for k in found})
+    assert [found[f"t2i_r{k}"] for k in RECALLS] == pytest.approx([k / 12 for k in RECALLS])
+    if captions == 5:
+        drawn = [1 - math.comb(55, k) / math.comb(60, k) for k in RECALLS]
+        assert [found[f"i2t_r{k}"] for k in RECALLS] == pytest.approx(drawn)
+
+
+def test_a_tie_counts_as_a_random_order():
+    # The right text shares the first place with one other, and in row 1 the second place with two others.
+    found = metrics([[2.0, 2.0, 0.0, 0.0], [3.0, 1.0, 1.0, 1.0], [0.0, 0.0, 1.0, 0.0], [0.0, 0.0, 0.0, 1.0]])
+    assert found["i2t_r1"] == pytest.approx((0.5 + 0 + 1 + 1) / 4)
+    assert found["i2t_r5"] == 1.0
+
+
+def test_scores_that_are_no_numbers_retrieve_nothing():
+    assert set(metrics([[math.nan] * 12] * 12).values()) == {0.0}
+    found = metrics([[1.0, math.nan], [0.0, 1.0]])
+    assert (found["i2t_r1"], found["t2i_r1"]) == (0.5, 0.5)
+
+
+def test_chance_of_few_pairs_is_certainty():
+    assert chance(torch.arange(3))["chance/i2t_r5"] == 1.0
+
+
+def scores():
+    generator = torch.Generator().manual_seed(0)
+    image_of = torch.tensor([0, 1, 0, 2, 3, 3, 3, 4, 5, 6])
+    # Whole numbers: many ties.
+    i2t, t2i = torch.randint(0, 4, (2, 7, 10), generator=generator).float()
+    return i2t, t2i, image_of
+
+
+def test_ties_find_what_orders_drawn_at_random_find():
+    i2t, t2i, image_of = scores()
+    expected = recall(i2t, t2i, image_of)
+    drawn = dict.fromkeys(expected, 0.0)
+    generator, draws = torch.Generator().manual_seed(1), 600
+    for _ in range(draws):
+        noisy = (x + torch.rand(x.shape, generator=generator) / 2 for x in (i2t, t2i))
+        for name, value in recall(*noisy, image_of).items():
+            drawn[name] += value / draws
+    assert drawn == pytest.approx(expected, abs=0.05)
+
+
+def test_five_captions_a_picture_by_hand():
+    # Pictures 0, 1, 2 have the captions 0-4, 5-9, 10-14. Every score is 0 but for these: from its side picture 0 finds
+    # its caption 3 first, picture 1 has seven wrong captions before its best one, picture 2 has one.
+    i2t, t2i = torch.zeros(3, 15), torch.zeros(3, 15)
+    i2t[0, 3], i2t[0, 12] = 9, 8
+    i2t[1, [0, 1, 2, 3, 4, 10, 11]], i2t[1, 7] = 5, 4
+    i2t[2, 0], i2t[2, 14] = 7, 6
+    # From theirs, captions 0-9 find their picture first, 10-13 second, 14 last.
+    t2i[0, :5] = t2i[1, 5:10] = t2i[2, 10:14] = 1
+    t2i[0, 10:14] = 2
+    t2i[0, 14] = t2i[1, 14] = 1
+    found = recall(i2t, t2i, torch.arange(15) // 5)
+    by_hand = {"i2t_r1": 1 / 3, "i2t_r5": 2 / 3, "i2t_r10": 1, "t2i_r1": 10 / 15, "t2i_r5": 1, "t2i_r10": 1}
+    assert found == pytest.approx({**by_hand, "mean_recall": sum(by_hand.values()) / 6})
+
+
+def recall_by_sorting(i2t, t2i, image_of, k):
+    """As COCO's evaluations compute it: sort, and look for an own one among the first k."""
+    order = np.argsort(-i2t, axis=1)[:, :k]
+    by_image = np.mean([(image_of[order[i]] == i).any() for i in range(len(i2t))])
+    order = np.argsort(-t2i, axis=0)[:k]
+    return by_image, np.mean([image_of[j] in order[:, j] for j in range(len(image_of))])
+
+
+@pytest.mark.parametrize("case", range(20))
+def test_recall_and_folds_in_blocks_as_by_sorting(case):
+    draw = np.random.default_rng(case)
+    m = int(draw.integers(2, 8)) * 2
+    image_of = draw.permutation(np.concatenate([np.arange(m), draw.integers(0, m, draw.integers(0, 3 * m))]))
+    i2t, t2i = draw.normal(size=(2, m, len(image_of)))
+    i2t[np.arange(m)[:, None] == image_of] += draw.uniform(0, 2)
+    found = recall(torch.tensor(i2t), torch.tensor(t2i), torch.tensor(image_of))
+    for k in RECALLS:
+        assert (found[f"i2t_r{k}"], found[f"t2i_r{k}"]) == pytest.approx(recall_by_sorting(i2t, t2i, image_of, k))
+    # Within two folds: the mean over pictures, and over captions, of what each fold alone gives.
+    fold_of = np.arange(m) // (m // 2)
+    counts = Competitors.none(1, m, len(image_of))
+    mine = torch.arange(m)[:, None] == torch.tensor(image_of)
+    best, own = own_scores(torch.tensor(i2t)[None], torch.tensor(t2i)[None], mine)
+    for rows in torch.arange(m).split(3):
+        for columns in torch.arange(len(image_of)).split(4):
+            block = [torch.tensor(x)[rows][:, columns][None] for x in (i2t, t2i)]
+            same = torch.tensor(fold_of)[rows, None] == torch.tensor(fold_of[image_of])[columns]
+            counts.add(*block, rows, columns, mine[rows][:, columns], best[:, rows], own[:, columns], same)
+    found = counts.recalls(torch.arange(m), torch.arange(len(image_of)))[0]
+    for k in RECALLS:
+        expected = np.zeros(2)
+        for fold in (0, 1):
+            rows, columns = fold_of == fold, fold_of[image_of] == fold
+            values = recall_by_sorting(
+                i2t[rows][:, columns], t2i[rows][:, columns], image_of[columns] - fold * m // 2, k
+            )
+            expected += np.array(values) * [0.5, columns.mean()]
+        assert (found[f"i2t_r{k}"], found[f"t2i_r{k}"]) == pytest.approx(expected)
