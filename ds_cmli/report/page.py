@@ -1,0 +1,126 @@
+"""The report's page: curves, results, memory, and what differs between the runs."""
+
+import io
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, select_autoescape
+
+from ds_cmli.common.errors import UserError
+from ds_cmli.report.runs import RunFiles, differing, groups, mean
+
+CURVES = {  # title -> columns, as patterns
+    "Losses": r"loss(/.*)?",
+    "Retrieval, R@1": r"eval/.*_r1",
+    "Pointing-game accuracy": r"eval/.*pointing.*",
+    "Learning rate": r"lr(/.*)?",
+    "Gradient norm": r"grad_norm",
+    "Temperatures": r"temperature/.*",
+    "Speed": r"pairs_per_s",
+}
+MOST_LINES = 12  # of a picture
+
+
+def write(runs: Sequence[RunFiles], path: str | Path) -> None:
+    """Write the page; raises `UserError` where matplotlib is missing or the file cannot be written."""
+    grouped = groups(runs)
+    names = [", ".join(run.name for run in group) for group in grouped]
+    values = {
+        "title": "Report: " + "; ".join(names),
+        "names": names,
+        "curves": {title: svg for title, pattern in CURVES.items() if (svg := curves(runs, pattern))},
+        "results": results(grouped),
+        "differing": differing([group[0] for group in grouped]) if len(grouped) > 1 else {},
+        "memory": {run.name: memory(run.memory) for run in runs if run.memory},
+        "phases": phases(grouped),
+        "settings": runs[0].settings,
+    }
+    environment = Environment(loader=PackageLoader("ds_cmli.report", "."), autoescape=select_autoescape(["jinja"]))
+    text = environment.get_template("report.html.jinja").render(values)
+    try:
+        Path(path).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--output is {str(path)!r}: cannot write it: {error.strerror}") from None
+
+
+def curves(runs: Sequence[RunFiles], pattern: str) -> str:
+    """The columns of that pattern over the steps as SVG: a colour for each column, a line style for each run."""
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+    except ImportError:
+        raise UserError("the report's curves need matplotlib: pip install matplotlib") from None
+    columns = dict.fromkeys(
+        name for run in runs for line in run.metrics for name in line
+        if re.fullmatch(pattern, name) and "chance" not in name
+    )  # fmt: skip
+    figure, axis = pyplot.subplots(figsize=(7, 3.2), constrained_layout=True)
+    drawn = 0
+    for c, column in enumerate(list(columns)[:MOST_LINES]):
+        for r, run in enumerate(runs):
+            steps, values = run.curve(column)
+            if steps:
+                style, marker = ("-", "--", "-.", ":")[r % 4], "o" if len(steps) == 1 else None
+                label = column if len(runs) == 1 else f"{column}, {run.name}"
+                axis.plot(steps, values, color=f"C{c % 10}", linestyle=style, marker=marker, markersize=3, label=label)
+                drawn += 1
+    text = ""
+    if drawn:
+        axis.set_xlabel("optimizer steps")
+        axis.grid(alpha=0.3)
+        if drawn <= MOST_LINES:
+            axis.legend(fontsize=7)
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg")
+        text = buffer.getvalue()
+        text = text[text.index("<svg") :]
+    pyplot.close(figure)
+    return text
+
+
+def results(grouped: Sequence[Sequence[RunFiles]]) -> dict[str, list[str]]:
+    """The last value of each held-out metric: a cell for each group, with its standard error where there are seeds."""
+    last = [[run.last("eval/") for run in group] for group in grouped]
+    columns = dict.fromkeys(name for group in last for run in group for name in run)
+    out = {}
+    for name in columns:
+        cells = []
+        for group in last:
+            values = [run[name] for run in group if isinstance(run.get(name), int | float)]
+            cells.append(
+                str(mean(values)) if values and isinstance(values[0], float) else (str(values[0]) if values else "")
+            )
+        out[name.removeprefix("eval/")] = cells
+    return out
+
+
+def memory(content: dict[str, Any]) -> dict[str, tuple[str, str]]:
+    """Predicted and measured bytes of each category, and the total."""
+    predicted, measured = content.get("prediction") or {}, content.get("measurement") or {}
+    rows = {}
+    for part in ("categories", "totals"):
+        names = dict.fromkeys([*predicted.get(part, {}), *measured.get(part, {})])
+        for name in names:
+            cells = [figures.get(part, {}).get(name) for figures in (predicted, measured)]
+            rows[name] = tuple("" if value is None else f"{value:,}" for value in cells)
+    return rows  # type: ignore[return-value]
+
+
+def phases(grouped: Sequence[Sequence[RunFiles]]) -> dict[str, list[str]]:
+    """The last shares of a step's phases, where the runs have logged them, and the speed."""
+    out: dict[str, list[str]] = {}
+    names = dict.fromkeys(
+        name for group in grouped for run in group for line in run.metrics for name in line
+        if name.startswith("time/") or name in ("pairs_per_s", "tflops", "mfu")
+    )  # fmt: skip
+    for name in names:
+        cells = []
+        for group in grouped:
+            values = [curve[-1] for run in group if (curve := run.curve(name)[1])]
+            cells.append(str(mean(values)) if values else "")
+        out[name] = cells
+    return out

@@ -1,0 +1,108 @@
+"""What a run left in its folder, and runs that differ by their seed alone as one group."""
+
+import json
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ds_cmli.common.errors import UserError
+from ds_cmli.config.schema import load_config
+
+NOT_A_SETTING = ("run.seed", "run.output_dir")  # what may differ between the runs of a group
+
+
+@dataclass
+class RunFiles:
+    """A run as its files tell it."""
+
+    folder: Path
+    settings: dict[str, Any]  # by "section.name", the DeepSpeed JSON's with "deepspeed" as their section
+    metrics: list[dict[str, Any]]  # the objects of metrics.jsonl
+    memory: dict[str, Any] | None  # memory.json, where the run measured it
+
+    @property
+    def name(self) -> str:
+        return self.folder.resolve().name
+
+    def curve(self, column: str) -> tuple[list[int], list[float]]:
+        """Steps and finite values of one column."""
+        points = [(line["step"], line[column]) for line in self.metrics if column in line]
+        points = [(s, v) for s, v in points if isinstance(v, int | float) and math.isfinite(v)]
+        return [s for s, _ in points], [v for _, v in points]
+
+    def last(self, prefix: str) -> dict[str, Any]:
+        """The last value of every column that begins so."""
+        out: dict[str, Any] = {}
+        for line in self.metrics:
+            out |= {name: value for name, value in line.items() if name.startswith(prefix)}
+        return out
+
+
+def read(folder: str | Path) -> RunFiles:
+    """Raises `UserError` where the folder is no run's."""
+    folder = Path(folder)
+    config = load_config(folder / "config.json", "RUN").to_dict()
+    content = json.loads((folder / "config.json").read_text())
+    settings = flat({**config, "deepspeed": content.get("deepspeed", {})})
+    metrics = []
+    path = folder / "metrics.jsonl"
+    try:
+        for line in path.read_bytes().splitlines():
+            values = json.loads(line)
+            if isinstance(values, dict) and isinstance(values.get("step"), int):
+                metrics.append(values)
+    except FileNotFoundError:
+        raise UserError(f"RUN is {str(folder)!r}: it has no metrics.jsonl; give a run that has taken a step") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"RUN is {str(folder)!r}: its metrics.jsonl cannot be read: {error}") from None
+    memory = None
+    if (folder / "memory.json").is_file():
+        memory = json.loads((folder / "memory.json").read_text())
+    return RunFiles(folder, settings, metrics, memory)
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}"""
+    out: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping) and value:
+            out |= flat(value, f"{prefix}{name}.")
+        else:
+            out[f"{prefix}{name}"] = value
+    return out
+
+
+def groups(runs: Sequence[RunFiles]) -> list[list[RunFiles]]:
+    """Runs whose settings are equal but for the seed, in the order of their first one."""
+    out: dict[str, list[RunFiles]] = {}
+    for run in runs:
+        settings = {name: value for name, value in run.settings.items() if name not in NOT_A_SETTING}
+        out.setdefault(json.dumps(settings, sort_keys=True, default=str), []).append(run)
+    return list(out.values())
+
+
+def differing(runs: Sequence[RunFiles]) -> dict[str, list[Any]]:
+    """The settings that are not the same in all runs, with each run's value; None where it has none."""
+    names = dict.fromkeys(name for run in runs for name in run.settings)
+    rows = {name: [run.settings.get(name) for run in runs] for name in names if name != "run.output_dir"}
+    return {name: values for name, values in rows.items() if any(value != values[0] for value in values)}
+
+
+@dataclass(frozen=True)
+class Mean:
+    """Over the runs of a group."""
+
+    value: float
+    error: float | None  # standard error of the mean; None for a single run
+    count: int
+
+    def __str__(self) -> str:
+        return f"{self.value:.3f}" if self.error is None else f"{self.value:.3f} ± {self.error:.3f}"
+
+
+def mean(values: Sequence[float]) -> Mean:
+    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+    return Mean(statistics.fmean(values), error, len(values))

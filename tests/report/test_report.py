@@ -1,0 +1,69 @@
+"""Runs of other seeds become a mean with its standard error, known by hand; the page holds what the files say."""
+
+import json
+import math
+
+import pytest
+from click.testing import CliRunner
+
+from ds_cmli.common.errors import UserError
+from ds_cmli.config.presets import load_preset
+from ds_cmli.report.__main__ import command
+from ds_cmli.report.runs import differing, flat, groups, mean, read
+
+
+def run(folder, seed: int, r1: float, **changes) -> str:
+    folder.mkdir()
+    config = load_preset("tiny", {"run": {"seed": seed, "output_dir": str(folder)}, **changes})
+    (folder / "config.json").write_text(
+        json.dumps({"config": config.to_dict(), "deepspeed": {"zero_optimization": {"stage": 2}}})
+    )
+    lines = [
+        {"step": 1, "loss": 3.5, "loss/global": 2.0, "lr": 1e-3, "pairs_per_s": 10.0},
+        {"step": 2, "loss": math.nan, "loss/global": 1.0, "lr": 5e-4, "pairs_per_s": 12.0},
+        {"step": 2, "eval/seen/pairs": 300, "eval/seen/cmli/i2t_r1": r1},
+    ]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return str(folder)
+
+
+def test_a_mean_has_the_standard_error_of_its_runs():
+    assert str(mean([0.5])) == "0.500"
+    found = mean([0.4, 0.5, 0.6])  # deviation 0.1, over the root of 3
+    assert (found.value, found.count) == (pytest.approx(0.5), 3) and found.error == pytest.approx(0.1 / math.sqrt(3))
+
+
+def test_seeds_are_one_group_and_other_settings_another(tmp_path):
+    paths = [run(tmp_path / f"s{seed}", seed, 0.4 + seed / 10) for seed in range(3)]
+    paths.append(run(tmp_path / "other", 0, 0.9, optim={"lr": 2e-3}))
+    runs = [read(path) for path in paths]
+    assert [[r.name for r in group] for group in groups(runs)] == [["s0", "s1", "s2"], ["other"]]
+    assert differing([runs[0], runs[3]]) == {"optim.lr": [1e-3, 2e-3]}
+    assert runs[0].curve("loss") == ([1], [3.5])  # what is not finite is no point
+    assert flat({"a": {"b": 1, "c": {}}, "d": 2}) == {"a.b": 1, "a.c": {}, "d": 2}
+
+
+def test_the_command_writes_one_page(tmp_path):
+    pytest.importorskip("matplotlib")
+    paths = [run(tmp_path / f"s{seed}", seed, 0.4 + seed / 10) for seed in range(3)]
+    paths.append(run(tmp_path / "other", 0, 0.9, optim={"lr": 2e-3}))
+    (tmp_path / "other" / "memory.json").write_text(
+        json.dumps({"prediction": {"categories": {"data": 1000}, "totals": {"requested": 5000}},
+                    "measurement": {"categories": {"data": 1001}, "totals": {"requested": 5001}}})
+    )  # fmt: skip
+    done = CliRunner().invoke(command, [*paths, "--output", str(tmp_path / "page.html")])
+    assert done.output == f"report of 4 runs: {tmp_path}/page.html\n"
+    text = (tmp_path / "page.html").read_text()
+    assert (
+        "0.500 ± 0.058" in text and "<td>0.900</td>" in text and "<td>optim.lr</td><td>0.001</td><td>0.002</td>" in text
+    )
+    assert text.count("<svg") == 4 and "<td>data</td><td>1,000</td><td>1,001</td>" in text
+
+
+def test_what_is_no_run_is_told(tmp_path):
+    with pytest.raises(UserError, match=r"no config.json there"):
+        read(tmp_path)
+    path = run(tmp_path / "a", 0, 0.5)
+    (tmp_path / "a" / "metrics.jsonl").unlink()
+    with pytest.raises(UserError, match=r"it has no metrics.jsonl"):
+        read(path)
