@@ -131,8 +131,8 @@ def run(
     # --- what there is to go on from
     resume = distributed.broadcast_object(run_folder.requeued(resume, folder))  # collective
     point = restore.find(resume, folder)  # collective
-    ds_config, sampler, total_steps = plan(config, restore.rebatch(point, ds_config), len(data.train))
-    state = restore.state_of(point, config, ds_config, with_changes, say)
+    ds_config, sampler, total_steps = plan(config, restore.rebatch(point, ds_config), data.mixture)
+    state = restore.state_of(point, config, ds_config, with_changes, say, data.fingerprint)
     if state.step >= total_steps and state.evaluated:
         say(f"the run in {folder} is finished, {state.step} steps: give another --output-dir to start a new one")
         return 0

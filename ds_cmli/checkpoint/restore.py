@@ -4,7 +4,7 @@ Everything read here has been verified against the checkpoint's checksums; DeepS
 running code from them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -119,13 +119,17 @@ def state_of(
     ds_config: DeepSpeedConfig,
     with_changes: bool,
     say: Callable[[str], None],
+    fingerprint: Mapping[str, Any] | None = None,
 ) -> TrainState:
     """The state to go on from, or a fresh one, with the settings and the batch of this start.
+
+    Args:
+        fingerprint: `Data.fingerprint`, compared like settings.
 
     Raises:
         UserError: the run to resume was made with other settings; the differences are listed.
     """
-    now = settings.compared(config, ds_config)
+    now = settings.compared(config, ds_config, fingerprint or {})
     state = TrainState() if point is None else point.state
     if point is not None:
         for line in point.lines:

@@ -26,7 +26,13 @@ WHAT = (
            help="Start from the preset's weights, or from random ones (nothing is downloaded for them)."),
     option("What to train", "--set", "settings", multiple=True, metavar="SECTION.SETTING=VALUE",
            help="Any other setting, as --dry-run prints them; for instance student.layers=4. Repeatable."),
-    option("Data", "--data", help="'demo', or a folder of images with metadata.jsonl or metadata.csv.  [preset]"),
+    option("Data", "--data", multiple=True, metavar="WHAT", help="'demo', or pairs as a folder, tar shards, parquet, "
+           "CSV or JSON (see README). Repeat it, each with its share as WHAT::0.7, to mix.  [preset]"),
+    option("Data", "--val-data", metavar="WHAT", help="What to evaluate on.  [a part of --data]"),
+    option("Data", "--image-root", help="Folder of the images that a CSV or JSON names.  [found beside it]"),
+    option("Data", "--csv-separator", help="Between columns.  [found]"),
+    option("Data", "--csv-img-key", help="Column of the image, in CSV and parquet.  [found]"),
+    option("Data", "--csv-caption-key", help="Column of the caption, in CSV, parquet and JSON of tars.  [found]"),
     option("Data", "--workers", type=int, help="Data loading processes per rank.  [preset]"),
     option("Length and batch", "--steps", type=int, help="Optimizer steps.  [preset]"),
     option("Length and batch", "--epochs", type=float, help="Instead of --steps.  [preset]"),
@@ -61,7 +67,9 @@ START = (
 
 PLACES = {
     **{"preset": ("run", "preset"), "losses": ("loss", "weights")},
-    **{"data": ("data", "source"), "workers": ("data", "workers")},
+    **{"data": ("data", "source"), "val_data": ("data", "val_source"), "workers": ("data", "workers")},
+    **{"image_root": ("data", "image_root"), "csv_separator": ("data", "separator")},
+    **{"csv_img_key": ("data", "image_key"), "csv_caption_key": ("data", "caption_key")},
     **{name: ("optim", name) for name in ("steps", "epochs", "micro_batch", "lr")},
     **{name: ("run", name) for name in ("seed", "deterministic", "output_dir", "log_every", "eval_every")},
     **{name: ("run", name) for name in ("save_every", "save_minutes", "keep")},
@@ -97,8 +105,12 @@ def resolve_config(preset: str, settings: tuple[str, ...], options: dict[str, An
     overrides = parse_settings(settings)
     by_set = {f"{section}.{key}" for section, values in overrides.items() for key in values}
     given = {
-        name: value for name, value in {**options, "preset": preset}.items() if name in PLACES and value is not None
+        name: value
+        for name, value in {**options, "preset": preset}.items()
+        if name in PLACES and value not in (None, ())
     }
+    if isinstance(given.get("data"), tuple):
+        given["data"] = list(given["data"]) if len(given["data"]) > 1 else given["data"][0]
     if "losses" in given:
         given["losses"] = parse_losses(given["losses"])
     written = {}

@@ -63,7 +63,14 @@ class TeacherConfig:
 class DataConfig:
     """`data/`."""
 
-    source: Name = "demo"  # "demo" (scenes) or a folder with metadata.jsonl or metadata.csv
+    # "demo" (scenes), or what `data/sources/__init__.py` lists; several are mixed: ["a::0.7", "b::0.3"].
+    source: Name | Annotated[list[Name], Field(min_length=1)] = "demo"
+    val_source: Text = ""  # "": the validation part of `source`, or else some of it that is held out
+    # Of sources that have such; "": found.
+    image_root: Text = ""  # folder of the image files that a list names
+    image_key: Text = ""  # column of the image
+    caption_key: Text = ""  # column, or key in JSON, of the caption
+    separator: Text = ""  # of columns
     image_size: Annotated[int, Field(ge=1, le=4096)] = 84  # pixels, square
     context_length: Annotated[int, Field(ge=3, le=65536)] = 64  # longest caption in tokens, with [CLS] and [SEP]
     tokenizer: Name = "demo"  # "demo" (MiniLM's), "builtin" (no download), transformers name or local path

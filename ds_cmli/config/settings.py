@@ -12,6 +12,7 @@ FREE = {
     *("run.preset", "run.output_dir", "run.log_every", "run.eval_every", "run.save_every", "run.save_minutes"),
     *("run.keep", "run.resume", "run.resume_with_changes", "run.most_skipped", "run.watchdog", "data.workers"),
 }
+SHOWN = 20  # differences: hundreds of files may be others
 # How the global batch is split over ranks: it stays the same when the number of ranks changes, these do not.
 BATCH_SPLIT = {"optim.micro_batch", "deepspeed.train_micro_batch_size_per_gpu"}
 
@@ -26,9 +27,14 @@ def flatten(value: Any, path: str = "") -> dict[str, Any]:
     return out
 
 
-def compared(config: Config, ds_config: Mapping[str, Any]) -> dict[str, Any]:
-    """What must not change: `{"student.layers": 6, ..., "deepspeed.gradient_clipping": 1.0, ...}`, as JSON gives it."""
+def compared(config: Config, ds_config: Mapping[str, Any], data: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """What must not change: `{"student.layers": 6, ..., "deepspeed.gradient_clipping": 1.0, ...}`, as JSON gives it.
+
+    Args:
+        data: what is read, as `Data.fingerprint` gives it.
+    """
     settings = flatten({**config.to_dict(), "deepspeed": {k: v for k, v in ds_config.items() if k != "checkpoint"}})
+    settings |= flatten({"sources": dict(data)}) if data else {}
     return json.loads(json.dumps({name: value for name, value in settings.items() if name not in FREE}))
 
 
@@ -43,4 +49,5 @@ def differences(before: dict[str, Any], now: dict[str, Any], same_ranks: bool) -
     def show(settings: dict[str, Any], name: str) -> str:
         return json.dumps(settings[name]) if name in settings else "not set"
 
-    return [f"{n}: {show(before, n)} -> {show(now, n)}" for n in names if before.get(n, n) != now.get(n, n)]
+    found = [f"{n}: {show(before, n)} -> {show(now, n)}" for n in names if before.get(n, n) != now.get(n, n)]
+    return found if len(found) <= SHOWN else [*found[:SHOWN], f"{len(found) - SHOWN} more"]

@@ -55,6 +55,8 @@ def build(section: type, name: str, values: Any, written: Mapping[str, str]) -> 
         node, given, inner = node["propertyNames"], inner[0], []
     elif first["type"] == "missing":  # a place of a list that is too short
         given, inner = values[key], []
+    if "anyOf" in node and inner:  # pydantic tells what is wrong with the first alternative
+        given, inner = values[key], []
     for part in inner:
         node = node["prefixItems"][part] if isinstance(part, int) else node["additionalProperties"]
     setting = (" " if setting.startswith("--") else ".").join([setting, *map(str, inner)])

@@ -1,10 +1,12 @@
-"""Image-text pairs: the demo's scenes or a folder, tokenised, batched, in a resumable order.
+"""Image-text pairs: the demo's scenes or what `sources` lists, tokenised, batched, in a resumable order.
 
 B pairs, M text positions (padded), S image size in pixels.
 """
 
+import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -13,13 +15,25 @@ from ds_cmli.common.errors import UserError
 from ds_cmli.config.schema import DataConfig
 from ds_cmli.data.bad import Bad, BadSamples
 from ds_cmli.data.batch import Batch, Collate, Sample
-from ds_cmli.data.folder import Rows, load_folder
-from ds_cmli.data.pairs import FolderPairs
+from ds_cmli.data.mixture import Mixture
+from ds_cmli.data.opening import OF_SOURCES, open_sources
+from ds_cmli.data.pairs import EvalPairs, TrainPairs
 from ds_cmli.data.sampler import GlobalBatchSampler
 from ds_cmli.data.scenes import EVAL_SCENES, EVAL_SEED, TRAIN_SCENES, Pictures, Scenes
+from ds_cmli.data.sources.base import Source
 from ds_cmli.data.tokens import CaptionTokenizer, load_tokenizer
 
-__all__ = ["BadSamples", "Batch", "Data", "GlobalBatchSampler", "Sample", "build_data", "eval_loader", "train_loader"]
+__all__ = [
+    "BadSamples",
+    "Batch",
+    "Data",
+    "GlobalBatchSampler",
+    "Mixture",
+    "Sample",
+    "build_data",
+    "eval_loader",
+    "train_loader",
+]
 
 
 CAPTIONS_LOOKED_AT = 5000  # of each part, for tokens unknown to the tokenizer: half a second
@@ -30,12 +44,14 @@ class Data:
     """What a run trains and evaluates on. Datasets are map-style and give `Sample`s."""
 
     train: Dataset
-    evals: dict[str, Dataset]  # "seen" and "unseen" of the demo, "val" of a folder
+    mixture: Mixture  # how epochs are made of it
+    evals: dict[str, Dataset]  # "seen" and "unseen" of the demo, "val" of sources
     tokenizer: CaptionTokenizer
     collate: Collate
     bad: list[Bad]  # left out at load, to be reported
     has_places: bool  # tokens and patches of known pictures: the pointing-game accuracy can be measured
     notices: list[str] = field(default_factory=list)  # what the user should know before the run, a line each
+    fingerprint: dict[str, Any] = field(default_factory=dict)  # what of it must be the same where a run goes on
 
     @property
     def vocab_size(self) -> int:
@@ -50,45 +66,60 @@ def build_data(config: DataConfig, seed: int) -> Data:
     """Everything `config` describes; demo assets it needs are fetched at first use.
 
     Raises:
-        UserError: what `load_tokenizer`, `load_folder`, `FolderPairs` and `Pictures` say, or more than `max_bad_share`
-            empty captions.
+        UserError: what `load_tokenizer`, the sources, their data sets and `Pictures` say, or more than `max_bad_share`
+            samples that are left out at load.
     """
     size = config.image_size
     if config.source == "demo":
+        unused = [name for name in ("val_source", *OF_SOURCES) if getattr(config, name)]
+        if unused:
+            raise UserError(
+                f"data.{unused[0]} is {getattr(config, unused[0])!r}: it says nothing of the demo, leave it out"
+            )
         pictures = Pictures(size)  # before the tokenizer: the smaller download, and the first to fail
         tokenizer = load_tokenizer(config.tokenizer, config.context_length)
         evals: dict[str, Dataset] = {
             split: Scenes(split, EVAL_SEED, EVAL_SCENES, pictures, tokenizer, size) for split in ("seen", "unseen")
         }
         scenes = Scenes("train", seed, TRAIN_SCENES, pictures, tokenizer, size)
-        return Data(scenes, evals, tokenizer, Collate(tokenizer), bad=[], has_places=True)
-    train_rows, validation_rows = load_folder(config.source, config.follow_symlinks)
-    for rows in (train_rows, validation_rows):
-        bad = BadSamples(config.max_bad_share, len(rows.files), rows.bad)
+        mixture = Mixture([len(scenes)])
+        return Data(scenes, mixture, evals, tokenizer, Collate(tokenizer), bad=[], has_places=True)
+    opened = open_sources(config)
+    for part in (opened.train, opened.validation):
+        left_out = [item for source in part for item in source.bad]
+        bad = BadSamples(config.max_bad_share, sum(map(len, part)), left_out)
         if bad.too_many(0, 0):
             raise UserError(bad.message(0))
     tokenizer = load_tokenizer(config.tokenizer, config.context_length)
-    train, validation = FolderPairs(train_rows, tokenizer, config), FolderPairs(validation_rows, tokenizer, config)
-    for pairs in (train, validation):
-        pairs[0]  # a folder without its images fails here: torch takes 5 s a loading process to end after an error
+    train = TrainPairs(opened.train, tokenizer, config, seed)
+    validation = EvalPairs(opened.validation, tokenizer, config)
+    # What lacks its images fails here: torch takes 5 s a loading process to end after an error.
+    for start, source in zip([0, *train.pictures.ends], opened.train, strict=False):
+        if len(source):
+            train[start]
+    TrainPairs(opened.validation, tokenizer, config, seed)[0]
     return Data(
         train=train,
+        mixture=Mixture([len(source) for source in opened.train], opened.weights),
         evals={"val": validation},
         tokenizer=tokenizer,
         collate=Collate(tokenizer),
-        bad=train_rows.bad + validation_rows.bad,
+        bad=[item for part in (opened.train, opened.validation) for source in part for item in source.bad],
         has_places=False,
-        notices=[*train_rows.notices, *_unknown([train_rows, validation_rows], tokenizer, config.tokenizer)],
+        notices=[*opened.notices, *_unknown([*opened.train, *opened.validation], tokenizer, config.tokenizer)],
+        fingerprint=opened.fingerprint,
     )
 
 
-def _unknown(parts: list[Rows], tokenizer: CaptionTokenizer, name: str) -> list[str]:
+def _unknown(sources: list[Source], tokenizer: CaptionTokenizer, name: str) -> list[str]:
     """A line on captions that are no language of the tokenizer, where there are any; of large sets a sample is read."""
     looked_at, found = 0, []
-    for rows in parts:
-        some = range(0, len(rows.texts), max(1, len(rows.texts) // CAPTIONS_LOOKED_AT))
-        looked_at += len(some)
-        found += [rows.files[i] for i in some if tokenizer.mostly_unknown(rows.texts[i])]
+    for source in sources:
+        for index in range(0, len(source), max(1, len(source) // CAPTIONS_LOOKED_AT)):
+            with contextlib.suppress(Exception):  # what cannot be read is told where it is asked for
+                captions = source.captions(index)
+                looked_at += len(captions)
+                found += [source.name(index) for caption in captions if tokenizer.mostly_unknown(caption)]
     if not found:
         return []
     return [

@@ -9,6 +9,11 @@ Bad = tuple[str, str]  # file name, reason
 
 SHOWN = 5
 NO_TOKEN = "caption without a token"
+EMPTY = "empty caption"
+
+
+class Refused(ValueError):
+    """Why a picture or its captions are not read, in words for the user."""
 
 
 @dataclass

@@ -62,7 +62,7 @@ class HeldOut:
         image_of = [numbers.setdefault(pairs.image_id(row), len(numbers)) for row in rows]
         self.image_of = torch.tensor(image_of)
         self.first = {number: row for row, number in reversed(list(zip(rows, image_of, strict=True)))}
-        self.at_load: list[Bad] = pairs.rows.bad if hasattr(pairs, "rows") else []
+        self.at_load: list[Bad] = getattr(pairs, "bad", [])
 
     @property
     def images(self) -> int:
@@ -71,7 +71,7 @@ class HeldOut:
 
     def file(self, caption: int) -> str:
         """The name of a caption's picture, for the user."""
-        return self.pairs.rows.files[self.rows[caption]] if hasattr(self.pairs, "rows") else str(self.rows[caption])
+        return self.pairs.name(self.rows[caption])
 
     def captions(self, numbers: Sequence[int]) -> Dataset:
         """`Sample`s without a picture, whose `index` is the caption's number; for `FILLER` the first caption."""

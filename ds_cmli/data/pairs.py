@@ -1,80 +1,174 @@
-"""The pairs of a folder as a data set. S image size in pixels."""
+"""The pairs of sources as data sets. S image size in pixels, n captions."""
 
 import hashlib
-import os
+from bisect import bisect_right
 from dataclasses import replace
+from itertools import accumulate
 
 import torch
 from torch.utils.data import Dataset
 
 from ds_cmli.common.errors import UserError
 from ds_cmli.config.schema import DataConfig
-from ds_cmli.data.bad import NO_TOKEN, Bad
+from ds_cmli.data.bad import NO_TOKEN, Bad, Refused
 from ds_cmli.data.batch import Sample
-from ds_cmli.data.folder import Rows
-from ds_cmli.data.pictures import Refused, read_picture
+from ds_cmli.data.pictures import decode
+from ds_cmli.data.sampler import Draw
+from ds_cmli.data.sources.base import Source
 from ds_cmli.data.tokens import CaptionTokenizer
 
 MOST_TRIES = 100  # samples in a row that cannot be used before giving up
 
 
-class FolderPairs(Dataset):
-    """Map-style dataset over `Rows`: image uint8 [3, S, S], shorter side resized to S (bicubic), centre cropped.
+class Pictures:
+    """The pictures of several sources, one source after the other, decoded: uint8 [3, S, S]."""
 
-    A sample whose image cannot be read or whose caption has no valid token is replaced by the next one that can be
-    used, always the same one, and says so in `Sample.bad`.
+    def __init__(self, sources: list[Source], config: DataConfig):
+        self.sources, self.size, self.max_pixels = sources, config.image_size, config.max_pixels
+        self.ends = list(accumulate(len(source) for source in sources))
+
+    def __len__(self) -> int:
+        return self.ends[-1]
+
+    def at(self, index: int) -> tuple[int, int]:
+        """The source of a picture, and the picture's place in it."""
+        source = bisect_right(self.ends, index)
+        return source, index - (self.ends[source - 1] if source else 0)
+
+    def name(self, index: int) -> str:
+        source, place = self.at(index)
+        return self.sources[source].name(place)
+
+    def image_id(self, index: int) -> int:
+        """A number of the picture, the same for all of its captions and on all nodes."""
+        source, place = self.at(index)
+        digest = hashlib.blake2b(self.sources[source].key(place), digest_size=8, salt=source.to_bytes(8, "little"))
+        return int.from_bytes(digest.digest(), "big", signed=True)
+
+    def captions(self, index: int) -> list[str]:
+        source, place = self.at(index)
+        return self.sources[source].captions(place)
+
+    def image(self, index: int) -> tuple[torch.Tensor, str | None]:
+        """The picture and None, or a black one and why it cannot be used."""
+        source, place = self.at(index)
+        try:
+            return decode(self.sources[source].image(place), self.size, self.max_pixels), None
+        except Exception as error:  # decoders of damaged files raise nearly anything
+            return self.black(), told(error)
+
+    def black(self) -> torch.Tensor:
+        return torch.zeros(3, self.size, self.size, dtype=torch.uint8)
+
+
+def told(error: Exception) -> str:
+    """Why a picture or its captions cannot be used, without its path."""
+    if isinstance(error, FileNotFoundError):
+        return "no such file"
+    if isinstance(error, Refused):
+        return str(error)
+    path = str(getattr(error, "filename", None) or "")
+    return f"{type(error).__name__}: {error}".replace("\n", " ").replace(path, "").strip(": '")
+
+
+class TrainPairs(Dataset):
+    """Map-style over pictures, each with one of its captions: another at each turn, by a hash.
+
+    A sample whose picture or caption cannot be used is replaced by the next one of its source that can be, always the
+    same one, and says so in `Sample.bad`.
 
     Raises:
         UserError: `MOST_TRIES` samples in a row cannot be used.
     """
 
-    def __init__(self, rows: Rows, tokenizer: CaptionTokenizer, config: DataConfig):
-        self.rows, self.tokenizer, self.config, self.size = rows, tokenizer, config, config.image_size
-        self.root = os.path.realpath(rows.root)
+    def __init__(self, sources: list[Source], tokenizer: CaptionTokenizer, config: DataConfig, seed: int):
+        self.pictures, self.tokenizer, self.seed = Pictures(sources, config), tokenizer, seed
 
     def __len__(self) -> int:
-        return len(self.rows.files)
+        return len(self.pictures)
 
-    def __getitem__(self, index: int) -> Sample:
+    def __getitem__(self, at: int | Draw) -> Sample:
+        index, turn = at if isinstance(at, Draw) else (at, 0)
         if not 0 <= index < len(self):
             raise IndexError(index)
+        number, place = self.pictures.at(index)
+        source, first = self.pictures.sources[number], index - place
         first_bad: Bad | None = None
-        tries = min(MOST_TRIES, len(self))
+        tries = min(MOST_TRIES, len(source))
         for step in range(tries):
-            sample = self.pair((index + step) % len(self))
+            sample = self._pair(first + (place + step) % len(source), turn)
             if sample.bad is None:
                 return replace(sample, index=index, bad=first_bad)
             first_bad = first_bad or sample.bad
         assert first_bad is not None
         raise UserError(
-            f"{tries} samples in a row of {self.rows.folder} cannot be used, from {first_bad[0]} ({first_bad[1]}) on: "
+            f"{tries} samples in a row of {source.where} cannot be used, from {first_bad[0]} ({first_bad[1]}) on: "
             "mend or remove them"
         )
 
-    def pair(self, index: int, picture: bool = True) -> Sample:
+    def _pair(self, index: int, turn: int) -> Sample:
+        try:
+            captions, reason = self.pictures.captions(index), None
+        except Exception as error:  # whatever it is, it is told
+            captions, reason = [""], told(error)
+        tokens = self.tokenizer(captions[choice(len(captions), self.seed, turn, index)])
+        if reason is None and not any(tokens.valid):
+            reason = NO_TOKEN
+        image = self.pictures.black()
+        if reason is None:
+            image, reason = self.pictures.image(index)
+        bad = None if reason is None else (self.pictures.name(index), reason)
+        return Sample(image, tokens, index, image_id=self.pictures.image_id(index), bad=bad)
+
+
+def choice(count: int, seed: int, turn: int, index: int) -> int:
+    """Which of `count` captions a picture has at a turn: a number that looks random and is always the same."""
+    digest = hashlib.blake2b(f"{seed} {turn} {index}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") % count
+
+
+class EvalPairs(Dataset):
+    """Map-style over all n captions of all pictures, as `HeldOut` reads them.
+
+    Attributes:
+        bad: pictures and captions that are left out from the start.
+    """
+
+    def __init__(self, sources: list[Source], tokenizer: CaptionTokenizer, config: DataConfig):
+        self.pictures, self.tokenizer, self.size = Pictures(sources, config), tokenizer, config.image_size
+        self.bad = [item for source in sources for item in source.bad]
+        self.rows: list[tuple[int, int]] = []  # (picture, which of its captions)
+        for picture in range(len(self.pictures)):
+            try:
+                count = len(self.pictures.captions(picture))
+            except Exception as error:
+                self.bad.append((self.pictures.name(picture), told(error)))
+                continue
+            self.rows += [(picture, caption) for caption in range(count)]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, row: int) -> Sample:
+        if not 0 <= row < len(self):
+            raise IndexError(row)
+        return self.pair(row)
+
+    def name(self, row: int) -> str:
+        return self.pictures.name(self.rows[row][0])
+
+    def image_id(self, row: int) -> int:
+        return self.pictures.image_id(self.rows[row][0])
+
+    def pair(self, row: int, picture: bool = True) -> Sample:
         """The sample itself, also where it cannot be used: `bad` says why, and what is missing of the image is black.
 
-        Without `picture` no file is opened.
+        Without `picture` none is read.
         """
-        tokens = self.tokenizer(self.rows.texts[index])
-        image = torch.zeros(3, self.size, self.size, dtype=torch.uint8)
-        reason = None if any(tokens.valid) else NO_TOKEN
-        if picture:
-            try:
-                path = self.rows.folder / self.rows.files[index]
-                limits = self.config.max_pixels, self.config.follow_symlinks
-                image = read_picture(path, self.root, self.size, *limits)
-            except FileNotFoundError:
-                reason = "no such file"
-            except Refused as error:
-                reason = str(error)
-            except Exception as error:  # decoders of damaged files raise nearly anything
-                reason = f"{type(error).__name__}: {error}".replace("\n", " ").replace(str(path), "").strip(": ")
-        bad = None if reason is None else (self.rows.files[index], reason)
-        return Sample(image, tokens, index, image_id=self.image_id(index), bad=bad)
-
-    def image_id(self, index: int) -> int:
-        """A number of the picture's file, symlinks followed: the same for all captions of a picture, on all nodes."""
-        file = os.path.realpath(self.rows.folder / self.rows.files[index]).removeprefix(self.root)
-        digest = hashlib.blake2b(os.fsencode(file), digest_size=8).digest()
-        return int.from_bytes(digest, "big", signed=True)
+        index, caption = self.rows[row]
+        tokens = self.tokenizer(self.pictures.captions(index)[caption])
+        image, reason = self.pictures.image(index) if picture else (self.pictures.black(), None)
+        if not any(tokens.valid):
+            reason = reason or NO_TOKEN
+        bad = None if reason is None else (self.pictures.name(index), reason)
+        return Sample(image, tokens, row, image_id=self.pictures.image_id(index), bad=bad)

@@ -1,17 +1,19 @@
-"""Pictures from files that nobody vouches for: which files are opened, which decoders run, how pixels become RGB.
+"""Pictures from files that nobody vouches for: which decoders run, how pixels become RGB.
 
 S image size in pixels.
 """
 
 import functools
-import os
-import stat
+import io
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
+
+from ds_cmli.data.bad import Refused
+from ds_cmli.data.files import most_bytes, read_file
 
 # The decoders that may run, whatever a file is named: Pillow's own choice includes one that starts Ghostscript.
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
@@ -28,45 +30,30 @@ def formats() -> list[str]:
     return [name for name in FORMATS if name in Image.OPEN]
 
 
-class Refused(ValueError):
-    """Why a picture is not read, in words for the user."""
-
-
 def read_picture(path: Path, root: str, size: int, max_pixels: int, follow_symlinks: bool) -> torch.Tensor:
-    """The picture in a file as `load_image` gives it: uint8 [3, size, size].
+    """The picture in a file as `load_image` gives it; arguments and errors are those of `read_file` and `decode`."""
+    return decode(read_file(path, root, most_bytes(max_pixels), follow_symlinks), size, max_pixels)
 
-    Args:
-        root: the data folder, without symlinks; files outside of it are refused unless `follow_symlinks`.
+
+def decode(content: bytes, size: int, max_pixels: int) -> torch.Tensor:
+    """The picture in a file's content as `load_image` gives it: uint8 [3, size, size].
 
     Raises:
         Refused, OSError, and whatever a decoder raises at damaged data.
     """
-    if not follow_symlinks and not inside(path, root):
-        raise Refused("a symlink out of the data folder: data.follow_symlinks=true allows it")
-    # Asked before it is opened, which devices may answer to, and again of what has been opened.
-    if not stat.S_ISREG(path.stat().st_mode):
-        raise Refused("no regular file")
-    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            raise Refused("no regular file")
-        if Image.MAX_IMAGE_PIXELS is not None and max_pixels > Image.MAX_IMAGE_PIXELS:
-            Image.MAX_IMAGE_PIXELS = max_pixels  # the user's word counts above Pillow's own limit
-        try:
-            image = Image.open(file, formats=formats())
-        except (UnidentifiedImageError, Image.DecompressionBombError) as error:
-            if isinstance(error, Image.DecompressionBombError):
-                raise Refused(f"more pixels than data.max_pixels = {max_pixels}") from None
-            raise Refused(f"cannot identify image file: none of {', '.join(formats())}") from None
-        with image:
-            for width, height in (image.size, (_tag(image, TILE_WIDTH, 1), _tag(image, TILE_LENGTH, 1))):
-                if width * height > max_pixels:
-                    raise Refused(f"{width} x {height} pixels, more than data.max_pixels = {max_pixels}")
-            return load_image(image, size)
-
-
-def inside(path: Path, root: str) -> bool:
-    """Whether the file lies in `root` with all symlinks followed."""
-    return Path(os.path.realpath(path)).is_relative_to(root)
+    if Image.MAX_IMAGE_PIXELS is not None and max_pixels > Image.MAX_IMAGE_PIXELS:
+        Image.MAX_IMAGE_PIXELS = max_pixels  # the user's word counts above Pillow's own limit
+    try:
+        image = Image.open(io.BytesIO(content), formats=formats())
+    except (UnidentifiedImageError, Image.DecompressionBombError) as error:
+        if isinstance(error, Image.DecompressionBombError):
+            raise Refused(f"more pixels than data.max_pixels = {max_pixels}") from None
+        raise Refused(f"cannot identify image file: none of {', '.join(formats())}") from None
+    with image:
+        for width, height in (image.size, (_tag(image, TILE_WIDTH, 1), _tag(image, TILE_LENGTH, 1))):
+            if width * height > max_pixels:
+                raise Refused(f"{width} x {height} pixels, more than data.max_pixels = {max_pixels}")
+        return load_image(image, size)
 
 
 def load_image(image: Image.Image, size: int) -> torch.Tensor:

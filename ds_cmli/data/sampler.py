@@ -3,23 +3,22 @@
 B micro_batch (pairs per rank), P world_size, G = B*P the global micro-batch.
 """
 
-import hashlib
 from collections.abc import Iterator
-
-import torch
+from typing import NamedTuple
 
 from ds_cmli.common.errors import UserError
+from ds_cmli.data.mixture import Mixture
 
 
-def epoch_order(length: int, seed: int, epoch: int) -> torch.Tensor:
-    """The order of an epoch, int64 [length]: a pure function of its arguments."""
-    digest = hashlib.sha256(f"{seed} {epoch}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-    return torch.randperm(length, generator=generator)
+class Draw(NamedTuple):
+    """What the sampler asks a data set for."""
+
+    sample: int  # its index
+    turn: int  # how often it has been asked for before: for one source the epoch, from 0
 
 
 class GlobalBatchSampler:
-    """Batch sampler for `DataLoader(batch_sampler=...)`: endless lists of B indices, across epochs.
+    """Batch sampler for `DataLoader(batch_sampler=...)`: endless lists of B `Draw`s, across epochs.
 
     Global micro-batch k of an epoch is order[k*G : (k+1)*G] and rank r takes its r-th B, so P ranks of B and one rank
     of P*B see the same global batches. The last incomplete one of an epoch is dropped.
@@ -28,13 +27,15 @@ class GlobalBatchSampler:
     does not. The position counts samples of the global order, so any other number of ranks can resume from it.
     """
 
-    def __init__(self, length: int, micro_batch: int, rank: int, world_size: int, seed: int):
+    def __init__(self, samples: int | Mixture, micro_batch: int, rank: int, world_size: int, seed: int):
+        mixture = Mixture([samples]) if isinstance(samples, int) else samples
+        length = mixture.draws
         if length < micro_batch * world_size:
             raise UserError(
                 f"the training set has {length} samples, fewer than one global batch of {micro_batch * world_size} = "
                 f"{micro_batch} (micro-batch) x {world_size} (ranks): lower the micro-batch or add data"
             )
-        self.length, self.seed = length, seed
+        self.mixture, self.length, self.seed = mixture, length, seed
         self.micro_batch, self.rank, self.world_size = micro_batch, rank, world_size
         self.epoch, self.position = 0, 0
 
@@ -46,13 +47,14 @@ class GlobalBatchSampler:
     def batches_per_epoch(self) -> int:
         return self.length // self.global_batch
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def __iter__(self) -> Iterator[list[Draw]]:
         epoch, position = self.epoch, self.position
         while True:
-            order = epoch_order(self.length, self.seed, epoch)
+            indices, turns = self.mixture.order(self.seed, epoch)
             for start in range(position, self.length - self.global_batch + 1, self.global_batch):
                 mine = start + self.rank * self.micro_batch
-                yield order[mine : mine + self.micro_batch].tolist()
+                here = slice(mine, mine + self.micro_batch)
+                yield [Draw(*draw) for draw in zip(indices[here].tolist(), turns[here].tolist(), strict=True)]
             epoch, position = epoch + 1, 0
 
     def advance(self) -> None:

@@ -20,6 +20,7 @@ from torch.utils.data import Dataset
 from ds_cmli.common.errors import UserError
 from ds_cmli.data import assets
 from ds_cmli.data.batch import NO_PICTURE, Sample
+from ds_cmli.data.sampler import Draw
 from ds_cmli.data.tokens import CaptionTokenizer, Tokens
 
 TRAIN_SCENES = 20_000
@@ -109,8 +110,11 @@ class Scenes(Dataset):
         while True:
             yield list(zip(draw.sample(self.concepts, count), draw.sample(range(4), count), strict=True))
 
-    def __getitem__(self, index: int) -> Sample:
-        return self.pair(index)
+    def __getitem__(self, at: int | Draw) -> Sample:
+        return self.pair(at.sample if isinstance(at, Draw) else at)
+
+    def name(self, index: int) -> str:
+        return str(index)
 
     def image_id(self, index: int) -> int:
         """A number of what the scene shows and where: two scenes of the same picture differ in their captions only."""

@@ -13,7 +13,7 @@ from ds_cmli.common.errors import UserError
 from ds_cmli.config import deepspeed_checks, schedule
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.schema import Config
-from ds_cmli.data import GlobalBatchSampler, assets
+from ds_cmli.data import GlobalBatchSampler, Mixture, assets
 from ds_cmli.losses import LOSSES
 
 
@@ -73,14 +73,16 @@ def with_backend(config: Config, device: torch.device) -> tuple[Config, str | No
     return replace(config, loss=replace(config.loss, cmli_backend=backend)), notice
 
 
-def plan(config: Config, ds_config: DeepSpeedConfig, length: int) -> tuple[DeepSpeedConfig, GlobalBatchSampler, int]:
-    """The DeepSpeed JSON with nothing left to "auto", the sampler of `length` samples, and the optimizer steps.
+def plan(
+    config: Config, ds_config: DeepSpeedConfig, samples: int | Mixture
+) -> tuple[DeepSpeedConfig, GlobalBatchSampler, int]:
+    """The DeepSpeed JSON with nothing left to "auto", the sampler of the training set, and the optimizer steps.
 
     Says how the batch is made up. Raises `UserError` where it cannot be.
     """
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     total, micro_batch, accumulation = ds_config.batch(config.optim.micro_batch, ranks)
-    sampler = GlobalBatchSampler(length, micro_batch, rank, ranks, config.run.seed)
+    sampler = GlobalBatchSampler(samples, micro_batch, rank, ranks, config.run.seed)
     steps = config.optim.steps
     if steps is None:
         assert config.optim.epochs is not None

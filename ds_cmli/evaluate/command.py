@@ -12,7 +12,7 @@ import click
 
 @click.command()
 @click.option("--checkpoint", required=True, help="A run's output folder.")
-@click.option("--data", "source", default=None, help="'demo' or a folder of pairs.  [default: the run's own]")
+@click.option("--data", "source", default=None, help="As of training: its validation part.  [default: the run's own]")
 @click.option(
     "--fold-size",
     type=int,
@@ -43,7 +43,10 @@ def command(checkpoint: str, source: str | None, fold_size: int | None, batch_si
             raise UserError(f"{name} is {value}: give at least {least}")
     config = load_config(Path(checkpoint) / "config.json", "--checkpoint")
     if source:
-        config.data = dataclasses.replace(config.data, source=source)
+        of_the_run: dict[str, Any] = dict.fromkeys(
+            ("val_source", "image_root", "image_key", "caption_key", "separator"), ""
+        )
+        config.data = dataclasses.replace(config.data, source=source, **of_the_run)
 
     from ds_cmli.data import build_data
     from ds_cmli.distributed import process_group as distributed

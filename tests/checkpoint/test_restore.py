@@ -23,7 +23,7 @@ from ds_cmli.checkpoint.train_state import TrainState
 from ds_cmli.common.errors import UserError
 from ds_cmli.config.deepspeed_config import BATCH_KEYS, DeepSpeedConfig
 from ds_cmli.config.presets import load_preset
-from ds_cmli.data.sampler import epoch_order
+from ds_cmli.data.mixture import permutation
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.faults import preemption
 from tests.config.test_mistakes import pairs
@@ -188,7 +188,7 @@ def test_another_number_of_ranks_goes_on_with_the_same_batches(changed, stage, c
     # Each sample of the first epoch once, but for the 5 of 65 that its last incomplete batch would have had.
     samples = samples_of_epoch(changed, f"{number}-{change}")
     assert len(samples) == len(set(samples)) == 60
-    assert sorted(samples) == sorted(epoch_order(65, 0, 0)[:60].tolist())
+    assert sorted(samples) == sorted(permutation(65, 0, 0)[:60].tolist())
 
 
 def samples_of_epoch(folder: Path, name: str) -> list[int]:

@@ -2,9 +2,11 @@ import pytest
 import torch
 from PIL import Image
 
-from ds_cmli.data import train_loader
-from ds_cmli.data.sampler import GlobalBatchSampler
-from tests.data.test_folder import build, rows, user_error, write
+from ds_cmli.config.schema import DataConfig
+from ds_cmli.data import build_data, train_loader
+from ds_cmli.data.pairs import choice
+from ds_cmli.data.sampler import Draw, GlobalBatchSampler
+from tests.data.sources.test_folder import build, rows, user_error, write
 
 
 def break_some(folder):
@@ -65,12 +67,48 @@ def test_captions_of_one_picture_have_its_number_and_so_has_a_stand_in(tmp_path)
     (tmp_path / "train" / "002.png").unlink()
     (tmp_path / "train" / "002.png").symlink_to("001.png")
     (tmp_path / "train" / "003.png").write_text("no image")
-    ids = [build(tmp_path).train[k].image_id for k in range(6)]
-    assert ids[0] == ids[4] == ids[3]  # 3 is broken: 4 stands in for it, which is another caption of 0
+    assert len(build(tmp_path).train) == 4
+    ids = [build(tmp_path).train[Draw(k % 4, k)].image_id for k in range(6)]
+    assert ids[0] == ids[4] == ids[3]  # 3 is broken: 0 stands in for it
     assert ids[1] == ids[2] == ids[5] != ids[0]
     # Another place, the same numbers: every node may have its own copy.
     (tmp_path / "train").rename(tmp_path / "elsewhere")
     (tmp_path / "node").mkdir()
     (tmp_path / "elsewhere").rename(tmp_path / "node" / "train")
     write(tmp_path / "node" / "val", rows(1))
-    assert [build(tmp_path / "node").train[k].image_id for k in range(6)] == ids
+    assert [build(tmp_path / "node").train[Draw(k % 4, k)].image_id for k in range(6)] == ids
+
+
+def test_a_picture_has_another_of_its_captions_at_each_turn_by_seed_and_index_alone(tmp_path):
+    texts = ["red apple", "green pear", "blue car"]
+    write(tmp_path / "train", [row for text in texts for row in rows(20, text)])
+    write(tmp_path / "val", rows(1))
+
+    def said(turn, seed=0):
+        data = build_data(DataConfig(source=str(tmp_path), image_size=8, tokenizer="builtin"), seed)
+        return [data.tokenizer.decode(data.train[Draw(k, turn)].tokens.input_ids) for k in range(20)]
+
+    first = said(0)
+    assert first == said(0) and set(first) == set(texts)
+    assert first == [texts[choice(3, 0, 0, k)] for k in range(20)]
+    assert first != said(1) and first != said(0, seed=1)
+    counts = torch.tensor([choice(5, 0, turn, 7) for turn in range(5000)]).bincount()
+    assert counts.min() > 900  # all about equally often
+
+
+def test_every_caption_of_every_picture_is_evaluated(tmp_path):
+    write(tmp_path / "train", rows(3))
+    write(tmp_path / "val", rows(4) + rows(4, "green pear") + rows(2, "blue car"))
+    held_out = build(tmp_path).evals["val"]
+    assert len(held_out) == 10
+    assert [held_out.name(k)[:3] for k in range(10)] == ["000"] * 3 + ["001"] * 3 + ["002"] * 2 + ["003"] * 2
+    assert len({held_out[k].image_id for k in range(10)}) == 4
+
+
+def test_pictures_of_two_sources_are_two_even_if_they_are_named_alike(tmp_path):
+    for name in "ab":
+        write(tmp_path / name, rows(10))
+    data = build_data(DataConfig(source=[f"{tmp_path}/a::1", f"{tmp_path}/b::3"], image_size=8, tokenizer="builtin"), 0)
+    assert len(data.train) == data.mixture.draws == 18 and data.mixture.shares == [5, 13]  # of 4.5 and 13.5
+    assert len({data.train[k].image_id for k in range(18)}) == 18
+    assert len(data.evals["val"]) == 2

@@ -7,7 +7,8 @@ import pytest
 from PIL import Image
 
 from ds_cmli.config.schema import DataConfig
-from ds_cmli.data.pictures import Refused, load_image, read_picture
+from ds_cmli.data.bad import Refused
+from ds_cmli.data.pictures import load_image, read_picture
 
 
 def image_value(mode, colour, size=(4, 4)):

@@ -2,14 +2,15 @@ import pytest
 import torch
 
 from ds_cmli.common.errors import UserError
-from ds_cmli.data.sampler import GlobalBatchSampler, epoch_order
+from ds_cmli.data.mixture import permutation
+from ds_cmli.data.sampler import Draw, GlobalBatchSampler
 
 
 def take(sampler, count):
     """The next batches of a train_engine that consumes each."""
     batches = []
     for batch, _ in zip(sampler, range(count), strict=False):
-        batches.append(batch)
+        batches.append([draw.sample for draw in batch])
         sampler.advance()
     return batches
 
@@ -24,12 +25,12 @@ def global_batches(length, micro_batch, world_size, count, state=None, seed=3):
 
 
 def test_an_epoch_is_a_permutation_that_depends_on_seed_and_epoch_only():
-    order = epoch_order(100, seed=1, epoch=2)
+    order = permutation(100, 1, 2)
     assert sorted(order.tolist()) == list(range(100))
     torch.rand(3)  # what the global generator does must not matter
-    assert torch.equal(order, epoch_order(100, seed=1, epoch=2))
-    assert not torch.equal(order, epoch_order(100, seed=2, epoch=1))
-    assert not torch.equal(order, epoch_order(100, seed=1, epoch=3))
+    assert torch.equal(order, permutation(100, 1, 2))
+    assert not torch.equal(order, permutation(100, 2, 1))
+    assert not torch.equal(order, permutation(100, 1, 3))
 
 
 def test_any_number_of_ranks_sees_the_same_global_batches_across_epochs():
@@ -37,8 +38,8 @@ def test_any_number_of_ranks_sees_the_same_global_batches_across_epochs():
     two, _ = global_batches(26, 2, 2, 15)
     four, _ = global_batches(26, 1, 4, 15)
     assert one == two == four
-    assert one[0] == epoch_order(26, 3, 0)[:4].tolist()
-    assert one[6] == epoch_order(26, 3, 1)[:4].tolist()  # 26 = 6 x 4 + 2 dropped
+    assert one[0] == permutation(26, 3, 0)[:4].tolist()
+    assert one[6] == permutation(26, 3, 1)[:4].tolist()  # 26 = 6 x 4 + 2 dropped
 
 
 def test_resuming_on_another_number_of_ranks_continues_the_same_order():
@@ -53,8 +54,14 @@ def test_resuming_with_a_larger_global_batch_loses_only_the_end_of_the_epoch():
     _, state = global_batches(26, 4, 1, 5)
     assert state["position"] == 20
     larger, after = global_batches(26, 8, 1, 1, state)  # 6 samples of the epoch are left, fewer than 8
-    assert larger == [epoch_order(26, 3, 1)[:8].tolist()]
+    assert larger == [permutation(26, 3, 1)[:8].tolist()]
     assert (after["epoch"], after["position"]) == (1, 8)
+
+
+def test_a_draw_tells_how_often_its_sample_was_drawn_before():
+    sampler = GlobalBatchSampler(8, 4, 0, 1, 0)
+    turns = [[draw.turn for draw in batch] for batch, _ in zip(sampler, range(5), strict=False)]
+    assert turns == [[0] * 4] * 2 + [[1] * 4] * 2 + [[2] * 4]
 
 
 def test_only_advance_moves_the_position():
@@ -65,7 +72,7 @@ def test_only_advance_moves_the_position():
     assert (sampler.epoch, sampler.position) == (0, 0)
     sampler.advance()
     assert sampler.position == 2
-    assert next(iter(sampler)) == epoch_order(10, 0, 0)[2:4].tolist()
+    assert next(iter(sampler)) == [Draw(index, 0) for index in permutation(10, 0, 0)[2:4].tolist()]
 
 
 def test_too_small_a_set_names_the_three_numbers():

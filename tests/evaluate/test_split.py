@@ -6,7 +6,8 @@ from PIL import Image
 
 from ds_cmli.common.errors import UserError
 from ds_cmli.config.presets import load_preset
-from ds_cmli.data import build_data, pairs
+from ds_cmli.data import build_data
+from ds_cmli.data.sources.listed import Listed
 from ds_cmli.evaluate.report import summary
 from ds_cmli.evaluate.split import evaluate_split
 from tests.conftest import spawn
@@ -157,14 +158,14 @@ def whatever(encode_text):
 
 def counted_on_rank(rank, world_size, path):
     opened = []
-    read = pairs.read_picture
+    read = Listed.image
 
-    def counting(file, *arguments):
-        opened.append(file.name)
-        return read(file, *arguments)
+    def counting(source, index):
+        opened.append(source.name(index))
+        return read(source, index)
 
     data = pairs_of(path)
-    pairs.read_picture = counting
+    Listed.image = counting
     stub = Stub(Colours(data.tokenizer))
     return evaluate_split(stub, data.evals["val"], data, 4, torch.device("cpu")), opened
 

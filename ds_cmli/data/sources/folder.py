@@ -4,28 +4,23 @@ This is the imagefolder convention of Hugging Face datasets.
 """
 
 import csv
-import hashlib
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
 from ds_cmli.common.errors import UserError, nearest
-from ds_cmli.data.bad import Bad
-from ds_cmli.data.pictures import inside
+from ds_cmli.config.schema import DataConfig
+from ds_cmli.data.files import inside
+from ds_cmli.data.sources import accepted
+from ds_cmli.data.sources.base import Parts
+from ds_cmli.data.sources.listed import Listed
 
 METADATA = ("metadata.jsonl", "metadata.csv")
 COLUMNS = ("file_name", "text")
 VALIDATION = ("validation", "val")
 OTHER_SPLITS = ("test", "testing", "training", "valid", "dev", "eval", "evaluation")  # that other tools read
-HELD_OUT_SHARE, HELD_OUT_MOST = 0.05, 1000
-ACCEPTED = (
-    "accepted are 'demo' and a folder of images with a metadata.jsonl, which has a line like "
-    '{"file_name": "1.jpg", "text": "a red bicycle"} for each, or a metadata.csv with these columns; or one with such '
-    "folders train/ and validation/ in it"
-)
 # What else data comes in, by the end of a file's name.
 KINDS = {
     **dict.fromkeys((".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst"), "a tar archive"),
@@ -34,78 +29,59 @@ KINDS = {
 }  # fmt: skip
 
 
-@dataclass
-class Rows:
-    """The usable rows of one metadata file, and those left out for an empty caption."""
+def load_folder(source: str, files: list[Path], config: DataConfig) -> Parts:
+    """Training and validation pairs of a folder, whose `files` are not needed.
 
-    folder: Path  # file names are relative to it
-    files: list[str]
-    texts: list[str]
-    bad: list[Bad]
-    root: Path  # the data folder, which `folder` is or lies in
-    notices: list[str] = field(default_factory=list)  # what of the data folder is not used
-
-    def select(self, keep: list[bool]) -> "Rows":
-        kept = [i for i, k in enumerate(keep) if k]
-        files, texts = [self.files[i] for i in kept], [self.texts[i] for i in kept]
-        return Rows(self.folder, files, texts, self.bad, self.root, self.notices)
-
-
-def load_folder(source: str, follow_symlinks: bool = False) -> tuple[Rows, Rows]:
-    """Training and validation rows of a folder.
-
-    `train/` and `validation/` (or `val/`), each with its own metadata; a folder without a validation part has
-    `HELD_OUT_SHARE` of its files held out (at least 1, at most `HELD_OUT_MOST`), chosen by a hash of the file name.
+    `train/` and `validation/` (or `val/`), each with its own metadata, or metadata of one part.
 
     Raises:
         UserError: no such folder, no metadata or more than one that could be meant, a line that cannot be read, a
-            missing column, a file name that leads out of the folder, or fewer than two images.
+            missing column, or a file name that leads out of the folder.
     """
     try:
         root = Path(source).expanduser()
         if not root.is_dir():
             kind = _kind(root.name) or "a file" if root.exists() else "it does not exist"
-            raise UserError(f"data.source is {source!r}, which is no folder ({kind}): {ACCEPTED}")
-        return _load(root, follow_symlinks)
+            raise UserError(f"data.source is {source!r}, which is no folder ({kind}): {accepted()}")
+        return _load(root, config)
     except (OSError, RuntimeError) as error:  # no right to look, too long a name, a home that is not there
         reason = getattr(error, "strerror", None) or error
-        raise UserError(f"data.source is {source!r}, which cannot be read ({reason}): {ACCEPTED}") from None
+        raise UserError(f"data.source is {source!r}, which cannot be read ({reason}): {accepted()}") from None
 
 
-def _load(root: Path, follow_symlinks: bool) -> tuple[Rows, Rows]:
+def _load(root: Path, config: DataConfig) -> Parts:
     found = {name: _metadata(root / name) for name in (".", "train", *VALIDATION)}
     metadata = {name: path for name, path in found.items() if path is not None}
     training = [name for name in (".", "train") if name in metadata]
     validation = [name for name in VALIDATION if name in metadata]
     if not training:
         none = f"a folder with no {' or '.join(METADATA)} in it or in its train/ ({_contents(root)})"
-        raise UserError(f"data.source is {str(root)!r}, {none}: {ACCEPTED}")
+        raise UserError(f"data.source is {str(root)!r}, {none}: {accepted()}")
     if len(metadata) > 1 and list(metadata) not in [["train", name] for name in VALIDATION]:
         names = " and ".join(str(path.relative_to(root)) for path in metadata.values())
         raise UserError(f"data.source is {str(root)!r}, which has {names}: keep one, or train/ and validation/ alone")
     for path in metadata.values():
-        if not follow_symlinks and not inside(path, os.path.realpath(root)):
+        if not config.follow_symlinks and not inside(path, os.path.realpath(root)):
             raise UserError(f"{path} is a symlink out of the data folder: data.follow_symlinks=true allows it")
-    rows = read_metadata(metadata[training[0]], root)
-    rows.notices = _not_used(root, training[0], validation, rows)
+    train = read_metadata(metadata[training[0]], root, config)
+    parts = Parts(train, notices=_not_used(root, training[0], validation, train, config))
     if validation:
-        held_out = read_metadata(metadata[validation[0]], root)
-        return _not_empty(rows, metadata[training[0]]), _not_empty(held_out, metadata[validation[0]])
-    chosen = _held_out(rows, metadata[training[0]])
-    train_rows = rows.select([file not in chosen for file in rows.files])
-    validation_rows = rows.select([file in chosen for file in rows.files])
-    validation_rows.bad = []  # told once, with the training rows
-    return train_rows, validation_rows
+        parts.validation = read_metadata(metadata[validation[0]], root, config)
+        for part, name in ((train, training[0]), (parts.validation, validation[0])):
+            if not len(part):
+                raise UserError(f"{metadata[name]} has no usable line: give each image a file_name and a text")
+    return parts
 
 
-def _not_used(root: Path, training: str, validation: list[str], rows: Rows) -> list[str]:
+def _not_used(root: Path, training: str, validation: list[str], train: Listed, config: DataConfig) -> list[str]:
     """A line for each folder that looks like a part of the data and is none."""
     candidates = [name for name in (*VALIDATION, *OTHER_SPLITS) if name not in validation and (root / name).is_dir()]
     if training == ".":
-        named = {file.split("/", 1)[0] for file in rows.files}
+        named = {file.split("/", 1)[0] for file in train.files} if candidates else set()
         candidates = [name for name in candidates if name not in named]
     training = f"{training}/" if training != "." else "the folder around it"
     held_out = f"{validation[0]}/" if validation else "a share of that, as no validation/ has metadata"
+    held_out = "data.val_source" if config.val_source else held_out
     return [f"{root / name} is not used: training takes {training}, validation {held_out}" for name in candidates]
 
 
@@ -132,25 +108,9 @@ def _contents(folder: Path) -> str:
     return told or (f"it holds {', '.join(names[:3])}{' ...' if len(names) > 3 else ''}" if names else "it is empty")
 
 
-def _held_out(rows: Rows, metadata: Path) -> set[str]:
-    files = sorted(set(rows.files), key=lambda name: hashlib.sha256(name.encode()).digest())
-    if len(files) < 2:
-        raise UserError(
-            f"{metadata} names {len(files)} images with a caption ({len(rows.bad)} without): "
-            "give at least 2, as one is held out for validation"
-        )
-    return set(files[: min(HELD_OUT_MOST, max(1, round(HELD_OUT_SHARE * len(files))))])
-
-
-def _not_empty(rows: Rows, metadata: Path) -> Rows:
-    if not rows.files:
-        raise UserError(f"{metadata} has no usable line: give each image a file_name and a text")
-    return rows
-
-
-def read_metadata(path: Path, root: Path | None = None) -> Rows:
-    """The rows of one metadata file of the data folder `root`; raises `UserError` as `load_folder`."""
-    rows = Rows(path.parent, [], [], [], root or path.parent)
+def read_metadata(path: Path, root: Path, config: DataConfig) -> Listed:
+    """The pairs of one metadata file of the data folder `root`; raises `UserError` as `load_folder`."""
+    rows = Listed(str(path), path.parent, root, config)
     try:
         for line, values in _lines(path):
             for column in COLUMNS:
@@ -166,15 +126,9 @@ def read_metadata(path: Path, root: Path | None = None) -> Rows:
             if not isinstance(text, str | None):
                 raise UserError(f"{path} line {line} has text {text!r}: give the caption as text")
             try:
-                (file + (text or "")).encode()
+                rows.add(file, text)
             except UnicodeEncodeError as error:  # half of a surrogate pair, which JSON can write
                 raise UserError(f"{path} line {line} is no Unicode ({error.reason}): give whole characters") from None
-            file = os.path.normpath(file)  # images are told apart by it
-            if not text or not text.strip():
-                rows.bad.append((file, "empty caption"))
-            else:
-                rows.files.append(file)
-                rows.texts.append(text)
     except (UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path} cannot be read ({error}): save it as UTF-8 text") from None
     except OSError as error:

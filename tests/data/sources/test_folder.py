@@ -6,7 +6,8 @@ from PIL import Image
 from ds_cmli.common.errors import UserError
 from ds_cmli.config.schema import DataConfig
 from ds_cmli.data import build_data
-from ds_cmli.data.folder import HELD_OUT_MOST, load_folder, read_metadata
+from ds_cmli.data.sources.base import HELD_OUT_MOST, hold_out
+from ds_cmli.data.sources.folder import load_folder, read_metadata
 
 
 def write(folder, rows, images=True):
@@ -24,6 +25,24 @@ def build(folder, **settings):
     return build_data(DataConfig(source=str(folder), image_size=8, tokenizer="builtin", **settings), seed=0)
 
 
+def names(source):
+    return [source.name(i) for i in range(len(source))]
+
+
+def captions(source):
+    return [source.captions(i) for i in range(len(source))]
+
+
+def load(folder, **settings):
+    """Training and validation pairs of a folder."""
+    parts = load_folder(str(folder), [], DataConfig(**settings))
+    return (parts.train, parts.validation) if parts.validation else hold_out(parts.train)
+
+
+def metadata(path):
+    return read_metadata(path, path.parent, DataConfig())
+
+
 def user_error(call, *args):
     with pytest.raises(UserError) as error:
         call(*args)
@@ -36,11 +55,11 @@ def test_pairs_of_a_folder(tmp_path):
     data = build(tmp_path)
     assert (len(data.train), len(data.evals["val"])) == (38, 2)
     assert not data.has_places
-    held_out = set(data.evals["val"].rows.files)
-    assert not held_out & set(data.train.rows.files)
+    (train,) = data.train.pictures.sources
+    assert not set(names(train)) & {data.evals["val"].name(row) for row in range(2)}
     sample = data.train[0]
     assert sample.image.shape == (3, 8, 8)
-    assert sample.image[0, 4, 4] == int(data.train.rows.files[0][:3])
+    assert sample.image[0, 4, 4] == int(train.name(0)[:3])
     batch = data.collate([sample])
     assert (batch.token_picture == -1).all()
     assert (batch.cell_picture == -1).all()
@@ -49,20 +68,20 @@ def test_pairs_of_a_folder(tmp_path):
 def test_which_files_are_held_out_depends_on_their_names_only(tmp_path):
     write(tmp_path / "a", rows(40), images=False)
     write(tmp_path / "b", rows(40, "other text")[::-1], images=False)
-    assert set(load_folder(str(tmp_path / "a"))[1].files) == set(load_folder(str(tmp_path / "b"))[1].files)
+    assert set(names(load(tmp_path / "a")[1])) == set(names(load(tmp_path / "b")[1]))
 
 
 def test_all_captions_of_an_image_fall_on_the_same_side(tmp_path):
     write(tmp_path, rows(20) + rows(20, "green pear"), images=False)
-    train, validation = load_folder(str(tmp_path))
-    assert sorted(validation.texts) == ["green pear", "red apple"]
-    assert len(set(validation.files)) == 1
-    assert len(train.files) == 38
+    train, validation = load(tmp_path)
+    assert captions(validation) == [["red apple", "green pear"]]
+    assert captions(train) == [["red apple", "green pear"]] * 19
+    assert set(names(train)) | set(names(validation)) == {row["file_name"] for row in rows(20)}
 
 
 def test_at_most_a_thousand_files_are_held_out(tmp_path):
     write(tmp_path, rows(20_100), images=False)
-    assert len(load_folder(str(tmp_path))[1].files) == HELD_OUT_MOST
+    assert len(load(tmp_path)[1]) == HELD_OUT_MOST
 
 
 @pytest.mark.parametrize("name", ["validation", "val"])
@@ -71,18 +90,18 @@ def test_a_validation_folder_is_used_as_it_is(tmp_path, name):
     write(tmp_path / name, rows(3, "green pear"))
     data = build(tmp_path)
     assert (len(data.train), len(data.evals["val"])) == (5, 3)
-    assert data.evals["val"].rows.folder == tmp_path / name
+    assert data.evals["val"].pictures.sources[0].folder == tmp_path / name
 
 
 def test_a_train_folder_alone_has_a_share_held_out(tmp_path):
     write(tmp_path / "train", rows(5))
-    assert [len(part.files) for part in load_folder(str(tmp_path))] == [4, 1]
+    assert [len(part) for part in load(tmp_path)] == [4, 1]
 
 
 def test_csv_with_quotes_and_a_byte_order_mark(tmp_path):
     (tmp_path / "metadata.csv").write_text('\ufefffile_name,text\na.png,"a cat, asleep"\nb.png,dog\n', encoding="utf-8")
-    found = read_metadata(tmp_path / "metadata.csv")
-    assert (found.files, found.texts) == (["a.png", "b.png"], ["a cat, asleep", "dog"])
+    found = metadata(tmp_path / "metadata.csv")
+    assert (names(found), captions(found)) == (["a.png", "b.png"], [["a cat, asleep"], ["dog"]])
 
 
 @pytest.mark.parametrize(
@@ -106,23 +125,21 @@ def test_csv_with_quotes_and_a_byte_order_mark(tmp_path):
 )
 def test_a_line_that_cannot_be_used_is_named(tmp_path, line, said):
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "x"}\n' + line + "\n")
-    assert said in user_error(load_folder, str(tmp_path))
+    assert said in user_error(load, str(tmp_path))
 
 
 def test_csv_without_the_column_is_named(tmp_path):
     (tmp_path / "metadata.csv").write_text("file_name,txt\na.png,x\n")
-    assert "line 2 has no column 'text' (found: file_name, txt): did you mean 'txt'?" in user_error(
-        load_folder, str(tmp_path)
-    )
+    assert "line 2 has no column 'text' (found: file_name, txt): did you mean 'txt'?" in user_error(load, str(tmp_path))
 
 
 def test_folder_mistakes_are_one_line(tmp_path):
-    assert "which is no folder" in user_error(load_folder, str(tmp_path / "none"))
-    assert "no metadata.jsonl or metadata.csv" in user_error(load_folder, str(tmp_path))
+    assert "which is no folder" in user_error(load, str(tmp_path / "none"))
+    assert "no metadata.jsonl or metadata.csv" in user_error(load, str(tmp_path))
     (tmp_path / "metadata.jsonl").write_bytes(b'{"file_name": "\xff"}')
-    assert "save it as UTF-8" in user_error(load_folder, str(tmp_path))
+    assert "save it as UTF-8" in user_error(load, str(tmp_path))
     write(tmp_path, rows(1))
-    assert "names 1 images with a caption" in user_error(load_folder, str(tmp_path))
+    assert "names 1 images with a caption" in user_error(load, str(tmp_path))
 
 
 def test_too_many_empty_captions_stop_at_load_and_few_are_reported(tmp_path):
@@ -161,7 +178,7 @@ def make(folder, *names):
     ],
 )
 def test_a_folder_without_metadata_is_told_what_it_is_and_what_is_accepted(tmp_path, names, said):
-    line = user_error(load_folder, make(tmp_path / "data", *names))
+    line = user_error(load, make(tmp_path / "data", *names))
     assert f"no metadata.jsonl or metadata.csv in it or in its train/ ({said})" in line
     assert "accepted are 'demo' and a folder of images" in line
 
@@ -181,7 +198,7 @@ def test_a_folder_without_metadata_is_told_what_it_is_and_what_is_accepted(tmp_p
 def test_a_source_that_is_no_folder_is_told_what_it_is_and_what_is_accepted(tmp_path, name, said):
     if not name.endswith("/") and len(name) < 300:
         make(tmp_path, name)
-    line = user_error(load_folder, str(tmp_path / name))
+    line = user_error(load, str(tmp_path / name))
     assert f"({said})" in line and "accepted are 'demo' and a folder of images" in line
 
 
@@ -198,7 +215,7 @@ def test_a_source_that_is_no_folder_is_told_what_it_is_and_what_is_accepted(tmp_
     ],
 )
 def test_metadata_that_could_be_meant_twice_is_refused(tmp_path, names, said):
-    assert said in user_error(load_folder, make(tmp_path, *names))
+    assert said in user_error(load, make(tmp_path, *names))
 
 
 @pytest.mark.parametrize(
@@ -222,21 +239,22 @@ def test_folders_that_are_not_used_get_a_line(tmp_path, names, said):
 def test_a_folder_whose_images_the_metadata_names_is_used(tmp_path):
     write(tmp_path, [{"file_name": f"test/{k}.png", "text": "red"} for k in range(4)], images=False)
     make(tmp_path, "test/x.png")
-    assert load_folder(str(tmp_path))[0].notices == []
+    assert load_folder(str(tmp_path), [], DataConfig()).notices == []
 
 
 def test_metadata_that_a_symlink_brings_in_is_refused_unless_allowed(tmp_path):
     write(tmp_path / "outside", rows(4))
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "train").symlink_to(tmp_path / "outside")
-    said = user_error(load_folder, str(tmp_path / "data"))
+    said = user_error(load, str(tmp_path / "data"))
     assert said.endswith("is a symlink out of the data folder: data.follow_symlinks=true allows it")
     assert len(build(tmp_path / "data", follow_symlinks=True).train) == 3
 
 
 def test_file_names_are_told_apart_by_where_they_lead(tmp_path):
     write(tmp_path, [{"file_name": name, "text": "red"} for name in ("a.png", "./a.png", "b/../a.png", "b.png")], False)
-    assert read_metadata(tmp_path / "metadata.jsonl").files == ["a.png", "a.png", "a.png", "b.png"]
+    found = metadata(tmp_path / "metadata.jsonl")
+    assert (names(found), captions(found)) == (["a.png", "b.png"], [["red"] * 3, ["red"]])
 
 
 @pytest.mark.parametrize(
@@ -251,7 +269,7 @@ def test_file_names_are_told_apart_by_where_they_lead(tmp_path):
 )
 def test_odd_lines_are_named(tmp_path, name, content, said):
     (tmp_path / name).write_text(content)
-    assert said in user_error(load_folder, str(tmp_path))
+    assert said in user_error(load, str(tmp_path))
 
 
 def test_captions_of_unknown_tokens_are_counted(tmp_path):

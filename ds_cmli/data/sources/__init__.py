@@ -1,0 +1,112 @@
+"""What `--data` may be. A new kind of source is one file in this folder and one line in the table below.
+
+A source is recognised by what it is: the ends of its files' names, or what lies in its folder. The table is read before
+a source's libraries are needed, so an entry names the function that opens it and `load` imports it.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from ds_cmli.common.errors import UserError
+from ds_cmli.data.sources.names import expand
+
+
+@dataclass(frozen=True)
+class Entry:
+    implementation: str  # "file.function" of (name, files, `DataConfig`) -> `base.Parts`
+    what: str  # it is, for who gives something else
+    ends: tuple[str, ...] = ()  # of its files' names
+    holds: tuple[str, ...] = ()  # files of which its folder has at least one
+    in_folder: bool = False  # whether a folder of such files stands for them all
+    extra: str | None = None  # the extra of the package that it needs
+    settings: tuple[str, ...] = ()  # fields of `DataConfig` that it reads and that others do not have
+
+
+SOURCES = {
+    "folder": Entry(
+        "folder.load_folder",
+        "a folder of images with a metadata.jsonl, which has a line like "
+        '{"file_name": "1.jpg", "text": "a red bicycle"} for each caption, or a metadata.csv with these columns, or '
+        "with such folders train/ and validation/ in it",
+        holds=tuple(f"{part}{name}" for part in ("", "train/") for name in ("metadata.jsonl", "metadata.csv")),
+    ),
+    "tars": Entry(
+        "tars.load_tars",
+        "WebDataset tars such as 'shards/{00000..00019}.tar', or a folder of them",
+        ends=(".tar",), in_folder=True, settings=("caption_key",),
+    ),
+    "parquet": Entry(
+        "arrow.load_parquet",
+        "parquet files with image bytes, or a folder of them",
+        ends=(".parquet",), in_folder=True, extra="parquet", settings=("image_key", "caption_key"),
+    ),
+    "saved": Entry(
+        "arrow.load_saved",
+        "a folder that save_to_disk of Hugging Face datasets wrote",
+        holds=("dataset_dict.json", "state.json"), extra="parquet", settings=("image_key", "caption_key"),
+    ),
+    "csv": Entry(
+        "csv_list.load_csv",
+        "a CSV or TSV of paths and captions",
+        ends=(".csv", ".tsv"), settings=("image_root", "image_key", "caption_key", "separator"),
+    ),
+    "json": Entry(
+        "coco.load_json",
+        "the JSON of Karpathy's splits or of COCO's caption annotations",
+        ends=(".json",), settings=("image_root",),
+    ),
+}  # fmt: skip
+
+
+def accepted() -> str:
+    """What `--data` may be, as the end of a line for who gave something else."""
+    return f"accepted are 'demo' and {'; '.join(entry.what for entry in SOURCES.values())}"
+
+
+def recognise(name: str) -> tuple[str, list[Path]]:
+    """The kind of source that `name` is, and its files. What is nothing else is said to be a folder.
+
+    Raises:
+        UserError: files that do not exist, of two kinds, or a folder that could be meant in two ways.
+    """
+    files = expand(name)
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        kinds = [kind for kind, entry in SOURCES.items() if any((folder / file).exists() for file in entry.holds)]
+        found: dict[str, list[Path]] = {}
+        if not kinds:
+            inside = sorted(path for path in folder.iterdir() if path.is_file())
+            found = {
+                k: [p for p in inside if p.name.lower().endswith(e.ends)] for k, e in SOURCES.items() if e.in_folder
+            }
+            found = _without_companions({kind: paths for kind, paths in found.items() if paths})
+            kinds = list(found)
+        if len(kinds) > 1:
+            what = " and ".join(SOURCES[kind].what for kind in kinds)
+            raise UserError(
+                f"data.source is {name!r}, which could be meant as {what}: name the files, or keep one kind"
+            )
+        return (kinds[0], found.get(kinds[0], [])) if kinds else ("folder", [])
+    ends = {kind: [f for f in files if f.name.lower().endswith(e.ends)] for kind, e in SOURCES.items() if e.ends}
+    kinds = [kind for kind, some in ends.items() if some]
+    if len(kinds) == 1 and len(ends[kinds[0]]) == len(files):
+        return kinds[0], files
+    if len(files) > 1:
+        raise UserError(f"data.source is {name!r}, which names files of several kinds, or of none: {accepted()}")
+    return "folder", []  # which tells what it is instead
+
+
+def load(kind: str) -> Callable[..., Any]:
+    """The function that opens sources of this kind; imports its file."""
+    module, _, function = SOURCES[kind].implementation.partition(".")
+    return getattr(import_module(f"{__name__}.{module}"), function)
+
+
+def _without_companions(found: dict[str, list[Path]]) -> dict[str, list[Path]]:
+    """Without the parquet files that img2dataset writes beside each tar: they hold no images."""
+    if {"tars", "parquet"} <= set(found) and {p.stem for p in found["parquet"]} <= {p.stem for p in found["tars"]}:
+        del found["parquet"]
+    return found

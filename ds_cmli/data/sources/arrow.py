@@ -1,0 +1,140 @@
+"""Parquet files and folders of `save_to_disk`, by Hugging Face `datasets`: random reads from memory-mapped Arrow files.
+
+Parquet cannot be read at random: its row groups are of 100 MB. It is copied into Arrow files once.
+"""
+
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from ds_cmli.common.cli import say
+from ds_cmli.common.errors import UserError
+from ds_cmli.common.pretrained import reason
+from ds_cmli.config.schema import DataConfig
+from ds_cmli.data.bad import Refused
+from ds_cmli.data.files import check_bytes, most_bytes
+from ds_cmli.data.sources.base import Parts, Source, usable
+from ds_cmli.data.sources.columns import find_columns
+
+SPLITS = {"train": "train", "validation": "validation", "valid": "validation", "val": "validation", "test": "test"}
+
+
+def load_parquet(name: str, files: list[Path], config: DataConfig) -> Parts:
+    """Files named like `train-00000-of-00002.parquet` and `validation-...` are these parts; other names: one part.
+
+    Raises:
+        UserError: `datasets` is missing, a file cannot be read, or there is no room for the copy.
+    """
+    datasets = _library(name)
+    splits: dict[str, list[Path]] = {}
+    for file in files:
+        found = re.match(r"([a-z]+)[-_.]", file.name)
+        splits.setdefault(SPLITS.get(found[1], "train") if found else "train", []).append(file)
+    if "train" not in splits:
+        splits = {"train": files}
+    try:
+        builder = datasets.load_dataset_builder("parquet", data_files={k: list(map(str, v)) for k, v in splits.items()})
+        cache = Path(builder.cache_dir)
+        if not cache.exists():
+            size = sum(file.stat().st_size for file in files)
+            home = next(folder for folder in cache.parents if folder.exists())
+            if shutil.disk_usage(home).free < size:
+                raise UserError(
+                    f"data.source is {name!r}: {home} has no room for its copy of about {size / 1e9:.2f} GB: "
+                    "set HF_DATASETS_CACHE to another folder"
+                )
+            say(f"copying {name} into Arrow files, once: about {size / 1e9:.2f} GB in {cache}")
+        builder.download_and_prepare()  # under a lock: one process copies, the others wait
+        parts = {split: builder.as_dataset(split=split) for split in splits}
+    except (UserError, KeyboardInterrupt):
+        raise
+    except Exception as error:  # pyarrow and datasets raise nearly anything
+        cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
+        raise UserError(
+            f"data.source is {name!r}, which cannot be read ({reason(cause)}): give whole parquet files"
+        ) from None
+    return _parts(name, parts, {file.name: file.stat().st_size for file in files}, config)
+
+
+def load_saved(name: str, files: list[Path], config: DataConfig) -> Parts:
+    """What `save_to_disk` wrote: a data set, or several as splits."""
+    datasets = _library(name)
+    folder = Path(name).expanduser()
+    try:
+        found = datasets.load_from_disk(str(folder))
+    except Exception as error:
+        raise UserError(f"data.source is {name!r}, which cannot be read ({reason(error)}): save it again") from None
+    parts = {SPLITS[k]: v for k, v in found.items() if k in SPLITS} if isinstance(found, dict) else {"train": found}
+    if "train" not in parts:
+        raise UserError(f"data.source is {name!r}, which has the splits {', '.join(found)}: name one 'train'")
+    return _parts(name, parts, {str(f.relative_to(folder)): f.stat().st_size for f in folder.rglob("*.arrow")}, config)
+
+
+def _library(name: str) -> Any:
+    try:
+        import datasets
+    except ImportError:
+        raise UserError(
+            f"data.source is {name!r}, which is read by the package datasets: pip install 'ds-cmli[parquet]'"
+        ) from None
+    datasets.disable_progress_bars()
+    return datasets
+
+
+def _parts(name: str, parts: dict[str, Any], sizes: dict[str, int], config: DataConfig) -> Parts:
+    train = Arrow(name, parts["train"], sizes, config)
+    validation = Arrow(f"{name} (validation)", parts["validation"], {}, config) if "validation" in parts else None
+    return Parts(train, validation, [f"the test split of {name} is not used"] if "test" in parts else [])
+
+
+class Arrow(Source):
+    """Rows of a `datasets.Dataset`: an image column of undecoded bytes, and one of a caption or a list of captions."""
+
+    def __init__(self, where: str, dataset: Any, sizes: dict[str, int], config: DataConfig):
+        import datasets
+
+        self.where, self.sizes, self.bad = where, sizes, []
+        self.most_bytes = most_bytes(config.max_pixels)
+        features = dataset.features
+        images = [k for k, v in features.items() if _holds_image(v)]
+        captions = [k for k, v in features.items() if _holds_text(v)]
+        self.image_column, self.caption_column = find_columns(where, images, captions, config)
+        if isinstance(features[self.image_column], datasets.Image):
+            dataset = dataset.cast_column(self.image_column, datasets.Image(decode=False))
+        self.images, self.texts = (
+            dataset.select_columns([column]).with_format(None) for column in (self.image_column, self.caption_column)
+        )
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def image(self, index: int) -> bytes:
+        value = self.images[index][self.image_column]
+        content = value.get("bytes") if isinstance(value, dict) else value
+        if not content:
+            raise Refused("no image bytes in its row")
+        check_bytes(len(content), self.most_bytes)
+        return content
+
+    def captions(self, index: int) -> list[str]:
+        value = self.texts[index][self.caption_column]
+        return usable([text for text in (value if isinstance(value, list) else [value]) if text is not None])
+
+    def name(self, index: int) -> str:
+        return f"row {index} of {self.where}"
+
+    def fingerprint(self) -> dict[str, Any]:
+        return {"pictures": len(self), "files": self.sizes}
+
+
+def _holds_image(feature: Any) -> bool:
+    import datasets
+
+    struct = isinstance(feature, dict) and "bytes" in feature
+    return struct or isinstance(feature, datasets.Image) or getattr(feature, "dtype", "") in ("binary", "large_binary")
+
+
+def _holds_text(feature: Any) -> bool:
+    inner = getattr(feature, "feature", feature)  # of a list
+    return getattr(inner, "dtype", "") in ("string", "large_string")

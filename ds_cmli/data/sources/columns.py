@@ -1,0 +1,48 @@
+"""Which column holds the image and which the caption."""
+
+from ds_cmli.common.errors import UserError, nearest
+from ds_cmli.config.schema import DataConfig
+
+IMAGE_KEYS = (
+    "filepath",
+    "file_name",
+    "filename",
+    "image",
+    "image_path",
+    "img",
+    "path",
+    "jpg",
+    "png",
+    "image_bytes",
+    "bytes",
+)
+CAPTION_KEYS = ("title", "caption", "captions", "text", "sentences")
+
+
+def find_columns(where: str, images: list[str], captions: list[str], config: DataConfig) -> tuple[str, str]:
+    """The columns of the image and of the caption: those that are given, or the only ones with a usual name.
+
+    Args:
+        images, captions: the columns that can hold the one and the other.
+
+    Raises:
+        UserError: there is none, or more than one.
+    """
+    wanted = (
+        ("data.image_key (--csv-img-key)", config.image_key, IMAGE_KEYS, images),
+        ("data.caption_key (--csv-caption-key)", config.caption_key, CAPTION_KEYS, captions),
+    )
+    found = []
+    for setting, given, usual, columns in wanted:
+        if given:
+            if given not in columns:
+                raise UserError(f"{setting} is {given!r}, and {where} has no such column: {nearest(given, columns)}")
+            found.append(given)
+            continue
+        some = [column for column in columns if column.lower() in usual]
+        some = some or (columns if len(columns) == 1 else [])
+        if len(some) != 1:
+            what = f"has {' and '.join(some)}" if some else f"has the columns {', '.join(columns) or 'none'}"
+            raise UserError(f"{where} {what}: say which one is meant by {setting}")
+        found.append(some[0])
+    return found[0], found[1]

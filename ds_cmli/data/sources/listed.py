@@ -1,0 +1,84 @@
+"""Pictures in files of their own, listed with their captions."""
+
+import hashlib
+import os
+from array import array
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ds_cmli.config.schema import DataConfig
+from ds_cmli.data.bad import EMPTY
+from ds_cmli.data.files import most_bytes, read_file
+from ds_cmli.data.sources.base import Source
+from ds_cmli.data.strings import Strings
+
+
+class Listed(Source):
+    """Rows of a picture's file and a caption; rows of one file are captions of one picture.
+
+    Pictures count in the order of their first rows, their captions in that of the rows.
+    """
+
+    def __init__(self, where: str, folder: Path, root: Path, config: DataConfig):
+        """File names are relative to `folder`; no file outside of `root` is read unless the configuration allows it."""
+        self.where, self.folder, self.root = where, folder, os.path.realpath(root)
+        self.most_bytes, self.follow_symlinks = most_bytes(config.max_pixels), config.follow_symlinks
+        self.bad = []
+        self.files, self.texts, self.hashes = Strings(), Strings(), array("q")
+
+    def add(self, file: str, text: str | None) -> None:
+        """One row, before anything is read of the source."""
+        file = os.path.normpath(file)  # pictures are told apart by it
+        (file + (text or "")).encode()  # a `UnicodeEncodeError` where it cannot be written
+        if not text or not text.strip():
+            self.bad.append((file, EMPTY))
+            return
+        self.files.append(file)
+        self.texts.append(text)
+        self.hashes.append(hash(file))
+
+    @cached_property
+    def groups(self) -> tuple[np.ndarray, np.ndarray]:
+        """The rows in the order of their pictures, int64 [rows], and where each picture's start, int64 [n + 1]."""
+        _, first, number = np.unique(np.frombuffer(self.hashes, np.int64), return_index=True, return_inverse=True)
+        in_order = np.empty(len(first), dtype=np.int64)
+        in_order[np.argsort(first)] = np.arange(len(first))
+        number = in_order[number]
+        rows = np.argsort(number, kind="stable")
+        return rows, np.searchsorted(number[rows], np.arange(len(first) + 1))
+
+    def __len__(self) -> int:
+        return len(self.groups[1]) - 1
+
+    def image(self, index: int) -> bytes:
+        return read_file(self._path(index), self.root, self.most_bytes, self.follow_symlinks)
+
+    def captions(self, index: int) -> list[str]:
+        rows, starts = self.groups
+        return [self.texts[row] for row in rows[starts[index] : starts[index + 1]]]
+
+    def name(self, index: int) -> str:
+        rows, starts = self.groups
+        return self.files[rows[starts[index]]]
+
+    def key(self, index: int) -> bytes:
+        """The file with symlinks followed: two names of one file are one picture."""
+        return os.fsencode(os.path.realpath(self._path(index)).removeprefix(self.root))
+
+    def priorities(self) -> np.ndarray:
+        """By the names alone: the same files are held out whatever their order and their captions."""
+        digests = (hashlib.sha256(self.name(i).encode()).digest()[:8] for i in range(len(self)))
+        return np.frombuffer(b"".join(digests), dtype=">u8").astype(np.uint64)
+
+    def fingerprint(self) -> dict[str, Any]:
+        content = hashlib.blake2b(digest_size=16)
+        for strings in (self.files, self.texts):
+            content.update(strings.text)
+            content.update(strings.ends)
+        return {"pictures": len(self), "captions": len(self.texts), "content": content.hexdigest()}
+
+    def _path(self, index: int) -> Path:
+        return self.folder / self.name(index)

@@ -1,0 +1,120 @@
+"""The index of tar shards: made once, kept in the cache, and shared by all processes as a memory-mapped file.
+
+One index belongs to a folder. It holds the rows of all shards that were ever asked for there; those of a shard whose
+size or time has changed are made again.
+"""
+
+import hashlib
+import json
+import os
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from filelock import FileLock
+
+from ds_cmli.common.cli import say
+from ds_cmli.common.errors import UserError
+from ds_cmli.data.assets import cache_folder
+from ds_cmli.data.bad import Bad
+from ds_cmli.data.sources.tar_scan import ROW, scan
+
+VERSION = 1
+KEPT_SECONDS = 7 * 86400  # of an index that has been replaced
+BYTES_PER_SECOND = 500e6  # about, of a shard that is read for the first time
+
+
+def index(shards: list[Path]) -> tuple[Path, list[tuple[int, int]], list[Bad]]:
+    """The index of shards in one folder.
+
+    Returns:
+        The file of the rows (`ROW`, .npy), each shard's first row and number of rows in it, and what is broken.
+
+    Raises:
+        UserError: a shard cannot be read, or the cache not written.
+    """
+    folder = os.path.realpath(shards[0].parent)
+    home = cache_folder() / "tar-index"
+    name = hashlib.sha256(folder.encode()).hexdigest()[:24]
+    table = _fresh(home / f"{name}.json", shards)
+    if table is None:
+        try:
+            home.mkdir(parents=True, exist_ok=True)
+            with FileLock(home / f"{name}.lock"):  # one process makes it, the others wait
+                table = _fresh(home / f"{name}.json", shards) or _make(home, name, shards)
+        except (OSError, NotImplementedError) as error:  # the latter: a file system without locks
+            raise UserError(
+                f"the index of {folder} cannot be written to {home} ({getattr(error, 'strerror', None) or error}): "
+                "free some space there, or set DS_CMLI_CACHE to another folder"
+            ) from None
+    own = [table["shards"][shard.name] for shard in shards]
+    bad = [(file, reason) for shard in own for file, reason in shard["bad"]]
+    return home / table["rows"], [(shard["first"], shard["count"]) for shard in own], bad
+
+
+def _state(shard: Path) -> list[int]:
+    try:
+        status = shard.stat()
+    except OSError as error:
+        raise UserError(f"{shard} cannot be read ({error.strerror})") from None
+    return [status.st_size, status.st_mtime_ns]
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The table of an index; an empty one where there is none that can be used."""
+    try:
+        table = json.loads(path.read_text())
+        rows = np.load(path.parent / table["rows"], mmap_mode="r")
+        if table["version"] == VERSION and rows.dtype == ROW and len(rows) == table["count"]:
+            return table
+    except (OSError, EOFError, ValueError, KeyError, TypeError):  # none, or one that is damaged
+        pass
+    return {"shards": {}}
+
+
+def _fresh(path: Path, shards: list[Path]) -> dict[str, Any] | None:
+    """The table, where it knows all shards as they are now."""
+    table = _read(path)
+    known = table["shards"]
+    return table if all(s.name in known and known[s.name]["state"] == _state(s) for s in shards) else None
+
+
+def _make(home: Path, name: str, shards: list[Path]) -> dict[str, Any]:
+    """Scan what is new and write the index; the old one is replaced at once, or not at all."""
+    old = _read(home / f"{name}.json")
+    kept = {n: entry for n, entry in old["shards"].items() if _unchanged(shards[0].parent / n, entry)}
+    new = [shard for shard in shards if shard.name not in kept]
+    size = sum(_state(shard)[0] for shard in new)
+    seconds = size / BYTES_PER_SECOND
+    say(f"indexing {len(new)} tar shards of {shards[0].parent} ({size / 1e9:.2f} GB, at least {seconds:.0f} s)")
+    before = np.load(home / old["rows"], mmap_mode="r") if kept else None
+    entries, parts, count = {}, [], 0
+    for shard in [*kept, *(shard.name for shard in new)]:
+        if shard in kept:
+            entry = kept[shard]
+            rows = before[entry["first"] : entry["first"] + entry["count"]]  # type: ignore[index]
+        else:
+            path = shards[0].parent / shard
+            state = _state(path)  # before the scan: a shard that changes meanwhile is scanned again
+            rows, bad = scan(path)
+            entry = {"state": state, "bad": bad}
+        entries[shard] = {**entry, "first": count, "count": len(rows)}
+        parts.append(rows)
+        count += len(rows)
+    handle, file = tempfile.mkstemp(prefix=f"{name}-", suffix=".npy", dir=home)
+    with open(handle, "wb") as out:
+        np.save(out, np.concatenate(parts))
+    table = {"version": VERSION, "rows": Path(file).name, "count": count, "shards": entries}
+    temporary = home / f"{name}.tmp"
+    temporary.write_text(json.dumps(table))
+    os.replace(temporary, home / f"{name}.json")
+    for former in home.glob(f"{name}-*.npy"):  # whoever starts just now may still open one
+        if former.name != table["rows"] and time.time() - former.stat().st_mtime > KEPT_SECONDS:
+            former.unlink()
+    return table
+
+
+def _unchanged(shard: Path, entry: dict[str, Any]) -> bool:
+    return shard.is_file() and entry["state"] == _state(shard)

@@ -1,0 +1,135 @@
+"""WebDataset tars, as img2dataset writes them, read in place: nothing is unpacked or copied."""
+
+import json
+import os
+import tarfile
+from bisect import bisect_right
+from collections import OrderedDict
+from itertools import accumulate, groupby
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ds_cmli.common.errors import UserError
+from ds_cmli.config.schema import DataConfig
+from ds_cmli.data.bad import Refused
+from ds_cmli.data.files import check_bytes, most_bytes
+from ds_cmli.data.sources.base import Parts, Source, usable
+from ds_cmli.data.sources.tar_index import index
+from ds_cmli.data.sources.tar_scan import BLOCK
+
+CAPTION_KEYS = ("caption", "captions", "text")  # of a sample's JSON, where it has no .txt
+MOST_OPEN = 64  # shards: there may be thousands, and a process may open 1,024 files
+
+
+def load_tars(name: str, files: list[Path], config: DataConfig) -> Parts:
+    """Raises `UserError` where a shard cannot be read or holds nothing usable at all."""
+    tars = Tars(name, files, config)
+    if not len(tars):
+        what = f"the first: {tars.bad[0][0]} ({tars.bad[0][1]})" if tars.bad else "no image among their members"
+        raise UserError(f"data.source is {name!r}: its {len(files)} tars hold no pair ({what}): {WANTED}")
+    return Parts(tars)
+
+
+WANTED = "a sample is NAME.jpg (.jpeg, .png, .webp) and NAME.txt or NAME.json"
+
+
+class Tars(Source):
+    """Samples of an image and its captions: the .txt, or the key "caption" of the .json, a text or a list of texts.
+
+    Where `data.caption_key` is given, that key of the .json counts.
+    """
+
+    def __init__(self, where: str, shards: list[Path], config: DataConfig):
+        self.where, self.shards, self.caption_key = where, shards, config.caption_key
+        self.most_bytes = most_bytes(config.max_pixels)
+        # Each shard's file of rows, its first row there, and where its samples begin in this source.
+        self.rows: list[tuple[Path, int]] = []
+        counts, self.bad = [], []
+        for _, group in groupby(shards, key=lambda shard: shard.parent):
+            file, spans, bad = index(list(group))
+            self.rows += [(file, first) for first, _ in spans]
+            counts += [count for _, count in spans]
+            self.bad += bad
+        self.starts = [0, *accumulate(counts)]
+        self._reset()
+
+    def _reset(self) -> None:
+        self._maps: dict[Path, np.ndarray] = {}
+        self._open: OrderedDict[int, int] = OrderedDict()  # shard -> descriptor, the last used ones
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What another process needs: it opens the files itself."""
+        return {name: value for name, value in vars(self).items() if name not in ("_maps", "_open")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._reset()
+
+    def __len__(self) -> int:
+        return self.starts[-1]
+
+    def image(self, index: int) -> bytes:
+        shard, row = self._row(index)
+        check_bytes(int(row["image_size"]), self.most_bytes)
+        return self._bytes(shard, row, "image")
+
+    def captions(self, index: int) -> list[str]:
+        shard, row = self._row(index)
+        if row["text"] and not self.caption_key:
+            try:
+                return usable([self._bytes(shard, row, "text").decode().strip()])
+            except UnicodeDecodeError:
+                raise Refused("its .txt is no UTF-8") from None
+        if not row["json"]:
+            raise Refused(f"no .json, and data.caption_key is {self.caption_key!r}")
+        try:
+            values = json.loads(self._bytes(shard, row, "json"))
+        except (ValueError, RecursionError):
+            raise Refused("its .json is no JSON") from None
+        keys = (self.caption_key,) if self.caption_key else CAPTION_KEYS
+        found = next((values[key] for key in keys if values.get(key)), None) if isinstance(values, dict) else None
+        texts = [found] if isinstance(found, str) else found
+        if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+            raise Refused(f"its .json has no text under {' or '.join(keys)}")
+        return usable(texts)
+
+    def name(self, index: int) -> str:
+        """The shard and the image's name in it."""
+        shard, row = self._row(index)
+        header = os.pread(self._descriptor(shard), BLOCK, int(row["image"]) - BLOCK)
+        member = tarfile.TarInfo.frombuf(header, "utf-8", "replace").name
+        return f"{self.shards[shard].name}/{member}"
+
+    def key(self, index: int) -> bytes:
+        shard = bisect_right(self.starts, index) - 1
+        return f"{shard} {index - self.starts[shard]}".encode()
+
+    def fingerprint(self) -> dict[str, Any]:
+        base = os.path.commonpath([shard.parent for shard in self.shards])
+        sizes = {os.path.relpath(shard, base): shard.stat().st_size for shard in self.shards}
+        return {"pictures": len(self), "files": sizes}
+
+    def _row(self, index: int) -> tuple[int, np.void]:
+        shard = bisect_right(self.starts, index) - 1
+        file, first = self.rows[shard]
+        if file not in self._maps:
+            self._maps[file] = np.load(file, mmap_mode="r")
+        return shard, self._maps[file][first + index - self.starts[shard]]
+
+    def _bytes(self, shard: int, row: np.void, field: str) -> bytes:
+        size = int(row[f"{field}_size"])
+        content = os.pread(self._descriptor(shard), size, int(row[field]))
+        if len(content) < size:
+            raise Refused("truncated since the run began")
+        return content
+
+    def _descriptor(self, shard: int) -> int:
+        if shard in self._open:
+            self._open.move_to_end(shard)
+            return self._open[shard]
+        if len(self._open) >= MOST_OPEN:
+            os.close(self._open.popitem(last=False)[1])
+        self._open[shard] = os.open(self.shards[shard], os.O_RDONLY | os.O_CLOEXEC)
+        return self._open[shard]

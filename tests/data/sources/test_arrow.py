@@ -1,0 +1,103 @@
+import sys
+
+import pytest
+
+from ds_cmli.data.sampler import Draw
+from tests.data.sources.samples import build, picture, shown
+from tests.data.sources.test_folder import user_error
+
+datasets = pytest.importorskip("datasets")
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+
+
+def table(ks, image="image", caption="caption", as_image=False, **more):
+    """A `Dataset` of pictures and captions, one text or two."""
+    pictures = [{"bytes": picture(k), "path": None} if as_image else picture(k) for k in ks]
+    columns = {image: pictures, caption: [f"red apple {k}" for k in ks], **more}
+    found = datasets.Dataset.from_dict(columns)
+    return found.cast_column(image, datasets.Image()) if as_image else found
+
+
+def parquet(path, *arguments, **settings):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    table(*arguments, **settings).to_parquet(str(path))
+    return path
+
+
+@pytest.mark.parametrize("as_image", [False, True])
+def test_parquet_files_are_read_undecoded_and_the_size_of_the_copy_is_told_once(tmp_path, as_image, capsys):
+    for k in range(2):
+        parquet(tmp_path / "data" / f"{k:05}.parquet", range(20 * k, 20 * k + 20), as_image=as_image)
+    for _ in range(2):
+        data = build(tmp_path / "data")
+        assert (len(data.train), len(data.evals["val"])) == (38, 2)
+        both = [shown(dataset[k]) for dataset in (data.train, data.evals["val"]) for k in range(len(dataset))]
+        assert sorted(both) == list(range(40))
+    assert capsys.readouterr().out.count("into Arrow files, once: about 0.00 GB in") == 1
+
+
+def test_splits_are_known_by_the_files_names(tmp_path):
+    for split, count in (("train", 5), ("validation", 3), ("test", 2)):
+        parquet(tmp_path / f"{split}-00000-of-00001.parquet", range(count))
+    data = build(tmp_path)
+    assert (len(data.train), len(data.evals["val"])) == (5, 3)
+    assert "the test split of" in data.notices[0]
+
+
+def test_what_save_to_disk_wrote_is_read_with_lists_of_captions(tmp_path):
+    texts = [["red apple", "", f"green pear {k}"] for k in range(8)]
+    table(range(8), caption="other").add_column("captions", texts).save_to_disk(str(tmp_path / "one"))
+    data = build(tmp_path / "one", caption_key="captions")
+    source = data.train.pictures.sources[0]
+    assert source.captions(0)[0] == "red apple" and len(source.captions(0)) == 2
+    assert len(data.evals["val"]) == 2 * 1
+    parts = datasets.DatasetDict(train=table(range(5)), validation=table(range(5, 8)))
+    parts.save_to_disk(str(tmp_path / "parts"))
+    data = build(tmp_path / "parts")
+    assert (len(data.train), len(data.evals["val"])) == (5, 3)
+    assert [shown(data.train[Draw(k, 1)]) for k in range(5)] == list(range(5))
+
+
+def test_rows_without_an_image_or_a_caption_are_bad_samples(tmp_path):
+    some = table(range(50))
+    rows = [dict(row) for row in some]
+    rows[3]["image"], rows[4]["caption"], rows[5]["caption"] = None, None, "  "
+    datasets.Dataset.from_list(rows).save_to_disk(str(tmp_path / "x"))
+    data = build(tmp_path / "x", val_source=str(tmp_path / "x"))
+    bad = [data.train[k].bad[1] for k in (3, 4, 5)]
+    assert bad == ["no image bytes in its row", "empty caption", "empty caption"]
+    assert len(data.evals["val"]) == 48 and len(data.evals["val"].bad) == 2
+
+
+@pytest.mark.parametrize(
+    ("columns", "settings", "said"),
+    [
+        ({"image": "jpg", "caption": "a", "b": ["x"] * 4}, {}, "has the columns a, b: say which one is meant by"),
+        (
+            {"text": ["x"] * 4},
+            {},
+            "has caption and text: say which one is meant by data.caption_key (--csv-caption-key)",
+        ),
+        ({}, {"image_key": "caption"}, "is 'caption', and"),
+        ({"image": "pic", "caption": "words"}, {}, None),
+    ],
+)
+def test_columns_are_found_or_given(tmp_path, columns, settings, said):
+    path = parquet(tmp_path / "x.parquet", range(4), **columns)
+    if said is None:
+        assert len(build(path, **settings).train) == 3
+    else:
+        assert said in user_error(lambda: build(path, **settings))
+
+
+def test_mistakes_are_one_line(tmp_path, monkeypatch):
+    (tmp_path / "x.parquet").write_bytes(b"no parquet")
+    assert "x.parquet', which cannot be read (" in user_error(build, tmp_path / "x.parquet")
+    datasets.DatasetDict(a=table(range(3))).save_to_disk(str(tmp_path / "d"))
+    assert "has the splits a: name one 'train'" in user_error(build, tmp_path / "d")
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    assert "pip install 'ds-cmli[parquet]'" in user_error(build, tmp_path / "x.parquet")
