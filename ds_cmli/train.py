@@ -103,8 +103,7 @@ class Run:
     engine: Any  # engine.TrainEngine
     total_steps: int  # optimizer steps
     accumulation: int  # micro-batches of an optimizer step
-    state: Any  # TrainState: what the next step depends on, the same on every rank
-    own: Any  # RankState: the rest of it, this rank's
+    state: Any  # checkpoint.train_state.TrainState: what the next step depends on beside the engine
     bad: Any  # data.BadSamples
     checkpoints: Any  # checkpoint.save.Checkpoints
     writer: Any  # metrics.Writer on rank 0, else metrics.NullWriter
@@ -136,18 +135,20 @@ def run(
     if state.step >= total_steps and state.evaluated:
         say(f"the run in {folder} is finished, {state.step} steps: give another --output-dir to start a new one")
         return 0
+    if point is not None:
+        sampler.load_state_dict(state.sampler)
     profiles = profiles.left(total_steps, state.step, say)
     bad = BadSamples(config.data.max_bad_share, len(data.train), data.bad)
 
-    def parts(engine: Any, own: Any, writer: Any) -> Run:
+    def parts(engine: Any, writer: Any) -> Run:
         return Run(
-            config, data, sampler, engine, total_steps, ds_config.accumulation, state, own, bad,
+            config, data, sampler, engine, total_steps, ds_config.accumulation, state, bad,
             Checkpoints(folder, engine, config.run, state), writer, CollectiveFlags(), watchdog, Meter(),
         )  # fmt: skip
 
     if dry_run:
         start = {"resume": resume, "profile": profiles.trace, "profile_memory": profiles.memory}
-        tried = parts(None, restore.fresh(point, config, sampler), NullWriter())
+        tried = parts(None, NullWriter())
         return dry.rehearse(tried, ds_config, device, start, partial(next_batch, tried))  # collectives
 
     # --- engine
@@ -155,11 +156,11 @@ def run(
     say(notice)
     with out_of_memory.ending(here, ds_config, folder, device, watchdog):  # collective
         engine = build(here, ds_config, data.vocab_size, total_steps, device)
-        own = restore.load(point, engine, sampler, bad, with_changes)  # collective
+        restore.load(point, state, engine, bad, with_changes)  # collective
         run_folder.settle(resume, point, folder, config, ds_config)  # collective
         writer = Writer(folder, total_steps, state.step) if distributed.is_main() else NullWriter()
         with profiles.around(engine, here, ds_config, folder, state.step) as after_step:
-            return loop(parts(engine, own, writer), after_step)  # collective
+            return loop(parts(engine, writer), after_step)  # collective
 
 
 def loop(run: Run, after_step: Callable[[], None]) -> int:
@@ -184,7 +185,7 @@ def loop(run: Run, after_step: Callable[[], None]) -> int:
             # One optimizer step: forward and backward of each micro-batch; the engine updates after the last one.
             run.watchdog.heartbeat(state.step)
             window = []  # (sample indices, loss) of each micro-batch, to name the samples of a step that fails
-            sums = torch.zeros_like(run.own.sums)
+            sums = torch.zeros_like(state.sums)
             for micro_batch in range(run.accumulation):
                 batch, stop, save_due = next_batch(run, batches)  # collective
                 if stop and micro_batch == 0:
@@ -241,7 +242,7 @@ def end_step(run: Run, window: list[tuple[Any, Any]], sums: Any) -> None:
     """Count the step's losses or, where loss or gradients were not finite on some rank, the step as skipped on all."""
     from ds_cmli.faults import nonfinite
 
-    state, own = run.state, run.own
+    state = run.state
     run.writer.advance()
     samples: list[int] = []
     if run.engine.skipped:
@@ -250,8 +251,8 @@ def end_step(run: Run, window: list[tuple[Any, Any]], sums: Any) -> None:
     else:
         state.skipped_in_row = 0
     if not samples:  # an overflow that only asked for a lower loss scale has finite losses
-        own.sums += sums
-        own.micro_batches += run.accumulation
+        state.sums += sums
+        state.micro_batches += run.accumulation
         return
     state.skipped_in_row += 1
     run.writer.say(nonfinite.line(state.step, samples))
@@ -268,19 +269,19 @@ def log(run: Run) -> None:
     from ds_cmli.distributed.process_group import mean_over_ranks
     from ds_cmli.metrics import peak_memory_bytes
 
-    state, own = run.state, run.own
+    state = run.state
     values: dict[str, float] = {}
-    means = mean_over_ranks(own.sums / max(1, own.micro_batches)).tolist()  # collective, CPU-GPU sync
+    means = mean_over_ranks(state.sums / max(1, state.micro_batches)).tolist()  # collective, CPU-GPU sync
     run.bad.check(run.flags, state.step * run.accumulation * run.sampler.global_batch)  # collective
-    if own.micro_batches:  # else every step was skipped
+    if state.micro_batches:  # else every step was skipped
         names = ["loss", *(f"loss/{name}" for name in run.config.loss.weights)]
         values = dict(zip(names, means[:-1], strict=True))
-        values["ignored_negatives"] = round(means[-1] * own.micro_batches * run.sampler.global_batch)
+        values["ignored_negatives"] = round(means[-1] * state.micro_batches * run.sampler.global_batch)
     values |= run.engine.state()  # CPU-GPU sync; collective under ZeRO-3
     finite = {name: value for name, value in values.items() if math.isfinite(value)}
     run.writer.log(state.step, {**finite, **run.meter.lap()}, peak_memory_bytes=peak_memory_bytes())
-    own.sums.zero_()
-    own.micro_batches = 0
+    state.sums.zero_()
+    state.micro_batches = 0
 
 
 def evaluate(run: Run) -> None:
@@ -310,12 +311,10 @@ def poll(run: Run) -> None:
 
 def save(run: Run) -> None:
     """A checkpoint, or a line that says why there is none. Collectives."""
-    from ds_cmli.checkpoint.restore import collect
-
     run.writer.flush(to_disk=True)
-    own = collect(run.state, run.own, run.sampler, run.bad)  # CPU-GPU sync
+    run.state.capture(run.sampler, run.bad)  # CPU-GPU sync
     with run.watchdog.slow():
-        saved = run.checkpoints.save(run.state, own)  # collectives
+        saved = run.checkpoints.save(run.state)  # collectives
     if saved.not_finite:
         run.writer.close()
         raise UserError(run.checkpoints.diverged(f"{saved.error} is not finite, nothing was saved", run.state))

@@ -13,13 +13,14 @@ import torch
 
 from ds_cmli.checkpoint import checksums, universal
 from ds_cmli.checkpoint import save as checkpoint
-from ds_cmli.checkpoint.train_state import RankState, TrainState, generators, redistribute, restore_generators
+from ds_cmli.checkpoint.train_state import TrainState, read_of_rank, read_shared, redistribute
+from ds_cmli.checkpoint.weights import parts
 from ds_cmli.common.errors import UserError
 from ds_cmli.common.pretrained import refused_code
 from ds_cmli.config import settings
 from ds_cmli.config.deepspeed_config import BATCH_KEYS, DeepSpeedConfig
 from ds_cmli.config.schema import Config
-from ds_cmli.data import BadSamples, GlobalBatchSampler
+from ds_cmli.data import BadSamples
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.engine import TrainEngine
 
@@ -61,7 +62,7 @@ def find(resume: str, folder: Path) -> ResumePoint | None:
         mine = checksums.problem(path, distributed.rank(), distributed.world_size())
         problem = next((p for p in distributed.gather_objects(mine) if p), None)  # collective
         if problem is None:
-            state = checkpoint.read_state(path)
+            state = read_shared(path)
             return ResumePoint(path, state, state.world_size, lines)
         lines.append(f"checkpoint {path} is damaged: {problem}; trying the one before")
     if lines:
@@ -146,18 +147,11 @@ def state_of(
             how = "through a universal checkpoint" if point.resharded else "as it is"
             say(f"written by {point.ranks} ranks, read by {distributed.world_size()}: {how}")
         state.rebatched = not point.batch_as_asked
+    state.sums = torch.zeros(2 + len(config.loss.weights))  # the weighted sum, each loss, and ignored negatives
     state.config, state.digest = now, settings.digest(now)
     state.world_size = distributed.world_size()
     state.train_batch_size, state.accumulation = ds_config.train_batch, ds_config.accumulation
     return state
-
-
-def fresh(point: ResumePoint | None, config: Config, sampler: GlobalBatchSampler) -> RankState:
-    """A rank's own state where only the position in the data is put back."""
-    if point is not None:
-        sampler.load_state_dict(point.state.sampler)
-    sums = 2 + len(config.loss.weights)  # the weighted sum, each loss, and ignored negatives
-    return RankState(torch.zeros(sums))
 
 
 def _is_resharded(point: ResumePoint, now: dict[str, Any]) -> bool:
@@ -168,40 +162,34 @@ def _is_resharded(point: ResumePoint, now: dict[str, Any]) -> bool:
 
 
 def load(
-    point: ResumePoint | None, step: TrainEngine, sampler: GlobalBatchSampler, bad: BadSamples, with_changes: bool
-) -> RankState:
-    """Put engine, sampler, broken-sample counts and random generators back, where there is what to go on from.
+    point: ResumePoint | None, state: TrainState, engine: TrainEngine, bad: BadSamples, with_changes: bool
+) -> None:
+    """Fill the engine, this rank's part of `state`, broken-sample counts and random generators. Collective.
 
-    Collective.
+    Without a checkpoint there is nothing to restore.
     """
-    names = 2 + len(step.objective.config.weights)  # as `fresh`
+    state.sums = state.sums.to(engine.device)
     if point is None:
-        return RankState(torch.zeros(names, device=step.device))
-    _load_engine(point, step, with_changes)  # collectives
-    sampler.load_state_dict(point.state.sampler)
+        return
+    _load_engine(point, engine, with_changes)  # collectives
     rank = distributed.rank()
     if point.same_ranks:
-        own = RankState(**checkpoint.read_rank(point.path, rank))
+        of_rank = read_of_rank(point.path, rank)
     else:
-        every = [checkpoint.read_rank(point.path, r) for r in range(point.ranks)]
-        own = redistribute(every, rank, distributed.world_size(), sampler.seed)
-    own.sums = own.sums.to(step.device)
-    if len(own.sums) != names:  # resumed with other losses
-        own.sums, own.micro_batches = torch.zeros(names, device=step.device), 0
-    bad.count, bad.first = own.bad_count, own.bad_first
-    restore_generators(own.generators)  # last: nothing above may draw from them
-    return own
+        every = [read_of_rank(point.path, r) for r in range(point.ranks)]
+        of_rank = redistribute(every, rank, distributed.world_size(), state.sampler["seed"])
+    state.put_back(of_rank, bad)
 
 
-def _load_engine(point: ResumePoint, step: TrainEngine, with_changes: bool) -> None:
+def _load_engine(point: ResumePoint, train_engine: TrainEngine, with_changes: bool) -> None:
     from ds_cmli.checkpoint.io import CheckpointWriter, no_code, not_finite
 
-    engine, path = step.engine, point.path
+    engine, path = train_engine.engine, point.path
     fresh = [{k: v for k, v in group.items() if k != "params"} for group in engine.optimizer.param_groups]
     try:
         if point.resharded:
-            converted = universal.convert(path, step.names)  # collective
-            universal.load(step, converted)  # collectives
+            converted = universal.convert(path, train_engine.names)  # collective
+            universal.load(train_engine, converted)  # collectives
             distributed.gather_objects(None)  # collective: all have read it
             if distributed.is_main():
                 universal.remove(converted)
@@ -211,7 +199,7 @@ def _load_engine(point: ResumePoint, step: TrainEngine, with_changes: bool) -> N
                 engine.load_checkpoint(str(path.parent), tag=path.name)  # collectives
         if with_changes:
             _apply_rates(engine, fresh)
-        mine = not_finite({"weights": checkpoint.parts(engine), "optimizer": list(engine.optimizer.state.values())})
+        mine = not_finite({"weights": parts(engine), "optimizer": list(engine.optimizer.state.values())})
         bad = next((name for name in distributed.gather_objects(mine) if name), None)  # collective
         if bad is not None:
             raise UserError(f"{path}: its {bad} is not finite: give an earlier checkpoint by --resume PATH")
@@ -235,9 +223,3 @@ def _apply_rates(engine: Any, fresh: list[dict[str, Any]]) -> None:
         rates = [base * f(schedule.last_epoch) for base, f in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
         for group, rate in zip(engine.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
-
-
-def collect(state: TrainState, own: RankState, sampler: GlobalBatchSampler, bad: BadSamples) -> RankState:
-    """Everything to be saved now: completes `state`, and returns this rank's own. CPU-GPU sync."""
-    state.sampler = sampler.state_dict()
-    return RankState(own.sums, own.micro_batches, bad.count, list(bad.first), generators())

@@ -1,6 +1,6 @@
-"""Checkpoints: written beside, published by a rename, verified before use; and the student's weights alone.
+"""Checkpoints: when one is due, written beside the last, published by a rename; and which there are.
 
-`checkpoint/stepN/` holds DeepSpeed's files, `state.json` (`TrainState`), `rank-R.pt` (`RankState`) and
+`checkpoint/stepN/` holds DeepSpeed's files, `state.json` and `rank-R.pt` (`TrainState`), and
 `checksums.json`. `checkpoint/latest` names the newest checkpoint that is complete; until that file is replaced the one
 before counts. What is not complete ends in `.writing`. A folder `stepN.K` is a later checkpoint of the same step.
 """
@@ -10,27 +10,22 @@ import os
 import re
 import shutil
 import time
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import load_file
 from safetensors.torch import save as to_safetensors
-from torch import nn
 
 from ds_cmli.checkpoint import checksums
-from ds_cmli.checkpoint.train_state import RankState, TrainState
+from ds_cmli.checkpoint.train_state import STATE, TrainState
+from ds_cmli.checkpoint.weights import WEIGHTS, full_shape, full_weights, parts
 from ds_cmli.common.errors import UserError
 from ds_cmli.config.schema import RunConfig
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.engine import TrainEngine
-from ds_cmli.models.weights import not_finite
 
 FOLDER = "checkpoint"
 LATEST = "latest"  # DeepSpeed's name, so that its tools find the newest checkpoint too
-STATE = "state.json"
-WEIGHTS = "student.safetensors"
 WRITING = ".writing"
 REPLACED = "replaced"  # holds the run before, where one starts over in its folder, until it has a checkpoint itself
 BYTES_PER_PARAMETER = 24  # at most: weights, fp32 copy and two moments, and the student once more
@@ -68,9 +63,9 @@ class Checkpoints:
         """Whether `state` is that of the last checkpoint, or that of the start."""
         return self.saved == self._mark(state)
 
-    def save(self, state: TrainState, own: RankState) -> Saved:
+    def save(self, state: TrainState) -> Saved:
         """Collective."""
-        saved = save(self.folder, self.engine, state, own, self.settings.keep)  # collectives
+        saved = save(self.folder, self.engine, state, self.settings.keep)  # collectives
         if saved.error is None:
             self.saved = self._mark(state)
         self.saved_at = time.monotonic()
@@ -128,7 +123,7 @@ def candidates(root: Path) -> list[str]:
     return (known if newest is None else known[: known.index(newest) + 1])[::-1]
 
 
-def save(folder: Path, step: TrainEngine, state: TrainState, own: RankState, keep: int) -> Saved:
+def save(folder: Path, engine: TrainEngine, state: TrainState, keep: int) -> Saved:
     """Write and publish a checkpoint of the run in `folder`, and its `student.safetensors`. Collective.
 
     A full disk or any other failure to write, on any rank, leaves what was published before as it was.
@@ -136,12 +131,12 @@ def save(folder: Path, step: TrainEngine, state: TrainState, own: RankState, kee
     started = time.monotonic()
     root = folder / FOLDER
     name, refusal = distributed.broadcast_object(
-        _prepare(root, step, state.step) if distributed.is_main() else None
+        _prepare(root, engine, state.step) if distributed.is_main() else None
     )  # collective
     writing = root / (name + WRITING)
     not_finite = False
     if refusal is None:
-        files, refusal, not_finite = _write(folder, writing, step, state, own)  # collectives
+        files, refusal, not_finite = _write(folder, writing, engine, state)  # collectives
     if distributed.is_main():
         try:
             if refusal is None:
@@ -157,7 +152,7 @@ def save(folder: Path, step: TrainEngine, state: TrainState, own: RankState, kee
     return Saved(name, time.monotonic() - started, size, refusal, not_finite)
 
 
-def _prepare(root: Path, step: TrainEngine, number: int) -> tuple[str, str | None]:
+def _prepare(root: Path, engine: TrainEngine, number: int) -> tuple[str, str | None]:
     """A name that is free, and why nothing can be written, if so. What was left half written goes."""
     known = names(root)
     name = first = f"step{number}"
@@ -169,7 +164,7 @@ def _prepare(root: Path, step: TrainEngine, number: int) -> tuple[str, str | Non
         root.mkdir(parents=True, exist_ok=True)
         for path in root.glob("*" + WRITING):
             remove(path)
-        need = MARGIN * _expected_bytes(root, step)
+        need = MARGIN * _expected_bytes(root, engine)
         free = shutil.disk_usage(root).free
         if free < need:
             return name, f"it needs about {need / 1e6:,.1f} MB, and {free / 1e6:,.1f} MB are free"
@@ -179,7 +174,7 @@ def _prepare(root: Path, step: TrainEngine, number: int) -> tuple[str, str | Non
     return name, None
 
 
-def _expected_bytes(root: Path, step: TrainEngine) -> int:
+def _expected_bytes(root: Path, engine: TrainEngine) -> int:
     """Of the next checkpoint: as many as the last one, or an estimate from the number of parameters."""
     newest = latest(root)
     if newest is not None:
@@ -187,11 +182,11 @@ def _expected_bytes(root: Path, step: TrainEngine) -> int:
             return sum(file["bytes"] for file in checksums.read(root / newest).values())
         except ValueError:
             pass
-    return BYTES_PER_PARAMETER * sum(_shape(p).numel() for p in step.objective.parameters())
+    return BYTES_PER_PARAMETER * sum(full_shape(p).numel() for p in engine.objective.parameters())
 
 
 def _write(
-    folder: Path, writing: Path, step: TrainEngine, state: TrainState, own: RankState
+    folder: Path, writing: Path, train_engine: TrainEngine, state: TrainState
 ) -> tuple[dict[str, dict[str, Any]], str | None, bool]:
     """Every file of a checkpoint, and `student.safetensors` beside the old one. Collective; raises on no rank alone.
 
@@ -200,17 +195,17 @@ def _write(
     from ds_cmli.checkpoint.io import CheckpointWriter, NotFinite, not_finite, write_tensors
 
     writer = CheckpointWriter()
-    engine = step.engine
+    engine = train_engine.engine
     engine.checkpoint_engine = writer
     bad = not_finite(parts(engine))  # of ZeRO-3's 16-bit weights no file holds a copy
     if bad is not None:
         writer.error = NotFinite(f"the weight {bad}")
     engine._copy_recovery_script = lambda path: None  # `student.safetensors` is in fp32 already
     engine.save_checkpoint(str(writing.parent), tag=writing.name, save_latest=False)  # collectives
-    write_tensors(writer, own.to_dict(), writing / f"rank-{distributed.rank()}.pt")
-    weights = full_weights(step.objective, step.engine.optimizer)  # collectives
+    write_tensors(writer, state.of_rank(), writing / f"rank-{distributed.rank()}.pt")
+    weights = full_weights(train_engine.objective, engine.optimizer)  # collectives
     if distributed.is_main() and writer.error is None:
-        text = json.dumps(state.to_dict(), indent=1)
+        text = json.dumps(state.shared(), indent=1)
         data = to_safetensors(weights, metadata={"format": "pt"})  # one key: with more, their order is random
         try:
             writer.files[STATE] = checksums.write_file(writing / STATE, lambda file: file.write(text.encode()))
@@ -242,83 +237,3 @@ def _publish(folder: Path, root: Path, name: str, keep: int) -> None:
 
 def remove(path: Path) -> None:
     shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
-
-
-def read_state(path: Path) -> TrainState:
-    """Of a verified checkpoint; raises `UserError` where another version wrote what this one does not know."""
-    values = json.loads((path / STATE).read_text())
-    if "cut" in values:  # the former name
-        values["rebatched"] = values.pop("cut")
-    unknown = sorted({*values} - {field.name for field in fields(TrainState)})
-    if unknown:
-        raise UserError(
-            f"{path / STATE} has {', '.join(unknown)}, which this version does not know: go on with the version that "
-            "wrote it, named in the run's config.json"
-        )
-    return TrainState(**values)
-
-
-def read_rank(path: Path, rank: int) -> dict[str, Any]:
-    values = torch.load(path / f"rank-{rank}.pt", map_location="cpu", weights_only=True)
-    unknown = sorted({*values} - {field.name for field in fields(RankState)})
-    if unknown:
-        raise UserError(f"{path}: rank-{rank}.pt has {', '.join(unknown)}, which this version does not know")
-    return values
-
-
-def parts(engine: Any) -> dict[str, torch.Tensor]:
-    """What this rank holds of each parameter."""
-    return {name: getattr(p, "ds_tensor", p) for name, p in engine.module.named_parameters()}
-
-
-def full_weights(module: nn.Module, optimizer: Any) -> dict[str, torch.Tensor]:
-    """Student and temperatures in fp32, from the optimizer's master copy, whatever the ZeRO stage. Collective."""
-    from deepspeed.utils import safe_get_full_fp32_param
-
-    masters = _masters_without_zero(optimizer)
-    out = {}
-    for name, parameter in module.named_parameters():
-        if name.startswith("width_head."):
-            continue  # maps to the teacher's width: part of distillation, not of the student
-        full = masters.get(id(parameter))
-        if full is None:
-            full = safe_get_full_fp32_param(parameter)  # collective; CPU-GPU sync in the copy
-        out[name] = (parameter if full is None else full).detach().float().cpu().reshape(_shape(parameter)).contiguous()
-    return out
-
-
-def _masters_without_zero(optimizer: Any) -> dict[int, torch.Tensor]:
-    """id of a 16-bit parameter -> its fp32 master copy, which DeepSpeed's function knows only under ZeRO."""
-    out: dict[int, torch.Tensor] = {}
-    if hasattr(optimizer, "fp32_groups"):  # FP16_UnfusedOptimizer
-        for group, masters in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
-            out |= {id(p): master for p, master in zip(group, masters, strict=True)}
-    elif hasattr(optimizer, "fp32_groups_flat"):  # FP16_Optimizer
-        for group, flat in zip(optimizer.fp16_groups, optimizer.fp32_groups_flat, strict=True):
-            parts = flat.split([p.numel() for p in group])
-            out |= {id(p): part for p, part in zip(group, parts, strict=True)}
-    return out
-
-
-def _shape(parameter: nn.Parameter) -> torch.Size:
-    # Under ZeRO-3 a parameter's own shape is empty between uses.
-    return getattr(parameter, "ds_shape", parameter.shape)
-
-
-def load_weights(folder: Path, module: nn.Module) -> None:
-    """Fill `module` from `folder/student.safetensors`; raises `UserError` where they do not belong together."""
-    path = folder / WEIGHTS
-    if not path.is_file():
-        raise UserError(f"--checkpoint is {str(folder)!r}: no {WEIGHTS} there; give a run's output folder")
-    try:
-        weights = load_file(path)
-        missing, unexpected = module.load_state_dict(weights, strict=False)
-    except Exception as error:
-        raise UserError(f"--checkpoint {path}: cannot load it: {str(error).splitlines()[-1].strip()}") from None
-    key = not_finite(weights)
-    if key is not None:
-        raise UserError(f"--checkpoint {path}: its {key!r} holds NaN or infinite values; give another run's")
-    if missing or unexpected:
-        raise UserError(
-            f"--checkpoint {path}: does not fit the model: {(missing + unexpected)[0]!r} has no counterpart"
-        )

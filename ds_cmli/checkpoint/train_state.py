@@ -1,23 +1,33 @@
-"""Where a run stands: everything beside the engine's own state that the next step depends on."""
+"""The state of a run beside the engine's: what it is, how a checkpoint holds it, and how other ranks take it over."""
 
+import json
 import random
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
+from ds_cmli.common.errors import UserError
+from ds_cmli.data import BadSamples, GlobalBatchSampler
 from ds_cmli.data.bad import Bad
+
+STATE = "state.json"
+OF_RANK = ("sums", "micro_batches", "bad_count", "bad_first", "generators")  # the fields that differ between ranks
 
 
 @dataclass
 class TrainState:
-    """The same on every rank; JSON in the checkpoint.
+    """Everything beside the engine that the next step depends on.
 
-    DeepSpeed's files hold the rest of what is shared: weights and temperatures with their fp32 copies, optimizer,
-    loss scale and learning rate schedule.
+    DeepSpeed's files hold the rest: weights and temperatures with their fp32 copies, optimizer, loss scale and learning
+    rate schedule. Sampler, broken samples and random generators are held by others; `capture` and `put_back` move
+    their state in here before a checkpoint and out of here after one was read.
     """
 
+    # The same on every rank: `state.json` of a checkpoint.
     step: int = 0  # optimizer steps done, skipped ones included; TensorBoard's step too
     sampler: dict[str, int] = field(default_factory=dict)  # `GlobalBatchSampler.state_dict()`: epoch and position
     evaluated: bool = True  # False: the evaluation due at `step` is still to be done
@@ -30,25 +40,57 @@ class TrainState:
     config: dict[str, Any] = field(default_factory=dict)  # what `settings.py` compares at resume
     digest: str = ""  # of `config`
 
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-
-@dataclass
-class RankState:
-    """One rank's own; a file for each in the checkpoint, of plain values and tensors only.
-
-    `sums` holds the losses and ignored negatives added up since the last logged step, fp32, over `micro_batches`.
-    """
-
-    sums: torch.Tensor
-    micro_batches: int = 0
-    bad_count: int = 0
+    # Of each rank: its `rank-R.pt`, plain values and tensors only.
+    sums: Tensor = field(default_factory=lambda: torch.zeros(0))  # fp32, of each loss and ignored negatives
+    micro_batches: int = 0  # since the last logged step, which `sums` adds up
+    bad_count: int = 0  # samples that could not be used
     bad_first: list[Bad] = field(default_factory=list)
     generators: dict[str, Any] = field(default_factory=dict)
 
-    def to_dict(self) -> dict[str, Any]:
-        return {**vars(self), "sums": self.sums.cpu()}  # CPU-GPU sync
+    def shared(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name not in OF_RANK}
+
+    def of_rank(self) -> dict[str, Any]:
+        """CPU-GPU sync."""
+        return {name: getattr(self, name) for name in OF_RANK} | {"sums": self.sums.cpu()}
+
+    def capture(self, sampler: GlobalBatchSampler, bad: BadSamples) -> None:
+        """Take in what changes outside, before a checkpoint. CPU-GPU sync."""
+        self.sampler, self.generators = sampler.state_dict(), generators()
+        self.bad_count, self.bad_first = bad.count, list(bad.first)
+
+    def put_back(self, of_rank: dict[str, Any], bad: BadSamples) -> None:
+        """Go on from what `of_rank` returned. Last of all: nothing that follows may draw random numbers."""
+        device, losses = self.sums.device, len(self.sums)
+        vars(self).update(of_rank)
+        self.sums = self.sums.to(device)
+        if len(self.sums) != losses:  # resumed with other losses
+            self.sums, self.micro_batches = torch.zeros(losses, device=device), 0
+        bad.count, bad.first = self.bad_count, self.bad_first
+        restore_generators(self.generators)
+
+
+def read_shared(path: Path) -> TrainState:
+    """The shared part of a verified checkpoint; raises `UserError` where another version wrote fields unknown here."""
+    values = json.loads((path / STATE).read_text())
+    if "cut" in values:  # the former name
+        values["rebatched"] = values.pop("cut")
+    unknown = sorted({*values} - {*TrainState().shared()})
+    if unknown:
+        raise UserError(
+            f"{path / STATE} has {', '.join(unknown)}, which this version does not know: go on with the version that "
+            "wrote it, named in the run's config.json"
+        )
+    return TrainState(**values)
+
+
+def read_of_rank(path: Path, rank: int) -> dict[str, Any]:
+    """The part of one of the ranks that wrote the checkpoint; raises `UserError` as `read_shared`."""
+    values = torch.load(path / f"rank-{rank}.pt", map_location="cpu", weights_only=True)
+    unknown = sorted({*values} - {*OF_RANK})
+    if unknown:
+        raise UserError(f"{path}: rank-{rank}.pt has {', '.join(unknown)}, which this version does not know")
+    return values
 
 
 def generators() -> dict[str, Any]:
@@ -73,23 +115,21 @@ def restore_generators(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state(state["cuda"])
 
 
-def redistribute(ranks: list[dict[str, Any]], rank: int, world_size: int, seed: int) -> RankState:
-    """This rank's state out of the states that another number of ranks left.
+def redistribute(ranks: list[dict[str, Any]], rank: int, world_size: int, seed: int) -> dict[str, Any]:
+    """This rank's part of the state, out of the parts that another number of ranks left.
 
-    Averaged over the new ranks, `sums` give what they gave over the old ones; counts go to rank 0, as only their sum
-    is used. A rank that was there goes on with its random generators, a new one starts its own.
+    Averaged over the new ranks, `sums` give what they gave over the former ones; counts go to rank 0, as only their sum
+    is used. A rank that existed before goes on with its random generators, a new one starts from its rank and `seed`.
     """
-    sums = torch.stack([r["sums"] for r in ranks]).mean(0)
-    state = RankState(sums, ranks[0]["micro_batches"])
-    if rank == 0:
-        state.bad_count = sum(r["bad_count"] for r in ranks)
-        state.bad_first = ranks[0]["bad_first"]
+    part = {"sums": torch.stack([r["sums"] for r in ranks]).mean(0), "micro_batches": ranks[0]["micro_batches"]}
+    part["bad_count"] = sum(r["bad_count"] for r in ranks) if rank == 0 else 0
+    part["bad_first"] = ranks[0]["bad_first"] if rank == 0 else []
     if rank < len(ranks):
-        state.generators = ranks[rank]["generators"]
+        part["generators"] = ranks[rank]["generators"]
     else:
         random.seed(f"{seed} {rank} {world_size}")
         fresh = random.getrandbits(31)
         np.random.seed(fresh)
         torch.manual_seed(fresh)
-        state.generators = generators()
-    return state
+        part["generators"] = generators()
+    return part

@@ -82,7 +82,7 @@ def load_objective(config: Any, folder: Path, data: Any, device: Any) -> Any:
     """The trained student with the temperatures of its scores; no teacher is built, as nothing here needs one."""
     import dataclasses
 
-    from ds_cmli.checkpoint.save import load_weights
+    from ds_cmli.checkpoint.weights import load_weights
     from ds_cmli.engine import build_models
     from ds_cmli.losses import LOSSES
 

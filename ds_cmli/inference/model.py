@@ -97,7 +97,7 @@ class Model:
         Raises:
             UserError: no such run, or what is there cannot be loaded.
         """
-        from ds_cmli.checkpoint.save import load_weights
+        from ds_cmli.checkpoint.weights import load_weights
         from ds_cmli.engine import build_models
         from ds_cmli.losses import LOSSES
 

@@ -204,7 +204,8 @@ def process_group(world_size: int) -> Iterator[None]:
     environment = {"RANK": "0", "WORLD_SIZE": str(world_size), "LOCAL_RANK": "0"}
     with replaced_environment(environment), ExitStack() as stack:
         stack.enter_context(replaced(sys, "excepthook", sys.excepthook))  # the group puts one of its own there
-        stack.enter_context(replaced(F, "linear", F.linear))  # ZeRO-3 puts one there that keeps less for backward
+        # ZeRO-3 replaces this function for the rest of the process by one that keeps less for backward.
+        stack.enter_context(replaced(F, "linear", torch._C._nn.linear))
         dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
         stack.callback(distributed.shutdown)
         yield

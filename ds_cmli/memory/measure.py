@@ -114,12 +114,16 @@ def _measuring(train_engine: TrainEngine, setting: dict[str, Any]) -> Iterator[C
         totals.update(measure_cuda.statistics(train_engine.device))
         return
     with seen_by_the_profiler(), tracker, tracker.attach_to_training(train_engine):
-        before = sum(event.bytes for event in tracker.events())
+        before, known = sum(event.bytes for event in tracker.events()), len(tracker.ops)
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
             yield report
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
     events.sort(key=lambda e: e.start_ns())
+    # Batches made before the profiler began, or by a loading process, are not among its events: the tracker first meets
+    # them as "data", and no operator has made them.
+    unseen = [e.bytes for e in tracker.events() if e.category == "data" and not e.op and e.block >= known]
     totals["requested"] = max(accumulate((e.nbytes() for e in events), initial=before))
+    totals["requested"] += max(accumulate(unseen, initial=0))
 
 
 def _write(folder: Path, answer: predict_subprocess.Answer, measured: Report) -> None:

@@ -13,7 +13,8 @@ import torch
 from ds_cmli.checkpoint import checksums, restore
 from ds_cmli.checkpoint import io as checkpoint_io
 from ds_cmli.checkpoint import save as checkpoint
-from ds_cmli.checkpoint.train_state import RankState, TrainState, generators
+from ds_cmli.checkpoint.train_state import TrainState, generators, read_of_rank, read_shared
+from ds_cmli.checkpoint.weights import full_weights
 from ds_cmli.common.errors import UserError
 from ds_cmli.common.pretrained import refused_code
 from ds_cmli.config.presets import load_preset
@@ -38,8 +39,8 @@ def train_engine(device):
 
 
 def save(folder, train_engine, number, keep=2):
-    own = RankState(torch.zeros(4), generators=generators())
-    return checkpoint.save(folder, train_engine, TrainState(step=number), own, keep)
+    state = TrainState(step=number, sums=torch.zeros(4), generators=generators())
+    return checkpoint.save(folder, train_engine, state, keep)
 
 
 def published(folder):
@@ -198,12 +199,20 @@ def test_loading_runs_no_code_from_a_file(tmp_path):
 
 def test_the_state_survives_its_file(run, train_engine):
     torch.rand(7)
-    own = RankState(torch.tensor([1.5, 2.5]), 3, 2, [("a.png", "broken")], generators())
-    state = TrainState(step=7, sampler={"epoch": 1, "position": 8}, best={"value": 0.5})
-    saved = checkpoint.save(run, train_engine, state, own, 2)
+    state = TrainState(
+        step=7,
+        sampler={"epoch": 1, "position": 8},
+        best={"value": 0.5},
+        sums=torch.tensor([1.5, 2.5]),
+        micro_batches=3,
+        bad_count=2,
+        bad_first=[("a.png", "broken")],
+        generators=generators(),
+    )
+    saved = checkpoint.save(run, train_engine, state, 2)
     path = run / "checkpoint" / saved.name
-    assert checkpoint.read_state(path) == state
-    read = RankState(**checkpoint.read_rank(path, 0))
+    assert read_shared(path).shared() == state.shared()
+    read = TrainState(**read_of_rank(path, 0))
     assert read.sums.tolist() == [1.5, 2.5] and (read.micro_batches, read.bad_count) == (3, 2)
     assert read.bad_first == [("a.png", "broken")]
     drawn = draw()
@@ -225,8 +234,11 @@ def draw() -> list[float]:
 def test_fewer_or_more_ranks_share_the_running_sums():
     from ds_cmli.checkpoint.train_state import redistribute
 
-    ranks = [RankState(torch.tensor([float(r)]), 4, r, [], generators()).to_dict() for r in (1, 3)]
-    new = [redistribute(ranks, r, 3, seed=0) for r in range(3)]
+    ranks = [
+        TrainState(sums=torch.tensor([float(r)]), micro_batches=4, bad_count=r, generators=generators()).of_rank()
+        for r in (1, 3)
+    ]
+    new = [TrainState(**redistribute(ranks, r, 3, seed=0)) for r in range(3)]
     assert [state.sums.item() for state in new] == [2.0, 2.0, 2.0]  # the mean over ranks stays
     assert [state.bad_count for state in new] == [4, 0, 0]  # and so does the sum
     assert torch.equal(new[1].generators["torch"], ranks[1]["generators"]["torch"])
@@ -240,7 +252,7 @@ def test_weights_are_the_masters_and_not_what_16_bit_left_of_them(device, stage)
     train_engine = build(device, data, ds_config, {"optim": {"lr": 1e-4, "warmup_share": 0.0}})
     for _ in range(2):  # the first step's learning rate is 0
         train_engine(next(iter(eval_loader(data.train, data, 8, 0, 0, 1))))
-    weights = checkpoint.full_weights(train_engine.objective, train_engine.engine.optimizer)
+    weights = full_weights(train_engine.objective, train_engine.engine.optimizer)
     for name, parameter in train_engine.objective.named_parameters():
         assert weights[name].dtype == torch.float32
         assert torch.equal(weights[name].bfloat16(), parameter.detach().cpu())

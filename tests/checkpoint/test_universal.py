@@ -9,7 +9,7 @@ import torch
 from ds_cmli import engine
 from ds_cmli.checkpoint import restore
 from ds_cmli.checkpoint import save as checkpoint
-from ds_cmli.checkpoint.train_state import RankState
+from ds_cmli.checkpoint import weights as weights_file
 from ds_cmli.common.errors import UserError
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.presets import load_preset
@@ -55,8 +55,8 @@ class Setting:
         state = restore.state_of(None, self.config, ds_config, False, print)
         state.step = 2
         sampler, bad = self.parts()
-        own = restore.collect(state, RankState(torch.zeros(4)), sampler, bad)
-        assert checkpoint.save(folder, train_engine, state, own, 1).error is None
+        state.capture(sampler, bad)
+        assert checkpoint.save(folder, train_engine, state, 1).error is None
         if record:
             found = {**contents(train_engine), "losses": self.losses(train_engine)}
             if distributed.is_main():
@@ -67,8 +67,10 @@ class Setting:
         train_engine, ds_config = self.build(layout, **more)
         found = restore.find("auto", folder)
         assert found is not None
-        restore.state_of(found, self.config, ds_config, True, lambda line: None)
-        restore.load(found, train_engine, *self.parts(), False)
+        state = restore.state_of(found, self.config, ds_config, True, lambda line: None)
+        sampler, bad = self.parts()
+        sampler.load_state_dict(state.sampler)
+        restore.load(found, state, train_engine, bad, False)
         record, here = torch.load(folder / "record.pt"), contents(train_engine)
         assert here["shared"] == record["shared"]
         if distributed.is_main():
@@ -93,8 +95,8 @@ def contents(train_engine) -> dict:
     from deepspeed.utils import safe_get_full_optimizer_state
 
     engine = train_engine.engine
-    weights = {n: x.clone() for n, x in checkpoint.full_weights(train_engine.objective, engine.optimizer).items()}
-    masters = checkpoint._masters_without_zero(engine.optimizer)
+    weights = {n: x.clone() for n, x in weights_file.full_weights(train_engine.objective, engine.optimizer).items()}
+    masters = weights_file.masters_without_zero(engine.optimizer)
     if hasattr(engine.optimizer, "_lazy_init_hp_params_optimizer_state"):  # stages 1 and 2 do so in their next step
         engine.optimizer._hp_optimizer_states_linked = False
         engine.optimizer._lazy_init_hp_params_optimizer_state()
@@ -192,7 +194,7 @@ def test_every_stage_trains_the_same(setting, precision, fp16_device):
         if precision != "fp32" or stage > 0:  # DeepSpeed tells none without ZeRO there
             norms.append(train_engine.state()["grad_norm"])
         weights.append(
-            checkpoint.full_weights(train_engine.objective, train_engine.engine.optimizer)[
+            weights_file.full_weights(train_engine.objective, train_engine.engine.optimizer)[
                 "student.projection.weight"
             ].clone()
         )

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch.testing import assert_close
 
-from ds_cmli.checkpoint.save import WEIGHTS, load_weights
+from ds_cmli.checkpoint.weights import WEIGHTS, load_weights
 from ds_cmli.common.errors import UserError
 from ds_cmli.config.presets import load_preset
 from ds_cmli.models.student import Student
