@@ -174,8 +174,11 @@ def load(step: TrainEngine, converted: Path) -> None:
     for group, saved in zip(optimizer.param_groups, shared["groups"], strict=True):
         group.update({name: saved[name] for name in group if name in saved})
     is_torch = type(engine.basic_optimizer).__module__.startswith("torch.")
-    for state in optimizer.state.values():
-        state["step"] = torch.tensor(shared["step"]) if is_torch else int(shared["step"])
+    # A fused optimizer's count lies where its parameters do.
+    beside = any(optimizer.param_groups[0].get(name) for name in ("fused", "capturable"))
+    for parameter, state in optimizer.state.items():
+        device = parameter.device if beside else "cpu"
+        state["step"] = torch.tensor(shared["step"], device=device) if is_torch else int(shared["step"])
     scaler = getattr(optimizer, "loss_scaler", None) or getattr(optimizer, "loss_scale_config", None)
     if getattr(scaler, "last_overflow_iter", None) is not None:
         vars(scaler).update({name: value for name, value in shared["scale"].items() if hasattr(scaler, name)})

@@ -160,11 +160,19 @@ class DeepSpeedConfig(Mapping):
                 if asked[name] == "auto" or chosen == name:
                     out.setdefault(name, {})["enabled"] = chosen == name
         elif asked["fp16"] is True and not fp16:
-            line = f"fp16 is slow or missing on this device ({device}): training in bf16 instead"
+            chosen = "bf16" if bf16 else "fp32"
+            line = f"fp16 is slow or missing on this device ({device}): training in {chosen} instead"
+            line += ", as bf16 is too" * (not bf16)
             asked_for = out.pop("fp16").items()
             idle = [f"fp16.{k} {v}" for k, v in asked_for if k != "enabled" and v != keys.FP16_DEFAULTS[k]]
             notices.append(line + f", without {', '.join(idle)}" * bool(idle))
-            out["bf16"] = {"enabled": True}
+            if bf16:
+                out["bf16"] = {"enabled": True}
+        elif asked["bf16"] is True and not bf16:
+            notices.append(
+                f"bf16.enabled is true: this device ({device}) has no instructions for bf16 and is several times "
+                'slower in it than in fp32: "auto" takes what is fast'
+            )
         if self.optimizer_type in ("Lamb", "Lion") and device == "cpu":
             raise UserError(f"optimizer.type is {self.optimizer_type!r}: DeepSpeed has it for GPUs only: take AdamW")
         quantized = next((key for key in self.zero if key.startswith("zero_quantized") and self.zero[key]), None)

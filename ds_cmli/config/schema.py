@@ -66,7 +66,6 @@ class DataConfig:
     # "demo" (scenes), or what `data/sources/__init__.py` lists; several are mixed: ["a::0.7", "b::0.3"].
     source: Name | Annotated[list[Name], Field(min_length=1)] = "demo"
     val_source: Text = ""  # "": the validation part of `source`, or else some of it that is held out
-    val_split: Literal["validation", "test"] = "validation"  # which part of a source that has both is evaluated on
     # Of sources that have such; "": found.
     image_root: Text = ""  # folder of the image files that a list names
     image_key: Text = ""  # column of the image
@@ -110,12 +109,6 @@ class OptimConfig:
     warmup_share: BelowOne = 0.05  # of all steps, linear
     grad_clip: Annotated[float, Field(ge=0, description="0: off")] = 1.0
     micro_batch: Count = 64  # B, pairs per rank
-    # Where accumulation makes a step of several micro-batches: which texts an image is compared with, those of its own
-    # micro-batch or of the whole step (gradient caching: a second forward pass, and the loss of one large batch).
-    negatives: Literal["micro_batch", "global_batch"] = "global_batch"
-    cache_on_host: bool = False  # the features of the step's micro-batches wait in the host's memory
-    # Over ranks once a step, at ZeRO stages 2 and 3 too: each rank then holds all gradients, in the model's precision.
-    reduce_once: bool = False
     steps: Count | None = 300
     epochs: Annotated[float, Field(gt=0, le=MOST)] | None = None
 

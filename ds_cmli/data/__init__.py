@@ -72,7 +72,6 @@ def build_data(config: DataConfig, seed: int) -> Data:
     size = config.image_size
     if config.source == "demo":
         unused = [name for name in ("val_source", *OF_SOURCES) if getattr(config, name)]
-        unused += ["val_split"] if config.val_split == "test" else []
         if unused:
             raise UserError(
                 f"data.{unused[0]} is {getattr(config, unused[0])!r}: it says nothing of the demo, leave it out"
@@ -102,7 +101,7 @@ def build_data(config: DataConfig, seed: int) -> Data:
     return Data(
         train=train,
         mixture=Mixture([len(source) for source in opened.train], opened.weights),
-        evals={"test" if config.val_split == "test" else "val": validation},
+        evals={"val": validation},
         tokenizer=tokenizer,
         collate=Collate(tokenizer),
         bad=[item for part in (opened.train, opened.validation) for source in part for item in source.bad],

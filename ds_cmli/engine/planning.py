@@ -10,6 +10,7 @@ import torch
 from ds_cmli.cmli.op import why_no_triton
 from ds_cmli.common.cli import say
 from ds_cmli.common.errors import UserError
+from ds_cmli.common.processor import bf16_is_fast
 from ds_cmli.config import deepspeed_checks, schedule
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.schema import Config
@@ -24,13 +25,13 @@ def on_this_device(ds_config: DeepSpeedConfig) -> DeepSpeedConfig:
     deepspeed_checks.deep(ds_config)
     accelerator = get_accelerator()
     device = accelerator.device_name()
-    # CPUs that have fp16 at all run this step two to three times slower in it than in bf16; GPUs before Ampere
-    # imitate bf16 slowly.
+    # CPUs that have fp16 at all run this step two to three times slower in it than in bf16; GPUs before Ampere and
+    # CPUs without instructions for it imitate bf16 slowly.
     fp16 = device != "cpu" and accelerator.is_fp16_supported()
     if device == "cuda":
         bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        bf16 = accelerator.is_bf16_supported()
+        bf16 = accelerator.is_bf16_supported() and (device != "cpu" or bf16_is_fast())
     return ds_config.on(device, fp16, bf16)
 
 
@@ -87,21 +88,14 @@ def plan(
     if steps is None:
         assert config.optim.epochs is not None
         steps = max(1, int(config.optim.epochs * sampler.batches_per_epoch / accumulation))
-    ds_config = filled(config, ds_config, ranks, steps)
-    negatives = total if compares_all(config, ds_config) else micro_batch * ranks
     say(
         f"batch: {micro_batch} pairs per rank x {accumulation} accumulation x {ranks} ranks = {total} pairs a step; "
-        f"{steps} steps; negatives from {negatives} pairs"
+        f"{steps} steps; negatives from {micro_batch * ranks} pairs"
     )
+    ds_config = filled(config, ds_config, ranks, steps)
     for notice in (*ds_config.notices, try_out(ds_config, steps)):
         say(notice)
     return ds_config, sampler, steps
-
-
-def compares_all(config: Config, ds_config: DeepSpeedConfig) -> bool:
-    """Whether the losses over pairs take their negatives from several micro-batches: gradient caching."""
-    several = ds_config.accumulation > 1 and config.optim.negatives == "global_batch"
-    return several and any(LOSSES[name].scores for name in config.loss.weights)
 
 
 def resolve_weights(config: Config) -> Config:

@@ -4,8 +4,6 @@ The one place where a training step is put together: whatever trains, profiles o
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,14 +12,13 @@ from torch import Tensor
 
 from ds_cmli.common import quiet
 from ds_cmli.common.errors import UserError
+from ds_cmli.common.processor import keep_freed_memory
 from ds_cmli.config import schedule
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.schema import Config
 from ds_cmli.data import Batch
 from ds_cmli.distributed import process_group as distributed
-from ds_cmli.engine import gradient_caching
-from ds_cmli.engine.planning import compares_all, resolve_weights
-from ds_cmli.engine.result import MicroBatchLosses
+from ds_cmli.engine.planning import resolve_weights
 from ds_cmli.engine.weight_decay import parameter_groups
 from ds_cmli.faults import nonfinite
 from ds_cmli.losses import needs_teacher
@@ -64,79 +61,21 @@ class TrainEngine:
     device: torch.device
     dtype: torch.dtype
     names: list[list[str]]  # of the parameters, in the order of the optimizer's groups
-    accumulation: int = 1  # micro-batches of a step
-    caching: bool = False  # negatives from all of them
-    cache_on_host: bool = False
-    reduce_once: bool = False
     lr: float = 0.0  # that the last update was made with
 
-    def step(
-        self, micro_batches: Sequence[Batch], heartbeat: Callable[[], None] = lambda: None
-    ) -> list[MicroBatchLosses]:
-        """One optimizer step. Collective.
-
-        Args:
-            micro_batches: `accumulation` of them, of this rank; each is moved to the device when its turn comes.
-            heartbeat: called as the step goes on.
-        """
-        once = self.reduce_once and self.engine.zero_optimization_stage() >= 2  # below, DeepSpeed does so anyway
-        reduced = self._reduced_once() if once else nullcontext()
-        update = (lambda: None) if once else self._update
-        with reduced:
-            if self.caching:
-                found = gradient_caching.backward(self, micro_batches, update, heartbeat)  # collectives
-            else:
-                found = []
-                for batch in micro_batches:
-                    found.append(self._backward(batch))  # collectives
-                    update()  # collectives
-        if once:
-            for _ in found:  # the engine counts micro-batches; it updates at the last one
-                self._update()  # collectives
-        return found
-
     def __call__(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Forward, backward and, at the end of accumulation, update on one micro-batch, with its own negatives.
+        """Forward, backward and, at the end of accumulation, update on one micro-batch of this rank.
 
         Returns the weighted loss and each loss by name, of this rank's pairs, fp32 scalars without graph.
         """
-        found = self._backward(batch)  # collectives
-        self._update()  # collectives
-        return found.total, found.each
-
-    def _backward(self, batch: Batch) -> MicroBatchLosses:
-        index, batch = batch.index, batch.to(self.device)
+        batch = batch.to(self.device)
         targets = self.teacher(batch.image) if self.teacher is not None else None
         total, each = self.engine(batch, targets)  # collectives: text features, column statistics
-        self.go_backward(total)  # collectives: text gradients, gradient buckets
-        return MicroBatchLosses(index, total.detach(), each, self.objective.ignored / len(index))
-
-    def go_backward(self, total: Tensor) -> None:
-        """Backward from a micro-batch's weighted loss; all gradients are NaN where it is not finite. Collectives."""
-        self.engine.backward(nonfinite.poison(total) * self.missing_scale)
-
-    def _update(self) -> None:
+        total = nonfinite.poison(total)
+        self.engine.backward(total * self.missing_scale)  # collectives: text gradients, gradient buckets
         self.lr = self.engine.get_lr()[0]  # of this update: its end brings the next one's
         self.engine.step()  # collectives and a CPU-GPU sync: overflow check, gradient norm, updated weights
-
-    @contextmanager
-    def _reduced_once(self) -> Iterator[None]:
-        """Gradients stay on this rank inside, and are reduced at the end."""
-        block = self.engine.coalesce_grad_reduction()
-        block.__enter__()
-        try:
-            yield
-        except BaseException:
-            self._unfinished = block  # its end would reduce gradients, where the other ranks do not
-            raise
-        block.__exit__(None, None, None)  # collectives
-
-    @property
-    def scale(self) -> float:
-        """The factor that backward passes multiply the gradients by, which keeps those of fp16 from vanishing."""
-        if self.dtype != torch.float16:
-            return 1.0
-        return float(self.engine.optimizer.loss_scale)
+        return total.detach(), each
 
     @property
     def missing_scale(self) -> float:
@@ -178,6 +117,8 @@ def build(
     import deepspeed
 
     use_no_compiler()
+    if device.type == "cpu":
+        keep_freed_memory()
     if ds_config.prints:
         quiet.let_deepspeed_print(ds_config.get("log_level") is None)
     deepspeed.init_distributed(verbose=False)
@@ -211,14 +152,7 @@ def build(
     nonfinite.attach(engine)
     if teacher is not None:
         teacher.to(device=device, dtype=dtype)
-    caching = compares_all(config, ds_config)
-    if caching and ds_config.stage == 3:
-        for parameter in objective.pair_parameters():
-            deepspeed.zero.register_external_parameter(objective, parameter)
-    return TrainEngine(
-        engine, objective, teacher, device, dtype, names, ds_config.accumulation, caching,
-        config.optim.cache_on_host, config.optim.reduce_once,
-    )  # fmt: skip
+    return TrainEngine(engine, objective, teacher, device, dtype, names)
 
 
 def _undo_first_update(optimizer: Any) -> None:

@@ -14,9 +14,6 @@ import click
 @click.option("--checkpoint", required=True, help="A run's output folder.")
 @click.option("--data", "source", default=None, help="As of training: its validation part.  [default: the run's own]")
 @click.option(
-    "--split", "part", type=click.Choice(["validation", "test"]), help="The part of it.  [default: the run's own]"
-)
-@click.option(
     "--fold-size",
     type=int,
     default=None,
@@ -26,8 +23,8 @@ import click
 @click.option("--batch-size", default=50, show_default=True, help="Pairs a step.")
 @click.option("--workers", default=0, show_default=True, help="Data loading processes per rank.")
 @click.option("--json", "json_file", default=None, help="Write the metrics to this file too.")
-def command(checkpoint: str, source: str | None, part: str | None, fold_size: int | None, batch_size: int,
-            workers: int, json_file: str | None) -> None:  # fmt: skip
+def command(checkpoint: str, source: str | None, fold_size: int | None, batch_size: int, workers: int,
+            json_file: str | None) -> None:  # fmt: skip
     """Evaluate a trained student: retrieval on held-out pairs, and pointing-game accuracy on scenes."""
     import dataclasses
 
@@ -50,8 +47,6 @@ def command(checkpoint: str, source: str | None, part: str | None, fold_size: in
             ("val_source", "image_root", "image_key", "caption_key", "separator"), ""
         )
         config.data = dataclasses.replace(config.data, source=source, **of_the_run)
-    if part:
-        config.data = dataclasses.replace(config.data, val_split=part)  # type: ignore[arg-type]
 
     from ds_cmli.data import build_data
     from ds_cmli.distributed import process_group as distributed

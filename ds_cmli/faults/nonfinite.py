@@ -32,6 +32,7 @@ def attach(engine: Any) -> None:
     if hasattr(scaler, "raise_error_at_min_scale"):
         scaler.raise_error_at_min_scale = False  # such steps are counted and end the run like other bad ones
     if hasattr(optimizer, "overflow"):
+        _look_once(optimizer)
         return
     update = optimizer.step
 
@@ -43,6 +44,16 @@ def attach(engine: Any) -> None:
             update(*args, **kwargs)
 
     optimizer.step = step
+
+
+def _look_once(optimizer: Any) -> None:
+    """Leave out what stages 1 and 2 do beside the gradients' norm, which finds the same and is agreed on by all ranks.
+
+    They search each gradient for NaN and inf, take the norm, and then skip the update where that is not finite either.
+    """
+    stages_1_and_2 = hasattr(optimizer, "check_grad_overflow")
+    if stages_1_and_2 and optimizer.check_grad_overflow and optimizer.compute_grad_norm and not optimizer.cpu_offload:
+        optimizer.check_overflow = lambda partition_gradients=True: None
 
 
 def _clear_padding(optimizer: Any) -> None:

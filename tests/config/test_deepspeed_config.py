@@ -157,7 +157,7 @@ def test_warmup_schedulers_need_no_parameters(kind):
     assert ("total_num_steps" in out["scheduler"]["params"]) == (kind != "WarmupLR")
 
 
-CPU, AMPERE, VOLTA = ("cpu", False, True), ("cuda", True, True), ("cuda", True, False)
+CPU, OLD_CPU, AMPERE, VOLTA = ("cpu", False, True), ("cpu", False, False), ("cuda", True, True), ("cuda", True, False)
 
 
 @pytest.mark.parametrize(
@@ -174,6 +174,8 @@ CPU, AMPERE, VOLTA = ("cpu", False, True), ("cuda", True, True), ("cuda", True, 
         (True, "auto", AMPERE, "fp16"),
         ("auto", True, AMPERE, "bf16"),
         (True, None, CPU, "bf16"),
+        (True, None, OLD_CPU, "fp32"),
+        ("auto", "auto", OLD_CPU, "fp32"),
         (True, None, AMPERE, "fp16"),
         (False, False, AMPERE, "fp32"),
     ],
@@ -193,6 +195,13 @@ def test_keys_of_fp16_that_go_with_it_are_told():
     assert line.endswith("training in bf16 instead, without fp16.initial_scale_power 8, fp16.auto_cast True")
     (line,) = DeepSpeedConfig.of({"fp16": {"enabled": True, **keys.FP16_DEFAULTS}}).on(*CPU).notices
     assert line.endswith("training in bf16 instead")
+
+
+def test_bf16_that_is_asked_for_is_taken_where_it_is_slow_and_told():
+    out = DeepSpeedConfig.of({"bf16": {"enabled": True}}).on(*OLD_CPU)
+    assert out.precision == "bf16"
+    (line,) = out.notices
+    assert "slower" in line and '"auto"' in line
 
 
 def test_what_this_device_or_run_cannot_do_is_one_line():

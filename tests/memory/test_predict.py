@@ -36,7 +36,7 @@ SCALARS = 256  # bytes: the few numbers that operators and the engine hold for a
 def ds_json(stage=2, precision="bf16", accumulation=1, checkpointing=False, bucket=100_000) -> dict:
     out = {
         "gradient_accumulation_steps": accumulation,
-        "optimizer": {"type": "AdamW", "params": {"torch_adam": True}},
+        "optimizer": {"type": "AdamW", "params": {"torch_adam": True, "fused": stage > 0}},
         "zero_optimization": {
             "stage": stage,
             "contiguous_gradients": True,

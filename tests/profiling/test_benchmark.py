@@ -20,3 +20,12 @@ def test_benchmark_writes_what_it_measures(tmp_path):
         assert timed[contender]["floor_s"] > 0
     # Peers that are not installed are rows that say so.
     assert {"flash-maxsim", "late-interaction-kernels"} <= {row["name"] for row in rows}
+
+
+def test_the_step_beside_a_plain_loop():
+    command = [sys.executable, str(ROOT / "profiling" / "benchmark_step.py"), "--preset", "tiny", "--repeats", "1"]
+    done = subprocess.run([*command, "--json"], env=clean_environment(), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(done.stdout)
+    assert found["ratio"] > 0 and found["ratio_checkpointing"] > 0
+    assert found["ratio"] == round(found["trainer_s"] / found["plain_s"], 4)  # of one repetition

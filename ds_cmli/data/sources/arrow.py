@@ -83,8 +83,9 @@ def _library(name: str) -> Any:
 
 
 def _parts(name: str, parts: dict[str, Any], sizes: dict[str, int], config: DataConfig) -> Parts:
-    found = {split: Arrow(f"{name} ({split})", dataset, sizes, config) for split, dataset in parts.items()}
-    return Parts(found["train"], found.get("validation"), found.get("test"))
+    train = Arrow(name, parts["train"], sizes, config)
+    validation = Arrow(f"{name} (validation)", parts["validation"], {}, config) if "validation" in parts else None
+    return Parts(train, validation, [f"the test split of {name} is not used"] if "test" in parts else [])
 
 
 class Arrow(Source):

@@ -93,7 +93,6 @@ class Parts:
 
     train: Source
     validation: Source | None = None
-    test: Source | None = None
     notices: list[str] = field(default_factory=list)  # what the user should know before the run, a line each
 
 

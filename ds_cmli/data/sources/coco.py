@@ -43,8 +43,11 @@ def load_json(name: str, files: list[Path], config: DataConfig) -> Parts:
     for split, file, caption in rows:
         part = parts.setdefault(split, Listed(f"{name} ({split})", folder, folder, config))
         part.add(file, caption)
-    only: Source = next(iter(parts.values()))
-    return Parts(parts.get("train", only), parts.get("validation"), parts.get("test"))
+    if "train" not in parts:
+        only: Source = next(iter(parts.values()))
+        return Parts(only)
+    notices = [f"the test split of {name} is not used"] if "test" in parts else []
+    return Parts(parts["train"], parts.get("validation"), notices)
 
 
 def _checked(split: str, file: str, caption: str) -> tuple[str, str, str]:

@@ -1,0 +1,150 @@
+"""python profiling/benchmark_step.py [--json]
+
+The trainer's step beside a plain PyTorch loop over the same models and the same batches, in one process, interleaved.
+
+The plain loop is what one writes without this project: fp32 weights, autocast to the trainer's precision where that is
+16 bit, a fused AdamW over the same parameter groups, clipping by the global norm, `torch.utils.checkpoint` where
+activations are recomputed. Its frozen teacher is cast once, as the trainer's is.
+
+B pairs, of the preset's data; one rank.
+"""
+
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
+
+# Run by its path, this file's folder comes first on sys.path, where its own name would hide other modules.
+sys.path[:] = [p for p in sys.path if p != __file__.rsplit("/", 1)[0]]
+
+from ds_cmli.common import quiet  # noqa: E402
+
+quiet.silence()
+
+import click  # noqa: E402
+import torch  # noqa: E402
+from torch import nn  # noqa: E402
+from torch.utils.checkpoint import checkpoint  # noqa: E402
+
+from ds_cmli import engine  # noqa: E402
+from ds_cmli.common.cli import run_command  # noqa: E402
+from ds_cmli.config.deepspeed_config import DeepSpeedConfig  # noqa: E402
+from ds_cmli.config.options import WHAT, add, resolve_config  # noqa: E402
+from ds_cmli.config.schema import Config  # noqa: E402
+from ds_cmli.data import Batch, Data, GlobalBatchSampler, build_data, train_loader  # noqa: E402
+from ds_cmli.distributed import process_group as distributed  # noqa: E402
+from ds_cmli.models.student import checkpoint_blocks  # noqa: E402
+
+Step = Callable[[Batch], torch.Tensor]
+STEPS = 1_000_000  # of the schedule: the rate stays near its start
+
+
+def trainer(config: Config, ds_config: DeepSpeedConfig, data: Data, device: torch.device) -> Step:
+    train_engine = engine.build(config, ds_config, data.vocab_size, STEPS, device)
+    return lambda batch: train_engine(batch)[0]
+
+
+def plain(config: Config, ds_config: DeepSpeedConfig, data: Data, device: torch.device) -> Step:
+    dtype = engine.DTYPES[ds_config.precision]
+    objective, teacher = engine.build_models(config, data.vocab_size)
+    objective.to(device)
+    if ds_config.checkpointing:
+        checkpoint_blocks(objective.student.blocks, partial(checkpoint, use_reentrant=False))
+    params = ds_config.optimizer_params
+    groups = engine.parameter_groups(objective, params["weight_decay"])
+    optimizer = torch.optim.AdamW(groups, lr=params["lr"], betas=params["betas"], eps=params["eps"], fused=True)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    if teacher is not None:
+        teacher.to(device, dtype)
+
+    def step(batch: Batch) -> torch.Tensor:
+        batch = batch.to(device)
+        targets = teacher(batch.image) if teacher is not None else None
+        with nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype):
+            loss, _ = objective(batch, targets)
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_(objective.parameters(), ds_config["gradient_clipping"])
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        return loss.detach()
+
+    return step
+
+
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+
+
+def seconds(step: Step, batch: Batch, device: torch.device, clock: str) -> float:
+    started = CLOCKS[clock]()
+    step(batch)
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return CLOCKS[clock]() - started
+
+
+def compare(
+    steps: dict[str, Step], batches: list[Batch], repeats: int, device: torch.device, clock: str
+) -> dict[str, list[float]]:
+    """Seconds of each step, `repeats` times, all of them in turn; the order turns round each time."""
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for repeat in range(-2, repeats):  # the first two warm up: optimizer states are made, and shapes seen
+        batch = batches[repeat % len(batches)]
+        for name in list(steps)[:: 1 if repeat % 2 else -1]:
+            taken = seconds(steps[name], batch, device, clock)
+            if repeat >= 0:
+                times[name].append(taken)
+    return times
+
+
+@click.command(help=(__doc__ or "").split("\n\n")[1])
+@add(*WHAT)
+@click.option("--repeats", type=click.IntRange(1), default=12, show_default=True)
+@click.option("--clock", type=click.Choice(tuple(CLOCKS)), default="wall", show_default=True,
+              help="cpu: this process's time alone, for a CPU that others use too.")  # fmt: skip
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object alone.")
+def command(preset, deepspeed_config, settings, repeats, clock, as_json, **options) -> int:
+    tell = partial(click.echo, err=as_json)
+    config = resolve_config(preset, settings, options)
+    distributed.map_launcher_environment()
+    device = distributed.init()
+    ds_config = engine.on_this_device(DeepSpeedConfig.load(deepspeed_config))
+    ds_config = engine.filled(config, ds_config, 1, STEPS).replaced(activation_checkpointing=None)
+    config, _ = engine.with_backend(config, device)
+    data = build_data(config.data, config.run.seed)
+    pairs = len(data.train)  # type: ignore[arg-type]
+    sampler = GlobalBatchSampler(pairs, ds_config.micro_batch, 0, 1, config.run.seed)
+    loader = iter(train_loader(data, sampler, 0))
+    batches = [next(loader) for _ in range(4)]
+    for notice in ds_config.notices:
+        tell(notice)
+    tell(
+        f"torch {torch.__version__}, {device.type}, {torch.get_num_threads()} threads, {ds_config.precision}, "
+        f"{ds_config.micro_batch} pairs, ZeRO-{ds_config.stage}"
+    )
+    tell(f"{'':15}{'trainer':>12}{'plain loop':>12}{'ratio':>8}{'fastest':>9}   (medians, ms; activations)")
+    found: dict[str, float | str | int] = {"precision": ds_config.precision, "stage": ds_config.stage, "clock": clock}
+    for name, section in (("", None), ("_checkpointing", {})):
+        own = ds_config.replaced(activation_checkpointing=section)
+        steps = {build.__name__: build(config, own, data, device) for build in (trainer, plain)}
+        times = compare(steps, batches, repeats, device, clock)
+        ours, theirs = (statistics.median(times[key]) for key in steps)
+        ratio = statistics.median(a / b for a, b in zip(*times.values(), strict=True))
+        fastest = min(times["trainer"]) / min(times["plain"])
+        tell(
+            f"{name.removeprefix('_') or 'stored':15}{ours * 1e3:>12.1f}{theirs * 1e3:>12.1f}"
+            f"{ratio:>8.3f}{fastest:>9.3f}"
+        )
+        found |= {f"trainer_s{name}": ours, f"plain_s{name}": theirs, f"ratio{name}": round(ratio, 4)}
+    if as_json:
+        click.echo(json.dumps(found))
+    distributed.shutdown()
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(command)
