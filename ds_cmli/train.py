@@ -155,7 +155,7 @@ def run(
     here, notice = with_backend(config, device)
     say(notice)
     with out_of_memory.ending(here, ds_config, folder, device, watchdog):  # collective
-        engine = build(here, ds_config, data.vocab_size, total_steps, device)
+        engine = build(here, ds_config, data.vocab_size, total_steps, device, data.special)
         restore.load(point, state, engine, bad, with_changes)  # collective
         run_folder.settle(resume, point, folder, config, ds_config)  # collective
         writer = Writer(folder, total_steps, state.step) if distributed.is_main() else NullWriter()

@@ -19,7 +19,10 @@ def parts(engine: Any) -> dict[str, torch.Tensor]:
 
 
 def full_weights(module: nn.Module, optimizer: Any) -> dict[str, torch.Tensor]:
-    """Student and temperatures in fp32, from the optimizer's master copy, whatever the ZeRO stage. Collective."""
+    """Student and temperatures in fp32, from the optimizer's master copy, whatever the ZeRO stage. Collective.
+
+    Buffers that belong to the weights (statistics of BatchNorm) come with them.
+    """
     from deepspeed.utils import safe_get_full_fp32_param
 
     masters = masters_without_zero(optimizer)
@@ -33,6 +36,10 @@ def full_weights(module: nn.Module, optimizer: Any) -> dict[str, torch.Tensor]:
         out[name] = (
             (parameter if full is None else full).detach().float().cpu().reshape(full_shape(parameter)).contiguous()
         )
+    kept = module.state_dict().keys()
+    for name, buffer in module.named_buffers():
+        if name in kept:
+            out[name] = (buffer.float() if buffer.is_floating_point() else buffer).detach().cpu().clone()
     return out
 
 

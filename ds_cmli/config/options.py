@@ -15,6 +15,7 @@ from ds_cmli.config.presets import PRESETS, load_preset
 from ds_cmli.config.schema import Config, TeacherConfig, parse_losses, parse_settings
 from ds_cmli.config.validation import shown
 from ds_cmli.losses import LOSSES
+from ds_cmli.models import IMAGE, TEXT, described
 
 # In a checkout a link to the folder `ds_configs` at its top, in a wheel a folder of its own.
 DEFAULT_JSON = Path(__file__).with_name("ds_configs") / "zero2.json"
@@ -22,6 +23,8 @@ DEFAULT_JSON = Path(__file__).with_name("ds_configs") / "zero2.json"
 WHAT = (
     option("What to train", "--preset", default="demo", show_default=True, help=f"One of: {', '.join(PRESETS)}."),
     option("What to train", "--losses", help=f"Of {', '.join(LOSSES)}; NAME or NAME=WEIGHT, by comma.  [preset]"),
+    option("What to train", "--image-backbone", help=f"{described(IMAGE)}.  [preset]"),
+    option("What to train", "--text-backbone", help=f"{described(TEXT)}.  [preset]"),
     option("What to train", "--init", type=click.Choice(["preset", "random"]), default="preset", show_default=True,
            help="Start from the preset's weights, or from random ones (nothing is downloaded for them)."),
     option("What to train", "--set", "settings", multiple=True, metavar="SECTION.SETTING=VALUE",
@@ -70,6 +73,7 @@ PLACES = {
     **{"data": ("data", "source"), "val_data": ("data", "val_source"), "workers": ("data", "workers")},
     **{"image_root": ("data", "image_root"), "csv_separator": ("data", "separator")},
     **{"csv_img_key": ("data", "image_key"), "csv_caption_key": ("data", "caption_key")},
+    **{name: ("student", name) for name in ("image_backbone", "text_backbone")},
     **{name: ("optim", name) for name in ("steps", "epochs", "micro_batch", "lr")},
     **{name: ("run", name) for name in ("seed", "deterministic", "output_dir", "log_every", "eval_every")},
     **{name: ("run", name) for name in ("save_every", "save_minutes", "keep")},

@@ -47,7 +47,6 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
                 "num_attention_heads": 2,
                 "intermediate_size": 64,
             },
-            "layers": 2,
             "embed_dim": 16,
             "dropout": 0.0,  # the same loss whatever the number of ranks
         },

@@ -14,11 +14,16 @@ from pydantic.dataclasses import dataclass
 from ds_cmli.common.errors import UserError
 from ds_cmli.config.validation import MOST, build, check, choice, parse_json, shown
 from ds_cmli.losses import LOSSES
+from ds_cmli.models import AUTO, IMAGE, TEXT
 
 if TYPE_CHECKING:
     Loss = str
+    ImageBackbone = str
+    TextBackbone = str
 else:
     Loss = Literal[tuple(LOSSES)]
+    ImageBackbone = Literal[tuple([AUTO, *IMAGE])]
+    TextBackbone = Literal[tuple([AUTO, *TEXT])]
 
 STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 Text = Annotated[str, Field(max_length=4096, pattern=r"^[^\x00]*$")]
@@ -35,16 +40,19 @@ Temperature = Annotated[float, Field(ge=0.01, le=10, description="1/temperature 
 class StudentConfig:
     """`models/student.py`. Weights: "demo" (the packaged ones), "hub" (by model name), "random", or a local path."""
 
+    image_backbone: ImageBackbone = "auto"  # of the table in `models`; auto: the one that takes the model
     image_model: Name = "vit_small_patch14_dinov2"  # timm name
     image_weights: Name = "demo"
     image_overrides: dict[str, Any] = Field(default_factory=dict)  # keyword arguments of timm.create_model
-    text_model: Name = "bert"  # transformers name, or architecture, of a BERT-like encoder
+    text_backbone: TextBackbone = "auto"
+    text_model: Name = "bert"  # transformers name, or architecture
     text_weights: Name = "demo"
     text_overrides: dict[str, Any] = Field(default_factory=dict)  # fields of the transformers config
-    layers: Count = 6  # first layers kept of each encoder
+    # First layers kept of each encoder; null: 6, and all of an encoder that has fewer or no plain stack of them.
+    layers: Count | None = None
     shared_blocks: Count = 1  # Transformer blocks over both modalities
     embed_dim: Annotated[int, Field(ge=1, le=1024)] = 256  # D, the embedding dimension
-    dropout: BelowOne = 0.1  # in the text encoder, as BERT was trained
+    dropout: BelowOne = 0.1  # behind the text encoder's layers, as BERT was trained
     weights_partial: bool = False  # weights may lack blocks, which start random then
 
 
@@ -52,10 +60,12 @@ class StudentConfig:
 class TeacherConfig:
     """`models/teacher.py`. Weights as for the student."""
 
+    backbone: ImageBackbone = "auto"  # as the student's
     model: Name = "vit_small_patch14_dinov2"  # timm name
     weights: Name = "demo"
     overrides: dict[str, Any] = Field(default_factory=dict)
-    block: Annotated[int, Field(ge=-1000, le=1000)] = 9  # features after this block, 0-based; negative: from the last
+    # Features after this block (or stage of a model in stages), 0-based; negative: from the last.
+    block: Annotated[int, Field(ge=-1000, le=1000)] = 9
     weights_partial: bool = False  # as the student's
 
 

@@ -21,7 +21,7 @@ from ds_cmli.data.pairs import EvalPairs, TrainPairs
 from ds_cmli.data.sampler import GlobalBatchSampler
 from ds_cmli.data.scenes import EVAL_SCENES, EVAL_SEED, TRAIN_SCENES, Pictures, Scenes
 from ds_cmli.data.sources.base import Source
-from ds_cmli.data.tokens import CaptionTokenizer, load_tokenizer
+from ds_cmli.data.tokens import CaptionTokenizer, SpecialTokens, load_tokenizer
 
 __all__ = [
     "BadSamples",
@@ -58,8 +58,8 @@ class Data:
         return self.tokenizer.vocab_size
 
     @property
-    def pad_id(self) -> int:
-        return self.tokenizer.pad_id
+    def special(self) -> SpecialTokens:
+        return self.tokenizer.special
 
 
 def build_data(config: DataConfig, seed: int) -> Data:

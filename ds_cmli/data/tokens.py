@@ -24,6 +24,14 @@ class Tokens:
     ends: list[int]  # the caption's character after the token's last (a start may count the blank before it)
 
 
+@dataclass(frozen=True)
+class SpecialTokens:
+    """What a text encoder must know of the tokens that a tokenizer adds; the defaults are the built-in one's."""
+
+    pad_id: int = 0
+    class_first: bool = True  # a text begins with a token that is none of the caption's
+
+
 class CaptionTokenizer:
     """A transformers tokenizer reduced to what pairs need: truncating, and telling valid tokens.
 
@@ -32,22 +40,28 @@ class CaptionTokenizer:
 
     def __init__(self, tokenizer, positions: int):
         backend = getattr(tokenizer, "backend_tokenizer", None)
-        if backend is None or tokenizer.pad_token_id is None:
-            lacks = "fast version (tokenizer.json)" if backend is None else "[PAD] token"
-            raise UserError(
-                f"data.tokenizer is {tokenizer.name_or_path!r}, which has no {lacks}: choose a BERT-like tokenizer"
-            )
+        # Padding is known by its mask: causal models, which have no token for it, take the one of the end.
+        pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        if backend is None or pad_id is None:
+            lacks = "fast version (tokenizer.json)" if backend is None else "token for padding or the end"
+            raise UserError(f"data.tokenizer is {tokenizer.name_or_path!r}, which has no {lacks}: choose one that has")
         # A copy: transformers changes truncation and padding of its own at every call.
         self.backend = Tokenizer.from_str(backend.to_str())
         self.backend.no_padding()
         self.backend.enable_truncation(positions)
         self.positions = positions
         self.vocab_size = len(tokenizer)
-        self.pad_id: int = tokenizer.pad_token_id
+        self.pad_id: int = pad_id
         self.unknown_id = tokenizer.unk_token_id
         ids = (tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id)
         # By id too: "[SEP]" written out in a caption becomes the special token without being marked as one.
         self.special_ids = {self.pad_id, *(i for i in ids if i is not None)}
+
+    @property
+    def special(self) -> SpecialTokens:
+        """Of the captions that it makes."""
+        valid = self("a").valid
+        return SpecialTokens(self.pad_id, class_first=bool(valid) and not valid[0])
 
     def __call__(self, text: str) -> Tokens:
         encoding = self.backend.encode(text)

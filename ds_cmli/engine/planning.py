@@ -40,8 +40,8 @@ def filled(config: Config, ds_config: DeepSpeedConfig, world_size: int, total_st
 
     def width() -> int:
         with torch.device("meta"):
-            vit: Any = timm.create_model(config.student.image_model, **config.student.image_overrides)
-            return vit.embed_dim
+            model: Any = timm.create_model(config.student.image_model, **config.student.image_overrides)
+            return model.num_features
 
     return ds_config.filled(config.optim, world_size, total_steps, width)
 

@@ -17,27 +17,31 @@ from ds_cmli.config import schedule
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.schema import Config
 from ds_cmli.data import Batch
+from ds_cmli.data.tokens import SpecialTokens
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.engine.planning import resolve_weights
 from ds_cmli.engine.weight_decay import parameter_groups
 from ds_cmli.faults import nonfinite
 from ds_cmli.losses import needs_teacher
 from ds_cmli.losses.objective import Objective
-from ds_cmli.models.student import Student, checkpoint_blocks
+from ds_cmli.models.checkpointing import checkpoint_blocks
+from ds_cmli.models.student import Student
 from ds_cmli.models.teacher import Teacher
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
-def build_models(config: Config, vocab_size: int, pretrained: bool = True) -> tuple[Objective, Teacher | None]:
+def build_models(
+    config: Config, vocab_size: int, pretrained: bool = True, special: SpecialTokens | None = None
+) -> tuple[Objective, Teacher | None]:
     """Student with losses, and the teacher where a loss asks for it; on the CPU, in fp32, equal on every rank.
 
-    `pretrained=False`: the student's weights are random, as they will be overwritten.
+    `pretrained=False`: the student's weights are random, as they will be overwritten. `special`: as `Student`'s.
     """
     config = resolve_weights(config)
     torch.manual_seed(config.run.seed)
     data = config.data
-    student = Student(config.student, data.image_size, vocab_size, data.context_length, pretrained)
+    student = Student(config.student, data.image_size, vocab_size, data.context_length, pretrained, special)
     teacher = None
     if needs_teacher(config.loss.weights):
         teacher = Teacher(config.teacher, data.image_size, student.grid)
@@ -104,7 +108,12 @@ class TrainEngine:
 
 
 def build(
-    config: Config, ds_config: DeepSpeedConfig, vocab_size: int, total_steps: int, device: torch.device
+    config: Config,
+    ds_config: DeepSpeedConfig,
+    vocab_size: int,
+    total_steps: int,
+    device: torch.device,
+    special: SpecialTokens | None = None,
 ) -> TrainEngine:
     """The engine around student and losses, ready to step.
 
@@ -113,6 +122,7 @@ def build(
         vocab_size: of the tokenizer.
         total_steps: optimizer steps of the whole run, for the schedule.
         device: this rank's; the process group is already up.
+        special: tokens that the tokenizer adds; None: as the built-in one.
     """
     import deepspeed
 
@@ -123,7 +133,7 @@ def build(
         quiet.let_deepspeed_print(ds_config.get("log_level") is None)
     deepspeed.init_distributed(verbose=False)
     dtype = DTYPES[ds_config.precision]
-    objective, teacher = build_models(config, vocab_size)
+    objective, teacher = build_models(config, vocab_size, special=special)
     torch.manual_seed(config.run.seed + distributed.rank())  # dropout: its own on each rank
     if ds_config.checkpointing:
         deepspeed.checkpointing.configure(None, deepspeed_config=ds_config.raw())

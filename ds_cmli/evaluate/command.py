@@ -88,7 +88,7 @@ def load_objective(config: Any, folder: Path, data: Any, device: Any) -> Any:
 
     weights = {name: weight for name, weight in config.loss.weights.items() if not LOSSES[name].teacher}
     config.loss = dataclasses.replace(config.loss, weights=weights or {"global": 1.0})
-    objective, _ = build_models(config, data.vocab_size, pretrained=False)
+    objective, _ = build_models(config, data.vocab_size, pretrained=False, special=data.special)
     load_weights(folder, objective)
     return objective.to(device)
 

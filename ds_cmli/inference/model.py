@@ -107,7 +107,7 @@ class Model:
         weights = {name: weight for name, weight in config.loss.weights.items() if not LOSSES[name].teacher}
         config.loss = dataclasses.replace(config.loss, weights=weights or {"global": 1.0})
         words = load_tokenizer(tokenizer or config.data.tokenizer, config.data.context_length)
-        objective, _ = build_models(config, words.vocab_size, pretrained=False)
+        objective, _ = build_models(config, words.vocab_size, pretrained=False, special=words.special)
         load_weights(path, objective)
         chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         return cls(config, objective, words, chosen)

@@ -58,7 +58,7 @@ def rehearse(
             if predictor is not None:
                 for target in targets:
                     predictor.send(predict_subprocess.Request(config, ds_config, distributed.world_size(), target))
-            engine.build_models(config, run.data.vocab_size)
+            engine.build_models(config, run.data.vocab_size, special=run.data.special)
             if predictor is not None:
                 _show([predictor.receive() for _ in targets], device)
         except UserError as error:

@@ -70,8 +70,8 @@ def _run(
     """Build and take two optimizer steps, telling `enter` where each phase begins."""
     build_models = engine.build_models
 
-    def build(*arguments: Any):
-        models = build_models(*arguments)
+    def build(*arguments: Any, **options: Any):
+        models = build_models(*arguments, **options)
         enter("init")
         return models
 

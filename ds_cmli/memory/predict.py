@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ from ds_cmli.memory.fake import convert_parameters, fake_world
 from ds_cmli.memory.phases import phases
 from ds_cmli.memory.report import Event, Report, summarise
 from ds_cmli.memory.tracker import Tracker
-from ds_cmli.models.text_encoder import family, without_effect
+from ds_cmli.models.transformers_model import family, text_part, without_effect
 
 DEFAULT_GPU = "RTX 3090 24GB"  # assumed: the document says 24 GB and names no GPU
 TOTAL_STEPS = 1000  # of the schedule; decides no size
@@ -193,17 +194,17 @@ def without_weights(config: Config) -> tuple[Config, int]:
     from transformers import AutoConfig
 
     vocab_size = None
-    if student.text_weights == "random":
+    if student.text_weights == "random" or Path(student.text_weights).is_file():
         if config.data.tokenizer == "builtin":
             vocab_size = load_tokenizer("builtin", config.data.context_length).vocab_size
     elif student.text_weights != "demo":
         source = student.text_model if student.text_weights == "hub" else student.text_weights
         try:
-            encoder = AutoConfig.from_pretrained(source, local_files_only=True, trust_remote_code=False)
+            encoder = text_part(AutoConfig.from_pretrained(source, local_files_only=True, trust_remote_code=False))
             sizes = {
                 name: value
                 for name, value in encoder.to_diff_dict().items()
-                if isinstance(value, int | float | bool) and without_effect(type(encoder), name) is None
+                if isinstance(value, int | float | bool | str | list) and without_effect(type(encoder), name) is None
             }
             vocab_size = encoder.vocab_size
             student = replace(
@@ -229,9 +230,9 @@ def recorded_from_the_engine_on(
     dtype = engine.DTYPES[ds_config.precision]
     build_models = engine.build_models
 
-    def build(*arguments: Any) -> tuple[nn.Module, nn.Module | None]:
+    def build(*arguments: Any, **options: Any) -> tuple[nn.Module, nn.Module | None]:
         with tracker.paused():
-            objective, teacher = build_models(*arguments)
+            objective, teacher = build_models(*arguments, **options)
             if cuda:  # both arrive on the device cast
                 for model in (objective, teacher):
                     convert_parameters(model, lambda parameter: parameter.to(dtype))

@@ -1,0 +1,50 @@
+"""The backbones by name. A new one is one file in this folder and one line in a table below.
+
+`--image-backbone`, `--text-backbone`, `teacher.backbone`, the check of their names, the help text and the memory
+prediction follow from the line. The tables are read before PyTorch is needed, so an entry names its class and `load`
+imports it.
+"""
+
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+AUTO = "auto"  # the first entry of the table that takes the model
+
+
+@dataclass(frozen=True)
+class Entry:
+    implementation: str  # "file.Class", a `backbone.ImageBackbone` or `backbone.TextBackbone`
+    models: str  # what it takes, for the help text
+
+
+IMAGE = {
+    "timm_tokens": Entry("timm_tokens.TimmTokens", "timm's ViT, DeiT, BEiT, EVA, SigLIP"),
+    "timm_grid": Entry("timm_grid.TimmGrid", "timm's Swin, ConvNeXt, ResNet and others with a feature map"),
+}
+TEXT = {
+    "encoder": Entry("transformers_encoder.Encoder", "transformers' BERT, RoBERTa, DeBERTa, ModernBERT, T5"),
+    "causal": Entry("transformers_causal.Causal", "transformers' CLIP, GPT-2: pooled at the end token"),
+}
+
+
+def load(table: dict[str, Entry], name: str) -> Any:
+    """The class of the backbone `name`; imports its file."""
+    module, _, cls = table[name].implementation.partition(".")
+    return getattr(import_module(f"{__name__}.{module}"), cls)
+
+
+def build(table: dict[str, Entry], name: str, request: Any) -> Any:
+    """The backbone `name` for a `backbone.ImageRequest` or `TextRequest`; "auto": the first that takes its model.
+
+    Raises:
+        UserError: the model is unknown, its weights do not fit, or it cannot be used.
+    """
+    if name == AUTO:
+        name = next((known for known in table if load(table, known).takes(request)), list(table)[-1])
+    return load(table, name)(request)
+
+
+def described(table: dict[str, Entry]) -> str:
+    """The table in one line, for help texts."""
+    return "; ".join([f"{AUTO}: by the model", *(f"{name}: {entry.models}" for name, entry in table.items())])

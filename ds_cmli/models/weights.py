@@ -4,13 +4,17 @@ import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from ds_cmli.common.errors import UserError
 
-BLOCK = re.compile(r"(?:^|\.)(?:blocks|layer)\.(\d+)\.")
+# A block's place in the keys of timm's and transformers' models.
+BLOCK = re.compile(r"(?:^|\.)(?:blocks?|layers?\d*|stages|h)\.(\d+)\.")
+FILES = ("model.safetensors", "pytorch_model.bin")  # in a folder of weights
 Shape = tuple[int, ...]
 
 
@@ -28,6 +32,19 @@ class Source:
     @property
     def allow(self) -> str:
         return f"or set {self.setting.split('.')[0]}.weights_partial=true to start from random ones"
+
+
+def weights_file(source: Source, needed: str) -> str:
+    """The file that the weights' path names, or the one in its folder. Raises `UserError`, with what is `needed`."""
+    path = Path(source.weights)
+    if path.is_dir():
+        found = [path / name for name in FILES if (path / name).is_file()] or sorted(path.glob("*.safetensors"))
+        if len(found) == 1 or (found and found[0].name in FILES):
+            return str(found[0])
+        raise source.error(f"a folder with {len(found)} files of weights; give {needed}, or a folder with one")
+    if not path.is_file():
+        raise source.error(f"no such file; give 'hub', 'random' or {needed}")
+    return str(path)
 
 
 def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
@@ -80,11 +97,11 @@ def account(source: Source, model: nn.Module, given: Mapping[str, Shape], before
         )
     name = f"{source.setting} {source.weights}"
     if missing:
-        _say(f"{name}: {_count(missing, len(wanted))} missing there, random at the start: {_some(missing)}")
+        say(f"{name}: {_count(missing, len(wanted))} missing there, random at the start: {_some(missing)}")
     if unused:
-        _say(f"{name}: {_count(unused, len(given))} there not used: {_some(unused)}")
+        say(f"{name}: {_count(unused, len(given))} there not used: {_some(unused)}")
     if resized:
-        _say(f"{name}: {_count(resized, len(given))} resized: {_some(resized)}")
+        say(f"{name}: {_count(resized, len(given))} resized: {_some(resized)}")
 
 
 def _count(keys: list[str], of: int) -> str:
@@ -96,6 +113,9 @@ def _some(keys: Iterable[str], most: int = 3) -> str:
     return ", ".join(keys[:most]) + (", ..." if len(keys) > most else "")
 
 
-def _say(line: str) -> None:
-    if os.environ.get("RANK", "0") == "0":
+def say(line: str, model: nn.Module | None = None) -> None:
+    """Print on the first rank; nothing of a `model` without data, which is only looked at."""
+    if os.environ.get("RANK", "0") == "0" and not isinstance(
+        next(model.parameters(), None) if model else None, FakeTensor
+    ):
         print(line, flush=True)

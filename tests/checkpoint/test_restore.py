@@ -410,7 +410,7 @@ def test_a_checkpoint_that_is_not_finite_is_not_gone_on_from(copied, source):
     def spoiled(path):
         with no_code():
             values = torch.load(path, weights_only=True)
-        values["module"]["student.text.embeddings.word_embeddings.weight"][-1] = torch.nan
+        values["module"]["student.text.model.embeddings.word_embeddings.weight"][-1] = torch.nan
         torch.save(values, path)
 
     rewrite(copied / "checkpoint" / "step4", "mp_rank_00_model_states.pt", spoiled)

@@ -124,10 +124,10 @@ def test_weight_decay_spares_norms_biases_and_embeddings(data):
     objective, _ = engine.build_models(load_preset("tiny", {}), data.vocab_size)
     names = {id(p): n for n, p in objective.named_parameters()}
     decay, plain = ({names[id(p)] for p in g["params"]} for g in engine.parameter_groups(objective, 0.1))
-    assert {"student.projection.weight", "student.vit.blocks.0.attn.qkv.weight"} <= decay
+    assert {"student.projection.weight", "student.image.model.blocks.0.attn.qkv.weight"} <= decay
     assert {"losses.global.logit_scale", "losses.cmli.logit_scale"} <= plain
-    assert {"student.vit.pos_embed", "student.image_out.weight"} <= plain
-    assert "student.text.embeddings.word_embeddings.weight" in plain
+    assert {"student.image.model.pos_embed", "student.image_out.weight"} <= plain
+    assert "student.text.model.embeddings.word_embeddings.weight" in plain
     assert decay | plain == set(names.values())
 
 

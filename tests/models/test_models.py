@@ -8,7 +8,8 @@ from ds_cmli.common.errors import UserError
 from ds_cmli.config.presets import load_preset
 from ds_cmli.config.schema import LossConfig
 from ds_cmli.losses.objective import Objective
-from ds_cmli.models.student import PixelNorm, Student, build_text_encoder
+from ds_cmli.models.pixels import PixelNorm
+from ds_cmli.models.student import Student
 from ds_cmli.models.teacher import Targets, Teacher
 
 CONFIG = load_preset("tiny", {})
@@ -55,7 +56,7 @@ def test_padding_does_not_reach_valid_tokens(student):
 def test_encoders_are_cut_to_their_first_layers():
     config = dataclasses.replace(CONFIG.student, layers=1)
     cut = Student(config, S, VOCAB)
-    assert len(cut.vit.blocks) == len(cut.text.encoder.layer) == 1
+    assert len(cut.image.model.blocks) == len(cut.text.model.encoder.layer) == 1
     assert len(cut.blocks) == 3  # one of each encoder and the shared one
 
 
@@ -65,20 +66,20 @@ def test_g_starts_orthonormal(student):
 
 def test_pixels_are_normalised_alike_in_16_bit(student):
     image = inputs()[0]
-    exact = PixelNorm(student.vit)(image, torch.float32)
-    mean, std = (torch.tensor(student.vit.pretrained_cfg[k])[:, None, None] for k in ("mean", "std"))
+    exact = PixelNorm(student.image.mean, student.image.std)(image, torch.float32)
+    mean, std = (torch.tensor(student.image.model.pretrained_cfg[k])[:, None, None] for k in ("mean", "std"))
     assert_close(exact, (image / 255 - mean) / std, rtol=1e-4, atol=1e-4)
-    assert torch.equal(PixelNorm(student.vit).half()(image, torch.float32), exact)
+    assert torch.equal(PixelNorm(student.image.mean, student.image.std).half()(image, torch.float32), exact)
 
 
 def test_teacher_features_are_layer_normalised_and_of_the_chosen_block():
     torch.manual_seed(0)
     teacher = Teacher(dataclasses.replace(CONFIG.teacher, block=0), S, (4, 4))
-    assert len(teacher.vit.blocks) == 1  # later blocks are not held
+    assert len(teacher.image.model.blocks) == 1  # later blocks are not held
     image = inputs()[0]
     targets = teacher(image)
-    x = teacher.vit.patch_embed(teacher.pixels(image, torch.float32))
-    x = teacher.vit.blocks[0](teacher.vit._pos_embed(x))
+    x = teacher.image.model.patch_embed(teacher.pixels(image, torch.float32))
+    x = teacher.image.model.blocks[0](teacher.image.model._pos_embed(x))
     assert_close(targets.cls, torch.nn.functional.layer_norm(x[:, 0], (32,)))
     assert_close(targets.patches, torch.nn.functional.layer_norm(x[:, 1:], (32,)))
     assert not targets.patches.requires_grad
@@ -118,8 +119,10 @@ def test_target_cmli_alone_never_trains_g(student, match):
 
 
 def test_tokenizer_larger_than_the_vocabulary_is_refused(tmp_path):
-    build_text_encoder(CONFIG.student, 50).save_pretrained(tmp_path)
+    Student(CONFIG.student, S, 50).text.model.save_pretrained(tmp_path)
     saved = dataclasses.replace(CONFIG.student, text_weights=str(tmp_path))
-    assert build_text_encoder(saved, 50).config.vocab_size == 50
-    with pytest.raises(UserError, match=r"data.tokenizer has 99 tokens and student.text_model"):
-        build_text_encoder(saved, 99)
+    assert Student(saved, S, 50).text.model.config.vocab_size == 50
+    with pytest.raises(
+        UserError, match=r"data.tokenizer has 99 tokens and the text model of student.text_weights .* only 50"
+    ):
+        Student(saved, S, 99)

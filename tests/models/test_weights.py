@@ -5,6 +5,7 @@ import json
 import os
 
 import pytest
+import timm
 import torch
 from safetensors.torch import save_file
 from torch.testing import assert_close
@@ -23,15 +24,11 @@ EVERY = ("image", "text", "teacher")
 @pytest.fixture(scope="module")
 def state():
     """The whole state dict of each encoder, by the name of its tower."""
-    from ds_cmli.models.image_encoder import build_vit
-
     torch.manual_seed(1)
     student = Student(CONFIG.student, S, VOCAB)
-    vit = build_vit(
-        "student.image_", CONFIG.student.image_model, "random", CONFIG.student.image_overrides, S, False
-    ).vit
-    text = {key: value.clone() for key, value in student.text.state_dict().items()}
-    return {"image": vit.state_dict(), "teacher": vit.state_dict(), "text": text, "config": student.text.config}
+    vit = timm.create_model(CONFIG.student.image_model, num_classes=0, img_size=S, **CONFIG.student.image_overrides)
+    text = {key: value.clone() for key, value in student.text.model.state_dict().items()}
+    return {"image": vit.state_dict(), "teacher": vit.state_dict(), "text": text, "config": student.text.model.config}
 
 
 @pytest.fixture
@@ -48,10 +45,10 @@ def load(tmp_path, state):
             save_file({k: v.clone() for k, v in weights.items()}, path, metadata={"format": "pt"})
         (folder / "config.json").write_text(json.dumps({**state["config"].to_dict(), **dict(fields)}))
         if tower == "teacher":
-            return Teacher(dataclasses.replace(config.teacher, weights=str(path), **settings), S, GRID).vit
+            return Teacher(dataclasses.replace(config.teacher, weights=str(path), **settings), S, GRID).image.model
         where = {"image": {"image_weights": str(path)}, "text": {"text_weights": str(folder)}}[tower]
         student = Student(dataclasses.replace(config.student, **where, **settings), S, VOCAB)
-        return student.vit if tower == "image" else student.text
+        return student.image.model if tower == "image" else student.text.model
 
     return load
 

@@ -1,0 +1,73 @@
+"""timm's models that give a feature map: Swin, ConvNeXt, ResNet and others; each place of the map is a patch.
+
+Shapes: B images, S image side in pixels, N = rows * columns of the map, H its channels.
+"""
+
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from ds_cmli.models import timm_model
+from ds_cmli.models.backbone import ImageBackbone, ImageRequest, with_mean
+
+# Blocks behind the patches' own, in which a class token looks at them (CaiT, XCiT): no feature map shows them.
+CLASS_BLOCKS = ("cls_attn_blocks", "blocks_token_only")
+
+
+class TimmGrid(ImageBackbone):
+    model: Any  # timm's
+
+    @classmethod
+    def takes(cls, request: ImageRequest) -> bool:
+        return hasattr(timm_model.sketch(request), "forward_intermediates")
+
+    def __init__(self, request: ImageRequest):
+        super().__init__()
+        created = timm_model.create(request)
+        model = self.model = created.model
+        if not hasattr(model, "forward_intermediates"):
+            raise request.unfit("it gives no feature map: choose another model of timm")
+        stages = [dict(stage) for stage in model.feature_info]
+        plain = len({(stage["num_chs"], stage["reduction"]) for stage in stages}) == 1
+        if request.layers is not None and not plain:
+            raise request.unfit(
+                f"its {len(stages)} stages are no plain stack, of which the first student.layers = {request.layers} "
+                "could be kept: give student.layers=null, and it is kept whole"
+            )
+        if request.block is None and not plain:
+            last = len(stages) - 1
+        else:
+            last = timm_model.last_block(request, len(stages), "block" if plain else "stage")
+        stage = stages[last]
+        timm_model.check_image_size(request, (stage["reduction"],) * 2)
+        timm_model.cut(model, last)
+        if any(hasattr(model, name) for name in CLASS_BLOCKS):
+            for name in ("cls_token", *CLASS_BLOCKS):
+                setattr(model, name, None)
+        model.forward = partial(
+            model.forward_intermediates, indices=[last], norm=False, output_fmt="NCHW", intermediates_only=True
+        )
+        created.account()
+        timm_model.tell(request, model, "the mean of its feature map")
+        # Stages that are no sequence of blocks, such as a stem, are small.
+        self.modules_of_stages = [stage["module"] for stage in stages[: last + 1]]
+        self.width, side = stage["num_chs"], request.image_size // stage["reduction"]
+        self.grid, self.prefix = (side, side), 1
+        self.mean, self.std = model.pretrained_cfg["mean"], model.pretrained_cfg["std"]
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        found: list[nn.Module] = []
+        for name in self.modules_of_stages:
+            stage = self.model.get_submodule(name)
+            inside = getattr(stage, "blocks", stage)
+            if isinstance(inside, nn.Sequential | nn.ModuleList):
+                found += list(inside)
+            elif isinstance(self.model.get_submodule(name.rpartition(".")[0]), nn.Sequential | nn.ModuleList):
+                found.append(stage)
+        return found
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        [x] = self.model(pixels)  # [B, H, rows, columns]
+        return with_mean(x.flatten(2).transpose(1, 2))

@@ -1,0 +1,218 @@
+"""timm's models, built from a configuration and filled with weights, each mistake in one line.
+
+Shapes: B images, S image side in pixels.
+"""
+
+import inspect
+import json
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ds_cmli.common.errors import UserError, nearest
+from ds_cmli.common.pretrained import loading, reason
+from ds_cmli.common.replaced import replaced
+from ds_cmli.models.backbone import DEFAULT_LAYERS, ImageRequest
+from ds_cmli.models.weights import Shape, Source, account, check_finite, say, weights_file
+
+# What `overrides` cannot change, and why.
+DECIDED = {
+    "img_size": "data.image_size says it",
+    **dict.fromkeys(("checkpoint_path", "pretrained", "pretrained_strict"), "the setting of the weights says it"),
+    **dict.fromkeys(
+        ("num_classes", "global_pool", "pool_include_prefix", "fc_norm", "final_norm", "drop_rate", "head_drop_rate"),
+        "head, pooling and final norm are not used",
+    ),
+    **dict.fromkeys(("class_token", "in_chans", "dynamic_img_pad", "dynamic_img_size", "strict_img_size"),
+                    "class token, colours and the grid of patches are fixed"),
+    "patch_drop_rate": "every patch is needed",
+}  # fmt: skip
+FROZEN = ("pos_drop_rate", "proj_drop_rate", "attn_drop_rate", "drop_path_rate")  # nothing drops out of a teacher
+
+
+@dataclass
+class Given:
+    """The weights that a model was loaded with: their shapes by key, as the model names them and as the file does."""
+
+    shapes: dict[str, Shape]
+    before: dict[str, Shape]
+
+
+@dataclass
+class Created:
+    model: Any  # timm's
+    source: Source
+    given: Given | None  # None: random weights
+
+    def account(self) -> None:
+        """Once what is not used is cut off: print what became of the file's keys, or raise `UserError`."""
+        if self.given is not None:
+            account(self.source, self.model, self.given.shapes, self.given.before)
+
+
+@lru_cache
+def _sketch(model: str, overrides: str) -> Any:
+    with torch.device("meta"):
+        return timm.create_model(model, **json.loads(overrides))
+
+
+def sketch(request: ImageRequest) -> Any:
+    """The model without data, to be looked at; None where it cannot be built: `create` says why."""
+    try:
+        return _sketch(request.model, json.dumps(request.overrides, sort_keys=True))
+    except Exception:
+        return None
+
+
+def create(request: ImageRequest) -> Created:
+    """A timm model with its weights and no classifier; raises `UserError`.
+
+    Weights of a path are in the model's own layout; timm resamples position embeddings of another image size.
+    """
+    source, weights = request.source, request.weights
+    _check_overrides(request.prefix, request.overrides)
+    file = None if weights in ("random", "hub") else weights_file(source, f"a weights file of {request.model}")
+    given = Given({}, {}) if weights != "random" else None
+    build = lambda **size: timm.create_model(  # noqa: E731
+        request.model, pretrained=given is not None, num_classes=0, **size, **request.overrides
+    )
+    try:
+        with loading(hub=weights == "hub"), _watched(file, given):
+            try:
+                model = build(img_size=request.image_size)
+            except TypeError as error:
+                if "'img_size'" not in str(error):
+                    raise
+                model = build()  # takes pictures of any size
+    except Exception as error:
+        raise _not_built(request, error) from None
+    if given is not None:
+        check_finite(source, model)
+    return Created(model, source, given)
+
+
+def _not_built(request: ImageRequest, error: Exception) -> UserError:
+    unknown = re.search(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(error))
+    if unknown and unknown[2] in request.overrides:
+        module = sys.modules[timm.models.model_entrypoint(request.model).__module__]
+        known = inspect.signature(getattr(module, unknown[1], timm.models.VisionTransformer)).parameters.keys()
+        return UserError(
+            f"setting of {request.prefix}overrides is {unknown[2]!r}, which {request.model!r} does not take: "
+            f"{nearest(unknown[2], known - DECIDED.keys())}"
+        )
+    return UserError(
+        f"{request.source.setting} is {request.weights!r}, the model {request.model!r}: cannot build it: "
+        f"{reason(error)}"
+    )
+
+
+def _watched(file: str | None, given: Given | None) -> Any:
+    """timm tells nobody which keys it loads: the function that does so is given a filter that notes them.
+
+    A file is read here, as earlier versions of timm read pickles with the code in them.
+    """
+    from timm.models import _builder
+
+    load_pretrained = _builder.load_pretrained
+
+    def load(model: nn.Module, pretrained_cfg: Any = None, filter_fn: Callable | None = None, **arguments: Any) -> None:
+        assert given is not None
+        if file is not None:
+            pretrained_cfg = {**pretrained_cfg, "source": "", "state_dict": _read(file)}
+
+        def note(state: dict[str, Any], model: nn.Module) -> dict[str, Any]:
+            given.before.update(_shapes(state))
+            if filter_fn is not None:
+                try:
+                    state = filter_fn(state, model)
+                except TypeError:  # timm has filters that take the state alone, and calls them so
+                    state = filter_fn(state)
+            given.shapes.update(_shapes(state))
+            return state
+
+        load_pretrained(model, pretrained_cfg=pretrained_cfg, filter_fn=note, **arguments)
+
+    return replaced(_builder, "load_pretrained", load)
+
+
+def _read(file: str) -> dict[str, Any]:
+    try:
+        state = timm.models.load_state_dict(file, weights_only=True)
+    except (AttributeError, EOFError, LookupError):  # what torch says of other pickles, and timm of lists
+        state = {}
+    if not _shapes(state):
+        raise ValueError(
+            "no tensors by name are in it: give a .safetensors file, or a state dict that torch.save wrote"
+        )
+    return state
+
+
+def _shapes(state: dict[str, Any]) -> dict[str, Shape]:
+    return {key: tuple(value.shape) for key, value in state.items() if isinstance(value, Tensor)}
+
+
+def _check_overrides(prefix: str, overrides: dict[str, Any]) -> None:
+    builders = (timm.create_model, timm.models.build_model_with_cfg)
+    wiring = {name for function in builders for name in inspect.signature(function).parameters}
+    wiring |= {"features_only", "out_indices", "pruned"}
+    for name, value in overrides.items():
+        why = DECIDED.get(name)
+        if why is None and name in wiring:
+            why = "it is no size of the model"
+        if why is None and prefix == "teacher." and name in FROZEN:
+            why = "the teacher is not trained"
+        if why is None and value is None:
+            why = "timm ignores None: leave it out"
+        if why is not None:
+            raise UserError(f"{prefix}overrides has {name!r} = {value!r}, which has no effect or cannot be: {why}")
+
+
+def last_block(request: ImageRequest, depth: int, unit: str) -> int:
+    """Index of the last block (or stage) that is used of `depth` ones; raises `UserError` where there is none."""
+    if request.block is not None:
+        if not -depth <= request.block < depth:
+            raise UserError(
+                f"teacher.block is {request.block}: {request.model!r} has {unit}s 0 to {depth - 1}; -1 is the last"
+            )
+        return request.block % depth
+    if request.layers is None:
+        return min(DEFAULT_LAYERS, depth) - 1
+    if request.layers > depth:
+        raise UserError(f"student.layers is {request.layers}: {request.name} has only {depth}")
+    return request.layers - 1
+
+
+def check_image_size(request: ImageRequest, patch: tuple[int, int]) -> None:
+    """`patch`: height and width in pixels. Raises `UserError` where timm would leave out, or fill up, a part."""
+    for side in patch:
+        if request.image_size % side:
+            near = max(1, round(request.image_size / side)) * side
+            raise UserError(
+                f"data.image_size is {request.image_size}: no multiple of the {side} pixels of a patch of "
+                f"{request.name}; give for instance {near}"
+            )
+
+
+def cut(model: Any, last: int) -> None:
+    """Drop what follows block (or stage) `last`, the final norm, the pooling and the head."""
+    model.prune_intermediate_layers([last], prune_norm=True, prune_head=True)
+    # The pretrained final norm belongs to the last block of all; the student and the teacher have their own.
+    for name in ("norm", "fc_norm", "head", "head_dist"):
+        if isinstance(getattr(model, name, None), nn.Module):
+            setattr(model, name, nn.Identity())
+
+
+def tell(request: ImageRequest, model: nn.Module, pooling: str | None) -> None:
+    """Say what the user may not expect of the model; `pooling`: what stands for a class token that it lacks."""
+    if pooling is not None:
+        say(f"{request.name} has no class token: {pooling} stands for it", model)
+    if request.block is None and any(isinstance(module, _BatchNorm) for module in model.modules()):
+        say(f"{request.name}: its BatchNorm layers keep their statistics, those of a batch differ between ranks", model)

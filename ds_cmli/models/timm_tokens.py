@@ -1,0 +1,70 @@
+"""timm's models of patch tokens in a plain stack of blocks: ViT, DeiT, BEiT, EVA, SigLIP, with any number of registers.
+
+Shapes: B images, S image side in pixels, N patches, H width.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ds_cmli.models import timm_model
+from ds_cmli.models.backbone import ImageBackbone, ImageRequest, with_mean
+
+
+def _fits(model: Any) -> bool:
+    return (
+        isinstance(getattr(model, "blocks", None), nn.Sequential | nn.ModuleList)
+        and hasattr(getattr(model, "patch_embed", None), "grid_size")
+        and isinstance(getattr(model, "num_prefix_tokens", None), int)
+        and hasattr(model, "prune_intermediate_layers")
+    )
+
+
+class TimmTokens(ImageBackbone):
+    model: Any  # timm's
+
+    @classmethod
+    def takes(cls, request: ImageRequest) -> bool:
+        return _fits(timm_model.sketch(request))
+
+    def __init__(self, request: ImageRequest):
+        super().__init__()
+        created = timm_model.create(request)
+        model = self.model = created.model
+        if not _fits(model):
+            raise request.unfit("it has no plain stack of blocks over patch tokens: choose the backbone 'auto'")
+        ratio = getattr(model.patch_embed, "feat_ratio", None)
+        timm_model.check_image_size(request, tuple(ratio(as_scalar=False)) if ratio is not None else (1, 1))
+        depth = len(model.blocks)
+        last = timm_model.last_block(request, depth, "block")
+        own = getattr(model, "attn_pool", None) if last == depth - 1 else None  # belongs to the last block's output
+        norm = model.norm
+        timm_model.cut(model, last)
+        self.has_class_token = getattr(model, "cls_token", None) is not None
+        self.pools = own is not None and not self.has_class_token
+        if self.pools:
+            model.norm, model.attn_pool = norm, own
+        model.forward = model.forward_features
+        created.account()
+        timm_model.tell(
+            request, model, None if self.has_class_token else "its own pooling" if self.pools else "the mean of patches"
+        )
+        self.registers = model.num_prefix_tokens - self.has_class_token  # other tokens than patches and class token
+        self.prefix = 1 + self.registers
+        self.width, self.grid = model.embed_dim, tuple(model.patch_embed.grid_size)
+        self.mean, self.std = model.pretrained_cfg["mean"], model.pretrained_cfg["std"]
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        return list(self.model.blocks)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        x = self.model(pixels)  # [B, prefix + N, H], or one token less without a class token
+        if self.has_class_token:
+            return x
+        if self.pools:
+            return torch.cat([self.model.attn_pool(x[:, self.registers :])[:, None], x], 1)
+        if self.registers == 0:
+            return with_mean(x)
+        return torch.cat([x[:, self.registers :].mean(1, keepdim=True), x], 1)

@@ -1,0 +1,283 @@
+"""Text models of the transformers library, built from a configuration and filled with weights, mistakes in one line.
+
+Only what gives a hidden state a token is held: of an encoder-decoder its encoder, of a model with pictures its text
+part, without pooler and head. Shapes: B texts, M text positions, H width.
+"""
+
+import inspect
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_TEXT_ENCODING_MAPPING,
+    MODEL_MAPPING,
+    AutoConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+
+from ds_cmli.common.errors import UserError, nearest
+from ds_cmli.common.pretrained import loading, reason
+from ds_cmli.models.backbone import DEFAULT_LAYERS, TextBackbone, TextRequest
+from ds_cmli.models.weights import account, check_finite, say
+
+# The families' fields of the dropout behind their layers, and of the one inside their attention.
+DROPOUT = ("hidden_dropout_prob", "dropout", "dropout_rate", "resid_pdrop", "embd_pdrop", "embedding_dropout",
+           "mlp_dropout")  # fmt: skip
+ATTENTION_DROPOUT = ("attention_probs_dropout_prob", "attention_dropout", "attn_pdrop")
+# What `text_overrides` cannot change, and which setting does.
+DECIDED = {"vocab_size": "data.tokenizer", **dict.fromkeys(DROPOUT, "student.dropout")}
+# Fields of single families that decide nothing of the encoder: heads, generation, decoding.
+UNUSED = {
+    *("use_cache", "classifier_dropout", "tie_word_embeddings", "is_decoder", "add_cross_attention"),
+    *("bos_token_id", "eos_token_id", "sep_token_id", "cls_token_id", "decoder_start_token_id"),
+    *("gradient_checkpointing", "cross_attention_hidden_size", "model_type", "num_decoder_layers"),
+}
+# Names of the tables of token embeddings in the weights of these families.
+TOKEN_TABLES = ("word_embeddings.weight", "shared.weight", "embed_tokens.weight", "token_embedding.weight",
+                "tok_embeddings.weight", "wte.weight")  # fmt: skip
+# Fields that these families read without declaring them.
+UNDECLARED = {
+    "deberta": ("embedding_size", "talking_head"),
+    "deberta-v2": ("attention_head_size", "conv_act", "conv_groups", "conv_kernel_size", "embedding_size",
+                   "norm_rel_ebd", "position_buckets", "share_att_key"),
+}  # fmt: skip
+POSITION_TABLES = ("position_embeddings", "position_embedding", "embed_positions", "wpe")
+
+
+def family(model: str) -> str:
+    """The architecture that a model's name begins with: "bert-base-uncased" -> "bert", "clip" -> "clip_text_model"."""
+    plain = model.rsplit("/", 1)[-1].lower().replace("_", "-") + "-"
+    known = [kind for kind in CONFIG_MAPPING if plain.startswith(kind.lower().replace("_", "-") + "-")]
+    if not known:
+        raise UserError(
+            f"student.text_model is {model!r}: without a configuration of its own (random weights, or a file of "
+            "weights), give an architecture of the transformers library, such as bert, t5 or clip"
+        )
+    found = max(known, key=len)
+    part = getattr(CONFIG_MAPPING[found], "sub_configs", {}).get("text_config")
+    return getattr(part, "model_type", "") or found
+
+
+def without_effect(kind: type[PreTrainedConfig], name: str) -> str | None:
+    """Why a field of `text_overrides` would do nothing, or why it is refused; None where it decides something."""
+    if name in DECIDED:
+        return f"{DECIDED[name]} decides that"
+    fields = inspect.signature(kind).parameters
+    common = inspect.signature(PreTrainedConfig).parameters.keys() - {"chunk_size_feed_forward"}
+    if name in UNUSED or name in common:
+        return "it decides nothing of a text encoder"
+    if name not in fields and name not in kind.attribute_map and name not in UNDECLARED.get(kind.model_type, ()):
+        return nearest(name, (fields.keys() | kind.attribute_map.keys()) - common - UNUSED - DECIDED.keys())
+    return None
+
+
+def text_part(config: PreTrainedConfig) -> PreTrainedConfig:
+    """Of a model of pictures and text, such as CLIP, the text encoder's configuration."""
+    return getattr(config, "text_config", None) or config
+
+
+def kind_of(request: TextRequest) -> type[PreTrainedConfig] | None:
+    """The class of the model's configuration; None where it cannot be told: `create` says why."""
+    if not Path(request.weights).is_dir():
+        try:
+            return CONFIG_MAPPING[family(request.model)]  # told by the name, without asking the hub
+        except UserError:
+            pass
+    try:
+        with loading(hub=request.weights == "hub"):
+            return type(_configured(request))
+    except Exception:
+        return None
+
+
+def create(request: TextRequest) -> Any:
+    """The model, with its first layers, on the CPU in fp32; raises `UserError`."""
+    source, weights = request.source, request.weights
+    if weights not in ("random", "hub") and not Path(weights).exists():
+        raise source.error(
+            "no such file or folder; give 'hub', 'random', the folder of a transformers model with its config.json, or "
+            f"a weights file of {request.model}"
+        )
+    try:
+        with loading(hub=weights == "hub"):
+            config = _configured(request)
+            kept = _sized(request, config)
+            model = _build(request, config)
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(
+            f"{source.setting} is {weights!r}, the model {request.model!r}: cannot load it: {reason(error)}"
+        ) from None
+    if model.config.vocab_size < request.vocab_size:
+        raise UserError(
+            f"data.tokenizer has {request.vocab_size} tokens and {request.name} only {model.config.vocab_size}: choose "
+            "the tokenizer that belongs to the model"
+        )
+    if kept is None:
+        say(f"{request.name} has no plain stack of layers: it is kept whole", model)
+    return model.train()  # it comes in eval mode out of a file, with its dropout off
+
+
+def _is_file(request: TextRequest) -> bool:
+    return request.weights not in ("random", "hub") and Path(request.weights).is_file()
+
+
+def _configured(request: TextRequest) -> PreTrainedConfig:
+    """The family's own configuration, or the model's, with the user's changes."""
+    if request.weights == "random" or _is_file(request):
+        configure = partial(AutoConfig.for_model, family(request.model))
+    else:
+        where = request.model if request.weights == "hub" else request.weights
+        configure = partial(
+            AutoConfig.from_pretrained, where, local_files_only=request.weights != "hub", trust_remote_code=False
+        )
+    plain = text_part(configure())
+    kind: Any = type(plain)
+    for field, value in request.overrides.items():
+        why = without_effect(kind, field)
+        if why is not None:
+            raise UserError(f"student.text_overrides has {field!r} = {value!r}: {why}")
+    fields = inspect.signature(kind).parameters
+    # None in the attention: CPUs have no fused kernel with dropout.
+    sizes: dict[str, Any] = {name: 0.0 for name in ATTENTION_DROPOUT if name in fields}
+    sizes |= {name: request.dropout for name in DROPOUT if name in fields}
+    sizes |= request.overrides
+    if request.weights == "random":
+        sizes["vocab_size"] = request.vocab_size
+    elif _is_file(request):
+        state = _read(request.weights)
+        rows = [len(value) for key, value in state.items() if key.endswith(TOKEN_TABLES)]
+        sizes["vocab_size"] = rows[0] if rows else request.vocab_size
+    if request.weights == "random" or _is_file(request):
+        # Fields of special tokens are rows of the table.
+        special = {"pad_token_id": request.special.pad_id} if "pad_token_id" in fields else {}
+        return kind(**{**special, **sizes})
+    if type(configure()) is kind:
+        return configure(**sizes)
+    return kind(**{**plain.to_dict(), **sizes})
+
+
+def _sized(request: TextRequest, config: Any) -> int | None:
+    """Change the configuration to the layers that are kept; their number, or None where the family has no such one."""
+    depth = getattr(config, "num_hidden_layers", None)
+    if depth is None:
+        if request.layers is not None:
+            raise request.unfit(
+                f"it has no plain stack, of which the first student.layers = {request.layers} could be kept: give "
+                "student.layers=null, and it is kept whole"
+            )
+        return None
+    # Weights may have more layers than their configuration names; where they have not, `account` says so.
+    most = depth if request.weights == "random" or "num_hidden_layers" in request.overrides else None
+    if request.layers is not None and most is not None and request.layers > most:
+        raise UserError(f"student.layers is {request.layers}: {request.name} has only {most}")
+    kept = min(DEFAULT_LAYERS, depth) if request.layers is None else request.layers
+    kinds = getattr(config, "layer_types", None)
+    config.num_hidden_layers = kept
+    if kinds:
+        config.layer_types = list(kinds[:kept])
+    return kept
+
+
+def _build(request: TextRequest, config: PreTrainedConfig) -> Any:
+    # By its class and not by AutoModel, which would look for code in the folder.
+    text_encoding = MODEL_FOR_TEXT_ENCODING_MAPPING.get(type(config), None)
+    # The text part of a model with pictures may be in neither table.
+    part = getattr(transformers, type(config).__name__.replace("TextConfig", "TextModel"))
+    model: Any = text_encoding or MODEL_MAPPING.get(type(config), part)
+    if not issubclass(model, PreTrainedModel):
+        raise ValueError(f"{config.model_type!r} is no encoder")
+    if getattr(config, "is_encoder_decoder", False) and text_encoding is None:
+        raise request.unfit("its encoder does not come without its decoder in transformers: choose another model")
+    options: dict[str, Any] = (
+        {"add_pooling_layer": False} if "add_pooling_layer" in inspect.signature(model).parameters else {}
+    )
+    if not request.pretrained or request.weights == "random":
+        return model._from_config(config, dtype=torch.float32, **options)
+    where: Any = request.model if request.weights == "hub" else request.weights
+    if _is_file(request):
+        where, options = None, {**options, "state_dict": _read(request.weights)}
+    encoder, info = model.from_pretrained(
+        where,
+        config=config,
+        local_files_only=request.weights != "hub",
+        dtype=torch.float32,
+        weights_only=True,
+        ignore_mismatched_sizes=True,  # `account` refuses them, in one line
+        output_loading_info=True,
+        **options,
+    )
+    check_finite(request.source, encoder)
+    missing = set(info["missing_keys"])
+    given = {key: tuple(tensor.shape) for key, tensor in encoder.state_dict().items() if key not in missing}
+    given |= {key: tuple(shape) for key, shape, _ in info["mismatched_keys"]}
+    account(request.source, encoder, {**given, **dict.fromkeys(sorted(info["unexpected_keys"]), ())}, {})
+    return encoder
+
+
+def _read(file: str) -> dict[str, Tensor]:
+    return timm.models.load_state_dict(file, weights_only=True)  # .safetensors, or what torch.save wrote
+
+
+class Transformer(TextBackbone):
+    """A model of the transformers library with its last hidden states; how the text is pooled is a subclass's."""
+
+    model: Any
+
+    def __init__(self, request: TextRequest):
+        super().__init__()
+        self.model = create(request)
+        self.width = self.model.config.hidden_size
+        self.most_positions = _most_positions(self.model)
+        self._check_special_tokens(request)
+        if request.dropout and not any(name in vars(self.model.config) for name in DROPOUT):
+            say(f"{request.name} has no dropout behind its layers: student.dropout has no effect on it", self.model)
+
+    def _check_special_tokens(self, request: TextRequest) -> None:
+        table = _position_table(self.model)
+        counts_from = table.padding_idx if table is not None else None
+        if counts_from is None or counts_from == request.special.pad_id:
+            return
+        problem = (
+            f"data.tokenizer fills up texts with the id {request.special.pad_id}, and {request.name} counts positions "
+            f"by the id {counts_from}"
+        )
+        if request.weights != "random":
+            raise UserError(f"{problem}: choose the tokenizer that belongs to the model")
+        say(f"{problem}, which then has a position of its own", self.model)  # harmless where nothing was trained
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        depth = getattr(self.model.config, "num_hidden_layers", None)
+        stacks: list[nn.Module] = [m for m in self.model.modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
+        if stacks:
+            return list(max(stacks, key=lambda stack: sum(p.numel() for p in stack.parameters())).children())
+        # Layers that share their weights (ALBERT) are one block: each parameter's gradient must arrive once.
+        parts = [m for m in self.model.children() if not isinstance(m, nn.Embedding)]
+        return [max(parts, key=lambda part: any(isinstance(m, nn.ModuleList) for m in part.modules()))]
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        # The mask as integers: that is what the encoders of every transformers version take.
+        return self.model(input_ids=input_ids, attention_mask=attention_mask.long()).last_hidden_state
+
+
+def _position_table(model: nn.Module) -> Any:
+    tables = (m for name, m in model.named_modules() if name.rsplit(".", 1)[-1] in POSITION_TABLES)
+    return next((table for table in tables if isinstance(table, nn.Embedding)), None)
+
+
+def _most_positions(model: Any) -> int | None:
+    """How long a text can be, by the table of positions or the configuration; None: any length."""
+    table = _position_table(model)
+    if table is None:
+        return getattr(model.config, "max_position_embeddings", None)
+    # RoBERTa's positions begin behind the one of padding.
+    return table.num_embeddings - (0 if table.padding_idx is None else table.padding_idx + 1)
