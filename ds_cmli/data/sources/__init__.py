@@ -4,6 +4,8 @@ A source is recognised by what it is: the ends of its files' names, or what lies
 a source's libraries are needed, so an entry names the function that opens it and `load` imports it.
 """
 
+import contextlib
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
@@ -73,12 +75,14 @@ def recognise(name: str) -> tuple[str, list[Path]]:
         UserError: files that do not exist, of two kinds, or a folder that could be meant in two ways.
     """
     files = expand(name)
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        kinds = [kind for kind, entry in SOURCES.items() if any((folder / file).exists() for file in entry.holds)]
+    folder = Path(os.path.expanduser(name))
+    if os.path.isdir(folder):
+        kinds = [kind for kind, entry in SOURCES.items() if any(os.path.exists(folder / file) for file in entry.holds)]
         found: dict[str, list[Path]] = {}
+        inside: list[Path] = []
         if not kinds:
-            inside = sorted(path for path in folder.iterdir() if path.is_file())
+            with contextlib.suppress(OSError):  # what may not be looked into: whoever opens it tells
+                inside = sorted(folder / file for file in os.listdir(folder))
             found = {
                 k: [p for p in inside if p.name.lower().endswith(e.ends)] for k, e in SOURCES.items() if e.in_folder
             }

@@ -1,6 +1,7 @@
 """What the user wrote: weights, and patterns of file names."""
 
 import glob
+import os
 import re
 from pathlib import Path
 
@@ -53,14 +54,12 @@ def expand(pattern: str) -> list[Path]:
     """
     if re.match(r"(pipe:|[a-z0-9]+://)", pattern):
         raise UserError(f"data.source is {pattern!r}, which is not on this machine: download it first")
-    try:
-        if Path(pattern).expanduser().exists() or not re.search(r"[{*?\[]", pattern):
-            return [Path(pattern).expanduser()]
-        names = _braces(str(Path(pattern).expanduser()))
-        files = [Path(f) for name in names for f in (sorted(glob.glob(name)) if re.search(r"[*?\[]", name) else [name])]
-        missing = [file for file in files if not file.is_file()]
-    except (OSError, RuntimeError, ValueError):  # too long a name, a home that is not there: whoever opens it tells
-        return [Path(pattern)]
+    path = os.path.expanduser(pattern)
+    if os.path.exists(path) or not re.search(r"[{*?\[]", path):
+        return [Path(path)]
+    names = _braces(path)
+    files = [Path(f) for name in names for f in (sorted(glob.glob(name)) if re.search(r"[*?\[]", name) else [name])]
+    missing = [file for file in files if not os.path.isfile(file)]
     if not files:
         raise UserError(f"data.source is {pattern!r}: no file matches it")
     if missing:

@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 from filelock import FileLock
 
-from ds_cmli.common.cli import say
 from ds_cmli.common.errors import UserError
 from ds_cmli.data.assets import cache_folder
 from ds_cmli.data.bad import Bad
@@ -23,7 +22,7 @@ from ds_cmli.data.sources.tar_scan import ROW, scan
 
 VERSION = 1
 KEPT_SECONDS = 7 * 86400  # of an index that has been replaced
-BYTES_PER_SECOND = 500e6  # about, of a shard that is read for the first time
+TELL_SECONDS = 30  # between two lines of progress
 
 
 def index(shards: list[Path]) -> tuple[Path, list[tuple[int, int]], list[Bad]]:
@@ -87,10 +86,11 @@ def _make(home: Path, name: str, shards: list[Path]) -> dict[str, Any]:
     kept = {n: entry for n, entry in old["shards"].items() if _unchanged(shards[0].parent / n, entry)}
     new = [shard for shard in shards if shard.name not in kept]
     size = sum(_state(shard)[0] for shard in new)
-    seconds = size / BYTES_PER_SECOND
-    say(f"indexing {len(new)} tar shards of {shards[0].parent} ({size / 1e9:.2f} GB, at least {seconds:.0f} s)")
+    print(f"indexing {len(new)} tar shards of {shards[0].parent}, {size / 1e9:.2f} GB", flush=True)  # one rank does it
+    told = time.monotonic()
     before = np.load(home / old["rows"], mmap_mode="r") if kept else None
-    entries, parts, count = {}, [], 0
+    entries: dict[str, Any] = {}
+    parts, count = [], 0
     for shard in [*kept, *(shard.name for shard in new)]:
         if shard in kept:
             entry = kept[shard]
@@ -98,7 +98,13 @@ def _make(home: Path, name: str, shards: list[Path]) -> dict[str, Any]:
         else:
             path = shards[0].parent / shard
             state = _state(path)  # before the scan: a shard that changes meanwhile is scanned again
-            rows, bad = scan(path)
+            try:
+                rows, bad = scan(path)
+            except OSError as error:
+                raise UserError(f"{path} cannot be read ({error.strerror or error})") from None
+            if time.monotonic() - told > TELL_SECONDS:
+                print(f"indexed {len(entries) - len(kept) + 1} of {len(new)} tar shards", flush=True)
+                told = time.monotonic()
             entry = {"state": state, "bad": bad}
         entries[shard] = {**entry, "first": count, "count": len(rows)}
         parts.append(rows)

@@ -99,7 +99,10 @@ class Tars(Source):
         """The shard and the image's name in it."""
         shard, row = self._row(index)
         header = os.pread(self._descriptor(shard), BLOCK, int(row["image"]) - BLOCK)
-        member = tarfile.TarInfo.frombuf(header, "utf-8", "replace").name
+        try:
+            member = tarfile.TarInfo.frombuf(header, "utf-8", "replace").name
+        except tarfile.HeaderError:  # damaged since it was indexed
+            member = f"sample {index - self.starts[shard]}"
         return f"{self.shards[shard].name}/{member}"
 
     def key(self, index: int) -> bytes:

@@ -35,6 +35,7 @@ def test_every_kind_has_a_function_that_opens_it():
         (["dataset_dict.json", "train/state.json"], "", "saved", 0),
         (["state.json", "data-0.arrow"], "", "saved", 0),
         ([], "nowhere", "folder", 0),
+        ([], "x" * 300, "folder", 0),
         (["x.zip"], "x.zip", "folder", 0),
     ],
 )
