@@ -5,7 +5,6 @@ leaves the others waiting in it. Read: by PyTorch's loader that runs no code fro
 values it builds only the four classes of DeepSpeed's named here.
 """
 
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +17,7 @@ from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
 
 from ds_cmli.checkpoint import checksums
+from ds_cmli.common.patches import environment
 
 DEEPSPEED_CLASSES = [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
 
@@ -75,14 +75,6 @@ def write_tensors(writer: CheckpointWriter, value: Any, path: Path) -> None:
 @contextmanager
 def no_code() -> Iterator[None]:
     """Files are read without running code from them, also by libraries that ask for it. Does not nest."""
-    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
-    before = os.environ.get(name)
-    os.environ[name] = "1"
-    try:
-        with torch.serialization.safe_globals(DEEPSPEED_CLASSES):
-            yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
+    force = environment({"TORCH_FORCE_WEIGHTS_ONLY_LOAD": "1"})
+    with force, torch.serialization.safe_globals(DEEPSPEED_CLASSES):
+        yield

@@ -20,6 +20,7 @@ from ds_cmli.checkpoint import checksums
 from ds_cmli.checkpoint.train_state import STATE, TrainState
 from ds_cmli.checkpoint.weights import WEIGHTS, full_shape, full_weights, parts
 from ds_cmli.common.errors import UserError
+from ds_cmli.common.patches import patched
 from ds_cmli.config.schema import RunConfig
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.engine import TrainEngine
@@ -200,8 +201,8 @@ def _write(
     bad = not_finite(parts(engine))  # of ZeRO-3's 16-bit weights no file holds a copy
     if bad is not None:
         writer.error = NotFinite(f"the weight {bad}")
-    engine._copy_recovery_script = lambda path: None  # `student.safetensors` is in fp32 already
-    engine.save_checkpoint(str(writing.parent), tag=writing.name, save_latest=False)  # collectives
+    with patched("deepspeed: recovery script", lambda _: lambda self, path: None):
+        engine.save_checkpoint(str(writing.parent), tag=writing.name, save_latest=False)  # collectives
     write_tensors(writer, state.of_rank(), writing / f"rank-{distributed.rank()}.pt")
     weights = full_weights(train_engine.objective, engine.optimizer)  # collectives
     if distributed.is_main() and writer.error is None:

@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
-from ds_cmli.common.replaced import environment, replaced
+from ds_cmli.common.patches import environment, patched
 
 LIBRARIES = ("huggingface_hub", "timm", "transformers")
 
@@ -30,7 +30,8 @@ def loading(hub: bool) -> Iterator[None]:
             stack.callback(logger.setLevel, logger.level)
             logger.setLevel(logging.ERROR)
         if hub and not constants.HF_HUB_OFFLINE:
-            stack.enter_context(replaced(constants, "HF_HUB_OFFLINE", not _answers(constants.ENDPOINT)))
+            offline = not _answers(constants.ENDPOINT)
+            stack.enter_context(patched("huggingface_hub: offline", lambda _: offline))
         yield
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ds_cmli.common import quiet
 from ds_cmli.common.errors import UserError
+from ds_cmli.common.patches import patch_for_good
 from ds_cmli.common.processor import keep_freed_memory
 from ds_cmli.config import schedule
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
@@ -50,11 +51,9 @@ def build_models(
 
 def use_no_compiler() -> None:
     """On a CPU, keep DeepSpeed from building its shared-memory collectives: minutes of compiling at the first start."""
-    import deepspeed.ops
-
     if not torch.cuda.is_available():
         # The whole table, as DeepSpeed fills it by running compilers.
-        deepspeed.ops.__compatible_ops__ = {}
+        patch_for_good("deepspeed: compiled operators", {})
 
 
 @dataclass

@@ -7,7 +7,7 @@ the moment decides: predicted is one.
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from ds_cmli.common.replaced import replaced
+from ds_cmli.common.patches import patched
 
 # Of each collective the argument that gloo makes a flat copy of; all_reduce and broadcast work in place.
 GLOO_COPIES = {
@@ -23,9 +23,6 @@ GLOO_COPIES = {
     torch.ops.c10d.allgather_.default: 0,
     torch.ops.c10d._reduce_scatter_base_.default: 1,
 }
-# Of process groups, by the names of several releases of torch.
-PLAIN = ("allgather", "_allgather_base", "all_gather_single", "allreduce", "broadcast")
-SCATTER = ("_reduce_scatter_base", "reduce_scatter_single")
 LONGEST_S = 1.0  # for gloo's thread to let go of a collective's tensors; it takes microseconds
 COPY_S = 0.005  # the same of its own copies, which nothing counts
 
@@ -43,11 +40,10 @@ def seen_by_the_profiler() -> Iterator[None]:
     It does so a moment after the caller goes on. A tensor that the caller has let go of by then ends in that thread,
     where the profiler does not look, and would be taken for one that lives on.
     """
-    with ExitStack() as stack:
-        for name in (*PLAIN, *SCATTER):
-            if hasattr(dist.ProcessGroup, name):
-                method = _to_the_end(getattr(dist.ProcessGroup, name), COPY_S if name in SCATTER else 0.0)
-                stack.enter_context(replaced(dist.ProcessGroup, name, method))
+    with (
+        patched("torch: collectives", lambda method: _to_the_end(method, 0.0)),
+        patched("torch: scattering collectives", lambda method: _to_the_end(method, COPY_S)),
+    ):
         yield
 
 

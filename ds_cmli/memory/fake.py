@@ -18,10 +18,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import masking_utils
 
-from ds_cmli.common.replaced import environment as replaced_environment
-from ds_cmli.common.replaced import replaced
+from ds_cmli.common.patches import environment as replaced_environment
+from ds_cmli.common.patches import patched, replaced
 from ds_cmli.distributed import process_group as distributed
 
 MANY = 8  # tensors to put together: from here on it costs less to know their size
@@ -52,12 +51,9 @@ class Answers(TorchDispatchMode):
 
     @contextmanager
     def texts(self, full: bool) -> Iterator[None]:
-        """Inside, no text of this rank's batch is padded, where `full`: text encoders then leave out their mask.
-
-        transformers (5.x) keeps the mask of a tensor without data without looking at it, as it takes it for traced.
-        """
+        """Inside, no text of this rank's batch is padded, where `full`: text encoders then leave out their mask."""
         self.full = full
-        with replaced(masking_utils, "is_tracing", lambda tensor=None: False) if full else nullcontext():
+        with patched("transformers: mask", lambda _: lambda tensor=None: False) if full else nullcontext():
             yield
         self.full = False
 
@@ -136,7 +132,6 @@ class SharesOfRanks(TorchFunctionMode):
 @contextmanager
 def shares_made_once() -> Iterator[None]:
     """Enter `SharesOfRanks` in the functions of ZeRO-3 that loop over the ranks."""
-    from deepspeed.runtime.zero import partition_parameters, partitioned_param_coordinator, stage3
 
     def within(function: Callable) -> Callable:
         def run(*args, **kwargs):
@@ -145,14 +140,11 @@ def shares_made_once() -> Iterator[None]:
 
         return run
 
-    coordinator = partitioned_param_coordinator.PartitionedParameterCoordinator
-    with ExitStack() as stack:
-        for owner, name in (
-            (coordinator, "_PartitionedParameterCoordinator__all_gather_params_"),
-            (partition_parameters.AllGatherCoalescedHandle, "wait"),
-            (stage3, "reduce_scatter_coalesced"),
-        ):
-            stack.enter_context(replaced(owner, name, within(getattr(owner, name))))
+    with (
+        patched("deepspeed: gathered parameters", within),
+        patched("deepspeed: gathered together", within),
+        patched("deepspeed: scattered gradients", within),
+    ):
         yield
 
 
@@ -204,8 +196,7 @@ def process_group(world_size: int) -> Iterator[None]:
     environment = {"RANK": "0", "WORLD_SIZE": str(world_size), "LOCAL_RANK": "0"}
     with replaced_environment(environment), ExitStack() as stack:
         stack.enter_context(replaced(sys, "excepthook", sys.excepthook))  # the group puts one of its own there
-        # ZeRO-3 replaces this function for the rest of the process by one that keeps less for backward.
-        stack.enter_context(replaced(F, "linear", torch._C._nn.linear))
+        stack.enter_context(patched("torch: linear", lambda _: torch._C._nn.linear))
         dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
         stack.callback(distributed.shutdown)
         yield
@@ -219,7 +210,6 @@ def fake_world(world_size: int, cuda: bool) -> Iterator[Answers]:
         cuda: with the operators that CUDA would choose; False: with this CPU's.
     """
     from deepspeed.accelerator import get_accelerator
-    from deepspeed.runtime.zero import utils as zero
 
     accelerator: Any = get_accelerator()
     if accelerator.device_name() != "cpu":
@@ -230,13 +220,13 @@ def fake_world(world_size: int, cuda: bool) -> Iterator[Answers]:
         # Of texts [B, M, D], which are padded to the longest of all ranks.
         shapes = lambda x, group: [[len(x), max(x.shape[1], answers.positions), x.shape[2]]] * world_size  # noqa: E731
         stack.enter_context(replaced(distributed, "_all_shapes", shapes))
-        stack.enter_context(replaced(zero, "assert_lst_len_same_as_other_ranks", lambda values: None))
-        stack.enter_context(replaced(zero, "get_lst_from_rank0", lambda values: values))
+        stack.enter_context(patched("deepspeed: ranks compared", lambda _: lambda values: None))
+        stack.enter_context(patched("deepspeed: rank 0 copied", lambda _: lambda values: values))
         generator = torch.get_rng_state()
         stack.callback(torch.set_rng_state, generator)
-        stack.enter_context(replaced(nn.Module, "_apply", _apply))
-        stack.enter_context(replaced(accelerator, "is_fp16_supported", lambda: True))
-        stack.enter_context(replaced(accelerator, "available_memory", lambda *_: 1 << 60))
+        stack.enter_context(patched("torch: module conversion", lambda _: _apply))
+        stack.enter_context(patched("deepspeed: device has fp16", lambda _: lambda self: True))
+        stack.enter_context(patched("deepspeed: free memory", lambda _: lambda self, *index: 1 << 60))
         stack.enter_context(shares_made_once())
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         stack.enter_context(answers)

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from ds_cmli import engine
-from ds_cmli.common.replaced import replaced
+from ds_cmli.common.patches import replaced
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.schema import Config
 from ds_cmli.memory.collectives import seen_by_the_profiler

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
-from ds_cmli.common.replaced import replaced
+from ds_cmli.common.patches import replaced
 from ds_cmli.engine import TrainEngine
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ds_cmli import engine
 from ds_cmli.common.errors import UserError
-from ds_cmli.common.replaced import replaced
+from ds_cmli.common.patches import patched, replaced
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.schema import Config, check, choice
 from ds_cmli.data import Batch
@@ -266,27 +266,26 @@ def free_bytes(tracker: Tracker, gpu: str, world_size: int) -> int:
 def flattened_where_there_is_room(tracker: Tracker, free: Callable[[], int]) -> Iterator[None]:
     """DeepSpeed's stages 1 and 2 copy each group of parameters into one buffer: on the device where `free` bytes are
     enough for it, otherwise on the host, after the device's parameters are gone."""
-    from deepspeed.accelerator import get_accelerator
-    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
-
-    flatten = DeepSpeedZeroOptimizer.flatten_dense_tensors_aligned
 
     def to_host(tensor: Tensor) -> Tensor:
         with tracker.paused():
             return tensor.clone()
 
-    def flattened(self: Any, tensors: list[Tensor], alignment: int, use_cpu_data: bool = False, **options: Any) -> Any:
-        if not use_cpu_data:
-            return flatten(self, tensors, alignment, **options)
-        with tracker.paused():
-            flat = flatten(self, tensors, alignment, use_cpu_data=True, **options)
-        tracker.claim("parameters", [flat])  # as it comes to the device
-        return flat
+    def flattened(flatten: Callable) -> Callable:
+        def run(self: Any, tensors: list[Tensor], alignment: int, use_cpu_data: bool = False, **options: Any) -> Any:
+            if not use_cpu_data:
+                return flatten(self, tensors, alignment, **options)
+            with tracker.paused():
+                flat = flatten(self, tensors, alignment, use_cpu_data=True, **options)
+            tracker.claim("parameters", [flat])  # as it comes to the device
+            return flat
+
+        return run
 
     with (
-        replaced(get_accelerator(), "available_memory", lambda *_: free()),
-        replaced(DeepSpeedZeroOptimizer, "flatten_dense_tensors_aligned", flattened),
-        replaced(Tensor, "cpu", to_host),
+        patched("deepspeed: free memory", lambda _: lambda self, *index: free()),
+        patched("deepspeed: flattened parameters", flattened),
+        patched("torch: copy to the host", lambda _: to_host),
     ):
         yield
 

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ds_cmli.cmli.peak_memory import cmli_peak_bytes
-from ds_cmli.common.replaced import replaced
+from ds_cmli.common.patches import replaced
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.engine import TrainEngine
 from ds_cmli.memory.collectives import copied_bytes

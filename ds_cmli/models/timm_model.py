@@ -9,7 +9,7 @@ import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import timm
@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ds_cmli.common.errors import UserError, nearest
+from ds_cmli.common.patches import patched
 from ds_cmli.common.pretrained import loading, reason
-from ds_cmli.common.replaced import replaced
 from ds_cmli.models.backbone import DEFAULT_LAYERS, ImageRequest
 from ds_cmli.models.weights import Shape, Source, account, check_finite, say, weights_file
 
@@ -115,15 +115,13 @@ def _not_built(request: ImageRequest, error: Exception) -> UserError:
 
 
 def _watched(file: str | None, given: Given | None) -> Any:
-    """timm tells nobody which keys it loads: the function that does so is given a filter that notes them.
+    """Inside, timm's function that loads weights is given a filter that notes which keys it uses.
 
     A file is read here, as earlier versions of timm read pickles with the code in them.
     """
-    from timm.models import _builder
 
-    load_pretrained = _builder.load_pretrained
-
-    def load(model: nn.Module, pretrained_cfg: Any = None, filter_fn: Callable | None = None, **arguments: Any) -> None:
+    def load(load_pretrained: Callable, model: nn.Module, pretrained_cfg: Any = None,
+             filter_fn: Callable | None = None, **arguments: Any) -> None:  # fmt: skip
         assert given is not None
         if file is not None:
             pretrained_cfg = {**pretrained_cfg, "source": "", "state_dict": _read(file)}
@@ -140,7 +138,7 @@ def _watched(file: str | None, given: Given | None) -> Any:
 
         load_pretrained(model, pretrained_cfg=pretrained_cfg, filter_fn=note, **arguments)
 
-    return replaced(_builder, "load_pretrained", load)
+    return patched("timm: loaded keys", lambda load_pretrained: partial(load, load_pretrained))
 
 
 def _read(file: str) -> dict[str, Any]:

@@ -1,0 +1,158 @@
+"""Every place where a library is changed at run time, as a table; and how an attribute is replaced for a while.
+
+`tests/common/test_patches.py` shows for each entry that the installed version of the library still needs the patch.
+"""
+
+import importlib
+import os
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import reduce
+from typing import Any
+
+_INHERITED = object()
+
+
+@dataclass(frozen=True)
+class Patch:
+    version: str  # of the library, the last one for which the need was checked
+    owner: str  # "module" or "module:Class"
+    attributes: tuple[str, ...]  # those that the installed version has are replaced
+    reason: str
+
+    def targets(self) -> list[tuple[Any, str]]:
+        """(owner, attribute) of each that is there; at least one is."""
+        module, _, path = self.owner.partition(":")
+        owner = reduce(getattr, path.split(".") if path else (), importlib.import_module(module))
+        found = [(owner, name) for name in self.attributes if hasattr(owner, name)]
+        if not found:
+            raise AttributeError(f"{self.owner} has none of {', '.join(self.attributes)}")
+        return found
+
+
+TORCH, DEEPSPEED = "2.13.0", "0.19.8"
+ZERO = "deepspeed.runtime.zero"
+PATCHES = {
+    "timm: loaded keys": Patch(
+        "1.0.31", "timm.models._builder", ("load_pretrained",),
+        "It does not return which keys of the pretrained weights it has used.",
+    ),
+    "transformers: mask": Patch(
+        "5.24.0", "transformers.masking_utils", ("is_tracing",),
+        "It takes a tensor without data for a traced one, and keeps the mask of texts without padding.",
+    ),
+    "huggingface_hub: offline": Patch(
+        "2.4.0", "huggingface_hub.constants", ("HF_HUB_OFFLINE",),
+        "A hub that does not answer is asked again and again, for up to a minute.",
+    ),
+    "deepspeed: compiled operators": Patch(
+        DEEPSPEED, "deepspeed.ops", ("__compatible_ops__",),
+        "On a CPU it compiles shared-memory collectives at the first start, which takes minutes.",
+    ),
+    "deepspeed: recovery script": Patch(
+        DEEPSPEED, "deepspeed.runtime.engine:DeepSpeedEngine", ("_copy_recovery_script",),
+        "It copies a script into each checkpoint that writes fp32 weights, which `student.safetensors` already holds.",
+    ),
+    "deepspeed: ranks compared": Patch(
+        DEEPSPEED, f"{ZERO}.utils", ("assert_lst_len_same_as_other_ranks",),
+        "It reads values from tensors, which have none in a prediction, where all ranks are alike.",
+    ),
+    "deepspeed: rank 0 copied": Patch(
+        DEEPSPEED, f"{ZERO}.utils", ("get_lst_from_rank0",),
+        "It reads values from tensors, which have none in a prediction, where all ranks are alike.",
+    ),
+    "deepspeed: gathered parameters": Patch(
+        DEEPSPEED, f"{ZERO}.partitioned_param_coordinator:PartitionedParameterCoordinator",
+        ("_PartitionedParameterCoordinator__all_gather_params_",),
+        "A loop over all ranks makes a view for each, which takes minutes in a prediction for many ranks.",
+    ),
+    "deepspeed: gathered together": Patch(
+        DEEPSPEED, f"{ZERO}.partition_parameters:AllGatherCoalescedHandle", ("wait",),
+        "A loop over all ranks makes a view for each, which takes minutes in a prediction for many ranks.",
+    ),
+    "deepspeed: scattered gradients": Patch(
+        DEEPSPEED, f"{ZERO}.stage3", ("reduce_scatter_coalesced",),
+        "A loop over all ranks makes a view for each, which takes minutes in a prediction for many ranks.",
+    ),
+    "deepspeed: flattened parameters": Patch(
+        DEEPSPEED, f"{ZERO}.stage_1_and_2:DeepSpeedZeroOptimizer", ("flatten_dense_tensors_aligned",),
+        "It flattens on the host where the device has no room; in a prediction both have the type cpu.",
+    ),
+    "deepspeed: device has fp16": Patch(
+        DEEPSPEED, "deepspeed.accelerator.cpu_accelerator:CPU_Accelerator", ("is_fp16_supported",),
+        "It answers for the machine that predicts, not for the device that is predicted.",
+    ),
+    "deepspeed: free memory": Patch(
+        DEEPSPEED, "deepspeed.accelerator.cpu_accelerator:CPU_Accelerator", ("available_memory",),
+        "It answers for the machine that predicts, not for the device that is predicted.",
+    ),
+    "torch: linear": Patch(
+        TORCH, "torch.nn.functional", ("linear",),
+        "ZeRO-3 replaces it for the rest of the process by a function that keeps less for backward.",
+    ),
+    "torch: module conversion": Patch(
+        TORCH, "torch.nn:Module", ("_apply",),
+        "It replaces parameters without data even where nothing changes, and then fails.",
+    ),
+    "torch: copy to the host": Patch(
+        TORCH, "torch:Tensor", ("cpu",),
+        "In a prediction the device has the type cpu too, so that the copy would take no memory.",
+    ),
+    "torch: collectives": Patch(
+        TORCH, "torch.distributed:ProcessGroup",
+        ("allgather", "_allgather_base", "all_gather_single", "allreduce", "broadcast"),
+        "gloo's thread releases tensors a moment after the caller goes on, where the profiler does not see it.",
+    ),
+    "torch: scattering collectives": Patch(
+        TORCH, "torch.distributed:ProcessGroup", ("_reduce_scatter_base", "reduce_scatter_single"),
+        "gloo's thread releases tensors and its copies of them a moment after the caller goes on.",
+    ),
+}  # fmt: skip
+
+
+@contextmanager
+def patched(name: str, replacement: Callable[[Any], Any]) -> Iterator[None]:
+    """Inside, each attribute of the entry `name` of the table is `replacement` of what it was."""
+    with ExitStack() as stack:
+        for owner, attribute in PATCHES[name].targets():
+            stack.enter_context(replaced(owner, attribute, replacement(getattr(owner, attribute))))
+        yield
+
+
+def patch_for_good(name: str, value: Any) -> None:
+    """From now on, the attributes of the entry `name` of the table are `value`."""
+    for owner, attribute in PATCHES[name].targets():
+        setattr(owner, attribute, value)
+
+
+@contextmanager
+def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Inside, `owner.name` is `value`; afterwards it is what it was, inherited where it was inherited.
+
+    For objects of this package. What belongs to a library has an entry in the table above.
+    """
+    before = vars(owner).get(name, _INHERITED)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        if before is _INHERITED:
+            delattr(owner, name)
+        else:
+            setattr(owner, name, before)
+
+
+@contextmanager
+def environment(values: dict[str, str]) -> Iterator[None]:
+    """Inside, these variables are set in this process's environment."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value

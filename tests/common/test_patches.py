@@ -1,0 +1,208 @@
+"""Replacing attributes and variables for a while; and that each patch of a library is still needed."""
+
+import contextlib
+import importlib
+import inspect
+import os
+import weakref
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from ds_cmli.common.patches import PATCHES, ZERO, environment, patched, replaced
+from ds_cmli.memory.fake import process_group
+
+
+class Base:
+    def method(self) -> str:
+        return "base"
+
+
+class Derived(Base):
+    @staticmethod
+    def static() -> str:
+        return "static"
+
+
+def test_what_was_inherited_is_inherited_again():
+    thing = Derived()
+    with pytest.raises(ZeroDivisionError), replaced(thing, "method", lambda: "mine"):
+        assert thing.method() == "mine"
+        raise ZeroDivisionError
+    assert thing.method() == "base" and "method" not in vars(thing)
+
+
+def test_a_static_method_stays_one():
+    with replaced(Derived, "static", staticmethod(lambda: "mine")):
+        assert Derived().static() == "mine"
+    assert Derived().static() == "static" and isinstance(vars(Derived)["static"], staticmethod)
+
+
+def test_variables_that_were_not_set_are_not_afterwards(monkeypatch):
+    monkeypatch.setenv("DS_CMLI_TEST_A", "before")
+    monkeypatch.delenv("DS_CMLI_TEST_B", raising=False)
+    with environment({"DS_CMLI_TEST_A": "inside", "DS_CMLI_TEST_B": "inside"}):
+        assert os.environ["DS_CMLI_TEST_A"] == os.environ["DS_CMLI_TEST_B"] == "inside"
+    assert os.environ["DS_CMLI_TEST_A"] == "before" and "DS_CMLI_TEST_B" not in os.environ
+
+
+def timm_tells_which_keys_it_loads() -> bool:
+    import timm
+    from timm.models import _builder
+
+    model = timm.create_model("test_vit", pretrained=False)
+    state = {**model.state_dict(), "unknown": torch.zeros(1)}
+    config = {"state_dict": state, "source": "", "url": ""}
+    return _builder.load_pretrained(model, pretrained_cfg=config, strict=False) is not None
+
+
+def transformers_looks_at_a_mask_without_data() -> bool:
+    from transformers import masking_utils
+
+    with FakeTensorMode():
+        return not masking_utils.is_tracing(torch.ones(2, 3, dtype=torch.bool))
+
+
+def the_hub_is_asked_once() -> bool:
+    from huggingface_hub.utils import http_backoff
+
+    return inspect.signature(http_backoff).parameters["max_retries"].default <= 1
+
+
+def deepspeed_starts_without_a_compiler() -> bool:
+    from deepspeed.comm.torch import TorchBackend, build_shm_op
+
+    return "build_shm_op" not in inspect.getsource(TorchBackend) or "ShareMemCommBuilder" not in inspect.getsource(
+        build_shm_op
+    )
+
+
+def deepspeed_writes_no_recovery_script() -> bool:
+    from deepspeed.runtime.engine import DeepSpeedEngine
+
+    return "_copy_recovery_script" not in inspect.getsource(DeepSpeedEngine._save_zero_checkpoint)
+
+
+def ranks_are_compared_without_data() -> bool:
+    from deepspeed.runtime.zero import utils
+
+    return works_without_data(lambda: utils.assert_lst_len_same_as_other_ranks([1, 2]))
+
+
+def rank_0_is_copied_without_data() -> bool:
+    from deepspeed.runtime.zero import utils
+
+    return works_without_data(lambda: utils.get_lst_from_rank0([1, 2]) == [1, 2])
+
+
+def works_without_data(function) -> bool:
+    with process_group(2), FakeTensorMode(allow_non_fake_inputs=True):
+        try:
+            return function() is not False
+        except Exception:
+            return False
+
+
+def no_loop(module: str, loop: str):
+    """Nothing but the loop over ranks itself tells: what it costs shows only with thousands of ranks."""
+    return lambda: loop not in inspect.getsource(importlib.import_module(module))
+
+
+def flattening_asks_no_device() -> bool:
+    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+
+    return "use_cpu_data" not in inspect.signature(DeepSpeedZeroOptimizer.flatten_dense_tensors_aligned).parameters
+
+
+def a_cpu_answers_for_a_gpu(method: str):
+    from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
+
+    return lambda: not hasattr(CPU_Accelerator, method)
+
+
+def zero_3_leaves_linear_alone() -> bool:
+    from deepspeed.runtime.zero.partition_parameters import InsertPostInitMethodToModuleSubClasses
+
+    return "functional.linear = zero3_linear_wrap" not in inspect.getsource(InsertPostInitMethodToModuleSubClasses)
+
+
+def modules_without_data_are_converted() -> bool:
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        layer = nn.Linear(2, 2)
+        weight = layer.weight
+        held = weakref.ref(weight)  # as gradient hooks hold a parameter: it cannot be swapped then
+        try:
+            layer.to(torch.float32)
+        except RuntimeError:
+            return False
+        return held() is layer.weight is weight
+
+
+def a_copy_to_the_host_is_another_tensor() -> bool:
+    with FakeTensorMode():
+        tensor = torch.ones(2)
+        return tensor.cpu() is not tensor
+
+
+def gloo_has_released_its_tensors() -> bool:
+    """Whether a wait ends with them released, 300 times in a row."""
+    with one_rank_over_gloo() as group:
+        late = 0
+        for _ in range(300):
+            tensor = torch.ones(1000)
+            before = tensor._use_count()
+            dist.all_reduce(tensor, group=group)
+            late += tensor._use_count() > before
+        return late == 0
+
+
+@contextlib.contextmanager
+def one_rank_over_gloo():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield dist.group.WORLD
+    finally:
+        dist.destroy_process_group()
+
+
+NO_LONGER_NEEDED = {
+    "timm: loaded keys": timm_tells_which_keys_it_loads,
+    "transformers: mask": transformers_looks_at_a_mask_without_data,
+    "huggingface_hub: offline": the_hub_is_asked_once,
+    "deepspeed: compiled operators": deepspeed_starts_without_a_compiler,
+    "deepspeed: recovery script": deepspeed_writes_no_recovery_script,
+    "deepspeed: ranks compared": ranks_are_compared_without_data,
+    "deepspeed: rank 0 copied": rank_0_is_copied_without_data,
+    "deepspeed: gathered parameters": no_loop(f"{ZERO}.partition_parameters", "for i in range(world_size):"),
+    "deepspeed: gathered together": no_loop(f"{ZERO}.partition_parameters", "for rank in range(self.world_size):"),
+    "deepspeed: scattered gradients": no_loop(
+        "deepspeed.runtime.comm.coalesced_collectives", "for rank in range(world_sz):"
+    ),
+    "deepspeed: flattened parameters": flattening_asks_no_device,
+    "deepspeed: device has fp16": a_cpu_answers_for_a_gpu("is_fp16_supported"),
+    "deepspeed: free memory": a_cpu_answers_for_a_gpu("available_memory"),
+    "torch: linear": zero_3_leaves_linear_alone,
+    "torch: module conversion": modules_without_data_are_converted,
+    "torch: copy to the host": a_copy_to_the_host_is_another_tensor,
+    "torch: collectives": gloo_has_released_its_tensors,
+    "torch: scattering collectives": gloo_has_released_its_tensors,
+}
+
+
+@pytest.mark.parametrize("name", PATCHES)
+def test_the_installed_library_still_needs_the_patch(name):
+    patch = PATCHES[name]
+    assert patch.targets() and patch.reason
+    assert not NO_LONGER_NEEDED[name](), f"{name}: the patch of {patch.version} is no longer needed: remove it"
+
+
+def test_a_patch_wraps_what_was_there_and_ends():
+    from deepspeed.runtime.zero import utils
+
+    before = utils.get_lst_from_rank0
+    with patched("deepspeed: rank 0 copied", lambda original: lambda values: (original, values)):
+        assert utils.get_lst_from_rank0([1]) == (before, [1])
+    assert utils.get_lst_from_rank0 is before
