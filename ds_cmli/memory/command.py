@@ -82,6 +82,10 @@ def command(preset: str, deepspeed_config: str, settings: tuple[str, ...], world
         else:
             prediction = predict(config, ds_config, world_size, gpu=gpu or DEFAULT_GPU, tell=tell)
         tell("")
+        if fit:
+            print(fit_sentence(fitted, room))
+        elif gpu != CPU:
+            print(sentence(prediction.report, gpu or DEFAULT_GPU))
         show(prediction.report)
         if fit:
             print_fit(fitted, room)
@@ -125,17 +129,48 @@ def grid(config: Config, ds_config: DeepSpeedConfig, world_size: int, axes: dict
     return reports
 
 
+def sentence(report: Any, gpu: str) -> str:
+    """The answer first: whether the step fits."""
+    from ds_cmli.memory import gpus
+
+    needed, total = report.totals["device"], gpus.find(gpu).total.bytes
+    setting = report.setting
+    step = f"micro-batch {setting['micro_batch']} with ZeRO-{setting['zero_stage']} over {setting['world_size']} GPUs"
+    if needed > total:
+        what = f"does not fit on a {gpu} ({total / 1e9:.1f} GB), by {(needed - total) / 1e9:.2f} GB"
+        return f"{step} needs {needed / 1e9:.2f} GB and {what}: --fit {gpu!r} finds what does"
+    left = (total - needed) / 1e9
+    return f"{step} needs {needed / 1e9:.2f} GB and fits on a {gpu} ({total / 1e9:.1f} GB), {left:.2f} GB are left"
+
+
+def fit_sentence(fitted: Any, room: int) -> str:
+    """The answer first: what fits, what the next one needs, and what would make the asked one fit."""
+    size = f"{room / 1e9:.2f} GB"
+    if not fitted.micro_batch:
+        out = f"does not fit in {size}: one pair needs {fitted.tried[1] / 1e9:.2f} GB"
+    else:
+        out = f"fits in {size} with micro-batch {fitted.micro_batch}"
+        if fitted.micro_batch + 1 in fitted.tried:
+            out += f"; {fitted.micro_batch + 1} needs {fitted.tried[fitted.micro_batch + 1] / 1e9:.2f} GB"
+    if fitted.changes:
+        what, needed = fitted.changes[0]
+        out += f"; {fitted.asked} would fit with {what}: {needed / 1e9:.2f} GB"
+    elif fitted.asked > fitted.micro_batch:
+        out += f"; nothing that was tried makes {fitted.asked} fit"
+    return out
+
+
 def print_fit(fitted: Any, room: int) -> None:
     tried = ", ".join(f"{n}: {size / 1e9:.2f} GB" for n, size in fitted.tried.items())
     print(f"tried, micro-batch: on the device: {tried}")
     if fitted.micro_batch:
         size = fitted.tried[fitted.micro_batch]
         print(f"the largest micro-batch that fits in {room:,} B: {fitted.micro_batch}, with {size:,} B on the device")
-        return
-    print(f"not even one pair per rank fits in {room:,} B: it takes {fitted.tried[1]:,} B on the device")
+    else:
+        print(f"not even one pair per rank fits in {room:,} B: it takes {fitted.tried[1]:,} B on the device")
     for what, size in fitted.changes:
-        print(f"with {what} it fits: {size:,} B")
-    if not fitted.changes:
+        print(f"micro-batch {fitted.asked} fits with {what}: {size:,} B")
+    if not fitted.changes and not fitted.micro_batch:
         print("no setting that was tried makes it fit: a smaller model, more ranks or a larger GPU")
 
 

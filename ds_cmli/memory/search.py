@@ -70,7 +70,8 @@ class Fit:
     micro_batch: int  # the largest that fits; 0: none does
     prediction: Prediction  # with it; of one pair where none fits
     tried: dict[int, int]  # micro-batch -> bytes on the device
-    changes: list[tuple[str, int]]  # where none fits: a setting to change, and one pair's bytes with it
+    asked: int  # micro-batch that the changes make fit: the configuration's own, or 1 where none fits
+    changes: list[tuple[str, int]]  # where `asked` does not fit: a setting to change, and its bytes with that
 
 
 def largest(
@@ -146,8 +147,8 @@ def fit(
 ) -> Fit:
     """The largest micro-batch whose predicted bytes on the device are at most `room`, and that one more is too much.
 
-    Where not even one pair fits, the settings to change are tried for one pair, cheapest first, until two do; then, if
-    none is enough alone, the fewest together.
+    Where the configuration's own does not fit, the settings to change are tried for it, cheapest first, until two do;
+    then, if none is enough alone, the fewest together. Where not even one pair fits they are tried for one pair.
 
     Args:
         gpu: as `predict` takes it.
@@ -177,8 +178,9 @@ def fit(
 
     best = largest(needs, room, estimate=estimate)
     changes: list[tuple[str, int]] = []
-    if not best and room > gpus.device_bytes(0, gpu, world_size):
-        one = engine.filled(config, with_batch(ds_config, 1), world_size, TOTAL_STEPS)
+    asked = DeepSpeedConfig.of(ds_config).batch(config.optim.micro_batch, world_size)[1] if best else 1
+    if asked > best and room > gpus.device_bytes(0, gpu, world_size):
+        one = engine.filled(config, with_batch(ds_config, asked), world_size, TOTAL_STEPS)
         for change in memory_advice.changes(config, one, world_size, gpu=True):
             if len(changes) < memory_advice.MOST:
                 size = needs_of(change)
@@ -188,4 +190,4 @@ def fit(
         if combined and needs_of(combined[-1]) <= room:  # otherwise all of them are not enough
             changes = [next((c.what, size) for c in combined if (size := needs_of(c)) <= room)]
     tried = {n: p.report.totals["device"] for n, p in sorted(predictions.items())}
-    return Fit(best, predictions[best or 1], tried, changes)
+    return Fit(best, predictions[best or 1], tried, asked, changes)

@@ -278,6 +278,7 @@ def test_the_command_writes_json_and_snapshot(tmp_path):
     assert sum(content["categories"].values()) == content["totals"]["requested"] == max(content["phases"].values())
     assert content["setting"]["micro_batch"] == 4 and content["setting"]["checkpointing"] is False
     assert f"{content['totals']['device']:,}" in done.stdout
+    assert done.stdout.startswith("micro-batch 4 with ZeRO-2 over 2 GPUs needs ")
     assert (tmp_path / "memory.pickle").stat().st_size > 1000
 
 
@@ -295,6 +296,8 @@ def test_fit():
     assert found.tried[found.micro_batch] <= room < found.tried[found.micro_batch + 1]
     assert found.prediction.report.setting["micro_batch"] == found.micro_batch
     assert len(found.tried) <= 8 and all(any(f"micro-batch {n}: " in line for line in told) for n in found.tried)
+    # The preset's own micro-batch is smaller; one that is too large comes with what would make it fit.
+    assert found.asked <= found.micro_batch and found.changes == []
     nothing = search.fit(config, ds_config, 1, room=1)
     assert nothing.micro_batch == 0 and nothing.changes == [] and list(nothing.tried) == [1]
 
@@ -316,6 +319,42 @@ def test_fit_proposes_what_makes_one_pair_fit(monkeypatch):
     ((what, size),) = several.changes
     assert size == context + 8 and '"stage": 3' in what and "offload_optimizer" in what
     assert search.fit(config, ds_config, 2, context + 7).changes == []
+
+
+def test_fit_proposes_what_makes_the_asked_micro_batch_fit(monkeypatch):
+    from ds_cmli.memory.command import fit_sentence  # which hides GPUs from its process when imported
+
+    config, ds_config = preset(), DeepSpeedConfig.of(ds_json(1))  # of 8 pairs
+    context = gpus.device_bytes(0, DEFAULT_GPU, 2)
+
+    def bytes_of(config, ds_config, world_size, **options):
+        size = 10**9 * ds_config.micro_batch // (2 if ds_config.checkpointing else 1)
+        return SimpleNamespace(report=SimpleNamespace(totals={"device": context + size}), events=[])
+
+    monkeypatch.setattr(search, "predict", bytes_of)
+    monkeypatch.setattr(search, "estimated_bytes", lambda known, n, gpu, world_size: context + 10**9 * n)
+    found = search.fit(config, ds_config.replaced(activation_checkpointing=None), 2, context + 5 * 10**9)
+    assert (found.micro_batch, found.asked) == (5, 8)
+    assert found.changes[0] == ('"activation_checkpointing": {} in the DeepSpeed JSON', context + 4 * 10**9)
+    room, six = (context + 5 * 10**9) / 1e9, (context + 6 * 10**9) / 1e9
+    assert fit_sentence(found, context + 5 * 10**9) == (
+        f"fits in {room:.2f} GB with micro-batch 5; 6 needs {six:.2f} GB; 8 would fit with "
+        f'"activation_checkpointing": {{}} in the DeepSpeed JSON: {room - 1:.2f} GB'
+    )
+
+
+def test_the_answer_comes_first():
+    from ds_cmli.memory.command import sentence
+
+    setting = {"micro_batch": 64, "zero_stage": 2, "world_size": 4}
+    report = SimpleNamespace(totals={"device": 20 * 10**9}, setting=setting)
+    total = gpus.find(DEFAULT_GPU).total.bytes / 1e9
+    step = "micro-batch 64 with ZeRO-2 over 4 GPUs needs"
+    expected = f"{step} 20.00 GB and fits on a {DEFAULT_GPU} ({total:.1f} GB), {total - 20:.2f} GB are left"
+    assert sentence(report, DEFAULT_GPU) == expected
+    report.totals["device"] = 30 * 10**9
+    expected = f"{step} 30.00 GB and does not fit on a {DEFAULT_GPU} ({total:.1f} GB), by {30 - total:.2f} GB"
+    assert sentence(report, DEFAULT_GPU) == f"{expected}: --fit {DEFAULT_GPU!r} finds what does"
 
 
 @pytest.mark.parametrize(
