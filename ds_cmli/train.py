@@ -170,7 +170,8 @@ def loop(run: Run, after_step: Callable[[], None]) -> int:
     from ds_cmli.data import train_loader
 
     settings, state, engine = run.config.run, run.state, run.engine
-    batches = iter(train_loader(run.data, run.sampler, run.config.data.workers, preemption.shield))
+    workers, prefetch = run.config.data.workers, run.config.data.prefetch
+    batches = iter(train_loader(run.data, run.sampler, workers, preemption.shield, prefetch))
     save_due = state.step == run.total_steps  # the run was stopped in its last evaluation
     try:
         while True:

@@ -165,6 +165,8 @@ def _without_effect(config: Config, by_set: set[str]) -> Iterator[str]:
         yield f"--set student.text_model has no effect: student.text_weights {config.student.text_weights!r} says it"
     if "data.max_bad_share" in by_set and config.data.source == "demo":
         yield "--set data.max_bad_share has no effect: the demo has no broken samples"
+    if "data.prefetch" in by_set and not config.data.workers:
+        yield "--set data.prefetch has no effect: there is no loading process (--workers)"
 
 
 def check_early(config: Config, ds_config: DeepSpeedConfig, resume: str, profiles: Any) -> None:

@@ -25,6 +25,8 @@ else:
     ImageBackbone = Literal[tuple([AUTO, *IMAGE])]
     TextBackbone = Literal[tuple([AUTO, *TEXT])]
 
+Augmentation = Literal["random_resized_crop", "horizontal_flip", "color_jitter"]
+
 STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 Text = Annotated[str, Field(max_length=4096, pattern=r"^[^\x00]*$")]
 Name = Annotated[Text, Field(min_length=1)]
@@ -85,6 +87,11 @@ class DataConfig:
     context_length: Annotated[int, Field(ge=3, le=65536)] = 64  # longest caption in tokens, with [CLS] and [SEP]
     tokenizer: Name = "demo"  # "demo" (MiniLM's), "builtin" (no download), transformers name or local path
     workers: Annotated[int, Field(ge=0, le=256)] = 0  # data loading processes per rank
+    prefetch: Annotated[int, Field(ge=1, le=1024)] = 2  # batches that each of them prepares ahead
+    # Of training pictures, each with its strength: random_resized_crop the smallest share of the picture's area,
+    # horizontal_flip its probability (captions name left and right), color_jitter the change of brightness, contrast
+    # and saturation.
+    augmentation: dict[Augmentation, Annotated[float, Field(gt=0, le=1)]] = Field(default_factory=dict)
     # Broken images and empty captions above this share stop the run.
     max_bad_share: Annotated[float, Field(ge=0, le=1)] = 0.01
     max_pixels: Annotated[int, Field(ge=1, le=2**32)] = 64_000_000  # of an image file; a larger one counts as broken

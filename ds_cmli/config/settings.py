@@ -10,7 +10,8 @@ from ds_cmli.config.schema import Config
 # Where results go and how often they are looked at: no step depends on these.
 FREE = {
     *("run.preset", "run.output_dir", "run.log_every", "run.eval_every", "run.save_every", "run.save_minutes"),
-    *("run.keep", "run.resume", "run.resume_with_changes", "run.most_skipped", "run.watchdog", "data.workers"),
+    *("run.keep", "run.resume", "run.resume_with_changes", "run.most_skipped", "run.watchdog"),
+    *("data.workers", "data.prefetch"),
 }
 SHOWN = 20  # differences: hundreds of files may be others
 # How the global batch is split over ranks: it stays the same when the number of ranks changes, these do not.
@@ -43,7 +44,13 @@ def digest(settings: dict[str, Any]) -> str:
 
 
 def differences(before: dict[str, Any], now: dict[str, Any], same_ranks: bool) -> list[str]:
-    """`["optim.lr: 0.001 -> 0.002", ...]`."""
+    """`["optim.lr: 0.001 -> 0.002", ...]`.
+
+    A setting that is newer than the run before counts as what its default is.
+    """
+    known = {tuple(name.split(".")[:2]) for name in before}
+    defaults = compared(Config(), {})
+    before = {n: v for n, v in defaults.items() if n in now and tuple(n.split(".")[:2]) not in known} | before
     names = sorted({*before, *now} - (set() if same_ranks else BATCH_SPLIT))
 
     def show(settings: dict[str, Any], name: str) -> str:

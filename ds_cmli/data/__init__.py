@@ -16,7 +16,7 @@ from ds_cmli.config.schema import DataConfig
 from ds_cmli.data.bad import Bad, BadSamples
 from ds_cmli.data.batch import Batch, Collate, Sample
 from ds_cmli.data.mixture import Mixture
-from ds_cmli.data.opening import OF_SOURCES, open_sources
+from ds_cmli.data.opening import OF_SOURCES, open_sources, open_split
 from ds_cmli.data.pairs import EvalPairs, TrainPairs
 from ds_cmli.data.sampler import GlobalBatchSampler
 from ds_cmli.data.scenes import EVAL_SCENES, EVAL_SEED, TRAIN_SCENES, Pictures, Scenes
@@ -39,19 +39,15 @@ __all__ = [
 CAPTIONS_LOOKED_AT = 5000  # of each part, for tokens unknown to the tokenizer: half a second
 
 
-@dataclass
-class Data:
-    """What a run trains and evaluates on. Datasets are map-style and give `Sample`s."""
+@dataclass(kw_only=True)
+class EvalData:
+    """What a model is evaluated on. Datasets are map-style and give `Sample`s."""
 
-    train: Dataset
-    mixture: Mixture  # how epochs are made of it
-    evals: dict[str, Dataset]  # "seen" and "unseen" of the demo, "val" of sources
+    evals: dict[str, Dataset]  # "seen" and "unseen" of the demo, "val" of sources, or another split asked for
     tokenizer: CaptionTokenizer
     collate: Collate
-    bad: list[Bad]  # left out at load, to be reported
-    has_places: bool  # tokens and patches of known pictures: the pointing-game accuracy can be measured
+    has_places: bool = False  # tokens and patches of known pictures: the pointing-game accuracy can be measured
     notices: list[str] = field(default_factory=list)  # what the user should know before the run, a line each
-    fingerprint: dict[str, Any] = field(default_factory=dict)  # what of it must be the same where a run goes on
 
     @property
     def vocab_size(self) -> int:
@@ -60,6 +56,33 @@ class Data:
     @property
     def special(self) -> SpecialTokens:
         return self.tokenizer.special
+
+
+@dataclass(kw_only=True)
+class Data(EvalData):
+    """What a run trains and evaluates on."""
+
+    train: Dataset
+    mixture: Mixture  # how epochs are made of it
+    bad: list[Bad]  # left out at load, to be reported
+    fingerprint: dict[str, Any] = field(default_factory=dict)  # what of it must be the same where a run goes on
+
+
+def build_eval_data(config: DataConfig, seed: int, split: str | None) -> EvalData:
+    """One split of `data.source`, see `opening.open_split`; None: what a training evaluates.
+
+    Raises:
+        UserError: as `build_data`.
+    """
+    if config.source == "demo":
+        if split is not None:
+            raise UserError(f"--split is {split!r}: the demo has its own two, leave it out")
+        return build_data(config, seed)
+    sources = open_split(config, split or "val")
+    tokenizer = load_tokenizer(config.tokenizer, config.context_length)
+    evals: dict[str, Dataset] = {split or "val": EvalPairs(sources, tokenizer, config)}
+    notices = _unknown(sources, tokenizer, config.tokenizer)
+    return EvalData(evals=evals, tokenizer=tokenizer, collate=Collate(tokenizer), notices=notices)
 
 
 def build_data(config: DataConfig, seed: int) -> Data:
@@ -81,9 +104,17 @@ def build_data(config: DataConfig, seed: int) -> Data:
         evals: dict[str, Dataset] = {
             split: Scenes(split, EVAL_SEED, EVAL_SCENES, pictures, tokenizer, size) for split in ("seen", "unseen")
         }
-        scenes = Scenes("train", seed, TRAIN_SCENES, pictures, tokenizer, size)
+        scenes = Scenes("train", seed, TRAIN_SCENES, pictures, tokenizer, size, config.augmentation)
         mixture = Mixture([len(scenes)])
-        return Data(scenes, mixture, evals, tokenizer, Collate(tokenizer), bad=[], has_places=True)
+        return Data(
+            train=scenes,
+            mixture=mixture,
+            evals=evals,
+            tokenizer=tokenizer,
+            collate=Collate(tokenizer),
+            bad=[],
+            has_places=True,
+        )
     opened = open_sources(config)
     for part in (opened.train, opened.validation):
         left_out = [item for source in part for item in source.bad]
@@ -105,7 +136,6 @@ def build_data(config: DataConfig, seed: int) -> Data:
         tokenizer=tokenizer,
         collate=Collate(tokenizer),
         bad=[item for part in (opened.train, opened.validation) for source in part for item in source.bad],
-        has_places=False,
         notices=[*opened.notices, *_unknown([*opened.train, *opened.validation], tokenizer, config.tokenizer)],
         fingerprint=opened.fingerprint,
     )
@@ -139,9 +169,13 @@ class _Loader(DataLoader):
 
 
 def train_loader(
-    data: Data, sampler: GlobalBatchSampler, workers: int, worker_init: Callable[[int], None] | None = None
-) -> DataLoader:
-    """Endless `Batch`es of this rank, from the position the sampler has consumed on."""
+    data: Data, sampler: GlobalBatchSampler, workers: int, worker_init: Callable[[int], None] | None = None,
+    prefetch: int = 2,
+) -> DataLoader:  # fmt: skip
+    """Endless `Batch`es of this rank, from the position the sampler has consumed on.
+
+    Each of the `workers` loading processes prepares `prefetch` batches ahead; for a GPU they are in pinned memory.
+    """
     return _loader(
         data.train,
         data.collate,
@@ -150,6 +184,7 @@ def train_loader(
         seed=sampler.seed,
         worker_init_fn=worker_init,
         persistent_workers=workers > 0,
+        prefetch_factor=prefetch if workers else None,
     )
 
 

@@ -22,6 +22,7 @@ class Picture:
     number: int
     cell_picture: list[int] | None = None  # scenes only, see `Batch`
     bad: Bad | None = None  # why it cannot be read
+    target: int = 0  # its class, where pictures have one
 
 
 @dataclass
@@ -30,6 +31,7 @@ class PictureBatch:
     number: torch.Tensor  # int64 [B]
     cell_picture: torch.Tensor  # int64 [B, 2, 2]
     broken: dict[int, Bad]  # by number
+    target: torch.Tensor  # int64 [B]
 
     def pin_memory(self) -> "PictureBatch":
         return replace(self, image=self.image.pin_memory())
@@ -41,6 +43,7 @@ def collate_pictures(pictures: list[Picture]) -> PictureBatch:
         torch.tensor([p.number for p in pictures]),
         torch.tensor([p.cell_picture or [NO_PICTURE] * 4 for p in pictures]).view(-1, 2, 2),
         {p.number: p.bad for p in pictures if p.bad is not None},
+        torch.tensor([p.target for p in pictures]),
     )
 
 

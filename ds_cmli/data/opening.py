@@ -55,6 +55,31 @@ def open_sources(config: DataConfig) -> Opened:
     return opened
 
 
+SPLITS = ("val", "test", "all")
+
+
+def open_split(config: DataConfig, split: str) -> list[Source]:
+    """What an evaluation reads of every source of `data.source`.
+
+    Args:
+        split: "val" as a training would hold out, "test" where a source has such a part, "all" for all that there is.
+
+    Raises:
+        UserError: as `open_sources`, or a source has no test part.
+    """
+    if split == "val":
+        return open_sources(config).validation
+    names, _ = weighted(config.source)
+    found: list[Source] = []
+    for name in names:
+        parts = _open(name, config, set())
+        if split == "test" and parts.test is None:
+            raise UserError(f"--split is 'test': {name} has no such part, give 'val' or 'all'")
+        wanted = (parts.test,) if split == "test" else (parts.train, parts.validation, parts.test)
+        found += [part for part in wanted if part is not None]
+    return found
+
+
 def _open(name: str, config: DataConfig, kinds: set[str]) -> Parts:
     """Opens one source; adds its kind to `kinds`."""
     kind, files = sources.recognise(name)

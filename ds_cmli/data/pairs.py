@@ -16,6 +16,7 @@ from ds_cmli.data.pictures import decode
 from ds_cmli.data.sampler import Draw
 from ds_cmli.data.sources.base import Source
 from ds_cmli.data.tokens import CaptionTokenizer
+from ds_cmli.data.transforms import Augmentation, View, central_square
 
 MOST_TRIES = 100  # samples in a row that cannot be used before giving up
 
@@ -49,11 +50,11 @@ class Pictures:
         source, place = self.at(index)
         return self.sources[source].captions(place)
 
-    def image(self, index: int) -> tuple[torch.Tensor, str | None]:
-        """The picture and None, or a black one and why it cannot be used."""
+    def image(self, index: int, view: View = central_square) -> tuple[torch.Tensor, str | None]:
+        """The part of the picture that `view` chooses and None, or a black one and why it cannot be used."""
         source, place = self.at(index)
         try:
-            return decode(self.sources[source].image(place), self.size, self.max_pixels), None
+            return decode(self.sources[source].image(place), self.size, self.max_pixels, view), None
         except Exception as error:  # decoders of damaged files raise nearly anything
             return self.black(), told(error)
 
@@ -72,7 +73,7 @@ def told(error: Exception) -> str:
 
 
 class TrainPairs(Dataset):
-    """Map-style over pictures, each with one of its captions: another at each turn, by a hash.
+    """Map-style over pictures, each with one of its captions: another at each turn, by a hash, and another view.
 
     A sample whose picture or caption cannot be used is replaced by the next one of its source that can be, always the
     same one, and says so in `Sample.bad`.
@@ -83,6 +84,7 @@ class TrainPairs(Dataset):
 
     def __init__(self, sources: list[Source], tokenizer: CaptionTokenizer, config: DataConfig, seed: int):
         self.pictures, self.tokenizer, self.seed = Pictures(sources, config), tokenizer, seed
+        self.augmentation = Augmentation(config.augmentation, seed)
 
     def __len__(self) -> int:
         return len(self.pictures)
@@ -116,7 +118,9 @@ class TrainPairs(Dataset):
             reason = NO_TOKEN
         image = self.pictures.black()
         if reason is None:
-            image, reason = self.pictures.image(index)
+            with self.augmentation.seeded(turn, index):
+                image, reason = self.pictures.image(index, self.augmentation.view)
+                image, _ = self.augmentation.pixels(image)
         bad = None if reason is None else (self.pictures.name(index), reason)
         return Sample(image, tokens, index, image_id=self.pictures.image_id(index), bad=bad)
 

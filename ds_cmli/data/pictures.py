@@ -10,14 +10,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL.JpegImagePlugin import JpegImageFile
 
 from ds_cmli.data.bad import Refused
 from ds_cmli.data.files import most_bytes, read_file
+from ds_cmli.data.transforms import View, central_square, resized
 
 # The decoders that may run, whatever a file is named: Pillow's own choice includes one that starts Ghostscript.
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 TILE_WIDTH, TILE_LENGTH, BITS_PER_SAMPLE, SAMPLE_FORMAT = 322, 323, 258, 339  # TIFF's tags
+SHARP = 2  # a decoder's own reduction leaves so many pixels for each one needed: it is coarser than resizing
+SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations in which width and height change places
 # What is white in a mode of more than 8 bits. Where files use one mode for several ranges, it is the first of them that
 # no pixel exceeds.
 WHITE = {"I;16": (65535,), "I": (255, 65535, 2**31 - 1, 2**32 - 1), "F": (1, 255, 65535)}
@@ -30,12 +34,14 @@ def formats() -> list[str]:
     return [name for name in FORMATS if name in Image.OPEN]
 
 
-def read_picture(path: Path, root: str, size: int, max_pixels: int, follow_symlinks: bool) -> torch.Tensor:
+def read_picture(
+    path: Path, root: str, size: int, max_pixels: int, follow_symlinks: bool, view: View = central_square
+) -> torch.Tensor:
     """The picture in a file as `load_image` gives it; arguments and errors are those of `read_file` and `decode`."""
-    return decode(read_file(path, root, most_bytes(max_pixels), follow_symlinks), size, max_pixels)
+    return decode(read_file(path, root, most_bytes(max_pixels), follow_symlinks), size, max_pixels, view)
 
 
-def decode(content: bytes, size: int, max_pixels: int) -> torch.Tensor:
+def decode(content: bytes, size: int, max_pixels: int, view: View = central_square) -> torch.Tensor:
     """The picture in a file's content as `load_image` gives it: uint8 [3, size, size].
 
     Raises:
@@ -53,13 +59,20 @@ def decode(content: bytes, size: int, max_pixels: int) -> torch.Tensor:
         for width, height in (image.size, (_tag(image, TILE_WIDTH, 1), _tag(image, TILE_LENGTH, 1))):
             if width * height > max_pixels:
                 raise Refused(f"{width} x {height} pixels, more than data.max_pixels = {max_pixels}")
-        return load_image(image, size)
+        return load_image(image, size, view)
 
 
-def load_image(image: Image.Image, size: int) -> torch.Tensor:
-    """Upright, RGB on white, shorter side resized to `size` (bicubic), centre cropped: uint8 [3, size, size]."""
+def load_image(image: Image.Image, size: int, view: View = central_square) -> torch.Tensor:
+    """Upright, RGB on white, the part that `view` chooses, resized (bicubic): uint8 [3, size, size].
+
+    A JPEG that is not loaded yet is decoded at a reduced scale where the part has more than twice the pixels needed.
+    """
     white = _white(image)
     unsigned = image.format == "TIFF" and _tag(image, SAMPLE_FORMAT, (1,)) == (1,)
+    orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+    box = view(*(image.size[::-1] if orientation in SIDEWAYS else image.size))
+    # A picture to be turned is decoded whole: its last pixels, which may be reduced less, would become the first.
+    scale = _reduce(image, min(box[2] - box[0], box[3] - box[1]) / size) if orientation == 1 else 1.0
     ImageOps.exif_transpose(image, in_place=True)
     if white:
         image = _to_8_bits(image, white, unsigned)
@@ -70,8 +83,21 @@ def load_image(image: Image.Image, size: int) -> torch.Tensor:
         image = background
     if image.mode != "RGB":  # else it would be copied
         image = image.convert("RGB")
-    image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+    left, top, right, bottom = (round(side / scale) for side in box)
+    pixels = np.array(image)[top : max(bottom, top + 1), left : max(right, left + 1)]
+    return resized(torch.from_numpy(pixels).permute(2, 0, 1), size)
+
+
+def _reduce(image: Image.Image, ratio: float) -> float:
+    """Have a JPEG decoded at 1/2, 1/4 or 1/8 of its scale; returns by how much it is reduced.
+
+    `ratio`: pixels for each one needed, of which `SHARP` are left.
+    """
+    if not isinstance(image, JpegImageFile):
+        return 1.0
+    whole = image.width
+    reduced = image.draft(None, tuple(max(1, int(side * SHARP / ratio)) for side in image.size))  # type: ignore
+    return whole / reduced[1][2] if reduced else 1.0
 
 
 def _tag(image: Image.Image, tag: int, default: Any) -> Any:

@@ -9,8 +9,9 @@ import json
 import random
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ from ds_cmli.data import assets
 from ds_cmli.data.batch import NO_PICTURE, Sample
 from ds_cmli.data.sampler import Draw
 from ds_cmli.data.tokens import CaptionTokenizer, Tokens
+from ds_cmli.data.transforms import Augmentation
 
 TRAIN_SCENES = 20_000
 EVAL_SCENES = 300
@@ -76,9 +78,19 @@ class Scenes(Dataset):
         seed: another seed, other scenes.
         length: number of scenes.
         size: S, pixels.
+        augmentation: of colours, and flips, which take the quarters along.
     """
 
-    def __init__(self, split: str, seed: int, length: int, pictures: Pictures, tokenizer: CaptionTokenizer, size: int):
+    def __init__(
+        self, split: str, seed: int, length: int, pictures: Pictures, tokenizer: CaptionTokenizer, size: int,
+        augmentation: Mapping[Any, float] | None = None,
+    ):  # fmt: skip
+        if "random_resized_crop" in (augmentation or {}):
+            raise UserError(
+                "data.augmentation has 'random_resized_crop': the demo's scenes keep their pictures in quarters, "
+                "leave it out or train on other --data"
+            )
+        self.augmentation = Augmentation(augmentation or {}, seed)
         self.split, self.seed, self.length, self.size = split, seed, length, size
         self.pictures, self.tokenizer = pictures, tokenizer
         self.concepts = pictures.held_out if split == "unseen" else pictures.training
@@ -111,7 +123,13 @@ class Scenes(Dataset):
             yield list(zip(draw.sample(self.concepts, count), draw.sample(range(4), count), strict=True))
 
     def __getitem__(self, at: int | Draw) -> Sample:
-        return self.pair(at.sample if isinstance(at, Draw) else at)
+        index, turn = at if isinstance(at, Draw) else (at, 0)
+        sample = self.pair(index)
+        with self.augmentation.seeded(turn, index):
+            sample.image, flipped = self.augmentation.pixels(sample.image)
+        if flipped and sample.cell_picture is not None:
+            sample.cell_picture = [sample.cell_picture[cell] for cell in (1, 0, 3, 2)]
+        return sample
 
     def name(self, index: int) -> str:
         return str(index)

@@ -71,7 +71,7 @@ class TrainEngine:
 
         Returns the weighted loss and each loss by name, of this rank's pairs, fp32 scalars without graph.
         """
-        batch = batch.to(self.device)
+        batch = batch.to(self.device, non_blocking=True)  # from pinned memory, while the GPU works
         targets = self.teacher(batch.image) if self.teacher is not None else None
         total, each = self.engine(batch, targets)  # collectives: text features, column statistics
         total = nonfinite.poison(total)

@@ -36,3 +36,22 @@ def summary(split: str, found: dict[str, Any]) -> str:
 
 def left_out(found: dict[str, Any]) -> str:
     return f", {found['left_out']} left out: {', '.join(found['left_out_first'])}" if "left_out" in found else ""
+
+
+def classification(found: dict[str, Any]) -> str:
+    """The result of zero-shot classification as lines of a table."""
+    parts = [f"  {found['pictures']} pictures, {found['classes']} classes{left_out(found)}"]
+    for score in SCORES:
+        if f"{score}/top1" in found:
+            top1, top5, mean = (found[f"{score}/{name}"] for name in ("top1", "top5", "mean_per_class"))
+            parts.append(f"  {score:<8} top-1 {top1:.3f}  top-5 {top5:.3f}  mean per class {mean:.3f}")
+    return "\n".join([*parts, f"  chance   top-1 {found['chance/top1']:.3f}  top-5 {found['chance/top5']:.3f}"])
+
+
+def pointing(found: dict[str, Any]) -> str:
+    """The result of the pointing game with boxes."""
+    visible = f"{found['visible']:.0%} of them have a box that holds the centre of a patch"
+    return (
+        f"  {found['phrases']} phrases, {found['pictures']} pictures, {visible}{left_out(found)}\n"
+        f"  pointing-game accuracy {found['pointing_game']:.3f} (chance {found['chance/pointing_game']:.3f})"
+    )

@@ -6,31 +6,79 @@ Shapes: n captions, m pictures.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from ds_cmli.common.errors import UserError
-from ds_cmli.data import Data, batches
-from ds_cmli.data.bad import NO_TOKEN, told
+from ds_cmli.data import EvalData, batches
+from ds_cmli.data.bad import NO_TOKEN, Bad, told
 from ds_cmli.data.held_out import FILLER, HeldOut, collate_pictures
 from ds_cmli.distributed import process_group as distributed
-from ds_cmli.evaluate.embed import embed_images, embed_texts, pair_positions
+from ds_cmli.evaluate.embed import Images, Texts, embed_images, embed_texts, pair_positions
 from ds_cmli.evaluate.pointing_game import scene_hits
 from ds_cmli.evaluate.recall import chance
 from ds_cmli.evaluate.scores import competitors, names
 
 
+@dataclass
+class Share:
+    """What a rank has embedded: its share of the pictures, and their captions."""
+
+    images: Images
+    texts: Texts
+    captions: Tensor  # int64, of all ranks those captions that can be used
+    left_out: list[Bad]  # of all ranks, what cannot be
+
+
+@torch.no_grad()
+def embed_share(
+    student: Any, held_out: HeldOut, collate: Callable, batch_size: int, device: Any, workers: int = 0,
+    heartbeat: Callable[[], None] = lambda: None, worker_init: Callable[[int], None] | None = None,
+) -> Share:  # fmt: skip
+    """Every picture and every caption once, on one of the ranks. Collective; the arguments are `evaluate_split`'s.
+
+    Raises:
+        UserError: on every rank, where no pair can be used.
+    """
+    rank, ranks = distributed.rank(), distributed.world_size()
+
+    def loader(view: Callable[[list[int]], Dataset], shares: list[list[int]], collate: Callable) -> Any:
+        """Of this rank's share, filled up so that all ranks take as many steps."""
+        share = shares[rank] + [FILLER] * (max(map(len, shares)) - len(shares[rank]))
+        return batches(view(share), batch_size, workers, collate, worker_init)
+
+    shares = [list(range(r, held_out.images, ranks)) for r in range(ranks)]
+    images = embed_images(student, loader(held_out.pictures, shares, collate_pictures), device, heartbeat)  # collective
+    of_rank = held_out.image_of % ranks
+    shares = [(of_rank == r).nonzero().flatten().tolist() for r in range(ranks)]
+    texts, empty = embed_texts(student, loader(held_out.captions, shares, collate), device, heartbeat)  # collective
+
+    # What cannot be used: broken pictures with all of their captions, captions without a token.
+    everywhere = distributed.gather_objects((images.broken, empty))  # collective
+    broken = {number: bad for found, _ in everywhere for number, bad in found.items()}
+    without = sorted(caption for _, found in everywhere for caption in found)
+    keep = torch.ones(len(held_out.image_of), dtype=torch.bool)
+    keep[without] = False
+    keep &= ~torch.isin(held_out.image_of, torch.tensor(sorted(broken), dtype=torch.int64))
+    left_out = [*held_out.at_load, *broken.values(), *((held_out.file(caption), NO_TOKEN) for caption in without)]
+    captions = keep.nonzero().flatten()
+    if not len(captions):
+        raise UserError(f"no pair of the validation set can be used, for instance {', '.join(told(left_out))}")
+    shown = torch.isin(images.number, held_out.image_of[captions])
+    return Share(images.select(shown), texts.select(keep[texts.number]), captions, left_out)
+
+
 @torch.no_grad()
 def evaluate_split(
-    objective: Any, dataset: Dataset, data: Data, batch_size: int, device: Any, workers: int = 0,
+    objective: Any, dataset: Dataset, data: EvalData, batch_size: int, device: Any, workers: int = 0,
     heartbeat: Callable[[], None] = lambda: None, worker_init: Callable[[int], None] | None = None,
     fold_size: int | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """The same on every rank. Collective.
-
-    Each rank embeds its share of the pictures, and their captions, once.
 
     Args:
         heartbeat: called with every batch and block, as often on every rank: a sign of life for whoever watches.
@@ -50,43 +98,17 @@ def evaluate_split(
     scales = objective.score_scales()  # collective under ZeRO-3
     was_training = objective.training
     objective.eval()
-    rank, ranks = distributed.rank(), distributed.world_size()
-    image_of = held_out.image_of  # [n]
-
-    def loader(view: Callable[[list[int]], Dataset], shares: list[list[int]], collate: Callable) -> Any:
-        """Of this rank's share, filled up so that all ranks take as many steps."""
-        share = shares[rank] + [FILLER] * (max(map(len, shares)) - len(shares[rank]))
-        return batches(view(share), batch_size, workers, collate, worker_init)
-
-    shares = [list(range(r, held_out.images, ranks)) for r in range(ranks)]
-    images = embed_images(
-        objective.student, loader(held_out.pictures, shares, collate_pictures), device, heartbeat
-    )  # may be collective
-    of_rank = image_of % ranks
-    shares = [(of_rank == r).nonzero().flatten().tolist() for r in range(ranks)]
-    texts, empty = embed_texts(
-        objective.student, loader(held_out.captions, shares, data.collate), device, heartbeat
-    )  # may be collective
+    share = embed_share(
+        objective.student, held_out, data.collate, batch_size, device, workers, heartbeat, worker_init
+    )  # collective
     objective.train(was_training)
-
-    # What cannot be used: broken pictures with all of their captions, captions without a token.
-    everywhere = distributed.gather_objects((images.broken, empty))  # collective
-    broken = {number: bad for found, _ in everywhere for number, bad in found.items()}
-    without = sorted(caption for _, found in everywhere for caption in found)
-    keep = torch.ones(len(image_of), dtype=torch.bool)
-    keep[without] = False
-    keep &= ~torch.isin(image_of, torch.tensor(sorted(broken), dtype=torch.int64))
-    left_out = [*held_out.at_load, *broken.values(), *((held_out.file(caption), NO_TOKEN) for caption in without)]
-    captions = keep.nonzero().flatten()
-    if not len(captions):
-        raise UserError(f"no pair of the validation set can be used, for instance {', '.join(told(left_out))}")
+    images, texts, captions, image_of = share.images, share.texts, share.captions, held_out.image_of
     pictures = image_of[captions].unique()
-    images, texts = images.select(torch.isin(images.number, pictures)), texts.select(keep[texts.number])
 
     out: dict[str, Any] = {"pairs": len(captions), "pictures": len(pictures)}
-    if left_out:
-        out["left_out"] = len(keep) - len(captions) + len(held_out.at_load)
-        out["left_out_first"] = told(left_out)
+    if share.left_out:
+        out["left_out"] = len(image_of) - len(captions) + len(held_out.at_load)
+        out["left_out_first"] = told(share.left_out)
     out |= chance(image_of[captions])
     fold_of = torch.arange(held_out.images) // fold_size if fold_size is not None else None
     counted = competitors(images, texts, image_of, scales, device, fold_of, heartbeat)  # collective

@@ -1,9 +1,12 @@
 """Runs on every kind of source, stopped in the middle of an epoch and resumed, against unbroken ones."""
 
+from dataclasses import replace
+
 import pytest
 
 from ds_cmli.common.errors import UserError
 from ds_cmli.config import settings
+from ds_cmli.config.schema import Config, DataConfig
 from tests.checkpoint.test_restore import assert_same, drive
 from tests.data.sources.samples import members, picture, tar
 from tests.data.sources.test_arrow import datasets, table
@@ -11,6 +14,7 @@ from tests.data.sources.test_coco import coco
 from tests.data.sources.test_folder import rows, write
 
 TINY = ["--preset", "tiny", "--steps", "6", "--log-every", "1", "--micro-batch", "4", "--set", "data.max_bad_share=0.2"]
+AUGMENTED = ["--set", 'data.augmentation={"random_resized_crop": 0.5, "horizontal_flip": 0.5, "color_jitter": 0.4}']
 
 
 def every_kind(folder, count=20):
@@ -51,7 +55,8 @@ def alone(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_source_stopped_within_an_epoch_goes_on_as_if_never(kind, sources, tmp_path):
-    run = [*TINY, *sources[kind]]
+    """With augmentation, and without loading processes after the stop."""
+    run = [*TINY, *AUGMENTED, *sources[kind]]
     assert drive([*run, "--output-dir", str(tmp_path / "straight")]) == 0
     broken = [*run, "--output-dir", str(tmp_path / "broken")]
     assert drive([*broken, "--workers", "1"], stop_at=3) == 85
@@ -82,3 +87,11 @@ def test_of_many_differences_the_first_are_told():
     before = {f"sources.x.files.{k:05}.tar": 1 for k in range(1000)}
     told = settings.differences(before, {}, True)
     assert len(told) == settings.SHOWN + 1 and told[-1] == "980 more"
+
+
+def test_a_setting_newer_than_the_run_counts_as_its_default():
+    now = settings.compared(Config(), {})
+    before = {name: value for name, value in now.items() if name != "data.augmentation"}
+    assert settings.differences(before, now, True) == []
+    now = settings.compared(replace(Config(), data=DataConfig(augmentation={"color_jitter": 0.4})), {})
+    assert settings.differences(before, now, True) == ["data.augmentation.color_jitter: not set -> 0.4"]

@@ -1,10 +1,12 @@
+import io
 import os
 import socket
 import struct
 
 import numpy as np
 import pytest
-from PIL import Image
+import torch
+from PIL import Image, ImageOps
 
 from ds_cmli.config.schema import DataConfig
 from ds_cmli.data.bad import Refused
@@ -159,3 +161,40 @@ def test_fifos_devices_sockets_and_folders_are_refused_at_once(tmp_path):
             assert refused(tmp_path / name) == "no regular file"
     (tmp_path / "zero.png").symlink_to("/dev/zero")
     assert refused(tmp_path / "zero.png", follow_symlinks=True) == "no regular file"
+
+
+def noise(width, height, orientation=None):
+    """A JPEG of smooth random colours."""
+    small = np.random.default_rng(0).integers(0, 256, (height // 160, width // 160, 3), dtype=np.uint8)
+    picture = Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
+    exif = Image.Exif()
+    if orientation:
+        exif[0x0112] = orientation
+    file = io.BytesIO()
+    picture.save(file, "JPEG", quality=95, exif=exif)
+    return file
+
+
+def whole(file, size):
+    """The same without a reduced scale, by Pillow alone."""
+    picture = ImageOps.exif_transpose(Image.open(file)).convert("RGB")
+    fitted = ImageOps.fit(picture, (size, size), Image.Resampling.BICUBIC)
+    return torch.from_numpy(np.array(fitted)).permute(2, 0, 1)
+
+
+@pytest.mark.parametrize(("size", "orientation"), [(56, None), (100, None), (224, None), (56, 6), (30, 3)])
+def test_a_jpeg_decoded_at_a_reduced_scale_looks_as_one_decoded_whole(size, orientation):
+    file = noise(1203, 801, orientation)
+    picture = Image.open(file)
+    found = load_image(picture, size)
+    assert found.shape == (3, size, size) and found.dtype == torch.uint8 and found.is_contiguous()
+    assert (found.int() - whole(file, size).int()).abs().float().mean() < 1  # of 255
+    reduced = {56: 4, 100: 4, 224: 1, 30: 8}[size] if orientation is None else 1
+    assert max(picture.size) == -(-1203 // reduced)
+
+
+def test_a_part_of_a_picture_is_what_the_view_says():
+    picture = Image.new("RGB", (80, 60), "white")
+    picture.paste("black", (20, 30, 40, 50))
+    assert (load_image(picture, 7, lambda width, height: (20, 30, 40, 50)) == 0).all()
+    assert (load_image(picture, 7, lambda width, height: (width - 30, 0, width, 30)) == 255).all()

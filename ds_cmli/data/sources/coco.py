@@ -47,7 +47,7 @@ def load_json(name: str, files: list[Path], config: DataConfig) -> Parts:
         only: Source = next(iter(parts.values()))
         return Parts(only)
     notices = [f"the test split of {name} is not used"] if "test" in parts else []
-    return Parts(parts["train"], parts.get("validation"), notices)
+    return Parts(parts["train"], parts.get("validation"), notices, parts.get("test"))
 
 
 def _checked(split: str, file: str, caption: str) -> tuple[str, str, str]:

@@ -1,0 +1,139 @@
+"""Zero-shot classification: which of the classes' prompts fits a picture best, by global and by CMLI scores.
+
+A class's global embedding is the normalised mean of its prompts' (Radford et al., 2021, section 3.1.4). Token by token
+there is no mean embedding: the CMLI scores of the prompts are averaged (FILIP, arXiv 2111.07783, section 3.1), from the
+picture's side.
+Shapes: B pictures of a batch, C classes, T prompt templates, N patches, M text positions, H hidden size, D embedding
+dimension; K scores side by side (global, cmli, combined).
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ds_cmli.cmli import cmli_scores
+from ds_cmli.common.errors import UserError
+from ds_cmli.data import batches
+from ds_cmli.data.bad import told
+from ds_cmli.data.batch import Sample
+from ds_cmli.data.held_out import FILLER, View
+from ds_cmli.distributed import process_group as distributed
+from ds_cmli.evaluate.embed import Texts, embed_texts, image_embeddings
+from ds_cmli.evaluate.recall import expected_hits
+from ds_cmli.evaluate.scores import combine, names
+
+TOP = (1, 5)
+CLASSES = 64  # scored at a time
+TEXT_FIELDS = ("number", "cls", "tokens", "token_picture", "length")
+
+
+@dataclass
+class Classifier:
+    """The classes' prompts, embedded: prompt t of class c is caption c * T + t of `texts`."""
+
+    texts: Texts
+    templates: int  # T
+    scales: dict[str, float]  # 1/temperature of the scores, as `Objective.score_scales` gives them
+
+    def __post_init__(self):
+        prompts = self.texts.cls.view(-1, self.templates, self.texts.cls.shape[1])  # [C, T, H]
+        self.cls = F.normalize(prompts.mean(1), dim=-1)  # [C, H]
+
+    def __call__(self, image_cls: Tensor, patches: Tensor) -> Tensor:
+        """fp32 [B, H], [B, N, D] on one device -> fp32 [K, B, C] there."""
+        by_global = image_cls @ self.cls.to(image_cls.device).t()
+        if "cmli" not in self.scales:
+            return by_global[None]
+        parts = []
+        for classes in torch.arange(len(self.cls)).split(CLASSES):
+            prompts = torch.arange(int(classes[0]) * self.templates, (int(classes[-1]) + 1) * self.templates)
+            _, tokens, mask = (x.to(patches.device) for x in self.texts.block(prompts))
+            i2t, _ = cmli_scores(patches, tokens, mask)  # [B, classes * T]
+            parts.append(i2t.view(len(i2t), -1, self.templates).mean(2))
+        cmli = torch.cat(parts, 1)  # [B, C]
+        return torch.stack([by_global, cmli, combine(by_global, cmli, self.scales)])
+
+
+def top_hits(scores: Tensor, target: Tensor) -> Tensor:
+    """Whether the right class is among the first k of `TOP`: fp64 [len(TOP), K, B], its chance where scores are equal.
+
+    Args:
+        scores: [K, B, C]; what is no number loses to everything.
+        target: int64 [B].
+    """
+    right = scores.gather(2, target.expand(len(scores), -1)[:, :, None])  # [K, B, 1]
+    above = (~(scores <= right)).sum(2).double()
+    equal = (scores == right).sum(2).double()  # the right one included, unless it is no number
+    return torch.stack([expected_hits(above, (equal - 1).clamp(min=0), equal.clamp(max=1), k) for k in TOP])
+
+
+@torch.no_grad()
+def classify(
+    student: Any, loader: Iterable, classifier: Classifier, device: Any, heartbeat: Callable[[], None] = lambda: None
+) -> dict[str, Any]:
+    """Accuracies over the pictures of all ranks. Collective.
+
+    Args:
+        loader: `PictureBatch`es of this rank with the pictures' classes, as many on every rank.
+
+    Returns:
+        `<score>/top1`, `<score>/top5`, `<score>/mean_per_class` (top 1 averaged over the classes that have pictures),
+        `chance/top1`, `chance/top5`, `pictures`, `classes`, and where pictures could not be read `left_out`
+        and `left_out_first`, the names of some.
+    """
+    kinds, classes = names(classifier.scales), len(classifier.cls)
+    hits = torch.zeros(len(TOP), len(kinds), classes, dtype=torch.float64)
+    counts = torch.zeros(classes, dtype=torch.float64)
+    broken: dict[int, Any] = {}
+    for batch in loader:
+        heartbeat()
+        broken |= batch.broken
+        scores = classifier(*image_embeddings(student, batch.image.to(device, non_blocking=True))).cpu()  # CPU-GPU sync
+        good = torch.tensor([number >= 0 and number not in batch.broken for number in batch.number.tolist()])
+        target = batch.target[good]
+        hits.index_add_(2, target, top_hits(scores[:, good], target))
+        counts += target.bincount(minlength=classes)
+    hits, counts = distributed.sum_over_ranks(hits), distributed.sum_over_ranks(counts)  # collective
+    out: dict[str, Any] = {"pictures": int(counts.sum()), "classes": classes}
+    lost = [bad for found in distributed.gather_objects(broken) for bad in found.values()]  # collective
+    if lost:
+        out |= {"left_out": len(lost), "left_out_first": told(lost)}
+    shown = counts > 0
+    for k, kind in enumerate(kinds):
+        for n, of_class in zip(TOP, hits[:, k], strict=True):
+            out[f"{kind}/top{n}"] = (of_class.sum() / counts.sum()).item()
+        out[f"{kind}/mean_per_class"] = (hits[0, k, shown] / counts[shown]).mean().item()
+    return out | {f"chance/top{n}": min(1.0, n / classes) for n in TOP}
+
+
+@torch.no_grad()
+def build_classifier(
+    objective: Any, data: Any, names: list[str], templates: list[str], batch_size: int, device: Any
+) -> Classifier:
+    """Embed the prompts, each rank its share of the classes. Collective.
+
+    Raises:
+        UserError: a prompt without a token.
+    """
+    scales = objective.score_scales()  # collective under ZeRO-3
+    rank, ranks = distributed.rank(), distributed.world_size()
+    prompts = [template.replace("{}", name) for name in names for template in templates]
+    share = -(-len(prompts) // ranks)
+    own = list(range(rank * share, min(len(prompts), (rank + 1) * share)))
+    own += [FILLER] * (share - len(own))
+
+    def prompt(number: int) -> Sample:
+        return Sample(torch.zeros(3, 0, 0, dtype=torch.uint8), data.tokenizer(prompts[number]), number, image_id=0)
+
+    texts, empty = embed_texts(objective.student, batches(View(prompt, own), batch_size, 0, data.collate), device)
+    everywhere = distributed.gather_objects((texts, empty))  # collective
+    without = [number for _, found in everywhere for number in found]
+    if without:
+        raise UserError(f"the prompt {prompts[without[0]]!r} has no token: give the class a name in --class-names")
+    parts = [found for found, _ in everywhere]
+    whole = Texts(*(torch.cat([getattr(part, name) for part in parts]) for name in TEXT_FIELDS))
+    return Classifier(whole, len(templates), scales)

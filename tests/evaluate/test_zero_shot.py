@@ -1,0 +1,127 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.metrics import accuracy_score, balanced_accuracy_score, top_k_accuracy_score
+
+from ds_cmli.common.errors import UserError
+from ds_cmli.data import batches
+from ds_cmli.data.class_folders import ClassPictures, class_names, prompt_templates
+from ds_cmli.data.held_out import Picture, collate_pictures
+from ds_cmli.evaluate.embed import Texts
+from ds_cmli.evaluate.zero_shot import Classifier, classify
+
+
+def unit(x):
+    return x / np.linalg.norm(x, axis=-1, keepdims=True)
+
+
+class Given:
+    """Stands in for the student: a picture's first pixel is its number among embeddings that are given."""
+
+    def __init__(self, cls, patches):
+        self.cls, self.patches = torch.tensor(cls), torch.tensor(patches)
+
+    def encode_image(self, image):
+        number = image[:, 0, 0, 0].long()
+        return self.cls[number], self.patches[number]
+
+    def projection(self, x):
+        return x
+
+
+class Numbered(torch.utils.data.Dataset):
+    def __init__(self, targets):
+        self.targets = targets
+
+    def __len__(self):
+        return len(self.targets)
+
+    def __getitem__(self, index):
+        return Picture(torch.full((3, 2, 2), index, dtype=torch.uint8), index, target=int(self.targets[index]))
+
+
+@pytest.mark.parametrize("case", range(20))
+def test_accuracies_as_scikit_learn_finds_them_on_scores_of_loops(case):
+    draw = np.random.default_rng(case)
+    classes, templates, count, d, n = draw.integers(6, 12), draw.integers(1, 4), 30, 5, 4
+    cls, patches = draw.normal(size=(count, d)), draw.normal(size=(count, n, d))
+    text_cls = unit(draw.normal(size=(classes * templates, d)))
+    lengths = draw.integers(1, 5, classes * templates)
+    tokens = unit(draw.normal(size=(lengths.sum(), d)))
+    target = np.concatenate([np.arange(classes), draw.integers(0, classes, count)])[:count]
+
+    ends = lengths.cumsum()
+    by_global, by_cmli = np.zeros((2, count, classes))
+    for c in range(classes):
+        prompts = range(c * templates, (c + 1) * templates)
+        by_global[:, c] = unit(cls) @ unit(np.mean([text_cls[p] for p in prompts], 0))
+        for i in range(count):
+            found = [unit(patches[i]) @ tokens[ends[p] - lengths[p] : ends[p]].T for p in prompts]
+            by_cmli[i, c] = np.mean([similarity.max(1).mean() for similarity in found])
+    expected = {"global": by_global, "cmli": by_cmli, "combined": 5 * by_global + 20 * by_cmli}
+
+    numbers = torch.arange(classes * templates)
+    places = torch.full((int(lengths.sum()),), -1)
+    texts = Texts(numbers, torch.tensor(text_cls).float(), torch.tensor(tokens), places, torch.tensor(lengths))
+    classifier = Classifier(texts, int(templates), {"global": 5.0, "cmli": 20.0})
+    loader = batches(Numbered(target), 7, 0, collate_pictures)
+    found = classify(Given(cls.astype("float32"), patches), loader, classifier, torch.device("cpu"))
+    assert (found["pictures"], found["classes"]) == (count, classes)
+    for name, scores in expected.items():
+        best = scores.argmax(1)
+        assert found[f"{name}/top1"] == pytest.approx(accuracy_score(target, best))
+        assert found[f"{name}/top5"] == pytest.approx(top_k_accuracy_score(target, scores, k=5, labels=range(classes)))
+        assert found[f"{name}/mean_per_class"] == pytest.approx(balanced_accuracy_score(target, best))
+
+
+def folders(path):
+    for name, colour in (("blue_bird", "blue"), ("red_car", "red")):
+        (path / name).mkdir(parents=True)
+        for k in range(2):
+            Image.new("RGB", (30, 20), colour).save(path / name / f"{k}.png")
+    (path / "red_car" / "1.png").write_bytes(b"no picture")
+    return path
+
+
+def test_a_folder_of_class_folders(tmp_path):
+    pictures = ClassPictures(str(folders(tmp_path / "data")), 8, 10**6)
+    assert pictures.folders == ["blue_bird", "red_car"] and len(pictures) == 4
+    found = [pictures.pictures(range(4))[k] for k in range(4)]
+    assert [p.target for p in found if p.bad is None] == [0, 0, 1]
+    assert [int(p.image[2, 0, 0]) for p in found] == [255, 255, 0, 0]
+    assert found[3].bad[0] == "1.png" and found[3].bad[1].startswith("cannot identify image file")
+    assert class_names(pictures.folders, None) == ["blue bird", "red car"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("names.txt", "bird\n", "with 1 names: there are 2 classes"),
+        ("names.json", json.dumps({"blue_bird": "bird"}), "it has no name for 'red_car'"),
+        ("names.json", "{", "cannot be read"),
+        ("templates.txt", "a photo\n", "with the line 'a photo': write {} once"),
+        ("templates.txt", "\n", "with the line ''"),
+    ],
+)
+def test_mistakes_in_names_and_templates_are_one_line(tmp_path, name, content, words):
+    file = tmp_path / name
+    file.write_text(content)
+    with pytest.raises(UserError) as error:
+        if "templates" in name:
+            prompt_templates(str(file))
+        else:
+            class_names(["blue_bird", "red_car"], str(file))
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_what_is_no_folder_of_classes_is_one_line(tmp_path):
+    (tmp_path / "empty").mkdir()
+    for source, words in (
+        ("/nowhere", "give a folder that has a folder"),
+        (str(tmp_path / "empty"), "timm cannot read"),
+    ):
+        with pytest.raises(UserError, match=words):
+            ClassPictures(source, 8, 10**6)
