@@ -78,6 +78,7 @@ class DataConfig:
     # "demo" (scenes), or what `data/sources/__init__.py` lists; several are mixed: ["a::0.7", "b::0.3"].
     source: Name | Annotated[list[Name], Field(min_length=1)] = "demo"
     val_source: Text = ""  # "": the validation part of `source`, or else some of it that is held out
+    val_split: Literal["validation", "test"] = "validation"  # which part of a source that has both is evaluated on
     # Of sources that have such; "": found.
     image_root: Text = ""  # folder of the image files that a list names
     image_key: Text = ""  # column of the image

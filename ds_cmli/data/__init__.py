@@ -5,7 +5,7 @@ B pairs, M text positions (padded), S image size in pixels.
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from ds_cmli.config.schema import DataConfig
 from ds_cmli.data.bad import Bad, BadSamples
 from ds_cmli.data.batch import Batch, Collate, Sample
 from ds_cmli.data.mixture import Mixture
-from ds_cmli.data.opening import OF_SOURCES, open_sources, open_split
+from ds_cmli.data.opening import OF_SOURCES, open_all, open_sources
 from ds_cmli.data.pairs import EvalPairs, TrainPairs
 from ds_cmli.data.sampler import GlobalBatchSampler
 from ds_cmli.data.scenes import EVAL_SCENES, EVAL_SEED, TRAIN_SCENES, Pictures, Scenes
@@ -69,7 +69,10 @@ class Data(EvalData):
 
 
 def build_eval_data(config: DataConfig, seed: int, split: str | None) -> EvalData:
-    """One split of `data.source`, see `opening.open_split`; None: what a training evaluates.
+    """What an evaluation reads of `data.source`.
+
+    Args:
+        split: "val", "test" or "all", whatever of it a training would hold out; None: what a training evaluates.
 
     Raises:
         UserError: as `build_data`.
@@ -78,9 +81,12 @@ def build_eval_data(config: DataConfig, seed: int, split: str | None) -> EvalDat
         if split is not None:
             raise UserError(f"--split is {split!r}: the demo has its own two, leave it out")
         return build_data(config, seed)
-    sources = open_split(config, split or "val")
+    if split in ("val", "test"):
+        config = replace(config, val_split="test" if split == "test" else "validation")
+    sources = open_all(config) if split == "all" else open_sources(config).validation
     tokenizer = load_tokenizer(config.tokenizer, config.context_length)
-    evals: dict[str, Dataset] = {split or "val": EvalPairs(sources, tokenizer, config)}
+    name = split or ("test" if config.val_split == "test" else "val")
+    evals: dict[str, Dataset] = {name: EvalPairs(sources, tokenizer, config)}
     notices = _unknown(sources, tokenizer, config.tokenizer)
     return EvalData(evals=evals, tokenizer=tokenizer, collate=Collate(tokenizer), notices=notices)
 
@@ -95,6 +101,7 @@ def build_data(config: DataConfig, seed: int) -> Data:
     size = config.image_size
     if config.source == "demo":
         unused = [name for name in ("val_source", *OF_SOURCES) if getattr(config, name)]
+        unused += ["val_split"] if config.val_split == "test" else []
         if unused:
             raise UserError(
                 f"data.{unused[0]} is {getattr(config, unused[0])!r}: it says nothing of the demo, leave it out"
@@ -132,7 +139,7 @@ def build_data(config: DataConfig, seed: int) -> Data:
     return Data(
         train=train,
         mixture=Mixture([len(source) for source in opened.train], opened.weights),
-        evals={"val": validation},
+        evals={"test" if config.val_split == "test" else "val": validation},
         tokenizer=tokenizer,
         collate=Collate(tokenizer),
         bad=[item for part in (opened.train, opened.validation) for source in part for item in source.bad],

@@ -31,11 +31,11 @@ def open_sources(config: DataConfig) -> Opened:
     opened, kinds = Opened(weights=weights), set[str]()
     for number, name in enumerate(names):
         parts = _open(name, config, kinds)
-        train, validation = parts.train, parts.validation
-        if config.val_source:
-            if validation is not None:
-                opened.notices.append(f"the validation part of {name} is not used: data.val_source is given")
-        else:
+        train, validation = parts.train, None if config.val_source else _evaluated(parts, name, config)
+        for split, part in (("validation", parts.validation), ("test", parts.test)):
+            if part is not None and part is not validation and name != config.val_source:
+                opened.notices.append(f"the {split} part of {name} is not used")
+        if not config.val_source:
             if validation is None:
                 train, validation = hold_out(train)
             opened.validation.append(validation)
@@ -47,7 +47,12 @@ def open_sources(config: DataConfig) -> Opened:
             parts = _open(config.val_source, config, kinds)
         except UserError as error:
             raise UserError(str(error).replace("data.source is", "data.val_source is", 1)) from None
-        opened.validation = [parts.validation or parts.train]
+        whole = parts.validation is None and parts.test is None
+        if whole and config.val_source in names:
+            opened.notices.append(
+                f"{config.val_source} is trained on and evaluated on: its results say nothing of others"
+            )
+        opened.validation = [parts.train if whole else _evaluated(parts, config.val_source, config) or parts.train]
     for setting in OF_SOURCES:
         value, readers = getattr(config, setting), [k for k, e in sources.SOURCES.items() if setting in e.settings]
         if value and not kinds & set(readers):
@@ -55,29 +60,18 @@ def open_sources(config: DataConfig) -> Opened:
     return opened
 
 
-SPLITS = ("val", "test", "all")
+def _evaluated(parts: Parts, name: str, config: DataConfig) -> Source | None:
+    """The part that `data.val_split` names; None where some of the training pairs are to be held out."""
+    if config.val_split == "test" and parts.test is None:
+        raise UserError(f"data.val_split is 'test', and {name} has no such part: leave it out, or give data.val_source")
+    return parts.test if config.val_split == "test" else parts.validation
 
 
-def open_split(config: DataConfig, split: str) -> list[Source]:
-    """What an evaluation reads of every source of `data.source`.
-
-    Args:
-        split: "val" as a training would hold out, "test" where a source has such a part, "all" for all that there is.
-
-    Raises:
-        UserError: as `open_sources`, or a source has no test part.
-    """
-    if split == "val":
-        return open_sources(config).validation
-    names, _ = weighted(config.source)
-    found: list[Source] = []
-    for name in names:
-        parts = _open(name, config, set())
-        if split == "test" and parts.test is None:
-            raise UserError(f"--split is 'test': {name} has no such part, give 'val' or 'all'")
-        wanted = (parts.test,) if split == "test" else (parts.train, parts.validation, parts.test)
-        found += [part for part in wanted if part is not None]
-    return found
+def open_all(config: DataConfig) -> list[Source]:
+    """Every part of every source of `data.source`: for an evaluation of what nothing is trained on."""
+    opened = [_open(name, config, set()) for name in weighted(config.source)[0]]
+    found = [part for parts in opened for part in (parts.train, parts.validation, parts.test) if part is not None]
+    return list(dict.fromkeys(found))  # one that has no training part stands for it too
 
 
 def _open(name: str, config: DataConfig, kinds: set[str]) -> Parts:

@@ -28,7 +28,7 @@ SPLITS = ("val", "test", "all")
     "Retrieval",
     "--split",
     type=click.Choice(SPLITS),
-    help="Of --data and --boxes: what training holds out, the test part (Karpathy's), or all there is.  [val]",
+    help="Of --data and --boxes: what training holds out, the test part (Karpathy's), or all there is.  [the run's]",
 )
 @option(
     "Retrieval",

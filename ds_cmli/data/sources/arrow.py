@@ -83,12 +83,8 @@ def _library(name: str) -> Any:
 
 
 def _parts(name: str, parts: dict[str, Any], sizes: dict[str, int], config: DataConfig) -> Parts:
-    train = Arrow(name, parts["train"], sizes, config)
-    validation = Arrow(f"{name} (validation)", parts["validation"], {}, config) if "validation" in parts else None
-    if "test" not in parts:
-        return Parts(train, validation)
-    test = Arrow(f"{name} (test)", parts["test"], {}, config)
-    return Parts(train, validation, [f"the test split of {name} is not used"], test)
+    found = {split: Arrow(f"{name} ({split})", dataset, sizes, config) for split, dataset in parts.items()}
+    return Parts(found["train"], found.get("validation"), found.get("test"))
 
 
 class Arrow(Source):

@@ -93,8 +93,8 @@ class Parts:
 
     train: Source
     validation: Source | None = None
+    test: Source | None = None
     notices: list[str] = field(default_factory=list)  # what the user should know before the run, a line each
-    test: Source | None = None  # for `python -m ds_cmli.evaluate --split test`
 
 
 def hold_out(source: Source) -> tuple[Source, Source]:

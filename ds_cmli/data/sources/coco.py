@@ -43,11 +43,8 @@ def load_json(name: str, files: list[Path], config: DataConfig) -> Parts:
     for split, file, caption in rows:
         part = parts.setdefault(split, Listed(f"{name} ({split})", folder, folder, config))
         part.add(file, caption)
-    if "train" not in parts:
-        only: Source = next(iter(parts.values()))
-        return Parts(only)
-    notices = [f"the test split of {name} is not used"] if "test" in parts else []
-    return Parts(parts["train"], parts.get("validation"), notices, parts.get("test"))
+    only: Source = next(iter(parts.values()))
+    return Parts(parts.get("train", only), parts.get("validation"), parts.get("test"))
 
 
 def _checked(split: str, file: str, caption: str) -> tuple[str, str, str]:

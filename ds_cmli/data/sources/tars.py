@@ -13,7 +13,7 @@ import numpy as np
 
 from ds_cmli.common.errors import UserError
 from ds_cmli.config.schema import DataConfig
-from ds_cmli.data.bad import Refused
+from ds_cmli.data.bad import Refused, told
 from ds_cmli.data.files import check_bytes, most_bytes
 from ds_cmli.data.sources.base import Parts, Source, usable
 from ds_cmli.data.sources.tar_index import index
@@ -29,7 +29,8 @@ def load_tars(name: str, files: list[Path], config: DataConfig) -> Parts:
     if not len(tars):
         what = f"the first: {tars.bad[0][0]} ({tars.bad[0][1]})" if tars.bad else "no image among their members"
         raise UserError(f"data.source is {name!r}: its {len(files)} tars hold no pair ({what}): {WANTED}")
-    return Parts(tars)
+    first = f"the first: {', '.join(told(tars.bad))}"
+    return Parts(tars, notices=[f"{len(tars.bad)} samples of {name} are left out, {first}"] if tars.bad else [])
 
 
 WANTED = "a sample is NAME.jpg (.jpeg, .png, .webp) and NAME.txt or NAME.json"

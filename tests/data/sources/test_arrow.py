@@ -45,7 +45,7 @@ def test_splits_are_known_by_the_files_names(tmp_path):
         parquet(tmp_path / f"{split}-00000-of-00001.parquet", range(count))
     data = build(tmp_path)
     assert (len(data.train), len(data.evals["val"])) == (5, 3)
-    assert "the test split of" in data.notices[0]
+    assert "the test part of" in data.notices[0]
 
 
 def test_what_save_to_disk_wrote_is_read_with_lists_of_captions(tmp_path):

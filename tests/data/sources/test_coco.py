@@ -35,7 +35,13 @@ def test_karpathys_splits_are_used_as_they_are(tmp_path, filepath):
     assert [data.evals["val"].name(row) for row in range(2)] == [f"{prefix}3.png"] * 2
     assert len(data.evals["val"]) == 2
     assert shown(data.train[3]) == 5
-    assert "the test split of" in data.notices[0]
+    (line,) = data.notices
+    assert line.startswith("the test part of ") and line.endswith(" is not used")
+    data = build(tmp_path / "dataset_coco.json", val_split="test")
+    assert [data.evals["test"].name(row) for row in range(2)] == [f"{prefix}4.png"] * 2
+    found = build(coco(tmp_path), val_source=str(tmp_path / "dataset_coco.json"))
+    assert found.evals["val"].name(0) == f"{prefix}3.png"
+    assert "data.val_split is 'test', and" in user_error(lambda: build(coco(tmp_path), val_split="test"))
 
 
 def coco(folder, subset="train2017", count=4):
