@@ -36,7 +36,7 @@ from ds_cmli.config.options import WHAT, add, resolve_config  # noqa: E402
 from ds_cmli.config.schema import Config  # noqa: E402
 from ds_cmli.data import Batch, Data, GlobalBatchSampler, build_data, train_loader  # noqa: E402
 from ds_cmli.distributed import process_group as distributed  # noqa: E402
-from ds_cmli.models.student import checkpoint_blocks  # noqa: E402
+from ds_cmli.models.checkpointing import checkpoint_blocks  # noqa: E402
 
 Step = Callable[[Batch], torch.Tensor]
 STEPS = 1_000_000  # of the schedule: the rate stays near its start
