@@ -25,6 +25,7 @@ from ds_cmli.engine.weight_decay import parameter_groups
 from ds_cmli.faults import nonfinite
 from ds_cmli.losses import needs_teacher
 from ds_cmli.losses.objective import Objective
+from ds_cmli.models.backbone import cast_statistics
 from ds_cmli.models.checkpointing import checkpoint_blocks
 from ds_cmli.models.student import Student
 from ds_cmli.models.teacher import Teacher
@@ -138,6 +139,7 @@ def build(
         deepspeed.checkpointing.configure(None, deepspeed_config=ds_config.raw())
         checkpoint_blocks(objective.student.blocks, deepspeed.checkpointing.checkpoint)
 
+    cast_statistics(objective, dtype)
     weight_decay = ds_config.optimizer_params.get("weight_decay", 0.0)
     groups = parameter_groups(objective, weight_decay)
     name_of = {id(parameter): name for name, parameter in objective.named_parameters()}
