@@ -4,7 +4,6 @@ import os
 import string
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from tokenizers import Tokenizer
 
@@ -97,15 +96,10 @@ def load_tokenizer(name: str, positions: int) -> CaptionTokenizer:
     Raises:
         UserError: it cannot be loaded, has no fast version or no [PAD] token.
     """
-    return CaptionTokenizer(pretrained_tokenizer(name), positions)
-
-
-def pretrained_tokenizer(name: str) -> Any:
-    """The same as transformers has it. Raises `UserError` where it cannot be loaded."""
     # Captions are short and come one at a time; threads would only warn and hang in forked loading processes.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if name == "builtin":
-        return builtin_tokenizer()
+        return CaptionTokenizer(builtin_tokenizer(), positions)
     from transformers import AutoTokenizer
 
     path = assets.minilm() if name == "demo" else Path(name).expanduser()
@@ -120,7 +114,7 @@ def pretrained_tokenizer(name: str) -> Any:
             f"data.tokenizer is {name!r}, which cannot be loaded ({reason(error)}): "
             "give 'demo', 'builtin', a transformers name or a local folder"
         ) from None
-    return tokenizer
+    return CaptionTokenizer(tokenizer, positions)
 
 
 def builtin_tokenizer():

@@ -4,6 +4,8 @@ The one place where a training step is put together: whatever trains, profiles o
 """
 
 import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +22,9 @@ from ds_cmli.config.schema import Config
 from ds_cmli.data import Batch
 from ds_cmli.data.tokens import SpecialTokens
 from ds_cmli.distributed import process_group as distributed
-from ds_cmli.engine.planning import resolve_weights
+from ds_cmli.engine import gradient_caching
+from ds_cmli.engine.planning import compares_all, resolve_weights
+from ds_cmli.engine.result import MicroBatchLosses
 from ds_cmli.engine.weight_decay import parameter_groups
 from ds_cmli.faults import nonfinite
 from ds_cmli.losses import needs_teacher
@@ -65,21 +69,80 @@ class TrainEngine:
     device: torch.device
     dtype: torch.dtype
     names: list[list[str]]  # of the parameters, in the order of the optimizer's groups
+    accumulation: int = 1  # micro-batches of a step
+    caching: bool = False  # negatives from all of them
+    cache_on_host: bool = False
+    reduce_once: bool = False
     lr: float = 0.0  # that the last update was made with
 
+    def step(
+        self, micro_batches: Sequence[Batch], heartbeat: Callable[[], None] = lambda: None
+    ) -> list[MicroBatchLosses]:
+        """One optimizer step. Collective.
+
+        Args:
+            micro_batches: `accumulation` of them, of this rank; each is moved to the device when its turn comes.
+            heartbeat: called as the step goes on.
+        """
+        once = self.reduce_once and self.engine.zero_optimization_stage() >= 2  # below, DeepSpeed does so anyway
+        reduced = self._reduced_once() if once else nullcontext()
+        update = (lambda: None) if once else self._update
+        with reduced:
+            if self.caching:
+                found = gradient_caching.backward(self, micro_batches, update, heartbeat)  # collectives
+            else:
+                found = []
+                for batch in micro_batches:
+                    found.append(self._backward(batch))  # collectives
+                    update()  # collectives
+        if once:
+            for _ in found:  # the engine counts micro-batches; it updates at the last one
+                self._update()  # collectives
+        return found
+
     def __call__(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Forward, backward and, at the end of accumulation, update on one micro-batch of this rank.
+        """Forward, backward and, at the end of accumulation, update on one micro-batch, with its own negatives.
 
         Returns the weighted loss and each loss by name, of this rank's pairs, fp32 scalars without graph.
         """
-        batch = batch.to(self.device, non_blocking=True)  # from pinned memory, while the GPU works
+        found = self._backward(batch)  # collectives
+        self._update()  # collectives
+        return found.total, found.each
+
+    def _backward(self, batch: Batch) -> MicroBatchLosses:
+        # Not waited for: from pinned memory, while the GPU works.
+        index, batch = batch.index, batch.to(self.device, non_blocking=True)
         targets = self.teacher(batch.image) if self.teacher is not None else None
         total, each = self.engine(batch, targets)  # collectives: text features, column statistics
-        total = nonfinite.poison(total)
-        self.engine.backward(total * self.missing_scale)  # collectives: text gradients, gradient buckets
+        self.go_backward(total)  # collectives: text gradients, gradient buckets
+        return MicroBatchLosses(index, total.detach(), each, self.objective.ignored / len(index))
+
+    def go_backward(self, total: Tensor) -> None:
+        """Backward from a micro-batch's weighted loss; all gradients are NaN where it is not finite. Collectives."""
+        self.engine.backward(nonfinite.poison(total) * self.missing_scale)
+
+    def _update(self) -> None:
         self.lr = self.engine.get_lr()[0]  # of this update: its end brings the next one's
         self.engine.step()  # collectives and a CPU-GPU sync: overflow check, gradient norm, updated weights
-        return total.detach(), each
+
+    @contextmanager
+    def _reduced_once(self) -> Iterator[None]:
+        """Gradients stay on this rank inside, and are reduced at the end."""
+        block = self.engine.coalesce_grad_reduction()
+        block.__enter__()
+        try:
+            yield
+        except BaseException:
+            self._unfinished = block  # its end would reduce gradients, where the other ranks do not
+            raise
+        block.__exit__(None, None, None)  # collectives
+
+    @property
+    def scale(self) -> float:
+        """The factor that backward passes multiply the gradients by, which keeps those of fp16 from vanishing."""
+        if self.dtype != torch.float16:
+            return 1.0
+        return float(self.engine.optimizer.loss_scale)
 
     @property
     def missing_scale(self) -> float:
@@ -163,7 +226,14 @@ def build(
     nonfinite.attach(engine)
     if teacher is not None:
         teacher.to(device=device, dtype=dtype)
-    return TrainEngine(engine, objective, teacher, device, dtype, names)
+    caching = compares_all(config, ds_config)
+    if caching and ds_config.stage == 3:
+        for parameter in objective.pair_parameters():
+            deepspeed.zero.register_external_parameter(objective, parameter)
+    return TrainEngine(
+        engine, objective, teacher, device, dtype, names, ds_config.accumulation, caching,
+        config.optim.cache_on_host, config.optim.reduce_once,
+    )  # fmt: skip
 
 
 def _undo_first_update(optimizer: Any) -> None:
