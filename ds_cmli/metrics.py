@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from ds_cmli.checkpoint import checksums
+from ds_cmli.distributed import process_group as distributed
+from ds_cmli.engine.throughput import StepTimer, peak_flops
 
 METRICS = "metrics.jsonl"
 DAMAGED = "metrics.damaged.jsonl"
@@ -82,6 +85,8 @@ class Writer:
         if values.get("ignored_negatives"):
             losses += f"  ignored negatives {values['ignored_negatives']}"
         speed = f"{values['pairs_per_s']:.0f} pairs/s"
+        if "tflops" in values:
+            speed += f"  {values['tflops']:.3g} TFLOP/s" + (f"  MFU {values['mfu']:.0%}" if "mfu" in values else "")
         if self.bar.disable:
             left = (time.monotonic() - self.started) / max(1, step - self.first_step) * (self.total - step)
             self.say(
@@ -176,7 +181,12 @@ class NullWriter:
 class Meter:
     """Pairs trained on, and the time they took, since the last logged step; what interrupts training does not count."""
 
-    def __init__(self):
+    def __init__(self, engine: Any = None):
+        """`engine`: the `TrainEngine` whose steps are timed."""
+        self.timer, self.peak = StepTimer(), 0.0
+        if engine is not None:
+            engine.timer, self.peak = self.timer, peak_flops(engine.device, engine.dtype)
+            distributed.exchanging = partial(self.timer.inside, "exchange")
         self.pairs, self.since, self.checkpoint_s = 0, time.monotonic(), 0.0
 
     def pause(self, seconds: float, checkpoint: bool = False) -> None:
@@ -191,11 +201,11 @@ class Meter:
         self.pause(time.monotonic() - started)
 
     def lap(self) -> dict[str, float]:
-        """The columns of a logged step; counts from here on."""
+        """The columns of a logged step; counts from here on. CPU-GPU sync."""
         speed = self.pairs / (time.monotonic() - self.since)
         out = {"pairs_per_s": round(speed, 1), "checkpoint_s": round(self.checkpoint_s, 3)}
         self.pairs, self.since, self.checkpoint_s = 0, time.monotonic(), 0.0
-        return out
+        return {**out, **self.timer.lap(self.peak)}
 
 
 def peak_memory_bytes() -> int:

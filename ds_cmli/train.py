@@ -122,7 +122,7 @@ def run(
     from ds_cmli.data import BadSamples
     from ds_cmli.distributed import process_group as distributed
     from ds_cmli.distributed.collective_flags import CollectiveFlags
-    from ds_cmli.engine import build, plan, with_backend
+    from ds_cmli.engine import build, counts_line, plan, with_backend
     from ds_cmli.faults import out_of_memory
     from ds_cmli.memory import dry_run as dry
     from ds_cmli.metrics import Meter, NullWriter, Writer
@@ -132,7 +132,7 @@ def run(
     point = restore.find(resume, folder)  # collective
     ds_config, sampler, total_steps = plan(config, restore.rebatch(point, ds_config), data.mixture)
     state = restore.state_of(point, config, ds_config, with_changes, say, data.fingerprint)
-    if state.step >= total_steps and state.evaluated:
+    if (state.step >= total_steps and state.evaluated) or state.out_of_patience(config.run.patience):
         say(f"the run in {folder} is finished, {state.step} steps: give another --output-dir to start a new one")
         return 0
     if point is not None:
@@ -143,7 +143,7 @@ def run(
     def parts(engine: Any, writer: Any) -> Run:
         return Run(
             config, data, sampler, engine, total_steps, ds_config.accumulation, state, bad,
-            Checkpoints(folder, engine, config.run, state), writer, CollectiveFlags(), watchdog, Meter(),
+            Checkpoints(folder, engine, config.run, state), writer, CollectiveFlags(), watchdog, Meter(engine),
         )  # fmt: skip
 
     if dry_run:
@@ -158,13 +158,16 @@ def run(
         engine = build(here, ds_config, data.vocab_size, total_steps, device, data.special)
         restore.load(point, state, engine, bad, with_changes)  # collective
         run_folder.settle(resume, point, folder, config, ds_config)  # collective
-        writer = Writer(folder, total_steps, state.step) if distributed.is_main() else NullWriter()
+        say(counts_line(engine.objective, engine.teacher))
+        ready = parts(engine, Writer(folder, total_steps, state.step) if distributed.is_main() else NullWriter())
         with profiles.around(engine, here, ds_config, folder, state.step) as after_step:
-            return loop(parts(engine, writer), after_step)  # collective
+            return loop(ready, after_step)  # collective
 
 
 def loop(run: Run, after_step: Callable[[], None]) -> int:
     """Train to the end; all ranks go through the same lines and meet in those marked. Returns the exit code."""
+    import torch
+
     from ds_cmli.data import train_loader
 
     settings, state, engine = run.config.run, run.state, run.engine
@@ -176,24 +179,28 @@ def loop(run: Run, after_step: Callable[[], None]) -> int:
             # The evaluation of a step comes before its checkpoint, which holds the result.
             if not state.evaluated:
                 evaluate(run)  # collectives
+                save_due = save_due or run.checkpoints.asked_for_by_the_evaluation(state)
             if save_due:
                 save(run)  # collectives
-            if state.step == run.total_steps:
+            if state.step == run.total_steps or state.out_of_patience(settings.patience):
                 break
 
+            # One optimizer step: forward and backward of each micro-batch; the engine updates after the last one.
             run.watchdog.heartbeat(state.step)
-            micro_batches: list[Any] = []
-            for _ in range(run.accumulation):
+            window = []  # (sample indices, loss) of each micro-batch, to name the samples of a step that fails
+            sums = torch.zeros_like(state.sums)
+            for micro_batch in range(run.accumulation):
                 batch, stop, save_due = next_batch(run, batches)  # collective
-                if stop and not micro_batches:
+                if stop and micro_batch == 0:
                     raise preemption.Preempted
-                micro_batches.append(batch)
                 run.bad.add(batch.bad)
                 run.meter.pairs += run.sampler.global_batch
+                total, each = engine(batch)  # collectives: exchanged text, gradients, the update
                 run.sampler.advance()
-            found = engine.step(micro_batches, run.watchdog.heartbeat)  # collectives: one optimizer step
+                sums += torch.stack([total, *each.values(), engine.objective.ignored / len(batch.index)])
+                window.append((batch.index, total))
             state.step += 1
-            end_step(run, found)  # collectives after a skipped step
+            end_step(run, window, sums)  # collectives after a skipped step
             after_step()
 
             last = state.step == run.total_steps
@@ -220,8 +227,9 @@ def loop(run: Run, after_step: Callable[[], None]) -> int:
 def next_batch(run: Run, batches: Iterator[Any]) -> tuple[Any, bool, bool]:
     """The next micro-batch; whether a rank has been signalled; whether a checkpoint is due by the clock. Collective."""
     batch, error = None, None
+    run.meter.timer.mark("data")
     try:
-        batch = run.sampler.checked(next(batches))
+        batch = next(batches)
     except Exception as caught:  # one rank's data: the others must not wait for it in a collective
         error = caught
     run.watchdog.heartbeat()
@@ -233,7 +241,7 @@ def next_batch(run: Run, batches: Iterator[Any]) -> tuple[Any, bool, bool]:
     return batch, stop, save_due
 
 
-def end_step(run: Run, found: list[Any]) -> None:
+def end_step(run: Run, window: list[tuple[Any, Any]], sums: Any) -> None:
     """Count the step's losses or, where loss or gradients were not finite on some rank, the step as skipped on all."""
     from ds_cmli.faults import nonfinite
 
@@ -242,13 +250,11 @@ def end_step(run: Run, found: list[Any]) -> None:
     samples: list[int] = []
     if run.engine.skipped:
         lower_scale = nonfinite.can_lower_scale(run.engine.engine.optimizer)
-        window = [(losses.index, losses.total) for losses in found]
         samples = nonfinite.skipped_samples(window, lower_scale, run.flags)  # collective
     else:
         state.skipped_in_row = 0
     if not samples:  # an overflow that only asked for a lower loss scale has finite losses
-        for losses in found:
-            state.sums += losses.stacked()
+        state.sums += sums
         state.micro_batches += run.accumulation
         return
     state.skipped_in_row += 1
@@ -271,8 +277,7 @@ def log(run: Run) -> None:
     means = mean_over_ranks(state.sums / max(1, state.micro_batches)).tolist()  # collective, CPU-GPU sync
     run.bad.check(run.flags, state.step * run.accumulation * run.sampler.global_batch)  # collective
     if state.micro_batches:  # else every step was skipped
-        names = ["loss", *(f"loss/{name}" for name in run.config.loss.weights)]
-        values = dict(zip(names, means[:-1], strict=True))
+        values = dict(zip(["loss", *(f"loss/{n}" for n in run.config.loss.weights)], means[:-1], strict=True))
         values["ignored_negatives"] = round(means[-1] * state.micro_batches * run.sampler.global_batch)
     values |= run.engine.state()  # CPU-GPU sync; collective under ZeRO-3
     finite = {name: value for name, value in values.items() if math.isfinite(value)}
@@ -288,15 +293,14 @@ def evaluate(run: Run) -> None:
 
     with run.meter.paused():
         for split, dataset in run.data.evals.items():
-            batch, workers = run.config.run.eval_batch, run.config.data.workers
             measured = evaluate_split(
-                run.engine.objective, dataset, run.data, batch, run.engine.device, workers,
-                heartbeat=lambda: poll(run), worker_init=preemption.shield,
+                run.engine.objective, dataset, run.data, run.config.run.eval_batch, run.engine.device,
+                run.config.data.workers, heartbeat=lambda: poll(run), worker_init=preemption.shield,
             )  # fmt: skip
             run.writer.log(run.state.step, {f"eval/{split}/{name}": value for name, value in measured.items()})
             run.writer.say(report.summary(split, measured))
             run.state.best = report.best(run.state.best, split, measured, run.state.step)
-    run.state.evaluated = True
+    run.state.count_evaluation()
 
 
 def poll(run: Run) -> None:

@@ -54,7 +54,7 @@ def plain(config: Config, ds_config: DeepSpeedConfig, data: Data, device: torch.
     if ds_config.checkpointing:
         checkpoint_blocks(objective.student.blocks, partial(checkpoint, use_reentrant=False))
     params = ds_config.optimizer_params
-    groups = engine.parameter_groups(objective, params["weight_decay"])
+    groups = engine.parameter_groups(objective, params["weight_decay"], config.optim, params["lr"])
     optimizer = torch.optim.AdamW(groups, lr=params["lr"], betas=params["betas"], eps=params["eps"], fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     if teacher is not None:

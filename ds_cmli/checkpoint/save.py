@@ -30,6 +30,7 @@ LATEST = "latest"  # DeepSpeed's name, so that its tools find the newest checkpo
 WRITING = ".writing"
 REPLACED = "replaced"  # holds the run before, where one starts over in its folder, until it has a checkpoint itself
 BYTES_PER_PARAMETER = 24  # at most: weights, fp32 copy and two moments, and the student once more
+BEST_WEIGHTS = "student-best.safetensors"  # of the best evaluation, with `run.keep_best`
 MARGIN = 1.1  # of the space needed
 
 
@@ -60,13 +61,18 @@ class Checkpoints:
         """Whether by this rank's clock one is due."""
         return 0 < 60 * self.settings.save_minutes < time.monotonic() - self.saved_at
 
+    def asked_for_by_the_evaluation(self, state: TrainState) -> bool:
+        """Whether the evaluation just done ends the run, or has found the best result, whose checkpoint is kept."""
+        return state.out_of_patience(self.settings.patience) or (self.settings.keep_best and state.is_best)
+
     def holds(self, state: TrainState) -> bool:
         """Whether `state` is that of the last checkpoint, or that of the start."""
         return self.saved == self._mark(state)
 
     def save(self, state: TrainState) -> Saved:
         """Collective."""
-        saved = save(self.folder, self.engine, state, self.settings.keep)  # collectives
+        keep_best = self.settings.keep_best
+        saved = save(self.folder, self.engine, state, self.settings.keep, keep_best)  # collectives
         if saved.error is None:
             self.saved = self._mark(state)
         self.saved_at = time.monotonic()
@@ -89,7 +95,9 @@ class Checkpoints:
             raise UserError(f"the last checkpoint could not be written: free some space and start {self.folder} again")
         best = state.best
         over = f" ({best['pairs']} pairs, chance {best['chance']:.3f})" if "pairs" in best else ""
+        ended = f"ended at step {state.step}: {state.worse_in_row} evaluations in a row gave no better result"
         return [
+            *([ended] if state.out_of_patience(self.settings.patience) else []),
             f"best {best['metric']} {best['value']:.3f} at step {best['step']}{over}",
             f"written to {self.folder}: config.json, metrics.jsonl, tensorboard/, checkpoint/, {WEIGHTS}",
         ]
@@ -97,6 +105,11 @@ class Checkpoints:
     @staticmethod
     def _mark(state: TrainState) -> tuple[int, bool]:
         return state.step, state.evaluated
+
+
+def step_of(name: str) -> int:
+    """Of a checkpoint by its name."""
+    return int(name.removeprefix("step").partition(".")[0])
 
 
 def names(root: Path) -> list[str]:
@@ -124,7 +137,7 @@ def candidates(root: Path) -> list[str]:
     return (known if newest is None else known[: known.index(newest) + 1])[::-1]
 
 
-def save(folder: Path, engine: TrainEngine, state: TrainState, keep: int) -> Saved:
+def save(folder: Path, engine: TrainEngine, state: TrainState, keep: int, keep_best: bool = False) -> Saved:
     """Write and publish a checkpoint of the run in `folder`, and its `student.safetensors`. Collective.
 
     A full disk or any other failure to write, on any rank, leaves what was published before as it was.
@@ -142,12 +155,13 @@ def save(folder: Path, engine: TrainEngine, state: TrainState, keep: int) -> Sav
         try:
             if refusal is None:
                 checksums.write(writing, files)
-                _publish(folder, root, name, keep)
+                _publish(folder, root, name, keep, state.best.get("step") if keep_best else None)
         except OSError as error:
             refusal = str(error)
         if refusal is not None:
             remove(writing)
-            (folder / (WEIGHTS + WRITING)).unlink(missing_ok=True)
+            for weights in (WEIGHTS, BEST_WEIGHTS):
+                (folder / (weights + WRITING)).unlink(missing_ok=True)
     refusal = distributed.broadcast_object(refusal)  # collective: nobody goes on, or ends, before it is published
     size = 0 if refusal else sum(file["bytes"] for file in files.values())
     return Saved(name, time.monotonic() - started, size, refusal, not_finite)
@@ -220,16 +234,20 @@ def _write(
     return files, refusal, any(bad for *_, bad in every)
 
 
-def _publish(folder: Path, root: Path, name: str, keep: int) -> None:
-    """Make the checkpoint written beside count, then remove old ones."""
+def _publish(folder: Path, root: Path, name: str, keep: int, best: int | None) -> None:
+    """Make the checkpoint written beside count, then remove old ones; `best`: the step of one that stays."""
     os.replace(root / (name + WRITING), root / name)
     checksums.sync_folder(root)
     os.replace(folder / (WEIGHTS + WRITING), folder / WEIGHTS)
+    if best == step_of(name):
+        shutil.copyfile(folder / WEIGHTS, folder / (BEST_WEIGHTS + WRITING))
+        os.replace(folder / (BEST_WEIGHTS + WRITING), folder / BEST_WEIGHTS)
     checksums.sync_folder(folder)
     before = candidates(root)
     checksums.publish(root / LATEST, name.encode())
     # Those after the one published before belong to a branch that a resume from an older one has left.
     kept = {name, *[n for n in before if n != name][: keep - 1]}
+    kept |= {*[n for n in (name, *before) if step_of(n) == best][:1]}
     for other in names(root):
         if other not in kept:
             remove(root / other)

@@ -32,6 +32,7 @@ class TrainState:
     sampler: dict[str, int] = field(default_factory=dict)  # `GlobalBatchSampler.state_dict()`: epoch and position
     evaluated: bool = True  # False: the evaluation due at `step` is still to be done
     best: dict[str, Any] = field(default_factory=dict)  # `{"metric", "value", "step", "pairs", "chance"}`
+    worse_in_row: int = 0  # evaluations since the best one
     skipped_in_row: int = 0  # steps skipped for values that were not finite, up to now
     world_size: int = 1
     train_batch_size: int = 0  # pairs of an optimizer step, over all ranks
@@ -46,6 +47,18 @@ class TrainState:
     bad_count: int = 0  # samples that could not be used
     bad_first: list[Bad] = field(default_factory=list)
     generators: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def is_best(self) -> bool:
+        """Whether the best result is that of this step."""
+        return self.best.get("step") == self.step
+
+    def count_evaluation(self) -> None:
+        """After `best` was brought up to date."""
+        self.evaluated, self.worse_in_row = True, 0 if self.is_best else self.worse_in_row + 1
+
+    def out_of_patience(self, patience: int) -> bool:
+        return self.evaluated and 0 < patience <= self.worse_in_row
 
     def shared(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name not in OF_RANK}

@@ -61,22 +61,22 @@ def full_shape(parameter: nn.Parameter) -> torch.Size:
     return getattr(parameter, "ds_shape", parameter.shape)
 
 
-def load_weights(folder: Path, module: nn.Module) -> None:
-    """Fill `module` from `folder/student.safetensors`; raises `UserError` where they do not belong together."""
-    path = folder / WEIGHTS
+def load_weights(folder: Path, module: nn.Module, name: str = WEIGHTS) -> None:
+    """Fill `module` from the file `name` of `folder`; raises `UserError` where they do not belong together."""
+    path = folder / name
     if not path.is_file():
-        raise UserError(f"--checkpoint is {str(folder)!r}: no {WEIGHTS} there; give a run's output folder")
+        raise UserError(f"--checkpoint is {str(folder)!r}: no {name} there; give a run's output folder")
     try:
         weights = load_file(path)
         missing, unexpected = module.load_state_dict(weights, strict=False)
-        # A tensor that a model has under two names (T5's embeddings) is saved under the first.
-        own = {*dict(module.named_parameters()), *dict(module.named_buffers())}
-        missing = [name for name in missing if name in own]
     except Exception as error:
         raise UserError(f"--checkpoint {path}: cannot load it: {str(error).splitlines()[-1].strip()}") from None
     key = not_finite(weights)
     if key is not None:
         raise UserError(f"--checkpoint {path}: its {key!r} holds NaN or infinite values; give another run's")
+    tensors = module.state_dict()
+    given = {tensors[name].data_ptr() for name in weights.keys() & tensors.keys()}
+    missing = [name for name in missing if tensors[name].data_ptr() not in given]  # tied weights are there once
     if missing or unexpected:
         raise UserError(
             f"--checkpoint {path}: does not fit the model: {(missing + unexpected)[0]!r} has no counterpart"

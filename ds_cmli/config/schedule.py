@@ -12,7 +12,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from ds_cmli.common.errors import UserError
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
-from ds_cmli.config.optimizers import DEEPSPEED_SCHEDULERS
+from ds_cmli.config.deepspeed_keys import DEEPSPEED_SCHEDULERS
 
 MOST_TRIED = 10_000  # steps of a schedule
 
@@ -30,7 +30,7 @@ def warmup_then_cosine(optimizer: Optimizer, warmup: int, total_steps: int) -> L
 
 
 def maker(ds_config: DeepSpeedConfig, warmup: int, total_steps: int) -> Callable[[Optimizer], Any] | None:
-    """A function that makes the schedule for an optimizer; None if DeepSpeed makes it, as one of its schedules."""
+    """What makes the run's schedule of its optimizer; None: DeepSpeed does, as it is one of its own."""
     scheduler = ds_config.get("scheduler")
     if scheduler is None:
         return lambda optimizer: warmup_then_cosine(optimizer, warmup, total_steps)

@@ -56,6 +56,9 @@ class StudentConfig:
     embed_dim: Annotated[int, Field(ge=1, le=1024)] = 256  # D, the embedding dimension
     dropout: BelowOne = 0.1  # behind the text encoder's layers, as BERT was trained
     weights_partial: bool = False  # weights may lack blocks, which start random then
+    # Layers from the first on that are not trained, with the embeddings below them; all of them: the whole encoder.
+    freeze_image: Number = 0
+    freeze_text: Number = 0
 
 
 @dataclass(config=STRICT)
@@ -124,15 +127,12 @@ class OptimConfig:
     betas: Annotated[tuple[BelowOne, BelowOne], Field(strict=False)] = (0.9, 0.98)  # JSON gives a list
     eps: Positive = 1e-6
     weight_decay: NotNegative = 0.05  # not on norms, biases and embeddings
+    # What multiplies the learning rate of a part; "rest": shared blocks, heads and temperatures.
+    lr_factors: dict[Literal["image", "text", "rest"], Positive] = Field(default_factory=dict)
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0  # of the learning rate, a layer of an encoder downwards
     warmup_share: BelowOne = 0.05  # of all steps, linear
     grad_clip: Annotated[float, Field(ge=0, description="0: off")] = 1.0
     micro_batch: Count = 64  # B, pairs per rank
-    # Where accumulation makes a step of several micro-batches: which texts an image is compared with, those of its own
-    # micro-batch or of the whole step (gradient caching: a second forward pass, and the loss of one large batch).
-    negatives: Literal["micro_batch", "global_batch"] = "global_batch"
-    cache_on_host: bool = False  # the features of the step's micro-batches wait in the host's memory
-    # Over ranks once a step, at ZeRO stages 2 and 3 too: each rank then holds all gradients, in the model's precision.
-    reduce_once: bool = False
     steps: Count | None = 300
     epochs: Annotated[float, Field(gt=0, le=MOST)] | None = None
 
@@ -158,10 +158,19 @@ class RunConfig:
     # Since the last checkpoint.
     save_minutes: Annotated[NotNegative, Field(description="0: by steps alone, and at the end")] = 15.0
     keep: Count = 2  # checkpoints
+    keep_best: bool = False  # that of the best evaluation stays too, and its student in student-best.safetensors
+    # Evaluations in a row without a better result that end the run.
+    patience: Annotated[Number, Field(description="0: never")] = 0
     most_skipped: Number = 5  # steps in a row skipped for values that are not finite
     deterministic: bool = False  # the same bits again on the same kind of device
     # Seconds without progress after which a rank counts as hung or dead.
     watchdog: Annotated[NotNegative, Field(description="0: off")] = 120.0
+
+    def __post_init__(self):
+        if self.patience and not self.eval_every:
+            raise UserError(
+                f"run.patience is {self.patience} and nothing is evaluated before the end: give --eval-every too"
+            )
 
 
 @dataclasses.dataclass

@@ -4,6 +4,7 @@ import os
 import string
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer
 
@@ -96,10 +97,15 @@ def load_tokenizer(name: str, positions: int) -> CaptionTokenizer:
     Raises:
         UserError: it cannot be loaded, has no fast version or no [PAD] token.
     """
+    return CaptionTokenizer(pretrained_tokenizer(name), positions)
+
+
+def pretrained_tokenizer(name: str) -> Any:
+    """The same as transformers has it. Raises `UserError` where it cannot be loaded."""
     # Captions are short and come one at a time; threads would only warn and hang in forked loading processes.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if name == "builtin":
-        return CaptionTokenizer(builtin_tokenizer(), positions)
+        return builtin_tokenizer()
     from transformers import AutoTokenizer
 
     path = assets.minilm() if name == "demo" else Path(name).expanduser()
@@ -114,7 +120,7 @@ def load_tokenizer(name: str, positions: int) -> CaptionTokenizer:
             f"data.tokenizer is {name!r}, which cannot be loaded ({reason(error)}): "
             "give 'demo', 'builtin', a transformers name or a local folder"
         ) from None
-    return CaptionTokenizer(tokenizer, positions)
+    return tokenizer
 
 
 def builtin_tokenizer():

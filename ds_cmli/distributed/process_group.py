@@ -14,6 +14,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 
 import torch
@@ -23,9 +24,6 @@ from torch import Tensor
 from ds_cmli.common.errors import UserError
 from ds_cmli.distributed import rendezvous
 
-# What launchers call the number of processes that they have started.
-RANKS_STARTED = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "LOCAL_WORLD_SIZE")
-
 
 def map_launcher_environment() -> None:
     """Set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT for whatever started this process.
@@ -34,7 +32,6 @@ def map_launcher_environment() -> None:
     process is a world of one.
     """
     env = os.environ
-    _check_launcher()
     tasks = env.get("SLURM_STEP_NUM_TASKS") or env.get("SLURM_NTASKS", "1")
     if "RANK" not in env and "SLURM_STEP_ID" in env and int(tasks) > 1:
         env["RANK"], env["WORLD_SIZE"], env["LOCAL_RANK"] = env["SLURM_PROCID"], tasks, env["SLURM_LOCALID"]
@@ -48,20 +45,6 @@ def map_launcher_environment() -> None:
         env.setdefault(name, value)
     # Port 0 lets the store pick a free one, which only a world of one can use: nobody else has to find it.
     env.setdefault("MASTER_PORT", "0" if env["WORLD_SIZE"] == "1" else "29500")
-
-
-def _check_launcher() -> None:
-    """Raise `UserError` where ranks were asked for that would not train together: each would be a world of its own."""
-    env = os.environ
-    if "RANK" in env and "WORLD_SIZE" not in env:
-        raise UserError(f"RANK is {env['RANK']} and WORLD_SIZE is not set: set both, or neither for one process")
-    started = {name: env[name] for name in RANKS_STARTED if env.get(name, "").isdecimal()}
-    for name, number in started.items():
-        if "WORLD_SIZE" in env and int(number) > int(env["WORLD_SIZE"]):
-            raise UserError(
-                f"{name} is {number}, but WORLD_SIZE is {env['WORLD_SIZE']}: {number} ranks were started and would not "
-                "train together; unset RANK and WORLD_SIZE, or set them for every rank"
-            )
 
 
 def _slurm_address(nodes: str) -> str:
@@ -126,6 +109,8 @@ def init(
 
 def shutdown() -> None:
     """End the process group; without it a process may abort at exit."""
+    global exchanging
+    exchanging = nullcontext
     if dist.is_initialized():
         # DeepSpeed caches groups and would hand the ended ones to the next engine of this process: let it end them.
         deepspeed_comm = sys.modules.get("deepspeed.comm")
@@ -197,7 +182,7 @@ def gather(x: Tensor) -> Tensor:
 
 def _all_gather(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """[B, ...] of every rank -> [G, ...] in rank order, bit for bit, for any dtype. Collective."""
-    # As bytes: gloo supports neither bf16 nor bool.
+    # As bytes: gloo has no bf16 or bool of its own.
     x = x.contiguous()
     sent = x.view(torch.uint8) if x.dtype != torch.bool else x.to(torch.uint8)
     out = torch.empty((world_size(group) * x.shape[0], *sent.shape[1:]), dtype=torch.uint8, device=x.device)
@@ -210,28 +195,27 @@ def _all_shapes(x: Tensor, group: dist.ProcessGroup | None) -> list[list[int]]:
     return _all_gather(torch.tensor([x.shape], dtype=torch.int64, device=x.device), group).tolist()
 
 
-def sum_to_owner(grad: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
-    """[G, ...] of every rank, summed over ranks -> this rank's rows [B, ...], fp32 (fp64 for fp64). Collective."""
-    # Summed in fp32 (fp64 for fp64): P contributions of half precision would lose bits, and overflow under loss
-    # scaling. Contiguous: gloo sends a strided tensor's storage in the wrong order without complaint.
-    wide = torch.float64 if grad.dtype == torch.float64 else torch.float32
-    grad = grad.to(wide).contiguous()
-    if world_size(group) == 1:
-        return grad
-    own = torch.empty((len(grad) // world_size(group), *grad.shape[1:]), dtype=wide, device=grad.device)
-    dist.reduce_scatter_tensor(own, grad, group=group)  # collective
-    return own
+# Entered around what moves text between ranks: a training that measures its steps puts its clock here.
+exchanging: Callable[[], AbstractContextManager] = nullcontext
 
 
 class _GatherWithGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, group):
-        ctx.group, ctx.dtype = group, x.dtype
-        return _all_gather(x, group)
+        ctx.group, ctx.dtype, ctx.batch = group, x.dtype, x.shape[0]
+        with exchanging():
+            return _all_gather(x, group)
 
     @staticmethod
     def backward(ctx, grad):
-        return sum_to_owner(grad, ctx.group).to(ctx.dtype), None
+        # Summed in fp32 (fp64 for fp64): P contributions of half precision would lose bits, and overflow under
+        # loss scaling. Contiguous: gloo sends a strided tensor's storage in the wrong order without complaint.
+        wide = torch.float64 if grad.dtype == torch.float64 else torch.float32
+        grad = grad.to(wide).contiguous()
+        mine = torch.empty((ctx.batch, *grad.shape[1:]), dtype=wide, device=grad.device)
+        with exchanging():
+            dist.reduce_scatter_tensor(mine, grad, group=ctx.group)  # collective: SUM back to the owner
+        return mine.to(ctx.dtype), None
 
 
 def gather_with_gradient(x: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
@@ -292,14 +276,3 @@ def column_logsumexp(logits: Tensor, group: dist.ProcessGroup | None = None) -> 
     fp32 or fp64. Collective, in forward and in backward: two vectors of length G there, one back.
     """
     return logits.logsumexp(0) if world_size(group) == 1 else _ColumnLogSumExp.apply(logits, group)
-
-
-def logsumexp_over_ranks(lse: Tensor) -> Tensor:
-    """log(sum(exp)) over the ranks of each element: [G] -> [G], equal on every rank, without a gradient. Collective."""
-    if world_size() == 1:
-        return lse
-    top = lse.clone()
-    dist.all_reduce(top, op=dist.ReduceOp.MAX)  # collective, G numbers
-    total = (lse - top).exp_()
-    dist.all_reduce(total)  # collective, G numbers
-    return top + total.log_()

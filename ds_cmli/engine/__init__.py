@@ -1,14 +1,15 @@
 """Student, teacher, losses and DeepSpeed's engine as one: what a run is on this device, and one step of it."""
 
+from ds_cmli.engine.parameter_groups import counts_line, parameter_groups
 from ds_cmli.engine.planning import filled, on_this_device, plan, try_out, with_backend
 from ds_cmli.engine.train_engine import DTYPES, TrainEngine, build, build_models
-from ds_cmli.engine.weight_decay import parameter_groups
 
 __all__ = [
     "DTYPES",
     "TrainEngine",
     "build",
     "build_models",
+    "counts_line",
     "filled",
     "on_this_device",
     "parameter_groups",

@@ -15,7 +15,7 @@ from ds_cmli.config import deepspeed_checks, schedule
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.schema import Config
 from ds_cmli.data import GlobalBatchSampler, Mixture, assets
-from ds_cmli.distributed import process_group as distributed
+from ds_cmli.engine.parameter_groups import check_rates
 from ds_cmli.losses import LOSSES
 
 
@@ -44,6 +44,7 @@ def filled(config: Config, ds_config: DeepSpeedConfig, world_size: int, total_st
             model: Any = timm.create_model(config.student.image_model, **config.student.image_overrides)
             return model.num_features
 
+    check_rates(config.optim, ds_config)
     return ds_config.filled(config.optim, world_size, total_steps, width)
 
 
@@ -80,7 +81,7 @@ def plan(
 ) -> tuple[DeepSpeedConfig, GlobalBatchSampler, int]:
     """The DeepSpeed JSON with nothing left to "auto", the sampler of the training set, and the optimizer steps.
 
-    Says how the batch is made up. Raises `UserError` where it cannot be. Collective.
+    Says how the batch is made up. Raises `UserError` where it cannot be.
     """
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     total, micro_batch, accumulation = ds_config.batch(config.optim.micro_batch, ranks)
@@ -89,25 +90,14 @@ def plan(
     if steps is None:
         assert config.optim.epochs is not None
         steps = max(1, int(config.optim.epochs * sampler.batches_per_epoch / accumulation))
-    ds_config = filled(config, ds_config, ranks, steps)
-    negatives = total if compares_all(config, ds_config) else micro_batch * ranks
-    if len(told := set(distributed.gather_objects((distributed.world_size(), negatives)))) > 1:  # collective
-        raise UserError(
-            f"the ranks would take negatives from different numbers of pairs (ranks, pairs): {sorted(told)}"
-        )
     say(
         f"batch: {micro_batch} pairs per rank x {accumulation} accumulation x {ranks} ranks = {total} pairs a step; "
-        f"{steps} steps; negatives from {negatives} pairs"
+        f"{steps} steps; negatives from {micro_batch * ranks} pairs"
     )
+    ds_config = filled(config, ds_config, ranks, steps)
     for notice in (*ds_config.notices, try_out(ds_config, steps)):
         say(notice)
     return ds_config, sampler, steps
-
-
-def compares_all(config: Config, ds_config: DeepSpeedConfig) -> bool:
-    """Whether the losses over pairs take their negatives from several micro-batches: gradient caching."""
-    several = ds_config.accumulation > 1 and config.optim.negatives == "global_batch"
-    return several and any(LOSSES[name].scores for name in config.loss.weights)
 
 
 def resolve_weights(config: Config) -> Config:

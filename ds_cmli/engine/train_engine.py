@@ -4,9 +4,7 @@ The one place where a training step is put together: whatever trains, profiles o
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,14 +20,12 @@ from ds_cmli.config.schema import Config
 from ds_cmli.data import Batch
 from ds_cmli.data.tokens import SpecialTokens
 from ds_cmli.distributed import process_group as distributed
-from ds_cmli.engine import gradient_caching
-from ds_cmli.engine.planning import compares_all, resolve_weights
-from ds_cmli.engine.result import MicroBatchLosses
-from ds_cmli.engine.weight_decay import parameter_groups
+from ds_cmli.engine.parameter_groups import freeze, parameter_groups
+from ds_cmli.engine.planning import resolve_weights
+from ds_cmli.engine.throughput import ModelFlops, StepTimer
 from ds_cmli.faults import nonfinite
 from ds_cmli.losses import needs_teacher
 from ds_cmli.losses.objective import Objective
-from ds_cmli.models.backbone import cast_statistics
 from ds_cmli.models.checkpointing import checkpoint_blocks
 from ds_cmli.models.student import Student
 from ds_cmli.models.teacher import Teacher
@@ -51,7 +47,9 @@ def build_models(
     teacher = None
     if needs_teacher(config.loss.weights):
         teacher = Teacher(config.teacher, data.image_size, student.grid)
-    return Objective(student, config.loss, teacher.width if teacher else None), teacher
+    objective = Objective(student, config.loss, teacher.width if teacher else None)
+    freeze(objective, config)
+    return objective, teacher
 
 
 def use_no_compiler() -> None:
@@ -69,80 +67,55 @@ class TrainEngine:
     device: torch.device
     dtype: torch.dtype
     names: list[list[str]]  # of the parameters, in the order of the optimizer's groups
-    accumulation: int = 1  # micro-batches of a step
-    caching: bool = False  # negatives from all of them
-    cache_on_host: bool = False
-    reduce_once: bool = False
-    lr: float = 0.0  # that the last update was made with
-
-    def step(
-        self, micro_batches: Sequence[Batch], heartbeat: Callable[[], None] = lambda: None
-    ) -> list[MicroBatchLosses]:
-        """One optimizer step. Collective.
-
-        Args:
-            micro_batches: `accumulation` of them, of this rank; each is moved to the device when its turn comes.
-            heartbeat: called as the step goes on.
-        """
-        once = self.reduce_once and self.engine.zero_optimization_stage() >= 2  # below, DeepSpeed does so anyway
-        reduced = self._reduced_once() if once else nullcontext()
-        update = (lambda: None) if once else self._update
-        with reduced:
-            if self.caching:
-                found = gradient_caching.backward(self, micro_batches, update, heartbeat)  # collectives
-            else:
-                found = []
-                for batch in micro_batches:
-                    found.append(self._backward(batch))  # collectives
-                    update()  # collectives
-        if once:
-            for _ in found:  # the engine counts micro-batches; it updates at the last one
-                self._update()  # collectives
-        return found
+    lr_factor: float = 1.0  # of the first group's learning rate
+    timer: StepTimer | None = None  # of a training; counts the model's operations too
+    flops: dict[int, float] = field(default_factory=dict)  # of a micro-batch, by the positions of its texts
+    lr: float = 0.0  # that the last update was made with, where the factor is 1
 
     def __call__(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Forward, backward and, at the end of accumulation, update on one micro-batch, with its own negatives.
+        """Forward, backward and, at the end of accumulation, update on one micro-batch of this rank.
 
         Returns the weighted loss and each loss by name, of this rank's pairs, fp32 scalars without graph.
         """
-        found = self._backward(batch)  # collectives
-        self._update()  # collectives
-        return found.total, found.each
-
-    def _backward(self, batch: Batch) -> MicroBatchLosses:
-        # Not waited for: from pinned memory, while the GPU works.
-        index, batch = batch.index, batch.to(self.device, non_blocking=True)
-        targets = self.teacher(batch.image) if self.teacher is not None else None
-        total, each = self.engine(batch, targets)  # collectives: text features, column statistics
-        self.go_backward(total)  # collectives: text gradients, gradient buckets
-        return MicroBatchLosses(index, total.detach(), each, self.objective.ignored / len(index))
-
-    def go_backward(self, total: Tensor) -> None:
-        """Backward from a micro-batch's weighted loss; all gradients are NaN where it is not finite. Collectives."""
-        self.engine.backward(nonfinite.poison(total) * self.missing_scale)
-
-    def _update(self) -> None:
-        self.lr = self.engine.get_lr()[0]  # of this update: its end brings the next one's
+        self._mark("forward")
+        batch = batch.to(self.device, non_blocking=True)  # from pinned memory, while the GPU works
+        total, each = self._forward(batch)  # collectives: text features, column statistics
+        self._mark("backward")
+        total = nonfinite.poison(total)
+        self.engine.backward(total * self.missing_scale)  # collectives: text gradients, gradient buckets
+        self.lr = self.engine.get_lr()[0] / self.lr_factor  # of this update: its end brings the next one's
+        self._mark("step")
         self.engine.step()  # collectives and a CPU-GPU sync: overflow check, gradient norm, updated weights
+        self._mark(None)
+        return total.detach(), each
 
-    @contextmanager
-    def _reduced_once(self) -> Iterator[None]:
-        """Gradients stay on this rank inside, and are reduced at the end."""
-        block = self.engine.coalesce_grad_reduction()
-        block.__enter__()
-        try:
-            yield
-        except BaseException:
-            self._unfinished = block  # its end would reduce gradients, where the other ranks do not
-            raise
-        block.__exit__(None, None, None)  # collectives
+    def _forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Teacher and student. Where time is measured, the first batch of each text length has its products counted."""
+        positions = batch.input_ids.shape[1]
+        if self.timer is None or positions in self.flops:
+            targets = self.teacher(batch.image) if self.teacher is not None else None
+            out = self.engine(batch, targets)
+        else:
+            with ModelFlops(trained=False) as teacher:
+                targets = self.teacher(batch.image) if self.teacher is not None else None
+            with ModelFlops(trained=True) as student:
+                out = self.engine(batch, targets)
+            self.flops[positions] = teacher.flops + student.flops + self._all_pairs_flops(batch)
+        if self.timer is not None:
+            self.timer.flops += self.flops[positions]
+        return out
 
-    @property
-    def scale(self) -> float:
-        """The factor that backward passes multiply the gradients by, which keeps those of fp16 from vanishing."""
-        if self.dtype != torch.float16:
-            return 1.0
-        return float(self.engine.optimizer.loss_scale)
+    def _all_pairs_flops(self, batch: Batch) -> float:
+        """Of the all-pairs op, which no mode sees into: similarities, and as much for the gradient of each side."""
+        if not any(loss.scores == "cmli" for loss in self.objective.losses.values()):
+            return 0.0
+        (B, M), (rows, columns) = batch.input_ids.shape, self.objective.student.grid
+        G, D = B * distributed.world_size(), self.objective.student.projection.out_features
+        return 3 * 2.0 * B * G * rows * columns * M * D
+
+    def _mark(self, phase: str | None) -> None:
+        if self.timer is not None:
+            self.timer.mark(phase)
 
     @property
     def missing_scale(self) -> float:
@@ -202,9 +175,10 @@ def build(
         deepspeed.checkpointing.configure(None, deepspeed_config=ds_config.raw())
         checkpoint_blocks(objective.student.blocks, deepspeed.checkpointing.checkpoint)
 
-    cast_statistics(objective, dtype)
-    weight_decay = ds_config.optimizer_params.get("weight_decay", 0.0)
-    groups = parameter_groups(objective, weight_decay)
+    params = ds_config.optimizer_params
+    lr = params.get("lr", config.optim.lr)
+    groups = parameter_groups(objective, params.get("weight_decay", 0.0), config.optim, lr)
+    lr_factor = groups[0].get("lr", lr) / lr  # taken here, as the optimizer makes these groups its own
     name_of = {id(parameter): name for name, parameter in objective.named_parameters()}
     names = [[name_of[id(parameter)] for parameter in group["params"]] for group in groups]
     try:
@@ -226,14 +200,7 @@ def build(
     nonfinite.attach(engine)
     if teacher is not None:
         teacher.to(device=device, dtype=dtype)
-    caching = compares_all(config, ds_config)
-    if caching and ds_config.stage == 3:
-        for parameter in objective.pair_parameters():
-            deepspeed.zero.register_external_parameter(objective, parameter)
-    return TrainEngine(
-        engine, objective, teacher, device, dtype, names, ds_config.accumulation, caching,
-        config.optim.cache_on_host, config.optim.reduce_once,
-    )  # fmt: skip
+    return TrainEngine(engine, objective, teacher, device, dtype, names, lr_factor)
 
 
 def _undo_first_update(optimizer: Any) -> None:

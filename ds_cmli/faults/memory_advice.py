@@ -22,7 +22,7 @@ class Change:
 
 
 def changes(config: Config, ds_config: DeepSpeedConfig, world_size: int, gpu: bool) -> list[Change]:
-    """Settings to try, those that train the same model first, smaller micro-batches last.
+    """Settings to try, those that train the same model first, those that change the negatives last.
 
     Args:
         ds_config: filled.
@@ -83,16 +83,16 @@ def together(config: Config, ds_config: DeepSpeedConfig, world_size: int) -> lis
 
 
 def _smaller_batches(base: Change, world_size: int) -> list[Change]:
-    """Micro-batches halved down to 1 with the same pairs a step; with gradient caching the same negatives too."""
+    """Micro-batches halved down to 1 with the same pairs a step: the contrastive losses see fewer negatives."""
     out = []
     micro, steps = base.ds_config.micro_batch, base.ds_config.accumulation
     while micro % 2 == 0:
         micro, steps = micro // 2, steps * 2
         changed = base.ds_config.replaced(train_micro_batch_size_per_gpu=micro, gradient_accumulation_steps=steps)
-        negatives = f"the same pairs a step, but negatives from {micro * world_size}"
-        if base.config.optim.negatives == "global_batch":
-            negatives = "same pairs and negatives, by gradient caching"
-        what = f"--micro-batch {micro} with gradient_accumulation_steps {steps} ({negatives})"
+        what = (
+            f"--micro-batch {micro} with gradient_accumulation_steps {steps}"
+            f" (the same pairs a step, but negatives from {micro * world_size})"
+        )
         out.append(Change(f"{base.what} and {what}" if base.what else what, base.config, changed))
     return out
 
@@ -128,7 +128,7 @@ def advise(
         lines = table(first.report)
         if room is None:
             return lines
-        # Fragmentation keeps some memory unusable, and the run failed at or below the predicted peak: leave a tenth.
+        # Not all of the room is had: heaps and segments fragment. What ran out did so below the prediction at the most.
         room = min(room, first.report["totals"][total] * 9 // 10)
         for change in tried:
             if any(enough in change.what for enough in fits):

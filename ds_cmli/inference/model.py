@@ -87,10 +87,10 @@ class Model:
 
     @classmethod
     def load(cls, path: str | Path, device: str | torch.device | None = None, tokenizer: str | None = None) -> "Model":
-        """The student of a run.
+        """The student of a run, or of a folder that `python -m ds_cmli.export` wrote.
 
         Args:
-            path: a run's output folder, with `config.json` and `student.safetensors`.
+            path: a run's output folder, with `config.json` and `student.safetensors`, or an exported one.
             device: None: a GPU where there is one.
             tokenizer: in place of the one that the run names; for instance where that path is not on this machine.
 
@@ -99,9 +99,15 @@ class Model:
         """
         from ds_cmli.checkpoint.weights import load_weights
         from ds_cmli.engine import build_models
+        from ds_cmli.export.read import is_exported, load_exported
         from ds_cmli.losses import LOSSES
 
         path = Path(path)
+        chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if is_exported(path):
+            config, objective = load_exported(path)
+            words = load_tokenizer(tokenizer or str(path), config.data.context_length)
+            return cls(config, objective, words, chosen)
         config = load_config(path / "config.json", "the model")
         # Without distillation losses no teacher is built.
         weights = {name: weight for name, weight in config.loss.weights.items() if not LOSSES[name].teacher}
@@ -109,7 +115,6 @@ class Model:
         words = load_tokenizer(tokenizer or config.data.tokenizer, config.data.context_length)
         objective, _ = build_models(config, words.vocab_size, pretrained=False, special=words.special)
         load_weights(path, objective)
-        chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         return cls(config, objective, words, chosen)
 
     @property

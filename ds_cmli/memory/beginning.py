@@ -11,8 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ds_cmli.common.errors import UserError
-from ds_cmli.memory.allocator import CachingAllocator
-from ds_cmli.memory.blocks import (
+from ds_cmli.memory.allocator import (
     DEFAULT_POOL,
     DEFAULTS,
     LARGE_SEGMENT,
@@ -20,6 +19,7 @@ from ds_cmli.memory.blocks import (
     SMALL_REQUEST,
     SMALL_SEGMENT,
     Block,
+    CachingAllocator,
     Pool,
     Segment,
     Settings,

@@ -13,8 +13,7 @@ The rules are those of `c10/cuda/CUDACachingAllocator.cpp`, torch 2.13. They dif
 
 from bisect import bisect_left, insort
 
-from ds_cmli.memory.allocator import CachingAllocator
-from ds_cmli.memory.blocks import (
+from ds_cmli.memory.allocator import (
     DEFAULT_POOL,
     DEFAULTS,
     LARGE_SEGMENT,
@@ -22,6 +21,7 @@ from ds_cmli.memory.blocks import (
     SMALL_SEGMENT,
     Action,
     Block,
+    CachingAllocator,
     Pool,
     Segment,
     Settings,

@@ -8,18 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.schema import Config
 from ds_cmli.data import Batch
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.engine import TrainEngine
-from ds_cmli.memory import cpu_events, gpus, measure_cpu, measure_cuda, predict_subprocess
+from ds_cmli.memory import gpus, measure_cpu, measure_cuda, predict_subprocess
 from ds_cmli.memory.collectives import seen_by_the_profiler
 from ds_cmli.memory.report import Report, summarise
 from ds_cmli.memory.tracker import Tracker
 
-PREDICTION_S = 600  # seconds that the ranks wait for the prediction
+PREDICTION_S = 600  # for it to be made; the ranks wait
 FILE, SNAPSHOT = "memory.json", "memory-snapshot.pickle"
 
 
@@ -66,13 +67,8 @@ def profiling_memory(
     texts: list[tuple[int, list[int]]] = []  # of this rank's micro-batches
     done = 0
     with ExitStack() as measuring:
-
-        def seen(module: Any, inputs: tuple, keywords: dict[str, Any]) -> None:
-            if keywords.get("part") not in ("compare", "replay"):  # which see no micro-batch for the first time
-                texts.append(_lengths(inputs[0]))
-
-        hook = train_engine.objective.register_forward_pre_hook(seen, with_kwargs=True)
-        measuring.callback(hook.remove)
+        seen = lambda _, inputs: texts.append(_lengths(inputs[0]))  # noqa: E731
+        measuring.callback(train_engine.objective.register_forward_pre_hook(seen).remove)
         report = measuring.enter_context(_measuring(train_engine, {"preset": config.run.preset, "steps": steps}))
 
         def after_step() -> None:
@@ -88,7 +84,7 @@ def profiling_memory(
                     with predict_subprocess.Predictor(PREDICTION_S) as predictor:
                         _write(folder, predictor.ask(request), report())
                 if target == "cuda":
-                    measure_cuda.record_history()  # back to the short history that every training keeps
+                    measure_cuda.record_history()  # no more than every training keeps
 
         yield after_step
 
@@ -119,13 +115,14 @@ def _measuring(train_engine: TrainEngine, setting: dict[str, Any]) -> Iterator[C
         return
     with seen_by_the_profiler(), tracker, tracker.attach_to_training(train_engine):
         before, known = sum(event.bytes for event in tracker.events()), len(tracker.ops)
-        with cpu_events.recording() as profiler:
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
             yield report
-    sizes = [size for name, size in cpu_events.events(profiler) if name == cpu_events.MEMORY]
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    events.sort(key=lambda e: e.start_ns())
     # Batches made before the profiler began, or by a loading process, are not among its events: the tracker first meets
     # them as "data", and no operator has made them.
     unseen = [e.bytes for e in tracker.events() if e.category == "data" and not e.op and e.block >= known]
-    totals["requested"] = max(accumulate(sizes, initial=before))
+    totals["requested"] = max(accumulate((e.nbytes() for e in events), initial=before))
     totals["requested"] += max(accumulate(unseen, initial=0))
 
 

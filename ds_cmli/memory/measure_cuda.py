@@ -16,8 +16,7 @@ from ds_cmli import engine
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.schema import Config
 from ds_cmli.memory.fake import process_group
-from ds_cmli.memory.inputs import longest_batch, without_weights
-from ds_cmli.memory.predict import TOTAL_STEPS
+from ds_cmli.memory.predict import TOTAL_STEPS, longest_batch, without_weights
 from ds_cmli.memory.report import Report, summarise
 from ds_cmli.memory.tracker import Tracker
 
@@ -36,9 +35,8 @@ def measure(config: Config, ds_config: Mapping[str, Any], world_size: int = 1) -
     with process_group(world_size), tracker:
         train_engine = engine.build(config, ds_config, vocab_size, TOTAL_STEPS, device)
         with tracker.attach_to_training(train_engine):
-            for _ in range(2):
-                batches = [longest_batch(config, ds_config.micro_batch) for _ in range(ds_config.accumulation)]
-                train_engine.step(batches)
+            for _ in range(2 * ds_config.accumulation):
+                train_engine(longest_batch(config, ds_config.micro_batch))
         tracked = summarise(tracker.events(host=False), {}, "")
         totals = statistics(device)
     name = torch.cuda.get_device_name(device)
@@ -71,7 +69,7 @@ def statistics(device: torch.device) -> dict[str, int]:
     totals = {name: stats[f"{name}_bytes.all.peak"] for name in ("requested", "allocated", "reserved")}
     occupied = process_bytes(device)
     if occupied is not None:
-        # The driver reports no peak: memory outside the allocator's segments is taken to be as now.
+        # The driver knows no peak: what lies beside the allocator's segments now lay there then.
         totals["device"] = occupied + totals["reserved"] - stats["reserved_bytes.all.current"]
     return totals
 
@@ -91,7 +89,7 @@ def process_bytes(device: torch.device) -> int | None:
 
 
 def own_bytes(used: dict[int, int | None], pid: int) -> int | None:
-    """The entry of `used` for this process. In a container NVML may list another process id: a single entry is it."""
+    """`used` of this process. In a container NVML may know it by another number: a process alone is this one."""
     if pid in used:
         return used[pid]
     return next(iter(used.values())) if len(used) == 1 else None

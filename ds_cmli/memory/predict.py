@@ -6,29 +6,42 @@ steps; the second is the larger one, as optimizer states are made in the first.
 
 import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ds_cmli import engine
+from ds_cmli.common.errors import UserError
 from ds_cmli.common.patches import patched, replaced
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.schema import Config, check, choice
 from ds_cmli.data import Batch
+from ds_cmli.data.tokens import load_tokenizer
 from ds_cmli.memory import gpus
 from ds_cmli.memory.allocator import CachingAllocator, replay
 from ds_cmli.memory.fake import convert_parameters, fake_world
-from ds_cmli.memory.inputs import NotPredictable, Texts, longest_batch, text_lengths, without_weights
 from ds_cmli.memory.phases import phases
 from ds_cmli.memory.report import Event, Report, summarise
 from ds_cmli.memory.tracker import Tracker
+from ds_cmli.models.transformers_model import family, text_part, without_effect
 
 DEFAULT_GPU = "RTX 3090 24GB"  # assumed: the document says 24 GB and names no GPU
 TOTAL_STEPS = 1000  # of the schedule; decides no size
+# Text models whose sizes are the defaults of their family in the transformers library: known without a download.
+FAMILY_SIZES = ("bert", "bert-base-uncased", "bert-base-cased", "roberta", "roberta-base")
+
+
+# Of one micro-batch, for each rank: the positions that its texts are padded to, and the valid tokens of each.
+Texts = Sequence[tuple[int, Sequence[int]]]
+
+
+class NotPredictable(UserError):
+    """A setting that can be trained with, but whose memory cannot be told."""
 
 
 @dataclass
@@ -107,16 +120,18 @@ def predict(
         if scores is not None:
             train_engine.objective.score = scores  # type: ignore[assignment]
         with phases(train_engine, answers.enter), tracker.attach(train_engine):
-            steps = 2 if texts is None else len(texts) // accumulation
-            for number in range(steps):
-                tell(f"step {number + 1} of {steps}, as rank 0 of {world_size:,}")
-                said = None if texts is None else texts[number * accumulation : (number + 1) * accumulation]
-                # On a GPU they wait on the host, and each is on the device in its turn.
-                with tracker.paused() if cuda else tracker.scope("data"):
-                    batches = _StepBatches(config, micro_batch, said or [None] * accumulation, answers, tracker)
-                with replaced(Batch, "to", _copied(tracker)) if cuda else nullcontext():
-                    train_engine.step(batches)
-                del batches
+            batches: Sequence[Texts | None] = texts or [None] * (2 * accumulation)
+            for number, ranks in enumerate(batches):
+                tell(f"step {number + 1} of {len(batches)}, as rank 0 of {world_size:,}")
+                if ranks is not None:
+                    answers.positions = max(positions for positions, _ in ranks)
+                    tracker.text_lengths = [n for _, lengths in ranks for n in lengths]
+                with tracker.scope("data"):
+                    batch = longest_batch(config, micro_batch, ranks[0][0] if ranks is not None else None)
+                # [CLS] and [SEP] are no valid tokens.
+                with answers.texts(ranks is not None and all(n == ranks[0][0] - 2 for n in ranks[0][1])):
+                    train_engine(batch)
+                del batch
         events = tracker.events(host=not cuda)
         del train_engine
     gc.collect()  # engines hold themselves in circles
@@ -138,38 +153,6 @@ def predict(
         report.totals["allocated"], report.totals["reserved"] = replayed.allocated_peak, replayed.reserved_peak
         report.totals["device"] = gpus.device_bytes(report.totals["reserved"], gpu, world_size)
     return Prediction(report, events, sum(sizes), max(sizes))
-
-
-class _StepBatches(list):
-    """A step's micro-batches; as each is taken, what is asked about its texts is answered accordingly."""
-
-    def __init__(self, config: Config, micro_batch: int, texts: Sequence[Texts | None], answers: Any, tracker: Tracker):
-        super().__init__(longest_batch(config, micro_batch, None if t is None else t[0][0]) for t in texts)
-        self.texts, self.answers, self.tracker = texts, answers, tracker
-
-    def __iter__(self) -> Iterator[Batch]:
-        for batch, ranks in zip(super().__iter__(), self.texts, strict=True):
-            if ranks is not None:
-                self.answers.positions = max(positions for positions, _ in ranks)
-                self.tracker.text_lengths = [n for _, lengths in ranks for n in lengths]
-            # [CLS] and [SEP] are no valid tokens.
-            with self.answers.texts(ranks is not None and all(n == ranks[0][0] - 2 for n in ranks[0][1])):
-                yield batch
-        told = [ranks for ranks in self.texts if ranks is not None]
-        if told:  # after them come the losses over all of them
-            self.answers.positions = max(positions for ranks in told for positions, _ in ranks)
-            by_rank = zip(*told, strict=True)
-            self.tracker.text_lengths = [n for each in by_rank for _, lengths in each for n in lengths]
-
-
-def _copied(tracker: Tracker) -> Callable[..., Batch]:
-    """`Batch.to` a device that is another one, though these tensors' device is the same."""
-
-    def to(batch: Batch, device: Any, non_blocking: bool = False) -> Batch:
-        with tracker.scope("data"):
-            return batch._map(torch.clone)
-
-    return to
 
 
 def _own_parameters(module: nn.Module) -> int:
@@ -200,6 +183,43 @@ def _pinned(ds_config: DeepSpeedConfig) -> DeepSpeedConfig:
         else:  # DeepSpeed's own is one kernel without temporaries, as PyTorch's fused one
             parameters.update(torch_adam=True, fused=True)
     return DeepSpeedConfig(out)
+
+
+def without_weights(config: Config) -> tuple[Config, int]:
+    """The configuration with random weights of the same sizes, and the vocabulary's size.
+
+    Raises `UserError` for a text model whose sizes are known neither here nor on this machine.
+    """
+    student, teacher = config.student, config.teacher
+    from transformers import AutoConfig
+
+    vocab_size = None
+    if student.text_weights == "random" or Path(student.text_weights).is_file():
+        if config.data.tokenizer == "builtin":
+            vocab_size = load_tokenizer("builtin", config.data.context_length).vocab_size
+    elif student.text_weights != "demo":
+        source = student.text_model if student.text_weights == "hub" else student.text_weights
+        try:
+            encoder = text_part(AutoConfig.from_pretrained(source, local_files_only=True, trust_remote_code=False))
+            sizes = {
+                name: value
+                for name, value in encoder.to_diff_dict().items()
+                if isinstance(value, int | float | bool | str | list) and without_effect(type(encoder), name) is None
+            }
+            vocab_size = encoder.vocab_size
+            student = replace(
+                student, text_model=encoder.model_type, text_overrides={**sizes, **student.text_overrides}
+            )
+        except Exception:
+            if source not in FAMILY_SIZES and "hidden_size" not in student.text_overrides:
+                raise NotPredictable(
+                    f"student.text_model is {source!r}: its sizes are not known without a download: give them in "
+                    "student.text_overrides, or start it once"
+                ) from None
+    if vocab_size is None:
+        vocab_size = AutoConfig.for_model(family(student.text_model)).vocab_size
+    student = replace(student, image_weights="random", text_weights="random")
+    return replace(config, student=student, teacher=replace(teacher, weights="random")), vocab_size
 
 
 @contextmanager
@@ -268,3 +288,31 @@ def flattened_where_there_is_room(tracker: Tracker, free: Callable[[], int]) -> 
         patched("torch: copy to the host", lambda _: to_host),
     ):
         yield
+
+
+def text_lengths(config: Config, micro_batch: int) -> list[int]:
+    """Valid tokens of each text of `longest_batch`: [CLS] and [SEP] are none."""
+    positions = config.data.context_length
+    return [max(0, positions - 3), *[positions - 2] * (micro_batch - 1)]
+
+
+def longest_batch(config: Config, micro_batch: int, positions: int | None = None) -> Batch:
+    """Zeros in the shapes of the largest batch there can be, or with texts padded to `positions`; real or fake."""
+    B, M, S = micro_batch, positions or config.data.context_length, config.data.image_size
+    attention_mask = torch.ones(B, M, dtype=torch.bool)
+    attention_mask[0, -1] = False
+    token_mask = attention_mask.clone()
+    token_mask[:, 0] = False  # [CLS]
+    token_mask[:, -1] = False  # [SEP]
+    token_mask[0, -2] = False
+    return Batch(
+        image=torch.zeros(B, 3, S, S, dtype=torch.uint8),
+        input_ids=torch.zeros(B, M, dtype=torch.int64),
+        attention_mask=attention_mask,
+        token_mask=token_mask,
+        index=torch.zeros(B, dtype=torch.int64),
+        image_id=torch.arange(B),
+        token_picture=torch.zeros(B, M, dtype=torch.int64),
+        cell_picture=torch.zeros(B, 2, 2, dtype=torch.int64),
+        bad=[],
+    )

@@ -1,4 +1,4 @@
-"""Predictions in a separate process: beside a training, on a machine whose GPU they must not touch, or after a
+"""Predictions in a process of their own: beside a training, on a machine whose GPU they must not touch, or after a
 failure. The process takes requests as lines of JSON and answers each with a line.
 """
 
@@ -97,8 +97,7 @@ class Predictor:
 
 def answer(request: dict[str, Any]) -> Answer:
     from ds_cmli.memory import snapshot
-    from ds_cmli.memory.inputs import NotPredictable
-    from ds_cmli.memory.predict import DEFAULT_GPU, predict
+    from ds_cmli.memory.predict import DEFAULT_GPU, NotPredictable, predict
 
     try:
         config = Config.from_dict(request["config"])

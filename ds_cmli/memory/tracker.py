@@ -18,20 +18,18 @@ from torch.utils._pytree import tree_leaves
 
 from ds_cmli.cmli.peak_memory import cmli_peak_bytes
 from ds_cmli.common.patches import replaced
-from ds_cmli.data import Batch
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.engine import TrainEngine
-from ds_cmli.losses.cached import PairFeatures
 from ds_cmli.memory.collectives import copied_bytes
 from ds_cmli.memory.owners import HOST, is_offloaded, owners
 from ds_cmli.memory.phases import phases
 from ds_cmli.memory.report import Event
 from ds_cmli.memory.workspace import workspace_bytes
 
-# Autograd accumulates gradients and scatters those of maxima in place, except under a dispatch mode: there these
-# operators return a new tensor, and their argument is freed right afterwards.
+# Autograd adds gradients up and fills in those of maxima in place, but not where a mode looks on: there the argument
+# ends right after these.
 IN_PLACE = (torch.ops.aten.add.Tensor, torch.ops.aten.scatter.src)
-# Methods of DeepSpeed's optimizers: what they allocate belongs to the buckets in which gradients are reduced.
+# Of DeepSpeed's optimizers: what these methods allocate belongs to the buckets that gradients travel in.
 BUCKET_METHODS = ("setup_buckets", "reduce_ipg_grads", "_DeepSpeedZeroOptimizer_Stage3__reduce_and_partition_ipg_grads")
 GATHERS = ("allgather_", "_allgather_base_", "allgather_into_tensor_coalesced_", "allgather_coalesced_")
 
@@ -66,7 +64,7 @@ class Tracker(TorchDispatchMode):
         # What is allocated and freed within one segment was temporary: one for a forward pass with its losses, and one
         # for each stretch of the backward pass in which checkpointing runs, or does not run, a forward pass again.
         self.segment, self.last_of_init, self.recomputing = 0, 0, False
-        self.in_place_at = 0  # length of the log after an operator of IN_PLACE
+        self.in_place_at = 0  # length of the log after an operator that is in place where no mode looks on
         self._scope: str | None = None
         self._replaced = ExitStack()
 
@@ -77,7 +75,7 @@ class Tracker(TorchDispatchMode):
             self._replaced.enter_context(
                 replaced(owner, name, staticmethod(scoped) if isinstance(owner, type) else scoped)
             )
-        if self.workspaces:  # checkpointing saves the generator's state for each block, and no operator returns it
+        if self.workspaces:  # checkpointing keeps the generator's state of each block, which no operator returns
             self._replaced.enter_context(replaced(torch, "get_rng_state", self._seen(torch.get_rng_state)))
         return super().__enter__()
 
@@ -85,7 +83,7 @@ class Tracker(TorchDispatchMode):
         super().__exit__(*error)
         self._replaced.close()
 
-    # --- recording
+    # --- what happens
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         grad = self.phase == "backward" and torch.is_grad_enabled()
@@ -109,7 +107,7 @@ class Tracker(TorchDispatchMode):
         return out
 
     def _see(self, tensor: Tensor, category: str | None, func: Any = "") -> None:
-        """Record a storage that is new, or whose size has changed."""
+        """Record a storage that was not there before, or whose size has changed."""
         if tensor.device.type != self.device or tensor.layout != torch.strided:
             return
         storage = tensor.untyped_storage()
@@ -176,7 +174,7 @@ class Tracker(TorchDispatchMode):
             return peak.forward - peak.saved - 2 * I * J * max(4, image.dtype.itemsize)
         return peak.backward - peak.gradients
 
-    # --- categories
+    # --- what it is for
 
     @contextmanager
     def scope(self, category: str) -> Iterator[None]:
@@ -253,7 +251,7 @@ class Tracker(TorchDispatchMode):
                 reduce = optimizer.reduce_ready_partitions_and_remove_grads
 
                 def claim_first(parameter, *args, **kwargs):
-                    # Each gradient has a separate storage only until it is copied into a bucket.
+                    # Each gradient lives in a storage of its own only until it is copied into a bucket.
                     self.claim("gradients", [parameter.grad])
                     return reduce(parameter, *args, **kwargs)
 
@@ -263,8 +261,6 @@ class Tracker(TorchDispatchMode):
             if train_engine.teacher is not None:
                 teacher = train_engine.teacher
                 stack.enter_context(replaced(teacher, "forward", self._scoped(teacher.forward, "activations teacher")))
-            kept = train_engine.objective.register_forward_hook(self._claim_cached)
-            stack.callback(kept.remove)
             stack.enter_context(phases(train_engine, enter))
             yield
 
@@ -272,18 +268,13 @@ class Tracker(TorchDispatchMode):
     def attach_to_training(self, train_engine: TrainEngine) -> Iterator[None]:
         """As `attach`, and each batch that comes is "data"."""
         hook = train_engine.objective.register_forward_pre_hook(
-            lambda _, inputs: self.claim("data", vars(inputs[0]).values() if isinstance(inputs[0], Batch) else ())
+            lambda _, inputs: self.claim("data", vars(inputs[0]).values())
         )
         try:
             with self.attach(train_engine):
                 yield
         finally:
             hook.remove()
-
-    def _claim_cached(self, module: Any, inputs: Any, output: Any) -> None:
-        if isinstance(output, PairFeatures):
-            tensors = (output.image_cls, output.text_cls, output.patches, output.tokens)
-            self.claim("cached features", tensors)
 
     def _category(self, block: int) -> str:
         if block in self.claims:
@@ -293,7 +284,7 @@ class Tracker(TorchDispatchMode):
         if phase in ("forward", "loss") or recomputed:
             return "temporaries" if ended == segment else "activations student"
         if phase == "init" and (ended is None or ended > self.last_of_init):
-            return "ZeRO buckets"  # what the engine allocates once and keeps
+            return "ZeRO buckets"  # what the engine made for itself to keep
         return "temporaries"
 
     def events(self, host: bool = True) -> list[Event]:

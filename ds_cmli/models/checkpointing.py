@@ -14,10 +14,13 @@ def checkpoint_blocks(blocks: list[nn.Module], checkpoint: Callable) -> None:
     The forward method is replaced and not the module, so that parameter names stay as they are.
     """
     for block in blocks:
-        block.forward = _checkpointed(block.forward, checkpoint)  # type: ignore[method-assign]
+        trained = any(parameter.requires_grad for parameter in block.parameters())
+        block.forward = _checkpointed(block.forward, checkpoint, trained)  # type: ignore[method-assign]
 
 
-def _checkpointed(forward: Callable, checkpoint: Callable) -> Callable:
+def _checkpointed(forward: Callable, checkpoint: Callable, trained: bool) -> Callable:
+    """`trained`: whether some of the block's parameters are."""
+
     def run(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
@@ -26,6 +29,11 @@ def _checkpointed(forward: Callable, checkpoint: Callable) -> Callable:
         # they come (a bias of relative positions, for instance); masks and flags pass by closure.
         places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
         inputs = [leaves[i] for i in places]
+        if not any(x.requires_grad for x in inputs):
+            if not trained:
+                return forward(*args, **kwargs)
+            # Above frozen layers: without an input that asks for a gradient the block's parameters would get none.
+            inputs = [x.detach().requires_grad_() for x in inputs]
         for i in places:
             leaves[i] = None  # the checkpoint alone decides how long they are held
         outputs_as: list[Any] = []

@@ -30,7 +30,7 @@ from tests.config.test_mistakes import pairs
 from tests.conftest import ROOT, free_port, rank_environments
 from tests.drive_train import drive
 
-TIMES = {"pairs_per_s", "checkpoint_s"}
+TIMES = {"pairs_per_s", "checkpoint_s", "tflops", "mfu"}
 TINY = ["--preset", "tiny", "--steps", "12", "--log-every", "3", "--eval-every", "5", "--set", "student.dropout=0.2"]
 
 
@@ -48,7 +48,7 @@ def alone(monkeypatch):
 
 def metrics(folder: Path) -> list[dict]:
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in TIMES} for line in lines]
+    return [{k: v for k, v in line.items() if k not in TIMES and not k.startswith("time/")} for line in lines]
 
 
 def assert_same(folder: Path, other: Path) -> None:
@@ -103,15 +103,48 @@ KINDS = {
     },
     "without zero": {},
 }
+# Settings that change what an update is, one kind with each.
+MORE = {
+    "zero 2 in bf16, accumulating": ["--set", "student.freeze_image=1", "--set", "optim.layer_decay=0.5"],
+    "zero 3 in bf16": ["--set", "student.freeze_text=2", "--set", 'optim.lr_factors={"image": 0.5}'],
+    "without zero": ["--set", "student.freeze_image=2", "--set", "run.keep_best=true"],
+}
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_interrupted_at_five_places_as_if_never(kind, source, tmp_path):
-    arguments = [*TINY, *source, *json_file(tmp_path / "ds.json", KINDS[kind])]
+    arguments = [*TINY, *source, *json_file(tmp_path / "ds.json", KINDS[kind]), *MORE.get(kind, ())]
     assert drive([*arguments, "--output-dir", str(tmp_path / "straight")]) == 0
     interrupt(arguments, tmp_path / "broken", [1, 2, 5, 8, 11])
     assert_same(tmp_path / "straight", tmp_path / "broken")
     assert len(metrics(tmp_path / "broken")) == 7  # four of the loss, three evaluations
+
+
+def test_the_best_checkpoint_stays_and_a_run_out_of_patience_ends_and_is_finished(source, tmp_path, capfd, monkeypatch):
+    from ds_cmli.evaluate import report
+
+    values = {2: 0.1, 4: 0.5, 6: 0.3, 8: 0.4, 10: 0.9}  # by step; the run ends before the last
+
+    def best(before, split, found, step):
+        value = values[step]
+        return before if value <= before.get("value", -1) else {"metric": "m", "value": value, "step": step}
+
+    monkeypatch.setattr(report, "best", best)
+    folder = tmp_path / "run"
+    arguments = [*TINY[:2], "--steps", "12", "--eval-every", "2", *source, *json_file(tmp_path / "ds.json", {})]
+    arguments += ["--set", "run.patience=2", "--set", "run.keep_best=true", "--keep", "1", "--output-dir", str(folder)]
+    assert drive(arguments, stop_at=7) == 85
+    assert sorted(path.name for path in (folder / "checkpoint").iterdir()) == ["latest", "step4", "step7"]
+    best_weights = (folder / "student-best.safetensors").read_bytes()
+    assert best_weights != (folder / "student.safetensors").read_bytes()
+    assert drive(arguments) == 0
+    assert "ended at step 8: 2 evaluations in a row gave no better result" in capfd.readouterr().out
+    assert sorted(path.name for path in (folder / "checkpoint").iterdir()) == ["latest", "step4", "step8"]
+    assert (folder / "student-best.safetensors").read_bytes() == best_weights
+    before = (folder / "metrics.jsonl").read_text()
+    assert drive(arguments) == 0
+    assert "is finished, 8 steps" in capfd.readouterr().out
+    assert (folder / "metrics.jsonl").read_text() == before
 
 
 def test_two_ranks_interrupted_as_if_never(source, tmp_path):
@@ -139,6 +172,7 @@ def changed(tmp_path_factory):
     tasks: dict[str, dict[str, list[dict]]] = {stage: {} for stage in STAGES}
     for number, (stage, content) in enumerate(STAGES.items()):
         common = ["--preset", "tiny", "--steps", str(STEPS), "--data", data, "--set", "run.eval_batch=3"]
+        common += ["--set", "student.freeze_image=1", "--set", "optim.layer_decay=0.7"]
         common += json_file(folder / f"{number}.json", content)
 
         def task(name, per_rank, stop=None, common=common, number=number):

@@ -37,7 +37,7 @@ SOURCES = {
     ),
     "tars": Entry(
         "tars.load_tars",
-        "WebDataset tars such as 'shards/{00000..00019}.tar', or a folder of them",
+        "uncompressed WebDataset tars such as 'shards/{00000..00019}.tar', or a folder of them",
         ends=(".tar",), in_folder=True, settings=("caption_key",),
     ),
     "parquet": Entry(

@@ -20,6 +20,7 @@ from ds_cmli.data.sources.tar_index import index
 from ds_cmli.data.sources.tar_scan import BLOCK
 
 CAPTION_KEYS = ("caption", "captions", "text")  # of a sample's JSON, where it has no .txt
+WANTED = "a sample is NAME.jpg (.jpeg, .png, .webp) and NAME.txt or NAME.json"
 MOST_OPEN = 64  # shards: there may be thousands, and a process may open 1,024 files
 
 
@@ -31,9 +32,6 @@ def load_tars(name: str, files: list[Path], config: DataConfig) -> Parts:
         raise UserError(f"data.source is {name!r}: its {len(files)} tars hold no pair ({what}): {WANTED}")
     first = f"the first: {', '.join(told(tars.bad))}"
     return Parts(tars, notices=[f"{len(tars.bad)} samples of {name} are left out, {first}"] if tars.bad else [])
-
-
-WANTED = "a sample is NAME.jpg (.jpeg, .png, .webp) and NAME.txt or NAME.json"
 
 
 class Tars(Source):

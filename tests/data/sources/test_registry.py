@@ -48,7 +48,7 @@ def test_a_source_is_recognised_by_what_it_is(tmp_path, files, name, kind, count
 @pytest.mark.parametrize(
     ("files", "name", "said"),
     [
-        (["0.tar", "other.parquet"], "", "which could be meant as WebDataset tars"),
+        (["0.tar", "other.parquet"], "", "which could be meant as uncompressed WebDataset tars"),
         (["0.tar", "1.csv"], "*", "which names files of several kinds, or of none: accepted are 'demo'"),
         (["0.tar"], "{0..3}.tar", "3 of 4 files do not exist, the first"),
         ([], "*.tar", "no file matches it"),

@@ -1,0 +1,110 @@
+"""Where a step's time goes, and how much of the device's peak its arithmetic uses.
+
+Nothing here waits for a GPU between two logged steps, and nothing changes what is computed.
+"""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+PHASES = ("data", "forward", "backward", "step", "exchange")
+PRODUCTS = (torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm)
+
+
+class StepTimer:
+    """Time of each phase since the last `lap`; on a GPU between events in its stream, read when it has passed them.
+
+    "data" is the wait for a batch, "exchange" what moves text between ranks in forward and backward, and "step" the
+    update, with the exchange of what is left of the gradients and of the weights.
+    """
+
+    def __init__(self) -> None:
+        self.marks: list[tuple[str | None, Any]] = []  # (phase that begins, when)
+        self.flops = 0.0  # of this rank
+
+    def mark(self, phase: str | None) -> None:
+        """The phase that went on ends, and this one begins; None: nothing that counts."""
+        if torch.cuda.is_available():
+            now: Any = torch.cuda.Event(enable_timing=True)
+            now.record()
+        else:
+            now = time.perf_counter()
+        self.marks.append((phase, now))
+
+    @contextmanager
+    def inside(self, phase: str) -> Iterator[None]:
+        before = self.marks[-1][0] if self.marks else None
+        self.mark(phase)
+        yield
+        self.mark(before)
+
+    def lap(self, peak: float) -> dict[str, float]:
+        """The columns of a logged step, shares of time, TFLOP/s and MFU; counts from here on. CPU-GPU sync.
+
+        Args:
+            peak: FLOP/s that the device can do; 0 where it is not known.
+        """
+        seconds = dict.fromkeys(PHASES, 0.0)
+        if self.marks and torch.cuda.is_available():
+            self.marks[-1][1].synchronize()  # CPU-GPU sync
+        for (phase, begin), (_, end) in zip(self.marks, self.marks[1:], strict=False):
+            if phase is not None:
+                seconds[phase] += begin.elapsed_time(end) / 1e3 if torch.cuda.is_available() else end - begin
+        total = sum(seconds.values())
+        flops, self.flops = self.flops, 0.0
+        self.marks = self.marks[-1:]
+        if not total:
+            return {}
+        out = {f"time/{phase}": round(value / total, 4) for phase, value in seconds.items()}
+        if flops:
+            out["tflops"] = float(f"{flops / total / 1e12:.4g}")
+            if peak:
+                out["mfu"] = round(flops / total / peak, 4)
+        return out
+
+
+class ModelFlops(TorchFunctionMode):
+    """Counts floating-point operations of the products inside it: forward and, with `trained`, the backward to come.
+
+    A product costs as much again for the gradient of each of its two sides; one with a weight that is not trained is
+    counted once. What activation checkpointing computes again is not counted, as usual for MFU.
+    """
+
+    def __init__(self, trained: bool):
+        super().__init__()
+        self.trained, self.flops = trained, 0.0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        both = 3 if self.trained else 1
+        if func is torch._C._nn.linear:  # `F.linear`, which ZeRO-3 replaces by a function of products
+            weight = args[1]
+            self.flops += 2.0 * out.numel() * weight.shape[-1] * (both if weight.requires_grad else 1)
+        elif func in PRODUCTS:
+            self.flops += 2.0 * out.numel() * args[0].shape[-1] * both
+        elif func in (F.conv2d, torch.conv2d):
+            weight = args[1]
+            self.flops += 2.0 * out.numel() * weight[0].numel() * (both if weight.requires_grad else 1)
+        elif func is F.scaled_dot_product_attention:
+            self.flops += 2.0 * (args[0].numel() + out.numel()) * args[1].shape[-2] * both
+        return out
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of the best of some matrix products on this device. CPU-GPU sync."""
+    size = 8192 if device.type == "cuda" else 1024
+    x, weight = (torch.ones(size, size, device=device, dtype=dtype) for _ in range(2))
+    best = float("inf")
+    for _ in range(5):
+        started = time.perf_counter()
+        F.linear(x, weight)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - started)
+    return 2.0 * size**3 / best

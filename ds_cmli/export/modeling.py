@@ -1,0 +1,212 @@
+"""An exported model, for `AutoModel`: features, scores and matches of a trained student.
+
+Shapes: I images, J texts, N image patches, M text positions, H hidden size, D embedding dimension, S image side.
+"""
+
+import contextlib
+import io
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.utils import ModelOutput
+
+from ds_cmli.cmli.loss import l2_normalize
+from ds_cmli.cmli.reference import cmli_scores_reference
+from ds_cmli.data.tokens import SpecialTokens
+from ds_cmli.export.configuration import CMLIConfig
+from ds_cmli.export.processing import CMLIProcessor
+from ds_cmli.inference.model import Match
+from ds_cmli.losses.functions import contrastive_loss, sigmoid_loss, temperature_scale, upcast
+from ds_cmli.models.student import Student
+
+SCORES_AT_ONCE = 2**26  # similarities of patches and tokens that are held at a time
+
+
+class Loaded(Student):
+    """A student whose weights are yet to come, so that it cannot be tried out."""
+
+    def try_out(self, *_: Any) -> None:
+        pass
+
+
+class PairLoss(nn.Module):
+    """A loss over pairs with its learned temperature, and the bias of a sigmoid loss."""
+
+    def __init__(self, name: str):
+        super().__init__()
+        self.scores, _, kind = name.partition("_")  # "global" or "cmli"
+        self.logit_scale = nn.Parameter(torch.zeros(1))
+        self.logit_bias = nn.Parameter(torch.zeros(1)) if kind == "sigmoid" else None
+
+    def forward(self, i2t: Tensor, t2i: Tensor) -> Tensor:
+        """[B, B] each, row b's text is column b -> a scalar, as in training."""
+        if self.logit_bias is None:
+            return contrastive_loss(i2t, t2i, self.logit_scale)
+        both = [sigmoid_loss(scores, self.logit_scale, self.logit_bias) for scores in (i2t, t2i)]
+        return (both[0] + both[1]) / 2
+
+
+@dataclass
+class CMLIOutput(ModelOutput):
+    loss: Tensor | None = None  # of the run's losses over pairs, weighted as there
+    logits_per_image: Tensor | None = None  # fp32 [I, J], the trained scores times 1/temperature, summed
+    logits_per_text: Tensor | None = None  # fp32 [J, I]
+    image_embeds: Tensor | None = None  # [I, H], unit length
+    text_embeds: Tensor | None = None  # [J, H], unit length
+    patch_embeds: Tensor | None = None  # [I, N, D], unit length
+    token_embeds: Tensor | None = None  # [J, M, D], unit length
+    token_mask: Tensor | None = None  # bool [J, M], True: a token of the text, no special one and no padding
+
+
+class CMLIModel(PreTrainedModel):
+    config_class = CMLIConfig
+    base_model_prefix = ""
+    main_input_name = "pixel_values"
+    input_modalities = ["image", "text"]  # noqa: RUF012
+
+    def __init__(self, config: CMLIConfig):
+        super().__init__(config)
+        # transformers builds models without data, where backbones cannot compute their constants.
+        with torch.device("cpu"):
+            self.student = build_student(config)
+            self.losses = nn.ModuleDict({name: PairLoss(name) for name, _ in config.losses})
+        self.constants = {name: value for name, value in self.named_buffers() if name not in self.state_dict()}
+        self.eval()
+        self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As transformers', which empties buffers that are no weights: they are filled again."""
+        out = super().from_pretrained(*args, **kwargs)
+        model = out[0] if isinstance(out, tuple) else out
+        for name, value in model.constants.items():
+            owner, _, key = name.rpartition(".")
+            module = model.get_submodule(owner)
+            setattr(module, key, value.to(getattr(module, key).device))
+        return out
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Nothing: all weights come from the file."""
+
+    def get_image_features(self, pixel_values: Tensor) -> BaseModelOutputWithPooling:
+        """uint8 [I, 3, S, S] -> `pooler_output` [I, H], class tokens for global scores; `last_hidden_state` [I, N, D],
+        patches for CMLI. Not normalised."""
+        cls, patches = self.student.encode_image(pixel_values)  # [I, H], [I, N, H]
+        return BaseModelOutputWithPooling(self.student.projection(patches), cls)
+
+    def get_text_features(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> BaseModelOutputWithPooling:
+        """int64 [J, M], bool [J, M] (True = attend; None: all that is no padding) -> `pooler_output` [J, H],
+        `last_hidden_state` [J, M, D], special tokens and padding included (see `token_mask`). Not normalised."""
+        cls, tokens = self.student.encode_text(input_ids, self.attended(input_ids, attention_mask))
+        return BaseModelOutputWithPooling(self.student.projection(tokens), cls)
+
+    def attended(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+        return input_ids != self.config.pad_id if attention_mask is None else attention_mask.bool()
+
+    def token_mask(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """bool [J, M], True: a token of the text, no special one and no padding."""
+        special = torch.tensor(self.config.special_ids, device=input_ids.device)
+        return self.attended(input_ids, attention_mask) & ~torch.isin(input_ids, special)
+
+    def cmli_scores(self, patches: Tensor, tokens: Tensor, token_mask: Tensor) -> tuple[Tensor, Tensor]:
+        """s_i2t and s_t2i, fp32 [I, J] each: the mean over patches of the best token, and the other way round.
+
+        FILIP (arXiv 2111.07783), equations 4 and 5. [I, N, D], [J, M, D], bool [J, M]; features as `get_image_features`
+        and `get_text_features` give them, or normalised.
+        """
+        patches, tokens = l2_normalize(patches), l2_normalize(tokens)
+        step = max(1, SCORES_AT_ONCE // max(1, len(tokens) * patches.shape[1] * tokens.shape[1]))
+        parts = [cmli_scores_reference(part, tokens, token_mask) for part in patches.split(step)]
+        return torch.cat([i2t for i2t, _ in parts]), torch.cat([t2i for _, t2i in parts])
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        pixel_values: Tensor,
+        attention_mask: Tensor | None = None,
+        return_loss: bool = False,
+        return_dict: bool | None = None,
+    ) -> Any:
+        """All pairs of the images and the texts; with `return_loss` the image and the text of a row are a pair."""
+        image: Any = self.get_image_features(pixel_values)
+        text: Any = self.get_text_features(input_ids, attention_mask)
+        image_cls, text_cls = l2_normalize(image.pooler_output), l2_normalize(text.pooler_output)
+        mask = self.token_mask(input_ids, attention_mask)
+        cosines = upcast(image_cls) @ upcast(text_cls).t()  # [I, J]
+        scores = {
+            "global": (cosines, cosines),
+            "cmli": self.cmli_scores(image.last_hidden_state, text.last_hidden_state, mask),
+        }
+        logits = torch.zeros_like(cosines)
+        for kind in scores:
+            # Several losses on the same scores have a temperature each: the first one's counts, as in the evaluation.
+            first: Any = next((loss for loss in self.losses.values() if loss.scores == kind), None)
+            if first is not None:
+                i2t, t2i = scores[kind]
+                logits = logits + temperature_scale(first.logit_scale) * (i2t + t2i) / 2
+        loss = None
+        if return_loss:
+            if len(image_cls) != len(text_cls):
+                raise ValueError(f"return_loss needs pairs: {len(image_cls)} images, {len(text_cls)} texts are given")
+            each: list[tuple[float, Any]] = [(weight, self.losses[name]) for name, weight in self.config.losses]
+            loss = torch.stack([weight * x(*scores[x.scores]) for weight, x in each]).sum()
+        out = CMLIOutput(
+            loss=loss,
+            logits_per_image=logits,
+            logits_per_text=logits.t(),
+            image_embeds=image_cls,
+            text_embeds=text_cls,
+            patch_embeds=l2_normalize(image.last_hidden_state),
+            token_embeds=l2_normalize(text.last_hidden_state),
+            token_mask=mask,
+        )
+        return out.to_tuple() if return_dict is False else out
+
+    @torch.no_grad()
+    def match(self, image: Any, text: str, processor: Any = None) -> Match:
+        """What each word of the text finds in the picture, and each patch in the text.
+
+        Args:
+            image: as `CMLIProcessor` takes it.
+            processor: None: the one beside the model's weights.
+        """
+        if processor is None:
+            # Where this file itself came out of the folder, its code is trusted already.
+            trusted = type(self).__module__.startswith("transformers_modules.")
+            processor = CMLIProcessor.from_pretrained(str(self.name_or_path), trust_remote_code=trusted)
+        inputs = processor(images=image, text=text).to(self.device)
+        of_image: Any = self.get_image_features(inputs["pixel_values"])
+        ids, mask = inputs["input_ids"], inputs["attention_mask"]
+        valid = self.token_mask(ids, mask)[0]
+        of_text: Any = self.get_text_features(ids, mask)
+        tokens = l2_normalize(of_text.last_hidden_state[0][valid])  # [M, D]
+        patches = l2_normalize(of_image.last_hidden_state[0])  # [N, D]
+        similarity = (upcast(tokens) @ upcast(patches).t()).cpu()  # [M, N]; CPU-GPU sync
+        offsets = processor.tokenizer(
+            text, truncation=True, max_length=processor.context_length, return_offsets_mapping=True
+        )["offset_mapping"]
+        spans = []
+        for (start, end), own in zip(offsets, valid.tolist(), strict=False):
+            if own:
+                piece = text[start:end]  # some tokenizers count the blank before a word to it
+                spans.append((start + len(piece) - len(piece.lstrip()), end))
+        return Match(similarity, [text[a:b] for a, b in spans], spans, self.student.grid)
+
+
+def build_student(config: CMLIConfig) -> Student:
+    """With random weights, on the CPU."""
+    settings = config.settings
+    with contextlib.redirect_stdout(io.StringIO()):  # what was told of the model at its training
+        return Loaded(
+            SimpleNamespace(**settings["student"]),  # type: ignore[arg-type]
+            settings["data"]["image_size"],
+            config.vocab_size,
+            settings["data"]["context_length"],
+            pretrained=False,
+            special=SpecialTokens(config.pad_id, config.class_first),
+        )

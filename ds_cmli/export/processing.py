@@ -1,0 +1,73 @@
+"""Pictures and texts as an exported model takes them: those of the training, to the bit.
+
+Shapes: I images, J texts, S image side in pixels, M text positions.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import BatchFeature, ProcessorMixin
+
+from ds_cmli.data.batch import PAD_MULTIPLE
+from ds_cmli.data.pictures import load_image
+
+
+class CMLIProcessor(ProcessorMixin):
+    """A transformers tokenizer, and the resizing and cropping of the training.
+
+    Args:
+        image_size: S; the shorter side is resized to it (bicubic), and the centre cropped.
+        context_length: the longest text in tokens, special ones included; longer ones are truncated.
+        pad_id: the token that texts are filled up with.
+    """
+
+    tokenizer_class = "AutoTokenizer"
+
+    def __init__(self, tokenizer: Any = None, image_size: int = 224, context_length: int = 64, pad_id: int = 0):
+        self.image_size, self.context_length, self.pad_id = image_size, context_length, pad_id
+        super().__init__(tokenizer)
+
+    def __call__(self, images: Any = None, text: Any = None, **kwargs: Any) -> BatchFeature:  # type: ignore[override]
+        """Of one or several pictures (PIL, or uint8 arrays [height, width, 3]), of one or several texts, or of both.
+
+        Returns:
+            `pixel_values` uint8 [I, 3, S, S]; `input_ids` int64 and `attention_mask` bool [J, M].
+        """
+        kwargs.pop("return_tensors", None)  # always PyTorch's
+        if kwargs:
+            raise ValueError(f"{', '.join(kwargs)}: this processor has no such argument; it takes images and text")
+        if images is None and text is None:
+            raise ValueError("neither images nor text are given")
+        out: dict[str, Any] = {}
+        if images is not None:
+            given = list(images) if isinstance(images, list | tuple) else [images]
+            out["pixel_values"] = torch.stack([self.pixels(image) for image in given])
+        if text is not None:
+            out |= self.tokens([text] if isinstance(text, str) else list(text))
+        return BatchFeature(out)
+
+    def pixels(self, image: Any) -> torch.Tensor:
+        """uint8 [3, S, S]."""
+        if isinstance(image, np.ndarray) and image.dtype == np.uint8:
+            image = Image.fromarray(image)
+        if not isinstance(image, Image.Image):
+            raise TypeError(f"an image is {type(image).__name__}: give a PIL image or a uint8 array [height, width, 3]")
+        return load_image(image.copy(), self.image_size)
+
+    def tokens(self, texts: list[str]) -> dict[str, torch.Tensor]:
+        """Padded to the longest text, rounded up to a multiple of 8, at most `context_length`."""
+        rows = self.tokenizer(texts, truncation=True, max_length=self.context_length)["input_ids"]
+        longest = max(len(row) for row in rows)
+        length = min(-(-longest // PAD_MULTIPLE) * PAD_MULTIPLE, self.context_length)
+        ids = torch.full((len(rows), length), self.pad_id)
+        mask = torch.zeros(len(rows), length, dtype=torch.bool)
+        for j, row in enumerate(rows):
+            ids[j, : len(row)] = torch.tensor(row)
+            mask[j, : len(row)] = True
+        return {"input_ids": ids, "attention_mask": mask}
+
+    @property
+    def model_input_names(self) -> list[str]:
+        return ["pixel_values", "input_ids", "attention_mask"]

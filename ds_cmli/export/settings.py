@@ -1,0 +1,49 @@
+"""The settings of a trained student with nothing left to files of this machine: sizes, and no weights or paths."""
+
+import inspect
+import json
+from dataclasses import asdict
+from typing import Any
+
+from ds_cmli import models
+from ds_cmli.config.schema import Config
+from ds_cmli.losses import LOSSES
+from ds_cmli.models.student import Student
+from ds_cmli.models.transformers_model import UNDECLARED, without_effect
+
+
+def of_pairs(weights: dict[str, float]) -> dict[str, float]:
+    """The losses over pairs alone: those that need no teacher."""
+    return {name: weight for name, weight in weights.items() if not LOSSES[name].teacher}
+
+
+def portable(config: Config, student: Student) -> dict[str, Any]:
+    """Sections of the configuration that build the same student with random weights, and read what it reads."""
+    backbone: Any = student.text
+    text = backbone.model.config
+    settings = asdict(config.student) | {
+        "image_weights": "random",
+        "image_backbone": _name(models.IMAGE, student.image),
+        "text_weights": "random",
+        "text_backbone": _name(models.TEXT, student.text),
+        "text_model": text.model_type,
+        "text_overrides": _sizes(text),
+    }
+    data = {name: getattr(config.data, name) for name in ("image_size", "context_length", "max_pixels")}
+    return {"student": settings, "data": data}
+
+
+def _name(table: dict[str, models.Entry], backbone: Any) -> str:
+    return next(name for name in table if type(backbone) is models.load(table, name))
+
+
+def _sizes(config: Any) -> dict[str, Any]:
+    """The fields that decide something and are not what the family has anyway."""
+    usual = type(config)().to_dict()
+    found = json.loads(json.dumps(config.to_dict()))
+    names = {*inspect.signature(type(config)).parameters, *UNDECLARED.get(config.model_type, ())}
+    return {
+        name: found[name]
+        for name in sorted(names & found.keys())
+        if found[name] != usual.get(name) and without_effect(type(config), name) is None
+    }

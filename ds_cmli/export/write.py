@@ -1,0 +1,142 @@
+"""Writes a trained student as a folder that transformers loads, and checks that it is the same model."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ds_cmli import models
+from ds_cmli.checkpoint.weights import load_weights
+from ds_cmli.common.errors import UserError
+from ds_cmli.config.schema import Config, load_config
+from ds_cmli.data.tokens import CaptionTokenizer, pretrained_tokenizer
+from ds_cmli.engine import build_models
+from ds_cmli.export.bundle import bundle
+from ds_cmli.export.configuration import CMLIConfig
+from ds_cmli.export.modeling import CMLIModel
+from ds_cmli.export.processing import CMLIProcessor
+from ds_cmli.export.read import WEIGHTS
+from ds_cmli.export.settings import of_pairs, portable
+from ds_cmli.losses.objective import Objective
+
+CODE = {
+    "ds_cmli.export.configuration": "configuration_ds_cmli",
+    "ds_cmli.export.modeling": "modeling_ds_cmli",
+    "ds_cmli.export.processing": "processing_ds_cmli",
+}
+AUTO_MAP = {
+    "AutoConfig": "configuration_ds_cmli.CMLIConfig",
+    "AutoModel": "modeling_ds_cmli.CMLIModel",
+    "AutoProcessor": "processing_ds_cmli.CMLIProcessor",
+}
+# In place of the tables of all backbones, whose files are looked up by name.
+BACKBONES = '''"""The two backbones of this model."""
+
+from ds_cmli.models.{image_file} import {image}
+from ds_cmli.models.{text_file} import {text}
+
+IMAGE, TEXT = {image}, {text}
+
+
+def build(backbone, name, request):
+    return backbone(request)
+'''
+
+
+def load_run(run: Path, tokenizer: str | None) -> tuple[Config, Objective, Any, CaptionTokenizer]:
+    """The trained student with its losses over pairs, and its tokenizer, as transformers' and as the training's.
+
+    Raises:
+        UserError: there is no such run, or nothing that could be exported.
+    """
+    config = load_config(run / "config.json", "the run")
+    pairs = of_pairs(config.loss.weights)
+    if not pairs:
+        raise UserError(
+            f"{str(run)!r} was trained with {', '.join(config.loss.weights)} alone, which compare no pairs: it has no "
+            "scores to export; train with global or cmli too"
+        )
+    whole = pretrained_tokenizer(tokenizer or config.data.tokenizer)
+    words = CaptionTokenizer(whole, config.data.context_length)
+    alone = replace(config, loss=replace(config.loss, weights=pairs))  # no teacher is built
+    objective, _ = build_models(alone, words.vocab_size, pretrained=False, special=words.special)
+    load_weights(run, objective)
+    return config, objective.eval(), whole, words
+
+
+def write_model(folder: Path, config: Config, objective: Objective, whole: Any, words: CaptionTokenizer) -> CMLIModel:
+    """Weights, configuration, processor and code; gives the model as it was read back from the folder.
+
+    Raises:
+        UserError: what was read back is not the same model.
+    """
+    text: Any = objective.student.text.model
+    sample = words("a")
+    added = [i for i, valid in zip(sample.input_ids, sample.valid, strict=True) if not valid]
+    exported = CMLIConfig(
+        portable(config, objective.student),
+        [*of_pairs(config.loss.weights).items()],
+        vocab_size=text.config.vocab_size,
+        pad_id=words.pad_id,
+        class_first=words.special.class_first,
+        special_ids=sorted({*words.special_ids, *added}),
+        auto_map=AUTO_MAP,
+        architectures=[CMLIModel.__name__],
+        dtype="float32",
+    )
+    exported.save_pretrained(folder)
+    # Tied weights stand there under each of their names: transformers empties what a file lacks.
+    tensors = {name: value.clone() for name, value in objective.state_dict().items()}
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    processor: Any = CMLIProcessor(whole, config.data.image_size, config.data.context_length, words.pad_id)
+    processor.auto_map = AUTO_MAP
+    processor.save_pretrained(folder)
+    for name, text in code_of(objective).items():
+        (folder / name).write_text(text, encoding="utf-8")
+    model = CMLIModel.from_pretrained(folder)
+    check_same(objective, model)
+    return model
+
+
+def code_of(objective: Objective) -> dict[str, str]:
+    """File name -> content, of what runs the model without this package."""
+    kinds = {"image": type(objective.student.image), "text": type(objective.student.text)}
+    place = {f"{name}_file": kind.__module__.rpartition(".")[2] for name, kind in kinds.items()}
+    names = {name: kind.__name__ for name, kind in kinds.items()}
+    return bundle(CODE, {models.__name__: BACKBONES.format(**place, **names)})
+
+
+@torch.no_grad()
+def check_same(objective: Objective, model: CMLIModel) -> None:
+    """Both give the same bits. Raises `UserError`."""
+    image, ids, mask = example(model)
+    student, g = objective.student, objective.student.projection
+    image_cls, patches = student.encode_image(image)
+    text_cls, tokens = student.encode_text(ids, mask)
+    of_image, of_text = model.get_image_features(image), model.get_text_features(ids, mask)
+    pairs: dict[str, Any] = {
+        "class tokens of images": (image_cls, of_image.pooler_output),
+        "patches": (g(patches), of_image.last_hidden_state),
+        "class tokens of texts": (text_cls, of_text.pooler_output),
+        "tokens": (g(tokens), of_text.last_hidden_state),
+    }
+    for name, (trained, exported) in pairs.items():
+        if not torch.equal(trained, exported):
+            raise UserError(
+                f"the exported model gives other {name} than the trained one, by up to "
+                f"{(trained - exported).abs().max().item():.1e}: its backbones cannot be exported"
+            )
+
+
+def example(model: CMLIModel) -> tuple[Tensor, Tensor, Tensor]:
+    """Random pictures and texts, the second of them padded, and the texts' attention mask."""
+    data, generator = model.config.settings["data"], torch.Generator().manual_seed(0)
+    size, length = data["image_size"], data["context_length"]
+    image = torch.randint(0, 256, (2, 3, size, size), generator=generator, dtype=torch.uint8)
+    ids = torch.randint(0, model.config.vocab_size, (2, length), generator=generator)
+    mask = torch.ones(2, length, dtype=torch.bool)
+    mask[1, -(length // 2) :] = False
+    return image, ids.masked_fill(~mask, model.config.pad_id), mask

@@ -1,0 +1,180 @@
+"""An exported model is the trained one, to the bit: with this package, without it, and read back by it."""
+
+import subprocess
+import sys
+
+import pytest
+import timm
+import torch
+import transformers
+from safetensors.torch import load_file
+from transformers import AutoModel, AutoProcessor
+
+from ds_cmli.common.errors import UserError
+from ds_cmli.data.batch import Sample
+from ds_cmli.inference import Model
+from tests.conftest import clean_environment
+from tests.export.conftest import TEXTS, export, make_run
+
+
+@pytest.fixture(scope="module")
+def trained(run):
+    return Model.load(run, "cpu")
+
+
+@pytest.fixture(scope="module")
+def model(exported):
+    return AutoModel.from_pretrained(exported)
+
+
+@pytest.fixture(scope="module")
+def inputs(exported, pictures):
+    return AutoProcessor.from_pretrained(exported)(images=pictures, text=TEXTS)
+
+
+@pytest.fixture(scope="module")
+def batch(trained, pictures):
+    samples = zip(pictures, TEXTS, strict=True)
+    return trained.collate([Sample(trained.read(p), trained.tokenizer(t), i, i) for i, (p, t) in enumerate(samples)])
+
+
+@torch.no_grad()
+def test_inputs_and_features_are_those_of_the_training(trained, model, inputs, batch):
+    assert torch.equal(inputs["pixel_values"], batch.image)
+    assert torch.equal(inputs["input_ids"], batch.input_ids)
+    assert torch.equal(inputs["attention_mask"], batch.attention_mask)
+    assert torch.equal(model.token_mask(inputs["input_ids"], inputs["attention_mask"]), batch.token_mask)
+    student, g = trained.student, trained.student.projection
+    image, text = model.get_image_features(inputs["pixel_values"]), model.get_text_features(inputs["input_ids"])
+    for found, (cls, tokens) in (
+        (image, student.encode_image(batch.image)),
+        (text, student.encode_text(batch.input_ids, batch.attention_mask)),
+    ):
+        assert torch.equal(found.pooler_output, cls)
+        assert torch.equal(found.last_hidden_state, g(tokens))
+
+
+@torch.no_grad()
+def test_scores_and_loss_are_those_of_the_training(trained, model, inputs, batch, pictures):
+    out = model(**inputs, return_loss=True)
+    scores = trained.scores(trained.embed_images(pictures), trained.embed_texts(TEXTS))
+    torch.testing.assert_close(out.logits_per_image, scores["combined"])
+    assert torch.equal(out.logits_per_text, out.logits_per_image.t())
+    i2t, t2i = model.cmli_scores(out.patch_embeds, out.token_embeds, out.token_mask)
+    torch.testing.assert_close((i2t + t2i) / 2, scores["cmli"])
+    torch.testing.assert_close(out.loss, trained.objective(batch, None)[0])
+    with pytest.raises(ValueError, match="3 images, 1 texts"):
+        model(inputs["input_ids"][:1], inputs["pixel_values"], inputs["attention_mask"][:1], return_loss=True)
+
+
+def test_matches_are_those_of_the_training(trained, model, pictures):
+    found, wanted = model.match(pictures[0], TEXTS[1]), trained.match(pictures[0], TEXTS[1])
+    assert (found.words, found.spans, found.grid) == (wanted.words, wanted.spans, wanted.grid)
+    torch.testing.assert_close(found.similarity, wanted.similarity)
+
+
+def test_the_package_reads_it_back(trained, exported, pictures):
+    again = Model.load(exported, "cpu")
+    assert again.scales == trained.scales
+    for embed, given, names in (
+        ("embed_images", pictures, ("cls", "patches")),
+        ("embed_texts", TEXTS, ("cls", "tokens", "token_mask")),
+    ):
+        found, wanted = getattr(again, embed)(given), getattr(trained, embed)(given)
+        assert all(torch.equal(getattr(found, name), getattr(wanted, name)) for name in names)
+
+
+ALONE = """
+import sys
+for name in ("ds_cmli", "deepspeed", "pydantic", "click"):
+    sys.modules[name] = None  # as if it were not installed
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel, AutoProcessor
+folder, given, found = sys.argv[1:]
+model = AutoModel.from_pretrained(folder, trust_remote_code=True)
+processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+inputs = load_file(given)
+with torch.no_grad():
+    out = model(**inputs)
+again = processor(text=%r)
+assert torch.equal(again["input_ids"], inputs["input_ids"])
+match = model.match(inputs["pixel_values"][0].permute(1, 2, 0).numpy(), "two dogs")
+save_file({"similarity": match.similarity, **{k: out[k].contiguous() for k in out}}, found)
+"""
+
+
+def test_without_the_package_it_is_the_same(model, exported, inputs, tmp_path):
+    from safetensors.torch import save_file
+
+    given, found = tmp_path / "given.safetensors", tmp_path / "found.safetensors"
+    save_file(dict(inputs), given)
+    command = [sys.executable, "-c", ALONE % (TEXTS,), str(exported), str(given), str(found)]
+    env = clean_environment() | {"HF_MODULES_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    assert done.returncode == 0, done.stderr
+    with torch.no_grad():
+        wanted = model(**inputs)
+    alone = load_file(found)
+    # Threads differ, which must not matter in what one thread computes.
+    for name in ("image_embeds", "text_embeds", "patch_embeds", "token_embeds"):
+        torch.testing.assert_close(alone[name], wanted[name], atol=1e-6, rtol=0)
+    assert alone["similarity"].shape[0] == 3  # two, dog, ##s
+
+
+@torch.no_grad()
+def test_encoders_stand_alone_in_their_libraries(model, exported, inputs):
+    image = timm.create_model(f"local-dir:{exported}/image_encoder_timm", pretrained=True).eval()
+    pixels = model.student.pixels(inputs["pixel_values"], torch.float32)
+    assert torch.equal(image.forward_features(pixels), model.student.image(pixels))
+    text = AutoModel.from_pretrained(exported / "text_encoder")
+    assert type(text) is transformers.BertModel
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    assert torch.equal(text(ids, mask).last_hidden_state, model.student.text(ids, mask))
+
+
+def test_the_card_has_the_runs_numbers(exported):
+    card = (exported / "README.md").read_text()
+    assert "after step 7" in card and "| seen/global/i2t_r1 | 0.1235 |" in card
+    assert "| losses | global (1), cmli (2) |" in card
+
+
+SMALL = {"embed_dim": 32, "depth": 2, "num_heads": 2}
+BERT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+T5 = {"d_model": 32, "num_layers": 2, "num_heads": 2, "d_ff": 64, "d_kv": 16}
+
+
+@pytest.mark.parametrize(
+    "student, losses, told",
+    [
+        ({"image_model": "eva02_tiny_patch14_224", "image_overrides": SMALL}, ("cmli",), "no timm checkpoint"),
+        (
+            {"image_model": "resnet18", "image_overrides": {"layers": [1, 1, 1, 1]}, "text_model": "clip",
+             "text_overrides": BERT},
+            ("cmli_sigmoid", "global_sigmoid"),
+            "CLIPTextModel",
+        ),
+        (
+            {"image_model": "swin_tiny_patch4_window7_224", "text_model": "t5", "text_overrides": T5,
+             "image_overrides": {"embed_dim": 16, "depths": [1, 1], "num_heads": [1, 2]}},
+            ("global",),
+            "T5EncoderModel",
+        ),
+    ],
+)  # fmt: skip
+def test_backbones_of_all_kinds(student, losses, told, tmp_path, capsys):
+    run = make_run(tmp_path / "run", student, losses, {"image_size": 64 if "resnet18" in student.values() else 56})
+    folder = export(run, tmp_path / "model", "--no-onnx")  # which compares the features
+    assert told in capsys.readouterr().out
+    trained, again = Model.load(run, "cpu"), Model.load(folder, "cpu")
+    assert torch.equal(trained.embed_texts(TEXTS).tokens, again.embed_texts(TEXTS).tokens)
+
+
+def test_mistakes_are_one_line(run, exported, tmp_path):
+    with pytest.raises(UserError, match="is not empty; give a new folder"):
+        export(run, exported)
+    with pytest.raises(UserError, match=r"no config\.json there"):
+        export(tmp_path, tmp_path / "new")
+    with pytest.raises(UserError, match="compare no pairs"):
+        export(make_run(tmp_path / "taught", losses=("cls_kd",)), tmp_path / "new")
+    assert not (tmp_path / "new").exists()

@@ -1,0 +1,26 @@
+"""Both towers as ONNX give the trained features for any number of images and texts, by onnxruntime."""
+
+import pytest
+import torch
+from transformers import AutoModel
+
+from ds_cmli.cmli.loss import l2_normalize
+from ds_cmli.export.onnx import write_onnx
+from ds_cmli.export.write import example
+
+onnxruntime = pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxscript")
+
+
+@torch.no_grad()
+def test_towers(exported, tmp_path):
+    model = AutoModel.from_pretrained(exported)
+    image, ids, mask = example(model)
+    lines = write_onnx(tmp_path, model.student, image, ids, mask)
+    assert len(lines) == 2 and "image.onnx" in lines[0] and "text.onnx" in lines[1]
+    session = onnxruntime.InferenceSession(tmp_path / "text.onnx")
+    ids, mask = ids[[0, 1, 0], :9], mask[[0, 1, 0], :9]
+    cls, tokens = session.run(None, {"input_ids": ids.numpy(), "attention_mask": mask.numpy()})
+    wanted = model.get_text_features(ids, mask)
+    torch.testing.assert_close(torch.from_numpy(cls), l2_normalize(wanted.pooler_output), atol=1e-5, rtol=0)
+    torch.testing.assert_close(torch.from_numpy(tokens), l2_normalize(wanted.last_hidden_state), atol=1e-5, rtol=0)
