@@ -55,6 +55,8 @@ def command(run: str, folder: str, tokenizer: str | None, onnx: bool | None) -> 
             lines += towers_onnx.write_onnx(out / "onnx", model.student, image, ids, mask)
         else:
             lines.append("no ONNX: pip install 'ds-cmli[export]'" if onnx is None else "no ONNX, as asked")
+        for file in out.rglob("*.safetensors"):
+            file.chmod(0o644)  # the library makes them readable to their owner alone
         if target.exists():
             target.rmdir()
         os.replace(out, target)

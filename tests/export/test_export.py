@@ -133,6 +133,10 @@ def test_encoders_stand_alone_in_their_libraries(model, exported, inputs):
     assert torch.equal(text(ids, mask).last_hidden_state, model.student.text(ids, mask))
 
 
+def test_others_may_read_it(exported):
+    assert all(path.stat().st_mode & 0o044 == 0o044 for path in (exported, *exported.rglob("*")))
+
+
 def test_the_card_has_the_runs_numbers(exported):
     card = (exported / "README.md").read_text()
     assert "after step 7" in card and "| seen/global/i2t_r1 | 0.1235 |" in card
