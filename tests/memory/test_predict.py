@@ -357,10 +357,13 @@ def test_the_answer_comes_first():
     assert sentence(report, DEFAULT_GPU) == f"{expected}: --fit {DEFAULT_GPU!r} finds what does"
 
 
-@pytest.mark.parametrize(
-    "arguments", [("--card", "abacus"), ("--gpu", "abacus"), ("--sweep", "moon"), ("--world-size", "0")]
-)
+@pytest.mark.parametrize("arguments", [("--gpu", "abacus"), ("--sweep", "moon"), ("--world-size", "0")])
 def test_mistakes_are_one_line(arguments):
     done = command(*arguments)
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1 and arguments[0] in done.stderr and "Traceback" not in done.stderr
+
+
+def test_the_former_name_of_an_option_stays_valid():
+    done = command("--card", "abacus")
+    assert done.returncode == 2 and done.stderr.startswith("error: --gpu is 'abacus': give one of A10G 24GB")
