@@ -19,6 +19,7 @@ def best(before: dict[str, Any], split: str, found: dict[str, Any], step: int) -
 def summary(split: str, found: dict[str, Any]) -> str:
     """The result of one split as lines of a table: what it was taken over, each score, chance, pointing game."""
     parts = [f"  {split:>6} {found['pairs']} pairs, {found['pictures']} pictures{left_out(found)}"]
+    width = len("fold/combined") if "fold/global/i2t_r1" in found else len("combined")
     for prefix in ("", "fold/"):
         for score in (*SCORES, "chance"):
             if f"{prefix}{score}/i2t_r1" in found:
@@ -27,7 +28,7 @@ def summary(split: str, found: dict[str, Any]) -> str:
                     f"R@{k} {found[f'{name}i2t_r{k}']:.3f}/{found[f'{name}t2i_r{k}']:.3f}" for k in (1, 5, 10)
                 )
                 mean = f"mean {found[f'{name}mean_recall']:.3f}"
-                parts.append(f"  {split:>6} {prefix + score:<8} i2t/t2i  {values}  {mean}")
+                parts.append(f"  {split:>6} {prefix + score:<{width}} i2t/t2i  {values}  {mean}")
     if "pointing_game" in found:
         accuracy = f"{found['pointing_game']:.3f} (chance {POINTING_CHANCE})"
         parts.append(f"  {split:>6} pointing-game accuracy {accuracy}")

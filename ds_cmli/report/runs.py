@@ -11,6 +11,8 @@ from typing import Any
 from ds_cmli.common.errors import UserError
 from ds_cmli.config.schema import load_config
 
+# Ends of columns by their former names, as runs of earlier versions wrote them.
+FORMER = {"/pointing": "/pointing_game"}
 NOT_A_SETTING = ("run.seed", "run.output_dir")  # what may differ between the runs of a group
 
 
@@ -53,7 +55,7 @@ def read(folder: str | Path) -> RunFiles:
         for line in path.read_bytes().splitlines():
             values = json.loads(line)
             if isinstance(values, dict) and isinstance(values.get("step"), int):
-                metrics.append(values)
+                metrics.append({_column(name): value for name, value in values.items()})
     except FileNotFoundError:
         raise UserError(f"RUN is {str(folder)!r}: it has no metrics.jsonl; give a run that has taken a step") from None
     except (OSError, ValueError) as error:
@@ -62,6 +64,11 @@ def read(folder: str | Path) -> RunFiles:
     if (folder / "memory.json").is_file():
         memory = json.loads((folder / "memory.json").read_text())
     return RunFiles(folder, settings, metrics, memory)
+
+
+def _column(name: str) -> str:
+    former = next((end for end in FORMER if name.startswith("eval/") and name.endswith(end)), None)
+    return name if former is None else name.removesuffix(former) + FORMER[former]
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

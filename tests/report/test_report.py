@@ -67,3 +67,10 @@ def test_what_is_no_run_is_told(tmp_path):
     (tmp_path / "a" / "metrics.jsonl").unlink()
     with pytest.raises(UserError, match=r"it has no metrics.jsonl"):
         read(path)
+
+
+def test_columns_of_earlier_versions_are_known_by_their_new_names(tmp_path):
+    folder = run(tmp_path / "old", 0, 0.5)
+    with open(tmp_path / "old" / "metrics.jsonl", "a") as file:
+        file.write(json.dumps({"step": 3, "eval/seen/pointing": 0.75}) + "\n")
+    assert read(folder).curve("eval/seen/pointing_game") == ([3], [0.75])
