@@ -201,12 +201,18 @@ class CMLIModel(PreTrainedModel):
 def build_student(config: CMLIConfig) -> Student:
     """With random weights, on the CPU."""
     settings = config.settings
-    with contextlib.redirect_stdout(io.StringIO()):  # what was told of the model at its training
-        return Loaded(
-            SimpleNamespace(**settings["student"]),  # type: ignore[arg-type]
-            settings["data"]["image_size"],
-            config.vocab_size,
-            settings["data"]["context_length"],
-            pretrained=False,
-            special=SpecialTokens(config.pad_id, config.class_first),
-        )
+    precision = torch.get_default_dtype()  # transformers sets it to the one that is asked for
+    torch.set_default_dtype(torch.float32)  # initial weights cannot be computed in 16 bits
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # what was told of the model at its training
+            student = Loaded(
+                SimpleNamespace(**settings["student"]),  # type: ignore[arg-type]
+                settings["data"]["image_size"],
+                config.vocab_size,
+                settings["data"]["context_length"],
+                pretrained=False,
+                special=SpecialTokens(config.pad_id, config.class_first),
+            )
+    finally:
+        torch.set_default_dtype(precision)
+    return student.to(precision)

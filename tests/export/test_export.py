@@ -67,6 +67,18 @@ def test_scores_and_loss_are_those_of_the_training(trained, model, inputs, batch
         model(inputs["input_ids"][:1], inputs["pixel_values"], inputs["attention_mask"][:1], return_loss=True)
 
 
+@torch.no_grad()
+def test_it_loads_in_16_bits_and_saves_itself(model, exported, inputs, tmp_path):
+    half = AutoModel.from_pretrained(exported, dtype=torch.bfloat16)
+    found = half.get_image_features(inputs["pixel_values"]).pooler_output
+    assert found.dtype == torch.bfloat16
+    wanted = model.get_image_features(inputs["pixel_values"]).pooler_output
+    torch.testing.assert_close(found.float(), wanted, atol=0.1, rtol=0.1)
+    model.save_pretrained(tmp_path)
+    again = AutoModel.from_pretrained(tmp_path).get_image_features(inputs["pixel_values"]).pooler_output
+    assert torch.equal(again, wanted)
+
+
 def test_matches_are_those_of_the_training(trained, model, pictures):
     found, wanted = model.match(pictures[0], TEXTS[1]), trained.match(pictures[0], TEXTS[1])
     assert (found.words, found.spans, found.grid) == (wanted.words, wanted.spans, wanted.grid)
