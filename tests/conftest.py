@@ -25,6 +25,24 @@ def pictures():
     assets.fetch(["pictures"])
 
 
+@pytest.fixture(scope="module")
+def device():
+    """This process as the only rank of a process group."""
+    from ds_cmli.distributed import process_group
+
+    yield process_group.init()
+    process_group.shutdown()
+
+
+@pytest.fixture(scope="module")
+def data():
+    """The data of the preset `tiny`."""
+    from ds_cmli.config.presets import load_preset
+    from ds_cmli.data import build_data
+
+    return build_data(load_preset("tiny", {}).data, 0)
+
+
 @pytest.fixture
 def fp16_device(monkeypatch):
     """A device that is said to have fp16, so that nothing falls back to bf16."""

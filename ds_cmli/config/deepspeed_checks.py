@@ -6,6 +6,7 @@ from typing import Any
 
 from ds_cmli.common.errors import UserError, nearest
 from ds_cmli.config import deepspeed_keys as keys
+from ds_cmli.config import json_values, optimizers
 from ds_cmli.config.validation import shown
 
 
@@ -27,7 +28,7 @@ def light(content: dict[str, Any]) -> None:
 def whole_numbers(section: str, content: Mapping[str, Any]) -> dict[str, Any]:
     """The checked content with whole numbers that are written as 5e7 made such, which schedulers insist on."""
 
-    def whole(kind: keys.Kind | None, value: Any) -> Any:
+    def whole(kind: json_values.Kind | None, value: Any) -> Any:
         counts = isinstance(value, float) and value.is_integer() and kind is not None and kind(value + 0.5) is not None
         return int(value) if counts else value
 
@@ -38,9 +39,17 @@ def whole_numbers(section: str, content: Mapping[str, Any]) -> dict[str, Any]:
             out[key] = whole_numbers(nested, value)
         else:
             parameters = section in ("optimizer.params", "scheduler.params")
-            known = keys.PARAMETERS if parameters else keys.SECTIONS.get(section, {})
+            known = optimizers.PARAMETERS if parameters else keys.SECTIONS.get(section, {})
             out[key] = whole(known.get(key), value)
     return out
+
+
+def without_effect(content: Mapping[str, Any]) -> tuple[str, ...]:
+    """One line with the keys of zero_optimization that its stage does not read."""
+    zero = content.get("zero_optimization", {})
+    stage = zero.get("stage", 0)
+    idle = sorted(key for stages, names in keys.STAGES.items() if stage not in stages for key in zero if key in names)
+    return (f"zero_optimization: no effect at stage {stage}: {', '.join(idle)}",) if idle else ()
 
 
 def _section(name: str, value: Any) -> None:
@@ -57,7 +66,7 @@ def _section(name: str, value: Any) -> None:
         raise UserError(f'{name} has no "enabled", which DeepSpeed takes for false: add "enabled": true or remove it')
 
 
-def _value(section: str, key: str, value: Any, known: dict[str, keys.Kind]) -> None:
+def _value(section: str, key: str, value: Any, known: dict[str, json_values.Kind]) -> None:
     where = f"{section}.{key}" if section else key
     if key not in known:
         names = {*known, *(n.rpartition(".")[2] for n in keys.SECTIONS if n and n.rpartition(".")[0] == section)}
@@ -81,18 +90,18 @@ def mapping(section: str, value: Any) -> dict[str, Any]:
 def _typed(section: str, value: dict[str, Any]) -> None:
     """The type of optimizer or scheduler, and its parameters."""
     kind = value.get("type")
-    table, without = (
-        (keys.OPTIMIZERS, keys.NO_OPTIMIZERS) if section == "optimizer" else (keys.SCHEDULERS, keys.NO_SCHEDULERS)
-    )
-    name = keys.DEEPSPEED_OPTIMIZERS.get(str(kind).lower(), kind) if section == "optimizer" else kind
+    table, without = optimizers.SCHEDULERS, optimizers.NO_SCHEDULERS
+    if section == "optimizer":
+        table, without = optimizers.OPTIMIZERS, optimizers.NO_OPTIMIZERS
+    name = optimizers.DEEPSPEED_OPTIMIZERS.get(str(kind).lower(), kind) if section == "optimizer" else kind
     if name in without:
         raise UserError(f"{section}.type is {kind!r}: it cannot train here, as {without[name]}")
     if name not in table:
         raise UserError(f"{section}.type is {shown(kind)}: {nearest(shown(kind), table)}")
     parameters = table[name].split()
-    kinds = {p.rstrip("!+"): keys.PARAMETERS.get(p.rstrip("!+"), keys.PARAMETER) for p in parameters}
+    kinds = {p.rstrip("!+"): optimizers.PARAMETERS.get(p.rstrip("!+"), optimizers.PARAMETER) for p in parameters}
     if name == "Adafactor":
-        kinds["eps"] = keys.either(keys.numbers(2, keys.number(0)))
+        kinds["eps"] = json_values.either(json_values.numbers(2, json_values.number(0)))
     given = mapping(f"{section}.params", value.get("params", {}))
     for key, item in given.items():
         if key == "max_grad_norm":
@@ -102,7 +111,7 @@ def _typed(section: str, value: dict[str, Any]) -> None:
     if missing:
         raise UserError(f"{section}.params has no {' and no '.join(missing)}: {name} needs it")
     if "torch_adam" in kinds and given.get("torch_adam", True):
-        for key in sorted(keys.OURS_ALONE & given.keys()):
+        for key in sorted(optimizers.OURS_ALONE & given.keys()):
             raise UserError(
                 f"optimizer.params.{key} is {given[key]!r}: PyTorch's {name} does not take it: remove it, or add "
                 '"torch_adam": false for DeepSpeed\'s own, which is compiled at its first use'
@@ -127,13 +136,13 @@ def _zero(content: dict[str, Any]) -> None:
                 f"zero_optimization.{key} is {shown(value)}: no effect at stage {stage}: remove it, or take stage 3"
             )
     kind = str(content.get("optimizer", {}).get("type", "AdamW"))
-    kind = keys.DEEPSPEED_OPTIMIZERS.get(kind.lower(), kind)
+    kind = optimizers.DEEPSPEED_OPTIMIZERS.get(kind.lower(), kind)
     if stage and kind == "Adagrad":
         raise UserError(
             f"optimizer.type is 'Adagrad': at stage {stage} DeepSpeed makes one group of all parameters, those without "
             "weight decay too: take stage 0, or AdamW"
         )
-    if stage and kind not in keys.ZERO_TESTED and not content.get("zero_allow_untested_optimizer"):
+    if stage and kind not in optimizers.ZERO_TESTED and not content.get("zero_allow_untested_optimizer"):
         raise UserError(
             f"optimizer.type is {kind!r}: DeepSpeed has not tested it at stage {stage}: add "
             '"zero_allow_untested_optimizer": true, or take stage 0'

@@ -5,7 +5,6 @@ is derived from it is asked here; only `raw` gives the JSON itself, for `deepspe
 """
 
 import copy
-import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,8 +13,9 @@ from typing import Any
 from ds_cmli.common.errors import UserError
 from ds_cmli.config import deepspeed_checks as checks
 from ds_cmli.config import deepspeed_keys as keys
+from ds_cmli.config import optimizers
 from ds_cmli.config.schema import OptimConfig
-from ds_cmli.config.validation import shown
+from ds_cmli.config.validation import check, parse_json
 
 BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 # What fills a parameter of the optimizer that the JSON leaves out or to "auto".
@@ -63,7 +63,7 @@ class DeepSpeedConfig(Mapping):
         if isinstance(content, cls):
             return content
         checks.light(dict(content))
-        return cls(checks.whole_numbers("", content), _without_effect(content))
+        return cls(checks.whole_numbers("", content), checks.without_effect(content))
 
     def replaced(self, zero_optimization: dict[str, Any] | None = None, **settings: Any) -> "DeepSpeedConfig":
         """Another one with these keys set, those of `zero_optimization` one by one; None removes a key."""
@@ -110,7 +110,7 @@ class DeepSpeedConfig(Mapping):
     def optimizer_type(self) -> str:
         """As PyTorch or DeepSpeed's documentation writes it."""
         kind = self.content.get("optimizer", {}).get("type", "AdamW")
-        return keys.DEEPSPEED_OPTIMIZERS.get(kind.lower(), kind)
+        return optimizers.DEEPSPEED_OPTIMIZERS.get(kind.lower(), kind)
 
     @property
     def optimizer_params(self) -> dict[str, Any]:
@@ -214,7 +214,7 @@ class DeepSpeedConfig(Mapping):
             out["gradient_clipping"] = optim.grad_clip
         optimizer = out.setdefault("optimizer", {"type": "AdamW", "params": {"torch_adam": True}})
         params = optimizer.setdefault("params", {})
-        takes = keys.OPTIMIZERS[self.optimizer_type].split()
+        takes = optimizers.OPTIMIZERS[self.optimizer_type].split()
         if "torch_adam" in takes and "torch_adam" not in params:
             params["torch_adam"] = True
             notices.append(
@@ -222,23 +222,18 @@ class DeepSpeedConfig(Mapping):
                 "false in its params asks for it"
             )
         for key in FILLED:
-            if (
-                key in takes
-                and params.get(key, "auto") == "auto"
-                and (self.optimizer_type, key) != ("Adafactor", "eps")
-            ):
+            fitting = key in takes and (self.optimizer_type, key) != ("Adafactor", "eps")
+            if fitting and params.get(key, "auto") == "auto":
                 value = getattr(optim, key)
                 params[key] = list(value) if key == "betas" else value
         partitions = self.zero.get("zero_hpz_partition_size", 1)
-        if world_size % partitions:
-            raise UserError(
-                f"zero_optimization.zero_hpz_partition_size is {partitions}: {world_size} ranks do not divide"
-            )
-        profiler = self.content.get("flops_profiler", {})
-        if profiler.get("enabled") and profiler.get("profile_step", 1) > total_steps:
-            raise UserError(
-                f"flops_profiler.profile_step is {profiler['profile_step']}: the run has {total_steps} steps"
-            )
+        hpz = "zero_optimization.zero_hpz_partition_size"
+        check(world_size % partitions == 0, hpz, partitions, f"{world_size} ranks do not divide")
+        profiler = {"profile_step": 1, **self.content.get("flops_profiler", {})}
+        check(
+            not profiler.get("enabled") or profiler["profile_step"] <= total_steps,
+            "flops_profiler.profile_step", profiler["profile_step"], f"the run has {total_steps} steps",
+        )  # fmt: skip
         for key, size in keys.WIDTHS.items():
             if self.zero.get(key) == "auto":
                 if width is None:
@@ -255,7 +250,7 @@ class DeepSpeedConfig(Mapping):
             **{"warmup_num_steps": optim.warmup_steps(total_steps), "total_num_steps": total_steps},
             **{"warmup_min_lr": 0, "warmup_max_lr": lr},
         }
-        for key in (p.rstrip("+") for p in keys.SCHEDULERS[scheduler["type"]].split() if p.endswith("+")):
+        for key in (p.rstrip("+") for p in optimizers.SCHEDULERS[scheduler["type"]].split() if p.endswith("+")):
             if params.get(key, "auto") == "auto":
                 params[key] = fill[key]
         if scheduler["type"] == "OneCycleLR":
@@ -291,41 +286,16 @@ class DeepSpeedConfig(Mapping):
         return lines
 
 
-def _without_effect(content: Mapping[str, Any]) -> tuple[str, ...]:
-    """One line with the keys of zero_optimization that its stage does not read."""
-    zero = content.get("zero_optimization", {})
-    stage = zero.get("stage", 0)
-    idle = sorted(key for stages, names in keys.STAGES.items() if stage not in stages for key in zero if key in names)
-    return (f"zero_optimization: no effect at stage {stage}: {', '.join(idle)}",) if idle else ()
-
-
 def _read(path: Path) -> dict[str, Any]:
     try:
         if not path.is_file():
             beside = sorted(p.name for p in path.parent.glob("*.json")) if path.parent.is_dir() else []
             raise UserError(f"no such file; beside it: {', '.join(beside) or 'nothing'}")
-        content = json.loads(
-            path.read_text(encoding="utf-8-sig"), object_pairs_hook=_no_duplicates, parse_constant=_no_constant
-        )
+        content = parse_json(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise UserError(f"cannot read it: {error.strerror}") from None
-    except RecursionError:
-        raise UserError("not valid JSON: nested too deeply") from None
     except ValueError as error:  # of JSON, of UTF-8, or of a number with too many digits
         raise UserError(f"not valid JSON: {error}") from None
     if not isinstance(content, dict):
         raise UserError(f"holds a {type(content).__name__}, give a JSON object {{...}}")
     return content
-
-
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    out: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in out:
-            raise UserError(f"it has {shown(key)} twice: keep one")
-        out[key] = value
-    return out
-
-
-def _no_constant(name: str) -> Any:
-    raise UserError(f"it has {name}, which is no number in JSON: give a finite one")

@@ -12,7 +12,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from ds_cmli.common.errors import UserError
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
-from ds_cmli.config.deepspeed_keys import DEEPSPEED_SCHEDULERS
+from ds_cmli.config.optimizers import DEEPSPEED_SCHEDULERS
 
 MOST_TRIED = 10_000  # steps of a schedule
 

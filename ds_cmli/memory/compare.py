@@ -281,22 +281,10 @@ def whole_step(preset: str, world_size: int, device: str, seconds: float = MOST_
     measured, why_not = None, f"needs {needed / GB:.1f} GB, {free / GB:.1f} GB are free"
     if needed <= free:
         measured, why_not = ask(["-m", __name__, preset, str(world_size), device], seconds)
-    parameters, largest, stage = (
-        prediction.parameters,
-        prediction.largest_module,
-        prediction.report.setting["zero_stage"],
-    )
-    return WholeStep(
-        preset,
-        world_size,
-        device,
-        prediction,
-        measured,
-        why_not,
-        parameters,
-        zero_model_states(parameters, world_size, stage),
-        deepspeed_model_states(parameters, largest, world_size, stage),
-    )
+    parameters, stage = prediction.parameters, prediction.report.setting["zero_stage"]
+    zero = zero_model_states(parameters, world_size, stage)
+    estimate = deepspeed_model_states(parameters, prediction.largest_module, world_size, stage)
+    return WholeStep(preset, world_size, device, prediction, measured, why_not, parameters, zero, estimate)
 
 
 def main(preset: str, world_size: str, device: str) -> None:

@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.profiler import ProfilerActivity, profile
 
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.schema import Config
 from ds_cmli.data import Batch
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.engine import TrainEngine
-from ds_cmli.memory import gpus, measure_cpu, measure_cuda, predict_subprocess
+from ds_cmli.memory import cpu_events, gpus, measure_cpu, measure_cuda, predict_subprocess
 from ds_cmli.memory.collectives import seen_by_the_profiler
 from ds_cmli.memory.report import Report, summarise
 from ds_cmli.memory.tracker import Tracker
@@ -115,14 +114,13 @@ def _measuring(train_engine: TrainEngine, setting: dict[str, Any]) -> Iterator[C
         return
     with seen_by_the_profiler(), tracker, tracker.attach_to_training(train_engine):
         before, known = sum(event.bytes for event in tracker.events()), len(tracker.ops)
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        with cpu_events.recording() as profiler:
             yield report
-    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
-    events.sort(key=lambda e: e.start_ns())
+    sizes = [size for name, size in cpu_events.events(profiler) if name == cpu_events.MEMORY]
     # Batches made before the profiler began, or by a loading process, are not among its events: the tracker first meets
     # them as "data", and no operator has made them.
     unseen = [e.bytes for e in tracker.events() if e.category == "data" and not e.op and e.block >= known]
-    totals["requested"] = max(accumulate((e.nbytes() for e in events), initial=before))
+    totals["requested"] = max(accumulate(sizes, initial=before))
     totals["requested"] += max(accumulate(unseen, initial=0))
 
 

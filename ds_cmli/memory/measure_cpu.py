@@ -11,22 +11,18 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.profiler import ProfilerActivity, profile, record_function
+from torch.profiler import record_function
 
 from ds_cmli import engine
 from ds_cmli.common.patches import replaced
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.schema import Config
+from ds_cmli.memory import cpu_events
 from ds_cmli.memory.collectives import seen_by_the_profiler
 from ds_cmli.memory.fake import process_group
+from ds_cmli.memory.inputs import longest_batch, text_lengths, without_weights
 from ds_cmli.memory.phases import phases
-from ds_cmli.memory.predict import (
-    TOTAL_STEPS,
-    longest_batch,
-    recorded_from_the_engine_on,
-    text_lengths,
-    without_weights,
-)
+from ds_cmli.memory.predict import TOTAL_STEPS, recorded_from_the_engine_on
 from ds_cmli.memory.report import PHASES, Event, Report, summarise
 from ds_cmli.memory.tracker import Tracker
 
@@ -118,15 +114,14 @@ def allocator_events(call: Callable[[Callable[[str], None]], object]) -> list[tu
         with record_function(MARK + phase):
             pass
 
-    with seen_by_the_profiler(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    with seen_by_the_profiler(), cpu_events.recording() as profiler:
         call(enter)
-    recorded = profiler.profiler.kineto_results.events()
     phase, events = "", []
-    for event in sorted(recorded, key=lambda e: e.start_ns()):
-        if event.name() == "[memory]":
-            events.append((phase, event.nbytes()))
-        elif event.name().startswith(MARK):
-            phase = event.name().removeprefix(MARK)
+    for name, size in cpu_events.events(profiler):
+        if name == cpu_events.MEMORY:
+            events.append((phase, size))
+        elif name.startswith(MARK):
+            phase = name.removeprefix(MARK)
             events.append((phase, 0))  # what lives at its beginning lives in it
     return events
 

@@ -16,7 +16,8 @@ from ds_cmli import engine
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.schema import Config
 from ds_cmli.memory.fake import process_group
-from ds_cmli.memory.predict import TOTAL_STEPS, longest_batch, without_weights
+from ds_cmli.memory.inputs import longest_batch, without_weights
+from ds_cmli.memory.predict import TOTAL_STEPS
 from ds_cmli.memory.report import Report, summarise
 from ds_cmli.memory.tracker import Tracker
 

@@ -9,39 +9,25 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ds_cmli import engine
-from ds_cmli.common.errors import UserError
 from ds_cmli.common.patches import patched, replaced
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.schema import Config, check, choice
-from ds_cmli.data import Batch
-from ds_cmli.data.tokens import load_tokenizer
 from ds_cmli.memory import gpus
 from ds_cmli.memory.allocator import CachingAllocator, replay
 from ds_cmli.memory.fake import convert_parameters, fake_world
+from ds_cmli.memory.inputs import NotPredictable, Texts, longest_batch, text_lengths, without_weights
 from ds_cmli.memory.phases import phases
 from ds_cmli.memory.report import Event, Report, summarise
 from ds_cmli.memory.tracker import Tracker
-from ds_cmli.models.transformers_model import family, text_part, without_effect
 
 DEFAULT_GPU = "RTX 3090 24GB"  # assumed: the document says 24 GB and names no GPU
 TOTAL_STEPS = 1000  # of the schedule; decides no size
-# Text models whose sizes are the defaults of their family in the transformers library: known without a download.
-FAMILY_SIZES = ("bert", "bert-base-uncased", "bert-base-cased", "roberta", "roberta-base")
-
-
-# Of one micro-batch, for each rank: the positions that its texts are padded to, and the valid tokens of each.
-Texts = Sequence[tuple[int, Sequence[int]]]
-
-
-class NotPredictable(UserError):
-    """A setting that can be trained with, but whose memory cannot be told."""
 
 
 @dataclass
@@ -185,43 +171,6 @@ def _pinned(ds_config: DeepSpeedConfig) -> DeepSpeedConfig:
     return DeepSpeedConfig(out)
 
 
-def without_weights(config: Config) -> tuple[Config, int]:
-    """The configuration with random weights of the same sizes, and the vocabulary's size.
-
-    Raises `UserError` for a text model whose sizes are known neither here nor on this machine.
-    """
-    student, teacher = config.student, config.teacher
-    from transformers import AutoConfig
-
-    vocab_size = None
-    if student.text_weights == "random" or Path(student.text_weights).is_file():
-        if config.data.tokenizer == "builtin":
-            vocab_size = load_tokenizer("builtin", config.data.context_length).vocab_size
-    elif student.text_weights != "demo":
-        source = student.text_model if student.text_weights == "hub" else student.text_weights
-        try:
-            encoder = text_part(AutoConfig.from_pretrained(source, local_files_only=True, trust_remote_code=False))
-            sizes = {
-                name: value
-                for name, value in encoder.to_diff_dict().items()
-                if isinstance(value, int | float | bool | str | list) and without_effect(type(encoder), name) is None
-            }
-            vocab_size = encoder.vocab_size
-            student = replace(
-                student, text_model=encoder.model_type, text_overrides={**sizes, **student.text_overrides}
-            )
-        except Exception:
-            if source not in FAMILY_SIZES and "hidden_size" not in student.text_overrides:
-                raise NotPredictable(
-                    f"student.text_model is {source!r}: its sizes are not known without a download: give them in "
-                    "student.text_overrides, or start it once"
-                ) from None
-    if vocab_size is None:
-        vocab_size = AutoConfig.for_model(family(student.text_model)).vocab_size
-    student = replace(student, image_weights="random", text_weights="random")
-    return replace(config, student=student, teacher=replace(teacher, weights="random")), vocab_size
-
-
 @contextmanager
 def recorded_from_the_engine_on(
     tracker: Tracker, ds_config: DeepSpeedConfig, cuda: bool, enter: Callable[[str], None] = lambda phase: None
@@ -288,31 +237,3 @@ def flattened_where_there_is_room(tracker: Tracker, free: Callable[[], int]) -> 
         patched("torch: copy to the host", lambda _: to_host),
     ):
         yield
-
-
-def text_lengths(config: Config, micro_batch: int) -> list[int]:
-    """Valid tokens of each text of `longest_batch`: [CLS] and [SEP] are none."""
-    positions = config.data.context_length
-    return [max(0, positions - 3), *[positions - 2] * (micro_batch - 1)]
-
-
-def longest_batch(config: Config, micro_batch: int, positions: int | None = None) -> Batch:
-    """Zeros in the shapes of the largest batch there can be, or with texts padded to `positions`; real or fake."""
-    B, M, S = micro_batch, positions or config.data.context_length, config.data.image_size
-    attention_mask = torch.ones(B, M, dtype=torch.bool)
-    attention_mask[0, -1] = False
-    token_mask = attention_mask.clone()
-    token_mask[:, 0] = False  # [CLS]
-    token_mask[:, -1] = False  # [SEP]
-    token_mask[0, -2] = False
-    return Batch(
-        image=torch.zeros(B, 3, S, S, dtype=torch.uint8),
-        input_ids=torch.zeros(B, M, dtype=torch.int64),
-        attention_mask=attention_mask,
-        token_mask=token_mask,
-        index=torch.zeros(B, dtype=torch.int64),
-        image_id=torch.arange(B),
-        token_picture=torch.zeros(B, M, dtype=torch.int64),
-        cell_picture=torch.zeros(B, 2, 2, dtype=torch.int64),
-        bad=[],
-    )

@@ -97,7 +97,8 @@ class Predictor:
 
 def answer(request: dict[str, Any]) -> Answer:
     from ds_cmli.memory import snapshot
-    from ds_cmli.memory.predict import DEFAULT_GPU, NotPredictable, predict
+    from ds_cmli.memory.inputs import NotPredictable
+    from ds_cmli.memory.predict import DEFAULT_GPU, predict
 
     try:
         config = Config.from_dict(request["config"])

@@ -19,15 +19,8 @@ from ds_cmli.common.errors import UserError
 from ds_cmli.common.pretrained import refused_code
 from ds_cmli.config.presets import load_preset
 from ds_cmli.data import build_data, eval_loader
-from ds_cmli.distributed import process_group as distributed
 from tests.checkpoint.test_checksums import DAMAGES, flip
 from tests.engine.test_train_engine import build
-
-
-@pytest.fixture(scope="module")
-def device():
-    yield distributed.init()
-    distributed.shutdown()
 
 
 @pytest.fixture(scope="module")

@@ -143,12 +143,6 @@ def read_all(setting: Setting, folder: Path, precisions: list[str]) -> dict[tupl
 
 
 @pytest.fixture(scope="module")
-def device():
-    yield distributed.init()
-    distributed.shutdown()
-
-
-@pytest.fixture(scope="module")
 def source(tmp_path_factory) -> str:
     return pairs(tmp_path_factory.mktemp("data") / "pairs", count=63)
 

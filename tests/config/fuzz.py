@@ -32,6 +32,7 @@ from unittest import mock
 from PIL import Image
 
 from ds_cmli.config import deepspeed_keys as keys
+from ds_cmli.config import json_values, optimizers
 from ds_cmli.config.options import PLACES
 from ds_cmli.config.schema import LOSSES, Config
 from tests.conftest import ROOT, clean_environment
@@ -145,7 +146,7 @@ def change_json(draw: random.Random, content: dict[str, Any]) -> str:
             at["enabled"] = True
         at[new] = draw.choice(VALUES)
         return f"{section}.{new} = {at[new]!r:.40}"
-    table = keys.SCHEDULERS if kind == "scheduler" else keys.OPTIMIZERS
+    table = optimizers.SCHEDULERS if kind == "scheduler" else optimizers.OPTIMIZERS
     if kind == "optimizer key" and isinstance(content.get("optimizer"), dict):
         optimizer = content["optimizer"]
         optimizer["params"] = dict(optimizer["params"]) if isinstance(optimizer.get("params"), dict) else {}
@@ -153,16 +154,16 @@ def change_json(draw: random.Random, content: dict[str, Any]) -> str:
         optimizer["params"][new] = draw.choice(VALUES)
         return f"optimizer.params.{new} = {optimizer['params'][new]!r:.40}"
     kind = kind.split()[0]
-    content[kind] = {"type": draw.choice([*table, *keys.NO_OPTIMIZERS, "LambdaLR", "Adamm"])}
+    content[kind] = {"type": draw.choice([*table, *optimizers.NO_OPTIMIZERS, "LambdaLR", "Adamm"])}
     known = table.get(content[kind]["type"], "lr").replace("!", "").replace("+", "").split()
     if draw.random() < 0.7 and known:
         content[kind]["params"] = {draw.choice(known): draw.choice([0.1, 1, 10, 0, -1, "auto", True, [0.5, 0.9]])}
     return f"{kind} = {content[kind]}"
 
 
-def _valid(draw: random.Random, kind: keys.Kind, where: str, folder: Path) -> Any:
+def _valid(draw: random.Random, kind: json_values.Kind, where: str, folder: Path) -> Any:
     """A value that this kind allows, or None, which may be one, too."""
-    if kind is keys.text:
+    if kind is json_values.text:
         return str(folder / "logs")
     values = [v for v in POOL if kind(v) is None or (v == "auto" and where in keys.AUTO)]
     return draw.choice(values or [None])
@@ -197,16 +198,16 @@ def change_json_validly(draw: random.Random, content: dict[str, Any], folder: Pa
         del content[key := draw.choice(optional or [*content])]
         return f"without {key}"
     if kind in ("optimizer", "scheduler"):
-        table = keys.SCHEDULERS if kind == "scheduler" else keys.OPTIMIZERS
+        table = optimizers.SCHEDULERS if kind == "scheduler" else optimizers.OPTIMIZERS
         new = draw.choice([*table])
         names = table[new].split()
         names = [n for n in names if n.endswith("!")] + draw.sample(names, min(len(names), draw.choice([0, 1, 2])))
         params = {}
         for name in (n.rstrip("!+") for n in names):
-            allowed = keys.PARAMETERS.get(name, keys.PARAMETER)
+            allowed = optimizers.PARAMETERS.get(name, optimizers.PARAMETER)
             params[name] = 1e-3 if name.endswith("lr") else _valid(draw, allowed, f"{kind}.params.{name}", folder)
         content[kind] = {"type": new, "params": params}
-        if kind == "optimizer" and new not in keys.ZERO_TESTED:
+        if kind == "optimizer" and new not in optimizers.ZERO_TESTED:
             content["zero_allow_untested_optimizer"] = True
         return f"{kind} = {content[kind]}"
     places = [(s, k) for s, known in keys.SECTIONS.items() for k in known if s not in ("optimizer", "scheduler")]

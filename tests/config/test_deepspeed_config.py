@@ -10,6 +10,7 @@ import pytest
 
 from ds_cmli.common.errors import UserError
 from ds_cmli.config import deepspeed_keys as keys
+from ds_cmli.config import optimizers
 from ds_cmli.config.deepspeed_config import BATCH_KEYS, DeepSpeedConfig
 from ds_cmli.config.schema import OptimConfig
 
@@ -299,7 +300,7 @@ def test_any_value_anywhere_is_taken_or_one_line():
                 assert key != "unknown"
 
 
-@pytest.mark.parametrize("section, table", [("optimizer", keys.OPTIMIZERS), ("scheduler", keys.SCHEDULERS)])
+@pytest.mark.parametrize("section, table", [("optimizer", optimizers.OPTIMIZERS), ("scheduler", optimizers.SCHEDULERS)])
 def test_any_parameter_is_taken_or_one_line(section, table):
     for kind, parameters in table.items():
         for key in parameters.replace("!", "").replace("+", "").split():
@@ -340,18 +341,18 @@ def test_tables_hold_what_deepspeed_and_torch_take():
     def takes(found):
         return {*inspect.signature(found).parameters} - {"params", "optimizer", "last_epoch", "last_batch_iteration"}
 
-    for name, parameters in keys.OPTIMIZERS.items():
+    for name, parameters in optimizers.OPTIMIZERS.items():
         if hasattr(torch.optim, name):
-            known = {*parameters.split()} - keys.OURS_ALONE - {"torch_adam", "adam_w_mode"}
+            known = {*parameters.split()} - optimizers.OURS_ALONE - {"torch_adam", "adam_w_mode"}
             assert known == takes(getattr(torch.optim, name)) - {"decoupled_weight_decay"} | (
                 known & {"decoupled_weight_decay"}
             ), name
-    for name, parameters in keys.SCHEDULERS.items():
-        home = lr_schedules if name in keys.DEEPSPEED_SCHEDULERS else torch.optim.lr_scheduler
+    for name, parameters in optimizers.SCHEDULERS.items():
+        home = lr_schedules if name in optimizers.DEEPSPEED_SCHEDULERS else torch.optim.lr_scheduler
         known = {*parameters.replace("!", "").replace("+", "").split()}
         assert known == takes(getattr(home, name)) - {"scale_fn"}, name
     theirs = {n for n, c in vars(torch.optim).items() if inspect.isclass(c) and n != "Optimizer"}
-    assert theirs <= keys.OPTIMIZERS.keys() | keys.NO_OPTIMIZERS.keys()
+    assert theirs <= optimizers.OPTIMIZERS.keys() | optimizers.NO_OPTIMIZERS.keys()
     base = torch.optim.lr_scheduler.LRScheduler
     found = {n for n, c in vars(torch.optim.lr_scheduler).items() if inspect.isclass(c) and issubclass(c, base)}
-    assert found - {"LRScheduler", "_LRScheduler"} <= keys.SCHEDULERS.keys() | keys.NO_SCHEDULERS.keys()
+    assert found - {"LRScheduler", "_LRScheduler"} <= optimizers.SCHEDULERS.keys() | optimizers.NO_SCHEDULERS.keys()

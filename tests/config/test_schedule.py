@@ -5,29 +5,17 @@ import torch
 
 from ds_cmli import engine
 from ds_cmli.common.errors import UserError
-from ds_cmli.config import deepspeed_keys as keys
+from ds_cmli.config import optimizers
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.presets import load_preset
 from ds_cmli.config.schedule import warmup_then_cosine
-from ds_cmli.data import build_data, eval_loader
-from ds_cmli.distributed import process_group as distributed
+from ds_cmli.data import eval_loader
 
 STEPS = 4
 REQUIRED = {
     **{"cycle_min_lr": 1e-4, "cycle_max_lr": 1e-2, "T_max": 3, "T_0": 2, "base_lr": 1e-4, "max_lr": 1e-2, "gamma": 0.9},
     **{"milestones": [1, 2], "step_size": 2},
 }
-
-
-@pytest.fixture(scope="module")
-def device():
-    yield distributed.init()
-    distributed.shutdown()
-
-
-@pytest.fixture(scope="module")
-def data():
-    return build_data(load_preset("tiny", {}).data, 0)
 
 
 @pytest.fixture(scope="module")
@@ -76,14 +64,14 @@ def test_the_first_step_trains_and_its_own_rate_is_logged(device, data, batches)
 
 
 @pytest.mark.parametrize("stage", [0, 2])
-@pytest.mark.parametrize("kind", sorted({*keys.OPTIMIZERS, *keys.NO_OPTIMIZERS, "adamw"}))
+@pytest.mark.parametrize("kind", sorted({*optimizers.OPTIMIZERS, *optimizers.NO_OPTIMIZERS, "adamw"}))
 def test_every_optimizer_trains_or_is_one_line(device, data, batches, kind, stage):
     content = {
         **{"optimizer": {"type": kind}, "zero_allow_untested_optimizer": True},
         **{"zero_optimization": {"stage": stage}, "bf16": {"enabled": stage > 0}},
     }
     not_here = ("Lamb", "Lion", "Adagrad" if stage else "")  # the first two need a GPU
-    if kind in keys.NO_OPTIMIZERS or kind in not_here:
+    if kind in optimizers.NO_OPTIMIZERS or kind in not_here:
         with pytest.raises(UserError, match=f"^optimizer.type is '{kind}': [^\n]*$"):
             train(content, device, data, batches)
     else:
@@ -91,12 +79,12 @@ def test_every_optimizer_trains_or_is_one_line(device, data, batches, kind, stag
         assert all(moved)
 
 
-@pytest.mark.parametrize("kind", sorted({*keys.SCHEDULERS, *keys.NO_SCHEDULERS}))
+@pytest.mark.parametrize("kind", sorted({*optimizers.SCHEDULERS, *optimizers.NO_SCHEDULERS}))
 def test_every_scheduler_trains_or_is_one_line(device, data, batches, kind):
-    takes = {p.rstrip("!") for p in keys.SCHEDULERS.get(kind, "").split() if p.endswith("!")}
+    takes = {p.rstrip("!") for p in optimizers.SCHEDULERS.get(kind, "").split() if p.endswith("!")}
     params = {key: REQUIRED[key] for key in takes}
     content = {"scheduler": {"type": kind, "params": params}, "zero_optimization": {"stage": 2}}
-    if kind in keys.NO_SCHEDULERS:
+    if kind in optimizers.NO_SCHEDULERS:
         with pytest.raises(UserError, match=f"^scheduler.type is '{kind}': [^\n]*$"):
             train(content, device, data, batches)
         return

@@ -11,22 +11,10 @@ from ds_cmli.cmli import op
 from ds_cmli.common.errors import UserError
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.presets import load_preset
-from ds_cmli.data import Batch, build_data, eval_loader
-from ds_cmli.distributed import process_group as distributed
+from ds_cmli.data import Batch, eval_loader
 from ds_cmli.engine import planning
 from tests.cmli.helpers import allocator_peak
 from tests.conftest import ROOT
-
-
-@pytest.fixture(scope="module")
-def device():
-    yield distributed.init()
-    distributed.shutdown()
-
-
-@pytest.fixture(scope="module")
-def data():
-    return build_data(load_preset("tiny", {}).data, 0)
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from ds_cmli.config.presets import load_preset  # noqa: E402
 from ds_cmli.distributed import process_group as distributed  # noqa: E402
 from ds_cmli.faults import out_of_memory  # noqa: E402
 from ds_cmli.faults.watchdog import Watchdog  # noqa: E402
-from ds_cmli.memory.predict import longest_batch  # noqa: E402
+from ds_cmli.memory.inputs import longest_batch  # noqa: E402
 
 OVERRIDES = {"optim": {"micro_batch": 768}, "student": {"shared_blocks": 4}}
 

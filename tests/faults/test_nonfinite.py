@@ -13,7 +13,6 @@ from ds_cmli.common.errors import UserError
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.presets import load_preset
 from ds_cmli.data import build_data, eval_loader
-from ds_cmli.distributed import process_group as distributed
 from ds_cmli.distributed.collective_flags import CollectiveFlags
 from ds_cmli.faults import nonfinite
 from tests.config.test_mistakes import pairs
@@ -38,12 +37,6 @@ CONFIGS = {
         "bf16": {"enabled": True},
     },
 }
-
-
-@pytest.fixture(scope="module")
-def device():
-    yield distributed.init()
-    distributed.shutdown()
 
 
 def everything(train_engine) -> list[torch.Tensor]:

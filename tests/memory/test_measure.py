@@ -14,7 +14,7 @@ from ds_cmli.config.presets import load_preset
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.memory import measure, measure_cuda
 from ds_cmli.memory.fake import process_group
-from ds_cmli.memory.predict import longest_batch, without_weights
+from ds_cmli.memory.inputs import longest_batch, without_weights
 from ds_cmli.memory.profiles import Profiles
 from ds_cmli.memory.report import CATEGORIES, PHASES, Event, summarise
 

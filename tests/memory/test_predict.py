@@ -23,8 +23,9 @@ from ds_cmli.config.presets import load_preset
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.memory import gpus, search
 from ds_cmli.memory.fake import Answers, fake_world
+from ds_cmli.memory.inputs import NotPredictable, longest_batch, without_weights
 from ds_cmli.memory.measure_cpu import measure
-from ds_cmli.memory.predict import DEFAULT_GPU, NotPredictable, longest_batch, predict, without_weights
+from ds_cmli.memory.predict import DEFAULT_GPU, predict
 from ds_cmli.memory.report import CATEGORIES
 from ds_cmli.memory.tracker import Tracker
 from tests.conftest import ROOT, clean_environment

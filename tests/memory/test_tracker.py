@@ -8,7 +8,7 @@ from ds_cmli.cmli import cmli_peak_bytes, cmli_scores
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.presets import load_preset
 from ds_cmli.distributed import process_group as distributed
-from ds_cmli.memory.predict import longest_batch
+from ds_cmli.memory.inputs import longest_batch
 from ds_cmli.memory.report import summarise
 from ds_cmli.memory.tracker import Tracker
 
