@@ -166,8 +166,6 @@ def run(
 
 def loop(run: Run, after_step: Callable[[], None]) -> int:
     """Train to the end; all ranks go through the same lines and meet in those marked. Returns the exit code."""
-    import torch
-
     from ds_cmli.data import train_loader
 
     settings, state, engine = run.config.run, run.state, run.engine
@@ -185,22 +183,19 @@ def loop(run: Run, after_step: Callable[[], None]) -> int:
             if state.step == run.total_steps or state.out_of_patience(settings.patience):
                 break
 
-            # One optimizer step: forward and backward of each micro-batch; the engine updates after the last one.
             run.watchdog.heartbeat(state.step)
-            window = []  # (sample indices, loss) of each micro-batch, to name the samples of a step that fails
-            sums = torch.zeros_like(state.sums)
-            for micro_batch in range(run.accumulation):
+            micro_batches: list[Any] = []
+            for _ in range(run.accumulation):
                 batch, stop, save_due = next_batch(run, batches)  # collective
-                if stop and micro_batch == 0:
+                if stop and not micro_batches:
                     raise preemption.Preempted
+                micro_batches.append(batch)
                 run.bad.add(batch.bad)
                 run.meter.pairs += run.sampler.global_batch
-                total, each = engine(batch)  # collectives: exchanged text, gradients, the update
                 run.sampler.advance()
-                sums += torch.stack([total, *each.values(), engine.objective.ignored / len(batch.index)])
-                window.append((batch.index, total))
+            found = engine.step(micro_batches, run.watchdog.heartbeat)  # collectives: one optimizer step
             state.step += 1
-            end_step(run, window, sums)  # collectives after a skipped step
+            end_step(run, found)  # collectives after a skipped step
             after_step()
 
             last = state.step == run.total_steps
@@ -241,7 +236,7 @@ def next_batch(run: Run, batches: Iterator[Any]) -> tuple[Any, bool, bool]:
     return batch, stop, save_due
 
 
-def end_step(run: Run, window: list[tuple[Any, Any]], sums: Any) -> None:
+def end_step(run: Run, found: list[Any]) -> None:
     """Count the step's losses or, where loss or gradients were not finite on some rank, the step as skipped on all."""
     from ds_cmli.faults import nonfinite
 
@@ -250,11 +245,13 @@ def end_step(run: Run, window: list[tuple[Any, Any]], sums: Any) -> None:
     samples: list[int] = []
     if run.engine.skipped:
         lower_scale = nonfinite.can_lower_scale(run.engine.engine.optimizer)
+        window = [(losses.index, losses.total) for losses in found]
         samples = nonfinite.skipped_samples(window, lower_scale, run.flags)  # collective
     else:
         state.skipped_in_row = 0
     if not samples:  # an overflow that only asked for a lower loss scale has finite losses
-        state.sums += sums
+        for losses in found:
+            state.sums += losses.stacked()
         state.micro_batches += run.accumulation
         return
     state.skipped_in_row += 1

@@ -28,18 +28,18 @@ def drive(arguments: list[str], stop_at: int | None = None, seen: str | None = N
     """
     from ds_cmli.engine import TrainEngine
 
-    end_step, one_call = train.end_step, TrainEngine.__call__
+    end_step, one_step = train.end_step, TrainEngine.step
 
-    def ended(run, window, sums):
-        end_step(run, window, sums)
+    def ended(run, found):
+        end_step(run, found)
         if run.state.step == stop_at and int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1:
             os.kill(os.getpid(), signal.SIGUSR1)
 
-    def call(step, batch):
+    def step(engine, micro_batches, heartbeat):
         if seen:
             with open(f"{seen}.{os.environ['RANK']}", "a") as file:
-                file.write(json.dumps(batch.index.tolist()) + "\n")
-        return one_call(step, batch)
+                file.writelines(json.dumps(batch.index.tolist()) + "\n" for batch in micro_batches)
+        return one_step(engine, micro_batches, heartbeat)
 
     if os.environ["WORLD_SIZE"] == "1":
         os.environ["MASTER_PORT"] = "0"  # the last training has left its own there, still taken
@@ -47,7 +47,7 @@ def drive(arguments: list[str], stop_at: int | None = None, seen: str | None = N
     preemption._received.clear()
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(train, "end_step", ended))
-        stack.enter_context(mock.patch.object(TrainEngine, "__call__", call))
+        stack.enter_context(mock.patch.object(TrainEngine, "step", step))
         for number in preemption.SIGNALS:
             signal.signal(number, preemption._note)
         try:

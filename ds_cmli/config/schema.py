@@ -133,6 +133,12 @@ class OptimConfig:
     warmup_share: BelowOne = 0.05  # of all steps, linear
     grad_clip: Annotated[float, Field(ge=0, description="0: off")] = 1.0
     micro_batch: Count = 64  # B, pairs per rank
+    # Where accumulation makes a step of several micro-batches: which texts an image is compared with, those of its own
+    # micro-batch or of the whole step (gradient caching: a second forward pass, and the loss of one large batch).
+    negatives: Literal["micro_batch", "global_batch"] = "global_batch"
+    cache_on_host: bool = False  # the features of the step's micro-batches wait in the host's memory
+    # Over ranks once a step, at ZeRO stages 2 and 3 too: each rank then holds all gradients, in the model's precision.
+    reduce_once: bool = False
     steps: Count | None = 300
     epochs: Annotated[float, Field(gt=0, le=MOST)] | None = None
 

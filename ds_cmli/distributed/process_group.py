@@ -199,23 +199,30 @@ def _all_shapes(x: Tensor, group: dist.ProcessGroup | None) -> list[list[int]]:
 exchanging: Callable[[], AbstractContextManager] = nullcontext
 
 
+def sum_to_owner(grad: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
+    """[G, ...] of every rank, summed over ranks -> this rank's rows [B, ...], fp32 (fp64 for fp64). Collective."""
+    # Summed in fp32 (fp64 for fp64): P contributions of half precision would lose bits, and overflow under loss
+    # scaling. Contiguous: gloo sends a strided tensor's storage in the wrong order without complaint.
+    wide = torch.float64 if grad.dtype == torch.float64 else torch.float32
+    grad = grad.to(wide).contiguous()
+    if world_size(group) == 1:
+        return grad
+    own = torch.empty((len(grad) // world_size(group), *grad.shape[1:]), dtype=wide, device=grad.device)
+    with exchanging():
+        dist.reduce_scatter_tensor(own, grad, group=group)  # collective
+    return own
+
+
 class _GatherWithGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, group):
-        ctx.group, ctx.dtype, ctx.batch = group, x.dtype, x.shape[0]
+        ctx.group, ctx.dtype = group, x.dtype
         with exchanging():
             return _all_gather(x, group)
 
     @staticmethod
     def backward(ctx, grad):
-        # Summed in fp32 (fp64 for fp64): P contributions of half precision would lose bits, and overflow under
-        # loss scaling. Contiguous: gloo sends a strided tensor's storage in the wrong order without complaint.
-        wide = torch.float64 if grad.dtype == torch.float64 else torch.float32
-        grad = grad.to(wide).contiguous()
-        mine = torch.empty((ctx.batch, *grad.shape[1:]), dtype=wide, device=grad.device)
-        with exchanging():
-            dist.reduce_scatter_tensor(mine, grad, group=ctx.group)  # collective: SUM back to the owner
-        return mine.to(ctx.dtype), None
+        return sum_to_owner(grad, ctx.group).to(ctx.dtype), None
 
 
 def gather_with_gradient(x: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
@@ -276,3 +283,14 @@ def column_logsumexp(logits: Tensor, group: dist.ProcessGroup | None = None) -> 
     fp32 or fp64. Collective, in forward and in backward: two vectors of length G there, one back.
     """
     return logits.logsumexp(0) if world_size(group) == 1 else _ColumnLogSumExp.apply(logits, group)
+
+
+def logsumexp_over_ranks(lse: Tensor) -> Tensor:
+    """log(sum(exp)) over the ranks of each element: [G] -> [G], equal on every rank, without a gradient. Collective."""
+    if world_size() == 1:
+        return lse
+    top = lse.clone()
+    dist.all_reduce(top, op=dist.ReduceOp.MAX)  # collective, G numbers
+    total = (lse - top).exp_()
+    dist.all_reduce(total)  # collective, G numbers
+    return top + total.log_()

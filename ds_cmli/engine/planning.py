@@ -90,14 +90,21 @@ def plan(
     if steps is None:
         assert config.optim.epochs is not None
         steps = max(1, int(config.optim.epochs * sampler.batches_per_epoch / accumulation))
+    ds_config = filled(config, ds_config, ranks, steps)
+    negatives = total if compares_all(config, ds_config) else micro_batch * ranks
     say(
         f"batch: {micro_batch} pairs per rank x {accumulation} accumulation x {ranks} ranks = {total} pairs a step; "
-        f"{steps} steps; negatives from {micro_batch * ranks} pairs"
+        f"{steps} steps; negatives from {negatives} pairs"
     )
-    ds_config = filled(config, ds_config, ranks, steps)
     for notice in (*ds_config.notices, try_out(ds_config, steps)):
         say(notice)
     return ds_config, sampler, steps
+
+
+def compares_all(config: Config, ds_config: DeepSpeedConfig) -> bool:
+    """Whether the losses over pairs take their negatives from several micro-batches: gradient caching."""
+    several = ds_config.accumulation > 1 and config.optim.negatives == "global_batch"
+    return several and any(LOSSES[name].scores for name in config.loss.weights)
 
 
 def resolve_weights(config: Config) -> Config:

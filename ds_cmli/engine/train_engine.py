@@ -4,6 +4,8 @@ The one place where a training step is put together: whatever trains, profiles o
 """
 
 import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,11 +22,13 @@ from ds_cmli.config.schema import Config
 from ds_cmli.data import Batch
 from ds_cmli.data.tokens import SpecialTokens
 from ds_cmli.distributed import process_group as distributed
+from ds_cmli.engine import gradient_caching
 from ds_cmli.engine.parameter_groups import freeze, parameter_groups
-from ds_cmli.engine.planning import resolve_weights
+from ds_cmli.engine.planning import compares_all, resolve_weights
+from ds_cmli.engine.result import MicroBatchLosses
 from ds_cmli.engine.throughput import ModelFlops, StepTimer
 from ds_cmli.faults import nonfinite
-from ds_cmli.losses import needs_teacher
+from ds_cmli.losses import LOSSES, needs_teacher
 from ds_cmli.losses.objective import Objective
 from ds_cmli.models.checkpointing import checkpoint_blocks
 from ds_cmli.models.student import Student
@@ -68,52 +72,115 @@ class TrainEngine:
     dtype: torch.dtype
     names: list[list[str]]  # of the parameters, in the order of the optimizer's groups
     lr_factor: float = 1.0  # of the first group's learning rate
+    accumulation: int = 1  # micro-batches of a step
+    caching: bool = False  # negatives from all of them
+    cache_on_host: bool = False
+    reduce_once: bool = False
     timer: StepTimer | None = None  # of a training; counts the model's operations too
     flops: dict[int, float] = field(default_factory=dict)  # of a micro-batch, by the positions of its texts
     lr: float = 0.0  # that the last update was made with, where the factor is 1
 
+    def step(
+        self, micro_batches: Sequence[Batch], heartbeat: Callable[[], None] = lambda: None
+    ) -> list[MicroBatchLosses]:
+        """One optimizer step. Collective.
+
+        Args:
+            micro_batches: `accumulation` of them, of this rank; each is moved to the device when its turn comes.
+            heartbeat: called as the step goes on.
+        """
+        once = self.reduce_once and self.engine.zero_optimization_stage() >= 2  # below, DeepSpeed does so anyway
+        reduced = self._reduced_once() if once else nullcontext()
+        update = (lambda: None) if once else self._update
+        with reduced:
+            if self.caching:
+                found = gradient_caching.backward(self, micro_batches, update, heartbeat)  # collectives
+            else:
+                found = []
+                for batch in micro_batches:
+                    found.append(self._backward(batch))  # collectives
+                    update()  # collectives
+        if once:
+            for _ in found:  # the engine counts micro-batches; it updates at the last one
+                self._update()  # collectives
+        return found
+
     def __call__(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Forward, backward and, at the end of accumulation, update on one micro-batch of this rank.
+        """Forward, backward and, at the end of accumulation, update on one micro-batch, with its own negatives.
 
         Returns the weighted loss and each loss by name, of this rank's pairs, fp32 scalars without graph.
         """
-        self._mark("forward")
-        batch = batch.to(self.device, non_blocking=True)  # from pinned memory, while the GPU works
-        total, each = self._forward(batch)  # collectives: text features, column statistics
-        self._mark("backward")
-        total = nonfinite.poison(total)
-        self.engine.backward(total * self.missing_scale)  # collectives: text gradients, gradient buckets
-        self.lr = self.engine.get_lr()[0] / self.lr_factor  # of this update: its end brings the next one's
-        self._mark("step")
-        self.engine.step()  # collectives and a CPU-GPU sync: overflow check, gradient norm, updated weights
-        self._mark(None)
-        return total.detach(), each
+        found = self._backward(batch)  # collectives
+        self._update()  # collectives
+        return found.total, found.each
 
-    def _forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Teacher and student. Where time is measured, the first batch of each text length has its products counted."""
+    def _backward(self, batch: Batch) -> MicroBatchLosses:
+        # Not waited for: from pinned memory, while the GPU works.
+        index, batch = batch.index, batch.to(self.device, non_blocking=True)
+        # Collectives: text features, column statistics.
+        total, each = self.forward(batch, lambda targets: self.engine(batch, targets))
+        self.go_backward(total)  # collectives: text gradients, gradient buckets
+        return MicroBatchLosses(index, total.detach(), each, self.objective.ignored / len(index))
+
+    def go_backward(self, total: Tensor) -> None:
+        """Backward from a micro-batch's weighted loss; all gradients are NaN where it is not finite. Collectives."""
+        self.mark("backward")
+        self.engine.backward(nonfinite.poison(total) * self.missing_scale)
+
+    def _update(self) -> None:
+        self.lr = self.engine.get_lr()[0] / self.lr_factor  # of this update: its end brings the next one's
+        self.mark("step")
+        self.engine.step()  # collectives and a CPU-GPU sync: overflow check, gradient norm, updated weights
+        self.mark(None)
+
+    @contextmanager
+    def _reduced_once(self) -> Iterator[None]:
+        """Gradients stay on this rank inside, and are reduced at the end."""
+        block = self.engine.coalesce_grad_reduction()
+        block.__enter__()
+        try:
+            yield
+        except BaseException:
+            self._unfinished = block  # its end would reduce gradients, where the other ranks do not
+            raise
+        block.__exit__(None, None, None)  # collectives
+
+    @property
+    def scale(self) -> float:
+        """The factor that backward passes multiply the gradients by, which keeps those of fp16 from vanishing."""
+        if self.dtype != torch.float16:
+            return 1.0
+        return float(self.engine.optimizer.loss_scale)
+
+    def forward(self, batch: Batch, student: Callable[[Any], Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Teacher, and the student's pass with the teacher's targets.
+
+        Where time is measured, the first batch of each text length has its products counted.
+        """
+        self.mark("forward")
         positions = batch.input_ids.shape[1]
         if self.timer is None or positions in self.flops:
-            targets = self.teacher(batch.image) if self.teacher is not None else None
-            out = self.engine(batch, targets)
+            out = student(self.teacher(batch.image) if self.teacher is not None else None)
         else:
-            with ModelFlops(trained=False) as teacher:
+            with ModelFlops(trained=False) as teacher_flops:
                 targets = self.teacher(batch.image) if self.teacher is not None else None
-            with ModelFlops(trained=True) as student:
-                out = self.engine(batch, targets)
-            self.flops[positions] = teacher.flops + student.flops + self._all_pairs_flops(batch)
+            with ModelFlops(trained=True) as student_flops:
+                out = student(targets)
+            self.flops[positions] = teacher_flops.flops + student_flops.flops + self._all_pairs_flops(batch)
         if self.timer is not None:
             self.timer.flops += self.flops[positions]
         return out
 
     def _all_pairs_flops(self, batch: Batch) -> float:
         """Of the all-pairs op, which no mode sees into: similarities, and as much for the gradient of each side."""
-        if not any(loss.scores == "cmli" for loss in self.objective.losses.values()):
+        if not any(LOSSES[name].scores == "cmli" for name in self.objective.losses):
             return 0.0
         (B, M), (rows, columns) = batch.input_ids.shape, self.objective.student.grid
-        G, D = B * distributed.world_size(), self.objective.student.projection.out_features
+        G = B * distributed.world_size() * (self.accumulation if self.caching else 1)
+        D = self.objective.student.projection.out_features
         return 3 * 2.0 * B * G * rows * columns * M * D
 
-    def _mark(self, phase: str | None) -> None:
+    def mark(self, phase: str | None) -> None:
         if self.timer is not None:
             self.timer.mark(phase)
 
@@ -200,7 +267,14 @@ def build(
     nonfinite.attach(engine)
     if teacher is not None:
         teacher.to(device=device, dtype=dtype)
-    return TrainEngine(engine, objective, teacher, device, dtype, names, lr_factor)
+    caching = compares_all(config, ds_config)
+    if caching and ds_config.stage == 3:
+        for parameter in objective.pair_parameters():
+            deepspeed.zero.register_external_parameter(objective, parameter)
+    return TrainEngine(
+        engine, objective, teacher, device, dtype, names, lr_factor, ds_config.accumulation, caching,
+        config.optim.cache_on_host, config.optim.reduce_once,
+    )  # fmt: skip
 
 
 def _undo_first_update(optimizer: Any) -> None:

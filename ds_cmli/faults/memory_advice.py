@@ -22,7 +22,7 @@ class Change:
 
 
 def changes(config: Config, ds_config: DeepSpeedConfig, world_size: int, gpu: bool) -> list[Change]:
-    """Settings to try, those that train the same model first, those that change the negatives last.
+    """Settings to try, those that train the same model first, smaller micro-batches last.
 
     Args:
         ds_config: filled.
@@ -83,16 +83,16 @@ def together(config: Config, ds_config: DeepSpeedConfig, world_size: int) -> lis
 
 
 def _smaller_batches(base: Change, world_size: int) -> list[Change]:
-    """Micro-batches halved down to 1 with the same pairs a step: the contrastive losses see fewer negatives."""
+    """Micro-batches halved down to 1 with the same pairs a step; with gradient caching the same negatives too."""
     out = []
     micro, steps = base.ds_config.micro_batch, base.ds_config.accumulation
     while micro % 2 == 0:
         micro, steps = micro // 2, steps * 2
         changed = base.ds_config.replaced(train_micro_batch_size_per_gpu=micro, gradient_accumulation_steps=steps)
-        what = (
-            f"--micro-batch {micro} with gradient_accumulation_steps {steps}"
-            f" (the same pairs a step, but negatives from {micro * world_size})"
-        )
+        negatives = f"the same pairs a step, but negatives from {micro * world_size}"
+        if base.config.optim.negatives == "global_batch":
+            negatives = "same pairs and negatives, by gradient caching"
+        what = f"--micro-batch {micro} with gradient_accumulation_steps {steps} ({negatives})"
         out.append(Change(f"{base.what} and {what}" if base.what else what, base.config, changed))
     return out
 

@@ -12,6 +12,9 @@ from typing import Any
 @dataclass(frozen=True)
 class Entry:
     implementation: str  # "file.Class", a `losses.base.Loss`
+    # The pair scores that it compares, "global" or "cmli": its negatives may be those of a whole step. "": it takes
+    # each pair for itself, and so each micro-batch.
+    scores: str = ""
     teacher: bool = False  # whether it needs the teacher's features
     settings: tuple[str, ...] = ()  # fields of `LossConfig` that it reads
 
@@ -19,10 +22,10 @@ class Entry:
 OP = ("cmli_backend", "cmli_recompute", "cmli_scratch_bytes")  # settings of the all-pairs op
 
 LOSSES = {
-    "global": Entry("global_contrastive.GlobalContrastive", settings=("init_temperature",)),
-    "global_sigmoid": Entry("global_sigmoid.GlobalSigmoid"),
-    "cmli": Entry("cmli.AllPairsCMLI", settings=("cmli_init_temperature", *OP)),
-    "cmli_sigmoid": Entry("cmli_sigmoid.CMLISigmoid", settings=OP),
+    "global": Entry("global_contrastive.GlobalContrastive", "global", settings=("init_temperature",)),
+    "global_sigmoid": Entry("global_sigmoid.GlobalSigmoid", "global"),
+    "cmli": Entry("cmli.AllPairsCMLI", "cmli", settings=("cmli_init_temperature", *OP)),
+    "cmli_sigmoid": Entry("cmli_sigmoid.CMLISigmoid", "cmli", settings=OP),
     "target_cmli": Entry("target_cmli.TargetCMLI", teacher=True, settings=("match", "mse_reduction")),
     "cls_kd": Entry("cls_distillation.ClsDistillation", teacher=True, settings=("mse_reduction",)),
 }

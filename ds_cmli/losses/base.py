@@ -5,10 +5,11 @@ D embedding dimension.
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -45,9 +46,43 @@ class WidthHead(nn.Linear):
         return F.linear(x, self.weight.t() if back else self.weight)
 
 
+class PairInputs(ABC):
+    """What a loss that compares pairs sees: R images, this rank's whole micro-batch or a part of it, and all G texts.
+
+    Pair scores are computed once, for whichever losses compare them.
+    """
+
+    @property
+    @abstractmethod
+    def first(self) -> int:
+        """The column of the pair scores that belongs to row 0."""
+
+    @property
+    @abstractmethod
+    def ignore(self) -> Tensor:
+        """bool [R, G], pairs of a picture and another of its captions: no negatives. Collective."""
+
+    @property
+    @abstractmethod
+    def global_scores(self) -> Tensor:
+        """[R, G] fp32 (fp64), cosines of the images' and all texts' class tokens. Collective."""
+
+    @property
+    @abstractmethod
+    def cmli_scores(self) -> tuple[Tensor, Tensor]:
+        """s_i2t and s_t2i [R, G] fp32 (fp64), CMLI of the images and all texts. Collective."""
+
+    @abstractmethod
+    def column_logsumexp(self, logits: Tensor) -> Tensor:
+        """log(sum(exp)) of each column over all images of the batch, not these R alone: [R, G] -> [G]. Collective.
+
+        A loss must be linear in it, as a cross entropy is: its value comes after its gradient.
+        """
+
+
 @dataclass
-class LossInputs:
-    """One micro-batch as the losses see it. Pair scores are computed once, for whichever losses compare them."""
+class LossInputs(PairInputs):
+    """One micro-batch as the losses see it, with its own negatives."""
 
     features: Features
     batch: Batch
@@ -58,27 +93,26 @@ class LossInputs:
 
     @property
     def first(self) -> int:
-        """The column of the pair scores that belongs to row 0."""
         return distributed.rank() * len(self.batch.index)
 
     @cached_property
     def ignore(self) -> Tensor:
-        """bool [B, G], pairs of a picture and another of its captions: no negatives. Collective, 8 bytes a pair."""
         ids = self.batch.image_id
         return same_picture(ids, distributed.gather(ids), self.first)  # collective
 
     @cached_property
     def global_scores(self) -> Tensor:
-        """[B, G] fp32 (fp64), cosines of this rank's image and all ranks' text class tokens. Collective."""
         image = upcast(l2_normalize(self.features.image_cls))  # [B, H]
         text = distributed.gather_with_gradient(upcast(l2_normalize(self.features.text_cls)))  # [G, H], collective
         return image @ text.t()
 
     @cached_property
     def cmli_scores(self) -> tuple[Tensor, Tensor]:
-        """s_i2t and s_t2i [B, G] fp32 (fp64), CMLI of this rank's images and all ranks' texts. Collective."""
         patches, tokens = self.student.projection(self.features.patches), self.student.projection(self.features.tokens)
         return score_global_batch(patches, tokens, self.batch.token_mask, score=self.score)
+
+    def column_logsumexp(self, logits: Tensor) -> Tensor:
+        return distributed.column_logsumexp(logits)  # collective
 
     @property
     def teacher(self) -> Targets:
@@ -97,15 +131,17 @@ class Loss(nn.Module):
     `temperature/<name>`.
     """
 
-    scores: ClassVar[str] = ""  # the pair scores that it compares: "global", "cmli" or none
     logit_scale: nn.Parameter  # only of a loss with a temperature
 
     def __init__(self, config: LossConfig):
         super().__init__()
         self.config = config
 
-    def forward(self, inputs: LossInputs) -> Tensor:
-        """A scalar in fp32 (fp64), the mean over this rank's B pairs; the ranks' mean is that of the global batch."""
+    def forward(self, inputs: Any) -> Tensor:
+        """A scalar in fp32 (fp64), the mean over the pairs of `inputs`; the ranks' mean is that of the global batch.
+
+        `inputs` is `LossInputs`, or `PairInputs` for a loss that compares pairs: the table in `losses` says which do.
+        """
         raise NotImplementedError
 
 

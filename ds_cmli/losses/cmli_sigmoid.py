@@ -4,12 +4,11 @@ import torch
 from torch import Tensor, nn
 
 from ds_cmli.config.schema import LossConfig
-from ds_cmli.losses.base import Loss, LossInputs, log_scale
+from ds_cmli.losses.base import Loss, PairInputs, log_scale
 from ds_cmli.losses.functions import sigmoid_loss
 
 
 class CMLISigmoid(Loss):
-    scores = "cmli"
     # A mean of maxima spreads less than a cosine and lies above 0 for any pair: a larger scale, and a lower bias, so
     # that the negatives of an untrained student start near SigLIP's logit of -10.
     init_temperature, init_bias = 0.02, -14.0
@@ -19,7 +18,7 @@ class CMLISigmoid(Loss):
         self.logit_scale = log_scale(self.init_temperature)
         self.logit_bias = nn.Parameter(torch.tensor([self.init_bias]))
 
-    def forward(self, inputs: LossInputs) -> Tensor:
+    def forward(self, inputs: PairInputs) -> Tensor:
         losses = [
             sigmoid_loss(scores, self.logit_scale, self.logit_bias, inputs.first, inputs.ignore)  # collective
             for scores in inputs.cmli_scores  # collective

@@ -3,19 +3,18 @@
 from torch import Tensor
 
 from ds_cmli.config.schema import LossConfig
-from ds_cmli.distributed.process_group import column_logsumexp
-from ds_cmli.losses.base import Loss, LossInputs, log_scale
+from ds_cmli.losses.base import Loss, PairInputs, log_scale
 from ds_cmli.losses.functions import contrastive_loss
 
 
 class GlobalContrastive(Loss):
-    scores = "global"
-
     def __init__(self, config: LossConfig):
         super().__init__(config)
         self.logit_scale = log_scale(config.init_temperature)
 
-    def forward(self, inputs: LossInputs) -> Tensor:
+    def forward(self, inputs: PairInputs) -> Tensor:
         scores = inputs.global_scores  # [B, G], collective
         ignore = inputs.ignore  # collective
-        return contrastive_loss(scores, scores, self.logit_scale, inputs.first, column_logsumexp, ignore)  # collective
+        return contrastive_loss(
+            scores, scores, self.logit_scale, inputs.first, inputs.column_logsumexp, ignore
+        )  # collective

@@ -4,12 +4,11 @@ import torch
 from torch import Tensor, nn
 
 from ds_cmli.config.schema import LossConfig
-from ds_cmli.losses.base import Loss, LossInputs, log_scale
+from ds_cmli.losses.base import Loss, PairInputs, log_scale
 from ds_cmli.losses.functions import sigmoid_loss
 
 
 class GlobalSigmoid(Loss):
-    scores = "global"
     # SigLIP's: a scale of 10, and a bias that lets the many negatives start with a small loss.
     init_temperature, init_bias = 0.1, -10.0
 
@@ -18,6 +17,6 @@ class GlobalSigmoid(Loss):
         self.logit_scale = log_scale(self.init_temperature)
         self.logit_bias = nn.Parameter(torch.tensor([self.init_bias]))
 
-    def forward(self, inputs: LossInputs) -> Tensor:
+    def forward(self, inputs: PairInputs) -> Tensor:
         scores, ignore = inputs.global_scores, inputs.ignore  # [B, G] each, collective
         return sigmoid_loss(scores, self.logit_scale, self.logit_bias, inputs.first, ignore)

@@ -1,5 +1,6 @@
 """What the engine trains: the student, and the weighted sum of the chosen losses with their parameters."""
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
@@ -11,8 +12,10 @@ from ds_cmli import losses
 from ds_cmli.cmli import cmli_scores
 from ds_cmli.config.schema import LossConfig
 from ds_cmli.data import Batch
-from ds_cmli.losses.base import Features, Loss, LossInputs, WidthHead
-from ds_cmli.losses.functions import temperature_scale
+from ds_cmli.losses import LOSSES
+from ds_cmli.losses.base import Features, LossInputs, WidthHead
+from ds_cmli.losses.cached import PairFeatures, PairGradients, pair_gradients
+from ds_cmli.losses.functions import temperature_scale, upcast
 from ds_cmli.models.student import Student
 from ds_cmli.models.teacher import Targets
 
@@ -37,18 +40,84 @@ class Objective(nn.Module):
             recompute=config.cmli_recompute,
         )
 
-    def forward(self, batch: Batch, targets: Targets | None) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, *inputs: Any, part: str = "whole") -> Any:
+        """`whole`, or one of the parts of gradient caching, `embed`, `compare` and `replay`: see these methods.
+
+        They come through one call because under ZeRO-3 parameters are there only inside the engine's forward pass.
+        """
+        return getattr(self, part)(*inputs)
+
+    def whole(self, batch: Batch, targets: Targets | None) -> tuple[Tensor, dict[str, Tensor]]:
         """The weighted sum of this rank's mean losses (a scalar in fp32), and each of them by name, detached.
 
         Averaged over ranks both are those of the global batch. Collective.
         """
-        features = Features(*self.student(batch.image, batch.input_ids, batch.attention_mask))
-        inputs = LossInputs(features, batch, targets, self.student, self.width_head, self.score)
+        inputs = LossInputs(self._features(batch), batch, targets, self.student, self.width_head, self.score)
         each = {name: loss(inputs) for name, loss in self.losses.items()}  # collectives
         if "ignore" in vars(inputs):  # some loss compared pairs
             self.ignored.copy_(inputs.ignore.sum())
         total = torch.stack([weight * each[name] for name, weight in self.config.weights.items()]).sum()
         return total, {name: loss.detach() for name, loss in each.items()}
+
+    def embed(self, batch: Batch) -> PairFeatures:
+        """What the losses over pairs will see of a micro-batch. Under no_grad: with no graph and no checkpoints."""
+        return self._pair_features(self._features(batch), batch)
+
+    @torch.enable_grad()
+    def compare(
+        self, cached: list[PairFeatures], device: torch.device, scale: float, heartbeat: Callable[[], None]
+    ) -> PairGradients:
+        """The losses over pairs of all micro-batches, as `cached.pair_gradients`. Collective."""
+        losses: dict[str, Any] = {name: self.losses[name] for name in self.config.weights if LOSSES[name].scores}
+        found = pair_gradients(
+            losses, self.config.weights, cached, self.score, device, scale, self.config.cmli_scratch_bytes, heartbeat
+        )
+        self.ignored.copy_(found.ignored)
+        return found
+
+    def replay(
+        self, batch: Batch, targets: Targets | None, gradients: PairFeatures, pairs: PairGradients, factor: float,
+        accumulation: int,
+    ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
+        """As `whole`, of a micro-batch whose losses over pairs are known.
+
+        Args:
+            gradients: of its features, times `factor`.
+            pairs: of the step.
+            accumulation: micro-batches of the step, whose gradients will be averaged.
+        """
+        features = self._features(batch)
+        inputs = LossInputs(features, batch, targets, self.student, self.width_head, self.score)
+        each = {name: self.losses[name](inputs) for name in self.config.weights if not LOSSES[name].scores}
+        of_pairs = self._pair_features(features, batch)
+        known = [
+            _KnownGradient.apply(getattr(of_pairs, name), getattr(gradients, name), accumulation / factor)
+            for name in ("image_cls", "text_cls", "patches", "tokens")
+            if getattr(gradients, name) is not None
+        ]
+        # Each micro-batch adds the whole gradient of the losses' own parameters: the average over them is that again.
+        of_parameters = zip(self.pair_parameters(), pairs.parameters, strict=True)
+        known += [_KnownGradient.apply(p, gradient, 1.0) for p, gradient in of_parameters if gradient is not None]
+        weighted = [self.config.weights[name] * loss for name, loss in each.items()]
+        total = torch.stack([*weighted, *known]).sum() + pairs.total
+        found = {**{name: loss.detach() for name, loss in each.items()}, **pairs.each}
+        return total, {name: found[name] for name in self.config.weights}
+
+    def pair_parameters(self) -> list[nn.Parameter]:
+        """Of the losses over pairs, which `replay` uses outside their modules."""
+        compared = [self.losses[name] for name in self.config.weights if LOSSES[name].scores]
+        return [p for loss in compared for p in loss.parameters()]
+
+    def _features(self, batch: Batch) -> Features:
+        return Features(*self.student(batch.image, batch.input_ids, batch.attention_mask))
+
+    def _pair_features(self, features: Features, batch: Batch) -> PairFeatures:
+        kinds = {LOSSES[name].scores for name in self.config.weights}
+        image_cls, text_cls = (features.image_cls, features.text_cls) if "global" in kinds else (None, None)
+        patches = tokens = None
+        if "cmli" in kinds:
+            patches, tokens = self.student.projection(features.patches), self.student.projection(features.tokens)
+        return PairFeatures(batch.token_mask, batch.image_id, image_cls, text_cls, patches, tokens)
 
     def scales(self) -> dict[str, float]:
         """1/temperature of each loss that has one, by name. CPU-GPU sync; collective where ZeRO-3 partitions them."""
@@ -60,9 +129,23 @@ class Objective(nn.Module):
         """The same by the pair scores that a loss compares, "global" or "cmli": of the first loss of each kind."""
         out: dict[str, float] = {}
         for name, scale in self.scales().items():
-            loss: Loss = self.losses[name]  # type: ignore[assignment]
-            out.setdefault(loss.scores, scale)
+            out.setdefault(LOSSES[name].scores, scale)
         return out
+
+
+class _KnownGradient(torch.autograd.Function):
+    """Zero, whose gradient by `x` is `gradient` times `factor`."""
+
+    @staticmethod
+    def forward(ctx, x, gradient, factor):
+        ctx.save_for_backward(gradient)
+        ctx.factor, ctx.dtype = factor, x.dtype
+        return torch.zeros((), dtype=upcast(x[:0]).dtype, device=x.device)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (gradient,) = ctx.saved_tensors
+        return (gradient * (grad * ctx.factor).to(gradient.dtype)).to(ctx.dtype), None, None
 
 
 def _whole(parameters: list[Tensor]) -> AbstractContextManager:

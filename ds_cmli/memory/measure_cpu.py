@@ -75,8 +75,10 @@ def _run(
         with replaced(engine.train_engine, "build_models", build):
             train_engine = engine.build(config, ds_config, vocab_size, TOTAL_STEPS, torch.device("cpu"))
         with phases(train_engine, enter):
-            for _ in range(2 * ds_config.accumulation):
-                train_engine(longest_batch(config, ds_config.micro_batch))
+            for _ in range(2):
+                batches = [longest_batch(config, ds_config.micro_batch) for _ in range(ds_config.accumulation)]
+                train_engine.step(batches)
+                del batches
 
 
 def _tracked(config: Config, ds_config: DeepSpeedConfig, vocab_size: int, world_size: int) -> dict[str, int]:
@@ -95,11 +97,11 @@ def _events(config: Config, ds_config: DeepSpeedConfig, vocab_size: int, world_s
     with _ranks(world_size), tracker, recorded_from_the_engine_on(tracker, ds_config, cuda=False):
         train_engine = engine.build(config, ds_config, vocab_size, TOTAL_STEPS, torch.device("cpu"))
         with tracker.attach(train_engine):
-            for _ in range(2 * ds_config.accumulation):
+            for _ in range(2):
                 with tracker.scope("data"):
-                    batch = longest_batch(config, micro_batch)
-                train_engine(batch)
-                del batch
+                    batches = [longest_batch(config, micro_batch) for _ in range(ds_config.accumulation)]
+                train_engine.step(batches)
+                del batches
         return tracker.events()
 
 

@@ -36,8 +36,9 @@ def measure(config: Config, ds_config: Mapping[str, Any], world_size: int = 1) -
     with process_group(world_size), tracker:
         train_engine = engine.build(config, ds_config, vocab_size, TOTAL_STEPS, device)
         with tracker.attach_to_training(train_engine):
-            for _ in range(2 * ds_config.accumulation):
-                train_engine(longest_batch(config, ds_config.micro_batch))
+            for _ in range(2):
+                batches = [longest_batch(config, ds_config.micro_batch) for _ in range(ds_config.accumulation)]
+                train_engine.step(batches)
         tracked = summarise(tracker.events(host=False), {}, "")
         totals = statistics(device)
     name = torch.cuda.get_device_name(device)

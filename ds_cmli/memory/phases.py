@@ -12,20 +12,31 @@ def phases(train_engine: TrainEngine, enter: Callable[[str], None]) -> Iterator[
     """Call `enter` with "forward", "loss", "backward" and "optimizer" whenever that phase of a step begins."""
     engine, student = train_engine.engine, train_engine.objective.student
 
+    now = ""
+
+    def begin(phase: str) -> None:
+        nonlocal now
+        now = phase
+        enter(phase)
+
+    def before_student(*_) -> None:
+        if now != "forward":  # gradient caching runs several forward passes after each other
+            begin("forward")
+
     def around(method: Callable, phase: str, after: str) -> Callable:
         def run(*args, **kwargs):
-            enter(phase)
+            begin(phase)
             try:
                 return method(*args, **kwargs)
             finally:
-                enter(after)
+                begin(after)
 
         return run
 
-    enter("forward")
+    begin("forward")
     with ExitStack() as stack:
         stack.enter_context(replaced(engine, "backward", around(engine.backward, "backward", "optimizer")))
         stack.enter_context(replaced(engine, "step", around(engine.step, "optimizer", "forward")))
-        hook = student.register_forward_hook(lambda *_: enter("loss"))
-        stack.callback(hook.remove)
+        stack.callback(student.register_forward_pre_hook(before_student).remove)
+        stack.callback(student.register_forward_hook(lambda *_: begin("loss")).remove)
         yield

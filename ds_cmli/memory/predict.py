@@ -6,7 +6,7 @@ steps; the second is the larger one, as optimizer states are made in the first.
 
 import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import Any
@@ -106,18 +106,16 @@ def predict(
         if scores is not None:
             train_engine.objective.score = scores  # type: ignore[assignment]
         with phases(train_engine, answers.enter), tracker.attach(train_engine):
-            batches: Sequence[Texts | None] = texts or [None] * (2 * accumulation)
-            for number, ranks in enumerate(batches):
-                tell(f"step {number + 1} of {len(batches)}, as rank 0 of {world_size:,}")
-                if ranks is not None:
-                    answers.positions = max(positions for positions, _ in ranks)
-                    tracker.text_lengths = [n for _, lengths in ranks for n in lengths]
-                with tracker.scope("data"):
-                    batch = longest_batch(config, micro_batch, ranks[0][0] if ranks is not None else None)
-                # [CLS] and [SEP] are no valid tokens.
-                with answers.texts(ranks is not None and all(n == ranks[0][0] - 2 for n in ranks[0][1])):
-                    train_engine(batch)
-                del batch
+            steps = 2 if texts is None else len(texts) // accumulation
+            for number in range(steps):
+                tell(f"step {number + 1} of {steps}, as rank 0 of {world_size:,}")
+                said = None if texts is None else texts[number * accumulation : (number + 1) * accumulation]
+                # On a GPU they wait on the host, and each is on the device in its turn.
+                with tracker.paused() if cuda else tracker.scope("data"):
+                    batches = _StepBatches(config, micro_batch, said or [None] * accumulation, answers, tracker)
+                with replaced(Batch, "to", _copied(tracker)) if cuda else nullcontext():
+                    train_engine.step(batches)
+                del batches
         events = tracker.events(host=not cuda)
         del train_engine
     gc.collect()  # engines hold themselves in circles
@@ -139,6 +137,38 @@ def predict(
         report.totals["allocated"], report.totals["reserved"] = replayed.allocated_peak, replayed.reserved_peak
         report.totals["device"] = gpus.device_bytes(report.totals["reserved"], gpu, world_size)
     return Prediction(report, events, sum(sizes), max(sizes))
+
+
+class _StepBatches(list):
+    """A step's micro-batches; as each is taken, what is asked about its texts is answered accordingly."""
+
+    def __init__(self, config: Config, micro_batch: int, texts: Sequence[Texts | None], answers: Any, tracker: Tracker):
+        super().__init__(longest_batch(config, micro_batch, None if t is None else t[0][0]) for t in texts)
+        self.texts, self.answers, self.tracker = texts, answers, tracker
+
+    def __iter__(self) -> Iterator[Batch]:
+        for batch, ranks in zip(super().__iter__(), self.texts, strict=True):
+            if ranks is not None:
+                self.answers.positions = max(positions for positions, _ in ranks)
+                self.tracker.text_lengths = [n for _, lengths in ranks for n in lengths]
+            # [CLS] and [SEP] are no valid tokens.
+            with self.answers.texts(ranks is not None and all(n == ranks[0][0] - 2 for n in ranks[0][1])):
+                yield batch
+        told = [ranks for ranks in self.texts if ranks is not None]
+        if told:  # after them come the losses over all of them
+            self.answers.positions = max(positions for ranks in told for positions, _ in ranks)
+            by_rank = zip(*told, strict=True)
+            self.tracker.text_lengths = [n for each in by_rank for _, lengths in each for n in lengths]
+
+
+def _copied(tracker: Tracker) -> Callable[..., Batch]:
+    """`Batch.to` a device that is another one, though these tensors' device is the same."""
+
+    def to(batch: Batch, device: Any, non_blocking: bool = False) -> Batch:
+        with tracker.scope("data"):
+            return batch._map(torch.clone)
+
+    return to
 
 
 def _own_parameters(module: nn.Module) -> int:

@@ -18,6 +18,7 @@ CATEGORIES = (
     "teacher",
     "activations student",
     "activations teacher",
+    "cached features",  # of gradient caching, and later their gradients in their place
     "CMLI op",  # saved argmax, scores and scratch of the all-pairs op
     "exchanged text",  # the other ranks' text features, and the gradient that returns to them
     "data",

@@ -18,8 +18,10 @@ from torch.utils._pytree import tree_leaves
 
 from ds_cmli.cmli.peak_memory import cmli_peak_bytes
 from ds_cmli.common.patches import replaced
+from ds_cmli.data import Batch
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.engine import TrainEngine
+from ds_cmli.losses.cached import PairFeatures
 from ds_cmli.memory.collectives import copied_bytes
 from ds_cmli.memory.owners import HOST, is_offloaded, owners
 from ds_cmli.memory.phases import phases
@@ -261,6 +263,8 @@ class Tracker(TorchDispatchMode):
             if train_engine.teacher is not None:
                 teacher = train_engine.teacher
                 stack.enter_context(replaced(teacher, "forward", self._scoped(teacher.forward, "activations teacher")))
+            kept = train_engine.objective.register_forward_hook(self._claim_cached)
+            stack.callback(kept.remove)
             stack.enter_context(phases(train_engine, enter))
             yield
 
@@ -268,13 +272,18 @@ class Tracker(TorchDispatchMode):
     def attach_to_training(self, train_engine: TrainEngine) -> Iterator[None]:
         """As `attach`, and each batch that comes is "data"."""
         hook = train_engine.objective.register_forward_pre_hook(
-            lambda _, inputs: self.claim("data", vars(inputs[0]).values())
+            lambda _, inputs: self.claim("data", vars(inputs[0]).values() if isinstance(inputs[0], Batch) else ())
         )
         try:
             with self.attach(train_engine):
                 yield
         finally:
             hook.remove()
+
+    def _claim_cached(self, module: Any, inputs: Any, output: Any) -> None:
+        if isinstance(output, PairFeatures):
+            tensors = (output.image_cls, output.text_cls, output.patches, output.tokens)
+            self.claim("cached features", tensors)
 
     def _category(self, block: int) -> str:
         if block in self.claims:

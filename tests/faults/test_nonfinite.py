@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -150,13 +151,13 @@ def bad_steps(monkeypatch, numbers):
         return poison(loss * (torch.nan if count[0] in numbers else 1.0))
 
     monkeypatch.setattr(nonfinite, "poison", spoiled)
-    call = engine.TrainEngine.__call__
+    step = engine.TrainEngine.step
 
-    def returned(train_engine, batch):
-        total, each = call(train_engine, batch)
-        return total * (torch.nan if count[0] in numbers else 1.0), each
+    def returned(train_engine, micro_batches, heartbeat):
+        (losses,) = step(train_engine, micro_batches, heartbeat)
+        return [replace(losses, total=losses.total * (torch.nan if count[0] in numbers else 1.0))]
 
-    monkeypatch.setattr(engine.TrainEngine, "__call__", returned)
+    monkeypatch.setattr(engine.TrainEngine, "step", returned)
 
 
 def test_a_run_goes_over_bad_steps_and_names_their_samples(arguments, tmp_path, monkeypatch, capfd):
@@ -185,17 +186,17 @@ def test_fp16_at_its_smallest_scale_stops_with_a_checkpoint_from_before(argument
     file = tmp_path / "ds.json"
     settings = {"enabled": True, "initial_scale_power": 2, "hysteresis": 1, "min_loss_scale": 1}
     file.write_text(json.dumps({**FP16, "fp16": settings}))
-    call, count = engine.TrainEngine.__call__, [0]
+    step, count = engine.TrainEngine.step, [0]
 
-    def overflowing(train_engine, batch):  # the loss is finite, the gradients are not
+    def overflowing(train_engine, micro_batches, heartbeat):  # the loss is finite, the gradients are not
         count[0] += 1
         hooks = spoil(train_engine, "gradient", monkeypatch) if count[0] > 3 else []
-        found = call(train_engine, batch)
+        found = step(train_engine, micro_batches, heartbeat)
         for hook in hooks:
             hook.remove()
         return found
 
-    monkeypatch.setattr(engine.TrainEngine, "__call__", overflowing)
+    monkeypatch.setattr(engine.TrainEngine, "step", overflowing)
     with pytest.raises(UserError, match="6 steps in a row were skipped"):
         drive([*arguments, "--deepspeed_config", str(file)])
     # Step 4 lowers the scale from 4 to 2, which is no fault; from step 5 on, at 1, each step is one.

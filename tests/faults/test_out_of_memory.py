@@ -120,7 +120,7 @@ def test_changes_that_train_the_same_come_first():
         '"zero_optimization": {"offload_optimizer": {"device": "cpu"}} (slower)',
     ]
     assert (
-        names[5] == "--micro-batch 4 with gradient_accumulation_steps 2 (the same pairs a step, but negatives from 8)"
+        names[5] == "--micro-batch 4 with gradient_accumulation_steps 2 (same pairs and negatives, by gradient caching)"
     )
     assert len(names) == 5 + 3 + 3  # 4, 2, 1 alone and with what saves most
 
@@ -173,7 +173,7 @@ def test_what_adds_to_a_change_that_is_enough_is_not_proposed(monkeypatch):
     ]
     assert [line.partition("prediction: ")[2] for line in lines[4:]] == [
         '"activation_checkpointing": {} in the DeepSpeed JSON: 60 B',
-        "--micro-batch 2 with gradient_accumulation_steps 4 (the same pairs a step, but negatives from 2): 55 B",
+        "--micro-batch 2 with gradient_accumulation_steps 4 (same pairs and negatives, by gradient caching): 55 B",
     ]
     assert len(asked) == 5  # as it is, recomputed, checkpointed, micro-batch 4, micro-batch 2
     # What ran out should have fitted, by prediction: a tenth less than that is asked of what is proposed.

@@ -43,4 +43,4 @@ def test_each_has_a_temperature_and_a_bias_of_its_own():
     for name, kind in (("global_sigmoid", "global"), ("cmli_sigmoid", "cmli")):
         loss = losses.load(name)(LossConfig())
         assert {n for n, _ in loss.named_parameters()} == {"logit_scale", "logit_bias"}
-        assert loss.scores == kind and not losses.LOSSES[name].teacher
+        assert losses.LOSSES[name].scores == kind and not losses.LOSSES[name].teacher
