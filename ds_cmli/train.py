@@ -224,7 +224,7 @@ def next_batch(run: Run, batches: Iterator[Any]) -> tuple[Any, bool, bool]:
     batch, error = None, None
     run.meter.timer.mark("data")
     try:
-        batch = next(batches)
+        batch = run.sampler.checked(next(batches))
     except Exception as caught:  # one rank's data: the others must not wait for it in a collective
         error = caught
     run.watchdog.heartbeat()

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from ds_cmli.common.errors import UserError
+from ds_cmli.data.batch import Batch
 from ds_cmli.data.mixture import Mixture
 
 
@@ -56,6 +57,15 @@ class GlobalBatchSampler:
                 here = slice(mine, mine + self.micro_batch)
                 yield [Draw(*draw) for draw in zip(indices[here].tolist(), turns[here].tolist(), strict=True)]
             epoch, position = epoch + 1, 0
+
+    def checked(self, batch: Batch) -> Batch:
+        """A micro-batch as it came from the loader. Raises `UserError` where it has lost pairs, and so negatives."""
+        if len(batch.index) != self.micro_batch:
+            raise UserError(
+                f"the data gave a micro-batch of {len(batch.index)} pairs instead of {self.micro_batch}, with fewer "
+                "negatives: a source must give one pair for each index"
+            )
+        return batch
 
     def advance(self) -> None:
         """Tell that one micro-batch has been trained on (on every rank)."""

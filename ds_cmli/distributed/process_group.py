@@ -24,6 +24,9 @@ from torch import Tensor
 from ds_cmli.common.errors import UserError
 from ds_cmli.distributed import rendezvous
 
+# What launchers call the number of processes that they have started.
+RANKS_STARTED = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "LOCAL_WORLD_SIZE")
+
 
 def map_launcher_environment() -> None:
     """Set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT for whatever started this process.
@@ -32,6 +35,7 @@ def map_launcher_environment() -> None:
     process is a world of one.
     """
     env = os.environ
+    _check_launcher()
     tasks = env.get("SLURM_STEP_NUM_TASKS") or env.get("SLURM_NTASKS", "1")
     if "RANK" not in env and "SLURM_STEP_ID" in env and int(tasks) > 1:
         env["RANK"], env["WORLD_SIZE"], env["LOCAL_RANK"] = env["SLURM_PROCID"], tasks, env["SLURM_LOCALID"]
@@ -45,6 +49,20 @@ def map_launcher_environment() -> None:
         env.setdefault(name, value)
     # Port 0 lets the store pick a free one, which only a world of one can use: nobody else has to find it.
     env.setdefault("MASTER_PORT", "0" if env["WORLD_SIZE"] == "1" else "29500")
+
+
+def _check_launcher() -> None:
+    """Raise `UserError` where ranks were asked for that would not train together: each would be a world of its own."""
+    env = os.environ
+    if "RANK" in env and "WORLD_SIZE" not in env:
+        raise UserError(f"RANK is {env['RANK']} and WORLD_SIZE is not set: set both, or neither for one process")
+    started = {name: env[name] for name in RANKS_STARTED if env.get(name, "").isdecimal()}
+    for name, number in started.items():
+        if "WORLD_SIZE" in env and int(number) > int(env["WORLD_SIZE"]):
+            raise UserError(
+                f"{name} is {number}, but WORLD_SIZE is {env['WORLD_SIZE']}: {number} ranks were started and would not "
+                "train together; unset RANK and WORLD_SIZE, or set them for every rank"
+            )
 
 
 def _slurm_address(nodes: str) -> str:

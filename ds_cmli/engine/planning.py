@@ -15,6 +15,7 @@ from ds_cmli.config import deepspeed_checks, schedule
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.schema import Config
 from ds_cmli.data import GlobalBatchSampler, Mixture, assets
+from ds_cmli.distributed import process_group as distributed
 from ds_cmli.engine.parameter_groups import check_rates
 from ds_cmli.losses import LOSSES
 
@@ -81,7 +82,7 @@ def plan(
 ) -> tuple[DeepSpeedConfig, GlobalBatchSampler, int]:
     """The DeepSpeed JSON with nothing left to "auto", the sampler of the training set, and the optimizer steps.
 
-    Says how the batch is made up. Raises `UserError` where it cannot be.
+    Says how the batch is made up. Raises `UserError` where it cannot be. Collective.
     """
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     total, micro_batch, accumulation = ds_config.batch(config.optim.micro_batch, ranks)
@@ -92,6 +93,10 @@ def plan(
         steps = max(1, int(config.optim.epochs * sampler.batches_per_epoch / accumulation))
     ds_config = filled(config, ds_config, ranks, steps)
     negatives = total if compares_all(config, ds_config) else micro_batch * ranks
+    if len(told := set(distributed.gather_objects((distributed.world_size(), negatives)))) > 1:  # collective
+        raise UserError(
+            f"the ranks would take negatives from different numbers of pairs (ranks, pairs): {sorted(told)}"
+        )
     say(
         f"batch: {micro_batch} pairs per rank x {accumulation} accumulation x {ranks} ranks = {total} pairs a step; "
         f"{steps} steps; negatives from {negatives} pairs"

@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -86,3 +88,11 @@ def test_resuming_another_order_is_refused(length, seed, named):
     state = GlobalBatchSampler(10, 2, 0, 1, 0).state_dict()
     with pytest.raises(UserError, match=named):
         GlobalBatchSampler(length, 2, 0, 1, seed).load_state_dict(state)
+
+
+def test_a_micro_batch_that_has_lost_pairs_is_refused():
+    sampler = GlobalBatchSampler(64, 8, 0, 2, 0)
+    whole, less = (SimpleNamespace(index=torch.arange(n)) for n in (8, 7))
+    assert sampler.checked(whole) is whole
+    with pytest.raises(UserError, match="a micro-batch of 7 pairs instead of 8"):
+        sampler.checked(less)

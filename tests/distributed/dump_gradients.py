@@ -1,6 +1,6 @@
 """Started by the launcher under test: trains `tiny` in fp32 and saves losses and full gradients before clipping.
 
-Usage: dump_gradients.py FILE MICRO_BATCH ZERO_STAGE STEPS
+Usage: dump_gradients.py FILE MICRO_BATCH ZERO_STAGE STEPS ACCUMULATION
 """
 
 import os
@@ -19,7 +19,7 @@ from ds_cmli.engine import build
 quiet.silence()
 
 
-def main(file: str, micro_batch: int, stage: int, steps: int) -> None:
+def main(file: str, micro_batch: int, stage: int, steps: int, accumulation: int) -> None:
     from deepspeed.utils import safe_get_full_grad
 
     torch.set_num_threads(1)
@@ -28,7 +28,12 @@ def main(file: str, micro_batch: int, stage: int, steps: int) -> None:
     device = distributed.init()
     world_size = int(os.environ["WORLD_SIZE"])
     data = build_data(config.data, 0)
-    ds_config = {"zero_optimization": {"stage": stage}, "activation_checkpointing": {}, "gradient_clipping": 0.01}
+    ds_config = {
+        "zero_optimization": {"stage": stage},
+        "activation_checkpointing": {},
+        "gradient_clipping": 0.01,
+        "gradient_accumulation_steps": accumulation,
+    }
     ds_config = DeepSpeedConfig.of(ds_config).filled(config.optim, world_size, total_steps=steps)
     ds_config["optimizer"]["params"]["torch_adam"] = True
     step = build(config, ds_config, data.vocab_size, steps, device)
@@ -36,23 +41,23 @@ def main(file: str, micro_batch: int, stage: int, steps: int) -> None:
     batches = iter(train_loader(data, sampler, 0))
 
     gradients: list[dict[str, torch.Tensor]] = []
-    update = step.engine.step
+    update = step.engine._take_model_step
 
-    def collect_then_update() -> None:
+    def collect_then_update(*arguments) -> None:
         named = step.objective.named_parameters()
         gradients.append({name: safe_get_full_grad(p).clone() for name, p in named if p.requires_grad})
-        update()
+        update(*arguments)
 
-    step.engine.step = collect_then_update
+    step.engine._take_model_step = collect_then_update
     losses = []
     for _ in range(steps):
-        total, each = step(next(batches))
-        losses.append(distributed.mean_over_ranks(torch.stack([total, *each.values()])))
+        found = step.step([next(batches) for _ in range(accumulation)])
+        losses.append(distributed.mean_over_ranks(torch.stack([x.stacked() for x in found]).mean(0)))
     if distributed.is_main():
         torch.save({"losses": torch.stack(losses), "gradients": gradients}, file)
     distributed.shutdown()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], *(int(a) for a in sys.argv[2:5]))
+    main(sys.argv[1], *(int(a) for a in sys.argv[2:6]))
     leave(0)

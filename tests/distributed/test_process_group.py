@@ -7,6 +7,7 @@ import torch
 from torch.testing import assert_close
 
 from ds_cmli.cmli.loss import CMLILoss
+from ds_cmli.common.errors import UserError
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.losses.functions import same_picture
 from tests.conftest import spawn
@@ -151,3 +152,23 @@ def test_srun_task_is_mapped(monkeypatch):
     distributed.map_launcher_environment()
     found = [env[k] for k in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")]
     assert found == ["3", "4", "1", "n1", "12007"]
+
+
+@pytest.mark.parametrize(
+    "found, line",
+    [
+        ({"RANK": "1"}, "RANK is 1 and WORLD_SIZE is not set"),
+        (
+            {"RANK": "0", "WORLD_SIZE": "1", "OMPI_COMM_WORLD_SIZE": "2"},
+            "WORLD_SIZE is 2, but WORLD_SIZE is 1",
+        ),
+        ({"RANK": "0", "WORLD_SIZE": "1", "SLURM_STEP_NUM_TASKS": "2"}, "2 ranks were started and would not train"),
+    ],
+)
+def test_ranks_that_would_not_train_together_are_refused(monkeypatch, found, line):
+    for name in ("RANK", "WORLD_SIZE", *distributed.RANKS_STARTED):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in found.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=line):
+        distributed.map_launcher_environment()

@@ -15,7 +15,7 @@ STEPS = 5
 PAIRS = 8
 
 
-def gradients(tmp_path, launcher, micro_batch, stage):
+def gradients(tmp_path, launcher, micro_batch, stage, accumulation):
     file = tmp_path / f"{micro_batch}.pt"
     env = clean_environment() | {"PYTHONPATH": str(ROOT)}
     command = [
@@ -25,20 +25,21 @@ def gradients(tmp_path, launcher, micro_batch, stage):
         str(micro_batch),
         str(stage),
         str(STEPS),
+        str(accumulation),
     ]
     done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     return torch.load(file)
 
 
-@pytest.mark.parametrize("stage", [2, 3])
-def test_two_ranks_give_the_gradients_of_one_process(tmp_path, stage):
+@pytest.mark.parametrize("stage, accumulation", [(2, 1), (3, 2)])
+def test_two_ranks_give_the_gradients_of_one_process(tmp_path, stage, accumulation):
     deepspeed = (
         *(os.path.join(os.path.dirname(sys.executable), "deepspeed"), "--no_local_rank"),
         *("--num_accelerators", "2", "--master_port", str(free_port())),
     )
-    two = gradients(tmp_path, deepspeed, PAIRS // 2, stage)
-    one = gradients(tmp_path, (sys.executable,), PAIRS, stage)
+    two = gradients(tmp_path, deepspeed, PAIRS // 2 // accumulation, stage, accumulation)
+    one = gradients(tmp_path, (sys.executable,), PAIRS, stage, 1)
     torch.testing.assert_close(two["losses"], one["losses"], rtol=1e-5, atol=1e-6)
     worst = 0.0
     for step in (0, STEPS - 1):

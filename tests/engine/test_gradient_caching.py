@@ -1,5 +1,7 @@
 """Several micro-batches with gradient caching against the same pairs as one micro-batch."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -8,6 +10,9 @@ from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.presets import load_preset
 from ds_cmli.data import build_data, eval_loader
 from ds_cmli.distributed import process_group as distributed
+from ds_cmli.engine import gradient_caching
+from ds_cmli.losses.base import Features, LossInputs
+from tests.conftest import spawn
 
 WEIGHTS = {"global": 1.0, "cmli": 1.0, "target_cmli": 1.0, "cls_kd": 0.5, "cmli_sigmoid": 0.1, "global_sigmoid": 0.1}
 OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
@@ -26,7 +31,9 @@ def data():
     return build_data(load_preset("tiny", {}).data, 0)
 
 
-def build(device, data, micro_batch, accumulation, zero, dropout=0.0, checkpointing=False, weights=WEIGHTS, **optim):
+def build(
+    device, data, micro_batch, accumulation, zero, dropout=0.0, checkpointing=False, weights=WEIGHTS, fp16=None, **optim
+):  # fmt: skip
     settings = {
         "loss": {"weights": weights},
         "student": {"dropout": dropout},
@@ -38,6 +45,7 @@ def build(device, data, micro_batch, accumulation, zero, dropout=0.0, checkpoint
         "gradient_clipping": 0.01,
         "zero_optimization": {"reduce_bucket_size": 100_000, **zero},
         **({"activation_checkpointing": {}} if checkpointing else {}),
+        **({"fp16": fp16} if fp16 else {}),
     }
     ds_config = engine.filled(config, engine.on_this_device(DeepSpeedConfig.of(content)), 1, 6)
     return engine.build(config, ds_config, data.vocab_size, 6, device)
@@ -100,3 +108,110 @@ def test_without_it_each_micro_batch_has_its_own_negatives(device, data):
     batches = micro_batches(data, 8, 2)
     (first, _), (expected,) = plain.step(batches), alone.step(batches[:1])
     torch.testing.assert_close(first.total, expected.total)
+
+
+def pieces_of(batch, number):
+    """A batch cut into micro-batches."""
+    size = len(batch.index) // number
+    return [batch._map(lambda x, k=k: x[k * size : (k + 1) * size].clone()) for k in range(number)]
+
+
+def in_fp64(rank, world_size, number, dropout=0.0, kept=False):
+    """Loss and gradients of 32 pairs in fp64, as `number` micro-batches a rank, without DeepSpeed.
+
+    kept: in one piece, but for the forward passes, whose graphs are all kept.
+    """
+    config = load_preset("tiny", {"loss": {"weights": WEIGHTS}, "student": {"dropout": dropout}})
+    data = build_data(config.data, 0)
+    objective, teacher = engine.build_models(config, data.vocab_size)
+    objective.double()
+    teacher.double()
+    (whole,) = micro_batches(data, 32, 1)
+    batches = pieces_of(pieces_of(whole, world_size)[rank], number)
+    torch.manual_seed(5)
+    if kept:
+        features = [objective._features(batch) for batch in batches]
+        joined = Features(*(torch.cat(x) for x in zip(*(vars(f).values() for f in features), strict=True)))
+        targets = teacher(whole.image)
+        inputs = LossInputs(joined, whole, targets, objective.student, objective.width_head, objective.score)
+        total = sum(weight * objective.losses[name](inputs) for name, weight in WEIGHTS.items())
+        total.backward()
+    else:
+        train_engine = SimpleNamespace(
+            engine=objective, device=torch.device("cpu"), teacher=teacher, cache_on_host=False, scale=1.0,
+            go_backward=lambda loss: (loss / number).backward(),
+        )  # fmt: skip
+        found = gradient_caching.backward(train_engine, batches, lambda: None, lambda: None)
+        total = torch.stack([losses.total for losses in found]).mean()
+    after = torch.rand(1).item()
+    gradients = {n: p.grad for n, p in objective.named_parameters()}
+    for gradient in gradients.values():
+        distributed.mean_over_ranks(gradient)
+    return distributed.mean_over_ranks(total.detach()).item(), gradients, after
+
+
+def largest_difference(ours, theirs):
+    whole = torch.stack([g.norm() for g in theirs.values()]).norm()
+    return max(((ours[n] - g).norm() / max(g.norm(), 1e-6 * whole)).item() for n, g in theirs.items())
+
+
+def test_two_ranks_of_two_micro_batches_in_fp64():
+    one = in_fp64(0, 1, 1, kept=True)
+    for loss, gradients, _ in spawn(in_fp64, 2, 2):
+        assert loss == pytest.approx(one[0], rel=1e-12)
+        assert largest_difference(gradients, one[1]) < 1e-9
+
+
+def test_dropout_of_the_second_pass_is_that_of_the_first():
+    one, several = in_fp64(0, 1, 4, dropout=0.3, kept=True), in_fp64(0, 1, 4, dropout=0.3)
+    assert several[0] == pytest.approx(one[0], rel=1e-12)
+    assert largest_difference(several[1], one[1]) < 1e-9
+    assert several[2] == one[2]  # the next step draws what it would have drawn
+    assert in_fp64(0, 1, 4)[0] != pytest.approx(one[0], rel=1e-3)
+
+
+def test_checkpointed_blocks_with_dropout_draw_the_same_again(device, data):
+    found = []
+    for checkpointing in (False, True):
+        train_engine = build(device, data, 8, 2, {"stage": 2}, dropout=0.3, checkpointing=checkpointing)
+        found.append(gradients_of(train_engine, micro_batches(data, 8, 2)))
+    assert_same(*found, limit=1e-6)
+
+
+@pytest.mark.parametrize("reduce_once", [False, True])
+def test_an_overflow_in_the_third_micro_batch_skips_the_step_and_halves_the_scale_once(
+    device, data, fp16_device, reduce_once
+):
+    settings = {"enabled": True, "initial_scale_power": 8, "hysteresis": 1, "loss_scale_window": 1000}
+    train_engine = build(device, data, 8, 4, {"stage": 2}, reduce_once=reduce_once, fp16=settings)
+    batches = micro_batches(data, 8, 8)
+    train_engine.step(batches[:4])
+    assert not train_engine.skipped and train_engine.state()["loss_scale"] == 2.0**8
+    before = [p.detach().clone() for p in train_engine.objective.parameters()]
+    seen = []
+
+    def hook(module, inputs, output):
+        if output[1].requires_grad:
+            seen.append(output)
+            if len(seen) == 3:
+                output[1].register_hook(lambda gradient: gradient * torch.inf)
+
+    handle = train_engine.objective.student.register_forward_hook(hook)
+    losses = train_engine.step(batches[4:])
+    handle.remove()
+    assert len(seen) == 4 and train_engine.skipped and all(x.total.isfinite() for x in losses)
+    assert train_engine.state()["loss_scale"] == 2.0**7
+    assert all(torch.equal(p, q) for p, q in zip(before, train_engine.objective.parameters(), strict=True))
+    train_engine.step(batches[4:])
+    assert not train_engine.skipped
+
+
+def test_gradients_of_fp16_are_those_of_fp32(device, data, fp16_device):
+    half = build(device, data, 8, 4, {"stage": 2}, fp16={"enabled": True, "initial_scale_power": 8})
+    full = build(device, data, 8, 4, {"stage": 2})
+    (ours, expected) = (gradients_of(e, micro_batches(data, 8, 4)) for e in (half, full))
+    torch.testing.assert_close(ours[0], expected[0], rtol=1e-2, atol=1e-2)
+    for name, gradient in expected[1].items():
+        if name.endswith(("projection.weight", "logit_scale", "logit_bias", "image_out.weight")):
+            unscaled = ours[1][name] / 2.0**8
+            assert (unscaled - gradient).norm() < 0.05 * gradient.norm(), name
