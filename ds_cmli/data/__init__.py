@@ -4,6 +4,7 @@ B pairs, M text positions (padded), S image size in pixels.
 """
 
 import contextlib
+import gc
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -169,8 +170,15 @@ class _Loader(DataLoader):
     """A `DataLoader` whose loading processes hand on a `UserError` as the one line it is."""
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+        # Loading processes are forked here. Their garbage collections would write to every object there is now, and so
+        # copy some 100 MB into each; what is frozen they pass over.
+        gc.freeze()
         try:
-            yield from super().__iter__()
+            batches = super().__iter__()
+        finally:
+            gc.unfreeze()
+        try:
+            yield from batches
         except UserError as error:
             raise UserError(str(error).strip().splitlines()[-1].split("UserError: ", 1)[-1]) from None
 

@@ -1,3 +1,5 @@
+import gc
+
 import pytest
 import torch
 from PIL import Image
@@ -112,3 +114,13 @@ def test_pictures_of_two_sources_are_two_even_if_they_are_named_alike(tmp_path):
     assert len(data.train) == data.mixture.draws == 18 and data.mixture.shares == [5, 13]  # of 4.5 and 13.5
     assert len({data.train[k].image_id for k in range(18)}) == 18
     assert len(data.evals["val"]) == 2
+
+
+def test_garbage_collection_in_a_loading_process_passes_over_what_was_there_before_it(tmp_path):
+    write(tmp_path, rows(8))
+    data, before = build(tmp_path), gc.get_freeze_count()
+    sampler = GlobalBatchSampler(len(data.train), 2, 0, 1, seed=0)
+    told = tmp_path / "frozen"
+    next(iter(train_loader(data, sampler, 1, lambda worker: told.write_text(str(gc.get_freeze_count())))))
+    assert int(told.read_text()) > 10_000
+    assert gc.get_freeze_count() == before
