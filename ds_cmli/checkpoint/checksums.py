@@ -42,7 +42,7 @@ def write_file(path: Path, write: Callable[[Any], Any]) -> dict[str, Any]:
         hashing = _Hashing(file)
         try:
             write(hashing)
-        except RuntimeError:  # PyTorch's writer hides a full disk behind an error of its own
+        except RuntimeError:  # PyTorch's writer raises this instead of the OSError of a full disk
             raise hashing.error or OSError("not written") from None
         file.flush()
         os.fsync(file.fileno())

@@ -1,4 +1,4 @@
-"""How DeepSpeed's files of a checkpoint are written and read, in the place of its own `TorchCheckpointEngine`.
+"""Writes and reads DeepSpeed's files of a checkpoint, instead of DeepSpeed's `TorchCheckpointEngine`.
 
 Written: with a checksum, forced to disk, and without raising, as one rank that leaves DeepSpeed's `save_checkpoint`
 leaves the others waiting in it. Read: by PyTorch's loader that runs no code from a file; beside tensors and plain

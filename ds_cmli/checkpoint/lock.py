@@ -1,10 +1,10 @@
-"""One run a folder: a lock file that tells who holds it, and that a holder who is gone does not keep.
+"""Keeps two runs out of one folder by a lock file, which is taken over when its holder has ended.
 
 It is made by an exclusive open, which is atomic on NFS too, where file locks need a server that has them. Whether its
 process still lives is asked on the same machine and seen from another by the file's age: the holder touches it.
 
 The lock of a holder that is gone is replaced, never removed first: between the two another start could make one. Only
-who has made the claim on it, a second file named after its content, may replace it.
+the process that has made the claim on it, a second file named after its content, may replace it.
 """
 
 import contextlib
@@ -25,12 +25,12 @@ from ds_cmli.distributed import process_group as distributed
 
 NAME = "run.lock"
 TOUCH_SECONDS = 15.0  # seconds between two touches
-LEASE = 180.0  # seconds without one after which a holder on another machine is gone; NFS shows a touch after up to 60
+LEASE = 180.0  # seconds without a touch until another machine's holder counts as ended; NFS delays up to 60
 
 
 @contextlib.contextmanager
 def held(folder: Path) -> Iterator[None]:
-    """The lock on a run's folder, which rank 0 holds for all; none where a dry run has left no folder. Collective.
+    """Rank 0 holds the lock on the run's folder for all ranks. A dry run without a folder takes none. Collective.
 
     Raises:
         UserError: on every rank, where another run holds it.
@@ -63,7 +63,7 @@ class Lock:
         self.ended = threading.Event()
 
     def take(self) -> str | None:
-        """Hold the lock from now on, or tell why not."""
+        """Take the lock; returns None, or the line that says why it cannot be taken."""
         try:
             while not self._make(self.path):
                 content, age = self._read(self.path)
@@ -93,7 +93,7 @@ class Lock:
         return True
 
     def _read(self, path: Path) -> tuple[str | None, float]:
-        """What a lock says, None where there is none; and its age by the server's clock."""
+        """The content of a lock file, None if there is none, and its age in seconds by the file server's clock."""
         probe = self.path.with_name(f"{NAME}.{self.mine['token']}")
         probe.touch()
         now = probe.stat().st_mtime
@@ -120,11 +120,11 @@ class Lock:
             if self._make(claims[-1]):
                 break
             content, age = self._read(claims[-1])
-            if content is None:  # the claim has just been served
+            if content is None:  # another start has just replaced the lock and removed its claim
                 return self._read(self.path)[0] != stale
             if self._lives(content, age):
                 return False
-            claimed = content  # who made the claim is gone too: the claim on the claim decides
+            claimed = content  # the process that made the claim has ended too: claim the claim
         if self._read(self.path)[0] == stale:  # else it was replaced before this claim was made
             made = self.path.with_name(f"{NAME}.{self.mine['token']}")
             self._make(made)
@@ -149,14 +149,14 @@ class Lock:
         while not self.ended.wait(TOUCH_SECONDS):
             with contextlib.suppress(OSError):
                 content, _ = self._read(self.path)
-                if content and content != json.dumps(self.mine):  # this process stood still for longer than the lease
+                if content and content != json.dumps(self.mine):  # this process was suspended for longer than the lease
                     print(f"error: {self._line(content, 0.0)}", flush=True)
                     leave(2)
                 os.utime(self.path)
 
 
 def _parsed(content: str) -> dict[str, Any] | None:
-    """The holder that a lock names; None where it cannot be read (yet)."""
+    """The holder that a lock file describes; None if the file is incomplete or damaged."""
     try:
         holder = json.loads(content)
     except ValueError:
@@ -165,7 +165,7 @@ def _parsed(content: str) -> dict[str, Any] | None:
 
 
 def _place() -> str:
-    """Where a process's number means the same process: this start of this machine, this container."""
+    """Identifies the machine's boot and the container, within which a process id means the same process."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{socket.gethostname()} {boot} {os.readlink('/proc/self/ns/pid')}"
@@ -174,7 +174,7 @@ def _place() -> str:
 
 
 def _started(pid: Any) -> str | None:
-    """What tells a process from a later one of the same number; None where it is gone."""
+    """The start time of a process, which tells it from a later one with the same id; None if it has ended."""
     try:
         with open(f"/proc/{int(pid)}/stat") as file:
             state, *rest = file.read().rpartition(")")[2].split()

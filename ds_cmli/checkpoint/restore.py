@@ -1,4 +1,4 @@
-"""How a run goes on: which checkpoint, whether it fits, and putting everything back as it was.
+"""Resuming a run: choose the checkpoint, check that it fits this start, and restore everything from it.
 
 Everything read here has been verified against the checkpoint's checksums; DeepSpeed's files and ours are loaded without
 running code from them.
@@ -31,8 +31,8 @@ class ResumePoint:
 
     path: Path
     state: TrainState
-    ranks: int  # that wrote it
-    lines: list[str]  # what to tell: damaged checkpoints that were passed over
+    ranks: int  # number of ranks that wrote it
+    lines: list[str]  # messages to the user about damaged checkpoints that were skipped
     resharded: bool = False  # this start divides weights and optimizer states into other files
 
     @property
@@ -77,7 +77,7 @@ def _candidates(resume: str, folder: Path) -> tuple[list[Path], str | None]:
     if resume == "never":
         return [], None
     if resume == "auto":
-        # Of a run that was to start over, and ended before its first checkpoint, nothing is left to go on from.
+        # A run that started over and ended before its first checkpoint is resumed from the run that it would replace.
         aside = folder / checkpoint.REPLACED / checkpoint.FOLDER
         return known or [aside / name for name in checkpoint.candidates(aside)], None
     path = Path(resume).absolute()
@@ -87,7 +87,7 @@ def _candidates(resume: str, folder: Path) -> tuple[list[Path], str | None]:
         root = path if path.name == checkpoint.FOLDER else path / checkpoint.FOLDER
         paths = [root / name for name in checkpoint.candidates(root)]
     if known and root != of_run.absolute():
-        return known, None  # started from another run before, and interrupted since
+        return known, None  # this run was started from another one before, and has checkpoints since
     return paths, None if paths else f"--resume is {resume!r}: no checkpoint there; give a run's output folder"
 
 
@@ -214,7 +214,7 @@ def _load_engine(point: ResumePoint, train_engine: TrainEngine, with_changes: bo
 
 
 def _apply_rates(engine: Any, fresh: list[dict[str, Any]]) -> None:
-    """Let a changed learning rate, weight decay and the like count, which a checkpoint would overrule."""
+    """Apply changed learning rates, weight decay and the like, which loading the checkpoint has overwritten."""
     schedule = engine.lr_scheduler
     for group, new in zip(engine.optimizer.param_groups, fresh, strict=True):
         group.update({k: v for k, v in new.items() if k != "lr"})

@@ -23,7 +23,7 @@ OF_A_RUN = (metrics.METRICS, "config.json", "tensorboard")
 
 
 def make(config: Config, resume: str, dry_run: bool) -> Path:
-    """The run's folder, made, and the same on every rank. A dry run removes what it made there. Collective."""
+    """Create the run's folder, the same on every rank. A dry run removes what it has created. Collective."""
     name = _named(resume, config.run.output_dir)
     base = Path(name or f"runs/{config.run.preset}-{datetime.now():%Y%m%d-%H%M%S}")
     made = _make(base, named=bool(name)) if distributed.is_main() else None
@@ -61,18 +61,18 @@ def _named(resume: str, output_dir: str) -> str:
 
 
 def _missing(folder: Path) -> list[Path]:
-    """What making the run's folder will add, the innermost first."""
+    """The file and the folders that creating the run's folder will add, the innermost first."""
     with suppress(OSError):
         return [path for path in (folder / metrics.METRICS, folder, *folder.parents) if not path.exists()]
     return []
 
 
 def _make(base: Path, named: bool) -> tuple[Path, list[Path]]:
-    """The run's folder, and what was made for it. One that the user has not `named` is nobody else's."""
+    """Create the run's folder; returns it and what was created. A folder that the user has not `named` must be new."""
     for number in itertools.count(1):
         folder = base if number == 1 else base.with_name(f"{base.name}.{number}")
         new = _missing(folder)
-        with suppress(OSError):  # told by whoever writes there first
+        with suppress(OSError):  # the first rank that writes there reports the error
             folder.parent.mkdir(parents=True, exist_ok=True)
             try:
                 folder.mkdir()
@@ -166,7 +166,7 @@ def _set_aside(folder: Path, aside: Path) -> None:
 
 
 def _put_back(folder: Path, aside: Path) -> None:
-    """Undo `_set_aside`, wherever it, or this, was stopped."""
+    """Undo `_set_aside`, also when it, or this function, was interrupted halfway."""
     for name in (*OF_A_RUN, checkpoint.FOLDER):
         if (aside / name).exists():
             checkpoint.remove(folder / name)

@@ -1,6 +1,6 @@
 """A checkpoint for another number of ranks, another ZeRO stage or another precision: DeepSpeed's universal checkpoint.
 
-ZeRO cuts fp32 weights and optimizer states into parts, each stage in its own way. The universal form has them whole,
+ZeRO partitions fp32 weights and optimizer states, each stage differently. The universal form holds them complete,
 in `zero/NAME/{fp32,exp_avg,exp_avg_sq,step}.pt` for each parameter. DeepSpeed converts what ZeRO wrote and loads into
 ZeRO; what was written without ZeRO is converted here, and an engine without ZeRO is filled here. The conversion needs
 about the checkpoint's space once more, until it has been loaded.
@@ -23,7 +23,7 @@ from ds_cmli.common.errors import UserError
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.engine import TrainEngine
 
-CONVERTED = "universal.writing"  # half-written and left-over ones go with the next checkpoint
+CONVERTED = "universal.writing"  # the next checkpoint removes incomplete and left-over conversions
 SHARED = "shared.pt"  # what is the same for all parameters, see `_shared`
 MOMENTS = ("exp_avg", "exp_avg_sq")
 SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # of a dynamic loss scale
@@ -52,14 +52,14 @@ def _convert(checkpoint: Path, converted: Path, names: list[list[str]]) -> str |
     from deepspeed.checkpoint import ds_to_universal
 
     remove(converted)
-    # DeepSpeed takes paths for patterns: it gets names without brackets and the like.
+    # DeepSpeed reads paths as glob patterns: the links have names without brackets and other special characters.
     plain = Path(tempfile.mkdtemp())
     (plain / "from").symlink_to(checkpoint.absolute())
     (plain / "to").symlink_to(converted.absolute())
     arguments = argparse.Namespace(
         input_folder=str(plain / "from"),
         output_folder=str(plain / "to"),
-        # In this process: forks of one that has a process group and threads are asking for trouble.
+        # No worker processes: forking a process with threads and a process group can deadlock.
         num_extract_workers=1,
         num_merge_workers=1,
         keep_temp_folder=False,
@@ -97,7 +97,7 @@ def _load(path: Path) -> Any:
 
 
 def _reshape(converted: Path) -> None:
-    """Of stage 3 DeepSpeed writes flat tensors, which its loader for stages 1 and 2 does not take."""
+    """Give tensors their shapes: DeepSpeed writes flat ones for stage 3, which its stages 1 and 2 cannot load."""
     for group in _load(sorted(converted.glob("*model_states.pt"))[0]).get("param_shapes") or ():
         for name, shape in group.items():
             for key in ("fp32", *MOMENTS):

@@ -17,7 +17,7 @@ from ds_cmli.config.validation import shown
 from ds_cmli.losses import LOSSES
 from ds_cmli.models import IMAGE, TEXT, described
 
-# In a checkout a link to the folder `ds_configs` at its top, in a wheel a folder of its own.
+# In a checkout a link to the folder `ds_configs` at its top, in a wheel a folder.
 DEFAULT_JSON = Path(__file__).with_name("ds_configs") / "zero2.json"
 
 WHAT = (

@@ -30,7 +30,7 @@ def warmup_then_cosine(optimizer: Optimizer, warmup: int, total_steps: int) -> L
 
 
 def maker(ds_config: DeepSpeedConfig, warmup: int, total_steps: int) -> Callable[[Optimizer], Any] | None:
-    """What makes the run's schedule of its optimizer; None: DeepSpeed does, as it is one of its own."""
+    """A function that makes the schedule for an optimizer; None if DeepSpeed makes it, as one of its schedules."""
     scheduler = ds_config.get("scheduler")
     if scheduler is None:
         return lambda optimizer: warmup_then_cosine(optimizer, warmup, total_steps)

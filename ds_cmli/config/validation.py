@@ -83,7 +83,7 @@ def _accepted(node: dict[str, Any], error: str) -> str:
         parts.append(f"{node.get('minLength', 0)} to {node['maxLength']} characters without NUL")
     low, high = node.get("minimum"), node.get("maximum")
     lowest = f"{low}" if low is not None else "more than 0" if "exclusiveMinimum" in node else ""
-    # The limit of what is counted is of interest only to who exceeds it.
+    # The limit of counts is named only when it is exceeded.
     most = f"{high}" if high not in (None, MOST) or error == "less_than_equal" else ""
     most = f"below {node['exclusiveMaximum']}" if "exclusiveMaximum" in node else most
     if lowest and most:

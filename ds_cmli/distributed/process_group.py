@@ -200,7 +200,7 @@ def gather(x: Tensor) -> Tensor:
 
 def _all_gather(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """[B, ...] of every rank -> [G, ...] in rank order, bit for bit, for any dtype. Collective."""
-    # As bytes: gloo has no bf16 or bool of its own.
+    # As bytes: gloo supports neither bf16 nor bool.
     x = x.contiguous()
     sent = x.view(torch.uint8) if x.dtype != torch.bool else x.to(torch.uint8)
     out = torch.empty((world_size(group) * x.shape[0], *sent.shape[1:]), dtype=torch.uint8, device=x.device)

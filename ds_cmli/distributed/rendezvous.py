@@ -182,7 +182,7 @@ def _nobody(rank: str, message: str) -> NoReturn:
 
 
 def _ask(host: str, port: int, token: str) -> dist.Store | None:
-    """The store there if it is this run's. In a thread: who is no store may never answer."""
+    """The store at this address if it is this run's. In a thread, as another program may never answer."""
     answered: list[dist.Store] = []
 
     def connect() -> None:

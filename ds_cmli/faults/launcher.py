@@ -59,7 +59,7 @@ def _walk() -> tuple[list[tuple[int, int]], bool, bool]:
 
 
 def _orphaned(pid: int) -> bool:
-    """Whether its parent has ended: it is in the process group neither of its new parent nor of its own."""
+    """Whether its parent has ended: its process group is neither its new parent's nor the one it leads."""
     if not _reaped(pid) or str(pid) == os.environ.get("SLURM_TASK_PID"):
         return False
     try:

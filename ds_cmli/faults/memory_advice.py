@@ -128,7 +128,7 @@ def advise(
         lines = table(first.report)
         if room is None:
             return lines
-        # Not all of the room is had: heaps and segments fragment. What ran out did so below the prediction at the most.
+        # Fragmentation keeps some memory unusable, and the run failed at or below the predicted peak: leave a tenth.
         room = min(room, first.report["totals"][total] * 9 // 10)
         for change in tried:
             if any(enough in change.what for enough in fits):

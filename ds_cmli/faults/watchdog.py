@@ -110,7 +110,7 @@ class Watchdog:
 
     def __enter__(self) -> "Watchdog":
         if self.timeout:
-            # A connection of its own: on the process group's, a waiting collective would hold it up.
+            # A separate connection: on the process group's, a waiting collective would delay it.
             self.store = dist.PrefixStore("watchdog", dist.distributed_c10d._get_default_store().clone())  # type: ignore
             self.exchange = threading.Thread(target=self._exchange_loop, daemon=True)
             self.exchange.start()

@@ -23,8 +23,8 @@ GLOO_COPIES = {
     torch.ops.c10d.allgather_.default: 0,
     torch.ops.c10d._reduce_scatter_base_.default: 1,
 }
-LONGEST_S = 1.0  # for gloo's thread to let go of a collective's tensors; it takes microseconds
-COPY_S = 0.005  # the same of its own copies, which nothing counts
+LONGEST_S = 1.0  # seconds to wait until gloo's thread has released a collective's tensors, which takes microseconds
+COPY_S = 0.005  # seconds until gloo has released its internal copies, which nothing counts
 
 
 def copied_bytes(func: Any, args: tuple, backend: str) -> int:
@@ -35,7 +35,7 @@ def copied_bytes(func: Any, args: tuple, backend: str) -> int:
 
 @contextmanager
 def seen_by_the_profiler() -> Iterator[None]:
-    """Collectives return when gloo's own thread has let go of their tensors.
+    """Inside, collectives return only after gloo's thread has released their tensors.
 
     It does so a moment after the caller goes on. A tensor that the caller has let go of by then ends in that thread,
     where the profiler does not look, and would be taken for one that lives on.
@@ -61,7 +61,7 @@ def _to_the_end(method: Callable, seconds: float) -> Callable:
 
 
 class _Work:
-    """A `dist.Work` that waits until its tensors are its caller's alone."""
+    """A `dist.Work` whose `wait` returns when only the caller still holds its tensors."""
 
     def __init__(self, work: dist.Work | None, tensors: list[Tensor], before: list[int], seconds: float):
         self.work, self.tensors, self.before, self.seconds = work, tensors, before, seconds

@@ -2,7 +2,7 @@
 
 E1, E2, E3 and E5 are about single losses, each computed in the ways of `implementations.py`; E4 is about a whole
 training step, predicted in the document's setting for each way to compute the loss, and for one preset predicted and
-measured by category. Each measurement runs in a process of its own; what does not fit stays predicted.
+measured by category. Each measurement runs in a separate process; what does not fit stays predicted.
 
 As a command, `python -m ds_cmli.memory.compare PRESET WORLD DEVICE` measures a preset's step and prints it as JSON.
 
@@ -140,7 +140,7 @@ def control_group_free(process: str = "/proc/self/cgroup", root: str = "/sys/fs/
 
 
 def measure_in_subprocess(row: Row, s: Setting, device: str, passes: str, seconds: float) -> Allocations | None:
-    """In a process of its own, which says what it knows after each pass; None where it did not get that far."""
+    """Measure in a separate process, which reports after each pass; None if it did not finish the first."""
     module = implementations.__name__
     allocations, _ = ask(["-m", module, row.id, row.implementation, device, json.dumps(asdict(s)), passes], seconds)
     return None if allocations is None else Allocations(**allocations)
@@ -271,7 +271,7 @@ class WholeStep:
 
 
 def whole_step(preset: str, world_size: int, device: str, seconds: float = MOST_SECONDS) -> WholeStep:
-    """Predicted for `device`, and measured there in a process of its own where memory and `seconds` allow."""
+    """Predicted for `device`, and measured there in a separate process where memory and `seconds` allow."""
     with predicting() as pool:
         ds_config = DeepSpeedConfig.load(DEFAULT_JSON)
         # Ranks are imagined in the measurement too: their collectives copy nothing.

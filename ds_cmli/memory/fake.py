@@ -195,7 +195,7 @@ def process_group(world_size: int) -> Iterator[None]:
         raise RuntimeError("a process group is up: a prediction needs a process, or a time, without one")
     environment = {"RANK": "0", "WORLD_SIZE": str(world_size), "LOCAL_RANK": "0"}
     with replaced_environment(environment), ExitStack() as stack:
-        stack.enter_context(replaced(sys, "excepthook", sys.excepthook))  # the group puts one of its own there
+        stack.enter_context(replaced(sys, "excepthook", sys.excepthook))  # the process group installs another one
         stack.enter_context(patched("torch: linear", lambda _: torch._C._nn.linear))
         dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
         stack.callback(distributed.shutdown)

@@ -19,7 +19,7 @@ from ds_cmli.memory.collectives import seen_by_the_profiler
 from ds_cmli.memory.report import Report, summarise
 from ds_cmli.memory.tracker import Tracker
 
-PREDICTION_S = 600  # for it to be made; the ranks wait
+PREDICTION_S = 600  # seconds that the ranks wait for the prediction
 FILE, SNAPSHOT = "memory.json", "memory-snapshot.pickle"
 
 
@@ -88,7 +88,7 @@ def profiling_memory(
                     with predict_subprocess.Predictor(PREDICTION_S) as predictor:
                         _write(folder, predictor.ask(request), report())
                 if target == "cuda":
-                    measure_cuda.record_history()  # no more than every training keeps
+                    measure_cuda.record_history()  # back to the short history that every training keeps
 
         yield after_step
 

@@ -71,7 +71,7 @@ def statistics(device: torch.device) -> dict[str, int]:
     totals = {name: stats[f"{name}_bytes.all.peak"] for name in ("requested", "allocated", "reserved")}
     occupied = process_bytes(device)
     if occupied is not None:
-        # The driver knows no peak: what lies beside the allocator's segments now lay there then.
+        # The driver reports no peak: memory outside the allocator's segments is taken to be as now.
         totals["device"] = occupied + totals["reserved"] - stats["reserved_bytes.all.current"]
     return totals
 
@@ -91,7 +91,7 @@ def process_bytes(device: torch.device) -> int | None:
 
 
 def own_bytes(used: dict[int, int | None], pid: int) -> int | None:
-    """`used` of this process. In a container NVML may know it by another number: a process alone is this one."""
+    """The entry of `used` for this process. In a container NVML may list another process id: a single entry is it."""
     if pid in used:
         return used[pid]
     return next(iter(used.values())) if len(used) == 1 else None

@@ -1,4 +1,4 @@
-"""Predictions in a process of their own: beside a training, on a machine whose GPU they must not touch, or after a
+"""Predictions in a separate process: beside a training, on a machine whose GPU they must not touch, or after a
 failure. The process takes requests as lines of JSON and answers each with a line.
 """
 

@@ -28,10 +28,10 @@ from ds_cmli.memory.phases import phases
 from ds_cmli.memory.report import Event
 from ds_cmli.memory.workspace import workspace_bytes
 
-# Autograd adds gradients up and fills in those of maxima in place, but not where a mode looks on: there the argument
-# ends right after these.
+# Autograd accumulates gradients and scatters those of maxima in place, except under a dispatch mode: there these
+# operators return a new tensor, and their argument is freed right afterwards.
 IN_PLACE = (torch.ops.aten.add.Tensor, torch.ops.aten.scatter.src)
-# Of DeepSpeed's optimizers: what these methods allocate belongs to the buckets that gradients travel in.
+# Methods of DeepSpeed's optimizers: what they allocate belongs to the buckets in which gradients are reduced.
 BUCKET_METHODS = ("setup_buckets", "reduce_ipg_grads", "_DeepSpeedZeroOptimizer_Stage3__reduce_and_partition_ipg_grads")
 GATHERS = ("allgather_", "_allgather_base_", "allgather_into_tensor_coalesced_", "allgather_coalesced_")
 
@@ -66,7 +66,7 @@ class Tracker(TorchDispatchMode):
         # What is allocated and freed within one segment was temporary: one for a forward pass with its losses, and one
         # for each stretch of the backward pass in which checkpointing runs, or does not run, a forward pass again.
         self.segment, self.last_of_init, self.recomputing = 0, 0, False
-        self.in_place_at = 0  # length of the log after an operator that is in place where no mode looks on
+        self.in_place_at = 0  # length of the log after an operator of IN_PLACE
         self._scope: str | None = None
         self._replaced = ExitStack()
 
@@ -77,7 +77,7 @@ class Tracker(TorchDispatchMode):
             self._replaced.enter_context(
                 replaced(owner, name, staticmethod(scoped) if isinstance(owner, type) else scoped)
             )
-        if self.workspaces:  # checkpointing keeps the generator's state of each block, which no operator returns
+        if self.workspaces:  # checkpointing saves the generator's state for each block, and no operator returns it
             self._replaced.enter_context(replaced(torch, "get_rng_state", self._seen(torch.get_rng_state)))
         return super().__enter__()
 
@@ -85,7 +85,7 @@ class Tracker(TorchDispatchMode):
         super().__exit__(*error)
         self._replaced.close()
 
-    # --- what happens
+    # --- recording
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         grad = self.phase == "backward" and torch.is_grad_enabled()
@@ -109,7 +109,7 @@ class Tracker(TorchDispatchMode):
         return out
 
     def _see(self, tensor: Tensor, category: str | None, func: Any = "") -> None:
-        """Record a storage that was not there before, or whose size has changed."""
+        """Record a storage that is new, or whose size has changed."""
         if tensor.device.type != self.device or tensor.layout != torch.strided:
             return
         storage = tensor.untyped_storage()
@@ -176,7 +176,7 @@ class Tracker(TorchDispatchMode):
             return peak.forward - peak.saved - 2 * I * J * max(4, image.dtype.itemsize)
         return peak.backward - peak.gradients
 
-    # --- what it is for
+    # --- categories
 
     @contextmanager
     def scope(self, category: str) -> Iterator[None]:
@@ -253,7 +253,7 @@ class Tracker(TorchDispatchMode):
                 reduce = optimizer.reduce_ready_partitions_and_remove_grads
 
                 def claim_first(parameter, *args, **kwargs):
-                    # Each gradient lives in a storage of its own only until it is copied into a bucket.
+                    # Each gradient has a separate storage only until it is copied into a bucket.
                     self.claim("gradients", [parameter.grad])
                     return reduce(parameter, *args, **kwargs)
 
@@ -293,7 +293,7 @@ class Tracker(TorchDispatchMode):
         if phase in ("forward", "loss") or recomputed:
             return "temporaries" if ended == segment else "activations student"
         if phase == "init" and (ended is None or ended > self.last_of_init):
-            return "ZeRO buckets"  # what the engine made for itself to keep
+            return "ZeRO buckets"  # what the engine allocates once and keeps
         return "temporaries"
 
     def events(self, host: bool = True) -> list[Event]:

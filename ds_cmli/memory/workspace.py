@@ -1,4 +1,4 @@
-"""What a CPU takes from the allocator for itself inside one operator, which tensors do not show.
+"""Memory that a CPU operator allocates and frees internally, which its tensors do not show.
 
 oneDNN's products and convolutions copy operands into blocks of their own; how large these are depends on the processor,
 the sizes, and the number of threads, and no formula is published. Normalisations add up in one row for each thread,
@@ -40,7 +40,7 @@ LIBRARY_OPS = {
     aten.sum.dim_IntList,
     aten.logsumexp.default,
 }
-# They cast as they copy.
+# These operators cast while they copy, without a temporary.
 CASTS = {aten.copy_.default, aten._to_copy.default}
 
 
@@ -85,7 +85,7 @@ def _asked(func: Any, args: tuple, kwargs: tuple, threads: int) -> int:
     returned: list[Any] = []
     with _disable_current_modes():
         operands, named = _zeros(args), {name: _zeros(value) for name, value in kwargs}
-        func(*operands, **named)  # what a library keeps from its first call on is no workspace
+        func(*operands, **named)  # not measured: what a library allocates once and keeps is no workspace
         sizes = cpu_events.sizes(lambda: returned.append(func(*operands, **named)))
     live = [0, *accumulate(sizes)]
-    return max(live) - live[-1]  # what is returned still lives
+    return max(live) - live[-1]  # the returned tensors are still live
