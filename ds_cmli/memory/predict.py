@@ -93,6 +93,11 @@ def predict(
         config = replace(config, loss=replace(config.loss, cmli_backend="triton" if runs else "chunked"))
     micro_batch, accumulation = json.micro_batch, json.accumulation
 
+    if cuda and accumulation > 1 and config.optim.cache_on_host:
+        raise NotPredictable(
+            "optim.cache_on_host is true: what it leaves on a GPU cannot be predicted: leave it out for the prediction"
+        )
+
     device = torch.device("cpu")
     tracker = Tracker(device.type, text_lengths(config, micro_batch), workspaces=not cuda, backend=backend)
     with (

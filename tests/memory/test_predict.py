@@ -368,3 +368,9 @@ def test_mistakes_are_one_line(arguments):
 def test_the_former_name_of_an_option_stays_valid():
     done = command("--card", "abacus")
     assert done.returncode == 2 and done.stderr.startswith("error: --gpu is 'abacus': give one of A10G 24GB")
+
+
+def test_features_cached_on_the_host_are_not_predicted_for_a_gpu():
+    config = load_preset("tiny", {"optim": {"cache_on_host": True}})
+    with pytest.raises(NotPredictable, match=r"optim\.cache_on_host is true"):
+        predict(config, ds_json(accumulation=2), 1)
