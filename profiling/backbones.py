@@ -43,7 +43,7 @@ class Case:
     model: str
     overrides: dict[str, Any] = field(default_factory=dict)
     size: int = 64  # of the picture
-    settings: dict[str, Any] = field(default_factory=dict)  # of `student`
+    settings: dict[str, Any] = field(default_factory=dict)  # of the section `student`, or `teacher`
 
 
 IMAGES = (
@@ -73,20 +73,30 @@ IMAGES = (
     Case("resnet18", {"layers": [1, 1, 1, 1], "channels": [16, 16, 32, 32]}),
     Case("resnet26t", {"layers": [1, 1, 1, 1], "channels": [8, 8, 8, 16]}),
     Case("resnetv2_50", {"layers": [1, 1, 1, 1], "channels": [16, 16, 32, 32]}),
-    Case("efficientnet_lite0", {"channel_multiplier": 0.25}),
+    Case("efficientnet_lite0"),
     Case("mobilenetv3_small_050"),
     Case("regnety_002"),
-    Case("mixer_s16_224", {"embed_dim": 32, "num_blocks": 2}),
-    Case("convmixer_768_32", {"dim": 16, "depth": 2}, size=56),
+    Case("mixer_s16_224", settings={"layers": 2}),
+    Case("convmixer_768_32", size=56, settings={"layers": 2}),
     Case("xcit_nano_12_p16_224", VIT),
-    Case("poolformer_s12", {"layers": [1, 1, 1, 1], "embed_dims": [16, 16, 32, 32]}),
+    Case("poolformer_s12"),
     Case("pvt_v2_b0", {"depths": [1, 1, 1, 1]}),
     Case("hiera_tiny_224", {"embed_dim": 16, "stages": [1, 1, 1, 1]}, size=224),
-    Case("levit_128"),
+    Case("levit_128", size=128),
     Case("crossvit_9_240"),
     Case("vit_tinny_patch16_224"),
+    Case("mixer_s16_224", {"embed_dim": 32}),
     Case("swin_tiny_patch4_window7_224", SWIN, settings={"layers": 2}),
     Case("resnet18", {"layers": [1, 1, 1, 1]}, size=80),
+)
+TEACHERS = (
+    Case("vit_small_patch16_dinov3", VIT),
+    Case("beitv2_base_patch16_224", VIT),
+    Case("vit_base_patch16_siglip_224", VIT),
+    Case("swin_tiny_patch4_window7_224", SWIN),
+    Case("convnext_atto", CNN),
+    Case("resnet18", {"layers": [1, 1, 1, 1], "channels": [16, 16, 32, 32]}, settings={"block": -2}),
+    Case("resnet18", {"layers": [1, 1, 1, 1]}, settings={"block": 9}),
 )
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
 T5 = {"d_model": 32, "num_layers": 2, "num_heads": 2, "d_ff": 64, "d_kv": 16}
@@ -153,11 +163,15 @@ def deepspeed_json(stage: int, checkpointing: bool, precision: str) -> dict[str,
 
 
 def configuration(kind: str, case: Case) -> Config:
-    student = {f"{kind}_model": case.model, f"{kind}_overrides": case.overrides, **case.settings}
-    data = {"image_size": case.size if kind == "image" else 56, "context_length": 24}
+    data = {"image_size": 56 if kind == "text" else case.size, "context_length": 24}
     losses = {"weights": dict.fromkeys(("global", "cmli", "target_cmli"), 1.0)}
     # The teacher has another grid and another width than most of the students.
     teacher = {"overrides": {**VIT, "embed_dim": 48, "patch_size": data["image_size"] // 2}}
+    if kind == "teacher":
+        student = {"image_overrides": VIT}
+        teacher = {"model": case.model, "overrides": case.overrides, **case.settings}
+    else:
+        student = {f"{kind}_model": case.model, f"{kind}_overrides": case.overrides, **case.settings}
     sections = {"student": student, "teacher": teacher, "data": data, "loss": losses, "optim": {"micro_batch": BATCH}}
     return load_preset("tiny", sections)
 
@@ -175,7 +189,9 @@ def tried(kind: str, case: Case, json: dict[str, Any]) -> Row:
     except UserError as error:
         row.refused = str(error)
     gc.collect()  # engines hold themselves in circles
-    row.said = "; ".join(dict.fromkeys(line for line in out.getvalue().splitlines() if "teacher." not in line))
+    row.said = "; ".join(
+        dict.fromkeys(line for line in out.getvalue().splitlines() if kind == "teacher" or "teacher." not in line)
+    )
     return row
 
 
@@ -184,9 +200,9 @@ def train(row: Row, config: Config, data: Data, json: dict[str, Any]) -> None:
     with process_group(1):
         step = engine.build(config, resolved, data.vocab_size, 10, torch.device("cpu"), data.special)
         student = step.objective.student
-        encoder = student.image if row.kind == "image" else student.text
+        encoder: Any = step.teacher.image if row.kind == "teacher" and step.teacher else getattr(student, row.kind)
         row.backbone, row.blocks = type(encoder).__name__, len(encoder.blocks)
-        places = f"{student.grid[0]} x {student.grid[1]}, " if row.kind == "image" else ""
+        places = f"{encoder.grid[0]} x {encoder.grid[1]}, " if row.kind != "text" else ""
         row.shape = f"{places}{encoder.width}"
         reached: set[str] = set()
         for name, parameter in step.objective.named_parameters():
@@ -194,8 +210,8 @@ def train(row: Row, config: Config, data: Data, json: dict[str, Any]) -> None:
         for start in range(0, STEPS * BATCH, BATCH):
             batch = data.collate([data.train[i] for i in range(start, start + BATCH)])
             row.losses.append(step(batch)[0].item())
-        # A key's bias shifts all of a query's logits alike, so that its gradient is zero but for rounding.
-        row.idle = len([n for n, _ in encoder.named_parameters() if not any(r.endswith(n) for r in reached)])
+        trained = [name for name, parameter in encoder.named_parameters() if parameter.requires_grad]
+        row.idle = sum(f"student.{row.kind}.{name}" not in reached for name in trained)
         some = torch.utils.data.Subset(data.evals["seen"], range(PAIRS))
         row.recall = evaluate_split(step.objective, some, data, BATCH, torch.device("cpu"))["combined/i2t_r5"]
 
@@ -208,7 +224,7 @@ def train(row: Row, config: Config, data: Data, json: dict[str, Any]) -> None:
 def main(names: tuple[str, ...], stage: int, checkpointing: bool, precision: str) -> None:
     json = deepspeed_json(stage, checkpointing, precision)
     rows = []
-    for kind, cases in (("image", IMAGES), ("text", TEXTS)):
+    for kind, cases in (("image", IMAGES), ("text", TEXTS), ("teacher", TEACHERS)):
         for case in cases:
             if names and case.model not in names:
                 continue

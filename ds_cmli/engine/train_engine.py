@@ -30,6 +30,7 @@ from ds_cmli.engine.throughput import ModelFlops, StepTimer
 from ds_cmli.faults import nonfinite
 from ds_cmli.losses import LOSSES, needs_teacher
 from ds_cmli.losses.objective import Objective
+from ds_cmli.models.backbone import cast_statistics
 from ds_cmli.models.checkpointing import checkpoint_blocks
 from ds_cmli.models.student import Student
 from ds_cmli.models.teacher import Teacher
@@ -242,6 +243,7 @@ def build(
         deepspeed.checkpointing.configure(None, deepspeed_config=ds_config.raw())
         checkpoint_blocks(objective.student.blocks, deepspeed.checkpointing.checkpoint)
 
+    cast_statistics(objective, dtype)
     params = ds_config.optimizer_params
     lr = params.get("lr", config.optim.lr)
     groups = parameter_groups(objective, params.get("weight_decay", 0.0), config.optim, lr)

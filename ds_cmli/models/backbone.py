@@ -141,6 +141,15 @@ class TextBackbone(nn.Module):
         raise NotImplementedError
 
 
+def cast_statistics(module: nn.Module, dtype: torch.dtype) -> None:
+    """BatchNorm's statistics in the precision of its weights, which ZeRO-3 (DeepSpeed 0.19.8) casts without them."""
+    for part in module.modules():
+        if isinstance(part, _BatchNorm):
+            for name, buffer in part.named_buffers(recurse=False):
+                if buffer.is_floating_point():
+                    setattr(part, name, buffer.to(dtype))
+
+
 def with_mean(patches: Tensor) -> Tensor:
     """[B, N, H] -> [B, 1 + N, H]: their mean stands for the class token that the model does not have."""
     return torch.cat([patches.mean(1, keepdim=True), patches], 1)

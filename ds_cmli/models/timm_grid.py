@@ -50,8 +50,7 @@ class TimmGrid(ImageBackbone):
         )
         created.account()
         timm_model.tell(request, model, "the mean of its feature map")
-        # Stages that are no sequence of blocks, such as a stem, are small.
-        self.modules_of_stages = [stage["module"] for stage in stages[: last + 1]]
+        self.stages = [stage["module"] for stage in stages[: last + 1]]
         self.width, side = stage["num_chs"], request.image_size // stage["reduction"]
         self.grid, self.prefix = (side, side), 1
         self.mean, self.std = model.pretrained_cfg["mean"], model.pretrained_cfg["std"]
@@ -59,13 +58,17 @@ class TimmGrid(ImageBackbone):
     @property
     def blocks(self) -> list[nn.Module]:
         found: list[nn.Module] = []
-        for name in self.modules_of_stages:
+        for number, name in enumerate(self.stages):
             stage = self.model.get_submodule(name)
             inside = getattr(stage, "blocks", stage)
             if isinstance(inside, nn.Sequential | nn.ModuleList):
                 found += list(inside)
-            elif isinstance(self.model.get_submodule(name.rpartition(".")[0]), nn.Sequential | nn.ModuleList):
-                found.append(stage)
+            elif next(stage.parameters(), None) is not None:
+                of_a_stack = isinstance(
+                    self.model.get_submodule(name.rpartition(".")[0]), nn.Sequential | nn.ModuleList
+                )
+                if of_a_stack or number > 0:  # otherwise it looks at pixels, which need no gradient: a stem
+                    found.append(stage)
         return found
 
     def forward(self, pixels: Tensor) -> Tensor:

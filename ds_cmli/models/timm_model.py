@@ -15,6 +15,11 @@ from typing import Any
 import timm
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import (
+    DynamicOutputShapeException,
+    UnsupportedFakeTensorException,
+    unset_fake_temporarily,
+)
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ds_cmli.common.errors import UserError, nearest
@@ -87,11 +92,11 @@ def create(request: ImageRequest) -> Created:
     try:
         with loading(hub=weights == "hub"), _watched(file, given):
             try:
-                model = build(img_size=request.image_size)
+                model = _built(partial(build, img_size=request.image_size))
             except TypeError as error:
                 if "'img_size'" not in str(error):
                     raise
-                model = build()  # takes pictures of any size
+                model = _built(build)  # takes pictures of any size
     except Exception as error:
         raise _not_built(request, error) from None
     if given is not None:
@@ -99,7 +104,22 @@ def create(request: ImageRequest) -> Created:
     return Created(model, source, given)
 
 
+def _built(build: Callable[[], Any]) -> Any:
+    """The model; where tensors hold no data, one that computes its sizes with tensors (RegNet) is built elsewhere."""
+    try:
+        return build()
+    except (DynamicOutputShapeException, UnsupportedFakeTensorException):
+        with unset_fake_temporarily(), torch.device("meta"):
+            model = build()
+        return model._apply(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype))
+
+
 def _not_built(request: ImageRequest, error: Exception) -> UserError:
+    fixed = re.search(r"got multiple values for keyword argument '(\w+)'", str(error))
+    if fixed and fixed[1] in request.overrides:
+        return UserError(
+            f"setting of {request.prefix}overrides is {fixed[1]!r}, which {request.model!r} fixes: leave it out"
+        )
     unknown = re.search(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(error))
     if unknown and unknown[2] in request.overrides:
         module = sys.modules[timm.models.model_entrypoint(request.model).__module__]

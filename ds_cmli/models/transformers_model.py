@@ -193,8 +193,8 @@ def _build(request: TextRequest, config: PreTrainedConfig) -> Any:
     # The text part of a model with pictures may be in neither table.
     part = getattr(transformers, type(config).__name__.replace("TextConfig", "TextModel"))
     model: Any = text_encoding or MODEL_MAPPING.get(type(config), part)
-    if not issubclass(model, PreTrainedModel):
-        raise ValueError(f"{config.model_type!r} is no encoder")
+    if not issubclass(model, PreTrainedModel) or model.main_input_name != "input_ids":
+        raise ValueError(f"{config.model_type!r} is no text encoder")
     if getattr(config, "is_encoder_decoder", False) and text_encoding is None:
         raise request.unfit("its encoder does not come without its decoder in transformers: choose another model")
     options: dict[str, Any] = (
@@ -235,6 +235,9 @@ class Transformer(TextBackbone):
     def __init__(self, request: TextRequest):
         super().__init__()
         self.model = create(request)
+        for module in self.model.modules():
+            if isinstance(getattr(module, "head", None), nn.Linear):  # SigLIP's, over its own pooling
+                module.head = nn.Identity()
         self.width = self.model.config.hidden_size
         self.most_positions = _most_positions(self.model)
         self._check_special_tokens(request)

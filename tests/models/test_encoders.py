@@ -142,7 +142,6 @@ def test_siglip_has_a_pooling_of_its_own_where_it_is_whole(layers, capsys):
             224,
             "data.image_size is 224: no multiple of the 64 pixels of a patch of .*; give for instance 256",
         ),
-        ("samvit_base_patch16", 64, "."),
         ("vit_tinny_patch16_224", 64, "cannot build it: Unknown model"),
     ],
 )
