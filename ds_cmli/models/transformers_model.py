@@ -235,6 +235,8 @@ class Transformer(TextBackbone):
     def __init__(self, request: TextRequest):
         super().__init__()
         self.model = create(request)
+        # Keys and values kept for generation would be kept for nothing, and twice under activation checkpointing.
+        self.model.config.use_cache = False
         for module in self.model.modules():
             if isinstance(getattr(module, "head", None), nn.Linear):  # SigLIP's, over its own pooling
                 module.head = nn.Identity()

@@ -374,3 +374,10 @@ def test_features_cached_on_the_host_are_not_predicted_for_a_gpu():
     config = load_preset("tiny", {"optim": {"cache_on_host": True}})
     with pytest.raises(NotPredictable, match=r"optim\.cache_on_host is true"):
         predict(config, ds_json(accumulation=2), 1)
+
+
+def test_relative_attention_is_not_predicted():
+    sizes = {**load_preset("tiny", {}).student.text_overrides, "relative_attention": True}
+    config = preset(student={"text_model": "deberta-v2", "text_overrides": sizes})
+    with pytest.raises(NotPredictable, match="'deberta-v2' with relative attention, whose memory cannot be predicted"):
+        predict(config, ds_json(), 1)

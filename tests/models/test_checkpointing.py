@@ -38,6 +38,7 @@ TEXT = {
     "modernbert": SMALL,
     "t5": {"d_model": 32, "num_layers": 2, "num_heads": 2, "d_ff": 64, "d_kv": 16},
     "clip": SMALL,
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 2},  # keeps keys and values unless told otherwise
 }
 
 
