@@ -95,7 +95,8 @@ class Row:
 
 def rows(chosen: list[Setting]) -> Iterator[Row]:
     from ds_cmli.config.presets import load_preset
-    from ds_cmli.memory.allocator import OutOfMemory, replay
+    from ds_cmli.memory.allocator import replay
+    from ds_cmli.memory.blocks import OutOfMemory
     from ds_cmli.memory.measure_cpu import measure_phases, tracked_events
     from ds_cmli.memory.predict import predict
 

@@ -163,7 +163,7 @@ def difference(first: Any, second: Any) -> list[str]:
 
 def settings_tried(start: Any, trace: list[dict[str, Any]], room: int | None) -> dict[str, int]:
     """Reserved bytes by value of PYTORCH_ALLOC_CONF, the least first; of those that fit, where there is a limit."""
-    from ds_cmli.memory.allocator import DEFAULTS
+    from ds_cmli.memory.blocks import DEFAULTS
     from ds_cmli.memory.what_if import what_if
 
     tried = {"(nothing set)": DEFAULTS, "expandable_segments:True": replace(DEFAULTS, expandable_segments=True)}

@@ -18,8 +18,7 @@ from ds_cmli.config.schema import OptimConfig
 from ds_cmli.config.validation import check, parse_json
 
 BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
-# What fills a parameter of the optimizer that the JSON leaves out or to "auto".
-FILLED = ("lr", "betas", "eps", "weight_decay")
+FILLED = ("lr", "betas", "eps", "weight_decay")  # the optimizer's parameters that the preset can fill
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,7 @@ class DeepSpeedConfig(Mapping):
         return len(self.content)
 
     def raw(self) -> dict[str, Any]:
-        """The JSON, the caller's own to change."""
+        """A copy of the JSON, which the caller may change."""
         return copy.deepcopy(dict(self.content))
 
     @classmethod
@@ -187,7 +186,7 @@ class DeepSpeedConfig(Mapping):
 
         Raises `UserError` with the three numbers where they do not multiply out.
         """
-        given = [self.content.get(key, "auto") for key in BATCH_KEYS]
+        given = (self.content.get(key, "auto") for key in BATCH_KEYS)
         total, micro, steps = (None if value == "auto" else int(value) for value in given)
         if micro is None:
             micro = micro_batch if total is None or steps is None else max(1, total // (steps * world_size))
@@ -227,8 +226,8 @@ class DeepSpeedConfig(Mapping):
                 value = getattr(optim, key)
                 params[key] = list(value) if key == "betas" else value
         partitions = self.zero.get("zero_hpz_partition_size", 1)
-        hpz = "zero_optimization.zero_hpz_partition_size"
-        check(world_size % partitions == 0, hpz, partitions, f"{world_size} ranks do not divide")
+        what = "zero_optimization.zero_hpz_partition_size"
+        check(world_size % partitions == 0, what, partitions, f"{world_size} ranks do not divide")
         profiler = {"profile_step": 1, **self.content.get("flops_profiler", {})}
         check(
             not profiler.get("enabled") or profiler["profile_step"] <= total_steps,

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ds_cmli.common.errors import UserError
-from ds_cmli.memory.allocator import (
+from ds_cmli.memory.allocator import CachingAllocator
+from ds_cmli.memory.blocks import (
     DEFAULT_POOL,
     DEFAULTS,
     LARGE_SEGMENT,
@@ -19,7 +20,6 @@ from ds_cmli.memory.allocator import (
     SMALL_REQUEST,
     SMALL_SEGMENT,
     Block,
-    CachingAllocator,
     Pool,
     Segment,
     Settings,

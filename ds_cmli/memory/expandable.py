@@ -13,7 +13,8 @@ The rules are those of `c10/cuda/CUDACachingAllocator.cpp`, torch 2.13. They dif
 
 from bisect import bisect_left, insort
 
-from ds_cmli.memory.allocator import (
+from ds_cmli.memory.allocator import CachingAllocator
+from ds_cmli.memory.blocks import (
     DEFAULT_POOL,
     DEFAULTS,
     LARGE_SEGMENT,
@@ -21,7 +22,6 @@ from ds_cmli.memory.allocator import (
     SMALL_SEGMENT,
     Action,
     Block,
-    CachingAllocator,
     Pool,
     Segment,
     Settings,

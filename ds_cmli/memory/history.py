@@ -7,8 +7,8 @@ passed over, the stretch is smaller, and the block before it has a larger rest.
 from dataclasses import dataclass, field
 from typing import Any
 
-from ds_cmli.memory.allocator import MIN_BLOCK
 from ds_cmli.memory.beginning import State, beginning, restore
+from ds_cmli.memory.blocks import MIN_BLOCK
 from ds_cmli.memory.expandable import ExpandableAllocator
 from ds_cmli.memory.what_if import INVENTED
 

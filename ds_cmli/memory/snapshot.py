@@ -9,7 +9,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from ds_cmli.memory.allocator import Block, Replay, Segment, replay
+from ds_cmli.memory.allocator import Replay, replay
+from ds_cmli.memory.blocks import Block, Segment
 from ds_cmli.memory.report import Event
 
 

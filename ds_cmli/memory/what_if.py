@@ -8,8 +8,9 @@ from bisect import bisect_right
 from dataclasses import dataclass
 from typing import Any
 
-from ds_cmli.memory.allocator import Block, CachingAllocator, OutOfMemory, Settings
+from ds_cmli.memory.allocator import CachingAllocator
 from ds_cmli.memory.beginning import State, restore
+from ds_cmli.memory.blocks import Block, OutOfMemory, Settings
 from ds_cmli.memory.expandable import ExpandableAllocator
 
 INVENTED = 1 << 62  # addresses of new segments, which no recorded one has

@@ -6,7 +6,8 @@ from hypothesis import strategies as st
 
 from ds_cmli.common.errors import UserError
 from ds_cmli.memory import gpus
-from ds_cmli.memory.allocator import FIRST_ADDRESS, CachingAllocator, OutOfMemory, replay
+from ds_cmli.memory.allocator import CachingAllocator, replay
+from ds_cmli.memory.blocks import FIRST_ADDRESS, OutOfMemory
 from ds_cmli.memory.history import replay_history
 from ds_cmli.memory.report import Event
 from ds_cmli.memory.snapshot import build

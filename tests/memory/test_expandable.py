@@ -2,7 +2,7 @@
 
 import pytest
 
-from ds_cmli.memory.allocator import FIRST_ADDRESS, OutOfMemory
+from ds_cmli.memory.blocks import FIRST_ADDRESS, OutOfMemory
 from ds_cmli.memory.expandable import ExpandableAllocator
 
 K, M = 1 << 10, 1 << 20

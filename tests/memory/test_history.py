@@ -12,7 +12,8 @@ from click.testing import CliRunner
 
 from ds_cmli.common.errors import UserError
 from ds_cmli.memory import snapshot, snapshot_file
-from ds_cmli.memory.allocator import DEFAULTS, CachingAllocator, OutOfMemory, Replay, Settings
+from ds_cmli.memory.allocator import CachingAllocator, Replay
+from ds_cmli.memory.blocks import DEFAULTS, OutOfMemory, Settings
 from ds_cmli.memory.expandable import ExpandableAllocator
 from ds_cmli.memory.history import replay_history
 from profiling.replay import command

@@ -7,8 +7,9 @@ import pytest
 from click.testing import CliRunner
 
 from ds_cmli.common.errors import UserError
-from ds_cmli.memory.allocator import CachingAllocator, Replay, Settings, rounded
+from ds_cmli.memory.allocator import CachingAllocator, Replay
 from ds_cmli.memory.beginning import State, beginning
+from ds_cmli.memory.blocks import Settings, rounded
 from ds_cmli.memory.history import replay_history
 from ds_cmli.memory.snapshot import build
 from ds_cmli.memory.what_if import what_if
