@@ -1,0 +1,194 @@
+"""python profiling/benchmark_data.py [--data ...] [--json]
+
+How fast pairs come, beside how fast pictures are decoded, and how long a training waits for them.
+
+Three tables: decoders on the same JPEGs; pairs per second and loading process, against decoding the same pictures and
+nothing else; the share of the trainer's steps spent waiting for the next batch. The first table is of JPEGs of noise,
+the others of --data; of the demo, drawing a scene counts as decoding.
+"""
+
+import io
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+# Run by its path, this file's folder comes first on sys.path, where its own name would hide other modules.
+sys.path[:] = [p for p in sys.path if p != __file__.rsplit("/", 1)[0]]
+
+from ds_cmli.common import quiet  # noqa: E402
+
+quiet.silence()
+
+import click  # noqa: E402
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from PIL import Image, ImageOps  # noqa: E402
+
+from ds_cmli import engine  # noqa: E402
+from ds_cmli.common.cli import run_command  # noqa: E402
+from ds_cmli.config.deepspeed_config import DeepSpeedConfig  # noqa: E402
+from ds_cmli.config.options import WHAT, add, resolve_config  # noqa: E402
+from ds_cmli.data import GlobalBatchSampler, build_data, train_loader  # noqa: E402
+from ds_cmli.data.pairs import TrainPairs  # noqa: E402
+from ds_cmli.data.pictures import decode  # noqa: E402
+from ds_cmli.data.sampler import Draw  # noqa: E402
+from ds_cmli.distributed import process_group as distributed  # noqa: E402
+
+PICTURES = 40  # of the table of decoders, of each size
+SIZES = ((500, 375), (1024, 768), (2048, 1536))
+STEPS = 1_000_000  # of the schedule: the rate stays near its start
+
+
+def noise(width: int, height: int, seed: int) -> bytes:
+    """A JPEG of coarse and fine noise: about as many bytes as a photograph of this size."""
+    draw = np.random.default_rng(seed)
+    coarse = draw.integers(0, 256, (height // 16, width // 16, 3), dtype=np.uint8)
+    picture = np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)).astype(np.int16)
+    picture = (picture + draw.normal(0, 6, picture.shape)).clip(0, 255).astype(np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(picture).save(file, "JPEG", quality=85)
+    return file.getvalue()
+
+
+def decoders(size: int) -> dict[str, Callable[[bytes], Any]]:
+    """From a JPEG's bytes to its central square of `size` pixels."""
+
+    def fit(picture: Image.Image) -> np.ndarray:
+        return np.asarray(ImageOps.fit(picture, (size, size), Image.Resampling.BICUBIC))
+
+    def torchvision_io(content: bytes) -> torch.Tensor:
+        from torchvision.io import decode_jpeg
+        from torchvision.transforms.v2 import functional as F
+
+        image = decode_jpeg(torch.frombuffer(bytearray(content), dtype=torch.uint8))
+        side = min(image.shape[1:])
+        return F.resize(F.center_crop(image, [side, side]), [size, size], F.InterpolationMode.BICUBIC)
+
+    found: dict[str, Callable[[bytes], Any]] = {
+        "Pillow, whole": lambda content: fit(Image.open(io.BytesIO(content)).convert("RGB")),
+        "torchvision.io, whole": torchvision_io,
+        "ours: Pillow reduced, torch's resize": lambda content: decode(content, size, 10**9),
+    }
+    try:
+        import simplejpeg
+    except ImportError:
+        return found
+    reduced = {"min_height": 2 * size, "min_width": 2 * size}
+    found["simplejpeg, reduced"] = lambda content: fit(Image.fromarray(simplejpeg.decode_jpeg(content, **reduced)))
+    return found
+
+
+def decoder_table(size: int) -> dict[str, dict[str, float]]:
+    """Milliseconds of CPU a picture: {decoder: {"500x375": ms}}."""
+    out: dict[str, dict[str, float]] = {}
+    for width, height in SIZES:
+        contents = [noise(width, height, seed) for seed in range(PICTURES // 8)]
+        for name, function in decoders(size).items():
+            times = []
+            for content in [contents[0], *contents * 8]:
+                started = time.process_time()
+                function(content)
+                times.append(time.process_time() - started)
+            out.setdefault(name, {})[f"{width}x{height}"] = round(statistics.median(times[1:]) * 1e3, 2)
+    return out
+
+
+def bare(data: Any, draws: list[Draw]) -> tuple[float, float]:
+    """Pictures decoded in a second, and in a second of CPU time, by this process, and nothing else done."""
+    pairs, started, used = data.train, time.perf_counter(), time.process_time()
+    for draw in draws:
+        if isinstance(pairs, TrainPairs):
+            pairs.pictures.image(draw.sample)
+        else:
+            pairs[draw]
+    return len(draws) / (time.perf_counter() - started), len(draws) / (time.process_time() - used)
+
+
+def loaded(data: Any, sampler: GlobalBatchSampler, workers: int, prefetch: int, batches: int) -> tuple[float, float]:
+    """Pairs in a second out of the loader, in its steady state, and in a second of this process's CPU time."""
+    loader = iter(train_loader(data, sampler, workers, prefetch=prefetch))
+    for _ in range(2 + workers * prefetch):  # those prepared while the processes started
+        next(loader)
+    started, used = time.perf_counter(), time.process_time()
+    for _ in range(batches):
+        next(loader)
+    pairs = batches * sampler.micro_batch
+    return pairs / (time.perf_counter() - started), pairs / (time.process_time() - used)
+
+
+def waiting(step: Any, loader: Any, steps: int, device: torch.device) -> tuple[float, float]:
+    """Seconds of a step, and the share of it spent waiting for its batch, over `steps` after the first two."""
+    taken, waited = 0.0, 0.0
+    for number in range(-2, steps):
+        started = time.perf_counter()
+        batch = next(loader)
+        ready = time.perf_counter()
+        step(batch)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        if number >= 0:
+            waited += ready - started
+            taken += time.perf_counter() - started
+    return taken / steps, waited / taken
+
+
+@click.command(help=(__doc__ or "").split("\n\n")[1])
+@add(*WHAT)
+@click.option("--batches", type=click.IntRange(1), default=10, show_default=True, help="Measured of each loader.")
+@click.option("--train-steps", type=click.IntRange(0), default=10, show_default=True, help="0: without the last table.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object alone.")
+def command(preset, deepspeed_config, settings, batches, train_steps, as_json, **options) -> int:
+    def tell(line: str) -> None:
+        click.echo(line, err=as_json)
+
+    config = resolve_config(preset, settings, options)
+    distributed.map_launcher_environment()
+    device = distributed.init()
+    ds_config = engine.on_this_device(DeepSpeedConfig.load(deepspeed_config))
+    ds_config = engine.filled(config, ds_config, 1, STEPS)
+    config, _ = engine.with_backend(config, device)
+    data = build_data(config.data, config.run.seed)
+    found: dict[str, Any] = {"image_size": config.data.image_size, "threads": torch.get_num_threads()}
+
+    found["decoders_ms"] = decoder_table(config.data.image_size)
+    tell(f"ms of CPU a JPEG, to {config.data.image_size} pixels square")
+    tell(f"  {'':40}" + "".join(f"{f'{w}x{h}':>12}" for w, h in SIZES))
+    for name, times in found["decoders_ms"].items():
+        tell(f"  {name:40}" + "".join(f"{ms:>12.2f}" for ms in times.values()))
+
+    sampler = GlobalBatchSampler(data.mixture, ds_config.micro_batch, 0, 1, config.run.seed)
+    order = iter(sampler)
+    by_wall, by_cpu = bare(data, [draw for _ in range(batches) for draw in next(order)])
+    found |= {"bare_per_s": by_wall, "bare_per_cpu_s": by_cpu}
+    tell(f"pairs/s of {config.data.source}, and per second of CPU time")
+    tell(f"  decoding alone      {by_wall:>8.0f} {by_cpu:>8.0f}")
+    for workers in (0, 1, 2):
+        rate, per_cpu = loaded(data, sampler, workers, config.data.prefetch, batches)
+        found[f"loader_{workers}_per_s"] = rate
+        line = f"  {workers} loading processes {rate:>8.0f}"
+        if workers:
+            tell(f"{line} {'':8} ({rate / workers / by_wall:.2f} of decoding alone, each)")
+        else:
+            found["loader_0_per_cpu_s"] = per_cpu
+            tell(f"{line} {per_cpu:>8.0f} ({per_cpu / by_cpu:.2f} of decoding alone)")
+
+    if train_steps:
+        train_engine = engine.build(config, ds_config, data.vocab_size, STEPS, device, data.special)
+        for workers in (0, 1):
+            loader = iter(train_loader(data, sampler, workers, prefetch=config.data.prefetch))
+            seconds, share = waiting(train_engine, loader, train_steps, device)
+            found |= {f"step_{workers}_s": seconds, f"waiting_{workers}": share}
+            tell(
+                f"  {workers} loading processes: a step takes {seconds:.3f} s, {share:.2%} of it waiting for its batch"
+            )
+    if as_json:
+        click.echo(json.dumps(found))
+    distributed.shutdown()
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(command)
