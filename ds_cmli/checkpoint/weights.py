@@ -69,6 +69,9 @@ def load_weights(folder: Path, module: nn.Module, name: str = WEIGHTS) -> None:
     try:
         weights = load_file(path)
         missing, unexpected = module.load_state_dict(weights, strict=False)
+        # A tensor that a model has under two names (T5's embeddings) is saved under the first.
+        names = {*dict(module.named_parameters()), *dict(module.named_buffers())}
+        missing = [key for key in missing if key in names]
     except Exception as error:
         raise UserError(f"--checkpoint {path}: cannot load it: {str(error).splitlines()[-1].strip()}") from None
     key = not_finite(weights)
