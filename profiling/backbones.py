@@ -163,12 +163,12 @@ def deepspeed_json(stage: int, checkpointing: bool, precision: str) -> dict[str,
 
 
 def configuration(kind: str, case: Case) -> Config:
-    data = {"image_size": 56 if kind == "text" else case.size, "context_length": 24}
-    losses = {"weights": dict.fromkeys(("global", "cmli", "target_cmli"), 1.0)}
+    data: dict[str, Any] = {"image_size": 56 if kind == "text" else case.size, "context_length": 24}
+    losses: dict[str, Any] = {"weights": dict.fromkeys(("global", "cmli", "target_cmli"), 1.0)}
     # The teacher has another grid and another width than most of the students.
-    teacher = {"overrides": {**VIT, "embed_dim": 48, "patch_size": data["image_size"] // 2}}
+    teacher: dict[str, Any] = {"overrides": {**VIT, "embed_dim": 48, "patch_size": data["image_size"] // 2}}
     if kind == "teacher":
-        student = {"image_overrides": VIT}
+        student: dict[str, Any] = {"image_overrides": VIT}
         teacher = {"model": case.model, "overrides": case.overrides, **case.settings}
     else:
         student = {f"{kind}_model": case.model, f"{kind}_overrides": case.overrides, **case.settings}
