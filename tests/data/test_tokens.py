@@ -58,5 +58,5 @@ def test_a_tokenizer_without_padding_is_refused(tmp_path):
     tokenizer = builtin_tokenizer()
     tokenizer.pad_token = None
     tokenizer.save_pretrained(tmp_path)
-    with pytest.raises(UserError, match=r"no \[PAD\] token"):
+    with pytest.raises(UserError, match=r"which has no token for padding or the end"):
         load_tokenizer(str(tmp_path), 12)
