@@ -16,6 +16,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from ds_cmli.checkpoint import checksums
+from ds_cmli.common import panels
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.engine.throughput import StepTimer, peak_flops
 
@@ -57,6 +58,7 @@ class Writer:
     def __init__(self, folder: Path, total_steps: int, first_step: int = 0):
         self.path, self.waiting, self.told = folder / METRICS, b"", False
         self.tensorboard: SummaryWriter | None = None
+        self.results: dict[str, float] = {}  # the last of each held-out metric, by its name in TensorBoard
         threading.excepthook = _without_full_disks(threading.excepthook)
         self.total = total_steps
         self.started, self.first_step = time.monotonic(), first_step
@@ -125,7 +127,10 @@ class Writer:
                 # What an interrupted run drew after the step it resumes from is hidden.
                 folder = self.path.parent / "tensorboard"
                 self.tensorboard = SummaryWriter(str(folder), purge_step=min(step, self.first_step + 1))
-            self.tensorboard.add_scalar(name, value, step)
+                self.tensorboard.add_text("configuration", panels.configuration(self.path.parent), step)
+            self.tensorboard.add_scalar(panels.tag(name), value, step)
+            if name.startswith("eval/"):
+                self.results[panels.tag(name)] = value
         except OSError as error:
             self.tensorboard = None
             self._tell(error)
@@ -141,6 +146,8 @@ class Writer:
             self.bar.close()
         try:
             if self.tensorboard is not None:
+                if self.results and (self.path.parent / "config.json").is_file():
+                    panels.settings_and_results(self.tensorboard, self.path.parent, self.results)
                 self.tensorboard.close()
         except OSError as error:
             self._tell(error)

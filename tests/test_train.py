@@ -65,8 +65,14 @@ def test_what_a_run_leaves(finished):
     assert "checkpoint step4: " in done.stdout and "best seen combined R@1 " in done.stdout
     events = EventAccumulator(str(folder / "tensorboard"))
     events.Reload()
-    drawn = {"loss/cmli", "lr", "grad_norm", "temperature/global", "pairs_per_s", "peak_memory_bytes", "checkpoint_s"}
-    assert drawn | {"eval/seen/combined/i2t_r1"} <= set(events.Tags()["scalars"])
+    drawn = {"loss/total", "loss/cmli", "optimizer/lr", "optimizer/grad_norm", "temperature/global"}
+    drawn |= {"speed/pairs_per_s", "speed/checkpoint_s", "memory/peak_memory_bytes"}
+    drawn |= {"retrieval/seen/combined/i2t_r1", "pointing-game/seen"}
+    assert drawn <= set(events.Tags()["scalars"])
+    (text,) = events.Tensors("configuration/text_summary")
+    assert b'"preset": "tiny"' in text.tensor_proto.string_val[0]
+    entry = events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
+    assert b"optim.lr" in entry and b"ZeRO stage" in entry
     assert "written to" in done.stdout and str(folder) in done.stdout
 
 
