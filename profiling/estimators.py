@@ -76,7 +76,7 @@ def settings() -> list[Setting]:
     out += [Setting(2, 2, positions=m, image_size=size) for m, size in ((16, 56), (64, 112), (32, 224))]
     out += [Setting(2, 2, width=width, depth=depth) for width, depth in ((64, 2), (256, 6), (384, 4))]
     out += [Setting(stage, 2, accumulation=4) for stage in (1, 2)]
-    out += [Setting(2, ranks, optimizer="SGD") for ranks in (1, 8)] + [Setting(1, 2, optimizer="Adagrad")]
+    out += [Setting(2, ranks, optimizer="SGD") for ranks in (1, 8)] + [Setting(0, 2, optimizer="Adagrad")]
     return out
 
 

@@ -92,18 +92,27 @@ def test_fp16_with_dynamic_loss_scaling_skips_an_overflow_and_goes_on(fp16_devic
 
 
 @pytest.mark.parametrize(
-    "device_name, supported, runs", [("cpu", True, "bf16"), ("cuda", False, "bf16"), ("cuda", True, "fp16")]
+    "device_name, fp16, bf16, runs",
+    [
+        ("cpu", True, True, "bf16"),
+        ("cpu", True, False, "fp32"),
+        ("cuda", False, True, "bf16"),
+        ("cuda", False, False, "fp32"),
+        ("cuda", True, True, "fp16"),
+    ],
 )
-def test_fp16_falls_back_to_bf16_where_it_is_slow_or_missing(monkeypatch, device_name, supported, runs):
+def test_fp16_falls_back_to_what_the_device_is_fast_in(monkeypatch, device_name, fp16, bf16, runs):
     from deepspeed.accelerator import get_accelerator
 
     monkeypatch.setattr(get_accelerator(), "device_name", lambda: device_name)
-    monkeypatch.setattr(get_accelerator(), "is_fp16_supported", lambda: supported)
+    monkeypatch.setattr(get_accelerator(), "is_fp16_supported", lambda: fp16)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: bf16)
+    monkeypatch.setattr(engine.planning, "bf16_is_fast", lambda: bf16)
     ds_config = engine.on_this_device(DeepSpeedConfig.of(FP16))
     assert ds_config.precision == runs
-    if runs == "bf16":
+    if runs != "fp16":
         (notice,) = ds_config.notices
-        assert device_name in notice and "\n" not in notice
+        assert device_name in notice and runs in notice and "\n" not in notice
     else:
         assert ds_config.notices == ()
 
