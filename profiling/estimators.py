@@ -211,7 +211,7 @@ def command(first: int | None, plot: str | None, json_file: str | None) -> None:
 
 
 def draw(found: list[Row], path: Path) -> None:
-    from ds_cmli.memory.charts import matplotlib
+    from ds_cmli.common.plots import matplotlib
 
     try:
         pyplot = matplotlib()

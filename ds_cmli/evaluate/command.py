@@ -185,10 +185,10 @@ def load_objective(config: Any, folder: Path, data: Any, device: Any) -> Any:
 
     from ds_cmli.checkpoint.weights import load_weights
     from ds_cmli.engine import build_models
-    from ds_cmli.losses import LOSSES
+    from ds_cmli.losses import over_pairs
 
-    weights = {name: weight for name, weight in config.loss.weights.items() if not LOSSES[name].teacher}
-    config.loss = dataclasses.replace(config.loss, weights=weights or {"global": 1.0})
+    weights = over_pairs(config.loss.weights) or {"global": 1.0}
+    config.loss = dataclasses.replace(config.loss, weights=weights)
     objective, _ = build_models(config, data.vocab_size, pretrained=False, special=data.special)
     load_weights(folder, objective)
     return objective.to(device)

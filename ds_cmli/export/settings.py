@@ -7,14 +7,8 @@ from typing import Any
 
 from ds_cmli import models
 from ds_cmli.config.schema import Config
-from ds_cmli.losses import LOSSES
 from ds_cmli.models.student import Student
 from ds_cmli.models.transformers_model import UNDECLARED, without_effect
-
-
-def of_pairs(weights: dict[str, float]) -> dict[str, float]:
-    """The losses over pairs alone: those that need no teacher."""
-    return {name: weight for name, weight in weights.items() if not LOSSES[name].teacher}
 
 
 def portable(config: Config, student: Student) -> dict[str, Any]:

@@ -19,7 +19,8 @@ from ds_cmli.export.configuration import CMLIConfig
 from ds_cmli.export.modeling import CMLIModel
 from ds_cmli.export.processing import CMLIProcessor
 from ds_cmli.export.read import WEIGHTS
-from ds_cmli.export.settings import of_pairs, portable
+from ds_cmli.export.settings import portable
+from ds_cmli.losses import over_pairs
 from ds_cmli.losses.objective import Objective
 
 CODE = {
@@ -53,7 +54,7 @@ def load_run(run: Path, tokenizer: str | None) -> tuple[Config, Objective, Any, 
         UserError: there is no such run, or nothing that could be exported.
     """
     config = load_config(run / "config.json", "the run")
-    pairs = of_pairs(config.loss.weights)
+    pairs = over_pairs(config.loss.weights)
     if not pairs:
         raise UserError(
             f"{str(run)!r} was trained with {', '.join(config.loss.weights)} alone, which compare no pairs: it has no "
@@ -78,7 +79,7 @@ def write_model(folder: Path, config: Config, objective: Objective, whole: Any, 
     added = [i for i, valid in zip(sample.input_ids, sample.valid, strict=True) if not valid]
     exported = CMLIConfig(
         portable(config, objective.student),
-        [*of_pairs(config.loss.weights).items()],
+        [*over_pairs(config.loss.weights).items()],
         vocab_size=text.config.vocab_size,
         pad_id=words.pad_id,
         class_first=words.special.class_first,

@@ -100,7 +100,7 @@ class Model:
         from ds_cmli.checkpoint.weights import load_weights
         from ds_cmli.engine import build_models
         from ds_cmli.export.read import is_exported, load_exported
-        from ds_cmli.losses import LOSSES
+        from ds_cmli.losses import over_pairs
 
         path = Path(path)
         chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -110,8 +110,8 @@ class Model:
             return cls(config, objective, words, chosen)
         config = load_config(path / "config.json", "the model")
         # Without distillation losses no teacher is built.
-        weights = {name: weight for name, weight in config.loss.weights.items() if not LOSSES[name].teacher}
-        config.loss = dataclasses.replace(config.loss, weights=weights or {"global": 1.0})
+        weights = over_pairs(config.loss.weights) or {"global": 1.0}
+        config.loss = dataclasses.replace(config.loss, weights=weights)
         words = load_tokenizer(tokenizer or config.data.tokenizer, config.data.context_length)
         objective, _ = build_models(config, words.vocab_size, pretrained=False, special=words.special)
         load_weights(path, objective)

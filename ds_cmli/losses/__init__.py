@@ -37,5 +37,10 @@ def load(name: str) -> Any:
     return getattr(import_module(f"{__name__}.{module}"), cls)
 
 
+def over_pairs(weights: dict[str, float]) -> dict[str, float]:
+    """Of losses by their weights, those over pairs: they need no teacher."""
+    return {name: weight for name, weight in weights.items() if not LOSSES[name].teacher}
+
+
 def needs_teacher(names: Any) -> bool:
     return any(LOSSES[name].teacher for name in names)

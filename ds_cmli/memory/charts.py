@@ -4,18 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ds_cmli.common.plots import matplotlib
 from ds_cmli.memory.compare import GB, Row
 from ds_cmli.memory.report import CATEGORIES, Event
-
-
-def matplotlib() -> Any:
-    """pyplot, drawing to files; raises ImportError where matplotlib is not installed."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot
 
 
 def bars(rows: Sequence[Row], path: Path) -> None:

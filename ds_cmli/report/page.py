@@ -9,6 +9,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, select_autoescape
 
 from ds_cmli.common.errors import UserError
+from ds_cmli.common.plots import matplotlib
 from ds_cmli.report.runs import RunFiles, differing, groups, mean
 
 CURVES = {  # title -> columns, as patterns
@@ -48,10 +49,7 @@ def write(runs: Sequence[RunFiles], path: str | Path) -> None:
 def curves(runs: Sequence[RunFiles], pattern: str) -> str:
     """The columns of that pattern over the steps as SVG: a colour for each column, a line style for each run."""
     try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
+        pyplot = matplotlib()
     except ImportError:
         raise UserError("the report's curves need matplotlib: pip install matplotlib") from None
     columns = dict.fromkeys(

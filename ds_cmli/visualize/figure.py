@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from ds_cmli.common.errors import UserError
+from ds_cmli.common.plots import matplotlib
 
 COLUMNS = 6  # pictures a row
 DARK = 0.35  # of the picture behind a map
@@ -21,10 +22,7 @@ def write_figure(panel: Any, path: str | Path) -> None:
         UserError: matplotlib is not installed, or the file cannot be written.
     """
     try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
+        pyplot = matplotlib()
     except ImportError:
         raise UserError("pictures of match maps need matplotlib: pip install matplotlib") from None
     image = panel.image.permute(1, 2, 0).numpy()  # [S, S, 3]

@@ -4,29 +4,19 @@ import json
 
 import numpy as np
 import pytest
-import torch
 from click.testing import CliRunner
 from PIL import Image
-from safetensors.torch import save_file
 
 from ds_cmli.common.errors import UserError
-from ds_cmli.config.presets import load_preset
-from ds_cmli.data.tokens import load_tokenizer
-from ds_cmli.engine import build_models
 from ds_cmli.evaluate.command import command
+from tests.run_folder import write_run
 
 WORDS = ("red apple", "green pear", "blue bird", "black cat")
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("run")
-    config = load_preset("tiny", {"loss": {"weights": {"global": 1.0, "cmli": 1.0}}})
-    torch.manual_seed(0)
-    objective, _ = build_models(config, load_tokenizer("builtin", config.data.context_length).vocab_size)
-    save_file({k: v.contiguous() for k, v in objective.state_dict().items()}, folder / "student.safetensors")
-    (folder / "config.json").write_text(json.dumps({"config": config.to_dict()}))
-    return str(folder)
+    return str(write_run(tmp_path_factory.mktemp("run")))
 
 
 @pytest.fixture(scope="module")
