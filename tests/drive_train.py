@@ -4,6 +4,7 @@ FILE holds JSON, a list of `{"arguments": [...], "port": N}` and the other argum
 printed as JSON, on rank 0.
 """
 
+import gc
 import json
 import os
 import signal
@@ -15,6 +16,7 @@ from unittest import mock
 from ds_cmli import train
 from ds_cmli.common.cli import leave
 from ds_cmli.common.errors import UserError
+from ds_cmli.distributed import process_group
 from ds_cmli.faults import preemption
 
 
@@ -28,7 +30,22 @@ def drive(arguments: list[str], stop_at: int | None = None, seen: str | None = N
     """
     from ds_cmli.engine import TrainEngine
 
-    end_step, one_step = train.end_step, TrainEngine.step
+    shutdown = process_group.shutdown
+    end_step, one_step, make = train.end_step, TrainEngine.step, TrainEngine.__init__
+    engines: list[TrainEngine] = []
+
+    def made(engine, *arguments, **more):
+        engines.append(engine)
+        make(engine, *arguments, **more)
+
+    def end_group():
+        # The hooks of a DeepSpeed engine keep it, its group's threads and their stacks until it is destroyed.
+        for engine in engines:
+            if hasattr(engine, "engine"):
+                engine.engine.destroy()
+        engines.clear()
+        shutdown()
+        gc.collect()
 
     def ended(run, found):
         end_step(run, found)
@@ -48,6 +65,8 @@ def drive(arguments: list[str], stop_at: int | None = None, seen: str | None = N
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(train, "end_step", ended))
         stack.enter_context(mock.patch.object(TrainEngine, "step", step))
+        stack.enter_context(mock.patch.object(TrainEngine, "__init__", made))
+        stack.enter_context(mock.patch.object(process_group, "shutdown", end_group))
         for number in preemption.SIGNALS:
             signal.signal(number, preemption._note)
         try:

@@ -320,7 +320,7 @@ def test_lines_after_the_resumed_step_are_truncated(copied, source, tmp_path):
     assert [line["step"] for line in metrics(copied)] == [3, 5, 6, 9, 10, 12, 12]
     events = EventAccumulator(str(copied / "tensorboard"))
     events.Reload()
-    assert [event.step for event in events.Scalars("loss")] == [3, 6, 9, 12]
+    assert [event.step for event in events.Scalars("loss/total")] == [3, 6, 9, 12]
 
 
 def test_resume_by_path_goes_on_in_another_folder_or_the_same(copied, source, tmp_path, capfd):
