@@ -1,4 +1,4 @@
-"""What ranks decide together: whether any of them was signalled, failed, or finds that it is time for something."""
+"""Decisions that all ranks take together, such as whether any rank was signalled, has failed, or has to save."""
 
 import torch
 import torch.distributed as dist
@@ -8,7 +8,7 @@ from ds_cmli.distributed import process_group as distributed
 
 
 class CollectiveFlags:
-    """A group for small messages between processors: over the GPUs' own group each would stop a GPU to be read."""
+    """A gloo group for small messages between CPUs. Over NCCL every one of them would be a CPU-GPU sync."""
 
     def __init__(self):
         self.group: dist.ProcessGroup | None = None
@@ -16,7 +16,7 @@ class CollectiveFlags:
             self.group = dist.new_group(backend="gloo")  # collective
 
     def any(self, *flags: bool) -> list[bool]:
-        """Each flag, raised where it is raised on any rank. Collective."""
+        """For each flag, whether it is set on any rank. Collective."""
         if distributed.world_size() == 1:
             return list(flags)
         raised = torch.tensor(flags, dtype=torch.uint8)
@@ -32,7 +32,7 @@ class CollectiveFlags:
         return out
 
     def raise_together(self, error: Exception | None) -> None:
-        """Call on all ranks where one of them failed: its error is raised there and told by all. Collective."""
+        """Called on all ranks after one has failed: that one raises its error, the others report it. Collective."""
         messages = self.gather(None if error is None else str(error) or type(error).__name__)
         if error is not None and not isinstance(error, UserError):
             raise error

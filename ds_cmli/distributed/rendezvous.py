@@ -1,7 +1,8 @@
-"""Where the ranks of a run meet: a store that rank 0 holds and the others recognise, though other runs use ports too.
+"""How the ranks of a run find each other: rank 0 holds a store, and the others recognise it by a token.
 
-A port that Slurm's job and step give is only the first of several: rank 0 takes the first free one, and the others
-look through all. A port that the user or a launcher gave counts; where it is taken, the others learn it at those ports.
+Under Slurm the port is derived from job and step, and is only the first of several candidates: rank 0 takes the first
+free one and the other ranks try them all. A port that the user or a launcher has set is the only one used. If it is
+taken, rank 0 opens a store at one of the further ports, through which the other ranks learn of the mistake.
 """
 
 import os
@@ -18,26 +19,26 @@ import torch.distributed as dist
 
 from ds_cmli.common.errors import UserError
 
-ANSWER = 5.0  # seconds in which a store answers
-STRANGER = 20.0  # seconds that somebody else may answer at a given port
+ANSWER = 5.0  # seconds to wait for a store's answer
+STRANGER = 20.0  # seconds for which another program may answer at the given port before that is an error
 FAILED, TOKEN, COME, ALL = (f"ds_cmli/{name}" for name in ("failed", "token", "come", "all"))
 
 
 def slurm_ports() -> list[int]:
-    """For a step of a job, the likeliest first; below those that systems hand out by themselves (32768 on)."""
+    """Candidate ports of a Slurm job's step, in the order to try; below the ephemeral ports (32768 and above)."""
     number = int(os.environ["SLURM_JOB_ID"]) + 1009 * int(os.environ["SLURM_STEP_ID"])
     return [12000 + (number + 2003 * i) % 20000 for i in range(8)]
 
 
 def meet(start: timedelta, stop: Callable[[], None]) -> dist.Store:
-    """The store of all ranks of this run, once all have come. Collective.
+    """The store that all ranks of this run share, as soon as all of them have connected. Collective.
 
     Args:
-        start: how long they wait for each other.
-        stop: called now and then while they wait; what it raises ends that.
+        start: how long the ranks wait for each other.
+        stop: called repeatedly while they wait; an exception that it raises ends the waiting.
 
     Raises:
-        UserError: not all ranks have come in time, or the port is another's.
+        UserError: not all ranks have connected in time, or another program uses the port.
     """
     env = os.environ
     rank, ranks, host = int(env["RANK"]), int(env["WORLD_SIZE"]), env["MASTER_ADDR"]
@@ -59,14 +60,14 @@ def meet(start: timedelta, stop: Callable[[], None]) -> dist.Store:
                 )
             time.sleep(min(1.0, 0.05 + ranks / 1000))
     except dist.DistError:
-        stop()  # it may have been told the same
+        stop()  # this rank may have been signalled too, which explains the end better
         raise UserError("rank 0 has ended before all ranks had come: see what it says") from None
     return store
 
 
 def _ports() -> tuple[list[int], int | None]:
-    """Where the store may be, and the one port of them that counts, where one was given."""
-    if os.environ["WORLD_SIZE"] == "1":  # nobody has to find it: any free port does
+    """The ports at which the store may be, and the port that the user or launcher has set, or None."""
+    if os.environ["WORLD_SIZE"] == "1":  # no other rank has to find the store, so any free port will do
         return [0], 0
     given = int(os.environ["MASTER_PORT"])
     if _is_slurm_step() and given == slurm_ports()[0]:
@@ -75,25 +76,25 @@ def _ports() -> tuple[list[int], int | None]:
 
 
 def _is_slurm_step() -> bool:
-    """Whether the ranks are the tasks of one step of `srun`."""
+    """Whether the ranks of this run are the tasks of one `srun` step."""
     env = os.environ
     same = (("SLURM_PROCID", "RANK"), ("SLURM_STEP_NUM_TASKS", "WORLD_SIZE"))
     return "SLURM_STEP_ID" in env and all(env.get(theirs) == env[ours] for theirs, ours in same)
 
 
 def _token() -> str:
-    """What all ranks of a run know, and those of another run on its ports do not."""
+    """A text that all ranks of this run know and ranks of another run do not."""
     env = os.environ
     token = env["WORLD_SIZE"]
     if _is_slurm_step():
         return " ".join([token, *(env.get(f"SLURM_{name}", "") for name in ("JOB_ID", "STEP_ID", "RESTART_COUNT"))])
-    if env.get("LOCAL_SIZE") == token:  # all on this machine, in the launcher's process group
+    if env.get("LOCAL_SIZE") == token:  # all ranks are on this machine and in the launcher's process group
         token += f" {os.getpgid(0)}"
     return token
 
 
 def _beside_the_agents(rank: int, ranks: int, start: timedelta) -> dist.Store:
-    """A store of rank 0's own, told through torchrun's, which ends with the launcher."""
+    """A store held by rank 0, whose address is passed through torchrun's store. torchrun's ends with the launcher."""
     env = os.environ
     host, port = env["MASTER_ADDR"], int(env["MASTER_PORT"])
     attempt = f"ds_cmli/{env.get('TORCHELASTIC_RESTART_COUNT', '0')}"
@@ -102,7 +103,7 @@ def _beside_the_agents(rank: int, ranks: int, start: timedelta) -> dist.Store:
             attempt, dist.TCPStore(host, port, is_master=False, timeout=start, wait_for_workers=False)
         )
         if rank == 0:
-            with socket.create_connection((host, port)) as way:  # the address that others see, unless it is local
+            with socket.create_connection((host, port)) as way:  # gives the address at which others reach this node
                 here = way.getsockname()[0]
             here = host if here.startswith("127.") or here == "::1" else here
             store = _listen(here, 0, ranks)
@@ -124,7 +125,7 @@ def _listen(host: str, port: int, ranks: int) -> dist.TCPStore:
 
 
 def _hold(host: str, ports: list[int], fixed: int | None, ranks: int) -> dist.Store:
-    """Rank 0's part: the store, at the first free port."""
+    """Rank 0's part of `meet`: open the store at the first free port."""
     for port in ports:
         try:
             store = _listen(host, port, ranks)
@@ -151,9 +152,9 @@ def _hold(host: str, ports: list[int], fixed: int | None, ranks: int) -> dist.St
 def _find(
     host: str, ports: list[int], fixed: int | None, start: timedelta, stop: Callable[[], None]
 ) -> dist.Store:  # fmt: skip
-    """The other ranks' part: rank 0's store, at the first port where it answers."""
+    """The other ranks' part of `meet`: rank 0's store, at the first port where it answers."""
     rank, ranks = os.environ["RANK"], os.environ["WORLD_SIZE"]
-    began, stranger = time.monotonic(), 0.0  # since when somebody else answers at the port that counts
+    began, stranger = time.monotonic(), 0.0  # since when another program answers at the given port
     while time.monotonic() - began < start.total_seconds():
         for port in ports:
             stop()
@@ -176,13 +177,13 @@ def _find(
 
 
 def _nobody(rank: str, message: str) -> NoReturn:
-    if rank == "1":  # rank 0, which tells mistakes for all, is not there
+    if rank == "1":  # rank 0, which prints mistakes for all ranks, is missing
         print(f"error: {message}", file=sys.stderr, flush=True)
     raise UserError(message)
 
 
 def _ask(host: str, port: int, token: str) -> dist.Store | None:
-    """The store at this address if it is this run's. In a thread, as another program may never answer."""
+    """The store at this address if its token is this run's. A thread asks, as another program may never answer."""
     answered: list[dist.Store] = []
 
     def connect() -> None:

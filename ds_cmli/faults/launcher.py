@@ -1,7 +1,7 @@
-"""Tells when the launcher that started this rank is gone: then nobody passes on signals, or ends the ranks together.
+"""Detects the end of this rank's launcher. Without a launcher nobody forwards signals or ends the ranks together.
 
-`torchrun` is the parent of its ranks; `deepspeed` the grandparent, its `deepspeed.launcher.launch` stands between and
-outlives it. A rank of `srun` or of plain `python` has no such launcher.
+`torchrun` is the parent process of its ranks. `deepspeed` is their grandparent: a `deepspeed.launcher.launch` process
+stands between them, and survives it. A rank that `srun` or plain `python` started has no such launcher.
 """
 
 import os
@@ -11,13 +11,13 @@ from collections.abc import Callable
 
 PROGRAMS = ("torchrun", "torch.distributed.run", "torch.distributed.launch", "accelerate", "deepspeed", "ds",
             "deepspeed.launcher.runner", "deepspeed.launcher.launch")  # fmt: skip
-STARTED_BY_DEEPSPEED = "deepspeed.launcher.launch"  # which only the command `deepspeed` starts
-REAPERS = ("systemd", "slurmstepd")  # the parents, beside process 1, of processes whose own parent has ended
+STARTED_BY_DEEPSPEED = "deepspeed.launcher.launch"  # only the command `deepspeed` starts this module
+REAPERS = ("systemd", "slurmstepd")  # like process 1, they become the parent of a process whose parent has ended
 INTERVAL = 0.5  # seconds
 
 
 def watch(gone: Callable[[], None]) -> None:
-    """Call `gone` once, in a thread, when the launcher has ended; never where there is none."""
+    """Call `gone` once, from a thread, when the launcher has ended. Without a launcher it is never called."""
     if "TORCHELASTIC_RUN_ID" in os.environ or {"CROSS_RANK", "LOCAL_SIZE"} <= os.environ.keys():
         threading.Thread(target=_watch, args=(gone,), daemon=True).start()
 
@@ -30,10 +30,10 @@ def _watch(gone: Callable[[], None]) -> None:
 
 
 def _links() -> tuple[list[tuple[int, int]], bool]:
-    """(process, parent) from this rank up to its launcher, and whether the launcher had ended before."""
+    """The pairs (process, parent) from this rank up to its launcher, and whether the launcher has already ended."""
     links, orphan, ending = _walk()
     for _ in range(100):
-        if not ending:  # else it is still a parent, but no longer tells what it runs
+        if not ending:  # a process that is ending is still a parent, but its command line can no longer be read
             break
         time.sleep(0.02)
         links, orphan, ending = _walk()
@@ -41,9 +41,9 @@ def _links() -> tuple[list[tuple[int, int]], bool]:
 
 
 def _walk() -> tuple[list[tuple[int, int]], bool, bool]:
-    """As `_links`, and whether a process on the way seems to be ending just now."""
+    """What `_links` returns, and whether one of these processes seems to be ending at this moment."""
     links: list[tuple[int, int]] = []
-    known = 0  # links up to the highest launcher
+    known = 0  # number of links up to the highest launcher that was recognised
     program, pid, ending = "", os.getpid(), False
     while pid > 1 and len(links) < 16 and not _reaped(pid):
         links.append((pid, _parent(pid)))
@@ -52,14 +52,14 @@ def _walk() -> tuple[list[tuple[int, int]], bool, bool]:
         ending = ending or name is None
         if name in PROGRAMS:
             known, program = len(links), name
-    if not known:  # ended, or one of another name
+    if not known:  # the launcher has ended, or its name is not in PROGRAMS
         return links[:1], _orphaned(pid), ending
     top = links[known - 1][1]
     return links[:known], program == STARTED_BY_DEEPSPEED and _orphaned(top), ending
 
 
 def _orphaned(pid: int) -> bool:
-    """Whether its parent has ended: its process group is neither its new parent's nor the one it leads."""
+    """Whether the parent of `pid` has ended: `pid` is in a process group that neither it nor its new parent leads."""
     if not _reaped(pid) or str(pid) == os.environ.get("SLURM_TASK_PID"):
         return False
     try:
@@ -74,12 +74,12 @@ def _reaped(pid: int) -> bool:
 
 
 def _parent(pid: int) -> int:
-    """0 where the process has ended."""
+    """The parent of a process; 0 if the process has ended."""
     return _stat(pid)[1]
 
 
 def _stat(pid: int) -> tuple[str, int]:
-    """Name and parent of a process."""
+    """Name and parent of a process; an empty name and 0 if it has ended."""
     try:
         with open(f"/proc/{pid}/stat") as file:
             text = file.read()
@@ -91,7 +91,7 @@ def _stat(pid: int) -> tuple[str, int]:
 
 
 def _program(pid: int) -> str | None:
-    """The module or the script's name that a Python process runs; None where it is ending or has ended."""
+    """The name of the module or script that a Python process runs; None if it is ending or has ended."""
     try:
         with open(f"/proc/{pid}/cmdline", "rb") as file:
             words = file.read().decode(errors="replace").split("\0")[:8]

@@ -1,8 +1,8 @@
-"""Steps whose loss or gradients are not finite change nothing, on any rank, and name their samples.
+"""A step whose loss or gradients are not finite changes nothing on any rank, and the samples in it are named.
 
-DeepSpeed's ZeRO optimizers look for such gradients before each update, agree on it across ranks and skip the update:
-weights, moments and schedule stay as they were. What is added here: a loss that is not finite counts as such too, runs
-without ZeRO are guarded as well, and the samples are told.
+DeepSpeed's ZeRO optimizers check the gradients before each update, agree across ranks, and skip the update if they are
+not finite: weights, moments and schedule stay as they were. This module adds three things: a loss that is not finite
+also skips the update, training without ZeRO is guarded too, and the skipped samples are reported.
 """
 
 from typing import Any
@@ -12,25 +12,25 @@ from torch import Tensor
 
 from ds_cmli.distributed.collective_flags import CollectiveFlags
 
-SHOWN = 8  # samples in the terminal's line; metrics.jsonl has all
+SHOWN = 8  # samples listed on the terminal; metrics.jsonl lists all of them
 
 
 def poison(loss: Tensor) -> Tensor:
-    """The same loss, with gradients that are all NaN where it is not finite.
+    """The same loss; if it is not finite, all of its gradients become NaN.
 
-    Its gradients may be finite, or so on this rank alone; this way the check of the gradients sees it on every rank,
-    without another collective or a CPU-GPU sync.
+    A loss that is not finite may still have finite gradients, and may occur on one rank only. NaN gradients make the
+    optimizer's own check notice it on every rank, without another collective or a CPU-GPU sync.
     """
     return loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan)
 
 
 def attach(engine: Any) -> None:
-    """Guard what DeepSpeed does not: an optimizer without ZeRO, and fp16 at its smallest loss scale."""
+    """Add the check where DeepSpeed has none: in optimizers without ZeRO, and with fp16 at its lowest loss scale."""
     optimizer = engine.optimizer
     _clear_padding(optimizer)
     scaler: Any = getattr(optimizer, "loss_scaler", None)
     if hasattr(scaler, "raise_error_at_min_scale"):
-        scaler.raise_error_at_min_scale = False  # such steps are counted and end the run like other bad ones
+        scaler.raise_error_at_min_scale = False  # such steps are counted like other skipped ones
     if hasattr(optimizer, "overflow"):
         _look_once(optimizer)
         return
@@ -47,9 +47,10 @@ def attach(engine: Any) -> None:
 
 
 def _look_once(optimizer: Any) -> None:
-    """Leave out what stages 1 and 2 do beside the gradients' norm, which finds the same and is agreed on by all ranks.
+    """Remove a check that stages 1 and 2 do twice.
 
-    They search each gradient for NaN and inf, take the norm, and then skip the update where that is not finite either.
+    They search every gradient for NaN and inf, and then compute the gradients' norm and skip the update if the norm is
+    not finite. The norm alone finds the same steps, and is the same on all ranks.
     """
     stages_1_and_2 = hasattr(optimizer, "check_grad_overflow")
     if stages_1_and_2 and optimizer.check_grad_overflow and optimizer.compute_grad_norm and not optimizer.cpu_offload:
@@ -57,7 +58,7 @@ def _look_once(optimizer: Any) -> None:
 
 
 def _clear_padding(optimizer: Any) -> None:
-    """Zeros where ZeRO-3 leaves whatever was in memory: behind the last element of a part, saved with it."""
+    """Zero the padding at the end of ZeRO-3's partitions, which would otherwise save whatever was in memory."""
     flats = getattr(optimizer, "fp32_partitioned_groups_flat", ())
     for group, flat in zip(getattr(optimizer, "fp16_groups", ()), flats, strict=False):
         start = 0
@@ -70,7 +71,7 @@ def _clear_padding(optimizer: Any) -> None:
 
 
 def can_lower_scale(optimizer: Any) -> bool:
-    """Whether gradients that overflow only ask for less: the loss scale is dynamic and above its minimum."""
+    """Whether overflowing gradients are no fault: the loss scale is dynamic and can still be lowered."""
     scaler: Any = getattr(optimizer, "loss_scaler", None) or getattr(optimizer, "loss_scale_config", None)
     smallest = getattr(scaler, "min_scale", None) or getattr(scaler, "min_loss_scale", None)
     return smallest is not None and scaler.cur_scale > smallest
@@ -81,11 +82,11 @@ def skipped_samples(window: list[tuple[Tensor, Tensor]], lower_scale: bool, flag
 
     Args:
         window: index [B] and loss (a scalar) of each micro-batch of this rank.
-        lower_scale: gradients alone are no fault, see `can_lower_scale`.
+        lower_scale: what `can_lower_scale` returned; if true, gradients that are not finite are no fault by themselves.
 
     Returns:
-        Indices into the training set, sorted: of the micro-batches whose loss is not finite, or else of the whole
-        step. Empty where that is no fault.
+        Sorted indices into the training set: those of the micro-batches whose loss is not finite or, if every loss is
+        finite, those of the whole step. Empty if the step only asked for a lower loss scale.
     """
     lost = [index.tolist() for index, loss in window if not loss.isfinite().item()]
     every_rank = flags.gather((lost, [] if lower_scale else [index.tolist() for index, _ in window]))  # collective
@@ -94,7 +95,7 @@ def skipped_samples(window: list[tuple[Tensor, Tensor]], lower_scale: bool, flag
 
 
 def line(step: int, samples: list[int]) -> str:
-    """What the terminal says of a skipped step."""
+    """The terminal's line about a skipped step."""
     more = f" and {len(samples) - SHOWN} more" if len(samples) > SHOWN else ""
     return (
         f"step {step} skipped: loss or gradients are not finite; "

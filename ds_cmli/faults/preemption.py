@@ -1,8 +1,9 @@
 """A signal only sets a flag: the loop finishes its step, all ranks save together, and the process ends with code 85.
 
-TERM, USR1, USR2, INT and HUP, whichever a scheduler sends, are taken alike, and so is the end of the launcher. A second
-INT stops at once.
-Nothing heavy is imported here: a signal that comes before `install` kills the process, so it must stand at its start.
+TERM, USR1, USR2, INT and HUP all have this effect, since schedulers differ in what they send, and so has the end of the
+launcher. A second INT ends the process at once.
+This module imports nothing heavy: a signal that arrives before `install` kills the process, so `install` is called
+before everything else.
 """
 
 import atexit
@@ -15,7 +16,7 @@ from types import FrameType
 
 from ds_cmli.faults import launcher
 
-EXIT_CODE = 85  # of a run that saved and wants to be started again
+EXIT_CODE = 85  # the run has saved a checkpoint and is to be started again
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP)
 SAME_PRESS = 1.0  # seconds; one Ctrl-C reaches a rank from the terminal and once more from its launcher
 
@@ -23,33 +24,34 @@ _received: list[str] = []
 
 
 class Preempted(Exception):
-    """Raised to leave what must not be finished first: on all ranks together, once they have met."""
+    """Leaves work that need not be finished before the run ends. Raised on all ranks together, after they agreed."""
 
 
 def install() -> None:
-    """Take the signals from here on. Main thread only."""
+    """Handle the signals from now on. To be called in the main thread."""
     for number in SIGNALS:
-        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup has it ignored
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # under nohup HUP stays ignored
             signal.signal(number, _note)
-    # Python runs its handlers between two instructions, never while a rank waits in a collective for one that hangs.
-    # The bytes that the C handler writes here reach a thread that needs no other.
+    # Python calls its handlers between two bytecode instructions, so not while the main thread waits in a collective
+    # for a rank that hangs. The C handler also writes the signal's number to this pipe, which a second thread reads.
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     threading.Thread(target=_stop_at_second_int, args=(reader,), daemon=True).start()
     launcher.watch(lambda: _received.append("the end of its launcher"))
     os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))
-    # After multiprocessing's own, and so called before it, which would wait for shielded processes for ever.
+    # Registered after multiprocessing's own exit function and so called before it: that one would wait for ever for
+    # data loading processes that ignore TERM.
     atexit.register(_end_loaders)
 
 
 def shield(worker: int) -> None:
-    """For a data loading process: schedulers signal it too, and a rank cannot finish its step without its data."""
+    """Block the signals in a data loading process: schedulers signal it too, and the rank still needs its data."""
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
 
 
 def _end_loaders() -> None:
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler would report them as lost
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler would report the killed processes as crashed
     for process in multiprocessing.active_children():
         process.kill()
 
@@ -70,11 +72,11 @@ def _stop_at_second_int(reader: int) -> None:
 
 
 def requested() -> str | None:
-    """What asked for an end first, a signal by its name; None before."""
+    """The name of the first signal (or event) that asked the run to end; None if there was none."""
     return _received[0] if _received else None
 
 
 def stop() -> None:
-    """Raises `Preempted` where an end was asked for. On this rank alone."""
+    """Raise `Preempted` if this rank was asked to end. Other ranks are not consulted."""
     if _received:
         raise Preempted

@@ -1,8 +1,9 @@
 """Ends the whole job when a rank is dead, hangs or fails, with one line that names the rank, its node and last step.
 
-Every rank publishes its progress through the process group's store and reads that of the others. Ranks train in
-lockstep: the one that all wait for does not sit in a collective, and among several of these it has got on least.
-How long nothing has come of a rank is measured by the reader: clocks differ between nodes.
+Every rank publishes its progress through the process group's store and reads that of the others. Since ranks train in
+lockstep, a rank that hangs is recognised in two ways: it is not waiting in a collective, as the others are, and of all
+ranks outside a collective it has made the least progress. Each reader measures by its own clock how long another rank
+has been silent, because clocks differ between nodes.
 """
 
 import json
@@ -20,39 +21,39 @@ import torch.distributed as dist
 from ds_cmli.distributed import process_group as distributed
 
 EXIT_CODE = 1
-SLOW = 10  # times the limit, while models are built, kernels compiled or a checkpoint is written
-COLLECTIVES = ("torch/distributed/", "deepspeed/comm/")  # files in which a thread waits for other ranks
+SLOW = 10  # factor on the time limit while models are built, kernels are compiled or a checkpoint is written
+COLLECTIVES = ("torch/distributed/", "deepspeed/comm/")  # a thread inside these files waits for other ranks
 
 
 @dataclass
 class Heartbeat:
-    """What a rank tells of itself."""
+    """What a rank publishes about itself."""
 
     node: str
     step: int = 0  # optimizer steps done
     count: int = 0  # calls of `heartbeat`
     slow: bool = True
     waiting: bool = False  # in a collective
-    where: str = ""  # the line of code its main thread is at
-    alive: int = 0  # grows as long as the process runs
-    failed: str = ""  # the exception that ended it
+    where: str = ""  # the line of code that its main thread executes
+    alive: int = 0  # increases as long as the process runs, even if its main thread hangs
+    failed: str = ""  # the exception that ended the training
     done: bool = False
 
 
 def hold_back_nccl(timeout: float) -> None:
-    """Have NCCL end a rank that has lost another only after the watchdog, which can tell which one is to blame.
+    """Delay NCCL's own error handling, so that the watchdog can first name the rank that is to blame.
 
-    A rank in which NCCL meets an error sleeps for four times this setting before it aborts (torch 2.8 on). What sleeps
-    there is one thread: the watchdog's go on, and once they are through the process has ended. To be called before the
-    process group is made.
+    Before it aborts a process, NCCL's error handling sleeps four times as long as the first setting below says (torch
+    2.8 and later). Only that one thread sleeps; the watchdog's threads go on and end the process before it wakes. To be
+    called before the process group is made.
 
     Args:
-        timeout: the watchdog's.
+        timeout: the watchdog's, in seconds.
     """
     if timeout:
-        needed = timeout + 4 * _interval(timeout) + 10  # seconds: found dead, told to all, and said
+        needed = timeout + 4 * _interval(timeout) + 10  # seconds until a dead rank is found and reported everywhere
         os.environ.setdefault("TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC", str(int(max(60, needed) * 1000 / 4)))
-        # Another thread of NCCL takes that sleep for a hang, if it is longer than this.
+        # A second thread of NCCL would take a longer sleep for a hang.
         os.environ.setdefault("TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC", str(int(max(480, 2 * needed))))
 
 
@@ -87,7 +88,7 @@ class Watchdog:
     # --- for the training loop
 
     def heartbeat(self, step: int | None = None) -> None:
-        """This rank has got on. With `step`, the optimizer steps done: where the loop begins a step."""
+        """Report progress. At the beginning of a step, `step` is the number of optimizer steps done so far."""
         if step is not None:
             self.mine.step = step
             self.mine.slow = not self.started  # the first step compiles kernels and fills caches
@@ -96,21 +97,21 @@ class Watchdog:
 
     @contextmanager
     def slow(self) -> Iterator[None]:
-        """Work that may take longer than the limit without a heartbeat: it has ten times as long."""
+        """Around work without heartbeats that may exceed the time limit: the limit is ten times as long meanwhile."""
         before, self.mine.slow = self.mine.slow, True
         yield
         self.mine.slow = before
 
     def dismiss(self) -> None:
-        """Let the other ranks leave without a word: this one has said why the job ends."""
+        """Tell the other ranks to end silently, since this one has already printed why the job ends."""
         if self.timeout and self.world_size > 1:
             with suppress(RuntimeError):  # the store's process has ended
                 self.store.set("reporter", str(self.rank))
-                time.sleep(2 * self.interval + 1)  # until all know of it, in case rank 0, which holds the store, leaves
+                time.sleep(2 * self.interval + 1)  # all ranks must read it before rank 0, which holds the store, ends
 
     def __enter__(self) -> "Watchdog":
         if self.timeout:
-            # A separate connection: on the process group's, a waiting collective would delay it.
+            # A connection of its own: a collective that waits on the process group's connection would block it.
             self.store = dist.PrefixStore("watchdog", dist.distributed_c10d._get_default_store().clone())  # type: ignore
             self.exchange = threading.Thread(target=self._exchange_loop, daemon=True)
             self.exchange.start()
@@ -121,20 +122,20 @@ class Watchdog:
         if not self.timeout:
             return
         if error is None or isinstance(error, (SystemExit, KeyboardInterrupt)) or self.world_size == 1:
-            self.mine.done = True  # alone, an error tells itself
+            self.mine.done = True  # a single rank prints its own error
         else:
-            if _lost_a_rank(error):  # then this one is not to blame; where nobody is found, its error is told as it is
+            if _lost_a_rank(error):  # another rank is to blame; if none is found, this rank's error is reported
                 self._wait(4 * self.interval + 2, self._blame_the_missing)
                 if self.store_is_gone:
-                    self.exchange.join()  # which ends the job, unless rank 0 was through
+                    self.exchange.join()  # that thread ends the job, unless rank 0 had finished
             self.mine.failed = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        # Rank 0 holds the store: should it leave before the others have said goodbye, they would take it for dead.
+        # Rank 0 holds the store. If it ended before the others have published their end, they would take it for dead.
         self._wait(30, self._all_have_ended if self.rank == 0 else lambda: self._has_ended(self.rank))
         if self.mine.failed:
             self._leave_later()
         self.closed.set()
 
-    # --- in threads beside the main one
+    # --- in threads of their own
 
     def _exchange_loop(self) -> None:
         last = time.monotonic()
@@ -152,16 +153,16 @@ class Watchdog:
             self.silence = 0.0
             now = time.monotonic()
             stopped, last = now - last - self.interval, now
-            if stopped > self.interval:  # this process itself, with its eyes closed: by Ctrl-Z or a suspended job
+            if stopped > self.interval:  # this process itself was stopped, by Ctrl-Z or a suspended job
                 self.lived = [min(now, t + stopped) for t in self.lived]
                 self.progressed = [min(now, t + stopped) for t in self.progressed]
             if not (self.mine.done or self.mine.failed):
                 self._judge(time.monotonic())
 
     def _silence_loop(self) -> None:
-        """The store of a node that has vanished does not even refuse: the other thread waits for ever."""
+        """Notice a store that no longer answers: if its node has vanished, the other thread waits for it for ever."""
         while not self.closed.wait(self.interval):
-            # Summed and not read from the clock: this process itself may have been stopped for a while.
+            # Counted in intervals and not read from the clock, because this process itself may have been stopped.
             self.silence += self.interval
             if self.silence > self.timeout + 2 * self.interval:
                 self.store_is_gone = True
@@ -192,7 +193,7 @@ class Watchdog:
         limits = [self.timeout * (SLOW if b is None or b.slow else 1) for b in self.heartbeats]
         failed = [r for r, b in enumerate(self.heartbeats) if b and b.failed]
         if failed:
-            # A moment for this rank's own end: it may have met the same error, or lost the connection.
+            # Two seconds in which this rank may end by itself: it may have met the same error or lost the connection.
             self.first_failure = self.first_failure or now
             if now - self.first_failure > 2:
                 self._end(failed, f"failed: {self._heartbeat_of(failed[0]).failed}")
@@ -200,7 +201,7 @@ class Watchdog:
         dead = [r for r in running if now - self.lived[r] > limits[r]]
         if dead:
             self._end(dead, f"is dead: no sign of life for {limits[dead[0]]:g} s")
-        # On a GPU a rank that waits for others may look busy: it waits in a synchronisation, not in a collective.
+        # On a GPU a rank that waits for others may look busy, as its CPU waits in a synchronisation of the GPU.
         busy = [r for r in running if not self._heartbeat_of(r).waiting] or running
         least = min(self._heartbeat_of(r).count for r in busy)
         awaited = [r for r in busy if self._heartbeat_of(r).count == least]
@@ -209,7 +210,7 @@ class Watchdog:
             self._end(hung, f"hangs: no progress for {limits[hung[0]]:g} s, in {self._heartbeat_of(hung[0]).where}")
 
     def _blame_the_missing(self) -> bool:
-        """End the job for the rank whose connection was lost, once it is known which that is."""
+        """End the job as soon as it is known which rank has been lost."""
         now = time.monotonic()
         others = [r for r in range(self.world_size) if r != self.rank]
         failed = [r for r in others if self._heartbeat_of(r).failed]
@@ -228,7 +229,7 @@ class Watchdog:
 
     def _all_have_ended(self) -> bool:
         if self.reported:
-            time.sleep(2 * self.interval + 1)  # until all others know of it
+            time.sleep(2 * self.interval + 1)  # until all other ranks have read it
         return self.reported or all(map(self._has_ended, range(self.world_size)))
 
     # --- the end
@@ -240,9 +241,9 @@ class Watchdog:
             time.sleep(0.05)
 
     def _end(self, ranks: list[int], what: str) -> None:
-        """Say on one rank what has happened, and leave on all."""
-        with self.ending:  # never given back: a process ends once
-            # What was read of it may be old; but in lockstep it has done every step that this rank has.
+        """Print on one rank what has happened, and end the process on every rank."""
+        with self.ending:  # never released, because a process ends only once
+            # Its last published step may be old. In lockstep it has done at least as many steps as this rank.
             step = max(self._heartbeat_of(ranks[0]).step, self.mine.step)
             name = ", ".join(f"{r} on node {self._heartbeat_of(r).node}" for r in ranks[:8]) + (
                 ", ..." if ranks[8:] else ""
@@ -254,27 +255,27 @@ class Watchdog:
             except RuntimeError:
                 first = self.rank == min({*range(self.world_size)} - {*ranks}, default=self.rank)
             if first:
-                with suppress(OSError):  # nobody reads it any more
+                with suppress(OSError):  # the terminal or pipe is closed
                     print(f"error: rank {name} {what}; last step {step}: the job ends", file=sys.stderr, flush=True)
             self._leave()
 
     def _leave(self) -> None:
-        # The others learn of the end from the store, which is rank 0's; and a launcher that sees one rank leave kills
-        # the rest, which would cut off the message.
+        # The others learn of the end from the store, which rank 0 holds, so rank 0 ends last. A launcher that sees one
+        # rank end kills the others, which could cut off the printed line.
         time.sleep(2 * self.interval + 1 if self.rank == 0 else 0.5)
         with suppress(OSError):
             sys.stdout.flush()
         os._exit(EXIT_CODE)
 
     def _leave_later(self) -> None:
-        """A rank that has failed may not get to its end: its cleaning up may wait for the others."""
+        """End a failed rank after `timeout` seconds in any case: its cleaning up may wait for the others for ever."""
         timer = threading.Timer(self.timeout, os._exit, [EXIT_CODE])
         timer.daemon = True
         timer.start()
 
 
 def _lost_a_rank(error: BaseException) -> bool:
-    """Whether it is what torch.distributed raises when another rank is gone."""
+    """Whether torch.distributed raised this error because another rank is gone."""
     text = str(error)
     return isinstance(error, dist.DistError) or (
         isinstance(error, RuntimeError) and ("gloo" in text or "NCCL" in text or "Connection" in text)
@@ -282,7 +283,7 @@ def _lost_a_rank(error: BaseException) -> bool:
 
 
 def _position(thread: int) -> tuple[bool, str]:
-    """Whether a thread waits in a collective, and the innermost line of code that is no library's."""
+    """Whether a thread waits in a collective, and the innermost line of the project's code that it executes."""
     frame = sys._current_frames().get(thread)
     waiting, where = False, ""
     while frame:
