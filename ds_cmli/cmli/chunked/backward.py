@@ -1,10 +1,11 @@
-"""Backward of the chunked backend: only argmax positions are touched, and each gradient row is written by its owner.
+"""Backward of the chunked backend. It reads only the argmax positions, and computes one gradient row after the other.
 
-The gradient of a row has two parts: a share of the row that is its maximum in every sequence of the other side (`won`),
-and a share of each row of the other side whose maximum it is (`lost`). The first are gathered by embedding_bag as they
-stand, the second after a stable sort has put them in the order of their destinations. Where texts are short, the argmax
-positions are so dense that one product with a matrix of the shares, zero elsewhere, gives both faster. Sums are taken
-in a fixed order: no atomics, the same bits every time.
+The gradient of a row (a patch or a token) is a weighted sum of rows of the other side, of two kinds. `won`: in every
+sequence of the other side, the row that is most similar to this one. `lost`: every row of the other side to which this
+row is the most similar one of its sequence. `embedding_bag` sums the first kind directly, and the second kind after a
+stable sort by destination. For short texts the argmax positions are so dense that one product with the matrix of all
+weights, which is zero elsewhere, is faster than both. All sums have a fixed order and use no atomics, so the same input
+always gives the same bits.
 
 Shape legend: I images, J texts, N patches, M text positions, D features. One side is `own`, the other `other`: a tile
 is `rows` of `sequences` of the own side against `other_rows` of `other_sequences`.
@@ -33,11 +34,11 @@ def backward(
     need_image: bool,
     need_text: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of image and text in their dtype, summed in fp32 (fp64). Empty indices are computed again.
+    """Gradients of image and text in their dtype, summed in fp32 (fp64 for fp64). Empty indices are recomputed.
 
-    Recomputed indices take half of `scratch_bytes`; where those of all images do not fit, parts of the images are taken
-    one after the other. The text's gradient is then summed over the parts, for 16-bit inputs in an fp32 copy, which is
-    the one thing outside `scratch_bytes`.
+    Recomputed indices take up to half of `scratch_bytes`. If those of all images do not fit, the images are processed
+    in several parts, and the text's gradient is summed over the parts. For 16-bit inputs that sum is an fp32 copy of
+    the text's gradient, the only memory that does not count towards `scratch_bytes`.
     """
     (I, N, D), (J, M, _) = image.shape, text.shape  # noqa: E741
     images, texts = pack_both(image, text, token_mask, image_mask)
@@ -77,7 +78,7 @@ def backward(
 
 
 def _gradient_of(side: PackedBatch, needed: bool) -> Tensor:
-    """Zeros [B * P, D] where some rows get no gradient; nothing if nobody asks."""
+    """Zeros [B * P, D], since padded rows get no gradient; an empty tensor if the gradient is not needed."""
     return torch.zeros_like(side.features) if needed else side.features.new_empty(0)
 
 
@@ -128,10 +129,10 @@ def _add_up(
     into: Tensor,
     add: bool,
 ) -> None:
-    """The gradient of the own side's features, written or added to `into` [B * P, D].
+    """Write the gradient of the own side's features to `into` [B * P, D], or add it if `add`.
 
-    grad_own, grad_other: [own sequences, other sequences], gradients of the score that is a mean over own rows, and of
-    the one that is a mean over other rows.
+    grad_own, grad_other: [own sequences, other sequences], the gradients of the score that averages over own rows and
+    of the score that averages over other rows.
     """
     most, most_other = largest(own_chunks), largest(other_chunks)
     cpu, width = own.features.device.type == "cpu", Widths.of(own.wide)

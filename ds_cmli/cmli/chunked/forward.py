@@ -1,4 +1,4 @@
-"""Forward of the chunked backend: one matrix product a tile, and both maxima from it.
+"""Forward of the chunked backend: one matrix product per tile, from which both kinds of maxima are taken.
 
 Shape legend: I images, J texts, N patches, M text positions, D features; T tokens of c texts and K patches of i
 images in a tile.
@@ -16,7 +16,10 @@ from ds_cmli.cmli.chunked.tiling import tile_sizes
 
 
 class ArgmaxIndices(NamedTuple):
-    """Argmax indices of all texts and of the images from `sequence` on, whose rows begin at `row`; see `chunked`."""
+    """Argmax indices of all texts and of the images from number `sequence` on, the first of which begins at `row`.
+
+    The package's docstring describes the layout.
+    """
 
     arg_i2t: Tensor  # [J, K]
     arg_t2i: Tensor  # [T, I]
@@ -32,11 +35,11 @@ class ArgmaxIndices(NamedTuple):
 def forward(
     image: Tensor, text: Tensor, token_mask: Tensor, image_mask: Tensor | None, scratch_bytes: int, save_argmax: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Both scores [I, J], and the indices in memory of shape [I, J, N] and [I, J, M] (empty unless `save_argmax`)."""
+    """Both scores [I, J], and the argmax indices as [I, J, N] and [I, J, M], empty unless `save_argmax`."""
     (I, N, D), (J, M, _) = image.shape, text.shape  # noqa: E741
     images, texts = pack_both(image, text, token_mask, image_mask)
     s_i2t, s_t2i = (image.new_zeros((I, J), dtype=images.wide) for _ in range(2))
-    # Zeros, as what belongs to empty sequences is never written: the same bits every time.
+    # Zeros, because the scores of empty sequences are never written.
     arg_i2t = image.new_zeros((I, J, N) if save_argmax else (0,), dtype=index_dtype(M))
     arg_t2i = image.new_zeros((I, J, M) if save_argmax else (0,), dtype=index_dtype(N))
     indices = ArgmaxIndices(arg_i2t.view(J, I * N), arg_t2i.view(J * M, I)) if save_argmax else None
@@ -54,7 +57,7 @@ def compute_tiles(
     scores: tuple[Tensor, Tensor] | None,
     indices: ArgmaxIndices | None,
 ) -> None:
-    """Fill in the scores and the indices, whichever are wanted, for all pairs of these chunks."""
+    """Fill in scores and indices for all pairs of these chunks; either may be None."""
     text_buffers = texts.load_buffers(largest(text_chunks).rows)
     image_buffers = images.load_buffers(largest(image_chunks).rows)
     from_last = (texts.from_last(), images.from_last()) if indices is not None else None

@@ -1,7 +1,8 @@
 """One side of the score matrix, images or texts, without its padding: sequences sorted by length, valid rows only.
 
-Both sides are treated alike. A chunk of consecutive sorted sequences is a matrix of valid rows, in which sequences of
-equal length lie side by side (a group): no padding is multiplied, and no mask is applied to a similarity.
+Images and texts are handled in the same way. A chunk holds consecutive sequences of the sorted order as one matrix of
+valid rows. Sequences of equal length are neighbours in it and form a group, which can be viewed as [sequences,
+positions, ...]. No padding is multiplied, and no similarity has to be masked.
 
 Shape legend: B sequences, P positions of a sequence (padded), R valid rows of all sequences, D features.
 """
@@ -29,7 +30,7 @@ class Group(NamedTuple):
 
 
 class ChunkShape(NamedTuple):
-    """Size of a chunk, or most of each in several: rows, sequences, and rows of a sequence."""
+    """Size of a chunk, or the largest sizes among several: rows, sequences, and rows of the longest sequence."""
 
     rows: int
     sequences: int
@@ -84,7 +85,7 @@ def make_chunks(lengths: list[int], most: ChunkShape, start: int = 0, stop: int 
 
 
 def largest(chunks: list[Chunk]) -> ChunkShape:
-    """Most of each in any chunk."""
+    """The largest of each size among the chunks."""
     shapes = [b.shape() for b in chunks] or [ChunkShape(0, 0, 0)]
     return ChunkShape(*(max(each) for each in zip(*shapes, strict=True)))
 
@@ -106,20 +107,20 @@ class PackedBatch:
         self.counts = torch.tensor(self.lengths, device=device)  # [B]
         self.scale = self.counts.clamp(min=1).to(self.wide).reciprocal_()  # [B] weight of a row in the mean
         self.last = self.counts.cumsum(0).sub_(1).to(torch.int32)  # [B] row of each sequence's last valid position
-        self.source = None  # [R] where each row lies in `features`; None: rows lie as they are
+        self.source = None  # [R] each valid row's place in `features`; None if all rows are valid and in order
         if mask is not None:
-            # nonzero_static instead of nonzero: the number is known, so the GPU need not tell it.
+            # nonzero_static instead of nonzero: the number is known, which avoids a CPU-GPU sync.
             valid = torch.nonzero_static(mask.index_select(0, self.order).flatten(), size=sum(lengths))[:, 0]
             self.source = self.order[valid // P].mul_(P).add_(valid.remainder_(P))
 
     def from_last(self) -> Tensor:
-        """[R] how far each row is from the last of its sequence."""
+        """[R] each row's distance from the last row of its sequence."""
         R = sum(self.lengths)
         rows = torch.repeat_interleave(self.last, self.counts, output_size=R).to(self.wide)
         return rows.sub_(torch.arange(R, device=rows.device))
 
     def load_buffers(self, rows: int) -> tuple[Tensor, Tensor]:
-        """What `load` needs for chunks of so many rows: as they come, and widened."""
+        """Buffers for `load`, for chunks of up to `rows` rows: one in the features' dtype and one in the wide dtype."""
         D, same = self.features.shape[1], self.features.dtype == self.wide
         narrow = self.features.new_empty(0 if same or self.source is None else rows, D)
         return narrow, self.features.new_empty(0 if same and self.source is None else rows, D, dtype=self.wide)

@@ -1,4 +1,4 @@
-"""The matrix product of a tile, as the processor at hand does it fastest."""
+"""The matrix product of a tile, by the library that is fastest on this processor."""
 
 from pathlib import Path
 

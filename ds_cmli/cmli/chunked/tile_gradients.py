@@ -1,4 +1,4 @@
-"""A tile's share of one side's gradient, in two ways: by gathering rows, or by a matrix product.
+"""What one tile adds to the gradient of one side, computed in two ways: by gathering rows, or by a matrix product.
 
 Shape legend: a tile is `rows` of `sequences` of its own side against `other_rows` of `other_sequences`; `table`
 [other_rows, D] holds the other side's features. `won` [rows, other_sequences] is the row of each other sequence at
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ds_cmli.cmli.chunked.packed import Chunk, ChunkShape, PackedBatch, make_chunks
 
-# For an own and an other chunk: won and lost.
+# Called with an own and an other chunk; returns the indices of both kinds, `won` and `lost` (see `backward`).
 TileIndices = Callable[[Chunk, Chunk], tuple[Tensor, Tensor]]
 
 
@@ -29,11 +29,11 @@ class Tile(NamedTuple):
     grad_other: Tensor  # the same, over other rows
 
     def own_pairs(self) -> Tensor:
-        """[sequences, other_sequences] what the maximum of each own row gets, a copy in the dtype of the arithmetic."""
+        """[sequences, other_sequences] the weight of each own row's maximum, a copy in the dtype of the arithmetic."""
         return self._pairs(self.grad_own).mul_(self.own.scale[self.own_chunk.sequences(), None])
 
     def other_pairs(self) -> Tensor:
-        """[sequences, other_sequences] what the maximum of each other row gets."""
+        """[sequences, other_sequences] the weight of each other row's maximum."""
         return self._pairs(self.grad_other).mul_(self.other.scale[self.other_chunk.sequences()])
 
     def _pairs(self, grad: Tensor) -> Tensor:
@@ -43,12 +43,12 @@ class Tile(NamedTuple):
 
 @dataclass
 class Buffers:
-    """What all tiles of one side's gradient use in turn."""
+    """Memory that all tiles of one side's gradient use one after the other."""
 
     total: Tensor  # [rows, D]
     row_numbers: Tensor  # int32 [rows]
     starts: Tensor  # int64 [rows]
-    index: Tensor  # int32, as many as a tile has indices of one kind; so are the next four
+    index: Tensor  # int32, one element per index of one kind in a tile, like the next four
     keys: Tensor  # int32
     order: Tensor  # int64
     weight: Tensor
@@ -72,7 +72,7 @@ class Buffers:
 
 
 def add_won(tile: Tile, won: Tensor, table: Tensor, buffers: Buffers, sums: Tensor) -> None:
-    """Add to `sums` [rows, D] the rows that the own rows won by, as they stand."""
+    """Add to `sums` [rows, D] the weighted rows of kind `won`, in the order in which they are stored."""
     _, other, own_chunk, other_chunk, *_ = tile
     rows = buffers.index[: won.numel()].view(won.shape).copy_(won)
     # [rows, other_sequences] -> row of `table`
@@ -86,7 +86,7 @@ def add_won(tile: Tile, won: Tensor, table: Tensor, buffers: Buffers, sums: Tens
 
 
 def add_lost(tile: Tile, lost: Tensor, table: Tensor, buffers: Buffers, sums: Tensor) -> None:
-    """Add to `sums` [rows, D] the other rows that the own rows won against, in the order of the own rows."""
+    """Add to `sums` [rows, D] the weighted rows of kind `lost`, sorted by own row."""
     own, _, own_chunk, other_chunk, *_ = tile
     n = lost.numel()
     index, order, weight = buffers.index[:n], buffers.order[:n], buffers.weight[:n]
@@ -138,7 +138,7 @@ def add_product(
 def _place_won(
     won: Tensor, pairs: Tensor, last: Tensor, tile: Tile, part: Chunk, buffers: Buffers
 ) -> tuple[Tensor, Tensor]:
-    """Columns and shares [rows, other_sequences] of a panel."""
+    """Columns and weights [rows, other_sequences] of a panel."""
     column = buffers.order[: won.numel()].view(won.shape).copy_(won)
     torch.sub(last, column, out=column)
     shares = buffers.weight[: won.numel()].view(won.shape)
@@ -151,7 +151,7 @@ def _place_won(
 def _place_lost(
     lost: Tensor, pairs: Tensor, last: Tensor, tile: Tile, part: Chunk, buffers: Buffers
 ) -> tuple[Tensor, Tensor]:
-    """Rows and shares [sequences, other_rows] of a panel."""
+    """Rows and weights [sequences, other_rows] of a panel."""
     first = part.sequence - tile.own_chunk.sequence
     sequences = slice(first, first + part.number)
     row = buffers.order[: lost.numel()].view(lost.shape).copy_(lost)

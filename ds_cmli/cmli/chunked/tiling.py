@@ -1,4 +1,4 @@
-"""How large the chunked backend's tiles are, and what each holds in memory: one arithmetic for both.
+"""How large the chunked backend's tiles are, computed from what a tile holds in memory.
 
 `tile_sizes` makes tiles of the fastest size, or smaller ones until their bytes fit the budget; `peak_memory` adds up
 the same bytes for the chunks that a call really has.
@@ -25,7 +25,7 @@ PANEL = 2**20  # elements
 
 
 class Widths(NamedTuple):
-    """Bytes of an element as it comes, and in the arithmetic."""
+    """Bytes of an element in the features' dtype, and in the dtype of the arithmetic."""
 
     narrow: int
     wide: int
@@ -36,48 +36,48 @@ class Widths(NamedTuple):
 
 
 def load_bytes(rows: int, D: int, width: Widths, masked: bool) -> int:
-    """`PackedBatch.load_buffers`: rows gathered by a mask, and 16-bit rows widened, are copies."""
+    """Bytes of `PackedBatch.load_buffers`: copies of rows that a mask selects, and of 16-bit rows in fp32."""
     narrow = masked and width.narrow < width.wide
     wide = masked or width.narrow < width.wide
     return rows * D * (narrow * width.narrow + wide * width.wide)
 
 
 def forward_tile_bytes(text: ChunkShape, image: ChunkShape, width: Widths, scores: bool, indices: bool) -> int:
-    """Similarities and both maxima; then the means, and after them the equality with the maxima."""
+    """Bytes of a forward tile: similarities, both maxima, the means, and then the comparison with the maxima."""
     (T, c, _), (K, i, _) = text, image
     return width.wide * (T * K + c * K + T * i + max(scores * c * i, indices * T * K))
 
 
 def by_product(own: ChunkShape, other: ChunkShape, cpu: bool = True) -> bool:
-    """Whether a tile's gradient comes by a matrix product, or by gathering rows."""
+    """Whether a tile's gradient is computed by a matrix product, and not by gathering rows."""
     few = own.rows * other.rows <= DENSE_PAIRS * (own.rows * other.sequences + own.sequences * other.rows)
     return few and cpu and not product.ONEDNN
 
 
 def panel_rows(own: ChunkShape, other: ChunkShape, scratch_bytes: int, width: Widths) -> int:
-    """Most own rows of a panel: what an eighth of the budget holds, but one sequence at least."""
+    """The number of own rows in a panel: as many as an eighth of the budget holds, but at least one sequence."""
     most = min(PANEL, scratch_bytes // 8 // width.wide)
     return min(own.rows, max(own.longest, most // max(1, other.rows)))
 
 
 def backward_buffer_bytes(own: ChunkShape, other: ChunkShape, D: int, width: Widths) -> int:
-    """What the gradient of one side holds throughout: its rows, and the argmax indices of a tile with their weights."""
+    """Bytes held throughout one side's gradient: its rows, and a tile's argmax indices with their weights."""
     indices = max(own.rows * other.sequences, own.sequences * other.rows)
     return own.rows * (D * width.wide + 4 + 8) + indices * (4 + 4 + 8 + 2 * width.wide)
 
 
 def panel_bytes(own: ChunkShape, other: ChunkShape, scratch_bytes: int, width: Widths) -> int:
-    """What a tile needs throughout if its gradient comes by a matrix product."""
+    """Bytes held throughout a tile whose gradient is computed by a matrix product."""
     return panel_rows(own, other, scratch_bytes, width) * other.rows * width.wide
 
 
 def product_tile_bytes(own: ChunkShape, other: ChunkShape, width: Widths) -> int:
-    """What a matrix product's tile takes besides its panel: the shares of pairs, tables, a number as operand."""
+    """Further bytes of such a tile besides its panel: the weights of pairs, and tables."""
     return 2 * own.sequences * other.sequences * width.wide + 8 * (own.sequences + other.sequences) + 8
 
 
 def gather_tile_bytes(own: ChunkShape, other: ChunkShape, D: int, width: Widths) -> int:
-    """What a gathering tile's operators take for themselves: the sort; embedding_bag, which has no `out=`."""
+    """Bytes that operators allocate in a gathering tile: the sort, and embedding_bag, which has no `out=`."""
     won, lost = own.rows * other.sequences, own.sequences * other.rows
     bags = own.rows * D * width.wide
     if width.wide == 4:
@@ -91,7 +91,7 @@ def gather_tile_bytes(own: ChunkShape, other: ChunkShape, D: int, width: Widths)
 def tile_sizes(
     N: int, M: int, D: int, dtype: torch.dtype, scratch_bytes: int, backward: bool
 ) -> tuple[ChunkShape, ChunkShape]:
-    """The most that a chunk of texts and a chunk of images may hold, for texts of up to M and images of up to N rows.
+    """The largest allowed chunk of texts and chunk of images, for texts of up to M and images of up to N rows.
 
     One text and one image at least, even where these exceed the budget.
     """
@@ -117,7 +117,7 @@ def tile_sizes(
 
 
 class RecomputePlan(NamedTuple):
-    """How a backward that recomputes indices goes over the images: in `number` parts of `images` each."""
+    """How a backward that recomputes indices splits the images: into `number` parts of `images` images each."""
 
     images: int
     number: int
@@ -125,7 +125,7 @@ class RecomputePlan(NamedTuple):
 
     @classmethod
     def of(cls, I: int, N: int, J: int, tokens: int, M: int, scratch_bytes: int) -> "RecomputePlan":  # noqa: E741
-        """For `tokens` valid ones in J texts: half of the budget is for indices, one image's at least."""
+        """The plan for J texts with `tokens` valid tokens: indices get half of the budget, and at least one image's."""
         each = J * N * (1 if M <= 256 else 2) + tokens * (1 if N <= 256 else 2)
         images = min(I, max(1, scratch_bytes // 2 // each))
         return cls(images, -(-I // images), scratch_bytes // 2)
