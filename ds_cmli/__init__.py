@@ -1,0 +1,8 @@
+"""Training of image-text models with all-pairs CMLI under DeepSpeed ZeRO.
+
+After `import ds_cmli`, which imports neither PyTorch nor transformers, transformers' auto classes load exported models.
+"""
+
+from ds_cmli.common import announcement
+
+announcement.make()

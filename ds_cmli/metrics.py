@@ -1,22 +1,21 @@
-"""Where a run's numbers go: metrics.jsonl, TensorBoard, and the terminal. Rank 0 writes, the others do nothing."""
+"""Where a run's numbers go: metrics.jsonl, trackers, and the terminal. Rank 0 writes, the others do nothing."""
 
 import json
 import os
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from ds_cmli.checkpoint import checksums
-from ds_cmli.common import panels
+from ds_cmli.common import panels, trackers
+from ds_cmli.common.errors import UserError
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.engine.throughput import StepTimer, peak_flops
 
@@ -50,16 +49,17 @@ def truncate(path: Path, step: int, evaluated: bool) -> str | None:
 
 
 class Writer:
-    """`metrics.jsonl` and TensorBoard events in `folder`, and a progress bar or, away from a terminal, plain lines.
+    """`metrics.jsonl` in `folder`, trackers, and a progress bar or, away from a terminal, plain lines.
 
-    On a full disk lines wait in memory and points of TensorBoard are lost; the run goes on.
+    On a full disk lines wait in memory and what trackers cannot write is lost; the run goes on.
     """
 
-    def __init__(self, folder: Path, total_steps: int, first_step: int = 0):
-        self.path, self.waiting, self.told = folder / METRICS, b"", False
-        self.tensorboard: SummaryWriter | None = None
-        self.results: dict[str, float] = {}  # the last of each held-out metric, by its name in TensorBoard
-        threading.excepthook = _without_full_disks(threading.excepthook)
+    def __init__(
+        self, folder: Path, total_steps: int, first_step: int = 0, report_to: Sequence[str] = ("tensorboard",)
+    ):
+        """`report_to`: of the table `trackers.TRACKERS`. Raises `UserError` where one cannot be opened."""
+        self.path, self.waiting, self.told = folder / METRICS, b"", set[str]()
+        self.trackers = {name: trackers.load(name, folder, first_step) for name in report_to}
         self.total = total_steps
         self.started, self.first_step = time.monotonic(), first_step
         self.bar = tqdm(total=total_steps, initial=first_step, unit="step", disable=not sys.stderr.isatty())
@@ -73,13 +73,11 @@ class Writer:
         with suppress(OSError):
             self.bar.update()
 
-    def log(self, step: int, values: dict[str, Any], **only_tensorboard: float) -> None:
-        """One object in metrics.jsonl, one point in TensorBoard for each number."""
+    def log(self, step: int, values: dict[str, Any], **only_tracked: float) -> None:
+        """One object in metrics.jsonl, one point in the trackers for each number."""
         self.waiting += (json.dumps({"step": step, **values}) + "\n").encode()
         self.flush()
-        for name, value in {**values, **only_tensorboard}.items():
-            if isinstance(value, int | float):
-                self._draw(name, value, step)
+        self.draw(step, **{n: v for n, v in {**values, **only_tracked}.items() if isinstance(v, int | float)})
         if "loss" not in values:
             return
         losses = f"loss {values['loss']:.4f}  "
@@ -100,9 +98,13 @@ class Writer:
                 self.bar.set_postfix_str(f"{losses}  {speed}")
 
     def draw(self, step: int, **values: float) -> None:
-        """Points in TensorBoard alone."""
-        for name, value in values.items():
-            self._draw(name, value, step)
+        """Points in the trackers alone."""
+        if values:
+            self._track(lambda tracker: tracker.numbers(step, {panels.tag(n): v for n, v in values.items()}))
+
+    def picture(self, step: int, name: str, image: Any) -> None:
+        """uint8 [height, width, 3], in the trackers alone."""
+        self._track(lambda tracker: tracker.picture(step, name, image))
 
     def flush(self, to_disk: bool = False) -> None:
         """Write the lines that wait; a line half written on a full disk is taken back."""
@@ -121,46 +123,23 @@ class Writer:
         except OSError as error:
             self._tell(error)
 
-    def _draw(self, name: str, value: float, step: int) -> None:
-        try:
-            if self.tensorboard is None:
-                # What an interrupted run drew after the step it resumes from is hidden.
-                folder = self.path.parent / "tensorboard"
-                self.tensorboard = SummaryWriter(str(folder), purge_step=min(step, self.first_step + 1))
-                self.tensorboard.add_text("configuration", panels.configuration(self.path.parent), step)
-            self.tensorboard.add_scalar(panels.tag(name), value, step)
-            if name.startswith("eval/"):
-                self.results[panels.tag(name)] = value
-        except OSError as error:
-            self.tensorboard = None
-            self._tell(error)
+    def _track(self, use: Callable[[trackers.Tracker], None]) -> None:
+        for name, tracker in self.trackers.items():
+            try:
+                use(tracker)
+            except tracker.errors as error:
+                self._tell(error, "metrics" if name == "tensorboard" else name)
 
-    def _tell(self, error: OSError) -> None:
-        if not self.told:
-            self.told = True
-            self.say(f"warning: metrics cannot be written now: {error}")
+    def _tell(self, error: Exception, what: str = "metrics") -> None:
+        if what not in self.told:
+            self.told.add(what)
+            self.say(f"warning: {what} cannot be written now: {error}")
 
     def close(self) -> None:
         self.flush()
         with suppress(OSError):
             self.bar.close()
-        try:
-            if self.tensorboard is not None:
-                if self.results and (self.path.parent / "config.json").is_file():
-                    panels.settings_and_results(self.tensorboard, self.path.parent, self.results)
-                self.tensorboard.close()
-        except OSError as error:
-            self._tell(error)
-
-
-def _without_full_disks(hook: Callable[[Any], Any]) -> Callable[[Any], None]:
-    """TensorBoard's thread would print a traceback for what its next use raises, and `Writer` tells, in one line."""
-
-    def told_later(failure: Any) -> None:
-        if not (type(failure.thread).__name__ == "_AsyncWriterThread" and isinstance(failure.exc_value, OSError)):
-            hook(failure)
-
-    return told_later
+        self._track(lambda tracker: tracker.close())
 
 
 class NullWriter:
@@ -172,10 +151,13 @@ class NullWriter:
     def advance(self) -> None:
         pass
 
-    def log(self, step: int, values: dict[str, Any], **only_tensorboard: float) -> None:
+    def log(self, step: int, values: dict[str, Any], **only_tracked: float) -> None:
         pass
 
     def draw(self, step: int, **values: float) -> None:
+        pass
+
+    def picture(self, step: int, name: str, image: Any) -> None:
         pass
 
     def flush(self, to_disk: bool = False) -> None:
@@ -183,6 +165,19 @@ class NullWriter:
 
     def close(self) -> None:
         pass
+
+
+def open_writer(folder: Path, total_steps: int, first_step: int, report_to: Sequence[str]) -> Writer | NullWriter:
+    """Rank 0's writer, the others' that does nothing. Collective; raises `UserError` on every rank."""
+    writer: Writer | NullWriter = NullWriter()
+    mistake = None
+    if distributed.is_main():
+        try:
+            writer = Writer(folder, total_steps, first_step, report_to)
+        except UserError as error:
+            mistake = str(error)
+    distributed.raise_together(mistake)  # collective
+    return writer
 
 
 class Meter:

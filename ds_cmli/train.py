@@ -125,7 +125,7 @@ def run(
     from ds_cmli.engine import build, counts_line, plan, with_backend
     from ds_cmli.faults import out_of_memory
     from ds_cmli.memory import dry_run as dry
-    from ds_cmli.metrics import Meter, NullWriter, Writer
+    from ds_cmli.metrics import Meter, NullWriter, open_writer
 
     # --- what there is to go on from
     resume = distributed.broadcast_object(run_folder.requeued(resume, folder))  # collective
@@ -159,7 +159,9 @@ def run(
         restore.load(point, state, engine, bad, with_changes)  # collective
         run_folder.settle(resume, point, folder, config, ds_config)  # collective
         say(counts_line(engine.objective, engine.teacher))
-        ready = parts(engine, Writer(folder, total_steps, state.step) if distributed.is_main() else NullWriter())
+        with watchdog.slow():  # a tracker may ask its server
+            writer = open_writer(folder, total_steps, state.step, config.run.report_to)  # collective
+        ready = parts(engine, writer)
         with profiles.around(engine, here, ds_config, folder, state.step) as after_step:
             return loop(ready, after_step)  # collective
 
@@ -286,13 +288,16 @@ def log(run: Run) -> None:
 def evaluate(run: Run) -> None:
     """Every held-out split; raises `Preempted` on all ranks where a signal came. Collectives."""
     from ds_cmli.evaluate import report
+    from ds_cmli.evaluate.match_maps import draw
     from ds_cmli.evaluate.split import evaluate_split
 
+    settings = run.config.run
     with run.meter.paused():
         for split, dataset in run.data.evals.items():
+            show = partial(draw, run.writer, run.state.step, split, settings.match_maps, run.data.tokenizer)
             measured = evaluate_split(
-                run.engine.objective, dataset, run.data, run.config.run.eval_batch, run.engine.device,
-                run.config.data.workers, heartbeat=lambda: poll(run), worker_init=preemption.shield,
+                run.engine.objective, dataset, run.data, settings.eval_batch, run.engine.device,
+                run.config.data.workers, heartbeat=lambda: poll(run), worker_init=preemption.shield, show=show,
             )  # fmt: skip
             run.writer.log(run.state.step, {f"eval/{split}/{name}": value for name, value in measured.items()})
             run.writer.say(report.summary(split, measured))

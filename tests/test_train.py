@@ -69,6 +69,9 @@ def test_what_a_run_leaves(finished):
     drawn |= {"speed/pairs_per_s", "speed/checkpoint_s", "memory/peak_memory_bytes"}
     drawn |= {"retrieval/seen/combined/i2t_r1", "pointing-game/seen"}
     assert drawn <= set(events.Tags()["scalars"])
+    maps = {f"match-maps/{split}/{i}" for split in ("seen", "unseen") for i in range(4)}
+    assert set(events.Tags()["images"]) == maps
+    assert {event.step for tag in maps for event in events.Images(tag)} == {4}
     (text,) = events.Tensors("configuration/text_summary")
     assert b'"preset": "tiny"' in text.tensor_proto.string_val[0]
     entry = events.summary_metadata["_hparams_/session_start_info"].plugin_data.content
@@ -110,6 +113,9 @@ def test_torchrun_with_two_ranks_and_accumulation(tmp_path):
     assert "8 pairs per rank x 2 accumulation x 2 ranks = 32 pairs a step" in done.stdout
     resolved = json.loads((tmp_path / "run" / "config.json").read_text())["deepspeed"]
     assert resolved["train_batch_size"] == 32
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    assert len(events.Tags()["images"]) == 8  # match maps, by rank 0 alone
 
 
 def test_dry_run_prints_the_resolved_configuration_and_trains_nothing(tmp_path):

@@ -15,11 +15,12 @@ from ds_cmli.checkpoint.restore import ResumePoint
 from ds_cmli.checkpoint.train_state import TrainState
 from ds_cmli.common import provenance
 from ds_cmli.common.errors import UserError
+from ds_cmli.common.trackers import TRACKERS
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.schema import Config
 from ds_cmli.distributed import process_group as distributed
 
-OF_A_RUN = (metrics.METRICS, "config.json", "tensorboard")
+OF_A_RUN = (metrics.METRICS, "config.json", *TRACKERS)  # trackers have a folder by their name
 
 
 def make(config: Config, resume: str, dry_run: bool) -> Path:

@@ -1,19 +1,19 @@
-"""How a run appears in TensorBoard: scalars in groups, its configuration, and its settings beside its results."""
+"""How a run appears in a tracker: scalars in groups, its configuration, and its settings beside its results."""
 
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
 SPEED = ("pairs_per_s", "tflops", "mfu", "checkpoint_s")
+RESULTS = ("retrieval/", "pointing-game/")  # groups of held-out metrics
 OPTIMIZER = ("lr", "grad_norm", "loss_scale", "skipped_steps", "ignored_negatives")
 
 
 def tag(name: str) -> str:
-    """The scalar's name in TensorBoard, whose first part is its group."""
+    """The scalar's name in a tracker, whose first part is its group."""
     group, _, rest = name.partition("/")
     if group == "eval":
         split, _, metric = rest.partition("/")
@@ -39,17 +39,21 @@ def configuration(folder: Path) -> str:
     return "\n\n".join(parts)
 
 
-def settings_and_results(writer: SummaryWriter, folder: Path, results: Mapping[str, float]) -> None:
-    """An entry of the HParams panel: every setting that is a number or a word, and the last held-out results."""
+def settings(folder: Path) -> dict[str, Any]:
+    """Every setting of the run that is a number or a word."""
     content = json.loads((folder / "config.json").read_text())
     sections = content["config"]
-    settings: dict[str, Any] = {
+    out: dict[str, Any] = {
         f"{section}.{name}": value
         for section, values in sections.items()
         for name, value in values.items()
         if isinstance(value, bool | int | float | str)
     }
-    settings["losses"] = ",".join(sections["loss"]["weights"])
-    settings["ZeRO stage"] = content.get("deepspeed", {}).get("zero_optimization", {}).get("stage", 0)
-    for summary in hparams(settings, dict(results)):
-        writer.file_writer.add_summary(summary)  # type: ignore[attr-defined]
+    out["losses"] = ",".join(sections["loss"]["weights"])
+    out["ZeRO stage"] = content.get("deepspeed", {}).get("zero_optimization", {}).get("stage", 0)
+    return out
+
+
+def settings_and_results(folder: Path, results: Mapping[str, float]) -> tuple[Any, ...]:
+    """An entry of TensorBoard's HParams panel: the settings, and the last held-out results; its summaries."""
+    return hparams(settings(folder), dict(results))

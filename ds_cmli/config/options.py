@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from ds_cmli.common import trackers
 from ds_cmli.common.cli import option, say
 from ds_cmli.common.errors import UserError
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
@@ -174,6 +175,7 @@ def check_early(config: Config, ds_config: DeepSpeedConfig, resume: str, profile
 
     `profiles`: `memory.profiles.Profiles`.
     """
+    trackers.check(config.run.report_to)
     if config.optim.steps is not None:
         profiles.left(config.optim.steps, 0, lambda line: None)
     ranks = os.environ.get("WORLD_SIZE", "1" if "SLURM_STEP_ID" not in os.environ else None)

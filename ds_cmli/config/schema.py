@@ -12,6 +12,7 @@ from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 from ds_cmli.common.errors import UserError
+from ds_cmli.common.trackers import TRACKERS
 from ds_cmli.config.validation import MOST, build, check, choice, parse_json, shown
 from ds_cmli.losses import LOSSES
 from ds_cmli.models import AUTO, IMAGE, TEXT
@@ -20,10 +21,12 @@ if TYPE_CHECKING:
     Loss = str
     ImageBackbone = str
     TextBackbone = str
+    TrackerName = str
 else:
     Loss = Literal[tuple(LOSSES)]
     ImageBackbone = Literal[tuple([AUTO, *IMAGE])]
     TextBackbone = Literal[tuple([AUTO, *TEXT])]
+    TrackerName = Literal[tuple(TRACKERS)]
 
 Augmentation = Literal["random_resized_crop", "horizontal_flip", "color_jitter"]
 
@@ -160,6 +163,10 @@ class RunConfig:
     log_every: Count = 10  # steps
     eval_every: Annotated[Number, Field(description="0: only at the end")] = 0  # steps
     eval_batch: Count = 50  # pairs a step of the evaluation
+    # Held-out pairs of each split whose match maps every evaluation shows in the trackers, always the same ones.
+    match_maps: Annotated[int, Field(ge=0, le=1000, description="0: none")] = 4
+    # Where numbers and pictures go beside metrics.jsonl.
+    report_to: list[TrackerName] = Field(default_factory=lambda: list[TrackerName](["tensorboard"]))
     save_every: Annotated[Number, Field(description="0: by time alone, and at the end")] = 0  # steps
     # Since the last checkpoint.
     save_minutes: Annotated[NotNegative, Field(description="0: by steps alone, and at the end")] = 15.0

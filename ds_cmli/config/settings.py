@@ -12,7 +12,7 @@ FREE = {
     *("run.preset", "run.output_dir", "run.log_every", "run.eval_every", "run.save_every", "run.save_minutes"),
     *("run.keep", "run.resume", "run.resume_with_changes", "run.most_skipped", "run.watchdog"),
     *("data.workers", "data.prefetch"),
-    *("run.keep_best", "run.patience"),
+    *("run.keep_best", "run.patience", "run.match_maps", "run.report_to"),
 }
 SHOWN = 20  # differences: hundreds of files may be others
 # How the global batch is split over ranks: it stays the same when the number of ranks changes, these do not.

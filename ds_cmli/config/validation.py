@@ -58,7 +58,10 @@ def build(section: type, name: str, values: Any, written: Mapping[str, str]) -> 
     if "anyOf" in node and inner:  # pydantic tells what is wrong with the first alternative
         given, inner = values[key], []
     for part in inner:
-        node = node["prefixItems"][part] if isinstance(part, int) else node["additionalProperties"]
+        if isinstance(part, int):
+            node = node["prefixItems"][part] if "prefixItems" in node else node["items"]
+        else:
+            node = node["additionalProperties"]
     setting = (" " if setting.startswith("--") else ".").join([setting, *map(str, inner)])
     if isinstance(given, str) and "enum" in node:
         choice(setting, given, node["enum"])

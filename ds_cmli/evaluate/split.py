@@ -76,11 +76,12 @@ def embed_share(
 def evaluate_split(
     objective: Any, dataset: Dataset, data: EvalData, batch_size: int, device: Any, workers: int = 0,
     heartbeat: Callable[[], None] = lambda: None, worker_init: Callable[[int], None] | None = None,
-    fold_size: int | None = None,
+    fold_size: int | None = None, show: Callable[[Share, HeldOut, tuple[int, int]], None] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """The same on every rank. Collective.
 
     Args:
+        show: called once with what this rank has embedded, and the rows and columns of patches; may be collective.
         heartbeat: called with every batch and block, as often on every rank: a sign of life for whoever watches.
         fold_size: pictures; retrieval is measured within folds of so many too, and averaged over them.
 
@@ -102,6 +103,8 @@ def evaluate_split(
         objective.student, held_out, data.collate, batch_size, device, workers, heartbeat, worker_init
     )  # collective
     objective.train(was_training)
+    if show is not None:
+        show(share, held_out, objective.student.grid)  # collective
     images, texts, captions, image_of = share.images, share.texts, share.captions, held_out.image_of
     pictures = image_of[captions].unique()
 

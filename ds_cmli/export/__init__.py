@@ -1,6 +1,6 @@
 """Trained models for other people's programs: `python -m ds_cmli.export RUN DIR`.
 
-import ds_cmli.export  # transformers then knows the model; without it, give trust_remote_code=True
+import ds_cmli  # transformers then knows the model; without it, give trust_remote_code=True
 from transformers import AutoModel, AutoProcessor
 model, processor = AutoModel.from_pretrained(DIR), AutoProcessor.from_pretrained(DIR)
 """

@@ -24,7 +24,7 @@ of the class tokens, and by Cross-Modal Late Interaction (FILIP) between patches
 ```python
 from transformers import AutoModel, AutoProcessor
 
-model = AutoModel.from_pretrained(FOLDER, trust_remote_code=True)  # or `import ds_cmli.export` before
+model = AutoModel.from_pretrained(FOLDER, trust_remote_code=True)  # or `import ds_cmli` before
 processor = AutoProcessor.from_pretrained(FOLDER, trust_remote_code=True)
 inputs = processor(images=[picture], text=["a red car", "two dogs"])
 model(**inputs).logits_per_image  # [images, texts]; softmax over a row ranks the texts

@@ -71,7 +71,7 @@ class Index:
             UserError: nothing can be read, or the folder cannot be written.
         """
         folder = Path(folder)
-        files = list_pictures(pictures) if isinstance(pictures, str | Path) else list(pictures)
+        files: Sequence[Picture] = list_pictures(pictures) if isinstance(pictures, str | Path) else pictures
         try:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / FILE).unlink(missing_ok=True)  # until the new one is whole there is none

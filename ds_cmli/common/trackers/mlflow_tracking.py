@@ -1,0 +1,48 @@
+"""MLflow. Its own environment variables count: MLFLOW_TRACKING_URI, MLFLOW_EXPERIMENT_NAME."""
+
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import mlflow
+from mlflow.exceptions import MlflowException
+
+from ds_cmli.common import panels, trackers
+from ds_cmli.common.errors import UserError
+
+LONGEST = 500  # characters of a setting's value, which MLflow limits
+
+
+class MLflow:
+    """A resumed run goes on as the same run, whose name is kept in `mlflow/run-id` of its folder."""
+
+    errors = (Exception,)
+
+    def __init__(self, folder: Path, first_step: int):
+        logging.getLogger("mlflow").setLevel(logging.WARNING)
+        try:
+            if not {"MLFLOW_EXPERIMENT_NAME", "MLFLOW_EXPERIMENT_ID"} & os.environ.keys():
+                mlflow.set_experiment("ds-cmli")
+            file = folder / "mlflow" / "run-id"
+            if file.is_file():
+                mlflow.start_run(run_id=file.read_text().strip())
+                return
+            run = mlflow.start_run(run_name=folder.resolve().name)
+            trackers.kept_id(folder / "mlflow", run.info.run_id)
+            mlflow.log_params({name: str(value)[:LONGEST] for name, value in panels.settings(folder).items()})
+        except (OSError, ImportError, MlflowException) as error:
+            line = str(error).strip().split("\n")[0]
+            raise UserError(
+                f"run.report_to has 'mlflow', which cannot be opened: {line}: see MLFLOW_TRACKING_URI"
+            ) from None
+
+    def numbers(self, step: int, values: dict[str, float]) -> None:
+        mlflow.log_metrics(values, step=step, synchronous=False)  # a slow server must not hold up the step
+
+    def picture(self, step: int, name: str, image: Any) -> None:
+        mlflow.log_image(image, key=name.replace("/", "."), step=step, synchronous=False)
+
+    def close(self) -> None:
+        mlflow.flush_async_logging()
+        mlflow.end_run()

@@ -1,0 +1,48 @@
+"""Weights & Biases. Its own environment variables count: WANDB_MODE=offline, WANDB_PROJECT, WANDB_ENTITY."""
+
+import json
+import os
+import uuid
+from pathlib import Path
+from typing import Any
+
+import wandb
+
+from ds_cmli.common import trackers
+from ds_cmli.common.errors import UserError
+
+
+class WeightsAndBiases:
+    """A resumed run goes on under its former name, which is kept in `wandb/run-id` of its folder."""
+
+    errors = (Exception,)
+
+    def __init__(self, folder: Path, first_step: int):
+        try:
+            name = trackers.kept_id(folder / "wandb", uuid.uuid4().hex[:12])
+            self.run = wandb.init(
+                project=os.environ.get("WANDB_PROJECT", "ds-cmli"),
+                name=folder.resolve().name,
+                id=name,
+                resume="allow",
+                dir=str(folder),
+                config=json.loads((folder / "config.json").read_text()),
+                settings=wandb.Settings(silent=True, console="off"),
+            )
+            # A resumed run repeats steps, which wandb's own count would refuse.
+            self.run.define_metric("step")
+            self.run.define_metric("*", step_metric="step")
+        except (OSError, wandb.Error) as error:
+            line = " ".join(str(error).split())
+            raise UserError(
+                f"run.report_to has 'wandb', which cannot be opened: {line}: see `wandb login`, or WANDB_MODE=offline"
+            ) from None
+
+    def numbers(self, step: int, values: dict[str, float]) -> None:
+        self.run.log({"step": step, **values})
+
+    def picture(self, step: int, name: str, image: Any) -> None:
+        self.run.log({"step": step, name: wandb.Image(image)})
+
+    def close(self) -> None:
+        self.run.finish()

@@ -1,0 +1,123 @@
+"""Match maps of a few held-out pairs, always the same ones, out of the embeddings of an evaluation.
+
+They cost no pass of the model, and draw nothing random.
+Shapes: S image side in pixels, N patches, M tokens of a caption.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from ds_cmli.data.held_out import HeldOut
+from ds_cmli.distributed import process_group as distributed
+from ds_cmli.evaluate.split import Share
+from ds_cmli.losses.functions import upcast
+
+COLUMNS = 6  # tiles a row
+TILE = 168  # pixels, square
+LINE = 18  # pixels, of text
+DARK = 0.15  # of the picture where a word fits least
+FRAME = (0, 255, 255)  # round a word's best patch
+
+
+@dataclass
+class MatchMap:
+    """One pair."""
+
+    image: Tensor  # uint8 [3, S, S]
+    text: str
+    words: list[str]  # M
+    similarity: Tensor  # [M, N] fp32, cosines of tokens and patches
+    grid: tuple[int, int]  # rows and columns of patches
+
+
+def draw(
+    writer: Any, step: int, split: str, count: int, tokenizer: Any, share: Share, held_out: HeldOut,
+    grid: tuple[int, int],
+) -> None:  # fmt: skip
+    """Give the match maps of `count` pairs to rank 0's writer. Collective where there are any."""
+    if not count:
+        return
+    found = match_maps(share, held_out, tokenizer, grid, count)  # collective
+    if distributed.is_main():
+        for number, one in enumerate(found):
+            writer.picture(step, f"match-maps/{split}/{number}", picture(one))
+
+
+def match_maps(share: Share, held_out: HeldOut, tokenizer: Any, grid: tuple[int, int], count: int) -> list[MatchMap]:
+    """Of the first `count` pictures that can be used, each with its first caption; the same on every rank. Collective.
+
+    Args:
+        tokenizer: `CaptionTokenizer`, which names the tokens.
+    """
+    first: dict[int, int] = {}  # caption by picture
+    for caption in share.captions.tolist():
+        first.setdefault(int(held_out.image_of[caption]), caption)
+        if len(first) == count:
+            break
+    image_row = {number: row for row, number in enumerate(share.images.number.tolist())}
+    text_row = {number: row for row, number in enumerate(share.texts.number.tolist())}
+    mine = {}
+    for order, (picture_number, caption) in enumerate(first.items()):
+        if picture_number not in image_row:
+            continue  # another rank's
+        sample = held_out.pairs.pair(held_out.rows[caption])
+        ids = [i for i, valid in zip(sample.tokens.input_ids, sample.tokens.valid, strict=True) if valid]
+        tokens = share.texts.tokens[share.texts.tokens_of(text_row[caption])]  # [M, D]
+        patches = share.images.patches[image_row[picture_number]]  # [N, D]
+        words = [tokenizer.decode([i]).strip() for i in ids]
+        similarity = upcast(tokens) @ upcast(patches).t()
+        mine[order] = MatchMap(sample.image, tokenizer.decode(ids), words, similarity, grid)
+    everywhere = {order: one for part in distributed.gather_objects(mine) for order, one in part.items()}  # collective
+    return [everywhere[order] for order in sorted(everywhere)]
+
+
+def picture(one: MatchMap) -> np.ndarray:
+    """The caption, the picture, and for each word the picture lit where the word fits: uint8 [height, width, 3].
+
+    From a word's lowest similarity to its highest; a frame marks its best patch, the first of equal ones.
+    """
+    tiles = [("", _resized(one.image)), *zip(one.words, _lit(one), strict=True)]
+    rows = -(-len(tiles) // COLUMNS)
+    sheet = Image.new("RGB", (min(len(tiles), COLUMNS) * TILE, LINE + rows * (LINE + TILE)))
+    pen = ImageDraw.Draw(sheet)
+    font = ImageFont.load_default()
+    pen.text((2, 3), _printable(one.text, font), font=font, fill=(255, 255, 255))
+    for number, (word, tile) in enumerate(tiles):
+        row, column = divmod(number, COLUMNS)
+        x, y = column * TILE, LINE + row * (LINE + TILE)
+        pen.text((x + 2, y + 3), _printable(word, font), font=font, fill=FRAME)
+        sheet.paste(tile, (x, y + LINE))
+    return np.asarray(sheet)
+
+
+def _resized(image: Tensor) -> Image.Image:
+    return Image.fromarray(image.permute(1, 2, 0).numpy()).resize((TILE, TILE), Image.Resampling.BICUBIC)
+
+
+def _lit(one: MatchMap) -> list[Image.Image]:
+    """A tile a word."""
+    image = np.asarray(_resized(one.image), dtype=np.float32)  # [TILE, TILE, 3]
+    rows, columns = one.grid
+    out = []
+    for values in one.similarity:  # [N]
+        low, high = values.min(), values.max()
+        share = ((values - low) / (high - low).clamp(min=1e-6)).view(rows, columns)
+        light = torch.nn.functional.interpolate(share[None, None], size=(TILE, TILE))[0, 0].numpy()  # nearest
+        tile = Image.fromarray((image * (DARK + (1 - DARK) * light[..., None])).astype(np.uint8))
+        row, column = divmod(int(values.argmax()), columns)
+        box = (column * TILE // columns, row * TILE // rows, (column + 1) * TILE // columns, (row + 1) * TILE // rows)
+        ImageDraw.Draw(tile).rectangle((box[0], box[1], box[2] - 1, box[3] - 1), outline=FRAME, width=2)
+        out.append(tile)
+    return out
+
+
+def _printable(text: str, font: Any) -> str:
+    """Without what the font of a Pillow built without FreeType would raise at."""
+    if isinstance(font, ImageFont.FreeTypeFont):
+        return text
+    return text.encode("latin-1", "replace").decode("latin-1")

@@ -1,0 +1,21 @@
+import json
+import subprocess
+import sys
+
+from tests.conftest import ROOT, clean_environment
+from tests.run_folder import write_run
+
+
+def test_the_exact_search_is_what_others_are_compared_with(tmp_path):
+    command = [sys.executable, "profiling/benchmark_search.py", "--model", str(write_run(tmp_path))]
+    env = clean_environment() | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*command, "--images", "80", "--queries", "4", "--json"], cwd=ROOT, env=env,
+                          capture_output=True, text=True, timeout=300)  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(done.stdout)
+    assert (found["images"], found["queries"], [*found["rows"]]) == (80, 4, ["10", "50", "exact"])
+    # `tiny` has 16 patches of 16 numbers and a class token of 32, in two bytes each.
+    assert 80 * 2 * (32 + 16 * 16) <= found["index_bytes"] < 80 * 2 * (32 + 16 * 16) + 4000
+    assert found["rows"]["exact"]["recall_1"] == found["rows"]["exact"]["recall_10"] == 1
+    assert 0 <= found["rows"]["10"]["recall_10"] <= found["rows"]["50"]["recall_10"] <= 1
+    assert all(row["median_ms"] > 0 for row in found["rows"].values())
