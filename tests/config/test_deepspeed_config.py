@@ -71,7 +71,7 @@ def test_names_of_shipped_files():
         ({"activation_checkpointing": {"cpu_checkpointing": True}}, "only with partition_activations"),
         ({"activation_checkpointing": {"number_checkpoints": 2}}, "number_checkpoints is 2: it has no effect here"),
         ({"optimizer": {"type": "SGD"}, "zero_optimization": {"stage": 2}}, "has not tested it at stage 2"),
-        ({"wandb": {"enabled": True}}, "wandb.enabled is true: it needs wandb: pip install wandb, or give false"),
+        ({"comet": {"enabled": True}}, "comet.enabled is true: it needs comet_ml: pip install comet_ml, or give false"),
         ({"optimizer": {"type": ["AdamW"]}}, "optimizer.type is ['AdamW']: give a text"),
         ({"optimizer": {"type": "LBFGS"}}, "it cannot train here, as it needs the loss several times a step"),
         ({"optimizer": {"type": "AdamW", "params": {"bias_correction": False}}}, "PyTorch's AdamW does not take it"),
