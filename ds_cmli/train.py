@@ -286,23 +286,37 @@ def log(run: Run) -> None:
 
 
 def evaluate(run: Run) -> None:
-    """Every held-out split; raises `Preempted` on all ranks where a signal came. Collectives."""
+    """Every held-out split, with the weights and with their average, whose result then counts as the best or not.
+
+    Raises `Preempted` on all ranks where a signal came. Collectives.
+    """
+    ema = run.engine.ema
+    with run.meter.paused():
+        evaluate_splits(run, "", counts=ema is None)  # collectives
+        if ema is not None:
+            with ema.as_weights():  # collectives
+                evaluate_splits(run, "_ema", counts=True)  # collectives
+    run.state.count_evaluation()
+
+
+def evaluate_splits(run: Run, suffix: str, counts: bool) -> None:
+    """Log each split under its name with `suffix`; `counts`: towards the best result. Collectives."""
     from ds_cmli.evaluate import report
     from ds_cmli.evaluate.match_maps import draw
     from ds_cmli.evaluate.split import evaluate_split
 
     settings = run.config.run
-    with run.meter.paused():
-        for split, dataset in run.data.evals.items():
-            show = partial(draw, run.writer, run.state.step, split, settings.match_maps, run.data.tokenizer)
-            measured = evaluate_split(
-                run.engine.objective, dataset, run.data, settings.eval_batch, run.engine.device,
-                run.config.data.workers, heartbeat=lambda: poll(run), worker_init=preemption.shield, show=show,
-            )  # fmt: skip
-            run.writer.log(run.state.step, {f"eval/{split}/{name}": value for name, value in measured.items()})
-            run.writer.say(report.summary(split, measured))
-            run.state.best = report.best(run.state.best, split, measured, run.state.step)
-    run.state.count_evaluation()
+    for split, dataset in run.data.evals.items():
+        name = split + suffix
+        show = partial(draw, run.writer, run.state.step, name, settings.match_maps, run.data.tokenizer)
+        measured = evaluate_split(
+            run.engine.objective, dataset, run.data, settings.eval_batch, run.engine.device,
+            run.config.data.workers, heartbeat=lambda: poll(run), worker_init=preemption.shield, show=show,
+        )  # fmt: skip
+        run.writer.log(run.state.step, {f"eval/{name}/{metric}": value for metric, value in measured.items()})
+        run.writer.say(report.summary(name, measured))
+        if counts:
+            run.state.best = report.best(run.state.best, name, measured, run.state.step)
 
 
 def poll(run: Run) -> None:

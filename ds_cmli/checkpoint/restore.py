@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ds_cmli.checkpoint import checksums, universal
+from ds_cmli.checkpoint import average, checksums, universal
 from ds_cmli.checkpoint import save as checkpoint
 from ds_cmli.checkpoint.train_state import TrainState, read_of_rank, read_shared, redistribute
 from ds_cmli.checkpoint.weights import parts
@@ -23,6 +23,8 @@ from ds_cmli.config.schema import Config
 from ds_cmli.data import BadSamples
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.engine import TrainEngine
+
+EMA_DECAY = "optim.ema_decay"
 
 
 @dataclass
@@ -147,6 +149,8 @@ def state_of(
             how = "through a universal checkpoint" if point.resharded else "as it is"
             say(f"written by {point.ranks} ranks, read by {distributed.world_size()}: {how}")
         state.rebatched = not point.batch_as_asked
+    if point is not None and bool(state.config.get(EMA_DECAY)) != bool(now[EMA_DECAY]):
+        state.best, state.worse_in_row = {}, 0  # results of the averaged weights and of the others are not compared
     state.sums = torch.zeros(2 + len(config.loss.weights))  # the weighted sum, each loss, and ignored negatives
     state.config, state.digest = now, settings.digest(now)
     state.world_size = distributed.world_size()
@@ -197,6 +201,7 @@ def _load_engine(point: ResumePoint, train_engine: TrainEngine, with_changes: bo
             engine.checkpoint_engine = CheckpointWriter()
             with no_code():
                 engine.load_checkpoint(str(path.parent), tag=path.name)  # collectives
+        average.load_averages(path, train_engine)
         if with_changes:
             _apply_rates(engine, fresh)
         mine = not_finite({"weights": parts(engine), "optimizer": list(engine.optimizer.state.values())})

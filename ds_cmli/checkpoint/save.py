@@ -1,8 +1,9 @@
 """Checkpoints: when one is due, written beside the last, published by a rename; and which there are.
 
-`checkpoint/stepN/` holds DeepSpeed's files, `state.json` and `rank-R.pt` (`TrainState`), and
-`checksums.json`. `checkpoint/latest` names the newest checkpoint that is complete; until that file is replaced the one
-before counts. What is not complete ends in `.writing`. A folder `stepN.K` is a later checkpoint of the same step.
+`checkpoint/stepN/` holds DeepSpeed's files, `state.json` and `rank-R.pt` (`TrainState`), `student_ema.safetensors` of a
+run with averaged weights, and `checksums.json`. `checkpoint/latest` names the newest checkpoint that is complete; until
+that file is replaced the one before counts. What is not complete ends in `.writing`. A folder `stepN.K` is a later
+checkpoint of the same step.
 """
 
 import json
@@ -16,9 +17,9 @@ from typing import Any
 
 from safetensors.torch import save as to_safetensors
 
-from ds_cmli.checkpoint import checksums
+from ds_cmli.checkpoint import average, checksums
 from ds_cmli.checkpoint.train_state import STATE, TrainState
-from ds_cmli.checkpoint.weights import WEIGHTS, full_shape, full_weights, parts
+from ds_cmli.checkpoint.weights import AVERAGE, WEIGHTS, full_shape, full_weights, parts
 from ds_cmli.common.errors import UserError
 from ds_cmli.common.patches import patched
 from ds_cmli.config.schema import RunConfig
@@ -30,6 +31,7 @@ LATEST = "latest"  # DeepSpeed's name, so that its tools find the newest checkpo
 WRITING = ".writing"
 REPLACED = "replaced"  # holds the run before, where one starts over in its folder, until it has a checkpoint itself
 BYTES_PER_PARAMETER = 24  # at most: weights, fp32 copy and two moments, and the student once more
+BYTES_OF_AVERAGE = 8  # of each parameter: in the checkpoint and beside the student
 BEST_WEIGHTS = "student-best.safetensors"  # of the best evaluation, with `run.keep_best`
 MARGIN = 1.1  # of the space needed
 
@@ -95,11 +97,12 @@ class Checkpoints:
             raise UserError(f"the last checkpoint could not be written: free some space and start {self.folder} again")
         best = state.best
         over = f" ({best['pairs']} pairs, chance {best['chance']:.3f})" if "pairs" in best else ""
+        files = WEIGHTS + (f", {AVERAGE}" if self.engine.ema is not None else "")
         ended = f"ended at step {state.step}: {state.worse_in_row} evaluations in a row gave no better result"
         return [
             *([ended] if state.out_of_patience(self.settings.patience) else []),
             f"best {best['metric']} {best['value']:.3f} at step {best['step']}{over}",
-            f"written to {self.folder}: config.json, metrics.jsonl, tensorboard/, checkpoint/, {WEIGHTS}",
+            f"written to {self.folder}: config.json, metrics.jsonl, tensorboard/, checkpoint/, {files}",
         ]
 
     @staticmethod
@@ -160,7 +163,7 @@ def save(folder: Path, engine: TrainEngine, state: TrainState, keep: int, keep_b
             refusal = str(error)
         if refusal is not None:
             remove(writing)
-            for weights in (WEIGHTS, BEST_WEIGHTS):
+            for weights in (WEIGHTS, AVERAGE, BEST_WEIGHTS):
                 (folder / (weights + WRITING)).unlink(missing_ok=True)
     refusal = distributed.broadcast_object(refusal)  # collective: nobody goes on, or ends, before it is published
     size = 0 if refusal else sum(file["bytes"] for file in files.values())
@@ -197,7 +200,8 @@ def _expected_bytes(root: Path, engine: TrainEngine) -> int:
             return sum(file["bytes"] for file in checksums.read(root / newest).values())
         except ValueError:
             pass
-    return BYTES_PER_PARAMETER * sum(full_shape(p).numel() for p in engine.objective.parameters())
+    each = BYTES_PER_PARAMETER + (BYTES_OF_AVERAGE if engine.ema is not None else 0)
+    return each * sum(full_shape(p).numel() for p in engine.objective.parameters())
 
 
 def _write(
@@ -219,12 +223,15 @@ def _write(
         engine.save_checkpoint(str(writing.parent), tag=writing.name, save_latest=False)  # collectives
     write_tensors(writer, state.of_rank(), writing / f"rank-{distributed.rank()}.pt")
     weights = full_weights(train_engine.objective, engine.optimizer)  # collectives
+    averages = average.full_averages(train_engine)  # collectives
     if distributed.is_main() and writer.error is None:
         text = json.dumps(state.shared(), indent=1)
-        data = to_safetensors(weights, metadata={"format": "pt"})  # one key: with more, their order is random
         try:
             writer.files[STATE] = checksums.write_file(writing / STATE, lambda file: file.write(text.encode()))
-            checksums.write_file(folder / (WEIGHTS + WRITING), lambda file: file.write(data))
+            _write_weights(folder / (WEIGHTS + WRITING), weights)
+            if averages is not None:
+                writer.files[AVERAGE] = _write_weights(writing / AVERAGE, averages)
+                _write_weights(folder / (AVERAGE + WRITING), {name: averages[name] for name in weights})
         except OSError as error:
             writer.error = error
     problem = None if writer.error is None else str(writer.error).splitlines()[0]
@@ -234,13 +241,24 @@ def _write(
     return files, refusal, any(bad for *_, bad in every)
 
 
+def _write_weights(path: Path, weights: dict[str, Any]) -> dict[str, Any]:
+    data = to_safetensors(weights, metadata={"format": "pt"})  # one key: with more, their order is random
+    return checksums.write_file(path, lambda file: file.write(data))
+
+
 def _publish(folder: Path, root: Path, name: str, keep: int, best: int | None) -> None:
     """Make the checkpoint written beside count, then remove old ones; `best`: the step of one that stays."""
     os.replace(root / (name + WRITING), root / name)
     checksums.sync_folder(root)
     os.replace(folder / (WEIGHTS + WRITING), folder / WEIGHTS)
+    if (folder / (AVERAGE + WRITING)).is_file():
+        os.replace(folder / (AVERAGE + WRITING), folder / AVERAGE)
+    else:
+        (folder / AVERAGE).unlink(missing_ok=True)  # of a run before, or of this one before its settings changed
     if best == step_of(name):
-        shutil.copyfile(folder / WEIGHTS, folder / (BEST_WEIGHTS + WRITING))
+        # The best result is that of the averaged weights where there are such.
+        evaluated = AVERAGE if (folder / AVERAGE).is_file() else WEIGHTS
+        shutil.copyfile(folder / evaluated, folder / (BEST_WEIGHTS + WRITING))
         os.replace(folder / (BEST_WEIGHTS + WRITING), folder / BEST_WEIGHTS)
     checksums.sync_folder(folder)
     before = candidates(root)

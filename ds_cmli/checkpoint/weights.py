@@ -11,6 +11,7 @@ from ds_cmli.common.errors import UserError
 from ds_cmli.models.weights import not_finite
 
 WEIGHTS = "student.safetensors"
+AVERAGE = "student_ema.safetensors"  # of the averaged weights, with `optim.ema_decay`
 
 
 def parts(engine: Any) -> dict[str, torch.Tensor]:
@@ -18,41 +19,34 @@ def parts(engine: Any) -> dict[str, torch.Tensor]:
     return {name: getattr(p, "ds_tensor", p) for name, p in engine.module.named_parameters()}
 
 
-def full_weights(module: nn.Module, optimizer: Any) -> dict[str, torch.Tensor]:
+def full_weights(module: nn.Module, optimizer: Any, distilled: bool = False) -> dict[str, torch.Tensor]:
     """Student and temperatures in fp32, from the optimizer's master copy, whatever the ZeRO stage. Collective.
 
-    Buffers that belong to the weights (statistics of BatchNorm) come with them.
+    Buffers that belong to the weights (statistics of BatchNorm) come with them; `distilled`: so does the head to the
+    teacher's width, which is part of distillation and not of the student.
     """
+    from deepspeed.runtime.zero.partition_parameters import GatheredParameters, ZeroParamStatus
     from deepspeed.utils import safe_get_full_fp32_param
+
+    from ds_cmli.engine.master_weights import masters_without_zero
 
     masters = masters_without_zero(optimizer)
     out = {}
     for name, parameter in module.named_parameters():
-        if name.startswith("width_head."):
-            continue  # maps to the teacher's width: part of distillation, not of the student
+        if name.startswith("width_head.") and not distilled:
+            continue
         full = masters.get(id(parameter))
         if full is None:
             full = safe_get_full_fp32_param(parameter)  # collective; CPU-GPU sync in the copy
-        out[name] = (
-            (parameter if full is None else full).detach().float().cpu().reshape(full_shape(parameter)).contiguous()
-        )
+        # Of a frozen parameter ZeRO-3 has no master copy, and between uses only the parts.
+        divided = full is None and getattr(parameter, "ds_status", None) == ZeroParamStatus.NOT_AVAILABLE
+        with GatheredParameters([parameter], enabled=divided):  # collective
+            whole = (parameter if full is None else full).detach().float().cpu().reshape(full_shape(parameter))
+            out[name] = whole.clone() if divided else whole.contiguous()
     kept = module.state_dict().keys()
     for name, buffer in module.named_buffers():
         if name in kept:
             out[name] = (buffer.float() if buffer.is_floating_point() else buffer).detach().cpu().clone()
-    return out
-
-
-def masters_without_zero(optimizer: Any) -> dict[int, torch.Tensor]:
-    """id of a 16-bit parameter -> its fp32 master copy, which DeepSpeed's function knows only under ZeRO."""
-    out: dict[int, torch.Tensor] = {}
-    if hasattr(optimizer, "fp32_groups"):  # FP16_UnfusedOptimizer
-        for group, masters in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
-            out |= {id(p): master for p, master in zip(group, masters, strict=True)}
-    elif hasattr(optimizer, "fp32_groups_flat"):  # FP16_Optimizer
-        for group, flat in zip(optimizer.fp16_groups, optimizer.fp32_groups_flat, strict=True):
-            parts = flat.split([p.numel() for p in group])
-            out |= {id(p): part for p, part in zip(group, parts, strict=True)}
     return out
 
 
@@ -65,6 +59,8 @@ def load_weights(folder: Path, module: nn.Module, name: str = WEIGHTS) -> None:
     """Fill `module` from the file `name` of `folder`; raises `UserError` where they do not belong together."""
     path = folder / name
     if not path.is_file():
+        if name == AVERAGE and (folder / WEIGHTS).is_file():
+            raise UserError(f"--ema: {str(folder)!r} has no {name}: the run was made without optim.ema_decay")
         raise UserError(f"--checkpoint is {str(folder)!r}: no {name} there; give a run's output folder")
     try:
         weights = load_file(path)

@@ -135,6 +135,8 @@ class OptimConfig:
     layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0  # of the learning rate, a layer of an encoder downwards
     warmup_share: BelowOne = 0.05  # of all steps, linear
     grad_clip: Annotated[float, Field(ge=0, description="0: off")] = 1.0
+    # Of an exponential moving average of the weights, evaluated and saved beside them; 0.999 looks back 1,000 steps.
+    ema_decay: Annotated[BelowOne, Field(description="0: off")] = 0.0
     micro_batch: Count = 64  # B, pairs per rank
     # Where accumulation makes a step of several micro-batches: which texts an image is compared with, those of its own
     # micro-batch or of the whole step (gradient caching: a second forward pass, and the loss of one large batch).

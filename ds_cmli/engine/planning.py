@@ -16,6 +16,7 @@ from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.schema import Config
 from ds_cmli.data import GlobalBatchSampler, Mixture, assets
 from ds_cmli.distributed import process_group as distributed
+from ds_cmli.engine.ema import check_average
 from ds_cmli.engine.parameter_groups import check_rates
 from ds_cmli.losses import LOSSES
 
@@ -46,6 +47,7 @@ def filled(config: Config, ds_config: DeepSpeedConfig, world_size: int, total_st
             return model.num_features
 
     check_rates(config.optim, ds_config)
+    check_average(config.optim, ds_config)
     return ds_config.filled(config.optim, world_size, total_steps, width)
 
 

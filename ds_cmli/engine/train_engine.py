@@ -23,6 +23,7 @@ from ds_cmli.data import Batch
 from ds_cmli.data.tokens import SpecialTokens
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.engine import gradient_caching
+from ds_cmli.engine.ema import EMA
 from ds_cmli.engine.parameter_groups import freeze, parameter_groups
 from ds_cmli.engine.planning import compares_all, resolve_weights
 from ds_cmli.engine.result import MicroBatchLosses
@@ -79,6 +80,7 @@ class TrainEngine:
     reduce_once: bool = False
     timer: StepTimer | None = None  # of a training; counts the model's operations too
     flops: dict[int, float] = field(default_factory=dict)  # of a micro-batch, by the positions of its texts
+    ema: EMA | None = None
     lr: float = 0.0  # that the last update was made with, where the factor is 1
 
     def step(
@@ -132,6 +134,8 @@ class TrainEngine:
         self.lr = self.engine.get_lr()[0] / self.lr_factor  # of this update: its end brings the next one's
         self.mark("step")
         self.engine.step()  # collectives and a CPU-GPU sync: overflow check, gradient norm, updated weights
+        if self.ema is not None and self.engine.was_step_applied():
+            self.ema.update()
         self.mark(None)
 
     @contextmanager
@@ -276,6 +280,7 @@ def build(
     return TrainEngine(
         engine, objective, teacher, device, dtype, names, lr_factor, ds_config.accumulation, caching,
         config.optim.cache_on_host, config.optim.reduce_once,
+        ema=EMA(engine, config.optim.ema_decay) if config.optim.ema_decay else None,
     )  # fmt: skip
 
 

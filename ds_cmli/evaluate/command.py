@@ -17,6 +17,7 @@ SPLITS = ("val", "test", "all")
 
 @click.command(cls=GroupedCommand)
 @option("What", "--checkpoint", required=True, help="A run's output folder.")
+@option("What", "--ema", is_flag=True, help="Of the averaged weights (optim.ema_decay), in place of the last ones.")
 @option("What", "--batch-size", default=50, show_default=True, help="Pictures or captions a step.")
 @option("What", "--workers", default=0, show_default=True, help="Data loading processes per rank.")
 @option("What", "--json", "json_file", help="Write the metrics to this file too.")
@@ -61,7 +62,9 @@ SPLITS = ("val", "test", "all")
     metavar="FOLDER",
     help="Instead: pointing-game accuracy on Flickr30k Entities, a folder with Annotations/ and Sentences/.",
 )
-def command(checkpoint: str, batch_size: int, workers: int, json_file: str | None, **options: Any) -> None:  # fmt: skip
+def command(
+    checkpoint: str, ema: bool, batch_size: int, workers: int, json_file: str | None, **options: Any
+) -> None:  # fmt: skip
     """Evaluate a trained student as papers report it: retrieval on held-out pairs, pointing-game accuracy on scenes.
 
     With --zero-shot it classifies pictures, with --boxes it plays the pointing game on photographs.
@@ -89,7 +92,7 @@ def command(checkpoint: str, batch_size: int, workers: int, json_file: str | Non
 
     distributed.map_launcher_environment()
     mode = _zero_shot if options["zero_shot"] else _boxes if options["boxes"] else _retrieval
-    metrics = mode(config, Path(checkpoint), batch_size, workers, options)
+    metrics = mode(config, Path(checkpoint), ema, batch_size, workers, options)
     if json_file and distributed.is_main():
         Path(json_file).write_text(json.dumps(metrics, indent=2) + "\n")
     distributed.shutdown()
@@ -109,7 +112,9 @@ def _check_together(options: dict[str, Any]) -> None:
         raise UserError("--boxes needs --image-root: give the folder of the pictures")
 
 
-def _retrieval(config: Any, folder: Path, batch_size: int, workers: int, options: dict[str, Any]) -> dict[str, Any]:
+def _retrieval(
+    config: Any, folder: Path, ema: bool, batch_size: int, workers: int, options: dict[str, Any]
+) -> dict[str, Any]:  # fmt: skip
     from ds_cmli.data import build_eval_data
     from ds_cmli.distributed import process_group as distributed
     from ds_cmli.evaluate.report import summary
@@ -119,7 +124,7 @@ def _retrieval(config: Any, folder: Path, batch_size: int, workers: int, options
     for line in data.notices:
         say(line)
     device = distributed.init()  # collective
-    objective = load_objective(config, folder, data, device)
+    objective = load_objective(config, folder, ema, data, device)
     metrics: dict[str, Any] = {}
     for split, dataset in data.evals.items():
         found = evaluate_split(
@@ -130,7 +135,9 @@ def _retrieval(config: Any, folder: Path, batch_size: int, workers: int, options
     return metrics
 
 
-def _zero_shot(config: Any, folder: Path, batch_size: int, workers: int, options: dict[str, Any]) -> dict[str, Any]:
+def _zero_shot(
+    config: Any, folder: Path, ema: bool, batch_size: int, workers: int, options: dict[str, Any]
+) -> dict[str, Any]:  # fmt: skip
     from ds_cmli.data import EvalData, batches
     from ds_cmli.data.batch import Collate
     from ds_cmli.data.class_folders import ClassPictures, class_names, prompt_templates
@@ -146,7 +153,7 @@ def _zero_shot(config: Any, folder: Path, batch_size: int, workers: int, options
     tokenizer = load_tokenizer(config.data.tokenizer, config.data.context_length)
     data = EvalData(evals={}, tokenizer=tokenizer, collate=Collate(tokenizer))
     device = distributed.init()  # collective
-    objective = load_objective(config, folder, data, device).eval()
+    objective = load_objective(config, folder, ema, data, device).eval()
     classifier = zero_shot.build_classifier(objective, data, names, templates, batch_size, device)  # collective
     rank, ranks = distributed.rank(), distributed.world_size()
     own = list(range(rank, len(pictures), ranks))
@@ -157,7 +164,9 @@ def _zero_shot(config: Any, folder: Path, batch_size: int, workers: int, options
     return {f"zero_shot/{name}": value for name, value in found.items()}
 
 
-def _boxes(config: Any, folder: Path, batch_size: int, workers: int, options: dict[str, Any]) -> dict[str, Any]:
+def _boxes(
+    config: Any, folder: Path, ema: bool, batch_size: int, workers: int, options: dict[str, Any]
+) -> dict[str, Any]:  # fmt: skip
     from ds_cmli.data import EvalData
     from ds_cmli.data.batch import Collate
     from ds_cmli.data.entities import Entities
@@ -173,24 +182,27 @@ def _boxes(config: Any, folder: Path, batch_size: int, workers: int, options: di
     )  # fmt: skip
     data = EvalData(evals={}, tokenizer=tokenizer, collate=Collate(tokenizer))
     device = distributed.init()  # collective
-    objective = load_objective(config, folder, data, device).eval()
+    objective = load_objective(config, folder, ema, data, device).eval()
     found = pointing_game(objective.student, entities, data, batch_size, device, workers)  # collective
     say(pointing(found))
     return {f"entities/{name}": value for name, value in found.items()}
 
 
-def load_objective(config: Any, folder: Path, data: Any, device: Any) -> Any:
-    """The trained student with the temperatures of its scores; no teacher is built, as nothing here needs one."""
+def load_objective(config: Any, folder: Path, ema: bool, data: Any, device: Any) -> Any:
+    """The trained student with the temperatures of its scores; no teacher is built, as nothing here needs one.
+
+    `ema`: with the averaged weights.
+    """
     import dataclasses
 
-    from ds_cmli.checkpoint.weights import load_weights
+    from ds_cmli.checkpoint.weights import AVERAGE, WEIGHTS, load_weights
     from ds_cmli.engine import build_models
     from ds_cmli.losses import over_pairs
 
     weights = over_pairs(config.loss.weights) or {"global": 1.0}
     config.loss = dataclasses.replace(config.loss, weights=weights)
     objective, _ = build_models(config, data.vocab_size, pretrained=False, special=data.special)
-    load_weights(folder, objective)
+    load_weights(folder, objective, AVERAGE if ema else WEIGHTS)
     return objective.to(device)
 
 

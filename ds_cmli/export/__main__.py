@@ -22,10 +22,11 @@ mean of both ways. Their indexes take the unit vectors of get_text_features and 
 @click.argument("run", metavar="RUN")
 @click.argument("folder", metavar="DIR")
 @click.option("--tokenizer", default=None, help="In place of the one that the run names.")
+@click.option("--ema", is_flag=True, help="The averaged weights (optim.ema_decay), in place of the last ones.")
 @click.option(
     "--onnx/--no-onnx", default=None, help="Both towers as ONNX.  [default: where the extra 'export' is installed]"
 )
-def command(run: str, folder: str, tokenizer: str | None, onnx: bool | None) -> None:
+def command(run: str, folder: str, tokenizer: str | None, ema: bool, onnx: bool | None) -> None:
     """Write the student of RUN into the new folder DIR."""
     target = Path(folder)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
@@ -38,7 +39,7 @@ def command(run: str, folder: str, tokenizer: str | None, onnx: bool | None) -> 
     from ds_cmli.export import towers, write
     from ds_cmli.export.card import write_card
 
-    config, objective, whole, words = write.load_run(Path(run), tokenizer)
+    config, objective, whole, words = write.load_run(Path(run), tokenizer, ema)
     parent = target.resolve().parent
     parent.mkdir(parents=True, exist_ok=True)
     # The folder appears under its name when all of it is written and checked.

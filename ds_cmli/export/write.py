@@ -9,7 +9,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ds_cmli import models
-from ds_cmli.checkpoint.weights import load_weights
+from ds_cmli.checkpoint.weights import AVERAGE, load_weights
+from ds_cmli.checkpoint.weights import WEIGHTS as STUDENT
 from ds_cmli.common.errors import UserError
 from ds_cmli.config.schema import Config, load_config
 from ds_cmli.data.tokens import CaptionTokenizer, pretrained_tokenizer
@@ -47,8 +48,10 @@ def build(backbone, name, request):
 '''
 
 
-def load_run(run: Path, tokenizer: str | None) -> tuple[Config, Objective, Any, CaptionTokenizer]:
+def load_run(run: Path, tokenizer: str | None, ema: bool = False) -> tuple[Config, Objective, Any, CaptionTokenizer]:
     """The trained student with its losses over pairs, and its tokenizer, as transformers' and as the training's.
+
+    `ema`: with the averaged weights (`optim.ema_decay`).
 
     Raises:
         UserError: there is no such run, or nothing that could be exported.
@@ -64,7 +67,7 @@ def load_run(run: Path, tokenizer: str | None) -> tuple[Config, Objective, Any, 
     words = CaptionTokenizer(whole, config.data.context_length)
     alone = replace(config, loss=replace(config.loss, weights=pairs))  # no teacher is built
     objective, _ = build_models(alone, words.vocab_size, pretrained=False, special=words.special)
-    load_weights(run, objective)
+    load_weights(run, objective, AVERAGE if ema else STUDENT)
     return config, objective.eval(), whole, words
 
 

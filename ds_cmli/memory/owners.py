@@ -1,4 +1,4 @@
-"""Which of a training step's tensors is what: parameters, gradients, optimizer states, master weights, teacher.
+"""Which of a training step's tensors is what: parameters, gradients, optimizer states, master weights, teacher, EMA.
 
 Reads DeepSpeed's ZeRO optimizers (stages 1 to 3) and its wrappers without ZeRO by the attributes they keep tensors in.
 """
@@ -41,15 +41,16 @@ def _held(train_engine: TrainEngine) -> Iterator[tuple[str, Any]]:
     yield "parameters", [getattr(p, "ds_tensor", None) for p in parameters]  # ZeRO-3's share of each
     yield "parameters", [getattr(optimizer, name, None) for name in PARAMETERS]
     yield "gradients", [(p.grad, getattr(p, "grad_accum", None)) for p in parameters]
-    master, gradients, states = "master weights", "gradients", "optimizer states"
+    master, gradients, states, averages = "master weights", "gradients", "optimizer states", "EMA weights"
     if is_offloaded(optimizer):
         yield HOST, [getattr(optimizer, name, None) for name in OFFLOADED]
-        master = gradients = states = HOST
+        master = gradients = states = averages = HOST
     # Where there are no master weights the optimizer holds the module's own parameters, which came first.
     groups = [group["params"] for group in inner.param_groups]
     updated = list(_tensors([groups, [getattr(optimizer, name, None) for name in MASTER]]))
     yield master, updated
     yield gradients, [p.grad for p in updated]
+    yield averages, train_engine.ema.averages if train_engine.ema is not None else None
     yield states, list(inner.state.values())
     yield "gradients", [getattr(optimizer, name, None) for name in GRADIENTS]
     yield "ZeRO buckets", [bucket.buffer for bucket in getattr(optimizer, "ipg_buckets", {}).values()]

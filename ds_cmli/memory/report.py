@@ -14,6 +14,7 @@ CATEGORIES = (
     "gradients",
     "optimizer states",
     "master weights",  # ZeRO's fp32 copy of its share of the parameters
+    "EMA weights",  # the average of the master weights, with `optim.ema_decay`
     "ZeRO buckets",
     "teacher",
     "activations student",

@@ -54,6 +54,10 @@ def metrics(folder: Path) -> list[dict]:
 def assert_same(folder: Path, other: Path) -> None:
     assert metrics(folder) == metrics(other)
     assert (folder / "student.safetensors").read_bytes() == (other / "student.safetensors").read_bytes()
+    averages = [run / "student_ema.safetensors" for run in (folder, other)]
+    assert averages[0].exists() == averages[1].exists()
+    if averages[0].exists():
+        assert averages[0].read_bytes() == averages[1].read_bytes()
 
 
 def json_file(path: Path, content: dict) -> list[str]:
@@ -105,19 +109,21 @@ KINDS = {
 }
 # Settings that change what an update is, one kind with each.
 MORE = {
-    "zero 2 in bf16, accumulating": ["--set", "student.freeze_image=1", "--set", "optim.layer_decay=0.5"],
-    "zero 3 in bf16": ["--set", "student.freeze_text=2", "--set", 'optim.lr_factors={"image": 0.5}'],
-    "without zero": ["--set", "student.freeze_image=2", "--set", "run.keep_best=true"],
+    "zero 2 in bf16, accumulating": ["student.freeze_image=1", "optim.layer_decay=0.5", "optim.ema_decay=0.9"],
+    "zero 3 in bf16": ["student.freeze_text=2", 'optim.lr_factors={"image": 0.5}', "optim.ema_decay=0.9"],
+    "without zero": ["student.freeze_image=2", "run.keep_best=true", "optim.ema_decay=0.9"],
 }
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_interrupted_at_five_places_as_if_never(kind, source, tmp_path):
-    arguments = [*TINY, *source, *json_file(tmp_path / "ds.json", KINDS[kind]), *MORE.get(kind, ())]
+    arguments = [*TINY, *source, *json_file(tmp_path / "ds.json", KINDS[kind])]
+    arguments += [word for setting in MORE.get(kind, ()) for word in ("--set", setting)]
     assert drive([*arguments, "--output-dir", str(tmp_path / "straight")]) == 0
     interrupt(arguments, tmp_path / "broken", [1, 2, 5, 8, 11])
     assert_same(tmp_path / "straight", tmp_path / "broken")
-    assert len(metrics(tmp_path / "broken")) == 7  # four of the loss, three evaluations
+    evaluations = 3 * (2 if kind in MORE else 1)  # of the weights, and of their average
+    assert len(metrics(tmp_path / "broken")) == 4 + evaluations
 
 
 def test_the_best_checkpoint_stays_and_a_run_out_of_patience_ends_and_is_finished(source, tmp_path, capfd, monkeypatch):
@@ -133,10 +139,12 @@ def test_the_best_checkpoint_stays_and_a_run_out_of_patience_ends_and_is_finishe
     folder = tmp_path / "run"
     arguments = [*TINY[:2], "--steps", "12", "--eval-every", "2", *source, *json_file(tmp_path / "ds.json", {})]
     arguments += ["--set", "run.patience=2", "--set", "run.keep_best=true", "--keep", "1", "--output-dir", str(folder)]
+    arguments += ["--set", "optim.ema_decay=0.5"]  # the best is that of the averaged weights
     assert drive(arguments, stop_at=7) == 85
     assert sorted(path.name for path in (folder / "checkpoint").iterdir()) == ["latest", "step4", "step7"]
     best_weights = (folder / "student-best.safetensors").read_bytes()
-    assert best_weights != (folder / "student.safetensors").read_bytes()
+    assert best_weights == (folder / "checkpoint" / "step4" / "student_ema.safetensors").read_bytes()
+    assert best_weights != (folder / "student_ema.safetensors").read_bytes()
     assert drive(arguments) == 0
     assert "ended at step 8: 2 evaluations in a row gave no better result" in capfd.readouterr().out
     assert sorted(path.name for path in (folder / "checkpoint").iterdir()) == ["latest", "step4", "step8"]
@@ -149,6 +157,7 @@ def test_the_best_checkpoint_stays_and_a_run_out_of_patience_ends_and_is_finishe
 
 def test_two_ranks_interrupted_as_if_never(source, tmp_path):
     arguments = [*TINY, *source, *json_file(tmp_path / "ds.json", ACCUMULATION), "--micro-batch", "4", "--workers", "1"]
+    arguments += ["--set", "optim.ema_decay=0.9"]
     broken = [*arguments, "--output-dir", str(tmp_path / "broken")]
     tasks = [
         {"arguments": [*arguments, "--output-dir", str(tmp_path / "straight")]},

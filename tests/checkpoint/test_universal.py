@@ -10,11 +10,13 @@ from ds_cmli import engine
 from ds_cmli.checkpoint import restore
 from ds_cmli.checkpoint import save as checkpoint
 from ds_cmli.checkpoint import weights as weights_file
+from ds_cmli.checkpoint.average import full_averages
 from ds_cmli.common.errors import UserError
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.presets import load_preset
 from ds_cmli.data import BadSamples, GlobalBatchSampler, build_data, eval_loader
 from ds_cmli.distributed import process_group as distributed
+from ds_cmli.engine.master_weights import masters_without_zero
 from tests.config.test_mistakes import pairs
 from tests.conftest import spawn
 
@@ -31,7 +33,7 @@ class Setting:
         self.source = source
         self.rank, self.ranks, self.device = distributed.rank(), distributed.world_size(), device
         self.micro_batch = GLOBAL // self.ranks
-        optim = {"warmup_share": 0.0, "micro_batch": self.micro_batch}
+        optim = {"warmup_share": 0.0, "micro_batch": self.micro_batch, "ema_decay": 0.9}
         self.config = load_preset("tiny", {"data": {"source": source}, "optim": optim, **overrides})
         self.data = build_data(self.config.data, 0)
         loader = iter(eval_loader(self.data.train, self.data, self.micro_batch, 0, self.rank, self.ranks))
@@ -76,7 +78,7 @@ class Setting:
         if distributed.is_main():
             assert not (found.path.parent / "universal.writing").exists()
         worst = {}
-        for kind in ("weights", "moments"):
+        for kind in ("weights", "averages", "moments"):
             assert here[kind].keys() == record[kind].keys()
             worst[kind] = max((here[kind][n] - x).abs().max().item() for n, x in record[kind].items())
         for name, parameter in train_engine.objective.named_parameters():
@@ -96,7 +98,7 @@ def contents(train_engine) -> dict:
 
     engine = train_engine.engine
     weights = {n: x.clone() for n, x in weights_file.full_weights(train_engine.objective, engine.optimizer).items()}
-    masters = weights_file.masters_without_zero(engine.optimizer)
+    masters = masters_without_zero(engine.optimizer)
     if hasattr(engine.optimizer, "_lazy_init_hp_params_optimizer_state"):  # stages 1 and 2 do so in their next step
         engine.optimizer._hp_optimizer_states_linked = False
         engine.optimizer._lazy_init_hp_params_optimizer_state()
@@ -112,7 +114,10 @@ def contents(train_engine) -> dict:
               for g in engine.optimizer.param_groups]  # fmt: skip
     steps = {float(state["step"]) for state in engine.optimizer.state.values()}
     counters = [engine.global_steps, engine.global_samples, engine.skipped_steps, engine.lr_scheduler.last_epoch]
-    return {"weights": weights, "moments": moments, "shared": repr((groups, steps, counters))}
+    averages = full_averages(train_engine)
+    assert averages is not None
+    averages = {name: average.clone() for name, average in averages.items()}
+    return {"weights": weights, "averages": averages, "moments": moments, "shared": repr((groups, steps, counters))}
 
 
 def on_ranks(rank, ranks, source, folder, precisions):
@@ -169,7 +174,7 @@ LIMITS = {"fp32": 1e-4, "bf16": 0.03, "fp16": 0.03, "other": 0.5}
 
 
 def assert_equal(cell: dict[str, float], precision: str) -> None:
-    assert cell["weights"] == cell["moments"] == 0
+    assert cell["weights"] == cell["averages"] == cell["moments"] == 0
     assert cell["losses"] < LIMITS[precision]
 
 

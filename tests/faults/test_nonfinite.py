@@ -41,13 +41,16 @@ CONFIGS = {
 
 
 def everything(train_engine) -> list[torch.Tensor]:
-    """Copies of all that an update changes: weights, fp32 copies, moments, counters and the learning rate."""
+    """Copies of all that an update changes: weights, fp32 copies, their averages, moments and the learning rate."""
     optimizer = train_engine.engine.optimizer
     states = [s[k] for s in optimizer.state.values() for k in sorted(s) if torch.is_tensor(s[k])]
     params = [p.ds_tensor if hasattr(p, "ds_tensor") else p for p in train_engine.engine.module.parameters()]
     flat = [p for name in ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat")
             for p in getattr(optimizer, name, [])]  # fmt: skip
-    return [x.detach().clone() for x in (*params, *flat, *states, torch.tensor(train_engine.engine.get_lr()))]
+    averages = train_engine.ema.averages if train_engine.ema is not None else []
+    return [
+        x.detach().clone() for x in (*params, *flat, *averages, *states, torch.tensor(train_engine.engine.get_lr()))
+    ]
 
 
 def same(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
@@ -73,7 +76,7 @@ def spoil(train_engine, what, monkeypatch) -> list:
 def test_a_bad_step_changes_nothing_and_the_next_goes_on(device, name, what, fp16_device):
     data = build_data(load_preset("tiny", {}).data, 0)
     batches = [b for b, _ in zip(eval_loader(data.train, data, 8, 0, 0, 1), range(5), strict=False)]
-    overrides = {"optim": {"warmup_share": 0.0}}
+    overrides = {"optim": {"warmup_share": 0.0, "ema_decay": 0.9}}
     ds_config = {"gradient_accumulation_steps": 2, **CONFIGS[name]}
     train_engine, straight = (build(device, data, ds_config, overrides) for _ in range(2))
     for batch in batches[:2]:

@@ -1,0 +1,155 @@
+"""The average of the weights: by hand, and in every ZeRO stage, precision and accumulation, on one and two ranks.
+
+That a skipped step leaves it alone: tests/faults/test_nonfinite.py; that a run goes on with it, exactly and in another
+layout: tests/checkpoint.
+"""
+
+import copy
+import itertools
+import os
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from ds_cmli import engine
+from ds_cmli.checkpoint.average import full_averages
+from ds_cmli.checkpoint.weights import full_weights
+from ds_cmli.common.errors import UserError
+from ds_cmli.config.deepspeed_config import DeepSpeedConfig
+from ds_cmli.config.presets import load_preset
+from ds_cmli.distributed import process_group as distributed
+from ds_cmli.engine.ema import EMA
+from ds_cmli.evaluate.embed import image_embeddings, text_embeddings
+from ds_cmli.faults.preemption import Preempted
+from ds_cmli.memory.measure_cpu import measure
+from ds_cmli.memory.predict import longest_batch, predict, without_weights
+from tests.conftest import spawn
+
+DECAY, STEPS, BATCH = 0.75, 2, 4
+STUDENT = {"freeze_image": 1, "dropout": 0.0}
+
+
+def test_by_hand():
+    module = nn.Linear(1, 1, bias=False)
+    module.weight.data.fill_(1.0)
+    ema = EMA(SimpleNamespace(module=module, optimizer=None), DECAY)
+    for weight, average in [(2.0, 1.25), (4.0, 1.9375), (0.0, 1.453125)]:  # 3/4 of the last average, 1/4 of the weight
+        module.weight.data.fill_(weight)
+        ema.update()
+        assert ema.averages[0].item() == average
+    with ema.as_weights():
+        assert module.weight.item() == 1.453125
+    assert module.weight.item() == 0.0
+
+
+def ds_json(stage, precision, accumulation=1, **zero):
+    return {
+        "gradient_accumulation_steps": accumulation,
+        "zero_optimization": {"stage": stage, **zero},
+        **({precision: {"enabled": True}} if precision != "fp32" else {}),
+    }
+
+
+def some_batch(config, seed):
+    torch.manual_seed(seed)
+    batch = longest_batch(config, BATCH)
+    batch.image.random_(0, 256)
+    batch.input_ids.random_(5, 200)
+    return batch
+
+
+def weights_of(train_engine):
+    """Whole, in fp32, of the trained parameters: a copy."""
+    full = full_weights(train_engine.objective, train_engine.engine.optimizer, distilled=True)
+    return {n: full[n].clone() for n, p in train_engine.objective.named_parameters() if p.requires_grad}
+
+
+def used_weights(train_engine):
+    return [getattr(p, "ds_tensor", p).detach().clone() for p in train_engine.objective.parameters()]
+
+
+def embedded(train_engine, batch):
+    """Image and text features as an evaluation has them."""
+    objective = train_engine.objective.eval()
+    with torch.no_grad():
+        found = [*image_embeddings(objective.student, batch.image), *text_embeddings(objective.student, batch)]
+    objective.train()
+    return found
+
+
+def check(rank, ranks, layouts):
+    """One line for each layout whose average is not as it should be."""
+    os.environ["LOCAL_RANK"] = str(rank)
+    config, vocab_size = without_weights(
+        load_preset("tiny", {"student": STUDENT, "optim": {"ema_decay": DECAY, "warmup_share": 0.0, "lr": 0.01}})
+    )
+    wrong = []
+    for layout in layouts:
+        json = engine.filled(config, DeepSpeedConfig.of({**ds_json(*layout), "train_micro_batch_size_per_gpu": BATCH}),
+                             ranks, 100)  # fmt: skip
+        train_engine = engine.build(config, json, vocab_size, 100, torch.device("cpu"))
+        expected = weights_of(train_engine)
+        for step in range(STEPS):
+            train_engine.step([some_batch(config, 10 * step + rank) for _ in range(json.accumulation)])
+            expected = {n: DECAY * expected[n] + (1 - DECAY) * x for n, x in weights_of(train_engine).items()}
+        averages = full_averages(train_engine)
+        live = weights_of(train_engine)
+        if not all(torch.allclose(averages[n], x, rtol=1e-6, atol=1e-8) for n, x in expected.items()):
+            wrong.append(f"{layout}: not the average")
+        if not any((averages[n] - x).abs().max() > 1e-3 for n, x in live.items()):
+            wrong.append(f"{layout}: nothing has moved")
+        before, batch = used_weights(train_engine), some_batch(config, 0)
+        features = embedded(train_engine, batch)
+        with pytest.raises(Preempted), train_engine.ema.as_weights():
+            assert not any(map(torch.equal, features, embedded(train_engine, batch)))
+            inside = weights_of(train_engine)
+            raise Preempted
+        if not all(torch.equal(inside[n], averages[n]) for n in inside):
+            wrong.append(f"{layout}: an evaluation has other weights")
+        if not all(map(torch.equal, before, used_weights(train_engine))):
+            wrong.append(f"{layout}: the weights are not put back")
+        if not all(map(torch.equal, features, embedded(train_engine, batch))):
+            wrong.append(f"{layout}: other features after the evaluation")
+        train_engine.engine.destroy()
+    return wrong
+
+
+LAYOUTS = [*itertools.product(range(4), ("fp32", "bf16"), (1, 2))]
+
+
+def test_every_stage_precision_and_accumulation(device):
+    assert check(0, 1, LAYOUTS) == []
+
+
+def test_two_ranks():
+    assert spawn(check, 2, [(stage, precision, 1 + stage % 2) for stage, precision, once in LAYOUTS if once == 1]) == [
+        [], []
+    ]  # fmt: skip
+
+
+OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
+SETTINGS = [(0, "fp32", 1, {}), (1, "bf16", 2, {}), (3, "bf16", 2, OFFLOAD), (3, "bf16", 2, {})]
+
+
+@pytest.mark.parametrize(("stage", "precision", "ranks", "zero"), SETTINGS)
+def test_predicted_equals_the_allocator(stage, precision, ranks, zero):
+    distributed.shutdown()
+    config = load_preset("tiny", {"student": STUDENT, "optim": {"ema_decay": DECAY}})
+    json = {"optimizer": {"type": "AdamW", "params": {"torch_adam": True}}, **ds_json(stage, precision, 1, **zero)}
+    predicted = predict(config, copy.deepcopy(json), ranks, target="cpu", backend="fake").report
+    measured = measure(config, json, ranks)
+    assert abs(predicted.totals["requested"] - measured.totals["requested"]) <= 16
+    found = predicted.categories
+    assert found["EMA weights"] == measured.categories["EMA weights"]
+    if not zero:  # else on the host, with the optimizer's states
+        assert found["EMA weights"] > 0 and found["master weights"] in (0, found["EMA weights"])
+
+
+def test_without_fp32_weights_it_is_refused():
+    config = load_preset("tiny", {"optim": {"ema_decay": DECAY}})
+    json = ds_json(2, "bf16")
+    json["bf16"]["bf16_master_weights_and_grads"] = True
+    with pytest.raises(UserError, match=r"optim\.ema_decay is 0\.75 and bf16\.bf16_master_weights_and_grads is true"):
+        engine.filled(config, DeepSpeedConfig.of(json), 1, 10)
