@@ -82,8 +82,9 @@ class Writer:
             return
         losses = f"loss {values['loss']:.4f}  "
         losses += "  ".join(f"{k[5:]} {v:.3f}" for k, v in values.items() if k.startswith("loss/"))
-        if values.get("ignored_negatives"):
-            losses += f"  ignored negatives {values['ignored_negatives']}"
+        for name in ("ignored_negatives", "added_positives"):
+            if values.get(name):
+                losses += f"  {name.replace('_', ' ')} {values[name]}"
         speed = f"{values['pairs_per_s']:.0f} pairs/s"
         if "tflops" in values:
             speed += f"  {values['tflops']:.3g} TFLOP/s" + (f"  MFU {values['mfu']:.0%}" if "mfu" in values else "")

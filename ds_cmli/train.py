@@ -25,6 +25,7 @@ from ds_cmli.config.deepspeed_config import DeepSpeedConfig  # noqa: E402
 from ds_cmli.config.options import OUTPUT, START, WHAT, add, check_early, given_optim, resolve_config  # noqa: E402
 from ds_cmli.config.schema import Config  # noqa: E402
 from ds_cmli.faults import preemption  # noqa: E402
+from ds_cmli.losses import LOSSES  # noqa: E402
 from ds_cmli.memory.profiles import Profiles  # noqa: E402
 
 
@@ -277,7 +278,10 @@ def log(run: Run) -> None:
     run.bad.check(run.flags, state.step * run.accumulation * run.sampler.global_batch)  # collective
     if state.micro_batches:  # else every step was skipped
         values = dict(zip(["loss", *(f"loss/{n}" for n in run.config.loss.weights)], means[:-1], strict=True))
-        values["ignored_negatives"] = round(means[-1] * state.micro_batches * run.sampler.global_batch)
+        # Texts of the same picture or caption: what the losses of one positive ignore, and those of several add.
+        same = round(means[-1] * state.micro_batches * run.sampler.global_batch)
+        several = {LOSSES[name].several for name in run.config.loss.weights if LOSSES[name].scores}
+        values |= {("added_positives" if each else "ignored_negatives"): same for each in sorted(several)}
     values |= run.engine.state()  # CPU-GPU sync; collective under ZeRO-3
     finite = {name: value for name, value in values.items() if math.isfinite(value)}
     run.writer.log(state.step, {**finite, **run.meter.lap()}, peak_memory_bytes=peak_memory_bytes())

@@ -12,7 +12,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ds_cmli.cmli.op import DEFAULT_SCRATCH_BYTES, cmli_scores
+from ds_cmli.cmli.op import DEFAULT_SCRATCH_BYTES
+from ds_cmli.cmli.ring import DEFAULT_GATHER_BYTES, DEFAULT_SCORER, Scorer, ring_scores
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.losses.functions import contrastive_loss, upcast
 
@@ -28,10 +29,13 @@ def score_global_batch(
     token_mask: Tensor,
     image_mask: Tensor | None = None,
     group: dist.ProcessGroup | None = None,
-    score: Callable[..., tuple[Tensor, Tensor]] = cmli_scores,
+    score: Callable[..., tuple[Tensor, Tensor]] = DEFAULT_SCORER,
 ) -> tuple[Tensor, Tensor]:
     """s_i2t and s_t2i [B, G] of this rank's images and the texts of all ranks; arguments as `CMLILoss`. Collective."""
-    all_text, all_mask = distributed.gather_text(l2_normalize(text), token_mask, group)  # collective
+    text, token_mask = distributed.pad_text(l2_normalize(text), token_mask, group)  # collective
+    if isinstance(score, Scorer) and score.goes_round(text, group):
+        return ring_scores(l2_normalize(image), text, token_mask, image_mask, group=group, score=score)  # collective
+    all_text, all_mask = distributed.gather_text(text, token_mask, group)  # collective
     return score(l2_normalize(image), all_text, all_mask, image_mask)
 
 
@@ -48,6 +52,7 @@ class CMLILoss(nn.Module):
             exponential at most 100. A mean of maxima spreads less than a cosine: sharper than the usual 0.07.
         group: the process group; None: the default one.
         backend, scratch_bytes, recompute: see `cmli_scores`.
+        exchange, gather_bytes: how texts come to other ranks, see `cmli.ring.Scorer`.
     """
 
     def __init__(
@@ -57,12 +62,14 @@ class CMLILoss(nn.Module):
         backend: str = "auto",
         scratch_bytes: int = DEFAULT_SCRATCH_BYTES,
         recompute: bool = False,
+        exchange: str = "auto",
+        gather_bytes: int = DEFAULT_GATHER_BYTES,
     ):
         super().__init__()
         if not init_temperature > 0:
             raise ValueError(f"init_temperature is {init_temperature}: give a positive number, for instance 0.02")
         self.group = group
-        self.score = partial(cmli_scores, backend=backend, scratch_bytes=scratch_bytes, recompute=recompute)
+        self.score = Scorer(backend, scratch_bytes, recompute, exchange, gather_bytes)
         # One element, not zero dimensions: DeepSpeed sends parameters as bytes, which a 0-dim tensor has no view of.
         self.logit_scale = nn.Parameter(torch.tensor([math.log(1 / init_temperature)]))
 
@@ -83,7 +90,7 @@ class CMLILoss(nn.Module):
             token_mask: bool [B, M], True = valid. Leave out class, separator and padding tokens.
             image_mask: bool [B, N], True = valid; None: all are.
             ignore: bool [B, G], True: this text is no negative of this image, though not its own, as other captions of
-                the same picture; see `losses.functions.same_picture`.
+                the same picture; see `losses.functions.duplicates`.
 
         Raises:
             ValueError, TypeError: on shapes, dtypes, devices or masks that do not fit, and on every rank where the

@@ -57,8 +57,7 @@ def cmli_scores(
         RuntimeError: the backend cannot run here, or a second derivative is asked for.
     """
     check_inputs(image, text, token_mask, image_mask, backend, scratch_bytes)
-    if backend == "auto":
-        backend = "triton" if image.device.type == "cuda" and triton_runs() else "chunked"
+    backend = _chosen(backend, image)
     if backend == "reference":
         from ds_cmli.cmli.reference import cmli_scores_reference
 
@@ -68,6 +67,43 @@ def cmli_scores(
         image, text, token_mask, image_mask, backend, scratch_bytes, differentiable and not recompute
     )
     return s_i2t, s_t2i
+
+
+def cmli_gradients(
+    grad_i2t: Tensor,
+    grad_t2i: Tensor,
+    image: Tensor,
+    text: Tensor,
+    token_mask: Tensor,
+    image_mask: Tensor | None = None,
+    need_image: bool = True,
+    need_text: bool = True,
+    *,
+    backend: str = "auto",
+    scratch_bytes: int = DEFAULT_SCRATCH_BYTES,
+) -> tuple[Tensor, Tensor]:
+    """Gradients [I, N, D] and [J, M, D] of `cmli_scores`' inputs, from those of its scores [I, J].
+
+    For callers that keep no graph: argmax indices are computed again, a part at a time within `scratch_bytes`. Of no
+    meaning where not needed. The other arguments and the errors are those of `cmli_scores`.
+    """
+    check_inputs(image, text, token_mask, image_mask, backend, scratch_bytes)
+    backend = _chosen(backend, image)
+    if backend == "reference":
+        image, text = image.detach().requires_grad_(), text.detach().requires_grad_()
+        with torch.enable_grad():
+            scores = cmli_scores(image, text, token_mask, image_mask, backend=backend)
+        d_image, d_text = torch.autograd.grad(scores, (image, text), (grad_i2t, grad_t2i))
+        return d_image, d_text
+    none = image.new_empty((0,), dtype=torch.uint8)
+    inputs = image, text, token_mask, image_mask
+    return _backward(grad_i2t, grad_t2i, *inputs, none, none, backend, scratch_bytes, need_image, need_text)
+
+
+def _chosen(backend: str, image: Tensor) -> str:
+    if backend == "auto":
+        return "triton" if image.device.type == "cuda" and triton_runs() else "chunked"
+    return backend
 
 
 @torch.compiler.assume_constant_result

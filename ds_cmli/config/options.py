@@ -168,6 +168,8 @@ def _without_effect(config: Config, by_set: set[str]) -> Iterator[str]:
         yield "--set data.max_bad_share has no effect: the demo has no broken samples"
     if "data.prefetch" in by_set and not config.data.workers:
         yield "--set data.prefetch has no effect: there is no loading process (--workers)"
+    if "loss.cmli_gather_bytes" in by_set and config.loss.cmli_exchange != "auto":
+        yield f"--set loss.cmli_gather_bytes has no effect: loss.cmli_exchange is {config.loss.cmli_exchange!r}"
 
 
 def check_early(config: Config, ds_config: DeepSpeedConfig, resume: str, profiles: Any) -> None:

@@ -115,11 +115,21 @@ class LossConfig:
     mse_reduction: Literal["mean", "sum"] = "mean"  # over H: "mean", or "sum" as (7) and (9) are written
     # Whose patches Target-CMLI matches the tokens with: "teacher" (the document) or "student".
     match: Literal["teacher", "student"] = "teacher"
+    # Pairs of a batch with the same picture or the same caption: "mask": no negatives of each other, and positives in
+    # the sigmoid losses; "keep": negatives.
+    duplicates: Literal["mask", "keep"] = "mask"
     init_temperature: Temperature = 0.07  # of the global loss
     cmli_init_temperature: Temperature = 0.02  # of the CMLI loss: a mean of maxima spreads less than a cosine
     cmli_backend: Literal["auto", "chunked", "triton"] = "auto"
     cmli_recompute: bool = False
+    # Share of the patches and tokens that the all-pairs scores of training compare, those that match best in their
+    # micro-batch: FILIP's approximation, which keeps 0.25. Below 1 the scores are no longer exact.
+    cmli_token_keep: Annotated[float, Field(gt=0, le=1)] = 1.0
     cmli_scratch_bytes: Annotated[int, Field(ge=2**20, le=2**40)] = 64 * 2**20
+    # Texts of other ranks: "gather" all of them, "ring": one rank's at a time goes round, "auto": a ring where the
+    # gathered texts and their gradient would take more than `cmli_gather_bytes`.
+    cmli_exchange: Literal["auto", "gather", "ring"] = "auto"
+    cmli_gather_bytes: Annotated[int, Field(ge=0, le=2**50)] = 2**30
 
 
 @dataclass(config=STRICT)

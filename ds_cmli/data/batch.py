@@ -3,6 +3,7 @@
 B pairs, M text positions (padded), S image size in pixels.
 """
 
+import hashlib
 from dataclasses import dataclass, fields
 
 import torch
@@ -12,6 +13,12 @@ from ds_cmli.data.tokens import CaptionTokenizer, Tokens
 
 NO_PICTURE = -1
 PAD_MULTIPLE = 8  # lengths of padded captions: few different shapes, and aligned for matrix products
+
+
+def caption_id(input_ids: list[int]) -> int:
+    """A number of the caption as the model sees it, the same on all nodes; fits int64."""
+    digest = hashlib.blake2b(str(input_ids).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big", signed=True)
 
 
 @dataclass
@@ -32,7 +39,7 @@ class Batch:
     attention_mask: torch.Tensor  # bool [B, M], False: padding
     token_mask: torch.Tensor  # bool [B, M], True: valid token (no [CLS], [SEP], [PAD])
     index: torch.Tensor  # int64 [B], position in the data set
-    image_id: torch.Tensor  # int64 [B], equal where the picture is
+    pair_id: torch.Tensor  # int64 [B, 2], of the picture and of the caption: equal where these are
     token_picture: torch.Tensor  # int64 [B, M], the scene's picture that the token names, -1: none
     cell_picture: torch.Tensor  # int64 [B, 2, 2], the picture in each quarter of the image, -1: none
     bad: list[Bad]  # samples of this batch that others stand in for
@@ -68,7 +75,7 @@ class Collate:
             attention_mask=padded([[True] * len(row) for row in ids], False, torch.bool),
             token_mask=padded([s.tokens.valid for s in samples], False, torch.bool),
             index=torch.tensor([s.index for s in samples]),
-            image_id=torch.tensor([s.image_id for s in samples]),
+            pair_id=torch.tensor([[s.image_id, caption_id(s.tokens.input_ids)] for s in samples]),
             token_picture=padded([s.token_picture or [] for s in samples], NO_PICTURE, torch.int64),
             cell_picture=torch.tensor([s.cell_picture or [NO_PICTURE] * 4 for s in samples]).view(-1, 2, 2),
             bad=[s.bad for s in samples if s.bad],

@@ -194,8 +194,8 @@ def gather_objects(value) -> list:
 
 
 def gather(x: Tensor) -> Tensor:
-    """[B] of every rank -> [G] in rank order, without a gradient. Collective."""
-    return x if world_size() == 1 else _all_gather(x[:, None], None)[:, 0]
+    """[B, K] of every rank -> [G, K] in rank order, without a gradient. Collective."""
+    return x if world_size() == 1 else _all_gather(x, None)
 
 
 def _all_gather(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
@@ -251,11 +251,8 @@ def gather_with_gradient(x: Tensor, group: dist.ProcessGroup | None = None) -> T
     return x if world_size(group) == 1 else _GatherWithGradient.apply(x, group)
 
 
-def gather_text(text: Tensor, mask: Tensor, group: dist.ProcessGroup | None = None) -> tuple[Tensor, Tensor]:
-    """Every rank's text features and masks: [B, M, D], bool [B, M] -> [G, M', D], bool [G, M'].
-
-    Padded lengths may differ between ranks: M' is the longest, and what is added is masked. The gradient of the
-    features returns to their owner, summed over ranks in fp32 (fp64 for fp64). Collective.
+def pad_text(text: Tensor, mask: Tensor, group: dist.ProcessGroup | None = None) -> tuple[Tensor, Tensor]:
+    """This rank's text features [B, M, D] and masks [B, M], padded to the longest M of all ranks. Collective.
 
     Raises:
         ValueError: on every rank, where batch size or D differ between ranks.
@@ -268,10 +265,18 @@ def gather_text(text: Tensor, mask: Tensor, group: dist.ProcessGroup | None = No
             f"the ranks' text features must agree in batch size and width, found [B, M, D] = {shapes}: "
             "drop the last incomplete batch"
         )
-    longest = max(m for _, m, _ in shapes)
-    missing = longest - text.shape[1]
-    text = torch.nn.functional.pad(text, (0, 0, 0, missing))
-    mask = torch.nn.functional.pad(mask, (0, missing))
+    missing = max(m for _, m, _ in shapes) - text.shape[1]
+    pad = torch.nn.functional.pad
+    return pad(text, (0, 0, 0, missing)), pad(mask, (0, missing))
+
+
+def gather_text(text: Tensor, mask: Tensor, group: dist.ProcessGroup | None = None) -> tuple[Tensor, Tensor]:
+    """Every rank's text features and masks, as `pad_text` gives them: [B, M, D], bool [B, M] -> [G, M, D], bool [G, M].
+
+    The gradient of the features returns to their owner, summed over ranks in fp32 (fp64 for fp64). Collective.
+    """
+    if world_size(group) == 1:
+        return text, mask
     return gather_with_gradient(text, group), _all_gather(mask, group)
 
 

@@ -13,8 +13,8 @@ class MicroBatchLosses:
     index: Tensor  # int64 [B], of its samples in the training set
     total: Tensor  # the weighted loss
     each: dict[str, Tensor]  # by name
-    ignored: Tensor  # negatives, a pair, that were ignored as captions of the same picture
+    ignored: Tensor  # texts of other pairs, a pair, that are no negatives: of the same picture or caption
 
     def stacked(self) -> Tensor:
-        """Total, each loss and the ignored negatives, in this order."""
+        """Total, each loss and the texts that are no negatives, in this order."""
         return torch.stack([self.total, *self.each.values(), self.ignored])

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ds_cmli.cmli.token_keep import kept
 from ds_cmli.common import quiet
 from ds_cmli.common.errors import UserError
 from ds_cmli.common.patches import patch_for_good
@@ -182,8 +183,8 @@ class TrainEngine:
             return 0.0
         (B, M), (rows, columns) = batch.input_ids.shape, self.objective.student.grid
         G = B * distributed.world_size() * (self.accumulation if self.caching else 1)
-        D = self.objective.student.projection.out_features
-        return 3 * 2.0 * B * G * rows * columns * M * D
+        D, share = self.objective.student.projection.out_features, self.objective.config.cmli_token_keep
+        return 3 * 2.0 * B * G * kept(share, rows * columns) * kept(share, M) * D
 
     def mark(self, phase: str | None) -> None:
         if self.timer is not None:

@@ -7,7 +7,7 @@ D embedding dimension.
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -16,10 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ds_cmli.cmli.loss import l2_normalize, score_global_batch
+from ds_cmli.cmli.token_keep import select
 from ds_cmli.config.schema import LossConfig
 from ds_cmli.data import Batch
 from ds_cmli.distributed import process_group as distributed
-from ds_cmli.losses.functions import same_picture, upcast
+from ds_cmli.losses.functions import duplicates, upcast
 from ds_cmli.models.student import Student
 from ds_cmli.models.teacher import Targets
 
@@ -59,8 +60,11 @@ class PairInputs(ABC):
 
     @property
     @abstractmethod
-    def ignore(self) -> Tensor:
-        """bool [R, G], pairs of a picture and another of its captions: no negatives. Collective."""
+    def duplicates(self) -> Tensor | None:
+        """bool [R, G], images and texts of other pairs that are no negatives: they have the same picture or caption.
+
+        None: all others are negatives. Collective.
+        """
 
     @property
     @abstractmethod
@@ -90,15 +94,18 @@ class LossInputs(PairInputs):
     student: Student
     width_head: WidthHead | None
     score: Callable[..., tuple[Tensor, Tensor]]  # `cmli_scores` with its options
+    config: LossConfig = field(default_factory=LossConfig)
 
     @property
     def first(self) -> int:
         return distributed.rank() * len(self.batch.index)
 
     @cached_property
-    def ignore(self) -> Tensor:
-        ids = self.batch.image_id
-        return same_picture(ids, distributed.gather(ids), self.first)  # collective
+    def duplicates(self) -> Tensor | None:
+        ids = self.batch.pair_id
+        return (
+            None if self.config.duplicates == "keep" else duplicates(ids, distributed.gather(ids), self.first)
+        )  # collective
 
     @cached_property
     def global_scores(self) -> Tensor:
@@ -109,7 +116,11 @@ class LossInputs(PairInputs):
     @cached_property
     def cmli_scores(self) -> tuple[Tensor, Tensor]:
         patches, tokens = self.student.projection(self.features.patches), self.student.projection(self.features.tokens)
-        return score_global_batch(patches, tokens, self.batch.token_mask, score=self.score)
+        mask = self.batch.token_mask
+        if self.config.cmli_token_keep < 1:
+            selection = select(patches, tokens, mask, self.config.cmli_token_keep, self.config.cmli_scratch_bytes)
+            (patches, tokens), mask = selection.of(patches, tokens), selection.token_mask
+        return score_global_batch(patches, tokens, mask, score=self.score)
 
     def column_logsumexp(self, logits: Tensor) -> Tensor:
         return distributed.column_logsumexp(logits)  # collective

@@ -15,14 +15,16 @@ from functools import cached_property
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from ds_cmli.cmli.check import index_dtype
 from ds_cmli.cmli.loss import l2_normalize
+from ds_cmli.cmli.ring import Scorer, ring_scores
+from ds_cmli.cmli.token_keep import Selection
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.losses.base import Loss, PairInputs
-from ds_cmli.losses.functions import same_picture, upcast
+from ds_cmli.losses.column_statistics import ColumnStatistics
+from ds_cmli.losses.functions import duplicates, upcast
 
 
 @dataclass
@@ -30,17 +32,22 @@ class PairFeatures:
     """What the losses over pairs see of one micro-batch: not normalised, in the model's precision, without a graph."""
 
     token_mask: Tensor  # bool [B, M], True = valid
-    image_id: Tensor  # int64 [B], equal where the picture is
+    pair_id: Tensor  # int64 [B, 2], of the picture and of the caption: equal where these are
     image_cls: Tensor | None  # [B, H], where class tokens are compared
     text_cls: Tensor | None  # [B, H]
     patches: Tensor | None  # [B, N, D], where patches and tokens are compared
     tokens: Tensor | None  # [B, M, D]
+    selection: Selection | None = None  # where N patches and M tokens are those that were kept
 
     def to(self, device: torch.device | str) -> "PairFeatures":
-        def moved(tensor: Any) -> Any:
-            return None if tensor is None else tensor.to(device)
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return PairFeatures(**{name: None if value is None else value.to(device) for name, value in values.items()})
 
-        return PairFeatures(*(moved(getattr(self, f.name)) for f in fields(self)))
+    def tensors(self) -> list[Tensor]:
+        """All but those of the batch."""
+        held = (self.image_cls, self.text_cls, self.patches, self.tokens)
+        selected = [] if self.selection is None else vars(self.selection).values()
+        return [x for x in (*held, *selected) if x is not None]
 
 
 @dataclass
@@ -50,76 +57,21 @@ class PairGradients:
     total: Tensor  # their weighted sum of this rank's pairs, a scalar in fp32 (fp64)
     each: dict[str, Tensor]  # by name
     parameters: list[Tensor | None]  # the gradient of each parameter of these losses, in their order
-    ignored: Tensor  # negatives of this rank's images that were ignored as captions of the same picture
+    ignored: Tensor  # texts of other pairs that are no negatives of this rank's images
 
 
 @dataclass
 class _Texts:
-    """All G texts, in rank order and of each rank by micro-batch; normalised."""
+    """All G texts, in rank order and of each rank by micro-batch; normalised.
 
-    image_id: Tensor  # int64 [G]
+    Tokens that go round are those of this rank's K * B texts alone.
+    """
+
+    pair_id: Tensor  # int64 [G, 2]
     token_mask: Tensor  # bool [G, M]
     cls: Tensor | None  # [G, H] fp32 (fp64)
     tokens: Tensor | None  # [G, M, D]
-
-
-class ColumnStatistics:
-    """log(sum(exp)) of each column over the rows of all blocks and ranks, and the loss's gradient by it.
-
-    A loss asks for it any number of times; the n-th time is the same of every block.
-    """
-
-    def __init__(self) -> None:
-        self.lse: list[Tensor] = []  # [G] each
-        self.gradients: list[Tensor] = []  # [G] each
-        self.leaves: list[Tensor] = []  # of the present block
-        self.asked = 0
-
-    def collect(self, logits: Tensor) -> Tensor:
-        """[R, G] -> [G], of which only the gradient has a meaning."""
-        n, self.asked = self.asked, self.asked + 1
-        lse = logits.detach().logsumexp(0)
-        if n == len(self.lse):
-            self.lse.append(lse)
-            self.gradients.append(torch.zeros_like(lse))
-        else:
-            self.lse[n] = torch.logaddexp(self.lse[n], lse)
-        self.leaves.append(torch.zeros_like(lse, requires_grad=True))
-        return self.leaves[n]
-
-    def end_block(self, loss: Tensor) -> None:
-        """Add the gradients of the block whose loss this is, weighted and scaled."""
-        if self.leaves:
-            for total, grad in zip(self.gradients, torch.autograd.grad(loss, self.leaves), strict=True):
-                total += grad
-        self.leaves, self.asked = [], 0
-
-    def merge(self) -> None:
-        """Over ranks. Collective."""
-        self.lse = [distributed.logsumexp_over_ranks(lse) for lse in self.lse]  # collective
-        if distributed.world_size() > 1:
-            for grad in self.gradients:
-                dist.all_reduce(grad)  # collective: every rank's loss may use every column
-
-    def known(self, logits: Tensor) -> Tensor:
-        """[R, G] -> [G], now that it is known."""
-        n = self.asked % len(self.lse)
-        self.asked += 1
-        return _KnownLogSumExp.apply(logits, self.lse[n], self.gradients[n])  # type: ignore[no-untyped-call]
-
-
-class _KnownLogSumExp(torch.autograd.Function):
-    """The logits' gradient follows from all rows' losses, not from this block's alone."""
-
-    @staticmethod
-    def forward(ctx, logits, lse, grad):
-        ctx.save_for_backward(logits, lse, grad)
-        return lse.clone()
-
-    @staticmethod
-    def backward(ctx, block_grad):
-        logits, lse, grad = ctx.saved_tensors
-        return (logits - lse).exp_().mul_(grad), None, None
+    go_round: bool
 
 
 class _Block(PairInputs):
@@ -128,14 +80,16 @@ class _Block(PairInputs):
     def __init__(
         self,
         first: int,
-        image_id: Tensor,
+        pair_id: Tensor,
         image_cls: Tensor | None,
         patches: Tensor | None,
         texts: _Texts,
         column_logsumexp: Callable[[Tensor], Tensor],
         score: Callable[..., tuple[Tensor, Tensor]],
+        keep_duplicates: bool,
     ):
-        self._first, self.image_id, self.image_cls, self.patches = first, image_id, image_cls, patches
+        self._first, self.pair_id, self.image_cls, self.patches = first, pair_id, image_cls, patches
+        self.keep_duplicates = keep_duplicates
         self.texts, self.statistics, self.score = texts, column_logsumexp, score
 
     @property
@@ -143,8 +97,8 @@ class _Block(PairInputs):
         return self._first
 
     @cached_property
-    def ignore(self) -> Tensor:
-        return same_picture(self.image_id, self.texts.image_id, self.first)
+    def duplicates(self) -> Tensor | None:
+        return None if self.keep_duplicates else duplicates(self.pair_id, self.texts.pair_id, self.first)
 
     @cached_property
     def global_scores(self) -> Tensor:
@@ -153,8 +107,12 @@ class _Block(PairInputs):
 
     @cached_property
     def cmli_scores(self) -> tuple[Tensor, Tensor]:
-        assert self.patches is not None
-        return self.score(l2_normalize(self.patches), self.texts.tokens, self.texts.token_mask)
+        assert self.patches is not None and self.texts.tokens is not None
+        inputs = l2_normalize(self.patches), self.texts.tokens, self.texts.token_mask
+        if self.texts.go_round:
+            assert isinstance(self.score, Scorer)
+            return ring_scores(*inputs, score=self.score)  # collective
+        return self.score(*inputs)
 
     def column_logsumexp(self, logits: Tensor) -> Tensor:
         return self.statistics(logits)
@@ -168,6 +126,7 @@ def pair_gradients(
     device: torch.device,
     scale: float,
     argmax_bytes: int,
+    keep_duplicates: bool = False,
     heartbeat: Callable[[], None] = lambda: None,
 ) -> PairGradients:
     """The losses over all pairs of the step; the features in `cached` become their gradients, times `scale`.
@@ -176,39 +135,46 @@ def pair_gradients(
         losses: those that compare pairs, by name.
         weights: of these, and perhaps of others.
         cached: of this rank's micro-batches, on `device` or on the host.
-        score: `cmli_scores` with its options.
+        score: `Scorer`, or `cmli_scores` with its options.
         scale: of the gradients in `cached`, so that they do not vanish in fp16.
         argmax_bytes: the most that the argmax indices of a block take; one row is always computed.
+        keep_duplicates: pairs with the same picture or caption are negatives of each other.
         heartbeat: called after each block.
 
     Collective.
     """
-    texts = _gathered(cached, device)  # collective
+    texts = _gathered(cached, device, score)  # collective
     leaves = [x.requires_grad_() for x in (texts.cls, texts.tokens) if x is not None]
     sums = [torch.zeros_like(x, dtype=upcast(x[:0]).dtype) for x in leaves]
     parameters = [p for loss in losses.values() for p in loss.parameters()]
-    pairs = sum(len(features.image_id) for features in cached)
+    pairs = sum(len(features.pair_id) for features in cached)
 
     def blocks(column_logsumexp: Callable[[Tensor], Tensor]) -> Iterator[tuple[_Block, PairFeatures, slice]]:
         first = distributed.rank() * pairs
         for features in cached:
             rows = _rows_of_a_block(features, texts, argmax_bytes)
-            for start in range(0, len(features.image_id), rows):
+            for start in range(0, len(features.pair_id), rows):
                 part = slice(start, start + rows)
                 image_cls, patches = (
                     None if x is None else x[part].detach().to(device) for x in (features.image_cls, features.patches)
                 )
-                ids = features.image_id[part].to(device)
-                yield _Block(first + start, ids, image_cls, patches, texts, column_logsumexp, score), features, part
+                ids = features.pair_id[part].to(device)
+                block = _Block(first + start, ids, image_cls, patches, texts, column_logsumexp, score, keep_duplicates)
+                yield block, features, part
+                del block
                 heartbeat()
-            first += len(features.image_id)
+            first += len(features.pair_id)
 
     def weighted(block: _Block, each: dict[str, Tensor]) -> Tensor:
-        share = len(block.image_id) / pairs
+        share = len(block.pair_id) / pairs
         return torch.stack([weights[name] * share * loss for name, loss in each.items()]).sum()
 
     without_gradient = _Texts(
-        texts.image_id, texts.token_mask, *(x if x is None else x.detach() for x in (texts.cls, texts.tokens))
+        texts.pair_id,
+        texts.token_mask,
+        None if texts.cls is None else texts.cls.detach(),
+        None if texts.tokens is None else texts.tokens.detach(),
+        texts.go_round,
     )
     statistics = ColumnStatistics()
     for block, _, _ in blocks(statistics.collect):
@@ -237,26 +203,29 @@ def pair_gradients(
                 before = of_parameters[n]
                 of_parameters[n] = upcast(grad) / scale if before is None else before + upcast(grad) / scale
         for name, loss in each.items():
-            found[name] = loss.detach() * (len(block.image_id) / pairs) + found.get(name, 0)
-        ignored += block.ignore.sum()
+            found[name] = loss.detach() * (len(block.pair_id) / pairs) + found.get(name, 0)
+        if block.duplicates is not None:
+            ignored += block.duplicates.sum()
         del grads, each, total
 
     for leaf, summed in zip(leaves, sums, strict=True):
-        _back_to_texts(cached, leaf is texts.tokens, distributed.sum_to_owner(summed), device)  # collective
+        if not (texts.go_round and leaf is texts.tokens):  # else it is summed already
+            summed = distributed.sum_to_owner(summed)  # collective
+        _back_to_texts(cached, leaf is texts.tokens, summed, device)
     total = torch.stack([weights[name] * loss for name, loss in found.items()]).sum()
     return PairGradients(total, found, of_parameters, ignored)
 
 
 @torch.no_grad()
-def _gathered(cached: list[PairFeatures], device: torch.device) -> _Texts:
-    """Every rank's texts. Collective."""
-    count, longest = sum(len(f.image_id) for f in cached), max(f.token_mask.shape[1] for f in cached)
-    ids = torch.cat([f.image_id.to(device) for f in cached])
+def _gathered(cached: list[PairFeatures], device: torch.device, score: Callable[..., Any]) -> _Texts:
+    """Every rank's texts, but for tokens that go round. Collective."""
+    count, longest = sum(len(f.pair_id) for f in cached), max(f.token_mask.shape[1] for f in cached)
+    ids = torch.cat([f.pair_id.to(device) for f in cached])
     mask = torch.zeros(count, longest, dtype=torch.bool, device=device)
     cls = tokens = None
     first = 0
     for f in cached:
-        part = slice(first, first + len(f.image_id))
+        part = slice(first, first + len(f.pair_id))
         length = f.token_mask.shape[1]
         mask[part, :length] = f.token_mask.to(device)
         if f.text_cls is not None:
@@ -267,18 +236,22 @@ def _gathered(cached: list[PairFeatures], device: torch.device) -> _Texts:
             x = l2_normalize(f.tokens.to(device))
             tokens = x.new_zeros(count, longest, x.shape[2]) if tokens is None else tokens
             tokens[part, :length] = x
-        first += len(f.image_id)
+        first += len(f.pair_id)
+    go_round = False
     if tokens is not None:
+        tokens, mask = distributed.pad_text(tokens, mask)  # collective
+        go_round = isinstance(score, Scorer) and score.goes_round(tokens)
+    if tokens is not None and not go_round:
         tokens, mask = distributed.gather_text(tokens, mask)  # collective
     if cls is not None:
         cls = distributed.gather_with_gradient(cls)  # collective
-    return _Texts(distributed.gather(ids), mask, cls, tokens)  # collective
+    return _Texts(distributed.gather(ids), mask, cls, tokens, go_round)  # collective
 
 
 def _rows_of_a_block(features: PairFeatures, texts: _Texts, argmax_bytes: int) -> int:
-    """R: a micro-batch, or as much of it as has argmax indices of `argmax_bytes`."""
-    B = len(features.image_id)
-    if features.patches is None:
+    """R: a micro-batch, or as much of it as has argmax indices of `argmax_bytes`; a ring keeps none."""
+    B = len(features.pair_id)
+    if features.patches is None or texts.go_round:
         return B
     G, M, N = *texts.token_mask.shape, features.patches.shape[1]
     row = G * (N * index_dtype(M).itemsize + M * index_dtype(N).itemsize)

@@ -14,7 +14,7 @@ class AllPairsCMLI(Loss):
 
     def forward(self, inputs: PairInputs) -> Tensor:
         s_i2t, s_t2i = inputs.cmli_scores  # [B, G], collective
-        ignore = inputs.ignore  # collective
+        ignore = inputs.duplicates  # collective
         return contrastive_loss(
             s_i2t, s_t2i, self.logit_scale, inputs.first, inputs.column_logsumexp, ignore
         )  # collective

@@ -47,7 +47,7 @@ def contrastive_loss(
         first: the column that belongs to row 0: row b's text is column first + b.
         column_logsumexp: [B, G] -> [G], over the images of the whole batch. The default is right where the block
             is the whole batch; across ranks pass `distributed.column_logsumexp`.
-        ignore: bool [B, G], pairs that are no negatives of each other, see `same_picture`; None: all others are.
+        ignore: bool [B, G], pairs that are no negatives of each other, see `duplicates`; None: all others are.
 
     Returns:
         A scalar. Averaged over ranks it is the loss of the global batch.
@@ -63,11 +63,11 @@ def contrastive_loss(
 
 
 def sigmoid_loss(
-    scores: Tensor, logit_scale: Tensor, bias: Tensor, first: int = 0, ignore: Tensor | None = None
+    scores: Tensor, logit_scale: Tensor, bias: Tensor, first: int = 0, positives: Tensor | None = None
 ) -> Tensor:
     """-log sigmoid(z * (t * score + b)) summed over texts and averaged over this block's B images; SigLIP.
 
-    z is 1 for the pairs and -1 for all others (Zhai et al., 2023, equation 1). No normalisation over the batch: across
+    z is 1 for positives and -1 for all others (Zhai et al., 2023, equation 1). No normalisation over the batch: across
     ranks only the scores need the other ranks.
 
     Args:
@@ -75,7 +75,7 @@ def sigmoid_loss(
         logit_scale: one element, ln(1/temperature).
         bias: one element, b.
         first: the column that belongs to row 0: row b's text is column first + b.
-        ignore: bool [B, G], pairs that are no negatives of each other, see `same_picture`; None: all others are.
+        positives: bool [B, G], pairs that are positives too, see `duplicates`; None: no others are.
 
     Returns:
         A scalar. Averaged over ranks it is the loss of the global batch.
@@ -84,21 +84,21 @@ def sigmoid_loss(
     b = torch.arange(len(logits), device=logits.device)
     sign = torch.full_like(logits, -1.0)
     sign[b, first + b] = 1.0
-    each = -F.logsigmoid(sign * logits)
-    if ignore is not None:
-        each = each.masked_fill_(ignore, 0.0)
-    return each.sum(1).mean()
+    if positives is not None:
+        sign.masked_fill_(positives, 1.0)
+    return -F.logsigmoid(sign * logits).sum(1).mean()
 
 
-def same_picture(image_id: Tensor, all_ids: Tensor, first: int = 0) -> Tensor:
-    """Pairs of a picture and another caption of the same picture, which is right too and no negative: bool [B, G].
+def duplicates(pair_id: Tensor, all_ids: Tensor, first: int = 0) -> Tensor:
+    """Images and texts of two pairs with the same picture or the same caption, which belong together too: bool [B, G].
 
     Args:
-        image_id: int64 [B], equal where the picture is.
-        all_ids: int64 [G], of all ranks.
+        pair_id: int64 [B, 2], of the picture and of the caption: equal where these are.
+        all_ids: int64 [G, 2], of all ranks.
         first: the column that belongs to row 0.
     """
-    same = image_id[:, None] == all_ids
+    same = pair_id[:, :1] == all_ids[:, 0]
+    same |= pair_id[:, 1:] == all_ids[:, 1]
     same.diagonal(first).fill_(False)  # a row's own text
     return same
 

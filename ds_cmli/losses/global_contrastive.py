@@ -14,7 +14,7 @@ class GlobalContrastive(Loss):
 
     def forward(self, inputs: PairInputs) -> Tensor:
         scores = inputs.global_scores  # [B, G], collective
-        ignore = inputs.ignore  # collective
+        ignore = inputs.duplicates  # collective
         return contrastive_loss(
             scores, scores, self.logit_scale, inputs.first, inputs.column_logsumexp, ignore
         )  # collective

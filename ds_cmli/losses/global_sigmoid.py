@@ -18,5 +18,5 @@ class GlobalSigmoid(Loss):
         self.logit_bias = nn.Parameter(torch.tensor([self.init_bias]))
 
     def forward(self, inputs: PairInputs) -> Tensor:
-        scores, ignore = inputs.global_scores, inputs.ignore  # [B, G] each, collective
-        return sigmoid_loss(scores, self.logit_scale, self.logit_bias, inputs.first, ignore)
+        scores, positives = inputs.global_scores, inputs.duplicates  # [B, G] each, collective
+        return sigmoid_loss(scores, self.logit_scale, self.logit_bias, inputs.first, positives)

@@ -2,14 +2,14 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ds_cmli import losses
-from ds_cmli.cmli import cmli_scores
+from ds_cmli.cmli.ring import Scorer
+from ds_cmli.cmli.token_keep import Selection, select
 from ds_cmli.config.schema import LossConfig
 from ds_cmli.data import Batch
 from ds_cmli.losses import LOSSES
@@ -28,16 +28,17 @@ class Objective(nn.Module):
         self.config = config
         self.student = student
         self.losses = nn.ModuleDict({name: losses.load(name)(config) for name in config.weights})
-        # Negatives of this rank's images that the last micro-batch ignored as captions of the same picture.
+        # Texts of other pairs that are no negatives of this rank's images, by the last micro-batch or step.
         self.register_buffer("ignored", torch.zeros((), dtype=torch.int64), persistent=False)
         self.width_head: WidthHead | None = None
         if teacher_width is not None and teacher_width != student.width:
             self.width_head = WidthHead(student.width, teacher_width)
-        self.score = partial(
-            cmli_scores,
-            backend=config.cmli_backend,
-            scratch_bytes=config.cmli_scratch_bytes,
-            recompute=config.cmli_recompute,
+        self.score = Scorer(
+            config.cmli_backend,
+            config.cmli_scratch_bytes,
+            config.cmli_recompute,
+            config.cmli_exchange,
+            config.cmli_gather_bytes,
         )
 
     def forward(self, *inputs: Any, part: str = "whole") -> Any:
@@ -52,10 +53,11 @@ class Objective(nn.Module):
 
         Averaged over ranks both are those of the global batch. Collective.
         """
-        inputs = LossInputs(self._features(batch), batch, targets, self.student, self.width_head, self.score)
+        inputs = self._inputs(self._features(batch), batch, targets)
         each = {name: loss(inputs) for name, loss in self.losses.items()}  # collectives
-        if "ignore" in vars(inputs):  # some loss compared pairs
-            self.ignored.copy_(inputs.ignore.sum())
+        same = vars(inputs).get("duplicates")
+        if same is not None:  # some loss compared pairs
+            self.ignored.copy_(same.sum())
         total = torch.stack([weight * each[name] for name, weight in self.config.weights.items()]).sum()
         return total, {name: loss.detach() for name, loss in each.items()}
 
@@ -70,8 +72,9 @@ class Objective(nn.Module):
         """The losses over pairs of all micro-batches, as `cached.pair_gradients`. Collective."""
         losses: dict[str, Any] = {name: self.losses[name] for name in self.config.weights if LOSSES[name].scores}
         found = pair_gradients(
-            losses, self.config.weights, cached, self.score, device, scale, self.config.cmli_scratch_bytes, heartbeat
-        )
+            losses, self.config.weights, cached, self.score, device, scale, self.config.cmli_scratch_bytes,
+            self.config.duplicates == "keep", heartbeat,
+        )  # fmt: skip
         self.ignored.copy_(found.ignored)
         return found
 
@@ -87,9 +90,9 @@ class Objective(nn.Module):
             accumulation: micro-batches of the step, whose gradients will be averaged.
         """
         features = self._features(batch)
-        inputs = LossInputs(features, batch, targets, self.student, self.width_head, self.score)
+        inputs = self._inputs(features, batch, targets)
         each = {name: self.losses[name](inputs) for name in self.config.weights if not LOSSES[name].scores}
-        of_pairs = self._pair_features(features, batch)
+        of_pairs = self._pair_features(features, batch, gradients.selection)
         known = [
             _KnownGradient.apply(getattr(of_pairs, name), getattr(gradients, name), accumulation / factor)
             for name in ("image_cls", "text_cls", "patches", "tokens")
@@ -108,16 +111,25 @@ class Objective(nn.Module):
         compared = [self.losses[name] for name in self.config.weights if LOSSES[name].scores]
         return [p for loss in compared for p in loss.parameters()]
 
+    def _inputs(self, features: Features, batch: Batch, targets: Targets | None) -> LossInputs:
+        return LossInputs(features, batch, targets, self.student, self.width_head, self.score, self.config)
+
     def _features(self, batch: Batch) -> Features:
         return Features(*self.student(batch.image, batch.input_ids, batch.attention_mask))
 
-    def _pair_features(self, features: Features, batch: Batch) -> PairFeatures:
+    def _pair_features(self, features: Features, batch: Batch, selection: Selection | None = None) -> PairFeatures:
+        """`selection`: of patches and tokens, where it has been made already."""
         kinds = {LOSSES[name].scores for name in self.config.weights}
         image_cls, text_cls = (features.image_cls, features.text_cls) if "global" in kinds else (None, None)
         patches = tokens = None
+        mask, share = batch.token_mask, self.config.cmli_token_keep
         if "cmli" in kinds:
             patches, tokens = self.student.projection(features.patches), self.student.projection(features.tokens)
-        return PairFeatures(batch.token_mask, batch.image_id, image_cls, text_cls, patches, tokens)
+            if share < 1:
+                if selection is None:
+                    selection = select(patches, tokens, mask, share, self.config.cmli_scratch_bytes)
+                (patches, tokens), mask = selection.of(patches, tokens), selection.token_mask
+        return PairFeatures(mask, batch.pair_id, image_cls, text_cls, patches, tokens, selection)
 
     def scales(self) -> dict[str, float]:
         """1/temperature of each loss that has one, by name. CPU-GPU sync; collective where ZeRO-3 partitions them."""

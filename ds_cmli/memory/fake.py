@@ -217,8 +217,12 @@ def fake_world(world_size: int, cuda: bool) -> Iterator[Answers]:
     with process_group(world_size), ExitStack() as stack:
         # What ranks tell each other of themselves: every one is like this one.
         answers = Answers()
-        # Of texts [B, M, D], which are padded to the longest of all ranks.
-        shapes = lambda x, group: [[len(x), max(x.shape[1], answers.positions), x.shape[2]]] * world_size  # noqa: E731
+
+        def shapes(x: Tensor, group: Any) -> list[list[int]]:
+            """Of texts [B, M, D], which are padded to the longest of all ranks."""
+            distributed._all_gather(torch.tensor([x.shape], dtype=torch.int64), group)
+            return [[len(x), max(x.shape[1], answers.positions), x.shape[2]]] * world_size
+
         stack.enter_context(replaced(distributed, "_all_shapes", shapes))
         stack.enter_context(patched("deepspeed: ranks compared", lambda _: lambda values: None))
         stack.enter_context(patched("deepspeed: rank 0 copied", lambda _: lambda values: values))

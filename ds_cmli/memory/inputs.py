@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from ds_cmli.cmli.token_keep import kept
 from ds_cmli.common.errors import UserError
 from ds_cmli.config.schema import Config
 from ds_cmli.data import Batch
@@ -62,9 +63,10 @@ def without_weights(config: Config) -> tuple[Config, int]:
 
 
 def text_lengths(config: Config, micro_batch: int) -> list[int]:
-    """Valid tokens of each text of `longest_batch`: [CLS] and [SEP] are none."""
+    """Valid tokens of each text of `longest_batch` that are compared: [CLS] and [SEP] are none."""
     positions = config.data.context_length
-    return [max(0, positions - 3), *[positions - 2] * (micro_batch - 1)]
+    lengths = [max(0, positions - 3), *[positions - 2] * (micro_batch - 1)]
+    return [kept(config.loss.cmli_token_keep, n) for n in lengths]
 
 
 def longest_batch(config: Config, micro_batch: int, positions: int | None = None) -> Batch:
@@ -82,7 +84,7 @@ def longest_batch(config: Config, micro_batch: int, positions: int | None = None
         attention_mask=attention_mask,
         token_mask=token_mask,
         index=torch.zeros(B, dtype=torch.int64),
-        image_id=torch.arange(B),
+        pair_id=torch.arange(2 * B).view(B, 2),
         token_picture=torch.zeros(B, M, dtype=torch.int64),
         cell_picture=torch.zeros(B, 2, 2, dtype=torch.int64),
         bad=[],

@@ -17,6 +17,7 @@ from ds_cmli import engine
 from ds_cmli.common.patches import replaced
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.schema import Config
+from ds_cmli.distributed.traffic import Traffic
 from ds_cmli.memory import cpu_events
 from ds_cmli.memory.collectives import seen_by_the_profiler
 from ds_cmli.memory.fake import process_group
@@ -60,10 +61,26 @@ def _ranks(world_size: int) -> AbstractContextManager[None]:
     return nullcontext() if dist.is_initialized() else process_group(world_size)
 
 
+def counted_traffic(config: Config, ds_config: Mapping[str, Any], world_size: int) -> Traffic:
+    """What this rank is asked to move in its second optimizer step; arguments and processes as of `measure`."""
+    traffic = Traffic()
+
+    def watch(train_engine: engine.TrainEngine, step: int) -> AbstractContextManager:
+        return traffic.counting() if step else nullcontext()
+
+    _run(*_filled(config, ds_config, world_size), world_size, lambda phase: None, watch)
+    return traffic
+
+
 def _run(
-    config: Config, ds_config: DeepSpeedConfig, vocab_size: int, world_size: int, enter: Callable[[str], None]
+    config: Config,
+    ds_config: DeepSpeedConfig,
+    vocab_size: int,
+    world_size: int,
+    enter: Callable[[str], None],
+    watch: Callable[[engine.TrainEngine, int], AbstractContextManager] = lambda train_engine, step: nullcontext(),
 ) -> None:
-    """Build and take two optimizer steps, telling `enter` where each phase begins."""
+    """Build and take two optimizer steps, telling `enter` where each phase begins, each inside what `watch` gives."""
     build_models = engine.build_models
 
     def build(*arguments: Any, **options: Any):
@@ -75,9 +92,10 @@ def _run(
         with replaced(engine.train_engine, "build_models", build):
             train_engine = engine.build(config, ds_config, vocab_size, TOTAL_STEPS, torch.device("cpu"))
         with phases(train_engine, enter):
-            for _ in range(2):
+            for step in range(2):
                 batches = [longest_batch(config, ds_config.micro_batch) for _ in range(ds_config.accumulation)]
-                train_engine.step(batches)
+                with watch(train_engine, step):
+                    train_engine.step(batches)
                 del batches
 
 

@@ -6,7 +6,7 @@ steps; the second is the larger one, as optimizer states are made in the first.
 
 import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import Any
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ds_cmli import engine
+from ds_cmli.cmli.token_keep import kept
 from ds_cmli.common.patches import patched, replaced
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.schema import Config, check, choice
@@ -50,6 +51,7 @@ def predict(
     texts: Sequence[Texts] | None = None,
     scores: Callable[..., tuple[Tensor, Tensor]] | None = None,
     tell: Callable[[str], None] = lambda line: None,
+    watch: Callable[[engine.TrainEngine, int], AbstractContextManager] = lambda train_engine, step: nullcontext(),
 ) -> Prediction:
     """Memory of rank 0, all sizes in bytes.
 
@@ -65,6 +67,7 @@ def predict(
         texts: of each micro-batch, from the first on; None: of two optimizer steps, as long as there can be.
         scores: another all-pairs implementation, called as `CMLILoss` calls `cmli_scores`; None: the project's.
         tell: called with lines about the progress.
+        watch: entered around each step, with its number from 0 on.
 
     Without `texts` all have all their positions but the first of a batch, which lacks one: the most that a batch can
     need, as text encoders leave out the mask where nothing is padded.
@@ -124,7 +127,8 @@ def predict(
                 # On a GPU they wait on the host, and each is on the device in its turn.
                 with tracker.paused() if cuda else tracker.scope("data"):
                     batches = _StepBatches(config, micro_batch, said or [None] * accumulation, answers, tracker)
-                with replaced(Batch, "to", _copied(tracker)) if cuda else nullcontext():
+                moved = replaced(Batch, "to", _copied(tracker)) if cuda else nullcontext()
+                with moved, watch(train_engine, number):
                     train_engine.step(batches)
                 del batches
         events = tracker.events(host=not cuda)
@@ -156,20 +160,24 @@ class _StepBatches(list):
     def __init__(self, config: Config, micro_batch: int, texts: Sequence[Texts | None], answers: Any, tracker: Tracker):
         super().__init__(longest_batch(config, micro_batch, None if t is None else t[0][0]) for t in texts)
         self.texts, self.answers, self.tracker = texts, answers, tracker
+        self.share = config.loss.cmli_token_keep
+
+    def _tell(self, told: Sequence[Texts]) -> None:
+        """What ranks tell each other of their texts, as far as these are compared, and to the all-pairs op."""
+        self.answers.positions = max(kept(self.share, positions) for ranks in told for positions, _ in ranks)
+        by_rank = zip(*told, strict=True)
+        self.tracker.text_lengths = [kept(self.share, n) for each in by_rank for _, lengths in each for n in lengths]
 
     def __iter__(self) -> Iterator[Batch]:
         for batch, ranks in zip(super().__iter__(), self.texts, strict=True):
             if ranks is not None:
-                self.answers.positions = max(positions for positions, _ in ranks)
-                self.tracker.text_lengths = [n for _, lengths in ranks for n in lengths]
+                self._tell([ranks])
             # [CLS] and [SEP] are no valid tokens.
             with self.answers.texts(ranks is not None and all(n == ranks[0][0] - 2 for n in ranks[0][1])):
                 yield batch
         told = [ranks for ranks in self.texts if ranks is not None]
         if told:  # after them come the losses over all of them
-            self.answers.positions = max(positions for ranks in told for positions, _ in ranks)
-            by_rank = zip(*told, strict=True)
-            self.tracker.text_lengths = [n for each in by_rank for _, lengths in each for n in lengths]
+            self._tell(told)
 
 
 def _copied(tracker: Tracker) -> Callable[..., Batch]:

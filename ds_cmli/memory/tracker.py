@@ -16,10 +16,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from ds_cmli.cmli import ring as cmli_ring
 from ds_cmli.cmli.peak_memory import cmli_peak_bytes
 from ds_cmli.common.patches import replaced
 from ds_cmli.data import Batch
 from ds_cmli.distributed import process_group as distributed
+from ds_cmli.distributed import ring
 from ds_cmli.engine import TrainEngine
 from ds_cmli.losses.cached import PairFeatures
 from ds_cmli.memory.collectives import copied_bytes
@@ -68,15 +70,26 @@ class Tracker(TorchDispatchMode):
         self.segment, self.last_of_init, self.recomputing = 0, 0, False
         self.in_place_at = 0  # length of the log after an operator of IN_PLACE
         self._scope: str | None = None
+        self.owner = 0  # the rank whose texts the all-pairs op works on, where they go round
         self._replaced = ExitStack()
 
     def __enter__(self):
-        gather = distributed._GatherWithGradient
-        for owner, name in ((distributed, "_all_gather"), (gather, "backward")):
-            scoped = self._scoped(getattr(owner, name), "exchanged text")
+        gather, ring_scores = distributed._GatherWithGradient, cmli_ring._RingScores
+        for owner, name, category in (
+            (distributed, "_all_gather", "exchanged text"),
+            (gather, "backward", "exchanged text"),
+            (ring, "pack", "exchanged text"),
+            (ring, "buffer_like", "exchanged text"),
+            (cmli_ring, "buffer_like", "exchanged text"),
+            (ring_scores, "forward", "CMLI op"),
+            (ring_scores, "backward", "CMLI op"),
+        ):
+            scoped = self._scoped(getattr(owner, name), category)
             self._replaced.enter_context(
                 replaced(owner, name, staticmethod(scoped) if isinstance(owner, type) else scoped)
             )
+        for name in ("chunk_scores", "chunk_gradients"):
+            self._replaced.enter_context(replaced(cmli_ring, name, self._owned(getattr(cmli_ring, name))))
         if self.workspaces:  # checkpointing saves the generator's state for each block, and no operator returns it
             self._replaced.enter_context(replaced(torch, "get_rng_state", self._seen(torch.get_rng_state)))
         return super().__enter__()
@@ -163,7 +176,11 @@ class Tracker(TorchDispatchMode):
         (I, N, D), (J, M, _) = image.shape, text.shape  # noqa: E741
         backend, scratch_bytes = args[4:6] if forward else args[8:10]
         fake = isinstance(token_mask, torch._subclasses.FakeTensor)
-        lengths = self.text_lengths and self.text_lengths * (J // len(self.text_lengths))
+        lengths = self.text_lengths
+        if lengths and len(lengths) > J:  # one rank's, of all
+            lengths = lengths[self.owner * J : (self.owner + 1) * J]
+        elif lengths:
+            lengths = lengths * (J // len(lengths))
         peak = cmli_peak_bytes(
             I, J, N, M, D, image.dtype,
             backend=backend,
@@ -192,6 +209,13 @@ class Tracker(TorchDispatchMode):
             tensor = function()
             self._see(tensor, None, function.__name__)
             return tensor
+
+        return run
+
+    def _owned(self, function: Callable) -> Callable:
+        def run(owner: int, *args):
+            self.owner = owner
+            return function(owner, *args)
 
         return run
 
@@ -282,8 +306,7 @@ class Tracker(TorchDispatchMode):
 
     def _claim_cached(self, module: Any, inputs: Any, output: Any) -> None:
         if isinstance(output, PairFeatures):
-            tensors = (output.image_cls, output.text_cls, output.patches, output.tokens)
-            self.claim("cached features", tensors)
+            self.claim("cached features", output.tensors())
 
     def _category(self, block: int) -> str:
         if block in self.claims:

@@ -19,6 +19,13 @@ def test_captions_are_padded_to_a_multiple_of_eight():
     assert [batch.image.dtype, batch.input_ids.dtype, batch.token_mask.dtype] == [torch.uint8, torch.int64, torch.bool]
 
 
+def test_pairs_of_one_picture_or_one_caption_have_its_number():
+    batch = Collate(load_tokenizer("builtin", 32))([sample(4, 7), sample(4, 5), sample(5, 7)])
+    first, second, third = batch.pair_id.tolist()
+    assert first[0] == third[0] != second[0]
+    assert first[1] == second[1] != third[1]
+
+
 def test_padding_never_exceeds_the_text_positions():
     batch = Collate(load_tokenizer("builtin", 13))([sample(13), sample(4)])
     assert batch.input_ids.shape == (2, 13)

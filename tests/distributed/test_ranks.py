@@ -15,7 +15,7 @@ STEPS = 5
 PAIRS = 8
 
 
-def gradients(tmp_path, launcher, micro_batch, stage, accumulation):
+def gradients(tmp_path, launcher, micro_batch, stage, accumulation, exchange):
     file = tmp_path / f"{micro_batch}.pt"
     env = clean_environment() | {"PYTHONPATH": str(ROOT)}
     command = [
@@ -26,20 +26,21 @@ def gradients(tmp_path, launcher, micro_batch, stage, accumulation):
         str(stage),
         str(STEPS),
         str(accumulation),
+        exchange,
     ]
     done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     return torch.load(file)
 
 
-@pytest.mark.parametrize("stage, accumulation", [(2, 1), (3, 2)])
-def test_two_ranks_give_the_gradients_of_one_process(tmp_path, stage, accumulation):
+@pytest.mark.parametrize("stage, accumulation, exchange", [(2, 1, "gather"), (3, 2, "ring")])
+def test_two_ranks_give_the_gradients_of_one_process(tmp_path, stage, accumulation, exchange):
     deepspeed = (
         *(os.path.join(os.path.dirname(sys.executable), "deepspeed"), "--no_local_rank"),
         *("--num_accelerators", "2", "--master_port", str(free_port())),
     )
-    two = gradients(tmp_path, deepspeed, PAIRS // 2 // accumulation, stage, accumulation)
-    one = gradients(tmp_path, (sys.executable,), PAIRS, stage, 1)
+    two = gradients(tmp_path, deepspeed, PAIRS // 2 // accumulation, stage, accumulation, exchange)
+    one = gradients(tmp_path, (sys.executable,), PAIRS, stage, 1, exchange)
     torch.testing.assert_close(two["losses"], one["losses"], rtol=1e-5, atol=1e-6)
     worst = 0.0
     for step in (0, STEPS - 1):

@@ -116,17 +116,20 @@ def pieces_of(batch, number):
     return [batch._map(lambda x, k=k: x[k * size : (k + 1) * size].clone()) for k in range(number)]
 
 
-def in_fp64(rank, world_size, number, dropout=0.0, kept=False):
+def in_fp64(rank, world_size, number, dropout=0.0, kept=False, exchange="auto"):
     """Loss and gradients of 32 pairs in fp64, as `number` micro-batches a rank, without DeepSpeed.
 
     kept: in one piece, but for the forward passes, whose graphs are all kept.
     """
-    config = load_preset("tiny", {"loss": {"weights": WEIGHTS}, "student": {"dropout": dropout}})
+    loss = {"weights": WEIGHTS, "cmli_exchange": exchange}
+    config = load_preset("tiny", {"loss": loss, "student": {"dropout": dropout}})
     data = build_data(config.data, 0)
     objective, teacher = engine.build_models(config, data.vocab_size)
     objective.double()
     teacher.double()
     (whole,) = micro_batches(data, 32, 1)
+    whole.pair_id[[3, 30], 0] = whole.pair_id[0, 0]  # other captions of a picture
+    whole.pair_id[17, 1] = whole.pair_id[9, 1]  # one caption of two
     batches = pieces_of(pieces_of(whole, world_size)[rank], number)
     torch.manual_seed(5)
     if kept:
@@ -156,11 +159,16 @@ def largest_difference(ours, theirs):
     return max(((ours[n] - g).norm() / max(g.norm(), 1e-6 * whole)).item() for n, g in theirs.items())
 
 
+def gathered_and_ring(rank, world_size, number):
+    return [in_fp64(rank, world_size, number, exchange=exchange) for exchange in ("gather", "ring")]
+
+
 def test_two_ranks_of_two_micro_batches_in_fp64():
     one = in_fp64(0, 1, 1, kept=True)
-    for loss, gradients, _ in spawn(in_fp64, 2, 2):
-        assert loss == pytest.approx(one[0], rel=1e-12)
-        assert largest_difference(gradients, one[1]) < 1e-9
+    for found in spawn(gathered_and_ring, 2, 2):
+        for loss, gradients, _ in found:
+            assert loss == pytest.approx(one[0], rel=1e-12)
+            assert largest_difference(gradients, one[1]) < 1e-9
 
 
 def test_dropout_of_the_second_pass_is_that_of_the_first():

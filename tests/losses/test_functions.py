@@ -38,17 +38,19 @@ def test_contrastive_loss_of_a_block_row():
     assert_close(sum(blocks) / 2, whole)
 
 
-def test_other_captions_of_the_same_picture_are_no_negatives():
-    ignore = losses.same_picture(torch.tensor([7, 9]), torch.tensor([7, 9, 7, 3]))
-    assert ignore.tolist() == [[False, False, True, False], [False] * 4]
+def test_other_pairs_of_the_same_picture_or_caption_are_no_negatives():
+    pairs = torch.tensor([[7, 1], [9, 2], [7, 3], [3, 2]])
+    ignore = losses.duplicates(pairs[:2], pairs)
+    assert ignore.tolist() == [[False, False, True, False], [False, False, False, True]]
     # The second rank's rows: its own texts stand in columns 2 and 3.
-    ignore = losses.same_picture(torch.tensor([7, 3]), torch.tensor([7, 9, 7, 3]), 2)
-    assert ignore.tolist() == [[True, False, False, False], [False] * 4]
+    ignore = losses.duplicates(pairs[2:], pairs, 2)
+    assert ignore.tolist() == [[True, False, False, False], [False, True, False, False]]
 
 
 def test_contrastive_loss_ignores_by_hand():
     s = torch.tensor([[1.0, 9.0, 0.0], [8.0, 1.0, 0.0], [0.0, 0.0, 1.0]], requires_grad=True)
-    ignore = losses.same_picture(torch.tensor([4, 4, 5]), torch.tensor([4, 4, 5]))
+    pairs = torch.tensor([[4, 1], [4, 2], [5, 3]])
+    ignore = losses.duplicates(pairs, pairs)
     found = losses.contrastive_loss(s, s, torch.zeros(1), ignore=ignore)
     # Rows and columns 0 and 1 are (1, 0) without what is ignored, row and column 2 is (1, 0, 0).
     expected = (2 * math.log(1 + math.exp(-1)) + math.log(1 + 2 * math.exp(-1))) / 3

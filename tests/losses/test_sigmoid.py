@@ -20,6 +20,14 @@ def test_by_hand():
     assert_close(sigmoid_loss(scores, SCALE, BIAS).item(), expected, rtol=1e-6, atol=0)
 
 
+def test_several_positives_by_hand():
+    scores = torch.tensor([[1.0, 0.0], [0.5, -0.5]])
+    # The second text belongs to the first image too: softplus(1) in the place of softplus(-1).
+    expected = (0.31326169 + 1.31326169 + 0.69314718 + 2.12692801) / 2
+    positives = torch.tensor([[False, True], [False, False]])
+    assert_close(sigmoid_loss(scores, SCALE, BIAS, positives=positives).item(), expected, rtol=1e-6, atol=0)
+
+
 def test_gradients_by_hand():
     scores = torch.tensor([[1.0, 0.0]], requires_grad=True)
     scale, bias = SCALE.clone().requires_grad_(), BIAS.clone().requires_grad_()

@@ -1,13 +1,16 @@
-"""python tests/memory/real_ranks.py: peaks of rank 0 of real gloo ranks on this CPU beside predicted ones.
+"""python tests/memory/real_ranks.py: peaks of rank 0 of real gloo ranks on this CPU beside predicted ones, and what
+it is asked to move.
 
-Stages 0 to 3 x ranks 1, 2, 3 x accumulation 1, 2 x checkpointing x bf16, fp32, with captions of full length, or those
-that the options name. All take many minutes; ends with exit code 1 where one differs by more than `BAR` bytes.
+Stages 0 to 3 x ranks 1, 2, 3 x accumulation 1, 2 x checkpointing x bf16, fp32 x texts gathered or in a ring, with
+captions of full length, or those that the options name. All take many minutes; ends with exit code 1 where a peak
+differs by more than `BAR` bytes, or any count of calls or bytes.
 """
 
 import argparse
 import multiprocessing
 import os
 import sys
+from contextlib import nullcontext
 from itertools import product
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -21,7 +24,8 @@ import torch.distributed as dist  # noqa: E402
 
 from ds_cmli.common.cli import leave  # noqa: E402
 from ds_cmli.config.presets import load_preset  # noqa: E402
-from ds_cmli.memory.measure_cpu import measure_phases  # noqa: E402
+from ds_cmli.distributed.traffic import Traffic  # noqa: E402
+from ds_cmli.memory.measure_cpu import counted_traffic, measure_phases  # noqa: E402
 from ds_cmli.memory.predict import predict  # noqa: E402
 from tests.conftest import free_port  # noqa: E402
 
@@ -33,11 +37,12 @@ AXES: dict[str, list] = {
     "accumulation": [1, 2],
     "checkpointing": ["off", "on"],
     "precision": ["bf16", "fp32"],
+    "exchange": ["gather", "ring"],
 }
 ALL = ("global", "cmli", "target_cmli")
 
 
-def setting(preset, stage, accumulation, checkpointing, precision):
+def setting(preset, stage, accumulation, checkpointing, precision, exchange):
     """(configuration, DeepSpeed JSON)"""
     ds_config = {
         "gradient_accumulation_steps": accumulation,
@@ -45,17 +50,18 @@ def setting(preset, stage, accumulation, checkpointing, precision):
         **({} if precision == "fp32" else {precision: {"enabled": True}}),
         **({"activation_checkpointing": {}} if checkpointing == "on" else {}),
     }
-    return load_preset(preset, {"loss": {"weights": dict.fromkeys(ALL, 1.0)}}), ds_config
+    loss = {"weights": dict.fromkeys(ALL, 1.0), "cmli_exchange": exchange}
+    return load_preset(preset, {"loss": loss}), ds_config
 
 
-def measured(world_size: int, *each) -> dict[str, int]:
-    """The peak of each phase of rank 0 of real ranks."""
+def measured(world_size: int, *each) -> tuple[dict[str, int], dict]:
+    """The peak of each phase of rank 0 of real ranks, and the counts of what it moves."""
     port = free_port()
     others = [_forked(_measure, rank, world_size, port, *each) for rank in range(1, world_size)]
     return [_forked(_measure, 0, world_size, port, *each), *others][0].get()
 
 
-def predicted(world_size: int, *each) -> dict[str, int]:
+def predicted(world_size: int, *each) -> tuple[dict[str, int], dict]:
     return _forked(_predict, world_size, *each).get()
 
 
@@ -77,14 +83,17 @@ def _forked(function, *arguments):
     return results
 
 
-def _measure(rank: int, world_size: int, port: int, *each) -> dict[str, int]:
+def _measure(rank: int, world_size: int, port: int, *each) -> tuple[dict[str, int], dict]:
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank))
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size)
-    return measure_phases(*setting(*each), world_size)
+    peaks = measure_phases(*setting(*each), world_size)
+    return peaks, counted_traffic(*setting(*each), world_size).counts
 
 
-def _predict(world_size: int, *each) -> dict[str, int]:
-    return predict(*setting(*each), world_size, target="cpu").report.phases
+def _predict(world_size: int, *each) -> tuple[dict[str, int], dict]:
+    traffic = Traffic()
+    watch = lambda train_engine, step: traffic.counting() if step else nullcontext()  # noqa: E731
+    return predict(*setting(*each), world_size, target="cpu", watch=watch).report.phases, traffic.counts
 
 
 def main() -> int:
@@ -94,18 +103,21 @@ def main() -> int:
     settings = list(product(*vars(parser.parse_args()).values()))
     missed = 0
     for each in settings:
-        world_size, _, stage, accumulation, checkpointing, precision = each
-        peaks, expected = measured(*each), predicted(*each)
+        world_size, _, stage, accumulation, checkpointing, precision, exchange = each
+        (peaks, moved), (expected, expected_moved) = measured(*each), predicted(*each)
         ours, theirs = max(expected.values()), max(peaks.values())
-        missed += abs(ours - theirs) > BAR
+        missed += abs(ours - theirs) > BAR or moved != expected_moved
         off = {name: expected[name] - size for name, size in peaks.items()}
         worst = max(off, key=lambda name: abs(off[name]))
         print(
             f"stage {stage}, {world_size} ranks, accumulation {accumulation}, checkpointing "
-            f"{checkpointing:3}, {precision}: measured {theirs:9,} B, predicted {ours:9,} B, "
+            f"{checkpointing:3}, {precision}, {exchange}: measured {theirs:9,} B, predicted {ours:9,} B, "
             f"{ours - theirs:+9,} B ({ours / theirs - 1:+.3%}); the furthest phase: {worst} {off[worst]:+,} B",
             flush=True,
         )
+        for key in sorted({*moved, *expected_moved}):
+            same = moved.get(key) == expected_moved.get(key)
+            print(f"  {' '.join(key)}: {moved.get(key)}{'' if same else f', predicted {expected_moved.get(key)}'}")
     return 1 if missed else 0
 
 
