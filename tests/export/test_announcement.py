@@ -7,7 +7,8 @@ from tests.conftest import ROOT, clean_environment
 
 OTHER = """
 from transformers import BertConfig
-other = AutoModel.from_config(BertConfig(10, 8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8))
+sizes = {"vocab_size": 10, "hidden_size": 8, "num_attention_heads": 1, "intermediate_size": 8, "num_hidden_layers": 1}
+other = AutoModel.from_config(BertConfig(**sizes))
 print("ds_cmli.export" in sys.modules, type(other).__name__)
 """
 LOAD = """
