@@ -1,6 +1,7 @@
 """Where a run's numbers go: metrics.jsonl, trackers, and the terminal. Rank 0 writes, the others do nothing."""
 
 import json
+import math
 import os
 import sys
 import time
@@ -64,17 +65,19 @@ class Writer:
         self.started, self.first_step = time.monotonic(), first_step
         self.bar = tqdm(total=total_steps, initial=first_step, unit="step", disable=not sys.stderr.isatty())
 
-    def say(self, line: str) -> None:
-        with suppress(OSError):  # the terminal or the launcher that read it is gone: the run still has to be saved
-            tqdm.write(line, file=sys.stdout)
-            sys.stdout.flush()
+    def say(self, *lines: str) -> None:
+        for line in lines:
+            with suppress(OSError):  # the terminal or the launcher that read it is gone: the run still has to be saved
+                tqdm.write(line, file=sys.stdout)
+                sys.stdout.flush()
 
     def advance(self) -> None:
         with suppress(OSError):
             self.bar.update()
 
     def log(self, step: int, values: dict[str, Any], **only_tracked: float) -> None:
-        """One object in metrics.jsonl, one point in the trackers for each number."""
+        """One object in metrics.jsonl, one point in the trackers for each number; none for one that is not finite."""
+        values = {n: v for n, v in values.items() if not isinstance(v, float) or math.isfinite(v)}
         self.waiting += (json.dumps({"step": step, **values}) + "\n").encode()
         self.flush()
         self.draw(step, **{n: v for n, v in {**values, **only_tracked}.items() if isinstance(v, int | float)})
@@ -146,7 +149,7 @@ class Writer:
 class NullWriter:
     """The other ranks' writer."""
 
-    def say(self, line: str) -> None:
+    def say(self, *lines: str) -> None:
         pass
 
     def advance(self) -> None:

@@ -9,9 +9,9 @@ import sys
 # Run by its path, this file's folder comes first on sys.path and would hide packages named like our modules.
 sys.path[:] = [p for p in sys.path if p != __file__.rsplit("/", 1)[0]]
 
-import math  # noqa: E402
 import os  # noqa: E402
 from collections.abc import Callable, Iterator  # noqa: E402
+from contextlib import nullcontext  # noqa: E402
 from dataclasses import dataclass  # noqa: E402
 from functools import partial  # noqa: E402
 from pathlib import Path  # noqa: E402
@@ -25,7 +25,6 @@ from ds_cmli.config.deepspeed_config import DeepSpeedConfig  # noqa: E402
 from ds_cmli.config.options import OUTPUT, START, WHAT, add, check_early, given_optim, resolve_config  # noqa: E402
 from ds_cmli.config.schema import Config  # noqa: E402
 from ds_cmli.faults import preemption  # noqa: E402
-from ds_cmli.losses import LOSSES  # noqa: E402
 from ds_cmli.memory.profiles import Profiles  # noqa: E402
 
 
@@ -41,8 +40,7 @@ def command(preset: str, deepspeed_config: str, settings: tuple[str, ...], resum
     config = resolve_config(preset, settings, options)
     profiles = Profiles(profile, profile_memory)
     ds_config = DeepSpeedConfig.load(deepspeed_config)
-    for line in ds_config.overruled(given_optim(settings, options)):
-        say(line)
+    say(*ds_config.overruled(given_optim(settings, options)))
     return train(config, ds_config, dry_run, resume, resume_with_changes, profiles)
 
 
@@ -66,8 +64,7 @@ def train(
     try:
         assets.fetch(assets.used(config))
         data = build_data(config.data, config.run.seed)
-        for line in data.notices:
-            say(line)
+        say(*data.notices)
     except UserError as error:
         if os.environ["WORLD_SIZE"] == "1":
             raise
@@ -161,8 +158,7 @@ def run(
         run_folder.settle(resume, point, folder, config, ds_config)  # collective
         say(counts_line(engine.objective, engine.teacher))
         with watchdog.slow():  # a tracker may ask its server
-            writer = open_writer(folder, total_steps, state.step, config.run.report_to)  # collective
-        ready = parts(engine, writer)
+            ready = parts(engine, open_writer(folder, total_steps, state.step, config.run.report_to))  # collective
         with profiles.around(engine, here, ds_config, folder, state.step) as after_step:
             return loop(ready, after_step)  # collective
 
@@ -214,11 +210,9 @@ def loop(run: Run, after_step: Callable[[], None]) -> int:
         run.writer.close()
         return preemption.EXIT_CODE
 
-    for line in run.bad.summary(run.flags):  # collective
-        run.writer.say(line)
+    run.writer.say(*run.bad.summary(run.flags))  # collective
     run.writer.close()
-    for line in run.checkpoints.closing_lines(state):
-        run.writer.say(line)
+    run.writer.say(*run.checkpoints.closing_lines(state))
     return 0
 
 
@@ -245,12 +239,8 @@ def end_step(run: Run, found: list[Any]) -> None:
 
     state = run.state
     run.writer.advance()
-    samples: list[int] = []
-    if run.engine.skipped:
-        lower_scale = nonfinite.can_lower_scale(run.engine.engine.optimizer)
-        window = [(losses.index, losses.total) for losses in found]
-        samples = nonfinite.skipped_samples(window, lower_scale, run.flags)  # collective
-    else:
+    samples = nonfinite.samples_of(run.engine, found, run.flags)  # collective after a skipped step
+    if not run.engine.skipped:
         state.skipped_in_row = 0
     if not samples:  # an overflow that only asked for a lower loss scale has finite losses
         for losses in found:
@@ -260,8 +250,7 @@ def end_step(run: Run, found: list[Any]) -> None:
     state.skipped_in_row += 1
     run.writer.say(nonfinite.line(state.step, samples))
     run.writer.log(state.step, {"skipped": samples})
-    most = run.config.run.most_skipped
-    if state.skipped_in_row > most:
+    if state.skipped_in_row > (most := run.config.run.most_skipped):
         save(run)  # collectives: with the weights from before the first of them
         why = f"{state.skipped_in_row} steps in a row were skipped, more than run.most_skipped = {most}"
         raise UserError(run.checkpoints.diverged(why, state))
@@ -270,21 +259,15 @@ def end_step(run: Run, found: list[Any]) -> None:
 def log(run: Run) -> None:
     """One line of means over all ranks and all steps since the last one. Collectives, CPU-GPU sync."""
     from ds_cmli.distributed.process_group import mean_over_ranks
+    from ds_cmli.engine.result import by_name
     from ds_cmli.metrics import peak_memory_bytes
 
     state = run.state
-    values: dict[str, float] = {}
     means = mean_over_ranks(state.sums / max(1, state.micro_batches)).tolist()  # collective, CPU-GPU sync
     run.bad.check(run.flags, state.step * run.accumulation * run.sampler.global_batch)  # collective
-    if state.micro_batches:  # else every step was skipped
-        values = dict(zip(["loss", *(f"loss/{n}" for n in run.config.loss.weights)], means[:-1], strict=True))
-        # Texts of the same picture or caption: what the losses of one positive ignore, and those of several add.
-        same = round(means[-1] * state.micro_batches * run.sampler.global_batch)
-        several = {LOSSES[name].several for name in run.config.loss.weights if LOSSES[name].scores}
-        values |= {("added_positives" if each else "ignored_negatives"): same for each in sorted(several)}
+    values = by_name(means, run.config.loss.weights, state.micro_batches * run.sampler.global_batch)
     values |= run.engine.state()  # CPU-GPU sync; collective under ZeRO-3
-    finite = {name: value for name, value in values.items() if math.isfinite(value)}
-    run.writer.log(state.step, {**finite, **run.meter.lap()}, peak_memory_bytes=peak_memory_bytes())
+    run.writer.log(state.step, {**values, **run.meter.lap()}, peak_memory_bytes=peak_memory_bytes())
     state.sums.zero_()
     state.micro_batches = 0
 
@@ -294,33 +277,27 @@ def evaluate(run: Run) -> None:
 
     Raises `Preempted` on all ranks where a signal came. Collectives.
     """
-    ema = run.engine.ema
-    with run.meter.paused():
-        evaluate_splits(run, "", counts=ema is None)  # collectives
-        if ema is not None:
-            with ema.as_weights():  # collectives
-                evaluate_splits(run, "_ema", counts=True)  # collectives
-    run.state.count_evaluation()
-
-
-def evaluate_splits(run: Run, suffix: str, counts: bool) -> None:
-    """Log each split under its name with `suffix`; `counts`: towards the best result. Collectives."""
     from ds_cmli.evaluate import report
     from ds_cmli.evaluate.match_maps import draw
     from ds_cmli.evaluate.split import evaluate_split
 
-    settings = run.config.run
-    for split, dataset in run.data.evals.items():
-        name = split + suffix
-        show = partial(draw, run.writer, run.state.step, name, settings.match_maps, run.data.tokenizer)
-        measured = evaluate_split(
-            run.engine.objective, dataset, run.data, settings.eval_batch, run.engine.device,
-            run.config.data.workers, heartbeat=lambda: poll(run), worker_init=preemption.shield, show=show,
-        )  # fmt: skip
-        run.writer.log(run.state.step, {f"eval/{name}/{metric}": value for metric, value in measured.items()})
-        run.writer.say(report.summary(name, measured))
-        if counts:
-            run.state.best = report.best(run.state.best, name, measured, run.state.step)
+    settings, state, ema = run.config.run, run.state, run.engine.ema
+    passes = [("", nullcontext)] if ema is None else [("", nullcontext), ("_ema", ema.as_weights)]
+    with run.meter.paused():
+        for suffix, weights in passes:
+            with weights():  # collectives
+                for split, dataset in run.data.evals.items():
+                    name = split + suffix
+                    show = partial(draw, run.writer, state.step, name, settings.match_maps, run.data.tokenizer)
+                    measured = evaluate_split(
+                        run.engine.objective, dataset, run.data, settings.eval_batch, run.engine.device,
+                        run.config.data.workers, lambda: poll(run), preemption.shield, show=show,
+                    )  # fmt: skip
+                    run.writer.log(state.step, {f"eval/{name}/{metric}": value for metric, value in measured.items()})
+                    run.writer.say(report.summary(name, measured))
+                    if suffix == passes[-1][0]:
+                        state.best = report.best(state.best, name, measured, state.step)
+    state.count_evaluation()
 
 
 def poll(run: Run) -> None:

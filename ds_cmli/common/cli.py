@@ -36,9 +36,10 @@ def option(group: str, *names: str, **kwargs: Any) -> Callable:
     return click.option(*names, cls=GroupedOption, group=group, **kwargs)
 
 
-def say(line: str | None) -> None:
-    if line and _is_main():
-        print(line, flush=True)
+def say(*lines: str | None) -> None:
+    for line in lines:
+        if line and _is_main():
+            print(line, flush=True)
 
 
 def _is_main() -> bool:

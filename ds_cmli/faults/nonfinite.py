@@ -94,6 +94,14 @@ def skipped_samples(window: list[tuple[Tensor, Tensor]], lower_scale: bool, flag
     return sorted(blamed or [i for _, every in every_rank for batch in every for i in batch])
 
 
+def samples_of(engine: Any, found: list[Any], flags: CollectiveFlags) -> list[int]:
+    """`skipped_samples` of the `TrainEngine`'s last step and the losses found in it. Collective if it was skipped."""
+    if not engine.skipped:
+        return []
+    window = [(losses.index, losses.total) for losses in found]
+    return skipped_samples(window, can_lower_scale(engine.engine.optimizer), flags)  # collective
+
+
 def line(step: int, samples: list[int]) -> str:
     """The terminal's line about a skipped step."""
     more = f" and {len(samples) - SHOWN} more" if len(samples) > SHOWN else ""
