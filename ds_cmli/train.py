@@ -124,10 +124,12 @@ def run(
     from ds_cmli.faults import out_of_memory
     from ds_cmli.memory import dry_run as dry
     from ds_cmli.metrics import Meter, NullWriter, open_writer
+    from ds_cmli.models.compiling import no_compiler
 
     # --- what there is to go on from
     resume = distributed.broadcast_object(run_folder.requeued(resume, folder))  # collective
     point = restore.find(resume, folder)  # collective
+    distributed.raise_together(no_compiler(device) if config.run.compile != "off" else None)  # collective
     ds_config, sampler, total_steps = plan(config, restore.rebatch(point, ds_config), data.mixture)
     state = restore.state_of(point, config, ds_config, with_changes, say, data.fingerprint)
     if (state.step >= total_steps and state.evaluated) or state.out_of_patience(config.run.patience):

@@ -178,6 +178,11 @@ def check_early(config: Config, ds_config: DeepSpeedConfig, resume: str, profile
     `profiles`: `memory.profiles.Profiles`.
     """
     trackers.check(config.run.report_to)
+    if config.run.compile != "off" and profiles.memory is not None:
+        raise UserError(
+            f"run.compile is {config.run.compile!r} and --profile-memory is {profiles.memory}: what is measured is set "
+            "beside the prediction, which is of the blocks as they are: leave out one of the two"
+        )
     if config.optim.steps is not None:
         profiles.left(config.optim.steps, 0, lambda line: None)
     ranks = os.environ.get("WORLD_SIZE", "1" if "SLURM_STEP_ID" not in os.environ else None)

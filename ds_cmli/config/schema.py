@@ -187,6 +187,8 @@ class RunConfig:
     # Evaluations in a row without a better result that end the run.
     patience: Annotated[Number, Field(description="0: never")] = 0
     most_skipped: Number = 5  # steps in a row skipped for values that are not finite
+    # torch.compile of the encoders' and the shared blocks and of the teacher's, each block for itself.
+    compile: Literal["off", "blocks"] = "off"
     deterministic: bool = False  # the same bits again on the same kind of device
     # Seconds without progress after which a rank counts as hung or dead.
     watchdog: Annotated[NotNegative, Field(description="0: off")] = 120.0

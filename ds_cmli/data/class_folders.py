@@ -73,7 +73,8 @@ class ClassPictures:
                 return Picture(decode(file.read(), self.size, self.max_pixels), number, target=int(target))
         except Exception as error:  # decoders of damaged files raise nearly anything
             reason = str(error).strip().splitlines() or [type(error).__name__]
-            return Picture(black, number, bad=(str(self.reader.filename(number, basename=True)), reason[0]))
+            name = self.reader.filename(number, basename=True) or f"picture {number}"  # parquet may name none
+            return Picture(black, number, bad=(str(name), reason[0]))
 
 
 def class_names(folders: list[str], file: str | None) -> list[str]:

@@ -34,6 +34,7 @@ from ds_cmli.losses import LOSSES, needs_teacher
 from ds_cmli.losses.objective import Objective
 from ds_cmli.models.backbone import cast_statistics
 from ds_cmli.models.checkpointing import checkpoint_blocks
+from ds_cmli.models.compiling import compile_blocks
 from ds_cmli.models.student import Student
 from ds_cmli.models.teacher import Teacher
 
@@ -82,6 +83,7 @@ class TrainEngine:
     timer: StepTimer | None = None  # of a training; counts the model's operations too
     flops: dict[int, float] = field(default_factory=dict)  # of a micro-batch, by the positions of its texts
     ema: EMA | None = None
+    compiled: bool = False  # the model's operations are not counted then
     lr: float = 0.0  # that the last update was made with, where the factor is 1
 
     def step(
@@ -165,7 +167,7 @@ class TrainEngine:
         """
         self.mark("forward")
         positions = batch.input_ids.shape[1]
-        if self.timer is None or positions in self.flops:
+        if self.timer is None or self.compiled or positions in self.flops:
             out = student(self.teacher(batch.image) if self.teacher is not None else None)
         else:
             with ModelFlops(trained=False) as teacher_flops:
@@ -174,7 +176,7 @@ class TrainEngine:
                 out = student(targets)
             self.flops[positions] = teacher_flops.flops + student_flops.flops + self._all_pairs_flops(batch)
         if self.timer is not None:
-            self.timer.flops += self.flops[positions]
+            self.timer.flops += self.flops.get(positions, 0.0)
         return out
 
     def _all_pairs_flops(self, batch: Batch) -> float:
@@ -244,6 +246,10 @@ def build(
     dtype = DTYPES[ds_config.precision]
     objective, teacher = build_models(config, vocab_size, special=special)
     torch.manual_seed(config.run.seed + distributed.rank())  # dropout: its own on each rank
+    compiled = config.run.compile != "off"
+    if compiled:  # below checkpointing, which runs what is compiled a second time
+        compile_blocks(objective.student.blocks, ds_config.stage)
+        compile_blocks(teacher.image.blocks if teacher is not None else [])
     if ds_config.checkpointing:
         deepspeed.checkpointing.configure(None, deepspeed_config=ds_config.raw())
         checkpoint_blocks(objective.student.blocks, deepspeed.checkpointing.checkpoint)
@@ -282,6 +288,7 @@ def build(
         engine, objective, teacher, device, dtype, names, lr_factor, ds_config.accumulation, caching,
         config.optim.cache_on_host, config.optim.reduce_once,
         ema=EMA(engine, config.optim.ema_decay) if config.optim.ema_decay else None,
+        compiled=compiled,
     )  # fmt: skip
 
 

@@ -19,6 +19,7 @@ from ds_cmli.data import Batch, train_loader
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.faults import out_of_memory, preemption
 from ds_cmli.memory import predict_subprocess
+from ds_cmli.memory.inputs import UNCOMPILED
 from ds_cmli.memory.report import Report, show
 
 STEPS = 2  # that are tried
@@ -48,6 +49,8 @@ def rehearse(
     """
     config = run.config
     say(json.dumps({"config": config.to_dict(), "deepspeed": ds_config.raw(), "start": start}, indent=2))
+    if config.run.compile != "off":
+        say(UNCOMPILED)
     mistake = None
     with (
         run.watchdog.slow(),

@@ -25,8 +25,13 @@ class NotPredictable(UserError):
     """A setting that can be trained with, but whose memory cannot be told."""
 
 
+UNCOMPILED = (
+    "run.compile: predicted for the blocks as they are, as what a compiler keeps and fuses shows only when it has run"
+)
+
+
 def without_weights(config: Config) -> tuple[Config, int]:
-    """The configuration with random weights of the same sizes, and the vocabulary's size.
+    """The configuration with random weights of the same sizes and without a compiler, and the vocabulary's size.
 
     Raises `UserError` for a text model whose sizes are known neither here nor on this machine.
     """
@@ -59,7 +64,8 @@ def without_weights(config: Config) -> tuple[Config, int]:
     if vocab_size is None:
         vocab_size = AutoConfig.for_model(family(student.text_model)).vocab_size
     student = replace(student, image_weights="random", text_weights="random")
-    return replace(config, student=student, teacher=replace(teacher, weights="random")), vocab_size
+    run = replace(config.run, compile="off")
+    return replace(config, student=student, teacher=replace(teacher, weights="random"), run=run), vocab_size
 
 
 def text_lengths(config: Config, micro_batch: int) -> list[int]:

@@ -23,7 +23,7 @@ from ds_cmli.data import Batch
 from ds_cmli.memory import gpus
 from ds_cmli.memory.allocator import CachingAllocator, replay
 from ds_cmli.memory.fake import convert_parameters, fake_world
-from ds_cmli.memory.inputs import NotPredictable, Texts, longest_batch, text_lengths, without_weights
+from ds_cmli.memory.inputs import UNCOMPILED, NotPredictable, Texts, longest_batch, text_lengths, without_weights
 from ds_cmli.memory.phases import phases
 from ds_cmli.memory.report import Event, Report, summarise
 from ds_cmli.memory.tracker import Tracker
@@ -88,6 +88,8 @@ def predict(
     if cuda:
         json = _pinned(json)
     named = config
+    if config.run.compile != "off":
+        tell(UNCOMPILED)
     config, vocab_size = without_weights(config)
     if config.student.text_overrides.get("relative_attention"):  # measured: 2 MB less than predicted
         raise NotPredictable(

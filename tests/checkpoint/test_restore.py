@@ -32,6 +32,7 @@ from tests.drive_train import drive
 
 TIMES = {"pairs_per_s", "checkpoint_s", "tflops", "mfu"}
 TINY = ["--preset", "tiny", "--steps", "12", "--log-every", "3", "--eval-every", "5", "--set", "student.dropout=0.2"]
+AUGMENTED = ["--set", 'data.augmentation={"random_resized_crop": 0.5, "horizontal_flip": 0.5, "color_jitter": 0.4}']
 
 
 @pytest.fixture(scope="module")
@@ -157,7 +158,7 @@ def test_the_best_checkpoint_stays_and_a_run_out_of_patience_ends_and_is_finishe
 
 def test_two_ranks_interrupted_as_if_never(source, tmp_path):
     arguments = [*TINY, *source, *json_file(tmp_path / "ds.json", ACCUMULATION), "--micro-batch", "4", "--workers", "1"]
-    arguments += ["--set", "optim.ema_decay=0.9"]
+    arguments += ["--set", "optim.ema_decay=0.9", *AUGMENTED]
     broken = [*arguments, "--output-dir", str(tmp_path / "broken")]
     tasks = [
         {"arguments": [*arguments, "--output-dir", str(tmp_path / "straight")]},

@@ -7,14 +7,13 @@ import pytest
 from ds_cmli.common.errors import UserError
 from ds_cmli.config import settings
 from ds_cmli.config.schema import Config, DataConfig
-from tests.checkpoint.test_restore import assert_same, drive
+from tests.checkpoint.test_restore import AUGMENTED, assert_same, drive
 from tests.data.sources.samples import members, picture, tar
 from tests.data.sources.test_arrow import datasets, table
 from tests.data.sources.test_coco import coco
 from tests.data.sources.test_folder import rows, write
 
 TINY = ["--preset", "tiny", "--steps", "6", "--log-every", "1", "--micro-batch", "4", "--set", "data.max_bad_share=0.2"]
-AUGMENTED = ["--set", 'data.augmentation={"random_resized_crop": 0.5, "horizontal_flip": 0.5, "color_jitter": 0.4}']
 
 
 def every_kind(folder, count=20):

@@ -1,3 +1,4 @@
+import io
 import json
 
 import numpy as np
@@ -94,6 +95,34 @@ def test_a_folder_of_class_folders(tmp_path):
     assert [int(p.image[2, 0, 0]) for p in found] == [255, 255, 0, 0]
     assert found[3].bad[0] == "1.png" and found[3].bad[1].startswith("cannot identify image file")
     assert class_names(pictures.folders, None) == ["blue bird", "red car"]
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_a_hugging_face_data_set_with_labels(tmp_path, monkeypatch, broken):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    colours = [(200, 0, 0), (0, 0, 200), (200, 0, 0)]
+    files = []
+    for colour in colours:
+        Image.new("RGB", (8, 8), colour).save(buffer := io.BytesIO(), "PNG")
+        files.append(buffer.getvalue())
+    if broken:
+        files[1] = files[1][:20]
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["red", "dark_blue"])})
+    rows = {"image": [{"bytes": file, "path": None} for file in files], "label": [0, 1, 0]}
+    (tmp_path / "set").mkdir()
+    datasets.Dataset.from_dict(rows, features).to_parquet(tmp_path / "set" / "validation-00000-of-00001.parquet")
+
+    found = ClassPictures(f"hfds/{tmp_path / 'set'}", 4, 10**6)
+    assert found.folders == ["red", "dark_blue"] and class_names(found.folders, None) == ["red", "dark blue"]
+    pictures = list(found.pictures([0, 1, 2]))
+    assert [picture.target for picture in pictures if picture.bad is None] == ([0, 0] if broken else [0, 1, 0])
+    assert (pictures[1].bad is not None) == broken
+    for picture, colour in zip(pictures, colours, strict=True):
+        if picture.bad is None:
+            assert picture.image[:, 2, 2].tolist() == list(colour)
+    if broken:
+        assert pictures[1].bad[0] == "picture 1"  # it has no file name
 
 
 @pytest.mark.parametrize(
