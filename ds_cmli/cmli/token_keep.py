@@ -27,9 +27,6 @@ class Selection:
     tokens: Tensor  # int64 [B, m], among M
     token_mask: Tensor  # bool [B, m], of the kept tokens
 
-    def to(self, device: torch.device | str) -> "Selection":
-        return Selection(self.patches.to(device), self.tokens.to(device), self.token_mask.to(device))
-
     def of(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
         """[B, N, D], [B, M, D] -> [B, n, D], [B, m, D]."""
         return _taken(image, self.patches), _taken(text, self.tokens)

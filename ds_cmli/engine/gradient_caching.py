@@ -34,6 +34,11 @@ class RandomState:
             torch.cuda.set_rng_state(self.gpu, device)
 
 
+def on_host(features: PairFeatures) -> PairFeatures:
+    """A copy where the device is a GPU. CPU-GPU sync."""
+    return features.to("cpu")
+
+
 def backward(
     train_engine: Any,
     micro_batches: Sequence[Batch],
@@ -59,7 +64,7 @@ def backward(
         states.append(RandomState.now(device))
         with torch.no_grad():
             features = engine(batch.to(device), part="embed")
-        cached.append(features.to("cpu") if train_engine.cache_on_host else features)  # CPU-GPU sync, to the host
+        cached.append(on_host(features) if train_engine.cache_on_host else features)
     after_last = RandomState.now(device)
 
     scale = train_engine.scale

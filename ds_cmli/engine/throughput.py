@@ -84,7 +84,7 @@ class ModelFlops(TorchFunctionMode):
         out = func(*args, **(kwargs or {}))
         both = 3 if self.trained else 1
         if func is torch._C._nn.linear:  # `F.linear`, which ZeRO-3 replaces by a function of products
-            weight = args[1]
+            weight = args[1] if len(args) > 1 else kwargs["weight"]
             self.flops += 2.0 * out.numel() * weight.shape[-1] * (both if weight.requires_grad else 1)
         elif func in PRODUCTS:
             self.flops += 2.0 * out.numel() * args[0].shape[-1] * both

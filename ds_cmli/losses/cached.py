@@ -10,7 +10,7 @@ H student width, D embedding dimension.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -40,14 +40,29 @@ class PairFeatures:
     selection: Selection | None = None  # where N patches and M tokens are those that were kept
 
     def to(self, device: torch.device | str) -> "PairFeatures":
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return PairFeatures(**{name: None if value is None else value.to(device) for name, value in values.items()})
+        image_cls, text_cls, patches, tokens = (None if x is None else fetched(x, device) for x in self._features())
+        mask, pair_id, selection = fetched(self.token_mask, device), fetched(self.pair_id, device), self.selection
+        if selection is not None:
+            selection = Selection(*(fetched(x, device) for x in vars(selection).values()))
+        return PairFeatures(mask, pair_id, image_cls, text_cls, patches, tokens, selection)
+
+    def _features(self) -> tuple[Tensor | None, ...]:
+        return self.image_cls, self.text_cls, self.patches, self.tokens
 
     def tensors(self) -> list[Tensor]:
         """All but those of the batch."""
-        held = (self.image_cls, self.text_cls, self.patches, self.tokens)
         selected = [] if self.selection is None else vars(self.selection).values()
-        return [x for x in (*held, *selected) if x is not None]
+        return [x for x in (*self._features(), *selected) if x is not None]
+
+
+def fetched(x: Tensor, device: torch.device | str, rows: slice = slice(None), copy: bool = False) -> Tensor:
+    """Rows of a cached tensor on `device`: a copy, without `copy` only where they wait on another one."""
+    return x[rows].detach().to(device, copy=copy)
+
+
+def stored(value: Tensor | float, place: Tensor, rows: slice = slice(None)) -> None:
+    """Put `value` into rows of a cached tensor. CPU-GPU sync, for a cache on the host."""
+    place[rows] = value.to(place.device) if isinstance(value, Tensor) else value
 
 
 @dataclass
@@ -156,9 +171,9 @@ def pair_gradients(
             for start in range(0, len(features.pair_id), rows):
                 part = slice(start, start + rows)
                 image_cls, patches = (
-                    None if x is None else x[part].detach().to(device) for x in (features.image_cls, features.patches)
+                    None if x is None else fetched(x, device, part) for x in (features.image_cls, features.patches)
                 )
-                ids = features.pair_id[part].to(device)
+                ids = fetched(features.pair_id, device, part)
                 block = _Block(first + start, ids, image_cls, patches, texts, column_logsumexp, score, keep_duplicates)
                 yield block, features, part
                 del block
@@ -194,7 +209,7 @@ def pair_gradients(
         grads = torch.autograd.grad(total, [*rows, *leaves, *parameters], allow_unused=True)
         targets = [x for x in (features.image_cls, features.patches) if x is not None]
         for target, grad in zip(targets, grads, strict=False):
-            target[part] = 0.0 if grad is None else grad.to(target.device)  # CPU-GPU sync, for a cache on the host
+            stored(0.0 if grad is None else grad, target, part)
         for summed, grad in zip(sums, grads[len(rows) :], strict=False):
             if grad is not None:
                 summed += grad
@@ -220,20 +235,20 @@ def pair_gradients(
 def _gathered(cached: list[PairFeatures], device: torch.device, score: Callable[..., Any]) -> _Texts:
     """Every rank's texts, but for tokens that go round. Collective."""
     count, longest = sum(len(f.pair_id) for f in cached), max(f.token_mask.shape[1] for f in cached)
-    ids = torch.cat([f.pair_id.to(device) for f in cached])
+    ids = torch.cat([fetched(f.pair_id, device) for f in cached])
     mask = torch.zeros(count, longest, dtype=torch.bool, device=device)
     cls = tokens = None
     first = 0
     for f in cached:
         part = slice(first, first + len(f.pair_id))
         length = f.token_mask.shape[1]
-        mask[part, :length] = f.token_mask.to(device)
+        mask[part, :length] = fetched(f.token_mask, device)
         if f.text_cls is not None:
-            x = upcast(l2_normalize(f.text_cls.to(device)))
+            x = upcast(l2_normalize(fetched(f.text_cls, device)))
             cls = x.new_empty(count, x.shape[1]) if cls is None else cls
             cls[part] = x
         if f.tokens is not None:
-            x = l2_normalize(f.tokens.to(device))
+            x = l2_normalize(fetched(f.tokens, device))
             tokens = x.new_zeros(count, longest, x.shape[2]) if tokens is None else tokens
             tokens[part, :length] = x
         first += len(f.pair_id)
@@ -265,8 +280,8 @@ def _back_to_texts(cached: list[PairFeatures], of_tokens: bool, grad: Tensor, de
         place = features.tokens if of_tokens else features.text_cls
         assert place is not None
         part = grad[first : first + len(place)]
-        x = place.detach().to(device, copy=True).requires_grad_()
+        x = fetched(place, device, copy=True).requires_grad_()
         y = l2_normalize(x)
         (back,) = torch.autograd.grad(y, x, (part[:, : x.shape[1]] if of_tokens else part).to(y.dtype))
-        place.copy_(back)
+        stored(back, place)
         first += len(place)

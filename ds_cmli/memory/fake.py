@@ -224,8 +224,16 @@ def fake_world(world_size: int, cuda: bool) -> Iterator[Answers]:
             return [[len(x), max(x.shape[1], answers.positions), x.shape[2]]] * world_size
 
         stack.enter_context(replaced(distributed, "_all_shapes", shapes))
-        stack.enter_context(patched("deepspeed: ranks compared", lambda _: lambda values: None))
-        stack.enter_context(patched("deepspeed: rank 0 copied", lambda _: lambda values: values))
+
+        def compared(values: list[int]) -> None:
+            dist.broadcast(torch.tensor(len(values)), src=0)
+
+        def copied(values: list[int]) -> list[int]:
+            dist.broadcast(torch.tensor(values), src=0)
+            return values
+
+        stack.enter_context(patched("deepspeed: ranks compared", lambda _: compared))
+        stack.enter_context(patched("deepspeed: rank 0 copied", lambda _: copied))
         generator = torch.get_rng_state()
         stack.callback(torch.set_rng_state, generator)
         stack.enter_context(patched("torch: module conversion", lambda _: _apply))

@@ -22,6 +22,7 @@ from ds_cmli.config.schema import Config, check, choice
 from ds_cmli.data import Batch
 from ds_cmli.memory import gpus
 from ds_cmli.memory.allocator import CachingAllocator, replay
+from ds_cmli.memory.cache_on_host import kept_on_host
 from ds_cmli.memory.fake import convert_parameters, fake_world
 from ds_cmli.memory.inputs import UNCOMPILED, NotPredictable, Texts, longest_batch, text_lengths, without_weights
 from ds_cmli.memory.phases import phases
@@ -103,11 +104,6 @@ def predict(
         config = replace(config, loss=replace(config.loss, cmli_backend="triton" if runs else "chunked"))
     micro_batch, accumulation = json.micro_batch, json.accumulation
 
-    if cuda and accumulation > 1 and config.optim.cache_on_host:
-        raise NotPredictable(
-            "optim.cache_on_host is true: what it leaves on a GPU cannot be predicted: leave it out for the prediction"
-        )
-
     device = torch.device("cpu")
     tracker = Tracker(device.type, text_lengths(config, micro_batch), workspaces=not cuda, backend=backend)
     with (
@@ -130,7 +126,8 @@ def predict(
                 with tracker.paused() if cuda else tracker.scope("data"):
                     batches = _StepBatches(config, micro_batch, said or [None] * accumulation, answers, tracker)
                 moved = replaced(Batch, "to", _copied(tracker)) if cuda else nullcontext()
-                with moved, watch(train_engine, number):
+                on_host = kept_on_host(tracker) if cuda and config.optim.cache_on_host else nullcontext()
+                with moved, on_host, watch(train_engine, number):
                     train_engine.step(batches)
                 del batches
         events = tracker.events(host=not cuda)

@@ -229,11 +229,11 @@ class Tracker(TorchDispatchMode):
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Record no allocations: they happen on the host."""
-        self.recording = False
+        before, self.recording = self.recording, False
         try:
             yield
         finally:
-            self.recording = True
+            self.recording = before
 
     def claim(self, category: str, tensors: Iterable[Any]) -> None:
         """These tensors belong to `category`; those that were there before recording began are recorded now."""

@@ -57,8 +57,11 @@ def series(tmp_path, world_size: int, moments: list[str], seed: int) -> None:
     """Kill a run at each of the moments, "write" or "any", resume it, and compare with one that was left alone."""
     draw = random.Random(seed)
     steps = 40 + 12 * len(moments)
+    ds_config = tmp_path / "ds.json"  # with negatives from both micro-batches of a step
+    ds_config.write_text('{"gradient_accumulation_steps": 2, "zero_optimization": {"stage": 2}}')
     arguments = ["--preset", "tiny", "--steps", str(steps), "--log-every", "2", "--save-every", "3",
-                 "--micro-batch", "4", "--set", "student.dropout=0.1", "--set", "data.image_size=28",
+                 "--deepspeed_config", str(ds_config), "--micro-batch", "2",
+                 "--set", "student.dropout=0.1", "--set", "data.image_size=28",
                  "--data", pairs(tmp_path / "pairs", count=63), "--output-dir"]  # fmt: skip
     assert Ranks(tmp_path, world_size, [*arguments, str(tmp_path / "straight")]).wait() == [0] * world_size
     run = tmp_path / "killed"

@@ -13,6 +13,7 @@ from ds_cmli.distributed import process_group as distributed
 from ds_cmli.engine import gradient_caching
 from ds_cmli.losses.base import Features, LossInputs
 from tests.conftest import spawn
+from tests.faults.test_nonfinite import everything, same, spoil
 
 WEIGHTS = {"global": 1.0, "cmli": 1.0, "target_cmli": 1.0, "cls_kd": 0.5, "cmli_sigmoid": 0.1, "global_sigmoid": 0.1}
 OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
@@ -116,8 +117,8 @@ def pieces_of(batch, number):
     return [batch._map(lambda x, k=k: x[k * size : (k + 1) * size].clone()) for k in range(number)]
 
 
-def in_fp64(rank, world_size, number, dropout=0.0, kept=False, exchange="auto"):
-    """Loss and gradients of 32 pairs in fp64, as `number` micro-batches a rank, without DeepSpeed.
+def in_fp64(rank, world_size, number, dropout=0.0, kept=False, exchange="auto", pairs=32):
+    """Loss and gradients of `pairs` in fp64, as `number` micro-batches a rank, without DeepSpeed.
 
     kept: in one piece, but for the forward passes, whose graphs are all kept.
     """
@@ -127,7 +128,7 @@ def in_fp64(rank, world_size, number, dropout=0.0, kept=False, exchange="auto"):
     objective, teacher = engine.build_models(config, data.vocab_size)
     objective.double()
     teacher.double()
-    (whole,) = micro_batches(data, 32, 1)
+    (whole,) = micro_batches(data, pairs, 1)
     whole.pair_id[[3, 30], 0] = whole.pair_id[0, 0]  # other captions of a picture
     whole.pair_id[17, 1] = whole.pair_id[9, 1]  # one caption of two
     batches = pieces_of(pieces_of(whole, world_size)[rank], number)
@@ -159,8 +160,8 @@ def largest_difference(ours, theirs):
     return max(((ours[n] - g).norm() / max(g.norm(), 1e-6 * whole)).item() for n, g in theirs.items())
 
 
-def gathered_and_ring(rank, world_size, number):
-    return [in_fp64(rank, world_size, number, exchange=exchange) for exchange in ("gather", "ring")]
+def gathered_and_ring(rank, world_size, number, pairs=32):
+    return [in_fp64(rank, world_size, number, exchange=exchange, pairs=pairs) for exchange in ("gather", "ring")]
 
 
 def test_two_ranks_of_two_micro_batches_in_fp64():
@@ -185,6 +186,22 @@ def test_checkpointed_blocks_with_dropout_draw_the_same_again(device, data):
         train_engine = build(device, data, 8, 2, {"stage": 2}, dropout=0.3, checkpointing=checkpointing)
         found.append(gradients_of(train_engine, micro_batches(data, 8, 2)))
     assert_same(*found, limit=1e-6)
+
+
+@pytest.mark.parametrize("stage, what", [(2, "nan"), (3, "gradient")])
+def test_a_step_that_is_not_finite_changes_nothing(device, data, stage, what):
+    train_engine = build(device, data, 8, 2, {"stage": stage})
+    batches = micro_batches(data, 8, 4)
+    train_engine.step(batches[:2])
+    before = everything(train_engine)
+    with pytest.MonkeyPatch.context() as patch:
+        handles = spoil(train_engine, what, patch)
+        train_engine.step(batches[2:])
+    for handle in handles:
+        handle.remove()
+    assert train_engine.skipped and same(before, everything(train_engine))
+    train_engine.step(batches[2:])
+    assert not train_engine.skipped and not same(before, everything(train_engine))
 
 
 @pytest.mark.parametrize("reduce_once", [False, True])

@@ -18,6 +18,9 @@ def test_products_are_counted_with_the_backward_to_come(monkeypatch):
     with ModelFlops(trained=True) as counted:  # a weight that is not trained: forward alone
         nn.Linear(3, 7).requires_grad_(False)(x)
     assert counted.flops == 2 * 5 * 3 * 7
+    with ModelFlops(trained=True) as counted:  # as BEiT's attention calls it
+        F.linear(x, weight=torch.ones(7, 3), bias=None)
+    assert counted.flops == 2 * 5 * 3 * 7
     with ModelFlops(trained=False) as counted:
         nn.Conv2d(3, 4, 2, stride=2)(torch.ones(2, 3, 8, 8))  # 4 x 4 places, 12 numbers each
         x @ x.T

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from contextlib import nullcontext
 from dataclasses import replace
-from itertools import accumulate
+from itertools import accumulate, product
 from types import SimpleNamespace
 
 import pytest
@@ -370,10 +370,17 @@ def test_the_former_name_of_an_option_stays_valid():
     assert done.returncode == 2 and done.stderr.startswith("error: --gpu is 'abacus': give one of A10G 24GB")
 
 
-def test_features_cached_on_the_host_are_not_predicted_for_a_gpu():
-    config = load_preset("tiny", {"optim": {"cache_on_host": True}})
-    with pytest.raises(NotPredictable, match=r"optim\.cache_on_host is true"):
-        predict(config, ds_json(accumulation=2), 1)
+def test_features_cached_on_the_host_take_no_memory_of_the_gpu():
+    """More micro-batches make a forward pass larger by their features, or, with these on the host, not at all."""
+    peaks = {}
+    for on_host, accumulation in product((False, True), (2, 4)):
+        config = load_preset("tiny", {"optim": {"cache_on_host": on_host}, "loss": {"weights": {"cmli": 1.0}}})
+        peaks[on_host, accumulation] = predict(config, ds_json(accumulation=accumulation), 1).report.phases["forward"]
+    # Of 8 pairs 16 patches and 32 tokens of 16 features each, in 16 bit, with masks of the tokens and two numbers.
+    features = 8 * (16 + 32) * 16 * 2
+    print(peaks, features)
+    assert peaks[True, 4] - peaks[True, 2] == 0
+    assert peaks[False, 4] - peaks[False, 2] == 2 * features
 
 
 def test_relative_attention_is_not_predicted():

@@ -1,0 +1,36 @@
+"""Gradient caching with its features on the host, in a prediction for a GPU, whose tensors all have one device."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import Tensor
+
+from ds_cmli.common.patches import replaced
+from ds_cmli.engine import gradient_caching
+from ds_cmli.losses import cached
+from ds_cmli.memory.tracker import Tracker
+
+
+@contextmanager
+def kept_on_host(tracker: Tracker) -> Iterator[None]:
+    """Inside, cached features take no memory of the device, and what is fetched from them is a copy there."""
+
+    def on_host(features: cached.PairFeatures) -> cached.PairFeatures:
+        with tracker.paused():
+            return features.to("cpu")
+
+    def fetched(x: Tensor, device: torch.device | str, rows: slice = slice(None), copy: bool = False) -> Tensor:
+        with tracker.paused():
+            part = x[rows].detach()
+        return part.clone()
+
+    def stored(value: Tensor | float, place: Tensor, rows: slice = slice(None)) -> None:
+        with tracker.paused():
+            place[rows] = value
+
+    with ExitStack() as stack:
+        stack.enter_context(replaced(gradient_caching, "on_host", on_host))
+        stack.enter_context(replaced(cached, "fetched", fetched))
+        stack.enter_context(replaced(cached, "stored", stored))
+        yield
