@@ -31,6 +31,7 @@ SCRIPTS = {"ds-cmli-search": "ds_cmli.inference.search"}
 ELSEWHERE = {
     "python3 -m venv .venv && . .venv/bin/activate && pip install -e .": ".ci/run: CI's own environment",
     "pip install -e '.[test]' && pytest": ".ci/run: CI's own command",
+    "pip install -e '.[plots]'": "pyproject.toml: a part of what the tests need",
     "deepspeed ds_cmli/train.py --deepspeed_config ds_configs/zero2.json": "tests/test_train.py: four steps of `tiny`",
     "deepspeed --num_accelerators 2 ds_cmli/train.py --deepspeed_config ds_configs/zero2.json": "tests/test_train.py",
     "torchrun --nproc_per_node 2 ds_cmli/train.py": "tests/test_train.py: two steps of `tiny`",
