@@ -84,9 +84,11 @@ def longest_batch(config: Config, micro_batch: int, positions: int | None = None
     token_mask[:, 0] = False  # [CLS]
     token_mask[:, -1] = False  # [SEP]
     token_mask[0, -2] = False
+    input_ids = torch.zeros(B, M, dtype=torch.int64)
+    input_ids[:, ::2] = 3  # tokens that are all alike can give gradients that are not finite, and no update
     return Batch(
         image=torch.zeros(B, 3, S, S, dtype=torch.uint8),
-        input_ids=torch.zeros(B, M, dtype=torch.int64),
+        input_ids=input_ids,
         attention_mask=attention_mask,
         token_mask=token_mask,
         index=torch.zeros(B, dtype=torch.int64),

@@ -92,11 +92,6 @@ def predict(
     if config.run.compile != "off":
         tell(UNCOMPILED)
     config, vocab_size = without_weights(config)
-    if config.student.text_overrides.get("relative_attention"):  # measured: 2 MB less than predicted
-        raise NotPredictable(
-            f"student.text_model is {config.student.text_model!r} with relative attention, whose memory cannot be "
-            "predicted to the byte: it can be trained without a prediction"
-        )
     if cuda and config.loss.cmli_backend == "auto":
         runs = find_spec("triton") is not None
         if not runs:

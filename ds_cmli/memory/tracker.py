@@ -32,7 +32,7 @@ from ds_cmli.memory.workspace import workspace_bytes
 
 # Autograd accumulates gradients and scatters those of maxima in place, except under a dispatch mode: there these
 # operators return a new tensor, and their argument is freed right afterwards.
-IN_PLACE = (torch.ops.aten.add.Tensor, torch.ops.aten.scatter.src)
+IN_PLACE = (torch.ops.aten.add.Tensor, torch.ops.aten.scatter.src, torch.ops.aten.scatter_add.default)
 # Methods of DeepSpeed's optimizers: what they allocate belongs to the buckets in which gradients are reduced.
 BUCKET_METHODS = ("setup_buckets", "reduce_ipg_grads", "_DeepSpeedZeroOptimizer_Stage3__reduce_and_partition_ipg_grads")
 GATHERS = ("allgather_", "_allgather_base_", "allgather_into_tensor_coalesced_", "allgather_coalesced_")
@@ -108,6 +108,9 @@ class Tracker(TorchDispatchMode):
         scratch, category = self._inside(func, args, kwargs) if self.recording else (0, None)
         block = self._begin(scratch, category, str(func)) if scratch else None
         out = func(*args, **(kwargs or {}))
+        if block is not None and func in IN_PLACE:  # what it returns takes the place of its argument afterwards
+            self._end(block, scratch)
+            block = None
         if self.recording:
             category = "CMLI op" if func.namespace == "ds_cmli" else None
             for tensor in [out] if isinstance(out, Tensor) else tree_leaves(out):
