@@ -81,7 +81,7 @@ def command(preset: str, settings: tuple[str, ...], json_path: str | None, plot_
                     cost = step_cost(config, ds_config, ranks, exchange, cached, given["target"], given["gpu"])
                     costs.append(cost)
                     rows.append(row(cost, step_time(cost, rates)))
-                    click.echo(f"ZeRO {stage}, {ranks:,} ranks, {exchange}: done", err=True)
+                    click.echo("  ".join(cells(rows[-1])), err=True)  # the table comes at the end
     title = f"{preset}: a step of {given['accumulation']} x {config.optim.micro_batch} pairs a rank"
     columns = ["ZeRO", "cached", "ranks", "exchange", *(f"{part} ms" for part in PARTS), "step ms", "calls"]
     table = Table(title, [*columns, "sent GB", "memory GB"], [cells(r) for r in rows], [
