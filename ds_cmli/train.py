@@ -70,7 +70,7 @@ def train(
             raise
         mistake = str(error)  # perhaps on this node alone, where nobody would hear of it: told once the ranks have met
     from ds_cmli.checkpoint import lock, run_folder
-    from ds_cmli.engine import on_this_device
+    from ds_cmli.engine import cannot_compile, on_this_device
     from ds_cmli.faults.watchdog import Watchdog, hold_back_nccl
 
     ds_config = on_this_device(ds_config)
@@ -83,7 +83,7 @@ def train(
         say(f"stopped before step 1 by {preemption.requested()}: start again to go on")
         return preemption.EXIT_CODE
     try:
-        distributed.raise_together(mistake)  # collective
+        distributed.raise_together(mistake or cannot_compile(config, device))  # collective
         folder = run_folder.make(config, resume, dry_run)  # collective
         with Watchdog(config.run.watchdog) as watchdog, lock.held(folder):  # collective
             return run(config, ds_config, data, device, folder, dry_run, resume, with_changes, profiles, watchdog)
@@ -124,12 +124,10 @@ def run(
     from ds_cmli.faults import out_of_memory
     from ds_cmli.memory import dry_run as dry
     from ds_cmli.metrics import Meter, NullWriter, open_writer
-    from ds_cmli.models.compiling import no_compiler
 
     # --- what there is to go on from
     resume = distributed.broadcast_object(run_folder.requeued(resume, folder))  # collective
     point = restore.find(resume, folder)  # collective
-    distributed.raise_together(no_compiler(device) if config.run.compile != "off" else None)  # collective
     ds_config, sampler, total_steps = plan(config, restore.rebatch(point, ds_config), data.mixture)
     state = restore.state_of(point, config, ds_config, with_changes, say, data.fingerprint)
     if (state.step >= total_steps and state.evaluated) or state.out_of_patience(config.run.patience):

@@ -1,7 +1,7 @@
 """FILIP's approximation of the all-pairs scores: of each image and text the few features that match best.
 
-"For each image (resp. text), we select the 25% tokens with the highest token-wise maximum similarity score among all
-texts (resp. images) in the same local worker before node communication" (Yao et al., 2021, implementation details). The
+As in FILIP (Yao et al., 2021), which keeps 25%, each image keeps the patches with the highest maximum similarity to the
+texts of its rank's micro-batch, and each text its tokens likewise, before anything is exchanged between ranks. The
 selection passes no gradient, and depends on which pairs a rank's micro-batch holds.
 
 Shapes: B images and B texts of a micro-batch, N patches, M text positions, D embedding dimension; n and m are kept.

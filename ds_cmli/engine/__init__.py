@@ -3,12 +3,14 @@
 from ds_cmli.engine.parameter_groups import counts_line, parameter_groups
 from ds_cmli.engine.planning import filled, on_this_device, plan, try_out, with_backend
 from ds_cmli.engine.train_engine import DTYPES, TrainEngine, build, build_models
+from ds_cmli.models.compiling import cannot_compile
 
 __all__ = [
     "DTYPES",
     "TrainEngine",
     "build",
     "build_models",
+    "cannot_compile",
     "counts_line",
     "filled",
     "on_this_device",

@@ -11,9 +11,13 @@ import shutil
 import torch
 from torch import nn
 
+from ds_cmli.config.schema import Config
 
-def no_compiler(device: torch.device) -> str | None:
-    """What to tell where torch.compile cannot make code for the device."""
+
+def cannot_compile(config: Config, device: torch.device) -> str | None:
+    """What to tell where blocks are to be compiled and torch.compile cannot make code for the device."""
+    if config.run.compile == "off":
+        return None
     problem = None
     if device.type == "cuda":
         from torch.utils._triton import has_triton
