@@ -377,9 +377,8 @@ def test_features_cached_on_the_host_take_no_memory_of_the_gpu():
         config = load_preset("tiny", {"optim": {"cache_on_host": on_host}, "loss": {"weights": {"cmli": 1.0}}})
         peaks[on_host, accumulation] = predict(config, ds_json(accumulation=accumulation), 1).report.phases["forward"]
     # Of 8 pairs 16 patches and 32 tokens of 16 features each, in 16 bit, with masks of the tokens and two numbers.
-    features = 8 * (16 + 32) * 16 * 2
-    print(peaks, features)
-    assert peaks[True, 4] - peaks[True, 2] == 0
+    features = 8 * ((16 + 32) * 16 * 2 + 32 + 2 * 8)
+    assert 0 <= peaks[True, 4] - peaks[True, 2] <= 2 * 4  # a number of each micro-batch
     assert peaks[False, 4] - peaks[False, 2] == 2 * features
 
 
