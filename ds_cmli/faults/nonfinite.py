@@ -27,7 +27,7 @@ def poison(loss: Tensor) -> Tensor:
 def attach(engine: Any) -> None:
     """Add the check where DeepSpeed has none: in optimizers without ZeRO, and with fp16 at its lowest loss scale."""
     optimizer = engine.optimizer
-    _clear_padding(optimizer)
+    _clear_padding(engine)
     scaler: Any = getattr(optimizer, "loss_scaler", None)
     if hasattr(scaler, "raise_error_at_min_scale"):
         scaler.raise_error_at_min_scale = False  # such steps are counted like other skipped ones
@@ -57,17 +57,27 @@ def _look_once(optimizer: Any) -> None:
         optimizer.check_overflow = lambda partition_gradients=True: None
 
 
-def _clear_padding(optimizer: Any) -> None:
+def _clear_padding(engine: Any) -> None:
     """Zero the padding at the end of ZeRO-3's partitions, which would otherwise save whatever was in memory."""
+    optimizer = engine.optimizer
     flats = getattr(optimizer, "fp32_partitioned_groups_flat", ())
     for group, flat in zip(getattr(optimizer, "fp16_groups", ()), flats, strict=False):
         start = 0
         for parameter in group:
-            size = parameter.ds_tensor.numel()
-            used = max(0, min(size, parameter.ds_numel - optimizer._get_param_partition_rank(parameter) * size))
-            parameter.ds_tensor[used:].zero_()
+            size, used = parameter.ds_tensor.numel(), _clear_end(optimizer, parameter)
             flat.detach()[start + used : start + size].zero_()
             start += size
+    for parameter in engine.module.parameters():
+        if hasattr(parameter, "ds_tensor") and not parameter.requires_grad:  # frozen: in no group
+            _clear_end(optimizer, parameter)
+
+
+def _clear_end(optimizer: Any, parameter: Any) -> int:
+    """The number of elements of this rank's partition that are the parameter's; the others become 0."""
+    size = parameter.ds_tensor.numel()
+    used = max(0, min(size, parameter.ds_numel - optimizer._get_param_partition_rank(parameter) * size))
+    parameter.ds_tensor[used:].zero_()
+    return used
 
 
 def can_lower_scale(optimizer: Any) -> bool:

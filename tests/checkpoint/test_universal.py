@@ -11,6 +11,7 @@ from ds_cmli.checkpoint import restore
 from ds_cmli.checkpoint import save as checkpoint
 from ds_cmli.checkpoint import weights as weights_file
 from ds_cmli.checkpoint.average import full_averages
+from ds_cmli.checkpoint.io import not_finite
 from ds_cmli.common.errors import UserError
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.presets import load_preset
@@ -127,6 +128,18 @@ def on_ranks(rank, ranks, source, folder, precisions):
         for stage in range(4):
             setting.write(folder / f"{ranks} {stage} {precision}", (stage, precision))
     return read_all(setting, folder, precisions)
+
+
+def unset_memory(rank, ranks, source):
+    """What is not finite in an engine's weights where memory that nobody has set is NaN."""
+    torch.use_deterministic_algorithms(True, warn_only=True)  # fills it so
+    train_engine, _ = Setting(source, torch.device("cpu"), student={"freeze_image": 1}).build((3, "fp32"))
+    return not_finite({"weights": weights_file.parts(train_engine.engine)})
+
+
+def test_padding_of_frozen_and_of_trained_parameters_is_set(source, monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert spawn(unset_memory, 3, source) == [None, None, None]  # 3 ranks divide none of the sizes
 
 
 def read_all(setting: Setting, folder: Path, precisions: list[str]) -> dict[tuple, dict[str, float] | str]:
