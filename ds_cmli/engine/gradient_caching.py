@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ds_cmli.data import Batch
 from ds_cmli.engine.result import MicroBatchLosses
-from ds_cmli.losses.cached import PairFeatures
+from ds_cmli.losses.cached import PairFeatures, PairGradients
 
 
 @dataclass
@@ -56,35 +56,62 @@ def backward(
     Returns:
         Of each micro-batch; the losses over pairs are those of the whole step.
     """
-    engine, device = train_engine.engine, train_engine.device
+    device = train_engine.device
     train_engine.mark("forward")
     states: list[RandomState] = []
-    cached: list[PairFeatures] = []
+    cached: list[PairFeatures | None] = []
     for batch in micro_batches:
-        states.append(RandomState.now(device))
-        with torch.no_grad():
-            features = engine(batch.to(device), part="embed")
-        cached.append(on_host(features) if train_engine.cache_on_host else features)
+        state, features = embed(train_engine, batch)
+        states.append(state)
+        cached.append(features)
     after_last = RandomState.now(device)
 
     scale = train_engine.scale
-    pairs = engine(cached, device, scale, heartbeat, part="compare")  # collectives: texts, column statistics
+    # Collectives: texts, column statistics.
+    pairs = train_engine.engine(cached, device, scale, heartbeat, part="compare")
 
     ignored = pairs.ignored / sum(len(batch.index) for batch in micro_batches)
     found = []
     for number, (batch, state) in enumerate(zip(micro_batches, states, strict=True)):
-        state.restore(device)
-        gradients, cached[number] = cached[number].to(device), None  # type: ignore[call-overload]
-        moved = batch.to(device)
-        more = (gradients, pairs, scale, len(micro_batches))
-        total, each = train_engine.forward(
-            moved, lambda targets, moved=moved, more=more: engine(moved, targets, *more, part="replay")
-        )
-        del gradients, moved, more
-        train_engine.go_backward(total)  # collectives: gradient buckets
-        found.append(MicroBatchLosses(batch.index, total.detach(), each, ignored))
-        del total
+        held, cached[number] = [cached[number]], None
+        found.append(replay(train_engine, batch, state, held, pairs, scale, ignored))  # collectives
         after_backward()
         heartbeat()
     after_last.restore(device)
     return found
+
+
+def embed(train_engine: Any, batch: Batch) -> tuple[RandomState, PairFeatures]:
+    """Pass 1 of a micro-batch."""
+    device = train_engine.device
+    state = RandomState.now(device)
+    with torch.no_grad():
+        features = train_engine.engine(batch.to(device), part="embed")
+    return state, on_host(features) if train_engine.cache_on_host else features
+
+
+def replay(
+    train_engine: Any,
+    batch: Batch,
+    state: RandomState,
+    held: list[PairFeatures | None],
+    pairs: PairGradients,
+    scale: float,
+    ignored: Tensor,
+) -> MicroBatchLosses:
+    """Pass 2 of a micro-batch. Collective.
+
+    Args:
+        held: the gradients of its features, taken out of the list so that they end before the backward pass.
+        ignored: what the result says of it.
+    """
+    engine, device = train_engine.engine, train_engine.device
+    state.restore(device)
+    gradients, moved = held.pop().to(device), batch.to(device)  # type: ignore[union-attr]
+    more = (gradients, pairs, scale, train_engine.accumulation)
+    total, each = train_engine.forward(
+        moved, lambda targets, moved=moved, more=more: engine(moved, targets, *more, part="replay")
+    )
+    del gradients, moved, more
+    train_engine.go_backward(total)  # collectives: gradient buckets
+    return MicroBatchLosses(batch.index, total.detach(), each, ignored)

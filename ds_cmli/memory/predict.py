@@ -20,12 +20,14 @@ from ds_cmli.common.patches import patched, replaced
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.schema import Config, check, choice
 from ds_cmli.data import Batch
+from ds_cmli.distributed.traffic import Traffic
 from ds_cmli.memory import gpus
 from ds_cmli.memory.allocator import CachingAllocator, replay
 from ds_cmli.memory.cache_on_host import kept_on_host
 from ds_cmli.memory.fake import convert_parameters, fake_world
 from ds_cmli.memory.inputs import UNCOMPILED, NotPredictable, Texts, longest_batch, text_lengths, without_weights
 from ds_cmli.memory.phases import phases
+from ds_cmli.memory.repeated import repeated
 from ds_cmli.memory.report import Event, Report, summarise
 from ds_cmli.memory.tracker import Tracker
 
@@ -68,7 +70,8 @@ def predict(
         texts: of each micro-batch, from the first on; None: of two optimizer steps, as long as there can be.
         scores: another all-pairs implementation, called as `CMLILoss` calls `cmli_scores`; None: the project's.
         tell: called with lines about the progress.
-        watch: entered around each step, with its number from 0 on.
+        watch: entered around each step, with its number from 0 on. Where it gives a `Traffic`, that counts the whole
+            step, though not all of its micro-batches are run where `texts` is None.
 
     Without `texts` all have all their positions but the first of a batch, which lacks one: the most that a batch can
     need, as text encoders leave out the mask where nothing is padded.
@@ -122,8 +125,10 @@ def predict(
                     batches = _StepBatches(config, micro_batch, said or [None] * accumulation, answers, tracker)
                 moved = replaced(Batch, "to", _copied(tracker)) if cuda else nullcontext()
                 on_host = kept_on_host(tracker) if cuda and config.optim.cache_on_host else nullcontext()
-                with moved, on_host, watch(train_engine, number):
-                    train_engine.step(batches)
+                with moved, on_host, watch(train_engine, number) as watched:
+                    traffic = watched if isinstance(watched, Traffic) else None
+                    with repeated(tracker, train_engine, traffic) if texts is None else nullcontext():
+                        train_engine.step(batches)
                 del batches
         events = tracker.events(host=not cuda)
         del train_engine

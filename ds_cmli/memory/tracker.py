@@ -138,8 +138,12 @@ class Tracker(TorchDispatchMode):
             category = category or self.claims.get(known[0])
             del self.blocks[key]
         if size:
-            block = self._begin(size, category or self._scope, str(func))
-            self.blocks[key] = (block, size, weakref.ref(storage, lambda _: self._storage_ended(key, block)))
+            self.follow(storage, self._begin(size, category or self._scope, str(func)), size)
+
+    def follow(self, storage: torch.UntypedStorage, block: int, size: int) -> None:
+        """From now on, `storage` is that of this block, and its end the block's."""
+        key = storage._cdata
+        self.blocks[key] = (block, size, weakref.ref(storage, lambda _: self._storage_ended(key, block)))
 
     def _storage_ended(self, key: int, block: int) -> None:
         known = self.blocks.get(key)

@@ -143,7 +143,7 @@ def in_fp64(rank, world_size, number, dropout=0.0, kept=False, exchange="auto", 
     else:
         train_engine = SimpleNamespace(
             engine=objective, device=torch.device("cpu"), teacher=teacher, cache_on_host=False, scale=1.0,
-            go_backward=lambda loss: (loss / number).backward(), mark=lambda phase: None,
+            accumulation=number, go_backward=lambda loss: (loss / number).backward(), mark=lambda phase: None,
             forward=lambda batch, student: student(teacher(batch.image)),
         )  # fmt: skip
         found = gradient_caching.backward(train_engine, batches, lambda: None, lambda: None)

@@ -1,0 +1,264 @@
+"""Micro-batches of a prediction that are not run, because they would only repeat what the ones before them did.
+
+All micro-batches of a predicted step have the same size. The first few and the last one run on tensors without data.
+As soon as two in a row have left the same events in the tracker's log, those between are copies of these events, with
+blocks of their own. So the time of a prediction hardly depends on the number of micro-batches, and its bytes are those
+of the whole step.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from copy import deepcopy
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
+
+from ds_cmli.common.patches import replaced
+from ds_cmli.data import Batch
+from ds_cmli.distributed.traffic import Count, Traffic
+from ds_cmli.engine import TrainEngine, gradient_caching
+from ds_cmli.engine.gradient_caching import RandomState
+from ds_cmli.memory.tracker import Tracker
+
+# Whose block an event is about: of the same call, of the call before it, of a tensor that the call was given, or of
+# anything else.
+HERE, BEFORE, GIVEN, ELSEWHERE = "here", "before", "given", "elsewhere"
+
+
+@contextmanager
+def repeated(tracker: Tracker, train_engine: TrainEngine, traffic: Traffic | None = None) -> Iterator[None]:
+    """Inside, a step of `train_engine`'s micro-batches runs only those of them that differ.
+
+    Args:
+        tracker: attached to `train_engine`; the micro-batches of the step have equal shapes.
+        traffic: counts what the step moves; what is not run is counted too.
+    """
+    with ExitStack() as stack:
+        for owner, name in ((gradient_caching, "embed"), (gradient_caching, "replay"), (train_engine, "_backward")):
+            each = _Repeated(getattr(owner, name), tracker, train_engine.accumulation, traffic)
+            stack.enter_context(replaced(owner, name, each))
+        yield
+
+
+@dataclass
+class _Form:
+    """A tensor of a result, without keeping it alive."""
+
+    shape: torch.Size
+    stride: tuple[int, ...]
+    offset: int
+    dtype: torch.dtype
+    storage: int  # bytes
+    value: Tensor | None  # of the state of a random generator: the only tensors that hold data
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> "_Form":
+        value = None
+        if not isinstance(tensor, FakeTensor):
+            with unset_fake_temporarily():
+                value = tensor.clone()
+        storage = int(tensor.untyped_storage().nbytes())
+        return cls(tensor.shape, tensor.stride(), int(tensor.storage_offset()), tensor.dtype, storage, value)
+
+    def empty(self) -> Tensor:
+        """With a storage of its own."""
+        if self.value is None:
+            return torch.empty(self.storage // self.dtype.itemsize, dtype=self.dtype)
+        with unset_fake_temporarily():
+            return self.value.clone()
+
+    def view(self, base: Tensor) -> Tensor:
+        """In the storage of `base`."""
+        return base if self.value is not None else base.detach().as_strided(self.shape, self.stride, self.offset)
+
+
+@dataclass
+class _Run:
+    """What a call did to the tracker. Blocks of the call are numbered from `first`, segments from `segment`."""
+
+    first: int
+    segment: int
+    end: int  # of its part of the log
+    events: list[tuple[str, int, int, str, int]]  # (whose block, its number there, bytes, phase, segment)
+    segments: int  # that the call began
+    result: Any  # with a `_Form` for each tensor
+    outputs: list[tuple[str, int]]  # (whose block, its number there) of each tensor of the result
+    moved: dict[tuple[str, str], Count]
+
+    def same(self, other: "_Run") -> bool:
+        mine, others = ((run.events, run.segments, run.outputs, run.moved) for run in (self, other))
+        return mine == others
+
+    def handed_on(self) -> set[int]:
+        """Blocks that the next call frees."""
+        return {number for whose, number, size, *_ in self.events if whose == BEFORE and size < 0}
+
+
+class _Repeated:
+    """A function that is called once for each of `count` micro-batches."""
+
+    def __init__(self, function: Callable, tracker: Tracker, count: int, traffic: Traffic | None):
+        self.function, self.tracker, self.count, self.traffic = function, tracker, count, traffic
+        self.calls, self.steady = 0, False
+        self.runs: list[_Run] = []  # the last two
+        self.first = 0  # block of the last call, run or copied
+
+    def __call__(self, *args: Any) -> Any:
+        self.calls += 1
+        if self.calls < self.count and self._repeats():
+            return self._copy(args)
+        self._hand_on()
+        return self._run(args)
+
+    def _repeats(self) -> bool:
+        """Whether the next call would do what the last one did."""
+        if self.steady or len(self.runs) < 2 or not self.runs[-1].same(self.runs[-2]):
+            return self.steady
+        run = self.runs[-1]
+        outputs = {number for whose, number in run.outputs if whose == HERE}
+        if any(event[0] == ELSEWHERE for event in run.events) or run.handed_on() & outputs:
+            return False
+        kept = {run.first + number for whose, number, size, *_ in run.events if whose == HERE and size > 0}
+        kept -= {run.first + number for number in outputs}
+        # What the call kept for itself must not end between two calls, as a copy keeps nothing.
+        self.steady = not any(size < 0 and block in kept for block, size, _ in self.tracker.log[run.end :])
+        return self.steady
+
+    def _run(self, args: tuple) -> Any:
+        tracker = self.tracker
+        given = {block: number for number, block in enumerate(map(self._block, _given(args))) if block is not None}
+        first, segment, start, before = len(tracker.ops), tracker.segment, len(tracker.log), self.first
+        moved = self._moved()
+        result = self.function(*args)
+        last = len(tracker.ops)
+
+        def whose(block: int | None) -> tuple[str, int]:
+            if block in given:
+                return GIVEN, given[block]
+            if block is not None and first <= block < last:
+                return HERE, block - first
+            if block is not None and self.runs and before <= block < first:
+                return BEFORE, block - before
+            return ELSEWHERE, -1 if block is None else block
+
+        events = [
+            (*whose(block), size, phase, (tracker.born[block][1] if size > 0 else tracker.ended[block]) - segment)
+            for block, size, phase in tracker.log[start:]
+        ]
+        outputs = [whose(self._block(tensor)) for tensor in _tensors(result)]
+        with tracker.paused():
+            form = _map(result, _Form.of)
+        run = _Run(
+            first, segment, len(tracker.log), events, tracker.segment - segment, form, outputs,
+            _difference(self._moved(), moved),
+        )  # fmt: skip
+        self.runs, self.first = [*self.runs[-1:], run], first
+        return result
+
+    def _copy(self, args: tuple) -> Any:
+        """Add the last run's events to the log, with new blocks, and return tensors like those that it returned."""
+        tracker, run = self.tracker, self.runs[-1]
+        given = _given(args)
+        blocks = [self._block(tensor) for tensor in given]
+        first, segment = len(tracker.ops), tracker.segment
+        for whose, number, size, phase, part in run.events:
+            if size > 0:
+                block, model = first + number, run.first + number
+                tracker.ops.append(tracker.ops[model])
+                tracker.born.append((phase, segment + part, tracker.born[model][2]))
+                if model in tracker.claims:
+                    tracker.claims[block] = tracker.claims[model]
+            else:
+                found = blocks[number] if whose == GIVEN else (first if whose == HERE else self.first) + number
+                assert found is not None
+                block = found
+                tracker.ended[block] = segment + part
+                if whose == GIVEN:  # the tensor ends below, and its end is in the log then
+                    tracker.blocks.pop(given[number].untyped_storage()._cdata, None)
+            tracker.log.append((block, size, phase))
+        tracker.segment = segment + run.segments
+        if self.traffic is not None:
+            for key, count in run.moved.items():
+                total = self.traffic.counts.setdefault(key, Count())
+                total.calls, total.bytes = total.calls + count.calls, total.bytes + count.bytes
+        result = self._like(run, given, first)
+        self.first = first
+        for each in args:
+            if isinstance(each, list):  # from which the function takes what it was given
+                each.clear()
+        return result
+
+    def _like(self, run: _Run, given: list[Tensor], first: int) -> Any:
+        outputs = iter(run.outputs)
+        made: dict[int, Tensor] = {}
+
+        def like(form: _Form) -> Tensor:
+            whose, number = next(outputs)
+            if whose == GIVEN:
+                return form.view(given[number])
+            if whose == ELSEWHERE:  # on the host of a GPU, where nothing is recorded
+                return form.view(form.empty())
+            if number not in made:
+                made[number] = form.empty()
+                self.tracker.follow(made[number].untyped_storage(), first + number, form.storage)
+            return form.view(made[number])
+
+        with self.tracker.paused(), torch.no_grad():
+            return _map(run.result, like, _Form)
+
+    def _hand_on(self) -> None:
+        """Let what the last run still holds be what the last copy holds, as the next call frees it."""
+        if not self.runs or self.first == self.runs[-1].first:
+            return
+        run, tracker = self.runs[-1], self.tracker
+        blocks = {run.first + number: self.first + number for number in run.handed_on()}
+        for block, size, storage in list(tracker.blocks.values()):
+            if block in blocks:
+                tracker.follow(storage(), blocks[block], size)
+
+    def _block(self, tensor: Tensor) -> int | None:
+        known = self.tracker.blocks.get(tensor.untyped_storage()._cdata)
+        return None if known is None else known[0]
+
+    def _moved(self) -> dict[tuple[str, str], Count]:
+        return {} if self.traffic is None else deepcopy(self.traffic.counts)
+
+
+def _difference(after: dict[tuple[str, str], Count], before: dict[tuple[str, str], Count]) -> dict:
+    none = Count()
+    return {
+        key: Count(count.calls - before.get(key, none).calls, count.bytes - before.get(key, none).bytes)
+        for key, count in after.items()
+    }
+
+
+def _map(value: Any, function: Callable, kind: type = Tensor) -> Any:
+    """`value` with `function` of each `kind` in it."""
+    if isinstance(value, kind):
+        return function(value)
+    if isinstance(value, (list, tuple)):
+        return type(value)(_map(each, function, kind) for each in value)
+    if isinstance(value, dict):
+        return {key: _map(each, function, kind) for key, each in value.items()}
+    if is_dataclass(value) and not isinstance(value, type):
+        return type(value)(**{each.name: _map(getattr(value, each.name), function, kind) for each in fields(value)})
+    return value
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    found: list[Tensor] = []
+
+    def add(tensor: Tensor) -> Tensor:
+        found.append(tensor)
+        return tensor
+
+    _map(value, add)
+    return found
+
+
+def _given(args: tuple) -> list[Tensor]:
+    """The tensors of a call's own micro-batch: its other arguments are those of every call."""
+    return _tensors([each for each in args if isinstance(each, (Batch, RandomState, list, Tensor))])

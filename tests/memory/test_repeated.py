@@ -1,0 +1,55 @@
+"""A prediction that runs few of a step's micro-batches says what one says that runs them all."""
+
+from contextlib import nullcontext
+
+import pytest
+
+from ds_cmli.config.presets import load_preset
+from ds_cmli.distributed.traffic import Traffic
+
+ACCUMULATION = 6  # of which two are not run
+
+
+def predicted(setting, monkeypatch, *, whole):
+    from ds_cmli.memory import predict as module
+
+    negatives, on_host, stage, precision, target, ranks = setting
+    config = load_preset("tiny", {"optim": {"negatives": negatives, "cache_on_host": on_host}})
+    ds_config = {
+        "train_micro_batch_size_per_gpu": 2,
+        "gradient_accumulation_steps": ACCUMULATION,
+        "zero_optimization": {"stage": stage},
+        "optimizer": {"type": "AdamW", "params": {"torch_adam": True, "fused": True}},
+        precision: {"enabled": True},
+    }
+    traffic, forwards = Traffic(), []
+
+    def watch(train_engine, step):
+        if step == 0:
+            train_engine.objective.student.register_forward_hook(lambda *_: forwards.append(1))
+            return nullcontext()
+        return traffic.counting()
+
+    with monkeypatch.context() as patch:
+        if whole:
+            patch.setattr(module, "repeated", lambda *arguments: nullcontext())
+        found = module.predict(config, ds_config, ranks, target=target, watch=watch)
+    return found, traffic.counts, len(forwards)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        ("global_batch", False, 2, "bf16", "cpu", 2),
+        ("global_batch", True, 1, "fp16", "cuda", 2),
+        ("micro_batch", False, 3, "bf16", "cuda", 2),
+    ],
+    ids=lambda setting: "-".join(map(str, setting)),
+)
+def test_every_event_is_that_of_the_whole_step(setting, monkeypatch):
+    found, moved, forwards = predicted(setting, monkeypatch, whole=False)
+    expected, all_moved, all_forwards = predicted(setting, monkeypatch, whole=True)
+    assert forwards < all_forwards == 2 * ACCUMULATION * (2 if setting[0] == "global_batch" else 1)
+    assert found.events == expected.events  # blocks, bytes, categories, phases and operators, in their order
+    assert found.report == expected.report
+    assert moved == all_moved and moved
