@@ -17,6 +17,20 @@ for ignored in (signal.SIGHUP, signal.SIGINT):
 ROOT = Path(__file__).resolve().parent.parent
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """For `pytest -n 2`: a file's tests run in one process, for their fixtures, and so do those of Slurm, of which a
+    machine can run only one."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class Files(LoadFileScheduling):
+        def _split_scope(self, nodeid):
+            file = super()._split_scope(nodeid)
+            return "tests/slurm" if file.startswith("tests/slurm/") else file
+
+    return Files(config, log)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def pictures():
     """The demo's pictures, fetched once for the whole session: the only download of the test suite."""
