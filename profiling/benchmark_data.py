@@ -8,7 +8,6 @@ the others of --data; of the demo, drawing a scene counts as decoding.
 """
 
 import io
-import json
 import statistics
 import sys
 import time
@@ -28,9 +27,10 @@ import torch  # noqa: E402
 from PIL import Image, ImageOps  # noqa: E402
 
 from ds_cmli import engine  # noqa: E402
-from ds_cmli.common.cli import run_command  # noqa: E402
+from ds_cmli.common.cli import json_on_stdout, run_command  # noqa: E402
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig  # noqa: E402
 from ds_cmli.config.options import WHAT, add, resolve_config  # noqa: E402
+from ds_cmli.config.schema import Config  # noqa: E402
 from ds_cmli.data import GlobalBatchSampler, build_data, train_loader  # noqa: E402
 from ds_cmli.data.pairs import TrainPairs  # noqa: E402
 from ds_cmli.data.pictures import decode  # noqa: E402
@@ -141,10 +141,16 @@ def waiting(step: Any, loader: Any, steps: int, device: torch.device) -> tuple[f
 @click.option("--train-steps", type=click.IntRange(0), default=10, show_default=True, help="0: without the last table.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object alone.")
 def command(preset, deepspeed_config, settings, batches, train_steps, as_json, **options) -> int:
-    def tell(line: str) -> None:
-        click.echo(line, err=as_json)
+    with json_on_stdout(as_json) as print_json:
+        found = measured(resolve_config(preset, settings, options), deepspeed_config, batches, train_steps)
+        if as_json:
+            print_json(found)
+    return 0
 
-    config = resolve_config(preset, settings, options)
+
+def measured(config: Config, deepspeed_config: str, batches: int, train_steps: int) -> dict[str, Any]:
+    """Print the tables; the figures are those of `--json`."""
+    tell = click.echo
     distributed.map_launcher_environment()
     device = distributed.init()
     ds_config = engine.on_this_device(DeepSpeedConfig.load(deepspeed_config))
@@ -184,10 +190,8 @@ def command(preset, deepspeed_config, settings, batches, train_steps, as_json, *
             tell(
                 f"  {workers} loading processes: a step takes {seconds:.3f} s, {share:.2%} of it waiting for its batch"
             )
-    if as_json:
-        click.echo(json.dumps(found))
     distributed.shutdown()
-    return 0
+    return found
 
 
 if __name__ == "__main__":

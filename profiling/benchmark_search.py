@@ -10,7 +10,6 @@ import sys
 # Run by its path, this file's folder comes first on sys.path, where its own name would hide other modules.
 sys.path[:] = [p for p in sys.path if p != __file__.rsplit("/", 1)[0]]
 
-import json  # noqa: E402
 import statistics  # noqa: E402
 import tempfile  # noqa: E402
 import time  # noqa: E402
@@ -21,7 +20,7 @@ from typing import Any  # noqa: E402
 import click  # noqa: E402
 
 from ds_cmli.common import quiet  # noqa: E402
-from ds_cmli.common.cli import run_command  # noqa: E402
+from ds_cmli.common.cli import json_on_stdout, run_command  # noqa: E402
 from ds_cmli.common.errors import UserError  # noqa: E402
 
 CANDIDATES = (10, 50, 200, 1000)
@@ -90,6 +89,14 @@ def recall(found: list[list[str]], exact: list[list[str]], k: int) -> float:
 @click.option("--json", "as_json", is_flag=True, help="Print one object; the table goes to stderr.")
 def command(model_path: str, images: int, queries: int, as_json: bool) -> None:
     """Measure search in an index of pictures: time, memory, and recall against exact CMLI."""
+    with json_on_stdout(as_json) as print_json:
+        found = measured(model_path, images, queries)
+        if as_json:
+            print_json(found)
+
+
+def measured(model_path: str, images: int, queries: int) -> dict[str, Any]:
+    """Print the table; the figures are those of `--json`."""
     quiet.silence()
     import torch
 
@@ -97,9 +104,6 @@ def command(model_path: str, images: int, queries: int, as_json: bool) -> None:
     from ds_cmli.data.scenes import Pictures
     from ds_cmli.data.scenes import Scenes as Drawn
     from ds_cmli.inference import Index, Model
-
-    def tell(line: str) -> None:
-        click.echo(line, err=as_json)
 
     model = Model.load(model_path)
     assets.fetch(["pictures"])
@@ -110,20 +114,21 @@ def command(model_path: str, images: int, queries: int, as_json: bool) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         started = time.perf_counter()
-        index, _ = Index.build(folder, model, scenes, model_path, progress=not as_json)
+        index, _ = Index.build(folder, model, scenes, model_path, progress=True)
         built = {"images": len(index), "build_s": time.perf_counter() - started}
         built["index_bytes"] = sum(file.stat().st_size for file in folder.iterdir())
         del index
         threads = torch.get_num_threads()
         cost = f"{built['build_s']:.0f} s with {threads} threads, {built['index_bytes'] / 1e6:.0f} MB on disk"
-        tell(f"{images} pictures of {size} pixels: {cost}")
+        click.echo(f"{images} pictures of {size} pixels: {cost}")
         searched(folder, model, texts[:1], images)  # so that every file has been read once
         rows: dict[str, dict[str, float]] = {}
         results: dict[str, list[list[str]]] = {}
         for candidates in [c for c in CANDIDATES if c < images] + [images]:
             row = "exact" if candidates == images else str(candidates)
             rows[row], results[row] = searched(folder, model, texts, candidates)
-    tell(f"{'candidates':>10}  {'median':>9}  {'slowest':>9}  {'memory':>8}  recall@1  recall@{K}  own picture first")
+    shares = f"recall@1  recall@{K}  own picture first"
+    click.echo(f"{'candidates':>10}  {'median':>9}  {'slowest':>9}  {'memory':>8}  {shares}")
     for row, values in rows.items():
         values["recall_1"] = recall(results[row], results["exact"], 1)
         values[f"recall_{K}"] = recall(results[row], results["exact"], K)
@@ -131,9 +136,8 @@ def command(model_path: str, images: int, queries: int, as_json: bool) -> None:
         values["own_first"] = statistics.mean(first)
         cost = f"{values['median_ms']:6.1f} ms  {values['slowest_ms']:6.1f} ms  {values['memory_bytes'] / 1e6:5.0f} MB"
         share = f"{values['recall_1']:8.3f}  {values[f'recall_{K}']:9.3f}  {values['own_first']:17.3f}"
-        tell(f"{row:>10}  {cost}  {share}")
-    if as_json:
-        click.echo(json.dumps({**built, "queries": len(texts), "threads": threads, "rows": rows}))
+        click.echo(f"{row:>10}  {cost}  {share}")
+    return {**built, "queries": len(texts), "threads": threads, "rows": rows}
 
 
 def main() -> None:

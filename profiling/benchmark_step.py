@@ -9,7 +9,6 @@ activations are recomputed. Its frozen teacher is cast once, as the trainer's is
 B pairs, of the preset's data; one rank.
 """
 
-import json
 import statistics
 import sys
 import time
@@ -30,7 +29,7 @@ from torch import nn  # noqa: E402
 from torch.utils.checkpoint import checkpoint  # noqa: E402
 
 from ds_cmli import engine  # noqa: E402
-from ds_cmli.common.cli import run_command  # noqa: E402
+from ds_cmli.common.cli import json_on_stdout, run_command  # noqa: E402
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig  # noqa: E402
 from ds_cmli.config.options import WHAT, add, resolve_config  # noqa: E402
 from ds_cmli.config.schema import Config  # noqa: E402
@@ -108,8 +107,16 @@ def compare(
               help="cpu: this process's time alone, for a CPU that others use too.")  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object alone.")
 def command(preset, deepspeed_config, settings, repeats, clock, as_json, **options) -> int:
-    tell = partial(click.echo, err=as_json)
-    config = resolve_config(preset, settings, options)
+    with json_on_stdout(as_json) as print_json:
+        found = measured(resolve_config(preset, settings, options), deepspeed_config, repeats, clock)
+        if as_json:
+            print_json(found)
+    return 0
+
+
+def measured(config: Config, deepspeed_config: str, repeats: int, clock: str) -> dict[str, float | str | int]:
+    """Print the table; the figures are those of `--json`."""
+    tell = click.echo
     distributed.map_launcher_environment()
     device = distributed.init()
     ds_config = engine.on_this_device(DeepSpeedConfig.load(deepspeed_config))
@@ -140,10 +147,8 @@ def command(preset, deepspeed_config, settings, repeats, clock, as_json, **optio
             f"{ratio:>8.3f}{fastest:>9.3f}"
         )
         found |= {f"trainer_s{name}": ours, f"plain_s{name}": theirs, f"ratio{name}": round(ratio, 4)}
-    if as_json:
-        click.echo(json.dumps(found))
     distributed.shutdown()
-    return 0
+    return found
 
 
 if __name__ == "__main__":

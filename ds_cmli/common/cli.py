@@ -2,9 +2,10 @@
 
 import atexit
 import contextlib
+import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 import click
@@ -40,6 +41,17 @@ def say(*lines: str | None) -> None:
     for line in lines:
         if line and _is_main():
             print(line, flush=True)
+
+
+@contextlib.contextmanager
+def json_on_stdout(alone: bool = True) -> Iterator[Callable[[Any], None]]:
+    """Inside, whatever is printed goes to stderr, but for what the function that it gives prints to stdout as JSON.
+
+    alone=False: only that function is given.
+    """
+    stdout = sys.stdout
+    with contextlib.redirect_stdout(sys.stderr) if alone else contextlib.nullcontext():
+        yield lambda value: print(json.dumps(value), file=stdout, flush=True)
 
 
 def _is_main() -> bool:

@@ -2,13 +2,12 @@
 
 import base64
 import io
-import json
 from pathlib import Path
 from typing import Any
 
 import click
 
-from ds_cmli.common.cli import check_writable, run_command
+from ds_cmli.common.cli import check_writable, json_on_stdout, run_command
 from ds_cmli.common.errors import UserError
 
 
@@ -37,33 +36,34 @@ def command(
     if page is not None:
         check_writable(page)
 
-    from ds_cmli.inference import Index, Model
+    with json_on_stdout(as_json) as print_json:
+        from ds_cmli.inference import Index, Model
 
-    if pictures is not None:
-        assert model_path is not None
-        model = Model.load(model_path)
-        whole = str(Path(model_path).resolve())
-        found, refused = Index.build(index, model, pictures, whole, batch_size, progress=True)
-        for line in refused:
-            click.echo(f"left out: {line}")
-        click.echo(f"{len(found)} pictures in {index}")
-    else:
-        found = Index(index)
-        model = Model.load(model_path or found.model_path)
-    if not texts:
-        return
-    results = found.search(model, texts, k, candidates)
-    for text, best in zip(texts, results, strict=True):
-        if as_json:
-            click.echo(json.dumps({"text": text, "results": [vars(result) for result in best]}))
-            continue
-        click.echo(text)
-        for result in best:
-            scores = f"{result.score:8.3f}  global {result.global_score:.3f}  cmli {result.cmli_score:.3f}"
-            click.echo(f"  {scores}  {result.name}")
-    if page is not None:
-        write_page(page, texts, results)
-        click.echo(f"page: {page}")
+        if pictures is not None:
+            assert model_path is not None
+            model = Model.load(model_path)
+            whole = str(Path(model_path).resolve())
+            found, refused = Index.build(index, model, pictures, whole, batch_size, progress=True)
+            for line in refused:
+                click.echo(f"left out: {line}")
+            click.echo(f"{len(found)} pictures in {index}")
+        else:
+            found = Index(index)
+            model = Model.load(model_path or found.model_path)
+        if not texts:
+            return
+        results = found.search(model, texts, k, candidates)
+        for text, best in zip(texts, results, strict=True):
+            if as_json:
+                print_json({"text": text, "results": [vars(result) for result in best]})
+                continue
+            click.echo(text)
+            for result in best:
+                scores = f"{result.score:8.3f}  global {result.global_score:.3f}  cmli {result.cmli_score:.3f}"
+                click.echo(f"  {scores}  {result.name}")
+        if page is not None:
+            write_page(page, texts, results)
+            click.echo(f"page: {page}")
 
 
 def write_page(path: str, texts: tuple[str, ...], results: list[list[Any]]) -> None:

@@ -77,7 +77,8 @@ def test_the_command_builds_searches_and_writes_a_page(run, pictures, tmp_path):
     lines = done.output.splitlines()
     assert lines[0] == TEXTS[0] and len(lines) == 5 and lines[1].endswith(".png")
     assert page.read_text().count('<img src="data:image/jpeg;base64,') == 3
-    objects = [json.loads(line) for line in call(*TEXTS, "--json").output.splitlines()]
+    again = ["--build", str(pictures), "--model", str(run), "--page", str(page)]
+    objects = [json.loads(line) for line in call(*TEXTS, "--json", *again).stdout.splitlines()]
     assert [o["text"] for o in objects] == TEXTS and len(objects[0]["results"]) == 10
     for arguments, line in {
         (): "nothing to do",
