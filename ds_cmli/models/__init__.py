@@ -1,7 +1,7 @@
-"""The backbones by name. A new one is one file in this folder and one line in a table below.
+"""The registry of backbones. A new backbone is one file in this folder and one line in a table below.
 
-`--image-backbone`, `--text-backbone`, `teacher.backbone`, the check of their names, the help text and the memory
-prediction follow from the line. The tables are read before PyTorch is needed, so an entry names its class and `load`
+That line is all that `--image-backbone`, `--text-backbone`, `teacher.backbone`, the check of their names, the help text
+and the memory prediction need. The tables are read without importing PyTorch: an entry only names its class, and `load`
 imports it.
 """
 
@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
-AUTO = "auto"  # the first entry of the table that takes the model
+AUTO = "auto"  # selects the first entry of the table whose `takes` accepts the model
 
 
 @dataclass(frozen=True)
 class Entry:
     implementation: str  # "file.Class", a `backbone.ImageBackbone` or `backbone.TextBackbone`
-    models: str  # what it takes, for the help text
+    models: str  # the models that it supports, for the help text
 
 
 IMAGE = {
@@ -29,13 +29,16 @@ TEXT = {
 
 
 def load(table: dict[str, Entry], name: str) -> Any:
-    """The class of the backbone `name`; imports its file."""
+    """Import the file of the backbone `name` and return its class."""
     module, _, cls = table[name].implementation.partition(".")
     return getattr(import_module(f"{__name__}.{module}"), cls)
 
 
 def build(table: dict[str, Entry], name: str, request: Any) -> Any:
-    """The backbone `name` for a `backbone.ImageRequest` or `TextRequest`; "auto": the first that takes its model.
+    """Build the backbone `name` for a `backbone.ImageRequest` or `TextRequest`.
+
+    "auto" selects the first backbone of the table that accepts the model, or else the last one, which reports why the
+    model cannot be used.
 
     Raises:
         UserError: the model is unknown, its weights do not fit, or it cannot be used.
@@ -46,5 +49,5 @@ def build(table: dict[str, Entry], name: str, request: Any) -> Any:
 
 
 def described(table: dict[str, Entry]) -> str:
-    """The table in one line, for help texts."""
+    """Describe the table in one line, for help texts."""
     return "; ".join([f"{AUTO}: by the model", *(f"{name}: {entry.models}" for name, entry in table.items())])

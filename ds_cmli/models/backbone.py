@@ -1,4 +1,4 @@
-"""What the student and the teacher ask of an encoder; each file that a table in `models` names implements one of these.
+"""The interface of image and text encoders; each class that a table in `models` names implements one of the two.
 
 Shapes: B pairs, S image side in pixels, N image patches, M text positions, H width of the encoder.
 """
@@ -16,21 +16,21 @@ from ds_cmli.common.errors import UserError
 from ds_cmli.data.tokens import SpecialTokens
 from ds_cmli.models.weights import Source
 
-DEFAULT_LAYERS = 6  # kept of a plain stack where the configuration names no number
+DEFAULT_LAYERS = 6  # layers kept of a plain stack (equal layers, one after the other) if the configuration sets none
 
 
 @dataclass(frozen=True)
 class ImageRequest:
-    """An image encoder as the configuration asks for it."""
+    """The image encoder that the configuration asks for."""
 
-    prefix: str  # of the settings' names: "student.image_" or "teacher."
+    prefix: str  # of the names of its settings: "student.image_" or "teacher."
     model: str
     weights: str  # "random", "hub", or a path
     overrides: dict[str, Any]
     image_size: int  # S
-    partial: bool  # keys may be missing in the weights
-    layers: int | None = None  # first ones to keep; None: `DEFAULT_LAYERS` of a plain stack, all of others
-    block: int | None = None  # of a teacher: the block, or stage, after which its features are taken
+    partial: bool  # whether keys may be missing in the weights
+    layers: int | None = None  # how many first layers are kept; None: `DEFAULT_LAYERS` of a plain stack, else all
+    block: int | None = None  # for a teacher: the block (or stage) whose output is its features
 
     @property
     def source(self) -> Source:
@@ -46,17 +46,17 @@ class ImageRequest:
 
 @dataclass(frozen=True)
 class TextRequest:
-    """A text encoder as the configuration asks for it."""
+    """The text encoder that the configuration asks for."""
 
     model: str
     weights: str  # "random", "hub", or a path
     overrides: dict[str, Any]
     vocab_size: int  # of the tokenizer
-    positions: int  # M, the longest text
-    partial: bool
-    layers: int | None
+    positions: int  # M, the length of the longest text
+    partial: bool  # whether keys may be missing in the weights
+    layers: int | None  # how many first layers are kept; None: `DEFAULT_LAYERS` of a plain stack, else all
     dropout: float
-    pretrained: bool = True  # False: random weights in the sizes of the configured ones, to be overwritten
+    pretrained: bool = True  # False: random weights of the configured model's shapes, to be overwritten later
     special: SpecialTokens = field(default_factory=SpecialTokens)
 
     @property
@@ -65,7 +65,7 @@ class TextRequest:
 
     @property
     def name(self) -> str:
-        if Path(self.weights).is_dir():  # whose config.json says what the model is
+        if Path(self.weights).is_dir():  # its config.json, and not `model`, says which model it is
             return f"the text model of {self.source.setting} {self.weights!r}"
         return f"student.text_model {self.model!r}"
 
@@ -74,10 +74,11 @@ class TextRequest:
 
 
 class ImageBackbone(nn.Module):
-    """Pixels to one class token and N patches in the order of a grid, row by row.
+    """An encoder from pixels to one class token and N patch tokens, which are ordered row by row over a grid.
 
-    Attributes: `width` (H), `grid` (rows and columns of patches), `prefix` (tokens before the patches; the first is the
-    class token), `mean` and `std` of the pixels that the encoder was trained with, from 0 to 1.
+    Attributes: `width` (H), `grid` (numbers of rows and columns of patches), `prefix` (number of tokens before the
+    patches; the first is the class token), `mean` and `std` (the normalisation of each colour that the encoder was
+    trained with, for pixel values from 0 to 1).
     """
 
     width: int
@@ -88,23 +89,23 @@ class ImageBackbone(nn.Module):
 
     @classmethod
     def takes(cls, request: ImageRequest) -> bool:
-        """Whether this backbone is the one for the model."""
+        """Whether this backbone supports the model."""
         raise NotImplementedError
 
     @property
     def blocks(self) -> list[nn.Module]:
-        """What keeps only its inputs under activation checkpointing; each is called once in a forward pass."""
+        """The modules that activation checkpointing recomputes; each must be called once in a forward pass."""
         raise NotImplementedError
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """Normalised [B, 3, S, S] -> [B, prefix + N, H]."""
+        """Encode normalised pixels: [B, 3, S, S] -> [B, prefix + N, H]."""
         raise NotImplementedError
 
     def train(self, mode: bool = True) -> "ImageBackbone":
-        """BatchNorm keeps its statistics.
+        """Set the training mode, but leave every BatchNorm layer in eval mode, with its running statistics unchanged.
 
-        Those of a batch would differ between ranks, make a resumed run another one, and be taken twice under
-        activation checkpointing.
+        Batch statistics would differ between ranks, would make a resumed run differ from an uninterrupted one, and
+        would be updated twice under activation checkpointing.
         """
         super().train(mode)
         for module in self.modules():
@@ -114,9 +115,9 @@ class ImageBackbone(nn.Module):
 
 
 class TextBackbone(nn.Module):
-    """Token ids to M features, and which of them, or what of them, stands for the text.
+    """An encoder from token ids to M features, with the pooling that gives one feature of the whole text.
 
-    Attributes: `width` (H), `most_positions` (how long a text can be; None: any).
+    Attributes: `width` (H), `most_positions` (the greatest length of a text; None: any length).
     """
 
     width: int
@@ -124,25 +125,25 @@ class TextBackbone(nn.Module):
 
     @classmethod
     def takes(cls, request: TextRequest) -> bool:
-        """Whether this backbone is the one for the model."""
+        """Whether this backbone supports the model."""
         raise NotImplementedError
 
     @property
     def blocks(self) -> list[nn.Module]:
-        """What keeps only its inputs under activation checkpointing; each is called once in a forward pass."""
+        """The modules that activation checkpointing recomputes; each must be called once in a forward pass."""
         raise NotImplementedError
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """int64 [B, M], bool [B, M] (True = attend) -> [B, M, H]."""
+        """Encode token ids: int64 [B, M] and a mask, bool [B, M] (True = attend) -> [B, M, H]."""
         raise NotImplementedError
 
     def pool(self, tokens: Tensor, attention_mask: Tensor) -> Tensor:
-        """[B, M, any width], bool [B, M] -> what stands for the text as its class token, [B, the same width]."""
+        """Pool the tokens into the text's class token: [B, M, any width], bool [B, M] -> [B, the same width]."""
         raise NotImplementedError
 
 
 def cast_statistics(module: nn.Module, dtype: torch.dtype) -> None:
-    """BatchNorm's statistics in the precision of its weights, which ZeRO-3 (DeepSpeed 0.19.8) casts without them."""
+    """Cast BatchNorm's statistics to `dtype`: ZeRO-3 (DeepSpeed 0.19.8) casts the layer's weights but not these."""
     for part in module.modules():
         if isinstance(part, _BatchNorm):
             for name, buffer in part.named_buffers(recurse=False):
@@ -151,5 +152,5 @@ def cast_statistics(module: nn.Module, dtype: torch.dtype) -> None:
 
 
 def with_mean(patches: Tensor) -> Tensor:
-    """[B, N, H] -> [B, 1 + N, H]: their mean stands for the class token that the model does not have."""
+    """[B, N, H] -> [B, 1 + N, H]: prepend the mean of the patches as class token, for a model that has none."""
     return torch.cat([patches.mean(1, keepdim=True), patches], 1)

@@ -1,8 +1,8 @@
 """`torch.compile` of the blocks of the student's encoders, of its shared blocks and of the teacher.
 
-Each block is compiled for itself: what is between the blocks (ZeRO's hooks, the losses) stays as it is. Sizes are
-dynamic from the start, so that what is compiled does not depend on which batches came first, and a resumed run computes
-as an unbroken one does. Dropout draws what it draws without the compiler.
+Each block is compiled separately; the code between the blocks (ZeRO's hooks, the losses) is not compiled. Sizes are
+dynamic from the start, so that the compiled code does not depend on which batches came first, and a resumed run
+computes the same as an uninterrupted one. Dropout draws the same random numbers as without the compiler.
 """
 
 import os
@@ -15,7 +15,10 @@ from ds_cmli.config.schema import Config
 
 
 def cannot_compile(config: Config, device: torch.device) -> str | None:
-    """What to tell where blocks are to be compiled and torch.compile cannot make code for the device."""
+    """The error message if `run.compile` asks for compiled blocks but torch.compile cannot build code for the device.
+
+    None if there is no problem.
+    """
     if config.run.compile == "off":
         return None
     problem = None
@@ -30,10 +33,10 @@ def cannot_compile(config: Config, device: torch.device) -> str | None:
 
 
 def compile_blocks(blocks: list[nn.Module], zero_stage: int = 0) -> None:
-    """Compile the blocks' forward methods, at their first call.
+    """Replace the blocks' forward methods by compiled ones; each is compiled at its first call.
 
-    The method is replaced and not the module, so that parameter names stay as they are. ZeRO-3 then gathers a block's
-    parameters before the block as a whole, as hooks within it would break what is compiled into pieces.
+    The method is replaced, not the module, so that parameter names do not change. Under ZeRO-3 each block becomes a
+    leaf module, whose parameters are gathered together before it runs: hooks inside it would cause graph breaks.
     """
     for block in blocks:
         block.forward = torch.compile(  # type: ignore[method-assign]

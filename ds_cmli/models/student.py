@@ -1,7 +1,7 @@
-"""The student: an image and a text encoder, each cut to its first layers, under shared Transformer blocks.
+"""The student: an image and a text encoder, each cut to its first layers, followed by shared Transformer blocks.
 
 Shapes: B pairs, S image side in pixels, N image patches, M text positions, H hidden size, D embedding dimension; prefix
-tokens before the patches, the first of them the class token.
+is the number of tokens before the patches, the first of which is the class token.
 """
 
 from typing import Any
@@ -28,16 +28,16 @@ class SharedBlock(nn.Module):
     def __init__(self, width: int, heads: int):
         super().__init__()
         self.block = Block(width, heads, qkv_bias=True)
-        # Identity at the start: random outputs of this size would drown what the pretrained encoders know.
+        # The block starts as the identity: random residual outputs would drown the pretrained encoders' features.
         for last in (self.block.attn.proj, self.block.mlp.fc2):
             nn.init.zeros_(last.weight)
             nn.init.zeros_(last.bias)
 
     def forward(self, image: Tensor, text: Tensor, token_mask: Tensor) -> tuple[Tensor, Tensor]:
-        """[B, prefix+N, H], [B, M, H], bool [B, M] (True = attend) -> the same shapes.
+        """Image [B, prefix+N, H], text [B, M, H] and its mask, bool [B, M] (True = attend) -> both, same shapes.
 
-        Both in one call: under checkpointing that is one recomputation, so each parameter's gradient arrives once,
-        which ZeRO requires.
+        One call takes both modalities, so that activation checkpointing recomputes the block once and each parameter's
+        gradient arrives once, which ZeRO requires.
         """
         return self.image(image), self.text(text, token_mask)
 
@@ -61,13 +61,13 @@ class Student(nn.Module):
         pretrained: bool = True,
         special: SpecialTokens | None = None,
     ):
-        """Both encoders and what stands above them.
+        """Build both encoders and the layers above them.
 
         Args:
-            vocab_size: of the tokenizer.
-            positions: M, the longest text.
-            pretrained: False: random weights, to be overwritten.
-            special: tokens that the tokenizer adds; None: as the built-in one.
+            vocab_size: the tokenizer's vocabulary size.
+            positions: M, the length of the longest text.
+            pretrained: whether to load pretrained weights; if not, they are random and meant to be overwritten.
+            special: the special tokens that the tokenizer adds; None: those of the built-in tokenizer.
         """
         super().__init__()
         self.image = models.build(
@@ -101,15 +101,15 @@ class Student(nn.Module):
         width = self.image.width  # H
         text_width = self.text.width
         self.text_head: nn.Module = nn.Linear(text_width, width) if text_width != width else nn.Identity()
-        # About 64 wide each.
+        # The largest number of heads that divides the width with at least 64 channels per head, or else one head.
         heads = next(n for n in range(max(1, width // 64), 0, -1) if width % n == 0)
         self.shared = nn.ModuleList(SharedBlock(width, heads) for _ in range(config.shared_blocks))
-        # Two scales enter the shared blocks, and two means leave them: norms of each modality's own bring both to
-        # one size and let the gap between the modalities close.
+        # The encoders' outputs differ in scale before the shared blocks, and in mean after them. A separate norm for
+        # each modality brings both to one scale and lets the modality gap close.
         self.image_in, self.text_in = nn.LayerNorm(width), nn.LayerNorm(width)
         self.image_out, self.text_out = nn.LayerNorm(width), nn.LayerNorm(width)
-        # g: one projection for patches and tokens (and the teacher's patches). Orthonormal rows keep cosines
-        # approximately from the first step on.
+        # g: one projection for patches and tokens (and the teacher's patches). Its rows start orthonormal, which
+        # approximately keeps cosine similarities from the first step on.
         self.projection = nn.Linear(width, config.embed_dim, bias=False)
         nn.init.orthogonal_(self.projection.weight)
         self.width = width
@@ -117,7 +117,7 @@ class Student(nn.Module):
 
     @torch.no_grad()
     def try_out(self, config: StudentConfig, image_size: int, positions: int) -> None:
-        """One picture and three texts through the encoders: what does not fit is one line now, no traceback later."""
+        """Encode an image and three texts: a model that does not fit is a `UserError` now, instead of a traceback later."""
         self.eval()
         rows, columns = self.grid
         try:
@@ -136,7 +136,7 @@ class Student(nn.Module):
             raise UserError(
                 f"data.context_length is {positions}: student.text_model {config.text_model!r} has only {most}"
             )
-        # The second text differs from the first in its padding alone, the third in its last token alone.
+        # The second text differs from the first only in its padding, the third only in its last token.
         ids = torch.ones(3, positions, dtype=torch.int64)
         ids[1, -1] = 2
         ids[2, -2] = 2
@@ -162,21 +162,21 @@ class Student(nn.Module):
 
     @property
     def blocks(self) -> list[nn.Module]:
-        """What activation checkpointing recomputes."""
+        """The modules that activation checkpointing recomputes."""
         return [*self.image.blocks, *self.text.blocks, *self.shared]
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Patches per column and row; N is their product."""
+        """Numbers of rows and columns of patches; N is their product."""
         return self.image.grid
 
     def forward(self, image: Tensor, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, ...]:
-        """uint8 [B, 3, S, S], int64 [B, M], bool [B, M] (True = attend) -> what the losses need of a batch.
+        """Encode a batch for the losses: uint8 [B, 3, S, S], int64 [B, M], bool [B, M] (True = attend).
 
         Returns:
-            image class tokens [B, H], patches [B, N, H], text class tokens [B, H], tokens [B, M, H] (padding and
-            special tokens included): not normalised, in the model's precision. A plain tuple: ZeRO-3's hooks look
-            for tensors in nothing else.
+            Image class tokens [B, H], patches [B, N, H], text class tokens [B, H] and tokens [B, M, H] (padding and
+            special tokens included), not normalised, in the model's precision. They are a plain tuple because ZeRO-3's
+            hooks do not find tensors inside other objects.
         """
         x, y = self.embed_image(image), self.embed_text(input_ids, attention_mask)
         for block in self.shared:
@@ -184,14 +184,14 @@ class Student(nn.Module):
         return *self.split_image(x), *self.split_text(y, attention_mask)
 
     def encode_image(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        """uint8 [B, 3, S, S] -> class tokens [B, H], patches [B, N, H]; as `forward` gives them."""
+        """uint8 [B, 3, S, S] -> class tokens [B, H] and patches [B, N, H], as `forward` returns them."""
         x = self.embed_image(image)
         for block in self.shared:
             x = block.image(x)  # type: ignore[operator]
         return self.split_image(x)
 
     def encode_text(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
-        """int64 [B, M], bool [B, M] -> class tokens [B, H], tokens [B, M, H]; as `forward` gives them."""
+        """int64 [B, M], bool [B, M] -> class tokens [B, H] and tokens [B, M, H], as `forward` returns them."""
         y = self.embed_text(input_ids, attention_mask)
         for block in self.shared:
             y = block.text(y, attention_mask)  # type: ignore[operator]

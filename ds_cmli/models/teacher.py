@@ -1,6 +1,6 @@
-"""The frozen image-only teacher: patch features of an image encoder, the targets of distillation.
+"""The frozen image-only teacher: an image encoder whose features are the targets of distillation.
 
-It stays outside the engine: no optimizer state, no gradient buffers, not in checkpoints.
+It is not part of DeepSpeed's engine: it has no optimizer state and no gradient buffers and is not in checkpoints.
 Shapes: B images, S image side in pixels, N patches of the student's grid, H_t the teacher's width.
 """
 
@@ -20,7 +20,7 @@ from ds_cmli.models.weights import say
 
 @dataclass
 class Targets:
-    """Layer-normalised (no affine), without gradient."""
+    """The teacher's features: layer-normalised without affine parameters, and without gradient."""
 
     cls: Tensor  # [B, H_t]
     patches: Tensor  # [B, N, H_t]
@@ -30,7 +30,7 @@ class Teacher(nn.Module):
     image: ImageBackbone
 
     def __init__(self, config: TeacherConfig, image_size: int, grid: tuple[int, int]):
-        """`grid`: the student's patch grid; the teacher's is resampled to it where they differ."""
+        """`grid` is the student's patch grid, to which the teacher's patches are resampled if theirs differs."""
         super().__init__()
         request = ImageRequest(
             prefix="teacher.",
@@ -47,7 +47,7 @@ class Teacher(nn.Module):
         self.width = self.image.width
         self.requires_grad_(False)
         self.eval()
-        try:  # one picture: what does not fit is one line now, and no traceback later
+        try:  # encode one image, so that a model that does not fit is a `UserError` now, no traceback later
             found = self(torch.zeros(1, 3, image_size, image_size, dtype=torch.uint8))
             fits = found.patches.shape == (1, grid[0] * grid[1], self.width) and found.cls.shape == (1, self.width)
             problem = "" if fits else f"gives {list(found.patches.shape)}"
@@ -72,7 +72,7 @@ class Teacher(nn.Module):
             square = patches.transpose(1, 2).unflatten(2, self.image.grid)  # [B, H_t, rows, columns]
             square = F.interpolate(square.float(), size=self.grid, mode="bilinear", align_corners=False)
             patches = square.flatten(2).transpose(1, 2).to(dtype)
-        # A block's raw output is unbounded where the final norm is missing: normalised, with no learned scale, the
-        # student's own normalised features can reach it.
+        # Without the final norm a block's raw output is unbounded. The student's features come out of a LayerNorm, so
+        # they can match targets that are normalised too, without a learned scale.
         normalise = lambda x: F.layer_norm(x.float(), (self.width,)).to(dtype)  # noqa: E731
         return Targets(normalise(cls), normalise(patches))

@@ -1,6 +1,6 @@
-"""timm's models that give a feature map: Swin, ConvNeXt, ResNet and others; each place of the map is a patch.
+"""timm's models that return a feature map: Swin, ConvNeXt, ResNet and others; each position of the map is a patch.
 
-Shapes: B images, S image side in pixels, N = rows * columns of the map, H its channels.
+Shapes: B images, S image side in pixels, N = rows * columns of the map, H channels of the map.
 """
 
 from functools import partial
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ds_cmli.models import timm_model
 from ds_cmli.models.backbone import ImageBackbone, ImageRequest, with_mean
 
-# Blocks behind the patches' own, in which a class token looks at them (CaiT, XCiT): no feature map shows them.
+# Blocks after those of the patches, in which only a class token attends (CaiT, XCiT): no feature map comes from them.
 CLASS_BLOCKS = ("cls_attn_blocks", "blocks_token_only")
 
 
@@ -67,7 +67,7 @@ class TimmGrid(ImageBackbone):
                 of_a_stack = isinstance(
                     self.model.get_submodule(name.rpartition(".")[0]), nn.Sequential | nn.ModuleList
                 )
-                if of_a_stack or number > 0:  # otherwise it looks at pixels, which need no gradient: a stem
+                if of_a_stack or number > 0:  # otherwise it is the stem, whose input, the pixels, needs no gradient
                     found.append(stage)
         return found
 

@@ -1,4 +1,4 @@
-"""timm's models, built from a configuration and filled with weights, each mistake in one line.
+"""Building timm's models from a configuration and loading their weights, with a one-line `UserError` per mistake.
 
 Shapes: B images, S image side in pixels.
 """
@@ -28,7 +28,7 @@ from ds_cmli.common.pretrained import loading, reason
 from ds_cmli.models.backbone import DEFAULT_LAYERS, ImageRequest
 from ds_cmli.models.weights import Shape, Source, account, check_finite, say, weights_file
 
-# What `overrides` cannot change, and why.
+# The arguments of timm that `overrides` cannot change, and the reason, as the error message gives it.
 DECIDED = {
     "img_size": "data.image_size says it",
     **dict.fromkeys(("checkpoint_path", "pretrained", "pretrained_strict"), "the setting of the weights says it"),
@@ -40,15 +40,15 @@ DECIDED = {
                     "class token, colours and the grid of patches are fixed"),
     "patch_drop_rate": "every patch is needed",
 }  # fmt: skip
-FROZEN = ("pos_drop_rate", "proj_drop_rate", "attn_drop_rate", "drop_path_rate")  # nothing drops out of a teacher
+FROZEN = ("pos_drop_rate", "proj_drop_rate", "attn_drop_rate", "drop_path_rate")  # have no effect on a frozen teacher
 
 
 @dataclass
 class Given:
-    """The weights that a model was loaded with: their shapes by key, as the model names them and as the file does."""
+    """The shapes of the loaded weights by key."""
 
-    shapes: dict[str, Shape]
-    before: dict[str, Shape]
+    shapes: dict[str, Shape]  # after timm's filter: keys and shapes as the model has them
+    before: dict[str, Shape]  # before timm's filter: keys and shapes as the file has them
 
 
 @dataclass
@@ -58,7 +58,7 @@ class Created:
     given: Given | None  # None: random weights
 
     def account(self) -> None:
-        """Once what is not used is cut off: print what became of the file's keys, or raise `UserError`."""
+        """Report missing and unused keys, or raise `UserError`; called after the unused layers are cut off."""
         if self.given is not None:
             account(self.source, self.model, self.given.shapes, self.given.before)
 
@@ -70,7 +70,7 @@ def _sketch(model: str, overrides: str) -> Any:
 
 
 def sketch(request: ImageRequest) -> Any:
-    """The model without data, to be looked at; None where it cannot be built: `create` says why."""
+    """The model on the meta device, for inspection; None if it cannot be built, in which case `create` says why."""
     try:
         return _sketch(request.model, json.dumps(request.overrides, sort_keys=True))
     except Exception:
@@ -78,9 +78,12 @@ def sketch(request: ImageRequest) -> Any:
 
 
 def create(request: ImageRequest) -> Created:
-    """A timm model with its weights and no classifier; raises `UserError`.
+    """Create a timm model with its weights and without classifier.
 
-    Weights of a path are in the model's own layout; timm resamples position embeddings of another image size.
+    A weights file must have the model's own layout; timm resamples position embeddings of another image size.
+
+    Raises:
+        UserError: the model or its weights cannot be used.
     """
     source, weights = request.source, request.weights
     _check_overrides(request.prefix, request.overrides)
@@ -96,7 +99,7 @@ def create(request: ImageRequest) -> Created:
             except TypeError as error:
                 if "'img_size'" not in str(error):
                     raise
-                model = _built(build)  # takes pictures of any size
+                model = _built(build)  # a model without `img_size` takes images of any size
     except Exception as error:
         raise _not_built(request, error) from None
     if given is not None:
@@ -105,7 +108,7 @@ def create(request: ImageRequest) -> Created:
 
 
 def _built(build: Callable[[], Any]) -> Any:
-    """The model; where tensors hold no data, one that computes its sizes with tensors (RegNet) is built elsewhere."""
+    """Build the model. Under fake tensors, a model that computes its sizes with tensors (RegNet) is built on meta."""
     try:
         return build()
     except (DynamicOutputShapeException, UnsupportedFakeTensorException):
@@ -135,9 +138,9 @@ def _not_built(request: ImageRequest, error: Exception) -> UserError:
 
 
 def _watched(file: str | None, given: Given | None) -> Any:
-    """Inside, timm's function that loads weights is given a filter that notes which keys it uses.
+    """A context in which timm's function that loads weights records in `given` the keys that it loads.
 
-    A file is read here, as earlier versions of timm read pickles with the code in them.
+    It also reads `file` here with `weights_only`, because earlier versions of timm run the code in a pickle.
     """
 
     def load(load_pretrained: Callable, model: nn.Module, pretrained_cfg: Any = None,
@@ -151,7 +154,7 @@ def _watched(file: str | None, given: Given | None) -> Any:
             if filter_fn is not None:
                 try:
                     state = filter_fn(state, model)
-                except TypeError:  # timm has filters that take the state alone, and calls them so
+                except TypeError:  # some of timm's filters take only the state, and timm itself falls back like this
                     state = filter_fn(state)
             given.shapes.update(_shapes(state))
             return state
@@ -164,7 +167,7 @@ def _watched(file: str | None, given: Given | None) -> Any:
 def _read(file: str) -> dict[str, Any]:
     try:
         state = timm.models.load_state_dict(file, weights_only=True)
-    except (AttributeError, EOFError, LookupError):  # what torch says of other pickles, and timm of lists
+    except (AttributeError, EOFError, LookupError):  # torch raises these for other pickles, timm for lists
         state = {}
     if not _shapes(state):
         raise ValueError(
@@ -194,7 +197,7 @@ def _check_overrides(prefix: str, overrides: dict[str, Any]) -> None:
 
 
 def last_block(request: ImageRequest, depth: int, unit: str) -> int:
-    """Index of the last block (or stage) that is used of `depth` ones; raises `UserError` where there is none."""
+    """Index of the last of `depth` blocks (or stages) that is used; raises `UserError` if there is no such block."""
     if request.block is not None:
         if not -depth <= request.block < depth:
             raise UserError(
@@ -209,7 +212,10 @@ def last_block(request: ImageRequest, depth: int, unit: str) -> int:
 
 
 def check_image_size(request: ImageRequest, patch: tuple[int, int]) -> None:
-    """`patch`: height and width in pixels. Raises `UserError` where timm would leave out, or fill up, a part."""
+    """Raise `UserError` unless the image side is a multiple of `patch`, its height and width in pixels.
+
+    timm would otherwise crop or pad the image.
+    """
     for side in patch:
         if request.image_size % side:
             near = max(1, round(request.image_size / side)) * side
@@ -220,16 +226,16 @@ def check_image_size(request: ImageRequest, patch: tuple[int, int]) -> None:
 
 
 def cut(model: Any, last: int) -> None:
-    """Drop what follows block (or stage) `last`, the final norm, the pooling and the head."""
+    """Remove all blocks (or stages) after `last`, the final norm, the pooling and the head."""
     model.prune_intermediate_layers([last], prune_norm=True, prune_head=True)
-    # The pretrained final norm belongs to the last block of all; the student and the teacher have their own.
+    # The pretrained final norm fits only the last of all blocks; student and teacher have norms of their own.
     for name in ("norm", "fc_norm", "head", "head_dist"):
         if isinstance(getattr(model, name, None), nn.Module):
             setattr(model, name, nn.Identity())
 
 
 def tell(request: ImageRequest, model: nn.Module, pooling: str | None) -> None:
-    """Say what the user may not expect of the model; `pooling`: what stands for a class token that it lacks."""
+    """Print what the user may not expect: the `pooling` that replaces a missing class token (None: it has one)."""
     if pooling is not None:
         say(f"{request.name} has no class token: {pooling} stands for it", model)
     if request.block is None and any(isinstance(module, _BatchNorm) for module in model.modules()):

@@ -1,4 +1,4 @@
-"""timm's models of patch tokens in a plain stack of blocks: ViT, DeiT, BEiT, EVA, SigLIP, with any number of registers.
+"""timm's models with patch tokens in a plain stack of blocks: ViT, DeiT, BEiT, EVA, SigLIP; any number of registers.
 
 Shapes: B images, S image side in pixels, N patches, H width.
 """
@@ -38,7 +38,7 @@ class TimmTokens(ImageBackbone):
         timm_model.check_image_size(request, tuple(ratio(as_scalar=False)) if ratio is not None else (1, 1))
         depth = len(model.blocks)
         last = timm_model.last_block(request, depth, "block")
-        own = getattr(model, "attn_pool", None) if last == depth - 1 else None  # belongs to the last block's output
+        own = getattr(model, "attn_pool", None) if last == depth - 1 else None  # trained on the last block's output
         norm = model.norm
         timm_model.cut(model, last)
         self.has_class_token = getattr(model, "cls_token", None) is not None
@@ -50,7 +50,7 @@ class TimmTokens(ImageBackbone):
         timm_model.tell(
             request, model, None if self.has_class_token else "its own pooling" if self.pools else "the mean of patches"
         )
-        self.registers = model.num_prefix_tokens - self.has_class_token  # other tokens than patches and class token
+        self.registers = model.num_prefix_tokens - self.has_class_token  # tokens beside patches and class token
         self.prefix = 1 + self.registers
         self.width, self.grid = model.embed_dim, tuple(model.patch_embed.grid_size)
         self.mean, self.std = model.pretrained_cfg["mean"], model.pretrained_cfg["std"]
@@ -60,7 +60,7 @@ class TimmTokens(ImageBackbone):
         return list(self.model.blocks)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        x = self.model(pixels)  # [B, prefix + N, H], or one token less without a class token
+        x = self.model(pixels)  # [B, prefix + N, H], or one token fewer if the model has no class token
         if self.has_class_token:
             return x
         if self.pools:

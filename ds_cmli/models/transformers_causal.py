@@ -1,4 +1,4 @@
-"""Text models that are pooled at the end token: causal ones, whose earlier tokens do not see it (CLIP, GPT-2).
+"""Text models pooled at their last token, such as causal models, in which only it attends to all tokens (CLIP, GPT-2).
 
 Shapes: B texts, M text positions, H any width.
 """
@@ -12,13 +12,13 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPIN
 from ds_cmli.models.backbone import TextRequest
 from ds_cmli.models.transformers_model import Transformer, kind_of
 
-# Text encoders of contrastive models, which are trained without a language model's head.
+# Text encoders of contrastive models: they have no language modeling head, so the two tables do not list them.
 CONTRASTIVE = ("clip_text_model", "chinese_clip_text_model", "clipseg_text_model", "owlvit_text_model",
                "owlv2_text_model", "siglip_text_model", "siglip2_text_model", "metaclip_2_text_model")  # fmt: skip
 
 
 def at_the_end(kind: Any) -> bool:
-    """Whether a model of this class of configurations is pooled at its last token."""
+    """Whether models with this configuration class are pooled at their last token."""
     if kind is None:
         return False
     causal = kind in MODEL_FOR_CAUSAL_LM_MAPPING and kind not in MODEL_FOR_MASKED_LM_MAPPING
@@ -26,7 +26,7 @@ def at_the_end(kind: Any) -> bool:
 
 
 class Causal(Transformer):
-    """The last position that is attended to is the end token, where the tokenizer adds one, or else the last word."""
+    """Pooled at the last attended position: the end token if the tokenizer adds one, or else the last word."""
 
     @classmethod
     def takes(cls, request: TextRequest) -> bool:

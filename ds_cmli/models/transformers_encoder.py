@@ -1,4 +1,4 @@
-"""Text encoders whose tokens see each other both ways: BERT, RoBERTa, DistilBERT, ALBERT, DeBERTa, ModernBERT, T5.
+"""Text encoders with bidirectional attention: BERT, RoBERTa, DistilBERT, ALBERT, DeBERTa, ModernBERT, T5.
 
 Shapes: B texts, M text positions, H any width.
 """
@@ -11,12 +11,12 @@ from ds_cmli.models.transformers_causal import at_the_end
 from ds_cmli.models.transformers_model import Transformer, kind_of
 from ds_cmli.models.weights import say
 
-# Encoders of encoder-decoders: their texts begin with the first word.
+# Encoders of encoder-decoder models: their texts begin with the first word and have no class token.
 OF_DECODERS = ("t5", "mt5", "umt5", "t5gemma")
 
 
 class Encoder(Transformer):
-    """Pooled at its class token, the first one; a T5 encoder, which has none, by the mean of its tokens."""
+    """Pooled at the class token, which is the first; a T5 encoder has none and is pooled by the mean of its tokens."""
 
     @classmethod
     def takes(cls, request: TextRequest) -> bool:
@@ -39,4 +39,4 @@ class Encoder(Transformer):
         if not self.by_mean:
             return tokens[:, 0]
         share = attention_mask.to(tokens.dtype) / attention_mask.sum(1, keepdim=True)  # [B, M]
-        return (share[:, None] @ tokens)[:, 0]  # [B, H], summed in fp32
+        return (share[:, None] @ tokens)[:, 0]  # [B, H]; the matrix product accumulates in fp32

@@ -1,7 +1,7 @@
-"""Text models of the transformers library, built from a configuration and filled with weights, mistakes in one line.
+"""Building text models of the transformers library and loading their weights; each mistake is a one-line `UserError`.
 
-Only what gives a hidden state a token is held: of an encoder-decoder its encoder, of a model with pictures its text
-part, without pooler and head. Shapes: B texts, M text positions, H width.
+Only the layers that compute a hidden state for each token are kept: the encoder of an encoder-decoder, the text part of
+an image-text model, without pooler and head. Shapes: B texts, M text positions, H width.
 """
 
 import inspect
@@ -27,22 +27,22 @@ from ds_cmli.common.pretrained import loading, reason
 from ds_cmli.models.backbone import DEFAULT_LAYERS, TextBackbone, TextRequest
 from ds_cmli.models.weights import account, check_finite, say
 
-# The families' fields of the dropout behind their layers, and of the one inside their attention.
+# The configuration fields, over all families, of the dropout after layers and of the dropout inside the attention.
 DROPOUT = ("hidden_dropout_prob", "dropout", "dropout_rate", "resid_pdrop", "embd_pdrop", "embedding_dropout",
            "mlp_dropout")  # fmt: skip
 ATTENTION_DROPOUT = ("attention_probs_dropout_prob", "attention_dropout", "attn_pdrop")
-# What `text_overrides` cannot change, and which setting does.
+# The fields that `text_overrides` cannot change, and the setting that decides them.
 DECIDED = {"vocab_size": "data.tokenizer", **dict.fromkeys(DROPOUT, "student.dropout")}
-# Fields of single families that decide nothing of the encoder: heads, generation, decoding.
+# Fields of single families that do not affect the encoder: they configure heads, generation or decoding.
 UNUSED = {
     *("use_cache", "classifier_dropout", "tie_word_embeddings", "is_decoder", "add_cross_attention"),
     *("bos_token_id", "eos_token_id", "sep_token_id", "cls_token_id", "decoder_start_token_id"),
     *("gradient_checkpointing", "cross_attention_hidden_size", "model_type", "num_decoder_layers"),
 }
-# Names of the tables of token embeddings in the weights of these families.
+# The names that the families give to the table of token embeddings in their weights.
 TOKEN_TABLES = ("word_embeddings.weight", "shared.weight", "embed_tokens.weight", "token_embedding.weight",
                 "tok_embeddings.weight", "wte.weight")  # fmt: skip
-# Fields that these families read without declaring them.
+# Fields that these families read although their configuration classes do not declare them.
 UNDECLARED = {
     "deberta": ("embedding_size", "talking_head"),
     "deberta-v2": ("attention_head_size", "conv_act", "conv_groups", "conv_kernel_size", "embedding_size",
@@ -52,7 +52,7 @@ POSITION_TABLES = ("position_embeddings", "position_embedding", "embed_positions
 
 
 def family(model: str) -> str:
-    """The architecture that a model's name begins with: "bert-base-uncased" -> "bert", "clip" -> "clip_text_model"."""
+    """The architecture at the start of a model's name: "bert-base-uncased" -> "bert", "clip" -> "clip_text_model"."""
     plain = model.rsplit("/", 1)[-1].lower().replace("_", "-") + "-"
     known = [kind for kind in CONFIG_MAPPING if plain.startswith(kind.lower().replace("_", "-") + "-")]
     if not known:
@@ -66,7 +66,7 @@ def family(model: str) -> str:
 
 
 def without_effect(kind: type[PreTrainedConfig], name: str) -> str | None:
-    """Why a field of `text_overrides` would do nothing, or why it is refused; None where it decides something."""
+    """Why a field of `text_overrides` has no effect or is refused; None if it has an effect."""
     if name in DECIDED:
         return f"{DECIDED[name]} decides that"
     fields = inspect.signature(kind).parameters
@@ -79,15 +79,15 @@ def without_effect(kind: type[PreTrainedConfig], name: str) -> str | None:
 
 
 def text_part(config: PreTrainedConfig) -> PreTrainedConfig:
-    """Of a model of pictures and text, such as CLIP, the text encoder's configuration."""
+    """The configuration of the text encoder: for an image-text model, such as CLIP, it is a part of the model's."""
     return getattr(config, "text_config", None) or config
 
 
 def kind_of(request: TextRequest) -> type[PreTrainedConfig] | None:
-    """The class of the model's configuration; None where it cannot be told: `create` says why."""
+    """The class of the model's configuration; None if it cannot be determined, in which case `create` says why."""
     if not Path(request.weights).is_dir():
         try:
-            return CONFIG_MAPPING[family(request.model)]  # told by the name, without asking the hub
+            return CONFIG_MAPPING[family(request.model)]  # the name is enough, the hub is not asked
         except UserError:
             pass
     try:
@@ -98,7 +98,7 @@ def kind_of(request: TextRequest) -> type[PreTrainedConfig] | None:
 
 
 def create(request: TextRequest) -> Any:
-    """The model, with its first layers, on the CPU in fp32; raises `UserError`."""
+    """Create the model, cut to its first layers, on the CPU in fp32; raises `UserError`."""
     source, weights = request.source, request.weights
     if weights not in ("random", "hub") and not Path(weights).exists():
         raise source.error(
@@ -123,7 +123,7 @@ def create(request: TextRequest) -> Any:
         )
     if kept is None:
         say(f"{request.name} has no plain stack of layers: it is kept whole", model)
-    return model.train()  # it comes in eval mode out of a file, with its dropout off
+    return model.train()  # `from_pretrained` returns it in eval mode, without dropout
 
 
 def _is_file(request: TextRequest) -> bool:
@@ -131,7 +131,7 @@ def _is_file(request: TextRequest) -> bool:
 
 
 def _configured(request: TextRequest) -> PreTrainedConfig:
-    """The family's own configuration, or the model's, with the user's changes."""
+    """The configuration of the model, or the default one of its family, with the user's changes."""
     if request.weights == "random" or _is_file(request):
         configure = partial(AutoConfig.for_model, family(request.model))
     else:
@@ -146,7 +146,7 @@ def _configured(request: TextRequest) -> PreTrainedConfig:
         if why is not None:
             raise UserError(f"student.text_overrides has {field!r} = {value!r}: {why}")
     fields = inspect.signature(kind).parameters
-    # None in the attention: CPUs have no fused kernel with dropout.
+    # No dropout inside the attention: CPUs have no fused attention kernel with dropout.
     sizes: dict[str, Any] = {name: 0.0 for name in ATTENTION_DROPOUT if name in fields}
     sizes |= {name: request.dropout for name in DROPOUT if name in fields}
     sizes |= request.overrides
@@ -157,7 +157,7 @@ def _configured(request: TextRequest) -> PreTrainedConfig:
         rows = [len(value) for key, value in state.items() if key.endswith(TOKEN_TABLES)]
         sizes["vocab_size"] = rows[0] if rows else request.vocab_size
     if request.weights == "random" or _is_file(request):
-        # Fields of special tokens are rows of the table.
+        # The fields of special tokens are rows of the embedding table, so they must be the tokenizer's ids.
         special = {"pad_token_id": request.special.pad_id} if "pad_token_id" in fields else {}
         return kind(**{**special, **sizes})
     if type(configure()) is kind:
@@ -166,7 +166,7 @@ def _configured(request: TextRequest) -> PreTrainedConfig:
 
 
 def _sized(request: TextRequest, config: Any) -> int | None:
-    """Change the configuration to the layers that are kept; their number, or None where the family has no such one."""
+    """Set the number of layers that are kept in `config` and return it; None if the family has no such field."""
     depth = getattr(config, "num_hidden_layers", None)
     if depth is None:
         if request.layers is not None:
@@ -175,7 +175,7 @@ def _sized(request: TextRequest, config: Any) -> int | None:
                 "student.layers=null, and it is kept whole"
             )
         return None
-    # Weights may have more layers than their configuration names; where they have not, `account` says so.
+    # Weights may have more layers than their configuration says; if they have fewer than asked, `account` reports it.
     most = depth if request.weights == "random" or "num_hidden_layers" in request.overrides else None
     if request.layers is not None and most is not None and request.layers > most:
         raise UserError(f"student.layers is {request.layers}: {request.name} has only {most}")
@@ -188,9 +188,9 @@ def _sized(request: TextRequest, config: Any) -> int | None:
 
 
 def _build(request: TextRequest, config: PreTrainedConfig) -> Any:
-    # By its class and not by AutoModel, which would look for code in the folder.
+    # The class is looked up here because AutoModel would look for code in the folder.
     text_encoding = MODEL_FOR_TEXT_ENCODING_MAPPING.get(type(config), None)
-    # The text part of a model with pictures may be in neither table.
+    # The text part of an image-text model may be in neither table.
     part = getattr(transformers, type(config).__name__.replace("TextConfig", "TextModel"))
     model: Any = text_encoding or MODEL_MAPPING.get(type(config), part)
     if not issubclass(model, PreTrainedModel) or model.main_input_name != "input_ids":
@@ -211,7 +211,7 @@ def _build(request: TextRequest, config: PreTrainedConfig) -> Any:
         local_files_only=request.weights != "hub",
         dtype=torch.float32,
         weights_only=True,
-        ignore_mismatched_sizes=True,  # `account` refuses them, in one line
+        ignore_mismatched_sizes=True,  # `account` refuses them with one line
         output_loading_info=True,
         **options,
     )
@@ -224,21 +224,21 @@ def _build(request: TextRequest, config: PreTrainedConfig) -> Any:
 
 
 def _read(file: str) -> dict[str, Tensor]:
-    return timm.models.load_state_dict(file, weights_only=True)  # .safetensors, or what torch.save wrote
+    return timm.models.load_state_dict(file, weights_only=True)  # reads .safetensors, or a file that torch.save wrote
 
 
 class Transformer(TextBackbone):
-    """A model of the transformers library with its last hidden states; how the text is pooled is a subclass's."""
+    """A model of the transformers library, used for its last hidden states; subclasses define the pooling."""
 
     model: Any
 
     def __init__(self, request: TextRequest):
         super().__init__()
         self.model = create(request)
-        # Keys and values kept for generation would be kept for nothing, and twice under activation checkpointing.
+        # The key-value cache is for generation: here it would waste memory, twice under activation checkpointing.
         self.model.config.use_cache = False
         for module in self.model.modules():
-            if isinstance(getattr(module, "head", None), nn.Linear):  # SigLIP's, over its own pooling
+            if isinstance(getattr(module, "head", None), nn.Linear):  # SigLIP's, which follows its own pooling
                 module.head = nn.Identity()
         self.width = self.model.config.hidden_size
         self.most_positions = _most_positions(self.model)
@@ -257,7 +257,7 @@ class Transformer(TextBackbone):
         )
         if request.weights != "random":
             raise UserError(f"{problem}: choose the tokenizer that belongs to the model")
-        say(f"{problem}, which then has a position of its own", self.model)  # harmless where nothing was trained
+        say(f"{problem}, which then has a position of its own", self.model)  # harmless with untrained weights
 
     @property
     def blocks(self) -> list[nn.Module]:
@@ -265,12 +265,12 @@ class Transformer(TextBackbone):
         stacks: list[nn.Module] = [m for m in self.model.modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
         if stacks:
             return list(max(stacks, key=lambda stack: sum(p.numel() for p in stack.parameters())).children())
-        # Layers that share their weights (ALBERT) are one block: each parameter's gradient must arrive once.
+        # Layers that share their weights (ALBERT) are one block, because each parameter's gradient must arrive once.
         parts = [m for m in self.model.children() if not isinstance(m, nn.Embedding)]
         return [max(parts, key=lambda part: any(isinstance(m, nn.ModuleList) for m in part.modules()))]
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        # The mask as integers: that is what the encoders of every transformers version take.
+        # An integer mask is accepted by the encoders of every transformers version.
         return self.model(input_ids=input_ids, attention_mask=attention_mask.long()).last_hidden_state
 
 
@@ -280,9 +280,9 @@ def _position_table(model: nn.Module) -> Any:
 
 
 def _most_positions(model: Any) -> int | None:
-    """How long a text can be, by the table of positions or the configuration; None: any length."""
+    """The greatest length of a text, from the position embeddings or the configuration; None: any length."""
     table = _position_table(model)
     if table is None:
         return getattr(model.config, "max_position_embeddings", None)
-    # RoBERTa's positions begin behind the one of padding.
+    # RoBERTa's positions begin after the row of the padding index.
     return table.num_embeddings - (0 if table.padding_idx is None else table.padding_idx + 1)

@@ -1,4 +1,4 @@
-"""Pretrained weights: every key accounted for in one line a kind, every value finite, nothing random in silence."""
+"""Checks of pretrained weights: all values must be finite, and missing, unused and resized keys are reported."""
 
 import os
 import re
@@ -12,19 +12,19 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from ds_cmli.common.errors import UserError
 
-# A block's place in the keys of timm's and transformers' models.
+# Finds the number of the block in a key of timm's and transformers' models.
 BLOCK = re.compile(r"(?:^|\.)(?:blocks?|layers?\d*|stages|h)\.(\d+)\.")
-FILES = ("model.safetensors", "pytorch_model.bin")  # in a folder of weights
+FILES = ("model.safetensors", "pytorch_model.bin")  # the usual names in a folder of weights
 Shape = tuple[int, ...]
 
 
 @dataclass
 class Source:
-    """Where a model's weights come from, for the lines that say so."""
+    """Where a model's weights come from, for messages about them."""
 
     setting: str  # "student.image_weights"
     weights: str  # its value, with "demo" resolved to a path
-    partial: bool  # `weights_partial` of the same section: what is missing may start random
+    partial: bool  # `weights_partial` of the same section: whether missing weights may start random
 
     def error(self, problem: str) -> UserError:
         return UserError(f"{self.setting} is {self.weights!r}: {problem}")
@@ -35,7 +35,7 @@ class Source:
 
 
 def weights_file(source: Source, needed: str) -> str:
-    """The file that the weights' path names, or the one in its folder. Raises `UserError`, with what is `needed`."""
+    """The file at the path of the weights, or in the folder there. Raises `UserError`, which says what is `needed`."""
     path = Path(source.weights)
     if path.is_dir():
         found = [path / name for name in FILES if (path / name).is_file()] or sorted(path.glob("*.safetensors"))
@@ -48,28 +48,28 @@ def weights_file(source: Source, needed: str) -> str:
 
 
 def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
-    """The name of the first tensor with a NaN or an infinity."""
+    """The name of the first tensor that holds a NaN or an infinity; None if there is none."""
     return next((k for k, t in tensors.items() if t.is_floating_point() and not torch.isfinite(t).all()), None)
 
 
 def check_finite(source: Source, model: nn.Module) -> None:
-    """Before anything is cut off the model, so that every loaded tensor is seen. Raises `UserError`."""
+    """Raise `UserError` if a weight is not finite. Called before the model is cut, so that all tensors are checked."""
     key = not_finite(model.state_dict())
     if key is not None:
         raise source.error(f"its {key!r} holds NaN or infinite values; give weights that are whole")
 
 
 def account(source: Source, model: nn.Module, given: Mapping[str, Shape], before: Mapping[str, Shape]) -> None:
-    """Print what became of the keys of `given`, or refuse them.
+    """Print which weights are missing, unused or resized, or refuse the weights.
 
     Args:
-        model: what is used of the model, after its last blocks are cut off.
-        given: shapes of the weights by key, as the model names them.
-        before: shapes as the file has them, where they differ the library has resized the tensor.
+        model: the part of the model that is used, after its last blocks are cut off.
+        given: shapes of the weights by key, with the model's keys.
+        before: shapes in the file by key; the library has resized a tensor if it differs.
 
     Raises:
-        UserError: a shape does not fit; or nothing fits, or a block lacks a matrix (biases, norms and scales start
-            neutral, but a random matrix ruins what the others know), unless `source.partial`.
+        UserError: a shape does not fit; or, unless `source.partial`, no key fits or a block lacks a matrix. A missing
+            bias, norm or scale starts neutral, but a random matrix spoils the features of the other blocks.
     """
     wanted = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
     missing = [key for key in wanted if key not in given]
@@ -114,7 +114,7 @@ def _some(keys: Iterable[str], most: int = 3) -> str:
 
 
 def say(line: str, model: nn.Module | None = None) -> None:
-    """Print on the first rank; nothing of a `model` without data, which is only looked at."""
+    """Print on the first rank; nothing if the parameters of `model` are fake tensors, as in a memory prediction."""
     if os.environ.get("RANK", "0") == "0" and not isinstance(
         next(model.parameters(), None) if model else None, FakeTensor
     ):
