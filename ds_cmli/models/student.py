@@ -117,7 +117,7 @@ class Student(nn.Module):
 
     @torch.no_grad()
     def try_out(self, config: StudentConfig, image_size: int, positions: int) -> None:
-        """Encode an image and three texts: a model that does not fit is a `UserError` now, instead of a traceback later."""
+        """Encode one image and three texts, so that a model that does not fit is refused here, by a `UserError`."""
         self.eval()
         rows, columns = self.grid
         try:
