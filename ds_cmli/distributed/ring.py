@@ -5,7 +5,7 @@ Memory is that of two chunks, whatever the number of ranks; a chunk is one rank'
 Shapes: B pairs per rank, M text positions, D embedding dimension.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 import torch.distributed as dist
@@ -62,6 +62,11 @@ def buffer_like(x: Tensor) -> Tensor:
     return torch.empty_like(x)
 
 
+def turns(ranks: int) -> Iterable[int]:
+    """The steps in which a chunk of each rank comes by."""
+    return range(ranks)
+
+
 def chunks(text: Tensor, mask: Tensor, group: dist.ProcessGroup | None) -> Iterator[tuple[int, Tensor, Tensor]]:
     """(rank, its text features, its mask) of each rank in turn, this rank first.
 
@@ -70,7 +75,7 @@ def chunks(text: Tensor, mask: Tensor, group: dist.ProcessGroup | None) -> Itera
     rank, ranks = distributed.rank(group), distributed.world_size(group)
     chunk = pack(text, mask)
     other = buffer_like(chunk)
-    for step in range(ranks):
+    for step in turns(ranks):
         transfer = Transfer(chunk, other, TEXT, group) if step < ranks - 1 else None  # collective
         yield (rank - step) % ranks, *unpack(chunk, text)
         if transfer is not None:

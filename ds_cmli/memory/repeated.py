@@ -3,7 +3,7 @@
 All micro-batches of a predicted step have the same size. The first few and the last one run on tensors without data.
 As soon as two in a row have left the same events in the tracker's log, those between are copies of these events, with
 blocks of their own. So the time of a prediction hardly depends on the number of micro-batches, and its bytes are those
-of the whole step.
+of the whole step. In a ring of texts the steps between the first and the last ones are left out in the same way.
 """
 
 from collections.abc import Callable, Iterator
@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 
 from ds_cmli.common.patches import replaced
 from ds_cmli.data import Batch
+from ds_cmli.distributed import ring
 from ds_cmli.distributed.traffic import Count, Traffic
 from ds_cmli.engine import TrainEngine, gradient_caching
 from ds_cmli.engine.gradient_caching import RandomState
@@ -26,6 +27,7 @@ from ds_cmli.memory.tracker import Tracker
 # Whose block an event is about: of the same call, of the call before it, of a tensor that the call was given, or of
 # anything else.
 HERE, BEFORE, GIVEN, ELSEWHERE = "here", "before", "given", "elsewhere"
+STEPS = 5  # of a ring that are run, before the last two
 
 
 @contextmanager
@@ -40,7 +42,35 @@ def repeated(tracker: Tracker, train_engine: TrainEngine, traffic: Traffic | Non
         for owner, name in ((gradient_caching, "embed"), (gradient_caching, "replay"), (train_engine, "_backward")):
             each = _Repeated(getattr(owner, name), tracker, train_engine.accumulation, traffic)
             stack.enter_context(replaced(owner, name, each))
+        stack.enter_context(replaced(ring, "turns", _few_turns(traffic)))
         yield
+
+
+def _few_turns(traffic: Traffic | None) -> Callable[[int], Iterator[int]]:
+    """Of a ring's steps the first and the last ones: what the others allocate ends with them."""
+
+    def turns(ranks: int) -> Iterator[int]:
+        skipped = range(STEPS, ranks - 2)
+        before: dict[tuple[str, str], Count] = {}
+        for step in range(ranks):
+            if step == STEPS - 1:
+                before = _counts(traffic)
+            if step == STEPS and traffic is not None:
+                _add(traffic, _difference(traffic.counts, before), len(skipped))
+            if step not in skipped:
+                yield step
+
+    return turns
+
+
+def _counts(traffic: Traffic | None) -> dict[tuple[str, str], Count]:
+    return {} if traffic is None else deepcopy(traffic.counts)
+
+
+def _add(traffic: Traffic, moved: dict[tuple[str, str], Count], times: int = 1) -> None:
+    for key, count in moved.items():
+        total = traffic.counts.setdefault(key, Count())
+        total.calls, total.bytes = total.calls + times * count.calls, total.bytes + times * count.bytes
 
 
 @dataclass
@@ -131,7 +161,7 @@ class _Repeated:
         tracker = self.tracker
         given = {block: number for number, block in enumerate(map(self._block, _given(args))) if block is not None}
         first, segment, start, before = len(tracker.ops), tracker.segment, len(tracker.log), self.first
-        moved = self._moved()
+        moved = _counts(self.traffic)
         result = self.function(*args)
         last = len(tracker.ops)
 
@@ -153,7 +183,7 @@ class _Repeated:
             form = _map(result, _Form.of)
         run = _Run(
             first, segment, len(tracker.log), events, tracker.segment - segment, form, outputs,
-            _difference(self._moved(), moved),
+            _difference(_counts(self.traffic), moved),
         )  # fmt: skip
         self.runs, self.first = [*self.runs[-1:], run], first
         return result
@@ -181,9 +211,7 @@ class _Repeated:
             tracker.log.append((block, size, phase))
         tracker.segment = segment + run.segments
         if self.traffic is not None:
-            for key, count in run.moved.items():
-                total = self.traffic.counts.setdefault(key, Count())
-                total.calls, total.bytes = total.calls + count.calls, total.bytes + count.bytes
+            _add(self.traffic, run.moved)
         result = self._like(run, given, first)
         self.first = first
         for each in args:
@@ -222,9 +250,6 @@ class _Repeated:
     def _block(self, tensor: Tensor) -> int | None:
         known = self.tracker.blocks.get(tensor.untyped_storage()._cdata)
         return None if known is None else known[0]
-
-    def _moved(self) -> dict[tuple[str, str], Count]:
-        return {} if self.traffic is None else deepcopy(self.traffic.counts)
 
 
 def _difference(after: dict[tuple[str, str], Count], before: dict[tuple[str, str], Count]) -> dict:

@@ -53,3 +53,24 @@ def test_every_event_is_that_of_the_whole_step(setting, monkeypatch):
     assert found.events == expected.events  # blocks, bytes, categories, phases and operators, in their order
     assert found.report == expected.report
     assert moved == all_moved and moved
+
+
+@pytest.mark.parametrize("setting", [("micro_batch", 2, "cuda"), ("global_batch", 1, "cpu")], ids=str)
+def test_a_ring_of_many_ranks_is_that_of_all_its_steps(setting, monkeypatch):
+    from ds_cmli.memory import predict as module
+    from ds_cmli.memory import repeated
+
+    negatives, stage, target = setting
+    loss, optim = {"cmli_exchange": "ring"}, {"negatives": negatives, "micro_batch": 2}
+    ds_config = {"gradient_accumulation_steps": 2, "zero_optimization": {"stage": stage}, "bf16": {"enabled": True}}
+    found = []
+    for steps in (repeated.STEPS, 100):
+        monkeypatch.setattr(repeated, "STEPS", steps)
+        traffic = Traffic()
+        report = module.predict(
+            load_preset("tiny", {"loss": loss, "optim": optim}), ds_config, 12, target=target,
+            watch=lambda train_engine, step, traffic=traffic: traffic.counting() if step else nullcontext(),
+        ).report  # fmt: skip
+        found.append((report, traffic.counts))
+    assert found[0] == found[1]
+    assert found[0][1]["text", "send"].calls >= 2 * 11 * 2  # each micro-batch's texts and their gradients go round
