@@ -1,18 +1,19 @@
-"""A model of CUDA's caching allocator: from what a program asks for to what is allocated and reserved for it.
+"""A model of PyTorch's CUDA caching allocator: it computes the allocated and reserved bytes of a program's requests.
 
 The rules are those of `c10/cuda/CUDACachingAllocator.cpp`, torch 2.13 (unchanged since 2.0), without expandable
-segments; what `Settings` changes is off by default, as in `c10/core/AllocatorConfig.h`.
- 1. A request is rounded up to a multiple of 512 B; a request for nothing gets nothing.
- 2. At most 1 MiB: the small pool, which takes segments of 2 MiB from the device. Above: the large pool, which takes
-    20 MiB for a request below 10 MiB, otherwise the request rounded up to 2 MiB.
- 3. The smallest free block of the pool and stream that is large enough, the lowest address among equals; a new segment
-    where there is none.
- 4. The rest of a block becomes a free block if it has at least 512 B (small pool) or more than 1 MiB (large pool);
-    otherwise it stays with the request, and counts as allocated.
- 5. A freed block merges with free neighbours of its segment. A free segment stays reserved, for its stream, until the
-    device has no room: then every segment that is wholly free is returned and the request tried once more.
-What the model does not know: where the device puts a segment (here: one behind the other, which decides only between
-free blocks of equal size), and memory that other streams still use when it is freed.
+segments. All `Settings` are off by default, as in `c10/core/AllocatorConfig.h`.
+ 1. A request is rounded up to a multiple of 512 B. A request for 0 bytes allocates nothing.
+ 2. A request of at most 1 MiB is served by the small pool, which takes segments of 2 MiB from the device. A larger one
+    is served by the large pool, which takes a segment of 20 MiB for a request below 10 MiB, and otherwise one of the
+    request's size rounded up to a multiple of 2 MiB.
+ 3. The request gets the smallest free block of its pool and stream that is large enough, among equal sizes the one with
+    the lowest address. If there is none, a new segment is taken.
+ 4. The remainder of the block becomes a free block if it has at least 512 B (small pool) or more than 1 MiB (large
+    pool). Otherwise it stays part of the block, and counts as allocated.
+ 5. A freed block is merged with the free blocks next to it in its segment. A segment that is wholly free stays reserved
+    for its stream until the device has no room: then all wholly free segments are returned, and the request is retried.
+The model does not know at which address the device puts a segment (here each one follows the last; the address only
+decides between free blocks of equal size), nor that a freed block may still be in use by other streams.
 """
 
 from bisect import bisect_left, insort
@@ -41,13 +42,13 @@ from ds_cmli.memory.report import Event
 
 
 class CachingAllocator:
-    """The model. `limit` bytes are all that may be reserved; None: any, and no garbage is collected."""
+    """The model. At most `limit` bytes may be reserved; None: no limit, and no garbage collection."""
 
     def __init__(self, limit: int | None = None, settings: Settings = DEFAULTS):
         self.limit, self.settings = limit, settings
-        self.requests: dict[tuple[Pool, bool], int] = {}  # number of requests to each pool
+        self.requests: dict[tuple[Pool, bool], int] = {}  # (pool, small) -> number of requests so far
         self.segments: dict[int, Segment] = {}  # by address
-        # (pool, small, stream) -> (size, address) of each free block, sorted: the order of rule 3.
+        # (pool, small, stream) -> (size, address) of each free block, sorted, which is the order of rule 3.
         self.free_blocks: dict[tuple[Pool, bool, int], list[tuple[int, int]]] = {}
         self.at: dict[int, Block] = {}  # the free blocks by address
         self.actions: list[Action] = []
@@ -55,7 +56,7 @@ class CachingAllocator:
         self.next_address = FIRST_ADDRESS
 
     def malloc(self, requested: int, stream: int = 0, event: Event | None = None, pool: Pool = DEFAULT_POOL) -> Block:
-        """Raises `OutOfMemory` where `limit` leaves no room."""
+        """Allocate a block for `requested` bytes. Raises `OutOfMemory` if `limit` leaves no room for it."""
         size = rounded(requested, self.settings.roundup_power2_divisions)
         small = size <= SMALL_REQUEST
         self.requests[pool, small] = self.requests.get((pool, small), 0) + 1
@@ -72,14 +73,14 @@ class CachingAllocator:
         return self.use(block, requested, event)
 
     def use(self, block: Block, requested: int, event: Event | None = None) -> Block:
-        """Count a block, which is in no list of free ones, as in use."""
+        """Mark a block as in use. It must already have been taken off the free lists."""
         block.requested, block.event = requested, event
         self.requested += requested
         self.allocated += block.size
         return block
 
     def carve(self, free: Block, address: int, size: int) -> Block:
-        """The part [address, address + size) of a free block, out of the lists; what is left and right stays free."""
+        """Take [address, address + size) out of a free block, off the free lists; the parts on both sides stay free."""
         self._take(free)
         if address + size < free.address + free.size:
             self.keep(split(free, address + size))
@@ -98,29 +99,29 @@ class CachingAllocator:
         self._merge(block)
 
     def empty_cache(self) -> None:
-        """Return every segment that is wholly free to the device; those of private pools stay theirs."""
+        """Return every wholly free segment of the default pool to the device; private pools keep theirs."""
         for segment in list(self.segments.values()):
             if segment.pool == DEFAULT_POOL and segment.free:
                 self.release(segment)
 
     def release(self, segment: Segment) -> None:
-        """Return one segment, which must be wholly free, to the device."""
+        """Return one segment to the device. It must be wholly free."""
         self._take(segment.first)
         del self.segments[segment.address]
         self.reserved -= segment.size
         self.actions.append(Action("segment_free", segment.address, segment.size, segment.stream, None))
 
     def _best_fit(self, free: list[tuple[int, int]], size: int) -> int:
-        """Position of the free block that rule 3 chooses; behind the last where none is large enough."""
+        """The index in `free` of the block that rule 3 chooses; `len(free)` if none is large enough."""
         return bisect_left(free, (size, 0))
 
     def _splits(self, left: int, size: int, small: bool) -> bool:
-        """Rule 4: whether `left` bytes behind a request of `size` become a free block."""
+        """Rule 4: whether the `left` bytes that remain behind a request of `size` bytes become a free block."""
         most = self.settings.max_split_size
         return left >= MIN_BLOCK if small else left > SMALL_REQUEST and (most is None or size < most)
 
     def _merge(self, block: Block) -> Block:
-        """Keep a block that has become free, as one with its free neighbours."""
+        """Merge a block that has become free with its free neighbours, and put the result on the free list."""
         before, after = block.before, block.after
         if before is not None and before.free:
             self._take(before)
@@ -132,7 +133,7 @@ class CachingAllocator:
         return block
 
     def _from_device(self, requested: int, size: int, key: tuple[Pool, bool, int], event: Event | None) -> Block:
-        """A free block of at least `size` bytes out of new memory."""
+        """Reserve new memory and return a free block in it of at least `size` bytes, which is on no free list."""
         pool, small, stream = key
         taken = segment_bytes(size)
         if self.limit is not None:
@@ -179,7 +180,7 @@ class CachingAllocator:
                 del whole[address]
 
     def _release_oversize(self, key: tuple[Pool, bool, int], size: int) -> None:
-        """Of the blocks that are too large to be split: one that is enough, otherwise as many of the largest as are."""
+        """Return free blocks that are too large to be split: one if it is enough, else the largest until they are."""
         most = self.settings.max_split_size
         if most is None:
             return
@@ -194,7 +195,7 @@ class CachingAllocator:
             self.release(self.at[free[-1][1]].segment)
 
     def keep(self, block: Block) -> None:
-        """Note a block as free."""
+        """Put a block on the free list."""
         segment = block.segment
         block.freed_at = self.requests.get((segment.pool, segment.small), 0)
         free = self.free_blocks.setdefault((segment.pool, segment.small, segment.stream), [])
@@ -210,13 +211,13 @@ class CachingAllocator:
 
 @dataclass
 class Replay:
-    """Bytes throughout. The timeline has one (requested, allocated, reserved) after each event."""
+    """The result of `replay`, in bytes. The timeline has (requested, allocated, reserved) after each event."""
 
     requested_peak: int
     allocated_peak: int
     reserved_peak: int
     timeline: list[tuple[int, int, int]]
-    segments: list[Segment]  # as they are at the end
+    segments: list[Segment]  # those reserved at the end
     actions: list[Action]
 
 
@@ -226,11 +227,12 @@ def replay(
     """Run `events` through the allocator.
 
     Args:
-        limit: bytes that may be reserved: the device's memory less what others and the CUDA context hold. None: any.
-        stream: the stream an allocation is made on; all on the default one unless told.
+        limit: bytes that may be reserved: the device's memory minus the CUDA context and what other processes hold.
+            None: no limit.
+        stream: gives the stream of an allocation; by default all are on the default stream.
 
     Raises:
-        OutOfMemory: `limit` is reached; it names the request.
+        OutOfMemory: a request does not fit in `limit`; the exception names it.
     """
     allocator = CachingAllocator(limit)
     live: dict[int, Block] = {}

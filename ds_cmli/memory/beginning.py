@@ -1,9 +1,10 @@
 """The state of CUDA's allocator at the first event of a recorded history.
 
-A recording begins anywhere: switched on late, or in a ring buffer that lost its first events. What lived then follows
-from the segments at the end, walking back. Only one thing does not: where a block of the large pool is followed by a
-stretch that is free, up to 1 MiB of it may belong to the block, as a rest that was too small to be split off. Later
-events tell: what is allocated behind the block begins where it ends. With expandable segments there are no such rests.
+A recording can begin anywhere: it was switched on late, or its ring buffer has dropped the first events. What was live
+at its first event is found by starting from the segments at the end and undoing the events one by one. Only one thing
+cannot be found in this way. Where free memory follows a block of the large pool, up to 1 MiB of it may belong to the
+block, as a remainder that was too small to be split off (here: its "rest"). Later events can tell: the next allocation
+behind the block begins where the block ends. With expandable segments there are no such rests.
 """
 
 from bisect import bisect_left, insort
@@ -34,7 +35,7 @@ ACTIONS = ("alloc", "free_requested", "free_completed", "segment_alloc", "segmen
 
 @dataclass(frozen=True)
 class Mapped:
-    """A stretch of addresses with memory behind it: a segment, or a part of an expandable one."""
+    """A range of addresses that is backed by memory: a segment, or a part of an expandable segment."""
 
     size: int
     stream: int
@@ -48,15 +49,15 @@ class Mapped:
 
 @dataclass
 class State:
-    """The allocator at one moment."""
+    """The state of the allocator at one moment."""
 
     segments: dict[int, Mapped] = field(default_factory=dict)  # by address
     live: dict[int, int] = field(default_factory=dict)  # address of each block in use -> requested bytes
-    sizes: dict[int, int] = field(default_factory=dict)  # of these, the blocks' bytes where they are known
+    sizes: dict[int, int] = field(default_factory=dict)  # address -> block's size, for live blocks where it is known
     rests: dict[int, tuple[int, int]] = field(default_factory=dict)  # block -> (least, most) bytes of its rest
-    private: list[tuple[int, int, Pool]] = field(default_factory=list)  # (begin, end, pool) of others' segments
-    settings: Settings = DEFAULTS  # that it was recorded with
-    # Of expandable segments: where each one's addresses begin, and addresses whose owner is known.
+    private: list[tuple[int, int, Pool]] = field(default_factory=list)  # (begin, end, pool) of private pools' segments
+    settings: Settings = DEFAULTS  # with which the history was recorded
+    # For expandable segments: the begin address of each one's range, and the addresses whose owner is known.
     ranges: dict[int, Key] = field(default_factory=dict)
     owners: list[tuple[int, Key]] = field(default_factory=list)
 
@@ -68,10 +69,10 @@ class State:
 
 
 def beginning(snapshot: dict[str, Any], device: int) -> State:
-    """The state before the first event.
+    """The allocator's state before the first event of the history of `device`.
 
     Raises:
-        UserError: a history that the model's rules do not cover, or one that contradicts itself.
+        UserError: the model's rules do not cover the history, or it contradicts itself.
     """
     trace = snapshot["device_traces"][device]
     out = State(settings=_settings(snapshot, device))
@@ -102,7 +103,7 @@ def beginning(snapshot: dict[str, Any], device: int) -> State:
 
 
 def _undo(state: State, entry: dict[str, Any]) -> bool:
-    """Take one event back; False where it cannot have led to the state."""
+    """Undo one event in `state`. Returns False if the event cannot have led to this state."""
     action, address, size = entry["action"], entry.get("addr", 0), entry.get("size", 0)
     if action == "alloc" and size:
         state.sizes.pop(address, None)
@@ -124,7 +125,7 @@ def _undo(state: State, entry: dict[str, Any]) -> bool:
 
 
 def _cut_out(mapped: dict[int, Mapped], address: int, size: int) -> bool:
-    """Take [address, address + size) out of what is mapped: the middle of one stretch, or several; False if absent."""
+    """Remove [address, address + size) from `mapped`, whose entries it may cut. False if not all of it is mapped."""
     end = address + size
     inside = sorted(start for start, part in mapped.items() if start < end and start + part.size > address)
     covered = sum(min(end, start + mapped[start].size) - max(address, start) for start in inside)
@@ -140,7 +141,7 @@ def _cut_out(mapped: dict[int, Mapped], address: int, size: int) -> bool:
 
 
 def _find_ranges(state: State, trace: list[dict[str, Any]]) -> None:
-    """Fill `state.owners`, and `state.ranges` with the lowest addresses that are known of each pool's ranges."""
+    """Fill `state.owners`, and `state.ranges` with the lowest known address of each expandable segment."""
     for address, part in state.segments.items():
         state.owners += [(address, part.key), (address + part.size, part.key)]
     for entry in trace:
@@ -159,7 +160,7 @@ def _find_ranges(state: State, trace: list[dict[str, Any]]) -> None:
 
 
 def _owner(state: State, entry: dict[str, Any]) -> Key:
-    """The pool that unmapped memory belonged to: that of the nearest memory whose pool is known."""
+    """The pool that the unmapped memory of `entry` belonged to: that of the nearest memory whose pool is known."""
     address, size, stream = entry.get("addr", 0), entry.get("size", 0), entry.get("stream", 0)
     distances = [
         (min(abs(place - address), abs(place - address - size)), key)
@@ -167,14 +168,14 @@ def _owner(state: State, entry: dict[str, Any]) -> Key:
         if key[2] == stream and (key[1] or size % LARGE_SEGMENT == 0)
     ]
     distance, nearest = min(distances, default=(0, None))
-    # A private pool gives nothing back as long as it is used: only where its memory is next to this is it likely.
+    # A private pool unmaps nothing while it is in use, so it is a likely owner only if its memory is adjacent.
     if distance and nearest is not None and nearest[0] != DEFAULT_POOL:
         distance, nearest = min([found for found in distances if found[1][0] == DEFAULT_POOL], default=(1, None))
     return nearest or (DEFAULT_POOL, size % LARGE_SEGMENT != 0, stream)
 
 
 def _settings(snapshot: dict[str, Any], device: int) -> Settings:
-    """The settings that the history was recorded with; `UserError` where it follows rules that the model lacks."""
+    """The settings that the history was recorded with. Raises `UserError` if the model does not implement them."""
     actions = {entry["action"] for entry in snapshot["device_traces"][device]}
     if actions - set(ACTIONS):
         raise UserError(
@@ -207,7 +208,7 @@ def _settings(snapshot: dict[str, Any], device: int) -> Settings:
 
 
 def _bound_rests(state: State, trace: list[dict[str, Any]], device: int) -> None:
-    """Fill `state.rests` with what the gaps behind blocks and the first allocation in each of them tell."""
+    """Fill `state.rests`, from the gap behind each block and from the first allocation that is made in that gap."""
     order = sorted(state.live)
     ends = sorted((address + part.size, address) for address, part in _joined(state).items())
     open_gaps: dict[int, tuple[int, int, int]] = {}
@@ -228,9 +229,9 @@ def _bound_rests(state: State, trace: list[dict[str, Any]], device: int) -> None
             state.rests[address] = rest, rest
         elif state.settings.expandable_segments or state.segments[segment].small:
             state.rests[address] = 0, 0
-        elif gap <= SMALL_REQUEST or (most_split is not None and size >= most_split):  # the latter is never split
+        elif gap <= SMALL_REQUEST or (most_split is not None and size >= most_split):  # such a block is never split
             state.rests[address] = gap, gap
-        else:  # a free block of the large pool has more than 1 MiB
+        else:  # the gap ends with a free block, which in the large pool has more than 1 MiB
             most = min(SMALL_REQUEST, gap - SMALL_REQUEST - MIN_BLOCK)
             open_gaps[address] = used, most, end
             state.rests[address] = 0, most
@@ -252,7 +253,7 @@ def _bound_rests(state: State, trace: list[dict[str, Any]], device: int) -> None
 
 
 def _joined(state: State) -> dict[int, Mapped]:
-    """What is mapped, neighbouring stretches of an expandable segment as one."""
+    """`state.segments`, with adjacent mapped ranges of an expandable segment joined."""
     if not state.settings.expandable_segments:
         return state.segments
     out: dict[int, Mapped] = {}
@@ -267,7 +268,7 @@ def _joined(state: State) -> dict[int, Mapped]:
 
 
 def restore(state: State) -> tuple[CachingAllocator, dict[int, Block]]:
-    """The model in that state, and its blocks in use by address."""
+    """Put the allocator's model into `state`. Returns the model, and its blocks in use by address."""
     live, blocks = sorted(state.live), {}
     allocator = ExpandableAllocator() if state.settings.expandable_segments else CachingAllocator()
     allocator.settings = state.settings

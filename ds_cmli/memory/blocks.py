@@ -1,6 +1,6 @@
-"""Blocks and segments of CUDA's caching allocator, its sizes, and what PYTORCH_ALLOC_CONF changes of them.
+"""The blocks and segments of CUDA's caching allocator, its constants, and its settings from PYTORCH_ALLOC_CONF.
 
-The rules that the docstrings name are those of `allocator`.
+"Rule 1" and so on are the rules listed in the docstring of `allocator`.
 """
 
 from dataclasses import dataclass, field
@@ -8,33 +8,35 @@ from dataclasses import dataclass, field
 from ds_cmli.memory.report import Event
 
 MIN_BLOCK = 512
-SMALL_REQUEST = 1 << 20  # the largest of the small pool
+SMALL_REQUEST = 1 << 20  # the largest request that the small pool serves
 SMALL_SEGMENT = 2 << 20
 LARGE_SEGMENT = 20 << 20
 MIN_LARGE_SEGMENT_REQUEST = 10 << 20  # from here on a request gets a segment of its own size
 ROUND_SEGMENT = 2 << 20
 FIRST_ADDRESS = 0x7F00_0000_0000
-Pool = tuple[int, int]  # as `torch.cuda.MemPool.id`, and of a CUDA graph
+Pool = tuple[int, int]  # the id of a memory pool, as in `torch.cuda.MemPool.id`; a CUDA graph's pool has one too
 DEFAULT_POOL = (0, 0)
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Of PYTORCH_ALLOC_CONF, in bytes; by default everything is off."""
+    """Settings of PYTORCH_ALLOC_CONF, with sizes in bytes. By default everything is off."""
 
-    # A block from this size on is neither split nor given to a smaller request, nor to one smaller by 20 MiB or more.
+    # A block of this size or more is not split. It serves no request below this size, and only requests that are less
+    # than 20 MiB smaller than the block.
     max_split_size: int | None = None
-    roundup_power2_divisions: int = 0  # parts of each interval between powers of two that requests are rounded up to
-    # Share of the limit from which on, before a new segment is taken, whole free ones older than their mean go back.
+    roundup_power2_divisions: int = 0  # requests are rounded up to this many steps between two powers of two
+    # If more than this share of the limit is reserved when a new segment is needed, wholly free segments of the large
+    # pool that are at least as old as their mean are returned first.
     garbage_collection_threshold: float = 0.0
-    expandable_segments: bool = False  # the model of which is `expandable`
+    expandable_segments: bool = False  # modelled in `expandable`
 
 
 DEFAULTS = Settings()
 
 
 def rounded(requested: int, divisions: int = 0) -> int:
-    """Rule 1; with `roundup_power2_divisions`, of what is larger than so many times 512 B."""
+    """Rule 1. With `divisions` > 1, requests above `divisions` * 512 B follow roundup_power2_divisions instead."""
     if divisions > 1 and requested > MIN_BLOCK * divisions:
         floor = 1 << (requested.bit_length() - 1)
         step = floor >> (divisions.bit_length() - 1)
@@ -43,7 +45,7 @@ def rounded(requested: int, divisions: int = 0) -> int:
 
 
 def segment_bytes(size: int) -> int:
-    """Rule 2: what is taken from the device for a rounded request."""
+    """Rule 2: the size of the segment that is taken from the device for a rounded request."""
     if size <= SMALL_REQUEST:
         return SMALL_SEGMENT
     if size < MIN_LARGE_SEGMENT_REQUEST:
@@ -52,14 +54,14 @@ def segment_bytes(size: int) -> int:
 
 
 class OutOfMemory(Exception):
-    """The modelled device has no room: `requested` bytes were asked for, by `event`."""
+    """The modelled device has no room for the `requested` bytes that `event` asked for."""
 
     def __init__(self, requested: int, allocated: int, reserved: int, limit: int, missing: int, event: Event | None):
         super().__init__(
             f"{requested:,} bytes asked for with {reserved:,} of {limit:,} reserved, {allocated:,} of them allocated"
         )
         self.requested, self.allocated, self.reserved, self.limit = requested, allocated, reserved, limit
-        self.missing, self.event = missing, event  # bytes that would have to go first
+        self.missing, self.event = missing, event  # missing: bytes that would have to be freed first
 
 
 @dataclass(eq=False)
@@ -70,10 +72,10 @@ class Block:
     address: int
     size: int
     requested: int = 0  # 0: free
-    event: Event | None = None  # of the allocation, while in use
+    event: Event | None = None  # the allocation, while the block is in use
     before: "Block | None" = None
     after: "Block | None" = None
-    freed_at: int = 0  # number of requests to its pool by then
+    freed_at: int = 0  # when it was freed, counted in requests to its pool until then
     mapped: bool = True  # False: address space of an expandable segment without memory behind it
 
     @property
@@ -83,7 +85,7 @@ class Block:
 
 @dataclass(eq=False)
 class Segment:
-    """What one call of cudaMalloc returned."""
+    """The memory that one call of cudaMalloc returned; in `expandable`, a reserved range of addresses."""
 
     address: int
     size: int
@@ -91,7 +93,7 @@ class Segment:
     small: bool
     pool: Pool = DEFAULT_POOL
     first: Block = field(init=False)
-    event: Event | None = None  # the one that needed it
+    event: Event | None = None  # the allocation that needed a new segment
 
     def __post_init__(self):
         self.first = Block(self, self.address, self.size)
@@ -110,17 +112,17 @@ class Segment:
 
 @dataclass(frozen=True)
 class Action:
-    """What the allocator did, in the words of `torch.cuda.memory._record_memory_history`."""
+    """One action of the allocator, named as in `torch.cuda.memory._record_memory_history`."""
 
-    name: str  # segment_alloc, segment_free, alloc, free_requested, free_completed
+    name: str  # alloc, free_requested, free_completed, segment_alloc, segment_free, segment_map or segment_unmap
     address: int
-    bytes: int  # alloc and free: as requested
+    bytes: int  # for alloc and free_*: the requested bytes
     stream: int
     event: Event | None
 
 
 def split(block: Block, address: int) -> Block:
-    """Divide a block at an address; returns the right part."""
+    """Split a block at an address. Returns the right part; `block` becomes the left one."""
     rest = Block(block.segment, address, block.address + block.size - address, before=block, after=block.after)
     if rest.after is not None:
         rest.after.before = rest
@@ -129,7 +131,7 @@ def split(block: Block, address: int) -> Block:
 
 
 def join(first: Block, second: Block) -> Block:
-    """Two neighbouring blocks as the first of them."""
+    """Merge two neighbouring blocks into the first one, and return it."""
     first.size += second.size
     first.after = second.after
     if first.after is not None:

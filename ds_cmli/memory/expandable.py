@@ -1,14 +1,15 @@
 """A model of CUDA's caching allocator with `expandable_segments:True`.
 
-The rules are those of `c10/cuda/CUDACachingAllocator.cpp`, torch 2.13. They differ from those in `allocator` in this:
- 1. Each stream and pool has one range of addresses, larger than the device. Memory is mapped into it in pieces, of
-    2 MiB in the small pool and of 20 MiB in the large one.
- 2. Where no free block is large enough, the first stretch from the left that is large enough, free memory at its
-    beginning included, gets memory mapped, as many pieces as are missing.
- 3. Of the free blocks that are large enough, one that could grow is passed over for the next larger one as long as that
-    could grow less.
- 4. The rest of a block is split off from 512 B on, in both pools.
- 5. Where the device has no room, all whole pieces that are free are unmapped, wherever they lie.
+The rules are those of `c10/cuda/CUDACachingAllocator.cpp`, torch 2.13. They differ from those in `allocator` in five
+points:
+ 1. Each pool of each stream reserves one range of addresses, which is larger than the device's memory. Memory is mapped
+    into it in pieces of 2 MiB (small pool) or 20 MiB (large pool).
+ 2. If no free block is large enough, memory is mapped into the lowest part of the range that is unused (unmapped, with
+    the free memory in front of it) and large enough. As many pieces are mapped as are missing.
+ 3. The allocator starts from the smallest free block that is large enough. As long as the next larger one has less room
+    to grow to (its own size plus the unmapped addresses behind it), it takes that one instead.
+ 4. The remainder of a block is split off if it has at least 512 B, in both pools.
+ 5. If the device has no room, all wholly free pieces are unmapped, wherever they lie.
 """
 
 from bisect import bisect_left, insort
@@ -31,19 +32,19 @@ from ds_cmli.memory.blocks import (
 from ds_cmli.memory.report import Event
 
 ADDRESS_SPACE = LARGE_SEGMENT << 16  # bytes of a range: 1.4 TB, more than any device has
-Key = tuple[Pool, bool, int]  # pool, whether it is the small one, stream
+Key = tuple[Pool, bool, int]  # (pool, small, stream)
 
 
 class ExpandableAllocator(CachingAllocator):
-    """The model. Its segments are the ranges of addresses; `reserved` counts what is mapped."""
+    """The model. Its segments are the ranges of addresses; `reserved` counts the mapped bytes."""
 
     def __init__(self, limit: int | None = None, settings: Settings = DEFAULTS):
         super().__init__(limit, settings)
-        self.unmapped: dict[Key, list[int]] = {}  # addresses of each pool's blocks without memory, sorted
+        self.unmapped: dict[Key, list[int]] = {}  # sorted addresses of each pool's unmapped blocks
         self.unmapped_at: dict[int, Block] = {}
 
     def add_range(self, address: int, key: Key, size: int = ADDRESS_SPACE) -> Segment:
-        """A new range of addresses, without memory."""
+        """Add a range of addresses, all of it unmapped."""
         pool, small, stream = key
         segment = Segment(address, size, stream, small, pool)
         segment.first.mapped = False
@@ -52,9 +53,9 @@ class ExpandableAllocator(CachingAllocator):
         return segment
 
     def map(self, block: Block, size: int, event: Event | None = None) -> Block | None:
-        """Map memory into the first `size` bytes of a block that has none, rounded up to pieces; merges what is free.
+        """Map memory into the first `size` bytes of an unmapped block, rounded up to pieces, and merge free neighbours.
 
-        None where the device has no room.
+        Returns the free block that results, or None if the device has no room.
         """
         piece = piece_bytes(block.segment)
         size = -(-size // piece) * piece
@@ -71,7 +72,7 @@ class ExpandableAllocator(CachingAllocator):
         return self._merge(block)
 
     def map_at(self, segment: Segment, address: int, size: int) -> Block:
-        """Map memory at an address of a range that has none there."""
+        """Map `size` bytes at an address of the range `segment` that is unmapped."""
         block = segment.first
         while block.address + block.size <= address:
             assert block.after is not None
@@ -88,7 +89,7 @@ class ExpandableAllocator(CachingAllocator):
         return mapped
 
     def unmap(self, block: Block) -> None:
-        """Give the memory of all whole pieces in a free block back to the device."""
+        """Unmap all pieces that lie wholly in a free block, which gives their memory back to the device."""
         segment, piece = block.segment, piece_bytes(block.segment)
         begin = segment.address + -(-(block.address - segment.address) // piece) * piece
         end = segment.address + (block.address + block.size - segment.address) // piece * piece
@@ -114,7 +115,7 @@ class ExpandableAllocator(CachingAllocator):
         self._keep_unmapped(block)
 
     def unmap_at(self, address: int, size: int) -> bool:
-        """Unmap the free memory at an address; whether it was exactly this much."""
+        """Unmap the free block at an address. Returns whether exactly [address, address + size) was unmapped."""
         block = next((b for b in self.at.values() if b.address <= address < b.address + b.size), None)
         if block is None:
             return False
@@ -161,7 +162,7 @@ class ExpandableAllocator(CachingAllocator):
         return block
 
     def _stretch(self, size: int, key: Key) -> Block:
-        """Where `size` bytes have room, by rule 2."""
+        """The free or unmapped block at which rule 2 finds room for `size` bytes; if necessary, in a new range."""
         for address in self.unmapped.setdefault(key, []):
             block = self.unmapped_at[address]
             if block.before is not None and block.before.free:
@@ -198,5 +199,5 @@ class ExpandableAllocator(CachingAllocator):
 
 
 def piece_bytes(segment: Segment) -> int:
-    """Rule 1."""
+    """Rule 1: the bytes of one piece."""
     return SMALL_SEGMENT if segment.small else LARGE_SEGMENT

@@ -1,7 +1,7 @@
-"""A recorded history of CUDA's allocator, replayed through its model from the state that it began in.
+"""Replays a recorded history of CUDA's allocator through its model, from the state in which the history began.
 
-What the beginning leaves open, the replay decides: where the model would use a free stretch that CUDA's allocator
-passed over, the stretch is smaller, and the block before it has a larger rest.
+The replay decides what `beginning` leaves open. If the model would use a free block that CUDA's allocator passed over,
+that free block was really smaller, so the block before it has a larger rest.
 """
 
 from dataclasses import dataclass, field
@@ -13,25 +13,25 @@ from ds_cmli.memory.expandable import ExpandableAllocator
 from ds_cmli.memory.what_if import INVENTED
 
 TAKEN = ("segment_alloc", "segment_map")
-ROUNDS = 1000  # of replays, each with another rest
+ROUNDS = 1000  # limit for the number of replays; each one corrects one rest
 
 
 @dataclass
 class Replayed:
-    """One device's history. Bytes and numbers; "recorded" is what CUDA's allocator did, "replayed" the model."""
+    """The replay of one device's history. "recorded" is what CUDA's allocator did, "replayed" what the model did."""
 
     device: int
     allocations: int = 0
-    at_recorded_address: int = 0  # of these: the model chose the block that CUDA's allocator chose
-    segments_recorded: list[int] = field(default_factory=list)  # bytes of each new one, in order
+    at_recorded_address: int = 0  # number of allocations for which the model chose the same block as CUDA's allocator
+    segments_recorded: list[int] = field(default_factory=list)  # bytes of each new segment, in order
     segments_replayed: list[int] = field(default_factory=list)
     reserved_peak_recorded: int = 0
     reserved_peak_replayed: int = 0
     allocated_peak: int = 0
-    ambiguous: int = 0  # blocks of the beginning whose rest no event tells
-    unknown: int = 0  # frees of what the model does not hold
+    ambiguous: int = 0  # blocks from before the history whose rest remains unknown
+    unknown: int = 0  # frees of blocks or segments that the model could not repeat
     out_of_memory: int = 0  # requests that were refused
-    timeline: list[tuple[int, int]] = field(default_factory=list, repr=False)  # allocated, reserved after each event
+    timeline: list[tuple[int, int]] = field(default_factory=list, repr=False)  # (allocated, reserved) after each event
 
     @property
     def exact(self) -> bool:
@@ -48,11 +48,11 @@ class Replayed:
 
 
 def replay_history(snapshot: dict[str, Any], device: int) -> Replayed:
-    """Replay the requests of `device`. The model is told what it cannot know: the addresses that the device gave, when
-    a block's last stream was done with it (`free_completed`), and which segments were given back.
+    """Replay the requests of `device`. The history supplies what the model cannot know: the addresses of new segments,
+    when the last stream was done with a freed block (`free_completed`), and which segments were returned.
 
     Raises:
-        UserError: a history that the model's rules do not cover, or one that contradicts itself.
+        UserError: the model's rules do not cover the history, or it contradicts itself.
     """
     trace = snapshot["device_traces"][device]
     start = beginning(snapshot, device)
@@ -67,7 +67,10 @@ def replay_history(snapshot: dict[str, Any], device: int) -> Replayed:
 
 
 def _replay(trace: list[dict[str, Any]], start: State, device: int) -> tuple[Replayed, tuple[int, int] | None]:
-    """The replay; or, at the first block that was not free as it is, the block before it and that one's least rest."""
+    """Replay once. If the model chooses a free block that CUDA's allocator passed over, and the rest of the block in
+    front of it is uncertain, this stops and also returns that block's address and the least rest that explains the
+    difference. Otherwise None stands in their place.
+    """
     out = Replayed(device)
     allocator, blocks = restore(start)
     uncertain = {
@@ -97,7 +100,7 @@ def _replay(trace: list[dict[str, Any]], start: State, device: int) -> tuple[Rep
                     if rest <= start.rests[before][1]:
                         return out, (before, rest)
             out.segments_replayed += [done.bytes for done in allocator.actions if done.name in TAKEN]
-            given.clear()  # one for each request: a segment that the model did not need is a difference, not a stock
+            given.clear()  # a segment serves this request only: one that the model did not need is not kept for later
             blocks[address] = block
             out.allocations += 1
             out.at_recorded_address += block.address == address

@@ -1,4 +1,4 @@
-"""Who holds the memory of a recorded history at one moment: by category, or by the line of code that asked for it."""
+"""What holds the memory of a recorded history at one moment, by category or by the line of code that allocated it."""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -13,12 +13,12 @@ LIBRARIES = ("/torch/", "/site-packages/", "/dist-packages/", "/lib/python", "<f
 @dataclass(frozen=True)
 class Holder:
     name: str
-    bytes: int  # as rounded by the allocator
+    bytes: int  # rounded up as the allocator does
     blocks: int
 
 
 def holders(snapshot: dict[str, Any], device: int, start: State, until: int | None = None) -> list[Holder]:
-    """Those at the peak of what is allocated, or after the first `until` events; the largest first."""
+    """The holders at the peak of the allocated bytes, or after the first `until` events; the largest comes first."""
     trace = snapshot["device_traces"][device]
     names = {
         block_address: _name(block)
@@ -34,7 +34,7 @@ def holders(snapshot: dict[str, Any], device: int, start: State, until: int | No
     live = {address: (size, name or f"blocks of {size:,} B {BEFORE}") for address, (size, name) in live.items()}
     total = peak = sum(size for size, _ in live.values())
     at_peak = dict(live) if until is None else live
-    growing = True  # copied at the end of each rise alone, not after each allocation of it
+    growing = True  # `live` is copied only at the end of each rise to a new peak, not after each allocation of the rise
     for entry in trace[:until]:
         action, address, size = entry["action"], entry.get("addr", 0), entry.get("size", 0)
         if action == "alloc" and size:
@@ -65,7 +65,7 @@ def _blocks(segment: dict[str, Any]) -> Any:
 
 
 def _name(entry: dict[str, Any]) -> str:
-    """Its category where it has one; otherwise the innermost line of its stack that is no library's."""
+    """The entry's category if it has one, otherwise the innermost line of its stack that is not in a library."""
     category = entry.get("category")
     if isinstance(category, str):
         return category
