@@ -1,4 +1,4 @@
-"""The comparison as pictures: a bar for each figure, and a training step's memory over time. Needs matplotlib."""
+"""Pictures of the comparison (one bar per figure) and of memory over time. They need matplotlib."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +10,7 @@ from ds_cmli.memory.report import CATEGORIES, Event
 
 
 def bars(rows: Sequence[Row], path: Path) -> None:
-    """Document, true and measured bytes of each row, on a logarithmic axis."""
+    """Draw the source document's, the true and the measured bytes of each row on a logarithmic axis."""
     pyplot = matplotlib()
     figure, axis = pyplot.subplots(figsize=(11, 0.55 * len(rows) + 1.6), constrained_layout=True)
     kinds = {"document": "document_bytes", "true": "corrected_bytes", "measured": "measured_bytes"}
@@ -30,7 +30,10 @@ def bars(rows: Sequence[Row], path: Path) -> None:
 
 
 def timeline(events: Sequence[Event], title: str, path: Path) -> None:
-    """The last step of a run's `events`, stacked by category, its phases marked; over events, not seconds."""
+    """Draw the last step of a run's `events`, stacked by category, with its phases marked.
+
+    The x axis counts events, not seconds.
+    """
     pyplot = matplotlib()
     before, step = last_step(events)
     live = dict.fromkeys(CATEGORIES, 0)
@@ -39,7 +42,7 @@ def timeline(events: Sequence[Event], title: str, path: Path) -> None:
     points: list[tuple[int, dict[str, int]]] = []
     for i, event in enumerate(step):
         live[event.category] += event.bytes
-        # Local maxima alone: between two of them nothing is highest.
+        # Local maxima are enough: no point between two of them is higher.
         if event.bytes > 0 and (i + 1 == len(step) or step[i + 1].bytes < 0):
             points.append((i, dict(live)))
     figure, axis = pyplot.subplots(figsize=(11, 5), constrained_layout=True)
@@ -61,7 +64,7 @@ def timeline(events: Sequence[Event], title: str, path: Path) -> None:
 
 
 def history(points: Sequence[tuple[int, int]], title: str, path: Path) -> None:
-    """Allocated and reserved bytes after each event of a recorded history; what is between them is fragmented."""
+    """Draw allocated and reserved bytes after each event of a recorded history; fragmentation is between the two."""
     pyplot = matplotlib()
     figure, axis = pyplot.subplots(figsize=(11, 5), constrained_layout=True)
     allocated, reserved = ([point[i] / GB for point in points] for i in range(2))
@@ -76,7 +79,7 @@ def history(points: Sequence[tuple[int, int]], title: str, path: Path) -> None:
 
 
 def last_step(events: Sequence[Event]) -> tuple[Sequence[Event], Sequence[Event]]:
-    """What came before the last step, and that step: from where its forward pass begins until the next one's."""
+    """The events before the last step, and those of that step: from its forward pass up to the next step's."""
     end = max((i for i, event in enumerate(events) if event.phase == "backward"), default=0)
     starts = [i for i in range(1, end) if events[i].phase == "forward" != events[i - 1].phase]
     start = starts[-1] if starts else 0
@@ -85,7 +88,7 @@ def last_step(events: Sequence[Event]) -> tuple[Sequence[Event], Sequence[Event]
 
 
 def reversed_legend(axis: Any) -> tuple[list, list]:
-    """In the order of the stack, the uppermost first."""
+    """The handles and labels of the legend in the order of the stack, the uppermost first."""
     handles, labels = axis.get_legend_handles_labels()
     return handles[::-1], labels[::-1]
 

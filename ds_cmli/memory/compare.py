@@ -1,8 +1,8 @@
-"""The document's claims beside what is stored: predicted, and measured where memory and time allow.
+"""Compares the source document's claims with what is really stored: predicted, and measured if memory and time allow.
 
-E1, E2, E3 and E5 are about single losses, each computed in the ways of `implementations.py`; E4 is about a whole
-training step, predicted in the document's setting for each way to compute the loss, and for one preset predicted and
-measured by category. Each measurement runs in a separate process; what does not fit stays predicted.
+E1, E2, E3 and E5 are about single losses, which are computed in the ways of `implementations.py`. E4 is about a whole
+training step: it is predicted in the document's setting for each way to compute the loss, and for one preset it is
+predicted and measured by category. Each measurement runs in a separate process; what does not fit is only predicted.
 
 As a command, `python -m ds_cmli.memory.compare PRESET WORLD DEVICE` measures a preset's step and prints it as JSON.
 
@@ -40,28 +40,28 @@ from ds_cmli.memory.implementations import Allocations, Implementation
 from ds_cmli.memory.predict import DEFAULT_GPU, Prediction, predict
 
 GB = 10**9
-MOST_BYTES = 16 * GB  # of a measurement in main memory: this is a machine that others use too
-SPARE_BYTES = 2 * GB  # left to the system and to the process itself
-MOST_SECONDS = 120.0  # of one measurement
-ALL_SECONDS = 180.0  # of all together
+MOST_BYTES = 16 * GB  # limit for a measurement in main memory, as others may use the machine too
+SPARE_BYTES = 2 * GB  # left for the system and for the process itself
+MOST_SECONDS = 120.0  # limit for one measurement
+ALL_SECONDS = 180.0  # limit for all measurements together
 
 
 @dataclass
 class Row:
-    """One way to compute what one claim is about. Bytes; None where there is no such figure."""
+    """One way to compute what one claim is about. Sizes are in bytes; None if there is no such figure."""
 
     id: str
     implementation: str
-    document_bytes: int | None  # what the document arrives at
-    arithmetic_bytes: int | None  # what its formula as written comes to
+    document_bytes: int | None  # the document's result
+    arithmetic_bytes: int | None  # the correct result of the document's formula as written
     corrected_bytes: int | None  # the largest tensor that this implementation stores
-    predicted_bytes: int | None = None  # the largest single allocation of forward, of the same code without data
+    predicted_bytes: int | None = None  # the largest single allocation of the same code's forward, without data
     predicted_peak_bytes: int | None = None
     measured_bytes: int | None = None  # the largest single allocation of forward, as the allocator reports it
-    measured_peak_bytes: int | None = None  # the most held above what was live before
-    measured_on: str = ""  # and which passes the peak is of; or why it was not measured
+    measured_peak_bytes: int | None = None  # peak above what was live before
+    measured_on: str = ""  # the device, and the passes that the peak covers; or why it was not measured
     verdict: str = ""
-    extra: dict[str, Any] = field(default_factory=dict)  # what only rows of E4 have
+    extra: dict[str, Any] = field(default_factory=dict)  # values that only rows of E4 have
 
     def to_dict(self) -> dict[str, Any]:
         values = asdict(self)
@@ -69,12 +69,12 @@ class Row:
 
 
 def backend(device: str) -> str:
-    """The one that the all-pairs op chooses for itself."""
+    """The backend that the all-pairs op chooses on `device`."""
     return "triton" if device == "cuda" and triton_runs() else "chunked"
 
 
 def predicted_rows(s: Setting, ids: set[str], device: str) -> list[Row]:
-    """Rows of the claims in `ids`, predicted and not measured yet."""
+    """The rows of the claims in `ids`: predicted, but not measured yet."""
     every, out = claims(s), []
     for (id, name), implementation in implementations.implementations(s, backend(device)).items():
         if id in ids:
@@ -87,14 +87,14 @@ def predicted_rows(s: Setting, ids: set[str], device: str) -> list[Row]:
 
 
 def measure(rows: list[Row], s: Setting, device: str, say: Callable[[Row], None] = lambda row: None) -> None:
-    """Measure each of `rows` that there is room and time for, the quick ones first."""
+    """Measure those of `rows` for which memory and time suffice, the quick ones first, and fill in their results."""
     end = time.monotonic() + ALL_SECONDS
     known = implementations.implementations(s, backend(device))
     for row in sorted(rows, key=lambda r: (("E1", "E3", "E2", "E5").index(r.id), r.implementation != "ours")):
         say(row)
         passes, why_not = affordable(known[row.id, row.implementation], device)
         if passes and row.id == "E5":
-            passes = "forward"  # it is about one tensor's size
+            passes = "forward"  # this claim is about the size of one tensor
         left = min(MOST_SECONDS, end - time.monotonic())
         if passes and left < 1:
             passes, why_not = "", f"the {ALL_SECONDS:.0f} s for measuring were spent"
@@ -107,7 +107,7 @@ def measure(rows: list[Row], s: Setting, device: str, say: Callable[[Row], None]
 
 
 def affordable(implementation: Implementation, device: str) -> tuple[str, str]:
-    """The passes that fit in memory ("" for none), and what is missing for more."""
+    """The passes that fit in memory, "" if none does, and in that case the reason."""
     free = free_bytes(device)
     for passes in ("forward and backward", "forward"):
         need = implementations.predict(implementation, backward=passes != "forward").peak
@@ -123,7 +123,7 @@ def free_bytes(device: str) -> int:
 
 
 def control_group_free(process: str = "/proc/self/cgroup", root: str = "/sys/fs/cgroup") -> list[int]:
-    """What the limits of a container or a batch job leave, if there are any (Linux control groups, version 2)."""
+    """Bytes left under each memory limit of a container or a batch job (Linux control groups, version 2), if any."""
     out: list[int] = []
     try:
         path = Path(root) / Path(process).read_text().split("::", 1)[1].strip().lstrip("/")
@@ -140,7 +140,7 @@ def control_group_free(process: str = "/proc/self/cgroup", root: str = "/sys/fs/
 
 
 def measure_in_subprocess(row: Row, s: Setting, device: str, passes: str, seconds: float) -> Allocations | None:
-    """Measure in a separate process, which reports after each pass; None if it did not finish the first."""
+    """Measure in a separate process, which reports after each pass. None if it did not finish forward."""
     module = implementations.__name__
     allocations, _ = ask(["-m", module, row.id, row.implementation, device, json.dumps(asdict(s)), passes], seconds)
     return None if allocations is None else Allocations(**allocations)
@@ -151,13 +151,13 @@ def device_name(device: str) -> str:
 
 
 ALL_LOSSES = ("global", "cmli", "target_cmli")
-# What the student learned by before, where the document finds 2 GB left.
+# The losses of the step that leaves about 2 GB according to the document, before CMLI is added.
 BEFORE = ("global", "cls_kd")
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to compute the losses of the document's step."""
+    """One way to compute the losses of the document's training step."""
 
     name: str
     losses: tuple[str, ...]
@@ -176,7 +176,7 @@ VARIANTS = (
 
 
 def document_config(s: Setting, losses: tuple[str, ...] = ALL_LOSSES) -> Config:
-    """The preset `paper` in the setting `s`. Raises `UserError` where its models have no such size."""
+    """The preset `paper` with the sizes of `s`. Raises `UserError` if its models cannot have these sizes."""
     side, patch_size = math.isqrt(s.N), 16
     if side * side != s.N:
         raise UserError(f"--N is {s.N}: the models' patches form a square, give {side * side} or {(side + 1) ** 2}")
@@ -198,7 +198,7 @@ def document_config(s: Setting, losses: tuple[str, ...] = ALL_LOSSES) -> Config:
 
 
 def document_json(checkpointing: bool) -> DeepSpeedConfig:
-    """The JSON that training takes by default: fp16 and ZeRO-2."""
+    """The DeepSpeed JSON that training uses by default, with fp16 and ZeRO-2."""
     ds_config = DeepSpeedConfig.load(DEFAULT_JSON)
     if not checkpointing:
         ds_config = ds_config.replaced(activation_checkpointing=None)
@@ -211,7 +211,7 @@ def document_rows(
     gpu: str = DEFAULT_GPU,
     say: Callable[[Row], None] = lambda row: None,
 ) -> tuple[list[Row], Prediction | None]:
-    """E4: the bytes that each variant leaves free on a GPU of 24 GB (assumed); and "ours" without checkpointing."""
+    """E4: what each variant leaves free on `gpu` (24 GB, assumed); and the prediction of "ours", not checkpointed."""
     claim, total = claims(s)["E4"], gpus.find(gpu).total.bytes
     rows, ours = [], None
     with predicting() as pool:
@@ -244,7 +244,7 @@ def describe(free: int) -> str:
 
 @contextmanager
 def predicting() -> Iterator[ProcessPoolExecutor]:
-    """A process for predictions, which must see no GPU from its start on."""
+    """A pool of one process for predictions, which must see no GPU from its start on."""
     with ProcessPoolExecutor(1, get_context("spawn"), _without_gpu, (predict_subprocess.without_gpu(),)) as pool:
         yield pool
 
@@ -257,24 +257,24 @@ def _without_gpu(environment: dict[str, str]) -> None:
 
 @dataclass
 class WholeStep:
-    """The second step of one preset, by category."""
+    """The memory of one preset's first two steps, by category."""
 
     preset: str
     world_size: int
     device: str
     prediction: Prediction
-    measured: dict[str, Any] | None  # of `Report.to_dict`
-    not_measured: str  # why
-    parameters: int  # of the student
-    zero: dict[str, int]  # category -> bytes by ZeRO's formula
-    deepspeed_bytes: int | None  # by DeepSpeed's estimator
+    measured: dict[str, Any] | None  # from `Report.to_dict`
+    not_measured: str  # why `measured` is None
+    parameters: int  # number of trained parameters
+    zero: dict[str, int]  # category -> bytes by the formula of the ZeRO paper
+    deepspeed_bytes: int | None  # from DeepSpeed's estimator
 
 
 def whole_step(preset: str, world_size: int, device: str, seconds: float = MOST_SECONDS) -> WholeStep:
-    """Predicted for `device`, and measured there in a separate process where memory and `seconds` allow."""
+    """Predict the step for `device`, and measure it there in a separate process if memory and `seconds` allow."""
     with predicting() as pool:
         ds_config = DeepSpeedConfig.load(DEFAULT_JSON)
-        # Ranks are imagined in the measurement too: their collectives copy nothing.
+        # The measurement uses a fake process group as well, whose collectives copy nothing.
         submitted = pool.submit(predict, load_preset(preset, {}), ds_config, world_size, target=device, backend="fake")
         prediction = submitted.result()
     needed, free = prediction.report.totals["requested"], free_bytes(device)

@@ -1,4 +1,4 @@
-"""The results of comparing the document's estimates, in sentences and tables of at most 100 columns."""
+"""The comparison with the source document's estimates as sentences and as tables of at most 100 columns."""
 
 from collections.abc import Iterable
 
@@ -15,7 +15,7 @@ def describe_setting(s: Setting) -> str:
 
 
 def arithmetic_table(claims: Iterable[Claim], s: Setting) -> Table:
-    """Every step of the document's arithmetic, computed."""
+    """Every step of the document's arithmetic, recomputed, with a verdict in the document's own setting."""
     rows = []
     for claim in claims:
         rows.append([claim.id, claim.topic, f"says {claim.figure}", "", claim.verdict])
@@ -28,7 +28,7 @@ def arithmetic_table(claims: Iterable[Claim], s: Setting) -> Table:
 
 
 def sentences(claims: Iterable[Claim], rows: list[Row]) -> list[str]:
-    """What the document claims, what is stored, and what was measured: one sentence each."""
+    """What the document claims, what is really stored, and what was measured, in one sentence each."""
     claims = list(claims)
     known = [c for c in claims if c.document_bytes is not None and c.stored]
     if not known:
@@ -96,7 +96,7 @@ def document_table(rows: list[Row], remember: str) -> Table:
 
 
 def remember_document(rows: list[Row]) -> str:
-    """E4 in one sentence, from what was predicted."""
+    """The result of E4 in one sentence, from the predictions in `rows`."""
     free = {row.implementation: row.predicted_bytes for row in rows if row.predicted_bytes is not None}
     if not {"materialised", "ours"} <= free.keys():
         return "this setting was not predicted."
@@ -107,7 +107,7 @@ def remember_document(rows: list[Row]) -> str:
 
 
 def whole_step_table(step: WholeStep) -> Table:
-    """One step by category and by phase: predicted, measured, by ZeRO's formula, by DeepSpeed's estimator."""
+    """A step's bytes by category and phase: predicted, measured, by ZeRO's formula and by DeepSpeed's estimator."""
     predicted, measured = step.prediction.report.to_dict(), step.measured
     columns = ["", "predicted B", "measured B", "ZeRO's formula B", "DeepSpeed's estimator B"]
 

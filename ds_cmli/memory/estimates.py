@@ -1,6 +1,6 @@
-"""The memory estimates E1 to E5 of the source document: what it says, its arithmetic step by step, what is true of it.
+"""The memory estimates E1 to E5 of the source document: its words, its arithmetic step by step, and the correct sizes.
 
-Everything here is arithmetic on sizes; nothing is run. `implementations.py` runs what the claims are about.
+Everything here is arithmetic on sizes; nothing is run. `implementations.py` runs the code that the claims are about.
 
 Shapes: B pairs per rank, P ranks, G = B * P, N image patches, M text positions, H hidden size, D embedding dimension.
 """
@@ -19,7 +19,7 @@ SPECIAL_TOKENS = 2  # [CLS] and [SEP]/[EOS], which the document leaves out of it
 
 @dataclass(frozen=True)
 class Setting:
-    """The document's, unless given otherwise."""
+    """The sizes of a training step. The defaults are the document's."""
 
     B: int = 256
     P: int = 2
@@ -45,10 +45,10 @@ DOCUMENT = Setting()
 class Step:
     """One line of the document's arithmetic."""
 
-    text: str  # as a formula, in numbers
-    value: int  # what it comes to
-    stated: int | None  # what the document prints for it, to the digits it prints; None in a setting of the user's
-    unit: int = 1  # the document prints this step in units of so many bytes, rounded to two decimals
+    text: str  # the formula with its numbers
+    value: int  # its correct result
+    stated: int | None  # the result that the document prints, to its digits; None in any setting but the document's
+    unit: int = 1  # the unit in which the document prints it; other units than 1 are rounded to two decimals
 
     @property
     def right(self) -> bool:
@@ -59,19 +59,19 @@ class Step:
 class Claim:
     id: str
     topic: str
-    quote: str  # of the document
-    figure: str  # its result, as printed there
+    quote: str  # from the document
+    figure: str  # the document's result, as printed there
     formula: str
     steps: tuple[Step, ...]
-    document_bytes: int | None  # the result, by the numbers the document itself multiplies; None: no such result
-    arithmetic_bytes: int | None  # the formula as written, computed correctly
-    stored: dict[str, int]  # implementation -> the largest tensor it stores, bytes
+    document_bytes: int | None  # the result of the numbers that the document multiplies; None if it has no such result
+    arithmetic_bytes: int | None  # the correct result of the formula as written
+    stored: dict[str, int]  # implementation -> bytes of the largest tensor that it stores
     verdict: str
-    remember: str  # one sentence; "" where it has to wait for what is predicted
+    remember: str  # the conclusion in one sentence; "" if it depends on a prediction
 
     @property
     def arithmetic(self) -> str:
-        """The verdict on the numbers that the document prints."""
+        """A verdict on the numbers that the document prints."""
         if all(s.stated is None for s in self.steps):
             return "no numbers of the document"
         wrong = next((s for s in self.steps if not s.right), None)
@@ -79,7 +79,7 @@ class Claim:
 
 
 def claims(s: Setting = DOCUMENT) -> dict[str, Claim]:
-    """Every claim of the document with the sizes of `s`, by id."""
+    """All claims of the document by id, computed with the sizes of `s`."""
     every = (global_contrastive(s), all_pairs(s), target_cmli(s), step_left(s), valid_positions(s))
     return {claim.id: claim for claim in every}
 
@@ -89,7 +89,7 @@ def _stated(s: Setting, number: int) -> int | None:
 
 
 def global_contrastive(s: Setting, itemsize: int = 4) -> Claim:
-    """E1. `itemsize`: bytes of an element; the document's float32."""
+    """E1. `itemsize`: bytes of one element, by default of float32 as in the document."""
     dots = s.G**2
     product = dots * s.H * itemsize
     return Claim(
@@ -116,7 +116,7 @@ def global_contrastive(s: Setting, itemsize: int = 4) -> Claim:
 
 
 def all_pairs(s: Setting, itemsize: int = 4) -> Claim:
-    """E2. The document counts 256 * 12,544 as 6,422,528, which is 512 * 12,544; its own figure rests on that."""
+    """E2. The document prints 256 * 12,544 = 6,422,528, which is really 512 * 12,544; its figure is based on that."""
     pair = s.N * s.M
     written, printed, every = s.B * pair, s.G * pair, s.G**2 * pair
     result = printed * s.D * itemsize
@@ -148,7 +148,7 @@ def all_pairs(s: Setting, itemsize: int = 4) -> Claim:
 
 
 def target_cmli(s: Setting, itemsize: int = 2) -> Claim:
-    """E3."""
+    """E3. `itemsize`: bytes of one element, by default of a 16-bit type as in the document."""
     pair = s.N * s.M
     dots = s.B * pair
     product = dots * s.D * itemsize
@@ -168,7 +168,8 @@ def target_cmli(s: Setting, itemsize: int = 2) -> Claim:
         stored={
             "broadcast": product,
             "materialised": dots * itemsize,
-            # Matched in fp32, so that rounding decides no maximum: the widened features of the longer side.
+            # Matching runs in fp32, so that rounding decides no maximum. The largest tensor is the fp32 copy of the
+            # longer side's features, or the similarities.
             "ours": max(s.B * max(s.N, s.M) * s.D, dots) * 4,
         },
         verdict=f"one number too many again: {s.D} times what one similarity a patch and token takes",
@@ -177,7 +178,7 @@ def target_cmli(s: Setting, itemsize: int = 2) -> Claim:
 
 
 def step_left(s: Setting) -> Claim:
-    """E4: no formula, a remark about the whole training step, which only a whole training step answers."""
+    """E4: a remark about a whole training step without a formula, which only a whole training step can answer."""
     return Claim(
         id="E4",
         topic="what a step leaves free",
@@ -189,12 +190,12 @@ def step_left(s: Setting) -> Claim:
         arithmetic_bytes=None,
         stored={},
         verdict="about the whole step: no formula can answer it, the step itself does",
-        remember="",  # comes of what is predicted
+        remember="",  # `compare_tables.remember_document` derives it from the predictions
     )
 
 
 def valid_positions(s: Setting) -> Claim:
-    """E5: M holds two positions that the document itself leaves out."""
+    """E5: the document computes with all M positions, though it says that two of them are ignored."""
     kept = s.M - SPECIAL_TOKENS
     pair = s.N * kept
     return Claim(
@@ -225,9 +226,9 @@ def cmli_op_largest(
     dtype: torch.dtype,
     scratch_bytes: int = DEFAULT_SCRATCH_BYTES,
 ) -> int:
-    """Bytes of the largest tensor that the all-pairs op (backend "chunked") holds in forward, all tokens being valid.
+    """Bytes of the largest tensor that the all-pairs op (backend "chunked") holds in forward, with all tokens valid.
 
-    The argmax indices of all pairs, or where these are few a tile of similarities, which does not grow with the batch.
+    It holds the argmax indices of all pairs, and tiles of similarities whose size does not grow with the batch.
     """
     most_text, most_image = tile_sizes(N, M, D, dtype, scratch_bytes, backward=False)
     texts, images = largest(make_chunks([M] * J, most_text)), largest(make_chunks([N] * I, most_image))
@@ -236,10 +237,11 @@ def cmli_op_largest(
 
 
 def zero_model_states(parameters: int, world_size: int, stage: int) -> dict[str, int]:
-    """Bytes on each rank by the ZeRO paper (Rajbhandari et al., 2020, section 3): 16-bit training with Adam.
+    """Bytes on each rank by the ZeRO paper (Rajbhandari et al., 2020, section 3), for 16-bit training with Adam.
 
-    2 bytes a parameter, 2 its gradient, and 12 for the optimizer: an fp32 copy and two moments. Stage 1 shares out the
-    optimizer's part over the ranks, stage 2 the gradients too, stage 3 the parameters too; 0 nothing.
+    A parameter takes 2 bytes, its gradient 2, and its optimizer states 12: an fp32 copy and two moments. Stage 1
+    partitions the optimizer states over the ranks, stage 2 also the gradients, stage 3 also the parameters, stage 0
+    nothing.
     """
     check(stage in (0, 1, 2, 3), "zero_optimization.stage", stage, "give 0, 1, 2 or 3")
 
@@ -255,9 +257,9 @@ def zero_model_states(parameters: int, world_size: int, stage: int) -> dict[str,
 
 
 def deepspeed_model_states(parameters: int, largest_layer: int, world_size: int, stage: int) -> int | None:
-    """DeepSpeed's own estimate of a GPU's bytes without offload, asked of DeepSpeed; None for stages 0 and 1.
+    """The bytes per GPU that DeepSpeed's own estimator gives without offload; None for stages 0 and 1, which it lacks.
 
-    It knows parameters, gradients and optimizer states only: no activations, buckets, temporaries or teacher.
+    It counts parameters, gradients and optimizer states only: no activations, buckets, temporaries or teacher.
     """
     if stage == 2:
         from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs

@@ -1,12 +1,13 @@
-"""python -m ds_cmli.memory.implementations ID NAME DEVICE SETTING PASSES: what one way to compute a claim allocates.
+"""python -m ds_cmli.memory.implementations ID NAME DEVICE SETTING PASSES: measures what one implementation allocates.
 
-The ways to compute what the estimates E1 to E3 are about, as code that runs: what each stores is measured, not argued.
-`broadcast` stores every product of every dot product, as the document counts; `materialised` lets a matrix product
-store one number for each; `ours` is what this project trains with. One process stands for one rank: where a rank
-would gather the other ranks' texts (or, in the first two of E1, images too), they are given.
+These are the ways to compute what the estimates E1 to E3 and E5 are about, as code that runs, so that what each stores
+is measured. `broadcast` stores every product of every dot product, as the document counts. `materialised` stores one
+number per dot product, by a matrix product. `ours` is what this project trains with. One process stands for one rank:
+where a rank would gather the other ranks' texts, they are given as inputs. The other ranks' images are given too in the
+first two of E1, and in "broadcast" and "materialised, all" of E2.
 
-`run` measures an implementation, in a process of its own so that its memory returns and its peak is its own; `predict`
-runs the same code on tensors without data.
+`run` measures an implementation; the command does so in a separate process, whose memory is returned at its end and
+whose peak belongs to this implementation alone. `predict` runs the same code on tensors without data.
 
 Shapes: B pairs per rank, G = B * P, I images (B or G), N image patches, M text positions, H hidden size, D embedding
 dimension.
@@ -45,12 +46,12 @@ def cmli_loss(scores: Callable, image: Tensor, text: Tensor, token_mask: Tensor,
 
 
 def broadcast_match(tokens: Tensor, patches: Tensor) -> Tensor:
-    """[B, M, D], [B, N, D] -> the best patch of each token, int64 [B, M]; [B, N, M, D] is stored."""
+    """[B, M, D], [B, N, D] -> the best patch of each token, int64 [B, M]. Stores [B, N, M, D]."""
     return broadcast_dots(patches[:, :, None], tokens[:, None]).argmax(1)
 
 
 def materialised_match(tokens: Tensor, patches: Tensor) -> Tensor:
-    """The same; [B, N, M] is stored."""
+    """The same as `broadcast_match`, but stores [B, N, M]."""
     return (patches @ tokens.transpose(1, 2)).argmax(1)
 
 
@@ -70,7 +71,7 @@ def cmli_inputs(images: int, tokens: int, s: Setting, device: str) -> tuple[Tens
 
 
 def match_inputs(tokens: int, s: Setting, device: str) -> tuple[Tensor, ...]:
-    # No gradient: an index passes none.
+    # They need no gradient, as none passes through an index.
     rows = partial(unit_rows, dtype=torch.float16, device=device)
     return rows(s.B, tokens, s.D), rows(s.B, s.N, s.D)
 
@@ -82,14 +83,14 @@ def _logit_scale(device: str) -> Tensor:
 @dataclass(frozen=True)
 class Implementation:
     inputs: Callable[[str], tuple[Tensor, ...]]  # device -> arguments of `forward`
-    forward: Callable[..., Tensor]  # a scalar loss, or an index without gradient
-    inside: int = 0  # bytes of the largest tensor inside an operator that tracing does not look into
+    forward: Callable[..., Tensor]  # returns a scalar loss, or indices, which have no gradient
+    inside: int = 0  # bytes of the largest tensor inside an operator whose allocations the tracker does not see
 
 
 def implementations(s: Setting, backend: str = "auto") -> dict[tuple[str, str], Implementation]:
-    """(claim's id, name) -> what runs, in the setting `s`; the names are those of `Claim.stored`.
+    """(claim's id, name) -> the implementation in the setting `s`. The names are the keys of `Claim.stored`.
 
-    `backend`: of the all-pairs op.
+    `backend`: the backend of the all-pairs op.
     """
     kept = s.M - SPECIAL_TOKENS
     inside = 0 if backend == "triton" else cmli_op_largest(s.B, s.G, s.N, s.M, s.D, torch.float32)
@@ -123,12 +124,12 @@ def _product(image: Tensor, text: Tensor) -> Tensor:
 @dataclass(frozen=True)
 class Allocations:
     largest: int  # bytes of the largest single allocation of forward
-    peak: int  # the most held at once above what was live before, over the passes that ran
+    peak: int  # the most bytes held at once above what was live before, over the passes that ran
     passes: str  # "forward", or "forward and backward"
 
 
 def summarise(forward: Iterable[int], backward: Iterable[int] | None) -> Allocations:
-    """From the signed sizes of allocations and their ends, in order; `backward` None: it did not run."""
+    """Summarise the bytes of allocations (positive) and frees (negative), in order. `backward` None: it did not run."""
     forward = list(forward)
     peak = max(accumulate([*forward, *(backward or ())]), default=0)
     return Allocations(max(forward, default=0), max(peak, 0), "forward" + " and backward" * (backward is not None))
@@ -137,9 +138,9 @@ def summarise(forward: Iterable[int], backward: Iterable[int] | None) -> Allocat
 def run(
     implementation: Implementation, device: str, backward: bool, say: Callable = lambda allocations: None
 ) -> Allocations:
-    """Forward as in training, with its graph recorded, and `backward` where asked for and there is a gradient.
+    """Measure forward as in training, with its graph, and also backward if it is asked for and there is a gradient.
 
-    `say` is told what is known after forward: backward may find no memory.
+    `say` is called after each pass, as backward may run out of memory.
     """
     observe = cuda_sizes if device == "cuda" else cpu_events.sizes
     inputs = implementation.inputs(device)
@@ -154,7 +155,7 @@ def run(
 
 
 def cuda_sizes(call: Callable[[], object]) -> list[int]:
-    """As PyTorch's CUDA allocator records them: requested bytes, before its rounding."""
+    """The allocations (positive) and frees (negative) of `call` in CUDA's allocator: requested bytes, not rounded."""
     history = torch.cuda.memory
     history._record_memory_history(context=None, stacks="python", max_entries=10**6)
     call()
@@ -165,16 +166,16 @@ def cuda_sizes(call: Callable[[], object]) -> list[int]:
 
 
 def trace_sizes(trace: list[dict]) -> list[int]:
-    """Of the allocator's recorded history on one device."""
+    """The allocations (positive) and frees (negative) of an allocator's history on one device, in requested bytes."""
     sign = {"alloc": 1, "free_requested": -1}
     return [sign[entry["action"]] * entry["size"] for entry in trace if entry["action"] in sign]
 
 
 def predict(implementation: Implementation, backward: bool = True) -> Allocations:
-    """The same code on fake tensors, which have sizes and lifetimes but no data: any size, in a moment."""
+    """Run the same code on fake tensors, which have sizes and lifetimes but no data: any size takes only a moment."""
     with FakeTensorMode():
         inputs = implementation.inputs("cpu")
-        # Every position of every text is valid in the inputs of CMLI, which have a mask.
+        # The inputs of CMLI are the ones with a mask; in it, every position of every text is valid.
         tracker = Tracker(text_lengths=[inputs[1].shape[1]] * inputs[1].shape[0] if len(inputs) == 4 else None)
         tracker.claim("data", inputs)
         known = len(tracker.log)
@@ -190,18 +191,18 @@ def predict(implementation: Implementation, backward: bool = True) -> Allocation
     allocations = summarise((e.bytes for e in first), (e.bytes for e in rest) if rest else None)
     if not any(event.op.startswith("ds_cmli") for event in first):
         return allocations
-    # What the op holds inside is one event: its largest part is known by arithmetic.
+    # The tracker records the op's internal memory as one event. Its largest tensor is known by arithmetic instead.
     ended = {event.block for event in first if event.bytes < 0}
     largest = max(e.bytes for e in first if not (e.op.startswith("ds_cmli") and e.block in ended))
     return replace(allocations, largest=max(largest, implementation.inside))
 
 
 def main(row: str, name: str, device: str, setting: str, passes: str) -> None:
-    # Libraries' workspaces come from the allocator at their first use: not part of any implementation.
+    # Libraries allocate their workspaces at their first use, which must not count for any implementation.
     for small in implementations(SMALL).values():
         run(small, device, backward=True)
     implementation = implementations(Setting(**json.loads(setting)))[row, name]
-    # Flushed: the process may be ended in the middle of backward.
+    # Flush each line, as the process may be killed in the middle of backward.
     say = lambda allocations: print(json.dumps(asdict(allocations)), flush=True)  # noqa: E731
     run(implementation, device, passes == "forward and backward", say)
 
