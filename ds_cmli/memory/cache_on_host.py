@@ -1,4 +1,7 @@
-"""Gradient caching with its features on the host, in a prediction for a GPU, whose tensors all have one device."""
+"""Gradient caching whose cached features lie on the host, in a prediction for a GPU.
+
+All tensors of a prediction have the same device, so what lies on the host must be left out of the record.
+"""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -14,7 +17,7 @@ from ds_cmli.memory.tracker import Tracker
 
 @contextmanager
 def kept_on_host(tracker: Tracker) -> Iterator[None]:
-    """Inside, cached features take no memory of the device, and what is fetched from them is a copy there."""
+    """Inside, cached features take no device memory; what is fetched from them is recorded as a copy on the device."""
 
     def on_host(features: cached.PairFeatures) -> cached.PairFeatures:
         with tracker.paused():

@@ -1,8 +1,8 @@
-"""What collectives hold beside their tensors, and how a measurement on a CPU sees all of it.
+"""The memory that collectives take besides their tensors, and how a measurement on a CPU sees all of it.
 
-gloo copies what it gathers and what it scatters; NCCL does not, whose own buffers lie outside torch's allocator.
-Of collectives in flight together, as ZeRO-3's gathers after a step, gloo may hold several copies at once, which only
-the moment decides: predicted is one.
+gloo makes copies in all-gathers and reduce-scatters. NCCL makes none, and its own buffers lie outside torch's
+allocator. While several collectives are in flight together, such as ZeRO-3's all-gathers after a step, gloo may hold
+several copies at once. How many depends on timing; the prediction counts one.
 """
 
 import time
@@ -17,18 +17,18 @@ from torch.utils._pytree import tree_leaves
 
 from ds_cmli.common.patches import patched
 
-# Of each collective the argument that gloo makes a flat copy of; all_reduce and broadcast work in place.
+# The index of the argument that gloo makes a flat copy of, for each collective; all_reduce and broadcast work in place.
 GLOO_COPIES = {
     torch.ops.c10d._allgather_base_.default: 0,
     torch.ops.c10d.allgather_.default: 0,
     torch.ops.c10d._reduce_scatter_base_.default: 1,
 }
-LONGEST_S = 1.0  # seconds to wait until gloo's thread has released a collective's tensors, which takes microseconds
-COPY_S = 0.005  # seconds until gloo has released its internal copies, which nothing counts
+LONGEST_S = 1.0  # seconds to wait at most until gloo's thread has released a collective's tensors; microseconds suffice
+COPY_S = 0.005  # seconds to wait for gloo to release its internal copies, which have no count that could be asked
 
 
 def copied_bytes(func: Any, args: tuple, backend: str) -> int:
-    """What `backend` copies for itself while the operator `func` runs, a collective."""
+    """Bytes of the copies that `backend` makes for itself while the collective operator `func` runs."""
     copied = GLOO_COPIES.get(func) if backend == "gloo" else None
     return 0 if copied is None else sum(t.nbytes for t in tree_leaves(args[copied]) if isinstance(t, Tensor))
 
@@ -37,8 +37,8 @@ def copied_bytes(func: Any, args: tuple, backend: str) -> int:
 def seen_by_the_profiler() -> Iterator[None]:
     """Inside, collectives return only after gloo's thread has released their tensors.
 
-    It does so a moment after the caller goes on. A tensor that the caller has let go of by then ends in that thread,
-    where the profiler does not look, and would be taken for one that lives on.
+    gloo's thread does so a moment after the caller has gone on. A tensor that the caller has dropped by then is freed
+    in that thread, which the profiler does not record, so it would be counted as if it were never freed.
     """
     with (
         patched("torch: collectives", lambda method: _to_the_end(method, 0.0)),
@@ -61,7 +61,7 @@ def _to_the_end(method: Callable, seconds: float) -> Callable:
 
 
 class _Work:
-    """A `dist.Work` whose `wait` returns when only the caller still holds its tensors."""
+    """A `dist.Work` whose `wait` returns when only the caller holds its tensors, or `LONGEST_S` after its end."""
 
     def __init__(self, work: dist.Work | None, tensors: list[Tensor], before: list[int], seconds: float):
         self.work, self.tensors, self.before, self.seconds = work, tensors, before, seconds

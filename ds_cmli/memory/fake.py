@@ -1,7 +1,7 @@
-"""A world in which the real training step runs on tensors without data: shapes and storages only, so in seconds.
+"""Runs the real training step on fake tensors, which have shapes and storages but no data, so it takes seconds.
 
-The tensors' device is "cpu", standing for the device that is predicted: on a build of torch without CUDA nothing else
-runs backward. The process group is torch's `fake` one: any number of ranks, whose collectives move nothing.
+The tensors' device is "cpu", which stands for the predicted device: on a build of torch without CUDA, backward runs on
+no other device. The process group is torch's `fake` one: any number of ranks, whose collectives move nothing.
 """
 
 import sys
@@ -23,14 +23,14 @@ from ds_cmli.common.patches import environment as replaced_environment
 from ds_cmli.common.patches import patched, replaced
 from ds_cmli.distributed import process_group as distributed
 
-MANY = 8  # tensors to put together: from here on it costs less to know their size
+MANY = 8  # more tensors than this are not concatenated by `SharesOfRanks`: it only makes a result of their size
 
 
 class Answers(TorchDispatchMode):
-    """Answers for the values that are asked of tensors without data."""
+    """Gives a value whenever the program reads one from a tensor without data."""
 
-    phase = "models"  # being built
-    positions = 0  # of other ranks' texts, padded, where they are longer than this rank's
+    phase = "models"  # the models are being built
+    positions = 0  # padded text length of the other ranks, if it is longer than this rank's
     full = False  # whether no text of this rank's batch is padded
 
     def enter(self, phase: str) -> None:
@@ -39,19 +39,20 @@ class Answers(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func is torch.ops.aten._local_scalar_dense.default:
             if args[0].dtype.is_floating_point:
-                # Rates and bounds of the models' parts, all off at 0; norms and an optimizer's count, which are divided
-                # by, as is the distance from 1 of a product that NAdam keeps.
+                # While models are built these are rates and bounds of their parts, all of which are off at 0. Later
+                # they are divisors that must not be 0: norms, an optimizer's step count, and 1 minus a product that
+                # NAdam keeps.
                 return 0.0 if self.phase == "models" else 2.0
-            return getattr(args[0], "holds", 0)  # no overflow
+            return getattr(args[0], "holds", 0)  # 0 also means that no gradient has overflowed
         out = func(*args, **(kwargs or {}))
         if func is torch.ops.aten.all.default:
-            # Gradients are all finite; a batch's texts are all full where `full` says so.
+            # All gradients are finite, and all texts of a batch are full if `full` says so.
             out.holds = self.phase in ("init", "optimizer") or self.full
         return out
 
     @contextmanager
     def texts(self, full: bool) -> Iterator[None]:
-        """Inside, no text of this rank's batch is padded, where `full`: text encoders then leave out their mask."""
+        """Inside, if `full`, no text of this rank's batch counts as padded, so text encoders leave out their mask."""
         self.full = full
         with patched("transformers: mask", lambda _: lambda tensor=None: False) if full else nullcontext():
             yield
@@ -59,7 +60,7 @@ class Answers(TorchDispatchMode):
 
 
 class CudaOperators(TorchFunctionMode):
-    """The operators that CUDA runs where a CPU runs others that keep more for backward."""
+    """Runs CUDA's operators in place of those that a CPU chooses, which keep more for backward."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -71,7 +72,7 @@ class CudaOperators(TorchFunctionMode):
 
 
 def _attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
-    """As `_fused_sdp_choice` decides on CUDA: flash without a mask in 16 bit, otherwise memory-efficient."""
+    """The kernel that `_fused_sdp_choice` chooses on CUDA: flash in 16 bit without a mask, else memory-efficient."""
     if attn_mask is None and query.dtype in (torch.float16, torch.bfloat16):
         return torch.ops.aten._scaled_dot_product_flash_attention(
             query, key, value, dropout_p, is_causal, False, scale=scale
@@ -79,7 +80,7 @@ def _attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False
     if attn_mask is not None:
         if attn_mask.dtype == torch.bool:
             attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill_(~attn_mask, float("-inf"))
-        # The kernel reads rows of the mask 16 bytes at a time.
+        # The kernel needs aligned rows, so the mask is stored with rows padded to a multiple of 16 elements.
         missing = -attn_mask.shape[-1] % 16
         if missing:
             attn_mask = F.pad(attn_mask, (0, missing))[..., :-missing]
@@ -95,17 +96,17 @@ def _dropout(input, p=0.5, training=True, inplace=False):
 
 
 class SharesOfRanks(TorchFunctionMode):
-    """What ZeRO-3 does for each rank in turn, done once: views of a buffer that differ only in where they begin.
+    """Makes once what ZeRO-3 makes for each rank in a loop: views of one buffer that differ only in their offset.
 
-    Without data they are alike, so one stands for all; and what is put together of many is, as it was, one new tensor.
+    Without data the views are alike, so one stands for all. Concatenating many of them still gives one new tensor.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.last: tuple[Any, int, Any] | None = None  # weakly: a buffer; a length; weakly: the view of it
+        self.last: tuple[Any, int, Any] | None = None  # (weakly: a buffer; a length; weakly: the view)
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        with torch._C.DisableTorchFunction():  # nothing below asks for another operator
+        with torch._C.DisableTorchFunction():  # none of the operators below needs an override
             if func is Tensor.narrow and args[0].dim() == 1:
                 return self._view(args[0], args[3])
             if func is Tensor.__getitem__ and isinstance(args[1], slice) and args[0].dim() == 1:
@@ -131,7 +132,7 @@ class SharesOfRanks(TorchFunctionMode):
 
 @contextmanager
 def shares_made_once() -> Iterator[None]:
-    """Enter `SharesOfRanks` in the functions of ZeRO-3 that loop over the ranks."""
+    """Inside, those functions of ZeRO-3 that loop over all ranks run under `SharesOfRanks`."""
 
     def within(function: Callable) -> Callable:
         def run(*args, **kwargs):
@@ -149,16 +150,16 @@ def shares_made_once() -> Iterator[None]:
 
 
 def _inner_first(module: nn.Module) -> Iterator[nn.Module]:
-    """All its modules, in the order in which `nn.Module._apply` takes them."""
+    """`module` and all modules in it, in the order in which `nn.Module._apply` visits them: children first."""
     for part in module.children():
         yield from _inner_first(part)
     yield module
 
 
 def convert_parameters(module: nn.Module | None, function: Callable[[Tensor], Tensor]) -> None:
-    """Replace each parameter by `function` of it, where that is another tensor; the old one ends at once.
+    """Replace each parameter by `function` of it if that is another tensor. The old tensor is freed at once.
 
-    In the order in which DeepSpeed's engine casts them, that of `Module.parameters`.
+    The order is that of `Module.parameters`, in which DeepSpeed's engine casts them.
     """
     for part in module.modules() if module is not None else ():
         _convert_own(part, function)
@@ -177,7 +178,7 @@ def _convert_own(part: nn.Module, function: Callable[[Tensor], Tensor]) -> None:
 
 
 def _apply(self: nn.Module, function: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-    """`nn.Module._apply`, which swaps a fake parameter even where nothing changes, and then cannot."""
+    """Replaces `nn.Module._apply`, which swaps a fake parameter even if nothing changes, and then fails."""
     for part in _inner_first(self):
         _convert_own(part, function)
         for name, buffer in part._buffers.items():
@@ -188,7 +189,7 @@ def _apply(self: nn.Module, function: Callable[[Tensor], Tensor], recurse: bool 
 
 @contextmanager
 def process_group(world_size: int) -> Iterator[None]:
-    """Rank 0 of a process group of `world_size` that moves nothing; for fake tensors and for real ones."""
+    """Inside, this is rank 0 of a process group of `world_size` that moves nothing, for fake and for real tensors."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     if dist.is_initialized():
@@ -204,10 +205,10 @@ def process_group(world_size: int) -> Iterator[None]:
 
 @contextmanager
 def fake_world(world_size: int, cuda: bool) -> Iterator[Answers]:
-    """Everything inside happens on fake tensors, as rank 0 of `world_size`; nothing of it remains afterwards.
+    """Inside, everything runs on fake tensors, as rank 0 of `world_size`. All changes are undone afterwards.
 
     Args:
-        cuda: with the operators that CUDA would choose; False: with this CPU's.
+        cuda: True: run the operators that CUDA would choose; False: those of this CPU.
     """
     from deepspeed.accelerator import get_accelerator
 
@@ -215,11 +216,11 @@ def fake_world(world_size: int, cuda: bool) -> Iterator[Answers]:
     if accelerator.device_name() != "cpu":
         raise RuntimeError("a prediction needs a process that started with DS_ACCELERATOR=cpu")
     with process_group(world_size), ExitStack() as stack:
-        # What ranks tell each other of themselves: every one is like this one.
+        # Ranks exchange some values about themselves. Here the values of all ranks are those of this rank.
         answers = Answers()
 
         def shapes(x: Tensor, group: Any) -> list[list[int]]:
-            """Of texts [B, M, D], which are padded to the longest of all ranks."""
+            """Every rank's shape of texts [B, M, D], whose M is the longest of all ranks."""
             distributed._all_gather(torch.tensor([x.shape], dtype=torch.int64), group)
             return [[len(x), max(x.shape[1], answers.positions), x.shape[2]]] * world_size
 

@@ -1,4 +1,4 @@
-"""What a step is given when it is predicted or measured: models without their weights, and batches without data."""
+"""The inputs of a step that is predicted or measured: models with random weights, and batches without real data."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -13,16 +13,16 @@ from ds_cmli.data import Batch
 from ds_cmli.data.tokens import load_tokenizer
 from ds_cmli.models.transformers_model import family, text_part, without_effect
 
-# Text models whose sizes are the defaults of their family in the transformers library: known without a download.
+# Text models whose sizes are the defaults of their family in the transformers library, so they need no download.
 FAMILY_SIZES = ("bert", "bert-base-uncased", "bert-base-cased", "roberta", "roberta-base")
 
 
-# Of one micro-batch, for each rank: the positions that its texts are padded to, and the valid tokens of each.
+# The texts of one micro-batch, for each rank: the length they are padded to, and each text's number of valid tokens.
 Texts = Sequence[tuple[int, Sequence[int]]]
 
 
 class NotPredictable(UserError):
-    """A setting that can be trained with, but whose memory cannot be told."""
+    """A setting that can be trained, but whose memory cannot be predicted."""
 
 
 UNCOMPILED = (
@@ -31,9 +31,9 @@ UNCOMPILED = (
 
 
 def without_weights(config: Config) -> tuple[Config, int]:
-    """The configuration with random weights of the same sizes and without a compiler, and the vocabulary's size.
+    """The configuration with random weights of the same sizes and without compilation, and the size of the vocabulary.
 
-    Raises `UserError` for a text model whose sizes are known neither here nor on this machine.
+    Raises `NotPredictable` for a text model whose sizes are neither known here, nor given, nor on this machine.
     """
     student, teacher = config.student, config.teacher
     from transformers import AutoConfig
@@ -69,14 +69,17 @@ def without_weights(config: Config) -> tuple[Config, int]:
 
 
 def text_lengths(config: Config, micro_batch: int) -> list[int]:
-    """Valid tokens of each text of `longest_batch` that are compared: [CLS] and [SEP] are none."""
+    """The number of valid tokens that CMLI compares in each text of `longest_batch`. [CLS] and [SEP] are not valid."""
     positions = config.data.context_length
     lengths = [max(0, positions - 3), *[positions - 2] * (micro_batch - 1)]
     return [kept(config.loss.cmli_token_keep, n) for n in lengths]
 
 
 def longest_batch(config: Config, micro_batch: int, positions: int | None = None) -> Batch:
-    """Zeros in the shapes of the largest batch there can be, or with texts padded to `positions`; real or fake."""
+    """A batch of constants in the shapes of the largest possible batch, or with texts padded to `positions`.
+
+    Its tensors are fake inside a `FakeTensorMode`, otherwise real. All texts are full but the first: it lacks a token.
+    """
     B, M, S = micro_batch, positions or config.data.context_length, config.data.image_size
     attention_mask = torch.ones(B, M, dtype=torch.bool)
     attention_mask[0, -1] = False
@@ -85,7 +88,7 @@ def longest_batch(config: Config, micro_batch: int, positions: int | None = None
     token_mask[:, -1] = False  # [SEP]
     token_mask[0, -2] = False
     input_ids = torch.zeros(B, M, dtype=torch.int64)
-    input_ids[:, ::2] = 3  # tokens that are all alike can give gradients that are not finite, and no update
+    input_ids[:, ::2] = 3  # if all tokens are alike, gradients can be not finite, and the optimizer step is skipped
     return Batch(
         image=torch.zeros(B, 3, S, S, dtype=torch.uint8),
         input_ids=input_ids,
