@@ -1,6 +1,7 @@
-"""`ds-cmli-memory`, or `python profiling/predict.py`: what a training needs, before asking for GPUs.
+"""`ds-cmli-memory`, or `python profiling/predict.py`: predict the memory that a training needs, before asking for GPUs.
 
-The real training step on tensors without data: seconds, no GPU, nothing downloaded. Takes the options of train.py.
+It runs the real training step on tensors without data, which takes seconds, needs no GPU and downloads nothing. It
+takes the options of train.py.
 """
 
 import json
@@ -17,7 +18,7 @@ from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.options import WHAT, add, given_optim, resolve_config
 from ds_cmli.config.schema import Config
 
-# A prediction runs on the CPU, also where there is a GPU; DeepSpeed decides when it is imported.
+# A prediction runs on the CPU even if there is a GPU. DeepSpeed chooses its device when it is imported.
 os.environ.update(CUDA_VISIBLE_DEVICES="", DS_ACCELERATOR="cpu")
 
 CPU = "cpu"
@@ -99,7 +100,10 @@ def command(preset: str, deepspeed_config: str, settings: tuple[str, ...], world
 
 
 def grid(config: Config, ds_config: DeepSpeedConfig, world_size: int, axes: dict[str, list[int]], gpu: str) -> list:
-    """Print the bytes on the device as they are found, then as a table: the first axis down, the others across."""
+    """Print the bytes on the device as they are found, then as a table: the first axis in rows, the others in columns.
+
+    Returns the points' reports as dictionaries.
+    """
     from itertools import product
 
     from rich.console import Console
@@ -130,7 +134,7 @@ def grid(config: Config, ds_config: DeepSpeedConfig, world_size: int, axes: dict
 
 
 def sentence(report: Any, gpu: str) -> str:
-    """The answer first: whether the step fits."""
+    """The answer in one sentence: whether the step fits on `gpu`."""
     from ds_cmli.memory import gpus
 
     needed, total = report.totals["device"], gpus.find(gpu).total.bytes
@@ -144,7 +148,7 @@ def sentence(report: Any, gpu: str) -> str:
 
 
 def fit_sentence(fitted: Any, room: int) -> str:
-    """The answer first: what fits, what the next one needs, and what would make the asked one fit."""
+    """The answer in one sentence: what fits, what one more pair needs, and which change makes the asked batch fit."""
     size = f"{room / 1e9:.2f} GB"
     if not fitted.micro_batch:
         out = f"does not fit in {size}: one pair needs {fitted.tried[1] / 1e9:.2f} GB"
@@ -175,7 +179,7 @@ def print_fit(fitted: Any, room: int) -> None:
 
 
 def tell(line: str) -> None:
-    """Progress: one line that changes on a terminal, a line each elsewhere."""
+    """Show progress on stderr: on a terminal in one line that changes, elsewhere in a line each."""
     if sys.stderr.isatty():
         print(f"\r\033[K{line}", end="", file=sys.stderr, flush=True)
     elif line:

@@ -1,6 +1,7 @@
-"""`--dry-run`, from where a run would build its engine: its models, its first data, and its first steps without data.
+"""`--dry-run`, from the point where a run would build its engine: it tries the models, the first data and the memory.
 
-Before that a dry run goes the run's own way, so both find the same mistakes. Nothing is trained and nothing is left.
+Its memory is predicted from the first steps on tensors without data. Up to this point a dry run executes the same code
+as a run, so both find the same mistakes. Nothing is trained, and nothing is left behind.
 """
 
 import json
@@ -22,8 +23,8 @@ from ds_cmli.memory import predict_subprocess
 from ds_cmli.memory.inputs import UNCOMPILED
 from ds_cmli.memory.report import Report, show
 
-STEPS = 2  # that are tried
-SECONDS = 600  # for the steps without data
+STEPS = 2  # optimizer steps whose data is loaded
+SECONDS = 600  # limit for the predictions
 
 
 def rehearse(
@@ -33,19 +34,19 @@ def rehearse(
     start: dict[str, str | int | None],
     next_batch: Callable[[Iterator[Batch]], tuple[Batch, bool, bool]],
 ) -> int:
-    """Print the resolved configuration and the predicted memory, and try the first data. Collective.
+    """Print the resolved configuration and the predicted memory, and load the first data. Collective.
 
     Args:
-        run: `train.Run` without an engine, from where it would start or go on.
-        ds_config: the DeepSpeed JSON with nothing left to "auto".
-        start: options of this start that are no settings of the run, to be printed too.
-        next_batch: the loop's own way to the next micro-batch, a collective.
+        run: `train.Run` without an engine, in the state in which training would start or go on.
+        ds_config: the DeepSpeed JSON, with no value left at "auto".
+        start: options of this start that are not settings of the run; they are printed too.
+        next_batch: the training loop's function that takes the next micro-batch, a collective.
 
     Returns:
         The exit code.
 
     Raises:
-        UserError: on every rank, with why the run would fail within its first steps.
+        UserError: on every rank, with the reason why the run would fail within its first steps.
     """
     config = run.config
     say(json.dumps({"config": config.to_dict(), "deepspeed": ds_config.raw(), "start": start}, indent=2))
@@ -81,13 +82,13 @@ def rehearse(
 
 
 def _show(answers: list[predict_subprocess.Answer], device: torch.device) -> None:
-    """Show what memory a GPU needs.
+    """Print the memory that a GPU needs, and check that this device has enough.
 
     Args:
-        answers: of the first steps without data as this device takes them and, where that is no GPU, as one would.
+        answers: the prediction for this device and, if it is not a GPU, also the one for a GPU.
 
     Raises:
-        UserError: this device cannot take them.
+        UserError: the first steps would fail on this device.
     """
     here, there = answers[0], answers[-1]
     if here.fails:

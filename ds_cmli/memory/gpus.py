@@ -1,7 +1,7 @@
-"""What a GPU holds and what a process occupies on it besides torch's tensors, in `gpus.json`.
+"""The memory of each listed GPU, and what a process occupies on it besides torch's tensors. Reads `gpus.json`.
 
-Every value says whether it was measured by this project (`profiling/gpu_check.py` prints the measured ones) or assumed,
-and from which source. All are bytes.
+Every value is in bytes. It states whether this project has measured it (`profiling/gpu_check.py` prints measured
+values) or assumes it, and its source.
 """
 
 import json
@@ -27,9 +27,9 @@ class Constant:
 class Gpu:
     name: str
     total: Constant  # what the driver reports as the device's memory
-    context: Constant  # CUDA context with the libraries' kernels, loaded lazily
-    cublas_workspace: Constant  # taken from torch's allocator, inside its allocated and reserved bytes
-    nccl: Constant  # one communicator, outside torch's allocator
+    context: Constant  # the CUDA context, with the libraries' kernels that are loaded lazily
+    cublas_workspace: Constant  # comes from torch's allocator and counts in its allocated and reserved bytes
+    nccl: Constant  # buffers of one communicator, outside torch's allocator
 
     @property
     def usable(self) -> int:
@@ -44,9 +44,9 @@ def all_gpus() -> dict[str, Gpu]:
 
 
 def find(name: str) -> Gpu:
-    """The listed GPU that `name` means: "A10G", "A100 80GB" or what torch calls it, "NVIDIA H100 80GB HBM3".
+    """The listed GPU that `name` means: "A10G", "A100 80GB", or torch's name of it such as "NVIDIA H100 80GB HBM3".
 
-    Raises `UserError` where none or several fit.
+    Raises `UserError` if no GPU or more than one fits.
     """
     given = set(name.lower().replace("-", " ").split()) - {"nvidia", "geforce"}
     listed = {key: set(key.lower().split()) for key in all_gpus()}
@@ -59,7 +59,7 @@ def find(name: str) -> Gpu:
 
 
 def listed_name(name: str) -> str:
-    """`name` if it means a listed GPU, otherwise ""."""
+    """The listed name of the GPU that `name` means, or "" if there is none."""
     try:
         return find(name).name
     except UserError:
@@ -85,12 +85,12 @@ def parse_memory(text: str, setting: str = "--fit") -> tuple[int, str | None]:
 
 
 def device_bytes(reserved: int, name: str, world_size: int) -> int:
-    """What the process occupies on the device, as nvidia-smi shows it.
+    """The bytes that the process occupies on the device, as nvidia-smi shows them.
 
     Args:
-        reserved: of the caching allocator, in which the cuBLAS workspace lies too.
-        name: as `find` takes it.
-        world_size: with more than one rank, one NCCL communicator is added: ZeRO and the losses share the world's.
+        reserved: what the caching allocator has reserved, the cuBLAS workspace included.
+        name: the GPU, as `find` takes it.
+        world_size: if it is above 1, one NCCL communicator is added: ZeRO and the losses share that of the world.
     """
     gpu = find(name)
     return reserved + gpu.context.bytes + (gpu.nccl.bytes if world_size > 1 else 0)
