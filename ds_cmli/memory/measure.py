@@ -1,4 +1,4 @@
-"""Measured memory beside predicted memory: of a setting, or of the first steps of a training (`--profile-memory`)."""
+"""Compares measured and predicted memory, of one configuration or of a run's first steps (`--profile-memory`)."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -19,20 +19,21 @@ from ds_cmli.memory.collectives import seen_by_the_profiler
 from ds_cmli.memory.report import Report, summarise
 from ds_cmli.memory.tracker import Tracker
 
-PREDICTION_S = 600  # seconds that the ranks wait for the prediction
+PREDICTION_S = 600  # the most seconds that the ranks wait for the prediction
 FILE, SNAPSHOT = "memory.json", "memory-snapshot.pickle"
 
 
 def measure(config: Config, ds_config: DeepSpeedConfig, world_size: int = 1, device: str = "cuda") -> Report:
-    """Memory of rank 0 of `world_size`, with real tensors on one device, "cuda" or "cpu". Arguments as of `predict`.
+    """Measure the memory of rank 0 of `world_size` with real tensors, on "cuda" or "cpu". Arguments as in `predict`.
 
-    One GPU stands for many: the other ranks are imagined, by a process group that moves nothing.
+    One device is enough: the other ranks are simulated by a fake process group, whose collectives transfer nothing. On
+    "cpu", a process group that is already initialised is used instead.
     """
     return (measure_cuda if device == "cuda" else measure_cpu).measure(config, ds_config, world_size)
 
 
 def differences(predicted: dict[str, Any], measured: dict[str, Any]) -> dict[str, dict[str, dict[str, float]]]:
-    """Predicted less measured bytes, of every figure that both reports (`Report.to_dict`) have, and their ratio."""
+    """Predicted minus measured bytes and their ratio, for every figure that both reports (`Report.to_dict`) have."""
     out: dict[str, dict[str, dict[str, float]]] = {}
     for part in ("totals", "phases", "categories"):
         out[part] = {}
@@ -47,15 +48,15 @@ def differences(predicted: dict[str, Any], measured: dict[str, Any]) -> dict[str
 def profiling_memory(
     steps: int | None, train_engine: TrainEngine, config: Config, ds_config: DeepSpeedConfig, folder: Path
 ) -> Iterator[Callable[[], None]]:
-    """Measure the first `steps` optimizer steps of the training loop inside; call what this yields after each step.
+    """Measure the first `steps` optimizer steps of the training loop inside; call the yielded function after each step.
 
-    After the last of them rank 0 writes `folder/memory.json`: prediction, measurement and their differences; on CUDA
-    also the allocator's history, for pytorch.org/memory_viz. The prediction, for which all ranks wait, is made by a
-    process of its own and for texts as long as those that were measured. Collective.
+    After the last of these steps rank 0 writes `folder/memory.json`: prediction, measurement and their differences; on
+    CUDA also the allocator's history, for pytorch.org/memory_viz. The prediction is made in a separate process, for
+    texts of the lengths that were measured, while all ranks wait. Collective.
 
     Args:
-        steps: None: nothing is measured. With 1 the optimizer's states are not yet there when the peak is.
-        ds_config: as `step.build` took it.
+        steps: None: nothing is measured. With 1, the optimizer's states do not exist yet at the peak.
+        ds_config: as `engine.build` took it.
     """
     if steps is None:
         yield lambda: None
@@ -63,12 +64,12 @@ def profiling_memory(
     main = distributed.is_main()
     target = train_engine.device.type
     gpu = gpus.listed_name(torch.cuda.get_device_name(train_engine.device)) if target == "cuda" else ""
-    texts: list[tuple[int, list[int]]] = []  # of this rank's micro-batches
+    texts: list[tuple[int, list[int]]] = []  # text lengths of this rank's micro-batches
     done = 0
     with ExitStack() as measuring:
 
         def seen(module: Any, inputs: tuple, keywords: dict[str, Any]) -> None:
-            if keywords.get("part") not in ("compare", "replay"):  # which see no micro-batch for the first time
+            if keywords.get("part") not in ("compare", "replay"):  # each micro-batch is counted once: at "embed"
                 texts.append(_lengths(inputs[0]))
 
         hook = train_engine.objective.register_forward_pre_hook(seen, with_kwargs=True)
@@ -88,19 +89,19 @@ def profiling_memory(
                     with predict_subprocess.Predictor(PREDICTION_S) as predictor:
                         _write(folder, predictor.ask(request), report())
                 if target == "cuda":
-                    measure_cuda.record_history()  # back to the short history that every training keeps
+                    measure_cuda.record_history()  # back to the short history that every training run keeps
 
         yield after_step
 
 
 def _lengths(batch: Batch) -> tuple[int, list[int]]:
-    """Positions that its texts are padded to, and valid tokens of each. CPU-GPU sync."""
+    """The number of positions that the batch's texts are padded to, and of each text's valid tokens. CPU-GPU sync."""
     return batch.token_mask.shape[1], batch.token_mask.sum(1).tolist()
 
 
 @contextmanager
 def _measuring(train_engine: TrainEngine, setting: dict[str, Any]) -> Iterator[Callable[[], Report]]:
-    """Measure the steps inside; what this yields returns the report, afterwards."""
+    """Measure the steps inside; once they have ended, the yielded function returns the report."""
     setting = {**setting, "world_size": distributed.world_size()}
     cuda = train_engine.device.type == "cuda"
     tracker = Tracker(train_engine.device.type)
@@ -122,8 +123,8 @@ def _measuring(train_engine: TrainEngine, setting: dict[str, Any]) -> Iterator[C
         with cpu_events.recording() as profiler:
             yield report
     sizes = [size for name, size in cpu_events.events(profiler) if name == cpu_events.MEMORY]
-    # Batches made before the profiler began, or by a loading process, are not among its events: the tracker first meets
-    # them as "data", and no operator has made them.
+    # The profiler has no events for batches that were allocated before it started or by a data loading process. The
+    # tracker first sees such a batch when it claims it as "data", and so records no operator for it.
     unseen = [e.bytes for e in tracker.events() if e.category == "data" and not e.op and e.block >= known]
     totals["requested"] = max(accumulate(sizes, initial=before))
     totals["requested"] += max(accumulate(unseen, initial=0))

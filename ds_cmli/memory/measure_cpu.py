@@ -1,7 +1,7 @@
-"""The same step as `predict.py` with real tensors on this CPU, measured by the allocator's own events.
+"""Runs the step that `predict.py` predicts with real tensors on this CPU, and measures it by the allocator's events.
 
-The total is what PyTorch's allocator reports to the profiler, temporaries inside operators included. The allocator does
-not know what a block is for: the shares of the categories come from a second run, under the tracker.
+The total is what PyTorch's allocator reports to the profiler, including temporaries inside operators. The allocator
+does not know what a block is used for, so the categories come from a second run, under the tracker.
 """
 
 import gc
@@ -31,27 +31,27 @@ MARK = "ds_cmli.memory phase "
 
 
 def measure(config: Config, ds_config: Mapping[str, Any], world_size: int = 1) -> Report:
-    """Memory of this rank's second optimizer step on this CPU, in bytes; arguments and errors as of `predict`.
+    """Memory of this rank's first two optimizer steps on this CPU, in bytes; arguments and errors as in `predict`.
 
-    Where a process group is up its ranks take the steps together. Otherwise this is rank 0 and the others are imagined:
-    a fake process group moves nothing.
+    If a process group is initialised, its ranks take the steps together. Otherwise this process is rank 0, and the
+    other ranks are simulated by a fake process group, whose collectives transfer nothing.
     """
     peaks = measure_phases(config, ds_config, world_size)
     categories = _tracked(*_filled(config, ds_config, world_size), world_size)
-    # What the tracker does not see is allocated and freed inside one operator.
+    # What the tracker does not see is allocated and freed inside a single operator.
     categories["temporaries"] += max(peaks.values()) - sum(categories.values())
     setting = {"preset": config.run.preset, "world_size": world_size, "gpu": "CPU"}
     return Report(setting, "measured: CPU allocator", categories, peaks, {"requested": max(peaks.values())})
 
 
 def measure_phases(config: Config, ds_config: Mapping[str, Any], world_size: int = 1) -> dict[str, int]:
-    """The peak of each phase as `measure` reports it, without categories, which takes half the time."""
+    """The peak of each phase as `measure` reports it. Without the categories this takes half the time."""
     filled = _filled(config, ds_config, world_size)
     return phase_peaks(allocator_events(lambda enter: _run(*filled, world_size, enter)))
 
 
 def _filled(config: Config, ds_config: Mapping[str, Any], world_size: int) -> tuple[Config, DeepSpeedConfig, int]:
-    """The configuration without weights, the JSON with all its values, and the vocabulary's size."""
+    """The configuration with random weights, the DeepSpeed JSON without "auto" values, and the vocabulary size."""
     json = engine.filled(config, engine.on_this_device(DeepSpeedConfig.of(ds_config)), world_size, TOTAL_STEPS)
     config, vocab_size = without_weights(config)
     return config, json, vocab_size
@@ -62,7 +62,7 @@ def _ranks(world_size: int) -> AbstractContextManager[None]:
 
 
 def counted_traffic(config: Config, ds_config: Mapping[str, Any], world_size: int) -> Traffic:
-    """What this rank is asked to move in its second optimizer step; arguments and processes as of `measure`."""
+    """The traffic of this rank's collectives in its second optimizer step; arguments and ranks as in `measure`."""
     traffic = Traffic()
 
     def watch(train_engine: engine.TrainEngine, step: int) -> AbstractContextManager:
@@ -80,7 +80,10 @@ def _run(
     enter: Callable[[str], None],
     watch: Callable[[engine.TrainEngine, int], AbstractContextManager] = lambda train_engine, step: nullcontext(),
 ) -> None:
-    """Build and take two optimizer steps, telling `enter` where each phase begins, each inside what `watch` gives."""
+    """Build the engine and take two optimizer steps.
+
+    `enter` is called with the name of each phase as it begins; each step runs inside the context that `watch` returns.
+    """
     build_models = engine.build_models
 
     def build(*arguments: Any, **options: Any):
@@ -100,12 +103,12 @@ def _run(
 
 
 def _tracked(config: Config, ds_config: DeepSpeedConfig, vocab_size: int, world_size: int) -> dict[str, int]:
-    """Live bytes by category at the peak, as the tracker sees them."""
+    """The live bytes of each category at the peak, as the tracker sees them."""
     return summarise(_events(config, ds_config, vocab_size, world_size), {}, "").categories
 
 
 def tracked_events(config: Config, ds_config: Mapping[str, Any], world_size: int = 1) -> list[Event]:
-    """Allocations and frees of two real optimizer steps, as the tracker sees them: without operators' insides."""
+    """Allocations and frees of two real optimizer steps as the tracker sees them, inside operators as far as it can."""
     return _events(*_filled(config, ds_config, world_size), world_size)
 
 
@@ -124,9 +127,10 @@ def _events(config: Config, ds_config: DeepSpeedConfig, vocab_size: int, world_s
 
 
 def allocator_events(call: Callable[[Callable[[str], None]], object]) -> list[tuple[str, int]]:
-    """(phase, bytes) of each allocation (positive), its end (negative) and each phase's begin (0), in order.
+    """(phase, bytes) of each allocation (positive), each free (negative) and each beginning of a phase (0), in order.
 
-    `call` is called with `enter`, to which it names the phase that begins; before the first the phase is "".
+    `call` gets a function `enter`, which it calls with the name of each phase that begins. Before the first call the
+    phase is "".
     """
     gc.collect()
 
@@ -142,12 +146,12 @@ def allocator_events(call: Callable[[Callable[[str], None]], object]) -> list[tu
             events.append((phase, size))
         elif name.startswith(MARK):
             phase = name.removeprefix(MARK)
-            events.append((phase, 0))  # memory that is live when a phase begins counts in it
+            events.append((phase, 0))  # so that memory that is live when a phase begins counts towards its peak
     return events
 
 
 def phase_peaks(events: list[tuple[str, int]]) -> dict[str, int]:
-    """The most live bytes in each phase, including blocks from before the first phase that are still live."""
+    """The most live bytes in each phase, including blocks from before the first phase that are still live then."""
     peaks, live = dict.fromkeys(PHASES, 0), 0
     for phase, size in events:
         live += size

@@ -1,6 +1,6 @@
-"""Which of a training step's tensors is what: parameters, gradients, optimizer states, master weights, teacher, EMA.
+"""Finds a training step's parameters, gradients, optimizer states, master weights, teacher, EMA and ZeRO buckets.
 
-Reads DeepSpeed's ZeRO optimizers (stages 1 to 3) and its wrappers without ZeRO by the attributes they keep tensors in.
+Reads the attributes in which DeepSpeed's ZeRO optimizers (stages 1 to 3) and its wrappers without ZeRO keep tensors.
 """
 
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ds_cmli.engine import TrainEngine
 
-HOST = "host"  # in no category: an offloaded optimizer's tensors lie in the host's memory
+HOST = "host"  # no category of a report: tensors of an offloaded optimizer, which are in host memory
 # Attributes of DeepSpeed's optimizers.
 PARAMETERS = ("bit16_groups_flat", "fp16_partitioned_groups_flat", "fp16_groups_flat", "bf16_groups_flat",
               "lp_param_buffer")  # fmt: skip
@@ -22,7 +22,7 @@ OFFLOADED = ("temp_grad_buffer_for_cpu_offload", "param_buffer_of_bit16_for_cpu_
 
 
 def owners(train_engine: TrainEngine) -> Iterator[tuple[str, Tensor]]:
-    """(category, tensor) of all that lives now; where one storage comes twice, the first is right."""
+    """Yield (category, tensor) for every live tensor; if a storage occurs twice, its first category is right."""
     for category, value in _held(train_engine):
         for tensor in _tensors(value):
             yield category, tensor
@@ -38,14 +38,14 @@ def _held(train_engine: TrainEngine) -> Iterator[tuple[str, Any]]:
         yield "teacher", [*train_engine.teacher.parameters(), *train_engine.teacher.buffers()]
     parameters = list(module.parameters())
     yield "parameters", [*parameters, *module.buffers()]
-    yield "parameters", [getattr(p, "ds_tensor", None) for p in parameters]  # ZeRO-3's share of each
+    yield "parameters", [getattr(p, "ds_tensor", None) for p in parameters]  # this rank's partition under ZeRO-3
     yield "parameters", [getattr(optimizer, name, None) for name in PARAMETERS]
     yield "gradients", [(p.grad, getattr(p, "grad_accum", None)) for p in parameters]
     master, gradients, states, averages = "master weights", "gradients", "optimizer states", "EMA weights"
     if is_offloaded(optimizer):
         yield HOST, [getattr(optimizer, name, None) for name in OFFLOADED]
         master = gradients = states = averages = HOST
-    # Where there are no master weights the optimizer holds the module's own parameters, which came first.
+    # Without master weights the optimizer holds the module's own parameters, which were yielded above.
     groups = [group["params"] for group in inner.param_groups]
     updated = list(_tensors([groups, [getattr(optimizer, name, None) for name in MASTER]]))
     yield master, updated
@@ -61,7 +61,7 @@ def is_offloaded(optimizer: Any) -> bool:
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
-    """The tensors in a value: one, or any nesting of lists and dictionaries."""
+    """Yield the tensors in a value: a tensor, or any nesting of lists, tuples and dictionaries."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""When the phases of a training step begin, told by the engine and the student as it happens."""
+"""Reports when the phases of a training step begin, by hooks on the engine and the student."""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -9,7 +9,7 @@ from ds_cmli.engine import TrainEngine
 
 @contextmanager
 def phases(train_engine: TrainEngine, enter: Callable[[str], None]) -> Iterator[None]:
-    """Call `enter` with "forward", "loss", "backward" and "optimizer" whenever that phase of a step begins."""
+    """Inside, call `enter` with "forward", "loss", "backward" or "optimizer" whenever that phase of a step begins."""
     engine, student = train_engine.engine, train_engine.objective.student
 
     now = ""
@@ -20,7 +20,7 @@ def phases(train_engine: TrainEngine, enter: Callable[[str], None]) -> Iterator[
         enter(phase)
 
     def before_student(*_) -> None:
-        if now != "forward":  # gradient caching runs several forward passes after each other
+        if now != "forward":  # gradient caching runs several forward passes with no `step` between them
             begin("forward")
 
     def around(method: Callable, phase: str, after: str) -> Callable:

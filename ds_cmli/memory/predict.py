@@ -1,7 +1,7 @@
-"""What a training step will need, without a GPU and without running it: the real step on tensors that hold no data.
+"""Predicts the memory of a training step without a GPU: runs the real step on fake tensors, which hold no data.
 
 The code that trains (`engine.build` and `TrainEngine`: student, teacher, losses, DeepSpeed's engine) runs two optimizer
-steps; the second is the larger one, as optimizer states are made in the first.
+steps. The second needs more memory, because the optimizer states are created in the first.
 """
 
 import gc
@@ -31,16 +31,16 @@ from ds_cmli.memory.repeated import repeated
 from ds_cmli.memory.report import Event, Report, summarise
 from ds_cmli.memory.tracker import Tracker
 
-DEFAULT_GPU = "RTX 3090 24GB"  # assumed: the document says 24 GB and names no GPU
-TOTAL_STEPS = 1000  # of the schedule; decides no size
+DEFAULT_GPU = "RTX 3090 24GB"  # assumed: the source document says 24 GB and names no GPU
+TOTAL_STEPS = 1000  # of the learning rate schedule; no size depends on it
 
 
 @dataclass
 class Prediction:
     report: Report
     events: list[Event]
-    parameters: int  # trained ones, of the whole student with its losses
-    largest_module: int  # the most of them that one module has for itself
+    parameters: int  # number of parameters of the student and its losses, frozen ones included, undivided by ZeRO
+    largest_module: int  # the most parameters that one module has itself, without its submodules
 
 
 def predict(
@@ -56,29 +56,31 @@ def predict(
     tell: Callable[[str], None] = lambda line: None,
     watch: Callable[[engine.TrainEngine, int], AbstractContextManager] = lambda train_engine, step: nullcontext(),
 ) -> Prediction:
-    """Memory of rank 0, all sizes in bytes.
+    """Predict the memory of rank 0, all sizes in bytes.
 
     Args:
-        config: any; weights are random, of the same sizes, so nothing is downloaded.
-        ds_config: the DeepSpeed JSON, filled or not.
-        gpu: what `gpus.find` knows, for what the device holds besides tensors.
-        target: "cuda": in the JSON's precision, with the operators and defaults of a GPU, `cmli_backend="auto"` meaning
-            triton where that is installed here, and without what an offloaded optimizer keeps on the host. "cpu": as
+        config: any configuration; its weights become random ones of the same sizes, so nothing is downloaded.
+        ds_config: the DeepSpeed JSON, with or without "auto" values.
+        gpu: a name that `gpus.find` knows, for what the device holds besides tensors.
+        target: "cuda": in the JSON's precision, with the operators and defaults of a GPU; `cmli_backend="auto"` means
+            triton if it is installed here; what an offloaded optimizer keeps on the host is not counted. "cpu": as
             this CPU would train, with torch's number of threads; only the requested bytes have a meaning there.
-        backend: of the process group, "nccl", "gloo" or "fake": it decides what collectives copy for themselves. None:
-            what training takes, gloo on a CPU and NCCL on a GPU.
-        texts: of each micro-batch, from the first on; None: of two optimizer steps, as long as there can be.
+        backend: of the process group, "nccl", "gloo" or "fake": it decides what collectives copy internally. None:
+            what training uses, gloo on a CPU and NCCL on a GPU.
+        texts: the text lengths of each micro-batch, from the first on; None: two optimizer steps with the longest
+            texts.
         scores: another all-pairs implementation, called as `CMLILoss` calls `cmli_scores`; None: the project's.
         tell: called with lines about the progress.
-        watch: entered around each step, with its number from 0 on. Where it gives a `Traffic`, that counts the whole
-            step, though not all of its micro-batches are run where `texts` is None.
+        watch: called with the engine and the step's number, counted from 0; each step runs inside the context that it
+            returns. If that context yields a `Traffic`, the whole step is counted in it, also the micro-batches that
+            are not run because `texts` is None.
 
-    Without `texts` all have all their positions but the first of a batch, which lacks one: the most that a batch can
-    need, as text encoders leave out the mask where nothing is padded.
+    Without `texts`, each text fills all positions, except the first one of a batch, which is one token shorter. This is
+    the most that a batch can need: text encoders leave out the attention mask if no text is padded.
 
     Raises:
         UserError: a setting that cannot be built, or whose sizes are not known without a download.
-        RuntimeError: a process group is up, or DeepSpeed is set to a GPU in this process.
+        RuntimeError: a process group is already initialised, or DeepSpeed is set to a GPU in this process.
     """
     choice("target", target, ("cuda", "cpu"))
     backend = backend or ("nccl" if target == "cuda" else "gloo")
@@ -120,7 +122,7 @@ def predict(
             for number in range(steps):
                 tell(f"step {number + 1} of {steps}, as rank 0 of {world_size:,}")
                 said = None if texts is None else texts[number * accumulation : (number + 1) * accumulation]
-                # On a GPU they wait on the host, and each is on the device in its turn.
+                # In training on a GPU they wait on the host, and each is copied to the device when its turn comes.
                 with tracker.paused() if cuda else tracker.scope("data"):
                     batches = _StepBatches(config, micro_batch, said or [None] * accumulation, answers, tracker)
                 moved = replaced(Batch, "to", _copied(tracker)) if cuda else nullcontext()
@@ -132,7 +134,7 @@ def predict(
                 del batches
         events = tracker.events(host=not cuda)
         del train_engine
-    gc.collect()  # engines hold themselves in circles
+    gc.collect()  # engines are part of reference cycles
 
     setting = {
         "preset": named.run.preset, "world_size": world_size, "micro_batch": micro_batch, "accumulation": accumulation,
@@ -142,7 +144,7 @@ def predict(
         "gpu": gpu if cuda else "CPU",
     }  # fmt: skip
     if cuda:
-        # From the first matrix product on, torch's allocator lends cuBLAS a workspace that belongs to no tensor.
+        # From the first matrix product on, cuBLAS holds a workspace from torch's allocator that belongs to no tensor.
         first = next(i for i, event in enumerate(events) if event.phase == "forward")
         events.insert(first, Event(-1, constants.cublas_workspace.bytes, "temporaries", "forward", "cuBLAS"))
     report = summarise(events, setting, "predicted")
@@ -154,7 +156,7 @@ def predict(
 
 
 class _StepBatches(list):
-    """A step's micro-batches; as each is taken, what is asked about its texts is answered accordingly."""
+    """A step's micro-batches. As each is taken, `answers` and `tracker` are told the lengths of its texts."""
 
     def __init__(self, config: Config, micro_batch: int, texts: Sequence[Texts | None], answers: Any, tracker: Tracker):
         super().__init__(longest_batch(config, micro_batch, None if t is None else t[0][0]) for t in texts)
@@ -162,7 +164,7 @@ class _StepBatches(list):
         self.share = config.loss.cmli_token_keep
 
     def _tell(self, told: Sequence[Texts]) -> None:
-        """What ranks tell each other of their texts, as far as these are compared, and to the all-pairs op."""
+        """Set the longest padded length on any rank, and all texts' valid tokens; only compared tokens are counted."""
         self.answers.positions = max(kept(self.share, positions) for ranks in told for positions, _ in ranks)
         by_rank = zip(*told, strict=True)
         self.tracker.text_lengths = [kept(self.share, n) for each in by_rank for _, lengths in each for n in lengths]
@@ -171,16 +173,16 @@ class _StepBatches(list):
         for batch, ranks in zip(super().__iter__(), self.texts, strict=True):
             if ranks is not None:
                 self._tell([ranks])
-            # [CLS] and [SEP] are no valid tokens.
+            # A text without padding has valid tokens at all positions but two: [CLS] and [SEP].
             with self.answers.texts(ranks is not None and all(n == ranks[0][0] - 2 for n in ranks[0][1])):
                 yield batch
         told = [ranks for ranks in self.texts if ranks is not None]
-        if told:  # after them come the losses over all of them
+        if told:  # gradient caching then computes the losses over all micro-batches
             self._tell(told)
 
 
 def _copied(tracker: Tracker) -> Callable[..., Batch]:
-    """`Batch.to` a device that is another one, though these tensors' device is the same."""
+    """A `Batch.to` that copies, as from the host to a GPU, although in a prediction both have the type "cpu"."""
 
     def to(batch: Batch, device: Any, non_blocking: bool = False) -> Batch:
         with tracker.scope("data"):
@@ -190,7 +192,7 @@ def _copied(tracker: Tracker) -> Callable[..., Batch]:
 
 
 def _own_parameters(module: nn.Module) -> int:
-    # Under ZeRO-3 a parameter's own size is that of this rank's part.
+    # Under ZeRO-3 `numel` is not the size of the whole parameter.
     return sum(getattr(p, "ds_numel", p.numel()) for p in module.parameters(recurse=False))
 
 
@@ -200,7 +202,7 @@ def _check_predictable(ds_config: DeepSpeedConfig) -> None:
         raise NotPredictable(
             f"zero_optimization.offload_param.device is {device!r}: it cannot be predicted: leave it out"
         )
-    # DeepSpeed reads the sizes that it saved from a tensor, and these hold no data.
+    # With it, DeepSpeed saves sizes in a tensor and reads them later, but fake tensors hold no data.
     if (ds_config.get("activation_checkpointing") or {}).get("partition_activations"):
         raise NotPredictable(
             "activation_checkpointing.partition_activations is true: it cannot be predicted: leave it out"
@@ -208,13 +210,13 @@ def _check_predictable(ds_config: DeepSpeedConfig) -> None:
 
 
 def _pinned(ds_config: DeepSpeedConfig) -> DeepSpeedConfig:
-    """CUDA's choice of an implementation, which the CPU that predicts would not make: it decides the temporaries."""
+    """Set the optimizer implementation that CUDA would choose, which a CPU would not: it decides the temporaries."""
     out = ds_config.raw()
     if ds_config.optimizer_type in ("Adam", "AdamW"):
         parameters = out["optimizer"]["params"]
         if parameters.get("torch_adam"):
             parameters.setdefault("foreach", not parameters.get("fused"))
-        else:  # DeepSpeed's own is one kernel without temporaries, as PyTorch's fused one
+        else:  # DeepSpeed's own Adam is one kernel without temporaries, like PyTorch's fused one
             parameters.update(torch_adam=True, fused=True)
     return DeepSpeedConfig(out)
 
@@ -223,14 +225,14 @@ def _pinned(ds_config: DeepSpeedConfig) -> DeepSpeedConfig:
 def recorded_from_the_engine_on(
     tracker: Tracker, ds_config: DeepSpeedConfig, cuda: bool, enter: Callable[[str], None] = lambda phase: None
 ) -> Iterator[None]:
-    """Models are built on the host: recording begins, and `enter("init")` is called, where the engine takes them."""
+    """Inside, record from where the engine takes the models, built on the host, and call `enter("init")` there."""
     dtype = engine.DTYPES[ds_config.precision]
     build_models = engine.build_models
 
     def build(*arguments: Any, **options: Any) -> tuple[nn.Module, nn.Module | None]:
         with tracker.paused():
             objective, teacher = build_models(*arguments, **options)
-            if cuda:  # both arrive on the device cast
+            if cuda:  # both have been cast when they arrive on the device
                 for model in (objective, teacher):
                     convert_parameters(model, lambda parameter: parameter.to(dtype))
         enter("init")
@@ -238,7 +240,7 @@ def recorded_from_the_engine_on(
         if not cuda:
             if teacher is not None:
                 tracker.claim("teacher", [*teacher.parameters(), *teacher.buffers()])
-            # Before the engine would, which cannot cast fake tensors.
+            # Cast here, because the engine cannot cast fake tensors.
             convert_parameters(objective, lambda parameter: parameter.to(dtype))
         return objective, teacher
 
@@ -247,7 +249,7 @@ def recorded_from_the_engine_on(
 
 
 def free_bytes(tracker: Tracker, gpu: str, world_size: int) -> int:
-    """What is free on the device when its allocator has given back what it can."""
+    """The bytes that are free on the device once its allocator has returned all free segments."""
     allocator = CachingAllocator()
     live = {}
     for block, size, _ in tracker.log:
@@ -261,8 +263,8 @@ def free_bytes(tracker: Tracker, gpu: str, world_size: int) -> int:
 
 @contextmanager
 def flattened_where_there_is_room(tracker: Tracker, free: Callable[[], int]) -> Iterator[None]:
-    """DeepSpeed's stages 1 and 2 copy each group of parameters into one buffer: on the device where `free` bytes are
-    enough for it, otherwise on the host, after the device's parameters are gone."""
+    """Inside, DeepSpeed's stages 1 and 2, which copy each group of parameters into one flat buffer, do so on the device
+    if `free` bytes are enough for it, otherwise on the host, after the group's parameters have left the device."""
 
     def to_host(tensor: Tensor) -> Tensor:
         with tracker.paused():
@@ -274,7 +276,7 @@ def flattened_where_there_is_room(tracker: Tracker, free: Callable[[], int]) -> 
                 return flatten(self, tensors, alignment, **options)
             with tracker.paused():
                 flat = flatten(self, tensors, alignment, use_cpu_data=True, **options)
-            tracker.claim("parameters", [flat])  # as it comes to the device
+            tracker.claim("parameters", [flat])  # it is then moved to the device
             return flat
 
         return run

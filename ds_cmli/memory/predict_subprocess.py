@@ -1,5 +1,5 @@
-"""Predictions in a separate process: beside a training, on a machine whose GPU they must not touch, or after a
-failure. The process takes requests as lines of JSON and answers each with a line.
+"""Runs predictions in a separate process: during a training run, on a machine whose GPU they must not touch, or after a
+failure. The process reads requests as lines of JSON and answers each with one line.
 """
 
 import json
@@ -20,31 +20,34 @@ from ds_cmli.config.schema import Config
 
 
 def without_gpu() -> dict[str, str]:
-    """What the environment of a predicting process needs from its start on."""
-    # The threads are this process's: they decide what libraries take on the CPU.
+    """The environment variables that a predicting process needs from its start on."""
+    # The number of threads is this process's: libraries' workspaces on the CPU depend on it.
     return {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": str(torch.get_num_threads())}
 
 
 @dataclass(frozen=True)
 class Request:
     config: Config
-    ds_config: Mapping[str, Any]  # filled or not
+    ds_config: Mapping[str, Any]  # with or without "auto" values
     world_size: int
     target: str = "cuda"  # or "cpu"
     gpu: str = ""  # "": `predict.DEFAULT_GPU`
-    texts: Sequence[Any] | None = None  # as of `predict`
-    snapshot: str = ""  # a file to write the prediction to, for PyTorch's memory viewer
+    texts: Sequence[Any] | None = None  # as in `predict`
+    snapshot: str = ""  # a file to write the prediction to, for PyTorch's memory viewer; "": none
 
 
 @dataclass(frozen=True)
 class Answer:
-    report: dict[str, Any] | None  # of `Report.to_dict`
-    failed: str = ""  # in words, where there is no report
-    fails: bool = False  # whether a training would fail so, too
+    report: dict[str, Any] | None  # from `Report.to_dict`; None: the prediction failed
+    failed: str = ""  # the reason, if there is no report
+    fails: bool = False  # whether a training run would fail for that reason, too
 
 
 class Predictor:
-    """The process: `send` requests, `receive` an answer to each, in their order. It runs meanwhile."""
+    """The predicting process: `send` requests, and `receive` the answers in the same order. It works meanwhile.
+
+    It is killed `timeout_s` seconds after its start.
+    """
 
     def __init__(self, timeout_s: float = 120):
         self.process = subprocess.Popen(
@@ -61,7 +64,7 @@ class Predictor:
 
     def send(self, request: Request) -> None:
         assert self.process.stdin is not None
-        with suppress(BrokenPipeError):  # it has ended, as `receive` will say
+        with suppress(BrokenPipeError):  # the process has ended, which `receive` will report
             self.process.stdin.write(
                 json.dumps(
                     {**asdict(request), "config": request.config.to_dict(), "ds_config": dict(request.ds_config)}
@@ -82,7 +85,7 @@ class Predictor:
         return self.receive()
 
     def close(self) -> None:
-        """End it, whether it has answered or not."""
+        """End the process, whether it has answered or not."""
         self.timer.cancel()
         self.process.kill()
         with suppress(BrokenPipeError):
@@ -113,7 +116,7 @@ def answer(request: dict[str, Any]) -> Answer:
         if request["snapshot"]:
             snapshot.write(prediction.events, request["snapshot"])
         return Answer(prediction.report.to_dict())
-    except Exception as error:  # whatever it is, the next request must be answered too
+    except Exception as error:  # after any error the next request must still be answered
         said = " ".join(str(error).split())
         said = said if isinstance(error, UserError) else f"{type(error).__name__}: {said[:300]}"
         return Answer(None, said, not isinstance(error, NotPredictable))
@@ -123,7 +126,7 @@ def main() -> None:
     from ds_cmli.common import quiet
 
     quiet.silence()
-    # Libraries print to stdout when they like; the answers have it for themselves.
+    # Only the answers go to the process's stdout; what libraries print there goes to stderr.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     for line in sys.stdin:

@@ -1,4 +1,4 @@
-"""`train.py --profile FIRST:LAST`: a torch.profiler trace of those steps, with memory, shapes and stacks.
+"""Writes a torch.profiler trace of the steps that `train.py --profile FIRST:LAST` names: memory, shapes and stacks.
 
 Read it with `tensorboard --logdir <run>/profile` (the plugin torch-tb-profiler), or open the .json in Perfetto.
 """
@@ -11,10 +11,10 @@ from ds_cmli.common.errors import UserError
 
 
 def parse_steps(text: str, total_steps: int, done: int = 0) -> tuple[int, int]:
-    """ "3:5" -> (3, 5): the first and the last step, counted from 1 as the log counts them.
+    """ "3:5" -> (3, 5): the first and the last step, counted from 1 as in the log.
 
-    Raises `UserError` for anything else, and for steps that are not among those from `done` + 1 to `total_steps`, which
-    the training is about to take.
+    Raises `UserError` for any other text, and for steps outside `done` + 1 to `total_steps`, the steps that the run is
+    about to take.
     """
     first, colon, last = text.partition(":")
     if not (colon and first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
@@ -28,12 +28,12 @@ def parse_steps(text: str, total_steps: int, done: int = 0) -> tuple[int, int]:
 def profiling(
     steps: tuple[int, int] | None, folder: Path, rank: int = 0, done: int = 0
 ) -> Iterator[Callable[[], None]]:
-    """Profile the training loop inside; call what this yields at the end of each of its steps.
+    """Profile the training loop inside; call the yielded function at the end of each of its steps.
 
     Args:
-        steps: the first and the last to record, counted from 1; None: nothing is recorded.
-        done: steps taken before.
-        folder: gets one file for each rank, `rank<r>.<time>.pt.trace.json`, when the last step is over.
+        steps: the first and the last step to record, counted from 1; None: nothing is recorded.
+        done: the number of steps taken before.
+        folder: gets one file from each rank, `rank<r>.<time>.pt.trace.json`, after the last recorded step.
     """
     if steps is None:
         yield lambda: None
@@ -43,7 +43,7 @@ def profiling(
 
     first, last = (step - done for step in steps)
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available()
-    # The step before the first one is taken as warm-up, where there is one: starting the tracer takes time.
+    # The step before the first recorded one, if there is one, is the warm-up, because starting the tracer takes time.
     warmup = min(first - 1, 1)
     with profile(
         activities=activities,

@@ -1,4 +1,4 @@
-"""What `train.py --profile FIRST:LAST` and `--profile-memory STEPS` ask for: checked early, and put around the loop."""
+"""The options `--profile FIRST:LAST` and `--profile-memory STEPS` of train.py: checked early, applied to the loop."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,10 +16,10 @@ class Profiles:
     memory: int | None = None  # --profile-memory
 
     def left(self, total_steps: int, done: int, say: Callable[[str], None]) -> "Profiles":
-        """What can still be had of it from a training that has `done` steps behind it; `say` tells what cannot.
+        """The profiles that a run can still record after `done` steps; `say` is told which ones it cannot.
 
         Raises:
-            UserError: it could not be had from any start of this training.
+            UserError: no start of this run could record a profile, or both profiles are asked for.
         """
         from ds_cmli.memory.profiler import parse_steps
 
@@ -44,12 +44,12 @@ class Profiles:
     def around(
         self, train_engine: Any, config: Any, ds_config: DeepSpeedConfig, folder: Path, done: int
     ) -> Iterator[Callable[[], None]]:
-        """Around the training loop; call what this yields at the end of each step.
+        """Profile the training loop inside; call the yielded function at the end of each step.
 
         Args:
-            train_engine, config, ds_config: the `Step` and what it was built from.
-            folder: the run's; gets `profile/` and `memory.json`.
-            done: steps taken before.
+            train_engine, config, ds_config: the `TrainEngine` and what it was built from.
+            folder: the run's folder; gets `profile/` and `memory.json`.
+            done: the number of steps taken before.
         """
         from ds_cmli.distributed import process_group as distributed
         from ds_cmli.memory.measure import profiling_memory

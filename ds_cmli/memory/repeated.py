@@ -1,9 +1,10 @@
-"""Micro-batches of a prediction that are not run, because they would only repeat what the ones before them did.
+"""Skips the micro-batches of a prediction that would only repeat what the micro-batches before them did.
 
 All micro-batches of a predicted step have the same size. The first few and the last one run on tensors without data.
-As soon as two in a row have left the same events in the tracker's log, those between are copies of these events, with
-blocks of their own. So the time of a prediction hardly depends on the number of micro-batches, and its bytes are those
-of the whole step. In a ring of texts the steps between the first and the last ones are left out in the same way.
+As soon as two consecutive ones have left the same events in the tracker's log, those between them and the last one are
+not run: the events are copied, with new blocks. So the time of a prediction hardly depends on the number of
+micro-batches, and its bytes are those of the whole step. In a ring that exchanges texts, the steps between the first
+ones and the last ones are skipped in the same way.
 """
 
 from collections.abc import Callable, Iterator
@@ -24,19 +25,19 @@ from ds_cmli.engine import TrainEngine, gradient_caching
 from ds_cmli.engine.gradient_caching import RandomState
 from ds_cmli.memory.tracker import Tracker
 
-# Whose block an event is about: of the same call, of the call before it, of a tensor that the call was given, or of
-# anything else.
+# Whose block an event is about: one of the same call, of the call before it, of a tensor that was passed to the call,
+# or any other block.
 HERE, BEFORE, GIVEN, ELSEWHERE = "here", "before", "given", "elsewhere"
-STEPS = 5  # of a ring that are run, before the last two
+STEPS = 5  # steps of a ring that are run, besides the last two
 
 
 @contextmanager
 def repeated(tracker: Tracker, train_engine: TrainEngine, traffic: Traffic | None = None) -> Iterator[None]:
-    """Inside, a step of `train_engine`'s micro-batches runs only those of them that differ.
+    """Inside, a step of `train_engine` runs only those of its micro-batches that differ.
 
     Args:
-        tracker: attached to `train_engine`; the micro-batches of the step have equal shapes.
-        traffic: counts what the step moves; what is not run is counted too.
+        tracker: attached to `train_engine`; the micro-batches of the step must have equal shapes.
+        traffic: counts the step's traffic, including that of the micro-batches that are not run.
     """
     with ExitStack() as stack:
         for owner, name in ((gradient_caching, "embed"), (gradient_caching, "replay"), (train_engine, "_backward")):
@@ -47,7 +48,7 @@ def repeated(tracker: Tracker, train_engine: TrainEngine, traffic: Traffic | Non
 
 
 def _few_turns(traffic: Traffic | None) -> Callable[[int], Iterator[int]]:
-    """Of a ring's steps the first and the last ones: what the others allocate ends with them."""
+    """Take only the first and the last steps of a ring; each of the others frees what it allocates."""
 
     def turns(ranks: int) -> Iterator[int]:
         skipped = range(STEPS, ranks - 2)
@@ -75,14 +76,14 @@ def _add(traffic: Traffic, moved: dict[tuple[str, str], Count], times: int = 1) 
 
 @dataclass
 class _Form:
-    """A tensor of a result, without keeping it alive."""
+    """Describes a tensor of a result without keeping it alive."""
 
     shape: torch.Size
     stride: tuple[int, ...]
     offset: int
     dtype: torch.dtype
     storage: int  # bytes
-    value: Tensor | None  # of the state of a random generator: the only tensors that hold data
+    value: Tensor | None  # a copy of the state of a random generator: no other tensor holds data
 
     @classmethod
     def of(cls, tensor: Tensor) -> "_Form":
@@ -94,14 +95,14 @@ class _Form:
         return cls(tensor.shape, tensor.stride(), int(tensor.storage_offset()), tensor.dtype, storage, value)
 
     def empty(self) -> Tensor:
-        """With a storage of its own."""
+        """A new flat tensor with such a storage, or a new copy of `value`."""
         if self.value is None:
             return torch.empty(self.storage // self.dtype.itemsize, dtype=self.dtype)
         with unset_fake_temporarily():
             return self.value.clone()
 
     def view(self, base: Tensor) -> Tensor:
-        """In the storage of `base`."""
+        """This tensor's shape in the storage of `base`; `base` itself if it is a copy of `value`."""
         return base if self.value is not None else base.detach().as_strided(self.shape, self.stride, self.offset)
 
 
@@ -111,30 +112,30 @@ class _Run:
 
     first: int
     segment: int
-    end: int  # of its part of the log
-    events: list[tuple[str, int, int, str, int]]  # (whose block, its number there, bytes, phase, segment)
-    segments: int  # that the call began
-    result: Any  # with a `_Form` for each tensor
-    outputs: list[tuple[str, int]]  # (whose block, its number there) of each tensor of the result
-    moved: dict[tuple[str, str], Count]
+    end: int  # length of the log after the call
+    events: list[tuple[str, int, int, str, int]]  # (whose block, its number among those, bytes, phase, segment)
+    segments: int  # number of segments that the call began
+    result: Any  # with a `_Form` in the place of each tensor
+    outputs: list[tuple[str, int]]  # (whose block, its number among those) of each tensor of the result
+    moved: dict[tuple[str, str], Count]  # the call's traffic, by part and kind
 
     def same(self, other: "_Run") -> bool:
         mine, others = ((run.events, run.segments, run.outputs, run.moved) for run in (self, other))
         return mine == others
 
     def handed_on(self) -> set[int]:
-        """Blocks that the next call frees."""
+        """The numbers of the blocks that the next call frees, as this call freed those of the call before it."""
         return {number for whose, number, size, *_ in self.events if whose == BEFORE and size < 0}
 
 
 class _Repeated:
-    """A function that is called once for each of `count` micro-batches."""
+    """A function that is called once for each of a step's `count` micro-batches; it runs only some of the calls."""
 
     def __init__(self, function: Callable, tracker: Tracker, count: int, traffic: Traffic | None):
         self.function, self.tracker, self.count, self.traffic = function, tracker, count, traffic
         self.calls, self.steady = 0, False
-        self.runs: list[_Run] = []  # the last two
-        self.first = 0  # block of the last call, run or copied
+        self.runs: list[_Run] = []  # the last two calls that were run
+        self.first = 0  # the first block of the last call, run or copied
 
     def __call__(self, *args: Any) -> Any:
         self.calls += 1
@@ -144,7 +145,7 @@ class _Repeated:
         return self._run(args)
 
     def _repeats(self) -> bool:
-        """Whether the next call would do what the last one did."""
+        """Whether the next call would only repeat the last one."""
         if self.steady or len(self.runs) < 2 or not self.runs[-1].same(self.runs[-2]):
             return self.steady
         run = self.runs[-1]
@@ -153,7 +154,8 @@ class _Repeated:
             return False
         kept = {run.first + number for whose, number, size, *_ in run.events if whose == HERE and size > 0}
         kept -= {run.first + number for number in outputs}
-        # What the call kept for itself must not end between two calls, as a copy keeps nothing.
+        # Blocks that the call keeps and does not return must not be freed between two calls: a copy holds no tensors
+        # for them.
         self.steady = not any(size < 0 and block in kept for block, size, _ in self.tracker.log[run.end :])
         return self.steady
 
@@ -206,7 +208,7 @@ class _Repeated:
                 assert found is not None
                 block = found
                 tracker.ended[block] = segment + part
-                if whose == GIVEN:  # the tensor ends below, and its end is in the log then
+                if whose == GIVEN:  # the tensor is freed below, where its end must not be recorded again
                     tracker.blocks.pop(given[number].untyped_storage()._cdata, None)
             tracker.log.append((block, size, phase))
         tracker.segment = segment + run.segments
@@ -215,7 +217,7 @@ class _Repeated:
         result = self._like(run, given, first)
         self.first = first
         for each in args:
-            if isinstance(each, list):  # from which the function takes what it was given
+            if isinstance(each, list):  # the function would have taken its features out of the list
                 each.clear()
         return result
 
@@ -227,7 +229,7 @@ class _Repeated:
             whose, number = next(outputs)
             if whose == GIVEN:
                 return form.view(given[number])
-            if whose == ELSEWHERE:  # on the host of a GPU, where nothing is recorded
+            if whose == ELSEWHERE:  # on the host, in a prediction for a GPU: not recorded
                 return form.view(form.empty())
             if number not in made:
                 made[number] = form.empty()
@@ -238,7 +240,7 @@ class _Repeated:
             return _map(run.result, like, _Form)
 
     def _hand_on(self) -> None:
-        """Let what the last run still holds be what the last copy holds, as the next call frees it."""
+        """Let the tensors that the last run still holds stand for the last copy's blocks, which the next call frees."""
         if not self.runs or self.first == self.runs[-1].first:
             return
         run, tracker = self.runs[-1], self.tracker
@@ -261,7 +263,7 @@ def _difference(after: dict[tuple[str, str], Count], before: dict[tuple[str, str
 
 
 def _map(value: Any, function: Callable, kind: type = Tensor) -> Any:
-    """`value` with `function` of each `kind` in it."""
+    """`value` with each instance of `kind` in it replaced by `function` of it."""
     if isinstance(value, kind):
         return function(value)
     if isinstance(value, (list, tuple)):
@@ -285,5 +287,5 @@ def _tensors(value: Any) -> list[Tensor]:
 
 
 def _given(args: tuple) -> list[Tensor]:
-    """The tensors of a call's own micro-batch: its other arguments are those of every call."""
+    """The tensors of a call's own micro-batch; its other arguments are the same in every call."""
     return _tensors([each for each in args if isinstance(each, (Batch, RandomState, list, Tensor))])

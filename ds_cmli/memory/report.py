@@ -1,7 +1,7 @@
-"""What prediction and measurement both give: allocation events, and a report of them in the same names.
+"""The common output of predictions and measurements: allocation events, and a report of them with the same names.
 
-All sizes are bytes. "Requested" is what the program asked for; "allocated" what the caching allocator handed out for it
-(rounded up); "reserved" what the allocator took from the device; "device" what the process occupies on it in all.
+All sizes are bytes. "Requested" is what the program asked for, "allocated" what the caching allocator handed out for it
+(rounded up), "reserved" what the allocator took from the device, and "device" all that the process occupies there.
 """
 
 from collections.abc import Iterable
@@ -13,15 +13,15 @@ CATEGORIES = (
     "parameters",
     "gradients",
     "optimizer states",
-    "master weights",  # ZeRO's fp32 copy of its share of the parameters
-    "EMA weights",  # the average of the master weights, with `optim.ema_decay`
+    "master weights",  # the fp32 copy of this rank's share of the parameters
+    "EMA weights",  # the moving average of the master weights, with `optim.ema_decay`
     "ZeRO buckets",
     "teacher",
     "activations student",
     "activations teacher",
-    "cached features",  # of gradient caching, and later their gradients in their place
-    "CMLI op",  # saved argmax, scores and scratch of the all-pairs op
-    "exchanged text",  # the other ranks' text features, and the gradient that returns to them
+    "cached features",  # the features that gradient caching keeps, later replaced by their gradients
+    "CMLI op",  # saved argmax indices, scores and scratch memory of the all-pairs operator
+    "exchanged text",  # the other ranks' text features, and their gradients, which are sent back
     "data",
     "temporaries",
 )
@@ -30,22 +30,22 @@ PHASES = ("init", "forward", "loss", "backward", "optimizer")
 
 @dataclass(frozen=True)
 class Event:
-    """One allocation, or its end, in the order in which they happened."""
+    """The allocation or the free of a block. Lists of events are in the order in which they happened."""
 
-    block: int  # the same number at an allocation and at its end; not used again
-    bytes: int  # requested: positive at an allocation, the same number negative at its end
+    block: int  # the same number at the allocation and at the free of a block; not used again
+    bytes: int  # requested bytes: positive at the allocation, the same number negative at the free
     category: str  # one of CATEGORIES
     phase: str  # one of PHASES
-    op: str = ""  # the operator that asked for it
+    op: str = ""  # the operator that allocated the block
 
 
 @dataclass
 class Report:
-    setting: dict[str, Any]  # preset, world size, batch and so on, for whoever reads the report later
+    setting: dict[str, Any]  # preset, world size, batch and so on, for the report's readers
     source: str  # "predicted", "measured: CPU allocator", "measured: NVIDIA A10G", ...
     categories: dict[str, int]  # live at the moment of the requested peak; they add up to totals["requested"]
     phases: dict[str, int]  # the requested peak of each phase
-    totals: dict[str, int]  # peaks: requested, and where known allocated, reserved, device
+    totals: dict[str, int]  # peaks: "requested", and "allocated", "reserved" and "device" where they are known
     timeline: list[tuple[str, dict[str, int]]] = field(default_factory=list)  # (phase, live bytes by category)
 
     @classmethod
@@ -66,10 +66,10 @@ TIMELINE_POINTS = 2000
 
 
 def summarise(events: Iterable[Event], setting: dict[str, Any], source: str) -> Report:
-    """Replay `events` into a report: live bytes by category at the peak, the peak of each phase, and the timeline.
+    """Compute a report from `events`: live bytes by category at the peak, the peak of each phase, and the timeline.
 
-    A phase's peak includes what lived when it began. The timeline holds local maxima, `TIMELINE_POINTS` at the most:
-    the largest of as many equal stretches of events.
+    A phase's peak includes what was live when it began. The timeline holds at most `TIMELINE_POINTS` local maxima: the
+    events are divided into that many stretches of equal length, and the largest maximum of each is kept.
     """
     events = list(events)
     totals = list(accumulate(event.bytes for event in events))

@@ -1,7 +1,7 @@
-"""What a step takes on many ranks: its memory and what it moves are predicted, its time follows from given rates.
+"""Estimates a step on many ranks: its memory and traffic are predicted, and its time follows from given rates.
 
-Counts are those of the trainer's own step on tensors without data (`predict`), equal to those of real ranks. The time
-is a plain model, stated in `step_time`; rates are given or measured, and the result is as good as they are.
+The traffic is counted in the trainer's own step on tensors without data (`predict`), and equals that of real ranks. The
+time comes from a simple model, stated in `step_time`; rates are given or measured, and it is as accurate as they are.
 """
 
 import math
@@ -21,32 +21,32 @@ from ds_cmli.memory.predict import predict
 @dataclass(frozen=True)
 class Rates:
     flops: float  # FLOP/s that a rank reaches in its matrix products
-    node_bandwidth: float  # bytes/s that a rank sends to ranks of its node
-    bandwidth: float  # bytes/s that it sends where other nodes take part
-    latency: float  # seconds until a message has begun to arrive
+    node_bandwidth: float  # bytes/s that a rank sends if all ranks are in one node
+    bandwidth: float  # bytes/s that a rank sends if several nodes take part
+    latency: float  # seconds until a message begins to arrive
     ranks_per_node: int
 
 
 @dataclass(frozen=True)
 class StepCost:
-    """Of one rank and one optimizer step."""
+    """What one optimizer step costs one rank."""
 
     ranks: int
     stage: int
     exchange: str  # "gather" or "ring"
-    cached: bool  # negatives from all micro-batches
+    cached: bool  # gradient caching: negatives from all micro-batches
     accumulation: int
-    memory: int  # bytes of the device
-    model_flops: float  # student and teacher; nothing that is computed again
-    product_flops: float  # similarities of this rank's images and all texts, once
+    memory: int  # bytes on the device; on a CPU the requested bytes
+    model_flops: float  # FLOPs of student and teacher, without recomputation
+    product_flops: float  # FLOPs of the similarities of this rank's images and all texts, computed once
     checkpointing: bool
-    counts: dict[tuple[str, str], Count]
+    counts: dict[tuple[str, str], Count]  # traffic, by part and kind
 
 
 def step_cost(
     config: Config, ds_config: Mapping[str, Any], ranks: int, exchange: str, cached: bool, target: str, gpu: str
 ) -> StepCost:
-    """Predict a step; arguments as `predict`'s."""
+    """Predict a step with this exchange of texts, with gradient caching if `cached`; the rest is as in `predict`."""
     loss = replace(config.loss, cmli_exchange=exchange)  # type: ignore[arg-type]
     optim = replace(config.optim, negatives="global_batch" if cached else "micro_batch")
     config = replace(config, loss=loss, optim=optim)
@@ -54,7 +54,7 @@ def step_cost(
 
     def watch(train_engine: TrainEngine, step: int) -> AbstractContextManager:
         if step == 0:
-            train_engine.timer = StepTimer()  # has the products counted
+            train_engine.timer = StepTimer()  # makes the engine count the FLOPs of its products
             engines.append(train_engine)
             return nullcontext()
         return traffic.counting()
@@ -78,17 +78,18 @@ def step_cost(
 
 
 def step_time(cost: StepCost, rates: Rates) -> dict[str, float]:
-    """Seconds of each part of a step, one after the other.
+    """Seconds of each part of a step; the step takes their sum.
 
-    model: the products of student and teacher; a third of them more for each pass forward that is done again, by
-        activation checkpointing and by gradient caching.
-    scores: the all-pairs op, three products forward and backward; one more where a ring computes argmax indices again,
-        and one more with gradient caching, whose scores are computed twice.
-    text: what moves text features and their gradients. A ring's transfers run during `scores`, and only what takes
-        longer counts; gathering is waited for.
-    rest: gradients, parameters and softmax statistics, none of it hidden.
+    model: the matrix products of student and teacher. Activation checkpointing and gradient caching each run the
+        forward pass once more, which adds a third.
+    scores: the all-pairs operator, three products in forward and backward. A ring adds one product, because it computes
+        argmax indices again, and gradient caching one, because it computes the scores twice.
+    text: the exchange of text features and their gradients. A ring's transfers overlap with `scores`, so only their
+        time beyond `scores` counts; a gather does not overlap.
+    rest: the exchange of gradients, parameters and softmax statistics, without any overlap.
 
-    A collective takes its bytes at the bandwidth, and log2(ranks) times the latency; a transfer to the next rank once.
+    A collective takes its bytes divided by the bandwidth, plus log2(ranks), rounded up, times the latency. A transfer
+    to the next rank takes the latency once.
     """
     again = cost.checkpointing + cost.cached
     ring = cost.exchange == "ring" and cost.ranks > 1
@@ -107,7 +108,7 @@ def step_time(cost: StepCost, rates: Rates) -> dict[str, float]:
 
 
 def crossovers(costs: list[StepCost], rates: Rates, memory: int) -> list[str]:
-    """In words: from how many ranks on a ring takes less memory, or less time; where steps stop fitting in `memory`."""
+    """Say from how many ranks on a ring takes less memory, or less time, and for which ranks steps fit in `memory`."""
     lines = []
     kinds = sorted({(cost.stage, cost.cached) for cost in costs})
     for stage, cached in kinds:
@@ -130,7 +131,7 @@ def crossovers(costs: list[StepCost], rates: Rates, memory: int) -> list[str]:
 
 
 def _from(found: list[int], of: list[int]) -> str:
-    """As "from 8 ranks on", of those that were looked at."""
+    """Say "from 8 ranks on" if `found` are all numbers in `of` from 8 on, otherwise list them."""
     if not found:
         return "nowhere"
     whole = found == [p for p in of if p >= found[0]]

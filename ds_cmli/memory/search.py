@@ -1,4 +1,4 @@
-"""Questions that take several predictions: a grid of settings, and the largest micro-batch that fits."""
+"""Answers questions that need several predictions: a grid of settings, and the largest micro-batch that fits."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -17,13 +17,13 @@ from ds_cmli.memory.predict import DEFAULT_GPU, TOTAL_STEPS, Prediction, predict
 
 AXES = ("batch", "world", "stage")
 LARGEST_BATCH = 2**16
-FIRST_BATCHES = (16, 128)  # predicted before any is estimated
+FIRST_BATCHES = (16, 128)  # micro-batches that are predicted before others are estimated
 
 
 def parse_axes(texts: tuple[str, ...], micro_batch: int, world_size: int) -> dict[str, list[int]]:
     """`("batch=64,128", "world")` or `("batch=64,128,world",)` -> {"batch": [64, 128], "world": [1, 2, 8, 64]}.
 
-    Raises `UserError` for what is neither an axis nor a number.
+    An axis without values gets the usual ones. Raises `UserError` for what is neither an axis nor a number.
     """
     usual = {
         "batch": [n for n in (micro_batch // 4, micro_batch // 2, micro_batch, 2 * micro_batch) if n],
@@ -47,14 +47,17 @@ def parse_axes(texts: tuple[str, ...], micro_batch: int, world_size: int) -> dic
 
 
 def with_batch(ds_config: Mapping[str, Any], micro_batch: int) -> DeepSpeedConfig:
-    """The DeepSpeed JSON with this micro-batch and its own accumulation, whatever batch it had."""
+    """The DeepSpeed JSON with this micro-batch and the same accumulation, without a total batch size."""
     return DeepSpeedConfig.of(ds_config).replaced(train_batch_size=None, train_micro_batch_size_per_gpu=micro_batch)
 
 
 def sweep(
     config: Config, ds_config: Mapping[str, Any], world_size: int, axes: dict[str, list[int]], **options: Any
 ) -> Iterator[tuple[tuple[int, ...], Prediction]]:
-    """(values of the axes, prediction) of each point of the grid, the last axis first. `options`: of `predict`."""
+    """Yield (values of the axes, prediction) of each point of the grid; the last axis varies fastest.
+
+    `options` are those of `predict`.
+    """
     for values in product(*axes.values()):
         point = dict(zip(axes, values, strict=True))
         changed = DeepSpeedConfig.of(ds_config)
@@ -67,11 +70,11 @@ def sweep(
 
 @dataclass
 class Fit:
-    micro_batch: int  # the largest that fits; 0: none does
-    prediction: Prediction  # with it; of one pair where none fits
-    tried: dict[int, int]  # micro-batch -> bytes on the device
-    asked: int  # micro-batch that the changes make fit: the configuration's own, or 1 where none fits
-    changes: list[tuple[str, int]]  # where `asked` does not fit: a setting to change, and its bytes with that
+    micro_batch: int  # the largest micro-batch that fits; 0: none does
+    prediction: Prediction  # for that micro-batch; for micro-batch 1 if none fits
+    tried: dict[int, int]  # micro-batch -> predicted bytes on the device
+    asked: int  # the micro-batch that the changes make fit: the configuration's own, or 1 if none fits
+    changes: list[tuple[str, int]]  # if `asked` does not fit: (a setting to change, bytes on the device with it)
 
 
 def largest(
@@ -80,10 +83,11 @@ def largest(
     most: int = LARGEST_BATCH,
     estimate: Callable[[int], int] | None = None,
 ) -> int:
-    """The largest n from 1 to `most` with needs(n) <= room, for needs that grow with n; 0 where there is none.
+    """The largest n from 1 to `most` with needs(n) <= room; 0 if there is none. `needs` must grow with n.
 
-    Needs are nearly linear in n: the next n is read off the line through the nearest two that were tried. Where needs
-    cost much, `estimate` of them costs little: the next n is then the largest by it, and the one after.
+    `needs` is nearly linear in n, so the next n to try comes from the line through the nearest two that were tried. If
+    `needs` is expensive, `estimate` is a cheap approximation of it: the next n is then the largest that fits by the
+    estimate, or the one after that.
     """
     low, low_needs = 1, needs(1)
     if low_needs > room:
@@ -100,11 +104,11 @@ def largest(
             high_needs = needs(high)
     turn = 0
     while high - low > 1:
-        if turn % 3 == 2 if estimate is None else turn > 5 and turn % 2:  # a step in what is needed may lie between
+        if turn % 3 == 2 if estimate is None else turn > 5 and turn % 2:  # `needs` may jump in between: bisect
             guess = (low + high) // 2
         elif estimate is not None:
             guess = largest(estimate, room, most)
-            guess += guess == low  # `low` fits for certain: does the next?
+            guess += guess == low  # `low` is known to fit: try the next one
         else:
             guess = low + (room - low_needs) * (high - low) // (high_needs - low_needs)
             guess += turn % 3
@@ -119,8 +123,11 @@ def largest(
 
 
 def estimated_bytes(known: dict[int, Prediction], micro_batch: int, gpu: str, world_size: int) -> int:
-    """On the device, for a micro-batch that was not predicted: each event's bytes, as a polynomial through the nearest
-    three predictions (or fewer) with the same events, in the allocator's model."""
+    """Estimate the bytes on the device for a micro-batch that was not predicted.
+
+    Each event's bytes follow a polynomial through the nearest three predictions (or fewer) with the same number of
+    events; these events are replayed in the allocator's model.
+    """
     nearest = sorted(known, key=lambda n: (abs(n - micro_batch), n))
     number = len(known[nearest[0]].events)
     points = [n for n in nearest if len(known[n].events) == number][:3]
@@ -145,13 +152,14 @@ def fit(
     gpu: str = DEFAULT_GPU,
     tell: Callable[[str], None] = lambda line: None,
 ) -> Fit:
-    """The largest micro-batch whose predicted bytes on the device are at most `room`, and that one more is too much.
+    """Find the largest micro-batch whose predicted bytes on the device are at most `room`; one pair more is too much.
 
-    Where the configuration's own does not fit, the settings to change are tried for it, cheapest first, until two do;
-    then, if none is enough alone, the fewest together. Where not even one pair fits they are tried for one pair.
+    If the configuration's own micro-batch does not fit, changes of settings are tried for it, cheapest first, until two
+    make it fit; if no single change does, they are combined, as few as are enough. If not even one pair fits, changes
+    are tried for one pair.
 
     Args:
-        gpu: as `predict` takes it.
+        gpu: as in `predict`.
         tell: called with lines about the progress.
     """
     predictions: dict[int, Prediction] = {}
@@ -187,7 +195,7 @@ def fit(
                 if size <= room:
                     changes.append((change.what, size))
         combined = memory_advice.together(config, one, world_size) if not changes else []
-        if combined and needs_of(combined[-1]) <= room:  # otherwise all of them are not enough
+        if combined and needs_of(combined[-1]) <= room:  # otherwise not even all changes together are enough
             changes = [next((c.what, size) for c in combined if (size := needs_of(c)) <= room)]
     tried = {n: p.report.totals["device"] for n, p in sorted(predictions.items())}
     return Fit(best, predictions[best or 1], tried, asked, changes)
