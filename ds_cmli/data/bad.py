@@ -13,23 +13,23 @@ EMPTY = "empty caption"
 
 
 class Refused(ValueError):
-    """Why a picture or its captions are not read, in words for the user."""
+    """A picture or its captions are not read; the message tells the user why."""
 
 
 @dataclass
 class BadSamples:
-    """Broken images and captions without a token, met in training against the size of the data set.
+    """Counts of the broken images and captions without a token that training meets, and the limit of their share.
 
-    A sample counts each time it is asked for, so counts of several ranks simply add up. The share is taken of the
-    whole data set, or of all samples asked for once these are more: one broken image in the first batch is one of
-    `length`, not one of a batch.
+    A sample counts each time it is requested, so that the counts of several ranks simply add up. The share is relative
+    to the whole data set until more samples than that have been requested, then to all requested samples: one broken
+    image in the first batch is one of `length`, not one of a batch.
     """
 
-    max_share: float  # more than this share is too many
-    length: int  # samples of the training set
-    at_load: list[Bad] = field(default_factory=list)  # left out of the training set from the start
-    count: int = 0
-    first: list[Bad] = field(default_factory=list)
+    max_share: float  # the largest share that is accepted
+    length: int  # number of samples in the training set
+    at_load: list[Bad] = field(default_factory=list)  # samples that were left out of the training set at load
+    count: int = 0  # bad samples that this rank has met in training
+    first: list[Bad] = field(default_factory=list)  # the first few of all, to be shown
 
     def __post_init__(self):
         self.first.extend(self.at_load[:SHOWN])
@@ -41,12 +41,12 @@ class BadSamples:
                 self.first.append(item)
 
     def too_many(self, count: int, seen: int) -> bool:
-        """`count` bad ones among `seen` samples asked for since the start, both over all ranks."""
+        """Whether `count` bad samples of `seen` requested since the start (both over all ranks) exceed the share."""
         passes = max(1.0, seen / self.length) if self.length else 1.0
         return count + len(self.at_load) * passes > self.max_share * (self.length + len(self.at_load)) * passes
 
     def check(self, flags: CollectiveFlags, seen: int) -> None:
-        """Raise `UserError` on every rank together where there are too many; `seen` as of `too_many`. Collective."""
+        """Raise `UserError` on all ranks together if there are too many; `seen` is that of `too_many`. Collective."""
         every = flags.gather((self.count, self.first))  # collective
         count = sum(n for n, _ in every)
         if self.too_many(count, seen):
@@ -54,7 +54,7 @@ class BadSamples:
             raise UserError(self.message(count))
 
     def summary(self, flags: CollectiveFlags) -> list[str]:
-        """What to tell at the end of a run, if anything. Collective."""
+        """The lines to print at the end of a run; none if no sample was skipped. Collective."""
         skipped = sum(flags.gather(self.count))  # collective
         if not skipped and not self.at_load:
             return []
@@ -62,7 +62,7 @@ class BadSamples:
         return [f"skipped {len(self.at_load)} samples at load and {skipped} in training; the first: {first}"]
 
     def message(self, count: int) -> str:
-        """The line for the `UserError` once `too_many` says so."""
+        """The message of the `UserError` for too many bad samples; `count` as in `too_many`."""
         names = ", ".join(told(self.first))
         return (
             f"{count + len(self.at_load)} samples of {self.length + len(self.at_load)} cannot be used, more than "
@@ -71,5 +71,5 @@ class BadSamples:
 
 
 def told(bad: list[Bad]) -> list[str]:
-    """`["2.png (no such file)", ...]`, the first few of them."""
+    """The first few bad samples as text: `["2.png (no such file)", ...]`."""
     return [f"{name} ({reason})" for name, reason in bad[:SHOWN]]

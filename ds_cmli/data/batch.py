@@ -1,4 +1,4 @@
-"""One sample, a batch of them, and how samples become a batch.
+"""One sample, a batch of samples, and the collate function between them.
 
 B pairs, M text positions (padded), S image size in pixels.
 """
@@ -12,11 +12,11 @@ from ds_cmli.data.bad import Bad
 from ds_cmli.data.tokens import CaptionTokenizer, Tokens
 
 NO_PICTURE = -1
-PAD_MULTIPLE = 8  # lengths of padded captions: few different shapes, and aligned for matrix products
+PAD_MULTIPLE = 8  # padded captions are a multiple of this long: few different shapes, aligned for matrix products
 
 
 def caption_id(input_ids: list[int]) -> int:
-    """A number of the caption as the model sees it, the same on all nodes; fits int64."""
+    """A hash of the caption's token ids, the same on all nodes, that fits int64."""
     digest = hashlib.blake2b(str(input_ids).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big", signed=True)
 
@@ -25,24 +25,24 @@ def caption_id(input_ids: list[int]) -> int:
 class Sample:
     image: torch.Tensor  # uint8 [3, S, S]
     tokens: Tokens
-    index: int  # the one asked for, also where another sample stands in for it
-    image_id: int  # of the picture shown: captions of one picture have the same
-    token_picture: list[int] | None = None  # scenes only, see `Batch`
-    cell_picture: list[int] | None = None
-    bad: Bad | None = None  # why the sample asked for could not be used
+    index: int  # the requested index, even if another sample replaces that one
+    image_id: int  # identifies the picture shown: all captions of one picture have the same number
+    token_picture: list[int] | None = None  # only for scenes (and phrases with boxes), see `Batch`
+    cell_picture: list[int] | None = None  # only for scenes, see `Batch`
+    bad: Bad | None = None  # the requested sample and why it could not be used
 
 
 @dataclass
 class Batch:
     image: torch.Tensor  # uint8 [B, 3, S, S]
     input_ids: torch.Tensor  # int64 [B, M]
-    attention_mask: torch.Tensor  # bool [B, M], False: padding
-    token_mask: torch.Tensor  # bool [B, M], True: valid token (no [CLS], [SEP], [PAD])
+    attention_mask: torch.Tensor  # bool [B, M], False for padding
+    token_mask: torch.Tensor  # bool [B, M], True for valid tokens (not [CLS], [SEP], [PAD])
     index: torch.Tensor  # int64 [B], position in the data set
-    pair_id: torch.Tensor  # int64 [B, 2], of the picture and of the caption: equal where these are
-    token_picture: torch.Tensor  # int64 [B, M], the scene's picture that the token names, -1: none
-    cell_picture: torch.Tensor  # int64 [B, 2, 2], the picture in each quarter of the image, -1: none
-    bad: list[Bad]  # samples of this batch that others stand in for
+    pair_id: torch.Tensor  # int64 [B, 2], hashes of picture and caption: equal for equal pictures or captions
+    token_picture: torch.Tensor  # int64 [B, M], which picture of the scene the token names, -1 for none
+    cell_picture: torch.Tensor  # int64 [B, 2, 2], which picture is in each quarter of the image, -1 for none
+    bad: list[Bad]  # the samples that were replaced by others in this batch
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
         return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
@@ -56,7 +56,10 @@ class Batch:
 
 
 class Collate:
-    """Samples -> `Batch`, captions padded to the longest, rounded up to `PAD_MULTIPLE`, at most `positions`."""
+    """Makes a `Batch` of samples, with captions padded to the longest.
+
+    Their length is rounded up to a multiple of `PAD_MULTIPLE`, but is at most the tokenizer's `positions`.
+    """
 
     def __init__(self, tokenizer: CaptionTokenizer):
         self.pad_id, self.positions = tokenizer.pad_id, tokenizer.positions

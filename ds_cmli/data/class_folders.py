@@ -1,4 +1,4 @@
-"""Pictures with a class each, for zero-shot classification: a folder of class folders, or another of timm's readers."""
+"""Pictures with class labels for zero-shot classification: a folder of class folders, or another of timm's readers."""
 
 import json
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from ds_cmli.common.errors import UserError
 from ds_cmli.data.held_out import FILLER, Picture, View
 from ds_cmli.data.pictures import decode
 
-# Seven of OpenAI's eighty for ImageNet, which they found to do about as well as all of them.
+# Seven of OpenAI's eighty prompt templates for ImageNet, which OpenAI found to work about as well as all eighty.
 TEMPLATES = (
     "itap of a {}.",
     "a bad photo of the {}.",
@@ -25,17 +25,17 @@ TEMPLATES = (
 
 
 class ClassPictures:
-    """The pictures of a folder of class folders, of a tar of such, or of a Hugging Face data set with labels.
+    """The pictures of a folder of class folders, of a tar of class folders, or of a Hugging Face data set with labels.
 
     Attributes:
-        folders: the classes' names as the data has them, in the order of their numbers.
+        folders: the class names in the data, in the order of the class numbers.
     """
 
     def __init__(self, source: str, size: int, max_pixels: int, split: str = "validation"):
-        """`source`: a folder, a .tar, or "hfds/NAME" as timm writes it (`split` is its split).
+        """Open `source`: a folder, a .tar, or "hfds/NAME" in timm's notation, of which `split` is read.
 
         Raises:
-            UserError: it is none of these, cannot be read, or has no picture.
+            UserError: `source` is none of these, cannot be read, or has no picture or fewer than two classes.
         """
         self.size, self.max_pixels = size, max_pixels
         where, path = f"--zero-shot is {source!r}", Path(source).expanduser()
@@ -46,7 +46,7 @@ class ClassPictures:
         try:
             name, root = ("", str(path)) if path.exists() else (source, None)
             self.reader: Any = create_reader(name, root=root, split=split)
-        except Exception as error:  # each of timm's readers raises its own kinds
+        except Exception as error:  # each of timm's readers raises its own exceptions
             reason = (str(error) or type(error).__name__).strip().splitlines()[0]
             raise UserError(f"{where}, which timm cannot read: {reason}") from None
         numbers = self.reader.class_to_idx
@@ -60,7 +60,7 @@ class ClassPictures:
         return len(self.reader)
 
     def pictures(self, numbers: Sequence[int]) -> Dataset:
-        """`Picture`s with their class; a broken one is black, and so is `FILLER`."""
+        """A data set of `Picture`s with their classes; broken pictures and `FILLER` are black."""
         return View(self._picture, numbers)
 
     def _picture(self, number: int) -> Picture:
@@ -71,19 +71,20 @@ class ClassPictures:
             file, target = self.reader[number]
             with file:
                 return Picture(decode(file.read(), self.size, self.max_pixels), number, target=int(target))
-        except Exception as error:  # decoders of damaged files raise nearly anything
+        except Exception as error:  # decoders raise nearly any exception for damaged files
             reason = str(error).strip().splitlines() or [type(error).__name__]
-            name = self.reader.filename(number, basename=True) or f"picture {number}"  # parquet may name none
+            name = self.reader.filename(number, basename=True) or f"picture {number}"  # parquet rows may have no name
             return Picture(black, number, bad=(str(name), reason[0]))
 
 
 def class_names(folders: list[str], file: str | None) -> list[str]:
-    """What stands in the prompts for each class: the folder's name with blanks for underscores, or what `file` says.
+    """The names of the classes for the prompts: the folder names with blanks for underscores, or those in `file`.
 
-    `file`: a JSON object {"folder": "name"}, or text with a name a line in the order of the folders' names.
+    Args:
+        file: a JSON object {"folder": "name"}, or a text file with one name per line in the order of `folders`.
 
     Raises:
-        UserError: it cannot be read, or lacks a class.
+        UserError: the file cannot be read, or lacks a class.
     """
     if file is None:
         return [folder.replace("_", " ") for folder in folders]
@@ -104,7 +105,7 @@ def class_names(folders: list[str], file: str | None) -> list[str]:
 
 
 def prompt_templates(file: str | None) -> list[str]:
-    """`TEMPLATES`, or the lines of a file, each with {} where the class's name goes. Raises `UserError`."""
+    """`TEMPLATES`, or the lines of a file, each with one {} for the class name; raises `UserError`."""
     if file is None:
         return list(TEMPLATES)
     try:

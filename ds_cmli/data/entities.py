@@ -1,7 +1,7 @@
-"""Flickr30k Entities: captions whose phrases have boxes (Plummer et al., 2015).
+"""Flickr30k Entities: captions whose phrases have bounding boxes (Plummer et al., 2015).
 
-`Sentences/ID.txt` has a caption a line, `[/EN#5/people Two men] on [/EN#6/vehicles a boat]`; `Annotations/ID.xml` has
-boxes of the numbers. Phrases without a box stay in the caption and are not asked for.
+`Sentences/ID.txt` has one caption per line, such as `[/EN#5/people Two men] on [/EN#6/vehicles a boat]`, and
+`Annotations/ID.xml` has the boxes of these entity numbers. Phrases without a box stay in the caption, unevaluated.
 """
 
 import re
@@ -26,12 +26,12 @@ Box = tuple[float, float, float, float]  # left, top, right, bottom, in pixels
 @dataclass
 class Phrase:
     start: int  # first character in the caption
-    end: int  # behind its last one
-    number: str  # of the entity
+    end: int  # one after its last character
+    number: str  # the number of its entity
 
 
 def parse_sentence(line: str) -> tuple[str, list[Phrase]]:
-    """The caption without marks, and its phrases."""
+    """The caption without its markup, and its phrases."""
     text, phrases, last = "", [], 0
     for match in PHRASE.finditer(line):
         text += line[last : match.start()]
@@ -42,7 +42,7 @@ def parse_sentence(line: str) -> tuple[str, list[Phrase]]:
 
 
 def parse_annotation(text: str) -> tuple[tuple[int, int], dict[str, list[Box]]]:
-    """Width and height of the picture, and the boxes of each entity that has some."""
+    """Width and height of the picture, and the boxes of each entity that has any."""
     root = ElementTree.fromstring(text)
     boxes: dict[str, list[Box]] = {}
     for item in root.iter("object"):
@@ -58,23 +58,25 @@ def parse_annotation(text: str) -> tuple[tuple[int, int], dict[str, list[Box]]]:
 class Caption:
     file: Path
     text: str
-    phrases: list[Phrase]  # those with boxes
-    boxes: list[list[Box]]  # of each phrase
-    picture: int  # its number
-    size: tuple[int, int]  # its width and height
+    phrases: list[Phrase]  # only those with boxes
+    boxes: list[list[Box]]  # the boxes of each phrase
+    picture: int  # the number of its picture
+    size: tuple[int, int]  # width and height of the picture
 
 
 class Entities(Dataset):
-    """Map-style over all captions that have a phrase with a box, as `HeldOut` reads them.
+    """A map-style data set of all captions that have a phrase with a box, with the methods that `HeldOut` needs.
 
-    `Sample.token_picture` is the number of the phrase that each token belongs to, -1: none.
+    `Sample.token_picture` is here the index of the phrase that each token belongs to, -1 for none.
     """
 
     def __init__(self, folder: str, images: str, split: str, tokenizer: CaptionTokenizer, size: int, max_pixels: int):
-        """The pictures that `folder/SPLIT.txt` lists, or all annotated ones where there is no such file.
+        """Read the pictures that `folder/SPLIT.txt` lists, or all annotated ones if `folder` has no lists.
+
+        `split` "all" also reads all of them, unless there is an all.txt.
 
         Raises:
-            UserError: the folder is not of this format, or has no phrase with a box.
+            UserError: the folder does not have this format, lacks the split's list, or has no phrase with a box.
         """
         self.tokenizer, self.size, self.max_pixels = tokenizer, size, max_pixels
         root, listed = Path(folder).expanduser(), Path(folder).expanduser() / f"{split}.txt"
@@ -120,7 +122,10 @@ class Entities(Dataset):
         return self.captions[row].picture
 
     def pair(self, row: int, picture: bool = True) -> Sample:
-        """The sample itself, also where it cannot be used: `bad` says why, and a missing picture is black."""
+        """The sample, even if it cannot be used: then `bad` says why. A missing picture is black.
+
+        Without `picture` the file is not read.
+        """
         caption = self.captions[row]
         tokens = self.tokenizer(caption.text)
         image, reason = torch.zeros(3, self.size, self.size, dtype=torch.uint8), None
@@ -129,7 +134,7 @@ class Entities(Dataset):
                 image = decode(caption.file.read_bytes(), self.size, self.max_pixels)
             except FileNotFoundError:
                 reason = "no such file"
-            except Exception as error:  # decoders of damaged files raise nearly anything
+            except Exception as error:  # decoders raise nearly any exception for damaged files
                 reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         if reason is None and not any(tokens.valid):
             reason = NO_TOKEN

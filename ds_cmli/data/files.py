@@ -1,4 +1,4 @@
-"""Opening files that nobody vouches for."""
+"""Safe reading of untrusted files."""
 
 import os
 import stat
@@ -8,23 +8,24 @@ from ds_cmli.data.bad import Refused
 
 
 def most_bytes(max_pixels: int) -> int:
-    """No picture of so many pixels takes more: 16 bytes a pixel, and some for what describes it."""
+    """An upper limit for the file size of a picture: 16 bytes per pixel, and 1 MiB for metadata."""
     return 16 * max_pixels + 2**20
 
 
 def read_file(path: Path, root: str, most: int, follow_symlinks: bool) -> bytes:
-    """What a regular file holds.
+    """The content of a regular file.
 
     Args:
-        root: the data folder, without symlinks; files outside of it are refused unless `follow_symlinks`.
-        most: bytes; a longer file is refused.
+        root: the real path of the data folder; files outside of it are refused unless `follow_symlinks`.
+        most: the maximum size in bytes; a longer file is refused.
 
     Raises:
-        Refused, OSError.
+        Refused: the file is not allowed, not regular, or too long.
+        OSError: it cannot be read.
     """
     if not follow_symlinks and not inside(path, root):
         raise Refused("a symlink out of the data folder: data.follow_symlinks=true allows it")
-    # Asked before it is opened, which devices may answer to, and again of what has been opened.
+    # Checked before opening, because opening a device can have side effects, and again on the opened file.
     if not stat.S_ISREG(path.stat().st_mode):
         raise Refused("no regular file")
     with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
@@ -36,11 +37,11 @@ def read_file(path: Path, root: str, most: int, follow_symlinks: bool) -> bytes:
 
 
 def check_bytes(size: int, most: int) -> None:
-    """Raises `Refused` where a picture's file is longer than any picture could be."""
+    """Raise `Refused` if a picture's file is longer than any picture could be."""
     if size > most:
         raise Refused(f"{size:,} bytes, more than a picture of data.max_pixels takes")
 
 
 def inside(path: Path, root: str) -> bool:
-    """Whether the file lies in `root` with all symlinks followed."""
+    """Whether the file lies in `root` once all symlinks are followed."""
     return Path(os.path.realpath(path)).is_relative_to(root)

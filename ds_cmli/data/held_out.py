@@ -1,4 +1,4 @@
-"""A held-out set as evaluation reads it: every caption without its picture, every picture once.
+"""A held-out set as evaluation reads it: all captions without their pictures, and each picture once.
 
 n captions, m pictures, B of them in a batch, S image size in pixels.
 """
@@ -13,16 +13,16 @@ from torch.utils.data import Dataset, Subset
 from ds_cmli.data.bad import NO_TOKEN, Bad
 from ds_cmli.data.batch import NO_PICTURE, Sample
 
-FILLER = -1  # number of what only fills up a batch
+FILLER = -1  # the number of an item that only pads a rank's share to the same number of batches
 
 
 @dataclass
 class Picture:
     image: torch.Tensor  # uint8 [3, S, S]
     number: int
-    cell_picture: list[int] | None = None  # scenes only, see `Batch`
-    bad: Bad | None = None  # why it cannot be read
-    target: int = 0  # its class, where pictures have one
+    cell_picture: list[int] | None = None  # only for scenes, see `Batch`
+    bad: Bad | None = None  # its name and why it cannot be read
+    target: int = 0  # its class, if pictures have classes
 
 
 @dataclass
@@ -30,7 +30,7 @@ class PictureBatch:
     image: torch.Tensor  # uint8 [B, 3, S, S]
     number: torch.Tensor  # int64 [B]
     cell_picture: torch.Tensor  # int64 [B, 2, 2]
-    broken: dict[int, Bad]  # by number
+    broken: dict[int, Bad]  # the pictures that cannot be read, by number
     target: torch.Tensor  # int64 [B]
 
     def pin_memory(self) -> "PictureBatch":
@@ -48,11 +48,11 @@ def collate_pictures(pictures: list[Picture]) -> PictureBatch:
 
 
 class HeldOut:
-    """A data set of pairs, or a `Subset` of one.
+    """The captions and the pictures of a data set of pairs, or of a `Subset` of one.
 
     Attributes:
-        image_of: int64 [n], the number of each caption's picture; pictures are numbered as they first appear.
-        at_load: pairs that the data set has left out from the start.
+        image_of: int64 [n], the number of each caption's picture; pictures are numbered in order of first appearance.
+        at_load: pairs that the data set left out at load.
     """
 
     def __init__(self, dataset: Dataset):
@@ -69,19 +69,19 @@ class HeldOut:
 
     @property
     def images(self) -> int:
-        """m"""
+        """m, the number of pictures."""
         return len(self.first)
 
     def file(self, caption: int) -> str:
-        """The name of a caption's picture, for the user."""
+        """The name of a caption's picture, for messages."""
         return self.pairs.name(self.rows[caption])
 
     def captions(self, numbers: Sequence[int]) -> Dataset:
-        """`Sample`s without a picture, whose `index` is the caption's number; for `FILLER` the first caption."""
+        """A data set of `Sample`s without image; `index` is the caption's number, and `FILLER` has the first's text."""
         return View(self._caption, numbers)
 
     def pictures(self, numbers: Sequence[int]) -> Dataset:
-        """`Picture`s; a broken one is black, and so is `FILLER`."""
+        """A data set of `Picture`s; broken ones and `FILLER` are black."""
         return View(self._picture, numbers)
 
     def _caption(self, number: int) -> Sample:
@@ -97,7 +97,7 @@ class HeldOut:
 
 
 class View(Dataset):
-    """`read(item)` of each of `items`."""
+    """The map-style data set of `read(item)` for each of `items`."""
 
     def __init__(self, read: Callable[[Any], Any], items: Sequence):
         self.read, self.items = read, items

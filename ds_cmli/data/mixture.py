@@ -1,6 +1,6 @@
-"""Which samples an epoch takes of each source, and in which order: pure functions of the seed and the epoch.
+"""Which samples of each source an epoch takes, and in which order: pure functions of the seed and the epoch.
 
-S sources, L draws of an epoch.
+S sources, L draws (samples) per epoch.
 """
 
 import hashlib
@@ -10,22 +10,22 @@ from torch import Tensor
 
 
 def permutation(length: int, *key: int) -> Tensor:
-    """int64 [length], a pure function of its arguments."""
+    """A random permutation, int64 [length], that is a pure function of the arguments."""
     digest = hashlib.sha256(" ".join(map(str, key)).encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
     return torch.randperm(length, generator=generator)
 
 
 class Mixture:
-    """Samples of S sources, numbered one source after the other.
+    """Epochs over the samples of S sources, which are numbered one source after the other.
 
-    Without weights an epoch takes every sample once. With weights it is as long, and takes its share of each source
-    from where the epoch before left off in that source's own endless order: its samples in one permutation after the
-    other. All samples of a source are thus taken before one of them comes again.
+    Without weights an epoch takes every sample once. With weights it has the same length and takes from each source its
+    share. Each source has an endless order, one permutation of its samples after the other, in which an epoch continues
+    where the epoch before stopped. All samples of a source are thus taken before one of them is repeated.
 
     Args:
-        lengths: samples of each source.
-        weights: in any unit; their ratios count.
+        lengths: number of samples in each source.
+        weights: one per source; only their ratios matter.
     """
 
     def __init__(self, lengths: list[int], weights: list[float] | None = None):
@@ -35,12 +35,12 @@ class Mixture:
             return
         exact = [weight / sum(weights) * self.draws for weight in weights]
         self.shares = [int(x) for x in exact]
-        by_rest = sorted(range(len(exact)), key=lambda s: self.shares[s] - exact[s])  # the largest first
+        by_rest = sorted(range(len(exact)), key=lambda s: self.shares[s] - exact[s])  # largest remainder first
         for source in by_rest[: self.draws - sum(self.shares)]:
             self.shares[source] += 1
 
     def order(self, seed: int, epoch: int) -> tuple[Tensor, Tensor]:
-        """The samples of an epoch, int64 [L], and how often each was taken before, int32 [L]."""
+        """The indices of an epoch's samples, int64 [L], and how often each has been taken before, int32 [L]."""
         order = permutation(self.draws, seed, epoch)
         if self.shares == self.lengths:
             return order, torch.tensor(epoch, dtype=torch.int32).expand(self.draws)

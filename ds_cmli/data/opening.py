@@ -1,4 +1,4 @@
-"""The sources that a configuration names, opened: what of them is trained on and what is held out."""
+"""Opening the sources that a configuration names, and deciding which parts are trained on and which are held out."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,10 +22,12 @@ class Opened:
 
 
 def open_sources(config: DataConfig) -> Opened:
-    """Every source of `data.source`; validation is `data.val_source`, or else each source's own part or a share of it.
+    """Open every source of `data.source` for training, and the validation data.
+
+    Validation uses `data.val_source` if given, else each source's own validation part, else a held-out share of it.
 
     Raises:
-        UserError: what the sources say, or a setting that none of them reads.
+        UserError: an error of a source, or a setting that none of the sources reads.
     """
     names, weights = weighted(config.source)
     opened, kinds = Opened(weights=weights), set[str]()
@@ -61,21 +63,21 @@ def open_sources(config: DataConfig) -> Opened:
 
 
 def _evaluated(parts: Parts, name: str, config: DataConfig) -> Source | None:
-    """The part that `data.val_split` names; None where some of the training pairs are to be held out."""
+    """The part that `data.val_split` names; None if some of the training pairs have to be held out instead."""
     if config.val_split == "test" and parts.test is None:
         raise UserError(f"data.val_split is 'test', and {name} has no such part: leave it out, or give data.val_source")
     return parts.test if config.val_split == "test" else parts.validation
 
 
 def open_all(config: DataConfig) -> list[Source]:
-    """Every part of every source of `data.source`: for an evaluation of what nothing is trained on."""
+    """All parts of all sources of `data.source`, for an evaluation on data that is not trained on."""
     opened = [_open(name, config, set()) for name in weighted(config.source)[0]]
     found = [part for parts in opened for part in (parts.train, parts.validation, parts.test) if part is not None]
-    return list(dict.fromkeys(found))  # one that has no training part stands for it too
+    return list(dict.fromkeys(found))  # without duplicates: a source without a training part uses another part for it
 
 
 def _open(name: str, config: DataConfig, kinds: set[str]) -> Parts:
-    """Opens one source; adds its kind to `kinds`."""
+    """Open one source and add its kind to `kinds`."""
     kind, files = sources.recognise(name)
     kinds.add(kind)
     return sources.load(kind)(name, files, config)

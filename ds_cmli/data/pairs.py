@@ -1,4 +1,4 @@
-"""The pairs of sources as data sets. S image size in pixels, n captions."""
+"""The pairs of sources as map-style data sets. S image size in pixels, n captions."""
 
 import hashlib
 from bisect import bisect_right
@@ -18,11 +18,11 @@ from ds_cmli.data.sources.base import Source
 from ds_cmli.data.tokens import CaptionTokenizer
 from ds_cmli.data.transforms import Augmentation, View, central_square
 
-MOST_TRIES = 100  # samples in a row that cannot be used before giving up
+MOST_TRIES = 100  # training stops after this many consecutive samples that cannot be used
 
 
 class Pictures:
-    """The pictures of several sources, one source after the other, decoded: uint8 [3, S, S]."""
+    """The pictures of several sources, numbered one source after the other; decoded to uint8 [3, S, S]."""
 
     def __init__(self, sources: list[Source], config: DataConfig):
         self.sources, self.size, self.max_pixels = sources, config.image_size, config.max_pixels
@@ -32,7 +32,7 @@ class Pictures:
         return self.ends[-1]
 
     def at(self, index: int) -> tuple[int, int]:
-        """The source of a picture, and the picture's place in it."""
+        """The number of a picture's source, and the picture's index in that source."""
         source = bisect_right(self.ends, index)
         return source, index - (self.ends[source - 1] if source else 0)
 
@@ -41,7 +41,7 @@ class Pictures:
         return self.sources[source].name(place)
 
     def image_id(self, index: int) -> int:
-        """A number of the picture, the same for all of its captions and on all nodes."""
+        """A hash that identifies the picture: the same for all of its captions and on all nodes."""
         source, place = self.at(index)
         digest = hashlib.blake2b(self.sources[source].key(place), digest_size=8, salt=source.to_bytes(8, "little"))
         return int.from_bytes(digest.digest(), "big", signed=True)
@@ -51,11 +51,11 @@ class Pictures:
         return self.sources[source].captions(place)
 
     def image(self, index: int, view: View = central_square) -> tuple[torch.Tensor, str | None]:
-        """The part of the picture that `view` chooses and None, or a black one and why it cannot be used."""
+        """The part of the picture that `view` chooses and None, or a black image and why the picture cannot be used."""
         source, place = self.at(index)
         try:
             return decode(self.sources[source].image(place), self.size, self.max_pixels, view), None
-        except Exception as error:  # decoders of damaged files raise nearly anything
+        except Exception as error:  # decoders raise nearly any exception for damaged files
             return self.black(), told(error)
 
     def black(self) -> torch.Tensor:
@@ -63,7 +63,7 @@ class Pictures:
 
 
 def told(error: Exception) -> str:
-    """Why a picture or its captions cannot be used, without its path."""
+    """Describe why a picture or its captions cannot be used, without the file's path."""
     if isinstance(error, FileNotFoundError):
         return "no such file"
     if isinstance(error, Refused):
@@ -73,10 +73,10 @@ def told(error: Exception) -> str:
 
 
 class TrainPairs(Dataset):
-    """Map-style over pictures, each with one of its captions: another at each turn, by a hash, and another view.
+    """A map-style data set of pictures, each with one of its captions and one view; a hash chooses both for each turn.
 
-    A sample whose picture or caption cannot be used is replaced by the next one of its source that can be, always the
-    same one, and says so in `Sample.bad`.
+    A sample whose picture or caption cannot be used is replaced by the next usable one of its source, which is always
+    the same; `Sample.bad` records that.
 
     Raises:
         UserError: `MOST_TRIES` samples in a row cannot be used.
@@ -111,7 +111,7 @@ class TrainPairs(Dataset):
     def _pair(self, index: int, turn: int) -> Sample:
         try:
             captions, reason = self.pictures.captions(index), None
-        except Exception as error:  # whatever it is, it is told
+        except Exception as error:  # any error is reported in `Sample.bad`
             captions, reason = [""], told(error)
         tokens = self.tokenizer(captions[choice(len(captions), self.seed, turn, index)])
         if reason is None and not any(tokens.valid):
@@ -126,16 +126,16 @@ class TrainPairs(Dataset):
 
 
 def choice(count: int, seed: int, turn: int, index: int) -> int:
-    """Which of `count` captions a picture has at a turn: a number that looks random and is always the same."""
+    """Which of `count` captions a picture gets at a turn: a pseudorandom number, a pure function of the arguments."""
     digest = hashlib.blake2b(f"{seed} {turn} {index}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") % count
 
 
 class EvalPairs(Dataset):
-    """Map-style over all n captions of all pictures, as `HeldOut` reads them.
+    """A map-style data set of all n captions of all pictures, with the methods that `HeldOut` needs.
 
     Attributes:
-        bad: pictures and captions that are left out from the start.
+        bad: pictures and captions that were left out at load.
     """
 
     def __init__(self, sources: list[Source], tokenizer: CaptionTokenizer, config: DataConfig):
@@ -165,9 +165,9 @@ class EvalPairs(Dataset):
         return self.pictures.image_id(self.rows[row][0])
 
     def pair(self, row: int, picture: bool = True) -> Sample:
-        """The sample itself, also where it cannot be used: `bad` says why, and what is missing of the image is black.
+        """The sample, even if it cannot be used: then `bad` says why. A picture that cannot be read is black.
 
-        Without `picture` none is read.
+        Without `picture` the picture is not read and the image is black.
         """
         index, caption = self.rows[row]
         tokens = self.tokenizer(self.pictures.captions(index)[caption])

@@ -1,4 +1,4 @@
-"""Pictures from files that nobody vouches for: which decoders run, how pixels become RGB.
+"""Decoding pictures from untrusted files: which decoders may run, and how their pixels become RGB.
 
 S image size in pixels.
 """
@@ -17,19 +17,21 @@ from ds_cmli.data.bad import Refused
 from ds_cmli.data.files import most_bytes, read_file
 from ds_cmli.data.transforms import View, central_square, resized
 
-# The decoders that may run, whatever a file is named: Pillow's own choice includes one that starts Ghostscript.
+# The decoders that may run, whatever a file's name is. Pillow's default includes one that starts Ghostscript.
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
-TILE_WIDTH, TILE_LENGTH, BITS_PER_SAMPLE, SAMPLE_FORMAT = 322, 323, 258, 339  # TIFF's tags
-SHARP = 2  # a decoder's own reduction leaves so many pixels for each one needed: it is coarser than resizing
-SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations in which width and height change places
-# What is white in a mode of more than 8 bits. Where files use one mode for several ranges, it is the first of them that
-# no pixel exceeds.
+TILE_WIDTH, TILE_LENGTH, BITS_PER_SAMPLE, SAMPLE_FORMAT = 322, 323, 258, 339  # TIFF tags
+# Decoding a JPEG at a reduced scale is coarser than resizing, so it leaves at least this many pixels per output pixel
+# along each side.
+SHARP = 2
+SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that swap width and height
+# The pixel value of white in modes with more than 8 bits. Files use some modes for several ranges; the first range that
+# no pixel exceeds is taken.
 WHITE = {"I;16": (65535,), "I": (255, 65535, 2**31 - 1, 2**32 - 1), "F": (1, 255, 65535)}
 
 
 @functools.cache
 def formats() -> list[str]:
-    """Those of `FORMATS` that this build of Pillow has."""
+    """The formats of `FORMATS` that this build of Pillow supports."""
     Image.init()
     return [name for name in FORMATS if name in Image.OPEN]
 
@@ -37,18 +39,19 @@ def formats() -> list[str]:
 def read_picture(
     path: Path, root: str, size: int, max_pixels: int, follow_symlinks: bool, view: View = central_square
 ) -> torch.Tensor:
-    """The picture in a file as `load_image` gives it; arguments and errors are those of `read_file` and `decode`."""
+    """Read and decode a file to uint8 [3, size, size]; arguments and errors are those of `read_file` and `decode`."""
     return decode(read_file(path, root, most_bytes(max_pixels), follow_symlinks), size, max_pixels, view)
 
 
 def decode(content: bytes, size: int, max_pixels: int, view: View = central_square) -> torch.Tensor:
-    """The picture in a file's content as `load_image` gives it: uint8 [3, size, size].
+    """Decode a file's content with `load_image`: uint8 [3, size, size].
 
     Raises:
-        Refused, OSError, and whatever a decoder raises at damaged data.
+        Refused: the format is unknown, or the picture has more than `max_pixels` pixels.
+        Exception: OSError, or any other exception that a decoder raises for damaged data.
     """
     if Image.MAX_IMAGE_PIXELS is not None and max_pixels > Image.MAX_IMAGE_PIXELS:
-        Image.MAX_IMAGE_PIXELS = max_pixels  # the user's word counts above Pillow's own limit
+        Image.MAX_IMAGE_PIXELS = max_pixels  # the user's setting overrides Pillow's own limit
     try:
         image = Image.open(io.BytesIO(content), formats=formats())
     except (UnidentifiedImageError, Image.DecompressionBombError) as error:
@@ -63,15 +66,16 @@ def decode(content: bytes, size: int, max_pixels: int, view: View = central_squa
 
 
 def load_image(image: Image.Image, size: int, view: View = central_square) -> torch.Tensor:
-    """Upright, RGB on white, the part that `view` chooses, resized (bicubic): uint8 [3, size, size].
+    """Turn a picture upright, put it as RGB on white, crop it by `view` and resize it (bicubic): uint8 [3, size, size].
 
-    A JPEG that is not loaded yet is decoded at a reduced scale where the part has more than twice the pixels needed.
+    A JPEG that is not loaded yet is decoded at 1/2, 1/4 or 1/8 scale if `SHARP` times the size needed is left.
     """
     white = _white(image)
     unsigned = image.format == "TIFF" and _tag(image, SAMPLE_FORMAT, (1,)) == (1,)
     orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
     box = view(*(image.size[::-1] if orientation in SIDEWAYS else image.size))
-    # A picture to be turned is decoded whole: its last pixels, which may be reduced less, would become the first.
+    # A rotated picture is decoded at full scale: the reduction is less exact at the last pixels, which would become the
+    # first ones.
     scale = _reduce(image, min(box[2] - box[0], box[3] - box[1]) / size) if orientation == 1 else 1.0
     ImageOps.exif_transpose(image, in_place=True)
     if white:
@@ -81,7 +85,7 @@ def load_image(image: Image.Image, size: int, view: View = central_square) -> to
         background = Image.new("RGB", image.size, "white")
         background.paste(image, mask=image.getchannel("A"))
         image = background
-    if image.mode != "RGB":  # else it would be copied
+    if image.mode != "RGB":  # `convert` would copy an RGB image
         image = image.convert("RGB")
     left, top, right, bottom = (round(side / scale) for side in box)
     pixels = np.array(image)[top : max(bottom, top + 1), left : max(right, left + 1)]
@@ -89,9 +93,9 @@ def load_image(image: Image.Image, size: int, view: View = central_square) -> to
 
 
 def _reduce(image: Image.Image, ratio: float) -> float:
-    """Have a JPEG decoded at 1/2, 1/4 or 1/8 of its scale; returns by how much it is reduced.
+    """Make Pillow decode a JPEG at 1/2, 1/4 or 1/8 scale if possible; returns the factor of the reduction.
 
-    `ratio`: pixels for each one needed, of which `SHARP` are left.
+    `ratio` is the number of pixels per output pixel along a side, of which at least `SHARP` are left.
     """
     if not isinstance(image, JpegImageFile):
         return 1.0
@@ -101,22 +105,22 @@ def _reduce(image: Image.Image, ratio: float) -> float:
 
 
 def _tag(image: Image.Image, tag: int, default: Any) -> Any:
-    """A TIFF's tag; the default for others."""
+    """The value of a TIFF tag; `default` for other formats or a missing tag."""
     return getattr(image, "tag_v2", {}).get(tag, default)
 
 
 def _white(image: Image.Image) -> tuple[int, ...]:
-    """The possible whites of a picture of more than 8 bits; () for the others."""
+    """The possible values of white in a picture with more than 8 bits; () for other pictures."""
     if _tag(image, BITS_PER_SAMPLE, ()) == (12,):
         return (4095,)
-    if image.mode == "I" and image.format in ("PNG", "PPM"):  # their 16 bits, which Pillow has scaled
+    if image.mode == "I" and image.format in ("PNG", "PPM"):  # Pillow scales their pixels to 16 bits
         return WHITE["I;16"]
     return WHITE.get(image.mode[:4], ())
 
 
 def _to_8_bits(image: Image.Image, whites: tuple[int, ...], unsigned: bool) -> Image.Image:
     pixels = np.asarray(image)
-    if unsigned and image.mode == "I":  # Pillow calls 32 bits signed either way
+    if unsigned and image.mode == "I":  # Pillow reads 32-bit pixels as signed even if they are unsigned
         pixels = pixels.view(np.uint32)
     most = pixels.max()
     if not np.isfinite(pixels).all():

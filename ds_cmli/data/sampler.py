@@ -1,4 +1,4 @@
-"""Which samples make up which micro-batch: the same global batches on any number of ranks, resumable on any other.
+"""Assigns samples to micro-batches: the same global batches on any number of ranks, resumable on any other number.
 
 B micro_batch (pairs per rank), P world_size, G = B*P the global micro-batch.
 """
@@ -12,20 +12,20 @@ from ds_cmli.data.mixture import Mixture
 
 
 class Draw(NamedTuple):
-    """What the sampler asks a data set for."""
+    """One request of the sampler to a data set."""
 
-    sample: int  # its index
-    turn: int  # how often it has been asked for before: for one source the epoch, from 0
+    sample: int  # the sample's index
+    turn: int  # how often this sample has been requested before; without weights this is the epoch, from 0
 
 
 class GlobalBatchSampler:
-    """Batch sampler for `DataLoader(batch_sampler=...)`: endless lists of B `Draw`s, across epochs.
+    """A batch sampler for `DataLoader(batch_sampler=...)` that yields lists of B `Draw`s without end, across epochs.
 
-    Global micro-batch k of an epoch is order[k*G : (k+1)*G] and rank r takes its r-th B, so P ranks of B and one rank
-    of P*B see the same global batches. The last incomplete one of an epoch is dropped.
+    Global micro-batch k of an epoch is order[k*G : (k+1)*G], of which rank r takes the r-th B samples. P ranks with B
+    samples each and one rank with P*B thus see the same global batches. An incomplete last batch is dropped.
 
-    Iterating starts at the position that the trainer has *consumed*, which only `advance` moves: a loader's prefetching
-    does not. The position counts samples of the global order, so any other number of ranks can resume from it.
+    Iteration starts at the position that the trainer has *consumed*, which only `advance` moves: a loader's prefetching
+    does not. The position counts samples of the global order, so a run on any other number of ranks can resume from it.
     """
 
     def __init__(self, samples: int | Mixture, micro_batch: int, rank: int, world_size: int, seed: int):
@@ -59,7 +59,7 @@ class GlobalBatchSampler:
             epoch, position = epoch + 1, 0
 
     def checked(self, batch: Batch) -> Batch:
-        """A micro-batch as it came from the loader. Raises `UserError` where it has lost pairs, and so negatives."""
+        """Return the loader's micro-batch unchanged. Raises `UserError` if pairs, and thus negatives, are missing."""
         if len(batch.index) != self.micro_batch:
             raise UserError(
                 f"the data gave a micro-batch of {len(batch.index)} pairs instead of {self.micro_batch}, with fewer "
@@ -68,8 +68,8 @@ class GlobalBatchSampler:
         return batch
 
     def advance(self) -> None:
-        """Tell that one micro-batch has been trained on (on every rank)."""
-        if self.position + self.global_batch > self.length:  # after resuming on more ranks, what was left is dropped
+        """Record that one micro-batch has been trained on (on every rank)."""
+        if self.position + self.global_batch > self.length:  # after resuming on more ranks, the rest may be too short
             self.epoch, self.position = self.epoch + 1, 0
         self.position += self.global_batch
         if self.position + self.global_batch > self.length:
@@ -79,10 +79,10 @@ class GlobalBatchSampler:
         return {"epoch": self.epoch, "position": self.position, "length": self.length, "seed": self.seed}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Continue from `state`, also one of another number of ranks or another micro-batch.
+        """Continue from `state`, which may come from another number of ranks or another micro-batch size.
 
         Raises:
-            UserError: it belongs to another order: a training set of another length, or another seed.
+            UserError: the state belongs to another order: its training set had another length, or its seed differs.
         """
         for name, here in (("length", self.length), ("seed", self.seed)):
             if state[name] != here:

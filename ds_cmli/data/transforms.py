@@ -1,8 +1,8 @@
-"""Which part of a picture a sample shows, and random augmentation. S image size in pixels, W x H a picture's own.
+"""Cropping, resizing and random augmentation. S image size in pixels, W x H the size of the original picture.
 
-What is random is a pure function of (seed, turn, index), turn being how often the sample has been asked for before, so
-that a run goes on with the same views on any number of ranks and loading processes. A batch has one view of each
-picture, which student and teacher both see.
+All randomness is a pure function of (seed, turn, index), where turn is how often the sample has been requested before.
+A resumed run thus continues with the same views on any number of ranks and loading processes. A batch holds one view of
+each picture, which both student and teacher see.
 """
 
 import hashlib
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom
-View = Callable[[int, int], Box]  # of a picture's width and height
+View = Callable[[int, int], Box]  # chooses the part that is shown, given a picture's width and height
 
 
 def central_square(width: int, height: int) -> Box:
@@ -24,28 +24,28 @@ def central_square(width: int, height: int) -> Box:
 
 
 def resized(pixels: Tensor, size: int) -> Tensor:
-    """uint8 [3, H, W] -> uint8 [3, S, S], contiguous, bicubic with antialiasing.
+    """Resize uint8 [3, H, W] to uint8 [3, S, S], contiguous, bicubic with antialiasing.
 
-    As Pillow's, but for the last bit, in a fifth of its time.
+    The result equals Pillow's up to the last bit, in a fifth of the time.
     """
     square = torch.nn.functional.interpolate(pixels[None], (size, size), mode="bicubic", antialias=True)[0]
     return square.contiguous()
 
 
 class Augmentation:
-    """The transforms that `DataConfig.augmentation` names, each with its strength."""
+    """The random transforms that `DataConfig.augmentation` names, each with its strength."""
 
     def __init__(self, strengths: Mapping[Any, float], seed: int):
         self.strengths, self.seed = dict(strengths), seed
 
     @contextmanager
     def seeded(self, turn: int, index: int) -> Iterator[None]:
-        """Inside, what is random is that of the sample; the process's own generator is as before afterwards."""
+        """A context in which torch's CPU generator is seeded for the sample; afterwards its state is restored."""
         if not self.strengths:
             yield
             return
         digest = hashlib.blake2b(f"{self.seed} {turn} {index}".encode(), digest_size=7).digest()
-        generator = torch.default_generator  # the CPU's alone: `torch.manual_seed` would set the GPU's too
+        generator = torch.default_generator  # the CPU's only; `torch.manual_seed` would seed the GPU's too
         before = generator.get_state()
         generator.manual_seed(int.from_bytes(digest, "big"))
         try:
@@ -54,7 +54,7 @@ class Augmentation:
             generator.set_state(before)
 
     def view(self, width: int, height: int) -> Box:
-        """A random part of the picture, or its central square; see `View`."""
+        """A `View`: a random part of the picture if "random_resized_crop" is set, else its central square."""
         least = self.strengths.get("random_resized_crop")
         if least is None:
             return central_square(width, height)
@@ -66,12 +66,12 @@ class Augmentation:
         return left, top, left + columns, top + rows
 
     def pixels(self, image: Tensor) -> tuple[Tensor, bool]:
-        """uint8 [3, S, S] -> the same with random colours and, where the second result says so, its sides swapped."""
+        """Apply random colours and a random flip: uint8 [3, S, S] -> the same shape, and whether it was flipped."""
         strength = self.strengths.get("color_jitter")
         if strength is not None:
             from torchvision.transforms.v2 import ColorJitter
 
-            # Without the hue: captions name colours.
+            # The hue is not changed, because captions name colours.
             image = ColorJitter(brightness=strength, contrast=strength, saturation=strength)(image)
         flipped = "horizontal_flip" in self.strengths and bool(torch.rand(()) < self.strengths["horizontal_flip"])
         return (image.flip(-1) if flipped else image), flipped

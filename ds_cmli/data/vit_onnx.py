@@ -1,7 +1,7 @@
-"""A DINOv2-architecture ViT published as an ONNX file, converted to timm's state dict.
+"""The conversion of a ViT with DINOv2's architecture from an ONNX file to timm's state dict.
 
-The exporter kept the names of biases, norms and LayerScale and dropped those of the linear weights: a weight is
-found as the MatMul input whose product a named bias is added to.
+The exporter kept the names of biases, norms and LayerScale but dropped those of the linear weights. A weight is found
+as the input of the MatMul to whose product a named bias is added.
 """
 
 import re
@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 _PREFIX = "backbone."
-_RENAMES = (  # regular expressions, tensor names of Hugging Face's Dinov2Model -> timm's VisionTransformer
+_RENAMES = (  # regular expressions from tensor names of Hugging Face's Dinov2Model to timm's VisionTransformer
     (r"^embeddings\.cls_token$", "cls_token"),
     (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
     (r"^layernorm\.", "norm."),
@@ -24,7 +24,7 @@ _RENAMES = (  # regular expressions, tensor names of Hugging Face's Dinov2Model 
 def convert_vit(model: bytes, target: Path) -> None:
     """Write `target`, a safetensors file of fp32 tensors that timm's `vit_small_patch14_dinov2` loads strictly.
 
-    Matches the ONNX file's final norm when the position embedding is resized bicubic without antialias.
+    The output of its final norm equals the ONNX model's if the position embedding is resized bicubic, not antialiased.
     """
     import onnx
     from onnx import numpy_helper
@@ -45,11 +45,11 @@ def convert_vit(model: bytes, target: Path) -> None:
             product = products.get(next(name for name in node.input if name not in initializers))
             if product is not None:
                 bias = constants[0].removeprefix(_PREFIX)
-                # ONNX multiplies from the right, [in, out]; torch keeps [out, in]
+                # ONNX stores the right factor of the product, [in, out]; torch stores [out, in].
                 tensors[bias.removesuffix("bias") + "weight"] = np.ascontiguousarray(array(product.input[1]).T)
         elif node.op_type in ("Concat", "Reshape") and node.output[0].startswith("/backbone/embeddings/"):
             for name in constants:
-                if len(initializers[name].dims) == 3:  # the class token's position, then the 37 x 37 patches'
+                if len(initializers[name].dims) == 3:  # position embedding of the class token or of the 37 x 37 patches
                     position["class" if initializers[name].dims[1] == 1 else "patches"] = array(name)
 
     state = {"pos_embed": np.concatenate([position["class"], position["patches"]], axis=1)}

@@ -1,7 +1,7 @@
-"""What `--data` may be. A new kind of source is one file in this folder and one line in the table below.
+"""The registry of sources for `--data`. A new kind is one file in this folder and one line in the table below.
 
-A source is recognised by what it is: the ends of its files' names, or what lies in its folder. The table is read before
-a source's libraries are needed, so an entry names the function that opens it and `load` imports it.
+A source is recognised by the suffixes of its files, or by the files in its folder. The table is read without importing
+a source's libraries: an entry only names the function that opens it, and `load` imports it.
 """
 
 import contextlib
@@ -19,12 +19,12 @@ from ds_cmli.data.sources.names import expand
 @dataclass(frozen=True)
 class Entry:
     implementation: str  # "file.function" of (name, files, `DataConfig`) -> `base.Parts`
-    what: str  # it is, for who gives something else
-    ends: tuple[str, ...] = ()  # of its files' names
-    holds: tuple[str, ...] = ()  # files of which its folder has at least one
-    in_folder: bool = False  # whether a folder of such files stands for them all
-    extra: str | None = None  # the extra of the package that it needs
-    settings: tuple[str, ...] = ()  # fields of `DataConfig` that it reads and that others do not have
+    what: str  # a description for error messages
+    ends: tuple[str, ...] = ()  # suffixes of its files
+    holds: tuple[str, ...] = ()  # its folder holds at least one of these files
+    in_folder: bool = False  # whether a folder may be given instead of all such files in it
+    extra: str | None = None  # the optional extra of this package that it needs
+    settings: tuple[str, ...] = ()  # fields of `DataConfig` that only some kinds read, this one among them
 
 
 SOURCES = {
@@ -64,15 +64,15 @@ SOURCES = {
 
 
 def accepted() -> str:
-    """What `--data` may be, as the end of a line for who gave something else."""
+    """The kinds that `--data` accepts, as the end of an error message."""
     return f"accepted are 'demo' and {'; '.join(entry.what for entry in SOURCES.values())}"
 
 
 def recognise(name: str) -> tuple[str, list[Path]]:
-    """The kind of source that `name` is, and its files. What is nothing else is said to be a folder.
+    """The kind of source that `name` is, and its files. A name of no kind is "folder", which then raises the error.
 
     Raises:
-        UserError: files that do not exist, of two kinds, or a folder that could be meant in two ways.
+        UserError: files do not exist or are of several kinds, or a folder could be of two kinds.
     """
     files = expand(name)
     folder = Path(os.path.expanduser(name))
@@ -81,7 +81,7 @@ def recognise(name: str) -> tuple[str, list[Path]]:
         found: dict[str, list[Path]] = {}
         inside: list[Path] = []
         if not kinds:
-            with contextlib.suppress(OSError):  # what may not be looked into: whoever opens it tells
+            with contextlib.suppress(OSError):  # a folder without permission is reported when it is opened
                 inside = sorted(folder / file for file in os.listdir(folder))
             found = {
                 k: [p for p in inside if p.name.lower().endswith(e.ends)] for k, e in SOURCES.items() if e.in_folder
@@ -100,17 +100,17 @@ def recognise(name: str) -> tuple[str, list[Path]]:
         return kinds[0], files
     if len(files) > 1:
         raise UserError(f"data.source is {name!r}, which names files of several kinds, or of none: {accepted()}")
-    return "folder", []  # which tells what it is instead
+    return "folder", []  # its loader reports what was given instead
 
 
 def load(kind: str) -> Callable[..., Any]:
-    """The function that opens sources of this kind; imports its file."""
+    """Import the file of this kind of source and return the function that opens it."""
     module, _, function = SOURCES[kind].implementation.partition(".")
     return getattr(import_module(f"{__name__}.{module}"), function)
 
 
 def _without_companions(found: dict[str, list[Path]]) -> dict[str, list[Path]]:
-    """Without the parquet files that img2dataset writes beside each tar: they hold no images."""
+    """Ignore the parquet files that img2dataset writes beside each tar: they hold no images."""
     if {"tars", "parquet"} <= set(found) and {p.stem for p in found["parquet"]} <= {p.stem for p in found["tars"]}:
         del found["parquet"]
     return found

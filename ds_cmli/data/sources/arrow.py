@@ -1,6 +1,6 @@
-"""Parquet files and folders of `save_to_disk`, by Hugging Face `datasets`: random reads from memory-mapped Arrow files.
+"""Parquet files and folders of `save_to_disk`, read with Hugging Face `datasets` from memory-mapped Arrow files.
 
-Parquet cannot be read at random: its row groups are of 100 MB. It is copied into Arrow files once.
+Parquet does not allow fast random access, because its row groups are about 100 MB. It is copied into Arrow files once.
 """
 
 import re
@@ -21,10 +21,12 @@ SPLITS = {"train": "train", "validation": "validation", "valid": "validation", "
 
 
 def load_parquet(name: str, files: list[Path], config: DataConfig) -> Parts:
-    """Files named like `train-00000-of-00002.parquet` and `validation-...` are these parts; other names: one part.
+    """Open parquet files. Names such as `train-00000-of-00002.parquet` and `validation-...` tell the part of a file.
+
+    Files with other names belong to the training part; without any training file, all files are the training part.
 
     Raises:
-        UserError: `datasets` is missing, a file cannot be read, or there is no room for the copy.
+        UserError: `datasets` is missing, a file cannot be read, or the disk has no space for the copy.
     """
     datasets = _library(name)
     splits: dict[str, list[Path]] = {}
@@ -45,11 +47,11 @@ def load_parquet(name: str, files: list[Path], config: DataConfig) -> Parts:
                     "set HF_DATASETS_CACHE to another folder"
                 )
             say(f"copying {name} into Arrow files, once: about {size / 1e9:.2f} GB in {cache}")
-        builder.download_and_prepare()  # under a lock: one process copies, the others wait
+        builder.download_and_prepare()  # it takes a lock: one process copies, the others wait
         parts = {split: builder.as_dataset(split=split) for split in splits}
     except (UserError, KeyboardInterrupt):
         raise
-    except Exception as error:  # pyarrow and datasets raise nearly anything
+    except Exception as error:  # pyarrow and datasets raise nearly any exception
         cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
         raise UserError(
             f"data.source is {name!r}, which cannot be read ({reason(cause)}): give whole parquet files"
@@ -58,7 +60,7 @@ def load_parquet(name: str, files: list[Path], config: DataConfig) -> Parts:
 
 
 def load_saved(name: str, files: list[Path], config: DataConfig) -> Parts:
-    """What `save_to_disk` wrote: a data set, or several as splits."""
+    """Open a folder that `save_to_disk` wrote: one data set, or several splits. Raises `UserError` if it cannot."""
     datasets = _library(name)
     folder = Path(name).expanduser()
     try:
@@ -88,7 +90,7 @@ def _parts(name: str, parts: dict[str, Any], sizes: dict[str, int], config: Data
 
 
 class Arrow(Source):
-    """Rows of a `datasets.Dataset`: an image column of undecoded bytes, and one of a caption or a list of captions."""
+    """The rows of a `datasets.Dataset`: a column of undecoded images, and a column of one caption or a list of them."""
 
     def __init__(self, where: str, dataset: Any, sizes: dict[str, int], config: DataConfig):
         import datasets
@@ -135,5 +137,5 @@ def _holds_image(feature: Any) -> bool:
 
 
 def _holds_text(feature: Any) -> bool:
-    inner = getattr(feature, "feature", feature)  # of a list
+    inner = getattr(feature, "feature", feature)  # the type of a list's items, if it is a list
     return getattr(inner, "dtype", "") in ("string", "large_string")

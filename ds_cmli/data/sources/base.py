@@ -1,4 +1,4 @@
-"""What a source of pairs is: pictures, each with one or more captions, read one by one in any order.
+"""The interface of a source of pairs: pictures with one or more captions each, which can be read in any order.
 
 n pictures.
 """
@@ -16,11 +16,13 @@ HELD_OUT_SHARE, HELD_OUT_MOST = 0.05, 1000
 
 
 class Source(ABC):
-    """Map-style: `len` and `read`. It is copied into loading processes, so it keeps no Python object a picture.
+    """A map-style source, with `len` and `read`.
+
+    It is copied into loading processes, so it must not keep a Python object for each picture.
 
     Attributes:
-        where: its name for the user.
-        bad: what has been left out when it was opened; `len` does not count it.
+        where: its name in messages.
+        bad: samples that were left out when it was opened; `len` does not count them.
     """
 
     where: str
@@ -28,34 +30,34 @@ class Source(ABC):
 
     @abstractmethod
     def __len__(self) -> int:
-        """Number of pictures."""
+        """The number of pictures, n."""
 
     @abstractmethod
     def image(self, index: int) -> bytes:
-        """The picture's file, undecoded. Raises `Refused` or `OSError` where it cannot be read."""
+        """The content of the picture's file, undecoded. Raises `Refused` or `OSError` if it cannot be read."""
 
     @abstractmethod
     def captions(self, index: int) -> list[str]:
-        """At least one, none of them empty. Raises `Refused` or `OSError` where they cannot be read."""
+        """The picture's captions: at least one, none empty. Raises `Refused` or `OSError` if they cannot be read."""
 
     @abstractmethod
     def name(self, index: int) -> str:
-        """What the picture is called, for the user."""
+        """The picture's name in messages."""
 
     @abstractmethod
     def fingerprint(self) -> dict[str, Any]:
-        """What must be the same where a run goes on: its numbers, the names and sizes of its files."""
+        """What must be equal when a run resumes, such as the number of pictures and the names and sizes of files."""
 
     def read(self, index: int) -> tuple[bytes, list[str], str]:
-        """The undecoded picture, its captions, and its name; raises as `image` and `captions`."""
+        """The undecoded picture, its captions and its name; raises as `image` and `captions` do."""
         return self.image(index), self.captions(index), self.name(index)
 
     def key(self, index: int) -> bytes:
-        """What tells pictures of this source apart, the same on all nodes; needs no picture to be read."""
+        """An identifier of the picture in this source, the same on all nodes; it does not need to read the picture."""
         return str(index).encode()
 
     def priorities(self) -> np.ndarray:
-        """uint64 [n], the lowest are held out where there is no validation set: random, and always the same."""
+        """Pseudorandom numbers, uint64 [n], always the same; the lowest are held out if there is no validation set."""
         x = np.arange(1, len(self) + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)  # SplitMix64
         x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -63,7 +65,7 @@ class Source(ABC):
 
 
 class Part(Source):
-    """Some of a source's pictures, in the order of `indices` (int [n])."""
+    """The pictures of a source that `indices` (int [n]) lists, in that order."""
 
     def __init__(self, source: Source, indices: np.ndarray, bad: list[Bad]):
         self.source, self.indices, self.bad, self.where = source, indices, bad, source.where
@@ -89,19 +91,21 @@ class Part(Source):
 
 @dataclass
 class Parts:
-    """What one `--data` gives."""
+    """The parts of one `--data`."""
 
     train: Source
     validation: Source | None = None
     test: Source | None = None
-    notices: list[str] = field(default_factory=list)  # what the user should know before the run, a line each
+    notices: list[str] = field(default_factory=list)  # lines to print for the user before the run
 
 
 def hold_out(source: Source) -> tuple[Source, Source]:
-    """All pictures but some, and these: `HELD_OUT_SHARE`, at least 1 and at most `HELD_OUT_MOST`.
+    """Split a source into a training part and a held-out part, which are returned in this order.
+
+    The held-out part is `HELD_OUT_SHARE` of the pictures, at least 1 and at most `HELD_OUT_MOST`.
 
     Raises:
-        UserError: there are fewer than two.
+        UserError: the source has fewer than two pictures.
     """
     if len(source) < 2:
         raise UserError(
@@ -112,11 +116,11 @@ def hold_out(source: Source) -> tuple[Source, Source]:
     chosen = np.zeros(len(source), dtype=bool)
     chosen[np.argpartition(source.priorities(), count - 1)[:count]] = True
     kept, held_out = (np.flatnonzero(x).astype(np.uint32) for x in (~chosen, chosen))
-    return Part(source, kept, source.bad), Part(source, held_out, [])  # what is bad is told once
+    return Part(source, kept, source.bad), Part(source, held_out, [])  # bad samples are reported once
 
 
 def usable(captions: list[str]) -> list[str]:
-    """Those that say something; raises `Refused` where none does."""
+    """The captions that are not blank; raises `Refused` if all are."""
     found = [caption for caption in captions if caption.strip()]
     if not found:
         raise Refused(EMPTY)

@@ -12,7 +12,7 @@ from ds_cmli.data.sources.base import Parts, Source
 from ds_cmli.data.sources.images_of import image_folder
 from ds_cmli.data.sources.listed import Listed
 
-# Karpathy's names: COCO's "restval" is trained on too.
+# Karpathy's names of the splits; "restval", the rest of COCO's validation set, is usually trained on.
 SPLITS = {"train": "train", "restval": "train", "val": "validation", "test": "test"}
 EXPECTED = (
     'expected are Karpathy\'s {"images": [{"filename", "split", "sentences"}]} or COCO\'s {"images", "annotations"}'
@@ -20,7 +20,7 @@ EXPECTED = (
 
 
 def load_json(name: str, files: list[Path], config: DataConfig) -> Parts:
-    """Raises `UserError` where the file is neither of the two, or the images are not found."""
+    """Open a JSON file. Raises `UserError` if it has neither of the two formats, or the images are not found."""
     if len(files) > 1:
         raise UserError(f"data.source is {name!r}, which are {len(files)} files: give each its own --data")
     path = files[0]
@@ -36,7 +36,7 @@ def load_json(name: str, files: list[Path], config: DataConfig) -> Parts:
         raise UserError(f"{path} has not what it takes ({type(error).__name__}: {error}): {EXPECTED}") from None
     if not rows:
         raise UserError(f"{path} has no caption: {EXPECTED}")
-    # `captions_train2017.json` lies in annotations/ beside train2017/.
+    # COCO keeps `captions_train2017.json` in annotations/, and the images in train2017/ beside that folder.
     subset = re.sub(r"^captions_", "", path.stem)
     folder = image_folder(path, rows[0][1], config, (subset, f"images/{subset}"))
     parts: dict[str, Listed] = {}
@@ -55,7 +55,7 @@ def _checked(split: str, file: str, caption: str) -> tuple[str, str, str]:
 
 
 def _karpathy(content: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
-    """Split, file and caption."""
+    """Yield the split, the file and the text of each caption."""
     for image in content["images"]:
         file = "/".join(filter(None, (image.get("filepath"), image["filename"])))
         for sentence in image["sentences"]:

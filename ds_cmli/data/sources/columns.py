@@ -1,4 +1,4 @@
-"""Which column holds the image and which the caption."""
+"""Finding the columns of the image and of the caption in a table."""
 
 from ds_cmli.common.errors import UserError, nearest
 from ds_cmli.config.schema import DataConfig
@@ -20,13 +20,15 @@ CAPTION_KEYS = ("title", "caption", "captions", "text", "sentences")
 
 
 def find_columns(where: str, images: list[str], captions: list[str], config: DataConfig) -> tuple[str, str]:
-    """The columns of the image and of the caption: those that are given, or the only ones with a usual name.
+    """The columns of the image and of the caption: those that are configured, or else the only ones with a usual name.
+
+    A column without a usual name is taken if it is the only candidate.
 
     Args:
-        images, captions: the columns that can hold the one and the other.
+        images, captions: the columns that can hold images, and those that can hold captions.
 
     Raises:
-        UserError: there is none, or more than one.
+        UserError: a column is not there, or there are none or several candidates.
     """
     wanted = (
         ("data.image_key (--csv-img-key)", config.image_key, IMAGE_KEYS, images),

@@ -1,4 +1,4 @@
-"""A CSV or TSV with a column of image paths and one of captions, as open_clip's `--train-data`."""
+"""A CSV or TSV file with a column of image paths and a column of captions, as for open_clip's `--train-data`."""
 
 import csv
 from collections.abc import Iterator
@@ -14,12 +14,12 @@ from ds_cmli.data.sources.listed import Listed
 
 
 def load_csv(name: str, files: list[Path], config: DataConfig) -> Parts:
-    """Rows of all files; several rows of one path are captions of one image.
+    """Open the rows of all files; several rows with one path are captions of one image.
 
-    Paths are absolute, or relative to `data.image_root`, the file's folder or the one above it.
+    Paths are absolute, or relative to `data.image_root`, the file's folder or its parent folder.
 
     Raises:
-        UserError: columns that are not there or not clear, a row of another length, or images that are not found.
+        UserError: a column is missing or ambiguous, a row has another length, or the images are not found.
     """
     source: Listed | None = None
     for file in files:
@@ -30,7 +30,7 @@ def load_csv(name: str, files: list[Path], config: DataConfig) -> Parts:
                         raise UserError(f"{file} line {line} has the image {path!r}: give its path")
                     if source is None:
                         folder = image_folder(file, path, config)
-                        # The list is the user's own: what it names by a whole path is meant.
+                        # The list is the user's own, so a list of absolute paths may name files anywhere.
                         source = Listed(name, folder, Path("/") if Path(path).is_absolute() else folder, config)
                     source.add(path, caption)
         except (UnicodeError, csv.Error) as error:
@@ -43,7 +43,7 @@ def load_csv(name: str, files: list[Path], config: DataConfig) -> Parts:
 
 
 def _rows(lines: TextIO, file: Path, config: DataConfig) -> Iterator[tuple[int, str, str]]:
-    """Line number, path and caption of each row."""
+    """Yield line number, path and caption of each row."""
     header = lines.readline()
     separator = config.separator.replace("\\t", "\t") or ("\t" if "\t" in header else ",")
     if len(separator) != 1:

@@ -1,4 +1,4 @@
-"""Which pairs a folder holds: images beside a `metadata.jsonl` or `metadata.csv` with `file_name` and `text`.
+"""A folder of images with a `metadata.jsonl` or `metadata.csv`, which has the columns `file_name` and `text`.
 
 This is the imagefolder convention of Hugging Face datasets.
 """
@@ -20,8 +20,8 @@ from ds_cmli.data.sources.listed import Listed
 METADATA = ("metadata.jsonl", "metadata.csv")
 COLUMNS = ("file_name", "text")
 VALIDATION = ("validation", "val")
-OTHER_SPLITS = ("test", "testing", "training", "valid", "dev", "eval", "evaluation")  # that other tools read
-# What else data comes in, by the end of a file's name.
+OTHER_SPLITS = ("test", "testing", "training", "valid", "dev", "eval", "evaluation")  # split names of other tools
+# Descriptions of other kinds of data files by their suffixes, for error messages.
 KINDS = {
     **dict.fromkeys((".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst"), "a tar archive"),
     ".zip": "a zip archive", ".parquet": "a parquet file", ".arrow": "an Arrow file, as save_to_disk writes it",
@@ -30,13 +30,13 @@ KINDS = {
 
 
 def load_folder(source: str, files: list[Path], config: DataConfig) -> Parts:
-    """Training and validation pairs of a folder, whose `files` are not needed.
+    """Open the training and validation pairs of a folder; `files` is not used.
 
-    `train/` and `validation/` (or `val/`), each with its own metadata, or metadata of one part.
+    The folder has either one metadata file, or `train/` and `validation/` (or `val/`) with a metadata file each.
 
     Raises:
-        UserError: no such folder, no metadata or more than one that could be meant, a line that cannot be read, a
-            missing column, or a file name that leads out of the folder.
+        UserError: the folder does not exist, its metadata are missing or ambiguous, a line cannot be read, a column is
+            missing, or a file name leads out of the folder.
     """
     try:
         root = Path(source).expanduser()
@@ -44,7 +44,7 @@ def load_folder(source: str, files: list[Path], config: DataConfig) -> Parts:
             kind = _kind(root.name) or "a file" if root.exists() else "it does not exist"
             raise UserError(f"data.source is {source!r}, which is no folder ({kind}): {accepted()}")
         return _load(root, config)
-    except (OSError, RuntimeError) as error:  # no right to look, too long a name, a home that is not there
+    except (OSError, RuntimeError) as error:  # no permission, a name that is too long, an unknown home folder
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"data.source is {source!r}, which cannot be read ({reason}): {accepted()}") from None
 
@@ -74,7 +74,7 @@ def _load(root: Path, config: DataConfig) -> Parts:
 
 
 def _not_used(root: Path, training: str, validation: list[str], train: Listed, config: DataConfig) -> list[str]:
-    """A line for each folder that looks like a part of the data and is none."""
+    """A notice for each subfolder that looks like a split of the data but is not used."""
     candidates = [name for name in (*VALIDATION, *OTHER_SPLITS) if name not in validation and (root / name).is_dir()]
     if training == ".":
         named = {file.split("/", 1)[0] for file in train.files} if candidates else set()
@@ -99,7 +99,7 @@ def _kind(name: str) -> str | None:
 
 
 def _contents(folder: Path) -> str:
-    """What a folder without metadata holds, in a few words."""
+    """Describe the content of a folder without metadata in a few words."""
     with os.scandir(folder) as entries:
         names = sorted(entry.name for entry in islice(entries, 1000))
     if {"dataset_dict.json", "state.json"} & set(names):
@@ -109,7 +109,7 @@ def _contents(folder: Path) -> str:
 
 
 def read_metadata(path: Path, root: Path, config: DataConfig) -> Listed:
-    """The pairs of one metadata file of the data folder `root`; raises `UserError` as `load_folder`."""
+    """Read the pairs of one metadata file of the data folder `root`; raises `UserError` as `load_folder` does."""
     rows = Listed(str(path), path.parent, root, config)
     try:
         for line, values in _lines(path):
@@ -127,7 +127,7 @@ def read_metadata(path: Path, root: Path, config: DataConfig) -> Listed:
                 raise UserError(f"{path} line {line} has text {text!r}: give the caption as text")
             try:
                 rows.add(file, text)
-            except UnicodeEncodeError as error:  # half of a surrogate pair, which JSON can write
+            except UnicodeEncodeError as error:  # JSON can contain half of a surrogate pair
                 raise UserError(f"{path} line {line} is no Unicode ({error.reason}): give whole characters") from None
     except (UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path} cannot be read ({error}): save it as UTF-8 text") from None
@@ -137,7 +137,7 @@ def read_metadata(path: Path, root: Path, config: DataConfig) -> Listed:
 
 
 def _lines(path: Path) -> Iterator[tuple[int, dict]]:
-    """(line number from 1, its values by column) of each row; blank lines are passed over."""
+    """Yield (line number from 1, values by column) of each row; blank lines are skipped."""
     if path.suffix == ".csv":
         with open(path, encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file)

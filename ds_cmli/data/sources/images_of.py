@@ -1,4 +1,4 @@
-"""Where the image files of a list lie that names them by relative paths."""
+"""Finding the folder of the images that a list names by relative paths."""
 
 from pathlib import Path
 
@@ -7,13 +7,13 @@ from ds_cmli.config.schema import DataConfig
 
 
 def image_folder(listed: Path, first: str, config: DataConfig, subfolders: tuple[str, ...] = ()) -> Path:
-    """The folder in which the first listed file lies: `data.image_root`, the list's folder, or the one above it.
+    """The folder that holds the first listed file: `data.image_root` if given, else the list's folder or its parent.
 
     Args:
-        subfolders: of these, to be looked into too.
+        subfolders: subfolders of these that are searched too, beside "images".
 
     Raises:
-        UserError: it lies in none of them.
+        UserError: none of the folders holds the file.
     """
     roots = [Path(config.image_root).expanduser()] if config.image_root else [listed.parent, listed.parent.parent]
     places = [root / sub for root in roots for sub in ("", "images", *subfolders)]

@@ -1,4 +1,4 @@
-"""Pictures in files of their own, listed with their captions."""
+"""Pictures in separate files, from a list of files and captions."""
 
 import hashlib
 import os
@@ -17,22 +17,22 @@ from ds_cmli.data.strings import Strings
 
 
 class Listed(Source):
-    """Rows of a picture's file and a caption; rows of one file are captions of one picture.
+    """Rows that consist of a picture's file and a caption; all rows with one file are captions of one picture.
 
-    Pictures count in the order of their first rows, their captions in that of the rows.
+    Pictures are numbered in the order of their first rows; captions keep the order of the rows.
     """
 
     def __init__(self, where: str, folder: Path, root: Path, config: DataConfig):
-        """File names are relative to `folder`; no file outside of `root` is read unless the configuration allows it."""
+        """File names are relative to `folder`; files outside of `root` are only read if the configuration allows it."""
         self.where, self.folder, self.root = where, folder, os.path.realpath(root)
         self.most_bytes, self.follow_symlinks = most_bytes(config.max_pixels), config.follow_symlinks
         self.bad = []
         self.files, self.texts, self.hashes = Strings(), Strings(), array("q")
 
     def add(self, file: str, text: str | None) -> None:
-        """One row, before anything is read of the source."""
-        file = os.path.normpath(file)  # pictures are told apart by it
-        (file + (text or "")).encode()  # a `UnicodeEncodeError` where it cannot be written
+        """Append a row. All rows must be added before the source is read. Raises `UnicodeEncodeError`."""
+        file = os.path.normpath(file)  # the normalised name identifies the picture
+        (file + (text or "")).encode()  # raises `UnicodeEncodeError` before anything is stored
         if not text or not text.strip():
             self.bad.append((file, EMPTY))
             return
@@ -42,7 +42,7 @@ class Listed(Source):
 
     @cached_property
     def groups(self) -> tuple[np.ndarray, np.ndarray]:
-        """The rows in the order of their pictures, int64 [rows], and where each picture's start, int64 [n + 1]."""
+        """The rows grouped by picture, int64 [rows], and where the rows of each picture start, int64 [n + 1]."""
         _, first, number = np.unique(np.frombuffer(self.hashes, np.int64), return_index=True, return_inverse=True)
         in_order = np.empty(len(first), dtype=np.int64)
         in_order[np.argsort(first)] = np.arange(len(first))
@@ -65,11 +65,11 @@ class Listed(Source):
         return self.files[rows[starts[index]]]
 
     def key(self, index: int) -> bytes:
-        """The file with symlinks followed: two names of one file are one picture."""
+        """The file's real path: two names of one file (by symlinks) are the same picture."""
         return os.fsencode(os.path.realpath(self._path(index)).removeprefix(self.root))
 
     def priorities(self) -> np.ndarray:
-        """By the names alone: the same files are held out whatever their order and their captions."""
+        """Hashes of the file names alone, so that order and captions do not change which files are held out."""
         digests = (hashlib.sha256(self.name(i).encode()).digest()[:8] for i in range(len(self)))
         return np.frombuffer(b"".join(digests), dtype=">u8").astype(np.uint64)
 

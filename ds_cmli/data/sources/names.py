@@ -1,4 +1,4 @@
-"""What the user wrote: weights, and patterns of file names."""
+"""Parsing of `--data`: weights, and patterns of file names."""
 
 import glob
 import os
@@ -13,10 +13,11 @@ MOST_FILES = 100_000
 
 
 def weighted(sources: str | list[str]) -> tuple[list[str], list[float] | None]:
-    """`["a::0.7", "b::0.3"]` -> `(["a", "b"], [0.7, 0.3])`; None where no weight is given.
+    """Split names and weights: `["a::0.7", "b::0.3"]` -> `(["a", "b"], [0.7, 0.3])`; None instead of no weights.
 
     Raises:
-        UserError: a weight that is none, only some have one, or a name comes twice.
+        UserError: a weight is not a positive number or only some sources have one, a name occurs twice, or "demo" is
+            mixed with other sources.
     """
     sources = [sources] if isinstance(sources, str) else sources
     names, weights = [], []
@@ -45,12 +46,12 @@ def weighted(sources: str | list[str]) -> tuple[list[str], list[float] | None]:
 
 
 def expand(pattern: str) -> list[Path]:
-    """The files that a name stands for, in order: `{00000..00019}` and `{a,b}` are expanded, `*` and `?` matched.
+    """The files that a name stands for, in order: `{00000..00019}` and `{a,b}` are expanded, `*`, `?` and `[]` matched.
 
-    A name without a pattern is returned whether it exists or not.
+    A name without a pattern is returned even if it does not exist.
 
     Raises:
-        UserError: some files of a pattern do not exist, or there are none.
+        UserError: the name is a URL, some files of a pattern do not exist, or no file matches.
     """
     if re.match(r"(pipe:|[a-z0-9]+://)", pattern):
         raise UserError(f"data.source is {pattern!r}, which is not on this machine: download it first")

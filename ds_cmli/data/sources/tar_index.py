@@ -1,7 +1,7 @@
-"""The index of tar shards: made once, kept in the cache, and shared by all processes as a memory-mapped file.
+"""The index of tar shards: built once, kept in the cache, and shared by all processes as a memory-mapped file.
 
-One index belongs to a folder. It holds the rows of all shards that were ever asked for there; those of a shard whose
-size or time has changed are made again.
+There is one index per folder. It holds the rows of all shards of that folder that were ever requested; a shard is
+indexed again if its size or modification time has changed.
 """
 
 import hashlib
@@ -21,18 +21,18 @@ from ds_cmli.data.bad import Bad
 from ds_cmli.data.sources.tar_scan import ROW, scan
 
 VERSION = 1
-KEPT_SECONDS = 7 * 86400  # of an index that has been replaced
-TELL_SECONDS = 30  # between two lines of progress
+KEPT_SECONDS = 7 * 86400  # how long the rows of a replaced index are kept
+TELL_SECONDS = 30  # time between two lines of progress
 
 
 def index(shards: list[Path]) -> tuple[Path, list[tuple[int, int]], list[Bad]]:
-    """The index of shards in one folder.
+    """The index of shards, which all lie in one folder; it is built or updated if necessary.
 
     Returns:
-        The file of the rows (`ROW`, .npy), each shard's first row and number of rows in it, and what is broken.
+        The file of the rows (.npy of `ROW`), each shard's first row and number of rows in it, and the broken samples.
 
     Raises:
-        UserError: a shard cannot be read, or the cache not written.
+        UserError: a shard cannot be read, or the cache cannot be written.
     """
     folder = os.path.realpath(shards[0].parent)
     home = cache_folder() / "tar-index"
@@ -41,9 +41,9 @@ def index(shards: list[Path]) -> tuple[Path, list[tuple[int, int]], list[Bad]]:
     if table is None:
         try:
             home.mkdir(parents=True, exist_ok=True)
-            with FileLock(home / f"{name}.lock"):  # one process makes it, the others wait
+            with FileLock(home / f"{name}.lock"):  # one process builds the index, the others wait
                 table = _fresh(home / f"{name}.json", shards) or _make(home, name, shards)
-        except (OSError, NotImplementedError) as error:  # the latter: a file system without locks
+        except (OSError, NotImplementedError) as error:  # FileLock raises the latter on file systems without locks
             raise UserError(
                 f"the index of {folder} cannot be written to {home} ({getattr(error, 'strerror', None) or error}): "
                 "free some space there, or set DS_CMLI_CACHE to another folder"
@@ -62,26 +62,26 @@ def _state(shard: Path) -> list[int]:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """The table of an index; an empty one where there is none that can be used."""
+    """Read the table of an index; an empty table if there is no usable index."""
     try:
         table = json.loads(path.read_text())
         rows = np.load(path.parent / table["rows"], mmap_mode="r")
         if table["version"] == VERSION and rows.dtype == ROW and len(rows) == table["count"]:
             return table
-    except (OSError, EOFError, ValueError, KeyError, TypeError):  # none, or one that is damaged
+    except (OSError, EOFError, ValueError, KeyError, TypeError):  # there is no index, or it is damaged
         pass
     return {"shards": {}}
 
 
 def _fresh(path: Path, shards: list[Path]) -> dict[str, Any] | None:
-    """The table, where it knows all shards as they are now."""
+    """The table if it holds the present state of all shards, else None."""
     table = _read(path)
     known = table["shards"]
     return table if all(s.name in known and known[s.name]["state"] == _state(s) for s in shards) else None
 
 
 def _make(home: Path, name: str, shards: list[Path]) -> dict[str, Any]:
-    """Scan what is new and write the index; the old one is replaced at once, or not at all."""
+    """Scan new and changed shards and write the index; the old index is replaced atomically."""
     old = _read(home / f"{name}.json")
     kept = {n: entry for n, entry in old["shards"].items() if _unchanged(shards[0].parent / n, entry)}
     new = [shard for shard in shards if shard.name not in kept]
@@ -97,7 +97,7 @@ def _make(home: Path, name: str, shards: list[Path]) -> dict[str, Any]:
             rows = before[entry["first"] : entry["first"] + entry["count"]]  # type: ignore[index]
         else:
             path = shards[0].parent / shard
-            state = _state(path)  # before the scan: a shard that changes meanwhile is scanned again
+            state = _state(path)  # taken before the scan, so that a shard that changes meanwhile is scanned again
             try:
                 rows, bad = scan(path)
             except OSError as error:
@@ -116,7 +116,7 @@ def _make(home: Path, name: str, shards: list[Path]) -> dict[str, Any]:
     temporary = home / f"{name}.tmp"
     temporary.write_text(json.dumps(table))
     os.replace(temporary, home / f"{name}.json")
-    for former in home.glob(f"{name}-*.npy"):  # whoever starts just now may still open one
+    for former in home.glob(f"{name}-*.npy"):  # a process that just starts may still open one
         if former.name != table["rows"] and time.time() - former.stat().st_mtime > KEPT_SECONDS:
             former.unlink()
     return table

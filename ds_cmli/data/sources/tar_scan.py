@@ -1,6 +1,6 @@
-"""One pass over a tar shard: where the image and the caption of each sample lie, and what is broken.
+"""One pass over a tar shard, which finds the byte ranges of each sample's image and caption, and broken samples.
 
-A sample is the members of one name up to its first dot, as WebDataset has it, whatever their order in the shard.
+As in WebDataset, a sample consists of the members with the same name up to its first dot. They may be in any order.
 """
 
 import os
@@ -17,19 +17,19 @@ from ds_cmli.data.bad import EMPTY, Bad
 
 IMAGES = ("jpg", "jpeg", "png", "webp")
 FIELDS = {**dict.fromkeys(IMAGES, "image"), "txt": "text", "json": "json"}
-# Where a sample's members begin in the shard, and their bytes; 0 where there is none.
+# For each member of a sample: its offset in the shard and its size in bytes; 0 if the sample has no such member.
 ROW = np.dtype(
     [(f"{name}{what}", kind) for name in ("image", "text", "json") for what, kind in (("", "<u8"), ("_size", "<u4"))]
 )
 KEY = re.compile(r"((?:.*/)?[^/.]+)\.([^/]*)")
-BLOCK, RECORD = 512, 10_240  # bytes: a header; what the end of an archive is filled up to
+BLOCK, RECORD = 512, 10_240  # bytes: the size of a header; an archive is padded to a multiple of a record
 
 
 def scan(path: Path) -> tuple[np.ndarray, list[Bad]]:
-    """The usable samples, `ROW` [n], in the order of their first members, and those that are not.
+    """The usable samples, `ROW` [n], in the order of their first members, and the samples that cannot be used.
 
     Raises:
-        UserError: it is no tar archive, or a compressed one.
+        UserError: the file is not a tar archive, is empty, or is compressed.
     """
     samples: list[tuple[str, dict[str, tuple[int, int]]]] = []
     open_ones: dict[str, dict[str, tuple[int, int]]] = {}
@@ -44,7 +44,7 @@ def scan(path: Path) -> tuple[np.ndarray, list[Bad]]:
             if found is None or field is None:
                 continue
             sample = open_ones.get(found[1])
-            if sample is None or field in sample:  # the name comes again: another sample
+            if sample is None or field in sample:  # a repeated name begins another sample
                 sample = open_ones[found[1]] = {}
                 samples.append((found[1], sample))
             sample[field] = member.offset_data, member.size
@@ -77,10 +77,10 @@ def _defect(sample: dict[str, tuple[int, int]], end: int) -> str | None:
 
 
 def _members(file: BinaryIO, path: Path) -> Iterator[tarfile.TarInfo | str]:
-    """The members of an archive, and between them what is damaged, in words.
+    """Yield the members of an archive, and between them a text for each damaged range of bytes.
 
-    `tarfile` takes a damaged header for the end. Here it goes on at the next header there is, and what has been passed
-    over is looked at: only a few zeros may lie between members.
+    `tarfile` takes a damaged header for the end of the archive. Here reading continues at the next valid header, and
+    the skipped bytes are checked: only a few zeros may lie between members.
     """
     end = os.fstat(file.fileno()).st_size
     first = file.read(BLOCK)
@@ -101,7 +101,7 @@ def _members(file: BinaryIO, path: Path) -> Iterator[tarfile.TarInfo | str]:
         if damage:
             yield damage
         yield member
-        archive.members.clear()  # it would keep them all
+        archive.members.clear()  # `tarfile` would keep all members in memory
         expected = archive.offset
         member = _next(archive, end)
     if expected > end:
@@ -118,24 +118,24 @@ def _next(archive: Any, end: int) -> tarfile.TarInfo | None:
     while True:
         try:
             return archive.next()
-        except (tarfile.TarError, ValueError, UnicodeError):  # an extended header that is damaged
+        except (tarfile.TarError, ValueError, UnicodeError):  # a damaged extended header
             if archive.offset >= end:
                 return None
             archive.offset += BLOCK
 
 
 def _between(file: BinaryIO, start: int, stop: int) -> str | None:
-    """What is wrong with the bytes between two members."""
+    """What is wrong with the bytes between two members; None if nothing is."""
     if start >= stop:
         return None
     zeros = True
     file.seek(start)
     for position in range(start, stop, 2**20):
         block = file.read(min(2**20, stop - position))
-        if position == start and block[156:157] == b"g" and _is_header(block[:BLOCK]):  # a header for all that follow
+        if position == start and block[156:157] == b"g" and _is_header(block[:BLOCK]):  # a global header
             return None
         zeros = zeros and not any(block.strip(b"\0"))
-    if zeros and stop - start <= 2 * RECORD:  # archives that were joined, or the end
+    if zeros and stop - start <= 2 * RECORD:  # the end of the archive, or of one of several that were joined
         return None
     return f"damaged between the bytes {start:,} and {stop:,}"
 

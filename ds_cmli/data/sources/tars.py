@@ -1,4 +1,4 @@
-"""WebDataset tars, as img2dataset writes them, read in place: nothing is unpacked or copied."""
+"""WebDataset tars, as img2dataset writes them. They are read in place: nothing is unpacked or copied."""
 
 import json
 import os
@@ -19,13 +19,13 @@ from ds_cmli.data.sources.base import Parts, Source, usable
 from ds_cmli.data.sources.tar_index import index
 from ds_cmli.data.sources.tar_scan import BLOCK
 
-CAPTION_KEYS = ("caption", "captions", "text")  # of a sample's JSON, where it has no .txt
+CAPTION_KEYS = ("caption", "captions", "text")  # keys that are searched in a sample's .json if it has no .txt
 WANTED = "a sample is NAME.jpg (.jpeg, .png, .webp) and NAME.txt or NAME.json"
-MOST_OPEN = 64  # shards: there may be thousands, and a process may open 1,024 files
+MOST_OPEN = 64  # shards kept open: there may be thousands, but a process may only open 1,024 files by default
 
 
 def load_tars(name: str, files: list[Path], config: DataConfig) -> Parts:
-    """Raises `UserError` where a shard cannot be read or holds nothing usable at all."""
+    """Open tar shards. Raises `UserError` if a shard cannot be read, or all together hold no usable sample."""
     tars = Tars(name, files, config)
     if not len(tars):
         what = f"the first: {tars.bad[0][0]} ({tars.bad[0][1]})" if tars.bad else "no image among their members"
@@ -35,15 +35,16 @@ def load_tars(name: str, files: list[Path], config: DataConfig) -> Parts:
 
 
 class Tars(Source):
-    """Samples of an image and its captions: the .txt, or the key "caption" of the .json, a text or a list of texts.
+    """Samples of an image and its captions.
 
-    Where `data.caption_key` is given, that key of the .json counts.
+    The caption is the .txt, or else the first of `CAPTION_KEYS` in the .json: a text or a list of texts. If
+    `data.caption_key` is given, that key of the .json is used instead.
     """
 
     def __init__(self, where: str, shards: list[Path], config: DataConfig):
         self.where, self.shards, self.caption_key = where, shards, config.caption_key
         self.most_bytes = most_bytes(config.max_pixels)
-        # Each shard's file of rows, its first row there, and where its samples begin in this source.
+        # For each shard: the file of its rows and its first row there; `starts` has its first sample in this source.
         self.rows: list[tuple[Path, int]] = []
         counts, self.bad = [], []
         for _, group in groupby(shards, key=lambda shard: shard.parent):
@@ -56,10 +57,10 @@ class Tars(Source):
 
     def _reset(self) -> None:
         self._maps: dict[Path, np.ndarray] = {}
-        self._open: OrderedDict[int, int] = OrderedDict()  # shard -> descriptor, the last used ones
+        self._open: OrderedDict[int, int] = OrderedDict()  # shard -> file descriptor, in order of use
 
     def __getstate__(self) -> dict[str, Any]:
-        """What another process needs: it opens the files itself."""
+        """The state for another process, without memory maps and open files: it opens them itself."""
         return {name: value for name, value in vars(self).items() if name not in ("_maps", "_open")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -95,12 +96,12 @@ class Tars(Source):
         return usable(texts)
 
     def name(self, index: int) -> str:
-        """The shard and the image's name in it."""
+        """The shard's name and the image's name in it."""
         shard, row = self._row(index)
         header = os.pread(self._descriptor(shard), BLOCK, int(row["image"]) - BLOCK)
         try:
             member = tarfile.TarInfo.frombuf(header, "utf-8", "replace").name
-        except tarfile.HeaderError:  # damaged since it was indexed
+        except tarfile.HeaderError:  # the header was damaged after indexing
             member = f"sample {index - self.starts[shard]}"
         return f"{self.shards[shard].name}/{member}"
 
