@@ -74,16 +74,21 @@ class CudaOperators(TorchFunctionMode):
 def _attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
     """The kernel that `_fused_sdp_choice` chooses on CUDA: flash in 16 bit without a mask, else memory-efficient."""
     if attn_mask is None and query.dtype in (torch.float16, torch.bfloat16):
-        return torch.ops.aten._scaled_dot_product_flash_attention(
+        width = query.shape[-1]
+        if width % 8:  # PyTorch pads the heads to a multiple of 8 and scales as without
+            scale = width**-0.5 if scale is None else scale
+            query, key, value = (F.pad(x, (0, -width % 8)) for x in (query, key, value))
+        out = torch.ops.aten._scaled_dot_product_flash_attention(
             query, key, value, dropout_p, is_causal, False, scale=scale
         )[0]
+        return out[..., :width] if width % 8 else out
     if attn_mask is not None:
         if attn_mask.dtype == torch.bool:
             attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill_(~attn_mask, float("-inf"))
-        # The kernel needs aligned rows, so the mask is stored with rows padded to a multiple of 16 elements.
-        missing = -attn_mask.shape[-1] % 16
-        if missing:
-            attn_mask = F.pad(attn_mask, (0, missing))[..., :-missing]
+        # The kernel needs rows that begin at multiples of 8 elements; PyTorch's `preprocess_mask` copies other masks.
+        if any(stride % 8 for stride in attn_mask.stride()[:-1]) or attn_mask.stride(-1) != 1:
+            width = attn_mask.shape[-1]
+            attn_mask = F.pad(attn_mask, (0, 8 - width % 8))[..., :width]
         attn_mask = attn_mask.expand(query.shape[0], query.shape[1], query.shape[2], key.shape[2])
     grad = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
     return torch.ops.aten._scaled_dot_product_efficient_attention(

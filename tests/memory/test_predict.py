@@ -184,8 +184,30 @@ def test_operators_are_those_of_cuda():
     attention = kept(lambda q, m: F.scaled_dot_product_attention(q, q, q))
     assert elements * 2 + 2 * 3 * 32 * 4 <= attention <= elements * 2 + 2 * 3 * 32 * 4 + 64  # out, log-sum-exp, seeds
     masked = kept(lambda q, m: F.scaled_dot_product_attention(q, q, q, m, dropout_p=0.1))
-    # The mask as numbers, padded from 32 to a multiple of 16, is kept for all heads once.
+    # The mask as numbers is kept for all heads once.
     assert masked <= elements * 2 + 2 * 3 * 32 * 4 + 2 * 32 * 2 + 2 * 2 * 32 + 64
+
+
+@pytest.mark.parametrize("width, held", [(40, 40), (36, 40), (33, 40)])
+def test_rows_of_a_mask_begin_at_multiples_of_8_elements(width, held):
+    with fake_world(1, cuda=True), Tracker() as tracker:
+        q = torch.empty(2, 3, width, 16, dtype=torch.float16, requires_grad=True)
+        before = len(tracker.events())
+        out = F.scaled_dot_product_attention(q, q, q, torch.zeros(2, 1, 1, width, dtype=torch.float16))
+        live = {}
+        for event in tracker.events()[before:]:
+            live[event.block] = live.get(event.block, 0) + event.bytes
+        assert list(live.values()).count(2 * held * 2) == 1  # of 2 texts, in 16 bit; no copy of what is aligned
+        del out
+
+
+def test_heads_of_flash_attention_are_padded_to_multiples_of_8():
+    with fake_world(1, cuda=True), Tracker() as tracker:
+        q = torch.empty(2, 3, 32, 12, dtype=torch.float16, requires_grad=True)
+        before = len(tracker.events())
+        assert F.scaled_dot_product_attention(q, q, q).shape[-1] == 12
+        sizes = [event.bytes for event in tracker.events()[before:] if event.bytes > 0]
+    assert sizes.count(2 * 3 * 32 * 16 * 2) == 4  # query, key, value and what comes out
 
 
 def test_on_a_gpu_the_backend_is_triton_and_the_allocator_rounds_up():
