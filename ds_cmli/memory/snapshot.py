@@ -1,4 +1,4 @@
-"""Predicted allocations as a snapshot of CUDA's allocator, for PyTorch's memory viewer (pytorch.org/memory_viz).
+"""Writes predicted allocations as a snapshot of CUDA's allocator, for PyTorch's memory viewer (pytorch.org/memory_viz).
 
 The schema is that of `torch.cuda.memory._snapshot()`, so that a prediction and a measurement open in the same tools.
 """
@@ -15,7 +15,7 @@ from ds_cmli.memory.report import Event
 
 
 def write(events: Iterable[Event], path: str | Path) -> Replay:
-    """Replay `events` through the allocator's model and pickle the snapshot of its end and history to `path`."""
+    """Replay `events` in the allocator's model, and pickle a snapshot of its final state and history to `path`."""
     replayed = replay(events)
     Path(path).write_bytes(pickle.dumps(build(replayed)))
     return replayed
@@ -50,7 +50,7 @@ def build(replayed: Replay) -> dict[str, Any]:
             "addr": action.address,
             "size": action.bytes,
             "stream": action.stream,
-            "time_us": time,  # the order of events is all that is known of time
+            "time_us": time,  # only the order of the events is known, not when they happen
             "frames": frames(action.event),
             **({"category": action.event.category} if action.event else {}),
         }
@@ -60,13 +60,13 @@ def build(replayed: Replay) -> dict[str, Any]:
 
 
 def _mapped(segment: Segment) -> list[list[Block]]:
-    """The blocks of each stretch with memory behind it: all of an ordinary segment, parts of an expandable one."""
+    """The blocks of each stretch that has memory mapped: all of an ordinary segment, parts of an expandable one."""
     groups = itertools.groupby(segment.blocks(), key=lambda block: block.mapped)
     return [list(blocks) for mapped, blocks in groups if mapped]
 
 
 def frames(event: Event | None) -> list[dict[str, Any]]:
-    """A stack for the viewer, innermost first: operator, category, phase."""
+    """A stack for the viewer, innermost frame first: operator, category, phase."""
     if event is None:
         return []
     names = [event.op or "allocation", event.category, event.phase]

@@ -1,6 +1,6 @@
-"""A snapshot of CUDA's allocator as a file: what `torch.cuda.memory._dump_snapshot` pickles, or the same as JSON.
+"""Reads a snapshot of CUDA's allocator from a file: a pickle of `torch.cuda.memory._dump_snapshot`, or that as JSON.
 
-Such files come from anywhere: only plain containers, numbers and texts are read, whatever a pickle asks for.
+Such files may come from anywhere: only plain containers, numbers and strings are read, whatever a pickle asks for.
 """
 
 import gzip
@@ -26,9 +26,9 @@ class _PlainUnpickler(pickle.Unpickler):
 
 
 def read(path: str | Path) -> dict[str, Any]:
-    """A snapshot with "segments" and "device_traces", of the types that a replay relies on.
+    """A snapshot with "segments" and "device_traces", whose values have the types that a replay relies on.
 
-    Raises `UserError` with one line for anything else.
+    The file may be compressed with gzip. Raises `UserError` with a message of one line for anything else.
     """
     try:
         data = Path(path).read_bytes()

@@ -1,9 +1,9 @@
-"""Every storage that a training step allocates and frees, as events with a category and a phase.
+"""Records every storage that a training step allocates and frees, as events with a category and a phase.
 
 Works on real and on fake tensors. Allocations are recorded as they happen; what most of them were for shows only later
 (an activation is what outlives the forward pass), so `Tracker.events` decides the categories at the end.
-What an operator allocates and frees inside itself is not seen, but for the all-pairs op, whose size is known, and on
-the CPU for its libraries, which are asked.
+What an operator allocates and frees internally is not seen. It is added for the all-pairs operator and for collectives,
+where it is known, and for the libraries of the CPU, where it is measured (`workspace.py`).
 """
 
 import weakref
@@ -30,23 +30,23 @@ from ds_cmli.memory.phases import phases
 from ds_cmli.memory.report import Event
 from ds_cmli.memory.workspace import workspace_bytes
 
-# Autograd accumulates gradients and scatters those of maxima in place, except under a dispatch mode: there these
-# operators return a new tensor, and their argument is freed right afterwards.
+# Autograd accumulates gradients and scatters the gradients of maxima in place, but not under a dispatch mode: there
+# these operators return a new tensor, and their argument is freed right afterwards.
 IN_PLACE = (torch.ops.aten.add.Tensor, torch.ops.aten.scatter.src, torch.ops.aten.scatter_add.default)
-# Methods of DeepSpeed's optimizers: what they allocate belongs to the buckets in which gradients are reduced.
+# Methods of DeepSpeed's optimizers whose allocations belong to the buckets in which gradients are reduced.
 BUCKET_METHODS = ("setup_buckets", "reduce_ipg_grads", "_DeepSpeedZeroOptimizer_Stage3__reduce_and_partition_ipg_grads")
 GATHERS = ("allgather_", "_allgather_base_", "allgather_into_tensor_coalesced_", "allgather_coalesced_")
 
 
 class Tracker(TorchDispatchMode):
-    """Records while it is entered. Start it before the model moves to the device, `attach` it to the step after.
+    """Records while it is entered. Enter it before the model moves to the device, then `attach` it to the engine.
 
     Args:
         device: the type of device whose memory is recorded.
-        text_lengths: valid tokens of each text of this rank, for the all-pairs op's scratch where the mask is fake, and
-            the same on every rank; None: the most that any lengths need.
-        workspaces: with what only a CPU holds: its libraries' memory inside operators, and the generator's states.
-        backend: of the process group, whose copies in collectives are added: "gloo", "nccl" or "fake".
+        text_lengths: the number of valid tokens of each text, of all ranks or of this one (then the same on all); used
+            where the mask is fake, for the all-pairs operator's scratch memory. None: the most that any lengths need.
+        workspaces: also record what only a CPU holds: memory of libraries inside operators, and generator states.
+        backend: of the process group, whose copies in collectives are recorded: "gloo", "nccl" or "fake".
     """
 
     def __init__(
@@ -59,18 +59,18 @@ class Tracker(TorchDispatchMode):
         super().__init__()
         self.device, self.text_lengths, self.workspaces, self.backend = device, text_lengths, workspaces, backend
         self.phase, self.recording = "init", True
-        self.log: list[tuple[int, int, str]] = []  # (block, bytes, phase); the block's own data lie in these:
+        self.log: list[tuple[int, int, str]] = []  # (block, bytes, phase) of each event; the lists below are by block
         self.ops: list[str] = []
-        self.born: list[tuple[str, int, bool]] = []  # (phase, segment, whether gradients were being recorded)
-        self.ended: dict[int, int] = {}  # block -> segment
+        self.born: list[tuple[str, int, bool]] = []  # (phase, segment, whether checkpointing was recomputing a forward)
+        self.ended: dict[int, int] = {}  # block -> the segment in which it was freed
         self.claims: dict[int, str] = {}  # block -> category; the first claim stays
-        self.blocks: dict[int, tuple[int, int, Any]] = {}  # storage -> (block, bytes, weak reference) of the live ones
-        # What is allocated and freed within one segment was temporary: one for a forward pass with its losses, and one
-        # for each stretch of the backward pass in which checkpointing runs, or does not run, a forward pass again.
+        self.blocks: dict[int, tuple[int, int, Any]] = {}  # live storage -> (block, bytes, weak reference)
+        # What is allocated and freed within one segment was temporary. Each phase is a segment, but a forward pass and
+        # its losses are one, and backward is divided where checkpointing begins and ends to recompute a forward pass.
         self.segment, self.last_of_init, self.recomputing = 0, 0, False
-        self.in_place_at = 0  # length of the log after an operator of IN_PLACE
+        self.in_place_at = 0  # length of the log after the last operator of IN_PLACE in backward
         self._scope: str | None = None
-        self.owner = 0  # the rank whose texts the all-pairs op works on, where they go round
+        self.owner = 0  # in a ring: the rank whose texts the all-pairs operator works on
         self._replaced = ExitStack()
 
     def __enter__(self):
@@ -90,7 +90,7 @@ class Tracker(TorchDispatchMode):
             )
         for name in ("chunk_scores", "chunk_gradients"):
             self._replaced.enter_context(replaced(cmli_ring, name, self._owned(getattr(cmli_ring, name))))
-        if self.workspaces:  # checkpointing saves the generator's state for each block, and no operator returns it
+        if self.workspaces:  # checkpointing saves the generator's state for each layer, and no operator returns it
             self._replaced.enter_context(replaced(torch, "get_rng_state", self._seen(torch.get_rng_state)))
         return super().__enter__()
 
@@ -108,7 +108,7 @@ class Tracker(TorchDispatchMode):
         scratch, category = self._inside(func, args, kwargs) if self.recording else (0, None)
         block = self._begin(scratch, category, str(func)) if scratch else None
         out = func(*args, **(kwargs or {}))
-        if block is not None and func in IN_PLACE:  # what it returns takes the place of its argument afterwards
+        if block is not None and func in IN_PLACE:  # ended first, as the result will replace its argument
             self._end(block, scratch)
             block = None
         if self.recording:
@@ -117,7 +117,7 @@ class Tracker(TorchDispatchMode):
                 if isinstance(tensor, Tensor):
                     self._see(tensor, category, func)
             if func.namespace == "c10d" and self._scope is None and func._schema.name.split("::")[1] in GATHERS:
-                self.claim("parameters", tree_leaves(args[0]))  # ZeRO-3 gathers what a layer needs
+                self.claim("parameters", tree_leaves(args[0]))  # ZeRO-3 gathers a layer's parameters
         if func in IN_PLACE and self.phase == "backward" and not grad:
             self.in_place_at = len(self.log)
         if block is not None:
@@ -125,7 +125,7 @@ class Tracker(TorchDispatchMode):
         return out
 
     def _see(self, tensor: Tensor, category: str | None, func: Any = "") -> None:
-        """Record a storage that is new, or whose size has changed."""
+        """Record the tensor's storage if it is new or its size has changed."""
         if tensor.device.type != self.device or tensor.layout != torch.strided:
             return
         storage = tensor.untyped_storage()
@@ -141,7 +141,7 @@ class Tracker(TorchDispatchMode):
             self.follow(storage, self._begin(size, category or self._scope, str(func)), size)
 
     def follow(self, storage: torch.UntypedStorage, block: int, size: int) -> None:
-        """From now on, `storage` is that of this block, and its end the block's."""
+        """From now on, `storage` is that of this block: the block is freed when the storage is."""
         key = storage._cdata
         self.blocks[key] = (block, size, weakref.ref(storage, lambda _: self._storage_ended(key, block)))
 
@@ -169,7 +169,7 @@ class Tracker(TorchDispatchMode):
         self.ended[block] = self.segment
 
     def _inside(self, func: Any, args: tuple, kwargs: dict[str, Any] | None) -> tuple[int, str]:
-        """Bytes that an operator holds at its peak beyond what it returns, as far as they are known; and for what."""
+        """Bytes that an operator holds at its peak beyond what it returns, as far as known, and their category."""
         if func.namespace == "ds_cmli":
             return self._cmli_scratch(func, args), "CMLI op"
         if func.namespace == "c10d":
@@ -177,14 +177,14 @@ class Tracker(TorchDispatchMode):
         return workspace_bytes(func, args, kwargs) if self.workspaces else 0, "temporaries"
 
     def _cmli_scratch(self, func: Any, args: tuple) -> int:
-        """What the all-pairs op holds at its peak beyond what it returns: its tiles are never looked at."""
+        """Bytes that the all-pairs operator holds at its peak beyond what it returns; no dispatch mode sees inside."""
         forward = func is torch.ops.ds_cmli.cmli_forward.default
         image, text, token_mask, image_mask = args[:4] if forward else args[2:6]
         (I, N, D), (J, M, _) = image.shape, text.shape  # noqa: E741
         backend, scratch_bytes = args[4:6] if forward else args[8:10]
         fake = isinstance(token_mask, torch._subclasses.FakeTensor)
         lengths = self.text_lengths
-        if lengths and len(lengths) > J:  # one rank's, of all
+        if lengths and len(lengths) > J:  # the lengths are those of all ranks, the texts those of one
             lengths = lengths[self.owner * J : (self.owner + 1) * J]
         elif lengths:
             lengths = lengths * (J // len(lengths))
@@ -193,7 +193,7 @@ class Tracker(TorchDispatchMode):
             backend=backend,
             recompute=not args[6] if forward else not args[6].numel(),
             scratch_bytes=scratch_bytes,
-            text_lengths=lengths if fake else token_mask.sum(1).tolist(),  # on a GPU a sync
+            text_lengths=lengths if fake else token_mask.sum(1).tolist(),  # CPU-GPU sync
             image_lengths=None if image_mask is None or fake else image_mask.sum(1).tolist(),
         )  # fmt: skip
         if forward:
@@ -204,7 +204,7 @@ class Tracker(TorchDispatchMode):
 
     @contextmanager
     def scope(self, category: str) -> Iterator[None]:
-        """What is allocated inside belongs to `category`."""
+        """Inside, allocations belong to `category`."""
         before, self._scope = self._scope, category
         try:
             yield
@@ -235,7 +235,7 @@ class Tracker(TorchDispatchMode):
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Record no allocations: they happen on the host."""
+        """Inside, allocations are not recorded, because they happen on the host."""
         before, self.recording = self.recording, False
         try:
             yield
@@ -243,7 +243,7 @@ class Tracker(TorchDispatchMode):
             self.recording = before
 
     def claim(self, category: str, tensors: Iterable[Any]) -> None:
-        """These tensors belong to `category`; those that were there before recording began are recorded now."""
+        """Assign tensors to `category`; those that existed before recording began are recorded now."""
         for tensor in tensors:
             if isinstance(tensor, Tensor):
                 self._see(tensor, category)
@@ -252,7 +252,7 @@ class Tracker(TorchDispatchMode):
                     self.claims.setdefault(known[0], category)
 
     def claim_owned(self, train_engine: TrainEngine) -> None:
-        """What the models, the engine and its optimizer hold at this moment."""
+        """Claim what the models, the engine and its optimizer hold at this moment."""
         for category, tensor in owners(train_engine):
             self.claim(category, [tensor])
 
@@ -264,14 +264,14 @@ class Tracker(TorchDispatchMode):
 
     @contextmanager
     def attach(self, train_engine: TrainEngine) -> Iterator[None]:
-        """Follow the phases of `train_engine`'s steps, and learn from it which storage is what."""
+        """Inside, follow the phases of `train_engine`'s steps, and claim the tensors that it holds."""
         self.claim_owned(train_engine)
         self.enter("forward")
         self.last_of_init = self.segment - 1
         optimizer, inner = train_engine.engine.optimizer, train_engine.engine.basic_optimizer
 
         def enter(phase: str) -> None:
-            if phase in ("optimizer", "forward"):  # when all gradients are there, and when they have been used
+            if phase in ("optimizer", "forward"):  # when all gradients exist, and after they have been used
                 self.claim_owned(train_engine)
             self.enter(phase)
 
@@ -301,7 +301,7 @@ class Tracker(TorchDispatchMode):
 
     @contextmanager
     def attach_to_training(self, train_engine: TrainEngine) -> Iterator[None]:
-        """As `attach`, and each batch that comes is "data"."""
+        """As `attach`; each batch that the objective receives is also claimed, as "data"."""
         hook = train_engine.objective.register_forward_pre_hook(
             lambda _, inputs: self.claim("data", vars(inputs[0]).values() if isinstance(inputs[0], Batch) else ())
         )
@@ -327,7 +327,7 @@ class Tracker(TorchDispatchMode):
         return "temporaries"
 
     def events(self, host: bool = True) -> list[Event]:
-        """All that was recorded. `host`: with what an offloaded optimizer keeps in the host's memory."""
+        """All recorded events. `host`: include what an offloaded optimizer keeps in host memory."""
         renamed = {HOST: "optimizer states"}
         hidden = set() if host else {HOST}
         categories = [self._category(block) for block in range(len(self.ops))]

@@ -1,7 +1,7 @@
-"""A recorded history under another limit or other settings of CUDA's allocator: does it fit, and what is reserved.
+"""Replays a recorded history under another limit or other settings of CUDA's allocator: does it fit, what is reserved?
 
-With a limit alone the replay begins as the recording did. Under other settings the blocks of the beginning would lie
-elsewhere: they are laid out anew, in the order of their addresses.
+With only another limit the replay begins in the state in which the recording began. With other settings the blocks of
+that state would be at other addresses: they are allocated anew, in the order of their recorded addresses.
 """
 
 from bisect import bisect_right
@@ -13,7 +13,7 @@ from ds_cmli.memory.beginning import State, restore
 from ds_cmli.memory.blocks import Block, OutOfMemory, Settings
 from ds_cmli.memory.expandable import ExpandableAllocator
 
-INVENTED = 1 << 62  # addresses of new segments, which no recorded one has
+INVENTED = 1 << 62  # the first address of new segments: no recorded segment is there
 GIVEN_BACK = ("segment_free", "segment_unmap")
 
 
@@ -22,9 +22,9 @@ class WhatIf:
     fits: bool
     reserved_peak: int
     allocated_peak: int
-    failed_at: int | None = None  # number of the allocation, from 0 at the first event; -1: of the beginning
-    failed_request: int = 0  # its bytes
-    too_much: int = 0  # bytes that would have to go for it
+    failed_at: int | None = None  # number of the failed allocation, from 0 on; -1: the initial state does not fit
+    failed_request: int = 0  # the bytes that it requested
+    too_much: int = 0  # bytes that would have to be freed for it
     failed_event: int = 0  # number of events before it
 
     def to_dict(self) -> dict[str, Any]:
@@ -34,9 +34,10 @@ class WhatIf:
 def what_if(
     start: State, trace: list[dict[str, Any]], limit: int | None = None, settings: Settings | None = None
 ) -> WhatIf:
-    """The requests of `trace` from `start` on, under `settings` (None: those that it was recorded with).
+    """Replay the requests of `trace` from the state `start`, under `settings` (None: those of the recording).
 
-    Where segments went back, all that are free go back here: by `empty_cache`, most likely, as the program would again.
+    Where the recording returned segments to the device, all free segments are returned here: the cause was most likely
+    `empty_cache`, which the program would call again.
     """
     number, at = -1, 0
     reserved = allocated = 0

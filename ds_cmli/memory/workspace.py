@@ -1,9 +1,9 @@
-"""Memory that a CPU operator allocates and frees internally, which its tensors do not show.
+"""Measures memory that a CPU operator allocates and frees internally, which its tensors do not show.
 
-oneDNN's products and convolutions copy operands into blocks of their own; how large these are depends on the processor,
-the sizes, and the number of threads, and no formula is published. Normalisations add up in one row for each thread,
-lookups make their indices contiguous, and operands of several types are first cast to a common one. So the library is
-asked: the one operator runs on zeros of these sizes, under the profiler that reports the allocator's events.
+oneDNN's matrix products and convolutions copy operands into internal buffers, whose size depends on the processor, the
+shapes and the number of threads; no formula is published. Normalisations add up in one row for each thread, lookups
+make their indices contiguous, and operands of several dtypes are first cast to a common one. So the memory is measured:
+the single operator runs on zeros of these shapes, under the profiler, which reports the allocator's events.
 """
 
 import functools
@@ -45,10 +45,10 @@ CASTS = {aten.copy_.default, aten._to_copy.default}
 
 
 def workspace_bytes(func: Any, args: tuple, kwargs: dict[str, Any] | None) -> int:
-    """Bytes that `func` would hold at its peak beside what it returns, on this CPU and with its number of threads.
+    """Bytes that `func` would hold at its peak besides what it returns, on this CPU with torch's number of threads.
 
     Args:
-        args, kwargs: real tensors or fake ones: only their sizes, strides and dtypes count.
+        args, kwargs: real or fake tensors: only their sizes, strides and dtypes matter.
     """
     if func not in LIBRARY_OPS and not _casts_operands(func, args):
         return 0
@@ -57,7 +57,7 @@ def workspace_bytes(func: Any, args: tuple, kwargs: dict[str, Any] | None) -> in
 
 
 def _casts_operands(func: Any, args: tuple) -> bool:
-    """Whether tensors of several types go into an operator of PyTorch's, scalars aside."""
+    """Whether an ATen operator gets tensors of several dtypes; tensors without dimensions do not count."""
     types = {t.dtype for t in tree_leaves(args) if isinstance(t, Tensor) and t.dim()}
     return len(types) > 1 and func.namespace == "aten" and func not in CASTS
 
@@ -85,7 +85,7 @@ def _asked(func: Any, args: tuple, kwargs: tuple, threads: int) -> int:
     returned: list[Any] = []
     with _disable_current_modes():
         operands, named = _zeros(args), {name: _zeros(value) for name, value in kwargs}
-        func(*operands, **named)  # not measured: what a library allocates once and keeps is no workspace
+        func(*operands, **named)  # not measured: what a library allocates at its first call and keeps is no workspace
         sizes = cpu_events.sizes(lambda: returned.append(func(*operands, **named)))
     live = [0, *accumulate(sizes)]
-    return max(live) - live[-1]  # the returned tensors are still live
+    return max(live) - live[-1]  # at the end only the returned tensors are live
