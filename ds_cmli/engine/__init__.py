@@ -1,4 +1,4 @@
-"""Student, teacher, losses and DeepSpeed's engine as one: what a run is on this device, and one step of it."""
+"""Plans a run on this device, builds student, teacher, losses and DeepSpeed's engine, and runs training steps."""
 
 from ds_cmli.engine.parameter_groups import counts_line, parameter_groups
 from ds_cmli.engine.planning import filled, on_this_device, plan, try_out, with_backend

@@ -1,8 +1,8 @@
 """The exponential moving average (EMA) of the trained weights: average = decay * average + (1 - decay) * weights.
 
-It starts as the weights that training starts from. Averaged are the fp32 master weights, in the shares in which ZeRO
-divides them over the ranks and where they lie: 4 bytes for each parameter of the share. Frozen parameters and buffers
-(BatchNorm's statistics) have no average: the live ones stand for it.
+It starts as the weights that training starts from. What is averaged are the fp32 master weights: each rank keeps the
+average of its own share of them (ZeRO's partition) on the same device, 4 bytes for each parameter of the share. Frozen
+parameters and buffers (BatchNorm's statistics) have no average: their current values are used instead.
 """
 
 from collections.abc import Iterator, Mapping
@@ -19,12 +19,12 @@ from ds_cmli.config.schema import OptimConfig
 from ds_cmli.engine.master_weights import master_weights, refresh_weights
 from ds_cmli.faults import preemption
 
-CHUNK = 2**22  # elements that are exchanged at a time
+CHUNK = 2**22  # elements that are swapped at a time
 IN_16_BIT = (("bf16", "bf16_master_weights_and_grads"), ("fp16", "fp16_master_weights_and_grads"))
 
 
 def check_average(optim: OptimConfig, ds_config: Mapping[str, Any]) -> None:
-    """Raise `UserError` where there are no fp32 weights to average."""
+    """Raise `UserError` if an average is asked for and DeepSpeed keeps no fp32 master weights."""
     sections = DeepSpeedConfig.of(ds_config)
     for section, key in IN_16_BIT:
         if optim.ema_decay and (sections.get(section) or {}).get(key):
@@ -35,26 +35,26 @@ def check_average(optim: OptimConfig, ds_config: Mapping[str, Any]) -> None:
 
 
 class EMA:
-    """The averages of this rank's share of the master weights, in `averages`."""
+    """Keeps the averages of this rank's share of the master weights in `averages`."""
 
     def __init__(self, engine: Any, decay: float):
-        """`engine`: DeepSpeed's, with its optimizer."""
+        """`engine`: DeepSpeed's engine, with its optimizer."""
         self.engine = engine
         self.averages: list[Tensor] = [master.clone() for master in master_weights(engine)]
         self._average = get_ema_multi_avg_fn(decay)
 
     def update(self) -> None:
-        """After an update of the weights that was applied."""
+        """Update the averages; to be called after each update of the weights that was applied."""
         self._average(self.averages, master_weights(self.engine), None)
 
     def restart(self) -> None:
-        """From the weights as they are."""
+        """Set the averages to the current weights."""
         for average, master in zip(self.averages, master_weights(self.engine), strict=True):
             average.copy_(master)
 
     @contextmanager
     def as_master_weights(self) -> Iterator[None]:
-        """Inside, the averages lie where the master weights do, and these where the averages do."""
+        """Inside, the tensors of the master weights hold the averages, and those of the averages the master weights."""
         self._exchange()
         yield
         self._exchange()
@@ -63,7 +63,8 @@ class EMA:
     def as_weights(self) -> Iterator[None]:
         """Inside, forward passes use the averages. Collective.
 
-        What is raised on one rank alone ends the run, and nothing is put back; a signal is raised on all together.
+        An error on one rank alone ends the run, so the weights are not put back then; `Preempted` is raised on all
+        ranks together, and they are.
         """
         self._exchange()
         refresh_weights(self.engine)  # collective
@@ -80,7 +81,7 @@ class EMA:
 
     @torch.no_grad()
     def _exchange(self) -> None:
-        """Averages and master weights change places, a chunk at a time, as there may be no room for a third copy."""
+        """Swap averages and master weights, a chunk at a time, because there may be no room for a third copy."""
         for average, master in zip(self.averages, master_weights(self.engine), strict=True):
             rows = max(1, CHUNK * len(torch.atleast_1d(average)) // max(1, average.numel()))
             parts = (torch.atleast_1d(tensor).split(rows) for tensor in (average, master))

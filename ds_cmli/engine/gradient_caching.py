@@ -1,8 +1,8 @@
 """An optimizer step whose losses over pairs take their negatives from all its micro-batches (Gao et al., 2021).
 
-Pass 1 keeps each micro-batch's pair features without a graph. The losses over pairs are computed once over all of them
-and give each feature its gradient. Pass 2 runs each micro-batch again, from the random state that it had, and goes
-backward from those gradients together with the losses that take each pair for itself.
+Pass 1 computes and keeps each micro-batch's pair features, without a graph. The losses over pairs are then computed
+once over all of them, which gives each feature its gradient. Pass 2 runs each micro-batch's forward pass again, from
+the same random state, and runs backward from these gradients together with the losses that do not compare pairs.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,7 +19,7 @@ from ds_cmli.losses.cached import PairFeatures, PairGradients
 
 @dataclass
 class RandomState:
-    """Of the generators that dropout draws from on this device."""
+    """The states of the random generators that dropout draws from on this device."""
 
     cpu: Tensor
     gpu: Tensor | None
@@ -35,7 +35,7 @@ class RandomState:
 
 
 def on_host(features: PairFeatures) -> PairFeatures:
-    """A copy where the device is a GPU. CPU-GPU sync."""
+    """The features on the host: a copy if the device is a GPU. CPU-GPU sync."""
     return features.to("cpu")
 
 
@@ -45,16 +45,16 @@ def backward(
     after_backward: Callable[[], None],
     heartbeat: Callable[[], None],
 ) -> list[MicroBatchLosses]:
-    """Forward and backward of a whole step. Collective.
+    """Run forward and backward of a whole step. Collective.
 
     Args:
-        train_engine: `TrainEngine`.
-        micro_batches: the step's; they stay on the host, and each is moved to the device twice.
-        after_backward: called after each micro-batch's.
-        heartbeat: called as the passes go on.
+        train_engine: the `TrainEngine`.
+        micro_batches: the step's micro-batches; they stay on the host, and each is moved to the device twice.
+        after_backward: called after the backward pass of each micro-batch.
+        heartbeat: called again and again during the step.
 
     Returns:
-        Of each micro-batch; the losses over pairs are those of the whole step.
+        The losses of each micro-batch; those over pairs are the losses of the whole step.
     """
     device = train_engine.device
     train_engine.mark("forward")
@@ -67,7 +67,7 @@ def backward(
     after_last = RandomState.now(device)
 
     scale = train_engine.scale
-    # Collectives: texts, column statistics.
+    # Collectives: texts and their gradients, column statistics.
     pairs = train_engine.engine(cached, device, scale, heartbeat, part="compare")
 
     ignored = pairs.ignored / sum(len(batch.index) for batch in micro_batches)
@@ -82,7 +82,7 @@ def backward(
 
 
 def embed(train_engine: Any, batch: Batch) -> tuple[RandomState, PairFeatures]:
-    """Pass 1 of a micro-batch."""
+    """Pass 1 of a micro-batch: its random state and its pair features. Collective under ZeRO-3."""
     device = train_engine.device
     state = RandomState.now(device)
     with torch.no_grad():
@@ -102,8 +102,8 @@ def replay(
     """Pass 2 of a micro-batch. Collective.
 
     Args:
-        held: the gradients of its features, taken out of the list so that they end before the backward pass.
-        ignored: what the result says of it.
+        held: a list with the gradients of its features, which are taken out so that they are freed before backward.
+        ignored: `MicroBatchLosses.ignored` of the result.
     """
     engine, device = train_engine.engine, train_engine.device
     state.restore(device)

@@ -1,6 +1,6 @@
-"""The fp32 weights that the optimizer updates: which tensors they are on this rank, whatever the ZeRO stage.
+"""Finds the fp32 master weights, which the optimizer updates, among this rank's tensors, at every ZeRO stage.
 
-In fp32 without ZeRO they are the module's own parameters, otherwise a copy of them, which ZeRO divides over the ranks.
+In fp32 without ZeRO they are the module's own parameters; otherwise a copy of them, which ZeRO partitions over ranks.
 """
 
 from typing import Any
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 def master_weights(engine: Any) -> list[Tensor]:
-    """This rank's share of the trained weights; on the host where the optimizer is offloaded."""
+    """This rank's share of the trained master weights; on the host if the optimizer is offloaded."""
     optimizer = engine.optimizer
     # Stages 1 and 2; stage 3; DeepSpeed's BF16_Optimizer.
     for name in ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat", "fp32_groups_flat_partition"):
@@ -21,7 +21,7 @@ def master_weights(engine: Any) -> list[Tensor]:
 
 
 def masters_without_zero(optimizer: Any) -> dict[int, Tensor]:
-    """id of a 16-bit parameter -> its fp32 master copy, which DeepSpeed's functions know only under ZeRO."""
+    """id of a 16-bit parameter -> its fp32 master copy, without ZeRO: DeepSpeed's own functions need ZeRO."""
     out: dict[int, Tensor] = {}
     if hasattr(optimizer, "fp32_groups"):  # FP16_UnfusedOptimizer
         for group, masters in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
@@ -35,9 +35,9 @@ def masters_without_zero(optimizer: Any) -> dict[int, Tensor]:
 
 @torch.no_grad()
 def set_master_weight(engine: Any, parameter: nn.Parameter, value: Tensor) -> None:
-    """Write the whole of a trained parameter, `value`, into this rank's share of the master weights."""
+    """Set a trained parameter's master weight: write this rank's share of `value`, the whole parameter's value."""
     optimizer, value = engine.optimizer, value.flatten()
-    if hasattr(parameter, "ds_id"):  # DeepSpeed's own function (0.19.8) fails where ranks do not divide the size
+    if hasattr(parameter, "ds_id"):  # DeepSpeed's function (0.19.8) fails if the ranks do not divide the size
         share, _ = optimizer._get_fp32_opt_state_partition(parameter, release_swap_buffers=True)
         start = share.numel() * optimizer._get_param_partition_rank(parameter)
         part = value[start : start + share.numel()]
@@ -51,7 +51,7 @@ def set_master_weight(engine: Any, parameter: nn.Parameter, value: Tensor) -> No
 
 @torch.no_grad()
 def refresh_weights(engine: Any) -> None:
-    """Make the weights that forward passes use what the master weights are. Collective."""
+    """Copy the master weights into the weights that forward passes use. Collective."""
     optimizer = engine.optimizer
     if hasattr(optimizer, "update_lp_params"):  # stages 1 and 2, BF16_Optimizer
         optimizer.update_lp_params()  # collective

@@ -1,4 +1,4 @@
-"""The optimizer's parameter groups: which parameters are trained, which decay, and how fast each part learns."""
+"""The optimizer's parameter groups: which parameters are trained, which get weight decay, and their learning rates."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,23 +9,24 @@ from ds_cmli.common.errors import UserError
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.schema import Config, OptimConfig
 
-ENCODERS = ("image", "text")  # the parts with layers, as the student names them
-# In the names of parameters that are no matrices whatever their shape: tables of positions and their biases, tokens.
+ENCODERS = ("image", "text")  # the parts that have layers, by the student's names for them
+# Parts of the names of parameters that do not count as matrices, whatever their shape: tables of position embeddings
+# and of position biases, class and other tokens.
 NO_MATRIX = ("bias", "pos", "token")
-# Schedulers that set the rate of every group to a number of their own, and so undo what makes groups differ.
+# Schedulers that set the learning rate of every group to their own numbers, and so undo the groups' different rates.
 ONE_RATE = ("LRRangeTest", "OneCycle", "WarmupLR", "WarmupDecayLR", "CyclicLR", "OneCycleLR")
 
 
 def part_of(name: str) -> str:
-    """ "image", "text" or "rest": shared blocks, heads, projection and the losses' parameters."""
+    """ "image", "text" or, for shared blocks, heads, projection and the losses' parameters, "rest"."""
     return next((part for part in ENCODERS if name.startswith(f"student.{part}.")), "rest")
 
 
 def depths(module: nn.Module) -> dict[str, tuple[str, int, int]]:
-    """name of a parameter -> (part, depth, layers of the part).
+    """name of a parameter -> (part, depth, number of layers of the part).
 
-    Depth k is that of layer k, counted from 1; 0 lies below the first layer (embeddings), and layers + 1 above the
-    last. What an encoder registers between two layers counts to the one before.
+    Layer k, counted from 1, has depth k; depth 0 is below the first layer (embeddings), and layers + 1 above the last.
+    What an encoder registers between two layers has the depth of the layer before it.
     """
     student: Any = module.student
     out = dict.fromkeys((name for name, _ in module.named_parameters()), ("rest", 1, 0))
@@ -45,7 +46,7 @@ def depths(module: nn.Module) -> dict[str, tuple[str, int, int]]:
 
 
 def freeze(module: nn.Module, config: Config) -> None:
-    """Take the first layers of the encoders, with the embeddings below them, out of training, as `student` says.
+    """Freeze the encoders' first layers and the embeddings below them, as `student.freeze_image` and `freeze_text` say.
 
     Raises:
         UserError: an encoder has fewer layers.
@@ -57,15 +58,15 @@ def freeze(module: nn.Module, config: Config) -> None:
         count = first.get(part, 0)
         if count > layers and part in ENCODERS:
             raise UserError(f"student.freeze_{part} is {count}: the {part} encoder has {layers} layers")
-        # All of its layers: the whole encoder, with what lies above them.
+        # Where all layers are frozen, so is what is above them: the whole encoder.
         if count and (depth <= count or count == layers):
             parameter.requires_grad_(False)
 
 
 def factor(where: tuple[str, int, int], optim: OptimConfig) -> float:
-    """What the learning rate of a parameter at that place is multiplied by."""
+    """The factor of the learning rate of a parameter at that place, an entry of `depths`."""
     part, depth, layers = where
-    above = layers + 1 - depth if part in ENCODERS else 0  # layers above it, in its encoder, with the heads as one
+    above = layers + 1 - depth if part in ENCODERS else 0  # layers above it in its encoder; the heads count as one
     factors: dict[str, float] = {str(name): value for name, value in optim.lr_factors.items()}
     return factors.get(part, 1.0) * optim.layer_decay**above
 
@@ -73,17 +74,17 @@ def factor(where: tuple[str, int, int], optim: OptimConfig) -> float:
 def parameter_groups(
     module: nn.Module, weight_decay: float, optim: OptimConfig | None = None, lr: float = 1.0
 ) -> list[dict[str, Any]]:
-    """The trained parameters: weight decay on matrices only, and a learning rate for each factor of `optim`.
+    """Groups of the trained parameters: weight decay on matrices only, and a learning rate for each factor of `optim`.
 
-    Norms, biases, temperatures, tokens, embeddings and tables of positions do not decay.
+    Norms, biases, temperatures, tokens, embeddings and position tables get no weight decay.
 
     Args:
-        lr: that the factors multiply.
+        lr: the learning rate that the factors multiply.
     """
     embeddings = {id(p) for m in module.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
     spared: set[int] = set()
     for owner in module.modules():
-        named: Any = getattr(owner, "no_weight_decay", None)  # timm's models name theirs
+        named: Any = getattr(owner, "no_weight_decay", None)  # timm's models name such parameters
         names = named() if callable(named) else ()
         spared |= {id(parameter) for name, parameter in owner.named_parameters() if name in names}
     where = depths(module) if optim is not None else {}
@@ -104,7 +105,7 @@ def parameter_groups(
 
 
 def check_rates(optim: OptimConfig, ds_config: Mapping[str, Any]) -> None:
-    """Raise `UserError` where the JSON's scheduler would undo the rates of `optim`."""
+    """Raise `UserError` if the JSON's scheduler would undo the different learning rates of `optim`."""
     kind = DeepSpeedConfig.of(ds_config).get("scheduler", {}).get("type")
     asked = "layer_decay" if optim.layer_decay != 1 else "lr_factors" if optim.lr_factors else None
     if asked is not None and kind in ONE_RATE:
@@ -115,10 +116,10 @@ def check_rates(optim: OptimConfig, ds_config: Mapping[str, Any]) -> None:
 
 
 def counts_line(module: nn.Module, teacher: nn.Module | None) -> str:
-    """How many parameters there are and are trained, by part; for the log."""
+    """A line for the log: how many parameters there are, and how many of them are trained, by part."""
     total: dict[str, list[int]] = {}
     for name, parameter in module.named_parameters():
-        size = getattr(parameter, "ds_numel", parameter.numel())  # ZeRO-3 holds a part
+        size = getattr(parameter, "ds_numel", parameter.numel())  # the whole size, also under ZeRO-3
         both = total.setdefault(part_of(name), [0, 0])
         both[0] += size
         both[1] += size * parameter.requires_grad

@@ -22,14 +22,17 @@ from ds_cmli.losses import LOSSES
 
 
 def on_this_device(ds_config: DeepSpeedConfig) -> DeepSpeedConfig:
-    """The JSON as DeepSpeed and this device can run it: its precision is decided."""
+    """The JSON as this device can run it: its precision is decided.
+
+    Raises `UserError` for what DeepSpeed refuses.
+    """
     from deepspeed.accelerator import get_accelerator
 
     deepspeed_checks.deep(ds_config)
     accelerator = get_accelerator()
     device = accelerator.device_name()
-    # CPUs that have fp16 at all run this step two to three times slower in it than in bf16; GPUs before Ampere and
-    # CPUs without instructions for it imitate bf16 slowly.
+    # CPUs that have fp16 at all run this step two to three times slower in fp16 than in bf16. GPUs before Ampere and
+    # CPUs without bf16 instructions emulate bf16 slowly.
     fp16 = device != "cpu" and accelerator.is_fp16_supported()
     if device == "cuda":
         bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
@@ -39,7 +42,7 @@ def on_this_device(ds_config: DeepSpeedConfig) -> DeepSpeedConfig:
 
 
 def filled(config: Config, ds_config: DeepSpeedConfig, world_size: int, total_steps: int) -> DeepSpeedConfig:
-    """The JSON with nothing left to "auto"."""
+    """The JSON with a value in the place of each "auto". Raises `UserError` if `optim` does not go with it."""
 
     def width() -> int:
         with torch.device("meta"):
@@ -52,7 +55,7 @@ def filled(config: Config, ds_config: DeepSpeedConfig, world_size: int, total_st
 
 
 def try_out(ds_config: DeepSpeedConfig, total_steps: int) -> str | None:
-    """`schedule.try_out` where the optimizer will run."""
+    """`schedule.try_out` on the CPU, or on the GPU for an optimizer with a GPU-only option that is not offloaded."""
     from deepspeed.accelerator import get_accelerator
 
     gpu_only = ds_config.optimizer_params.get("fused") or ds_config.optimizer_params.get("capturable")
@@ -61,10 +64,10 @@ def try_out(ds_config: DeepSpeedConfig, total_steps: int) -> str | None:
 
 
 def with_backend(config: Config, device: torch.device) -> tuple[Config, str | None]:
-    """The configuration with the all-pairs backend that will run, and the line for where that is the slower one.
+    """The configuration with the all-pairs backend that will run, and a notice if a GPU has to use the slower one.
 
     Raises:
-        UserError: the backend that is asked for does not run.
+        UserError: the requested backend does not run here.
     """
     asked = config.loss.cmli_backend
     if asked == "chunked" or not any("cmli_backend" in LOSSES[name].settings for name in config.loss.weights):
@@ -82,9 +85,9 @@ def with_backend(config: Config, device: torch.device) -> tuple[Config, str | No
 def plan(
     config: Config, ds_config: DeepSpeedConfig, samples: int | Mixture
 ) -> tuple[DeepSpeedConfig, GlobalBatchSampler, int]:
-    """The DeepSpeed JSON with nothing left to "auto", the sampler of the training set, and the optimizer steps.
+    """The DeepSpeed JSON without "auto" values, the sampler of the training set, and the number of optimizer steps.
 
-    Says how the batch is made up. Raises `UserError` where it cannot be. Collective.
+    Prints how the batch is made up. Raises `UserError` if it cannot be made up. Collective.
     """
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     total, micro_batch, accumulation = ds_config.batch(config.optim.micro_batch, ranks)
@@ -109,13 +112,13 @@ def plan(
 
 
 def compares_all(config: Config, ds_config: DeepSpeedConfig) -> bool:
-    """Whether the losses over pairs take their negatives from several micro-batches: gradient caching."""
+    """Whether losses over pairs take their negatives from several micro-batches, which needs gradient caching."""
     several = ds_config.accumulation > 1 and config.optim.negatives == "global_batch"
     return several and any(LOSSES[name].scores for name in config.loss.weights)
 
 
 def resolve_weights(config: Config) -> Config:
-    """The configuration with "demo" weights replaced by the paths of the packaged ones."""
+    """The configuration with "demo" weights replaced by the paths of the packaged files."""
     student, teacher = config.student, config.teacher
     if student.image_weights == "demo":
         student = replace(student, image_weights=str(assets.vit_weights()))

@@ -1,4 +1,4 @@
-"""Where a step's time goes, and how much of the device's peak its arithmetic uses.
+"""Measures where a step's time goes, and how much of the device's peak FLOP/s it uses (MFU).
 
 Nothing here waits for a GPU between two logged steps, and nothing changes what is computed.
 """
@@ -18,18 +18,18 @@ PRODUCTS = (torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bm
 
 
 class StepTimer:
-    """Time of each phase since the last `lap`; on a GPU between events in its stream, read when it has passed them.
+    """Times each phase since the last `lap`. On a GPU it records CUDA events in the stream, and `lap` reads them.
 
-    "data" is the wait for a batch, "exchange" what moves text between ranks in forward and backward, and "step" the
-    update, with the exchange of what is left of the gradients and of the weights.
+    "data" is the wait for a batch, "exchange" the exchange of texts between ranks in forward and backward, and "step"
+    the update, with the collectives for the weights and for what is left of the gradients.
     """
 
     def __init__(self) -> None:
-        self.marks: list[tuple[str | None, Any]] = []  # (phase that begins, when)
-        self.flops = 0.0  # of this rank
+        self.marks: list[tuple[str | None, Any]] = []  # (phase that begins, its time or CUDA event)
+        self.flops = 0.0  # of this rank, since the last `lap`
 
     def mark(self, phase: str | None) -> None:
-        """The phase that went on ends, and this one begins; None: nothing that counts."""
+        """End the phase before, and begin this one; None: time that is not counted."""
         if torch.cuda.is_available():
             now: Any = torch.cuda.Event(enable_timing=True)
             now.record()
@@ -45,10 +45,10 @@ class StepTimer:
         self.mark(before)
 
     def lap(self, peak: float) -> dict[str, float]:
-        """The columns of a logged step, shares of time, TFLOP/s and MFU; counts from here on. CPU-GPU sync.
+        """The columns of a logged step: shares of time, TFLOP/s and MFU. Counting begins anew. CPU-GPU sync.
 
         Args:
-            peak: FLOP/s that the device can do; 0 where it is not known.
+            peak: the device's peak FLOP/s; 0 if it is not known.
         """
         seconds = dict.fromkeys(PHASES, 0.0)
         if self.marks and torch.cuda.is_available():
@@ -70,10 +70,10 @@ class StepTimer:
 
 
 class ModelFlops(TorchFunctionMode):
-    """Counts floating-point operations of the products inside it: forward and, with `trained`, the backward to come.
+    """Counts the FLOPs of the products inside it: of forward and, with `trained`, of the backward that will follow.
 
-    A product costs as much again for the gradient of each of its two sides; one with a weight that is not trained is
-    counted once. What activation checkpointing computes again is not counted, as usual for MFU.
+    The gradient of each of a product's two operands costs as much as the product; a product with a frozen weight is
+    counted once. What activation checkpointing recomputes is not counted, as usual for MFU.
     """
 
     def __init__(self, trained: bool):
@@ -83,7 +83,7 @@ class ModelFlops(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         both = 3 if self.trained else 1
-        if func is torch._C._nn.linear:  # `F.linear`, which ZeRO-3 replaces by a function of products
+        if func is torch._C._nn.linear:  # `F.linear`; ZeRO-3 replaces it by a function that calls products
             weight = args[1] if len(args) > 1 else kwargs["weight"]
             self.flops += 2.0 * out.numel() * weight.shape[-1] * (both if weight.requires_grad else 1)
         elif func in PRODUCTS:
@@ -97,7 +97,7 @@ class ModelFlops(TorchFunctionMode):
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of the best of some matrix products on this device. CPU-GPU sync."""
+    """FLOP/s of the fastest of five matrix products on this device. CPU-GPU sync."""
     size = 8192 if device.type == "cuda" else 1024
     x, weight = (torch.ones(size, size, device=device, dtype=dtype) for _ in range(2))
     best = float("inf")

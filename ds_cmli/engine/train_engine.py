@@ -1,6 +1,6 @@
-"""Builds student, teacher, losses and DeepSpeed engine from a configuration, and runs one step.
+"""Builds student, teacher, losses and DeepSpeed's engine from a configuration, and runs training steps.
 
-The one place where a training step is put together: whatever trains, profiles or predicts uses it.
+This is the only place where a training step is put together: training, profiling and prediction all use it.
 """
 
 import math
@@ -44,9 +44,9 @@ DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 def build_models(
     config: Config, vocab_size: int, pretrained: bool = True, special: SpecialTokens | None = None
 ) -> tuple[Objective, Teacher | None]:
-    """Student with losses, and the teacher where a loss asks for it; on the CPU, in fp32, equal on every rank.
+    """The student with its losses, and the teacher if a loss needs it; on the CPU, in fp32, equal on every rank.
 
-    `pretrained=False`: the student's weights are random, as they will be overwritten. `special`: as `Student`'s.
+    `pretrained=False`: the student's weights are random, because they will be overwritten. `special`: as in `Student`.
     """
     config = resolve_weights(config)
     torch.manual_seed(config.run.seed)
@@ -61,9 +61,9 @@ def build_models(
 
 
 def use_no_compiler() -> None:
-    """On a CPU, keep DeepSpeed from building its shared-memory collectives: minutes of compiling at the first start."""
+    """On a CPU, keep DeepSpeed from compiling its shared-memory collectives, which takes minutes at the first start."""
     if not torch.cuda.is_available():
-        # The whole table, as DeepSpeed fills it by running compilers.
+        # The whole table is replaced, because DeepSpeed would run compilers to fill it.
         patch_for_good("deepspeed: compiled operators", {})
 
 
@@ -74,28 +74,28 @@ class TrainEngine:
     teacher: Teacher | None
     device: torch.device
     dtype: torch.dtype
-    names: list[list[str]]  # of the parameters, in the order of the optimizer's groups
-    lr_factor: float = 1.0  # of the first group's learning rate
-    accumulation: int = 1  # micro-batches of a step
-    caching: bool = False  # negatives from all of them
-    cache_on_host: bool = False
-    reduce_once: bool = False
-    timer: StepTimer | None = None  # of a training; counts the model's operations too
-    flops: dict[int, float] = field(default_factory=dict)  # of a micro-batch, by the positions of its texts
+    names: list[list[str]]  # the parameters' names, in the order of the optimizer's groups
+    lr_factor: float = 1.0  # the factor of the first group's learning rate
+    accumulation: int = 1  # micro-batches per step
+    caching: bool = False  # gradient caching: negatives from all micro-batches of a step
+    cache_on_host: bool = False  # gradient caching keeps the features on the host
+    reduce_once: bool = False  # reduce gradients once per step, not after each micro-batch
+    timer: StepTimer | None = None  # None: neither time nor the model's FLOPs are measured
+    flops: dict[int, float] = field(default_factory=dict)  # FLOPs of a micro-batch, by the padded length of its texts
     ema: EMA | None = None
-    compiled: bool = False  # the model's operations are not counted then
-    lr: float = 0.0  # that the last update was made with, where the factor is 1
+    compiled: bool = False  # if true, the model's FLOPs are not counted
+    lr: float = 0.0  # the learning rate of the last update, for a group whose factor is 1
 
     def step(
         self, micro_batches: Sequence[Batch], heartbeat: Callable[[], None] = lambda: None
     ) -> list[MicroBatchLosses]:
-        """One optimizer step. Collective.
+        """Run one optimizer step. Collective.
 
         Args:
-            micro_batches: `accumulation` of them, of this rank; each is moved to the device when its turn comes.
-            heartbeat: called as the step goes on.
+            micro_batches: this rank's `accumulation` micro-batches; each is moved to the device when its turn comes.
+            heartbeat: called again and again during a step with gradient caching.
         """
-        once = self.reduce_once and self.engine.zero_optimization_stage() >= 2  # below, DeepSpeed does so anyway
+        once = self.reduce_once and self.engine.zero_optimization_stage() >= 2  # at 0 and 1 DeepSpeed does so anyway
         reduced = self._reduced_once() if once else nullcontext()
         update = (lambda: None) if once else self._update
         with reduced:
@@ -107,21 +107,21 @@ class TrainEngine:
                     found.append(self._backward(batch))  # collectives
                     update()  # collectives
         if once:
-            for _ in found:  # the engine counts micro-batches; it updates at the last one
+            for _ in found:  # the engine counts micro-batches, and updates the weights at the last one
                 self._update()  # collectives
         return found
 
     def __call__(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Forward, backward and, at the end of accumulation, update on one micro-batch, with its own negatives.
+        """Run forward and backward of one micro-batch, with its own negatives; update at the end of accumulation.
 
-        Returns the weighted loss and each loss by name, of this rank's pairs, fp32 scalars without graph.
+        Returns the weighted loss and each loss by name for this rank's pairs, fp32 scalars without a graph. Collective.
         """
         found = self._backward(batch)  # collectives
         self._update()  # collectives
         return found.total, found.each
 
     def _backward(self, batch: Batch) -> MicroBatchLosses:
-        # Not waited for: from pinned memory, while the GPU works.
+        # The copy from pinned memory is not waited for: it runs while the GPU works.
         index, batch = batch.index, batch.to(self.device, non_blocking=True)
         # Collectives: text features, column statistics.
         total, each = self.forward(batch, lambda targets: self.engine(batch, targets))
@@ -129,12 +129,12 @@ class TrainEngine:
         return MicroBatchLosses(index, total.detach(), each, self.objective.ignored / len(index))
 
     def go_backward(self, total: Tensor) -> None:
-        """Backward from a micro-batch's weighted loss; all gradients are NaN where it is not finite. Collectives."""
+        """Run backward from a micro-batch's weighted loss; if it is not finite, all gradients are NaN. Collective."""
         self.mark("backward")
         self.engine.backward(nonfinite.poison(total) * self.missing_scale)
 
     def _update(self) -> None:
-        self.lr = self.engine.get_lr()[0] / self.lr_factor  # of this update: its end brings the next one's
+        self.lr = self.engine.get_lr()[0] / self.lr_factor  # this update's: `engine.step` sets the next one's
         self.mark("step")
         self.engine.step()  # collectives and a CPU-GPU sync: overflow check, gradient norm, updated weights
         if self.ema is not None and self.engine.was_step_applied():
@@ -143,27 +143,27 @@ class TrainEngine:
 
     @contextmanager
     def _reduced_once(self) -> Iterator[None]:
-        """Gradients stay on this rank inside, and are reduced at the end."""
+        """Inside, gradients stay on this rank; at the end they are reduced. Collective."""
         block = self.engine.coalesce_grad_reduction()
         block.__enter__()
         try:
             yield
         except BaseException:
-            self._unfinished = block  # its end would reduce gradients, where the other ranks do not
+            self._unfinished = block  # kept, as its end would reduce gradients, which the other ranks do not
             raise
         block.__exit__(None, None, None)  # collectives
 
     @property
     def scale(self) -> float:
-        """The factor that backward passes multiply the gradients by, which keeps those of fp16 from vanishing."""
+        """The loss scale: backward passes multiply the gradients by it, which keeps fp16 gradients from vanishing."""
         if self.dtype != torch.float16:
             return 1.0
         return float(self.engine.optimizer.loss_scale)
 
     def forward(self, batch: Batch, student: Callable[[Any], Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Teacher, and the student's pass with the teacher's targets.
+        """Run the teacher, and then `student` with the teacher's targets.
 
-        Where time is measured, the first batch of each text length has its products counted.
+        If time is measured, FLOPs are counted for the first batch of each padded text length.
         """
         self.mark("forward")
         positions = batch.input_ids.shape[1]
@@ -180,7 +180,7 @@ class TrainEngine:
         return out
 
     def _all_pairs_flops(self, batch: Batch) -> float:
-        """Of the all-pairs op, which no mode sees into: similarities, and as much for the gradient of each side."""
+        """FLOPs of the all-pairs operator, which no mode sees into: similarities, and as much per side for gradients."""
         if not any(LOSSES[name].scores == "cmli" for name in self.objective.losses):
             return 0.0
         (B, M), (rows, columns) = batch.input_ids.shape, self.objective.student.grid
@@ -194,17 +194,18 @@ class TrainEngine:
 
     @property
     def missing_scale(self) -> float:
-        """The loss scale where DeepSpeed (0.19.8) forgets it: in 16 bit without ZeRO it only divides by it."""
+        """The loss scale where DeepSpeed (0.19.8) does not multiply by it, only divides: in 16 bit without ZeRO."""
         config = getattr(self.engine.optimizer, "loss_scale_config", None)
         return 1.0 if config is None else config.cur_scale
 
     @property
     def skipped(self) -> bool:
-        """Whether the update that ended the last accumulation was left out, on all ranks: something was not finite."""
+        """Whether the last step's update was skipped, on all ranks, because something was not finite."""
         return not self.engine.was_step_applied()
 
     def state(self) -> dict[str, float]:
-        """Last update's rate, gradient norm, loss scale and temperatures. CPU-GPU sync; collective under ZeRO-3."""
+        """The last update's learning rate and gradient norm, the loss scale (with the number of skipped steps) in fp16,
+        and the temperatures. CPU-GPU sync; collective under ZeRO-3."""
         optimizer = self.engine.optimizer
         out = {"lr": self.lr}
         norm = self.engine.get_global_grad_norm()
@@ -214,7 +215,7 @@ class TrainEngine:
             out["loss_scale"] = float(optimizer.loss_scale)
             out["skipped_steps"] = self.engine.skipped_steps
         for name, scale in self.objective.scales().items():
-            out[f"temperature/{name}"] = 1 / scale if scale else math.inf  # a scale learned down to 0
+            out[f"temperature/{name}"] = 1 / scale if scale else math.inf  # infinite if the scale was learned down to 0
         return out
 
 
@@ -226,14 +227,14 @@ def build(
     device: torch.device,
     special: SpecialTokens | None = None,
 ) -> TrainEngine:
-    """The engine around student and losses, ready to step.
+    """Build the engine around student and losses, ready to train. Collective.
 
     Args:
-        ds_config: after `on_this_device` and `filled`.
-        vocab_size: of the tokenizer.
-        total_steps: optimizer steps of the whole run, for the schedule.
-        device: this rank's; the process group is already up.
-        special: tokens that the tokenizer adds; None: as the built-in one.
+        ds_config: the JSON after `on_this_device` and `filled`.
+        vocab_size: the tokenizer's.
+        total_steps: optimizer steps of the whole run, for the learning rate schedule.
+        device: this rank's device; the process group must be initialised.
+        special: the tokens that the tokenizer adds; None: those of the built-in one.
     """
     import deepspeed
 
@@ -245,9 +246,9 @@ def build(
     deepspeed.init_distributed(verbose=False)
     dtype = DTYPES[ds_config.precision]
     objective, teacher = build_models(config, vocab_size, special=special)
-    torch.manual_seed(config.run.seed + distributed.rank())  # dropout: its own on each rank
+    torch.manual_seed(config.run.seed + distributed.rank())  # for dropout, which differs between ranks
     compiled = config.run.compile != "off"
-    if compiled:  # below checkpointing, which runs what is compiled a second time
+    if compiled:  # inside checkpointing, which then recomputes with the compiled code
         compile_blocks(objective.student.blocks, ds_config.stage)
         compile_blocks(teacher.image.blocks if teacher is not None else [])
     if ds_config.checkpointing:
@@ -258,7 +259,7 @@ def build(
     params = ds_config.optimizer_params
     lr = params.get("lr", config.optim.lr)
     groups = parameter_groups(objective, params.get("weight_decay", 0.0), config.optim, lr)
-    lr_factor = groups[0].get("lr", lr) / lr  # taken here, as the optimizer makes these groups its own
+    lr_factor = groups[0].get("lr", lr) / lr  # computed before the optimizer changes the groups
     name_of = {id(parameter): name for name, parameter in objective.named_parameters()}
     names = [[name_of[id(parameter)] for parameter in group["params"]] for group in groups]
     try:
@@ -293,9 +294,9 @@ def build(
 
 
 def _undo_first_update(optimizer: Any) -> None:
-    """Take back the update with zero gradients by which DeepSpeed (0.19.8), in 16 bit without ZeRO, makes the states.
+    """Undo the update with zero gradients by which DeepSpeed (0.19.8), in 16 bit without ZeRO, creates the states.
 
-    It has decayed the weights, and counts in the bias correction.
+    It has decayed the weights, and would count in the bias correction.
     """
     if not hasattr(optimizer, "loss_scale_config"):
         return
