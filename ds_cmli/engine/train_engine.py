@@ -180,7 +180,8 @@ class TrainEngine:
         return out
 
     def _all_pairs_flops(self, batch: Batch) -> float:
-        """FLOPs of the all-pairs operator, which modes do not see: similarities, and as much per side for gradients."""
+        """FLOPs of the all-pairs operator, into which `ModelFlops` does not see: those of the similarities, and as many
+        again for the gradient of each side."""
         if not any(LOSSES[name].scores == "cmli" for name in self.objective.losses):
             return 0.0
         (B, M), (rows, columns) = batch.input_ids.shape, self.objective.student.grid

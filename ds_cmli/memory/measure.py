@@ -69,7 +69,7 @@ def profiling_memory(
     with ExitStack() as measuring:
 
         def seen(module: Any, inputs: tuple, keywords: dict[str, Any]) -> None:
-            if keywords.get("part") not in ("compare", "replay"):  # each micro-batch is counted once: at "embed"
+            if keywords.get("part") not in ("compare", "replay"):  # gradient caching: each batch counts once
                 texts.append(_lengths(inputs[0]))
 
         hook = train_engine.objective.register_forward_pre_hook(seen, with_kwargs=True)
