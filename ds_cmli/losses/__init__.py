@@ -1,7 +1,7 @@
-"""The losses by name. A new loss is one file in this folder and one line in the table below.
+"""The registry of losses. A new loss is one file in this folder and one line in the table below.
 
-`--losses` and its check, the help text, the logged columns and the memory prediction follow from the line. The table is
-read before PyTorch is needed, so an entry names its class and `load` imports it.
+That line is all that `--losses` and its check, the help text, the logged columns and the memory prediction need. The
+table is read without importing PyTorch: an entry only names its class, and `load` imports it.
 """
 
 from dataclasses import dataclass
@@ -12,15 +12,15 @@ from typing import Any
 @dataclass(frozen=True)
 class Entry:
     implementation: str  # "file.Class", a `losses.base.Loss`
-    # The pair scores that it compares, "global" or "cmli": its negatives may be those of a whole step. "": it takes
-    # each pair for itself, and so each micro-batch.
+    # The pair scores that the loss compares, "global" or "cmli"; with gradient caching its negatives are those of the
+    # whole step. "" if it treats each pair separately, and so can be computed for each micro-batch.
     scores: str = ""
     teacher: bool = False  # whether it needs the teacher's features
-    several: bool = False  # whether it takes several positives of an image
-    settings: tuple[str, ...] = ()  # fields of `LossConfig` that it reads
+    several: bool = False  # whether an image may have several positives
+    settings: tuple[str, ...] = ()  # the fields of `LossConfig` that it reads
 
 
-# Settings of the all-pairs op.
+# The settings of the all-pairs op.
 OP = ("cmli_backend", "cmli_exchange", "cmli_gather_bytes", "cmli_recompute", "cmli_scratch_bytes", "cmli_token_keep")
 
 LOSSES = {
@@ -34,13 +34,13 @@ LOSSES = {
 
 
 def load(name: str) -> Any:
-    """The class of the loss `name`; imports its file."""
+    """Import the file of the loss `name` and return its class."""
     module, _, cls = LOSSES[name].implementation.partition(".")
     return getattr(import_module(f"{__name__}.{module}"), cls)
 
 
 def over_pairs(weights: dict[str, float]) -> dict[str, float]:
-    """Of losses by their weights, those over pairs: they need no teacher."""
+    """The losses, with their weights, that need no teacher: these are the losses that compare pairs."""
     return {name: weight for name, weight in weights.items() if not LOSSES[name].teacher}
 
 

@@ -1,4 +1,4 @@
-"""What a loss is, and what it is computed from.
+"""The base class of losses, and the inputs that they are computed from.
 
 Shapes: B pairs per rank, P ranks, G = B * P, N patches, M text positions, H student width, H_t teacher width,
 D embedding dimension.
@@ -27,7 +27,7 @@ from ds_cmli.models.teacher import Targets
 
 @dataclass
 class Features:
-    """The student's view of a batch. Not normalised, in the model's precision."""
+    """The student's features of a batch, not normalised, in the model's precision."""
 
     image_cls: Tensor  # [B, H]
     patches: Tensor  # [B, N, H]
@@ -36,61 +36,61 @@ class Features:
 
 
 class WidthHead(nn.Linear):
-    """Student width -> teacher width, where they differ; orthonormal at the start."""
+    """A linear map from the student's to the teacher's width, for widths that differ; initialised orthonormal."""
 
     def __init__(self, width: int, teacher_width: int):
         super().__init__(width, teacher_width, bias=False)
         nn.init.orthogonal_(self.weight)
 
     def forward(self, x: Tensor, back: bool = False) -> Tensor:
-        """[.., H] -> [.., H_t], or `back` by the transpose: for an orthonormal map that is its pseudo-inverse."""
+        """[.., H] -> [.., H_t]. `back`: the reverse, by the transpose, the pseudo-inverse of an orthonormal map."""
         return F.linear(x, self.weight.t() if back else self.weight)
 
 
 class PairInputs(ABC):
-    """What a loss that compares pairs sees: R images, this rank's whole micro-batch or a part of it, and all G texts.
+    """The inputs of a loss that compares pairs: R images of this rank (a micro-batch or a part of it) and all G texts.
 
-    Pair scores are computed once, for whichever losses compare them.
+    The pair scores are computed once and shared by all losses that compare them.
     """
 
     @property
     @abstractmethod
     def first(self) -> int:
-        """The column of the pair scores that belongs to row 0."""
+        """The column of the pair scores that is row 0's own text."""
 
     @property
     @abstractmethod
     def duplicates(self) -> Tensor | None:
-        """bool [R, G], images and texts of other pairs that are no negatives: they have the same picture or caption.
+        """bool [R, G], True where image and text of different pairs are no negatives: same picture or same caption.
 
-        None: all others are negatives. Collective.
+        None: the texts of all other pairs are negatives. Collective.
         """
 
     @property
     @abstractmethod
     def global_scores(self) -> Tensor:
-        """[R, G] fp32 (fp64), cosines of the images' and all texts' class tokens. Collective."""
+        """[R, G] fp32 (fp64), cosine similarities of the images' and all texts' class tokens. Collective."""
 
     @property
     @abstractmethod
     def cmli_scores(self) -> tuple[Tensor, Tensor]:
-        """s_i2t and s_t2i [R, G] fp32 (fp64), CMLI of the images and all texts. Collective."""
+        """s_i2t and s_t2i, each [R, G] fp32 (fp64), the CMLI scores of the images and all texts. Collective."""
 
     @abstractmethod
     def column_logsumexp(self, logits: Tensor) -> Tensor:
-        """log(sum(exp)) of each column over all images of the batch, not these R alone: [R, G] -> [G]. Collective.
+        """log(sum(exp)) of each column over all images of the batch, not only these R: [R, G] -> [G]. Collective.
 
-        A loss must be linear in it, as a cross entropy is: its value comes after its gradient.
+        A loss must be linear in it, as cross entropy is: gradient caching needs its gradient before it knows the value.
         """
 
 
 @dataclass
 class LossInputs(PairInputs):
-    """One micro-batch as the losses see it, with its own negatives."""
+    """The inputs of one micro-batch, whose negatives are the other pairs of the same global micro-batch."""
 
     features: Features
     batch: Batch
-    targets: Targets | None  # the teacher's features; None where no loss needs them
+    targets: Targets | None  # the teacher's features; None if no loss needs them
     student: Student
     width_head: WidthHead | None
     score: Callable[..., tuple[Tensor, Tensor]]  # `cmli_scores` with its options
@@ -131,32 +131,32 @@ class LossInputs(PairInputs):
         return self.targets
 
     def to_teacher(self, x: Tensor) -> Tensor:
-        """[.., H] -> [.., H_t]."""
+        """Map the student's features to the teacher's width: [.., H] -> [.., H_t]."""
         return x if self.width_head is None else self.width_head(x)
 
 
 class Loss(nn.Module):
-    """One loss with its own parameters: a file of this folder defines one, the table in `losses` names it.
+    """One loss with its own parameters. Each file of this folder defines one, and the table in `losses` names it.
 
-    A temperature is the parameter `logit_scale`, ln(1/temperature), made by `log_scale`; it is logged as
-    `temperature/<name>`.
+    A loss with a temperature keeps it as the parameter `logit_scale`, ln(1/temperature), which `log_scale` makes; it is
+    logged as `temperature/<name>`.
     """
 
-    logit_scale: nn.Parameter  # only of a loss with a temperature
+    logit_scale: nn.Parameter  # only in a loss with a temperature
 
     def __init__(self, config: LossConfig):
         super().__init__()
         self.config = config
 
     def forward(self, inputs: Any) -> Tensor:
-        """A scalar in fp32 (fp64), the mean over the pairs of `inputs`; the ranks' mean is that of the global batch.
+        """The mean loss over the pairs of `inputs`, a scalar in fp32 (fp64). Its mean over ranks is the global batch's.
 
-        `inputs` is `LossInputs`, or `PairInputs` for a loss that compares pairs: the table in `losses` says which do.
+        `inputs` is `LossInputs`, or any `PairInputs` for a loss that compares pairs, as the table in `losses` says.
         """
         raise NotImplementedError
 
 
 def log_scale(temperature: float) -> nn.Parameter:
-    """ln(1/temperature), learned."""
-    # One element, not zero dimensions: DeepSpeed sends parameters as bytes, which a 0-dim tensor has no view of.
+    """The learned parameter ln(1/temperature), shape [1]."""
+    # Not 0-dimensional: DeepSpeed sends parameters as bytes, and a 0-dimensional tensor cannot be viewed as bytes.
     return nn.Parameter(torch.tensor([math.log(1 / temperature)]))

@@ -1,9 +1,9 @@
-"""The losses over pairs of a whole step, from cached features: gradient caching (Gao et al., 2021).
+"""The losses over the pairs of a whole step, from cached features: gradient caching (Gao et al., 2021).
 
-The features of all micro-batches stand here without the graph that made them. Each loss is computed over the pairs of
-all micro-batches of all ranks, and leaves the gradient of each feature in the feature's place. Image rows come in
-blocks, so neither scores nor argmax indices of all rows are held at once: of each block the scores are computed first
-for the columns' sums, and a second time with their gradient.
+The features of all micro-batches are cached without their autograd graph. Each loss is computed over the pairs of all
+micro-batches of all ranks, and the gradient of each feature replaces the feature in the cache. Image rows are processed
+in blocks, so that neither scores nor argmax indices of all rows are held at once. The scores of each block are computed
+twice: first for the sums over columns, then with their gradient.
 
 Shapes: K micro-batches of B pairs, P ranks, G = K * B * P texts, R rows of a block, N patches, M text positions,
 H student width, D embedding dimension.
@@ -29,15 +29,18 @@ from ds_cmli.losses.functions import duplicates, upcast
 
 @dataclass
 class PairFeatures:
-    """What the losses over pairs see of one micro-batch: not normalised, in the model's precision, without a graph."""
+    """The features of one micro-batch that losses over pairs need: not normalised, in the model's precision, no graph.
+
+    In `Objective.replay` the features have their graph.
+    """
 
     token_mask: Tensor  # bool [B, M], True = valid
-    pair_id: Tensor  # int64 [B, 2], of the picture and of the caption: equal where these are
-    image_cls: Tensor | None  # [B, H], where class tokens are compared
+    pair_id: Tensor  # int64 [B, 2], hashes of picture and caption: equal for equal pictures or captions
+    image_cls: Tensor | None  # [B, H]; None if no loss compares class tokens
     text_cls: Tensor | None  # [B, H]
-    patches: Tensor | None  # [B, N, D], where patches and tokens are compared
+    patches: Tensor | None  # [B, N, D]; None if no loss compares patches and tokens
     tokens: Tensor | None  # [B, M, D]
-    selection: Selection | None = None  # where N patches and M tokens are those that were kept
+    selection: Selection | None = None  # which patches and tokens were kept, if only a share of them is
 
     def to(self, device: torch.device | str) -> "PairFeatures":
         image_cls, text_cls, patches, tokens = (None if x is None else fetched(x, device) for x in self._features())
@@ -50,36 +53,36 @@ class PairFeatures:
         return self.image_cls, self.text_cls, self.patches, self.tokens
 
     def tensors(self) -> list[Tensor]:
-        """All but those of the batch."""
+        """All tensors except those of the batch (`token_mask` and `pair_id`)."""
         selected = [] if self.selection is None else vars(self.selection).values()
         return [x for x in (*self._features(), *selected) if x is not None]
 
 
 def fetched(x: Tensor, device: torch.device | str, rows: slice = slice(None), copy: bool = False) -> Tensor:
-    """Rows of a cached tensor on `device`: a copy, without `copy` only where they wait on another one."""
+    """Rows of a cached tensor on `device`, detached. Without `copy` they are copied only from another device."""
     return x[rows].detach().to(device, copy=copy)
 
 
 def stored(value: Tensor | float, place: Tensor, rows: slice = slice(None)) -> None:
-    """Put `value` into rows of a cached tensor. CPU-GPU sync, for a cache on the host."""
+    """Put `value` into rows of a cached tensor. CPU-GPU sync if the cache is on the host."""
     place[rows] = value.to(place.device) if isinstance(value, Tensor) else value
 
 
 @dataclass
 class PairGradients:
-    """What the losses over pairs of a step come to."""
+    """The losses over the pairs of a step, and the gradients of their parameters."""
 
-    total: Tensor  # their weighted sum of this rank's pairs, a scalar in fp32 (fp64)
-    each: dict[str, Tensor]  # by name
-    parameters: list[Tensor | None]  # the gradient of each parameter of these losses, in their order
-    ignored: Tensor  # texts of other pairs that are no negatives of this rank's images
+    total: Tensor  # the weighted sum of the losses of this rank's pairs, a scalar in fp32 (fp64)
+    each: dict[str, Tensor]  # each loss by name
+    parameters: list[Tensor | None]  # the gradient of each parameter of these losses, in the order of the parameters
+    ignored: Tensor  # how many texts of other pairs are no negatives of this rank's images
 
 
 @dataclass
 class _Texts:
-    """All G texts, in rank order and of each rank by micro-batch; normalised.
+    """All G texts, normalised; ordered by rank, and for each rank by micro-batch.
 
-    Tokens that go round are those of this rank's K * B texts alone.
+    With the ring exchange (`go_round`), `tokens` and `token_mask` are those of this rank's K * B texts only.
     """
 
     pair_id: Tensor  # int64 [G, 2]
@@ -90,7 +93,7 @@ class _Texts:
 
 
 class _Block(PairInputs):
-    """R rows of a micro-batch against all texts."""
+    """R image rows of a micro-batch against all G texts."""
 
     def __init__(
         self,
@@ -144,16 +147,16 @@ def pair_gradients(
     keep_duplicates: bool = False,
     heartbeat: Callable[[], None] = lambda: None,
 ) -> PairGradients:
-    """The losses over all pairs of the step; the features in `cached` become their gradients, times `scale`.
+    """Compute the losses over all pairs of the step, and replace the features in `cached` by their gradients.
 
     Args:
-        losses: those that compare pairs, by name.
-        weights: of these, and perhaps of others.
-        cached: of this rank's micro-batches, on `device` or on the host.
-        score: `Scorer`, or `cmli_scores` with its options.
-        scale: of the gradients in `cached`, so that they do not vanish in fp16.
-        argmax_bytes: the most that the argmax indices of a block take; one row is always computed.
-        keep_duplicates: pairs with the same picture or caption are negatives of each other.
+        losses: the losses that compare pairs, by name.
+        weights: the weights of these losses, and perhaps of others.
+        cached: the features of this rank's micro-batches, on `device` or on the host.
+        score: a `Scorer`, or `cmli_scores` with its options.
+        scale: multiplies the gradients in `cached`, so that they do not vanish in fp16.
+        argmax_bytes: limit for the argmax indices of a block in bytes; a block has at least one row.
+        keep_duplicates: whether pairs with the same picture or caption are negatives of each other.
         heartbeat: called after each block.
 
     Collective.
@@ -195,7 +198,7 @@ def pair_gradients(
     for block, _, _ in blocks(statistics.collect):
         block.texts = without_gradient
         statistics.end_block(scale * weighted(block, {name: loss(block) for name, loss in losses.items()}))
-        if not statistics.lse:  # no loss asks for it
+        if not statistics.lse:  # no loss uses `column_logsumexp`
             break
     statistics.merge()  # collective
 
@@ -224,7 +227,7 @@ def pair_gradients(
         del grads, each, total
 
     for leaf, summed in zip(leaves, sums, strict=True):
-        if not (texts.go_round and leaf is texts.tokens):  # else it is summed already
+        if not (texts.go_round and leaf is texts.tokens):  # the ring has summed it already
             summed = distributed.sum_to_owner(summed)  # collective
         _back_to_texts(cached, leaf is texts.tokens, summed, device)
     total = torch.stack([weights[name] * loss for name, loss in found.items()]).sum()
@@ -233,7 +236,7 @@ def pair_gradients(
 
 @torch.no_grad()
 def _gathered(cached: list[PairFeatures], device: torch.device, score: Callable[..., Any]) -> _Texts:
-    """Every rank's texts, but for tokens that go round. Collective."""
+    """Gather the texts of all ranks, except the tokens if they go round a ring. Collective."""
     count, longest = sum(len(f.pair_id) for f in cached), max(f.token_mask.shape[1] for f in cached)
     ids = torch.cat([fetched(f.pair_id, device) for f in cached])
     mask = torch.zeros(count, longest, dtype=torch.bool, device=device)
@@ -264,7 +267,7 @@ def _gathered(cached: list[PairFeatures], device: torch.device, score: Callable[
 
 
 def _rows_of_a_block(features: PairFeatures, texts: _Texts, argmax_bytes: int) -> int:
-    """R: a micro-batch, or as much of it as has argmax indices of `argmax_bytes`; a ring keeps none."""
+    """R: a micro-batch, or as many rows as have argmax indices of at most `argmax_bytes`; a ring keeps no indices."""
     B = len(features.pair_id)
     if features.patches is None or texts.go_round:
         return B
@@ -274,7 +277,7 @@ def _rows_of_a_block(features: PairFeatures, texts: _Texts, argmax_bytes: int) -
 
 
 def _back_to_texts(cached: list[PairFeatures], of_tokens: bool, grad: Tensor, device: torch.device) -> None:
-    """Put the gradients of this rank's normalised texts, [K * B, ...], through the normalisation into their places."""
+    """Replace cached text features by their gradients, given those of this rank's normalised texts, [K * B, ...]."""
     first = 0
     for features in cached:
         place = features.tokens if of_tokens else features.text_cls

@@ -1,4 +1,7 @@
-"""Both class tokens regress the teacher's class token: the source document's starting point."""
+"""Distillation of the class tokens: image and text class token both regress the teacher's class token.
+
+This is the starting point of the source document.
+"""
 
 from torch import Tensor
 

@@ -1,4 +1,4 @@
-"""All-pairs CMLI as a contrastive loss, equations (1) to (4); FILIP (Yao et al., 2021)."""
+"""All-pairs CMLI as a contrastive loss: equations (1) to (4) of the source document, FILIP (Yao et al., 2021)."""
 
 from torch import Tensor
 

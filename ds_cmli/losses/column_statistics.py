@@ -1,4 +1,4 @@
-"""The softmax over the images of each text, where scores of these images come in blocks of rows.
+"""The softmax over all images for each text, computed from scores that come in blocks of image rows.
 
 Shapes: R rows of a block, G texts.
 """
@@ -11,19 +11,19 @@ from ds_cmli.distributed import process_group as distributed
 
 
 class ColumnStatistics:
-    """log(sum(exp)) of each column over the rows of all blocks and ranks, and the loss's gradient by it.
+    """log(sum(exp)) of each column over the rows of all blocks and ranks, and the loss's gradient with respect to it.
 
-    A loss asks for it any number of times; the n-th time is the same of every block.
+    It may be requested any number of times per block; the n-th request must be for the same scores in every block.
     """
 
     def __init__(self) -> None:
         self.lse: list[Tensor] = []  # [G] each
         self.gradients: list[Tensor] = []  # [G] each
-        self.leaves: list[Tensor] = []  # of the present block
-        self.asked = 0
+        self.leaves: list[Tensor] = []  # those returned for the current block, [G] each
+        self.asked = 0  # number of requests
 
     def collect(self, logits: Tensor) -> Tensor:
-        """[R, G] -> [G], of which only the gradient has a meaning."""
+        """First pass: add a block's logits, [R, G]. Returns zeros, [G], that only serve to find the loss's gradient."""
         n, self.asked = self.asked, self.asked + 1
         lse = logits.detach().logsumexp(0)
         if n == len(self.lse):
@@ -35,28 +35,28 @@ class ColumnStatistics:
         return self.leaves[n]
 
     def end_block(self, loss: Tensor) -> None:
-        """Add the gradients of the block whose loss this is, weighted and scaled."""
+        """End a block of the first pass: add the gradients of its weighted and scaled loss."""
         if self.leaves:
             for total, grad in zip(self.gradients, torch.autograd.grad(loss, self.leaves), strict=True):
                 total += grad
         self.leaves, self.asked = [], 0
 
     def merge(self) -> None:
-        """Over ranks. Collective."""
+        """End the first pass: combine the statistics of all ranks. Collective."""
         self.lse = [distributed.logsumexp_over_ranks(lse) for lse in self.lse]  # collective
         if distributed.world_size() > 1:
             for grad in self.gradients:
-                dist.all_reduce(grad)  # collective: every rank's loss may use every column
+                dist.all_reduce(grad)  # collective; each rank's loss may use every column
 
     def known(self, logits: Tensor) -> Tensor:
-        """[R, G] -> [G], now that it is known."""
+        """Second pass: the log(sum(exp)) of all rows, [R, G] -> [G], with the gradient for this block's logits."""
         n = self.asked % len(self.lse)
         self.asked += 1
         return _KnownLogSumExp.apply(logits, self.lse[n], self.gradients[n])  # type: ignore[no-untyped-call]
 
 
 class _KnownLogSumExp(torch.autograd.Function):
-    """The logits' gradient follows from all rows' losses, not from this block's alone."""
+    """Returns `lse`; its backward uses `grad`, the gradient of the losses of all rows, not the one of this block."""
 
     @staticmethod
     def forward(ctx, logits, lse, grad):

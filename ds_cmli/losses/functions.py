@@ -1,8 +1,8 @@
-"""The losses, as functions of tensors: nothing here knows of processes, engines or data.
+"""The losses as pure functions of tensors, independent of processes, engines and data.
 
 Shapes: B pairs of this rank, G >= B texts they are compared with, N image patches, M text positions, H hidden size,
-D embedding dimension. Equation numbers are those of the source document. Everything is computed in fp32 whatever the
-inputs' precision, fp64 for fp64.
+D embedding dimension. Equation numbers are those of the source document. Everything is computed in fp32, or in fp64 for
+fp64 inputs.
 """
 
 import math
@@ -12,19 +12,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-MAX_SCALE = 100.0  # of 1/temperature, as in CLIP (Radford et al., 2021)
+MAX_SCALE = 100.0  # the maximum of 1/temperature, as in CLIP (Radford et al., 2021)
 
 
 def upcast(x: Tensor) -> Tensor:
-    """fp32, or fp64 for fp64."""
+    """Cast to fp32; fp64 stays fp64."""
     return x if x.dtype == torch.float64 else x.float()
 
 
 def temperature_scale(logit_scale: Tensor) -> Tensor:
     """exp(logit_scale), at most 100, in fp32.
 
-    The clamp is straight through: above 100 the value stops and the gradient still passes, so a parameter that
-    drifted over the limit can return. A plain clamp has no gradient there and would stay stuck.
+    The clamp is a straight-through one: above 100 the value is constant but the gradient still passes, so a parameter
+    that drifted over the limit can return. A plain clamp has no gradient there, and the parameter would stay stuck.
     """
     x = upcast(logit_scale)
     return (x + (x.clamp(max=math.log(MAX_SCALE)) - x).detach()).exp()
@@ -45,9 +45,9 @@ def contrastive_loss(
         s_t2i: [B, G], the same pairs scored from the text's side (4); the global loss passes one matrix twice.
         logit_scale: one element, ln(1/temperature).
         first: the column that belongs to row 0: row b's text is column first + b.
-        column_logsumexp: [B, G] -> [G], over the images of the whole batch. The default is right where the block
-            is the whole batch; across ranks pass `distributed.column_logsumexp`.
-        ignore: bool [B, G], pairs that are no negatives of each other, see `duplicates`; None: all others are.
+        column_logsumexp: [B, G] -> [G], over the images of the whole batch. The default is right if the block is the
+            whole batch; across ranks pass `distributed.column_logsumexp`.
+        ignore: bool [B, G], images and texts that are no negatives, see `duplicates`; None: there are none.
 
     Returns:
         A scalar. Averaged over ranks it is the loss of the global batch.
@@ -75,7 +75,7 @@ def sigmoid_loss(
         logit_scale: one element, ln(1/temperature).
         bias: one element, b.
         first: the column that belongs to row 0: row b's text is column first + b.
-        positives: bool [B, G], pairs that are positives too, see `duplicates`; None: no others are.
+        positives: bool [B, G], further positives, see `duplicates`; None: there are none.
 
     Returns:
         A scalar. Averaged over ranks it is the loss of the global batch.
@@ -90,11 +90,11 @@ def sigmoid_loss(
 
 
 def duplicates(pair_id: Tensor, all_ids: Tensor, first: int = 0) -> Tensor:
-    """Images and texts of two pairs with the same picture or the same caption, which belong together too: bool [B, G].
+    """Images and texts of different pairs that also match, as the pairs share the picture or the caption: bool [B, G].
 
     Args:
-        pair_id: int64 [B, 2], of the picture and of the caption: equal where these are.
-        all_ids: int64 [G, 2], of all ranks.
+        pair_id: int64 [B, 2], hashes of picture and caption: equal for equal pictures or captions.
+        all_ids: int64 [G, 2], the same of all ranks.
         first: the column that belongs to row 0.
     """
     same = pair_id[:, :1] == all_ids[:, 0]
@@ -104,14 +104,14 @@ def duplicates(pair_id: Tensor, all_ids: Tensor, first: int = 0) -> Tensor:
 
 
 def match_patches(tokens: Tensor, patches: Tensor) -> Tensor:
-    """(2) for the positive pairs: the patch with the highest cosine similarity to each token.
+    """Equation (2) for the positive pairs: the patch with the highest cosine similarity to each token.
 
     Args:
-        tokens: [B, M, D], projected by g. Any length, any float dtype.
-        patches: [B, N, D], projected by the same g: two different random projections match at chance.
+        tokens: [B, M, D], projected by g; of any norm and any float dtype.
+        patches: [B, N, D], projected by the same g: with two different random projections, matches are random.
 
     Returns:
-        int64 [B, M]. The index passes no gradient, so this alone never trains g. Ties go to the lowest patch.
+        int64 [B, M]. The index has no gradient, so this alone never trains g. Ties go to the lowest index.
     """
     with torch.no_grad():
         tokens = F.normalize(upcast(tokens), dim=-1)
@@ -121,17 +121,17 @@ def match_patches(tokens: Tensor, patches: Tensor) -> Tensor:
 
 
 def squared_distance(x: Tensor, y: Tensor, reduction: str) -> Tensor:
-    """||x - y||^2 over the last dimension H: summed as (7) and (9) are written, or averaged as "MSE" usually means.
+    """||x - y||^2 over the last dimension H: the sum, as (7) and (9) are written, or the mean, the usual "MSE".
 
-    The mean is the default of the trainer: the document wants this loss and the contrastive loss to weigh the same,
-    and the sum is H times larger.
+    The trainer uses the mean by default: the document wants this loss and the contrastive loss to weigh the same, and
+    the sum is H times larger.
     """
     square = (upcast(x) - upcast(y)).square()
     return square.mean(-1) if reduction == "mean" else square.sum(-1)
 
 
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean over the valid positions of each row, then over rows: [B, M], bool [B, M] -> scalar; empty rows give 0."""
+    """Mean over the valid positions of each row, then over rows: [B, M], bool [B, M] -> scalar. Empty rows give 0."""
     count = mask.sum(1).clamp(min=1)
     return ((values * mask).sum(1) / count).mean()
 
@@ -144,21 +144,21 @@ def target_cmli_loss(
     token_mask: Tensor,
     reduction: str = "mean",
 ) -> Tensor:
-    """Target-CMLI, (7), (9) and their mean (10).
+    """Target-CMLI: equations (7) and (9), and their mean (10).
 
-    (9) as written averages over N and sums k = 1..N, although k counts text tokens: it is taken over the M_j valid
-    tokens of each text.
+    The document writes (9) as a mean over k = 1..N although k counts text tokens. Here it is the mean over the M_j
+    valid tokens of each text.
 
     Args:
         student_patches: [B, N, H].
         student_tokens: [B, M, H].
         teacher_patches: [B, N, H], the frozen teacher's, already layer-normalised.
-        match: int64 [B, M], `match_patches`: the teacher patch that each token regresses.
-        token_mask: bool [B, M], True = valid: no [CLS], [SEP], [PAD].
-        reduction: over H, see `squared_distance`.
+        match: int64 [B, M] of `match_patches`: the teacher patch that each token regresses.
+        token_mask: bool [B, M], True = valid (not [CLS], [SEP], [PAD]).
+        reduction: "mean" or "sum" over H, see `squared_distance`.
     """
     targets = teacher_patches.gather(1, match[:, :, None].expand(-1, -1, teacher_patches.shape[2]))  # [B, M, H]
-    image = squared_distance(student_patches, teacher_patches, reduction).mean()  # (7): N of each image, then images
+    image = squared_distance(student_patches, teacher_patches, reduction).mean()  # (7): over N patches and B images
     text = masked_mean(squared_distance(student_tokens, targets, reduction), token_mask)  # (9)
     return (image + text) / 2
 
@@ -166,7 +166,7 @@ def target_cmli_loss(
 def cls_distillation_loss(
     student_image: Tensor, student_text: Tensor, teacher_image: Tensor, reduction: str = "mean"
 ) -> Tensor:
-    """Both class tokens regress the teacher's class token: the document's starting point. All [B, H]; mean of both."""
+    """Both class tokens regress the teacher's class token, the document's starting point: all [B, H]; mean of both."""
     image = squared_distance(student_image, teacher_image, reduction).mean()
     text = squared_distance(student_text, teacher_image, reduction).mean()
     return (image + text) / 2

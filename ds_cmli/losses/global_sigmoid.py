@@ -1,4 +1,4 @@
-"""Sigmoid loss on the class tokens, SigLIP (Zhai et al., 2023, algorithm 1)."""
+"""Sigmoid loss on the class tokens, as in SigLIP (Zhai et al., 2023, algorithm 1)."""
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +9,7 @@ from ds_cmli.losses.functions import sigmoid_loss
 
 
 class GlobalSigmoid(Loss):
-    # SigLIP's: a scale of 10, and a bias that lets the many negatives start with a small loss.
+    # SigLIP's initial values: a scale of 10, and a bias with which the many negatives start with a small loss.
     init_temperature, init_bias = 0.1, -10.0
 
     def __init__(self, config: LossConfig):

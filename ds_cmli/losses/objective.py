@@ -1,4 +1,4 @@
-"""What the engine trains: the student, and the weighted sum of the chosen losses with their parameters."""
+"""The module that DeepSpeed's engine trains: the student, and the weighted sum of the chosen losses."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -28,7 +28,7 @@ class Objective(nn.Module):
         self.config = config
         self.student = student
         self.losses = nn.ModuleDict({name: losses.load(name)(config) for name in config.weights})
-        # Texts of other pairs that are no negatives of this rank's images, by the last micro-batch or step.
+        # How many texts of other pairs were no negatives of this rank's images in the last micro-batch or step.
         self.register_buffer("ignored", torch.zeros((), dtype=torch.int64), persistent=False)
         self.width_head: WidthHead | None = None
         if teacher_width is not None and teacher_width != student.width:
@@ -42,34 +42,34 @@ class Objective(nn.Module):
         )
 
     def forward(self, *inputs: Any, part: str = "whole") -> Any:
-        """`whole`, or one of the parts of gradient caching, `embed`, `compare` and `replay`: see these methods.
+        """Call the method `part`: `whole`, or one of `embed`, `compare` and `replay`, the parts of gradient caching.
 
-        They come through one call because under ZeRO-3 parameters are there only inside the engine's forward pass.
+        All go through `forward` because under ZeRO-3 parameters are gathered only inside the engine's forward pass.
         """
         return getattr(self, part)(*inputs)
 
     def whole(self, batch: Batch, targets: Targets | None) -> tuple[Tensor, dict[str, Tensor]]:
-        """The weighted sum of this rank's mean losses (a scalar in fp32), and each of them by name, detached.
+        """The weighted sum of this rank's mean losses (a scalar in fp32), and each loss by name, detached.
 
-        Averaged over ranks both are those of the global batch. Collective.
+        Their means over ranks are the losses of the global batch. Collective.
         """
         inputs = self._inputs(self._features(batch), batch, targets)
         each = {name: loss(inputs) for name, loss in self.losses.items()}  # collectives
         same = vars(inputs).get("duplicates")
-        if same is not None:  # some loss compared pairs
+        if same is not None:  # a loss has compared pairs
             self.ignored.copy_(same.sum())
         total = torch.stack([weight * each[name] for name, weight in self.config.weights.items()]).sum()
         return total, {name: loss.detach() for name, loss in each.items()}
 
     def embed(self, batch: Batch) -> PairFeatures:
-        """What the losses over pairs will see of a micro-batch. Under no_grad: with no graph and no checkpoints."""
+        """The features of a micro-batch for `compare`. Called under no_grad: no graph and no activation checkpoints."""
         return self._pair_features(self._features(batch), batch)
 
     @torch.enable_grad()
     def compare(
         self, cached: list[PairFeatures], device: torch.device, scale: float, heartbeat: Callable[[], None]
     ) -> PairGradients:
-        """The losses over pairs of all micro-batches, as `cached.pair_gradients`. Collective."""
+        """The losses over the pairs of all micro-batches, by `cached.pair_gradients`. Collective."""
         losses: dict[str, Any] = {name: self.losses[name] for name in self.config.weights if LOSSES[name].scores}
         found = pair_gradients(
             losses, self.config.weights, cached, self.score, device, scale, self.config.cmli_scratch_bytes,
@@ -82,12 +82,12 @@ class Objective(nn.Module):
         self, batch: Batch, targets: Targets | None, gradients: PairFeatures, pairs: PairGradients, factor: float,
         accumulation: int,
     ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
-        """As `whole`, of a micro-batch whose losses over pairs are known.
+        """As `whole`, but for a micro-batch whose losses over pairs have been computed by `compare`.
 
         Args:
-            gradients: of its features, times `factor`.
-            pairs: of the step.
-            accumulation: micro-batches of the step, whose gradients will be averaged.
+            gradients: the gradients of its features, times `factor`.
+            pairs: the losses over the pairs of the step.
+            accumulation: number of micro-batches in the step, over which the engine averages gradients.
         """
         features = self._features(batch)
         inputs = self._inputs(features, batch, targets)
@@ -98,7 +98,7 @@ class Objective(nn.Module):
             for name in ("image_cls", "text_cls", "patches", "tokens")
             if getattr(gradients, name) is not None
         ]
-        # Each micro-batch adds the whole gradient of the losses' own parameters: the average over them is that again.
+        # Every micro-batch adds the whole gradient of the losses' parameters, which the average over them then keeps.
         of_parameters = zip(self.pair_parameters(), pairs.parameters, strict=True)
         known += [_KnownGradient.apply(p, gradient, 1.0) for p, gradient in of_parameters if gradient is not None]
         weighted = [self.config.weights[name] * loss for name, loss in each.items()]
@@ -107,7 +107,7 @@ class Objective(nn.Module):
         return total, {name: found[name] for name in self.config.weights}
 
     def pair_parameters(self) -> list[nn.Parameter]:
-        """Of the losses over pairs, which `replay` uses outside their modules."""
+        """The parameters of the losses over pairs, which `replay` uses outside of their modules."""
         compared = [self.losses[name] for name in self.config.weights if LOSSES[name].scores]
         return [p for loss in compared for p in loss.parameters()]
 
@@ -118,7 +118,7 @@ class Objective(nn.Module):
         return Features(*self.student(batch.image, batch.input_ids, batch.attention_mask))
 
     def _pair_features(self, features: Features, batch: Batch, selection: Selection | None = None) -> PairFeatures:
-        """`selection`: of patches and tokens, where it has been made already."""
+        """The `PairFeatures` of a batch; `selection` is that of its patches and tokens if it has been made before."""
         kinds = {LOSSES[name].scores for name in self.config.weights}
         image_cls, text_cls = (features.image_cls, features.text_cls) if "global" in kinds else (None, None)
         patches = tokens = None
@@ -132,13 +132,13 @@ class Objective(nn.Module):
         return PairFeatures(mask, batch.pair_id, image_cls, text_cls, patches, tokens, selection)
 
     def scales(self) -> dict[str, float]:
-        """1/temperature of each loss that has one, by name. CPU-GPU sync; collective where ZeRO-3 partitions them."""
+        """1/temperature of each loss that has one, by name. CPU-GPU sync; collective if ZeRO-3 partitions them."""
         logarithms: dict[str, Any] = {n: x.logit_scale for n, x in self.losses.items() if hasattr(x, "logit_scale")}
         with torch.no_grad(), _whole([*logarithms.values()]):
             return {name: temperature_scale(x).item() for name, x in logarithms.items()}
 
     def score_scales(self) -> dict[str, float]:
-        """The same by the pair scores that a loss compares, "global" or "cmli": of the first loss of each kind."""
+        """1/temperature for each kind of pair scores, "global" or "cmli": that of the first loss that compares them."""
         out: dict[str, float] = {}
         for name, scale in self.scales().items():
             out.setdefault(LOSSES[name].scores, scale)
@@ -146,7 +146,7 @@ class Objective(nn.Module):
 
 
 class _KnownGradient(torch.autograd.Function):
-    """Zero, whose gradient by `x` is `gradient` times `factor`."""
+    """Returns zero; its backward gives `gradient` times `factor` as the gradient of `x`."""
 
     @staticmethod
     def forward(ctx, x, gradient, factor):
@@ -161,7 +161,7 @@ class _KnownGradient(torch.autograd.Function):
 
 
 def _whole(parameters: list[Tensor]) -> AbstractContextManager:
-    """Parameters with all their elements: ZeRO-3 may hold a part alone at any time, after a skipped step for one."""
+    """A context with whole parameters: under ZeRO-3 they may be partitioned at any time, as after a skipped step."""
     if not any(hasattr(p, "ds_id") for p in parameters):
         return nullcontext()
     import deepspeed

@@ -1,4 +1,4 @@
-"""Target-CMLI, equations (5) to (10): each token regresses the teacher's patch that it matches best."""
+"""Target-CMLI, equations (5) to (10) of the source document: each token regresses its best-matching teacher patch."""
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from ds_cmli.losses.functions import match_patches, target_cmli_loss
 class TargetCMLI(Loss):
     def forward(self, inputs: LossInputs) -> Tensor:
         features, project = inputs.features, inputs.student.projection
-        # The index passes no gradient: the projection learns only where an all-pairs loss trains it.
+        # The index has no gradient, so only an all-pairs loss trains the projection.
         with torch.no_grad():
             patches = features.patches
             if self.config.match == "teacher":
