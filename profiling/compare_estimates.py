@@ -126,12 +126,10 @@ def parse_only(only: str | None) -> set[str]:
 
 def plot(folder: Path, rows: list, ours: Any, step: Any) -> str:
     """Draw what there is; the line that says what was drawn."""
-    from ds_cmli.common.plots import matplotlib
+    from ds_cmli.common import plots
     from ds_cmli.memory import charts
 
-    try:
-        matplotlib()
-    except ImportError:
+    if not plots.installed():
         return "no charts: matplotlib is not installed; pip install matplotlib"
     folder.mkdir(parents=True, exist_ok=True)
     drawn = []

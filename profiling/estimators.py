@@ -186,7 +186,10 @@ def summary(found: list[Row]) -> dict[str, dict[str, float]]:
 def command(first: int | None, plot: str | None, json_file: str | None) -> None:
     """Compare memory estimates with measured memory over a fixed list of settings."""
     from ds_cmli.common.cli import check_writable
+    from ds_cmli.common.plots import check_installed
 
+    if plot is not None:
+        check_installed("--plot")
     for file in (plot, json_file):
         if file is not None:
             check_writable(file)
@@ -213,10 +216,7 @@ def command(first: int | None, plot: str | None, json_file: str | None) -> None:
 def draw(found: list[Row], path: Path) -> None:
     from ds_cmli.common.plots import matplotlib
 
-    try:
-        pyplot = matplotlib()
-    except ImportError:
-        raise UserError("--plot needs matplotlib: pip install matplotlib") from None
+    pyplot = matplotlib("--plot")
     figure, axis = pyplot.subplots(figsize=(9, 4), constrained_layout=True)
     order = sorted(found, key=lambda row: row.measured)
     for name in ESTIMATORS:

@@ -41,8 +41,11 @@ def command(snapshots: tuple[str, ...], limit: str | None, expandable_segments: 
 
     Of two snapshots also what holds more and what holds less memory at the second one's peak.
     """
+    from ds_cmli.common.plots import check_installed
     from ds_cmli.memory import gpus
 
+    if plot is not None:
+        check_installed("--plot")
     if len(snapshots) > 2:
         raise UserError(f"{len(snapshots)} snapshots are given: give one, or two to compare")
     divisions = roundup_power2_divisions
@@ -122,8 +125,6 @@ def one(
         if plot is not None and not out:
             try:
                 charts.history(replayed.timeline, path, Path(plot))
-            except ImportError:
-                raise UserError("--plot needs matplotlib: pip install matplotlib") from None
             except (OSError, ValueError) as error:
                 raise UserError(f"--plot is {plot!r}: cannot write it: {error}") from None
         out.append({"values": values, "lines": lines, "holders": at_peak})

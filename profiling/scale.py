@@ -18,6 +18,7 @@ import click  # noqa: E402
 
 from ds_cmli.common.cli import GroupedCommand, check_writable, option, run_command  # noqa: E402
 from ds_cmli.common.errors import UserError  # noqa: E402
+from ds_cmli.common.plots import check_installed  # noqa: E402
 
 PARTS = ("model", "scores", "text", "rest")
 
@@ -38,8 +39,10 @@ PARTS = ("model", "scores", "text", "rest")
 @option("Rates", "--latency", default=10.0, show_default=True, help="Microseconds of a message.")
 @option("Rates", "--ranks-per-node", default=8, show_default=True)
 @option("Output", "--json", "json_path", metavar="FILE", help="The rows, one object each.")
-@option("Output", "--plot", "plot_path", metavar="FILE", help="A picture, where matplotlib is installed.")
+@option("Output", "--plot", "plot_path", metavar="FILE", help="A picture; needs matplotlib.")
 def command(preset: str, settings: tuple[str, ...], json_path: str | None, plot_path: str | None, **given: Any) -> None:
+    if plot_path is not None:
+        check_installed("--plot")
     for name in (json_path, plot_path):
         if name is not None:
             check_writable(name)
@@ -127,11 +130,7 @@ def cells(r: dict[str, Any]) -> list[str]:
 def draw(rows: list[dict[str, Any]], title: str, path: str) -> None:
     from ds_cmli.common.plots import matplotlib
 
-    try:
-        pyplot = matplotlib()
-    except ImportError:
-        click.echo("matplotlib is not installed: no picture", err=True)
-        return
+    pyplot = matplotlib("--plot")
     figure, axes = pyplot.subplots(1, 2, figsize=(12, 5))
     for stage, cached, exchange in sorted({(r["zero_stage"], r["cached"], r["exchange"]) for r in rows}):
         own = [r for r in rows if (r["zero_stage"], r["cached"]) == (stage, cached)]

@@ -11,7 +11,7 @@ from ds_cmli.memory.report import CATEGORIES, Event
 
 def bars(rows: Sequence[Row], path: Path) -> None:
     """Draw the source document's, the true and the measured bytes of each row on a logarithmic axis."""
-    pyplot = matplotlib()
+    pyplot = matplotlib("a chart")
     figure, axis = pyplot.subplots(figsize=(11, 0.55 * len(rows) + 1.6), constrained_layout=True)
     kinds = {"document": "document_bytes", "true": "corrected_bytes", "measured": "measured_bytes"}
     height = 0.8 / len(kinds)
@@ -34,7 +34,7 @@ def timeline(events: Sequence[Event], title: str, path: Path) -> None:
 
     The x axis counts events, not seconds.
     """
-    pyplot = matplotlib()
+    pyplot = matplotlib("a chart")
     before, step = last_step(events)
     live = dict.fromkeys(CATEGORIES, 0)
     for event in before:
@@ -65,7 +65,7 @@ def timeline(events: Sequence[Event], title: str, path: Path) -> None:
 
 def history(points: Sequence[tuple[int, int]], title: str, path: Path) -> None:
     """Draw allocated and reserved bytes after each event of a recorded history; fragmentation is between the two."""
-    pyplot = matplotlib()
+    pyplot = matplotlib("a chart")
     figure, axis = pyplot.subplots(figsize=(11, 5), constrained_layout=True)
     allocated, reserved = ([point[i] / GB for point in points] for i in range(2))
     where = range(len(points))

@@ -48,10 +48,7 @@ def write(runs: Sequence[RunFiles], path: str | Path) -> None:
 
 def curves(runs: Sequence[RunFiles], pattern: str) -> str:
     """The columns of that pattern over the steps as SVG: a colour for each column, a line style for each run."""
-    try:
-        pyplot = matplotlib()
-    except ImportError:
-        raise UserError("the report's curves need matplotlib: pip install matplotlib") from None
+    pyplot = matplotlib("the report, for its curves,")
     columns = dict.fromkeys(
         name for run in runs for line in run.metrics for name in line
         if re.fullmatch(pattern, name) and "chance" not in name

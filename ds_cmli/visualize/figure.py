@@ -21,10 +21,7 @@ def write_figure(panel: Any, path: str | Path) -> None:
     Raises:
         UserError: matplotlib is not installed, or the file cannot be written.
     """
-    try:
-        pyplot = matplotlib()
-    except ImportError:
-        raise UserError("pictures of match maps need matplotlib: pip install matplotlib") from None
+    pyplot = matplotlib("a picture of match maps")
     image = panel.image.permute(1, 2, 0).numpy()  # [S, S, 3]
     words = next(iter(panel.matches.values())).words
     colours = [pyplot.get_cmap("tab20")(i % 20)[:3] for i in range(len(words))]
