@@ -87,7 +87,7 @@ def ending(
     """Build and train inside: if memory runs out, this ends the process. Entering is a collective.
 
     Args:
-        config, ds_config: as `step.build` takes them; the prediction is made of them.
+        config, ds_config: as `engine.build` takes them; the prediction is made of them.
         folder: the run's, the same on every rank. Gets the message and the snapshot, `out_of_memory*`.
         watchdog: is told that speaking takes its time, and then tells the other ranks to leave.
     """

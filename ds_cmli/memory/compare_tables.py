@@ -120,7 +120,7 @@ def whole_step_table(step: WholeStep) -> Table:
     rows += [["  in " + name, *line(name, "phases")[1:]] for name in PHASES]
     total = predicted["totals"]["requested"]
     notes = [
-        f"{step.parameters:,} trained parameters, {step.world_size} rank(s). Categories at the moment of the peak; "
+        f"{step.parameters:,} parameters, {step.world_size} rank(s). Categories at the moment of the peak; "
         "formula and estimator know parameters, gradients and optimizer states only."
     ]
     if measured:
