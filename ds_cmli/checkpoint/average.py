@@ -1,6 +1,6 @@
 """The averaged weights (`optim.ema_decay`) in a checkpoint and in the run's folder: `student_ema.safetensors`.
 
-A checkpoint's file holds every average whole, in fp32, so that any number of ranks and any ZeRO stage goes on with it.
+A checkpoint's file holds all averages unpartitioned in fp32, so that any number of ranks and any ZeRO stage can resume.
 """
 
 from pathlib import Path
@@ -15,18 +15,18 @@ from ds_cmli.engine.master_weights import set_master_weight
 
 
 def full_averages(train_engine: TrainEngine) -> dict[str, Tensor] | None:
-    """As `full_weights` gives the weights, and with the head to the teacher's width; None without them. Collective."""
+    """The averages in `full_weights`'s form, with the head to the teacher's width; None without EMA. Collective."""
     if train_engine.ema is None:
         return None
     with train_engine.ema.as_master_weights():
         full = full_weights(train_engine.objective, train_engine.engine.optimizer, distilled=True)  # collectives
-        for name in full:  # in fp32 on a CPU they are no copies
+        for name in full:  # cloned, because on a CPU in fp32 `full_weights` does not copy
             full[name] = full[name].clone()
     return full
 
 
 def load_averages(checkpoint: Path, train_engine: TrainEngine) -> None:
-    """Those of a verified checkpoint, or without any there the weights themselves. The weights are already loaded."""
+    """Load a verified checkpoint's averages. If it has none, they start as the weights, which are loaded already."""
     ema, path = train_engine.ema, checkpoint / AVERAGE
     if ema is None:
         return

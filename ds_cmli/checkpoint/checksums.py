@@ -1,4 +1,4 @@
-"""Files that are whole or not there: written with their checksum, forced to disk, published by a rename, verified.
+"""Durable, verified files: written with a checksum, synced to disk, and published atomically by a rename.
 
 `checksums.json` lists each file of a folder with its size and SHA-256, and begins with its own SHA-256.
 """
@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import IO, Any
 
 NAME = "checksums.json"
-FORMER_NAME = "manifest.json"  # of checkpoints written before the file was renamed
+FORMER_NAME = "manifest.json"  # the name in older checkpoints
 READ_BYTES = 1 << 20
 
 
 class _Hashing:
-    """The part of a file that writers use; counts and hashes what passes, before the disk can change it."""
+    """A file for writing that counts and hashes the bytes on their way to the disk, which could corrupt them."""
 
     def __init__(self, file: IO[bytes]):
         self.file, self.bytes, self.digest = file, 0, hashlib.sha256()
@@ -37,12 +37,12 @@ class _Hashing:
 
 
 def write_file(path: Path, write: Callable[[Any], Any]) -> dict[str, Any]:
-    """Create `path` by `write(file)`, force it to disk and return its entry for `checksums.json`. Raises OSError."""
+    """Create `path` by `write(file)`, sync it to disk and return its entry for `checksums.json`. Raises OSError."""
     with open(path, "wb") as file:
         hashing = _Hashing(file)
         try:
             write(hashing)
-        except RuntimeError:  # PyTorch's writer raises this instead of the OSError of a full disk
+        except RuntimeError:  # PyTorch's writer raises this in place of the OSError of a full disk
             raise hashing.error or OSError("not written") from None
         file.flush()
         os.fsync(file.fileno())
@@ -50,7 +50,7 @@ def write_file(path: Path, write: Callable[[Any], Any]) -> dict[str, Any]:
 
 
 def publish(path: Path, data: bytes) -> None:
-    """Replace `path` by a file of these bytes, at once and for good: a reader sees the old one or the new one."""
+    """Replace `path` atomically and durably by a file of these bytes: a reader sees either the old or the new one."""
     beside = path.with_name(path.name + ".writing")
     write_file(beside, lambda file: file.write(data))
     os.replace(beside, path)
@@ -58,7 +58,7 @@ def publish(path: Path, data: bytes) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Force a folder's names to disk: a rename is lost in a power cut otherwise."""
+    """Sync a folder's entries to disk; otherwise a power failure can undo a rename."""
     number = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(number)
@@ -67,7 +67,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def write(folder: Path, files: dict[str, dict[str, Any]]) -> None:
-    """Write `checksums.json` of `folder`: files by name, each as `write_file` described it."""
+    """Write `checksums.json` of `folder`; `files` are the entries that `write_file` returned, by file name."""
     write_file(folder / NAME, lambda file: file.write(_text(files).encode()))
     sync_folder(folder)
 
@@ -78,7 +78,7 @@ def _text(files: dict[str, dict[str, Any]]) -> str:
 
 
 def read(folder: Path) -> dict[str, dict[str, Any]]:
-    """The entries of `checksums.json` by file name; raises ValueError with what is wrong with it."""
+    """The entries of `checksums.json` by file name; raises ValueError, which says what is wrong with it."""
     try:
         former = folder / FORMER_NAME
         text = (former if former.is_file() else folder / NAME).read_text()
@@ -93,9 +93,9 @@ def read(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def problem(folder: Path, part: int = 0, parts: int = 1) -> str | None:
-    """What is wrong with `folder`, None where all is as `checksums.json` says.
+    """What is wrong with `folder`; None if all files agree with `checksums.json`.
 
-    With `parts`, every so-many-th file only is read: ranks share the work.
+    Only every `parts`-th file is read, starting with number `part`, so that ranks can share the work.
     """
     try:
         files = read(folder)

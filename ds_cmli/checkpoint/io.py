@@ -1,8 +1,8 @@
-"""Writes and reads DeepSpeed's files of a checkpoint, instead of DeepSpeed's `TorchCheckpointEngine`.
+"""Writing and reading DeepSpeed's checkpoint files, in place of DeepSpeed's `TorchCheckpointEngine`.
 
-Written: with a checksum, forced to disk, and without raising, as one rank that leaves DeepSpeed's `save_checkpoint`
-leaves the others waiting in it. Read: by PyTorch's loader that runs no code from a file; beside tensors and plain
-values it builds only the four classes of DeepSpeed's named here.
+Files are written with a checksum and synced to disk. Errors are recorded, not raised: if one rank left DeepSpeed's
+`save_checkpoint`, the others would wait in it forever. Files are read with PyTorch's `weights_only` loader, which runs
+no code from a file; beside tensors and plain values it builds only the four DeepSpeed classes named here.
 """
 
 from collections.abc import Iterator, Mapping
@@ -23,7 +23,7 @@ DEEPSPEED_CLASSES = [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_addr
 
 
 class NotFinite(Exception):
-    """A tensor to be saved has NaN or inf: the run has diverged, and what was saved before stays."""
+    """A tensor to be saved has NaN or inf: the run has diverged, and the checkpoint before is kept."""
 
 
 def not_finite(value: Any, name: str = "") -> str | None:
@@ -31,14 +31,14 @@ def not_finite(value: Any, name: str = "") -> str | None:
     if isinstance(value, torch.Tensor):
         if not value.is_floating_point() or not value.numel():
             return None
-        least, most = value.detach().aminmax()  # NaN passes through both; no mask of the tensor's size is made
+        least, most = value.detach().aminmax()  # both are NaN if any value is; needs no mask of the tensor's size
         return None if least.isfinite() and most.isfinite() else name
     items = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list | tuple) else ()
     return next((bad_name for key, x in items if (bad_name := not_finite(x, f"{name}.{key}".lstrip(".")))), None)
 
 
 class CheckpointWriter(TorchCheckpointEngine):
-    """Attributes: `files`, size and checksum of each file written; `error`, why one could not be."""
+    """Attributes: `files`, the size and checksum of each file written; `error`, why a file could not be written."""
 
     def __init__(self):
         super().__init__()
@@ -55,11 +55,11 @@ class CheckpointWriter(TorchCheckpointEngine):
         write_tensors(self, state_dict, Path(path))
 
     def load(self, path, map_location=None):
-        return torch.load(path, map_location=map_location, weights_only=True)  # what `no_code` allows, and no more
+        return torch.load(path, map_location=map_location, weights_only=True)  # `no_code` allows DeepSpeed's classes
 
 
 def write_tensors(writer: CheckpointWriter, value: Any, path: Path) -> None:
-    """`torch.save`, noted in `writer`; nothing that is not finite is written."""
+    """`torch.save` that records the file, or the error, in `writer`; a value that is not finite is not written."""
     if writer.error is not None:
         return
     bad = not_finite(value)
@@ -74,7 +74,7 @@ def write_tensors(writer: CheckpointWriter, value: Any, path: Path) -> None:
 
 @contextmanager
 def no_code() -> Iterator[None]:
-    """Files are read without running code from them, also by libraries that ask for it. Does not nest."""
+    """A context in which no library runs code from files that it reads, even if it asks for that. Does not nest."""
     force = environment({"TORCH_FORCE_WEIGHTS_ONLY_LOAD": "1"})
     with force, torch.serialization.safe_globals(DEEPSPEED_CLASSES):
         yield

@@ -1,10 +1,11 @@
-"""Keeps two runs out of one folder by a lock file, which is taken over when its holder has ended.
+"""A lock file that keeps two runs out of one folder. It is taken over when its holder has ended.
 
-It is made by an exclusive open, which is atomic on NFS too, where file locks need a server that has them. Whether its
-process still lives is asked on the same machine and seen from another by the file's age: the holder touches it.
+It is created by an exclusive open, which is atomic on NFS too, where file locks depend on the server. On the same
+machine the operating system says whether the holder is alive. From another machine the file's age shows it, because the
+holder touches the file regularly.
 
-The lock of a holder that is gone is replaced, never removed first: between the two another start could make one. Only
-the process that has made the claim on it, a second file named after its content, may replace it.
+A stale lock is replaced, never removed first, because another start could create one in between. Only the process that
+has created the claim on it, a second file named after its content, may replace it.
 """
 
 import contextlib
@@ -24,16 +25,18 @@ from ds_cmli.common.errors import UserError
 from ds_cmli.distributed import process_group as distributed
 
 NAME = "run.lock"
-TOUCH_SECONDS = 15.0  # seconds between two touches
-LEASE = 180.0  # seconds without a touch until another machine's holder counts as ended; NFS delays up to 60
+TOUCH_SECONDS = 15.0  # between two touches
+LEASE = 180.0  # seconds without a touch after which a holder on another machine counts as ended; NFS delays up to 60 s
 
 
 @contextlib.contextmanager
 def held(folder: Path) -> Iterator[None]:
-    """Rank 0 holds the lock on the run's folder for all ranks. A dry run without a folder takes none. Collective.
+    """A context in which rank 0 holds the lock on the run's folder for all ranks. Collective.
+
+    A dry run, which has no folder, takes no lock.
 
     Raises:
-        UserError: on every rank, where another run holds it.
+        UserError: on every rank, if another run holds the lock.
     """
     lock = Lock(folder)
     error = distributed.broadcast_object(
@@ -63,7 +66,7 @@ class Lock:
         self.ended = threading.Event()
 
     def take(self) -> str | None:
-        """Take the lock; returns None, or the line that says why it cannot be taken."""
+        """Take the lock. Returns None, or the error message if it cannot be taken."""
         try:
             while not self._make(self.path):
                 content, age = self._read(self.path)
@@ -109,11 +112,11 @@ class Lock:
             return holder.get("started") == _started(holder.get("pid"))
         job, restarts = (holder or {}).get("slurm") or (None, None)
         if job and [job, restarts] != self.mine["slurm"] and job == self.mine["slurm"][0]:
-            return False  # an earlier start of this job, which Slurm has ended
+            return False  # an earlier start of this job, which Slurm has ended before this one
         return age < LEASE
 
     def _replace(self, stale: str) -> bool:
-        """Replace the lock of a holder that is gone by this process's; False where another start is doing so."""
+        """Replace the stale lock by this process's own; returns False if another start is doing so."""
         claims, claimed = [], stale
         while True:
             claims.append(self.path.with_name(f"{NAME}.{hashlib.sha256(claimed.encode()).hexdigest()[:16]}"))
@@ -125,7 +128,7 @@ class Lock:
             if self._lives(content, age):
                 return False
             claimed = content  # the process that made the claim has ended too: claim the claim
-        if self._read(self.path)[0] == stale:  # else it was replaced before this claim was made
+        if self._read(self.path)[0] == stale:  # otherwise it was replaced before this claim was made
             made = self.path.with_name(f"{NAME}.{self.mine['token']}")
             self._make(made)
             os.replace(made, self.path)
@@ -178,7 +181,7 @@ def _started(pid: Any) -> str | None:
     try:
         with open(f"/proc/{int(pid)}/stat") as file:
             state, *rest = file.read().rpartition(")")[2].split()
-        return None if state in "ZX" else rest[18]  # a zombie writes nothing any more
+        return None if state in "ZX" else rest[18]  # a zombie cannot write any more
     except (OSError, TypeError, ValueError, IndexError):
         pass
     if os.path.isdir("/proc/self"):

@@ -29,13 +29,13 @@ EMA_DECAY = "optim.ema_decay"
 
 @dataclass
 class ResumePoint:
-    """A verified checkpoint to go on from."""
+    """A verified checkpoint to resume from."""
 
     path: Path
     state: TrainState
     ranks: int  # number of ranks that wrote it
     lines: list[str]  # messages to the user about damaged checkpoints that were skipped
-    resharded: bool = False  # this start divides weights and optimizer states into other files
+    resharded: bool = False  # this start partitions weights and optimizer states differently than the checkpoint
 
     @property
     def same_ranks(self) -> bool:
@@ -48,10 +48,10 @@ class ResumePoint:
 
 
 def find(resume: str, folder: Path) -> ResumePoint | None:
-    """The newest checkpoint that is whole, by `--resume` and the run's folder; None for a fresh start. Collective.
+    """The newest undamaged checkpoint, given `--resume` and the run's folder; None for a fresh start. Collective.
 
     Raises:
-        UserError: on every rank, where the path has no checkpoint, or all of them are damaged.
+        UserError: on every rank, if the path has no checkpoint, or all of them are damaged.
     """
     paths, error = distributed.broadcast_object(  # collective
         _candidates(resume, folder) if distributed.is_main() else None
@@ -60,7 +60,7 @@ def find(resume: str, folder: Path) -> ResumePoint | None:
         raise UserError(error)
     lines: list[str] = []
     for path in paths:
-        # Ranks share the reading; it costs as much as loading.
+        # The ranks share this work: reading all files takes as long as loading them.
         mine = checksums.problem(path, distributed.rank(), distributed.world_size())
         problem = next((p for p in distributed.gather_objects(mine) if p), None)  # collective
         if problem is None:
@@ -73,13 +73,13 @@ def find(resume: str, folder: Path) -> ResumePoint | None:
 
 
 def _candidates(resume: str, folder: Path) -> tuple[list[Path], str | None]:
-    """Checkpoints in the order to try them, or what is wrong with `--resume`."""
+    """The checkpoints in the order in which to try them, and what is wrong with `--resume` or None."""
     of_run = folder / checkpoint.FOLDER
     known = [of_run / name for name in checkpoint.candidates(of_run)]
     if resume == "never":
         return [], None
     if resume == "auto":
-        # A run that started over and ended before its first checkpoint is resumed from the run that it would replace.
+        # A run that started over and ended before its first checkpoint resumes from the run that it was to replace.
         aside = folder / checkpoint.REPLACED / checkpoint.FOLDER
         return known or [aside / name for name in checkpoint.candidates(aside)], None
     path = Path(resume).absolute()
@@ -89,17 +89,18 @@ def _candidates(resume: str, folder: Path) -> tuple[list[Path], str | None]:
         root = path if path.name == checkpoint.FOLDER else path / checkpoint.FOLDER
         paths = [root / name for name in checkpoint.candidates(root)]
     if known and root != of_run.absolute():
-        return known, None  # this run was started from another one before, and has checkpoints since
+        return known, None  # this run was started from another run's checkpoint before, and has its own by now
     return paths, None if paths else f"--resume is {resume!r}: no checkpoint there; give a run's output folder"
 
 
 def rebatch(point: ResumePoint | None, ds_config: DeepSpeedConfig) -> DeepSpeedConfig:
-    """The DeepSpeed JSON with the batch of the run to resume, where the number of ranks has changed, now or before.
+    """The DeepSpeed JSON with the batch of the run to resume, if the number of ranks has changed now or before.
 
-    The global batch stays, and with it the negatives; so does accumulation, which must not stand in for ranks.
+    The global batch and thus the number of negatives stay the same, and so does gradient accumulation: accumulated
+    micro-batches cannot replace ranks, because they do not see each other's negatives.
 
     Raises:
-        UserError: the batch does not divide by the number of ranks.
+        UserError: the batch is not divisible by the number of ranks.
     """
     if point is None or point.batch_as_asked:
         return ds_config
@@ -124,13 +125,13 @@ def state_of(
     say: Callable[[str], None],
     fingerprint: Mapping[str, Any] | None = None,
 ) -> TrainState:
-    """The state to go on from, or a fresh one, with the settings and the batch of this start.
+    """The state to continue from, or a fresh one, with the settings and the batch of this start.
 
     Args:
-        fingerprint: `Data.fingerprint`, compared like settings.
+        fingerprint: `Data.fingerprint`, which is compared like the settings.
 
     Raises:
-        UserError: the run to resume was made with other settings; the differences are listed.
+        UserError: the run to resume had other settings, which the message lists, and `with_changes` is not set.
     """
     now = settings.compared(config, ds_config, fingerprint or {})
     state = TrainState() if point is None else point.state
@@ -150,7 +151,7 @@ def state_of(
             say(f"written by {point.ranks} ranks, read by {distributed.world_size()}: {how}")
         state.rebatched = not point.batch_as_asked
     if point is not None and bool(state.config.get(EMA_DECAY)) != bool(now[EMA_DECAY]):
-        state.best, state.worse_in_row = {}, 0  # results of the averaged weights and of the others are not compared
+        state.best, state.worse_in_row = {}, 0  # results of averaged and of plain weights cannot be compared
     state.sums = torch.zeros(2 + len(config.loss.weights))  # the weighted sum, each loss, and ignored negatives
     state.config, state.digest = now, settings.digest(now)
     state.world_size = distributed.world_size()
@@ -159,7 +160,7 @@ def state_of(
 
 
 def _is_resharded(point: ResumePoint, now: dict[str, Any]) -> bool:
-    """Whether DeepSpeed's files of the checkpoint are not those that this start would write."""
+    """Whether this start would write other DeepSpeed files than those of the checkpoint."""
     sections = ("deepspeed.zero_", "deepspeed.fp16", "deepspeed.bf16", "deepspeed.data_types", "deepspeed.torch_auto")
     before, after = ({k: v for k, v in x.items() if k.startswith(sections)} for x in (point.state.config, now))
     return before != after or (not point.same_ranks and now.get("deepspeed.zero_optimization.stage", 0) != 0)
@@ -168,9 +169,9 @@ def _is_resharded(point: ResumePoint, now: dict[str, Any]) -> bool:
 def load(
     point: ResumePoint | None, state: TrainState, engine: TrainEngine, bad: BadSamples, with_changes: bool
 ) -> None:
-    """Fill the engine, this rank's part of `state`, broken-sample counts and random generators. Collective.
+    """Restore the engine, this rank's part of `state`, counts of bad samples and random generators. Collective.
 
-    Without a checkpoint there is nothing to restore.
+    Without a checkpoint, nothing is restored.
     """
     state.sums = state.sums.to(engine.device)
     if point is None:
@@ -194,7 +195,7 @@ def _load_engine(point: ResumePoint, train_engine: TrainEngine, with_changes: bo
         if point.resharded:
             converted = universal.convert(path, train_engine.names)  # collective
             universal.load(train_engine, converted)  # collectives
-            distributed.gather_objects(None)  # collective: all have read it
+            distributed.gather_objects(None)  # collective: all ranks have read it
             if distributed.is_main():
                 universal.remove(converted)
         else:
@@ -210,7 +211,7 @@ def _load_engine(point: ResumePoint, train_engine: TrainEngine, with_changes: bo
             raise UserError(f"{path}: its {bad} is not finite: give an earlier checkpoint by --resume PATH")
     except UserError:
         raise
-    except Exception as error:  # libraries raise anything where shapes or names differ, on all ranks alike
+    except Exception as error:  # libraries raise any exception if shapes or names differ, and do so on all ranks
         reason = refused_code(error) or (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(
             f"{path}: does not fit the model and the optimizer of this start: {reason}: give the run's own settings, "
@@ -219,7 +220,7 @@ def _load_engine(point: ResumePoint, train_engine: TrainEngine, with_changes: bo
 
 
 def _apply_rates(engine: Any, fresh: list[dict[str, Any]]) -> None:
-    """Apply changed learning rates, weight decay and the like, which loading the checkpoint has overwritten."""
+    """Apply this start's learning rates, weight decay and so on, which loading the checkpoint has overwritten."""
     schedule = engine.lr_scheduler
     for group, new in zip(engine.optimizer.param_groups, fresh, strict=True):
         group.update({k: v for k, v in new.items() if k != "lr"})

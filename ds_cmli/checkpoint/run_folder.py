@@ -1,4 +1,4 @@
-"""The folder of a run: its name, what a start makes in it, and the run before that it may replace."""
+"""The folder of a run: its name, its creation, and an earlier run in it that a new run may replace."""
 
 import itertools
 import json
@@ -20,7 +20,7 @@ from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.schema import Config
 from ds_cmli.distributed import process_group as distributed
 
-OF_A_RUN = (metrics.METRICS, "config.json", *TRACKERS)  # trackers have a folder by their name
+OF_A_RUN = (metrics.METRICS, "config.json", *TRACKERS)  # each tracker has a folder of its name
 
 
 def make(config: Config, resume: str, dry_run: bool) -> Path:
@@ -34,11 +34,11 @@ def make(config: Config, resume: str, dry_run: bool) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "metrics.jsonl").touch()
         if distributed.is_main():
-            (folder / mark).write_bytes(bytes(2**16))  # as much as a run writes there first: the disk may be full
+            (folder / mark).write_bytes(bytes(2**16))  # as much as a run writes at first, to detect a full disk
     except OSError as caught:
         error = f"--output-dir is {str(folder)!r}: cannot write there: {caught.strerror}"
     try:
-        distributed.raise_together(error)  # collective: the mark is there
+        distributed.raise_together(error)  # collective: afterwards the mark exists
         seen = distributed.gather_objects((folder / mark).exists())  # collective
     finally:
         if distributed.is_main():
@@ -52,7 +52,7 @@ def make(config: Config, resume: str, dry_run: bool) -> Path:
 
 
 def _named(resume: str, output_dir: str) -> str:
-    """Where the run is written: `--output-dir`, or else the folder of the run that `--resume PATH` names."""
+    """The folder that the user names: `--output-dir`, or else that of the run in `--resume PATH`; "" if neither is."""
     if output_dir or resume in ("auto", "never"):
         return output_dir
     path = Path(resume).absolute()
@@ -62,14 +62,14 @@ def _named(resume: str, output_dir: str) -> str:
 
 
 def _missing(folder: Path) -> list[Path]:
-    """The file and the folders that creating the run's folder will add, the innermost first."""
+    """The metrics file and the folders that do not exist yet and will be created, innermost first."""
     with suppress(OSError):
         return [path for path in (folder / metrics.METRICS, folder, *folder.parents) if not path.exists()]
     return []
 
 
 def _make(base: Path, named: bool) -> tuple[Path, list[Path]]:
-    """Create the run's folder; returns it and what was created. A folder that the user has not `named` must be new."""
+    """Create the run's folder; returns it and all new paths. A folder that the user has not `named` must be new."""
     for number in itertools.count(1):
         folder = base if number == 1 else base.with_name(f"{base.name}.{number}")
         new = _missing(folder)
@@ -85,16 +85,17 @@ def _make(base: Path, named: bool) -> tuple[Path, list[Path]]:
 
 
 def _remove(paths: list[Path]) -> None:
-    """Files and empty folders; what cannot be removed stays."""
+    """Remove files and empty folders; errors are ignored."""
     for path in paths:
         with suppress(OSError):
             path.rmdir() if path.is_dir() else path.unlink()
 
 
 def requeued(resume: str, folder: Path) -> str:
-    """`--resume` as it is to be understood by a Slurm job that starts again with the same command line.
+    """The value of `--resume` to use, which differs from the given one if Slurm has requeued this job.
 
-    Where the job has saved before, "never" and the path of another checkpoint are done with: it goes on by "auto".
+    A requeued job starts with the same command line. If it has saved before, "never" or the path of another checkpoint
+    have been followed already, and it must resume with "auto".
     """
     env = os.environ
     if env.get("SLURM_RESTART_COUNT", "0") == "0" or not checkpoint.names(folder / checkpoint.FOLDER):
@@ -107,9 +108,9 @@ def requeued(resume: str, folder: Path) -> str:
 
 
 def settle(resume: str, point: ResumePoint | None, folder: Path, config: Config, ds_config: DeepSpeedConfig) -> None:
-    """Make the run's folder agree with where the run goes on: what a later step left there must not count again.
+    """Make the run's folder agree with the step at which the run continues: records of later steps are removed.
 
-    Collective; raises `UserError` on every rank where it cannot be written.
+    Collective; raises `UserError` on every rank if the folder cannot be written.
     """
     error = None
     if distributed.is_main():
@@ -147,9 +148,9 @@ def _settle(resume: str, point: ResumePoint | None, folder: Path, config: Config
 
 
 def _set_aside(folder: Path, aside: Path) -> None:
-    """Move a run out of the way of one that starts over: the first checkpoint of the new one removes it."""
+    """Move an earlier run aside for one that starts over; the first checkpoint of the new run removes it."""
     root, kept = folder / checkpoint.FOLDER, aside / checkpoint.FOLDER
-    if kept.exists() and not checkpoint.names(root):  # started over before, and ended without a checkpoint
+    if kept.exists() and not checkpoint.names(root):  # the last run also started over, and has no checkpoint
         for name in (*OF_A_RUN, checkpoint.FOLDER):
             checkpoint.remove(folder / name)
         return
@@ -160,14 +161,14 @@ def _set_aside(folder: Path, aside: Path) -> None:
         for name in OF_A_RUN:
             if (folder / name).exists() and not (aside / name).exists():
                 os.replace(folder / name, aside / name)
-        os.replace(root, kept)  # last: without it what lies there belongs to the run in `folder`
+        os.replace(root, kept)  # last, because until then the files moved aside still belong to the run in `folder`
         checksums.sync_folder(aside)
         checksums.sync_folder(folder)
     checkpoint.remove(root)
 
 
 def _put_back(folder: Path, aside: Path) -> None:
-    """Undo `_set_aside`, also when it, or this function, was interrupted halfway."""
+    """Undo `_set_aside`, even if it or this function was interrupted halfway."""
     for name in (*OF_A_RUN, checkpoint.FOLDER):
         if (aside / name).exists():
             checkpoint.remove(folder / name)

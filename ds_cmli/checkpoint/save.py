@@ -1,9 +1,9 @@
-"""Checkpoints: when one is due, written beside the last, published by a rename; and which there are.
+"""Checkpoints: deciding when one is due, writing it beside the last one, publishing it by a rename, and listing them.
 
 `checkpoint/stepN/` holds DeepSpeed's files, `state.json` and `rank-R.pt` (`TrainState`), `student_ema.safetensors` of a
-run with averaged weights, and `checksums.json`. `checkpoint/latest` names the newest checkpoint that is complete; until
-that file is replaced the one before counts. What is not complete ends in `.writing`. A folder `stepN.K` is a later
-checkpoint of the same step.
+run with averaged weights, and `checksums.json`. `checkpoint/latest` names the newest complete checkpoint; until that
+file is replaced, the checkpoint before is the valid one. Names of incomplete files and folders end in `.writing`. A
+folder `stepN.K` is a later checkpoint of the same step.
 """
 
 import json
@@ -29,16 +29,16 @@ from ds_cmli.engine import TrainEngine
 FOLDER = "checkpoint"
 LATEST = "latest"  # DeepSpeed's name, so that its tools find the newest checkpoint too
 WRITING = ".writing"
-REPLACED = "replaced"  # holds the run before, where one starts over in its folder, until it has a checkpoint itself
-BYTES_PER_PARAMETER = 24  # at most: weights, fp32 copy and two moments, and the student once more
-BYTES_OF_AVERAGE = 8  # of each parameter: in the checkpoint and beside the student
-BEST_WEIGHTS = "student-best.safetensors"  # of the best evaluation, with `run.keep_best`
-MARGIN = 1.1  # of the space needed
+REPLACED = "replaced"  # holds the earlier run while a run that starts over in its folder has no checkpoint yet
+BYTES_PER_PARAMETER = 24  # upper bound: weights, fp32 copy and two moments, and the student's file
+BYTES_OF_AVERAGE = 8  # bytes per parameter for the averages: in the checkpoint and beside the student's file
+BEST_WEIGHTS = "student-best.safetensors"  # the student of the best evaluation, with `run.keep_best`
+MARGIN = 1.1  # a checkpoint needs this many times its expected size of free space
 
 
 @dataclass
 class Saved:
-    """What became of a checkpoint: `error` says why there is none."""
+    """The result of saving a checkpoint; `error` says why it was not saved."""
 
     name: str
     seconds: float
@@ -53,26 +53,26 @@ class Saved:
 
 
 class Checkpoints:
-    """The checkpoints of a run in `folder`: when one is due, and which state the last one holds."""
+    """The checkpoints of the run in `folder`: tells when one is due and which state the last one holds."""
 
     def __init__(self, folder: Path, engine: TrainEngine, settings: RunConfig, state: TrainState):
         self.folder, self.engine, self.settings = folder, engine, settings
         self.saved, self.saved_at = self._mark(state), time.monotonic()
 
     def due(self) -> bool:
-        """Whether by this rank's clock one is due."""
+        """Whether a checkpoint is due by this rank's clock."""
         return 0 < 60 * self.settings.save_minutes < time.monotonic() - self.saved_at
 
     def asked_for_by_the_evaluation(self, state: TrainState) -> bool:
-        """Whether the evaluation just done ends the run, or has found the best result, whose checkpoint is kept."""
+        """Whether the last evaluation ends the run, or has found the best result so far, whose checkpoint is kept."""
         return state.out_of_patience(self.settings.patience) or (self.settings.keep_best and state.is_best)
 
     def holds(self, state: TrainState) -> bool:
-        """Whether `state` is that of the last checkpoint, or that of the start."""
+        """Whether `state` has been saved: it is that of the last checkpoint, or that of the start."""
         return self.saved == self._mark(state)
 
     def save(self, state: TrainState) -> Saved:
-        """Collective."""
+        """Save a checkpoint of `state`. Collective."""
         keep_best = self.settings.keep_best
         saved = save(self.folder, self.engine, state, self.settings.keep, keep_best)  # collectives
         if saved.error is None:
@@ -81,7 +81,7 @@ class Checkpoints:
         return saved
 
     def diverged(self, what: str, state: TrainState) -> str:
-        """The line a diverged run ends with: its first bad step, and what is left from before."""
+        """The error message of a diverged run, with its first bad step and the last good checkpoint."""
         first = state.step - max(0, state.skipped_in_row - 1)
         root = self.folder / FOLDER
         good = latest(root)
@@ -92,7 +92,7 @@ class Checkpoints:
         )
 
     def closing_lines(self, state: TrainState) -> list[str]:
-        """What to say of a run that is at its end; raises `UserError` where its last checkpoint is missing."""
+        """The lines to print at the end of a run; raises `UserError` if its last checkpoint is missing."""
         if not self.holds(state):
             raise UserError(f"the last checkpoint could not be written: free some space and start {self.folder} again")
         best = state.best
@@ -111,7 +111,7 @@ class Checkpoints:
 
 
 def step_of(name: str) -> int:
-    """Of a checkpoint by its name."""
+    """The step of a checkpoint, from its name."""
     return int(name.removeprefix("step").partition(".")[0])
 
 
@@ -126,7 +126,7 @@ def names(root: Path) -> list[str]:
 
 
 def latest(root: Path) -> str | None:
-    """The checkpoint that counts; None where none has been published, or the pointer cannot be read."""
+    """The checkpoint that `latest` names; None if none has been published, or the file cannot be read."""
     try:
         name = (root / LATEST).read_text().strip()
     except (OSError, UnicodeDecodeError):
@@ -135,7 +135,7 @@ def latest(root: Path) -> str | None:
 
 
 def candidates(root: Path) -> list[str]:
-    """Which checkpoints to try, in order: the published one, then older ones; without a pointer all of them."""
+    """The checkpoints to try, in order: that of `latest` and older ones, newest first; all if there is no `latest`."""
     known, newest = names(root), latest(root)
     return (known if newest is None else known[: known.index(newest) + 1])[::-1]
 
@@ -143,7 +143,7 @@ def candidates(root: Path) -> list[str]:
 def save(folder: Path, engine: TrainEngine, state: TrainState, keep: int, keep_best: bool = False) -> Saved:
     """Write and publish a checkpoint of the run in `folder`, and its `student.safetensors`. Collective.
 
-    A full disk or any other failure to write, on any rank, leaves what was published before as it was.
+    If writing fails on any rank, for instance on a full disk, the files published before are unchanged.
     """
     started = time.monotonic()
     root = folder / FOLDER
@@ -165,13 +165,13 @@ def save(folder: Path, engine: TrainEngine, state: TrainState, keep: int, keep_b
             remove(writing)
             for weights in (WEIGHTS, AVERAGE, BEST_WEIGHTS):
                 (folder / (weights + WRITING)).unlink(missing_ok=True)
-    refusal = distributed.broadcast_object(refusal)  # collective: nobody goes on, or ends, before it is published
+    refusal = distributed.broadcast_object(refusal)  # collective: no rank continues or ends before it is published
     size = 0 if refusal else sum(file["bytes"] for file in files.values())
     return Saved(name, time.monotonic() - started, size, refusal, not_finite)
 
 
 def _prepare(root: Path, engine: TrainEngine, number: int) -> tuple[str, str | None]:
-    """A name that is free, and why nothing can be written, if so. What was left half written goes."""
+    """Remove incomplete checkpoints and make the new folder; returns a free name, and the error or None."""
     known = names(root)
     name = first = f"step{number}"
     again = 0
@@ -193,7 +193,7 @@ def _prepare(root: Path, engine: TrainEngine, number: int) -> tuple[str, str | N
 
 
 def _expected_bytes(root: Path, engine: TrainEngine) -> int:
-    """Of the next checkpoint: as many as the last one, or an estimate from the number of parameters."""
+    """The size of the next checkpoint: that of the last one, or an estimate from the number of parameters."""
     newest = latest(root)
     if newest is not None:
         try:
@@ -207,16 +207,19 @@ def _expected_bytes(root: Path, engine: TrainEngine) -> int:
 def _write(
     folder: Path, writing: Path, train_engine: TrainEngine, state: TrainState
 ) -> tuple[dict[str, dict[str, Any]], str | None, bool]:
-    """Every file of a checkpoint, and `student.safetensors` beside the old one. Collective; raises on no rank alone.
+    """Write the files of a checkpoint, and `student.safetensors` beside the old one.
 
-    Returns sizes and checksums of the files of all ranks, why it failed, if it did, and whether for a tensor.
+    Collective; a failure to write does not raise, as then one rank alone would leave.
+
+    Returns:
+        Sizes and checksums of the files of all ranks, the error or None, and whether a tensor was not finite.
     """
     from ds_cmli.checkpoint.io import CheckpointWriter, NotFinite, not_finite, write_tensors
 
     writer = CheckpointWriter()
     engine = train_engine.engine
     engine.checkpoint_engine = writer
-    bad = not_finite(parts(engine))  # of ZeRO-3's 16-bit weights no file holds a copy
+    bad = not_finite(parts(engine))  # checked here, because no file holds ZeRO-3's 16-bit weights
     if bad is not None:
         writer.error = NotFinite(f"the weight {bad}")
     with patched("deepspeed: recovery script", lambda _: lambda self, path: None):
@@ -242,28 +245,28 @@ def _write(
 
 
 def _write_weights(path: Path, weights: dict[str, Any]) -> dict[str, Any]:
-    data = to_safetensors(weights, metadata={"format": "pt"})  # one key: with more, their order is random
+    data = to_safetensors(weights, metadata={"format": "pt"})  # with more keys, their order would be random
     return checksums.write_file(path, lambda file: file.write(data))
 
 
 def _publish(folder: Path, root: Path, name: str, keep: int, best: int | None) -> None:
-    """Make the checkpoint written beside count, then remove old ones; `best`: the step of one that stays."""
+    """Publish the checkpoint that has been written, then remove old ones; `best` is the step of one that is kept."""
     os.replace(root / (name + WRITING), root / name)
     checksums.sync_folder(root)
     os.replace(folder / (WEIGHTS + WRITING), folder / WEIGHTS)
     if (folder / (AVERAGE + WRITING)).is_file():
         os.replace(folder / (AVERAGE + WRITING), folder / AVERAGE)
     else:
-        (folder / AVERAGE).unlink(missing_ok=True)  # of a run before, or of this one before its settings changed
+        (folder / AVERAGE).unlink(missing_ok=True)  # from an earlier run, or from before a change of settings
     if best == step_of(name):
-        # The best result is that of the averaged weights where there are such.
+        # With averaged weights, the best result is theirs.
         evaluated = AVERAGE if (folder / AVERAGE).is_file() else WEIGHTS
         shutil.copyfile(folder / evaluated, folder / (BEST_WEIGHTS + WRITING))
         os.replace(folder / (BEST_WEIGHTS + WRITING), folder / BEST_WEIGHTS)
     checksums.sync_folder(folder)
     before = candidates(root)
     checksums.publish(root / LATEST, name.encode())
-    # Those after the one published before belong to a branch that a resume from an older one has left.
+    # Checkpoints newer than the one published before are left over from before a resume from an older one.
     kept = {name, *[n for n in before if n != name][: keep - 1]}
     kept |= {*[n for n in (name, *before) if step_of(n) == best][:1]}
     for other in names(root):

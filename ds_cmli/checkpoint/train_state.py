@@ -1,4 +1,4 @@
-"""The state of a run beside the engine's: what it is, how a checkpoint holds it, and how other ranks take it over."""
+"""The state of a run that is not the engine's: its fields, its form in a checkpoint, and changes of the rank count."""
 
 import json
 import random
@@ -20,41 +20,41 @@ OF_RANK = ("sums", "micro_batches", "bad_count", "bad_first", "generators")  # t
 
 @dataclass
 class TrainState:
-    """Everything beside the engine that the next step depends on.
+    """Everything that the next step depends on except the engine's state.
 
     DeepSpeed's files hold the rest: weights and temperatures with their fp32 copies, optimizer, loss scale and learning
-    rate schedule. Sampler, broken samples and random generators are held by others; `capture` and `put_back` move
-    their state in here before a checkpoint and out of here after one was read.
+    rate schedule. Sampler, bad samples and random generators are kept elsewhere; `capture` copies their state here
+    before a checkpoint is saved, and `put_back` restores the latter two after one was read.
     """
 
     # The same on every rank: `state.json` of a checkpoint.
-    step: int = 0  # optimizer steps done, skipped ones included; TensorBoard's step too
+    step: int = 0  # optimizer steps done, skipped ones included; also TensorBoard's step
     sampler: dict[str, int] = field(default_factory=dict)  # `GlobalBatchSampler.state_dict()`: epoch and position
     evaluated: bool = True  # False: the evaluation due at `step` is still to be done
     best: dict[str, Any] = field(default_factory=dict)  # `{"metric", "value", "step", "pairs", "chance"}`
     worse_in_row: int = 0  # evaluations since the best one
-    skipped_in_row: int = 0  # steps skipped for values that were not finite, up to now
+    skipped_in_row: int = 0  # how many of the last steps in a row were skipped for values that were not finite
     world_size: int = 1
     train_batch_size: int = 0  # pairs of an optimizer step, over all ranks
     accumulation: int = 1
-    rebatched: bool = False  # the number of ranks has changed since: micro-batches are then not those asked for
+    rebatched: bool = False  # the number of ranks has changed, so micro-batches are not those of the settings
     config: dict[str, Any] = field(default_factory=dict)  # what `settings.py` compares at resume
     digest: str = ""  # of `config`
 
-    # Of each rank: its `rank-R.pt`, plain values and tensors only.
-    sums: Tensor = field(default_factory=lambda: torch.zeros(0))  # fp32, of each loss and ignored negatives
-    micro_batches: int = 0  # since the last logged step, which `sums` adds up
+    # Different on each rank: `rank-R.pt` of a checkpoint, plain values and tensors only.
+    sums: Tensor = field(default_factory=lambda: torch.zeros(0))  # fp32: weighted sum, each loss, ignored negatives
+    micro_batches: int = 0  # number of micro-batches since the last logged step, over which `sums` adds up
     bad_count: int = 0  # samples that could not be used
     bad_first: list[Bad] = field(default_factory=list)
     generators: dict[str, Any] = field(default_factory=dict)
 
     @property
     def is_best(self) -> bool:
-        """Whether the best result is that of this step."""
+        """Whether the best result was found at this step."""
         return self.best.get("step") == self.step
 
     def count_evaluation(self) -> None:
-        """After `best` was brought up to date."""
+        """Record an evaluation; called after `best` was updated."""
         self.evaluated, self.worse_in_row = True, 0 if self.is_best else self.worse_in_row + 1
 
     def out_of_patience(self, patience: int) -> bool:
@@ -64,16 +64,16 @@ class TrainState:
         return {name: value for name, value in vars(self).items() if name not in OF_RANK}
 
     def of_rank(self) -> dict[str, Any]:
-        """CPU-GPU sync."""
+        """The fields of this rank. CPU-GPU sync."""
         return {name: getattr(self, name) for name in OF_RANK} | {"sums": self.sums.cpu()}
 
     def capture(self, sampler: GlobalBatchSampler, bad: BadSamples) -> None:
-        """Take in what changes outside, before a checkpoint. CPU-GPU sync."""
+        """Copy the state that is kept elsewhere, before a checkpoint. CPU-GPU sync."""
         self.sampler, self.generators = sampler.state_dict(), generators()
         self.bad_count, self.bad_first = bad.count, list(bad.first)
 
     def put_back(self, of_rank: dict[str, Any], bad: BadSamples) -> None:
-        """Go on from what `of_rank` returned. Last of all: nothing that follows may draw random numbers."""
+        """Restore what `of_rank` returned. Called last: nothing from here to the next step may draw random numbers."""
         device, losses = self.sums.device, len(self.sums)
         vars(self).update(of_rank)
         self.sums = self.sums.to(device)
@@ -84,9 +84,9 @@ class TrainState:
 
 
 def read_shared(path: Path) -> TrainState:
-    """The shared part of a verified checkpoint; raises `UserError` where another version wrote fields unknown here."""
+    """Read the shared part of a verified checkpoint; raises `UserError` if it has fields of another version."""
     values = json.loads((path / STATE).read_text())
-    if "cut" in values:  # the former name
+    if "cut" in values:  # the former name of `rebatched`
         values["rebatched"] = values.pop("cut")
     unknown = sorted({*values} - {*TrainState().shared()})
     if unknown:
@@ -98,7 +98,7 @@ def read_shared(path: Path) -> TrainState:
 
 
 def read_of_rank(path: Path, rank: int) -> dict[str, Any]:
-    """The part of one of the ranks that wrote the checkpoint; raises `UserError` as `read_shared`."""
+    """Read the part of one of the ranks that wrote the checkpoint; raises `UserError` as `read_shared` does."""
     values = torch.load(path / f"rank-{rank}.pt", map_location="cpu", weights_only=True)
     unknown = sorted({*values} - {*OF_RANK})
     if unknown:
@@ -107,7 +107,7 @@ def read_of_rank(path: Path, rank: int) -> dict[str, Any]:
 
 
 def generators() -> dict[str, Any]:
-    """The state of every random generator of this process, as plain values and tensors. CPU-GPU sync."""
+    """The states of all random generators of this process, as plain values and tensors. CPU-GPU sync."""
     name, keys, *rest = np.random.get_state(legacy=True)
     state = {
         "python": random.getstate(),
@@ -129,10 +129,10 @@ def restore_generators(state: dict[str, Any]) -> None:
 
 
 def redistribute(ranks: list[dict[str, Any]], rank: int, world_size: int, seed: int) -> dict[str, Any]:
-    """This rank's part of the state, out of the parts that another number of ranks left.
+    """This rank's part of the state, computed from the parts that another number of ranks saved.
 
-    Averaged over the new ranks, `sums` give what they gave over the former ones; counts go to rank 0, as only their sum
-    is used. A rank that existed before goes on with its random generators, a new one starts from its rank and `seed`.
+    The mean of `sums` over the new ranks equals that over the former ranks. Counts go to rank 0, because only their sum
+    is used. A rank that existed before continues its random generators; a new one seeds them with its rank and `seed`.
     """
     part = {"sums": torch.stack([r["sums"] for r in ranks]).mean(0), "micro_batches": ranks[0]["micro_batches"]}
     part["bad_count"] = sum(r["bad_count"] for r in ranks) if rank == 0 else 0

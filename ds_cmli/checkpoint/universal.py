@@ -1,9 +1,9 @@
 """A checkpoint for another number of ranks, another ZeRO stage or another precision: DeepSpeed's universal checkpoint.
 
 ZeRO partitions fp32 weights and optimizer states, each stage differently. The universal form holds them complete,
-in `zero/NAME/{fp32,exp_avg,exp_avg_sq,step}.pt` for each parameter. DeepSpeed converts what ZeRO wrote and loads into
-ZeRO; what was written without ZeRO is converted here, and an engine without ZeRO is filled here. The conversion needs
-about the checkpoint's space once more, until it has been loaded.
+in `zero/NAME/{fp32,exp_avg,exp_avg_sq,step}.pt` for each parameter. DeepSpeed converts checkpoints of ZeRO and loads
+into ZeRO. This module converts checkpoints without ZeRO, and loads into an engine without ZeRO. Until it has been
+loaded, the universal form takes about the same disk space as the checkpoint.
 """
 
 import argparse
@@ -24,20 +24,20 @@ from ds_cmli.distributed import process_group as distributed
 from ds_cmli.engine import TrainEngine
 
 CONVERTED = "universal.writing"  # the next checkpoint removes incomplete and left-over conversions
-SHARED = "shared.pt"  # what is the same for all parameters, see `_shared`
+SHARED = "shared.pt"  # the state that is not of single parameters, see `_write_shared`
 MOMENTS = ("exp_avg", "exp_avg_sq")
-SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # of a dynamic loss scale
+SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # the state of a dynamic loss scaler
 COUNTERS = ("global_steps", "global_samples", "skipped_steps")
 
 
 def convert(checkpoint: Path, names: list[list[str]]) -> Path:
-    """Write the universal form of a verified checkpoint and return its folder. Collective; rank 0 works.
+    """Write the universal form of a verified checkpoint and return its folder. Collective; only rank 0 writes.
 
     Args:
-        names: of the parameters, in the order of the optimizer's groups.
+        names: the names of the parameters in each of the optimizer's groups.
 
     Raises:
-        UserError: on every rank, where it cannot be written.
+        UserError: on every rank, if it cannot be written.
     """
     converted = checkpoint.parent / CONVERTED / checkpoint.name
     error = distributed.broadcast_object(
@@ -52,7 +52,7 @@ def _convert(checkpoint: Path, converted: Path, names: list[list[str]]) -> str |
     from deepspeed.checkpoint import ds_to_universal
 
     remove(converted)
-    # DeepSpeed reads paths as glob patterns: the links have names without brackets and other special characters.
+    # DeepSpeed uses paths as glob patterns, so it is given links whose names have no special characters.
     plain = Path(tempfile.mkdtemp())
     (plain / "from").symlink_to(checkpoint.absolute())
     (plain / "to").symlink_to(converted.absolute())
@@ -73,7 +73,7 @@ def _convert(checkpoint: Path, converted: Path, names: list[list[str]]) -> str |
                 ds_to_universal.main(arguments)
                 _reshape(converted)
                 optimizer = _load(converted / "zero" / "optimizer_state.pt")
-                inner = optimizer.get("optimizer_state_dict", {"state": {}})  # stage 3's alone has it
+                inner = optimizer.get("optimizer_state_dict", {"state": {}})  # only stage 3 has it
                 step = inner["state"].get(0, {}).get("step")
                 if step is None:
                     step = _load(converted / "zero" / names[0][0] / "step.pt")
@@ -97,7 +97,7 @@ def _load(path: Path) -> Any:
 
 
 def _reshape(converted: Path) -> None:
-    """Give tensors their shapes: DeepSpeed writes flat ones for stage 3, which its stages 1 and 2 cannot load."""
+    """Restore the tensors' shapes: for stage 3 DeepSpeed writes flat tensors, which its stages 1 and 2 cannot load."""
     for group in _load(sorted(converted.glob("*model_states.pt"))[0]).get("param_shapes") or ():
         for name, shape in group.items():
             for key in ("fp32", *MOMENTS):
@@ -108,7 +108,7 @@ def _reshape(converted: Path) -> None:
 
 
 def _write_shared(converted: Path, groups: list[dict[str, Any]], scale: dict[str, Any], step: Any) -> None:
-    """`SHARED`, and the files with the same content that DeepSpeed's loaders look for."""
+    """Write `SHARED`, and the files with the same content that DeepSpeed's loaders expect."""
     import deepspeed
 
     model = _load(sorted(converted.glob("*model_states.pt"))[0])
@@ -135,12 +135,12 @@ def _write_shared(converted: Path, groups: list[dict[str, Any]], scale: dict[str
 def _convert_without_zero(
     checkpoint: Path, converted: Path, names: list[list[str]]
 ) -> tuple[list[dict[str, Any]], dict[str, Any], Any]:
-    """The parameters' files of a checkpoint without ZeRO; returns parameter groups, loss scale and step."""
+    """Write the parameters' files for a checkpoint without ZeRO; returns parameter groups, loss scale and step."""
     file = checkpoint / "mp_rank_00_model_states.pt"
     saved = _load(file)
     module, optimizer = saved["module"], saved["optimizer"]
     inner = optimizer.get("optimizer_state_dict", optimizer)
-    if "fp32_groups_flat" in optimizer:  # a tensor for a whole group
+    if "fp32_groups_flat" in optimizer:  # one flat tensor for each group
         members, masters = names, list(optimizer["fp32_groups_flat"])
     else:
         members = [[name] for group in names for name in group]
@@ -161,7 +161,7 @@ def _convert_without_zero(
 
 
 def load(step: TrainEngine, converted: Path) -> None:
-    """Fill the engine from a universal checkpoint. Collective."""
+    """Load a universal checkpoint into the engine. Collective."""
     engine, optimizer = step.engine, step.engine.optimizer
     with no_code():
         shared = _load(converted / SHARED)
@@ -170,11 +170,12 @@ def load(step: TrainEngine, converted: Path) -> None:
         else:
             _load_without_zero(step, converted)
     # DeepSpeed's loader for stage 3 (0.19.8) gives all groups the settings of the first, and thus weight decay to
-    # those that must have none, and all parameters one shared step counter, which then counts each update many times.
+    # groups that must have none. It also gives all parameters one shared step counter, which then counts each update
+    # many times.
     for group, saved in zip(optimizer.param_groups, shared["groups"], strict=True):
         group.update({name: saved[name] for name in group if name in saved})
     is_torch = type(engine.basic_optimizer).__module__.startswith("torch.")
-    # A fused optimizer's count lies where its parameters do.
+    # A fused (or capturable) optimizer keeps the step counter on the device of the parameters.
     beside = any(optimizer.param_groups[0].get(name) for name in ("fused", "capturable"))
     for parameter, state in optimizer.state.items():
         device = parameter.device if beside else "cpu"

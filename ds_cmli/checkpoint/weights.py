@@ -1,4 +1,4 @@
-"""The student's weights alone, in fp32: `student.safetensors` of a run's folder."""
+"""The student's weights in fp32, without training state: `student.safetensors` in a run's folder."""
 
 from pathlib import Path
 from typing import Any
@@ -11,19 +11,19 @@ from ds_cmli.common.errors import UserError
 from ds_cmli.models.weights import not_finite
 
 WEIGHTS = "student.safetensors"
-AVERAGE = "student_ema.safetensors"  # of the averaged weights, with `optim.ema_decay`
+AVERAGE = "student_ema.safetensors"  # the averaged weights, with `optim.ema_decay`
 
 
 def parts(engine: Any) -> dict[str, torch.Tensor]:
-    """What this rank holds of each parameter."""
+    """This rank's partition of each parameter, or the whole parameter if it is not partitioned, by name."""
     return {name: getattr(p, "ds_tensor", p) for name, p in engine.module.named_parameters()}
 
 
 def full_weights(module: nn.Module, optimizer: Any, distilled: bool = False) -> dict[str, torch.Tensor]:
-    """Student and temperatures in fp32, from the optimizer's master copy, whatever the ZeRO stage. Collective.
+    """Student and temperatures in fp32, from the optimizer's master weights, at any ZeRO stage. Collective.
 
-    Buffers that belong to the weights (statistics of BatchNorm) come with them; `distilled`: so does the head to the
-    teacher's width, which is part of distillation and not of the student.
+    Persistent buffers (BatchNorm's statistics) are included. `distilled` also includes the head to the teacher's width,
+    which belongs to distillation and not to the student.
     """
     from deepspeed.runtime.zero.partition_parameters import GatheredParameters, ZeroParamStatus
     from deepspeed.utils import safe_get_full_fp32_param
@@ -38,7 +38,7 @@ def full_weights(module: nn.Module, optimizer: Any, distilled: bool = False) -> 
         full = masters.get(id(parameter))
         if full is None:
             full = safe_get_full_fp32_param(parameter)  # collective; CPU-GPU sync in the copy
-        # Of a frozen parameter ZeRO-3 has no master copy, and between uses only the parts.
+        # For a frozen parameter ZeRO-3 has no master weight, and between uses the parameter is partitioned.
         divided = full is None and getattr(parameter, "ds_status", None) == ZeroParamStatus.NOT_AVAILABLE
         with GatheredParameters([parameter], enabled=divided):  # collective
             whole = (parameter if full is None else full).detach().float().cpu().reshape(full_shape(parameter))
@@ -51,12 +51,12 @@ def full_weights(module: nn.Module, optimizer: Any, distilled: bool = False) -> 
 
 
 def full_shape(parameter: nn.Parameter) -> torch.Size:
-    # Under ZeRO-3 a parameter's own shape is empty between uses.
+    # Under ZeRO-3 a parameter has an empty shape while it is partitioned.
     return getattr(parameter, "ds_shape", parameter.shape)
 
 
 def load_weights(folder: Path, module: nn.Module, name: str = WEIGHTS) -> None:
-    """Fill `module` from the file `name` of `folder`; raises `UserError` where they do not belong together."""
+    """Load the file `name` of `folder` into `module`; raises `UserError` if they do not fit together."""
     path = folder / name
     if not path.is_file():
         if name == AVERAGE and (folder / WEIGHTS).is_file():
@@ -65,7 +65,7 @@ def load_weights(folder: Path, module: nn.Module, name: str = WEIGHTS) -> None:
     try:
         weights = load_file(path)
         missing, unexpected = module.load_state_dict(weights, strict=False)
-        # A tensor that a model has under two names (T5's embeddings) is saved under the first.
+        # A tensor that a model has under two names (T5's embeddings) is saved only under the first.
         names = {*dict(module.named_parameters()), *dict(module.named_buffers())}
         missing = [key for key in missing if key in names]
     except Exception as error:
@@ -75,7 +75,7 @@ def load_weights(folder: Path, module: nn.Module, name: str = WEIGHTS) -> None:
         raise UserError(f"--checkpoint {path}: its {key!r} holds NaN or infinite values; give another run's")
     tensors = module.state_dict()
     given = {tensors[name].data_ptr() for name in weights.keys() & tensors.keys()}
-    missing = [name for name in missing if tensors[name].data_ptr() not in given]  # tied weights are there once
+    missing = [name for name in missing if tensors[name].data_ptr() not in given]  # tied weights are saved once
     if missing or unexpected:
         raise UserError(
             f"--checkpoint {path}: does not fit the model: {(missing + unexpected)[0]!r} has no counterpart"

@@ -83,7 +83,7 @@ def command(
     config = load_config(Path(checkpoint) / "config.json", "--checkpoint")
     given = {name: options[name] for name in ("source", "image_root") if options[name] and not options["boxes"]}
     if "source" in given and given["source"] != config.data.source:
-        # What the run said of its own data does not hold for others.
+        # The run's settings of its own data do not apply to other data.
         given = {"val_source": "", "image_root": "", "image_key": "", "caption_key": "", "separator": ""} | given
     if not options["boxes"] and not options["zero_shot"]:
         config.data = dataclasses.replace(config.data, **given)
@@ -99,7 +99,7 @@ def command(
 
 
 def _check_together(options: dict[str, Any]) -> None:
-    """Raises `UserError` for an option that the mode does not read, or a missing one that it needs."""
+    """Raise `UserError` for an option that the mode does not read, or for a missing option that it needs."""
     modes = {"zero_shot": {"class_names", "templates"}, "boxes": {"image_root", "split"}}
     mode = next((name for name in modes if options[name]), None)
     reads = modes[mode] if mode else {"source", "image_root", "split", "fold_size"}
@@ -189,9 +189,9 @@ def _boxes(
 
 
 def load_objective(config: Any, folder: Path, ema: bool, data: Any, device: Any) -> Any:
-    """The trained student with the temperatures of its scores; no teacher is built, as nothing here needs one.
+    """Load the trained student with the temperatures of its scores, or with `ema` its averaged weights.
 
-    `ema`: with the averaged weights.
+    No teacher is built, because evaluation does not need it. Raises `UserError`.
     """
     import dataclasses
 

@@ -1,7 +1,7 @@
-"""Embeddings of pictures and texts, computed once, kept in memory on the CPU.
+"""Embeddings of pictures and texts, which are computed once and kept in CPU memory.
 
-Shapes: r pictures and t captions of this rank, B a step, N patches, M text positions, T valid tokens of all t captions,
-H hidden size, D embedding dimension.
+Shapes: r pictures and t captions of this rank, B of them per batch, b of them in a block, N patches, M text positions,
+T valid tokens of all t captions, H hidden size, D embedding dimension.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -19,70 +19,70 @@ from ds_cmli.losses.functions import upcast
 
 @dataclass
 class Images:
-    """Of unit length each."""
+    """The embeddings of this rank's pictures; class tokens and patches have unit length."""
 
     number: Tensor  # int64 [r]
     cls: Tensor  # [r, H], fp32
     patches: Tensor  # [r, N, D], in the model's precision
     cell_picture: Tensor  # int64 [r, 2, 2], see `data.Batch`
-    broken: dict[int, Bad] = field(default_factory=dict)  # pictures that cannot be read, which are left out
+    broken: dict[int, Bad] = field(default_factory=dict)  # by number, the pictures left out as they cannot be read
 
     def select(self, keep: Tensor) -> "Images":
-        """Those of a bool mask [r]."""
+        """The pictures that a mask, bool [r], selects."""
         return Images(self.number[keep], self.cls[keep], self.patches[keep], self.cell_picture[keep])
 
     def block(self, rows: slice, device: Any) -> tuple[Tensor, Tensor]:
-        """[b, H], [b, N, D] on the device."""
+        """Class tokens [b, H] and patches [b, N, D] of some rows, on the device."""
         return self.cls[rows].to(device), self.patches[rows].to(device)
 
 
 @dataclass
 class Texts:
-    """Of unit length each; of tokens only the valid ones, caption after caption."""
+    """The embeddings of this rank's captions, of unit length; only valid tokens, caption after caption."""
 
     number: Tensor  # int64 [t]
     cls: Tensor  # [t, H], fp32
     tokens: Tensor  # [T, D], in the model's precision
     token_picture: Tensor  # int64 [T], see `data.Batch`
-    length: Tensor  # int64 [t], valid tokens
+    length: Tensor  # int64 [t], number of valid tokens
 
     def __post_init__(self):
-        self.ends = self.length.cumsum(0)  # [t]
+        self.ends = self.length.cumsum(0)  # [t], where each caption's tokens end
 
     def select(self, keep: Tensor) -> "Texts":
-        """Those of a bool mask [t]."""
+        """The captions that a mask, bool [t], selects."""
         tokens = keep.repeat_interleave(self.length)  # [T]
         kept = self.number[keep], self.cls[keep], self.tokens[tokens], self.token_picture[tokens], self.length[keep]
         return Texts(*kept)
 
     def tokens_of(self, row: int) -> slice:
-        """Where the tokens of one caption lie."""
+        """The range of one caption's tokens in `tokens`."""
         end = int(self.ends[row])
         return slice(end - int(self.length[row]), end)
 
     def block(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """[b, H], tokens padded [b, M, D], bool [b, M] (True: valid)."""
+        """Class tokens [b, H], padded tokens [b, M, D] and their mask, bool [b, M] (True = valid), of some rows."""
         tokens = pad_sequence([self.tokens[self.tokens_of(int(row))] for row in rows], batch_first=True)
         mask = torch.arange(tokens.shape[1]) < self.length[rows][:, None]
         return self.cls[rows], tokens, mask
 
 
 def image_embeddings(student: Any, images: Tensor) -> tuple[Tensor, Tensor]:
-    """uint8 [B, 3, S, S] -> class tokens fp32 [B, H], patches [B, N, D], each of unit length."""
+    """Embed pictures, uint8 [B, 3, S, S] -> class tokens fp32 [B, H] and patches [B, N, D], of unit length."""
     cls, patches = student.encode_image(images)
     return upcast(l2_normalize(cls)), l2_normalize(student.projection(patches))
 
 
 def text_embeddings(student: Any, batch: Any) -> tuple[Tensor, Tensor]:
-    """A `Batch` on the device -> class tokens fp32 [B, H], tokens [B, M, D], each of unit length."""
+    """Embed a `Batch` on the device -> class tokens fp32 [B, H] and tokens [B, M, D], of unit length."""
     cls, tokens = student.encode_text(batch.input_ids, batch.attention_mask)
     return upcast(l2_normalize(cls)), l2_normalize(student.projection(tokens))
 
 
 def embed_images(student: Any, loader: Iterable, device: Any, heartbeat: Callable[[], None] = lambda: None) -> Images:
-    """Embed the pictures of a loader of `PictureBatch`es; fillers and broken ones are encoded and left out.
+    """Embed the pictures of a loader of `PictureBatch`es; fillers and broken pictures are encoded but left out.
 
-    `heartbeat` is called with every batch, and may be collective: all ranks' loaders have as many batches.
+    `heartbeat` is called for every batch and may be collective, as the loaders of all ranks have as many batches.
     """
     numbers, classes, patches, cells = [], [], [], []
     broken: dict[int, Bad] = {}
@@ -101,9 +101,9 @@ def embed_images(student: Any, loader: Iterable, device: Any, heartbeat: Callabl
 def embed_texts(
     student: Any, loader: Iterable, device: Any, heartbeat: Callable[[], None] = lambda: None
 ) -> tuple[Texts, list[int]]:
-    """Embed the captions of a loader of `Batch`es, and the numbers of those without a valid token, which are left out.
+    """Embed the captions of a loader of `Batch`es; fillers and captions without a valid token are left out.
 
-    Fillers are encoded and left out. `heartbeat` as above.
+    Returns the embeddings and the numbers of the captions without a valid token. `heartbeat` as for `embed_images`.
     """
     numbers, classes, tokens, places, lengths, empty = [], [], [], [], [], []
     for batch in loader:
@@ -122,7 +122,7 @@ def embed_texts(
 
 
 def pair_positions(images: Images, texts: Texts, image_of: Tensor) -> Iterator[tuple[int, int]]:
-    """(position in `images`, position in `texts`) of each caption whose picture is among the images."""
+    """Yield (row in `images`, row in `texts`) of each caption whose picture is among the images."""
     place = {number: row for row, number in enumerate(images.number.tolist())}
     for row, caption in enumerate(texts.number.tolist()):
         picture = int(image_of[caption])

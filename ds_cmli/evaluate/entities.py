@@ -18,12 +18,13 @@ from ds_cmli.evaluate.split import embed_share
 def pointing_game(
     student: Any, entities: Entities, data: EvalData, batch_size: int, device: Any, workers: int = 0
 ) -> dict[str, Any]:
-    """The same on every rank. Collective.
+    """Measure pointing-game accuracy, the same on every rank. Collective.
 
     Returns:
-        `pointing_game`, the share of `phrases` with a hit; `chance/pointing_game`, that of a patch at random;
-        `visible`, the share of phrases that have a patch's centre in a box: the model sees the central square of a
-        picture, and a phrase outside of it counts as missed. `pictures`, and where some cannot be used `left_out`.
+        `pointing_game`, the share of `phrases` with a hit; `chance/pointing_game`, that of a random patch; `visible`,
+        the share of phrases with the centre of a patch in one of their boxes (the model sees only the central square of
+        a picture, and a phrase outside of it counts as missed); `pictures`, their number; and if captions cannot be
+        used, `left_out` (their number) and `left_out_first` (the names of some).
     """
     held_out = HeldOut(entities)
     share = embed_share(student, held_out, data.collate, batch_size, device, workers)  # collective

@@ -1,6 +1,6 @@
-"""Match maps of a few held-out pairs, always the same ones, out of the embeddings of an evaluation.
+"""Match maps of a few held-out pairs, always the same ones, from the embeddings of an evaluation.
 
-They cost no pass of the model, and draw nothing random.
+They need no forward pass and no random numbers.
 Shapes: S image side in pixels, N patches, M tokens of a caption.
 """
 
@@ -17,29 +17,29 @@ from ds_cmli.distributed import process_group as distributed
 from ds_cmli.evaluate.split import Share
 from ds_cmli.losses.functions import upcast
 
-COLUMNS = 6  # tiles a row
-TILE = 168  # pixels, square
-LINE = 18  # pixels, of text
-DARK = 0.15  # of the picture where a word fits least
-FRAME = (0, 255, 255)  # round a word's best patch
+COLUMNS = 6  # tiles per row
+TILE = 168  # side of a tile in pixels
+LINE = 18  # height of a line of text in pixels
+DARK = 0.15  # brightness of the picture where a word fits least
+FRAME = (0, 255, 255)  # colour of the words and of the frame around a word's best patch
 
 
 @dataclass
 class MatchMap:
-    """One pair."""
+    """The match map of one pair."""
 
     image: Tensor  # uint8 [3, S, S]
     text: str
     words: list[str]  # M
-    similarity: Tensor  # [M, N] fp32, cosines of tokens and patches
-    grid: tuple[int, int]  # rows and columns of patches
+    similarity: Tensor  # [M, N] fp32, cosine similarities of tokens and patches
+    grid: tuple[int, int]  # numbers of rows and columns of patches
 
 
 def draw(
     writer: Any, step: int, split: str, count: int, tokenizer: Any, share: Share, held_out: HeldOut,
     grid: tuple[int, int],
 ) -> None:  # fmt: skip
-    """Give the match maps of `count` pairs to rank 0's writer. Collective where there are any."""
+    """Write the match maps of `count` pairs with rank 0's writer. Collective unless `count` is 0."""
     if not count:
         return
     found = match_maps(share, held_out, tokenizer, grid, count)  # collective
@@ -49,10 +49,10 @@ def draw(
 
 
 def match_maps(share: Share, held_out: HeldOut, tokenizer: Any, grid: tuple[int, int], count: int) -> list[MatchMap]:
-    """Of the first `count` pictures that can be used, each with its first caption; the same on every rank. Collective.
+    """The maps of the first `count` usable pictures with their first captions, the same on every rank. Collective.
 
     Args:
-        tokenizer: `CaptionTokenizer`, which names the tokens.
+        tokenizer: the `CaptionTokenizer`, which decodes the tokens to words.
     """
     first: dict[int, int] = {}  # caption by picture
     for caption in share.captions.tolist():
@@ -64,7 +64,7 @@ def match_maps(share: Share, held_out: HeldOut, tokenizer: Any, grid: tuple[int,
     mine = {}
     for order, (picture_number, caption) in enumerate(first.items()):
         if picture_number not in image_row:
-            continue  # another rank's
+            continue  # the picture belongs to another rank
         sample = held_out.pairs.pair(held_out.rows[caption])
         ids = [i for i, valid in zip(sample.tokens.input_ids, sample.tokens.valid, strict=True) if valid]
         tokens = share.texts.tokens[share.texts.tokens_of(text_row[caption])]  # [M, D]
@@ -77,9 +77,9 @@ def match_maps(share: Share, held_out: HeldOut, tokenizer: Any, grid: tuple[int,
 
 
 def picture(one: MatchMap) -> np.ndarray:
-    """The caption, the picture, and for each word the picture lit where the word fits: uint8 [height, width, 3].
+    """Draw the caption, the picture, and for each word a tile lit where the word fits: uint8 [height, width, 3].
 
-    From a word's lowest similarity to its highest; a frame marks its best patch, the first of equal ones.
+    Brightness rises from a word's lowest to its highest similarity; a frame marks its best patch (the first, if tied).
     """
     tiles = [("", _resized(one.image)), *zip(one.words, _lit(one), strict=True)]
     rows = -(-len(tiles) // COLUMNS)
@@ -100,7 +100,7 @@ def _resized(image: Tensor) -> Image.Image:
 
 
 def _lit(one: MatchMap) -> list[Image.Image]:
-    """A tile a word."""
+    """One tile for each word."""
     image = np.asarray(_resized(one.image), dtype=np.float32)  # [TILE, TILE, 3]
     rows, columns = one.grid
     out = []
@@ -117,7 +117,7 @@ def _lit(one: MatchMap) -> list[Image.Image]:
 
 
 def _printable(text: str, font: Any) -> str:
-    """Without what the font of a Pillow built without FreeType would raise at."""
+    """Replace characters that the font of a Pillow without FreeType cannot draw."""
     if isinstance(font, ImageFont.FreeTypeFont):
         return text
     return text.encode("latin-1", "replace").decode("latin-1")

@@ -1,6 +1,6 @@
-"""Pointing-game accuracy: how often the patch that fits a word or phrase best lies on what the phrase names.
+"""Pointing-game accuracy: how often the patch that fits a word or phrase best lies on the object that it names.
 
-After Zhang et al., "Top-down Neural Attention by Excitation Backprop" (2016), where a hit is a maximum inside the box.
+It follows Zhang et al., "Top-down Neural Attention by Excitation Backprop" (2016): a hit is a maximum inside the box.
 Shapes: N = rows * columns patches, M tokens of a caption, F phrases in it, D embedding dimension.
 """
 
@@ -14,13 +14,16 @@ Box = tuple[float, float, float, float]  # left, top, right, bottom
 
 
 def scene_hits(patches: Tensor, tokens: Tensor, token_picture: Tensor, cells: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Of one scene: fp64 [tokens whose best patch lies in their own picture, tokens that belong to a picture].
+    """Count the hits of one scene.
 
     Args:
         patches, tokens: [N, D], [M, D].
-        token_picture: int64 [M], the picture that each token names, -1: none.
-        cells: int64 [2, 2], the picture in each quarter, -1: none.
-        grid: rows and columns of patches.
+        token_picture: int64 [M], the picture that each token names, -1 for none.
+        cells: int64 [2, 2], the picture in each quarter, -1 for none.
+        grid: numbers of rows and columns of patches.
+
+    Returns:
+        fp64 [2]: the number of tokens whose best patch lies in their own picture, and of all tokens with a picture.
     """
     match = match_patches(tokens[None], patches[None])[0]  # [M]
     found = F.interpolate(cells[None, None].float(), size=grid, mode="nearest").flatten().long()[match]  # [M]
@@ -33,7 +36,7 @@ def phrase_hits(patches: Tensor, tokens: Tensor, phrase: Tensor, inside: Tensor)
 
     Args:
         patches, tokens: [N, D], [M, D], of unit length.
-        phrase: int64 [M], the phrase of each token, -1: none. A phrase without a token is no hit.
+        phrase: int64 [M], the phrase of each token, -1 for none. A phrase without a token is no hit.
         inside: bool [F, N], the patches whose centre lies in a box of the phrase.
     """
     similarity = tokens.float() @ patches.float().t()  # [M, N]
@@ -46,9 +49,9 @@ def patches_inside(boxes: list[Box], view: Box, grid: tuple[int, int]) -> Tensor
     """bool [N], whether the centre of each patch lies in one of the boxes, borders included.
 
     Args:
-        boxes: in pixels of the picture.
+        boxes: in pixels of the original picture.
         view: the part of the picture that the model sees, in the same pixels.
-        grid: rows and columns of patches, which divide the view.
+        grid: numbers of rows and columns of patches into which the view is divided.
     """
     left, top, right, bottom = view
     rows, columns = grid

@@ -1,6 +1,6 @@
-"""Recall at 1, 5 and 10 where a picture may have several captions and scores may be equal.
+"""Recall at 1, 5 and 10 for pictures with several captions, with an exact treatment of tied scores.
 
-Shapes: K scores side by side, n captions, m pictures; a block has r of the pictures and b of the captions.
+Shapes: K kinds of scores, n captions, m pictures; a block has r of the pictures and b of the captions.
 """
 
 from dataclasses import dataclass
@@ -13,14 +13,15 @@ WAYS = ("i2t", "t2i")
 
 
 def expected_hits(above: Tensor, tied: Tensor, own: Tensor, k: int) -> Tensor:
-    """The chance that one of `own` equal candidates is among the first k, in a random order of equal scores.
+    """The probability that one of the best right candidates is among the first k, if ties are ordered at random.
 
     Args:
-        above: competitors that score more, `tied`: as much; float64 of any shape.
-        own: right candidates with that score; 0, where the score is no number: no hit.
+        above: number of wrong candidates with a higher score; float64 of any shape.
+        tied: number of wrong candidates with an equal score.
+        own: number of right candidates with that score; 0 if it is NaN, which is no hit.
     """
     miss = torch.ones_like(above)
-    for i in range(k):  # one place after the other goes to an equal one, drawn at random
+    for i in range(k):  # the places after `above` go one by one to tied candidates, drawn at random
         drawn = (tied - i).clamp(min=0) / (tied + own - i).clamp(min=1)
         miss = torch.where(above + i < k, miss * drawn, miss)
     return torch.where(own > 0, 1 - miss, 0.0)
@@ -28,9 +29,10 @@ def expected_hits(above: Tensor, tied: Tensor, own: Tensor, k: int) -> Tensor:
 
 @dataclass
 class Competitors:
-    """For each query how many wrong candidates score more than its best right one, or as much; float64 each.
+    """For each query, counts of candidates by comparison with its best right candidate.
 
-    `i2t` is [K, m, 3] and `t2i` [K, n, 3]: above, tied, and right candidates with the best score.
+    `i2t` is float64 [K, m, 3] and `t2i` float64 [K, n, 3]: the numbers of wrong candidates with a higher score, of
+    wrong candidates with an equal score, and of right candidates with that score.
     """
 
     i2t: Tensor
@@ -47,14 +49,14 @@ class Competitors:
         """Count the competitors in one block of the score matrix.
 
         Args:
-            i2t, t2i: [K, r, b], scores of pictures with captions, from either side.
+            i2t, t2i: [K, r, b], scores of pictures with captions, from the picture's and from the caption's side.
             rows, columns: int64 [r] and [b], the numbers of these pictures and captions.
-            mine: bool [r, b], the caption is one of the picture's.
+            mine: bool [r, b], whether the caption is one of the picture's.
             best: [K, r], the highest i2t score of each picture with one of its own captions.
             own: [K, b], the t2i score of each caption with its own picture.
-            compared: bool [r, b], the pairs that count; None: all.
+            compared: bool [r, b], the wrong pairs that count; None: all.
 
-        What is no number loses to everything, and everything wins against it.
+        NaN never helps: a wrong candidate with NaN counts as higher, as does any wrong one if the right one has NaN.
         """
         wrong = ~mine if compared is None else ~mine & compared
         for scores, right, axis, counts, places in (
@@ -66,10 +68,10 @@ class Competitors:
             counts.index_add_(1, places, torch.stack(found, 2).double().cpu())  # CPU-GPU sync
 
     def recalls(self, pictures: Tensor, captions: Tensor) -> list[dict[str, float]]:
-        """`i2t_r1` ... `t2i_r10` and their mean `mean_recall`, of each of the K scores.
+        """`i2t_r1` ... `t2i_r10` and their mean `mean_recall`, for each of the K kinds of scores.
 
         Args:
-            pictures, captions: int64, the numbers of those that are asked.
+            pictures, captions: int64, the numbers of the queries over which the mean is taken.
         """
         out = []
         for i2t, t2i in zip(self.i2t[:, pictures], self.t2i[:, captions], strict=True):
@@ -83,7 +85,7 @@ class Competitors:
 
 
 def chance(image_of: Tensor) -> dict[str, float]:
-    """What scores that say nothing reach: `chance/i2t_r1` ... ; int64 [n], each caption's picture."""
+    """The recalls of uninformative scores, `chance/i2t_r1` ...; `image_of`: int64 [n], each caption's picture."""
     own = image_of.unique(return_counts=True)[1].double()  # [m], captions of each picture
     one, none = torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
     by_way = {
@@ -95,30 +97,30 @@ def chance(image_of: Tensor) -> dict[str, float]:
 
 
 def own_scores(i2t: Tensor, t2i: Tensor, mine: Tensor) -> tuple[Tensor, Tensor]:
-    """The right candidates' scores in a block that holds the picture of each of its captions.
+    """The scores of the right candidates in a block that holds the picture of each of its captions.
 
     Args:
         i2t, t2i: [K, r, b].
-        mine: bool [r, b], each caption's only picture.
+        mine: bool [r, b], True for each caption's only picture.
 
     Returns:
-        [K, r], the highest i2t score of each picture with one of its captions in the block, minus infinity where there
-        is none, and [K, b], the t2i score of each caption with its own picture.
+        [K, r], the highest i2t score of each picture with one of its captions in the block, minus infinity if the block
+        has none of them; and [K, b], the t2i score of each caption with its own picture.
     """
     best = i2t.masked_fill(~mine, -torch.inf).amax(2)
     return best, t2i.gather(1, mine.int().argmax(0).expand(len(t2i), 1, -1))[:, 0]
 
 
 def recall(i2t: Tensor, t2i: Tensor, image_of: Tensor) -> dict[str, float]:
-    """Recall of any of a picture's captions, and of a caption's picture among all pictures, of whole score matrices.
+    """Recall from whole score matrices: of any of a picture's captions, and of a caption's picture.
 
     Args:
-        i2t, t2i: [m, n], scores of all pictures with all captions, from either side.
+        i2t, t2i: [m, n], scores of all pictures with all captions, from the picture's and from the caption's side.
         image_of: int64 [n], the row of each caption's picture; each picture has a caption.
 
     Returns:
-        `i2t_r1` ... `t2i_r10`, fractions of all pictures and of all captions, and their mean. Among equal scores the
-        order is random, and the value its mean: constant scores give `chance`.
+        `i2t_r1` ... `t2i_r10`, as fractions of all pictures or all captions, and their mean. Values are expectations
+        over a random order of tied candidates: constant scores give `chance`.
     """
     pictures, captions = torch.arange(len(i2t)), torch.arange(len(image_of))
     mine = pictures[:, None] == image_of

@@ -1,13 +1,13 @@
-"""What an evaluation found, in words, and the best of a run. Reads without torch."""
+"""The results of evaluations as text, and the best result of a run. This module does not import torch."""
 
 from typing import Any
 
 SCORES = ("combined", "cmli", "global")
-POINTING_CHANCE = 0.25  # a scene's pictures each fill a quarter
+POINTING_CHANCE = 0.25  # each picture of a scene fills a quarter of it
 
 
 def best(before: dict[str, Any], split: str, found: dict[str, Any], step: int) -> dict[str, Any]:
-    """The best result of a run so far: `before`, or this one where it is of the same metric and higher."""
+    """The best result of a run so far: this one if it has the metric of `before` and a higher value, else `before`."""
     score = next(s for s in SCORES if f"{s}/i2t_r1" in found)
     metric, value = f"{split} {score} R@1", (found[f"{score}/i2t_r1"] + found[f"{score}/t2i_r1"]) / 2
     if before.get("metric", metric) != metric or value <= before.get("value", -1.0):
@@ -17,7 +17,7 @@ def best(before: dict[str, Any], split: str, found: dict[str, Any], step: int) -
 
 
 def summary(split: str, found: dict[str, Any]) -> str:
-    """The result of one split as lines of a table: what it was taken over, each score, chance, pointing game."""
+    """The result of one split as lines of a table: numbers of pairs and pictures, each score, chance, pointing game."""
     parts = [f"  {split:>6} {found['pairs']} pairs, {found['pictures']} pictures{left_out(found)}"]
     width = len("fold/combined") if "fold/global/i2t_r1" in found else len("combined")
     for prefix in ("", "fold/"):
@@ -50,7 +50,7 @@ def classification(found: dict[str, Any]) -> str:
 
 
 def pointing(found: dict[str, Any]) -> str:
-    """The result of the pointing game with boxes."""
+    """The result of the pointing game with boxes, as two lines."""
     visible = f"{found['visible']:.0%} of them have a box that holds the centre of a patch"
     return (
         f"  {found['phrases']} phrases, {found['pictures']} pictures, {visible}{left_out(found)}\n"

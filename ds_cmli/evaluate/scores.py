@@ -1,8 +1,8 @@
-"""Retrieval over all ranks, in blocks of the score matrix: no rank ever holds a row of it.
+"""Retrieval over all ranks, in blocks of the score matrix: no rank ever holds a whole row of it.
 
-Each rank has its own pictures with their captions. Text moves: a block of captions goes from its rank to all others,
-which score it against their own pictures, block by block.
-Shapes: K scores side by side (global, cmli, combined), n captions, m pictures; r pictures and b captions of a block.
+Each rank keeps its own pictures and their captions. Captions are communicated: each block of them is broadcast from its
+rank to all others, which score it against their own pictures, block by block.
+Shapes: K kinds of scores (global, cmli, combined), n captions, m pictures; r pictures and b captions of a block.
 """
 
 from collections.abc import Callable, Iterator
@@ -17,24 +17,24 @@ from ds_cmli.distributed import process_group as distributed
 from ds_cmli.evaluate.embed import Images, Texts
 from ds_cmli.evaluate.recall import Competitors, own_scores
 
-PICTURES = 128  # of a block
-CAPTIONS = 512
+PICTURES = 128  # pictures per block
+CAPTIONS = 512  # captions per block, at most
 
 
 def names(scales: dict[str, float]) -> list[str]:
-    """The scores that a model is judged by, given 1/temperature of those that its losses compare."""
+    """The kinds of scores to evaluate, given 1/temperature of the kinds that the model's losses compare."""
     return ["global", "cmli", "combined"] if "cmli" in scales else ["global"]
 
 
 def combine(by_global: Tensor, cmli: Tensor, scales: dict[str, float]) -> Tensor:
-    """Logits add where both losses set a temperature; otherwise CMLI alone stands for "combined"."""
+    """The "combined" scores: the sum of both logits if both losses have a temperature, otherwise only CMLI's logits."""
     return (by_global * scales["global"] if "global" in scales else 0) + scales["cmli"] * cmli
 
 
 def pair_scores(
     image_cls: Tensor, patches: Tensor, text_cls: Tensor, tokens: Tensor, token_mask: Tensor, scales: dict[str, float]
 ) -> tuple[Tensor, Tensor]:
-    """Every picture of a block with every caption: fp32 [K, r, b] from the picture's side, and from the caption's.
+    """Scores of all pictures with all captions of a block: fp32 [K, r, b] from the picture's and the caption's side.
 
     Args:
         image_cls, text_cls: fp32 [r, H], [b, H].
@@ -57,17 +57,20 @@ def competitors(
     fold_of: Tensor | None = None,
     heartbeat: Callable[[], None] = lambda: None,
 ) -> tuple[Competitors, Competitors | None]:
-    """What stands before the right ones, over all pictures and captions of all ranks, the same on every rank.
+    """Count the competitors of the right candidates over the pictures and captions of all ranks.
 
     Args:
-        images, texts: this rank's own pictures, and exactly the captions of these.
+        images, texts: this rank's own pictures, and exactly their captions.
         image_of: int64 [n], each caption's picture.
-        fold_of: int64 [m], the fold of each picture; the second result counts competitors of the same fold alone.
-        heartbeat: called as often on every rank, with every block.
+        fold_of: int64 [m], the fold of each picture.
+        heartbeat: called for every block, as often on every rank.
+
+    Returns:
+        The counts over all pairs, and with `fold_of` those within folds; the same on every rank.
 
     Collective.
     """
-    place = torch.full((int(image_of.max()) + 1,), -1)  # [m], of a picture among this rank's
+    place = torch.full((int(image_of.max()) + 1,), -1)  # [m], the row of a picture in `images`, -1 on other ranks
     place[images.number] = torch.arange(len(images.number))
     blocks = [slice(start, start + PICTURES) for start in range(0, len(images.number), PICTURES)]
     own = list(_caption_blocks(place[image_of[texts.number]]))
@@ -81,10 +84,10 @@ def competitors(
     def mine(rows: slice, captions: Tensor) -> Tensor:
         return images.number[rows, None] == image_of[captions]
 
-    # First the right pairs: in the blocks on the diagonal, computed in the same way as again below, so that a score is
-    # equal to itself bit by bit.
-    best = torch.full((len(names(scales)), len(images.number)), -torch.inf)  # [K, r of all blocks]
-    right = []  # [K, b] of each own block
+    # First the right pairs, which lie in the blocks on the diagonal. They are computed in the same way as again below,
+    # so that a score is bitwise equal to itself.
+    best = torch.full((len(names(scales)), len(images.number)), -torch.inf)  # [K, pictures of this rank]
+    right = []  # [K, b] for each of this rank's blocks of captions
     for number in range(max(count for _, count in plan)):
         heartbeat()
         if number < len(own):
@@ -120,9 +123,9 @@ def competitors(
 
 
 def _caption_blocks(places: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """(block of pictures, positions of captions whose pictures lie in it), at most `CAPTIONS` each, in order.
+    """Yield (number of a block of pictures, rows of at most `CAPTIONS` captions whose pictures lie in it), in order.
 
-    `places`: int64 [t], of each caption's picture among this rank's.
+    `places`: int64 [t], the row of each caption's picture among this rank's pictures.
     """
     by_block = (places // PICTURES).sort(stable=True)
     pairs = zip(by_block.values.tolist(), by_block.indices.tolist(), strict=True)

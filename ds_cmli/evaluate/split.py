@@ -1,7 +1,7 @@
-"""All metrics of one held-out split: retrieval, and pointing-game accuracy where it is known what each token names.
+"""All metrics of one held-out split: retrieval, and pointing-game accuracy if it is known what each token names.
 
-Recall at 1, 5 and 10, from image to text and back, by three scores: the cosine of the class tokens (global), CMLI,
-and the sum of both logits (combined).
+Recall at 1, 5 and 10, from image to text and from text to image, is measured with three kinds of scores: the cosine
+similarity of the class tokens (global), CMLI (cmli), and the sum of both logits (combined).
 Shapes: n captions, m pictures.
 """
 
@@ -26,12 +26,12 @@ from ds_cmli.evaluate.scores import competitors, names
 
 @dataclass
 class Share:
-    """What a rank has embedded: its share of the pictures, and their captions."""
+    """The embeddings of a rank's share of the pictures and of their captions."""
 
     images: Images
     texts: Texts
-    captions: Tensor  # int64, of all ranks those captions that can be used
-    left_out: list[Bad]  # of all ranks, what cannot be
+    captions: Tensor  # int64, the numbers of the usable captions of all ranks
+    left_out: list[Bad]  # the samples of all ranks that cannot be used
 
 
 @torch.no_grad()
@@ -39,15 +39,15 @@ def embed_share(
     student: Any, held_out: HeldOut, collate: Callable, batch_size: int, device: Any, workers: int = 0,
     heartbeat: Callable[[], None] = lambda: None, worker_init: Callable[[int], None] | None = None,
 ) -> Share:  # fmt: skip
-    """Every picture and every caption once, on one of the ranks. Collective; the arguments are `evaluate_split`'s.
+    """Embed every picture and every caption once, on one of the ranks. Collective; arguments as in `evaluate_split`.
 
     Raises:
-        UserError: on every rank, where no pair can be used.
+        UserError: on every rank, if no pair can be used.
     """
     rank, ranks = distributed.rank(), distributed.world_size()
 
     def loader(view: Callable[[list[int]], Dataset], shares: list[list[int]], collate: Callable) -> Any:
-        """Of this rank's share, filled up so that all ranks take as many steps."""
+        """A loader of this rank's share, padded with fillers so that all ranks have as many batches."""
         share = shares[rank] + [FILLER] * (max(map(len, shares)) - len(shares[rank]))
         return batches(view(share), batch_size, workers, collate, worker_init)
 
@@ -57,7 +57,7 @@ def embed_share(
     shares = [(of_rank == r).nonzero().flatten().tolist() for r in range(ranks)]
     texts, empty = embed_texts(student, loader(held_out.captions, shares, collate), device, heartbeat)  # collective
 
-    # What cannot be used: broken pictures with all of their captions, captions without a token.
+    # Broken pictures with all of their captions, and captions without a token, cannot be used.
     everywhere = distributed.gather_objects((images.broken, empty))  # collective
     broken = {number: bad for found, _ in everywhere for number, bad in found.items()}
     without = sorted(caption for _, found in everywhere for caption in found)
@@ -78,20 +78,20 @@ def evaluate_split(
     heartbeat: Callable[[], None] = lambda: None, worker_init: Callable[[int], None] | None = None,
     fold_size: int | None = None, show: Callable[[Share, HeldOut, tuple[int, int]], None] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """The same on every rank. Collective.
+    """Measure all metrics of a split, the same on every rank. Collective.
 
     Args:
-        show: called once with what this rank has embedded, and the rows and columns of patches; may be collective.
-        heartbeat: called with every batch and block, as often on every rank: a sign of life for whoever watches.
-        fold_size: pictures; retrieval is measured within folds of so many too, and averaged over them.
+        show: called once with this rank's share, the held-out set and the patch grid; may be collective.
+        heartbeat: called for every batch and block, as often on every rank, for the detection of hangs.
+        fold_size: pictures per fold; retrieval is then also measured within folds and averaged over them.
 
     Returns:
-        `<score>/<way>_r<k>`, `<score>/mean_recall`, `chance/...`, `fold/<score>/...`, `pointing_game`, and what they
-        were taken over: `pairs`, `pictures`, and where pairs could not be used `left_out` and `left_out_first`, the
-        names of some.
+        `<score>/<way>_r<k>`, `<score>/mean_recall`, `chance/...`, `fold/<score>/...` and `pointing_game`; also `pairs`
+        and `pictures`, the numbers that were used, and if some could not be used `left_out` (the number of pairs) and
+        `left_out_first` (the names of some).
 
     Raises:
-        UserError: on every rank, where no pair can be used, or the pictures do not make whole folds.
+        UserError: on every rank, if no pair can be used, or the pictures do not make whole folds.
     """
     held_out = HeldOut(dataset)
     if fold_size is not None and held_out.images % fold_size:

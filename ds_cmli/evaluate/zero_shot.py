@@ -1,10 +1,10 @@
-"""Zero-shot classification: which of the classes' prompts fits a picture best, by global and by CMLI scores.
+"""Zero-shot classification: the class whose prompts fit a picture best, by global and by CMLI scores.
 
-A class's global embedding is the normalised mean of its prompts' (Radford et al., 2021, section 3.1.4). Token by token
-there is no mean embedding: the CMLI scores of the prompts are averaged (FILIP, arXiv 2111.07783, section 3.1), from the
-picture's side.
+A class's global embedding is the normalised mean over its prompts (Radford et al., 2021, section 3.1.4). Token
+embeddings of different prompts have no mean, so the CMLI scores of the prompts, from the picture's side, are averaged
+(FILIP, arXiv 2111.07783, section 3.1).
 Shapes: B pictures of a batch, C classes, T prompt templates, N patches, M text positions, H hidden size, D embedding
-dimension; K scores side by side (global, cmli, combined).
+dimension; K kinds of scores (global, cmli, combined).
 """
 
 from collections.abc import Callable, Iterable
@@ -27,24 +27,24 @@ from ds_cmli.evaluate.recall import expected_hits
 from ds_cmli.evaluate.scores import combine, names
 
 TOP = (1, 5)
-CLASSES = 64  # scored at a time
+CLASSES = 64  # number of classes that are scored at a time
 TEXT_FIELDS = ("number", "cls", "tokens", "token_picture", "length")
 
 
 @dataclass
 class Classifier:
-    """The classes' prompts, embedded: prompt t of class c is caption c * T + t of `texts`."""
+    """The embedded prompts of all classes: prompt t of class c is caption c * T + t of `texts`."""
 
     texts: Texts
     templates: int  # T
-    scales: dict[str, float]  # 1/temperature of the scores, as `Objective.score_scales` gives them
+    scales: dict[str, float]  # 1/temperature for each kind of scores, from `Objective.score_scales`
 
     def __post_init__(self):
         prompts = self.texts.cls.view(-1, self.templates, self.texts.cls.shape[1])  # [C, T, H]
         self.cls = F.normalize(prompts.mean(1), dim=-1)  # [C, H]
 
     def __call__(self, image_cls: Tensor, patches: Tensor) -> Tensor:
-        """fp32 [B, H], [B, N, D] on one device -> fp32 [K, B, C] there."""
+        """Scores of pictures with all classes: fp32 [B, H], [B, N, D] -> fp32 [K, B, C] on the same device."""
         by_global = image_cls @ self.cls.to(image_cls.device).t()
         if "cmli" not in self.scales:
             return by_global[None]
@@ -59,15 +59,15 @@ class Classifier:
 
 
 def top_hits(scores: Tensor, target: Tensor) -> Tensor:
-    """Whether the right class is among the first k of `TOP`: fp64 [len(TOP), K, B], its chance where scores are equal.
+    """Whether the right class is among the first k, for each k of `TOP`: fp64 [len(TOP), K, B], a probability if tied.
 
     Args:
-        scores: [K, B, C]; what is no number loses to everything.
-        target: int64 [B].
+        scores: [K, B, C]; a right class with NaN is no hit, and a wrong class with NaN counts as higher.
+        target: int64 [B], the right classes.
     """
     right = scores.gather(2, target.expand(len(scores), -1)[:, :, None])  # [K, B, 1]
     above = (~(scores <= right)).sum(2).double()
-    equal = (scores == right).sum(2).double()  # the right one included, unless it is no number
+    equal = (scores == right).sum(2).double()  # includes the right class, unless it is NaN
     return torch.stack([expected_hits(above, (equal - 1).clamp(min=0), equal.clamp(max=1), k) for k in TOP])
 
 
@@ -75,15 +75,15 @@ def top_hits(scores: Tensor, target: Tensor) -> Tensor:
 def classify(
     student: Any, loader: Iterable, classifier: Classifier, device: Any, heartbeat: Callable[[], None] = lambda: None
 ) -> dict[str, Any]:
-    """Accuracies over the pictures of all ranks. Collective.
+    """Measure accuracies over the pictures of all ranks. Collective.
 
     Args:
-        loader: `PictureBatch`es of this rank with the pictures' classes, as many on every rank.
+        loader: yields `PictureBatch`es of this rank with the pictures' classes, as many on every rank.
 
     Returns:
         `<score>/top1`, `<score>/top5`, `<score>/mean_per_class` (top 1 averaged over the classes that have pictures),
-        `chance/top1`, `chance/top5`, `pictures`, `classes`, and where pictures could not be read `left_out`
-        and `left_out_first`, the names of some.
+        `chance/top1`, `chance/top5`, `pictures`, `classes`, and if pictures could not be read `left_out` (their
+        number) and `left_out_first` (the names of some).
     """
     kinds, classes = names(classifier.scales), len(classifier.cls)
     hits = torch.zeros(len(TOP), len(kinds), classes, dtype=torch.float64)
@@ -114,10 +114,10 @@ def classify(
 def build_classifier(
     objective: Any, data: Any, names: list[str], templates: list[str], batch_size: int, device: Any
 ) -> Classifier:
-    """Embed the prompts, each rank its share of the classes. Collective.
+    """Embed the prompts, of which each rank embeds a share. Collective.
 
     Raises:
-        UserError: a prompt without a token.
+        UserError: a prompt has no valid token.
     """
     scales = objective.score_scales()  # collective under ZeRO-3
     rank, ranks = distributed.rank(), distributed.world_size()
