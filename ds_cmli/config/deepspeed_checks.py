@@ -1,4 +1,4 @@
-"""Checks of a DeepSpeed JSON's content: `light` without DeepSpeed and PyTorch, `deep` by DeepSpeed's own models."""
+"""Checks of a DeepSpeed JSON: `light` needs neither DeepSpeed nor PyTorch, `deep` uses DeepSpeed's config models."""
 
 import importlib.util
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ from ds_cmli.config.validation import shown
 
 
 def light(content: dict[str, Any]) -> None:
-    """Raise `UserError` for the first key or value that is not known, would do nothing, or does not fit the others."""
+    """Raise `UserError` for the first key or value that is unknown, has no effect, or contradicts others."""
     for name, value in content.items():
         if name in keys.SECTIONS:
             _section(name, value)
@@ -26,7 +26,7 @@ def light(content: dict[str, Any]) -> None:
 
 
 def whole_numbers(section: str, content: Mapping[str, Any]) -> dict[str, Any]:
-    """The checked content with whole numbers that are written as 5e7 made such, which schedulers insist on."""
+    """The checked content with whole numbers written as 5e7 converted to integers, which schedulers require."""
 
     def whole(kind: json_values.Kind | None, value: Any) -> Any:
         counts = isinstance(value, float) and value.is_integer() and kind is not None and kind(value + 0.5) is not None
@@ -45,7 +45,7 @@ def whole_numbers(section: str, content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def without_effect(content: Mapping[str, Any]) -> tuple[str, ...]:
-    """One line with the keys of zero_optimization that its stage does not read."""
+    """A line with the keys of zero_optimization that its stage does not read, or nothing."""
     zero = content.get("zero_optimization", {})
     stage = zero.get("stage", 0)
     idle = sorted(key for stages, names in keys.STAGES.items() if stage not in stages for key in zero if key in names)
@@ -88,7 +88,7 @@ def mapping(section: str, value: Any) -> dict[str, Any]:
 
 
 def _typed(section: str, value: dict[str, Any]) -> None:
-    """The type of optimizer or scheduler, and its parameters."""
+    """Check the type of the optimizer or scheduler, and its parameters."""
     kind = value.get("type")
     table, without = optimizers.SCHEDULERS, optimizers.NO_SCHEDULERS
     if section == "optimizer":
@@ -176,7 +176,7 @@ def _outputs(content: dict[str, Any]) -> None:
 
 
 def deep(content: Mapping[str, Any]) -> None:
-    """Raise `UserError` for what DeepSpeed's own models refuse; imports DeepSpeed."""
+    """Raise `UserError` for a value that DeepSpeed's own config models refuse; imports DeepSpeed."""
     import pydantic
     from deepspeed.comm.config import CommsLoggerConfig
     from deepspeed.monitor.config import CometConfig, CSVConfig, TensorBoardConfig, WandbConfig
@@ -193,7 +193,7 @@ def deep(content: Mapping[str, Any]) -> None:
             model(**content.get(section, {}))
         except pydantic.ValidationError as error:
             first = error.errors()[0]
-            value = f" is {shown(first.get('input'))}" if first["loc"] else ""  # else it is the whole section
+            value = f" is {shown(first.get('input'))}" if first["loc"] else ""  # no location: the input is the section
             where = ".".join([section, *map(str, first["loc"])])
             message = first["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
             raise UserError(f"{where}{value}: DeepSpeed says: {message}") from None

@@ -1,7 +1,7 @@
-"""The DeepSpeed JSON as one object: loaded, checked, filled and decided, and never changed after that.
+"""The DeepSpeed JSON as an immutable object: loaded, checked, and with its "auto" values filled.
 
-What the JSON says is done, or refused in one line. "auto" means what Hugging Face's integration means by it. Whatever
-is derived from it is asked here; only `raw` gives the JSON itself, for `deepspeed.initialize`.
+Every setting of the JSON takes effect, or one line refuses it or says that it does not. "auto" means the same as in
+Hugging Face's integration. Derived values are asked here; only `raw` gives the JSON itself, for `deepspeed.initialize`.
 """
 
 import copy
@@ -18,19 +18,19 @@ from ds_cmli.config.schema import OptimConfig
 from ds_cmli.config.validation import check, parse_json
 
 BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
-FILLED = ("lr", "betas", "eps", "weight_decay")  # the optimizer's parameters that the preset can fill
+FILLED = ("lr", "betas", "eps", "weight_decay")  # optimizer parameters that are filled from `OptimConfig`
 
 
 @dataclass(frozen=True)
 class DeepSpeedConfig(Mapping):
-    """A read-only view of the JSON's top level, and what follows from it.
+    """A read-only mapping of the JSON's top level, with derived values as properties.
 
-    `load` or `of` checks it without importing DeepSpeed or PyTorch; `on` decides what depends on the device; `filled`
-    leaves nothing to "auto". Each returns a new object.
+    `load` or `of` checks the JSON without importing DeepSpeed or PyTorch, `on` decides what depends on the device, and
+    `filled` replaces all remaining "auto" values. Each returns a new object.
     """
 
     content: Mapping[str, Any]
-    notices: tuple[str, ...] = field(default=(), compare=False)  # lines to tell the user: what is not as it seems
+    notices: tuple[str, ...] = field(default=(), compare=False)  # lines to print about settings that act unexpectedly
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "content", copy.deepcopy(dict(self.content)))
@@ -50,7 +50,7 @@ class DeepSpeedConfig(Mapping):
 
     @classmethod
     def load(cls, path: str | Path) -> "DeepSpeedConfig":
-        """Raises `UserError` with one line for whatever is wrong with the file."""
+        """Read and check a file. Raises `UserError` with one line for the first thing that is wrong with it."""
         try:
             return cls.of(_read(Path(path)))
         except UserError as error:
@@ -58,14 +58,14 @@ class DeepSpeedConfig(Mapping):
 
     @classmethod
     def of(cls, content: Mapping[str, Any]) -> "DeepSpeedConfig":
-        """The same from what such a file holds."""
+        """Check the content of such a file. Raises `UserError`."""
         if isinstance(content, cls):
             return content
         checks.light(dict(content))
         return cls(checks.whole_numbers("", content), checks.without_effect(content))
 
     def replaced(self, zero_optimization: dict[str, Any] | None = None, **settings: Any) -> "DeepSpeedConfig":
-        """Another one with these keys set, those of `zero_optimization` one by one; None removes a key."""
+        """A copy with these keys set; keys of `zero_optimization` are set one by one, and None removes a key."""
         changed = {**self.raw(), **settings}
         changed = {key: value for key, value in changed.items() if value is not None or key not in settings}
         if zero_optimization is not None:
@@ -73,7 +73,7 @@ class DeepSpeedConfig(Mapping):
         told = DeepSpeedConfig.of(changed)
         return DeepSpeedConfig(told, (*(n for n in self.notices if n not in told.notices), *told.notices))
 
-    # --- what others ask
+    # --- derived values
 
     @property
     def stage(self) -> int:
@@ -107,7 +107,7 @@ class DeepSpeedConfig(Mapping):
 
     @property
     def optimizer_type(self) -> str:
-        """As PyTorch or DeepSpeed's documentation writes it."""
+        """The type of the optimizer, spelled as in PyTorch's or DeepSpeed's documentation."""
         kind = self.content.get("optimizer", {}).get("type", "AdamW")
         return optimizers.DEEPSPEED_OPTIMIZERS.get(kind.lower(), kind)
 
@@ -116,12 +116,12 @@ class DeepSpeedConfig(Mapping):
         return self.get("optimizer", {}).get("params", {})
 
     def offload(self, what: str) -> str:
-        """The device that "optimizer" or "param" is offloaded to; "none" where it is not."""
+        """The device to which "optimizer" or "param" is offloaded; "none" if it is not."""
         return (self.zero.get(f"offload_{what}") or {}).get("device", "none")
 
     @property
     def prints(self) -> bool:
-        """Whether the JSON asks for lines of DeepSpeed's own log."""
+        """Whether the JSON asks for output of DeepSpeed's own log."""
         flags = ("wall_clock_breakdown", "memory_breakdown", "dump_state", "steps_per_print", "log_level")
         return (
             any(self.content.get(n) for n in flags)
@@ -131,17 +131,17 @@ class DeepSpeedConfig(Mapping):
 
     @property
     def compiles(self) -> bool:
-        """Whether the optimizer is DeepSpeed's own, compiled at its first use."""
+        """Whether the optimizer is DeepSpeed's own, which is compiled at its first use."""
         return self.optimizer_type in ("Lamb", "Lion") or self.optimizer_params.get("torch_adam") is False
 
-    # --- what is decided
+    # --- decisions
 
     def on(self, device: str, fp16: bool, bf16: bool) -> "DeepSpeedConfig":
-        """With the precision that this device trains in, where the JSON says "auto" or names one that it lacks.
+        """A copy with the precision decided for this device, if the JSON says "auto" or names fp16 that it lacks.
 
         Args:
-            device: "cuda", "cpu" and the like.
-            fp16, bf16: whether the device has them, and is not slower for it.
+            device: the device type, such as "cuda" or "cpu".
+            fp16, bf16: whether the device supports them at no loss of speed.
         """
         out, notices = self.raw(), list(self.notices)
         asked = {name: out.get(name, {}).get("enabled") for name in ("fp16", "bf16")}
@@ -182,9 +182,9 @@ class DeepSpeedConfig(Mapping):
         return DeepSpeedConfig(out, tuple(notices))
 
     def batch(self, micro_batch: int, world_size: int) -> tuple[int, int, int]:
-        """(train_batch_size, micro batch per rank, accumulation steps), any of which the JSON may leave to "auto".
+        """(train_batch_size, micro-batch per rank, accumulation steps), any of which may be "auto" in the JSON.
 
-        Raises `UserError` with the three numbers where they do not multiply out.
+        Raises `UserError` if the first is not the product of the other two and the number of ranks.
         """
         given = (self.content.get(key, "auto") for key in BATCH_KEYS)
         total, micro, steps = (None if value == "auto" else int(value) for value in given)
@@ -203,9 +203,9 @@ class DeepSpeedConfig(Mapping):
     def filled(
         self, optim: OptimConfig, world_size: int, total_steps: int, width: Callable[[], int] | None = None
     ) -> "DeepSpeedConfig":
-        """With nothing left to "auto"; what the JSON says wins over `optim`.
+        """A copy with all "auto" values filled; explicit values of the JSON take precedence over `optim`.
 
-        `width`: gives the model's hidden size, asked only where ZeRO's sizes are to follow from it.
+        `width` returns the model's hidden size; it is called only if ZeRO's "auto" sizes depend on it.
         """
         out, notices = self.raw(), list(self.notices)
         out.update(zip(BATCH_KEYS, self.batch(optim.micro_batch, world_size), strict=True))
@@ -262,7 +262,7 @@ class DeepSpeedConfig(Mapping):
                 )
 
     def overruled(self, given: Mapping[str, Any]) -> list[str]:
-        """Lines for what the command line says (`options.given`) and this JSON overrules."""
+        """A line for each setting of the command line (`options.given_optim`) that this JSON overrules."""
         lines = []
         scheduler = self.content.get("scheduler", {}).get("params", {})
         says = {
@@ -293,7 +293,7 @@ def _read(path: Path) -> dict[str, Any]:
         content = parse_json(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise UserError(f"cannot read it: {error.strerror}") from None
-    except ValueError as error:  # of JSON, of UTF-8, or of a number with too many digits
+    except ValueError as error:  # invalid JSON, invalid UTF-8, or a number with too many digits
         raise UserError(f"not valid JSON: {error}") from None
     if not isinstance(content, dict):
         raise UserError(f"holds a {type(content).__name__}, give a JSON object {{...}}")

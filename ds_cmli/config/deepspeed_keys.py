@@ -1,7 +1,7 @@
-"""What a DeepSpeed JSON may say here: every key with the kind of its value, and what depends on stage or "auto".
+"""The keys that a DeepSpeed JSON may have here, with the kinds of their values, and their use by stage and of "auto".
 
-DeepSpeed ignores keys that it does not know and reads `1` or "true" differently from key to key. These tables are
-strict instead, and hold without importing DeepSpeed or PyTorch; tests compare them with what both really take.
+DeepSpeed ignores keys that it does not know, and reads `1` or "true" differently from key to key. These tables are
+strict, and need neither DeepSpeed nor PyTorch; tests compare them with what both really accept.
 """
 
 from collections.abc import Callable
@@ -26,7 +26,7 @@ AUTOCAST = one_of(
     *("torch.float32",),
 )
 OLD_ZERO = 'an old name: give "offload_{0}": {{"device": "cpu"}}'.format
-OFFLOAD_DEVICE = one_of("none", "cpu")  # what is swapped to NVMe is in no checkpoint
+OFFLOAD_DEVICE = one_of("none", "cpu")  # not "nvme", because states swapped to NVMe are in no checkpoint
 
 SECTIONS: dict[str, dict[str, Kind]] = {
     "": {
@@ -178,19 +178,20 @@ SECTIONS: dict[str, dict[str, Kind]] = {
     "optimizer": {"legacy_fusion": no_effect("it is for fused optimizers that are not used"), "type": text},
     "scheduler": {"type": text},
 }
-FP16_DEFAULTS = {  # DeepSpeed's own, beside "enabled"
+FP16_DEFAULTS = {  # DeepSpeed's defaults of the section fp16, without "enabled"
     **{"auto_cast": False, "loss_scale": 0, "initial_scale_power": 16, "loss_scale_window": 1000, "hysteresis": 2},
     **{"consecutive_hysteresis": False, "min_loss_scale": 1, "fp16_master_weights_and_grads": False},
 }
-PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "comet": "comet_ml"}  # that a section needs where enabled
+# The package that a section needs if it is enabled.
+PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "comet": "comet_ml"}
 
-# What "auto" means for these, by the model's hidden size.
+# The values of "auto" for these keys, as functions of the model's hidden size.
 WIDTHS: dict[str, Callable[[int], int]] = {
     "reduce_bucket_size": lambda width: width * width,
     "stage3_prefetch_bucket_size": lambda width: int(0.9 * width * width),
     "stage3_param_persistence_threshold": lambda width: 10 * width,
 }
-# Where "auto" is filled, as Hugging Face's integration does.
+# The keys for which "auto" is filled, as by Hugging Face's integration.
 AUTO = {
     *("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"),
     *("fp16.enabled", "bf16.enabled"),
@@ -199,7 +200,7 @@ AUTO = {
     *("scheduler.params.total_num_steps",),
     *(f"zero_optimization.{key}" for key in WIDTHS),
 }
-# Keys of zero_optimization that only some stages read; at the others they are told.
+# Keys of zero_optimization that only some stages read; at other stages a line says that they have no effect.
 STAGES = {
     (1, 2, 3): ("contiguous_gradients", "reduce_bucket_size", "overlap_comm", "load_from_fp32_weights"),
     (1, 2): (

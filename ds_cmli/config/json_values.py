@@ -1,10 +1,10 @@
-"""The kinds of values that keys of a DeepSpeed JSON take, each a check that says what to give instead of a value."""
+"""The kinds of values in a DeepSpeed JSON: each is a function that checks a value and says what to give instead."""
 
 import math
 from collections.abc import Callable
 from typing import Any
 
-Kind = Callable[[Any], str | None]  # what to give instead of a value; None: the value is fine
+Kind = Callable[[Any], str | None]  # returns what to give instead of the value, or None if the value is fine
 
 
 def _is_number(value: Any) -> bool:
@@ -28,7 +28,7 @@ def integer(least: int = 0, most: int = 2**53) -> Kind:
 
 
 def number(least: float = -math.inf, below: float = math.inf, above: bool = False) -> Kind:
-    """A finite number from `least` to `below`; `above`: `least` itself is too small."""
+    """A finite number that is at least `least` (with `above`: greater than `least`) and below `below`."""
 
     def kind(value: Any) -> str | None:
         if _is_number(value) and abs(value) < 1e300 and least <= value < below and not (above and value == least):
@@ -76,7 +76,7 @@ def either(*kinds: Kind) -> Kind:
 
 
 def refused(why: str, *harmless: Any) -> Kind:
-    """A key without effect here, or one that would do harm; `harmless`: values that ask for nothing."""
+    """A key that has no effect here or would do harm; only `harmless` values, which request nothing, are accepted."""
 
     def kind(value: Any) -> str | None:
         return None if any(value == h and type(value) is type(h) for h in harmless) else why

@@ -21,17 +21,17 @@ OPTIMIZERS = {
     "SGD": f"lr momentum dampening weight_decay nesterov fused {_TORCH}",
 }
 ZERO_TESTED = ("Adam", "AdamW", "Lion")
-OURS_ALONE = {"bias_correction", "set_grad_none", "fp32_optimizer_states"}  # of DeepSpeed's Adam, not of PyTorch's
+OURS_ALONE = {"bias_correction", "set_grad_none", "fp32_optimizer_states"}  # only DeepSpeed's Adam has these
 NO_OPTIMIZERS = {
     "LBFGS": "it needs the loss several times a step",
     "SparseAdam": "no gradient here is sparse",
     "Muon": "it takes matrices alone, and these models have other parameters",
     **dict.fromkeys(("MuAdam", "MuAdamW", "MuSGD"), "the models have no muP shapes"),
 }
-# By their lower case; DeepSpeed takes its own in any case, PyTorch's as they are written.
+# Names by their lower-case form: DeepSpeed accepts its own names in any case, and PyTorch's only as they are written.
 DEEPSPEED_OPTIMIZERS = {n.lower(): n for n in ("Adam", "AdamW", "Adagrad", "Lamb", "Lion", *NO_OPTIMIZERS)}
 
-# "!": required, "+": filled where missing.
+# Parameters of each scheduler: "!" marks a required one, "+" one that is filled if it is missing.
 SCHEDULERS = {
     "LRRangeTest": "lr_range_test_min_lr lr_range_test_step_size lr_range_test_step_rate lr_range_test_staircase",
     "OneCycle": "cycle_min_lr! cycle_max_lr! decay_lr_rate cycle_first_step_size cycle_second_step_size "
@@ -79,7 +79,7 @@ _lengths = (
     ),
     *("T_0", "T_mult", "step_size_up", "step_size", "epochs", "steps_per_epoch", "total_steps"),
 )
-# Parameters of optimizers and schedulers by their names; any other one is a number.
+# The kinds of the parameters of optimizers and schedulers by name; any other parameter is a number.
 PARAMETERS: dict[str, Kind] = {
     "lr": number(0, above=True),
     "betas": numbers(2, _share),

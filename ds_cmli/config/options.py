@@ -1,4 +1,4 @@
-"""The command-line options that make up a run's configuration, for whatever command needs one."""
+"""The command-line options that make up a run's configuration, for all commands that need one."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -18,7 +18,7 @@ from ds_cmli.config.validation import shown
 from ds_cmli.losses import LOSSES
 from ds_cmli.models import IMAGE, TEXT, described
 
-# In a checkout a link to the folder `ds_configs` at its top, in a wheel a folder.
+# `config/ds_configs` is a folder in a wheel; in a checkout it is a link to the folder at the top.
 DEFAULT_JSON = Path(__file__).with_name("ds_configs") / "zero2.json"
 
 WHAT = (
@@ -65,8 +65,8 @@ START = (
            help="Measure the first steps' memory beside the predicted one, into memory.json."),
     option("DeepSpeed", "--dry-run", is_flag=True,
            help="Check everything, print the resolved configuration, and stop."),
-    option("DeepSpeed", "--deepspeed", is_flag=True, hidden=True),  # passed by habit; the JSON is always read
-    option("DeepSpeed", "--local_rank", type=int, hidden=True),  # the launcher's; the same is in LOCAL_RANK
+    option("DeepSpeed", "--deepspeed", is_flag=True, hidden=True),  # users pass it by habit; the JSON is always read
+    option("DeepSpeed", "--local_rank", type=int, hidden=True),  # passed by the launcher; LOCAL_RANK says the same
 )  # fmt: skip
 
 PLACES = {
@@ -80,7 +80,7 @@ PLACES = {
     **{name: ("run", name) for name in ("save_every", "save_minutes", "keep")},
 }
 RANDOM = (("student", "image_weights"), ("student", "text_weights"), ("teacher", "weights"))  # with `--init random`
-# Settings of one loss or of some, without which they mean nothing.
+# Settings that only some losses read, with the names of these losses; without them the setting has no effect.
 OF_LOSSES = {
     **{f"loss.{s}": [n for n, e in LOSSES.items() if s in e.settings] for e in LOSSES.values() for s in e.settings},
     **{f"teacher.{f.name}": [n for n, e in LOSSES.items() if e.teacher] for f in fields(TeacherConfig)},
@@ -88,7 +88,7 @@ OF_LOSSES = {
 
 
 def add(*options: Callable) -> Callable:
-    """Decorate a command with `WHAT`, `OUTPUT` or both: `@add(*WHAT)`; `--help` keeps their order."""
+    """Decorate a command with options, such as `@add(*WHAT, *OUTPUT)`; `--help` keeps their order."""
 
     def decorate(function: Callable) -> Callable:
         for one in reversed(options):
@@ -99,13 +99,13 @@ def add(*options: Callable) -> Callable:
 
 
 def resolve_config(preset: str, settings: tuple[str, ...], options: dict[str, Any]) -> Config:
-    """The preset with the command line on top; only what was given overrides. Says which settings have no effect.
+    """The preset's configuration, overridden by the options that were given. Prints which settings have no effect.
 
-    `options`: the values of `WHAT`, and of `OUTPUT` where the command has it, but for `preset`, `settings` and
+    `options` are the values of `WHAT`, and of `OUTPUT` if the command has it, without `preset`, `settings` and
     `deepspeed_config`.
 
     Raises:
-        UserError: one that `Config.from_dict` refuses, or that is given twice with two values.
+        UserError: `Config.from_dict` refuses a setting, or a setting is given twice with different values.
     """
     overrides = parse_settings(settings)
     by_set = {f"{section}.{key}" for section, values in overrides.items() for key in values}
@@ -123,7 +123,7 @@ def resolve_config(preset: str, settings: tuple[str, ...], options: dict[str, An
         section, key = PLACES[name]
         written[f"{section}.{key}"] = option = "--" + name.replace("_", "-")
         _put(overrides, section, key, value, option)
-    # One of the two replaces whichever the preset names.
+    # Steps or epochs, if given, replace whichever of the two the preset sets.
     optim = overrides.get("optim", {})
     for one, other in (("steps", "epochs"), ("epochs", "steps")):
         if optim.get(one) is not None and other not in optim:
@@ -140,14 +140,14 @@ def resolve_config(preset: str, settings: tuple[str, ...], options: dict[str, An
 
 
 def given_optim(settings: tuple[str, ...], options: dict[str, Any]) -> dict[str, tuple[str, Any]]:
-    """What the command line says of `optim`, and by which option: `{"lr": ("--lr", 0.1)}`."""
+    """The settings of `optim` on the command line, each with its option: `{"lr": ("--lr", 0.1)}`."""
     by_set = {key: (f"--set optim.{key}", value) for key, value in parse_settings(settings).get("optim", {}).items()}
     by_option = {key: (f"--{key.replace('_', '-')}", options[key]) for key in ("lr", "micro_batch")}
     return by_set | {key: (option, value) for key, (option, value) in by_option.items() if value is not None}
 
 
 def _put(overrides: dict[str, dict[str, Any]], section: str, key: str, value: Any, option: str) -> None:
-    """Set what `option` says, which `--set` must not contradict."""
+    """Set the value of `option`; raises `UserError` if `--set` has given the setting another value."""
     values = overrides.setdefault(section, {})
     if key in values and values[key] != value:
         raise UserError(
@@ -157,7 +157,7 @@ def _put(overrides: dict[str, dict[str, Any]], section: str, key: str, value: An
 
 
 def _without_effect(config: Config, by_set: set[str]) -> Iterator[str]:
-    """A line for each setting that was given by `--set` and that nothing reads."""
+    """Yield a line for each setting that was given by `--set` and has no effect."""
     for name in sorted(by_set):
         losses = OF_LOSSES.get(name)
         if losses and not set(losses) & set(config.loss.weights):
@@ -173,9 +173,9 @@ def _without_effect(config: Config, by_set: set[str]) -> Iterator[str]:
 
 
 def check_early(config: Config, ds_config: DeepSpeedConfig, resume: str, profiles: Any) -> None:
-    """What a new run would be refused for later, after imports that take seconds. Raises `UserError`.
+    """Check what would otherwise be refused only after imports that take seconds. Raises `UserError`.
 
-    `profiles`: `memory.profiles.Profiles`.
+    `profiles` is a `memory.profiles.Profiles`.
     """
     trackers.check(config.run.report_to)
     if config.run.compile != "off" and profiles.memory is not None:

@@ -1,4 +1,4 @@
-"""The presets: `demo`, `paper` and `tiny`, as what they change of `config.py`'s defaults."""
+"""The presets `demo`, `paper` and `tiny`, as changes of the defaults in `schema.py`."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,21 +6,21 @@ from typing import Any
 from ds_cmli.config.schema import Config, choice, with_new_names
 
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
-    # Real pairs and real weights at half the document's width, sized for two CPU cores.
+    # Real pictures and pretrained weights at half the document's width, sized for two CPU cores.
     "demo": {
         "student": {
-            # MiniLM's sizes, for `--init random`; the packaged weights bring the same.
+            # MiniLM's sizes, needed for `--init random`; the packaged weights have the same sizes.
             "text_overrides": {
                 "hidden_size": 384,
                 "num_hidden_layers": 6,
                 "num_attention_heads": 12,
                 "intermediate_size": 1536,
             },
-            "dropout": 0.0,  # for longer trainings
+            "dropout": 0.0,  # dropout is for longer trainings
         },
         "optim": {"lr": 2e-4, "warmup_share": 0.15, "micro_batch": 64, "steps": 210},
     },
-    # The document's setting. GPU and models are assumed: it names neither.
+    # The document's setting. It names neither GPU nor models, so the models here are an assumption.
     "paper": {
         "student": {
             "image_model": "vit_base_patch16_224",
@@ -33,7 +33,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         "optim": {"lr": 5e-4, "micro_batch": 256, "steps": None, "epochs": 7, "weight_decay": 0.01},
         "run": {"log_every": 50, "eval_every": 1000, "save_every": 1000},
     },
-    # For tests: nothing is downloaded but the pictures, a step takes well under a second.
+    # For tests: only the pictures are downloaded, and a step takes well under a second.
     "tiny": {
         "student": {
             "image_model": "vit_tiny_patch16_224",
@@ -48,7 +48,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
                 "intermediate_size": 64,
             },
             "embed_dim": 16,
-            "dropout": 0.0,  # the same loss whatever the number of ranks
+            "dropout": 0.0,  # so that the loss does not depend on the number of ranks
         },
         "teacher": {
             "model": "vit_tiny_patch16_224",
@@ -64,7 +64,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
 
 
 def load_preset(name: str, overrides: dict[str, dict[str, Any]], written: Mapping[str, str] | None = None) -> Config:
-    """The preset's configuration with `overrides` ({section: {setting: value}}) on top; `written` as `from_dict`'s."""
+    """The preset's configuration, changed by `overrides` ({section: {setting: value}}); `written` as in `from_dict`."""
     choice("--preset", name, PRESETS)
     values: dict[str, dict[str, Any]] = {"run": {"preset": name}}
     for layer in (PRESETS[name], with_new_names(overrides)):

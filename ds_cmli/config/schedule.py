@@ -1,4 +1,4 @@
-"""Learning rates: a run's schedule, and a trial of the JSON's optimizer and scheduler before any model is built."""
+"""Learning rate schedules, and a trial of the JSON's optimizer and scheduler before any model is built."""
 
 import inspect
 import math
@@ -14,11 +14,11 @@ from ds_cmli.common.errors import UserError
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.optimizers import DEEPSPEED_SCHEDULERS
 
-MOST_TRIED = 10_000  # steps of a schedule
+MOST_TRIED = 10_000  # at most this many steps of a schedule are tried
 
 
 def warmup_then_cosine(optimizer: Optimizer, warmup: int, total_steps: int) -> LambdaLR:
-    """Linear up to the full rate at update number `warmup`, then a cosine down; the first and last update move too."""
+    """Linear warmup to the full rate at update `warmup`, then cosine decay; the first and last rate are above 0 too."""
 
     def share(done: int) -> float:
         update = done + 1
@@ -30,22 +30,22 @@ def warmup_then_cosine(optimizer: Optimizer, warmup: int, total_steps: int) -> L
 
 
 def maker(ds_config: DeepSpeedConfig, warmup: int, total_steps: int) -> Callable[[Optimizer], Any] | None:
-    """A function that makes the schedule for an optimizer; None if DeepSpeed makes it, as one of its schedules."""
+    """A function that makes the schedule for an optimizer; None if it is one of DeepSpeed's, which DeepSpeed makes."""
     scheduler = ds_config.get("scheduler")
     if scheduler is None:
         return lambda optimizer: warmup_then_cosine(optimizer, warmup, total_steps)
     if scheduler["type"] in DEEPSPEED_SCHEDULERS:
         return None
-    # Made by DeepSpeed, PyTorch's would be given a ZeRO optimizer, which they refuse.
+    # DeepSpeed would pass its ZeRO optimizer to PyTorch's schedulers, which refuse it.
     kind = getattr(torch.optim.lr_scheduler, scheduler["type"])
     return lambda optimizer: kind(optimizer, **scheduler["params"])
 
 
 def try_out(ds_config: DeepSpeedConfig, device: torch.device, total_steps: int) -> str | None:
-    """Two updates of the JSON's optimizer and all rates of its scheduler, on parameters of one number each.
+    """Try two updates of the JSON's optimizer and the rates of its scheduler, on parameters with one element each.
 
     Returns:
-        The line that the first updates change nothing, where their rates are 0.
+        A line that says that the first updates change nothing, if their rates are 0; otherwise None.
 
     Raises:
         UserError: PyTorch or DeepSpeed refuses the parameters, or a rate is negative or not finite.
@@ -58,7 +58,7 @@ def try_out(ds_config: DeepSpeedConfig, device: torch.device, total_steps: int) 
             for group in optimizer.param_groups:
                 group["params"][0].grad = torch.ones(1, device=device)
             optimizer.step()
-    except Exception as error:  # whatever it is, these parameters lead to it
+    except Exception as error:  # any exception here is caused by these parameters
         raise UserError(f"optimizer.params does not suit {ds_config.optimizer_type}: {error}") from None
     if "scheduler" not in ds_config:
         return None
@@ -85,7 +85,7 @@ def try_out(ds_config: DeepSpeedConfig, device: torch.device, total_steps: int) 
 
 
 def _optimizer(ds_config: DeepSpeedConfig) -> tuple[Any, dict[str, Any]]:
-    """PyTorch's optimizer of that name and its parameters; AdamW stands in for DeepSpeed's own."""
+    """PyTorch's optimizer of that name, or AdamW in place of DeepSpeed's own, with the parameters that it takes."""
     kind, params = ds_config.optimizer_type, ds_config.optimizer_params
     if kind in ("Adam", "AdamW") and params.pop("torch_adam") and params.pop("adam_w_mode", True):
         kind = "AdamW"

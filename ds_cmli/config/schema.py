@@ -1,6 +1,6 @@
 """The run's configuration: one pydantic dataclass per component, checked when it is built.
 
-No heavy imports here: `--help` and the checks of what a user wrote need no torch.
+This module has no heavy imports: `--help` and the checks of the user's settings do not need torch.
 """
 
 import dataclasses
@@ -45,7 +45,7 @@ Temperature = Annotated[float, Field(ge=0.01, le=10, description="1/temperature 
 class StudentConfig:
     """`models/student.py`. Weights: "demo" (the packaged ones), "hub" (by model name), "random", or a local path."""
 
-    image_backbone: ImageBackbone = "auto"  # of the table in `models`; auto: the one that takes the model
+    image_backbone: ImageBackbone = "auto"  # a name of the table in `models`; auto: the first that supports the model
     image_model: Name = "vit_small_patch14_dinov2"  # timm name
     image_weights: Name = "demo"
     image_overrides: dict[str, Any] = Field(default_factory=dict)  # keyword arguments of timm.create_model
@@ -53,13 +53,13 @@ class StudentConfig:
     text_model: Name = "bert"  # transformers name, or architecture
     text_weights: Name = "demo"
     text_overrides: dict[str, Any] = Field(default_factory=dict)  # fields of the transformers config
-    # First layers kept of each encoder; null: 6, and all of an encoder that has fewer or no plain stack of them.
+    # How many first layers of each encoder are kept; null: 6, or all if it has fewer or they are no plain stack.
     layers: Count | None = None
     shared_blocks: Count = 1  # Transformer blocks over both modalities
     embed_dim: Annotated[int, Field(ge=1, le=1024)] = 256  # D, the embedding dimension
-    dropout: BelowOne = 0.1  # behind the text encoder's layers, as BERT was trained
-    weights_partial: bool = False  # weights may lack blocks, which start random then
-    # Layers from the first on that are not trained, with the embeddings below them; all of them: the whole encoder.
+    dropout: BelowOne = 0.1  # after the text encoder's layers, as in BERT's training
+    weights_partial: bool = False  # whether weights may lack blocks, which then start random
+    # How many first layers are frozen, together with the embeddings below them; with all layers, the whole encoder is.
     freeze_image: Number = 0
     freeze_text: Number = 0
 
@@ -72,7 +72,7 @@ class TeacherConfig:
     model: Name = "vit_small_patch14_dinov2"  # timm name
     weights: Name = "demo"
     overrides: dict[str, Any] = Field(default_factory=dict)
-    # Features after this block (or stage of a model in stages), 0-based; negative: from the last.
+    # The features are the output of this block (or stage, for a model in stages), 0-based; negative: from the last.
     block: Annotated[int, Field(ge=-1000, le=1000)] = 9
     weights_partial: bool = False  # as the student's
 
@@ -83,26 +83,26 @@ class DataConfig:
 
     # "demo" (scenes), or what `data/sources/__init__.py` lists; several are mixed: ["a::0.7", "b::0.3"].
     source: Name | Annotated[list[Name], Field(min_length=1)] = "demo"
-    val_source: Text = ""  # "": the validation part of `source`, or else some of it that is held out
-    val_split: Literal["validation", "test"] = "validation"  # which part of a source that has both is evaluated on
-    # Of sources that have such; "": found.
+    val_source: Text = ""  # "": the validation part of `source`, or else a held-out share of it
+    val_split: Literal["validation", "test"] = "validation"  # the part of a source that evaluation uses
+    # Only for sources that have these; "": found automatically.
     image_root: Text = ""  # folder of the image files that a list names
     image_key: Text = ""  # column of the image
     caption_key: Text = ""  # column, or key in JSON, of the caption
-    separator: Text = ""  # of columns
+    separator: Text = ""  # between columns
     image_size: Annotated[int, Field(ge=1, le=4096)] = 84  # pixels, square
     context_length: Annotated[int, Field(ge=3, le=65536)] = 64  # longest caption in tokens, with [CLS] and [SEP]
     tokenizer: Name = "demo"  # "demo" (MiniLM's), "builtin" (no download), transformers name or local path
     workers: Annotated[int, Field(ge=0, le=256)] = 0  # data loading processes per rank
-    prefetch: Annotated[int, Field(ge=1, le=1024)] = 2  # batches that each of them prepares ahead
-    # Of training pictures, each with its strength: random_resized_crop the smallest share of the picture's area,
-    # horizontal_flip its probability (captions name left and right), color_jitter the change of brightness, contrast
-    # and saturation.
+    prefetch: Annotated[int, Field(ge=1, le=1024)] = 2  # batches that each process prepares ahead
+    # Transforms of training pictures with their strengths: for random_resized_crop the smallest share of the picture's
+    # area, for horizontal_flip its probability (note that captions name left and right), for color_jitter the change of
+    # brightness, contrast and saturation.
     augmentation: dict[Augmentation, Annotated[float, Field(gt=0, le=1)]] = Field(default_factory=dict)
-    # Broken images and empty captions above this share stop the run.
+    # The run stops if the share of broken images and empty captions exceeds this.
     max_bad_share: Annotated[float, Field(ge=0, le=1)] = 0.01
-    max_pixels: Annotated[int, Field(ge=1, le=2**32)] = 64_000_000  # of an image file; a larger one counts as broken
-    follow_symlinks: bool = False  # also to files outside the folder
+    max_pixels: Annotated[int, Field(ge=1, le=2**32)] = 64_000_000  # a larger image counts as broken
+    follow_symlinks: bool = False  # whether symlinks may lead to files outside the folder
 
 
 @dataclass(config=STRICT)
@@ -113,46 +113,48 @@ class LossConfig:
         default_factory=lambda: dict[Loss, float]({"global": 1.0, "cmli": 1.0, "target_cmli": 1.0}), min_length=1
     )
     mse_reduction: Literal["mean", "sum"] = "mean"  # over H: "mean", or "sum" as (7) and (9) are written
-    # Whose patches Target-CMLI matches the tokens with: "teacher" (the document) or "student".
+    # Whose patches Target-CMLI matches the tokens with: "teacher" (as in the document) or "student".
     match: Literal["teacher", "student"] = "teacher"
-    # Pairs of a batch with the same picture or the same caption: "mask": no negatives of each other, and positives in
-    # the sigmoid losses; "keep": negatives.
+    # Pairs of a batch with the same picture or the same caption: with "mask" they are no negatives of each other, and
+    # positives in the sigmoid losses; with "keep" they are negatives.
     duplicates: Literal["mask", "keep"] = "mask"
     init_temperature: Temperature = 0.07  # of the global loss
-    cmli_init_temperature: Temperature = 0.02  # of the CMLI loss: a mean of maxima spreads less than a cosine
+    cmli_init_temperature: Temperature = 0.02  # of the CMLI loss, whose means of maxima vary less than cosines
     cmli_backend: Literal["auto", "chunked", "triton"] = "auto"
     cmli_recompute: bool = False
-    # Share of the patches and tokens that the all-pairs scores of training compare, those that match best in their
-    # micro-batch: FILIP's approximation, which keeps 0.25. Below 1 the scores are no longer exact.
+    # The share of patches and tokens, those that match best in their micro-batch, that the all-pairs scores of training
+    # compare. This is FILIP's approximation, which keeps 0.25; below 1 the scores are not exact.
     cmli_token_keep: Annotated[float, Field(gt=0, le=1)] = 1.0
     cmli_scratch_bytes: Annotated[int, Field(ge=2**20, le=2**40)] = 64 * 2**20
-    # Texts of other ranks: "gather" all of them, "ring": one rank's at a time goes round, "auto": a ring where the
-    # gathered texts and their gradient would take more than `cmli_gather_bytes`.
+    # How ranks exchange texts: "gather" all of them, or pass those of one rank at a time round a "ring"; "auto" takes
+    # the ring if the gathered texts and their gradient would take more than `cmli_gather_bytes`.
     cmli_exchange: Literal["auto", "gather", "ring"] = "auto"
     cmli_gather_bytes: Annotated[int, Field(ge=0, le=2**50)] = 2**30
 
 
 @dataclass(config=STRICT)
 class OptimConfig:
-    """Fills the "auto" values of the DeepSpeed JSON, whose own numbers always win."""
+    """Fills the "auto" values of the DeepSpeed JSON, whose explicit values take precedence."""
 
     lr: Positive = 1e-4
     betas: Annotated[tuple[BelowOne, BelowOne], Field(strict=False)] = (0.9, 0.98)  # JSON gives a list
     eps: Positive = 1e-6
     weight_decay: NotNegative = 0.05  # not on norms, biases and embeddings
-    # What multiplies the learning rate of a part; "rest": shared blocks, heads and temperatures.
+    # Factors of the learning rate for parts of the model; "rest" is shared blocks, heads and temperatures.
     lr_factors: dict[Literal["image", "text", "rest"], Positive] = Field(default_factory=dict)
-    layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0  # of the learning rate, a layer of an encoder downwards
-    warmup_share: BelowOne = 0.05  # of all steps, linear
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0  # factor of the learning rate per encoder layer downwards
+    warmup_share: BelowOne = 0.05  # the share of all steps with linear warmup
     grad_clip: Annotated[float, Field(ge=0, description="0: off")] = 1.0
-    # Of an exponential moving average of the weights, evaluated and saved beside them; 0.999 looks back 1,000 steps.
+    # The decay of an exponential moving average of the weights, which is evaluated and saved beside them; 0.999 looks
+    # back about 1,000 steps.
     ema_decay: Annotated[BelowOne, Field(description="0: off")] = 0.0
     micro_batch: Count = 64  # B, pairs per rank
-    # Where accumulation makes a step of several micro-batches: which texts an image is compared with, those of its own
-    # micro-batch or of the whole step (gradient caching: a second forward pass, and the loss of one large batch).
+    # With gradient accumulation: whether an image is compared with the texts of its micro-batch, or of the whole step
+    # (gradient caching, which needs a second forward pass and gives the loss of one large batch).
     negatives: Literal["micro_batch", "global_batch"] = "global_batch"
-    cache_on_host: bool = False  # the features of the step's micro-batches wait in the host's memory
-    # Over ranks once a step, at ZeRO stages 2 and 3 too: each rank then holds all gradients, in the model's precision.
+    cache_on_host: bool = False  # whether gradient caching keeps the features of a step in the host's memory
+    # Whether gradients are reduced over ranks only once per step, at ZeRO stages 2 and 3 too. Each rank then holds all
+    # gradients, in the model's precision.
     reduce_once: bool = False
     steps: Count | None = 300
     epochs: Annotated[float, Field(gt=0, le=MOST)] | None = None
@@ -174,23 +176,23 @@ class RunConfig:
     output_dir: Text = ""  # "": runs/<preset>-<date and time>
     log_every: Count = 10  # steps
     eval_every: Annotated[Number, Field(description="0: only at the end")] = 0  # steps
-    eval_batch: Count = 50  # pairs a step of the evaluation
-    # Held-out pairs of each split whose match maps every evaluation shows in the trackers, always the same ones.
+    eval_batch: Count = 50  # pairs per batch of an evaluation
+    # The number of held-out pairs of each split, always the same ones, whose match maps evaluations send to trackers.
     match_maps: Annotated[int, Field(ge=0, le=1000, description="0: none")] = 4
-    # Where numbers and pictures go beside metrics.jsonl.
+    # The trackers that get numbers and pictures, beside metrics.jsonl.
     report_to: list[TrackerName] = Field(default_factory=lambda: list[TrackerName](["tensorboard"]))
     save_every: Annotated[Number, Field(description="0: by time alone, and at the end")] = 0  # steps
-    # Since the last checkpoint.
+    # Minutes since the last checkpoint after which the next one is due.
     save_minutes: Annotated[NotNegative, Field(description="0: by steps alone, and at the end")] = 15.0
-    keep: Count = 2  # checkpoints
-    keep_best: bool = False  # that of the best evaluation stays too, and its student in student-best.safetensors
-    # Evaluations in a row without a better result that end the run.
+    keep: Count = 2  # how many of the newest checkpoints are kept
+    keep_best: bool = False  # keep the best evaluation's checkpoint too, and its student in student-best.safetensors
+    # The run ends after this many evaluations in a row without a better result.
     patience: Annotated[Number, Field(description="0: never")] = 0
-    most_skipped: Number = 5  # steps in a row skipped for values that are not finite
-    # torch.compile of the encoders' and the shared blocks and of the teacher's, each block for itself.
+    most_skipped: Number = 5  # how many steps in a row may be skipped for values that are not finite
+    # "blocks": torch.compile of each block of the encoders, of the shared blocks and of the teacher, separately.
     compile: Literal["off", "blocks"] = "off"
-    deterministic: bool = False  # the same bits again on the same kind of device
-    # Seconds without progress after which a rank counts as hung or dead.
+    deterministic: bool = False  # whether results are bitwise reproducible on the same kind of device
+    # The time without progress, in seconds, after which a rank counts as hung or dead.
     watchdog: Annotated[NotNegative, Field(description="0: off")] = 120.0
 
     def __post_init__(self):
@@ -214,13 +216,13 @@ class Config:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], written: Mapping[str, str] | None = None) -> "Config":
-        """Rebuild a configuration from `to_dict`, for instance out of a run's `config.json`.
+        """Rebuild a configuration from the values of `to_dict`, for instance from a run's `config.json`.
 
         Args:
-            written: what the user calls a setting where that is not its own name: `{"optim.lr": "--lr"}`.
+            written: the names by which the user gave settings, if they differ: `{"optim.lr": "--lr"}`.
 
         Raises:
-            UserError: the first name or value that cannot be.
+            UserError: for the first wrong name or value.
         """
         sections = {f.name: f.default_factory for f in dataclasses.fields(cls)}
         values = with_new_names(values)
@@ -230,12 +232,12 @@ class Config:
         return cls(**built)
 
 
-# Settings by their former names, which stay valid: (section, former name) -> name.
+# Former names of settings, which stay valid: (section, former name) -> present name.
 FORMER = {("data", "text_positions"): "context_length"}
 
 
 def with_new_names(values: dict[str, Any]) -> dict[str, Any]:
-    """`values` of the sections with former names replaced. Raises `UserError` where both names are given."""
+    """The sections' `values` with former names replaced. Raises `UserError` if both names of a setting are given."""
     out = {section: dict(settings) if isinstance(settings, dict) else settings for section, settings in values.items()}
     for (section, former), name in FORMER.items():
         settings = out.get(section)
@@ -246,7 +248,7 @@ def with_new_names(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def load_config(path: Path, setting: str) -> Config:
-    """The configuration out of a run's `config.json`; raises `UserError`, naming `setting`, where there is none."""
+    """Read the configuration from a run's `config.json`; raises `UserError`, which names `setting`, if it cannot."""
     place = f"{setting} is {str(path.parent)!r}"
     if not path.is_file():
         raise UserError(f"{place}: no config.json there; give a run's output folder")
@@ -261,7 +263,7 @@ def load_config(path: Path, setting: str) -> Config:
 
 
 def parse_losses(text: str) -> dict[str, float]:
-    """`"global,cmli=0.5"` -> `{"global": 1.0, "cmli": 0.5}`."""
+    """Parse `--losses`: `"global,cmli=0.5"` -> `{"global": 1.0, "cmli": 0.5}`. Raises `UserError`."""
     weights: dict[str, float] = {}
     for part in text.split(",") if text.strip() else ():
         name, equals, weight = (piece.strip() for piece in part.partition("="))
@@ -277,7 +279,7 @@ def parse_losses(text: str) -> dict[str, float]:
 
 
 def parse_settings(settings: tuple[str, ...]) -> dict[str, dict[str, Any]]:
-    """`("student.layers=4",)` -> `{"student": {"layers": 4}}`; values are JSON, or else plain text."""
+    """Parse `--set`: `("student.layers=4",)` -> `{"student": {"layers": 4}}`; values are JSON, or else plain text."""
     out: dict[str, dict[str, Any]] = {}
     for setting in settings:
         path, equals, value = setting.partition("=")

@@ -1,4 +1,4 @@
-"""Which settings a run may change when it is resumed, and how the others' differences are told."""
+"""Which settings may change when a run is resumed, and how differences of the others are reported."""
 
 import hashlib
 import json
@@ -7,15 +7,15 @@ from typing import Any
 
 from ds_cmli.config.schema import Config
 
-# Where results go and how often they are looked at: no step depends on these.
+# Settings of output, logging, evaluation, checkpoints and loading: no training step depends on them.
 FREE = {
     *("run.preset", "run.output_dir", "run.log_every", "run.eval_every", "run.save_every", "run.save_minutes"),
     *("run.keep", "run.resume", "run.resume_with_changes", "run.most_skipped", "run.watchdog"),
     *("data.workers", "data.prefetch"),
     *("run.keep_best", "run.patience", "run.match_maps", "run.report_to"),
 }
-SHOWN = 20  # differences: hundreds of files may be others
-# How the global batch is split over ranks: it stays the same when the number of ranks changes, these do not.
+SHOWN = 20  # maximum number of differences in a message, as hundreds of data files may differ
+# How the global batch is split over ranks. If the number of ranks changes, these change and the global batch does not.
 BATCH_SPLIT = {"optim.micro_batch", "deepspeed.train_micro_batch_size_per_gpu"}
 
 
@@ -30,10 +30,10 @@ def flatten(value: Any, path: str = "") -> dict[str, Any]:
 
 
 def compared(config: Config, ds_config: Mapping[str, Any], data: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """What must not change: `{"student.layers": 6, ..., "deepspeed.gradient_clipping": 1.0, ...}`, as JSON gives it.
+    """The settings that must not change, as JSON values: `{"student.layers": 6, "deepspeed.gradient_clipping": 1.0}`.
 
     Args:
-        data: what is read, as `Data.fingerprint` gives it.
+        data: `Data.fingerprint`, which identifies the data.
     """
     settings = flatten({**config.to_dict(), "deepspeed": {k: v for k, v in ds_config.items() if k != "checkpoint"}})
     settings |= flatten({"sources": dict(data)}) if data else {}
@@ -45,9 +45,9 @@ def digest(settings: dict[str, Any]) -> str:
 
 
 def differences(before: dict[str, Any], now: dict[str, Any], same_ranks: bool) -> list[str]:
-    """`["optim.lr: 0.001 -> 0.002", ...]`.
+    """The differences as text: `["optim.lr: 0.001 -> 0.002", ...]`.
 
-    A setting that is newer than the run before counts as what its default is.
+    A setting that is newer than the earlier run counts as its default. Without `same_ranks`, `BATCH_SPLIT` is ignored.
     """
     known = {tuple(name.split(".")[:2]) for name in before}
     defaults = compared(Config(), {})

@@ -1,4 +1,4 @@
-"""Values checked by pydantic, and one line for what it finds wrong: setting, value, what is accepted, nearest name."""
+"""Checks of values by pydantic, and one-line errors that name the setting, its value and what is accepted."""
 
 import json
 import math
@@ -9,14 +9,14 @@ from pydantic import TypeAdapter, ValidationError
 
 from ds_cmli.common.errors import UserError, nearest
 
-MOST = 10**9  # of anything that is counted
-SHOWN = 200  # characters of a value in a message
+MOST = 10**9  # the maximum of all counts
+SHOWN = 200  # the maximum number of characters of a value in a message
 TYPES = {"integer": "int", "number": "float", "string": "str", "boolean": "bool", "object": "dict", "array": "list"}
 OUT_OF_RANGE = ("greater_than", "greater_than_equal", "less_than", "less_than_equal", "too_short")
 
 
 def check(ok: bool, setting: str, value: object, need: str) -> None:
-    """Raise the one-line `UserError` for a setting that does not hold."""
+    """Raise a one-line `UserError` for the setting unless `ok`; `need` says what to give."""
     if not ok:
         raise UserError(f"{setting} is {shown(value)}: {need}")
 
@@ -32,13 +32,13 @@ def shown(value: object) -> str:
 
 
 def build(section: type, name: str, values: Any, written: Mapping[str, str]) -> Any:
-    """`section(**values)`, a pydantic dataclass, whose fields are the settings `name.FIELD`.
+    """Build `section(**values)`, a pydantic dataclass whose fields are the settings `name.FIELD`.
 
     Args:
-        written: how the user gave a setting where that has another name: `{"optim.lr": "--lr"}`.
+        written: the names by which the user gave settings, if they differ: `{"optim.lr": "--lr"}`.
 
     Raises:
-        UserError: the first thing that is wrong.
+        UserError: for the first wrong name or value.
     """
     check(isinstance(values, dict), name, values, "give a value of type dict")
     try:
@@ -51,11 +51,11 @@ def build(section: type, name: str, values: Any, written: Mapping[str, str]) -> 
         choice(f"setting of {name}", key, node["properties"])
     setting = written.get(f"{name}.{key}", f"{name}.{key}")
     node, given = node["properties"][key], first["input"]
-    if "[key]" in inner:  # of a dict, in the place of its value
+    if "[key]" in inner:  # the key of a dict is wrong, and pydantic puts it in the location
         node, given, inner = node["propertyNames"], inner[0], []
-    elif first["type"] == "missing":  # a place of a list that is too short
+    elif first["type"] == "missing":  # a list is too short
         given, inner = values[key], []
-    if "anyOf" in node and inner:  # pydantic tells what is wrong with the first alternative
+    if "anyOf" in node and inner:  # pydantic's error is only about the first alternative
         given, inner = values[key], []
     for part in inner:
         if isinstance(part, int):
@@ -69,7 +69,7 @@ def build(section: type, name: str, values: Any, written: Mapping[str, str]) -> 
 
 
 def _accepted(node: dict[str, Any], error: str) -> str:
-    """What a field accepts, out of its JSON schema; of a value that is only out of range the range alone."""
+    """What a field accepts, from its JSON schema; only the range, if the value is merely out of range."""
     if "anyOf" in node:
         return " or ".join(_accepted(option, error) for option in node["anyOf"] if option.get("type") != "null")
     if "enum" in node:
@@ -97,10 +97,10 @@ def _accepted(node: dict[str, Any], error: str) -> str:
 
 
 def parse_json(text: str) -> Any:
-    """JSON as it is written: no key twice, no NaN or infinity, nothing too deep or too long for Python.
+    """Parse strict JSON: no duplicate keys, no NaN or infinity, and no nesting or number that is too much for Python.
 
     Raises:
-        ValueError: with what is wrong, in a line.
+        ValueError: one line that says what is wrong.
     """
     try:
         return json.loads(text, object_pairs_hook=_no_duplicates, parse_constant=_not_finite, parse_float=_finite)
