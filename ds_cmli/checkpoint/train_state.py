@@ -39,7 +39,7 @@ class TrainState:
     accumulation: int = 1
     rebatched: bool = False  # the number of ranks has changed, so micro-batches are not those of the settings
     config: dict[str, Any] = field(default_factory=dict)  # what `settings.py` compares at resume
-    digest: str = ""  # of `config`
+    digest: str = ""  # the SHA-256 of `config`
 
     # Different on each rank: `rank-R.pt` of a checkpoint, plain values and tensors only.
     sums: Tensor = field(default_factory=lambda: torch.zeros(0))  # fp32: weighted sum, each loss, ignored negatives

@@ -79,7 +79,7 @@ PLACES = {
     **{name: ("run", name) for name in ("seed", "deterministic", "output_dir", "log_every", "eval_every")},
     **{name: ("run", name) for name in ("save_every", "save_minutes", "keep")},
 }
-RANDOM = (("student", "image_weights"), ("student", "text_weights"), ("teacher", "weights"))  # with `--init random`
+RANDOM = (("student", "image_weights"), ("student", "text_weights"), ("teacher", "weights"))  # set by `--init random`
 # Settings that only some losses read, with the names of these losses; without them the setting has no effect.
 OF_LOSSES = {
     **{f"loss.{s}": [n for n, e in LOSSES.items() if s in e.settings] for e in LOSSES.values() for s in e.settings},

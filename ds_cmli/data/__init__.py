@@ -169,7 +169,7 @@ def _unknown(sources: list[Source], tokenizer: CaptionTokenizer, name: str) -> l
 
 
 class _Loader(DataLoader):
-    """A `DataLoader` that raises a `UserError` of a loading process with its one line, without torch's traceback."""
+    """A `DataLoader` that re-raises a loading process's `UserError` with its one line, without torch's traceback."""
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
         # The loading processes are forked here. Their garbage collectors would write to all existing objects, and

@@ -113,7 +113,7 @@ def _white(image: Image.Image) -> tuple[int, ...]:
     """The possible values of white in a picture with more than 8 bits; () for other pictures."""
     if _tag(image, BITS_PER_SAMPLE, ()) == (12,):
         return (4095,)
-    if image.mode == "I" and image.format in ("PNG", "PPM"):  # Pillow scales their pixels to 16 bits
+    if image.mode == "I" and image.format in ("PNG", "PPM"):  # Pillow gives their pixels as 16 bits
         return WHITE["I;16"]
     return WHITE.get(image.mode[:4], ())
 

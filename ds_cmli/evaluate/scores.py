@@ -70,7 +70,7 @@ def competitors(
 
     Collective.
     """
-    place = torch.full((int(image_of.max()) + 1,), -1)  # [m], the row of a picture in `images`, -1 on other ranks
+    place = torch.full((int(image_of.max()) + 1,), -1)  # [m], each picture's row in `images`, -1 if it has none
     place[images.number] = torch.arange(len(images.number))
     blocks = [slice(start, start + PICTURES) for start in range(0, len(images.number), PICTURES)]
     own = list(_caption_blocks(place[image_of[texts.number]]))

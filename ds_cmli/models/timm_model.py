@@ -235,7 +235,7 @@ def cut(model: Any, last: int) -> None:
 
 
 def tell(request: ImageRequest, model: nn.Module, pooling: str | None) -> None:
-    """Print what the user may not expect: the `pooling` that replaces a missing class token (None: it has one)."""
+    """Print what the user may not expect of a model; `pooling` replaces its missing class token (None: it has one)."""
     if pooling is not None:
         say(f"{request.name} has no class token: {pooling} stands for it", model)
     if request.block is None and any(isinstance(module, _BatchNorm) for module in model.modules()):
