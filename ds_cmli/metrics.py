@@ -191,7 +191,8 @@ class Meter:
         """`engine`: the `TrainEngine` whose steps are timed."""
         self.timer, self.peak = StepTimer(), 0.0
         if engine is not None:
-            engine.timer, self.peak = self.timer, peak_flops(engine.device, engine.dtype)
+            self.measure = partial(peak_flops, engine.device, engine.dtype)
+            engine.timer, self.peak = self.timer, self.measure()
             distributed.exchanging = partial(self.timer.inside, "exchange")
         self.pairs, self.since, self.checkpoint_s = 0, time.monotonic(), 0.0
 
@@ -210,8 +211,12 @@ class Meter:
         """The columns of a logged step; counts from here on. CPU-GPU sync."""
         speed = self.pairs / (time.monotonic() - self.since)
         out = {"pairs_per_s": round(speed, 1), "checkpoint_s": round(self.checkpoint_s, 3)}
+        out |= self.timer.lap(self.peak)
+        if out.get("mfu", 0) > 1:  # something else kept the device busy while its peak was measured
+            before, self.peak = self.peak, max(self.peak, self.measure())
+            out["mfu"] = round(out["mfu"] * before / self.peak, 4)
         self.pairs, self.since, self.checkpoint_s = 0, time.monotonic(), 0.0
-        return {**out, **self.timer.lap(self.peak)}
+        return out
 
 
 def peak_memory_bytes() -> int:

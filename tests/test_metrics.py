@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from ds_cmli.metrics import Writer
+from ds_cmli.metrics import Meter, Writer
 
 VALUES = {"loss": 3.5, "loss/global": 1.25, "loss/cmli": 2.25, "lr": 1e-3, "pairs_per_s": 10.0}
 
@@ -19,3 +19,13 @@ def test_each_loss_is_shown_on_a_terminal_and_away_from_one(terminal, tmp_path, 
     writer.close()
     shown = capsys.readouterr()
     assert "loss 3.5000  global 1.250  cmli 2.250" in (shown.err if terminal else shown.out)
+
+
+def test_a_peak_that_a_step_exceeds_is_measured_again():
+    meter, measured = Meter(), []
+    meter.measure = lambda: measured.append(4e12) or 4e12
+    meter.peak = 1e12  # while something else ran
+    for expected in (0.5, 0.5):
+        meter.timer.marks, meter.timer.flops = [("forward", 0.0), (None, 1.0)], 2e12
+        assert meter.lap()["mfu"] == expected
+    assert measured == [4e12]
