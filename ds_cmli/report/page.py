@@ -1,8 +1,9 @@
-"""The report's page: curves, results, memory, and what differs between the runs."""
+"""The report's page: results, curves, match maps, memory, and what differs between the runs."""
 
 import io
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from jinja2 import Environment, PackageLoader, select_autoescape
 
 from ds_cmli.common.errors import UserError
 from ds_cmli.common.plots import matplotlib
+from ds_cmli.report.maps import match_maps
 from ds_cmli.report.runs import RunFiles, differing, groups, mean
 
 CURVES = {  # title -> columns, as patterns
@@ -22,6 +24,14 @@ CURVES = {  # title -> columns, as patterns
     "Speed": r"pairs_per_s",
 }
 MOST_LINES = 12  # of a picture
+RECALL = re.compile(r"(.+)/([^/]+)/((?:i2t|t2i)_r\d+|mean_recall)")  # a column's split, score and figure
+WAYS = {"i2t": "image to text", "t2i": "text to image"}
+
+
+@dataclass(frozen=True)
+class Table:
+    heads: list[str]
+    rows: dict[str, list[str]]
 
 
 def write(runs: Sequence[RunFiles], path: str | Path) -> None:
@@ -32,7 +42,9 @@ def write(runs: Sequence[RunFiles], path: str | Path) -> None:
         "title": "Report: " + "; ".join(names),
         "names": names,
         "curves": {title: svg for title, pattern in CURVES.items() if (svg := curves(runs, pattern))},
-        "results": results(grouped),
+        "retrieval": retrieval(grouped, names),
+        "results": other_results(grouped),
+        "maps": {run.name: found for run in runs if (found := match_maps(run.folder))},
         "differing": differing([group[0] for group in grouped]) if len(grouped) > 1 else {},
         "memory": {run.name: memory(run.memory) for run in runs if run.memory},
         "phases": phases(grouped),
@@ -77,7 +89,7 @@ def curves(runs: Sequence[RunFiles], pattern: str) -> str:
     return text
 
 
-def results(grouped: Sequence[Sequence[RunFiles]]) -> dict[str, list[str]]:
+def last_values(grouped: Sequence[Sequence[RunFiles]]) -> dict[str, list[str]]:
     """The last value of each held-out metric: a cell for each group, with its standard error where there are seeds."""
     last = [[run.last("eval/") for run in group] for group in grouped]
     columns = dict.fromkeys(name for group in last for run in group for name in run)
@@ -91,6 +103,43 @@ def results(grouped: Sequence[Sequence[RunFiles]]) -> dict[str, list[str]]:
             )
         out[name.removeprefix("eval/")] = cells
     return out
+
+
+def retrieval(grouped: Sequence[Sequence[RunFiles]], names: Sequence[str]) -> dict[str, Table]:
+    """A table for each split, as papers print them: a row for each score and group, recalls both ways as columns."""
+    splits: dict[str, dict[str, dict[str, list[str]]]] = {}  # split -> score -> column -> a cell for each group
+    for name, cells in last_values(grouped).items():
+        found = RECALL.fullmatch(name)
+        if found:
+            split, score, column = found.groups()
+            splits.setdefault(split, {}).setdefault(score, {})[column] = cells
+    out = {}
+    for split, scores in splits.items():
+        columns = sorted(dict.fromkeys(column for score in scores.values() for column in score), key=_column_order)
+        rows = {}
+        for score in sorted(scores, key=lambda score: score == "chance"):  # chance comes last
+            for g, name in enumerate(names):
+                label = score if len(names) == 1 else f"{score}: {name}"
+                rows[label] = [scores[score][column][g] if column in scores[score] else "" for column in columns]
+        out[split] = Table([_head(column) for column in columns], rows)
+    return out
+
+
+def _column_order(column: str) -> tuple[bool, str, int]:
+    way, _, k = column.partition("_r")
+    return column == "mean_recall", way, int(k) if k.isdigit() else 0
+
+
+def _head(column: str) -> str:
+    """ "i2t_r1" -> "image to text R@1"."""
+    if column == "mean_recall":
+        return "mean recall"
+    way, _, k = column.partition("_r")
+    return f"{WAYS[way]} R@{k}"
+
+
+def other_results(grouped: Sequence[Sequence[RunFiles]]) -> dict[str, list[str]]:
+    return {name: cells for name, cells in last_values(grouped).items() if not RECALL.fullmatch(name)}
 
 
 def memory(content: dict[str, Any]) -> dict[str, tuple[str, str]]:

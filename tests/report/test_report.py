@@ -1,10 +1,16 @@
 """Runs of other seeds become a mean with its standard error, known by hand; the page holds what the files say."""
 
+import base64
+import io
 import json
 import math
+import re
 
 import pytest
+import torch
 from click.testing import CliRunner
+from PIL import Image
+from torch.utils.tensorboard import SummaryWriter
 
 from ds_cmli.common.errors import UserError
 from ds_cmli.config.presets import load_preset
@@ -21,7 +27,14 @@ def run(folder, seed: int, r1: float, **changes) -> str:
     lines = [
         {"step": 1, "loss": 3.5, "loss/global": 2.0, "lr": 1e-3, "pairs_per_s": 10.0},
         {"step": 2, "loss": math.nan, "loss/global": 1.0, "lr": 5e-4, "pairs_per_s": 12.0},
-        {"step": 2, "eval/seen/pairs": 300, "eval/seen/cmli/i2t_r1": r1},
+        {
+            "step": 2,
+            "eval/seen/pairs": 300,
+            "eval/seen/cmli/i2t_r1": r1,
+            "eval/seen/cmli/t2i_r10": 0.875,
+            "eval/seen/chance/i2t_r1": 0.0625,
+            "eval/seen/cmli/mean_recall": 0.75,
+        },
     ]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return str(folder)
@@ -58,6 +71,26 @@ def test_the_command_writes_one_page(tmp_path):
         "0.500 ± 0.058" in text and "<td>0.900</td>" in text and "<td>optim.lr</td><td>0.001</td><td>0.002</td>" in text
     )
     assert text.count("<svg") == 4 and "<td>data</td><td>1,000</td><td>1,001</td>" in text
+    heads = ("image to text R@1", "text to image R@10", "mean recall")
+    assert "<tr><th></th>" + "".join(f"<th>{head}</th>" for head in heads) + "</tr>" in text
+    assert "<td>cmli: other</td><td>0.900</td><td>0.875</td><td>0.750</td>" in text
+    assert "<td>chance: other</td><td>0.062</td><td></td><td></td>" in text
+    assert "None in these runs: they are drawn for TensorBoard" in text
+
+
+def test_the_last_match_maps_of_tensorboard_are_on_the_page(tmp_path):
+    pytest.importorskip("matplotlib")
+    path = run(tmp_path / "run", 0, 0.5)
+    with SummaryWriter(tmp_path / "run" / "tensorboard") as writer:
+        for step, grey in ((5, 0), (10, 255)):
+            writer.add_image("match-maps/seen/0", torch.full((3, 4, 4), grey, dtype=torch.uint8), step)
+        writer.add_image("something/else", torch.zeros(3, 4, 4, dtype=torch.uint8), 10)
+    done = CliRunner().invoke(command, [path, "--output", str(tmp_path / "page.html")])
+    assert done.exit_code == 0, done.output
+    (picture,) = re.findall('<img src="data:image/png;base64,([^"]*)" alt="match map of ([^"]*)">',
+                            (tmp_path / "page.html").read_text())  # fmt: skip
+    assert picture[1] == "seen/0, step 10"
+    assert Image.open(io.BytesIO(base64.b64decode(picture[0]))).getpixel((0, 0)) == (255, 255, 255)
 
 
 def test_what_is_no_run_is_told(tmp_path):

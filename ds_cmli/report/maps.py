@@ -1,0 +1,25 @@
+"""The match maps that a run has drawn for TensorBoard at its evaluations, as pictures for a page."""
+
+import base64
+from pathlib import Path
+
+TAG = "match-maps/"
+
+
+def match_maps(folder: Path) -> dict[str, str]:
+    """The last picture of each held-out pair, by the pair's name and its step, as `data:` URLs; none without any."""
+    events = folder / "tensorboard"
+    if not any(events.glob("events.*")):
+        return {}
+    from tensorboard.backend.event_processing import event_accumulator
+
+    kept = {event_accumulator.IMAGES: 1, event_accumulator.SCALARS: 1, event_accumulator.TENSORS: 1}  # the last ones
+    found = event_accumulator.EventAccumulator(str(events), kept)
+    found.Reload()
+    out = {}
+    for tag in found.Tags()["images"]:
+        if tag.startswith(TAG):
+            image = found.Images(tag)[-1]
+            encoded = base64.b64encode(image.encoded_image_string).decode()
+            out[f"{tag.removeprefix(TAG)}, step {image.step}"] = f"data:image/png;base64,{encoded}"
+    return out
