@@ -43,16 +43,11 @@ class Scorer:
     def goes_round(self, text: Tensor, group: dist.ProcessGroup | None = None) -> bool:
         """Whether texts [B, M, D] of each rank, equal in shape, go round."""
         ranks = distributed.world_size(group)
-        gathered = ranks * text.numel() * (text.dtype.itemsize + accumulated(text.dtype).itemsize)
+        gathered = ranks * text.numel() * (text.dtype.itemsize + distributed.accumulated(text.dtype).itemsize)
         return ranks > 1 and (self.exchange == "ring" or (self.exchange == "auto" and gathered > self.gather_bytes))
 
 
 DEFAULT_SCORER = Scorer()
-
-
-def accumulated(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which gradients of several ranks are added up."""
-    return torch.promote_types(dtype, torch.float32)
 
 
 def ring_scores(
@@ -79,7 +74,7 @@ class _RingScores(torch.autograd.Function):
     @staticmethod
     def forward(ctx, image, text, token_mask, image_mask, group, score):
         shape = len(image), distributed.world_size(group) * len(text)
-        s_i2t, s_t2i = (image.new_empty(shape, dtype=accumulated(image.dtype)) for _ in range(2))
+        s_i2t, s_t2i = (image.new_empty(shape, dtype=distributed.accumulated(image.dtype)) for _ in range(2))
         for owner, chunk, mask in chunks(text, token_mask, group):  # collective
             found = chunk_scores(owner, score, image, chunk, mask, image_mask)
             for whole, part in zip((s_i2t, s_t2i), found, strict=True):
@@ -94,7 +89,7 @@ class _RingScores(torch.autograd.Function):
     def backward(ctx, grad_i2t, grad_t2i):
         image, text, token_mask, image_mask = ctx.saved_tensors
         need_image, need_text = ctx.needs_input_grad[:2]
-        J, wide = len(text), accumulated(text.dtype)
+        J, wide = len(text), distributed.accumulated(text.dtype)
         rank = distributed.rank(ctx.group)
         of_images = of_own = transfer = None
         for owner, chunk, mask in chunks(text, token_mask, ctx.group):  # collective

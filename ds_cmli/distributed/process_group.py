@@ -217,11 +217,18 @@ def _all_shapes(x: Tensor, group: dist.ProcessGroup | None) -> list[list[int]]:
 exchanging: Callable[[], AbstractContextManager] = nullcontext
 
 
+def accumulated(dtype: torch.dtype) -> torch.dtype:
+    """fp32 (fp64 for fp64), in which gradients of several ranks are added up.
+
+    Contributions in half precision would lose bits, and overflow under loss scaling.
+    """
+    return torch.promote_types(dtype, torch.float32)
+
+
 def sum_to_owner(grad: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
     """[G, ...] of every rank, summed over ranks -> this rank's rows [B, ...], fp32 (fp64 for fp64). Collective."""
-    # Summed in fp32 (fp64 for fp64): P contributions of half precision would lose bits, and overflow under loss
-    # scaling. Contiguous: gloo sends a strided tensor's storage in the wrong order without complaint.
-    wide = torch.float64 if grad.dtype == torch.float64 else torch.float32
+    wide = accumulated(grad.dtype)
+    # Contiguous: gloo sends a strided tensor's storage in the wrong order without complaint.
     grad = grad.to(wide).contiguous()
     if world_size(group) == 1:
         return grad
