@@ -71,6 +71,6 @@ def test_a_ring_of_many_ranks_is_that_of_all_its_steps(setting, monkeypatch):
             load_preset("tiny", {"loss": loss, "optim": optim}), ds_config, 12, target=target,
             watch=lambda train_engine, step, traffic=traffic: traffic.counting() if step else nullcontext(),
         ).report  # fmt: skip
-        found.append((report, traffic.counts))
+        found.append((report.phases, report.categories, report.totals, traffic.counts))  # the timeline is shorter
     assert found[0] == found[1]
-    assert found[0][1]["text", "send"].calls >= 2 * 11 * 2  # each micro-batch's texts and their gradients go round
+    assert found[0][-1]["text", "send"].calls >= 2 * 11 * 2  # each micro-batch's texts and their gradients go round

@@ -91,7 +91,6 @@ class Cluster:
             (self.folder / name).mkdir()
         # Each slurmd makes it at its start, and of two at once the second takes that for an error.
         Path("/run/slurm").mkdir(mode=0o755, exist_ok=True)
-        self.started = time.monotonic()
         self._daemon("slurmctld", "-D", "-i", "-c", "-f", str(self.conf))
         for node in NODES:
             self._daemon("slurmd", "-D", "-N", node, "-f", str(self.conf))
@@ -157,10 +156,6 @@ class Cluster:
 
         poll(reached, timeout, lambda: f"job {job} is {found.get('JobState')}, awaited: {states or 'its end'}")
         return found
-
-    def until_limits_are_checked(self) -> float:
-        """Seconds: the controller looks at time limits every 30 s, from its start on."""
-        return 30 - (time.monotonic() - self.started) % 30
 
     def wait_idle(self, timeout: float = 60) -> None:
         def idle() -> bool:

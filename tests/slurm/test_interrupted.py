@@ -60,12 +60,14 @@ def straight(folder: Path, steps: int) -> subprocess.Popen:
     return subprocess.Popen(command, env=env, cwd=ROOT, stdout=subprocess.DEVNULL)
 
 
-def time_limit(cluster: Cluster, folder: Path, job: str) -> None:
-    """Wait for the warning before the job's limit of one minute, then lift the limit.
+def time_limit(cluster: Cluster, folder: Path, job: str, elapsed: float) -> None:
+    """Lower the job's limit to 60 to 120 s from now, wait for the warning 90 s before it, and lift the limit.
 
     Until it comes the tasks stand still: a fast machine would be through before Slurm looks. It sends CONT with it.
+    `elapsed`: seconds since the job was submitted.
     """
     cluster.command("scancel", "--signal=STOP", job)
+    cluster.command("scontrol", "update", f"jobid={job}", f"TimeLimit={int(elapsed // 60) + 2}")
     poll(lambda: SAVED_BY_SIGNAL in log(folder, job), 90, lambda: log(folder, job))
     cluster.wait(job, "PENDING", "RUNNING")
     cluster.command("scontrol", "update", f"jobid={job}", "TimeLimit=60")
@@ -74,13 +76,11 @@ def time_limit(cluster: Cluster, folder: Path, job: str) -> None:
 def interrupted(cluster: Cluster, folder: Path, steps: int, kinds: list[Callable], seed: int) -> tuple[Path, str]:
     """A job that meets first its time limit and then `kinds`, each at a random step; its folder and its log."""
     dice = random.Random(seed)
-    # Slurm looks at time limits every 30 s: leave the job time for a few steps before it does.
-    left = cluster.until_limits_are_checked()
-    time.sleep(left if left < 15 else 0)
-    job = submit(cluster, folder, ("--nodes=2", "--time=1", "--signal=TERM@90"), *TINY, f"--steps={steps}")
+    started = time.monotonic()
+    job = submit(cluster, folder, ("--nodes=2", "--time=60", "--signal=TERM@90"), *TINY, f"--steps={steps}")
     run = folder / "runs" / f"slurm-{job}"
     poll(lambda: steps_done(run) >= dice.randint(1, 4), 120, lambda: log(folder, job), interval=0.02)
-    time_limit(cluster, folder, job)
+    time_limit(cluster, folder, job, time.monotonic() - started)
     stops = [steps_done(run)]
     for kind in kinds:
         cluster.wait(job, "RUNNING")
