@@ -13,6 +13,13 @@ from transformers import BatchFeature, ProcessorMixin
 from ds_cmli.data.batch import PAD_MULTIPLE
 from ds_cmli.data.pictures import load_image
 
+# Arguments that are accepted beside images and texts, and their values.
+ACCEPTED: dict[str, tuple[Any, ...]] = {
+    "padding": (True, "longest", "max_length"),
+    "truncation": (True, "longest_first"),
+    "return_tensors": ("pt", None),
+}
+
 
 class CMLIProcessor(ProcessorMixin):
     """A transformers tokenizer, and the resizing and cropping of the training.
@@ -32,12 +39,19 @@ class CMLIProcessor(ProcessorMixin):
     def __call__(self, images: Any = None, text: Any = None, **kwargs: Any) -> BatchFeature:  # type: ignore[override]
         """Of one or several pictures (PIL, or uint8 arrays [height, width, 3]), of one or several texts, or of both.
 
+        Args:
+            kwargs: what other processors are usually called with (`ACCEPTED`). `padding="max_length"` pads texts to
+                `context_length`; anything else that is accepted is done without being asked for.
+
         Returns:
             `pixel_values` uint8 [I, 3, S, S]; `input_ids` int64 and `attention_mask` bool [J, M].
         """
-        kwargs.pop("return_tensors", None)  # always PyTorch's
-        if kwargs:
-            raise ValueError(f"{', '.join(kwargs)}: this processor has no such argument; it takes images and text")
+        for name, value in kwargs.items():
+            if name not in ACCEPTED:
+                known = ", ".join(["images", "text", *ACCEPTED])
+                raise ValueError(f"{name}: this processor has no such argument; it takes {known}")
+            if value not in ACCEPTED[name]:
+                raise ValueError(f"{name} is {value!r}: give one of {', '.join(map(repr, ACCEPTED[name]))}")
         if images is None and text is None:
             raise ValueError("neither images nor text are given")
         out: dict[str, Any] = {}
@@ -45,7 +59,7 @@ class CMLIProcessor(ProcessorMixin):
             given = list(images) if isinstance(images, list | tuple) else [images]
             out["pixel_values"] = torch.stack([self.pixels(image) for image in given])
         if text is not None:
-            out |= self.tokens([text] if isinstance(text, str) else list(text))
+            out |= self.tokens([text] if isinstance(text, str) else list(text), kwargs.get("padding") == "max_length")
         return BatchFeature(out)
 
     def pixels(self, image: Any) -> torch.Tensor:
@@ -56,10 +70,10 @@ class CMLIProcessor(ProcessorMixin):
             raise TypeError(f"an image is {type(image).__name__}: give a PIL image or a uint8 array [height, width, 3]")
         return load_image(image.copy(), self.image_size)
 
-    def tokens(self, texts: list[str]) -> dict[str, torch.Tensor]:
-        """Padded to the longest text, rounded up to a multiple of 8, at most `context_length`."""
+    def tokens(self, texts: list[str], whole: bool = False) -> dict[str, torch.Tensor]:
+        """Padded to the longest text, rounded up to a multiple of 8, at most `context_length`; `whole`: to that."""
         rows = self.tokenizer(texts, truncation=True, max_length=self.context_length)["input_ids"]
-        longest = max(len(row) for row in rows)
+        longest = self.context_length if whole else max(len(row) for row in rows)
         length = min(-(-longest // PAD_MULTIPLE) * PAD_MULTIPLE, self.context_length)
         ids = torch.full((len(rows), length), self.pad_id)
         mask = torch.zeros(len(rows), length, dtype=torch.bool)
