@@ -150,7 +150,6 @@ def command(preset, deepspeed_config, settings, batches, train_steps, as_json, *
 
 def measured(config: Config, deepspeed_config: str, batches: int, train_steps: int) -> dict[str, Any]:
     """Print the tables; the figures are those of `--json`."""
-    tell = click.echo
     distributed.map_launcher_environment()
     device = distributed.init()
     ds_config = engine.on_this_device(DeepSpeedConfig.load(deepspeed_config))
@@ -160,26 +159,26 @@ def measured(config: Config, deepspeed_config: str, batches: int, train_steps: i
     found: dict[str, Any] = {"image_size": config.data.image_size, "threads": torch.get_num_threads()}
 
     found["decoders_ms"] = decoder_table(config.data.image_size)
-    tell(f"ms of CPU a JPEG, to {config.data.image_size} pixels square")
-    tell(f"  {'':40}" + "".join(f"{f'{w}x{h}':>12}" for w, h in SIZES))
+    click.echo(f"ms of CPU a JPEG, to {config.data.image_size} pixels square")
+    click.echo(f"  {'':40}" + "".join(f"{f'{w}x{h}':>12}" for w, h in SIZES))
     for name, times in found["decoders_ms"].items():
-        tell(f"  {name:40}" + "".join(f"{ms:>12.2f}" for ms in times.values()))
+        click.echo(f"  {name:40}" + "".join(f"{ms:>12.2f}" for ms in times.values()))
 
     sampler = GlobalBatchSampler(data.mixture, ds_config.micro_batch, 0, 1, config.run.seed)
     order = iter(sampler)
     by_wall, by_cpu = bare(data, [draw for _ in range(batches) for draw in next(order)])
     found |= {"bare_per_s": by_wall, "bare_per_cpu_s": by_cpu}
-    tell(f"pairs/s of {config.data.source}, and per second of CPU time")
-    tell(f"  decoding alone      {by_wall:>8.0f} {by_cpu:>8.0f}")
+    click.echo(f"pairs/s of {config.data.source}, and per second of CPU time")
+    click.echo(f"  decoding alone      {by_wall:>8.0f} {by_cpu:>8.0f}")
     for workers in (0, 1, 2):
         rate, per_cpu = loaded(data, sampler, workers, config.data.prefetch, batches)
         found[f"loader_{workers}_per_s"] = rate
         line = f"  {workers} loading processes {rate:>8.0f}"
         if workers:
-            tell(f"{line} {'':8} ({rate / workers / by_wall:.2f} of decoding alone, each)")
+            click.echo(f"{line} {'':8} ({rate / workers / by_wall:.2f} of decoding alone, each)")
         else:
             found["loader_0_per_cpu_s"] = per_cpu
-            tell(f"{line} {per_cpu:>8.0f} ({per_cpu / by_cpu:.2f} of decoding alone)")
+            click.echo(f"{line} {per_cpu:>8.0f} ({per_cpu / by_cpu:.2f} of decoding alone)")
 
     if train_steps:
         train_engine = engine.build(config, ds_config, data.vocab_size, STEPS, device, data.special)
@@ -187,7 +186,7 @@ def measured(config: Config, deepspeed_config: str, batches: int, train_steps: i
             loader = iter(train_loader(data, sampler, workers, prefetch=config.data.prefetch))
             seconds, share = waiting(train_engine, loader, train_steps, device)
             found |= {f"step_{workers}_s": seconds, f"waiting_{workers}": share}
-            tell(
+            click.echo(
                 f"  {workers} loading processes: a step takes {seconds:.3f} s, {share:.2%} of it waiting for its batch"
             )
     distributed.shutdown()

@@ -116,7 +116,6 @@ def command(preset, deepspeed_config, settings, repeats, clock, as_json, **optio
 
 def measured(config: Config, deepspeed_config: str, repeats: int, clock: str) -> dict[str, float | str | int]:
     """Print the table; the figures are those of `--json`."""
-    tell = click.echo
     distributed.map_launcher_environment()
     device = distributed.init()
     ds_config = engine.on_this_device(DeepSpeedConfig.load(deepspeed_config))
@@ -128,12 +127,12 @@ def measured(config: Config, deepspeed_config: str, repeats: int, clock: str) ->
     loader = iter(train_loader(data, sampler, 0))
     batches = [next(loader) for _ in range(4)]
     for notice in ds_config.notices:
-        tell(notice)
-    tell(
+        click.echo(notice)
+    click.echo(
         f"torch {torch.__version__}, {device.type}, {torch.get_num_threads()} threads, {ds_config.precision}, "
         f"{ds_config.micro_batch} pairs, ZeRO-{ds_config.stage}"
     )
-    tell(f"{'':15}{'trainer':>12}{'plain loop':>12}{'ratio':>8}{'fastest':>9}   (medians, ms; activations)")
+    click.echo(f"{'':15}{'trainer':>12}{'plain loop':>12}{'ratio':>8}{'fastest':>9}   (medians, ms; activations)")
     found: dict[str, float | str | int] = {"precision": ds_config.precision, "stage": ds_config.stage, "clock": clock}
     for name, section in (("", None), ("_checkpointing", {})):
         own = ds_config.replaced(activation_checkpointing=section)
@@ -142,7 +141,7 @@ def measured(config: Config, deepspeed_config: str, repeats: int, clock: str) ->
         ours, theirs = (statistics.median(times[key]) for key in steps)
         ratio = statistics.median(a / b for a, b in zip(*times.values(), strict=True))
         fastest = min(times["trainer"]) / min(times["plain"])
-        tell(
+        click.echo(
             f"{name.removeprefix('_') or 'stored':15}{ours * 1e3:>12.1f}{theirs * 1e3:>12.1f}"
             f"{ratio:>8.3f}{fastest:>9.3f}"
         )

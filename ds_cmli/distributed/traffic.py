@@ -45,6 +45,9 @@ class Count:
         return self.bytes * (2 if kind == "all-reduce" else 1) * (ranks - 1) // ranks
 
 
+Counts = dict[tuple[str, str], Count]  # by part and kind
+
+
 class Traffic(TorchDispatchMode):
     """Counts while it is entered, by what is moved: the features of texts with their gradients, or the rest.
 
@@ -53,7 +56,7 @@ class Traffic(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.counts: dict[tuple[str, str], Count] = {}  # by part and kind
+        self.counts: Counts = {}
         self.part = REST
 
     @contextmanager
@@ -76,6 +79,18 @@ class Traffic(TorchDispatchMode):
                 count.calls += 1
                 count.bytes += sum(x.nbytes for x in tree_leaves(args[whole]) if isinstance(x, Tensor))
         return func(*args, **(kwargs or {}))
+
+    def since(self, before: Counts) -> Counts:
+        """What has been counted since `counts` was equal to `before`."""
+        none = Count()
+        earlier = {key: before.get(key, none) for key in self.counts}
+        return {k: Count(c.calls - earlier[k].calls, c.bytes - earlier[k].bytes) for k, c in self.counts.items()}
+
+    def add(self, moved: Counts, times: int = 1) -> None:
+        """Count `moved` so many times, without anything being moved."""
+        for key, count in moved.items():
+            total = self.counts.setdefault(key, Count())
+            total.calls, total.bytes = total.calls + times * count.calls, total.bytes + times * count.bytes
 
     def sent(self, ranks: int) -> int:
         return sum(count.sent(kind, ranks) for (_, kind), count in self.counts.items())

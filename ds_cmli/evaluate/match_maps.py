@@ -12,6 +12,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from ds_cmli.common.trackers import MATCH_MAPS
 from ds_cmli.data.held_out import HeldOut
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.evaluate.split import Share
@@ -45,7 +46,7 @@ def draw(
     found = match_maps(share, held_out, tokenizer, grid, count)  # collective
     if distributed.is_main():
         for number, one in enumerate(found):
-            writer.picture(step, f"match-maps/{split}/{number}", picture(one))
+            writer.picture(step, f"{MATCH_MAPS}{split}/{number}", picture(one))
 
 
 def match_maps(share: Share, held_out: HeldOut, tokenizer: Any, grid: tuple[int, int], count: int) -> list[MatchMap]:

@@ -128,7 +128,7 @@ def predict(
                 moved = replaced(Batch, "to", _copied(tracker)) if cuda else nullcontext()
                 on_host = kept_on_host(tracker) if cuda and config.optim.cache_on_host else nullcontext()
                 with moved, on_host, watch(train_engine, number) as watched:
-                    traffic = watched if isinstance(watched, Traffic) else None
+                    traffic = watched if isinstance(watched, Traffic) else Traffic()
                     with repeated(tracker, train_engine, traffic) if texts is None else nullcontext():
                         train_engine.step(batches)
                 del batches

@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from ds_cmli.common.patches import replaced
 from ds_cmli.data import Batch
 from ds_cmli.distributed import ring
-from ds_cmli.distributed.traffic import Count, Traffic
+from ds_cmli.distributed.traffic import Counts, Traffic
 from ds_cmli.engine import TrainEngine, gradient_caching
 from ds_cmli.engine.gradient_caching import RandomState
 from ds_cmli.memory.tracker import Tracker
@@ -32,7 +32,7 @@ STEPS = 5  # steps of a ring that are run, besides the last two
 
 
 @contextmanager
-def repeated(tracker: Tracker, train_engine: TrainEngine, traffic: Traffic | None = None) -> Iterator[None]:
+def repeated(tracker: Tracker, train_engine: TrainEngine, traffic: Traffic) -> Iterator[None]:
     """Inside, a step of `train_engine` runs only those of its micro-batches that differ.
 
     Args:
@@ -47,31 +47,21 @@ def repeated(tracker: Tracker, train_engine: TrainEngine, traffic: Traffic | Non
         yield
 
 
-def _few_turns(traffic: Traffic | None) -> Callable[[int], Iterator[int]]:
+def _few_turns(traffic: Traffic) -> Callable[[int], Iterator[int]]:
     """Take only the first and the last steps of a ring; each of the others frees what it allocates."""
 
     def turns(ranks: int) -> Iterator[int]:
         skipped = range(STEPS, ranks - 2)
-        before: dict[tuple[str, str], Count] = {}
+        before: Counts = {}
         for step in range(ranks):
             if step == STEPS - 1:
-                before = _counts(traffic)
-            if step == STEPS and traffic is not None:
-                _add(traffic, _difference(traffic.counts, before), len(skipped))
+                before = deepcopy(traffic.counts)
+            if step == STEPS:
+                traffic.add(traffic.since(before), len(skipped))
             if step not in skipped:
                 yield step
 
     return turns
-
-
-def _counts(traffic: Traffic | None) -> dict[tuple[str, str], Count]:
-    return {} if traffic is None else deepcopy(traffic.counts)
-
-
-def _add(traffic: Traffic, moved: dict[tuple[str, str], Count], times: int = 1) -> None:
-    for key, count in moved.items():
-        total = traffic.counts.setdefault(key, Count())
-        total.calls, total.bytes = total.calls + times * count.calls, total.bytes + times * count.bytes
 
 
 @dataclass
@@ -117,7 +107,7 @@ class _Run:
     segments: int  # number of segments that the call began
     result: Any  # with a `_Form` in the place of each tensor
     outputs: list[tuple[str, int]]  # (whose block, its number among those) of each tensor of the result
-    moved: dict[tuple[str, str], Count]  # the call's traffic, by part and kind
+    moved: Counts  # the call's traffic, by part and kind
 
     def same(self, other: "_Run") -> bool:
         mine, others = ((run.events, run.segments, run.outputs, run.moved) for run in (self, other))
@@ -131,7 +121,7 @@ class _Run:
 class _Repeated:
     """A function that is called once for each of a step's `count` micro-batches; it runs only some of the calls."""
 
-    def __init__(self, function: Callable, tracker: Tracker, count: int, traffic: Traffic | None):
+    def __init__(self, function: Callable, tracker: Tracker, count: int, traffic: Traffic):
         self.function, self.tracker, self.count, self.traffic = function, tracker, count, traffic
         self.calls, self.steady = 0, False
         self.runs: list[_Run] = []  # the last two calls that were run
@@ -163,7 +153,7 @@ class _Repeated:
         tracker = self.tracker
         given = {block: number for number, block in enumerate(map(self._block, _given(args))) if block is not None}
         first, segment, start, before = len(tracker.ops), tracker.segment, len(tracker.log), self.first
-        moved = _counts(self.traffic)
+        moved = deepcopy(self.traffic.counts)
         result = self.function(*args)
         last = len(tracker.ops)
 
@@ -185,7 +175,7 @@ class _Repeated:
             form = _map(result, _Form.of)
         run = _Run(
             first, segment, len(tracker.log), events, tracker.segment - segment, form, outputs,
-            _difference(_counts(self.traffic), moved),
+            self.traffic.since(moved),
         )  # fmt: skip
         self.runs, self.first = [*self.runs[-1:], run], first
         return result
@@ -212,8 +202,7 @@ class _Repeated:
                     tracker.blocks.pop(given[number].untyped_storage()._cdata, None)
             tracker.log.append((block, size, phase))
         tracker.segment = segment + run.segments
-        if self.traffic is not None:
-            _add(self.traffic, run.moved)
+        self.traffic.add(run.moved)
         result = self._like(run, given, first)
         self.first = first
         for each in args:
@@ -252,14 +241,6 @@ class _Repeated:
     def _block(self, tensor: Tensor) -> int | None:
         known = self.tracker.blocks.get(tensor.untyped_storage()._cdata)
         return None if known is None else known[0]
-
-
-def _difference(after: dict[tuple[str, str], Count], before: dict[tuple[str, str], Count]) -> dict:
-    none = Count()
-    return {
-        key: Count(count.calls - before.get(key, none).calls, count.bytes - before.get(key, none).bytes)
-        for key, count in after.items()
-    }
 
 
 def _map(value: Any, function: Callable, kind: type = Tensor) -> Any:

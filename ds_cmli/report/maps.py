@@ -3,7 +3,7 @@
 import base64
 from pathlib import Path
 
-TAG = "match-maps/"
+from ds_cmli.common.trackers import MATCH_MAPS
 
 
 def match_maps(folder: Path) -> dict[str, str]:
@@ -18,8 +18,8 @@ def match_maps(folder: Path) -> dict[str, str]:
     found.Reload()
     out = {}
     for tag in found.Tags()["images"]:
-        if tag.startswith(TAG):
+        if tag.startswith(MATCH_MAPS):
             image = found.Images(tag)[-1]
             encoded = base64.b64encode(image.encoded_image_string).decode()
-            out[f"{tag.removeprefix(TAG)}, step {image.step}"] = f"data:image/png;base64,{encoded}"
+            out[f"{tag.removeprefix(MATCH_MAPS)}, step {image.step}"] = f"data:image/png;base64,{encoded}"
     return out

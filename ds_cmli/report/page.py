@@ -2,7 +2,7 @@
 
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,12 +38,13 @@ def write(runs: Sequence[RunFiles], path: str | Path) -> None:
     """Write the page; raises `UserError` where matplotlib is missing or the file cannot be written."""
     grouped = groups(runs)
     names = [", ".join(run.name for run in group) for group in grouped]
+    results = last_values(grouped)
     values = {
         "title": "Report: " + "; ".join(names),
         "names": names,
         "curves": {title: svg for title, pattern in CURVES.items() if (svg := curves(runs, pattern))},
-        "retrieval": retrieval(grouped, names),
-        "results": other_results(grouped),
+        "retrieval": retrieval(results, names),
+        "results": {name: cells for name, cells in results.items() if not RECALL.fullmatch(name)},
         "maps": {run.name: found for run in runs if (found := match_maps(run.folder))},
         "differing": differing([group[0] for group in grouped]) if len(grouped) > 1 else {},
         "memory": {run.name: memory(run.memory) for run in runs if run.memory},
@@ -105,10 +106,10 @@ def last_values(grouped: Sequence[Sequence[RunFiles]]) -> dict[str, list[str]]:
     return out
 
 
-def retrieval(grouped: Sequence[Sequence[RunFiles]], names: Sequence[str]) -> dict[str, Table]:
+def retrieval(results: Mapping[str, list[str]], names: Sequence[str]) -> dict[str, Table]:
     """A table for each split, as papers print them: a row for each score and group, recalls both ways as columns."""
     splits: dict[str, dict[str, dict[str, list[str]]]] = {}  # split -> score -> column -> a cell for each group
-    for name, cells in last_values(grouped).items():
+    for name, cells in results.items():
         found = RECALL.fullmatch(name)
         if found:
             split, score, column = found.groups()
@@ -136,10 +137,6 @@ def _head(column: str) -> str:
         return "mean recall"
     way, _, k = column.partition("_r")
     return f"{WAYS[way]} R@{k}"
-
-
-def other_results(grouped: Sequence[Sequence[RunFiles]]) -> dict[str, list[str]]:
-    return {name: cells for name, cells in last_values(grouped).items() if not RECALL.fullmatch(name)}
 
 
 def memory(content: dict[str, Any]) -> dict[str, tuple[str, str]]:

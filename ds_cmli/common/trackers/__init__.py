@@ -26,6 +26,9 @@ TRACKERS = {
 }
 
 
+MATCH_MAPS = "match-maps/"  # begins the name of each picture of a match map
+
+
 class Tracker(Protocol):
     """Opened on rank 0 alone, with the run's folder, which holds its `config.json`, and the step it goes on from.
 
