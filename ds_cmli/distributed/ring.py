@@ -5,12 +5,13 @@ Memory is that of two chunks, whatever the number of ranks; a chunk is one rank'
 Shapes: B pairs per rank, M text positions, D embedding dimension.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ds_cmli.common import uniform
 from ds_cmli.distributed import process_group as distributed
 
 TEXT, GRADIENT = 0, 1  # tags, by which gloo keeps apart what is under way at the same time
@@ -62,11 +63,6 @@ def buffer_like(x: Tensor) -> Tensor:
     return torch.empty_like(x)
 
 
-def turns(ranks: int) -> Iterable[int]:
-    """The steps in which a chunk of each rank comes by."""
-    return range(ranks)
-
-
 def chunks(text: Tensor, mask: Tensor, group: dist.ProcessGroup | None) -> Iterator[tuple[int, Tensor, Tensor]]:
     """(rank, its text features, its mask) of each rank in turn, this rank first.
 
@@ -75,7 +71,7 @@ def chunks(text: Tensor, mask: Tensor, group: dist.ProcessGroup | None) -> Itera
     rank, ranks = distributed.rank(group), distributed.world_size(group)
     chunk = pack(text, mask)
     other = buffer_like(chunk)
-    for step in turns(ranks):
+    for step in uniform.turns(range(ranks)):
         transfer = Transfer(chunk, other, TEXT, group) if step < ranks - 1 else None  # collective
         yield (rank - step) % ranks, *unpack(chunk, text)
         if transfer is not None:

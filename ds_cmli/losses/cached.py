@@ -12,6 +12,7 @@ H student width, D embedding dimension.
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from ds_cmli.cmli.check import index_dtype
 from ds_cmli.cmli.loss import l2_normalize
 from ds_cmli.cmli.ring import Scorer, ring_scores
 from ds_cmli.cmli.token_keep import Selection
+from ds_cmli.common import uniform
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.losses.base import Loss, PairInputs
 from ds_cmli.losses.column_statistics import ColumnStatistics
@@ -168,10 +170,11 @@ def pair_gradients(
     pairs = sum(len(features.pair_id) for features in cached)
 
     def blocks(column_logsumexp: Callable[[Tensor], Tensor]) -> Iterator[tuple[_Block, PairFeatures, slice]]:
-        first = distributed.rank() * pairs
-        for features in cached:
+        sizes = [len(features.pair_id) for features in cached]
+        firsts = accumulate(sizes, initial=distributed.rank() * pairs)
+        for features, size, first in uniform.turns(list(zip(cached, sizes, firsts, strict=False))):
             rows = _rows_of_a_block(features, texts, argmax_bytes)
-            for start in range(0, len(features.pair_id), rows):
+            for start in uniform.turns(range(0, size, rows)):
                 part = slice(start, start + rows)
                 image_cls, patches = (
                     None if x is None else fetched(x, device, part) for x in (features.image_cls, features.patches)
@@ -181,7 +184,6 @@ def pair_gradients(
                 yield block, features, part
                 del block
                 heartbeat()
-            first += len(features.pair_id)
 
     def weighted(block: _Block, each: dict[str, Tensor]) -> Tensor:
         share = len(block.pair_id) / pairs

@@ -3,11 +3,14 @@
 All micro-batches of a predicted step have the same size. The first few and the last one run on tensors without data.
 As soon as two consecutive ones have left the same events in the tracker's log, those between them and the last one are
 not run: the events are copied, with new blocks. So the time of a prediction hardly depends on the number of
-micro-batches, and its bytes are those of the whole step. In a ring that exchanges texts, the steps between the first
-ones and the last ones are skipped in the same way.
+micro-batches, and its bytes are those of the whole step.
+
+The turns of a uniform loop (`common/uniform.py`) between its first and its last ones are skipped too. Each of them
+frees what it allocates, so that nothing needs to be copied: the ranks of a ring that exchanges texts, and the blocks of
+image rows in which losses are computed from cached features.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, fields, is_dataclass
@@ -17,9 +20,9 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 
+from ds_cmli.common import uniform
 from ds_cmli.common.patches import replaced
 from ds_cmli.data import Batch
-from ds_cmli.distributed import ring
 from ds_cmli.distributed.traffic import Counts, Traffic
 from ds_cmli.engine import TrainEngine, gradient_caching
 from ds_cmli.engine.gradient_caching import RandomState
@@ -28,7 +31,7 @@ from ds_cmli.memory.tracker import Tracker
 # Whose block an event is about: one of the same call, of the call before it, of a tensor that was passed to the call,
 # or any other block.
 HERE, BEFORE, GIVEN, ELSEWHERE = "here", "before", "given", "elsewhere"
-STEPS = 5  # steps of a ring that are run, besides the last two
+TURNS = 5  # of a uniform loop that are run, besides the last two
 
 
 @contextmanager
@@ -43,23 +46,23 @@ def repeated(tracker: Tracker, train_engine: TrainEngine, traffic: Traffic) -> I
         for owner, name in ((gradient_caching, "embed"), (gradient_caching, "replay"), (train_engine, "_backward")):
             each = _Repeated(getattr(owner, name), tracker, train_engine.accumulation, traffic)
             stack.enter_context(replaced(owner, name, each))
-        stack.enter_context(replaced(ring, "turns", _few_turns(traffic)))
+        stack.enter_context(replaced(uniform, "turns", _few_turns(traffic)))
         yield
 
 
-def _few_turns(traffic: Traffic) -> Callable[[int], Iterator[int]]:
-    """Take only the first and the last steps of a ring; each of the others frees what it allocates."""
+def _few_turns(traffic: Traffic) -> Callable[[Sequence], Iterator]:
+    """In the place of `uniform.turns`: only the first and the last turns, with the traffic of all."""
 
-    def turns(ranks: int) -> Iterator[int]:
-        skipped = range(STEPS, ranks - 2)
+    def turns(items: Sequence) -> Iterator:
+        skipped = range(TURNS, len(items) - 2)
         before: Counts = {}
-        for step in range(ranks):
-            if step == STEPS - 1:
+        for number, item in enumerate(items):
+            if number == TURNS - 1:
                 before = deepcopy(traffic.counts)
-            if step == STEPS:
+            if number == TURNS:
                 traffic.add(traffic.since(before), len(skipped))
-            if step not in skipped:
-                yield step
+            if number not in skipped:
+                yield item
 
     return turns
 

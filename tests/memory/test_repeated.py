@@ -55,22 +55,40 @@ def test_every_event_is_that_of_the_whole_step(setting, monkeypatch):
     assert moved == all_moved and moved
 
 
-@pytest.mark.parametrize("setting", [("micro_batch", 2, "cuda"), ("global_batch", 1, "cpu")], ids=str)
-def test_a_ring_of_many_ranks_is_that_of_all_its_steps(setting, monkeypatch):
+@pytest.mark.parametrize(
+    "negatives, stage, target, loss, rows, ranks, batch, count",
+    [
+        ("micro_batch", 2, "cuda", {"cmli_exchange": "ring"}, None, 12, 2, 2),
+        ("global_batch", 1, "cpu", {"cmli_exchange": "ring"}, None, 12, 2, 2),
+        ("global_batch", 3, "cuda", {"cmli_exchange": "gather"}, 5, 2, 9, 9),
+        ("global_batch", 2, "cpu", {"weights": {"cmli_sigmoid": 1.0}}, 3, 1, 28, 2),  # the last of a micro-batch has 1
+    ],
+    ids=["ring-whole", "ring-cached", "rows", "rows-sigmoid"],
+)
+def test_uniform_loops_are_those_of_all_their_turns(
+    negatives, stage, target, loss, rows, ranks, batch, count, monkeypatch
+):
+    from ds_cmli.losses import cached
     from ds_cmli.memory import predict as module
     from ds_cmli.memory import repeated
 
-    negatives, stage, target = setting
-    loss, optim = {"cmli_exchange": "ring"}, {"negatives": negatives, "micro_batch": 2}
-    ds_config = {"gradient_accumulation_steps": 2, "zero_optimization": {"stage": stage}, "bf16": {"enabled": True}}
+    if rows is not None:
+        monkeypatch.setattr(cached, "_rows_of_a_block", lambda *_: rows)
+    optim = {"negatives": negatives, "micro_batch": batch}
+    ds_config = {
+        "gradient_accumulation_steps": count, "zero_optimization": {"stage": stage}, "bf16": {"enabled": True}
+    }  # fmt: skip
     found = []
-    for steps in (repeated.STEPS, 100):
-        monkeypatch.setattr(repeated, "STEPS", steps)
+    for turns in (repeated.TURNS, 1000):
+        monkeypatch.setattr(repeated, "TURNS", turns)
         traffic = Traffic()
-        report = module.predict(
-            load_preset("tiny", {"loss": loss, "optim": optim}), ds_config, 12, target=target,
+        prediction = module.predict(
+            load_preset("tiny", {"loss": loss, "optim": optim}), ds_config, ranks, target=target,
             watch=lambda train_engine, step, traffic=traffic: traffic.counting() if step else nullcontext(),
-        ).report  # fmt: skip
-        found.append((report.phases, report.categories, report.totals, traffic.counts))  # the timeline is shorter
-    assert found[0] == found[1]
-    assert found[0][-1]["text", "send"].calls >= 2 * 11 * 2  # each micro-batch's texts and their gradients go round
+        )  # fmt: skip
+        report = prediction.report  # the timeline is shorter
+        found.append((report.phases, report.categories, report.totals, traffic.counts, len(prediction.events)))
+    assert found[0][:-1] == found[1][:-1]
+    assert found[0][-1] < found[1][-1]
+    if loss.get("cmli_exchange") == "ring":  # each micro-batch's texts and their gradients go round
+        assert found[0][-2]["text", "send"].calls >= 2 * 11 * 2
