@@ -19,11 +19,13 @@ from typing import Any  # noqa: E402
 
 import click  # noqa: E402
 
+from ds_cmli.common import determinism, quiet  # noqa: E402
 from ds_cmli.common.cli import GroupedCommand, run_command, say  # noqa: E402
 from ds_cmli.common.errors import UserError  # noqa: E402
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig  # noqa: E402
 from ds_cmli.config.options import OUTPUT, START, WHAT, add, check_early, given_optim, resolve_config  # noqa: E402
 from ds_cmli.config.schema import Config  # noqa: E402
+from ds_cmli.distributed.launchers import map_launcher_environment  # noqa: E402
 from ds_cmli.faults import preemption  # noqa: E402
 from ds_cmli.memory.profiles import Profiles  # noqa: E402
 
@@ -50,14 +52,11 @@ def train(
     """Returns the exit code: 0 at the end of the run, `preemption.EXIT_CODE` where it is to be started again."""
     # --- configuration: on every rank, before the processes meet, and before imports that take seconds
     check_early(config, ds_config, resume, profiles)
-    from ds_cmli.common import quiet
-
     quiet.silence()
-    from ds_cmli.common import determinism
     from ds_cmli.data import assets, build_data
     from ds_cmli.distributed import process_group as distributed
 
-    distributed.map_launcher_environment()
+    map_launcher_environment()
     if config.run.deterministic:
         determinism.enforce()
     data, mistake = None, None

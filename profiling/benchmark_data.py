@@ -150,7 +150,6 @@ def command(preset, deepspeed_config, settings, batches, train_steps, as_json, *
 
 def measured(config: Config, deepspeed_config: str, batches: int, train_steps: int) -> dict[str, Any]:
     """Print the tables; the figures are those of `--json`."""
-    distributed.map_launcher_environment()
     device = distributed.init()
     ds_config = engine.on_this_device(DeepSpeedConfig.load(deepspeed_config))
     ds_config = engine.filled(config, ds_config, 1, STEPS)

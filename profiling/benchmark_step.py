@@ -116,7 +116,6 @@ def command(preset, deepspeed_config, settings, repeats, clock, as_json, **optio
 
 def measured(config: Config, deepspeed_config: str, repeats: int, clock: str) -> dict[str, float | str | int]:
     """Print the table; the figures are those of `--json`."""
-    distributed.map_launcher_environment()
     device = distributed.init()
     ds_config = engine.on_this_device(DeepSpeedConfig.load(deepspeed_config))
     ds_config = engine.filled(config, ds_config, 1, STEPS).replaced(activation_checkpointing=None)

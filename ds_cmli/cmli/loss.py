@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ds_cmli.cmli.op import DEFAULT_SCRATCH_BYTES
 from ds_cmli.cmli.ring import DEFAULT_GATHER_BYTES, DEFAULT_SCORER, Scorer, ring_scores
+from ds_cmli.distributed import collectives
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.losses.functions import contrastive_loss, upcast
 
@@ -32,10 +33,10 @@ def score_global_batch(
     score: Callable[..., tuple[Tensor, Tensor]] = DEFAULT_SCORER,
 ) -> tuple[Tensor, Tensor]:
     """s_i2t and s_t2i [B, G] of this rank's images and the texts of all ranks; arguments as `CMLILoss`. Collective."""
-    text, token_mask = distributed.pad_text(l2_normalize(text), token_mask, group)  # collective
+    text, token_mask = collectives.pad_text(l2_normalize(text), token_mask, group)  # collective
     if isinstance(score, Scorer) and score.goes_round(text, group):
         return ring_scores(l2_normalize(image), text, token_mask, image_mask, group=group, score=score)  # collective
-    all_text, all_mask = distributed.gather_text(text, token_mask, group)  # collective
+    all_text, all_mask = collectives.gather_text(text, token_mask, group)  # collective
     return score(l2_normalize(image), all_text, all_mask, image_mask)
 
 
@@ -98,5 +99,5 @@ class CMLILoss(nn.Module):
         """
         s_i2t, s_t2i = score_global_batch(image, text, token_mask, image_mask, self.group, self.score)  # collective
         first = distributed.rank(self.group) * image.shape[0]
-        columns = partial(distributed.column_logsumexp, group=self.group)
+        columns = partial(collectives.column_logsumexp, group=self.group)
         return contrastive_loss(s_i2t, s_t2i, self.logit_scale, first, columns, ignore)

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ds_cmli.cmli.op import DEFAULT_SCRATCH_BYTES, cmli_gradients, cmli_scores
+from ds_cmli.distributed import collectives
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.distributed.ring import GRADIENT, Transfer, buffer_like, chunks
 
@@ -43,7 +44,7 @@ class Scorer:
     def goes_round(self, text: Tensor, group: dist.ProcessGroup | None = None) -> bool:
         """Whether texts [B, M, D] of each rank, equal in shape, go round."""
         ranks = distributed.world_size(group)
-        gathered = ranks * text.numel() * (text.dtype.itemsize + distributed.accumulated(text.dtype).itemsize)
+        gathered = ranks * text.numel() * (text.dtype.itemsize + collectives.accumulated(text.dtype).itemsize)
         return ranks > 1 and (self.exchange == "ring" or (self.exchange == "auto" and gathered > self.gather_bytes))
 
 
@@ -74,7 +75,7 @@ class _RingScores(torch.autograd.Function):
     @staticmethod
     def forward(ctx, image, text, token_mask, image_mask, group, score):
         shape = len(image), distributed.world_size(group) * len(text)
-        s_i2t, s_t2i = (image.new_empty(shape, dtype=distributed.accumulated(image.dtype)) for _ in range(2))
+        s_i2t, s_t2i = (image.new_empty(shape, dtype=collectives.accumulated(image.dtype)) for _ in range(2))
         for owner, chunk, mask in chunks(text, token_mask, group):  # collective
             found = chunk_scores(owner, score, image, chunk, mask, image_mask)
             for whole, part in zip((s_i2t, s_t2i), found, strict=True):
@@ -89,7 +90,7 @@ class _RingScores(torch.autograd.Function):
     def backward(ctx, grad_i2t, grad_t2i):
         image, text, token_mask, image_mask = ctx.saved_tensors
         need_image, need_text = ctx.needs_input_grad[:2]
-        J, wide = len(text), distributed.accumulated(text.dtype)
+        J, wide = len(text), collectives.accumulated(text.dtype)
         rank = distributed.rank(ctx.group)
         of_images = of_own = transfer = None
         for owner, chunk, mask in chunks(text, token_mask, ctx.group):  # collective

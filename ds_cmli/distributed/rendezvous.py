@@ -18,16 +18,11 @@ from typing import NoReturn
 import torch.distributed as dist
 
 from ds_cmli.common.errors import UserError
+from ds_cmli.distributed.launchers import is_slurm_step, slurm_ports
 
 ANSWER = 5.0  # seconds to wait for a store's answer
 STRANGER = 20.0  # seconds for which another program may answer at the given port before that is an error
 FAILED, TOKEN, COME, ALL = (f"ds_cmli/{name}" for name in ("failed", "token", "come", "all"))
-
-
-def slurm_ports() -> list[int]:
-    """Candidate ports of a Slurm job's step, in the order to try; below the ephemeral ports (32768 and above)."""
-    number = int(os.environ["SLURM_JOB_ID"]) + 1009 * int(os.environ["SLURM_STEP_ID"])
-    return [12000 + (number + 2003 * i) % 20000 for i in range(8)]
 
 
 def meet(start: timedelta, stop: Callable[[], None]) -> dist.Store:
@@ -70,23 +65,16 @@ def _ports() -> tuple[list[int], int | None]:
     if os.environ["WORLD_SIZE"] == "1":  # no other rank has to find the store, so any free port will do
         return [0], 0
     given = int(os.environ["MASTER_PORT"])
-    if _is_slurm_step() and given == slurm_ports()[0]:
+    if is_slurm_step() and given == slurm_ports()[0]:
         return slurm_ports(), None
     return [given, *(12000 + (given + 2003 * i) % 20000 for i in range(4))], given
-
-
-def _is_slurm_step() -> bool:
-    """Whether the ranks of this run are the tasks of one `srun` step."""
-    env = os.environ
-    same = (("SLURM_PROCID", "RANK"), ("SLURM_STEP_NUM_TASKS", "WORLD_SIZE"))
-    return "SLURM_STEP_ID" in env and all(env.get(theirs) == env[ours] for theirs, ours in same)
 
 
 def _token() -> str:
     """A text that all ranks of this run know and ranks of another run do not."""
     env = os.environ
     token = env["WORLD_SIZE"]
-    if _is_slurm_step():
+    if is_slurm_step():
         return " ".join([token, *(env.get(f"SLURM_{name}", "") for name in ("JOB_ID", "STEP_ID", "RESTART_COUNT"))])
     if env.get("LOCAL_SIZE") == token:  # all ranks are on this machine and in the launcher's process group
         token += f" {os.getpgid(0)}"

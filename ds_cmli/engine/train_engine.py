@@ -1,6 +1,6 @@
-"""Builds student, teacher, losses and DeepSpeed's engine from a configuration, and runs training steps.
+"""Runs training steps of student, teacher, losses and DeepSpeed's engine, as `building.py` puts them together.
 
-This is the only place where a training step is put together: training, profiling and prediction all use it.
+Training, profiling and prediction all use this one step.
 """
 
 import math
@@ -13,58 +13,16 @@ import torch
 from torch import Tensor
 
 from ds_cmli.cmli.token_keep import kept
-from ds_cmli.common import quiet
-from ds_cmli.common.errors import UserError
-from ds_cmli.common.patches import patch_for_good
-from ds_cmli.common.processor import keep_freed_memory
-from ds_cmli.config import schedule
-from ds_cmli.config.deepspeed_config import DeepSpeedConfig
-from ds_cmli.config.schema import Config
 from ds_cmli.data import Batch
-from ds_cmli.data.tokens import SpecialTokens
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.engine import gradient_caching
 from ds_cmli.engine.ema import EMA
-from ds_cmli.engine.parameter_groups import freeze, parameter_groups
-from ds_cmli.engine.planning import compares_all, resolve_weights
 from ds_cmli.engine.result import MicroBatchLosses
 from ds_cmli.engine.throughput import ModelFlops, StepTimer
 from ds_cmli.faults import nonfinite
-from ds_cmli.losses import LOSSES, needs_teacher
+from ds_cmli.losses import LOSSES
 from ds_cmli.losses.objective import Objective
-from ds_cmli.models.backbone import cast_statistics
-from ds_cmli.models.checkpointing import checkpoint_blocks
-from ds_cmli.models.compiling import compile_blocks
-from ds_cmli.models.student import Student
 from ds_cmli.models.teacher import Teacher
-
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-
-
-def build_models(
-    config: Config, vocab_size: int, pretrained: bool = True, special: SpecialTokens | None = None
-) -> tuple[Objective, Teacher | None]:
-    """The student with its losses, and the teacher if a loss needs it; on the CPU, in fp32, equal on every rank.
-
-    `pretrained=False`: the student's weights are random, because they will be overwritten. `special`: as in `Student`.
-    """
-    config = resolve_weights(config)
-    torch.manual_seed(config.run.seed)
-    data = config.data
-    student = Student(config.student, data.image_size, vocab_size, data.context_length, pretrained, special)
-    teacher = None
-    if needs_teacher(config.loss.weights):
-        teacher = Teacher(config.teacher, data.image_size, student.grid)
-    objective = Objective(student, config.loss, teacher.width if teacher else None)
-    freeze(objective, config)
-    return objective, teacher
-
-
-def use_no_compiler() -> None:
-    """On a CPU, keep DeepSpeed from compiling its shared-memory collectives, which takes minutes at the first start."""
-    if not torch.cuda.is_available():
-        # The whole table is replaced, because DeepSpeed would run compilers to fill it.
-        patch_for_good("deepspeed: compiled operators", {})
 
 
 @dataclass
@@ -218,90 +176,3 @@ class TrainEngine:
         for name, scale in self.objective.scales().items():
             out[f"temperature/{name}"] = 1 / scale if scale else math.inf  # infinite if the scale was learned down to 0
         return out
-
-
-def build(
-    config: Config,
-    ds_config: DeepSpeedConfig,
-    vocab_size: int,
-    total_steps: int,
-    device: torch.device,
-    special: SpecialTokens | None = None,
-) -> TrainEngine:
-    """Build the engine around student and losses, ready to train. Collective.
-
-    Args:
-        ds_config: the JSON after `on_this_device` and `filled`.
-        vocab_size: the tokenizer's.
-        total_steps: optimizer steps of the whole run, for the learning rate schedule.
-        device: this rank's device; the process group must be initialised.
-        special: the tokens that the tokenizer adds; None: those of the built-in one.
-    """
-    import deepspeed
-
-    use_no_compiler()
-    if device.type == "cpu":
-        keep_freed_memory()
-    if ds_config.prints:
-        quiet.let_deepspeed_print(ds_config.get("log_level") is None)
-    deepspeed.init_distributed(verbose=False)
-    dtype = DTYPES[ds_config.precision]
-    objective, teacher = build_models(config, vocab_size, special=special)
-    torch.manual_seed(config.run.seed + distributed.rank())  # for dropout, which differs between ranks
-    compiled = config.run.compile != "off"
-    if compiled:  # inside checkpointing, which then recomputes with the compiled code
-        compile_blocks(objective.student.blocks, ds_config.stage)
-        compile_blocks(teacher.image.blocks if teacher is not None else [])
-    if ds_config.checkpointing:
-        deepspeed.checkpointing.configure(None, deepspeed_config=ds_config.raw())
-        checkpoint_blocks(objective.student.blocks, deepspeed.checkpointing.checkpoint)
-
-    cast_statistics(objective, dtype)
-    params = ds_config.optimizer_params
-    lr = params.get("lr", config.optim.lr)
-    groups = parameter_groups(objective, params.get("weight_decay", 0.0), config.optim, lr)
-    lr_factor = groups[0].get("lr", lr) / lr  # computed before the optimizer changes the groups
-    name_of = {id(parameter): name for name, parameter in objective.named_parameters()}
-    names = [[name_of[id(parameter)] for parameter in group["params"]] for group in groups]
-    try:
-        engine, *_ = deepspeed.initialize(
-            model=objective,
-            model_parameters=groups,  # type: ignore[arg-type]
-            config=ds_config.raw(),
-            lr_scheduler=schedule.maker(ds_config, config.optim.warmup_steps(total_steps), total_steps),
-        )
-    except (AssertionError, ValueError, NotImplementedError) as error:
-        raise UserError(f"DeepSpeed refuses the configuration: {error}") from error
-    except (ImportError, RuntimeError) as error:
-        if not ds_config.compiles or isinstance(error, torch.OutOfMemoryError):
-            raise
-        raise UserError(
-            f"optimizer.type is {ds_config.optimizer_type!r}: DeepSpeed cannot compile its own here: {error}"
-        ) from error
-    _undo_first_update(engine.optimizer)
-    nonfinite.attach(engine)
-    if teacher is not None:
-        teacher.to(device=device, dtype=dtype)
-    caching = compares_all(config, ds_config)
-    if caching and ds_config.stage == 3:
-        for parameter in objective.pair_parameters():
-            deepspeed.zero.register_external_parameter(objective, parameter)
-    return TrainEngine(
-        engine, objective, teacher, device, dtype, names, lr_factor, ds_config.accumulation, caching,
-        config.optim.cache_on_host, config.optim.reduce_once,
-        ema=EMA(engine, config.optim.ema_decay) if config.optim.ema_decay else None,
-        compiled=compiled,
-    )  # fmt: skip
-
-
-def _undo_first_update(optimizer: Any) -> None:
-    """Undo the update with zero gradients by which DeepSpeed (0.19.8), in 16 bit without ZeRO, creates the states.
-
-    It has decayed the weights, and would count in the bias correction.
-    """
-    if not hasattr(optimizer, "loss_scale_config"):
-        return
-    optimizer.refresh_fp32_params()
-    for state in [*optimizer.state.values(), *optimizer.param_groups]:
-        if "step" in state:
-            state["step"] = state["step"] * 0

@@ -88,9 +88,10 @@ def command(
     if not options["boxes"] and not options["zero_shot"]:
         config.data = dataclasses.replace(config.data, **given)
 
+    from ds_cmli.distributed import launchers
     from ds_cmli.distributed import process_group as distributed
 
-    distributed.map_launcher_environment()
+    launchers.map_launcher_environment()
     mode = _zero_shot if options["zero_shot"] else _boxes if options["boxes"] else _retrieval
     metrics = mode(config, Path(checkpoint), ema, batch_size, workers, options)
     if json_file and distributed.is_main():

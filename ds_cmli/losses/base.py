@@ -19,6 +19,7 @@ from ds_cmli.cmli.loss import l2_normalize, score_global_batch
 from ds_cmli.cmli.token_keep import select
 from ds_cmli.config.schema import LossConfig
 from ds_cmli.data import Batch
+from ds_cmli.distributed import collectives
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.losses.functions import duplicates, upcast
 from ds_cmli.models.student import Student
@@ -104,13 +105,13 @@ class LossInputs(PairInputs):
     def duplicates(self) -> Tensor | None:
         ids = self.batch.pair_id
         return (
-            None if self.config.duplicates == "keep" else duplicates(ids, distributed.gather(ids), self.first)
+            None if self.config.duplicates == "keep" else duplicates(ids, collectives.gather(ids), self.first)
         )  # collective
 
     @cached_property
     def global_scores(self) -> Tensor:
         image = upcast(l2_normalize(self.features.image_cls))  # [B, H]
-        text = distributed.gather_with_gradient(upcast(l2_normalize(self.features.text_cls)))  # [G, H], collective
+        text = collectives.gather_with_gradient(upcast(l2_normalize(self.features.text_cls)))  # [G, H], collective
         return image @ text.t()
 
     @cached_property
@@ -123,7 +124,7 @@ class LossInputs(PairInputs):
         return score_global_batch(patches, tokens, mask, score=self.score)
 
     def column_logsumexp(self, logits: Tensor) -> Tensor:
-        return distributed.column_logsumexp(logits)  # collective
+        return collectives.column_logsumexp(logits)  # collective
 
     @property
     def teacher(self) -> Targets:

@@ -23,6 +23,7 @@ from ds_cmli.cmli.loss import l2_normalize
 from ds_cmli.cmli.ring import Scorer, ring_scores
 from ds_cmli.cmli.token_keep import Selection
 from ds_cmli.common import uniform
+from ds_cmli.distributed import collectives
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.losses.base import Loss, PairInputs
 from ds_cmli.losses.column_statistics import ColumnStatistics
@@ -230,7 +231,7 @@ def pair_gradients(
 
     for leaf, summed in zip(leaves, sums, strict=True):
         if not (texts.go_round and leaf is texts.tokens):  # the ring has summed it already
-            summed = distributed.sum_to_owner(summed)  # collective
+            summed = collectives.sum_to_owner(summed)  # collective
         _back_to_texts(cached, leaf is texts.tokens, summed, device)
     total = torch.stack([weights[name] * loss for name, loss in found.items()]).sum()
     return PairGradients(total, found, of_parameters, ignored)
@@ -259,13 +260,13 @@ def _gathered(cached: list[PairFeatures], device: torch.device, score: Callable[
         first += len(f.pair_id)
     go_round = False
     if tokens is not None:
-        tokens, mask = distributed.pad_text(tokens, mask)  # collective
+        tokens, mask = collectives.pad_text(tokens, mask)  # collective
         go_round = isinstance(score, Scorer) and score.goes_round(tokens)
     if tokens is not None and not go_round:
-        tokens, mask = distributed.gather_text(tokens, mask)  # collective
+        tokens, mask = collectives.gather_text(tokens, mask)  # collective
     if cls is not None:
-        cls = distributed.gather_with_gradient(cls)  # collective
-    return _Texts(distributed.gather(ids), mask, cls, tokens, go_round)  # collective
+        cls = collectives.gather_with_gradient(cls)  # collective
+    return _Texts(collectives.gather(ids), mask, cls, tokens, go_round)  # collective
 
 
 def _rows_of_a_block(features: PairFeatures, texts: _Texts, argmax_bytes: int) -> int:

@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ds_cmli.distributed import collectives
 from ds_cmli.distributed import process_group as distributed
 
 
@@ -43,7 +44,7 @@ class ColumnStatistics:
 
     def merge(self) -> None:
         """End the first pass: combine the statistics of all ranks. Collective."""
-        self.lse = [distributed.logsumexp_over_ranks(lse) for lse in self.lse]  # collective
+        self.lse = [collectives.logsumexp_over_ranks(lse) for lse in self.lse]  # collective
         if distributed.world_size() > 1:
             for grad in self.gradients:
                 dist.all_reduce(grad)  # collective; each rank's loss may use every column

@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ds_cmli.common.patches import environment as replaced_environment
 from ds_cmli.common.patches import patched, replaced
+from ds_cmli.distributed import collectives
 from ds_cmli.distributed import process_group as distributed
 
 MANY = 8  # more tensors than this are not concatenated by `SharesOfRanks`: it only makes a result of their size
@@ -226,10 +227,10 @@ def fake_world(world_size: int, cuda: bool) -> Iterator[Answers]:
 
         def shapes(x: Tensor, group: Any) -> list[list[int]]:
             """Every rank's shape of texts [B, M, D], whose M is the longest of all ranks."""
-            distributed._all_gather(torch.tensor([x.shape], dtype=torch.int64), group)
+            collectives._all_gather(torch.tensor([x.shape], dtype=torch.int64), group)
             return [[len(x), max(x.shape[1], answers.positions), x.shape[2]]] * world_size
 
-        stack.enter_context(replaced(distributed, "_all_shapes", shapes))
+        stack.enter_context(replaced(collectives, "_all_shapes", shapes))
 
         def compared(values: list[int]) -> None:
             dist.broadcast(torch.tensor(len(values)), src=0)

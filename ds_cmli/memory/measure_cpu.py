@@ -92,7 +92,7 @@ def _run(
         return models
 
     with _ranks(world_size):
-        with replaced(engine.train_engine, "build_models", build):
+        with replaced(engine.building, "build_models", build):
             train_engine = engine.build(config, ds_config, vocab_size, TOTAL_STEPS, torch.device("cpu"))
         with phases(train_engine, enter):
             for step in range(2):

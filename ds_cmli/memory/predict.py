@@ -244,7 +244,7 @@ def recorded_from_the_engine_on(
             convert_parameters(objective, lambda parameter: parameter.to(dtype))
         return objective, teacher
 
-    with replaced(engine.train_engine, "build_models", build):
+    with replaced(engine.building, "build_models", build):
         yield
 
 

@@ -20,8 +20,7 @@ from ds_cmli.cmli import ring as cmli_ring
 from ds_cmli.cmli.peak_memory import cmli_peak_bytes
 from ds_cmli.common.patches import replaced
 from ds_cmli.data import Batch
-from ds_cmli.distributed import process_group as distributed
-from ds_cmli.distributed import ring
+from ds_cmli.distributed import collectives, ring
 from ds_cmli.engine import TrainEngine
 from ds_cmli.losses.cached import PairFeatures
 from ds_cmli.memory.collectives import copied_bytes
@@ -74,9 +73,9 @@ class Tracker(TorchDispatchMode):
         self._replaced = ExitStack()
 
     def __enter__(self):
-        gather, ring_scores = distributed._GatherWithGradient, cmli_ring._RingScores
+        gather, ring_scores = collectives._GatherWithGradient, cmli_ring._RingScores
         for owner, name, category in (
-            (distributed, "_all_gather", "exchanged text"),
+            (collectives, "_all_gather", "exchanged text"),
             (gather, "backward", "exchanged text"),
             (ring, "pack", "exchanged text"),
             (ring, "buffer_like", "exchanged text"),

@@ -13,7 +13,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ds_cmli.common.patches import PATCHES, ZERO, environment, patched, replaced
-from ds_cmli.engine.train_engine import use_no_compiler
+from ds_cmli.engine.building import use_no_compiler
 from ds_cmli.memory.fake import fake_world
 
 

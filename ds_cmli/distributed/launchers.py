@@ -1,0 +1,84 @@
+"""What started this process and how many others: `deepspeed`, `torchrun`, `srun` or a plain `python`."""
+
+import os
+import socket
+import subprocess
+
+from ds_cmli.common.errors import UserError
+
+# What launchers call the number of processes that they have started.
+RANKS_STARTED = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "LOCAL_WORLD_SIZE")
+
+
+def map_launcher_environment() -> None:
+    """Set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT for whatever started this process.
+
+    `deepspeed` and `torchrun` set them. A task of `srun` is mapped from its SLURM_* variables, and a plain `python`
+    process is a world of one.
+    """
+    env = os.environ
+    _check_launcher()
+    tasks = env.get("SLURM_STEP_NUM_TASKS") or env.get("SLURM_NTASKS", "1")
+    if "RANK" not in env and "SLURM_STEP_ID" in env and int(tasks) > 1:
+        env["RANK"], env["WORLD_SIZE"], env["LOCAL_RANK"] = env["SLURM_PROCID"], tasks, env["SLURM_LOCALID"]
+        # Where Slurm gives each task a GPU of its own to see (--gpus-per-task), that is its GPU 0.
+        if len(env.get("CUDA_VISIBLE_DEVICES", "").split(",")) == 1 and env.get("CUDA_VISIBLE_DEVICES"):
+            env["LOCAL_RANK"] = "0"
+        if "MASTER_ADDR" not in env:
+            env["MASTER_ADDR"] = _slurm_address(env["SLURM_STEP_NODELIST"])
+        env.setdefault("MASTER_PORT", str(slurm_ports()[0]))
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}.items():
+        env.setdefault(name, value)
+    # Port 0 lets the store pick a free one, which only a world of one can use: nobody else has to find it.
+    env.setdefault("MASTER_PORT", "0" if env["WORLD_SIZE"] == "1" else "29500")
+
+
+def _check_launcher() -> None:
+    """Raise `UserError` where ranks were asked for that would not train together: each would be a world of its own."""
+    env = os.environ
+    if "RANK" in env and "WORLD_SIZE" not in env:
+        raise UserError(f"RANK is {env['RANK']} and WORLD_SIZE is not set: set both, or neither for one process")
+    started = {name: env[name] for name in RANKS_STARTED if env.get(name, "").isdecimal()}
+    for name, number in started.items():
+        if "WORLD_SIZE" in env and int(number) > int(env["WORLD_SIZE"]):
+            raise UserError(
+                f"{name} is {number}, but WORLD_SIZE is {env['WORLD_SIZE']}: {number} ranks were started and would not "
+                "train together; unset RANK and WORLD_SIZE, or set them for every rank"
+            )
+
+
+def _slurm_address(nodes: str) -> str:
+    """Address of the first node of a Slurm node list, which rank 0 runs on.
+
+    Raises:
+        UserError: there is no `scontrol` to ask (inside a container, for instance), or it knows no such node.
+    """
+    try:
+        first = _scontrol("show", "hostnames", nodes).split()[0]
+        try:
+            socket.getaddrinfo(first, None)
+            return first
+        except OSError:  # the node's name in Slurm is not one that this machine's resolver knows
+            return _scontrol("show", "node", first).split("NodeAddr=", 1)[1].split()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        raise UserError(
+            f"MASTER_ADDR is not set, and scontrol gives no address for the nodes {nodes!r}: "
+            "set MASTER_ADDR to the first node's address"
+        ) from None
+
+
+def _scontrol(*arguments: str) -> str:
+    return subprocess.run(["scontrol", *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def slurm_ports() -> list[int]:
+    """Candidate ports of a Slurm job's step, in the order to try; below the ephemeral ports (32768 and above)."""
+    number = int(os.environ["SLURM_JOB_ID"]) + 1009 * int(os.environ["SLURM_STEP_ID"])
+    return [12000 + (number + 2003 * i) % 20000 for i in range(8)]
+
+
+def is_slurm_step() -> bool:
+    """Whether the ranks of this run are the tasks of one `srun` step."""
+    env = os.environ
+    same = (("SLURM_PROCID", "RANK"), ("SLURM_STEP_NUM_TASKS", "WORLD_SIZE"))
+    return "SLURM_STEP_ID" in env and all(env.get(theirs) == env[ours] for theirs, ours in same)
