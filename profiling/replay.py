@@ -88,7 +88,6 @@ def one(
     And a line for each device whose history cannot be replayed.
     """
     from ds_cmli.memory import charts, snapshot_file
-    from ds_cmli.memory.beginning import beginning
     from ds_cmli.memory.history import replay_history
     from ds_cmli.memory.holders import holders
     from ds_cmli.memory.what_if import what_if
@@ -101,10 +100,10 @@ def one(
             continue
         try:
             replayed = replay_history(content, device)
-            start = beginning(content, device)
         except UserError as error:
             refused.append(str(error))
             continue
+        start = replayed.start
         at_peak = holders(content, device, start)
         values: dict[str, Any] = dict(replayed.to_dict())
         values["at_peak"] = {holder.name: holder.bytes for holder in at_peak}
@@ -205,6 +204,16 @@ def text(replayed: Any) -> str:
         lines.append(f"  of {replayed.ambiguous} blocks from before, the exact size cannot be told")
     if replayed.unknown:
         lines.append(f"  {replayed.unknown} frees belong to nothing that the replay holds")
+    if replayed.released_private:
+        lines.append(
+            f"  {replayed.released_private} released segments were those of private pools (CUDA graphs,"
+            " torch.cuda.MemPool): the history does not say so, the requests do"
+        )
+    if replayed.released_unknown:
+        lines.append(
+            f"  of {replayed.released_unknown} released segments, the pool cannot be told: they count as the default"
+            " pool's wherever the requests allow it, so a what-if may reserve too little"
+        )
     if replayed.out_of_memory:
         lines.append(f"  {replayed.out_of_memory} requests were refused: out of memory")
     return "\n".join(lines)

@@ -62,12 +62,12 @@ class CachingAllocator:
         self.requests[pool, small] = self.requests.get((pool, small), 0) + 1
         free = self.free_blocks.setdefault((pool, small, stream), [])
         position = self._best_fit(free, size)
-        if position < len(free) and self._may_use(free[position][0], size):
+        if position < len(free) and self.may_use(free[position][0], size):
             block = self.at.pop(free.pop(position)[1])
         else:
             block = self._from_device(requested, size, (pool, small, stream), event)
         left = block.size - size
-        if self._splits(left, size, small):
+        if self.splits(left, size, small):
             self.keep(split(block, block.address + size))
         self.actions.append(Action("alloc", block.address, requested, stream, event))
         return self.use(block, requested, event)
@@ -98,10 +98,10 @@ class CachingAllocator:
         block.requested, block.event = 0, None
         self._merge(block)
 
-    def empty_cache(self) -> None:
-        """Return every wholly free segment of the default pool to the device; private pools keep theirs."""
+    def empty_cache(self, pool: Pool = DEFAULT_POOL) -> None:
+        """Return every wholly free segment of a pool to the device; a private pool's when it is deleted."""
         for segment in list(self.segments.values()):
-            if segment.pool == DEFAULT_POOL and segment.free:
+            if segment.pool == pool and segment.free:
                 self.release(segment)
 
     def release(self, segment: Segment) -> None:
@@ -115,7 +115,7 @@ class CachingAllocator:
         """The index in `free` of the block that rule 3 chooses; `len(free)` if none is large enough."""
         return bisect_left(free, (size, 0))
 
-    def _splits(self, left: int, size: int, small: bool) -> bool:
+    def splits(self, left: int, size: int, small: bool) -> bool:
         """Rule 4: whether the `left` bytes that remain behind a request of `size` bytes become a free block."""
         most = self.settings.max_split_size
         return left >= MIN_BLOCK if small else left > SMALL_REQUEST and (most is None or size < most)
@@ -156,7 +156,8 @@ class CachingAllocator:
         missing = self.reserved + taken - self.limit
         return OutOfMemory(requested, self.allocated, self.reserved, self.limit, missing, event)
 
-    def _may_use(self, block_size: int, size: int) -> bool:
+    def may_use(self, block_size: int, size: int) -> bool:
+        """Whether a split size allows a free block of `block_size` bytes to serve a request of `size` bytes."""
         most = self.settings.max_split_size
         if most is None:
             return True

@@ -8,64 +8,17 @@ behind the block begins where the block ends. With expandable segments there are
 """
 
 from bisect import bisect_left, insort
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 from ds_cmli.common.errors import UserError
-from ds_cmli.memory.allocator import CachingAllocator
-from ds_cmli.memory.blocks import (
-    DEFAULT_POOL,
-    DEFAULTS,
-    LARGE_SEGMENT,
-    MIN_BLOCK,
-    SMALL_REQUEST,
-    SMALL_SEGMENT,
-    Block,
-    Pool,
-    Segment,
-    Settings,
-    rounded,
-)
-from ds_cmli.memory.expandable import ADDRESS_SPACE, ExpandableAllocator, Key
+from ds_cmli.memory.blocks import DEFAULT_POOL, MIN_BLOCK, SMALL_REQUEST, SMALL_SEGMENT, Settings
+from ds_cmli.memory.ranges import find_ranges
+from ds_cmli.memory.state import Mapped, State, joined, recorded_pool
 
 LIVE = ("active_allocated", "active_pending_free", "active_awaiting_free")
 ACTIONS = ("alloc", "free_requested", "free_completed", "segment_alloc", "segment_free", "segment_map", "segment_unmap",
            "snapshot", "oom", "user_defined")  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Mapped:
-    """A range of addresses that is backed by memory: a segment, or a part of an expandable segment."""
-
-    size: int
-    stream: int
-    small: bool
-    pool: Pool = DEFAULT_POOL
-
-    @property
-    def key(self) -> Key:
-        return self.pool, self.small, self.stream
-
-
-@dataclass
-class State:
-    """The state of the allocator at one moment."""
-
-    segments: dict[int, Mapped] = field(default_factory=dict)  # by address
-    live: dict[int, int] = field(default_factory=dict)  # address of each block in use -> requested bytes
-    sizes: dict[int, int] = field(default_factory=dict)  # address -> block's size, for live blocks where it is known
-    rests: dict[int, tuple[int, int]] = field(default_factory=dict)  # block -> (least, most) bytes of its rest
-    private: list[tuple[int, int, Pool]] = field(default_factory=list)  # (begin, end, pool) of private pools' segments
-    settings: Settings = DEFAULTS  # with which the history was recorded
-    # For expandable segments: the begin address of each one's range, and the addresses whose owner is known.
-    ranges: dict[int, Key] = field(default_factory=dict)
-    owners: list[tuple[int, Key]] = field(default_factory=list)
-
-    def pool(self, address: int) -> Pool:
-        return next((pool for begin, end, pool in self.private if begin <= address < end), DEFAULT_POOL)
-
-    def rounded(self, requested: int) -> int:
-        return rounded(requested, self.settings.roundup_power2_divisions)
 
 
 def beginning(snapshot: dict[str, Any], device: int) -> State:
@@ -79,20 +32,18 @@ def beginning(snapshot: dict[str, Any], device: int) -> State:
     for segment in snapshot["segments"]:
         if segment.get("device", 0) != device:
             continue
-        address, pool = segment["address"], tuple(segment.get("segment_pool_id", DEFAULT_POOL))
+        address, pool = segment["address"], tuple(segment.get("segment_pool_id") or DEFAULT_POOL)
         small = segment.get("segment_type", "small" if segment["total_size"] == SMALL_SEGMENT else "large") == "small"
         out.segments[address] = Mapped(segment["total_size"], segment["stream"], small, pool)
-        if pool != DEFAULT_POOL:
-            out.private.append((address, address + segment["total_size"], pool))
         for block in segment["blocks"]:
             if block["state"] in LIVE:
-                out.live[address] = block.get("requested_size", block["size"])
+                out.live[address] = block.get("requested_size") or block["size"]
                 out.sizes[address] = block["size"]
             address += block["size"]
     if out.settings.expandable_segments:
-        _find_ranges(out, trace)
+        find_ranges(out, trace)
     for number in range(len(trace) - 1, -1, -1):
-        if not _undo(out, trace[number]):
+        if not _undo(out, number, trace[number]):
             action, address, size = (trace[number].get(key, 0) for key in ("action", "addr", "size"))
             raise UserError(
                 f"device {device}: event {number} ({action} of {size:,} B at {address:#x}) contradicts what came after:"
@@ -102,7 +53,7 @@ def beginning(snapshot: dict[str, Any], device: int) -> State:
     return out
 
 
-def _undo(state: State, entry: dict[str, Any]) -> bool:
+def _undo(state: State, number: int, entry: dict[str, Any]) -> bool:
     """Undo one event in `state`. Returns False if the event cannot have led to this state."""
     action, address, size = entry["action"], entry.get("addr", 0), entry.get("size", 0)
     if action == "alloc" and size:
@@ -113,13 +64,23 @@ def _undo(state: State, entry: dict[str, Any]) -> bool:
         state.live[address] = size
         return free
     if action == "segment_alloc":
-        return state.segments.pop(address, None) is not None
+        part, pool = state.segments.pop(address, None), recorded_pool(entry)
+        if part is None or part.size != size:
+            return False
+        state.taken[number] = part if pool is None else replace(part, pool=pool, released=None)
     if action == "segment_free":
-        state.segments[address] = Mapped(size, entry.get("stream", 0), size == SMALL_SEGMENT)
+        free, pool = address not in state.segments, recorded_pool(entry)
+        part = Mapped(size, entry.get("stream", 0), size == SMALL_SEGMENT, pool or DEFAULT_POOL)
+        if pool is None:
+            part, state.untold[number] = replace(part, released=number), DEFAULT_POOL
+        state.segments[address] = part
+        return free
     if action == "segment_map":
         return _cut_out(state.segments, address, size)
     if action == "segment_unmap":
-        pool, small, stream = _owner(state, entry)
+        begin = state.range_of(address)
+        assert begin is not None
+        pool, small, stream = state.ranges[begin]
         state.segments[address] = Mapped(size, stream, small, pool)
     return True
 
@@ -138,40 +99,6 @@ def _cut_out(mapped: dict[int, Mapped], address: int, size: int) -> bool:
         if start + part.size > end:
             mapped[end] = replace(part, size=start + part.size - end)
     return True
-
-
-def _find_ranges(state: State, trace: list[dict[str, Any]]) -> None:
-    """Fill `state.owners`, and `state.ranges` with the lowest known address of each expandable segment."""
-    for address, part in state.segments.items():
-        state.owners += [(address, part.key), (address + part.size, part.key)]
-    for entry in trace:
-        if entry["action"] == "segment_map":  # the small pool maps one piece of 2 MiB at a time
-            address, size = entry.get("addr", 0), entry.get("size", 0)
-            key = state.pool(address), size == SMALL_SEGMENT, entry.get("stream", 0)
-            state.owners += [(address, key), (address + size, key)]
-    for entry in trace:
-        if entry["action"] == "segment_unmap":
-            state.owners.append((entry.get("addr", 0), _owner(state, entry)))
-    last: dict[Key, int] = {}
-    for address, key in sorted(state.owners):
-        if key not in last or address >= last[key] + ADDRESS_SPACE:
-            state.ranges[address] = key
-            last[key] = address
-
-
-def _owner(state: State, entry: dict[str, Any]) -> Key:
-    """The pool that the unmapped memory of `entry` belonged to: that of the nearest memory whose pool is known."""
-    address, size, stream = entry.get("addr", 0), entry.get("size", 0), entry.get("stream", 0)
-    distances = [
-        (min(abs(place - address), abs(place - address - size)), key)
-        for place, key in state.owners
-        if key[2] == stream and (key[1] or size % LARGE_SEGMENT == 0)
-    ]
-    distance, nearest = min(distances, default=(0, None))
-    # A private pool unmaps nothing while it is in use, so it is a likely owner only if its memory is adjacent.
-    if distance and nearest is not None and nearest[0] != DEFAULT_POOL:
-        distance, nearest = min([found for found in distances if found[1][0] == DEFAULT_POOL], default=(1, None))
-    return nearest or (DEFAULT_POOL, size % LARGE_SEGMENT != 0, stream)
 
 
 def _settings(snapshot: dict[str, Any], device: int) -> Settings:
@@ -210,7 +137,7 @@ def _settings(snapshot: dict[str, Any], device: int) -> Settings:
 def _bound_rests(state: State, trace: list[dict[str, Any]], device: int) -> None:
     """Fill `state.rests`, from the gap behind each block and from the first allocation that is made in that gap."""
     order = sorted(state.live)
-    ends = sorted((address + part.size, address) for address, part in _joined(state).items())
+    ends = sorted((address + part.size, address) for address, part in joined(state).items())
     open_gaps: dict[int, tuple[int, int, int]] = {}
     most_split = state.settings.max_split_size
     for position, address in enumerate(order):
@@ -250,44 +177,3 @@ def _bound_rests(state: State, trace: list[dict[str, Any]], device: int) -> None
             if position < len(order) and order[position] == address:
                 order.pop(position)
             open_gaps.pop(address, None)
-
-
-def _joined(state: State) -> dict[int, Mapped]:
-    """`state.segments`, with adjacent mapped ranges of an expandable segment joined."""
-    if not state.settings.expandable_segments:
-        return state.segments
-    out: dict[int, Mapped] = {}
-    last = -1
-    for address, part in sorted(state.segments.items()):
-        if last in out and last + out[last].size == address and out[last].key == part.key:
-            out[last] = replace(out[last], size=out[last].size + part.size)
-        else:
-            out[address] = part
-            last = address
-    return out
-
-
-def restore(state: State) -> tuple[CachingAllocator, dict[int, Block]]:
-    """Put the allocator's model into `state`. Returns the model, and its blocks in use by address."""
-    live, blocks = sorted(state.live), {}
-    allocator = ExpandableAllocator() if state.settings.expandable_segments else CachingAllocator()
-    allocator.settings = state.settings
-    if isinstance(allocator, ExpandableAllocator):
-        for start, key in state.ranges.items():
-            allocator.add_range(start, key)
-    for address, part in sorted(_joined(state).items()):
-        if isinstance(allocator, ExpandableAllocator):
-            start = max(start for start, key in state.ranges.items() if key == part.key and start <= address)
-            free = allocator.map_at(allocator.segments[start], address, part.size)
-        else:
-            segment = Segment(address, part.size, part.stream, part.small, part.pool)
-            allocator.segments[address] = segment
-            allocator.reserved += part.size
-            free = segment.first
-            allocator.keep(free)
-        for start in live[bisect_left(live, address) : bisect_left(live, address + part.size)]:
-            block = allocator.carve(free, start, state.rounded(state.live[start]) + state.rests[start][0])
-            blocks[start] = allocator.use(block, state.live[start])
-            free = block.after if block.after is not None and block.after.free else block
-    allocator.actions.clear()
-    return allocator, blocks

@@ -9,7 +9,8 @@ points:
  3. The allocator starts from the smallest free block that is large enough. As long as the next larger one has less room
     to grow to (its own size plus the unmapped addresses behind it), it takes that one instead.
  4. The remainder of a block is split off if it has at least 512 B, in both pools.
- 5. If the device has no room, all wholly free pieces are unmapped, wherever they lie.
+ 5. If the device has no room, all wholly free pieces are unmapped, wherever they lie. A range without memory is given
+    up.
 """
 
 from bisect import bisect_left, insort
@@ -112,7 +113,10 @@ class ExpandableAllocator(CachingAllocator):
         if after is not None and not after.mapped:
             self._take_unmapped(after)
             block = join(block, after)
-        self._keep_unmapped(block)
+        if block.before is None and block.after is None:
+            del self.segments[segment.address]
+        else:
+            self._keep_unmapped(block)
 
     def unmap_at(self, address: int, size: int) -> bool:
         """Unmap the free block at an address. Returns whether exactly [address, address + size) was unmapped."""
@@ -123,9 +127,9 @@ class ExpandableAllocator(CachingAllocator):
         done = self.actions[-1]
         return (done.name, done.address, done.bytes) == ("segment_unmap", address, size)
 
-    def empty_cache(self) -> None:
+    def empty_cache(self, pool: Pool = DEFAULT_POOL) -> None:
         for block in list(self.at.values()):
-            if block.segment.pool == DEFAULT_POOL:
+            if block.segment.pool == pool:
                 self.unmap(block)
 
     def _best_fit(self, free: list[tuple[int, int]], size: int) -> int:
@@ -138,7 +142,7 @@ class ExpandableAllocator(CachingAllocator):
         block = self.at[entry[1]]
         return block.size + (block.after.size if block.after is not None and not block.after.mapped else 0)
 
-    def _splits(self, left: int, size: int, small: bool) -> bool:
+    def splits(self, left: int, size: int, small: bool) -> bool:
         return left >= MIN_BLOCK
 
     def _from_device(self, requested: int, size: int, key: Key, event: Event | None) -> Block:

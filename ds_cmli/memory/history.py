@@ -1,15 +1,18 @@
 """Replays a recorded history of CUDA's allocator through its model, from the state in which the history began.
 
 The replay decides what `beginning` leaves open. If the model would use a free block that CUDA's allocator passed over,
-that free block was really smaller, so the block before it has a larger rest.
+that free block was really smaller, so the block before it has a larger rest; or it belonged to another pool.
 """
 
 from dataclasses import dataclass, field
 from typing import Any
 
-from ds_cmli.memory.beginning import State, beginning, restore
-from ds_cmli.memory.blocks import MIN_BLOCK
+from ds_cmli.memory.allocator import CachingAllocator
+from ds_cmli.memory.beginning import beginning
+from ds_cmli.memory.blocks import DEFAULT_POOL, MIN_BLOCK
 from ds_cmli.memory.expandable import ExpandableAllocator
+from ds_cmli.memory.pools import Recorded, told_apart
+from ds_cmli.memory.state import State, restore
 from ds_cmli.memory.what_if import INVENTED
 
 TAKEN = ("segment_alloc", "segment_map")
@@ -31,7 +34,10 @@ class Replayed:
     ambiguous: int = 0  # blocks from before the history whose rest remains unknown
     unknown: int = 0  # frees of blocks or segments that the model could not repeat
     out_of_memory: int = 0  # requests that were refused
+    released_private: int = 0  # released segments whose pool is not recorded, and of which the requests tell: private
+    released_unknown: int = 0  # released segments of which neither tells the pool, in a history with private pools
     timeline: list[tuple[int, int]] = field(default_factory=list, repr=False)  # (allocated, reserved) after each event
+    start: State = field(default_factory=State, repr=False)  # the state at the first event
 
     @property
     def exact(self) -> bool:
@@ -43,7 +49,7 @@ class Replayed:
         )
 
     def to_dict(self) -> dict[str, int]:
-        values = {key: value for key, value in vars(self).items() if key != "timeline"}
+        values = {key: value for key, value in vars(self).items() if key not in ("timeline", "start")}
         return {**values, **{k: len(values[k]) for k in ("segments_recorded", "segments_replayed")}}
 
 
@@ -56,6 +62,22 @@ def replay_history(snapshot: dict[str, Any], device: int) -> Replayed:
     """
     trace = snapshot["device_traces"][device]
     start = beginning(snapshot, device)
+    out = _with_rests(trace, start, device)
+    for uncertain in (False, True) if start.untold and not start.settings.expandable_segments else ():
+        if out.exact:
+            break
+        start = beginning(snapshot, device)
+        guess = _with_rests(trace, start.with_pools(*told_apart(start, trace, uncertain)), device)
+        if guess.at_recorded_address > out.at_recorded_address:
+            out = guess
+    pools = {*out.start.untold.values(), *(part.pool for part in out.start.parts())}
+    out.released_private = len(out.start.private)
+    if pools - {DEFAULT_POOL}:
+        out.released_unknown = len(out.start.untold.keys() - out.start.private)
+    return out
+
+
+def _with_rests(trace: list[dict[str, Any]], start: State, device: int) -> Replayed:
     for _ in range(ROUNDS):
         out, passed_over = _replay(trace, start, device)
         if passed_over is None:
@@ -71,27 +93,28 @@ def _replay(trace: list[dict[str, Any]], start: State, device: int) -> tuple[Rep
     front of it is uncertain, this stops and also returns that block's address and the least rest that explains the
     difference. Otherwise None stands in their place.
     """
-    out = Replayed(device)
+    out = Replayed(device, start=start)
+    recorded = Recorded(start)
     allocator, blocks = restore(start)
     uncertain = {
         address: start.rounded(start.live[address]) for address, (low, high) in start.rests.items() if low < high
     }
     given: list[int] = []  # addresses of recorded segments that the model has not asked for yet
-    sizes = {address: part.size for address, part in start.segments.items()}
     reserved = out.reserved_peak_recorded = out.reserved_peak_replayed = allocator.reserved
     out.allocated_peak = allocator.allocated
-    for entry in trace:
+    for number, entry in enumerate(trace):
         action, address, size = entry["action"], entry.get("addr", 0), entry.get("size", 0)
         if action in TAKEN:
             out.segments_recorded.append(size)
             given.append(address)
-            sizes[address] = size
             reserved += size
             out.reserved_peak_recorded = max(out.reserved_peak_recorded, reserved)
         elif action == "alloc" and size:
-            allocator.next_address = given[0] if given else INVENTED + (out.allocations << 42)
+            allocator.next_address = INVENTED + (out.allocations << 42)
+            if given and _is_vacant(allocator, given[0], recorded):
+                allocator.next_address = given[0]
             allocator.actions.clear()
-            block = allocator.malloc(size, entry.get("stream", 0), pool=start.pool(address))
+            block = allocator.malloc(size, entry.get("stream", 0), pool=recorded.pool(entry))
             if block.address != address and block.before is not None:
                 before = block.before.address
                 if before in uncertain and blocks.get(before) is block.before:
@@ -111,7 +134,7 @@ def _replay(trace: list[dict[str, Any]], start: State, device: int) -> tuple[Rep
             else:
                 out.unknown += 1
         elif action == "segment_free":
-            reserved -= sizes.pop(address, 0)
+            reserved -= size
             segment = allocator.segments.get(address)
             if segment is not None and segment.free:
                 allocator.release(segment)
@@ -122,7 +145,16 @@ def _replay(trace: list[dict[str, Any]], start: State, device: int) -> tuple[Rep
             out.unknown += not (isinstance(allocator, ExpandableAllocator) and allocator.unmap_at(address, size))
         elif action == "oom":
             out.out_of_memory += 1
+        recorded.follow(number, entry)
         out.reserved_peak_replayed = max(out.reserved_peak_replayed, allocator.reserved)
         out.allocated_peak = max(out.allocated_peak, allocator.allocated)
         out.timeline.append((allocator.allocated, allocator.reserved))
     return out, None
+
+
+def _is_vacant(allocator: CachingAllocator, address: int, recorded: Recorded) -> bool:
+    """Whether the model has no segment where a new one begins. It may have kept one that CUDA's allocator returned."""
+    if isinstance(allocator, ExpandableAllocator):
+        return True
+    end = address + recorded.parts[address].size
+    return all(held.address >= end or held.address + held.size <= address for held in allocator.segments.values())

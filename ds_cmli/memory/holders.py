@@ -4,7 +4,8 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-from ds_cmli.memory.beginning import LIVE, State
+from ds_cmli.memory.beginning import LIVE
+from ds_cmli.memory.state import State
 
 BEFORE, NO_STACK = "from before the recording", "without a recorded stack"
 LIBRARIES = ("/torch/", "/site-packages/", "/dist-packages/", "/lib/python", "<frozen ")

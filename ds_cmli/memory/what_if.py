@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from ds_cmli.memory.allocator import CachingAllocator
-from ds_cmli.memory.beginning import State, restore
 from ds_cmli.memory.blocks import Block, OutOfMemory, Settings
 from ds_cmli.memory.expandable import ExpandableAllocator
+from ds_cmli.memory.pools import Recorded
+from ds_cmli.memory.state import State, restore
 
 INVENTED = 1 << 62  # the first address of new segments: no recorded segment is there
 GIVEN_BACK = ("segment_free", "segment_unmap")
@@ -36,10 +37,11 @@ def what_if(
 ) -> WhatIf:
     """Replay the requests of `trace` from the state `start`, under `settings` (None: those of the recording).
 
-    Where the recording returned segments to the device, all free segments are returned here: the cause was most likely
-    `empty_cache`, which the program would call again.
+    Where the recording returned segments of a pool to the device, all free segments of that pool are returned here: the
+    cause was most likely `empty_cache`, which the program would call again.
     """
     number, at = -1, 0
+    recorded, emptied = Recorded(start), None
     reserved = allocated = 0
     settings = start.settings if settings is None else settings
     allocator = CachingAllocator()
@@ -59,11 +61,13 @@ def what_if(
             action, address, size = entry["action"], entry.get("addr", 0), entry.get("size", 0)
             if action == "alloc" and size:
                 number += 1
-                blocks[address] = allocator.malloc(size, entry.get("stream", 0), pool=start.pool(address))
+                blocks[address] = allocator.malloc(size, entry.get("stream", 0), pool=recorded.pool(entry))
             elif action == "free_completed" and address in blocks:
                 allocator.free(blocks.pop(address))
-            elif action in GIVEN_BACK and (at == 0 or trace[at - 1]["action"] != action):
-                allocator.empty_cache()
+            elif action in GIVEN_BACK and emptied != recorded.pool(entry):
+                allocator.empty_cache(recorded.pool(entry))
+            emptied = recorded.pool(entry) if action in GIVEN_BACK else None
+            recorded.follow(at, entry)
             reserved = max(reserved, allocator.reserved)
             allocated = max(allocated, allocator.allocated)
     except OutOfMemory as error:

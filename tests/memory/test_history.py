@@ -3,85 +3,17 @@
 import gzip
 import json
 import pickle
-import random
 import re
-from typing import Any
 
 import pytest
 from click.testing import CliRunner
 
 from ds_cmli.common.errors import UserError
-from ds_cmli.memory import snapshot, snapshot_file
-from ds_cmli.memory.allocator import CachingAllocator, Replay
-from ds_cmli.memory.blocks import DEFAULTS, OutOfMemory, Settings
-from ds_cmli.memory.expandable import ExpandableAllocator
+from ds_cmli.memory import snapshot_file
+from ds_cmli.memory.blocks import Settings
 from ds_cmli.memory.history import replay_history
 from profiling.replay import command
-
-K, M = 1 << 10, 1 << 20
-SIZES = (
-    lambda r: r.randrange(1, 4 * K),
-    lambda r: r.randrange(M - 8 * K, M + 8 * K),
-    lambda r: r.randrange(M + 1, 12 * M),
-    lambda r: r.choice((10, 11, 19, 20, 33)) * M - r.choice((0, 512, r.randrange(1200 * K))),
-)
-
-
-def recorded(seed: int, steps: int = 400, settings: Settings = DEFAULTS) -> dict[str, Any]:
-    """A snapshot whose history lost its first part."""
-    r = random.Random(seed)
-    kind = ExpandableAllocator if settings.expandable_segments else CachingAllocator
-    allocator = kind(r.choice((None, 150 * M, 400 * M)), settings)
-    live: list = []
-    pending: list = []  # freed by the program, still used by another stream
-    trace: list[dict[str, Any]] = []
-
-    def note(action: str, address: int, size: int, stream: int) -> None:
-        trace.append({"action": action, "addr": address, "size": size, "stream": stream})
-
-    def act(function, *arguments, **options):
-        known = len(allocator.actions)
-        try:
-            return function(*arguments, **options)
-        finally:
-            for action in allocator.actions[known:]:
-                note(action.name, action.address, action.bytes, action.stream)
-
-    for _ in range(steps):
-        turn = r.random()
-        if turn < 0.55:
-            size = r.choice(SIZES)(r)
-            # With a split size a private pool gives segments back; whose they were, the snapshot does not tell.
-            pool = (0, 1) if r.random() < 0.15 and settings.max_split_size is None else (0, 0)
-            try:
-                live.append(act(allocator.malloc, size, r.choice((0, 0, 7)), pool=pool))
-            except OutOfMemory:
-                note("oom", 0, size, 0)
-        elif turn < 0.9 and live:
-            act(allocator.free, live.pop(r.randrange(len(live))))
-        elif turn < 0.93 and live:
-            block = live.pop(r.randrange(len(live)))
-            note("free_requested", block.address, block.requested, block.segment.stream)
-            pending.append(block)
-        elif turn < 0.97 and pending:
-            block = pending.pop(0)
-            known = len(trace)
-            act(allocator.free, block)
-            del trace[known]  # its free_requested came before
-        elif turn > 0.99:
-            act(allocator.empty_cache)
-    content = snapshot.build(Replay(0, 0, 0, [], list(allocator.segments.values()), []))
-    waiting = {block.address for block in pending}
-    for segment in content["segments"]:
-        for block in segment["blocks"]:
-            if block["address"] in waiting:
-                block["state"] = "active_pending_free"
-    told = {
-        "max_split_size": settings.max_split_size or -1,
-        "roundup_power2_divisions": {"1": settings.roundup_power2_divisions, "2": settings.roundup_power2_divisions},
-    }
-    first = r.randrange(len(trace) * 3 // 4)
-    return {**content, "allocator_settings": told, "device_traces": [trace[first:]]}
+from tests.memory.random_programs import M, recorded
 
 
 @pytest.mark.parametrize("first", range(0, 200, 50))
