@@ -1,4 +1,4 @@
-"""Where a run's numbers go: metrics.jsonl, trackers, and the terminal. Rank 0 writes, the others do nothing."""
+"""Writes a run's numbers to metrics.jsonl, to trackers and to the terminal. Only rank 0 writes."""
 
 import json
 import math
@@ -25,14 +25,14 @@ DAMAGED = "metrics.damaged.jsonl"
 
 
 def truncate(path: Path, step: int, evaluated: bool) -> str | None:
-    """Leave out what a run wrote after the step it resumes from, and the last line where it is torn.
+    """Remove the lines after the step from which a run resumes, and an incomplete last line.
 
-    Without `evaluated` the evaluation of that step goes too: it is done again. Lines that cannot be read are kept
-    in a file beside; returns what to tell of them.
+    Unless `evaluated`, the evaluation of that step is removed too, since it will be done again. Damaged lines are moved
+    to another file; the returned line, if there is one, tells the user about it.
     """
     kept, damaged = [], []
     lines = path.read_bytes().split(b"\n") if path.is_file() else [b""]
-    for text in lines[:-1]:  # behind the last line break there is nothing, or a line whose writing was cut short
+    for text in lines[:-1]:  # after the last line break there is nothing, or an incomplete line
         try:
             values = json.loads(text)
             again = values["step"] == step and not evaluated and any(name.startswith("eval/") for name in values)
@@ -50,15 +50,15 @@ def truncate(path: Path, step: int, evaluated: bool) -> str | None:
 
 
 class Writer:
-    """`metrics.jsonl` in `folder`, trackers, and a progress bar or, away from a terminal, plain lines.
+    """Writes `metrics.jsonl` in `folder`, to trackers, and a progress bar, or plain lines if there is no terminal.
 
-    On a full disk lines wait in memory and what trackers cannot write is lost; the run goes on.
+    If the disk is full, lines wait in memory, what trackers cannot write is lost, and the run goes on.
     """
 
     def __init__(
         self, folder: Path, total_steps: int, first_step: int = 0, report_to: Sequence[str] = ("tensorboard",)
     ):
-        """`report_to`: of the table `trackers.TRACKERS`. Raises `UserError` where one cannot be opened."""
+        """`report_to`: names from `trackers.TRACKERS`. Raises `UserError` if a tracker cannot be opened."""
         self.path, self.waiting, self.told = folder / METRICS, b"", set[str]()
         self.trackers = {name: trackers.load(name, folder, first_step) for name in report_to}
         self.total = total_steps
@@ -67,7 +67,7 @@ class Writer:
 
     def say(self, *lines: str) -> None:
         for line in lines:
-            with suppress(OSError):  # the terminal or the launcher that read it is gone: the run still has to be saved
+            with suppress(OSError):  # the terminal or the launcher is gone, and the run still has to be saved
                 tqdm.write(line, file=sys.stdout)
                 sys.stdout.flush()
 
@@ -76,7 +76,7 @@ class Writer:
             self.bar.update()
 
     def log(self, step: int, values: dict[str, Any], **only_tracked: float) -> None:
-        """One object in metrics.jsonl, one point in the trackers for each number; none for one that is not finite."""
+        """Write an object to metrics.jsonl, and its numbers to the trackers; those that are not finite are left out."""
         values = {n: v for n, v in values.items() if not isinstance(v, float) or math.isfinite(v)}
         self.waiting += (json.dumps({"step": step, **values}) + "\n").encode()
         self.flush()
@@ -102,16 +102,16 @@ class Writer:
                 self.bar.set_postfix_str(f"{losses}  {speed}")
 
     def draw(self, step: int, **values: float) -> None:
-        """Points in the trackers alone."""
+        """Write numbers to the trackers only."""
         if values:
             self._track(lambda tracker: tracker.numbers(step, {panels.tag(n): v for n, v in values.items()}))
 
     def picture(self, step: int, name: str, image: Any) -> None:
-        """uint8 [height, width, 3], in the trackers alone."""
+        """Give a picture, uint8 [height, width, 3], to the trackers."""
         self._track(lambda tracker: tracker.picture(step, name, image))
 
     def flush(self, to_disk: bool = False) -> None:
-        """Write the lines that wait; a line half written on a full disk is taken back."""
+        """Write the waiting lines. If the disk is full, a line that was written in part is removed again."""
         try:
             with open(self.path, "ab", buffering=0) as file:
                 end = file.tell()
@@ -147,7 +147,7 @@ class Writer:
 
 
 class NullWriter:
-    """The other ranks' writer."""
+    """The writer of all ranks but rank 0. It does nothing."""
 
     def say(self, *lines: str) -> None:
         pass
@@ -172,7 +172,7 @@ class NullWriter:
 
 
 def open_writer(folder: Path, total_steps: int, first_step: int, report_to: Sequence[str]) -> Writer | NullWriter:
-    """Rank 0's writer, the others' that does nothing. Collective; raises `UserError` on every rank."""
+    """The writer of this rank. Raises `UserError` on every rank if rank 0's cannot be opened. Collective."""
     writer: Writer | NullWriter = NullWriter()
     mistake = None
     if distributed.is_main():
@@ -185,7 +185,7 @@ def open_writer(folder: Path, total_steps: int, first_step: int, report_to: Sequ
 
 
 class Meter:
-    """Pairs trained on, and the time they took, since the last logged step; what interrupts training does not count."""
+    """Measures the speed since the last logged step. Time in which training was interrupted does not count."""
 
     def __init__(self, engine: Any = None):
         """`engine`: the `TrainEngine` whose steps are timed."""
@@ -202,17 +202,17 @@ class Meter:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Nothing of what happens inside is training, unless it raises."""
+        """The time spent inside does not count as training, unless an exception is raised."""
         started = time.monotonic()
         yield
         self.pause(time.monotonic() - started)
 
     def lap(self) -> dict[str, float]:
-        """The columns of a logged step; counts from here on. CPU-GPU sync."""
+        """The columns of a logged step; counting begins anew. CPU-GPU sync."""
         speed = self.pairs / (time.monotonic() - self.since)
         out = {"pairs_per_s": round(speed, 1), "checkpoint_s": round(self.checkpoint_s, 3)}
         out |= self.timer.lap(self.peak)
-        if out.get("mfu", 0) > 1:  # something else kept the device busy while its peak was measured
+        if out.get("mfu", 0) > 1:  # another program used the device while its peak was measured
             before, self.peak = self.peak, max(self.peak, self.measure())
             out["mfu"] = round(out["mfu"] * before / self.peak, 4)
         self.pairs, self.since, self.checkpoint_s = 0, time.monotonic(), 0.0
@@ -220,7 +220,7 @@ class Meter:
 
 
 def peak_memory_bytes() -> int:
-    """Most memory held so far: the allocator's on a GPU, the process's resident set on a CPU."""
+    """The most memory held so far: by the allocator on a GPU, as the process's resident set on a CPU."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     import resource

@@ -1,7 +1,8 @@
-"""Tells transformers of exported models, without importing it and without what they need.
+"""Registers the exported models with transformers, without importing transformers or what the models need.
 
-transformers has no other way to learn of a package's models than calls of its auto classes. They are made when the
-modules of these classes are imported, with classes that import `ds_cmli.export` when the first model is loaded.
+transformers learns of a package's models only through calls to its auto classes. `make` has these calls made as soon as
+the modules of the auto classes are imported. The classes registered here are placeholders: they import `ds_cmli.export`
+when the first model is loaded.
 """
 
 import sys
@@ -10,19 +11,19 @@ from typing import Any
 
 
 class CMLIConfig:
-    """Stands for `export.CMLIConfig`."""
+    """A placeholder for `export.CMLIConfig`."""
 
     model_type = "ds_cmli"
 
     @staticmethod
     def from_dict(*args: Any, **kwargs: Any) -> Any:
-        from ds_cmli import export  # which registers the classes themselves
+        from ds_cmli import export  # the import registers the real classes
 
         return export.CMLIConfig.from_dict(*args, **kwargs)
 
 
 class CMLIProcessor:
-    """Stands for `export.CMLIProcessor`; transformers finds it by its name."""
+    """A placeholder for `export.CMLIProcessor`; transformers finds the real class by its name."""
 
     @staticmethod
     def from_pretrained(*args: Any, **kwargs: Any) -> Any:
@@ -40,7 +41,7 @@ REGISTER: dict[str, Callable[[Any], None]] = {
 
 
 class Finder:
-    """Of `sys.meta_path`: has the modules of the table found as usual, and registers with each once it is there."""
+    """An import hook for `sys.meta_path` that calls the function of `REGISTER` after its module has been imported."""
 
     def __init__(self, names: set[str]):
         self.names = names
@@ -48,7 +49,7 @@ class Finder:
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
         if name not in self.names:
             return None
-        self.names.remove(name)  # so that the search below passes this finder over
+        self.names.remove(name)  # so that the search below does not call this finder again
         from importlib.util import find_spec
 
         spec: Any = find_spec(name)
@@ -63,7 +64,7 @@ class Finder:
 
 
 def make() -> None:
-    """Announce the models, now or when transformers is imported."""
+    """Register the models now if transformers is already imported, or else when it is imported."""
     there = REGISTER.keys() & sys.modules.keys()
     for name in there:
         REGISTER[name](sys.modules[name])

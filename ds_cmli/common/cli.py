@@ -1,4 +1,4 @@
-"""What the commands share: options in groups, and how they end. A user's mistake is one line and exit code 2."""
+"""What all commands share: grouped options, and how they end. A user's mistake ends in one line and exit code 2."""
 
 import atexit
 import contextlib
@@ -45,9 +45,9 @@ def say(*lines: str | None) -> None:
 
 @contextlib.contextmanager
 def json_on_stdout(alone: bool = True) -> Iterator[Callable[[Any], None]]:
-    """Inside, whatever is printed goes to stderr, but for what the function that it gives prints to stdout as JSON.
+    """Yields a function that prints a value to stdout as JSON; inside, everything else that is printed goes to stderr.
 
-    alone=False: only that function is given.
+    With `alone=False` nothing is redirected.
     """
     stdout = sys.stdout
     with contextlib.redirect_stdout(sys.stderr) if alone else contextlib.nullcontext():
@@ -55,12 +55,12 @@ def json_on_stdout(alone: bool = True) -> Iterator[Callable[[Any], None]]:
 
 
 def _is_main() -> bool:
-    """Whether this is the rank that speaks for all, also before the ranks have met."""
+    """Whether this is rank 0, which prints for all ranks. Works before the process group exists."""
     return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) == 0
 
 
 def check_writable(name: str) -> None:
-    """Now, and not after minutes of work. Raises `UserError`."""
+    """Raise `UserError` if the file cannot be written. To be called before the work whose result it will hold."""
     try:
         with open(name, "a"):
             pass
@@ -80,7 +80,7 @@ def exit_code(command: click.Command) -> int:
         return _report(str(error))
     except click.ClickException as error:
         return _report(error.format_message())
-    except OSError as error:  # of a file that the user named, or the disk: no bug of this code's
+    except OSError as error:  # the file that the user named, or the disk, is at fault
         if error.filename is None:
             raise
         return _report(f"{error.strerror}: {error.filename!r}")
@@ -89,20 +89,20 @@ def exit_code(command: click.Command) -> int:
 
 
 def leave(code: int) -> NoReturn:
-    """End the process with this code, whatever threads the libraries still have.
+    """End the process with this exit code, even if threads of libraries are still running.
 
-    In the interpreter's own end such a thread can abort the process ("terminate called without an active exception"),
-    and a scheduler would take a run that is finished, or saved and to be continued, for one that failed.
+    During the interpreter's normal shutdown such a thread can abort the process ("terminate called without an active
+    exception"). A scheduler would then count a run that has finished, or that has saved and is to go on, as failed.
     """
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):  # nobody reads it any more
+        with contextlib.suppress(OSError, ValueError):  # the reader of the pipe is gone
             stream.flush()
     os._exit(code)
 
 
 def _report(message: str) -> int:
-    # Ranks started together meet the same mistake: rank 0 tells it for all.
+    # All ranks of a run meet the same mistake, so only rank 0 prints it.
     if _is_main():
         print("error: " + " ".join(message.split()), file=sys.stderr, flush=True)
     return 2

@@ -1,15 +1,15 @@
-"""Bitwise repeatability on one kind of device, by PyTorch's own switches.
+"""Bitwise reproducibility on one kind of device, by PyTorch's own switches.
 
-What it costs: attention, convolutions and scatter operations take their deterministic kernels, which on a GPU are
-slower, and an operation that has none stops the run with its name. On a CPU nothing changes: runs repeat anyway, for
-an equal number of threads.
+On a GPU, attention, convolutions and scatter operations then use their deterministic kernels, which are slower; an
+operation without such a kernel stops the run with an error that names it. On a CPU nothing changes, because runs with
+the same number of threads are reproducible anyway.
 """
 
 import os
 
 
 def enforce() -> None:
-    """Call before the first GPU operation: cuBLAS reads its workspace setting once."""
+    """Turn it on. Call this before the first GPU operation, because cuBLAS reads its workspace setting only once."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     import torch
 

@@ -1,12 +1,12 @@
-"""The one exception a user is meant to read: a single line, no traceback, exit code 2."""
+"""The one exception that a user is meant to read: it is shown as a single line without traceback, exit code 2."""
 
 
 class UserError(Exception):
-    """A mistake the user can mend. The message names the setting, the value found and what to do, on one line."""
+    """A mistake that the user can correct. The message is one line with the setting, the value found and what to do."""
 
 
 def nearest(name: str, known) -> str:
-    """`"; did you mean 'x'?"` for the known name closest to `name`, or a list of the known names."""
+    """A hint for an unknown name: `did you mean 'x'?` if a known name is similar, or else the list of known names."""
     import difflib
 
     known = sorted(str(k) for k in known)

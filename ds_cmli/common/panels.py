@@ -1,4 +1,4 @@
-"""How a run appears in a tracker: scalars in groups, its configuration, and its settings beside its results."""
+"""How a run appears in a tracker: names of its scalars, its configuration, and a table of settings and results."""
 
 import json
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ OPTIMIZER = ("lr", "grad_norm", "loss_scale", "skipped_steps", "ignored_negative
 
 
 def tag(name: str) -> str:
-    """The scalar's name in a tracker, whose first part is its group."""
+    """The name of a column of metrics.jsonl in a tracker. Its first part, before "/", is its group there."""
     group, _, rest = name.partition("/")
     if group == "eval":
         split, _, metric = rest.partition("/")
@@ -30,7 +30,7 @@ def tag(name: str) -> str:
 
 
 def configuration(folder: Path) -> str:
-    """The run's `config.json`, and its predicted and measured memory where it has that, as Markdown."""
+    """The run's `config.json` and, if there is one, its `memory.json`, as Markdown."""
     parts = []
     for name in ("config.json", "memory.json"):
         if (folder / name).is_file():
@@ -40,7 +40,7 @@ def configuration(folder: Path) -> str:
 
 
 def settings(folder: Path) -> dict[str, Any]:
-    """Every setting of the run that is a number or a word."""
+    """Every setting of the run that is a number, a string or a boolean, with its losses and its ZeRO stage."""
     content = json.loads((folder / "config.json").read_text())
     sections = content["config"]
     out: dict[str, Any] = {
@@ -55,5 +55,5 @@ def settings(folder: Path) -> dict[str, Any]:
 
 
 def settings_and_results(folder: Path, results: Mapping[str, float]) -> tuple[Any, ...]:
-    """An entry of TensorBoard's HParams panel: the settings, and the last held-out results; its summaries."""
+    """The summaries of an entry in TensorBoard's HParams panel: settings and last held-out results."""
     return hparams(settings(folder), dict(results))

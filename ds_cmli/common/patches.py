@@ -1,4 +1,4 @@
-"""Every place where a library is changed at run time, as a table; and how an attribute is replaced for a while.
+"""A table of every place where a library is changed at run time, and functions that replace attributes.
 
 `tests/common/test_patches.py` shows for each entry that the installed version of the library still needs the patch.
 """
@@ -22,7 +22,7 @@ class Patch:
     reason: str
 
     def targets(self) -> list[tuple[Any, str]]:
-        """(owner, attribute) of each that is there; at least one is."""
+        """The pairs (owner, attribute) that the installed version has; raises `AttributeError` if it has none."""
         module, _, path = self.owner.partition(":")
         owner = reduce(getattr, path.split(".") if path else (), importlib.import_module(module))
         found = [(owner, name) for name in self.attributes if hasattr(owner, name)]
@@ -113,7 +113,7 @@ PATCHES = {
 
 @contextmanager
 def patched(name: str, replacement: Callable[[Any], Any]) -> Iterator[None]:
-    """Inside, each attribute of the entry `name` of the table is `replacement` of what it was."""
+    """Inside, each attribute of the entry `name` is replaced by `replacement(what it was)`."""
     with ExitStack() as stack:
         for owner, attribute in PATCHES[name].targets():
             stack.enter_context(replaced(owner, attribute, replacement(getattr(owner, attribute))))
@@ -121,16 +121,16 @@ def patched(name: str, replacement: Callable[[Any], Any]) -> Iterator[None]:
 
 
 def patch_for_good(name: str, value: Any) -> None:
-    """From now on, the attributes of the entry `name` of the table are `value`."""
+    """Replace the attributes of the entry `name` by `value` for the rest of the process."""
     for owner, attribute in PATCHES[name].targets():
         setattr(owner, attribute, value)
 
 
 @contextmanager
 def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """Inside, `owner.name` is `value`; afterwards it is what it was, inherited where it was inherited.
+    """Inside, `owner.name` is `value`; afterwards it is what it was, or is inherited again if it was inherited.
 
-    For objects of this package. What belongs to a library has an entry in the table above.
+    This is for objects of this package. Attributes of libraries need an entry in the table above.
     """
     before = vars(owner).get(name, _INHERITED)
     setattr(owner, name, value)

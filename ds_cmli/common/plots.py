@@ -1,4 +1,4 @@
-"""matplotlib, which is an optional part: it draws to files alone, without a display."""
+"""Access to matplotlib, which is an optional dependency. It draws to files only and needs no display."""
 
 from importlib.util import find_spec
 from typing import Any
@@ -11,13 +11,13 @@ def installed() -> bool:
 
 
 def check_installed(needed_by: str) -> None:
-    """Raises `UserError` where matplotlib is missing; to be called before the work whose result is drawn."""
+    """Raise `UserError` if matplotlib is missing. To be called before the work whose result will be drawn."""
     if not installed():
         raise UserError(f"{needed_by} needs matplotlib: pip install matplotlib")
 
 
 def matplotlib(needed_by: str) -> Any:
-    """pyplot, drawing to files. Raises `UserError` where matplotlib is not installed."""
+    """The module pyplot, set to draw to files. Raises `UserError` if matplotlib is not installed."""
     check_installed(needed_by)
     import matplotlib
 

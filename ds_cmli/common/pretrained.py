@@ -1,4 +1,4 @@
-"""How libraries may load pretrained models: no code out of files, no chatter, no long wait for a hub that is away."""
+"""How libraries load pretrained models here: without running code from files, quietly, and without long waits."""
 
 import logging
 import re
@@ -12,18 +12,18 @@ LIBRARIES = ("huggingface_hub", "timm", "transformers")
 
 @contextmanager
 def loading(hub: bool) -> Iterator[None]:
-    """Around every call that loads a model or a tokenizer.
+    """A context for every call that loads a model or a tokenizer.
 
     Args:
-        hub: it may ask the hub. One that does not answer is asked once, and its cache serves instead: the library
-            would try again for up to a minute.
+        hub: whether the call may ask the model hub. If the hub does not answer the first request, only its local cache
+            is used; the library itself would retry for up to a minute.
     """
     from huggingface_hub import constants
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
     with ExitStack() as stack:
-        # Pickles give tensors alone, whatever a library asks torch for.
+        # torch.load then accepts nothing but tensors, whatever arguments a library gives it.
         stack.enter_context(environment({"TORCH_FORCE_WEIGHTS_ONLY_LOAD": "1"}))
         for name in LIBRARIES:
             logger = logging.getLogger(name)
@@ -40,13 +40,13 @@ def _answers(url: str) -> bool:
 
     try:
         get_session().head(url, timeout=10)
-    except Exception:  # of whichever client the library uses
+    except Exception:  # the type depends on the HTTP client that the library uses
         return False
     return True
 
 
 def refused_code(error: Exception) -> str | None:
-    """What to say of a pickle that torch refuses: its own message advises to run the code. None for other errors."""
+    """The message for a pickle that torch refuses, whose own message advises to run the code. None for other errors."""
     text = str(error)
     if "weights_only" not in text and type(error).__name__ != "UnpicklingError":
         return None

@@ -1,4 +1,4 @@
-"""What this machine's processor does fast, and how its memory is kept between steps."""
+"""Whether this machine's processor is fast in bf16, and how its memory allocator keeps memory between steps."""
 
 import ctypes
 import os
@@ -6,9 +6,9 @@ from pathlib import Path
 
 import torch
 
-# oneDNN's levels without products of bf16, as ONEDNN_MAX_CPU_ISA names them.
+# The values of ONEDNN_MAX_CPU_ISA with which oneDNN uses no bf16 instructions.
 WITHOUT_BF16 = ("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI")
-# Flags of processors that have them: x86 with AVX-512 or AMX, and Arm.
+# Flags in /proc/cpuinfo of processors with bf16 instructions: x86 with AVX-512 or AMX, and Arm.
 FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
@@ -16,7 +16,7 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 def bf16_is_fast() -> bool:
     """Whether this processor multiplies bf16 matrices with instructions of its own, and oneDNN may use them.
 
-    Elsewhere bf16 is computed in fp32 with a conversion at each load: a linear layer then takes two to five times as
+    Other processors compute bf16 in fp32 and convert at each load, so that a linear layer takes two to five times as
     long as in fp32.
     """
     limit = os.environ.get("ONEDNN_MAX_CPU_ISA", os.environ.get("DNNL_MAX_CPU_ISA", "")).upper()
@@ -27,20 +27,20 @@ def bf16_is_fast() -> bool:
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:
-        return True  # no Linux: what oneDNN says counts
+        return True  # not Linux: oneDNN's answer is all there is
     lines = (line for line in text.splitlines() if line.startswith(("flags", "Features")))
     return bool(FLAGS & set(next(lines, "").split()))
 
 
 def keep_freed_memory() -> None:
-    """Let glibc's allocator keep what is freed for the next step instead of giving it back to the system.
+    """Let glibc's allocator keep freed memory for the next step instead of returning it to the system.
 
-    Otherwise every large tensor is new memory, whose pages the system clears at their first use: without it the update
-    of the weights took twice as long. Another allocator (jemalloc, tcmalloc) is left as it is.
+    Otherwise every large tensor gets new pages, which the system clears at their first use; the update of the weights
+    then took twice as long. Other allocators (jemalloc, tcmalloc) are not affected.
     """
     try:
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(M_MMAP_MAX, 0)
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
     except (OSError, AttributeError):
-        pass  # another C library
+        pass  # the C library is not glibc

@@ -1,4 +1,4 @@
-"""Silences what libraries say at every start and a user can do nothing about."""
+"""Silences messages that libraries print at every start and that a user can do nothing about."""
 
 import logging
 import os
@@ -6,16 +6,16 @@ import warnings
 
 
 def silence() -> None:
-    """Before the libraries are imported."""
+    """Set the libraries' switches. To be called before they are imported."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # otherwise a warning at each loading process
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # otherwise socket traces around every lost rank
-    if not os.path.exists("/dev/nvidiactl"):  # two lines for each use of torch.profiler; its errors are about GPUs
+    if not os.path.exists("/dev/nvidiactl"):  # torch.profiler prints two lines about missing GPUs at each use
         os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     warnings.filterwarnings("ignore")
     logging.getLogger("torch.distributed").setLevel(logging.ERROR)
-    # A filter and not a level: DeepSpeed sets the level itself when it is imported.
+    # This is a filter and not a level, because DeepSpeed sets the level when it is imported.
     logging.getLogger("DeepSpeed").addFilter(only_errors)
 
 
@@ -24,7 +24,7 @@ def only_errors(record: logging.LogRecord) -> bool:
 
 
 def let_deepspeed_print(info: bool) -> None:
-    """DeepSpeed's own lines, which its JSON may ask for; `info`: also those below its usual level, as most are."""
+    """Print DeepSpeed's log lines, which its JSON may ask for; with `info`, also those of level INFO, as most are."""
     logger = logging.getLogger("DeepSpeed")
     logger.removeFilter(only_errors)
     if info:

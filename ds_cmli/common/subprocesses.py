@@ -1,4 +1,4 @@
-"""Start a Python process for one piece of work, and read the JSON object that it prints last."""
+"""Starts a Python process for one piece of work and reads the last JSON object that it prints."""
 
 import json
 import os
@@ -7,23 +7,23 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-# Variables that launchers set for a rank: the processes started here are no ranks.
+# Variables that launchers set for a rank. The processes started here are not ranks, so these are removed.
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 def environment(**more: str) -> dict[str, str]:
-    """This process's environment without what a launcher set, and `more`."""
+    """This process's environment variables without those that a launcher set, and with `more`."""
     return {k: v for k, v in os.environ.items() if k not in LAUNCHER_VARIABLES} | more
 
 
 def ask(
     arguments: list[str], timeout_s: float, env: Mapping[str, str] | None = None
 ) -> tuple[dict[str, Any] | None, str]:
-    """Run `python *arguments`, at most `timeout_s` seconds.
+    """Run `python *arguments` for at most `timeout_s` seconds.
 
     Returns:
-        The last JSON object that it printed, and "" or why it did not end well. A process that prints what it knows as
-        it goes on, and is then ended, still has an answer; without any the object is None.
+        The last JSON object that it printed, or None, and the reason why it failed, or "". A process that was ended by
+        the time limit has an answer too, if it printed one before.
     """
     command = [sys.executable, *arguments]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env) as process:

@@ -7,7 +7,7 @@ from typing import Any
 @dataclass
 class Table:
     title: str
-    columns: list[str]  # those named "B" or "GB", or ending in one of them, hold numbers
+    columns: list[str]  # a column whose last word is "B", "GB" or "share" is right-aligned
     rows: list[list[str]]
     notes: list[str] = field(default_factory=list)
 
@@ -39,5 +39,5 @@ def _numeric(column: str) -> bool:
 
 
 def count(number: int | None) -> str:
-    """1,024; "-" where there is no such figure."""
+    """The number with thousands separators, as in 1,024; "-" for None."""
     return "-" if number is None else f"{number:,}"

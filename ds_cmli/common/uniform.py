@@ -1,4 +1,4 @@
-"""Loops in which each turn allocates, frees and sends as much as the others, whatever it computes with."""
+"""Marks loops whose iterations all allocate, free and send the same amounts, whatever their values are."""
 
 from collections.abc import Iterable, Sequence
 from typing import TypeVar
@@ -7,5 +7,5 @@ Item = TypeVar("Item")
 
 
 def turns(items: Sequence[Item]) -> Iterable[Item]:
-    """Returns the items. A prediction of memory replaces this function, and leaves out turns in the middle."""
+    """Returns the items. A memory prediction replaces this function by one that skips iterations in the middle."""
     return items

@@ -8,7 +8,7 @@ from ds_cmli.distributed import process_group as distributed
 
 
 class CollectiveFlags:
-    """A gloo group for small messages between CPUs. Over NCCL every one of them would be a CPU-GPU sync."""
+    """Small messages between the ranks' CPUs, over a gloo group. Over NCCL each of them would be a CPU-GPU sync."""
 
     def __init__(self):
         self.group: dist.ProcessGroup | None = None
@@ -32,7 +32,8 @@ class CollectiveFlags:
         return out
 
     def raise_together(self, error: Exception | None) -> None:
-        """Called on all ranks after one has failed: that one raises its error, the others report it. Collective."""
+        """Raise on all ranks after some have failed: an unexpected error on its own rank, else the first rank's message
+        as a `UserError`. Collective."""
         messages = self.gather(None if error is None else str(error) or type(error).__name__)
         if error is not None and not isinstance(error, UserError):
             raise error

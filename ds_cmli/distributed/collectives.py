@@ -1,12 +1,13 @@
 """What the losses exchange between ranks: text features with their gradients, and column softmax statistics.
 
-Only text moves, the smaller side. A rank computes its block row of the score matrix, its own B images against
-the G = B * P texts of all ranks; whatever a loss needs from other rows comes as vectors of length G.
+Only texts are exchanged, since they are smaller than images. Each rank computes its block row of the score matrix: its
+own B images against the G = B * P texts of all ranks. What a loss needs from other rows is exchanged as vectors of
+length G.
 
 Shapes: B pairs per rank, P ranks, G = B * P, M text positions, D embedding dimension.
-Gradients follow one rule: every rank's loss is the mean over its own pairs, and a gradient that belongs to another
-rank is *summed* over the ranks that computed a part of it. The average over ranks that data-parallel training takes
-is then exactly the gradient of the global batch's mean loss: no factor of P appears anywhere.
+Gradients follow one rule: each rank's loss is the mean over its own pairs, and the parts of a gradient that belongs to
+another rank are *summed* over the ranks that computed them. Data-parallel training then averages over ranks, and the
+result is exactly the gradient of the global batch's mean loss. No factor of P appears anywhere.
 """
 
 import torch
@@ -22,8 +23,8 @@ def gather(x: Tensor) -> Tensor:
 
 
 def _all_gather(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """[B, ...] of every rank -> [G, ...] in rank order, bit for bit, for any dtype. Collective."""
-    # As bytes: gloo supports neither bf16 nor bool.
+    """[B, ...] of every rank -> [G, ...] in rank order, with the same bits, for any dtype. Collective."""
+    # Sent as bytes, because gloo supports neither bf16 nor bool.
     x = x.contiguous()
     sent = x.view(torch.uint8) if x.dtype != torch.bool else x.to(torch.uint8)
     out = torch.empty((distributed.world_size(group) * x.shape[0], *sent.shape[1:]), dtype=torch.uint8, device=x.device)
@@ -32,22 +33,22 @@ def _all_gather(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
 
 
 def _all_shapes(x: Tensor, group: dist.ProcessGroup | None) -> list[list[int]]:
-    """Every rank's shape of `x`, in rank order. Collective, a CPU-GPU sync."""
+    """The shape of `x` on every rank, in rank order. Collective, CPU-GPU sync."""
     return _all_gather(torch.tensor([x.shape], dtype=torch.int64, device=x.device), group).tolist()
 
 
 def accumulated(dtype: torch.dtype) -> torch.dtype:
-    """fp32 (fp64 for fp64), in which gradients of several ranks are added up.
+    """The dtype in which gradients of several ranks are added up: fp32, or fp64 for fp64.
 
-    Contributions in half precision would lose bits, and overflow under loss scaling.
+    In 16 bit the sum would lose precision, and overflow under loss scaling.
     """
     return torch.promote_types(dtype, torch.float32)
 
 
 def sum_to_owner(grad: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
-    """[G, ...] of every rank, summed over ranks -> this rank's rows [B, ...], fp32 (fp64 for fp64). Collective."""
+    """Sum [G, ...] over ranks, in fp32 (fp64 for fp64); returns this rank's rows of the sum, [B, ...]. Collective."""
     wide = accumulated(grad.dtype)
-    # Contiguous: gloo sends a strided tensor's storage in the wrong order without complaint.
+    # Made contiguous, because gloo sends a strided tensor's elements in the wrong order without an error.
     grad = grad.to(wide).contiguous()
     if distributed.world_size(group) == 1:
         return grad
@@ -70,7 +71,7 @@ class _GatherWithGradient(torch.autograd.Function):
 
 
 def gather_with_gradient(x: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
-    """[B, ...] of every rank -> [G, ...]; the gradient of each row returns to its owner, summed over ranks.
+    """[B, ...] of every rank -> [G, ...]; the gradient of each row returns to the rank that owns it, summed over ranks.
 
     Shapes must be equal on all ranks. Collective, in forward and in backward.
     """
@@ -78,14 +79,14 @@ def gather_with_gradient(x: Tensor, group: dist.ProcessGroup | None = None) -> T
 
 
 def pad_text(text: Tensor, mask: Tensor, group: dist.ProcessGroup | None = None) -> tuple[Tensor, Tensor]:
-    """This rank's text features [B, M, D] and masks [B, M], padded to the longest M of all ranks. Collective.
+    """This rank's text features [B, M, D] and masks [B, M], padded to the largest M of all ranks. Collective.
 
     Raises:
-        ValueError: on every rank, where batch size or D differ between ranks.
+        ValueError: on every rank, if the batch size or D differs between ranks.
     """
     if distributed.world_size(group) == 1:
         return text, mask
-    shapes = _all_shapes(text, group)  # collective, and a CPU-GPU sync: they decide how the tensors are padded
+    shapes = _all_shapes(text, group)  # collective; CPU-GPU sync, because the padding depends on them
     if len({(b, d) for b, _, d in shapes}) > 1:
         raise ValueError(
             f"the ranks' text features must agree in batch size and width, found [B, M, D] = {shapes}: "
@@ -97,9 +98,10 @@ def pad_text(text: Tensor, mask: Tensor, group: dist.ProcessGroup | None = None)
 
 
 def gather_text(text: Tensor, mask: Tensor, group: dist.ProcessGroup | None = None) -> tuple[Tensor, Tensor]:
-    """Every rank's text features and masks, as `pad_text` gives them: [B, M, D], bool [B, M] -> [G, M, D], bool [G, M].
+    """The text features and masks of all ranks: [B, M, D], bool [B, M] -> [G, M, D], bool [G, M].
 
-    The gradient of the features returns to their owner, summed over ranks in fp32 (fp64 for fp64). Collective.
+    The inputs are the results of `pad_text`. The gradient of the features returns to the rank that owns them, summed
+    over ranks in fp32 (fp64 for fp64). Collective, in forward and in backward.
     """
     if distributed.world_size(group) == 1:
         return text, mask
@@ -129,13 +131,13 @@ class _ColumnLogSumExp(torch.autograd.Function):
 def column_logsumexp(logits: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
     """log(sum(exp)) over the images of all ranks: this rank's rows [B, G] -> [G], the same on every rank.
 
-    fp32 or fp64. Collective, in forward and in backward: two vectors of length G there, one back.
+    fp32 or fp64. Collective: two vectors of length G in forward, one in backward.
     """
     return logits.logsumexp(0) if distributed.world_size(group) == 1 else _ColumnLogSumExp.apply(logits, group)
 
 
 def logsumexp_over_ranks(lse: Tensor) -> Tensor:
-    """log(sum(exp)) over the ranks of each element: [G] -> [G], equal on every rank, without a gradient. Collective."""
+    """log(sum(exp)) of each element over ranks: [G] -> [G], the same on every rank, without a gradient. Collective."""
     if distributed.world_size() == 1:
         return lse
     top = lse.clone()

@@ -1,4 +1,7 @@
-"""What started this process and how many others: `deepspeed`, `torchrun`, `srun` or a plain `python`."""
+"""Reads from the environment how this process was started: by `deepspeed`, `torchrun`, `srun` or plain `python`.
+
+This module imports nothing heavy: the training calls it before it imports torch.
+"""
 
 import os
 import socket
@@ -6,22 +9,25 @@ import subprocess
 
 from ds_cmli.common.errors import UserError
 
-# What launchers call the number of processes that they have started.
+# Variables in which launchers give the number of processes that they have started.
 RANKS_STARTED = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "LOCAL_WORLD_SIZE")
 
 
 def map_launcher_environment() -> None:
-    """Set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT for whatever started this process.
+    """Set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT where the launcher has not set them.
 
-    `deepspeed` and `torchrun` set them. A task of `srun` is mapped from its SLURM_* variables, and a plain `python`
-    process is a world of one.
+    `deepspeed` and `torchrun` set them. For a task of `srun` they are computed from its SLURM_* variables, and a plain
+    `python` process is a world of one.
+
+    Raises:
+        UserError: the variables contradict each other, or the first node's address is not known.
     """
     env = os.environ
     _check_launcher()
     tasks = env.get("SLURM_STEP_NUM_TASKS") or env.get("SLURM_NTASKS", "1")
     if "RANK" not in env and "SLURM_STEP_ID" in env and int(tasks) > 1:
         env["RANK"], env["WORLD_SIZE"], env["LOCAL_RANK"] = env["SLURM_PROCID"], tasks, env["SLURM_LOCALID"]
-        # Where Slurm gives each task a GPU of its own to see (--gpus-per-task), that is its GPU 0.
+        # If Slurm shows each task only its own GPU (--gpus-per-task), that GPU has the number 0.
         if len(env.get("CUDA_VISIBLE_DEVICES", "").split(",")) == 1 and env.get("CUDA_VISIBLE_DEVICES"):
             env["LOCAL_RANK"] = "0"
         if "MASTER_ADDR" not in env:
@@ -29,12 +35,12 @@ def map_launcher_environment() -> None:
         env.setdefault("MASTER_PORT", str(slurm_ports()[0]))
     for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}.items():
         env.setdefault(name, value)
-    # Port 0 lets the store pick a free one, which only a world of one can use: nobody else has to find it.
+    # Port 0 lets the store pick a free port. Only a world of one can use it, since no other rank has to find the store.
     env.setdefault("MASTER_PORT", "0" if env["WORLD_SIZE"] == "1" else "29500")
 
 
 def _check_launcher() -> None:
-    """Raise `UserError` where ranks were asked for that would not train together: each would be a world of its own."""
+    """Raise `UserError` if several ranks were started that would not train together, each being a world of one."""
     env = os.environ
     if "RANK" in env and "WORLD_SIZE" not in env:
         raise UserError(f"RANK is {env['RANK']} and WORLD_SIZE is not set: set both, or neither for one process")
@@ -48,17 +54,17 @@ def _check_launcher() -> None:
 
 
 def _slurm_address(nodes: str) -> str:
-    """Address of the first node of a Slurm node list, which rank 0 runs on.
+    """The address of the first node of a Slurm node list, on which rank 0 runs.
 
     Raises:
-        UserError: there is no `scontrol` to ask (inside a container, for instance), or it knows no such node.
+        UserError: `scontrol` is not installed (as inside a container), or does not know the node.
     """
     try:
         first = _scontrol("show", "hostnames", nodes).split()[0]
         try:
             socket.getaddrinfo(first, None)
             return first
-        except OSError:  # the node's name in Slurm is not one that this machine's resolver knows
+        except OSError:  # this machine cannot resolve the name that the node has in Slurm
             return _scontrol("show", "node", first).split("NodeAddr=", 1)[1].split()[0]
     except (OSError, subprocess.CalledProcessError, IndexError):
         raise UserError(

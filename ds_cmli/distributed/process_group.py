@@ -1,4 +1,4 @@
-"""The process group: its start and its end, this process's place in it, and small messages between its ranks."""
+"""The process group of the training: starting and ending it, this process's rank, and small messages between ranks."""
 
 import os
 import sys
@@ -14,7 +14,7 @@ from ds_cmli.common.errors import UserError
 from ds_cmli.distributed import rendezvous
 from ds_cmli.distributed.launchers import map_launcher_environment
 
-# Entered around what moves text between ranks: a training that measures its steps puts its clock here.
+# Makes a context that is entered around each exchange of texts. A training that times its steps replaces it.
 exchanging: Callable[[], AbstractContextManager] = nullcontext
 
 
@@ -26,19 +26,19 @@ def init(
     """Start the process group (NCCL on GPUs, gloo on CPUs) and return this rank's device. Collective.
 
     Args:
-        timeout: of a collective.
+        timeout: the time limit of a collective.
         start: how long the ranks wait for each other here.
-        stop: called while they wait; what it raises ends that.
+        stop: called repeatedly while they wait; an exception that it raises ends the waiting.
 
     Raises:
-        UserError: not all ranks have come in time.
+        UserError: not all ranks have started in time, or this rank has no GPU although its node has some.
     """
     map_launcher_environment()
     if torch.cuda.is_available():
         here = torch.cuda.device_count()
         if int(os.environ["LOCAL_RANK"]) >= here:
             message = f"rank {os.environ['RANK']} has no GPU: its node has {here}; start one rank a GPU"
-            if os.environ["RANK"] != "0":  # only rank 0's mistakes are told by themselves
+            if os.environ["RANK"] != "0":  # the mistakes of rank 0 are printed anyway
                 print(f"error: {message}", file=sys.stderr, flush=True)
             raise UserError(message)
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
@@ -55,11 +55,11 @@ def init(
 
 
 def shutdown() -> None:
-    """End the process group; without it a process may abort at exit."""
+    """End the process group. A process that exits without this may abort."""
     global exchanging
     exchanging = nullcontext
     if dist.is_initialized():
-        # DeepSpeed caches groups and would hand the ended ones to the next engine of this process: let it end them.
+        # DeepSpeed caches groups, and would give the ended ones to this process's next engine if it did not end them.
         deepspeed_comm = sys.modules.get("deepspeed.comm")
         if deepspeed_comm is not None and deepspeed_comm.is_initialized():
             deepspeed_comm.destroy_process_group()
@@ -80,7 +80,7 @@ def is_main() -> bool:
 
 
 def mean_over_ranks(values: Tensor) -> Tensor:
-    """Average of `values` over ranks, in place. Collective."""
+    """The average of `values` over ranks, in place. Collective."""
     if world_size() > 1:
         dist.all_reduce(values)  # collective
         values /= world_size()
@@ -88,16 +88,16 @@ def mean_over_ranks(values: Tensor) -> Tensor:
 
 
 def sum_over_ranks(values: Tensor) -> Tensor:
-    """Sum of `values`, on the CPU or on this rank's device, over ranks, in place. Collective."""
+    """The sum of `values` over ranks, in place; they may be on the CPU or on this rank's device. Collective."""
     if world_size() > 1:
-        moved = values.cuda() if dist.get_backend() == "nccl" else values  # NCCL takes no CPU tensors
+        moved = values.cuda() if dist.get_backend() == "nccl" else values  # NCCL does not accept CPU tensors
         dist.all_reduce(moved)  # collective
         values.copy_(moved)  # CPU-GPU sync, under NCCL
     return values
 
 
 def raise_together(mistake: str | None) -> None:
-    """Raise the first rank's `UserError` on all ranks, where any has one. Collective."""
+    """Raise `UserError` on all ranks if any rank gives a message, with the lowest such rank's. Collective."""
     told = gather_objects(mistake)  # collective
     first = next((r for r, message in enumerate(told) if message), None)
     if first is not None:

@@ -142,7 +142,7 @@ def _find(
 ) -> dist.Store:  # fmt: skip
     """The other ranks' part of `meet`: rank 0's store, at the first port where it answers."""
     rank, ranks = os.environ["RANK"], os.environ["WORLD_SIZE"]
-    began, stranger = time.monotonic(), 0.0  # since when another program answers at the given port
+    began, stranger = time.monotonic(), 0.0  # the time since which another program answers at the given port
     while time.monotonic() - began < start.total_seconds():
         for port in ports:
             stop()

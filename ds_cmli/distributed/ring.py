@@ -1,6 +1,6 @@
-"""Text that goes round the ranks: each sends what it has to the next rank while it computes with it.
+"""Passes texts round a ring of ranks: each rank sends a chunk to the next rank while it computes with it.
 
-Memory is that of two chunks, whatever the number of ranks; a chunk is one rank's text features with their mask.
+A chunk is one rank's text features with their mask. Two chunks are in memory, however many ranks there are.
 
 Shapes: B pairs per rank, M text positions, D embedding dimension.
 """
@@ -14,13 +14,13 @@ from torch import Tensor
 from ds_cmli.common import uniform
 from ds_cmli.distributed import process_group as distributed
 
-TEXT, GRADIENT = 0, 1  # tags, by which gloo keeps apart what is under way at the same time
+TEXT, GRADIENT = 0, 1  # tags, by which gloo distinguishes simultaneous messages
 
 
 class Transfer:
-    """`sent` goes to the next rank, and `received` comes from the one before: both until `wait` has returned.
+    """Sends `sent` to the next rank and receives `received` from the one before; both are in use until `wait` returns.
 
-    Contiguous, of one shape and dtype on all ranks. Collective.
+    The tensors are contiguous and have the same shape and dtype on all ranks. Collective.
     """
 
     def __init__(self, sent: Tensor, received: Tensor, tag: int, group: dist.ProcessGroup | None):
@@ -32,7 +32,7 @@ class Transfer:
         self.sent, self.received = sent, received
 
     def wait(self) -> Tensor:
-        """`received`, as it has come."""
+        """Wait for both transfers and return `received`."""
         with distributed.exchanging():
             for work in self.works:
                 work.wait()
@@ -40,12 +40,12 @@ class Transfer:
 
 
 def neighbours(rank: int, ranks: int) -> tuple[int, int]:
-    """The next rank, and the one before."""
+    """The next rank and the previous rank."""
     return (rank + 1) % ranks, (rank - 1) % ranks
 
 
 def pack(text: Tensor, mask: Tensor) -> Tensor:
-    """A chunk in one piece: [B, M, D], bool [B, M] -> bytes, uint8."""
+    """One contiguous tensor that holds a chunk: [B, M, D], bool [B, M] -> its bytes, uint8."""
     chunk = torch.empty(text.nbytes + mask.numel(), dtype=torch.uint8, device=text.device)
     for part, whole in zip(unpack(chunk, text), (text, mask), strict=True):
         part.copy_(whole)
@@ -53,20 +53,20 @@ def pack(text: Tensor, mask: Tensor) -> Tensor:
 
 
 def unpack(chunk: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Views of a chunk: the text features, of the shape and dtype of `like`, and their mask."""
+    """Views of a packed chunk: its text features, with the shape and dtype of `like`, and their mask."""
     text = chunk[: like.nbytes].view(like.dtype).view(like.shape)
     return text, chunk[like.nbytes :].view(torch.bool).view(like.shape[:2])
 
 
 def buffer_like(x: Tensor) -> Tensor:
-    """What a tensor of another rank will be received in."""
+    """The buffer into which another rank's tensor of the same shape will be received."""
     return torch.empty_like(x)
 
 
 def chunks(text: Tensor, mask: Tensor, group: dist.ProcessGroup | None) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """(rank, its text features, its mask) of each rank in turn, this rank first.
+    """Yields (rank, its text features, its mask) for each rank in turn, this rank first.
 
-    What it yields holds until the next one is asked for, and is sent on meanwhile. Collective.
+    Yielded tensors are valid until the next ones are requested; meanwhile they are sent on. Collective.
     """
     rank, ranks = distributed.rank(group), distributed.world_size(group)
     chunk = pack(text, mask)

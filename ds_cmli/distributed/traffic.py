@@ -1,6 +1,6 @@
-"""What a rank's process group is asked to move: calls and bytes of each kind of collective.
+"""Counts the calls and bytes of each kind of collective that a rank's process group is asked for.
 
-Counts on real and on fake tensors alike; on the CPU in backward passes too.
+It counts on real and on fake tensors alike, and on the CPU in backward passes too.
 """
 
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 from ds_cmli.common.patches import replaced
 from ds_cmli.distributed import process_group as distributed
 
-# Operators of torch's `c10d`: the kind of each, and the argument that holds the tensors of all ranks together.
+# Operators of torch's `c10d`: the kind of each, and the position of the argument with the tensors of all ranks.
 OPERATORS = {
     "_allgather_base_": ("all-gather", 0),
     "allgather_": ("all-gather", 0),
@@ -36,10 +36,10 @@ TEXT, REST = "text", "rest"
 @dataclass
 class Count:
     calls: int = 0
-    bytes: int = 0  # of the tensors of all ranks together, where the ranks' are gathered or scattered
+    bytes: int = 0  # for gathers and scatters, of the tensors of all ranks together
 
     def sent(self, kind: str, ranks: int) -> int:
-        """Bytes that a rank sends, at the least and on average: each collective as a ring over the ranks."""
+        """The least number of bytes that a rank sends on average, if each collective is a ring over the ranks."""
         if kind == "send":
             return self.bytes
         return self.bytes * (2 if kind == "all-reduce" else 1) * (ranks - 1) // ranks
@@ -49,9 +49,9 @@ Counts = dict[tuple[str, str], Count]  # by part and kind
 
 
 class Traffic(TorchDispatchMode):
-    """Counts while it is entered, by what is moved: the features of texts with their gradients, or the rest.
+    """Counts while it is entered, separately for text features with their gradients and for everything else.
 
-    What is received, and barriers, are not counted.
+    Received messages and barriers are not counted.
     """
 
     def __init__(self) -> None:
@@ -81,13 +81,13 @@ class Traffic(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
     def since(self, before: Counts) -> Counts:
-        """What has been counted since `counts` was equal to `before`."""
+        """What has been counted since the time when `counts` was equal to `before`."""
         none = Count()
         earlier = {key: before.get(key, none) for key in self.counts}
         return {k: Count(c.calls - earlier[k].calls, c.bytes - earlier[k].bytes) for k, c in self.counts.items()}
 
     def add(self, moved: Counts, times: int = 1) -> None:
-        """Count `moved` so many times, without anything being moved."""
+        """Add `moved` to the counts `times` times, without any communication."""
         for key, count in moved.items():
             total = self.counts.setdefault(key, Count())
             total.calls, total.bytes = total.calls + times * count.calls, total.bytes + times * count.bytes

@@ -1,6 +1,8 @@
-"""Trained models for other people's programs: `python -m ds_cmli.export RUN DIR`.
+"""Exports trained models in a form that other programs load: `python -m ds_cmli.export RUN DIR`.
 
-import ds_cmli  # transformers then knows the model; without it, give trust_remote_code=True
+An exported model is loaded so:
+
+import ds_cmli  # registers the model with transformers; without this import, pass trust_remote_code=True
 from transformers import AutoModel, AutoProcessor
 model, processor = AutoModel.from_pretrained(DIR), AutoProcessor.from_pretrained(DIR)
 """

@@ -1,4 +1,4 @@
-"""`python -m ds_cmli.export RUN DIR`: a trained model as a folder that transformers loads."""
+"""`python -m ds_cmli.export RUN DIR` writes a trained model as a folder that transformers loads."""
 
 import os
 import tempfile
@@ -42,7 +42,7 @@ def command(run: str, folder: str, tokenizer: str | None, ema: bool, onnx: bool 
     config, objective, whole, words = write.load_run(Path(run), tokenizer, ema)
     parent = target.resolve().parent
     parent.mkdir(parents=True, exist_ok=True)
-    # The folder appears under its name when all of it is written and checked.
+    # The folder gets its name only after everything in it has been written and checked.
     with tempfile.TemporaryDirectory(dir=parent, prefix=f".{target.name}-") as made:
         out = Path(made) / "model"
         out.mkdir()
@@ -57,7 +57,7 @@ def command(run: str, folder: str, tokenizer: str | None, ema: bool, onnx: bool 
         else:
             lines.append("no ONNX: pip install 'ds-cmli[export]'" if onnx is None else "no ONNX, as asked")
         for file in out.rglob("*.safetensors"):
-            file.chmod(0o644)  # the library makes them readable to their owner alone
+            file.chmod(0o644)  # safetensors makes its files readable for their owner only
         if target.exists():
             target.rmdir()
         os.replace(out, target)

@@ -1,7 +1,8 @@
-"""Copies the modules that a model needs out of this package, so that they run beside its weights without the package.
+"""Copies the code that a model needs into files beside its weights, where it runs without this package.
 
-transformers fetches a model's code as single files in one folder, which import each other as `from .file import name`.
-So each module becomes one file, with the definitions that are used, directly or by others, and its imports rewritten.
+transformers loads a model's code as files in one folder that import each other as `from .file import name`. Therefore
+each module becomes one file with rewritten imports, which holds only the definitions that are used, directly or
+indirectly.
 """
 
 import ast
@@ -14,15 +15,15 @@ HEADER = "# Copied from ds-cmli (Apache-2.0) by its export; only what this model
 
 
 def bundle(entries: dict[str, str], replaced: dict[str, str]) -> dict[str, str]:
-    """File name -> content.
+    """The files to write: file name -> content.
 
     Args:
-        entries: module -> name of its file without ".py"; all of their definitions are kept.
-        replaced: module -> a text that stands for it, for what cannot be copied as it is.
+        entries: module -> name of its file without ".py". All definitions of these modules are kept.
+        replaced: module -> source code to use instead of its own, for modules that cannot be copied as they are.
     """
     names = {**entries}
     modules: dict[str, Module] = {}
-    todo: list[tuple[str, str | None]] = [(entry, None) for entry in entries]  # None: everything
+    todo: list[tuple[str, str | None]] = [(entry, None) for entry in entries]  # None: all definitions
     seen = set()
     while todo:
         module, name = todo.pop()
@@ -38,7 +39,7 @@ def bundle(entries: dict[str, str], replaced: dict[str, str]) -> dict[str, str]:
 
 
 class Module:
-    """One module, the indices of its top-level statements that are kept, and the names that it imports."""
+    """A module's source, which of its top-level statements are kept (by index), and the names that it imports."""
 
     def __init__(self, name: str, text: str | None):
         path = _path(name)
@@ -57,10 +58,10 @@ class Module:
                     self.defined.setdefault(defined, []).append(i)
 
     def keep(self, name: str | None) -> list[tuple[str, str | None]]:
-        """Keep the definition of `name` and what it needs of this module; what it needs of others is given back."""
+        """Keep the definition of `name` and what it uses in this module; returns (module, name) of all other uses."""
         others: list[tuple[str, str | None]] = []
         todo = [*self.defined, *self.imported] if name is None else [name]
-        # What is done at import, and not only defined, is kept wherever the module is used.
+        # Statements that do something at import, and do not only define, are kept whenever the module is used.
         done = [i for i, s in enumerate(self.tree.body) if isinstance(s, ast.Expr | ast.If | ast.Try) and not _text(s)]
         for used in [u for i in done if i not in self.kept for u in self._take(i, others)]:
             todo.append(used)
@@ -70,13 +71,13 @@ class Module:
                 if i not in self.kept:
                     todo += self._take(i, others)
             if wanted in self.imported and wanted not in self.used_imports and name is None:
-                pass  # an entry's imports are kept where its definitions use them
+                pass  # an entry's imports are kept only if its definitions use them
             elif wanted in self.imported:
                 others += self._take_import(wanted)
         return others
 
     def _take(self, i: int, others: list[tuple[str, str | None]]) -> list[str]:
-        """Keep statement `i`; the names that it uses. Those of its own imports go to `others`."""
+        """Keep statement `i`; returns the names of this module that it uses, and adds names of others to `others`."""
         self.kept.add(i)
         statement = self.tree.body[i]
         for node in ast.walk(statement):
@@ -94,7 +95,7 @@ class Module:
         return [_source(statement, alias)] if isinstance(statement, ast.ImportFrom) and _own(statement) else []
 
     def text(self, names: dict[str, str]) -> str:
-        """The file's content; `names` are the files of all modules."""
+        """The file's content. `names`: module -> name of its file without ".py", for all modules."""
         lines = self.source.splitlines(keepends=True)
         out = [HEADER]
         if self.tree.body and _text(self.tree.body[0]):
@@ -109,7 +110,7 @@ class Module:
         for i, statement in enumerate(self.tree.body):
             if i not in self.kept:
                 continue
-            first = self.tree.body[i - 1].end_lineno if i else 0  # with the comments above it
+            first = self.tree.body[i - 1].end_lineno if i else 0  # the comments above a statement are copied too
             assert first is not None
             segment = lines[first : statement.end_lineno]
             for node in sorted(_own_imports(statement), key=lambda node: -node.lineno):
@@ -129,7 +130,7 @@ def _path(module: str) -> Path:
 def _is_module(name: str) -> bool:
     try:
         return importlib.util.find_spec(name) is not None
-    except ModuleNotFoundError:  # its parent is a module and no package
+    except ModuleNotFoundError:  # its parent is a module and not a package
         return False
 
 
@@ -142,9 +143,9 @@ def _own_imports(statement: ast.stmt) -> list[ast.ImportFrom]:
 
 
 def _source(node: ast.ImportFrom, alias: ast.alias) -> tuple[str, str | None]:
-    """The module that an import takes its name from, and the name; None for the name where it takes the module."""
+    """The module and the name that an import refers to; the name is None if it imports the module itself."""
     inside = f"{node.module}.{alias.name}"
-    # Of a module that is used by its name, all is kept: which parts are used is not looked up.
+    # If a module itself is imported, all of it is kept, because which of its attributes are used is not analysed.
     return (inside, None) if _is_module(inside) else (str(node.module), alias.name)
 
 
@@ -159,7 +160,7 @@ def _rewritten(node: ast.stmt, aliases: list[ast.alias], names: dict[str, str]) 
         module, name = _source(node, alias)
         file, known_as = names[module], alias.asname or alias.name
         if name is None:
-            # transformers finds the file by the first form alone.
+            # transformers looks for imports of the first form only to find the files that it needs.
             out += f"from .{file} import __name__ as _\nfrom . import {_as(file, known_as)}\n"
         else:
             out += f"from .{file} import {_as(name, known_as)}\n"
@@ -171,7 +172,7 @@ def _as(name: str, known_as: str) -> str:
 
 
 def _text(statement: ast.stmt) -> bool:
-    """Whether it is a docstring."""
+    """Whether the statement is a docstring."""
     return isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)
 
 
@@ -185,7 +186,7 @@ def _defined(statement: ast.stmt) -> Iterator[str]:
 
 
 def _used(node: ast.AST) -> set[str]:
-    """The names that are looked up when it runs. Annotations are none, as they are never evaluated."""
+    """The names that the code looks up when it runs. Annotations do not count, because they are never evaluated."""
     out = {node.id} if isinstance(node, ast.Name) else set()
     for field, value in ast.iter_fields(node):
         if field in ("annotation", "returns"):

@@ -1,4 +1,4 @@
-"""The model card: what the model is, how to load it, and the run's own numbers."""
+"""Writes the model card: what the model is, how to load it, and the results that its run recorded."""
 
 import json
 from pathlib import Path
@@ -46,7 +46,7 @@ tokens.
 
 
 def write_card(folder: Path, run: Path, model: CMLIModel, config: Any) -> None:
-    """`README.md`, with what `run` recorded in its `metrics.jsonl`."""
+    """Write `README.md`, with the results that `run` recorded in its `metrics.jsonl`."""
     rows, columns = model.student.grid
     data = config.data
     sources = [data.source] if isinstance(data.source, str) else data.source
@@ -55,7 +55,7 @@ def write_card(folder: Path, run: Path, model: CMLIModel, config: Any) -> None:
         "text encoder": f"{config.student.text_model}, {len(model.student.text.blocks)} blocks",
         "shared blocks": config.student.shared_blocks,
         "losses": ", ".join(f"{name} ({weight:g})" for name, weight in config.loss.weights.items()),
-        "data": ", ".join(source.rstrip("/").rsplit("/", 1)[-1] for source in sources),  # no path of this machine
+        "data": ", ".join(source.rstrip("/").rsplit("/", 1)[-1] for source in sources),  # without paths of this machine
         "parameters": f"{sum(p.numel() for p in model.parameters()):,}",
     }
     installed = versions()
@@ -76,7 +76,7 @@ def write_card(folder: Path, run: Path, model: CMLIModel, config: Any) -> None:
 
 
 def _results(file: Path) -> str:
-    """The last value of each column of the evaluation, a row a split and kind of score."""
+    """A table of the last value of each column of the evaluation."""
     last: dict[str, float] = {}
     step = 0
     if file.is_file():

@@ -1,4 +1,4 @@
-"""What an exported model is, as transformers keeps it in `config.json`."""
+"""The configuration of an exported model, which transformers keeps in `config.json`."""
 
 from typing import Any
 
@@ -6,16 +6,16 @@ from transformers import PreTrainedConfig
 
 
 class CMLIConfig(PreTrainedConfig):
-    """An image and a text encoder under shared blocks, their scores and temperatures.
+    """The sizes of the encoders and shared blocks, and which scores the model was trained with.
 
     Args:
-        settings: sections and settings of the run: `student`, with all sizes and no path, and of `data` what a picture
-            and a text go through.
+        settings: two sections of the run's configuration: `student`, with all sizes and without paths, and those
+            settings of `data` that say how pictures and texts are prepared.
         losses: name and weight of each loss over pairs, in the run's order.
-        vocab_size: rows of the table of token embeddings.
-        pad_id: the token that texts are filled up with.
-        class_first: texts begin with a class token.
-        special_ids: tokens that count as no part of a text.
+        vocab_size: the number of rows of the token embedding table.
+        pad_id: the padding token.
+        class_first: whether texts begin with a class token.
+        special_ids: the tokens that do not belong to a text itself.
     """
 
     model_type = "ds_cmli"

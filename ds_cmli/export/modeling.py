@@ -1,4 +1,4 @@
-"""An exported model, for `AutoModel`: features, scores and matches of a trained student.
+"""The exported model, which `AutoModel` loads. It gives the features, scores and matches of a trained student.
 
 Shapes: I images, J texts, N image patches, M text positions, H hidden size, D embedding dimension, S image side.
 """
@@ -24,18 +24,18 @@ from ds_cmli.inference.model import Match
 from ds_cmli.losses.functions import contrastive_loss, sigmoid_loss, temperature_scale, upcast
 from ds_cmli.models.student import Student
 
-SCORES_AT_ONCE = 2**26  # similarities of patches and tokens that are held at a time
+SCORES_AT_ONCE = 2**26  # the number of patch-token similarities in memory at a time
 
 
 class Loaded(Student):
-    """A student whose weights are yet to come, so that it cannot be tried out."""
+    """A student whose weights are loaded later, so that the usual trial of its encoders at construction is left out."""
 
     def try_out(self, *_: Any) -> None:
         pass
 
 
 class PairLoss(nn.Module):
-    """A loss over pairs with its learned temperature, and the bias of a sigmoid loss."""
+    """A loss over pairs with its learned temperature and, for a sigmoid loss, its bias."""
 
     def __init__(self, name: str):
         super().__init__()
@@ -44,7 +44,7 @@ class PairLoss(nn.Module):
         self.logit_bias = nn.Parameter(torch.zeros(1)) if kind == "sigmoid" else None
 
     def forward(self, i2t: Tensor, t2i: Tensor) -> Tensor:
-        """[B, B] each, row b's text is column b -> a scalar, as in training."""
+        """Scores [B, B] each, in which row b and column b are a pair -> the loss as in training, a scalar."""
         if self.logit_bias is None:
             return contrastive_loss(i2t, t2i, self.logit_scale)
         both = [sigmoid_loss(scores, self.logit_scale, self.logit_bias) for scores in (i2t, t2i)]
@@ -53,14 +53,14 @@ class PairLoss(nn.Module):
 
 @dataclass
 class CMLIOutput(ModelOutput):
-    loss: Tensor | None = None  # of the run's losses over pairs, weighted as there
-    logits_per_image: Tensor | None = None  # fp32 [I, J], the trained scores times 1/temperature, summed
+    loss: Tensor | None = None  # the weighted sum of the run's losses over pairs
+    logits_per_image: Tensor | None = None  # fp32 [I, J], the sum of the trained scores, each times 1/temperature
     logits_per_text: Tensor | None = None  # fp32 [J, I]
     image_embeds: Tensor | None = None  # [I, H], unit length
     text_embeds: Tensor | None = None  # [J, H], unit length
     patch_embeds: Tensor | None = None  # [I, N, D], unit length
     token_embeds: Tensor | None = None  # [J, M, D], unit length
-    token_mask: Tensor | None = None  # bool [J, M], True: a token of the text, no special one and no padding
+    token_mask: Tensor | None = None  # bool [J, M], True for tokens of the text, False for special tokens and padding
 
 
 class CMLIModel(PreTrainedModel):
@@ -71,7 +71,7 @@ class CMLIModel(PreTrainedModel):
 
     def __init__(self, config: CMLIConfig):
         super().__init__(config)
-        # transformers builds models without data, where backbones cannot compute their constants.
+        # transformers builds models on the meta device, on which backbones cannot compute their constants.
         with torch.device("cpu"):
             self.student = build_student(config)
             self.losses = nn.ModuleDict({name: PairLoss(name) for name, _ in config.losses})
@@ -81,7 +81,7 @@ class CMLIModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """As transformers', which empties buffers that are no weights: they are filled again."""
+        """As in transformers, which loses the values of buffers that are not in the file; they are set again here."""
         out = super().from_pretrained(*args, **kwargs)
         model = out[0] if isinstance(out, tuple) else out
         for name, value in model.constants.items():
@@ -91,17 +91,18 @@ class CMLIModel(PreTrainedModel):
         return out
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Nothing: all weights come from the file."""
+        """Does nothing, because all weights come from the file."""
 
     def get_image_features(self, pixel_values: Tensor) -> BaseModelOutputWithPooling:
-        """uint8 [I, 3, S, S] -> `pooler_output` [I, H], class tokens for global scores; `last_hidden_state` [I, N, D],
-        patches for CMLI. Not normalised."""
+        """uint8 [I, 3, S, S] -> `pooler_output` [I, H], the class tokens for global scores, and `last_hidden_state`
+        [I, N, D], the patches for CMLI. Neither is normalised."""
         cls, patches = self.student.encode_image(pixel_values)  # [I, H], [I, N, H]
         return BaseModelOutputWithPooling(self.student.projection(patches), cls)
 
     def get_text_features(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> BaseModelOutputWithPooling:
-        """int64 [J, M], bool [J, M] (True = attend; None: all that is no padding) -> `pooler_output` [J, H],
-        `last_hidden_state` [J, M, D], special tokens and padding included (see `token_mask`). Not normalised."""
+        """int64 [J, M], bool [J, M] (True: attend; None: attend to all but padding) -> `pooler_output` [J, H] and
+        `last_hidden_state` [J, M, D], which includes special tokens and padding (see `token_mask`). Neither is
+        normalised."""
         cls, tokens = self.student.encode_text(input_ids, self.attended(input_ids, attention_mask))
         return BaseModelOutputWithPooling(self.student.projection(tokens), cls)
 
@@ -109,15 +110,16 @@ class CMLIModel(PreTrainedModel):
         return input_ids != self.config.pad_id if attention_mask is None else attention_mask.bool()
 
     def token_mask(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """bool [J, M], True: a token of the text, no special one and no padding."""
+        """bool [J, M], True for tokens of the text, False for special tokens and padding."""
         special = torch.tensor(self.config.special_ids, device=input_ids.device)
         return self.attended(input_ids, attention_mask) & ~torch.isin(input_ids, special)
 
     def cmli_scores(self, patches: Tensor, tokens: Tensor, token_mask: Tensor) -> tuple[Tensor, Tensor]:
-        """s_i2t and s_t2i, fp32 [I, J] each: the mean over patches of the best token, and the other way round.
+        """[I, N, D], [J, M, D], bool [J, M] -> s_i2t and s_t2i, fp32 [I, J] each.
 
-        FILIP (arXiv 2111.07783), equations 4 and 5. [I, N, D], [J, M, D], bool [J, M]; features as `get_image_features`
-        and `get_text_features` give them, or normalised.
+        s_i2t is the mean over patches of the similarity to the best token, s_t2i the mean over tokens of the similarity
+        to the best patch: FILIP (arXiv 2111.07783), equations 4 and 5. The features are those of `get_image_features`
+        and `get_text_features`, normalised or not.
         """
         patches, tokens = l2_normalize(patches), l2_normalize(tokens)
         step = max(1, SCORES_AT_ONCE // max(1, len(tokens) * patches.shape[1] * tokens.shape[1]))
@@ -132,7 +134,7 @@ class CMLIModel(PreTrainedModel):
         return_loss: bool = False,
         return_dict: bool | None = None,
     ) -> Any:
-        """All pairs of the images and the texts; with `return_loss` the image and the text of a row are a pair."""
+        """Score all images against all texts. For `return_loss`, image b and text b are a pair."""
         image: Any = self.get_image_features(pixel_values)
         text: Any = self.get_text_features(input_ids, attention_mask)
         image_cls, text_cls = l2_normalize(image.pooler_output), l2_normalize(text.pooler_output)
@@ -144,7 +146,7 @@ class CMLIModel(PreTrainedModel):
         }
         logits = torch.zeros_like(cosines)
         for kind in scores:
-            # Several losses on the same scores have a temperature each: the first one's counts, as in the evaluation.
+            # Several losses over the same scores have a temperature each; the first one is used, as in evaluation.
             first: Any = next((loss for loss in self.losses.values() if loss.scores == kind), None)
             if first is not None:
                 i2t, t2i = scores[kind]
@@ -169,14 +171,14 @@ class CMLIModel(PreTrainedModel):
 
     @torch.no_grad()
     def match(self, image: Any, text: str, processor: Any = None) -> Match:
-        """What each word of the text finds in the picture, and each patch in the text.
+        """Match each word of the text with its best patch, and each patch with its best word.
 
         Args:
             image: as `CMLIProcessor` takes it.
-            processor: None: the one beside the model's weights.
+            processor: None for the one that is stored beside the model's weights.
         """
         if processor is None:
-            # Where this file itself came out of the folder, its code is trusted already.
+            # If this file was itself loaded from the folder, the user trusts the folder's code already.
             trusted = type(self).__module__.startswith("transformers_modules.")
             processor = CMLIProcessor.from_pretrained(str(self.name_or_path), trust_remote_code=trusted)
         inputs = processor(images=image, text=text).to(self.device)
@@ -193,18 +195,18 @@ class CMLIModel(PreTrainedModel):
         spans = []
         for (start, end), own in zip(offsets, valid.tolist(), strict=False):
             if own:
-                piece = text[start:end]  # some tokenizers count the blank before a word to it
+                piece = text[start:end]  # some tokenizers count the space before a word as part of it
                 spans.append((start + len(piece) - len(piece.lstrip()), end))
         return Match(similarity, [text[a:b] for a, b in spans], spans, self.student.grid)
 
 
 def build_student(config: CMLIConfig) -> Student:
-    """With random weights, on the CPU."""
+    """The student with random weights, on the CPU."""
     settings = config.settings
-    precision = torch.get_default_dtype()  # transformers sets it to the one that is asked for
+    precision = torch.get_default_dtype()  # transformers has set it to the dtype that the user asked for
     torch.set_default_dtype(torch.float32)  # initial weights cannot be computed in 16 bits
     try:
-        with contextlib.redirect_stdout(io.StringIO()):  # what was told of the model at its training
+        with contextlib.redirect_stdout(io.StringIO()):  # messages of its training
             student = Loaded(
                 SimpleNamespace(**settings["student"]),  # type: ignore[arg-type]
                 settings["data"]["image_size"],

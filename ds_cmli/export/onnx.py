@@ -1,4 +1,4 @@
-"""Both towers as ONNX files, shared blocks and projection included, checked by onnxruntime.
+"""Exports the image and the text tower as ONNX files, with shared blocks and projection, and checks the files.
 
 Shapes: B images or texts, N patches, M text positions, H hidden size, D embedding dimension, S image side.
 """
@@ -20,7 +20,7 @@ from ds_cmli.common.errors import UserError
 from ds_cmli.models.student import Student
 
 NEEDS = ("onnxscript", "onnxruntime")
-TOLERANCE = 1e-5  # of any number of the normalised features
+TOLERANCE = 1e-5  # largest difference of any element of the normalised features
 
 
 def installed() -> bool:
@@ -50,10 +50,13 @@ class TextTower(nn.Module):
 
 
 def write_onnx(folder: Path, student: Student, image: Tensor, ids: Tensor, mask: Tensor) -> list[str]:
-    """`image.onnx` and `text.onnx` for any number of images or texts of at most M positions; the lines that say so.
+    """Write `image.onnx` and `text.onnx`, for any number of images, and of texts of at most M positions.
+
+    Returns:
+        Lines for the user about what was written.
 
     Raises:
-        UserError: a tower cannot be exported, or onnxruntime gives other features.
+        UserError: a tower cannot be exported, or onnxruntime computes other features.
     """
     folder.mkdir(parents=True, exist_ok=True)
     batch, length = torch.export.Dim("batch"), torch.export.Dim("length", min=2, max=ids.shape[1])
@@ -100,7 +103,7 @@ def _export(tower: nn.Module, inputs: dict[str, Tensor], shapes: tuple, outputs:
 
 
 def _difference(tower: nn.Module, inputs: dict[str, Tensor], file: Path) -> float:
-    """The largest of any output, between PyTorch and onnxruntime."""
+    """The largest absolute difference of any output between PyTorch and onnxruntime."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
@@ -111,7 +114,7 @@ def _difference(tower: nn.Module, inputs: dict[str, Tensor], file: Path) -> floa
 
 
 def _shorter(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Another number of rows, and of positions."""
+    """The inputs with fewer rows and positions, to check that these sizes are dynamic."""
     return {name: value[:1, : value.shape[1] // 2] if value.dim() == 2 else value[:1] for name, value in inputs.items()}
 
 

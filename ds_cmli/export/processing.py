@@ -1,4 +1,4 @@
-"""Pictures and texts as an exported model takes them: those of the training, to the bit.
+"""Prepares pictures and texts for an exported model, with the same result to the bit as in training.
 
 Shapes: I images, J texts, S image side in pixels, M text positions.
 """
@@ -13,7 +13,7 @@ from transformers import BatchFeature, ProcessorMixin
 from ds_cmli.data.batch import PAD_MULTIPLE
 from ds_cmli.data.pictures import load_image
 
-# Arguments that are accepted beside images and texts, and their values.
+# Further arguments that are accepted, with their accepted values.
 ACCEPTED: dict[str, tuple[Any, ...]] = {
     "padding": (True, "longest", "max_length"),
     "truncation": (True, "longest_first"),
@@ -22,12 +22,12 @@ ACCEPTED: dict[str, tuple[Any, ...]] = {
 
 
 class CMLIProcessor(ProcessorMixin):
-    """A transformers tokenizer, and the resizing and cropping of the training.
+    """Combines a transformers tokenizer with the resizing and cropping of the training.
 
     Args:
-        image_size: S; the shorter side is resized to it (bicubic), and the centre cropped.
-        context_length: the longest text in tokens, special ones included; longer ones are truncated.
-        pad_id: the token that texts are filled up with.
+        image_size: S; the shorter side is resized to it (bicubic), and the centre is cropped.
+        context_length: the most tokens of a text, including special tokens; longer texts are truncated.
+        pad_id: the padding token.
     """
 
     tokenizer_class = "AutoTokenizer"
@@ -37,11 +37,11 @@ class CMLIProcessor(ProcessorMixin):
         super().__init__(tokenizer)
 
     def __call__(self, images: Any = None, text: Any = None, **kwargs: Any) -> BatchFeature:  # type: ignore[override]
-        """Of one or several pictures (PIL, or uint8 arrays [height, width, 3]), of one or several texts, or of both.
+        """Prepare one or several pictures (PIL, or uint8 arrays [height, width, 3]), one or several texts, or both.
 
         Args:
-            kwargs: what other processors are usually called with (`ACCEPTED`). `padding="max_length"` pads texts to
-                `context_length`; anything else that is accepted is done without being asked for.
+            kwargs: the arguments that processors are usually called with, as far as `ACCEPTED` lists them.
+                `padding="max_length"` pads texts to `context_length`; all others ask for what is done anyway.
 
         Returns:
             `pixel_values` uint8 [I, 3, S, S]; `input_ids` int64 and `attention_mask` bool [J, M].
@@ -71,7 +71,7 @@ class CMLIProcessor(ProcessorMixin):
         return load_image(image.copy(), self.image_size)
 
     def tokens(self, texts: list[str], whole: bool = False) -> dict[str, torch.Tensor]:
-        """Padded to the longest text, rounded up to a multiple of 8, at most `context_length`; `whole`: to that."""
+        """Texts padded to the longest one, rounded up to a multiple of 8, or with `whole` to `context_length`."""
         rows = self.tokenizer(texts, truncation=True, max_length=self.context_length)["input_ids"]
         longest = self.context_length if whole else max(len(row) for row in rows)
         length = min(-(-longest // PAD_MULTIPLE) * PAD_MULTIPLE, self.context_length)

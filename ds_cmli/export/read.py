@@ -1,4 +1,4 @@
-"""Reads an exported folder back as what the rest of the package works with."""
+"""Loads an exported folder as the configuration and the student that the rest of the package works with."""
 
 from pathlib import Path
 
@@ -20,7 +20,7 @@ def is_exported(folder: Path) -> bool:
 
 
 def load_exported(folder: Path) -> tuple[Config, Objective]:
-    """The settings that decide what the model reads, and the student with its losses over pairs.
+    """The configuration, as far as the export holds it, and the student with its losses over pairs.
 
     Raises:
         UserError: the folder is damaged.

@@ -1,4 +1,4 @@
-"""The settings of a trained student with nothing left to files of this machine: sizes, and no weights or paths."""
+"""The settings that build a trained student anywhere: all sizes, and no weights or paths of this machine."""
 
 import inspect
 import json
@@ -12,7 +12,7 @@ from ds_cmli.models.transformers_model import UNDECLARED, without_effect
 
 
 def portable(config: Config, student: Student) -> dict[str, Any]:
-    """Sections of the configuration that build the same student with random weights, and read what it reads."""
+    """Sections of the configuration that build the same student, with random weights, and prepare the same inputs."""
     backbone: Any = student.text
     text = backbone.model.config
     settings = asdict(config.student) | {
@@ -32,7 +32,7 @@ def _name(table: dict[str, models.Entry], backbone: Any) -> str:
 
 
 def _sizes(config: Any) -> dict[str, Any]:
-    """The fields that decide something and are not what the family has anyway."""
+    """The fields that have an effect and differ from the defaults of the model's family."""
     usual = type(config)().to_dict()
     found = json.loads(json.dumps(config.to_dict()))
     names = {*inspect.signature(type(config)).parameters, *UNDECLARED.get(config.model_type, ())}

@@ -1,4 +1,4 @@
-"""The encoders alone, in the formats of their own libraries: what stands before the shared blocks.
+"""Exports the encoders, without the shared blocks above them, in the formats of timm and transformers.
 
 Shapes: B images or texts, N patches, M text positions, H width of the encoder.
 """
@@ -20,10 +20,13 @@ IMAGE, TEXT = "image_encoder_timm", "text_encoder"
 
 @torch.no_grad()
 def write_image_encoder(folder: Path, model: CMLIModel, image: Tensor) -> str:
-    """A folder for `timm.create_model("local-dir:FOLDER", pretrained=True)`, and the line that says so, or why not.
+    """Write a folder for `timm.create_model("local-dir:FOLDER", pretrained=True)`, if such a model exists in timm.
 
     Args:
-        image: uint8 [B, 3, S, S], to compare on.
+        image: uint8 [B, 3, S, S], the input on which both models are compared.
+
+    Returns:
+        A line for the user about what was written, or why nothing was.
     """
     settings, data, backbone = model.config.settings["student"], model.config.settings["data"], model.student.image
     encoder: Any = backbone.model
@@ -31,7 +34,7 @@ def write_image_encoder(folder: Path, model: CMLIModel, image: Tensor) -> str:
     trained = encoder(pixels)  # [B, prefix + N, H], or a list with a feature map
     wanted = trained[0] if isinstance(trained, list) else trained
     size = {"img_size": data["image_size"]}
-    # The cut encoder as whole models of timm can be: shallower, without the final norm, or as it is.
+    # timm may build the encoder's first blocks as a model with fewer blocks and without the final norm, or as a whole.
     stack = {"depth": len(backbone.blocks)}
     for more in ({**stack, **size, "final_norm": False}, {**stack, **size}, size, {}):
         arguments = {"num_classes": 0, **settings["image_overrides"], **more}
@@ -71,11 +74,14 @@ def write_image_encoder(folder: Path, model: CMLIModel, image: Tensor) -> str:
 
 @torch.no_grad()
 def write_text_encoder(folder: Path, model: CMLIModel, whole: Any, ids: Tensor, mask: Tensor) -> str:
-    """A folder for a plain transformers model, and the line that says so, or why not.
+    """Write a folder for a plain transformers model, if the text encoder gives the same features when loaded from it.
 
     Args:
-        whole: the tokenizer.
-        ids, mask: int64 and bool [B, M], to compare on.
+        whole: the transformers tokenizer.
+        ids, mask: int64 and bool [B, M], the input on which both models are compared.
+
+    Returns:
+        A line for the user about what was written, or why nothing was.
     """
     encoder: Any = model.student.text.model
     kind = type(encoder)

@@ -34,7 +34,7 @@ AUTO_MAP = {
     "AutoModel": "modeling_ds_cmli.CMLIModel",
     "AutoProcessor": "processing_ds_cmli.CMLIProcessor",
 }
-# In place of the tables of all backbones, whose files are looked up by name.
+# Replaces the registry of all backbones, which imports their files by name.
 BACKBONES = '''"""The two backbones of this model."""
 
 from ds_cmli.models.{image_file} import {image}
@@ -49,12 +49,17 @@ def build(backbone, name, request):
 
 
 def load_run(run: Path, tokenizer: str | None, ema: bool = False) -> tuple[Config, Objective, Any, CaptionTokenizer]:
-    """The trained student with its losses over pairs, and its tokenizer, as transformers' and as the training's.
+    """The run's configuration, its student with the losses over pairs, and its tokenizer.
 
-    `ema`: with the averaged weights (`optim.ema_decay`).
+    Args:
+        tokenizer: used instead of the one that the run names; None: the run's.
+        ema: load the averaged weights (`optim.ema_decay`).
+
+    Returns:
+        The configuration, the objective, and the tokenizer twice: as transformers' and as the training's.
 
     Raises:
-        UserError: there is no such run, or nothing that could be exported.
+        UserError: there is no such run, or it has no scores that could be exported.
     """
     config = load_config(run / "config.json", "the run")
     pairs = over_pairs(config.loss.weights)
@@ -72,10 +77,10 @@ def load_run(run: Path, tokenizer: str | None, ema: bool = False) -> tuple[Confi
 
 
 def write_model(folder: Path, config: Config, objective: Objective, whole: Any, words: CaptionTokenizer) -> CMLIModel:
-    """Weights, configuration, processor and code; gives the model as it was read back from the folder.
+    """Write weights, configuration, processor and code; returns the model as it was loaded from the folder again.
 
     Raises:
-        UserError: what was read back is not the same model.
+        UserError: the loaded model gives other features.
     """
     text: Any = objective.student.text.model
     sample = words("a")
@@ -92,7 +97,7 @@ def write_model(folder: Path, config: Config, objective: Objective, whole: Any, 
         dtype="float32",
     )
     exported.save_pretrained(folder)
-    # Tied weights stand there under each of their names: transformers empties what a file lacks.
+    # Tied weights are saved under each of their names, because transformers does not fill what a file lacks.
     tensors = {name: value.clone() for name, value in objective.state_dict().items()}
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     processor: Any = CMLIProcessor(whole, config.data.image_size, config.data.context_length, words.pad_id)
@@ -106,7 +111,7 @@ def write_model(folder: Path, config: Config, objective: Objective, whole: Any, 
 
 
 def code_of(objective: Objective) -> dict[str, str]:
-    """File name -> content, of what runs the model without this package."""
+    """The code that runs the model without this package: file name -> content."""
     kinds = {"image": type(objective.student.image), "text": type(objective.student.text)}
     place = {f"{name}_file": kind.__module__.rpartition(".")[2] for name, kind in kinds.items()}
     names = {name: kind.__name__ for name, kind in kinds.items()}
@@ -115,7 +120,7 @@ def code_of(objective: Objective) -> dict[str, str]:
 
 @torch.no_grad()
 def check_same(objective: Objective, model: CMLIModel) -> None:
-    """Both give the same bits. Raises `UserError`."""
+    """Raise `UserError` if the two models' features are not equal to the bit."""
     image, ids, mask = example(model)
     student, g = objective.student, objective.student.projection
     image_cls, patches = student.encode_image(image)
@@ -136,7 +141,7 @@ def check_same(objective: Objective, model: CMLIModel) -> None:
 
 
 def example(model: CMLIModel) -> tuple[Tensor, Tensor, Tensor]:
-    """Random pictures and texts, the second of them padded, and the texts' attention mask."""
+    """Two random pictures, two random texts, the second with padding, and the texts' attention mask."""
     data, generator = model.config.settings["data"], torch.Generator().manual_seed(0)
     size, length = data["image_size"], data["context_length"]
     image = torch.randint(0, 256, (2, 3, size, size), generator=generator, dtype=torch.uint8)

@@ -1,4 +1,4 @@
-"""What to change when a setting does not fit: the prediction by category, and one or two settings that would fit."""
+"""Advice for a run that is out of memory: the predicted memory by category, and one or two changes that would fit."""
 
 from contextlib import suppress
 from dataclasses import dataclass
@@ -9,23 +9,24 @@ from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.schema import Config
 from ds_cmli.memory import predict_subprocess
 
-MOST = 2  # settings that are proposed
-DEFAULT_BUCKET, SMALL_BUCKET = 500_000_000, 5_000_000  # elements: DeepSpeed's, and one that still fills messages
-SECONDS = 120  # for all predictions; the other ranks wait
+MOST = 2  # number of proposed changes
+# In elements: DeepSpeed's default, and a size whose messages are still large enough to be fast.
+DEFAULT_BUCKET, SMALL_BUCKET = 500_000_000, 5_000_000
+SECONDS = 120  # time limit of all predictions together; the other ranks wait meanwhile
 
 
 @dataclass(frozen=True)
 class Change:
-    what: str  # as the user writes it
+    what: str  # the change as the user writes it
     config: Config
     ds_config: DeepSpeedConfig
 
 
 def changes(config: Config, ds_config: DeepSpeedConfig, world_size: int, gpu: bool) -> list[Change]:
-    """Settings to try, those that train the same model first, smaller micro-batches last.
+    """Changes to try: first those that train the same model, last smaller micro-batches.
 
     Args:
-        ds_config: filled.
+        ds_config: after `filled`.
     """
     out = []
     same: list[Change] = []
@@ -45,7 +46,7 @@ def changes(config: Config, ds_config: DeepSpeedConfig, world_size: int, gpu: bo
         out.append(Change(f'"zero_optimization": {{"reduce_bucket_size": {SMALL_BUCKET}}}', config, smaller))
     if world_size > 1:
         for higher in range(stage + 1, 4):
-            with suppress(UserError):  # not every optimizer goes with it
+            with suppress(UserError):  # not every optimizer supports it
                 changed = ds_config.replaced({"stage": higher})
                 out.append(Change(f'"zero_optimization": {{"stage": {higher}}}', config, changed))
     if gpu and stage and "offload_optimizer" not in ds_config.zero:
@@ -61,7 +62,7 @@ def changes(config: Config, ds_config: DeepSpeedConfig, world_size: int, gpu: bo
 
 
 def together(config: Config, ds_config: DeepSpeedConfig, world_size: int) -> list[Change]:
-    """For a GPU: what trains the same model, one more at a time, the cheapest first: each change keeps those before."""
+    """Changes for a GPU that train the same model, the cheapest first; each one includes those before it."""
     out: list[Change] = []
 
     def add(what: str, **settings: Any) -> None:
@@ -83,7 +84,7 @@ def together(config: Config, ds_config: DeepSpeedConfig, world_size: int) -> lis
 
 
 def _smaller_batches(base: Change, world_size: int) -> list[Change]:
-    """Micro-batches halved down to 1 with the same pairs a step; with gradient caching the same negatives too."""
+    """Micro-batches halved again and again, with as many pairs per step; gradient caching keeps the negatives."""
     out = []
     micro, steps = base.ds_config.micro_batch, base.ds_config.accumulation
     while micro % 2 == 0:
@@ -98,7 +99,7 @@ def _smaller_batches(base: Change, world_size: int) -> list[Change]:
 
 
 def table(report: dict[str, Any]) -> list[str]:
-    """A prediction by category, largest first, with its sum."""
+    """The lines of a prediction: bytes by category, largest first, and the predicted peak."""
     terms = sorted(((n, name) for name, n in report["categories"].items() if n), reverse=True)
     lines = [f"{name:<20} {n:>16,} B" for n, name in terms]
     lines.append(f"{'predicted peak':<20} {report['totals']['requested']:>16,} B")
@@ -113,9 +114,9 @@ def advise(
     """The lines of the message: the table, the largest term, and at most `MOST` settings that would fit.
 
     Args:
-        ds_config: filled.
-        room: bytes that tensors can have: on a GPU what the allocator can reserve; None: not known.
-        snapshot: a file for the predicted snapshot; "": none.
+        ds_config: after `filled`.
+        room: the bytes that tensors can have (on a GPU: that the allocator can reserve); None if not known.
+        snapshot: the file for the predicted snapshot; "" for none.
     """
     target, total = ("cuda", "reserved") if gpu else ("cpu", "requested")
     tried = changes(config, ds_config, world_size, gpu) if room is not None else []
@@ -132,7 +133,7 @@ def advise(
         room = min(room, first.report["totals"][total] * 9 // 10)
         for change in tried:
             if any(enough in change.what for enough in fits):
-                continue  # it adds to a change that is enough
+                continue  # it includes a change that is enough by itself
             answer = predictor.ask(predict_subprocess.Request(change.config, change.ds_config, world_size, target))
             needed = answer.report["totals"][total] if answer.report is not None else room + 1
             if needed <= room:

@@ -1,8 +1,8 @@
 """Out of memory: training ends on every rank with one message that says what to change, and exit code 2.
 
-The rank that runs out claims a file in the run's folder, so that only one rank speaks where several run out together;
-the others that notice wait for it and end without a word. Nothing here is a collective: a rank that still waits in one
-for the rank that ran out is sent off by the watchdog, or ended by the launcher, which sees the exit code.
+A rank that runs out of memory claims a file in the run's folder, so that only one rank prints the message if several
+run out together; the others wait for it and end silently. Nothing here is a collective. A rank that still waits in one
+for the failed rank is ended by the watchdog, or by the launcher, which sees the failed rank's exit code.
 """
 
 import errno
@@ -27,14 +27,14 @@ from ds_cmli.faults import memory_advice
 from ds_cmli.faults.watchdog import Watchdog
 from ds_cmli.memory import measure_cuda
 
-EXIT_CODE = 2  # as for every mistake that the user can mend
-WAIT_SECONDS = 180  # for the rank that speaks; predicting what would fit takes most of it
+EXIT_CODE = 2  # as for every mistake that the user can correct
+WAIT_SECONDS = 180  # for the rank that prints the message, which mostly predicts what would fit
 PHRASES = ("can't allocate memory", "not enough memory", "std::bad_alloc", "out of memory", "ALLOC_FAILED")
 UNITS = {"bytes": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
 
 
 def is_shortage(error: BaseException) -> bool:
-    """Whether an exception says that memory, of the GPU or of this process, did not suffice."""
+    """Whether an exception says that the memory of the GPU or of this process was not enough."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
     if isinstance(error, OSError):
@@ -43,21 +43,21 @@ def is_shortage(error: BaseException) -> bool:
 
 
 def asked_bytes(error: BaseException) -> int | None:
-    """What the allocator was asked for, as its message says: exact on the CPU, rounded as it prints it on CUDA."""
+    """The size of the failed allocation, from the error's message, which rounds it on CUDA; None if it has none."""
     size = re.search(r"tried to allocate ([\d.]+) (bytes|KiB|MiB|GiB)", str(error), re.IGNORECASE)
     return int(float(size[1]) * UNITS[size[2]]) if size else None
 
 
 @dataclass(frozen=True)
 class Room:
-    """What tensors can have, in bytes; None: not known."""
+    """How much memory tensors can have, and what limits it."""
 
-    bytes: int | None
-    limit: str  # in words
+    bytes: int | None  # None if not known
+    limit: str  # a description for the message
 
 
 def process_room(base: dict[str, int]) -> Room:
-    """On the CPU: the smallest limit set for this process, less what it occupied without tensors (`process_bytes`)."""
+    """On the CPU: the smallest limit of this process, minus what it occupied before it had tensors."""
     limits = {"VmData": ("RLIMIT_DATA", resource.RLIMIT_DATA), "VmSize": ("RLIMIT_AS", resource.RLIMIT_AS)}
     rooms = []
     for name, (words, kind) in limits.items():
@@ -68,13 +68,13 @@ def process_room(base: dict[str, int]) -> Room:
 
 
 def process_bytes() -> dict[str, int]:
-    """VmSize and VmData of this process, Linux's count of what RLIMIT_AS and RLIMIT_DATA limit."""
+    """VmSize and VmData of this process: the sizes that RLIMIT_AS and RLIMIT_DATA limit."""
     lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return {name: int(lines[name].split()[0]) * 1024 for name in ("VmSize", "VmData")}
 
 
 def device_room(device: torch.device) -> Room:
-    """What CUDA's allocator could reserve at most beside other processes. Call it before the cache is emptied."""
+    """The most that CUDA's allocator can reserve besides other processes. To be called before its cache is emptied."""
     free, total = torch.cuda.mem_get_info(device)  # CPU-GPU sync
     room = free + torch.cuda.memory_reserved(device)
     return Room(room, f"of {torch.cuda.get_device_name(device)}, {room:,} B of {total:,} B for tensors of this rank")
@@ -87,9 +87,10 @@ def ending(
     """Build and train inside: if memory runs out, this ends the process. Entering is a collective.
 
     Args:
-        config, ds_config: as `engine.build` takes them; the prediction is made of them.
-        folder: the run's, the same on every rank. Gets the message and the snapshot, `out_of_memory*`.
-        watchdog: is told that speaking takes its time, and then tells the other ranks to leave.
+        config, ds_config: as `engine.build` takes them; the prediction is made for them.
+        folder: the run's folder, the same on every rank. The message and the snapshot are written there, as
+            `out_of_memory*`.
+        watchdog: waits longer while the message is prepared, and then tells the other ranks to end.
     """
     token = distributed.broadcast_object(uuid.uuid4().hex[:8])  # collective
     message = folder / f"out_of_memory-{token}.txt"
@@ -105,18 +106,18 @@ def ending(
         with watchdog.slow():
             if is_shortage(error):
                 room = process_room(base) if device.type == "cpu" else device_room(device)
-                # The frames hold the step's tensors, and speaking takes memory.
+                # The traceback's frames hold the step's tensors, and preparing the message takes memory.
                 traceback.clear_frames(error.__traceback__)
                 if _speak(error, room, message, snapshot, config, ds_config, device):
                     watchdog.dismiss()
                     _leave()
-            # Another rank ran out, and this one met that as a broken connection or ran out later.
+            # Another rank ran out first; here that showed as a broken connection, or this rank ran out later.
             _wait_for(message)
             _leave()
 
 
 def _speak(error, room: Room, message: Path, snapshot: Path, config: Config, ds_config, device: torch.device) -> bool:
-    """Print and write the message; False where another rank does it."""
+    """Print and write the message; returns False if another rank does so."""
     try:
         message.touch(exist_ok=False)
     except FileExistsError:
@@ -128,9 +129,9 @@ def _speak(error, room: Room, message: Path, snapshot: Path, config: Config, ds_
     _lift_limits()
     gpu = device.type == "cuda"
     try:
-        predicted = "" if gpu else str(snapshot)  # on a GPU the allocator's own is there
+        predicted = "" if gpu else str(snapshot)  # on a GPU the allocator has written the real snapshot
         lines = memory_advice.advise(config, ds_config, distributed.world_size(), gpu, room.bytes, predicted)
-    except Exception as failed:  # whatever went wrong there, what is known must be said
+    except Exception as failed:  # the message must be printed even if the advice fails
         lines = [f"no prediction of what would fit: {type(failed).__name__}: {failed}"]
     if snapshot.exists():
         lines.append(f"snapshot for pytorch.org/memory_viz: {snapshot}")
@@ -141,7 +142,7 @@ def _speak(error, room: Room, message: Path, snapshot: Path, config: Config, ds_
 
 
 def _lift_limits() -> None:
-    """For the process that predicts, which would inherit them; this one has nothing left to do but to speak."""
+    """Remove this process's memory limits, which the process that predicts would inherit."""
     for kind in (resource.RLIMIT_DATA, resource.RLIMIT_AS):
         for limit in (resource.RLIM_INFINITY, resource.getrlimit(kind)[1]):
             try:
@@ -160,12 +161,12 @@ def _wait_for(message: Path) -> None:
 def _leave() -> None:
     sys.stdout.flush()
     sys.stderr.flush()
-    # Not sys.exit: ending the process group would wait for collectives that the other ranks never finish.
+    # os._exit and not sys.exit, because ending the process group would wait for collectives that never finish.
     os._exit(EXIT_CODE)
 
 
 def _save_when_cuda_runs_out(path: Path) -> None:
-    """Have the allocator's state and history saved at the moment it gives up, while everything is still there."""
+    """Have the allocator's state and history saved at the moment when an allocation fails."""
     import pickle
 
     measure_cuda.record_history()

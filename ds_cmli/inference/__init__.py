@@ -1,4 +1,4 @@
-"""A trained student in use: embeddings, scores, what matches what, and search over a folder of pictures.
+"""Uses a trained student: embeddings, scores, matches of words and patches, and search in a folder of pictures.
 
 from ds_cmli.inference import Model
 model = Model.load("runs/demo-20260101-000000")

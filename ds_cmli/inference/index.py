@@ -1,4 +1,4 @@
-"""An index of pictures on disk, and search in it by text: global scores choose candidates, CMLI orders them.
+"""An index of pictures on disk that is searched by text: global scores choose candidates, which CMLI then orders.
 
 Shapes: I images, N image patches, H hidden size, D embedding dimension.
 """
@@ -21,29 +21,29 @@ from ds_cmli.inference.topk import topk
 from ds_cmli.losses.functions import upcast
 
 FILE, VERSION = "index.json", 1
-EXACT = 2000  # images up to which all are scored by CMLI
-CANDIDATES = 200  # of a larger index: how many of the best by global score CMLI orders
-AT_A_TIME = 512  # images whose patches are read from disk at a time
+EXACT = 2000  # up to this number of images, all of them are scored by CMLI
+CANDIDATES = 200  # in a larger index, as many of the best by global score are scored by CMLI
+AT_A_TIME = 512  # number of images whose patches are read from disk at a time
 
 
 @dataclass(frozen=True)
 class Result:
-    """One picture that a text found."""
+    """A picture found by a text."""
 
     name: str  # the picture's file
-    score: float  # by which results are ordered
-    global_score: float  # cosine of the class tokens
-    cmli_score: float  # mean of both ways
+    score: float  # the score by which results are ordered
+    global_score: float  # cosine similarity of the class tokens
+    cmli_score: float  # mean of s_i2t and s_t2i
 
 
 class Index:
-    """Embeddings of pictures in a folder of their own: fp16, memory-mapped, so that it may exceed the memory.
+    """Embeddings of pictures in a folder of their own, in fp16 and memory-mapped, so that they may exceed the memory.
 
-    A picture takes 2 (H + N D) bytes.
+    A picture takes 2 * (H + N * D) bytes.
     """
 
     def __init__(self, folder: str | Path):
-        """Open the index in a folder; raises `UserError` where there is none."""
+        """Open the index in a folder; raises `UserError` if there is none."""
         self.folder = Path(folder)
         try:
             content = json.loads((self.folder / FILE).read_text())
@@ -65,16 +65,16 @@ class Index:
         cls, folder: str | Path, model: Model, pictures: str | Path | Sequence[Picture], model_path: str = "",
         batch_size: int = 32, progress: bool = False,
     ) -> tuple["Index", list[str]]:  # fmt: skip
-        """Embed pictures into an index. Returns it and a line for each picture that could not be read, left out.
+        """Embed pictures into a new index. Returns it, and a line for each picture that was left out as unreadable.
 
         Raises:
-            UserError: nothing can be read, or the folder cannot be written.
+            UserError: none of the pictures can be read, or the folder cannot be written.
         """
         folder = Path(folder)
         files: Sequence[Picture] = list_pictures(pictures) if isinstance(pictures, str | Path) else pictures
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / FILE).unlink(missing_ok=True)  # until the new one is whole there is none
+            (folder / FILE).unlink(missing_ok=True)  # no index is found here until the new one is complete
         except OSError as error:
             raise UserError(f"the index is {str(folder)!r}: cannot write there: {error.strerror}") from None
         arrays: tuple[Any, Any] | None = None
@@ -100,7 +100,7 @@ class Index:
             raise UserError(f"none of the {len(files)} pictures can be read, for instance: {refused[0]}")
         for array, name in zip(arrays, ("cls.npy", "patches.npy"), strict=True):
             array.flush()
-            if len(names) < len(files):  # some were left out
+            if len(names) < len(files):  # some pictures were left out
                 np.save(folder / f"short-{name}", array[: len(names)])
                 (folder / f"short-{name}").replace(folder / name)
         content = {"version": VERSION, "model": str(model_path), "names": names}
@@ -111,12 +111,12 @@ class Index:
         return len(self.names)
 
     def global_scores(self, texts: TextEmbeddings, rows: slice, columns: slice) -> Tensor:
-        """fp32 [texts of `rows`, images of `columns`]."""
+        """Cosines of class tokens, fp32 [texts of `rows`, images of `columns`]."""
         images = torch.from_numpy(self.cls[columns].astype(np.float32))
         return upcast(texts.cls[rows]) @ images.t()
 
     def cmli_scores(self, texts: TextEmbeddings, numbers: Tensor) -> Tensor:
-        """fp32 [images of `numbers`, texts]: the mean of both ways."""
+        """CMLI scores, the mean of s_i2t and s_t2i, fp32 [images of `numbers`, texts]."""
         out = []
         for part in numbers.split(AT_A_TIME):
             patches = torch.from_numpy(self.patches[part.numpy()]).to(texts.tokens.dtype)
@@ -130,8 +130,8 @@ class Index:
         """The k best pictures of each text, the best first.
 
         Args:
-            candidates: how many of the best by global score are ordered by all scores together; None: all of an index
-                of at most 2,000 pictures, 200 of a larger one. At least as many as the index has: exact.
+            candidates: how many of the best pictures by global score are scored by CMLI too. None means all pictures if
+                the index has at most 2,000, and else 200. The result is exact if no picture is left out.
         """
         if k < 1 or (candidates is not None and candidates < 1):
             raise UserError(f"k is {k} and candidates {candidates}: give at least 1")
@@ -146,7 +146,7 @@ class Index:
                 embedded.cls[j : j + 1], embedded.tokens[j : j + 1], embedded.token_mask[j : j + 1],
                 embedded.texts[j : j + 1], embedded.spans[j : j + 1],
             )  # fmt: skip
-            order = numbers[j].sort().values  # in the order of the file
+            order = numbers[j].sort().values  # in the order in which they lie in the file
             fine = self.cmli_scores(one, order)[:, 0]
             position = torch.searchsorted(order, numbers[j])
             fine = fine[position]
@@ -163,7 +163,7 @@ class Index:
 
 
 def _files(folder: Path, length: int, found: ImageEmbeddings) -> tuple[Any, Any]:
-    """The two arrays on disk, written in place."""
+    """The two arrays of the index, as memory-mapped files to be filled."""
     open_file = np.lib.format.open_memmap
     cls = open_file(folder / "cls.npy", "w+", np.float16, (length, *found.cls.shape[1:]))
     return cls, open_file(folder / "patches.npy", "w+", np.float16, (length, *found.patches.shape[1:]))

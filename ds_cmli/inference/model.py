@@ -33,11 +33,11 @@ Picture = str | Path | Image.Image | np.ndarray | Tensor
 
 @dataclass
 class ImageEmbeddings:
-    """Of I images, on the CPU; both parts of unit length, in the model's precision."""
+    """Embeddings of I images, on the CPU, of unit length, in the model's precision."""
 
     cls: Tensor  # [I, H], for global scores
     patches: Tensor  # [I, N, D], for CMLI
-    names: list[str]  # the file, or the number of a picture that came without one
+    names: list[str]  # each picture's file, or its number if it came without a file
 
     def __len__(self) -> int:
         return len(self.names)
@@ -45,13 +45,13 @@ class ImageEmbeddings:
 
 @dataclass
 class TextEmbeddings:
-    """Of J texts, on the CPU; both parts of unit length, in the model's precision."""
+    """Embeddings of J texts, on the CPU, of unit length, in the model's precision."""
 
     cls: Tensor  # [J, H]
     tokens: Tensor  # [J, M, D]
-    token_mask: Tensor  # bool [J, M], True: a token of the text, no special one and no padding
+    token_mask: Tensor  # bool [J, M], True for tokens of the text, False for special tokens and padding
     texts: list[str]
-    spans: list[list[tuple[int, int]]]  # of each text's positions: first and last + 1 character; (0, 0) for none
+    spans: list[list[tuple[int, int]]]  # of each position, as (start, end) in characters; (0, 0) for special tokens
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -59,16 +59,16 @@ class TextEmbeddings:
 
 @dataclass
 class Match:
-    """One text and one picture: what each word finds in the picture, and each patch in the text."""
+    """The match of one text and one picture: each word's best patch, and each patch's best word."""
 
-    similarity: Tensor  # [M, N] fp32, cosines of the text's own tokens (M of them) and the patches
-    words: list[str]  # M, as they stand in the text
-    spans: list[tuple[int, int]]  # M, where they stand
+    similarity: Tensor  # [M, N] fp32, cosines of the M tokens of the text, without special ones, and the N patches
+    words: list[str]  # the M tokens as pieces of the text
+    spans: list[tuple[int, int]]  # their M places in the text, (start, end) in characters
     grid: tuple[int, int]  # rows and columns of patches, N = rows * columns
 
     @property
     def patch_of_word(self) -> Tensor:
-        """int64 [M], the patch that each word matches best; row * columns + column."""
+        """int64 [M], the patch that each word matches best, as row * columns + column."""
         return self.similarity.argmax(1)
 
     @property
@@ -78,7 +78,7 @@ class Match:
 
 
 class Model:
-    """A trained student, ready to embed. Made by `Model.load`."""
+    """A trained student that embeds and scores pictures and texts. It is made by `Model.load`."""
 
     def __init__(self, config: Config, objective: Objective, tokenizer: CaptionTokenizer, device: torch.device):
         self.config, self.tokenizer, self.device = config, tokenizer, device
@@ -87,15 +87,16 @@ class Model:
 
     @classmethod
     def load(cls, path: str | Path, device: str | torch.device | None = None, tokenizer: str | None = None) -> "Model":
-        """The student of a run, or of a folder that `python -m ds_cmli.export` wrote.
+        """Load the student of a run or of an exported model.
 
         Args:
-            path: a run's output folder, with `config.json` and `student.safetensors`, or an exported one.
-            device: None: a GPU where there is one.
-            tokenizer: in place of the one that the run names; for instance where that path is not on this machine.
+            path: a run's output folder, with `config.json` and `student.safetensors`, or a folder that
+                `python -m ds_cmli.export` has written.
+            device: None means a GPU if there is one, and else the CPU.
+            tokenizer: used instead of the one that the run names, for instance if its path does not exist here.
 
         Raises:
-            UserError: no such run, or what is there cannot be loaded.
+            UserError: there is no such run, or it cannot be loaded.
         """
         from ds_cmli.checkpoint.weights import load_weights
         from ds_cmli.engine import build_models
@@ -123,24 +124,24 @@ class Model:
 
     @property
     def image_size(self) -> int:
-        """S, pixels: pictures are resized by their shorter side and cropped in the centre."""
+        """S in pixels. The shorter side of a picture is resized to it, and the centre cropped."""
         return self.config.data.image_size
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Rows and columns of patches; N is their product."""
+        """The number of rows and of columns of patches; N is their product."""
         return tuple(self.student.grid)
 
     @cached_property
     def scales(self) -> dict[str, float]:
-        """1/temperature of the global and the CMLI scores, of those that were trained."""
+        """1/temperature of the global and of the CMLI scores, as far as they were trained."""
         return self.objective.score_scales()
 
     def read(self, picture: Picture) -> Tensor:
-        """uint8 [3, S, S], as the training saw pictures: of a file, a PIL image, uint8 [height, width, 3] or [3, S, S].
+        """Prepare a file, a PIL image, or uint8 [height, width, 3] or [3, S, S] as in training -> uint8 [3, S, S].
 
         Raises:
-            UserError: it cannot be read.
+            UserError: the picture cannot be read.
         """
         try:
             if isinstance(picture, str | Path):
@@ -168,7 +169,7 @@ class Model:
     def embed_images(
         self, pictures: str | Path | Sequence[Picture], batch_size: int = 32, progress: bool = False
     ) -> ImageEmbeddings:
-        """Embed a folder's pictures (in the order of their names, subfolders included), or those of a list."""
+        """Embed the pictures of a list, or of a folder with its subfolders, in the order of their names."""
         files = list_pictures(pictures) if isinstance(pictures, str | Path) else list(pictures)
         cls, patches = [], []
         for start in _steps(len(files), batch_size, progress, "images"):
@@ -181,7 +182,7 @@ class Model:
 
     @torch.inference_mode()
     def embed_texts(self, texts: str | Iterable[str], batch_size: int = 128, progress: bool = False) -> TextEmbeddings:
-        """Embed texts; those longer than the context length are truncated, as in training."""
+        """Embed texts. Those that are longer than the context length are truncated, as in training."""
         texts = [texts] if isinstance(texts, str) else list(texts)
         if not texts:
             raise UserError("no text is given: give at least one")
@@ -201,9 +202,10 @@ class Model:
         return TextEmbeddings(torch.cat(cls), torch.cat(tokens), whole.token_mask, texts, spans)
 
     def scores(self, images: ImageEmbeddings, texts: TextEmbeddings) -> dict[str, Tensor]:
-        """fp32 [I, J] each: "global" cosines; "cmli", the mean of both ways; "combined", the sum of both logits.
+        """Score all images against all texts; each matrix is fp32 [I, J].
 
-        "combined" is there where the training set a temperature of both.
+        "global" has the cosines of the class tokens, "cmli" the mean of s_i2t and s_t2i. "combined" is the sum of both
+        times 1/temperature, and exists only if both scores were trained.
         """
         with torch.inference_mode():
             out = {"global": upcast(images.cls) @ upcast(texts.cls).t()}
@@ -214,13 +216,13 @@ class Model:
         return out
 
     def match(self, picture: Picture, text: str) -> Match:
-        """What each word of a text finds in a picture, and each patch in the text."""
+        """Match each word of a text with its best patch of a picture, and each patch with its best word."""
         images, texts = self.embed_images([picture]), self.embed_texts(text)
         return match_of(images, 0, texts, 0, self.grid)
 
 
 def match_of(images: ImageEmbeddings, i: int, texts: TextEmbeddings, j: int, grid: tuple[int, int]) -> Match:
-    """`Model.match` of what has been embedded already."""
+    """As `Model.match`, for image i and text j that have already been embedded."""
     valid = texts.token_mask[j]
     similarity = upcast(texts.tokens[j][valid]) @ upcast(images.patches[i]).t()  # [M, N]
     spans = [span for span, v in zip(texts.spans[j], valid.tolist(), strict=False) if v]
@@ -228,7 +230,7 @@ def match_of(images: ImageEmbeddings, i: int, texts: TextEmbeddings, j: int, gri
 
 
 def list_pictures(folder: str | Path) -> list[Path]:
-    """The picture files in a folder and its subfolders, by name; a file is itself."""
+    """The picture files in a folder and its subfolders, sorted by name; of a file, only the file itself."""
     path = Path(folder)
     if path.is_file():
         return [path]

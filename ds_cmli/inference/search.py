@@ -1,4 +1,4 @@
-"""`ds-cmli-search INDEX "a red car"`: pictures that a text describes, as lines and as a page."""
+"""`ds-cmli-search INDEX "a red car"` finds pictures that match a text, and prints them or writes a page."""
 
 import base64
 import io
@@ -67,7 +67,7 @@ def command(
 
 
 def write_page(path: str, texts: tuple[str, ...], results: list[list[Any]]) -> None:
-    """The results with small copies of the pictures, one self-contained file."""
+    """Write the results as one self-contained HTML file with small copies of the pictures."""
     from jinja2 import Environment, PackageLoader, select_autoescape
 
     environment = Environment(loader=PackageLoader("ds_cmli.inference", "."), autoescape=select_autoescape(["jinja"]))
@@ -79,7 +79,7 @@ def write_page(path: str, texts: tuple[str, ...], results: list[list[Any]]) -> N
 
 
 def _thumbnail(name: str) -> str:
-    """The picture as a data URL; empty where its file is gone."""
+    """A small copy of the picture as a data URL; empty if its file cannot be read any more."""
     from PIL import Image, ImageOps
 
     buffer = io.BytesIO()

@@ -1,4 +1,4 @@
-"""The best images of each text, or texts of each image, without the matrix of all scores.
+"""Finds the best images of each text, or texts of each image, without holding the matrix of all scores.
 
 Shapes: I images, J texts, k results.
 """
@@ -8,18 +8,18 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-BLOCK = 1 << 22  # scores that are held at a time: 16 MB in fp32
+BLOCK = 1 << 22  # number of scores in memory at a time: 16 MB in fp32
 
 
 def topk(score: Callable[[slice, slice], Tensor], rows: int, columns: int, k: int) -> tuple[Tensor, Tensor]:
     """The k best columns of each row.
 
     Args:
-        score: the scores [rows of the first slice, columns of the second one] of a block.
-        k: at most `columns` results a row.
+        score: computes a block of scores, [rows of the first slice, columns of the second slice].
+        k: the number of results of each row, at most `columns`.
 
     Returns:
-        Values and int64 column numbers, [rows, k] each, the best first; of equal scores the lower number first.
+        Values and int64 column numbers, [rows, k] each, the best first. Of equal scores the lower number comes first.
     """
     k = min(k, columns)
     width = min(columns, max(k, 1 << 12))
@@ -34,7 +34,7 @@ def topk(score: Callable[[slice, slice], Tensor], rows: int, columns: int, k: in
             block = score(down, across)
             place = torch.arange(across.start, across.stop).expand(block.shape)
             best, where = torch.cat([best, block], 1), torch.cat([where, place], 1)
-            # Stable, so that of equal scores the lower number stays first.
+            # A stable sort keeps the lower number first among equal scores.
             best, order = best.sort(dim=1, descending=True, stable=True)
             best, where = best[:, :k], where.gather(1, order[:, :k])
         values.append(best)

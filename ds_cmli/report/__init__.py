@@ -1,1 +1,1 @@
-"""One HTML file about one or several runs: `python -m ds_cmli.report RUN [RUN ...]`."""
+"""Writes one HTML file about one or several runs: `python -m ds_cmli.report RUN [RUN ...]`."""

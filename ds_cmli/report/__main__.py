@@ -1,4 +1,4 @@
-"""`python -m ds_cmli.report RUN [RUN ...]`: curves, results, memory and settings of runs in one HTML file."""
+"""`python -m ds_cmli.report RUN [RUN ...]` writes curves, results, memory and settings of runs as one HTML file."""
 
 import click
 

@@ -1,4 +1,4 @@
-"""The match maps that a run has drawn for TensorBoard at its evaluations, as pictures for a page."""
+"""Reads the match maps that a run has written for TensorBoard at its evaluations."""
 
 import base64
 from pathlib import Path
@@ -7,13 +7,14 @@ from ds_cmli.common.trackers import MATCH_MAPS
 
 
 def match_maps(folder: Path) -> dict[str, str]:
-    """The last picture of each held-out pair, by the pair's name and its step, as `data:` URLs; none without any."""
+    """The last picture of each held-out pair: "<pair>, step <step>" -> `data:` URL. Empty if the run wrote none."""
     events = folder / "tensorboard"
     if not any(events.glob("events.*")):
         return {}
     from tensorboard.backend.event_processing import event_accumulator
 
-    kept = {event_accumulator.IMAGES: 1, event_accumulator.SCALARS: 1, event_accumulator.TENSORS: 1}  # the last ones
+    # Only the last of each is kept.
+    kept = {event_accumulator.IMAGES: 1, event_accumulator.SCALARS: 1, event_accumulator.TENSORS: 1}
     found = event_accumulator.EventAccumulator(str(events), kept)
     found.Reload()
     out = {}

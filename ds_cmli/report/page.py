@@ -1,4 +1,4 @@
-"""The report's page: results, curves, match maps, memory, and what differs between the runs."""
+"""Writes the report's page: results, curves, match maps, memory, and the settings in which the runs differ."""
 
 import io
 import re
@@ -14,7 +14,7 @@ from ds_cmli.common.plots import matplotlib
 from ds_cmli.report.maps import match_maps
 from ds_cmli.report.runs import RunFiles, differing, groups, mean
 
-CURVES = {  # title -> columns, as patterns
+CURVES = {  # title -> regular expression of its columns
     "Losses": r"loss(/.*)?",
     "Retrieval, R@1": r"eval/.*_r1",
     "Pointing-game accuracy": r"eval/.*pointing.*",
@@ -23,8 +23,8 @@ CURVES = {  # title -> columns, as patterns
     "Temperatures": r"temperature/.*",
     "Speed": r"pairs_per_s",
 }
-MOST_LINES = 12  # of a picture
-RECALL = re.compile(r"(.+)/([^/]+)/((?:i2t|t2i)_r\d+|mean_recall)")  # a column's split, score and figure
+MOST_LINES = 12  # lines in one chart
+RECALL = re.compile(r"(.+)/([^/]+)/((?:i2t|t2i)_r\d+|mean_recall)")  # split, score and metric of a column
 WAYS = {"i2t": "image to text", "t2i": "text to image"}
 
 
@@ -35,7 +35,7 @@ class Table:
 
 
 def write(runs: Sequence[RunFiles], path: str | Path) -> None:
-    """Write the page; raises `UserError` where matplotlib is missing or the file cannot be written."""
+    """Write the page; raises `UserError` if matplotlib is missing or the file cannot be written."""
     grouped = groups(runs)
     names = [", ".join(run.name for run in group) for group in grouped]
     results = last_values(grouped)
@@ -60,7 +60,7 @@ def write(runs: Sequence[RunFiles], path: str | Path) -> None:
 
 
 def curves(runs: Sequence[RunFiles], pattern: str) -> str:
-    """The columns of that pattern over the steps as SVG: a colour for each column, a line style for each run."""
+    """A chart of the columns that match the pattern, as SVG: a colour for each column, a line style for each run."""
     pyplot = matplotlib("the report, for its curves,")
     columns = dict.fromkeys(
         name for run in runs for line in run.metrics for name in line
@@ -91,7 +91,7 @@ def curves(runs: Sequence[RunFiles], pattern: str) -> str:
 
 
 def last_values(grouped: Sequence[Sequence[RunFiles]]) -> dict[str, list[str]]:
-    """The last value of each held-out metric: a cell for each group, with its standard error where there are seeds."""
+    """The last value of each held-out metric, a cell for each group of runs: their mean, with its standard error."""
     last = [[run.last("eval/") for run in group] for group in grouped]
     columns = dict.fromkeys(name for group in last for run in group for name in run)
     out = {}
@@ -107,7 +107,7 @@ def last_values(grouped: Sequence[Sequence[RunFiles]]) -> dict[str, list[str]]:
 
 
 def retrieval(results: Mapping[str, list[str]], names: Sequence[str]) -> dict[str, Table]:
-    """A table for each split, as papers print them: a row for each score and group, recalls both ways as columns."""
+    """A table for each split, as papers print them: rows are scores of each group, columns the recalls both ways."""
     splits: dict[str, dict[str, dict[str, list[str]]]] = {}  # split -> score -> column -> a cell for each group
     for name, cells in results.items():
         found = RECALL.fullmatch(name)
@@ -140,7 +140,7 @@ def _head(column: str) -> str:
 
 
 def memory(content: dict[str, Any]) -> dict[str, tuple[str, str]]:
-    """Predicted and measured bytes of each category, and the total."""
+    """Predicted and measured bytes of each category and in total."""
     predicted, measured = content.get("prediction") or {}, content.get("measurement") or {}
     rows = {}
     for part in ("categories", "totals"):
@@ -152,7 +152,7 @@ def memory(content: dict[str, Any]) -> dict[str, tuple[str, str]]:
 
 
 def phases(grouped: Sequence[Sequence[RunFiles]]) -> dict[str, list[str]]:
-    """The last shares of a step's phases, where the runs have logged them, and the speed."""
+    """The last logged shares of a step's phases, and the speed, a cell for each group of runs."""
     out: dict[str, list[str]] = {}
     names = dict.fromkeys(
         name for group in grouped for run in group for line in run.metrics for name in line

@@ -1,4 +1,4 @@
-"""What a run left in its folder, and runs that differ by their seed alone as one group."""
+"""Reads the files of runs, and groups runs that differ only in their seed."""
 
 import json
 import math
@@ -11,32 +11,32 @@ from typing import Any
 from ds_cmli.common.errors import UserError
 from ds_cmli.config.schema import load_config
 
-# Ends of columns by their former names, as runs of earlier versions wrote them.
+# Former endings of column names, which runs of earlier versions have written, and the present ones.
 FORMER = {"/pointing": "/pointing_game"}
-NOT_A_SETTING = ("run.seed", "run.output_dir")  # what may differ between the runs of a group
+NOT_A_SETTING = ("run.seed", "run.output_dir")  # settings that may differ between the runs of a group
 
 
 @dataclass
 class RunFiles:
-    """A run as its files tell it."""
+    """The content of a run's files."""
 
     folder: Path
-    settings: dict[str, Any]  # by "section.name", the DeepSpeed JSON's with "deepspeed" as their section
+    settings: dict[str, Any]  # by "section.name"; those of the DeepSpeed JSON are in the section "deepspeed"
     metrics: list[dict[str, Any]]  # the objects of metrics.jsonl
-    memory: dict[str, Any] | None  # memory.json, where the run measured it
+    memory: dict[str, Any] | None  # the content of memory.json, if the run has measured its memory
 
     @property
     def name(self) -> str:
         return self.folder.resolve().name
 
     def curve(self, column: str) -> tuple[list[int], list[float]]:
-        """Steps and finite values of one column."""
+        """The steps and values of one column, without values that are not finite."""
         points = [(line["step"], line[column]) for line in self.metrics if column in line]
         points = [(s, v) for s, v in points if isinstance(v, int | float) and math.isfinite(v)]
         return [s for s, _ in points], [v for _, v in points]
 
     def last(self, prefix: str) -> dict[str, Any]:
-        """The last value of every column that begins so."""
+        """The last value of every column whose name begins with `prefix`."""
         out: dict[str, Any] = {}
         for line in self.metrics:
             out |= {name: value for name, value in line.items() if name.startswith(prefix)}
@@ -44,7 +44,7 @@ class RunFiles:
 
 
 def read(folder: str | Path) -> RunFiles:
-    """Raises `UserError` where the folder is no run's."""
+    """Read a run's folder; raises `UserError` if it is not one."""
     folder = Path(folder)
     config = load_config(folder / "config.json", "RUN").to_dict()
     content = json.loads((folder / "config.json").read_text())
@@ -83,7 +83,7 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def groups(runs: Sequence[RunFiles]) -> list[list[RunFiles]]:
-    """Runs whose settings are equal but for the seed, in the order of their first one."""
+    """Groups of runs whose settings are equal except for the seed, in the order of their first run."""
     out: dict[str, list[RunFiles]] = {}
     for run in runs:
         settings = {name: value for name, value in run.settings.items() if name not in NOT_A_SETTING}
@@ -92,7 +92,7 @@ def groups(runs: Sequence[RunFiles]) -> list[list[RunFiles]]:
 
 
 def differing(runs: Sequence[RunFiles]) -> dict[str, list[Any]]:
-    """The settings that are not the same in all runs, with each run's value; None where it has none."""
+    """The settings that are not the same in all runs, with the value of each run, or None if it has none."""
     names = dict.fromkeys(name for run in runs for name in run.settings)
     rows = {name: [run.settings.get(name) for run in runs] for name in names if name != "run.output_dir"}
     return {name: values for name, values in rows.items() if any(value != values[0] for value in values)}
@@ -100,7 +100,7 @@ def differing(runs: Sequence[RunFiles]) -> dict[str, list[Any]]:
 
 @dataclass(frozen=True)
 class Mean:
-    """Over the runs of a group."""
+    """The mean over the runs of a group."""
 
     value: float
     error: float | None  # standard error of the mean; None for a single run

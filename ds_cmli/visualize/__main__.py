@@ -1,6 +1,6 @@
-"""`python -m ds_cmli.visualize RUN --pairs 0,1,2`: match maps of held-out pairs, as one page and as pictures.
+"""`python -m ds_cmli.visualize RUN --pairs 0,1,2` draws match maps of held-out pairs, as one page and as pictures.
 
-Several runs stand beside each other on the same pairs.
+The maps of several runs are shown side by side, on the same pairs.
 """
 
 from pathlib import Path
@@ -62,7 +62,7 @@ def _number(part: str) -> int:
 
 
 def _name(run: str, runs: tuple[str, ...]) -> str:
-    """The run's folder without what all have in common; the whole path where that would not tell them apart."""
+    """The name of the run's folder, or its path as it was given if two runs' folders have the same name."""
     names = [Path(other).resolve().name for other in runs]
     return Path(run).resolve().name if len(set(names)) == len(names) else run
 

@@ -1,4 +1,4 @@
-"""A match map as a picture for a paper: the caption's words in colour, and each word's similarity over the picture.
+"""Draws a match map as a picture for a paper: each word has a colour, and a map of its similarity to the patches.
 
 Shapes: S image side in pixels, N image patches, M words.
 """
@@ -11,12 +11,14 @@ import numpy as np
 from ds_cmli.common.errors import UserError
 from ds_cmli.common.plots import matplotlib
 
-COLUMNS = 6  # pictures a row
-DARK = 0.35  # of the picture behind a map
+COLUMNS = 6  # pictures per row
+DARK = 0.35  # brightness of the picture behind a map
 
 
 def write_figure(panel: Any, path: str | Path) -> None:
-    """Draw a `Panel`: a block a model; first the picture with each patch in its best word's colour, then word by word.
+    """Draw a `Panel`, with a block of pictures for each model.
+
+    A block begins with the picture in which each patch has its best word's colour; a map of each word follows.
 
     Raises:
         UserError: matplotlib is not installed, or the file cannot be written.

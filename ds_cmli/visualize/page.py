@@ -1,4 +1,4 @@
-"""Match maps as one HTML page that needs no network: hovering a word lights its patches, hovering a patch its words.
+"""Writes match maps as one HTML page that needs no network. Hovering a word shows its patches, and vice versa.
 
 Shapes: S image side in pixels, N image patches, M words.
 """
@@ -20,16 +20,16 @@ from ds_cmli.inference.model import Match
 
 @dataclass
 class Panel:
-    """One caption and its picture, as one or several models match them."""
+    """One caption and its picture, with the matches of one or several models."""
 
     title: str
     text: str
     image: Tensor  # uint8 [3, S, S]
-    matches: dict[str, Match]  # by the model's name; all of the same words
+    matches: dict[str, Match]  # model's name -> its match; all have the same words
 
 
 def write_page(panels: Sequence[Panel], path: str | Path, title: str = "Match maps") -> None:
-    """Write the page; raises `UserError` where the file cannot be written."""
+    """Write the page; raises `UserError` if the file cannot be written."""
     environment = Environment(loader=PackageLoader("ds_cmli.visualize", "."), autoescape=select_autoescape(["jinja"]))
     text = environment.get_template("page.html.jinja").render(title=title, panels=[_values(panel) for panel in panels])
     try:
@@ -57,7 +57,7 @@ def _values(panel: Panel) -> dict[str, Any]:
 
 
 def pieces(text: str, spans: Sequence[tuple[int, int]]) -> list[tuple[str, int | None]]:
-    """The text in parts: each word with its number, what stands between words with None."""
+    """The text in pieces: each word with its number, and the text between words with None."""
     out: list[tuple[str, int | None]] = []
     position = 0
     for number, (start, end) in enumerate(spans):
@@ -71,7 +71,7 @@ def pieces(text: str, spans: Sequence[tuple[int, int]]) -> list[tuple[str, int |
 
 
 def data_url(image: Tensor) -> str:
-    """uint8 [3, S, S] as a PNG inside the page."""
+    """uint8 [3, S, S] -> a PNG as a data URL."""
     buffer = io.BytesIO()
     Image.fromarray(image.permute(1, 2, 0).numpy()).save(buffer, "PNG")
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -1,4 +1,7 @@
-"""Pairs to show, and the panel of a pair. S image side in pixels."""
+"""Finds held-out pairs to show, and makes the panel of a pair.
+
+Shapes: S image side in pixels.
+"""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -14,10 +17,10 @@ from ds_cmli.visualize.page import Panel
 def held_out(
     config: Config, source: str | None, split: str | None, numbers: Sequence[int]
 ) -> list[tuple[str, Tensor, str]]:
-    """(title, picture uint8 [3, S, S], caption) of pairs of a held-out part.
+    """Pairs of a held-out split, as (title, picture uint8 [3, S, S], caption).
 
     Raises:
-        UserError: no such part or pair, or a pair that cannot be used.
+        UserError: there is no such split or pair, or a pair cannot be used.
     """
     from ds_cmli.data import build_data
 
@@ -43,10 +46,10 @@ def held_out(
 
 
 def panel(models: Mapping[str, Model], title: str, image: Tensor, text: str) -> Panel:
-    """The picture [3, S, S] and text as each model matches them.
+    """The panel of a picture [3, S, S] and a text, with the match of each model.
 
     Raises:
-        UserError: models that see pictures of other sizes or divide text otherwise, which cannot stand side by side.
+        UserError: a model cannot read the picture or knows no word of the text, or two models divide it differently.
     """
     matches: dict[str, Match] = {}
     for name, model in models.items():

@@ -1,6 +1,7 @@
-"""Where a run's numbers and pictures go beside `metrics.jsonl`, by name. A new tracker is one file here and one line.
+"""The registry of trackers, which get a run's numbers and pictures in addition to `metrics.jsonl`.
 
-The table is read before the libraries are needed, so an entry names its class and `load` imports it.
+A new tracker is one file in this folder and one line in the table below. The table is read without importing a
+tracker's library: an entry only names its class, and `load` imports it.
 """
 
 import importlib.util
@@ -26,16 +27,17 @@ TRACKERS = {
 }
 
 
-MATCH_MAPS = "match-maps/"  # begins the name of each picture of a match map
+MATCH_MAPS = "match-maps/"  # the first part of the name of each match map's picture
 
 
 class Tracker(Protocol):
-    """Opened on rank 0 alone, with the run's folder, which holds its `config.json`, and the step it goes on from.
+    """Opened on rank 0 only, with the run's folder, which holds `config.json`, and the step from which the run goes on.
 
-    A user's mistake in opening it is a `UserError`. What it raises later is told once, and the run goes on.
+    Opening raises `UserError` for a user's mistake. Of the errors that it raises later only the first is reported, and
+    the run goes on.
     """
 
-    errors: tuple[type[Exception], ...]  # what writing may raise that is no mistake of this package
+    errors: tuple[type[Exception], ...]  # exceptions of writing that are reported and do not end the run
 
     def numbers(self, step: int, values: dict[str, float]) -> None: ...
 
@@ -46,7 +48,7 @@ class Tracker(Protocol):
 
 
 def check(names: Sequence[str]) -> None:
-    """Raise `UserError` where a tracker's library is not installed, without importing it."""
+    """Raise `UserError` if a tracker's library is not installed. Nothing is imported."""
     for name in names:
         library = TRACKERS[name].library
         if importlib.util.find_spec(library) is None:
@@ -54,13 +56,13 @@ def check(names: Sequence[str]) -> None:
 
 
 def load(name: str, folder: Path, first_step: int) -> Tracker:
-    """The tracker `name`, opened. Raises `UserError`."""
+    """Open the tracker `name`. Raises `UserError`."""
     module, _, cls = TRACKERS[name].implementation.partition(".")
     return getattr(import_module(f"{__name__}.{module}"), cls)(folder, first_step)
 
 
 def kept_id(folder: Path, new: str) -> str:
-    """The name of a run in a tracker: the one that `folder/run-id` holds, or else `new`, which is written there."""
+    """A run's id in a tracker: the content of `folder/run-id`, or else `new`, which is then written to that file."""
     file = folder / "run-id"
     if file.is_file():
         return file.read_text().strip()

@@ -1,4 +1,4 @@
-"""MLflow. Its own environment variables count: MLFLOW_TRACKING_URI, MLFLOW_EXPERIMENT_NAME."""
+"""MLflow, configured by its own environment variables such as MLFLOW_TRACKING_URI and MLFLOW_EXPERIMENT_NAME."""
 
 import logging
 import os
@@ -11,11 +11,11 @@ from mlflow.exceptions import MlflowException
 from ds_cmli.common import panels, trackers
 from ds_cmli.common.errors import UserError
 
-LONGEST = 500  # characters of a setting's value, which MLflow limits
+LONGEST = 500  # characters; MLflow limits the length of a setting's value
 
 
 class MLflow:
-    """A resumed run goes on as the same run, whose name is kept in `mlflow/run-id` of its folder."""
+    """A resumed run continues the same MLflow run, whose id is kept in the file `mlflow/run-id` of the run's folder."""
 
     errors = (Exception,)
 

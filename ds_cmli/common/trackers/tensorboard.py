@@ -1,4 +1,4 @@
-"""TensorBoard, in the run's own folder: numbers in groups, match maps, the configuration, settings beside results."""
+"""TensorBoard files in the run's folder: scalars, match maps, the configuration, and an entry of the HParams panel."""
 
 import threading
 from collections.abc import Callable, Iterator
@@ -12,14 +12,14 @@ from ds_cmli.common import panels
 
 
 class TensorBoard:
-    """Its files are opened with the first value, and again after a full disk; what came in between is lost."""
+    """The event file is opened at the first value, and anew after an error such as a full disk, which loses values."""
 
     errors = (OSError,)
 
     def __init__(self, folder: Path, first_step: int):
         self.folder, self.first_step = folder, first_step
         self.events: SummaryWriter | None = None
-        self.results: dict[str, float] = {}  # the last of each held-out metric
+        self.results: dict[str, float] = {}  # the last value of each held-out metric
         threading.excepthook = _without_full_disks(threading.excepthook)
 
     def numbers(self, step: int, values: dict[str, float]) -> None:
@@ -44,7 +44,7 @@ class TensorBoard:
     def _opened(self, step: int) -> Iterator[SummaryWriter]:
         try:
             if self.events is None:
-                # What an interrupted run drew after the step it resumes from is hidden.
+                # `purge_step` hides what an interrupted run wrote after the step from which this one resumes.
                 self.events = SummaryWriter(str(self.folder / "tensorboard"), purge_step=min(step, self.first_step + 1))
                 self.events.add_text("configuration", panels.configuration(self.folder), step)
             yield self.events
@@ -54,7 +54,7 @@ class TensorBoard:
 
 
 def _without_full_disks(hook: Callable[[Any], Any]) -> Callable[[Any], None]:
-    """TensorBoard's thread would print a traceback for what its next use raises, and the writer tells, in one line."""
+    """An excepthook that prints no traceback if TensorBoard's thread meets a full disk, as its next use raises too."""
 
     def told_later(failure: Any) -> None:
         if not (type(failure.thread).__name__ == "_AsyncWriterThread" and isinstance(failure.exc_value, OSError)):

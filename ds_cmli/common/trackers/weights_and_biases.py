@@ -1,4 +1,4 @@
-"""Weights & Biases. Its own environment variables count: WANDB_MODE=offline, WANDB_PROJECT, WANDB_ENTITY."""
+"""Weights & Biases, configured by its own environment variables such as WANDB_MODE, WANDB_PROJECT, WANDB_ENTITY."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from ds_cmli.common.errors import UserError
 
 
 class WeightsAndBiases:
-    """A resumed run goes on under its former name, which is kept in `wandb/run-id` of its folder."""
+    """A resumed run continues the same wandb run, whose id is kept in the file `wandb/run-id` of the run's folder."""
 
     errors = (Exception,)
 
@@ -29,7 +29,7 @@ class WeightsAndBiases:
                 config=json.loads((folder / "config.json").read_text()),
                 settings=wandb.Settings(silent=True, console="off"),
             )
-            # A resumed run repeats steps, which wandb's own count would refuse.
+            # A resumed run may repeat steps, which wandb's own step counter would refuse.
             self.run.define_metric("step")
             self.run.define_metric("*", step_metric="step")
         except (OSError, wandb.Error) as error:
