@@ -7,6 +7,7 @@ block, as a remainder that was too small to be split off (here: its "rest"). Lat
 behind the block begins where the block ends. With expandable segments there are no such rests.
 """
 
+import re
 from bisect import bisect_left, insort
 from dataclasses import replace
 from typing import Any
@@ -78,9 +79,7 @@ def _undo(state: State, number: int, entry: dict[str, Any]) -> bool:
     if action == "segment_map":
         return _cut_out(state.segments, address, size)
     if action == "segment_unmap":
-        begin = state.range_of(address)
-        assert begin is not None
-        pool, small, stream = state.ranges[begin]
+        pool, small, stream = state.range_at[number].key
         state.segments[address] = Mapped(size, stream, small, pool)
     return True
 
@@ -111,12 +110,16 @@ def _settings(snapshot: dict[str, Any], device: int) -> Settings:
     recorded = snapshot.get("allocator_settings")
     recorded = recorded if isinstance(recorded, dict) else {}
     divisions = recorded.get("roundup_power2_divisions")
-    numbers = {n or 0 for n in (divisions.values() if isinstance(divisions, dict) else [divisions])}
-    if len(numbers) > 1 or not all(type(n) is int and n & (n - 1) == 0 for n in numbers):
+    numbers = [n or 0 for n in (divisions.values() if isinstance(divisions, dict) else [divisions])] or [0]
+    if not all(type(n) is int and n >= 0 and n & (n - 1) == 0 and n == numbers[0] for n in numbers):
         raise UserError(
             f"device {device} was recorded with roundup_power2_divisions {divisions!r}, of which the replay knows one"
             " power of two for all sizes"
         )
+    written = str(recorded.get("PYTORCH_CUDA_ALLOC_CONF") or recorded.get("PYTORCH_ALLOC_CONF") or "")
+    for name, size in re.findall(r"(large_segment_size_mb|max_non_split_rounding_mb)\s*:\s*(\w+)", written):
+        if size != "20":
+            raise UserError(f"device {device} was recorded with {name}:{size}, of which the replay knows only 20")
     most = recorded.get("max_split_size", -1)
     segments = [s for s in snapshot["segments"] if s.get("device", 0) == device]
     kinds = {bool(s.get("is_expandable")) for s in segments}
@@ -129,7 +132,7 @@ def _settings(snapshot: dict[str, Any], device: int) -> Settings:
         )
     return Settings(
         max_split_size=most if type(most) is int and 0 < most < 2**63 else None,
-        roundup_power2_divisions=numbers.pop(),
+        roundup_power2_divisions=numbers[0],
         expandable_segments=kinds == {True},
     )
 

@@ -21,6 +21,7 @@ class Recorded:
 
     def __init__(self, start: State):
         self.start, self.parts, self.order = start, dict(start.segments), sorted(start.segments)
+        self.ranges = list(start.ranges)
 
     def follow(self, number: int, entry: dict[str, Any]) -> None:
         address, size = entry.get("addr", 0), entry.get("size", 0)
@@ -30,6 +31,11 @@ class Recorded:
             insort(self.order, address)
         elif entry["action"] == "segment_free" and self.parts.pop(address, None) is not None:
             self.order.pop(bisect_left(self.order, address))
+        found = self.start.range_at.get(number)
+        if found is not None and found.first == number:
+            self.ranges.append(found)
+        if found is not None and found.last == number:
+            self.ranges.remove(found)
 
     def segment(self, address: int) -> int | None:
         """The address of the segment in which an address lies."""
@@ -44,8 +50,8 @@ class Recorded:
         if told is not None:
             return told
         if self.start.settings.expandable_segments:
-            begin = self.start.range_of(address)
-            return DEFAULT_POOL if begin is None else self.start.ranges[begin][0]
+            found = next((found for found in self.ranges if found.begin <= address < found.end), None)
+            return DEFAULT_POOL if found is None else found.pool
         segment = self.segment(address)
         return DEFAULT_POOL if segment is None else self.parts[segment].pool
 

@@ -1,116 +1,133 @@
 """Whose memory is at which address, in a recorded history with expandable segments.
 
 Each pool of each stream reserves one range of addresses, larger than the device's memory, into which memory is mapped.
-A history tells the stream of each event, and of a range that has memory at the end also its pool. The addresses tell
-the ranges apart: there is more than the reserved memory between the beginnings of two, and none lies within another.
+When it has no memory left, it is given up, and another pool can get its addresses. A history tells the stream of each
+event, and of a range that has memory at the end also its pool. The addresses tell the ranges apart: they do not
+overlap, and between the beginnings of two there is more than the device's memory.
 """
 
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from ds_cmli.memory.blocks import DEFAULT_POOL, LARGE_SEGMENT, Pool
-from ds_cmli.memory.state import State, recorded_pool
+from ds_cmli.memory.state import Range, State, recorded_pool
 
 LEAST_WIDTH = 4 << 30  # bytes: a range is 9/8 as large as the GPU's memory
 FOREVER = 1 << 62
 
 
-@dataclass
-class Range:
-    """What is known of one range: the addresses that the history names, and when there was memory at them."""
+@dataclass(eq=False)
+class Found(Range):
+    """What is known of a range so far, going back from the end of the history."""
 
-    begin: int
-    end: int
-    small: bool
-    stream: int
-    pool: Pool | None
-    first: int  # number of the first event that maps memory
-    last: int  # number of the last event; FOREVER: memory is there at the end
-    before: int  # bytes that were mapped before the first event
-    uses: int = 1
+    mapped: int = 0  # bytes
+    certain: bool = True  # whether `small` is known
+    told: Pool | None = None  # the pool, if the history tells it
+    unmapped: list[int] = field(default_factory=list)  # numbers of the events that unmap memory
+
+    def distance(self, address: int, end: int) -> int:
+        return max(self.begin - end, address - self.end, 0)
 
 
 def find_ranges(state: State, trace: list[dict[str, Any]]) -> None:
-    """Fill `state.ranges`, `state.untold` and `state.private`. `state.segments` are here those at the end."""
-    known = [
-        Range(address, address + part.size, part.small, part.stream, part.pool, FOREVER, FOREVER, part.size)
-        for address, part in state.segments.items()
-    ]
-    unmapped: list[Range] = []
-    peak = reserved = sum(part.size for part in state.segments.values())
+    """Fill `state.ranges`, `state.range_at`, `state.untold` and `state.private`.
+
+    `state.segments` are here those at the end of the history.
+    """
+    now: list[Found] = []  # the ranges that have memory after the event
+    width = max(LEAST_WIDTH, _reserved_peak(state, trace)) * 9 // 8
+    for address, part in sorted(state.segments.items()):
+        last = now[-1] if now else None
+        if last is None or (last.small, last.stream, last.told) != (part.small, part.stream, part.pool):
+            now.append(Found(address, address, part.small, part.stream, last=FOREVER, told=part.pool))
+        now[-1].end = address + part.size
+        now[-1].mapped += part.size
+    ranges = list(now)
     for number, entry in reversed(list(enumerate(trace))):
-        address, size, pool = entry.get("addr", 0), entry.get("size", 0), recorded_pool(entry)
-        small, stream = size % LARGE_SEGMENT != 0, entry.get("stream", 0)
+        address, size = entry.get("addr", 0), entry.get("size", 0)
         if entry["action"] == "segment_map":
-            known.append(Range(address, address + size, small, stream, pool, number, number, -size))
-            reserved -= size
+            found = next((one for one in now if one.begin <= address < one.end), None)
+            if found is None:
+                continue  # `beginning` finds that the history contradicts itself
+            if not found.certain:
+                found.small, found.certain = size % LARGE_SEGMENT != 0, True
+            found.mapped -= size
+            found.first = number
+            if found.mapped <= 0:
+                now.remove(found)
         elif entry["action"] == "segment_unmap":
-            unmapped.append(Range(address, address + size, small, stream, pool, FOREVER, number, size))
-            reserved += size
-        peak = max(peak, reserved)
-    width = max(LEAST_WIDTH, peak) * 9 // 8
-    ranges = _joined(known, width)
-    for piece in unmapped:  # ten pieces of the small pool are as large as one of the large pool
-        near = [found for found in ranges if found.stream == piece.stream and _distance(found, piece) < width]
-        nearest = min(near, key=lambda found: _distance(found, piece), default=piece)
-        piece.small = piece.small or nearest.small
-    ranges = _joined(known + unmapped, width)
-    guessed, sure = _name_pools(ranges)
-    state.ranges = {found.begin: (found.pool or DEFAULT_POOL, found.small, found.stream) for found in ranges}
-    for piece in unmapped:
-        begin = state.range_of(piece.begin)
-        if begin in guessed:
-            state.untold[piece.last] = state.ranges[begin][0]
-        if begin in sure:
-            state.private.add(piece.last)
-
-
-def _distance(found: Range, part: Range) -> int:
-    return max(found.begin - part.end, part.begin - found.end, 0)
-
-
-def _joined(parts: list[Range], width: int) -> list[Range]:
-    """The ranges that neighbouring parts belong to."""
-    out: list[Range] = []
-    for part in sorted(parts, key=lambda part: part.begin):
-        found = out[-1] if out else part
-        same = (found.small, found.stream) == (part.small, part.stream)
-        pools = {found.pool, part.pool} - {None}
-        near = part.begin - found.begin < width or (None not in (found.pool, part.pool))
-        if not out or not same or len(pools) > 1 or not near:
-            out.append(Range(**vars(part)))
+            found = _range_of(now, entry, width)
+            if found is None:
+                small = size % LARGE_SEGMENT != 0  # else it may still be ten pieces of the small pool
+                found = Found(address, address + size, small, entry.get("stream", 0), last=number, certain=small)
+                now.append(found)
+                ranges.append(found)
+            found.begin, found.end = min(found.begin, address), max(found.end, address + size)
+            found.mapped += size
+            found.unmapped.append(number)
+        else:
             continue
-        found.end, found.pool = max(found.end, part.end), found.pool or part.pool
-        found.first, found.last = min(found.first, part.first), max(found.last, part.last)
-        found.before, found.uses = found.before + part.before, found.uses + part.uses
-    return out
+        found.told = found.told or recorded_pool(entry)
+        found.uses += 1
+        state.range_at[number] = found
+    for found in now:
+        found.first = -1
+    state.ranges = list(now)
+    sure = _name_pools(ranges)
+    for found in ranges:
+        if found.told is None:
+            state.untold.update(dict.fromkeys(found.unmapped, found.pool))
+        if found in sure:
+            state.private.update(found.unmapped)
 
 
-def _name_pools(ranges: list[Range]) -> tuple[set[int], set[int]]:
-    """Decide whose the ranges are of which no memory is left at the end.
+def _reserved_peak(state: State, trace: list[dict[str, Any]]) -> int:
+    peak = reserved = sum(part.size for part in state.segments.values())
+    for entry in reversed(trace):
+        reserved += {"segment_map": -1, "segment_unmap": 1}.get(entry["action"], 0) * entry.get("size", 0)
+        peak = max(peak, reserved)
+    return peak
+
+
+def _range_of(now: list[Found], entry: dict[str, Any], width: int) -> Found | None:
+    """The range that the unmapped memory of an event belonged to, if that has memory afterwards: the nearest one."""
+    address, size, told = entry.get("addr", 0), entry.get("size", 0), recorded_pool(entry)
+    end = address + size
+    near = [
+        found
+        for found in now
+        if found.stream == entry.get("stream", 0)
+        and (found.small or not found.certain or size % LARGE_SEGMENT == 0)
+        and (told is None or found.told in (None, told))
+        and max(found.end, end) - min(found.begin, address) < width
+        and not any(other is not found and found.begin < other.begin < address for other in now)
+        and not any(other is not found and address < other.begin < found.begin for other in now)
+    ]
+    found = min(near, key=lambda one: one.distance(address, end), default=None)
+    if found is not None and not found.certain and size % LARGE_SEGMENT:
+        found.small, found.certain = True, True
+    return found
+
+
+def _name_pools(ranges: list[Found]) -> set[Found]:
+    """Decide whose the ranges are whose pool the history does not tell. Returns those that are surely private pools'.
 
     At any time a pool has one range for each stream and class of sizes. So beside the default pool's, it is a private
     pool's; without, it counts as the default pool's.
-
-    Returns where these ranges begin, and where those begin that are surely private pools'.
     """
-    guessed: set[int] = set()
-    sure: set[int] = set()
-    default: dict[tuple[bool, int], list[tuple[int, int, bool]]] = defaultdict(list)
+    sure: set[Found] = set()
+    default: dict[tuple[bool, int], list[Found]] = defaultdict(list)
     private: dict[tuple[bool, int], int] = defaultdict(int)
-    for found in sorted(ranges, key=lambda found: (found.pool is None, -found.uses)):
+    for found in sorted(ranges, key=lambda found: (found.told is None, -found.uses)):
         key = found.small, found.stream
-        begin, end = -1 if found.before > 0 else found.first, found.last
-        if found.pool is None:
-            guessed.add(found.begin)
-            found.pool = DEFAULT_POOL
-            beside = [known for first, last, known in default[key] if begin <= last and first <= end]
-            if any(beside):
-                sure.add(found.begin)
-            if beside:
-                found.pool = (-1, private[key])
-                private[key] += 1
+        beside = [other for other in default[key] if found.first <= other.last and other.first <= found.last]
+        found.pool = found.told or DEFAULT_POOL
+        if found.told is None and beside:
+            found.pool = (-1, private[key])
+            private[key] += 1
+            if any(other.told for other in beside):
+                sure.add(found)
         if found.pool == DEFAULT_POOL:
-            default[key].append((begin, end, found.begin not in guessed))
-    return guessed, sure
+            default[key].append(found)
+    return sure

@@ -7,6 +7,7 @@ import gzip
 import io
 import json
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -41,10 +42,31 @@ def read(path: str | Path) -> dict[str, Any]:
     except Exception as error:  # a damaged or hostile pickle can raise anything
         why = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(f"{str(path)!r} is no snapshot that can be read: {why}") from None
+    _fill_in(content)
     wrong = _wrong(content)
     if wrong:
         raise UserError(f"{str(path)!r} is no snapshot of CUDA's allocator: {wrong}")
     return content
+
+
+def _fill_in(content: Any) -> None:
+    """Read addresses that another tool wrote as hexadecimal strings, and put segments without a stream on stream 0."""
+    if not isinstance(content, dict):
+        return
+    segments, traces = content.get("segments"), content.get("device_traces")
+    for segment in segments if isinstance(segments, list) else []:
+        _read_hexadecimal(segment, "address", "stream")
+        if isinstance(segment, dict):
+            segment.setdefault("stream", 0)
+    for trace in traces if isinstance(traces, list) else []:
+        for entry in trace if isinstance(trace, list) else []:
+            _read_hexadecimal(entry, "addr", "stream")
+
+
+def _read_hexadecimal(value: Any, *keys: str) -> None:
+    for key in keys if isinstance(value, dict) else ():
+        if isinstance(value.get(key), str) and re.fullmatch("0[xX][0-9a-fA-F]{1,16}", value[key]):
+            value[key] = int(value[key], 16)
 
 
 def _wrong(content: Any) -> str:
@@ -58,17 +80,22 @@ def _wrong(content: Any) -> str:
         for at, entry in enumerate(trace):
             if not _has(entry, ENTRY, optional=("addr", "size", "stream")):
                 return f"device_traces[{number}][{at}] is no event of the allocator"
+            if not _is_pool(entry.get("pool_id", (0, 0))):
+                return f"device_traces[{number}][{at}] belongs to no pool"
     for number, segment in enumerate(content["segments"]):
         if not _has(segment, SEGMENT, optional=("device",)) or not isinstance(segment.get("blocks"), list):
             return f"segments[{number}] is no segment with blocks"
-        pool = segment.get("segment_pool_id", [0, 0])
-        if not isinstance(pool, list | tuple) or [type(part) for part in pool] != [int, int]:
+        if not _is_pool(segment.get("segment_pool_id", (0, 0))):
             return f"segments[{number}] belongs to no pool"
         if not all(_has(block, BLOCK, optional=("requested_size",)) for block in segment["blocks"]):
             return f"segments[{number}] has what is no block"
         if sum(block["size"] for block in segment["blocks"]) != segment["total_size"]:
             return f"the blocks of segments[{number}] do not fill it"
     return ""
+
+
+def _is_pool(value: Any) -> bool:
+    return isinstance(value, list | tuple) and [type(part) for part in value] == [int, int]
 
 
 def _has(value: Any, types: dict[str, type], optional: tuple[str, ...] = ()) -> bool:

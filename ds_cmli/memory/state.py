@@ -1,6 +1,6 @@
 """The state of CUDA's allocator at one moment of a recorded history, and its model put into that state."""
 
-from bisect import bisect_left, bisect_right
+from bisect import bisect_left
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -24,6 +24,24 @@ class Mapped:
         return self.pool, self.small, self.stream
 
 
+@dataclass(eq=False)
+class Range:
+    """The addresses that a history names of an expandable segment, from its first memory until it has none left."""
+
+    begin: int
+    end: int
+    small: bool
+    stream: int
+    pool: Pool = DEFAULT_POOL
+    first: int = 0  # number of the first event that maps memory; -1: there was memory before
+    last: int = 0  # number of the last event
+    uses: int = 0  # number of events
+
+    @property
+    def key(self) -> Key:
+        return self.pool, self.small, self.stream
+
+
 @dataclass
 class State:
     """The state of the allocator at the first event, with what the history tells about later segments."""
@@ -34,19 +52,14 @@ class State:
     rests: dict[int, tuple[int, int]] = field(default_factory=dict)  # block -> (least, most) bytes of its rest
     taken: dict[int, Mapped] = field(default_factory=dict)  # number of each `segment_alloc` -> the segment
     settings: Settings = DEFAULTS  # with which the history was recorded
-    ranges: dict[int, Key] = field(default_factory=dict)  # of expandable segments, by the first address that is known
+    ranges: list[Range] = field(default_factory=list)  # those that have memory
+    range_at: dict[int, Range] = field(default_factory=dict)  # number of each `segment_map` and `_unmap` -> its range
     # Number of each event that returned memory to the device whose pool the history does not tell -> the assumed pool.
     untold: dict[int, Pool] = field(default_factory=dict)
     private: set[int] = field(default_factory=set)  # those of them that cannot be of the default pool
 
     def rounded(self, requested: int) -> int:
         return rounded(requested, self.settings.roundup_power2_divisions)
-
-    def range_of(self, address: int) -> int | None:
-        """Where the range begins that an address lies in."""
-        starts = sorted(self.ranges)
-        position = bisect_right(starts, address) - 1
-        return starts[position] if position >= 0 else None
 
     def parts(self) -> list[Mapped]:
         """Every segment of the history."""
@@ -93,8 +106,7 @@ def restore(state: State) -> tuple[CachingAllocator, dict[int, Block]]:
     allocator.settings = state.settings
     for address, part in sorted(joined(state).items()):
         if isinstance(allocator, ExpandableAllocator):
-            start = state.range_of(address)
-            assert start is not None
+            start = next(found.begin for found in state.ranges if found.begin <= address < found.end)
             if start not in allocator.segments:
                 allocator.add_range(start, part.key)
             free = allocator.map_at(allocator.segments[start], address, part.size)

@@ -29,12 +29,22 @@ class Reusing(CachingAllocator):
         return super()._from_device(requested, size, key, event)
 
 
+class ReusingRanges(ExpandableAllocator):
+    """Like CUDA, gives the addresses of a range that was given up to the next one."""
+
+    def add_range(self, address, key, size=5 << 30):
+        place = FIRST_ADDRESS
+        while place in self.segments:
+            place += size
+        return super().add_range(place, key, size)
+
+
 class Program:
     """Takes random steps, and notes in `trace` what the allocator does."""
 
     def __init__(self, seed: int, settings: Settings = DEFAULTS, record_pools: bool = False):
         self.random = random.Random(seed)
-        kind = ExpandableAllocator if settings.expandable_segments else Reusing
+        kind = ReusingRanges if settings.expandable_segments else Reusing
         self.allocator = kind(self.random.choice((None, 150 * M, 400 * M)), settings)
         self.record_pools = record_pools
         self.live: list = []

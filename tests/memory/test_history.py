@@ -92,6 +92,11 @@ ORDINARY = {"address": 2**40, "total_size": 2 * M, "stream": 0, "blocks": [{"siz
             "with roundup_power2_divisions",
         ),
         ("oom", {"allocator_settings": {"roundup_power2_divisions": {"1": 3}}}, "with roundup_power2_divisions"),
+        (
+            "oom",
+            {"allocator_settings": {"PYTORCH_CUDA_ALLOC_CONF": "large_segment_size_mb:40"}},
+            "which the replay knows only 20",
+        ),
         ("alloc", {}, "device 0: event 0 .alloc of 2,097,152 B at 0x1. contradicts what came after"),
         ("free_completed", {}, "the block at 0x1 lies in no segment"),
     ],
@@ -152,6 +157,28 @@ def test_only_plain_containers_are_read(tmp_path, monkeypatch, content, why):
     with pytest.raises(UserError, match=why) as error:
         snapshot_file.read("snapshot")
     assert "\n" not in str(error.value) and not (tmp_path / "executed").exists()
+
+
+def test_what_other_tools_leave_out_or_write_differently_is_read(tmp_path):
+    content = recorded(6)
+    trace = [
+        {"action": event["action"], "addr": f"{event['addr']:#x}", "size": event["size"], "stream": event["stream"]}
+        for event in content["device_traces"][0]
+    ]
+    trace[3:3] = [{"action": "snapshot"}, {"action": "oom", "size": 5, "device_free": 7}]
+    segments = [
+        {
+            "address": f"{segment['address']:#X}",
+            "total_size": segment["total_size"],
+            "stream": segment["stream"],
+            "segment_pool_id": segment["segment_pool_id"],
+            "blocks": [{"size": block["size"], "state": block["state"]} for block in segment["blocks"]],
+        }
+        for segment in content["segments"]
+    ]
+    (tmp_path / "stripped.json").write_text(json.dumps({"segments": segments, "device_traces": [trace, []]}))
+    found = replay_history(snapshot_file.read(tmp_path / "stripped.json"), 0)
+    assert found.exact and found.allocations and found.out_of_memory > 0
 
 
 def test_a_snapshot_of_ours_is_read(tmp_path):
