@@ -12,10 +12,8 @@ class Table:
     notes: list[str] = field(default_factory=list)
 
     def markdown(self) -> str:
-        lines = [f"## {self.title}", ""]
-        alignment = ["---:" if _numeric(name) else "---" for name in self.columns]
-        lines += [f"| {' | '.join(cells)} |" for cells in (self.columns, alignment, *self.rows)]
-        return "\n".join([*lines, "", *(f"- {note}" for note in self.notes), ""])
+        table = markdown_table(self.columns, self.rows)
+        return "\n".join([f"## {self.title}", "", table, "", *(f"- {note}" for note in self.notes), ""])
 
     def show(self, console: Any) -> None:
         """Print it on a rich console."""
@@ -32,6 +30,11 @@ class Table:
         for note in self.notes:
             console.print(f"  {escape(note)}", highlight=False)
         console.print()
+
+
+def markdown_table(columns: list[str], rows: list[list[str]]) -> str:
+    alignment = ["---:" if _numeric(name) else "---" for name in columns]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (columns, alignment, *rows))
 
 
 def _numeric(column: str) -> bool:

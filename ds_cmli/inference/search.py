@@ -1,12 +1,12 @@
 """`ds-cmli-search INDEX "a red car"` finds pictures that match a text, and prints them or writes a page."""
 
-import base64
 import io
 from pathlib import Path
 from typing import Any
 
 import click
 
+from ds_cmli.common import pages
 from ds_cmli.common.cli import check_writable, json_on_stdout, run_command
 from ds_cmli.common.errors import UserError
 
@@ -68,14 +68,8 @@ def command(
 
 def write_page(path: str, texts: tuple[str, ...], results: list[list[Any]]) -> None:
     """Write the results as one self-contained HTML file with small copies of the pictures."""
-    from jinja2 import Environment, PackageLoader, select_autoescape
-
-    environment = Environment(loader=PackageLoader("ds_cmli.inference", "."), autoescape=select_autoescape(["jinja"]))
     rows = [(text, [(r, _thumbnail(r.name)) for r in best]) for text, best in zip(texts, results, strict=True)]
-    try:
-        Path(path).write_text(environment.get_template("results.html.jinja").render(rows=rows), encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"--page is {path!r}: cannot write it: {error.strerror}") from None
+    pages.write_page(path, "--page", "ds_cmli.inference", "results.html.jinja", rows=rows)
 
 
 def _thumbnail(name: str) -> str:
@@ -88,7 +82,7 @@ def _thumbnail(name: str) -> str:
             ImageOps.fit(image.convert("RGB"), (224, 224)).save(buffer, "JPEG", quality=85)
     except (OSError, ValueError):
         return ""
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return pages.data_url(buffer.getvalue(), "jpeg")
 
 
 def main() -> None:

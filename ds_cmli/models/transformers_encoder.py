@@ -11,9 +11,6 @@ from ds_cmli.models.transformers_causal import at_the_end
 from ds_cmli.models.transformers_model import Transformer, kind_of
 from ds_cmli.models.weights import say
 
-# Encoders of encoder-decoder models: their texts begin with the first word and have no class token.
-OF_DECODERS = ("t5", "mt5", "umt5", "t5gemma")
-
 
 class Encoder(Transformer):
     """Pooled at the class token, which is the first; a T5 encoder has none and is pooled by the mean of its tokens."""

@@ -1,8 +1,8 @@
 """Reads the match maps that a run has written for TensorBoard at its evaluations."""
 
-import base64
 from pathlib import Path
 
+from ds_cmli.common.pages import data_url
 from ds_cmli.common.trackers import MATCH_MAPS
 
 
@@ -21,6 +21,6 @@ def match_maps(folder: Path) -> dict[str, str]:
     for tag in found.Tags()["images"]:
         if tag.startswith(MATCH_MAPS):
             image = found.Images(tag)[-1]
-            encoded = base64.b64encode(image.encoded_image_string).decode()
-            out[f"{tag.removeprefix(MATCH_MAPS)}, step {image.step}"] = f"data:image/png;base64,{encoded}"
+            name = f"{tag.removeprefix(MATCH_MAPS)}, step {image.step}"
+            out[name] = data_url(image.encoded_image_string, "png")
     return out

@@ -7,9 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, select_autoescape
-
-from ds_cmli.common.errors import UserError
+from ds_cmli.common.pages import write_page
 from ds_cmli.common.plots import matplotlib
 from ds_cmli.report.maps import match_maps
 from ds_cmli.report.runs import RunFiles, differing, groups, mean
@@ -51,12 +49,7 @@ def write(runs: Sequence[RunFiles], path: str | Path) -> None:
         "phases": phases(grouped),
         "settings": runs[0].settings,
     }
-    environment = Environment(loader=PackageLoader("ds_cmli.report", "."), autoescape=select_autoescape(["jinja"]))
-    text = environment.get_template("report.html.jinja").render(values)
-    try:
-        Path(path).write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"--output is {str(path)!r}: cannot write it: {error.strerror}") from None
+    write_page(path, "--output", "ds_cmli.report", "report.html.jinja", **values)
 
 
 def curves(runs: Sequence[RunFiles], pattern: str) -> str:

@@ -3,18 +3,16 @@
 Shapes: S image side in pixels, N image patches, M words.
 """
 
-import base64
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, select_autoescape
 from PIL import Image
 from torch import Tensor
 
-from ds_cmli.common.errors import UserError
+from ds_cmli.common import pages
 from ds_cmli.inference.model import Match
 
 
@@ -30,12 +28,8 @@ class Panel:
 
 def write_page(panels: Sequence[Panel], path: str | Path, title: str = "Match maps") -> None:
     """Write the page; raises `UserError` if the file cannot be written."""
-    environment = Environment(loader=PackageLoader("ds_cmli.visualize", "."), autoescape=select_autoescape(["jinja"]))
-    text = environment.get_template("page.html.jinja").render(title=title, panels=[_values(panel) for panel in panels])
-    try:
-        Path(path).write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"the page is {str(path)!r}: cannot write it: {error.strerror}") from None
+    shown = [_values(panel) for panel in panels]
+    pages.write_page(path, "the page", "ds_cmli.visualize", "page.html.jinja", title=title, panels=shown)
 
 
 def _values(panel: Panel) -> dict[str, Any]:
@@ -43,7 +37,7 @@ def _values(panel: Panel) -> dict[str, Any]:
     return {
         "title": panel.title,
         "pieces": pieces(panel.text, first.spans),
-        "image": data_url(panel.image),
+        "image": _data_url(panel.image),
         "models": [
             {
                 "name": name,
@@ -70,8 +64,8 @@ def pieces(text: str, spans: Sequence[tuple[int, int]]) -> list[tuple[str, int |
     return out
 
 
-def data_url(image: Tensor) -> str:
+def _data_url(image: Tensor) -> str:
     """uint8 [3, S, S] -> a PNG as a data URL."""
     buffer = io.BytesIO()
     Image.fromarray(image.permute(1, 2, 0).numpy()).save(buffer, "PNG")
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return pages.data_url(buffer.getvalue(), "png")

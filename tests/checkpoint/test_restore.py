@@ -29,8 +29,8 @@ from ds_cmli.faults import preemption
 from tests.config.test_mistakes import pairs
 from tests.conftest import ROOT, free_port, rank_environments
 from tests.drive_train import drive
+from tests.metrics_file import metrics
 
-TIMES = {"pairs_per_s", "checkpoint_s", "tflops", "mfu"}
 TINY = ["--preset", "tiny", "--steps", "12", "--log-every", "3", "--eval-every", "5", "--set", "student.dropout=0.2"]
 AUGMENTED = ["--set", 'data.augmentation={"random_resized_crop": 0.5, "horizontal_flip": 0.5, "color_jitter": 0.4}']
 
@@ -45,11 +45,6 @@ def source(tmp_path_factory) -> list[str]:
 def alone(monkeypatch):
     for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_PORT": "0"}.items():
         monkeypatch.setenv(name, value)
-
-
-def metrics(folder: Path) -> list[dict]:
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in TIMES and not k.startswith("time/")} for line in lines]
 
 
 def assert_same(folder: Path, other: Path) -> None:

@@ -21,8 +21,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from tests.config.test_mistakes import pairs
 from tests.conftest import ROOT, clean_environment, free_port
+from tests.metrics_file import metrics
 from tests.slurm.cluster import Cluster, poll
-from tests.slurm.jobs import metrics, steps_done
+from tests.slurm.jobs import steps_done
 
 STEPS = 100
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGKILL)

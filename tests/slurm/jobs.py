@@ -1,6 +1,5 @@
 """Jobs of slurm/train.sh, and what they leave."""
 
-import json
 import re
 import sys
 from pathlib import Path
@@ -9,7 +8,6 @@ from tests.conftest import ROOT
 from tests.slurm.cluster import Cluster
 
 SCRIPT = str(ROOT / "slurm" / "train.sh")
-TIMES = {"pairs_per_s", "checkpoint_s", "tflops", "mfu"}
 
 
 def submit(cluster: Cluster, folder: Path, sbatch: tuple[str, ...], *options: str, python: str = sys.executable) -> str:
@@ -31,12 +29,6 @@ def finish(cluster: Cluster, folder: Path, job: str, state: str = "COMPLETED", t
     text = log(folder, job)
     assert found["JobState"] == state, text
     return text
-
-
-def metrics(run: Path) -> list[dict]:
-    """The lines of metrics.jsonl, without what depends on the clock."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in TIMES and not k.startswith("time/")} for line in lines]
 
 
 def steps_done(run: Path) -> int:

@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT, clean_environment, free_port
+from tests.metrics_file import metrics
 from tests.slurm.cluster import Cluster, poll
-from tests.slurm.jobs import finish, log, metrics, steps_done, submit
+from tests.slurm.jobs import finish, log, steps_done, submit
 
 # Two ranks, on two nodes. The micro-batch makes a step long enough to be interrupted somewhere before the end.
 TINY = ("--preset", "tiny", "--micro-batch", "256", "--set", "run.eval_batch=100")

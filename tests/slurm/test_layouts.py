@@ -6,7 +6,8 @@ import sys
 import pytest
 
 from tests.conftest import free_port, run
-from tests.slurm.jobs import finish, log, metrics, submit
+from tests.metrics_file import metrics
+from tests.slurm.jobs import finish, log, submit
 
 TINY = ("--preset", "tiny", "--steps", "3", "--set", "run.eval_batch=100")
 DEMO = ("--preset", "demo", "--steps", "2", "--log-every", "1", "--set", "run.eval_batch=100")

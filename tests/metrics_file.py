@@ -1,0 +1,12 @@
+"""Reads a run's metrics.jsonl for comparison with another run's."""
+
+import json
+from pathlib import Path
+
+TIMES = {"pairs_per_s", "checkpoint_s", "tflops", "mfu"}
+
+
+def metrics(run: Path) -> list[dict]:
+    """The lines of metrics.jsonl without the columns that depend on the clock."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in TIMES and not k.startswith("time/")} for line in lines]
