@@ -145,12 +145,13 @@ class Row:
     predicted: int = 0
     measured: int = 0
     refused: str = ""
+    failed: str = ""  # an error that is no refusal
     said: str = ""  # lines that the student was built with
 
     @property
     def good(self) -> bool:
         trained = len(self.losses) == STEPS and all(loss == loss for loss in self.losses) and not self.idle
-        return bool(self.refused) or (trained and abs(self.predicted - self.measured) <= EQUAL)
+        return not self.failed and (bool(self.refused) or (trained and abs(self.predicted - self.measured) <= EQUAL))
 
 
 def deepspeed_json(stage: int, checkpointing: bool, precision: str) -> dict[str, Any]:
@@ -188,6 +189,8 @@ def tried(kind: str, case: Case, json: dict[str, Any]) -> Row:
             row.predicted = predict(config, json, 1, target="cpu", backend="fake").report.totals["requested"]
     except UserError as error:
         row.refused = str(error)
+    except RuntimeError as error:
+        row.failed = str(error).partition("\n")[0]
     gc.collect()  # engines hold themselves in circles
     row.said = "; ".join(
         dict.fromkeys(line for line in out.getvalue().splitlines() if kind == "teacher" or "teacher." not in line)
@@ -229,7 +232,9 @@ def main(names: tuple[str, ...], stage: int, checkpointing: bool, precision: str
             if names and case.model not in names:
                 continue
             rows.append(tried(kind, case, json))
-            click.echo(f"{'ok ' if rows[-1].good else 'BAD'} {kind} {case.model} {rows[-1].refused}", err=True)
+            click.echo(
+                f"{'ok ' if rows[-1].good else 'BAD'} {kind} {case.model} {rows[-1].refused}{rows[-1].failed}", err=True
+            )
     head = [
         "",
         "model",

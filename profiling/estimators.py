@@ -28,6 +28,13 @@ from ds_cmli.common.errors import UserError  # noqa: E402
 ALL = {"global": 1.0, "cmli": 1.0, "target_cmli": 1.0}
 OURS, DEEPSPEED, ACCELERATE, RULE = "ds-cmli", "DeepSpeed", "accelerate", "16 B a parameter"
 ESTIMATORS = (OURS, DEEPSPEED, ACCELERATE, RULE)
+SMALL = {"hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 512}
+OVERRIDES: dict[str, dict[str, Any]] = {  # of the backbones below that are larger than a setting needs to be
+    "roberta": SMALL,
+    "deberta-v2": SMALL,
+    "t5": {"d_model": 128, "num_layers": 4, "num_heads": 4, "d_ff": 512, "d_kv": 32},
+    "gpt2": {"n_embd": 128, "n_layer": 4, "n_head": 4},
+}
 
 
 @dataclass(frozen=True)
@@ -46,6 +53,10 @@ class Setting:
     depth: int = 4
     image_size: int = 56
     optimizer: str = "AdamW"
+    offload: bool = False  # of the optimizer
+    exchange: str = "gather"  # of texts between ranks
+    image_model: str = "vit_tiny_patch16_224"
+    text_model: str = "bert"
 
     def name(self) -> str:
         return ", ".join(
@@ -56,7 +67,7 @@ class Setting:
 
 
 def settings() -> list[Setting]:
-    """The fixed list, 64 of them."""
+    """The fixed list."""
     out = [
         Setting(stage, ranks, precision=precision, checkpointing=checkpointing)
         for stage in (0, 1, 2, 3)
@@ -77,7 +88,11 @@ def settings() -> list[Setting]:
     out += [Setting(2, 2, width=width, depth=depth) for width, depth in ((64, 2), (256, 6), (384, 4))]
     out += [Setting(stage, 2, accumulation=4) for stage in (1, 2)]
     out += [Setting(2, ranks, optimizer="SGD") for ranks in (1, 8)] + [Setting(0, 2, optimizer="Adagrad")]
-    return out
+    out += [Setting(stage, 2, offload=True) for stage in (1, 2, 3)]
+    out += [Setting(2, 8, exchange="ring"), Setting(3, 8, exchange="ring", accumulation=4)]
+    for image_model in ("resnet18", "convnext_atto", "swin_tiny_patch4_window7_224", "vit_small_patch16_dinov3"):
+        out.append(Setting(2, 2, batch=4, image_size=64, image_model=image_model))
+    return out + [Setting(2, 2, text_model=text_model) for text_model in OVERRIDES]
 
 
 @dataclass
@@ -104,11 +119,18 @@ def rows(chosen: list[Setting]) -> Iterator[Row]:
         tower = {"embed_dim": setting.width, "depth": setting.depth, "num_heads": 4, "patch_size": 14}
         text = {"hidden_size": setting.width, "num_hidden_layers": setting.depth, "num_attention_heads": 4,
                 "intermediate_size": 4 * setting.width}  # fmt: skip
+        student = {
+            "image_model": setting.image_model, "text_model": setting.text_model, "embed_dim": 64,
+            "image_overrides": tower if setting.image_model == Setting.image_model else {},
+            "text_overrides": OVERRIDES.get(setting.text_model, text),
+        }  # fmt: skip
+        if setting.image_model == Setting.image_model:
+            student["layers"] = setting.depth
         config = load_preset("tiny", {
-            "student": {"image_overrides": tower, "text_overrides": text, "layers": setting.depth, "embed_dim": 64},
-            "teacher": {"overrides": tower},
+            "student": student,
+            "teacher": {"overrides": {**tower, "patch_size": setting.image_size // 4}},
             "data": {"image_size": setting.image_size, "context_length": setting.positions},
-            "loss": {"weights": dict.fromkeys(setting.losses, 1.0)},
+            "loss": {"weights": dict.fromkeys(setting.losses, 1.0), "cmli_exchange": setting.exchange},
             "optim": {"micro_batch": setting.batch},
         })  # fmt: skip
         params = {"torch_adam": True} if setting.optimizer == "AdamW" else {"lr": 1e-3}
@@ -120,6 +142,9 @@ def rows(chosen: list[Setting]) -> Iterator[Row]:
         }
         if setting.precision != "fp32":
             ds_config[setting.precision] = {"enabled": True}
+        if setting.offload:
+            ds_config["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
+            ds_config["zero_force_ds_cpu_optimizer"] = False
         if setting.checkpointing:
             ds_config["activation_checkpointing"] = {}
         measured = max(measure_phases(config, ds_config, setting.ranks).values())
@@ -127,7 +152,9 @@ def rows(chosen: list[Setting]) -> Iterator[Row]:
         trained, largest = prediction.parameters, prediction.largest_module
         row = Row(setting.name(), measured, {OURS: prediction.report.totals["requested"]})
         if setting.stage >= 2:
-            row.estimates[DEEPSPEED] = deepspeed_estimate(setting.stage, trained, largest, setting.ranks)
+            row.estimates[DEEPSPEED] = deepspeed_estimate(
+                setting.stage, trained, largest, setting.ranks, setting.offload
+            )
         row.estimates[ACCELERATE] = accelerate_estimate(trained, setting.precision)
         row.estimates[RULE] = 16 * trained
         limits = {**row.estimates, OURS: replay(prediction.events).reserved_peak}
@@ -141,14 +168,17 @@ def rows(chosen: list[Setting]) -> Iterator[Row]:
         yield row
 
 
-def deepspeed_estimate(stage: int, trained: int, largest: int, ranks: int) -> int:
-    """Bytes a GPU, without offload, as DeepSpeed's own functions estimate them."""
+def deepspeed_estimate(stage: int, trained: int, largest: int, ranks: int, offload: bool) -> int:
+    """Bytes that DeepSpeed's own functions estimate: of a GPU; with `offload` of a GPU and its share of the host, as
+    both are this CPU's memory here."""
     from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs
     from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs
 
     if stage == 2:
-        return estimate_zero2_model_states_mem_needs(trained, ranks, 1, cpu_offload=False)[1]
-    return estimate_zero3_model_states_mem_needs(trained, largest, ranks, 1, False, False)[1]
+        host, gpu = estimate_zero2_model_states_mem_needs(trained, ranks, 1, cpu_offload=offload)
+    else:
+        host, gpu, _ = estimate_zero3_model_states_mem_needs(trained, largest, ranks, 1, offload, False)
+    return gpu + (host // ranks if offload else 0)
 
 
 def accelerate_estimate(trained: int, precision: str) -> int:

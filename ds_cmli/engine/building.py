@@ -23,7 +23,7 @@ from ds_cmli.engine.train_engine import TrainEngine
 from ds_cmli.faults import nonfinite
 from ds_cmli.losses import needs_teacher
 from ds_cmli.losses.objective import Objective
-from ds_cmli.models.backbone import cast_statistics
+from ds_cmli.models.backbone import cast_buffers
 from ds_cmli.models.checkpointing import checkpoint_blocks
 from ds_cmli.models.compiling import compile_blocks
 from ds_cmli.models.student import Student
@@ -94,7 +94,7 @@ def build(
         deepspeed.checkpointing.configure(None, deepspeed_config=ds_config.raw())
         checkpoint_blocks(objective.student.blocks, deepspeed.checkpointing.checkpoint)
 
-    cast_statistics(objective, dtype)
+    cast_buffers(objective.student.image, dtype)
     params = ds_config.optimizer_params
     lr = params.get("lr", config.optim.lr)
     groups = parameter_groups(objective, params.get("weight_decay", 0.0), config.optim, lr)

@@ -23,6 +23,7 @@ from ds_cmli.common.patches import environment as replaced_environment
 from ds_cmli.common.patches import patched, replaced
 from ds_cmli.distributed import collectives
 from ds_cmli.distributed import process_group as distributed
+from ds_cmli.distributed.ring import Transfer
 
 MANY = 8  # more tensors than this are not concatenated by `SharesOfRanks`: it only makes a result of their size
 
@@ -167,35 +168,55 @@ def convert_parameters(module: nn.Module | None, function: Callable[[Tensor], Te
 
     The order is that of `Module.parameters`, in which DeepSpeed's engine casts them.
     """
-    for part in module.modules() if module is not None else ():
-        _convert_own(part, function)
+    if module is not None:
+        _convert(list(module.modules()), function, buffers=False)
 
 
-def _convert_own(part: nn.Module, function: Callable[[Tensor], Tensor]) -> None:
-    for name in part._parameters:
-        parameter = part._parameters[name]
-        if parameter is None:
-            continue
-        with torch.no_grad():
-            new = function(parameter)
-        if new is not parameter:
-            part._parameters[name] = nn.Parameter(new, parameter.requires_grad)
-        del parameter, new
+def _convert(parts: list[nn.Module], function: Callable[[Tensor], Tensor], buffers: bool) -> None:
+    """Replace the parameters of `parts`, and their buffers if asked for; a parameter of several parts stays one."""
+    places: dict[int, list[tuple[nn.Module, str]]] = {}
+    for part in parts:
+        for name, parameter in part._parameters.items():
+            if parameter is not None:
+                places.setdefault(id(parameter), []).append((part, name))
+    converted = {of_one[0]: of_one for of_one in places.values()}
+    for part in parts:
+        for name in part._parameters:
+            if (part, name) in converted:
+                _convert_one(converted[part, name], function)
+        for name, buffer in part._buffers.items() if buffers else ():
+            if buffer is not None:
+                part._buffers[name] = function(buffer)
+
+
+def _convert_one(places: list[tuple[nn.Module, str]], function: Callable[[Tensor], Tensor]) -> None:
+    parameter = places[0][0]._parameters[places[0][1]]
+    assert parameter is not None
+    with torch.no_grad():
+        new = function(parameter)
+    if new is not parameter:
+        replacement = nn.Parameter(new, parameter.requires_grad)
+        for part, name in places:
+            part._parameters[name] = replacement
 
 
 def _apply(self: nn.Module, function: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
     """Replaces `nn.Module._apply`, which swaps a fake parameter even if nothing changes, and then fails."""
-    for part in _inner_first(self):
-        _convert_own(part, function)
-        for name, buffer in part._buffers.items():
-            if buffer is not None:
-                part._buffers[name] = function(buffer)
+    _convert(list(_inner_first(self)), function, buffers=True)
     return self
+
+
+def _delivered(transfer: Transfer) -> Tensor:
+    """Replaces `Transfer.wait`, because the fake process group gathers and sums, but delivers nothing."""
+    return transfer.received.copy_(transfer.sent)
 
 
 @contextmanager
 def process_group(world_size: int) -> Iterator[None]:
-    """Inside, this is rank 0 of a process group of `world_size` that moves nothing, for fake and for real tensors."""
+    """Inside, this is rank 0 of a process group of `world_size` equal ranks, for fake and for real tensors.
+
+    Nothing is moved: what this rank receives from another one is what it sends itself.
+    """
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     if dist.is_initialized():
@@ -204,6 +225,7 @@ def process_group(world_size: int) -> Iterator[None]:
     with replaced_environment(environment), ExitStack() as stack:
         stack.enter_context(replaced(sys, "excepthook", sys.excepthook))  # the process group installs another one
         stack.enter_context(patched("torch: linear", lambda _: torch._C._nn.linear))
+        stack.enter_context(replaced(Transfer, "wait", _delivered))
         dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
         stack.callback(distributed.shutdown)
         yield

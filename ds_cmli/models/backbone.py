@@ -142,10 +142,14 @@ class TextBackbone(nn.Module):
         raise NotImplementedError
 
 
-def cast_statistics(module: nn.Module, dtype: torch.dtype) -> None:
-    """Cast BatchNorm's statistics to `dtype`: ZeRO-3 (DeepSpeed 0.19.8) casts the layer's weights but not these."""
-    for part in module.modules():
-        if isinstance(part, _BatchNorm):
+def cast_buffers(image: nn.Module, dtype: torch.dtype) -> None:
+    """Cast the floating-point buffers of an image backbone, which DeepSpeed (0.19.8) leaves in fp32.
+
+    timm's models expect their masks, position biases and BatchNorm's statistics in the dtype of their weights. Rotary
+    embeddings stay in fp32, because angles need its precision.
+    """
+    for part in image.modules():
+        if not type(part).__name__.startswith("Rotary"):
             for name, buffer in part.named_buffers(recurse=False):
                 if buffer.is_floating_point():
                     setattr(part, name, buffer.to(dtype))

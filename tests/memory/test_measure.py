@@ -12,9 +12,10 @@ from ds_cmli.common.errors import UserError
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.presets import load_preset
 from ds_cmli.distributed import process_group as distributed
-from ds_cmli.memory import measure, measure_cuda
+from ds_cmli.memory import measure, measure_cpu, measure_cuda
 from ds_cmli.memory.fake import process_group
 from ds_cmli.memory.inputs import longest_batch, without_weights
+from ds_cmli.memory.predict import predict
 from ds_cmli.memory.profiles import Profiles
 from ds_cmli.memory.report import CATEGORIES, PHASES, Event, summarise
 
@@ -36,6 +37,13 @@ def test_rank_0s_real_share_falls_with_the_ranks():
         assert master == 4 * padded / ranks
         assert states == 2 * master + 8
     print({ranks: f"{states:,} B" for ranks, (states, _) in shares.items()})
+
+
+def test_a_ring_s_texts_come_from_the_other_ranks():
+    config = load_preset("tiny", {"loss": {"cmli_exchange": "ring"}})
+    measured = max(measure_cpu.measure_phases(config, BF16, 8).values())
+    predicted = predict(config, BF16, 8, target="cpu", backend="fake").report.totals["requested"]
+    assert abs(measured - predicted) <= 12  # a few numbers of the engine
 
 
 @pytest.fixture

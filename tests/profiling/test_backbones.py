@@ -1,4 +1,4 @@
-"""A quick part of `profiling/backbones.py`: kinds of encoders over ZeRO stages, with and without checkpointing."""
+"""A quick part of `profiling/backbones.py`: kinds of encoders over ZeRO stages, precisions and checkpointing."""
 
 import importlib.util
 import sys
@@ -8,12 +8,14 @@ import pytest
 from tests.conftest import ROOT
 
 CASES = [
-    ("image", "vit_base_patch16_siglip_224", 2, True),
-    ("image", "swin_tiny_patch4_window7_224", 1, False),
-    ("image", "resnet18", 3, True),
-    ("text", "t5", 3, True),
-    ("text", "albert", 2, True),
-    ("text", "clip", 0, False),
+    ("image", "vit_base_patch16_siglip_224", 2, True, "fp32"),
+    ("image", "swin_tiny_patch4_window7_224", 1, False, "bf16"),
+    ("image", "swinv2_tiny_window8_256", 3, False, "bf16"),
+    ("image", "vit_relpos_small_patch16_224", 2, True, "bf16"),
+    ("image", "resnet18", 3, True, "fp32"),
+    ("text", "t5", 3, True, "bf16"),
+    ("text", "albert", 2, True, "fp32"),
+    ("text", "clip", 0, False, "fp32"),
 ]
 
 
@@ -26,9 +28,9 @@ def backbones():
     return module
 
 
-@pytest.mark.parametrize(("kind", "model", "stage", "checkpointing"), CASES)
-def test_trains_evaluates_and_is_predicted(backbones, kind, model, stage, checkpointing):
+@pytest.mark.parametrize(("kind", "model", "stage", "checkpointing", "precision"), CASES)
+def test_trains_evaluates_and_is_predicted(backbones, kind, model, stage, checkpointing, precision):
     case = next(case for case in (*backbones.IMAGES, *backbones.TEXTS) if case.model == model)
-    row = backbones.tried(kind, case, backbones.deepspeed_json(stage, checkpointing, "fp32"))
+    row = backbones.tried(kind, case, backbones.deepspeed_json(stage, checkpointing, precision))
     assert not row.refused
     assert row.good, row

@@ -12,8 +12,11 @@ def test_at_least_sixty_settings_and_each_its_own_name():
 
 def test_the_other_estimators_are_asked():
     # ZeRO-2: 2 B of every parameter, 18 B of a rank's share; ZeRO-3: 4 B of the largest layer, 18 B of a share.
-    assert deepspeed_estimate(2, 1000, 100, 4) == 2 * 1000 + 18 * 1000 // 4
-    assert deepspeed_estimate(3, 1000, 100, 4) == 4 * 100 + 18 * 1000 // 4
+    assert deepspeed_estimate(2, 1000, 100, 4, False) == 2 * 1000 + 18 * 1000 // 4
+    assert deepspeed_estimate(3, 1000, 100, 4, False) == 4 * 100 + 18 * 1000 // 4
+    # With the optimizer on the host: 16 B of every parameter, and half as much again for buffers, shared by the ranks.
+    assert deepspeed_estimate(2, 1000, 100, 4, True) == 2 * 1000 + 24 * 1000 // 4
+    assert deepspeed_estimate(3, 1000, 100, 4, True) == 4 * 100 + 2 * 1000 // 4 + 24 * 1000 // 4
     pytest.importorskip("accelerate")
     assert accelerate_estimate(1000, "fp32") == 4 * 4 * 1000  # weights, gradients and Adam's two states
     assert accelerate_estimate(1000, "bf16") == 2 * 4 * 1000
