@@ -1,6 +1,6 @@
-"""Is this node ready to train? Prints one line for each thing that is missing, and ends with 1 if anything is.
+"""Checks that this node can train: prints one line for each thing that is missing, and then ends with exit code 1.
 
-`slurm/train.sh` runs it once on every node. Only the standard library, as what it looks for may be missing.
+`slurm/train.sh` runs it once on every node. It imports only the standard library, as other packages may be missing.
 """
 
 import os
@@ -20,7 +20,7 @@ def missing() -> list[str]:
     lines = [f"{python} has no {name}: pip install -e {root}" for name in PACKAGES if find_spec(name) is None]
     cache = os.environ.get("TRITON_CACHE_DIR")
     if cache:
-        # Compiled code is loaded from there: in a folder that all users may write to, it must be this user's own.
+        # Compiled code is loaded from this folder. If all users may write beside it, it must belong to this user.
         try:
             os.makedirs(cache, mode=0o700, exist_ok=True)
             if os.stat(cache).st_uid != os.getuid():

@@ -4,6 +4,7 @@ Everything read here has been verified against the checkpoint's checksums; DeepS
 running code from them.
 """
 
+import textwrap
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -212,7 +213,8 @@ def _load_engine(point: ResumePoint, train_engine: TrainEngine, with_changes: bo
     except UserError:
         raise
     except Exception as error:  # libraries raise any exception if shapes or names differ, and do so on all ranks
-        reason = refused_code(error) or (str(error) or type(error).__name__).splitlines()[0]
+        # torch lists missing and unexpected names after the first line; those of a large model fill pages.
+        reason = refused_code(error) or textwrap.shorten(str(error) or type(error).__name__, 300, placeholder=" ...")
         raise UserError(
             f"{path}: does not fit the model and the optimizer of this start: {reason}: give the run's own settings, "
             "or another --output-dir for a new run"

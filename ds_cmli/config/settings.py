@@ -5,7 +5,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from ds_cmli.config.schema import Config
+from ds_cmli.config.schema import FORMER, Config
 
 # Settings of output, logging, evaluation, checkpoints and loading: no training step depends on them.
 FREE = {
@@ -47,8 +47,11 @@ def digest(settings: dict[str, Any]) -> str:
 def differences(before: dict[str, Any], now: dict[str, Any], same_ranks: bool) -> list[str]:
     """The differences as text: `["optim.lr: 0.001 -> 0.002", ...]`.
 
-    A setting that is newer than the earlier run counts as its default. Without `same_ranks`, `BATCH_SPLIT` is ignored.
+    A setting that is newer than the earlier run counts as its default, and one that has been renamed since then is
+    compared under its new name. Without `same_ranks`, `BATCH_SPLIT` is ignored.
     """
+    renamed = {f"{section}.{former}": f"{section}.{name}" for (section, former), name in FORMER.items()}
+    before = {renamed.get(name, name): value for name, value in before.items()}
     known = {tuple(name.split(".")[:2]) for name in before}
     defaults = compared(Config(), {})
     before = {n: v for n, v in defaults.items() if n in now and tuple(n.split(".")[:2]) not in known} | before

@@ -94,3 +94,10 @@ def test_a_setting_newer_than_the_run_counts_as_its_default():
     assert settings.differences(before, now, True) == []
     now = settings.compared(replace(Config(), data=DataConfig(augmentation={"color_jitter": 0.4})), {})
     assert settings.differences(before, now, True) == ["data.augmentation.color_jitter: not set -> 0.4"]
+
+
+def test_a_setting_renamed_since_the_run_is_no_difference():
+    now = settings.compared(Config(), {})
+    before = {name.replace("context_length", "text_positions"): value for name, value in now.items()}
+    assert before != now and settings.differences(before, now, True) == []
+    assert settings.differences(before | {"data.text_positions": 9}, now, True) == ["data.context_length: 9 -> 64"]
