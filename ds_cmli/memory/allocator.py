@@ -81,7 +81,7 @@ class CachingAllocator:
 
     def carve(self, free: Block, address: int, size: int) -> Block:
         """Take [address, address + size) out of a free block, off the free lists; the parts on both sides stay free."""
-        self._take(free)
+        self.take(free)
         if address + size < free.address + free.size:
             self.keep(split(free, address + size))
         if address == free.address:
@@ -106,7 +106,7 @@ class CachingAllocator:
 
     def release(self, segment: Segment) -> None:
         """Return one segment to the device. It must be wholly free."""
-        self._take(segment.first)
+        self.take(segment.first)
         del self.segments[segment.address]
         self.reserved -= segment.size
         self.actions.append(Action("segment_free", segment.address, segment.size, segment.stream, None))
@@ -124,10 +124,10 @@ class CachingAllocator:
         """Merge a block that has become free with its free neighbours, and put the result on the free list."""
         before, after = block.before, block.after
         if before is not None and before.free:
-            self._take(before)
+            self.take(before)
             block = join(before, block)
         if after is not None and after.free:
-            self._take(after)
+            self.take(after)
             block = join(block, after)
         self.keep(block)
         return block
@@ -203,7 +203,8 @@ class CachingAllocator:
         insort(free, (block.size, block.address))
         self.at[block.address] = block
 
-    def _take(self, block: Block) -> None:
+    def take(self, block: Block) -> None:
+        """Take a block off the free list."""
         segment = block.segment
         free = self.free_blocks[segment.pool, segment.small, segment.stream]
         free.pop(bisect_left(free, (block.size, block.address)))

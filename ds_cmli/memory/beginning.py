@@ -10,6 +10,7 @@ behind the block begins where the block ends. With expandable segments there are
 import re
 from bisect import bisect_left, insort
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 from ds_cmli.common.errors import UserError
@@ -41,15 +42,20 @@ def beginning(snapshot: dict[str, Any], device: int) -> State:
                 out.live[address] = block.get("requested_size") or block["size"]
                 out.sizes[address] = block["size"]
             address += block["size"]
-    if out.settings.expandable_segments:
-        find_ranges(out, trace)
+    order = sorted(out.segments)
+    if any(first + out.segments[first].size > second for first, second in pairwise(order)):
+        raise UserError(f"device {device} has segments that overlap: the snapshot is damaged")
+    wrong = find_ranges(out, trace) if out.settings.expandable_segments else None
     for number in range(len(trace) - 1, -1, -1):
-        if not _undo(out, number, trace[number]):
+        if number == wrong or not _undo(out, number, trace[number]):
             action, address, size = (trace[number].get(key, 0) for key in ("action", "addr", "size"))
             raise UserError(
                 f"device {device}: event {number} ({action} of {size:,} B at {address:#x}) contradicts what came after:"
                 " the snapshot's segments and its history do not belong together"
             )
+    for address in out.segments if out.settings.expandable_segments else ():
+        if not any(found.begin <= address < found.end for found in out.ranges):
+            raise UserError(f"device {device}: the memory at {address:#x} was never mapped: the history is damaged")
     _bound_rests(out, trace, device)
     return out
 
@@ -70,7 +76,7 @@ def _undo(state: State, number: int, entry: dict[str, Any]) -> bool:
             return False
         state.taken[number] = part if pool is None else replace(part, pool=pool, released=None)
     if action == "segment_free":
-        free, pool = address not in state.segments, recorded_pool(entry)
+        free, pool = not _inside(state.segments, address, size), recorded_pool(entry)
         part = Mapped(size, entry.get("stream", 0), size == SMALL_SEGMENT, pool or DEFAULT_POOL)
         if pool is None:
             part, state.untold[number] = replace(part, released=number), DEFAULT_POOL
@@ -79,15 +85,22 @@ def _undo(state: State, number: int, entry: dict[str, Any]) -> bool:
     if action == "segment_map":
         return _cut_out(state.segments, address, size)
     if action == "segment_unmap":
+        free = not _inside(state.segments, address, size)
         pool, small, stream = state.range_at[number].key
         state.segments[address] = Mapped(size, stream, small, pool)
+        return free
     return True
+
+
+def _inside(mapped: dict[int, Mapped], address: int, size: int) -> list[int]:
+    """The entries of `mapped` that [address, address + size) touches."""
+    return sorted(start for start, part in mapped.items() if start < address + size and start + part.size > address)
 
 
 def _cut_out(mapped: dict[int, Mapped], address: int, size: int) -> bool:
     """Remove [address, address + size) from `mapped`, whose entries it may cut. False if not all of it is mapped."""
     end = address + size
-    inside = sorted(start for start, part in mapped.items() if start < end and start + part.size > address)
+    inside = _inside(mapped, address, size)
     covered = sum(min(end, start + mapped[start].size) - max(address, start) for start in inside)
     if covered != size:
         return False

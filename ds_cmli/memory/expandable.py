@@ -13,7 +13,8 @@ points:
     up.
 """
 
-from bisect import bisect_left, insort
+from bisect import insort
+from operator import attrgetter
 
 from ds_cmli.memory.allocator import CachingAllocator
 from ds_cmli.memory.blocks import (
@@ -41,8 +42,7 @@ class ExpandableAllocator(CachingAllocator):
 
     def __init__(self, limit: int | None = None, settings: Settings = DEFAULTS):
         super().__init__(limit, settings)
-        self.unmapped: dict[Key, list[int]] = {}  # sorted addresses of each pool's unmapped blocks
-        self.unmapped_at: dict[int, Block] = {}
+        self.unmapped: dict[Key, list[Block]] = {}  # each pool's unmapped blocks, by address
 
     def add_range(self, address: int, key: Key, size: int = ADDRESS_SPACE) -> Segment:
         """Add a range of addresses, all of it unmapped."""
@@ -96,7 +96,7 @@ class ExpandableAllocator(CachingAllocator):
         end = segment.address + (block.address + block.size - segment.address) // piece * piece
         if begin >= end:
             return
-        self._take(block)
+        self.take(block)
         if end < block.address + block.size:
             self.keep(split(block, end))
         if begin > block.address:
@@ -152,7 +152,7 @@ class ExpandableAllocator(CachingAllocator):
             block = self._mapped(size, key, event)
         if block is None:
             raise self._out_of_memory(requested, self._missing_pieces(self._stretch(size, key), size), event)
-        self._take(block)
+        self.take(block)
         return block
 
     def _mapped(self, size: int, key: Key, event: Event | None) -> Block | None:
@@ -167,8 +167,7 @@ class ExpandableAllocator(CachingAllocator):
 
     def _stretch(self, size: int, key: Key) -> Block:
         """The free or unmapped block at which rule 2 finds room for `size` bytes; if necessary, in a new range."""
-        for address in self.unmapped.setdefault(key, []):
-            block = self.unmapped_at[address]
+        for block in self.unmapped.setdefault(key, []):
             if block.before is not None and block.before.free:
                 block = block.before
             room, at = 0, block
@@ -192,14 +191,12 @@ class ExpandableAllocator(CachingAllocator):
 
     def _keep_unmapped(self, block: Block) -> None:
         segment = block.segment
-        insort(self.unmapped.setdefault((segment.pool, segment.small, segment.stream), []), block.address)
-        self.unmapped_at[block.address] = block
+        blocks = self.unmapped.setdefault((segment.pool, segment.small, segment.stream), [])
+        insort(blocks, block, key=attrgetter("address"))
 
     def _take_unmapped(self, block: Block) -> None:
         segment = block.segment
-        addresses = self.unmapped[segment.pool, segment.small, segment.stream]
-        addresses.pop(bisect_left(addresses, block.address))
-        del self.unmapped_at[block.address]
+        self.unmapped[segment.pool, segment.small, segment.stream].remove(block)
 
 
 def piece_bytes(segment: Segment) -> int:

@@ -155,6 +155,6 @@ def _replay(trace: list[dict[str, Any]], start: State, device: int) -> tuple[Rep
 def _is_vacant(allocator: CachingAllocator, address: int, recorded: Recorded) -> bool:
     """Whether the model has no segment where a new one begins. It may have kept one that CUDA's allocator returned."""
     if isinstance(allocator, ExpandableAllocator):
-        return address not in allocator.segments
+        return all(not held.address <= address <= held.blocks()[-1].address for held in allocator.segments.values())
     end = address + recorded.parts[address].size
     return all(held.address >= end or held.address + held.size <= address for held in allocator.segments.values())

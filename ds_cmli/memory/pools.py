@@ -84,12 +84,15 @@ def conflicts(start: State, trace: list[dict[str, Any]], uncertain: bool = False
         action, address, size = entry["action"], entry.get("addr", 0), entry.get("size", 0)
         recorded.follow(number, entry)
         if action == "segment_alloc":
-            part = recorded.parts[address]
-            segment = allocator.segments[address] = Segment(address, part.size, part.stream, part.small)
+            taken = recorded.parts[address]
+            segment = allocator.segments[address] = Segment(address, taken.size, taken.stream, taken.small)
             allocator.keep(segment.first)
             unused.add(address)
-        elif action == "segment_free" and address in allocator.segments and allocator.segments[address].free:
-            allocator.release(allocator.segments[address])
+        elif action == "segment_free" and address in allocator.segments:
+            for part in allocator.segments.pop(address).blocks():
+                if part.free:
+                    allocator.take(part)
+                blocks.pop(part.address, None)
             unused.discard(address)
         elif action == "free_completed" and address in blocks:
             allocator.free(blocks.pop(address))
@@ -119,8 +122,8 @@ def conflicts(start: State, trace: list[dict[str, Any]], uncertain: bool = False
                 ):
                     out.add(mine, _owner_of(recorded, other.address))
             left = block.address + block.size - address - needed
-            taken = needed if allocator.splits(left, needed, block.segment.small) else needed + left
-            blocks[address] = allocator.use(allocator.carve(block, address, taken), size)
+            whole = needed if allocator.splits(left, needed, block.segment.small) else needed + left
+            blocks[address] = allocator.use(allocator.carve(block, address, whole), size)
     return out
 
 

@@ -30,10 +30,11 @@ class Found(Range):
         return max(self.begin - end, address - self.end, 0)
 
 
-def find_ranges(state: State, trace: list[dict[str, Any]]) -> None:
+def find_ranges(state: State, trace: list[dict[str, Any]]) -> int | None:
     """Fill `state.ranges`, `state.range_at`, `state.untold` and `state.private`.
 
-    `state.segments` are here those at the end of the history.
+    `state.segments` are here those at the end of the history. Returns the number of an event that contradicts what came
+    after, if there is one.
     """
     now: list[Found] = []  # the ranges that have memory after the event
     width = max(LEAST_WIDTH, _reserved_peak(state, trace)) * 9 // 8
@@ -49,7 +50,7 @@ def find_ranges(state: State, trace: list[dict[str, Any]]) -> None:
         if entry["action"] == "segment_map":
             found = next((one for one in now if one.begin <= address < one.end), None)
             if found is None:
-                continue  # `beginning` finds that the history contradicts itself
+                return number
             if not found.certain:
                 found.small, found.certain = size % LARGE_SEGMENT != 0, True
             found.mapped -= size
@@ -66,6 +67,8 @@ def find_ranges(state: State, trace: list[dict[str, Any]]) -> None:
             found.begin, found.end = min(found.begin, address), max(found.end, address + size)
             found.mapped += size
             found.unmapped.append(number)
+            if any(one is not found and one.begin < found.end and found.begin < one.end for one in now):
+                return number
         else:
             continue
         found.told = found.told or recorded_pool(entry)
@@ -80,6 +83,7 @@ def find_ranges(state: State, trace: list[dict[str, Any]]) -> None:
             state.untold.update(dict.fromkeys(found.unmapped, found.pool))
         if found in sure:
             state.private.update(found.unmapped)
+    return None
 
 
 def _reserved_peak(state: State, trace: list[dict[str, Any]]) -> int:

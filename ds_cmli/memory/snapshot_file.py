@@ -50,17 +50,27 @@ def read(path: str | Path) -> dict[str, Any]:
 
 
 def _fill_in(content: Any) -> None:
-    """Read addresses that another tool wrote as hexadecimal strings, and put segments without a stream on stream 0."""
-    if not isinstance(content, dict):
+    """Read addresses that another tool wrote as hexadecimal strings.
+
+    Where there is the history of one device only, or of one stream only, segments that name none are put there.
+    """
+    if not isinstance(content, dict) or not isinstance(content.get("device_traces"), list):
         return
-    segments, traces = content.get("segments"), content.get("device_traces")
-    for segment in segments if isinstance(segments, list) else []:
+    traces = [_dictionaries(trace) for trace in content["device_traces"]]
+    for entry in (entry for trace in traces for entry in trace):
+        _read_hexadecimal(entry, "addr", "stream")
+    devices = [device for device, trace in enumerate(traces) if trace]
+    streams = {str(entry.get("stream", 0)): entry.get("stream", 0) for trace in traces for entry in trace}
+    for segment in _dictionaries(content.get("segments")):
         _read_hexadecimal(segment, "address", "stream")
-        if isinstance(segment, dict):
-            segment.setdefault("stream", 0)
-    for trace in traces if isinstance(traces, list) else []:
-        for entry in trace if isinstance(trace, list) else []:
-            _read_hexadecimal(entry, "addr", "stream")
+        if len(devices) == 1:
+            segment.setdefault("device", devices[0])
+        if len(streams) == 1:
+            segment.setdefault("stream", *streams.values())
+
+
+def _dictionaries(value: Any) -> list[dict[str, Any]]:
+    return [one for one in value if isinstance(one, dict)] if isinstance(value, list) else []
 
 
 def _read_hexadecimal(value: Any, *keys: str) -> None:
@@ -82,9 +92,12 @@ def _wrong(content: Any) -> str:
                 return f"device_traces[{number}][{at}] is no event of the allocator"
             if not _is_pool(entry.get("pool_id", (0, 0))):
                 return f"device_traces[{number}][{at}] belongs to no pool"
+    several = sum(map(bool, content["device_traces"])) > 1
     for number, segment in enumerate(content["segments"]):
-        if not _has(segment, SEGMENT, optional=("device",)) or not isinstance(segment.get("blocks"), list):
-            return f"segments[{number}] is no segment with blocks"
+        if not _has(segment, SEGMENT, optional=() if several else ("device",)) or not isinstance(
+            segment.get("blocks"), list
+        ):
+            return f"segments[{number}] is no segment with an address, a size, a stream, a device and blocks"
         if not _is_pool(segment.get("segment_pool_id", (0, 0))):
             return f"segments[{number}] belongs to no pool"
         if not all(_has(block, BLOCK, optional=("requested_size",)) for block in segment["blocks"]):

@@ -131,6 +131,9 @@ def test_the_command_prints_an_object_per_device(tmp_path):
 SEGMENT = {"address": M, "total_size": 2 * M, "stream": 0, "blocks": [{"size": 2 * M, "state": "inactive"}]}
 
 
+EVENTS = [{"action": "snapshot"}]
+
+
 class Hostile:
     def __reduce__(self):
         return open, ("executed", "w")
@@ -145,6 +148,8 @@ class Hostile:
         (pickle.dumps({"segments": [], "device_traces": [[{"action": "alloc", "addr": "x"}]]}), "is no event"),
         (json.dumps({"segments": [{**SEGMENT, "segment_pool_id": 3}], "device_traces": []}).encode(), "to no pool"),
         (json.dumps({"segments": [{**SEGMENT, "total_size": M}], "device_traces": []}).encode(), "do not fill it"),
+        (json.dumps({"segments": [SEGMENT], "device_traces": [EVENTS, EVENTS]}).encode(), "a stream, a device and"),
+        (json.dumps({"segments": [], "device_traces": [[{**EVENTS[0], "pool_id": 3}]]}).encode(), "to no pool"),
         (pickle.dumps([1])[:-3], "is no snapshot that can be read"),
         (b"[" * 100_000, "is no snapshot that can be read"),
         (b"\x1f\x8bnothing", "is no snapshot that can be read"),
