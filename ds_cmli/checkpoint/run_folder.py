@@ -143,7 +143,7 @@ def _settle(resume: str, point: ResumePoint | None, folder: Path, config: Config
     if damage:
         print(damage, flush=True)
     beside = folder / ("config.json" + checkpoint.WRITING)
-    provenance.write(beside, config, ds_config)
+    provenance.write(beside, config.to_dict(), ds_config)
     os.replace(beside, folder / "config.json")
 
 

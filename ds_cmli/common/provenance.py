@@ -10,8 +10,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from ds_cmli.config.schema import Config
-
 PACKAGES = ("ds-cmli", "torch", "deepspeed", "transformers", "timm")
 
 
@@ -46,9 +44,9 @@ def versions() -> dict[str, str]:
     return result
 
 
-def write(path: Path, config: Config, ds_config: Mapping[str, Any]) -> None:
+def write(path: Path, config: dict[str, Any], ds_config: Mapping[str, Any]) -> None:
     content = {
-        "config": config.to_dict(),
+        "config": config,
         "deepspeed": dict(ds_config),
         "versions": versions(),
         "revision": revision(),

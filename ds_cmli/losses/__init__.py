@@ -5,8 +5,9 @@ table is read without importing PyTorch: an entry only names its class, and `loa
 """
 
 from dataclasses import dataclass
-from importlib import import_module
 from typing import Any
+
+from ds_cmli.common import registry
 
 
 @dataclass(frozen=True)
@@ -35,8 +36,7 @@ LOSSES = {
 
 def load(name: str) -> Any:
     """Import the file of the loss `name` and return its class."""
-    module, _, cls = LOSSES[name].implementation.partition(".")
-    return getattr(import_module(f"{__name__}.{module}"), cls)
+    return registry.load(__name__, LOSSES[name].implementation)
 
 
 def over_pairs(weights: dict[str, float]) -> dict[str, float]:

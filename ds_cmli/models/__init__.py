@@ -6,8 +6,9 @@ imports it.
 """
 
 from dataclasses import dataclass
-from importlib import import_module
 from typing import Any
+
+from ds_cmli.common import registry
 
 AUTO = "auto"  # selects the first entry of the table whose `takes` accepts the model
 
@@ -30,8 +31,7 @@ TEXT = {
 
 def load(table: dict[str, Entry], name: str) -> Any:
     """Import the file of the backbone `name` and return its class."""
-    module, _, cls = table[name].implementation.partition(".")
-    return getattr(import_module(f"{__name__}.{module}"), cls)
+    return registry.load(__name__, table[name].implementation)
 
 
 def build(table: dict[str, Entry], name: str, request: Any) -> Any:

@@ -3,13 +3,14 @@
 import json
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ds_cmli.common.errors import UserError
 from ds_cmli.config.schema import load_config
+from ds_cmli.config.settings import flatten
 
 # Former endings of column names, which runs of earlier versions have written, and the present ones.
 FORMER = {"/pointing": "/pointing_game"}
@@ -48,7 +49,7 @@ def read(folder: str | Path) -> RunFiles:
     folder = Path(folder)
     config = load_config(folder / "config.json", "RUN").to_dict()
     content = json.loads((folder / "config.json").read_text())
-    settings = flat({**config, "deepspeed": content.get("deepspeed", {})})
+    settings = flatten({**config, "deepspeed": content.get("deepspeed", {})})
     metrics = []
     path = folder / "metrics.jsonl"
     try:
@@ -69,17 +70,6 @@ def read(folder: str | Path) -> RunFiles:
 def _column(name: str) -> str:
     former = next((end for end in FORMER if name.startswith("eval/") and name.endswith(end)), None)
     return name if former is None else name.removesuffix(former) + FORMER[former]
-
-
-def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} -> {"a.b": 1}"""
-    out: dict[str, Any] = {}
-    for name, value in values.items():
-        if isinstance(value, Mapping) and value:
-            out |= flat(value, f"{prefix}{name}.")
-        else:
-            out[f"{prefix}{name}"] = value
-    return out
 
 
 def groups(runs: Sequence[RunFiles]) -> list[list[RunFiles]]:

@@ -14,8 +14,9 @@ from torch.utils.tensorboard import SummaryWriter
 
 from ds_cmli.common.errors import UserError
 from ds_cmli.config.presets import load_preset
+from ds_cmli.config.settings import flatten
 from ds_cmli.report.__main__ import command
-from ds_cmli.report.runs import differing, flat, groups, mean, read
+from ds_cmli.report.runs import differing, groups, mean, read
 
 
 def run(folder, seed: int, r1: float, **changes) -> str:
@@ -53,7 +54,7 @@ def test_seeds_are_one_group_and_other_settings_another(tmp_path):
     assert [[r.name for r in group] for group in groups(runs)] == [["s0", "s1", "s2"], ["other"]]
     assert differing([runs[0], runs[3]]) == {"optim.lr": [1e-3, 2e-3]}
     assert runs[0].curve("loss") == ([1], [3.5])  # what is not finite is no point
-    assert flat({"a": {"b": 1, "c": {}}, "d": 2}) == {"a.b": 1, "a.c": {}, "d": 2}
+    assert flatten({"a": {"b": 1, "c": {}}, "d": 2}) == {"a.b": 1, "a.c": {}, "d": 2}
 
 
 def test_the_command_writes_one_page(tmp_path):

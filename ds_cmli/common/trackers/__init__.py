@@ -7,10 +7,10 @@ tracker's library: an entry only names its class, and `load` imports it.
 import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
 
+from ds_cmli.common import registry
 from ds_cmli.common.errors import UserError
 
 
@@ -57,8 +57,7 @@ def check(names: Sequence[str]) -> None:
 
 def load(name: str, folder: Path, first_step: int) -> Tracker:
     """Open the tracker `name`. Raises `UserError`."""
-    module, _, cls = TRACKERS[name].implementation.partition(".")
-    return getattr(import_module(f"{__name__}.{module}"), cls)(folder, first_step)
+    return registry.load(__name__, TRACKERS[name].implementation)(folder, first_step)
 
 
 def kept_id(folder: Path, new: str) -> str:

@@ -8,10 +8,10 @@ import contextlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from ds_cmli.common import registry
 from ds_cmli.common.errors import UserError
 from ds_cmli.data.sources.names import expand
 
@@ -105,8 +105,7 @@ def recognise(name: str) -> tuple[str, list[Path]]:
 
 def load(kind: str) -> Callable[..., Any]:
     """Import the file of this kind of source and return the function that opens it."""
-    module, _, function = SOURCES[kind].implementation.partition(".")
-    return getattr(import_module(f"{__name__}.{module}"), function)
+    return registry.load(__name__, SOURCES[kind].implementation)
 
 
 def _without_companions(found: dict[str, list[Path]]) -> dict[str, list[Path]]:
