@@ -100,7 +100,7 @@ class CachingAllocator:
 
     def empty_cache(self, pool: Pool = DEFAULT_POOL) -> None:
         """Return every wholly free segment of a pool to the device; a private pool's when it is deleted."""
-        for segment in list(self.segments.values()):
+        for segment in sorted(self.segments.values(), key=lambda s: (s.small, s.stream, s.size, s.address)):
             if segment.pool == pool and segment.free:
                 self.release(segment)
 

@@ -111,8 +111,13 @@ def _replay(trace: list[dict[str, Any]], start: State, device: int) -> tuple[Rep
             out.reserved_peak_recorded = max(out.reserved_peak_recorded, reserved)
         elif action == "alloc" and size:
             allocator.next_address = INVENTED + (out.allocations << 42)
-            if given and _is_vacant(allocator, given[0], recorded):
-                allocator.next_address = given[0]
+            mine = (
+                given[:1]
+                if start.settings.expandable_segments
+                else [a for a in given if a == recorded.segment(address)]
+            )
+            if mine and _is_vacant(allocator, mine[0], recorded):
+                allocator.next_address = mine[0]
             allocator.actions.clear()
             block = allocator.malloc(size, entry.get("stream", 0), pool=recorded.pool(entry))
             if block.address != address and block.before is not None:
@@ -123,7 +128,9 @@ def _replay(trace: list[dict[str, Any]], start: State, device: int) -> tuple[Rep
                     if rest <= start.rests[before][1]:
                         return out, (before, rest)
             out.segments_replayed += [done.bytes for done in allocator.actions if done.name in TAKEN]
-            given.clear()  # a segment serves this request only: one that the model did not need is not kept for later
+            # A segment serves the request at its address: if the model did not need it, it is not kept for later. Other
+            # new segments are those of other threads' requests.
+            given = [] if start.settings.expandable_segments else [a for a in given if a not in mine]
             blocks[address] = block
             out.allocations += 1
             out.at_recorded_address += block.address == address

@@ -10,6 +10,7 @@ from click.testing import CliRunner
 
 from ds_cmli.common.errors import UserError
 from ds_cmli.memory import snapshot_file
+from ds_cmli.memory.beginning import LIVE
 from ds_cmli.memory.blocks import Settings
 from ds_cmli.memory.history import replay_history
 from profiling.replay import command
@@ -71,6 +72,23 @@ def test_the_rest_behind_a_block_is_told_by_what_was_passed_over():
     found = replay_history({"segments": segments, "device_traces": [trace]}, 0)
     assert found.exact and found.allocations == 1 and found.ambiguous == 1
     assert found.allocated_peak == 20 * M + 9 * M + eighth + 512
+
+
+def test_two_threads_can_take_segments_at_once():
+    """PyTorch lets go of its lock while it waits for the device (release_lock_on_cudamalloc)."""
+    first, second = 1 << 40, 1 << 41
+    trace = [
+        {"action": action, "addr": address, "size": 20 * M, "stream": 0}
+        for action in ("segment_alloc", "alloc")
+        for address in (second, first)
+    ]
+    trace[2:] = reversed(trace[2:])
+    segments = [
+        {"address": address, "total_size": 20 * M, "stream": 0, "blocks": [{"size": 20 * M, "state": LIVE[0]}]}
+        for address in (first, second)
+    ]
+    found = replay_history({"segments": segments, "device_traces": [trace]}, 0)
+    assert found.exact and found.reserved_peak_replayed == 40 * M
 
 
 ORDINARY = {"address": 2**40, "total_size": 2 * M, "stream": 0, "blocks": [{"size": 2 * M, "state": "inactive"}]}
