@@ -7,9 +7,11 @@ from typing import Any
 from ds_cmli.common.errors import UserError
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.schema import Config
+from ds_cmli.losses import LOSSES
 from ds_cmli.memory import predict_subprocess
 
 MOST = 2  # number of proposed changes
+RING = "--set loss.cmli_exchange=ring"
 # In elements: DeepSpeed's default, and a size whose messages are still large enough to be fast.
 DEFAULT_BUCKET, SMALL_BUCKET = 500_000_000, 5_000_000
 SECONDS = 120  # time limit of all predictions together; the other ranks wait meanwhile
@@ -30,16 +32,16 @@ def changes(config: Config, ds_config: DeepSpeedConfig, world_size: int, gpu: bo
     """
     out = []
     same: list[Change] = []
-    if "cmli" in config.loss.weights and not config.loss.cmli_recompute:
-        values = config.to_dict()
-        values["loss"]["cmli_recompute"] = True
-        same.append(Change("--set loss.cmli_recompute=true", Config.from_dict(values), ds_config))
+    if _compares_tokens(config) and not config.loss.cmli_recompute:
+        same.append(Change("--set loss.cmli_recompute=true", _with_loss(config, cmli_recompute=True), ds_config))
     if not ds_config.checkpointing:
         changed = ds_config.replaced(activation_checkpointing={})
         same.append(Change('"activation_checkpointing": {} in the DeepSpeed JSON', config, changed))
     out += same
     if len(same) == 2:
         out.append(Change(f"{same[0].what} and {same[1].what}", same[0].config, same[1].ds_config))
+    if _can_go_round(config, world_size):
+        out.append(Change(RING, _with_loss(config, cmli_exchange="ring"), ds_config))
     stage = ds_config.stage
     if stage and ds_config.zero.get("reduce_bucket_size", DEFAULT_BUCKET) > SMALL_BUCKET:
         smaller = ds_config.replaced({"reduce_bucket_size": SMALL_BUCKET})
@@ -67,13 +69,15 @@ def together(config: Config, ds_config: DeepSpeedConfig, world_size: int) -> lis
 
     def add(what: str, **settings: Any) -> None:
         before = out[-1] if out else Change("", config, ds_config)
-        zero = settings.pop("zero", {})
+        zero, changed = settings.pop("zero", {}), _with_loss(before.config, **settings.pop("loss", {}))
         what = f"{before.what} and {what}" if out else what
-        out.append(Change(what, before.config, before.ds_config.replaced(zero, **settings)))
+        out.append(Change(what, changed, before.ds_config.replaced(zero, **settings)))
 
     if not ds_config.checkpointing:
         add('"activation_checkpointing": {}', activation_checkpointing={})
     highest = 3 if world_size > 1 else 1
+    if _can_go_round(config, world_size):
+        add(RING, loss={"cmli_exchange": "ring"})
     if ds_config.stage < highest:
         add(f'"zero_optimization": {{"stage": {highest}}}', zero={"stage": highest})
     if ds_config.zero.get("reduce_bucket_size", DEFAULT_BUCKET) > SMALL_BUCKET:
@@ -81,6 +85,21 @@ def together(config: Config, ds_config: DeepSpeedConfig, world_size: int) -> lis
     if "offload_optimizer" not in ds_config.zero:
         add('"offload_optimizer": {"device": "cpu"} in it (slower)', zero={"offload_optimizer": {"device": "cpu"}})
     return out
+
+
+def _compares_tokens(config: Config) -> bool:
+    return any(LOSSES[name].scores == "cmli" for name in config.loss.weights)
+
+
+def _can_go_round(config: Config, world_size: int) -> bool:
+    """Whether a ring would be another exchange of the texts than the configured one."""
+    return _compares_tokens(config) and world_size > 1 and config.loss.cmli_exchange != "ring"
+
+
+def _with_loss(config: Config, **settings: Any) -> Config:
+    values = config.to_dict()
+    values["loss"].update(settings)
+    return Config.from_dict(values)
 
 
 def _smaller_batches(base: Change, world_size: int) -> list[Change]:
