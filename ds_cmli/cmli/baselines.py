@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ds_cmli.losses.functions import upcast
+from ds_cmli.cmli.contrastive import upcast
 
 N, M, D = 196, 64, 256
 SETTINGS = ("full", "captions", "mixed")

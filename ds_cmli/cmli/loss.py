@@ -12,11 +12,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ds_cmli.cmli.contrastive import contrastive_loss, upcast
 from ds_cmli.cmli.op import DEFAULT_SCRATCH_BYTES
 from ds_cmli.cmli.ring import DEFAULT_GATHER_BYTES, DEFAULT_SCORER, Scorer, ring_scores
 from ds_cmli.distributed import collectives
 from ds_cmli.distributed import process_group as distributed
-from ds_cmli.losses.functions import contrastive_loss, upcast
 
 
 def l2_normalize(x: Tensor) -> Tensor:

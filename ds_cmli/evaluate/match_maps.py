@@ -12,11 +12,11 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from ds_cmli.cmli.contrastive import upcast
 from ds_cmli.common.trackers import MATCH_MAPS
 from ds_cmli.data.held_out import HeldOut
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.evaluate.split import Share
-from ds_cmli.losses.functions import upcast
 
 COLUMNS = 6  # tiles per row
 TILE = 168  # side of a tile in pixels

@@ -15,13 +15,14 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput
 
+from ds_cmli.cmli.contrastive import contrastive_loss, temperature_scale, upcast
 from ds_cmli.cmli.loss import l2_normalize
 from ds_cmli.cmli.reference import cmli_scores_reference
 from ds_cmli.data.tokens import SpecialTokens
 from ds_cmli.export.configuration import CMLIConfig
 from ds_cmli.export.processing import CMLIProcessor
 from ds_cmli.inference.model import Match
-from ds_cmli.losses.functions import contrastive_loss, sigmoid_loss, temperature_scale, upcast
+from ds_cmli.losses.functions import sigmoid_loss
 from ds_cmli.models.student import Student
 
 SCORES_AT_ONCE = 2**26  # the number of patch-token similarities in memory at a time

@@ -15,10 +15,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ds_cmli.cmli import cmli_scores
+from ds_cmli.cmli.contrastive import upcast
 from ds_cmli.common.errors import UserError
 from ds_cmli.inference.model import ImageEmbeddings, Model, Picture, TextEmbeddings, list_pictures
 from ds_cmli.inference.topk import topk
-from ds_cmli.losses.functions import upcast
 
 FILE, VERSION = "index.json", 1
 EXACT = 2000  # up to this number of images, all of them are scored by CMLI

@@ -17,13 +17,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ds_cmli.cmli import cmli_scores
+from ds_cmli.cmli.contrastive import upcast
 from ds_cmli.cmli.loss import l2_normalize
 from ds_cmli.common.errors import UserError
 from ds_cmli.config.schema import Config, load_config
 from ds_cmli.data.batch import Collate, Sample
 from ds_cmli.data.pictures import load_image, read_picture
 from ds_cmli.data.tokens import CaptionTokenizer, load_tokenizer
-from ds_cmli.losses.functions import upcast
 from ds_cmli.losses.objective import Objective
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ds_cmli.cmli.check import index_dtype
+from ds_cmli.cmli.contrastive import upcast
 from ds_cmli.cmli.loss import l2_normalize
 from ds_cmli.cmli.ring import Scorer, ring_scores
 from ds_cmli.cmli.token_keep import Selection
@@ -27,7 +28,7 @@ from ds_cmli.distributed import collectives
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.losses.base import Loss, PairInputs
 from ds_cmli.losses.column_statistics import ColumnStatistics
-from ds_cmli.losses.functions import duplicates, upcast
+from ds_cmli.losses.functions import duplicates
 
 
 @dataclass

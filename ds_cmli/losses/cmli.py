@@ -2,9 +2,9 @@
 
 from torch import Tensor
 
+from ds_cmli.cmli.contrastive import contrastive_loss
 from ds_cmli.config.schema import LossConfig
 from ds_cmli.losses.base import Loss, PairInputs, log_scale
-from ds_cmli.losses.functions import contrastive_loss
 
 
 class AllPairsCMLI(Loss):

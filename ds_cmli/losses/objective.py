@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ds_cmli import losses
+from ds_cmli.cmli.contrastive import temperature_scale, upcast
 from ds_cmli.cmli.ring import Scorer
 from ds_cmli.cmli.token_keep import Selection, select
 from ds_cmli.config.schema import LossConfig
@@ -15,7 +16,6 @@ from ds_cmli.data import Batch
 from ds_cmli.losses import LOSSES
 from ds_cmli.losses.base import Features, LossInputs, WidthHead
 from ds_cmli.losses.cached import PairFeatures, PairGradients, pair_gradients
-from ds_cmli.losses.functions import temperature_scale, upcast
 from ds_cmli.models.student import Student
 from ds_cmli.models.teacher import Targets
 

@@ -27,6 +27,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ds_cmli.cmli import cmli_scores
 from ds_cmli.cmli.baselines import broadcast_dots, broadcast_scores, materialised_scores
+from ds_cmli.cmli.contrastive import contrastive_loss
 from ds_cmli.losses import functions as losses
 from ds_cmli.memory import cpu_events
 from ds_cmli.memory.estimates import SPECIAL_TOKENS, Setting, cmli_op_largest
@@ -37,12 +38,12 @@ SMALL = Setting(B=2, P=1, N=4, M=4, H=8, D=8)
 
 def global_loss(dots: Callable[[Tensor, Tensor], Tensor], image: Tensor, text: Tensor, logit_scale: Tensor) -> Tensor:
     scores = dots(image, text)
-    return losses.contrastive_loss(scores, scores, logit_scale)
+    return contrastive_loss(scores, scores, logit_scale)
 
 
 def cmli_loss(scores: Callable, image: Tensor, text: Tensor, token_mask: Tensor, logit_scale: Tensor) -> Tensor:
     s_i2t, s_t2i = scores(image, text, token_mask)
-    return losses.contrastive_loss(s_i2t, s_t2i, logit_scale)
+    return contrastive_loss(s_i2t, s_t2i, logit_scale)
 
 
 def broadcast_match(tokens: Tensor, patches: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ LIMIT = 3
 
 
 def check(value: Mistake) -> None:
-    from ds_cmli.losses.functions import MAX_SCALE
+    from ds_cmli.cmli.contrastive import MAX_SCALE
 
     if value > LIMIT:
         raise Mistake(weights.BLOCK, MAX_SCALE)
@@ -47,7 +47,7 @@ def test_imports_are_rewritten_wherever_they_stand():
     files = bundle({entry: "entry"}, {entry: REPLACED})
     text = files["entry.py"]
     assert "from .common_errors import UserError as Mistake" in text
-    assert "    from .losses_functions import MAX_SCALE\n" in text
+    assert "    from .cmli_contrastive import MAX_SCALE\n" in text
     assert "from . import models_weights as weights\n" in text
-    assert set(files) == {"entry.py", "common_errors.py", "losses_functions.py", "models_weights.py"}
-    assert "MAX_SCALE = 100.0" in files["losses_functions.py"] and "def " not in files["losses_functions.py"]
+    assert set(files) == {"entry.py", "common_errors.py", "cmli_contrastive.py", "models_weights.py"}
+    assert "MAX_SCALE = 100.0" in files["cmli_contrastive.py"] and "def " not in files["cmli_contrastive.py"]

@@ -1,0 +1,49 @@
+"""The contrastive loss and its temperature against literals that can be checked by hand."""
+
+import math
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from ds_cmli.cmli.contrastive import contrastive_loss, temperature_scale
+
+F64 = torch.float64
+
+
+def test_contrastive_loss_by_hand():
+    s = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    scale = torch.tensor([math.log(2.0)])
+    # Every row and column is (2, 0): -log(e^2 / (e^2 + 1)).
+    assert contrastive_loss(s, s, scale).item() == pytest.approx(math.log(1 + math.exp(-2)))
+
+
+def test_contrastive_loss_takes_rows_from_one_matrix_and_columns_from_the_other():
+    rows = torch.tensor([[3.0, 0.0], [0.0, 3.0]])
+    columns = torch.tensor([[0.0, 5.0], [1.0, 0.0]])
+    row_loss = math.log(1 + math.exp(-3))
+    column_loss = (math.log(1 + math.exp(1)) + math.log(1 + math.exp(5))) / 2
+    found = contrastive_loss(rows, columns, torch.zeros(1)).item()
+    assert found == pytest.approx((row_loss + column_loss) / 2)
+
+
+def test_contrastive_loss_of_a_block_row():
+    # Two ranks' blocks of one row each: the mean over ranks is the loss of the whole.
+    s = torch.tensor([[0.3, -0.2], [0.8, 0.1]], dtype=F64)
+    whole = contrastive_loss(s, s, torch.ones(1, dtype=F64))
+    column = lambda _: (math.e * s).logsumexp(0)  # noqa: E731
+    blocks = [contrastive_loss(s[r : r + 1], s[r : r + 1], torch.ones(1, dtype=F64), r, column) for r in range(2)]
+    assert_close(sum(blocks) / 2, whole)
+
+
+def test_temperature_is_clamped_straight_through():
+    x = torch.tensor([math.log(500.0)], requires_grad=True)
+    y = temperature_scale(x)
+    y.sum().backward()
+    assert y.item() == pytest.approx(100.0, rel=1e-5)
+    assert x.grad.item() == pytest.approx(100.0, rel=1e-5)  # not 0: a parameter over the limit can come back
+    assert temperature_scale(torch.tensor([math.log(14.0)])).item() == pytest.approx(14.0, rel=1e-5)
+
+
+def test_temperature_is_computed_in_fp32():
+    assert temperature_scale(torch.tensor([2.5], dtype=torch.bfloat16)).dtype == torch.float32
