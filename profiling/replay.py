@@ -107,7 +107,7 @@ def one(
         at_peak = holders(content, device, start)
         values: dict[str, Any] = dict(replayed.to_dict())
         values["at_peak"] = {holder.name: holder.bytes for holder in at_peak}
-        lines = [text(replayed), "  at the peak:", *held(at_peak)]
+        lines = [text(replayed, isinstance(content.get("allocator_settings"), dict)), "  at the peak:", *held(at_peak)]
         if room is not None or changes:
             answer = what_if(start, trace, room, replace(start.settings, **changes))
             values["what_if"] = answer.to_dict()
@@ -189,7 +189,7 @@ def smallest_gpu(start: Any, trace: list[dict[str, Any]]) -> str:
     return "  it fits on none of the GPUs that are known"
 
 
-def text(replayed: Any) -> str:
+def text(replayed: Any, settings_known: bool) -> str:
     fragmented = replayed.reserved_peak_replayed - replayed.allocated_peak
     lines = [
         f"device {replayed.device}: {replayed.allocations:,} allocations,"
@@ -204,10 +204,16 @@ def text(replayed: Any) -> str:
         lines.append(f"  of {replayed.ambiguous} blocks from before, the exact size cannot be told")
     if replayed.unknown:
         lines.append(f"  {replayed.unknown} frees belong to nothing that the replay holds")
+    if not replayed.exact:
+        lines.append(
+            "  what differs comes from rules that the model does not know"
+            + ("" if settings_known else ", or from PYTORCH_ALLOC_CONF, which the history does not tell")
+        )
     if replayed.released_private:
         lines.append(
             f"  {replayed.released_private} released segments were those of private pools (CUDA graphs,"
             " torch.cuda.MemPool): the history does not say so, the requests do"
+            + ("" if settings_known else " (if PYTORCH_ALLOC_CONF was not set, which it does not say either)")
         )
     if replayed.released_unknown:
         lines.append(

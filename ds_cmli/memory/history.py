@@ -9,7 +9,7 @@ from typing import Any
 
 from ds_cmli.memory.allocator import CachingAllocator
 from ds_cmli.memory.beginning import beginning
-from ds_cmli.memory.blocks import DEFAULT_POOL, MIN_BLOCK
+from ds_cmli.memory.blocks import DEFAULT_POOL, MIN_BLOCK, segment_bytes
 from ds_cmli.memory.expandable import ExpandableAllocator
 from ds_cmli.memory.pools import Recorded, told_apart
 from ds_cmli.memory.state import State, restore
@@ -71,9 +71,10 @@ def replay_history(snapshot: dict[str, Any], device: int) -> Replayed:
         if guess.at_recorded_address > out.at_recorded_address:
             out = guess
     pools = {*out.start.untold.values(), *(part.pool for part in out.start.parts())}
-    out.released_private = len(out.start.private)
+    told = out.start.private if out.exact or out.start.settings.expandable_segments else set()
+    out.released_private = len(told)
     if pools - {DEFAULT_POOL}:
-        out.released_unknown = len(out.start.untold.keys() - out.start.private)
+        out.released_unknown = len(out.start.untold.keys() - told)
     return out
 
 
@@ -94,7 +95,7 @@ def _replay(trace: list[dict[str, Any]], start: State, device: int) -> tuple[Rep
     difference. Otherwise None stands in their place.
     """
     out = Replayed(device, start=start)
-    recorded = Recorded(start)
+    recorded, expandable = Recorded(start), start.settings.expandable_segments
     allocator, blocks = restore(start)
     uncertain = {
         address: start.rounded(start.live[address]) for address, (low, high) in start.rests.items() if low < high
@@ -111,12 +112,8 @@ def _replay(trace: list[dict[str, Any]], start: State, device: int) -> tuple[Rep
             out.reserved_peak_recorded = max(out.reserved_peak_recorded, reserved)
         elif action == "alloc" and size:
             allocator.next_address = INVENTED + (out.allocations << 42)
-            mine = (
-                given[:1]
-                if start.settings.expandable_segments
-                else [a for a in given if a == recorded.segment(address)]
-            )
-            if mine and _is_vacant(allocator, mine[0], recorded):
+            mine = given[:1] if expandable else [new for new in given if new == recorded.segment(address)]
+            if mine and _is_vacant(allocator, mine[0], segment_bytes(start.rounded(size))):
                 allocator.next_address = mine[0]
             allocator.actions.clear()
             block = allocator.malloc(size, entry.get("stream", 0), pool=recorded.pool(entry))
@@ -130,7 +127,7 @@ def _replay(trace: list[dict[str, Any]], start: State, device: int) -> tuple[Rep
             out.segments_replayed += [done.bytes for done in allocator.actions if done.name in TAKEN]
             # A segment serves the request at its address: if the model did not need it, it is not kept for later. Other
             # new segments are those of other threads' requests.
-            given = [] if start.settings.expandable_segments else [a for a in given if a not in mine]
+            given = [] if expandable else [new for new in given if new not in mine]
             blocks[address] = block
             out.allocations += 1
             out.at_recorded_address += block.address == address
@@ -159,9 +156,10 @@ def _replay(trace: list[dict[str, Any]], start: State, device: int) -> tuple[Rep
     return out, None
 
 
-def _is_vacant(allocator: CachingAllocator, address: int, recorded: Recorded) -> bool:
-    """Whether the model has no segment where a new one begins. It may have kept one that CUDA's allocator returned."""
-    if isinstance(allocator, ExpandableAllocator):
-        return all(not held.address <= address <= held.blocks()[-1].address for held in allocator.segments.values())
-    end = address + recorded.parts[address].size
-    return all(held.address >= end or held.address + held.size <= address for held in allocator.segments.values())
+def _is_vacant(allocator: CachingAllocator, address: int, size: int) -> bool:
+    """Whether the model has nothing where a new segment begins. It may have kept what CUDA's allocator returned."""
+    for held in allocator.segments.values():
+        end = held.blocks()[-1].address + 1 if isinstance(allocator, ExpandableAllocator) else held.address + held.size
+        if held.address < address + size and address < end:
+            return False
+    return True

@@ -106,3 +106,8 @@ def test_the_command_says_what_the_history_does_not(tmp_path):
     assert (values["released_private"], values["released_unknown"]) == (2, 0)
     text = CliRunner().invoke(command, [str(path)]).output
     assert "2 released segments were those of private pools" in text
+    assert "if PYTORCH_ALLOC_CONF was not set" in text and "rules that the model does not know" not in text
+    # A request that no pool explains: the default pool's passes over the default pool's free block.
+    path.write_text(json.dumps(history([*taken(B), *free(B)], A, B)))
+    text = CliRunner().invoke(command, [str(path)]).output
+    assert "comes from rules that the model does not know, or from PYTORCH_ALLOC_CONF" in text
