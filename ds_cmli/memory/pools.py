@@ -7,6 +7,7 @@ can tell: where one was not served from a free block that the allocator's rules 
 """
 
 from bisect import bisect_left, bisect_right, insort
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -67,6 +68,16 @@ class Conflicts:
         if first != second and (isinstance(first, int) or isinstance(second, int)):
             self.between.setdefault(first, set()).add(second)
             self.between.setdefault(second, set()).add(first)
+
+
+@dataclass
+class PrivatePool:
+    """A private pool that is assumed."""
+
+    id: Pool
+    returned: int  # number of the event that returned the first of its segments
+    last_used: int = -1  # number of the last allocation in it
+    excluded: set[Owner] = field(default_factory=set)  # what cannot be in it
 
 
 def conflicts(start: State, trace: list[dict[str, Any]], uncertain: bool = False) -> Conflicts:
@@ -159,15 +170,28 @@ def told_apart(start: State, trace: list[dict[str, Any]], uncertain: bool = Fals
         private.add(most)
         for other in open_.pop(most):
             open_[other].discard(most)
-    pools: list[list[int]] = []
+    return dict(_grouped(private, found, start.settings.max_split_size is not None)), forced
+
+
+def _grouped(private: set[int], found: Conflicts, returned_while_used: bool) -> Iterator[tuple[int, Pool]]:
+    """Put the segments into as few private pools as possible: the first one in which each can have been.
+
+    PyTorch returns a private pool's segments when nothing can allocate in it any more. With a split size, it also
+    returns some of them in between.
+    """
+    pools: list[PrivatePool] = []
     for segment in sorted(private):
-        for members in pools:
-            if all(_together(segment, member, found, start) for member in members):
-                members.append(segment)
+        last_used = found.last_used.get(segment, -1)
+        for pool in pools:
+            used_after_return = pool.last_used >= segment or last_used >= pool.returned
+            if segment not in pool.excluded and (returned_while_used or not used_after_return):
                 break
         else:
-            pools.append([segment])
-    return {segment: (-1, number) for number, members in enumerate(pools) for segment in members}, forced
+            pool = PrivatePool((-1, len(pools)), returned=segment)
+            pools.append(pool)
+        pool.excluded |= found.between.get(segment, set())
+        pool.last_used = max(pool.last_used, last_used)
+        yield segment, pool.id
 
 
 def _returned_late(trace: list[dict[str, Any]]) -> set[int]:
@@ -188,16 +212,3 @@ def _returned_late(trace: list[dict[str, Any]]) -> set[int]:
             out.add(number)
         last = turn
     return out
-
-
-def _together(first: int, second: int, found: Conflicts, start: State) -> bool:
-    """Whether two released segments can have been in one private pool.
-
-    PyTorch returns a private pool's segments when nothing can allocate in it any more. With a split size, it also
-    returns some of them in between.
-    """
-    if second in found.between.get(first, ()):
-        return False
-    if start.settings.max_split_size is not None:
-        return True
-    return found.last_used.get(first, -1) < second and found.last_used.get(second, -1) < first

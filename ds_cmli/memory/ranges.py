@@ -37,7 +37,6 @@ def find_ranges(state: State, trace: list[dict[str, Any]]) -> int | None:
     after, if there is one.
     """
     now: list[Found] = []  # the ranges that have memory after the event
-    width = max(LEAST_WIDTH, _reserved_peak(state, trace)) * 9 // 8
     for address, part in sorted(state.segments.items()):
         last = now[-1] if now else None
         if last is None or (last.small, last.stream, last.told) != (part.small, part.stream, part.pool):
@@ -45,6 +44,8 @@ def find_ranges(state: State, trace: list[dict[str, Any]]) -> int | None:
         now[-1].end = address + part.size
         now[-1].mapped += part.size
     ranges = list(now)
+    extent = max((found.end - found.begin for found in now), default=0)
+    width = max(LEAST_WIDTH, extent, _reserved_peak(state, trace)) * 9 // 8
     for number, entry in reversed(list(enumerate(trace))):
         address, size = entry.get("addr", 0), entry.get("size", 0)
         if entry["action"] == "segment_map":
