@@ -14,39 +14,11 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from ds_cmli.checkpoint import checksums
+from ds_cmli.checkpoint.run_folder import METRICS
 from ds_cmli.common import panels, trackers
 from ds_cmli.common.errors import UserError
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.engine.throughput import StepTimer, peak_flops
-
-METRICS = "metrics.jsonl"
-DAMAGED = "metrics.damaged.jsonl"
-
-
-def truncate(path: Path, step: int, evaluated: bool) -> str | None:
-    """Remove the lines after the step from which a run resumes, and an incomplete last line.
-
-    Unless `evaluated`, the evaluation of that step is removed too, since it will be done again. Damaged lines are moved
-    to another file; the returned line, if there is one, tells the user about it.
-    """
-    kept, damaged = [], []
-    lines = path.read_bytes().split(b"\n") if path.is_file() else [b""]
-    for text in lines[:-1]:  # after the last line break there is nothing, or an incomplete line
-        try:
-            values = json.loads(text)
-            again = values["step"] == step and not evaluated and any(name.startswith("eval/") for name in values)
-            if values["step"] <= step and not again:
-                kept.append(text + b"\n")
-        except (ValueError, KeyError, TypeError):
-            damaged.append(text + b"\n")
-    if damaged:
-        with open(path.with_name(DAMAGED), "ab") as file:
-            file.writelines(damaged)
-    checksums.publish(path, b"".join(kept))
-    if not damaged:
-        return None
-    return f"warning: {len(damaged)} lines of {path} cannot be read: kept in {path.with_name(DAMAGED)}"
 
 
 class Writer:

@@ -8,7 +8,6 @@ from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 
-from ds_cmli import metrics
 from ds_cmli.checkpoint import checksums
 from ds_cmli.checkpoint import save as checkpoint
 from ds_cmli.checkpoint.restore import ResumePoint
@@ -20,7 +19,9 @@ from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.schema import Config
 from ds_cmli.distributed import process_group as distributed
 
-OF_A_RUN = (metrics.METRICS, "config.json", *TRACKERS)  # each tracker has a folder of its name
+METRICS = "metrics.jsonl"
+DAMAGED = "metrics.damaged.jsonl"
+OF_A_RUN = (METRICS, "config.json", *TRACKERS)  # each tracker has a folder of its name
 
 
 def make(config: Config, resume: str, dry_run: bool) -> Path:
@@ -64,7 +65,7 @@ def _named(resume: str, output_dir: str) -> str:
 def _missing(folder: Path) -> list[Path]:
     """The metrics file and the folders that do not exist yet and will be created, innermost first."""
     with suppress(OSError):
-        return [path for path in (folder / metrics.METRICS, folder, *folder.parents) if not path.exists()]
+        return [path for path in (folder / METRICS, folder, *folder.parents) if not path.exists()]
     return []
 
 
@@ -139,12 +140,37 @@ def _settle(resume: str, point: ResumePoint | None, folder: Path, config: Config
     ):
         checksums.publish(root / checkpoint.LATEST, point.path.name.encode())
     state = point.state if point is not None else TrainState()
-    damage = metrics.truncate(folder / metrics.METRICS, state.step, state.evaluated)
+    damage = _truncate(folder / METRICS, state.step, state.evaluated)
     if damage:
         print(damage, flush=True)
     beside = folder / ("config.json" + checkpoint.WRITING)
     provenance.write(beside, config.to_dict(), ds_config)
     os.replace(beside, folder / "config.json")
+
+
+def _truncate(path: Path, step: int, evaluated: bool) -> str | None:
+    """Remove the lines after the step from which a run resumes, and an incomplete last line.
+
+    Unless `evaluated`, the evaluation of that step is removed too, since it will be done again. Damaged lines are moved
+    to another file; the returned line, if there is one, tells the user about it.
+    """
+    kept, damaged = [], []
+    lines = path.read_bytes().split(b"\n") if path.is_file() else [b""]
+    for text in lines[:-1]:  # after the last line break there is nothing, or an incomplete line
+        try:
+            values = json.loads(text)
+            again = values["step"] == step and not evaluated and any(name.startswith("eval/") for name in values)
+            if values["step"] <= step and not again:
+                kept.append(text + b"\n")
+        except (ValueError, KeyError, TypeError):
+            damaged.append(text + b"\n")
+    if damaged:
+        with open(path.with_name(DAMAGED), "ab") as file:
+            file.writelines(damaged)
+    checksums.publish(path, b"".join(kept))
+    if not damaged:
+        return None
+    return f"warning: {len(damaged)} lines of {path} cannot be read: kept in {path.with_name(DAMAGED)}"
 
 
 def _set_aside(folder: Path, aside: Path) -> None:
