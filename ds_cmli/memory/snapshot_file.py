@@ -8,13 +8,15 @@ import io
 import json
 import pickle
 import re
+import reprlib
 from pathlib import Path
 from typing import Any
 
 from ds_cmli.common.errors import UserError
+from ds_cmli.memory.beginning import LIVE
 
 ENTRY: dict[str, type] = {"action": str, "addr": int, "size": int, "stream": int}
-SEGMENT: dict[str, type] = {"address": int, "total_size": int, "stream": int, "device": int}
+SEGMENT: dict[str, type] = {"address": int, "total_size": int, "stream": int, "device": int, "blocks": list}
 BLOCK: dict[str, type] = {"size": int, "state": str, "requested_size": int}
 
 
@@ -50,7 +52,7 @@ def read(path: str | Path) -> dict[str, Any]:
 
 
 def _fill_in(content: Any) -> None:
-    """Read addresses that another tool wrote as hexadecimal strings.
+    """Read addresses that another tool wrote as strings, decimal or hexadecimal.
 
     Where there is the history of one device only, or of one stream only, segments that name none are put there.
     """
@@ -58,11 +60,11 @@ def _fill_in(content: Any) -> None:
         return
     traces = [_dictionaries(trace) for trace in content["device_traces"]]
     for entry in (entry for trace in traces for entry in trace):
-        _read_hexadecimal(entry, "addr", "stream")
+        _read_number(entry, "addr", "stream")
     devices = [device for device, trace in enumerate(traces) if trace]
     streams = {str(entry.get("stream", 0)): entry.get("stream", 0) for trace in traces for entry in trace}
     for segment in _dictionaries(content.get("segments")):
-        _read_hexadecimal(segment, "address", "stream")
+        _read_number(segment, "address", "stream")
         if len(devices) == 1:
             segment.setdefault("device", devices[0])
         if len(streams) == 1:
@@ -73,10 +75,10 @@ def _dictionaries(value: Any) -> list[dict[str, Any]]:
     return [one for one in value if isinstance(one, dict)] if isinstance(value, list) else []
 
 
-def _read_hexadecimal(value: Any, *keys: str) -> None:
+def _read_number(value: Any, *keys: str) -> None:
     for key in keys if isinstance(value, dict) else ():
-        if isinstance(value.get(key), str) and re.fullmatch("0[xX][0-9a-fA-F]{1,16}", value[key]):
-            value[key] = int(value[key], 16)
+        if isinstance(value.get(key), str) and re.fullmatch("0[xX][0-9a-fA-F]{1,16}|[1-9][0-9]{0,19}|0", value[key]):
+            value[key] = int(value[key], 0)
 
 
 def _wrong(content: Any) -> str:
@@ -88,20 +90,26 @@ def _wrong(content: Any) -> str:
         if not isinstance(trace, list):
             return f"device_traces[{number}] is no list"
         for at, entry in enumerate(trace):
-            if not _has(entry, ENTRY, optional=("addr", "size", "stream")):
-                return f"device_traces[{number}][{at}] is no event of the allocator"
+            wrong = _flaw(entry, ENTRY, optional=("addr", "size", "stream"))
+            if wrong:
+                return f"device_traces[{number}][{at}] is no event of the allocator: {wrong}"
             if not _is_pool(entry.get("pool_id", (0, 0))):
-                return f"device_traces[{number}][{at}] belongs to no pool"
+                return f"device_traces[{number}][{at}] belongs to no pool: its 'pool_id' is {_short(entry['pool_id'])}"
     several = sum(map(bool, content["device_traces"])) > 1
     for number, segment in enumerate(content["segments"]):
-        if not _has(segment, SEGMENT, optional=() if several else ("device",)) or not isinstance(
-            segment.get("blocks"), list
-        ):
-            return f"segments[{number}] is no segment with an address, a size, a stream, a device and blocks"
+        wrong = _flaw(segment, SEGMENT, optional=() if several else ("device",))
+        if wrong:
+            return f"segments[{number}] is no segment: {wrong}"
         if not _is_pool(segment.get("segment_pool_id", (0, 0))):
-            return f"segments[{number}] belongs to no pool"
-        if not all(_has(block, BLOCK, optional=("requested_size",)) for block in segment["blocks"]):
-            return f"segments[{number}] has what is no block"
+            return (
+                f"segments[{number}] belongs to no pool: its 'segment_pool_id' is {_short(segment['segment_pool_id'])}"
+            )
+        for block in segment["blocks"]:
+            wrong = _flaw(block, BLOCK, optional=("requested_size",))
+            if not wrong and block["state"] not in (*LIVE, "inactive"):
+                wrong = f"its 'state' is {_short(block['state'])}"
+            if wrong:
+                return f"segments[{number}] has what is no block: {wrong}"
         if sum(block["size"] for block in segment["blocks"]) != segment["total_size"]:
             return f"the blocks of segments[{number}] do not fill it"
     return ""
@@ -111,8 +119,18 @@ def _is_pool(value: Any) -> bool:
     return isinstance(value, list | tuple) and [type(part) for part in value] == [int, int]
 
 
-def _has(value: Any, types: dict[str, type], optional: tuple[str, ...] = ()) -> bool:
-    return isinstance(value, dict) and all(
-        (type(value[key]) is kind and (kind is str or value[key] >= 0)) if key in value else key in optional
-        for key, kind in types.items()
-    )
+def _flaw(value: Any, types: dict[str, type], optional: tuple[str, ...] = ()) -> str:
+    """What keeps a value from being a dictionary with these fields; "" if nothing does."""
+    if not isinstance(value, dict):
+        return f"it is {_short(value)}"
+    for key, kind in types.items():
+        if key not in value:
+            if key not in optional:
+                return f"it has no {key!r}"
+        elif type(value[key]) is not kind or (kind is int and value[key] < 0):
+            return f"its {key!r} is {_short(value[key])}"
+    return ""
+
+
+def _short(value: Any) -> str:
+    return reprlib.repr(value).replace("\n", " ")[:80]

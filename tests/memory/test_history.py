@@ -149,6 +149,7 @@ def test_the_command_prints_an_object_per_device(tmp_path):
 SEGMENT = {"address": M, "total_size": 2 * M, "stream": 0, "blocks": [{"size": 2 * M, "state": "inactive"}]}
 
 
+ASLEEP = {**SEGMENT, "device": 0, "blocks": [{"size": 2 * M, "state": "asleep"}]}
 EVENTS = [{"action": "snapshot"}]
 
 
@@ -163,11 +164,18 @@ class Hostile:
         (pickle.dumps({"segments": Hostile()}), "it asks for .*open, and only plain containers"),
         (b"cos\nsystem\n(S'touch executed'\ntR.", "it asks for os.system"),
         (pickle.dumps({"segments": []}), "no lists 'segments' and 'device_traces'"),
-        (pickle.dumps({"segments": [], "device_traces": [[{"action": "alloc", "addr": "x"}]]}), "is no event"),
+        (
+            pickle.dumps({"segments": [], "device_traces": [[{"action": "alloc", "addr": "x"}]]}),
+            "is no event .* its 'addr' is 'x'",
+        ),
         (json.dumps({"segments": [{**SEGMENT, "segment_pool_id": 3}], "device_traces": []}).encode(), "to no pool"),
         (json.dumps({"segments": [{**SEGMENT, "total_size": M}], "device_traces": []}).encode(), "do not fill it"),
-        (json.dumps({"segments": [SEGMENT], "device_traces": [EVENTS, EVENTS]}).encode(), "a stream, a device and"),
+        (
+            json.dumps({"segments": [SEGMENT], "device_traces": [EVENTS, EVENTS]}).encode(),
+            "is no segment: it has no 'device'",
+        ),
         (json.dumps({"segments": [], "device_traces": [[{**EVENTS[0], "pool_id": 3}]]}).encode(), "to no pool"),
+        (json.dumps({"segments": [ASLEEP], "device_traces": []}).encode(), "no block: its 'state' is 'asleep'"),
         (pickle.dumps([1])[:-3], "is no snapshot that can be read"),
         (b"[" * 100_000, "is no snapshot that can be read"),
         (b"\x1f\x8bnothing", "is no snapshot that can be read"),
