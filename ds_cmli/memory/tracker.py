@@ -17,12 +17,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ds_cmli.cmli import ring as cmli_ring
-from ds_cmli.cmli.peak_memory import cmli_peak_bytes
 from ds_cmli.common.patches import replaced
 from ds_cmli.data import Batch
 from ds_cmli.distributed import collectives, ring
 from ds_cmli.engine import TrainEngine
 from ds_cmli.losses.cached import PairFeatures
+from ds_cmli.memory.cmli_scratch import cmli_scratch_bytes
 from ds_cmli.memory.collectives import copied_bytes
 from ds_cmli.memory.owners import HOST, is_offloaded, owners
 from ds_cmli.memory.phases import phases
@@ -170,34 +170,10 @@ class Tracker(TorchDispatchMode):
     def _inside(self, func: Any, args: tuple, kwargs: dict[str, Any] | None) -> tuple[int, str]:
         """Bytes that an operator holds at its peak beyond what it returns, as far as known, and their category."""
         if func.namespace == "ds_cmli":
-            return self._cmli_scratch(func, args), "CMLI op"
+            return cmli_scratch_bytes(func, args, self.text_lengths, self.owner), "CMLI op"
         if func.namespace == "c10d":
             return copied_bytes(func, args, self.backend), "temporaries"
         return workspace_bytes(func, args, kwargs) if self.workspaces else 0, "temporaries"
-
-    def _cmli_scratch(self, func: Any, args: tuple) -> int:
-        """Bytes that the all-pairs operator holds at its peak beyond what it returns; no dispatch mode sees inside."""
-        forward = func is torch.ops.ds_cmli.cmli_forward.default
-        image, text, token_mask, image_mask = args[:4] if forward else args[2:6]
-        (I, N, D), (J, M, _) = image.shape, text.shape  # noqa: E741
-        backend, scratch_bytes = args[4:6] if forward else args[8:10]
-        fake = isinstance(token_mask, torch._subclasses.FakeTensor)
-        lengths = self.text_lengths
-        if lengths and len(lengths) > J:  # the lengths are those of all ranks, the texts those of one
-            lengths = lengths[self.owner * J : (self.owner + 1) * J]
-        elif lengths:
-            lengths = lengths * (J // len(lengths))
-        peak = cmli_peak_bytes(
-            I, J, N, M, D, image.dtype,
-            backend=backend,
-            recompute=not args[6] if forward else not args[6].numel(),
-            scratch_bytes=scratch_bytes,
-            text_lengths=lengths if fake else token_mask.sum(1).tolist(),  # CPU-GPU sync
-            image_lengths=None if image_mask is None or fake else image_mask.sum(1).tolist(),
-        )  # fmt: skip
-        if forward:
-            return peak.forward - peak.saved - 2 * I * J * max(4, image.dtype.itemsize)
-        return peak.backward - peak.gradients
 
     # --- categories
 
