@@ -1,5 +1,6 @@
 """What holds the memory of a recorded history at one moment, by category or by the line of code that allocated it."""
 
+import re
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any
@@ -65,6 +66,17 @@ def _blocks(segment: dict[str, Any]) -> Any:
         address += block["size"]
 
 
+def _operator(frames: list[dict[str, Any]]) -> str:
+    """What a stack without Python runs: a node of autograd, as in the threads of the backward pass, or an operator."""
+    names = [str(frame.get("name", "")) for frame in frames]
+    for pattern in (r"torch::autograd::generated::(\w+)::apply", r"torch::autograd::(AccumulateGrad)::apply"):
+        found = next(filter(None, (re.search(pattern, name) for name in names)), None)
+        if found:
+            return f"backward pass: {found[1]}"
+    operators = [found[1] for found in (re.search(r"\bat::_ops::(\w+?)::", name) for name in names) if found]
+    return f"aten::{operators[-1]}" if operators else ""
+
+
 def _name(entry: dict[str, Any]) -> str:
     """The entry's category if it has one, otherwise the innermost line of its stack that is not in a library."""
     category = entry.get("category")
@@ -78,6 +90,9 @@ def _name(entry: dict[str, Any]) -> str:
         return str(frames[1].get("name"))
     python = [frame for frame in frames if str(frame.get("filename", "")).endswith(".py")]
     users = [f for f in python if not any(part in str(f["filename"]) for part in LIBRARIES)]
+    operator = "" if python else _operator(frames)
+    if operator:
+        return operator
     frame = (users or python or frames)[0]
     file = "/".join(str(frame.get("filename", "?")).split("/")[-2:])
     return f"{file}:{frame.get('line', '?')} {frame.get('name', '')}".strip()
