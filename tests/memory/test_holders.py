@@ -9,6 +9,7 @@ from ds_cmli.memory.state import State
 
 UNWIND = ("??", "torch::unwind::unwind()")
 EMPTY = ("RegisterCUDA.cpp", "at::_ops::empty_memory_format::redispatch(c10::DispatchKeySet, ...)")
+BMM = ("??", "at::_ops::bmm::call(at::Tensor const&, at::Tensor const&)")
 
 
 @pytest.mark.parametrize(
@@ -18,12 +19,11 @@ EMPTY = ("RegisterCUDA.cpp", "at::_ops::empty_memory_format::redispatch(c10::Dis
         ([("/x/site-packages/torch/nn/linear.py", "forward"), ("/home/me/model.py", "f")], "me/model.py:7 f"),
         # Threads of the backward pass run no Python.
         (
-            [UNWIND, EMPTY, ("??", "at::_ops::bmm::call(at::Tensor const&, at::Tensor const&)")]
-            + [("??", "torch::autograd::generated::BmmBackward0::apply(std::vector<at::Tensor>&&)")],
+            [UNWIND, EMPTY, BMM, ("??", "torch::autograd::generated::BmmBackward0::apply(std::vector<at::Tensor>&&)")],
             "backward pass: BmmBackward0",
         ),
         ([UNWIND, ("??", "torch::autograd::AccumulateGrad::apply(...)")], "backward pass: AccumulateGrad"),
-        ([UNWIND, EMPTY, ("??", "at::_ops::bmm::call(at::Tensor const&)")], "aten::bmm"),
+        ([UNWIND, EMPTY, BMM], "aten::bmm"),
         ([("ncclUtils.cpp", "start()")], "ncclUtils.cpp:7 start()"),
         ([], "blocks of 1,024 B without a recorded stack"),
     ],
