@@ -93,10 +93,12 @@ def command(
 
     launchers.map_launcher_environment()
     mode = _zero_shot if options["zero_shot"] else _boxes if options["boxes"] else _retrieval
-    metrics = mode(config, Path(checkpoint), ema, batch_size, workers, options)
-    if json_file and distributed.is_main():
-        Path(json_file).write_text(json.dumps(metrics, indent=2) + "\n")
-    distributed.shutdown()
+    try:
+        metrics = mode(config, Path(checkpoint), ema, batch_size, workers, options)
+        if json_file and distributed.is_main():
+            Path(json_file).write_text(json.dumps(metrics, indent=2) + "\n")
+    finally:
+        distributed.shutdown()
 
 
 def _check_together(options: dict[str, Any]) -> None:
