@@ -18,7 +18,7 @@ from tests.slurm.cluster import Cluster, poll
 from tests.slurm.jobs import finish, log, steps_done, submit
 
 # Two ranks, on two nodes. The micro-batch makes a step long enough to be interrupted somewhere before the end.
-TINY = ("--preset", "tiny", "--micro-batch", "256", "--set", "run.eval_batch=100")
+TINY = ("--preset", "tiny", "--micro-batch", "128", "--set", "run.eval_batch=100")
 SAVED_BY_SIGNAL = "preempted (exit code 85)"
 
 
