@@ -7,6 +7,7 @@ import contextlib
 import importlib.util
 import io
 import logging
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from ds_cmli.common.errors import UserError
 from ds_cmli.models.student import Student
 
 NEEDS = ("onnxscript", "onnxruntime")
+COLOURS = re.compile(r"\x1b\[[0-9;]*m")  # in the messages of torch.onnx
 TOLERANCE = 1e-5  # largest difference of any element of the normalised features
 
 
@@ -77,7 +79,7 @@ def write_onnx(folder: Path, student: Student, image: Tensor, ids: Tensor, mask:
             _export(tower, inputs, shapes, outputs, file)
             most = max(_difference(tower, given, file) for given in (inputs, _shorter(inputs)))
         except Exception as error:
-            said = (str(error).strip() or type(error).__name__).splitlines()[0]
+            said = COLOURS.sub("", str(error).strip() or type(error).__name__).splitlines()[0]
             raise UserError(f"the {name} tower cannot be exported to ONNX: {said[:200]}; give --no-onnx") from None
         if not most <= TOLERANCE:
             raise UserError(f"{str(file)!r}: onnxruntime's features differ by {most:.1e}; give --no-onnx")

@@ -10,7 +10,7 @@ H student width, D embedding dimension.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
 from typing import Any
@@ -52,6 +52,12 @@ class PairFeatures:
         if selection is not None:
             selection = Selection(*(fetched(x, device) for x in vars(selection).values()))
         return PairFeatures(mask, pair_id, image_cls, text_cls, patches, tokens, selection)
+
+    def copied(self) -> "PairFeatures":
+        """These features without the memory around them: a class token is a view of its whole sequence."""
+        views = {name: x for name, x in vars(self).items() if isinstance(x, Tensor) and x.is_floating_point()}
+        own = {name: x.clone() for name, x in views.items() if x.untyped_storage().nbytes() > x.nbytes}
+        return replace(self, **own)  # type: ignore[arg-type]
 
     def _features(self) -> tuple[Tensor | None, ...]:
         return self.image_cls, self.text_cls, self.patches, self.tokens

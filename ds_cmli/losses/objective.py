@@ -63,7 +63,7 @@ class Objective(nn.Module):
 
     def embed(self, batch: Batch) -> PairFeatures:
         """The features of a micro-batch for `compare`. Called under no_grad: no graph and no activation checkpoints."""
-        return self._pair_features(self._features(batch), batch)
+        return self._pair_features(self._features(batch), batch).copied()
 
     @torch.enable_grad()
     def compare(

@@ -13,6 +13,7 @@ from ds_cmli.config.presets import load_preset
 from ds_cmli.losses import LOSSES
 from ds_cmli.losses.cached import PairFeatures, pair_gradients
 from ds_cmli.losses.objective import Objective
+from ds_cmli.memory.inputs import longest_batch
 from ds_cmli.models.student import Student
 
 K, B, N, M, D = 3, 4, 16, 8, 16
@@ -40,6 +41,16 @@ def features(objective):
         pair_id = torch.arange(k * B, (k + 1) * B)[:, None].expand(B, 2)
         out.append(PairFeatures(mask, pair_id, randn(B, H), randn(B, H), randn(B, N, D), randn(B, M, D)))
     return out
+
+
+@torch.no_grad()
+def test_only_the_features_are_kept(device, objective):
+    batch = longest_batch(load_preset("tiny", {}), B)
+    found = objective.embed(batch)
+    shapes = {name: tuple(x.shape) for name, x in vars(found).items() if isinstance(x, torch.Tensor)}
+    H = objective.student.width
+    assert shapes["image_cls"] == shapes["text_cls"] == (B, H) and shapes["patches"] == (B, N, D)
+    assert all(x.untyped_storage().nbytes() == x.nbytes for x in found.tensors())
 
 
 def computed(objective, argmax_bytes):
