@@ -89,15 +89,15 @@ class Cluster:
         key.chmod(0o600)
         for name in ("state", *(f"spool.{node}" for node in NODES)):
             (self.folder / name).mkdir()
-        # Each slurmd makes it at its start, and of two at once the second takes that for an error.
         Path("/run/slurm").mkdir(mode=0o755, exist_ok=True)
         self._daemon("slurmctld", "-D", "-i", "-c", "-f", str(self.conf))
-        for node in NODES:
+        # One after the other: both replace the socket /run/slurm/sack.socket, and at once one of them fails.
+        for number, node in enumerate(NODES):
             self._daemon("slurmd", "-D", "-N", node, "-f", str(self.conf))
-        try:
-            self.wait_idle(30)
-        except TimeoutError:
-            raise NoSlurm(f"the nodes are not idle after 30 s; {self._last_words()}") from None
+            try:
+                self.wait_idle(60, number + 1)
+            except TimeoutError:
+                raise NoSlurm(f"node {node} is not idle after 60 s; {self._last_words()}") from None
 
     def _daemon(self, program: str, *arguments: str) -> None:
         log = (self.folder / f"{program}{len(self.daemons)}.out").open("w")
@@ -157,10 +157,10 @@ class Cluster:
         poll(reached, timeout, lambda: f"job {job} is {found.get('JobState')}, awaited: {states or 'its end'}")
         return found
 
-    def wait_idle(self, timeout: float = 60) -> None:
+    def wait_idle(self, timeout: float = 60, nodes: int = len(NODES)) -> None:
         def idle() -> bool:
             counts = self.command("sinfo", "-h", "-p", "main", "-t", "idle", "-o", "%D", check=False).split()
-            return counts == [str(len(NODES))]
+            return counts == [str(nodes)]
 
         poll(idle, timeout, lambda: self.command("sinfo", check=False))
 
