@@ -20,7 +20,7 @@ from ds_cmli.engine.ema import EMA
 from ds_cmli.engine.result import MicroBatchLosses
 from ds_cmli.engine.throughput import ModelFlops, StepTimer
 from ds_cmli.faults import nonfinite
-from ds_cmli.losses import LOSSES
+from ds_cmli.losses import compares_tokens
 from ds_cmli.losses.objective import Objective
 from ds_cmli.models.teacher import Teacher
 
@@ -140,7 +140,7 @@ class TrainEngine:
     def _all_pairs_flops(self, batch: Batch) -> float:
         """FLOPs of the all-pairs operator, into which `ModelFlops` does not see: those of the similarities, and as many
         again for the gradient of each side."""
-        if not any(LOSSES[name].scores == "cmli" for name in self.objective.losses):
+        if not compares_tokens(self.objective.losses):
             return 0.0
         (B, M), (rows, columns) = batch.input_ids.shape, self.objective.student.grid
         G = B * distributed.world_size() * (self.accumulation if self.caching else 1)

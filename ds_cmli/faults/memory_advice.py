@@ -7,7 +7,7 @@ from typing import Any
 from ds_cmli.common.errors import UserError
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.schema import Config
-from ds_cmli.losses import LOSSES
+from ds_cmli.losses import compares_tokens
 from ds_cmli.memory import predict_subprocess
 
 MOST = 2  # number of proposed changes
@@ -32,7 +32,7 @@ def changes(config: Config, ds_config: DeepSpeedConfig, world_size: int, gpu: bo
     """
     out = []
     same: list[Change] = []
-    if _compares_tokens(config) and not config.loss.cmli_recompute:
+    if compares_tokens(config.loss.weights) and not config.loss.cmli_recompute:
         same.append(Change("--set loss.cmli_recompute=true", _with_loss(config, cmli_recompute=True), ds_config))
     if not ds_config.checkpointing:
         changed = ds_config.replaced(activation_checkpointing={})
@@ -87,13 +87,9 @@ def together(config: Config, ds_config: DeepSpeedConfig, world_size: int) -> lis
     return out
 
 
-def _compares_tokens(config: Config) -> bool:
-    return any(LOSSES[name].scores == "cmli" for name in config.loss.weights)
-
-
 def _can_go_round(config: Config, world_size: int) -> bool:
     """Whether a ring would be another exchange of the texts than the configured one."""
-    return _compares_tokens(config) and world_size > 1 and config.loss.cmli_exchange != "ring"
+    return compares_tokens(config.loss.weights) and world_size > 1 and config.loss.cmli_exchange != "ring"
 
 
 def _with_loss(config: Config, **settings: Any) -> Config:

@@ -46,3 +46,8 @@ def over_pairs(weights: dict[str, float]) -> dict[str, float]:
 
 def needs_teacher(names: Any) -> bool:
     return any(LOSSES[name].teacher for name in names)
+
+
+def compares_tokens(names: Any) -> bool:
+    """Whether one of the losses uses the all-pairs op."""
+    return any(LOSSES[name].scores == "cmli" for name in names)

@@ -15,6 +15,7 @@ from ds_cmli.config.schema import Config
 from ds_cmli.distributed.traffic import TEXT, Count, Traffic
 from ds_cmli.engine import TrainEngine
 from ds_cmli.engine.throughput import StepTimer
+from ds_cmli.losses import compares_tokens
 from ds_cmli.memory.predict import predict
 
 
@@ -65,7 +66,7 @@ def step_cost(
     micro_batch = report.setting["micro_batch"]
     texts = micro_batch * ranks * (accumulation if train_engine.caching else 1)
     product = 0.0
-    if any(name.startswith("cmli") for name in config.loss.weights):
+    if compares_tokens(config.loss.weights):
         rows, columns = train_engine.objective.student.grid
         patches, tokens = (kept(config.loss.cmli_token_keep, n) for n in (rows * columns, config.data.context_length))
         product = 2.0 * micro_batch * texts * patches * tokens * config.student.embed_dim
