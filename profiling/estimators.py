@@ -28,10 +28,8 @@ from ds_cmli.common.errors import UserError  # noqa: E402
 ALL = {"global": 1.0, "cmli": 1.0, "target_cmli": 1.0}
 OURS, DEEPSPEED, ACCELERATE, RULE = "ds-cmli", "DeepSpeed", "accelerate", "16 B a parameter"
 ESTIMATORS = (OURS, DEEPSPEED, ACCELERATE, RULE)
-SMALL = {"hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 512}
-OVERRIDES: dict[str, dict[str, Any]] = {  # of the backbones below that are larger than a setting needs to be
-    "roberta": SMALL,
-    "deberta-v2": SMALL,
+TEXT_MODELS = ("roberta", "deberta-v2", "t5", "gpt2")  # beside bert
+OVERRIDES: dict[str, dict[str, Any]] = {  # of those whose configuration has other names than bert's
     "t5": {"d_model": 128, "num_layers": 4, "num_heads": 4, "d_ff": 512, "d_kv": 32},
     "gpt2": {"n_embd": 128, "n_layer": 4, "n_head": 4},
 }
@@ -92,7 +90,7 @@ def settings() -> list[Setting]:
     out += [Setting(2, 8, exchange="ring"), Setting(3, 8, exchange="ring", accumulation=4)]
     for image_model in ("resnet18", "convnext_atto", "swin_tiny_patch4_window7_224", "vit_small_patch16_dinov3"):
         out.append(Setting(2, 2, batch=4, image_size=64, image_model=image_model))
-    return out + [Setting(2, 2, text_model=text_model) for text_model in OVERRIDES]
+    return out + [Setting(2, 2, text_model=text_model) for text_model in TEXT_MODELS]
 
 
 @dataclass
