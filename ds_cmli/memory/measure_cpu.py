@@ -22,7 +22,7 @@ from ds_cmli.memory import cpu_events
 from ds_cmli.memory.collectives import seen_by_the_profiler
 from ds_cmli.memory.fake import process_group
 from ds_cmli.memory.inputs import longest_batch, text_lengths, without_weights
-from ds_cmli.memory.phases import phases
+from ds_cmli.memory.phases import heartbeats, phases
 from ds_cmli.memory.predict import TOTAL_STEPS, recorded_from_the_engine_on
 from ds_cmli.memory.report import PHASES, Event, Report, summarise
 from ds_cmli.memory.tracker import Tracker
@@ -77,12 +77,13 @@ def _run(
     ds_config: DeepSpeedConfig,
     vocab_size: int,
     world_size: int,
-    enter: Callable[[str], None],
+    enter: Callable[[str | None], None],
     watch: Callable[[engine.TrainEngine, int], AbstractContextManager] = lambda train_engine, step: nullcontext(),
 ) -> None:
     """Build the engine and take two optimizer steps.
 
-    `enter` is called with the name of each phase as it begins; each step runs inside the context that `watch` returns.
+    `enter` is called with the name of each phase as it begins, and with None at each heartbeat; each step runs inside
+    the context that `watch` returns.
     """
     build_models = engine.build_models
 
@@ -94,7 +95,7 @@ def _run(
     with _ranks(world_size):
         with replaced(engine.building, "build_models", build):
             train_engine = engine.build(config, ds_config, vocab_size, TOTAL_STEPS, torch.device("cpu"))
-        with phases(train_engine, enter):
+        with phases(train_engine, enter), heartbeats(train_engine, lambda: enter(None)):
             for step in range(2):
                 batches = [longest_batch(config, ds_config.micro_batch) for _ in range(ds_config.accumulation)]
                 with watch(train_engine, step):
@@ -126,25 +127,28 @@ def _events(config: Config, ds_config: DeepSpeedConfig, vocab_size: int, world_s
         return tracker.events()
 
 
-def allocator_events(call: Callable[[Callable[[str], None]], object]) -> list[tuple[str, int]]:
+def allocator_events(call: Callable[[Callable[[str | None], None]], object]) -> list[tuple[str, int]]:
     """(phase, bytes) of each allocation (positive), each free (negative) and each beginning of a phase (0), in order.
 
-    `call` gets a function `enter`, which it calls with the name of each phase that begins. Before the first call the
-    phase is "".
+    `call` gets a function `enter`, which it calls with the name of each phase that begins, and in between with None,
+    the more often the less memory the measurement takes. Before the first call the phase is "".
     """
     gc.collect()
 
-    def enter(phase: str) -> None:
-        with record_function(MARK + phase):
-            pass
+    with seen_by_the_profiler(), cpu_events.recording_in_parts(MARK) as (recorded, move):
 
-    with seen_by_the_profiler(), cpu_events.recording() as profiler:
+        def enter(phase: str | None) -> None:
+            move()
+            if phase is not None:
+                with record_function(MARK + phase):
+                    pass
+
         call(enter)
     phase, events = "", []
-    for name, size in cpu_events.events(profiler):
+    for name, size in recorded:
         if name == cpu_events.MEMORY:
             events.append((phase, size))
-        elif name.startswith(MARK):
+        else:
             phase = name.removeprefix(MARK)
             events.append((phase, 0))  # so that memory that is live when a phase begins counts towards its peak
     return events

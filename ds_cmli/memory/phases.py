@@ -1,9 +1,11 @@
-"""Reports when the phases of a training step begin, by hooks on the engine and the student."""
+"""Reports when the phases of a training step begin, and its heartbeats, by hooks on the engine and the student."""
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any
 
 from ds_cmli.common.patches import replaced
+from ds_cmli.data import Batch
 from ds_cmli.engine import TrainEngine
 
 
@@ -40,3 +42,17 @@ def phases(train_engine: TrainEngine, enter: Callable[[str], None]) -> Iterator[
         stack.callback(student.register_forward_pre_hook(before_student).remove)
         stack.callback(student.register_forward_hook(lambda *_: begin("loss")).remove)
         yield
+
+
+def heartbeats(train_engine: TrainEngine, beat: Callable[[], None]) -> AbstractContextManager[None]:
+    """Inside, also call `beat` at each heartbeat of a step, of which only one with gradient caching has any."""
+    step = train_engine.step
+
+    def run(micro_batches: Sequence[Batch], heartbeat: Callable[[], None] = lambda: None) -> Any:
+        def both() -> None:
+            heartbeat()
+            beat()
+
+        return step(micro_batches, both)
+
+    return replaced(train_engine, "step", run)

@@ -12,7 +12,7 @@ from ds_cmli.common.errors import UserError
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.presets import load_preset
 from ds_cmli.distributed import process_group as distributed
-from ds_cmli.memory import measure, measure_cpu, measure_cuda
+from ds_cmli.memory import cpu_events, measure, measure_cpu, measure_cuda
 from ds_cmli.memory.fake import process_group
 from ds_cmli.memory.inputs import longest_batch, without_weights
 from ds_cmli.memory.predict import predict
@@ -21,6 +21,25 @@ from ds_cmli.memory.report import CATEGORIES, PHASES, Event, summarise
 
 FP32 = {"zero_optimization": {"stage": 2, "reduce_bucket_size": 100_000}}
 BF16 = {**FP32, "bf16": {"enabled": True}}
+
+
+def test_events_recorded_in_parts_are_those_of_one_piece():
+    held = []
+
+    def work(move):
+        for number in range(5):
+            held.append(torch.empty(1000 * (number + 1)))
+            move()
+            held[-1].clone()
+            if number % 2:
+                held.pop(0)  # from an earlier part
+        held.clear()
+
+    with cpu_events.recording_in_parts() as (found, move):
+        work(move)
+    sizes = [size for _, size in found]
+    assert sizes == cpu_events.sizes(lambda: work(lambda: None))
+    assert sizes[:3] == [4000, 4000, -4000] and sum(sizes) == 0 and len(sizes) == 20
 
 
 def test_rank_0s_real_share_falls_with_the_ranks():
