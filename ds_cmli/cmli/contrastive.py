@@ -1,7 +1,7 @@
 """The contrastive loss of pair scores with a learned temperature, as pure functions of tensors.
 
-Shapes: B pairs of this rank, G >= B texts that they are compared with. Everything is computed in fp32, or in fp64 for
-fp64 inputs.
+Shapes: a tile of the scores of all pairs, R images and T texts. Everything is computed in fp32, or in fp64 for fp64
+inputs.
 """
 
 import math
@@ -28,33 +28,44 @@ def temperature_scale(logit_scale: Tensor) -> Tensor:
     return (x + (x.clamp(max=math.log(MAX_SCALE)) - x).detach()).exp()
 
 
+def own_pairs(scores: Tensor, first: int) -> tuple[Tensor, Tensor]:
+    """Rows and columns, int64, of the pairs in a tile [R, T]: row r and column first + r, where the tile has both."""
+    rows, columns = scores.shape
+    start = max(0, -first)
+    r = torch.arange(start, max(start, min(rows, columns - first)), device=scores.device)
+    return r, r + first
+
+
 def contrastive_loss(
     s_i2t: Tensor,
     s_t2i: Tensor,
     logit_scale: Tensor,
     first: int = 0,
+    row_logsumexp: Callable[[Tensor], Tensor] = lambda logits: logits.logsumexp(1),
     column_logsumexp: Callable[[Tensor], Tensor] = lambda logits: logits.logsumexp(0),
     ignore: Tensor | None = None,
 ) -> Tensor:
-    """(CE(rows of t * s_i2t) + CE(columns of t * s_t2i)) / 2, the mean over this block's B pairs.
+    """(CE(rows of t * s_i2t) + CE(columns of t * s_t2i)) / 2, summed over the tile's pairs and divided by R.
 
     Args:
-        s_i2t: [B, G] fp32 or fp64, this rank's images against all texts, scored from the image's side (3).
-        s_t2i: [B, G], the same pairs scored from the text's side (4); the global loss passes one matrix twice.
+        s_i2t: [R, T] fp32 or fp64, images against texts, scored from the image's side (3).
+        s_t2i: [R, T], the same scored from the text's side (4); the global loss passes one matrix twice.
         logit_scale: one element, ln(1/temperature).
-        first: the column that belongs to row 0: row b's text is column first + b.
-        column_logsumexp: [B, G] -> [G], over the images of the whole batch. The default is right if the block is the
-            whole batch; across ranks pass `distributed.collectives.column_logsumexp`.
-        ignore: bool [B, G], images and texts that are no negatives of each other; None: there are none.
+        first: the column that belongs to row 0: row r's text is column first + r, if the tile has it.
+        row_logsumexp: [R, T] -> [R], over all texts of the batch. The default is right if the tile has all of them.
+        column_logsumexp: [R, T] -> [T], over all images of the batch, likewise; for images of several ranks pass
+            `distributed.collectives.column_logsumexp`.
+        ignore: bool [R, T], images and texts that are no negatives of each other; None: there are none.
 
     Returns:
-        A scalar. Averaged over ranks it is the loss of the global batch.
+        A scalar. Summed over the tiles of the same images, and averaged over those of all ranks, it is the loss of the
+        whole batch.
     """
     scale = temperature_scale(logit_scale)  # one element
-    rows, columns = scale * s_i2t, scale * s_t2i  # [B, G]
+    rows, columns = scale * s_i2t, scale * s_t2i  # [R, T]
     if ignore is not None:
         rows, columns = (x.masked_fill_(ignore, -torch.inf) for x in (rows, columns))
-    b = torch.arange(rows.shape[0], device=rows.device)
-    row_loss = rows.logsumexp(1) - rows[b, first + b]  # [B]
-    column_loss = column_logsumexp(columns)[first + b] - columns[b, first + b]  # [B]
-    return (row_loss.mean() + column_loss.mean()) / 2
+    r, t = own_pairs(rows, first)
+    row_loss = row_logsumexp(rows)[r] - rows[r, t]
+    column_loss = column_logsumexp(columns)[t] - columns[r, t]
+    return (row_loss.sum() + column_loss.sum()) / (2 * len(rows))

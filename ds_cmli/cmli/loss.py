@@ -100,4 +100,4 @@ class CMLILoss(nn.Module):
         s_i2t, s_t2i = score_global_batch(image, text, token_mask, image_mask, self.group, self.score)  # collective
         first = distributed.rank(self.group) * image.shape[0]
         columns = partial(collectives.column_logsumexp, group=self.group)
-        return contrastive_loss(s_i2t, s_t2i, self.logit_scale, first, columns, ignore)
+        return contrastive_loss(s_i2t, s_t2i, self.logit_scale, first, column_logsumexp=columns, ignore=ignore)

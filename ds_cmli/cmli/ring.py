@@ -6,6 +6,7 @@ of their gradients, whatever the number of ranks; argmax indices are not kept bu
 Shapes: B images and B texts per rank, P ranks, G = B * P, N patches, M text positions, D embedding dimension.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from ds_cmli.cmli.op import DEFAULT_SCRATCH_BYTES, cmli_gradients, cmli_scores
 from ds_cmli.distributed import collectives
 from ds_cmli.distributed import process_group as distributed
-from ds_cmli.distributed.ring import GRADIENT, Transfer, buffer_like, chunks
+from ds_cmli.distributed.ring import ReturnedGradient, chunks
 
 DEFAULT_GATHER_BYTES = 2**30
 
@@ -77,7 +78,7 @@ class _RingScores(torch.autograd.Function):
         shape = len(image), distributed.world_size(group) * len(text)
         s_i2t, s_t2i = (image.new_empty(shape, dtype=collectives.accumulated(image.dtype)) for _ in range(2))
         for owner, chunk, mask in chunks(text, token_mask, group):  # collective
-            found = chunk_scores(owner, score, image, chunk, mask, image_mask)
+            found = scores_from(owner * len(text), score, image, chunk, mask, image_mask)
             for whole, part in zip((s_i2t, s_t2i), found, strict=True):
                 whole[:, owner * len(text) : (owner + 1) * len(text)] = part
             del found, part
@@ -91,39 +92,32 @@ class _RingScores(torch.autograd.Function):
         image, text, token_mask, image_mask = ctx.saved_tensors
         need_image, need_text = ctx.needs_input_grad[:2]
         J, wide = len(text), collectives.accumulated(text.dtype)
-        rank = distributed.rank(ctx.group)
-        of_images = of_own = transfer = None
+        of_images, of_texts = None, ReturnedGradient(ctx.group)
         for owner, chunk, mask in chunks(text, token_mask, ctx.group):  # collective
             grads = (g[:, owner * J : (owner + 1) * J] for g in (grad_i2t, grad_t2i))
-            d_image, d_text = chunk_gradients(
-                owner, ctx.score, *grads, image, chunk, mask, image_mask, need_image, need_text
+            d_image, d_text = gradients_from(
+                owner * J, ctx.score, *grads, image, chunk, mask, image_mask, need_image, need_text
             )
             if need_image:
                 of_images = d_image.to(wide) if of_images is None else of_images.add_(d_image.to(wide))
             del d_image
-            if need_text and owner == rank:
-                of_own = d_text.to(wide)
-            elif need_text:
-                # What the ranks between the chunk's owner and this one have added up, and then this rank's share.
-                total = d_text.to(wide) if transfer is None else transfer.wait().add_(d_text.to(wide))
-                transfer = None  # with what it has sent
-                transfer = Transfer(total, buffer_like(total), GRADIENT, ctx.group)  # collective
-                del total
+            if need_text:
+                of_texts.add(owner, d_text)  # collective
             del d_text
-        if transfer is not None:
-            of_own.add_(transfer.wait())
         return (
             of_images.to(image.dtype) if need_image else None,
-            of_own.to(text.dtype) if need_text else None,
+            of_texts.sum().to(text.dtype) if need_text else None,
             *[None] * 4,
         )
 
 
-def chunk_scores(owner: int, score: Scorer, *inputs: Tensor | None) -> tuple[Tensor, Tensor]:
-    """[B, B] each, of this rank's images and the texts of rank `owner`."""
-    return score(*inputs)  # type: ignore[arg-type]
+def scores_from(
+    first: int, score: Callable[..., tuple[Tensor, Tensor]], *inputs: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """`score(*inputs)`, of this rank's images and a part of all texts, that from the text `first` on."""
+    return score(*inputs)
 
 
-def chunk_gradients(owner: int, score: Scorer, *inputs: Tensor | bool | None) -> tuple[Tensor, Tensor]:
-    """[B, N, D] and [B, M, D], of the same."""
+def gradients_from(first: int, score: Scorer, *inputs: Tensor | bool | None) -> tuple[Tensor, Tensor]:
+    """The gradients of the same inputs, from those of their scores."""
     return cmli_gradients(*inputs, backend=score.backend, scratch_bytes=score.scratch_bytes)  # type: ignore[arg-type]

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ds_cmli.common import uniform
 from ds_cmli.distributed import process_group as distributed
+from ds_cmli.distributed.collectives import accumulated
 
 TEXT, GRADIENT = 0, 1  # tags, by which gloo distinguishes simultaneous messages
 
@@ -76,3 +77,31 @@ def chunks(text: Tensor, mask: Tensor, group: dist.ProcessGroup | None) -> Itera
         yield (rank - step) % ranks, *unpack(chunk, text)
         if transfer is not None:
             chunk, other = transfer.wait(), chunk
+
+
+class ReturnedGradient:
+    """Adds up the gradients of chunks over the ranks: a gradient goes round one rank behind its chunk, to its owner."""
+
+    def __init__(self, group: dist.ProcessGroup | None):
+        self.group, self.rank = group, distributed.rank(group)
+        self.own: Tensor | None = None
+        self.transfer: Transfer | None = None
+
+    def add(self, owner: int, grad: Tensor) -> None:
+        """Add this rank's gradient [B, M, D] of each of `chunks` in turn; it may be overwritten. Collective."""
+        wide = accumulated(grad.dtype)
+        if owner == self.rank:
+            self.own = grad.to(wide)
+            return
+        # What the ranks between the chunk's owner and this one have added up, and then this rank's share.
+        total = grad.to(wide) if self.transfer is None else self.transfer.wait().add_(grad.to(wide))
+        self.transfer = None  # with what it has sent
+        self.transfer = Transfer(total, buffer_like(total), GRADIENT, self.group)  # collective
+
+    def sum(self) -> Tensor:
+        """The gradient of this rank's chunk, summed over all ranks, in fp32 (fp64). Ends the exchange."""
+        assert self.own is not None
+        if self.transfer is not None:
+            self.own.add_(self.transfer.wait())
+            self.transfer = None
+        return self.own

@@ -50,20 +50,22 @@ class WidthHead(nn.Linear):
 
 
 class PairInputs(ABC):
-    """The inputs of a loss that compares pairs: R images of this rank (a micro-batch or a part of it) and all G texts.
+    """The inputs of a loss that compares pairs: a tile, R images of this rank and T texts.
 
-    The pair scores are computed once and shared by all losses that compare them.
+    Without gradient caching these are all G texts. With it such a loss is computed tile by tile and summed, so it must
+    be a sum over pairs of an image and a text, apart from `row_logsumexp` and `column_logsumexp`. The pair scores are
+    computed once and shared by all losses that compare them.
     """
 
     @property
     @abstractmethod
     def first(self) -> int:
-        """The column of the pair scores that is row 0's own text."""
+        """The column of the pair scores that is row 0's own text; out of range if the tile does not have it."""
 
     @property
     @abstractmethod
     def duplicates(self) -> Tensor | None:
-        """bool [R, G], True where image and text of different pairs are no negatives: same picture or same caption.
+        """bool [R, T], True where image and text of different pairs are no negatives: same picture or same caption.
 
         None: the texts of all other pairs are negatives. Collective.
         """
@@ -71,19 +73,23 @@ class PairInputs(ABC):
     @property
     @abstractmethod
     def global_scores(self) -> Tensor:
-        """[R, G] fp32 (fp64), cosine similarities of the images' and all texts' class tokens. Collective."""
+        """[R, T] fp32 (fp64), cosine similarities of the images' and the texts' class tokens. Collective."""
 
     @property
     @abstractmethod
     def cmli_scores(self) -> tuple[Tensor, Tensor]:
-        """s_i2t and s_t2i, each [R, G] fp32 (fp64), the CMLI scores of the images and all texts. Collective."""
+        """s_i2t and s_t2i, each [R, T] fp32 (fp64), the CMLI scores of the images and the texts. Collective."""
 
     @abstractmethod
-    def column_logsumexp(self, logits: Tensor) -> Tensor:
-        """log(sum(exp)) of each column over all images of the batch, not only these R: [R, G] -> [G]. Collective.
+    def row_logsumexp(self, logits: Tensor) -> Tensor:
+        """log(sum(exp)) of each row over all texts of the batch, not only these T: [R, T] -> [R].
 
         A loss must be linear in it, as cross entropy is: gradient caching needs its gradient before it knows the value.
         """
+
+    @abstractmethod
+    def column_logsumexp(self, logits: Tensor) -> Tensor:
+        """The same of each column over all images of the batch, not only these R: [R, T] -> [T]. Collective."""
 
 
 @dataclass
@@ -123,6 +129,9 @@ class LossInputs(PairInputs):
             selection = select(patches, tokens, mask, self.config.cmli_token_keep, self.config.cmli_scratch_bytes)
             (patches, tokens), mask = selection.of(patches, tokens), selection.token_mask
         return score_global_batch(patches, tokens, mask, score=self.score)
+
+    def row_logsumexp(self, logits: Tensor) -> Tensor:
+        return logits.logsumexp(1)
 
     def column_logsumexp(self, logits: Tensor) -> Tensor:
         return collectives.column_logsumexp(logits)  # collective

@@ -1,34 +1,32 @@
 """The losses over the pairs of a whole step, from cached features: gradient caching (Gao et al., 2021).
 
 The features of all micro-batches are cached without their autograd graph. Each loss is computed over the pairs of all
-micro-batches of all ranks, and the gradient of each feature replaces the feature in the cache. Image rows are processed
-in blocks, so that neither scores nor argmax indices of all rows are held at once. The scores of each block are computed
-twice: first for the sums over columns, then with their gradient.
+micro-batches of all ranks, and the gradient of each feature replaces the feature in the cache. The pairs are processed
+in tiles, so that neither scores nor argmax indices of all pairs are held at once. The scores of each tile are computed
+twice: first for the sums over rows and columns, then with their gradient.
 
-Shapes: K micro-batches of B pairs, P ranks, G = K * B * P texts, R rows of a block, N patches, M text positions,
+Shapes: K micro-batches of B pairs, P ranks, G = K * B * P texts, T texts of a tile, N patches, M text positions,
 H student width, D embedding dimension.
 """
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
 from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ds_cmli.cmli.check import index_dtype
 from ds_cmli.cmli.contrastive import upcast
 from ds_cmli.cmli.loss import l2_normalize
-from ds_cmli.cmli.ring import Scorer, ring_scores
+from ds_cmli.cmli.ring import Scorer
 from ds_cmli.cmli.token_keep import Selection
 from ds_cmli.common import uniform
 from ds_cmli.distributed import collectives
-from ds_cmli.distributed import process_group as distributed
-from ds_cmli.losses.base import Loss, PairInputs
-from ds_cmli.losses.column_statistics import ColumnStatistics
-from ds_cmli.losses.functions import duplicates
+from ds_cmli.distributed.ring import ReturnedGradient
+from ds_cmli.losses.base import Loss
+from ds_cmli.losses.tile_statistics import TileStatistics
+from ds_cmli.losses.tiles import Images, Texts, Tile
 
 
 @dataclass
@@ -68,14 +66,14 @@ class PairFeatures:
         return [x for x in (*self._features(), *selected) if x is not None]
 
 
-def fetched(x: Tensor, device: torch.device | str, rows: slice = slice(None), copy: bool = False) -> Tensor:
-    """Rows of a cached tensor on `device`, detached. Without `copy` they are copied only from another device."""
-    return x[rows].detach().to(device, copy=copy)
+def fetched(x: Tensor, device: torch.device | str) -> Tensor:
+    """A cached tensor on `device`, detached. It is copied only from another device."""
+    return x.detach().to(device)
 
 
-def stored(value: Tensor | float, place: Tensor, rows: slice = slice(None)) -> None:
-    """Put `value` into rows of a cached tensor. CPU-GPU sync if the cache is on the host."""
-    place[rows] = value.to(place.device) if isinstance(value, Tensor) else value
+def stored(value: Tensor, place: Tensor) -> None:
+    """Replace a cached tensor by `value`. CPU-GPU sync if the cache is on the host."""
+    place.copy_(value)
 
 
 @dataclass
@@ -86,64 +84,6 @@ class PairGradients:
     each: dict[str, Tensor]  # each loss by name
     parameters: list[Tensor | None]  # the gradient of each parameter of these losses, in the order of the parameters
     ignored: Tensor  # how many texts of other pairs are no negatives of this rank's images
-
-
-@dataclass
-class _Texts:
-    """All G texts, normalised; ordered by rank, and for each rank by micro-batch.
-
-    With the ring exchange (`go_round`), `tokens` and `token_mask` are those of this rank's K * B texts only.
-    """
-
-    pair_id: Tensor  # int64 [G, 2]
-    token_mask: Tensor  # bool [G, M]
-    cls: Tensor | None  # [G, H] fp32 (fp64)
-    tokens: Tensor | None  # [G, M, D]
-    go_round: bool
-
-
-class _Block(PairInputs):
-    """R image rows of a micro-batch against all G texts."""
-
-    def __init__(
-        self,
-        first: int,
-        pair_id: Tensor,
-        image_cls: Tensor | None,
-        patches: Tensor | None,
-        texts: _Texts,
-        column_logsumexp: Callable[[Tensor], Tensor],
-        score: Callable[..., tuple[Tensor, Tensor]],
-        keep_duplicates: bool,
-    ):
-        self._first, self.pair_id, self.image_cls, self.patches = first, pair_id, image_cls, patches
-        self.keep_duplicates = keep_duplicates
-        self.texts, self.statistics, self.score = texts, column_logsumexp, score
-
-    @property
-    def first(self) -> int:
-        return self._first
-
-    @cached_property
-    def duplicates(self) -> Tensor | None:
-        return None if self.keep_duplicates else duplicates(self.pair_id, self.texts.pair_id, self.first)
-
-    @cached_property
-    def global_scores(self) -> Tensor:
-        assert self.image_cls is not None and self.texts.cls is not None
-        return upcast(l2_normalize(self.image_cls)) @ self.texts.cls.t()
-
-    @cached_property
-    def cmli_scores(self) -> tuple[Tensor, Tensor]:
-        assert self.patches is not None and self.texts.tokens is not None
-        inputs = l2_normalize(self.patches), self.texts.tokens, self.texts.token_mask
-        if self.texts.go_round:
-            assert isinstance(self.score, Scorer)
-            return ring_scores(*inputs, score=self.score)  # collective
-        return self.score(*inputs)
-
-    def column_logsumexp(self, logits: Tensor) -> Tensor:
-        return self.statistics(logits)
 
 
 def pair_gradients(
@@ -165,87 +105,112 @@ def pair_gradients(
         cached: the features of this rank's micro-batches, on `device` or on the host.
         score: a `Scorer`, or `cmli_scores` with its options.
         scale: multiplies the gradients in `cached`, so that they do not vanish in fp16.
-        argmax_bytes: limit for the argmax indices of a block in bytes; a block has at least one row.
+        argmax_bytes: limit for the argmax indices of a tile in bytes; a tile has at least one text.
         keep_duplicates: whether pairs with the same picture or caption are negatives of each other.
-        heartbeat: called after each block.
+        heartbeat: called after the tiles of each micro-batch, in a ring also for each rank's texts.
 
     Collective.
     """
     texts = _gathered(cached, device, score)  # collective
-    leaves = [x.requires_grad_() for x in (texts.cls, texts.tokens) if x is not None]
-    sums = [torch.zeros_like(x, dtype=upcast(x[:0]).dtype) for x in leaves]
     parameters = [p for loss in losses.values() for p in loss.parameters()]
     pairs = sum(len(features.pair_id) for features in cached)
 
-    def blocks(column_logsumexp: Callable[[Tensor], Tensor]) -> Iterator[tuple[_Block, PairFeatures, slice]]:
-        sizes = [len(features.pair_id) for features in cached]
-        firsts = accumulate(sizes, initial=distributed.rank() * pairs)
-        for features, size, first in uniform.turns(list(zip(cached, sizes, firsts, strict=False))):
-            rows = _rows_of_a_block(features, texts, argmax_bytes)
-            for start in uniform.turns(range(0, size, rows)):
-                part = slice(start, start + rows)
-                image_cls, patches = (
-                    None if x is None else fetched(x, device, part) for x in (features.image_cls, features.patches)
-                )
-                ids = fetched(features.pair_id, device, part)
-                block = _Block(first + start, ids, image_cls, patches, texts, column_logsumexp, score, keep_duplicates)
-                yield block, features, part
-                del block
-                heartbeat()
+    def micro_batches() -> Iterator[tuple[PairFeatures, Images]]:
+        firsts = accumulate((len(features.pair_id) for features in cached), initial=0)
+        for features, first in uniform.turns(list(zip(cached, firsts, strict=False))):
+            yield features, _images(features, first, device)
 
-    def weighted(block: _Block, each: dict[str, Tensor]) -> Tensor:
-        share = len(block.pair_id) / pairs
-        return torch.stack([weights[name] * share * loss for name, loss in each.items()]).sum()
+    def tiles(
+        images: Images, owner: int, tokens: Tensor | None, mask: Tensor, known: bool
+    ) -> Iterator[tuple[Tile, slice]]:
+        """The tiles of these images and a chunk of texts, and which of the chunk's texts each has."""
+        logsumexp = statistics.known if known else statistics.collect
+        size = images.texts_of_a_tile(mask.shape[1], argmax_bytes)
+        for start in uniform.turns(range(0, len(mask), size)):
+            part = slice(start, min(start + size, len(mask)))
+            columns = slice(owner * len(mask) + part.start, owner * len(mask) + part.stop)
+            own = None if tokens is None else tokens[part]
+            statistics.begin_tile(images.rows, columns)
+            yield Tile(images, columns, texts, own, mask[part], logsumexp, score, keep_duplicates, known), part
+        heartbeat()
 
-    without_gradient = _Texts(
-        texts.pair_id,
-        texts.token_mask,
-        None if texts.cls is None else texts.cls.detach(),
-        None if texts.tokens is None else texts.tokens.detach(),
-        texts.go_round,
-    )
-    statistics = ColumnStatistics()
-    for block, _, _ in blocks(statistics.collect):
-        block.texts = without_gradient
-        statistics.end_block(scale * weighted(block, {name: loss(block) for name, loss in losses.items()}))
-        if not statistics.lse:  # no loss uses `column_logsumexp`
+    def weighted(tile: Tile, each: dict[str, Tensor]) -> Tensor:
+        share = len(tile.images.pair_id) / pairs
+        return scale * torch.stack([weights[name] * share * loss for name, loss in each.items()]).sum()
+
+    statistics = TileStatistics(pairs, len(texts.pair_id))
+    for _, images in micro_batches():
+        for chunk in texts.chunks():  # collective
+            for tile, _ in tiles(images, *chunk, known=False):
+                statistics.end_tile(weighted(tile, {name: loss(tile) for name, loss in losses.items()}))
+                del tile
+        if not statistics.sums:  # no loss uses them
             break
     statistics.merge()  # collective
 
     found: dict[str, Tensor] = {}
     of_parameters: list[Tensor | None] = [None] * len(parameters)
     ignored = torch.zeros((), dtype=torch.int64, device=device)
-    for block, features, part in blocks(statistics.known):
-        rows = [x.requires_grad_() for x in (block.image_cls, block.patches) if x is not None]
-        each = {name: loss(block) for name, loss in losses.items()}
-        total = scale * weighted(block, each)
-        grads = torch.autograd.grad(total, [*rows, *leaves, *parameters], allow_unused=True)
-        targets = [x for x in (features.image_cls, features.patches) if x is not None]
-        for target, grad in zip(targets, grads, strict=False):
-            stored(0.0 if grad is None else grad, target, part)
-        for summed, grad in zip(sums, grads[len(rows) :], strict=False):
-            if grad is not None:
-                summed += grad
-        for n, grad in enumerate(grads[len(rows) + len(leaves) :]):
-            if grad is not None:
-                before = of_parameters[n]
-                of_parameters[n] = upcast(grad) / scale if before is None else before + upcast(grad) / scale
-        for name, loss in each.items():
-            found[name] = loss.detach() * (len(block.pair_id) / pairs) + found.get(name, 0)
-        if block.duplicates is not None:
-            ignored += block.duplicates.sum()
-        del grads, each, total
+    of_cls, of_tokens = _zeros(texts.cls), _zeros(texts.tokens)
+    for features, images in micro_batches():
+        of_image_cls, of_patches = _zeros(images.cls), _zeros(images.patches)
+        returned = ReturnedGradient(None)
+        for owner, tokens, mask in texts.chunks():  # collective
+            of_chunk = _zeros(tokens) if texts.go_round else of_tokens
+            for tile, part in tiles(images, owner, tokens, mask, known=True):
+                each = {name: loss(tile) for name, loss in losses.items()}
+                places = [
+                    (tile.image_cls, of_image_cls, slice(None)), (tile.patches, of_patches, slice(None)),
+                    (tile.text_cls, of_cls, tile.columns), (tile.tokens, of_chunk, part),
+                ]  # fmt: skip
+                leaves = [leaf for leaf, _, _ in places if leaf is not None]
+                grads = torch.autograd.grad(weighted(tile, each), [*leaves, *parameters], allow_unused=True)
+                sums = [summed[rows] for _, summed, rows in places if summed is not None]
+                for summed, more in zip(sums, grads, strict=False):
+                    if more is not None:
+                        summed += more
+                for n, more in enumerate(grads[len(leaves) :]):
+                    if more is not None:
+                        before, now = of_parameters[n], upcast(more) / scale
+                        of_parameters[n] = now if before is None else before + now
+                for name, loss in each.items():
+                    found[name] = loss.detach() * (len(images.pair_id) / pairs) + found.get(name, 0)
+                if tile.duplicates is not None:
+                    ignored += tile.duplicates.sum()
+                del tile, each, places, leaves, grads, sums
+            if texts.go_round and of_chunk is not None:
+                returned.add(owner, of_chunk)  # collective
+            del of_chunk
+        if texts.go_round and of_tokens is not None:
+            of_tokens += returned.sum()
+        for place, grad in ((features.image_cls, of_image_cls), (features.patches, of_patches)):
+            if place is not None and grad is not None:
+                _replace(place, grad, device)
 
-    for leaf, summed in zip(leaves, sums, strict=True):
-        if not (texts.go_round and leaf is texts.tokens):  # the ring has summed it already
-            summed = collectives.sum_to_owner(summed)  # collective
-        _back_to_texts(cached, leaf is texts.tokens, summed, device)
+    if of_cls is not None:
+        _back_to_texts([f.text_cls for f in cached], collectives.sum_to_owner(of_cls), device)  # collective
+    if of_tokens is not None:
+        own = of_tokens if texts.go_round else collectives.sum_to_owner(of_tokens)  # collective
+        _back_to_texts([f.tokens for f in cached], own, device)
     total = torch.stack([weights[name] * loss for name, loss in found.items()]).sum()
     return PairGradients(total, found, of_parameters, ignored)
 
 
+def _zeros(x: Tensor | None) -> Tensor | None:
+    """Where gradients of `x` are added up: in fp32 (fp64 for fp64)."""
+    return None if x is None else torch.zeros_like(x, dtype=collectives.accumulated(x.dtype))
+
+
 @torch.no_grad()
-def _gathered(cached: list[PairFeatures], device: torch.device, score: Callable[..., Any]) -> _Texts:
+def _images(features: PairFeatures, first: int, device: torch.device) -> Images:
+    cls, patches = (
+        None if x is None else l2_normalize(fetched(x, device)) for x in (features.image_cls, features.patches)
+    )
+    return Images(first, fetched(features.pair_id, device), None if cls is None else upcast(cls), patches)
+
+
+@torch.no_grad()
+def _gathered(cached: list[PairFeatures], device: torch.device, score: Callable[..., Any]) -> Texts:
     """Gather the texts of all ranks, except the tokens if they go round a ring. Collective."""
     count, longest = sum(len(f.pair_id) for f in cached), max(f.token_mask.shape[1] for f in cached)
     ids = torch.cat([fetched(f.pair_id, device) for f in cached])
@@ -273,28 +238,21 @@ def _gathered(cached: list[PairFeatures], device: torch.device, score: Callable[
         tokens, mask = collectives.gather_text(tokens, mask)  # collective
     if cls is not None:
         cls = collectives.gather_with_gradient(cls)  # collective
-    return _Texts(collectives.gather(ids), mask, cls, tokens, go_round)  # collective
+    return Texts(collectives.gather(ids), mask, cls, tokens, go_round)  # collective
 
 
-def _rows_of_a_block(features: PairFeatures, texts: _Texts, argmax_bytes: int) -> int:
-    """R: a micro-batch, or as many rows as have argmax indices of at most `argmax_bytes`; a ring keeps no indices."""
-    B = len(features.pair_id)
-    if features.patches is None or texts.go_round:
-        return B
-    G, M, N = *texts.token_mask.shape, features.patches.shape[1]
-    row = G * (N * index_dtype(M).itemsize + M * index_dtype(N).itemsize)
-    return max(1, min(B, argmax_bytes // row))
-
-
-def _back_to_texts(cached: list[PairFeatures], of_tokens: bool, grad: Tensor, device: torch.device) -> None:
+def _back_to_texts(places: list[Tensor | None], grad: Tensor, device: torch.device) -> None:
     """Replace cached text features by their gradients, given those of this rank's normalised texts, [K * B, ...]."""
     first = 0
-    for features in cached:
-        place = features.tokens if of_tokens else features.text_cls
-        assert place is not None
-        part = grad[first : first + len(place)]
-        x = fetched(place, device, copy=True).requires_grad_()
-        y = l2_normalize(x)
-        (back,) = torch.autograd.grad(y, x, (part[:, : x.shape[1]] if of_tokens else part).to(y.dtype))
-        stored(back, place)
-        first += len(place)
+    for place in places:
+        if place is not None:
+            _replace(place, grad[first : first + len(place)], device)
+            first += len(place)
+
+
+def _replace(place: Tensor, grad: Tensor, device: torch.device) -> None:
+    """Replace a cached feature by its gradient, given that of the normalised feature, which may have more positions."""
+    x = fetched(place, device).requires_grad_()
+    y = l2_normalize(x)
+    (back,) = torch.autograd.grad(y, x, (grad[:, : x.shape[1]] if x.dim() == 3 else grad).to(y.dtype))
+    stored(back, place)

@@ -13,8 +13,7 @@ class AllPairsCMLI(Loss):
         self.logit_scale = log_scale(config.cmli_init_temperature)
 
     def forward(self, inputs: PairInputs) -> Tensor:
-        s_i2t, s_t2i = inputs.cmli_scores  # [B, G], collective
+        s_i2t, s_t2i = inputs.cmli_scores  # [R, T], collective
         ignore = inputs.duplicates  # collective
-        return contrastive_loss(
-            s_i2t, s_t2i, self.logit_scale, inputs.first, inputs.column_logsumexp, ignore
-        )  # collective
+        logsumexps = inputs.row_logsumexp, inputs.column_logsumexp
+        return contrastive_loss(s_i2t, s_t2i, self.logit_scale, inputs.first, *logsumexps, ignore)  # collective

@@ -1,6 +1,6 @@
 """Losses as pure functions of tensors, independent of processes, engines and data; see `cmli/contrastive.py` too.
 
-Shapes: B pairs of this rank, G >= B texts they are compared with, N image patches, M text positions, H hidden size,
+Shapes: B pairs, a tile of R images and T texts that are compared, N image patches, M text positions, H hidden size,
 D embedding dimension. Equation numbers are those of the source document. Everything is computed in fp32, or in fp64 for
 fp64 inputs.
 """
@@ -9,43 +9,43 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ds_cmli.cmli.contrastive import temperature_scale, upcast
+from ds_cmli.cmli.contrastive import own_pairs, temperature_scale, upcast
 
 
 def sigmoid_loss(
     scores: Tensor, logit_scale: Tensor, bias: Tensor, first: int = 0, positives: Tensor | None = None
 ) -> Tensor:
-    """-log sigmoid(z * (t * score + b)) summed over texts and averaged over this block's B images; SigLIP.
+    """-log sigmoid(z * (t * score + b)) summed over texts and averaged over the tile's R images; SigLIP.
 
     z is 1 for positives and -1 for all others (Zhai et al., 2023, equation 1). No normalisation over the batch: across
     ranks only the scores need the other ranks.
 
     Args:
-        scores: [B, G] fp32 or fp64, this rank's images against all texts.
+        scores: [R, T] fp32 or fp64, images against texts.
         logit_scale: one element, ln(1/temperature).
         bias: one element, b.
-        first: the column that belongs to row 0: row b's text is column first + b.
-        positives: bool [B, G], further positives, see `duplicates`; None: there are none.
+        first: the column that belongs to row 0: row r's text is column first + r, if the tile has it.
+        positives: bool [R, T], further positives, see `duplicates`; None: there are none.
 
     Returns:
-        A scalar. Averaged over ranks it is the loss of the global batch.
+        A scalar. Summed over the tiles of the same images, and averaged over those of all ranks, it is the loss of the
+        whole batch.
     """
-    logits = temperature_scale(logit_scale) * scores + upcast(bias)  # [B, G]
-    b = torch.arange(len(logits), device=logits.device)
+    logits = temperature_scale(logit_scale) * scores + upcast(bias)  # [R, T]
     sign = torch.full_like(logits, -1.0)
-    sign[b, first + b] = 1.0
+    sign[own_pairs(logits, first)] = 1.0
     if positives is not None:
         sign.masked_fill_(positives, 1.0)
     return -F.logsigmoid(sign * logits).sum(1).mean()
 
 
 def duplicates(pair_id: Tensor, all_ids: Tensor, first: int = 0) -> Tensor:
-    """Images and texts of different pairs that also match, as the pairs share the picture or the caption: bool [B, G].
+    """Images and texts of different pairs that also match, as the pairs share the picture or the caption: bool [R, T].
 
     Args:
-        pair_id: int64 [B, 2], hashes of picture and caption: equal for equal pictures or captions.
-        all_ids: int64 [G, 2], the same of all ranks.
-        first: the column that belongs to row 0.
+        pair_id: int64 [R, 2], of the images, hashes of picture and caption: equal for equal pictures or captions.
+        all_ids: int64 [T, 2], the same of the texts.
+        first: the column that belongs to row 0, as in `sigmoid_loss`.
     """
     same = pair_id[:, :1] == all_ids[:, 0]
     same |= pair_id[:, 1:] == all_ids[:, 1]

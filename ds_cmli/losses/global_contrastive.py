@@ -13,8 +13,7 @@ class GlobalContrastive(Loss):
         self.logit_scale = log_scale(config.init_temperature)
 
     def forward(self, inputs: PairInputs) -> Tensor:
-        scores = inputs.global_scores  # [B, G], collective
+        scores = inputs.global_scores  # [R, T], collective
         ignore = inputs.duplicates  # collective
-        return contrastive_loss(
-            scores, scores, self.logit_scale, inputs.first, inputs.column_logsumexp, ignore
-        )  # collective
+        logsumexps = inputs.row_logsumexp, inputs.column_logsumexp
+        return contrastive_loss(scores, scores, self.logit_scale, inputs.first, *logsumexps, ignore)  # collective

@@ -23,14 +23,12 @@ def kept_on_host(tracker: Tracker) -> Iterator[None]:
         with tracker.paused():
             return features.to("cpu")
 
-    def fetched(x: Tensor, device: torch.device | str, rows: slice = slice(None), copy: bool = False) -> Tensor:
-        with tracker.paused():
-            part = x[rows].detach()
-        return part.clone()
+    def fetched(x: Tensor, device: torch.device | str) -> Tensor:
+        return x.detach().clone()
 
-    def stored(value: Tensor | float, place: Tensor, rows: slice = slice(None)) -> None:
+    def stored(value: Tensor, place: Tensor) -> None:
         with tracker.paused():
-            place[rows] = value
+            place.copy_(value)
 
     with ExitStack() as stack:
         stack.enter_context(replaced(gradient_caching, "on_host", on_host))

@@ -11,25 +11,23 @@ from torch._subclasses.fake_tensor import FakeTensor
 from ds_cmli.cmli.peak_memory import cmli_peak_bytes
 
 
-def cmli_scratch_bytes(func: Any, args: tuple, text_lengths: list[int] | None, owner: int) -> int:
+def cmli_scratch_bytes(func: Any, args: tuple, text_lengths: list[int] | None, first_text: int) -> int:
     """Bytes that the operator `func` holds at its peak beyond what it returns. CPU-GPU sync on real tensors.
 
     Args:
         args: those of the call.
-        text_lengths: the number of valid tokens of each text, of all ranks or of one (then the same on all); used
+        text_lengths: the number of valid tokens of each text of all ranks, or of the first ones if they repeat; used
             where the mask is fake. None: the most that any lengths need.
-        owner: the rank whose texts are given, where they are those of one rank.
+        first_text: the place of the first text of `args` among those of all ranks.
     """
     forward = func is torch.ops.ds_cmli.cmli_forward.default
     image, text, token_mask, image_mask = args[:4] if forward else args[2:6]
     (I, N, D), (J, M, _) = image.shape, text.shape  # noqa: E741
     backend, scratch_bytes = args[4:6] if forward else args[8:10]
     fake = isinstance(token_mask, FakeTensor)
-    lengths = text_lengths
-    if lengths and len(lengths) > J:  # the lengths are those of all ranks, the texts those of one
-        lengths = lengths[owner * J : (owner + 1) * J]
-    elif lengths:
-        lengths = lengths * (J // len(lengths))
+    lengths = None
+    if text_lengths:
+        lengths = [text_lengths[(first_text + j) % len(text_lengths)] for j in range(J)]
     peak = cmli_peak_bytes(
         I, J, N, M, D, image.dtype,
         backend=backend,

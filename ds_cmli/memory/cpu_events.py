@@ -27,8 +27,9 @@ def events(profiler: Any) -> list[tuple[str, int]]:
 def recording_in_parts(mark: str = MEMORY) -> Iterator[tuple[list[tuple[str, int]], Callable[[], None]]]:
     """Records the allocator's events into a list, and those whose name begins with `mark`; see `events`.
 
-    Yields the list and a function that moves the events recorded so far into it, the rest follows at the end. A
-    profiler keeps a few hundred bytes for each call of an operator, which for a long step is more than a machine has.
+    Yields the list and a function that moves the events recorded so far into it; the rest follows at the end. A
+    profiler keeps more than a kilobyte for each event, and a long step has more of them than fit in memory. No other
+    thread may run an operator while that function is called.
     """
     found: list[tuple[str, int]] = []
     profilers = [recording()]

@@ -16,7 +16,6 @@ from ds_cmli.distributed import process_group as distributed
 from ds_cmli.engine import TrainEngine
 from ds_cmli.memory import cpu_events, gpus, measure_cpu, measure_cuda, predict_subprocess
 from ds_cmli.memory.collectives import seen_by_the_profiler
-from ds_cmli.memory.phases import heartbeats, phases
 from ds_cmli.memory.report import Report, summarise
 from ds_cmli.memory.tracker import Tracker
 
@@ -121,13 +120,9 @@ def _measuring(train_engine: TrainEngine, setting: dict[str, Any]) -> Iterator[C
         return
     with seen_by_the_profiler(), tracker, tracker.attach_to_training(train_engine):
         before, known = sum(event.bytes for event in tracker.events()), len(tracker.ops)
-        with (
-            cpu_events.recording_in_parts() as (recorded, move),
-            phases(train_engine, lambda phase: move()),
-            heartbeats(train_engine, move),
-        ):
+        with cpu_events.recording() as profiler:
             yield report
-    sizes = [size for _, size in recorded]
+    sizes = [size for name, size in cpu_events.events(profiler) if name == cpu_events.MEMORY]
     # The profiler has no events for batches that were allocated before it started or by a data loading process. The
     # tracker first sees such a batch when it claims it as "data", and so records no operator for it.
     unseen = [e.bytes for e in tracker.events() if e.category == "data" and not e.op and e.block >= known]

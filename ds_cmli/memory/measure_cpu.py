@@ -130,15 +130,17 @@ def _events(config: Config, ds_config: DeepSpeedConfig, vocab_size: int, world_s
 def allocator_events(call: Callable[[Callable[[str | None], None]], object]) -> list[tuple[str, int]]:
     """(phase, bytes) of each allocation (positive), each free (negative) and each beginning of a phase (0), in order.
 
-    `call` gets a function `enter`, which it calls with the name of each phase that begins, and in between with None,
-    the more often the less memory the measurement takes. Before the first call the phase is "".
+    `call` gets a function `enter`, which it calls with the name of each phase that begins, and in between with None:
+    without other ranks, the more often the less memory the measurement takes. Before the first call the phase is "".
     """
     gc.collect()
-
+    # With other ranks gloo's threads run operators of their own, and a profiler that ends meanwhile corrupts the heap.
+    alone = not dist.is_initialized()
     with seen_by_the_profiler(), cpu_events.recording_in_parts(MARK) as (recorded, move):
 
         def enter(phase: str | None) -> None:
-            move()
+            if alone:
+                move()
             if phase is not None:
                 with record_function(MARK + phase):
                     pass

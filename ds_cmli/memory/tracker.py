@@ -21,6 +21,7 @@ from ds_cmli.common.patches import replaced
 from ds_cmli.data import Batch
 from ds_cmli.distributed import collectives, ring
 from ds_cmli.engine import TrainEngine
+from ds_cmli.losses import tiles
 from ds_cmli.losses.cached import PairFeatures
 from ds_cmli.memory.cmli_scratch import cmli_scratch_bytes
 from ds_cmli.memory.collectives import copied_bytes
@@ -69,7 +70,7 @@ class Tracker(TorchDispatchMode):
         self.segment, self.last_of_init, self.recomputing = 0, 0, False
         self.in_place_at = 0  # length of the log after the last operator of IN_PLACE in backward
         self._scope: str | None = None
-        self.owner = 0  # in a ring: the rank whose texts the all-pairs operator works on
+        self.first_text = 0  # of the texts that the all-pairs operator works on, its place among those of all ranks
         self._replaced = ExitStack()
 
     def __enter__(self):
@@ -79,7 +80,6 @@ class Tracker(TorchDispatchMode):
             (gather, "backward", "exchanged text"),
             (ring, "pack", "exchanged text"),
             (ring, "buffer_like", "exchanged text"),
-            (cmli_ring, "buffer_like", "exchanged text"),
             (ring_scores, "forward", "CMLI op"),
             (ring_scores, "backward", "CMLI op"),
         ):
@@ -87,8 +87,10 @@ class Tracker(TorchDispatchMode):
             self._replaced.enter_context(
                 replaced(owner, name, staticmethod(scoped) if isinstance(owner, type) else scoped)
             )
-        for name in ("chunk_scores", "chunk_gradients"):
-            self._replaced.enter_context(replaced(cmli_ring, name, self._owned(getattr(cmli_ring, name))))
+        for module, name in (
+            (cmli_ring, "scores_from"), (cmli_ring, "gradients_from"), (tiles, "scores_from")
+        ):  # fmt: skip
+            self._replaced.enter_context(replaced(module, name, self._located(getattr(module, name))))
         if self.workspaces:  # checkpointing saves the generator's state for each layer, and no operator returns it
             self._replaced.enter_context(replaced(torch, "get_rng_state", self._seen(torch.get_rng_state)))
         return super().__enter__()
@@ -170,7 +172,7 @@ class Tracker(TorchDispatchMode):
     def _inside(self, func: Any, args: tuple, kwargs: dict[str, Any] | None) -> tuple[int, str]:
         """Bytes that an operator holds at its peak beyond what it returns, as far as known, and their category."""
         if func.namespace == "ds_cmli":
-            return cmli_scratch_bytes(func, args, self.text_lengths, self.owner), "CMLI op"
+            return cmli_scratch_bytes(func, args, self.text_lengths, self.first_text), "CMLI op"
         if func.namespace == "c10d":
             return copied_bytes(func, args, self.backend), "temporaries"
         return workspace_bytes(func, args, kwargs) if self.workspaces else 0, "temporaries"
@@ -194,10 +196,10 @@ class Tracker(TorchDispatchMode):
 
         return run
 
-    def _owned(self, function: Callable) -> Callable:
-        def run(owner: int, *args):
-            self.owner = owner
-            return function(owner, *args)
+    def _located(self, function: Callable) -> Callable:
+        def run(first: int, *args):
+            self.first_text = first
+            return function(first, *args)
 
         return run
 

@@ -31,9 +31,33 @@ def test_contrastive_loss_of_a_block_row():
     # Two ranks' blocks of one row each: the mean over ranks is the loss of the whole.
     s = torch.tensor([[0.3, -0.2], [0.8, 0.1]], dtype=F64)
     whole = contrastive_loss(s, s, torch.ones(1, dtype=F64))
-    column = lambda _: (math.e * s).logsumexp(0)  # noqa: E731
-    blocks = [contrastive_loss(s[r : r + 1], s[r : r + 1], torch.ones(1, dtype=F64), r, column) for r in range(2)]
+    sums = {"column_logsumexp": lambda _: (math.e * s).logsumexp(0)}
+    blocks = [contrastive_loss(s[r : r + 1], s[r : r + 1], torch.ones(1, dtype=F64), r, **sums) for r in range(2)]
     assert_close(sum(blocks) / 2, whole)
+
+
+def test_contrastive_loss_of_tiles_that_do_not_meet_on_the_diagonal():
+    torch.manual_seed(0)
+    rows, columns = torch.rand(2, 6, 7, dtype=F64)
+    one = torch.ones(1, dtype=F64)
+    ignore = torch.zeros(6, 7, dtype=torch.bool)
+    ignore[2, 5] = ignore[5, 0] = True
+    whole = contrastive_loss(rows, columns, one, 1, ignore=ignore)  # row r's text is column r + 1
+    total = 0.0
+    for i in range(0, 6, 4):
+        for j in range(0, 7, 3):
+            tile = slice(i, i + 4), slice(j, j + 3)
+            sums = {
+                "row_logsumexp": lambda _, part=tile[0]: (
+                    (math.e * rows).masked_fill(ignore, -math.inf).logsumexp(1)[part]
+                ),
+                "column_logsumexp": lambda _, part=tile[1]: (
+                    (math.e * columns).masked_fill(ignore, -math.inf).logsumexp(0)[part]
+                ),
+            }
+            found = contrastive_loss(rows[tile], columns[tile], one, i + 1 - j, ignore=ignore[tile], **sums)
+            total += found * len(rows[tile]) / 6
+    assert_close(total, whole)
 
 
 def test_temperature_is_clamped_straight_through():

@@ -1,4 +1,4 @@
-"""The losses over pairs of a step, whose image rows come in blocks of a byte budget.
+"""The losses over pairs of a step, whose pairs come in tiles of a byte budget.
 
 K micro-batches of B pairs, G = K * B texts, N patches, M text positions, H student width, D embedding dimension.
 """
@@ -10,7 +10,6 @@ import torch
 
 from ds_cmli.cmli import cmli_scores
 from ds_cmli.config.presets import load_preset
-from ds_cmli.losses import LOSSES
 from ds_cmli.losses.cached import PairFeatures, pair_gradients
 from ds_cmli.losses.objective import Objective
 from ds_cmli.memory.inputs import longest_batch
@@ -18,7 +17,7 @@ from ds_cmli.models.student import Student
 
 K, B, N, M, D = 3, 4, 16, 8, 16
 G = K * B
-ROW = G * (N + M)  # bytes of the argmax indices of an image and all texts: one each, as N and M are below 256
+ROW = B * (N + M)  # bytes of the argmax indices of B images and a text: one each, as N and M are below 256
 
 
 @pytest.fixture(scope="module")
@@ -53,27 +52,27 @@ def test_only_the_features_are_kept(device, objective):
     assert all(x.untyped_storage().nbytes() == x.nbytes for x in found.tensors())
 
 
-def computed(objective, argmax_bytes):
-    """What `pair_gradients` gives with this budget, the cached gradients, and the rows of each call of the op."""
-    rows, cached = [], features(objective)
+def computed(objective, argmax_bytes, weights=None):
+    """What `pair_gradients` gives with this budget, the cached gradients, and the texts of each call of the op."""
+    texts, cached = [], features(objective)
 
     def score(patches, tokens, mask):
-        assert len(tokens) == G
-        rows.append(len(patches))
+        assert len(patches) == B
+        texts.append(len(tokens))
         return cmli_scores(patches, tokens, mask)
 
-    losses = {name: objective.losses[name] for name in objective.config.weights if LOSSES[name].scores}
-    weights = objective.config.weights
+    weights = weights or objective.config.weights
+    losses = {name: objective.losses[name] for name in weights}
     found = pair_gradients(losses, weights, cached, score, torch.device("cpu"), 1.0, argmax_bytes)
-    return found, [x for each in cached for x in each.tensors()], rows
+    return found, [x for each in cached for x in each.tensors()], texts
 
 
-@pytest.mark.parametrize("budget, R", [(ROW * B, B), (ROW * B - 1, 3), (ROW * 2, 2), (ROW * 2 - 1, 1), (1, 1)])
-def test_argmax_indices_of_a_block_stay_within_the_budget(device, objective, budget, R):
+@pytest.mark.parametrize("budget, T", [(ROW * G, G), (ROW * G - 1, 11), (ROW * B, B), (ROW * B - 1, 3), (1, 1)])
+def test_argmax_indices_of_a_tile_stay_within_the_budget(device, objective, budget, T):
     whole, expected, _ = computed(objective, 1 << 30)
-    found, gradients, rows = computed(objective, budget)
-    assert max(rows) == R and (budget >= R * ROW or R == 1)
-    assert sum(rows) == 2 * G  # each row once for the columns' sums, and once with its gradient
+    found, gradients, texts = computed(objective, budget)
+    assert max(texts) == T and (budget >= T * ROW or T == 1)
+    assert sum(texts) == 2 * G * K  # each tile once for the sums, and once with its gradient
     torch.testing.assert_close(found.total, whole.total, rtol=1e-12, atol=0)
     for name in whole.each:
         torch.testing.assert_close(found.each[name], whole.each[name], rtol=1e-12, atol=0)
@@ -81,3 +80,17 @@ def test_argmax_indices_of_a_block_stay_within_the_budget(device, objective, bud
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-15)
     for ours, theirs in zip(found.parameters, whole.parameters, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-15)
+
+
+def test_a_tile_has_no_more_pairs_than_a_micro_batch(device, objective, monkeypatch):
+    monkeypatch.setattr("ds_cmli.losses.tiles.LEAST_PAIRS", 1)
+    assert computed(objective, 1 << 30)[2] == [B] * 2 * K * K
+    monkeypatch.setattr("ds_cmli.losses.tiles.LEAST_PAIRS", 3 * B)
+    assert computed(objective, 1 << 30)[2] == [B] * 2 * K * K
+    monkeypatch.setattr("ds_cmli.losses.tiles.LEAST_PAIRS", 8 * B)
+    assert computed(objective, 1 << 30)[2] == [8, 4] * 2 * K
+
+
+def test_sums_that_no_loss_uses_are_not_computed(device, objective):
+    _, _, texts = computed(objective, 1 << 30, {"cmli_sigmoid": 1.0})
+    assert texts == [G] * (1 + K)

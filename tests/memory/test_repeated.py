@@ -56,24 +56,24 @@ def test_every_event_is_that_of_the_whole_step(setting, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "negatives, stage, target, loss, rows, ranks, batch, count",
+    "negatives, stage, target, loss, texts, ranks, batch, count",
     [
         ("micro_batch", 2, "cuda", {"cmli_exchange": "ring"}, None, 12, 2, 2),
         ("global_batch", 1, "cpu", {"cmli_exchange": "ring"}, None, 12, 2, 2),
         ("global_batch", 3, "cuda", {"cmli_exchange": "gather"}, 5, 2, 9, 9),
-        ("global_batch", 2, "cpu", {"weights": {"cmli_sigmoid": 1.0}}, 3, 1, 28, 2),  # the last of a micro-batch has 1
+        ("global_batch", 2, "cpu", {"weights": {"cmli_sigmoid": 1.0}}, 3, 1, 28, 2),  # the last tile has 2
     ],
-    ids=["ring-whole", "ring-cached", "rows", "rows-sigmoid"],
+    ids=["ring-whole", "ring-cached", "tiles", "tiles-sigmoid"],
 )
 def test_uniform_loops_are_those_of_all_their_turns(
-    negatives, stage, target, loss, rows, ranks, batch, count, monkeypatch
+    negatives, stage, target, loss, texts, ranks, batch, count, monkeypatch
 ):
-    from ds_cmli.losses import cached
+    from ds_cmli.losses.tiles import Images
     from ds_cmli.memory import predict as module
     from ds_cmli.memory import repeated
 
-    if rows is not None:
-        monkeypatch.setattr(cached, "_rows_of_a_block", lambda *_: rows)
+    if texts is not None:
+        monkeypatch.setattr(Images, "texts_of_a_tile", lambda *_: texts)
     optim = {"negatives": negatives, "micro_batch": batch}
     ds_config = {
         "gradient_accumulation_steps": count, "zero_optimization": {"stage": stage}, "bf16": {"enabled": True}
