@@ -84,7 +84,7 @@ def step_time(cost: StepCost, rates: Rates) -> dict[str, float]:
     model: the matrix products of student and teacher. Activation checkpointing and gradient caching each run the
         forward pass once more, which adds a third.
     scores: the all-pairs operator, three products in forward and backward. A ring adds one product, because it computes
-        argmax indices again, and gradient caching one, because it computes the scores twice.
+        argmax indices again. So does gradient caching, with a ring or without, because it computes the scores twice.
     text: the exchange of text features and their gradients. A ring's transfers overlap with `scores`, so only their
         time beyond `scores` counts; a gather does not overlap.
     rest: the exchange of gradients, parameters and softmax statistics, without any overlap.
@@ -96,7 +96,7 @@ def step_time(cost: StepCost, rates: Rates) -> dict[str, float]:
     ring = cost.exchange == "ring" and cost.ranks > 1
     out = {
         "model": cost.model_flops * (1 + again / 3) / rates.flops,
-        "scores": cost.product_flops * (3 + ring + cost.cached) / rates.flops,
+        "scores": cost.product_flops * (3 + (ring or cost.cached)) / rates.flops,
     }
     moved = {"text": 0.0, "rest": 0.0}
     bandwidth = rates.node_bandwidth if cost.ranks <= rates.ranks_per_node else rates.bandwidth

@@ -28,6 +28,7 @@ def test_a_ring_is_hidden_behind_the_scores():
 def test_what_is_computed_again():
     found = step_time(cost(1, "gather", cached=True, checkpointing=True), RATES)
     assert found == {"model": 5.0, "scores": 4.0, "text": 0.0, "rest": 0.0}
+    assert step_time(cost(4, "ring", cached=True), RATES)["scores"] == 4.0
     assert Count(1, 8 * 10**9).sent("all-reduce", 4) == 12 * 10**9  # to scatter the sums, and to gather them
 
 
