@@ -26,7 +26,7 @@ from ds_cmli.distributed import collectives
 from ds_cmli.distributed.ring import ReturnedGradient
 from ds_cmli.losses.base import Loss
 from ds_cmli.losses.tile_statistics import TileStatistics
-from ds_cmli.losses.tiles import Images, Texts, Tile
+from ds_cmli.losses.tiles import Chunk, Images, Texts, Tile
 
 
 @dataclass
@@ -120,29 +120,24 @@ def pair_gradients(
         for features, first in uniform.turns(list(zip(cached, firsts, strict=False))):
             yield features, _images(features, first, device)
 
-    def tiles(
-        images: Images, owner: int, tokens: Tensor | None, mask: Tensor, known: bool
-    ) -> Iterator[tuple[Tile, slice]]:
-        """The tiles of these images and a chunk of texts, and which of the chunk's texts each has."""
-        logsumexp = statistics.known if known else statistics.collect
-        size = images.texts_of_a_tile(mask.shape[1], argmax_bytes)
-        for start in uniform.turns(range(0, len(mask), size)):
-            part = slice(start, min(start + size, len(mask)))
-            columns = slice(owner * len(mask) + part.start, owner * len(mask) + part.stop)
-            own = None if tokens is None else tokens[part]
-            statistics.begin_tile(images.rows, columns)
-            yield Tile(images, columns, texts, own, mask[part], logsumexp, score, keep_duplicates, known), part
+    def tiles(images: Images, chunk: Chunk, known: bool) -> Iterator[Tile]:
+        texts_of_chunk, positions = chunk[2].shape
+        size = images.texts_of_a_tile(positions, argmax_bytes)
+        for start in uniform.turns(range(0, texts_of_chunk, size)):
+            part = slice(start, min(start + size, texts_of_chunk))
+            yield Tile(images, texts, chunk, part, statistics, score, keep_duplicates, known)
         heartbeat()
 
-    def weighted(tile: Tile, each: dict[str, Tensor]) -> Tensor:
-        share = len(tile.images.pair_id) / pairs
-        return scale * torch.stack([weights[name] * share * loss for name, loss in each.items()]).sum()
+    def computed(tile: Tile) -> tuple[dict[str, Tensor], Tensor]:
+        """Each loss, and their weighted sum times `scale`, as shares of those of this rank's pairs."""
+        each = {name: loss(tile) * (len(tile.images.pair_id) / pairs) for name, loss in losses.items()}
+        return each, scale * torch.stack([weights[name] * loss for name, loss in each.items()]).sum()
 
     statistics = TileStatistics(pairs, len(texts.pair_id))
     for _, images in micro_batches():
         for chunk in texts.chunks():  # collective
-            for tile, _ in tiles(images, *chunk, known=False):
-                statistics.end_tile(weighted(tile, {name: loss(tile) for name, loss in losses.items()}))
+            for tile in tiles(images, chunk, known=False):
+                statistics.end_tile(computed(tile)[1])
                 del tile
         if not statistics.sums:  # no loss uses them
             break
@@ -153,39 +148,35 @@ def pair_gradients(
     ignored = torch.zeros((), dtype=torch.int64, device=device)
     of_cls, of_tokens = _zeros(texts.cls), _zeros(texts.tokens)
     for features, images in micro_batches():
-        of_image_cls, of_patches = _zeros(images.cls), _zeros(images.patches)
+        of_images = _zeros(images.cls), _zeros(images.patches)
         returned = ReturnedGradient(None)
-        for owner, tokens, mask in texts.chunks():  # collective
+        for chunk in texts.chunks():  # collective
+            owner, tokens, _ = chunk
             of_chunk = _zeros(tokens) if texts.go_round else of_tokens
-            for tile, part in tiles(images, owner, tokens, mask, known=True):
-                each = {name: loss(tile) for name, loss in losses.items()}
-                places = [
-                    (tile.image_cls, of_image_cls, slice(None)), (tile.patches, of_patches, slice(None)),
-                    (tile.text_cls, of_cls, tile.columns), (tile.tokens, of_chunk, part),
-                ]  # fmt: skip
-                leaves = [leaf for leaf, _, _ in places if leaf is not None]
-                grads = torch.autograd.grad(weighted(tile, each), [*leaves, *parameters], allow_unused=True)
-                sums = [summed[rows] for _, summed, rows in places if summed is not None]
-                for summed, more in zip(sums, grads, strict=False):
-                    if more is not None:
-                        summed += more
-                for n, more in enumerate(grads[len(leaves) :]):
-                    if more is not None:
-                        before, now = of_parameters[n], upcast(more) / scale
+            for tile in tiles(images, chunk, known=True):
+                each, total = computed(tile)
+                leaves = tile.leaves()
+                grads = torch.autograd.grad(total, [*leaves, *parameters], allow_unused=True)
+                for place, grad in zip(tile.places(*of_images, of_cls, of_chunk), grads, strict=False):
+                    if grad is not None:
+                        place += grad
+                for n, grad in enumerate(grads[len(leaves) :]):
+                    if grad is not None:
+                        before, now = of_parameters[n], upcast(grad) / scale
                         of_parameters[n] = now if before is None else before + now
                 for name, loss in each.items():
-                    found[name] = loss.detach() * (len(images.pair_id) / pairs) + found.get(name, 0)
+                    found[name] = loss.detach() + found.get(name, 0)
                 if tile.duplicates is not None:
                     ignored += tile.duplicates.sum()
-                del tile, each, places, leaves, grads, sums
+                del tile, each, total, leaves, grads, grad
             if texts.go_round and of_chunk is not None:
                 returned.add(owner, of_chunk)  # collective
-            del of_chunk
+            del chunk, tokens, of_chunk
         if texts.go_round and of_tokens is not None:
             of_tokens += returned.sum()
-        for place, grad in ((features.image_cls, of_image_cls), (features.patches, of_patches)):
-            if place is not None and grad is not None:
-                _replace(place, grad, device)
+        for feature, summed in zip((features.image_cls, features.patches), of_images, strict=True):
+            if feature is not None and summed is not None:
+                _replace(feature, summed, device)
 
     if of_cls is not None:
         _back_to_texts([f.text_cls for f in cached], collectives.sum_to_owner(of_cls), device)  # collective

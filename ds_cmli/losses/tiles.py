@@ -16,10 +16,12 @@ from ds_cmli.distributed import process_group as distributed
 from ds_cmli.distributed import ring
 from ds_cmli.losses.base import PairInputs
 from ds_cmli.losses.functions import duplicates
-from ds_cmli.losses.tile_statistics import COLUMNS, ROWS
+from ds_cmli.losses.tile_statistics import COLUMNS, ROWS, TileStatistics
 
 # Fewest pairs of a tile of token scores, if the batch has as many: below, most of a tile's cost is to start it.
 LEAST_PAIRS = 4096
+
+Chunk = tuple[int, Tensor | None, Tensor]  # of texts: (rank, their tokens, their mask)
 
 
 @dataclass
@@ -35,7 +37,7 @@ class Texts:
     tokens: Tensor | None  # [G, M, D]
     go_round: bool
 
-    def chunks(self) -> Iterator[tuple[int, Tensor | None, Tensor]]:
+    def chunks(self) -> Iterator[Chunk]:
         """Yields (rank, its tokens, its mask) of each rank in turn in a ring, otherwise (0, all tokens, all masks).
 
         Collective.
@@ -75,29 +77,51 @@ class Images:
 
 
 class Tile(PairInputs):
-    """B images and T texts, whose features are leaves of a graph if `with_gradient`."""
+    """B images and T texts.
+
+    Args:
+        chunk: one of `texts.chunks()`.
+        part: which texts of the chunk the tile has.
+        known: whether the sums in `statistics` are complete. If so, the tile's features are leaves of a graph.
+    """
 
     def __init__(
         self,
         images: Images,
-        columns: slice,
         texts: Texts,
-        tokens: Tensor | None,
-        token_mask: Tensor,
-        logsumexp: Callable[[Tensor, int], Tensor],
+        chunk: Chunk,
+        part: slice,
+        statistics: TileStatistics,
         score: Callable[..., tuple[Tensor, Tensor]],
         keep_duplicates: bool,
-        with_gradient: bool,
+        known: bool,
     ):
         def leaf(x: Tensor | None) -> Tensor | None:
-            return None if x is None else x.detach().requires_grad_(with_gradient)
+            return None if x is None else x.detach().requires_grad_(known)
 
-        self.images, self.columns, self.logsumexp, self.score = images, columns, logsumexp, score
-        self.pair_ids, self.keep_duplicates = (images.pair_id, texts.pair_id[columns]), keep_duplicates
+        owner, tokens, mask = chunk
+        self.images, self.part, self.score, self.keep_duplicates = images, part, score, keep_duplicates
+        self.columns = slice(owner * len(mask) + part.start, owner * len(mask) + part.stop)
+        self.pair_ids = images.pair_id, texts.pair_id[self.columns]
         self.image_cls, self.patches = leaf(images.cls), leaf(images.patches)
-        self.text_cls = leaf(None if texts.cls is None else texts.cls[columns])
-        self.tokens, self.token_mask = leaf(tokens), token_mask
+        self.text_cls = leaf(None if texts.cls is None else texts.cls[self.columns])
+        self.tokens, self.token_mask = leaf(None if tokens is None else tokens[part]), mask[part]
         self.of_this_rank = distributed.rank() * (len(texts.pair_id) // distributed.world_size())
+        statistics.begin_tile(images.rows, self.columns)
+        self.logsumexp = statistics.known if known else statistics.collect
+
+    def leaves(self) -> list[Tensor]:
+        return [x for x in (self.image_cls, self.patches, self.text_cls, self.tokens) if x is not None]
+
+    def places(
+        self, image_cls: Tensor | None, patches: Tensor | None, text_cls: Tensor | None, tokens: Tensor | None
+    ) -> list[Tensor]:
+        """What belongs to each of `leaves()` in tensors like those of the images, of all texts and of the chunk."""
+        of_texts = (
+            text_cls if text_cls is None else text_cls[self.columns],
+            tokens if tokens is None else tokens[self.part],
+        )
+        return [x for x in (image_cls, patches, *of_texts) if x is not None]
 
     @property
     def first(self) -> int:
