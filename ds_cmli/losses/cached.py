@@ -107,7 +107,7 @@ def pair_gradients(
         scale: multiplies the gradients in `cached`, so that they do not vanish in fp16.
         argmax_bytes: limit for the argmax indices of a tile in bytes; a tile has at least one text.
         keep_duplicates: whether pairs with the same picture or caption are negatives of each other.
-        heartbeat: called after the tiles of each micro-batch, in a ring also for each rank's texts.
+        heartbeat: called after each tile.
 
     Collective.
     """
@@ -126,7 +126,7 @@ def pair_gradients(
         for start in uniform.turns(range(0, texts_of_chunk, size)):
             part = slice(start, min(start + size, texts_of_chunk))
             yield Tile(images, texts, chunk, part, statistics, score, keep_duplicates, known)
-        heartbeat()
+            heartbeat()
 
     def computed(tile: Tile) -> tuple[dict[str, Tensor], Tensor]:
         """Each loss, and their weighted sum times `scale`, as shares of those of this rank's pairs."""

@@ -5,6 +5,7 @@ does not know what a block is used for, so the categories come from a second run
 """
 
 import gc
+import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -28,6 +29,7 @@ from ds_cmli.memory.report import PHASES, Event, Report, summarise
 from ds_cmli.memory.tracker import Tracker
 
 MARK = "ds_cmli.memory phase "
+PART_S = 1.0  # seconds that a profiler records at least within a phase
 
 
 def measure(config: Config, ds_config: Mapping[str, Any], world_size: int = 1) -> Report:
@@ -130,17 +132,19 @@ def _events(config: Config, ds_config: DeepSpeedConfig, vocab_size: int, world_s
 def allocator_events(call: Callable[[Callable[[str | None], None]], object]) -> list[tuple[str, int]]:
     """(phase, bytes) of each allocation (positive), each free (negative) and each beginning of a phase (0), in order.
 
-    `call` gets a function `enter`, which it calls with the name of each phase that begins, and in between with None:
-    without other ranks, the more often the less memory the measurement takes. Before the first call the phase is "".
+    `call` gets a function `enter`, which it calls with the name of each phase that begins, and in between often with
+    None, as the events recorded since take memory. Before the first call the phase is "".
     """
     gc.collect()
     # With other ranks gloo's threads run operators of their own, and a profiler that ends meanwhile corrupts the heap.
-    alone = not dist.is_initialized()
+    alone, moved = not dist.is_initialized(), time.monotonic()
     with seen_by_the_profiler(), cpu_events.recording_in_parts(MARK) as (recorded, move):
 
         def enter(phase: str | None) -> None:
-            if alone:
+            nonlocal moved
+            if alone and (phase is not None or time.monotonic() - moved > PART_S):
                 move()
+                moved = time.monotonic()
             if phase is not None:
                 with record_function(MARK + phase):
                     pass

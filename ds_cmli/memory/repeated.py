@@ -6,8 +6,8 @@ not run: the events are copied, with new blocks. So the time of a prediction har
 micro-batches, and its bytes are those of the whole step.
 
 The turns of a uniform loop (`common/uniform.py`) between its first and its last ones are skipped too. Each of them
-frees what it allocates, so that nothing needs to be copied: the ranks of a ring that exchanges texts, and the blocks of
-image rows in which losses are computed from cached features.
+frees what it allocates, so that nothing needs to be copied: the ranks of a ring that exchanges texts, and the tiles of
+pairs in which losses are computed from cached features.
 """
 
 from collections.abc import Callable, Iterator, Sequence
