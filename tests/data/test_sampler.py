@@ -6,6 +6,7 @@ import torch
 from ds_cmli.common.errors import UserError
 from ds_cmli.data.mixture import permutation
 from ds_cmli.data.sampler import Draw, GlobalBatchSampler
+from ds_cmli.memory import cpu_events
 
 
 def take(sampler, count):
@@ -96,3 +97,9 @@ def test_a_micro_batch_that_has_lost_pairs_is_refused():
     assert sampler.checked(whole) is whole
     with pytest.raises(UserError, match="a micro-batch of 7 pairs instead of 8"):
         sampler.checked(less)
+
+
+def test_the_order_of_the_samples_does_not_count_as_memory_of_a_step():
+    batches = iter(GlobalBatchSampler(1000, 4, 0, 1, 0))
+    sizes = cpu_events.sizes(lambda: next(batches))
+    assert max(sizes) >= 8 * 1000 and sum(sizes) == 0
