@@ -24,7 +24,9 @@ def kept_on_host(tracker: Tracker) -> Iterator[None]:
             return features.to("cpu")
 
     def fetched(x: Tensor, device: torch.device | str) -> Tensor:
-        return x.detach().clone()
+        with tracker.paused():
+            view = x.detach()
+        return view.clone()
 
     def stored(value: Tensor, place: Tensor) -> None:
         with tracker.paused():

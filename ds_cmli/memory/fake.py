@@ -25,6 +25,7 @@ from ds_cmli.distributed import collectives
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.distributed.ring import Transfer
 
+Another = Callable[[Tensor], Callable[[], None]]
 MANY = 8  # more tensors than this are not concatenated by `SharesOfRanks`: it only makes a result of their size
 
 
@@ -106,14 +107,28 @@ class SharesOfRanks(TorchFunctionMode):
     """Makes once what ZeRO-3 makes for each rank in a loop: views of one buffer that differ only in their offset.
 
     Without data the views are alike, so one stands for all. Concatenating many of them still gives one new tensor.
+
+    Args:
+        another: given a tensor, records one more block like its own, until the returned function is called. If it is
+            given, empty tensors of equal size are made once too, and all are freed when the mode ends.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, another: Another | None = None) -> None:
         super().__init__()
         self.last: tuple[Any, int, Any] | None = None  # (weakly: a buffer; a length; weakly: the view)
+        self.another = another
+        self.empty: dict[tuple, Tensor] = {}
+        self.ends: list[Callable[[], Any]] = []  # each frees an empty tensor, or the block that stands for one
+
+    def __exit__(self, *error):
+        super().__exit__(*error)
+        while self.ends:
+            self.ends.pop()()  # the last one first, as a list frees its items
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         with torch._C.DisableTorchFunction():  # none of the operators below needs an override
+            if func is torch.empty and self.another is not None:
+                return self._empty(args, kwargs or {})
             if func is Tensor.narrow and args[0].dim() == 1:
                 return self._view(args[0], args[3])
             if func is Tensor.__getitem__ and isinstance(args[1], slice) and args[0].dim() == 1:
@@ -127,6 +142,16 @@ class SharesOfRanks(TorchFunctionMode):
                     return torch.cat([first[:1].expand(size)])
         return func(*args, **(kwargs or {}))
 
+    def _empty(self, args: tuple, options: dict[str, Any]) -> Tensor:
+        key = (args, *options.items())
+        if key in self.empty:
+            assert self.another is not None
+            self.ends.append(self.another(self.empty[key]))
+        else:
+            self.empty[key] = torch.empty(*args, **options)
+            self.ends.append(lambda: self.empty.pop(key))
+        return self.empty[key]
+
     def _view(self, buffer: Tensor, length: int) -> Tensor:
         if self.last is not None and self.last[0]() is buffer and self.last[1] == length:
             view = self.last[2]()
@@ -138,20 +163,23 @@ class SharesOfRanks(TorchFunctionMode):
 
 
 @contextmanager
-def shares_made_once() -> Iterator[None]:
+def shares_made_once(another: Another | None = None) -> Iterator[None]:
     """Inside, those functions of ZeRO-3 that loop over all ranks run under `SharesOfRanks`."""
 
-    def within(function: Callable) -> Callable:
+    def within(function: Callable, another: Another | None = None) -> Callable:
         def run(*args, **kwargs):
-            with SharesOfRanks():
+            with SharesOfRanks(another):
                 return function(*args, **kwargs)
 
         return run
 
+    def scattering(function: Callable) -> Callable:
+        return within(function, another)  # its only empty tensors fill up each rank's share of each gradient
+
     with (
         patched("deepspeed: gathered parameters", within),
         patched("deepspeed: gathered together", within),
-        patched("deepspeed: scattered gradients", within),
+        patched("deepspeed: scattered gradients", scattering),
     ):
         yield
 
@@ -232,11 +260,12 @@ def process_group(world_size: int) -> Iterator[None]:
 
 
 @contextmanager
-def fake_world(world_size: int, cuda: bool) -> Iterator[Answers]:
+def fake_world(world_size: int, cuda: bool, another: Another | None = None) -> Iterator[Answers]:
     """Inside, everything runs on fake tensors, as rank 0 of `world_size`. All changes are undone afterwards.
 
     Args:
         cuda: True: run the operators that CUDA would choose; False: those of this CPU.
+        another: see `SharesOfRanks`.
     """
     from deepspeed.accelerator import get_accelerator
 
@@ -268,7 +297,7 @@ def fake_world(world_size: int, cuda: bool) -> Iterator[Answers]:
         stack.enter_context(patched("torch: module conversion", lambda _: _apply))
         stack.enter_context(patched("deepspeed: device has fp16", lambda _: lambda self: True))
         stack.enter_context(patched("deepspeed: free memory", lambda _: lambda self, *index: 1 << 60))
-        stack.enter_context(shares_made_once())
+        stack.enter_context(shares_made_once(another))
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         stack.enter_context(answers)
         if cuda:

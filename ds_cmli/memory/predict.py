@@ -107,7 +107,7 @@ def predict(
     device = torch.device("cpu")
     tracker = Tracker(device.type, text_lengths(config, micro_batch), workspaces=not cuda, backend=backend)
     with (
-        fake_world(world_size, cuda) as answers,
+        fake_world(world_size, cuda, tracker.another) as answers,
         tracker,
         recorded_from_the_engine_on(tracker, json, cuda, answers.enter),
         flattened_where_there_is_room(tracker, lambda: free_bytes(tracker, gpu, world_size) if cuda else 1 << 60),

@@ -9,6 +9,7 @@ where it is known, and for the libraries of the CPU, where it is measured (`work
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -151,6 +152,14 @@ class Tracker(TorchDispatchMode):
         if known is not None and known[0] == block:
             del self.blocks[key]
             self._end(block, known[1])
+
+    def another(self, tensor: Tensor) -> Callable[[], None]:
+        """Record one more block like that of `tensor`, until the returned function is called."""
+        known = self.blocks.get(tensor.untyped_storage()._cdata)
+        if known is None or not self.recording:
+            return lambda: None
+        model, size, _ = known
+        return partial(self._end, self._begin(size, self.claims.get(model), self.ops[model]), size)
 
     def _begin(self, size: int, category: str | None, op: str) -> int:
         block = len(self.ops)
