@@ -6,8 +6,6 @@ B micro_batch (pairs per rank), P world_size, G = B*P the global micro-batch.
 from collections.abc import Iterator
 from typing import NamedTuple
 
-import numpy as np
-
 from ds_cmli.common.errors import UserError
 from ds_cmli.data.batch import Batch
 from ds_cmli.data.mixture import Mixture
@@ -54,7 +52,7 @@ class GlobalBatchSampler:
         epoch, position = self.epoch, self.position
         while True:
             # Copied out of PyTorch's memory: --profile-memory would count them as the step's.
-            indices, turns = (np.array(each) for each in self.mixture.order(self.seed, epoch))
+            indices, turns = (each.numpy().copy() for each in self.mixture.order(self.seed, epoch))
             for start in range(position, self.length - self.global_batch + 1, self.global_batch):
                 mine = start + self.rank * self.micro_batch
                 here = slice(mine, mine + self.micro_batch)
