@@ -15,11 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save as to_safetensors
-
 from ds_cmli.checkpoint import average, checksums
 from ds_cmli.checkpoint.train_state import STATE, TrainState
 from ds_cmli.checkpoint.weights import AVERAGE, WEIGHTS, full_shape, full_weights, parts
+from ds_cmli.common import tensor_file
 from ds_cmli.common.errors import UserError
 from ds_cmli.common.patches import patched
 from ds_cmli.config.schema import RunConfig
@@ -245,8 +244,13 @@ def _write(
 
 
 def _write_weights(path: Path, weights: dict[str, Any]) -> dict[str, Any]:
-    data = to_safetensors(weights, metadata={"format": "pt"})  # with more keys, their order would be random
-    return checksums.write_file(path, lambda file: file.write(data))
+    header, data = tensor_file.pieces(weights)
+
+    def write(file: Any) -> None:
+        file.write(header)
+        file.write(data)
+
+    return checksums.write_file(path, write)
 
 
 def _publish(folder: Path, root: Path, name: str, keep: int, best: int | None) -> None:

@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from ds_cmli.common import tensor_file
 from ds_cmli.common.errors import UserError
 from ds_cmli.models.weights import not_finite
 
@@ -56,13 +57,16 @@ def full_shape(parameter: nn.Parameter) -> torch.Size:
 
 
 def load_weights(folder: Path, module: nn.Module, name: str = WEIGHTS) -> None:
-    """Load the file `name` of `folder` into `module`; raises `UserError` if they do not fit together."""
+    """Load the file `name` of `folder` into `module`; raises `UserError` if it is damaged or does not fit."""
     path = folder / name
     if not path.is_file():
         if name == AVERAGE and (folder / WEIGHTS).is_file():
             raise UserError(f"--ema: {str(folder)!r} has no {name}: the run was made without optim.ema_decay")
         raise UserError(f"--checkpoint is {str(folder)!r}: no {name} there; give a run's output folder")
     try:
+        damage = tensor_file.damage(path)
+        if damage is not None:
+            raise UserError(f"{damage}: it is damaged; give an undamaged copy, or another run's")
         weights = load_file(path)
         missing, unexpected = module.load_state_dict(weights, strict=False)
         # A tensor that a model has under two names (T5's embeddings) is saved only under the first.

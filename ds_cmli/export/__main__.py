@@ -58,9 +58,13 @@ def command(run: str, folder: str, tokenizer: str | None, ema: bool, onnx: bool 
             lines.append("no ONNX: pip install 'ds-cmli[export]'" if onnx is None else "no ONNX, as asked")
         for file in out.rglob("*.safetensors"):
             file.chmod(0o644)  # safetensors makes its files readable for their owner only
+        write.write_checksums(out)
         if target.exists():
             target.rmdir()
         os.replace(out, target)
+    lines.append(
+        f"{write.CHECKSUMS}: `sha256sum --check {write.CHECKSUMS}` in the folder tells whether a file is damaged"
+    )
     for line in [*lines, *FORMATS.splitlines()]:
         click.echo(line)
 

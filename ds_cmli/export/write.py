@@ -1,16 +1,17 @@
 """Writes a trained student as a folder that transformers loads, and checks that it is the same model."""
 
+import hashlib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ds_cmli import models
 from ds_cmli.checkpoint.weights import AVERAGE, load_weights
 from ds_cmli.checkpoint.weights import WEIGHTS as STUDENT
+from ds_cmli.common import tensor_file
 from ds_cmli.common.errors import UserError
 from ds_cmli.config.schema import Config, load_config
 from ds_cmli.data.tokens import CaptionTokenizer, pretrained_tokenizer
@@ -34,6 +35,7 @@ AUTO_MAP = {
     "AutoModel": "modeling_ds_cmli.CMLIModel",
     "AutoProcessor": "processing_ds_cmli.CMLIProcessor",
 }
+CHECKSUMS = "SHA256SUMS"  # in the format of the command sha256sum
 # Replaces the registry of all backbones, which imports their files by name.
 BACKBONES = '''"""The two backbones of this model."""
 
@@ -99,7 +101,7 @@ def write_model(folder: Path, config: Config, objective: Objective, whole: Any, 
     exported.save_pretrained(folder)
     # Tied weights are saved under each of their names, because transformers does not fill what a file lacks.
     tensors = {name: value.clone() for name, value in objective.state_dict().items()}
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    (folder / WEIGHTS).write_bytes(b"".join(tensor_file.pieces(tensors)))
     processor: Any = CMLIProcessor(whole, config.data.image_size, config.data.context_length, words.pad_id)
     processor.auto_map = AUTO_MAP
     processor.save_pretrained(folder)
@@ -108,6 +110,13 @@ def write_model(folder: Path, config: Config, objective: Objective, whole: Any, 
     model = CMLIModel.from_pretrained(folder)
     check_same(objective, model)
     return model
+
+
+def write_checksums(folder: Path) -> None:
+    """Write the SHA-256 of each file of the folder. Called after everything else has been written."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    lines = [f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.relative_to(folder)}\n" for path in files]
+    (folder / CHECKSUMS).write_text("".join(lines))
 
 
 def code_of(objective: Objective) -> dict[str, str]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from ds_cmli.common import tensor_file
 from ds_cmli.common.errors import UserError
 
 # Finds the number of the block in a key of timm's and transformers' models.
@@ -35,15 +36,26 @@ class Source:
 
 
 def weights_file(source: Source, needed: str) -> str:
-    """The file at the path of the weights, or in the folder there. Raises `UserError`, which says what is `needed`."""
+    """The file at the path of the weights, or in the folder there.
+
+    Raises:
+        UserError: there is none, with what is `needed`, or it does not agree with its checksum.
+    """
     path = Path(source.weights)
     if path.is_dir():
         found = [path / name for name in FILES if (path / name).is_file()] or sorted(path.glob("*.safetensors"))
         if len(found) == 1 or (found and found[0].name in FILES):
-            return str(found[0])
+            return _undamaged(source, found[0])
         raise source.error(f"a folder with {len(found)} files of weights; give {needed}, or a folder with one")
     if not path.is_file():
         raise source.error(f"no such file; give 'hub', 'random' or {needed}")
+    return _undamaged(source, path)
+
+
+def _undamaged(source: Source, path: Path) -> str:
+    damage = tensor_file.damage(path) if path.suffix == ".safetensors" else None
+    if damage is not None:
+        raise source.error(f"{damage}: {path.name} is damaged; give an undamaged copy")
     return str(path)
 
 
