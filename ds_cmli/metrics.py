@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from ds_cmli.checkpoint import lock
 from ds_cmli.checkpoint.run_folder import METRICS
 from ds_cmli.common import panels, trackers
 from ds_cmli.common.errors import UserError
@@ -86,6 +87,7 @@ class Writer:
         """Write the waiting lines. If the disk is full, a line that was written in part is removed again."""
         try:
             with open(self.path, "ab", buffering=0) as file:
+                lock.check(self.path.parent)  # now the file cannot be one that a later holder of the lock has made
                 end = file.tell()
                 try:
                     if file.write(self.waiting) != len(self.waiting):

@@ -6,6 +6,11 @@ holder touches the file regularly.
 
 A stale lock is replaced, never removed first, because another start could create one in between. Only the process that
 has created the claim on it, a second file named after its content, may replace it.
+
+A holder that only seemed to have ended, for instance one whose node is cut off from Slurm, must not write any more.
+It looks at the lock each second, and before each write to the folder (`check`), and ends if the lock is another's. Who
+has taken it over gives it time for that. Of what could still be on its way, lines go to a file that the new
+holder has replaced, and a rename fails, as its source is gone (`run_folder.settle`).
 """
 
 import contextlib
@@ -13,12 +18,13 @@ import hashlib
 import json
 import os
 import socket
+import sys
 import threading
 import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from ds_cmli.common.cli import leave
 from ds_cmli.common.errors import UserError
@@ -26,7 +32,21 @@ from ds_cmli.distributed import process_group as distributed
 
 NAME = "run.lock"
 TOUCH_SECONDS = 15.0  # between two touches
+LOOK_SECONDS = 1.0  # between two looks whether the lock is still this process's
+HANDOVER = 5.0  # seconds in which a holder that may still run finds out that the lock has been taken over
 LEASE = 180.0  # seconds without a touch after which a holder on another machine counts as ended; NFS delays up to 60 s
+
+_held: list["Lock"] = []  # the locks of this process
+
+
+def check(folder: Path) -> None:
+    """End this process, with a line, if it had the lock on `folder` and another has it now.
+
+    To be called before each write to a run's folder; for a file that is appended to, between opening it and writing.
+    """
+    for lock in _held:
+        if lock.folder == folder:
+            lock.end_if_lost()
 
 
 @contextlib.contextmanager
@@ -64,12 +84,15 @@ class Lock:
             "token": uuid.uuid4().hex,
         }
         self.ended = threading.Event()
+        self.leaving = threading.Lock()
 
     def take(self) -> str | None:
         """Take the lock. Returns None, or the error message if it cannot be taken."""
+        before = None
         try:
             while not self._make(self.path):
                 content, age = self._read(self.path)
+                before = _parsed(content or "") or before
                 if content is not None and self._lives(content, age):
                     return self._line(content, age)
                 if content is not None and not self._replace(content):
@@ -78,14 +101,27 @@ class Lock:
                     break
         except OSError as error:
             return f"--output-dir is {str(self.folder)!r}: cannot lock it: {error.strerror}"
-        threading.Thread(target=self._keep_touching, daemon=True).start()
+        threading.Thread(target=self._watch, daemon=True).start()
+        _held.append(self)
+        if before is not None and self._may_still_run(before):
+            time.sleep(HANDOVER)
         return None
 
     def give_back(self) -> None:
         self.ended.set()
+        if self in _held:
+            _held.remove(self)
         with contextlib.suppress(OSError):
             if self._read(self.path)[0] == json.dumps(self.mine):
                 self.path.unlink()
+
+    def end_if_lost(self) -> None:
+        try:
+            content = self.path.read_text(errors="replace")
+        except OSError:  # removed, or not to be read now: nobody else is known to have it
+            return
+        if content and content != json.dumps(self.mine):
+            self._leave(_parsed(content) or {})
 
     def _make(self, path: Path) -> bool:
         try:
@@ -108,12 +144,17 @@ class Lock:
 
     def _lives(self, content: str, age: float) -> bool:
         holder = _parsed(content)
-        if holder is not None and holder.get("place") == self.mine["place"]:
-            return holder.get("started") == _started(holder.get("pid"))
         job, restarts = (holder or {}).get("slurm") or (None, None)
         if job and [job, restarts] != self.mine["slurm"] and job == self.mine["slurm"][0]:
-            return False  # an earlier start of this job, which Slurm has ended before this one
+            return False  # an earlier start of this job, which Slurm has ended, or lost sight of
+        if holder is not None and holder.get("place") == self.mine["place"]:
+            return self._may_still_run(holder)
         return age < LEASE
+
+    def _may_still_run(self, holder: dict[str, Any]) -> bool:
+        """Whether a holder that was found runs, or could on another machine."""
+        elsewhere = holder.get("place") != self.mine["place"]
+        return elsewhere or holder.get("started") == _started(holder.get("pid"))
 
     def _replace(self, stale: str) -> bool:
         """Replace the stale lock by this process's own; returns False if another start is doing so."""
@@ -148,14 +189,21 @@ class Lock:
             line += f" (last sign of life {max(0.0, age):.0f} s ago; without one for {LEASE:.0f} s the folder is free)"
         return line
 
-    def _keep_touching(self) -> None:
-        while not self.ended.wait(TOUCH_SECONDS):
-            with contextlib.suppress(OSError):
-                content, _ = self._read(self.path)
-                if content and content != json.dumps(self.mine):  # this process was suspended for longer than the lease
-                    print(f"error: {self._line(content, 0.0)}", flush=True)
-                    leave(2)
-                os.utime(self.path)
+    def _watch(self) -> None:
+        touched = time.monotonic()
+        while not self.ended.wait(LOOK_SECONDS):
+            self.end_if_lost()
+            if time.monotonic() - touched > TOUCH_SECONDS:
+                touched = time.monotonic()
+                with contextlib.suppress(OSError):
+                    os.utime(self.path)
+
+    def _leave(self, holder: dict[str, Any]) -> NoReturn:
+        with self.leaving:  # never released, because a process ends only once
+            place = f"process {holder.get('pid')} on {holder.get('host')}"
+            message = f"{self.path} was taken over by {place}: this start ends and writes no more"
+            print(f"error: {message}", file=sys.stderr, flush=True)
+            leave(2)
 
 
 def _parsed(content: str) -> dict[str, Any] | None:

@@ -127,6 +127,7 @@ def settle(resume: str, point: ResumePoint | None, folder: Path, config: Config,
 def _settle(resume: str, point: ResumePoint | None, folder: Path, config: Config, ds_config: DeepSpeedConfig) -> None:
     root = folder / checkpoint.FOLDER
     aside = folder / checkpoint.REPLACED
+    checkpoint.remove_incomplete(folder)  # whoever had the lock before cannot publish it any more
     if resume == "never":
         _set_aside(folder, aside)
     elif aside.is_dir() and (not (aside / checkpoint.FOLDER).exists() or not checkpoint.names(root)):

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ds_cmli.checkpoint import average, checksums
+from ds_cmli.checkpoint import average, checksums, lock
 from ds_cmli.checkpoint.train_state import STATE, TrainState
 from ds_cmli.checkpoint.weights import AVERAGE, WEIGHTS, full_shape, full_weights, parts
 from ds_cmli.common import tensor_file
@@ -154,6 +154,7 @@ def save(folder: Path, engine: TrainEngine, state: TrainState, keep: int, keep_b
     if refusal is None:
         files, refusal, not_finite = _write(folder, writing, engine, state)  # collectives
     if distributed.is_main():
+        lock.check(folder)
         try:
             if refusal is None:
                 checksums.write(writing, files)
@@ -161,9 +162,7 @@ def save(folder: Path, engine: TrainEngine, state: TrainState, keep: int, keep_b
         except OSError as error:
             refusal = str(error)
         if refusal is not None:
-            remove(writing)
-            for weights in (WEIGHTS, AVERAGE, BEST_WEIGHTS):
-                (folder / (weights + WRITING)).unlink(missing_ok=True)
+            remove_incomplete(folder)
     refusal = distributed.broadcast_object(refusal)  # collective: no rank continues or ends before it is published
     size = 0 if refusal else sum(file["bytes"] for file in files.values())
     return Saved(name, time.monotonic() - started, size, refusal, not_finite)
@@ -171,6 +170,7 @@ def save(folder: Path, engine: TrainEngine, state: TrainState, keep: int, keep_b
 
 def _prepare(root: Path, engine: TrainEngine, number: int) -> tuple[str, str | None]:
     """Remove incomplete checkpoints and make the new folder; returns a free name, and the error or None."""
+    lock.check(root.parent)
     known = names(root)
     name = first = f"step{number}"
     again = 0
@@ -179,8 +179,7 @@ def _prepare(root: Path, engine: TrainEngine, number: int) -> tuple[str, str | N
         name = f"{first}.{again}"
     try:
         root.mkdir(parents=True, exist_ok=True)
-        for path in root.glob("*" + WRITING):
-            remove(path)
+        remove_incomplete(root.parent)
         need = MARGIN * _expected_bytes(root, engine)
         free = shutil.disk_usage(root).free
         if free < need:
@@ -228,6 +227,7 @@ def _write(
     averages = average.full_averages(train_engine)  # collectives
     if distributed.is_main() and writer.error is None:
         text = json.dumps(state.shared(), indent=1)
+        lock.check(folder)
         try:
             writer.files[STATE] = checksums.write_file(writing / STATE, lambda file: file.write(text.encode()))
             _write_weights(folder / (WEIGHTS + WRITING), weights)
@@ -257,6 +257,7 @@ def _publish(folder: Path, root: Path, name: str, keep: int, best: int | None) -
     """Publish the checkpoint that has been written, then remove old ones; `best` is the step of one that is kept."""
     os.replace(root / (name + WRITING), root / name)
     checksums.sync_folder(root)
+    lock.check(folder)
     os.replace(folder / (WEIGHTS + WRITING), folder / WEIGHTS)
     if (folder / (AVERAGE + WRITING)).is_file():
         os.replace(folder / (AVERAGE + WRITING), folder / AVERAGE)
@@ -269,6 +270,7 @@ def _publish(folder: Path, root: Path, name: str, keep: int, best: int | None) -
         os.replace(folder / (BEST_WEIGHTS + WRITING), folder / BEST_WEIGHTS)
     checksums.sync_folder(folder)
     before = candidates(root)
+    lock.check(folder)
     checksums.publish(root / LATEST, name.encode())
     # Checkpoints newer than the one published before are left over from before a resume from an older one.
     kept = {name, *[n for n in before if n != name][: keep - 1]}
@@ -277,6 +279,12 @@ def _publish(folder: Path, root: Path, name: str, keep: int, best: int | None) -
         if other not in kept:
             remove(root / other)
     remove(folder / REPLACED)
+
+
+def remove_incomplete(folder: Path) -> None:
+    """Remove what a save that was interrupted has left in the run's folder."""
+    for path in (*folder.glob("*" + WRITING), *(folder / FOLDER).glob("*" + WRITING)):
+        remove(path)
 
 
 def remove(path: Path) -> None:

@@ -10,17 +10,20 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from ds_cmli.checkpoint import lock, run_folder
+from ds_cmli.checkpoint import lock, run_folder, save
 from ds_cmli.checkpoint.lock import LEASE, NAME, Lock, _started
 from ds_cmli.common.errors import UserError
+from ds_cmli.metrics import Writer
 from tests.checkpoint.test_restore import TINY, alone, source  # noqa: F401
 from tests.drive_train import drive
 
 
 @pytest.fixture(autouse=True)
-def no_touching(monkeypatch):
+def no_looking(monkeypatch):
     """These tests take locks from each other, which ends a process at its next look."""
-    monkeypatch.setattr(lock, "TOUCH_SECONDS", 1e6)
+    monkeypatch.setattr(lock, "LOOK_SECONDS", 1e6)
+    monkeypatch.setattr(lock, "HANDOVER", 0.0)
+    monkeypatch.setattr(lock, "_held", [])
 
 
 def holder(folder, age: float = 0.0, **changes) -> None:
@@ -71,6 +74,62 @@ def test_a_requeued_job_takes_over_its_own_earlier_start(tmp_path, monkeypatch):
     for slurm, free in ((["7", "0"], True), (["7", None], True), (["7", "1"], False), (["8", "0"], False)):
         holder(tmp_path, place="there", slurm=slurm)
         assert (Lock(tmp_path).take() is None) == free
+
+
+def test_an_earlier_start_of_the_job_that_may_still_run_is_given_time(tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setattr(lock, "HANDOVER", 0.3)
+    here = {"pid": os.getppid(), "started": _started(os.getppid())}
+    gone = {"pid": os.getppid(), "started": "1"}
+    for who, waits in ((here, True), (gone, False), ({"place": "there"}, True)):
+        holder(tmp_path, slurm=["7", "0"], **who)
+        began = time.monotonic()
+        assert Lock(tmp_path).take() is None
+        assert (time.monotonic() - began > 0.3) == waits
+
+
+def writes_a_line(folder):
+    Writer(folder, 9, report_to=()).log(2, {"loss": 1.0})
+
+
+def begins_a_checkpoint(folder):
+    save._prepare(folder / "checkpoint", None, 2)  # type: ignore[arg-type]
+
+
+def publishes_a_checkpoint(folder):
+    save._publish(folder, folder / "checkpoint", "step2", 1, None)
+
+
+def looks_by_itself(folder):
+    time.sleep(20)
+
+
+@pytest.mark.parametrize("write", [writes_a_line, begins_a_checkpoint, publishes_a_checkpoint, looks_by_itself])
+def test_who_has_lost_the_lock_writes_no_more(tmp_path, monkeypatch, write):
+    for name in ("checkpoint/step2.writing", "checkpoint/step1"):
+        (tmp_path / name).mkdir(parents=True)
+    for name in ("metrics.jsonl", "student.safetensors", "student.safetensors.writing", "checkpoint/latest"):
+        (tmp_path / name).write_text("step1")
+    if write is looks_by_itself:
+        monkeypatch.setattr(lock, "LOOK_SECONDS", 0.05)
+    child = os.fork()
+    if child == 0:
+        Lock(tmp_path).take()
+        holder(tmp_path, host="there")
+        write(tmp_path)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 2
+    assert (tmp_path / "student.safetensors.writing").exists() and (tmp_path / "checkpoint" / "step1").exists()
+    for name in ("metrics.jsonl", "student.safetensors", "checkpoint/latest"):
+        assert (tmp_path / name).read_text() == "step1"
+
+
+def test_what_an_earlier_holder_was_writing_is_removed(tmp_path):
+    for name in ("checkpoint/step2.writing", "checkpoint/step1"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "student.safetensors.writing").touch()
+    save.remove_incomplete(tmp_path)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["checkpoint", "step1"]
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "\x00"])
