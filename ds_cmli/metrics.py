@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -14,7 +13,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from ds_cmli.checkpoint import lock
+from ds_cmli.checkpoint.run_files import RunFiles
 from ds_cmli.checkpoint.run_folder import METRICS
 from ds_cmli.common import panels, trackers
 from ds_cmli.common.errors import UserError
@@ -32,7 +31,9 @@ class Writer:
         self, folder: Path, total_steps: int, first_step: int = 0, report_to: Sequence[str] = ("tensorboard",)
     ):
         """`report_to`: names from `trackers.TRACKERS`. Raises `UserError` if a tracker cannot be opened."""
-        self.path, self.waiting, self.told = folder / METRICS, b"", set[str]()
+        self.files, self.told = RunFiles(folder), set[str]()
+        self.lines = self.files.contents[METRICS].count(b"\n")
+        self.evaluations = (0, 0)  # the step of the last logged evaluation, and its number of lines
         self.trackers = {name: trackers.load(name, folder, first_step) for name in report_to}
         self.total = total_steps
         self.started, self.first_step = time.monotonic(), first_step
@@ -51,8 +52,10 @@ class Writer:
     def log(self, step: int, values: dict[str, Any], **only_tracked: float) -> None:
         """Write an object to metrics.jsonl, and its numbers to the trackers; those that are not finite are left out."""
         values = {n: v for n, v in values.items() if not isinstance(v, float) or math.isfinite(v)}
-        self.waiting += (json.dumps({"step": step, **values}) + "\n").encode()
-        self.flush()
+        self.lines += 1
+        if any(name.startswith("eval/") for name in values):
+            self.evaluations = (step, self.evaluations[1] + 1 if self.evaluations[0] == step else 1)
+        self._write((json.dumps({"step": step, **values}) + "\n").encode())
         self.draw(step, **{n: v for n, v in {**values, **only_tracked}.items() if isinstance(v, int | float)})
         if "loss" not in values:
             return
@@ -83,21 +86,18 @@ class Writer:
         """Give a picture, uint8 [height, width, 3], to the trackers."""
         self._track(lambda tracker: tracker.picture(step, name, image))
 
+    def lines_at(self, step: int, evaluated: bool) -> int:
+        """Lines of metrics.jsonl that a start from here would keep: not those of an evaluation still to be done."""
+        begun = 0 if evaluated or self.evaluations[0] != step else self.evaluations[1]
+        return self.lines - begun
+
     def flush(self, to_disk: bool = False) -> None:
-        """Write the waiting lines. If the disk is full, a line that was written in part is removed again."""
+        """Write the waiting lines."""
+        self._write(b"", to_disk)
+
+    def _write(self, lines: bytes, to_disk: bool = False) -> None:
         try:
-            with open(self.path, "ab", buffering=0) as file:
-                lock.check(self.path.parent)  # now the file cannot be one that a later holder of the lock has made
-                end = file.tell()
-                try:
-                    if file.write(self.waiting) != len(self.waiting):
-                        raise OSError("no space left on device")
-                except OSError:
-                    file.truncate(end)
-                    raise
-                if to_disk:
-                    os.fsync(file.fileno())
-            self.waiting = b""
+            self.say(*self.files.append(lines, to_disk))
         except OSError as error:
             self._tell(error)
 
@@ -115,6 +115,9 @@ class Writer:
 
     def close(self) -> None:
         self.flush()
+        unwritten = self.files.waiting.count(b"\n")
+        if unwritten:
+            self.say(f"warning: the last {unwritten:,} lines of {METRICS} could not be written")
         with suppress(OSError):
             self.bar.close()
         self._track(lambda tracker: tracker.close())
@@ -137,6 +140,9 @@ class NullWriter:
 
     def picture(self, step: int, name: str, image: Any) -> None:
         pass
+
+    def lines_at(self, step: int, evaluated: bool) -> int:
+        return 0
 
     def flush(self, to_disk: bool = False) -> None:
         pass

@@ -202,7 +202,7 @@ def loop(run: Run, after_step: Callable[[], None]) -> int:
             state.evaluated = not (last or (settings.eval_every and state.step % settings.eval_every == 0))
             save_due = save_due or last or bool(settings.save_every and state.step % settings.save_every == 0)
     except preemption.Preempted:
-        if not run.checkpoints.holds(state):
+        if not run.checkpoints.holds(state):  # collective
             save(run)  # collectives
         where = f"step {state.step} of {run.total_steps} by {preemption.requested() or 'a signal to another rank'}"
         run.writer.say(f"stopped at {where}: start again with --output-dir {run.checkpoints.folder} to go on")
@@ -211,7 +211,9 @@ def loop(run: Run, after_step: Callable[[], None]) -> int:
 
     run.writer.say(*run.bad.summary(run.flags))  # collective
     run.writer.close()
-    run.writer.say(*run.checkpoints.closing_lines(state))
+    if run.checkpoints.error is None and not run.checkpoints.holds(state):  # collective: it has been removed meanwhile
+        save(run)  # collectives
+    run.writer.say(*run.checkpoints.closing_lines(state))  # collective
     return 0
 
 
@@ -267,6 +269,7 @@ def log(run: Run) -> None:
     values = by_name(means, run.config.loss.weights, state.micro_batches * run.sampler.global_batch)
     values |= run.engine.state()  # CPU-GPU sync; collective under ZeRO-3
     run.writer.log(state.step, {**values, **run.meter.lap()}, peak_memory_bytes=peak_memory_bytes())
+    run.writer.say(*run.checkpoints.missing())
     state.sums.zero_()
     state.micro_batches = 0
 
@@ -310,6 +313,7 @@ def save(run: Run) -> None:
     """A checkpoint, or a line that says why there is none. Collectives."""
     run.writer.flush(to_disk=True)
     run.state.capture(run.sampler, run.bad)  # CPU-GPU sync
+    run.state.metrics_lines = run.writer.lines_at(run.state.step, run.state.evaluated)
     with run.watchdog.slow():
         saved = run.checkpoints.save(run.state)  # collectives
     if saved.not_finite:

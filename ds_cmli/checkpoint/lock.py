@@ -193,6 +193,9 @@ class Lock:
         touched = time.monotonic()
         while not self.ended.wait(LOOK_SECONDS):
             self.end_if_lost()
+            if not (self.path.exists() or self.ended.is_set()):  # the folder was removed, and made again
+                with contextlib.suppress(OSError):
+                    self._make(self.path)
             if time.monotonic() - touched > TOUCH_SECONDS:
                 touched = time.monotonic()
                 with contextlib.suppress(OSError):

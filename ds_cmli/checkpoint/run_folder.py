@@ -13,6 +13,7 @@ from ds_cmli.checkpoint import save as checkpoint
 from ds_cmli.checkpoint.restore import ResumePoint
 from ds_cmli.checkpoint.train_state import TrainState
 from ds_cmli.common import provenance
+from ds_cmli.common.cli import say
 from ds_cmli.common.errors import UserError
 from ds_cmli.common.trackers import TRACKERS
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
@@ -21,6 +22,7 @@ from ds_cmli.distributed import process_group as distributed
 
 METRICS = "metrics.jsonl"
 DAMAGED = "metrics.damaged.jsonl"
+FORMER = "metrics.former.jsonl"  # of a run whose checkpoints are gone
 OF_A_RUN = (METRICS, "config.json", *TRACKERS)  # each tracker has a folder of its name
 
 
@@ -141,27 +143,42 @@ def _settle(resume: str, point: ResumePoint | None, folder: Path, config: Config
     ):
         checksums.publish(root / checkpoint.LATEST, point.path.name.encode())
     state = point.state if point is not None else TrainState()
-    damage = _truncate(folder / METRICS, state.step, state.evaluated)
-    if damage:
-        print(damage, flush=True)
+    own = point is not None and point.path.parent.absolute() == root.absolute()
+    _keep_former(folder / METRICS, point, resume)
+    for line in _truncate(folder / METRICS, state, state.metrics_lines if own else 0):
+        say(line)
     beside = folder / ("config.json" + checkpoint.WRITING)
     provenance.write(beside, config.to_dict(), ds_config)
     os.replace(beside, folder / "config.json")
 
 
-def _truncate(path: Path, step: int, evaluated: bool) -> str | None:
+def _keep_former(path: Path, point: ResumePoint | None, resume: str) -> None:
+    """Put the lines of a run aside that cannot go on, as it has no checkpoint."""
+    if point is not None or resume == "never" or not path.is_file() or not path.stat().st_size:
+        return
+    say(f"{path.parent} has no checkpoint: starting over at step 1; the lines of {METRICS} are kept in {FORMER}")
+    os.replace(path, path.with_name(FORMER))
+
+
+def _truncate(path: Path, state: TrainState, expected: int) -> list[str]:
     """Remove the lines after the step from which a run resumes, and an incomplete last line.
 
-    Unless `evaluated`, the evaluation of that step is removed too, since it will be done again. Damaged lines are moved
-    to another file; the returned line, if there is one, tells the user about it.
+    Unless `state.evaluated`, the evaluation of that step is removed too, since it will be done again. Damaged lines are
+    moved to another file.
+
+    Args:
+        expected: the number of lines up to that step; 0 if not known.
+
+    Returns:
+        Lines that tell the user of damaged and of missing lines.
     """
     kept, damaged = [], []
     lines = path.read_bytes().split(b"\n") if path.is_file() else [b""]
     for text in lines[:-1]:  # after the last line break there is nothing, or an incomplete line
         try:
             values = json.loads(text)
-            again = values["step"] == step and not evaluated and any(name.startswith("eval/") for name in values)
-            if values["step"] <= step and not again:
+            again = not state.evaluated and any(name.startswith("eval/") for name in values)
+            if values["step"] <= state.step and not (again and values["step"] == state.step):
                 kept.append(text + b"\n")
         except (ValueError, KeyError, TypeError):
             damaged.append(text + b"\n")
@@ -169,9 +186,16 @@ def _truncate(path: Path, step: int, evaluated: bool) -> str | None:
         with open(path.with_name(DAMAGED), "ab") as file:
             file.writelines(damaged)
     checksums.publish(path, b"".join(kept))
-    if not damaged:
-        return None
-    return f"warning: {len(damaged)} lines of {path} cannot be read: kept in {path.with_name(DAMAGED)}"
+    told = []
+    if damaged:
+        told.append(f"warning: {len(damaged)} lines of {path} cannot be read: kept in {path.with_name(DAMAGED)}")
+    missing = expected - len(kept) - len(damaged)
+    if missing > 0:
+        told.append(
+            f"warning: {path} has {len(kept)} of the {expected} lines up to step {state.step}: it was removed or cut "
+            "off since; the run goes on without them"
+        )
+    return told
 
 
 def _set_aside(folder: Path, aside: Path) -> None:

@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,25 +58,38 @@ class Checkpoints:
     def __init__(self, folder: Path, engine: TrainEngine, settings: RunConfig, state: TrainState):
         self.folder, self.engine, self.settings = folder, engine, settings
         self.saved, self.saved_at = self._mark(state), time.monotonic()
+        self.name = latest(folder / FOLDER)  # of the last checkpoint
+        self.error: str | None = None  # why the last one could not be written
+        self.gone = False
+
+    def missing(self) -> list[str]:
+        """On rank 0: a line if the last checkpoint is not there any more, once; the next one is then due at once."""
+        if self.gone or self.name is None or (self.folder / FOLDER / self.name / checksums.NAME).is_file():
+            return []
+        self.gone = True
+        return [f"warning: {self.folder / FOLDER / self.name} is gone: a checkpoint is written anew"]
 
     def due(self) -> bool:
-        """Whether a checkpoint is due by this rank's clock."""
-        return 0 < 60 * self.settings.save_minutes < time.monotonic() - self.saved_at
+        """Whether a checkpoint is due by this rank's clock, or because the last one is gone."""
+        return self.gone or 0 < 60 * self.settings.save_minutes < time.monotonic() - self.saved_at
 
     def asked_for_by_the_evaluation(self, state: TrainState) -> bool:
         """Whether the last evaluation ends the run, or has found the best result so far, whose checkpoint is kept."""
         return state.out_of_patience(self.settings.patience) or (self.settings.keep_best and state.is_best)
 
     def holds(self, state: TrainState) -> bool:
-        """Whether `state` has been saved: it is that of the last checkpoint, or that of the start."""
-        return self.saved == self._mark(state)
+        """Whether `state` has been saved: it is that of the last checkpoint, or that of the start. Collective."""
+        there = self.name is None or (self.folder / FOLDER / self.name / checksums.NAME).is_file()
+        weights = self.name is None or (self.folder / WEIGHTS).is_file()
+        return distributed.broadcast_object(self.saved == self._mark(state) and there and weights)  # collective
 
     def save(self, state: TrainState) -> Saved:
         """Save a checkpoint of `state`. Collective."""
         keep_best = self.settings.keep_best
         saved = save(self.folder, self.engine, state, self.settings.keep, keep_best)  # collectives
+        self.error, self.gone = saved.error, False
         if saved.error is None:
-            self.saved = self._mark(state)
+            self.saved, self.name = self._mark(state), saved.name
         self.saved_at = time.monotonic()
         return saved
 
@@ -91,17 +105,24 @@ class Checkpoints:
         )
 
     def closing_lines(self, state: TrainState) -> list[str]:
-        """The lines to print at the end of a run; raises `UserError` if its last checkpoint is missing."""
-        if not self.holds(state):
-            raise UserError(f"the last checkpoint could not be written: free some space and start {self.folder} again")
+        """The lines to print at the end of a run. Collective.
+
+        Raises:
+            UserError: its last checkpoint is missing.
+        """
+        if not self.holds(state):  # collective
+            raise UserError(
+                f"the last checkpoint could not be written ({self.error}): mend that, and start {self.folder} again"
+            )
         best = state.best
         over = f" ({best['pairs']} pairs, chance {best['chance']:.3f})" if "pairs" in best else ""
-        files = WEIGHTS + (f", {AVERAGE}" if self.engine.ema is not None else "")
+        names = ("config.json", "metrics.jsonl", "tensorboard", FOLDER, WEIGHTS, AVERAGE, BEST_WEIGHTS)
+        files = [name + "/" * (self.folder / name).is_dir() for name in names if (self.folder / name).exists()]
         ended = f"ended at step {state.step}: {state.worse_in_row} evaluations in a row gave no better result"
         return [
             *([ended] if state.out_of_patience(self.settings.patience) else []),
             f"best {best['metric']} {best['value']:.3f} at step {best['step']}{over}",
-            f"written to {self.folder}: config.json, metrics.jsonl, tensorboard/, checkpoint/, {files}",
+            f"written to {self.folder}: {', '.join(files)}",
         ]
 
     @staticmethod
@@ -162,7 +183,8 @@ def save(folder: Path, engine: TrainEngine, state: TrainState, keep: int, keep_b
         except OSError as error:
             refusal = str(error)
         if refusal is not None:
-            remove_incomplete(folder)
+            with suppress(OSError):  # what could not be written can often not be removed either
+                remove_incomplete(folder)
     refusal = distributed.broadcast_object(refusal)  # collective: no rank continues or ends before it is published
     size = 0 if refusal else sum(file["bytes"] for file in files.values())
     return Saved(name, time.monotonic() - started, size, refusal, not_finite)
@@ -171,13 +193,13 @@ def save(folder: Path, engine: TrainEngine, state: TrainState, keep: int, keep_b
 def _prepare(root: Path, engine: TrainEngine, number: int) -> tuple[str, str | None]:
     """Remove incomplete checkpoints and make the new folder; returns a free name, and the error or None."""
     lock.check(root.parent)
-    known = names(root)
     name = first = f"step{number}"
     again = 0
-    while name in known:
-        again += 1
-        name = f"{first}.{again}"
     try:
+        known = names(root)
+        while name in known:
+            again += 1
+            name = f"{first}.{again}"
         root.mkdir(parents=True, exist_ok=True)
         remove_incomplete(root.parent)
         need = MARGIN * _expected_bytes(root, engine)

@@ -34,6 +34,7 @@ class TrainState:
     best: dict[str, Any] = field(default_factory=dict)  # `{"metric", "value", "step", "pairs", "chance"}`
     worse_in_row: int = 0  # evaluations since the best one
     skipped_in_row: int = 0  # how many of the last steps in a row were skipped for values that were not finite
+    metrics_lines: int = 0  # lines of metrics.jsonl that belong to the steps done; 0: not known, as in older runs
     world_size: int = 1
     train_batch_size: int = 0  # pairs of an optimizer step, over all ranks
     accumulation: int = 1

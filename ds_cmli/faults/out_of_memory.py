@@ -14,7 +14,7 @@ import time
 import traceback
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -122,6 +122,8 @@ def _speak(error, room: Room, message: Path, snapshot: Path, config: Config, ds_
         message.touch(exist_ok=False)
     except FileExistsError:
         return False
+    except OSError:  # the folder cannot be written: other ranks do not hear of it, and this one speaks in any case
+        pass
     asked = asked_bytes(error)
     first = "error: out of memory"
     first += f": rank {distributed.rank()} asked for {asked:,} B" if asked else f" on rank {distributed.rank()}"
@@ -137,7 +139,8 @@ def _speak(error, room: Room, message: Path, snapshot: Path, config: Config, ds_
         lines.append(f"snapshot for pytorch.org/memory_viz: {snapshot}")
     text = "\n  ".join([first, *lines]) + "\n"
     print(text, end="", file=sys.stderr, flush=True)
-    message.write_text(text)
+    with suppress(OSError):
+        message.write_text(text)
     return True
 
 
@@ -154,7 +157,7 @@ def _lift_limits() -> None:
 
 def _wait_for(message: Path) -> None:
     end = time.monotonic() + WAIT_SECONDS
-    while message.stat().st_size == 0 and time.monotonic() < end:
+    while message.exists() and message.stat().st_size == 0 and time.monotonic() < end:
         time.sleep(0.2)
 
 

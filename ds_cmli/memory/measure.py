@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ds_cmli.common.cli import say
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.schema import Config
 from ds_cmli.data import Batch
@@ -138,4 +139,7 @@ def _write(folder: Path, answer: predict_subprocess.Answer, measured: Report) ->
         content["differences"] = differences(answer.report, content["measurement"])
     else:
         content["prediction_failed"] = answer.failed
-    (folder / FILE).write_text(json.dumps(content, indent=2) + "\n")
+    try:
+        (folder / FILE).write_text(json.dumps(content, indent=2) + "\n")
+    except OSError as error:  # the training goes on
+        say(f"warning: {folder / FILE} cannot be written: {error.strerror}")

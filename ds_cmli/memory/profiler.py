@@ -6,6 +6,7 @@ Read it with `tensorboard --logdir <run>/profile` (the plugin torch-tb-profiler)
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from ds_cmli.common.errors import UserError
 
@@ -41,6 +42,14 @@ def profiling(
     import torch
     from torch.profiler import ProfilerActivity, profile, schedule, tensorboard_trace_handler
 
+    handler = tensorboard_trace_handler(str(folder), worker_name=f"rank{rank}")
+
+    def write(profiler: Any) -> None:
+        try:
+            handler(profiler)
+        except (OSError, RuntimeError) as error:  # the training goes on
+            print(f"warning: rank {rank}: no trace in {folder}: {error}", flush=True)
+
     first, last = (step - done for step in steps)
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available()
     # The step before the first recorded one, if there is one, is the warm-up, because starting the tracer takes time.
@@ -48,7 +57,7 @@ def profiling(
     with profile(
         activities=activities,
         schedule=schedule(wait=first - 1 - warmup, warmup=warmup, active=last - first + 1, repeat=1),
-        on_trace_ready=tensorboard_trace_handler(str(folder), worker_name=f"rank{rank}"),
+        on_trace_ready=write,
         profile_memory=True,
         record_shapes=True,
         with_stack=True,

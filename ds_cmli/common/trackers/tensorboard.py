@@ -19,6 +19,7 @@ class TensorBoard:
     def __init__(self, folder: Path, first_step: int):
         self.folder, self.first_step = folder, first_step
         self.events: SummaryWriter | None = None
+        self.file = ""  # that of `events`
         self.results: dict[str, float] = {}  # the last value of each held-out metric
         threading.excepthook = _without_full_disks(threading.excepthook)
 
@@ -43,9 +44,13 @@ class TensorBoard:
     @contextmanager
     def _opened(self, step: int) -> Iterator[SummaryWriter]:
         try:
+            if self.events is not None and not Path(self.file).is_file():  # removed, or its folder renamed
+                self.events.close()
+                self.events = None
             if self.events is None:
                 # `purge_step` hides what an interrupted run wrote after the step from which this one resumes.
                 self.events = SummaryWriter(str(self.folder / "tensorboard"), purge_step=min(step, self.first_step + 1))
+                self.file = self.events.file_writer.event_writer._file_name  # type: ignore[union-attr, attr-defined]
                 self.events.add_text("configuration", panels.configuration(self.folder), step)
             yield self.events
         except OSError:

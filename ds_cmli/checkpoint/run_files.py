@@ -1,0 +1,101 @@
+"""`metrics.jsonl` and `config.json` of a running run: appended to, and written again where somebody has removed them.
+
+Only rank 0 uses this. The checkpoints of a folder that is gone come back with the next one, see `save.Checkpoints`.
+"""
+
+import os
+from contextlib import suppress
+from pathlib import Path
+
+from ds_cmli.checkpoint import checksums, lock
+from ds_cmli.checkpoint.run_folder import METRICS
+
+CONFIG = "config.json"
+
+
+class RunFiles:
+    def __init__(self, folder: Path):
+        """`folder`: the run's, in which both files are up to date."""
+        self.folder = folder
+        self.handle: int | None = None  # of the folder itself, which also a renamed folder keeps
+        self.contents = {name: bytearray(_read(folder / name)) for name in (METRICS, CONFIG)}
+        self.waiting = b""  # lines that could not be written yet
+        self._open()
+
+    def _open(self) -> None:
+        if self.handle is not None:
+            os.close(self.handle)
+            self.handle = None
+        with suppress(OSError):
+            self.handle = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY)
+
+    def append(self, lines: bytes = b"", to_disk: bool = False) -> list[str]:
+        """Write lines, and those that wait; returns lines for the user about what had to be written again.
+
+        Raises:
+            OSError: nothing could be written, and the lines wait. A line that was written in part is removed again.
+        """
+        self.waiting += lines
+        lock.check(self.folder)
+        told = self._mend()
+        with open(self.folder / METRICS, "ab", buffering=0) as file:
+            lock.check(self.folder)  # now the file cannot be one that a later holder of the lock has made
+            end = file.tell()
+            try:
+                if file.write(self.waiting) != len(self.waiting):
+                    raise OSError("no space left on device")
+            except OSError:
+                file.truncate(end)
+                raise
+            if to_disk:
+                os.fsync(file.fileno())
+        self.contents[METRICS] += self.waiting
+        self.waiting = b""
+        return told
+
+    def _mend(self) -> list[str]:
+        """Write again what is missing in the folder. Raises OSError."""
+        gone = [name for name in (METRICS, CONFIG) if _size(self.folder / name) < len(self.contents[name])]
+        if not gone:
+            return []
+        if self._in_place():
+            told = f"warning: {' and '.join(gone)} in {self.folder}: removed or cut off meanwhile, written again"
+        else:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            told = f"warning: {self.folder}: {self._whereabouts()}, made again for this run"
+            self._open()
+        for name in gone:
+            checksums.publish(self.folder / name, bytes(self.contents[name]))
+        return [told]
+
+    def _in_place(self) -> bool:
+        try:
+            there = os.stat(self.folder)
+        except OSError:
+            return False
+        return self.handle is None or os.path.samestat(there, os.fstat(self.handle))
+
+    def _whereabouts(self) -> str:
+        if self.handle is not None:
+            with suppress(OSError):
+                path = os.readlink(f"/proc/self/fd/{self.handle}")
+                if os.path.isdir(path):
+                    return f"renamed to {path} meanwhile"
+        return "removed meanwhile"
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError:
+        return b""
+
+
+def _size(path: Path) -> int:
+    """In bytes; 0 if there is no such file. Raises OSError, also if another one is in its place."""
+    try:
+        if not path.is_file() and path.exists():
+            raise IsADirectoryError(21, "Is a directory", str(path))
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0

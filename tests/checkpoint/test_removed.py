@@ -1,0 +1,196 @@
+"""A run's folder, or files in it, removed, renamed, replaced or read-only while it trains, and between two starts."""
+
+import json
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from ds_cmli import train
+from ds_cmli.checkpoint import checksums, restore
+from ds_cmli.common import tensor_file
+from tests.config.test_mistakes import pairs
+from tests.drive_train import drive
+
+STEPS = 8
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch):
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_PORT": "0"}.items():
+        monkeypatch.setenv(name, value)
+
+
+@pytest.fixture(scope="module")
+def arguments(tmp_path_factory) -> list[str]:
+    data = pairs(tmp_path_factory.mktemp("data") / "pairs", count=33)
+    return ["--preset", "tiny", "--steps", str(STEPS), "--log-every", "1", "--save-every", "3", "--data", data,
+            "--set", "run.match_maps=0", "--set", "optim.ema_decay=0.5", "--output-dir"]  # fmt: skip
+
+
+def strike_at(monkeypatch, step: int, strike) -> None:
+    end_step = train.end_step
+
+    def ended(run, found):
+        end_step(run, found)
+        if run.state.step == step:
+            strike(run.checkpoints.folder)
+
+    monkeypatch.setattr(train, "end_step", ended)
+
+
+def assert_whole(folder: Path) -> None:
+    """All that the end of a run names is there, and undamaged."""
+    steps = [line["step"] for line in map(json.loads, (folder / "metrics.jsonl").open()) if "loss" in line]
+    assert steps == list(range(1, STEPS + 1))
+    assert json.loads((folder / "config.json").read_text())["config"]["run"]["preset"] == "tiny"
+    for name in ("student.safetensors", "student_ema.safetensors"):
+        assert tensor_file.damage(folder / name) is None
+    assert restore.find("auto", folder).state.step == STEPS
+    assert checksums.problem(folder / "checkpoint" / f"step{STEPS}") is None
+    assert list((folder / "tensorboard").glob("events*"))
+
+
+def rename(folder):
+    folder.rename(folder.with_name("renamed"))
+
+
+def replace(folder):
+    rename(folder)
+    folder.mkdir()
+
+
+def remove_parts(*names):
+    def strike(folder):
+        for name in names:
+            path = folder / name
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    return strike
+
+
+def cut(folder):
+    with (folder / "metrics.jsonl").open("r+b") as file:
+        file.truncate(100)
+
+
+# what happens: (how, words of the one line about it)
+STRIKES = {
+    "renamed": (rename, "renamed to {}/renamed meanwhile, made again"),
+    "removed": (shutil.rmtree, "removed meanwhile, made again"),
+    "replaced": (replace, "renamed to {}/renamed meanwhile, made again"),
+    "metrics removed": (
+        remove_parts("metrics.jsonl"),
+        "metrics.jsonl in {}/run: removed or cut off meanwhile, written",
+    ),
+    "metrics cut off": (cut, "metrics.jsonl in {}/run: removed or cut off meanwhile, written again"),
+    "config removed": (remove_parts("config.json"), "config.json in {}/run: removed or cut off meanwhile, written"),
+    "checkpoints removed": (remove_parts("checkpoint"), "checkpoint/step3 is gone: a checkpoint is written anew"),
+    "trackers removed": (remove_parts("tensorboard"), ""),
+    "weights removed": (remove_parts("student.safetensors", "student_ema.safetensors"), ""),
+}
+
+
+@pytest.mark.parametrize("name", STRIKES)
+def test_what_is_removed_in_mid_run_is_written_again_and_told(name, arguments, tmp_path, monkeypatch, capfd):
+    strike, words = STRIKES[name]
+    strike_at(monkeypatch, 5, strike)
+    assert drive([*arguments, str(tmp_path / "run")]) == 0
+    assert_whole(tmp_path / "run")
+    printed = capfd.readouterr()
+    told = [line for line in printed.out.splitlines() if line.startswith("warning")]
+    if words:
+        (told_here,) = [line for line in told if words.format(tmp_path) in line]
+        assert all(line == told_here or "is gone: a checkpoint" in line for line in told)
+    assert "Traceback" not in printed.err
+
+
+def test_what_is_removed_after_the_last_checkpoint_is_written_again(arguments, tmp_path, monkeypatch):
+    save = train.save
+
+    def saved(run):
+        save(run)
+        if run.state.step == STEPS and (tmp_path / "run" / "checkpoint" / "step3").exists():
+            shutil.rmtree(tmp_path / "run")
+
+    monkeypatch.setattr(train, "save", saved)
+    assert drive([*arguments, str(tmp_path / "run")]) == 0
+    assert (tmp_path / "run" / "checkpoint" / "latest").read_text() == f"step{STEPS}"
+    assert tensor_file.damage(tmp_path / "run" / "student.safetensors") is None
+
+
+def checkpoints_a_file(folder):
+    (folder / "checkpoint").rename(folder / "away")
+    (folder / "checkpoint").write_text("")
+    return lambda: (folder / "away").rename(folder / "checkpoint") if (folder / "checkpoint").unlink() is None else None
+
+
+def metrics_a_folder(folder):
+    (folder / "metrics.jsonl").rename(folder / "metrics.away")
+    (folder / "metrics.jsonl").mkdir()
+    (folder / "checkpoint").rename(folder / "away")
+    (folder / "checkpoint").write_text("")
+
+    def undo():
+        (folder / "metrics.jsonl").rmdir()
+        (folder / "metrics.away").rename(folder / "metrics.jsonl")
+        (folder / "checkpoint").unlink()
+        (folder / "away").rename(folder / "checkpoint")
+
+    return undo
+
+
+def read_only(folder):
+    for command in (["mount", "--bind", folder, folder], ["mount", "-o", "remount,ro,bind", folder]):
+        if subprocess.run(command, capture_output=True).returncode:
+            pytest.skip("cannot mount here")
+    return lambda: subprocess.run(["umount", "-l", folder], check=True)
+
+
+@pytest.mark.parametrize("strike", [checkpoints_a_file, metrics_a_folder, read_only])
+def test_a_folder_that_cannot_be_written_costs_warnings_and_the_exit_code(
+    strike, arguments, tmp_path, monkeypatch, capfd
+):
+    undo = []
+    with monkeypatch.context() as patch:
+        strike_at(patch, 5, lambda folder: undo.append(strike(folder)))
+        try:
+            assert drive([*arguments, str(tmp_path / "run")], mistakes=True) == 2
+        finally:
+            undo[0]()
+    printed = capfd.readouterr()
+    assert "warning: no checkpoint at step 6, the one before stays: " in printed.out
+    assert f"error: the last checkpoint could not be written ({tmp_path}" in printed.out or "[Errno" in printed.out
+    assert "Traceback" not in printed.err
+    assert f"step {STEPS}/{STEPS}" in printed.out  # it has trained on
+    (tmp_path / "run" / "run.lock").unlink(missing_ok=True)  # this process lives on
+    assert drive([*arguments, str(tmp_path / "run")]) == 0
+    assert_whole(tmp_path / "run")
+
+
+@pytest.mark.parametrize("strike, had", [(remove_parts("metrics.jsonl"), 0), (cut, 0)])
+def test_metrics_gone_between_two_starts_are_told(strike, had, arguments, tmp_path, capfd):
+    folder = tmp_path / "run"
+    assert drive([*arguments, str(folder)], stop_at=5) == 85
+    capfd.readouterr()
+    assert drive([*arguments, str(folder)], stop_at=6) == 85  # whole: no line
+    assert "lines up to step" not in capfd.readouterr().out
+    strike(folder)
+    assert drive([*arguments, str(folder)]) == 0
+    (told,) = [line for line in capfd.readouterr().out.splitlines() if "lines up to step" in line]
+    assert told == (
+        f"warning: {folder / 'metrics.jsonl'} has {had} of the 6 lines up to step 6: it was removed or cut off since; "
+        "the run goes on without them"
+    )
+
+
+def test_metrics_of_a_run_without_its_checkpoints_are_kept(arguments, tmp_path, capfd):
+    folder = tmp_path / "run"
+    assert drive([*arguments, str(folder)], stop_at=5) == 85
+    before = (folder / "metrics.jsonl").read_bytes()
+    shutil.rmtree(folder / "checkpoint")
+    assert drive([*arguments, str(folder)]) == 0
+    assert "has no checkpoint: starting over at step 1" in capfd.readouterr().out
+    assert (folder / "metrics.former.jsonl").read_bytes() == before
+    assert_whole(folder)
