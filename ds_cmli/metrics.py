@@ -64,14 +64,14 @@ class Writer:
         for name in ("ignored_negatives", "added_positives"):
             if values.get(name):
                 losses += f"  {name.replace('_', ' ')} {values[name]}"
-        speed = f"{values['pairs_per_s']:.0f} pairs/s"
+        speed = f"{values['pairs_per_s']:g} pairs/s"
         if "tflops" in values:
             speed += f"  {values['tflops']:.3g} TFLOP/s" + (f"  MFU {values['mfu']:.0%}" if "mfu" in values else "")
         if self.bar.disable:
             left = (time.monotonic() - self.started) / max(1, step - self.first_step) * (self.total - step)
+            minutes, seconds = divmod(round(left), 60)
             self.say(
-                f"step {step}/{self.total}  {losses}  lr {values['lr']:.2e}  {speed}  "
-                f"{left // 60:.0f}m{left % 60:02.0f}s left"
+                f"step {step}/{self.total}  {losses}  lr {values['lr']:.2e}  {speed}  {minutes}m{seconds:02}s left"
             )
         else:
             with suppress(OSError):
@@ -190,7 +190,7 @@ class Meter:
     def lap(self) -> dict[str, float]:
         """The columns of a logged step; counting begins anew. CPU-GPU sync."""
         speed = self.pairs / (time.monotonic() - self.since)
-        out = {"pairs_per_s": round(speed, 1), "checkpoint_s": round(self.checkpoint_s, 3)}
+        out = {"pairs_per_s": float(f"{speed:.4g}"), "checkpoint_s": round(self.checkpoint_s, 3)}
         out |= self.timer.lap(self.peak)
         if out.get("mfu", 0) > 1:  # another program used the device while its peak was measured
             before, self.peak = self.peak, max(self.peak, self.measure())

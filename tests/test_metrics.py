@@ -1,6 +1,8 @@
 """What a user sees of a run while it goes on."""
 
+import re
 import sys
+import time
 
 import pytest
 
@@ -19,6 +21,16 @@ def test_each_loss_is_shown_on_a_terminal_and_away_from_one(terminal, tmp_path, 
     writer.close()
     shown = capsys.readouterr()
     assert "loss 3.5000  global 1.250  cmli 2.250" in (shown.err if terminal else shown.out)
+
+
+def test_a_slow_step_has_a_speed_and_a_whole_minute_left(tmp_path, capsys, monkeypatch):
+    meter = Meter()
+    meter.pairs, meter.since = 1, time.monotonic() - 30
+    columns = meter.lap()
+    writer = Writer(tmp_path, 2)
+    writer.started = time.monotonic() - 179.7
+    writer.log(1, {**VALUES, **columns})
+    assert re.search(r"  0\.033\d+ pairs/s  3m00s left", capsys.readouterr().out)
 
 
 def test_a_peak_that_a_step_exceeds_is_measured_again():

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 PHASES = ("data", "forward", "backward", "step", "exchange")
+LEAST_MFU = 0.005  # what would be shown as 0% is left out: such steps do not wait for products
 PRODUCTS = (torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm)
 
 
@@ -45,7 +46,9 @@ class StepTimer:
         self.mark(before)
 
     def lap(self, peak: float) -> dict[str, float]:
-        """The columns of a logged step: shares of time, TFLOP/s and MFU. Counting begins anew. CPU-GPU sync.
+        """The columns of a logged step: shares of time, TFLOP/s, and MFU from `LEAST_MFU` on. CPU-GPU sync.
+
+        Counting begins anew.
 
         Args:
             peak: the device's peak FLOP/s; 0 if it is not known.
@@ -64,7 +67,7 @@ class StepTimer:
         out = {f"time/{phase}": round(value / total, 4) for phase, value in seconds.items()}
         if flops:
             out["tflops"] = float(f"{flops / total / 1e12:.4g}")
-            if peak:
+            if peak and flops / total / peak >= LEAST_MFU:
                 out["mfu"] = round(flops / total / peak, 4)
         return out
 

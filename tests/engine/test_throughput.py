@@ -54,5 +54,13 @@ def test_shares_of_time(monkeypatch):
     assert timer.lap(peak=4e12)["time/data"] == 1.0  # from the lap on alone
 
 
+@pytest.mark.parametrize("flops, columns", [(4e9, {"tflops": 0.004}), (2e10, {"tflops": 0.02, "mfu": 0.005})])
+def test_an_mfu_that_would_be_shown_as_nothing_is_left_out(flops, columns):
+    timer = StepTimer()
+    timer.marks, timer.flops = [("forward", 0.0), (None, 1.0)], flops
+    found = timer.lap(peak=4e12)
+    assert {name: value for name, value in found.items() if not name.startswith("time/")} == columns
+
+
 def test_a_peak_is_measured():
     assert peak_flops(torch.device("cpu"), torch.float32) > 1e8
