@@ -10,15 +10,18 @@ from ds_cmli.common.errors import UserError
 def write_page(path: str | Path, setting: str, package: str, template: str, **values: Any) -> None:
     """Fill `template`, a file of `package`, with `values` and write it to `path`.
 
+    Templates extend `page.html.jinja`, which has the head, and the colours on light and dark paper.
+
     Args:
         setting: what gave the path, for the error message.
 
     Raises:
         UserError: the file cannot be written.
     """
-    from jinja2 import Environment, PackageLoader, select_autoescape
+    from jinja2 import ChoiceLoader, Environment, PackageLoader, select_autoescape
 
-    environment = Environment(loader=PackageLoader(package, "."), autoescape=select_autoescape(["jinja"]))
+    folders = ChoiceLoader([PackageLoader(name, ".") for name in (package, "ds_cmli.common")])
+    environment = Environment(loader=folders, autoescape=select_autoescape(["jinja"]))
     text = environment.get_template(template).render(values)
     try:
         Path(path).write_text(text, encoding="utf-8")

@@ -1,9 +1,29 @@
-"""Access to matplotlib, which is an optional dependency. It draws to files only and needs no display."""
+"""Access to matplotlib, which is an optional dependency, and the look of our charts. It draws to files only."""
 
+from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import Any
 
 from ds_cmli.common.errors import UserError
+
+SOFT = "#5f636b"  # of what stands beside the data: axes, notes
+WIDTH = 7.5  # inches; at this width text is legible where a page shows the picture 400 pixels wide
+DPI = 200
+STYLE = {
+    "font.size": 10,
+    "axes.edgecolor": SOFT,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.labelcolor": SOFT,
+    "axes.titlelocation": "left",
+    "axes.titleweight": "bold",
+    "axes.titlesize": 11,
+    "xtick.color": SOFT,
+    "ytick.color": SOFT,
+    "grid.alpha": 0.25,
+    "text.parse_math": False,  # "$" in a run's name is no formula
+    "svg.fonttype": "none",
+}
 
 
 def installed() -> bool:
@@ -24,4 +44,40 @@ def matplotlib(needed_by: str) -> Any:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    pyplot.rcParams.update(STYLE)
     return pyplot
+
+
+def titled(figure: Any, finding: str, what: str = "") -> None:
+    """Write what a chart shows above it: the finding in bold, below it `what` was drawn."""
+    figure.suptitle(finding, x=0.01, ha="left", weight="bold", size=12)
+    if what:
+        figure.axes[0].set_title(what, size=9.5, weight="normal", color=SOFT)
+
+
+def apart(places: Sequence[float], gap: float) -> list[float]:
+    """The places of labels, moved so that any two are at least `gap` apart, in their order and around their middle."""
+    order = sorted(range(len(places)), key=places.__getitem__)
+    groups: list[tuple[float, int]] = []  # (middle, labels) of those that touch
+    for i in order:
+        middle, count = places[i], 1
+        while groups and middle - groups[-1][0] < gap * (count + groups[-1][1]) / 2:
+            before, number = groups.pop()
+            middle, count = (middle * count + before * number) / (count + number), count + number
+        groups.append((middle, count))
+    out = [0.0] * len(places)
+    where = iter(order)
+    for middle, count in groups:
+        for k in range(count):
+            out[next(where)] = middle + gap * (k - (count - 1) / 2)
+    return out
+
+
+def plain(value: float, _: Any = None) -> str:
+    """The label of a tick as a number without exponent: 0.1, 10, 1,000."""
+    return f"{value:,.12g}"
+
+
+def percent(value: float, _: Any = None) -> str:
+    """The label of a tick as percent: 0.1%, 10%, 1,000%."""
+    return f"{100 * value:,.6g}%"

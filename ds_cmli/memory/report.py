@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any
 
+from ds_cmli.common import palette
+
 CATEGORIES = (
     "parameters",
     "gradients",
@@ -25,6 +27,7 @@ CATEGORIES = (
     "data",
     "temporaries",
 )
+COLOURS = dict(zip(CATEGORIES, palette.COLOURS, strict=True))  # in every chart and page
 PHASES = ("init", "forward", "loss", "backward", "optimizer")
 
 

@@ -12,10 +12,10 @@ def command(runs: tuple[str, ...], output: str) -> None:
     """Write one page about runs; those that differ by their seed alone count as one, with standard errors."""
     check_writable(output)
     from ds_cmli.report import page
-    from ds_cmli.report.runs import read
+    from ds_cmli.report.runs import read_all
 
-    page.write([read(run) for run in runs], output)
-    click.echo(f"report of {len(runs)} runs: {output}")
+    page.write(read_all(runs), output)
+    click.echo(f"report of {len(runs)} run{'s' if len(runs) > 1 else ''}: {output}")
 
 
 if __name__ == "__main__":

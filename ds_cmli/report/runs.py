@@ -22,13 +22,10 @@ class RunFiles:
     """The content of a run's files."""
 
     folder: Path
+    name: str  # on the page, where no other run has it
     settings: dict[str, Any]  # by "section.name"; those of the DeepSpeed JSON are in the section "deepspeed"
     metrics: list[dict[str, Any]]  # the objects of metrics.jsonl
     memory: dict[str, Any] | None  # the content of memory.json, if the run has measured its memory
-
-    @property
-    def name(self) -> str:
-        return self.folder.resolve().name
 
     def curve(self, column: str) -> tuple[list[int], list[float]]:
         """The steps and values of one column, without values that are not finite."""
@@ -44,8 +41,22 @@ class RunFiles:
         return out
 
 
-def read(folder: str | Path) -> RunFiles:
-    """Read a run's folder; raises `UserError` if it is not one."""
+def read_all(folders: Sequence[str]) -> list[RunFiles]:
+    """Read runs, each named by its folder, or by the path as given where several folders have that name.
+
+    Raises `UserError` if one is no run, or is given twice.
+    """
+    whole = [Path(folder).resolve() for folder in folders]
+    for folder, path in zip(folders, whole, strict=True):
+        if whole.count(path) > 1:
+            raise UserError(f"RUN has {folder!r} twice: give each run once")
+    names = [path.name for path in whole]
+    unique = len(set(names)) == len(names)
+    return [read(folder, name if unique else folder) for folder, name in zip(folders, names, strict=True)]
+
+
+def read(folder: str | Path, name: str = "") -> RunFiles:
+    """Read a run's folder, by default by its own name; raises `UserError` if it is not one."""
     folder = Path(folder)
     config = load_config(folder / "config.json", "RUN").to_dict()
     content = json.loads((folder / "config.json").read_text())
@@ -61,10 +72,16 @@ def read(folder: str | Path) -> RunFiles:
         raise UserError(f"RUN is {str(folder)!r}: it has no metrics.jsonl; give a run that has taken a step") from None
     except (OSError, ValueError) as error:
         raise UserError(f"RUN is {str(folder)!r}: its metrics.jsonl cannot be read: {error}") from None
-    memory = None
-    if (folder / "memory.json").is_file():
-        memory = json.loads((folder / "memory.json").read_text())
-    return RunFiles(folder, settings, metrics, memory)
+    return RunFiles(folder, name or folder.resolve().name, settings, metrics, _memory(folder))
+
+
+def _memory(folder: Path) -> dict[str, Any] | None:
+    try:
+        return json.loads((folder / "memory.json").read_bytes())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise UserError(f"RUN is {str(folder)!r}: its memory.json cannot be read: {error}; remove the file") from None
 
 
 def _column(name: str) -> str:
@@ -97,7 +114,15 @@ class Mean:
     count: int
 
     def __str__(self) -> str:
-        return f"{self.value:.3f}" if self.error is None else f"{self.value:.3f} ± {self.error:.3f}"
+        return self._as(".3f")
+
+    def shown(self, share: bool = False) -> str:
+        """As percent, or with three significant digits."""
+        return self._as(".1%" if share else ",.3g" if abs(self.value) < 1000 else ",.0f")
+
+    def _as(self, form: str) -> str:
+        value = format(self.value, form)
+        return value if self.error is None else f"{value} ± {format(self.error, form)}"
 
 
 def mean(values: Sequence[float]) -> Mean:

@@ -16,7 +16,7 @@ from ds_cmli.common.errors import UserError
 from ds_cmli.config.presets import load_preset
 from ds_cmli.config.settings import flatten
 from ds_cmli.report.__main__ import command
-from ds_cmli.report.runs import differing, groups, mean, read
+from ds_cmli.report.runs import differing, groups, mean, read, read_all
 
 
 def run(folder, seed: int, r1: float, **changes) -> str:
@@ -57,26 +57,78 @@ def test_seeds_are_one_group_and_other_settings_another(tmp_path):
     assert flatten({"a": {"b": 1, "c": {}}, "d": 2}) == {"a.b": 1, "a.c": {}, "d": 2}
 
 
-def test_the_command_writes_one_page(tmp_path):
+def page(tmp_path, *paths) -> str:
     pytest.importorskip("matplotlib")
+    done = CliRunner().invoke(command, [*paths, "--output", str(tmp_path / "page.html")])
+    several = "s" if len(paths) > 1 else ""
+    assert done.output == f"report of {len(paths)} run{several}: {tmp_path}/page.html\n"
+    return (tmp_path / "page.html").read_text()
+
+
+def test_the_command_writes_one_page(tmp_path):
     paths = [run(tmp_path / f"s{seed}", seed, 0.4 + seed / 10) for seed in range(3)]
     paths.append(run(tmp_path / "other", 0, 0.9, optim={"lr": 2e-3}))
     (tmp_path / "other" / "memory.json").write_text(
         json.dumps({"prediction": {"categories": {"data": 1000}, "totals": {"requested": 5000}},
                     "measurement": {"categories": {"data": 1001}, "totals": {"requested": 5001}}})
     )  # fmt: skip
-    done = CliRunner().invoke(command, [*paths, "--output", str(tmp_path / "page.html")])
-    assert done.output == f"report of 4 runs: {tmp_path}/page.html\n"
-    text = (tmp_path / "page.html").read_text()
-    assert (
-        "0.500 ± 0.058" in text and "<td>0.900</td>" in text and "<td>optim.lr</td><td>0.001</td><td>0.002</td>" in text
-    )
-    assert text.count("<svg") == 4 and "<td>data</td><td>1,000</td><td>1,001</td>" in text
-    heads = ("image to text R@1", "text to image R@10", "mean recall")
-    assert "<tr><th></th>" + "".join(f"<th>{head}</th>" for head in heads) + "</tr>" in text
-    assert "<td>cmli: other</td><td>0.900</td><td>0.875</td><td>0.750</td>" in text
+    text = page(tmp_path, *paths)
+    assert "0.500 ± 0.058" in text and "<td>optim.lr</td><td>0.001</td><td>0.002</td>" in text
+    assert re.search(r'background: #[0-9a-f]{6}"></span>data</td><td>1,000</td><td>1,001</td>', text)
+    heads = '<th colspan="1">image to text</th><th colspan="1">text to image</th><th colspan="1"></th>'
+    assert heads in text and "<th>R@1</th><th>R@10</th><th>mean recall</th>" in text
+    # The best of a column is bold, all that are printed alike; chance never is.
+    assert "<td>cmli: s0, s1, s2</td><td>0.500 ± 0.058</td><td><b>0.875 ± 0.000</b></td>" in text
+    assert "<td>cmli: other</td><td><b>0.900</b></td><td><b>0.875</b></td><td><b>0.750</b></td>" in text
     assert "<td>chance: other</td><td>0.062</td><td></td><td></td>" in text
     assert "None in these runs: they are drawn for TensorBoard" in text
+    order = ["Held-out results", "Settings that differ", "Charts", "Match maps", "Speed", "Memory"]
+    assert re.findall("<h2>(.*?)</h2>", text) == [*order, "Settings of the first run"]
+    assert "prefers-color-scheme: dark" in text and 'name="viewport"' in text and "http" not in visible(text)
+
+
+def visible(text: str) -> str:
+    """Without the charts, which name the namespaces of SVG."""
+    return re.sub(r"(?s)<svg.*?</svg>", "", text)
+
+
+def test_every_column_is_drawn_and_one_evaluation_as_bars(tmp_path):
+    path = run(tmp_path / "run", 0, 0.5)
+    with open(tmp_path / "run" / "metrics.jsonl", "a") as file:
+        for step in (3, 4):
+            values = {f"loss/{i}": float(i) for i in range(20)}
+            file.write(json.dumps({"step": step, "skipped_steps": 7, **values}) + "\n")
+    text = page(tmp_path, path)
+    assert "<b>seen</b>: R@1 0.500 image to text (cmli); 300 pairs; chance 0.062" in text
+    losses = next(part for part in text.split("<figure>") if "<figcaption>Losses" in part)
+    assert all(f">{i}</text>" in losses for i in range(20)) and ">optimizer steps<" in losses
+    recall = next(part for part in text.split("<figure>") if "<figcaption>Retrieval" in part)
+    assert ">0.500<" in recall and ">cmli<" in recall and ">optimizer steps<" not in recall
+    assert "<td>skipped_steps</td><td>7</td>" in text  # what no table or chart has
+
+
+def test_what_a_name_holds_is_no_markup_and_no_formula(tmp_path):
+    name = r"<script>alert(1)<$\foo$"
+    text = page(tmp_path, run(tmp_path / name, 0, 0.5), run(tmp_path / "b", 0, 0.6, optim={"lr": 2e-3}))
+    assert "<script" not in text and "&lt;script&gt;alert(1)" in text
+    short = "<b>$x"
+    assert "&lt;b&gt;$x</text>" in page(tmp_path, run(tmp_path / short, 0, 0.5), str(tmp_path / "b"))
+
+
+def test_runs_of_the_same_name_are_told_apart_and_one_run_is_given_once(tmp_path):
+    (tmp_path / "x").mkdir()
+    paths = [run(tmp_path / "a", 0, 0.5), run(tmp_path / "x" / "a", 0, 0.75, optim={"lr": 2e-3})]
+    text = page(tmp_path, *paths)
+    assert all(f"<td>cmli: {path}</td>" in text for path in paths) and "<b>0.750</b>" in text and "0.500" in text
+    with pytest.raises(UserError, match="twice: give each run once"):
+        read_all([paths[0], paths[0] + "/"])
+
+
+def test_damaged_memory_is_one_line(tmp_path):
+    path = run(tmp_path / "a", 0, 0.5)
+    (tmp_path / "a" / "memory.json").write_text("{")
+    with pytest.raises(UserError, match=r"its memory.json cannot be read: .*; remove the file"):
+        read(path)
 
 
 def test_the_last_match_maps_of_tensorboard_are_on_the_page(tmp_path):

@@ -1,0 +1,152 @@
+"""The report's charts as SVG, in the page's own colours: every matching column is drawn.
+
+Of one run a chart shows columns that belong together; of several runs each column has its chart, with a line for each
+run. Where nothing has more than one point, bars take the place of lines.
+"""
+
+import io
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from ds_cmli.common import palette
+from ds_cmli.common.plots import apart, matplotlib
+from ds_cmli.report.results import CHANCE, RECALL, WAYS
+from ds_cmli.report.runs import RunFiles
+
+GROUPS = {  # title -> regular expression of its columns
+    "Retrieval, R@1": r"eval/.*_r1",
+    "Pointing-game accuracy": r"eval/.*pointing.*",
+    "Losses": r"loss(/.*)?",
+    "Temperatures": r"temperature/.*",
+    "Learning rate": r"lr(/.*)?",
+    "Gradient norm": r"grad_norm",
+    "Speed": r"pairs_per_s",
+}
+INK = "#010203"  # becomes the page's text colour, on light and on dark paper
+SIZE = (4.6, 2.7)  # inches
+LABEL = 9  # points
+LONGEST = 14  # characters of a name beside a line; of longer ones their numbers on the page stand there
+
+
+@dataclass
+class Series:
+    label: str
+    colour: str
+    style: str
+    steps: list[int]
+    values: list[float]
+
+
+@dataclass
+class Chart:
+    title: str
+    series: list[Series] = field(default_factory=list)
+    chance: float | None = None
+
+
+def charts(runs: Sequence[RunFiles]) -> dict[str, str]:
+    """The title of each chart -> SVG."""
+    out = {}
+    for group, pattern in GROUPS.items():
+        found = chosen(runs, pattern)
+        for chart in found:
+            out[f"{group}: {chart.title}" if len(found) > 1 else group] = draw(chart)
+    return out
+
+
+def chosen(runs: Sequence[RunFiles], pattern: str) -> list[Chart]:
+    """The charts of the columns that match."""
+    every = dict.fromkeys(name for run in runs for line in run.metrics for name in line)
+    columns = [name for name in every if re.fullmatch(pattern, name) and f"/{CHANCE}/" not in name]
+    found: dict[str, Chart] = {}
+    short = all(len(run.name) <= LONGEST for run in runs)
+    for column in columns:
+        title, label = named(column)
+        title = f"{title}, {label}" if len(runs) > 1 else title
+        for number, run in enumerate(runs):
+            steps, values = run.curve(column)
+            if not steps:
+                continue
+            if len(runs) > 1:
+                label = run.name if short else str(number + 1)
+            chart = found.setdefault(title, Chart(title, chance=chance(runs, column)))
+            colour, style = palette.line(number if len(runs) > 1 else len(chart.series))
+            chart.series.append(Series(label, colour, style, steps, values))
+    return list(found.values())
+
+
+def named(column: str) -> tuple[str, str]:
+    """The title of a column's chart, and the column's label in it."""
+    recall = RECALL.fullmatch(column.removeprefix("eval/"))
+    if recall:
+        split, score, metric = recall.groups()
+        return f"{split}, {WAYS[metric.partition('_')[0]]}", score
+    group, _, rest = column.partition("/")
+    if group == "eval":
+        return "by split", rest.partition("/")[0]
+    return group, rest or ("total" if group == "loss" else group)
+
+
+def chance(runs: Sequence[RunFiles], column: str) -> float | None:
+    """The result of guessing, where the runs have written it beside a recall."""
+    found = RECALL.fullmatch(column)
+    values = runs[0].curve(f"{found[1]}/{CHANCE}/{found[3]}")[1] if found else []
+    return values[-1] if values else None
+
+
+def draw(chart: Chart) -> str:
+    """The chart as an SVG element without size and colours of its own paper."""
+    pyplot = matplotlib("the report, for its curves,")
+    figure, axis = pyplot.subplots(figsize=SIZE, layout="constrained")
+    if all(len(series.steps) == 1 for series in chart.series):
+        _bars(figure, axis, chart)
+    else:
+        _lines(axis, chart)
+    for axle in (axis.xaxis, axis.yaxis):
+        axle.label.set_color(INK)
+    axis.tick_params(colors=INK, labelsize=LABEL)
+    for spine in axis.spines.values():
+        spine.set_edgecolor(INK)
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", transparent=True)
+    pyplot.close(figure)
+    text = buffer.getvalue()
+    return text[text.index("<svg") :].replace(INK, "currentColor")
+
+
+def _bars(figure, axis, chart: Chart) -> None:
+    names = [series.label for series in chart.series]
+    values = [series.values[0] for series in chart.series]
+    figure.set_figheight(0.5 + 0.3 * len(names))
+    places = range(len(names))
+    bars = axis.barh(places, values, height=0.7, color=[series.colour for series in chart.series])
+    form = ".3g" if max(values) > 1 else ".3f"
+    axis.bar_label(bars, [format(value, form) for value in values], padding=3, color=INK, fontsize=LABEL)
+    axis.set_yticks(places, names)
+    axis.invert_yaxis()
+    axis.margins(x=0.15)
+    axis.xaxis.set_visible(False)
+    axis.spines["bottom"].set_visible(False)
+    if chart.chance is not None:
+        axis.axvline(chart.chance, color=INK, linestyle=":", linewidth=1)
+
+
+def _lines(axis, chart: Chart) -> None:
+    for series in chart.series:
+        marker = "o" if len(series.steps) < 8 else None
+        axis.plot(series.steps, series.values, series.style, color=series.colour, marker=marker, markersize=3)
+    if chart.chance is not None:
+        axis.axhline(chart.chance, color=INK, linestyle=":", linewidth=1)
+    axis.set_xlabel("optimizer steps", fontsize=LABEL)
+    axis.grid(axis="y")
+    axis.locator_params(nbins=5)
+    if len(chart.series) == 1:
+        return  # the title says it all
+    low, high = axis.get_ylim()
+    gap = 1.25 * LABEL / 72 / (SIZE[1] * 0.75) * (high - low)
+    ends = apart([series.values[-1] for series in chart.series], gap)
+    for series, end in zip(chart.series, ends, strict=True):
+        place = (1.02, end)
+        axis.text(*place, series.label, transform=axis.get_yaxis_transform(), color=INK, fontsize=LABEL, va="center")
+        axis.plot(1.01, end, ".", transform=axis.get_yaxis_transform(), color=series.colour, clip_on=False)
