@@ -44,7 +44,7 @@ def matplotlib(needed_by: str) -> Any:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    pyplot.rcParams.update(STYLE)
+    pyplot.style.use(STYLE)
     return pyplot
 
 

@@ -25,6 +25,7 @@ class Tokens:
     # The index after each token's last character in the caption. There are no starts, as some tokenizers count the
     # blank before a word to its token.
     ends: list[int]
+    text: str = ""  # the caption as it was written
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ class CaptionTokenizer:
         ids = encoding.ids
         added = encoding.special_tokens_mask
         valid = [not a and i not in self.special_ids for i, a in zip(ids, added, strict=True)]
-        return Tokens(ids, valid, [end for _, end in encoding.offsets])
+        return Tokens(ids, valid, [end for _, end in encoding.offsets], text)
 
     def spans(self, text: str) -> list[tuple[int, int]]:
         """For each position, the range of characters that it stands for: the first, and the one after the last."""

@@ -15,21 +15,25 @@ from ds_cmli.common.errors import UserError
 @click.argument("runs", nargs=-1, required=True, metavar="RUN [RUN ...]")
 @click.option("--data", "source", default=None, help="As of a training.  [default: the first run's own]")
 @click.option("--split", default=None, help="Which held-out part.  [default: the first]")
-@click.option("--pairs", default="0,1,2,3", show_default=True, help="Numbers of pairs, separated by commas.")
+@click.option("--pairs", default=None, metavar="0,1,2",
+              help="Numbers of pairs: each picture with its first caption, then each with its second.  "
+              "[default: the first four]")  # fmt: skip
 @click.option("--image", default=None, help="A picture's file instead of --pairs; needs --text.")
 @click.option("--text", default=None, help="The text for --image.")
 @click.option("--output", default="match-maps.html", show_default=True, help="The page.")
 @click.option("--pictures", default=None, metavar="FOLDER", help="Also a PNG of each pair, in this folder.")
 def command(
-    runs: tuple[str, ...], source: str | None, split: str | None, pairs: str, image: str | None, text: str | None,
-    output: str, pictures: str | None,
+    runs: tuple[str, ...], source: str | None, split: str | None, pairs: str | None, image: str | None,
+    text: str | None, output: str, pictures: str | None,
 ) -> None:  # fmt: skip
     """Show what each word of a caption finds in its picture, and each patch in the caption."""
     from ds_cmli.common.cli import check_writable
 
     if (image is None) != (text is None):
         raise UserError("--image and --text belong together: give both, or --pairs")
-    numbers = [_number(part) for part in pairs.split(",")]
+    if image is not None and pairs is not None:
+        raise UserError("--pairs has no effect beside --image: leave it out")
+    numbers = None if pairs is None else [_number(part) for part in pairs.split(",")]
     check_writable(output)
 
     from ds_cmli.inference import Model
@@ -44,7 +48,7 @@ def command(
         asked = held_out(first.config, source, split, numbers)
     panels = [panel(models, title, pixels, caption) for title, pixels, caption in asked]
     write_page(panels, output)
-    click.echo(f"match maps of {len(panels)} pairs: {output}")
+    click.echo(f"match maps of {len(panels)} pair{'s' if len(panels) > 1 else ''}: {output}")
     if pictures is not None:
         try:
             Path(pictures).mkdir(parents=True, exist_ok=True)

@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from ds_cmli.common import pages
+from ds_cmli.common.palette import COLOURS
 from ds_cmli.inference.model import Match
 
 
@@ -29,7 +30,9 @@ class Panel:
 def write_page(panels: Sequence[Panel], path: str | Path, title: str = "Match maps") -> None:
     """Write the page; raises `UserError` if the file cannot be written."""
     shown = [_values(panel) for panel in panels]
-    pages.write_page(path, "the page", "ds_cmli.visualize", "page.html.jinja", title=title, panels=shown)
+    pages.write_page(
+        path, "the page", "ds_cmli.visualize", "maps.html.jinja", title=title, panels=shown, colours=COLOURS
+    )  # fmt: skip
 
 
 def _values(panel: Panel) -> dict[str, Any]:

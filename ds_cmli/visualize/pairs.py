@@ -13,16 +13,22 @@ from ds_cmli.config.schema import Config
 from ds_cmli.inference.model import Match, Model
 from ds_cmli.visualize.page import Panel
 
+DEFAULT = 4  # pairs that are shown if none are asked for
+
 
 def held_out(
-    config: Config, source: str | None, split: str | None, numbers: Sequence[int]
+    config: Config, source: str | None, split: str | None, numbers: Sequence[int] | None
 ) -> list[tuple[str, Tensor, str]]:
-    """Pairs of a held-out split, as (title, picture uint8 [3, S, S], caption).
+    """Pairs of a held-out split, as (title, picture uint8 [3, S, S], caption as it is written).
+
+    Args:
+        numbers: as `in_turns` counts them; None: the first `DEFAULT` that can be used.
 
     Raises:
         UserError: there is no such split or pair, or a pair cannot be used.
     """
     from ds_cmli.data import build_data
+    from ds_cmli.data.held_out import HeldOut
 
     if source is not None:
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, source=source))
@@ -32,17 +38,40 @@ def held_out(
     split = split or next(iter(data.evals))
     if split not in data.evals:
         raise UserError(f"--split is {split!r}: give one of {', '.join(data.evals)}")
-    dataset = data.evals[split]
-    out = []
-    for number in numbers:
-        if number >= len(dataset):  # type: ignore[arg-type]
-            raise UserError(f"--pairs has {number}: {split} has {len(dataset)} pairs, from 0 on")  # type: ignore[arg-type]
-        sample = dataset[number]
-        if sample.bad is not None:
-            raise UserError(f"--pairs has {number}, which cannot be used: {sample.bad[0]}: {sample.bad[1]}")
-        valid = [i for i, v in zip(sample.tokens.input_ids, sample.tokens.valid, strict=True) if v]
-        out.append((f"{split} {number}", sample.image, data.tokenizer.decode(valid)))
+    pairs = HeldOut(data.evals[split])
+    order = in_turns(pairs.image_of.tolist())
+    out: list[tuple[str, Tensor, str]] = []
+    for number in range(len(order)) if numbers is None else numbers:
+        if number >= len(order):
+            raise UserError(f"--pairs has {number}: {split} has {len(order)} pairs, from 0 on")
+        sample = pairs.pairs.pair(pairs.rows[order[number]])
+        if sample.bad is None:
+            out.append((title(split, number, pairs.file(order[number])), sample.image, sample.tokens.text))
+        elif numbers is not None:
+            name, reason = sample.bad
+            raise UserError(f"--pairs has {number}, which cannot be used: {name}: {reason}")
+        if numbers is None and len(out) == DEFAULT:
+            break
+    if not out:
+        raise UserError(f"--split is {split!r}: none of its {len(order)} pairs can be used")
     return out
+
+
+def in_turns(image_of: Sequence[int]) -> list[int]:
+    """Captions in the order in which pairs are counted: each picture's first caption, then each one's second.
+
+    So the first pairs show different pictures. `image_of`: the number of each caption's picture.
+    """
+    seen: dict[int, int] = {}
+    turns = []
+    for caption, picture in enumerate(image_of):
+        seen[picture] = seen.get(picture, -1) + 1
+        turns.append((seen[picture], caption))
+    return [caption for _, caption in sorted(turns)]
+
+
+def title(split: str, number: int, file: str) -> str:
+    return f"{split} {number}" if file.isdigit() else f"{split} {number}: {file}"
 
 
 def panel(models: Mapping[str, Model], title: str, image: Tensor, text: str) -> Panel:

@@ -3,7 +3,6 @@
 from dataclasses import replace
 from types import SimpleNamespace
 
-import numpy as np
 import torch
 from torch.utils.data import Subset
 
@@ -11,31 +10,8 @@ from ds_cmli.config.presets import load_preset
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.engine import build_models
 from ds_cmli.evaluate.embed import Images, Texts
-from ds_cmli.evaluate.match_maps import FRAME, LINE, TILE, MatchMap, match_maps, picture
+from ds_cmli.evaluate.match_maps import match_maps
 from ds_cmli.evaluate.split import Share, evaluate_split
-
-
-def test_each_word_lights_its_patches():
-    image = torch.full((3, 8, 8), 200, dtype=torch.uint8)
-    similarity = torch.tensor([[0.0, 0.5, 1.0, 0.25], [0.9, 0.1, 0.1, 0.1]])  # 2 words, 2 x 2 patches
-    sheet = picture(MatchMap(image, "red car", ["red", "car"], similarity, (2, 2)))
-    assert sheet.shape == (LINE + LINE + TILE, 3 * TILE, 3) and sheet.dtype == np.uint8
-    top, half, quarter = 2 * LINE, TILE // 2, TILE // 4
-
-    def at(tile, row, column):
-        return sheet[top + row * half + quarter, tile * TILE + column * half + quarter].tolist()
-
-    assert at(0, 0, 0) == at(0, 1, 1) == [200] * 3
-    # "red": a patch is lit by 0.15 + 0.85 x its similarity.
-    assert [at(1, 0, 0), at(1, 0, 1), at(1, 1, 0)] == [[30] * 3, [115] * 3, [200] * 3]
-    assert sheet[top + half, TILE].tolist() == list(FRAME)  # the corner of its best patch, bottom left
-    assert at(2, 0, 0) == [200] * 3 and at(2, 1, 1) == [30] * 3
-    assert sheet[top, 2 * TILE].tolist() == list(FRAME)
-
-
-def test_a_word_that_fits_everywhere_and_one_that_no_font_has():
-    one = MatchMap(torch.zeros(3, 4, 4, dtype=torch.uint8), "ł 猫", ["猫"], torch.zeros(1, 4), (2, 2))
-    assert picture(one).shape == (LINE + LINE + TILE, 2 * TILE, 3)
 
 
 def test_the_same_pairs_on_any_number_of_ranks_and_the_same_results(device, data, monkeypatch):
@@ -52,7 +28,8 @@ def test_the_same_pairs_on_any_number_of_ranks_and_the_same_results(device, data
     assert len(alone) == 5
     for number, one in enumerate(alone):
         sample = data.evals["seen"].pair(3 + number)
-        assert torch.equal(one.image, sample.image) and one.text == " ".join(one.words).replace(" ##", "")
+        assert torch.equal(one.image, sample.image) and one.text == sample.tokens.text
+        assert "".join(one.words) == one.text.replace(" ", "")
         assert one.similarity.shape == (sum(sample.tokens.valid), grid[0] * grid[1]) == (len(one.words), 16)
         assert 0.05 < one.similarity.abs().max() <= 1 + 1e-5
 
@@ -75,7 +52,7 @@ def test_a_caption_more_and_a_picture_that_is_left_out():
         def pair(self, row):
             return SimpleNamespace(
                 image=torch.full((3, 4, 4), row),
-                tokens=SimpleNamespace(input_ids=[9, row, 9], valid=[False, True, False]),
+                tokens=SimpleNamespace(text=f"猫{row} …", valid=[False, True, False]),
             )
 
     held_out = SimpleNamespace(image_of=torch.tensor([0, 0, 1, 2, 2]), rows=[10, 11, 12, 13, 14], pairs=Pairs())
@@ -83,9 +60,9 @@ def test_a_caption_more_and_a_picture_that_is_left_out():
     images = Images(torch.tensor([0, 2]), one[:2], one[:2, None], torch.zeros(2, 2, 2))
     captions = torch.tensor([1, 3, 4])  # the first has no token, and the second picture is broken
     texts = Texts(captions, one[:3], one[:3], torch.zeros(3, dtype=torch.int64), torch.ones(3, dtype=torch.int64))
-    tokenizer = SimpleNamespace(decode=lambda ids: " ".join(map(str, ids)))
+    tokenizer = SimpleNamespace(spans=lambda text: [(0, 0), (0, 3), (0, 0)])
     found = match_maps(Share(images, texts, captions, []), held_out, tokenizer, (1, 1), 4)
     assert [(x.text, x.words, x.similarity.tolist()) for x in found] == [
-        ("11", ["11"], [[1.0]]),
-        ("13", ["13"], [[1.0]]),
+        ("猫11", ["猫11"], [[1.0]]),
+        ("猫13", ["猫13"], [[1.0]]),
     ]

@@ -3,7 +3,6 @@
 import json
 import re
 
-import pytest
 import torch
 
 from ds_cmli.inference import Match
@@ -45,7 +44,8 @@ def test_the_page_is_whole_and_needs_no_network(tmp_path):
     write_page([shown, panel(alone=3)], tmp_path / "page.html")
     text = (tmp_path / "page.html").read_text()
     assert "<b>red</b>" not in text and "http" not in text
-    assert text.count("data:image/png;base64,") == 3 and text.count('class="word"') == 10
+    assert text.count("data:image/png;base64,") == 2 and text.count('class="word"') == 10
+    assert "prefers-color-scheme: dark" in text and 'name="viewport"' in text
     models = json.loads(re.search(r'<script type="application/json">(.*?)</script>', text).group(1))
     assert [(m["name"], m["rows"], m["columns"]) for m in models] == [("first", 2, 3), ("second", 2, 3)]
     torch.testing.assert_close(
@@ -54,6 +54,5 @@ def test_the_page_is_whole_and_needs_no_network(tmp_path):
 
 
 def test_a_figure_is_written(tmp_path):
-    pytest.importorskip("matplotlib")
     write_figure(panel(first=1, second=2), tmp_path / "match.png")
     assert (tmp_path / "match.png").read_bytes()[:4] == b"\x89PNG"

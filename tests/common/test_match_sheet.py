@@ -1,0 +1,44 @@
+"""A match map as one picture: tints by hand, no empty row, and words that no font or line has room for."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from PIL import Image
+
+from ds_cmli.common.match_sheet import CAPTION, GAP, INK, LABEL, TILE, sheet, tile, wrapped
+
+
+def match(*words: str) -> SimpleNamespace:
+    return SimpleNamespace(words=[*words], similarity=torch.rand(len(words), 4), grid=(2, 2))
+
+
+def test_each_patch_is_tinted_by_the_square_of_its_share():
+    picture = Image.new("RGB", (80, 80), (155, 155, 155))  # behind a tint: 255 - (255 - 155) / 2 = 205
+    found = np.asarray(tile(picture, np.array([0.2, 0.2, 0.7, 0.45]), (2, 2)))
+    assert found[20, 20].tolist() == found[20, 60].tolist() == [205, 205, 205]
+    # The accent is (111, 75, 216); of its ink 0.9 for the best patch, 0.9 / 4 for one halfway.
+    best, half = ([205 * (1 - share * (1 - c / 255)) for c in (111, 75, 216)] for share in (0.9, 0.225))
+    assert np.abs(found[60, 20] - best).max() < 1 and np.abs(found[60, 60] - half).max() < 1
+    assert found[41, 1].tolist() == list(INK) != found[1, 1].tolist()  # a frame around the best
+    flat = np.asarray(tile(picture, np.ones(4), (2, 2)))  # fits everywhere alike
+    assert flat[60, 60].tolist() == [205, 205, 205]
+
+
+def test_words_fill_two_rows_beside_the_picture_and_then_whole_rows():
+    image = torch.full((3, 8, 8), 200, dtype=torch.uint8)
+    row = LABEL + 10 + TILE + GAP // 2
+    for words, columns, rows in ((1, 1, 2), (6, 3, 2), (10, 5, 2), (11, 5, 3), (17, 5, 3), (18, 5, 4)):
+        found = sheet(image, "a", {"": match(*["a"] * words)})
+        assert found.shape[1] == GAP + (columns + 2) * (TILE + GAP), words
+        assert found.shape[0] == GAP + CAPTION + 8 + rows * row + GAP, words
+    several = sheet(image, "a", {"one": match("a"), "two": match("a")})
+    assert several.shape[0] == GAP + CAPTION + 8 + 2 * (LABEL + 12 + 2 * row + GAP)
+
+
+def test_a_text_without_blanks_and_a_word_that_no_font_has_are_drawn():
+    lines = wrapped("猫" * 200 + " end", CAPTION, 300)
+    assert "".join(lines) == "猫" * 200 + " end" and len(lines) > 5
+    assert wrapped("", CAPTION, 300) == [""]
+    image = torch.zeros(3, 4, 4, dtype=torch.uint8)
+    assert sheet(image, "ł 猫\U0010fffe", {"": match("猫" * 99, "ł", "")}).dtype == np.uint8
