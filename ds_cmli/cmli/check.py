@@ -46,7 +46,10 @@ def check_inputs(
         if mask is None:
             continue
         if mask.dtype != torch.bool:
-            raise TypeError(f"{name} must be a bool tensor with True = valid, not {mask.dtype}")
+            raise TypeError(
+                f"{name} must be a bool tensor with True = valid, or integers 0 and 1, not "
+                f"{mask.dtype}: pass mask > 0 if it holds 0 and 1, but an additive mask is none"
+            )
         if mask.shape != features.shape[:2]:
             raise ValueError(
                 f"{name} has shape {list(mask.shape)}; it must be that of the positions of {of}, "
@@ -56,12 +59,57 @@ def check_inputs(
         if tensor.device != image.device:
             raise ValueError(f"{name} is on {tensor.device} and image on {image.device}: move them to one device")
 
+    check_options(backend, scratch_bytes)
+
+
+def check_pairs(image: Tensor, text: Tensor, ignore: Tensor | None, ranks: int) -> None:
+    """Raise ValueError or TypeError unless these are B pairs, `ignore` None or bool [B, B * ranks]."""
+    if ranks < 1:
+        raise ValueError("this process is not in the process group given to the loss as `group`")
+    if len(image) != len(text):
+        raise ValueError(
+            f"image has {len(image)} rows and text has {len(text)}: row b of both must be a pair; "
+            "cmli_scores compares other numbers of them"
+        )
+    if ignore is None:
+        return
+    expected = [len(image), ranks * len(image)]
+    if not isinstance(ignore, Tensor) or ignore.dtype != torch.bool:
+        found = ignore.dtype if isinstance(ignore, Tensor) else type(ignore).__name__
+        raise TypeError(f"ignore must be a tensor of bool, or of integers 0 and 1, not {found}")
+    if list(ignore.shape) != expected:
+        raise ValueError(
+            f"ignore has shape {list(ignore.shape)}; it must be {expected}, images against the texts of all ranks"
+        )
+    if ignore.device != image.device:
+        raise ValueError(f"ignore is on {ignore.device} and image on {image.device}: move them together")
+
+
+def check_options(backend: str, scratch_bytes: int) -> None:
+    """Raise ValueError or TypeError if one of them is none."""
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend!r} is unknown; it must be one of {', '.join(BACKENDS)}")
     if not isinstance(scratch_bytes, int) or isinstance(scratch_bytes, bool):
         raise TypeError(f"scratch_bytes must be an int, not {type(scratch_bytes).__name__}")
     if scratch_bytes < 1:
         raise ValueError(f"scratch_bytes={scratch_bytes} must be positive")
+
+
+def check_shapes(**tensors: tuple[Tensor, str]) -> None:
+    """Raise ValueError unless each tensor has the shape beside it.
+
+    `check_shapes(tokens=(x, "B M D"), mask=(y, "B M"))`: a letter is the same size everywhere.
+    """
+    sizes: dict[str, tuple[int, str]] = {}
+    for name, (tensor, legend) in tensors.items():
+        found, letters = list(tensor.shape), legend.split()
+        expected = f"[{', '.join(letters)}]"
+        if len(found) != len(letters):
+            raise ValueError(f"{name} must have shape {expected}, not {found}")
+        for size, letter in zip(found, letters, strict=True):
+            first, where = sizes.setdefault(letter, (size, name))
+            if size != first:
+                raise ValueError(f"{name} has shape {found}, {expected}: {letter} is {size}, but {first} in {where}")
 
 
 def index_dtype(length: int) -> torch.dtype:

@@ -10,6 +10,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ds_cmli.cmli.check import check_shapes
+
 MAX_SCALE = 100.0  # the maximum of 1/temperature, as in CLIP (Radford et al., 2021)
 
 
@@ -36,11 +38,17 @@ def own_pairs(scores: Tensor, first: int) -> tuple[Tensor, Tensor]:
     return r, r + first
 
 
+def check_tile(first: int | None, **tiles: Tensor | None) -> None:
+    """Raise ValueError unless all have one shape [R, T]; R = T for a whole batch, without `first`."""
+    legend = "B B" if first is None else "R T"
+    check_shapes(**{name: (tile, legend) for name, tile in tiles.items() if tile is not None})
+
+
 def contrastive_loss(
     s_i2t: Tensor,
     s_t2i: Tensor,
     logit_scale: Tensor,
-    first: int = 0,
+    first: int | None = None,
     row_logsumexp: Callable[[Tensor], Tensor] = lambda logits: logits.logsumexp(1),
     column_logsumexp: Callable[[Tensor], Tensor] = lambda logits: logits.logsumexp(0),
     ignore: Tensor | None = None,
@@ -51,7 +59,8 @@ def contrastive_loss(
         s_i2t: [R, T] fp32 or fp64, images against texts, scored from the image's side (3).
         s_t2i: [R, T], the same scored from the text's side (4); the global loss passes one matrix twice.
         logit_scale: one element, ln(1/temperature).
-        first: the column that belongs to row 0: row r's text is column first + r, if the tile has it.
+        first: the column that belongs to row 0: row r's text is column first + r, if the tile has
+            it. None: the tile is the whole batch, as many texts as images.
         row_logsumexp: [R, T] -> [R], over all texts of the batch. The default is right if the tile has all of them.
         column_logsumexp: [R, T] -> [T], over all images of the batch, likewise; for images of several ranks pass
             `distributed.collectives.column_logsumexp`.
@@ -60,12 +69,16 @@ def contrastive_loss(
     Returns:
         A scalar. Summed over the tiles of the same images, and averaged over those of all ranks, it is the loss of the
         whole batch.
+
+    Raises:
+        ValueError: on shapes that do not fit.
     """
+    check_tile(first, s_i2t=s_i2t, s_t2i=s_t2i, ignore=ignore)
     scale = temperature_scale(logit_scale)  # one element
     rows, columns = scale * s_i2t, scale * s_t2i  # [R, T]
     if ignore is not None:
         rows, columns = (x.masked_fill_(ignore, -torch.inf) for x in (rows, columns))
-    r, t = own_pairs(rows, first)
+    r, t = own_pairs(rows, first or 0)
     row_loss = row_logsumexp(rows)[r] - rows[r, t]
     column_loss = column_logsumexp(columns)[t] - columns[r, t]
     return (row_loss.sum() + column_loss.sum()) / (2 * len(rows))

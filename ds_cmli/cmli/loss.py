@@ -3,7 +3,9 @@
 Shapes: B pairs per rank, P ranks, G = B * P, N image patches, M text positions, D embedding dimension.
 """
 
+import copy
 import math
+import warnings
 from collections.abc import Callable
 from functools import partial
 
@@ -12,11 +14,15 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ds_cmli.cmli.contrastive import contrastive_loss, upcast
+from ds_cmli.cmli.check import DTYPES, check_pairs
+from ds_cmli.cmli.contrastive import MAX_SCALE, contrastive_loss, upcast
+from ds_cmli.cmli.inputs import accepted, boolean
 from ds_cmli.cmli.op import DEFAULT_SCRATCH_BYTES
 from ds_cmli.cmli.ring import DEFAULT_GATHER_BYTES, DEFAULT_SCORER, Scorer, ring_scores
 from ds_cmli.distributed import collectives
 from ds_cmli.distributed import process_group as distributed
+
+Arguments = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]  # of `CMLILoss.forward`
 
 
 def l2_normalize(x: Tensor) -> Tensor:
@@ -49,9 +55,10 @@ class CMLILoss(nn.Module):
     DeepSpeed do) gives its gradient, for the features and for `logit_scale`.
 
     Args:
-        init_temperature: the temperature at the start; `logit_scale` is ln(1/temperature), learned, and its
-            exponential at most 100. A mean of maxima spreads less than a cosine: sharper than the usual 0.07.
-        group: the process group; None: the default one.
+        init_temperature: the temperature at the start, at least 0.01; `logit_scale` is
+            ln(1/temperature), learned, and its exponential at most 100. A mean of maxima spreads less
+            than a cosine: sharper than the usual 0.07.
+        group: the process group; None: the default one. A copy shares it; a pickle cannot hold it.
         backend, scratch_bytes, recompute: see `cmli_scores`.
         exchange, gather_bytes: how texts come to other ranks, see `cmli.ring.Scorer`.
     """
@@ -67,12 +74,22 @@ class CMLILoss(nn.Module):
         gather_bytes: int = DEFAULT_GATHER_BYTES,
     ):
         super().__init__()
-        if not init_temperature > 0:
-            raise ValueError(f"init_temperature is {init_temperature}: give a positive number, for instance 0.02")
+        number = init_temperature if isinstance(init_temperature, float | int) else math.nan
+        if not 1 / MAX_SCALE <= number < math.inf:
+            raise ValueError(
+                f"init_temperature is {init_temperature!r}: give a number of at least "
+                f"{1 / MAX_SCALE}, for instance 0.02"
+            )
         self.group = group
         self.score = Scorer(backend, scratch_bytes, recompute, exchange, gather_bytes)
         # One element, not zero dimensions: DeepSpeed sends parameters as bytes, which a 0-dim tensor has no view of.
         self.logit_scale = nn.Parameter(torch.tensor([math.log(1 / init_temperature)]))
+
+    def __deepcopy__(self, memo: dict) -> "CMLILoss":
+        copied = type(self).__new__(type(self))
+        memo[id(self)], memo[id(self.group)] = copied, self.group
+        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return copied
 
     def forward(
         self,
@@ -86,18 +103,64 @@ class CMLILoss(nn.Module):
 
         Args:
             image: [B, N, D], patch features, not normalised: that is done here, in fp32.
-            text: [B, M, D], token features, likewise; the same dtype (fp64, fp32, bf16 or fp16) and device. M may
-                differ between ranks, B may not.
+            text: [B, M, D], token features, likewise; the same dtype (fp64, fp32, bf16 or fp16) and
+                device. M may differ between ranks, B may not. Under autocast the dtypes may differ,
+                the wider one is taken.
             token_mask: bool [B, M], True = valid. Leave out class, separator and padding tokens.
+                Integers 0 and 1 are taken too, here and below, at a CPU-GPU sync for their values.
             image_mask: bool [B, N], True = valid; None: all are.
-            ignore: bool [B, G], True: this text is no negative of this image, though not its own, as other captions of
-                the same picture; see `losses.functions.duplicates`.
+            ignore: bool [B, G], True: this text is no negative of this image, as other captions of
+                the same picture; see `losses.functions.duplicates`. What it says of an image's own
+                text does not matter.
 
         Raises:
-            ValueError, TypeError: on shapes, dtypes, devices or masks that do not fit, and on every rank where the
-                ranks' batches differ in size.
+            ValueError, TypeError: on shapes, dtypes, devices or masks that do not fit; on every rank
+                where one rank has such a mistake, or the ranks' batches differ in size or dtype.
         """
-        s_i2t, s_t2i = score_global_batch(image, text, token_mask, image_mask, self.group, self.score)  # collective
-        first = distributed.rank(self.group) * image.shape[0]
+        arguments = image, text, token_mask, image_mask, ignore
+        if distributed.world_size(self.group) > 1:
+            arguments = self._checked_together(arguments)  # collective
+        else:
+            arguments = self._checked(arguments)
+        s_i2t, s_t2i = score_global_batch(*arguments[:4], self.group, self.score)  # collective
+        ignore = arguments[4]
+        first = distributed.rank(self.group) * len(image)
+        if ignore is not None:
+            ignore = ignore.clone()
+            ignore.diagonal(first).fill_(False)
         columns = partial(collectives.column_logsumexp, group=self.group)
         return contrastive_loss(s_i2t, s_t2i, self.logit_scale, first, column_logsumexp=columns, ignore=ignore)
+
+    def _checked(self, arguments: Arguments) -> Arguments:
+        image, text, token_mask, image_mask = accepted(*arguments[:4])
+        ignore = None if arguments[4] is None else boolean("ignore", arguments[4])
+        check_pairs(image, text, ignore, distributed.world_size(self.group))
+        here = self.logit_scale.device
+        if here != image.device:
+            raise ValueError(f"CMLILoss is on {here} and image on {image.device}: move the loss, by .to()")
+        return image, text, token_mask, image_mask, ignore
+
+    def _checked_together(self, arguments: Arguments) -> Arguments:
+        """`_checked` on every rank, with what must be equal on them. Collective, CPU-GPU sync."""
+        checked, mistake = None, None
+        try:
+            checked = self._checked(arguments)
+        except (TypeError, ValueError) as error:
+            mistake = error
+        # NCCL sends from GPUs alone, and what is wrong may be where the inputs are.
+        device = "cuda" if dist.get_backend(self.group) == "nccl" else self.logit_scale.device
+        scale = self.logit_scale.detach().to(device, torch.float32)
+        dtype = scale.new_tensor([DTYPES.index(checked[0].dtype) if checked else -1])
+        facts = collectives.agreed(torch.cat([scale, dtype]), mistake, self.group)  # collective
+        assert checked is not None, "a mistake has been raised"
+        scales, dtypes = facts.t().tolist()
+        if len(set(dtypes)) > 1:
+            names = ", ".join(str(DTYPES[int(n)]) for n in dtypes)
+            raise ValueError(f"the ranks' features must agree in dtype, found {names}")
+        if len({str(x) for x in scales}) > 1:
+            warnings.warn(
+                "CMLILoss's logit_scale differs between ranks: wrap the loss in DistributedDataParallel "
+                "together with the model, or average its gradient over ranks",
+                stacklevel=5,
+            )
+        return checked

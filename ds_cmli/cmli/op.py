@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ds_cmli.cmli.check import DEFAULT_SCRATCH_BYTES, check_inputs, index_dtype
+from ds_cmli.cmli.inputs import accepted, full_precision
 
 
 def cmli_scores(
@@ -40,7 +41,8 @@ def cmli_scores(
             the caller normalises (as `CMLILoss` does, in fp32).
         text: [J, M, D] token features, of the same dtype and device.
         token_mask: [J, M] bool, True = valid, in any pattern. Leave out [CLS], [SEP] and [PAD].
-        image_mask: [I, N] bool, True = valid; None = all.
+            Integers 0 and 1 are taken too, at a CPU-GPU sync for their values.
+        image_mask: [I, N], likewise; None = all.
         backend: "auto" (triton on CUDA where it runs, otherwise chunked), "chunked", "triton" or
             "reference" (materialises everything; for tests).
         scratch_bytes: budget for temporary memory. A different budget changes the order of sums, at most 1e-6.
@@ -50,18 +52,22 @@ def cmli_scores(
         (s_i2t, s_t2i), both [I, J] float32 (float64 for float64 inputs). Products are summed in fp32 and maxima taken
         on those sums, whatever the inputs. A masked position wins no maximum and counts in no mean; a text without
         valid tokens and an image without valid patches score 0 with zero gradient. Equal similarities: the lowest
-        index wins. NaN and inf propagate. Under autocast the inputs are taken as they are.
+        index wins. NaN and inf propagate. Under autocast inputs of two dtypes are taken in the
+        wider one, and nothing else changes.
 
     Raises:
         TypeError, ValueError: an argument does not fit; one line says which and how.
-        RuntimeError: the backend cannot run here, or a second derivative is asked for.
+        RuntimeError: the backend cannot run here, or a derivative is asked for that there is not:
+            a second one, one in forward mode, or one under torch.func.
     """
-    check_inputs(image, text, token_mask, image_mask, backend, scratch_bytes)
+    inputs = accepted(image, text, token_mask, image_mask, backend, scratch_bytes)
+    image, text, token_mask, image_mask = inputs
     backend = _chosen(backend, image)
     if backend == "reference":
         from ds_cmli.cmli.reference import cmli_scores_reference
 
-        return cmli_scores_reference(image, text, token_mask, image_mask)
+        with full_precision(image.device):
+            return cmli_scores_reference(image, text, token_mask, image_mask)
     differentiable = torch.is_grad_enabled() and (image.requires_grad or text.requires_grad)
     s_i2t, s_t2i, _, _ = _forward(
         image, text, token_mask, image_mask, backend, scratch_bytes, differentiable and not recompute
@@ -106,14 +112,16 @@ def _chosen(backend: str, image: Tensor) -> str:
     return backend
 
 
-@torch.compiler.assume_constant_result
-@functools.cache
 def triton_runs() -> bool:
     """Whether Triton is installed and can start kernels here; warns where not."""
     reason = why_no_triton()
     if reason is not None:
         warnings.warn(f"Triton does not run here, CMLI takes the slower chunked backend: {reason}", stacklevel=3)
     return reason is None
+
+
+# As torch.compiler.assume_constant_result does, but that imports torch._dynamo, in seconds.
+triton_runs._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache

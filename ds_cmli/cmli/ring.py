@@ -14,12 +14,14 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ds_cmli.cmli.check import check_options
 from ds_cmli.cmli.op import DEFAULT_SCRATCH_BYTES, cmli_gradients, cmli_scores
 from ds_cmli.distributed import collectives
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.distributed.ring import ReturnedGradient, chunks
 
 DEFAULT_GATHER_BYTES = 2**30
+EXCHANGES = ("auto", "gather", "ring")
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,14 @@ class Scorer:
     recompute: bool = False
     exchange: str = "auto"
     gather_bytes: int = DEFAULT_GATHER_BYTES
+
+    def __post_init__(self):
+        check_options(self.backend, self.scratch_bytes)
+        if self.exchange not in EXCHANGES:
+            known = ", ".join(EXCHANGES)
+            raise ValueError(f"exchange={self.exchange!r} is unknown; it must be one of {known}")
+        if not isinstance(self.gather_bytes, int) or self.gather_bytes < 0:
+            raise ValueError(f"gather_bytes={self.gather_bytes!r} must be an int, not below 0")
 
     def __call__(
         self, image: Tensor, text: Tensor, token_mask: Tensor, image_mask: Tensor | None = None

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ds_cmli.cmli.inputs import full_precision
 from ds_cmli.cmli.loss import l2_normalize
 
 
@@ -41,7 +42,9 @@ def select(image: Tensor, text: Tensor, token_mask: Tensor, share: float, scratc
         share: n = ceil(share * N) patches are kept, and ceil(share * M_j) of M_j valid tokens. Ties: the first.
         scratch_bytes: bound on the similarities that are there at a time, of one patch at least.
     """
-    of_patches, of_tokens = _best(l2_normalize(image), l2_normalize(text), token_mask, scratch_bytes)
+    with full_precision(image.device):
+        unit = l2_normalize(image), l2_normalize(text)
+        of_patches, of_tokens = _best(*unit, token_mask, scratch_bytes)
     n, m = kept(share, image.shape[1]), kept(share, text.shape[1])
     patches, tokens = (x.argsort(dim=1, descending=True, stable=True) for x in (of_patches, of_tokens))
     valid = (token_mask.sum(1, keepdim=True).double() * share).ceil()  # [B, 1]

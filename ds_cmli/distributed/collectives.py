@@ -37,6 +37,24 @@ def _all_shapes(x: Tensor, group: dist.ProcessGroup | None) -> list[list[int]]:
     return _all_gather(torch.tensor([x.shape], dtype=torch.int64, device=x.device), group).tolist()
 
 
+def agreed(facts: Tensor, mistake: Exception | None, group: dist.ProcessGroup | None = None) -> Tensor:
+    """The `facts` [K] of every rank, in rank order: fp32 [P, K]. Collective, CPU-GPU sync.
+
+    Raises:
+        `mistake`, which this rank has found, or a ValueError with another rank's: none is left waiting.
+    """
+    own = torch.cat([facts, facts.new_full((1,), mistake is not None)])
+    told = _all_gather(own[None], group)  # collective
+    if told[:, -1].any():
+        mistakes: list[str] = [""] * len(told)
+        dist.all_gather_object(mistakes, str(mistake or ""), group=group)  # collective
+        if mistake is not None:
+            raise mistake
+        rank, found = next((rank, found) for rank, found in enumerate(mistakes) if found)
+        raise ValueError(f"rank {rank}: {found}")
+    return told[:, :-1]
+
+
 def accumulated(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which gradients of several ranks are added up: fp32, or fp64 for fp64.
 

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ds_cmli.cmli.contrastive import upcast
+from ds_cmli.cmli.inputs import full_precision
 from ds_cmli.cmli.loss import l2_normalize, score_global_batch
 from ds_cmli.cmli.token_keep import select
 from ds_cmli.config.schema import LossConfig
@@ -119,7 +120,8 @@ class LossInputs(PairInputs):
     def global_scores(self) -> Tensor:
         image = upcast(l2_normalize(self.features.image_cls))  # [B, H]
         text = collectives.gather_with_gradient(upcast(l2_normalize(self.features.text_cls)))  # [G, H], collective
-        return image @ text.t()
+        with full_precision(image.device):
+            return image @ text.t()
 
     @cached_property
     def cmli_scores(self) -> tuple[Tensor, Tensor]:

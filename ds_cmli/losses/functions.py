@@ -9,11 +9,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ds_cmli.cmli.contrastive import own_pairs, temperature_scale, upcast
+from ds_cmli.cmli.check import check_shapes
+from ds_cmli.cmli.contrastive import check_tile, own_pairs, temperature_scale, upcast
+from ds_cmli.cmli.inputs import full_precision
 
 
 def sigmoid_loss(
-    scores: Tensor, logit_scale: Tensor, bias: Tensor, first: int = 0, positives: Tensor | None = None
+    scores: Tensor,
+    logit_scale: Tensor,
+    bias: Tensor,
+    first: int | None = None,
+    positives: Tensor | None = None,
 ) -> Tensor:
     """-log sigmoid(z * (t * score + b)) summed over texts and averaged over the tile's R images; SigLIP.
 
@@ -24,16 +30,21 @@ def sigmoid_loss(
         scores: [R, T] fp32 or fp64, images against texts.
         logit_scale: one element, ln(1/temperature).
         bias: one element, b.
-        first: the column that belongs to row 0: row r's text is column first + r, if the tile has it.
+        first: the column that belongs to row 0: row r's text is column first + r, if the tile has
+            it. None: the tile is the whole batch, as many texts as images.
         positives: bool [R, T], further positives, see `duplicates`; None: there are none.
 
     Returns:
         A scalar. Summed over the tiles of the same images, and averaged over those of all ranks, it is the loss of the
         whole batch.
+
+    Raises:
+        ValueError: on shapes that do not fit.
     """
+    check_tile(first, scores=scores, positives=positives)
     logits = temperature_scale(logit_scale) * scores + upcast(bias)  # [R, T]
     sign = torch.full_like(logits, -1.0)
-    sign[own_pairs(logits, first)] = 1.0
+    sign[own_pairs(logits, first or 0)] = 1.0
     if positives is not None:
         sign.masked_fill_(positives, 1.0)
     return -F.logsigmoid(sign * logits).sum(1).mean()
@@ -62,8 +73,12 @@ def match_patches(tokens: Tensor, patches: Tensor) -> Tensor:
 
     Returns:
         int64 [B, M]. The index has no gradient, so this alone never trains g. Ties go to the lowest index.
+
+    Raises:
+        ValueError: on shapes that do not fit.
     """
-    with torch.no_grad():
+    check_shapes(tokens=(tokens, "B M D"), patches=(patches, "B N D"))
+    with torch.no_grad(), full_precision(tokens.device):
         tokens = F.normalize(upcast(tokens), dim=-1)
         patches = F.normalize(upcast(patches), dim=-1)
         similarity = tokens @ patches.transpose(1, 2)  # [B, M, N]
@@ -106,7 +121,17 @@ def target_cmli_loss(
         match: int64 [B, M] of `match_patches`: the teacher patch that each token regresses.
         token_mask: bool [B, M], True = valid (not [CLS], [SEP], [PAD]).
         reduction: "mean" or "sum" over H, see `squared_distance`.
+
+    Raises:
+        ValueError: on shapes that do not fit.
     """
+    check_shapes(
+        student_patches=(student_patches, "B N H"),
+        student_tokens=(student_tokens, "B M H"),
+        teacher_patches=(teacher_patches, "B N H"),
+        match=(match, "B M"),
+        token_mask=(token_mask, "B M"),
+    )
     targets = teacher_patches.gather(1, match[:, :, None].expand(-1, -1, teacher_patches.shape[2]))  # [B, M, H]
     image = squared_distance(student_patches, teacher_patches, reduction).mean()  # (7): over N patches and B images
     text = masked_mean(squared_distance(student_tokens, targets, reduction), token_mask)  # (9)
@@ -116,7 +141,15 @@ def target_cmli_loss(
 def cls_distillation_loss(
     student_image: Tensor, student_text: Tensor, teacher_image: Tensor, reduction: str = "mean"
 ) -> Tensor:
-    """Both class tokens regress the teacher's class token, the document's starting point: all [B, H]; mean of both."""
+    """Both class tokens regress the teacher's, the document's starting point: all [B, H]; mean of both.
+
+    Raises ValueError on shapes that do not fit.
+    """
+    check_shapes(
+        student_image=(student_image, "B H"),
+        student_text=(student_text, "B H"),
+        teacher_image=(teacher_image, "B H"),
+    )
     image = squared_distance(student_image, teacher_image, reduction).mean()
     text = squared_distance(student_text, teacher_image, reduction).mean()
     return (image + text) / 2

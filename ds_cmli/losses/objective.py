@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ds_cmli import losses
 from ds_cmli.cmli.contrastive import temperature_scale, upcast
+from ds_cmli.cmli.inputs import full_precision
 from ds_cmli.cmli.ring import Scorer
 from ds_cmli.cmli.token_keep import Selection, select
 from ds_cmli.config.schema import LossConfig
@@ -71,10 +72,11 @@ class Objective(nn.Module):
     ) -> PairGradients:
         """The losses over the pairs of all micro-batches, by `cached.pair_gradients`. Collective."""
         losses: dict[str, Any] = {name: self.losses[name] for name in self.config.weights if LOSSES[name].scores}
-        found = pair_gradients(
-            losses, self.config.weights, cached, self.score, device, scale, self.config.cmli_scratch_bytes,
-            self.config.duplicates == "keep", heartbeat,
-        )  # fmt: skip
+        with full_precision(device):  # of the scores, and of their gradients too
+            found = pair_gradients(
+                losses, self.config.weights, cached, self.score, device, scale, self.config.cmli_scratch_bytes,
+                self.config.duplicates == "keep", heartbeat,
+            )  # fmt: skip
         self.ignored.copy_(found.ignored)
         return found
 

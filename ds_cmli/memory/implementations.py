@@ -38,12 +38,12 @@ SMALL = Setting(B=2, P=1, N=4, M=4, H=8, D=8)
 
 def global_loss(dots: Callable[[Tensor, Tensor], Tensor], image: Tensor, text: Tensor, logit_scale: Tensor) -> Tensor:
     scores = dots(image, text)
-    return contrastive_loss(scores, scores, logit_scale)
+    return contrastive_loss(scores, scores, logit_scale, first=0)
 
 
 def cmli_loss(scores: Callable, image: Tensor, text: Tensor, token_mask: Tensor, logit_scale: Tensor) -> Tensor:
     s_i2t, s_t2i = scores(image, text, token_mask)
-    return contrastive_loss(s_i2t, s_t2i, logit_scale)
+    return contrastive_loss(s_i2t, s_t2i, logit_scale, first=0)
 
 
 def broadcast_match(tokens: Tensor, patches: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """Exchange across real gloo processes, against one process on the whole batch."""
 
+import copy
 import itertools
 from dataclasses import replace
 
@@ -98,6 +99,53 @@ def uneven_batch(rank, world_size):
 
 def test_unequal_batches_are_refused_on_every_rank():
     assert spawn(uneven_batch, 2) == ["refused", "refused"]
+
+
+def mistaken(rank, world_size):
+    """The error of each batch on this rank: rank 0's is wrong in its own way, then the ranks' do not fit together."""
+    image, text, mask = torch.rand(2, 3, 4), torch.rand(2, 5, 4), torch.ones(2, 5, dtype=torch.bool)
+    first = rank == 0
+    batches = {
+        "pairs": (image, text[:1], mask[:1]) if first else (image, text, mask),
+        "dimensions": (image, text[0], mask) if first else (image, text, mask),
+        "mask": (image, text, 2 * mask) if first else (image, text, mask),
+        "ignore": (image, text, mask, None, 2 * mask) if first else (image, text, mask),
+        "no tensor": (None, text, mask) if first else (image, text, mask),
+        "dtype": (image.half(), text.half(), mask) if first else (image, text, mask),
+        "batch": (image[:1], text[:1], mask[:1]) if first else (image, text, mask),
+    }
+    told = {}
+    for name, batch in batches.items():
+        with pytest.raises((ValueError, TypeError)) as caught:
+            CMLILoss()(*batch)
+        told[name] = str(caught.value)
+    loss = CMLILoss(0.02 + 0.01 * rank)
+    with pytest.warns(UserWarning, match="logit_scale differs between ranks: wrap the loss in Distributed"):
+        loss(image, text, mask)
+    return told
+
+
+def test_a_mistake_of_one_rank_ends_all():
+    """None waits in a collective for the rank that has raised."""
+    own, other = spawn(mistaken, 2)
+    for name in ("pairs", "dimensions", "mask", "ignore", "no tensor"):
+        assert other[name] == f"rank 0: {own[name]}"
+    for name in ("dtype", "batch"):
+        assert other[name] == own[name] and "the ranks' " in own[name]
+
+
+def outside_of_its_group(rank, world_size):
+    group = torch.distributed.new_group([0])
+    loss, inputs = CMLILoss(group=group), (*torch.rand(2, 2, 3, 4), torch.ones(2, 3, dtype=torch.bool))
+    if rank == 0:
+        return copy.deepcopy(loss)(*inputs).isfinite().item()
+    with pytest.raises(ValueError, match="this process is not in the process group"):
+        loss(*inputs)
+    return True
+
+
+def test_a_group_is_shared_by_copies_and_others_are_refused():
+    assert spawn(outside_of_its_group, 2) == [True, True]
 
 
 def strided_gradient(rank, world_size):

@@ -4,10 +4,12 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.testing import assert_close
 
 from ds_cmli.cmli.contrastive import contrastive_loss
 from ds_cmli.losses import functions as losses
+from ds_cmli.losses.base import Features, LossInputs
 
 F64 = torch.float64
 
@@ -31,6 +33,47 @@ def test_contrastive_loss_ignores_by_hand():
     assert found.item() == pytest.approx(expected)
     found.backward()
     assert s.grad[0, 1] == s.grad[1, 0] == 0 and (s.grad[2, :2] > 0).all()
+
+
+def test_a_batch_has_as_many_texts_as_images():
+    """A tile of one may have any shape, where it says by `first` that it is one."""
+    scores, scale = torch.rand(16, 8), torch.zeros(1)
+    for loss in (
+        lambda **tile: contrastive_loss(scores, scores, scale, **tile),
+        lambda **tile: losses.sigmoid_loss(scores, scale, scale, **tile),
+    ):
+        assert loss(first=0).isfinite()
+        with pytest.raises(ValueError, match=r"(scores|s_i2t) has shape \[16, 8\], \[B, B\]: B is 8, but 16"):
+            loss()
+    with pytest.raises(ValueError, match=r"s_t2i has shape \[8, 16\], \[R, T\]: R is 8, but 16 in s_i2t"):
+        contrastive_loss(scores, scores.t(), scale, 0)
+    with pytest.raises(ValueError, match=r"ignore has shape \[1, 8\]"):
+        contrastive_loss(scores, scores, scale, 0, ignore=torch.zeros(1, 8, dtype=torch.bool))
+    with pytest.raises(ValueError, match=r"positives must have shape \[R, T\], not \[8\]"):
+        losses.sigmoid_loss(scores, scale, scale, 0, torch.zeros(8, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("texts", [1, 8])
+def test_target_losses_of_unequal_batches_are_refused(texts):
+    """Each of these gave a number by broadcasting or by `gather`."""
+    images, tokens = torch.rand(16, 5, 4), torch.rand(texts, 6, 4)
+    match, mask = torch.zeros(texts, 6, dtype=torch.int64), torch.ones(texts, 6, dtype=torch.bool)
+    with pytest.raises(ValueError, match=f"student_tokens .*B is {texts}, but 16 in student_patches"):
+        losses.target_cmli_loss(images, tokens, images, match, mask)
+    with pytest.raises(ValueError, match=f"teacher_patches .*B is {texts}, but 16 in student_patches"):
+        losses.target_cmli_loss(images, torch.rand(16, 6, 4), tokens[:, :5], match, mask)
+    with pytest.raises(ValueError, match=f"patches .*B is 16, but {texts} in tokens"):
+        losses.match_patches(tokens, images)
+    with pytest.raises(ValueError, match=f"student_text .*B is {texts}, but 16 in student_image"):
+        losses.cls_distillation_loss(images[:, 0], tokens[:, 0], images[:, 0])
+
+
+def test_matching_is_not_narrowed_by_autocast():
+    tokens, patches = torch.rand(3, 6, 4), torch.rand(3, 50, 4)
+    patches[:, 1::2] = patches[:, ::2] * (1 + 1e-4 * torch.rand(3, 25, 4))  # no two alike, but in 16 bits
+    expected = losses.match_patches(tokens, patches)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(losses.match_patches(tokens, patches), expected)
 
 
 # One text of two tokens (the third is padding) and one image of two patches, H = 2.
@@ -105,3 +148,11 @@ def test_masked_mean_ignores_padding_and_empty_rows():
     values = torch.tensor([[1.0, 100.0], [7.0, 7.0]])
     mask = torch.tensor([[True, False], [False, False]])
     assert losses.masked_mean(values, mask).item() == pytest.approx(0.5)
+
+
+def test_global_scores_are_not_narrowed_by_autocast():
+    cls = torch.rand(2, 3, 8)
+    features = Features(cls[0], cls[0][:, None], cls[1], cls[1][:, None])
+    expected = F.normalize(cls[0], dim=-1) @ F.normalize(cls[1], dim=-1).t()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(LossInputs(features, *[None] * 5).global_scores, expected)

@@ -31,7 +31,7 @@ def test_several_positives_by_hand():
 def test_gradients_by_hand():
     scores = torch.tensor([[1.0, 0.0]], requires_grad=True)
     scale, bias = SCALE.clone().requires_grad_(), BIAS.clone().requires_grad_()
-    sigmoid_loss(scores, scale, bias).backward()
+    sigmoid_loss(scores, scale, bias, first=0).backward()
     pair, other = -1 / (1 + math.e), 1 / (1 + math.e)  # d/dlogit: sigmoid(1) - 1 of the pair, sigmoid(-1) of the other
     assert_close(scores.grad, 2 * torch.tensor([[pair, other]]))
     assert_close(bias.grad, torch.tensor([pair + other]), atol=1e-7, rtol=0)
