@@ -24,6 +24,7 @@ from ds_cmli.common.cli import GroupedCommand, run_command, say  # noqa: E402
 from ds_cmli.common.errors import UserError  # noqa: E402
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig  # noqa: E402
 from ds_cmli.config.options import OUTPUT, START, WHAT, add, check_early, given_optim, resolve_config  # noqa: E402
+from ds_cmli.config.outputs import check_outputs  # noqa: E402
 from ds_cmli.config.schema import Config  # noqa: E402
 from ds_cmli.distributed.launchers import map_launcher_environment  # noqa: E402
 from ds_cmli.faults import preemption  # noqa: E402
@@ -39,6 +40,7 @@ def command(preset: str, deepspeed_config: str, settings: tuple[str, ...], resum
     With no options it trains the preset "demo" to its end. On TERM, USR1, USR2 or INT it saves and ends with exit
     code 85; started again in the same way, it goes on.
     """
+    map_launcher_environment()
     config = resolve_config(preset, settings, options)
     profiles = Profiles(profile, profile_memory)
     ds_config = DeepSpeedConfig.load(deepspeed_config)
@@ -56,11 +58,12 @@ def train(
     from ds_cmli.data import assets, build_data
     from ds_cmli.distributed import process_group as distributed
 
-    map_launcher_environment()
     if config.run.deterministic:
         determinism.enforce()
     data, mistake = None, None
     try:
+        if os.environ["RANK"] == "0":
+            check_outputs(ds_config, config.run.report_to)
         assets.fetch(assets.used(config))
         data = build_data(config.data, config.run.seed)
         say(*data.notices)

@@ -20,6 +20,7 @@ import click  # noqa: E402
 import torch  # noqa: E402
 
 from ds_cmli import engine  # noqa: E402
+from ds_cmli.common.cli import run_command  # noqa: E402
 from ds_cmli.common.errors import UserError  # noqa: E402
 from ds_cmli.common.tables import Table  # noqa: E402
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig  # noqa: E402
@@ -264,4 +265,4 @@ def main(names: tuple[str, ...], stage: int, checkpointing: bool, precision: str
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -27,6 +27,7 @@ import torch  # noqa: E402
 
 from ds_cmli.cmli import baselines, cmli_scores  # noqa: E402
 from ds_cmli.cmli.baselines import DTYPES, SETTINGS, D, M, N, Problem, Scores  # noqa: E402
+from ds_cmli.common.cli import run_command  # noqa: E402
 
 
 def ours(**options) -> Scores:
@@ -262,4 +263,4 @@ def main(batches, settings, peers_up_to, repeats, memory, scale, json_path, plot
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

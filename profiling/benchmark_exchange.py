@@ -7,7 +7,6 @@ Shapes: image [B, N, D], text [B, M, D] of each rank.
 """
 
 import os
-import sys
 import time
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -24,6 +23,7 @@ import torch.multiprocessing as mp  # noqa: E402
 from ds_cmli.cmli.baselines import DTYPES  # noqa: E402
 from ds_cmli.cmli.loss import score_global_batch  # noqa: E402
 from ds_cmli.cmli.ring import Scorer  # noqa: E402
+from ds_cmli.common.cli import run_command  # noqa: E402
 from ds_cmli.distributed.traffic import Traffic  # noqa: E402
 from ds_cmli.memory.measure_cpu import allocator_events  # noqa: E402
 
@@ -85,4 +85,4 @@ def main(ranks: int, shape: tuple[int, ...], dtype: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(main)

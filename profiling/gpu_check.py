@@ -22,6 +22,8 @@ from typing import Any  # noqa: E402
 import click  # noqa: E402
 import torch  # noqa: E402
 
+from ds_cmli.common.cli import run_command  # noqa: E402
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -100,4 +102,4 @@ def command(json_path: str, markdown_path: str, only: str, minutes: float) -> No
 
 
 if __name__ == "__main__":
-    command()
+    run_command(command)

@@ -61,13 +61,18 @@ export PATH="$(dirname "$found"):$PATH"
 # --- the run's folder is named after the job, so that a requeued job finds what it has saved
 name=$SLURM_JOB_ID
 [[ -z ${SLURM_ARRAY_JOB_ID:-} ]] || name=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
-options=(--output-dir "runs/slurm-$name" "${@//%a/${SLURM_ARRAY_TASK_ID:-%a}}")
+options=("${@//%a/${SLURM_ARRAY_TASK_ID:-%a}}")
+run=
 for ((i = 0; i < ${#options[@]}; i++)); do
     case ${options[i]} in
     --output-dir) run=${options[i + 1]:-} ;;
     --output-dir=*) run=${options[i]#*=} ;;
     esac
 done
+if [[ -z $run ]]; then
+    run=runs/slurm-$name
+    options=(--output-dir "$run" "${options[@]}")
+fi
 saved_step() {
     local latest=
     [[ -f $run/checkpoint/latest ]] && latest=$(tr -dc 0-9 <"$run/checkpoint/latest")

@@ -2,6 +2,7 @@
 
 import atexit
 import contextlib
+import copy
 import json
 import os
 import sys
@@ -55,8 +56,13 @@ def json_on_stdout(alone: bool = True) -> Iterator[Callable[[Any], None]]:
 
 
 def _is_main() -> bool:
-    """Whether this is rank 0, which prints for all ranks. Works before the process group exists."""
-    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) == 0
+    """Whether this process prints for all ranks. Works before the process group exists.
+
+    It is rank 0, or one whose rank is none of the run's and for which no other speaks.
+    """
+    rank, ranks = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")), os.environ.get("WORLD_SIZE", "")
+    alone = not rank.isdecimal() or (ranks.isdecimal() and int(rank) >= int(ranks))
+    return alone or int(rank) == 0
 
 
 def check_writable(name: str) -> None:
@@ -75,6 +81,7 @@ def run_command(command: click.Command) -> NoReturn:
 
 def exit_code(command: click.Command) -> int:
     try:
+        refuse_twice(command, sys.argv[1:])
         return command.main(standalone_mode=False) or 0
     except UserError as error:
         return _report(str(error))
@@ -86,6 +93,33 @@ def exit_code(command: click.Command) -> int:
         return _report(f"{error.strerror}: {error.filename!r}")
     except (click.exceptions.Abort, KeyboardInterrupt):
         return _report("interrupted")
+
+
+def refuse_twice(command: click.Command, arguments: list[str]) -> None:
+    """Raise `UserError` for an option that is given twice, of which click takes the last one without a word.
+
+    A flag may be repeated, and an option that is made for several values.
+    """
+    once = [p for p in command.params if isinstance(p, click.Option) and not (p.multiple or p.count)]
+    collecting = copy.copy(command)
+    collecting.params = [_collecting(p) if p in once else p for p in command.params]
+    with click.Context(command, ignore_unknown_options=True, resilient_parsing=True) as context:
+        try:
+            values, *_ = collecting.make_parser(context).parse_args(list(arguments))
+        except click.UsageError:
+            return  # click reports it
+    for option in once:
+        given = values.get(option.name, ())
+        if len(given) > 1 and not (option.is_flag and len({*given}) == 1):
+            if option.is_flag:
+                raise UserError(f"{option.opts[0]} and {option.secondary_opts[0]} contradict each other: keep one")
+            raise UserError(f"{option.opts[0]} is given {len(given)} times ({', '.join(map(repr, given))}): keep one")
+
+
+def _collecting(option: click.Option) -> click.Option:
+    several = copy.copy(option)
+    several.multiple = True
+    return several
 
 
 def leave(code: int) -> NoReturn:

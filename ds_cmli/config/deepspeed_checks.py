@@ -13,7 +13,7 @@ from ds_cmli.config.validation import shown
 def light(content: dict[str, Any]) -> None:
     """Raise `UserError` for the first key or value that is unknown, has no effect, or contradicts others."""
     for name, value in content.items():
-        if name in keys.SECTIONS:
+        if name in keys.SECTIONS and name and "." not in name:  # a nested section has its place in the outer one
             _section(name, value)
         else:
             _value("", name, value, keys.SECTIONS[""])
@@ -44,14 +44,6 @@ def whole_numbers(section: str, content: Mapping[str, Any]) -> dict[str, Any]:
     return out
 
 
-def without_effect(content: Mapping[str, Any]) -> tuple[str, ...]:
-    """A line with the keys of zero_optimization that its stage does not read, or nothing."""
-    zero = content.get("zero_optimization", {})
-    stage = zero.get("stage", 0)
-    idle = sorted(key for stages, names in keys.STAGES.items() if stage not in stages for key in zero if key in names)
-    return (f"zero_optimization: no effect at stage {stage}: {', '.join(idle)}",) if idle else ()
-
-
 def _section(name: str, value: Any) -> None:
     mapping(name, value)
     known = keys.SECTIONS[name]
@@ -70,7 +62,12 @@ def _value(section: str, key: str, value: Any, known: dict[str, json_values.Kind
     where = f"{section}.{key}" if section else key
     if key not in known:
         names = {*known, *(n.rpartition(".")[2] for n in keys.SECTIONS if n and n.rpartition(".")[0] == section)}
+        names |= {"params"} if section in ("optimizer", "scheduler") else set()
         place = f"key of {section} is {shown(key)}" if section else f"key is {shown(key)}"
+        if not key.strip():
+            raise UserError(f"{place}: a key without a name: remove it")
+        if key.partition(".")[0] in names and "." in key:
+            raise UserError(f"{place}: a JSON has no dotted keys: write {_nested(key)}")
         raise UserError(f"{place}: {nearest(key, names)}")
     if isinstance(value, str) and value == "auto" and known[key](value) is not None:
         if where not in keys.AUTO:
@@ -79,6 +76,12 @@ def _value(section: str, key: str, value: Any, known: dict[str, json_values.Kind
     need = known[key](value)
     if need is not None:
         raise UserError(f"{where} is {shown(value)}: {need}")
+
+
+def _nested(path: str) -> str:
+    """`_nested("a.b")` -> '"a": {"b": ...}'."""
+    outer, dot, inner = path.partition(".")
+    return f'"{outer}": ' + (f"{{{_nested(inner)}}}" if dot else "...")
 
 
 def mapping(section: str, value: Any) -> dict[str, Any]:
@@ -110,11 +113,28 @@ def _typed(section: str, value: dict[str, Any]) -> None:
     missing = [p.rstrip("!") for p in parameters if p.endswith("!") and p.rstrip("!") not in given]
     if missing:
         raise UserError(f"{section}.params has no {' and no '.join(missing)}: {name} needs it")
-    if "torch_adam" in kinds and given.get("torch_adam", True):
-        for key in sorted(optimizers.OURS_ALONE & given.keys()):
+    if "torch_adam" in kinds:
+        _adam(name, given)
+
+
+def _adam(name: str, given: dict[str, Any]) -> None:
+    """Refuse parameters of Adam and AdamW that contradict the type, or that the one asked for does not take."""
+    if name == "AdamW" and given.get("adam_w_mode") is False:
+        raise UserError(
+            "optimizer.params.adam_w_mode is False: AdamW decays the weights whatever it says: remove it, or give the "
+            "type Adam, which then adds the decay to the gradients"
+        )
+    pytorch = given.get("torch_adam", True)
+    for key in sorted(given.keys() & (optimizers.OURS_ALONE if pytorch else optimizers.PYTORCHS_ALONE)):
+        if pytorch:
             raise UserError(
                 f"optimizer.params.{key} is {given[key]!r}: PyTorch's {name} does not take it: remove it, or add "
                 '"torch_adam": false for DeepSpeed\'s own, which is compiled at its first use'
+            )
+        if given[key]:
+            raise UserError(
+                f"optimizer.params.{key} is {given[key]!r}: DeepSpeed's own {name} does not take it: remove it, or "
+                "torch_adam, for PyTorch's"
             )
 
 

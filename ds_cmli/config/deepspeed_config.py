@@ -14,6 +14,7 @@ from ds_cmli.common.errors import UserError
 from ds_cmli.config import deepspeed_checks as checks
 from ds_cmli.config import deepspeed_keys as keys
 from ds_cmli.config import optimizers
+from ds_cmli.config.deepspeed_effects import beyond_the_run, without_effect
 from ds_cmli.config.schema import OptimConfig
 from ds_cmli.config.validation import check, parse_json
 
@@ -62,7 +63,7 @@ class DeepSpeedConfig(Mapping):
         if isinstance(content, cls):
             return content
         checks.light(dict(content))
-        return cls(checks.whole_numbers("", content), checks.without_effect(content))
+        return cls(checks.whole_numbers("", content), without_effect(content))
 
     def replaced(self, zero_optimization: dict[str, Any] | None = None, **settings: Any) -> "DeepSpeedConfig":
         """A copy with these keys set; keys of `zero_optimization` are set one by one, and None removes a key."""
@@ -240,6 +241,7 @@ class DeepSpeedConfig(Mapping):
                 out["zero_optimization"][key] = size(width())
         if "scheduler" in out:
             self._fill_scheduler(out["scheduler"], params["lr"], optim, total_steps)
+            notices += beyond_the_run(out["scheduler"], total_steps)
         return DeepSpeedConfig(out, tuple(notices))
 
     @staticmethod
@@ -247,7 +249,7 @@ class DeepSpeedConfig(Mapping):
         params = scheduler.setdefault("params", {})
         fill = {
             **{"warmup_num_steps": optim.warmup_steps(total_steps), "total_num_steps": total_steps},
-            **{"warmup_min_lr": 0, "warmup_max_lr": lr},
+            **{"warmup_min_lr": 0, "warmup_max_lr": lr, "total_iters": total_steps},
         }
         for key in (p.rstrip("+") for p in optimizers.SCHEDULERS[scheduler["type"]].split() if p.endswith("+")):
             if params.get(key, "auto") == "auto":
@@ -255,11 +257,13 @@ class DeepSpeedConfig(Mapping):
         if scheduler["type"] == "OneCycleLR":
             if not params.keys() & {"total_steps", "epochs"}:
                 params["total_steps"] = total_steps
-            cycle = params.get("total_steps") or params["epochs"] * params.get("steps_per_epoch", 0)
-            if cycle < total_steps:
-                raise UserError(
-                    f"scheduler.params.total_steps is {cycle}: OneCycleLR ends there; the run has {total_steps} steps"
-                )
+            params.setdefault("total_steps", params.get("epochs", 0) * params.get("steps_per_epoch", 0))
+        name = optimizers.ENDS.get(scheduler["type"])
+        if name is not None and params[name] < total_steps:
+            raise UserError(
+                f"scheduler.params.{name} is {params[name]}: {scheduler['type']} ends there; the run has {total_steps} "
+                "steps: leave it out, and it is filled"
+            )
 
     def overruled(self, given: Mapping[str, Any]) -> list[str]:
         """A line for each setting of the command line (`options.given_optim`) that this JSON overrules."""

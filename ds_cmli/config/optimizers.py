@@ -22,6 +22,7 @@ OPTIMIZERS = {
 }
 ZERO_TESTED = ("Adam", "AdamW", "Lion")
 OURS_ALONE = {"bias_correction", "set_grad_none", "fp32_optimizer_states"}  # only DeepSpeed's Adam has these
+PYTORCHS_ALONE = {"amsgrad", "capturable", "foreach", "fused", "maximize"}  # and these PyTorch's
 NO_OPTIMIZERS = {
     "LBFGS": "it needs the loss several times a step",
     "SparseAdam": "no gradient here is sparse",
@@ -50,8 +51,13 @@ SCHEDULERS = {
     "MultiStepLR": "milestones! gamma",
     "OneCycleLR": "max_lr! total_steps epochs steps_per_epoch pct_start anneal_strategy cycle_momentum base_momentum "
     "max_momentum div_factor final_div_factor three_phase",
-    "PolynomialLR": "total_iters power",
+    "PolynomialLR": "total_iters+ power",
     "StepLR": "step_size! gamma",
+}
+# The parameter that says after how many steps a scheduler has come to its end, where nothing is learned any more.
+ENDS = {
+    **dict.fromkeys(("WarmupDecayLR", "WarmupCosineLR"), "total_num_steps"),
+    **{"PolynomialLR": "total_iters", "OneCycleLR": "total_steps"},
 }
 DEEPSPEED_SCHEDULERS = ("LRRangeTest", "OneCycle", "WarmupLR", "WarmupDecayLR", "WarmupCosineLR")
 NO_SCHEDULERS = {

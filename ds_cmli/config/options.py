@@ -185,6 +185,5 @@ def check_early(config: Config, ds_config: DeepSpeedConfig, resume: str, profile
         )
     if config.optim.steps is not None:
         profiles.left(config.optim.steps, 0, lambda line: None)
-    ranks = os.environ.get("WORLD_SIZE", "1" if "SLURM_STEP_ID" not in os.environ else None)
-    if ranks and resume == "auto" and not (Path(config.run.output_dir) / "checkpoint").exists():
-        ds_config.batch(config.optim.micro_batch, int(ranks))
+    if resume == "auto" and not (Path(config.run.output_dir) / "checkpoint").exists():
+        ds_config.batch(config.optim.micro_batch, int(os.environ["WORLD_SIZE"]))

@@ -14,6 +14,7 @@ from ds_cmli.common.errors import UserError
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.optimizers import DEEPSPEED_SCHEDULERS
 
+LARGEST = 1e30  # rates above it overflow in fp32 as soon as they are multiplied
 MOST_TRIED = 10_000  # at most this many steps of a schedule are tried
 
 
@@ -45,10 +46,11 @@ def try_out(ds_config: DeepSpeedConfig, device: torch.device, total_steps: int) 
     """Try two updates of the JSON's optimizer and the rates of its scheduler, on parameters with one element each.
 
     Returns:
-        A line that says that the first updates change nothing, if their rates are 0; otherwise None.
+        A line, if the rates of the first updates are 0, which then change nothing, or if all rates are equal.
 
     Raises:
-        UserError: PyTorch or DeepSpeed refuses the parameters, or a rate is negative or not finite.
+        UserError: PyTorch or DeepSpeed refuses the parameters, a rate is negative or too large for fp32, or the rate
+            falls to 0 before the last step.
     """
     groups = [{"params": [nn.Parameter(torch.ones(1, device=device))]} for _ in range(2)]
     kind, params = _optimizer(ds_config)
@@ -62,26 +64,42 @@ def try_out(ds_config: DeepSpeedConfig, device: torch.device, total_steps: int) 
         raise UserError(f"optimizer.params does not suit {ds_config.optimizer_type}: {error}") from None
     if "scheduler" not in ds_config:
         return None
-    name, largest = ds_config["scheduler"]["type"], []
+    name = ds_config["scheduler"]["type"]
     try:
-        make = maker(ds_config, 1, total_steps)
-        if make is None:
-            from deepspeed.runtime import lr_schedules
-
-            schedule = getattr(lr_schedules, name)(optimizer, **ds_config["scheduler"]["params"])
-        else:
-            schedule = make(optimizer)
-        for step in range(min(total_steps, MOST_TRIED)):
-            rates = [group["lr"] for group in optimizer.param_groups]
-            if not all(isinstance(rate, int | float) and 0 <= rate < math.inf for rate in rates):
-                raise ValueError(f"the rate of step {step + 1} is {rates[0]}")
-            largest.append(max(rates))
-            schedule.step()
+        largest = _rates(ds_config, optimizer, total_steps)
     except Exception as error:
         raise UserError(f"scheduler.params does not suit {name}: {error}") from None
-    idle = next((step for step, rate in enumerate(largest) if rate), len(largest))
+    moving = [step for step, rate in enumerate(largest) if rate]
+    if len(moving) == 0 or moving[-1] < len(largest) - 2:  # the last rate alone may be the end of a decay
+        first = moving[-1] + 2 if moving else 1
+        raise UserError(
+            f"scheduler.params of {name}: the rate is 0 from step {first} on and no weight changes; the run has "
+            f"{total_steps} steps"
+        )
+    if len(set(largest)) == 1 < len(largest) == total_steps:
+        return f"scheduler {name} has no effect: the rate is {largest[0]:g} at each of the {total_steps} steps"
+    idle = moving[0]
     steps = "step changes" if idle == 1 else f"{idle} steps change"
     return f"scheduler {name} starts at rate 0: the first {steps} no weight" if idle else None
+
+
+def _rates(ds_config: DeepSpeedConfig, optimizer: Optimizer, total_steps: int) -> list[float]:
+    """The largest rate of each of the run's first steps."""
+    name, largest = ds_config["scheduler"]["type"], []
+    make = maker(ds_config, 1, total_steps)
+    if make is None:
+        from deepspeed.runtime import lr_schedules
+
+        schedule = getattr(lr_schedules, name)(optimizer, **ds_config["scheduler"]["params"])
+    else:
+        schedule = make(optimizer)
+    for step in range(min(total_steps, MOST_TRIED)):
+        rates = [group["lr"] for group in optimizer.param_groups]
+        if not all(isinstance(rate, int | float) and 0 <= rate < LARGEST for rate in rates):
+            raise ValueError(f"the rate of step {step + 1} is {rates[0]}")
+        largest.append(max(rates))
+        schedule.step()
+    return largest
 
 
 def _optimizer(ds_config: DeepSpeedConfig) -> tuple[Any, dict[str, Any]]:

@@ -12,6 +12,12 @@ from ds_cmli.common.errors import UserError
 # Variables in which launchers give the number of processes that they have started.
 RANKS_STARTED = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "LOCAL_WORLD_SIZE")
 
+# The least and greatest value of each variable that is a number.
+RANGES = {"RANK": (0, None), "WORLD_SIZE": (1, None), "LOCAL_RANK": (0, None), "MASTER_PORT": (0, 65535)}
+SLURM_NUMBERS = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_ID",
+                 "SLURM_JOB_ID")  # fmt: skip
+OF_A_TASK = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_JOB_ID")
+
 
 def map_launcher_environment() -> None:
     """Set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT where the launcher has not set them.
@@ -20,12 +26,17 @@ def map_launcher_environment() -> None:
     `python` process is a world of one.
 
     Raises:
-        UserError: the variables contradict each other, or the first node's address is not known.
+        UserError: a variable is no number, or out of its range; the variables contradict each other; one is missing; or
+            the first node's address is not known.
     """
     env = os.environ
     _check_launcher()
     tasks = env.get("SLURM_STEP_NUM_TASKS") or env.get("SLURM_NTASKS", "1")
     if "RANK" not in env and "SLURM_STEP_ID" in env and int(tasks) > 1:
+        nodes = ("SLURM_STEP_NODELIST",) if "MASTER_ADDR" not in env else ()
+        for name in (*OF_A_TASK, *nodes):
+            if name not in env:
+                raise UserError(f"SLURM_STEP_ID is set and {name} is not: start it by srun, or set RANK and WORLD_SIZE")
         env["RANK"], env["WORLD_SIZE"], env["LOCAL_RANK"] = env["SLURM_PROCID"], tasks, env["SLURM_LOCALID"]
         # If Slurm shows each task only its own GPU (--gpus-per-task), that GPU has the number 0.
         if len(env.get("CUDA_VISIBLE_DEVICES", "").split(",")) == 1 and env.get("CUDA_VISIBLE_DEVICES"):
@@ -37,13 +48,29 @@ def map_launcher_environment() -> None:
         env.setdefault(name, value)
     # Port 0 lets the store pick a free port. Only a world of one can use it, since no other rank has to find the store.
     env.setdefault("MASTER_PORT", "0" if env["WORLD_SIZE"] == "1" else "29500")
+    _check_ranks()
 
 
 def _check_launcher() -> None:
-    """Raise `UserError` if several ranks were started that would not train together, each being a world of one."""
+    """Check the variables as they were found.
+
+    Raises `UserError` if one is no number, or if several ranks were started that would not train together, each being
+    a world of one.
+    """
     env = os.environ
+    slurm = SLURM_NUMBERS if "RANK" not in env and "SLURM_STEP_ID" in env else ()
+    for name in (*RANGES, *slurm):
+        _check_number(name, *RANGES.get(name, (0, None)))
+    if "MASTER_ADDR" in env and not env["MASTER_ADDR"].strip():
+        raise UserError("MASTER_ADDR is '': give the address of the node of rank 0, or unset it for one node")
     if "RANK" in env and "WORLD_SIZE" not in env:
         raise UserError(f"RANK is {env['RANK']} and WORLD_SIZE is not set: set both, or neither for one process")
+    by_slurm = "SLURM_STEP_ID" in env and "RANK" not in env
+    if not by_slurm and "RANK" not in env and int(env.get("WORLD_SIZE", "1")) > 1:
+        raise UserError(f"WORLD_SIZE is {env['WORLD_SIZE']} and RANK is not set: set both, or neither for one process")
+    accelerator = env.get("DS_ACCELERATOR")
+    if accelerator not in (None, "cpu", "cuda"):
+        raise UserError(f"DS_ACCELERATOR is {accelerator!r}: give cpu or cuda, or unset it")
     started = {name: env[name] for name in RANKS_STARTED if env.get(name, "").isdecimal()}
     for name, number in started.items():
         if "WORLD_SIZE" in env and int(number) > int(env["WORLD_SIZE"]):
@@ -51,6 +78,34 @@ def _check_launcher() -> None:
                 f"{name} is {number}, but WORLD_SIZE is {env['WORLD_SIZE']}: {number} ranks were started and would not "
                 "train together; unset RANK and WORLD_SIZE, or set them for every rank"
             )
+
+
+def _check_number(name: str, least: int, most: int | None) -> None:
+    value = os.environ.get(name)
+    if value is None:
+        return
+    if not (value.isdecimal() and len(value) < 19 and int(value) >= least and (most is None or int(value) <= most)):
+        bounds = f"from {least} on" if most is None else f"from {least} to {most}"
+        raise UserError(f"{name} is {value!r}: give a whole number {bounds}, or let the launcher set it")
+
+
+def _check_ranks() -> None:
+    """Raise `UserError` if this process's rank is none of the run's, for which the others would wait."""
+    env = os.environ
+    rank, ranks, local = int(env["RANK"]), int(env["WORLD_SIZE"]), int(env["LOCAL_RANK"])
+    if rank >= ranks:
+        raise UserError(f"RANK is {rank} and WORLD_SIZE is {ranks}: the ranks are 0 to {ranks - 1}")
+    if local >= ranks:
+        raise UserError(f"LOCAL_RANK is {local} and WORLD_SIZE is {ranks}: it is a rank's number on its node, from 0")
+    if ranks > 1 and env["MASTER_PORT"] == "0":
+        raise UserError(f"MASTER_PORT is 0 and WORLD_SIZE is {ranks}: give a port that all ranks know")
+    try:
+        socket.getaddrinfo(env["MASTER_ADDR"], None)
+    except OSError as error:
+        raise UserError(
+            f"MASTER_ADDR is {env['MASTER_ADDR']!r}, which this node cannot resolve ({error.strerror}): give the "
+            "address of the node of rank 0"
+        ) from None
 
 
 def _slurm_address(nodes: str) -> str:

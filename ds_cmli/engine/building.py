@@ -11,7 +11,7 @@ from ds_cmli.common import quiet
 from ds_cmli.common.errors import UserError
 from ds_cmli.common.patches import patch_for_good
 from ds_cmli.common.processor import keep_freed_memory
-from ds_cmli.config import schedule
+from ds_cmli.config import deepspeed_keys, schedule
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.schema import Config
 from ds_cmli.data.tokens import SpecialTokens
@@ -116,6 +116,11 @@ def build(
         raise UserError(
             f"optimizer.type is {ds_config.optimizer_type!r}: DeepSpeed cannot compile its own here: {error}"
         ) from error
+    except Exception as error:  # of the trackers of the JSON
+        library = type(error).__module__.partition(".")[0]
+        if library not in deepspeed_keys.PACKAGES.values():
+            raise
+        raise UserError(f"the DeepSpeed JSON's {library} cannot be opened: {error}") from error
     _undo_first_update(engine.optimizer)
     nonfinite.attach(engine)
     if teacher is not None:

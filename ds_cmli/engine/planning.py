@@ -24,10 +24,18 @@ from ds_cmli.losses import LOSSES
 def on_this_device(ds_config: DeepSpeedConfig) -> DeepSpeedConfig:
     """The JSON as this device can run it: its precision is decided.
 
-    Raises `UserError` for what DeepSpeed refuses.
+    Raises `UserError` for what DeepSpeed refuses, or if DS_ACCELERATOR names a device that PyTorch does not train on.
     """
     from deepspeed.accelerator import get_accelerator
 
+    found, asked = torch.cuda.is_available(), os.environ.get("DS_ACCELERATOR")
+    if asked == "cuda" and not found:
+        raise UserError("DS_ACCELERATOR is 'cuda' and PyTorch finds no GPU here: unset it to train on the CPU")
+    if asked == "cpu" and found:
+        raise UserError("DS_ACCELERATOR is 'cpu' and PyTorch finds a GPU: give CUDA_VISIBLE_DEVICES= too, or unset it")
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    if visible not in ("", "-1", "NoDevFiles") and not found:  # Slurm sets the last one for a job without GPUs
+        say(f"CUDA_VISIBLE_DEVICES is {visible!r}, and PyTorch finds no GPU there: training on the CPU")
     deepspeed_checks.deep(ds_config)
     accelerator = get_accelerator()
     device = accelerator.device_name()

@@ -343,15 +343,10 @@ def _arguments(case: Case, folder: Path) -> list[str]:
     """The command line: the preset `tiny` on few pairs, two steps, and the case's options, which come last."""
     path = folder / "ds.json"
     path.write_text(case.json_text)
-    defaults = ["--preset", "tiny", "--steps", "2", "--micro-batch", "4", "--deepspeed_config", str(path)]
-    for name, value in (("--data", folder / "pairs"), ("--output-dir", folder / "run")):
-        defaults += [name, str(value)] if name not in case.options else []
-    given = {case.options[i] for i in range(0, len(case.options), 2)}
-    for name in ("--preset", "--micro-batch"):
-        if name in given:
-            at = defaults.index(name)
-            del defaults[at : at + 2]
-    return [*defaults, *case.options]
+    defaults = {"--preset": "tiny", "--steps": "2", "--micro-batch": "4", "--deepspeed_config": str(path)}
+    defaults |= {"--data": str(folder / "pairs"), "--output-dir": str(folder / "run")}
+    kept = {name: value for name, value in defaults.items() if name not in case.options}
+    return [*(part for pair in kept.items() for part in pair), *case.options]
 
 
 class Worker:

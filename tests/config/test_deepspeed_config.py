@@ -90,6 +90,21 @@ def test_names_of_shipped_files():
             {"scheduler": {"type": "WarmupLR", "params": {"warmup_steps": 3}}},
             "key of scheduler.params is 'warmup_steps': did you mean 'warmup_num_steps'?",
         ),
+        (
+            {"zero_optimization.offload_optimizer": {"device": "cpu"}},
+            'a JSON has no dotted keys: write "zero_optimization": {"offload_optimizer": ...}',
+        ),
+        ({"timers.throughput": {"enabled": True}}, 'write "timers": {"throughput": ...}'),
+        ({"fp16.enabled": True}, 'write "fp16": {"enabled": ...}'),
+        ({"zero_optimization": {"stage": 2, "offload_optimizer.device": "cpu"}}, "key of zero_optimization is 'offl"),
+        ({"optimizer": {"type": "AdamW", "params.lr": 1}}, 'write "params": {"lr": ...}'),
+        ({"": {}}, "key is '': a key without a name: remove it"),
+        ({"fp16": {" ": 1, "enabled": True}}, "key of fp16 is ' ': a key without a name"),
+        ({"optimizer": {"type": "AdamW", "params": {"adam_w_mode": False}}}, "adam_w_mode is False: AdamW decays"),
+        (
+            {"optimizer": {"type": "adam", "params": {"torch_adam": False, "fused": True}}},
+            "optimizer.params.fused is True: DeepSpeed's own Adam does not take it",
+        ),
         ({"train_batch_size": 0}, "train_batch_size is 0: give a positive whole number"),
         ({"fp16": {"enabled": True}, "bf16": {"enabled": True}}, "choose one"),
     ],
@@ -356,3 +371,62 @@ def test_tables_hold_what_deepspeed_and_torch_take():
     base = torch.optim.lr_scheduler.LRScheduler
     found = {n for n, c in vars(torch.optim.lr_scheduler).items() if inspect.isclass(c) and issubclass(c, base)}
     assert found - {"LRScheduler", "_LRScheduler"} <= optimizers.SCHEDULERS.keys() | optimizers.NO_SCHEDULERS.keys()
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ({"fp16": {"enabled": False, "loss_scale": 8}}, "fp16: no effect: loss_scale, as enabled is false"),
+        ({"fp16": {"enabled": True, "loss_scale": 8, "hysteresis": 3}}, "fp16: no effect: hysteresis, as loss_scale"),
+        ({"comms_logger": {"enabled": True, "verbose": True, "prof_ops": ["x"]}}, "no effect: prof_ops, as prof_all"),
+        (
+            {"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "none", "pin_memory": True}}},
+            "no effect: pin_memory, as nothing is offloaded",
+        ),
+        ({"optimizer": {"type": "SGD", "params": {"dampening": 0.5}}}, "dampening, as there is no momentum"),
+        (
+            {"scheduler": {"type": "CyclicLR", "params": {"base_lr": 1, "max_lr": 2, "gamma": 0.5}}},
+            "scheduler.params: no effect: gamma, as the mode is not exp_range",
+        ),
+        (
+            {"scheduler": {"type": "OneCycle", "params": {"cycle_min_lr": 1, "cycle_max_lr": 2, "decay_lr_rate": 1}}},
+            "no effect: decay_lr_rate, as there is no decay_step_size",
+        ),
+        (
+            {
+                "optimizer": {"type": "AdamW", "params": {"lr": 0.1}},
+                "scheduler": {"type": "OneCycleLR", "params": {"max_lr": 1, "cycle_momentum": False}},
+            },
+            "optimizer.params: no effect: lr, as the scheduler OneCycleLR sets the rates",
+        ),
+    ],
+)
+def test_keys_without_effect_beside_others_are_told(content, words):
+    (line,) = DeepSpeedConfig.of(content).notices
+    assert words in line
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "more"),
+    [
+        ("WarmupDecayLR", "total_num_steps", {}), ("WarmupCosineLR", "total_num_steps", {}),
+        ("PolynomialLR", "total_iters", {}), ("OneCycleLR", "total_steps", {"max_lr": 1}),
+    ],
+)  # fmt: skip
+def test_a_scheduler_that_ends_before_the_run_is_refused(kind, name, more):
+    def fill(params, total_steps):
+        return DeepSpeedConfig.of({"scheduler": {"type": kind, "params": params}}).filled(OptimConfig(), 1, total_steps)
+
+    words = f"scheduler.params.{name} is 5: {kind} ends there; the run has 6 steps"
+    with pytest.raises(UserError, match=words):  # as where a run goes on with more steps
+        fill({**more, name: 5}, 6)
+    assert fill({**more, name: 5}, 5)["scheduler"]["params"][name] == 5
+    assert fill(more, 7)["scheduler"]["params"][name] == 7
+
+
+def test_lengths_of_schedulers_that_do_not_suit_the_run_are_told():
+    def notices(kind, **params):
+        return DeepSpeedConfig.of({"scheduler": {"type": kind, "params": params}}).filled(OptimConfig(), 1, 9).notices
+
+    assert "T_max is 5: the rate rises again after it; the run has 9 steps" in notices("CosineAnnealingLR", T_max=5)[0]
+    assert "the 9 steps of the run are all warmup" in notices("WarmupLR", warmup_num_steps=9)[0]

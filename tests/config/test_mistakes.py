@@ -128,7 +128,8 @@ def test_training_mistakes(name, tmp_path, monkeypatch, capsys, one_predictor):
     arguments, words = MISTAKES[name]
     if callable(arguments):
         arguments = arguments(tmp_path)
-    defaults = ["--preset", "tiny", "--output-dir", str(tmp_path / "run")]
+    given = {"--preset": "tiny", "--output-dir": str(tmp_path / "run")}
+    defaults = [part for pair in given.items() if pair[0] not in arguments for part in pair]
     before = {*tmp_path.rglob("*")}
     dry = fail(train.command, [*defaults, *arguments, "--dry-run"], monkeypatch, capsys)
     assert {*tmp_path.rglob("*")} == before

@@ -96,6 +96,9 @@ def test_every_scheduler_trains_or_is_one_line(device, data, batches, kind):
 def test_a_scheduler_that_starts_at_0_is_told():
     lines = [engine.try_out(decided({"scheduler": {"type": k}})[1], STEPS) for k in ("WarmupLR", "LinearLR")]
     assert lines == ["scheduler WarmupLR starts at rate 0: the first 2 steps change no weight", None]
+    late = {"scheduler": {"type": "StepLR", "params": {"step_size": 9}}}
+    line = engine.try_out(decided(late)[1], STEPS)
+    assert line == "scheduler StepLR has no effect: the rate is 0.01 at each of the 4 steps"
 
 
 @pytest.mark.parametrize(
@@ -108,6 +111,8 @@ def test_a_scheduler_that_starts_at_0_is_told():
         ({"scheduler": {"type": "WarmupLR", "params": {"warmup_max_lr": [1.0]}}}, "does not suit WarmupLR"),
         ({"scheduler": {"type": "LinearLR", "params": {"start_factor": 0}}}, "does not suit LinearLR"),
         ({"scheduler": {"type": "OneCycleLR", "params": {"max_lr": 1, "total_steps": 2}}}, "the run has 4 steps"),
+        ({"scheduler": {"type": "StepLR", "params": {"step_size": 1, "gamma": 0}}}, "the rate is 0 from step 2 on"),
+        ({"scheduler": {"type": "WarmupLR", "params": {"warmup_max_lr": 0}}}, "the rate is 0 from step 1 on"),
     ],
 )
 def test_parameters_that_an_optimizer_or_scheduler_refuses_are_one_line(content, words):

@@ -19,11 +19,11 @@ def test_plain_process_is_a_world_of_one(monkeypatch):
 
 def test_srun_task_is_mapped(monkeypatch):
     slurm = {"SLURM_STEP_ID": "0", "SLURM_NTASKS": "4", "SLURM_PROCID": "3", "SLURM_LOCALID": "1"}
-    env = {**slurm, "SLURM_JOB_ID": "40007", "MASTER_ADDR": "n1"}
+    env = {**slurm, "SLURM_JOB_ID": "40007", "MASTER_ADDR": "localhost"}
     monkeypatch.setattr("os.environ", env)
     launchers.map_launcher_environment()
     found = [env[k] for k in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")]
-    assert found == ["3", "4", "1", "n1", "12007"]
+    assert found == ["3", "4", "1", "localhost", "12007"]
 
 
 @pytest.mark.parametrize(
@@ -43,4 +43,46 @@ def test_ranks_that_would_not_train_together_are_refused(monkeypatch, found, lin
     for name, value in found.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=line):
+        launchers.map_launcher_environment()
+
+
+LINES = [
+    ("WORLD_SIZE=two RANK=0", "WORLD_SIZE is 'two': give a whole number from 1 on"),
+    ("WORLD_SIZE=0", "WORLD_SIZE is '0': give a whole number from 1 on"),
+    ("WORLD_SIZE=2", "WORLD_SIZE is 2 and RANK is not set"),
+    ("RANK=x", "RANK is 'x': give a whole number from 0 on"),
+    ("RANK=", "RANK is '': give a whole number"),
+    ("RANK=3 WORLD_SIZE=1", "RANK is 3 and WORLD_SIZE is 1: the ranks are 0 to 0"),
+    ("RANK=2 WORLD_SIZE=2", "RANK is 2 and WORLD_SIZE is 2: the ranks are 0 to 1"),
+    ("LOCAL_RANK=-1", "LOCAL_RANK is '-1'"),
+    ("LOCAL_RANK=4", "LOCAL_RANK is 4 and WORLD_SIZE is 1"),
+    ("MASTER_PORT=x", "MASTER_PORT is 'x': give a whole number from 0 to 65535"),
+    ("MASTER_PORT=99999", "MASTER_PORT is '99999'"),
+    ("RANK=1 WORLD_SIZE=2 MASTER_PORT=0", "MASTER_PORT is 0 and WORLD_SIZE is 2"),
+    ("MASTER_ADDR=", "MASTER_ADDR is ''"),
+    ("MASTER_ADDR=no.such.invalid", "MASTER_ADDR is 'no.such.invalid', which this node cannot resolve"),
+    ("SLURM_STEP_ID=x SLURM_NTASKS=2", "SLURM_STEP_ID is 'x'"),
+    ("SLURM_STEP_ID=0 SLURM_NTASKS=few", "SLURM_NTASKS is 'few'"),
+    ("SLURM_STEP_ID=0 SLURM_NTASKS=2", "SLURM_STEP_ID is set and SLURM_PROCID is not"),
+    (
+        "SLURM_STEP_ID=0 SLURM_NTASKS=2 SLURM_PROCID=0 SLURM_LOCALID=0 SLURM_JOB_ID=3",
+        "SLURM_STEP_ID is set and SLURM_STEP_NODELIST is not",
+    ),
+    ("DS_ACCELERATOR=foo", "DS_ACCELERATOR is 'foo': give cpu or cuda"),
+]
+
+
+@pytest.mark.parametrize("given, line", LINES)
+def test_an_environment_that_no_launcher_sets_is_one_line(monkeypatch, capsys, given, line):
+    import click
+
+    from ds_cmli.common.cli import exit_code
+
+    monkeypatch.setattr("os.environ", dict(pair.split("=") for pair in given.split()))
+    monkeypatch.setattr("sys.argv", ["command"])
+    assert exit_code(click.command()(launchers.map_launcher_environment)) == 2
+    told = capsys.readouterr().err
+    # Rank 0 speaks for all; rank 1 of a run of two is silent.
+    assert told.startswith("" if given.startswith("RANK=1") else f"error: {line}") and told.count("\n") <= 1
+    with pytest.raises(UserError, match=line.replace("(", ".")):
         launchers.map_launcher_environment()

@@ -1,0 +1,71 @@
+"""Checks at the start that what a run writes outside its folder can be written: files, folders and a wandb account.
+
+DeepSpeed opens them when training has begun, and ends the run if it cannot.
+"""
+
+import os
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ds_cmli.common.errors import UserError
+from ds_cmli.config.validation import shown
+
+# Sections of the DeepSpeed JSON whose `output_path` is a folder, in which `job_name` is another one.
+FOLDERS = ("tensorboard", "csv_monitor")
+
+
+def check_outputs(ds_config: Mapping[str, Any], report_to: Sequence[str]) -> None:
+    """Raise `UserError` for the first place that cannot be written. Called on rank 0 alone, which writes them.
+
+    Args:
+        report_to: names of trackers.
+    """
+    for setting, value, place in _places(ds_config):
+        try:
+            _try(place, folder=not setting.endswith("output_file"))
+        except (OSError, ValueError) as error:  # ValueError: the path holds a NUL
+            why = getattr(error, "strerror", None) or error
+            raise UserError(f"{setting} is {shown(value)}: cannot write there: {why}: give another path") from None
+    by_json = ds_config.get("wandb", {}).get("enabled")
+    if (by_json or "wandb" in report_to) and not _logged_in():
+        setting = "wandb.enabled is true" if by_json else "run.report_to has 'wandb'"
+        raise UserError(f"{setting} and wandb has no login: `wandb login`, WANDB_API_KEY or WANDB_MODE=offline")
+
+
+def _places(ds_config: Mapping[str, Any]) -> Iterator[tuple[str, str, Path]]:
+    """(setting, its value, what is written) for each."""
+    profiler = ds_config.get("flops_profiler", {})
+    if profiler.get("enabled") and profiler.get("output_file"):
+        yield "flops_profiler.output_file", profiler["output_file"], Path(profiler["output_file"])
+    for name in FOLDERS:
+        section = ds_config.get(name, {})
+        if section.get("enabled"):
+            path = section.get("output_path", "")
+            yield f"{name}.output_path", path, Path(path) / section.get("job_name", "DeepSpeedJobName")
+
+
+def _try(place: Path, folder: bool) -> None:
+    """Make the file, or a file in the folder, and remove what was not there before. Raises `OSError`, `ValueError`."""
+    made = [path for path in (place, *place.parents) if not path.exists()]
+    try:
+        (place if folder else place.parent).mkdir(parents=True, exist_ok=True)
+        if folder:
+            tempfile.TemporaryFile(dir=place).close()
+        else:
+            place.open("a").close()
+    finally:
+        for path in made:
+            if path.is_dir():
+                path.rmdir()
+            elif path.exists():
+                path.unlink()
+
+
+def _logged_in() -> bool:
+    if os.environ.get("WANDB_MODE", "online") not in ("online", "run", "shared"):
+        return True
+    import wandb
+
+    return bool(wandb.login(prompt=False))
