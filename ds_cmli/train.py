@@ -23,7 +23,7 @@ from ds_cmli.common import determinism, quiet  # noqa: E402
 from ds_cmli.common.cli import GroupedCommand, run_command, say  # noqa: E402
 from ds_cmli.common.errors import UserError  # noqa: E402
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig  # noqa: E402
-from ds_cmli.config.options import OUTPUT, START, WHAT, add, check_early, given_optim, resolve_config  # noqa: E402
+from ds_cmli.config.options import OUTPUT, START, WHAT, add, check_early, resolve_config, tell_beside_json  # noqa: E402
 from ds_cmli.config.outputs import check_outputs  # noqa: E402
 from ds_cmli.config.schema import Config  # noqa: E402
 from ds_cmli.distributed.launchers import map_launcher_environment  # noqa: E402
@@ -44,7 +44,7 @@ def command(preset: str, deepspeed_config: str, settings: tuple[str, ...], resum
     config = resolve_config(preset, settings, options)
     profiles = Profiles(profile, profile_memory)
     ds_config = DeepSpeedConfig.load(deepspeed_config)
-    say(*ds_config.overruled(given_optim(settings, options)))
+    tell_beside_json(config, ds_config, int(os.environ["WORLD_SIZE"]), settings, options)
     return train(config, ds_config, dry_run, resume, resume_with_changes, profiles)
 
 

@@ -266,7 +266,7 @@ class DeepSpeedConfig(Mapping):
             )
 
     def overruled(self, given: Mapping[str, Any]) -> list[str]:
-        """A line for each setting of the command line (`options.given_optim`) that this JSON overrules."""
+        """A line for each setting of `optim` that this JSON overrules; `given` as `{"lr": ("--lr", 0.1)}`."""
         lines = []
         scheduler = self.content.get("scheduler", {}).get("params", {})
         says = {

@@ -1,8 +1,7 @@
 """The command-line options that make up a run's configuration, for all commands that need one."""
 
 import os
-from collections.abc import Callable, Iterator
-from dataclasses import fields
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +10,10 @@ import click
 from ds_cmli.common import trackers
 from ds_cmli.common.cli import option, say
 from ds_cmli.common.errors import UserError
+from ds_cmli.config import effects
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.presets import PRESETS, load_preset
-from ds_cmli.config.schema import Config, TeacherConfig, parse_losses, parse_settings
+from ds_cmli.config.schema import Config, parse_losses, parse_settings, with_new_names
 from ds_cmli.config.validation import shown
 from ds_cmli.losses import LOSSES
 from ds_cmli.models import IMAGE, TEXT, described
@@ -80,11 +80,6 @@ PLACES = {
     **{name: ("run", name) for name in ("save_every", "save_minutes", "keep")},
 }
 RANDOM = (("student", "image_weights"), ("student", "text_weights"), ("teacher", "weights"))  # set by `--init random`
-# Settings that only some losses read, with the names of these losses; without them the setting has no effect.
-OF_LOSSES = {
-    **{f"loss.{s}": [n for n, e in LOSSES.items() if s in e.settings] for e in LOSSES.values() for s in e.settings},
-    **{f"teacher.{f.name}": [n for n, e in LOSSES.items() if e.teacher] for f in fields(TeacherConfig)},
-}
 
 
 def add(*options: Callable) -> Callable:
@@ -108,7 +103,6 @@ def resolve_config(preset: str, settings: tuple[str, ...], options: dict[str, An
         UserError: `Config.from_dict` refuses a setting, or a setting is given twice with different values.
     """
     overrides = parse_settings(settings)
-    by_set = {f"{section}.{key}" for section, values in overrides.items() for key in values}
     given = {
         name: value
         for name, value in {**options, "preset": preset}.items()
@@ -134,16 +128,30 @@ def resolve_config(preset: str, settings: tuple[str, ...], options: dict[str, An
             _put(overrides, section, key, "random", "--init")
         overrides.setdefault("data", {}).setdefault("tokenizer", "builtin")
     config = load_preset(preset, overrides, written)
-    for line in _without_effect(config, by_set):
-        say(line)
+    say(*effects.without_effect(config, how_given(settings, options)))
     return config
 
 
-def given_optim(settings: tuple[str, ...], options: dict[str, Any]) -> dict[str, tuple[str, Any]]:
-    """The settings of `optim` on the command line, each with its option: `{"lr": ("--lr", 0.1)}`."""
+def tell_beside_json(
+    config: Config, ds_config: DeepSpeedConfig, ranks: int, settings: tuple[str, ...], options: dict[str, Any]
+) -> None:
+    """Print which settings of the command line the JSON overrules, or makes without effect."""
     by_set = {key: (f"--set optim.{key}", value) for key, value in parse_settings(settings).get("optim", {}).items()}
     by_option = {key: (f"--{key.replace('_', '-')}", options[key]) for key in ("lr", "micro_batch")}
-    return by_set | {key: (option, value) for key, (option, value) in by_option.items() if value is not None}
+    optim = by_set | {key: (option, value) for key, (option, value) in by_option.items() if value is not None}
+    given = how_given(settings, {**options, "preset": None})
+    say(*ds_config.overruled(optim), *effects.without_effect_in_step(config, ds_config, ranks, given))
+
+
+def how_given(settings: tuple[str, ...], options: dict[str, Any]) -> dict[str, str]:
+    """The settings of the command line and how each was given: `{"data.prefetch": "--set data.prefetch"}`."""
+    overrides = with_new_names(parse_settings(settings))
+    by_set = (f"{section}.{key}" for section, values in overrides.items() for key in values)
+    given = {name: f"--set {name}" for name in by_set}
+    for name, (section, key) in PLACES.items():
+        if options.get(name) not in (None, ()):
+            given[f"{section}.{key}"] = "--" + name.replace("_", "-")
+    return given
 
 
 def _put(overrides: dict[str, dict[str, Any]], section: str, key: str, value: Any, option: str) -> None:
@@ -154,22 +162,6 @@ def _put(overrides: dict[str, dict[str, Any]], section: str, key: str, value: An
             f"{option} is {shown(value)} and --set {section}.{key} is {shown(values[key])}: give one of them"
         )
     values[key] = value
-
-
-def _without_effect(config: Config, by_set: set[str]) -> Iterator[str]:
-    """Yield a line for each setting that was given by `--set` and has no effect."""
-    for name in sorted(by_set):
-        losses = OF_LOSSES.get(name)
-        if losses and not set(losses) & set(config.loss.weights):
-            yield f"--set {name} has no effect: the losses are {', '.join(config.loss.weights)}, without {losses[0]}"
-    if "student.text_model" in by_set and config.student.text_weights not in ("hub", "random"):
-        yield f"--set student.text_model has no effect: student.text_weights {config.student.text_weights!r} says it"
-    if "data.max_bad_share" in by_set and config.data.source == "demo":
-        yield "--set data.max_bad_share has no effect: the demo has no broken samples"
-    if "data.prefetch" in by_set and not config.data.workers:
-        yield "--set data.prefetch has no effect: there is no loading process (--workers)"
-    if "loss.cmli_gather_bytes" in by_set and config.loss.cmli_exchange != "auto":
-        yield f"--set loss.cmli_gather_bytes has no effect: loss.cmli_exchange is {config.loss.cmli_exchange!r}"
 
 
 def check_early(config: Config, ds_config: DeepSpeedConfig, resume: str, profiles: Any) -> None:

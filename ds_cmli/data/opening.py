@@ -11,6 +11,8 @@ from ds_cmli.data.sources.names import weighted
 
 OF_SOURCES = ("image_root", "image_key", "caption_key", "separator")  # settings that only some sources read
 
+FOLLOWING = {"folder", "csv", "json"}  # the kinds whose pictures are files of their own
+
 
 @dataclass
 class Opened:
@@ -55,6 +57,10 @@ def open_sources(config: DataConfig) -> Opened:
                 f"{config.val_source} is trained on and evaluated on: its results say nothing of others"
             )
         opened.validation = [parts.train if whole else _evaluated(parts, config.val_source, config) or parts.train]
+        if whole and config.val_split == "test":
+            opened.notices.append(f"data.val_split has no effect: {config.val_source} has no parts and is used whole")
+    if config.follow_symlinks and not kinds & FOLLOWING:
+        opened.notices.append(f"data.follow_symlinks has no effect: {' and '.join(sorted(kinds))} holds its pictures")
     for setting in OF_SOURCES:
         value, readers = getattr(config, setting), [k for k, e in sources.SOURCES.items() if setting in e.settings]
         if value and not kinds & set(readers):

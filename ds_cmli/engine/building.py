@@ -17,7 +17,7 @@ from ds_cmli.config.schema import Config
 from ds_cmli.data.tokens import SpecialTokens
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.engine.ema import EMA
-from ds_cmli.engine.parameter_groups import freeze, parameter_groups
+from ds_cmli.engine.parameter_groups import freeze, parameter_groups, rates_without_effect
 from ds_cmli.engine.planning import compares_all, resolve_weights
 from ds_cmli.engine.train_engine import TrainEngine
 from ds_cmli.faults import nonfinite
@@ -28,6 +28,7 @@ from ds_cmli.models.checkpointing import checkpoint_blocks
 from ds_cmli.models.compiling import compile_blocks
 from ds_cmli.models.student import Student
 from ds_cmli.models.teacher import Teacher
+from ds_cmli.models.weights import say
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -48,6 +49,8 @@ def build_models(
         teacher = Teacher(config.teacher, data.image_size, student.grid)
     objective = Objective(student, config.loss, teacher.width if teacher else None)
     freeze(objective, config)
+    for line in rates_without_effect(objective, config.optim) if pretrained else ():
+        say(line, objective)
     return objective, teacher
 
 

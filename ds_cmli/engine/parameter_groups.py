@@ -1,6 +1,6 @@
 """The optimizer's parameter groups: which parameters are trained, which get weight decay, and their learning rates."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import nn
@@ -102,6 +102,15 @@ def parameter_groups(
         group = {"params": parameters, "weight_decay": 0.0 if plain else weight_decay}
         out.append(group if len({r for r, _ in groups}) == 1 and rate == -1.0 else {**group, "lr": -rate * lr})
     return out
+
+
+def rates_without_effect(module: nn.Module, optim: OptimConfig) -> Iterator[str]:
+    """A line for each learning rate factor of `optim` that is of frozen parameters alone."""
+    trained = {part_of(name) for name, parameter in module.named_parameters() if parameter.requires_grad}
+    for part in sorted(set(optim.lr_factors) - trained):
+        yield f"optim.lr_factors {part} has no effect: the whole {part} encoder is frozen (student.freeze_{part})"
+    if optim.layer_decay != 1 and not trained & set(ENCODERS):
+        yield "optim.layer_decay has no effect: both encoders are frozen whole"
 
 
 def check_rates(optim: OptimConfig, ds_config: Mapping[str, Any]) -> None:

@@ -12,10 +12,10 @@ from typing import Any
 
 import click
 
-from ds_cmli.common.cli import GroupedCommand, option, run_command, say
+from ds_cmli.common.cli import GroupedCommand, option, run_command
 from ds_cmli.common.errors import UserError
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
-from ds_cmli.config.options import WHAT, add, given_optim, resolve_config
+from ds_cmli.config.options import WHAT, add, resolve_config, tell_beside_json
 from ds_cmli.config.schema import Config
 
 # A prediction runs on the CPU even if there is a GPU. DeepSpeed chooses its device when it is imported.
@@ -55,8 +55,7 @@ def command(preset: str, deepspeed_config: str, settings: tuple[str, ...], world
     if gpu == CPU and (sweep or fit or snapshot):
         raise UserError("--gpu is 'cpu': --sweep, --fit and --snapshot are about GPUs: name one, or leave it out")
     ds_config = DeepSpeedConfig.load(deepspeed_config)
-    for line in ds_config.overruled(given_optim(settings, options)):
-        say(line)
+    tell_beside_json(config, ds_config, world_size, settings, options)
     if checkpointing == "on":
         ds_config = ds_config.replaced(activation_checkpointing=ds_config.get("activation_checkpointing", {}))
     elif checkpointing == "off":

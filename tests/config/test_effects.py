@@ -1,0 +1,109 @@
+"""A setting that has no effect beside the others is told, however it was given."""
+
+import dataclasses
+import json
+
+import pytest
+from PIL import Image
+
+from ds_cmli import engine
+from ds_cmli.config.deepspeed_config import DeepSpeedConfig
+from ds_cmli.config.effects import IDLE, IN_STEP, OF_LOSSES
+from ds_cmli.config.options import how_given, resolve_config, tell_beside_json
+from ds_cmli.config.presets import load_preset
+from ds_cmli.config.schema import Config
+from ds_cmli.data import build_data
+from tests.config.test_validation import options
+
+ACCUMULATION = {"gradient_accumulation_steps": 2}
+
+
+@pytest.mark.parametrize(
+    ("settings", "given", "json", "ranks", "line"),
+    [
+        ("data.max_pixels=100", {}, {}, 1, "--set data.max_pixels has no effect: the demo makes its own pictures"),
+        ("data.follow_symlinks=true", {}, {}, 1, "data.follow_symlinks has no effect: the demo"),
+        ("data.follow_symlinks=true", {"data": ("folder",)}, {}, 1, None),
+        ("data.prefetch=3", {}, {}, 1, "there is no loading process"),
+        ("data.prefetch=3", {"workers": 1}, {}, 1, None),
+        ("student.weights_partial=true", {}, {}, 1, "both encoders' weights are random"),
+        ("student.weights_partial=true student.text_weights=hub", {}, {}, 1, None),
+        ("teacher.weights_partial=true", {}, {}, 1, "teacher.weights is 'random'"),
+        ("run.match_maps=2 run.report_to=[]", {}, {}, 1, "--set run.match_maps has no effect: run.report_to names no"),
+        ("run.match_maps=2", {}, {}, 1, None),
+        ("run.patience=4", {"eval_every": 5}, {}, 1, "run.patience has no effect: it is 4, and the run has 4 evaluat"),
+        ("run.patience=3", {"eval_every": 5}, {}, 1, None),
+        ("", {"log_every": 21}, {}, 1, "--log-every has no effect: it is 21, and the run has 20 steps"),
+        ("", {"save_every": 30, "steps": 29}, {}, 1, "--save-every has no effect: it is 30, and the run has 29 steps"),
+        ("", {"eval_every": 20}, {}, 1, None),
+        ("optim.negatives=micro_batch", {}, {}, 1, "optim.negatives has no effect: a step is one micro-batch"),
+        ("optim.negatives=micro_batch", {}, ACCUMULATION, 1, None),
+        ("optim.negatives=micro_batch", {"losses": "cls_kd"}, ACCUMULATION, 1, "which compare no pairs"),
+        ("optim.cache_on_host=true", {}, {}, 1, "optim.cache_on_host has no effect: a step is one micro-batch"),
+        ("optim.cache_on_host=true optim.negatives=micro_batch", {}, ACCUMULATION, 1, "which caches no gradients"),
+        ("optim.cache_on_host=true", {}, ACCUMULATION, 1, None),
+        ("optim.reduce_once=true", {}, ACCUMULATION, 2, "optim.reduce_once has no effect: ZeRO stage 0 reduces once"),
+        ("optim.reduce_once=true", {}, {**ACCUMULATION, "zero_optimization": {"stage": 2}}, 2, None),
+        ("loss.cmli_recompute=true", {}, ACCUMULATION, 1, "gradient caching keeps no argmax indices"),
+        ("loss.cmli_recompute=true", {}, {}, 1, None),
+        ("loss.cmli_exchange=ring", {}, {}, 1, "loss.cmli_exchange has no effect: there is one rank"),
+        ("loss.cmli_exchange=ring", {}, {}, 2, None),
+        ("optim.betas=[0.8,0.9]", {}, {"optimizer": {"type": "SGD"}}, 1, "optim.betas has no effect: the optimizer S"),
+        ("optim.weight_decay=0.1", {}, {"optimizer": {"type": "SGD"}}, 1, None),
+    ],
+)  # fmt: skip
+def test_settings_beside_others(settings, given, json, ranks, line, capsys):
+    settings, given = tuple(settings.split()), options(**given)
+    config = resolve_config("tiny", settings, given)
+    tell_beside_json(config, DeepSpeedConfig.of(json), ranks, settings, given)
+    said = capsys.readouterr().out.splitlines()
+    assert said == [] if line is None else [line in text for text in said] == [True], said
+
+
+def test_the_table_names_settings_that_exist():
+    known = {
+        f"{section.name}.{field.name}"
+        for section in dataclasses.fields(Config)
+        for field in dataclasses.fields(section.default_factory)
+    }
+    named = {name for idle in (*IDLE, *IN_STEP) for name in idle.settings}
+    assert named | OF_LOSSES.keys() <= known
+
+
+def test_a_setting_is_named_as_it_was_given():
+    given = how_given(("data.text_positions=8", "optim.lr=1"), options(keep=3, preset="tiny"))
+    assert given == {
+        "data.context_length": "--set data.context_length", "optim.lr": "--set optim.lr", "run.keep": "--keep",
+        "run.preset": "--preset",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("student", "optim", "lines"),
+    [
+        (
+            {"freeze_image": 2}, {"lr_factors": {"image": 0.5, "text": 0.5}},
+            ["optim.lr_factors image has no effect: the whole image encoder is frozen (student.freeze_image)"],
+        ),
+        ({"freeze_image": 1}, {"lr_factors": {"image": 0.5}}, []),
+        (
+            {"freeze_image": 2, "freeze_text": 2}, {"layer_decay": 0.5},
+            ["optim.layer_decay has no effect: both encoders are frozen whole"],
+        ),
+    ],
+)  # fmt: skip
+def test_rates_of_a_frozen_encoder(student, optim, lines, capsys):
+    engine.build_models(load_preset("tiny", {"student": student, "optim": optim, "loss": {"weights": {"cmli": 1}}}), 64)
+    assert capsys.readouterr().out.splitlines() == lines
+
+
+def test_the_part_of_a_source_without_parts(tmp_path):
+    for name in ("train", "other"):
+        (tmp_path / name).mkdir()
+        with (tmp_path / name / "metadata.jsonl").open("w") as file:
+            for i in range(20):
+                Image.new("RGB", (60, 60), (10 * i, 0, 0)).save(tmp_path / name / f"{i}.png")
+                file.write(json.dumps({"file_name": f"{i}.png", "text": f"a square {name} {i}"}) + "\n")
+    data = {"source": str(tmp_path / "train"), "val_source": str(tmp_path / "other"), "val_split": "test"}
+    notices = build_data(load_preset("tiny", {"data": data}).data, 0).notices
+    assert f"data.val_split has no effect: {tmp_path / 'other'} has no parts and is used whole" in notices
