@@ -6,6 +6,8 @@ from typing import Any
 
 Kind = Callable[[Any], str | None]  # returns what to give instead of the value, or None if the value is fine
 
+LARGEST = 1e30  # larger numbers overflow in fp32 as soon as they are multiplied
+
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
@@ -31,7 +33,7 @@ def number(least: float = -math.inf, below: float = math.inf, above: bool = Fals
     """A finite number that is at least `least` (with `above`: greater than `least`) and below `below`."""
 
     def kind(value: Any) -> str | None:
-        if _is_number(value) and abs(value) < 1e300 and least <= value < below and not (above and value == least):
+        if _is_number(value) and abs(value) < LARGEST and least <= value < below and not (above and value == least):
             return None
         bounds = "" if least == -math.inf else f" above {least:g}" if above else f" of at least {least:g}"
         return f"give a finite number{bounds}" + ("" if below == math.inf else f" and below {below:g}")

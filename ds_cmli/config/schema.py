@@ -13,7 +13,7 @@ from pydantic.dataclasses import dataclass
 
 from ds_cmli.common.errors import UserError
 from ds_cmli.common.trackers import TRACKERS
-from ds_cmli.config.validation import MOST, build, check, choice, parse_json, shown
+from ds_cmli.config.validation import MOST, build, check, check_sizes, choice, parse_json, shown
 from ds_cmli.losses import LOSSES
 from ds_cmli.models import AUTO, IMAGE, TEXT
 
@@ -35,8 +35,10 @@ Text = Annotated[str, Field(max_length=4096, pattern=r"^[^\x00]*$")]
 Name = Annotated[Text, Field(min_length=1)]
 Number = Annotated[int, Field(ge=0, le=MOST)]
 Count = Annotated[int, Field(ge=1, le=MOST)]
-Positive = Annotated[float, Field(gt=0)]
-NotNegative = Annotated[float, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0, le=MOST)]  # products of two of them are finite in fp32
+NotNegative = Annotated[float, Field(ge=0, le=MOST)]
+Factor = Annotated[float, Field(ge=1e-9, le=MOST)]
+Pairs = Annotated[int, Field(ge=1, le=10**6)]
 BelowOne = Annotated[float, Field(ge=0, lt=1)]
 Temperature = Annotated[float, Field(ge=0.01, le=10, description="1/temperature is at most 100")]
 
@@ -55,13 +57,17 @@ class StudentConfig:
     text_overrides: dict[str, Any] = Field(default_factory=dict)  # fields of the transformers config
     # How many first layers of each encoder are kept; null: 6, or all if it has fewer or they are no plain stack.
     layers: Count | None = None
-    shared_blocks: Count = 1  # Transformer blocks over both modalities
+    shared_blocks: Annotated[int, Field(ge=1, le=1000)] = 1  # Transformer blocks over both modalities
     embed_dim: Annotated[int, Field(ge=1, le=1024)] = 256  # D, the embedding dimension
     dropout: BelowOne = 0.1  # after the text encoder's layers, as in BERT's training
     weights_partial: bool = False  # whether weights may lack blocks, which then start random
     # How many first layers are frozen, together with the embeddings below them; with all layers, the whole encoder is.
     freeze_image: Number = 0
     freeze_text: Number = 0
+
+    def __post_init__(self):
+        check_sizes("student.image_overrides", self.image_overrides)
+        check_sizes("student.text_overrides", self.text_overrides)
 
 
 @dataclass(config=STRICT)
@@ -75,6 +81,9 @@ class TeacherConfig:
     # The features are the output of this block (or stage, for a model in stages), 0-based; negative: from the last.
     block: Annotated[int, Field(ge=-1000, le=1000)] = 9
     weights_partial: bool = False  # as the student's
+
+    def __post_init__(self):
+        check_sizes("teacher.overrides", self.overrides)
 
 
 @dataclass(config=STRICT)
@@ -138,17 +147,17 @@ class OptimConfig:
 
     lr: Positive = 1e-4
     betas: Annotated[tuple[BelowOne, BelowOne], Field(strict=False)] = (0.9, 0.98)  # JSON gives a list
-    eps: Positive = 1e-6
+    eps: Annotated[float, Field(ge=1e-30, le=1)] = 1e-6  # a smaller one is 0 in fp32
     weight_decay: NotNegative = 0.05  # not on norms, biases and embeddings
     # Factors of the learning rate for parts of the model; "rest" is shared blocks, heads and temperatures.
-    lr_factors: dict[Literal["image", "text", "rest"], Positive] = Field(default_factory=dict)
-    layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0  # factor of the learning rate per encoder layer downwards
+    lr_factors: dict[Literal["image", "text", "rest"], Factor] = Field(default_factory=dict)
+    layer_decay: Annotated[float, Field(ge=0.01, le=1)] = 1.0  # factor of the learning rate per encoder layer downwards
     warmup_share: BelowOne = 0.05  # the share of all steps with linear warmup
-    grad_clip: Annotated[float, Field(ge=0, description="0: off")] = 1.0
+    grad_clip: Annotated[NotNegative, Field(description="0: off")] = 1.0
     # The decay of an exponential moving average of the weights, which is evaluated and saved beside them; 0.999 looks
     # back about 1,000 steps.
     ema_decay: Annotated[BelowOne, Field(description="0: off")] = 0.0
-    micro_batch: Count = 64  # B, pairs per rank
+    micro_batch: Pairs = 64  # B, pairs per rank
     # With gradient accumulation: whether an image is compared with the texts of its micro-batch, or of the whole step
     # (gradient caching, which needs a second forward pass and gives the loss of one large batch).
     negatives: Literal["micro_batch", "global_batch"] = "global_batch"
@@ -176,7 +185,7 @@ class RunConfig:
     output_dir: Text = ""  # "": runs/<preset>-<date and time>
     log_every: Count = 10  # steps
     eval_every: Annotated[Number, Field(description="0: only at the end")] = 0  # steps
-    eval_batch: Count = 50  # pairs per batch of an evaluation
+    eval_batch: Pairs = 50  # pairs per batch of an evaluation
     # The number of held-out pairs of each split, always the same ones, whose match maps evaluations send to trackers.
     match_maps: Annotated[int, Field(ge=0, le=1000, description="0: none")] = 4
     # The trackers that get numbers and pictures, beside metrics.jsonl.
@@ -193,13 +202,17 @@ class RunConfig:
     compile: Literal["off", "blocks"] = "off"
     deterministic: bool = False  # whether results are bitwise reproducible on the same kind of device
     # The time without progress, in seconds, after which a rank counts as hung or dead.
-    watchdog: Annotated[NotNegative, Field(description="0: off")] = 120.0
+    watchdog: Annotated[float, Field(ge=0, le=10**6, description="0: off")] = 120.0
 
     def __post_init__(self):
         if self.patience and not self.eval_every:
             raise UserError(
                 f"run.patience is {self.patience} and nothing is evaluated before the end: give --eval-every too"
             )
+        # Ranks tell each other of their progress several times a second, not more often.
+        check(not 0 < self.watchdog < 1, "run.watchdog", self.watchdog, "give 1 to 1000000 seconds (0: off)")
+        twice = next((name for name in self.report_to if self.report_to.count(name) > 1), None)
+        check(twice is None, "run.report_to", self.report_to, f"has {twice!r} twice: keep one")
 
 
 @dataclasses.dataclass

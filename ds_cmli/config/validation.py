@@ -10,6 +10,7 @@ from pydantic import TypeAdapter, ValidationError
 from ds_cmli.common.errors import UserError, nearest
 
 MOST = 10**9  # the maximum of all counts
+MOST_LAYERS, MOST_CHANNELS = 1000, 10**6  # of a model that a library builds from overrides
 SHOWN = 200  # the maximum number of characters of a value in a message
 TYPES = {"integer": "int", "number": "float", "string": "str", "boolean": "bool", "object": "dict", "array": "list"}
 OUT_OF_RANGE = ("greater_than", "greater_than_equal", "less_than", "less_than_equal", "too_short")
@@ -19,6 +20,16 @@ def check(ok: bool, setting: str, value: object, need: str) -> None:
     """Raise a one-line `UserError` for the setting unless `ok`; `need` says what to give."""
     if not ok:
         raise UserError(f"{setting} is {shown(value)}: {need}")
+
+
+def check_sizes(setting: str, overrides: Mapping[str, object]) -> None:
+    """Raise `UserError` for a number in a model's overrides of which the library would build until memory ends."""
+    for name, value in overrides.items():
+        layers = any(word in name for word in ("depth", "layer", "block"))
+        most = MOST_LAYERS if layers else MOST_CHANNELS
+        for size in value if isinstance(value, list | tuple) else [value]:
+            small = not isinstance(size, int) or abs(size) <= most
+            check(small, f"{setting}.{name}", size, f"give at most {most}")
 
 
 def choice(setting: str, value: object, known) -> None:

@@ -17,6 +17,7 @@ from ds_cmli.config.schema import Config
 from ds_cmli.data.tokens import SpecialTokens
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.engine.ema import EMA
+from ds_cmli.engine.hints import with_hints
 from ds_cmli.engine.parameter_groups import freeze, parameter_groups, rates_without_effect
 from ds_cmli.engine.planning import compares_all, resolve_weights
 from ds_cmli.engine.train_engine import TrainEngine
@@ -43,10 +44,11 @@ def build_models(
     config = resolve_weights(config)
     torch.manual_seed(config.run.seed)
     data = config.data
-    student = Student(config.student, data.image_size, vocab_size, data.context_length, pretrained, special)
     teacher = None
-    if needs_teacher(config.loss.weights):
-        teacher = Teacher(config.teacher, data.image_size, student.grid)
+    with with_hints(config):
+        student = Student(config.student, data.image_size, vocab_size, data.context_length, pretrained, special)
+        if needs_teacher(config.loss.weights):
+            teacher = Teacher(config.teacher, data.image_size, student.grid)
     objective = Objective(student, config.loss, teacher.width if teacher else None)
     freeze(objective, config)
     for line in rates_without_effect(objective, config.optim) if pretrained else ():

@@ -18,6 +18,7 @@ from ds_cmli.config.schema import StudentConfig
 from ds_cmli.data.tokens import SpecialTokens
 from ds_cmli.models.backbone import ImageBackbone, ImageRequest, TextBackbone, TextRequest
 from ds_cmli.models.pixels import PixelNorm
+from ds_cmli.models.room import check_room, count
 
 
 class SharedBlock(nn.Module):
@@ -103,6 +104,9 @@ class Student(nn.Module):
         self.text_head: nn.Module = nn.Linear(text_width, width) if text_width != width else nn.Identity()
         # The largest number of heads that divides the width with at least 64 channels per head, or else one head.
         heads = next(n for n in range(max(1, width // 64), 0, -1) if width % n == 0)
+        with torch.device("meta"):
+            one = count(SharedBlock(width, heads))
+        check_room("student.shared_blocks", config.shared_blocks, one * config.shared_blocks)
         self.shared = nn.ModuleList(SharedBlock(width, heads) for _ in range(config.shared_blocks))
         # The encoders' outputs differ in scale before the shared blocks, and in mean after them. A separate norm for
         # each modality brings both to one scale and lets the modality gap close.

@@ -26,6 +26,7 @@ from ds_cmli.common.errors import UserError, nearest
 from ds_cmli.common.patches import patched
 from ds_cmli.common.pretrained import loading, reason
 from ds_cmli.models.backbone import DEFAULT_LAYERS, ImageRequest
+from ds_cmli.models.room import check_room, count
 from ds_cmli.models.weights import Shape, Source, account, check_finite, say, weights_file
 
 # The arguments of timm that `overrides` cannot change, and the reason, as the error message gives it.
@@ -87,6 +88,7 @@ def create(request: ImageRequest) -> Created:
     """
     source, weights = request.source, request.weights
     _check_overrides(request.prefix, request.overrides)
+    check_room(f"{request.prefix}model", request.model, count(sketch(request)))
     file = None if weights in ("random", "hub") else weights_file(source, f"a weights file of {request.model}")
     given = Given({}, {}) if weights != "random" else None
     build = lambda **size: timm.create_model(  # noqa: E731
@@ -211,18 +213,35 @@ def last_block(request: ImageRequest, depth: int, unit: str) -> int:
     return request.layers - 1
 
 
+class WrongImageSize(UserError):
+    """The images' side is no multiple of the `patch` of an encoder; what size to give depends on the other one too."""
+
+    def __init__(self, request: ImageRequest, side: int, patch: tuple[int, int]):
+        size = request.image_size
+        self.problem = f"data.image_size is {size}: no multiple of the {side} pixels of a patch of {request.name}"
+        self.patch = patch
+        super().__init__(f"{self.problem}; give for instance {max(1, round(size / side)) * side}")
+
+
 def check_image_size(request: ImageRequest, patch: tuple[int, int]) -> None:
-    """Raise `UserError` unless the image side is a multiple of `patch`, its height and width in pixels.
+    """Raise `WrongImageSize` unless the image side is a multiple of `patch`, its height and width in pixels.
 
     timm would otherwise crop or pad the image.
     """
     for side in patch:
         if request.image_size % side:
-            near = max(1, round(request.image_size / side)) * side
-            raise UserError(
-                f"data.image_size is {request.image_size}: no multiple of the {side} pixels of a patch of "
-                f"{request.name}; give for instance {near}"
-            )
+            raise WrongImageSize(request, side, patch)
+
+
+def patch(request: ImageRequest) -> tuple[int, int] | None:
+    """Height and width in pixels of a patch of the model's tokens or feature map; None if it cannot be built."""
+    model = sketch(request)
+    ratio = getattr(getattr(model, "patch_embed", None), "feat_ratio", None)
+    if ratio is not None and isinstance(getattr(model, "blocks", None), nn.Sequential | nn.ModuleList):
+        return tuple(ratio(as_scalar=False))
+    stages = getattr(model, "feature_info", None) or [{"reduction": 1}]
+    number = -1 if request.block is None or not -len(stages) <= request.block < len(stages) else request.block
+    return (stages[number]["reduction"],) * 2
 
 
 def cut(model: Any, last: int) -> None:

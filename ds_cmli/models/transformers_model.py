@@ -13,6 +13,7 @@ import timm
 import torch
 import transformers
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_TEXT_ENCODING_MAPPING,
@@ -25,6 +26,7 @@ from transformers import (
 from ds_cmli.common.errors import UserError, nearest
 from ds_cmli.common.pretrained import loading, reason
 from ds_cmli.models.backbone import DEFAULT_LAYERS, TextBackbone, TextRequest
+from ds_cmli.models.room import check_room, count
 from ds_cmli.models.weights import account, check_finite, say
 
 # The configuration fields, over all families, of the dropout after layers and of the dropout inside the attention.
@@ -200,6 +202,10 @@ def _build(request: TextRequest, config: PreTrainedConfig) -> Any:
     options: dict[str, Any] = (
         {"add_pooling_layer": False} if "add_pooling_layer" in inspect.signature(model).parameters else {}
     )
+    if not isinstance(torch.empty(0), FakeTensor):
+        with torch.device("meta"):
+            parameters = count(model._from_config(config, **options))
+        check_room("student.text_model", request.model, parameters)
     if not request.pretrained or request.weights == "random":
         return model._from_config(config, dtype=torch.float32, **options)
     where: Any = request.model if request.weights == "hub" else request.weights

@@ -80,7 +80,7 @@ def account(source: Source, model: nn.Module, given: Mapping[str, Shape], before
         before: shapes in the file by key; the library has resized a tensor if it differs.
 
     Raises:
-        UserError: a shape does not fit; or, unless `source.partial`, no key fits or a block lacks a matrix. A missing
+        UserError: a shape does not fit; no key fits; or, unless `source.partial`, a block lacks a matrix. A missing
             bias, norm or scale starts neutral, but a random matrix spoils the features of the other blocks.
     """
     wanted = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
@@ -96,16 +96,19 @@ def account(source: Source, model: nn.Module, given: Mapping[str, Shape], before
     ]
     if other:
         raise source.error(f"{_count(other, len(wanted))} of another shape: {_some(other)}; give this model's own")
-    if len(missing) == len(wanted) and not source.partial:
+    if len(missing) == len(wanted):
+        prefix = next((key.removesuffix(own) for own in wanted for key in unused if key.endswith(f".{own}")), "")
         raise source.error(
-            f"none of its keys ({_some(unused)}) is one of the model's ({_some(missing)}): give weights in the layout "
-            f"of the model, {source.allow}"
+            f"none of its keys ({_some(unused)}) is one of the model's ({_some(missing)}): "
+            + (f"remove {prefix!r} from its keys" if prefix else "give weights in the layout of the model")
         )
-    blocks = sorted({int(m[1]) for key in missing if len(wanted[key]) > 1 and (m := BLOCK.search(key))})
+    blocks = {int(m[1]) for key in missing if len(wanted[key]) > 1 and (m := BLOCK.search(key))}
     if blocks and not source.partial:
+        every = {int(m[1]) for key in wanted if (m := BLOCK.search(key))}
+        allow = f", {source.allow}" if blocks < every else ""  # with no block there, training would start from nothing
         raise source.error(
-            f"it lacks weights of block {', '.join(map(str, blocks))} ({_count(missing, len(wanted))} missing: "
-            f"{_some(missing)}): give weights that have them, {source.allow}"
+            f"it lacks weights of block {', '.join(map(str, sorted(blocks)))} ({_count(missing, len(wanted))} missing: "
+            f"{_some(missing)}): give weights that have them{allow}"
         )
     name = f"{source.setting} {source.weights}"
     if missing:

@@ -69,16 +69,28 @@ def test_whole_weights_arrive(tower, pickle, state, load):
         assert torch.equal(value, state[tower][key]), key
 
 
+@pytest.mark.parametrize("partial", [False, True])
 @pytest.mark.parametrize("tower", EVERY)
-def test_prefixed_keys_load_nothing_and_are_refused(tower, state, load, capsys):
+def test_keys_none_of_which_fits_are_refused(tower, partial, state, load):
     prefixed = {f"backbone.x.{key}": value for key, value in state[tower].items()}
-    with pytest.raises(UserError, match=r"none of its keys \(backbone.x.*weights_partial=true") as error:
-        load(tower, prefixed)
+    with pytest.raises(
+        UserError, match=r"none of its keys \(backbone.x.*: remove 'backbone.x.' from its keys$"
+    ) as error:
+        load(tower, prefixed, weights_partial=partial)
     assert str(error.value).startswith("teacher.weights" if tower == "teacher" else f"student.{tower}_weights")
-    load(tower, prefixed, weights_partial=True)
-    said = capsys.readouterr().out
-    assert "keys missing there, random at the start" in said
-    assert "keys there not used: backbone.x" in said
+    key = next(iter(load(tower, state[tower]).state_dict()))
+    with pytest.raises(
+        UserError, match=rf"\(a, b\) is one of the model's \({key}, .*: give weights in the layout of"
+    ) as error:
+        load(tower, {"a": torch.ones(1), "b": torch.ones(2)}, weights_partial=partial)
+    assert "weights_partial" not in str(error.value)
+
+
+@pytest.mark.parametrize("tower", EVERY)
+def test_weights_without_any_block_are_not_proposed_to_be_completed(tower, state, load):
+    table = {key: value for key, value in state[tower].items() if value.ndim == 1 or "embed" in key}
+    with pytest.raises(UserError, match=r"lacks weights of block 0, 1 \(.*: give weights that have them$"):
+        load(tower, table)
 
 
 @pytest.mark.parametrize("tower", EVERY)

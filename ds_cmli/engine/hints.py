@@ -1,0 +1,72 @@
+"""What the line about a model that does not fit says more: what only the whole configuration knows."""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from ds_cmli.common.errors import UserError
+from ds_cmli.config.presets import PRESETS
+from ds_cmli.config.schema import Config
+from ds_cmli.losses import needs_teacher
+from ds_cmli.models import timm_model
+from ds_cmli.models.backbone import ImageRequest
+
+MOST_PIXELS = 4096  # of data.image_size
+# (section, the setting of a model, the setting of its sizes)
+SIZES = (
+    ("student", "image_model", "image_overrides"),
+    ("student", "text_model", "text_overrides"),
+    ("teacher", "model", "overrides"),
+)
+
+
+@contextmanager
+def with_hints(config: Config) -> Iterator[None]:
+    """Build the models inside: an image size that fits is one for student and teacher; a preset's setting is said so.
+
+    Raises:
+        UserError: the one raised inside, with more in its line.
+    """
+    try:
+        yield
+    except timm_model.WrongImageSize as error:
+        raise UserError(f"{error.problem}; {_size_for_all(config, error.patch)}") from None
+    except UserError as error:
+        line, hint = str(error), _of_the_preset(config, str(error))
+        raise UserError(line.partition(": known: ")[0] + hint if hint else line) from None
+
+
+def _size_for_all(config: Config, patch: tuple[int, int]) -> str:
+    """The size nearest to the configured one that is a multiple of the patches of both image encoders."""
+    sides, size = {*patch}, config.data.image_size
+    for request in _image_encoders(config):
+        sides |= {*(timm_model.patch(request) or ())}
+    step = math.lcm(*sides)
+    if step > MOST_PIXELS:
+        return f"no size fits patches of {' and '.join(map(str, sorted(sides)))} pixels: choose other models"
+    near = max(1, min(round(size / step), MOST_PIXELS // step)) * step
+    both = ", which fits student.image_model and teacher.model" if needs_teacher(config.loss.weights) else ""
+    return f"give for instance {near}{both}"
+
+
+def _image_encoders(config: Config) -> Iterator[ImageRequest]:
+    student, teacher, size = config.student, config.teacher, config.data.image_size
+    yield ImageRequest(
+        "student.image_", student.image_model, "random", student.image_overrides, size, True, student.layers
+    )
+    if needs_teacher(config.loss.weights):
+        yield ImageRequest("teacher.", teacher.model, "random", teacher.overrides, size, True, block=teacher.block)
+
+
+def _of_the_preset(config: Config, line: str) -> str:
+    """If the line is about sizes that the preset set for its own model, and the user has named another, say so."""
+    for section, model, sizes in SIZES:
+        preset = PRESETS.get(config.run.preset, {}).get(section, {})
+        given, own = getattr(config, section), preset.get(model)
+        of_the_preset = preset.get(sizes) and getattr(given, sizes) == preset[sizes]
+        if of_the_preset and getattr(given, model) != own and f"{section}.{sizes}" in line:
+            return (
+                f"; the preset {config.run.preset!r} sets {section}.{sizes} for {own!r}: give --set "
+                f"{section}.{sizes}={{}} too, or sizes of {getattr(given, model)!r}"
+            )
+    return ""
