@@ -49,5 +49,8 @@ def test_imports_are_rewritten_wherever_they_stand():
     assert "from .common_errors import UserError as Mistake" in text
     assert "    from .cmli_contrastive import MAX_SCALE\n" in text
     assert "from . import models_weights as weights\n" in text
-    assert set(files) == {"entry.py", "common_errors.py", "cmli_contrastive.py", "models_weights.py"}
+    assert set(files) == {
+        "entry.py", "common_errors.py", "cmli_contrastive.py", "models_weights.py",
+        "common_tensor_file.py",
+    }  # fmt: skip
     assert "MAX_SCALE = 100.0" in files["cmli_contrastive.py"] and "def " not in files["cmli_contrastive.py"]
