@@ -11,9 +11,9 @@ from ds_cmli.data.tokens import load_tokenizer
 from ds_cmli.engine import build_models
 
 
-def write_run(folder: Path) -> Path:
-    """Its losses are `global` and `cmli`, its tokenizer the built-in one."""
-    config = load_preset("tiny", {"loss": {"weights": {"global": 1.0, "cmli": 1.0}}})
+def write_run(folder: Path, losses: tuple[str, ...] = ("global", "cmli")) -> Path:
+    """Its tokenizer is the built-in one."""
+    config = load_preset("tiny", {"loss": {"weights": dict.fromkeys(losses, 1.0)}})
     torch.manual_seed(0)
     objective, _ = build_models(config, load_tokenizer("builtin", config.data.context_length).vocab_size)
     save_file({k: v.contiguous() for k, v in objective.state_dict().items()}, folder / "student.safetensors")

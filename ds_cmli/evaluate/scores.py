@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ds_cmli.cmli import cmli_scores
+from ds_cmli.cmli.pair_scores import both_ways
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.evaluate.embed import Images, Texts
 from ds_cmli.evaluate.recall import Competitors, own_scores
@@ -24,11 +25,6 @@ CAPTIONS = 512  # captions per block, at most
 def names(scales: dict[str, float]) -> list[str]:
     """The kinds of scores to evaluate, given 1/temperature of the kinds that the model's losses compare."""
     return ["global", "cmli", "combined"] if "cmli" in scales else ["global"]
-
-
-def combine(by_global: Tensor, cmli: Tensor, scales: dict[str, float]) -> Tensor:
-    """The "combined" scores: the sum of both logits if both losses have a temperature, otherwise only CMLI's logits."""
-    return (by_global * scales["global"] if "global" in scales else 0) + scales["cmli"] * cmli
 
 
 def pair_scores(
@@ -43,9 +39,9 @@ def pair_scores(
     by_global = image_cls @ text_cls.t()
     if "cmli" not in scales:
         return by_global[None], by_global[None]
-    sides = cmli_scores(patches, tokens, token_mask)
-    i2t, t2i = (torch.stack([by_global, s, combine(by_global, s, scales)]) for s in sides)
-    return i2t, t2i
+    found = both_ways(by_global, cmli_scores(patches, tokens, token_mask), scales)
+    i2t, t2i = zip(*(found[name] for name in names(scales)), strict=True)
+    return torch.stack(i2t), torch.stack(t2i)
 
 
 def competitors(

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ds_cmli.cmli import cmli_scores
+from ds_cmli.cmli.pair_scores import combined
 from ds_cmli.common.errors import UserError
 from ds_cmli.data import batches
 from ds_cmli.data.bad import told
@@ -24,7 +25,7 @@ from ds_cmli.data.held_out import FILLER, View
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.evaluate.embed import Texts, embed_texts, image_embeddings
 from ds_cmli.evaluate.recall import expected_hits
-from ds_cmli.evaluate.scores import combine, names
+from ds_cmli.evaluate.scores import names
 
 TOP = (1, 5)
 CLASSES = 64  # number of classes that are scored at a time
@@ -55,7 +56,8 @@ class Classifier:
             i2t, _ = cmli_scores(patches, tokens, mask)  # [B, classes * T]
             parts.append(i2t.view(len(i2t), -1, self.templates).mean(2))
         cmli = torch.cat(parts, 1)  # [B, C]
-        return torch.stack([by_global, cmli, combine(by_global, cmli, self.scales)])
+        scores = {"global": by_global, "cmli": cmli}
+        return torch.stack([*scores.values(), combined(scores, self.scales)])
 
 
 def top_hits(scores: Tensor, target: Tensor) -> Tensor:

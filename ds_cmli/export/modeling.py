@@ -17,6 +17,7 @@ from transformers.utils import ModelOutput
 
 from ds_cmli.cmli.contrastive import contrastive_loss, temperature_scale, upcast
 from ds_cmli.cmli.loss import l2_normalize
+from ds_cmli.cmli.pair_scores import both_ways
 from ds_cmli.cmli.reference import cmli_scores_reference
 from ds_cmli.data.tokens import SpecialTokens
 from ds_cmli.export.configuration import CMLIConfig
@@ -36,13 +37,20 @@ class Loaded(Student):
 
 
 class PairLoss(nn.Module):
-    """A loss over pairs with its learned temperature and, for a sigmoid loss, its bias."""
+    """A loss over pairs with its learned temperature and, for a sigmoid loss, its bias, both always in fp32.
+
+    In 16 bits a temperature would be rounded by up to 2%, and the kinds of scores weigh otherwise.
+    """
 
     def __init__(self, name: str):
         super().__init__()
         self.scores, _, kind = name.partition("_")  # "global" or "cmli"
         self.logit_scale = nn.Parameter(torch.zeros(1))
         self.logit_bias = nn.Parameter(torch.zeros(1)) if kind == "sigmoid" else None
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """As in torch for `to`, `half` and the like, but only the device changes."""
+        return super()._apply(lambda tensor: tensor.to(fn(tensor).device), recurse)
 
     def forward(self, i2t: Tensor, t2i: Tensor) -> Tensor:
         """Scores [B, B] each, in which row b and column b are a pair -> the loss as in training, a scalar."""
@@ -55,8 +63,10 @@ class PairLoss(nn.Module):
 @dataclass
 class CMLIOutput(ModelOutput):
     loss: Tensor | None = None  # the weighted sum of the run's losses over pairs
-    logits_per_image: Tensor | None = None  # fp32 [I, J], the sum of the trained scores, each times 1/temperature
-    logits_per_text: Tensor | None = None  # fp32 [J, I]
+    # The "combined" scores, the sum of the trained ones, each times 1/temperature. Not each other's
+    # transpose, as they are in CLIP: CMLI from the image's side is not CMLI from the text's.
+    logits_per_image: Tensor | None = None  # fp32 [I, J], from s_i2t: a row ranks the texts for an image
+    logits_per_text: Tensor | None = None  # fp32 [J, I], from s_t2i: a row ranks the images for a text
     image_embeds: Tensor | None = None  # [I, H], unit length
     text_embeds: Tensor | None = None  # [J, H], unit length
     patch_embeds: Tensor | None = None  # [I, N, D], unit length
@@ -69,6 +79,7 @@ class CMLIModel(PreTrainedModel):
     base_model_prefix = ""
     main_input_name = "pixel_values"
     input_modalities = ["image", "text"]  # noqa: RUF012
+    _keep_in_fp32_modules_strict = ["losses"]  # noqa: RUF012
 
     def __init__(self, config: CMLIConfig):
         super().__init__(config)
@@ -127,6 +138,14 @@ class CMLIModel(PreTrainedModel):
         parts = [cmli_scores_reference(part, tokens, token_mask) for part in patches.split(step)]
         return torch.cat([i2t for i2t, _ in parts]), torch.cat([t2i for _, t2i in parts])
 
+    def scales(self) -> dict[str, Tensor]:
+        """1/temperature, one element, of each kind of scores that was trained, "global" or "cmli".
+
+        Several losses over the same scores have a temperature each: the first one's, as in evaluation.
+        """
+        losses: Any = reversed(self.losses.values())
+        return {loss.scores: temperature_scale(loss.logit_scale) for loss in losses}
+
     def forward(
         self,
         input_ids: Tensor,
@@ -135,23 +154,18 @@ class CMLIModel(PreTrainedModel):
         return_loss: bool = False,
         return_dict: bool | None = None,
     ) -> Any:
-        """Score all images against all texts. For `return_loss`, image b and text b are a pair."""
+        """Score all images against all texts, each direction by its own score, see `CMLIOutput`.
+
+        For `return_loss`, image b and text b are a pair and all others are negatives of each other,
+        compared by all patches and tokens.
+        """
         image: Any = self.get_image_features(pixel_values)
         text: Any = self.get_text_features(input_ids, attention_mask)
         image_cls, text_cls = l2_normalize(image.pooler_output), l2_normalize(text.pooler_output)
         mask = self.token_mask(input_ids, attention_mask)
         cosines = upcast(image_cls) @ upcast(text_cls).t()  # [I, J]
-        scores = {
-            "global": (cosines, cosines),
-            "cmli": self.cmli_scores(image.last_hidden_state, text.last_hidden_state, mask),
-        }
-        logits = torch.zeros_like(cosines)
-        for kind in scores:
-            # Several losses over the same scores have a temperature each; the first one is used, as in evaluation.
-            first: Any = next((loss for loss in self.losses.values() if loss.scores == kind), None)
-            if first is not None:
-                i2t, t2i = scores[kind]
-                logits = logits + temperature_scale(first.logit_scale) * (i2t + t2i) / 2
+        cmli = self.cmli_scores(image.last_hidden_state, text.last_hidden_state, mask)
+        scores = both_ways(cosines, cmli, self.scales())
         loss = None
         if return_loss:
             if len(image_cls) != len(text_cls):
@@ -160,8 +174,8 @@ class CMLIModel(PreTrainedModel):
             loss = torch.stack([weight * x(*scores[x.scores]) for weight, x in each]).sum()
         out = CMLIOutput(
             loss=loss,
-            logits_per_image=logits,
-            logits_per_text=logits.t(),
+            logits_per_image=scores["combined"].i2t,
+            logits_per_text=scores["combined"].t2i.t(),
             image_embeds=image_cls,
             text_embeds=text_cls,
             patch_embeds=l2_normalize(image.last_hidden_state),

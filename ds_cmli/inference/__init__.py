@@ -3,7 +3,7 @@
 from ds_cmli.inference import Model
 model = Model.load("runs/demo-20260101-000000")
 images, texts = model.embed_images("pictures/"), model.embed_texts(["a red car"])
-model.scores(images, texts)["combined"]
+model.scores(images, texts)["combined"].t2i  # [I, J], ranks images for a text; i2t: texts for an image
 """
 
 from ds_cmli.inference.index import Index, Result

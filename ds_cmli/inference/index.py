@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from ds_cmli.cmli import cmli_scores
 from ds_cmli.cmli.contrastive import upcast
+from ds_cmli.cmli.pair_scores import combined
 from ds_cmli.common.errors import UserError
 from ds_cmli.inference.model import ImageEmbeddings, Model, Picture, TextEmbeddings, list_pictures
 from ds_cmli.inference.topk import topk
@@ -31,9 +32,9 @@ class Result:
     """A picture found by a text."""
 
     name: str  # the picture's file
-    score: float  # the score by which results are ordered
+    score: float  # "combined" from text to image, by which results are ordered
     global_score: float  # cosine similarity of the class tokens
-    cmli_score: float  # mean of s_i2t and s_t2i
+    cmli_score: float  # s_t2i: the mean over the text's tokens of the similarity to the best patch
 
 
 class Index:
@@ -116,12 +117,11 @@ class Index:
         return upcast(texts.cls[rows]) @ images.t()
 
     def cmli_scores(self, texts: TextEmbeddings, numbers: Tensor) -> Tensor:
-        """CMLI scores, the mean of s_i2t and s_t2i, fp32 [images of `numbers`, texts]."""
+        """s_t2i, by which images are ranked for a text, fp32 [images of `numbers`, texts]."""
         out = []
         for part in numbers.split(AT_A_TIME):
             patches = torch.from_numpy(self.patches[part.numpy()]).to(texts.tokens.dtype)
-            i2t, t2i = cmli_scores(patches, texts.tokens, texts.token_mask)
-            out.append((i2t + t2i) / 2)
+            out.append(cmli_scores(patches, texts.tokens, texts.token_mask)[1])
         return torch.cat(out)
 
     def search(
@@ -131,12 +131,22 @@ class Index:
 
         Args:
             candidates: how many of the best pictures by global score are scored by CMLI too. None means all pictures if
-                the index has at most 2,000, and else 200. The result is exact if no picture is left out.
+                the index has at most 2,000, or the model no trained global score, and else 200. The result is exact if
+                no picture is left out.
+
+        Raises:
+            UserError: a number is below 1, or candidates are given for a model without a global score.
         """
         if k < 1 or (candidates is not None and candidates < 1):
             raise UserError(f"k is {k} and candidates {candidates}: give at least 1")
+        chooses = "global" in model.scales
+        if candidates is not None and not chooses:
+            raise UserError(
+                f"candidates is {candidates}: the model was trained without a global loss, whose scores "
+                "would choose them; leave it out"
+            )
         if candidates is None:
-            candidates = len(self) if len(self) <= EXACT else CANDIDATES
+            candidates = CANDIDATES if chooses and len(self) > EXACT else len(self)
         embedded = model.embed_texts(texts)
         score = lambda rows, columns: self.global_scores(embedded, rows, columns)  # noqa: E731
         coarse, numbers = topk(score, len(embedded), len(self), max(k, candidates))
@@ -150,11 +160,7 @@ class Index:
             fine = self.cmli_scores(one, order)[:, 0]
             position = torch.searchsorted(order, numbers[j])
             fine = fine[position]
-            total = fine
-            if {"global", "cmli"} <= model.scales.keys():
-                total = model.scales["global"] * coarse[j] + model.scales["cmli"] * fine
-            elif "cmli" not in model.scales:
-                total = coarse[j]
+            total = combined({"global": coarse[j], "cmli": fine}, model.scales)
             best = total.argsort(descending=True, stable=True)[:k].tolist()
             found.append(
                 [Result(self.names[numbers[j, i]], total[i].item(), coarse[j, i].item(), fine[i].item()) for i in best]

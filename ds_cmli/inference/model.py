@@ -19,6 +19,7 @@ from tqdm import tqdm
 from ds_cmli.cmli import cmli_scores
 from ds_cmli.cmli.contrastive import upcast
 from ds_cmli.cmli.loss import l2_normalize
+from ds_cmli.cmli.pair_scores import BothWays, both_ways
 from ds_cmli.common.errors import UserError
 from ds_cmli.config.schema import Config, load_config
 from ds_cmli.data.batch import Collate, Sample
@@ -27,7 +28,6 @@ from ds_cmli.data.tokens import CaptionTokenizer, load_tokenizer
 from ds_cmli.losses.objective import Objective
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
-SCORES = ("global", "cmli", "combined")
 Picture = str | Path | Image.Image | np.ndarray | Tensor
 
 
@@ -201,19 +201,19 @@ class Model:
         spans = [self.tokenizer.spans(text) for text in texts]
         return TextEmbeddings(torch.cat(cls), torch.cat(tokens), whole.token_mask, texts, spans)
 
-    def scores(self, images: ImageEmbeddings, texts: TextEmbeddings) -> dict[str, Tensor]:
-        """Score all images against all texts; each matrix is fp32 [I, J].
+    def scores(self, images: ImageEmbeddings, texts: TextEmbeddings) -> dict[str, BothWays]:
+        """Score all images against all texts: `scores(...)["combined"].t2i` ranks images for a text.
 
-        "global" has the cosines of the class tokens, "cmli" the mean of s_i2t and s_t2i. "combined" is the sum of both
-        times 1/temperature, and exists only if both scores were trained.
+        Returns:
+            For each kind the two directions, `i2t` and `t2i`, fp32 [I, J] each, of which a row is an
+            image's in both. "global" are the cosines of the class tokens, equal both ways; "cmli" are
+            s_i2t and s_t2i, which are not; "combined" is the sum of what was trained, each times
+            1/temperature.
         """
         with torch.inference_mode():
-            out = {"global": upcast(images.cls) @ upcast(texts.cls).t()}
-            i2t, t2i = cmli_scores(images.patches, texts.tokens, texts.token_mask)  # [I, J] each
-            out["cmli"] = (i2t + t2i) / 2
-            if {"global", "cmli"} <= self.scales.keys():
-                out["combined"] = self.scales["global"] * out["global"] + self.scales["cmli"] * out["cmli"]
-        return out
+            cosines = upcast(images.cls) @ upcast(texts.cls).t()
+            cmli = cmli_scores(images.patches, texts.tokens, texts.token_mask)  # [I, J] each
+            return both_ways(cosines, cmli, self.scales)
 
     def match(self, picture: Picture, text: str) -> Match:
         """Match each word of a text with its best patch of a picture, and each patch with its best word."""

@@ -18,7 +18,8 @@ from ds_cmli.common.errors import UserError
 @click.option("--model", "model_path", default=None, metavar="RUN", help="A run's folder.  [default: the index's own]")
 @click.option("-k", "k", default=10, show_default=True, help="Results of each text.")
 @click.option("--candidates", default=None, type=int,
-              help="The best by global score, ordered by CMLI too.  [default: 200; of up to 2000: all]")  # fmt: skip
+              help="The best by global score, ordered by CMLI too.  [default: 200; all of up to 2000, and for a model "
+              "without a global loss]")  # fmt: skip
 @click.option("--batch-size", default=32, show_default=True, help="Pictures embedded at a time.")
 @click.option("--page", default=None, metavar="FILE", help="Write the results with their pictures as an HTML page.")
 @click.option("--json", "as_json", is_flag=True, help="One object a text, a line each.")

@@ -25,7 +25,7 @@ def index(model, pictures, run, tmp_path_factory):
 
 def test_the_best_of_all_scores_come_in_their_order(model, index, pictures):
     images = model.embed_images(pictures)
-    combined = model.scores(images, model.embed_texts(TEXTS))["combined"]  # [12, 2]
+    combined = model.scores(images, model.embed_texts(TEXTS))["combined"].t2i  # [12, 2]
     for j, results in enumerate(index.search(model, TEXTS, k=4)):
         best = combined[:, j].topk(4)
         assert [r.name for r in results] == [images.names[i] for i in best.indices]
@@ -36,11 +36,24 @@ def test_of_candidates_by_global_score_alone_the_best_is_found(model, index, pic
     images, texts = model.embed_images(pictures), model.embed_texts(TEXTS[0])
     scores = model.scores(images, texts)
     (results,) = index.search(model, TEXTS[0], k=10, candidates=3)
-    candidates = scores["global"][:, 0].topk(10).indices
+    candidates = scores["global"].t2i[:, 0].topk(10).indices
     assert {r.name for r in results} == {images.names[i] for i in candidates}  # k results need k candidates
     (results,) = index.search(model, TEXTS[0], k=1, candidates=3)
-    best = max(scores["global"][:, 0].topk(3).indices.tolist(), key=lambda i: scores["combined"][i, 0])
+    chosen = scores["global"].t2i[:, 0].topk(3).indices.tolist()
+    best = max(chosen, key=lambda i: scores["combined"].t2i[i, 0])
     assert results[0].name == images.names[best]
+
+
+def test_without_a_global_score_nothing_chooses_candidates(run_without_global, pictures, tmp_path, monkeypatch):
+    model = Model.load(run_without_global, "cpu")
+    index, _ = Index.build(tmp_path, model, pictures)
+    monkeypatch.setattr("ds_cmli.inference.index.EXACT", 2)
+    monkeypatch.setattr("ds_cmli.inference.index.CANDIDATES", 2)
+    scores = model.scores(model.embed_images(pictures), model.embed_texts(TEXTS))["cmli"].t2i
+    for j, (result,) in enumerate(index.search(model, TEXTS, k=1)):
+        assert result.name == index.names[scores[:, j].argmax()]
+    with pytest.raises(UserError, match="candidates is 3: the model was trained without a global loss"):
+        index.search(model, TEXTS, candidates=3)
 
 
 def test_pictures_that_cannot_be_read_are_left_out_and_told(model, pictures, tmp_path):

@@ -43,11 +43,15 @@ def test_scores_are_the_definitions(model, pictures):
     for i in (0, 11):
         for j in range(3):
             similarity = images.patches[i] @ texts.tokens[j][texts.token_mask[j]].t()  # [N, M]
-            expected = (similarity.max(1).values.mean() + similarity.max(0).values.mean()) / 2
-            torch.testing.assert_close(scores["cmli"][i, j], expected, atol=1e-5, rtol=1e-5)
-            torch.testing.assert_close(scores["global"][i, j], images.cls[i] @ texts.cls[j])
-    combined = scores["global"] / 0.07 + scores["cmli"] / 0.02  # the temperatures at the start
-    torch.testing.assert_close(scores["combined"], combined, atol=1e-3, rtol=1e-4)
+            for side, expected in enumerate((similarity.amax(1).mean(), similarity.amax(0).mean())):
+                found = scores["cmli"][side][i, j]
+                torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+                cosine = scores["global"][side][i, j]
+                torch.testing.assert_close(cosine, images.cls[i] @ texts.cls[j])
+    for side in ("i2t", "t2i"):
+        by_global, cmli, combined = (getattr(scores[name], side) for name in scores)
+        expected = by_global / 0.07 + cmli / 0.02  # the temperatures at the start
+        torch.testing.assert_close(combined, expected, atol=1e-3, rtol=1e-4)
 
 
 def test_pictures_may_come_as_files_images_arrays_and_tensors(model, pictures):

@@ -1,0 +1,47 @@
+"""The kinds of pair scores, each direction by its own: the one definition that evaluation, use and export share.
+
+Shapes: I images, J texts.
+"""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class BothWays(NamedTuple):
+    """One kind of scores of all images with all texts, fp32 [I, J] each (fp64 for fp64 features).
+
+    CMLI from the image's side is a mean over patches, from the text's side one over tokens: the two
+    matrices differ. Each is for its own ranking, as the contrastive loss trains it; a mean of both
+    ranks worse.
+    """
+
+    i2t: Tensor  # along a row: ranks the texts for an image
+    t2i: Tensor  # along a column: ranks the images for a text
+
+
+def combined(scores: Mapping[str, Tensor], scales: Mapping[str, float | Tensor]) -> Tensor:
+    """The "combined" scores of one direction: the sum of the trained kinds, each over its temperature.
+
+    Args:
+        scores: "global" and "cmli", of any equal shape, as far as `scales` has them.
+        scales: 1/temperature of each kind that the model's losses compare, one at least.
+    """
+    first, *others = [scale * scores[kind] for kind, scale in scales.items()]
+    return sum(others, start=first)
+
+
+def both_ways(
+    cosines: Tensor, cmli: tuple[Tensor, Tensor], scales: Mapping[str, float | Tensor]
+) -> dict[str, BothWays]:
+    """All kinds of scores: "global", "cmli" and "combined".
+
+    Args:
+        cosines: [I, J], of the class tokens: the same both ways.
+        cmli: s_i2t and s_t2i, [I, J] each.
+        scales: as in `combined`.
+    """
+    kinds = {"global": BothWays(cosines, cosines), "cmli": BothWays(*cmli)}
+    sides = [combined({kind: x[side] for kind, x in kinds.items()}, scales) for side in (0, 1)]
+    return {**kinds, "combined": BothWays(*sides)}
