@@ -92,6 +92,55 @@ def load_image(image: Image.Image, size: int, view: View = central_square) -> to
     return resized(torch.from_numpy(pixels).permute(2, 0, 1), size)
 
 
+def prepare(picture: Any, size: int) -> torch.Tensor:
+    """A picture in memory as `load_image` prepares it: uint8 [3, size, size]. It is left as it was.
+
+    Args:
+        picture: a PIL image; or uint8, an array [height, width] or [height, width, 1, 3 or 4], or a
+            tensor [1, 3 or 4, height, width].
+
+    Raises:
+        TypeError: it is something else.
+        Exception: as `decode`, for a PIL image whose file is damaged.
+    """
+    if isinstance(picture, Image.Image):
+        return load_image(_own(picture), size)
+    pixels = picture
+    if isinstance(picture, torch.Tensor) and picture.ndim == 3:
+        pixels = picture.detach().cpu().permute(1, 2, 0)
+        pixels = pixels.numpy() if pixels.dtype == torch.uint8 else picture
+    if isinstance(pixels, np.ndarray) and pixels.dtype == np.uint8 and pixels.size:
+        if pixels.ndim == 3 and pixels.shape[2] == 1:
+            pixels = pixels[:, :, 0]
+        if pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[2] in (3, 4)):
+            return load_image(Image.fromarray(np.ascontiguousarray(pixels)), size)
+    what = type(picture).__name__
+    if hasattr(picture, "dtype"):
+        what += f" {picture.dtype} {list(picture.shape)}"
+    raise TypeError(
+        f"a picture is {what}: give a PIL image, a uint8 array [height, width, 3] or a uint8 tensor [3, height, width]"
+    )
+
+
+def _own(image: Image.Image) -> Image.Image:
+    """A copy that `load_image` may change, with all that the file says of its pixels.
+
+    A file that is open and not decoded yet is opened again, so that it is decoded as in training.
+    """
+    file = getattr(image, "fp", None)
+    if file is not None and image.tell() == 0:
+        place = file.tell()
+        file.seek(0)
+        content = io.BytesIO(file.read())
+        file.seek(place)
+        again = Image.open(content, formats=[*{*formats(), image.format} & Image.OPEN.keys()])
+        if again.size == image.size:  # otherwise the caller has asked for a smaller scale
+            return again
+    upright = ImageOps.exif_transpose(image)
+    upright.format = image.format
+    return upright
+
+
 def _reduce(image: Image.Image, ratio: float) -> float:
     """Make Pillow decode a JPEG at 1/2, 1/4 or 1/8 scale if possible; returns the factor of the reduction.
 

@@ -26,7 +26,10 @@ scores both ways. Their indexes take the unit vectors of get_text_features and g
 @click.option(
     "--onnx/--no-onnx", default=None, help="Both towers as ONNX.  [default: where the extra 'export' is installed]"
 )
-def command(run: str, folder: str, tokenizer: str | None, ema: bool, onnx: bool | None) -> None:
+@click.option(
+    "--measure/--no-measure", default=True, show_default=True, help="Evaluate what was exported, for the card."
+)
+def command(run: str, folder: str, tokenizer: str | None, ema: bool, onnx: bool | None, measure: bool) -> None:
     """Write the student of RUN into the new folder DIR."""
     target = Path(folder)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
@@ -36,7 +39,7 @@ def command(run: str, folder: str, tokenizer: str | None, ema: bool, onnx: bool 
     with_onnx = towers_onnx.installed() if onnx is None else onnx
     if with_onnx and not towers_onnx.installed():
         raise UserError("--onnx needs onnxscript and onnxruntime: pip install 'ds-cmli[export]'")
-    from ds_cmli.export import towers, write
+    from ds_cmli.export import results, towers, write
     from ds_cmli.export.card import write_card
 
     config, objective, whole, words = write.load_run(Path(run), tokenizer, ema)
@@ -47,13 +50,14 @@ def command(run: str, folder: str, tokenizer: str | None, ema: bool, onnx: bool 
         out = Path(made) / "model"
         out.mkdir()
         model = write.write_model(out, config, objective, whole, words)
-        write_card(out, Path(run), model, config)
+        found = results.of_run(out, Path(run), config, tokenizer, ema, measure)
+        write_card(out, Path(run), model, config, found, with_onnx)
         lines = [f"{folder}: loads by AutoModel and AutoProcessor, features equal to the run's to the bit"]
         image, ids, mask = write.example(model)
         lines.append(towers.write_image_encoder(out / towers.IMAGE, model, image))
         lines.append(towers.write_text_encoder(out / towers.TEXT, model, whole, ids, mask))
         if with_onnx:
-            lines += towers_onnx.write_onnx(out / "onnx", model.student, image, ids, mask)
+            lines += towers_onnx.write_onnx(out / "onnx", model, image, ids, mask)
         else:
             lines.append("no ONNX: pip install 'ds-cmli[export]'" if onnx is None else "no ONNX, as asked")
         for file in out.rglob("*.safetensors"):

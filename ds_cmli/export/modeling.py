@@ -143,8 +143,8 @@ class CMLIModel(PreTrainedModel):
 
         Several losses over the same scores have a temperature each: the first one's, as in evaluation.
         """
-        losses: Any = reversed(self.losses.values())
-        return {loss.scores: temperature_scale(loss.logit_scale) for loss in losses}
+        losses: list[Any] = [*self.losses.values()]
+        return {loss.scores: temperature_scale(loss.logit_scale) for loss in losses[::-1]}
 
     def forward(
         self,

@@ -5,19 +5,17 @@ Shapes: I images, J texts, S image side in pixels, M text positions.
 
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 from transformers import BatchFeature, ProcessorMixin
 
 from ds_cmli.data.batch import PAD_MULTIPLE
-from ds_cmli.data.pictures import load_image
+from ds_cmli.data.pictures import prepare
 
 # Further arguments that are accepted, with their accepted values.
 ACCEPTED: dict[str, tuple[Any, ...]] = {
     "padding": (True, "longest", "max_length"),
     "truncation": (True, "longest_first"),
-    "return_tensors": ("pt", None),
+    "return_tensors": ("pt", "np", None),
 }
 
 
@@ -34,17 +32,27 @@ class CMLIProcessor(ProcessorMixin):
 
     def __init__(self, tokenizer: Any = None, image_size: int = 224, context_length: int = 64, pad_id: int = 0):
         self.image_size, self.context_length, self.pad_id = image_size, context_length, pad_id
+        if tokenizer is not None:
+            tokenizer.truncation_side = "right"  # as in training, whatever it was made with
         super().__init__(tokenizer)
 
     def __call__(self, images: Any = None, text: Any = None, **kwargs: Any) -> BatchFeature:  # type: ignore[override]
-        """Prepare one or several pictures (PIL, or uint8 arrays [height, width, 3]), one or several texts, or both.
+        """Prepare one or several pictures, one or several texts, or both.
 
         Args:
+            images: what `data.pictures.prepare` takes, a list of such, or a batch of arrays or tensors.
+                A JPEG that is open and not decoded yet (`Image.open`) is decoded as in training.
+            text: a string or a list of strings.
             kwargs: the arguments that processors are usually called with, as far as `ACCEPTED` lists them.
-                `padding="max_length"` pads texts to `context_length`; all others ask for what is done anyway.
+                `padding="max_length"` pads texts to `context_length`, `return_tensors="np"` asks for
+                arrays; all others ask for what is done anyway.
 
         Returns:
-            `pixel_values` uint8 [I, 3, S, S]; `input_ids` int64 and `attention_mask` bool [J, M].
+            `pixel_values` uint8 [I, 3, S, S]; `input_ids` int64 and `attention_mask` bool [J, M]. Tensors,
+            or with `return_tensors="np"` arrays.
+
+        Raises:
+            TypeError, ValueError: an argument does not fit; one line says which and how.
         """
         for name, value in kwargs.items():
             if name not in ACCEPTED:
@@ -56,23 +64,22 @@ class CMLIProcessor(ProcessorMixin):
             raise ValueError("neither images nor text are given")
         out: dict[str, Any] = {}
         if images is not None:
-            given = list(images) if isinstance(images, list | tuple) else [images]
-            out["pixel_values"] = torch.stack([self.pixels(image) for image in given])
+            pictures = [prepare(image, self.image_size) for image in _listed("images", images)]
+            out["pixel_values"] = torch.stack(pictures)
         if text is not None:
-            out |= self.tokens([text] if isinstance(text, str) else list(text), kwargs.get("padding") == "max_length")
+            out |= self.tokens(_listed("text", text), kwargs.get("padding") == "max_length")
+        if kwargs.get("return_tensors") == "np":
+            out = {name: value.numpy() for name, value in out.items()}
         return BatchFeature(out)
-
-    def pixels(self, image: Any) -> torch.Tensor:
-        """uint8 [3, S, S]."""
-        if isinstance(image, np.ndarray) and image.dtype == np.uint8:
-            image = Image.fromarray(image)
-        if not isinstance(image, Image.Image):
-            raise TypeError(f"an image is {type(image).__name__}: give a PIL image or a uint8 array [height, width, 3]")
-        return load_image(image.copy(), self.image_size)
 
     def tokens(self, texts: list[str], whole: bool = False) -> dict[str, torch.Tensor]:
         """Texts padded to the longest one, rounded up to a multiple of 8, or with `whole` to `context_length`."""
+        for text in texts:
+            if not isinstance(text, str):
+                raise TypeError(f"a text is {type(text).__name__}: give a string or a list of strings")
         rows = self.tokenizer(texts, truncation=True, max_length=self.context_length)["input_ids"]
+        if not all(rows):
+            raise ValueError(f"the text {texts[rows.index([])]!r} has no token: leave it out")
         longest = self.context_length if whole else max(len(row) for row in rows)
         length = min(-(-longest // PAD_MULTIPLE) * PAD_MULTIPLE, self.context_length)
         ids = torch.full((len(rows), length), self.pad_id)
@@ -85,3 +92,11 @@ class CMLIProcessor(ProcessorMixin):
     @property
     def model_input_names(self) -> list[str]:
         return ["pixel_values", "input_ids", "attention_mask"]
+
+
+def _listed(name: str, given: Any) -> list[Any]:
+    """What was given for `name`, one or several, as a list; a batch of pictures has four dimensions."""
+    several = isinstance(given, list | tuple) or getattr(given, "ndim", 0) == 4
+    if several and not len(given):
+        raise ValueError(f"{name} is empty: give at least one, or leave it out")
+    return list(given) if several else [given]

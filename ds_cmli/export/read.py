@@ -30,7 +30,9 @@ def load_exported(folder: Path) -> tuple[Config, Objective]:
 
     try:
         exported = CMLIConfig.from_pretrained(folder)
-        config = Config.from_dict({**exported.settings, "loss": {"weights": dict(exported.losses)}})
+        data = {"source": "not named", **exported.settings["data"]}  # earlier exports name none
+        given = {**exported.settings, "data": data, "loss": {"weights": dict(exported.losses)}}
+        config = Config.from_dict(given)
         student = build_student(exported)
     except (OSError, LookupError, ValueError, UserError) as error:
         raise UserError(f"{str(folder)!r}: its config.json is damaged, or of another version: {error}") from None

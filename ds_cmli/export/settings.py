@@ -3,12 +3,24 @@
 import inspect
 import json
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from ds_cmli import models
-from ds_cmli.config.schema import Config
+from ds_cmli.config.schema import Config, DataConfig
 from ds_cmli.models.student import Student
 from ds_cmli.models.transformers_model import UNDECLARED, without_effect
+
+DEMO = "demo"  # `DataConfig.source` of the demo
+
+
+def sources(data: DataConfig) -> list[str]:
+    """What a model was trained on, by names without the paths of this machine."""
+    given = [data.source] if isinstance(data.source, str) else data.source
+    if given == [DEMO]:
+        return given
+    names = [Path(source).name for source in given]
+    return [f"./{name}" if name == DEMO else name for name in names]
 
 
 def portable(config: Config, student: Student) -> dict[str, Any]:
@@ -24,7 +36,7 @@ def portable(config: Config, student: Student) -> dict[str, Any]:
         "text_overrides": _sizes(text),
     }
     data = {name: getattr(config.data, name) for name in ("image_size", "context_length", "max_pixels")}
-    return {"student": settings, "data": data}
+    return {"student": settings, "data": data | {"source": sources(config.data)}}
 
 
 def _name(table: dict[str, models.Entry], backbone: Any) -> str:

@@ -23,7 +23,7 @@ from ds_cmli.cmli.pair_scores import BothWays, both_ways
 from ds_cmli.common.errors import UserError
 from ds_cmli.config.schema import Config, load_config
 from ds_cmli.data.batch import Collate, Sample
-from ds_cmli.data.pictures import load_image, read_picture
+from ds_cmli.data.pictures import prepare, read_picture
 from ds_cmli.data.tokens import CaptionTokenizer, load_tokenizer
 from ds_cmli.losses.objective import Objective
 
@@ -138,7 +138,7 @@ class Model:
         return self.objective.score_scales()
 
     def read(self, picture: Picture) -> Tensor:
-        """Prepare a file, a PIL image, or uint8 [height, width, 3] or [3, S, S] as in training -> uint8 [3, S, S].
+        """Prepare a file, or what `data.pictures.prepare` takes, as in training -> uint8 [3, S, S].
 
         Raises:
             UserError: the picture cannot be read.
@@ -149,21 +149,12 @@ class Model:
                 return read_picture(
                     path, str(path.parent.resolve()), self.image_size, self.config.data.max_pixels, True
                 )
-            if isinstance(picture, Image.Image):
-                return load_image(picture.copy(), self.image_size)
-            if isinstance(picture, np.ndarray) and picture.dtype == np.uint8 and picture.ndim in (2, 3):
-                return load_image(Image.fromarray(picture), self.image_size)
-            shape = (3, self.image_size, self.image_size)
-            if isinstance(picture, Tensor) and picture.dtype == torch.uint8 and picture.shape == shape:
-                return picture.cpu()
+            return prepare(picture, self.image_size)
+        except TypeError as error:
+            raise UserError(f"{error}, or a file") from None
         except Exception as error:  # decoders of damaged files raise nearly anything
             name = f"{str(picture)!r}" if isinstance(picture, str | Path) else "a picture"
             raise UserError(f"{name} cannot be read: {' '.join(str(error).split()) or type(error).__name__}") from None
-        what = f"{type(picture).__name__} {getattr(picture, 'dtype', '')} {list(getattr(picture, 'shape', []))}"
-        raise UserError(
-            f"a picture is {what}: give a file, a PIL image, a uint8 array [height, width, 3] or a uint8 tensor "
-            f"[3, {self.image_size}, {self.image_size}]"
-        )
 
     @torch.inference_mode()
     def embed_images(

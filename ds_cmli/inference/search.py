@@ -10,6 +10,10 @@ from ds_cmli.common import pages
 from ds_cmli.common.cli import check_writable, json_on_stdout, run_command
 from ds_cmli.common.errors import UserError
 
+DEMO_ONLY = (
+    "note: this model was trained on the demo and knows its scenes of emoji pictures; of photographs it knows little"
+)
+
 
 @click.command()
 @click.argument("index")
@@ -38,6 +42,7 @@ def command(
         check_writable(page)
 
     with json_on_stdout(as_json) as print_json:
+        from ds_cmli.export.settings import DEMO, sources
         from ds_cmli.inference import Index, Model
 
         if pictures is not None:
@@ -51,6 +56,8 @@ def command(
         else:
             found = Index(index)
             model = Model.load(model_path or found.model_path)
+        if sources(model.config.data) == [DEMO]:
+            click.echo(DEMO_ONLY)
         if not texts:
             return
         results = found.search(model, texts, k, candidates)

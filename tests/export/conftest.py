@@ -34,7 +34,7 @@ def make_run(folder, student=None, losses=("global", "cmli"), data=None):
 
 
 def export(run, folder, *options):
-    command.main([str(run), str(folder), *options], standalone_mode=False)
+    command.main([str(run), str(folder), "--no-onnx", "--no-measure", *options], standalone_mode=False)
     return folder
 
 
@@ -45,7 +45,7 @@ def run(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def exported(run, tmp_path_factory):
-    return export(run, tmp_path_factory.mktemp("export") / "a model", "--no-onnx")
+    return export(run, tmp_path_factory.mktemp("export") / "a model")
 
 
 @pytest.fixture(scope="session")

@@ -16,11 +16,13 @@ pytest.importorskip("onnxscript")
 def test_towers(exported, tmp_path):
     model = AutoModel.from_pretrained(exported)
     image, ids, mask = example(model)
-    lines = write_onnx(tmp_path, model.student, image, ids, mask)
-    assert len(lines) == 2 and "image.onnx" in lines[0] and "text.onnx" in lines[1]
+    lines = write_onnx(tmp_path, model, image, ids, mask)
+    files = [line.split(":")[0].rpartition("/")[2] for line in lines]
+    assert files == ["image.onnx", "text.onnx", "scores.onnx"]
     session = onnxruntime.InferenceSession(tmp_path / "text.onnx")
     ids, mask = ids[[0, 1, 0], :9], mask[[0, 1, 0], :9]
-    cls, tokens = session.run(None, {"input_ids": ids.numpy(), "attention_mask": mask.numpy()})
+    cls, tokens, valid = session.run(None, {"input_ids": ids.numpy(), "attention_mask": mask.numpy()})
+    assert torch.equal(torch.from_numpy(valid), model.token_mask(ids, mask))
     wanted = model.get_text_features(ids, mask)
     torch.testing.assert_close(torch.from_numpy(cls), l2_normalize(wanted.pooler_output), atol=1e-5, rtol=0)
     torch.testing.assert_close(torch.from_numpy(tokens), l2_normalize(wanted.last_hidden_state), atol=1e-5, rtol=0)
