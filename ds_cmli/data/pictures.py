@@ -23,7 +23,6 @@ TILE_WIDTH, TILE_LENGTH, BITS_PER_SAMPLE, SAMPLE_FORMAT = 322, 323, 258, 339  # 
 # Decoding a JPEG at a reduced scale is coarser than resizing, so it leaves at least this many pixels per output pixel
 # along each side.
 SHARP = 2
-SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 # The pixel value of white in modes with more than 8 bits. Files use some modes for several ranges; the first range that
 # no pixel exceeds is taken.
 WHITE = {"I;16": (65535,), "I": (255, 65535, 2**31 - 1, 2**32 - 1), "F": (1, 255, 65535)}
@@ -72,12 +71,14 @@ def load_image(image: Image.Image, size: int, view: View = central_square) -> to
     """
     white = _white(image)
     unsigned = image.format == "TIFF" and _tag(image, SAMPLE_FORMAT, (1,)) == (1,)
-    orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
-    box = view(*(image.size[::-1] if orientation in SIDEWAYS else image.size))
+    scale, box = 1.0, None
     # A rotated picture is decoded at full scale: the reduction is less exact at the last pixels, which would become the
-    # first ones.
-    scale = _reduce(image, min(box[2] - box[0], box[3] - box[1]) / size) if orientation == 1 else 1.0
+    # first ones. Its size is known once it is upright: of a TIFF, Pillow gives that from the start.
+    if image.getexif().get(ExifTags.Base.Orientation, 1) == 1:
+        box = view(*image.size)
+        scale = _reduce(image, min(box[2] - box[0], box[3] - box[1]) / size)
     ImageOps.exif_transpose(image, in_place=True)
+    box = box or view(*image.size)
     if white:
         image = _to_8_bits(image, white, unsigned)
     if image.has_transparency_data:
@@ -133,7 +134,8 @@ def _own(image: Image.Image) -> Image.Image:
         file.seek(0)
         content = io.BytesIO(file.read())
         file.seek(place)
-        again = Image.open(content, formats=[*{*formats(), image.format} & Image.OPEN.keys()])
+        others = [name for name in Image.OPEN if name == image.format]
+        again = Image.open(content, formats=[*formats(), *others])
         if again.size == image.size:  # otherwise the caller has asked for a smaller scale
             return again
     upright = ImageOps.exif_transpose(image)

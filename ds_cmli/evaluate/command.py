@@ -13,6 +13,7 @@ from ds_cmli.common.cli import GroupedCommand, check_writable, option, run_comma
 from ds_cmli.common.errors import UserError
 
 SPLITS = ("val", "test", "all")
+SHOWN = {"source": "data"}  # options whose name in the code is another
 
 
 @click.command(cls=GroupedCommand)
@@ -79,6 +80,9 @@ def command(
     for name, value, least in (("batch-size", batch_size, 1), ("workers", workers, 0), ("fold-size", fold_size, 1)):
         if value is not None and value < least:
             raise UserError(f"--{name} is {value}: give at least {least}")
+    for name in ("source", "image_root", "zero_shot", "class_names", "templates", "boxes"):
+        if options[name] == "":
+            raise UserError(f"--{SHOWN.get(name, name).replace('_', '-')} is empty: give a value, or leave it out")
     _check_together(options)
     config = load_config(Path(checkpoint) / "config.json", "--checkpoint")
     given = {name: options[name] for name in ("source", "image_root") if options[name] and not options["boxes"]}
@@ -106,11 +110,10 @@ def _check_together(options: dict[str, Any]) -> None:
     modes = {"zero_shot": {"class_names", "templates"}, "boxes": {"image_root", "split"}}
     mode = next((name for name in modes if options[name]), None)
     reads = modes[mode] if mode else {"source", "image_root", "split", "fold_size"}
-    shown = {"source": "data"}
     for name, value in options.items():
         if value is not None and name != mode and name not in reads:
             what = f"beside --{mode.replace('_', '-')}" if mode else "without --zero-shot"
-            raise UserError(f"--{shown.get(name, name).replace('_', '-')} has no effect {what}: leave it out")
+            raise UserError(f"--{SHOWN.get(name, name).replace('_', '-')} has no effect {what}: leave it out")
     if mode == "boxes" and not options["image_root"]:
         raise UserError("--boxes needs --image-root: give the folder of the pictures")
 

@@ -44,7 +44,10 @@ def command(run: str, folder: str, tokenizer: str | None, ema: bool, onnx: bool 
 
     config, objective, whole, words = write.load_run(Path(run), tokenizer, ema)
     parent = target.resolve().parent
-    parent.mkdir(parents=True, exist_ok=True)
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"DIR is {folder!r}: cannot write there: {error.strerror}") from None
     # The folder gets its name only after everything in it has been written and checked.
     with tempfile.TemporaryDirectory(dir=parent, prefix=f".{target.name}-") as made:
         out = Path(made) / "model"

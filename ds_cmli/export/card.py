@@ -23,8 +23,8 @@ NAMES = {
     "chance": "what scores without information give.",
 }
 OF_SPLITS = {
-    "seen": "scenes that training has not shown, of pictures that it has.",
-    "unseen": "scenes of pictures that training has never shown, nor named.",
+    "seen": "scenes of pictures that training has shown, though never these in these places.",
+    "unseen": "scenes of pictures that training has never shown.",
     "val": "the validation part of the data, or the share of it that training held out.",
     "test": "the test part of the data.",
 }

@@ -101,12 +101,13 @@ def write_onnx(folder: Path, model: CMLIModel, image: Tensor, ids: Tensor, mask:
     ]
     rows, columns = {0: torch.export.Dim("images")}, {0: torch.export.Dim("texts")}
     pairs = rows, rows, columns, {**columns, 1: length}, {**columns, 1: length}
-    lines = []
-    for name, module, inputs, fewer, shapes, outputs in (
+    files: list[tuple[str, nn.Module, dict[str, Tensor], dict[str, Tensor], tuple, list[str]]] = [
         ("image", images, pixels, one, ({0: batch},), of_image),
         ("text", texts, words, short, ({0: batch, 1: length},) * 2, of_text),
-        ("scores", Scores(model), *both, pairs, ["logits_per_image", "logits_per_text"]),
-    ):
+        ("scores", Scores(model), both[0], both[1], pairs, ["logits_per_image", "logits_per_text"]),
+    ]
+    lines = []
+    for name, module, inputs, fewer, shapes, outputs in files:
         file = folder / f"{name}.onnx"
         try:
             _export(module, inputs, shapes, outputs, file)

@@ -61,7 +61,8 @@ def measured(exported: Path, run: Path, config: Config, ema: bool) -> Results:
     _, objective = load_exported(exported)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     objective = objective.to(device)
-    pairs = sum(len(dataset) for dataset in data.evals.values())  # type: ignore[arg-type]
+    sizes: list[Any] = [*data.evals.values()]
+    pairs = sum(len(dataset) for dataset in sizes)
     say(f"measuring {pairs} held-out pairs for the card (--no-measure leaves it out)")
     splits = {
         split: evaluate_split(objective, dataset, data, BATCH, device, config.data.workers)

@@ -50,8 +50,9 @@ class Index:
             content = json.loads((self.folder / FILE).read_text())
             if content["version"] != VERSION:
                 raise ValueError(f"its version is {content['version']!r}")
-            self.model_path: str = content["model"]
+            self.model_path: str = str(content["model"])
             self.names: list[str] = content["names"]
+            self.weights: str | None = content.get("weights")  # None: an earlier version's
             self.cls = np.load(self.folder / "cls.npy", mmap_mode="r")  # [I, H]
             self.patches = np.load(self.folder / "patches.npy", mmap_mode="r")  # [I, N, D]
             if not len(self.names) == len(self.cls) == len(self.patches):
@@ -105,6 +106,7 @@ class Index:
                 np.save(folder / f"short-{name}", array[: len(names)])
                 (folder / f"short-{name}").replace(folder / name)
         content = {"version": VERSION, "model": str(model_path), "names": names}
+        content["weights"] = model.digest
         (folder / FILE).write_text(json.dumps(content))
         return cls(folder), refused
 
@@ -124,6 +126,16 @@ class Index:
             out.append(cmli_scores(patches, texts.tokens, texts.token_mask)[1])
         return torch.cat(out)
 
+    def _check(self, model: Model) -> None:
+        """Raise `UserError` if other weights than `model`'s have embedded the pictures."""
+        sizes = self.cls.shape[1], self.patches.shape[1:]
+        expected = model.student.width, (model.grid[0] * model.grid[1], model.config.student.embed_dim)
+        if sizes != expected or self.weights not in (None, model.digest):
+            raise UserError(
+                f"the index {str(self.folder)!r} was built by another model, or by earlier weights of this one: "
+                "give the one that built it as --model, or build it anew"
+            )
+
     def search(
         self, model: Model, texts: str | Sequence[str], k: int = 10, candidates: int | None = None
     ) -> list[list[Result]]:
@@ -135,10 +147,13 @@ class Index:
                 no picture is left out.
 
         Raises:
-            UserError: a number is below 1, or candidates are given for a model without a global score.
+            UserError: a number is below 1, candidates are given for a model without a global score, a text has no
+                token, or the index was built by another model.
         """
-        if k < 1 or (candidates is not None and candidates < 1):
-            raise UserError(f"k is {k} and candidates {candidates}: give at least 1")
+        for name, value in (("k", k), ("candidates", candidates)):
+            if value is not None and value < 1:
+                raise UserError(f"{name} is {value}: give at least 1")
+        self._check(model)
         chooses = "global" in model.scales
         if candidates is not None and not chooses:
             raise UserError(
@@ -148,6 +163,9 @@ class Index:
         if candidates is None:
             candidates = CANDIDATES if chooses and len(self) > EXACT else len(self)
         embedded = model.embed_texts(texts)
+        for text, known in zip(embedded.texts, embedded.token_mask.any(1).tolist(), strict=True):
+            if not known:
+                raise UserError(f"the text is {text!r}, which has no word: give one to search for")
         score = lambda rows, columns: self.global_scores(embedded, rows, columns)  # noqa: E731
         coarse, numbers = topk(score, len(embedded), len(self), max(k, candidates))
         found = []

@@ -4,6 +4,7 @@ Shapes: I images, J texts, N image patches, M text positions, H hidden size, D e
 """
 
 import dataclasses
+import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -136,6 +137,13 @@ class Model:
     def scales(self) -> dict[str, float]:
         """1/temperature of the global and of the CMLI scores, as far as they were trained."""
         return self.objective.score_scales()
+
+    @cached_property
+    def digest(self) -> str:
+        """Tells these weights from others of the same model."""
+        tensors = self.objective.state_dict().values()
+        sums = [value.double().sum().item() for value in tensors if value.is_floating_point()]
+        return hashlib.sha256(repr(sums).encode()).hexdigest()
 
     def read(self, picture: Picture) -> Tensor:
         """Prepare a file, or what `data.pictures.prepare` takes, as in training -> uint8 [3, S, S].

@@ -5,14 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from ds_cmli.common import pages
 from ds_cmli.common.cli import check_writable, json_on_stdout, run_command
 from ds_cmli.common.errors import UserError
 
-DEMO_ONLY = (
-    "note: this model was trained on the demo and knows its scenes of emoji pictures; of photographs it knows little"
-)
+DEMO_ONLY = "this model was trained on the demo and knows its scenes of emoji pictures; of photographs it knows little"
 
 
 @click.command()
@@ -36,6 +35,7 @@ def command(
         raise UserError("nothing to do: give --build FOLDER to make the index, or a text to search for")
     if pictures is not None and model_path is None:
         raise UserError("--build needs --model: give the run whose student embeds the pictures")
+    _check_effect(pictures is not None, bool(texts))
     if batch_size < 1:
         raise UserError(f"--batch-size is {batch_size}: give at least 1")
     if page is not None:
@@ -56,8 +56,9 @@ def command(
         else:
             found = Index(index)
             model = Model.load(model_path or found.model_path)
-        if sources(model.config.data) == [DEMO]:
-            click.echo(DEMO_ONLY)
+        note = DEMO_ONLY if sources(model.config.data) == [DEMO] else ""
+        if note:
+            click.echo(f"note: {note}", err=True)
         if not texts:
             return
         results = found.search(model, texts, k, candidates)
@@ -70,14 +71,26 @@ def command(
                 scores = f"{result.score:8.3f}  global {result.global_score:.3f}  cmli {result.cmli_score:.3f}"
                 click.echo(f"  {scores}  {result.name}")
         if page is not None:
-            write_page(page, texts, results)
+            write_page(page, texts, results, note)
             click.echo(f"page: {page}")
 
 
-def write_page(path: str, texts: tuple[str, ...], results: list[list[Any]]) -> None:
-    """Write the results as one self-contained HTML file with small copies of the pictures."""
+def _check_effect(builds: bool, searches: bool) -> None:
+    """Raise `UserError` for an option that was given and has no effect."""
+    context = click.get_current_context()
+    idle = {} if builds else {"batch_size": "without --build"}
+    if not searches:
+        idle |= dict.fromkeys(("k", "candidates", "page", "as_json"), "without a text to search for")
+    for parameter in context.command.params:
+        given = context.get_parameter_source(parameter.name or "") == ParameterSource.COMMANDLINE
+        if given and parameter.name in idle:
+            raise UserError(f"{parameter.opts[0]} has no effect {idle[parameter.name]}: leave it out")
+
+
+def write_page(path: str, texts: tuple[str, ...], results: list[list[Any]], note: str = "") -> None:
+    """Write the results as one self-contained HTML file with small copies of the pictures, `note` on top."""
     rows = [(text, [(r, _thumbnail(r.name)) for r in best]) for text, best in zip(texts, results, strict=True)]
-    pages.write_page(path, "--page", "ds_cmli.inference", "results.html.jinja", rows=rows)
+    pages.write_page(path, "--page", "ds_cmli.inference", "results.html.jinja", rows=rows, note=note)
 
 
 def _thumbnail(name: str) -> str:

@@ -107,6 +107,8 @@ def test_the_pointing_game_on_boxes(tmp_path, model, photographs):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
+        (["--data", ""], "--data is empty: give a value, or leave it out"),
+        (["--zero-shot", ""], "--zero-shot is empty"),
         (["--fold-size", "0"], "--fold-size is 0: give at least 1"),
         (["--zero-shot", ".", "--fold-size", "5"], "--fold-size has no effect beside --zero-shot"),
         (["--templates", "x"], "--templates has no effect without --zero-shot"),

@@ -189,19 +189,3 @@ def test_mistakes_are_one_line(run, exported, tmp_path):
     with pytest.raises(UserError, match="compare no pairs"):
         export(make_run(tmp_path / "taught", losses=("cls_kd",)), tmp_path / "new")
     assert not (tmp_path / "new").exists()
-
-
-def test_the_processor_is_called_as_others_are(exported):
-    processor = AutoProcessor.from_pretrained(exported)
-    usual = processor(text=TEXTS, padding=True, truncation=True, return_tensors="pt")
-    assert all(torch.equal(usual[name], value) for name, value in processor(text=TEXTS).items())
-    whole = processor(text=TEXTS, padding="max_length")
-    assert whole["input_ids"].shape == (3, processor.context_length)
-    assert torch.equal(whole["attention_mask"].sum(1), usual["attention_mask"].sum(1))
-    for given, message in (
-        ({"return_tensors": "tf"}, "return_tensors is 'tf': give one of 'pt', 'np', None"),
-        ({"padding": False}, "padding is False: give one of True, 'longest', 'max_length'"),
-        ({"audio": 1}, "audio: this processor has no such argument; it takes images, text, padding, truncation"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            processor(text=TEXTS, **given)

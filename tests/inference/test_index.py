@@ -87,7 +87,9 @@ def test_the_command_builds_searches_and_writes_a_page(run, pictures, tmp_path):
     built = call("--build", str(pictures), "--model", str(run))
     assert built.stdout.splitlines()[-1] == f"12 pictures in {folder}"
     done = call(TEXTS[0], "-k", "3", "--page", str(page))
-    lines = done.output.splitlines()
+    lines = done.stdout.splitlines()
+    assert "note: this model was trained on the demo and knows its scenes" in done.stderr
+    assert "knows its scenes" in page.read_text()
     assert lines[0] == TEXTS[0] and len(lines) == 5 and lines[1].endswith(".png")
     assert page.read_text().count('<img src="data:image/jpeg;base64,') == 3
     again = ["--build", str(pictures), "--model", str(run), "--page", str(page)]
@@ -96,7 +98,25 @@ def test_the_command_builds_searches_and_writes_a_page(run, pictures, tmp_path):
     for arguments, line in {
         (): "nothing to do",
         ("--build", str(pictures)): "--build needs --model",
-        ("a", "-k", "0"): "k is 0",
+        ("a", "-k", "0"): "k is 0: give at least 1",
+        ("a", "--candidates", "0"): "candidates is 0: give at least 1",
+        ("a", "--batch-size", "3"): "--batch-size has no effect without --build",
+        ("--build", str(pictures), "--model", str(run), "--json"): "--json has no effect without a text",
+        ("--build", str(pictures), "--model", str(run), "-k", "3"): "-k has no effect without a text",
+        ("a", ""): "the text is '', which has no word",
     }.items():
         error = call(*arguments).exception
         assert isinstance(error, UserError) and line in str(error)
+
+
+def test_an_index_of_other_weights_is_told(model, index, pictures, run_without_global, tmp_path):
+    with pytest.raises(UserError, match="was built by another model, or by earlier weights"):
+        index.search(Model.load(run_without_global, "cpu"), TEXTS)
+    other, _ = Index.build(tmp_path, model, pictures)
+    other.patches = other.patches[:, :7]
+    with pytest.raises(UserError, match="was built by another model"):
+        other.search(model, TEXTS)
+    content = json.loads((tmp_path / "index.json").read_text())
+    del content["weights"]  # as earlier versions wrote it
+    (tmp_path / "index.json").write_text(json.dumps(content))
+    assert len(Index(tmp_path).search(model, TEXTS)) == 2

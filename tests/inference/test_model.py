@@ -57,11 +57,12 @@ def test_scores_are_the_definitions(model, pictures):
 def test_pictures_may_come_as_files_images_arrays_and_tensors(model, pictures):
     file = list_pictures(pictures)[0]
     image = Image.open(file)
-    kinds = [file, str(file), image, np.asarray(image), model.read(file)]
+    pixels = np.array(image)
+    kinds = [file, str(file), image, pixels, model.read(file), torch.from_numpy(pixels).permute(2, 0, 1)]
     found = model.embed_images(kinds)
     for i in range(1, len(kinds)):
         torch.testing.assert_close(found.patches[i], found.patches[0])
-    assert found.names == [str(file), str(file), "2", "3", "4"]
+    assert found.names == [str(file), str(file), "2", "3", "4", "5"]
 
 
 def test_a_match_names_the_words_and_where_they_stand(model, pictures):
@@ -77,8 +78,8 @@ def test_a_match_names_the_words_and_where_they_stand(model, pictures):
 @pytest.mark.parametrize(
     "wrong, line",
     [
-        (np.zeros((4, 4, 3), np.float32), r"a picture is ndarray float32 \[4, 4, 3\]: give a file"),
-        (torch.zeros(3, 5, 5, dtype=torch.uint8), r"a picture is Tensor torch.uint8 \[3, 5, 5\]: give a file"),
+        (np.zeros((4, 4, 3), np.float32), r"a picture is ndarray float32 \[4, 4, 3\]: give a PIL image"),
+        (torch.zeros(2, 5, 5, dtype=torch.uint8), r"a picture is Tensor torch.uint8 \[2, 5, 5\]: give a PIL"),
         ("no/such.png", "'no/such.png' cannot be read"),
         (7, "a picture is int"),
     ],
