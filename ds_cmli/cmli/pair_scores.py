@@ -13,8 +13,7 @@ class BothWays(NamedTuple):
     """One kind of scores of all images with all texts, fp32 [I, J] each (fp64 for fp64 features).
 
     CMLI from the image's side is a mean over patches, from the text's side one over tokens: the two
-    matrices differ. Each is for its own ranking, as the contrastive loss trains it; a mean of both
-    ranks worse.
+    matrices differ. Each is for its own ranking, as the contrastive loss trains it.
     """
 
     i2t: Tensor  # along a row: ranks the texts for an image

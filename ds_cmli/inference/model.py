@@ -140,10 +140,11 @@ class Model:
 
     @cached_property
     def digest(self) -> str:
-        """Tells these weights from others of the same model."""
-        tensors = self.objective.state_dict().values()
-        sums = [value.double().sum().item() for value in tensors if value.is_floating_point()]
-        return hashlib.sha256(repr(sums).encode()).hexdigest()
+        """SHA-256 of the weights and temperatures, which tells them from others of the same model."""
+        found = hashlib.sha256()
+        for value in self.objective.state_dict().values():
+            found.update(value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        return found.hexdigest()
 
     def read(self, picture: Picture) -> Tensor:
         """Prepare a file, or what `data.pictures.prepare` takes, as in training -> uint8 [3, S, S].

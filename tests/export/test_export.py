@@ -64,6 +64,10 @@ def test_scores_and_loss_are_those_of_the_training(trained, model, inputs, batch
     found = model.cmli_scores(out.patch_embeds, out.token_embeds, out.token_mask)
     torch.testing.assert_close(found, tuple(scores["cmli"]))
     torch.testing.assert_close(out.loss, trained.objective(batch, None)[0])
+    alone = model(inputs["input_ids"][:1, :8], inputs["pixel_values"], inputs["attention_mask"][:1, :8])
+    assert inputs["input_ids"].shape[1] > 8  # the padding that the longest text gives the others
+    torch.testing.assert_close(alone.logits_per_text, out.logits_per_text[:1], atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(alone.logits_per_image, out.logits_per_image[:, :1], atol=1e-4, rtol=1e-5)
     with pytest.raises(ValueError, match="3 images, 1 texts"):
         model(inputs["input_ids"][:1], inputs["pixel_values"], inputs["attention_mask"][:1], return_loss=True)
 
@@ -71,6 +75,9 @@ def test_scores_and_loss_are_those_of_the_training(trained, model, inputs, batch
 @torch.no_grad()
 def test_it_loads_in_16_bits_and_saves_itself(model, exported, inputs, tmp_path):
     half = AutoModel.from_pretrained(exported, dtype=torch.bfloat16)
+    assert half.scales() == model.scales() == model.to(torch.float32).scales()
+    assert half.to(torch.float16).scales() == model.scales()
+    half.to(torch.bfloat16)
     found = half.get_image_features(inputs["pixel_values"]).pooler_output
     assert found.dtype == torch.bfloat16
     wanted = model.get_image_features(inputs["pixel_values"]).pooler_output

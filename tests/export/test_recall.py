@@ -24,10 +24,11 @@ def caption(scenes, i):
     return SEPARATOR.join(scenes.pictures.names[concept] for concept, _ in scenes.layout(i))
 
 
-@pytest.mark.parametrize("split", ["seen", "unseen"])
+@pytest.mark.parametrize(("split", "token_keep"), [("seen", 1.0), ("unseen", 0.25)])
 @torch.no_grad()
-def test_recalls_of_the_exported_logits_are_those_of_the_evaluation(run, exported, split):
+def test_recalls_of_the_exported_logits_are_those_of_the_evaluation(run, exported, split, token_keep):
     config = load_config(run / "config.json", "the run")
+    config.loss.cmli_token_keep = token_keep  # of training alone
     data = build_data(config.data, config.run.seed)
     some = torch.utils.data.Subset(data.evals[split], range(PAIRS))
     objective = load_objective(config, run, False, data, "cpu")
