@@ -63,8 +63,13 @@ class Checkpoints:
         self.gone = False
 
     def missing(self) -> list[str]:
-        """On rank 0: a line if the last checkpoint is not there any more, once; the next one is then due at once."""
-        if self.gone or self.name is None or (self.folder / FOLDER / self.name / checksums.NAME).is_file():
+        """On rank 0: a line if the last checkpoint is not there any more, once; the next one is then due at once.
+
+        Other ranks do not look: a folder on a network shows them a new checkpoint late.
+        """
+        if not distributed.is_main() or self.gone or self.name is None:
+            return []
+        if (self.folder / FOLDER / self.name / checksums.NAME).is_file():
             return []
         self.gone = True
         return [f"warning: {self.folder / FOLDER / self.name} is gone: a checkpoint is written anew"]

@@ -42,9 +42,9 @@ def damage(path: Path) -> str | None:
         size = file.read(8)
         text = file.read(min(int.from_bytes(size, "little"), LONGEST_HEADER))
         try:
-            metadata = json.loads(text)["__metadata__"]
+            first, second = json.loads(text)["__metadata__"].values()  # other programs' have other numbers
             # Any name, because the name may be what is damaged.
-            told = next(value.encode() for value in metadata.values() if len(value) == len(ZEROS))
+            told = next(value.encode() for value in (second, first) if len(value) == len(ZEROS))
         except (ValueError, LookupError, TypeError, AttributeError, StopIteration):
             return None  # the library tells what is wrong with a header
         digest = hashlib.sha256(size + text.replace(told, ZEROS, 1))

@@ -54,3 +54,9 @@ def test_the_checksum_stays_with_a_copy_and_a_file_without_one_is_not_refused(fi
     assert tensor_file.damage(shutil.copy(file, tmp_path / "copy.safetensors")) is None
     save_file(TENSORS, tmp_path / "theirs.safetensors", metadata={"format": "pt"})
     assert tensor_file.damage(tmp_path / "theirs.safetensors") is None
+
+
+def test_a_digest_of_something_else_in_another_programs_file_is_none_of_ours(tmp_path):
+    path = tmp_path / "theirs.safetensors"
+    save_file(TENSORS, path, metadata={"format": "pt", "epoch": "3", "data_hash": "5" * 64})
+    assert tensor_file.damage(path) is None
