@@ -159,7 +159,7 @@ def run(
         restore.load(point, state, engine, bad, with_changes)  # collective
         run_folder.settle(resume, point, folder, config, ds_config)  # collective
         say(counts_line(engine.objective, engine.teacher))
-        with watchdog.slow():  # a tracker may ask its server
+        with watchdog.slow(together=True):  # a tracker may ask its server
             ready = parts(engine, open_writer(folder, total_steps, state.step, config.run.report_to))  # collective
         with profiles.around(engine, here, ds_config, folder, state.step) as after_step:
             return loop(ready, after_step)  # collective
@@ -168,6 +168,7 @@ def run(
 def loop(run: Run, after_step: Callable[[], None]) -> int:
     """Train to the end; all ranks go through the same lines and meet in those marked. Returns the exit code."""
     from ds_cmli.data import train_loader
+    from ds_cmli.distributed.process_group import world_size
 
     settings, state, engine = run.config.run, run.state, run.engine
     workers, prefetch = run.config.data.workers, run.config.data.prefetch
@@ -177,7 +178,12 @@ def loop(run: Run, after_step: Callable[[], None]) -> int:
         while True:
             # The evaluation of a step comes before its checkpoint, which holds the result.
             if not state.evaluated:
-                evaluate(run)  # collectives
+                try:
+                    evaluate(run)  # collectives
+                except UserError:
+                    if world_size() == 1:  # other ranks would be in the midst of theirs
+                        save_done(run)
+                    raise
                 save_due = save_due or run.checkpoints.asked_for_by_the_evaluation(state)
             if save_due:
                 save(run)  # collectives
@@ -191,6 +197,7 @@ def loop(run: Run, after_step: Callable[[], None]) -> int:
                 if stop and not micro_batches:
                     raise preemption.Preempted
                 micro_batches.append(batch)
+            for batch in micro_batches:  # only now: what is saved where the data fails is the step before
                 run.bad.add(batch.bad)
                 run.meter.pairs += run.sampler.global_batch
                 run.sampler.advance()
@@ -205,8 +212,7 @@ def loop(run: Run, after_step: Callable[[], None]) -> int:
             state.evaluated = not (last or (settings.eval_every and state.step % settings.eval_every == 0))
             save_due = save_due or last or bool(settings.save_every and state.step % settings.save_every == 0)
     except preemption.Preempted:
-        if not run.checkpoints.holds(state):  # collective
-            save(run)  # collectives
+        save_done(run)  # collectives
         where = f"step {state.step} of {run.total_steps} by {preemption.requested() or 'a signal to another rank'}"
         run.writer.say(f"stopped at {where}: start again with --output-dir {run.checkpoints.folder} to go on")
         run.writer.close()
@@ -232,6 +238,7 @@ def next_batch(run: Run, batches: Iterator[Any]) -> tuple[Any, bool, bool]:
     signalled = preemption.requested() is not None
     failed, stop, save_due = run.flags.any(batch is None, signalled, run.checkpoints.due())  # collective
     if failed:
+        save_done(run)  # collectives
         run.flags.raise_together(error)  # collective
     assert batch is not None
     return batch, stop, save_due
@@ -312,12 +319,18 @@ def poll(run: Run) -> None:
         raise preemption.Preempted
 
 
+def save_done(run: Run) -> None:
+    """A checkpoint of what has been trained, unless the last one holds it. Collectives."""
+    if not run.checkpoints.holds(run.state):  # collective
+        save(run)  # collectives
+
+
 def save(run: Run) -> None:
     """A checkpoint, or a line that says why there is none. Collectives."""
     run.writer.flush(to_disk=True)
     run.state.capture(run.sampler, run.bad)  # CPU-GPU sync
     run.state.metrics_lines = run.writer.lines_at(run.state.step, run.state.evaluated)
-    with run.watchdog.slow():
+    with run.watchdog.slow(together=True):
         saved = run.checkpoints.save(run.state)  # collectives
     if saved.not_finite:
         run.writer.close()

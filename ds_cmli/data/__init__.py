@@ -4,8 +4,7 @@ B pairs, M text positions (padded), S image size in pixels.
 """
 
 import contextlib
-import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -23,6 +22,7 @@ from ds_cmli.data.sampler import GlobalBatchSampler
 from ds_cmli.data.scenes import EVAL_SCENES, EVAL_SEED, TRAIN_SCENES, Pictures, Scenes
 from ds_cmli.data.sources.base import Source
 from ds_cmli.data.tokens import CaptionTokenizer, SpecialTokens, load_tokenizer
+from ds_cmli.data.workers import Loader
 
 __all__ = [
     "BadSamples",
@@ -168,23 +168,6 @@ def _unknown(sources: list[Source], tokenizer: CaptionTokenizer, name: str) -> l
     ]
 
 
-class _Loader(DataLoader):
-    """A `DataLoader` that re-raises a loading process's `UserError` with its one line, without torch's traceback."""
-
-    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
-        # The loading processes are forked here. Their garbage collectors would write to all existing objects, and
-        # copy-on-write would copy some 100 MB into each process. Frozen objects are skipped.
-        gc.freeze()
-        try:
-            batches = super().__iter__()
-        finally:
-            gc.unfreeze()
-        try:
-            yield from batches
-        except UserError as error:
-            raise UserError(str(error).strip().splitlines()[-1].split("UserError: ", 1)[-1]) from None
-
-
 def train_loader(
     data: Data, sampler: GlobalBatchSampler, workers: int, worker_init: Callable[[int], None] | None = None,
     prefetch: int = 2,
@@ -220,7 +203,7 @@ def batches(
 
 
 def _loader(dataset: Dataset, collate: Callable, workers: int, seed: int, **batching) -> DataLoader:
-    return _Loader(
+    return Loader(
         dataset,
         collate_fn=collate,
         num_workers=workers,

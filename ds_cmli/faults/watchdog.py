@@ -33,6 +33,7 @@ class Heartbeat:
     step: int = 0  # optimizer steps done
     count: int = 0  # calls of `heartbeat`
     slow: bool = True
+    passed: int = 0  # slow parts of the run that end on all ranks together, and lie behind this rank
     waiting: bool = False  # in a collective
     where: str = ""  # the line of code that its main thread executes
     alive: int = 0  # increases as long as the process runs, even if its main thread hangs
@@ -91,16 +92,24 @@ class Watchdog:
         """Report progress. At the beginning of a step, `step` is the number of optimizer steps done so far."""
         if step is not None:
             self.mine.step = step
-            self.mine.slow = not self.started  # the first step compiles kernels and fills caches
+            if self.mine.slow and self.started:  # the first step compiles kernels and fills caches
+                self.mine.slow = False
+                self.mine.passed += 1
             self.started = True
         self.mine.count += 1
 
     @contextmanager
-    def slow(self) -> Iterator[None]:
-        """Around work without heartbeats that may exceed the time limit: the limit is ten times as long meanwhile."""
+    def slow(self, together: bool = False) -> Iterator[None]:
+        """Around work without heartbeats that may exceed the time limit: the limit is ten times as long meanwhile.
+
+        Args:
+            together: all ranks do this, and its last collective ends it for all of them. A rank that stops before it
+                could publish its end is then known to have done the work, and gets no more time for it.
+        """
         before, self.mine.slow = self.mine.slow, True
         yield
         self.mine.slow = before
+        self.mine.passed += together
 
     def dismiss(self) -> None:
         """Tell the other ranks to end silently, since this one has already printed why the job ends."""
@@ -190,7 +199,9 @@ class Watchdog:
 
     def _judge(self, now: float) -> None:
         """End the job if a rank has failed, is dead or hangs."""
-        limits = [self.timeout * (SLOW if b is None or b.slow else 1) for b in self.heartbeats]
+        passed = max((b.passed for b in self.heartbeats if b), default=0)
+        slow = [b is None or (b.slow and b.passed >= passed) for b in self.heartbeats]
+        limits = [self.timeout * (SLOW if each else 1) for each in slow]
         failed = [r for r, b in enumerate(self.heartbeats) if b and b.failed]
         if failed:
             # Two seconds in which this rank may end by itself: it may have met the same error or lost the connection.
@@ -202,10 +213,13 @@ class Watchdog:
         if dead:
             self._end(dead, f"is dead: no sign of life for {limits[dead[0]]:g} s")
         # On a GPU a rank that waits for others may look busy, as its CPU waits in a synchronisation of the GPU.
-        busy = [r for r in running if not self._heartbeat_of(r).waiting] or running
+        busy = [r for r in running if not self._heartbeat_of(r).waiting]
+        # Where all wait, the others may have waited long for the last one, which has just come.
+        come = 0.0 if busy else max((self.progressed[r] for r in running), default=now)
+        busy = busy or running
         least = min(self._heartbeat_of(r).count for r in busy)
         awaited = [r for r in busy if self._heartbeat_of(r).count == least]
-        hung = [r for r in awaited if now - self.progressed[r] > limits[r]]
+        hung = [r for r in awaited if now - max(come, self.progressed[r]) > limits[r]]
         if hung:
             self._end(hung, f"hangs: no progress for {limits[hung[0]]:g} s, in {self._heartbeat_of(hung[0]).where}")
 

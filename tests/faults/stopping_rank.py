@@ -31,7 +31,7 @@ def meet_fate(watchdog):
         os._exit(0)
     if fate == "is killed":
         os.kill(os.getpid(), signal.SIGKILL)
-    if fate == "is stopped":
+    if fate in ("is stopped", "is stopped after saving"):
         os.kill(os.getpid(), signal.SIGSTOP)
     if fate == "raises":
         raise Poisoned("sample 17")
@@ -58,10 +58,19 @@ with Watchdog(timeout) as watchdog:
         if step == 5 and fate == "agrees":  # a user's mistake, found by all ranks together
             print("FATE", time.time(), flush=True)
             raise UserError("too many broken images")
+        if step == 5 and fate == "is stopped after saving":
+            with watchdog.slow(together=True):
+                time.sleep(1)
+                dist.all_reduce(torch.ones(1))
         if step == 5 and (dist.get_rank() == victim or fate == "pauses"):
             print("FATE", time.time(), flush=True)
             meet_fate(watchdog)
         dist.all_reduce(torch.ones(1))
+        if step == 0 and fate == "is stopped after the first step":
+            time.sleep(0.5)  # until its time limit of the first step has been published
+            if dist.get_rank() == victim:
+                print("FATE", time.time(), flush=True)
+                os.kill(os.getpid(), signal.SIGSTOP)
     if fate == "preempted":
         sys.exit(85)
 distributed.shutdown()

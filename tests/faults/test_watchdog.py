@@ -32,7 +32,7 @@ def two_ranks(fate: str, victim: int = 1) -> tuple[list[int | None], str, float]
     for thread in threads:
         thread.start()
     threads[1 - victim].join(60)
-    if fate == "is stopped":
+    if fate.startswith("is stopped"):
         ranks[victim].kill()
     for process, thread in zip(ranks, threads, strict=True):
         thread.join(20)
@@ -50,10 +50,13 @@ FATES = {
     "exits": ("is dead", TIMEOUT),
     "is killed": ("is dead", TIMEOUT),
     "is stopped": ("is dead: no ", 2 * TIMEOUT + 2),
+    "is stopped after saving": ("is dead: no ", 2 * TIMEOUT + 2),
+    "is stopped after the first step": ("is dead: no ", 2 * TIMEOUT + 2),
     "raises": ("failed: Poisoned: sample 17", TIMEOUT + 2),
 }
 
 
+STOPPED = {fate: -signal.SIGKILL for fate in FATES if fate.startswith("is stopped")}
 # Rank 0 holds the store that all others read: where it stops they cannot ask about it.
 STOPS = [*((fate, 1) for fate in FATES), *((fate, 0) for fate in FATES if fate not in ("spins", "exits"))]
 GOES_ON = ("evaluates", "saves", "compiles", "pauses", "preempted", "agrees")
@@ -74,11 +77,12 @@ def test_one_rank_stops_and_the_job_ends(outcomes, fate, victim):
     said = [line for line in output.splitlines() if line.startswith("error: ")]
     print(f"rank {victim} {fate}: exit codes {codes}, {took:.1f} s", *said, sep="\n")
     assert codes[1 - victim] == 1, output
-    assert codes[victim] == {"exits": 0, "is killed": -signal.SIGKILL, "is stopped": -signal.SIGKILL}.get(fate, 1)
+    assert codes[victim] == {"exits": 0, "is killed": -signal.SIGKILL, **STOPPED}.get(fate, 1)
     assert took < seconds + SLACK, output
     assert len(said) == 1, output
     assert said[0].startswith(f"error: rank {victim} on node node-{victim} {words}"), said
-    assert said[0].endswith("; last step 5: the job ends")
+    last = 1 if fate.endswith("first step") else 5
+    assert said[0].endswith(f"; last step {last}: the job ends")
     # The rank that fails tells where; nobody else adds a traceback to it.
     assert output.count("Traceback") == (1 if fate == "raises" else 0), output
 

@@ -1,0 +1,121 @@
+"""A loader whose data loading processes fail in one line: killed, without shared memory, or without open files.
+
+A process passes its batches on through shared memory (/dev/shm) and open files. PyTorch prints a traceback where that
+fails, drops the batch, and the training waits for it.
+"""
+
+import errno
+import gc
+import multiprocessing.queues
+import os
+import resource
+import shutil
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, NoReturn
+
+from torch.utils.data import DataLoader
+
+from ds_cmli.common.errors import UserError
+from ds_cmli.data.batch import Batch
+
+SHARED = "/dev/shm"
+OPEN_FILES = 65536  # to which the limit of open files is raised, as far as this process may
+
+
+class Loader(DataLoader):
+    """Raises `UserError` for what its processes report: their own `UserError`s, their end, a lack of shared memory."""
+
+    def __init__(self, *args: Any, worker_init_fn: Callable[[int], None] | None = None, **kwargs: Any):
+        self.reader, writer = os.pipe()
+        os.set_blocking(self.reader, False)
+        super().__init__(*args, worker_init_fn=partial(_begin, writer, worker_init_fn), **kwargs)
+
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+        # The loading processes are forked here. Their garbage collectors would write to all existing objects, and
+        # copy-on-write would copy some 100 MB into each process. Frozen objects are skipped.
+        gc.freeze()
+        batches: Any = None
+        try:
+            if self.num_workers:
+                _allow_open_files()
+            batches = super().__iter__()
+            if self.num_workers and threading.current_thread() is threading.main_thread():
+                # PyTorch's handler would raise at any place of the training, in the midst of a collective too. The end
+                # of a process is found at the next batch.
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            gc.unfreeze()
+            yield from batches
+        except UserError as error:
+            raise UserError(str(error).strip().splitlines()[-1].split("UserError: ", 1)[-1]) from None
+        except (OSError, RuntimeError, EOFError) as error:  # EOFError: a process has ended while it wrote
+            message = self._message(error, getattr(batches, "_workers", ()))
+            if message is None:
+                raise
+            raise UserError(message) from None
+        finally:
+            gc.unfreeze()
+
+    def _message(self, error: Exception, processes: Any) -> str | None:
+        """The line for an error of the processes or of what they share; None for another error."""
+        try:
+            text = os.read(self.reader, 1000).decode(errors="replace")
+        except OSError:  # no process has written why it ended
+            text = ""
+        text = text or str(error)
+        if "Too many open files" in text or getattr(error, "errno", None) == errno.EMFILE:
+            limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+            return (
+                f"too many open files for --workers {self.num_workers}, ulimit -n is {limit}: raise it (ulimit -n "
+                "4096), or give fewer --workers"
+            )
+        if "shared memory" in text or "shm" in text or "Bus error" in text:
+            return _no_shared_memory(self.num_workers)
+        for process in processes:
+            process.join(0.1)  # so that its exit code is known
+        dead = [process for process in processes if process.exitcode not in (None, 0)]
+        if not dead:
+            return None
+        if dead[0].exitcode == -signal.SIGBUS:
+            return _no_shared_memory(self.num_workers)
+        how = f"exit code {dead[0].exitcode}"
+        if dead[0].exitcode < 0:
+            how = f"killed by {signal.Signals(-dead[0].exitcode).name}"
+        return (
+            f"a data loading process (pid {dead[0].pid}) has ended, {how}: start again to go on; where the system "
+            "kills it for want of memory, with fewer --workers"
+        )
+
+
+def _no_shared_memory(workers: int) -> str:
+    try:
+        usage = shutil.disk_usage(SHARED)
+        room = f"has {usage.free / 1e6:,.1f} of {usage.total / 1e6:,.1f} MB free"
+    except OSError:
+        room = "cannot be read"
+    return (
+        f"no shared memory for batches of --workers {workers}: {SHARED} {room}: enlarge it (docker run --shm-size=8g), "
+        "or give --workers 0"
+    )
+
+
+def _allow_open_files() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, OPEN_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def _begin(writer: int, init: Callable[[int], None] | None, worker: int) -> None:
+    """In a loading process: a batch that cannot be passed on ends it, and tells the training why."""
+
+    def ends(error: Exception, batch: Any) -> NoReturn:
+        os.write(writer, str(error)[:1000].encode())
+        os._exit(1)
+
+    # The batch is passed on in a thread, whose error would otherwise be printed, and the batch dropped.
+    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(ends)  # type: ignore[attr-defined]
+    if init is not None:
+        init(worker)
