@@ -25,9 +25,11 @@ def combined(scores: Mapping[str, Tensor], scales: Mapping[str, float | Tensor])
 
     Args:
         scores: "global" and "cmli", of any equal shape, as far as `scales` has them.
-        scales: 1/temperature of each kind that the model's losses compare, one at least.
+        scales: 1/temperature of each kind that the model's losses compare. If there is none, as in a
+            distillation alone, the cosines count, by which evaluation ranks too.
     """
-    first, *others = [scale * scores[kind] for kind, scale in scales.items()]
+    trained = scales or {"global": 1.0}
+    first, *others = [scale * scores[kind] for kind, scale in trained.items()]
     return sum(others, start=first)
 
 

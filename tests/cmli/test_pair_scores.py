@@ -17,6 +17,7 @@ I2T, T2I = torch.tensor([[0.25, 0.75]]), torch.tensor([[0.5, 0.125]])
         ({"cmli": 4.0, "global": 10.0}, [[6.0, 4.0]], [[7.0, 1.5]]),
         ({"cmli": 4.0}, [[1.0, 3.0]], [[2.0, 0.5]]),
         ({"global": 10.0}, [[5.0, 1.0]], [[5.0, 1.0]]),
+        ({}, [[0.5, 0.1]], [[0.5, 0.1]]),  # a distillation alone has no temperature
     ],
 )
 def test_each_direction_takes_its_own_cmli_and_only_what_was_trained(scales, i2t, t2i):
