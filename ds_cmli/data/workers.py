@@ -12,6 +12,7 @@ import resource
 import shutil
 import signal
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NoReturn
@@ -31,6 +32,7 @@ class Loader(DataLoader):
     def __init__(self, *args: Any, worker_init_fn: Callable[[int], None] | None = None, **kwargs: Any):
         self.reader, writer = os.pipe()
         os.set_blocking(self.reader, False)
+        weakref.finalize(self, _close, self.reader, writer)  # each evaluation has loaders of its own
         super().__init__(*args, worker_init_fn=partial(_begin, writer, worker_init_fn), **kwargs)
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
@@ -87,6 +89,11 @@ class Loader(DataLoader):
             f"a data loading process (pid {dead[0].pid}) has ended, {how}: start again to go on; where the system "
             "kills it for want of memory, with fewer --workers"
         )
+
+
+def _close(*files: int) -> None:
+    for file in files:
+        os.close(file)
 
 
 def _no_shared_memory(workers: int) -> str:

@@ -1,5 +1,6 @@
 """Data loading processes that are killed, or lack shared memory or open files: one line, soon, and a checkpoint."""
 
+import gc
 import os
 import resource
 import signal
@@ -90,3 +91,11 @@ def test_a_training_ends_in_one_line(before, words, tmp_path):
     assert told.startswith(f"error: {words}")
     trained = "step 1/50" in done.stdout
     assert (tmp_path / "run" / "checkpoint" / "latest").is_file() == trained
+
+
+def test_loaders_that_are_gone_leave_no_file_open():
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(5):
+        next(iter(Loader(Ones(), batch_size=4)))
+    gc.collect()
+    assert len(os.listdir("/proc/self/fd")) == before
