@@ -18,7 +18,7 @@ from ds_cmli.checkpoint.train_state import TrainState, read_of_rank, read_shared
 from ds_cmli.checkpoint.weights import parts
 from ds_cmli.common.errors import UserError
 from ds_cmli.common.pretrained import refused_code
-from ds_cmli.config import settings
+from ds_cmli.config import schedule, settings
 from ds_cmli.config.deepspeed_config import BATCH_KEYS, DeepSpeedConfig
 from ds_cmli.config.schema import Config
 from ds_cmli.data import BadSamples
@@ -192,6 +192,7 @@ def _load_engine(point: ResumePoint, train_engine: TrainEngine, with_changes: bo
 
     engine, path = train_engine.engine, point.path
     fresh = [{k: v for k, v in group.items() if k != "params"} for group in engine.optimizer.param_groups]
+    of_schedule = dict(engine.lr_scheduler.state_dict())
     try:
         if point.resharded:
             converted = universal.convert(path, train_engine.names)  # collective
@@ -205,7 +206,7 @@ def _load_engine(point: ResumePoint, train_engine: TrainEngine, with_changes: bo
                 engine.load_checkpoint(str(path.parent), tag=path.name)  # collectives
         average.load_averages(path, train_engine)
         if with_changes:
-            _apply_rates(engine, fresh)
+            _apply_rates(engine, fresh, of_schedule)
         mine = not_finite({"weights": parts(engine), "optimizer": list(engine.optimizer.state.values())})
         bad = next((name for name in distributed.gather_objects(mine) if name), None)  # collective
         if bad is not None:
@@ -221,13 +222,8 @@ def _load_engine(point: ResumePoint, train_engine: TrainEngine, with_changes: bo
         ) from error
 
 
-def _apply_rates(engine: Any, fresh: list[dict[str, Any]]) -> None:
-    """Apply this start's learning rates, weight decay and so on, which loading the checkpoint has overwritten."""
-    schedule = engine.lr_scheduler
+def _apply_rates(engine: Any, fresh: list[dict[str, Any]], of_schedule: dict[str, Any]) -> None:
+    """Apply this start's learning rates, weight decay, schedule and so on, which loading has overwritten."""
     for group, new in zip(engine.optimizer.param_groups, fresh, strict=True):
         group.update({k: v for k, v in new.items() if k != "lr"})
-    if isinstance(schedule, torch.optim.lr_scheduler.LambdaLR):
-        schedule.base_lrs = [group["initial_lr"] for group in fresh]
-        rates = [base * f(schedule.last_epoch) for base, f in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
-        for group, rate in zip(engine.optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate
+    schedule.with_new_settings(engine.lr_scheduler, of_schedule, engine.optimizer.param_groups)

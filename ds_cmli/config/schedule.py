@@ -2,7 +2,7 @@
 
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -14,6 +14,8 @@ from ds_cmli.common.errors import UserError
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.optimizers import DEEPSPEED_SCHEDULERS
 
+# What the state of a schedule says of the position in it; the rest are settings.
+POSITION = ("last_epoch", "_step_count", "_last_lr", "last_batch_iteration", "T_cur", "T_i", "lr_lambdas")
 LARGEST = 1e30  # rates above it overflow in fp32 as soon as they are multiplied
 MOST_TRIED = 10_000  # at most this many steps of a schedule are tried
 
@@ -40,6 +42,20 @@ def maker(ds_config: DeepSpeedConfig, warmup: int, total_steps: int) -> Callable
     # DeepSpeed would pass its ZeRO optimizer to PyTorch's schedulers, which refuse it.
     kind = getattr(torch.optim.lr_scheduler, scheduler["type"])
     return lambda optimizer: kind(optimizer, **scheduler["params"])
+
+
+def with_new_settings(schedule: Any, fresh: Mapping[str, Any], groups: list[dict[str, Any]]) -> None:
+    """Give a schedule that was loaded from a checkpoint this start's settings, and the groups the rates by them.
+
+    Args:
+        fresh: its `state_dict` from before it was loaded.
+        groups: the optimizer's.
+    """
+    vars(schedule).update({name: value for name, value in fresh.items() if name not in POSITION})
+    # Most of PyTorch's schedules compute a rate from the one before; their closed form is by the position alone.
+    rates = getattr(schedule, "_get_closed_form_lr", schedule.get_lr)()
+    for group, rate in zip(groups, rates, strict=True):
+        group["lr"] = rate
 
 
 def try_out(ds_config: DeepSpeedConfig, device: torch.device, total_steps: int) -> str | None:

@@ -127,7 +127,8 @@ def _places(value: Any, path: tuple = ()) -> list[tuple]:
 
 def change_json(draw: random.Random, content: dict[str, Any]) -> str:
     """Change one place; what was done."""
-    kind = draw.choice(["value", "value", "key", "remove", "typo", "stage", "optimizer", "scheduler", "optimizer key"])
+    kinds = ["value", "value", "key", "remove", "typo", "dotted", "stage", "optimizer", "scheduler", "optimizer key"]
+    kind = draw.choice(kinds)
     path = draw.choice(_places(content))
     *parents, key = path
     inside = content
@@ -140,6 +141,10 @@ def change_json(draw: random.Random, content: dict[str, Any]) -> str:
     if kind == "remove":
         del inside[key]
         return f"without {name}"
+    if kind == "dotted":
+        new = name if parents else draw.choice(["", " ", f"{key} ", key.upper(), f"{key}.enabled"])
+        content[new] = inside.pop(key)
+        return f"{name} as {new!r}"
     if kind == "typo":
         at = draw.randrange(len(key))
         inside[key[:at] + key[at + 1 :] + draw.choice("xyz_")] = inside.pop(key)

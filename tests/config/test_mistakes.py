@@ -77,6 +77,16 @@ MISTAKES = {
         lambda p: json_file(p, {"train_batch_size": 10, "train_micro_batch_size_per_gpu": 4}),
         "train_batch_size is 10, but train_micro_batch_size_per_gpu 4 x gradient_accumulation_steps 2 x world size 1",
     ),
+    "dotted key in JSON": (lambda p: json_file(p, {"timers.throughput": {}}), "a JSON has no dotted keys: write"),
+    "profile that cannot be written": (
+        lambda p: json_file(p, {"flops_profiler": {"enabled": True, "output_file": "/proc/none/x"}}),
+        "flops_profiler.output_file is '/proc/none/x': cannot write there: No such file",
+    ),
+    "schedule shorter than the run": (
+        lambda p: json_file(p, {"scheduler": {"type": "PolynomialLR", "params": {"total_iters": 5}}}),
+        "PolynomialLR ends there; the run has 20 steps",
+    ),
+    "option twice": (["--steps", "3", "--steps=5"], "--steps is given 2 times ('3', '5'): keep one"),
     "no data folder": (["--data", "/nowhere"], "/nowhere"),
     "no metadata": (lambda p: ["--data", str(p)], "metadata.jsonl"),
     "missing caption column": (lambda p: ["--data", pairs(p / "d", column="captoin")], "captoin"),

@@ -8,7 +8,7 @@ from ds_cmli.common.errors import UserError
 from ds_cmli.config import optimizers
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.presets import load_preset
-from ds_cmli.config.schedule import warmup_then_cosine
+from ds_cmli.config.schedule import warmup_then_cosine, with_new_settings
 from ds_cmli.data import eval_loader
 
 STEPS = 4
@@ -128,3 +128,36 @@ def test_no_optimizer_of_deepspeeds_own_is_compiled_unasked():
             assert ds_config.optimizer_params["torch_adam"] is True
             (notice,) = ds_config.notices
             assert notice.startswith(f"optimizer {kind}: PyTorch's own; DeepSpeed's would be compiled first: ")
+
+
+@pytest.mark.parametrize(
+    ("kind", "before", "now"),
+    [
+        ("PolynomialLR", {"total_iters": 5}, {"total_iters": 20}), ("StepLR", {"step_size": 2}, {"step_size": 3}),
+        ("OneCycleLR", {"max_lr": 0.1, "total_steps": 6}, {"max_lr": 0.2, "total_steps": 20}),
+        ("CosineAnnealingLR", {"T_max": 5}, {"T_max": 20}), ("LinearLR", {"total_iters": 2}, {"total_iters": 9}),
+        ("ExponentialLR", {"gamma": 0.5}, {"gamma": 0.9}), ("MultiStepLR", {"milestones": [1]}, {"milestones": [6]}),
+    ],
+)  # fmt: skip
+def test_a_run_that_goes_on_with_another_schedule_has_the_rates_of_that(kind, before, now):
+    def made(params):
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1, momentum=0.9)
+        return optimizer, getattr(torch.optim.lr_scheduler, kind)(optimizer, **params)
+
+    def rates(optimizer, schedule, steps):
+        found = []
+        for _ in range(steps):
+            found.append(optimizer.param_groups[0]["lr"])
+            optimizer.step()
+            schedule.step()
+        return found
+
+    old, going_on = made(before), made(now)
+    rates(*old, 4)
+    fresh = dict(going_on[1].state_dict())
+    group = {name: value for name, value in going_on[0].param_groups[0].items() if name not in ("params", "lr")}
+    going_on[0].load_state_dict(old[0].state_dict())
+    going_on[1].load_state_dict(old[1].state_dict())
+    going_on[0].param_groups[0].update(group)
+    with_new_settings(going_on[1], fresh, going_on[0].param_groups)
+    assert rates(*going_on, 4) == pytest.approx(rates(*made(now), 8)[4:])
