@@ -96,7 +96,7 @@ def exit_code(command: click.Command) -> int:
 
 
 def refuse_twice(command: click.Command, arguments: list[str]) -> None:
-    """Raise `UserError` for an option that is given twice, of which click takes the last one without a word.
+    """Raise `UserError` for an option given twice, of which click takes the last one silently.
 
     A flag may be repeated, and an option that is made for several values.
     """

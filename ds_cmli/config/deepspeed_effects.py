@@ -1,6 +1,7 @@
 """Which keys of a DeepSpeed JSON have no effect beside others: a table, and the lines about them.
 
-A key that never has an effect here is refused (`deepspeed_keys.py`). This is about keys that another one makes idle.
+A key that never has an effect here is refused (`deepspeed_keys.py`). This is about keys that
+another one makes idle.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -14,7 +15,7 @@ Section = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Idle:
-    """In `section`, the `names` have no effect if `where` holds of its content; `why` says so in words."""
+    """In `section`, the `names` have no effect where its content is so; `why` says it in words."""
 
     section: str
     names: tuple[str, ...]
@@ -34,10 +35,21 @@ def _not_exponential(params: Section) -> bool:
     return params.get("mode", "triangular") != "exp_range"
 
 
-DYNAMIC = ("initial_scale_power", "loss_scale_window", "hysteresis", "consecutive_hysteresis", "min_loss_scale")
+DYNAMIC = (
+    "initial_scale_power",
+    "loss_scale_window",
+    "hysteresis",
+    "consecutive_hysteresis",
+    "min_loss_scale",
+)
 IDLE = (
     Idle("fp16", DYNAMIC, _fixed_scale, "loss_scale is fixed"),
-    Idle("comms_logger", ("prof_ops",), lambda logger: logger.get("prof_all", True), "prof_all logs every operation"),
+    Idle(
+        "comms_logger",
+        ("prof_ops",),
+        lambda logger: logger.get("prof_all", True),
+        "prof_all logs every operation",
+    ),
 )
 MOMENTUM = "cycle_momentum is false"
 # Of parameters, by the type of the optimizer or scheduler.
@@ -60,7 +72,7 @@ PARAMETERS = {
         Idle("scheduler", ("epochs", "steps_per_epoch"), lambda params: "total_steps" in params, "total_steps says it"),
     ),
 }  # fmt: skip
-# Schedulers that set every rate themselves; those of the second line only where they are given the full rate.
+# Schedulers that set every rate themselves; the second ones only where the full rate is given.
 OWN_RATES = ("LRRangeTest", "OneCycle", "CyclicLR", "OneCycleLR")
 OWN_RATES_IF_GIVEN = ("WarmupLR", "WarmupDecayLR")
 

@@ -1,6 +1,7 @@
-"""Which settings have no effect beside others: a table, and the lines about those that the user has given.
+"""Which settings have no effect beside others: a table, and the lines about those that were given.
 
-What only the models or the data decide is told where they are built (`engine/parameter_groups.py`, `data/opening.py`).
+What only the models or the data decide is told where they are built, in
+`engine/parameter_groups.py` and `data/opening.py`.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -12,7 +13,7 @@ from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.schema import Config, TeacherConfig
 from ds_cmli.losses import LOSSES
 
-# Settings that only some losses read, with the names of these losses; without them the setting has no effect.
+# Settings that only some losses read, with the names of these losses.
 OF_LOSSES = {
     **{f"loss.{s}": [n for n, e in LOSSES.items() if s in e.settings] for e in LOSSES.values() for s in e.settings},
     **{f"teacher.{f.name}": [n for n, e in LOSSES.items() if e.teacher] for f in fields(TeacherConfig)},
@@ -143,7 +144,10 @@ def _not_taken(name: str) -> Callable[[Config, Step], str | None]:
 
 
 IN_STEP = (
-    IdleInStep(("optim.negatives",), lambda config, step: _one_micro_batch(config, step) or _no_pairs(config, step)),
+    IdleInStep(
+        ("optim.negatives",),
+        lambda config, step: _one_micro_batch(config, step) or _no_pairs(config, step),
+    ),
     IdleInStep(("optim.cache_on_host",), _no_cache),
     IdleInStep(("optim.reduce_once",), _reduced_anyway),
     IdleInStep(("loss.cmli_recompute",), _no_graph),
@@ -156,7 +160,7 @@ def without_effect(config: Config, given: Mapping[str, str]) -> Iterator[str]:
     """A line for each setting that has no effect beside the other settings.
 
     Args:
-        given: the settings that the user gave, with how: `{"data.prefetch": "--set data.prefetch"}`.
+        given: the settings that were given, and how: `{"run.keep": "--keep"}`.
     """
     for name in sorted(given):
         losses = OF_LOSSES.get(name)
@@ -172,7 +176,7 @@ def without_effect(config: Config, given: Mapping[str, str]) -> Iterator[str]:
 def without_effect_in_step(
     config: Config, ds_config: DeepSpeedConfig, ranks: int, given: Mapping[str, str]
 ) -> Iterator[str]:
-    """A line for each setting that has no effect beside the JSON or with this number of ranks; `given` as above."""
+    """The same beside the JSON and with this number of ranks."""
     try:
         step = Step(ds_config, ranks, ds_config.batch(config.optim.micro_batch, ranks)[2])
     except UserError:  # told where the run needs it

@@ -1,4 +1,4 @@
-"""Checks at the start that what a run writes outside its folder can be written: files, folders and a wandb account.
+"""Checks at the start that files and folders outside a run's own, and wandb, can be written to.
 
 DeepSpeed opens them when training has begun, and ends the run if it cannot.
 """
@@ -12,12 +12,12 @@ from typing import Any
 from ds_cmli.common.errors import UserError
 from ds_cmli.config.validation import shown
 
-# Sections of the DeepSpeed JSON whose `output_path` is a folder, in which `job_name` is another one.
+# Sections of the JSON whose `output_path` is a folder, in which `job_name` is another one.
 FOLDERS = ("tensorboard", "csv_monitor")
 
 
 def check_outputs(ds_config: Mapping[str, Any], report_to: Sequence[str]) -> None:
-    """Raise `UserError` for the first place that cannot be written. Called on rank 0 alone, which writes them.
+    """Raise `UserError` for the first place that cannot be written. For rank 0, which writes them.
 
     Args:
         report_to: names of trackers.
@@ -43,11 +43,15 @@ def _places(ds_config: Mapping[str, Any]) -> Iterator[tuple[str, str, Path]]:
         section = ds_config.get(name, {})
         if section.get("enabled"):
             path = section.get("output_path", "")
-            yield f"{name}.output_path", path, Path(path) / section.get("job_name", "DeepSpeedJobName")
+            yield (
+                f"{name}.output_path",
+                path,
+                Path(path) / section.get("job_name", "DeepSpeedJobName"),
+            )
 
 
 def _try(place: Path, folder: bool) -> None:
-    """Make the file, or a file in the folder, and remove what was not there before. Raises `OSError`, `ValueError`."""
+    """Make the file, or one in the folder, and remove what is new. Raises `OSError`, `ValueError`."""
     made = [path for path in (place, *place.parents) if not path.exists()]
     try:
         (place if folder else place.parent).mkdir(parents=True, exist_ok=True)

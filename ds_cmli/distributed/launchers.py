@@ -90,7 +90,7 @@ def _check_number(name: str, least: int, most: int | None) -> None:
 
 
 def _check_ranks() -> None:
-    """Raise `UserError` if this process's rank is none of the run's, for which the others would wait."""
+    """Raise `UserError` if this process's rank is none of the run's, or cannot meet the others."""
     env = os.environ
     rank, ranks, local = int(env["RANK"]), int(env["WORLD_SIZE"]), int(env["LOCAL_RANK"])
     if rank >= ranks:

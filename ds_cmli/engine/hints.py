@@ -1,4 +1,4 @@
-"""What the line about a model that does not fit says more: what only the whole configuration knows."""
+"""What only the whole configuration knows of a model that does not fit, for the line about it."""
 
 import math
 from collections.abc import Iterator
@@ -22,7 +22,7 @@ SIZES = (
 
 @contextmanager
 def with_hints(config: Config) -> Iterator[None]:
-    """Build the models inside: an image size that fits is one for student and teacher; a preset's setting is said so.
+    """Build the models inside. A proposed image size fits all; a preset's setting is called that.
 
     Raises:
         UserError: the one raised inside, with more in its line.
@@ -37,10 +37,10 @@ def with_hints(config: Config) -> Iterator[None]:
 
 
 def _size_for_all(config: Config, patch: tuple[int, int]) -> str:
-    """The size nearest to the configured one that is a multiple of the patches of both image encoders."""
+    """The size nearest to the configured one that both image encoders take."""
     sides, size = {*patch}, config.data.image_size
     for request in _image_encoders(config):
-        sides |= {*(timm_model.patch(request) or ())}
+        sides |= {*timm_model.patch(request)}
     step = math.lcm(*sides)
     if step > MOST_PIXELS:
         return f"no size fits patches of {' and '.join(map(str, sorted(sides)))} pixels: choose other models"
@@ -52,14 +52,20 @@ def _size_for_all(config: Config, patch: tuple[int, int]) -> str:
 def _image_encoders(config: Config) -> Iterator[ImageRequest]:
     student, teacher, size = config.student, config.teacher, config.data.image_size
     yield ImageRequest(
-        "student.image_", student.image_model, "random", student.image_overrides, size, True, student.layers
+        "student.image_",
+        student.image_model,
+        "random",
+        student.image_overrides,
+        size,
+        True,
+        student.layers,
     )
     if needs_teacher(config.loss.weights):
         yield ImageRequest("teacher.", teacher.model, "random", teacher.overrides, size, True, block=teacher.block)
 
 
 def _of_the_preset(config: Config, line: str) -> str:
-    """If the line is about sizes that the preset set for its own model, and the user has named another, say so."""
+    """A hint if the line is about sizes that the preset set for another model than this one."""
     for section, model, sizes in SIZES:
         preset = PRESETS.get(config.run.preset, {}).get(section, {})
         given, own = getattr(config, section), preset.get(model)

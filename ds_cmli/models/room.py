@@ -17,7 +17,9 @@ CGROUP = Path("/sys/fs/cgroup")  # of this process, as containers and Slurm see 
 
 
 def check_room(setting: str, value: object, parameters: int) -> None:
-    """Raise `UserError` if `parameters` in fp32 are more than the memory that is free here. Nothing in a prediction.
+    """Raise `UserError` if `parameters` in fp32 are more than the memory that is free here.
+
+    Nothing in a prediction, which is for another machine.
 
     Args:
         setting, value: what to change.

@@ -214,7 +214,7 @@ def last_block(request: ImageRequest, depth: int, unit: str) -> int:
 
 
 class WrongImageSize(UserError):
-    """The images' side is no multiple of the `patch` of an encoder; what size to give depends on the other one too."""
+    """The images' side is no multiple of an encoder's `patch`; the other encoder has one too."""
 
     def __init__(self, request: ImageRequest, side: int, patch: tuple[int, int]):
         size = request.image_size
@@ -233,8 +233,8 @@ def check_image_size(request: ImageRequest, patch: tuple[int, int]) -> None:
             raise WrongImageSize(request, side, patch)
 
 
-def patch(request: ImageRequest) -> tuple[int, int] | None:
-    """Height and width in pixels of a patch of the model's tokens or feature map; None if it cannot be built."""
+def patch(request: ImageRequest) -> tuple[int, int]:
+    """Height and width in pixels of a patch of the model."""
     model = sketch(request)
     ratio = getattr(getattr(model, "patch_embed", None), "feat_ratio", None)
     if ratio is not None and isinstance(getattr(model, "blocks", None), nn.Sequential | nn.ModuleList):
