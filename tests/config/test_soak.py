@@ -11,7 +11,7 @@ pytestmark = pytest.mark.soak
 
 
 def test_changes_of_the_json(device):
-    shown(soak_json(150, seed=1))
+    shown(soak_json(300, seed=1))
 
 
 def test_settings_beside_others(tmp_path):
