@@ -79,7 +79,13 @@ OWN_RATES_IF_GIVEN = ("WarmupLR", "WarmupDecayLR")
 
 def without_effect(content: Section) -> tuple[str, ...]:
     """A line for each section with keys that have no effect beside the others."""
-    return (*_stage(content), *_switched_off(content), *_beside_others(content), *_rates(content))
+    return (
+        *_stage(content),
+        *_switched_off(content),
+        *_beside_others(content),
+        *_rates(content),
+        *_least_warmup(content),
+    )
 
 
 def _stage(content: Section) -> Iterator[str]:
@@ -110,6 +116,11 @@ def _beside_others(content: Section) -> Iterator[str]:
         typed = content.get(name, {})
         for idle in PARAMETERS.get(typed.get("type"), ()):
             yield from _line(f"{name}.params", idle, typed.get("params", {}))
+
+
+def _least_warmup(content: Section) -> Iterator[str]:
+    if content.get("scheduler", {}).get("params", {}).get("warmup_num_steps") == 1:
+        yield "scheduler.params.warmup_num_steps is 1: DeepSpeed takes 2 for it, its least"
 
 
 def _line(where: str, idle: Idle, section: Section) -> Iterator[str]:

@@ -383,6 +383,10 @@ def test_tables_hold_what_deepspeed_and_torch_take():
             {"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "none", "pin_memory": True}}},
             "no effect: pin_memory, as nothing is offloaded",
         ),
+        (
+            {"scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 1}}},
+            "is 1: DeepSpeed takes 2 for it",
+        ),
         ({"optimizer": {"type": "SGD", "params": {"dampening": 0.5}}}, "dampening, as there is no momentum"),
         (
             {"scheduler": {"type": "CyclicLR", "params": {"base_lr": 1, "max_lr": 2, "gamma": 0.5}}},
