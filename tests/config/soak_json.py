@@ -128,7 +128,7 @@ def json_way(name: str, before: dict[str, Any], after: dict[str, Any]) -> str:
         return "traceback" if "\n" in str(error) else "refused"
     except Exception:
         return "traceback"
-    if says - said or any("no effect" in line and name in line for line in says):
+    if says - said or any(re.search(rf"\b{re.escape(name)}\b", line) for line in says):
         return "told"
     try:
         weights, rates, read = trained(changed.raw())

@@ -1,6 +1,7 @@
 """What each launcher sets becomes torch's own variables, or is refused in one line."""
 
 import pytest
+import torch
 
 from ds_cmli.common.errors import UserError
 from ds_cmli.distributed import launchers
@@ -86,3 +87,17 @@ def test_an_environment_that_no_launcher_sets_is_one_line(monkeypatch, capsys, g
     assert told.startswith("" if given.startswith("RANK=1") else f"error: {line}") and told.count("\n") <= 1
     with pytest.raises(UserError, match=line.replace("(", ".")):
         launchers.map_launcher_environment()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_a_device_that_is_not_here(monkeypatch, capsys):
+    from ds_cmli import engine
+    from ds_cmli.config.deepspeed_config import DeepSpeedConfig
+
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    engine.on_this_device(DeepSpeedConfig.of({}))
+    line = "CUDA_VISIBLE_DEVICES is '3', and PyTorch finds no GPU there: training on the CPU\n"
+    assert line in capsys.readouterr().out
+    monkeypatch.setenv("DS_ACCELERATOR", "cuda")
+    with pytest.raises(UserError, match=r"^DS_ACCELERATOR is 'cuda' and PyTorch finds no GPU here: unset it to tr"):
+        engine.on_this_device(DeepSpeedConfig.of({}))
