@@ -37,8 +37,8 @@ def command(preset: str, deepspeed_config: str, settings: tuple[str, ...], resum
             dry_run: bool, profile: str | None, profile_memory: int | None, **options: Any) -> int:  # fmt: skip
     """Train a student on image-text pairs with global contrastive, all-pairs CMLI and Target-CMLI losses.
 
-    With no options it trains the preset "demo" to its end. On TERM, USR1, USR2 or INT it saves and ends with exit
-    code 85; started again in the same way, it goes on.
+    With no options it trains the preset "demo" to its end. On TERM, USR1, USR2, INT, QUIT or HUP it saves and ends
+    with exit code 85; started again in the same way, it goes on.
     """
     map_launcher_environment()
     config = resolve_config(preset, settings, options)
@@ -82,7 +82,7 @@ def train(
     try:
         device = distributed.init(stop=preemption.stop)  # collective
     except preemption.Preempted:
-        say(f"stopped before step 1 by {preemption.requested()}: start again to go on")
+        say(f"stopped before step 1 by {preemption.requested()}{preemption.to_go_on('start again')}")
         return preemption.EXIT_CODE
     try:
         distributed.raise_together(mistake or cannot_compile(config, device))  # collective
@@ -214,7 +214,8 @@ def loop(run: Run, after_step: Callable[[], None]) -> int:
     except preemption.Preempted:
         save_done(run)  # collectives
         where = f"step {state.step} of {run.total_steps} by {preemption.requested() or 'a signal to another rank'}"
-        run.writer.say(f"stopped at {where}: start again with --output-dir {run.checkpoints.folder} to go on")
+        again = f"start again with --output-dir {run.checkpoints.folder}"
+        run.writer.say(f"stopped at {where}{preemption.to_go_on(again)}")
         run.writer.close()
         return preemption.EXIT_CODE
 

@@ -27,6 +27,8 @@ def missing() -> list[str]:
                 lines.append(f"TRITON_CACHE_DIR is {cache!r}: it belongs to another user; set it to a folder of yours")
         except OSError as error:
             lines.append(f"TRITON_CACHE_DIR is {cache!r}: it cannot be made: {error.strerror}")
+    if os.environ.get("SLURM_STEP_NUM_NODES", "1") != "1" and "MASTER_ADDR" in os.environ and not lines:
+        lines += unreachable()
     granted = int(os.environ.get("SLURM_GPUS_ON_NODE") or 0)
     if granted and not lines:
         import torch
@@ -38,6 +40,16 @@ def missing() -> list[str]:
                 "these GPUs and their driver, or pass them into the container (apptainer exec --nv)"
             )
     return lines
+
+
+def unreachable() -> list[str]:
+    from ds_cmli.distributed import launchers, master_address
+
+    first_node = os.environ["SLURM_NODEID"] == "0"
+    line = launchers.address_mistake(first_node)
+    # What is so on all nodes is told by the first.
+    everywhere = master_address.means_every_machine(os.environ["MASTER_ADDR"])
+    return [] if line is None or (everywhere and not first_node) else [line]
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ set -uo pipefail
 
 PREEMPTED=85 # exit code of train.py: saved, to be continued
 
+node=${SLURMD_NODENAME:-$(hostname)}
 die() {
     echo "error: $*" >&2
     exit 2
@@ -26,37 +27,78 @@ step=
 signalled=0
 pass_on() {
     signalled=1
-    [[ -z $step ]] || kill -USR1 "$step" 2>/dev/null
+    [[ -n $step ]] || return
+    # When Slurm ends the job, it tells the tasks too, and they name the signal that came first.
+    [[ $1 == TERM && $(job_field JobState) != RUNNING ]] || kill -USR1 "$step" 2>/dev/null
 }
-trap pass_on TERM USR1 USR2 INT
+for name in TERM USR1 USR2 INT QUIT HUP; do trap "pass_on $name" "$name"; done
 # --- where things are
 [[ -n ${SLURM_JOB_ID:-} ]] || die "this is a job script: start it with sbatch [sbatch options] slurm/train.sh [options]"
 for program in srun scontrol; do
-    command -v "$program" >/dev/null || die "node $(hostname): no $program on PATH"
+    command -v "$program" >/dev/null || die "node $node: no $program on PATH"
 done
+((${SLURM_HET_SIZE:-1} == 1)) ||
+    die "this is a heterogeneous job (\" : \" among the options of sbatch), of which only the first part would train:" \
+        "ask for all nodes as one, for instance with --nodes=2 --ntasks=3"
 job_field() { scontrol show job "$SLURM_JOB_ID" | sed -n "s/^.* $1=\([^ ]*\).*/\1/p" | head -n 1; }
+# An option of sbatch behind the script's name would be one of train.py. `--profile` and `--help` are of both.
+theirs=$(sbatch --help 2>/dev/null)
+for word in "$@"; do
+    case $word in
+    --profile | --profile=* | --help | -h | --) ;;
+    --* | -[A-Za-z]*)
+        name=${word%%=*}
+        [[ $name == --* ]] || name=${name:0:2}
+        ! grep -qE -- "^ *(-[A-Za-z], )?$name" <<<"$theirs" ||
+            die "$word is an option of sbatch: sbatch options go before the script: sbatch $word ... slurm/train.sh"
+        ;;
+    esac
+done
+
+# DS_CMLI_SETUP: commands that prepare the environment, for instance "module load cuda"
+if [[ -n ${DS_CMLI_SETUP:-} ]]; then
+    set +u # the scripts of modules and conda use variables that are not set
+    eval "$DS_CMLI_SETUP" || die "node $node: DS_CMLI_SETUP failed: $DS_CMLI_SETUP"
+    set -u
+fi
 # sbatch runs a copy from its spool folder, so Slurm is asked for the original's path, which its arguments may follow.
-script=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *Command=//p' | head -n 1)
+given=$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *Command=//p' | head -n 1)
+script=$given
 while [[ ! -f $script && $script == *" "* ]]; do script=${script% *}; done
 for project in "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.." "$(dirname "$(readlink -f "$script")")/.." \
     "${SLURM_SUBMIT_DIR:-.}"; do
     [[ -f $project/ds_cmli/train.py ]] && break
 done
-[[ -f $project/ds_cmli/train.py ]] ||
+if [[ ! -f $project/ds_cmli/train.py ]]; then
+    [[ $given != "(null)" ]] ||
+        die "the script was read from standard input, which does not say where the project is: sbatch slurm/train.sh," \
+            "or submit from the project's folder and not from ${SLURM_SUBMIT_DIR:-.}"
+    [[ -f $script ]] ||
+        die "node $node: there is no $given here: the project must be visible from all nodes"
     die "no ds_cmli/train.py beside $script or in ${SLURM_SUBMIT_DIR:-.}: submit slurm/train.sh from the project's folder"
+fi
 project=$(cd "$project" && pwd)
 
 # The command that starts Python: DS_CMLI_PYTHON, or that of an active environment, or that of the project's .venv.
-if [[ -z ${DS_CMLI_PYTHON:-} && -z ${VIRTUAL_ENV:-}${CONDA_PREFIX:-} && -x $project/.venv/bin/python ]]; then
-    DS_CMLI_PYTHON=$project/.venv/bin/python
+if [[ -z ${DS_CMLI_PYTHON:-} && -z ${VIRTUAL_ENV:-} && -x $project/.venv/bin/python ]]; then
+    # Many shells activate conda's base environment by themselves: that is no choice.
+    if [[ -z ${CONDA_PREFIX:-} || ${CONDA_DEFAULT_ENV:-} == base ]]; then
+        DS_CMLI_PYTHON=$project/.venv/bin/python
+        [[ -z ${CONDA_PREFIX:-} ]] ||
+            echo "notice: runs $DS_CMLI_PYTHON and not conda's base environment: DS_CMLI_PYTHON names another"
+    fi
 fi
+words() { [[ -z $1 ]] || xargs printf '%s\n' <<<"$1"; } # split at spaces, but for words that are quoted
+mapfile -t extra < <(words "${DS_CMLI_SRUN:-}")          # options of srun, for instance of a container
 python=("${DS_CMLI_PYTHON:-python3}")
-# It is one program, whose path may hold spaces, or several words, of which those with spaces are quoted.
-command -v "${python[0]}" >/dev/null || mapfile -t python < <(xargs printf '%s\n' <<<"${python[0]}")
-found=$(command -v "${python[0]}") ||
-    die "node $(hostname): no '${python[0]}': set DS_CMLI_PYTHON to the command that starts Python"
-# Whatever DeepSpeed compiles at run time calls programs of the same environment.
-export PATH="$(dirname "$found"):$PATH"
+# It is one program, whose path may hold spaces, or several words.
+command -v "${python[0]}" >/dev/null || mapfile -t python < <(words "${python[0]}")
+if [[ " ${extra[*]-}" != *" --container"* ]]; then # otherwise the program is in the container
+    found=$(command -v "${python[0]}") ||
+        die "node $node: no '${python[0]}': set DS_CMLI_PYTHON to the command that starts Python"
+    # Whatever DeepSpeed compiles at run time calls programs of the same environment.
+    export PATH="$(dirname "$found"):$PATH"
+fi
 
 # --- the run's folder is named after the job, so that a requeued job finds what it has saved
 name=$SLURM_JOB_ID
@@ -71,8 +113,11 @@ for ((i = 0; i < ${#options[@]}; i++)); do
 done
 if [[ -z $run ]]; then
     run=runs/slurm-$name
-    options=(--output-dir "$run" "${options[@]}")
+    options=(--output-dir "$run" ${options[@]+"${options[@]}"})
 fi
+# What to type where the job is not requeued.
+[[ -f $script ]] || script=$project/slurm/train.sh
+go_on="to go on, in $PWD: sbatch [sbatch options]$(printf ' %q' "$script" "${options[@]}")"
 saved_step() {
     local latest=
     [[ -f $run/checkpoint/latest ]] && latest=$(tr -dc 0-9 <"$run/checkpoint/latest")
@@ -104,21 +149,8 @@ count_start() {
     mkdir -p "$run" && echo "$starts" >"$file"
 }
 
-# DS_CMLI_SNAPSHOT=1: all starts of the job run the code as it was at the first start.
-if [[ ${DS_CMLI_SNAPSHOT:-0} == 1 ]]; then
-    copy=$(realpath -m "$run/code")
-    if [[ ! -d $copy ]]; then
-        rm -rf "$copy.new"
-        mkdir -p "$copy.new" && cp -r "$project"/{ds_cmli,ds_configs,slurm} "$copy.new" || die "no snapshot in $copy"
-        PYTHONPATH=$project "${python[@]}" -c \
-            "from ds_cmli.common.provenance import revision; print(revision() or '')" >"$copy.new/REVISION"
-        mv "$copy.new" "$copy"
-    fi
-    project=$copy
-    export PYTHONPATH="$copy${PYTHONPATH:+:$PYTHONPATH}"
-fi
-
 # --- environment variables of the tasks, unless they are set: a crash prints a traceback, each node has its own cache
+export DS_CMLI_GOES_ON=1 # this script says how the run goes on, so that its ranks need not
 export PYTHONFAULTHANDLER="${PYTHONFAULTHANDLER-1}"
 export TRITON_CACHE_DIR="${TRITON_CACHE_DIR:-${TMPDIR:-/tmp}/ds-cmli-triton-$(id -u)}"
 
@@ -127,26 +159,53 @@ if [[ -z ${SLURM_CPUS_ON_NODE:-} ]]; then # within salloc, only tasks have this 
     read -r SLURM_GPUS_ON_NODE SLURM_CPUS_ON_NODE < <(srun --nodes=1 --ntasks=1 --gpu-bind=none \
         bash -c 'echo ${SLURM_GPUS_ON_NODE:-0} $SLURM_CPUS_ON_NODE') || die "srun starts nothing in this allocation"
 fi
+each() { # "3,1(x2)", as Slurm writes what each node has, to "3 1 1 "
+    local part times
+    for part in ${1//,/ }; do
+        times=1
+        [[ $part != *"(x"* ]] || times=$(tr -dc 0-9 <<<"${part#*(x}")
+        printf "${part%(*} %.0s" $(seq "$times")
+    done
+}
 gpus=${SLURM_GPUS_ON_NODE:-0}
 if ((gpus > 0)); then
     tasks=$((gpus * SLURM_NNODES))
-    asked=${SLURM_GPUS:-$tasks} # "8", or "a100:8"
-    [[ ${asked##*:} == "$tasks" ]] ||
-        die "$SLURM_GPUS GPUs on $SLURM_NNODES nodes are not the same number on each: ask with --gpus-per-node"
+    # Lines "Nodes=n[1-2] ... GRES=gpu:a100:2(IDX:0,3),gpu:h100:1(IDX:2)", one for nodes that have the same.
+    numbers=$(scontrol show job -d "$SLURM_JOB_ID" | awk -F "GRES=" '/^ *Nodes=/ {
+        sum = 0
+        for (i = split($2, gres, ","); i > 0; i--)
+            if (gres[i] ~ /^gpu/) { sub(/[(].*/, "", gres[i]); sub(/.*:/, "", gres[i]); sum += gres[i] }
+        print sum }' | sort -u | wc -l)
+    ((numbers < 2)) ||
+        die "${SLURM_GPUS:+$SLURM_GPUS }GPUs on $SLURM_NNODES nodes are not the same number on each: ask with" \
+            "--gpus-per-node"
+    on_nodes="$gpus(x$SLURM_NNODES)"
+elif [[ -n ${SLURM_NTASKS:-} ]]; then
+    tasks=$SLURM_NTASKS
+    on_nodes=$SLURM_TASKS_PER_NODE
 else
-    tasks=${SLURM_NTASKS:-$SLURM_NNODES}
+    tasks=$SLURM_NNODES
+    on_nodes="1(x$SLURM_NNODES)"
 fi
-per_node=$(((tasks + SLURM_NNODES - 1) / SLURM_NNODES))
-cpus=$((SLURM_CPUS_ON_NODE / per_node))
+read -ra tasks_of <<<"$(each "$on_nodes")"
+read -ra cpus_of <<<"$(each "${SLURM_JOB_CPUS_PER_NODE:-$SLURM_CPUS_ON_NODE(x$SLURM_NNODES)}")"
+per_node=0               # the most tasks that a node has
+cpus=$SLURM_CPUS_ON_NODE # of each task: the same number on all nodes
+for i in "${!tasks_of[@]}"; do
+    ((tasks_of[i] <= per_node)) || per_node=${tasks_of[i]}
+    ((cpus_of[i] / tasks_of[i] >= cpus)) || cpus=$((cpus_of[i] / tasks_of[i]))
+done
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((cpus > 0 ? cpus : 1))}"
 # srun would read these and divide GPUs and CPUs again. Every task must see all GPUs of its node, as NCCL needs it.
-unset SLURM_GPUS_PER_TASK SLURM_TRES_PER_TASK SLURM_NTASKS_PER_GPU SLURM_NTASKS_PER_NODE
+unset SLURM_GPUS SLURM_GPUS_PER_NODE SLURM_GPUS_PER_TASK SLURM_TRES_PER_TASK SLURM_TRES_BIND SLURM_NTASKS_PER_GPU SLURM_NTASKS_PER_NODE
 unset SLURM_CPUS_PER_GPU SLURM_CPUS_PER_TASK
 # ALL: the tasks get this script's environment even if sbatch was told to pass none to the script.
 common=(--nodes="$SLURM_NNODES" --gpu-bind=none --export=ALL)
+((gpus == 0)) || common+=(--gpus-per-node="$gpus")
 # In blocks, so that neighbouring ranks get neighbouring cores, as neighbouring GPUs belong to one socket.
 share=(--cpus-per-task="$cpus" --distribution=block:block)
 if ((cpus == 0)); then
-    echo "notice: the $per_node tasks of a node share $SLURM_CPUS_ON_NODE CPU: ask for more with --cpus-per-gpu"
+    echo "notice: the $per_node tasks of a node have no CPU each: ask for more with --cpus-per-gpu or --cpus-per-task"
     share=(--overcommit)
 fi
 
@@ -166,6 +225,20 @@ finish() {
     step=
 }
 
+# DS_CMLI_SNAPSHOT=1: all starts of the job run the code as it was at the first start.
+if [[ ${DS_CMLI_SNAPSHOT:-0} == 1 ]]; then
+    copy=$(realpath -m "$run/code")
+    if [[ ! -d $copy ]]; then
+        rm -rf "$copy.new"
+        mkdir -p "$copy.new" && cp -r "$project"/{ds_cmli,ds_configs,slurm} "$copy.new" || die "no snapshot in $copy"
+        PYTHONPATH=$project srun "${common[@]}" --nodes=1 --ntasks=1 ${extra[@]+"${extra[@]}"} "${python[@]}" -c \
+            "from ds_cmli.common.provenance import revision; print(revision() or '')" >"$copy.new/REVISION"
+        mv "$copy.new" "$copy"
+    fi
+    project=$copy
+    export PYTHONPATH="$copy${PYTHONPATH:+:$PYTHONPATH}"
+fi
+
 # --- where the tasks meet: on the first node, where rank 0 runs. It is asked for here, as containers have no scontrol.
 if [[ -z ${MASTER_ADDR:-} ]]; then
     MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
@@ -176,11 +249,16 @@ if [[ -z ${MASTER_ADDR:-} ]]; then
 fi
 
 # --- check every node
-finish --ntasks="$SLURM_NNODES" --ntasks-per-node=1 "${python[@]}" "$project/slurm/check.py"
+project_here='[[ -e $0 ]] || { echo "error: node $SLURMD_NODENAME: there is no $0 here: the project must be visible'
+project_here+=' from all nodes" >&2; exit 1; }; exec "$@"'
+finish --ntasks="$SLURM_NNODES" --ntasks-per-node=1 ${extra[@]+"${extra[@]}"} \
+    bash -c "$project_here" "$project/slurm/check.py" "${python[@]}" "$project/slurm/check.py"
 
 # --- the run. A failed task does not end the others at once, so that they can report which one failed, or save.
 if ((code == 0 && !signalled)); then
-    echo "job $name, start ${SLURM_RESTART_COUNT:-0}: $tasks tasks on $SLURM_NNODES nodes ($SLURM_JOB_NODELIST)," \
+    where=$SLURM_JOB_NODELIST
+    [[ $on_nodes != *,* ]] || where+=": $on_nodes"
+    echo "job $name, start ${SLURM_RESTART_COUNT:-0}: $tasks tasks on $SLURM_NNODES nodes ($where)," \
         "$gpus GPUs and $SLURM_CPUS_ON_NODE CPUs a node"
     output=()
     if [[ ${DS_CMLI_RANK_OUTPUT:-0} == 1 ]]; then
@@ -189,27 +267,48 @@ if ((code == 0 && !signalled)); then
         echo "job $name: the output of each rank is in $run/rank-N.out"
     fi
     finish "${share[@]}" ${output[@]+"${output[@]}"} --ntasks="$tasks" --ntasks-per-node="$per_node" \
-        --kill-on-bad-exit=0 --wait=300 "${python[@]}" "$project/ds_cmli/train.py" "${options[@]}"
+        --kill-on-bad-exit=0 --wait=300 ${extra[@]+"${extra[@]}"} \
+        "${python[@]}" "$project/ds_cmli/train.py" "${options[@]}"
 elif ((code == 0)); then
     code=$PREEMPTED # the signal came before the run began
 elif ((code <= 128)); then
     die "not started: see the lines above"
 fi
 
-# --- requeue the job if it was preempted. A run that a warning signal killed while it was starting has lost nothing.
+# --- requeue the job if it was preempted, or has lost a node. A run that a signal killed while it was starting has lost
+# nothing; one that srun killed, as --full tells it to, goes on from its last checkpoint.
+why=
 case $code in
-"$PREEMPTED" | $((128 + 10)) | $((128 + 12)) | $((128 + 15)))
+0 | 2) ;;
+"$PREEMPTED" | $((128 + 10)) | $((128 + 12)) | $((128 + 15))) why="preempted (exit code $code)" ;;
+*)
     state=$(job_field JobState)
-    echo "job $name: preempted (exit code $code), the job's state is $state"
-    if [[ $(job_field BatchFlag) == 0 ]]; then
-        echo "job $name: started within salloc, and so not requeued: start it again to go on"
-    # A job in another state was cancelled, or Slurm requeues it itself. The exception is a time limit without a signal
-    # before it, after which the job is requeued here too.
-    elif [[ $state == RUNNING || $(job_field Reason) == TimeLimit ]]; then
-        trap '' TERM
-        count_start
-        scontrol requeue "$SLURM_JOB_ID" && echo "job $name: requeued"
+    if ((signalled)); then
+        why="told to stop, and ended before it had saved (exit code $code)"
+    elif [[ $state == RUNNING ]] && ((SLURM_NNODES > 1)) &&
+        ! timeout 120 srun "${common[@]}" --overlap --ntasks="$SLURM_NNODES" --ntasks-per-node=1 true; then
+        why="a node does not answer (exit code $code)" # srun has named it
     fi
     ;;
 esac
+if [[ -n $why ]]; then
+    state=$(job_field JobState)
+    echo "job $name: $why, the job's state is $state"
+    if [[ $(job_field BatchFlag) == 0 ]]; then
+        echo "job $name: started within salloc, and so not requeued: start it again to go on"
+    elif (($(job_field Restarts) > ${SLURM_RESTART_COUNT:-0})); then
+        echo "job $name: requeued by Slurm"
+    # A job in another state was cancelled. The exception is a time limit without a signal before it.
+    elif [[ $state == RUNNING || $(job_field Reason) == TimeLimit ]]; then
+        trap '' TERM
+        count_start
+        if refusal=$(scontrol requeue "$SLURM_JOB_ID" 2>&1); then
+            echo "job $name: requeued"
+        else
+            echo "job $name: not requeued ($refusal): $go_on"
+        fi
+    else
+        echo "job $name: cancelled: $go_on"
+    fi
+fi
 exit "$code"

@@ -19,6 +19,7 @@ from ds_cmli.common.trackers import TRACKERS
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.schema import Config
 from ds_cmli.distributed import process_group as distributed
+from ds_cmli.distributed.master_address import this_node
 
 METRICS = "metrics.jsonl"
 DAMAGED = "metrics.damaged.jsonl"
@@ -42,14 +43,16 @@ def make(config: Config, resume: str, dry_run: bool) -> Path:
         error = f"--output-dir is {str(folder)!r}: cannot write there: {caught.strerror}"
     try:
         distributed.raise_together(error)  # collective: afterwards the mark exists
-        seen = distributed.gather_objects((folder / mark).exists())  # collective
+        answers = distributed.gather_objects((this_node(), (folder / mark).exists()))  # collective
+        nodes, seen = zip(*answers, strict=True)
     finally:
         if distributed.is_main():
             _remove([folder / mark, *(new if dry_run else [])])
     if not all(seen):
+        blind = distributed.named(seen.index(False), nodes)
         raise UserError(
-            f"--output-dir is {str(folder)!r}: rank {seen.index(False)} does not see what rank 0 writes there; give a "
-            "folder that all nodes share"
+            f"--output-dir is {str(folder)!r}: {blind} does not see what rank 0 writes there; give a folder that all "
+            "nodes share"
         )
     return folder
 

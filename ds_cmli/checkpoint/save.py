@@ -24,6 +24,7 @@ from ds_cmli.common.errors import UserError
 from ds_cmli.common.patches import patched
 from ds_cmli.config.schema import RunConfig
 from ds_cmli.distributed import process_group as distributed
+from ds_cmli.distributed.master_address import this_node
 from ds_cmli.engine import TrainEngine
 
 FOLDER = "checkpoint"
@@ -264,10 +265,12 @@ def _write(
         except OSError as error:
             writer.error = error
     problem = None if writer.error is None else str(writer.error).splitlines()[0]
-    every = distributed.gather_objects((writer.files, problem, isinstance(writer.error, NotFinite)))  # collective
-    files = {name: file for theirs, *_ in every for name, file in theirs.items()}
-    refusal = next((f"rank {rank}: {theirs}" for rank, (_, theirs, _) in enumerate(every) if theirs), None)
-    return files, refusal, any(bad for *_, bad in every)
+    mine = (this_node(), writer.files, problem, isinstance(writer.error, NotFinite))
+    nodes, all_files, problems, bad_ones = zip(*distributed.gather_objects(mine), strict=True)  # collective
+    files = {name: file for theirs in all_files for name, file in theirs.items()}
+    first = next((rank for rank, theirs in enumerate(problems) if theirs), None)
+    refusal = None if first is None else f"{distributed.named(first, nodes)}: {problems[first]}"
+    return files, refusal, any(bad_ones)
 
 
 def _write_weights(path: Path, weights: dict[str, Any]) -> dict[str, Any]:

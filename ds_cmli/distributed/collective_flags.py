@@ -5,6 +5,7 @@ import torch.distributed as dist
 
 from ds_cmli.common.errors import UserError
 from ds_cmli.distributed import process_group as distributed
+from ds_cmli.distributed.master_address import this_node
 
 
 class CollectiveFlags:
@@ -34,8 +35,10 @@ class CollectiveFlags:
     def raise_together(self, error: Exception | None) -> None:
         """Raise on all ranks after some have failed: an unexpected error on its own rank, else the first rank's message
         as a `UserError`. Collective."""
-        messages = self.gather(None if error is None else str(error) or type(error).__name__)
+        message = None if error is None else str(error) or type(error).__name__
+        nodes, messages = zip(*self.gather((this_node(), message)), strict=True)  # collective
         if error is not None and not isinstance(error, UserError):
             raise error
         rank, message = next((r, m) for r, m in enumerate(messages) if m is not None)
-        raise UserError(message if distributed.world_size() == 1 else f"rank {rank}: {message}")
+        alone = distributed.world_size() == 1
+        raise UserError(message if alone else f"{distributed.named(rank, nodes)}: {message}")

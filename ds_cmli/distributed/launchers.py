@@ -6,11 +6,15 @@ This module imports nothing heavy: the training calls it before it imports torch
 import os
 import socket
 import subprocess
+import sys
 
 from ds_cmli.common.errors import UserError
+from ds_cmli.distributed import master_address
 
 # Variables in which launchers give the number of processes that they have started.
 RANKS_STARTED = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "LOCAL_WORLD_SIZE")
+# Variables in which launchers give the number of their processes on this node.
+RANKS_HERE = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE")
 
 # The least and greatest value of each variable that is a number.
 RANGES = {"RANK": (0, None), "WORLD_SIZE": (1, None), "LOCAL_RANK": (0, None), "MASTER_PORT": (0, 65535)}
@@ -27,7 +31,7 @@ def map_launcher_environment() -> None:
 
     Raises:
         UserError: a variable is no number, or out of its range; the variables contradict each other; one is missing; or
-            the first node's address is not known.
+            the first node's address is not known to all nodes.
     """
     env = os.environ
     _check_launcher()
@@ -48,6 +52,7 @@ def map_launcher_environment() -> None:
         env.setdefault(name, value)
     # Port 0 lets the store pick a free port. Only a world of one can use it, since no other rank has to find the store.
     env.setdefault("MASTER_PORT", "0" if env["WORLD_SIZE"] == "1" else "29500")
+    _check_address()
     _check_ranks()
 
 
@@ -108,6 +113,38 @@ def _check_ranks() -> None:
         ) from None
 
 
+def _check_address() -> None:
+    """Raise `UserError` if the run has several nodes, some of which would not find rank 0 at MASTER_ADDR."""
+    env = os.environ
+    rank, ranks = int(env["RANK"]), int(env["WORLD_SIZE"])
+    here = [int(env[name]) for name in RANKS_HERE if env.get(name, "").isdecimal()]
+    if here:
+        several, first_node = here[0] < ranks, rank < here[0]
+    else:
+        several = is_slurm_step() and int(env.get("SLURM_STEP_NUM_NODES", "1")) > 1
+        first_node = env.get("SLURM_NODEID", "0") == "0"
+    line = address_mistake(first_node) if several else None
+    if line is None:
+        return
+    if rank and env["LOCAL_RANK"] == "0" and not master_address.means_every_machine(env["MASTER_ADDR"]):
+        print(f"error: {line}", file=sys.stderr, flush=True)  # only this node may see it so, and rank 0 prints for all
+    raise UserError(line)
+
+
+def address_mistake(first_node: bool) -> str | None:
+    """Why the nodes of a run on several do not meet at MASTER_ADDR; None if they do, or may."""
+    line = master_address.mistake(os.environ["MASTER_ADDR"], first_node)
+    nodes = os.environ.get("SLURM_STEP_NODELIST")
+    if line is not None and nodes:
+        try:  # several nodes of Slurm may be one machine, where a loopback address is right
+            first = _scontrol("show", "hostnames", nodes).split()[0]
+            if master_address.means_every_machine(_node_address(first)):
+                return None
+        except (OSError, subprocess.CalledProcessError, IndexError):
+            pass
+    return line
+
+
 def _slurm_address(nodes: str) -> str:
     """The address of the first node of a Slurm node list, on which rank 0 runs.
 
@@ -120,12 +157,16 @@ def _slurm_address(nodes: str) -> str:
             socket.getaddrinfo(first, None)
             return first
         except OSError:  # this machine cannot resolve the name that the node has in Slurm
-            return _scontrol("show", "node", first).split("NodeAddr=", 1)[1].split()[0]
+            return _node_address(first)
     except (OSError, subprocess.CalledProcessError, IndexError):
         raise UserError(
             f"MASTER_ADDR is not set, and scontrol gives no address for the nodes {nodes!r}: "
             "set MASTER_ADDR to the first node's address"
         ) from None
+
+
+def _node_address(node: str) -> str:
+    return _scontrol("show", "node", node).split("NodeAddr=", 1)[1].split()[0]
 
 
 def _scontrol(*arguments: str) -> str:

@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from ds_cmli.common.errors import UserError
 from ds_cmli.distributed import rendezvous
 from ds_cmli.distributed.launchers import map_launcher_environment
+from ds_cmli.distributed.master_address import this_node
 
 # Makes a context that is entered around each exchange of texts. A training that times its steps replaces it.
 exchanging: Callable[[], AbstractContextManager] = nullcontext
@@ -98,10 +99,15 @@ def sum_over_ranks(values: Tensor) -> Tensor:
 
 def raise_together(mistake: str | None) -> None:
     """Raise `UserError` on all ranks if any rank gives a message, with the lowest such rank's. Collective."""
-    told = gather_objects(mistake)  # collective
+    nodes, told = zip(*gather_objects((this_node(), mistake)), strict=True)  # collective
     first = next((r for r, message in enumerate(told) if message), None)
     if first is not None:
-        raise UserError(told[first] if all(told) else f"rank {first}: {told[first]}")
+        raise UserError(told[first] if all(told) else f"{named(first, nodes)}: {told[first]}")
+
+
+def named(rank: int, nodes: Sequence[str]) -> str:
+    """What a message calls a rank: with its node where the ranks are on several; `nodes`: that of each rank."""
+    return f"rank {rank} on node {nodes[rank]}" if len(set(nodes)) > 1 else f"rank {rank}"
 
 
 def broadcast_object(value, source: int = 0):

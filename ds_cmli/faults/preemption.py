@@ -1,7 +1,7 @@
 """A signal only sets a flag: the loop finishes its step, all ranks save together, and the process ends with code 85.
 
-TERM, USR1, USR2, INT and HUP all have this effect, since schedulers differ in what they send, and so has the end of the
-launcher. A second INT ends the process at once.
+TERM, USR1, USR2, INT, QUIT and HUP all have this effect, since schedulers differ in what they send, and so
+has the end of the launcher. A second INT ends the process at once.
 This module imports nothing heavy: a signal that arrives before `install` kills the process, so `install` is called
 before everything else.
 """
@@ -17,7 +17,8 @@ from types import FrameType
 from ds_cmli.faults import launcher
 
 EXIT_CODE = 85  # the run has saved a checkpoint and is to be started again
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP)
+WHO_GOES_ON = "DS_CMLI_GOES_ON"  # environment variable of a script that tells by itself how the run goes on
 SAME_PRESS = 1.0  # seconds; one Ctrl-C reaches a rank from the terminal and once more from its launcher
 
 _received: list[str] = []
@@ -74,6 +75,11 @@ def _stop_at_second_int(reader: int) -> None:
 def requested() -> str | None:
     """The name of the first signal (or event) that asked the run to end; None if there was none."""
     return _received[0] if _received else None
+
+
+def to_go_on(how: str) -> str:
+    """The end of a line that tells the user how to go on; empty where a script around the run tells it."""
+    return "" if WHO_GOES_ON in os.environ else f": {how} to go on"
 
 
 def stop() -> None:

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import socket
 import subprocess
 import time
 from collections.abc import Callable
@@ -51,7 +52,7 @@ PreemptParameters=send_user_signal
 PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=10 GraceTime=20
 PartitionName=high Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=100 PreemptMode=OFF
 """
-NODE = "NodeName={name} NodeAddr=127.0.0.1 NodeHostname={host} Port={port} CPUs=64 RealMemory=64000 Gres=gpu:2"
+NODE = "NodeName={name} NodeAddr={address} NodeHostname={host} Port={port} CPUs=64 RealMemory=64000 Gres=gpu:2"
 
 
 class NoSlurm(Exception):
@@ -63,6 +64,7 @@ class Cluster:
         self.folder = folder
         self.conf = folder / "slurm.conf"
         self.daemons: dict[str, subprocess.Popen] = {}
+        self.nodes: dict[str, subprocess.Popen] = {}  # the last slurmd of each
 
     def start(self) -> None:
         """Write the configuration, start the daemons and wait until both nodes are idle."""
@@ -72,7 +74,8 @@ class Cluster:
         if os.geteuid() != 0:
             raise NoSlurm("its daemons must be started by root")
         host = subprocess.run(["hostname", "-s"], capture_output=True, text=True, check=True).stdout.strip()
-        names = [NODE.format(name=name, host=host, port=free_port()) for name in NODES]
+        self.address = own_address()
+        names = [NODE.format(name=name, address=self.address, host=host, port=free_port()) for name in NODES]
         values = {"host": host, "folder": self.folder, "controller_port": free_port(), "nodes": "\n".join(names)}
         self.conf.write_text(SLURM_CONF.format(**values))
         (self.folder / "cgroup.conf").write_text("CgroupPlugin=disabled\n")
@@ -93,11 +96,20 @@ class Cluster:
         self._daemon("slurmctld", "-D", "-i", "-c", "-f", str(self.conf))
         # One after the other: both replace the socket /run/slurm/sack.socket, and at once one of them fails.
         for number, node in enumerate(NODES):
-            self._daemon("slurmd", "-D", "-N", node, "-f", str(self.conf))
+            self.start_node(node)
             try:
                 self.wait_idle(60, number + 1)
             except TimeoutError:
                 raise NoSlurm(f"node {node} is not idle after 60 s; {self._last_words()}") from None
+
+    def start_node(self, node: str) -> None:
+        self._daemon("slurmd", "-D", "-N", node, "-f", str(self.conf))
+        self.nodes[node] = [*self.daemons.values()][-1]
+
+    def kill_node(self, node: str) -> None:
+        """Kill a node's slurmd, but not the tasks that it has started."""
+        self.nodes[node].kill()
+        self.nodes[node].wait()
 
     def _daemon(self, program: str, *arguments: str) -> None:
         log = (self.folder / f"{program}{len(self.daemons)}.out").open("w")
@@ -163,6 +175,16 @@ class Cluster:
             return counts == [str(nodes)]
 
         poll(idle, timeout, lambda: self.command("sinfo", check=False))
+
+
+def own_address() -> str:
+    """This machine's address, as the nodes of a cluster have one; the loopback address if it has no network."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as way:
+        try:
+            way.connect(("192.0.2.1", 9))  # chooses a network device, and sends nothing
+        except OSError:
+            return "127.0.0.1"
+        return way.getsockname()[0]
 
 
 def poll(condition: Callable[[], bool], timeout: float, message: Callable[[], str], interval: float = 0.2) -> None:

@@ -140,6 +140,28 @@ def test_a_cancelled_job_is_saved_and_not_requeued(cluster, tmp_path):
     assert "requeued" not in log(tmp_path, job)
 
 
+def test_a_start_that_slurm_has_lost_sight_of_writes_no_more(cluster, tmp_path):
+    """A node's slurmd dies and its task lives on, while the job is requeued to the other node."""
+    job = submit(cluster, tmp_path, (), *TINY, "--steps=100000", "--save-every=2")
+    run = tmp_path / "runs" / f"slurm-{job}"
+    poll(lambda: steps_done(run) >= 3, 120, lambda: log(tmp_path, job))
+    node = cluster.job(job)["BatchHost"]
+    cluster.kill_node(node)
+    try:
+        cluster.command("scontrol", "update", f"nodename={node}", "state=down", "reason=test")
+        poll(lambda: "this start ends and writes no more" in log(tmp_path, job), 120, lambda: log(tmp_path, job))
+        ended = steps_done(run)
+        poll(lambda: steps_done(run) >= ended + 3, 120, lambda: log(tmp_path, job))
+    finally:
+        cluster.command("scancel", job)
+        cluster.start_node(node)
+        cluster.command("scontrol", "update", f"nodename={node}", "state=resume")
+        cluster.wait_idle()
+    assert cluster.job(job)["Restarts"] == "1" and "requeued" not in log(tmp_path, job)
+    steps = re.findall(r'"step": (\d+), "loss"', (run / "metrics.jsonl").read_text())
+    assert [int(step) for step in steps] == list(range(1, len(steps) + 1))
+
+
 def test_a_killed_rank_ends_the_job_with_one_line(cluster, tmp_path):
     job = submit(cluster, tmp_path, ("--nodes=2",), *TINY, "--steps=1000", "--set", "run.watchdog=10")
     run = tmp_path / "runs" / f"slurm-{job}"

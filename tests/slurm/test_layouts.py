@@ -1,16 +1,19 @@
 """Nodes and tasks: `sbatch slurm/train.sh` against the same run without Slurm, and what it does with options."""
 
 import os
+import re
+import shutil
 import sys
+from itertools import groupby
 
 import pytest
 
+from ds_cmli.train import command
 from tests.conftest import free_port, run
 from tests.metrics_file import metrics
-from tests.slurm.jobs import finish, log, submit
+from tests.slurm.jobs import SCRIPT, finish, log, submit
 
 TINY = ("--preset", "tiny", "--steps", "3", "--set", "run.eval_batch=100")
-DEMO = ("--preset", "demo", "--steps", "2", "--log-every", "1", "--set", "run.eval_batch=100")
 # name: (sbatch options, nodes, ranks)
 RUNS = {
     "1 node x 1": ((), 1, 1),
@@ -22,7 +25,7 @@ RUNS = {
 @pytest.mark.parametrize("name", RUNS)
 def test_a_job_trains_as_the_same_run_without_slurm(cluster, tmp_path, name):
     sbatch, nodes, ranks = RUNS[name]
-    options = (*DEMO, "--micro-batch", str(8 // ranks))
+    options = (*TINY, "--micro-batch", str(8 // ranks))
     job = submit(cluster, tmp_path, sbatch, *options)
     text = finish(cluster, tmp_path, job, timeout=300)
     assert f"job {job}, start 0: {ranks} tasks on {nodes} nodes" in text
@@ -33,40 +36,66 @@ def test_a_job_trains_as_the_same_run_without_slurm(cluster, tmp_path, name):
     assert metrics(tmp_path / "runs" / f"slurm-{job}") == metrics(tmp_path / "plain")
 
 
-@pytest.fixture
-def stand_in(tmp_path):
+STAND_IN = """\
+#!/bin/sh
+[ "$(basename $1)" = check.py ] && exec echo "check gpus $CUDA_VISIBLE_DEVICES"
+shift
+echo "task $SLURM_PROCID $SLURMD_NODENAME local $SLURM_LOCALID gpus $CUDA_VISIBLE_DEVICES cpus $SLURM_CPUS_PER_TASK" \
+    "threads $OMP_NUM_THREADS: $*"
+"""
+
+
+@pytest.fixture(scope="module")
+def stand_in(tmp_path_factory):
     """A program that stands for Python and tells what a task was given."""
-    file = tmp_path / "stand-in"
-    file.write_text(
-        '#!/bin/sh\n[ "$(basename $1)" = check.py ] && exit 0\nshift\n'
-        'echo "task $SLURM_PROCID local $SLURM_LOCALID gpus $CUDA_VISIBLE_DEVICES cpus $SLURM_CPUS_PER_TASK: $*"\n'
-    )
+    file = tmp_path_factory.mktemp("stand-in") / "stand-in"
+    file.write_text(STAND_IN)
     file.chmod(0o755)
     return str(file)
 
 
-# sbatch options: (tasks on each of the nodes, GPUs a task sees, CPUs of a task)
+# sbatch options: (tasks on each of the nodes, or all where Slurm places them, GPUs a task sees, CPUs of a task)
 LAYOUTS = {
     "": ([1], "", 1),
     "--nodes=2": ([1, 1], "", 1),
     "--ntasks=2 --cpus-per-task=3": ([2], "", 3),
+    "--nodes=2 --ntasks=5": (5, "", 1),
+    "--nodes=2 --ntasks=12 --cpus-per-task=6": (12, "", 6),
+    "--nodes=2 --ntasks=5 --ntasks-per-node=3 --distribution=cyclic": (5, "", 1),
+    "--nodes=2 --ntasks=3 --overcommit": (3, "", ""),
     "--gpus-per-node=2 --cpus-per-gpu=4": ([2], "0,1", 4),
     "--gpus=2 --ntasks-per-gpu=1": ([2], "0,1", 1),
+    "--ntasks=2 --gpus-per-task=1": ([2], "0,1", 1),
     "--nodes=2 --gpus-per-node=2 --ntasks-per-node=2 --cpus-per-task=2": ([2, 2], "0,1", 2),
     "--nodes=2 --gpus=4 --cpus-per-gpu=2": ([2, 2], "0,1", 2),
     "--nodes=2 --gpus-per-node=1": ([1, 1], "0", 1),
+    "--nodes=2 --exclusive": ([2, 2], "0,1", 32),
 }
 
 
+@pytest.fixture(scope="module")
+def layouts(cluster, tmp_path_factory, stand_in):
+    """All these jobs, submitted at once: their folder and their ids."""
+    folder = tmp_path_factory.mktemp("layouts")
+    given = ("--seed", "%a", "a b")
+    env = {"DS_CMLI_PYTHON": stand_in, "OMP_NUM_THREADS": ""}
+    return folder, {o: cluster.submit(*o.split(), SCRIPT, *given, cwd=folder, **env) for o in LAYOUTS}
+
+
 @pytest.mark.parametrize("options", LAYOUTS)
-def test_one_task_for_each_gpu(cluster, tmp_path, stand_in, options):
+def test_one_task_for_each_gpu(cluster, layouts, options):
     per_node, gpus, cpus = LAYOUTS[options]
-    job = submit(cluster, tmp_path, tuple(options.split()), "--seed", "%a", "a b", python=stand_in)
-    text = finish(cluster, tmp_path, job)
-    local = [i for tasks in per_node for i in range(tasks)]
-    given = f"--output-dir runs/slurm-{job} --seed %a a b"
-    expected = [f"task {r} local {i} gpus {gpus} cpus {cpus}: {given}" for r, i in enumerate(local)]
-    assert sorted(line for line in text.splitlines() if line.startswith("task ")) == expected, text
+    folder, jobs = layouts
+    text = finish(cluster, folder, jobs[options])
+    found = re.findall(r"^task (\d+) (\S+) local (\d+) (.*)", text, re.MULTILINE)
+    found.sort(key=lambda line: int(line[0]))
+    counts = [len(list(tasks)) for _, tasks in groupby(found, key=lambda line: line[1])]  # ranks lie in blocks
+    assert counts == per_node or (sum(counts) == per_node and len(counts) == 2), text
+    local = [i for tasks in counts for i in range(tasks)]
+    assert [(int(rank), int(at)) for rank, _, at, _ in found] == list(enumerate(local))
+    given = f"threads {cpus or 1}: --output-dir runs/slurm-{jobs[options]} --seed %a a b"
+    assert {rest for *_, rest in found} == {f"gpus {gpus} cpus {cpus} {given}"}
+    assert text.count(f"check gpus {gpus}\n") == len(counts)
 
 
 def test_an_array_has_a_seed_and_a_folder_for_each_task(cluster, tmp_path, stand_in):
@@ -76,26 +105,79 @@ def test_an_array_has_a_seed_and_a_folder_for_each_task(cluster, tmp_path, stand
         assert f": --output-dir runs/slurm-{job}_{task} --seed {task}\n" in text
 
 
-def refused(cluster, tmp_path, *sbatch: str, python: str = sys.executable) -> str:
-    job = submit(cluster, tmp_path, sbatch, *TINY, python=python)
-    text = finish(cluster, tmp_path, job, state="FAILED")
+def refused(cluster, folder, job: str) -> str:
+    text = finish(cluster, folder, job, state="FAILED")
     assert cluster.job(job)["ExitCode"] == "2:0"
     assert "Traceback" not in text and "error: " in text
     return text
 
 
-def test_what_is_missing_is_said(cluster, tmp_path):
-    assert "no '/nowhere/python': set DS_CMLI_PYTHON" in refused(cluster, tmp_path, python="/nowhere/python")
-    bare = "/usr/bin/env -i /usr/bin/python3 -S -I"  # a Python without packages
-    assert "does not find the package ds_cmli: set DS_CMLI_PYTHON, or pip install" in refused(
-        cluster, tmp_path, python=bare
-    )
-    odd = refused(cluster, tmp_path, "--nodes=2", "--gpus=3")
-    assert "3 GPUs on 2 nodes are not the same number on each: ask with --gpus-per-node" in odd
+BARE = "/usr/bin/env -i /usr/bin/python3 -S -I"  # a Python without packages
+THEIRS = "is an option of sbatch: sbatch options go before the script"
+# name: (sbatch options, variables, options of the script, what is said)
+MISTAKES = {
+    "python": ("", {"DS_CMLI_PYTHON": "/nowhere/python"}, "", "no '/nowhere/python': set DS_CMLI_PYTHON"),
+    "package": ("", {"DS_CMLI_PYTHON": BARE}, "", "not find the package ds_cmli: set DS_CMLI_PYTHON"),
+    "gpus": ("--nodes=2 --gpus=3", {}, "", "3 GPUs on 2 nodes are not the same number on each: ask with --gpus-per-n"),
+    "uneven": (
+        "--nodes=2 --ntasks=3 --gpus-per-task=1",
+        {},
+        "",
+        "GPUs on 2 nodes are not the same number on each",
+    ),
+    "two jobs": ("--ntasks=1 : --ntasks=2", {}, "", "this is a heterogeneous job"),
+    "long": ("", {}, "--steps 3 --nodes=2", f"error: --nodes=2 {THEIRS}: sbatch --nodes=2 ... slurm/train.sh"),
+    "beginning": ("", {}, "--cpus-per 8", f"error: --cpus-per {THEIRS}"),
+    "short": ("", {}, "-t 2", f"error: -t {THEIRS}"),
+    "short and value": ("", {}, "-N2", f"error: -N2 {THEIRS}"),
+    "setup": ("", {"DS_CMLI_SETUP": "echo $UNSET; false"}, "", "DS_CMLI_SETUP failed: echo $UNSET; false"),
+    "address": ("--nodes=2", {"MASTER_ADDR": "127.0.0.1"}, "", "error: node n1: MASTER_ADDR is '127.0.0.1', by which"),
+}
+
+
+@pytest.fixture(scope="module")
+def mistakes(cluster, tmp_path_factory):
+    """All these jobs, submitted at once: their folder and their ids."""
+    folder = tmp_path_factory.mktemp("mistakes")
+    jobs = {}
+    for name, (sbatch, env, options, _) in MISTAKES.items():
+        env = {"DS_CMLI_PYTHON": sys.executable, **env}
+        jobs[name] = cluster.submit(*sbatch.split(), SCRIPT, *TINY, *options.split(), cwd=folder, **env)
+    return folder, jobs
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_said(cluster, mistakes, name):
+    if name == "address" and cluster.address == "127.0.0.1":
+        pytest.skip("this machine has no network, so that 127.0.0.1 is right")
+    folder, jobs = mistakes
+    assert MISTAKES[name][-1] in refused(cluster, folder, jobs[name])
+
+
+def test_options_of_train_py_are_not_taken_for_those_of_sbatch(cluster, tmp_path, stand_in):
+    names = [name for option in command.params for name in option.opts if name.startswith("--")]
+    job = submit(cluster, tmp_path, (), *names, "--output-dir=x", python=stand_in)
+    assert f": {' '.join(names)} --output-dir=x\n" in finish(cluster, tmp_path, job)
+
+
+def test_where_the_project_is_not(cluster, tmp_path):
+    script = tmp_path / "away" / "slurm" / "train.sh"
+    script.parent.mkdir(parents=True)
+    shutil.copy(SCRIPT, script)
+    job = cluster.submit("--hold", str(script), "a b", cwd=tmp_path)
+    script.unlink()
+    cluster.command("scontrol", "release", job)
+    text = refused(cluster, tmp_path, job)
+    assert f"error: node n1: there is no {script} here: the project must be visible from all nodes" in text
+    typed = f"sbatch --parsable --export=ALL < {SCRIPT}"
+    job = cluster.command("bash", "-c", typed, cwd=tmp_path)
+    assert f"not say where the project is: sbatch slurm/train.sh, or submit from the project's folder and not from " \
+        f"{tmp_path}" in refused(cluster, tmp_path, job)  # fmt: skip
 
 
 def test_granted_gpus_that_torch_does_not_see_are_said(cluster, tmp_path):
-    text = refused(cluster, tmp_path, "--nodes=2", "--gpus-per-node=2")  # of device files that are no GPUs
+    job = submit(cluster, tmp_path, ("--nodes=2", "--gpus-per-node=2"), *TINY)  # of device files that are no GPUs
+    text = refused(cluster, tmp_path, job)
     for node in ("n1", "n2"):
         assert f"error: node {node}: 2 GPUs are granted, but torch" in text
 

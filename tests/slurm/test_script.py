@@ -3,6 +3,7 @@
 A stand-in takes Python's place: `check` and `train` are what it does as one and as the other.
 """
 
+import os
 import re
 import shutil
 import subprocess
@@ -30,16 +31,19 @@ def stand_in(tmp_path):
     return make
 
 
-@pytest.mark.parametrize("to", [("--signal=TERM",), ("--signal=USR1",), ("--batch", "--signal=USR1")])
-def test_a_signal_during_the_node_check_requeues_the_job(cluster, tmp_path, stand_in, to):
-    mark = tmp_path / "checking"
-    python = stand_in("echo trained", f"[[ -e {mark} ]] && exit 0; touch {mark}; exec sleep 60")
-    job = submit(cluster, tmp_path, (), python=python)
-    poll(mark.exists, 30, lambda: log(tmp_path, job), interval=0.05)
-    cluster.command("scancel", *to, job)
-    text = finish(cluster, tmp_path, job, timeout=60)
-    assert "requeued" in text and "trained" in text and "not started" not in text
-    assert cluster.job(job)["Restarts"] == "1"
+def test_a_signal_during_the_node_check_requeues_the_job(cluster, tmp_path, stand_in):
+    here = f"{tmp_path}/checking-$SLURM_JOB_ID"
+    python = stand_in("echo trained", f"[[ -e {here} ]] && exit 0; touch {here}; exec sleep 60")
+    signals = (("--signal=TERM",), ("--signal=USR1",), ("--batch", "--signal=USR1"), ("--batch", "--signal=HUP"))
+    jobs = {submit(cluster, tmp_path, (), python=python): signal for signal in signals}
+    for job, to in jobs.items():
+        mark = tmp_path / f"checking-{job}"
+        poll(mark.exists, 30, lambda job=job: log(tmp_path, job), interval=0.05)
+        cluster.command("scancel", *to, job)
+    for job, to in jobs.items():
+        text = finish(cluster, tmp_path, job, timeout=60)
+        assert "requeued" in text and "trained" in text and "not started" not in text, (to, text)
+        assert cluster.job(job)["Restarts"] == "1"
 
 
 def test_a_job_that_gains_no_step_is_not_requeued_for_ever(cluster, tmp_path, stand_in):
@@ -54,12 +58,81 @@ def test_a_job_that_gains_no_step_is_not_requeued_for_ever(cluster, tmp_path, st
 def test_a_job_that_gains_steps_is_requeued_as_often_as_it_takes(cluster, tmp_path, stand_in):
     again = (
         "mkdir -p $run/checkpoint; n=$(($(grep -o [0-9]* $run/checkpoint/latest) + 1)); "
-        "[[ $n == 4 ]] && exit 0; echo step$n > $run/checkpoint/latest; exit 85"
+        "[[ $n == 3 ]] && exit 0; echo step$n > $run/checkpoint/latest; exit 85"
     )
     job = cluster.submit("--time=60", SCRIPT, "--output-dir", "my run", cwd=tmp_path, DS_CMLI_REQUEUE_MOST="1",
-                         DS_CMLI_PYTHON=stand_in(again.replace("$run", '"$4"')))  # fmt: skip
+                         DS_CMLI_PYTHON=stand_in(again.replace("$run", '"$run"')))  # fmt: skip
     text = finish(cluster, tmp_path, job, timeout=90)
-    assert text.count(": requeued\n") == 3 and "notice" not in text
+    assert text.count(": requeued\n") == 2 and "notice" not in text
+
+
+def test_a_job_that_may_not_be_requeued_says_how_to_go_on(cluster, tmp_path, stand_in):
+    python = stand_in("exit 85")
+    job = submit(cluster, tmp_path, ("--time=60", "--no-requeue"), "--set", "a=b c", python=python)
+    text = finish(cluster, tmp_path, job, state="FAILED", timeout=60)
+    again = f"sbatch [sbatch options] {SCRIPT} --output-dir runs/slurm-{job} --set a=b\\ c"
+    refusal = f"Requested operation is presently disabled for job {job}"
+    assert text.endswith(f"job {job}: not requeued ({refusal}): to go on, in {tmp_path}: {again}\n"), text
+
+
+def test_a_step_that_srun_kills_is_requeued_and_says_so(cluster, tmp_path, stand_in):
+    mark = tmp_path / "training"
+    python = stand_in(f"[[ -e {mark} ]] && exit 0; touch {mark}; exec sleep 60")
+    job = submit(cluster, tmp_path, ("--time=60",), python=python)
+    poll(mark.exists, 30, lambda: log(tmp_path, job), interval=0.05)
+    cluster.command("scancel", "--full", "--signal=TERM", job)
+    text = finish(cluster, tmp_path, job, timeout=60)
+    assert "told to stop, and ended before it had saved (exit code" in text and f"job {job}: requeued\n" in text
+
+
+def test_a_job_whose_node_does_not_answer_is_requeued(cluster, tmp_path, stand_in):
+    """Its slurmd is gone, which Slurm itself notices later, after SlurmdTimeout."""
+    mark = tmp_path / "training"
+    fail = f"touch {mark}; sleep 2; exit $SLURM_PROCID"
+    again = f"[[ $SLURM_RESTART_COUNT ]] && exit 0; {fail}"
+    job = submit(cluster, tmp_path, ("--nodes=2", "--time=60"), python=stand_in(again))
+    poll(mark.exists, 30, lambda: log(tmp_path, job), interval=0.05)
+    cluster.kill_node("n2")
+    try:
+        poll(lambda: "requeued\n" in log(tmp_path, job), 60, lambda: log(tmp_path, job))
+    finally:
+        cluster.start_node("n2")
+    text = finish(cluster, tmp_path, job, timeout=90)
+    assert f"job {job}: a node does not answer (exit code" in text and "on node n2" in text, text
+
+
+def test_options_of_srun_a_setup_and_a_container(cluster, tmp_path, stand_in):
+    python = stand_in('echo "$FLAVOUR $APPTAINER_CONTAINER: $*"')
+    apptainer = tmp_path / "bin" / "apptainer"
+    apptainer.parent.mkdir()
+    apptainer.write_text('#!/bin/bash\n[[ $1$2 == exec--nv ]] && APPTAINER_CONTAINER=$3 exec "${@:4}"\n')
+    apptainer.chmod(0o755)
+    env = {
+        "DS_CMLI_SETUP": f"echo $NEVER_SET; export FLAVOUR='from the setup' PATH={apptainer.parent}:$PATH",
+        "DS_CMLI_SRUN": "--label --comment='two words'",
+        "DS_CMLI_PYTHON": f"apptainer exec --nv '{tmp_path}/my image.sif' {python}",
+    }
+    job = cluster.submit("--ntasks=2", SCRIPT, "--seed", "1", cwd=tmp_path, **env)
+    text = finish(cluster, tmp_path, job)
+    for rank in range(2):
+        given = f"--output-dir runs/slurm-{job} --seed 1"
+        assert f"{rank}: from the setup {tmp_path}/my image.sif: {given}\n" in text, text
+
+
+def test_the_projects_environment_goes_before_condas_base(cluster, tmp_path, stand_in):
+    project = tmp_path / "project"
+    (project / "ds_cmli").mkdir(parents=True)
+    (project / "ds_cmli" / "train.py").touch()
+    shutil.copytree(ROOT / "slurm", project / "slurm")
+    own = stand_in("echo runs .venv", name="project/.venv/bin/python")
+    conda = stand_in("echo runs conda", name="conda/bin/python3")
+    path = f"{tmp_path}/conda/bin:{os.environ['PATH']}"
+    for name, runs in (("base", ".venv"), ("mine", "conda")):
+        env = {"CONDA_PREFIX": f"{tmp_path}/conda", "CONDA_DEFAULT_ENV": name, "PATH": path, "VIRTUAL_ENV": ""}
+        job = cluster.submit(str(project / "slurm" / "train.sh"), cwd=tmp_path, DS_CMLI_PYTHON="", **env)
+        text = finish(cluster, tmp_path, job)
+        assert f"runs {runs}\n" in text, (conda, text)
+        assert (f"notice: runs {own} and not conda's base environment" in text) == (runs == ".venv")
 
 
 def test_spaces_and_links_in_paths(cluster, tmp_path, stand_in):
@@ -135,7 +208,7 @@ distributed.shutdown()
 def test_two_steps_of_one_allocation_do_not_meet(cluster, tmp_path):
     (tmp_path / "meets.py").write_text(MEETS)
     step = f"srun --ntasks=2 --overlap {sys.executable} {tmp_path}/meets.py"
-    env = {"PYTHONPATH": str(ROOT), "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
+    env = {"PYTHONPATH": str(ROOT), "MASTER_ADDR": cluster.address, "OMP_NUM_THREADS": "1"}
     job = cluster.submit("--nodes=2", "--ntasks=2", f"--wrap={step} & {step} & wait", cwd=tmp_path, **env)
     text = finish(cluster, tmp_path, job, timeout=90)
     for number in "01":
