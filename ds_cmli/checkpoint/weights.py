@@ -56,13 +56,17 @@ def full_shape(parameter: nn.Parameter) -> torch.Size:
     return getattr(parameter, "ds_shape", parameter.shape)
 
 
-def load_weights(folder: Path, module: nn.Module, name: str = WEIGHTS) -> None:
-    """Load the file `name` of `folder` into `module`; raises `UserError` if it is damaged or does not fit."""
+def load_weights(folder: Path, module: nn.Module, name: str = WEIGHTS, setting: str = "--checkpoint") -> None:
+    """Load the file `name` of `folder` into `module`.
+
+    Raises:
+        UserError: it is damaged or does not fit; the line names `setting`.
+    """
     path = folder / name
     if not path.is_file():
         if name == AVERAGE and (folder / WEIGHTS).is_file():
             raise UserError(f"--ema: {str(folder)!r} has no {name}: the run was made without optim.ema_decay")
-        raise UserError(f"--checkpoint is {str(folder)!r}: no {name} there; give a run's output folder")
+        raise UserError(f"{setting} is {str(folder)!r}: no {name} there; give a run's output folder")
     try:
         damage = tensor_file.damage(path)
         if damage is not None:
@@ -73,14 +77,12 @@ def load_weights(folder: Path, module: nn.Module, name: str = WEIGHTS) -> None:
         names = {*dict(module.named_parameters()), *dict(module.named_buffers())}
         missing = [key for key in missing if key in names]
     except Exception as error:
-        raise UserError(f"--checkpoint {path}: cannot load it: {str(error).splitlines()[-1].strip()}") from None
+        raise UserError(f"{setting} {path}: cannot load it: {str(error).splitlines()[-1].strip()}") from None
     key = not_finite(weights)
     if key is not None:
-        raise UserError(f"--checkpoint {path}: its {key!r} holds NaN or infinite values; give another run's")
+        raise UserError(f"{setting} {path}: its {key!r} holds NaN or infinite values; give another run's")
     tensors = module.state_dict()
     given = {tensors[name].data_ptr() for name in weights.keys() & tensors.keys()}
     missing = [name for name in missing if tensors[name].data_ptr() not in given]  # tied weights are saved once
     if missing or unexpected:
-        raise UserError(
-            f"--checkpoint {path}: does not fit the model: {(missing + unexpected)[0]!r} has no counterpart"
-        )
+        raise UserError(f"{setting} {path}: does not fit the model: {(missing + unexpected)[0]!r} has no counterpart")

@@ -16,6 +16,7 @@ class CMLIConfig(PreTrainedConfig):
         pad_id: the padding token.
         class_first: whether texts begin with a class token.
         special_ids: the tokens that do not belong to a text itself.
+        pad_ends_texts: whether the padding token is also the one with which a text ends, as in CLIP.
     """
 
     model_type = "ds_cmli"
@@ -28,6 +29,7 @@ class CMLIConfig(PreTrainedConfig):
         pad_id: int = 0,
         class_first: bool = True,
         special_ids: list[int] | None = None,
+        pad_ends_texts: bool = False,
         **kwargs: Any,
     ):
         self.settings = settings or {}
@@ -36,4 +38,5 @@ class CMLIConfig(PreTrainedConfig):
         self.pad_id = pad_id
         self.class_first = class_first
         self.special_ids = special_ids or []
+        self.pad_ends_texts = pad_ends_texts
         super().__init__(**kwargs)

@@ -119,7 +119,12 @@ class CMLIModel(PreTrainedModel):
         return BaseModelOutputWithPooling(self.student.projection(tokens), cls)
 
     def attended(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
-        return input_ids != self.config.pad_id if attention_mask is None else attention_mask.bool()
+        if attention_mask is not None:
+            return attention_mask.bool()
+        padding = input_ids == self.config.pad_id
+        if self.config.pad_ends_texts:
+            padding = padding & (padding.cumsum(1) > 1)  # the first is the text's own end
+        return ~padding
 
     def token_mask(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """bool [J, M], True for tokens of the text, False for special tokens and padding."""

@@ -74,7 +74,7 @@ def load_run(run: Path, tokenizer: str | None, ema: bool = False) -> tuple[Confi
     words = CaptionTokenizer(whole, config.data.context_length)
     alone = replace(config, loss=replace(config.loss, weights=pairs))  # no teacher is built
     objective, _ = build_models(alone, words.vocab_size, pretrained=False, special=words.special)
-    load_weights(run, objective, AVERAGE if ema else STUDENT)
+    load_weights(run, objective, AVERAGE if ema else STUDENT, "the run")
     return config, objective.eval(), whole, words
 
 
@@ -94,6 +94,7 @@ def write_model(folder: Path, config: Config, objective: Objective, whole: Any, 
         pad_id=words.pad_id,
         class_first=words.special.class_first,
         special_ids=sorted({*words.special_ids, *added}),
+        pad_ends_texts=sample.input_ids[-1] == words.pad_id,
         auto_map=AUTO_MAP,
         architectures=[CMLIModel.__name__],
         dtype="float32",

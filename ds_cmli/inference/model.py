@@ -116,7 +116,7 @@ class Model:
         config.loss = dataclasses.replace(config.loss, weights=weights)
         words = load_tokenizer(tokenizer or config.data.tokenizer, config.data.context_length)
         objective, _ = build_models(config, words.vocab_size, pretrained=False, special=words.special)
-        load_weights(path, objective)
+        load_weights(path, objective, setting="the model")
         return cls(config, objective, words, chosen)
 
     @property

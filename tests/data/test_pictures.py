@@ -10,7 +10,7 @@ from PIL import Image, ImageOps
 
 from ds_cmli.config.schema import DataConfig
 from ds_cmli.data.bad import Refused
-from ds_cmli.data.pictures import load_image, read_picture
+from ds_cmli.data.pictures import decode, load_image, read_picture
 
 
 def image_value(mode, colour, size=(4, 4)):
@@ -198,3 +198,17 @@ def test_a_part_of_a_picture_is_what_the_view_says():
     picture.paste("black", (20, 30, 40, 50))
     assert (load_image(picture, 7, lambda width, height: (20, 30, 40, 50)) == 0).all()
     assert (load_image(picture, 7, lambda width, height: (width - 30, 0, width, 30)) == 255).all()
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+def test_a_tiff_on_its_side_is_cropped_as_it_is_seen(orientation):
+    pixels = np.zeros((60, 100, 3), np.uint8)
+    pixels[:, :50, 0], pixels[:30, :, 1] = 255, 255  # each quarter in a colour of its own
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    buffers = io.BytesIO(), io.BytesIO()
+    Image.fromarray(pixels).save(buffers[0], "TIFF", exif=exif)
+    turned = {1: 0, 3: 2, 6: 3, 8: 1}[orientation]
+    Image.fromarray(np.rot90(pixels, turned)).save(buffers[1], "PNG")
+    tiff, upright = (decode(buffer.getvalue(), 40, 10**6) for buffer in buffers)
+    assert torch.equal(tiff, upright)

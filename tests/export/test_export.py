@@ -12,6 +12,7 @@ from transformers import AutoModel, AutoProcessor
 
 from ds_cmli.common.errors import UserError
 from ds_cmli.data.batch import Sample
+from ds_cmli.data.tokens import builtin_tokenizer
 from ds_cmli.inference import Model
 from tests.conftest import clean_environment
 from tests.export.conftest import TEXTS, export, make_run
@@ -186,6 +187,18 @@ def test_backbones_of_all_kinds(student, losses, told, tmp_path, capsys):
     assert told in capsys.readouterr().out
     trained, again = Model.load(run, "cpu"), Model.load(folder, "cpu")
     assert torch.equal(trained.embed_texts(TEXTS).tokens, again.embed_texts(TEXTS).tokens)
+
+
+@torch.no_grad()
+def test_without_a_mask_a_texts_end_counts_that_is_also_the_padding(tmp_path):
+    whole = builtin_tokenizer()
+    whole.pad_token = "[SEP]"
+    whole.save_pretrained(tmp_path / "words")
+    run = make_run(tmp_path / "run", data={"tokenizer": str(tmp_path / "words")})
+    folder = export(run, tmp_path / "model")
+    model, inputs = AutoModel.from_pretrained(folder), AutoProcessor.from_pretrained(folder)(text=TEXTS)
+    found, wanted = model.get_text_features(inputs["input_ids"]), model.get_text_features(**inputs)
+    assert torch.equal(found.pooler_output, wanted.pooler_output)
 
 
 def test_mistakes_are_one_line(run, exported, tmp_path):

@@ -89,7 +89,7 @@ def test_what_is_no_picture_is_told(model, wrong, line):
         model.embed_images([wrong])
 
 
-def test_mistakes_are_one_line(model, tmp_path):
+def test_mistakes_are_one_line(model, run, tmp_path):
     with pytest.raises(UserError, match="no such file or folder"):
         model.embed_images(tmp_path / "none")
     with pytest.raises(UserError, match="has no picture"):
@@ -101,4 +101,7 @@ def test_mistakes_are_one_line(model, tmp_path):
     with pytest.raises(UserError, match="no text is given"):
         model.embed_texts([])
     with pytest.raises(UserError, match=r"no config\.json there"):
+        Model.load(tmp_path)
+    (tmp_path / "config.json").write_text((run / "config.json").read_text())
+    with pytest.raises(UserError, match=r"the model is .*: no student\.safetensors there"):
         Model.load(tmp_path)
