@@ -19,7 +19,7 @@ from typing import Any  # noqa: E402
 
 import click  # noqa: E402
 
-from ds_cmli.common import determinism, quiet  # noqa: E402
+from ds_cmli.common import determinism, quiet, streams  # noqa: E402
 from ds_cmli.common.cli import GroupedCommand, run_command, say  # noqa: E402
 from ds_cmli.common.errors import UserError  # noqa: E402
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig  # noqa: E402
@@ -342,8 +342,9 @@ def save(run: Run) -> None:
 
 
 def main() -> None:
+    streams.guard()
     preemption.install()
-    run_command(command)
+    run_command(command, prints_results=False)
 
 
 if __name__ == "__main__":

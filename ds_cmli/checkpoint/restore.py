@@ -178,13 +178,23 @@ def load(
     if point is None:
         return
     _load_engine(point, engine, with_changes)  # collectives
+    problem = None
+    try:
+        state.put_back(_of_rank(point, state), bad)
+    except UserError as error:
+        problem = str(error)
+    except Exception as error:  # a foreign file, whose checksum fits: it may hold anything
+        reason = refused_code(error) or (str(error) or type(error).__name__).splitlines()[0]
+        problem = f"{point.path}: rank-{distributed.rank()}.pt is no state of a rank: {reason}: --resume another one"
+    distributed.raise_together(problem)  # collective
+
+
+def _of_rank(point: ResumePoint, state: TrainState) -> dict[str, Any]:
     rank = distributed.rank()
     if point.same_ranks:
-        of_rank = read_of_rank(point.path, rank)
-    else:
-        every = [read_of_rank(point.path, r) for r in range(point.ranks)]
-        of_rank = redistribute(every, rank, distributed.world_size(), state.sampler["seed"])
-    state.put_back(of_rank, bad)
+        return read_of_rank(point.path, rank)
+    every = [read_of_rank(point.path, r) for r in range(point.ranks)]
+    return redistribute(every, rank, distributed.world_size(), state.sampler["seed"])
 
 
 def _load_engine(point: ResumePoint, train_engine: TrainEngine, with_changes: bool) -> None:

@@ -86,7 +86,10 @@ class TrainState:
 
 def read_shared(path: Path) -> TrainState:
     """Read the shared part of a verified checkpoint; raises `UserError` if it has fields of another version."""
-    values = json.loads((path / STATE).read_text())
+    try:
+        values = dict(json.loads((path / STATE).read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{path / STATE} is no state of a run ({error}): --resume another one") from None
     if "cut" in values:  # the former name of `rebatched`
         values["rebatched"] = values.pop("cut")
     unknown = sorted({*values} - {*TrainState().shared()})
@@ -101,7 +104,9 @@ def read_shared(path: Path) -> TrainState:
 def read_of_rank(path: Path, rank: int) -> dict[str, Any]:
     """Read the part of one of the ranks that wrote the checkpoint; raises `UserError` as `read_shared` does."""
     values = torch.load(path / f"rank-{rank}.pt", map_location="cpu", weights_only=True)
-    unknown = sorted({*values} - {*OF_RANK})
+    if not isinstance(values, dict) or not {"sums", "generators"} <= {*values}:
+        raise UserError(f"{path}: rank-{rank}.pt is no state of a rank: --resume another one")
+    unknown = sorted({*map(str, values)} - {*OF_RANK})
     if unknown:
         raise UserError(f"{path}: rank-{rank}.pt has {', '.join(unknown)}, which this version does not know")
     return values

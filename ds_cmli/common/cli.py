@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 
 import click
 
+from ds_cmli.common import streams
 from ds_cmli.common.errors import UserError
 
 
@@ -74,9 +75,21 @@ def check_writable(name: str) -> None:
         raise UserError(f"cannot write {name!r}: {error.strerror}") from None
 
 
-def run_command(command: click.Command) -> NoReturn:
-    """Run a click command and end the process with its exit code."""
-    leave(exit_code(command))
+def run_command(command: click.Command, prints_results: bool = True) -> NoReturn:
+    """Run a click command and end the process with its exit code.
+
+    Args:
+        prints_results: what it prints is what it was started for, so that an output that is lost is an error.
+    """
+    streams.guard()
+    code = exit_code(command)
+    with contextlib.suppress(OSError, ValueError):
+        sys.stdout.flush()
+    lost = streams.lost_output()
+    if lost is not None:
+        print(f"{'error' if prints_results else 'warning'}: {lost}", file=sys.stderr)
+        code = code or int(prints_results)
+    leave(code)
 
 
 def exit_code(command: click.Command) -> int:

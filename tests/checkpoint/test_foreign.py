@@ -1,0 +1,52 @@
+"""Files of a checkpoint that somebody has put there, with checksums that fit: one line, and no code is run."""
+
+import json
+import os
+
+import pytest
+import torch
+
+from ds_cmli.checkpoint import checksums
+from ds_cmli.common.errors import UserError
+from tests.checkpoint.test_removed import alone, arguments  # noqa: F401
+from tests.checkpoint.test_save import Evil
+from tests.drive_train import drive
+
+CONTENTS = {
+    "rank-0.pt": {
+        "code": lambda ran: Evil(ran),
+        "a tensor": lambda ran: torch.ones(3),
+        "another dictionary": lambda ran: {"sums": torch.ones(1)},
+        "wrong values": lambda ran: {"sums": torch.ones(1), "generators": {"python": 3}},
+    },
+    "state.json": {"a number": lambda ran: 7, "a list": lambda ran: [1], "nothing": lambda ran: None},
+}
+CASES = [(name, content) for name, contents in CONTENTS.items() for content in contents]
+
+
+@pytest.fixture(scope="module")
+def run(arguments, tmp_path_factory):  # noqa: F811
+    folder = tmp_path_factory.mktemp("foreign") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_PORT": "0"}.items():
+            patch.setenv(name, value)
+        assert drive([*arguments, str(folder)], stop_at=4) == 85
+    return folder
+
+
+@pytest.mark.parametrize("name, content", CASES)
+def test_a_foreign_file_is_refused_in_one_line(name, content, run, arguments, tmp_path):  # noqa: F811
+    file = run / "checkpoint" / "step4" / name
+    whole, listed = file.read_bytes(), (file.parent / checksums.NAME).read_bytes()
+    value = CONTENTS[name][content](str(tmp_path / "ran"))
+    try:
+        file.write_text(json.dumps(value)) if name.endswith("json") else torch.save(value, file)
+        entries = checksums.read(file.parent)
+        checksums.write(file.parent, entries | {name: checksums._describe(file)})
+        with pytest.raises(UserError) as refused:
+            drive([*arguments, str(run)])
+    finally:
+        file.write_bytes(whole)
+        (file.parent / checksums.NAME).write_bytes(listed)
+    assert name in str(refused.value) and "\n" not in str(refused.value)
+    assert not os.path.exists(tmp_path / "ran")
