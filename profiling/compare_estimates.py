@@ -138,7 +138,7 @@ def plot(folder: Path, rows: list, ours: Any, step: Any) -> str:
         charts.bars(rows, folder / drawn[-1])
     if ours is not None:
         drawn.append("timeline-document.png")
-        title = "The document's step with all-pairs CMLI, no checkpointing, predicted: rank 0"
+        title = "A training step at the document's sizes, predicted without a GPU: rank 0"
         charts.timeline(ours.events, title, folder / drawn[-1])
     if step is not None:
         drawn.append(f"timeline-{step.preset}.png")

@@ -27,6 +27,7 @@ from ds_cmli.common.errors import UserError  # noqa: E402
 
 ALL = {"global": 1.0, "cmli": 1.0, "target_cmli": 1.0}
 OURS, DEEPSPEED, ACCELERATE, RULE = "ds-cmli", "DeepSpeed", "accelerate", "16 B a parameter"
+SMALLEST = 1e-6  # relative error at the left end of the picture
 ESTIMATORS = (OURS, DEEPSPEED, ACCELERATE, RULE)
 TEXT_MODELS = ("roberta", "deberta-v2", "t5", "gpt2")  # beside bert
 OVERRIDES: dict[str, dict[str, Any]] = {  # of those whose configuration has other names than bert's
@@ -209,18 +210,24 @@ def summary(found: list[Row]) -> dict[str, dict[str, float]]:
 
 @click.command()
 @click.option("--first", default=None, type=click.IntRange(1), help="Only so many of the settings.")
+@click.option("--saved", default=None, metavar="FILE", help="Draw what --json has written, without measuring again.")
 @click.option("--plot", default=None, metavar="FILE", help="The errors as a picture; needs matplotlib.")
 @click.option("--json", "json_file", default=None, metavar="FILE", help="Write every figure to this file.")
-def command(first: int | None, plot: str | None, json_file: str | None) -> None:
+def command(first: int | None, saved: str | None, plot: str | None, json_file: str | None) -> None:
     """Compare memory estimates with measured memory over a fixed list of settings."""
     from ds_cmli.common.cli import check_writable
     from ds_cmli.common.plots import check_installed
 
+    if saved is not None and (plot is None or first or json_file):
+        raise UserError("--saved draws what was written: give it --plot FILE, and no --first or --json")
     if plot is not None:
         check_installed("--plot")
     for file in (plot, json_file):
         if file is not None:
             check_writable(file)
+    if saved is not None and plot is not None:
+        draw(read_saved(saved), Path(plot))
+        return
     quiet.silence()
     found = []
     for row in rows(settings()[:first]):
@@ -238,23 +245,60 @@ def command(first: int | None, plot: str | None, json_file: str | None) -> None:
         content = {"rows": [vars(row) for row in found], "summary": table}
         Path(json_file).write_text(json.dumps(content, indent=2) + "\n")
     if plot is not None:
-        draw(found, Path(plot))
+        draw(table, Path(plot))
 
 
-def draw(found: list[Row], path: Path) -> None:
-    from ds_cmli.common.plots import matplotlib
+def read_saved(file: str) -> dict[str, dict[str, float]]:
+    """The summary in a file of --json. Raises `UserError`."""
+    try:
+        return json.loads(Path(file).read_text())["summary"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"--saved is {file!r}: cannot be read: {error}; give a file of --json") from None
 
-    pyplot = matplotlib("--plot")
-    figure, axis = pyplot.subplots(figsize=(9, 4), constrained_layout=True)
-    order = sorted(found, key=lambda row: row.measured)
-    for name in ESTIMATORS:
-        points = [(row.measured / 1e6, row.estimates[name] / row.measured) for row in order if name in row.estimates]
-        axis.scatter(*zip(*points, strict=True), s=14, label=name)
-    axis.axhline(1, color="black", linewidth=0.5)
-    axis.set(xscale="log", yscale="log", xlabel="measured MB", ylabel="estimate / measured")
-    axis.legend(fontsize=8)
-    figure.savefig(path, dpi=120)
+
+def draw(table: dict[str, dict[str, float]], path: Path) -> None:
+    """Of each estimator a bar from its median to its largest relative error, and the share of steps that fail."""
+    from ds_cmli.common import palette, plots
+
+    pyplot = plots.matplotlib("--plot")
+    figure, axis = pyplot.subplots(figsize=(plots.WIDTH, 0.42 * len(table) + 1.4), layout="constrained")
+    shown = {"median": "median_relative_error", "largest": "maximum_relative_error"}
+    for place, (name, values) in enumerate(table.items()):
+        colour = palette.ACCENT if name == OURS else plots.SOFT
+        ends = [max(values[column], SMALLEST / 4) for column in shown.values()]
+        axis.plot(ends, [place, place], color=colour, linewidth=5, alpha=0.35)
+        for end in ends:
+            marker = "o" if end >= SMALLEST else "<"  # an arrow: it lies farther left
+            axis.plot(end, place, marker, color=colour, markersize=8)
+        side = {"median": ("right", -9), "largest": ("left", 9)}
+        for (word, column), end in zip(shown.items(), ends, strict=True):
+            text = f"{word} {rounded(values[column])}"
+            align, shift = side[word]
+            axis.annotate(text, (end, place), (shift, 0), textcoords="offset points", va="center", ha=align, size=9)
+        fails = f"{values['p_oom']:.0%}"
+        axis.text(1.18, place, fails, transform=axis.get_yaxis_transform(), va="center", ha="right", weight="bold")
+    axis.text(
+        1.18, -0.75, "steps that fail", transform=axis.get_yaxis_transform(), ha="right", size=9, color=plots.SOFT
+    )
+    axis.set_yticks(range(len(table)), [f"{name} ({values['settings']:.0f})" for name, values in table.items()])
+    axis.set(xscale="log", xlim=(SMALLEST / 300, 60), ylim=(len(table) - 0.5, -0.9))
+    axis.set_xticks([1e-6, 1e-4, 1e-2, 1])
+    axis.xaxis.set_major_formatter(plots.percent)
+    axis.xaxis.set_minor_formatter(lambda *_: "")
+    axis.grid(axis="x")
+    most = rounded(table[OURS]["maximum_relative_error"]) if OURS in table else ""
+    others = [values["median_relative_error"] for name, values in table.items() if name != OURS]
+    finding = f"Our prediction is off by at most {most}, others by {min(others):.0%} to {max(others):.0%} in the median"
+    plots.titled(figure, finding, "relative error of the memory of a step; in brackets the number of settings")
+    figure.savefig(path, dpi=plots.DPI)
     pyplot.close(figure)
+
+
+def rounded(share: float) -> str:
+    """A relative error as percent: with one decimal from 0.1% on, else as far as its first digit."""
+    if share < SMALLEST / 2:
+        return "0%"
+    return f"{share:.1%}" if share >= 0.001 else f"{float(f'{100 * share:.1g}'):.6g}%"
 
 
 def main() -> None:

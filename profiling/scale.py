@@ -10,7 +10,9 @@ import sys
 sys.path[:] = [p for p in sys.path if p != __file__.rsplit("/", 1)[0]]
 
 import json  # noqa: E402
+import math  # noqa: E402
 import os  # noqa: E402
+from collections.abc import Callable  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
 
@@ -128,24 +130,54 @@ def cells(r: dict[str, Any]) -> list[str]:
 
 
 def draw(rows: list[dict[str, Any]], title: str, path: str) -> None:
-    from ds_cmli.common.plots import matplotlib
+    """Seconds a step and memory of a rank over the ranks, a line for each way, named at its end."""
+    from ds_cmli.common import palette, plots
 
-    pyplot = matplotlib("--plot")
-    figure, axes = pyplot.subplots(1, 2, figsize=(12, 5))
-    for stage, cached, exchange in sorted({(r["zero_stage"], r["cached"], r["exchange"]) for r in rows}):
-        own = [r for r in rows if (r["zero_stage"], r["cached"]) == (stage, cached)]
-        own = [r for r in own if r["exchange"] == exchange or r["ranks"] == 1]
-        label = f"ZeRO {stage}, {'cached, ' if cached else ''}{exchange}"
-        style = "-" if exchange == "gather" else "--"
-        for axis, value in zip(axes, (lambda r: r["seconds"]["step"], lambda r: r["memory"] / 1e9), strict=True):
-            axis.plot([r["ranks"] for r in own], [value(r) for r in own], style, marker="o", label=label)
-    for axis, name in zip(axes, ("seconds a step", "GB of a rank"), strict=True):
-        axis.set(xscale="log", yscale="log", xlabel="ranks", ylabel=name)
-        axis.grid(alpha=0.3)
-    axes[0].legend(fontsize=7)
-    figure.suptitle(title)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    pyplot = plots.matplotlib("--plot")
+    figure, axes = pyplot.subplots(1, 2, figsize=(plots.WIDTH, 4), layout="constrained")
+    ways = sorted({(r["zero_stage"], r["cached"], r["exchange"]) for r in rows})
+    several = len({stage for stage, _, _ in ways}) > 1
+    measures: list[tuple[str, Callable[[dict[str, Any]], float]]] = [
+        ("s", lambda r: r["seconds"]["step"]), ("GB", lambda r: r["memory"] / 1e9),
+    ]  # fmt: skip
+    for axis, (unit, value) in zip(axes, measures, strict=True):
+        ends = []
+        for number, (stage, cached, exchange) in enumerate(ways):
+            alone = [r for r in rows if (r["zero_stage"], r["cached"]) == (stage, cached) and r["ranks"] == 1]
+            own = alone + [r for r in rows if (r["zero_stage"], r["cached"], r["exchange"]) == ways[number]]
+            own = list({r["ranks"]: r for r in own}.values())
+            colour, style = palette.line(number)
+            axis.plot([r["ranks"] for r in own], [value(r) for r in own], style, color=colour, marker="o", markersize=4)
+            label = f"{f'ZeRO-{stage} ' if several else ''}{exchange}{', cached' if cached else ''}"
+            ends.append((math.log(value(own[-1])), label, colour))
+        axis.set(xscale="log", yscale="log", xlabel="ranks")
+        axis.set_xticks(sorted({r["ranks"] for r in rows}))
+        axis.tick_params(axis="x", labelsize=8)
+        low, high = (math.log(end) for end in axis.get_ylim())
+        for end, (_, label, colour) in zip(plots.apart([e[0] for e in ends], 0.06 * (high - low)), ends, strict=True):
+            place = (1.03, math.exp(end))
+            axis.text(*place, label, color=colour, size=9, va="center", transform=axis.get_yaxis_transform())
+        for axle, form in ((axis.xaxis, plots.plain), (axis.yaxis, lambda v, _, u=unit: f"{plots.plain(v)} {u}")):
+            axle.set_major_formatter(form)
+            axle.set_minor_formatter(lambda *_: "")
+        axis.minorticks_off()
+        axis.grid(axis="y")
+    axes[1].set_title("memory of a rank", size=9.5, weight="normal", color=plots.SOFT)
+    plots.titled(figure, finding(rows, title), "time of a step")
+    figure.savefig(path, dpi=plots.DPI)
+    pyplot.close(figure)
+
+
+def finding(rows: list[dict[str, Any]], title: str) -> str:
+    """What a ring costs and saves on most ranks, without gradient caching at the first stage."""
+    ranks = max(r["ranks"] for r in rows)
+    first = rows[0]["zero_stage"], rows[0]["cached"]
+    at = {r["exchange"]: r for r in rows if r["ranks"] == ranks and (r["zero_stage"], r["cached"]) == first}
+    if len(at) < 2:
+        return title
+    memory = at["ring"]["memory"] / at["gather"]["memory"]
+    time = at["ring"]["seconds"]["step"] / at["gather"]["seconds"]["step"]
+    return f"On {ranks:,} ranks a ring takes {memory:.0%} of gathering's memory and {time:.0%} of its time"
 
 
 if __name__ == "__main__":

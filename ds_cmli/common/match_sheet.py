@@ -74,6 +74,7 @@ def _draw_block(out: Image.Image, top: int, image: Tensor, match: Matched, colum
         word += "…" if more else ""
         pen.text((x, y + 2), word, font=font_for(word, LABEL), fill=INK)
         out.paste(tile(small, match.similarity[w].numpy(), match.grid), (x, y + LABEL + 10))
+        pen.rectangle((x - 1, y + LABEL + 9, x + TILE, y + LABEL + 10 + TILE), outline=LINE)
 
 
 def _row(number: int) -> int:

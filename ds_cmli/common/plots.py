@@ -50,7 +50,8 @@ def matplotlib(needed_by: str) -> Any:
 
 def titled(figure: Any, finding: str, what: str = "") -> None:
     """Write what a chart shows above it: the finding in bold, below it `what` was drawn."""
-    figure.suptitle(finding, x=0.01, ha="left", weight="bold", size=12)
+    size = min(12.0, 840 / max(1, len(finding)))  # a longer line is set smaller, so that it fits
+    figure.suptitle(finding, x=0.01, ha="left", weight="bold", size=size)
     if what:
         figure.axes[0].set_title(what, size=9.5, weight="normal", color=SOFT)
 

@@ -4,77 +4,132 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ds_cmli.common.plots import matplotlib
+from ds_cmli.common import palette, plots
 from ds_cmli.memory.compare import GB, Row
-from ds_cmli.memory.report import CATEGORIES, Event
+from ds_cmli.memory.report import CATEGORIES, COLOURS, Event
 
 
 def bars(rows: Sequence[Row], path: Path) -> None:
     """Draw the source document's, the true and the measured bytes of each row on a logarithmic axis."""
-    pyplot = matplotlib("a chart")
-    figure, axis = pyplot.subplots(figsize=(11, 0.55 * len(rows) + 1.6), constrained_layout=True)
+    pyplot = plots.matplotlib("a chart")
     kinds = {"document": "document_bytes", "true": "corrected_bytes", "measured": "measured_bytes"}
-    height = 0.8 / len(kinds)
-    for k, (kind, name) in enumerate(kinds.items()):
-        drawn = [(i + k * height, getattr(row, name)) for i, row in enumerate(rows) if getattr(row, name)]
-        if drawn:
-            axis.barh(*zip(*drawn, strict=True), height=height, label=kind)
-            axis.bar_label(axis.containers[-1], [readable(size) for _, size in drawn], fontsize=7, padding=2)
-    axis.set_yticks([i + height for i in range(len(rows))], [f"{row.id} {row.implementation}" for row in rows])
-    axis.set(xscale="log", xlabel="bytes of the largest tensor")
-    axis.margins(x=0.12)
+    drawn = [
+        (row, kind, colour, getattr(row, name))
+        for row in rows
+        for (kind, name), colour in zip(kinds.items(), palette.LINES, strict=False)
+        if getattr(row, name)
+    ]
+    height = 0.24 * (len(drawn) + 0.5 * len(rows)) + 1
+    figure, axis = pyplot.subplots(figsize=(plots.WIDTH, height), layout="constrained")
+    places: list[float] = []
+    for i, (row, _, _, _) in enumerate(drawn):
+        step = 0 if not i else 1 if row is drawn[i - 1][0] else 1.7
+        places.append((places[-1] if places else 0) + step)
+    sizes = [size for *_, size in drawn]
+    found = axis.barh(places, sizes, height=0.85, color=[colour for _, _, colour, _ in drawn])
+    labels = [f"{kind}: {readable(size)}" for _, kind, _, size in drawn]
+    axis.bar_label(found, labels, fontsize=8.5, padding=4)
+    pairs = zip(drawn[::-1], places[::-1], strict=True)
+    firsts = {f"{row.id} {row.implementation}": place for (row, *_), place in pairs}
+    axis.set_yticks(list(firsts.values()), list(firsts))
+    axis.set(xscale="log", xlim=(min(sizes) / 10, max(sizes) * 100))
+    axis.xaxis.set_major_formatter(lambda size, _: readable(round(size)))
+    axis.xaxis.set_minor_formatter(lambda size, _: "")
+    axis.margins(y=0.01)
     axis.invert_yaxis()
-    axis.legend(loc="lower right", fontsize=8)
-    figure.savefig(path, dpi=120)
+    plots.titled(figure, "What the document estimates, what is stored, what was measured", "the largest tensor")
+    figure.savefig(path, dpi=plots.DPI)
     pyplot.close(figure)
 
 
-def timeline(events: Sequence[Event], title: str, path: Path) -> None:
+def timeline(events: Sequence[Event], what: str, path: Path) -> None:
     """Draw the last step of a run's `events`, stacked by category, with its phases marked.
 
-    The x axis counts events, not seconds.
+    The x axis counts events, not seconds. The title says what holds most at the peak; beside the stack stand the
+    categories in its order, with their sizes there. `what`: of which step this is.
     """
-    pyplot = matplotlib("a chart")
+    pyplot = plots.matplotlib("a chart")
     before, step = last_step(events)
+    points = maxima(before, step)
+    peak_at, peak = max(points, key=lambda point: sum(point[1].values()))
+    total, largest = sum(peak.values()), max(peak, key=peak.__getitem__)
+    used = [name for name in CATEGORIES if any(now[name] for _, now in points)]
+    figure, (axis, beside) = pyplot.subplots(
+        1, 2, figsize=(plots.WIDTH, 4.4), layout="constrained", width_ratios=(2, 1)
+    )  # fmt: skip
+    stacks = [[now[name] / GB for _, now in points] for name in used]
+    where = [i for i, _ in points]
+    axis.stackplot(where, stacks, step="post", colors=[COLOURS[name] for name in used])
+    top = total / GB
+    starts = [i for i in range(len(step)) if i == 0 or step[i].phase != step[i - 1].phase]
+    for start, end in zip(starts, [*starts[1:], len(step)], strict=True):
+        if start:
+            axis.axvline(start, color=plots.SOFT, linewidth=0.7)
+        if end - start > len(step) / 20:
+            place = ((start + end) / 2, top * 1.07)
+            axis.text(*place, step[start].phase, ha="center", size=8.5, color=plots.SOFT)
+    axis.plot(peak_at, top * 1.02, "v", color="black", markersize=5)
+    axis.set(xlim=(0, len(step)), ylim=(0, top * 1.14), xlabel="allocations and frees")
+    axis.yaxis.set_major_formatter(lambda size, _: f"{size:g} GB")
+    axis.xaxis.set_major_formatter(plots.plain)
+    list_beside(beside, {name: peak[name] for name in used[::-1]})
+    finding = f"{largest[0].upper()}{largest[1:]}: {peak[largest] / total:.0%} of the {readable(total)} at the peak"
+    plots.titled(figure, finding, what)
+    figure.savefig(path, dpi=plots.DPI)
+    pyplot.close(figure)
+
+
+def list_beside(axis: Any, peak: dict[str, int]) -> None:
+    """Each category with its colour, in the order of the stack, and its size at the peak."""
+    axis.axis("off")
+    axis.set(xlim=(0, 1), ylim=(0, len(CATEGORIES)))
+    axis.text(1, len(CATEGORIES), "▼ at the peak", size=8.5, va="center", ha="right", color=plots.SOFT)
+    for line, (name, size) in enumerate(peak.items()):
+        place = len(CATEGORIES) - 1 - line
+        axis.text(0, place, "■", color=COLOURS[name], size=13, va="center")
+        axis.text(0.1, place, name, size=9, va="center")
+        axis.text(1, place, readable(size) if size else "0", size=9, va="center", ha="right")
+
+
+def maxima(before: Sequence[Event], step: Sequence[Event]) -> list[tuple[int, dict[str, int]]]:
+    """The local maxima of a step, as (event, live bytes by category): no point between two of them is higher."""
     live = dict.fromkeys(CATEGORIES, 0)
     for event in before:
         live[event.category] += event.bytes
     points: list[tuple[int, dict[str, int]]] = []
     for i, event in enumerate(step):
         live[event.category] += event.bytes
-        # Local maxima are enough: no point between two of them is higher.
         if event.bytes > 0 and (i + 1 == len(step) or step[i + 1].bytes < 0):
             points.append((i, dict(live)))
-    figure, axis = pyplot.subplots(figsize=(11, 5), constrained_layout=True)
-    used = [name for name in CATEGORIES if any(now[name] for _, now in points)]
-    colours = pyplot.get_cmap("tab20").colors
-    stacks = [[now[name] / GB for _, now in points] for name in used]
-    where = [i for i, _ in points]
-    axis.stackplot(where, stacks, labels=used, step="post", colors=[colours[CATEGORIES.index(n)] for n in used])
-    top = max(sum(now.values()) for _, now in points) / GB
-    for i, event in enumerate(step):
-        if i == 0 or event.phase != step[i - 1].phase:
-            axis.axvline(i, color="black", linewidth=0.5)
-            axis.annotate(event.phase, (i, top * 1.02), fontsize=8)
-    axis.set(title=title, xlabel="allocations and frees", ylabel="GB requested", xlim=(0, len(step)))
-    axis.set_ylim(0, top * 1.1)
-    axis.legend(*reversed_legend(axis), loc="upper left", bbox_to_anchor=(1, 1), fontsize=8)
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    return points
 
 
-def history(points: Sequence[tuple[int, int]], title: str, path: Path) -> None:
+def history(points: Sequence[tuple[int, int]], what: str, path: Path) -> None:
     """Draw allocated and reserved bytes after each event of a recorded history; fragmentation is between the two."""
-    pyplot = matplotlib("a chart")
-    figure, axis = pyplot.subplots(figsize=(11, 5), constrained_layout=True)
+    pyplot = plots.matplotlib("a chart")
+    figure, axis = pyplot.subplots(figsize=(plots.WIDTH, 4), layout="constrained")
     allocated, reserved = ([point[i] / GB for point in points] for i in range(2))
     where = range(len(points))
-    axis.fill_between(where, allocated, step="post", color="tab:blue", label="allocated")
-    axis.fill_between(where, allocated, reserved, step="post", color="tab:orange", alpha=0.5, label="fragmented")
-    axis.plot(where, reserved, drawstyle="steps-post", color="tab:red", linewidth=1, label="reserved")
-    axis.set(title=title, xlabel="events of the allocator", ylabel="GB", xlim=(0, len(points)), ylim=(0, None))
-    axis.legend(loc="lower right", fontsize=8)
-    figure.savefig(path, dpi=120)
+    used, free = palette.LINES[3], palette.LINES[2]
+    axis.fill_between(where, allocated, step="post", color=used)
+    axis.fill_between(where, allocated, reserved, step="post", color=free, alpha=0.45)
+    axis.plot(where, reserved, drawstyle="steps-post", color=free, linewidth=1.2)
+    axis.set(xlabel="events of the allocator", xlim=(0, len(points)), ylim=(0, None))
+    axis.xaxis.set_major_formatter(plots.plain)
+    axis.yaxis.set_major_formatter(lambda size, _: readable(round(size * GB)))
+    axis.grid(axis="y")
+    most = max(range(len(points)), key=lambda i: reserved[i], default=0)
+    if points:
+        gap = 0.06 * axis.get_ylim()[1]
+        ends = plots.apart([allocated[-1] / 2, (allocated[-1] + reserved[-1]) / 2], gap)
+        for end, label in zip(ends, ("allocated", "reserved, not used"), strict=True):
+            axis.text(1.01, end, label, transform=axis.get_yaxis_transform(), size=9, va="center")
+    idle = reserved[most] - allocated[most] if points else 0
+    finding = (
+        f"{readable(round(idle * GB))} of {readable(round(reserved[most] * GB))} reserved at the peak are not in use"
+    )
+    plots.titled(figure, finding if points else "No event", what)
+    figure.savefig(path, dpi=plots.DPI)
     pyplot.close(figure)
 
 
@@ -85,12 +140,6 @@ def last_step(events: Sequence[Event]) -> tuple[Sequence[Event], Sequence[Event]
     start = starts[-1] if starts else 0
     stop = next((i for i in range(end, len(events)) if events[i].phase == "forward"), len(events))
     return events[:start], events[start:stop]
-
-
-def reversed_legend(axis: Any) -> tuple[list, list]:
-    """The handles and labels of the legend in the order of the stack, the uppermost first."""
-    handles, labels = axis.get_legend_handles_labels()
-    return handles[::-1], labels[::-1]
 
 
 def readable(size: int) -> str:

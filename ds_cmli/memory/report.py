@@ -27,7 +27,9 @@ CATEGORIES = (
     "data",
     "temporaries",
 )
-COLOURS = dict(zip(CATEGORIES, palette.COLOURS, strict=True))  # in every chart and page
+# In every chart and page; what lies beside each other in a stack differs most.
+_OF_PALETTE = (3, 1, 2, 9, 12, 5, 6, 0, 8, 7, 10, 11, 4, 13)
+COLOURS = {name: palette.COLOURS[i] for name, i in zip(CATEGORIES, _OF_PALETTE, strict=True)}
 PHASES = ("init", "forward", "loss", "backward", "optimizer")
 
 

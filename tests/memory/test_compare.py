@@ -124,6 +124,14 @@ def test_the_last_step_alone():
     assert [event.block for event in step] == [5, 6, 7, 8]
 
 
+def test_the_maxima_of_a_step_by_hand():
+    rows = [(0, 5, "data"), (1, 3, "CMLI op"), (1, -3, "CMLI op"), (0, -5, "data"), (2, 4, "data")]
+    step = [Event(block, size, category, "forward") for block, size, category in rows]
+    found = charts.maxima([Event(9, 10, "parameters", "init")], step)
+    held = [(i, {name: size for name, size in now.items() if size}) for i, now in found]
+    assert held == [(1, {"parameters": 10, "data": 5, "CMLI op": 3}), (4, {"parameters": 10, "data": 4})]
+
+
 def test_charts_are_pictures(tmp_path):
     pytest.importorskip("matplotlib")
     from PIL import Image
@@ -131,7 +139,8 @@ def test_charts_are_pictures(tmp_path):
     charts.bars(compare.predicted_rows(SMALL, {"E1", "E5"}, "cpu"), tmp_path / "bars.png")
     events = [Event(0, 9, "teacher", "forward"), Event(1, 5, "data", "backward"), Event(1, -5, "data", "optimizer")]
     charts.timeline(events, "A step", tmp_path / "line.png")
-    for name in ("bars.png", "line.png"):
+    charts.history([(5, 20), (12, 20), (0, 20)], "a_$snapshot", tmp_path / "history.png")
+    for name in ("bars.png", "line.png", "history.png"):
         with Image.open(tmp_path / name) as picture:
             assert len(picture.convert("L").getcolors()) > 10  # something is drawn
 

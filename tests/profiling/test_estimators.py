@@ -1,8 +1,22 @@
 """The settings are many and all different; what is said of each estimator follows from its rows."""
 
-import pytest
+import json
 
-from profiling.estimators import DEEPSPEED, OURS, RULE, Row, accelerate_estimate, deepspeed_estimate, settings, summary
+import pytest
+from click.testing import CliRunner
+
+from profiling.estimators import (
+    DEEPSPEED,
+    OURS,
+    RULE,
+    Row,
+    accelerate_estimate,
+    command,
+    deepspeed_estimate,
+    rounded,
+    settings,
+    summary,
+)  # fmt: skip
 
 
 def test_at_least_sixty_settings_and_each_its_own_name():
@@ -35,3 +49,21 @@ def test_errors_and_failures_are_counted():
     }  # fmt: skip
     assert found[RULE]["median_relative_error"] == pytest.approx(0.5) and found[RULE]["p_oom"] == pytest.approx(2 / 3)
     assert found[DEEPSPEED]["settings"] == 1 and found[DEEPSPEED]["maximum_relative_error"] == pytest.approx(2)
+
+
+def test_a_saved_file_is_drawn_without_measuring(tmp_path):
+    pytest.importorskip("matplotlib")
+    saved, picture = tmp_path / "rows.json", tmp_path / "picture.png"
+    rows = [Row("a", 100, {OURS: 100, RULE: 50}, {OURS: False, RULE: True})]
+    saved.write_text(json.dumps({"summary": summary(rows)}))
+    options = ["--saved", str(saved), "--plot", str(picture)]
+    assert CliRunner().invoke(command, options).exit_code == 0 and picture.stat().st_size > 1000
+    told = CliRunner().invoke(command, ["--saved", str(saved)]).exception
+    assert str(told) == "--saved draws what was written: give it --plot FILE, and no --first or --json"
+    saved.write_text("[]")
+    assert str(CliRunner().invoke(command, options).exception).startswith("--saved is ")
+
+
+def test_errors_are_read_as_percent():
+    shares = (0.0, 1e-9, 2.4e-6, 0.0004, 0.467, 1.205)
+    assert [rounded(share) for share in shares] == ["0%", "0%", "0.0002%", "0.04%", "46.7%", "120.5%"]

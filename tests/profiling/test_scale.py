@@ -2,6 +2,9 @@ import json
 import subprocess
 import sys
 
+import pytest
+
+from profiling.scale import draw, finding
 from tests.conftest import ROOT, clean_environment
 
 
@@ -25,3 +28,17 @@ def test_wrong_ranks_are_one_line():
     command = [sys.executable, str(ROOT / "profiling" / "scale.py"), "--ranks", "1,many"]
     done = subprocess.run(command, env=clean_environment(), capture_output=True, text=True, timeout=300)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "--ranks is '1,many'" in done.stderr
+
+
+def test_the_picture_says_what_a_ring_costs_and_saves(tmp_path):
+    pytest.importorskip("matplotlib")
+
+    def row(ranks: int, exchange: str, seconds: float, memory: float) -> dict:
+        return {"zero_stage": 2, "cached": False, "ranks": ranks, "exchange": exchange,
+                "seconds": {"step": seconds}, "memory": memory}  # fmt: skip
+
+    rows = [row(1, "gather", 1, 5e9), row(8, "gather", 4, 8e9), row(8, "ring", 5, 6e9)]
+    assert finding(rows, "") == "On 8 ranks a ring takes 75% of gathering's memory and 125% of its time"
+    assert finding(rows[:1], "one rank") == "one rank"
+    draw(rows, "", str(tmp_path / "picture.png"))
+    assert (tmp_path / "picture.png").stat().st_size > 1000
