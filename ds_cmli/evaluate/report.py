@@ -17,21 +17,22 @@ def best(before: dict[str, Any], split: str, found: dict[str, Any], step: int) -
 
 
 def summary(split: str, found: dict[str, Any]) -> str:
-    """The result of one split as lines of a table: numbers of pairs and pictures, each score, chance, pointing game."""
-    parts = [f"  {split:>6} {found['pairs']} pairs, {found['pictures']} pictures{left_out(found)}"]
-    width = len("fold/combined") if "fold/global/i2t_r1" in found else len("combined")
+    """The result of one split as a table of less than 80 columns: each score both ways, chance, pointing game."""
+    width = len("fold/combined")
+    parts = [
+        f"  {split} {found['pairs']} pairs, {found['pictures']} pictures{left_out(found)}",
+        f"    {'':{width}}  {'image to text':19}   {'text to image':19}    mean",
+        f"    {'':{width}}  {'R@1    R@5    R@10':19}   {'R@1    R@5    R@10':19}  recall",
+    ]
     for prefix in ("", "fold/"):
         for score in (*SCORES, "chance"):
-            if f"{prefix}{score}/i2t_r1" in found:
-                name = f"{prefix}{score}/"
-                values = "  ".join(
-                    f"R@{k} {found[f'{name}i2t_r{k}']:.3f}/{found[f'{name}t2i_r{k}']:.3f}" for k in (1, 5, 10)
-                )
-                mean = f"mean {found[f'{name}mean_recall']:.3f}"
-                parts.append(f"  {split:>6} {prefix + score:<{width}} i2t/t2i  {values}  {mean}")
+            name = f"{prefix}{score}"
+            if f"{name}/i2t_r1" not in found:
+                continue
+            ways = ["  ".join(f"{found[f'{name}/{way}_r{k}']:.3f}" for k in (1, 5, 10)) for way in ("i2t", "t2i")]
+            parts.append(f"    {name:{width}}  {'   '.join(ways)}   {found[f'{name}/mean_recall']:.3f}")
     if "pointing_game" in found:
-        accuracy = f"{found['pointing_game']:.3f} (chance {POINTING_CHANCE})"
-        parts.append(f"  {split:>6} pointing-game accuracy {accuracy}")
+        parts.append(f"    pointing-game accuracy {found['pointing_game']:.3f} (chance {POINTING_CHANCE})")
     return "\n".join(parts)
 
 

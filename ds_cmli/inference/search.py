@@ -90,7 +90,8 @@ def _check_effect(builds: bool, searches: bool) -> None:
 def write_page(path: str, texts: tuple[str, ...], results: list[list[Any]], note: str = "") -> None:
     """Write the results as one self-contained HTML file with small copies of the pictures, `note` on top."""
     rows = [(text, [(r, _thumbnail(r.name)) for r in best]) for text, best in zip(texts, results, strict=True)]
-    pages.write_page(path, "--page", "ds_cmli.inference", "results.html.jinja", title="Search results", rows=rows, note=note)
+    shown = {"title": "Search results", "rows": rows, "note": note}
+    pages.write_page(path, "--page", "ds_cmli.inference", "results.html.jinja", **shown)
 
 
 def _thumbnail(name: str) -> str:

@@ -50,7 +50,7 @@ def karpathy(path):
 def test_karpathys_test_split_with_five_captions_a_picture_and_folds(tmp_path, model, photographs, workers):
     data = ["--data", karpathy(tmp_path / "dataset.json"), "--image-root", str(photographs), "--workers", workers]
     printed, found = evaluate(tmp_path, "--checkpoint", model, *data, "--split", "test", "--fold-size", "3")
-    assert "test 30 pairs, 6 pictures" in printed and "fold/combined i2t/t2i" in printed
+    assert "test 30 pairs, 6 pictures" in printed and "    fold/combined  " in printed
     assert found["eval/test/chance/t2i_r1"] == pytest.approx(1 / 6)
     # Three pictures of which the first five hold them all.
     assert found["eval/test/fold/global/t2i_r5"] == 1 and found["eval/test/fold/global/t2i_r1"] > 0

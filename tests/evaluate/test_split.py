@@ -117,7 +117,13 @@ def test_perfect_embeddings_of_several_captions_a_picture_are_perfect_and_consta
     for name, value in recalls(found).items():
         assert value == pytest.approx(found[f"chance/{name.split('/')[1]}"])
     text = summary("val", found)
-    assert "15 pairs, 5 pictures" in text and "chance   i2t/t2i  R@1 0.200/0.200" in text
+    heading, ways, columns, *rows = text.splitlines()
+    assert heading == "  val 15 pairs, 5 pictures" and max(map(len, text.splitlines())) < 80
+    assert ways.split() == ["image", "to", "text", "text", "to", "image", "mean"]
+    assert columns.split() == ["R@1", "R@5", "R@10"] * 2 + ["recall"]
+    # Chance: 3 of 15 captions belong to a picture, one of 5 pictures to a caption.
+    assert rows[-1].split()[:2] == ["chance", "0.200"] and rows[-1].split()[4] == "0.200"
+    assert len({len(row) for row in rows}) == 1
 
 
 def break_some(path):
