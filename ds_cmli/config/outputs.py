@@ -6,6 +6,7 @@ DeepSpeed opens them when training has begun, and ends the run if it cannot.
 import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -60,11 +61,12 @@ def _try(place: Path, folder: bool) -> None:
         else:
             place.open("a").close()
     finally:
-        for path in made:
-            if path.is_dir():
-                path.rmdir()
-            elif path.exists():
-                path.unlink()
+        with suppress(OSError):  # another run of the same job may be using the folder by now
+            for path in made:
+                if path.is_dir():
+                    path.rmdir()
+                elif path.exists():
+                    path.unlink()
 
 
 def _logged_in() -> bool:
