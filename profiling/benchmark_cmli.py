@@ -27,6 +27,7 @@ import torch  # noqa: E402
 
 from ds_cmli.cmli import baselines, cmli_scores  # noqa: E402
 from ds_cmli.cmli.baselines import DTYPES, SETTINGS, D, M, N, Problem, Scores  # noqa: E402
+from ds_cmli.common import palette, plots  # noqa: E402
 from ds_cmli.common.cli import run_command  # noqa: E402
 
 
@@ -169,25 +170,26 @@ def megabytes(value: int | None) -> str:
 
 
 def draw(rows: list[dict], path: str) -> None:
-    try:
-        import matplotlib
-    except ImportError:
+    if not plots.installed():
         click.echo("no plot: matplotlib is not installed; pip install -e '.[bench]'")
         return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, len(SETTINGS), figsize=(15, 4), sharey=True, constrained_layout=True)
+    pyplot = plots.matplotlib("--plot")
+    figure, axes = pyplot.subplots(1, len(SETTINGS), figsize=(15, 4), sharey=True, layout="constrained")
     for axis, setting in zip(axes, SETTINGS, strict=True):
         timed = [r for r in rows if r["setting"] == setting and r["step_s"] and r["name"] != "scaling"]
-        for name, dtype in dict.fromkeys((r["name"], r["dtype"]) for r in timed):
+        for number, (name, dtype) in enumerate(dict.fromkeys((r["name"], r["dtype"]) for r in timed)):
             line = [(r["B"], r["step_s"]) for r in timed if (r["name"], r["dtype"]) == (name, dtype)]
-            axis.loglog(*zip(*line, strict=True), marker="o", label=f"{name} {dtype}")
+            colour, style = palette.line(number)
+            axis.plot(*zip(*line, strict=True), style, color=colour, marker="o", label=f"{name} {dtype}")
         floor = sorted({(r["B"], r["floor_s"]) for r in timed})
         if floor:
-            axis.loglog(*zip(*floor, strict=True), "k--", label="floor: torch.mm")
-        axis.set(title=setting, xlabel="B")
-    axes[0].set_ylabel("forward + backward, s")
+            axis.plot(*zip(*floor, strict=True), "k--", label="floor: torch.mm")
+        axis.set(title=setting, xlabel="B", xscale="log", yscale="log")
+        for axle, unit in ((axis.xaxis, ""), (axis.yaxis, " s")):
+            axle.set_major_formatter(lambda value, _, u=unit: plots.plain(value) + u)
+            axle.set_minor_formatter(lambda *_: "")
+        axis.set_xticks(sorted({r["B"] for r in timed}))
+    axes[0].set_ylabel("forward + backward")
     axes[0].legend(fontsize=7)
     figure.savefig(path, dpi=120)
 
