@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -37,7 +38,8 @@ class Writer:
         self.trackers = {name: trackers.load(name, folder, first_step) for name in report_to}
         self.total = total_steps
         self.started, self.first_step = time.monotonic(), first_step
-        self.bar = tqdm(total=total_steps, initial=first_step, unit="step", disable=not sys.stderr.isatty())
+        self.bar = tqdm(total=total_steps, initial=first_step, unit="step", dynamic_ncols=True,
+                        disable=not sys.stderr.isatty())  # fmt: skip
 
     def say(self, *lines: str) -> None:
         for line in lines:
@@ -67,15 +69,16 @@ class Writer:
         speed = f"{values['pairs_per_s']:g} pairs/s"
         if "tflops" in values:
             speed += f"  {values['tflops']:.3g} TFLOP/s" + (f"  MFU {values['mfu']:.0%}" if "mfu" in values else "")
+        line = f"step {step}/{self.total}  {losses.rstrip()}"
+        rest = [f"lr {values['lr']:.2e}", speed]
         if self.bar.disable:
             left = (time.monotonic() - self.started) / max(1, step - self.first_step) * (self.total - step)
             minutes, seconds = divmod(round(left), 60)
-            self.say(
-                f"step {step}/{self.total}  {losses}  lr {values['lr']:.2e}  {speed}  {minutes}m{seconds:02}s left"
-            )
-        else:
-            with suppress(OSError):
-                self.bar.set_postfix_str(f"{losses}  {speed}")
+            rest.append(f"{minutes}m{seconds:02}s left")
+        else:  # the bar below tells the time left; a line of the terminal's width does not wrap
+            columns = shutil.get_terminal_size().columns
+            rest = [part for part in ("  ".join(rest), speed) if len(line) + 2 + len(part) < columns][:1]
+        self.say("  ".join([line, *rest]))
 
     def draw(self, step: int, **values: float) -> None:
         """Write numbers to the trackers only."""

@@ -19,7 +19,7 @@ from typing import Any  # noqa: E402
 
 import click  # noqa: E402
 
-from ds_cmli.common import determinism, quiet, streams  # noqa: E402
+from ds_cmli.common import determinism, provenance, quiet, streams  # noqa: E402
 from ds_cmli.common.cli import GroupedCommand, run_command, say  # noqa: E402
 from ds_cmli.common.errors import UserError  # noqa: E402
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig  # noqa: E402
@@ -54,6 +54,8 @@ def train(
     """Returns the exit code: 0 at the end of the run, `preemption.EXIT_CODE` where it is to be started again."""
     # --- configuration: on every rank, before the processes meet, and before imports that take seconds
     check_early(config, ds_config, resume, profiles)
+    where = config.run.output_dir or "a new folder in runs"
+    say(f"ds-cmli {provenance.version()}: preset {config.run.preset}, to {where}")
     quiet.silence()
     from ds_cmli.data import assets, build_data
     from ds_cmli.distributed import process_group as distributed
@@ -71,8 +73,9 @@ def train(
         if os.environ["WORLD_SIZE"] == "1":
             raise
         mistake = str(error)  # perhaps on this node alone, where nobody would hear of it: told once the ranks have met
-    from ds_cmli.checkpoint import lock, run_folder
-    from ds_cmli.engine import cannot_compile, on_this_device
+    with quiet.without_trackers():
+        from ds_cmli.checkpoint import lock, run_folder
+        from ds_cmli.engine import cannot_compile, on_this_device
     from ds_cmli.faults.watchdog import Watchdog, hold_back_nccl
 
     ds_config = on_this_device(ds_config)

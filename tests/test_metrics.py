@@ -11,16 +11,23 @@ from ds_cmli.metrics import Meter, Writer
 VALUES = {"loss": 3.5, "loss/global": 1.25, "loss/cmli": 2.25, "lr": 1e-3, "pairs_per_s": 10.0}
 
 
-@pytest.mark.parametrize("terminal", [True, False])
-def test_each_loss_is_shown_on_a_terminal_and_away_from_one(terminal, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("terminal, columns", [(True, 160), (True, 80), (True, 50), (False, 80)])
+def test_each_loss_is_shown_on_a_terminal_and_away_from_one(terminal, columns, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
-    monkeypatch.setenv("COLUMNS", "160")
+    monkeypatch.setenv("COLUMNS", str(columns))
     writer = Writer(tmp_path, 10)
     writer.advance()
     writer.log(1, VALUES)
     writer.close()
     shown = capsys.readouterr()
-    assert "loss 3.5000  global 1.250  cmli 2.250" in (shown.err if terminal else shown.out)
+    (line,) = [line for line in shown.out.splitlines() if "loss" in line]
+    assert "step 1/10  loss 3.5000  global 1.250  cmli 2.250" in line
+    assert ("pairs/s" in line) == (columns > 50)
+    if terminal:
+        assert len(line.strip()) < max(columns, 52)
+        assert "|" in shown.err and "1/10 [" in shown.err and "loss" not in shown.err  # the bar, and the time left
+    else:
+        assert not shown.err and "\r" not in shown.out and line.endswith("left")
 
 
 def test_a_slow_step_has_a_speed_and_a_whole_minute_left(tmp_path, capsys, monkeypatch):

@@ -34,6 +34,14 @@ def revision() -> str | None:
     return head + ("+" if changed or new else "")
 
 
+def version() -> str:
+    """Of this package, as it was installed."""
+    try:
+        return metadata.version("ds-cmli")
+    except metadata.PackageNotFoundError:
+        return "from its sources"
+
+
 def versions() -> dict[str, str]:
     result = {"python": platform.python_version()}
     for name in PACKAGES:

@@ -2,7 +2,27 @@
 
 import logging
 import os
+import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+# Trackers that timm and DeepSpeed import where they are installed, which takes seconds, and use only when asked to.
+UNASKED = ("mlflow", "wandb")
+
+
+@contextmanager
+def without_trackers() -> Iterator[None]:
+    """Inside, libraries take the trackers that have not been imported yet for not installed."""
+    hidden = [name for name in UNASKED if name not in sys.modules]
+    for name in hidden:
+        sys.modules[name] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for name in hidden:
+            if sys.modules.get(name) is None:
+                sys.modules.pop(name, None)
 
 
 def silence() -> None:

@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -103,3 +105,21 @@ def test_one_that_cannot_be_opened_is_one_line(tmp_path, monkeypatch):
     (tmp_path / "config.json").write_text(json.dumps({"config": load_preset("tiny", {}).to_dict()}))
     with pytest.raises(UserError, match=r"run.report_to has 'mlflow', which cannot be opened: .*MLFLOW_TRACKING_URI"):
         Writer(tmp_path, 4, 0, ["mlflow"])
+
+
+def test_no_tracker_is_imported_unasked_and_the_first_line_comes_before_heavy_imports():
+    code = (
+        "import sys, time; started = time.process_time(); sys.argv = ['train.py', '--preset', 'tiny', '--dry-run'];"
+        "from ds_cmli import train; from ds_cmli.common import cli;"
+        "train.quiet.silence = lambda: (print(sorted({'torch', 'timm', 'deepspeed'} & {*sys.modules})), sys.exit());"
+        "cli.exit_code(train.command)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    first, imported = done.stdout.splitlines()
+    assert first.startswith("ds-cmli ") and "preset tiny" in first and imported == "[]"
+    code = (
+        "import sys; from ds_cmli.common import quiet\nwith quiet.without_trackers():\n import deepspeed, timm\n"
+        "print({'mlflow', 'wandb'} & {*sys.modules})"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stdout.splitlines()[-1] == "set()", done.stderr
