@@ -205,7 +205,8 @@ class Lock:
         with self.leaving:  # never released, because a process ends only once
             place = f"process {holder.get('pid')} on {holder.get('host')}"
             message = f"{self.path} was taken over by {place}: this start ends and writes no more"
-            print(f"error: {message}", file=sys.stderr, flush=True)
+            with contextlib.suppress(OSError, ValueError):  # whoever read its output may be gone too
+                print(f"error: {message}", file=sys.stderr, flush=True)
             leave(2)
 
 

@@ -1,5 +1,6 @@
 """A job interrupted in every way Slurm has, against the same run left alone: equal metrics and weights, to the bit."""
 
+import json
 import os
 import random
 import re
@@ -145,11 +146,12 @@ def test_a_start_that_slurm_has_lost_sight_of_writes_no_more(cluster, tmp_path):
     job = submit(cluster, tmp_path, (), *TINY, "--steps=100000", "--save-every=2")
     run = tmp_path / "runs" / f"slurm-{job}"
     poll(lambda: steps_done(run) >= 3, 120, lambda: log(tmp_path, job))
-    node = cluster.job(job)["BatchHost"]
+    node, old = cluster.job(job)["BatchHost"], Path(f"/proc/{task(job, rank=0)}")
     cluster.kill_node(node)
     try:
         cluster.command("scontrol", "update", f"nodename={node}", "state=down", "reason=test")
-        poll(lambda: "this start ends and writes no more" in log(tmp_path, job), 120, lambda: log(tmp_path, job))
+        poll(lambda: not old.exists(), 240, lambda: log(tmp_path, job))
+        assert json.loads((run / "run.lock").read_text())["slurm"] == [job, "1"]  # it ended because of that
         ended = steps_done(run)
         poll(lambda: steps_done(run) >= ended + 3, 120, lambda: log(tmp_path, job))
     finally:
