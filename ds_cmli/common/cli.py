@@ -59,9 +59,10 @@ def json_on_stdout(alone: bool = True) -> Iterator[Callable[[Any], None]]:
 def _is_main() -> bool:
     """Whether this process prints for all ranks. Works before the process group exists.
 
-    It is rank 0, or one whose rank is none of the run's and for which no other speaks.
+    It is rank 0, or one that is no rank of a run, for which no other speaks.
     """
-    rank, ranks = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")), os.environ.get("WORLD_SIZE", "")
+    rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
+    ranks = os.environ.get("WORLD_SIZE", "0" if "RANK" in os.environ else "")
     alone = not rank.isdecimal() or (ranks.isdecimal() and int(rank) >= int(ranks))
     return alone or int(rank) == 0
 

@@ -51,6 +51,7 @@ LINES = [
     ("WORLD_SIZE=two RANK=0", "WORLD_SIZE is 'two': give a whole number from 1 on"),
     ("WORLD_SIZE=0", "WORLD_SIZE is '0': give a whole number from 1 on"),
     ("WORLD_SIZE=2", "WORLD_SIZE is 2 and RANK is not set"),
+    ("RANK=1", "RANK is 1 and WORLD_SIZE is not set"),
     ("RANK=x", "RANK is 'x': give a whole number from 0 on"),
     ("RANK=", "RANK is '': give a whole number"),
     ("RANK=3 WORLD_SIZE=1", "RANK is 3 and WORLD_SIZE is 1: the ranks are 0 to 0"),
@@ -84,7 +85,7 @@ def test_an_environment_that_no_launcher_sets_is_one_line(monkeypatch, capsys, g
     assert exit_code(click.command()(launchers.map_launcher_environment)) == 2
     told = capsys.readouterr().err
     # Rank 0 speaks for all; rank 1 of a run of two is silent.
-    assert told.startswith("" if given.startswith("RANK=1") else f"error: {line}") and told.count("\n") <= 1
+    assert told.startswith("" if given.startswith("RANK=1 W") else f"error: {line}") and told.count("\n") <= 1
     with pytest.raises(UserError, match=line.replace("(", ".")):
         launchers.map_launcher_environment()
 
