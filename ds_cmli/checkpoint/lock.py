@@ -9,8 +9,9 @@ has created the claim on it, a second file named after its content, may replace 
 
 A holder that only seemed to have ended, for instance one whose node is cut off from Slurm, must not write any more.
 It looks at the lock each second, and before each write to the folder (`check`), and ends if the lock is another's. Who
-has taken it over gives it time for that. Of what could still be on its way, lines go to a file that the new
-holder has replaced, and a rename fails, as its source is gone (`run_folder.settle`).
+has taken it over gives it time for that, and leaves the lock in its place at the end, for a
+holder that was suspended all the while. Of what could still be on its way, lines go to a file that
+the new holder has replaced, and a rename fails, as its source is gone (`run_folder.settle`).
 """
 
 import contextlib
@@ -26,6 +27,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
+from ds_cmli.checkpoint import checksums
 from ds_cmli.common.cli import leave
 from ds_cmli.common.errors import UserError
 from ds_cmli.distributed import process_group as distributed
@@ -85,6 +87,7 @@ class Lock:
         }
         self.ended = threading.Event()
         self.leaving = threading.Lock()
+        self.left_for: dict[str, Any] | None = None  # a holder before that may still run
 
     def take(self) -> str | None:
         """Take the lock. Returns None, or the error message if it cannot be taken."""
@@ -104,7 +107,9 @@ class Lock:
         threading.Thread(target=self._watch, daemon=True).start()
         _held.append(self)
         if before is not None and self._may_still_run(before):
-            time.sleep(HANDOVER)
+            self.left_for = before
+            if not before.get("ended"):
+                time.sleep(HANDOVER)
         return None
 
     def give_back(self) -> None:
@@ -112,8 +117,12 @@ class Lock:
         if self in _held:
             _held.remove(self)
         with contextlib.suppress(OSError):
-            if self._read(self.path)[0] == json.dumps(self.mine):
+            if self._read(self.path)[0] != json.dumps(self.mine):
+                return
+            if self.left_for is None:
                 self.path.unlink()
+            else:
+                checksums.publish(self.path, json.dumps({**self.mine, "ended": True}).encode())
 
     def end_if_lost(self) -> None:
         try:
@@ -144,6 +153,8 @@ class Lock:
 
     def _lives(self, content: str, age: float) -> bool:
         holder = _parsed(content)
+        if holder is not None and holder.get("ended"):
+            return False
         job, restarts = (holder or {}).get("slurm") or (None, None)
         if job and [job, restarts] != self.mine["slurm"] and job == self.mine["slurm"][0]:
             return False  # an earlier start of this job, which Slurm has ended, or lost sight of
@@ -152,9 +163,9 @@ class Lock:
         return age < LEASE
 
     def _may_still_run(self, holder: dict[str, Any]) -> bool:
-        """Whether a holder that was found runs, or could on another machine."""
+        """Whether a holder that was found runs, or could on another machine, or left the lock for such a one."""
         elsewhere = holder.get("place") != self.mine["place"]
-        return elsewhere or holder.get("started") == _started(holder.get("pid"))
+        return elsewhere or bool(holder.get("ended")) or holder.get("started") == _started(holder.get("pid"))
 
     def _replace(self, stale: str) -> bool:
         """Replace the stale lock by this process's own; returns False if another start is doing so."""

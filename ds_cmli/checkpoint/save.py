@@ -61,18 +61,18 @@ class Checkpoints:
         self.saved, self.saved_at = self._mark(state), time.monotonic()
         self.name = latest(folder / FOLDER)  # of the last checkpoint
         self.error: str | None = None  # why the last one could not be written
-        self.gone = False
+        self.gone, self.told_gone = False, False
 
     def missing(self) -> list[str]:
         """On rank 0: a line if the last checkpoint is not there any more, once; the next one is then due at once.
 
         Other ranks do not look: a folder on a network shows them a new checkpoint late.
         """
-        if not distributed.is_main() or self.gone or self.name is None:
+        if not distributed.is_main() or self.told_gone or self.name is None:
             return []
         if (self.folder / FOLDER / self.name / checksums.NAME).is_file():
             return []
-        self.gone = True
+        self.gone = self.told_gone = True
         return [f"warning: {self.folder / FOLDER / self.name} is gone: a checkpoint is written anew"]
 
     def due(self) -> bool:
@@ -95,7 +95,7 @@ class Checkpoints:
         saved = save(self.folder, self.engine, state, self.settings.keep, keep_best)  # collectives
         self.error, self.gone = saved.error, False
         if saved.error is None:
-            self.saved, self.name = self._mark(state), saved.name
+            self.saved, self.name, self.told_gone = self._mark(state), saved.name, False
         self.saved_at = time.monotonic()
         return saved
 

@@ -23,6 +23,8 @@ from ds_cmli.common.errors import UserError
 from ds_cmli.data.batch import Batch
 
 SHARED = "/dev/shm"
+# What PyTorch and the system say where shared memory is short.
+SHORT = ("shared memory object", "unable to write to file </torch", "shared memory(shm)", "Bus error")
 OPEN_FILES = 65536  # to which the limit of open files is raised, as far as this process may
 
 
@@ -73,7 +75,7 @@ class Loader(DataLoader):
                 f"too many open files for --workers {self.num_workers}, ulimit -n is {limit}: raise it (ulimit -n "
                 "4096), or give fewer --workers"
             )
-        if "shared memory" in text or "shm" in text or "Bus error" in text:
+        if any(part in text for part in SHORT):
             return _no_shared_memory(self.num_workers)
         for process in processes:
             process.join(0.1)  # so that its exit code is known

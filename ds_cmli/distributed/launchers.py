@@ -14,7 +14,7 @@ from ds_cmli.distributed import master_address
 # Variables in which launchers give the number of processes that they have started.
 RANKS_STARTED = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "LOCAL_WORLD_SIZE")
 # Variables in which launchers give the number of their processes on this node.
-RANKS_HERE = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE")
+RANKS_HERE = ("LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE")
 
 # The least and greatest value of each variable that is a number.
 RANGES = {"RANK": (0, None), "WORLD_SIZE": (1, None), "LOCAL_RANK": (0, None), "MASTER_PORT": (0, 65535)}
@@ -116,6 +116,8 @@ def _check_ranks() -> None:
 def _check_address() -> None:
     """Raise `UserError` if the run has several nodes, some of which would not find rank 0 at MASTER_ADDR."""
     env = os.environ
+    if "LOCAL_WORLD_SIZE" in env:  # torchrun's agents have met already, and several may run on one machine
+        return
     rank, ranks = int(env["RANK"]), int(env["WORLD_SIZE"])
     here = [int(env[name]) for name in RANKS_HERE if env.get(name, "").isdecimal()]
     if here:

@@ -88,6 +88,29 @@ def test_an_earlier_start_of_the_job_that_may_still_run_is_given_time(tmp_path, 
         assert (time.monotonic() - began > 0.3) == waits
 
 
+def test_a_holder_suspended_for_its_successors_whole_life_writes_no_more(tmp_path, monkeypatch):
+    ended = []
+    monkeypatch.setattr(lock.Lock, "_leave", lambda self, holder: ended.append(holder["pid"]))
+    suspended = Lock(tmp_path)
+    suspended.mine["place"] = "there"
+    assert suspended.take() is None
+    holder_age = time.time() - LEASE - 1
+    os.utime(tmp_path / NAME, (holder_age, holder_age))
+    for _ in range(2):  # the second successor finds what the first has left
+        successor = Lock(tmp_path)
+        assert successor.take() is None
+        successor.give_back()
+        suspended.end_if_lost()
+    assert ended == [os.getpid()] * 2
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    holder(gone, pid=os.getppid(), started="1")  # its process has ended: nobody is left to be told
+    after = Lock(gone)
+    assert after.take() is None
+    after.give_back()
+    assert not (gone / NAME).exists()
+
+
 def writes_a_line(folder):
     Writer(folder, 9, report_to=()).log(2, {"loss": 1.0})
 

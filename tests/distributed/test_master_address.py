@@ -14,14 +14,19 @@ SRUN = {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1", 
 EVERY = "by which every node means itself, and this run has several nodes: set it to the first node's"
 
 
-@pytest.mark.parametrize("launcher", [TORCHRUN, DEEPSPEED, SRUN], ids=["torchrun", "deepspeed", "srun"])
+@pytest.mark.parametrize("launcher", [DEEPSPEED, SRUN], ids=["deepspeed", "srun"])
 @pytest.mark.parametrize("address", ["127.0.0.1", "127.0.1.1", "localhost", "::1", "0.0.0.0", "::", "::ffff:127.0.0.1"])
 def test_an_address_of_every_machine_is_refused_on_several_nodes(monkeypatch, launcher, address):
     monkeypatch.setattr("os.environ", {**launcher, "MASTER_ADDR": address})
     with pytest.raises(UserError, match=f"MASTER_ADDR is '{address}', {EVERY}"):
         launchers.map_launcher_environment()
-    one = {"WORLD_SIZE": launcher.get("LOCAL_WORLD_SIZE", "2"), "SLURM_STEP_NUM_NODES": "1", "MASTER_ADDR": address}
+    one = {"WORLD_SIZE": "2", "SLURM_STEP_NUM_NODES": "1", "MASTER_ADDR": address}
     monkeypatch.setattr("os.environ", {**launcher, **one, "RANK": "0"})
+    launchers.map_launcher_environment()
+
+
+def test_two_agents_of_torchrun_on_one_machine_meet_there(monkeypatch):
+    monkeypatch.setattr("os.environ", {**TORCHRUN, "MASTER_ADDR": "127.0.0.1"})
     launchers.map_launcher_environment()
 
 
