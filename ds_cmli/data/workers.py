@@ -12,8 +12,8 @@ import resource
 import shutil
 import signal
 import threading
-import weakref
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import partial
 from typing import Any, NoReturn
 
@@ -32,10 +32,15 @@ class Loader(DataLoader):
     """Raises `UserError` for what its processes report: their own `UserError`s, their end, a lack of shared memory."""
 
     def __init__(self, *args: Any, worker_init_fn: Callable[[int], None] | None = None, **kwargs: Any):
-        self.reader, writer = os.pipe()
+        self.reader, self.writer = os.pipe()
         os.set_blocking(self.reader, False)
-        weakref.finalize(self, _close, self.reader, writer)  # each evaluation has loaders of its own
-        super().__init__(*args, worker_init_fn=partial(_begin, writer, worker_init_fn), **kwargs)
+        kwargs["worker_init_fn"] = partial(_begin, self.writer, worker_init_fn)
+        super().__init__(*args, **kwargs)
+
+    def __del__(self) -> None:
+        for end in (self.reader, self.writer):
+            with suppress(OSError):
+                os.close(end)
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
         # The loading processes are forked here. Their garbage collectors would write to all existing objects, and
