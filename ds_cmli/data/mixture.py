@@ -20,24 +20,32 @@ class Mixture:
     """Epochs over the samples of S sources, which are numbered one source after the other.
 
     Without weights an epoch takes every sample once. With weights it has the same length and takes from each source its
-    share. Each source has an endless order, one permutation of its samples after the other, in which an epoch continues
+    share, at least one. Each source has an endless order, one permutation of its samples after the other, in which an epoch continues
     where the epoch before stopped. All samples of a source are thus taken before one of them is repeated.
 
     Args:
         lengths: number of samples in each source.
         weights: one per source; only their ratios matter.
+
+    Attributes:
+        raised: the sources whose weight asks for less than half a sample an epoch, and which get one all the same.
     """
 
     def __init__(self, lengths: list[int], weights: list[float] | None = None):
         self.lengths, self.draws = lengths, sum(lengths)
+        self.raised: list[int] = []
         if weights is None:
             self.shares = list(lengths)
             return
-        exact = [weight / sum(weights) * self.draws for weight in weights]
-        self.shares = [int(x) for x in exact]
+        scaled = [weight / max(weights) for weight in weights]  # their sum is finite whatever the weights are
+        exact = [weight / sum(scaled) * self.draws for weight in scaled]
+        self.shares = [max(1, int(x)) for x in exact]
         by_rest = sorted(range(len(exact)), key=lambda s: self.shares[s] - exact[s])  # largest remainder first
         for source in by_rest[: self.draws - sum(self.shares)]:
             self.shares[source] += 1
+        for _ in range(sum(self.shares) - self.draws):  # what the smallest were given beyond their shares
+            self.shares[self.shares.index(max(self.shares))] -= 1
+        self.raised = [source for source, x in enumerate(exact) if x < 0.5]
 
     def order(self, seed: int, epoch: int) -> tuple[Tensor, Tensor]:
         """The indices of an epoch's samples, int64 [L], and how often each has been taken before, int32 [L]."""

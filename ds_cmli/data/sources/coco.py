@@ -1,15 +1,16 @@
 """JSON that lists pictures and their captions: Karpathy's splits of COCO and Flickr30k, and COCO's own annotations."""
 
-import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ds_cmli.common.errors import UserError
 from ds_cmli.config.schema import DataConfig
-from ds_cmli.data.sources.base import Parts, Source
-from ds_cmli.data.sources.images_of import image_folder
+from ds_cmli.data.bad import EMPTY, Refused, told
+from ds_cmli.data.sources.base import Parts
+from ds_cmli.data.sources.images_of import LOOKED_AT, image_folder
+from ds_cmli.data.sources.json_objects import loads
 from ds_cmli.data.sources.listed import Listed
 
 # Karpathy's names of the splits; "restval", the rest of COCO's validation set, is usually trained on.
@@ -19,50 +20,138 @@ EXPECTED = (
 )
 
 
+class Row(NamedTuple):
+    """A picture and one of its captions, or why they cannot be used."""
+
+    split: str
+    file: str  # or what else names the entry, if it has no file
+    caption: str = ""
+    reason: str = ""
+
+
 def load_json(name: str, files: list[Path], config: DataConfig) -> Parts:
-    """Open a JSON file. Raises `UserError` if it has neither of the two formats, or the images are not found."""
+    """Open a JSON file; entries that cannot be used are left out.
+
+    Raises:
+        UserError: the file has neither of the two formats or no entry that can be used, or the images are not found.
+    """
     if len(files) > 1:
         raise UserError(f"data.source is {name!r}, which are {len(files)} files: give each its own --data")
     path = files[0]
     try:
-        content = json.loads(path.read_bytes())
+        content = loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is no JSON ({error}): {EXPECTED}") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror or error})") from None
-    try:
-        rows = [_checked(*row) for row in (_annotated(content) if "annotations" in content else _karpathy(content))]
-    except (KeyError, TypeError, AttributeError, UnicodeError) as error:
-        raise UserError(f"{path} has not what it takes ({type(error).__name__}: {error}): {EXPECTED}") from None
-    if not rows:
-        raise UserError(f"{path} has no caption: {EXPECTED}")
+    lists = [content.get(key, []) if isinstance(content, dict) else None for key in ("images", "annotations")]
+    if not all(isinstance(some, list) for some in lists) or "images" not in content:
+        raise UserError(f"{path} has not what it takes: {EXPECTED}")
+    notices: list[str] = []
+    annotated = "annotations" in content
+    rows = list(_annotated(*lists, path, notices) if annotated else _karpathy(lists[0]))
+    usable = [row for row in rows if not row.reason]
+    if not usable:
+        first = f" (the first: {', '.join(told([(row.file, row.reason) for row in rows]))})" if rows else ""
+        raise UserError(f"{path} has no caption that can be used{first}: {EXPECTED}")
     # COCO keeps `captions_train2017.json` in annotations/, and the images in train2017/ beside that folder.
     subset = re.sub(r"^captions_", "", path.stem)
-    folder = image_folder(path, rows[0][1], config, (subset, f"images/{subset}"))
+    first_files = [row.file for row in usable[:LOOKED_AT]]
+    folder = image_folder(path, first_files, config, (subset, f"images/{subset}"))
     parts: dict[str, Listed] = {}
-    for split, file, caption in rows:
-        part = parts.setdefault(split, Listed(f"{name} ({split})", folder, folder, config))
-        part.add(file, caption)
-    only: Source = next(iter(parts.values()))
-    return Parts(parts.get("train", only), parts.get("validation"), parts.get("test"))
+    for row in rows:
+        part = parts.setdefault(row.split, Listed(f"{name} ({row.split})", folder, folder, config))
+        if row.reason:
+            part.bad.append((row.file, row.reason))
+        else:
+            part.add(row.file, row.caption)
+    found = {split: part for split, part in parts.items() if len(part)}
+    only = next(iter(found.values()))
+    only.bad += [bad for split, part in parts.items() if split not in found for bad in part.bad]
+    return Parts(found.get("train", only), found.get("validation"), found.get("test"), notices)
 
 
-def _checked(split: str, file: str, caption: str) -> tuple[str, str, str]:
-    (file + caption).encode()
-    if not file or "\0" in file or Path(file).is_absolute() or ".." in Path(file).parts:
-        raise TypeError(f"{file!r} is no path inside a folder")
-    return split, file, caption
-
-
-def _karpathy(content: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
+def _karpathy(images: list[Any]) -> Iterator[Row]:
     """Yield the split, the file and the text of each caption."""
-    for image in content["images"]:
-        file = "/".join(filter(None, (image.get("filepath"), image["filename"])))
-        for sentence in image["sentences"]:
-            yield SPLITS[image["split"]], file, sentence["raw"]
+    for number, image in enumerate(images):
+        split, file = "train", f"image {number}"
+        try:
+            found = _value(image, "split", str)
+            split = SPLITS.get(found, "train")
+            folder = _value(image, "filepath", str | None) if "filepath" in image else None
+            file = _file("/".join(filter(None, (folder, _value(image, "filename", str)))))
+            if found not in SPLITS:
+                raise Refused(f"its split is {found!r}, none of {', '.join(SPLITS)}")
+            sentences = _value(image, "sentences", list)
+            if not sentences:
+                raise Refused(EMPTY)
+        except Refused as error:
+            yield Row(split, file, reason=str(error))
+            continue
+        for sentence in sentences:
+            yield _row(split, file, sentence, "raw")
 
 
-def _annotated(content: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
-    files = {image["id"]: image["file_name"] for image in content["images"]}
-    for annotation in content["annotations"]:
-        yield "train", files[annotation["image_id"]], annotation["caption"]
+def _annotated(images: list[Any], annotations: list[Any], path: Path, notices: list[str]) -> Iterator[Row]:
+    """Yield the file and the text of each caption, all as the split "train"."""
+    files: dict[Any, str] = {}
+    for number, image in enumerate(images):
+        try:
+            key, file = _value(image, "id", str | int), _file(_value(image, "file_name", str))
+            if files.setdefault(key, file) != file:
+                raise Refused(f"its id {key!r} is that of {files[key]!r}")
+        except Refused as error:
+            yield Row("train", f"image {number}", reason=str(error))
+    used = set()
+    for number, annotation in enumerate(annotations):
+        try:
+            key = _value(annotation, "image_id", str | int)
+            if key not in files:
+                raise Refused(f"no image has its image_id {key!r}")
+        except Refused as error:
+            yield Row("train", f"annotation {number}", reason=str(error))
+            continue
+        used.add(key)
+        yield _row("train", files[key], annotation, "caption")
+    without = [file for key, file in files.items() if key not in used]
+    if without:
+        notices.append(f"{len(without)} images of {path} have no annotation and are not used, the first: {without[0]}")
+
+
+def _row(split: str, file: str, holder: Any, key: str) -> Row:
+    """The row of one caption, which is `holder[key]`."""
+    if isinstance(holder, dict) and holder.get(key, "") is None:
+        return Row(split, file, reason=EMPTY)
+    try:
+        caption = _unicode(_value(holder, key, str))
+    except Refused as error:
+        return Row(split, file, reason=str(error))
+    return Row(split, file, caption) if caption.strip() else Row(split, file, reason=EMPTY)
+
+
+def _value(holder: Any, key: str, wanted: Any) -> Any:
+    """`holder[key]`; raises `Refused` if `holder` is no object, lacks the key, or has another type than `wanted`."""
+    if not isinstance(holder, dict):
+        raise Refused(f"no object but {type(holder).__name__}")
+    if key not in holder:
+        raise Refused(f"no {key!r}")
+    value = holder[key]
+    if not isinstance(value, wanted):
+        raise Refused(f"its {key!r} is {type(value).__name__}")
+    return value
+
+
+def _file(name: str) -> str:
+    """The name of an image's file; raises `Refused` if it is none inside a folder."""
+    if not name or "\0" in name or Path(name).is_absolute() or ".." in Path(name).parts:
+        raise Refused(f"{name!r} is no path inside a folder")
+    return _unicode(name)
+
+
+def _unicode(text: str) -> str:
+    """The text; raises `Refused` if it holds half of a surrogate pair, as JSON can."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise Refused(f"no Unicode ({error.reason})") from None
+    return text

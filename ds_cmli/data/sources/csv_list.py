@@ -1,16 +1,15 @@
 """A CSV or TSV file with a column of image paths and a column of captions, as for open_clip's `--train-data`."""
 
-import csv
-from collections.abc import Iterator
+from itertools import chain, islice
 from pathlib import Path
-from typing import TextIO
 
 from ds_cmli.common.errors import UserError
 from ds_cmli.config.schema import DataConfig
 from ds_cmli.data.sources.base import Parts
 from ds_cmli.data.sources.columns import find_columns
-from ds_cmli.data.sources.images_of import image_folder
+from ds_cmli.data.sources.images_of import LOOKED_AT, image_folder
 from ds_cmli.data.sources.listed import Listed
+from ds_cmli.data.sources.table import Table
 
 
 def load_csv(name: str, files: list[Path], config: DataConfig) -> Parts:
@@ -19,45 +18,40 @@ def load_csv(name: str, files: list[Path], config: DataConfig) -> Parts:
     Paths are absolute, or relative to `data.image_root`, the file's folder or its parent folder.
 
     Raises:
-        UserError: a column is missing or ambiguous, a row has another length, or the images are not found.
+        UserError: a column is missing or ambiguous, the images are not found, or as `Table.rows`.
     """
     source: Listed | None = None
+    notices: list[str] = []
     for file in files:
         try:
             with open(file, encoding="utf-8-sig", newline="") as lines:
-                for line, path, caption in _rows(lines, file, config):
-                    if not path or "\0" in path:
-                        raise UserError(f"{file} line {line} has the image {path!r}: give its path")
-                    if source is None:
-                        folder = image_folder(file, path, config)
-                        # The list is the user's own, so a list of absolute paths may name files anywhere.
-                        source = Listed(name, folder, Path("/") if Path(path).is_absolute() else folder, config)
-                    source.add(path, caption)
-        except (UnicodeError, csv.Error) as error:
+                header = lines.readline()
+                lines.seek(0)
+                separator = config.separator.replace("\\t", "\t") or ("\t" if "\t" in header else ",")
+                table = Table(lines, file, separator)
+                keys = find_columns(str(file), table.columns, table.columns, config)
+                image, caption = (table.columns.index(key) for key in keys)
+                rows = table.rows(image)
+                first = list(islice(rows, LOOKED_AT))
+                if source is None and first:
+                    source = _source(name, file, [cells[image] for _, cells in first], config)
+                for line, cells in chain(first, rows):
+                    if not cells[image] or "\0" in cells[image]:
+                        raise UserError(f"{file} line {line} has the image {cells[image]!r}: give its path")
+                    assert source is not None
+                    source.add(cells[image], cells[caption])
+                notices += table.notices()
+        except UnicodeError as error:
             raise UserError(f"{file} cannot be read ({error}): save it as UTF-8 text") from None
         except OSError as error:
             raise UserError(f"{file} cannot be read ({error.strerror or error})") from None
     if source is None or not len(source):
         raise UserError(f"data.source is {name!r}, which has no row with a caption: give at least 2")
-    return Parts(source)
+    return Parts(source, notices=notices)
 
 
-def _rows(lines: TextIO, file: Path, config: DataConfig) -> Iterator[tuple[int, str, str]]:
-    """Yield line number, path and caption of each row."""
-    header = lines.readline()
-    separator = config.separator.replace("\\t", "\t") or ("\t" if "\t" in header else ",")
-    if len(separator) != 1:
-        raise UserError(f"data.separator is {config.separator!r}: give one character")
-    lines.seek(0)
-    reader = csv.reader(lines, delimiter=separator)
-    columns = next(reader, [])
-    image, caption = (columns.index(c) for c in find_columns(str(file), columns, columns, config))
-    for cells in reader:
-        if not cells:
-            continue
-        if len(cells) != len(columns):
-            place = f"{file} line {reader.line_num}"
-            raise UserError(
-                f"{place} has {len(cells)} cells and the first line {len(columns)}: quote texts with {separator!r}"
-            )
-        yield reader.line_num, cells[image], cells[caption]
+def _source(name: str, file: Path, paths: list[str], config: DataConfig) -> Listed:
+    """An empty list of the images that `file` names; `paths` are the first of them."""
+    folder = image_folder(file, paths, config)
+    # The list is the user's own, so a list of absolute paths may name files anywhere.
+    return Listed(name, folder, Path("/") if Path(paths[0]).is_absolute() else folder, config)

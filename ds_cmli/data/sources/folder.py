@@ -3,19 +3,20 @@
 This is the imagefolder convention of Hugging Face datasets.
 """
 
-import csv
-import json
 import os
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from ds_cmli.common.errors import UserError, nearest
 from ds_cmli.config.schema import DataConfig
 from ds_cmli.data.files import inside
 from ds_cmli.data.sources import accepted
 from ds_cmli.data.sources.base import Parts
+from ds_cmli.data.sources.json_objects import loads
 from ds_cmli.data.sources.listed import Listed
+from ds_cmli.data.sources.table import Table
 
 METADATA = ("metadata.jsonl", "metadata.csv")
 COLUMNS = ("file_name", "text")
@@ -63,10 +64,11 @@ def _load(root: Path, config: DataConfig) -> Parts:
     for path in metadata.values():
         if not config.follow_symlinks and not inside(path, os.path.realpath(root)):
             raise UserError(f"{path} is a symlink out of the data folder: data.follow_symlinks=true allows it")
-    train = read_metadata(metadata[training[0]], root, config)
-    parts = Parts(train, notices=_not_used(root, training[0], validation, train, config))
+    notices: list[str] = []
+    train = read_metadata(metadata[training[0]], root, config, notices)
+    parts = Parts(train, notices=[*_not_used(root, training[0], validation, train, config), *notices])
     if validation:
-        parts.validation = read_metadata(metadata[validation[0]], root, config)
+        parts.validation = read_metadata(metadata[validation[0]], root, config, parts.notices)
         for part, name in ((train, training[0]), (parts.validation, validation[0])):
             if not len(part):
                 raise UserError(f"{metadata[name]} has no usable line: give each image a file_name and a text")
@@ -108,51 +110,67 @@ def _contents(folder: Path) -> str:
     return told or (f"it holds {', '.join(names[:3])}{' ...' if len(names) > 3 else ''}" if names else "it is empty")
 
 
-def read_metadata(path: Path, root: Path, config: DataConfig) -> Listed:
-    """Read the pairs of one metadata file of the data folder `root`; raises `UserError` as `load_folder` does."""
+def read_metadata(path: Path, root: Path, config: DataConfig, notices: list[str]) -> Listed:
+    """Read the pairs of one metadata file of the data folder `root`; raises `UserError` as `load_folder` does.
+
+    Lines for the user are appended to `notices`.
+    """
     rows = Listed(str(path), path.parent, root, config)
     try:
-        for line, values in _lines(path):
+        for line, values in _csv(path, notices) if path.suffix == ".csv" else _json_lines(path):
             for column in COLUMNS:
                 if column not in values:
-                    found = ", ".join(map(str, values)) or "none"
-                    hint = nearest(column, values) if values else "add it"
-                    raise UserError(f"{path} line {line} has no column {column!r} (found: {found}): {hint}")
-            file, text = values["file_name"], values["text"]
+                    raise _lacks(path, line, column, values)
+            file = values["file_name"]
             if not isinstance(file, str) or not file or "\0" in file:
                 raise UserError(f"{path} line {line} has file_name {file!r}: give the image's path as text")
             if os.path.isabs(file) or os.path.normpath(file).split(os.sep)[0] == os.pardir:
                 raise UserError(f"{path} line {line} has file_name {file!r}: give a path inside {path.parent}")
-            if not isinstance(text, str | None):
-                raise UserError(f"{path} line {line} has text {text!r}: give the caption as text")
             try:
-                rows.add(file, text)
+                for text in _texts(values["text"], path, line):
+                    rows.add(file, text)
             except UnicodeEncodeError as error:  # JSON can contain half of a surrogate pair
                 raise UserError(f"{path} line {line} is no Unicode ({error.reason}): give whole characters") from None
-    except (UnicodeDecodeError, csv.Error) as error:
+    except UnicodeDecodeError as error:
         raise UserError(f"{path} cannot be read ({error}): save it as UTF-8 text") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror or error})") from None
     return rows
 
 
-def _lines(path: Path) -> Iterator[tuple[int, dict]]:
-    """Yield (line number from 1, values by column) of each row; blank lines are skipped."""
-    if path.suffix == ".csv":
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file)
-            for values in reader:
-                if None in values:
-                    place = f"{path} line {reader.line_num}"
-                    raise UserError(f"{place} has more cells than the first line: put texts with commas in quotes")
-                yield reader.line_num, values
-        return
+def _lacks(path: Path, line: int, column: str, values: dict[str, Any]) -> UserError:
+    found = ", ".join(map(str, values)) or "none"
+    hint = nearest(column, values) if values else "add it"
+    return UserError(f"{path} line {line} has no column {column!r} (found: {found}): {hint}")
+
+
+def _texts(value: Any, path: Path, line: int) -> list[str | None]:
+    """The captions of a row: a text, nothing, or a list of texts, in which empty ones do not count beside others."""
+    texts = value if isinstance(value, list) else [value]
+    if not all(isinstance(text, str | None) for text in texts):
+        shown = repr(value) if len(repr(value)) < 100 else type(value).__name__
+        raise UserError(f"{path} line {line} has text {shown}: give the caption as text, or a list of texts")
+    return [text for text in texts if text and text.strip()] or [None]
+
+
+def _csv(path: Path, notices: list[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield (line number from 1, values by column) of each row."""
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        table = Table(file, path, ",")
+        image = table.columns.index("file_name") if "file_name" in table.columns else 0
+        for line, cells in table.rows(image):
+            yield line, dict(zip(table.columns, cells, strict=True))
+        notices += table.notices()
+
+
+def _json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield (line number from 1, values by column) of each line; blank lines are skipped."""
     with open(path, encoding="utf-8-sig") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
             try:
-                values = json.loads(line)
+                values = loads(line)
             except (ValueError, RecursionError) as error:
                 reason = getattr(error, "msg", None) or str(error)
                 raise UserError(f"{path} line {number} is no JSON ({reason}): write one object a line") from None

@@ -69,20 +69,82 @@ def test_cocos_annotations_find_the_folder_beside_them(tmp_path):
     assert data.evals["val"].pictures.sources[0].folder == tmp_path / "val2017"
 
 
+ODD = '{"images": [{"filename": "1.png", "split": "odd", "sentences": [{"raw": "x"}]}]}'
+STRAY = '{"images": [{"id": 1, "file_name": "x.png"}], "annotations": [{"image_id": 2, "caption": "x"}]}'
+ONE = '{"images": [{"filename": %s, "split": "val", "sentences": [{"raw": %s}]}]}'
+
+
 @pytest.mark.parametrize(
     ("content", "said"),
     [
         ("{", "is no JSON"),
-        ("[]", "has not what it takes (TypeError"),
+        ("[]", "has not what it takes: expected are"),
+        ('{"images": {}}', "has not what it takes: expected are"),
         ('{"images": []}', "has no caption"),
-        ('{"info": 1}', "has not what it takes (KeyError: 'images')"),
-        ('{"images": [{"filename": "1.png", "split": "odd", "sentences": [{"raw": "x"}]}]}', "KeyError: 'odd'"),
-        ('{"images": [{"filename": "../1.png", "split": "val", "sentences": [{"raw": "x"}]}]}', "no path inside"),
-        ('{"images": [{"filename": "1.png", "split": "val", "sentences": [{"raw": 3}]}]}', "TypeError"),
-        ('{"images": [{"id": 1, "file_name": "x.png"}], "annotations": [{"image_id": 2, "caption": "x"}]}', "KeyError"),
-        ('{"images": [{"filename": "1.png", "split": "val", "sentences": [{"raw": "x"}]}]}', "give its folder by"),
+        ('{"info": 1}', "has not what it takes: expected are"),
+        ('{"images": [], "images": []}', "is no JSON (the key 'images' twice in one object)"),
+        (ODD, "1.png (its split is 'odd', none of train, restval, val, test)"),
+        (ONE % ('"../1.png"', '"x"'), "image 0 ('../1.png' is no path inside a folder)"),
+        (ONE % ('"1.png"', "3"), "1.png (its 'raw' is int)"),
+        (ONE % ('"1.png"', "null"), "1.png (empty caption)"),
+        (ONE % ('"1\\ud800.png"', '"x"'), "image 0 (no Unicode (surrogates not allowed))"),
+        (ONE % ("[1]", '"x"'), "image 0 (its 'filename' is list)"),
+        (STRAY, "annotation 0 (no image has its image_id 2)"),
+        (ONE % ('"1.png"', '"x"'), "give its folder by"),
     ],
-)  # fmt: skip
+)
 def test_other_json_is_refused_in_one_line(tmp_path, content, said):
     (tmp_path / "x.json").write_text(content)
     assert said in user_error(build, tmp_path / "x.json")
+
+
+def damaged(path, change):
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+    return build(path, val_source=str(path), max_bad_share=0.5)
+
+
+@pytest.mark.parametrize(
+    ("change", "bad"),
+    [
+        (lambda c: c["annotations"][0].update(caption=None), ("000000000000.png", "empty caption")),
+        (lambda c: c["annotations"][0].update(caption=[1]), ("000000000000.png", "its 'caption' is list")),
+        (lambda c: c["annotations"][0].pop("image_id"), ("annotation 0", "no 'image_id'")),
+        (lambda c: c["annotations"].insert(0, None), ("annotation 0", "no object but NoneType")),
+        (lambda c: c["images"].append({"id": 100, "file_name": "b.png"}),
+         ("image 4", "its id 100 is that of '000000000000.png'")),
+        (lambda c: c["images"].append({"id": 1}), ("image 4", "no 'file_name'")),
+    ],
+)  # fmt: skip
+def test_one_defective_entry_is_left_out_and_named(tmp_path, change, bad):
+    data = damaged(coco(tmp_path), change)
+    assert data.bad[0] == bad
+    assert len(data.train) == 4
+
+
+@pytest.mark.parametrize(
+    ("change", "bad"),
+    [
+        (lambda image: image.update(split="foo"), "its split is 'foo', none of train, restval, val, test"),
+        (lambda image: image.pop("split"), "no 'split'"),
+        (lambda image: image.update(sentences=[]), "empty caption"),
+        (lambda image: image.update(filepath=7), "its 'filepath' is int"),
+    ],
+)
+def test_one_defective_picture_of_karpathys_is_left_out_and_named(tmp_path, change, bad):
+    data = damaged(karpathy(tmp_path, ""), lambda content: change(content["images"][0]))
+    assert [reason for _, reason in data.bad][0] == bad
+    assert names(data.train.pictures.sources[0]) == ["1.png", "2.png", "5.png"]
+
+
+def test_images_without_an_annotation_are_told(tmp_path):
+    path = coco(tmp_path)
+    data = damaged(path, lambda c: c["images"].append({"id": 1, "file_name": "lone.png"}))
+    assert f"1 images of {path} have no annotation and are not used, the first: lone.png" in data.notices
+
+
+def test_a_list_whose_first_pictures_are_missing_is_still_found(tmp_path):
+    path = coco(tmp_path)
+    (tmp_path / "train2017" / "000000000000.png").unlink()
+    assert build(path, val_source=str(path)).train.pictures.sources[0].folder == tmp_path / "train2017"

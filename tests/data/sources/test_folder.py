@@ -40,7 +40,7 @@ def load(folder, **settings):
 
 
 def metadata(path):
-    return read_metadata(path, path.parent, DataConfig())
+    return read_metadata(path, path.parent, DataConfig(), [])
 
 
 def user_error(call, *args):
@@ -120,12 +120,22 @@ def test_csv_with_quotes_and_a_byte_order_mark(tmp_path):
         ('{"file_name": "/etc/a.png", "text": "x"}', "give a path inside"),
         ('{"file_name": "", "text": "x"}', "has file_name ''"),
         ('{"file_name": "a\\u0000.png", "text": "x"}', "has file_name 'a\\x00.png': give the image's path"),
-        ('{"file_name": "a.png", "text": ["x"]}', "has text ['x']"),
+        ('{"file_name": "a.png", "text": ["x", 3]}', "has text ['x', 3]: give the caption as text, or a list of texts"),
+        ('{"file_name": "a.png", "text": {"en": "x"}}', "has text {'en': 'x'}"),
     ],
 )
 def test_a_line_that_cannot_be_used_is_named(tmp_path, line, said):
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "x"}\n' + line + "\n")
     assert said in user_error(load, str(tmp_path))
+
+
+def test_a_list_of_captions_is_accepted(tmp_path):
+    some = rows(4)
+    some[0]["text"], some[1]["text"] = ["red apple", "green pear", None, " "], []
+    write(tmp_path, some)
+    found = metadata(tmp_path / "metadata.jsonl")
+    assert captions(found) == [["red apple", "green pear"], ["red apple"], ["red apple"]]
+    assert found.bad == [("001.png", "empty caption")]
 
 
 def test_csv_without_the_column_is_named(tmp_path):
@@ -260,7 +270,10 @@ def test_file_names_are_told_apart_by_where_they_lead(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
-        ("metadata.csv", "file_name,text\na.png,a cat, asleep\n", "line 2 has more cells than the first line"),
+        ("metadata.csv", "file_name,text\na.png,a cat, asleep\n", "line 2 has 3 cells and the first line 2"),
+        ("metadata.csv", "file_name,text,text\na.png,x,y\n", "has the column 'text' twice: keep one"),
+        ("metadata.csv", "file_name,text\na.png\n", "line 2 has 1 cells and the first line 2"),
+        ("metadata.jsonl", '{"file_name": "a.png", "text": "x", "text": "y"}', "line 1 is no JSON (the key 'text' twice"),
         ("metadata.jsonl", "[" * 100_000, "line 1 is no JSON"),
         ("metadata.jsonl", '{"file_name": ' + "1" * 5000 + "}", "line 1 is no JSON"),
         ("metadata.jsonl", '{"file_name": "a.png", "text": "\\ud800"}', "line 1 is no Unicode"),
