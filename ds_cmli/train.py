@@ -68,7 +68,7 @@ def train(
             check_outputs(ds_config, config.run.report_to)
         assets.fetch(assets.used(config))
         data = build_data(config.data, config.run.seed)
-        say(*data.notices)
+        say(*data.summary, *data.notices)
     except UserError as error:
         if os.environ["WORLD_SIZE"] == "1":
             raise
@@ -123,6 +123,8 @@ def run(
     from ds_cmli.checkpoint import restore, run_folder
     from ds_cmli.checkpoint.save import Checkpoints
     from ds_cmli.data import BadSamples
+    from ds_cmli.data.bad_file import NAME as BAD_FILE
+    from ds_cmli.data.bad_file import BadFile
     from ds_cmli.distributed import process_group as distributed
     from ds_cmli.distributed.collective_flags import CollectiveFlags
     from ds_cmli.engine import build, counts_line, plan, with_backend
@@ -142,6 +144,8 @@ def run(
         sampler.load_state_dict(state.sampler)
     profiles = profiles.left(total_steps, state.step, say)
     bad = BadSamples(config.data.max_bad_share, len(data.train), data.bad)
+    if distributed.is_main() and not dry_run:
+        bad.file = BadFile(folder / BAD_FILE, data.bad)
 
     def parts(engine: Any, writer: Any) -> Run:
         return Run(
@@ -176,6 +180,7 @@ def loop(run: Run, after_step: Callable[[], None]) -> int:
     settings, state, engine = run.config.run, run.state, run.engine
     workers, prefetch = run.config.data.workers, run.config.data.prefetch
     batches = iter(train_loader(run.data, run.sampler, workers, preemption.shield, prefetch))
+    run.bad.gather(run.flags)  # collective: what was left out at load is in its file from the beginning
     save_due = state.step == run.total_steps  # the run was stopped in its last evaluation
     try:
         while True:
@@ -304,7 +309,12 @@ def evaluate(run: Run) -> None:
             with weights():  # collectives
                 for split, dataset in run.data.evals.items():
                     name = split + suffix
-                    show = partial(draw, run.writer, state.step, name, settings.match_maps, run.data.tokenizer)
+
+                    def show(share: Any, *shown: Any, name: str = name) -> None:
+                        run.bad.evaluated(share.left_out)
+                        maps = settings.match_maps
+                        draw(run.writer, state.step, name, maps, run.data.tokenizer, share, *shown)  # collective
+
                     measured = evaluate_split(
                         run.engine.objective, dataset, run.data, settings.eval_batch, run.engine.device,
                         run.config.data.workers, lambda: poll(run), preemption.shield, show=show,
@@ -332,6 +342,7 @@ def save_done(run: Run) -> None:
 def save(run: Run) -> None:
     """A checkpoint, or a line that says why there is none. Collectives."""
     run.writer.flush(to_disk=True)
+    run.bad.gather(run.flags)  # collective
     run.state.capture(run.sampler, run.bad)  # CPU-GPU sync
     run.state.metrics_lines = run.writer.lines_at(run.state.step, run.state.evaluated)
     with run.watchdog.slow(together=True):

@@ -18,13 +18,14 @@ from ds_cmli.common.errors import UserError
 from ds_cmli.common.trackers import TRACKERS
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.schema import Config
+from ds_cmli.data.bad_file import NAME as BAD_FILE
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.distributed.master_address import this_node
 
 METRICS = "metrics.jsonl"
 DAMAGED = "metrics.damaged.jsonl"
 FORMER = "metrics.former.jsonl"  # of a run whose checkpoints are gone
-OF_A_RUN = (METRICS, "config.json", *TRACKERS)  # each tracker has a folder of its name
+OF_A_RUN = (METRICS, BAD_FILE, "config.json", *TRACKERS)  # each tracker has a folder of its name
 
 
 def make(config: Config, resume: str, dry_run: bool) -> Path:
@@ -145,6 +146,8 @@ def _settle(resume: str, point: ResumePoint | None, folder: Path, config: Config
         and checkpoint.latest(root) != point.path.name
     ):
         checksums.publish(root / checkpoint.LATEST, point.path.name.encode())
+    if point is None:
+        checkpoint.remove(folder / BAD_FILE)
     state = point.state if point is not None else TrainState()
     own = point is not None and point.path.parent.absolute() == root.absolute()
     _keep_former(folder / METRICS, point, resume)

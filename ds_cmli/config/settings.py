@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +15,8 @@ FREE = {
     *("data.workers", "data.prefetch"),
     *("run.keep_best", "run.patience", "run.match_maps", "run.report_to"),
 }
+# What earlier versions did not note of their sources, and what cannot be compared with theirs.
+NEWER = re.compile(r"sources\..*\.(bytes|missing|sizes|members|evaluated_on\..*)")
 SHOWN = 20  # maximum number of differences in a message, as hundreds of data files may differ
 # How the global batch is split over ranks. If the number of ranks changes, these change and the global batch does not.
 BATCH_SPLIT = {"optim.micro_batch", "deepspeed.train_micro_batch_size_per_gpu"}
@@ -55,7 +58,8 @@ def differences(before: dict[str, Any], now: dict[str, Any], same_ranks: bool) -
     known = {tuple(name.split(".")[:2]) for name in before}
     defaults = compared(Config(), {})
     before = {n: v for n, v in defaults.items() if n in now and tuple(n.split(".")[:2]) not in known} | before
-    names = sorted({*before, *now} - (set() if same_ranks else BATCH_SPLIT))
+    newer = set() if any(map(NEWER.fullmatch, before)) else set(filter(NEWER.fullmatch, now))
+    names = sorted({*before, *now} - newer - (set() if same_ranks else BATCH_SPLIT))
 
     def show(settings: dict[str, Any], name: str) -> str:
         return json.dumps(settings[name]) if name in settings else "not set"

@@ -3,7 +3,6 @@
 B pairs, M text positions (padded), S image size in pixels.
 """
 
-import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -16,11 +15,11 @@ from ds_cmli.config.schema import DataConfig
 from ds_cmli.data.bad import Bad, BadSamples
 from ds_cmli.data.batch import Batch, Collate, Sample
 from ds_cmli.data.mixture import Mixture
-from ds_cmli.data.opening import OF_SOURCES, open_all, open_sources
-from ds_cmli.data.pairs import EvalPairs, TrainPairs
+from ds_cmli.data.opening import OF_SOURCES, open_all, open_evaluated, open_sources
+from ds_cmli.data.pairs import EvalPairs, TrainPairs, of_sources
 from ds_cmli.data.sampler import GlobalBatchSampler
 from ds_cmli.data.scenes import EVAL_SCENES, EVAL_SEED, TRAIN_SCENES, Pictures, Scenes
-from ds_cmli.data.sources.base import Source
+from ds_cmli.data.summary import oddities, source_line
 from ds_cmli.data.tokens import CaptionTokenizer, SpecialTokens, load_tokenizer
 from ds_cmli.data.workers import Loader
 
@@ -37,9 +36,6 @@ __all__ = [
 ]
 
 
-CAPTIONS_LOOKED_AT = 5000  # about as many samples per source are checked for unknown tokens, in half a second
-
-
 @dataclass(kw_only=True)
 class EvalData:
     """The data that a model is evaluated on. Its data sets are map-style and return `Sample`s."""
@@ -48,7 +44,8 @@ class EvalData:
     tokenizer: CaptionTokenizer
     collate: Collate
     has_places: bool = False  # whether each token's place in the image is known, as the pointing game needs
-    notices: list[str] = field(default_factory=list)  # lines to print for the user before the run
+    summary: list[str] = field(default_factory=list)  # a line for each source, to print before the run
+    notices: list[str] = field(default_factory=list)  # further lines to print before the run
 
     @property
     def vocab_size(self) -> int:
@@ -85,12 +82,16 @@ def build_eval_data(config: DataConfig, seed: int, split: str | None) -> EvalDat
         return build_data(config, seed)
     if split in ("val", "test"):
         config = replace(config, val_split="test" if split == "test" else "validation")
-    sources = open_all(config) if split == "all" else open_sources(config).validation
+    sources, notices = open_all(config) if split == "all" else open_evaluated(config)
     tokenizer = load_tokenizer(config.tokenizer, config.context_length)
     name = split or ("test" if config.val_split == "test" else "val")
-    evals: dict[str, Dataset] = {name: EvalPairs(sources, tokenizer, config)}
-    notices = _unknown(sources, tokenizer, config.tokenizer)
-    return EvalData(evals=evals, tokenizer=tokenizer, collate=Collate(tokenizer), notices=notices)
+    return EvalData(
+        evals={name: EvalPairs(sources, tokenizer, config)},
+        tokenizer=tokenizer,
+        collate=Collate(tokenizer),
+        summary=[source_line(source.where, [("to evaluate on", source)]) for source in sources],
+        notices=[*notices, *oddities(sources, tokenizer, config.tokenizer)],
+    )
 
 
 def build_data(config: DataConfig, seed: int) -> Data:
@@ -123,49 +124,36 @@ def build_data(config: DataConfig, seed: int) -> Data:
             collate=Collate(tokenizer),
             bad=[],
             has_places=True,
+            summary=[f"data: demo: {TRAIN_SCENES:,} scenes to train on, {2 * EVAL_SCENES} held out"],
         )
     opened = open_sources(config)
     for part in (opened.train, opened.validation):
-        left_out = [item for source in part for item in source.bad]
+        left_out = of_sources(part)
         bad = BadSamples(config.max_bad_share, sum(map(len, part)), left_out)
         if bad.too_many(0, 0):
             raise UserError(bad.message(0))
     tokenizer = load_tokenizer(config.tokenizer, config.context_length)
+    everything = [*opened.train, *opened.validation]
     train = TrainPairs(opened.train, tokenizer, config, seed)
     validation = EvalPairs(opened.validation, tokenizer, config)
     # Read the first pair of each source, so that missing images are an error here: after an error in a loading process
     # torch takes 5 s per process to end.
-    for start, source in zip([0, *train.pictures.ends], opened.train, strict=False):
-        if len(source):
-            train[start]
+    for start in [0, *train.pictures.ends[:-1]]:
+        train[start]
     TrainPairs(opened.validation, tokenizer, config, seed)[0]
     return Data(
         train=train,
-        mixture=Mixture([len(source) for source in opened.train], opened.weights),
+        mixture=opened.mixture,
         evals={"test" if config.val_split == "test" else "val": validation},
         tokenizer=tokenizer,
         collate=Collate(tokenizer),
-        bad=[item for part in (opened.train, opened.validation) for source in part for item in source.bad],
-        notices=[*opened.notices, *_unknown([*opened.train, *opened.validation], tokenizer, config.tokenizer)],
+        bad=[*of_sources(opened.train), *of_sources(opened.validation)],
+        summary=opened.summary,
+        notices=[*opened.notices, *oddities(everything, tokenizer, config.tokenizer)],
         fingerprint=opened.fingerprint,
     )
 
 
-def _unknown(sources: list[Source], tokenizer: CaptionTokenizer, name: str) -> list[str]:
-    """A line about captions whose language the tokenizer does not know, if any; of large sources only some are read."""
-    looked_at, found = 0, []
-    for source in sources:
-        for index in range(0, len(source), max(1, len(source) // CAPTIONS_LOOKED_AT)):
-            with contextlib.suppress(Exception):  # samples that cannot be read are reported when they are used
-                captions = source.captions(index)
-                looked_at += len(captions)
-                found += [source.name(index) for caption in captions if tokenizer.mostly_unknown(caption)]
-    if not found:
-        return []
-    return [
-        f"{len(found)} of {looked_at} captions looked at are mostly tokens that data.tokenizer = {name!r} does "
-        f"not know, the first of {found[0]}: give a tokenizer of their language"
-    ]
 
 
 def train_loader(

@@ -20,8 +20,9 @@ class Mixture:
     """Epochs over the samples of S sources, which are numbered one source after the other.
 
     Without weights an epoch takes every sample once. With weights it has the same length and takes from each source its
-    share, at least one. Each source has an endless order, one permutation of its samples after the other, in which an epoch continues
-    where the epoch before stopped. All samples of a source are thus taken before one of them is repeated.
+    share, at least one sample. Each source has an endless order, one permutation of its samples after the other, in
+    which an epoch continues where the epoch before stopped. All samples of a source are thus taken before one of them
+    is repeated.
 
     Args:
         lengths: number of samples in each source.
@@ -41,7 +42,7 @@ class Mixture:
         exact = [weight / sum(scaled) * self.draws for weight in scaled]
         self.shares = [max(1, int(x)) for x in exact]
         by_rest = sorted(range(len(exact)), key=lambda s: self.shares[s] - exact[s])  # largest remainder first
-        for source in by_rest[: self.draws - sum(self.shares)]:
+        for source in by_rest[: max(0, self.draws - sum(self.shares))]:
             self.shares[source] += 1
         for _ in range(sum(self.shares) - self.draws):  # what the smallest were given beyond their shares
             self.shares[self.shares.index(max(self.shares))] -= 1

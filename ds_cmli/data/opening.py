@@ -6,8 +6,11 @@ from typing import Any
 from ds_cmli.common.errors import UserError
 from ds_cmli.config.schema import DataConfig
 from ds_cmli.data import sources
+from ds_cmli.data.mixture import Mixture
+from ds_cmli.data.overlap import kept_apart, shared_lines
 from ds_cmli.data.sources.base import Parts, Source, hold_out
 from ds_cmli.data.sources.names import weighted
+from ds_cmli.data.summary import source_line
 
 OF_SOURCES = ("image_root", "image_key", "caption_key", "separator")  # settings that only some sources read
 
@@ -19,7 +22,10 @@ class Opened:
     train: list[Source] = field(default_factory=list)
     validation: list[Source] = field(default_factory=list)
     weights: list[float] | None = None
-    notices: list[str] = field(default_factory=list)
+    mixture: Mixture = field(default_factory=lambda: Mixture([0]))
+    summary: list[str] = field(default_factory=list)  # a line for each source
+    of_files: list[str] = field(default_factory=list)  # lines about what the files hold
+    notices: list[str] = field(default_factory=list)  # those, and lines about what becomes of it
     fingerprint: dict[str, Any] = field(default_factory=dict)
 
 
@@ -27,13 +33,15 @@ def open_sources(config: DataConfig) -> Opened:
     """Open every source of `data.source` for training, and the validation data.
 
     Validation uses `data.val_source` if given, else each source's own validation part, else a held-out share of it.
+    Pictures that are held out of one source are not trained on from another.
 
     Raises:
-        UserError: an error of a source, or a setting that none of the sources reads.
+        UserError: an error of a source, a part without a picture, or a setting that no source reads.
     """
     names, weights = weighted(config.source)
     opened, kinds = Opened(weights=weights), set[str]()
-    for number, name in enumerate(names):
+    held_out: list[Source] = []
+    for name in names:
         parts = _open(name, config, kinds)
         train, validation = parts.train, None if config.val_source else _evaluated(parts, name, config)
         for split, part in (("validation", parts.validation), ("test", parts.test)):
@@ -42,30 +50,66 @@ def open_sources(config: DataConfig) -> Opened:
         if not config.val_source:
             if validation is None:
                 train, validation = hold_out(train)
+                held_out.append(validation)
             opened.validation.append(validation)
         opened.train.append(train)
-        opened.notices += parts.notices
-        opened.fingerprint[name] = train.fingerprint() | ({"weight": weights[number]} if weights else {})
+        opened.of_files += parts.notices
     if config.val_source:
-        try:
-            parts = _open(config.val_source, config, kinds)
-        except UserError as error:
-            raise UserError(str(error).replace("data.source is", "data.val_source is", 1)) from None
-        whole = parts.validation is None and parts.test is None
-        if whole and config.val_source in names:
-            opened.notices.append(
-                f"{config.val_source} is trained on and evaluated on: its results say nothing of others"
-            )
-        opened.validation = [parts.train if whole else _evaluated(parts, config.val_source, config) or parts.train]
-        if whole and config.val_split == "test":
-            opened.notices.append(f"data.val_split has no effect: {config.val_source} has no parts and is used whole")
+        opened.validation = [_open_val_source(config, names, kinds, opened)]
     if config.follow_symlinks and not kinds & FOLLOWING:
         opened.notices.append(f"data.follow_symlinks has no effect: {' and '.join(sorted(kinds))} holds its pictures")
+    opened.train, lines = kept_apart(opened.train, held_out)
+    for part in (*opened.train, *opened.validation):
+        if not len(part):
+            raise UserError(f"{part.where} has no picture left: give it some, or leave it out")
+    overlaps = [*lines, *shared_lines(opened.train, opened.validation)]
+    opened.notices = [*opened.of_files, *opened.notices, *overlaps]
+    opened.mixture = Mixture([len(source) for source in opened.train], weights)
+    _describe(opened, names, held_out, config)
     for setting in OF_SOURCES:
         value, readers = getattr(config, setting), [k for k, e in sources.SOURCES.items() if setting in e.settings]
         if value and not kinds & set(readers):
             raise UserError(f"data.{setting} is {value!r}: no source here reads it, only {' and '.join(readers)}")
     return opened
+
+
+def _open_val_source(config: DataConfig, names: list[str], kinds: set[str], opened: Opened) -> Source:
+    """The validation data that `data.val_source` names; lines about it are added to those of `opened`."""
+    try:
+        parts = _open(config.val_source, config, kinds)
+    except UserError as error:
+        raise UserError(str(error).replace("data.source is", "data.val_source is", 1)) from None
+    if config.val_source not in names:
+        opened.of_files += parts.notices
+    whole = parts.validation is None and parts.test is None
+    if whole and config.val_split == "test":
+        opened.notices.append(f"data.val_split has no effect: {config.val_source} has no parts and is used whole")
+    return parts.train if whole else _evaluated(parts, config.val_source, config) or parts.train
+
+
+def _describe(opened: Opened, names: list[str], held_out: list[Source], config: DataConfig) -> None:
+    """Fill in the lines about the sources, and the fingerprint."""
+    shares = [share / max(1, opened.mixture.draws) for share in opened.mixture.shares]
+    for number, name in enumerate(names):
+        train, weight = opened.train[number], opened.weights[number] if opened.weights else None
+        parts, mark = [("to train on", train)], train.fingerprint()
+        if not config.val_source:
+            validation = opened.validation[number]
+            held = any(part is validation for part in held_out)
+            parts.append(("held out" if held else f"in its {config.val_split} part", validation))
+            mark |= {} if held else {"evaluated_on": validation.fingerprint()}
+        share = None if weight is None else shares[number]
+        opened.summary.append(source_line(name, parts, share))
+        opened.fingerprint[name] = mark | ({} if weight is None else {"weight": weight})
+        if number in opened.mixture.raised:
+            opened.notices.append(
+                f"{name}::{weight:g} asks for less than half a picture of the {opened.mixture.draws:,} of an "
+                "epoch: it gets one"
+            )
+    if config.val_source:
+        validation = opened.validation[0]
+        opened.summary.append(source_line(config.val_source, [("to evaluate on", validation)]))
+        opened.fingerprint[names[0]]["evaluated_on"] = validation.fingerprint()
 
 
 def _evaluated(parts: Parts, name: str, config: DataConfig) -> Source | None:
@@ -75,11 +119,18 @@ def _evaluated(parts: Parts, name: str, config: DataConfig) -> Source | None:
     return parts.test if config.val_split == "test" else parts.validation
 
 
-def open_all(config: DataConfig) -> list[Source]:
-    """All parts of all sources of `data.source`, for an evaluation on data that is not trained on."""
+def open_evaluated(config: DataConfig) -> tuple[list[Source], list[str]]:
+    """What training evaluates on, and lines about its files."""
+    opened = open_sources(config)
+    return opened.validation, opened.of_files
+
+
+def open_all(config: DataConfig) -> tuple[list[Source], list[str]]:
+    """All parts of all sources of `data.source`, for an evaluation on other data, and lines about them."""
     opened = [_open(name, config, set()) for name in weighted(config.source)[0]]
     found = [part for parts in opened for part in (parts.train, parts.validation, parts.test) if part is not None]
-    return list(dict.fromkeys(found))  # without duplicates: a source without a training part uses another part for it
+    # Without duplicates: a source without a training part uses another part for it.
+    return list(dict.fromkeys(found)), [line for parts in opened for line in parts.notices]
 
 
 def _open(name: str, config: DataConfig, kinds: set[str]) -> Parts:

@@ -5,6 +5,7 @@ from bisect import bisect_right
 from dataclasses import replace
 from itertools import accumulate
 
+import numpy as np
 import torch
 from torch.utils.data import Dataset
 
@@ -27,6 +28,7 @@ class Pictures:
     def __init__(self, sources: list[Source], config: DataConfig):
         self.sources, self.size, self.max_pixels = sources, config.image_size, config.max_pixels
         self.ends = list(accumulate(len(source) for source in sources))
+        self.first = _first_of_each(sources)
 
     def __len__(self) -> int:
         return self.ends[-1]
@@ -38,11 +40,12 @@ class Pictures:
 
     def name(self, index: int) -> str:
         source, place = self.at(index)
-        return self.sources[source].name(place)
+        name = self.sources[source].name(place)
+        return name if len(self.sources) == 1 else f"{self.sources[source].where}: {name}"
 
     def image_id(self, index: int) -> int:
-        """A hash that identifies the picture: the same for all of its captions and on all nodes."""
-        source, place = self.at(index)
+        """A hash that identifies the picture: equal for all captions, in all sources, on all nodes."""
+        source, place = self.at(index if self.first is None else int(self.first[index]))
         digest = hashlib.blake2b(self.sources[source].key(place), digest_size=8, salt=source.to_bytes(8, "little"))
         return int.from_bytes(digest.digest(), "big", signed=True)
 
@@ -60,6 +63,23 @@ class Pictures:
 
     def black(self) -> torch.Tensor:
         return torch.zeros(3, self.size, self.size, dtype=torch.uint8)
+
+
+def _first_of_each(sources: list[Source]) -> np.ndarray | None:
+    """For each picture of all sources the first that is the same, int64 [n]; None if all differ."""
+    if len(sources) == 1:
+        return None
+    identities = np.concatenate([source.identities() for source in sources])
+    _, first, number = np.unique(identities, return_index=True, return_inverse=True)
+    return None if len(first) == len(identities) else first[number]
+
+
+def of_sources(sources: list[Source]) -> list[Bad]:
+    """What was left out at load, each with its source's name if there are several."""
+    if len(sources) == 1:
+        return list(sources[0].bad)
+    found = [(source.where, *bad) for source in sources for bad in source.bad]
+    return [(f"{where}: {name}", reason) for where, name, reason in found]
 
 
 def told(error: Exception) -> str:
@@ -140,7 +160,7 @@ class EvalPairs(Dataset):
 
     def __init__(self, sources: list[Source], tokenizer: CaptionTokenizer, config: DataConfig):
         self.pictures, self.tokenizer, self.size = Pictures(sources, config), tokenizer, config.image_size
-        self.bad = [item for source in sources for item in source.bad]
+        self.bad = of_sources(sources)
         self.rows: list[tuple[int, int]] = []  # (picture, which of its captions)
         for picture in range(len(self.pictures)):
             try:

@@ -13,6 +13,10 @@ from ds_cmli.common.pretrained import loading, reason
 from ds_cmli.data import assets
 
 WORDS = Path(__file__).with_name("words.txt")
+# So many characters of a text are tokenised, or `CHARACTERS_A_POSITION` for each position where that is more:
+# 5 MB would take 10 s. Only a text whose first 65,536 characters hold too few tokens, as one of blanks, loses any.
+MOST_CHARACTERS = 65_536
+CHARACTERS_A_POSITION = 64
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 
@@ -37,7 +41,7 @@ class SpecialTokens:
 
 
 class CaptionTokenizer:
-    """A transformers tokenizer that truncates captions and marks their valid tokens.
+    """A transformers tokenizer that truncates captions, before and after, and marks their valid tokens.
 
     Attributes: `vocab_size` (all ids are below it), `pad_id`, `positions` (the maximum length with special tokens).
     """
@@ -53,7 +57,7 @@ class CaptionTokenizer:
         self.backend = Tokenizer.from_str(backend.to_str())
         self.backend.no_padding()
         self.backend.enable_truncation(positions)
-        self.positions = positions
+        self.positions, self.most_characters = positions, most_characters(positions)
         self.vocab_size = len(tokenizer)
         self.pad_id: int = pad_id
         self.unknown_id = tokenizer.unk_token_id
@@ -68,7 +72,7 @@ class CaptionTokenizer:
         return SpecialTokens(self.pad_id, class_first=bool(valid) and not valid[0])
 
     def __call__(self, text: str) -> Tokens:
-        encoding = self.backend.encode(text)
+        encoding = self.backend.encode(text[: self.most_characters])
         ids = encoding.ids
         added = encoding.special_tokens_mask
         valid = [not a and i not in self.special_ids for i, a in zip(ids, added, strict=True)]
@@ -77,7 +81,7 @@ class CaptionTokenizer:
     def spans(self, text: str) -> list[tuple[int, int]]:
         """For each position, the range of characters that it stands for: the first, and the one after the last."""
         out = []
-        for start, end in self.backend.encode(text).offsets:
+        for start, end in self.backend.encode(text[: self.most_characters]).offsets:
             piece = text[start:end]  # some tokenizers count the blank before a word to its token
             out.append((start + len(piece) - len(piece.lstrip()), end))
         return out
@@ -90,6 +94,21 @@ class CaptionTokenizer:
 
     def decode(self, ids: list[int]) -> str:
         return self.backend.decode(ids, skip_special_tokens=True)
+
+
+def most_characters(positions: int) -> int:
+    """How many characters of a text are tokenised at most, where at most `positions` (M) tokens are kept."""
+    return max(MOST_CHARACTERS, CHARACTERS_A_POSITION * positions)
+
+
+def tell_cut(texts: list[str], positions: int) -> str | None:
+    """A line about the texts of which `most_characters` are tokenised and not more; None if there is none."""
+    most = most_characters(positions)
+    lengths = [len(text) for text in texts if len(text) > most]
+    if not lengths:
+        return None
+    found = f"{len(lengths)} of {len(texts)} texts have up to {max(lengths):,} characters"
+    return f"{found}: only the first {most:,} are read"
 
 
 def load_tokenizer(name: str, positions: int) -> CaptionTokenizer:

@@ -127,8 +127,7 @@ def _retrieval(
     from ds_cmli.evaluate.split import evaluate_split
 
     data = build_eval_data(config.data, config.run.seed, options["split"])
-    for line in data.notices:
-        say(line)
+    say(*data.summary, *data.notices)
     device = distributed.init()  # collective
     objective = load_objective(config, folder, ema, data, device)
     metrics: dict[str, Any] = {}

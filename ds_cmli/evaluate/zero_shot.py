@@ -17,11 +17,13 @@ from torch import Tensor
 
 from ds_cmli.cmli import cmli_scores
 from ds_cmli.cmli.pair_scores import combined
+from ds_cmli.common.cli import say
 from ds_cmli.common.errors import UserError
 from ds_cmli.data import batches
 from ds_cmli.data.bad import told
 from ds_cmli.data.batch import Sample
 from ds_cmli.data.held_out import FILLER, View
+from ds_cmli.data.tokens import tell_cut
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.evaluate.embed import Texts, embed_texts, image_embeddings
 from ds_cmli.evaluate.recall import expected_hits
@@ -124,6 +126,7 @@ def build_classifier(
     scales = objective.score_scales()  # collective under ZeRO-3
     rank, ranks = distributed.rank(), distributed.world_size()
     prompts = [template.replace("{}", name) for name in names for template in templates]
+    say(tell_cut(prompts, data.tokenizer.positions))
     share = -(-len(prompts) // ranks)
     own = list(range(rank * share, min(len(prompts), (rank + 1) * share)))
     own += [FILLER] * (share - len(own))

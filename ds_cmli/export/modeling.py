@@ -19,7 +19,7 @@ from ds_cmli.cmli.contrastive import contrastive_loss, temperature_scale, upcast
 from ds_cmli.cmli.loss import l2_normalize
 from ds_cmli.cmli.pair_scores import both_ways
 from ds_cmli.cmli.reference import cmli_scores_reference
-from ds_cmli.data.tokens import SpecialTokens
+from ds_cmli.data.tokens import SpecialTokens, most_characters
 from ds_cmli.export.configuration import CMLIConfig
 from ds_cmli.export.processing import CMLIProcessor
 from ds_cmli.inference.model import Match
@@ -209,8 +209,9 @@ class CMLIModel(PreTrainedModel):
         tokens = l2_normalize(of_text.last_hidden_state[0][valid])  # [M, D]
         patches = l2_normalize(of_image.last_hidden_state[0])  # [N, D]
         similarity = (upcast(tokens) @ upcast(patches).t()).cpu()  # [M, N]; CPU-GPU sync
+        most = processor.context_length
         offsets = processor.tokenizer(
-            text, truncation=True, max_length=processor.context_length, return_offsets_mapping=True
+            text[: most_characters(most)], truncation=True, max_length=most, return_offsets_mapping=True
         )["offset_mapping"]
         spans = []
         for (start, end), own in zip(offsets, valid.tolist(), strict=False):

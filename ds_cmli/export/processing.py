@@ -3,6 +3,7 @@
 Shapes: I images, J texts, S image side in pixels, M text positions.
 """
 
+import warnings
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from transformers import BatchFeature, ProcessorMixin
 
 from ds_cmli.data.batch import PAD_MULTIPLE
 from ds_cmli.data.pictures import prepare
+from ds_cmli.data.tokens import most_characters, tell_cut
 
 # Further arguments that are accepted, with their accepted values.
 ACCEPTED: dict[str, tuple[Any, ...]] = {
@@ -77,6 +79,9 @@ class CMLIProcessor(ProcessorMixin):
         for text in texts:
             if not isinstance(text, str):
                 raise TypeError(f"a text is {type(text).__name__}: give a string or a list of strings")
+        if line := tell_cut(texts, self.context_length):
+            warnings.warn(line, stacklevel=3)
+        texts = [text[: most_characters(self.context_length)] for text in texts]
         rows = self.tokenizer(texts, truncation=True, max_length=self.context_length)["input_ids"]
         if not all(rows):
             raise ValueError(f"the text {texts[rows.index([])]!r} has no token: leave it out")

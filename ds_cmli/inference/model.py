@@ -5,6 +5,7 @@ Shapes: I images, J texts, N image patches, M text positions, H hidden size, D e
 
 import dataclasses
 import hashlib
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,7 +26,7 @@ from ds_cmli.common.errors import UserError
 from ds_cmli.config.schema import Config, load_config
 from ds_cmli.data.batch import Collate, Sample
 from ds_cmli.data.pictures import prepare, read_picture
-from ds_cmli.data.tokens import CaptionTokenizer, load_tokenizer
+from ds_cmli.data.tokens import CaptionTokenizer, load_tokenizer, tell_cut
 from ds_cmli.losses.objective import Objective
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
@@ -189,6 +190,8 @@ class Model:
         for text in texts:
             if not isinstance(text, str):
                 raise UserError(f"a text is {type(text).__name__} {text!r}: give a string")
+        if line := tell_cut(texts, self.tokenizer.positions):
+            warnings.warn(line, stacklevel=2)
         nothing = torch.zeros(3, 0, 0, dtype=torch.uint8)
         whole = self.collate([Sample(nothing, self.tokenizer(text), i, i) for i, text in enumerate(texts)])
         cls, tokens = [], []

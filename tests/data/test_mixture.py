@@ -29,7 +29,25 @@ def test_an_epoch_takes_each_sources_share():
         assert 10 < sum(of_first[:50]) < 40  # mixed, not one source after the other
     assert Mixture([10, 10, 10], [1, 1, 1]).shares == [10, 10, 10]
     assert Mixture([4, 3], [2, 1]).shares == [5, 2]  # of 4.67 and 2.33
-    assert Mixture([3, 3, 4], [1, 1, 1e-9]).shares == [5, 5, 0]
+
+
+@pytest.mark.parametrize(
+    ("lengths", "weights", "shares", "raised"),
+    [
+        ([3, 3, 4], [1, 1, 1e-9], [5, 4, 1], [2]),
+        ([200, 200], [0.002, 1], [1, 399], []),  # 0.8 of 400
+        ([200, 200], [0.001, 1], [1, 399], [0]),  # 0.4 of 400
+        ([200, 200], [1e308, 1e308], [200, 200], []),
+        ([200, 200], [5e-324, 1e308], [1, 399], [0]),
+        ([200, 200], [5e-324, 5e-324], [200, 200], []),
+        ([1, 1, 1], [1, 1e-9, 1e-9], [1, 1, 1], [1, 2]),
+    ],
+)
+def test_every_source_keeps_a_sample_an_epoch(lengths, weights, shares, raised):
+    mixture = Mixture(lengths, weights)
+    assert mixture.shares == shares
+    assert mixture.raised == raised
+    assert len(draws(mixture, 0, 0)) == sum(lengths)
 
 
 def test_all_samples_of_a_source_are_taken_before_one_comes_again():

@@ -1,7 +1,9 @@
+import time
+
 import pytest
 
 from ds_cmli.common.errors import UserError
-from ds_cmli.data.tokens import SPECIAL, builtin_tokenizer, load_tokenizer
+from ds_cmli.data.tokens import SPECIAL, builtin_tokenizer, load_tokenizer, most_characters, tell_cut
 
 
 @pytest.fixture(scope="module")
@@ -60,3 +62,28 @@ def test_a_tokenizer_without_padding_is_refused(tmp_path):
     tokenizer.save_pretrained(tmp_path)
     with pytest.raises(UserError, match=r"which has no token for padding or the end"):
         load_tokenizer(str(tmp_path), 12)
+
+
+ORDINARY = ["red apple " * 6000, "a" * 90_000, "x" * 200 + " red", "\u4e2d\u6587 " * 9000, " " * 300 + "red apple"]
+
+
+@pytest.mark.parametrize("positions", [12, 64, 2048])
+@pytest.mark.parametrize("text", ORDINARY, ids=range(len(ORDINARY)))
+def test_a_limit_of_characters_changes_no_tokens(positions, text):
+    tokenizer = load_tokenizer("builtin", positions)
+    whole = tokenizer.backend.encode(text)
+    assert tokenizer(text).input_ids == whole.ids
+    assert len(tokenizer.spans(text)) == len(whole.ids)
+
+
+def test_of_a_text_of_megabytes_only_the_beginning_is_tokenised(builtin):
+    text = "red apple " * 5_000_000  # 50 MB: 2 minutes as a whole
+    started = time.monotonic()
+    assert builtin(text).valid == [False] + [True] * 10 + [False]
+    assert len(builtin.spans(text)) == 12
+    assert not builtin.mostly_unknown(text)
+    assert time.monotonic() - started < 20
+    line = "1 of 2 texts have up to 50,000,000 characters: only the first 65,536 are read"
+    assert tell_cut([text, "red"], 12) == line
+    assert tell_cut(["red " * 16_384], 12) is None
+    assert most_characters(65_536) == 64 * 65_536

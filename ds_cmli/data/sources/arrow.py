@@ -8,16 +8,20 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ds_cmli.common.cli import say
 from ds_cmli.common.errors import UserError
 from ds_cmli.common.pretrained import reason
 from ds_cmli.config.schema import DataConfig
 from ds_cmli.data.bad import Refused
 from ds_cmli.data.files import check_bytes, most_bytes
-from ds_cmli.data.sources.base import Parts, Source, usable
+from ds_cmli.data.sources.base import Parts, Source, numbered, usable
 from ds_cmli.data.sources.columns import find_columns
 
 SPLITS = {"train": "train", "validation": "validation", "valid": "validation", "val": "validation", "test": "test"}
+
+Stored = list[tuple[str, int]]  # where rows are stored and how many, in their order
 
 
 def load_parquet(name: str, files: list[Path], config: DataConfig) -> Parts:
@@ -56,7 +60,8 @@ def load_parquet(name: str, files: list[Path], config: DataConfig) -> Parts:
         raise UserError(
             f"data.source is {name!r}, which cannot be read ({reason(cause)}): give whole parquet files"
         ) from None
-    return _parts(name, parts, {file.name: file.stat().st_size for file in files}, config)
+    stored = {split: [_stored(file) for file in some] for split, some in splits.items()}
+    return _parts(name, parts, {file.name: file.stat().st_size for file in files}, stored, config)
 
 
 def load_saved(name: str, files: list[Path], config: DataConfig) -> Parts:
@@ -70,7 +75,15 @@ def load_saved(name: str, files: list[Path], config: DataConfig) -> Parts:
     parts = {SPLITS[k]: v for k, v in found.items() if k in SPLITS} if isinstance(found, dict) else {"train": found}
     if "train" not in parts:
         raise UserError(f"data.source is {name!r}, which has the splits {', '.join(found)}: name one 'train'")
-    return _parts(name, parts, {str(f.relative_to(folder)): f.stat().st_size for f in folder.rglob("*.arrow")}, config)
+    sizes = {str(f.relative_to(folder)): f.stat().st_size for f in folder.rglob("*.arrow")}
+    stored = {split: [(str(folder.resolve() / split), len(rows))] for split, rows in parts.items()}
+    opened = _parts(name, parts, sizes, stored, config)
+    if isinstance(found, dict):
+        used = [id(rows) for rows in parts.values()]
+        unused = [split for split, rows in found.items() if id(rows) not in used]
+        known = f"known are {', '.join(SPLITS)}"
+        opened.notices += [f"the split {k!r} of {name} is not used: {known}" for k in unused]
+    return opened
 
 
 def _library(name: str) -> Any:
@@ -84,18 +97,29 @@ def _library(name: str) -> Any:
     return datasets
 
 
-def _parts(name: str, parts: dict[str, Any], sizes: dict[str, int], config: DataConfig) -> Parts:
-    found = {split: Arrow(f"{name} ({split})", dataset, sizes, config) for split, dataset in parts.items()}
+def _stored(file: Path) -> tuple[str, int]:
+    import pyarrow.parquet
+
+    return str(file.resolve()), pyarrow.parquet.read_metadata(file).num_rows
+
+
+def _parts(
+    name: str, parts: dict[str, Any], sizes: dict[str, int], stored: dict[str, Stored], config: DataConfig
+) -> Parts:
+    """The parts of a data set; `stored` tells where the rows of each lie."""
+    found: dict[str, Arrow] = {}
+    for split, dataset in parts.items():
+        found[split] = Arrow(f"{name} ({split})", dataset, sizes, stored[split], config)
     return Parts(found["train"], found.get("validation"), found.get("test"))
 
 
 class Arrow(Source):
     """The rows of a `datasets.Dataset`: a column of undecoded images, and a column of one caption or a list of them."""
 
-    def __init__(self, where: str, dataset: Any, sizes: dict[str, int], config: DataConfig):
+    def __init__(self, where: str, dataset: Any, sizes: dict[str, int], stored: Stored, config: DataConfig):
         import datasets
 
-        self.where, self.sizes, self.bad = where, sizes, []
+        self.where, self.sizes, self.stored, self.bad = where, sizes, stored, []
         self.most_bytes = most_bytes(config.max_pixels)
         features = dataset.features
         images = [k for k, v in features.items() if _holds_image(v)]
@@ -128,6 +152,23 @@ class Arrow(Source):
     def fingerprint(self) -> dict[str, Any]:
         return {"pictures": len(self), "files": self.sizes}
 
+    def identities(self) -> np.ndarray:
+        return np.concatenate([numbered(place, rows) for place, rows in self.stored])
+
+    def caption_counts(self) -> np.ndarray:
+        counts = [_lengths(chunk)[0] for chunk in self._chunks()]
+        return np.concatenate(counts) if counts else np.zeros(0, np.int64)
+
+    def caption_bytes(self) -> np.ndarray:
+        sizes = [_lengths(chunk)[1] for chunk in self._chunks()]
+        return np.concatenate(sizes) if sizes else np.zeros(0, np.int64)
+
+    def _chunks(self) -> list[Any]:
+        """The captions as Arrow arrays in the order of the rows, which a selection may have changed."""
+        column = self.texts.data.column(self.caption_column)
+        indices = self.texts._indices
+        return (column if indices is None else column.take(indices.column(0))).chunks
+
 
 def _holds_image(feature: Any) -> bool:
     import datasets
@@ -139,3 +180,17 @@ def _holds_image(feature: Any) -> bool:
 def _holds_text(feature: Any) -> bool:
     inner = getattr(feature, "feature", feature)  # the type of a list's items, if it is a list
     return getattr(inner, "dtype", "") in ("string", "large_string")
+
+
+def _lengths(captions: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Of an Arrow array of texts or of lists: how many each row holds, and the bytes of its longest."""
+    import pyarrow.compute as pc
+
+    if "list" not in str(captions.type):
+        sizes = pc.fill_null(pc.binary_length(captions), 0).to_numpy(zero_copy_only=False)
+        return (sizes > 0).astype(np.int64), sizes.astype(np.int64)
+    counts = pc.fill_null(pc.list_value_length(captions), 0).to_numpy(zero_copy_only=False)
+    sizes = pc.fill_null(pc.binary_length(captions.flatten()), 0).to_numpy(zero_copy_only=False)
+    longest = np.zeros(len(counts), dtype=np.int64)
+    np.maximum.at(longest, np.repeat(np.arange(len(counts)), counts), sizes)
+    return counts, longest

@@ -58,10 +58,32 @@ class Source(ABC):
 
     def priorities(self) -> np.ndarray:
         """Pseudorandom numbers, uint64 [n], always the same; the lowest are held out if there is no validation set."""
-        x = np.arange(1, len(self) + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)  # SplitMix64
-        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return x ^ (x >> np.uint64(31))
+        return scattered(len(self))
+
+    def identities(self) -> np.ndarray:
+        """Numbers of the pictures, uint64 [n]: in this process equal for the same stored picture in all sources."""
+        return numbered(self.where, len(self))
+
+    def caption_counts(self) -> np.ndarray | None:
+        """The number of captions of each picture, int64 [n]; None if only reading them could tell."""
+        return None
+
+    def caption_bytes(self) -> np.ndarray:
+        """The most bytes that a caption of each picture can have, int64 [n], found without reading them."""
+        return np.zeros(len(self), dtype=np.int64)
+
+
+def scattered(count: int) -> np.ndarray:
+    """Pseudorandom numbers, uint64 [count], all different and always the same: SplitMix64."""
+    x = np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def numbered(place: str, count: int) -> np.ndarray:
+    """`Source.identities` of the `count` pictures that are stored together in `place`."""
+    return scattered(count) ^ np.uint64(hash(place) & 0xFFFF_FFFF_FFFF_FFFF)
 
 
 class Part(Source):
@@ -87,6 +109,16 @@ class Part(Source):
 
     def fingerprint(self) -> dict[str, Any]:
         return {**self.source.fingerprint(), "pictures": len(self)}
+
+    def identities(self) -> np.ndarray:
+        return self.source.identities()[self.indices]
+
+    def caption_counts(self) -> np.ndarray | None:
+        counts = self.source.caption_counts()
+        return None if counts is None else counts[self.indices]
+
+    def caption_bytes(self) -> np.ndarray:
+        return self.source.caption_bytes()[self.indices]
 
 
 @dataclass

@@ -3,6 +3,7 @@
 import hashlib
 import os
 from array import array
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from ds_cmli.data.bad import EMPTY
 from ds_cmli.data.files import most_bytes, read_file
 from ds_cmli.data.sources.base import Source
 from ds_cmli.data.strings import Strings
+
+MOST_SIZES = 100_000  # files whose sizes identify the data; of more, as many are taken evenly
 
 
 class Listed(Source):
@@ -78,7 +81,46 @@ class Listed(Source):
         for strings in (self.files, self.texts):
             content.update(strings.text)
             content.update(strings.ends)
-        return {"pictures": len(self), "captions": len(self.texts), "content": content.hexdigest()}
+        listed = {"pictures": len(self), "captions": len(self.texts)}
+        return listed | {"content": content.hexdigest()} | self._sizes()
+
+    def _sizes(self) -> dict[str, Any]:
+        """The sizes of the files, of `MOST_SIZES` at most. Dates do not count, as a copy changes them."""
+        sizes = array("q")
+        for index in range(0, len(self), -(-len(self) // MOST_SIZES) or 1):
+            try:
+                sizes.append(os.stat(self._path(index)).st_size)
+            except (OSError, ValueError):
+                sizes.append(-1)
+        missing = sizes.count(-1)
+        digest = hashlib.blake2b(sizes, digest_size=8).hexdigest()
+        return {"bytes": sum(sizes) + missing, "missing": missing, "sizes": digest}
+
+    def identities(self) -> np.ndarray:
+        """Two names of one file (by symlinks) are the same picture."""
+        folders: dict[str, tuple[str, set[str]]] = {}
+        found = (hash(_real_path(str(self._path(i)), folders)) for i in range(len(self)))
+        return np.fromiter(found, np.int64, len(self)).view(np.uint64)
+
+    def caption_counts(self) -> np.ndarray:
+        return np.diff(self.groups[1])
+
+    def caption_bytes(self) -> np.ndarray:
+        rows, starts = self.groups
+        sizes = np.diff(self.texts.ends)[rows]
+        return np.maximum.reduceat(sizes, starts[:-1]) if len(self) else sizes
 
     def _path(self, index: int) -> Path:
         return self.folder / self.name(index)
+
+
+def _real_path(path: str, folders: dict[str, tuple[str, set[str]]]) -> str:
+    """As `os.path.realpath`, but `folders` keeps each folder's real path and symlinks, which saves the time."""
+    folder, name = os.path.split(path)
+    if folder not in folders:
+        links: set[str] = set()
+        with suppress(OSError), os.scandir(folder) as entries:
+            links = {entry.name for entry in entries if entry.is_symlink()}
+        folders[folder] = os.path.realpath(folder), links
+    real, links = folders[folder]
+    return os.path.realpath(path) if name in links else os.path.join(real, name)

@@ -54,7 +54,8 @@ def scan(path: Path) -> tuple[np.ndarray, list[Bad]]:
     for name, sample in samples:
         reason = _defect(sample, end)
         if reason:
-            bad.append((f"{path.name}/{name}", reason))
+            printable = name.encode(errors="replace").decode()
+            bad.append((f"{path.name}/{printable}", reason))
             continue
         for field, (start, size) in sample.items():
             rows[good][field], rows[good][f"{field}_size"] = start, size
@@ -115,13 +116,18 @@ def _members(file: BinaryIO, path: Path) -> Iterator[tarfile.TarInfo | str]:
 
 
 def _next(archive: Any, end: int) -> tarfile.TarInfo | None:
+    """The next member. A damaged header is passed over by its one block, as its size is not to be trusted."""
     while True:
+        start = archive.offset
         try:
-            return archive.next()
-        except (tarfile.TarError, ValueError, UnicodeError):  # a damaged extended header
-            if archive.offset >= end:
+            member = archive.next()
+            if member is None or (member.size >= 0 and archive.offset > member.offset):
+                return member
+            start = member.offset  # a negative size led back
+        except Exception:  # `tarfile` raises nearly anything for damaged sizes and records
+            if start >= end:
                 return None
-            archive.offset += BLOCK
+        archive.offset = start + BLOCK
 
 
 def _between(file: BinaryIO, start: int, stop: int) -> str | None:

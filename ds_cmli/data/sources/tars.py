@@ -1,10 +1,12 @@
 """WebDataset tars, as img2dataset writes them. They are read in place: nothing is unpacked or copied."""
 
+import hashlib
 import json
 import os
 import tarfile
 from bisect import bisect_right
 from collections import OrderedDict
+from collections.abc import Iterator
 from itertools import accumulate, groupby
 from pathlib import Path
 from typing import Any
@@ -13,14 +15,15 @@ import numpy as np
 
 from ds_cmli.common.errors import UserError
 from ds_cmli.config.schema import DataConfig
-from ds_cmli.data.bad import Refused, told
+from ds_cmli.data.bad import Refused
 from ds_cmli.data.files import check_bytes, most_bytes
-from ds_cmli.data.sources.base import Parts, Source, usable
+from ds_cmli.data.sources.base import Parts, Source, numbered, usable
 from ds_cmli.data.sources.tar_index import index
 from ds_cmli.data.sources.tar_scan import BLOCK
 
 CAPTION_KEYS = ("caption", "captions", "text")  # keys that are searched in a sample's .json if it has no .txt
 WANTED = "a sample is NAME.jpg (.jpeg, .png, .webp) and NAME.txt or NAME.json"
+MOST_TEXT_BYTES = 2**26  # a longer .txt or .json is no caption
 MOST_OPEN = 64  # shards kept open: there may be thousands, but a process may only open 1,024 files by default
 
 
@@ -30,8 +33,7 @@ def load_tars(name: str, files: list[Path], config: DataConfig) -> Parts:
     if not len(tars):
         what = f"the first: {tars.bad[0][0]} ({tars.bad[0][1]})" if tars.bad else "no image among their members"
         raise UserError(f"data.source is {name!r}: its {len(files)} tars hold no pair ({what}): {WANTED}")
-    first = f"the first: {', '.join(told(tars.bad))}"
-    return Parts(tars, notices=[f"{len(tars.bad)} samples of {name} are left out, {first}"] if tars.bad else [])
+    return Parts(tars)
 
 
 class Tars(Source):
@@ -112,7 +114,33 @@ class Tars(Source):
     def fingerprint(self) -> dict[str, Any]:
         base = os.path.commonpath([shard.parent for shard in self.shards])
         sizes = {os.path.relpath(shard, base): shard.stat().st_size for shard in self.shards}
-        return {"pictures": len(self), "files": sizes}
+        # A shard is padded: its size often stays where the sizes of its members change.
+        members = hashlib.blake2b(digest_size=8)
+        for rows in self._shard_rows():
+            members.update(np.ascontiguousarray(rows))
+        return {"pictures": len(self), "files": sizes, "members": members.hexdigest()}
+
+    def identities(self) -> np.ndarray:
+        counts = zip(self.shards, self.starts, self.starts[1:], strict=False)
+        parts = [numbered(os.path.realpath(shard), stop - start) for shard, start, stop in counts]
+        return np.concatenate(parts)
+
+    def caption_counts(self) -> np.ndarray | None:
+        """One caption for each .txt; how many a .json holds is not known."""
+        only_texts = not self.caption_key and all((rows["text"] > 0).all() for rows in self._shard_rows())
+        return np.ones(len(self), dtype=np.int64) if only_texts else None
+
+    def caption_bytes(self) -> np.ndarray:
+        """The sizes of the .txt and .json: the latter hold the caption and more."""
+        found = []
+        for rows in self._shard_rows():
+            as_text = (rows["text"] > 0) & (not self.caption_key)
+            found.append(np.where(as_text, rows["text_size"], rows["json_size"]).astype(np.int64))
+        return np.concatenate(found)
+
+    def _shard_rows(self) -> Iterator[np.ndarray]:
+        for (file, first), start, stop in zip(self.rows, self.starts, self.starts[1:], strict=False):
+            yield np.load(file, mmap_mode="r")[first : first + stop - start]
 
     def _row(self, index: int) -> tuple[int, np.void]:
         shard = bisect_right(self.starts, index) - 1
@@ -123,6 +151,8 @@ class Tars(Source):
 
     def _bytes(self, shard: int, row: np.void, field: str) -> bytes:
         size = int(row[f"{field}_size"])
+        if field != "image" and size > MOST_TEXT_BYTES:
+            raise Refused(f"{size:,} bytes of text")
         content = os.pread(self._descriptor(shard), size, int(row[field]))
         if len(content) < size:
             raise Refused("truncated since the run began")

@@ -134,7 +134,7 @@ def test_one_defective_entry_is_left_out_and_named(tmp_path, change, bad):
 )
 def test_one_defective_picture_of_karpathys_is_left_out_and_named(tmp_path, change, bad):
     data = damaged(karpathy(tmp_path, ""), lambda content: change(content["images"][0]))
-    assert [reason for _, reason in data.bad][0] == bad
+    assert data.bad[0][1] == bad
     assert names(data.train.pictures.sources[0]) == ["1.png", "2.png", "5.png"]
 
 

@@ -273,7 +273,11 @@ def test_file_names_are_told_apart_by_where_they_lead(tmp_path):
         ("metadata.csv", "file_name,text\na.png,a cat, asleep\n", "line 2 has 3 cells and the first line 2"),
         ("metadata.csv", "file_name,text,text\na.png,x,y\n", "has the column 'text' twice: keep one"),
         ("metadata.csv", "file_name,text\na.png\n", "line 2 has 1 cells and the first line 2"),
-        ("metadata.jsonl", '{"file_name": "a.png", "text": "x", "text": "y"}', "line 1 is no JSON (the key 'text' twice"),
+        (
+            "metadata.jsonl",
+            '{"file_name": "a.png", "text": "x", "text": "y"}',
+            "line 1 is no JSON (the key 'text' twice",
+        ),
         ("metadata.jsonl", "[" * 100_000, "line 1 is no JSON"),
         ("metadata.jsonl", '{"file_name": ' + "1" * 5000 + "}", "line 1 is no JSON"),
         ("metadata.jsonl", '{"file_name": "a.png", "text": "\\ud800"}', "line 1 is no Unicode"),
@@ -297,7 +301,7 @@ def test_captions_of_unknown_tokens_are_counted(tmp_path):
 
 
 def test_of_many_captions_a_sample_is_looked_at(tmp_path, monkeypatch):
-    monkeypatch.setattr("ds_cmli.data.CAPTIONS_LOOKED_AT", 10)
+    monkeypatch.setattr("ds_cmli.data.summary.LOOKED_AT", 10)
     write(tmp_path, rows(400, "\u4e2d"))
     (line,) = build(tmp_path).notices
     assert line.startswith("20 of 20 captions looked at")
