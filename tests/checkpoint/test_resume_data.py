@@ -1,5 +1,6 @@
 """Runs on every kind of source, stopped in the middle of an epoch and resumed, against unbroken ones."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -101,3 +102,45 @@ def test_a_setting_renamed_since_the_run_is_no_difference():
     before = {name.replace("context_length", "text_positions"): value for name, value in now.items()}
     assert before != now and settings.differences(before, now, True) == []
     assert settings.differences(before | {"data.text_positions": 9}, now, True) == ["data.context_length: 9 -> 64"]
+
+
+def test_every_skipped_sample_is_in_the_runs_file_once_also_after_a_stop(tmp_path):
+    some = rows(20)
+    some[5]["text"] = None
+    write(tmp_path / "data" / "train", some)
+    write(tmp_path / "data" / "validation", rows(4))
+    for name in ("train/003.png", "train/011.png", "validation/002.png"):
+        (tmp_path / "data" / name).write_bytes(b"no picture")
+    run = [*TINY, "--data", str(tmp_path / "data"), "--set", "data.max_bad_share=0.5"]
+    run += ["--output-dir", str(tmp_path / "run"), "--steps", "14"]
+    assert drive(run, stop_at=2) == 85
+    assert drive(run) == 0
+    lines = [json.loads(line) for line in (tmp_path / "run" / "bad.jsonl").read_text().splitlines()]
+    found = sorted((line["when"], line["name"], line["reason"].split(":")[0]) for line in lines)
+    assert found == [
+        ("evaluation", "002.png", "cannot identify image file"), ("load", "005.png", "empty caption"),
+        ("training", "003.png", "cannot identify image file"), ("training", "011.png", "cannot identify image file"),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", ["replaced", "deleted"])
+def test_pictures_that_are_other_ones_at_the_next_start_are_refused(change, tmp_path):
+    write(tmp_path / "data", rows(20))
+    run = [*TINY, "--data", str(tmp_path / "data"), "--output-dir", str(tmp_path / "run")]
+    assert drive(run, stop_at=2) == 85
+    image = tmp_path / "data" / "004.png"
+    image.write_bytes(image.read_bytes() + b"x") if change == "replaced" else image.unlink()
+    with pytest.raises(UserError) as error:
+        drive(run)
+    said = {"replaced": "bytes: ", "deleted": "missing: 0 -> 1"}[change]
+    assert f"sources.{tmp_path}/data.{said}" in str(error.value)
+    assert drive([*run, "--resume-with-changes", "--set", "data.max_bad_share=0.2"]) == 0
+
+
+def test_what_an_earlier_version_did_not_note_of_a_source_is_no_difference():
+    now = {"sources.a/b.csv.pictures": 3, "sources.a/b.csv.bytes": 5, "sources.a/b.csv.evaluated_on.pictures": 2}
+    assert settings.differences({"sources.a/b.csv.pictures": 3}, now, True) == []
+    assert len(settings.differences({"sources.a/b.csv.pictures": 4}, now, True)) == 1
+    assert len(settings.differences({**now, "sources.a/b.csv.bytes": 4}, now, True)) == 1
+    more = {"sources.a.files.1.tar": 7}
+    assert len(settings.differences({"sources.a.pictures": 3}, {"sources.a.pictures": 3, **more}, True)) == 1

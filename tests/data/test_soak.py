@@ -176,7 +176,7 @@ def damage_is(name: str, whole: bytes, content: bytes, place: range | None) -> s
         before, after = json.loads(whole), json.loads(content)
         lists = [(before[key], after[key]) for key in ("images", "annotations") if key in before]
         same = [[entry in now for entry in then] for then, now in lists]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return {f"{k}.png" for k in range(COUNT)}  # what is no JSON is to be refused
     return {f"{k}.png" for k in range(COUNT) if all(entries[k] for entries in same)}
 

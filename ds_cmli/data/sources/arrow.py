@@ -3,7 +3,6 @@
 Parquet does not allow fast random access, because its row groups are about 100 MB. It is copied into Arrow files once.
 """
 
-import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -18,8 +17,7 @@ from ds_cmli.data.bad import Refused
 from ds_cmli.data.files import check_bytes, most_bytes
 from ds_cmli.data.sources.base import Parts, Source, numbered, usable
 from ds_cmli.data.sources.columns import find_columns
-
-SPLITS = {"train": "train", "validation": "validation", "valid": "validation", "val": "validation", "test": "test"}
+from ds_cmli.data.sources.names import SPLITS, part_of
 
 Stored = list[tuple[str, int]]  # where rows are stored and how many, in their order
 
@@ -35,8 +33,7 @@ def load_parquet(name: str, files: list[Path], config: DataConfig) -> Parts:
     datasets = _library(name)
     splits: dict[str, list[Path]] = {}
     for file in files:
-        found = re.match(r"([a-z]+)[-_.]", file.name)
-        splits.setdefault(SPLITS.get(found[1], "train") if found else "train", []).append(file)
+        splits.setdefault(part_of(file) or "train", []).append(file)
     if "train" not in splits:
         splits = {"train": files}
     try:
@@ -61,7 +58,15 @@ def load_parquet(name: str, files: list[Path], config: DataConfig) -> Parts:
             f"data.source is {name!r}, which cannot be read ({reason(cause)}): give whole parquet files"
         ) from None
     stored = {split: [_stored(file) for file in some] for split, some in splits.items()}
-    return _parts(name, parts, {file.name: file.stat().st_size for file in files}, stored, config)
+    sizes = {file.name: file.stat().st_size for file in files}
+    opened = _parts(name, parts, sizes, stored, config)
+    others = [file.name for file in files if part_of(file) is None]
+    if others and len(others) < len(files):
+        opened.notices.append(
+            f"{len(others)} files of {name} name none of the parts {', '.join(SPLITS)} and are trained on, the first: "
+            f"{others[0]}"
+        )
+    return opened
 
 
 def load_saved(name: str, files: list[Path], config: DataConfig) -> Parts:
@@ -183,7 +188,7 @@ def _holds_text(feature: Any) -> bool:
 
 
 def _lengths(captions: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Of an Arrow array of texts or of lists: how many each row holds, and the bytes of its longest."""
+    """Of an Arrow array of texts or of lists: how many not empty each row has, and the longest's bytes."""
     import pyarrow.compute as pc
 
     if "list" not in str(captions.type):
@@ -191,6 +196,8 @@ def _lengths(captions: Any) -> tuple[np.ndarray, np.ndarray]:
         return (sizes > 0).astype(np.int64), sizes.astype(np.int64)
     counts = pc.fill_null(pc.list_value_length(captions), 0).to_numpy(zero_copy_only=False)
     sizes = pc.fill_null(pc.binary_length(captions.flatten()), 0).to_numpy(zero_copy_only=False)
-    longest = np.zeros(len(counts), dtype=np.int64)
-    np.maximum.at(longest, np.repeat(np.arange(len(counts)), counts), sizes)
-    return counts, longest
+    rows = np.repeat(np.arange(len(counts)), counts)
+    full, longest = np.zeros((2, len(counts)), dtype=np.int64)
+    np.add.at(full, rows, sizes > 0)
+    np.maximum.at(longest, rows, sizes)
+    return full, longest

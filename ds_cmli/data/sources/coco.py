@@ -44,12 +44,13 @@ def load_json(name: str, files: list[Path], config: DataConfig) -> Parts:
         raise UserError(f"{path} is no JSON ({error}): {EXPECTED}") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror or error})") from None
-    lists = [content.get(key, []) if isinstance(content, dict) else None for key in ("images", "annotations")]
-    if not all(isinstance(some, list) for some in lists) or "images" not in content:
-        raise UserError(f"{path} has not what it takes: {EXPECTED}")
     notices: list[str] = []
+    images = content.get("images") if isinstance(content, dict) else None
+    annotations = content.get("annotations", []) if isinstance(content, dict) else None
+    if not isinstance(images, list) or not isinstance(annotations, list):
+        raise UserError(f"{path} has not what it takes: {EXPECTED}")
     annotated = "annotations" in content
-    rows = list(_annotated(*lists, path, notices) if annotated else _karpathy(lists[0]))
+    rows = list(_annotated(images, annotations, path, notices) if annotated else _karpathy(images))
     usable = [row for row in rows if not row.reason]
     if not usable:
         first = f" (the first: {', '.join(told([(row.file, row.reason) for row in rows]))})" if rows else ""

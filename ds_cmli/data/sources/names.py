@@ -10,6 +10,8 @@ from ds_cmli.common.errors import UserError
 BRACES = re.compile(r"\{([^{}]*)\}")
 RANGE = re.compile(r"(\d+)\.\.(\d+)")
 MOST_FILES = 100_000
+# Names of the parts of a data set.
+SPLITS = {"train": "train", "validation": "validation", "valid": "validation", "val": "validation", "test": "test"}
 
 
 def weighted(sources: str | list[str]) -> tuple[list[str], list[float] | None]:
@@ -67,6 +69,12 @@ def expand(pattern: str) -> list[Path]:
         lacking = f"{len(missing)} of {len(files)} files do not exist, the first {str(missing[0])!r}"
         raise UserError(f"data.source is {pattern!r}: {lacking}")
     return files
+
+
+def part_of(file: Path) -> str | None:
+    """The part that a name such as `train-00000-of-00002.parquet` tells; None if it tells none of `SPLITS`."""
+    found = re.match(r"([a-z]+)[-_.]", file.name)
+    return SPLITS.get(found[1]) if found else None
 
 
 def _braces(pattern: str) -> list[str]:

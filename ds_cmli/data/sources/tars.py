@@ -18,6 +18,7 @@ from ds_cmli.config.schema import DataConfig
 from ds_cmli.data.bad import Refused
 from ds_cmli.data.files import check_bytes, most_bytes
 from ds_cmli.data.sources.base import Parts, Source, numbered, usable
+from ds_cmli.data.sources.names import part_of
 from ds_cmli.data.sources.tar_index import index
 from ds_cmli.data.sources.tar_scan import BLOCK
 
@@ -33,7 +34,13 @@ def load_tars(name: str, files: list[Path], config: DataConfig) -> Parts:
     if not len(tars):
         what = f"the first: {tars.bad[0][0]} ({tars.bad[0][1]})" if tars.bad else "no image among their members"
         raise UserError(f"data.source is {name!r}: its {len(files)} tars hold no pair ({what}): {WANTED}")
-    return Parts(tars)
+    parts = sorted({part for part in map(part_of, files) if part})
+    if len(parts) < 2:
+        return Parts(tars)
+    return Parts(tars, notices=[
+        f"{name} has shards of {' and '.join(parts)} by their names, and all are one part: give those to evaluate on "
+        "by --val-data"
+    ])  # fmt: skip
 
 
 class Tars(Source):
@@ -117,7 +124,7 @@ class Tars(Source):
         # A shard is padded: its size often stays where the sizes of its members change.
         members = hashlib.blake2b(digest_size=8)
         for rows in self._shard_rows():
-            members.update(np.ascontiguousarray(rows))
+            members.update(rows.tobytes())
         return {"pictures": len(self), "files": sizes, "members": members.hexdigest()}
 
     def identities(self) -> np.ndarray:

@@ -101,3 +101,42 @@ def test_mistakes_are_one_line(tmp_path, monkeypatch):
     assert "has the splits a: name one 'train'" in user_error(build, tmp_path / "d")
     monkeypatch.setitem(sys.modules, "datasets", None)
     assert "pip install 'ds-cmli[parquet]'" in user_error(build, tmp_path / "x.parquet")
+
+
+def test_captions_are_counted_and_measured_without_reading_them(tmp_path):
+    texts = [["red apple", "", "pear"], None, [], ["x" * 2000, None, "y"], *[["red"]] * 4]
+    found = table(range(8), caption="other").add_column("captions", texts)
+    found.select([3, 0, 1, 2, 4, 5, 6, 7]).save_to_disk(str(tmp_path / "one"))
+    data = build(tmp_path / "one", caption_key="captions", val_source=str(tmp_path / "one"), max_bad_share=0.5)
+    (source,) = data.train.pictures.sources
+    assert source.caption_counts().tolist() == [2, 2, 0, 0, 1, 1, 1, 1]
+    assert source.caption_bytes().tolist() == [2000, 9, 0, 0, 3, 3, 3, 3]
+    (line,) = (line for line in data.notices if "characters" in line)
+    assert line.startswith("1 captions of ") and "the longest 2,000, of row 0" in line
+    datasets.Dataset.from_dict({"image": [picture(k) for k in range(3)], "caption": ["a", None, "ab"]}).to_parquet(
+        str(tmp_path / "a.parquet")
+    )
+    (source,) = build(tmp_path / "a.parquet", val_source=str(tmp_path / "a.parquet")).train.pictures.sources
+    assert (source.caption_counts().tolist(), source.caption_bytes().tolist()) == ([1, 0, 1], [1, 0, 2])
+
+
+def test_files_and_splits_of_unknown_names_are_told(tmp_path):
+    for split, count in (("train", 5), ("validation", 3), ("foo", 2)):
+        parquet(tmp_path / "files" / f"{split}-00000-of-00001.parquet", range(count))
+    data = build(tmp_path / "files")
+    assert len(data.train) == 7
+    (line,) = (line for line in data.notices if "name none of the parts" in line)
+    assert line.endswith("are trained on, the first: foo-00000-of-00001.parquet")
+    parts = datasets.DatasetDict(train=table(range(5)), foo=table(range(5, 8)))
+    parts.save_to_disk(str(tmp_path / "saved"))
+    (line,) = build(tmp_path / "saved").notices
+    assert line.startswith("the split 'foo' of ") and line.endswith("known are train, validation, valid, val, test")
+
+
+def test_files_that_two_sources_share_are_held_out_of_both(tmp_path):
+    for k in range(3):
+        parquet(tmp_path / f"{k}.parquet", range(20 * k, 20 * k + 20))
+    data = build([f"{tmp_path}/{{0,1}}.parquet", f"{tmp_path}/{{1,2}}.parquet"])
+    train, held = ([shown(pairs[k]) for k in range(len(pairs))] for pairs in (data.train, data.evals["val"]))
+    assert not set(train) & set(held) and len(set(train) | set(held)) == 60
+    assert any("in another source too" in line for line in data.notices)

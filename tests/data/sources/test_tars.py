@@ -228,3 +228,39 @@ def test_the_fingerprint_names_the_shards(tmp_path):
     found = tars(*shards).fingerprint()
     assert found.pop("members")
     assert found == {"pictures": 20, "files": {shard.name: shard.stat().st_size for shard in shards}}
+
+
+def number(value):
+    """A field of 12 bytes as GNU tar writes numbers that octal digits cannot: base 256, negative ones as well."""
+    return bytes([0x80 if value >= 0 else 0xFF]) + (value % 256**11).to_bytes(11, "big")
+
+
+@pytest.mark.parametrize("kind", [b"0", b"x", b"L", b"S", b"5"])
+@pytest.mark.parametrize("size", [-1, -512, -(2**40), 2**63, 2**80])
+def test_a_header_with_a_size_that_cannot_be_is_told(tmp_path, size, kind):
+    shard = tar(tmp_path / "a.tar", members(range(10)))
+    start = header_of(shard, "000007.png")
+    content = bytearray(shard.read_bytes())
+    content[start + 124 : start + 136], content[start + 156 : start + 157] = number(size), kind
+    content[start + 148 : start + 156] = b"        "
+    content[start + 148 : start + 156] = b"%06o\0 " % sum(content[start : start + 512])
+    shard.write_bytes(content)
+    rows, bad = scan(shard)
+    assert len(rows) == (9 if size < 0 or kind not in (b"0", b"S") else 7)
+    assert [name for name, _ in bad if name.startswith("a.tar/000007")]
+
+
+def test_parts_by_the_names_of_shards_are_told(tmp_path):
+    for name in ("train-0", "train-1", "val-0"):
+        tar(tmp_path / f"{name}.tar", members(range(10)))
+    (line,) = build(tmp_path).notices
+    assert "has shards of train and validation by their names, and all are one part" in line
+
+
+def test_a_text_that_is_no_caption_by_its_size_is_not_read(tmp_path, monkeypatch):
+    monkeypatch.setattr("ds_cmli.data.sources.tars.MOST_TEXT_BYTES", 1000)
+    some = [(n, b"x" * 1001 if n == "000004.txt" else c) for n, c in members(range(10))]
+    source = tars(tar(tmp_path / "a.tar", some))
+    with pytest.raises(Refused, match=r"1,001 bytes of text"):
+        source.captions(4)
+    assert source.captions(5) == ["red apple 5"]
