@@ -57,7 +57,7 @@ def _long(sources: Sequence[Source], tokenizer: CaptionTokenizer) -> list[str]:
         )
         most = most_characters(tokenizer.positions)
         lines.append(line + (f", and no character after the first {most:,}" if longest > most else ""))
-    return lines
+    return list(dict.fromkeys(lines))  # a source may be both trained on and evaluated on
 
 
 def _captions(source: Source, index: int) -> list[str]:

@@ -118,6 +118,37 @@ def damage_columns(text: str, chance: random.Random, separator: str) -> str:
     return "\n".join(separator.join(row) for row in rows) + "\n"
 
 
+def damage_quotes(text: str, chance: random.Random) -> str:
+    """Take away a quote, or put one in front of a text or behind it, in one to three rows."""
+    rows = text.splitlines()
+    for number in chance.sample(range(len(rows)), chance.choice((1, 1, 2, 3))):
+        places = [i for i, letter in enumerate(rows[number]) if letter in '",\t'] or [0]
+        at = chance.choice((*places, len(rows[number])))
+        row = rows[number]
+        if row[at : at + 1] == '"' and chance.random() < 0.5:
+            rows[number] = row[:at] + row[at + 1 :]
+        else:
+            rows[number] = row[: at + 1] + '"' + row[at + 1 :]
+    return "\n".join(rows) + "\n"
+
+
+def damage_header(content: bytes, chance: random.Random) -> tuple[bytes, range]:
+    """Give a member of a tar another size or kind, with a checksum that fits."""
+    with tarfile.open(fileobj=io.BytesIO(content)) as archive:
+        start = chance.choice([member.offset for member in archive])
+    header = bytearray(content[start : start + 512])
+    size = chance.choice((-1, -512, -5120, -(2**40), 2**33, 2**63, 2**80, 0, 100, 5000))
+    if chance.random() < 0.8:
+        first = 0x80 if size >= 0 else 0xFF
+        header[124:136] = bytes([first]) + (size % 256**11).to_bytes(11, "big")
+    if chance.random() < 0.5:
+        header[156:157] = bytes([chance.choice(b"0125xgLKSV")])
+    header[148:156] = b"        "
+    header[148:156] = b"%06o\0 " % sum(header)
+    # A size that fits swallows what follows it within the archive.
+    return content[:start] + bytes(header) + content[start + 512 :], range(start, start + 512)
+
+
 def damage_value(value, chance: random.Random):
     """Replace, remove or double something in a JSON value."""
     places = []
@@ -149,11 +180,15 @@ def damage_value(value, chance: random.Random):
 def damaged(name: str, whole: bytes, chance: random.Random) -> tuple[bytes, range | None]:
     """A damaged copy, and which bytes were damaged; None where that is not known."""
     structured = chance.random() < 0.4
+    if name.endswith(("csv", "tsv")) and chance.random() < 0.4:
+        return damage_quotes(whole.decode(), chance).encode(), None
     if structured and name.endswith(("csv", "tsv")):
         separator = "\t" if name.endswith("tsv") else ","
         return damage_columns(whole.decode(), chance, separator).encode(), None
     if structured and name.endswith(".json"):
         return json.dumps(damage_value(json.loads(whole), chance)).encode(), None
+    if structured and name.endswith(".tar"):
+        return damage_header(whole, chance)
     if structured and name.endswith(".jsonl"):
         some = [json.loads(line) for line in whole.decode().splitlines()]
         return "".join(json.dumps(row) + "\n" for row in damage_value(some, chance)).encode(), None
