@@ -3,6 +3,7 @@
 import hashlib
 import os
 from array import array
+from collections.abc import Iterator
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
@@ -87,9 +88,9 @@ class Listed(Source):
     def _sizes(self) -> dict[str, Any]:
         """The sizes of the files, of `MOST_SIZES` at most. Dates do not count, as a copy changes them."""
         sizes = array("q")
-        for index in range(0, len(self), -(-len(self) // MOST_SIZES) or 1):
+        for path in self._paths(-(-len(self) // MOST_SIZES) or 1):
             try:
-                sizes.append(os.stat(self._path(index)).st_size)
+                sizes.append(os.stat(path).st_size)
             except (OSError, ValueError):
                 sizes.append(-1)
         missing = sizes.count(-1)
@@ -97,9 +98,13 @@ class Listed(Source):
         return {"bytes": sum(sizes) + missing, "missing": missing, "sizes": digest}
 
     def identities(self) -> np.ndarray:
+        return self._identities
+
+    @cached_property
+    def _identities(self) -> np.ndarray:
         """Two names of one file (by symlinks) are the same picture."""
         folders: dict[str, tuple[str, set[str]]] = {}
-        found = (hash(_real_path(str(self._path(i)), folders)) for i in range(len(self)))
+        found = (hash(_real_path(path, folders)) for path in self._paths())
         return np.fromiter(found, np.int64, len(self)).view(np.uint64)
 
     def caption_counts(self) -> np.ndarray:
@@ -110,17 +115,24 @@ class Listed(Source):
         sizes = np.diff(self.texts.ends)[rows]
         return np.maximum.reduceat(sizes, starts[:-1]) if len(self) else sizes
 
+    def _paths(self, step: int = 1) -> Iterator[str]:
+        """The paths of every `step`-th picture, in a fifth of the time that `_path` takes."""
+        rows, starts = self.groups
+        for row in rows[starts[:-1:step]].tolist():
+            yield os.path.join(self.folder, self.files[row])
+
     def _path(self, index: int) -> Path:
         return self.folder / self.name(index)
 
 
 def _real_path(path: str, folders: dict[str, tuple[str, set[str]]]) -> str:
     """As `os.path.realpath`, but `folders` keeps each folder's real path and symlinks, which saves the time."""
-    folder, name = os.path.split(path)
+    folder, _, name = path.rpartition(os.sep)
+    folder = folder or os.sep
     if folder not in folders:
         links: set[str] = set()
         with suppress(OSError), os.scandir(folder) as entries:
             links = {entry.name for entry in entries if entry.is_symlink()}
         folders[folder] = os.path.realpath(folder), links
     real, links = folders[folder]
-    return os.path.realpath(path) if name in links else os.path.join(real, name)
+    return os.path.realpath(path) if name in links else f"{real}{os.sep}{name}"
