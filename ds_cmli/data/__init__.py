@@ -154,8 +154,6 @@ def build_data(config: DataConfig, seed: int) -> Data:
     )
 
 
-
-
 def train_loader(
     data: Data, sampler: GlobalBatchSampler, workers: int, worker_init: Callable[[int], None] | None = None,
     prefetch: int = 2,
