@@ -3,6 +3,6 @@
 After `import ds_cmli`, which imports neither PyTorch nor transformers, transformers' auto classes load exported models.
 """
 
-from ds_cmli.common import announcement
+from ds_cmli import announcement
 
 announcement.make()
