@@ -29,7 +29,7 @@ pass_on() {
     signalled=1
     [[ -n $step ]] || return
     # When Slurm ends the job, it tells the tasks too, and they name the signal that came first.
-    [[ $1 == TERM && $(job_field JobState) != RUNNING ]] || kill -USR1 "$step" 2>/dev/null
+    [[ $1 == TERM && $(job_field JobState) =~ ^([^R]|RE) ]] || kill -USR1 "$step" 2>/dev/null
 }
 for name in TERM USR1 USR2 INT QUIT HUP; do trap "pass_on $name" "$name"; done
 # --- where things are
@@ -38,7 +38,7 @@ for program in srun scontrol; do
     command -v "$program" >/dev/null || die "node $node: no $program on PATH"
 done
 ((${SLURM_HET_SIZE:-1} == 1)) ||
-    die "this is a heterogeneous job (\" : \" among the options of sbatch), of which only the first part would train:" \
+    die "this is a heterogeneous job (\" : \" among sbatch's options), of which only the first part would train:" \
         "ask for all nodes as one, for instance with --nodes=2 --ntasks=3"
 job_field() { scontrol show job "$SLURM_JOB_ID" | sed -n "s/^.* $1=\([^ ]*\).*/\1/p" | head -n 1; }
 # An option of sbatch behind the script's name would be one of train.py. `--profile` and `--help` are of both.
@@ -197,8 +197,8 @@ for i in "${!tasks_of[@]}"; do
 done
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((cpus > 0 ? cpus : 1))}"
 # srun would read these and divide GPUs and CPUs again. Every task must see all GPUs of its node, as NCCL needs it.
-unset SLURM_GPUS SLURM_GPUS_PER_NODE SLURM_GPUS_PER_TASK SLURM_TRES_PER_TASK SLURM_TRES_BIND SLURM_NTASKS_PER_GPU SLURM_NTASKS_PER_NODE
-unset SLURM_CPUS_PER_GPU SLURM_CPUS_PER_TASK
+unset SLURM_GPUS SLURM_GPUS_PER_NODE SLURM_GPUS_PER_TASK SLURM_TRES_PER_TASK SLURM_TRES_BIND
+unset SLURM_NTASKS_PER_GPU SLURM_NTASKS_PER_NODE SLURM_CPUS_PER_GPU SLURM_CPUS_PER_TASK
 # ALL: the tasks get this script's environment even if sbatch was told to pass none to the script.
 common=(--nodes="$SLURM_NNODES" --gpu-bind=none --export=ALL)
 ((gpus == 0)) || common+=(--gpus-per-node="$gpus")
@@ -282,10 +282,9 @@ case $code in
 0 | 2) ;;
 "$PREEMPTED" | $((128 + 10)) | $((128 + 12)) | $((128 + 15))) why="preempted (exit code $code)" ;;
 *)
-    state=$(job_field JobState)
     if ((signalled)); then
         why="told to stop, and ended before it had saved (exit code $code)"
-    elif [[ $state == RUNNING ]] && ((SLURM_NNODES > 1)) &&
+    elif [[ $(job_field JobState) == RUNNING ]] && ((SLURM_NNODES > 1)) &&
         ! timeout 120 srun "${common[@]}" --overlap --ntasks="$SLURM_NNODES" --ntasks-per-node=1 true; then
         why="a node does not answer (exit code $code)" # srun has named it
     fi
@@ -296,7 +295,7 @@ if [[ -n $why ]]; then
     echo "job $name: $why, the job's state is $state"
     if [[ $(job_field BatchFlag) == 0 ]]; then
         echo "job $name: started within salloc, and so not requeued: start it again to go on"
-    elif (($(job_field Restarts) > ${SLURM_RESTART_COUNT:-0})); then
+    elif ((10#0$(job_field Restarts) > ${SLURM_RESTART_COUNT:-0})); then
         echo "job $name: requeued by Slurm"
     # A job in another state was cancelled. The exception is a time limit without a signal before it.
     elif [[ $state == RUNNING || $(job_field Reason) == TimeLimit ]]; then
