@@ -342,6 +342,7 @@ def save_done(run: Run) -> None:
 def save(run: Run) -> None:
     """A checkpoint, or a line that says why there is none. Collectives."""
     run.writer.flush(to_disk=True)
+    run.writer.say(*run.checkpoints.missing())
     run.bad.gather(run.flags)  # collective
     run.state.capture(run.sampler, run.bad)  # CPU-GPU sync
     run.state.metrics_lines = run.writer.lines_at(run.state.step, run.state.evaluated)
