@@ -58,7 +58,7 @@ def cut_metrics(run: Path, ranks: list) -> None:
 
 
 def remove_checkpoints(run: Path, ranks: list) -> None:
-    shutil.rmtree(run / "checkpoint")
+    shutil.rmtree(run / "checkpoint", ignore_errors=True)  # a save may be adding to it
 
 
 def checkpoints_a_file(run: Path, ranks: list) -> None:
@@ -97,7 +97,7 @@ def one(name: str, ranks: int, folder: Path, draw: random.Random) -> str:
             if (
                 metrics.exists()
                 and metrics.read_bytes().count(b'"loss"') >= moment
-                and (folder / "run/checkpoint").exists()
+                and (folder / "run" / "checkpoint" / "latest").exists()
             ):
                 strike(folder / "run", processes)
                 break
