@@ -16,6 +16,7 @@ import os
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 
 from ds_cmli.common import quiet
@@ -128,18 +129,40 @@ KINDS = {
     "shares": ("aten::addmm_", "aten::scatter_", "aten::scatter_add_", "aten::fill_"),
     "sorts": ("aten::sort", "aten::searchsorted", "aten::remainder_"),
 }
+STEP = "the whole step"  # its name in the profiler
+REPEATS = 3
 
 
 def breakdown(setting: str, B: int) -> dict[str, float]:
-    """Seconds of a step of the chunked backend by kind of work."""
+    """CPU seconds of a step of the chunked backend, of all threads together, by kind of work.
+
+    Each kind has its share of the profiled steps. So the parts add up to the step however busy the machine is, which a
+    difference between a timed and a profiled step does not.
+    """
     problem, scores = Problem(setting, B, B, torch.float32, "cpu"), CONTENDERS["chunked"][0]
     problem.step(scores)
-    plain = statistics.median(_step_seconds(problem, scores) for _ in range(3))
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as prof:
+    steps, shares = [], []
+    for _ in range(REPEATS):  # in turn, so that what else the machine does meets both
+        started = time.process_time()
         problem.step(scores)
-    own = {event.key: event.self_cpu_time_total / 1e6 for event in prof.key_averages()}
-    parts = {kind: sum(own.get(key, 0.0) for key in keys) for kind, keys in KINDS.items()}
-    return {"step": plain, **parts, "overhead": plain - sum(parts.values())}
+        steps.append(time.process_time() - started)
+        shares.append(_shares(lambda: problem.step(scores)))
+    step = statistics.median(steps)
+    parts = {kind: step * statistics.mean(each[kind] for each in shares) for kind in KINDS}
+    return {"step": step, **parts, "overhead": step - sum(parts.values())}
+
+
+def _shares(step: Callable[[], None]) -> dict[str, float]:
+    """The share of each kind of work in the time of one profiled step. Operators of a step run one after the other."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities) as profiler, torch.profiler.record_function(STEP):
+        step()
+    events = {event.key: event for event in profiler.key_averages()}
+    whole = events.pop(STEP).cpu_time_total
+    return {
+        kind: sum(events[key].self_cpu_time_total for key in keys if key in events) / whole
+        for kind, keys in KINDS.items()
+    }
 
 
 def _step_seconds(problem: Problem, scores: Scores) -> float:
@@ -244,7 +267,7 @@ def main(batches, settings, peers_up_to, repeats, memory, scale, json_path, plot
             rows += group
 
     if device == "cpu":
-        click.echo("\nWhere a step of `chunked` goes (ms, B=128)")
+        click.echo("\nWhere a step of `chunked` goes (CPU ms of all threads, B=128)")
         for setting in settings:
             parts = breakdown(setting, 128)
             click.echo(f"{setting:9}" + "  ".join(f"{kind} {seconds * 1e3:.1f}" for kind, seconds in parts.items()))

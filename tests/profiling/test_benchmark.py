@@ -1,7 +1,11 @@
 import json
+import os
 import subprocess
 import sys
 
+import pytest
+
+from profiling.benchmark_cmli import breakdown
 from tests.conftest import ROOT, clean_environment
 
 
@@ -29,3 +33,17 @@ def test_the_step_beside_a_plain_loop():
     found = json.loads(done.stdout)
     assert found["ratio"] > 0 and found["ratio_checkpointing"] > 0
     assert found["ratio"] == round(found["trainer_s"] / found["plain_s"], 4)  # of one repetition
+
+
+def test_where_a_step_goes_adds_up_on_a_busy_machine():
+    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(os.cpu_count() or 1)]
+    try:
+        parts = breakdown("captions", 8)
+    finally:
+        for process in busy:
+            process.kill()
+            process.wait()
+    step = parts.pop("step")
+    assert all(0 <= seconds <= step for seconds in parts.values())
+    assert sum(parts.values()) == pytest.approx(step)
+    assert parts["maxima"] > 0 and parts["shares"] > 0
