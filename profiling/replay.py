@@ -56,7 +56,10 @@ def command(snapshots: tuple[str, ...], limit: str | None, expandable_segments: 
     room = None
     if limit is not None:
         room, gpu = gpus.parse_memory(limit, "--limit")
-        room = gpus.find(gpu).usable if gpu else room
+        if gpu:
+            whole, room = room, gpus.find(gpu).usable
+            click.echo(f"--limit {limit!r}: of the {whole:,} B of a {gpu}, {room:,} B are left beside CUDA's context",
+                       err=as_json)  # fmt: skip
     changes = {
         "expandable_segments": expandable_segments,
         "max_split_size": max_split_size_mb and max_split_size_mb << 20,
@@ -68,9 +71,13 @@ def command(snapshots: tuple[str, ...], limit: str | None, expandable_segments: 
     files: list[list[dict[str, Any]]] = []
     refused: list[str] = []
     for i, path in enumerate(snapshots):
-        devices, errors = one(path, room, changes, compare_settings, plot if i == 0 else None)
+        devices, errors, silent = one(path, room, changes, compare_settings, plot if i == 0 else None)
         for device in devices:
             print(json.dumps(device["values"]) if as_json else "\n".join(device["lines"]))
+            for line in device["told"] if as_json else ():
+                click.echo(line, err=True)
+        for line in silent:
+            click.echo(line, err=as_json)
         files.append(devices)
         refused += errors
     if refused:
@@ -82,10 +89,10 @@ def command(snapshots: tuple[str, ...], limit: str | None, expandable_segments: 
 
 def one(
     path: str, room: int | None, changes: dict[str, Any], compare_settings: bool, plot: str | None
-) -> tuple[list[dict[str, Any]], list[str]]:
+) -> tuple[list[dict[str, Any]], list[str], list[str]]:
     """Of each device of a snapshot: what --json prints, the lines of the text, and what holds memory at its peak.
 
-    And a line for each device whose history cannot be replayed.
+    And a line for each device whose history cannot be replayed, and for each that has memory but no history.
     """
     from ds_cmli.memory import charts, snapshot_file
     from ds_cmli.memory.history import replay_history
@@ -107,14 +114,16 @@ def one(
         at_peak = holders(content, device, start)
         values: dict[str, Any] = dict(replayed.to_dict())
         values["at_peak"] = {holder.name: holder.bytes for holder in at_peak}
-        lines = [text(replayed, isinstance(content.get("allocator_settings"), dict)), "  at the peak:", *held(at_peak)]
+        told_too = beginning_told(replayed)
+        lines = [text(replayed, isinstance(content.get("allocator_settings"), dict)), *told_too]
+        lines += ["  at the peak:", *held(at_peak)] if at_peak else []
         if room is not None or changes:
             answer = what_if(start, trace, room, replace(start.settings, **changes))
             values["what_if"] = answer.to_dict()
             lines.append(told(answer, room))
             if not answer.fits:
                 lines += ["  held by then:", *held(holders(content, device, start, answer.failed_event))]
-        else:
+        elif replayed.allocated_peak:
             lines.append(smallest_gpu(start, trace))
         if compare_settings:
             reserved = settings_tried(start, trace, room)
@@ -126,10 +135,38 @@ def one(
                 charts.history(replayed.timeline, path, Path(plot))
             except (OSError, ValueError) as error:
                 raise UserError(f"--plot is {plot!r}: cannot write it: {error}") from None
-        out.append({"values": values, "lines": lines, "holders": at_peak})
+        values["live_before"] = sum(start.live.values())
+        out.append({"values": values, "lines": lines, "holders": at_peak, "told": told_too})
+    silent = without_history(content)
     if not refused and not out:
-        raise UserError(f"{path!r} holds no history: switch recording on before training")
-    return out, refused
+        raise UserError("; ".join([f"{path!r} holds no history: switch recording on before training", *silent]))
+    return out, refused, silent
+
+
+def without_history(content: dict[str, Any]) -> list[str]:
+    """A line for each device that has memory, but no event in the history."""
+    lines = []
+    recorded = {device for device, trace in enumerate(content["device_traces"]) if trace}
+    for device in sorted({segment.get("device", 0) for segment in content["segments"]} - recorded):
+        sizes = [segment["total_size"] for segment in content["segments"] if segment.get("device", 0) == device]
+        lines.append(
+            f"device {device}: {sum(sizes):,} B are reserved in {len(sizes)} segment(s), but it has no history"
+        )
+    return lines
+
+
+def beginning_told(replayed: Any) -> list[str]:
+    """What a reader must know of where the history begins, and whether anything was asked for in it."""
+    before, blocks = sum(replayed.start.live.values()), len(replayed.start.live)
+    lines = []
+    if before:
+        lines.append(f"  the history begins in the middle: {before:,} B in {blocks:,} block(s) were there before")
+    if not replayed.allocations:
+        lines.append(
+            "  the history holds no allocation, so nothing of it shows what the program needs: switch recording on"
+            " before training, and dump the snapshot after a step"
+        )
+    return lines
 
 
 def told(answer: Any, limit: int | None) -> str:

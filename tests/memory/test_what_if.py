@@ -198,3 +198,32 @@ def test_a_picture_is_written(tmp_path):
     path = snapshot_of(tmp_path, "a.json", (30 * M, 40 * M), [LIBRARY, LIBRARY])
     CliRunner().invoke(command, [path, "--plot", str(tmp_path / "memory.png")])
     assert (tmp_path / "memory.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def a_segment(device: int, address: int) -> dict[str, Any]:
+    block = {"size": 2 * M, "state": "active_allocated", "requested_size": 2 * M}
+    return {"address": address, "total_size": 2 * M, "stream": 0, "device": device, "blocks": [block]}
+
+
+@pytest.mark.parametrize(
+    ("segments", "traces", "lines"),
+    [
+        ([], [["snapshot"]], ["  the history holds no allocation, so nothing of it shows"]),
+        ([0], [["snapshot"]], ["  the history begins in the middle: 2,097,152 B in 1 block(s) were there before",
+                               "  the history holds no allocation, so nothing of it shows"]),
+        ([0], [[]], ["holds no history: switch recording on before training; device 0: 2,097,152 B are reserved"]),
+        ([0, 1], [[], ["snapshot"]], ["device 0: 2,097,152 B are reserved in 1 segment(s), but it has no history",
+                                      "  the history begins in the middle"]),
+        ([], [[]], ["holds no history: switch recording on before training"]),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("as_json", [False, True])
+def test_a_history_without_what_it_is_read_for_is_told(segments, traces, lines, as_json, tmp_path):
+    entries = [[{"action": action, "addr": 0, "size": 0, "stream": 0} for action in each] for each in traces]
+    content = {"segments": [a_segment(device, (1 + device) << 40) for device in segments], "device_traces": entries}
+    path = tmp_path / "snapshot.json"
+    path.write_text(json.dumps(content))
+    done = CliRunner().invoke(command, [str(path), *["--json"][: int(as_json)]])
+    said = (done.stderr if as_json else done.output) + str(done.exception or "")
+    assert all(line in said for line in lines)
+    assert "smallest GPU" not in said or segments
