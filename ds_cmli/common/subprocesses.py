@@ -4,7 +4,11 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from multiprocessing.connection import Connection
+from multiprocessing.context import BaseContext
 from typing import Any
 
 # Variables that launchers set for a rank. The processes started here are not ranks, so these are removed.
@@ -37,3 +41,25 @@ def ask(
             reason = f"took more than {timeout_s:.0f} s"
     answers = [line for line in printed.splitlines() if line.startswith("{")]
     return (json.loads(answers[-1]) if answers else None), reason
+
+
+def tell_from_process(context: BaseContext, timeout_s: float, function: Callable, *arguments: Any) -> list[Any]:
+    """What `function(*arguments, say)` gives to `say`, in a process of its own that ends after `timeout_s` seconds."""
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_tell, args=(sender, function, arguments), daemon=True)  # type: ignore[attr-defined]
+    process.start()
+    sender.close()  # the process has the other copy, so that its end ends the pipe
+    end, told = time.monotonic() + timeout_s, []
+    with suppress(EOFError):
+        while receiver.poll(max(0.0, end - time.monotonic())):
+            told.append(receiver.recv())
+    process.kill()
+    process.join()
+    return told
+
+
+def _tell(sender: Connection, function: Callable, arguments: tuple) -> None:
+    nothing = os.open(os.devnull, os.O_WRONLY)
+    for stream in (1, 2):  # what libraries print
+        os.dup2(nothing, stream)
+    function(*arguments, sender.send)

@@ -44,3 +44,10 @@ def _numeric(column: str) -> bool:
 def count(number: int | None) -> str:
     """The number with thousands separators, as in 1,024; "-" for None."""
     return "-" if number is None else f"{number:,}"
+
+
+def readable(size: int) -> str:
+    for unit, one in (("TB", 10**12), ("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if size >= one:
+            return f"{size / one:.3g} {unit}"
+    return f"{size} B"

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ds_cmli.common import palette, plots
+from ds_cmli.common.tables import readable
 from ds_cmli.memory.compare import GB, Row
 from ds_cmli.memory.report import CATEGORIES, COLOURS, Event
 
@@ -140,10 +141,3 @@ def last_step(events: Sequence[Event]) -> tuple[Sequence[Event], Sequence[Event]
     start = starts[-1] if starts else 0
     stop = next((i for i in range(end, len(events)) if events[i].phase == "forward"), len(events))
     return events[:start], events[start:stop]
-
-
-def readable(size: int) -> str:
-    for unit, one in (("TB", 10**12), ("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if size >= one:
-            return f"{size / one:.3g} {unit}"
-    return f"{size} B"

@@ -1,49 +1,38 @@
 """Compares the source document's claims with what is really stored: predicted, and measured if memory and time allow.
 
 E1, E2, E3 and E5 are about single losses, which are computed in the ways of `implementations.py`. E4 is about a whole
-training step: it is predicted in the document's setting for each way to compute the loss, and for one preset it is
-predicted and measured by category. Each measurement runs in a separate process; what does not fit is only predicted.
-
-As a command, `python -m ds_cmli.memory.compare PRESET WORLD DEVICE` measures a preset's step and prints it as JSON.
+training step (`compare_steps.py`). Each measurement runs in a separate process; what does not fit is only predicted,
+and on a CPU what takes minutes is measured with fewer pairs.
 
 Shapes: B pairs per rank, P ranks, N image patches, M text positions, H hidden size, D embedding dimension.
 """
 
-import json
-import math
-import os
-import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from multiprocessing import get_context
+from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 
-from ds_cmli.cmli.baselines import broadcast_scores, materialised_scores
 from ds_cmli.cmli.op import triton_runs
-from ds_cmli.common import quiet
-from ds_cmli.common.errors import UserError
-from ds_cmli.common.subprocesses import ask
-from ds_cmli.config.deepspeed_config import DeepSpeedConfig
-from ds_cmli.config.options import DEFAULT_JSON
-from ds_cmli.config.presets import load_preset
-from ds_cmli.config.schema import Config
-from ds_cmli.memory import gpus, implementations, predict_subprocess
-from ds_cmli.memory.estimates import Setting, claims, deepspeed_model_states, zero_model_states
+from ds_cmli.common.subprocesses import tell_from_process
+from ds_cmli.memory import implementations
+from ds_cmli.memory.estimates import Setting, claims
 from ds_cmli.memory.implementations import Allocations, Implementation
-from ds_cmli.memory.predict import DEFAULT_GPU, Prediction, predict
+from ds_cmli.memory.report import gigabytes
 
 GB = 10**9
 MOST_BYTES = 16 * GB  # limit for a measurement in main memory, as others may use the machine too
 SPARE_BYTES = 2 * GB  # left for the system and for the process itself
 MOST_SECONDS = 120.0  # limit for one measurement
-ALL_SECONDS = 180.0  # limit for all measurements together
+ALL_SECONDS = 600.0  # limit for all measurements together
+# What the processes import: with encoders' libraries, which are otherwise imported when the first model is built.
+PRELOADED = ["ds_cmli.memory.compare_steps", "ds_cmli.memory.measure", "timm", "transformers.models.bert.modeling_bert"]
+FEW_PAIRS = 32  # per rank: with the document's 256, a CPU computes the scores of all pairs (E2) for minutes
 
 
 @dataclass
@@ -61,10 +50,12 @@ class Row:
     measured_peak_bytes: int | None = None  # peak above what was live before
     measured_on: str = ""  # the device, and the passes that the peak covers; or why it was not measured
     verdict: str = ""
-    extra: dict[str, Any] = field(default_factory=dict)  # values that only rows of E4 have
+    equal: bool | None = None  # whether the largest allocation that was measured is the predicted one
+    extra: dict[str, Any] = field(default_factory=dict)  # of E4, and of what was measured with fewer pairs
 
     def to_dict(self) -> dict[str, Any]:
         values = asdict(self)
+        del values["equal"]
         return {**values, **values.pop("extra")}
 
 
@@ -89,21 +80,36 @@ def predicted_rows(s: Setting, ids: set[str], device: str) -> list[Row]:
 def measure(rows: list[Row], s: Setting, device: str, say: Callable[[Row], None] = lambda row: None) -> None:
     """Measure those of `rows` for which memory and time suffice, the quick ones first, and fill in their results."""
     end = time.monotonic() + ALL_SECONDS
-    known = implementations.implementations(s, backend(device))
     for row in sorted(rows, key=lambda r: (("E1", "E3", "E2", "E5").index(r.id), r.implementation != "ours")):
         say(row)
-        passes, why_not = affordable(known[row.id, row.implementation], device)
+        tried = affordable_setting(row, s, device)
+        implementation = implementations.implementations(tried, backend(device))[row.id, row.implementation]
+        passes, why_not = affordable(implementation, device)
         if passes and row.id == "E5":
             passes = "forward"  # this claim is about the size of one tensor
         left = min(MOST_SECONDS, end - time.monotonic())
         if passes and left < 1:
             passes, why_not = "", f"the {ALL_SECONDS:.0f} s for measuring were spent"
-        allocations = measure_in_subprocess(row, s, device, passes, left) if passes else None
+        allocations = measure_in_subprocess(row, tried, device, passes, left) if passes else None
         if allocations is None:
             row.measured_on = f"not measured: {why_not or f'ended, or took more than {left:.0f} s'}"
             continue
-        row.measured_bytes, row.measured_peak_bytes = allocations.largest, allocations.peak
         row.measured_on = f"{device_name(device)}, {allocations.passes}"
+        if tried == s:
+            row.measured_bytes, row.measured_peak_bytes = allocations.largest, allocations.peak
+            row.equal = row.measured_bytes == row.predicted_bytes
+        else:
+            there = implementations.predict(implementation).largest
+            row.equal = allocations.largest == there
+            row.measured_on += f", with B={tried.B}: {allocations.largest:,} B, predicted {there:,} B"
+            row.extra = {"measured_B": tried.B, "measured_there_bytes": allocations.largest}
+            row.extra |= {"predicted_there_bytes": there, "measured_there_peak_bytes": allocations.peak}
+
+
+def affordable_setting(row: Row, s: Setting, device: str) -> Setting:
+    """The setting in which a row is measured: `s`, or with fewer pairs where a CPU would compute for minutes."""
+    all_pairs = "E2" in (row.id, row.implementation[:2])
+    return replace(s, B=min(s.B, FEW_PAIRS)) if all_pairs and device == "cpu" else s
 
 
 def affordable(implementation: Implementation, device: str) -> tuple[str, str]:
@@ -113,7 +119,8 @@ def affordable(implementation: Implementation, device: str) -> tuple[str, str]:
         need = implementations.predict(implementation, backward=passes != "forward").peak
         if need <= free:
             return passes, ""
-    return "", f"needs {need / GB:,.1f} GB, {max(free, 0) / GB:,.1f} GB are free"
+    needed, left = gigabytes(need, max(free, 0), digits=1)
+    return "", f"needs {needed} GB, {left} GB are free"
 
 
 def free_bytes(device: str) -> int:
@@ -141,159 +148,19 @@ def control_group_free(process: str = "/proc/self/cgroup", root: str = "/sys/fs/
 
 def measure_in_subprocess(row: Row, s: Setting, device: str, passes: str, seconds: float) -> Allocations | None:
     """Measure in a separate process, which reports after each pass. None if it did not finish forward."""
-    module = implementations.__name__
-    allocations, _ = ask(["-m", module, row.id, row.implementation, device, json.dumps(asdict(s)), passes], seconds)
-    return None if allocations is None else Allocations(**allocations)
+    told = tell_from_process(
+        processes(device), seconds, implementations.measured, row.id, row.implementation, device, s, passes
+    )
+    return told[-1] if told else None
+
+
+def processes(device: str) -> BaseContext:
+    """How processes are started: a CPU's are forked from one that has imported everything once."""
+    context = get_context("forkserver" if device == "cpu" else "spawn")
+    if device == "cpu":
+        context.set_forkserver_preload(PRELOADED)
+    return context
 
 
 def device_name(device: str) -> str:
     return torch.cuda.get_device_name() if device == "cuda" else "CPU allocator"
-
-
-ALL_LOSSES = ("global", "cmli", "target_cmli")
-# The losses of the step that leaves about 2 GB according to the document, before CMLI is added.
-BEFORE = ("global", "cls_kd")
-
-
-@dataclass(frozen=True)
-class Variant:
-    """One way to compute the losses of the document's training step."""
-
-    name: str
-    losses: tuple[str, ...]
-    checkpointing: bool
-    scores: Callable | None = None  # in place of `cmli_scores`
-
-
-VARIANTS = (
-    Variant("without CMLI", BEFORE, False),
-    Variant("broadcast", ALL_LOSSES, False, broadcast_scores),
-    Variant("materialised", ALL_LOSSES, False, materialised_scores),
-    Variant("materialised", ALL_LOSSES, True, materialised_scores),
-    Variant("ours", ALL_LOSSES, False),
-    Variant("ours", ALL_LOSSES, True),
-)
-
-
-def document_config(s: Setting, losses: tuple[str, ...] = ALL_LOSSES) -> Config:
-    """The preset `paper` with the sizes of `s`. Raises `UserError` if its models cannot have these sizes."""
-    side, patch_size = math.isqrt(s.N), 16
-    if side * side != s.N:
-        raise UserError(f"--N is {s.N}: the models' patches form a square, give {side * side} or {(side + 1) ** 2}")
-    if s.H % 64:
-        raise UserError(f"--H is {s.H}: the models' heads are 64 wide, give a multiple of 64")
-    heads = s.H // 64
-    image = {"embed_dim": s.H, "num_heads": heads}
-    text = {"hidden_size": s.H, "num_attention_heads": heads, "intermediate_size": 4 * s.H}
-    config = load_preset("paper", {"loss": {"weights": dict.fromkeys(losses, 1.0)}})
-    return replace(
-        config,
-        student=replace(
-            config.student, embed_dim=s.D, image_overrides=image, text_overrides=text, text_weights="random"
-        ),
-        teacher=replace(config.teacher, overrides=image),
-        data=replace(config.data, image_size=side * patch_size, context_length=s.M),
-        optim=replace(config.optim, micro_batch=s.B),
-    )
-
-
-def document_json(checkpointing: bool) -> DeepSpeedConfig:
-    """The DeepSpeed JSON that training uses by default, with fp16 and ZeRO-2."""
-    ds_config = DeepSpeedConfig.load(DEFAULT_JSON)
-    if not checkpointing:
-        ds_config = ds_config.replaced(activation_checkpointing=None)
-    return ds_config
-
-
-def document_rows(
-    s: Setting,
-    variants: Iterable[Variant] = VARIANTS,
-    gpu: str = DEFAULT_GPU,
-    say: Callable[[Row], None] = lambda row: None,
-) -> tuple[list[Row], Prediction | None]:
-    """E4: what each variant leaves free on `gpu` (24 GB, assumed); and the prediction of "ours", not checkpointed."""
-    claim, total = claims(s)["E4"], gpus.find(gpu).total.bytes
-    rows, ours = [], None
-    with predicting() as pool:
-        for variant in variants:
-            name = variant.name + ", checkpointing" * variant.checkpointing
-            row = Row("E4", name, claim.document_bytes, None, None, measured_on=f"predicted for {gpu}, rank 0 of {s.P}")
-            rows.append(row)
-            say(row)
-            try:
-                config = document_config(s, variant.losses)
-            except UserError as error:
-                row.verdict = f"not predicted: {error}"
-                continue
-            prediction = pool.submit(
-                predict, config, document_json(variant.checkpointing), s.P, gpu=gpu, scores=variant.scores
-            ).result()
-            if variant.name == "ours" and not variant.checkpointing:
-                ours = prediction
-            report = prediction.report
-            needed = report.totals["device"]
-            row.predicted_bytes, row.predicted_peak_bytes = total - needed, report.totals["requested"]
-            row.verdict = f"{'fits' if needed <= total else 'does not fit'}: {describe(total - needed)}"
-            row.extra = {"gpu": gpu, "gpu_bytes": total, **report.to_dict()}
-    return rows, ours
-
-
-def describe(free: int) -> str:
-    return f"{free / GB:,.1f} GB free" if free >= 0 else f"{-free / GB:,.1f} GB too much"
-
-
-@contextmanager
-def predicting() -> Iterator[ProcessPoolExecutor]:
-    """A pool of one process for predictions, which must see no GPU from its start on."""
-    with ProcessPoolExecutor(1, get_context("spawn"), _without_gpu, (predict_subprocess.without_gpu(),)) as pool:
-        yield pool
-
-
-def _without_gpu(environment: dict[str, str]) -> None:
-    os.environ.update(environment)
-    torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
-    quiet.silence()
-
-
-@dataclass
-class WholeStep:
-    """The memory of one preset's first two steps, by category."""
-
-    preset: str
-    world_size: int
-    device: str
-    prediction: Prediction
-    measured: dict[str, Any] | None  # from `Report.to_dict`
-    not_measured: str  # why `measured` is None
-    parameters: int  # number of trained parameters
-    zero: dict[str, int]  # category -> bytes by the formula of the ZeRO paper
-    deepspeed_bytes: int | None  # from DeepSpeed's estimator
-
-
-def whole_step(preset: str, world_size: int, device: str, seconds: float = MOST_SECONDS) -> WholeStep:
-    """Predict the step for `device`, and measure it there in a separate process if memory and `seconds` allow."""
-    with predicting() as pool:
-        ds_config = DeepSpeedConfig.load(DEFAULT_JSON)
-        # The measurement uses a fake process group as well, whose collectives copy nothing.
-        submitted = pool.submit(predict, load_preset(preset, {}), ds_config, world_size, target=device, backend="fake")
-        prediction = submitted.result()
-    needed, free = prediction.report.totals["requested"], free_bytes(device)
-    measured, why_not = None, f"needs {needed / GB:.1f} GB, {free / GB:.1f} GB are free"
-    if needed <= free:
-        measured, why_not = ask(["-m", __name__, preset, str(world_size), device], seconds)
-    parameters, stage = prediction.parameters, prediction.report.setting["zero_stage"]
-    zero = zero_model_states(parameters, world_size, stage)
-    estimate = deepspeed_model_states(parameters, prediction.largest_module, world_size, stage)
-    return WholeStep(preset, world_size, device, prediction, measured, why_not, parameters, zero, estimate)
-
-
-def main(preset: str, world_size: str, device: str) -> None:
-    from ds_cmli.memory.measure import measure
-
-    report = measure(load_preset(preset, {}), DeepSpeedConfig.load(DEFAULT_JSON), int(world_size), device)
-    print(json.dumps(report.to_dict()))
-
-
-if __name__ == "__main__":
-    quiet.silence()
-    main(*sys.argv[1:])

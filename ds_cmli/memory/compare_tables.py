@@ -3,8 +3,8 @@
 from collections.abc import Iterable
 
 from ds_cmli.common.tables import Table, count
-from ds_cmli.memory.charts import readable
-from ds_cmli.memory.compare import GB, Row, WholeStep, describe
+from ds_cmli.memory.compare import GB, Row
+from ds_cmli.memory.compare_steps import WholeStep, describe
 from ds_cmli.memory.estimates import DOCUMENT, Claim, Setting
 from ds_cmli.memory.report import CATEGORIES, PHASES
 
@@ -27,25 +27,29 @@ def arithmetic_table(claims: Iterable[Claim], s: Setting) -> Table:
     return Table(f"What the document says: {describe_setting(s)}", ["id", "about", "step", "comes to", ""], rows, notes)
 
 
-def sentences(claims: Iterable[Claim], rows: list[Row]) -> list[str]:
-    """What the document claims, what is really stored, and what was measured, in one sentence each."""
-    claims = list(claims)
-    known = [c for c in claims if c.document_bytes is not None and c.stored]
-    if not known:
-        return []
-    said = ", ".join(f"{c.figure} for {c.topic} ({c.id})" for c in known)
-    least = ", ".join(f"{readable(min(c.stored.values()))} for {c.id}" for c in known)
-    measured = [row for row in rows if row.measured_bytes is not None]
-    equal = sum(row.measured_bytes == row.predicted_bytes for row in measured)
-    truth = "Nothing was measured here: the tables give the reasons."
+def sentences_found(rows: list[Row], document: list[Row], step: WholeStep | None) -> list[str]:
+    """What was measured and predicted, in one sentence each."""
+    out = []
+    measured = [row for row in rows if row.equal is not None]
+    equal = sum(bool(row.equal) for row in measured)
     if measured:
         where = measured[0].measured_on.split(",")[0]
-        truth = f"Measured by the {where}: {equal} of {len(measured)} largest allocations equal the predicted ones."
-    return [
-        f"The document claims that a step needs {said}.",
-        f"It counts every product of every dot product; a matrix product stores one number each, at the least {least}.",
-        truth,
-    ]
+        out.append(f"Measured by the {where}: {equal} of {len(measured)} largest allocations equal the predicted ones.")
+    elif rows:
+        out.append("Nothing was measured here: the tables give the reasons.")
+    if document:
+        out.append(f"A whole step (E4), predicted: {remember_document(document)}")
+    if step is not None:
+        out.append(f"A whole step of {step.preset}: {remember_step(step)}")
+    return out
+
+
+def remember_step(step: WholeStep) -> str:
+    predicted = step.prediction.report.totals["requested"]
+    if step.measured is None:
+        return f"not measured: {step.not_measured}."
+    measured = step.measured["totals"]["requested"]
+    return f"measured {measured:,} B, predicted {predicted:,} B ({predicted / measured - 1:+.3%})."
 
 
 def rows_tables(rows: list[Row], claims: dict[str, Claim]) -> list[Table]:
@@ -91,6 +95,7 @@ def document_table(rows: list[Row], remember: str) -> Table:
         "The document names neither GPU nor models: assumed, as in the preset paper. Its step is fp16 with ZeRO-2. "
         "It says that about 2 GB remain for the loss.",
         f"E4: {remember}",
+        "What fits other GPUs: python profiling/predict.py --preset paper --world-size 2 --fit 24GB",
     ]
     return Table(f"E4: does the document's step fit 24 GB? {where}", columns, cells, notes)
 
@@ -120,14 +125,11 @@ def whole_step_table(step: WholeStep) -> Table:
     rows += [["  in " + name, *line(name, "phases")[1:]] for name in PHASES]
     total = predicted["totals"]["requested"]
     notes = [
-        f"{step.parameters:,} parameters, {step.world_size} rank(s). Categories at the moment of the peak; "
+        f"{step.parameters:,} parameters, {step.world_size} rank(s), {step.pairs} pairs a rank of the preset's "
+        f"{step.all_pairs}. Categories at the moment of the peak; "
         "formula and estimator know parameters, gradients and optimizer states only."
     ]
-    if measured:
-        error = total / measured["totals"]["requested"] - 1
-        notes.append(f"The prediction is {abs(error):.2%} {'above' if error > 0 else 'below'} the measurement.")
-    else:
-        notes.append(f"not measured: {step.not_measured}")
+    notes.append(remember_step(step))
     if step.deepspeed_bytes:
         notes.append(f"DeepSpeed's estimator sees {step.deepspeed_bytes / total:.0%} of the peak.")
     where = f"measured: {measured['source'].removeprefix('measured: ')}" if measured else "not measured"

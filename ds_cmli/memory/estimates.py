@@ -5,6 +5,7 @@ Everything here is arithmetic on sizes; nothing is run. `implementations.py` run
 Shapes: B pairs per rank, P ranks, G = B * P, N image patches, M text positions, H hidden size, D embedding dimension.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +13,7 @@ import torch
 from ds_cmli.cmli.check import DEFAULT_SCRATCH_BYTES, index_dtype
 from ds_cmli.cmli.chunked.packed import largest, make_chunks
 from ds_cmli.cmli.chunked.tiling import Widths, tile_sizes
+from ds_cmli.common.tables import readable
 from ds_cmli.config.schema import check
 
 SPECIAL_TOKENS = 2  # [CLS] and [SEP]/[EOS], which the document leaves out of its formulas but not out of M
@@ -82,6 +84,19 @@ def claims(s: Setting = DOCUMENT) -> dict[str, Claim]:
     """All claims of the document by id, computed with the sizes of `s`."""
     every = (global_contrastive(s), all_pairs(s), target_cmli(s), step_left(s), valid_positions(s))
     return {claim.id: claim for claim in every}
+
+
+def sentences(every: Iterable[Claim]) -> list[str]:
+    """What the document claims, and what is really stored, in one sentence each."""
+    known = [c for c in every if c.document_bytes is not None and c.stored]
+    if not known:
+        return []
+    said = ", ".join(f"{c.figure} for {c.topic} ({c.id})" for c in known)
+    least = ", ".join(f"{readable(min(c.stored.values()))} for {c.id}" for c in known)
+    return [
+        f"The document claims that a step needs {said}.",
+        f"It counts every product of every dot product; a matrix product stores one number each, at the least {least}.",
+    ]
 
 
 def _stated(s: Setting, number: int) -> int | None:

@@ -1,22 +1,19 @@
-"""python -m ds_cmli.memory.implementations ID NAME DEVICE SETTING PASSES: measures what one implementation allocates.
+"""The ways to compute what the estimates E1 to E3 and E5 are about, as code that runs, so that what each stores is
+measured.
 
-These are the ways to compute what the estimates E1 to E3 and E5 are about, as code that runs, so that what each stores
-is measured. `broadcast` stores every product of every dot product, as the document counts. `materialised` stores one
-number per dot product, by a matrix product. `ours` is what this project trains with. One process stands for one rank:
-where a rank would gather the other ranks' texts, they are given as inputs. The other ranks' images are given too in the
-first two of E1, and in "broadcast" and "materialised, all" of E2.
+`broadcast` stores every product of every dot product, as the document counts. `materialised` stores one number per dot
+product, by a matrix product. `ours` is what this project trains with. One process stands for one rank: where a rank
+would gather the other ranks' texts, they are given as inputs. The other ranks' images are given too in the first two of
+E1, and in "broadcast" and "materialised, all" of E2.
 
-`run` measures an implementation; the command does so in a separate process, whose memory is returned at its end and
-whose peak belongs to this implementation alone. `predict` runs the same code on tensors without data.
+`run` measures an implementation. `predict` runs the same code on tensors without data.
 
-Shapes: B pairs per rank, G = B * P, I images (B or G), N image patches, M text positions, H hidden size, D embedding
-dimension.
+Shapes: B pairs per rank, P ranks, G = B * P, I images (B or G), N image patches, M text positions, H hidden size, D
+embedding dimension.
 """
 
-import json
-import sys
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate
 
@@ -198,15 +195,9 @@ def predict(implementation: Implementation, backward: bool = True) -> Allocation
     return replace(allocations, largest=max(largest, implementation.inside))
 
 
-def main(row: str, name: str, device: str, setting: str, passes: str) -> None:
+def measured(row: str, name: str, device: str, s: Setting, passes: str, say: Callable[[Allocations], object]) -> None:
+    """Measure one implementation alone: `say` gets its allocations after each of `passes`."""
     # Libraries allocate their workspaces at their first use, which must not count for any implementation.
     for small in implementations(SMALL).values():
         run(small, device, backward=True)
-    implementation = implementations(Setting(**json.loads(setting)))[row, name]
-    # Flush each line, as the process may be killed in the middle of backward.
-    say = lambda allocations: print(json.dumps(asdict(allocations)), flush=True)  # noqa: E731
-    run(implementation, device, passes == "forward and backward", say)
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
+    run(implementations(s)[row, name], device, passes == "forward and backward", say)

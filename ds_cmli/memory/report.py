@@ -105,6 +105,15 @@ def summarise(events: Iterable[Event], setting: dict[str, Any], source: str) -> 
     return Report(setting, source, at_peak, phases, {"requested": sum(at_peak.values())}, timeline)
 
 
+def gigabytes(*sizes: int, digits: int = 2) -> list[str]:
+    """Sizes in GB, with at least `digits` decimals and as many as it takes for different sizes to read differently."""
+    while True:
+        out = [f"{size / 1e9:,.{digits}f}" for size in sizes]
+        if digits >= 9 or len(set(out)) == len(set(sizes)):
+            return out
+        digits += 1
+
+
 def show(report: Report, console: Any = None) -> None:
     """Print the report as tables, on a rich console; None: on the terminal."""
     from rich.console import Console
@@ -112,7 +121,7 @@ def show(report: Report, console: Any = None) -> None:
 
     console = console or Console(highlight=False)
     setting = ", ".join(f"{name.replace('_', ' ')} {_plain(value)}" for name, value in report.setting.items())
-    console.print(f"\nMemory of rank 0, {report.source}: {setting}")
+    console.print(f"\nMemory of rank {report.setting.get('rank', 0)}, {report.source}: {setting}")
     requested = report.totals["requested"]
     for title, values in (("at the peak", report.categories), ("peak of phase", report.phases)):
         table = Table(title_justify="left")

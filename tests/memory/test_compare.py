@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from ds_cmli.common.tables import Table
-from ds_cmli.memory import charts, compare, compare_tables
+from ds_cmli.memory import charts, compare, compare_steps, compare_tables
 from ds_cmli.memory.compare import Row
 from ds_cmli.memory.estimates import Setting, claims
 from ds_cmli.memory.implementations import implementations
@@ -72,7 +72,7 @@ def test_limits_of_a_container_count(tmp_path):
 
 
 def test_document_config_takes_every_size():
-    config = compare.document_config(Setting(B=96, P=2, N=100, M=40, H=512, D=128))
+    config = compare_steps.document_config(Setting(B=96, P=2, N=100, M=40, H=512, D=128))
     assert (config.optim.micro_batch, config.data.image_size, config.data.context_length) == (96, 160, 40)
     assert config.student.embed_dim == 128
     assert config.student.image_overrides == config.teacher.overrides == {"embed_dim": 512, "num_heads": 8}
@@ -81,9 +81,9 @@ def test_document_config_takes_every_size():
 
 @pytest.mark.parametrize(("sizes", "why"), [({"N": 195}, "--N is 195"), ({"H": 100}, "--H is 100")])
 def test_sizes_that_no_model_has_are_rows_that_say_so(sizes, why):
-    rows, ours = compare.document_rows(Setting(**sizes))
+    rows, ours = compare_steps.document_rows(Setting(**sizes))
     assert ours is None
-    assert len(rows) == len(compare.VARIANTS)
+    assert len(rows) == len(compare_steps.VARIANTS)
     assert all(row.predicted_bytes is None and row.verdict.startswith(f"not predicted: {why}") for row in rows)
     assert compare_tables.remember_document(rows) == "this setting was not predicted."
 
@@ -91,7 +91,7 @@ def test_sizes_that_no_model_has_are_rows_that_say_so(sizes, why):
 def test_the_loss_s_way_decides_what_is_left_of_the_card():
     # The document's batch; narrow models, so that only its similarities are large.
     s = Setting(H=128, D=64)
-    rows, _ = compare.document_rows(s, [v for v in compare.VARIANTS if v.checkpointing])
+    rows, _ = compare_steps.document_rows(s, [v for v in compare_steps.VARIANTS if v.checkpointing])
     assert [row.implementation for row in rows] == ["materialised, checkpointing", "ours, checkpointing"]
     materialised, ours = (row.predicted_bytes for row in rows)
     # At the least all similarities and their gradients at once.
@@ -103,8 +103,8 @@ def test_the_loss_s_way_decides_what_is_left_of_the_card():
 
 
 def test_verdicts_in_words():
-    assert compare.describe(1_250_000_000) == "1.2 GB free"
-    assert compare.describe(-15_060_000_000) == "15.1 GB too much"
+    assert compare_steps.describe(1_250_000_000) == "1.2 GB free"
+    assert compare_steps.describe(-15_060_000_000) == "15.1 GB too much"
     rows = [Row("E4", name, None, None, None, free) for name, free in (("ours", 9 * 10**9), ("materialised", -(10**9)))]
     assert compare_tables.remember_document(rows) == (
         "all pairs of the batch leave 9.0 GB free with ours; with every similarity stored the same step has "
