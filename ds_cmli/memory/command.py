@@ -65,7 +65,7 @@ def command(preset: str, deepspeed_config: str, settings: tuple[str, ...], world
 
     quiet.silence()
     from ds_cmli.memory import gpus, search
-    from ds_cmli.memory.predict import DEFAULT_GPU, predict
+    from ds_cmli.memory.predict import DEFAULT_GPU
     from ds_cmli.memory.report import show
 
     if sweep:
@@ -78,12 +78,13 @@ def command(preset: str, deepspeed_config: str, settings: tuple[str, ...], world
             fitted = search.fit(config, ds_config, world_size, room, gpu=gpu, tell=tell)
             prediction = fitted.prediction
         elif gpu == CPU:
-            prediction = predict(config, ds_config, world_size, target="cpu", tell=tell)
+            prediction = search.predict_largest(config, ds_config, world_size, target="cpu", tell=tell)
         else:
-            prediction = predict(config, ds_config, world_size, gpu=gpu or DEFAULT_GPU, tell=tell)
+            prediction = search.predict_largest(config, ds_config, world_size, gpu=gpu or DEFAULT_GPU, tell=tell)
         tell("")
         if fit:
             print(fit_sentence(fitted, room))
+            print(meant(fit, room, fitted_gpu or "", gpu, world_size))
         elif gpu != CPU:
             print(sentence(prediction.report, gpu or DEFAULT_GPU))
         show(prediction.report)
@@ -109,6 +110,7 @@ def grid(config: Config, ds_config: DeepSpeedConfig, world_size: int, axes: dict
     from rich.table import Table
 
     from ds_cmli.memory import gpus, search
+    from ds_cmli.memory.report import gigabytes
 
     reports, device = [], {}
     total = gpus.find(gpu).total.bytes
@@ -120,14 +122,16 @@ def grid(config: Config, ds_config: DeepSpeedConfig, world_size: int, axes: dict
         print(f"{names}: {device[point]:,} B on the device", flush=True)
     (first, rows), *others = axes.items()
     axes_across = [values for _, values in others]
-    table = Table(title=f"GB on the device; {gpu} has {total / 1e9:.1f}, * does not fit", title_justify="left")
+    digits = max(len(gigabytes(total, size)[0].partition(".")[2]) for size in device.values())
+    title = f"GB on the device; {gpu} has {total / 1e9:.{digits}f}, * does not fit"
+    table = Table(title=title, title_justify="left")
     table.add_column(first, justify="right")
     for values in product(*axes_across):
         heads = (f"{name} {value}" for (name, _), value in zip(others, values, strict=True))
         table.add_column(", ".join(heads) or "GB", justify="right")
     for row in rows:
         sizes = [device[point] for point in product([row], *axes_across)]
-        table.add_row(str(row), *(f"{size / 1e9:.2f}{'*' if size > total else ' '}" for size in sizes))
+        table.add_row(str(row), *(f"{size / 1e9:.{digits}f}{'*' if size > total else ' '}" for size in sizes))
     Console(highlight=False).print(table)
     return reports
 
@@ -135,36 +139,60 @@ def grid(config: Config, ds_config: DeepSpeedConfig, world_size: int, axes: dict
 def sentence(report: Any, gpu: str) -> str:
     """The answer in one sentence: whether the step fits on `gpu`."""
     from ds_cmli.memory import gpus
+    from ds_cmli.memory.report import gigabytes
 
-    needed, total = report.totals["device"], gpus.find(gpu).total.bytes
+    total = gpus.find(gpu).total.bytes
+    needed, has = gigabytes(report.totals["device"], total)
+    (difference,) = gigabytes(abs(report.totals["device"] - total), digits=len(has.partition(".")[2]))
     setting = report.setting
     step = f"micro-batch {setting['micro_batch']} with ZeRO-{setting['zero_stage']} over {setting['world_size']} GPUs"
-    if needed > total:
-        what = f"does not fit on a {gpu} ({total / 1e9:.1f} GB), by {(needed - total) / 1e9:.2f} GB"
-        return f"{step} needs {needed / 1e9:.2f} GB and {what}: --fit {gpu!r} finds what does"
-    left = (total - needed) / 1e9
-    return f"{step} needs {needed / 1e9:.2f} GB and fits on a {gpu} ({total / 1e9:.1f} GB), {left:.2f} GB are left"
+    step += f" (rank {setting['rank']}, which needs the most)" if setting.get("rank") else ""
+    if report.totals["device"] > total:
+        what = f"does not fit on a {gpu} ({has} GB), by {difference} GB"
+        return f"{step} needs {needed} GB and {what}: --fit {gpu!r} finds what does"
+    return f"{step} needs {needed} GB and fits on a {gpu} ({has} GB), {difference} GB are left"
 
 
 def fit_sentence(fitted: Any, room: int) -> str:
     """The answer in one sentence: what fits, what one more pair needs, and which change makes the asked batch fit."""
-    size = f"{room / 1e9:.2f} GB"
+    from ds_cmli.memory.report import gigabytes
+
+    more = fitted.tried.get(max(fitted.micro_batch + 1, 1))
+    what, changed = fitted.changes[0] if fitted.changes else ("", room)
+    size, one_more, with_change = gigabytes(room, more or room, changed)
     if not fitted.micro_batch:
-        out = f"does not fit in {size}: one pair needs {fitted.tried[1] / 1e9:.2f} GB"
+        out = f"does not fit in {size} GB: one pair needs {one_more} GB"
     else:
-        out = f"fits in {size} with micro-batch {fitted.micro_batch}"
-        if fitted.micro_batch + 1 in fitted.tried:
-            out += f"; {fitted.micro_batch + 1} needs {fitted.tried[fitted.micro_batch + 1] / 1e9:.2f} GB"
-    if fitted.changes:
-        what, needed = fitted.changes[0]
-        out += f"; {fitted.asked} would fit with {what}: {needed / 1e9:.2f} GB"
+        out = f"fits in {size} GB with micro-batch {fitted.micro_batch}"
+        if more is not None:
+            out += f"; {fitted.micro_batch + 1} needs {one_more} GB"
+    if what:
+        out += f"; {fitted.asked} would fit with {what}: {with_change} GB"
     elif fitted.asked > fitted.micro_batch:
         out += f"; nothing that was tried makes {fitted.asked} fit"
     return out
 
 
+def meant(fit: str, room: int, fitted_gpu: str, gpu: str, world_size: int) -> str:
+    """What --fit was taken for, and how much of it tensors can have: the bytes of a size, or the memory of a GPU."""
+    from ds_cmli.memory import gpus
+
+    usable = room - gpus.device_bytes(0, gpu, world_size)
+    rest = "CUDA's context and NCCL" if world_size > 1 else "CUDA's context"
+    left = f"{max(usable, 0):,} B of them for tensors, the rest is {rest} as on a {gpu}"
+    if fitted_gpu:
+        return f"--fit {fit!r} means the {room:,} B that a {fitted_gpu} has: {left}"
+    others = [other for other in gpus.all_gpus().values() if room in other.nominal and other.total.bytes != room]
+    named = ", ".join(f"{other.name} ({other.total.bytes:,} B)" for other in others)
+    hint = f"; to mean a GPU's own memory, name it: {named}" if named else ""
+    return f"--fit {fit!r} means {room:,} B of a GPU: {left}{hint}"
+
+
 def print_fit(fitted: Any, room: int) -> None:
-    tried = ", ".join(f"{n}: {size / 1e9:.2f} GB" for n, size in fitted.tried.items())
+    from ds_cmli.memory.report import gigabytes
+
+    sizes = gigabytes(*fitted.tried.values())
+    tried = ", ".join(f"{n}: {size} GB" for n, size in zip(fitted.tried, sizes, strict=True))
     print(f"tried, micro-batch: on the device: {tried}")
     if fitted.micro_batch:
         size = fitted.tried[fitted.micro_batch]

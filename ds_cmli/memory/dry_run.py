@@ -21,6 +21,7 @@ from ds_cmli.distributed import process_group as distributed
 from ds_cmli.faults import out_of_memory, preemption
 from ds_cmli.memory import predict_subprocess
 from ds_cmli.memory.inputs import UNCOMPILED
+from ds_cmli.memory.ranks import likeliest
 from ds_cmli.memory.report import Report, show
 
 STEPS = 2  # optimizer steps whose data is loaded
@@ -60,8 +61,10 @@ def rehearse(
         try:
             targets = ["cuda"] if device.type == "cuda" else ["cpu", "cuda"]
             if predictor is not None:
+                ranks = distributed.world_size()
+                rank = likeliest(ds_config.stage, ranks)
                 for target in targets:
-                    predictor.send(predict_subprocess.Request(config, ds_config, distributed.world_size(), target))
+                    predictor.send(predict_subprocess.Request(config, ds_config, ranks, target, rank))
             engine.build_models(config, run.data.vocab_size, special=run.data.special)
             if predictor is not None:
                 _show([predictor.receive() for _ in targets], device)

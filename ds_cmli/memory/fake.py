@@ -240,8 +240,8 @@ def _delivered(transfer: Transfer) -> Tensor:
 
 
 @contextmanager
-def process_group(world_size: int) -> Iterator[None]:
-    """Inside, this is rank 0 of a process group of `world_size` equal ranks, for fake and for real tensors.
+def process_group(world_size: int, rank: int = 0) -> Iterator[None]:
+    """Inside, this is one rank of a process group of `world_size` equal ranks, for fake and for real tensors.
 
     Nothing is moved: what this rank receives from another one is what it sends itself.
     """
@@ -249,19 +249,19 @@ def process_group(world_size: int) -> Iterator[None]:
 
     if dist.is_initialized():
         raise RuntimeError("a process group is up: a prediction needs a process, or a time, without one")
-    environment = {"RANK": "0", "WORLD_SIZE": str(world_size), "LOCAL_RANK": "0"}
+    environment = {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank)}
     with replaced_environment(environment), ExitStack() as stack:
         stack.enter_context(replaced(sys, "excepthook", sys.excepthook))  # the process group installs another one
         stack.enter_context(patched("torch: linear", lambda _: torch._C._nn.linear))
         stack.enter_context(replaced(Transfer, "wait", _delivered))
-        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
+        dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
         stack.callback(distributed.shutdown)
         yield
 
 
 @contextmanager
-def fake_world(world_size: int, cuda: bool, another: Another | None = None) -> Iterator[Answers]:
-    """Inside, everything runs on fake tensors, as rank 0 of `world_size`. All changes are undone afterwards.
+def fake_world(world_size: int, cuda: bool, another: Another | None = None, rank: int = 0) -> Iterator[Answers]:
+    """Inside, everything runs on fake tensors, as rank `rank` of `world_size`. All changes are undone afterwards.
 
     Args:
         cuda: True: run the operators that CUDA would choose; False: those of this CPU.
@@ -272,7 +272,7 @@ def fake_world(world_size: int, cuda: bool, another: Another | None = None) -> I
     accelerator: Any = get_accelerator()
     if accelerator.device_name() != "cpu":
         raise RuntimeError("a prediction needs a process that started with DS_ACCELERATOR=cpu")
-    with process_group(world_size), ExitStack() as stack:
+    with process_group(world_size, rank), ExitStack() as stack:
         # Ranks exchange some values about themselves. Here the values of all ranks are those of this rank.
         answers = Answers()
 

@@ -36,6 +36,12 @@ class Gpu:
         """What a single process can reserve for tensors."""
         return self.total.bytes - self.context.bytes
 
+    @property
+    def nominal(self) -> tuple[int, int]:
+        """The size that its name states, in GB and in GiB: the driver reports another."""
+        number = int(self.name.rpartition(" ")[2].removesuffix("GB"))
+        return number * UNITS["GB"], number * UNITS["GIB"]
+
 
 @cache
 def all_gpus() -> dict[str, Gpu]:

@@ -84,9 +84,8 @@ def profiling_memory(
                 measuring.close()
                 every = list(zip(*distributed.gather_objects(texts), strict=True))  # collective
                 if main:
-                    request = predict_subprocess.Request(
-                        config, ds_config, distributed.world_size(), target, gpu, every
-                    )
+                    ranks = distributed.world_size()
+                    request = predict_subprocess.Request(config, ds_config, ranks, target, gpu=gpu, texts=every)
                     with predict_subprocess.Predictor(PREDICTION_S) as predictor:
                         _write(folder, predictor.ask(request), report())
                 if target == "cuda":

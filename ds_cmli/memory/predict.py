@@ -50,13 +50,14 @@ def predict(
     *,
     gpu: str = DEFAULT_GPU,
     target: str = "cuda",
+    rank: int = 0,
     backend: str | None = None,
     texts: Sequence[Texts] | None = None,
     scores: Callable[..., tuple[Tensor, Tensor]] | None = None,
     tell: Callable[[str], None] = lambda line: None,
     watch: Callable[[engine.TrainEngine, int], AbstractContextManager] = lambda train_engine, step: nullcontext(),
 ) -> Prediction:
-    """Predict the memory of rank 0, all sizes in bytes.
+    """Predict the memory of one rank, all sizes in bytes.
 
     Args:
         config: any configuration; its weights become random ones of the same sizes, so nothing is downloaded.
@@ -65,6 +66,7 @@ def predict(
         target: "cuda": in the JSON's precision, with the operators and defaults of a GPU; `cmli_backend="auto"` means
             triton if it is installed here; what an offloaded optimizer keeps on the host is not counted. "cpu": as
             this CPU would train, with torch's number of threads; only the requested bytes have a meaning there.
+        rank: which of the ranks it is; `search.predict_largest` finds the one that needs the most.
         backend: of the process group, "nccl", "gloo" or "fake": it decides what collectives copy internally. None:
             what training uses, gloo on a CPU and NCCL on a GPU.
         texts: the text lengths of each micro-batch, from the first on; None: two optimizer steps with the longest
@@ -85,6 +87,7 @@ def predict(
     choice("target", target, ("cuda", "cpu"))
     backend = backend or ("nccl" if target == "cuda" else "gloo")
     check(world_size >= 1, "--world-size", world_size, "give at least 1 rank")
+    check(0 <= rank < world_size, "--rank", rank, f"the ranks of {world_size} are 0 to {world_size - 1}")
     json = DeepSpeedConfig.of(ds_config)
     _check_predictable(json)
     cuda = target == "cuda"
@@ -107,7 +110,7 @@ def predict(
     device = torch.device("cpu")
     tracker = Tracker(device.type, text_lengths(config, micro_batch), workspaces=not cuda, backend=backend)
     with (
-        fake_world(world_size, cuda, tracker.another) as answers,
+        fake_world(world_size, cuda, tracker.another, rank) as answers,
         tracker,
         recorded_from_the_engine_on(tracker, json, cuda, answers.enter),
         flattened_where_there_is_room(tracker, lambda: free_bytes(tracker, gpu, world_size) if cuda else 1 << 60),
@@ -120,7 +123,7 @@ def predict(
         with phases(train_engine, answers.enter), tracker.attach(train_engine):
             steps = 2 if texts is None else len(texts) // accumulation
             for number in range(steps):
-                tell(f"step {number + 1} of {steps}, as rank 0 of {world_size:,}")
+                tell(f"step {number + 1} of {steps}, as rank {rank:,} of {world_size:,}")
                 said = None if texts is None else texts[number * accumulation : (number + 1) * accumulation]
                 # In training on a GPU they wait on the host, and each is copied to the device when its turn comes.
                 with tracker.paused() if cuda else tracker.scope("data"):
@@ -137,7 +140,8 @@ def predict(
     gc.collect()  # engines are part of reference cycles
 
     setting = {
-        "preset": named.run.preset, "world_size": world_size, "micro_batch": micro_batch, "accumulation": accumulation,
+        "preset": named.run.preset, "world_size": world_size, "rank": rank, "micro_batch": micro_batch,
+        "accumulation": accumulation,
         "zero_stage": json.stage, "precision": json.precision,
         "checkpointing": json.checkpointing, "losses": list(config.loss.weights),
         "cmli_backend": config.loss.cmli_backend if cuda else "chunked", "process_group": backend,

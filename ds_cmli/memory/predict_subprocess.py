@@ -31,6 +31,7 @@ class Request:
     ds_config: Mapping[str, Any]  # with or without "auto" values
     world_size: int
     target: str = "cuda"  # or "cpu"
+    rank: int = 0
     gpu: str = ""  # "": `predict.DEFAULT_GPU`
     texts: Sequence[Any] | None = None  # as in `predict`
     snapshot: str = ""  # a file to write the prediction to, for PyTorch's memory viewer; "": none
@@ -111,6 +112,7 @@ def answer(request: dict[str, Any]) -> Answer:
             request["world_size"],
             gpu=request["gpu"] or DEFAULT_GPU,
             target=request["target"],
+            rank=request["rank"],
             texts=request["texts"],
         )
         if request["snapshot"]:

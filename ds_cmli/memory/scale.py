@@ -11,12 +11,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ds_cmli.cmli.token_keep import kept
+from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.schema import Config
 from ds_cmli.distributed.traffic import TEXT, Count, Traffic
 from ds_cmli.engine import TrainEngine
 from ds_cmli.engine.throughput import StepTimer
 from ds_cmli.losses import compares_tokens
 from ds_cmli.memory.predict import predict
+from ds_cmli.memory.ranks import likeliest
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,8 @@ def step_cost(
             return nullcontext()
         return traffic.counting()
 
-    report = predict(config, ds_config, ranks, target=target, gpu=gpu, watch=watch).report
+    rank = likeliest(DeepSpeedConfig.of(ds_config).stage, ranks)
+    report = predict(config, ds_config, ranks, target=target, gpu=gpu, rank=rank, watch=watch).report
     train_engine = engines.pop()
     accumulation = train_engine.accumulation
     micro_batch = report.setting["micro_batch"]

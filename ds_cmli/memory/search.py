@@ -14,6 +14,7 @@ from ds_cmli.faults import memory_advice
 from ds_cmli.memory import gpus
 from ds_cmli.memory.allocator import replay
 from ds_cmli.memory.predict import DEFAULT_GPU, TOTAL_STEPS, Prediction, predict
+from ds_cmli.memory.ranks import candidates, likeliest
 
 AXES = ("batch", "world", "stage")
 LARGEST_BATCH = 2**16
@@ -65,7 +66,16 @@ def sweep(
             changed = with_batch(changed, point["batch"])
         if "stage" in point:
             changed = changed.replaced({"stage": point["stage"]})
-        yield values, predict(config, changed, point.get("world", world_size), **options)
+        ranks = point.get("world", world_size)
+        yield values, predict(config, changed, ranks, rank=likeliest(changed.stage, ranks), **options)
+
+
+def predict_largest(config: Config, ds_config: Mapping[str, Any], world_size: int, **options: Any) -> Prediction:
+    """The prediction of the rank that needs the most. Arguments as in `predict`, without `rank`."""
+    total = "requested" if options.get("target") == "cpu" else "device"
+    ranks = candidates(DeepSpeedConfig.of(ds_config).stage, world_size)
+    found = (predict(config, ds_config, world_size, rank=rank, **options) for rank in ranks)
+    return max(found, key=lambda prediction: prediction.report.totals[total])
 
 
 @dataclass
@@ -163,9 +173,12 @@ def fit(
         tell: called with lines about the progress.
     """
     predictions: dict[int, Prediction] = {}
+    sizes: dict[str, int] = {}  # of the changes that were tried
 
     def predicted(what: str, config: Config, ds_config: Mapping[str, Any]) -> Prediction:
-        prediction = predict(config, ds_config, world_size, gpu=gpu, tell=lambda line: tell(f"{what}: {line}"))
+        rank = likeliest(DeepSpeedConfig.of(ds_config).stage, world_size)
+        told = lambda line: tell(f"{what}: {line}")  # noqa: E731
+        prediction = predict(config, ds_config, world_size, gpu=gpu, rank=rank, tell=told)
         tell(f"{what}: {prediction.report.totals['device']:,} B on the device")
         return prediction
 
@@ -176,8 +189,11 @@ def fit(
             )
         return predictions[micro_batch].report.totals["device"]
 
-    def needs_of(change: memory_advice.Change) -> int:
-        return predicted(change.what, change.config, change.ds_config).report.totals["device"]
+    def needs_with(change: memory_advice.Change) -> int:
+        if change.what not in sizes:
+            found = predicted(change.what, change.config, change.ds_config)
+            sizes[change.what] = found.report.totals["device"]
+        return sizes[change.what]
 
     def estimate(micro_batch: int) -> int:
         for first in FIRST_BATCHES:
@@ -189,13 +205,11 @@ def fit(
     asked = DeepSpeedConfig.of(ds_config).batch(config.optim.micro_batch, world_size)[1] if best else 1
     if asked > best and room > gpus.device_bytes(0, gpu, world_size):
         one = engine.filled(config, with_batch(ds_config, asked), world_size, TOTAL_STEPS)
-        for change in memory_advice.changes(config, one, world_size, gpu=True):
-            if len(changes) < memory_advice.MOST:
-                size = needs_of(change)
-                if size <= room:
-                    changes.append((change.what, size))
-        combined = memory_advice.together(config, one, world_size) if not changes else []
-        if combined and needs_of(combined[-1]) <= room:  # otherwise not even all changes together are enough
-            changes = [next((c.what, size) for c in combined if (size := needs_of(c)) <= room)]
+        found = memory_advice.proposals(config, one, world_size, True, room, needs_with)
+        combined = memory_advice.together(config, one, world_size) if not found else []
+        if combined and needs_with(combined[-1]) <= room:  # otherwise not even all changes together are enough
+            first = next(change for change in combined if needs_with(change) <= room)
+            found = [memory_advice.fewest(first, needs_with(first), room, config, one, needs_with)]
+        changes = [(change.what, size) for change, size in found]
     tried = {n: p.report.totals["device"] for n, p in sorted(predictions.items())}
     return Fit(best, predictions[best or 1], tried, asked, changes)

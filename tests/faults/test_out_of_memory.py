@@ -159,6 +159,28 @@ def test_only_changes_that_change_something():
     assert all(name.startswith("--micro-batch") for name in names)
 
 
+def test_every_part_of_a_proposal_helps():
+    """Recomputing argmaxes changes nothing here, a micro-batch half as large halves what is needed."""
+    config = load_preset("tiny", {})
+    ds_config = DeepSpeedConfig.of(ZERO2).filled(config.optim, 1, 20)
+
+    def needs(change):
+        return (60 if change.ds_config.checkpointing else 100) * change.ds_config.micro_batch // 8
+
+    found = memory_advice.proposals(config, ds_config, 1, False, 35, needs)
+    batch = "(same pairs and negatives, by gradient caching)"
+    assert [(change.what, size) for change, size in found] == [
+        (f"--micro-batch 2 with gradient_accumulation_steps 4 {batch}", 25),
+        (
+            '"activation_checkpointing": {} in the DeepSpeed JSON and '
+            f"--micro-batch 4 with gradient_accumulation_steps 2 {batch}",
+            30,
+        ),
+    ]
+    (alone,) = memory_advice.proposals(config, ds_config, 1, False, 60, needs)[:1]
+    assert alone[0].what == '"activation_checkpointing": {} in the DeepSpeed JSON'
+
+
 def test_every_change_is_a_setting_that_resolves():
     for change in changes(ZERO2, 2, True):
         resolved = DeepSpeedConfig.of(change.ds_config).filled(change.config.optim, 2, 20)

@@ -24,7 +24,7 @@ def measure_setting(device: str, setting: dict[str, Any]) -> dict[str, Any]:
     gpu = gpus.listed_name(torch.cuda.get_device_name()) if device == "cuda" else ""
     # The prediction runs meanwhile, on the CPU.
     with predict_subprocess.Predictor() as predictor:
-        predictor.send(predict_subprocess.Request(config, ds_config, wanted.world, device, gpu))
+        predictor.send(predict_subprocess.Request(config, ds_config, wanted.world, device, gpu=gpu))
         if device == "cuda":
             measure_cuda.record_history()
         measured = measure.measure(config, ds_config, wanted.world, device)

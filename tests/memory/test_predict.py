@@ -26,7 +26,7 @@ from ds_cmli.memory.fake import Answers, fake_world
 from ds_cmli.memory.inputs import NotPredictable, longest_batch, without_weights
 from ds_cmli.memory.measure_cpu import measure
 from ds_cmli.memory.predict import DEFAULT_GPU, predict
-from ds_cmli.memory.report import CATEGORIES
+from ds_cmli.memory.report import CATEGORIES, gigabytes
 from ds_cmli.memory.tracker import Tracker
 from tests.conftest import ROOT, clean_environment
 
@@ -373,11 +373,57 @@ def test_the_answer_comes_first():
     report = SimpleNamespace(totals={"device": 20 * 10**9}, setting=setting)
     total = gpus.find(DEFAULT_GPU).total.bytes / 1e9
     step = "micro-batch 64 with ZeRO-2 over 4 GPUs needs"
-    expected = f"{step} 20.00 GB and fits on a {DEFAULT_GPU} ({total:.1f} GB), {total - 20:.2f} GB are left"
+    expected = f"{step} 20.00 GB and fits on a {DEFAULT_GPU} ({total:.2f} GB), {total - 20:.2f} GB are left"
     assert sentence(report, DEFAULT_GPU) == expected
     report.totals["device"] = 30 * 10**9
-    expected = f"{step} 30.00 GB and does not fit on a {DEFAULT_GPU} ({total:.1f} GB), by {30 - total:.2f} GB"
+    expected = f"{step} 30.00 GB and does not fit on a {DEFAULT_GPU} ({total:.2f} GB), by {30 - total:.2f} GB"
     assert sentence(report, DEFAULT_GPU) == f"{expected}: --fit {DEFAULT_GPU!r} finds what does"
+    report.totals["device"] = gpus.find(DEFAULT_GPU).total.bytes + 70_000
+    setting["rank"] = 3
+    assert sentence(report, DEFAULT_GPU).startswith(
+        "micro-batch 64 with ZeRO-2 over 4 GPUs (rank 3, which needs the most) needs 25.42594 GB and does not fit on a "
+        "RTX 3090 24GB (25.42587 GB), by 0.00007 GB"
+    )
+
+
+def test_two_sizes_never_read_alike():
+    from ds_cmli.memory.command import fit_sentence
+
+    tried = {1663: 23_999_100_000, 1664: 24_000_500_000}
+    found = SimpleNamespace(micro_batch=1663, tried=tried, changes=[], asked=8)
+    assert fit_sentence(found, 24 * 10**9) == "fits in 24.0000 GB with micro-batch 1663; 1664 needs 24.0005 GB"
+    none = SimpleNamespace(micro_batch=0, tried={1: 10**9 + 1}, changes=[], asked=1)
+    assert fit_sentence(none, 10**9).startswith(
+        "does not fit in 1.000000000 GB: one pair needs 1.000000001 GB; nothing that was tried makes 1 fit"
+    )
+    assert gigabytes(5, 5) == ["0.00", "0.00"] and gigabytes(1_250_000_000, 0, digits=1) == ["1.2", "0.0"]
+
+
+def test_what_fit_means_is_said_with_what_tensors_can_have():
+    from ds_cmli.memory.command import meant
+
+    assert meant("24GB", 24 * 10**9, "", DEFAULT_GPU, 1) == (
+        "--fit '24GB' means 24,000,000,000 B of a GPU: 23,685,427,200 B of them for tensors, the rest is CUDA's context"
+        " as on a RTX 3090 24GB; to mean a GPU's own memory, name it: A10G 24GB (23,686,283,264 B), RTX 3090 24GB"
+        f" (25,425,870,848 B), RTX 4090 24GB ({gpus.find('RTX 4090').total.bytes:,} B)"
+    )
+    assert meant("A10G", 23_686_283_264, "A10G 24GB", "A10G 24GB", 2) == (
+        "--fit 'A10G' means the 23,686,283,264 B that a A10G 24GB has: 23,057,137,664 B of them for tensors, the rest "
+        "is CUDA's context and NCCL as on a A10G 24GB"
+    )
+    assert "name it" not in meant("7GB", 7 * 10**9, "", DEFAULT_GPU, 1)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_the_rank_that_needs_the_most_is_predicted(stage):
+    each = [predict(preset(), ds_json(stage), 3, target="cpu", rank=rank).report for rank in range(3)]
+    largest = search.predict_largest(preset(), ds_json(stage), 3, target="cpu").report
+    sizes = [report.totals["requested"] for report in each]
+    assert largest.totals["requested"] == max(sizes)
+    assert largest.setting["rank"] == (2 if stage == 2 else 0)
+    assert (sizes[2] > sizes[0]) == (stage == 2)
+    with pytest.raises(UserError, match="--rank is 3: the ranks of 3 are 0 to 2"):
+        predict(preset(), ds_json(stage), 3, rank=3)
 
 
 @pytest.mark.parametrize("arguments", [("--gpu", "abacus"), ("--sweep", "moon"), ("--world-size", "0")])
