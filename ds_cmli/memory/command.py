@@ -84,7 +84,7 @@ def command(preset: str, deepspeed_config: str, settings: tuple[str, ...], world
         tell("")
         if fit:
             print(fit_sentence(fitted, room))
-            print(meant(fit, room, fitted_gpu or "", gpu, world_size))
+            print(meant(fit, room, fitted_gpu or "", gpu or DEFAULT_GPU, world_size))
         elif gpu != CPU:
             print(sentence(prediction.report, gpu or DEFAULT_GPU))
         show(prediction.report)
