@@ -52,8 +52,8 @@ def command(
 ) -> None:
     """Put the source document's memory estimates E1 to E5 beside what is predicted and what is measured.
 
-    With no options: the document's setting, and the whole training step of the preset "demo". What fits a GPU is asked
-    of profiling/predict.py.
+    With no options: the document's setting, and the whole training step of the preset "demo". `--only E4` predicts the
+    document's step in every way to compute the loss. What fits a GPU is asked of profiling/predict.py.
     """
     if preset not in PRESETS:
         raise UserError(f"--preset is {preset!r}: {nearest(preset, PRESETS)}")
@@ -86,8 +86,9 @@ def command(
     with console.status("") as status:
         compare.measure(rows, setting, device, lambda r: status.update(f"measuring {r.id} {r.implementation}"))
         if "E4" in ids:
+            variants = compare_steps.FIRST_VARIANTS if only is None else compare_steps.VARIANTS
             document, ours = compare_steps.document_rows(
-                setting, say=lambda r: status.update(f"predicting {r.id} {r.implementation}")
+                setting, variants, say=lambda r: status.update(f"predicting {r.id} {r.implementation}")
             )
         if only is None:
             status.update(f"the whole step of {preset}")

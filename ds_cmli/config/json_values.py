@@ -35,6 +35,8 @@ def number(least: float = -math.inf, below: float = math.inf, above: bool = Fals
     def kind(value: Any) -> str | None:
         if _is_number(value) and abs(value) < LARGEST and least <= value < below and not (above and value == least):
             return None
+        if _is_number(value) and LARGEST <= abs(value) < math.inf:
+            return f"give a number below {LARGEST:g}, whose products are finite in fp32"
         bounds = "" if least == -math.inf else f" above {least:g}" if above else f" of at least {least:g}"
         return f"give a finite number{bounds}" + ("" if below == math.inf else f" and below {below:g}")
 

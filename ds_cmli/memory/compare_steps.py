@@ -54,6 +54,8 @@ VARIANTS = (
     Variant("ours", ALL_LOSSES, False),
     Variant("ours", ALL_LOSSES, True),
 )
+# Enough to answer the document; each takes seconds of CPU time.
+FIRST_VARIANTS = tuple(v for v in VARIANTS if v.scores is not broadcast_scores and not v.checkpointing)
 
 
 def document_config(s: Setting, losses: tuple[str, ...] = ALL_LOSSES) -> Config:
