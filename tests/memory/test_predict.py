@@ -301,7 +301,7 @@ def test_the_command_writes_json_and_snapshot(tmp_path):
     assert sum(content["categories"].values()) == content["totals"]["requested"] == max(content["phases"].values())
     assert content["setting"]["micro_batch"] == 4 and content["setting"]["checkpointing"] is False
     assert f"{content['totals']['device']:,}" in done.stdout
-    assert done.stdout.startswith("micro-batch 4 with ZeRO-2 over 2 GPUs needs ")
+    assert done.stdout.startswith("micro-batch 4 with ZeRO-2 over 2 GPUs (rank 1, which needs the most) needs ")
     assert (tmp_path / "memory.pickle").stat().st_size > 1000
 
 
