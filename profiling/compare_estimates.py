@@ -2,8 +2,8 @@
 
 The document's memory estimates E1 to E5 beside the truth: its arithmetic computed, what each way to compute the same
 thing really stores, predicted and measured to the byte, and the whole training step. On a GPU where there is one,
-otherwise on the CPU; what does not fit stays predicted, and what takes
-minutes is measured with fewer pairs. What fits a GPU is asked of `profiling/predict.py`.
+otherwise on the CPU; what does not fit stays predicted, and what takes minutes is measured with fewer pairs. What fits
+a GPU is asked of `profiling/predict.py`.
 """
 
 import os

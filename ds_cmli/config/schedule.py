@@ -12,11 +12,11 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from ds_cmli.common.errors import UserError
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
+from ds_cmli.config.json_values import LARGEST
 from ds_cmli.config.optimizers import DEEPSPEED_SCHEDULERS
 
 # What the state of a schedule says of the position in it; the rest are settings.
 POSITION = ("last_epoch", "_step_count", "_last_lr", "last_batch_iteration", "T_cur", "T_i", "lr_lambdas")
-LARGEST = 1e30  # rates above it overflow in fp32 as soon as they are multiplied
 MOST_TRIED = 10_000  # at most this many steps of a schedule are tried
 
 
