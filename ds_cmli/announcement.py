@@ -36,7 +36,9 @@ REGISTER: dict[str, Callable[[Any], None]] = {
     "transformers.models.auto.configuration_auto": lambda module: module.AutoConfig.register(
         CMLIConfig.model_type, CMLIConfig
     ),
-    "transformers.models.auto.processing_auto": lambda module: module.AutoProcessor.register(CMLIConfig, CMLIProcessor),
+    "transformers.models.auto.processing_auto": lambda module: module.AutoProcessor.register(
+        CMLIConfig, CMLIProcessor
+    ),
 }
 
 

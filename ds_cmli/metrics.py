@@ -29,7 +29,11 @@ class Writer:
     """
 
     def __init__(
-        self, folder: Path, total_steps: int, first_step: int = 0, report_to: Sequence[str] = ("tensorboard",)
+        self,
+        folder: Path,
+        total_steps: int,
+        first_step: int = 0,
+        report_to: Sequence[str] = ("tensorboard",),
     ):
         """`report_to`: names from `trackers.TRACKERS`. Raises `UserError` if a tracker cannot be opened."""
         self.files, self.told = RunFiles(folder), set[str]()
@@ -43,7 +47,9 @@ class Writer:
 
     def say(self, *lines: str) -> None:
         for line in lines:
-            with suppress(OSError):  # the terminal or the launcher is gone, and the run still has to be saved
+            with suppress(
+                OSError
+            ):  # the terminal or the launcher is gone, and the run still has to be saved
                 tqdm.write(line, file=sys.stdout)
                 sys.stdout.flush()
 
@@ -58,7 +64,10 @@ class Writer:
         if any(name.startswith("eval/") for name in values):
             self.evaluations = (step, self.evaluations[1] + 1 if self.evaluations[0] == step else 1)
         self._write((json.dumps({"step": step, **values}) + "\n").encode())
-        self.draw(step, **{n: v for n, v in {**values, **only_tracked}.items() if isinstance(v, int | float)})
+        self.draw(
+            step,
+            **{n: v for n, v in {**values, **only_tracked}.items() if isinstance(v, int | float)},
+        )
         if "loss" not in values:
             return
         losses = f"loss {values['loss']:.4f}  "
@@ -68,22 +77,32 @@ class Writer:
                 losses += f"  {name.replace('_', ' ')} {values[name]}"
         speed = f"{values['pairs_per_s']:g} pairs/s"
         if "tflops" in values:
-            speed += f"  {values['tflops']:.3g} TFLOP/s" + (f"  MFU {values['mfu']:.0%}" if "mfu" in values else "")
+            speed += f"  {values['tflops']:.3g} TFLOP/s" + (
+                f"  MFU {values['mfu']:.0%}" if "mfu" in values else ""
+            )
         line = f"step {step}/{self.total}  {losses.rstrip()}"
         rest = [f"lr {values['lr']:.2e}", speed]
         if self.bar.disable:
-            left = (time.monotonic() - self.started) / max(1, step - self.first_step) * (self.total - step)
+            left = (
+                (time.monotonic() - self.started)
+                / max(1, step - self.first_step)
+                * (self.total - step)
+            )
             minutes, seconds = divmod(round(left), 60)
             rest.append(f"{minutes}m{seconds:02}s left")
         else:  # the bar below tells the time left; a line of the terminal's width does not wrap
             columns = shutil.get_terminal_size().columns
-            rest = [part for part in ("  ".join(rest), speed) if len(line) + 2 + len(part) < columns][:1]
+            rest = [
+                part for part in ("  ".join(rest), speed) if len(line) + 2 + len(part) < columns
+            ][:1]
         self.say("  ".join([line, *rest]))
 
     def draw(self, step: int, **values: float) -> None:
         """Write numbers to the trackers only."""
         if values:
-            self._track(lambda tracker: tracker.numbers(step, {panels.tag(n): v for n, v in values.items()}))
+            self._track(
+                lambda tracker: tracker.numbers(step, {panels.tag(n): v for n, v in values.items()})
+            )
 
     def picture(self, step: int, name: str, image: Any) -> None:
         """Give a picture, uint8 [height, width, 3], to the trackers."""
@@ -154,7 +173,9 @@ class NullWriter:
         pass
 
 
-def open_writer(folder: Path, total_steps: int, first_step: int, report_to: Sequence[str]) -> Writer | NullWriter:
+def open_writer(
+    folder: Path, total_steps: int, first_step: int, report_to: Sequence[str]
+) -> Writer | NullWriter:
     """The writer of this rank. Raises `UserError` on every rank if rank 0's cannot be opened. Collective."""
     writer: Writer | NullWriter = NullWriter()
     mistake = None

@@ -9,26 +9,34 @@ import sys
 # Run by its path, this file's folder comes first on sys.path and would hide packages named like our modules.
 sys.path[:] = [p for p in sys.path if p != __file__.rsplit("/", 1)[0]]
 
-import os  # noqa: E402
-from collections.abc import Callable, Iterator  # noqa: E402
-from contextlib import nullcontext  # noqa: E402
-from dataclasses import dataclass  # noqa: E402
-from functools import partial  # noqa: E402
-from pathlib import Path  # noqa: E402
-from typing import Any  # noqa: E402
+import os
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
 
-import click  # noqa: E402
+import click
 
-from ds_cmli.common import determinism, provenance, quiet, streams  # noqa: E402
-from ds_cmli.common.cli import GroupedCommand, run_command, say  # noqa: E402
-from ds_cmli.common.errors import UserError  # noqa: E402
-from ds_cmli.config.deepspeed_config import DeepSpeedConfig  # noqa: E402
-from ds_cmli.config.options import OUTPUT, START, WHAT, add, check_early, resolve_config, tell_beside_json  # noqa: E402
-from ds_cmli.config.outputs import check_outputs  # noqa: E402
-from ds_cmli.config.schema import Config  # noqa: E402
-from ds_cmli.distributed.launchers import map_launcher_environment  # noqa: E402
-from ds_cmli.faults import preemption  # noqa: E402
-from ds_cmli.memory.profiles import Profiles  # noqa: E402
+from ds_cmli.common import determinism, provenance, quiet, streams
+from ds_cmli.common.cli import GroupedCommand, run_command, say
+from ds_cmli.common.errors import UserError
+from ds_cmli.config.deepspeed_config import DeepSpeedConfig
+from ds_cmli.config.options import (
+    OUTPUT,
+    START,
+    WHAT,
+    add,
+    check_early,
+    resolve_config,
+    tell_beside_json,
+)
+from ds_cmli.config.outputs import check_outputs
+from ds_cmli.config.schema import Config
+from ds_cmli.distributed.launchers import map_launcher_environment
+from ds_cmli.faults import preemption
+from ds_cmli.memory.profiles import Profiles
 
 
 @click.command(cls=GroupedCommand, context_settings={"help_option_names": ["-h", "--help"]})
@@ -49,7 +57,12 @@ def command(preset: str, deepspeed_config: str, settings: tuple[str, ...], resum
 
 
 def train(
-    config: Config, ds_config: DeepSpeedConfig, dry_run: bool, resume: str, with_changes: bool, profiles: Profiles
+    config: Config,
+    ds_config: DeepSpeedConfig,
+    dry_run: bool,
+    resume: str,
+    with_changes: bool,
+    profiles: Profiles,
 ) -> int:
     """Returns the exit code: 0 at the end of the run, `preemption.EXIT_CODE` where it is to be started again."""
     # --- configuration: on every rank, before the processes meet, and before imports that take seconds
@@ -72,7 +85,9 @@ def train(
     except UserError as error:
         if os.environ["WORLD_SIZE"] == "1":
             raise
-        mistake = str(error)  # perhaps on this node alone, where nobody would hear of it: told once the ranks have met
+        mistake = str(
+            error
+        )  # perhaps on this node alone, where nobody would hear of it: told once the ranks have met
     with quiet.without_trackers():
         from ds_cmli.checkpoint import lock, run_folder
         from ds_cmli.engine import cannot_compile, on_this_device
@@ -85,13 +100,26 @@ def train(
     try:
         device = distributed.init(stop=preemption.stop)  # collective
     except preemption.Preempted:
-        say(f"stopped before step 1 by {preemption.requested()}{preemption.to_go_on('start again')}")
+        say(
+            f"stopped before step 1 by {preemption.requested()}{preemption.to_go_on('start again')}"
+        )
         return preemption.EXIT_CODE
     try:
         distributed.raise_together(mistake or cannot_compile(config, device))  # collective
         folder = run_folder.make(config, resume, dry_run)  # collective
         with Watchdog(config.run.watchdog) as watchdog, lock.held(folder):  # collective
-            return run(config, ds_config, data, device, folder, dry_run, resume, with_changes, profiles, watchdog)
+            return run(
+                config,
+                ds_config,
+                data,
+                device,
+                folder,
+                dry_run,
+                resume,
+                with_changes,
+                profiles,
+                watchdog,
+            )
     finally:
         distributed.shutdown()
 
@@ -137,8 +165,12 @@ def run(
     point = restore.find(resume, folder)  # collective
     ds_config, sampler, total_steps = plan(config, restore.rebatch(point, ds_config), data.mixture)
     state = restore.state_of(point, config, ds_config, with_changes, say, data.fingerprint)
-    if (state.step >= total_steps and state.evaluated) or state.out_of_patience(config.run.patience):
-        say(f"the run in {folder} is finished, {state.step} steps: give another --output-dir to start a new one")
+    if (state.step >= total_steps and state.evaluated) or state.out_of_patience(
+        config.run.patience
+    ):
+        say(
+            f"the run in {folder} is finished, {state.step} steps: give another --output-dir to start a new one"
+        )
         return 0
     if point is not None:
         sampler.load_state_dict(state.sampler)
@@ -156,7 +188,9 @@ def run(
     if dry_run:
         start = {"resume": resume, "profile": profiles.trace, "profile_memory": profiles.memory}
         tried = parts(None, NullWriter())
-        return dry.rehearse(tried, ds_config, device, start, partial(next_batch, tried))  # collectives
+        return dry.rehearse(
+            tried, ds_config, device, start, partial(next_batch, tried)
+        )  # collectives
 
     # --- engine
     here, notice = with_backend(config, device)
@@ -167,7 +201,9 @@ def run(
         run_folder.settle(resume, point, folder, config, ds_config)  # collective
         say(counts_line(engine.objective, engine.teacher))
         with watchdog.slow(together=True):  # a tracker may ask its server
-            ready = parts(engine, open_writer(folder, total_steps, state.step, config.run.report_to))  # collective
+            ready = parts(
+                engine, open_writer(folder, total_steps, state.step, config.run.report_to)
+            )  # collective
         with profiles.around(engine, here, ds_config, folder, state.step) as after_step:
             return loop(ready, after_step)  # collective
 
@@ -180,7 +216,9 @@ def loop(run: Run, after_step: Callable[[], None]) -> int:
     settings, state, engine = run.config.run, run.state, run.engine
     workers, prefetch = run.config.data.workers, run.config.data.prefetch
     batches = iter(train_loader(run.data, run.sampler, workers, preemption.shield, prefetch))
-    run.bad.gather(run.flags)  # collective: what was left out at load is in its file from the beginning
+    run.bad.gather(
+        run.flags
+    )  # collective: what was left out at load is in its file from the beginning
     save_due = state.step == run.total_steps  # the run was stopped in its last evaluation
     try:
         while True:
@@ -205,11 +243,15 @@ def loop(run: Run, after_step: Callable[[], None]) -> int:
                 if stop and not micro_batches:
                     raise preemption.Preempted
                 micro_batches.append(batch)
-            for batch in micro_batches:  # only now: what is saved where the data fails is the step before
+            for (
+                batch
+            ) in micro_batches:  # only now: what is saved where the data fails is the step before
                 run.bad.add(batch.bad)
                 run.meter.pairs += run.sampler.global_batch
                 run.sampler.advance()
-            found = engine.step(micro_batches, run.watchdog.heartbeat)  # collectives: one optimizer step
+            found = engine.step(
+                micro_batches, run.watchdog.heartbeat
+            )  # collectives: one optimizer step
             state.step += 1
             end_step(run, found)  # collectives after a skipped step
             after_step()
@@ -217,8 +259,14 @@ def loop(run: Run, after_step: Callable[[], None]) -> int:
             last = state.step == run.total_steps
             if last or state.step % settings.log_every == 0:
                 log(run)  # collectives, CPU-GPU sync
-            state.evaluated = not (last or (settings.eval_every and state.step % settings.eval_every == 0))
-            save_due = save_due or last or bool(settings.save_every and state.step % settings.save_every == 0)
+            state.evaluated = not (
+                last or (settings.eval_every and state.step % settings.eval_every == 0)
+            )
+            save_due = (
+                save_due
+                or last
+                or bool(settings.save_every and state.step % settings.save_every == 0)
+            )
     except preemption.Preempted:
         save_done(run)  # collectives
         where = f"step {state.step} of {run.total_steps} by {preemption.requested() or 'a signal to another rank'}"
@@ -229,7 +277,9 @@ def loop(run: Run, after_step: Callable[[], None]) -> int:
 
     run.writer.say(*run.bad.summary(run.flags))  # collective
     run.writer.close()
-    if run.checkpoints.error is None and not run.checkpoints.holds(state):  # collective: it has been removed meanwhile
+    if run.checkpoints.error is None and not run.checkpoints.holds(
+        state
+    ):  # collective: it has been removed meanwhile
         save(run)  # collectives
     run.writer.say(*run.checkpoints.closing_lines(state))  # collective
     return 0
@@ -245,7 +295,9 @@ def next_batch(run: Run, batches: Iterator[Any]) -> tuple[Any, bool, bool]:
         error = caught
     run.watchdog.heartbeat()
     signalled = preemption.requested() is not None
-    failed, stop, save_due = run.flags.any(batch is None, signalled, run.checkpoints.due())  # collective
+    failed, stop, save_due = run.flags.any(
+        batch is None, signalled, run.checkpoints.due()
+    )  # collective
     if failed:
         save_done(run)  # collectives
         run.flags.raise_together(error)  # collective
@@ -283,7 +335,9 @@ def log(run: Run) -> None:
     from ds_cmli.metrics import peak_memory_bytes
 
     state = run.state
-    means = mean_over_ranks(state.sums / max(1, state.micro_batches)).tolist()  # collective, CPU-GPU sync
+    means = mean_over_ranks(
+        state.sums / max(1, state.micro_batches)
+    ).tolist()  # collective, CPU-GPU sync
     run.bad.check(run.flags, state.step * run.accumulation * run.sampler.global_batch)  # collective
     values = by_name(means, run.config.loss.weights, state.micro_batches * run.sampler.global_batch)
     values |= run.engine.state()  # CPU-GPU sync; collective under ZeRO-3
@@ -313,13 +367,18 @@ def evaluate(run: Run) -> None:
                     def show(share: Any, *shown: Any, name: str = name) -> None:
                         run.bad.evaluated(share.left_out)
                         maps = settings.match_maps
-                        draw(run.writer, state.step, name, maps, run.data.tokenizer, share, *shown)  # collective
+                        draw(
+                            run.writer, state.step, name, maps, run.data.tokenizer, share, *shown
+                        )  # collective
 
                     measured = evaluate_split(
                         run.engine.objective, dataset, run.data, settings.eval_batch, run.engine.device,
                         run.config.data.workers, lambda: poll(run), preemption.shield, show=show,
                     )  # fmt: skip
-                    run.writer.log(state.step, {f"eval/{name}/{metric}": value for metric, value in measured.items()})
+                    run.writer.log(
+                        state.step,
+                        {f"eval/{name}/{metric}": value for metric, value in measured.items()},
+                    )
                     run.writer.say(report.summary(name, measured))
                     if suffix == passes[-1][0]:
                         state.best = report.best(state.best, name, measured, state.step)
@@ -350,7 +409,9 @@ def save(run: Run) -> None:
         saved = run.checkpoints.save(run.state)  # collectives
     if saved.not_finite:
         run.writer.close()
-        raise UserError(run.checkpoints.diverged(f"{saved.error} is not finite, nothing was saved", run.state))
+        raise UserError(
+            run.checkpoints.diverged(f"{saved.error} is not finite, nothing was saved", run.state)
+        )
     run.writer.say(saved.line(run.state.step))
     run.writer.draw(run.state.step, checkpoint_s=saved.seconds)
     run.meter.pause(saved.seconds, checkpoint=True)

@@ -96,10 +96,17 @@ TEACHERS = (
     Case("vit_base_patch16_siglip_224", VIT),
     Case("swin_tiny_patch4_window7_224", SWIN),
     Case("convnext_atto", CNN),
-    Case("resnet18", {"layers": [1, 1, 1, 1], "channels": [16, 16, 32, 32]}, settings={"block": -2}),
+    Case(
+        "resnet18", {"layers": [1, 1, 1, 1], "channels": [16, 16, 32, 32]}, settings={"block": -2}
+    ),
     Case("resnet18", {"layers": [1, 1, 1, 1]}, settings={"block": 9}),
 )
-SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+SMALL = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+}
 T5 = {"d_model": 32, "num_layers": 2, "num_heads": 2, "d_ff": 64, "d_kv": 16}
 TEXTS = (
     Case("bert", SMALL),
@@ -151,8 +158,14 @@ class Row:
 
     @property
     def good(self) -> bool:
-        trained = len(self.losses) == STEPS and all(loss == loss for loss in self.losses) and not self.idle
-        return not self.failed and (bool(self.refused) or (trained and abs(self.predicted - self.measured) <= EQUAL))
+        trained = (
+            len(self.losses) == STEPS
+            and all(loss == loss for loss in self.losses)
+            and not self.idle
+        )
+        return not self.failed and (
+            bool(self.refused) or (trained and abs(self.predicted - self.measured) <= EQUAL)
+        )
 
 
 def deepspeed_json(stage: int, checkpointing: bool, precision: str) -> dict[str, Any]:
@@ -168,13 +181,25 @@ def configuration(kind: str, case: Case) -> Config:
     data: dict[str, Any] = {"image_size": 56 if kind == "text" else case.size, "context_length": 24}
     losses: dict[str, Any] = {"weights": dict.fromkeys(("global", "cmli", "target_cmli"), 1.0)}
     # The teacher has another grid and another width than most of the students.
-    teacher: dict[str, Any] = {"overrides": {**VIT, "embed_dim": 48, "patch_size": data["image_size"] // 2}}
+    teacher: dict[str, Any] = {
+        "overrides": {**VIT, "embed_dim": 48, "patch_size": data["image_size"] // 2}
+    }
     if kind == "teacher":
         student: dict[str, Any] = {"image_overrides": VIT}
         teacher = {"model": case.model, "overrides": case.overrides, **case.settings}
     else:
-        student = {f"{kind}_model": case.model, f"{kind}_overrides": case.overrides, **case.settings}
-    sections = {"student": student, "teacher": teacher, "data": data, "loss": losses, "optim": {"micro_batch": BATCH}}
+        student = {
+            f"{kind}_model": case.model,
+            f"{kind}_overrides": case.overrides,
+            **case.settings,
+        }
+    sections = {
+        "student": student,
+        "teacher": teacher,
+        "data": data,
+        "loss": losses,
+        "optim": {"micro_batch": BATCH},
+    }
     return load_preset("tiny", sections)
 
 
@@ -187,14 +212,20 @@ def tried(kind: str, case: Case, json: dict[str, Any]) -> Row:
             data = build_data(config.data, 0)
             train(row, config, data, json)
             row.measured = max(measure_phases(config, json).values())
-            row.predicted = predict(config, json, 1, target="cpu", backend="fake").report.totals["requested"]
+            row.predicted = predict(config, json, 1, target="cpu", backend="fake").report.totals[
+                "requested"
+            ]
     except UserError as error:
         row.refused = str(error)
     except RuntimeError as error:
         row.failed = str(error).partition("\n")[0]
     gc.collect()  # engines hold themselves in circles
     row.said = "; ".join(
-        dict.fromkeys(line for line in out.getvalue().splitlines() if kind == "teacher" or "teacher." not in line)
+        dict.fromkeys(
+            line
+            for line in out.getvalue().splitlines()
+            if kind == "teacher" or "teacher." not in line
+        )
     )
     return row
 
@@ -202,22 +233,34 @@ def tried(kind: str, case: Case, json: dict[str, Any]) -> Row:
 def train(row: Row, config: Config, data: Data, json: dict[str, Any]) -> None:
     resolved = engine.filled(config, engine.on_this_device(DeepSpeedConfig.of(json)), 1, 10)
     with process_group(1):
-        step = engine.build(config, resolved, data.vocab_size, 10, torch.device("cpu"), data.special)
+        step = engine.build(
+            config, resolved, data.vocab_size, 10, torch.device("cpu"), data.special
+        )
         student = step.objective.student
-        encoder: Any = step.teacher.image if row.kind == "teacher" and step.teacher else getattr(student, row.kind)
+        encoder: Any = (
+            step.teacher.image
+            if row.kind == "teacher" and step.teacher
+            else getattr(student, row.kind)
+        )
         row.backbone, row.blocks = type(encoder).__name__, len(encoder.blocks)
         places = f"{encoder.grid[0]} x {encoder.grid[1]}, " if row.kind != "text" else ""
         row.shape = f"{places}{encoder.width}"
         reached: set[str] = set()
         for name, parameter in step.objective.named_parameters():
-            parameter.register_hook(lambda gradient, name=name: reached.add(name) if gradient.abs().sum() else None)
+            parameter.register_hook(
+                lambda gradient, name=name: reached.add(name) if gradient.abs().sum() else None
+            )
         for start in range(0, STEPS * BATCH, BATCH):
             batch = data.collate([data.train[i] for i in range(start, start + BATCH)])
             row.losses.append(step(batch)[0].item())
-        trained = [name for name, parameter in encoder.named_parameters() if parameter.requires_grad]
+        trained = [
+            name for name, parameter in encoder.named_parameters() if parameter.requires_grad
+        ]
         row.idle = sum(f"student.{row.kind}.{name}" not in reached for name in trained)
         some = torch.utils.data.Subset(data.evals["seen"], range(PAIRS))
-        row.recall = evaluate_split(step.objective, some, data, BATCH, torch.device("cpu"))["combined/i2t_r5"]
+        row.recall = evaluate_split(step.objective, some, data, BATCH, torch.device("cpu"))[
+            "combined/i2t_r5"
+        ]
 
 
 @click.command(help=__doc__.splitlines()[2])
@@ -234,7 +277,8 @@ def main(names: tuple[str, ...], stage: int, checkpointing: bool, precision: str
                 continue
             rows.append(tried(kind, case, json))
             click.echo(
-                f"{'ok ' if rows[-1].good else 'BAD'} {kind} {case.model} {rows[-1].refused}{rows[-1].failed}", err=True
+                f"{'ok ' if rows[-1].good else 'BAD'} {kind} {case.model} {rows[-1].refused}{rows[-1].failed}",
+                err=True,
             )
     head = [
         "",
@@ -255,12 +299,16 @@ def main(names: tuple[str, ...], stage: int, checkpointing: bool, precision: str
         for row in rows if not row.refused
     ]  # fmt: skip
     click.echo(
-        Table("Trained, evaluated, predicted", head, [[str(cell) for cell in line] for line in lines]).markdown()
+        Table(
+            "Trained, evaluated, predicted", head, [[str(cell) for cell in line] for line in lines]
+        ).markdown()
     )
     refused = [[row.kind, row.case.model, row.refused] for row in rows if row.refused]
     click.echo(Table("Refused", ["", "model", "why"], refused).markdown())
     bad = [row for row in rows if not row.good]
-    click.echo(f"{len(lines) - len(bad)} of {len(lines)} trained and predicted, {len(rows) - len(lines)} refused")
+    click.echo(
+        f"{len(lines) - len(bad)} of {len(lines)} trained and predicted, {len(rows) - len(lines)} refused"
+    )
     sys.exit(1 if bad else 0)
 
 

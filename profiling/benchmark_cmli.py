@@ -101,7 +101,9 @@ def resident(field: str) -> int:
 def own_peak(name: str, setting: str, dtype: str, I: int, J: int, device: str) -> int:  # noqa: E741
     """Extra memory of one forward and backward beyond inputs and their gradients; call it in a fresh process."""
     scores = CONTENDERS[name][0]
-    Problem(setting, 2, 2, DTYPES[dtype], device).step(scores)  # libraries load and start their threads
+    Problem(setting, 2, 2, DTYPES[dtype], device).step(
+        scores
+    )  # libraries load and start their threads
     problem = Problem(setting, I, J, DTYPES[dtype], device)
     gradients = problem.image.nbytes + problem.text.nbytes
     if device == "cuda":
@@ -116,8 +118,20 @@ def own_peak(name: str, setting: str, dtype: str, I: int, J: int, device: str) -
     return resident("VmHWM") - before - gradients
 
 
-def peak_in_own_process(name: str, setting: str, dtype: str, I: int, J: int, device: str) -> int | None:  # noqa: E741
-    command = [sys.executable, os.path.abspath(__file__), "--peak-of", json.dumps([name, setting, dtype, I, J, device])]
+def peak_in_own_process(
+    name: str,
+    setting: str,
+    dtype: str,
+    I: int,
+    J: int,
+    device: str,  # noqa: E741
+) -> int | None:
+    command = [
+        sys.executable,
+        os.path.abspath(__file__),
+        "--peak-of",
+        json.dumps([name, setting, dtype, I, J, device]),
+    ]
     run = subprocess.run(command, capture_output=True, text=True)
     return int(run.stdout.split()[-1]) if run.returncode == 0 else None
 
@@ -125,7 +139,12 @@ def peak_in_own_process(name: str, setting: str, dtype: str, I: int, J: int, dev
 KINDS = {
     "product": ("mkldnn::_linear_pointwise", "aten::mm"),
     "maxima": ("aten::amax", "aten::eq", "aten::eq_", "aten::mul_"),
-    "gathers": ("aten::_embedding_bag", "aten::_embedding_bag_forward_only", "aten::index_select", "aten::add_"),
+    "gathers": (
+        "aten::_embedding_bag",
+        "aten::_embedding_bag_forward_only",
+        "aten::index_select",
+        "aten::add_",
+    ),
     "shares": ("aten::addmm_", "aten::scatter_", "aten::scatter_add_", "aten::fill_"),
     "sorts": ("aten::sort", "aten::searchsorted", "aten::remainder_"),
 }
@@ -155,7 +174,10 @@ def breakdown(setting: str, B: int) -> dict[str, float]:
 def _shares(step: Callable[[], None]) -> dict[str, float]:
     """The share of each kind of work in the time of one profiled step. Operators of a step run one after the other."""
     activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities) as profiler, torch.profiler.record_function(STEP):
+    with (
+        torch.profiler.profile(activities=activities) as profiler,
+        torch.profiler.record_function(STEP),
+    ):
         step()
     events = {event.key: event for event in profiler.key_averages()}
     whole = events.pop(STEP).cpu_time_total
@@ -182,7 +204,9 @@ def scaling(setting: str, batches: list[int], repeats: int, device: str) -> list
                 own.append(seconds)
     for (G, P), problem, own in zip(ranks, problems, times, strict=True):
         pairs, seconds = G // P * N * problem.tokens, statistics.median(own)
-        rows.append({"name": "scaling", "setting": setting, "dtype": "fp32", "B": G // P, "G": G, "P": P})
+        rows.append(
+            {"name": "scaling", "setting": setting, "dtype": "fp32", "B": G // P, "G": G, "P": P}
+        )
         rows[-1].update(forward_s=None, step_s=seconds, floor_s=None, peak_extra_bytes=None)
         rows[-1]["ns_per_pair"] = seconds / pairs * 1e9
     return rows
@@ -197,13 +221,23 @@ def draw(rows: list[dict], path: str) -> None:
         click.echo("no plot: matplotlib is not installed; pip install -e '.[bench]'")
         return
     pyplot = plots.matplotlib("--plot")
-    figure, axes = pyplot.subplots(1, len(SETTINGS), figsize=(15, 4), sharey=True, layout="constrained")
+    figure, axes = pyplot.subplots(
+        1, len(SETTINGS), figsize=(15, 4), sharey=True, layout="constrained"
+    )
     for axis, setting in zip(axes, SETTINGS, strict=True):
-        timed = [r for r in rows if r["setting"] == setting and r["step_s"] and r["name"] != "scaling"]
-        for number, (name, dtype) in enumerate(dict.fromkeys((r["name"], r["dtype"]) for r in timed)):
-            line = [(r["B"], r["step_s"]) for r in timed if (r["name"], r["dtype"]) == (name, dtype)]
+        timed = [
+            r for r in rows if r["setting"] == setting and r["step_s"] and r["name"] != "scaling"
+        ]
+        for number, (name, dtype) in enumerate(
+            dict.fromkeys((r["name"], r["dtype"]) for r in timed)
+        ):
+            line = [
+                (r["B"], r["step_s"]) for r in timed if (r["name"], r["dtype"]) == (name, dtype)
+            ]
             colour, style = palette.line(number)
-            axis.plot(*zip(*line, strict=True), style, color=colour, marker="o", label=f"{name} {dtype}")
+            axis.plot(
+                *zip(*line, strict=True), style, color=colour, marker="o", label=f"{name} {dtype}"
+            )
         floor = sorted({(r["B"], r["floor_s"]) for r in timed})
         if floor:
             axis.plot(*zip(*floor, strict=True), "k--", label="floor: torch.mm")
@@ -219,15 +253,45 @@ def draw(rows: list[dict], path: str) -> None:
 
 @click.command(help=(__doc__ or "").split("\n\n")[1])
 @click.option(
-    "--batch", "batches", multiple=True, type=click.IntRange(2), default=(32, 64, 128, 256), show_default=True
+    "--batch",
+    "batches",
+    multiple=True,
+    type=click.IntRange(2),
+    default=(32, 64, 128, 256),
+    show_default=True,
 )
-@click.option("--setting", "settings", multiple=True, type=click.Choice(SETTINGS), default=SETTINGS, show_default=True)
-@click.option("--peers-up-to", default=64, show_default=True, help="Largest B of the others, who need B^2 memory.")
+@click.option(
+    "--setting",
+    "settings",
+    multiple=True,
+    type=click.Choice(SETTINGS),
+    default=SETTINGS,
+    show_default=True,
+)
+@click.option(
+    "--peers-up-to",
+    default=64,
+    show_default=True,
+    help="Largest B of the others, who need B^2 memory.",
+)
 @click.option("--repeats", type=click.IntRange(1), default=3, show_default=True)
-@click.option("--memory/--no-memory", default=True, help="Peak memory at `full` up to that B, each in its own process.")
-@click.option("--scaling/--no-scaling", "scale", default=True, help="G from 64 to 512, and P = 1, 2, 4.")
-@click.option("--json", "json_path", type=click.Path(dir_okay=False, writable=True), help="Write the rows here.")
-@click.option("--plot", "plot_path", type=click.Path(dir_okay=False, writable=True), help="Write a PNG here.")
+@click.option(
+    "--memory/--no-memory",
+    default=True,
+    help="Peak memory at `full` up to that B, each in its own process.",
+)
+@click.option(
+    "--scaling/--no-scaling", "scale", default=True, help="G from 64 to 512, and P = 1, 2, 4."
+)
+@click.option(
+    "--json",
+    "json_path",
+    type=click.Path(dir_okay=False, writable=True),
+    help="Write the rows here.",
+)
+@click.option(
+    "--plot", "plot_path", type=click.Path(dir_okay=False, writable=True), help="Write a PNG here."
+)
 @click.option("--peak-of", hidden=True)
 def main(batches, settings, peers_up_to, repeats, memory, scale, json_path, plot_path, peak_of):
     if peak_of:
@@ -257,7 +321,9 @@ def main(batches, settings, peers_up_to, repeats, memory, scale, json_path, plot
             reference = next((r["step_s"] for r in group if r["name"] == "naive autograd"), None)
             for row in group:
                 if memory and setting == "full" and peers_up_to >= B:
-                    row["peak_extra_bytes"] = peak_in_own_process(row["name"], setting, row["dtype"], B, B, device)
+                    row["peak_extra_bytes"] = peak_in_own_process(
+                        row["name"], setting, row["dtype"], B, B, device
+                    )
                 faster = f"{reference / row['step_s']:.2f}" if reference else ""
                 click.echo(
                     f"{row['name']:26}{row['dtype']:6}{setting:>9}{B:>5}{row['forward_s'] * 1e3:>10.1f}"
@@ -270,15 +336,24 @@ def main(batches, settings, peers_up_to, repeats, memory, scale, json_path, plot
         click.echo("\nWhere a step of `chunked` goes (CPU ms of all threads, B=128)")
         for setting in settings:
             parts = breakdown(setting, 128)
-            click.echo(f"{setting:9}" + "  ".join(f"{kind} {seconds * 1e3:.1f}" for kind, seconds in parts.items()))
+            click.echo(
+                f"{setting:9}"
+                + "  ".join(f"{kind} {seconds * 1e3:.1f}" for kind, seconds in parts.items())
+            )
     if memory:
-        click.echo("\nThe document's setting, bf16, all tokens valid: extra MB of a forward and backward")
+        click.echo(
+            "\nThe document's setting, bf16, all tokens valid: extra MB of a forward and backward"
+        )
         for name, I, J in (("chunked", 256, 512), (THRIFTY, 256, 512), ("chunked", 512, 512)):  # noqa: E741
-            click.echo(f"{name:26}{I} x {J}  {megabytes(peak_in_own_process(name, 'full', 'bf16', I, J, device))}")
+            click.echo(
+                f"{name:26}{I} x {J}  {megabytes(peak_in_own_process(name, 'full', 'bf16', I, J, device))}"
+            )
     if scale:
         click.echo("\nGrowth with G^2/P (fp32, captions): step, ns per valid patch-token pair")
         for row in scaling("captions", [64, 128, 256, 512], max(7, repeats), device):
-            click.echo(f"G={row['G']:<5}P={row['P']:<3}{row['step_s'] * 1e3:>9.1f} ms{row['ns_per_pair']:>8.2f} ns")
+            click.echo(
+                f"G={row['G']:<5}P={row['P']:<3}{row['step_s'] * 1e3:>9.1f} ms{row['ns_per_pair']:>8.2f} ns"
+            )
             rows.append(row)
     if json_path:
         with open(json_path, "w") as file:

@@ -46,7 +46,9 @@ def noise(width: int, height: int, seed: int) -> bytes:
     """A JPEG of coarse and fine noise: about as many bytes as a photograph of this size."""
     draw = np.random.default_rng(seed)
     coarse = draw.integers(0, 256, (height // 16, width // 16, 3), dtype=np.uint8)
-    picture = np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)).astype(np.int16)
+    picture = np.asarray(
+        Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+    ).astype(np.int16)
     picture = (picture + draw.normal(0, 6, picture.shape)).clip(0, 255).astype(np.uint8)
     file = io.BytesIO()
     Image.fromarray(picture).save(file, "JPEG", quality=85)
@@ -65,7 +67,9 @@ def decoders(size: int) -> dict[str, Callable[[bytes], Any]]:
 
         image = decode_jpeg(torch.frombuffer(bytearray(content), dtype=torch.uint8))
         side = min(image.shape[1:])
-        return F.resize(F.center_crop(image, [side, side]), [size, size], F.InterpolationMode.BICUBIC)
+        return F.resize(
+            F.center_crop(image, [side, side]), [size, size], F.InterpolationMode.BICUBIC
+        )
 
     found: dict[str, Callable[[bytes], Any]] = {
         "Pillow, whole": lambda content: fit(Image.open(io.BytesIO(content)).convert("RGB")),
@@ -77,7 +81,9 @@ def decoders(size: int) -> dict[str, Callable[[bytes], Any]]:
     except ImportError:
         return found
     reduced = {"min_height": 2 * size, "min_width": 2 * size}
-    found["simplejpeg, reduced"] = lambda content: fit(Image.fromarray(simplejpeg.decode_jpeg(content, **reduced)))
+    found["simplejpeg, reduced"] = lambda content: fit(
+        Image.fromarray(simplejpeg.decode_jpeg(content, **reduced))
+    )
     return found
 
 
@@ -92,7 +98,9 @@ def decoder_table(size: int) -> dict[str, dict[str, float]]:
                 started = time.process_time()
                 function(content)
                 times.append(time.process_time() - started)
-            out.setdefault(name, {})[f"{width}x{height}"] = round(statistics.median(times[1:]) * 1e3, 2)
+            out.setdefault(name, {})[f"{width}x{height}"] = round(
+                statistics.median(times[1:]) * 1e3, 2
+            )
     return out
 
 
@@ -107,7 +115,9 @@ def bare(data: Any, draws: list[Draw]) -> tuple[float, float]:
     return len(draws) / (time.perf_counter() - started), len(draws) / (time.process_time() - used)
 
 
-def loaded(data: Any, sampler: GlobalBatchSampler, workers: int, prefetch: int, batches: int) -> tuple[float, float]:
+def loaded(
+    data: Any, sampler: GlobalBatchSampler, workers: int, prefetch: int, batches: int
+) -> tuple[float, float]:
     """Pairs in a second out of the loader, in its steady state, and in a second of this process's CPU time."""
     loader = iter(train_loader(data, sampler, workers, prefetch=prefetch))
     for _ in range(2 + workers * prefetch):  # those prepared while the processes started
@@ -137,25 +147,44 @@ def waiting(step: Any, loader: Any, steps: int, device: torch.device) -> tuple[f
 
 @click.command(help=(__doc__ or "").split("\n\n")[1])
 @add(*WHAT)
-@click.option("--batches", type=click.IntRange(1), default=10, show_default=True, help="Measured of each loader.")
-@click.option("--train-steps", type=click.IntRange(0), default=10, show_default=True, help="0: without the last table.")
+@click.option(
+    "--batches",
+    type=click.IntRange(1),
+    default=10,
+    show_default=True,
+    help="Measured of each loader.",
+)
+@click.option(
+    "--train-steps",
+    type=click.IntRange(0),
+    default=10,
+    show_default=True,
+    help="0: without the last table.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object alone.")
 def command(preset, deepspeed_config, settings, batches, train_steps, as_json, **options) -> int:
     with json_on_stdout(as_json) as print_json:
-        found = measured(resolve_config(preset, settings, options), deepspeed_config, batches, train_steps)
+        found = measured(
+            resolve_config(preset, settings, options), deepspeed_config, batches, train_steps
+        )
         if as_json:
             print_json(found)
     return 0
 
 
-def measured(config: Config, deepspeed_config: str, batches: int, train_steps: int) -> dict[str, Any]:
+def measured(
+    config: Config, deepspeed_config: str, batches: int, train_steps: int
+) -> dict[str, Any]:
     """Print the tables; the figures are those of `--json`."""
     device = distributed.init()
     ds_config = engine.on_this_device(DeepSpeedConfig.load(deepspeed_config))
     ds_config = engine.filled(config, ds_config, 1, STEPS)
     config, _ = engine.with_backend(config, device)
     data = build_data(config.data, config.run.seed)
-    found: dict[str, Any] = {"image_size": config.data.image_size, "threads": torch.get_num_threads()}
+    found: dict[str, Any] = {
+        "image_size": config.data.image_size,
+        "threads": torch.get_num_threads(),
+    }
 
     found["decoders_ms"] = decoder_table(config.data.image_size)
     click.echo(f"ms of CPU a JPEG, to {config.data.image_size} pixels square")

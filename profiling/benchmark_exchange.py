@@ -31,7 +31,9 @@ EXCHANGES = ("gather", "ring")
 SCRATCH = 2**20  # bytes of the op's tiles: little, so that what the exchange takes is seen
 
 
-def one_rank(rank: int, ranks: int, file: str, shape: tuple[int, ...], dtype: str, results: dict) -> None:
+def one_rank(
+    rank: int, ranks: int, file: str, shape: tuple[int, ...], dtype: str, results: dict
+) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=ranks)
     B, N, M, D = shape
@@ -45,7 +47,9 @@ def one_rank(rank: int, ranks: int, file: str, shape: tuple[int, ...], dtype: st
 
         def step(enter=None, score=score):
             s_i2t, s_t2i = score_global_batch(image, text, mask, score=score)
-            return torch.autograd.grad((s_i2t * weights[0] + s_t2i * weights[1]).sum(), (image, text))
+            return torch.autograd.grad(
+                (s_i2t * weights[0] + s_t2i * weights[1]).sum(), (image, text)
+            )
 
         gradients = step()
         with Traffic().counting() as traffic:
@@ -64,7 +68,13 @@ def one_rank(rank: int, ranks: int, file: str, shape: tuple[int, ...], dtype: st
 
 @click.command(help=__doc__)
 @click.option("--ranks", default=4, show_default=True)
-@click.option("--shape", default=(32, 49, 64, 128), show_default=True, type=(int, int, int, int), help="B N M D")
+@click.option(
+    "--shape",
+    default=(32, 49, 64, 128),
+    show_default=True,
+    type=(int, int, int, int),
+    help="B N M D",
+)
 @click.option("--dtype", default="bf16", show_default=True, type=click.Choice(list(DTYPES)))
 def main(ranks: int, shape: tuple[int, ...], dtype: str) -> None:
     import tempfile

@@ -60,7 +60,9 @@ def forget_peak() -> None:
     Path("/proc/self/clear_refs").write_text("5")
 
 
-def searched(folder: Path, model: Any, texts: list[str], candidates: int) -> tuple[dict[str, float], list[list[str]]]:
+def searched(
+    folder: Path, model: Any, texts: list[str], candidates: int
+) -> tuple[dict[str, float], list[list[str]]]:
     """Milliseconds of a query, median and slowest, and the bytes that searching added; names of each one's results."""
     from ds_cmli.inference import Index
 
@@ -84,8 +86,20 @@ def recall(found: list[list[str]], exact: list[list[str]], k: int) -> float:
 
 @click.command()
 @click.option("--model", "model_path", required=True, metavar="RUN", help="A run's folder.")
-@click.option("--images", default=20_000, show_default=True, type=click.IntRange(K), help="Pictures in the index.")
-@click.option("--queries", default=50, show_default=True, type=click.IntRange(1), help="Captions to search for.")
+@click.option(
+    "--images",
+    default=20_000,
+    show_default=True,
+    type=click.IntRange(K),
+    help="Pictures in the index.",
+)
+@click.option(
+    "--queries",
+    default=50,
+    show_default=True,
+    type=click.IntRange(1),
+    help="Captions to search for.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one object; the table goes to stderr.")
 def command(model_path: str, images: int, queries: int, as_json: bool) -> None:
     """Measure search in an index of pictures: time, memory, and recall against exact CMLI."""
@@ -135,7 +149,9 @@ def measured(model_path: str, images: int, queries: int) -> dict[str, Any]:
         first = [names[0] == str(i) for names, i in zip(results[row], asked, strict=True)]
         values["own_first"] = statistics.mean(first)
         cost = f"{values['median_ms']:6.1f} ms  {values['slowest_ms']:6.1f} ms  {values['memory_bytes'] / 1e6:5.0f} MB"
-        share = f"{values['recall_1']:8.3f}  {values[f'recall_{K}']:9.3f}  {values['own_first']:17.3f}"
+        share = (
+            f"{values['recall_1']:8.3f}  {values[f'recall_{K}']:9.3f}  {values['own_first']:17.3f}"
+        )
         click.echo(f"{row:>10}  {cost}  {share}")
     return {**built, "queries": len(texts), "threads": threads, "rows": rows}
 

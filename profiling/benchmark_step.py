@@ -54,7 +54,9 @@ def plain(config: Config, ds_config: DeepSpeedConfig, data: Data, device: torch.
         checkpoint_blocks(objective.student.blocks, partial(checkpoint, use_reentrant=False))
     params = ds_config.optimizer_params
     groups = engine.parameter_groups(objective, params["weight_decay"], config.optim, params["lr"])
-    optimizer = torch.optim.AdamW(groups, lr=params["lr"], betas=params["betas"], eps=params["eps"], fused=True)
+    optimizer = torch.optim.AdamW(
+        groups, lr=params["lr"], betas=params["betas"], eps=params["eps"], fused=True
+    )
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     if teacher is not None:
         teacher.to(device, dtype)
@@ -91,7 +93,9 @@ def compare(
 ) -> dict[str, list[float]]:
     """Seconds of each step, `repeats` times, all of them in turn; the order turns round each time."""
     times: dict[str, list[float]] = {name: [] for name in steps}
-    for repeat in range(-2, repeats):  # the first two warm up: optimizer states are made, and shapes seen
+    for repeat in range(
+        -2, repeats
+    ):  # the first two warm up: optimizer states are made, and shapes seen
         batch = batches[repeat % len(batches)]
         for name in list(steps)[:: 1 if repeat % 2 else -1]:
             taken = seconds(steps[name], batch, device, clock)
@@ -108,13 +112,17 @@ def compare(
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object alone.")
 def command(preset, deepspeed_config, settings, repeats, clock, as_json, **options) -> int:
     with json_on_stdout(as_json) as print_json:
-        found = measured(resolve_config(preset, settings, options), deepspeed_config, repeats, clock)
+        found = measured(
+            resolve_config(preset, settings, options), deepspeed_config, repeats, clock
+        )
         if as_json:
             print_json(found)
     return 0
 
 
-def measured(config: Config, deepspeed_config: str, repeats: int, clock: str) -> dict[str, float | str | int]:
+def measured(
+    config: Config, deepspeed_config: str, repeats: int, clock: str
+) -> dict[str, float | str | int]:
     """Print the table; the figures are those of `--json`."""
     device = distributed.init()
     ds_config = engine.on_this_device(DeepSpeedConfig.load(deepspeed_config))
@@ -131,8 +139,14 @@ def measured(config: Config, deepspeed_config: str, repeats: int, clock: str) ->
         f"torch {torch.__version__}, {device.type}, {torch.get_num_threads()} threads, {ds_config.precision}, "
         f"{ds_config.micro_batch} pairs, ZeRO-{ds_config.stage}"
     )
-    click.echo(f"{'':15}{'trainer':>12}{'plain loop':>12}{'ratio':>8}{'fastest':>9}   (medians, ms; activations)")
-    found: dict[str, float | str | int] = {"precision": ds_config.precision, "stage": ds_config.stage, "clock": clock}
+    click.echo(
+        f"{'':15}{'trainer':>12}{'plain loop':>12}{'ratio':>8}{'fastest':>9}   (medians, ms; activations)"
+    )
+    found: dict[str, float | str | int] = {
+        "precision": ds_config.precision,
+        "stage": ds_config.stage,
+        "clock": clock,
+    }
     for name, section in (("", None), ("_checkpointing", {})):
         own = ds_config.replaced(activation_checkpointing=section)
         steps = {build.__name__: build(config, own, data, device) for build in (trainer, plain)}
@@ -144,7 +158,11 @@ def measured(config: Config, deepspeed_config: str, repeats: int, clock: str) ->
             f"{name.removeprefix('_') or 'stored':15}{ours * 1e3:>12.1f}{theirs * 1e3:>12.1f}"
             f"{ratio:>8.3f}{fastest:>9.3f}"
         )
-        found |= {f"trainer_s{name}": ours, f"plain_s{name}": theirs, f"ratio{name}": round(ratio, 4)}
+        found |= {
+            f"trainer_s{name}": ours,
+            f"plain_s{name}": theirs,
+            f"ratio{name}": round(ratio, 4),
+        }
     distributed.shutdown()
     return found
 

@@ -34,8 +34,15 @@ IDS = ("E1", "E2", "E3", "E4", "E5")
 @option("Setting", "--N", "N", type=int, default=196, show_default=True, help="Image patches.")
 @option("Setting", "--M", "M", type=int, default=64, show_default=True, help="Text positions.")
 @option("Setting", "--H", "H", type=int, default=768, show_default=True, help="Hidden size.")
-@option("Setting", "--D", "D", type=int, default=256, show_default=True, help="Embedding dimension.")
-@option("What is compared", "--only", metavar="E1,E3", help="These rows alone, without the whole step of a preset.")
+@option(
+    "Setting", "--D", "D", type=int, default=256, show_default=True, help="Embedding dimension."
+)
+@option(
+    "What is compared",
+    "--only",
+    metavar="E1,E3",
+    help="These rows alone, without the whole step of a preset.",
+)
 @option("What is compared", "--preset", default="demo", show_default=True,
         help=f"Whose whole step is predicted and measured: {', '.join(PRESETS)}.")  # fmt: skip
 @option("Output", "--json", "json_path", metavar="FILE", help="The rows, one object each.")
@@ -84,11 +91,15 @@ def command(
     document: list[compare.Row] = []
     ours, step = None, None
     with console.status("") as status:
-        compare.measure(rows, setting, device, lambda r: status.update(f"measuring {r.id} {r.implementation}"))
+        compare.measure(
+            rows, setting, device, lambda r: status.update(f"measuring {r.id} {r.implementation}")
+        )
         if "E4" in ids:
             variants = compare_steps.FIRST_VARIANTS if only is None else compare_steps.VARIANTS
             document, ours = compare_steps.document_rows(
-                setting, variants, say=lambda r: status.update(f"predicting {r.id} {r.implementation}")
+                setting,
+                variants,
+                say=lambda r: status.update(f"predicting {r.id} {r.implementation}"),
             )
         if only is None:
             status.update(f"the whole step of {preset}")
@@ -104,16 +115,24 @@ def command(
     if rows:
         shown += compare_tables.rows_tables(rows, every)
     if document:
-        shown.append(compare_tables.document_table(document, compare_tables.remember_document(document)))
+        shown.append(
+            compare_tables.document_table(document, compare_tables.remember_document(document))
+        )
     if step is not None:
         shown.append(compare_tables.whole_step_table(step))
     for table in shown:
         table.show(console)
 
     if json_path is not None:
-        Path(json_path).write_text(json.dumps([row.to_dict() for row in [*rows, *document]], indent=2) + "\n")
+        Path(json_path).write_text(
+            json.dumps([row.to_dict() for row in [*rows, *document]], indent=2) + "\n"
+        )
     if markdown_path is not None:
-        heading = "# Memory: the estimates and the truth\n\n" + "".join(f"{sentence}\n" for sentence in summary) + "\n"
+        heading = (
+            "# Memory: the estimates and the truth\n\n"
+            + "".join(f"{sentence}\n" for sentence in summary)
+            + "\n"
+        )
         Path(markdown_path).write_text(heading + "\n".join(t.markdown() for t in shown))
     console.print(plot(Path(plot_folder), rows, ours, step), highlight=False)
 
@@ -147,7 +166,9 @@ def plot(folder: Path, rows: list, ours: Any, step: Any) -> str:
         charts.timeline(ours.events, title, folder / drawn[-1])
     if step is not None:
         drawn.append(f"timeline-{step.preset}.png")
-        charts.timeline(step.prediction.events, f"A step of preset {step.preset}, predicted", folder / drawn[-1])
+        charts.timeline(
+            step.prediction.events, f"A step of preset {step.preset}, predicted", folder / drawn[-1]
+        )
     return f"charts in {folder}: {', '.join(drawn)}"
 
 

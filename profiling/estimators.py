@@ -83,13 +83,24 @@ def settings() -> list[Setting]:
         ("cmli", "cls_kd"),
     ):
         out += [Setting(stage, 2, losses=losses) for stage in (2, 3)]
-    out += [Setting(2, 2, positions=m, image_size=size) for m, size in ((16, 56), (64, 112), (32, 224))]
-    out += [Setting(2, 2, width=width, depth=depth) for width, depth in ((64, 2), (256, 6), (384, 4))]
+    out += [
+        Setting(2, 2, positions=m, image_size=size) for m, size in ((16, 56), (64, 112), (32, 224))
+    ]
+    out += [
+        Setting(2, 2, width=width, depth=depth) for width, depth in ((64, 2), (256, 6), (384, 4))
+    ]
     out += [Setting(stage, 2, accumulation=4) for stage in (1, 2)]
-    out += [Setting(2, ranks, optimizer="SGD") for ranks in (1, 8)] + [Setting(0, 2, optimizer="Adagrad")]
+    out += [Setting(2, ranks, optimizer="SGD") for ranks in (1, 8)] + [
+        Setting(0, 2, optimizer="Adagrad")
+    ]
     out += [Setting(stage, 2, offload=True) for stage in (1, 2, 3)]
     out += [Setting(2, 8, exchange="ring"), Setting(3, 8, exchange="ring", accumulation=4)]
-    for image_model in ("resnet18", "convnext_atto", "swin_tiny_patch4_window7_224", "vit_small_patch16_dinov3"):
+    for image_model in (
+        "resnet18",
+        "convnext_atto",
+        "swin_tiny_patch4_window7_224",
+        "vit_small_patch16_dinov3",
+    ):
         out.append(Setting(2, 2, batch=4, image_size=64, image_model=image_model))
     return out + [Setting(2, 2, text_model=text_model) for text_model in TEXT_MODELS]
 
@@ -115,7 +126,12 @@ def rows(chosen: list[Setting]) -> Iterator[Row]:
     from ds_cmli.memory.predict import predict
 
     for setting in chosen:
-        tower = {"embed_dim": setting.width, "depth": setting.depth, "num_heads": 4, "patch_size": 14}
+        tower = {
+            "embed_dim": setting.width,
+            "depth": setting.depth,
+            "num_heads": 4,
+            "patch_size": 14,
+        }
         text = {"hidden_size": setting.width, "num_hidden_layers": setting.depth, "num_attention_heads": 4,
                 "intermediate_size": 4 * setting.width}  # fmt: skip
         student = {
@@ -176,7 +192,9 @@ def deepspeed_estimate(stage: int, trained: int, largest: int, ranks: int, offlo
     if stage == 2:
         host, gpu = estimate_zero2_model_states_mem_needs(trained, ranks, 1, cpu_offload=offload)
     else:
-        host, gpu, _ = estimate_zero3_model_states_mem_needs(trained, largest, ranks, 1, offload, False)
+        host, gpu, _ = estimate_zero3_model_states_mem_needs(
+            trained, largest, ranks, 1, offload, False
+        )
     return gpu + (host // ranks if offload else 0)
 
 
@@ -185,7 +203,9 @@ def accelerate_estimate(trained: int, precision: str) -> int:
     try:
         from accelerate.commands.estimate import estimate_training_usage
     except ImportError:
-        raise UserError("accelerate is not installed: pip install accelerate, whose estimate is compared") from None
+        raise UserError(
+            "accelerate is not installed: pip install accelerate, whose estimate is compared"
+        ) from None
     named = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}[precision]
     return max(estimate_training_usage(4 * trained, named).values())
 
@@ -210,16 +230,27 @@ def summary(found: list[Row]) -> dict[str, dict[str, float]]:
 
 @click.command()
 @click.option("--first", default=None, type=click.IntRange(1), help="Only so many of the settings.")
-@click.option("--saved", default=None, metavar="FILE", help="Draw what --json has written, without measuring again.")
-@click.option("--plot", default=None, metavar="FILE", help="The errors as a picture; needs matplotlib.")
-@click.option("--json", "json_file", default=None, metavar="FILE", help="Write every figure to this file.")
+@click.option(
+    "--saved",
+    default=None,
+    metavar="FILE",
+    help="Draw what --json has written, without measuring again.",
+)
+@click.option(
+    "--plot", default=None, metavar="FILE", help="The errors as a picture; needs matplotlib."
+)
+@click.option(
+    "--json", "json_file", default=None, metavar="FILE", help="Write every figure to this file."
+)
 def command(first: int | None, saved: str | None, plot: str | None, json_file: str | None) -> None:
     """Compare memory estimates with measured memory over a fixed list of settings."""
     from ds_cmli.common.cli import check_writable
     from ds_cmli.common.plots import check_installed
 
     if saved is not None and (plot is None or first or json_file):
-        raise UserError("--saved draws what was written: give it --plot FILE, and no --first or --json")
+        raise UserError(
+            "--saved draws what was written: give it --plot FILE, and no --first or --json"
+        )
     if plot is not None:
         check_installed("--plot")
     for file in (plot, json_file):
@@ -253,7 +284,9 @@ def read_saved(file: str) -> dict[str, dict[str, float]]:
     try:
         return json.loads(Path(file).read_text())["summary"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"--saved is {file!r}: cannot be read: {error}; give a file of --json") from None
+        raise UserError(
+            f"--saved is {file!r}: cannot be read: {error}; give a file of --json"
+        ) from None
 
 
 def draw(table: dict[str, dict[str, float]], path: Path) -> None:
@@ -261,7 +294,9 @@ def draw(table: dict[str, dict[str, float]], path: Path) -> None:
     from ds_cmli.common import palette, plots
 
     pyplot = plots.matplotlib("--plot")
-    figure, axis = pyplot.subplots(figsize=(plots.WIDTH, 0.42 * len(table) + 1.4), layout="constrained")
+    figure, axis = pyplot.subplots(
+        figsize=(plots.WIDTH, 0.42 * len(table) + 1.4), layout="constrained"
+    )
     shown = {"median": "median_relative_error", "largest": "maximum_relative_error"}
     for place, (name, values) in enumerate(table.items()):
         colour = palette.ACCENT if name == OURS else plots.SOFT
@@ -274,13 +309,37 @@ def draw(table: dict[str, dict[str, float]], path: Path) -> None:
         for (word, column), end in zip(shown.items(), ends, strict=True):
             text = f"{word} {rounded(values[column])}"
             align, shift = side[word]
-            axis.annotate(text, (end, place), (shift, 0), textcoords="offset points", va="center", ha=align, size=9)
+            axis.annotate(
+                text,
+                (end, place),
+                (shift, 0),
+                textcoords="offset points",
+                va="center",
+                ha=align,
+                size=9,
+            )
         fails = f"{values['p_oom']:.0%}"
-        axis.text(1.18, place, fails, transform=axis.get_yaxis_transform(), va="center", ha="right", weight="bold")
+        axis.text(
+            1.18,
+            place,
+            fails,
+            transform=axis.get_yaxis_transform(),
+            va="center",
+            ha="right",
+            weight="bold",
+        )
     axis.text(
-        1.18, -0.75, "steps that fail", transform=axis.get_yaxis_transform(), ha="right", size=9, color=plots.SOFT
+        1.18,
+        -0.75,
+        "steps that fail",
+        transform=axis.get_yaxis_transform(),
+        ha="right",
+        size=9,
+        color=plots.SOFT,
     )
-    axis.set_yticks(range(len(table)), [f"{name} ({values['settings']:.0f})" for name, values in table.items()])
+    axis.set_yticks(
+        range(len(table)), [f"{name} ({values['settings']:.0f})" for name, values in table.items()]
+    )
     axis.set(xscale="log", xlim=(SMALLEST / 300, 60), ylim=(len(table) - 0.5, -0.9))
     axis.set_xticks([1e-6, 1e-4, 1e-2, 1])
     axis.xaxis.set_major_formatter(plots.percent)
@@ -289,7 +348,11 @@ def draw(table: dict[str, dict[str, float]], path: Path) -> None:
     most = rounded(table[OURS]["maximum_relative_error"]) if OURS in table else ""
     others = [values["median_relative_error"] for name, values in table.items() if name != OURS]
     finding = f"Our prediction is off by at most {most}, others by {min(others):.0%} to {max(others):.0%} in the median"
-    plots.titled(figure, finding, "relative error of the memory of a step; in brackets the number of settings")
+    plots.titled(
+        figure,
+        finding,
+        "relative error of the memory of a step; in brackets the number of settings",
+    )
     figure.savefig(path, dpi=plots.DPI)
     pyplot.close(figure)
 

@@ -31,7 +31,12 @@ class Tables:
     """A pytest plugin that gathers the figures which tests record, and writes both files after each test."""
 
     def __init__(self, device: str, end: float, json_path: Path, markdown_path: Path):
-        self.device, self.end, self.json_path, self.markdown_path = device, end, json_path, markdown_path
+        self.device, self.end, self.json_path, self.markdown_path = (
+            device,
+            end,
+            json_path,
+            markdown_path,
+        )
         self.rows: list[dict[str, Any]] = []
 
     @property
@@ -47,14 +52,28 @@ class Tables:
         test = report.nodeid.split("::", 1)[1]
         figures = [value for name, value in report.user_properties if name == "figure"]
         if report.failed and all(figure["passed"] is not False for figure in figures):
-            reason = str(report.longrepr.reprcrash.message).splitlines()[0] if report.longrepr else ""
-            figures.append({"name": "runs to its end", "value": None, "bar": None, "note": reason, "passed": False})
+            reason = (
+                str(report.longrepr.reprcrash.message).splitlines()[0] if report.longrepr else ""
+            )
+            figures.append(
+                {
+                    "name": "runs to its end",
+                    "value": None,
+                    "bar": None,
+                    "note": reason,
+                    "passed": False,
+                }
+            )
         self.rows += [{"test": test, **figure} for figure in figures]
         _replace(self.json_path, json.dumps({**self.heading(), "rows": self.rows}, indent=2) + "\n")
         _replace(self.markdown_path, self.markdown())
 
     def heading(self) -> dict[str, Any]:
-        return {"device": self.device, "date": str(date.today()), "passed": bool(self.rows) and not self.missed}
+        return {
+            "device": self.device,
+            "date": str(date.today()),
+            "passed": bool(self.rows) and not self.missed,
+        }
 
     def markdown(self) -> str:
         lines = [f"# Checked on {self.device}, {date.today()}", ""]
@@ -62,7 +81,14 @@ class Tables:
         lines += ["| test | figure | value | bar | | |", "|---|---|---|---|---|---|"]
         for row in [*self.missed, *(row for row in self.rows if row["passed"] is not False)]:
             verdict = {True: "met", False: "**missed**", None: "no bar"}[row["passed"]]
-            cells = [row["test"], row["name"], _number(row["value"]), _number(row["bar"]), verdict, row["note"]]
+            cells = [
+                row["test"],
+                row["name"],
+                _number(row["value"]),
+                _number(row["bar"]),
+                verdict,
+                row["note"],
+            ]
             lines.append(f"| {' | '.join(cells)} |")
         return "\n".join(lines) + "\n"
 
@@ -80,24 +106,49 @@ def _number(value: float | None) -> str:
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--json", "json_path", default="gpu_check.json", show_default=True, help="Every figure.")
-@click.option("--markdown", "markdown_path", default="gpu_check.md", show_default=True, help="The figures as a table.")
-@click.option("--only", default="", help="Tests that this expression of pytest's -k selects, for instance 'op'.")
-@click.option("--minutes", type=float, default=7.5, show_default=True, help="Tests not begun by then are missed.")
+@click.option(
+    "--json", "json_path", default="gpu_check.json", show_default=True, help="Every figure."
+)
+@click.option(
+    "--markdown",
+    "markdown_path",
+    default="gpu_check.md",
+    show_default=True,
+    help="The figures as a table.",
+)
+@click.option(
+    "--only",
+    default="",
+    help="Tests that this expression of pytest's -k selects, for instance 'op'.",
+)
+@click.option(
+    "--minutes",
+    type=float,
+    default=7.5,
+    show_default=True,
+    help="Tests not begun by then are missed.",
+)
 def command(json_path: str, markdown_path: str, only: str, minutes: float) -> None:
     device = os.environ.get("DS_CMLI_GPU_TESTS_DEVICE", "cuda")
     if device == "cuda" and not torch.cuda.is_available():
-        click.echo("error: no GPU that torch can use here: run this where torch.cuda.is_available()", err=True)
+        click.echo(
+            "error: no GPU that torch can use here: run this where torch.cuda.is_available()",
+            err=True,
+        )
         sys.exit(2)
     import pytest
 
     name = torch.cuda.get_device_name() if device == "cuda" else "the CPU"
     tables = Tables(name, time.monotonic() + 60 * minutes, Path(json_path), Path(markdown_path))
-    code = pytest.main(["-q", "-m", "gpu", "-k", only, str(ROOT / "tests" / "gpu")], plugins=[tables])
+    code = pytest.main(
+        ["-q", "-m", "gpu", "-k", only, str(ROOT / "tests" / "gpu")], plugins=[tables]
+    )
     if code == pytest.ExitCode.NO_TESTS_COLLECTED:
         click.echo(f"error: --only is {only!r}: no test has that in its name", err=True)
         sys.exit(2)
-    click.echo(f"{len(tables.rows)} figures on {name}, {len(tables.missed)} missed: {json_path}, {markdown_path}")
+    click.echo(
+        f"{len(tables.rows)} figures on {name}, {len(tables.missed)} missed: {json_path}, {markdown_path}"
+    )
     sys.exit(1 if tables.missed or code else 0)
 
 

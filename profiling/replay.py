@@ -23,16 +23,46 @@ SHOWN = 8  # holders of memory that are named
 
 
 @click.command(cls=GroupedCommand, context_settings={"help_option_names": ["-h", "--help"]})
-@click.argument("snapshots", nargs=-1, required=True, type=click.Path(), metavar="SNAPSHOT [SNAPSHOT]")
-@option("What if", "--limit", metavar="SIZE|GPU", help="Of what may be reserved: 24GB (10^9 bytes), 22GiB, or a GPU.")
-@option("What if", "--expandable-segments/--no-expandable-segments", default=None, help="As in PYTORCH_ALLOC_CONF.")
+@click.argument(
+    "snapshots", nargs=-1, required=True, type=click.Path(), metavar="SNAPSHOT [SNAPSHOT]"
+)
+@option(
+    "What if",
+    "--limit",
+    metavar="SIZE|GPU",
+    help="Of what may be reserved: 24GB (10^9 bytes), 22GiB, or a GPU.",
+)
+@option(
+    "What if",
+    "--expandable-segments/--no-expandable-segments",
+    default=None,
+    help="As in PYTORCH_ALLOC_CONF.",
+)
 @option("What if", "--max-split-size-mb", type=click.IntRange(21), help="As there: MiB.")
-@option("What if", "--roundup-power2-divisions", type=click.IntRange(1), help="As there: a power of two; 1: off.")
+@option(
+    "What if",
+    "--roundup-power2-divisions",
+    type=click.IntRange(1),
+    help="As there: a power of two; 1: off.",
+)
 @option("What if", "--garbage-collection-threshold", type=click.FloatRange(0, 1, min_open=True, max_open=True),
         help="As there: a share of --limit, which it needs.")  # fmt: skip
-@option("What if", "--settings", "compare_settings", is_flag=True, help="Which settings reserve least.")
-@option("Output", "--plot", metavar="FILE", help="Allocated and reserved memory over time, as a picture.")
-@option("Output", "--json", "as_json", is_flag=True, help="One object per device, a line each, instead of the text.")
+@option(
+    "What if", "--settings", "compare_settings", is_flag=True, help="Which settings reserve least."
+)
+@option(
+    "Output",
+    "--plot",
+    metavar="FILE",
+    help="Allocated and reserved memory over time, as a picture.",
+)
+@option(
+    "Output",
+    "--json",
+    "as_json",
+    is_flag=True,
+    help="One object per device, a line each, instead of the text.",
+)
 def command(snapshots: tuple[str, ...], limit: str | None, expandable_segments: bool | None,
             max_split_size_mb: int | None, roundup_power2_divisions: int | None,
             garbage_collection_threshold: float | None, compare_settings: bool, plot: str | None,
@@ -52,7 +82,9 @@ def command(snapshots: tuple[str, ...], limit: str | None, expandable_segments: 
     if divisions is not None and divisions & (divisions - 1):
         raise UserError(f"--roundup-power2-divisions is {divisions}: give a power of two")
     if garbage_collection_threshold and limit is None:
-        raise UserError("--garbage-collection-threshold is a share of --limit: give one, as PyTorch's needs a fraction")
+        raise UserError(
+            "--garbage-collection-threshold is a share of --limit: give one, as PyTorch's needs a fraction"
+        )
     room = None
     if limit is not None:
         room, gpu = gpus.parse_memory(limit, "--limit")
@@ -71,7 +103,9 @@ def command(snapshots: tuple[str, ...], limit: str | None, expandable_segments: 
     files: list[list[dict[str, Any]]] = []
     refused: list[str] = []
     for i, path in enumerate(snapshots):
-        devices, errors, silent = one(path, room, changes, compare_settings, plot if i == 0 else None)
+        devices, errors, silent = one(
+            path, room, changes, compare_settings, plot if i == 0 else None
+        )
         for device in devices:
             print(json.dumps(device["values"]) if as_json else "\n".join(device["lines"]))
             for line in device["told"] if as_json else ():
@@ -122,7 +156,10 @@ def one(
             values["what_if"] = answer.to_dict()
             lines.append(told(answer, room))
             if not answer.fits:
-                lines += ["  held by then:", *held(holders(content, device, start, answer.failed_event))]
+                lines += [
+                    "  held by then:",
+                    *held(holders(content, device, start, answer.failed_event)),
+                ]
         elif replayed.allocated_peak:
             lines.append(smallest_gpu(start, trace))
         if compare_settings:
@@ -139,7 +176,9 @@ def one(
         out.append({"values": values, "lines": lines, "holders": at_peak, "told": told_too})
     silent = without_history(content)
     if not refused and not out:
-        raise UserError("; ".join([f"{path!r} holds no history: switch recording on before training", *silent]))
+        raise UserError(
+            "; ".join([f"{path!r} holds no history: switch recording on before training", *silent])
+        )
     return out, refused, silent
 
 
@@ -148,7 +187,11 @@ def without_history(content: dict[str, Any]) -> list[str]:
     lines = []
     recorded = {device for device, trace in enumerate(content["device_traces"]) if trace}
     for device in sorted({segment.get("device", 0) for segment in content["segments"]} - recorded):
-        sizes = [segment["total_size"] for segment in content["segments"] if segment.get("device", 0) == device]
+        sizes = [
+            segment["total_size"]
+            for segment in content["segments"]
+            if segment.get("device", 0) == device
+        ]
         lines.append(
             f"device {device}: {sum(sizes):,} B are reserved in {len(sizes)} segment(s), but it has no history"
         )
@@ -160,7 +203,9 @@ def beginning_told(replayed: Any) -> list[str]:
     before, blocks = sum(replayed.start.live.values()), len(replayed.start.live)
     lines = []
     if before:
-        lines.append(f"  the history begins in the middle: {before:,} B in {blocks:,} block(s) were there before")
+        lines.append(
+            f"  the history begins in the middle: {before:,} B in {blocks:,} block(s) were there before"
+        )
     if not replayed.allocations:
         lines.append(
             "  the history holds no allocation, so nothing of it shows what the program needs: switch recording on"
@@ -174,14 +219,21 @@ def told(answer: Any, limit: int | None) -> str:
     if answer.fits:
         most = f"{answer.reserved_peak:,} B reserved at most, {answer.allocated_peak:,} B allocated"
         return f"  what if: it fits{room}: {most}"
-    which = f"allocation {answer.failed_at + 1:,}" if answer.failed_at >= 0 else "what lived at the beginning"
+    which = (
+        f"allocation {answer.failed_at + 1:,}"
+        if answer.failed_at >= 0
+        else "what lived at the beginning"
+    )
     request = f" of {answer.failed_request:,} B" if answer.failed_request else ""
     return f"  what if: it does not fit{room}: {which}{request} fails, and {answer.too_much:,} B would have to go"
 
 
 def held(found: Any) -> list[str]:
     rest = found[SHOWN:]
-    lines = [f"    {holder.bytes:>16,} B  {holder.name} ({holder.blocks:,} blocks)" for holder in found[:SHOWN]]
+    lines = [
+        f"    {holder.bytes:>16,} B  {holder.name} ({holder.blocks:,} blocks)"
+        for holder in found[:SHOWN]
+    ]
     if rest:
         lines.append(f"    {sum(holder.bytes for holder in rest):>16,} B  {len(rest)} others")
     return lines
@@ -189,12 +241,16 @@ def held(found: Any) -> list[str]:
 
 def difference(first: Any, second: Any) -> list[str]:
     sizes = [{holder.name: holder.bytes for holder in found} for found in (first, second)]
-    change = {name: sizes[1].get(name, 0) - sizes[0].get(name, 0) for name in {**sizes[0], **sizes[1]}}
+    change = {
+        name: sizes[1].get(name, 0) - sizes[0].get(name, 0) for name in {**sizes[0], **sizes[1]}
+    }
     rows = sorted((item for item in change.items() if item[1]), key=lambda item: -abs(item[1]))
     lines = [f"the second's peak beside the first's: {sum(change.values()):+,} B"]
     lines += [f"    {size:>+16,} B  {name}" for name, size in rows[:SHOWN]]
     if rows[SHOWN:]:
-        lines.append(f"    {sum(size for _, size in rows[SHOWN:]):>+16,} B  {len(rows[SHOWN:])} others")
+        lines.append(
+            f"    {sum(size for _, size in rows[SHOWN:]):>+16,} B  {len(rows[SHOWN:])} others"
+        )
     return lines
 
 
@@ -203,7 +259,10 @@ def settings_tried(start: Any, trace: list[dict[str, Any]], room: int | None) ->
     from ds_cmli.memory.blocks import DEFAULTS
     from ds_cmli.memory.what_if import what_if
 
-    tried = {"(nothing set)": DEFAULTS, "expandable_segments:True": replace(DEFAULTS, expandable_segments=True)}
+    tried = {
+        "(nothing set)": DEFAULTS,
+        "expandable_segments:True": replace(DEFAULTS, expandable_segments=True),
+    }
     for size in (32, 64, 128, 256, 512):
         tried[f"max_split_size_mb:{size}"] = replace(DEFAULTS, max_split_size=size << 20)
     for parts in (1, 2, 4, 8, 16):
@@ -213,7 +272,11 @@ def settings_tried(start: Any, trace: list[dict[str, Any]], room: int | None) ->
                 key = f"{name},{key}" if settings.expandable_segments else key
                 tried[key] = replace(settings, roundup_power2_divisions=parts)
     answers = {name: what_if(start, trace, room, settings) for name, settings in tried.items()}
-    return dict(sorted(((n, a.reserved_peak) for n, a in answers.items() if a.fits), key=lambda item: item[1]))
+    return dict(
+        sorted(
+            ((n, a.reserved_peak) for n, a in answers.items() if a.fits), key=lambda item: item[1]
+        )
+    )
 
 
 def smallest_gpu(start: Any, trace: list[dict[str, Any]]) -> str:
@@ -244,13 +307,21 @@ def text(replayed: Any, settings_known: bool) -> str:
     if not replayed.exact:
         lines.append(
             "  what differs comes from rules that the model does not know"
-            + ("" if settings_known else ", or from PYTORCH_ALLOC_CONF, which the history does not tell")
+            + (
+                ""
+                if settings_known
+                else ", or from PYTORCH_ALLOC_CONF, which the history does not tell"
+            )
         )
     if replayed.released_private:
         lines.append(
             f"  {replayed.released_private} released segments were those of private pools (CUDA graphs,"
             " torch.cuda.MemPool): the history does not say so, the requests do"
-            + ("" if settings_known else " (if PYTORCH_ALLOC_CONF was not set, which it does not say either)")
+            + (
+                ""
+                if settings_known
+                else " (if PYTORCH_ALLOC_CONF was not set, which it does not say either)"
+            )
         )
     if replayed.released_unknown:
         lines.append(

@@ -25,24 +25,57 @@ from ds_cmli.common.plots import check_installed  # noqa: E402
 PARTS = ("model", "scores", "text", "rest")
 
 
-@click.command(cls=GroupedCommand, context_settings={"help_option_names": ["-h", "--help"]}, help=__doc__)
+@click.command(
+    cls=GroupedCommand, context_settings={"help_option_names": ["-h", "--help"]}, help=__doc__
+)
 @option("Setting", "--preset", default="paper", show_default=True, help="As train.py's.")
-@option("Setting", "--set", "settings", multiple=True, metavar="SECTION.SETTING=VALUE", help="As train.py's.")
-@option("Setting", "--ranks", default="1,8,64,512,4096", show_default=True, help="Numbers of ranks.")
+@option(
+    "Setting",
+    "--set",
+    "settings",
+    multiple=True,
+    metavar="SECTION.SETTING=VALUE",
+    help="As train.py's.",
+)
+@option(
+    "Setting", "--ranks", default="1,8,64,512,4096", show_default=True, help="Numbers of ranks."
+)
 @option("Setting", "--stages", default="1,2,3", show_default=True, help="ZeRO stages.")
 @option("Setting", "--accumulation", default=4, show_default=True, help="Micro-batches of a step.")
 @option("Setting", "--checkpointing", is_flag=True, help="With activation checkpointing.")
-@option("Setting", "--gpu", default="RTX 3090 24GB", show_default=True, help="As profiling/predict.py's.")
-@option("Setting", "--target", default="cuda", show_default=True, type=click.Choice(["cuda", "cpu"]))
+@option(
+    "Setting",
+    "--gpu",
+    default="RTX 3090 24GB",
+    show_default=True,
+    help="As profiling/predict.py's.",
+)
+@option(
+    "Setting", "--target", default="cuda", show_default=True, type=click.Choice(["cuda", "cpu"])
+)
 @option("Rates", "--tflops", default=60.0, show_default=True, help="TFLOP/s that a rank reaches.")
 @option("Rates", "--measure", is_flag=True, help="Measure --tflops on this machine instead.")
-@option("Rates", "--node-bandwidth", default=25.0, show_default=True, help="GB/s that a rank sends in its node.")
-@option("Rates", "--bandwidth", default=5.0, show_default=True, help="GB/s that it sends between nodes.")
+@option(
+    "Rates",
+    "--node-bandwidth",
+    default=25.0,
+    show_default=True,
+    help="GB/s that a rank sends in its node.",
+)
+@option(
+    "Rates", "--bandwidth", default=5.0, show_default=True, help="GB/s that it sends between nodes."
+)
 @option("Rates", "--latency", default=10.0, show_default=True, help="Microseconds of a message.")
 @option("Rates", "--ranks-per-node", default=8, show_default=True)
 @option("Output", "--json", "json_path", metavar="FILE", help="The rows, one object each.")
 @option("Output", "--plot", "plot_path", metavar="FILE", help="A picture; needs matplotlib.")
-def command(preset: str, settings: tuple[str, ...], json_path: str | None, plot_path: str | None, **given: Any) -> None:
+def command(
+    preset: str,
+    settings: tuple[str, ...],
+    json_path: str | None,
+    plot_path: str | None,
+    **given: Any,
+) -> None:
     if plot_path is not None:
         check_installed("--plot")
     for name in (json_path, plot_path):
@@ -66,7 +99,9 @@ def command(preset: str, settings: tuple[str, ...], json_path: str | None, plot_
     tflops = given["tflops"]
     if given["measure"]:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        tflops = peak_flops(device, torch.float16 if device.type == "cuda" else torch.float32) / 1e12
+        tflops = (
+            peak_flops(device, torch.float16 if device.type == "cuda" else torch.float32) / 1e12
+        )
     rates = Rates(
         tflops * 1e12, given["node_bandwidth"] * 1e9, given["bandwidth"] * 1e9, given["latency"] * 1e-6,
         given["ranks_per_node"],
@@ -83,12 +118,22 @@ def command(preset: str, settings: tuple[str, ...], json_path: str | None, plot_
         for cached in (False, True) if given["accumulation"] > 1 else (False,):
             for ranks in numbers["ranks"]:
                 for exchange in ("gather", "ring") if ranks > 1 else ("gather",):
-                    cost = step_cost(config, ds_config, ranks, exchange, cached, given["target"], given["gpu"])
+                    cost = step_cost(
+                        config, ds_config, ranks, exchange, cached, given["target"], given["gpu"]
+                    )
                     costs.append(cost)
                     rows.append(row(cost, step_time(cost, rates)))
                     click.echo("  ".join(cells(rows[-1])), err=True)  # the table comes at the end
     title = f"{preset}: a step of {given['accumulation']} x {config.optim.micro_batch} pairs a rank"
-    columns = ["ZeRO", "cached", "ranks", "exchange", *(f"{part} ms" for part in PARTS), "step ms", "calls"]
+    columns = [
+        "ZeRO",
+        "cached",
+        "ranks",
+        "exchange",
+        *(f"{part} ms" for part in PARTS),
+        "step ms",
+        "calls",
+    ]
     table = Table(title, [*columns, "sent GB", "memory GB"], [cells(r) for r in rows], [
         f"rates: {tflops:.3g} TFLOP/s {'measured' if given['measure'] else 'assumed'}, "
         f"{given['node_bandwidth']:g} GB/s "
@@ -112,7 +157,10 @@ def listed(name: str, text: str) -> list[int]:
 def row(cost: Any, seconds: dict[str, float]) -> dict[str, Any]:
     """One object of --json: seconds, bytes, and what is moved by part and kind."""
     sent = sum(count.sent(kind, cost.ranks) for (_, kind), count in cost.counts.items())
-    moved = {f"{part} {kind}": {"calls": c.calls, "bytes": c.bytes} for (part, kind), c in cost.counts.items()}
+    moved = {
+        f"{part} {kind}": {"calls": c.calls, "bytes": c.bytes}
+        for (part, kind), c in cost.counts.items()
+    }
     return {
         "zero_stage": cost.stage, "cached": cost.cached, "ranks": cost.ranks, "exchange": cost.exchange,
         "seconds": {**seconds, "step": sum(seconds.values())}, "calls": sum(c.calls for c in cost.counts.values()),
@@ -143,21 +191,46 @@ def draw(rows: list[dict[str, Any]], title: str, path: str) -> None:
     for axis, (unit, value) in zip(axes, measures, strict=True):
         ends = []
         for number, (stage, cached, exchange) in enumerate(ways):
-            alone = [r for r in rows if (r["zero_stage"], r["cached"]) == (stage, cached) and r["ranks"] == 1]
-            own = alone + [r for r in rows if (r["zero_stage"], r["cached"], r["exchange"]) == ways[number]]
+            alone = [
+                r
+                for r in rows
+                if (r["zero_stage"], r["cached"]) == (stage, cached) and r["ranks"] == 1
+            ]
+            own = alone + [
+                r for r in rows if (r["zero_stage"], r["cached"], r["exchange"]) == ways[number]
+            ]
             own = list({r["ranks"]: r for r in own}.values())
             colour, style = palette.line(number)
-            axis.plot([r["ranks"] for r in own], [value(r) for r in own], style, color=colour, marker="o", markersize=4)
+            axis.plot(
+                [r["ranks"] for r in own],
+                [value(r) for r in own],
+                style,
+                color=colour,
+                marker="o",
+                markersize=4,
+            )
             label = f"{f'ZeRO-{stage} ' if several else ''}{exchange}{', cached' if cached else ''}"
             ends.append((math.log(value(own[-1])), label, colour))
         axis.set(xscale="log", yscale="log", xlabel="ranks")
         axis.set_xticks(sorted({r["ranks"] for r in rows}))
         axis.tick_params(axis="x", labelsize=8)
         low, high = (math.log(end) for end in axis.get_ylim())
-        for end, (_, label, colour) in zip(plots.apart([e[0] for e in ends], 0.06 * (high - low)), ends, strict=True):
+        for end, (_, label, colour) in zip(
+            plots.apart([e[0] for e in ends], 0.06 * (high - low)), ends, strict=True
+        ):
             place = (1.03, math.exp(end))
-            axis.text(*place, label, color=colour, size=9, va="center", transform=axis.get_yaxis_transform())
-        for axle, form in ((axis.xaxis, plots.plain), (axis.yaxis, lambda v, _, u=unit: f"{plots.plain(v)} {u}")):
+            axis.text(
+                *place,
+                label,
+                color=colour,
+                size=9,
+                va="center",
+                transform=axis.get_yaxis_transform(),
+            )
+        for axle, form in (
+            (axis.xaxis, plots.plain),
+            (axis.yaxis, lambda v, _, u=unit: f"{plots.plain(v)} {u}"),
+        ):
             axle.set_major_formatter(form)
             axle.set_minor_formatter(lambda *_: "")
         axis.minorticks_off()
@@ -172,7 +245,11 @@ def finding(rows: list[dict[str, Any]], title: str) -> str:
     """What a ring costs and saves on most ranks, without gradient caching at the first stage."""
     ranks = max(r["ranks"] for r in rows)
     first = rows[0]["zero_stage"], rows[0]["cached"]
-    at = {r["exchange"]: r for r in rows if r["ranks"] == ranks and (r["zero_stage"], r["cached"]) == first}
+    at = {
+        r["exchange"]: r
+        for r in rows
+        if r["ranks"] == ranks and (r["zero_stage"], r["cached"]) == first
+    }
     if len(at) < 2:
         return title
     memory = at["ring"]["memory"] / at["gather"]["memory"]

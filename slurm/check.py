@@ -16,18 +16,30 @@ def missing() -> list[str]:
         return [f"{python} is too old: Python 3.10 or newer is needed; set DS_CMLI_PYTHON to one"]
     root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     if find_spec("ds_cmli") is None:
-        return [f"{python} does not find the package ds_cmli: set DS_CMLI_PYTHON, or pip install -e {root}"]
-    lines = [f"{python} has no {name}: pip install -e {root}" for name in PACKAGES if find_spec(name) is None]
+        return [
+            f"{python} does not find the package ds_cmli: set DS_CMLI_PYTHON, or pip install -e {root}"
+        ]
+    lines = [
+        f"{python} has no {name}: pip install -e {root}"
+        for name in PACKAGES
+        if find_spec(name) is None
+    ]
     cache = os.environ.get("TRITON_CACHE_DIR")
     if cache:
         # Compiled code is loaded from this folder. If all users may write beside it, it must belong to this user.
         try:
             os.makedirs(cache, mode=0o700, exist_ok=True)
             if os.stat(cache).st_uid != os.getuid():
-                lines.append(f"TRITON_CACHE_DIR is {cache!r}: it belongs to another user; set it to a folder of yours")
+                lines.append(
+                    f"TRITON_CACHE_DIR is {cache!r}: it belongs to another user; set it to a folder of yours"
+                )
         except OSError as error:
             lines.append(f"TRITON_CACHE_DIR is {cache!r}: it cannot be made: {error.strerror}")
-    if os.environ.get("SLURM_STEP_NUM_NODES", "1") != "1" and "MASTER_ADDR" in os.environ and not lines:
+    if (
+        os.environ.get("SLURM_STEP_NUM_NODES", "1") != "1"
+        and "MASTER_ADDR" in os.environ
+        and not lines
+    ):
         lines += unreachable()
     granted = int(os.environ.get("SLURM_GPUS_ON_NODE") or 0)
     if granted and not lines:

@@ -19,7 +19,9 @@ def full_averages(train_engine: TrainEngine) -> dict[str, Tensor] | None:
     if train_engine.ema is None:
         return None
     with train_engine.ema.as_master_weights():
-        full = full_weights(train_engine.objective, train_engine.engine.optimizer, distilled=True)  # collectives
+        full = full_weights(
+            train_engine.objective, train_engine.engine.optimizer, distilled=True
+        )  # collectives
         for name in full:  # cloned, because on a CPU in fp32 `full_weights` does not copy
             full[name] = full[name].clone()
     return full

@@ -31,10 +31,21 @@ def not_finite(value: Any, name: str = "") -> str | None:
     if isinstance(value, torch.Tensor):
         if not value.is_floating_point() or not value.numel():
             return None
-        least, most = value.detach().aminmax()  # both are NaN if any value is; needs no mask of the tensor's size
+        least, most = (
+            value.detach().aminmax()
+        )  # both are NaN if any value is; needs no mask of the tensor's size
         return None if least.isfinite() and most.isfinite() else name
-    items = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list | tuple) else ()
-    return next((bad_name for key, x in items if (bad_name := not_finite(x, f"{name}.{key}".lstrip(".")))), None)
+    items = (
+        value.items()
+        if isinstance(value, Mapping)
+        else enumerate(value)
+        if isinstance(value, list | tuple)
+        else ()
+    )
+    return next(
+        (bad_name for key, x in items if (bad_name := not_finite(x, f"{name}.{key}".lstrip(".")))),
+        None,
+    )
 
 
 class CheckpointWriter(TorchCheckpointEngine):
@@ -55,7 +66,9 @@ class CheckpointWriter(TorchCheckpointEngine):
         write_tensors(self, state_dict, Path(path))
 
     def load(self, path, map_location=None):
-        return torch.load(path, map_location=map_location, weights_only=True)  # `no_code` allows DeepSpeed's classes
+        return torch.load(
+            path, map_location=map_location, weights_only=True
+        )  # `no_code` allows DeepSpeed's classes
 
 
 def write_tensors(writer: CheckpointWriter, value: Any, path: Path) -> None:

@@ -35,7 +35,9 @@ from ds_cmli.distributed import process_group as distributed
 NAME = "run.lock"
 TOUCH_SECONDS = 15.0  # between two touches
 LOOK_SECONDS = 1.0  # between two looks whether the lock is still this process's
-HANDOVER = 5.0  # seconds in which a holder that may still run finds out that the lock has been taken over
+HANDOVER = (
+    5.0  # seconds in which a holder that may still run finds out that the lock has been taken over
+)
 LEASE = 180.0  # seconds without a touch after which a holder on another machine counts as ended; NFS delays up to 60 s
 
 _held: list["Lock"] = []  # the locks of this process
@@ -165,13 +167,19 @@ class Lock:
     def _may_still_run(self, holder: dict[str, Any]) -> bool:
         """Whether a holder that was found runs, or could on another machine, or left the lock for such a one."""
         elsewhere = holder.get("place") != self.mine["place"]
-        return elsewhere or bool(holder.get("ended")) or holder.get("started") == _started(holder.get("pid"))
+        return (
+            elsewhere
+            or bool(holder.get("ended"))
+            or holder.get("started") == _started(holder.get("pid"))
+        )
 
     def _replace(self, stale: str) -> bool:
         """Replace the stale lock by this process's own; returns False if another start is doing so."""
         claims, claimed = [], stale
         while True:
-            claims.append(self.path.with_name(f"{NAME}.{hashlib.sha256(claimed.encode()).hexdigest()[:16]}"))
+            claims.append(
+                self.path.with_name(f"{NAME}.{hashlib.sha256(claimed.encode()).hexdigest()[:16]}")
+            )
             if self._make(claims[-1]):
                 break
             content, age = self._read(claims[-1])
@@ -180,7 +188,9 @@ class Lock:
             if self._lives(content, age):
                 return False
             claimed = content  # the process that made the claim has ended too: claim the claim
-        if self._read(self.path)[0] == stale:  # otherwise it was replaced before this claim was made
+        if (
+            self._read(self.path)[0] == stale
+        ):  # otherwise it was replaced before this claim was made
             made = self.path.with_name(f"{NAME}.{self.mine['token']}")
             self._make(made)
             os.replace(made, self.path)
@@ -204,7 +214,9 @@ class Lock:
         touched = time.monotonic()
         while not self.ended.wait(LOOK_SECONDS):
             self.end_if_lost()
-            if not (self.path.exists() or self.ended.is_set()):  # the folder was removed, and made again
+            if not (
+                self.path.exists() or self.ended.is_set()
+            ):  # the folder was removed, and made again
                 with contextlib.suppress(OSError):
                     self._make(self.path)
             if time.monotonic() - touched > TOUCH_SECONDS:
@@ -216,7 +228,9 @@ class Lock:
         with self.leaving:  # never released, because a process ends only once
             place = f"process {holder.get('pid')} on {holder.get('host')}"
             message = f"{self.path} was taken over by {place}: this start ends and writes no more"
-            with contextlib.suppress(OSError, ValueError):  # whoever read its output may be gone too
+            with contextlib.suppress(
+                OSError, ValueError
+            ):  # whoever read its output may be gone too
                 print(f"error: {message}", file=sys.stderr, flush=True)
             leave(2)
 

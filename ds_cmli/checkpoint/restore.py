@@ -36,7 +36,9 @@ class ResumePoint:
     state: TrainState
     ranks: int  # number of ranks that wrote it
     lines: list[str]  # messages to the user about damaged checkpoints that were skipped
-    resharded: bool = False  # this start partitions weights and optimizer states differently than the checkpoint
+    resharded: bool = (
+        False  # this start partitions weights and optimizer states differently than the checkpoint
+    )
 
     @property
     def same_ranks(self) -> bool:
@@ -69,7 +71,9 @@ def find(resume: str, folder: Path) -> ResumePoint | None:
             return ResumePoint(path, state, state.world_size, lines)
         lines.append(f"checkpoint {path} is damaged: {problem}; trying the one before")
     if lines:
-        raise UserError(f"{lines[-1].rsplit(';', 1)[0]}; there is no other to go on from: --resume never starts over")
+        raise UserError(
+            f"{lines[-1].rsplit(';', 1)[0]}; there is no other to go on from: --resume never starts over"
+        )
     return None
 
 
@@ -90,8 +94,16 @@ def _candidates(resume: str, folder: Path) -> tuple[list[Path], str | None]:
         root = path if path.name == checkpoint.FOLDER else path / checkpoint.FOLDER
         paths = [root / name for name in checkpoint.candidates(root)]
     if known and root != of_run.absolute():
-        return known, None  # this run was started from another run's checkpoint before, and has its own by now
-    return paths, None if paths else f"--resume is {resume!r}: no checkpoint there; give a run's output folder"
+        return (
+            known,
+            None,
+        )  # this run was started from another run's checkpoint before, and has its own by now
+    return (
+        paths,
+        None
+        if paths
+        else f"--resume is {resume!r}: no checkpoint there; give a run's output folder",
+    )
 
 
 def rebatch(point: ResumePoint | None, ds_config: DeepSpeedConfig) -> DeepSpeedConfig:
@@ -105,7 +117,11 @@ def rebatch(point: ResumePoint | None, ds_config: DeepSpeedConfig) -> DeepSpeedC
     """
     if point is None or point.batch_as_asked:
         return ds_config
-    total, accumulation, ranks = point.state.train_batch_size, point.state.accumulation, distributed.world_size()
+    total, accumulation, ranks = (
+        point.state.train_batch_size,
+        point.state.accumulation,
+        distributed.world_size(),
+    )
     negatives = total // accumulation
     if negatives % ranks:
         fitting = ", ".join(str(n) for n in range(1, negatives + 1) if negatives % n == 0)
@@ -113,9 +129,15 @@ def rebatch(point: ResumePoint | None, ds_config: DeepSpeedConfig) -> DeepSpeedC
             f"the run to resume has a batch of {total} = {negatives} pairs x {accumulation} accumulation, which "
             f"{ranks} ranks cannot share evenly: start it on a number of ranks out of {fitting}"
         )
-    given = {key: ds_config[key] for key in ("train_batch_size", "gradient_accumulation_steps") if key in ds_config}
+    given = {
+        key: ds_config[key]
+        for key in ("train_batch_size", "gradient_accumulation_steps")
+        if key in ds_config
+    }
     kept = dict(zip(BATCH_KEYS, (total, negatives // ranks, accumulation), strict=True))
-    return ds_config.replaced(**{**kept, **{key: value for key, value in given.items() if value != "auto"}})
+    return ds_config.replaced(
+        **{**kept, **{key: value for key, value in given.items() if value != "auto"}}
+    )
 
 
 def state_of(
@@ -145,15 +167,23 @@ def state_of(
                 f"the run in {point.path.parent.parent} was made with other settings: {'; '.join(changed)}. Give the "
                 "old ones, another --output-dir, or --resume-with-changes"
             )
-        say(f"resuming from {point.path}" + (f" with changes: {'; '.join(changed)}" if changed else ""))
+        say(
+            f"resuming from {point.path}"
+            + (f" with changes: {'; '.join(changed)}" if changed else "")
+        )
         point.resharded = _is_resharded(point, now)
         if point.resharded or not point.same_ranks:
             how = "through a universal checkpoint" if point.resharded else "as it is"
             say(f"written by {point.ranks} ranks, read by {distributed.world_size()}: {how}")
         state.rebatched = not point.batch_as_asked
     if point is not None and bool(state.config.get(EMA_DECAY)) != bool(now[EMA_DECAY]):
-        state.best, state.worse_in_row = {}, 0  # results of averaged and of plain weights cannot be compared
-    state.sums = torch.zeros(2 + len(config.loss.weights))  # the weighted sum, each loss, and ignored negatives
+        state.best, state.worse_in_row = (
+            {},
+            0,
+        )  # results of averaged and of plain weights cannot be compared
+    state.sums = torch.zeros(
+        2 + len(config.loss.weights)
+    )  # the weighted sum, each loss, and ignored negatives
     state.config, state.digest = now, settings.digest(now)
     state.world_size = distributed.world_size()
     state.train_batch_size, state.accumulation = ds_config.train_batch, ds_config.accumulation
@@ -162,13 +192,27 @@ def state_of(
 
 def _is_resharded(point: ResumePoint, now: dict[str, Any]) -> bool:
     """Whether this start would write other DeepSpeed files than those of the checkpoint."""
-    sections = ("deepspeed.zero_", "deepspeed.fp16", "deepspeed.bf16", "deepspeed.data_types", "deepspeed.torch_auto")
-    before, after = ({k: v for k, v in x.items() if k.startswith(sections)} for x in (point.state.config, now))
-    return before != after or (not point.same_ranks and now.get("deepspeed.zero_optimization.stage", 0) != 0)
+    sections = (
+        "deepspeed.zero_",
+        "deepspeed.fp16",
+        "deepspeed.bf16",
+        "deepspeed.data_types",
+        "deepspeed.torch_auto",
+    )
+    before, after = (
+        {k: v for k, v in x.items() if k.startswith(sections)} for x in (point.state.config, now)
+    )
+    return before != after or (
+        not point.same_ranks and now.get("deepspeed.zero_optimization.stage", 0) != 0
+    )
 
 
 def load(
-    point: ResumePoint | None, state: TrainState, engine: TrainEngine, bad: BadSamples, with_changes: bool
+    point: ResumePoint | None,
+    state: TrainState,
+    engine: TrainEngine,
+    bad: BadSamples,
+    with_changes: bool,
 ) -> None:
     """Restore the engine, this rank's part of `state`, counts of bad samples and random generators. Collective.
 
@@ -201,7 +245,9 @@ def _load_engine(point: ResumePoint, train_engine: TrainEngine, with_changes: bo
     from ds_cmli.checkpoint.io import CheckpointWriter, no_code, not_finite
 
     engine, path = train_engine.engine, point.path
-    fresh = [{k: v for k, v in group.items() if k != "params"} for group in engine.optimizer.param_groups]
+    fresh = [
+        {k: v for k, v in group.items() if k != "params"} for group in engine.optimizer.param_groups
+    ]
     of_schedule = dict(engine.lr_scheduler.state_dict())
     try:
         if point.resharded:
@@ -217,15 +263,23 @@ def _load_engine(point: ResumePoint, train_engine: TrainEngine, with_changes: bo
         average.load_averages(path, train_engine)
         if with_changes:
             _apply_rates(engine, fresh, of_schedule)
-        mine = not_finite({"weights": parts(engine), "optimizer": list(engine.optimizer.state.values())})
+        mine = not_finite(
+            {"weights": parts(engine), "optimizer": list(engine.optimizer.state.values())}
+        )
         bad = next((name for name in distributed.gather_objects(mine) if name), None)  # collective
         if bad is not None:
-            raise UserError(f"{path}: its {bad} is not finite: give an earlier checkpoint by --resume PATH")
+            raise UserError(
+                f"{path}: its {bad} is not finite: give an earlier checkpoint by --resume PATH"
+            )
     except UserError:
         raise
-    except Exception as error:  # libraries raise any exception if shapes or names differ, and do so on all ranks
+    except (
+        Exception
+    ) as error:  # libraries raise any exception if shapes or names differ, and do so on all ranks
         # torch lists missing and unexpected names after the first line; those of a large model fill pages.
-        reason = refused_code(error) or textwrap.shorten(str(error) or type(error).__name__, 300, placeholder=" ...")
+        reason = refused_code(error) or textwrap.shorten(
+            str(error) or type(error).__name__, 300, placeholder=" ..."
+        )
         raise UserError(
             f"{path}: does not fit the model and the optimizer of this start: {reason}: give the run's own settings, "
             "or another --output-dir for a new run"

@@ -39,7 +39,9 @@ class RunFiles:
         lock.check(self.folder)
         told = self._mend()
         with open(self.folder / METRICS, "ab", buffering=0) as file:
-            lock.check(self.folder)  # now the file cannot be one that a later holder of the lock has made
+            lock.check(
+                self.folder
+            )  # now the file cannot be one that a later holder of the lock has made
             end = file.tell()
             try:
                 if file.write(self.waiting) != len(self.waiting):
@@ -55,7 +57,11 @@ class RunFiles:
 
     def _mend(self) -> list[str]:
         """Write again what is missing in the folder. Raises OSError."""
-        gone = [name for name in (METRICS, CONFIG) if _size(self.folder / name) < len(self.contents[name])]
+        gone = [
+            name
+            for name in (METRICS, CONFIG)
+            if _size(self.folder / name) < len(self.contents[name])
+        ]
         if not gone:
             return []
         if self._in_place():

@@ -33,13 +33,17 @@ def make(config: Config, resume: str, dry_run: bool) -> Path:
     name = _named(resume, config.run.output_dir)
     base = Path(name or f"runs/{config.run.preset}-{datetime.now():%Y%m%d-%H%M%S}")
     made = _make(base, named=bool(name)) if distributed.is_main() else None
-    (folder, new), mark = distributed.broadcast_object((made, f".shared-{uuid.uuid4().hex}"))  # collective
+    (folder, new), mark = distributed.broadcast_object(
+        (made, f".shared-{uuid.uuid4().hex}")
+    )  # collective
     error = None
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "metrics.jsonl").touch()
         if distributed.is_main():
-            (folder / mark).write_bytes(bytes(2**16))  # as much as a run writes at first, to detect a full disk
+            (folder / mark).write_bytes(
+                bytes(2**16)
+            )  # as much as a run writes at first, to detect a full disk
     except OSError as caught:
         error = f"--output-dir is {str(folder)!r}: cannot write there: {caught.strerror}"
     try:
@@ -105,7 +109,9 @@ def requeued(resume: str, folder: Path) -> str:
     have been followed already, and it must resume with "auto".
     """
     env = os.environ
-    if env.get("SLURM_RESTART_COUNT", "0") == "0" or not checkpoint.names(folder / checkpoint.FOLDER):
+    if env.get("SLURM_RESTART_COUNT", "0") == "0" or not checkpoint.names(
+        folder / checkpoint.FOLDER
+    ):
         return resume
     try:
         job = json.loads((folder / "config.json").read_text()).get("slurm_job")
@@ -114,7 +120,9 @@ def requeued(resume: str, folder: Path) -> str:
     return "auto" if job is not None and job == env.get("SLURM_JOB_ID") else resume
 
 
-def settle(resume: str, point: ResumePoint | None, folder: Path, config: Config, ds_config: DeepSpeedConfig) -> None:
+def settle(
+    resume: str, point: ResumePoint | None, folder: Path, config: Config, ds_config: DeepSpeedConfig
+) -> None:
     """Make the run's folder agree with the step at which the run continues: records of later steps are removed.
 
     Collective; raises `UserError` on every rank if the folder cannot be written.
@@ -130,13 +138,17 @@ def settle(resume: str, point: ResumePoint | None, folder: Path, config: Config,
         raise UserError(error)
 
 
-def _settle(resume: str, point: ResumePoint | None, folder: Path, config: Config, ds_config: DeepSpeedConfig) -> None:
+def _settle(
+    resume: str, point: ResumePoint | None, folder: Path, config: Config, ds_config: DeepSpeedConfig
+) -> None:
     root = folder / checkpoint.FOLDER
     aside = folder / checkpoint.REPLACED
     checkpoint.remove_incomplete(folder)  # whoever had the lock before cannot publish it any more
     if resume == "never":
         _set_aside(folder, aside)
-    elif aside.is_dir() and (not (aside / checkpoint.FOLDER).exists() or not checkpoint.names(root)):
+    elif aside.is_dir() and (
+        not (aside / checkpoint.FOLDER).exists() or not checkpoint.names(root)
+    ):
         _put_back(folder, aside)
         if point is not None and point.path.parent == aside / checkpoint.FOLDER:
             point.path = root / point.path.name
@@ -162,7 +174,9 @@ def _keep_former(path: Path, point: ResumePoint | None, resume: str) -> None:
     """Put the lines of a run aside that cannot go on, as it has no checkpoint."""
     if point is not None or resume == "never" or not path.is_file() or not path.stat().st_size:
         return
-    say(f"{path.parent} has no checkpoint: starting over at step 1; the lines of {METRICS} are kept in {FORMER}")
+    say(
+        f"{path.parent} has no checkpoint: starting over at step 1; the lines of {METRICS} are kept in {FORMER}"
+    )
     os.replace(path, path.with_name(FORMER))
 
 
@@ -194,7 +208,9 @@ def _truncate(path: Path, state: TrainState, expected: int) -> list[str]:
     checksums.publish(path, b"".join(kept))
     told = []
     if damaged:
-        told.append(f"warning: {len(damaged)} lines of {path} cannot be read: kept in {path.with_name(DAMAGED)}")
+        told.append(
+            f"warning: {len(damaged)} lines of {path} cannot be read: kept in {path.with_name(DAMAGED)}"
+        )
     missing = expected - len(kept) - len(damaged)
     if missing > 0:
         told.append(
@@ -207,7 +223,9 @@ def _truncate(path: Path, state: TrainState, expected: int) -> list[str]:
 def _set_aside(folder: Path, aside: Path) -> None:
     """Move an earlier run aside for one that starts over; the first checkpoint of the new run removes it."""
     root, kept = folder / checkpoint.FOLDER, aside / checkpoint.FOLDER
-    if kept.exists() and not checkpoint.names(root):  # the last run also started over, and has no checkpoint
+    if kept.exists() and not checkpoint.names(
+        root
+    ):  # the last run also started over, and has no checkpoint
         for name in (*OF_A_RUN, checkpoint.FOLDER):
             checkpoint.remove(folder / name)
         return
@@ -218,7 +236,9 @@ def _set_aside(folder: Path, aside: Path) -> None:
         for name in OF_A_RUN:
             if (folder / name).exists() and not (aside / name).exists():
                 os.replace(folder / name, aside / name)
-        os.replace(root, kept)  # last, because until then the files moved aside still belong to the run in `folder`
+        os.replace(
+            root, kept
+        )  # last, because until then the files moved aside still belong to the run in `folder`
         checksums.sync_folder(aside)
         checksums.sync_folder(folder)
     checkpoint.remove(root)

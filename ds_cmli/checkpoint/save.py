@@ -32,8 +32,12 @@ LATEST = "latest"  # DeepSpeed's name, so that its tools find the newest checkpo
 WRITING = ".writing"
 REPLACED = "replaced"  # holds the earlier run while a run that starts over in its folder has no checkpoint yet
 BYTES_PER_PARAMETER = 24  # upper bound: weights, fp32 copy and two moments, and the student's file
-BYTES_OF_AVERAGE = 8  # bytes per parameter for the averages: in the checkpoint and beside the student's file
-BEST_WEIGHTS = "student-best.safetensors"  # the student of the best evaluation, with `run.keep_best`
+BYTES_OF_AVERAGE = (
+    8  # bytes per parameter for the averages: in the checkpoint and beside the student's file
+)
+BEST_WEIGHTS = (
+    "student-best.safetensors"  # the student of the best evaluation, with `run.keep_best`
+)
 MARGIN = 1.1  # a checkpoint needs this many times its expected size of free space
 
 
@@ -73,7 +77,9 @@ class Checkpoints:
         if (self.folder / FOLDER / self.name / checksums.NAME).is_file():
             return []
         self.gone = self.told_gone = True
-        return [f"warning: {self.folder / FOLDER / self.name} is gone: a checkpoint is written anew"]
+        return [
+            f"warning: {self.folder / FOLDER / self.name} is gone: a checkpoint is written anew"
+        ]
 
     def due(self) -> bool:
         """Whether a checkpoint is due by this rank's clock, or because the last one is gone."""
@@ -81,13 +87,17 @@ class Checkpoints:
 
     def asked_for_by_the_evaluation(self, state: TrainState) -> bool:
         """Whether the last evaluation ends the run, or has found the best result so far, whose checkpoint is kept."""
-        return state.out_of_patience(self.settings.patience) or (self.settings.keep_best and state.is_best)
+        return state.out_of_patience(self.settings.patience) or (
+            self.settings.keep_best and state.is_best
+        )
 
     def holds(self, state: TrainState) -> bool:
         """Whether `state` has been saved: it is that of the last checkpoint, or that of the start. Collective."""
         there = self.name is None or (self.folder / FOLDER / self.name / checksums.NAME).is_file()
         weights = self.name is None or (self.folder / WEIGHTS).is_file()
-        return distributed.broadcast_object(self.saved == self._mark(state) and there and weights)  # collective
+        return distributed.broadcast_object(
+            self.saved == self._mark(state) and there and weights
+        )  # collective
 
     def save(self, state: TrainState) -> Saved:
         """Save a checkpoint of `state`. Collective."""
@@ -104,7 +114,11 @@ class Checkpoints:
         first = state.step - max(0, state.skipped_in_row - 1)
         root = self.folder / FOLDER
         good = latest(root)
-        kept = f"the last good checkpoint is {root / good}" if good else "no checkpoint had been saved before"
+        kept = (
+            f"the last good checkpoint is {root / good}"
+            if good
+            else "no checkpoint had been saved before"
+        )
         return (
             f"the run has diverged: {what}; the first bad step is {first}, {kept}. Look at the "
             f"samples that {self.folder / 'metrics.jsonl'} names, or start over with a lower --lr"
@@ -122,8 +136,20 @@ class Checkpoints:
             )
         best = state.best
         over = f" ({best['pairs']} pairs, chance {best['chance']:.3f})" if "pairs" in best else ""
-        names = ("config.json", "metrics.jsonl", "tensorboard", FOLDER, WEIGHTS, AVERAGE, BEST_WEIGHTS)
-        files = [name + "/" * (self.folder / name).is_dir() for name in names if (self.folder / name).exists()]
+        names = (
+            "config.json",
+            "metrics.jsonl",
+            "tensorboard",
+            FOLDER,
+            WEIGHTS,
+            AVERAGE,
+            BEST_WEIGHTS,
+        )
+        files = [
+            name + "/" * (self.folder / name).is_dir()
+            for name in names
+            if (self.folder / name).exists()
+        ]
         ended = f"ended at step {state.step}: {state.worse_in_row} evaluations in a row gave no better result"
         return [
             *([ended] if state.out_of_patience(self.settings.patience) else []),
@@ -166,7 +192,9 @@ def candidates(root: Path) -> list[str]:
     return (known if newest is None else known[: known.index(newest) + 1])[::-1]
 
 
-def save(folder: Path, engine: TrainEngine, state: TrainState, keep: int, keep_best: bool = False) -> Saved:
+def save(
+    folder: Path, engine: TrainEngine, state: TrainState, keep: int, keep_best: bool = False
+) -> Saved:
     """Write and publish a checkpoint of the run in `folder`, and its `student.safetensors`. Collective.
 
     If writing fails on any rank, for instance on a full disk, the files published before are unchanged.
@@ -191,7 +219,9 @@ def save(folder: Path, engine: TrainEngine, state: TrainState, keep: int, keep_b
         if refusal is not None:
             with suppress(OSError):  # what could not be written can often not be removed either
                 remove_incomplete(folder)
-    refusal = distributed.broadcast_object(refusal)  # collective: no rank continues or ends before it is published
+    refusal = distributed.broadcast_object(
+        refusal
+    )  # collective: no rank continues or ends before it is published
     size = 0 if refusal else sum(file["bytes"] for file in files.values())
     return Saved(name, time.monotonic() - started, size, refusal, not_finite)
 
@@ -249,7 +279,9 @@ def _write(
     if bad is not None:
         writer.error = NotFinite(f"the weight {bad}")
     with patched("deepspeed: recovery script", lambda _: lambda self, path: None):
-        engine.save_checkpoint(str(writing.parent), tag=writing.name, save_latest=False)  # collectives
+        engine.save_checkpoint(
+            str(writing.parent), tag=writing.name, save_latest=False
+        )  # collectives
     write_tensors(writer, state.of_rank(), writing / f"rank-{distributed.rank()}.pt")
     weights = full_weights(train_engine.objective, engine.optimizer)  # collectives
     averages = average.full_averages(train_engine)  # collectives
@@ -257,16 +289,22 @@ def _write(
         text = json.dumps(state.shared(), indent=1)
         lock.check(folder)
         try:
-            writer.files[STATE] = checksums.write_file(writing / STATE, lambda file: file.write(text.encode()))
+            writer.files[STATE] = checksums.write_file(
+                writing / STATE, lambda file: file.write(text.encode())
+            )
             _write_weights(folder / (WEIGHTS + WRITING), weights)
             if averages is not None:
                 writer.files[AVERAGE] = _write_weights(writing / AVERAGE, averages)
-                _write_weights(folder / (AVERAGE + WRITING), {name: averages[name] for name in weights})
+                _write_weights(
+                    folder / (AVERAGE + WRITING), {name: averages[name] for name in weights}
+                )
         except OSError as error:
             writer.error = error
     problem = None if writer.error is None else str(writer.error).splitlines()[0]
     mine = (this_node(), writer.files, problem, isinstance(writer.error, NotFinite))
-    nodes, all_files, problems, bad_ones = zip(*distributed.gather_objects(mine), strict=True)  # collective
+    nodes, all_files, problems, bad_ones = zip(
+        *distributed.gather_objects(mine), strict=True
+    )  # collective
     files = {name: file for theirs in all_files for name, file in theirs.items()}
     first = next((rank for rank, theirs in enumerate(problems) if theirs), None)
     refusal = None if first is None else f"{distributed.named(first, nodes)}: {problems[first]}"
@@ -292,7 +330,9 @@ def _publish(folder: Path, root: Path, name: str, keep: int, best: int | None) -
     if (folder / (AVERAGE + WRITING)).is_file():
         os.replace(folder / (AVERAGE + WRITING), folder / AVERAGE)
     else:
-        (folder / AVERAGE).unlink(missing_ok=True)  # from an earlier run, or from before a change of settings
+        (folder / AVERAGE).unlink(
+            missing_ok=True
+        )  # from an earlier run, or from before a change of settings
     if best == step_of(name):
         # With averaged weights, the best result is theirs.
         evaluated = AVERAGE if (folder / AVERAGE).is_file() else WEIGHTS

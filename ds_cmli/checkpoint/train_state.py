@@ -15,7 +15,13 @@ from ds_cmli.data import BadSamples, GlobalBatchSampler
 from ds_cmli.data.bad import Bad
 
 STATE = "state.json"
-OF_RANK = ("sums", "micro_batches", "bad_count", "bad_first", "generators")  # the fields that differ between ranks
+OF_RANK = (
+    "sums",
+    "micro_batches",
+    "bad_count",
+    "bad_first",
+    "generators",
+)  # the fields that differ between ranks
 
 
 @dataclass
@@ -29,22 +35,36 @@ class TrainState:
 
     # The same on every rank: `state.json` of a checkpoint.
     step: int = 0  # optimizer steps done, skipped ones included; also TensorBoard's step
-    sampler: dict[str, int] = field(default_factory=dict)  # `GlobalBatchSampler.state_dict()`: epoch and position
+    sampler: dict[str, int] = field(
+        default_factory=dict
+    )  # `GlobalBatchSampler.state_dict()`: epoch and position
     evaluated: bool = True  # False: the evaluation due at `step` is still to be done
-    best: dict[str, Any] = field(default_factory=dict)  # `{"metric", "value", "step", "pairs", "chance"}`
+    best: dict[str, Any] = field(
+        default_factory=dict
+    )  # `{"metric", "value", "step", "pairs", "chance"}`
     worse_in_row: int = 0  # evaluations since the best one
-    skipped_in_row: int = 0  # how many of the last steps in a row were skipped for values that were not finite
-    metrics_lines: int = 0  # lines of metrics.jsonl that belong to the steps done; 0: not known, as in older runs
+    skipped_in_row: int = (
+        0  # how many of the last steps in a row were skipped for values that were not finite
+    )
+    metrics_lines: int = (
+        0  # lines of metrics.jsonl that belong to the steps done; 0: not known, as in older runs
+    )
     world_size: int = 1
     train_batch_size: int = 0  # pairs of an optimizer step, over all ranks
     accumulation: int = 1
-    rebatched: bool = False  # the number of ranks has changed, so micro-batches are not those of the settings
+    rebatched: bool = (
+        False  # the number of ranks has changed, so micro-batches are not those of the settings
+    )
     config: dict[str, Any] = field(default_factory=dict)  # what `settings.py` compares at resume
     digest: str = ""  # the SHA-256 of `config`
 
     # Different on each rank: `rank-R.pt` of a checkpoint, plain values and tensors only.
-    sums: Tensor = field(default_factory=lambda: torch.zeros(0))  # fp32: weighted sum, each loss, ignored negatives
-    micro_batches: int = 0  # number of micro-batches since the last logged step, over which `sums` adds up
+    sums: Tensor = field(
+        default_factory=lambda: torch.zeros(0)
+    )  # fp32: weighted sum, each loss, ignored negatives
+    micro_batches: int = (
+        0  # number of micro-batches since the last logged step, over which `sums` adds up
+    )
     bad_count: int = 0  # samples that could not be used
     bad_first: list[Bad] = field(default_factory=list)
     generators: dict[str, Any] = field(default_factory=dict)
@@ -89,7 +109,9 @@ def read_shared(path: Path) -> TrainState:
     try:
         values = dict(json.loads((path / STATE).read_text()))
     except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{path / STATE} is no state of a run ({error}): --resume another one") from None
+        raise UserError(
+            f"{path / STATE} is no state of a run ({error}): --resume another one"
+        ) from None
     if "cut" in values:  # the former name of `rebatched`
         values["rebatched"] = values.pop("cut")
     unknown = sorted({*values} - {*TrainState().shared()})
@@ -108,7 +130,9 @@ def read_of_rank(path: Path, rank: int) -> dict[str, Any]:
         raise UserError(f"{path}: rank-{rank}.pt is no state of a rank: --resume another one")
     unknown = sorted({*map(str, values)} - {*OF_RANK})
     if unknown:
-        raise UserError(f"{path}: rank-{rank}.pt has {', '.join(unknown)}, which this version does not know")
+        raise UserError(
+            f"{path}: rank-{rank}.pt has {', '.join(unknown)}, which this version does not know"
+        )
     return values
 
 
@@ -134,13 +158,18 @@ def restore_generators(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state(state["cuda"])
 
 
-def redistribute(ranks: list[dict[str, Any]], rank: int, world_size: int, seed: int) -> dict[str, Any]:
+def redistribute(
+    ranks: list[dict[str, Any]], rank: int, world_size: int, seed: int
+) -> dict[str, Any]:
     """This rank's part of the state, computed from the parts that another number of ranks saved.
 
     The mean of `sums` over the new ranks equals that over the former ranks. Counts go to rank 0, because only their sum
     is used. A rank that existed before continues its random generators; a new one seeds them with its rank and `seed`.
     """
-    part = {"sums": torch.stack([r["sums"] for r in ranks]).mean(0), "micro_batches": ranks[0]["micro_batches"]}
+    part = {
+        "sums": torch.stack([r["sums"] for r in ranks]).mean(0),
+        "micro_batches": ranks[0]["micro_batches"],
+    }
     part["bad_count"] = sum(r["bad_count"] for r in ranks) if rank == 0 else 0
     part["bad_first"] = ranks[0]["bad_first"] if rank == 0 else []
     if rank < len(ranks):

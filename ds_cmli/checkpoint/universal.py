@@ -26,7 +26,12 @@ from ds_cmli.engine import TrainEngine
 CONVERTED = "universal.writing"  # the next checkpoint removes incomplete and left-over conversions
 SHARED = "shared.pt"  # the state that is not of single parameters, see `_write_shared`
 MOMENTS = ("exp_avg", "exp_avg_sq")
-SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # the state of a dynamic loss scaler
+SCALE = (
+    "cur_scale",
+    "cur_iter",
+    "last_overflow_iter",
+    "cur_hysteresis",
+)  # the state of a dynamic loss scaler
 COUNTERS = ("global_steps", "global_samples", "skipped_steps")
 
 
@@ -44,7 +49,9 @@ def convert(checkpoint: Path, names: list[list[str]]) -> Path:
         _convert(checkpoint, converted, names) if distributed.is_main() else None
     )  # collective
     if error is not None:
-        raise UserError(f"{checkpoint}: cannot be converted to other ranks, ZeRO stage or precision: {error}")
+        raise UserError(
+            f"{checkpoint}: cannot be converted to other ranks, ZeRO stage or precision: {error}"
+        )
     return converted
 
 
@@ -68,7 +75,11 @@ def _convert(checkpoint: Path, converted: Path, names: list[list[str]]) -> str |
     )
     try:
         converted.mkdir(parents=True)
-        with no_code(), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        with (
+            no_code(),
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(io.StringIO()),
+        ):
             if any(checkpoint.glob("*_optim_states.pt")):
                 ds_to_universal.main(arguments)
                 _reshape(converted)
@@ -77,7 +88,10 @@ def _convert(checkpoint: Path, converted: Path, names: list[list[str]]) -> str |
                 step = inner["state"].get(0, {}).get("step")
                 if step is None:
                     step = _load(converted / "zero" / names[0][0] / "step.pt")
-                groups, scale = optimizer["param_groups"], vars(optimizer.get("loss_scaler") or argparse.Namespace())
+                groups, scale = (
+                    optimizer["param_groups"],
+                    vars(optimizer.get("loss_scaler") or argparse.Namespace()),
+                )
             else:
                 groups, scale, step = _convert_without_zero(checkpoint, converted, names)
             _write_shared(converted, groups, scale, step)
@@ -107,7 +121,9 @@ def _reshape(converted: Path) -> None:
                     torch.save({"param": value.view(shape)}, file)
 
 
-def _write_shared(converted: Path, groups: list[dict[str, Any]], scale: dict[str, Any], step: Any) -> None:
+def _write_shared(
+    converted: Path, groups: list[dict[str, Any]], scale: dict[str, Any], step: Any
+) -> None:
     """Write `SHARED`, and the files with the same content that DeepSpeed's loaders expect."""
     import deepspeed
 
@@ -115,7 +131,9 @@ def _write_shared(converted: Path, groups: list[dict[str, Any]], scale: dict[str
     plain = [{name: value for name, value in group.items() if name != "params"} for group in groups]
     shared = {
         "groups": plain,
-        "scale": {k: scale[k] for k in SCALE if k in scale} if scale.get("last_overflow_iter") is not None else {},
+        "scale": {k: scale[k] for k in SCALE if k in scale}
+        if scale.get("last_overflow_iter") is not None
+        else {},
         "step": float(step),
         "schedule": model["lr_scheduler"],
         **{name: model[name] for name in COUNTERS},
@@ -155,7 +173,10 @@ def _convert_without_zero(
             for name, part in zip(several, value.flatten()[: sum(sizes)].split(sizes), strict=True):
                 folder = converted / "zero" / name
                 folder.mkdir(parents=True, exist_ok=True)
-                torch.save({"param": part.reshape(module[name].shape).float().clone()}, folder / f"{key}.pt")
+                torch.save(
+                    {"param": part.reshape(module[name].shape).float().clone()},
+                    folder / f"{key}.pt",
+                )
     shutil.copy2(file, converted)
     return inner["param_groups"], optimizer, inner["state"][0]["step"]
 
@@ -179,10 +200,16 @@ def load(step: TrainEngine, converted: Path) -> None:
     beside = any(optimizer.param_groups[0].get(name) for name in ("fused", "capturable"))
     for parameter, state in optimizer.state.items():
         device = parameter.device if beside else "cpu"
-        state["step"] = torch.tensor(shared["step"], device=device) if is_torch else int(shared["step"])
-    scaler = getattr(optimizer, "loss_scaler", None) or getattr(optimizer, "loss_scale_config", None)
+        state["step"] = (
+            torch.tensor(shared["step"], device=device) if is_torch else int(shared["step"])
+        )
+    scaler = getattr(optimizer, "loss_scaler", None) or getattr(
+        optimizer, "loss_scale_config", None
+    )
     if getattr(scaler, "last_overflow_iter", None) is not None:
-        vars(scaler).update({name: value for name, value in shared["scale"].items() if hasattr(scaler, name)})
+        vars(scaler).update(
+            {name: value for name, value in shared["scale"].items() if hasattr(scaler, name)}
+        )
     engine.lr_scheduler.load_state_dict(shared["schedule"])
     for name in COUNTERS:
         setattr(engine, name, shared[name])
@@ -205,7 +232,10 @@ def _load_without_zero(step: TrainEngine, converted: Path) -> None:
     for several, master in _masters(step, parameters):
 
         def read(key: str, several=several, master=master) -> Tensor:
-            parts = [_load(converted / "zero" / name / f"{key}.pt")["param"].flatten() for name in several]
+            parts = [
+                _load(converted / "zero" / name / f"{key}.pt")["param"].flatten()
+                for name in several
+            ]
             return torch.cat(parts).to(master).view_as(master)
 
         with torch.no_grad():

@@ -20,7 +20,9 @@ def parts(engine: Any) -> dict[str, torch.Tensor]:
     return {name: getattr(p, "ds_tensor", p) for name, p in engine.module.named_parameters()}
 
 
-def full_weights(module: nn.Module, optimizer: Any, distilled: bool = False) -> dict[str, torch.Tensor]:
+def full_weights(
+    module: nn.Module, optimizer: Any, distilled: bool = False
+) -> dict[str, torch.Tensor]:
     """Student and temperatures in fp32, from the optimizer's master weights, at any ZeRO stage. Collective.
 
     Persistent buffers (BatchNorm's statistics) are included. `distilled` also includes the head to the teacher's width,
@@ -40,14 +42,24 @@ def full_weights(module: nn.Module, optimizer: Any, distilled: bool = False) -> 
         if full is None:
             full = safe_get_full_fp32_param(parameter)  # collective; CPU-GPU sync in the copy
         # For a frozen parameter ZeRO-3 has no master weight, and between uses the parameter is partitioned.
-        divided = full is None and getattr(parameter, "ds_status", None) == ZeroParamStatus.NOT_AVAILABLE
+        divided = (
+            full is None and getattr(parameter, "ds_status", None) == ZeroParamStatus.NOT_AVAILABLE
+        )
         with GatheredParameters([parameter], enabled=divided):  # collective
-            whole = (parameter if full is None else full).detach().float().cpu().reshape(full_shape(parameter))
+            whole = (
+                (parameter if full is None else full)
+                .detach()
+                .float()
+                .cpu()
+                .reshape(full_shape(parameter))
+            )
             out[name] = whole.clone() if divided else whole.contiguous()
     kept = module.state_dict().keys()
     for name, buffer in module.named_buffers():
         if name in kept:
-            out[name] = (buffer.float() if buffer.is_floating_point() else buffer).detach().cpu().clone()
+            out[name] = (
+                (buffer.float() if buffer.is_floating_point() else buffer).detach().cpu().clone()
+            )
     return out
 
 
@@ -56,7 +68,9 @@ def full_shape(parameter: nn.Parameter) -> torch.Size:
     return getattr(parameter, "ds_shape", parameter.shape)
 
 
-def load_weights(folder: Path, module: nn.Module, name: str = WEIGHTS, setting: str = "--checkpoint") -> None:
+def load_weights(
+    folder: Path, module: nn.Module, name: str = WEIGHTS, setting: str = "--checkpoint"
+) -> None:
     """Load the file `name` of `folder` into `module`.
 
     Raises:
@@ -65,8 +79,12 @@ def load_weights(folder: Path, module: nn.Module, name: str = WEIGHTS, setting: 
     path = folder / name
     if not path.is_file():
         if name == AVERAGE and (folder / WEIGHTS).is_file():
-            raise UserError(f"--ema: {str(folder)!r} has no {name}: the run was made without optim.ema_decay")
-        raise UserError(f"{setting} is {str(folder)!r}: no {name} there; give a run's output folder")
+            raise UserError(
+                f"--ema: {str(folder)!r} has no {name}: the run was made without optim.ema_decay"
+            )
+        raise UserError(
+            f"{setting} is {str(folder)!r}: no {name} there; give a run's output folder"
+        )
     try:
         damage = tensor_file.damage(path)
         if damage is not None:
@@ -77,12 +95,20 @@ def load_weights(folder: Path, module: nn.Module, name: str = WEIGHTS, setting: 
         names = {*dict(module.named_parameters()), *dict(module.named_buffers())}
         missing = [key for key in missing if key in names]
     except Exception as error:
-        raise UserError(f"{setting} {path}: cannot load it: {str(error).splitlines()[-1].strip()}") from None
+        raise UserError(
+            f"{setting} {path}: cannot load it: {str(error).splitlines()[-1].strip()}"
+        ) from None
     key = not_finite(weights)
     if key is not None:
-        raise UserError(f"{setting} {path}: its {key!r} holds NaN or infinite values; give another run's")
+        raise UserError(
+            f"{setting} {path}: its {key!r} holds NaN or infinite values; give another run's"
+        )
     tensors = module.state_dict()
     given = {tensors[name].data_ptr() for name in weights.keys() & tensors.keys()}
-    missing = [name for name in missing if tensors[name].data_ptr() not in given]  # tied weights are saved once
+    missing = [
+        name for name in missing if tensors[name].data_ptr() not in given
+    ]  # tied weights are saved once
     if missing or unexpected:
-        raise UserError(f"{setting} {path}: does not fit the model: {(missing + unexpected)[0]!r} has no counterpart")
+        raise UserError(
+            f"{setting} {path}: does not fit the model: {(missing + unexpected)[0]!r} has no counterpart"
+        )

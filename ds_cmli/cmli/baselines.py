@@ -42,7 +42,9 @@ class Problem:
         self.tokens = int(lengths.sum())
         self.mask = (torch.arange(M) < lengths[:, None]).to(device)
         self.image, self.text = (
-            F.normalize(torch.randn(n, p, D, generator=g), dim=-1).to(device, dtype).requires_grad_()
+            F.normalize(torch.randn(n, p, D, generator=g), dim=-1)
+            .to(device, dtype)
+            .requires_grad_()
             for n, p in ((I, N), (J, M))
         )
         self.grads = [(torch.randn(I, J, generator=g) / J).to(device) for _ in range(2)]
@@ -53,7 +55,9 @@ class Problem:
             scores(self.image, self.text, self.mask)
 
     def step(self, scores: Scores) -> None:
-        torch.autograd.grad(scores(self.image, self.text, self.mask), (self.image, self.text), self.grads)
+        torch.autograd.grad(
+            scores(self.image, self.text, self.mask), (self.image, self.text), self.grads
+        )
 
     def floor(self) -> Callable[[], None]:
         valid = self.text.detach()[self.mask].float()
@@ -62,7 +66,11 @@ class Problem:
 
         def product() -> None:
             for block in patches.split(16 * N):
-                torch.mm(valid, block.t(), out=out.view(-1)[: len(valid) * len(block)].view(len(valid), len(block)))
+                torch.mm(
+                    valid,
+                    block.t(),
+                    out=out.view(-1)[: len(valid) * len(block)].view(len(valid), len(block)),
+                )
 
         return product
 
@@ -86,14 +94,21 @@ def cmli_from(similarities: Tensor, token_mask: Tensor) -> tuple[Tensor, Tensor]
     return s_i2t, best.sum(2) / token_mask.sum(1)
 
 
-def broadcast_scores(image: Tensor, text: Tensor, token_mask: Tensor, image_mask: None = None) -> tuple[Tensor, Tensor]:
+def broadcast_scores(
+    image: Tensor, text: Tensor, token_mask: Tensor, image_mask: None = None
+) -> tuple[Tensor, Tensor]:
     """CMLI of all pairs as the document counts it: [I, N, G, M, D] is stored. Arguments as `cmli_scores`."""
     similarities = broadcast_dots(upcast(image)[:, :, None, None], upcast(text))
     return cmli_from(similarities.masked_fill_(~token_mask, -torch.inf), token_mask)
 
 
 def materialised_scores(
-    image: Tensor, text: Tensor, token_mask: Tensor, image_mask: None = None, *, narrow: bool = False
+    image: Tensor,
+    text: Tensor,
+    token_mask: Tensor,
+    image_mask: None = None,
+    *,
+    narrow: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """CMLI of all pairs by one matrix product, all similarities stored: [I, N, G, M]. Arguments as `cmli_scores`.
 
@@ -110,7 +125,9 @@ def materialised_scores(
 
 def naive(image: Tensor, text: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """The fastest materialised form: one product, and `max`, whose backward is cheaper than that of `amax`."""
-    S = (image.flatten(0, 1) @ text.flatten(0, 1).t()).view(*image.shape[:2], *text.shape[:2])  # [I, N, J, M]
+    S = (image.flatten(0, 1) @ text.flatten(0, 1).t()).view(
+        *image.shape[:2], *text.shape[:2]
+    )  # [I, N, J, M]
     s_i2t = S.masked_fill(~mask, -torch.inf).max(3).values.mean(1)
     return s_i2t, (S.max(1).values * mask).sum(2) / mask.sum(1)
 
@@ -127,13 +144,17 @@ def x_clip(image: Tensor, text: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
 def sentence_transformers(image: Tensor, text: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     from sentence_transformers.util import maxsim
 
-    return maxsim(image, text, b_mask=mask) / image.shape[1], maxsim(text, image, a_mask=mask).t() / mask.sum(1)
+    return maxsim(image, text, b_mask=mask) / image.shape[1], maxsim(
+        text, image, a_mask=mask
+    ).t() / mask.sum(1)
 
 
 def late_interaction_kernels(image: Tensor, text: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     from late_interaction_kernels import maxsim
 
-    return maxsim(image, text, d_mask=mask) / image.shape[1], maxsim(text, image, q_mask=mask).t() / mask.sum(1)
+    return maxsim(image, text, d_mask=mask) / image.shape[1], maxsim(
+        text, image, q_mask=mask
+    ).t() / mask.sum(1)
 
 
 def flash_maxsim(image: Tensor, text: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,12 @@ LONGEST_SIDE = 32767
 
 
 def check_inputs(
-    image: Tensor, text: Tensor, token_mask: Tensor, image_mask: Tensor | None, backend: str, scratch_bytes: int
+    image: Tensor,
+    text: Tensor,
+    token_mask: Tensor,
+    image_mask: Tensor | None,
+    backend: str,
+    scratch_bytes: int,
 ) -> None:
     """Raise ValueError or TypeError for the first thing wrong. Looks at shapes and types only, never at values."""
     tensors = {"image": image, "text": text, "token_mask": token_mask}
@@ -25,15 +30,23 @@ def check_inputs(
 
     for name, tensor, legend in (("image", image, "[I, N, D]"), ("text", text, "[J, M, D]")):
         if tensor.ndim != 3:
-            raise ValueError(f"{name} must have 3 dimensions {legend}, not shape {list(tensor.shape)}")
+            raise ValueError(
+                f"{name} must have 3 dimensions {legend}, not shape {list(tensor.shape)}"
+            )
         if 0 in tensor.shape:
             raise ValueError(f"{name} {legend} has an empty dimension: shape {list(tensor.shape)}")
         if tensor.dtype not in DTYPES:
-            raise TypeError(f"{name} must be float64, float32, bfloat16 or float16, not {tensor.dtype}")
+            raise TypeError(
+                f"{name} must be float64, float32, bfloat16 or float16, not {tensor.dtype}"
+            )
         if tensor.shape[1] > LONGEST_SIDE:
-            raise ValueError(f"{name} {legend} has {tensor.shape[1]} positions; at most {LONGEST_SIDE} are supported")
+            raise ValueError(
+                f"{name} {legend} has {tensor.shape[1]} positions; at most {LONGEST_SIDE} are supported"
+            )
     if image.dtype != text.dtype:
-        raise TypeError(f"image is {image.dtype} and text is {text.dtype}: cast one of them, the dtypes must be equal")
+        raise TypeError(
+            f"image is {image.dtype} and text is {text.dtype}: cast one of them, the dtypes must be equal"
+        )
     if image.shape[2] != text.shape[2]:
         raise ValueError(
             f"image has D={image.shape[2]} features and text has D={text.shape[2]}: project both to one space first"
@@ -57,7 +70,9 @@ def check_inputs(
             )
     for name, tensor in tensors.items():
         if tensor.device != image.device:
-            raise ValueError(f"{name} is on {tensor.device} and image on {image.device}: move them to one device")
+            raise ValueError(
+                f"{name} is on {tensor.device} and image on {image.device}: move them to one device"
+            )
 
     check_options(backend, scratch_bytes)
 
@@ -82,7 +97,9 @@ def check_pairs(image: Tensor, text: Tensor, ignore: Tensor | None, ranks: int) 
             f"ignore has shape {list(ignore.shape)}; it must be {expected}, images against the texts of all ranks"
         )
     if ignore.device != image.device:
-        raise ValueError(f"ignore is on {ignore.device} and image on {image.device}: move them together")
+        raise ValueError(
+            f"ignore is on {ignore.device} and image on {image.device}: move them together"
+        )
 
 
 def check_options(backend: str, scratch_bytes: int) -> None:
@@ -109,7 +126,9 @@ def check_shapes(**tensors: tuple[Tensor, str]) -> None:
         for size, letter in zip(found, letters, strict=True):
             first, where = sizes.setdefault(letter, (size, name))
             if size != first:
-                raise ValueError(f"{name} has shape {found}, {expected}: {letter} is {size}, but {first} in {where}")
+                raise ValueError(
+                    f"{name} has shape {found}, {expected}: {letter} is {size}, but {first} in {where}"
+                )
 
 
 def index_dtype(length: int) -> torch.dtype:

@@ -64,7 +64,9 @@ def boolean(name: str, mask: Tensor) -> Tensor:
 def _boolean(mask: Tensor, name: str) -> Tensor:
     other = mask[(mask != 0) & (mask != 1)]  # CPU-GPU sync
     if len(other):
-        raise ValueError(f"{name} holds {other[0].item()}: integers in a mask must be 0 and 1, 1 = True")
+        raise ValueError(
+            f"{name} holds {other[0].item()}: integers in a mask must be 0 and 1, 1 = True"
+        )
     return mask.bool()
 
 

@@ -41,7 +41,9 @@ def score_global_batch(
     """s_i2t and s_t2i [B, G] of this rank's images and the texts of all ranks; arguments as `CMLILoss`. Collective."""
     text, token_mask = collectives.pad_text(l2_normalize(text), token_mask, group)  # collective
     if isinstance(score, Scorer) and score.goes_round(text, group):
-        return ring_scores(l2_normalize(image), text, token_mask, image_mask, group=group, score=score)  # collective
+        return ring_scores(
+            l2_normalize(image), text, token_mask, image_mask, group=group, score=score
+        )  # collective
     all_text, all_mask = collectives.gather_text(text, token_mask, group)  # collective
     return score(l2_normalize(image), all_text, all_mask, image_mask)
 
@@ -129,7 +131,9 @@ class CMLILoss(nn.Module):
             ignore = ignore.clone()
             ignore.diagonal(first).fill_(False)
         columns = partial(collectives.column_logsumexp, group=self.group)
-        return contrastive_loss(s_i2t, s_t2i, self.logit_scale, first, column_logsumexp=columns, ignore=ignore)
+        return contrastive_loss(
+            s_i2t, s_t2i, self.logit_scale, first, column_logsumexp=columns, ignore=ignore
+        )
 
     def _checked(self, arguments: Arguments) -> Arguments:
         image, text, token_mask, image_mask = accepted(*arguments[:4])
@@ -137,7 +141,9 @@ class CMLILoss(nn.Module):
         check_pairs(image, text, ignore, distributed.world_size(self.group))
         here = self.logit_scale.device
         if here != image.device:
-            raise ValueError(f"CMLILoss is on {here} and image on {image.device}: move the loss, by .to()")
+            raise ValueError(
+                f"CMLILoss is on {here} and image on {image.device}: move the loss, by .to()"
+            )
         return image, text, token_mask, image_mask, ignore
 
     def _checked_together(self, arguments: Arguments) -> Arguments:

@@ -70,7 +70,13 @@ def cmli_scores(
             return cmli_scores_reference(image, text, token_mask, image_mask)
     differentiable = torch.is_grad_enabled() and (image.requires_grad or text.requires_grad)
     s_i2t, s_t2i, _, _ = _forward(
-        image, text, token_mask, image_mask, backend, scratch_bytes, differentiable and not recompute
+        image,
+        text,
+        token_mask,
+        image_mask,
+        backend,
+        scratch_bytes,
+        differentiable and not recompute,
     )
     return s_i2t, s_t2i
 
@@ -103,7 +109,9 @@ def cmli_gradients(
         return d_image, d_text
     none = image.new_empty((0,), dtype=torch.uint8)
     inputs = image, text, token_mask, image_mask
-    return _backward(grad_i2t, grad_t2i, *inputs, none, none, backend, scratch_bytes, need_image, need_text)
+    return _backward(
+        grad_i2t, grad_t2i, *inputs, none, none, backend, scratch_bytes, need_image, need_text
+    )
 
 
 def _chosen(backend: str, image: Tensor) -> str:
@@ -116,7 +124,10 @@ def triton_runs() -> bool:
     """Whether Triton is installed and can start kernels here; warns where not."""
     reason = why_no_triton()
     if reason is not None:
-        warnings.warn(f"Triton does not run here, CMLI takes the slower chunked backend: {reason}", stacklevel=3)
+        warnings.warn(
+            f"Triton does not run here, CMLI takes the slower chunked backend: {reason}",
+            stacklevel=3,
+        )
     return reason is None
 
 
@@ -144,7 +155,9 @@ def _module(backend: str) -> ModuleType:
     try:
         from ds_cmli.cmli import triton as triton_backend
     except ImportError as error:
-        raise RuntimeError(f"backend='triton' cannot be used here ({error}): use backend='chunked'") from error
+        raise RuntimeError(
+            f"backend='triton' cannot be used here ({error}): use backend='chunked'"
+        ) from error
     return triton_backend
 
 
@@ -160,7 +173,9 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     # Autocast would run the products inside in 16 bits.
     with torch.autocast(image.device.type, enabled=False):
-        return _module(backend).forward(image, text, token_mask, image_mask, scratch_bytes, save_argmax)
+        return _module(backend).forward(
+            image, text, token_mask, image_mask, scratch_bytes, save_argmax
+        )
 
 
 @torch.library.custom_op("ds_cmli::cmli_backward", mutates_args=())
@@ -221,7 +236,9 @@ def _(
     need_image,
     need_text,
 ):
-    return image.new_empty(image.shape if need_image else (0,)), text.new_empty(text.shape if need_text else (0,))
+    return image.new_empty(image.shape if need_image else (0,)), text.new_empty(
+        text.shape if need_text else (0,)
+    )
 
 
 def _save(ctx, inputs, output):
@@ -236,13 +253,19 @@ def _differentiate(ctx, grad_i2t, grad_t2i, *_):
     saved = ctx.saved_tensors  # once: non-reentrant checkpointing unpacks them only once
     image, text = saved[:2]
     shape, dtype = (image.shape[0], text.shape[0]), torch.promote_types(image.dtype, torch.float32)
-    grad_i2t, grad_t2i = (image.new_zeros(shape, dtype=dtype) if g is None else g for g in (grad_i2t, grad_t2i))
-    d_image, d_text = _backward(grad_i2t, grad_t2i, *saved, ctx.backend, ctx.scratch_bytes, need_image, need_text)
+    grad_i2t, grad_t2i = (
+        image.new_zeros(shape, dtype=dtype) if g is None else g for g in (grad_i2t, grad_t2i)
+    )
+    d_image, d_text = _backward(
+        grad_i2t, grad_t2i, *saved, ctx.backend, ctx.scratch_bytes, need_image, need_text
+    )
     return (d_image if need_image else None, d_text if need_text else None, *[None] * 5)
 
 
 def _no_second_derivative(ctx, *grads):
-    raise RuntimeError("cmli_scores has no second derivative: call backward without create_graph=True")
+    raise RuntimeError(
+        "cmli_scores has no second derivative: call backward without create_graph=True"
+    )
 
 
 torch.library.register_autograd("ds_cmli::cmli_forward", _differentiate, setup_context=_save)

@@ -75,8 +75,13 @@ def cmli_peak_bytes(
     """
     if backend not in ("chunked", "triton"):
         raise ValueError(f"backend={backend!r}: peak memory is known for chunked and triton")
-    for name, lengths, number, most in (("text_lengths", text_lengths, J, M), ("image_lengths", image_lengths, I, N)):
-        if lengths is not None and (len(lengths) != number or not all(0 <= n <= most for n in lengths)):
+    for name, lengths, number, most in (
+        ("text_lengths", text_lengths, J, M),
+        ("image_lengths", image_lengths, I, N),
+    ):
+        if lengths is not None and (
+            len(lengths) != number or not all(0 <= n <= most for n in lengths)
+        ):
             raise ValueError(f"{name} must hold {number} numbers from 0 to {most}")
     width = Widths.of(dtype)
     scores = 2 * I * J * width.wide
@@ -93,7 +98,9 @@ def cmli_peak_bytes(
         sizes = tile_sizes(N, M, D, dtype, scratch_bytes, backward=False)
         tiles = _forward_tiles(text, image, sizes, 0, I, width, True, not recompute)
         forward = scores + saved + tables + tiles
-        backward = gradients + tables + _backward(text, image, N, M, dtype, recompute, scratch_bytes)
+        backward = (
+            gradients + tables + _backward(text, image, N, M, dtype, recompute, scratch_bytes)
+        )
     # When backward groups, the scores and their gradients are there as well.
     extra = max(forward, 2 * scores + saved + backward - gradients)
     return PeakBytes(forward, saved, backward, gradients, extra)
@@ -111,13 +118,21 @@ def _forward_tiles(
 ) -> int:
     """Of all texts and the images [first, stop)."""
     texts, images = text.shapes(most[0]), image.shapes(most[1], first, stop)
-    tile = max(forward_tile_bytes(t, i, width, with_scores, with_indices) for t in texts for i in images)
+    tile = max(
+        forward_tile_bytes(t, i, width, with_scores, with_indices) for t in texts for i in images
+    )
     distances = (text.rows + image.rows) * width.wide if with_indices else 0
     return text.load_bytes(texts) + image.load_bytes(images) + distances + tile
 
 
 def _backward(
-    text: "_PackedSizes", image: "_PackedSizes", N: int, M: int, dtype: torch.dtype, recompute: bool, scratch_bytes: int
+    text: "_PackedSizes",
+    image: "_PackedSizes",
+    N: int,
+    M: int,
+    dtype: torch.dtype,
+    recompute: bool,
+    scratch_bytes: int,
 ) -> int:
     I, J, D = image.number, text.number, text.D  # noqa: E741
     width = text.width
@@ -129,26 +144,36 @@ def _backward(
     texts = text.shapes(most_text)
     peak = 0
     # RecomputePlan of equal lengths need the same.
-    starts = range(0, I, plan.images) if image.masked else sorted({0, (plan.number - 1) * plan.images})
+    starts = (
+        range(0, I, plan.images) if image.masked else sorted({0, (plan.number - 1) * plan.images})
+    )
     for first in starts:
         stop = min(first + plan.images, I)
         images = image.shapes(most_image, first, stop)
         indices = 0
         if recompute:
             rows, sequences = image.size(first, stop)
-            indices = J * rows * index_dtype(M).itemsize + text.rows * sequences * index_dtype(N).itemsize
+            indices = (
+                J * rows * index_dtype(M).itemsize + text.rows * sequences * index_dtype(N).itemsize
+            )
             if text.lengths is None and plan.number > 1:
                 indices = max(indices, plan.budget)  # shorter texts make larger parts
             tiles = _forward_tiles(text, image, forward_most, first, stop, width, False, True)
             peak = max(peak, indices + tiles)
         for own, other in ((image, text), (text, image)):
             own_shapes, other_shapes = (images, texts) if own is image else (texts, images)
-            peak = max(peak, indices + _side_backward(own, other, own_shapes, other_shapes, plan.budget))
+            peak = max(
+                peak, indices + _side_backward(own, other, own_shapes, other_shapes, plan.budget)
+            )
     return peak + (J * M * D * width.wide if plan.number > 1 and width.narrow < width.wide else 0)
 
 
 def _side_backward(
-    own: "_PackedSizes", other: "_PackedSizes", owns: set[ChunkShape], others: set[ChunkShape], budget: int
+    own: "_PackedSizes",
+    other: "_PackedSizes",
+    owns: set[ChunkShape],
+    others: set[ChunkShape],
+    budget: int,
 ) -> int:
     """Of one side's gradient, in chunks of these sizes."""
     D, width = own.D, own.width
@@ -164,7 +189,10 @@ def _side_backward(
             tile = max(tile, gather_tile_bytes(o, x, D, width))
     store = both(owns).rows * D * width.narrow if own.masked and width.narrow < width.wide else 0
     return (
-        other.load_bytes(others) + backward_buffer_bytes(both(owns), both(others), D, width) + panel + max(tile, store)
+        other.load_bytes(others)
+        + backward_buffer_bytes(both(owns), both(others), D, width)
+        + panel
+        + max(tile, store)
     )
 
 
@@ -176,7 +204,15 @@ def both(shapes: set[ChunkShape]) -> ChunkShape:
 class _PackedSizes:
     """The bytes of a `PackedBatch`, for lengths that are known or, where they are None, for any."""
 
-    def __init__(self, number: int, longest: int, lengths: Sequence[int] | None, masked: bool, D: int, width: Widths):
+    def __init__(
+        self,
+        number: int,
+        longest: int,
+        lengths: Sequence[int] | None,
+        masked: bool,
+        D: int,
+        width: Widths,
+    ):
         self.number, self.masked, self.D, self.width = number, masked, D, width
         self.lengths = None if lengths is None else sorted(lengths)
         self.rows = number * longest if lengths is None else sum(lengths)
@@ -192,8 +228,14 @@ class _PackedSizes:
     def shapes(self, most: ChunkShape, first: int = 0, stop: int | None = None) -> set[ChunkShape]:
         """The sizes of the chunks."""
         if self.lengths is None:
-            return {ChunkShape(min(most.rows, self.rows), min(most.sequences, self.number), most.longest)}
-        return {b.shape() for b in make_chunks(self.lengths, most, first, stop)} or {ChunkShape(0, 0, 0)}
+            return {
+                ChunkShape(
+                    min(most.rows, self.rows), min(most.sequences, self.number), most.longest
+                )
+            }
+        return {b.shape() for b in make_chunks(self.lengths, most, first, stop)} or {
+            ChunkShape(0, 0, 0)
+        }
 
     def load_bytes(self, shapes: set[ChunkShape]) -> int:
         return load_bytes(both(shapes).rows, self.D, self.width, self.masked)

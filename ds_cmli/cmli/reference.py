@@ -41,7 +41,9 @@ def cmli_scores_reference(
     s_i2t = torch.where(patch, best, 0).sum(2) / patch.sum(2).clamp(min=1)
 
     over_patches = S.masked_fill(~patch[..., None], -torch.inf)
-    best = over_patches.gather(2, first_maximum(over_patches, 2)[:, :, None, :])[:, :, 0]  # [I, J, M]
+    best = over_patches.gather(2, first_maximum(over_patches, 2)[:, :, None, :])[
+        :, :, 0
+    ]  # [I, J, M]
     s_t2i = torch.where(token, best, 0).sum(2) / token.sum(2).clamp(min=1)
 
     nothing = ~(patch.any(2) & token.any(2))  # an image without patches, a text without tokens

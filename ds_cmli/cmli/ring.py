@@ -49,14 +49,24 @@ class Scorer:
     def __call__(
         self, image: Tensor, text: Tensor, token_mask: Tensor, image_mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        options = {"backend": self.backend, "scratch_bytes": self.scratch_bytes, "recompute": self.recompute}
+        options = {
+            "backend": self.backend,
+            "scratch_bytes": self.scratch_bytes,
+            "recompute": self.recompute,
+        }
         return cmli_scores(image, text, token_mask, image_mask, **options)  # type: ignore[arg-type]
 
     def goes_round(self, text: Tensor, group: dist.ProcessGroup | None = None) -> bool:
         """Whether texts [B, M, D] of each rank, equal in shape, go round."""
         ranks = distributed.world_size(group)
-        gathered = ranks * text.numel() * (text.dtype.itemsize + collectives.accumulated(text.dtype).itemsize)
-        return ranks > 1 and (self.exchange == "ring" or (self.exchange == "auto" and gathered > self.gather_bytes))
+        gathered = (
+            ranks
+            * text.numel()
+            * (text.dtype.itemsize + collectives.accumulated(text.dtype).itemsize)
+        )
+        return ranks > 1 and (
+            self.exchange == "ring" or (self.exchange == "auto" and gathered > self.gather_bytes)
+        )
 
 
 DEFAULT_SCORER = Scorer()
@@ -86,7 +96,9 @@ class _RingScores(torch.autograd.Function):
     @staticmethod
     def forward(ctx, image, text, token_mask, image_mask, group, score):
         shape = len(image), distributed.world_size(group) * len(text)
-        s_i2t, s_t2i = (image.new_empty(shape, dtype=collectives.accumulated(image.dtype)) for _ in range(2))
+        s_i2t, s_t2i = (
+            image.new_empty(shape, dtype=collectives.accumulated(image.dtype)) for _ in range(2)
+        )
         for owner, chunk, mask in chunks(text, token_mask, group):  # collective
             found = scores_from(owner * len(text), score, image, chunk, mask, image_mask)
             for whole, part in zip((s_i2t, s_t2i), found, strict=True):
@@ -109,7 +121,9 @@ class _RingScores(torch.autograd.Function):
                 owner * J, ctx.score, *grads, image, chunk, mask, image_mask, need_image, need_text
             )
             if need_image:
-                of_images = d_image.to(wide) if of_images is None else of_images.add_(d_image.to(wide))
+                of_images = (
+                    d_image.to(wide) if of_images is None else of_images.add_(d_image.to(wide))
+                )
             del d_image
             if need_text:
                 of_texts.add(owner, d_text)  # collective
@@ -128,6 +142,8 @@ def scores_from(
     return score(*inputs)
 
 
-def gradients_from(first: int, score: Scorer, *inputs: Tensor | bool | None) -> tuple[Tensor, Tensor]:
+def gradients_from(
+    first: int, score: Scorer, *inputs: Tensor | bool | None
+) -> tuple[Tensor, Tensor]:
     """The gradients of the same inputs, from those of their scores."""
     return cmli_gradients(*inputs, backend=score.backend, scratch_bytes=score.scratch_bytes)  # type: ignore[arg-type]

@@ -34,7 +34,9 @@ class Selection:
 
 
 @torch.no_grad()
-def select(image: Tensor, text: Tensor, token_mask: Tensor, share: float, scratch_bytes: int) -> Selection:
+def select(
+    image: Tensor, text: Tensor, token_mask: Tensor, share: float, scratch_bytes: int
+) -> Selection:
     """Those of the highest cosine similarity with any feature of the other side, in the micro-batch.
 
     Args:
@@ -46,13 +48,17 @@ def select(image: Tensor, text: Tensor, token_mask: Tensor, share: float, scratc
         unit = l2_normalize(image), l2_normalize(text)
         of_patches, of_tokens = _best(*unit, token_mask, scratch_bytes)
     n, m = kept(share, image.shape[1]), kept(share, text.shape[1])
-    patches, tokens = (x.argsort(dim=1, descending=True, stable=True) for x in (of_patches, of_tokens))
+    patches, tokens = (
+        x.argsort(dim=1, descending=True, stable=True) for x in (of_patches, of_tokens)
+    )
     valid = (token_mask.sum(1, keepdim=True).double() * share).ceil()  # [B, 1]
     mask = torch.arange(m, device=text.device) < valid  # [B, m]
     return Selection(patches[:, :n].clone(), tokens[:, :m].clone(), mask)
 
 
-def _best(image: Tensor, text: Tensor, token_mask: Tensor, scratch_bytes: int) -> tuple[Tensor, Tensor]:
+def _best(
+    image: Tensor, text: Tensor, token_mask: Tensor, scratch_bytes: int
+) -> tuple[Tensor, Tensor]:
     """The highest similarity of each patch [B, N], and of each token [B, M], where padding has -inf."""
     patches, tokens = image.flatten(0, 1), text.flatten(0, 1)  # [B * N, D], [B * M, D]
     padding = torch.zeros_like(tokens[:, 0]).masked_fill_(~token_mask.flatten(), -torch.inf)

@@ -114,7 +114,9 @@ def refuse_twice(command: click.Command, arguments: list[str]) -> None:
 
     A flag may be repeated, and an option that is made for several values.
     """
-    once = [p for p in command.params if isinstance(p, click.Option) and not (p.multiple or p.count)]
+    once = [
+        p for p in command.params if isinstance(p, click.Option) and not (p.multiple or p.count)
+    ]
     collecting = copy.copy(command)
     collecting.params = [_collecting(p) if p in once else p for p in command.params]
     with click.Context(command, ignore_unknown_options=True, resilient_parsing=True) as context:
@@ -126,8 +128,12 @@ def refuse_twice(command: click.Command, arguments: list[str]) -> None:
         given = values.get(option.name, ())
         if len(given) > 1 and not (option.is_flag and len({*given}) == 1):
             if option.is_flag:
-                raise UserError(f"{option.opts[0]} and {option.secondary_opts[0]} contradict each other: keep one")
-            raise UserError(f"{option.opts[0]} is given {len(given)} times ({', '.join(map(repr, given))}): keep one")
+                raise UserError(
+                    f"{option.opts[0]} and {option.secondary_opts[0]} contradict each other: keep one"
+                )
+            raise UserError(
+                f"{option.opts[0]} is given {len(given)} times ({', '.join(map(repr, given))}): keep one"
+            )
 
 
 def _collecting(option: click.Option) -> click.Option:

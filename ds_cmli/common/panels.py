@@ -9,7 +9,14 @@ from torch.utils.tensorboard.summary import hparams
 
 SPEED = ("pairs_per_s", "tflops", "mfu", "checkpoint_s")
 RESULTS = ("retrieval/", "pointing-game/")  # groups of held-out metrics
-OPTIMIZER = ("lr", "grad_norm", "loss_scale", "skipped_steps", "ignored_negatives", "added_positives")
+OPTIMIZER = (
+    "lr",
+    "grad_norm",
+    "loss_scale",
+    "skipped_steps",
+    "ignored_negatives",
+    "added_positives",
+)
 
 
 def tag(name: str) -> str:

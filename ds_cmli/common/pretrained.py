@@ -62,7 +62,10 @@ def reason(error: Exception) -> str:
         return f"{refused}: give a .safetensors file, or a state dict that torch.save wrote"
     if "trust_remote_code" in text:
         return "it needs code of its own, which is never run: choose a model that the transformers library has"
-    if type(error).__name__ in ("LocalEntryNotFoundError", "OfflineModeIsEnabled") or "couldn't connect" in text:
+    if (
+        type(error).__name__ in ("LocalEntryNotFoundError", "OfflineModeIsEnabled")
+        or "couldn't connect" in text
+    ):
         return "the model hub cannot be reached and its cache does not have it: give a local path, or another model"
     alone = isinstance(error, KeyError | IndexError) or not text
     return (f"{type(error).__name__}: {text}" if alone else text)[:300]

@@ -26,8 +26,14 @@ def revision() -> str | None:
     unknown = ["ls-files", "--others", "--exclude-standard"]
     try:
         head, changed, new = (
-            subprocess.run([*git, *command], capture_output=True, text=True, check=True).stdout.strip()
-            for command in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"], unknown)
+            subprocess.run(
+                [*git, *command], capture_output=True, text=True, check=True
+            ).stdout.strip()
+            for command in (
+                ["rev-parse", "HEAD"],
+                ["status", "--porcelain", "--untracked-files=no"],
+                unknown,
+            )
         )
     except (OSError, subprocess.CalledProcessError):
         return None

@@ -32,7 +32,9 @@ def guard() -> None:
     """Replace stdout and stderr by streams that do not fail. To be called before files are opened; once is enough."""
     if _guarded:
         return
-    for number in range(3):  # otherwise the next file that is opened becomes the stream, for libraries in C as well
+    for number in range(
+        3
+    ):  # otherwise the next file that is opened becomes the stream, for libraries in C as well
         try:
             os.fstat(number)
         except OSError:
@@ -43,7 +45,9 @@ def guard() -> None:
             before.flush()
         file = _guarded[name] = _Lasting(number, "w", closefd=False)
         encoding = getattr(before, "encoding", None) or "utf-8"
-        stream = io.TextIOWrapper(io.BufferedWriter(file), encoding, "backslashreplace", line_buffering=True)
+        stream = io.TextIOWrapper(
+            io.BufferedWriter(file), encoding, "backslashreplace", line_buffering=True
+        )
         setattr(sys, name, stream)
 
 

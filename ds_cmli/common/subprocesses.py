@@ -17,7 +17,9 @@ def environment(**more: str) -> dict[str, str]:
     return {k: v for k, v in os.environ.items() if k not in LAUNCHER_VARIABLES} | more
 
 
-def tell_from_process(context: BaseContext, timeout_s: float, function: Callable, *arguments: Any) -> list[Any]:
+def tell_from_process(
+    context: BaseContext, timeout_s: float, function: Callable, *arguments: Any
+) -> list[Any]:
     """What `function(*arguments, say)` gives to `say`, in a process of its own that ends after `timeout_s` seconds."""
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_tell, args=(sender, function, arguments), daemon=True)  # type: ignore[attr-defined]

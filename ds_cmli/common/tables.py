@@ -13,7 +13,9 @@ class Table:
 
     def markdown(self) -> str:
         table = markdown_table(self.columns, self.rows)
-        return "\n".join([f"## {self.title}", "", table, "", *(f"- {note}" for note in self.notes), ""])
+        return "\n".join(
+            [f"## {self.title}", "", table, "", *(f"- {note}" for note in self.notes), ""]
+        )
 
     def show(self, console: Any) -> None:
         """Print it on a rich console."""
@@ -21,7 +23,9 @@ class Table:
         from rich.markup import escape
         from rich.table import Table as RichTable
 
-        table = RichTable(title=self.title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+        table = RichTable(
+            title=self.title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD
+        )
         for name in self.columns:
             table.add_column(name, justify="right" if _numeric(name) else "left", overflow="fold")
         for row in self.rows:

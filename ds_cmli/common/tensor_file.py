@@ -42,7 +42,9 @@ def damage(path: Path) -> str | None:
         size = file.read(8)
         text = file.read(min(int.from_bytes(size, "little"), LONGEST_HEADER))
         try:
-            first, second = json.loads(text)["__metadata__"].values()  # other programs' have other numbers
+            first, second = json.loads(text)[
+                "__metadata__"
+            ].values()  # other programs' have other numbers
             # Any name, because the name may be what is damaged.
             told = next(value.encode() for value in (second, first) if len(value) == len(ZEROS))
         except (ValueError, LookupError, TypeError, AttributeError, StopIteration):
@@ -50,4 +52,8 @@ def damage(path: Path) -> str | None:
         digest = hashlib.sha256(size + text.replace(told, ZEROS, 1))
         while chunk := file.read(READ_BYTES):
             digest.update(chunk)
-    return None if digest.hexdigest().encode() == told else "its content does not match the checksum in its header"
+    return (
+        None
+        if digest.hexdigest().encode() == told
+        else "its content does not match the checksum in its header"
+    )

@@ -13,7 +13,9 @@ from ds_cmli.config.validation import shown
 def light(content: dict[str, Any]) -> None:
     """Raise `UserError` for the first key or value that is unknown, has no effect, or contradicts others."""
     for name, value in content.items():
-        if name in keys.SECTIONS and name and "." not in name:  # a nested section has its place in the outer one
+        if (
+            name in keys.SECTIONS and name and "." not in name
+        ):  # a nested section has its place in the outer one
             _section(name, value)
         else:
             _value("", name, value, keys.SECTIONS[""])
@@ -29,7 +31,12 @@ def whole_numbers(section: str, content: Mapping[str, Any]) -> dict[str, Any]:
     """The checked content with whole numbers written as 5e7 converted to integers, which schedulers require."""
 
     def whole(kind: json_values.Kind | None, value: Any) -> Any:
-        counts = isinstance(value, float) and value.is_integer() and kind is not None and kind(value + 0.5) is not None
+        counts = (
+            isinstance(value, float)
+            and value.is_integer()
+            and kind is not None
+            and kind(value + 0.5) is not None
+        )
         return int(value) if counts else value
 
     out = {}
@@ -55,13 +62,18 @@ def _section(name: str, value: Any) -> None:
         elif not (name in ("optimizer", "scheduler") and key == "params"):
             _value(name, key, item, known)
     if value and "enabled" in known and "enabled" not in value and name != "timers.throughput":
-        raise UserError(f'{name} has no "enabled", which DeepSpeed takes for false: add "enabled": true or remove it')
+        raise UserError(
+            f'{name} has no "enabled", which DeepSpeed takes for false: add "enabled": true or remove it'
+        )
 
 
 def _value(section: str, key: str, value: Any, known: dict[str, json_values.Kind]) -> None:
     where = f"{section}.{key}" if section else key
     if key not in known:
-        names = {*known, *(n.rpartition(".")[2] for n in keys.SECTIONS if n and n.rpartition(".")[0] == section)}
+        names = {
+            *known,
+            *(n.rpartition(".")[2] for n in keys.SECTIONS if n and n.rpartition(".")[0] == section),
+        }
         names |= {"params"} if section in ("optimizer", "scheduler") else set()
         place = f"key of {section} is {shown(key)}" if section else f"key is {shown(key)}"
         if not key.strip():
@@ -71,7 +83,9 @@ def _value(section: str, key: str, value: Any, known: dict[str, json_values.Kind
         raise UserError(f"{place}: {nearest(key, names)}")
     if isinstance(value, str) and value == "auto" and known[key](value) is not None:
         if where not in keys.AUTO:
-            raise UserError(f'{where} is "auto", which is not filled for this key: {known[key](value)}')
+            raise UserError(
+                f'{where} is "auto", which is not filled for this key: {known[key](value)}'
+            )
         return
     need = known[key](value)
     if need is not None:
@@ -96,19 +110,28 @@ def _typed(section: str, value: dict[str, Any]) -> None:
     table, without = optimizers.SCHEDULERS, optimizers.NO_SCHEDULERS
     if section == "optimizer":
         table, without = optimizers.OPTIMIZERS, optimizers.NO_OPTIMIZERS
-    name = optimizers.DEEPSPEED_OPTIMIZERS.get(str(kind).lower(), kind) if section == "optimizer" else kind
+    name = (
+        optimizers.DEEPSPEED_OPTIMIZERS.get(str(kind).lower(), kind)
+        if section == "optimizer"
+        else kind
+    )
     if name in without:
         raise UserError(f"{section}.type is {kind!r}: it cannot train here, as {without[name]}")
     if name not in table:
         raise UserError(f"{section}.type is {shown(kind)}: {nearest(shown(kind), table)}")
     parameters = table[name].split()
-    kinds = {p.rstrip("!+"): optimizers.PARAMETERS.get(p.rstrip("!+"), optimizers.PARAMETER) for p in parameters}
+    kinds = {
+        p.rstrip("!+"): optimizers.PARAMETERS.get(p.rstrip("!+"), optimizers.PARAMETER)
+        for p in parameters
+    }
     if name == "Adafactor":
         kinds["eps"] = json_values.either(json_values.numbers(2, json_values.number(0)))
     given = mapping(f"{section}.params", value.get("params", {}))
     for key, item in given.items():
         if key == "max_grad_norm":
-            raise UserError(f"optimizer.params.max_grad_norm is {shown(item)}: give gradient_clipping instead")
+            raise UserError(
+                f"optimizer.params.max_grad_norm is {shown(item)}: give gradient_clipping instead"
+            )
         _value(f"{section}.params", key, item, kinds)
     missing = [p.rstrip("!") for p in parameters if p.endswith("!") and p.rstrip("!") not in given]
     if missing:
@@ -125,7 +148,9 @@ def _adam(name: str, given: dict[str, Any]) -> None:
             "type Adam, which then adds the decay to the gradients"
         )
     pytorch = given.get("torch_adam", True)
-    for key in sorted(given.keys() & (optimizers.OURS_ALONE if pytorch else optimizers.PYTORCHS_ALONE)):
+    for key in sorted(
+        given.keys() & (optimizers.OURS_ALONE if pytorch else optimizers.PYTORCHS_ALONE)
+    ):
         if pytorch:
             raise UserError(
                 f"optimizer.params.{key} is {given[key]!r}: PyTorch's {name} does not take it: remove it, or add "
@@ -139,7 +164,11 @@ def _adam(name: str, given: dict[str, Any]) -> None:
 
 
 def _precisions(content: dict[str, Any]) -> None:
-    on = [name for name in ("fp16", "bf16", "torch_autocast") if content.get(name, {}).get("enabled") is True]
+    on = [
+        name
+        for name in ("fp16", "bf16", "torch_autocast")
+        if content.get(name, {}).get("enabled") is True
+    ]
     if len(on) > 1:
         raise UserError(f"{on[0]}.enabled and {on[1]}.enabled are both true: choose one")
 
@@ -148,10 +177,14 @@ def _zero(content: dict[str, Any]) -> None:
     zero = content.get("zero_optimization", {})
     stage = zero.get("stage", 0)
     if zero and "stage" not in zero:
-        raise UserError("zero_optimization has no stage, which DeepSpeed takes for 0: give 0, 1, 2 or 3")
+        raise UserError(
+            "zero_optimization has no stage, which DeepSpeed takes for 0: give 0, 1, 2 or 3"
+        )
     for key in keys.STAGE3_ONLY if stage < 3 else ():
         value = zero.get(key)
-        if value not in (None, False, 1) and not (isinstance(value, dict) and value.get("device", "none") == "none"):
+        if value not in (None, False, 1) and not (
+            isinstance(value, dict) and value.get("device", "none") == "none"
+        ):
             raise UserError(
                 f"zero_optimization.{key} is {shown(value)}: no effect at stage {stage}: remove it, or take stage 3"
             )
@@ -162,28 +195,42 @@ def _zero(content: dict[str, Any]) -> None:
             f"optimizer.type is 'Adagrad': at stage {stage} DeepSpeed makes one group of all parameters, those without "
             "weight decay too: take stage 0, or AdamW"
         )
-    if stage and kind not in optimizers.ZERO_TESTED and not content.get("zero_allow_untested_optimizer"):
+    if (
+        stage
+        and kind not in optimizers.ZERO_TESTED
+        and not content.get("zero_allow_untested_optimizer")
+    ):
         raise UserError(
             f"optimizer.type is {kind!r}: DeepSpeed has not tested it at stage {stage}: add "
             '"zero_allow_untested_optimizer": true, or take stage 0'
         )
     offload = (zero.get("offload_optimizer") or {}).get("device", "none") != "none"
     if offload and stage == 0:
-        raise UserError("zero_optimization.offload_optimizer needs a stage of 1 to 3, and the stage is 0")
+        raise UserError(
+            "zero_optimization.offload_optimizer needs a stage of 1 to 3, and the stage is 0"
+        )
     params = content.get("optimizer", {}).get("params", {})
-    if content.get("zero_force_ds_cpu_optimizer") is True and offload and params.get("torch_adam", True):
+    if (
+        content.get("zero_force_ds_cpu_optimizer") is True
+        and offload
+        and params.get("torch_adam", True)
+    ):
         raise UserError(
             'zero_force_ds_cpu_optimizer is true: add "torch_adam": false to optimizer.params for DeepSpeed\'s own '
             "optimizer, which is compiled at its first use, or remove it"
         )
     if content.get("gradient_allreduce_op") == "sum" and stage == 3:
-        raise UserError('gradient_allreduce_op is "sum": DeepSpeed cannot do it at stage 3: give "mean"')
+        raise UserError(
+            'gradient_allreduce_op is "sum": DeepSpeed cannot do it at stage 3: give "mean"'
+        )
 
 
 def _outputs(content: dict[str, Any]) -> None:
     for name, package in keys.PACKAGES.items():
         if content.get(name, {}).get("enabled") and importlib.util.find_spec(package) is None:
-            raise UserError(f"{name}.enabled is true: it needs {package}: pip install {package}, or give false")
+            raise UserError(
+                f"{name}.enabled is true: it needs {package}: pip install {package}, or give false"
+            )
     checkpointing = content.get("activation_checkpointing", {})
     if checkpointing.get("cpu_checkpointing") and not checkpointing.get("partition_activations"):
         raise UserError(
@@ -192,7 +239,9 @@ def _outputs(content: dict[str, Any]) -> None:
         )
     comms = content.get("comms_logger", {})
     if comms.get("enabled") and not comms.get("verbose"):
-        raise UserError("comms_logger.enabled is true, but verbose is not: nothing would be printed: add it")
+        raise UserError(
+            "comms_logger.enabled is true, but verbose is not: nothing would be printed: add it"
+        )
 
 
 def deep(content: Mapping[str, Any]) -> None:
@@ -204,8 +253,17 @@ def deep(content: Mapping[str, Any]) -> None:
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
     models = {
-        **{"zero_optimization": DeepSpeedZeroConfig, "fp16": DeepSpeedFP16Config, "bf16": DeepSpeedBF16Config},
-        **{"tensorboard": TensorBoardConfig, "wandb": WandbConfig, "csv_monitor": CSVConfig, "comet": CometConfig},
+        **{
+            "zero_optimization": DeepSpeedZeroConfig,
+            "fp16": DeepSpeedFP16Config,
+            "bf16": DeepSpeedBF16Config,
+        },
+        **{
+            "tensorboard": TensorBoardConfig,
+            "wandb": WandbConfig,
+            "csv_monitor": CSVConfig,
+            "comet": CometConfig,
+        },
         "comms_logger": CommsLoggerConfig,
     }
     for section, model in models.items():
@@ -213,7 +271,9 @@ def deep(content: Mapping[str, Any]) -> None:
             model(**content.get(section, {}))
         except pydantic.ValidationError as error:
             first = error.errors()[0]
-            value = f" is {shown(first.get('input'))}" if first["loc"] else ""  # no location: the input is the section
+            value = (
+                f" is {shown(first.get('input'))}" if first["loc"] else ""
+            )  # no location: the input is the section
             where = ".".join([section, *map(str, first["loc"])])
             message = first["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
             raise UserError(f"{where}{value}: DeepSpeed says: {message}") from None

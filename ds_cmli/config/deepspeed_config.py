@@ -19,7 +19,12 @@ from ds_cmli.config.schema import OptimConfig
 from ds_cmli.config.validation import check, parse_json
 
 BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
-FILLED = ("lr", "betas", "eps", "weight_decay")  # optimizer parameters that are filled from `OptimConfig`
+FILLED = (
+    "lr",
+    "betas",
+    "eps",
+    "weight_decay",
+)  # optimizer parameters that are filled from `OptimConfig`
 
 
 @dataclass(frozen=True)
@@ -31,7 +36,9 @@ class DeepSpeedConfig(Mapping):
     """
 
     content: Mapping[str, Any]
-    notices: tuple[str, ...] = field(default=(), compare=False)  # lines to print about settings that act unexpectedly
+    notices: tuple[str, ...] = field(
+        default=(), compare=False
+    )  # lines to print about settings that act unexpectedly
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "content", copy.deepcopy(dict(self.content)))
@@ -65,14 +72,23 @@ class DeepSpeedConfig(Mapping):
         checks.light(dict(content))
         return cls(checks.whole_numbers("", content), without_effect(content))
 
-    def replaced(self, zero_optimization: dict[str, Any] | None = None, **settings: Any) -> "DeepSpeedConfig":
+    def replaced(
+        self, zero_optimization: dict[str, Any] | None = None, **settings: Any
+    ) -> "DeepSpeedConfig":
         """A copy with these keys set; keys of `zero_optimization` are set one by one, and None removes a key."""
         changed = {**self.raw(), **settings}
-        changed = {key: value for key, value in changed.items() if value is not None or key not in settings}
+        changed = {
+            key: value for key, value in changed.items() if value is not None or key not in settings
+        }
         if zero_optimization is not None:
-            changed["zero_optimization"] = {**changed.get("zero_optimization", {}), **zero_optimization}
+            changed["zero_optimization"] = {
+                **changed.get("zero_optimization", {}),
+                **zero_optimization,
+            }
         told = DeepSpeedConfig.of(changed)
-        return DeepSpeedConfig(told, (*(n for n in self.notices if n not in told.notices), *told.notices))
+        return DeepSpeedConfig(
+            told, (*(n for n in self.notices if n not in told.notices), *told.notices)
+        )
 
     # --- derived values
 
@@ -87,7 +103,9 @@ class DeepSpeedConfig(Mapping):
     @property
     def precision(self) -> str:
         """ "fp16", "bf16" or "fp32"."""
-        return next((n for n in ("fp16", "bf16") if self.content.get(n, {}).get("enabled") is True), "fp32")
+        return next(
+            (n for n in ("fp16", "bf16") if self.content.get(n, {}).get("enabled") is True), "fp32"
+        )
 
     @property
     def micro_batch(self) -> int:
@@ -123,7 +141,13 @@ class DeepSpeedConfig(Mapping):
     @property
     def prints(self) -> bool:
         """Whether the JSON asks for output of DeepSpeed's own log."""
-        flags = ("wall_clock_breakdown", "memory_breakdown", "dump_state", "steps_per_print", "log_level")
+        flags = (
+            "wall_clock_breakdown",
+            "memory_breakdown",
+            "dump_state",
+            "steps_per_print",
+            "log_level",
+        )
         return (
             any(self.content.get(n) for n in flags)
             or self.content.get("comms_logger", {}).get("enabled", False)
@@ -133,7 +157,10 @@ class DeepSpeedConfig(Mapping):
     @property
     def compiles(self) -> bool:
         """Whether the optimizer is DeepSpeed's own, which is compiled at its first use."""
-        return self.optimizer_type in ("Lamb", "Lion") or self.optimizer_params.get("torch_adam") is False
+        return (
+            self.optimizer_type in ("Lamb", "Lion")
+            or self.optimizer_params.get("torch_adam") is False
+        )
 
     # --- decisions
 
@@ -161,10 +188,16 @@ class DeepSpeedConfig(Mapping):
                     out.setdefault(name, {})["enabled"] = chosen == name
         elif asked["fp16"] is True and not fp16:
             chosen = "bf16" if bf16 else "fp32"
-            line = f"fp16 is slow or missing on this device ({device}): training in {chosen} instead"
+            line = (
+                f"fp16 is slow or missing on this device ({device}): training in {chosen} instead"
+            )
             line += ", as bf16 is too" * (not bf16)
             asked_for = out.pop("fp16").items()
-            idle = [f"fp16.{k} {v}" for k, v in asked_for if k != "enabled" and v != keys.FP16_DEFAULTS[k]]
+            idle = [
+                f"fp16.{k} {v}"
+                for k, v in asked_for
+                if k != "enabled" and v != keys.FP16_DEFAULTS[k]
+            ]
             notices.append(line + f", without {', '.join(idle)}" * bool(idle))
             if bf16:
                 out["bf16"] = {"enabled": True}
@@ -174,12 +207,20 @@ class DeepSpeedConfig(Mapping):
                 'slower in it than in fp32: "auto" takes what is fast'
             )
         if self.optimizer_type in ("Lamb", "Lion") and device == "cpu":
-            raise UserError(f"optimizer.type is {self.optimizer_type!r}: DeepSpeed has it for GPUs only: take AdamW")
-        quantized = next((key for key in self.zero if key.startswith("zero_quantized") and self.zero[key]), None)
+            raise UserError(
+                f"optimizer.type is {self.optimizer_type!r}: DeepSpeed has it for GPUs only: take AdamW"
+            )
+        quantized = next(
+            (key for key in self.zero if key.startswith("zero_quantized") and self.zero[key]), None
+        )
         if quantized and device == "cpu":
-            raise UserError(f"zero_optimization.{quantized} is true: DeepSpeed has it for GPUs only: remove it")
+            raise UserError(
+                f"zero_optimization.{quantized} is true: DeepSpeed has it for GPUs only: remove it"
+            )
         if self.compiles:
-            notices.append(f"{self.optimizer_type} is DeepSpeed's own: compiled at its first use, which takes minutes")
+            notices.append(
+                f"{self.optimizer_type} is DeepSpeed's own: compiled at its first use, which takes minutes"
+            )
         return DeepSpeedConfig(out, tuple(notices))
 
     def batch(self, micro_batch: int, world_size: int) -> tuple[int, int, int]:
@@ -190,7 +231,11 @@ class DeepSpeedConfig(Mapping):
         given = (self.content.get(key, "auto") for key in BATCH_KEYS)
         total, micro, steps = (None if value == "auto" else int(value) for value in given)
         if micro is None:
-            micro = micro_batch if total is None or steps is None else max(1, total // (steps * world_size))
+            micro = (
+                micro_batch
+                if total is None or steps is None
+                else max(1, total // (steps * world_size))
+            )
         if steps is None:
             steps = 1 if total is None else max(1, total // (micro * world_size))
         product = micro * steps * world_size
@@ -202,7 +247,11 @@ class DeepSpeedConfig(Mapping):
         return product, micro, steps
 
     def filled(
-        self, optim: OptimConfig, world_size: int, total_steps: int, width: Callable[[], int] | None = None
+        self,
+        optim: OptimConfig,
+        world_size: int,
+        total_steps: int,
+        width: Callable[[], int] | None = None,
     ) -> "DeepSpeedConfig":
         """A copy with all "auto" values filled; explicit values of the JSON take precedence over `optim`.
 
@@ -245,19 +294,27 @@ class DeepSpeedConfig(Mapping):
         return DeepSpeedConfig(out, tuple(notices))
 
     @staticmethod
-    def _fill_scheduler(scheduler: dict[str, Any], lr: float, optim: OptimConfig, total_steps: int) -> None:
+    def _fill_scheduler(
+        scheduler: dict[str, Any], lr: float, optim: OptimConfig, total_steps: int
+    ) -> None:
         params = scheduler.setdefault("params", {})
         fill = {
             **{"warmup_num_steps": optim.warmup_steps(total_steps), "total_num_steps": total_steps},
             **{"warmup_min_lr": 0, "warmup_max_lr": lr, "total_iters": total_steps},
         }
-        for key in (p.rstrip("+") for p in optimizers.SCHEDULERS[scheduler["type"]].split() if p.endswith("+")):
+        for key in (
+            p.rstrip("+")
+            for p in optimizers.SCHEDULERS[scheduler["type"]].split()
+            if p.endswith("+")
+        ):
             if params.get(key, "auto") == "auto":
                 params[key] = fill[key]
         if scheduler["type"] == "OneCycleLR":
             if not params.keys() & {"total_steps", "epochs"}:
                 params["total_steps"] = total_steps
-            params.setdefault("total_steps", params.get("epochs", 0) * params.get("steps_per_epoch", 0))
+            params.setdefault(
+                "total_steps", params.get("epochs", 0) * params.get("steps_per_epoch", 0)
+            )
         name = optimizers.ENDS.get(scheduler["type"])
         if name is not None and params[name] < total_steps:
             raise UserError(
@@ -272,11 +329,26 @@ class DeepSpeedConfig(Mapping):
         says = {
             "micro_batch": {BATCH_KEYS[1]: self.content.get(BATCH_KEYS[1], "auto")},
             "grad_clip": {"gradient_clipping": self.content.get("gradient_clipping", "auto")},
-            **{key: {f"optimizer.params.{key}": self.optimizer_params.get(key, "auto")} for key in FILLED},
+            **{
+                key: {f"optimizer.params.{key}": self.optimizer_params.get(key, "auto")}
+                for key in FILLED
+            },
         }
-        if "auto" not in (self.content.get(BATCH_KEYS[0], "auto"), self.content.get(BATCH_KEYS[2], "auto")):
-            says["micro_batch"] = {f"{BATCH_KEYS[0]} and {BATCH_KEYS[2]}": [self.content[k] for k in BATCH_KEYS[::2]]}
-        for name in ("warmup_max_lr", "cycle_max_lr", "max_lr", "lr_range_test_min_lr", "cycle_min_lr", "base_lr"):
+        if "auto" not in (
+            self.content.get(BATCH_KEYS[0], "auto"),
+            self.content.get(BATCH_KEYS[2], "auto"),
+        ):
+            says["micro_batch"] = {
+                f"{BATCH_KEYS[0]} and {BATCH_KEYS[2]}": [self.content[k] for k in BATCH_KEYS[::2]]
+            }
+        for name in (
+            "warmup_max_lr",
+            "cycle_max_lr",
+            "max_lr",
+            "lr_range_test_min_lr",
+            "cycle_min_lr",
+            "base_lr",
+        ):
             if scheduler.get(name, "auto") != "auto":
                 says["lr"] = {f"scheduler.params.{name}": scheduler[name]}
                 break
@@ -285,14 +357,18 @@ class DeepSpeedConfig(Mapping):
         for setting, (option, value) in given.items():
             for where, said in says.get(setting, {}).items():
                 if said != "auto" and said != value:
-                    lines.append(f"{option} {value} does not count: the DeepSpeed JSON says {where} {said}")
+                    lines.append(
+                        f"{option} {value} does not count: the DeepSpeed JSON says {where} {said}"
+                    )
         return lines
 
 
 def _read(path: Path) -> dict[str, Any]:
     try:
         if not path.is_file():
-            beside = sorted(p.name for p in path.parent.glob("*.json")) if path.parent.is_dir() else []
+            beside = (
+                sorted(p.name for p in path.parent.glob("*.json")) if path.parent.is_dir() else []
+            )
             raise UserError(f"no such file; beside it: {', '.join(beside) or 'nothing'}")
         content = parse_json(path.read_text(encoding="utf-8-sig"))
     except OSError as error:

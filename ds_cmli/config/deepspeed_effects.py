@@ -91,7 +91,13 @@ def without_effect(content: Section) -> tuple[str, ...]:
 def _stage(content: Section) -> Iterator[str]:
     zero = content.get("zero_optimization", {})
     stage = zero.get("stage", 0)
-    idle = sorted(key for stages, names in keys.STAGES.items() if stage not in stages for key in zero if key in names)
+    idle = sorted(
+        key
+        for stages, names in keys.STAGES.items()
+        if stage not in stages
+        for key in zero
+        if key in names
+    )
     if idle:
         yield f"zero_optimization: no effect at stage {stage}: {', '.join(idle)}"
     for what in ("offload_optimizer", "offload_param"):
@@ -134,7 +140,9 @@ def _rates(content: Section) -> Iterator[str]:
     scheduler = content.get("scheduler", {})
     kind, params = scheduler.get("type"), scheduler.get("params", {})
     full = params.get("warmup_max_lr", "auto")
-    sets = kind in OWN_RATES or (kind in OWN_RATES_IF_GIVEN and full not in ("auto", optimizer.get("lr")))
+    sets = kind in OWN_RATES or (
+        kind in OWN_RATES_IF_GIVEN and full not in ("auto", optimizer.get("lr"))
+    )
     if sets and optimizer.get("lr", "auto") != "auto":
         yield f"optimizer.params: no effect: lr, as the scheduler {kind} sets the rates"
     cycles = kind in ("OneCycle", "CyclicLR", "OneCycleLR") and not _no_momentum(params)

@@ -22,18 +22,33 @@ from ds_cmli.config.json_values import (
 
 PRECISION = one_of("fp32", "fp16", "bf16")
 AUTOCAST = one_of(
-    *("fp16", "float16", "half", "torch.float16", "bf16", "bfloat16", "torch.bfloat16", "fp32", "float32", "float"),
+    *(
+        "fp16",
+        "float16",
+        "half",
+        "torch.float16",
+        "bf16",
+        "bfloat16",
+        "torch.bfloat16",
+        "fp32",
+        "float32",
+        "float",
+    ),
     *("torch.float32",),
 )
 OLD_ZERO = 'an old name: give "offload_{0}": {{"device": "cpu"}}'.format
-OFFLOAD_DEVICE = one_of("none", "cpu")  # not "nvme", because states swapped to NVMe are in no checkpoint
+OFFLOAD_DEVICE = one_of(
+    "none", "cpu"
+)  # not "nvme", because states swapped to NVMe are in no checkpoint
 
 SECTIONS: dict[str, dict[str, Kind]] = {
     "": {
         "train_batch_size": integer(1),
         "train_micro_batch_size_per_gpu": integer(1),
         "gradient_accumulation_steps": integer(1),
-        "managed_gradient_accumulation": refused("training takes DeepSpeed's accumulation: remove it", True),
+        "managed_gradient_accumulation": refused(
+            "training takes DeepSpeed's accumulation: remove it", True
+        ),
         "gradient_clipping": number(0),
         "prescale_gradients": boolean,
         "gradient_predivide_factor": number(0, above=True),
@@ -49,7 +64,9 @@ SECTIONS: dict[str, dict[str, Kind]] = {
         "dump_state": boolean,
         "disable_python_gc": boolean,
         "log_level": optional(one_of("debug", "info", "warning", "error", "critical")),
-        "dataloader_drop_last": refused("the last batch that is not full is always dropped: remove it", True),
+        "dataloader_drop_last": refused(
+            "the last batch that is not full is always dropped: remove it", True
+        ),
         "vocabulary_size": no_effect("it is the tokenizer's"),
         "pipeline": no_effect("there is no pipeline parallelism"),
         "autotuning": no_effect("profiling/predict.py --fit finds the batch"),
@@ -65,9 +82,15 @@ SECTIONS: dict[str, dict[str, Kind]] = {
     },
     "zero_optimization": {
         "stage": one_of(0, 1, 2, 3),
-        **dict.fromkeys(("contiguous_gradients", "reduce_scatter", "use_multi_rank_bucket_allreduce"), boolean),
-        **dict.fromkeys(("allgather_partitions", "load_from_fp32_weights", "ignore_unused_parameters"), boolean),
-        **dict.fromkeys(("round_robin_gradients", "parameter_alignment", "compute_grad_norm"), boolean),
+        **dict.fromkeys(
+            ("contiguous_gradients", "reduce_scatter", "use_multi_rank_bucket_allreduce"), boolean
+        ),
+        **dict.fromkeys(
+            ("allgather_partitions", "load_from_fp32_weights", "ignore_unused_parameters"), boolean
+        ),
+        **dict.fromkeys(
+            ("round_robin_gradients", "parameter_alignment", "compute_grad_norm"), boolean
+        ),
         "reduce_bucket_size": integer(1),
         "allgather_bucket_size": integer(1),
         "overlap_comm": optional(boolean),
@@ -83,17 +106,26 @@ SECTIONS: dict[str, dict[str, Kind]] = {
         "stage3_allgather_sequential": boolean,
         "zero_hpz_partition_size": integer(1),
         **dict.fromkeys(("zero_quantized_weights", "zero_quantized_nontrainable_weights"), boolean),
-        **dict.fromkeys(("zero_quantized_gradients", "memory_efficient_linear", "override_module_apply"), boolean),
+        **dict.fromkeys(
+            ("zero_quantized_gradients", "memory_efficient_linear", "override_module_apply"),
+            boolean,
+        ),
         **dict.fromkeys(("log_trace_cache_warnings", "enable_sanity_checks"), boolean),
-        "pipeline_loading_checkpoint": refused("checkpoints are read by this project: remove it", False),
-        "elastic_checkpoint": refused("a run resumes on any number of ranks without it: remove it", False),
+        "pipeline_loading_checkpoint": refused(
+            "checkpoints are read by this project: remove it", False
+        ),
+        "elastic_checkpoint": refused(
+            "a run resumes on any number of ranks without it: remove it", False
+        ),
         "legacy_stage1": refused("DeepSpeed has no such stage any more: remove it", False),
         "leaf_module": no_effect("the models have no experts", {}),
         "zenflow": refused("ZenFlow is not supported here: remove it", None),
         "save_muon_momentum_buffer_in_memory": no_effect("nothing is offloaded to NVMe"),
         "cpu_offload": refused(OLD_ZERO("optimizer"), None, False),
         "cpu_offload_param": refused(OLD_ZERO("param"), None, False),
-        "cpu_offload_use_pin_memory": refused('an old name: give "pin_memory" in "offload_optimizer"', None, False),
+        "cpu_offload_use_pin_memory": refused(
+            'an old name: give "pin_memory" in "offload_optimizer"', None, False
+        ),
         "stage3_gather_fp16_weights_on_model_save": refused(
             "an old name: give stage3_gather_16bit_weights_on_model_save", False
         ),
@@ -101,7 +133,10 @@ SECTIONS: dict[str, dict[str, Kind]] = {
     "zero_optimization.offload_param": {
         "device": OFFLOAD_DEVICE,
         "pin_memory": boolean,
-        **dict.fromkeys(("nvme_path", "buffer_count", "buffer_size", "max_in_cpu"), no_effect("it is for NVMe", None)),
+        **dict.fromkeys(
+            ("nvme_path", "buffer_count", "buffer_size", "max_in_cpu"),
+            no_effect("it is for NVMe", None),
+        ),
     },
     "zero_optimization.offload_optimizer": {
         "device": OFFLOAD_DEVICE,
@@ -110,7 +145,9 @@ SECTIONS: dict[str, dict[str, Kind]] = {
         "super_offload": refused("it is not supported here: remove it", False),
         "cpuadam_cores_perc": no_effect("it is for super_offload"),
         **dict.fromkeys(("nvme_path", "buffer_count"), no_effect("it is for NVMe", None)),
-        **dict.fromkeys(("pipeline_read", "pipeline_write", "fast_init"), no_effect("it is for NVMe")),
+        **dict.fromkeys(
+            ("pipeline_read", "pipeline_write", "fast_init"), no_effect("it is for NVMe")
+        ),
     },
     "fp16": {
         "enabled": boolean,
@@ -126,15 +163,23 @@ SECTIONS: dict[str, dict[str, Kind]] = {
     "bf16": {
         "enabled": boolean,
         "immediate_grad_update": boolean,
-        "check_grad_overflow": refused("a step that is not finite would spoil the weights: remove it", True),
+        "check_grad_overflow": refused(
+            "a step that is not finite would spoil the weights: remove it", True
+        ),
         "bf16_master_weights_and_grads": boolean,
         "bf16_optimizer_states": boolean,
     },
-    "torch_autocast": {"enabled": boolean, "dtype": AUTOCAST, "lower_precision_safe_modules": texts},
+    "torch_autocast": {
+        "enabled": boolean,
+        "dtype": AUTOCAST,
+        "lower_precision_safe_modules": texts,
+    },
     "activation_checkpointing": {
         **dict.fromkeys(("partition_activations", "cpu_checkpointing"), boolean),
         **dict.fromkeys(("synchronize_checkpoint_boundary", "profile"), boolean),
-        "contiguous_memory_optimization": refused("activations of images and texts differ in size: remove it", False),
+        "contiguous_memory_optimization": refused(
+            "activations of images and texts differ in size: remove it", False
+        ),
         "number_checkpoints": no_effect("it is for contiguous_memory_optimization", None),
     },
     "data_types": {
@@ -142,7 +187,9 @@ SECTIONS: dict[str, dict[str, Kind]] = {
         "keep_in_fp32_modules": either(texts, one_of("auto")),
     },
     "checkpoint": {
-        "tag_validation": one_of(*(n for name in ("Ignore", "Warn", "Fail") for n in (name, name.upper()))),
+        "tag_validation": one_of(
+            *(n for name in ("Ignore", "Warn", "Fail") for n in (name, name.upper()))
+        ),
         "load_universal": refused("resuming decides it: remove it", False),
         "use_node_local_storage": refused("all nodes share a run's folder: remove it", False),
         **dict.fromkeys(
@@ -169,18 +216,33 @@ SECTIONS: dict[str, dict[str, Kind]] = {
     "comet": {
         "enabled": boolean,
         "samples_log_interval": integer(1),
-        **dict.fromkeys(("project", "workspace", "api_key", "experiment_name", "experiment_key"), optional(text)),
+        **dict.fromkeys(
+            ("project", "workspace", "api_key", "experiment_name", "experiment_key"), optional(text)
+        ),
         "online": optional(boolean),
         "mode": optional(one_of("get", "create", "get_or_create")),
     },
     "timers": {},
     "timers.throughput": {"enabled": boolean, "synchronized": boolean},
-    "optimizer": {"legacy_fusion": no_effect("it is for fused optimizers that are not used"), "type": text},
+    "optimizer": {
+        "legacy_fusion": no_effect("it is for fused optimizers that are not used"),
+        "type": text,
+    },
     "scheduler": {"type": text},
 }
 FP16_DEFAULTS = {  # DeepSpeed's defaults of the section fp16, without "enabled"
-    **{"auto_cast": False, "loss_scale": 0, "initial_scale_power": 16, "loss_scale_window": 1000, "hysteresis": 2},
-    **{"consecutive_hysteresis": False, "min_loss_scale": 1, "fp16_master_weights_and_grads": False},
+    **{
+        "auto_cast": False,
+        "loss_scale": 0,
+        "initial_scale_power": 16,
+        "loss_scale_window": 1000,
+        "hysteresis": 2,
+    },
+    **{
+        "consecutive_hysteresis": False,
+        "min_loss_scale": 1,
+        "fp16_master_weights_and_grads": False,
+    },
 }
 # The package that a section needs if it is enabled.
 PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "comet": "comet_ml"}
@@ -193,19 +255,48 @@ WIDTHS: dict[str, Callable[[int], int]] = {
 }
 # The keys for which "auto" is filled, as by Hugging Face's integration.
 AUTO = {
-    *("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"),
+    *(
+        "train_batch_size",
+        "train_micro_batch_size_per_gpu",
+        "gradient_accumulation_steps",
+        "gradient_clipping",
+    ),
     *("fp16.enabled", "bf16.enabled"),
-    *("optimizer.params.lr", "optimizer.params.betas", "optimizer.params.eps", "optimizer.params.weight_decay"),
-    *("scheduler.params.warmup_min_lr", "scheduler.params.warmup_max_lr", "scheduler.params.warmup_num_steps"),
+    *(
+        "optimizer.params.lr",
+        "optimizer.params.betas",
+        "optimizer.params.eps",
+        "optimizer.params.weight_decay",
+    ),
+    *(
+        "scheduler.params.warmup_min_lr",
+        "scheduler.params.warmup_max_lr",
+        "scheduler.params.warmup_num_steps",
+    ),
     *("scheduler.params.total_num_steps",),
     *(f"zero_optimization.{key}" for key in WIDTHS),
 }
 # Keys of zero_optimization that only some stages read; at other stages a line says that they have no effect.
 STAGES = {
-    (1, 2, 3): ("contiguous_gradients", "reduce_bucket_size", "overlap_comm", "load_from_fp32_weights"),
+    (1, 2, 3): (
+        "contiguous_gradients",
+        "reduce_bucket_size",
+        "overlap_comm",
+        "load_from_fp32_weights",
+    ),
     (1, 2): (
-        *("reduce_scatter", "use_multi_rank_bucket_allreduce", "allgather_partitions", "allgather_bucket_size"),
-        *("round_robin_gradients", "parameter_alignment", "compute_grad_norm", "ignore_unused_parameters"),
+        *(
+            "reduce_scatter",
+            "use_multi_rank_bucket_allreduce",
+            "allgather_partitions",
+            "allgather_bucket_size",
+        ),
+        *(
+            "round_robin_gradients",
+            "parameter_alignment",
+            "compute_grad_norm",
+            "ignore_unused_parameters",
+        ),
     ),
     (3,): (
         *(key for key in SECTIONS["zero_optimization"] if key.startswith("stage3_")),
@@ -214,6 +305,11 @@ STAGES = {
     ),
 }
 STAGE3_ONLY = (
-    *("offload_param", "zero_hpz_partition_size", "zero_quantized_weights", "zero_quantized_nontrainable_weights"),
+    *(
+        "offload_param",
+        "zero_hpz_partition_size",
+        "zero_quantized_weights",
+        "zero_quantized_nontrainable_weights",
+    ),
     *("zero_quantized_gradients",),
 )

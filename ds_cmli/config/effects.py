@@ -15,8 +15,15 @@ from ds_cmli.losses import LOSSES
 
 # Settings that only some losses read, with the names of these losses.
 OF_LOSSES = {
-    **{f"loss.{s}": [n for n, e in LOSSES.items() if s in e.settings] for e in LOSSES.values() for s in e.settings},
-    **{f"teacher.{f.name}": [n for n, e in LOSSES.items() if e.teacher] for f in fields(TeacherConfig)},
+    **{
+        f"loss.{s}": [n for n, e in LOSSES.items() if s in e.settings]
+        for e in LOSSES.values()
+        for s in e.settings
+    },
+    **{
+        f"teacher.{f.name}": [n for n, e in LOSSES.items() if e.teacher]
+        for f in fields(TeacherConfig)
+    },
 }
 
 
@@ -79,7 +86,11 @@ def _no_tracker(config: Config) -> str | None:
 def _beyond(setting: str) -> Callable[[Config], str | None]:
     def why(config: Config) -> str | None:
         steps, every = config.optim.steps, getattr(config.run, setting)
-        return f"it is {every}, and the run has {steps} steps" if steps is not None and every > steps else None
+        return (
+            f"it is {every}, and the run has {steps} steps"
+            if steps is not None and every > steps
+            else None
+        )
 
     return why
 
@@ -89,11 +100,17 @@ def _patience(config: Config) -> str | None:
     if steps is None or not patience:
         return None
     evaluations = -(-steps // every)
-    return f"it is {patience}, and the run has {evaluations} evaluations" if patience >= evaluations else None
+    return (
+        f"it is {patience}, and the run has {evaluations} evaluations"
+        if patience >= evaluations
+        else None
+    )
 
 
 IDLE = (
-    Idle(("data.max_bad_share", "data.max_pixels", "data.follow_symlinks", "data.val_split"), _demo),
+    Idle(
+        ("data.max_bad_share", "data.max_pixels", "data.follow_symlinks", "data.val_split"), _demo
+    ),
     Idle(("data.prefetch",), _no_workers),
     Idle(("student.text_model",), _text_model),
     Idle(("student.weights_partial",), _random_student),
@@ -101,7 +118,10 @@ IDLE = (
     Idle(("loss.cmli_gather_bytes",), _exchange),
     Idle(("run.match_maps",), _no_tracker),
     Idle(("run.patience",), _patience),
-    *(Idle((f"run.{setting}",), _beyond(setting)) for setting in ("log_every", "eval_every", "save_every")),
+    *(
+        Idle((f"run.{setting}",), _beyond(setting))
+        for setting in ("log_every", "eval_every", "save_every")
+    ),
 )
 
 
@@ -110,12 +130,20 @@ def _one_rank(config: Config, step: Step) -> str | None:
 
 
 def _one_micro_batch(config: Config, step: Step) -> str | None:
-    return "a step is one micro-batch (gradient_accumulation_steps 1)" if step.accumulation == 1 else None
+    return (
+        "a step is one micro-batch (gradient_accumulation_steps 1)"
+        if step.accumulation == 1
+        else None
+    )
 
 
 def _no_pairs(config: Config, step: Step) -> str | None:
     compared = any(LOSSES[name].scores for name in config.loss.weights)
-    return None if compared else f"the losses are {', '.join(config.loss.weights)}, which compare no pairs"
+    return (
+        None
+        if compared
+        else f"the losses are {', '.join(config.loss.weights)}, which compare no pairs"
+    )
 
 
 def _no_cache(config: Config, step: Step) -> str | None:
@@ -126,7 +154,9 @@ def _no_cache(config: Config, step: Step) -> str | None:
 
 def _no_graph(config: Config, step: Step) -> str | None:
     cached = _no_cache(config, step) is None
-    return "gradient caching keeps no argmax indices that it could compute again" if cached else None
+    return (
+        "gradient caching keeps no argmax indices that it could compute again" if cached else None
+    )
 
 
 def _reduced_anyway(config: Config, step: Step) -> str | None:
@@ -138,7 +168,11 @@ def _reduced_anyway(config: Config, step: Step) -> str | None:
 def _not_taken(name: str) -> Callable[[Config, Step], str | None]:
     def why(config: Config, step: Step) -> str | None:
         kind = step.ds_config.optimizer_type
-        return None if name in optimizers.OPTIMIZERS[kind].split() else f"the optimizer {kind} has none"
+        return (
+            None
+            if name in optimizers.OPTIMIZERS[kind].split()
+            else f"the optimizer {kind} has none"
+        )
 
     return why
 
@@ -152,7 +186,10 @@ IN_STEP = (
     IdleInStep(("optim.reduce_once",), _reduced_anyway),
     IdleInStep(("loss.cmli_recompute",), _no_graph),
     IdleInStep(("loss.cmli_exchange", "loss.cmli_gather_bytes"), _one_rank),
-    *(IdleInStep((f"optim.{name}",), _not_taken(name)) for name in ("betas", "eps", "weight_decay")),
+    *(
+        IdleInStep((f"optim.{name}",), _not_taken(name))
+        for name in ("betas", "eps", "weight_decay")
+    ),
 )
 
 
@@ -181,7 +218,9 @@ def without_effect_in_step(
         step = Step(ds_config, ranks, ds_config.batch(config.optim.micro_batch, ranks)[2])
     except UserError:  # told where the run needs it
         return
-    told = {name for name in given if any(name in idle.settings and idle.why(config) for idle in IDLE)}
+    told = {
+        name for name in given if any(name in idle.settings and idle.why(config) for idle in IDLE)
+    }
     for name in sorted(set(given) - told):
         losses = OF_LOSSES.get(name)
         if losses and not set(losses) & set(config.loss.weights):

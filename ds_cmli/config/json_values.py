@@ -4,7 +4,9 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-Kind = Callable[[Any], str | None]  # returns what to give instead of the value, or None if the value is fine
+Kind = Callable[
+    [Any], str | None
+]  # returns what to give instead of the value, or None if the value is fine
 
 LARGEST = 1e30  # larger numbers overflow in fp32 as soon as they are multiplied
 
@@ -33,12 +35,25 @@ def number(least: float = -math.inf, below: float = math.inf, above: bool = Fals
     """A finite number that is at least `least` (with `above`: greater than `least`) and below `below`."""
 
     def kind(value: Any) -> str | None:
-        if _is_number(value) and abs(value) < LARGEST and least <= value < below and not (above and value == least):
+        if (
+            _is_number(value)
+            and abs(value) < LARGEST
+            and least <= value < below
+            and not (above and value == least)
+        ):
             return None
         if _is_number(value) and LARGEST <= abs(value) < math.inf:
             return f"give a number below {LARGEST:g}, whose products are finite in fp32"
-        bounds = "" if least == -math.inf else f" above {least:g}" if above else f" of at least {least:g}"
-        return f"give a finite number{bounds}" + ("" if below == math.inf else f" and below {below:g}")
+        bounds = (
+            ""
+            if least == -math.inf
+            else f" above {least:g}"
+            if above
+            else f" of at least {least:g}"
+        )
+        return f"give a finite number{bounds}" + (
+            "" if below == math.inf else f" and below {below:g}"
+        )
 
     return kind
 
@@ -46,7 +61,10 @@ def number(least: float = -math.inf, below: float = math.inf, above: bool = Fals
 def one_of(*known: Any) -> Kind:
     def kind(value: Any) -> str | None:
         fits = any(value == k and type(value) is type(k) for k in known)
-        shown = ", ".join("null" if k is None else f'"{k}"' if isinstance(k, str) else str(k).lower() for k in known)
+        shown = ", ".join(
+            "null" if k is None else f'"{k}"' if isinstance(k, str) else str(k).lower()
+            for k in known
+        )
         return None if fits else f"give {'one of ' if len(known) > 1 else ''}{shown}"
 
     return kind
@@ -57,16 +75,27 @@ def text(value: Any) -> str | None:
 
 
 def texts(value: Any) -> str | None:
-    return None if isinstance(value, list) and all(isinstance(v, str) for v in value) else "give a list of texts"
+    return (
+        None
+        if isinstance(value, list) and all(isinstance(v, str) for v in value)
+        else "give a list of texts"
+    )
 
 
 def numbers(count: int | None = None, each: Kind | None = None) -> Kind:
     each = each or number()
 
     def kind(value: Any) -> str | None:
-        if isinstance(value, list) and value and count in (None, len(value)) and not any(each(v) for v in value):
+        if (
+            isinstance(value, list)
+            and value
+            and count in (None, len(value))
+            and not any(each(v) for v in value)
+        ):
             return None
-        return f"give a list of {count or 'some'} numbers" + (": " + str(each(None)) if each(None) else "")
+        return f"give a list of {count or 'some'} numbers" + (
+            ": " + str(each(None)) if each(None) else ""
+        )
 
     return kind
 
@@ -89,4 +118,6 @@ def refused(why: str, *harmless: Any) -> Kind:
 
 
 def no_effect(why: str, *harmless: Any) -> Kind:
-    return refused(f"it has no effect here ({why}): remove it", *(harmless or (False, {}, {"enabled": False})))
+    return refused(
+        f"it has no effect here ({why}): remove it", *(harmless or (False, {}, {"enabled": False}))
+    )

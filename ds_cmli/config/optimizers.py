@@ -1,6 +1,15 @@
 """Every optimizer and learning rate schedule that a DeepSpeed JSON may name, with the parameters that each takes."""
 
-from ds_cmli.config.json_values import Kind, boolean, either, integer, number, numbers, one_of, optional
+from ds_cmli.config.json_values import (
+    Kind,
+    boolean,
+    either,
+    integer,
+    number,
+    numbers,
+    one_of,
+    optional,
+)
 
 _TORCH = "foreach maximize differentiable"
 _ADAM = f"lr betas eps weight_decay capturable {_TORCH}"
@@ -21,7 +30,11 @@ OPTIMIZERS = {
     "SGD": f"lr momentum dampening weight_decay nesterov fused {_TORCH}",
 }
 ZERO_TESTED = ("Adam", "AdamW", "Lion")
-OURS_ALONE = {"bias_correction", "set_grad_none", "fp32_optimizer_states"}  # only DeepSpeed's Adam has these
+OURS_ALONE = {
+    "bias_correction",
+    "set_grad_none",
+    "fp32_optimizer_states",
+}  # only DeepSpeed's Adam has these
 PYTORCHS_ALONE = {"amsgrad", "capturable", "foreach", "fused", "maximize"}  # and these PyTorch's
 NO_OPTIMIZERS = {
     "LBFGS": "it needs the loss several times a step",
@@ -30,7 +43,9 @@ NO_OPTIMIZERS = {
     **dict.fromkeys(("MuAdam", "MuAdamW", "MuSGD"), "the models have no muP shapes"),
 }
 # Names by their lower-case form: DeepSpeed accepts its own names in any case, and PyTorch's only as they are written.
-DEEPSPEED_OPTIMIZERS = {n.lower(): n for n in ("Adam", "AdamW", "Adagrad", "Lamb", "Lion", *NO_OPTIMIZERS)}
+DEEPSPEED_OPTIMIZERS = {
+    n.lower(): n for n in ("Adam", "AdamW", "Adagrad", "Lamb", "Lion", *NO_OPTIMIZERS)
+}
 
 # Parameters of each scheduler: "!" marks a required one, "+" one that is filled if it is missing.
 SCHEDULERS = {
@@ -69,8 +84,23 @@ NO_SCHEDULERS = {
 _share = number(0, 1)
 _rates = either(number(0), numbers(None, number(0)))
 _flags = (
-    *("amsgrad", "maximize", "capturable", "torch_adam", "adam_w_mode", "bias_correction", "set_grad_none"),
-    *("fp32_optimizer_states", "eps_inside_sqrt", "decoupled_weight_decay", "centered", "nesterov", "three_phase"),
+    *(
+        "amsgrad",
+        "maximize",
+        "capturable",
+        "torch_adam",
+        "adam_w_mode",
+        "bias_correction",
+        "set_grad_none",
+    ),
+    *(
+        "fp32_optimizer_states",
+        "eps_inside_sqrt",
+        "decoupled_weight_decay",
+        "centered",
+        "nesterov",
+        "three_phase",
+    ),
     *("cycle_momentum", "lr_range_test_staircase"),
 )
 _counts = ("cycle_first_stair_count", "cycle_second_stair_count", "decay_step_size")
@@ -91,7 +121,9 @@ PARAMETERS: dict[str, Kind] = {
     "betas": numbers(2, _share),
     "etas": numbers(2, number(0, above=True)),
     "step_sizes": numbers(2, number(0, above=True)),
-    **dict.fromkeys(("eps", "weight_decay", "momentum", "lr_decay", "initial_accumulator_value"), number(0)),
+    **dict.fromkeys(
+        ("eps", "weight_decay", "momentum", "lr_decay", "initial_accumulator_value"), number(0)
+    ),
     **dict.fromkeys(_flags, boolean),
     "differentiable": one_of(False),
     **dict.fromkeys(("foreach", "fused"), optional(boolean)),
@@ -105,11 +137,20 @@ PARAMETERS: dict[str, Kind] = {
     "anneal_strategy": one_of("cos", "linear"),
     "pct_start": number(0, 1),
     **dict.fromkeys(
-        ("warmup_min_lr", "warmup_max_lr", "cycle_min_lr", "cycle_max_lr", "lr_range_test_min_lr", "base_lr", "max_lr"),
+        (
+            "warmup_min_lr",
+            "warmup_max_lr",
+            "cycle_min_lr",
+            "cycle_max_lr",
+            "lr_range_test_min_lr",
+            "base_lr",
+            "max_lr",
+        ),
         _rates,
     ),
     **dict.fromkeys(
-        ("warmup_min_ratio", "cos_min_ratio", "eta_min", "factor", "start_factor", "end_factor"), number(0)
+        ("warmup_min_ratio", "cos_min_ratio", "eta_min", "factor", "start_factor", "end_factor"),
+        number(0),
     ),
 }
 PARAMETER = number()

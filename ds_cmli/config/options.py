@@ -48,11 +48,28 @@ WHAT = (
     option("DeepSpeed", "--deepspeed_config", default=str(DEFAULT_JSON), help="The JSON.  [ds_configs/zero2.json]"),
 )  # fmt: skip
 OUTPUT = (
-    option("Output", "--output-dir", help="Where the run is written.  [runs/<preset>-<date and time>]"),
+    option(
+        "Output", "--output-dir", help="Where the run is written.  [runs/<preset>-<date and time>]"
+    ),
     option("Output", "--log-every", type=int, help="Steps between two logged ones.  [preset]"),
-    option("Output", "--eval-every", type=int, help="Steps between evaluations; 0: only at the end.  [preset]"),
-    option("Checkpoints", "--save-every", type=int, help="Steps between checkpoints; 0: by time alone.  [preset]"),
-    option("Checkpoints", "--save-minutes", type=float, help="Minutes since the last one; 0: by steps alone.  [15]"),
+    option(
+        "Output",
+        "--eval-every",
+        type=int,
+        help="Steps between evaluations; 0: only at the end.  [preset]",
+    ),
+    option(
+        "Checkpoints",
+        "--save-every",
+        type=int,
+        help="Steps between checkpoints; 0: by time alone.  [preset]",
+    ),
+    option(
+        "Checkpoints",
+        "--save-minutes",
+        type=float,
+        help="Minutes since the last one; 0: by steps alone.  [15]",
+    ),
     option("Checkpoints", "--keep", type=int, help="Checkpoints that stay.  [2]"),
 )
 START = (
@@ -71,15 +88,26 @@ START = (
 
 PLACES = {
     **{"preset": ("run", "preset"), "losses": ("loss", "weights")},
-    **{"data": ("data", "source"), "val_data": ("data", "val_source"), "workers": ("data", "workers")},
+    **{
+        "data": ("data", "source"),
+        "val_data": ("data", "val_source"),
+        "workers": ("data", "workers"),
+    },
     **{"image_root": ("data", "image_root"), "csv_separator": ("data", "separator")},
     **{"csv_img_key": ("data", "image_key"), "csv_caption_key": ("data", "caption_key")},
     **{name: ("student", name) for name in ("image_backbone", "text_backbone")},
     **{name: ("optim", name) for name in ("steps", "epochs", "micro_batch", "lr")},
-    **{name: ("run", name) for name in ("seed", "deterministic", "output_dir", "log_every", "eval_every")},
+    **{
+        name: ("run", name)
+        for name in ("seed", "deterministic", "output_dir", "log_every", "eval_every")
+    },
     **{name: ("run", name) for name in ("save_every", "save_minutes", "keep")},
 }
-RANDOM = (("student", "image_weights"), ("student", "text_weights"), ("teacher", "weights"))  # set by `--init random`
+RANDOM = (
+    ("student", "image_weights"),
+    ("student", "text_weights"),
+    ("teacher", "weights"),
+)  # set by `--init random`
 
 
 def add(*options: Callable) -> Callable:
@@ -133,14 +161,26 @@ def resolve_config(preset: str, settings: tuple[str, ...], options: dict[str, An
 
 
 def tell_beside_json(
-    config: Config, ds_config: DeepSpeedConfig, ranks: int, settings: tuple[str, ...], options: dict[str, Any]
+    config: Config,
+    ds_config: DeepSpeedConfig,
+    ranks: int,
+    settings: tuple[str, ...],
+    options: dict[str, Any],
 ) -> None:
     """Print which settings of the command line the JSON overrules, or makes without effect."""
-    by_set = {key: (f"--set optim.{key}", value) for key, value in parse_settings(settings).get("optim", {}).items()}
+    by_set = {
+        key: (f"--set optim.{key}", value)
+        for key, value in parse_settings(settings).get("optim", {}).items()
+    }
     by_option = {key: (f"--{key.replace('_', '-')}", options[key]) for key in ("lr", "micro_batch")}
-    optim = by_set | {key: (option, value) for key, (option, value) in by_option.items() if value is not None}
+    optim = by_set | {
+        key: (option, value) for key, (option, value) in by_option.items() if value is not None
+    }
     given = how_given(settings, {**options, "preset": None})
-    say(*ds_config.overruled(optim), *effects.without_effect_in_step(config, ds_config, ranks, given))
+    say(
+        *ds_config.overruled(optim),
+        *effects.without_effect_in_step(config, ds_config, ranks, given),
+    )
 
 
 def how_given(settings: tuple[str, ...], options: dict[str, Any]) -> dict[str, str]:
@@ -154,7 +194,9 @@ def how_given(settings: tuple[str, ...], options: dict[str, Any]) -> dict[str, s
     return given
 
 
-def _put(overrides: dict[str, dict[str, Any]], section: str, key: str, value: Any, option: str) -> None:
+def _put(
+    overrides: dict[str, dict[str, Any]], section: str, key: str, value: Any, option: str
+) -> None:
     """Set the value of `option`; raises `UserError` if `--set` has given the setting another value."""
     values = overrides.setdefault(section, {})
     if key in values and values[key] != value:

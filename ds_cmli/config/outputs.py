@@ -28,11 +28,15 @@ def check_outputs(ds_config: Mapping[str, Any], report_to: Sequence[str]) -> Non
             _try(place, folder=not setting.endswith("output_file"))
         except (OSError, ValueError) as error:  # ValueError: the path holds a NUL
             why = getattr(error, "strerror", None) or error
-            raise UserError(f"{setting} is {shown(value)}: cannot write there: {why}: give another path") from None
+            raise UserError(
+                f"{setting} is {shown(value)}: cannot write there: {why}: give another path"
+            ) from None
     by_json = ds_config.get("wandb", {}).get("enabled")
     if (by_json or "wandb" in report_to) and not _logged_in():
         setting = "wandb.enabled is true" if by_json else "run.report_to has 'wandb'"
-        raise UserError(f"{setting} and wandb has no login: `wandb login`, WANDB_API_KEY or WANDB_MODE=offline")
+        raise UserError(
+            f"{setting} and wandb has no login: `wandb login`, WANDB_API_KEY or WANDB_MODE=offline"
+        )
 
 
 def _places(ds_config: Mapping[str, Any]) -> Iterator[tuple[str, str, Path]]:

@@ -29,7 +29,12 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "text_weights": "hub",
         },
         "teacher": {"model": "beitv2_base_patch16_224", "weights": "hub", "block": -1},
-        "data": {"image_size": 224, "context_length": 64, "tokenizer": "bert-base-uncased", "workers": 8},
+        "data": {
+            "image_size": 224,
+            "context_length": 64,
+            "tokenizer": "bert-base-uncased",
+            "workers": 8,
+        },
         "optim": {"lr": 5e-4, "micro_batch": 256, "steps": None, "epochs": 7, "weight_decay": 0.01},
         "run": {"log_every": 50, "eval_every": 1000, "save_every": 1000},
     },
@@ -63,7 +68,9 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
 }
 
 
-def load_preset(name: str, overrides: dict[str, dict[str, Any]], written: Mapping[str, str] | None = None) -> Config:
+def load_preset(
+    name: str, overrides: dict[str, dict[str, Any]], written: Mapping[str, str] | None = None
+) -> Config:
     """The preset's configuration, changed by `overrides` ({section: {setting: value}}); `written` as in `from_dict`."""
     choice("--preset", name, PRESETS)
     values: dict[str, dict[str, Any]] = {"run": {"preset": name}}

@@ -16,7 +16,15 @@ from ds_cmli.config.json_values import LARGEST
 from ds_cmli.config.optimizers import DEEPSPEED_SCHEDULERS
 
 # What the state of a schedule says of the position in it; the rest are settings.
-POSITION = ("last_epoch", "_step_count", "_last_lr", "last_batch_iteration", "T_cur", "T_i", "lr_lambdas")
+POSITION = (
+    "last_epoch",
+    "_step_count",
+    "_last_lr",
+    "last_batch_iteration",
+    "T_cur",
+    "T_i",
+    "lr_lambdas",
+)
 MOST_TRIED = 10_000  # at most this many steps of a schedule are tried
 
 
@@ -32,7 +40,9 @@ def warmup_then_cosine(optimizer: Optimizer, warmup: int, total_steps: int) -> L
     return LambdaLR(optimizer, share)
 
 
-def maker(ds_config: DeepSpeedConfig, warmup: int, total_steps: int) -> Callable[[Optimizer], Any] | None:
+def maker(
+    ds_config: DeepSpeedConfig, warmup: int, total_steps: int
+) -> Callable[[Optimizer], Any] | None:
     """A function that makes the schedule for an optimizer; None if it is one of DeepSpeed's, which DeepSpeed makes."""
     scheduler = ds_config.get("scheduler")
     if scheduler is None:
@@ -44,7 +54,9 @@ def maker(ds_config: DeepSpeedConfig, warmup: int, total_steps: int) -> Callable
     return lambda optimizer: kind(optimizer, **scheduler["params"])
 
 
-def with_new_settings(schedule: Any, fresh: Mapping[str, Any], groups: list[dict[str, Any]]) -> None:
+def with_new_settings(
+    schedule: Any, fresh: Mapping[str, Any], groups: list[dict[str, Any]]
+) -> None:
     """Give a schedule that was loaded from a checkpoint this start's settings, and the groups the rates by them.
 
     Args:
@@ -77,7 +89,9 @@ def try_out(ds_config: DeepSpeedConfig, device: torch.device, total_steps: int) 
                 group["params"][0].grad = torch.ones(1, device=device)
             optimizer.step()
     except Exception as error:  # any exception here is caused by these parameters
-        raise UserError(f"optimizer.params does not suit {ds_config.optimizer_type}: {error}") from None
+        raise UserError(
+            f"optimizer.params does not suit {ds_config.optimizer_type}: {error}"
+        ) from None
     if "scheduler" not in ds_config:
         return None
     name = ds_config["scheduler"]["type"]
@@ -86,7 +100,9 @@ def try_out(ds_config: DeepSpeedConfig, device: torch.device, total_steps: int) 
     except Exception as error:
         raise UserError(f"scheduler.params does not suit {name}: {error}") from None
     moving = [step for step, rate in enumerate(largest) if rate]
-    if len(moving) == 0 or moving[-1] < len(largest) - 2:  # the last rate alone may be the end of a decay
+    if (
+        len(moving) == 0 or moving[-1] < len(largest) - 2
+    ):  # the last rate alone may be the end of a decay
         first = moving[-1] + 2 if moving else 1
         raise UserError(
             f"scheduler.params of {name}: the rate is 0 from step {first} on and no weight changes; the run has "

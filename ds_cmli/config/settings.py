@@ -10,7 +10,14 @@ from ds_cmli.config.schema import FORMER, Config
 
 # Settings of output, logging, evaluation, checkpoints and loading: no training step depends on them.
 FREE = {
-    *("run.preset", "run.output_dir", "run.log_every", "run.eval_every", "run.save_every", "run.save_minutes"),
+    *(
+        "run.preset",
+        "run.output_dir",
+        "run.log_every",
+        "run.eval_every",
+        "run.save_every",
+        "run.save_minutes",
+    ),
     *("run.keep", "run.resume", "run.resume_with_changes", "run.most_skipped", "run.watchdog"),
     *("data.workers", "data.prefetch"),
     *("run.keep_best", "run.patience", "run.match_maps", "run.report_to"),
@@ -32,15 +39,21 @@ def flatten(value: Any, path: str = "") -> dict[str, Any]:
     return out
 
 
-def compared(config: Config, ds_config: Mapping[str, Any], data: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def compared(
+    config: Config, ds_config: Mapping[str, Any], data: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """The settings that must not change, as JSON values: `{"student.layers": 6, "deepspeed.gradient_clipping": 1.0}`.
 
     Args:
         data: `Data.fingerprint`, which identifies the data.
     """
-    settings = flatten({**config.to_dict(), "deepspeed": {k: v for k, v in ds_config.items() if k != "checkpoint"}})
+    settings = flatten(
+        {**config.to_dict(), "deepspeed": {k: v for k, v in ds_config.items() if k != "checkpoint"}}
+    )
     settings |= flatten({"sources": dict(data)}) if data else {}
-    return json.loads(json.dumps({name: value for name, value in settings.items() if name not in FREE}))
+    return json.loads(
+        json.dumps({name: value for name, value in settings.items() if name not in FREE})
+    )
 
 
 def digest(settings: dict[str, Any]) -> str:
@@ -53,16 +66,24 @@ def differences(before: dict[str, Any], now: dict[str, Any], same_ranks: bool) -
     A setting that is newer than the earlier run counts as its default, and one that has been renamed since then is
     compared under its new name. Without `same_ranks`, `BATCH_SPLIT` is ignored.
     """
-    renamed = {f"{section}.{former}": f"{section}.{name}" for (section, former), name in FORMER.items()}
+    renamed = {
+        f"{section}.{former}": f"{section}.{name}" for (section, former), name in FORMER.items()
+    }
     before = {renamed.get(name, name): value for name, value in before.items()}
     known = {tuple(name.split(".")[:2]) for name in before}
     defaults = compared(Config(), {})
-    before = {n: v for n, v in defaults.items() if n in now and tuple(n.split(".")[:2]) not in known} | before
+    before = {
+        n: v for n, v in defaults.items() if n in now and tuple(n.split(".")[:2]) not in known
+    } | before
     newer = set() if any(map(NEWER.fullmatch, before)) else set(filter(NEWER.fullmatch, now))
     names = sorted({*before, *now} - newer - (set() if same_ranks else BATCH_SPLIT))
 
     def show(settings: dict[str, Any], name: str) -> str:
         return json.dumps(settings[name]) if name in settings else "not set"
 
-    found = [f"{n}: {show(before, n)} -> {show(now, n)}" for n in names if before.get(n, n) != now.get(n, n)]
+    found = [
+        f"{n}: {show(before, n)} -> {show(now, n)}"
+        for n in names
+        if before.get(n, n) != now.get(n, n)
+    ]
     return found if len(found) <= SHOWN else [*found[:SHOWN], f"{len(found) - SHOWN} more"]

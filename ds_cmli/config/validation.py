@@ -12,7 +12,14 @@ from ds_cmli.common.errors import UserError, nearest
 MOST = 10**9  # the maximum of all counts
 MOST_LAYERS, MOST_CHANNELS = 1000, 10**6  # of a model that a library builds from overrides
 SHOWN = 200  # the maximum number of characters of a value in a message
-TYPES = {"integer": "int", "number": "float", "string": "str", "boolean": "bool", "object": "dict", "array": "list"}
+TYPES = {
+    "integer": "int",
+    "number": "float",
+    "string": "str",
+    "boolean": "bool",
+    "object": "dict",
+    "array": "list",
+}
 OUT_OF_RANGE = ("greater_than", "greater_than_equal", "less_than", "less_than_equal", "too_short")
 
 
@@ -39,7 +46,11 @@ def choice(setting: str, value: object, known) -> None:
 
 def shown(value: object) -> str:
     text = repr(value)
-    return text if len(text) <= SHOWN else f"{text[: SHOWN // 2]} ... {text[-20:]} ({len(text)} characters)"
+    return (
+        text
+        if len(text) <= SHOWN
+        else f"{text[: SHOWN // 2]} ... {text[-20:]} ({len(text)} characters)"
+    )
 
 
 def build(section: type, name: str, values: Any, written: Mapping[str, str]) -> Any:
@@ -82,12 +93,18 @@ def build(section: type, name: str, values: Any, written: Mapping[str, str]) -> 
 def _accepted(node: dict[str, Any], error: str) -> str:
     """What a field accepts, from its JSON schema; only the range, if the value is merely out of range."""
     if "anyOf" in node:
-        return " or ".join(_accepted(option, error) for option in node["anyOf"] if option.get("type") != "null")
+        return " or ".join(
+            _accepted(option, error) for option in node["anyOf"] if option.get("type") != "null"
+        )
     if "enum" in node:
         return f"one of {', '.join(map(str, node['enum']))}"
     if "propertyNames" in node:
         known = ", ".join(node["propertyNames"]["enum"])
-        return f"at least one of {known}" if error == "too_short" else f"a value of type dict, of {known}"
+        return (
+            f"at least one of {known}"
+            if error == "too_short"
+            else f"a value of type dict, of {known}"
+        )
     if "prefixItems" in node:
         return f"a list of {len(node['prefixItems'])}, each {_accepted(node['prefixItems'][0], '')}"
     parts = [f"a value of type {TYPES[node['type']]}"] if error not in OUT_OF_RANGE else []
@@ -114,7 +131,9 @@ def parse_json(text: str) -> Any:
         ValueError: one line that says what is wrong.
     """
     try:
-        return json.loads(text, object_pairs_hook=_no_duplicates, parse_constant=_not_finite, parse_float=_finite)
+        return json.loads(
+            text, object_pairs_hook=_no_duplicates, parse_constant=_not_finite, parse_float=_finite
+        )
     except RecursionError:
         raise ValueError("nested too deeply") from None
 

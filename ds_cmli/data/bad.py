@@ -31,7 +31,9 @@ class BadSamples:
 
     max_share: float  # the largest share that is accepted
     length: int  # number of samples in the training set
-    at_load: list[Bad] = field(default_factory=list)  # samples that were left out of the training set at load
+    at_load: list[Bad] = field(
+        default_factory=list
+    )  # samples that were left out of the training set at load
     count: int = 0  # bad samples that this rank has met in training
     first: list[Bad] = field(default_factory=list)  # the first few of all, to be shown
     of_ranks: list[Bad] = field(default_factory=list)  # `first` of all ranks at the last `gather`
@@ -51,7 +53,10 @@ class BadSamples:
     def too_many(self, count: int, seen: int) -> bool:
         """Whether `count` bad samples of `seen` requested since the start (both over all ranks) exceed the share."""
         passes = max(1.0, seen / self.length) if self.length else 1.0
-        return count + len(self.at_load) * passes > self.max_share * (self.length + len(self.at_load)) * passes
+        return (
+            count + len(self.at_load) * passes
+            > self.max_share * (self.length + len(self.at_load)) * passes
+        )
 
     def gather(self, flags: CollectiveFlags) -> int:
         """The count over all ranks; what they have met since the last call is written. Collective."""

@@ -23,7 +23,9 @@ class BadFile:
     def __init__(self, path: Path, at_load: Iterable[Bad]):
         self.path, self.waiting, self.told = path, "", False
         self.at_load = set(at_load)
-        self.known: set[tuple[str, ...]] | None = None  # read at the first use: until then a run may be put aside
+        self.known: set[tuple[str, ...]] | None = (
+            None  # read at the first use: until then a run may be put aside
+        )
         self.loaded = list(at_load)
 
     def write(self, bad: Iterable[Bad], when: str) -> None:
@@ -43,7 +45,9 @@ class BadFile:
         lines = []
         with suppress(OSError):
             lines = self.path.read_bytes().decode(errors="replace").splitlines()
-        met = [found for line in lines if (found := _parsed(line)) is not None and found[2] != AT_LOAD]
+        met = [
+            found for line in lines if (found := _parsed(line)) is not None and found[2] != AT_LOAD
+        ]
         self.known = set(met)
         left_out = "".join(_line(*item, AT_LOAD) for item in self.loaded)
         content = left_out + "".join(_line(*found) for found in met)

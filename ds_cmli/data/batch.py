@@ -39,9 +39,15 @@ class Batch:
     attention_mask: torch.Tensor  # bool [B, M], False for padding
     token_mask: torch.Tensor  # bool [B, M], True for valid tokens (not [CLS], [SEP], [PAD])
     index: torch.Tensor  # int64 [B], position in the data set
-    pair_id: torch.Tensor  # int64 [B, 2], hashes of picture and caption: equal for equal pictures or captions
-    token_picture: torch.Tensor  # int64 [B, M], which picture of the scene the token names, -1 for none
-    cell_picture: torch.Tensor  # int64 [B, 2, 2], which picture is in each quarter of the image, -1 for none
+    pair_id: (
+        torch.Tensor
+    )  # int64 [B, 2], hashes of picture and caption: equal for equal pictures or captions
+    token_picture: (
+        torch.Tensor
+    )  # int64 [B, M], which picture of the scene the token names, -1 for none
+    cell_picture: (
+        torch.Tensor
+    )  # int64 [B, 2, 2], which picture is in each quarter of the image, -1 for none
     bad: list[Bad]  # the samples that were replaced by others in this batch
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
@@ -52,7 +58,9 @@ class Batch:
 
     def _map(self, function) -> "Batch":
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Batch(**{k: function(v) if isinstance(v, torch.Tensor) else v for k, v in values.items()})
+        return Batch(
+            **{k: function(v) if isinstance(v, torch.Tensor) else v for k, v in values.items()}
+        )
 
 
 class Collate:
@@ -69,7 +77,9 @@ class Collate:
         length = min(-(-longest // PAD_MULTIPLE) * PAD_MULTIPLE, self.positions)
 
         def padded(rows: list[list], fill, dtype: torch.dtype) -> torch.Tensor:
-            return torch.tensor([[*row, *[fill] * (length - len(row))] for row in rows], dtype=dtype)
+            return torch.tensor(
+                [[*row, *[fill] * (length - len(row))] for row in rows], dtype=dtype
+            )
 
         ids = [s.tokens.input_ids for s in samples]
         return Batch(
@@ -80,6 +90,8 @@ class Collate:
             index=torch.tensor([s.index for s in samples]),
             pair_id=torch.tensor([[s.image_id, caption_id(s.tokens.input_ids)] for s in samples]),
             token_picture=padded([s.token_picture or [] for s in samples], NO_PICTURE, torch.int64),
-            cell_picture=torch.tensor([s.cell_picture or [NO_PICTURE] * 4 for s in samples]).view(-1, 2, 2),
+            cell_picture=torch.tensor([s.cell_picture or [NO_PICTURE] * 4 for s in samples]).view(
+                -1, 2, 2
+            ),
             bad=[s.bad for s in samples if s.bad],
         )

@@ -40,7 +40,9 @@ class ClassPictures:
         self.size, self.max_pixels = size, max_pixels
         where, path = f"--zero-shot is {source!r}", Path(source).expanduser()
         if not path.exists() and not source.startswith("hfds/"):
-            raise UserError(f"{where}: give a folder that has a folder of pictures for each class, or hfds/NAME")
+            raise UserError(
+                f"{where}: give a folder that has a folder of pictures for each class, or hfds/NAME"
+            )
         from timm.data.readers import create_reader
 
         try:
@@ -70,10 +72,14 @@ class ClassPictures:
         try:
             file, target = self.reader[number]
             with file:
-                return Picture(decode(file.read(), self.size, self.max_pixels), number, target=int(target))
+                return Picture(
+                    decode(file.read(), self.size, self.max_pixels), number, target=int(target)
+                )
         except Exception as error:  # decoders raise nearly any exception for damaged files
             reason = str(error).strip().splitlines() or [type(error).__name__]
-            name = self.reader.filename(number, basename=True) or f"picture {number}"  # parquet rows may have no name
+            name = (
+                self.reader.filename(number, basename=True) or f"picture {number}"
+            )  # parquet rows may have no name
             return Picture(black, number, bad=(str(name), reason[0]))
 
 
@@ -100,7 +106,9 @@ def class_names(folders: list[str], file: str | None) -> list[str]:
         return [names[folder] for folder in folders]
     names = [str(name) for name in names if str(name).strip()]
     if len(names) != len(folders):
-        raise UserError(f"--class-names is {file!r}, with {len(names)} names: there are {len(folders)} classes")
+        raise UserError(
+            f"--class-names is {file!r}, with {len(names)} names: there are {len(folders)} classes"
+        )
     return names
 
 
@@ -109,7 +117,11 @@ def prompt_templates(file: str | None) -> list[str]:
     if file is None:
         return list(TEMPLATES)
     try:
-        lines = [line.strip() for line in Path(file).read_text(encoding="utf-8").splitlines() if line.strip()]
+        lines = [
+            line.strip()
+            for line in Path(file).read_text(encoding="utf-8").splitlines()
+            if line.strip()
+        ]
     except (OSError, ValueError) as error:
         raise UserError(f"--templates is {file!r}, which cannot be read: {error}") from None
     wrong = next((line for line in lines if line.count("{}") != 1), None if lines else "")

@@ -48,7 +48,9 @@ def parse_annotation(text: str) -> tuple[tuple[int, int], dict[str, list[Box]]]:
     for item in root.iter("object"):
         box = item.find("bndbox")
         if box is not None:
-            left, top, right, bottom = (float(box.findtext(side, "")) for side in ("xmin", "ymin", "xmax", "ymax"))
+            left, top, right, bottom = (
+                float(box.findtext(side, "")) for side in ("xmin", "ymin", "xmax", "ymax")
+            )
             for name in item.findall("name"):
                 boxes.setdefault(str(name.text), []).append((left, top, right, bottom))
     return (int(root.findtext("size/width", "")), int(root.findtext("size/height", ""))), boxes
@@ -70,7 +72,15 @@ class Entities(Dataset):
     `Sample.token_picture` is here the index of the phrase that each token belongs to, -1 for none.
     """
 
-    def __init__(self, folder: str, images: str, split: str, tokenizer: CaptionTokenizer, size: int, max_pixels: int):
+    def __init__(
+        self,
+        folder: str,
+        images: str,
+        split: str,
+        tokenizer: CaptionTokenizer,
+        size: int,
+        max_pixels: int,
+    ):
         """Read the pictures that `folder/SPLIT.txt` lists, or all annotated ones if `folder` has no lists.
 
         `split` "all" also reads all of them, unless there is an all.txt.
@@ -81,35 +91,51 @@ class Entities(Dataset):
         self.tokenizer, self.size, self.max_pixels = tokenizer, size, max_pixels
         root, listed = Path(folder).expanduser(), Path(folder).expanduser() / f"{split}.txt"
         if not (root / "Annotations").is_dir() or not (root / "Sentences").is_dir():
-            raise UserError(f"--boxes is {folder!r}: give Flickr30k Entities' folder, with Annotations/ and Sentences/")
+            raise UserError(
+                f"--boxes is {folder!r}: give Flickr30k Entities' folder, with Annotations/ and Sentences/"
+            )
         if listed.is_file():
             names = listed.read_text().split()
         elif any(root.glob("*.txt")) and split != "all":
             found = ", ".join(sorted(path.stem for path in root.glob("*.txt")))
-            raise UserError(f"--split is {split!r}: {folder} has the lists {found}; 'all' takes every picture")
+            raise UserError(
+                f"--split is {split!r}: {folder} has the lists {found}; 'all' takes every picture"
+            )
         else:
             names = sorted(path.stem for path in (root / "Annotations").glob("*.xml"))
         self.captions: list[Caption] = []
         for number, name in enumerate(names):
             self.captions += self._read(root, Path(images).expanduser(), name, number)
         if not self.captions:
-            raise UserError(f"--boxes is {folder!r}: its {len(names)} pictures have no phrase with a box")
+            raise UserError(
+                f"--boxes is {folder!r}: its {len(names)} pictures have no phrase with a box"
+            )
 
     def _read(self, root: Path, images: Path, name: str, number: int) -> list[Caption]:
-        annotation, sentences = root / "Annotations" / f"{name}.xml", root / "Sentences" / f"{name}.txt"
+        annotation, sentences = (
+            root / "Annotations" / f"{name}.xml",
+            root / "Sentences" / f"{name}.txt",
+        )
         try:
             size, boxes = parse_annotation(annotation.read_text(encoding="utf-8"))
             lines = sentences.read_text(encoding="utf-8").splitlines()
         except (OSError, ValueError, ElementTree.ParseError) as error:
-            raise UserError(f"--boxes: {annotation} or its sentences cannot be read: {error}") from None
-        file = next((images / f"{name}{end}" for end in SUFFIXES if (images / f"{name}{end}").exists()), None)
+            raise UserError(
+                f"--boxes: {annotation} or its sentences cannot be read: {error}"
+            ) from None
+        file = next(
+            (images / f"{name}{end}" for end in SUFFIXES if (images / f"{name}{end}").exists()),
+            None,
+        )
         file = file or images / f"{name}{SUFFIXES[0]}"
         out = []
         for line in lines:
             text, phrases = parse_sentence(line)
             phrases = [phrase for phrase in phrases if phrase.number in boxes]
             if phrases:
-                out.append(Caption(file, text, phrases, [boxes[p.number] for p in phrases], number, size))
+                out.append(
+                    Caption(file, text, phrases, [boxes[p.number] for p in phrases], number, size)
+                )
         return out
 
     def __len__(self) -> int:
@@ -145,6 +171,11 @@ class Entities(Dataset):
 
 def _phrase_of(tokens: Tokens, phrases: list[Phrase]) -> list[int]:
     def number(last: int) -> int:
-        return next((n for n, phrase in enumerate(phrases) if phrase.start < last <= phrase.end), NO_PICTURE)
+        return next(
+            (n for n, phrase in enumerate(phrases) if phrase.start < last <= phrase.end), NO_PICTURE
+        )
 
-    return [number(last) if valid else NO_PICTURE for last, valid in zip(tokens.ends, tokens.valid, strict=True)]
+    return [
+        number(last) if valid else NO_PICTURE
+        for last, valid in zip(tokens.ends, tokens.valid, strict=True)
+    ]

@@ -64,7 +64,9 @@ class HeldOut:
         numbers: dict[int, int] = {}
         image_of = [numbers.setdefault(pairs.image_id(row), len(numbers)) for row in rows]
         self.image_of = torch.tensor(image_of)
-        self.first = {number: row for row, number in reversed(list(zip(rows, image_of, strict=True)))}
+        self.first = {
+            number: row for row, number in reversed(list(zip(rows, image_of, strict=True)))
+        }
         self.at_load: list[Bad] = getattr(pairs, "bad", [])
 
     @property
@@ -86,11 +88,15 @@ class HeldOut:
 
     def _caption(self, number: int) -> Sample:
         sample = self.pairs.pair(self.rows[max(number, 0)], picture=False)
-        return replace(sample, image=torch.zeros(3, 0, 0, dtype=torch.uint8), index=number, bad=None)
+        return replace(
+            sample, image=torch.zeros(3, 0, 0, dtype=torch.uint8), index=number, bad=None
+        )
 
     def _picture(self, number: int) -> Picture:
         if number == FILLER:
-            return Picture(torch.zeros(3, self.pairs.size, self.pairs.size, dtype=torch.uint8), FILLER)
+            return Picture(
+                torch.zeros(3, self.pairs.size, self.pairs.size, dtype=torch.uint8), FILLER
+            )
         sample = self.pairs.pair(self.first[number])
         bad = sample.bad if sample.bad is not None and sample.bad[1] != NO_TOKEN else None
         return Picture(sample.image, number, sample.cell_picture, bad)

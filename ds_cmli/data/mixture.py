@@ -38,13 +38,19 @@ class Mixture:
         if weights is None:
             self.shares = list(lengths)
             return
-        scaled = [weight / max(weights) for weight in weights]  # their sum is finite whatever the weights are
+        scaled = [
+            weight / max(weights) for weight in weights
+        ]  # their sum is finite whatever the weights are
         exact = [weight / sum(scaled) * self.draws for weight in scaled]
         self.shares = [max(1, int(x)) for x in exact]
-        by_rest = sorted(range(len(exact)), key=lambda s: self.shares[s] - exact[s])  # largest remainder first
+        by_rest = sorted(
+            range(len(exact)), key=lambda s: self.shares[s] - exact[s]
+        )  # largest remainder first
         for source in by_rest[: max(0, self.draws - sum(self.shares))]:
             self.shares[source] += 1
-        for _ in range(sum(self.shares) - self.draws):  # what the smallest were given beyond their shares
+        for _ in range(
+            sum(self.shares) - self.draws
+        ):  # what the smallest were given beyond their shares
             self.shares[self.shares.index(max(self.shares))] -= 1
         self.raised = [source for source, x in enumerate(exact) if x < 0.5]
 
@@ -59,7 +65,9 @@ class Mixture:
             while position < end:
                 turn, start = divmod(position, length)
                 count = min(length - start, end - position)
-                indices.append(first + permutation(length, seed, source, turn)[start : start + count])
+                indices.append(
+                    first + permutation(length, seed, source, turn)[start : start + count]
+                )
                 turns.append(torch.full((count,), turn, dtype=torch.int32))
                 position += count
             first += length

@@ -12,7 +12,12 @@ from ds_cmli.data.sources.base import Parts, Source, hold_out
 from ds_cmli.data.sources.names import weighted
 from ds_cmli.data.summary import source_line
 
-OF_SOURCES = ("image_root", "image_key", "caption_key", "separator")  # settings that only some sources read
+OF_SOURCES = (
+    "image_root",
+    "image_key",
+    "caption_key",
+    "separator",
+)  # settings that only some sources read
 
 FOLLOWING = {"folder", "csv", "json"}  # the kinds whose pictures are files of their own
 
@@ -43,7 +48,10 @@ def open_sources(config: DataConfig) -> Opened:
     held_out: list[Source] = []
     for name in names:
         parts = _open(name, config, kinds)
-        train, validation = parts.train, None if config.val_source else _evaluated(parts, name, config)
+        train, validation = (
+            parts.train,
+            None if config.val_source else _evaluated(parts, name, config),
+        )
         for split, part in (("validation", parts.validation), ("test", parts.test)):
             if part is not None and part is not validation and name != config.val_source:
                 opened.notices.append(f"the {split} part of {name} is not used")
@@ -57,7 +65,9 @@ def open_sources(config: DataConfig) -> Opened:
     if config.val_source:
         opened.validation = [_open_val_source(config, names, kinds, opened)]
     if config.follow_symlinks and not kinds & FOLLOWING:
-        opened.notices.append(f"data.follow_symlinks has no effect: {' and '.join(sorted(kinds))} holds its pictures")
+        opened.notices.append(
+            f"data.follow_symlinks has no effect: {' and '.join(sorted(kinds))} holds its pictures"
+        )
     opened.train, lines = kept_apart(opened.train, held_out)
     for part in (*opened.train, *opened.validation):
         if not len(part):
@@ -67,13 +77,20 @@ def open_sources(config: DataConfig) -> Opened:
     opened.mixture = Mixture([len(source) for source in opened.train], weights)
     _describe(opened, names, held_out, config)
     for setting in OF_SOURCES:
-        value, readers = getattr(config, setting), [k for k, e in sources.SOURCES.items() if setting in e.settings]
+        value, readers = (
+            getattr(config, setting),
+            [k for k, e in sources.SOURCES.items() if setting in e.settings],
+        )
         if value and not kinds & set(readers):
-            raise UserError(f"data.{setting} is {value!r}: no source here reads it, only {' and '.join(readers)}")
+            raise UserError(
+                f"data.{setting} is {value!r}: no source here reads it, only {' and '.join(readers)}"
+            )
     return opened
 
 
-def _open_val_source(config: DataConfig, names: list[str], kinds: set[str], opened: Opened) -> Source:
+def _open_val_source(
+    config: DataConfig, names: list[str], kinds: set[str], opened: Opened
+) -> Source:
     """The validation data that `data.val_source` names; lines about it are added to those of `opened`."""
     try:
         parts = _open(config.val_source, config, kinds)
@@ -83,7 +100,9 @@ def _open_val_source(config: DataConfig, names: list[str], kinds: set[str], open
         opened.of_files += parts.notices
     whole = parts.validation is None and parts.test is None
     if whole and config.val_split == "test":
-        opened.notices.append(f"data.val_split has no effect: {config.val_source} has no parts and is used whole")
+        opened.notices.append(
+            f"data.val_split has no effect: {config.val_source} has no parts and is used whole"
+        )
     return parts.train if whole else _evaluated(parts, config.val_source, config) or parts.train
 
 
@@ -115,7 +134,9 @@ def _describe(opened: Opened, names: list[str], held_out: list[Source], config: 
 def _evaluated(parts: Parts, name: str, config: DataConfig) -> Source | None:
     """The part that `data.val_split` names; None if some of the training pairs have to be held out instead."""
     if config.val_split == "test" and parts.test is None:
-        raise UserError(f"data.val_split is 'test', and {name} has no such part: leave it out, or give data.val_source")
+        raise UserError(
+            f"data.val_split is 'test', and {name} has no such part: leave it out, or give data.val_source"
+        )
     return parts.test if config.val_split == "test" else parts.validation
 
 
@@ -128,7 +149,12 @@ def open_evaluated(config: DataConfig) -> tuple[list[Source], list[str]]:
 def open_all(config: DataConfig) -> tuple[list[Source], list[str]]:
     """All parts of all sources of `data.source`, for an evaluation on other data, and lines about them."""
     opened = [_open(name, config, set()) for name in weighted(config.source)[0]]
-    found = [part for parts in opened for part in (parts.train, parts.validation, parts.test) if part is not None]
+    found = [
+        part
+        for parts in opened
+        for part in (parts.train, parts.validation, parts.test)
+        if part is not None
+    ]
     # Without duplicates: a source without a training part uses another part for it.
     return list(dict.fromkeys(found)), [line for parts in opened for line in parts.notices]
 

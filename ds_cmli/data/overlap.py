@@ -15,7 +15,9 @@ def kept_apart(train: list[Source], held_out: Sequence[Source]) -> tuple[list[So
         stays = ~np.isin(source.identities(), taken)
         lost = len(source) - int(stays.sum())
         if lost:
-            lines.append(f"{lost} pictures of {source.where} are held out under another name too: not trained on")
+            lines.append(
+                f"{lost} pictures of {source.where} are held out under another name too: not trained on"
+            )
             source = Part(source, np.flatnonzero(stays).astype(np.uint32), source.bad)
         kept.append(source)
     return kept, lines

@@ -46,7 +46,9 @@ class Pictures:
     def image_id(self, index: int) -> int:
         """A hash that identifies the picture: equal for all captions, in all sources, on all nodes."""
         source, place = self.at(index if self.first is None else int(self.first[index]))
-        digest = hashlib.blake2b(self.sources[source].key(place), digest_size=8, salt=source.to_bytes(8, "little"))
+        digest = hashlib.blake2b(
+            self.sources[source].key(place), digest_size=8, salt=source.to_bytes(8, "little")
+        )
         return int.from_bytes(digest.digest(), "big", signed=True)
 
     def captions(self, index: int) -> list[str]:
@@ -102,7 +104,9 @@ class TrainPairs(Dataset):
         UserError: `MOST_TRIES` samples in a row cannot be used.
     """
 
-    def __init__(self, sources: list[Source], tokenizer: CaptionTokenizer, config: DataConfig, seed: int):
+    def __init__(
+        self, sources: list[Source], tokenizer: CaptionTokenizer, config: DataConfig, seed: int
+    ):
         self.pictures, self.tokenizer, self.seed = Pictures(sources, config), tokenizer, seed
         self.augmentation = Augmentation(config.augmentation, seed)
 
@@ -159,7 +163,11 @@ class EvalPairs(Dataset):
     """
 
     def __init__(self, sources: list[Source], tokenizer: CaptionTokenizer, config: DataConfig):
-        self.pictures, self.tokenizer, self.size = Pictures(sources, config), tokenizer, config.image_size
+        self.pictures, self.tokenizer, self.size = (
+            Pictures(sources, config),
+            tokenizer,
+            config.image_size,
+        )
         self.bad = of_sources(sources)
         self.rows: list[tuple[int, int]] = []  # (picture, which of its captions)
         for picture in range(len(self.pictures)):

@@ -36,10 +36,17 @@ def formats() -> list[str]:
 
 
 def read_picture(
-    path: Path, root: str, size: int, max_pixels: int, follow_symlinks: bool, view: View = central_square
+    path: Path,
+    root: str,
+    size: int,
+    max_pixels: int,
+    follow_symlinks: bool,
+    view: View = central_square,
 ) -> torch.Tensor:
     """Read and decode a file to uint8 [3, size, size]; arguments and errors are those of `read_file` and `decode`."""
-    return decode(read_file(path, root, most_bytes(max_pixels), follow_symlinks), size, max_pixels, view)
+    return decode(
+        read_file(path, root, most_bytes(max_pixels), follow_symlinks), size, max_pixels, view
+    )
 
 
 def decode(content: bytes, size: int, max_pixels: int, view: View = central_square) -> torch.Tensor:
@@ -58,9 +65,14 @@ def decode(content: bytes, size: int, max_pixels: int, view: View = central_squa
             raise Refused(f"more pixels than data.max_pixels = {max_pixels}") from None
         raise Refused(f"cannot identify image file: none of {', '.join(formats())}") from None
     with image:
-        for width, height in (image.size, (_tag(image, TILE_WIDTH, 1), _tag(image, TILE_LENGTH, 1))):
+        for width, height in (
+            image.size,
+            (_tag(image, TILE_WIDTH, 1), _tag(image, TILE_LENGTH, 1)),
+        ):
             if width * height > max_pixels:
-                raise Refused(f"{width} x {height} pixels, more than data.max_pixels = {max_pixels}")
+                raise Refused(
+                    f"{width} x {height} pixels, more than data.max_pixels = {max_pixels}"
+                )
         return load_image(image, size, view)
 
 
@@ -171,7 +183,9 @@ def _white(image: Image.Image) -> tuple[int, ...]:
 
 def _to_8_bits(image: Image.Image, whites: tuple[int, ...], unsigned: bool) -> Image.Image:
     pixels = np.asarray(image)
-    if unsigned and image.mode == "I":  # Pillow reads 32-bit pixels as signed even if they are unsigned
+    if (
+        unsigned and image.mode == "I"
+    ):  # Pillow reads 32-bit pixels as signed even if they are unsigned
         pixels = pixels.view(np.uint32)
     most = pixels.max()
     if not np.isfinite(pixels).all():

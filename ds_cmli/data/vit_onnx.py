@@ -37,7 +37,9 @@ def convert_vit(model: bytes, target: Path) -> None:
     def array(name: str) -> np.ndarray:
         return np.ascontiguousarray(numpy_helper.to_array(initializers[name]), dtype=np.float32)
 
-    tensors = {name.removeprefix(_PREFIX): array(name) for name in initializers if name.startswith(_PREFIX)}
+    tensors = {
+        name.removeprefix(_PREFIX): array(name) for name in initializers if name.startswith(_PREFIX)
+    }
     position: dict[str, np.ndarray] = {}
     for node in graph.node:
         constants = [name for name in node.input if name in initializers]
@@ -46,11 +48,19 @@ def convert_vit(model: bytes, target: Path) -> None:
             if product is not None:
                 bias = constants[0].removeprefix(_PREFIX)
                 # ONNX stores the right factor of the product, [in, out]; torch stores [out, in].
-                tensors[bias.removesuffix("bias") + "weight"] = np.ascontiguousarray(array(product.input[1]).T)
-        elif node.op_type in ("Concat", "Reshape") and node.output[0].startswith("/backbone/embeddings/"):
+                tensors[bias.removesuffix("bias") + "weight"] = np.ascontiguousarray(
+                    array(product.input[1]).T
+                )
+        elif node.op_type in ("Concat", "Reshape") and node.output[0].startswith(
+            "/backbone/embeddings/"
+        ):
             for name in constants:
-                if len(initializers[name].dims) == 3:  # position embedding of the class token or of the 37 x 37 patches
-                    position["class" if initializers[name].dims[1] == 1 else "patches"] = array(name)
+                if (
+                    len(initializers[name].dims) == 3
+                ):  # position embedding of the class token or of the 37 x 37 patches
+                    position["class" if initializers[name].dims[1] == 1 else "patches"] = array(
+                        name
+                    )
 
     state = {"pos_embed": np.concatenate([position["class"], position["patches"]], axis=1)}
     for name, value in tensors.items():

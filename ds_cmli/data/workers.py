@@ -24,14 +24,21 @@ from ds_cmli.data.batch import Batch
 
 SHARED = "/dev/shm"
 # What PyTorch and the system say where shared memory is short.
-SHORT = ("shared memory object", "unable to write to file </torch", "shared memory(shm)", "Bus error")
+SHORT = (
+    "shared memory object",
+    "unable to write to file </torch",
+    "shared memory(shm)",
+    "Bus error",
+)
 OPEN_FILES = 65536  # to which the limit of open files is raised, as far as this process may
 
 
 class Loader(DataLoader):
     """Raises `UserError` for what its processes report: their own `UserError`s, their end, a lack of shared memory."""
 
-    def __init__(self, *args: Any, worker_init_fn: Callable[[int], None] | None = None, **kwargs: Any):
+    def __init__(
+        self, *args: Any, worker_init_fn: Callable[[int], None] | None = None, **kwargs: Any
+    ):
         self.reader, self.writer = os.pipe()
         os.set_blocking(self.reader, False)
         kwargs["worker_init_fn"] = partial(_begin, self.writer, worker_init_fn)
@@ -58,8 +65,14 @@ class Loader(DataLoader):
             gc.unfreeze()
             yield from batches
         except UserError as error:
-            raise UserError(str(error).strip().splitlines()[-1].split("UserError: ", 1)[-1]) from None
-        except (OSError, RuntimeError, EOFError) as error:  # EOFError: a process has ended while it wrote
+            raise UserError(
+                str(error).strip().splitlines()[-1].split("UserError: ", 1)[-1]
+            ) from None
+        except (
+            OSError,
+            RuntimeError,
+            EOFError,
+        ) as error:  # EOFError: a process has ended while it wrote
             message = self._message(error, getattr(batches, "_workers", ()))
             if message is None:
                 raise

@@ -27,7 +27,11 @@ def _all_gather(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     # Sent as bytes, because gloo supports neither bf16 nor bool.
     x = x.contiguous()
     sent = x.view(torch.uint8) if x.dtype != torch.bool else x.to(torch.uint8)
-    out = torch.empty((distributed.world_size(group) * x.shape[0], *sent.shape[1:]), dtype=torch.uint8, device=x.device)
+    out = torch.empty(
+        (distributed.world_size(group) * x.shape[0], *sent.shape[1:]),
+        dtype=torch.uint8,
+        device=x.device,
+    )
     dist.all_gather_into_tensor(out, sent, group=group)  # collective
     return out.view(x.dtype) if x.dtype != torch.bool else out.bool()
 
@@ -37,7 +41,9 @@ def _all_shapes(x: Tensor, group: dist.ProcessGroup | None) -> list[list[int]]:
     return _all_gather(torch.tensor([x.shape], dtype=torch.int64, device=x.device), group).tolist()
 
 
-def agreed(facts: Tensor, mistake: Exception | None, group: dist.ProcessGroup | None = None) -> Tensor:
+def agreed(
+    facts: Tensor, mistake: Exception | None, group: dist.ProcessGroup | None = None
+) -> Tensor:
     """The `facts` [K] of every rank, in rank order: fp32 [P, K]. Collective, CPU-GPU sync.
 
     Raises:
@@ -70,7 +76,11 @@ def sum_to_owner(grad: Tensor, group: dist.ProcessGroup | None = None) -> Tensor
     grad = grad.to(wide).contiguous()
     if distributed.world_size(group) == 1:
         return grad
-    own = torch.empty((len(grad) // distributed.world_size(group), *grad.shape[1:]), dtype=wide, device=grad.device)
+    own = torch.empty(
+        (len(grad) // distributed.world_size(group), *grad.shape[1:]),
+        dtype=wide,
+        device=grad.device,
+    )
     with distributed.exchanging():
         dist.reduce_scatter_tensor(own, grad, group=group)  # collective
     return own
@@ -96,7 +106,9 @@ def gather_with_gradient(x: Tensor, group: dist.ProcessGroup | None = None) -> T
     return x if distributed.world_size(group) == 1 else _GatherWithGradient.apply(x, group)
 
 
-def pad_text(text: Tensor, mask: Tensor, group: dist.ProcessGroup | None = None) -> tuple[Tensor, Tensor]:
+def pad_text(
+    text: Tensor, mask: Tensor, group: dist.ProcessGroup | None = None
+) -> tuple[Tensor, Tensor]:
     """This rank's text features [B, M, D] and masks [B, M], padded to the largest M of all ranks. Collective.
 
     Raises:
@@ -104,7 +116,9 @@ def pad_text(text: Tensor, mask: Tensor, group: dist.ProcessGroup | None = None)
     """
     if distributed.world_size(group) == 1:
         return text, mask
-    shapes = _all_shapes(text, group)  # collective; CPU-GPU sync, because the padding depends on them
+    shapes = _all_shapes(
+        text, group
+    )  # collective; CPU-GPU sync, because the padding depends on them
     if len({(b, d) for b, _, d in shapes}) > 1:
         raise ValueError(
             f"the ranks' text features must agree in batch size and width, found [B, M, D] = {shapes}: "
@@ -115,7 +129,9 @@ def pad_text(text: Tensor, mask: Tensor, group: dist.ProcessGroup | None = None)
     return pad(text, (0, 0, 0, missing)), pad(mask, (0, missing))
 
 
-def gather_text(text: Tensor, mask: Tensor, group: dist.ProcessGroup | None = None) -> tuple[Tensor, Tensor]:
+def gather_text(
+    text: Tensor, mask: Tensor, group: dist.ProcessGroup | None = None
+) -> tuple[Tensor, Tensor]:
     """The text features and masks of all ranks: [B, M, D], bool [B, M] -> [G, M, D], bool [G, M].
 
     The inputs are the results of `pad_text`. The gradient of the features returns to the rank that owns them, summed
@@ -151,7 +167,11 @@ def column_logsumexp(logits: Tensor, group: dist.ProcessGroup | None = None) -> 
 
     fp32 or fp64. Collective: two vectors of length G in forward, one in backward.
     """
-    return logits.logsumexp(0) if distributed.world_size(group) == 1 else _ColumnLogSumExp.apply(logits, group)
+    return (
+        logits.logsumexp(0)
+        if distributed.world_size(group) == 1
+        else _ColumnLogSumExp.apply(logits, group)
+    )
 
 
 def logsumexp_over_ranks(lse: Tensor) -> Tensor:

@@ -17,7 +17,12 @@ RANKS_STARTED = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "LO
 RANKS_HERE = ("LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE")
 
 # The least and greatest value of each variable that is a number.
-RANGES = {"RANK": (0, None), "WORLD_SIZE": (1, None), "LOCAL_RANK": (0, None), "MASTER_PORT": (0, 65535)}
+RANGES = {
+    "RANK": (0, None),
+    "WORLD_SIZE": (1, None),
+    "LOCAL_RANK": (0, None),
+    "MASTER_PORT": (0, 65535),
+}
 SLURM_NUMBERS = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_ID",
                  "SLURM_JOB_ID")  # fmt: skip
 OF_A_TASK = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_JOB_ID")
@@ -40,15 +45,28 @@ def map_launcher_environment() -> None:
         nodes = ("SLURM_STEP_NODELIST",) if "MASTER_ADDR" not in env else ()
         for name in (*OF_A_TASK, *nodes):
             if name not in env:
-                raise UserError(f"SLURM_STEP_ID is set and {name} is not: start it by srun, or set RANK and WORLD_SIZE")
-        env["RANK"], env["WORLD_SIZE"], env["LOCAL_RANK"] = env["SLURM_PROCID"], tasks, env["SLURM_LOCALID"]
+                raise UserError(
+                    f"SLURM_STEP_ID is set and {name} is not: start it by srun, or set RANK and WORLD_SIZE"
+                )
+        env["RANK"], env["WORLD_SIZE"], env["LOCAL_RANK"] = (
+            env["SLURM_PROCID"],
+            tasks,
+            env["SLURM_LOCALID"],
+        )
         # If Slurm shows each task only its own GPU (--gpus-per-task), that GPU has the number 0.
-        if len(env.get("CUDA_VISIBLE_DEVICES", "").split(",")) == 1 and env.get("CUDA_VISIBLE_DEVICES"):
+        if len(env.get("CUDA_VISIBLE_DEVICES", "").split(",")) == 1 and env.get(
+            "CUDA_VISIBLE_DEVICES"
+        ):
             env["LOCAL_RANK"] = "0"
         if "MASTER_ADDR" not in env:
             env["MASTER_ADDR"] = _slurm_address(env["SLURM_STEP_NODELIST"])
         env.setdefault("MASTER_PORT", str(slurm_ports()[0]))
-    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}.items():
+    for name, value in {
+        "RANK": "0",
+        "WORLD_SIZE": "1",
+        "LOCAL_RANK": "0",
+        "MASTER_ADDR": "127.0.0.1",
+    }.items():
         env.setdefault(name, value)
     # Port 0 lets the store pick a free port. Only a world of one can use it, since no other rank has to find the store.
     env.setdefault("MASTER_PORT", "0" if env["WORLD_SIZE"] == "1" else "29500")
@@ -67,12 +85,18 @@ def _check_launcher() -> None:
     for name in (*RANGES, *slurm):
         _check_number(name, *RANGES.get(name, (0, None)))
     if "MASTER_ADDR" in env and not env["MASTER_ADDR"].strip():
-        raise UserError("MASTER_ADDR is '': give the address of the node of rank 0, or unset it for one node")
+        raise UserError(
+            "MASTER_ADDR is '': give the address of the node of rank 0, or unset it for one node"
+        )
     if "RANK" in env and "WORLD_SIZE" not in env:
-        raise UserError(f"RANK is {env['RANK']} and WORLD_SIZE is not set: set both, or neither for one process")
+        raise UserError(
+            f"RANK is {env['RANK']} and WORLD_SIZE is not set: set both, or neither for one process"
+        )
     by_slurm = "SLURM_STEP_ID" in env and "RANK" not in env
     if not by_slurm and "RANK" not in env and int(env.get("WORLD_SIZE", "1")) > 1:
-        raise UserError(f"WORLD_SIZE is {env['WORLD_SIZE']} and RANK is not set: set both, or neither for one process")
+        raise UserError(
+            f"WORLD_SIZE is {env['WORLD_SIZE']} and RANK is not set: set both, or neither for one process"
+        )
     accelerator = env.get("DS_ACCELERATOR")
     if accelerator not in (None, "cpu", "cuda"):
         raise UserError(f"DS_ACCELERATOR is {accelerator!r}: give cpu or cuda, or unset it")
@@ -89,9 +113,16 @@ def _check_number(name: str, least: int, most: int | None) -> None:
     value = os.environ.get(name)
     if value is None:
         return
-    if not (value.isdecimal() and len(value) < 19 and int(value) >= least and (most is None or int(value) <= most)):
+    if not (
+        value.isdecimal()
+        and len(value) < 19
+        and int(value) >= least
+        and (most is None or int(value) <= most)
+    ):
         bounds = f"from {least} on" if most is None else f"from {least} to {most}"
-        raise UserError(f"{name} is {value!r}: give a whole number {bounds}, or let the launcher set it")
+        raise UserError(
+            f"{name} is {value!r}: give a whole number {bounds}, or let the launcher set it"
+        )
 
 
 def _check_ranks() -> None:
@@ -101,9 +132,13 @@ def _check_ranks() -> None:
     if rank >= ranks:
         raise UserError(f"RANK is {rank} and WORLD_SIZE is {ranks}: the ranks are 0 to {ranks - 1}")
     if local >= ranks:
-        raise UserError(f"LOCAL_RANK is {local} and WORLD_SIZE is {ranks}: it is a rank's number on its node, from 0")
+        raise UserError(
+            f"LOCAL_RANK is {local} and WORLD_SIZE is {ranks}: it is a rank's number on its node, from 0"
+        )
     if ranks > 1 and env["MASTER_PORT"] == "0":
-        raise UserError(f"MASTER_PORT is 0 and WORLD_SIZE is {ranks}: give a port that all ranks know")
+        raise UserError(
+            f"MASTER_PORT is 0 and WORLD_SIZE is {ranks}: give a port that all ranks know"
+        )
     try:
         socket.getaddrinfo(env["MASTER_ADDR"], None)
     except OSError as error:
@@ -116,7 +151,9 @@ def _check_ranks() -> None:
 def _check_address() -> None:
     """Raise `UserError` if the run has several nodes, some of which would not find rank 0 at MASTER_ADDR."""
     env = os.environ
-    if "LOCAL_WORLD_SIZE" in env:  # torchrun's agents have met already, and several may run on one machine
+    if (
+        "LOCAL_WORLD_SIZE" in env
+    ):  # torchrun's agents have met already, and several may run on one machine
         return
     rank, ranks = int(env["RANK"]), int(env["WORLD_SIZE"])
     here = [int(env[name]) for name in RANKS_HERE if env.get(name, "").isdecimal()]
@@ -128,8 +165,14 @@ def _check_address() -> None:
     line = address_mistake(first_node) if several else None
     if line is None:
         return
-    if rank and env["LOCAL_RANK"] == "0" and not master_address.means_every_machine(env["MASTER_ADDR"]):
-        print(f"error: {line}", file=sys.stderr, flush=True)  # only this node may see it so, and rank 0 prints for all
+    if (
+        rank
+        and env["LOCAL_RANK"] == "0"
+        and not master_address.means_every_machine(env["MASTER_ADDR"])
+    ):
+        print(
+            f"error: {line}", file=sys.stderr, flush=True
+        )  # only this node may see it so, and rank 0 prints for all
     raise UserError(line)
 
 
@@ -172,7 +215,9 @@ def _node_address(node: str) -> str:
 
 
 def _scontrol(*arguments: str) -> str:
-    return subprocess.run(["scontrol", *arguments], capture_output=True, text=True, check=True).stdout
+    return subprocess.run(
+        ["scontrol", *arguments], capture_output=True, text=True, check=True
+    ).stdout
 
 
 def slurm_ports() -> list[int]:

@@ -21,7 +21,9 @@ def mistake(address: str, first_node: bool) -> str | None:
         first_node: whether rank 0 runs on this node. Its own name may then be a loopback address, as on Debian.
     """
     told, node = f"MASTER_ADDR is {address!r}", this_node()
-    remedy = "set it to the first node's name or address, as all nodes see it, or under Slurm unset it"
+    remedy = (
+        "set it to the first node's name or address, as all nodes see it, or under Slurm unset it"
+    )
     if means_every_machine(address):
         return f"{told}, by which every node means itself, and this run has several nodes: {remedy}"
     if first_node and address.split(".")[0] in (node, socket.gethostname().split(".")[0]):

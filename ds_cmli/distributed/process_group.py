@@ -38,7 +38,9 @@ def init(
     if torch.cuda.is_available():
         here = torch.cuda.device_count()
         if int(os.environ["LOCAL_RANK"]) >= here:
-            message = f"rank {os.environ['RANK']} has no GPU: its node has {here}; start one rank a GPU"
+            message = (
+                f"rank {os.environ['RANK']} has no GPU: its node has {here}; start one rank a GPU"
+            )
             if os.environ["RANK"] != "0":  # the mistakes of rank 0 are printed anyway
                 print(f"error: {message}", file=sys.stderr, flush=True)
             raise UserError(message)
@@ -51,7 +53,9 @@ def init(
         store.set_timeout(timeout)
         name = "nccl" if device.type == "cuda" else "gloo"
         rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        dist.init_process_group(name, store=store, rank=rank, world_size=ranks, timeout=timeout)  # collective
+        dist.init_process_group(
+            name, store=store, rank=rank, world_size=ranks, timeout=timeout
+        )  # collective
     return device
 
 
@@ -91,7 +95,9 @@ def mean_over_ranks(values: Tensor) -> Tensor:
 def sum_over_ranks(values: Tensor) -> Tensor:
     """The sum of `values` over ranks, in place; they may be on the CPU or on this rank's device. Collective."""
     if world_size() > 1:
-        moved = values.cuda() if dist.get_backend() == "nccl" else values  # NCCL does not accept CPU tensors
+        moved = (
+            values.cuda() if dist.get_backend() == "nccl" else values
+        )  # NCCL does not accept CPU tensors
         dist.all_reduce(moved)  # collective
         values.copy_(moved)  # CPU-GPU sync, under NCCL
     return values

@@ -21,7 +21,9 @@ from ds_cmli.common.errors import UserError
 from ds_cmli.distributed.launchers import is_slurm_step, slurm_ports
 
 ANSWER = 5.0  # seconds to wait for a store's answer
-STRANGER = 20.0  # seconds for which another program may answer at the given port before that is an error
+STRANGER = (
+    20.0  # seconds for which another program may answer at the given port before that is an error
+)
 FAILED, TOKEN, COME, ALL = (f"ds_cmli/{name}" for name in ("failed", "token", "come", "all"))
 
 
@@ -42,7 +44,11 @@ def meet(start: timedelta, stop: Callable[[], None]) -> dist.Store:
         store = _beside_the_agents(rank, ranks, start)
     else:
         ports, fixed = _ports()
-        store = _hold(host, ports, fixed, ranks) if rank == 0 else _find(host, ports, fixed, start, stop)
+        store = (
+            _hold(host, ports, fixed, ranks)
+            if rank == 0
+            else _find(host, ports, fixed, start, stop)
+        )
     try:
         if store.add(COME, 1) == ranks:
             store.set(ALL, "")
@@ -62,7 +68,9 @@ def meet(start: timedelta, stop: Callable[[], None]) -> dist.Store:
 
 def _ports() -> tuple[list[int], int | None]:
     """The ports at which the store may be, and the port that the user or launcher has set, or None."""
-    if os.environ["WORLD_SIZE"] == "1":  # no other rank has to find the store, so any free port will do
+    if (
+        os.environ["WORLD_SIZE"] == "1"
+    ):  # no other rank has to find the store, so any free port will do
         return [0], 0
     given = int(os.environ["MASTER_PORT"])
     if is_slurm_step() and given == slurm_ports()[0]:
@@ -75,8 +83,15 @@ def _token() -> str:
     env = os.environ
     token = env["WORLD_SIZE"]
     if is_slurm_step():
-        return " ".join([token, *(env.get(f"SLURM_{name}", "") for name in ("JOB_ID", "STEP_ID", "RESTART_COUNT"))])
-    if env.get("LOCAL_SIZE") == token:  # all ranks are on this machine and in the launcher's process group
+        return " ".join(
+            [
+                token,
+                *(env.get(f"SLURM_{name}", "") for name in ("JOB_ID", "STEP_ID", "RESTART_COUNT")),
+            ]
+        )
+    if (
+        env.get("LOCAL_SIZE") == token
+    ):  # all ranks are on this machine and in the launcher's process group
         token += f" {os.getpgid(0)}"
     return token
 
@@ -88,10 +103,13 @@ def _beside_the_agents(rank: int, ranks: int, start: timedelta) -> dist.Store:
     attempt = f"ds_cmli/{env.get('TORCHELASTIC_RESTART_COUNT', '0')}"
     try:
         agents = dist.PrefixStore(
-            attempt, dist.TCPStore(host, port, is_master=False, timeout=start, wait_for_workers=False)
+            attempt,
+            dist.TCPStore(host, port, is_master=False, timeout=start, wait_for_workers=False),
         )
         if rank == 0:
-            with socket.create_connection((host, port)) as way:  # gives the address at which others reach this node
+            with socket.create_connection(
+                (host, port)
+            ) as way:  # gives the address at which others reach this node
                 here = way.getsockname()[0]
             here = host if here.startswith("127.") or here == "::1" else here
             store = _listen(here, 0, ranks)
@@ -102,7 +120,9 @@ def _beside_the_agents(rank: int, ranks: int, start: timedelta) -> dist.Store:
         here, at, token = agents.get("store").decode().split()
         reached = _ask(here, int(at), token)
     except (dist.DistError, OSError) as error:
-        raise UserError(f"rank {rank} of {ranks} does not reach the launcher at {host}:{port}: {error}") from None
+        raise UserError(
+            f"rank {rank} of {ranks} does not reach the launcher at {host}:{port}: {error}"
+        ) from None
     if reached is None:
         raise UserError(f"rank {rank} of {ranks} does not reach rank 0 at {here}:{at}")
     return reached
@@ -119,7 +139,9 @@ def _hold(host: str, ports: list[int], fixed: int | None, ranks: int) -> dist.St
             store = _listen(host, port, ranks)
         except dist.DistError as error:
             if "in use" not in str(error):
-                raise UserError(f"no store for the ranks at {host}:{port}: {str(error).splitlines()[0]}") from None
+                raise UserError(
+                    f"no store for the ranks at {host}:{port}: {str(error).splitlines()[0]}"
+                ) from None
             continue
         if fixed in (None, port):
             os.environ["MASTER_PORT"] = str(store.port)
@@ -142,7 +164,10 @@ def _find(
 ) -> dist.Store:  # fmt: skip
     """The other ranks' part of `meet`: rank 0's store, at the first port where it answers."""
     rank, ranks = os.environ["RANK"], os.environ["WORLD_SIZE"]
-    began, stranger = time.monotonic(), 0.0  # the time since which another program answers at the given port
+    began, stranger = (
+        time.monotonic(),
+        0.0,
+    )  # the time since which another program answers at the given port
     while time.monotonic() - began < start.total_seconds():
         for port in ports:
             stop()
@@ -158,10 +183,15 @@ def _find(
             os.environ["MASTER_PORT"] = str(port)
             return store
         if stranger and time.monotonic() - stranger > STRANGER:
-            _nobody(rank, f"MASTER_PORT is {fixed}: another program answers there on {host}; set it to a free one")
+            _nobody(
+                rank,
+                f"MASTER_PORT is {fixed}: another program answers there on {host}; set it to a free one",
+            )
         time.sleep(0.3)
     place = f"at {host}:{ports[0]} within {start.total_seconds():g} s"
-    _nobody(rank, f"rank {rank} of {ranks} met no rank 0 {place}: see why it did not start or has ended")
+    _nobody(
+        rank, f"rank {rank} of {ranks} met no rank 0 {place}: see why it did not start or has ended"
+    )
 
 
 def _nobody(rank: str, message: str) -> NoReturn:
@@ -177,7 +207,9 @@ def _ask(host: str, port: int, token: str) -> dist.Store | None:
     def connect() -> None:
         try:
             answer = timedelta(seconds=ANSWER)
-            store = dist.TCPStore(host, port, is_master=False, timeout=answer, wait_for_workers=False)
+            store = dist.TCPStore(
+                host, port, is_master=False, timeout=answer, wait_for_workers=False
+            )
             if store.get(TOKEN).decode() == token:
                 answered.append(store)
         except (dist.DistError, UnicodeDecodeError):

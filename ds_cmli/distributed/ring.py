@@ -26,7 +26,9 @@ class Transfer:
 
     def __init__(self, sent: Tensor, received: Tensor, tag: int, group: dist.ProcessGroup | None):
         rank, ranks = distributed.rank(group), distributed.world_size(group)
-        after, before = (r if group is None else dist.get_global_rank(group, r) for r in neighbours(rank, ranks))
+        after, before = (
+            r if group is None else dist.get_global_rank(group, r) for r in neighbours(rank, ranks)
+        )
         send = dist.P2POp(dist.isend, sent, after, group, tag)
         receive = dist.P2POp(dist.irecv, received, before, group, tag)
         self.works = dist.batch_isend_irecv([send, receive])  # collective
@@ -64,7 +66,9 @@ def buffer_like(x: Tensor) -> Tensor:
     return torch.empty_like(x)
 
 
-def chunks(text: Tensor, mask: Tensor, group: dist.ProcessGroup | None) -> Iterator[tuple[int, Tensor, Tensor]]:
+def chunks(
+    text: Tensor, mask: Tensor, group: dist.ProcessGroup | None
+) -> Iterator[tuple[int, Tensor, Tensor]]:
     """Yields (rank, its text features, its mask) for each rank in turn, this rank first.
 
     Yielded tensors are valid until the next ones are requested; meanwhile they are sent on. Collective.

@@ -71,26 +71,38 @@ class Traffic(TorchDispatchMode):
         yield
         self.part = REST
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: Any = None
+    ) -> Any:
         if func.namespace == "c10d":
             kind, whole = OPERATORS.get(func._schema.name.partition("::")[2], ("", 0))
             if kind:
-                count = self.counts.setdefault((TEXT if kind == "send" else self.part, kind), Count())
+                count = self.counts.setdefault(
+                    (TEXT if kind == "send" else self.part, kind), Count()
+                )
                 count.calls += 1
-                count.bytes += sum(x.nbytes for x in tree_leaves(args[whole]) if isinstance(x, Tensor))
+                count.bytes += sum(
+                    x.nbytes for x in tree_leaves(args[whole]) if isinstance(x, Tensor)
+                )
         return func(*args, **(kwargs or {}))
 
     def since(self, before: Counts) -> Counts:
         """What has been counted since the time when `counts` was equal to `before`."""
         none = Count()
         earlier = {key: before.get(key, none) for key in self.counts}
-        return {k: Count(c.calls - earlier[k].calls, c.bytes - earlier[k].bytes) for k, c in self.counts.items()}
+        return {
+            k: Count(c.calls - earlier[k].calls, c.bytes - earlier[k].bytes)
+            for k, c in self.counts.items()
+        }
 
     def add(self, moved: Counts, times: int = 1) -> None:
         """Add `moved` to the counts `times` times, without any communication."""
         for key, count in moved.items():
             total = self.counts.setdefault(key, Count())
-            total.calls, total.bytes = total.calls + times * count.calls, total.bytes + times * count.bytes
+            total.calls, total.bytes = (
+                total.calls + times * count.calls,
+                total.bytes + times * count.bytes,
+            )
 
     def sent(self, ranks: int) -> int:
         return sum(count.sent(kind, ranks) for (_, kind), count in self.counts.items())

@@ -46,7 +46,9 @@ def build_models(
     data = config.data
     teacher = None
     with with_hints(config):
-        student = Student(config.student, data.image_size, vocab_size, data.context_length, pretrained, special)
+        student = Student(
+            config.student, data.image_size, vocab_size, data.context_length, pretrained, special
+        )
         if needs_teacher(config.loss.weights):
             teacher = Teacher(config.teacher, data.image_size, student.grid)
     objective = Objective(student, config.loss, teacher.width if teacher else None)
@@ -90,7 +92,9 @@ def build(
     deepspeed.init_distributed(verbose=False)
     dtype = DTYPES[ds_config.precision]
     objective, teacher = build_models(config, vocab_size, special=special)
-    torch.manual_seed(config.run.seed + distributed.rank())  # for dropout, which differs between ranks
+    torch.manual_seed(
+        config.run.seed + distributed.rank()
+    )  # for dropout, which differs between ranks
     compiled = config.run.compile != "off"
     if compiled:  # inside checkpointing, which then recomputes with the compiled code
         compile_blocks(objective.student.blocks, ds_config.stage)
@@ -111,7 +115,9 @@ def build(
             model=objective,
             model_parameters=groups,  # type: ignore[arg-type]
             config=ds_config.raw(),
-            lr_scheduler=schedule.maker(ds_config, config.optim.warmup_steps(total_steps), total_steps),
+            lr_scheduler=schedule.maker(
+                ds_config, config.optim.warmup_steps(total_steps), total_steps
+            ),
         )
     except (AssertionError, ValueError, NotImplementedError) as error:
         raise UserError(f"DeepSpeed refuses the configuration: {error}") from error

@@ -45,7 +45,11 @@ def _size_for_all(config: Config, patch: tuple[int, int]) -> str:
     if step > MOST_PIXELS:
         return f"no size fits patches of {' and '.join(map(str, sorted(sides)))} pixels: choose other models"
     near = max(1, min(round(size / step), MOST_PIXELS // step)) * step
-    both = ", which fits student.image_model and teacher.model" if needs_teacher(config.loss.weights) else ""
+    both = (
+        ", which fits student.image_model and teacher.model"
+        if needs_teacher(config.loss.weights)
+        else ""
+    )
     return f"give for instance {near}{both}"
 
 
@@ -61,7 +65,9 @@ def _image_encoders(config: Config) -> Iterator[ImageRequest]:
         student.layers,
     )
     if needs_teacher(config.loss.weights):
-        yield ImageRequest("teacher.", teacher.model, "random", teacher.overrides, size, True, block=teacher.block)
+        yield ImageRequest(
+            "teacher.", teacher.model, "random", teacher.overrides, size, True, block=teacher.block
+        )
 
 
 def _of_the_preset(config: Config, line: str) -> str:

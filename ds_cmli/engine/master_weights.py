@@ -13,7 +13,11 @@ def master_weights(engine: Any) -> list[Tensor]:
     """This rank's share of the trained master weights; on the host if the optimizer is offloaded."""
     optimizer = engine.optimizer
     # Stages 1 and 2; stage 3; DeepSpeed's BF16_Optimizer.
-    for name in ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat", "fp32_groups_flat_partition"):
+    for name in (
+        "single_partition_of_fp32_groups",
+        "fp32_partitioned_groups_flat",
+        "fp32_groups_flat_partition",
+    ):
         if hasattr(optimizer, name):
             return [share.detach() for share in getattr(optimizer, name)]
     masters = masters_without_zero(optimizer)
@@ -37,7 +41,9 @@ def masters_without_zero(optimizer: Any) -> dict[int, Tensor]:
 def set_master_weight(engine: Any, parameter: nn.Parameter, value: Tensor) -> None:
     """Set a trained parameter's master weight: write this rank's share of `value`, the whole parameter's value."""
     optimizer, value = engine.optimizer, value.flatten()
-    if hasattr(parameter, "ds_id"):  # DeepSpeed's function (0.19.8) fails if the ranks do not divide the size
+    if hasattr(
+        parameter, "ds_id"
+    ):  # DeepSpeed's function (0.19.8) fails if the ranks do not divide the size
         share, _ = optimizer._get_fp32_opt_state_partition(parameter, release_swap_buffers=True)
         start = share.numel() * optimizer._get_param_partition_rank(parameter)
         part = value[start : start + share.numel()]

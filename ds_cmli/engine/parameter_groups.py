@@ -57,7 +57,9 @@ def freeze(module: nn.Module, config: Config) -> None:
         part, depth, layers = where[name]
         count = first.get(part, 0)
         if count > layers and part in ENCODERS:
-            raise UserError(f"student.freeze_{part} is {count}: the {part} encoder has {layers} layers")
+            raise UserError(
+                f"student.freeze_{part} is {count}: the {part} encoder has {layers} layers"
+            )
         # Where all layers are frozen, so is what is above them: the whole encoder.
         if count and (depth <= count or count == layers):
             parameter.requires_grad_(False)
@@ -66,7 +68,9 @@ def freeze(module: nn.Module, config: Config) -> None:
 def factor(where: tuple[str, int, int], optim: OptimConfig) -> float:
     """The factor of the learning rate of a parameter at that place, an entry of `depths`."""
     part, depth, layers = where
-    above = layers + 1 - depth if part in ENCODERS else 0  # layers above it in its encoder; the heads count as one
+    above = (
+        layers + 1 - depth if part in ENCODERS else 0
+    )  # layers above it in its encoder; the heads count as one
     factors: dict[str, float] = {str(name): value for name, value in optim.lr_factors.items()}
     return factors.get(part, 1.0) * optim.layer_decay**above
 
@@ -81,7 +85,9 @@ def parameter_groups(
     Args:
         lr: the learning rate that the factors multiply.
     """
-    embeddings = {id(p) for m in module.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
+    embeddings = {
+        id(p) for m in module.modules() if isinstance(m, nn.Embedding) for p in m.parameters()
+    }
     spared: set[int] = set()
     for owner in module.modules():
         named: Any = getattr(owner, "no_weight_decay", None)  # timm's models name such parameters
@@ -93,20 +99,28 @@ def parameter_groups(
         if not parameter.requires_grad:
             continue
         vector = sum(size > 1 for size in parameter.shape) < 2
-        table = id(parameter) in embeddings or any(word in name.rsplit(".", 1)[-1] for word in NO_MATRIX)
+        table = id(parameter) in embeddings or any(
+            word in name.rsplit(".", 1)[-1] for word in NO_MATRIX
+        )
         flat = vector or table or id(parameter) in spared
         rate = factor(where[name], optim) if optim is not None else 1.0
         groups.setdefault((-rate, float(flat)), []).append(parameter)
     out: list[dict[str, Any]] = []
     for (rate, plain), parameters in sorted(groups.items(), key=lambda item: item[0]):
         group = {"params": parameters, "weight_decay": 0.0 if plain else weight_decay}
-        out.append(group if len({r for r, _ in groups}) == 1 and rate == -1.0 else {**group, "lr": -rate * lr})
+        out.append(
+            group
+            if len({r for r, _ in groups}) == 1 and rate == -1.0
+            else {**group, "lr": -rate * lr}
+        )
     return out
 
 
 def rates_without_effect(module: nn.Module, optim: OptimConfig) -> Iterator[str]:
     """A line for each learning rate factor of `optim` that is of frozen parameters alone."""
-    trained = {part_of(name) for name, parameter in module.named_parameters() if parameter.requires_grad}
+    trained = {
+        part_of(name) for name, parameter in module.named_parameters() if parameter.requires_grad
+    }
     for part in sorted(set(optim.lr_factors) - trained):
         yield f"optim.lr_factors {part} has no effect: the whole {part} encoder is frozen (student.freeze_{part})"
     if optim.layer_decay != 1 and not trained & set(ENCODERS):
@@ -128,7 +142,9 @@ def counts_line(module: nn.Module, teacher: nn.Module | None) -> str:
     """A line for the log: how many parameters there are, and how many of them are trained, by part."""
     total: dict[str, list[int]] = {}
     for name, parameter in module.named_parameters():
-        size = getattr(parameter, "ds_numel", parameter.numel())  # the whole size, also under ZeRO-3
+        size = getattr(
+            parameter, "ds_numel", parameter.numel()
+        )  # the whole size, also under ZeRO-3
         both = total.setdefault(part_of(name), [0, 0])
         both[0] += size
         both[1] += size * parameter.requires_grad
@@ -137,5 +153,9 @@ def counts_line(module: nn.Module, teacher: nn.Module | None) -> str:
         for part, (all_, trained) in total.items()
     )
     every, trained = (sum(both[i] for both in total.values()) for i in (0, 1))
-    frozen = f"; teacher {sum(p.numel() for p in teacher.parameters()) / 1e6:.2f}M" if teacher is not None else ""
+    frozen = (
+        f"; teacher {sum(p.numel() for p in teacher.parameters()) / 1e6:.2f}M"
+        if teacher is not None
+        else ""
+    )
     return f"parameters: {every / 1e6:.2f}M, {trained / 1e6:.2f}M trained: {parts}{frozen}"

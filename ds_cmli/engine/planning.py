@@ -30,12 +30,20 @@ def on_this_device(ds_config: DeepSpeedConfig) -> DeepSpeedConfig:
 
     found, asked = torch.cuda.is_available(), os.environ.get("DS_ACCELERATOR")
     if asked == "cuda" and not found:
-        raise UserError("DS_ACCELERATOR is 'cuda' and PyTorch finds no GPU here: unset it to train on the CPU")
+        raise UserError(
+            "DS_ACCELERATOR is 'cuda' and PyTorch finds no GPU here: unset it to train on the CPU"
+        )
     if asked == "cpu" and found:
-        raise UserError("DS_ACCELERATOR is 'cpu' and PyTorch finds a GPU: give CUDA_VISIBLE_DEVICES= too, or unset it")
+        raise UserError(
+            "DS_ACCELERATOR is 'cpu' and PyTorch finds a GPU: give CUDA_VISIBLE_DEVICES= too, or unset it"
+        )
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    if visible not in ("", "-1", "NoDevFiles") and not found:  # Slurm sets the last one for a job without GPUs
-        say(f"CUDA_VISIBLE_DEVICES is {visible!r}, and PyTorch finds no GPU there: training on the CPU")
+    if (
+        visible not in ("", "-1", "NoDevFiles") and not found
+    ):  # Slurm sets the last one for a job without GPUs
+        say(
+            f"CUDA_VISIBLE_DEVICES is {visible!r}, and PyTorch finds no GPU there: training on the CPU"
+        )
     deepspeed_checks.deep(ds_config)
     accelerator = get_accelerator()
     device = accelerator.device_name()
@@ -49,12 +57,16 @@ def on_this_device(ds_config: DeepSpeedConfig) -> DeepSpeedConfig:
     return ds_config.on(device, fp16, bf16)
 
 
-def filled(config: Config, ds_config: DeepSpeedConfig, world_size: int, total_steps: int) -> DeepSpeedConfig:
+def filled(
+    config: Config, ds_config: DeepSpeedConfig, world_size: int, total_steps: int
+) -> DeepSpeedConfig:
     """The JSON with a value in the place of each "auto". Raises `UserError` if `optim` does not go with it."""
 
     def width() -> int:
         with torch.device("meta"):
-            model: Any = timm.create_model(config.student.image_model, **config.student.image_overrides)
+            model: Any = timm.create_model(
+                config.student.image_model, **config.student.image_overrides
+            )
             return model.num_features
 
     check_rates(config.optim, ds_config)
@@ -66,8 +78,14 @@ def try_out(ds_config: DeepSpeedConfig, total_steps: int) -> str | None:
     """`schedule.try_out` on the CPU, or on the GPU for an optimizer with a GPU-only option that is not offloaded."""
     from deepspeed.accelerator import get_accelerator
 
-    gpu_only = ds_config.optimizer_params.get("fused") or ds_config.optimizer_params.get("capturable")
-    device = get_accelerator().device_name() if gpu_only and ds_config.offload("optimizer") == "none" else "cpu"
+    gpu_only = ds_config.optimizer_params.get("fused") or ds_config.optimizer_params.get(
+        "capturable"
+    )
+    device = (
+        get_accelerator().device_name()
+        if gpu_only and ds_config.offload("optimizer") == "none"
+        else "cpu"
+    )
     return schedule.try_out(ds_config, torch.device(device), total_steps)
 
 
@@ -78,11 +96,15 @@ def with_backend(config: Config, device: torch.device) -> tuple[Config, str | No
         UserError: the requested backend does not run here.
     """
     asked = config.loss.cmli_backend
-    if asked == "chunked" or not any("cmli_backend" in LOSSES[name].settings for name in config.loss.weights):
+    if asked == "chunked" or not any(
+        "cmli_backend" in LOSSES[name].settings for name in config.loss.weights
+    ):
         return config, None
     reason = why_no_triton() if device.type == "cuda" else "there is no GPU"
     if asked == "triton" and reason is not None:
-        raise UserError(f"loss.cmli_backend is 'triton', which does not run here ({reason}): give 'auto' or 'chunked'")
+        raise UserError(
+            f"loss.cmli_backend is 'triton', which does not run here ({reason}): give 'auto' or 'chunked'"
+        )
     notice = None
     if reason is not None and device.type == "cuda":
         notice = f"Triton does not run here, the all-pairs losses take the slower chunked backend: {reason}"
@@ -106,7 +128,9 @@ def plan(
         steps = max(1, int(config.optim.epochs * sampler.batches_per_epoch / accumulation))
     ds_config = filled(config, ds_config, ranks, steps)
     negatives = total if compares_all(config, ds_config) else micro_batch * ranks
-    if len(told := set(distributed.gather_objects((distributed.world_size(), negatives)))) > 1:  # collective
+    if (
+        len(told := set(distributed.gather_objects((distributed.world_size(), negatives)))) > 1
+    ):  # collective
         raise UserError(
             f"the ranks would take negatives from different numbers of pairs (ranks, pairs): {sorted(told)}"
         )

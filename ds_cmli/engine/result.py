@@ -31,4 +31,7 @@ def by_name(means: list[float], losses: Iterable[str], pairs: int) -> dict[str, 
     values = dict(zip(["loss", *(f"loss/{name}" for name in names)], means[:-1], strict=True))
     # Texts of the same picture or caption: a loss with one positive ignores them, one with several adds them as such.
     several = {LOSSES[name].several for name in names if LOSSES[name].scores}
-    return values | {("added_positives" if each else "ignored_negatives"): round(means[-1] * pairs) for each in several}
+    return values | {
+        ("added_positives" if each else "ignored_negatives"): round(means[-1] * pairs)
+        for each in several
+    }

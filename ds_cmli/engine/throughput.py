@@ -58,7 +58,9 @@ class StepTimer:
             self.marks[-1][1].synchronize()  # CPU-GPU sync
         for (phase, begin), (_, end) in zip(self.marks, self.marks[1:], strict=False):
             if phase is not None:
-                seconds[phase] += begin.elapsed_time(end) / 1e3 if torch.cuda.is_available() else end - begin
+                seconds[phase] += (
+                    begin.elapsed_time(end) / 1e3 if torch.cuda.is_available() else end - begin
+                )
         total = sum(seconds.values())
         flops, self.flops = self.flops, 0.0
         self.marks = self.marks[-1:]
@@ -86,14 +88,20 @@ class ModelFlops(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         both = 3 if self.trained else 1
-        if func is torch._C._nn.linear:  # `F.linear`; ZeRO-3 replaces it by a function that calls products
+        if (
+            func is torch._C._nn.linear
+        ):  # `F.linear`; ZeRO-3 replaces it by a function that calls products
             weight = args[1] if len(args) > 1 else kwargs["weight"]
-            self.flops += 2.0 * out.numel() * weight.shape[-1] * (both if weight.requires_grad else 1)
+            self.flops += (
+                2.0 * out.numel() * weight.shape[-1] * (both if weight.requires_grad else 1)
+            )
         elif func in PRODUCTS:
             self.flops += 2.0 * out.numel() * args[0].shape[-1] * both
         elif func in (F.conv2d, torch.conv2d):
             weight = args[1]
-            self.flops += 2.0 * out.numel() * weight[0].numel() * (both if weight.requires_grad else 1)
+            self.flops += (
+                2.0 * out.numel() * weight[0].numel() * (both if weight.requires_grad else 1)
+            )
         elif func is F.scaled_dot_product_attention:
             self.flops += 2.0 * (args[0].numel() + out.numel()) * args[1].shape[-2] * both
         return out

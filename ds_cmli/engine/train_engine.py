@@ -39,7 +39,9 @@ class TrainEngine:
     cache_on_host: bool = False  # gradient caching keeps the features on the host
     reduce_once: bool = False  # reduce gradients once per step, not after each micro-batch
     timer: StepTimer | None = None  # None: neither time nor the model's FLOPs are measured
-    flops: dict[int, float] = field(default_factory=dict)  # FLOPs of a micro-batch, by the padded length of its texts
+    flops: dict[int, float] = field(
+        default_factory=dict
+    )  # FLOPs of a micro-batch, by the padded length of its texts
     ema: EMA | None = None
     compiled: bool = False  # if true, the model's FLOPs are not counted
     lr: float = 0.0  # the learning rate of the last update, for a group whose factor is 1
@@ -53,19 +55,25 @@ class TrainEngine:
             micro_batches: this rank's `accumulation` micro-batches; each is moved to the device when its turn comes.
             heartbeat: called again and again during a step with gradient caching.
         """
-        once = self.reduce_once and self.engine.zero_optimization_stage() >= 2  # at 0 and 1 DeepSpeed does so anyway
+        once = (
+            self.reduce_once and self.engine.zero_optimization_stage() >= 2
+        )  # at 0 and 1 DeepSpeed does so anyway
         reduced = self._reduced_once() if once else nullcontext()
         update = (lambda: None) if once else self._update
         with reduced:
             if self.caching:
-                found = gradient_caching.backward(self, micro_batches, update, heartbeat)  # collectives
+                found = gradient_caching.backward(
+                    self, micro_batches, update, heartbeat
+                )  # collectives
             else:
                 found = []
                 for batch in micro_batches:
                     found.append(self._backward(batch))  # collectives
                     update()  # collectives
         if once:
-            for _ in found:  # the engine counts micro-batches, and updates the weights at the last one
+            for (
+                _
+            ) in found:  # the engine counts micro-batches, and updates the weights at the last one
                 self._update()  # collectives
         return found
 
@@ -92,7 +100,9 @@ class TrainEngine:
         self.engine.backward(nonfinite.poison(total) * self.missing_scale)
 
     def _update(self) -> None:
-        self.lr = self.engine.get_lr()[0] / self.lr_factor  # this update's: `engine.step` sets the next one's
+        self.lr = (
+            self.engine.get_lr()[0] / self.lr_factor
+        )  # this update's: `engine.step` sets the next one's
         self.mark("step")
         self.engine.step()  # collectives and a CPU-GPU sync: overflow check, gradient norm, updated weights
         if self.ema is not None and self.engine.was_step_applied():
@@ -107,7 +117,9 @@ class TrainEngine:
         try:
             yield
         except BaseException:
-            self._unfinished = block  # kept, as its end would reduce gradients, which the other ranks do not
+            self._unfinished = (
+                block  # kept, as its end would reduce gradients, which the other ranks do not
+            )
             raise
         block.__exit__(None, None, None)  # collectives
 
@@ -118,7 +130,9 @@ class TrainEngine:
             return 1.0
         return float(self.engine.optimizer.loss_scale)
 
-    def forward(self, batch: Batch, student: Callable[[Any], Any]) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(
+        self, batch: Batch, student: Callable[[Any], Any]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """Run the teacher, and then `student` with the teacher's targets.
 
         If time is measured, FLOPs are counted for the first batch of each padded text length.
@@ -132,7 +146,9 @@ class TrainEngine:
                 targets = self.teacher(batch.image) if self.teacher is not None else None
             with ModelFlops(trained=True) as student_flops:
                 out = student(targets)
-            self.flops[positions] = teacher_flops.flops + student_flops.flops + self._all_pairs_flops(batch)
+            self.flops[positions] = (
+                teacher_flops.flops + student_flops.flops + self._all_pairs_flops(batch)
+            )
         if self.timer is not None:
             self.timer.flops += self.flops.get(positions, 0.0)
         return out
@@ -144,7 +160,10 @@ class TrainEngine:
             return 0.0
         (B, M), (rows, columns) = batch.input_ids.shape, self.objective.student.grid
         G = B * distributed.world_size() * (self.accumulation if self.caching else 1)
-        D, share = self.objective.student.projection.out_features, self.objective.config.cmli_token_keep
+        D, share = (
+            self.objective.student.projection.out_features,
+            self.objective.config.cmli_token_keep,
+        )
         return 3 * 2.0 * B * G * kept(share, rows * columns) * kept(share, M) * D
 
     def mark(self, phase: str | None) -> None:
@@ -174,5 +193,7 @@ class TrainEngine:
             out["loss_scale"] = float(optimizer.loss_scale)
             out["skipped_steps"] = self.engine.skipped_steps
         for name, scale in self.objective.scales().items():
-            out[f"temperature/{name}"] = 1 / scale if scale else math.inf  # infinite if the scale was learned down to 0
+            out[f"temperature/{name}"] = (
+                1 / scale if scale else math.inf
+            )  # infinite if the scale was learned down to 0
         return out

@@ -18,14 +18,26 @@ SHOWN = {"source": "data"}  # options whose name in the code is another
 
 @click.command(cls=GroupedCommand)
 @option("What", "--checkpoint", required=True, help="A run's output folder.")
-@option("What", "--ema", is_flag=True, help="Of the averaged weights (optim.ema_decay), in place of the last ones.")
+@option(
+    "What",
+    "--ema",
+    is_flag=True,
+    help="Of the averaged weights (optim.ema_decay), in place of the last ones.",
+)
 @option("What", "--batch-size", default=50, show_default=True, help="Pictures or captions a step.")
 @option("What", "--workers", default=0, show_default=True, help="Data loading processes per rank.")
 @option("What", "--json", "json_file", help="Write the metrics to this file too.")
 @option(
-    "Retrieval", "--data", "source", help="As in training: 'demo', a folder, tars, COCO's JSON, ...  [the run's own]"
+    "Retrieval",
+    "--data",
+    "source",
+    help="As in training: 'demo', a folder, tars, COCO's JSON, ...  [the run's own]",
 )
-@option("Retrieval", "--image-root", help="Folder of the images that a list names, and those of --boxes.")
+@option(
+    "Retrieval",
+    "--image-root",
+    help="Folder of the images that a list names, and those of --boxes.",
+)
 @option(
     "Retrieval",
     "--split",
@@ -77,18 +89,34 @@ def command(
     if json_file:
         check_writable(json_file)
     fold_size = options["fold_size"]
-    for name, value, least in (("batch-size", batch_size, 1), ("workers", workers, 0), ("fold-size", fold_size, 1)):
+    for name, value, least in (
+        ("batch-size", batch_size, 1),
+        ("workers", workers, 0),
+        ("fold-size", fold_size, 1),
+    ):
         if value is not None and value < least:
             raise UserError(f"--{name} is {value}: give at least {least}")
     for name in ("source", "image_root", "zero_shot", "class_names", "templates", "boxes"):
         if options[name] == "":
-            raise UserError(f"--{SHOWN.get(name, name).replace('_', '-')} is empty: give a value, or leave it out")
+            raise UserError(
+                f"--{SHOWN.get(name, name).replace('_', '-')} is empty: give a value, or leave it out"
+            )
     _check_together(options)
     config = load_config(Path(checkpoint) / "config.json", "--checkpoint")
-    given = {name: options[name] for name in ("source", "image_root") if options[name] and not options["boxes"]}
+    given = {
+        name: options[name]
+        for name in ("source", "image_root")
+        if options[name] and not options["boxes"]
+    }
     if "source" in given and given["source"] != config.data.source:
         # The run's settings of its own data do not apply to other data.
-        given = {"val_source": "", "image_root": "", "image_key": "", "caption_key": "", "separator": ""} | given
+        given = {
+            "val_source": "",
+            "image_root": "",
+            "image_key": "",
+            "caption_key": "",
+            "separator": "",
+        } | given
     if not options["boxes"] and not options["zero_shot"]:
         config.data = dataclasses.replace(config.data, **given)
 
@@ -113,7 +141,9 @@ def _check_together(options: dict[str, Any]) -> None:
     for name, value in options.items():
         if value is not None and name != mode and name not in reads:
             what = f"beside --{mode.replace('_', '-')}" if mode else "without --zero-shot"
-            raise UserError(f"--{SHOWN.get(name, name).replace('_', '-')} has no effect {what}: leave it out")
+            raise UserError(
+                f"--{SHOWN.get(name, name).replace('_', '-')} has no effect {what}: leave it out"
+            )
     if mode == "boxes" and not options["image_root"]:
         raise UserError("--boxes needs --image-root: give the folder of the pictures")
 
@@ -159,7 +189,9 @@ def _zero_shot(
     data = EvalData(evals={}, tokenizer=tokenizer, collate=Collate(tokenizer))
     device = distributed.init()  # collective
     objective = load_objective(config, folder, ema, data, device).eval()
-    classifier = zero_shot.build_classifier(objective, data, names, templates, batch_size, device)  # collective
+    classifier = zero_shot.build_classifier(
+        objective, data, names, templates, batch_size, device
+    )  # collective
     rank, ranks = distributed.rank(), distributed.world_size()
     own = list(range(rank, len(pictures), ranks))
     own += [FILLER] * (-(-len(pictures) // ranks) - len(own))
@@ -188,7 +220,9 @@ def _boxes(
     data = EvalData(evals={}, tokenizer=tokenizer, collate=Collate(tokenizer))
     device = distributed.init()  # collective
     objective = load_objective(config, folder, ema, data, device).eval()
-    found = pointing_game(objective.student, entities, data, batch_size, device, workers)  # collective
+    found = pointing_game(
+        objective.student, entities, data, batch_size, device, workers
+    )  # collective
     say(pointing(found))
     return {f"entities/{name}": value for name, value in found.items()}
 

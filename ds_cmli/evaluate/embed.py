@@ -25,11 +25,15 @@ class Images:
     cls: Tensor  # [r, H], fp32
     patches: Tensor  # [r, N, D], in the model's precision
     cell_picture: Tensor  # int64 [r, 2, 2], see `data.Batch`
-    broken: dict[int, Bad] = field(default_factory=dict)  # by number, the pictures left out as they cannot be read
+    broken: dict[int, Bad] = field(
+        default_factory=dict
+    )  # by number, the pictures left out as they cannot be read
 
     def select(self, keep: Tensor) -> "Images":
         """The pictures that a mask, bool [r], selects."""
-        return Images(self.number[keep], self.cls[keep], self.patches[keep], self.cell_picture[keep])
+        return Images(
+            self.number[keep], self.cls[keep], self.patches[keep], self.cell_picture[keep]
+        )
 
     def block(self, rows: slice, device: Any) -> tuple[Tensor, Tensor]:
         """Class tokens [b, H] and patches [b, N, D] of some rows, on the device."""
@@ -52,7 +56,13 @@ class Texts:
     def select(self, keep: Tensor) -> "Texts":
         """The captions that a mask, bool [t], selects."""
         tokens = keep.repeat_interleave(self.length)  # [T]
-        kept = self.number[keep], self.cls[keep], self.tokens[tokens], self.token_picture[tokens], self.length[keep]
+        kept = (
+            self.number[keep],
+            self.cls[keep],
+            self.tokens[tokens],
+            self.token_picture[tokens],
+            self.length[keep],
+        )
         return Texts(*kept)
 
     def tokens_of(self, row: int) -> slice:
@@ -62,7 +72,9 @@ class Texts:
 
     def block(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Class tokens [b, H], padded tokens [b, M, D] and their mask, bool [b, M] (True = valid), of some rows."""
-        tokens = pad_sequence([self.tokens[self.tokens_of(int(row))] for row in rows], batch_first=True)
+        tokens = pad_sequence(
+            [self.tokens[self.tokens_of(int(row))] for row in rows], batch_first=True
+        )
         mask = torch.arange(tokens.shape[1]) < self.length[rows][:, None]
         return self.cls[rows], tokens, mask
 
@@ -79,7 +91,9 @@ def text_embeddings(student: Any, batch: Any) -> tuple[Tensor, Tensor]:
     return upcast(l2_normalize(cls)), l2_normalize(student.projection(tokens))
 
 
-def embed_images(student: Any, loader: Iterable, device: Any, heartbeat: Callable[[], None] = lambda: None) -> Images:
+def embed_images(
+    student: Any, loader: Iterable, device: Any, heartbeat: Callable[[], None] = lambda: None
+) -> Images:
     """Embed the pictures of a loader of `PictureBatch`es; fillers and broken pictures are encoded but left out.
 
     `heartbeat` is called for every batch and may be collective, as the loaders of all ranks have as many batches.
@@ -90,12 +104,16 @@ def embed_images(student: Any, loader: Iterable, device: Any, heartbeat: Callabl
         heartbeat()
         broken |= batch.broken
         cls, features = image_embeddings(student, batch.image.to(device, non_blocking=True))
-        bad = torch.tensor([number < 0 or number in batch.broken for number in batch.number.tolist()])
+        bad = torch.tensor(
+            [number < 0 or number in batch.broken for number in batch.number.tolist()]
+        )
         numbers.append(batch.number[~bad])
         classes.append(cls.cpu()[~bad])  # CPU-GPU sync
         patches.append(features.cpu()[~bad])
         cells.append(batch.cell_picture[~bad])
-    return Images(torch.cat(numbers), torch.cat(classes), torch.cat(patches), torch.cat(cells), broken)
+    return Images(
+        torch.cat(numbers), torch.cat(classes), torch.cat(patches), torch.cat(cells), broken
+    )
 
 
 def embed_texts(

@@ -32,15 +32,25 @@ def pointing_game(
     for image, text in pair_positions(share.images, share.texts, held_out.image_of):
         caption = entities.captions[int(share.texts.number[text])]
         view = central_square(*caption.size)
-        inside = torch.stack([patches_inside(boxes, view, student.grid) for boxes in caption.boxes])  # [F, N]
+        inside = torch.stack(
+            [patches_inside(boxes, view, student.grid) for boxes in caption.boxes]
+        )  # [F, N]
         tokens = share.texts.tokens_of(text)
         found = phrase_hits(
-            share.images.patches[image], share.texts.tokens[tokens], share.texts.token_picture[tokens], inside
+            share.images.patches[image],
+            share.texts.tokens[tokens],
+            share.texts.token_picture[tokens],
+            inside,
         )
         chance = inside.double().mean(1).sum().item()
-        sums += torch.tensor([found.sum(), len(found), chance, inside.any(1).sum()], dtype=torch.float64)
+        sums += torch.tensor(
+            [found.sum(), len(found), chance, inside.any(1).sum()], dtype=torch.float64
+        )
     hits, phrases, chance, visible = distributed.sum_over_ranks(sums).tolist()  # collective
-    out: dict[str, Any] = {"pointing_game": hits / phrases, "chance/pointing_game": chance / phrases}
+    out: dict[str, Any] = {
+        "pointing_game": hits / phrases,
+        "chance/pointing_game": chance / phrases,
+    }
     pictures = held_out.image_of[share.captions].unique()
     out |= {"visible": visible / phrases, "phrases": int(phrases), "pictures": len(pictures)}
     if share.left_out:

@@ -42,7 +42,9 @@ def draw(
             writer.picture(step, f"{MATCH_MAPS}{split}/{number}", picture(one))
 
 
-def match_maps(share: Share, held_out: HeldOut, tokenizer: Any, grid: tuple[int, int], count: int) -> list[MatchMap]:
+def match_maps(
+    share: Share, held_out: HeldOut, tokenizer: Any, grid: tuple[int, int], count: int
+) -> list[MatchMap]:
     """The maps of the first `count` usable pictures with their first captions, the same on every rank. Collective.
 
     Args:
@@ -61,13 +63,17 @@ def match_maps(share: Share, held_out: HeldOut, tokenizer: Any, grid: tuple[int,
             continue  # the picture belongs to another rank
         sample = held_out.pairs.pair(held_out.rows[caption])
         text = sample.tokens.text
-        spans = [span for span, v in zip(tokenizer.spans(text), sample.tokens.valid, strict=True) if v]
+        spans = [
+            span for span, v in zip(tokenizer.spans(text), sample.tokens.valid, strict=True) if v
+        ]
         tokens = share.texts.tokens[share.texts.tokens_of(text_row[caption])]  # [M, D]
         patches = share.images.patches[image_row[picture_number]]  # [N, D]
         words = [text[start:end] for start, end in spans]
         similarity = upcast(tokens) @ upcast(patches).t()
         mine[order] = MatchMap(sample.image, text[: spans[-1][1]], words, similarity, grid)
-    everywhere = {order: one for part in distributed.gather_objects(mine) for order, one in part.items()}  # collective
+    everywhere = {
+        order: one for part in distributed.gather_objects(mine) for order, one in part.items()
+    }  # collective
     return [everywhere[order] for order in sorted(everywhere)]
 
 

@@ -13,7 +13,9 @@ from ds_cmli.losses.functions import match_patches
 Box = tuple[float, float, float, float]  # left, top, right, bottom
 
 
-def scene_hits(patches: Tensor, tokens: Tensor, token_picture: Tensor, cells: Tensor, grid: tuple[int, int]) -> Tensor:
+def scene_hits(
+    patches: Tensor, tokens: Tensor, token_picture: Tensor, cells: Tensor, grid: tuple[int, int]
+) -> Tensor:
     """Count the hits of one scene.
 
     Args:
@@ -26,7 +28,9 @@ def scene_hits(patches: Tensor, tokens: Tensor, token_picture: Tensor, cells: Te
         fp64 [2]: the number of tokens whose best patch lies in their own picture, and of all tokens with a picture.
     """
     match = match_patches(tokens[None], patches[None])[0]  # [M]
-    found = F.interpolate(cells[None, None].float(), size=grid, mode="nearest").flatten().long()[match]  # [M]
+    found = (
+        F.interpolate(cells[None, None].float(), size=grid, mode="nearest").flatten().long()[match]
+    )  # [M]
     counted = token_picture >= 0
     return torch.stack([((found == token_picture) & counted).sum(), counted.sum()]).double()
 
@@ -41,7 +45,9 @@ def phrase_hits(patches: Tensor, tokens: Tensor, phrase: Tensor, inside: Tensor)
     """
     similarity = tokens.float() @ patches.float().t()  # [M, N]
     of_phrase = phrase == torch.arange(len(inside))[:, None]  # [F, M]
-    best = (of_phrase.float() @ similarity / of_phrase.sum(1, keepdim=True).clamp(min=1)).argmax(1)  # [F]
+    best = (of_phrase.float() @ similarity / of_phrase.sum(1, keepdim=True).clamp(min=1)).argmax(
+        1
+    )  # [F]
     return inside.gather(1, best[:, None])[:, 0] & of_phrase.any(1)
 
 

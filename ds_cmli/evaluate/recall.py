@@ -40,7 +40,9 @@ class Competitors:
 
     @classmethod
     def none(cls, scores: int, pictures: int, captions: int) -> "Competitors":
-        return cls(*(torch.zeros(scores, count, 3, dtype=torch.float64) for count in (pictures, captions)))
+        return cls(
+            *(torch.zeros(scores, count, 3, dtype=torch.float64) for count in (pictures, captions))
+        )
 
     def add(
         self, i2t: Tensor, t2i: Tensor, rows: Tensor, columns: Tensor, mine: Tensor, best: Tensor, own: Tensor,
@@ -64,7 +66,11 @@ class Competitors:
             (t2i, own[:, None, :], 1, self.t2i, columns),
         ):
             equal = scores == right
-            found = [(~(scores <= right) & wrong).sum(axis), (equal & wrong).sum(axis), (equal & mine).sum(axis)]
+            found = [
+                (~(scores <= right) & wrong).sum(axis),
+                (equal & wrong).sum(axis),
+                (equal & mine).sum(axis),
+            ]
             counts.index_add_(1, places, torch.stack(found, 2).double().cpu())  # CPU-GPU sync
 
     def recalls(self, pictures: Tensor, captions: Tensor) -> list[dict[str, float]]:

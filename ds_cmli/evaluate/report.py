@@ -9,11 +9,20 @@ POINTING_CHANCE = 0.25  # each picture of a scene fills a quarter of it
 def best(before: dict[str, Any], split: str, found: dict[str, Any], step: int) -> dict[str, Any]:
     """The best result of a run so far: this one if it has the metric of `before` and a higher value, else `before`."""
     score = next(s for s in SCORES if f"{s}/i2t_r1" in found)
-    metric, value = f"{split} {score} R@1", (found[f"{score}/i2t_r1"] + found[f"{score}/t2i_r1"]) / 2
+    metric, value = (
+        f"{split} {score} R@1",
+        (found[f"{score}/i2t_r1"] + found[f"{score}/t2i_r1"]) / 2,
+    )
     if before.get("metric", metric) != metric or value <= before.get("value", -1.0):
         return before
     chance = (found["chance/i2t_r1"] + found["chance/t2i_r1"]) / 2
-    return {"metric": metric, "value": value, "step": step, "pairs": found["pairs"], "chance": chance}
+    return {
+        "metric": metric,
+        "value": value,
+        "step": step,
+        "pairs": found["pairs"],
+        "chance": chance,
+    }
 
 
 def summary(split: str, found: dict[str, Any]) -> str:
@@ -29,15 +38,26 @@ def summary(split: str, found: dict[str, Any]) -> str:
             name = f"{prefix}{score}"
             if f"{name}/i2t_r1" not in found:
                 continue
-            ways = ["  ".join(f"{found[f'{name}/{way}_r{k}']:.3f}" for k in (1, 5, 10)) for way in ("i2t", "t2i")]
-            parts.append(f"    {name:{width}}  {'   '.join(ways)}   {found[f'{name}/mean_recall']:.3f}")
+            ways = [
+                "  ".join(f"{found[f'{name}/{way}_r{k}']:.3f}" for k in (1, 5, 10))
+                for way in ("i2t", "t2i")
+            ]
+            parts.append(
+                f"    {name:{width}}  {'   '.join(ways)}   {found[f'{name}/mean_recall']:.3f}"
+            )
     if "pointing_game" in found:
-        parts.append(f"    pointing-game accuracy {found['pointing_game']:.3f} (chance {POINTING_CHANCE})")
+        parts.append(
+            f"    pointing-game accuracy {found['pointing_game']:.3f} (chance {POINTING_CHANCE})"
+        )
     return "\n".join(parts)
 
 
 def left_out(found: dict[str, Any]) -> str:
-    return f", {found['left_out']} left out: {', '.join(found['left_out_first'])}" if "left_out" in found else ""
+    return (
+        f", {found['left_out']} left out: {', '.join(found['left_out_first'])}"
+        if "left_out" in found
+        else ""
+    )
 
 
 def classification(found: dict[str, Any]) -> str:
@@ -45,9 +65,15 @@ def classification(found: dict[str, Any]) -> str:
     parts = [f"  {found['pictures']} pictures, {found['classes']} classes{left_out(found)}"]
     for score in SCORES:
         if f"{score}/top1" in found:
-            top1, top5, mean = (found[f"{score}/{name}"] for name in ("top1", "top5", "mean_per_class"))
-            parts.append(f"  {score:<8} top-1 {top1:.3f}  top-5 {top5:.3f}  mean per class {mean:.3f}")
-    return "\n".join([*parts, f"  chance   top-1 {found['chance/top1']:.3f}  top-5 {found['chance/top5']:.3f}"])
+            top1, top5, mean = (
+                found[f"{score}/{name}"] for name in ("top1", "top5", "mean_per_class")
+            )
+            parts.append(
+                f"  {score:<8} top-1 {top1:.3f}  top-5 {top5:.3f}  mean per class {mean:.3f}"
+            )
+    return "\n".join(
+        [*parts, f"  chance   top-1 {found['chance/top1']:.3f}  top-5 {found['chance/top5']:.3f}"]
+    )
 
 
 def pointing(found: dict[str, Any]) -> str:

@@ -28,7 +28,12 @@ def names(scales: dict[str, float]) -> list[str]:
 
 
 def pair_scores(
-    image_cls: Tensor, patches: Tensor, text_cls: Tensor, tokens: Tensor, token_mask: Tensor, scales: dict[str, float]
+    image_cls: Tensor,
+    patches: Tensor,
+    text_cls: Tensor,
+    tokens: Tensor,
+    token_mask: Tensor,
+    scales: dict[str, float],
 ) -> tuple[Tensor, Tensor]:
     """Scores of all pictures with all captions of a block: fp32 [K, r, b] from the picture's and the caption's side.
 
@@ -66,7 +71,9 @@ def competitors(
 
     Collective.
     """
-    place = torch.full((int(image_of.max()) + 1,), -1)  # [m], each picture's row in `images`, -1 if it has none
+    place = torch.full(
+        (int(image_of.max()) + 1,), -1
+    )  # [m], each picture's row in `images`, -1 if it has none
     place[images.number] = torch.arange(len(images.number))
     blocks = [slice(start, start + PICTURES) for start in range(0, len(images.number), PICTURES)]
     own = list(_caption_blocks(place[image_of[texts.number]]))
@@ -82,18 +89,25 @@ def competitors(
 
     # First the right pairs, which lie in the blocks on the diagonal. They are computed in the same way as again below,
     # so that a score is bitwise equal to itself.
-    best = torch.full((len(names(scales)), len(images.number)), -torch.inf)  # [K, pictures of this rank]
+    best = torch.full(
+        (len(names(scales)), len(images.number)), -torch.inf
+    )  # [K, pictures of this rank]
     right = []  # [K, b] for each of this rank's blocks of captions
     for number in range(max(count for _, count in plan)):
         heartbeat()
         if number < len(own):
             block, columns = own[number]
-            i2t, t2i = (x.cpu() for x in scored(blocks[block], texts.block(columns)))  # CPU-GPU sync
+            i2t, t2i = (
+                x.cpu() for x in scored(blocks[block], texts.block(columns))
+            )  # CPU-GPU sync
             found, of_captions = own_scores(i2t, t2i, mine(blocks[block], texts.number[columns]))
             best[:, blocks[block]] = torch.maximum(best[:, blocks[block]], found)
             right.append(of_captions)
 
-    total = [Competitors.none(len(best), len(place), len(image_of)) for _ in range(1 if fold_of is None else 2)]
+    total = [
+        Competitors.none(len(best), len(place), len(image_of))
+        for _ in range(1 if fold_of is None else 2)
+    ]
     for source, (_, count) in enumerate(plan):
         for number in range(count):
             sent: Any = None
@@ -107,7 +121,13 @@ def competitors(
                     continue
                 rows = blocks[block]
                 i2t, t2i = (x.cpu() for x in scored(rows, text))  # CPU-GPU sync
-                pairs = images.number[rows], captions, mine(rows, captions), best[:, rows], of_captions
+                pairs = (
+                    images.number[rows],
+                    captions,
+                    mine(rows, captions),
+                    best[:, rows],
+                    of_captions,
+                )
                 total[0].add(i2t, t2i, *pairs)
                 if fold_of is not None:
                     same = fold_of[images.number[rows], None] == fold_of[image_of[captions]]

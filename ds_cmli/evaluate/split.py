@@ -46,16 +46,22 @@ def embed_share(
     """
     rank, ranks = distributed.rank(), distributed.world_size()
 
-    def loader(view: Callable[[list[int]], Dataset], shares: list[list[int]], collate: Callable) -> Any:
+    def loader(
+        view: Callable[[list[int]], Dataset], shares: list[list[int]], collate: Callable
+    ) -> Any:
         """A loader of this rank's share, padded with fillers so that all ranks have as many batches."""
         share = shares[rank] + [FILLER] * (max(map(len, shares)) - len(shares[rank]))
         return batches(view(share), batch_size, workers, collate, worker_init)
 
     shares = [list(range(r, held_out.images, ranks)) for r in range(ranks)]
-    images = embed_images(student, loader(held_out.pictures, shares, collate_pictures), device, heartbeat)  # collective
+    images = embed_images(
+        student, loader(held_out.pictures, shares, collate_pictures), device, heartbeat
+    )  # collective
     of_rank = held_out.image_of % ranks
     shares = [(of_rank == r).nonzero().flatten().tolist() for r in range(ranks)]
-    texts, empty = embed_texts(student, loader(held_out.captions, shares, collate), device, heartbeat)  # collective
+    texts, empty = embed_texts(
+        student, loader(held_out.captions, shares, collate), device, heartbeat
+    )  # collective
 
     # Broken pictures with all of their captions, and captions without a token, cannot be used.
     everywhere = distributed.gather_objects((images.broken, empty))  # collective
@@ -64,10 +70,16 @@ def embed_share(
     keep = torch.ones(len(held_out.image_of), dtype=torch.bool)
     keep[without] = False
     keep &= ~torch.isin(held_out.image_of, torch.tensor(sorted(broken), dtype=torch.int64))
-    left_out = [*held_out.at_load, *broken.values(), *((held_out.file(caption), NO_TOKEN) for caption in without)]
+    left_out = [
+        *held_out.at_load,
+        *broken.values(),
+        *((held_out.file(caption), NO_TOKEN) for caption in without),
+    ]
     captions = keep.nonzero().flatten()
     if not len(captions):
-        raise UserError(f"no pair of the validation set can be used, for instance {', '.join(told(left_out))}")
+        raise UserError(
+            f"no pair of the validation set can be used, for instance {', '.join(told(left_out))}"
+        )
     shown = torch.isin(images.number, held_out.image_of[captions])
     return Share(images.select(shown), texts.select(keep[texts.number]), captions, left_out)
 
@@ -95,12 +107,21 @@ def evaluate_split(
     """
     held_out = HeldOut(dataset)
     if fold_size is not None and held_out.images % fold_size:
-        raise UserError(f"--fold-size is {fold_size}: the split has {held_out.images} pictures, which is no multiple")
+        raise UserError(
+            f"--fold-size is {fold_size}: the split has {held_out.images} pictures, which is no multiple"
+        )
     scales = objective.score_scales()  # collective under ZeRO-3
     was_training = objective.training
     objective.eval()
     share = embed_share(
-        objective.student, held_out, data.collate, batch_size, device, workers, heartbeat, worker_init
+        objective.student,
+        held_out,
+        data.collate,
+        batch_size,
+        device,
+        workers,
+        heartbeat,
+        worker_init,
     )  # collective
     objective.train(was_training)
     if show is not None:
@@ -117,7 +138,9 @@ def evaluate_split(
     counted = competitors(images, texts, image_of, scales, device, fold_of, heartbeat)  # collective
     for prefix, counts in zip(("", "fold/"), counted, strict=True):
         if counts is not None:
-            for score, values in zip(names(scales), counts.recalls(pictures, captions), strict=True):
+            for score, values in zip(
+                names(scales), counts.recalls(pictures, captions), strict=True
+            ):
                 out |= {f"{prefix}{score}/{name}": value for name, value in values.items()}
     if data.has_places:
         hits = torch.zeros(2, dtype=torch.float64)

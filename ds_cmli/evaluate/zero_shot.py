@@ -53,7 +53,9 @@ class Classifier:
             return by_global[None]
         parts = []
         for classes in torch.arange(len(self.cls)).split(CLASSES):
-            prompts = torch.arange(int(classes[0]) * self.templates, (int(classes[-1]) + 1) * self.templates)
+            prompts = torch.arange(
+                int(classes[0]) * self.templates, (int(classes[-1]) + 1) * self.templates
+            )
             _, tokens, mask = (x.to(patches.device) for x in self.texts.block(prompts))
             i2t, _ = cmli_scores(patches, tokens, mask)  # [B, classes * T]
             parts.append(i2t.view(len(i2t), -1, self.templates).mean(2))
@@ -72,12 +74,18 @@ def top_hits(scores: Tensor, target: Tensor) -> Tensor:
     right = scores.gather(2, target.expand(len(scores), -1)[:, :, None])  # [K, B, 1]
     above = (~(scores <= right)).sum(2).double()
     equal = (scores == right).sum(2).double()  # includes the right class, unless it is NaN
-    return torch.stack([expected_hits(above, (equal - 1).clamp(min=0), equal.clamp(max=1), k) for k in TOP])
+    return torch.stack(
+        [expected_hits(above, (equal - 1).clamp(min=0), equal.clamp(max=1), k) for k in TOP]
+    )
 
 
 @torch.no_grad()
 def classify(
-    student: Any, loader: Iterable, classifier: Classifier, device: Any, heartbeat: Callable[[], None] = lambda: None
+    student: Any,
+    loader: Iterable,
+    classifier: Classifier,
+    device: Any,
+    heartbeat: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """Measure accuracies over the pictures of all ranks. Collective.
 
@@ -96,14 +104,23 @@ def classify(
     for batch in loader:
         heartbeat()
         broken |= batch.broken
-        scores = classifier(*image_embeddings(student, batch.image.to(device, non_blocking=True))).cpu()  # CPU-GPU sync
-        good = torch.tensor([number >= 0 and number not in batch.broken for number in batch.number.tolist()])
+        scores = classifier(
+            *image_embeddings(student, batch.image.to(device, non_blocking=True))
+        ).cpu()  # CPU-GPU sync
+        good = torch.tensor(
+            [number >= 0 and number not in batch.broken for number in batch.number.tolist()]
+        )
         target = batch.target[good]
         hits.index_add_(2, target, top_hits(scores[:, good], target))
         counts += target.bincount(minlength=classes)
-    hits, counts = distributed.sum_over_ranks(hits), distributed.sum_over_ranks(counts)  # collective
+    hits, counts = (
+        distributed.sum_over_ranks(hits),
+        distributed.sum_over_ranks(counts),
+    )  # collective
     out: dict[str, Any] = {"pictures": int(counts.sum()), "classes": classes}
-    lost = [bad for found in distributed.gather_objects(broken) for bad in found.values()]  # collective
+    lost = [
+        bad for found in distributed.gather_objects(broken) for bad in found.values()
+    ]  # collective
     if lost:
         out |= {"left_out": len(lost), "left_out_first": told(lost)}
     shown = counts > 0
@@ -132,13 +149,22 @@ def build_classifier(
     own += [FILLER] * (share - len(own))
 
     def prompt(number: int) -> Sample:
-        return Sample(torch.zeros(3, 0, 0, dtype=torch.uint8), data.tokenizer(prompts[number]), number, image_id=0)
+        return Sample(
+            torch.zeros(3, 0, 0, dtype=torch.uint8),
+            data.tokenizer(prompts[number]),
+            number,
+            image_id=0,
+        )
 
-    texts, empty = embed_texts(objective.student, batches(View(prompt, own), batch_size, 0, data.collate), device)
+    texts, empty = embed_texts(
+        objective.student, batches(View(prompt, own), batch_size, 0, data.collate), device
+    )
     everywhere = distributed.gather_objects((texts, empty))  # collective
     without = [number for _, found in everywhere for number in found]
     if without:
-        raise UserError(f"the prompt {prompts[without[0]]!r} has no token: give the class a name in --class-names")
+        raise UserError(
+            f"the prompt {prompts[without[0]]!r} has no token: give the class a name in --class-names"
+        )
     parts = [found for found, _ in everywhere]
     whole = Texts(*(torch.cat([getattr(part, name) for part in parts]) for name in TEXT_FIELDS))
     return Classifier(whole, len(templates), scales)

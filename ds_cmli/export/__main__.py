@@ -22,14 +22,23 @@ scores both ways. Their indexes take the unit vectors of get_text_features and g
 @click.argument("run", metavar="RUN")
 @click.argument("folder", metavar="DIR")
 @click.option("--tokenizer", default=None, help="In place of the one that the run names.")
-@click.option("--ema", is_flag=True, help="The averaged weights (optim.ema_decay), in place of the last ones.")
 @click.option(
-    "--onnx/--no-onnx", default=None, help="Both towers as ONNX.  [default: where the extra 'export' is installed]"
+    "--ema", is_flag=True, help="The averaged weights (optim.ema_decay), in place of the last ones."
 )
 @click.option(
-    "--measure/--no-measure", default=True, show_default=True, help="Evaluate what was exported, for the card."
+    "--onnx/--no-onnx",
+    default=None,
+    help="Both towers as ONNX.  [default: where the extra 'export' is installed]",
 )
-def command(run: str, folder: str, tokenizer: str | None, ema: bool, onnx: bool | None, measure: bool) -> None:
+@click.option(
+    "--measure/--no-measure",
+    default=True,
+    show_default=True,
+    help="Evaluate what was exported, for the card.",
+)
+def command(
+    run: str, folder: str, tokenizer: str | None, ema: bool, onnx: bool | None, measure: bool
+) -> None:
     """Write the student of RUN into the new folder DIR."""
     target = Path(folder)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
@@ -55,14 +64,18 @@ def command(run: str, folder: str, tokenizer: str | None, ema: bool, onnx: bool 
         model = write.write_model(out, config, objective, whole, words)
         found = results.of_run(out, Path(run), config, tokenizer, ema, measure)
         write_card(out, Path(run), model, config, found, with_onnx)
-        lines = [f"{folder}: loads by AutoModel and AutoProcessor, features equal to the run's to the bit"]
+        lines = [
+            f"{folder}: loads by AutoModel and AutoProcessor, features equal to the run's to the bit"
+        ]
         image, ids, mask = write.example(model)
         lines.append(towers.write_image_encoder(out / towers.IMAGE, model, image))
         lines.append(towers.write_text_encoder(out / towers.TEXT, model, whole, ids, mask))
         if with_onnx:
             lines += towers_onnx.write_onnx(out / "onnx", model, image, ids, mask)
         else:
-            lines.append("no ONNX: pip install 'ds-cmli[export]'" if onnx is None else "no ONNX, as asked")
+            lines.append(
+                "no ONNX: pip install 'ds-cmli[export]'" if onnx is None else "no ONNX, as asked"
+            )
         for file in out.rglob("*.safetensors"):
             file.chmod(0o644)  # safetensors makes its files readable for their owner only
         write.write_checksums(out)

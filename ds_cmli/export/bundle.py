@@ -23,7 +23,9 @@ def bundle(entries: dict[str, str], replaced: dict[str, str]) -> dict[str, str]:
     """
     names = {**entries}
     modules: dict[str, Module] = {}
-    todo: list[tuple[str, str | None]] = [(entry, None) for entry in entries]  # None: all definitions
+    todo: list[tuple[str, str | None]] = [
+        (entry, None) for entry in entries
+    ]  # None: all definitions
     seen = set()
     while todo:
         module, name = todo.pop()
@@ -62,7 +64,11 @@ class Module:
         others: list[tuple[str, str | None]] = []
         todo = [*self.defined, *self.imported] if name is None else [name]
         # Statements that do something at import, and do not only define, are kept whenever the module is used.
-        done = [i for i, s in enumerate(self.tree.body) if isinstance(s, ast.Expr | ast.If | ast.Try) and not _text(s)]
+        done = [
+            i
+            for i, s in enumerate(self.tree.body)
+            if isinstance(s, ast.Expr | ast.If | ast.Try) and not _text(s)
+        ]
         for used in [u for i in done if i not in self.kept for u in self._take(i, others)]:
             todo.append(used)
         while todo:
@@ -92,7 +98,11 @@ class Module:
     def _take_import(self, name: str) -> list[tuple[str, str | None]]:
         self.used_imports.add(name)
         statement, alias = self.imported[name]
-        return [_source(statement, alias)] if isinstance(statement, ast.ImportFrom) and _own(statement) else []
+        return (
+            [_source(statement, alias)]
+            if isinstance(statement, ast.ImportFrom) and _own(statement)
+            else []
+        )
 
     def text(self, names: dict[str, str]) -> str:
         """The file's content. `names`: module -> name of its file without ".py", for all modules."""
@@ -104,19 +114,27 @@ class Module:
         for statement in self.tree.body:
             if not isinstance(statement, ast.Import | ast.ImportFrom):
                 continue
-            aliases = [a for a in statement.names if (a.asname or a.name.split(".")[0]) in self.used_imports]
+            aliases = [
+                a
+                for a in statement.names
+                if (a.asname or a.name.split(".")[0]) in self.used_imports
+            ]
             if aliases:
                 out.append(_rewritten(statement, aliases, names))
         for i, statement in enumerate(self.tree.body):
             if i not in self.kept:
                 continue
-            first = self.tree.body[i - 1].end_lineno if i else 0  # the comments above a statement are copied too
+            first = (
+                self.tree.body[i - 1].end_lineno if i else 0
+            )  # the comments above a statement are copied too
             assert first is not None
             segment = lines[first : statement.end_lineno]
             for node in sorted(_own_imports(statement), key=lambda node: -node.lineno):
                 indent = " " * node.col_offset
                 new = _rewritten(node, node.names, names).splitlines(keepends=True)
-                segment[node.lineno - 1 - first : (node.end_lineno or 0) - first] = [indent + line for line in new]
+                segment[node.lineno - 1 - first : (node.end_lineno or 0) - first] = [
+                    indent + line for line in new
+                ]
             out += segment
         return "".join(out)
 

@@ -31,7 +31,9 @@ OF_SPLITS = {
 POINTING = "the share of caption tokens whose best patch lies in the picture that they name."
 
 
-def write_card(folder: Path, run: Path, model: CMLIModel, config: Config, results: Results | None, onnx: bool) -> None:
+def write_card(
+    folder: Path, run: Path, model: CMLIModel, config: Config, results: Results | None, onnx: bool
+) -> None:
     """Write `README.md` for the model of `run` that was exported to `folder`; `onnx`: with ONNX files."""
     rows, columns = model.student.grid
     data, installed = config.data, versions()
@@ -66,8 +68,12 @@ def licences(config: Config) -> dict[str, str]:
     """Under what the weights that training started from, the tokenizer and the data are."""
     student, data = config.student, config.data
     return {
-        "The image encoder's weights": _of_weights(student.image_weights, "vit", student.image_model),
-        "The text encoder's weights": _of_weights(student.text_weights, "minilm", student.text_model),
+        "The image encoder's weights": _of_weights(
+            student.image_weights, "vit", student.image_model
+        ),
+        "The text encoder's weights": _of_weights(
+            student.text_weights, "minilm", student.text_model
+        ),
         "The tokenizer": _of_tokenizer(data),
         "The pictures and captions of the training (not in this folder)": _of_data(data),
     }
@@ -88,7 +94,10 @@ def _of_weights(weights: str, asset: str, model: str) -> str:
 
 
 def _of_tokenizer(data: DataConfig) -> str:
-    own = {"demo": _asset("minilm"), "builtin": "Apache-2.0, ds-cmli; its words are Unicode CLDR's."}
+    own = {
+        "demo": _asset("minilm"),
+        "builtin": "Apache-2.0, ds-cmli; its words are Unicode CLDR's.",
+    }
     unknown = f"that of {Path(data.tokenizer).name!r}, whose page or folder names it."
     return own.get(data.tokenizer, unknown)
 

@@ -65,13 +65,19 @@ class CMLIOutput(ModelOutput):
     loss: Tensor | None = None  # the weighted sum of the run's losses over pairs
     # The "combined" scores, the sum of the trained ones, each times 1/temperature. Not each other's
     # transpose, as they are in CLIP: CMLI from the image's side is not CMLI from the text's.
-    logits_per_image: Tensor | None = None  # fp32 [I, J], from s_i2t: a row ranks the texts for an image
-    logits_per_text: Tensor | None = None  # fp32 [J, I], from s_t2i: a row ranks the images for a text
+    logits_per_image: Tensor | None = (
+        None  # fp32 [I, J], from s_i2t: a row ranks the texts for an image
+    )
+    logits_per_text: Tensor | None = (
+        None  # fp32 [J, I], from s_t2i: a row ranks the images for a text
+    )
     image_embeds: Tensor | None = None  # [I, H], unit length
     text_embeds: Tensor | None = None  # [J, H], unit length
     patch_embeds: Tensor | None = None  # [I, N, D], unit length
     token_embeds: Tensor | None = None  # [J, M, D], unit length
-    token_mask: Tensor | None = None  # bool [J, M], True for tokens of the text, False for special tokens and padding
+    token_mask: Tensor | None = (
+        None  # bool [J, M], True for tokens of the text, False for special tokens and padding
+    )
 
 
 class CMLIModel(PreTrainedModel):
@@ -87,7 +93,9 @@ class CMLIModel(PreTrainedModel):
         with torch.device("cpu"):
             self.student = build_student(config)
             self.losses = nn.ModuleDict({name: PairLoss(name) for name, _ in config.losses})
-        self.constants = {name: value for name, value in self.named_buffers() if name not in self.state_dict()}
+        self.constants = {
+            name: value for name, value in self.named_buffers() if name not in self.state_dict()
+        }
         self.eval()
         self.post_init()
 
@@ -111,7 +119,9 @@ class CMLIModel(PreTrainedModel):
         cls, patches = self.student.encode_image(pixel_values)  # [I, H], [I, N, H]
         return BaseModelOutputWithPooling(self.student.projection(patches), cls)
 
-    def get_text_features(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> BaseModelOutputWithPooling:
+    def get_text_features(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None
+    ) -> BaseModelOutputWithPooling:
         """int64 [J, M], bool [J, M] (True: attend; None: attend to all but padding) -> `pooler_output` [J, H] and
         `last_hidden_state` [J, M, D], which includes special tokens and padding (see `token_mask`). Neither is
         normalised."""
@@ -131,7 +141,9 @@ class CMLIModel(PreTrainedModel):
         special = torch.tensor(self.config.special_ids, device=input_ids.device)
         return self.attended(input_ids, attention_mask) & ~torch.isin(input_ids, special)
 
-    def cmli_scores(self, patches: Tensor, tokens: Tensor, token_mask: Tensor) -> tuple[Tensor, Tensor]:
+    def cmli_scores(
+        self, patches: Tensor, tokens: Tensor, token_mask: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """[I, N, D], [J, M, D], bool [J, M] -> s_i2t and s_t2i, fp32 [I, J] each.
 
         s_i2t is the mean over patches of the similarity to the best token, s_t2i the mean over tokens of the similarity
@@ -174,8 +186,12 @@ class CMLIModel(PreTrainedModel):
         loss = None
         if return_loss:
             if len(image_cls) != len(text_cls):
-                raise ValueError(f"return_loss needs pairs: {len(image_cls)} images, {len(text_cls)} texts are given")
-            each: list[tuple[float, Any]] = [(weight, self.losses[name]) for name, weight in self.config.losses]
+                raise ValueError(
+                    f"return_loss needs pairs: {len(image_cls)} images, {len(text_cls)} texts are given"
+                )
+            each: list[tuple[float, Any]] = [
+                (weight, self.losses[name]) for name, weight in self.config.losses
+            ]
             loss = torch.stack([weight * x(*scores[x.scores]) for weight, x in each]).sum()
         out = CMLIOutput(
             loss=loss,
@@ -200,7 +216,9 @@ class CMLIModel(PreTrainedModel):
         if processor is None:
             # If this file was itself loaded from the folder, the user trusts the folder's code already.
             trusted = type(self).__module__.startswith("transformers_modules.")
-            processor = CMLIProcessor.from_pretrained(str(self.name_or_path), trust_remote_code=trusted)
+            processor = CMLIProcessor.from_pretrained(
+                str(self.name_or_path), trust_remote_code=trusted
+            )
         inputs = processor(images=image, text=text).to(self.device)
         of_image: Any = self.get_image_features(inputs["pixel_values"])
         ids, mask = inputs["input_ids"], inputs["attention_mask"]
@@ -211,12 +229,17 @@ class CMLIModel(PreTrainedModel):
         similarity = (upcast(tokens) @ upcast(patches).t()).cpu()  # [M, N]; CPU-GPU sync
         most = processor.context_length
         offsets = processor.tokenizer(
-            text[: most_characters(most)], truncation=True, max_length=most, return_offsets_mapping=True
+            text[: most_characters(most)],
+            truncation=True,
+            max_length=most,
+            return_offsets_mapping=True,
         )["offset_mapping"]
         spans = []
         for (start, end), own in zip(offsets, valid.tolist(), strict=False):
             if own:
-                piece = text[start:end]  # some tokenizers count the space before a word as part of it
+                piece = text[
+                    start:end
+                ]  # some tokenizers count the space before a word as part of it
                 spans.append((start + len(piece) - len(piece.lstrip()), end))
         return Match(similarity, [text[a:b] for a, b in spans], spans, self.student.grid)
 
@@ -224,7 +247,9 @@ class CMLIModel(PreTrainedModel):
 def build_student(config: CMLIConfig) -> Student:
     """The student with random weights, on the CPU."""
     settings = config.settings
-    precision = torch.get_default_dtype()  # transformers has set it to the dtype that the user asked for
+    precision = (
+        torch.get_default_dtype()
+    )  # transformers has set it to the dtype that the user asked for
     torch.set_default_dtype(torch.float32)  # initial weights cannot be computed in 16 bits
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # messages of its training

@@ -70,7 +70,12 @@ class Scores(nn.Module):
         self.scales = {kind: scale.item() for kind, scale in model.scales().items()}
 
     def forward(
-        self, image_embeds: Tensor, patch_embeds: Tensor, text_embeds: Tensor, token_embeds: Tensor, token_mask: Tensor
+        self,
+        image_embeds: Tensor,
+        patch_embeds: Tensor,
+        text_embeds: Tensor,
+        token_embeds: Tensor,
+        token_mask: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """[I, H], [I, N, D], [J, H], [J, M, D], bool [J, M] -> logits per image [I, J] and per text [J, I]."""
         cmli = cmli_scores_reference(patch_embeds, token_embeds, token_mask)
@@ -79,7 +84,9 @@ class Scores(nn.Module):
 
 
 @torch.no_grad()
-def write_onnx(folder: Path, model: CMLIModel, image: Tensor, ids: Tensor, mask: Tensor) -> list[str]:
+def write_onnx(
+    folder: Path, model: CMLIModel, image: Tensor, ids: Tensor, mask: Tensor
+) -> list[str]:
     """Write `image.onnx` and `text.onnx`, for any number of images, and of texts of at most M positions, and
     `scores.onnx`, which takes what they give.
 
@@ -91,10 +98,16 @@ def write_onnx(folder: Path, model: CMLIModel, image: Tensor, ids: Tensor, mask:
     """
     folder.mkdir(parents=True, exist_ok=True)
     batch, length = torch.export.Dim("batch"), torch.export.Dim("length", min=2, max=ids.shape[1])
-    of_image, of_text = ["image_embeds", "patch_embeds"], ["text_embeds", "token_embeds", "token_mask"]
+    of_image, of_text = (
+        ["image_embeds", "patch_embeds"],
+        ["text_embeds", "token_embeds", "token_mask"],
+    )
     images, texts = ImageTower(model.student), TextTower(model.eval())
     pixels, words = {"pixel_values": image}, {"input_ids": ids, "attention_mask": mask}
-    one, short = {"pixel_values": image[:1]}, {name: value[:1, : ids.shape[1] // 2] for name, value in words.items()}
+    one, short = (
+        {"pixel_values": image[:1]},
+        {name: value[:1, : ids.shape[1] // 2] for name, value in words.items()},
+    )
     both = [
         dict(zip([*of_image, *of_text], [*images(**seen), *texts(**read)], strict=True))
         for seen, read in ((pixels, words), (one, short))
@@ -114,14 +127,20 @@ def write_onnx(folder: Path, model: CMLIModel, image: Tensor, ids: Tensor, mask:
             most = max(_difference(module, given, file) for given in (inputs, fewer))
         except Exception as error:
             said = COLOURS.sub("", str(error).strip() or type(error).__name__).splitlines()[0]
-            raise UserError(f"{name}.onnx cannot be exported: {said[:200]}; give --no-onnx") from None
+            raise UserError(
+                f"{name}.onnx cannot be exported: {said[:200]}; give --no-onnx"
+            ) from None
         if not most <= (LOGITS_TOLERANCE if name == "scores" else TOLERANCE):
-            raise UserError(f"{str(file)!r}: onnxruntime's results differ by {most:.1e}; give --no-onnx")
+            raise UserError(
+                f"{str(file)!r}: onnxruntime's results differ by {most:.1e}; give --no-onnx"
+            )
         lines.append(f"{folder.name}/{file.name}: {WHAT[name]}; onnxruntime within {most:.1e}")
     return lines
 
 
-def _export(tower: nn.Module, inputs: dict[str, Tensor], shapes: tuple, outputs: list[str], file: Path) -> None:
+def _export(
+    tower: nn.Module, inputs: dict[str, Tensor], shapes: tuple, outputs: list[str], file: Path
+) -> None:
     with warnings.catch_warnings(), _quiet():
         warnings.simplefilter("ignore")
         torch.onnx.export(

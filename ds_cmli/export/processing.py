@@ -32,7 +32,13 @@ class CMLIProcessor(ProcessorMixin):
 
     tokenizer_class = "AutoTokenizer"
 
-    def __init__(self, tokenizer: Any = None, image_size: int = 224, context_length: int = 64, pad_id: int = 0):
+    def __init__(
+        self,
+        tokenizer: Any = None,
+        image_size: int = 224,
+        context_length: int = 64,
+        pad_id: int = 0,
+    ):
         self.image_size, self.context_length, self.pad_id = image_size, context_length, pad_id
         if tokenizer is not None:
             tokenizer.truncation_side = "right"  # as in training, whatever it was made with
@@ -61,7 +67,9 @@ class CMLIProcessor(ProcessorMixin):
                 known = ", ".join(["images", "text", *ACCEPTED])
                 raise ValueError(f"{name}: this processor has no such argument; it takes {known}")
             if value not in ACCEPTED[name]:
-                raise ValueError(f"{name} is {value!r}: give one of {', '.join(map(repr, ACCEPTED[name]))}")
+                raise ValueError(
+                    f"{name} is {value!r}: give one of {', '.join(map(repr, ACCEPTED[name]))}"
+                )
         if images is None and text is None:
             raise ValueError("neither images nor text are given")
         out: dict[str, Any] = {}
@@ -78,7 +86,9 @@ class CMLIProcessor(ProcessorMixin):
         """Texts padded to the longest one, rounded up to a multiple of 8, or with `whole` to `context_length`."""
         for text in texts:
             if not isinstance(text, str):
-                raise TypeError(f"a text is {type(text).__name__}: give a string or a list of strings")
+                raise TypeError(
+                    f"a text is {type(text).__name__}: give a string or a list of strings"
+                )
         if line := tell_cut(texts, self.context_length):
             warnings.warn(line, stacklevel=3)
         texts = [text[: most_characters(self.context_length)] for text in texts]

@@ -35,7 +35,9 @@ def load_exported(folder: Path) -> tuple[Config, Objective]:
         config = Config.from_dict(given)
         student = build_student(exported)
     except (OSError, LookupError, ValueError, UserError) as error:
-        raise UserError(f"{str(folder)!r}: its config.json is damaged, or of another version: {error}") from None
+        raise UserError(
+            f"{str(folder)!r}: its config.json is damaged, or of another version: {error}"
+        ) from None
     objective = Objective(student, config.loss)
     load_weights(folder, objective, WEIGHTS, "the model")
     return config, objective

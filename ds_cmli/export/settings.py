@@ -35,7 +35,9 @@ def portable(config: Config, student: Student) -> dict[str, Any]:
         "text_model": text.model_type,
         "text_overrides": _sizes(text),
     }
-    data = {name: getattr(config.data, name) for name in ("image_size", "context_length", "max_pixels")}
+    data = {
+        name: getattr(config.data, name) for name in ("image_size", "context_length", "max_pixels")
+    }
     return {"student": settings, "data": data | {"source": sources(config.data)}}
 
 

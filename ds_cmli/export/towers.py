@@ -28,7 +28,11 @@ def write_image_encoder(folder: Path, model: CMLIModel, image: Tensor) -> str:
     Returns:
         A line for the user about what was written, or why nothing was.
     """
-    settings, data, backbone = model.config.settings["student"], model.config.settings["data"], model.student.image
+    settings, data, backbone = (
+        model.config.settings["student"],
+        model.config.settings["data"],
+        model.student.image,
+    )
     encoder: Any = backbone.model
     pixels = model.student.pixels(image, torch.float32)
     trained = encoder(pixels)  # [B, prefix + N, H], or a list with a feature map
@@ -58,14 +62,18 @@ def write_image_encoder(folder: Path, model: CMLIModel, image: Tensor) -> str:
                 "crop_pct": 1.0,
                 "num_classes": 0,
             },
-            "model_args": {name: value for name, value in arguments.items() if name != "num_classes"},
+            "model_args": {
+                name: value for name, value in arguments.items() if name != "num_classes"
+            },
         }
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         state = {name: value.contiguous() for name, value in plain.state_dict().items()}
         save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
         again: Any = timm.create_model(f"local-dir:{folder}", pretrained=True)
         if torch.equal(again.eval().forward_features(pixels), wanted):
-            return f"{folder.name}/: the image encoder before the shared blocks, for timm's local-dir:"
+            return (
+                f"{folder.name}/: the image encoder before the shared blocks, for timm's local-dir:"
+            )
     return (
         f"no timm checkpoint: {settings['image_model']!r} as it is cut here (its first blocks, no final norm) is no "
         "whole model of timm"
@@ -73,7 +81,9 @@ def write_image_encoder(folder: Path, model: CMLIModel, image: Tensor) -> str:
 
 
 @torch.no_grad()
-def write_text_encoder(folder: Path, model: CMLIModel, whole: Any, ids: Tensor, mask: Tensor) -> str:
+def write_text_encoder(
+    folder: Path, model: CMLIModel, whole: Any, ids: Tensor, mask: Tensor
+) -> str:
     """Write a folder for a plain transformers model, if the text encoder gives the same features when loaded from it.
 
     Args:
@@ -92,7 +102,9 @@ def write_text_encoder(folder: Path, model: CMLIModel, whole: Any, ids: Tensor, 
             again = kind.from_pretrained(folder, dtype=torch.float32)
         found = again.eval()(input_ids=ids, attention_mask=mask.long()).last_hidden_state
         wanted = encoder(input_ids=ids, attention_mask=mask.long()).last_hidden_state
-        problem = "" if torch.equal(found, wanted) else "it gives other features when it is read back"
+        problem = (
+            "" if torch.equal(found, wanted) else "it gives other features when it is read back"
+        )
     except Exception as error:
         problem = reason(error)
     if problem:

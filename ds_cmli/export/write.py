@@ -50,7 +50,9 @@ def build(backbone, name, request):
 '''
 
 
-def load_run(run: Path, tokenizer: str | None, ema: bool = False) -> tuple[Config, Objective, Any, CaptionTokenizer]:
+def load_run(
+    run: Path, tokenizer: str | None, ema: bool = False
+) -> tuple[Config, Objective, Any, CaptionTokenizer]:
     """The run's configuration, its student with the losses over pairs, and its tokenizer.
 
     Args:
@@ -78,7 +80,9 @@ def load_run(run: Path, tokenizer: str | None, ema: bool = False) -> tuple[Confi
     return config, objective.eval(), whole, words
 
 
-def write_model(folder: Path, config: Config, objective: Objective, whole: Any, words: CaptionTokenizer) -> CMLIModel:
+def write_model(
+    folder: Path, config: Config, objective: Objective, whole: Any, words: CaptionTokenizer
+) -> CMLIModel:
     """Write weights, configuration, processor and code; returns the model as it was loaded from the folder again.
 
     Raises:
@@ -103,7 +107,9 @@ def write_model(folder: Path, config: Config, objective: Objective, whole: Any, 
     # Tied weights are saved under each of their names, because transformers does not fill what a file lacks.
     tensors = {name: value.clone() for name, value in objective.state_dict().items()}
     (folder / WEIGHTS).write_bytes(b"".join(tensor_file.pieces(tensors)))
-    processor: Any = CMLIProcessor(whole, config.data.image_size, config.data.context_length, words.pad_id)
+    processor: Any = CMLIProcessor(
+        whole, config.data.image_size, config.data.context_length, words.pad_id
+    )
     processor.auto_map = AUTO_MAP
     processor.save_pretrained(folder)
     for name, text in code_of(objective).items():
@@ -116,7 +122,10 @@ def write_model(folder: Path, config: Config, objective: Objective, whole: Any, 
 def write_checksums(folder: Path) -> None:
     """Write the SHA-256 of each file of the folder. Called after everything else has been written."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    lines = [f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.relative_to(folder)}\n" for path in files]
+    lines = [
+        f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.relative_to(folder)}\n"
+        for path in files
+    ]
     (folder / CHECKSUMS).write_text("".join(lines))
 
 

@@ -11,8 +11,13 @@ from collections.abc import Callable
 
 PROGRAMS = ("torchrun", "torch.distributed.run", "torch.distributed.launch", "accelerate", "deepspeed", "ds",
             "deepspeed.launcher.runner", "deepspeed.launcher.launch")  # fmt: skip
-STARTED_BY_DEEPSPEED = "deepspeed.launcher.launch"  # only the command `deepspeed` starts this module
-REAPERS = ("systemd", "slurmstepd")  # like process 1, they become the parent of a process whose parent has ended
+STARTED_BY_DEEPSPEED = (
+    "deepspeed.launcher.launch"  # only the command `deepspeed` starts this module
+)
+REAPERS = (
+    "systemd",
+    "slurmstepd",
+)  # like process 1, they become the parent of a process whose parent has ended
 INTERVAL = 0.5  # seconds
 
 
@@ -33,7 +38,9 @@ def _links() -> tuple[list[tuple[int, int]], bool]:
     """The pairs (process, parent) from this rank up to its launcher, and whether the launcher has already ended."""
     links, orphan, ending = _walk()
     for _ in range(100):
-        if not ending:  # a process that is ending is still a parent, but its command line can no longer be read
+        if (
+            not ending
+        ):  # a process that is ending is still a parent, but its command line can no longer be read
             break
         time.sleep(0.02)
         links, orphan, ending = _walk()
@@ -101,9 +108,13 @@ def _program(pid: int) -> str | None:
         return ""
     if words == [""]:
         return None
-    while len(words) > 1 and (os.path.basename(words[0]).startswith("python") or words[0].startswith("-")):
+    while len(words) > 1 and (
+        os.path.basename(words[0]).startswith("python") or words[0].startswith("-")
+    ):
         if words[0] == "-m":
             return words[1]
         words = words[1:]
     path = words[0].removesuffix(".py").split("/")
-    return next((name for name in PROGRAMS if path[-1:] == [name] or path[-3:] == name.split(".")), "")
+    return next(
+        (name for name in PROGRAMS if path[-1:] == [name] or path[-3:] == name.split(".")), ""
+    )

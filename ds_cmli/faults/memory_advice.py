@@ -25,7 +25,9 @@ class Part:
 
     what: str  # as the user writes it
     loss: dict[str, Any] = field(default_factory=dict)  # settings of the section "loss"
-    zero: dict[str, Any] = field(default_factory=dict)  # of the DeepSpeed JSON's "zero_optimization"
+    zero: dict[str, Any] = field(
+        default_factory=dict
+    )  # of the DeepSpeed JSON's "zero_optimization"
     json: dict[str, Any] = field(default_factory=dict)  # of the DeepSpeed JSON itself
 
     def includes(self, other: "Part") -> bool:
@@ -49,10 +51,13 @@ class Change:
 
 
 RECOMPUTE = Part("--set loss.cmli_recompute=true", loss={"cmli_recompute": True})
-CHECKPOINTING = Part('"activation_checkpointing": {} in the DeepSpeed JSON', json={"activation_checkpointing": {}})
+CHECKPOINTING = Part(
+    '"activation_checkpointing": {} in the DeepSpeed JSON', json={"activation_checkpointing": {}}
+)
 RING = Part("--set loss.cmli_exchange=ring", loss={"cmli_exchange": "ring"})
 BUCKET = Part(
-    f'"zero_optimization": {{"reduce_bucket_size": {SMALL_BUCKET}}}', zero={"reduce_bucket_size": SMALL_BUCKET}
+    f'"zero_optimization": {{"reduce_bucket_size": {SMALL_BUCKET}}}',
+    zero={"reduce_bucket_size": SMALL_BUCKET},
 )
 OFFLOAD = Part(
     '"zero_optimization": {"offload_optimizer": {"device": "cpu"}} (slower)',
@@ -139,7 +144,12 @@ def proposals(
 
 
 def fewest(
-    change: Change, size: int, room: int, config: Config, ds_config: DeepSpeedConfig, needs: Callable[[Change], int]
+    change: Change,
+    size: int,
+    room: int,
+    config: Config,
+    ds_config: DeepSpeedConfig,
+    needs: Callable[[Change], int],
 ) -> tuple[Change, int]:
     """Leave out those parts of `change`, which needs `size`, without which it fits in `room` as well."""
     for part in change.parts:
@@ -154,7 +164,11 @@ def fewest(
 
 def _can_go_round(config: Config, world_size: int) -> bool:
     """Whether a ring would be another exchange of the texts than the configured one."""
-    return compares_tokens(config.loss.weights) and world_size > 1 and config.loss.cmli_exchange != "ring"
+    return (
+        compares_tokens(config.loss.weights)
+        and world_size > 1
+        and config.loss.cmli_exchange != "ring"
+    )
 
 
 def _stage(stage: int) -> Part:
@@ -179,7 +193,9 @@ def _request(
     config: Config, ds_config: DeepSpeedConfig, world_size: int, target: str, snapshot: str = ""
 ) -> predict_subprocess.Request:
     rank = likeliest(ds_config.stage, world_size)
-    return predict_subprocess.Request(config, ds_config, world_size, target, rank, snapshot=snapshot)
+    return predict_subprocess.Request(
+        config, ds_config, world_size, target, rank, snapshot=snapshot
+    )
 
 
 def table(report: dict[str, Any]) -> list[str]:
@@ -193,7 +209,12 @@ def table(report: dict[str, Any]) -> list[str]:
 
 
 def advise(
-    config: Config, ds_config: DeepSpeedConfig, world_size: int, gpu: bool, room: int | None, snapshot: str
+    config: Config,
+    ds_config: DeepSpeedConfig,
+    world_size: int,
+    gpu: bool,
+    room: int | None,
+    snapshot: str,
 ) -> list[str]:
     """The lines of the message: the table, the largest term, and at most `MOST` settings that would fit.
 
@@ -219,5 +240,11 @@ def advise(
             return answer.report["totals"][total] if answer.report is not None else too_much
 
         found = proposals(config, ds_config, world_size, gpu, room, needs)
-    fits = [f"would fit in {room:,} B by prediction: {change.what}: {size:,} B" for change, size in found]
-    return lines + (fits or [f"no setting that was tried would fit in {room:,} B: a smaller model or more memory"])
+    fits = [
+        f"would fit in {room:,} B by prediction: {change.what}: {size:,} B"
+        for change, size in found
+    ]
+    return lines + (
+        fits
+        or [f"no setting that was tried would fit in {room:,} B: a smaller model or more memory"]
+    )

@@ -53,7 +53,12 @@ def _look_once(optimizer: Any) -> None:
     not finite. The norm alone finds the same steps, and is the same on all ranks.
     """
     stages_1_and_2 = hasattr(optimizer, "check_grad_overflow")
-    if stages_1_and_2 and optimizer.check_grad_overflow and optimizer.compute_grad_norm and not optimizer.cpu_offload:
+    if (
+        stages_1_and_2
+        and optimizer.check_grad_overflow
+        and optimizer.compute_grad_norm
+        and not optimizer.cpu_offload
+    ):
         optimizer.check_overflow = lambda partition_gradients=True: None
 
 
@@ -75,19 +80,25 @@ def _clear_padding(engine: Any) -> None:
 def _clear_end(optimizer: Any, parameter: Any) -> int:
     """The number of elements of this rank's partition that are the parameter's; the others become 0."""
     size = parameter.ds_tensor.numel()
-    used = max(0, min(size, parameter.ds_numel - optimizer._get_param_partition_rank(parameter) * size))
+    used = max(
+        0, min(size, parameter.ds_numel - optimizer._get_param_partition_rank(parameter) * size)
+    )
     parameter.ds_tensor[used:].zero_()
     return used
 
 
 def can_lower_scale(optimizer: Any) -> bool:
     """Whether overflowing gradients are no fault: the loss scale is dynamic and can still be lowered."""
-    scaler: Any = getattr(optimizer, "loss_scaler", None) or getattr(optimizer, "loss_scale_config", None)
+    scaler: Any = getattr(optimizer, "loss_scaler", None) or getattr(
+        optimizer, "loss_scale_config", None
+    )
     smallest = getattr(scaler, "min_scale", None) or getattr(scaler, "min_loss_scale", None)
     return smallest is not None and scaler.cur_scale > smallest
 
 
-def skipped_samples(window: list[tuple[Tensor, Tensor]], lower_scale: bool, flags: CollectiveFlags) -> list[int]:
+def skipped_samples(
+    window: list[tuple[Tensor, Tensor]], lower_scale: bool, flags: CollectiveFlags
+) -> list[int]:
     """The samples of a skipped step. Collective, CPU-GPU sync; called on all ranks after a skipped step only.
 
     Args:
@@ -99,7 +110,9 @@ def skipped_samples(window: list[tuple[Tensor, Tensor]], lower_scale: bool, flag
         finite, those of the whole step. Empty if the step only asked for a lower loss scale.
     """
     lost = [index.tolist() for index, loss in window if not loss.isfinite().item()]
-    every_rank = flags.gather((lost, [] if lower_scale else [index.tolist() for index, _ in window]))  # collective
+    every_rank = flags.gather(
+        (lost, [] if lower_scale else [index.tolist() for index, _ in window])
+    )  # collective
     blamed = [i for theirs, _ in every_rank for batch in theirs for i in batch]
     return sorted(blamed or [i for _, every in every_rank for batch in every for i in batch])
 

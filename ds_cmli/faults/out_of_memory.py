@@ -29,7 +29,13 @@ from ds_cmli.memory import measure_cuda
 
 EXIT_CODE = 2  # as for every mistake that the user can correct
 WAIT_SECONDS = 180  # for the rank that prints the message, which mostly predicts what would fit
-PHRASES = ("can't allocate memory", "not enough memory", "std::bad_alloc", "out of memory", "ALLOC_FAILED")
+PHRASES = (
+    "can't allocate memory",
+    "not enough memory",
+    "std::bad_alloc",
+    "out of memory",
+    "ALLOC_FAILED",
+)
 UNITS = {"bytes": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
 
 
@@ -58,12 +64,17 @@ class Room:
 
 def process_room(base: dict[str, int]) -> Room:
     """On the CPU: the smallest limit of this process, minus what it occupied before it had tensors."""
-    limits = {"VmData": ("RLIMIT_DATA", resource.RLIMIT_DATA), "VmSize": ("RLIMIT_AS", resource.RLIMIT_AS)}
+    limits = {
+        "VmData": ("RLIMIT_DATA", resource.RLIMIT_DATA),
+        "VmSize": ("RLIMIT_AS", resource.RLIMIT_AS),
+    }
     rooms = []
     for name, (words, kind) in limits.items():
         limit, _ = resource.getrlimit(kind)
         if limit != resource.RLIM_INFINITY:
-            rooms.append(Room(limit - base[name], f"of this process, {words} (ulimit) = {limit:,} B"))
+            rooms.append(
+                Room(limit - base[name], f"of this process, {words} (ulimit) = {limit:,} B")
+            )
     return min(rooms, key=lambda room: room.bytes or 0, default=Room(None, "of this machine"))
 
 
@@ -77,12 +88,19 @@ def device_room(device: torch.device) -> Room:
     """The most that CUDA's allocator can reserve besides other processes. To be called before its cache is emptied."""
     free, total = torch.cuda.mem_get_info(device)  # CPU-GPU sync
     room = free + torch.cuda.memory_reserved(device)
-    return Room(room, f"of {torch.cuda.get_device_name(device)}, {room:,} B of {total:,} B for tensors of this rank")
+    return Room(
+        room,
+        f"of {torch.cuda.get_device_name(device)}, {room:,} B of {total:,} B for tensors of this rank",
+    )
 
 
 @contextmanager
 def ending(
-    config: Config, ds_config: DeepSpeedConfig, folder: Path, device: torch.device, watchdog: Watchdog
+    config: Config,
+    ds_config: DeepSpeedConfig,
+    folder: Path,
+    device: torch.device,
+    watchdog: Watchdog,
 ) -> Iterator[None]:
     """Build and train inside: if memory runs out, this ends the process. Entering is a collective.
 
@@ -116,7 +134,15 @@ def ending(
             _leave()
 
 
-def _speak(error, room: Room, message: Path, snapshot: Path, config: Config, ds_config, device: torch.device) -> bool:
+def _speak(
+    error,
+    room: Room,
+    message: Path,
+    snapshot: Path,
+    config: Config,
+    ds_config,
+    device: torch.device,
+) -> bool:
     """Print and write the message; returns False if another rank does so."""
     try:
         message.touch(exist_ok=False)
@@ -126,13 +152,21 @@ def _speak(error, room: Room, message: Path, snapshot: Path, config: Config, ds_
         pass
     asked = asked_bytes(error)
     first = "error: out of memory"
-    first += f": rank {distributed.rank()} asked for {asked:,} B" if asked else f" on rank {distributed.rank()}"
+    first += (
+        f": rank {distributed.rank()} asked for {asked:,} B"
+        if asked
+        else f" on rank {distributed.rank()}"
+    )
     first += f" over the limit {room.limit}"
     _lift_limits()
     gpu = device.type == "cuda"
     try:
-        predicted = "" if gpu else str(snapshot)  # on a GPU the allocator has written the real snapshot
-        lines = memory_advice.advise(config, ds_config, distributed.world_size(), gpu, room.bytes, predicted)
+        predicted = (
+            "" if gpu else str(snapshot)
+        )  # on a GPU the allocator has written the real snapshot
+        lines = memory_advice.advise(
+            config, ds_config, distributed.world_size(), gpu, room.bytes, predicted
+        )
     except Exception as failed:  # the message must be printed even if the advice fails
         lines = [f"no prediction of what would fit: {type(failed).__name__}: {failed}"]
     if snapshot.exists():
@@ -151,7 +185,10 @@ def _lift_limits() -> None:
             try:
                 resource.setrlimit(kind, (limit, limit))
                 break
-            except (ValueError, OSError):  # above the hard limit, which only the superuser may raise
+            except (
+                ValueError,
+                OSError,
+            ):  # above the hard limit, which only the superuser may raise
                 continue
 
 

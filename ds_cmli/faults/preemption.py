@@ -17,9 +17,20 @@ from types import FrameType
 from ds_cmli.faults import launcher
 
 EXIT_CODE = 85  # the run has saved a checkpoint and is to be started again
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP)
-WHO_GOES_ON = "DS_CMLI_GOES_ON"  # environment variable of a script that tells by itself how the run goes on
-SAME_PRESS = 1.0  # seconds; one Ctrl-C reaches a rank from the terminal and once more from its launcher
+SIGNALS = (
+    signal.SIGTERM,
+    signal.SIGUSR1,
+    signal.SIGUSR2,
+    signal.SIGINT,
+    signal.SIGQUIT,
+    signal.SIGHUP,
+)
+WHO_GOES_ON = (
+    "DS_CMLI_GOES_ON"  # environment variable of a script that tells by itself how the run goes on
+)
+SAME_PRESS = (
+    1.0  # seconds; one Ctrl-C reaches a rank from the terminal and once more from its launcher
+)
 
 _received: list[str] = []
 
@@ -31,7 +42,9 @@ class Preempted(Exception):
 def install() -> None:
     """Handle the signals from now on. To be called in the main thread."""
     for number in SIGNALS:
-        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # under nohup HUP stays ignored
+        if (
+            number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN
+        ):  # under nohup HUP stays ignored
             signal.signal(number, _note)
     # Python calls its handlers between two bytecode instructions, so not while the main thread waits in a collective
     # for a rank that hangs. The C handler also writes the signal's number to this pipe, which a second thread reads.
@@ -52,7 +65,9 @@ def shield(worker: int) -> None:
 
 
 def _end_loaders() -> None:
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler would report the killed processes as crashed
+    signal.signal(
+        signal.SIGCHLD, signal.SIG_DFL
+    )  # PyTorch's handler would report the killed processes as crashed
     for process in multiprocessing.active_children():
         process.kill()
 

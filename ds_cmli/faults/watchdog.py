@@ -22,7 +22,10 @@ from ds_cmli.distributed import process_group as distributed
 
 EXIT_CODE = 1
 SLOW = 10  # factor on the time limit while models are built, kernels are compiled or a checkpoint is written
-COLLECTIVES = ("torch/distributed/", "deepspeed/comm/")  # a thread inside these files waits for other ranks
+COLLECTIVES = (
+    "torch/distributed/",
+    "deepspeed/comm/",
+)  # a thread inside these files waits for other ranks
 
 
 @dataclass
@@ -33,7 +36,9 @@ class Heartbeat:
     step: int = 0  # optimizer steps done
     count: int = 0  # calls of `heartbeat`
     slow: bool = True
-    passed: int = 0  # slow parts of the run that end on all ranks together, and lie behind this rank
+    passed: int = (
+        0  # slow parts of the run that end on all ranks together, and lie behind this rank
+    )
     waiting: bool = False  # in a collective
     where: str = ""  # the line of code that its main thread executes
     alive: int = 0  # increases as long as the process runs, even if its main thread hangs
@@ -52,8 +57,12 @@ def hold_back_nccl(timeout: float) -> None:
         timeout: the watchdog's, in seconds.
     """
     if timeout:
-        needed = timeout + 4 * _interval(timeout) + 10  # seconds until a dead rank is found and reported everywhere
-        os.environ.setdefault("TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC", str(int(max(60, needed) * 1000 / 4)))
+        needed = (
+            timeout + 4 * _interval(timeout) + 10
+        )  # seconds until a dead rank is found and reported everywhere
+        os.environ.setdefault(
+            "TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC", str(int(max(60, needed) * 1000 / 4))
+        )
         # A second thread of NCCL would take a longer sleep for a hang.
         os.environ.setdefault("TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC", str(int(max(480, 2 * needed))))
 
@@ -116,12 +125,16 @@ class Watchdog:
         if self.timeout and self.world_size > 1:
             with suppress(RuntimeError):  # the store's process has ended
                 self.store.set("reporter", str(self.rank))
-                time.sleep(2 * self.interval + 1)  # all ranks must read it before rank 0, which holds the store, ends
+                time.sleep(
+                    2 * self.interval + 1
+                )  # all ranks must read it before rank 0, which holds the store, ends
 
     def __enter__(self) -> "Watchdog":
         if self.timeout:
             # A connection of its own: a collective that waits on the process group's connection would block it.
-            self.store = dist.PrefixStore("watchdog", dist.distributed_c10d._get_default_store().clone())  # type: ignore
+            self.store = dist.PrefixStore(
+                "watchdog", dist.distributed_c10d._get_default_store().clone()
+            )  # type: ignore
             self.exchange = threading.Thread(target=self._exchange_loop, daemon=True)
             self.exchange.start()
             threading.Thread(target=self._silence_loop, daemon=True).start()
@@ -130,16 +143,24 @@ class Watchdog:
     def __exit__(self, kind, error, trace) -> None:
         if not self.timeout:
             return
-        if error is None or isinstance(error, (SystemExit, KeyboardInterrupt)) or self.world_size == 1:
+        if (
+            error is None
+            or isinstance(error, (SystemExit, KeyboardInterrupt))
+            or self.world_size == 1
+        ):
             self.mine.done = True  # a single rank prints its own error
         else:
-            if _lost_a_rank(error):  # another rank is to blame; if none is found, this rank's error is reported
+            if _lost_a_rank(
+                error
+            ):  # another rank is to blame; if none is found, this rank's error is reported
                 self._wait(4 * self.interval + 2, self._blame_the_missing)
                 if self.store_is_gone:
                     self.exchange.join()  # that thread ends the job, unless rank 0 had finished
             self.mine.failed = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         # Rank 0 holds the store. If it ended before the others have published their end, they would take it for dead.
-        self._wait(30, self._all_have_ended if self.rank == 0 else lambda: self._has_ended(self.rank))
+        self._wait(
+            30, self._all_have_ended if self.rank == 0 else lambda: self._has_ended(self.rank)
+        )
         if self.mine.failed:
             self._leave_later()
         self.closed.set()
@@ -162,7 +183,9 @@ class Watchdog:
             self.silence = 0.0
             now = time.monotonic()
             stopped, last = now - last - self.interval, now
-            if stopped > self.interval:  # this process itself was stopped, by Ctrl-Z or a suspended job
+            if (
+                stopped > self.interval
+            ):  # this process itself was stopped, by Ctrl-Z or a suspended job
                 self.lived = [min(now, t + stopped) for t in self.lived]
                 self.progressed = [min(now, t + stopped) for t in self.progressed]
             if not (self.mine.done or self.mine.failed):
@@ -187,7 +210,11 @@ class Watchdog:
                 self.reported = True
                 return
             self._leave()
-        here = [r for r in range(self.world_size) if self.heartbeats[r] is not None or self.store.check([str(r)])]
+        here = [
+            r
+            for r in range(self.world_size)
+            if self.heartbeats[r] is not None or self.store.check([str(r)])
+        ]
         now = time.monotonic()
         for r, text in zip(here, self.store.multi_get([str(r) for r in here]), strict=True):
             old, new = self.heartbeats[r], Heartbeat(**json.loads(text))
@@ -221,7 +248,10 @@ class Watchdog:
         awaited = [r for r in busy if self._heartbeat_of(r).count == least]
         hung = [r for r in awaited if now - max(come, self.progressed[r]) > limits[r]]
         if hung:
-            self._end(hung, f"hangs: no progress for {limits[hung[0]]:g} s, in {self._heartbeat_of(hung[0]).where}")
+            self._end(
+                hung,
+                f"hangs: no progress for {limits[hung[0]]:g} s, in {self._heartbeat_of(hung[0]).where}",
+            )
 
     def _blame_the_missing(self) -> bool:
         """End the job as soon as it is known which rank has been lost."""
@@ -230,7 +260,9 @@ class Watchdog:
         failed = [r for r in others if self._heartbeat_of(r).failed]
         if failed:
             self._end(failed, f"failed: {self._heartbeat_of(failed[0]).failed}")
-        dead = [r for r in others if not self._has_ended(r) and now - self.lived[r] > 3 * self.interval]
+        dead = [
+            r for r in others if not self._has_ended(r) and now - self.lived[r] > 3 * self.interval
+        ]
         if dead:
             self._end(dead, "is dead")
         return False
@@ -265,12 +297,19 @@ class Watchdog:
             try:
                 if self.store_is_gone:
                     raise RuntimeError
-                first = self.store.compare_set("reporter", "", str(self.rank)) == str(self.rank).encode()
+                first = (
+                    self.store.compare_set("reporter", "", str(self.rank))
+                    == str(self.rank).encode()
+                )
             except RuntimeError:
                 first = self.rank == min({*range(self.world_size)} - {*ranks}, default=self.rank)
             if first:
                 with suppress(OSError):  # the terminal or pipe is closed
-                    print(f"error: rank {name} {what}; last step {step}: the job ends", file=sys.stderr, flush=True)
+                    print(
+                        f"error: rank {name} {what}; last step {step}: the job ends",
+                        file=sys.stderr,
+                        flush=True,
+                    )
             self._leave()
 
     def _leave(self) -> None:
@@ -292,7 +331,8 @@ def _lost_a_rank(error: BaseException) -> bool:
     """Whether torch.distributed raised this error because another rank is gone."""
     text = str(error)
     return isinstance(error, dist.DistError) or (
-        isinstance(error, RuntimeError) and ("gloo" in text or "NCCL" in text or "Connection" in text)
+        isinstance(error, RuntimeError)
+        and ("gloo" in text or "NCCL" in text or "Connection" in text)
     )
 
 

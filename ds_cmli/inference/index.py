@@ -58,9 +58,13 @@ class Index:
             if not len(self.names) == len(self.cls) == len(self.patches):
                 raise ValueError("its parts differ in length")
         except FileNotFoundError:
-            raise UserError(f"the index is {str(folder)!r}: none is there; make one with --build PICTURES") from None
+            raise UserError(
+                f"the index is {str(folder)!r}: none is there; make one with --build PICTURES"
+            ) from None
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"the index is {str(folder)!r}, which cannot be read ({error}): build it anew") from None
+            raise UserError(
+                f"the index is {str(folder)!r}, which cannot be read ({error}): build it anew"
+            ) from None
 
     @classmethod
     def build(
@@ -73,16 +77,24 @@ class Index:
             UserError: none of the pictures can be read, or the folder cannot be written.
         """
         folder = Path(folder)
-        files: Sequence[Picture] = list_pictures(pictures) if isinstance(pictures, str | Path) else pictures
+        files: Sequence[Picture] = (
+            list_pictures(pictures) if isinstance(pictures, str | Path) else pictures
+        )
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / FILE).unlink(missing_ok=True)  # no index is found here until the new one is complete
+            (folder / FILE).unlink(
+                missing_ok=True
+            )  # no index is found here until the new one is complete
         except OSError as error:
-            raise UserError(f"the index is {str(folder)!r}: cannot write there: {error.strerror}") from None
+            raise UserError(
+                f"the index is {str(folder)!r}: cannot write there: {error.strerror}"
+            ) from None
         arrays: tuple[Any, Any] | None = None
         names: list[str] = []
         refused: list[str] = []
-        for start in tqdm(range(0, len(files), batch_size), "images", disable=not progress, leave=False):
+        for start in tqdm(
+            range(0, len(files), batch_size), "images", disable=not progress, leave=False
+        ):
             images, batch = [], []
             for number, file in enumerate(files[start : start + batch_size], start):
                 try:
@@ -99,7 +111,9 @@ class Index:
             arrays[1][len(names) : len(names) + len(batch)] = found.patches.half().numpy()
             names += batch
         if arrays is None:
-            raise UserError(f"none of the {len(files)} pictures can be read, for instance: {refused[0]}")
+            raise UserError(
+                f"none of the {len(files)} pictures can be read, for instance: {refused[0]}"
+            )
         for array, name in zip(arrays, ("cls.npy", "patches.npy"), strict=True):
             array.flush()
             if len(names) < len(files):  # some pictures were left out
@@ -129,7 +143,10 @@ class Index:
     def _check(self, model: Model) -> None:
         """Raise `UserError` if other weights than `model`'s have embedded the pictures."""
         sizes = self.cls.shape[1], self.patches.shape[1:]
-        expected = model.student.width, (model.grid[0] * model.grid[1], model.config.student.embed_dim)
+        expected = (
+            model.student.width,
+            (model.grid[0] * model.grid[1], model.config.student.embed_dim),
+        )
         if sizes != expected or self.weights not in (None, model.digest):
             raise UserError(
                 f"the index {str(self.folder)!r} was built by another model, or by earlier weights of this one: "
@@ -181,7 +198,15 @@ class Index:
             total = combined({"global": coarse[j], "cmli": fine}, model.scales)
             best = total.argsort(descending=True, stable=True)[:k].tolist()
             found.append(
-                [Result(self.names[numbers[j, i]], total[i].item(), coarse[j, i].item(), fine[i].item()) for i in best]
+                [
+                    Result(
+                        self.names[numbers[j, i]],
+                        total[i].item(),
+                        coarse[j, i].item(),
+                        fine[i].item(),
+                    )
+                    for i in best
+                ]
             )
         return found
 
@@ -190,4 +215,6 @@ def _files(folder: Path, length: int, found: ImageEmbeddings) -> tuple[Any, Any]
     """The two arrays of the index, as memory-mapped files to be filled."""
     open_file = np.lib.format.open_memmap
     cls = open_file(folder / "cls.npy", "w+", np.float16, (length, *found.cls.shape[1:]))
-    return cls, open_file(folder / "patches.npy", "w+", np.float16, (length, *found.patches.shape[1:]))
+    return cls, open_file(
+        folder / "patches.npy", "w+", np.float16, (length, *found.patches.shape[1:])
+    )

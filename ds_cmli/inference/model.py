@@ -51,9 +51,13 @@ class TextEmbeddings:
 
     cls: Tensor  # [J, H]
     tokens: Tensor  # [J, M, D]
-    token_mask: Tensor  # bool [J, M], True for tokens of the text, False for special tokens and padding
+    token_mask: (
+        Tensor  # bool [J, M], True for tokens of the text, False for special tokens and padding
+    )
     texts: list[str]
-    spans: list[list[tuple[int, int]]]  # of each position, as (start, end) in characters; (0, 0) for special tokens
+    spans: list[
+        list[tuple[int, int]]
+    ]  # of each position, as (start, end) in characters; (0, 0) for special tokens
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -82,13 +86,24 @@ class Match:
 class Model:
     """A trained student that embeds and scores pictures and texts. It is made by `Model.load`."""
 
-    def __init__(self, config: Config, objective: Objective, tokenizer: CaptionTokenizer, device: torch.device):
+    def __init__(
+        self,
+        config: Config,
+        objective: Objective,
+        tokenizer: CaptionTokenizer,
+        device: torch.device,
+    ):
         self.config, self.tokenizer, self.device = config, tokenizer, device
         self.objective = objective.to(device).eval()
         self.collate = Collate(tokenizer)
 
     @classmethod
-    def load(cls, path: str | Path, device: str | torch.device | None = None, tokenizer: str | None = None) -> "Model":
+    def load(
+        cls,
+        path: str | Path,
+        device: str | torch.device | None = None,
+        tokenizer: str | None = None,
+    ) -> "Model":
         """Load the student of a run or of an exported model.
 
         Args:
@@ -116,7 +131,9 @@ class Model:
         weights = over_pairs(config.loss.weights) or {"global": 1.0}
         config.loss = dataclasses.replace(config.loss, weights=weights)
         words = load_tokenizer(tokenizer or config.data.tokenizer, config.data.context_length)
-        objective, _ = build_models(config, words.vocab_size, pretrained=False, special=words.special)
+        objective, _ = build_models(
+            config, words.vocab_size, pretrained=False, special=words.special
+        )
         load_weights(path, objective, setting="the model")
         return cls(config, objective, words, chosen)
 
@@ -157,14 +174,20 @@ class Model:
             if isinstance(picture, str | Path):
                 path = Path(picture)
                 return read_picture(
-                    path, str(path.parent.resolve()), self.image_size, self.config.data.max_pixels, True
+                    path,
+                    str(path.parent.resolve()),
+                    self.image_size,
+                    self.config.data.max_pixels,
+                    True,
                 )
             return prepare(picture, self.image_size)
         except TypeError as error:
             raise UserError(f"{error}, or a file") from None
         except Exception as error:  # decoders of damaged files raise nearly anything
             name = f"{str(picture)!r}" if isinstance(picture, str | Path) else "a picture"
-            raise UserError(f"{name} cannot be read: {' '.join(str(error).split()) or type(error).__name__}") from None
+            raise UserError(
+                f"{name} cannot be read: {' '.join(str(error).split()) or type(error).__name__}"
+            ) from None
 
     @torch.inference_mode()
     def embed_images(
@@ -174,15 +197,21 @@ class Model:
         files = list_pictures(pictures) if isinstance(pictures, str | Path) else list(pictures)
         cls, patches = [], []
         for start in _steps(len(files), batch_size, progress, "images"):
-            images = torch.stack([self.read(file) for file in files[start : start + batch_size]]).to(self.device)
+            images = torch.stack(
+                [self.read(file) for file in files[start : start + batch_size]]
+            ).to(self.device)
             image_cls, features = self.student.encode_image(images)  # [B, H], [B, N, H]
             cls.append(l2_normalize(image_cls).cpu())  # CPU-GPU sync
             patches.append(l2_normalize(self.student.projection(features)).cpu())
-        names = [str(file) if isinstance(file, str | Path) else str(i) for i, file in enumerate(files)]
+        names = [
+            str(file) if isinstance(file, str | Path) else str(i) for i, file in enumerate(files)
+        ]
         return ImageEmbeddings(torch.cat(cls), torch.cat(patches), names)
 
     @torch.inference_mode()
-    def embed_texts(self, texts: str | Iterable[str], batch_size: int = 128, progress: bool = False) -> TextEmbeddings:
+    def embed_texts(
+        self, texts: str | Iterable[str], batch_size: int = 128, progress: bool = False
+    ) -> TextEmbeddings:
         """Embed texts. Those that are longer than the context length are truncated, as in training."""
         texts = [texts] if isinstance(texts, str) else list(texts)
         if not texts:
@@ -193,11 +222,16 @@ class Model:
         if line := tell_cut(texts, self.tokenizer.positions):
             warnings.warn(line, stacklevel=2)
         nothing = torch.zeros(3, 0, 0, dtype=torch.uint8)
-        whole = self.collate([Sample(nothing, self.tokenizer(text), i, i) for i, text in enumerate(texts)])
+        whole = self.collate(
+            [Sample(nothing, self.tokenizer(text), i, i) for i, text in enumerate(texts)]
+        )
         cls, tokens = [], []
         for start in _steps(len(texts), batch_size, progress, "texts"):
             part = slice(start, start + batch_size)
-            ids, mask = whole.input_ids[part].to(self.device), whole.attention_mask[part].to(self.device)
+            ids, mask = (
+                whole.input_ids[part].to(self.device),
+                whole.attention_mask[part].to(self.device),
+            )
             text_cls, features = self.student.encode_text(ids, mask)  # [B, H], [B, M, H]
             cls.append(l2_normalize(text_cls).cpu())  # CPU-GPU sync
             tokens.append(l2_normalize(self.student.projection(features)).cpu())
@@ -224,7 +258,9 @@ class Model:
         return match_of(images, 0, texts, 0, self.grid)
 
 
-def match_of(images: ImageEmbeddings, i: int, texts: TextEmbeddings, j: int, grid: tuple[int, int]) -> Match:
+def match_of(
+    images: ImageEmbeddings, i: int, texts: TextEmbeddings, j: int, grid: tuple[int, int]
+) -> Match:
     """As `Model.match`, for image i and text j that have already been embedded."""
     valid = texts.token_mask[j]
     similarity = upcast(texts.tokens[j][valid]) @ upcast(images.patches[i]).t()  # [M, N]
@@ -239,9 +275,13 @@ def list_pictures(folder: str | Path) -> list[Path]:
         return [path]
     if not path.is_dir():
         raise UserError(f"{str(folder)!r}: no such file or folder of pictures")
-    files = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
+    files = sorted(
+        file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file()
+    )
     if not files:
-        raise UserError(f"{str(folder)!r} has no picture: give a folder with {', '.join(SUFFIXES)} files")
+        raise UserError(
+            f"{str(folder)!r} has no picture: give a folder with {', '.join(SUFFIXES)} files"
+        )
     return files
 
 

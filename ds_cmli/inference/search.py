@@ -17,14 +17,31 @@ DEMO_ONLY = "this model was trained on the demo and knows its scenes of emoji pi
 @click.command()
 @click.argument("index")
 @click.argument("texts", nargs=-1, metavar="[TEXT ...]")
-@click.option("--build", "pictures", default=None, metavar="FOLDER", help="First embed this folder's pictures into it.")
-@click.option("--model", "model_path", default=None, metavar="RUN", help="A run's folder.  [default: the index's own]")
+@click.option(
+    "--build",
+    "pictures",
+    default=None,
+    metavar="FOLDER",
+    help="First embed this folder's pictures into it.",
+)
+@click.option(
+    "--model",
+    "model_path",
+    default=None,
+    metavar="RUN",
+    help="A run's folder.  [default: the index's own]",
+)
 @click.option("-k", "k", default=10, show_default=True, help="Results of each text.")
 @click.option("--candidates", default=None, type=int,
               help="The best by global score, ordered by CMLI too.  [default: 200; all of up to 2000, and for a model "
               "without a global loss]")  # fmt: skip
 @click.option("--batch-size", default=32, show_default=True, help="Pictures embedded at a time.")
-@click.option("--page", default=None, metavar="FILE", help="Write the results with their pictures as an HTML page.")
+@click.option(
+    "--page",
+    default=None,
+    metavar="FILE",
+    help="Write the results with their pictures as an HTML page.",
+)
 @click.option("--json", "as_json", is_flag=True, help="One object a text, a line each.")
 def command(
     index: str, texts: tuple[str, ...], pictures: str | None, model_path: str | None, k: int, candidates: int | None,
@@ -32,7 +49,9 @@ def command(
 ) -> None:  # fmt: skip
     """Search an index of pictures by text."""
     if pictures is None and not texts:
-        raise UserError("nothing to do: give --build FOLDER to make the index, or a text to search for")
+        raise UserError(
+            "nothing to do: give --build FOLDER to make the index, or a text to search for"
+        )
     if pictures is not None and model_path is None:
         raise UserError("--build needs --model: give the run whose student embeds the pictures")
     _check_effect(pictures is not None, bool(texts))
@@ -80,16 +99,23 @@ def _check_effect(builds: bool, searches: bool) -> None:
     context = click.get_current_context()
     idle = {} if builds else {"batch_size": "without --build"}
     if not searches:
-        idle |= dict.fromkeys(("k", "candidates", "page", "as_json"), "without a text to search for")
+        idle |= dict.fromkeys(
+            ("k", "candidates", "page", "as_json"), "without a text to search for"
+        )
     for parameter in context.command.params:
         given = context.get_parameter_source(parameter.name or "") == ParameterSource.COMMANDLINE
         if given and parameter.name in idle:
-            raise UserError(f"{parameter.opts[0]} has no effect {idle[parameter.name]}: leave it out")
+            raise UserError(
+                f"{parameter.opts[0]} has no effect {idle[parameter.name]}: leave it out"
+            )
 
 
 def write_page(path: str, texts: tuple[str, ...], results: list[list[Any]], note: str = "") -> None:
     """Write the results as one self-contained HTML file with small copies of the pictures, `note` on top."""
-    rows = [(text, [(r, _thumbnail(r.name)) for r in best]) for text, best in zip(texts, results, strict=True)]
+    rows = [
+        (text, [(r, _thumbnail(r.name)) for r in best])
+        for text, best in zip(texts, results, strict=True)
+    ]
     shown = {"title": "Search results", "rows": rows, "note": note}
     pages.write_page(path, "--page", "ds_cmli.inference", "results.html.jinja", **shown)
 

@@ -11,7 +11,9 @@ from torch import Tensor
 BLOCK = 1 << 22  # number of scores in memory at a time: 16 MB in fp32
 
 
-def topk(score: Callable[[slice, slice], Tensor], rows: int, columns: int, k: int) -> tuple[Tensor, Tensor]:
+def topk(
+    score: Callable[[slice, slice], Tensor], rows: int, columns: int, k: int
+) -> tuple[Tensor, Tensor]:
     """The k best columns of each row.
 
     Args:

@@ -22,14 +22,33 @@ class Entry:
 
 
 # The settings of the all-pairs op.
-OP = ("cmli_backend", "cmli_exchange", "cmli_gather_bytes", "cmli_recompute", "cmli_scratch_bytes", "cmli_token_keep")
+OP = (
+    "cmli_backend",
+    "cmli_exchange",
+    "cmli_gather_bytes",
+    "cmli_recompute",
+    "cmli_scratch_bytes",
+    "cmli_token_keep",
+)
 
 LOSSES = {
-    "global": Entry("global_contrastive.GlobalContrastive", "global", settings=("duplicates", "init_temperature")),
-    "global_sigmoid": Entry("global_sigmoid.GlobalSigmoid", "global", several=True, settings=("duplicates",)),
-    "cmli": Entry("cmli.AllPairsCMLI", "cmli", settings=("duplicates", "cmli_init_temperature", *OP)),
-    "cmli_sigmoid": Entry("cmli_sigmoid.CMLISigmoid", "cmli", several=True, settings=("duplicates", *OP)),
-    "target_cmli": Entry("target_cmli.TargetCMLI", teacher=True, settings=("match", "mse_reduction")),
+    "global": Entry(
+        "global_contrastive.GlobalContrastive",
+        "global",
+        settings=("duplicates", "init_temperature"),
+    ),
+    "global_sigmoid": Entry(
+        "global_sigmoid.GlobalSigmoid", "global", several=True, settings=("duplicates",)
+    ),
+    "cmli": Entry(
+        "cmli.AllPairsCMLI", "cmli", settings=("duplicates", "cmli_init_temperature", *OP)
+    ),
+    "cmli_sigmoid": Entry(
+        "cmli_sigmoid.CMLISigmoid", "cmli", several=True, settings=("duplicates", *OP)
+    ),
+    "target_cmli": Entry(
+        "target_cmli.TargetCMLI", teacher=True, settings=("match", "mse_reduction")
+    ),
     "cls_kd": Entry("cls_distillation.ClsDistillation", teacher=True, settings=("mse_reduction",)),
 }
 

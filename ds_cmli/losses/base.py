@@ -113,22 +113,31 @@ class LossInputs(PairInputs):
     def duplicates(self) -> Tensor | None:
         ids = self.batch.pair_id
         return (
-            None if self.config.duplicates == "keep" else duplicates(ids, collectives.gather(ids), self.first)
+            None
+            if self.config.duplicates == "keep"
+            else duplicates(ids, collectives.gather(ids), self.first)
         )  # collective
 
     @cached_property
     def global_scores(self) -> Tensor:
         image = upcast(l2_normalize(self.features.image_cls))  # [B, H]
-        text = collectives.gather_with_gradient(upcast(l2_normalize(self.features.text_cls)))  # [G, H], collective
+        text = collectives.gather_with_gradient(
+            upcast(l2_normalize(self.features.text_cls))
+        )  # [G, H], collective
         with full_precision(image.device):
             return image @ text.t()
 
     @cached_property
     def cmli_scores(self) -> tuple[Tensor, Tensor]:
-        patches, tokens = self.student.projection(self.features.patches), self.student.projection(self.features.tokens)
+        patches, tokens = (
+            self.student.projection(self.features.patches),
+            self.student.projection(self.features.tokens),
+        )
         mask = self.batch.token_mask
         if self.config.cmli_token_keep < 1:
-            selection = select(patches, tokens, mask, self.config.cmli_token_keep, self.config.cmli_scratch_bytes)
+            selection = select(
+                patches, tokens, mask, self.config.cmli_token_keep, self.config.cmli_scratch_bytes
+            )
             (patches, tokens), mask = selection.of(patches, tokens), selection.token_mask
         return score_global_batch(patches, tokens, mask, score=self.score)
 
@@ -140,7 +149,9 @@ class LossInputs(PairInputs):
 
     @property
     def teacher(self) -> Targets:
-        assert self.targets is not None, "the registry says of no chosen loss that it needs the teacher"
+        assert self.targets is not None, (
+            "the registry says of no chosen loss that it needs the teacher"
+        )
         return self.targets
 
     def to_teacher(self, x: Tensor) -> Tensor:

@@ -37,24 +37,40 @@ class PairFeatures:
     """
 
     token_mask: Tensor  # bool [B, M], True = valid
-    pair_id: Tensor  # int64 [B, 2], hashes of picture and caption: equal for equal pictures or captions
+    pair_id: (
+        Tensor  # int64 [B, 2], hashes of picture and caption: equal for equal pictures or captions
+    )
     image_cls: Tensor | None  # [B, H]; None if no loss compares class tokens
     text_cls: Tensor | None  # [B, H]
     patches: Tensor | None  # [B, N, D]; None if no loss compares patches and tokens
     tokens: Tensor | None  # [B, M, D]
-    selection: Selection | None = None  # which patches and tokens were kept, if only a share of them is
+    selection: Selection | None = (
+        None  # which patches and tokens were kept, if only a share of them is
+    )
 
     def to(self, device: torch.device | str) -> "PairFeatures":
-        image_cls, text_cls, patches, tokens = (None if x is None else fetched(x, device) for x in self._features())
-        mask, pair_id, selection = fetched(self.token_mask, device), fetched(self.pair_id, device), self.selection
+        image_cls, text_cls, patches, tokens = (
+            None if x is None else fetched(x, device) for x in self._features()
+        )
+        mask, pair_id, selection = (
+            fetched(self.token_mask, device),
+            fetched(self.pair_id, device),
+            self.selection,
+        )
         if selection is not None:
             selection = Selection(*(fetched(x, device) for x in vars(selection).values()))
         return PairFeatures(mask, pair_id, image_cls, text_cls, patches, tokens, selection)
 
     def copied(self) -> "PairFeatures":
         """These features without the memory around them: a class token is a view of its whole sequence."""
-        views = {name: x for name, x in vars(self).items() if isinstance(x, Tensor) and x.is_floating_point()}
-        own = {name: x.clone() for name, x in views.items() if x.untyped_storage().nbytes() > x.nbytes}
+        views = {
+            name: x
+            for name, x in vars(self).items()
+            if isinstance(x, Tensor) and x.is_floating_point()
+        }
+        own = {
+            name: x.clone() for name, x in views.items() if x.untyped_storage().nbytes() > x.nbytes
+        }
         return replace(self, **own)  # type: ignore[arg-type]
 
     def _features(self) -> tuple[Tensor | None, ...]:
@@ -82,7 +98,9 @@ class PairGradients:
 
     total: Tensor  # the weighted sum of the losses of this rank's pairs, a scalar in fp32 (fp64)
     each: dict[str, Tensor]  # each loss by name
-    parameters: list[Tensor | None]  # the gradient of each parameter of these losses, in the order of the parameters
+    parameters: list[
+        Tensor | None
+    ]  # the gradient of each parameter of these losses, in the order of the parameters
     ignored: Tensor  # how many texts of other pairs are no negatives of this rank's images
 
 
@@ -130,8 +148,12 @@ def pair_gradients(
 
     def computed(tile: Tile) -> tuple[dict[str, Tensor], Tensor]:
         """Each loss, and their weighted sum times `scale`, as shares of those of this rank's pairs."""
-        each = {name: loss(tile) * (len(tile.images.pair_id) / pairs) for name, loss in losses.items()}
-        return each, scale * torch.stack([weights[name] * loss for name, loss in each.items()]).sum()
+        each = {
+            name: loss(tile) * (len(tile.images.pair_id) / pairs) for name, loss in losses.items()
+        }
+        return each, scale * torch.stack(
+            [weights[name] * loss for name, loss in each.items()]
+        ).sum()
 
     statistics = TileStatistics(pairs, len(texts.pair_id))
     for _, images in micro_batches():
@@ -157,7 +179,9 @@ def pair_gradients(
                 each, total = computed(tile)
                 leaves = tile.leaves()
                 grads = torch.autograd.grad(total, [*leaves, *parameters], allow_unused=True)
-                for place, grad in zip(tile.places(*of_images, of_cls, of_chunk), grads, strict=False):
+                for place, grad in zip(
+                    tile.places(*of_images, of_cls, of_chunk), grads, strict=False
+                ):
                     if grad is not None:
                         place += grad
                 for n, grad in enumerate(grads[len(leaves) :]):
@@ -179,7 +203,9 @@ def pair_gradients(
                 _replace(feature, summed, device)
 
     if of_cls is not None:
-        _back_to_texts([f.text_cls for f in cached], collectives.sum_to_owner(of_cls), device)  # collective
+        _back_to_texts(
+            [f.text_cls for f in cached], collectives.sum_to_owner(of_cls), device
+        )  # collective
     if of_tokens is not None:
         own = of_tokens if texts.go_round else collectives.sum_to_owner(of_tokens)  # collective
         _back_to_texts([f.tokens for f in cached], own, device)
@@ -195,9 +221,12 @@ def _zeros(x: Tensor | None) -> Tensor | None:
 @torch.no_grad()
 def _images(features: PairFeatures, first: int, device: torch.device) -> Images:
     cls, patches = (
-        None if x is None else l2_normalize(fetched(x, device)) for x in (features.image_cls, features.patches)
+        None if x is None else l2_normalize(fetched(x, device))
+        for x in (features.image_cls, features.patches)
     )
-    return Images(first, fetched(features.pair_id, device), None if cls is None else upcast(cls), patches)
+    return Images(
+        first, fetched(features.pair_id, device), None if cls is None else upcast(cls), patches
+    )
 
 
 @torch.no_grad()
@@ -245,5 +274,7 @@ def _replace(place: Tensor, grad: Tensor, device: torch.device) -> None:
     """Replace a cached feature by its gradient, given that of the normalised feature, which may have more positions."""
     x = fetched(place, device).requires_grad_()
     y = l2_normalize(x)
-    (back,) = torch.autograd.grad(y, x, (grad[:, : x.shape[1]] if x.dim() == 3 else grad).to(y.dtype))
+    (back,) = torch.autograd.grad(
+        y, x, (grad[:, : x.shape[1]] if x.dim() == 3 else grad).to(y.dtype)
+    )
     stored(back, place)

@@ -20,7 +20,9 @@ class CMLISigmoid(Loss):
 
     def forward(self, inputs: PairInputs) -> Tensor:
         losses = [
-            sigmoid_loss(scores, self.logit_scale, self.logit_bias, inputs.first, inputs.duplicates)  # collective
+            sigmoid_loss(
+                scores, self.logit_scale, self.logit_bias, inputs.first, inputs.duplicates
+            )  # collective
             for scores in inputs.cmli_scores  # collective
         ]
         return (losses[0] + losses[1]) / 2

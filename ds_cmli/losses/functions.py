@@ -132,8 +132,12 @@ def target_cmli_loss(
         match=(match, "B M"),
         token_mask=(token_mask, "B M"),
     )
-    targets = teacher_patches.gather(1, match[:, :, None].expand(-1, -1, teacher_patches.shape[2]))  # [B, M, H]
-    image = squared_distance(student_patches, teacher_patches, reduction).mean()  # (7): over N patches and B images
+    targets = teacher_patches.gather(
+        1, match[:, :, None].expand(-1, -1, teacher_patches.shape[2])
+    )  # [B, M, H]
+    image = squared_distance(
+        student_patches, teacher_patches, reduction
+    ).mean()  # (7): over N patches and B images
     text = masked_mean(squared_distance(student_tokens, targets, reduction), token_mask)  # (9)
     return (image + text) / 2
 

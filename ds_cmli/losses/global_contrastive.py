@@ -16,4 +16,6 @@ class GlobalContrastive(Loss):
         scores = inputs.global_scores  # [R, T], collective
         ignore = inputs.duplicates  # collective
         logsumexps = inputs.row_logsumexp, inputs.column_logsumexp
-        return contrastive_loss(scores, scores, self.logit_scale, inputs.first, *logsumexps, ignore)  # collective
+        return contrastive_loss(
+            scores, scores, self.logit_scale, inputs.first, *logsumexps, ignore
+        )  # collective

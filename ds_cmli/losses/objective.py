@@ -59,7 +59,9 @@ class Objective(nn.Module):
         same = vars(inputs).get("duplicates")
         if same is not None:  # a loss has compared pairs
             self.ignored.copy_(same.sum())
-        total = torch.stack([weight * each[name] for name, weight in self.config.weights.items()]).sum()
+        total = torch.stack(
+            [weight * each[name] for name, weight in self.config.weights.items()]
+        ).sum()
         return total, {name: loss.detach() for name, loss in each.items()}
 
     def embed(self, batch: Batch) -> PairFeatures:
@@ -68,10 +70,16 @@ class Objective(nn.Module):
 
     @torch.enable_grad()
     def compare(
-        self, cached: list[PairFeatures], device: torch.device, scale: float, heartbeat: Callable[[], None]
+        self,
+        cached: list[PairFeatures],
+        device: torch.device,
+        scale: float,
+        heartbeat: Callable[[], None],
     ) -> PairGradients:
         """The losses over the pairs of all micro-batches, by `cached.pair_gradients`. Collective."""
-        losses: dict[str, Any] = {name: self.losses[name] for name in self.config.weights if LOSSES[name].scores}
+        losses: dict[str, Any] = {
+            name: self.losses[name] for name in self.config.weights if LOSSES[name].scores
+        }
         with full_precision(device):  # of the scores, and of their gradients too
             found = pair_gradients(
                 losses, self.config.weights, cached, self.score, device, scale, self.config.cmli_scratch_bytes,
@@ -93,16 +101,26 @@ class Objective(nn.Module):
         """
         features = self._features(batch)
         inputs = self._inputs(features, batch, targets)
-        each = {name: self.losses[name](inputs) for name in self.config.weights if not LOSSES[name].scores}
+        each = {
+            name: self.losses[name](inputs)
+            for name in self.config.weights
+            if not LOSSES[name].scores
+        }
         of_pairs = self._pair_features(features, batch, gradients.selection)
         known = [
-            _KnownGradient.apply(getattr(of_pairs, name), getattr(gradients, name), accumulation / factor)
+            _KnownGradient.apply(
+                getattr(of_pairs, name), getattr(gradients, name), accumulation / factor
+            )
             for name in ("image_cls", "text_cls", "patches", "tokens")
             if getattr(gradients, name) is not None
         ]
         # Every micro-batch adds the whole gradient of the losses' parameters, which the average over them then keeps.
         of_parameters = zip(self.pair_parameters(), pairs.parameters, strict=True)
-        known += [_KnownGradient.apply(p, gradient, 1.0) for p, gradient in of_parameters if gradient is not None]
+        known += [
+            _KnownGradient.apply(p, gradient, 1.0)
+            for p, gradient in of_parameters
+            if gradient is not None
+        ]
         weighted = [self.config.weights[name] * loss for name, loss in each.items()]
         total = torch.stack([*weighted, *known]).sum() + pairs.total
         found = {**{name: loss.detach() for name, loss in each.items()}, **pairs.each}
@@ -114,19 +132,28 @@ class Objective(nn.Module):
         return [p for loss in compared for p in loss.parameters()]
 
     def _inputs(self, features: Features, batch: Batch, targets: Targets | None) -> LossInputs:
-        return LossInputs(features, batch, targets, self.student, self.width_head, self.score, self.config)
+        return LossInputs(
+            features, batch, targets, self.student, self.width_head, self.score, self.config
+        )
 
     def _features(self, batch: Batch) -> Features:
         return Features(*self.student(batch.image, batch.input_ids, batch.attention_mask))
 
-    def _pair_features(self, features: Features, batch: Batch, selection: Selection | None = None) -> PairFeatures:
+    def _pair_features(
+        self, features: Features, batch: Batch, selection: Selection | None = None
+    ) -> PairFeatures:
         """The `PairFeatures` of a batch; `selection` is that of its patches and tokens if it has been made before."""
         kinds = {LOSSES[name].scores for name in self.config.weights}
-        image_cls, text_cls = (features.image_cls, features.text_cls) if "global" in kinds else (None, None)
+        image_cls, text_cls = (
+            (features.image_cls, features.text_cls) if "global" in kinds else (None, None)
+        )
         patches = tokens = None
         mask, share = batch.token_mask, self.config.cmli_token_keep
         if "cmli" in kinds:
-            patches, tokens = self.student.projection(features.patches), self.student.projection(features.tokens)
+            patches, tokens = (
+                self.student.projection(features.patches),
+                self.student.projection(features.tokens),
+            )
             if share < 1:
                 if selection is None:
                     selection = select(patches, tokens, mask, share, self.config.cmli_scratch_bytes)
@@ -135,7 +162,9 @@ class Objective(nn.Module):
 
     def scales(self) -> dict[str, float]:
         """1/temperature of each loss that has one, by name. CPU-GPU sync; collective if ZeRO-3 partitions them."""
-        logarithms: dict[str, Any] = {n: x.logit_scale for n, x in self.losses.items() if hasattr(x, "logit_scale")}
+        logarithms: dict[str, Any] = {
+            n: x.logit_scale for n, x in self.losses.items() if hasattr(x, "logit_scale")
+        }
         with torch.no_grad(), _whole([*logarithms.values()]):
             return {name: temperature_scale(x).item() for name, x in logarithms.items()}
 

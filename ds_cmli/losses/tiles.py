@@ -100,7 +100,12 @@ class Tile(PairInputs):
             return None if x is None else x.detach().requires_grad_(known)
 
         owner, tokens, mask = chunk
-        self.images, self.part, self.score, self.keep_duplicates = images, part, score, keep_duplicates
+        self.images, self.part, self.score, self.keep_duplicates = (
+            images,
+            part,
+            score,
+            keep_duplicates,
+        )
         self.columns = slice(owner * len(mask) + part.start, owner * len(mask) + part.stop)
         self.pair_ids = images.pair_id, texts.pair_id[self.columns]
         self.image_cls, self.patches = leaf(images.cls), leaf(images.patches)
@@ -111,10 +116,16 @@ class Tile(PairInputs):
         self.logsumexp = statistics.known if known else statistics.collect
 
     def leaves(self) -> list[Tensor]:
-        return [x for x in (self.image_cls, self.patches, self.text_cls, self.tokens) if x is not None]
+        return [
+            x for x in (self.image_cls, self.patches, self.text_cls, self.tokens) if x is not None
+        ]
 
     def places(
-        self, image_cls: Tensor | None, patches: Tensor | None, text_cls: Tensor | None, tokens: Tensor | None
+        self,
+        image_cls: Tensor | None,
+        patches: Tensor | None,
+        text_cls: Tensor | None,
+        tokens: Tensor | None,
     ) -> list[Tensor]:
         """What belongs to each of `leaves()` in tensors like those of the images, of all texts and of the chunk."""
         of_texts = (
@@ -138,7 +149,9 @@ class Tile(PairInputs):
 
     @cached_property
     def cmli_scores(self) -> tuple[Tensor, Tensor]:
-        return scores_from(self.columns.start, self.score, self.patches, self.tokens, self.token_mask)
+        return scores_from(
+            self.columns.start, self.score, self.patches, self.tokens, self.token_mask
+        )
 
     def row_logsumexp(self, logits: Tensor) -> Tensor:
         return self.logsumexp(logits, ROWS)

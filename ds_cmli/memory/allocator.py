@@ -46,7 +46,9 @@ class CachingAllocator:
 
     def __init__(self, limit: int | None = None, settings: Settings = DEFAULTS):
         self.limit, self.settings = limit, settings
-        self.requests: dict[tuple[Pool, bool], int] = {}  # (pool, small) -> number of requests so far
+        self.requests: dict[
+            tuple[Pool, bool], int
+        ] = {}  # (pool, small) -> number of requests so far
         self.segments: dict[int, Segment] = {}  # by address
         # (pool, small, stream) -> (size, address) of each free block, sorted, which is the order of rule 3.
         self.free_blocks: dict[tuple[Pool, bool, int], list[tuple[int, int]]] = {}
@@ -55,7 +57,9 @@ class CachingAllocator:
         self.requested = self.allocated = self.reserved = 0
         self.next_address = FIRST_ADDRESS
 
-    def malloc(self, requested: int, stream: int = 0, event: Event | None = None, pool: Pool = DEFAULT_POOL) -> Block:
+    def malloc(
+        self, requested: int, stream: int = 0, event: Event | None = None, pool: Pool = DEFAULT_POOL
+    ) -> Block:
         """Allocate a block for `requested` bytes. Raises `OutOfMemory` if `limit` leaves no room for it."""
         size = rounded(requested, self.settings.roundup_power2_divisions)
         small = size <= SMALL_REQUEST
@@ -92,7 +96,9 @@ class CachingAllocator:
 
     def free(self, block: Block) -> None:
         for name in ("free_requested", "free_completed"):
-            self.actions.append(Action(name, block.address, block.requested, block.segment.stream, block.event))
+            self.actions.append(
+                Action(name, block.address, block.requested, block.segment.stream, block.event)
+            )
         self.requested -= block.requested
         self.allocated -= block.size
         block.requested, block.event = 0, None
@@ -100,7 +106,9 @@ class CachingAllocator:
 
     def empty_cache(self, pool: Pool = DEFAULT_POOL) -> None:
         """Return every wholly free segment of a pool to the device; a private pool's when it is deleted."""
-        for segment in sorted(self.segments.values(), key=lambda s: (s.small, s.stream, s.size, s.address)):
+        for segment in sorted(
+            self.segments.values(), key=lambda s: (s.small, s.stream, s.size, s.address)
+        ):
             if segment.pool == pool and segment.free:
                 self.release(segment)
 
@@ -109,7 +117,9 @@ class CachingAllocator:
         self.take(segment.first)
         del self.segments[segment.address]
         self.reserved -= segment.size
-        self.actions.append(Action("segment_free", segment.address, segment.size, segment.stream, None))
+        self.actions.append(
+            Action("segment_free", segment.address, segment.size, segment.stream, None)
+        )
 
     def _best_fit(self, free: list[tuple[int, int]], size: int) -> int:
         """The index in `free` of the block that rule 3 chooses; `len(free)` if none is large enough."""
@@ -118,7 +128,9 @@ class CachingAllocator:
     def splits(self, left: int, size: int, small: bool) -> bool:
         """Rule 4: whether the `left` bytes that remain behind a request of `size` bytes become a free block."""
         most = self.settings.max_split_size
-        return left >= MIN_BLOCK if small else left > SMALL_REQUEST and (most is None or size < most)
+        return (
+            left >= MIN_BLOCK if small else left > SMALL_REQUEST and (most is None or size < most)
+        )
 
     def _merge(self, block: Block) -> Block:
         """Merge a block that has become free with its free neighbours, and put the result on the free list."""
@@ -132,7 +144,9 @@ class CachingAllocator:
         self.keep(block)
         return block
 
-    def _from_device(self, requested: int, size: int, key: tuple[Pool, bool, int], event: Event | None) -> Block:
+    def _from_device(
+        self, requested: int, size: int, key: tuple[Pool, bool, int], event: Event | None
+    ) -> Block:
         """Reserve new memory and return a free block in it of at least `size` bytes, which is on no free list."""
         pool, small, stream = key
         taken = segment_bytes(size)
@@ -224,7 +238,10 @@ class Replay:
 
 
 def replay(
-    events: Iterable[Event], *, limit: int | None = None, stream: Callable[[Event], int] = lambda event: 0
+    events: Iterable[Event],
+    *,
+    limit: int | None = None,
+    stream: Callable[[Event], int] = lambda event: 0,
 ) -> Replay:
     """Run `events` through the allocator.
 
@@ -245,5 +262,14 @@ def replay(
         elif event.bytes < 0:
             allocator.free(live.pop(event.block))
         timeline.append((allocator.requested, allocator.allocated, allocator.reserved))
-    requested, allocated, reserved = (max((now[i] for now in timeline), default=0) for i in range(3))
-    return Replay(requested, allocated, reserved, timeline, list(allocator.segments.values()), allocator.actions)
+    requested, allocated, reserved = (
+        max((now[i] for now in timeline), default=0) for i in range(3)
+    )
+    return Replay(
+        requested,
+        allocated,
+        reserved,
+        timeline,
+        list(allocator.segments.values()),
+        allocator.actions,
+    )

@@ -35,7 +35,12 @@ def beginning(snapshot: dict[str, Any], device: int) -> State:
         if segment.get("device", 0) != device:
             continue
         address, pool = segment["address"], tuple(segment.get("segment_pool_id") or DEFAULT_POOL)
-        small = segment.get("segment_type", "small" if segment["total_size"] == SMALL_SEGMENT else "large") == "small"
+        small = (
+            segment.get(
+                "segment_type", "small" if segment["total_size"] == SMALL_SEGMENT else "large"
+            )
+            == "small"
+        )
         out.segments[address] = Mapped(segment["total_size"], segment["stream"], small, pool)
         for block in segment["blocks"]:
             if block["state"] in LIVE:
@@ -48,14 +53,18 @@ def beginning(snapshot: dict[str, Any], device: int) -> State:
     wrong = find_ranges(out, trace) if out.settings.expandable_segments else None
     for number in range(len(trace) - 1, -1, -1):
         if number == wrong or not _undo(out, number, trace[number]):
-            action, address, size = (trace[number].get(key, 0) for key in ("action", "addr", "size"))
+            action, address, size = (
+                trace[number].get(key, 0) for key in ("action", "addr", "size")
+            )
             raise UserError(
                 f"device {device}: event {number} ({action} of {size:,} B at {address:#x}) contradicts what came after:"
                 " the snapshot's segments and its history do not belong together"
             )
     for address in out.segments if out.settings.expandable_segments else ():
         if not any(found.begin <= address < found.end for found in out.ranges):
-            raise UserError(f"device {device}: the memory at {address:#x} was never mapped: the history is damaged")
+            raise UserError(
+                f"device {device}: the memory at {address:#x} was never mapped: the history is damaged"
+            )
     _bound_rests(out, trace, device)
     return out
 
@@ -94,7 +103,11 @@ def _undo(state: State, number: int, entry: dict[str, Any]) -> bool:
 
 def _inside(mapped: dict[int, Mapped], address: int, size: int) -> list[int]:
     """The entries of `mapped` that [address, address + size) touches."""
-    return sorted(start for start, part in mapped.items() if start < address + size and start + part.size > address)
+    return sorted(
+        start
+        for start, part in mapped.items()
+        if start < address + size and start + part.size > address
+    )
 
 
 def _cut_out(mapped: dict[int, Mapped], address: int, size: int) -> bool:
@@ -123,16 +136,24 @@ def _settings(snapshot: dict[str, Any], device: int) -> Settings:
     recorded = snapshot.get("allocator_settings")
     recorded = recorded if isinstance(recorded, dict) else {}
     divisions = recorded.get("roundup_power2_divisions")
-    numbers = [n or 0 for n in (divisions.values() if isinstance(divisions, dict) else [divisions])] or [0]
+    numbers = [
+        n or 0 for n in (divisions.values() if isinstance(divisions, dict) else [divisions])
+    ] or [0]
     if not all(type(n) is int and n >= 0 and n & (n - 1) == 0 and n == numbers[0] for n in numbers):
         raise UserError(
             f"device {device} was recorded with roundup_power2_divisions {divisions!r}, of which the replay knows one"
             " power of two for all sizes"
         )
-    written = str(recorded.get("PYTORCH_CUDA_ALLOC_CONF") or recorded.get("PYTORCH_ALLOC_CONF") or "")
-    for name, size in re.findall(r"(large_segment_size_mb|max_non_split_rounding_mb)\s*:\s*(\w+)", written):
+    written = str(
+        recorded.get("PYTORCH_CUDA_ALLOC_CONF") or recorded.get("PYTORCH_ALLOC_CONF") or ""
+    )
+    for name, size in re.findall(
+        r"(large_segment_size_mb|max_non_split_rounding_mb)\s*:\s*(\w+)", written
+    ):
         if size != "20":
-            raise UserError(f"device {device} was recorded with {name}:{size}, of which the replay knows only 20")
+            raise UserError(
+                f"device {device} was recorded with {name}:{size}, of which the replay knows only 20"
+            )
     most = recorded.get("max_split_size", -1)
     segments = [s for s in snapshot["segments"] if s.get("device", 0) == device]
     kinds = {bool(s.get("is_expandable")) for s in segments}
@@ -159,20 +180,26 @@ def _bound_rests(state: State, trace: list[dict[str, Any]], device: int) -> None
     for position, address in enumerate(order):
         at = bisect_left(ends, (address + 1, 0))
         if at == len(ends) or address < ends[at][1]:
-            raise UserError(f"device {device}: the block at {address:#x} lies in no segment: the history is incomplete")
+            raise UserError(
+                f"device {device}: the block at {address:#x} lies in no segment: the history is incomplete"
+            )
         end, segment = ends[at]
         behind = min(order[position + 1], end) if position + 1 < len(order) else end
         size = state.rounded(state.live[address])
         used = address + size
         gap = behind - used
         if gap < 0:
-            raise UserError(f"device {device}: the block at {address:#x} reaches into the next: the history is damaged")
+            raise UserError(
+                f"device {device}: the block at {address:#x} reaches into the next: the history is damaged"
+            )
         if address in state.sizes:
             rest = state.sizes[address] - size
             state.rests[address] = rest, rest
         elif state.settings.expandable_segments or state.segments[segment].small:
             state.rests[address] = 0, 0
-        elif gap <= SMALL_REQUEST or (most_split is not None and size >= most_split):  # such a block is never split
+        elif gap <= SMALL_REQUEST or (
+            most_split is not None and size >= most_split
+        ):  # such a block is never split
             state.rests[address] = gap, gap
         else:  # the gap ends with a free block, which in the large pool has more than 1 MiB
             most = min(SMALL_REQUEST, gap - SMALL_REQUEST - MIN_BLOCK)

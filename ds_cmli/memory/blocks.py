@@ -14,7 +14,9 @@ LARGE_SEGMENT = 20 << 20
 MIN_LARGE_SEGMENT_REQUEST = 10 << 20  # from here on a request gets a segment of its own size
 ROUND_SEGMENT = 2 << 20
 FIRST_ADDRESS = 0x7F00_0000_0000
-Pool = tuple[int, int]  # the id of a memory pool, as in `torch.cuda.MemPool.id`; a CUDA graph's pool has one too
+Pool = tuple[
+    int, int
+]  # the id of a memory pool, as in `torch.cuda.MemPool.id`; a CUDA graph's pool has one too
 DEFAULT_POOL = (0, 0)
 
 
@@ -25,7 +27,9 @@ class Settings:
     # A block of this size or more is not split. It serves no request below this size, and only requests that are less
     # than 20 MiB smaller than the block.
     max_split_size: int | None = None
-    roundup_power2_divisions: int = 0  # requests are rounded up to this many steps between two powers of two
+    roundup_power2_divisions: int = (
+        0  # requests are rounded up to this many steps between two powers of two
+    )
     # If more than this share of the limit is reserved when a new segment is needed, wholly free segments of the large
     # pool that are at least as old as their mean are returned first.
     garbage_collection_threshold: float = 0.0
@@ -56,12 +60,28 @@ def segment_bytes(size: int) -> int:
 class OutOfMemory(Exception):
     """The modelled device has no room for the `requested` bytes that `event` asked for."""
 
-    def __init__(self, requested: int, allocated: int, reserved: int, limit: int, missing: int, event: Event | None):
+    def __init__(
+        self,
+        requested: int,
+        allocated: int,
+        reserved: int,
+        limit: int,
+        missing: int,
+        event: Event | None,
+    ):
         super().__init__(
             f"{requested:,} bytes asked for with {reserved:,} of {limit:,} reserved, {allocated:,} of them allocated"
         )
-        self.requested, self.allocated, self.reserved, self.limit = requested, allocated, reserved, limit
-        self.missing, self.event = missing, event  # missing: bytes that would have to be freed first
+        self.requested, self.allocated, self.reserved, self.limit = (
+            requested,
+            allocated,
+            reserved,
+            limit,
+        )
+        self.missing, self.event = (
+            missing,
+            event,
+        )  # missing: bytes that would have to be freed first
 
 
 @dataclass(eq=False)
@@ -123,7 +143,13 @@ class Action:
 
 def split(block: Block, address: int) -> Block:
     """Split a block at an address. Returns the right part; `block` becomes the left one."""
-    rest = Block(block.segment, address, block.address + block.size - address, before=block, after=block.after)
+    rest = Block(
+        block.segment,
+        address,
+        block.address + block.size - address,
+        before=block,
+        after=block.after,
+    )
     if rest.after is not None:
         rest.after.before = rest
     block.size, block.after = address - block.address, rest

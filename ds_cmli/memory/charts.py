@@ -38,7 +38,11 @@ def bars(rows: Sequence[Row], path: Path) -> None:
     axis.xaxis.set_minor_formatter(lambda size, _: "")
     axis.margins(y=0.01)
     axis.invert_yaxis()
-    plots.titled(figure, "What the document estimates, what is stored, what was measured", "the largest tensor")
+    plots.titled(
+        figure,
+        "What the document estimates, what is stored, what was measured",
+        "the largest tensor",
+    )
     figure.savefig(path, dpi=plots.DPI)
     pyplot.close(figure)
 
@@ -84,7 +88,9 @@ def list_beside(axis: Any, peak: dict[str, int]) -> None:
     """Each category with its colour, in the order of the stack, and its size at the peak."""
     axis.axis("off")
     axis.set(xlim=(0, 1), ylim=(0, len(CATEGORIES)))
-    axis.text(1, len(CATEGORIES), "▼ at the peak", size=8.5, va="center", ha="right", color=plots.SOFT)
+    axis.text(
+        1, len(CATEGORIES), "▼ at the peak", size=8.5, va="center", ha="right", color=plots.SOFT
+    )
     for line, (name, size) in enumerate(peak.items()):
         place = len(CATEGORIES) - 1 - line
         axis.text(0, place, "■", color=COLOURS[name], size=13, va="center")
@@ -126,9 +132,7 @@ def history(points: Sequence[tuple[int, int]], what: str, path: Path) -> None:
         for end, label in zip(ends, ("allocated", "reserved, not used"), strict=True):
             axis.text(1.01, end, label, transform=axis.get_yaxis_transform(), size=9, va="center")
     idle = reserved[most] - allocated[most] if points else 0
-    finding = (
-        f"{readable(round(idle * GB))} of {readable(round(reserved[most] * GB))} reserved at the peak are not in use"
-    )
+    finding = f"{readable(round(idle * GB))} of {readable(round(reserved[most] * GB))} reserved at the peak are not in use"
     plots.titled(figure, finding if points else "No event", what)
     figure.savefig(path, dpi=plots.DPI)
     pyplot.close(figure)

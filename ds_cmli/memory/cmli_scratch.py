@@ -11,7 +11,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 from ds_cmli.cmli.peak_memory import cmli_peak_bytes
 
 
-def cmli_scratch_bytes(func: Any, args: tuple, text_lengths: list[int] | None, first_text: int) -> int:
+def cmli_scratch_bytes(
+    func: Any, args: tuple, text_lengths: list[int] | None, first_text: int
+) -> int:
     """Bytes that the operator `func` holds at its peak beyond what it returns. CPU-GPU sync on real tensors.
 
     Args:

@@ -30,7 +30,11 @@ COPY_S = 0.005  # seconds to wait for gloo to release its internal copies, which
 def copied_bytes(func: Any, args: tuple, backend: str) -> int:
     """Bytes of the copies that `backend` makes for itself while the collective operator `func` runs."""
     copied = GLOO_COPIES.get(func) if backend == "gloo" else None
-    return 0 if copied is None else sum(t.nbytes for t in tree_leaves(args[copied]) if isinstance(t, Tensor))
+    return (
+        0
+        if copied is None
+        else sum(t.nbytes for t in tree_leaves(args[copied]) if isinstance(t, Tensor))
+    )
 
 
 @contextmanager
@@ -63,7 +67,9 @@ def _to_the_end(method: Callable, seconds: float) -> Callable:
 class _Work:
     """A `dist.Work` whose `wait` returns when only the caller holds its tensors, or `LONGEST_S` after its end."""
 
-    def __init__(self, work: dist.Work | None, tensors: list[Tensor], before: list[int], seconds: float):
+    def __init__(
+        self, work: dist.Work | None, tensors: list[Tensor], before: list[int], seconds: float
+    ):
         self.work, self.tensors, self.before, self.seconds = work, tensors, before, seconds
 
     def is_completed(self) -> bool:

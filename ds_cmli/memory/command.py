@@ -26,8 +26,20 @@ CPU = "cpu"
 
 @click.command(cls=GroupedCommand, context_settings={"help_option_names": ["-h", "--help"]})
 @add(*WHAT)
-@option("Prediction", "--world-size", type=click.IntRange(1), default=1, show_default=True, help="Ranks.")
-@option("Prediction", "--checkpointing", type=click.Choice(["on", "off"]), help="Of activations.  [the JSON's]")
+@option(
+    "Prediction",
+    "--world-size",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    help="Ranks.",
+)
+@option(
+    "Prediction",
+    "--checkpointing",
+    type=click.Choice(["on", "off"]),
+    help="Of activations.  [the JSON's]",
+)
 @option("Prediction", "--gpu", "--card", "gpu", help="Whose context, workspace and NCCL buffers are added; cpu: "
         "predict a training on this machine's CPU.  [RTX 3090 24GB]")  # fmt: skip
 @option(
@@ -43,7 +55,9 @@ CPU = "cpu"
     metavar="SIZE|GPU",
     help="The largest micro-batch that fits: 24GB (10^9 bytes), 22GiB, or a GPU's name.",
 )
-@option("Files", "--json", "json_path", type=click.Path(dir_okay=False), help="The report, in bytes.")
+@option(
+    "Files", "--json", "json_path", type=click.Path(dir_okay=False), help="The report, in bytes."
+)
 @option("Files", "--snapshot", type=click.Path(dir_okay=False), help="For pytorch.org/memory_viz.")  # fmt: skip
 def command(preset: str, deepspeed_config: str, settings: tuple[str, ...], world_size: int, checkpointing: str | None,
             gpu: str | None, sweep: tuple[str, ...], fit: str | None, json_path: str | None, snapshot: str | None,
@@ -51,13 +65,19 @@ def command(preset: str, deepspeed_config: str, settings: tuple[str, ...], world
     """Predict the memory of a training step by category and phase, and on the device."""
     config = resolve_config(preset, settings, options)
     if sweep and (fit or snapshot):
-        raise UserError(f"--sweep is {','.join(sweep)!r}: it goes with neither --fit nor --snapshot: give one of them")
+        raise UserError(
+            f"--sweep is {','.join(sweep)!r}: it goes with neither --fit nor --snapshot: give one of them"
+        )
     if gpu == CPU and (sweep or fit or snapshot):
-        raise UserError("--gpu is 'cpu': --sweep, --fit and --snapshot are about GPUs: name one, or leave it out")
+        raise UserError(
+            "--gpu is 'cpu': --sweep, --fit and --snapshot are about GPUs: name one, or leave it out"
+        )
     ds_config = DeepSpeedConfig.load(deepspeed_config)
     tell_beside_json(config, ds_config, world_size, settings, options)
     if checkpointing == "on":
-        ds_config = ds_config.replaced(activation_checkpointing=ds_config.get("activation_checkpointing", {}))
+        ds_config = ds_config.replaced(
+            activation_checkpointing=ds_config.get("activation_checkpointing", {})
+        )
     elif checkpointing == "off":
         ds_config = ds_config.replaced(activation_checkpointing=None)
     micro_batch = ds_config.batch(config.optim.micro_batch, world_size)[1]
@@ -78,9 +98,13 @@ def command(preset: str, deepspeed_config: str, settings: tuple[str, ...], world
             fitted = search.fit(config, ds_config, world_size, room, gpu=gpu, tell=tell)
             prediction = fitted.prediction
         elif gpu == CPU:
-            prediction = search.predict_largest(config, ds_config, world_size, target="cpu", tell=tell)
+            prediction = search.predict_largest(
+                config, ds_config, world_size, target="cpu", tell=tell
+            )
         else:
-            prediction = search.predict_largest(config, ds_config, world_size, gpu=gpu or DEFAULT_GPU, tell=tell)
+            prediction = search.predict_largest(
+                config, ds_config, world_size, gpu=gpu or DEFAULT_GPU, tell=tell
+            )
         tell("")
         if fit:
             print(fit_sentence(fitted, room))
@@ -96,10 +120,20 @@ def command(preset: str, deepspeed_config: str, settings: tuple[str, ...], world
 
             write(snapshot, "--snapshot", lambda: snapshots.write(prediction.events, snapshot))
     if json_path:
-        write(json_path, "--json", lambda: Path(json_path).write_text(json.dumps(content, indent=2) + "\n"))
+        write(
+            json_path,
+            "--json",
+            lambda: Path(json_path).write_text(json.dumps(content, indent=2) + "\n"),
+        )
 
 
-def grid(config: Config, ds_config: DeepSpeedConfig, world_size: int, axes: dict[str, list[int]], gpu: str) -> list:
+def grid(
+    config: Config,
+    ds_config: DeepSpeedConfig,
+    world_size: int,
+    axes: dict[str, list[int]],
+    gpu: str,
+) -> list:
     """Print the bytes on the device as they are found, then as a table: the first axis in rows, the others in columns.
 
     Returns the points' reports as dictionaries.
@@ -131,7 +165,9 @@ def grid(config: Config, ds_config: DeepSpeedConfig, world_size: int, axes: dict
         table.add_column(", ".join(heads) or "GB", justify="right")
     for row in rows:
         sizes = [device[point] for point in product([row], *axes_across)]
-        table.add_row(str(row), *(f"{size / 1e9:.{digits}f}{'*' if size > total else ' '}" for size in sizes))
+        table.add_row(
+            str(row), *(f"{size / 1e9:.{digits}f}{'*' if size > total else ' '}" for size in sizes)
+        )
     Console(highlight=False).print(table)
     return reports
 
@@ -143,7 +179,9 @@ def sentence(report: Any, gpu: str) -> str:
 
     total = gpus.find(gpu).total.bytes
     needed, has = gigabytes(report.totals["device"], total)
-    (difference,) = gigabytes(abs(report.totals["device"] - total), digits=len(has.partition(".")[2]))
+    (difference,) = gigabytes(
+        abs(report.totals["device"] - total), digits=len(has.partition(".")[2])
+    )
     setting = report.setting
     step = f"micro-batch {setting['micro_batch']} with ZeRO-{setting['zero_stage']} over {setting['world_size']} GPUs"
     step += f" (rank {setting['rank']}, which needs the most)" if setting.get("rank") else ""
@@ -182,7 +220,11 @@ def meant(fit: str, room: int, fitted_gpu: str, gpu: str, world_size: int) -> st
     left = f"{max(usable, 0):,} B of them for tensors, the rest is {rest} as on a {gpu}"
     if fitted_gpu:
         return f"--fit {fit!r} means the {room:,} B that a {fitted_gpu} has: {left}"
-    others = [other for other in gpus.all_gpus().values() if room in other.nominal and other.total.bytes != room]
+    others = [
+        other
+        for other in gpus.all_gpus().values()
+        if room in other.nominal and other.total.bytes != room
+    ]
     named = ", ".join(f"{other.name} ({other.total.bytes:,} B)" for other in others)
     hint = f"; to mean a GPU's own memory, name it: {named}" if named else ""
     return f"--fit {fit!r} means {room:,} B of a GPU: {left}{hint}"
@@ -196,9 +238,13 @@ def print_fit(fitted: Any, room: int) -> None:
     print(f"tried, micro-batch: on the device: {tried}")
     if fitted.micro_batch:
         size = fitted.tried[fitted.micro_batch]
-        print(f"the largest micro-batch that fits in {room:,} B: {fitted.micro_batch}, with {size:,} B on the device")
+        print(
+            f"the largest micro-batch that fits in {room:,} B: {fitted.micro_batch}, with {size:,} B on the device"
+        )
     else:
-        print(f"not even one pair per rank fits in {room:,} B: it takes {fitted.tried[1]:,} B on the device")
+        print(
+            f"not even one pair per rank fits in {room:,} B: it takes {fitted.tried[1]:,} B on the device"
+        )
     for what, size in fitted.changes:
         print(f"micro-batch {fitted.asked} fits with {what}: {size:,} B")
     if not fitted.changes and not fitted.micro_batch:

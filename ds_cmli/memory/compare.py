@@ -31,8 +31,15 @@ SPARE_BYTES = 2 * GB  # left for the system and for the process itself
 MOST_SECONDS = 120.0  # limit for one measurement
 ALL_SECONDS = 600.0  # limit for all measurements together
 # What the processes import: with encoders' libraries, which are otherwise imported when the first model is built.
-PRELOADED = ["ds_cmli.memory.compare_steps", "ds_cmli.memory.measure", "timm", "transformers.models.bert.modeling_bert"]
-FEW_PAIRS = 32  # per rank: with the document's 256, a CPU computes the scores of all pairs (E2) for minutes
+PRELOADED = [
+    "ds_cmli.memory.compare_steps",
+    "ds_cmli.memory.measure",
+    "timm",
+    "transformers.models.bert.modeling_bert",
+]
+FEW_PAIRS = (
+    32  # per rank: with the document's 256, a CPU computes the scores of all pairs (E2) for minutes
+)
 
 
 @dataclass
@@ -44,14 +51,24 @@ class Row:
     document_bytes: int | None  # the document's result
     arithmetic_bytes: int | None  # the correct result of the document's formula as written
     corrected_bytes: int | None  # the largest tensor that this implementation stores
-    predicted_bytes: int | None = None  # the largest single allocation of the same code's forward, without data
+    predicted_bytes: int | None = (
+        None  # the largest single allocation of the same code's forward, without data
+    )
     predicted_peak_bytes: int | None = None
-    measured_bytes: int | None = None  # the largest single allocation of forward, as the allocator reports it
+    measured_bytes: int | None = (
+        None  # the largest single allocation of forward, as the allocator reports it
+    )
     measured_peak_bytes: int | None = None  # peak above what was live before
-    measured_on: str = ""  # the device, and the passes that the peak covers; or why it was not measured
+    measured_on: str = (
+        ""  # the device, and the passes that the peak covers; or why it was not measured
+    )
     verdict: str = ""
-    equal: bool | None = None  # whether the largest allocation that was measured is the predicted one
-    extra: dict[str, Any] = field(default_factory=dict)  # of E4, and of what was measured with fewer pairs
+    equal: bool | None = (
+        None  # whether the largest allocation that was measured is the predicted one
+    )
+    extra: dict[str, Any] = field(
+        default_factory=dict
+    )  # of E4, and of what was measured with fewer pairs
 
     def to_dict(self) -> dict[str, Any]:
         values = asdict(self)
@@ -77,13 +94,19 @@ def predicted_rows(s: Setting, ids: set[str], device: str) -> list[Row]:
     return out
 
 
-def measure(rows: list[Row], s: Setting, device: str, say: Callable[[Row], None] = lambda row: None) -> None:
+def measure(
+    rows: list[Row], s: Setting, device: str, say: Callable[[Row], None] = lambda row: None
+) -> None:
     """Measure those of `rows` for which memory and time suffice, the quick ones first, and fill in their results."""
     end = time.monotonic() + ALL_SECONDS
-    for row in sorted(rows, key=lambda r: (("E1", "E3", "E2", "E5").index(r.id), r.implementation != "ours")):
+    for row in sorted(
+        rows, key=lambda r: (("E1", "E3", "E2", "E5").index(r.id), r.implementation != "ours")
+    ):
         say(row)
         tried = affordable_setting(row, s, device)
-        implementation = implementations.implementations(tried, backend(device))[row.id, row.implementation]
+        implementation = implementations.implementations(tried, backend(device))[
+            row.id, row.implementation
+        ]
         passes, why_not = affordable(implementation, device)
         if passes and row.id == "E5":
             passes = "forward"  # this claim is about the size of one tensor
@@ -101,9 +124,14 @@ def measure(rows: list[Row], s: Setting, device: str, say: Callable[[Row], None]
         else:
             there = implementations.predict(implementation).largest
             row.equal = allocations.largest == there
-            row.measured_on += f", with B={tried.B}: {allocations.largest:,} B, predicted {there:,} B"
+            row.measured_on += (
+                f", with B={tried.B}: {allocations.largest:,} B, predicted {there:,} B"
+            )
             row.extra = {"measured_B": tried.B, "measured_there_bytes": allocations.largest}
-            row.extra |= {"predicted_there_bytes": there, "measured_there_peak_bytes": allocations.peak}
+            row.extra |= {
+                "predicted_there_bytes": there,
+                "measured_there_peak_bytes": allocations.peak,
+            }
 
 
 def affordable_setting(row: Row, s: Setting, device: str) -> Setting:
@@ -126,10 +154,14 @@ def affordable(implementation: Implementation, device: str) -> tuple[str, str]:
 def free_bytes(device: str) -> int:
     if device == "cuda":
         return torch.cuda.mem_get_info()[0] - GB
-    return min(MOST_BYTES, min([psutil.virtual_memory().available, *control_group_free()]) - SPARE_BYTES)
+    return min(
+        MOST_BYTES, min([psutil.virtual_memory().available, *control_group_free()]) - SPARE_BYTES
+    )
 
 
-def control_group_free(process: str = "/proc/self/cgroup", root: str = "/sys/fs/cgroup") -> list[int]:
+def control_group_free(
+    process: str = "/proc/self/cgroup", root: str = "/sys/fs/cgroup"
+) -> list[int]:
     """Bytes left under each memory limit of a container or a batch job (Linux control groups, version 2), if any."""
     out: list[int] = []
     try:
@@ -138,7 +170,10 @@ def control_group_free(process: str = "/proc/self/cgroup", root: str = "/sys/fs/
         return out
     for folder in (path, *path.parents):
         try:
-            most, used = (folder / "memory.max").read_text(), (folder / "memory.current").read_text()
+            most, used = (
+                (folder / "memory.max").read_text(),
+                (folder / "memory.current").read_text(),
+            )
         except OSError:
             continue
         if most.strip().isdigit():
@@ -146,10 +181,19 @@ def control_group_free(process: str = "/proc/self/cgroup", root: str = "/sys/fs/
     return out
 
 
-def measure_in_subprocess(row: Row, s: Setting, device: str, passes: str, seconds: float) -> Allocations | None:
+def measure_in_subprocess(
+    row: Row, s: Setting, device: str, passes: str, seconds: float
+) -> Allocations | None:
     """Measure in a separate process, which reports after each pass. None if it did not finish forward."""
     told = tell_from_process(
-        processes(device), seconds, implementations.measured, row.id, row.implementation, device, s, passes
+        processes(device),
+        seconds,
+        implementations.measured,
+        row.id,
+        row.implementation,
+        device,
+        s,
+        passes,
     )
     return told[-1] if told else None
 

@@ -55,14 +55,18 @@ VARIANTS = (
     Variant("ours", ALL_LOSSES, True),
 )
 # Enough to answer the document; each takes seconds of CPU time.
-FIRST_VARIANTS = tuple(v for v in VARIANTS if v.scores is not broadcast_scores and not v.checkpointing)
+FIRST_VARIANTS = tuple(
+    v for v in VARIANTS if v.scores is not broadcast_scores and not v.checkpointing
+)
 
 
 def document_config(s: Setting, losses: tuple[str, ...] = ALL_LOSSES) -> Config:
     """The preset `paper` with the sizes of `s`. Raises `UserError` if its models cannot have these sizes."""
     side, patch_size = math.isqrt(s.N), 16
     if side * side != s.N:
-        raise UserError(f"--N is {s.N}: the models' patches form a square, give {side * side} or {(side + 1) ** 2}")
+        raise UserError(
+            f"--N is {s.N}: the models' patches form a square, give {side * side} or {(side + 1) ** 2}"
+        )
     if s.H % 64:
         raise UserError(f"--H is {s.H}: the models' heads are 64 wide, give a multiple of 64")
     heads = s.H // 64
@@ -72,7 +76,11 @@ def document_config(s: Setting, losses: tuple[str, ...] = ALL_LOSSES) -> Config:
     return replace(
         config,
         student=replace(
-            config.student, embed_dim=s.D, image_overrides=image, text_overrides=text, text_weights="random"
+            config.student,
+            embed_dim=s.D,
+            image_overrides=image,
+            text_overrides=text,
+            text_weights="random",
         ),
         teacher=replace(config.teacher, overrides=image),
         data=replace(config.data, image_size=side * patch_size, context_length=s.M),
@@ -100,7 +108,14 @@ def document_rows(
     with predicting() as pool:
         for variant in variants:
             name = variant.name + ", checkpointing" * variant.checkpointing
-            row = Row("E4", name, claim.document_bytes, None, None, measured_on=f"predicted for {gpu}, rank 0 of {s.P}")
+            row = Row(
+                "E4",
+                name,
+                claim.document_bytes,
+                None,
+                None,
+                measured_on=f"predicted for {gpu}, rank 0 of {s.P}",
+            )
             rows.append(row)
             say(row)
             try:
@@ -109,14 +124,24 @@ def document_rows(
                 row.verdict = f"not predicted: {error}"
                 continue
             prediction = pool.submit(
-                predict, config, document_json(variant.checkpointing), s.P, gpu=gpu, scores=variant.scores
+                predict,
+                config,
+                document_json(variant.checkpointing),
+                s.P,
+                gpu=gpu,
+                scores=variant.scores,
             ).result()
             if variant.name == "ours" and not variant.checkpointing:
                 ours = prediction
             report = prediction.report
             needed = report.totals["device"]
-            row.predicted_bytes, row.predicted_peak_bytes = total - needed, report.totals["requested"]
-            row.verdict = f"{'fits' if needed <= total else 'does not fit'}: {describe(total - needed)}"
+            row.predicted_bytes, row.predicted_peak_bytes = (
+                total - needed,
+                report.totals["requested"],
+            )
+            row.verdict = (
+                f"{'fits' if needed <= total else 'does not fit'}: {describe(total - needed)}"
+            )
             row.extra = {"gpu": gpu, "gpu_bytes": total, **report.to_dict()}
     return rows, ours
 
@@ -157,30 +182,53 @@ class WholeStep:
     deepspeed_bytes: int | None  # from DeepSpeed's estimator
 
 
-def whole_step(preset: str, world_size: int, device: str, seconds: float = STEP_SECONDS) -> WholeStep:
+def whole_step(
+    preset: str, world_size: int, device: str, seconds: float = STEP_SECONDS
+) -> WholeStep:
     """Predict the step for `device`, and measure it there in a separate process if memory and `seconds` allow."""
     whole = load_preset(preset, {}).optim.micro_batch
     pairs = min(whole, STEP_PAIRS) if device == "cpu" else whole
-    config, ds_config = load_preset(preset, {"optim": {"micro_batch": pairs}}), DeepSpeedConfig.load(DEFAULT_JSON)
+    config, ds_config = (
+        load_preset(preset, {"optim": {"micro_batch": pairs}}),
+        DeepSpeedConfig.load(DEFAULT_JSON),
+    )
     with predicting() as pool:
         # The measurement uses a fake process group as well, whose collectives copy nothing.
-        submitted = pool.submit(predict, config, ds_config, world_size, target=device, backend="fake")
+        submitted = pool.submit(
+            predict, config, ds_config, world_size, target=device, backend="fake"
+        )
         prediction = submitted.result()
     needed, free = prediction.report.totals["requested"], free_bytes(device)
     need, left = gigabytes(needed, free, digits=1)
     measured, why_not = None, f"needs {need} GB, {left} GB are free"
     if needed <= free:
-        told = tell_from_process(processes(device), seconds, measured_step, config, world_size, device)
-        measured, why_not = (told[-1], "") if told else (None, f"it failed, or took more than {seconds:.0f} s")
+        told = tell_from_process(
+            processes(device), seconds, measured_step, config, world_size, device
+        )
+        measured, why_not = (
+            (told[-1], "") if told else (None, f"it failed, or took more than {seconds:.0f} s")
+        )
     parameters, stage = prediction.parameters, prediction.report.setting["zero_stage"]
     zero = zero_model_states(parameters, world_size, stage)
     estimate = deepspeed_model_states(parameters, prediction.largest_module, world_size, stage)
     return WholeStep(
-        preset, pairs, whole, world_size, device, prediction, measured, why_not, parameters, zero, estimate
+        preset,
+        pairs,
+        whole,
+        world_size,
+        device,
+        prediction,
+        measured,
+        why_not,
+        parameters,
+        zero,
+        estimate,
     )
 
 
-def measured_step(config: Config, world_size: int, device: str, say: Callable[[dict[str, Any]], object]) -> None:
+def measured_step(
+    config: Config, world_size: int, device: str, say: Callable[[dict[str, Any]], object]
+) -> None:
     from ds_cmli.memory.measure import measure
 
     quiet.silence()

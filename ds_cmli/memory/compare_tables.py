@@ -20,11 +20,18 @@ def arithmetic_table(claims: Iterable[Claim], s: Setting) -> Table:
     for claim in claims:
         rows.append([claim.id, claim.topic, f"says {claim.figure}", "", claim.verdict])
         for step in claim.steps:
-            right = "right" if step.stated is None or step.value == step.stated else "right, rounded"
+            right = (
+                "right" if step.stated is None or step.value == step.stated else "right, rounded"
+            )
             verdict = right if step.right else f"wrong: the document has {step.stated:,}"
             rows.append(["", "", step.text, count(step.value), verdict if s == DOCUMENT else ""])
     notes = [f'{claim.id}: "{claim.quote}"' for claim in claims]
-    return Table(f"What the document says: {describe_setting(s)}", ["id", "about", "step", "comes to", ""], rows, notes)
+    return Table(
+        f"What the document says: {describe_setting(s)}",
+        ["id", "about", "step", "comes to", ""],
+        rows,
+        notes,
+    )
 
 
 def sentences_found(rows: list[Row], document: list[Row], step: WholeStep | None) -> list[str]:
@@ -34,7 +41,9 @@ def sentences_found(rows: list[Row], document: list[Row], step: WholeStep | None
     equal = sum(bool(row.equal) for row in measured)
     if measured:
         where = measured[0].measured_on.split(",")[0]
-        out.append(f"Measured by the {where}: {equal} of {len(measured)} largest allocations equal the predicted ones.")
+        out.append(
+            f"Measured by the {where}: {equal} of {len(measured)} largest allocations equal the predicted ones."
+        )
     elif rows:
         out.append("Nothing was measured here: the tables give the reasons.")
     if document:
@@ -68,9 +77,7 @@ def rows_tables(rows: list[Row], claims: dict[str, Claim]) -> list[Table]:
          row.measured_on]
         for row in rows
     ]  # fmt: skip
-    peak_note = (
-        "Peak: the most held above what was live before, over the passes named (predicted: forward and backward)."
-    )
+    peak_note = "Peak: the most held above what was live before, over the passes named (predicted: forward and backward)."
     return [
         Table("E1, E2, E3, E5: what is stored",
               ["", "document B", "true B", "predicted B", "measured B"], sizes, notes),
@@ -80,7 +87,14 @@ def rows_tables(rows: list[Row], claims: dict[str, Claim]) -> list[Table]:
 
 
 def document_table(rows: list[Row], remember: str) -> Table:
-    columns = ["loss", "peak GB", "on the GPU GB", "student's activations GB", "temporaries GB", "verdict"]
+    columns = [
+        "loss",
+        "peak GB",
+        "on the GPU GB",
+        "student's activations GB",
+        "temporaries GB",
+        "verdict",
+    ]
     cells = []
     for row in rows:
         report = row.extra
@@ -88,7 +102,10 @@ def document_table(rows: list[Row], remember: str) -> Table:
         if report:
             categories = report["categories"]
             parts = (categories["activations student"], categories["temporaries"])
-            numbers = [f"{n / GB:,.2f}" for n in (report["totals"]["requested"], report["totals"]["device"], *parts)]
+            numbers = [
+                f"{n / GB:,.2f}"
+                for n in (report["totals"]["requested"], report["totals"]["device"], *parts)
+            ]
         cells.append([row.implementation, *numbers, row.verdict])
     where = rows[0].measured_on if rows else ""
     notes = [
@@ -102,7 +119,9 @@ def document_table(rows: list[Row], remember: str) -> Table:
 
 def remember_document(rows: list[Row]) -> str:
     """The result of E4 in one sentence, from the predictions in `rows`."""
-    free = {row.implementation: row.predicted_bytes for row in rows if row.predicted_bytes is not None}
+    free = {
+        row.implementation: row.predicted_bytes for row in rows if row.predicted_bytes is not None
+    }
     if not {"materialised", "ours"} <= free.keys():
         return "this setting was not predicted."
     return (
@@ -116,12 +135,19 @@ def whole_step_table(step: WholeStep) -> Table:
     predicted, measured = step.prediction.report.to_dict(), step.measured
     columns = ["", "predicted B", "measured B", "ZeRO's formula B", "DeepSpeed's estimator B"]
 
-    def line(name: str, part: str, zero: int | None = None, estimator: int | None = None) -> list[str]:
+    def line(
+        name: str, part: str, zero: int | None = None, estimator: int | None = None
+    ) -> list[str]:
         seen = measured[part].get(name) if measured else None
         return [name, *map(count, (predicted[part].get(name), seen, zero, estimator))]
 
     rows = [line(name, "categories", step.zero.get(name)) for name in CATEGORIES]
-    rows.append(["peak: the sum", *line("requested", "totals", sum(step.zero.values()), step.deepspeed_bytes)[1:]])
+    rows.append(
+        [
+            "peak: the sum",
+            *line("requested", "totals", sum(step.zero.values()), step.deepspeed_bytes)[1:],
+        ]
+    )
     rows += [["  in " + name, *line(name, "phases")[1:]] for name in PHASES]
     total = predicted["totals"]["requested"]
     notes = [
@@ -132,5 +158,7 @@ def whole_step_table(step: WholeStep) -> Table:
     notes.append(remember_step(step))
     if step.deepspeed_bytes:
         notes.append(f"DeepSpeed's estimator sees {step.deepspeed_bytes / total:.0%} of the peak.")
-    where = f"measured: {measured['source'].removeprefix('measured: ')}" if measured else "not measured"
+    where = (
+        f"measured: {measured['source'].removeprefix('measured: ')}" if measured else "not measured"
+    )
     return Table(f"The whole step: preset {step.preset}, {where}", columns, rows, notes)

@@ -24,7 +24,9 @@ def events(profiler: Any) -> list[tuple[str, int]]:
 
 
 @contextmanager
-def recording_in_parts(mark: str = MEMORY) -> Iterator[tuple[list[tuple[str, int]], Callable[[], None]]]:
+def recording_in_parts(
+    mark: str = MEMORY,
+) -> Iterator[tuple[list[tuple[str, int]], Callable[[], None]]]:
     """Records the allocator's events into a list, and those whose name begins with `mark`; see `events`.
 
     Yields the list and a function that moves the events recorded so far into it; the rest follows at the end. A
@@ -35,8 +37,12 @@ def recording_in_parts(mark: str = MEMORY) -> Iterator[tuple[list[tuple[str, int
     profilers = [recording()]
 
     def keep(profiler: Any) -> None:
-        found.extend(event for event in events(profiler) if event[0] == MEMORY or event[0].startswith(mark))
-        profiler.profiler.kineto_results = None  # freed now: a profiler is part of a reference cycle
+        found.extend(
+            event for event in events(profiler) if event[0] == MEMORY or event[0].startswith(mark)
+        )
+        profiler.profiler.kineto_results = (
+            None  # freed now: a profiler is part of a reference cycle
+        )
 
     def move() -> None:
         # Nothing may be allocated or freed between the two profilers.

@@ -50,13 +50,19 @@ def rehearse(
         UserError: on every rank, with the reason why the run would fail within its first steps.
     """
     config = run.config
-    say(json.dumps({"config": config.to_dict(), "deepspeed": ds_config.raw(), "start": start}, indent=2))
+    say(
+        json.dumps(
+            {"config": config.to_dict(), "deepspeed": ds_config.raw(), "start": start}, indent=2
+        )
+    )
     if config.run.compile != "off":
         say(UNCOMPILED)
     mistake = None
     with (
         run.watchdog.slow(),
-        predict_subprocess.Predictor(SECONDS) if distributed.is_main() else nullcontext() as predictor,
+        predict_subprocess.Predictor(SECONDS)
+        if distributed.is_main()
+        else nullcontext() as predictor,
     ):
         try:
             targets = ["cuda"] if device.type == "cuda" else ["cpu", "cuda"]
@@ -64,7 +70,9 @@ def rehearse(
                 ranks = distributed.world_size()
                 rank = likeliest(ds_config.stage, ranks)
                 for target in targets:
-                    predictor.send(predict_subprocess.Request(config, ds_config, ranks, target, rank))
+                    predictor.send(
+                        predict_subprocess.Request(config, ds_config, ranks, target, rank)
+                    )
             engine.build_models(config, run.data.vocab_size, special=run.data.special)
             if predictor is not None:
                 _show([predictor.receive() for _ in targets], device)
@@ -104,7 +112,11 @@ def _show(answers: list[predict_subprocess.Answer], device: torch.device) -> Non
     if there.report is None:
         say(f"no prediction for a GPU: {there.failed}")
     gpu = device.type == "cuda"
-    room = out_of_memory.device_room(device) if gpu else out_of_memory.process_room(out_of_memory.process_bytes())
+    room = (
+        out_of_memory.device_room(device)
+        if gpu
+        else out_of_memory.process_room(out_of_memory.process_bytes())
+    )
     needed = here.report["totals"]["allocated" if gpu else "requested"]
     most = room.bytes or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if needed > most:

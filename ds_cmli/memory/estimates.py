@@ -16,7 +16,9 @@ from ds_cmli.cmli.chunked.tiling import Widths, tile_sizes
 from ds_cmli.common.tables import readable
 from ds_cmli.config.schema import check
 
-SPECIAL_TOKENS = 2  # [CLS] and [SEP]/[EOS], which the document leaves out of its formulas but not out of M
+SPECIAL_TOKENS = (
+    2  # [CLS] and [SEP]/[EOS], which the document leaves out of its formulas but not out of M
+)
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,9 @@ class Step:
 
     text: str  # the formula with its numbers
     value: int  # its correct result
-    stated: int | None  # the result that the document prints, to its digits; None in any setting but the document's
+    stated: (
+        int | None
+    )  # the result that the document prints, to its digits; None in any setting but the document's
     unit: int = 1  # the unit in which the document prints it; other units than 1 are rounded to two decimals
 
     @property
@@ -65,7 +69,9 @@ class Claim:
     figure: str  # the document's result, as printed there
     formula: str
     steps: tuple[Step, ...]
-    document_bytes: int | None  # the result of the numbers that the document multiplies; None if it has no such result
+    document_bytes: (
+        int | None
+    )  # the result of the numbers that the document multiplies; None if it has no such result
     arithmetic_bytes: int | None  # the correct result of the formula as written
     stored: dict[str, int]  # implementation -> bytes of the largest tensor that it stores
     verdict: str
@@ -246,7 +252,10 @@ def cmli_op_largest(
     It holds the argmax indices of all pairs, and tiles of similarities whose size does not grow with the batch.
     """
     most_text, most_image = tile_sizes(N, M, D, dtype, scratch_bytes, backward=False)
-    texts, images = largest(make_chunks([M] * J, most_text)), largest(make_chunks([N] * I, most_image))
+    texts, images = (
+        largest(make_chunks([M] * J, most_text)),
+        largest(make_chunks([N] * I, most_image)),
+    )
     tile = texts.rows * images.rows * Widths.of(dtype).wide
     return max(tile, I * J * N * index_dtype(M).itemsize, I * J * M * index_dtype(N).itemsize)
 
@@ -271,7 +280,9 @@ def zero_model_states(parameters: int, world_size: int, stage: int) -> dict[str,
     }
 
 
-def deepspeed_model_states(parameters: int, largest_layer: int, world_size: int, stage: int) -> int | None:
+def deepspeed_model_states(
+    parameters: int, largest_layer: int, world_size: int, stage: int
+) -> int | None:
     """The bytes per GPU that DeepSpeed's own estimator gives without offload; None for stages 0 and 1, which it lacks.
 
     It counts parameters, gradients and optimizer states only: no activations, buckets, temporaries or teacher.
@@ -279,11 +290,17 @@ def deepspeed_model_states(parameters: int, largest_layer: int, world_size: int,
     if stage == 2:
         from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs
 
-        return estimate_zero2_model_states_mem_needs(parameters, num_gpus_per_node=world_size, cpu_offload=False)[1]
+        return estimate_zero2_model_states_mem_needs(
+            parameters, num_gpus_per_node=world_size, cpu_offload=False
+        )[1]
     if stage == 3:
         from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs
 
         return estimate_zero3_model_states_mem_needs(
-            parameters, largest_layer, num_gpus_per_node=world_size, cpu_offload=False, cpu_offload_params=False
+            parameters,
+            largest_layer,
+            num_gpus_per_node=world_size,
+            cpu_offload=False,
+            cpu_offload_params=False,
         )[1]
     return None

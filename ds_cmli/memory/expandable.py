@@ -120,7 +120,9 @@ class ExpandableAllocator(CachingAllocator):
 
     def unmap_at(self, address: int, size: int) -> bool:
         """Unmap the free block at an address. Returns whether exactly [address, address + size) was unmapped."""
-        block = next((b for b in self.at.values() if b.address <= address < b.address + b.size), None)
+        block = next(
+            (b for b in self.at.values() if b.address <= address < b.address + b.size), None
+        )
         if block is None:
             return False
         self.unmap(block)
@@ -134,13 +136,17 @@ class ExpandableAllocator(CachingAllocator):
 
     def _best_fit(self, free: list[tuple[int, int]], size: int) -> int:
         position = super()._best_fit(free, size)
-        while position + 1 < len(free) and self._can_grow_to(free[position + 1]) < self._can_grow_to(free[position]):
+        while position + 1 < len(free) and self._can_grow_to(
+            free[position + 1]
+        ) < self._can_grow_to(free[position]):
             position += 1
         return position
 
     def _can_grow_to(self, entry: tuple[int, int]) -> int:
         block = self.at[entry[1]]
-        return block.size + (block.after.size if block.after is not None and not block.after.mapped else 0)
+        return block.size + (
+            block.after.size if block.after is not None and not block.after.mapped else 0
+        )
 
     def splits(self, left: int, size: int, small: bool) -> bool:
         return left >= MIN_BLOCK
@@ -151,7 +157,9 @@ class ExpandableAllocator(CachingAllocator):
             self.empty_cache()
             block = self._mapped(size, key, event)
         if block is None:
-            raise self._out_of_memory(requested, self._missing_pieces(self._stretch(size, key), size), event)
+            raise self._out_of_memory(
+                requested, self._missing_pieces(self._stretch(size, key), size), event
+            )
         self.take(block)
         return block
 

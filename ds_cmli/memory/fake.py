@@ -57,7 +57,11 @@ class Answers(TorchDispatchMode):
     def texts(self, full: bool) -> Iterator[None]:
         """Inside, if `full`, no text of this rank's batch counts as padded, so text encoders leave out their mask."""
         self.full = full
-        with patched("transformers: mask", lambda _: lambda tensor=None: False) if full else nullcontext():
+        with (
+            patched("transformers: mask", lambda _: lambda tensor=None: False)
+            if full
+            else nullcontext()
+        ):
             yield
         self.full = False
 
@@ -74,7 +78,9 @@ class CudaOperators(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
+def _attention(
+    query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False
+):
     """The kernel that `_fused_sdp_choice` chooses on CUDA: flash in 16 bit without a mask, else memory-efficient."""
     if attn_mask is None and query.dtype in (torch.float16, torch.bfloat16):
         width = query.shape[-1]
@@ -87,7 +93,9 @@ def _attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False
         return out[..., :width] if width % 8 else out
     if attn_mask is not None:
         if attn_mask.dtype == torch.bool:
-            attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill_(~attn_mask, float("-inf"))
+            attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill_(
+                ~attn_mask, float("-inf")
+            )
         # The kernel needs rows that begin at multiples of 8 elements; PyTorch's `preprocess_mask` copies other masks.
         if any(stride % 8 for stride in attn_mask.stride()[:-1]) or attn_mask.stride(-1) != 1:
             width = attn_mask.shape[-1]
@@ -115,10 +123,14 @@ class SharesOfRanks(TorchFunctionMode):
 
     def __init__(self, another: Another | None = None) -> None:
         super().__init__()
-        self.last: tuple[Any, int, Any] | None = None  # (weakly: a buffer; a length; weakly: the view)
+        self.last: tuple[Any, int, Any] | None = (
+            None  # (weakly: a buffer; a length; weakly: the view)
+        )
         self.another = another
         self.empty: dict[tuple, Tensor] = {}
-        self.ends: list[Callable[[], Any]] = []  # each frees an empty tensor, or the block that stands for one
+        self.ends: list[
+            Callable[[], Any]
+        ] = []  # each frees an empty tensor, or the block that stands for one
 
     def __exit__(self, *error):
         super().__exit__(*error)
@@ -174,7 +186,9 @@ def shares_made_once(another: Another | None = None) -> Iterator[None]:
         return run
 
     def scattering(function: Callable) -> Callable:
-        return within(function, another)  # its only empty tensors fill up each rank's share of each gradient
+        return within(
+            function, another
+        )  # its only empty tensors fill up each rank's share of each gradient
 
     with (
         patched("deepspeed: gathered parameters", within),
@@ -228,7 +242,9 @@ def _convert_one(places: list[tuple[nn.Module, str]], function: Callable[[Tensor
             part._parameters[name] = replacement
 
 
-def _apply(self: nn.Module, function: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+def _apply(
+    self: nn.Module, function: Callable[[Tensor], Tensor], recurse: bool = True
+) -> nn.Module:
     """Replaces `nn.Module._apply`, which swaps a fake parameter even if nothing changes, and then fails."""
     _convert(list(_inner_first(self)), function, buffers=True)
     return self
@@ -248,10 +264,14 @@ def process_group(world_size: int, rank: int = 0) -> Iterator[None]:
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     if dist.is_initialized():
-        raise RuntimeError("a process group is up: a prediction needs a process, or a time, without one")
+        raise RuntimeError(
+            "a process group is up: a prediction needs a process, or a time, without one"
+        )
     environment = {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank)}
     with replaced_environment(environment), ExitStack() as stack:
-        stack.enter_context(replaced(sys, "excepthook", sys.excepthook))  # the process group installs another one
+        stack.enter_context(
+            replaced(sys, "excepthook", sys.excepthook)
+        )  # the process group installs another one
         stack.enter_context(patched("torch: linear", lambda _: torch._C._nn.linear))
         stack.enter_context(replaced(Transfer, "wait", _delivered))
         dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
@@ -260,7 +280,9 @@ def process_group(world_size: int, rank: int = 0) -> Iterator[None]:
 
 
 @contextmanager
-def fake_world(world_size: int, cuda: bool, another: Another | None = None, rank: int = 0) -> Iterator[Answers]:
+def fake_world(
+    world_size: int, cuda: bool, another: Another | None = None, rank: int = 0
+) -> Iterator[Answers]:
     """Inside, everything runs on fake tensors, as rank `rank` of `world_size`. All changes are undone afterwards.
 
     Args:
@@ -296,7 +318,9 @@ def fake_world(world_size: int, cuda: bool, another: Another | None = None, rank
         stack.callback(torch.set_rng_state, generator)
         stack.enter_context(patched("torch: module conversion", lambda _: _apply))
         stack.enter_context(patched("deepspeed: device has fp16", lambda _: lambda self: True))
-        stack.enter_context(patched("deepspeed: free memory", lambda _: lambda self, *index: 1 << 60))
+        stack.enter_context(
+            patched("deepspeed: free memory", lambda _: lambda self, *index: 1 << 60)
+        )
         stack.enter_context(shares_made_once(another))
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         stack.enter_context(answers)

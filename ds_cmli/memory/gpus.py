@@ -28,7 +28,9 @@ class Gpu:
     name: str
     total: Constant  # what the driver reports as the device's memory
     context: Constant  # the CUDA context, with the libraries' kernels that are loaded lazily
-    cublas_workspace: Constant  # comes from torch's allocator and counts in its allocated and reserved bytes
+    cublas_workspace: (
+        Constant  # comes from torch's allocator and counts in its allocated and reserved bytes
+    )
     nccl: Constant  # buffers of one communicator, outside torch's allocator
 
     @property
@@ -46,7 +48,10 @@ class Gpu:
 @cache
 def all_gpus() -> dict[str, Gpu]:
     content = json.loads((Path(__file__).parent / "gpus.json").read_text())
-    return {name: Gpu(name, **{k: Constant(**v) for k, v in values.items()}) for name, values in content.items()}
+    return {
+        name: Gpu(name, **{k: Constant(**v) for k, v in values.items()})
+        for name, values in content.items()
+    }
 
 
 def find(name: str) -> Gpu:

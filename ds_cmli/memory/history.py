@@ -25,8 +25,12 @@ class Replayed:
 
     device: int
     allocations: int = 0
-    at_recorded_address: int = 0  # number of allocations for which the model chose the same block as CUDA's allocator
-    segments_recorded: list[int] = field(default_factory=list)  # bytes of each new segment, in order
+    at_recorded_address: int = (
+        0  # number of allocations for which the model chose the same block as CUDA's allocator
+    )
+    segments_recorded: list[int] = field(
+        default_factory=list
+    )  # bytes of each new segment, in order
     segments_replayed: list[int] = field(default_factory=list)
     reserved_peak_recorded: int = 0
     reserved_peak_replayed: int = 0
@@ -34,9 +38,15 @@ class Replayed:
     ambiguous: int = 0  # blocks from before the history whose rest remains unknown
     unknown: int = 0  # frees of blocks or segments that the model could not repeat
     out_of_memory: int = 0  # requests that were refused
-    released_private: int = 0  # released segments whose pool is not recorded, and of which the requests tell: private
-    released_unknown: int = 0  # released segments of which neither tells the pool, in a history with private pools
-    timeline: list[tuple[int, int]] = field(default_factory=list, repr=False)  # (allocated, reserved) after each event
+    released_private: int = (
+        0  # released segments whose pool is not recorded, and of which the requests tell: private
+    )
+    released_unknown: int = (
+        0  # released segments of which neither tells the pool, in a history with private pools
+    )
+    timeline: list[tuple[int, int]] = field(
+        default_factory=list, repr=False
+    )  # (allocated, reserved) after each event
     start: State = field(default_factory=State, repr=False)  # the state at the first event
 
     @property
@@ -49,7 +59,9 @@ class Replayed:
         )
 
     def to_dict(self) -> dict[str, int]:
-        values = {key: value for key, value in vars(self).items() if key not in ("timeline", "start")}
+        values = {
+            key: value for key, value in vars(self).items() if key not in ("timeline", "start")
+        }
         return {**values, **{k: len(values[k]) for k in ("segments_recorded", "segments_replayed")}}
 
 
@@ -63,7 +75,9 @@ def replay_history(snapshot: dict[str, Any], device: int) -> Replayed:
     trace = snapshot["device_traces"][device]
     start = beginning(snapshot, device)
     out = _with_rests(trace, start, device)
-    for uncertain in (False, True) if start.untold and not start.settings.expandable_segments else ():
+    for uncertain in (
+        (False, True) if start.untold and not start.settings.expandable_segments else ()
+    ):
         if out.exact:
             break
         start = beginning(snapshot, device)
@@ -89,7 +103,9 @@ def _with_rests(trace: list[dict[str, Any]], start: State, device: int) -> Repla
     return out
 
 
-def _replay(trace: list[dict[str, Any]], start: State, device: int) -> tuple[Replayed, tuple[int, int] | None]:
+def _replay(
+    trace: list[dict[str, Any]], start: State, device: int
+) -> tuple[Replayed, tuple[int, int] | None]:
     """Replay once. If the model chooses a free block that CUDA's allocator passed over, and the rest of the block in
     front of it is uncertain, this stops and also returns that block's address and the least rest that explains the
     difference. Otherwise None stands in their place.
@@ -98,7 +114,9 @@ def _replay(trace: list[dict[str, Any]], start: State, device: int) -> tuple[Rep
     recorded, expandable = Recorded(start), start.settings.expandable_segments
     allocator, blocks = restore(start)
     uncertain = {
-        address: start.rounded(start.live[address]) for address, (low, high) in start.rests.items() if low < high
+        address: start.rounded(start.live[address])
+        for address, (low, high) in start.rests.items()
+        if low < high
     }
     given: list[int] = []  # addresses of recorded segments that the model has not asked for yet
     reserved = out.reserved_peak_recorded = out.reserved_peak_replayed = allocator.reserved
@@ -112,7 +130,11 @@ def _replay(trace: list[dict[str, Any]], start: State, device: int) -> tuple[Rep
             out.reserved_peak_recorded = max(out.reserved_peak_recorded, reserved)
         elif action == "alloc" and size:
             allocator.next_address = INVENTED + (out.allocations << 42)
-            mine = given[:1] if expandable else [new for new in given if new == recorded.segment(address)]
+            mine = (
+                given[:1]
+                if expandable
+                else [new for new in given if new == recorded.segment(address)]
+            )
             if mine and _is_vacant(allocator, mine[0], segment_bytes(start.rounded(size))):
                 allocator.next_address = mine[0]
             allocator.actions.clear()
@@ -120,11 +142,21 @@ def _replay(trace: list[dict[str, Any]], start: State, device: int) -> tuple[Rep
             if block.address != address and block.before is not None:
                 before = block.before.address
                 if before in uncertain and blocks.get(before) is block.before:
-                    whole = block.size + (block.after.size if block.after and block.after.free else 0)
-                    rest = block.before.size - uncertain[before] + whole - start.rounded(size) + MIN_BLOCK
+                    whole = block.size + (
+                        block.after.size if block.after and block.after.free else 0
+                    )
+                    rest = (
+                        block.before.size
+                        - uncertain[before]
+                        + whole
+                        - start.rounded(size)
+                        + MIN_BLOCK
+                    )
                     if rest <= start.rests[before][1]:
                         return out, (before, rest)
-            out.segments_replayed += [done.bytes for done in allocator.actions if done.name in TAKEN]
+            out.segments_replayed += [
+                done.bytes for done in allocator.actions if done.name in TAKEN
+            ]
             # A segment serves the request at its address: if the model did not need it, it is not kept for later. Other
             # new segments are those of other threads' requests.
             given = [] if expandable else [new for new in given if new not in mine]
@@ -146,7 +178,9 @@ def _replay(trace: list[dict[str, Any]], start: State, device: int) -> tuple[Rep
                 out.unknown += 1
         elif action == "segment_unmap":
             reserved -= size
-            out.unknown += not (isinstance(allocator, ExpandableAllocator) and allocator.unmap_at(address, size))
+            out.unknown += not (
+                isinstance(allocator, ExpandableAllocator) and allocator.unmap_at(address, size)
+            )
         elif action == "oom":
             out.out_of_memory += 1
         recorded.follow(number, entry)
@@ -159,7 +193,11 @@ def _replay(trace: list[dict[str, Any]], start: State, device: int) -> tuple[Rep
 def _is_vacant(allocator: CachingAllocator, address: int, size: int) -> bool:
     """Whether the model has nothing where a new segment begins. It may have kept what CUDA's allocator returned."""
     for held in allocator.segments.values():
-        end = held.blocks()[-1].address + 1 if isinstance(allocator, ExpandableAllocator) else held.address + held.size
+        end = (
+            held.blocks()[-1].address + 1
+            if isinstance(allocator, ExpandableAllocator)
+            else held.address + held.size
+        )
         if held.address < address + size and address < end:
             return False
     return True

@@ -19,7 +19,9 @@ class Holder:
     blocks: int
 
 
-def holders(snapshot: dict[str, Any], device: int, start: State, until: int | None = None) -> list[Holder]:
+def holders(
+    snapshot: dict[str, Any], device: int, start: State, until: int | None = None
+) -> list[Holder]:
     """The holders at the peak of the allocated bytes, or after the first `until` events; the largest comes first."""
     trace = snapshot["device_traces"][device]
     names = {
@@ -30,10 +32,16 @@ def holders(snapshot: dict[str, Any], device: int, start: State, until: int | No
     }
     allocated_in_trace = {entry.get("addr", 0) for entry in trace if entry["action"] == "alloc"}
     live = {
-        address: (start.rounded(size), names.get(address, "") if address not in allocated_in_trace else "")
+        address: (
+            start.rounded(size),
+            names.get(address, "") if address not in allocated_in_trace else "",
+        )
         for address, size in start.live.items()
     }
-    live = {address: (size, name or f"blocks of {size:,} B {BEFORE}") for address, (size, name) in live.items()}
+    live = {
+        address: (size, name or f"blocks of {size:,} B {BEFORE}")
+        for address, (size, name) in live.items()
+    }
     total = peak = sum(size for size, _ in live.values())
     at_peak = dict(live) if until is None else live
     growing = True  # `live` is copied only at the end of each rise to a new peak, not after each allocation of the rise
@@ -69,11 +77,16 @@ def _blocks(segment: dict[str, Any]) -> Any:
 def _operator(frames: list[dict[str, Any]]) -> str:
     """What a stack without Python runs: a node of autograd, as in the threads of the backward pass, or an operator."""
     names = [str(frame.get("name", "")) for frame in frames]
-    for pattern in (r"torch::autograd::generated::(\w+)::apply", r"torch::autograd::(AccumulateGrad)::apply"):
+    for pattern in (
+        r"torch::autograd::generated::(\w+)::apply",
+        r"torch::autograd::(AccumulateGrad)::apply",
+    ):
         found = next(filter(None, (re.search(pattern, name) for name in names)), None)
         if found:
             return f"backward pass: {found[1]}"
-    operators = [found[1] for found in (re.search(r"\bat::_ops::(\w+?)::", name) for name in names) if found]
+    operators = [
+        found[1] for found in (re.search(r"\bat::_ops::(\w+?)::", name) for name in names) if found
+    ]
     return f"aten::{operators[-1]}" if operators else ""
 
 

@@ -33,12 +33,16 @@ from ds_cmli.memory.tracker import Tracker
 SMALL = Setting(B=2, P=1, N=4, M=4, H=8, D=8)
 
 
-def global_loss(dots: Callable[[Tensor, Tensor], Tensor], image: Tensor, text: Tensor, logit_scale: Tensor) -> Tensor:
+def global_loss(
+    dots: Callable[[Tensor, Tensor], Tensor], image: Tensor, text: Tensor, logit_scale: Tensor
+) -> Tensor:
     scores = dots(image, text)
     return contrastive_loss(scores, scores, logit_scale, first=0)
 
 
-def cmli_loss(scores: Callable, image: Tensor, text: Tensor, token_mask: Tensor, logit_scale: Tensor) -> Tensor:
+def cmli_loss(
+    scores: Callable, image: Tensor, text: Tensor, token_mask: Tensor, logit_scale: Tensor
+) -> Tensor:
     s_i2t, s_t2i = scores(image, text, token_mask)
     return contrastive_loss(s_i2t, s_t2i, logit_scale, first=0)
 
@@ -65,7 +69,12 @@ def global_inputs(images: int, s: Setting, device: str) -> tuple[Tensor, ...]:
 def cmli_inputs(images: int, tokens: int, s: Setting, device: str) -> tuple[Tensor, ...]:
     rows = partial(unit_rows, dtype=torch.float32, device=device)
     image, text = rows(images, s.N, s.D).requires_grad_(), rows(s.G, tokens, s.D).requires_grad_()
-    return image, text, torch.ones(s.G, tokens, dtype=torch.bool, device=device), _logit_scale(device)
+    return (
+        image,
+        text,
+        torch.ones(s.G, tokens, dtype=torch.bool, device=device),
+        _logit_scale(device),
+    )
 
 
 def match_inputs(tokens: int, s: Setting, device: str) -> tuple[Tensor, ...]:
@@ -95,23 +104,34 @@ def implementations(s: Setting, backend: str = "auto") -> dict[tuple[str, str], 
     blocks = {"all": partial(cmli_inputs, s.G, s.M, s), "row": partial(cmli_inputs, s.B, s.M, s)}
     return {
         ("E1", "broadcast"): Implementation(
-            partial(global_inputs, s.G, s), partial(global_loss, lambda x, y: broadcast_dots(x[:, None], y))
+            partial(global_inputs, s.G, s),
+            partial(global_loss, lambda x, y: broadcast_dots(x[:, None], y)),
         ),
-        ("E1", "materialised"): Implementation(partial(global_inputs, s.G, s), partial(global_loss, _product)),
-        ("E1", "ours"): Implementation(partial(global_inputs, s.B, s), partial(global_loss, _product)),
+        ("E1", "materialised"): Implementation(
+            partial(global_inputs, s.G, s), partial(global_loss, _product)
+        ),
+        ("E1", "ours"): Implementation(
+            partial(global_inputs, s.B, s), partial(global_loss, _product)
+        ),
         ("E2", "broadcast"): Implementation(blocks["all"], partial(cmli_loss, broadcast_scores)),
-        ("E2", "materialised"): Implementation(blocks["row"], partial(cmli_loss, materialised_scores)),
+        ("E2", "materialised"): Implementation(
+            blocks["row"], partial(cmli_loss, materialised_scores)
+        ),
         ("E2", "ours"): Implementation(
             blocks["row"], partial(cmli_loss, partial(cmli_scores, backend=backend)), inside
         ),
-        ("E2", "materialised, all"): Implementation(blocks["all"], partial(cmli_loss, materialised_scores)),
+        ("E2", "materialised, all"): Implementation(
+            blocks["all"], partial(cmli_loss, materialised_scores)
+        ),
         ("E3", "broadcast"): Implementation(partial(match_inputs, s.M, s), broadcast_match),
         ("E3", "materialised"): Implementation(partial(match_inputs, s.M, s), materialised_match),
         ("E3", "ours"): Implementation(partial(match_inputs, s.M, s), losses.match_patches),
         ("E5", f"E2 materialised, {kept} of {s.M}"): Implementation(
             partial(cmli_inputs, s.B, kept, s), partial(cmli_loss, materialised_scores)
         ),
-        ("E5", f"E3 materialised, {kept} of {s.M}"): Implementation(partial(match_inputs, kept, s), materialised_match),
+        ("E5", f"E3 materialised, {kept} of {s.M}"): Implementation(
+            partial(match_inputs, kept, s), materialised_match
+        ),
     }
 
 
@@ -130,11 +150,16 @@ def summarise(forward: Iterable[int], backward: Iterable[int] | None) -> Allocat
     """Summarise the bytes of allocations (positive) and frees (negative), in order. `backward` None: it did not run."""
     forward = list(forward)
     peak = max(accumulate([*forward, *(backward or ())]), default=0)
-    return Allocations(max(forward, default=0), max(peak, 0), "forward" + " and backward" * (backward is not None))
+    return Allocations(
+        max(forward, default=0), max(peak, 0), "forward" + " and backward" * (backward is not None)
+    )
 
 
 def run(
-    implementation: Implementation, device: str, backward: bool, say: Callable = lambda allocations: None
+    implementation: Implementation,
+    device: str,
+    backward: bool,
+    say: Callable = lambda allocations: None,
 ) -> Allocations:
     """Measure forward as in training, with its graph, and also backward if it is asked for and there is a gradient.
 
@@ -174,7 +199,9 @@ def predict(implementation: Implementation, backward: bool = True) -> Allocation
     with FakeTensorMode():
         inputs = implementation.inputs("cpu")
         # The inputs of CMLI are the ones with a mask; in it, every position of every text is valid.
-        tracker = Tracker(text_lengths=[inputs[1].shape[1]] * inputs[1].shape[0] if len(inputs) == 4 else None)
+        tracker = Tracker(
+            text_lengths=[inputs[1].shape[1]] * inputs[1].shape[0] if len(inputs) == 4 else None
+        )
         tracker.claim("data", inputs)
         known = len(tracker.log)
         with tracker:
@@ -195,7 +222,9 @@ def predict(implementation: Implementation, backward: bool = True) -> Allocation
     return replace(allocations, largest=max(largest, implementation.inside))
 
 
-def measured(row: str, name: str, device: str, s: Setting, passes: str, say: Callable[[Allocations], object]) -> None:
+def measured(
+    row: str, name: str, device: str, s: Setting, passes: str, say: Callable[[Allocations], object]
+) -> None:
     """Measure one implementation alone: `say` gets its allocations after each of `passes`."""
     # Libraries allocate their workspaces at their first use, which must not count for any implementation.
     for small in implementations(SMALL).values():

@@ -25,9 +25,7 @@ class NotPredictable(UserError):
     """A setting that can be trained, but whose memory cannot be predicted."""
 
 
-UNCOMPILED = (
-    "run.compile: predicted for the blocks as they are, as what a compiler keeps and fuses shows only when it has run"
-)
+UNCOMPILED = "run.compile: predicted for the blocks as they are, as what a compiler keeps and fuses shows only when it has run"
 
 
 def without_weights(config: Config) -> tuple[Config, int]:
@@ -45,15 +43,20 @@ def without_weights(config: Config) -> tuple[Config, int]:
     elif student.text_weights != "demo":
         source = student.text_model if student.text_weights == "hub" else student.text_weights
         try:
-            encoder = text_part(AutoConfig.from_pretrained(source, local_files_only=True, trust_remote_code=False))
+            encoder = text_part(
+                AutoConfig.from_pretrained(source, local_files_only=True, trust_remote_code=False)
+            )
             sizes = {
                 name: value
                 for name, value in encoder.to_diff_dict().items()
-                if isinstance(value, int | float | bool | str | list) and without_effect(type(encoder), name) is None
+                if isinstance(value, int | float | bool | str | list)
+                and without_effect(type(encoder), name) is None
             }
             vocab_size = encoder.vocab_size
             student = replace(
-                student, text_model=encoder.model_type, text_overrides={**sizes, **student.text_overrides}
+                student,
+                text_model=encoder.model_type,
+                text_overrides={**sizes, **student.text_overrides},
             )
         except Exception:
             if source not in FAMILY_SIZES and "hidden_size" not in student.text_overrides:
@@ -65,7 +68,9 @@ def without_weights(config: Config) -> tuple[Config, int]:
         vocab_size = AutoConfig.for_model(family(student.text_model)).vocab_size
     student = replace(student, image_weights="random", text_weights="random")
     run = replace(config.run, compile="off")
-    return replace(config, student=student, teacher=replace(teacher, weights="random"), run=run), vocab_size
+    return replace(
+        config, student=student, teacher=replace(teacher, weights="random"), run=run
+    ), vocab_size
 
 
 def text_lengths(config: Config, micro_batch: int) -> list[int]:
@@ -88,7 +93,9 @@ def longest_batch(config: Config, micro_batch: int, positions: int | None = None
     token_mask[:, -1] = False  # [SEP]
     token_mask[0, -2] = False
     input_ids = torch.zeros(B, M, dtype=torch.int64)
-    input_ids[:, ::2] = 3  # if all tokens are alike, gradients can be not finite, and the optimizer step is skipped
+    input_ids[:, ::2] = (
+        3  # if all tokens are alike, gradients can be not finite, and the optimizer step is skipped
+    )
     return Batch(
         image=torch.zeros(B, 3, S, S, dtype=torch.uint8),
         input_ids=input_ids,

@@ -24,16 +24,22 @@ PREDICTION_S = 600  # the most seconds that the ranks wait for the prediction
 FILE, SNAPSHOT = "memory.json", "memory-snapshot.pickle"
 
 
-def measure(config: Config, ds_config: DeepSpeedConfig, world_size: int = 1, device: str = "cuda") -> Report:
+def measure(
+    config: Config, ds_config: DeepSpeedConfig, world_size: int = 1, device: str = "cuda"
+) -> Report:
     """Measure the memory of rank 0 of `world_size` with real tensors, on "cuda" or "cpu". Arguments as in `predict`.
 
     One device is enough: the other ranks are simulated by a fake process group, whose collectives transfer nothing. On
     "cpu", a process group that is already initialised is used instead.
     """
-    return (measure_cuda if device == "cuda" else measure_cpu).measure(config, ds_config, world_size)
+    return (measure_cuda if device == "cuda" else measure_cpu).measure(
+        config, ds_config, world_size
+    )
 
 
-def differences(predicted: dict[str, Any], measured: dict[str, Any]) -> dict[str, dict[str, dict[str, float]]]:
+def differences(
+    predicted: dict[str, Any], measured: dict[str, Any]
+) -> dict[str, dict[str, dict[str, float]]]:
     """Predicted minus measured bytes and their ratio, for every figure that both reports (`Report.to_dict`) have."""
     out: dict[str, dict[str, dict[str, float]]] = {}
     for part in ("totals", "phases", "categories"):
@@ -41,13 +47,20 @@ def differences(predicted: dict[str, Any], measured: dict[str, Any]) -> dict[str
         for name in predicted[part]:
             if name in measured[part]:
                 ours, theirs = predicted[part][name], measured[part][name]
-                out[part][name] = {"bytes": ours - theirs, **({"ratio": ours / theirs} if theirs else {})}
+                out[part][name] = {
+                    "bytes": ours - theirs,
+                    **({"ratio": ours / theirs} if theirs else {}),
+                }
     return out
 
 
 @contextmanager
 def profiling_memory(
-    steps: int | None, train_engine: TrainEngine, config: Config, ds_config: DeepSpeedConfig, folder: Path
+    steps: int | None,
+    train_engine: TrainEngine,
+    config: Config,
+    ds_config: DeepSpeedConfig,
+    folder: Path,
 ) -> Iterator[Callable[[], None]]:
     """Measure the first `steps` optimizer steps of the training loop inside; call the yielded function after each step.
 
@@ -64,18 +77,27 @@ def profiling_memory(
         return
     main = distributed.is_main()
     target = train_engine.device.type
-    gpu = gpus.listed_name(torch.cuda.get_device_name(train_engine.device)) if target == "cuda" else ""
+    gpu = (
+        gpus.listed_name(torch.cuda.get_device_name(train_engine.device))
+        if target == "cuda"
+        else ""
+    )
     texts: list[tuple[int, list[int]]] = []  # text lengths of this rank's micro-batches
     done = 0
     with ExitStack() as measuring:
 
         def seen(module: Any, inputs: tuple, keywords: dict[str, Any]) -> None:
-            if keywords.get("part") not in ("compare", "replay"):  # gradient caching: each batch counts once
+            if keywords.get("part") not in (
+                "compare",
+                "replay",
+            ):  # gradient caching: each batch counts once
                 texts.append(_lengths(inputs[0]))
 
         hook = train_engine.objective.register_forward_pre_hook(seen, with_kwargs=True)
         measuring.callback(hook.remove)
-        report = measuring.enter_context(_measuring(train_engine, {"preset": config.run.preset, "steps": steps}))
+        report = measuring.enter_context(
+            _measuring(train_engine, {"preset": config.run.preset, "steps": steps})
+        )
 
         def after_step() -> None:
             nonlocal done
@@ -85,7 +107,9 @@ def profiling_memory(
                 every = list(zip(*distributed.gather_objects(texts), strict=True))  # collective
                 if main:
                     ranks = distributed.world_size()
-                    request = predict_subprocess.Request(config, ds_config, ranks, target, gpu=gpu, texts=every)
+                    request = predict_subprocess.Request(
+                        config, ds_config, ranks, target, gpu=gpu, texts=every
+                    )
                     with predict_subprocess.Predictor(PREDICTION_S) as predictor:
                         _write(folder, predictor.ask(request), report())
                 if target == "cuda":
@@ -100,7 +124,9 @@ def _lengths(batch: Batch) -> tuple[int, list[int]]:
 
 
 @contextmanager
-def _measuring(train_engine: TrainEngine, setting: dict[str, Any]) -> Iterator[Callable[[], Report]]:
+def _measuring(
+    train_engine: TrainEngine, setting: dict[str, Any]
+) -> Iterator[Callable[[], Report]]:
     """Measure the steps inside; once they have ended, the yielded function returns the report."""
     setting = {**setting, "world_size": distributed.world_size()}
     cuda = train_engine.device.type == "cuda"
@@ -125,7 +151,9 @@ def _measuring(train_engine: TrainEngine, setting: dict[str, Any]) -> Iterator[C
     sizes = [size for name, size in cpu_events.events(profiler) if name == cpu_events.MEMORY]
     # The profiler has no events for batches that were allocated before it started or by a data loading process. The
     # tracker first sees such a batch when it claims it as "data", and so records no operator for it.
-    unseen = [e.bytes for e in tracker.events() if e.category == "data" and not e.op and e.block >= known]
+    unseen = [
+        e.bytes for e in tracker.events() if e.category == "data" and not e.op and e.block >= known
+    ]
     totals["requested"] = max(accumulate(sizes, initial=before))
     totals["requested"] += max(accumulate(unseen, initial=0))
 
@@ -133,7 +161,11 @@ def _measuring(train_engine: TrainEngine, setting: dict[str, Any]) -> Iterator[C
 def _write(folder: Path, answer: predict_subprocess.Answer, measured: Report) -> None:
     if measured.source != "measured: CPU allocator":
         measure_cuda.save_snapshot(folder / SNAPSHOT)
-    content: dict[str, Any] = {"prediction": answer.report, "measurement": measured.to_dict(), "differences": None}
+    content: dict[str, Any] = {
+        "prediction": answer.report,
+        "measurement": measured.to_dict(),
+        "differences": None,
+    }
     if answer.report is not None:
         content["differences"] = differences(answer.report, content["measurement"])
     else:

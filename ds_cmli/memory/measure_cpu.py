@@ -43,18 +43,26 @@ def measure(config: Config, ds_config: Mapping[str, Any], world_size: int = 1) -
     # What the tracker does not see is allocated and freed inside a single operator.
     categories["temporaries"] += max(peaks.values()) - sum(categories.values())
     setting = {"preset": config.run.preset, "world_size": world_size, "gpu": "CPU"}
-    return Report(setting, "measured: CPU allocator", categories, peaks, {"requested": max(peaks.values())})
+    return Report(
+        setting, "measured: CPU allocator", categories, peaks, {"requested": max(peaks.values())}
+    )
 
 
-def measure_phases(config: Config, ds_config: Mapping[str, Any], world_size: int = 1) -> dict[str, int]:
+def measure_phases(
+    config: Config, ds_config: Mapping[str, Any], world_size: int = 1
+) -> dict[str, int]:
     """The peak of each phase as `measure` reports it. Without the categories this takes half the time."""
     filled = _filled(config, ds_config, world_size)
     return phase_peaks(allocator_events(lambda enter: _run(*filled, world_size, enter)))
 
 
-def _filled(config: Config, ds_config: Mapping[str, Any], world_size: int) -> tuple[Config, DeepSpeedConfig, int]:
+def _filled(
+    config: Config, ds_config: Mapping[str, Any], world_size: int
+) -> tuple[Config, DeepSpeedConfig, int]:
     """The configuration with random weights, the DeepSpeed JSON without "auto" values, and the vocabulary size."""
-    json = engine.filled(config, engine.on_this_device(DeepSpeedConfig.of(ds_config)), world_size, TOTAL_STEPS)
+    json = engine.filled(
+        config, engine.on_this_device(DeepSpeedConfig.of(ds_config)), world_size, TOTAL_STEPS
+    )
     config, vocab_size = without_weights(config)
     return config, json, vocab_size
 
@@ -80,7 +88,9 @@ def _run(
     vocab_size: int,
     world_size: int,
     enter: Callable[[str | None], None],
-    watch: Callable[[engine.TrainEngine, int], AbstractContextManager] = lambda train_engine, step: nullcontext(),
+    watch: Callable[
+        [engine.TrainEngine, int], AbstractContextManager
+    ] = lambda train_engine, step: nullcontext(),
 ) -> None:
     """Build the engine and take two optimizer steps.
 
@@ -96,26 +106,37 @@ def _run(
 
     with _ranks(world_size):
         with replaced(engine.building, "build_models", build):
-            train_engine = engine.build(config, ds_config, vocab_size, TOTAL_STEPS, torch.device("cpu"))
+            train_engine = engine.build(
+                config, ds_config, vocab_size, TOTAL_STEPS, torch.device("cpu")
+            )
         with phases(train_engine, enter), heartbeats(train_engine, lambda: enter(None)):
             for step in range(2):
-                batches = [longest_batch(config, ds_config.micro_batch) for _ in range(ds_config.accumulation)]
+                batches = [
+                    longest_batch(config, ds_config.micro_batch)
+                    for _ in range(ds_config.accumulation)
+                ]
                 with watch(train_engine, step):
                     train_engine.step(batches)
                 del batches
 
 
-def _tracked(config: Config, ds_config: DeepSpeedConfig, vocab_size: int, world_size: int) -> dict[str, int]:
+def _tracked(
+    config: Config, ds_config: DeepSpeedConfig, vocab_size: int, world_size: int
+) -> dict[str, int]:
     """The live bytes of each category at the peak, as the tracker sees them."""
     return summarise(_events(config, ds_config, vocab_size, world_size), {}, "").categories
 
 
-def tracked_events(config: Config, ds_config: Mapping[str, Any], world_size: int = 1) -> list[Event]:
+def tracked_events(
+    config: Config, ds_config: Mapping[str, Any], world_size: int = 1
+) -> list[Event]:
     """Allocations and frees of two real optimizer steps as the tracker sees them, inside operators as far as it can."""
     return _events(*_filled(config, ds_config, world_size), world_size)
 
 
-def _events(config: Config, ds_config: DeepSpeedConfig, vocab_size: int, world_size: int) -> list[Event]:
+def _events(
+    config: Config, ds_config: DeepSpeedConfig, vocab_size: int, world_size: int
+) -> list[Event]:
     micro_batch = ds_config.micro_batch
     tracker = Tracker("cpu", text_lengths(config, micro_batch), workspaces=True)
     with _ranks(world_size), tracker, recorded_from_the_engine_on(tracker, ds_config, cuda=False):
@@ -123,13 +144,17 @@ def _events(config: Config, ds_config: DeepSpeedConfig, vocab_size: int, world_s
         with tracker.attach(train_engine):
             for _ in range(2):
                 with tracker.scope("data"):
-                    batches = [longest_batch(config, micro_batch) for _ in range(ds_config.accumulation)]
+                    batches = [
+                        longest_batch(config, micro_batch) for _ in range(ds_config.accumulation)
+                    ]
                 train_engine.step(batches)
                 del batches
         return tracker.events()
 
 
-def allocator_events(call: Callable[[Callable[[str | None], None]], object]) -> list[tuple[str, int]]:
+def allocator_events(
+    call: Callable[[Callable[[str | None], None]], object],
+) -> list[tuple[str, int]]:
     """(phase, bytes) of each allocation (positive), each free (negative) and each beginning of a phase (0), in order.
 
     `call` gets a function `enter`, which it calls with the name of each phase that begins, and in between often with
@@ -156,7 +181,9 @@ def allocator_events(call: Callable[[Callable[[str | None], None]], object]) -> 
             events.append((phase, size))
         else:
             phase = name.removeprefix(MARK)
-            events.append((phase, 0))  # so that memory that is live when a phase begins counts towards its peak
+            events.append(
+                (phase, 0)
+            )  # so that memory that is live when a phase begins counts towards its peak
     return events
 
 

@@ -37,7 +37,10 @@ def measure(config: Config, ds_config: Mapping[str, Any], world_size: int = 1) -
         train_engine = engine.build(config, ds_config, vocab_size, TOTAL_STEPS, device)
         with tracker.attach_to_training(train_engine):
             for _ in range(2):
-                batches = [longest_batch(config, ds_config.micro_batch) for _ in range(ds_config.accumulation)]
+                batches = [
+                    longest_batch(config, ds_config.micro_batch)
+                    for _ in range(ds_config.accumulation)
+                ]
                 train_engine.step(batches)
         tracked = summarise(tracker.events(host=False), {}, "")
         totals = statistics(device)
@@ -46,7 +49,9 @@ def measure(config: Config, ds_config: Mapping[str, Any], world_size: int = 1) -
     return combined(tracked, totals, setting, f"measured: {name}")
 
 
-def combined(tracked: Report, totals: dict[str, int], setting: dict[str, Any], source: str) -> Report:
+def combined(
+    tracked: Report, totals: dict[str, int], setting: dict[str, Any], source: str
+) -> Report:
     """A report with the tracker's categories and phases and the measured totals; categories add up to "requested"."""
     categories = dict(tracked.categories)
     categories["temporaries"] += totals["requested"] - tracked.totals["requested"]
@@ -68,7 +73,9 @@ def statistics(device: torch.device) -> dict[str, int]:
     """Peaks since the process began, in bytes; with "device" if the driver reports it. CPU-GPU sync."""
     torch.cuda.synchronize(device)
     stats = torch.cuda.memory_stats(device)
-    totals = {name: stats[f"{name}_bytes.all.peak"] for name in ("requested", "allocated", "reserved")}
+    totals = {
+        name: stats[f"{name}_bytes.all.peak"] for name in ("requested", "allocated", "reserved")
+    }
     occupied = process_bytes(device)
     if occupied is not None:
         # The driver reports no peak: memory outside the allocator's segments is assumed to be the same then as now.
@@ -82,7 +89,9 @@ def process_bytes(device: torch.device) -> int | None:
 
     try:
         pynvml.nvmlInit()
-        handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
+        handle = pynvml.nvmlDeviceGetHandleByUUID(
+            f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+        )
         processes = pynvml.nvmlDeviceGetComputeRunningProcesses(handle)
         pynvml.nvmlShutdown()
     except pynvml.NVMLError:

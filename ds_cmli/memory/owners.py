@@ -10,13 +10,20 @@ from torch import Tensor
 
 from ds_cmli.engine import TrainEngine
 
-HOST = "host"  # no category of a report: tensors of an offloaded optimizer, which are in host memory
+HOST = (
+    "host"  # no category of a report: tensors of an offloaded optimizer, which are in host memory
+)
 # Attributes of DeepSpeed's optimizers.
 PARAMETERS = ("bit16_groups_flat", "fp16_partitioned_groups_flat", "fp16_groups_flat", "bf16_groups_flat",
               "lp_param_buffer")  # fmt: skip
 MASTER = ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat", "fp32_groups_flat", "fp32_groups",
           "fp32_groups_flat_partition")  # fmt: skip
-GRADIENTS = ("averaged_gradients", "all_grad_tensors", "grad_partitions_flat_buffer", "fp32_groups_gradients_flat")
+GRADIENTS = (
+    "averaged_gradients",
+    "all_grad_tensors",
+    "grad_partitions_flat_buffer",
+    "fp32_groups_gradients_flat",
+)
 OFFLOADED = ("temp_grad_buffer_for_cpu_offload", "param_buffer_of_bit16_for_cpu_offload_groups",
              "accumulated_grads_in_cpu")  # fmt: skip
 
@@ -38,10 +45,18 @@ def _held(train_engine: TrainEngine) -> Iterator[tuple[str, Any]]:
         yield "teacher", [*train_engine.teacher.parameters(), *train_engine.teacher.buffers()]
     parameters = list(module.parameters())
     yield "parameters", [*parameters, *module.buffers()]
-    yield "parameters", [getattr(p, "ds_tensor", None) for p in parameters]  # this rank's partition under ZeRO-3
+    yield (
+        "parameters",
+        [getattr(p, "ds_tensor", None) for p in parameters],
+    )  # this rank's partition under ZeRO-3
     yield "parameters", [getattr(optimizer, name, None) for name in PARAMETERS]
     yield "gradients", [(p.grad, getattr(p, "grad_accum", None)) for p in parameters]
-    master, gradients, states, averages = "master weights", "gradients", "optimizer states", "EMA weights"
+    master, gradients, states, averages = (
+        "master weights",
+        "gradients",
+        "optimizer states",
+        "EMA weights",
+    )
     if is_offloaded(optimizer):
         yield HOST, [getattr(optimizer, name, None) for name in OFFLOADED]
         master = gradients = states = averages = HOST
@@ -53,11 +68,16 @@ def _held(train_engine: TrainEngine) -> Iterator[tuple[str, Any]]:
     yield averages, train_engine.ema.averages if train_engine.ema is not None else None
     yield states, list(inner.state.values())
     yield "gradients", [getattr(optimizer, name, None) for name in GRADIENTS]
-    yield "ZeRO buckets", [bucket.buffer for bucket in getattr(optimizer, "ipg_buckets", {}).values()]
+    yield (
+        "ZeRO buckets",
+        [bucket.buffer for bucket in getattr(optimizer, "ipg_buckets", {}).values()],
+    )
 
 
 def is_offloaded(optimizer: Any) -> bool:
-    return bool(getattr(optimizer, "cpu_offload", False) or getattr(optimizer, "offload_optimizer", False))
+    return bool(
+        getattr(optimizer, "cpu_offload", False) or getattr(optimizer, "offload_optimizer", False)
+    )
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

@@ -22,7 +22,9 @@ def phases(train_engine: TrainEngine, enter: Callable[[str], None]) -> Iterator[
         enter(phase)
 
     def before_student(*_) -> None:
-        if now != "forward":  # gradient caching runs several forward passes with no `step` between them
+        if (
+            now != "forward"
+        ):  # gradient caching runs several forward passes with no `step` between them
             begin("forward")
 
     def around(method: Callable, phase: str, after: str) -> Callable:
@@ -37,7 +39,9 @@ def phases(train_engine: TrainEngine, enter: Callable[[str], None]) -> Iterator[
 
     begin("forward")
     with ExitStack() as stack:
-        stack.enter_context(replaced(engine, "backward", around(engine.backward, "backward", "optimizer")))
+        stack.enter_context(
+            replaced(engine, "backward", around(engine.backward, "backward", "optimizer"))
+        )
         stack.enter_context(replaced(engine, "step", around(engine.step, "optimizer", "forward")))
         stack.callback(student.register_forward_pre_hook(before_student).remove)
         stack.callback(student.register_forward_hook(lambda *_: begin("loss")).remove)

@@ -27,7 +27,12 @@ class Recorded:
     def follow(self, number: int, entry: dict[str, Any]) -> None:
         address, size = entry.get("addr", 0), entry.get("size", 0)
         if entry["action"] == "segment_alloc" and address not in self.parts:
-            default = Mapped(size, entry.get("stream", 0), size == SMALL_SEGMENT, recorded_pool(entry) or DEFAULT_POOL)
+            default = Mapped(
+                size,
+                entry.get("stream", 0),
+                size == SMALL_SEGMENT,
+                recorded_pool(entry) or DEFAULT_POOL,
+            )
             self.parts[address] = self.start.taken.get(number, default)
             insort(self.order, address)
         elif entry["action"] == "segment_free" and self.parts.pop(address, None) is not None:
@@ -51,7 +56,9 @@ class Recorded:
         if told is not None:
             return told
         if self.start.settings.expandable_segments:
-            found = next((found for found in self.ranges if found.begin <= address < found.end), None)
+            found = next(
+                (found for found in self.ranges if found.begin <= address < found.end), None
+            )
             return DEFAULT_POOL if found is None else found.pool
         segment = self.segment(address)
         return DEFAULT_POOL if segment is None else self.parts[segment].pool
@@ -62,7 +69,9 @@ class Conflicts:
     """Which segments cannot have been in the same pool."""
 
     between: dict[Owner, set[Owner]] = field(default_factory=dict)
-    last_used: dict[int, int] = field(default_factory=dict)  # segment of unknown pool -> event of its last allocation
+    last_used: dict[int, int] = field(
+        default_factory=dict
+    )  # segment of unknown pool -> event of its last allocation
 
     def add(self, first: Owner, second: Owner) -> None:
         if first != second and (isinstance(first, int) or isinstance(second, int)):
@@ -87,7 +96,9 @@ def conflicts(start: State, trace: list[dict[str, Any]], uncertain: bool = False
     """
     out = Conflicts()
     # One pool holds everything: what lies where does not depend on the pools.
-    everything = replace(start, segments={a: replace(part, pool=DEFAULT_POOL) for a, part in start.segments.items()})
+    everything = replace(
+        start, segments={a: replace(part, pool=DEFAULT_POOL) for a, part in start.segments.items()}
+    )
     allocator, blocks = restore(everything)
     recorded, unused = Recorded(start), set()
     spare = {} if uncertain else {a: most - least for a, (least, most) in start.rests.items()}
@@ -96,7 +107,9 @@ def conflicts(start: State, trace: list[dict[str, Any]], uncertain: bool = False
         recorded.follow(number, entry)
         if action == "segment_alloc":
             taken = recorded.parts[address]
-            segment = allocator.segments[address] = Segment(address, taken.size, taken.stream, taken.small)
+            segment = allocator.segments[address] = Segment(
+                address, taken.size, taken.stream, taken.small
+            )
             allocator.keep(segment.first)
             unused.add(address)
         elif action == "segment_free" and address in allocator.segments:
@@ -139,7 +152,10 @@ def conflicts(start: State, trace: list[dict[str, Any]], uncertain: bool = False
 
 
 def _around(free: dict[int, Block], address: int) -> Block | None:
-    return next((block for block in free.values() if block.address < address < block.address + block.size), None)
+    return next(
+        (block for block in free.values() if block.address < address < block.address + block.size),
+        None,
+    )
 
 
 def _owner_of(recorded: Recorded, address: int) -> Owner:
@@ -150,7 +166,9 @@ def _owner_of(recorded: Recorded, address: int) -> Owner:
     return part.pool if part.released is None else part.released
 
 
-def told_apart(start: State, trace: list[dict[str, Any]], uncertain: bool = False) -> tuple[dict[int, Pool], set[int]]:
+def told_apart(
+    start: State, trace: list[dict[str, Any]], uncertain: bool = False
+) -> tuple[dict[int, Pool], set[int]]:
     """The private pools that the requests of the history need, as few as possible.
 
     Returns the pool of each segment found to be in one, by the event that released the segment; and those of them for
@@ -161,19 +179,25 @@ def told_apart(start: State, trace: list[dict[str, Any]], uncertain: bool = Fals
     forced = {segment for segment in unknown if DEFAULT_POOL in found.between.get(segment, ())}
     private = set(forced)
     open_ = {
-        segment: {o for o in found.between.get(segment, ()) if o in unknown} - forced for segment in unknown - forced
+        segment: {o for o in found.between.get(segment, ()) if o in unknown} - forced
+        for segment in unknown - forced
     }
     # Of two that exclude each other, at most one is the default pool's.
     late = _returned_late(trace)
     while any(open_.values()):
-        most = max(filter(open_.get, open_), key=lambda segment: (segment in late, len(open_[segment]), segment))
+        most = max(
+            filter(open_.get, open_),
+            key=lambda segment: (segment in late, len(open_[segment]), segment),
+        )
         private.add(most)
         for other in open_.pop(most):
             open_[other].discard(most)
     return dict(_grouped(private, found, start.settings.max_split_size is not None)), forced
 
 
-def _grouped(private: set[int], found: Conflicts, returned_while_used: bool) -> Iterator[tuple[int, Pool]]:
+def _grouped(
+    private: set[int], found: Conflicts, returned_while_used: bool
+) -> Iterator[tuple[int, Pool]]:
     """Put the segments into as few private pools as possible: the first one in which each can have been.
 
     PyTorch returns a private pool's segments when nothing can allocate in it any more. With a split size, it also

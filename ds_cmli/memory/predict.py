@@ -25,7 +25,14 @@ from ds_cmli.memory import gpus
 from ds_cmli.memory.allocator import CachingAllocator, replay
 from ds_cmli.memory.cache_on_host import kept_on_host
 from ds_cmli.memory.fake import convert_parameters, fake_world
-from ds_cmli.memory.inputs import UNCOMPILED, NotPredictable, Texts, longest_batch, text_lengths, without_weights
+from ds_cmli.memory.inputs import (
+    UNCOMPILED,
+    NotPredictable,
+    Texts,
+    longest_batch,
+    text_lengths,
+    without_weights,
+)
 from ds_cmli.memory.phases import phases
 from ds_cmli.memory.repeated import repeated
 from ds_cmli.memory.report import Event, Report, summarise
@@ -55,7 +62,9 @@ def predict(
     texts: Sequence[Texts] | None = None,
     scores: Callable[..., tuple[Tensor, Tensor]] | None = None,
     tell: Callable[[str], None] = lambda line: None,
-    watch: Callable[[engine.TrainEngine, int], AbstractContextManager] = lambda train_engine, step: nullcontext(),
+    watch: Callable[
+        [engine.TrainEngine, int], AbstractContextManager
+    ] = lambda train_engine, step: nullcontext(),
 ) -> Prediction:
     """Predict the memory of one rank, all sizes in bytes.
 
@@ -87,7 +96,12 @@ def predict(
     choice("target", target, ("cuda", "cpu"))
     backend = backend or ("nccl" if target == "cuda" else "gloo")
     check(world_size >= 1, "--world-size", world_size, "give at least 1 rank")
-    check(0 <= rank < world_size, "--rank", rank, f"the ranks of {world_size} are 0 to {world_size - 1}")
+    check(
+        0 <= rank < world_size,
+        "--rank",
+        rank,
+        f"the ranks of {world_size} are 0 to {world_size - 1}",
+    )
     json = DeepSpeedConfig.of(ds_config)
     _check_predictable(json)
     cuda = target == "cuda"
@@ -103,17 +117,25 @@ def predict(
     if cuda and config.loss.cmli_backend == "auto":
         runs = find_spec("triton") is not None
         if not runs:
-            tell("Triton is not installed here: predicted for the chunked backend of the all-pairs losses")
-        config = replace(config, loss=replace(config.loss, cmli_backend="triton" if runs else "chunked"))
+            tell(
+                "Triton is not installed here: predicted for the chunked backend of the all-pairs losses"
+            )
+        config = replace(
+            config, loss=replace(config.loss, cmli_backend="triton" if runs else "chunked")
+        )
     micro_batch, accumulation = json.micro_batch, json.accumulation
 
     device = torch.device("cpu")
-    tracker = Tracker(device.type, text_lengths(config, micro_batch), workspaces=not cuda, backend=backend)
+    tracker = Tracker(
+        device.type, text_lengths(config, micro_batch), workspaces=not cuda, backend=backend
+    )
     with (
         fake_world(world_size, cuda, tracker.another, rank) as answers,
         tracker,
         recorded_from_the_engine_on(tracker, json, cuda, answers.enter),
-        flattened_where_there_is_room(tracker, lambda: free_bytes(tracker, gpu, world_size) if cuda else 1 << 60),
+        flattened_where_there_is_room(
+            tracker, lambda: free_bytes(tracker, gpu, world_size) if cuda else 1 << 60
+        ),
     ):
         tell("building the models and DeepSpeed's engine")
         train_engine = engine.build(config, json, vocab_size, TOTAL_STEPS, device)
@@ -124,15 +146,25 @@ def predict(
             steps = 2 if texts is None else len(texts) // accumulation
             for number in range(steps):
                 tell(f"step {number + 1} of {steps}, as rank {rank:,} of {world_size:,}")
-                said = None if texts is None else texts[number * accumulation : (number + 1) * accumulation]
+                said = (
+                    None
+                    if texts is None
+                    else texts[number * accumulation : (number + 1) * accumulation]
+                )
                 # In training on a GPU they wait on the host, and each is copied to the device when its turn comes.
                 with tracker.paused() if cuda else tracker.scope("data"):
-                    batches = _StepBatches(config, micro_batch, said or [None] * accumulation, answers, tracker)
+                    batches = _StepBatches(
+                        config, micro_batch, said or [None] * accumulation, answers, tracker
+                    )
                 moved = replaced(Batch, "to", _copied(tracker)) if cuda else nullcontext()
-                on_host = kept_on_host(tracker) if cuda and config.optim.cache_on_host else nullcontext()
+                on_host = (
+                    kept_on_host(tracker) if cuda and config.optim.cache_on_host else nullcontext()
+                )
                 with moved, on_host, watch(train_engine, number) as watched:
                     traffic = watched if isinstance(watched, Traffic) else Traffic()
-                    with repeated(tracker, train_engine, traffic) if texts is None else nullcontext():
+                    with (
+                        repeated(tracker, train_engine, traffic) if texts is None else nullcontext()
+                    ):
                         train_engine.step(batches)
                 del batches
         events = tracker.events(host=not cuda)
@@ -150,11 +182,16 @@ def predict(
     if cuda:
         # From the first matrix product on, cuBLAS holds a workspace from torch's allocator that belongs to no tensor.
         first = next(i for i, event in enumerate(events) if event.phase == "forward")
-        events.insert(first, Event(-1, constants.cublas_workspace.bytes, "temporaries", "forward", "cuBLAS"))
+        events.insert(
+            first, Event(-1, constants.cublas_workspace.bytes, "temporaries", "forward", "cuBLAS")
+        )
     report = summarise(events, setting, "predicted")
     if cuda:
         replayed = replay(events)
-        report.totals["allocated"], report.totals["reserved"] = replayed.allocated_peak, replayed.reserved_peak
+        report.totals["allocated"], report.totals["reserved"] = (
+            replayed.allocated_peak,
+            replayed.reserved_peak,
+        )
         report.totals["device"] = gpus.device_bytes(report.totals["reserved"], gpu, world_size)
     return Prediction(report, events, sum(sizes), max(sizes))
 
@@ -162,23 +199,38 @@ def predict(
 class _StepBatches(list):
     """A step's micro-batches. As each is taken, `answers` and `tracker` are told the lengths of its texts."""
 
-    def __init__(self, config: Config, micro_batch: int, texts: Sequence[Texts | None], answers: Any, tracker: Tracker):
-        super().__init__(longest_batch(config, micro_batch, None if t is None else t[0][0]) for t in texts)
+    def __init__(
+        self,
+        config: Config,
+        micro_batch: int,
+        texts: Sequence[Texts | None],
+        answers: Any,
+        tracker: Tracker,
+    ):
+        super().__init__(
+            longest_batch(config, micro_batch, None if t is None else t[0][0]) for t in texts
+        )
         self.texts, self.answers, self.tracker = texts, answers, tracker
         self.share = config.loss.cmli_token_keep
 
     def _tell(self, told: Sequence[Texts]) -> None:
         """Set the longest padded length on any rank, and all texts' valid tokens; only compared tokens are counted."""
-        self.answers.positions = max(kept(self.share, positions) for ranks in told for positions, _ in ranks)
+        self.answers.positions = max(
+            kept(self.share, positions) for ranks in told for positions, _ in ranks
+        )
         by_rank = zip(*told, strict=True)
-        self.tracker.text_lengths = [kept(self.share, n) for each in by_rank for _, lengths in each for n in lengths]
+        self.tracker.text_lengths = [
+            kept(self.share, n) for each in by_rank for _, lengths in each for n in lengths
+        ]
 
     def __iter__(self) -> Iterator[Batch]:
         for batch, ranks in zip(super().__iter__(), self.texts, strict=True):
             if ranks is not None:
                 self._tell([ranks])
             # A text without padding has valid tokens at all positions but two: [CLS] and [SEP].
-            with self.answers.texts(ranks is not None and all(n == ranks[0][0] - 2 for n in ranks[0][1])):
+            with self.answers.texts(
+                ranks is not None and all(n == ranks[0][0] - 2 for n in ranks[0][1])
+            ):
                 yield batch
         told = [ranks for ranks in self.texts if ranks is not None]
         if told:  # gradient caching then computes the losses over all micro-batches
@@ -227,7 +279,10 @@ def _pinned(ds_config: DeepSpeedConfig) -> DeepSpeedConfig:
 
 @contextmanager
 def recorded_from_the_engine_on(
-    tracker: Tracker, ds_config: DeepSpeedConfig, cuda: bool, enter: Callable[[str], None] = lambda phase: None
+    tracker: Tracker,
+    ds_config: DeepSpeedConfig,
+    cuda: bool,
+    enter: Callable[[str], None] = lambda phase: None,
 ) -> Iterator[None]:
     """Inside, record from where the engine takes the models, built on the host, and call `enter("init")` there."""
     dtype = engine.DTYPES[ds_config.precision]
@@ -275,7 +330,13 @@ def flattened_where_there_is_room(tracker: Tracker, free: Callable[[], int]) -> 
             return tensor.clone()
 
     def flattened(flatten: Callable) -> Callable:
-        def run(self: Any, tensors: list[Tensor], alignment: int, use_cpu_data: bool = False, **options: Any) -> Any:
+        def run(
+            self: Any,
+            tensors: list[Tensor],
+            alignment: int,
+            use_cpu_data: bool = False,
+            **options: Any,
+        ) -> Any:
             if not use_cpu_data:
                 return flatten(self, tensors, alignment, **options)
             with tracker.paused():

@@ -22,7 +22,11 @@ from ds_cmli.config.schema import Config
 def without_gpu() -> dict[str, str]:
     """The environment variables that a predicting process needs from its start on."""
     # The number of threads is this process's: libraries' workspaces on the CPU depend on it.
-    return {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    return {
+        "CUDA_VISIBLE_DEVICES": "",
+        "DS_ACCELERATOR": "cpu",
+        "OMP_NUM_THREADS": str(torch.get_num_threads()),
+    }
 
 
 @dataclass(frozen=True)
@@ -68,7 +72,11 @@ class Predictor:
         with suppress(BrokenPipeError):  # the process has ended, which `receive` will report
             self.process.stdin.write(
                 json.dumps(
-                    {**asdict(request), "config": request.config.to_dict(), "ds_config": dict(request.ds_config)}
+                    {
+                        **asdict(request),
+                        "config": request.config.to_dict(),
+                        "ds_config": dict(request.ds_config),
+                    }
                 )
                 + "\n"
             )
@@ -78,7 +86,9 @@ class Predictor:
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
-            return Answer(None, f"the predicting process ended with exit code {self.process.wait()}")
+            return Answer(
+                None, f"the predicting process ended with exit code {self.process.wait()}"
+            )
         return Answer(**json.loads(line))
 
     def ask(self, request: Request) -> Answer:

@@ -19,9 +19,13 @@ def parse_steps(text: str, total_steps: int, done: int = 0) -> tuple[int, int]:
     """
     first, colon, last = text.partition(":")
     if not (colon and first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
-        raise UserError(f"--profile is {text!r}: give the first and the last step, from 1, for instance 3:5")
+        raise UserError(
+            f"--profile is {text!r}: give the first and the last step, from 1, for instance 3:5"
+        )
     if not done < int(first) <= int(last) <= total_steps:
-        raise UserError(f"--profile is {text!r}: give some of the steps {done + 1} to {total_steps} of this training")
+        raise UserError(
+            f"--profile is {text!r}: give some of the steps {done + 1} to {total_steps} of this training"
+        )
     return int(first), int(last)
 
 
@@ -56,7 +60,9 @@ def profiling(
     warmup = min(first - 1, 1)
     with profile(
         activities=activities,
-        schedule=schedule(wait=first - 1 - warmup, warmup=warmup, active=last - first + 1, repeat=1),
+        schedule=schedule(
+            wait=first - 1 - warmup, warmup=warmup, active=last - first + 1, repeat=1
+        ),
         on_trace_ready=write,
         profile_memory=True,
         record_shapes=True,

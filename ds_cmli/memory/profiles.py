@@ -36,7 +36,9 @@ class Profiles:
             say(f"--profile {trace} is left out: the training goes on at step {done + 1}")
             trace = None
         if memory is not None and memory > total_steps - done:
-            say(f"--profile-memory {memory} is left out: {total_steps - done} steps are left of the training")
+            say(
+                f"--profile-memory {memory} is left out: {total_steps - done} steps are left of the training"
+            )
             memory = None
         return Profiles(trace, memory)
 

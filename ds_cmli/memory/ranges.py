@@ -39,8 +39,14 @@ def find_ranges(state: State, trace: list[dict[str, Any]]) -> int | None:
     now: list[Found] = []  # the ranges that have memory after the event
     for address, part in sorted(state.segments.items()):
         last = now[-1] if now else None
-        if last is None or (last.small, last.stream, last.told) != (part.small, part.stream, part.pool):
-            now.append(Found(address, address, part.small, part.stream, last=FOREVER, told=part.pool))
+        if last is None or (last.small, last.stream, last.told) != (
+            part.small,
+            part.stream,
+            part.pool,
+        ):
+            now.append(
+                Found(address, address, part.small, part.stream, last=FOREVER, told=part.pool)
+            )
         now[-1].end = address + part.size
         now[-1].mapped += part.size
     ranges = list(now)
@@ -61,14 +67,25 @@ def find_ranges(state: State, trace: list[dict[str, Any]]) -> int | None:
         elif entry["action"] == "segment_unmap":
             found = _range_of(now, entry, width)
             if found is None:
-                small = size % LARGE_SEGMENT != 0  # else it may still be ten pieces of the small pool
-                found = Found(address, address + size, small, entry.get("stream", 0), last=number, certain=small)
+                small = (
+                    size % LARGE_SEGMENT != 0
+                )  # else it may still be ten pieces of the small pool
+                found = Found(
+                    address,
+                    address + size,
+                    small,
+                    entry.get("stream", 0),
+                    last=number,
+                    certain=small,
+                )
                 now.append(found)
                 ranges.append(found)
             found.begin, found.end = min(found.begin, address), max(found.end, address + size)
             found.mapped += size
             found.unmapped.append(number)
-            if any(one is not found and one.begin < found.end and found.begin < one.end for one in now):
+            if any(
+                one is not found and one.begin < found.end and found.begin < one.end for one in now
+            ):
                 return number
         else:
             continue
@@ -90,7 +107,9 @@ def find_ranges(state: State, trace: list[dict[str, Any]]) -> int | None:
 def _reserved_peak(state: State, trace: list[dict[str, Any]]) -> int:
     peak = reserved = sum(part.size for part in state.segments.values())
     for entry in reversed(trace):
-        reserved += {"segment_map": -1, "segment_unmap": 1}.get(entry["action"], 0) * entry.get("size", 0)
+        reserved += {"segment_map": -1, "segment_unmap": 1}.get(entry["action"], 0) * entry.get(
+            "size", 0
+        )
         peak = max(peak, reserved)
     return peak
 
@@ -126,7 +145,11 @@ def _name_pools(ranges: list[Found]) -> set[Found]:
     private: dict[tuple[bool, int], int] = defaultdict(int)
     for found in sorted(ranges, key=lambda found: (found.told is None, -found.uses)):
         key = found.small, found.stream
-        beside = [other for other in default[key] if found.first <= other.last and other.first <= found.last]
+        beside = [
+            other
+            for other in default[key]
+            if found.first <= other.last and other.first <= found.last
+        ]
         found.pool = found.told or DEFAULT_POOL
         if found.told is None and beside:
             found.pool = (-1, private[key])

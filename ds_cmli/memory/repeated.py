@@ -43,7 +43,11 @@ def repeated(tracker: Tracker, train_engine: TrainEngine, traffic: Traffic) -> I
         traffic: counts the step's traffic, including that of the micro-batches that are not run.
     """
     with ExitStack() as stack:
-        for owner, name in ((gradient_caching, "embed"), (gradient_caching, "replay"), (train_engine, "_backward")):
+        for owner, name in (
+            (gradient_caching, "embed"),
+            (gradient_caching, "replay"),
+            (train_engine, "_backward"),
+        ):
             each = _Repeated(getattr(owner, name), tracker, train_engine.accumulation, traffic)
             stack.enter_context(replaced(owner, name, each))
         stack.enter_context(replaced(uniform, "turns", _few_turns(traffic)))
@@ -85,7 +89,14 @@ class _Form:
             with unset_fake_temporarily():
                 value = tensor.clone()
         storage = int(tensor.untyped_storage().nbytes())
-        return cls(tensor.shape, tensor.stride(), int(tensor.storage_offset()), tensor.dtype, storage, value)
+        return cls(
+            tensor.shape,
+            tensor.stride(),
+            int(tensor.storage_offset()),
+            tensor.dtype,
+            storage,
+            value,
+        )
 
     def empty(self) -> Tensor:
         """A new flat tensor with such a storage, or a new copy of `value`."""
@@ -96,7 +107,11 @@ class _Form:
 
     def view(self, base: Tensor) -> Tensor:
         """This tensor's shape in the storage of `base`; `base` itself if it is a copy of `value`."""
-        return base if self.value is not None else base.detach().as_strided(self.shape, self.stride, self.offset)
+        return (
+            base
+            if self.value is not None
+            else base.detach().as_strided(self.shape, self.stride, self.offset)
+        )
 
 
 @dataclass
@@ -106,10 +121,14 @@ class _Run:
     first: int
     segment: int
     end: int  # length of the log after the call
-    events: list[tuple[str, int, int, str, int]]  # (whose block, its number among those, bytes, phase, segment)
+    events: list[
+        tuple[str, int, int, str, int]
+    ]  # (whose block, its number among those, bytes, phase, segment)
     segments: int  # number of segments that the call began
     result: Any  # with a `_Form` in the place of each tensor
-    outputs: list[tuple[str, int]]  # (whose block, its number among those) of each tensor of the result
+    outputs: list[
+        tuple[str, int]
+    ]  # (whose block, its number among those) of each tensor of the result
     moved: Counts  # the call's traffic, by part and kind
 
     def same(self, other: "_Run") -> bool:
@@ -145,17 +164,32 @@ class _Repeated:
         outputs = {number for whose, number in run.outputs if whose == HERE}
         if any(event[0] == ELSEWHERE for event in run.events) or run.handed_on() & outputs:
             return False
-        kept = {run.first + number for whose, number, size, *_ in run.events if whose == HERE and size > 0}
+        kept = {
+            run.first + number
+            for whose, number, size, *_ in run.events
+            if whose == HERE and size > 0
+        }
         kept -= {run.first + number for number in outputs}
         # Blocks that the call keeps and does not return must not be freed between two calls: a copy holds no tensors
         # for them.
-        self.steady = not any(size < 0 and block in kept for block, size, _ in self.tracker.log[run.end :])
+        self.steady = not any(
+            size < 0 and block in kept for block, size, _ in self.tracker.log[run.end :]
+        )
         return self.steady
 
     def _run(self, args: tuple) -> Any:
         tracker = self.tracker
-        given = {block: number for number, block in enumerate(map(self._block, _given(args))) if block is not None}
-        first, segment, start, before = len(tracker.ops), tracker.segment, len(tracker.log), self.first
+        given = {
+            block: number
+            for number, block in enumerate(map(self._block, _given(args)))
+            if block is not None
+        }
+        first, segment, start, before = (
+            len(tracker.ops),
+            tracker.segment,
+            len(tracker.log),
+            self.first,
+        )
         moved = deepcopy(self.traffic.counts)
         result = self.function(*args)
         last = len(tracker.ops)
@@ -170,7 +204,12 @@ class _Repeated:
             return ELSEWHERE, -1 if block is None else block
 
         events = [
-            (*whose(block), size, phase, (tracker.born[block][1] if size > 0 else tracker.ended[block]) - segment)
+            (
+                *whose(block),
+                size,
+                phase,
+                (tracker.born[block][1] if size > 0 else tracker.ended[block]) - segment,
+            )
             for block, size, phase in tracker.log[start:]
         ]
         outputs = [whose(self._block(tensor)) for tensor in _tensors(result)]
@@ -197,11 +236,17 @@ class _Repeated:
                 if model in tracker.claims:
                     tracker.claims[block] = tracker.claims[model]
             else:
-                found = blocks[number] if whose == GIVEN else (first if whose == HERE else self.first) + number
+                found = (
+                    blocks[number]
+                    if whose == GIVEN
+                    else (first if whose == HERE else self.first) + number
+                )
                 assert found is not None
                 block = found
                 tracker.ended[block] = segment + part
-                if whose == GIVEN:  # the tensor is freed below, where its end must not be recorded again
+                if (
+                    whose == GIVEN
+                ):  # the tensor is freed below, where its end must not be recorded again
                     tracker.blocks.pop(given[number].untyped_storage()._cdata, None)
             tracker.log.append((block, size, phase))
         tracker.segment = segment + run.segments
@@ -255,7 +300,9 @@ def _map(value: Any, function: Callable, kind: type = Tensor) -> Any:
     if isinstance(value, dict):
         return {key: _map(each, function, kind) for key, each in value.items()}
     if is_dataclass(value) and not isinstance(value, type):
-        return type(value)(**{each.name: _map(getattr(value, each.name), function, kind) for each in fields(value)})
+        return type(value)(
+            **{each.name: _map(getattr(value, each.name), function, kind) for each in fields(value)}
+        )
     return value
 
 

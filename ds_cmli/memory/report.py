@@ -48,10 +48,16 @@ class Event:
 class Report:
     setting: dict[str, Any]  # preset, world size, batch and so on, for the report's readers
     source: str  # "predicted", "measured: CPU allocator", "measured: NVIDIA A10G", ...
-    categories: dict[str, int]  # live at the moment of the requested peak; they add up to totals["requested"]
+    categories: dict[
+        str, int
+    ]  # live at the moment of the requested peak; they add up to totals["requested"]
     phases: dict[str, int]  # the requested peak of each phase
-    totals: dict[str, int]  # peaks: "requested", and "allocated", "reserved" and "device" where they are known
-    timeline: list[tuple[str, dict[str, int]]] = field(default_factory=list)  # (phase, live bytes by category)
+    totals: dict[
+        str, int
+    ]  # peaks: "requested", and "allocated", "reserved" and "device" where they are known
+    timeline: list[tuple[str, dict[str, int]]] = field(
+        default_factory=list
+    )  # (phase, live bytes by category)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Report":
@@ -85,7 +91,11 @@ def summarise(events: Iterable[Event], setting: dict[str, Any], source: str) -> 
         before = total
 
     number = len(events)
-    tops = [i for i in range(number) if events[i].bytes > 0 and (i + 1 == number or events[i + 1].bytes < 0)]
+    tops = [
+        i
+        for i in range(number)
+        if events[i].bytes > 0 and (i + 1 == number or events[i + 1].bytes < 0)
+    ]
     largest: dict[int, int] = {}  # stretch -> event
     for i in tops:
         stretch = i * TIMELINE_POINTS // number
@@ -120,7 +130,9 @@ def show(report: Report, console: Any = None) -> None:
     from rich.table import Table
 
     console = console or Console(highlight=False)
-    setting = ", ".join(f"{name.replace('_', ' ')} {_plain(value)}" for name, value in report.setting.items())
+    setting = ", ".join(
+        f"{name.replace('_', ' ')} {_plain(value)}" for name, value in report.setting.items()
+    )
     console.print(f"\nMemory of rank {report.setting.get('rank', 0)}, {report.source}: {setting}")
     requested = report.totals["requested"]
     for title, values in (("at the peak", report.categories), ("peak of phase", report.phases)):
@@ -129,7 +141,12 @@ def show(report: Report, console: Any = None) -> None:
         for name in ("bytes", "GB", "share"):
             table.add_column(name, justify="right")
         for name, size in values.items():
-            table.add_row(name, *_sizes(size), f"{size / max(requested, 1):.1%}", style=None if size else "dim")
+            table.add_row(
+                name,
+                *_sizes(size),
+                f"{size / max(requested, 1):.1%}",
+                style=None if size else "dim",
+            )
         console.print(table)
     explained = {
         "requested": "the largest sum of all tensors and workspaces",

@@ -41,13 +41,21 @@ class StepCost:
     accumulation: int
     memory: int  # bytes on the device; on a CPU the requested bytes
     model_flops: float  # FLOPs of student and teacher, without recomputation
-    product_flops: float  # FLOPs of the similarities of this rank's images and all texts, computed once
+    product_flops: (
+        float  # FLOPs of the similarities of this rank's images and all texts, computed once
+    )
     checkpointing: bool
     counts: dict[tuple[str, str], Count]  # traffic, by part and kind
 
 
 def step_cost(
-    config: Config, ds_config: Mapping[str, Any], ranks: int, exchange: str, cached: bool, target: str, gpu: str
+    config: Config,
+    ds_config: Mapping[str, Any],
+    ranks: int,
+    exchange: str,
+    cached: bool,
+    target: str,
+    gpu: str,
 ) -> StepCost:
     """Predict a step with this exchange of texts, with gradient caching if `cached`; the rest is as in `predict`."""
     loss = replace(config.loss, cmli_exchange=exchange)  # type: ignore[arg-type]
@@ -63,7 +71,9 @@ def step_cost(
         return traffic.counting()
 
     rank = likeliest(DeepSpeedConfig.of(ds_config).stage, ranks)
-    report = predict(config, ds_config, ranks, target=target, gpu=gpu, rank=rank, watch=watch).report
+    report = predict(
+        config, ds_config, ranks, target=target, gpu=gpu, rank=rank, watch=watch
+    ).report
     train_engine = engines.pop()
     accumulation = train_engine.accumulation
     micro_batch = report.setting["micro_batch"]
@@ -71,7 +81,10 @@ def step_cost(
     product = 0.0
     if compares_tokens(config.loss.weights):
         rows, columns = train_engine.objective.student.grid
-        patches, tokens = (kept(config.loss.cmli_token_keep, n) for n in (rows * columns, config.data.context_length))
+        patches, tokens = (
+            kept(config.loss.cmli_token_keep, n)
+            for n in (rows * columns, config.data.context_length)
+        )
         product = 2.0 * micro_batch * texts * patches * tokens * config.student.embed_dim
     (counted,) = train_engine.flops.values()
     return StepCost(
@@ -128,7 +141,10 @@ def crossovers(costs: list[StepCost], rates: Rates, memory: int) -> list[str]:
         parts = [
             f"a ring takes less memory {_from(less_memory, both)}",
             f"less time {_from(faster, both)}",
-            *(f"{e} fits {_fits([p for p in sorted(of[e]) if of[e][p].memory <= memory], of[e])}" for e in of),
+            *(
+                f"{e} fits {_fits([p for p in sorted(of[e]) if of[e][p].memory <= memory], of[e])}"
+                for e in of
+            ),
         ]
         lines.append(f"{name}: {'; '.join(parts)}")
     return lines

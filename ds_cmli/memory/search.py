@@ -27,7 +27,9 @@ def parse_axes(texts: tuple[str, ...], micro_batch: int, world_size: int) -> dic
     An axis without values gets the usual ones. Raises `UserError` for what is neither an axis nor a number.
     """
     usual = {
-        "batch": [n for n in (micro_batch // 4, micro_batch // 2, micro_batch, 2 * micro_batch) if n],
+        "batch": [
+            n for n in (micro_batch // 4, micro_batch // 2, micro_batch, 2 * micro_batch) if n
+        ],
         "world": sorted({1, 2, 8, world_size}),
         "stage": [0, 1, 2, 3],
     }
@@ -40,7 +42,12 @@ def parse_axes(texts: tuple[str, ...], micro_batch: int, world_size: int) -> dic
             choice("--sweep", name, AXES)
             axes[name] = []
         if value:
-            check(bool(axes) and value.isdecimal(), "--sweep", part, "write for instance batch=64,128,world,stage=1,2")
+            check(
+                bool(axes) and value.isdecimal(),
+                "--sweep",
+                part,
+                "write for instance batch=64,128,world,stage=1,2",
+            )
             list(axes.values())[-1].append(int(value))
     for stage in axes.get("stage", []):
         check(stage <= 3, "--sweep stage", stage, "ZeRO's stages are 0 to 3")
@@ -49,11 +56,17 @@ def parse_axes(texts: tuple[str, ...], micro_batch: int, world_size: int) -> dic
 
 def with_batch(ds_config: Mapping[str, Any], micro_batch: int) -> DeepSpeedConfig:
     """The DeepSpeed JSON with this micro-batch and the same accumulation, without a total batch size."""
-    return DeepSpeedConfig.of(ds_config).replaced(train_batch_size=None, train_micro_batch_size_per_gpu=micro_batch)
+    return DeepSpeedConfig.of(ds_config).replaced(
+        train_batch_size=None, train_micro_batch_size_per_gpu=micro_batch
+    )
 
 
 def sweep(
-    config: Config, ds_config: Mapping[str, Any], world_size: int, axes: dict[str, list[int]], **options: Any
+    config: Config,
+    ds_config: Mapping[str, Any],
+    world_size: int,
+    axes: dict[str, list[int]],
+    **options: Any,
 ) -> Iterator[tuple[tuple[int, ...], Prediction]]:
     """Yield (values of the axes, prediction) of each point of the grid; the last axis varies fastest.
 
@@ -67,10 +80,15 @@ def sweep(
         if "stage" in point:
             changed = changed.replaced({"stage": point["stage"]})
         ranks = point.get("world", world_size)
-        yield values, predict(config, changed, ranks, rank=likeliest(changed.stage, ranks), **options)
+        yield (
+            values,
+            predict(config, changed, ranks, rank=likeliest(changed.stage, ranks), **options),
+        )
 
 
-def predict_largest(config: Config, ds_config: Mapping[str, Any], world_size: int, **options: Any) -> Prediction:
+def predict_largest(
+    config: Config, ds_config: Mapping[str, Any], world_size: int, **options: Any
+) -> Prediction:
     """The prediction of the rank that needs the most. Arguments as in `predict`, without `rank`."""
     total = "requested" if options.get("target") == "cpu" else "device"
     ranks = candidates(DeepSpeedConfig.of(ds_config).stage, world_size)
@@ -83,8 +101,12 @@ class Fit:
     micro_batch: int  # the largest micro-batch that fits; 0: none does
     prediction: Prediction  # for that micro-batch; for micro-batch 1 if none fits
     tried: dict[int, int]  # micro-batch -> predicted bytes on the device
-    asked: int  # the micro-batch that the changes make fit: the configuration's own, or 1 if none fits
-    changes: list[tuple[str, int]]  # if `asked` does not fit: (a setting to change, bytes on the device with it)
+    asked: (
+        int  # the micro-batch that the changes make fit: the configuration's own, or 1 if none fits
+    )
+    changes: list[
+        tuple[str, int]
+    ]  # if `asked` does not fit: (a setting to change, bytes on the device with it)
 
 
 def largest(
@@ -114,7 +136,9 @@ def largest(
             high_needs = needs(high)
     turn = 0
     while high - low > 1:
-        if turn % 3 == 2 if estimate is None else turn > 5 and turn % 2:  # `needs` may jump in between: bisect
+        if (
+            turn % 3 == 2 if estimate is None else turn > 5 and turn % 2
+        ):  # `needs` may jump in between: bisect
             guess = (low + high) // 2
         elif estimate is not None:
             guess = largest(estimate, room, most)
@@ -132,7 +156,9 @@ def largest(
     return low
 
 
-def estimated_bytes(known: dict[int, Prediction], micro_batch: int, gpu: str, world_size: int) -> int:
+def estimated_bytes(
+    known: dict[int, Prediction], micro_batch: int, gpu: str, world_size: int
+) -> int:
     """Estimate the bytes on the device for a micro-batch that was not predicted.
 
     Each event's bytes follow a polynomial through the nearest three predictions (or fewer) with the same number of
@@ -144,7 +170,9 @@ def estimated_bytes(known: dict[int, Prediction], micro_batch: int, gpu: str, wo
     sizes = np.zeros(number)
     for n in points:
         weight = np.prod([(micro_batch - other) / (n - other) for other in points if other != n])
-        sizes += weight * np.array([abs(event.bytes) for event in known[n].events], dtype=np.float64)
+        sizes += weight * np.array(
+            [abs(event.bytes) for event in known[n].events], dtype=np.float64
+        )
     base = known[points[0]].events
     events = [
         replace(event, bytes=max(int(size), 1) if event.bytes > 0 else -max(int(size), 1))
@@ -202,12 +230,16 @@ def fit(
 
     best = largest(needs, room, estimate=estimate)
     changes: list[tuple[str, int]] = []
-    asked = DeepSpeedConfig.of(ds_config).batch(config.optim.micro_batch, world_size)[1] if best else 1
+    asked = (
+        DeepSpeedConfig.of(ds_config).batch(config.optim.micro_batch, world_size)[1] if best else 1
+    )
     if asked > best and room > gpus.device_bytes(0, gpu, world_size):
         one = engine.filled(config, with_batch(ds_config, asked), world_size, TOTAL_STEPS)
         found = memory_advice.proposals(config, one, world_size, True, room, needs_with)
         combined = memory_advice.together(config, one, world_size) if not found else []
-        if combined and needs_with(combined[-1]) <= room:  # otherwise not even all changes together are enough
+        if (
+            combined and needs_with(combined[-1]) <= room
+        ):  # otherwise not even all changes together are enough
             first = next(change for change in combined if needs_with(change) <= room)
             found = [memory_advice.fewest(first, needs_with(first), room, config, one, needs_with)]
         changes = [(change.what, size) for change, size in found]

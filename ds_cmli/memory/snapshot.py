@@ -56,7 +56,12 @@ def build(replayed: Replay) -> dict[str, Any]:
         }
         for time, action in enumerate(replayed.actions)
     ]
-    return {"segments": segments, "device_traces": [trace], "allocator_settings": {}, "external_annotations": []}
+    return {
+        "segments": segments,
+        "device_traces": [trace],
+        "allocator_settings": {},
+        "external_annotations": [],
+    }
 
 
 def _mapped(segment: Segment) -> list[list[Block]]:

@@ -16,16 +16,26 @@ from ds_cmli.common.errors import UserError
 from ds_cmli.memory.beginning import LIVE
 
 ENTRY: dict[str, type] = {"action": str, "addr": int, "size": int, "stream": int}
-SEGMENT: dict[str, type] = {"address": int, "total_size": int, "stream": int, "device": int, "blocks": list}
+SEGMENT: dict[str, type] = {
+    "address": int,
+    "total_size": int,
+    "stream": int,
+    "device": int,
+    "blocks": list,
+}
 BLOCK: dict[str, type] = {"size": int, "state": str, "requested_size": int}
 
 
 class _PlainUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}, and only plain containers are read")
+        raise pickle.UnpicklingError(
+            f"it asks for {module}.{name}, and only plain containers are read"
+        )
 
     def persistent_load(self, pid: Any) -> Any:
-        raise pickle.UnpicklingError("it asks for an object outside the file, and only plain containers are read")
+        raise pickle.UnpicklingError(
+            "it asks for an object outside the file, and only plain containers are read"
+        )
 
 
 def read(path: str | Path) -> dict[str, Any]:
@@ -62,7 +72,9 @@ def _fill_in(content: Any) -> None:
     for entry in (entry for trace in traces for entry in trace):
         _read_number(entry, "addr", "stream")
     devices = [device for device, trace in enumerate(traces) if trace]
-    streams = {str(entry.get("stream", 0)): entry.get("stream", 0) for trace in traces for entry in trace}
+    streams = {
+        str(entry.get("stream", 0)): entry.get("stream", 0) for trace in traces for entry in trace
+    }
     for segment in _dictionaries(content.get("segments")):
         _read_number(segment, "address", "stream")
         if len(devices) == 1:
@@ -77,7 +89,9 @@ def _dictionaries(value: Any) -> list[dict[str, Any]]:
 
 def _read_number(value: Any, *keys: str) -> None:
     for key in keys if isinstance(value, dict) else ():
-        if isinstance(value.get(key), str) and re.fullmatch("0[xX][0-9a-fA-F]{1,16}|[1-9][0-9]{0,19}|0", value[key]):
+        if isinstance(value.get(key), str) and re.fullmatch(
+            "0[xX][0-9a-fA-F]{1,16}|[1-9][0-9]{0,19}|0", value[key]
+        ):
             value[key] = int(value[key], 0)
 
 
@@ -101,9 +115,7 @@ def _wrong(content: Any) -> str:
         if wrong:
             return f"segments[{number}] is no segment: {wrong}"
         if not _is_pool(segment.get("segment_pool_id", (0, 0))):
-            return (
-                f"segments[{number}] belongs to no pool: its 'segment_pool_id' is {_short(segment['segment_pool_id'])}"
-            )
+            return f"segments[{number}] belongs to no pool: its 'segment_pool_id' is {_short(segment['segment_pool_id'])}"
         for block in segment["blocks"]:
             wrong = _flaw(block, BLOCK, optional=("requested_size",))
             if not wrong and block["state"] not in (*LIVE, "inactive"):

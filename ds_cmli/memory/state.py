@@ -17,7 +17,9 @@ class Mapped:
     stream: int
     small: bool
     pool: Pool = DEFAULT_POOL
-    released: int | None = None  # number of the event in `State.untold` that returned the segment to the device
+    released: int | None = (
+        None  # number of the event in `State.untold` that returned the segment to the device
+    )
 
     @property
     def key(self) -> Key:
@@ -47,16 +49,28 @@ class State:
     """The state of the allocator at the first event, with what the history tells about later segments."""
 
     segments: dict[int, Mapped] = field(default_factory=dict)  # by address
-    live: dict[int, int] = field(default_factory=dict)  # address of each block in use -> requested bytes
-    sizes: dict[int, int] = field(default_factory=dict)  # address -> block's size, for live blocks where it is known
-    rests: dict[int, tuple[int, int]] = field(default_factory=dict)  # block -> (least, most) bytes of its rest
-    taken: dict[int, Mapped] = field(default_factory=dict)  # number of each `segment_alloc` -> the segment
+    live: dict[int, int] = field(
+        default_factory=dict
+    )  # address of each block in use -> requested bytes
+    sizes: dict[int, int] = field(
+        default_factory=dict
+    )  # address -> block's size, for live blocks where it is known
+    rests: dict[int, tuple[int, int]] = field(
+        default_factory=dict
+    )  # block -> (least, most) bytes of its rest
+    taken: dict[int, Mapped] = field(
+        default_factory=dict
+    )  # number of each `segment_alloc` -> the segment
     settings: Settings = DEFAULTS  # with which the history was recorded
     ranges: list[Range] = field(default_factory=list)  # those that have memory
-    range_at: dict[int, Range] = field(default_factory=dict)  # number of each `segment_map` and `_unmap` -> its range
+    range_at: dict[int, Range] = field(
+        default_factory=dict
+    )  # number of each `segment_map` and `_unmap` -> its range
     # Number of each event that returned memory to the device whose pool the history does not tell -> the assumed pool.
     untold: dict[int, Pool] = field(default_factory=dict)
-    private: set[int] = field(default_factory=set)  # those of them that cannot be of the default pool
+    private: set[int] = field(
+        default_factory=set
+    )  # those of them that cannot be of the default pool
 
     def rounded(self, requested: int) -> int:
         return rounded(requested, self.settings.roundup_power2_divisions)
@@ -76,7 +90,14 @@ class State:
 
         segments, taken = changed(self.segments), changed(self.taken)
         untold = self.untold | pools
-        return replace(self, segments=segments, taken=taken, rests=dict(self.rests), untold=untold, private=private)
+        return replace(
+            self,
+            segments=segments,
+            taken=taken,
+            rests=dict(self.rests),
+            untold=untold,
+            private=private,
+        )
 
 
 def recorded_pool(entry: dict[str, Any]) -> Pool | None:
@@ -106,7 +127,9 @@ def restore(state: State) -> tuple[CachingAllocator, dict[int, Block]]:
     allocator.settings = state.settings
     for address, part in sorted(joined(state).items()):
         if isinstance(allocator, ExpandableAllocator):
-            start = next(found.begin for found in state.ranges if found.begin <= address < found.end)
+            start = next(
+                found.begin for found in state.ranges if found.begin <= address < found.end
+            )
             if start not in allocator.segments:
                 allocator.add_range(start, part.key)
             free = allocator.map_at(allocator.segments[start], address, part.size)
@@ -117,7 +140,9 @@ def restore(state: State) -> tuple[CachingAllocator, dict[int, Block]]:
             free = segment.first
             allocator.keep(free)
         for start in live[bisect_left(live, address) : bisect_left(live, address + part.size)]:
-            block = allocator.carve(free, start, state.rounded(state.live[start]) + state.rests[start][0])
+            block = allocator.carve(
+                free, start, state.rounded(state.live[start]) + state.rests[start][0]
+            )
             blocks[start] = allocator.use(block, state.live[start])
             free = block.after if block.after is not None and block.after.free else block
     allocator.actions.clear()

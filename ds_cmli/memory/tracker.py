@@ -33,10 +33,23 @@ from ds_cmli.memory.workspace import workspace_bytes
 
 # Autograd accumulates gradients and scatters the gradients of maxima in place, but not under a dispatch mode: there
 # these operators return a new tensor, and their argument is freed right afterwards.
-IN_PLACE = (torch.ops.aten.add.Tensor, torch.ops.aten.scatter.src, torch.ops.aten.scatter_add.default)
+IN_PLACE = (
+    torch.ops.aten.add.Tensor,
+    torch.ops.aten.scatter.src,
+    torch.ops.aten.scatter_add.default,
+)
 # Methods of DeepSpeed's optimizers whose allocations belong to the buckets in which gradients are reduced.
-BUCKET_METHODS = ("setup_buckets", "reduce_ipg_grads", "_DeepSpeedZeroOptimizer_Stage3__reduce_and_partition_ipg_grads")
-GATHERS = ("allgather_", "_allgather_base_", "allgather_into_tensor_coalesced_", "allgather_coalesced_")
+BUCKET_METHODS = (
+    "setup_buckets",
+    "reduce_ipg_grads",
+    "_DeepSpeedZeroOptimizer_Stage3__reduce_and_partition_ipg_grads",
+)
+GATHERS = (
+    "allgather_",
+    "_allgather_base_",
+    "allgather_into_tensor_coalesced_",
+    "allgather_coalesced_",
+)
 
 
 class Tracker(TorchDispatchMode):
@@ -58,14 +71,25 @@ class Tracker(TorchDispatchMode):
         backend: str = "fake",
     ):
         super().__init__()
-        self.device, self.text_lengths, self.workspaces, self.backend = device, text_lengths, workspaces, backend
+        self.device, self.text_lengths, self.workspaces, self.backend = (
+            device,
+            text_lengths,
+            workspaces,
+            backend,
+        )
         self.phase, self.recording = "init", True
-        self.log: list[tuple[int, int, str]] = []  # (block, bytes, phase) of each event; the lists below are by block
+        self.log: list[
+            tuple[int, int, str]
+        ] = []  # (block, bytes, phase) of each event; the lists below are by block
         self.ops: list[str] = []
-        self.born: list[tuple[str, int, bool]] = []  # (phase, segment, whether checkpointing was recomputing a forward)
+        self.born: list[
+            tuple[str, int, bool]
+        ] = []  # (phase, segment, whether checkpointing was recomputing a forward)
         self.ended: dict[int, int] = {}  # block -> the segment in which it was freed
         self.claims: dict[int, str] = {}  # block -> category; the first claim stays
-        self.blocks: dict[int, tuple[int, int, Any]] = {}  # live storage -> (block, bytes, weak reference)
+        self.blocks: dict[
+            int, tuple[int, int, Any]
+        ] = {}  # live storage -> (block, bytes, weak reference)
         # What is allocated and freed within one segment was temporary. Each phase is a segment, but a forward pass and
         # its losses are one, and backward is divided where checkpointing begins and ends to recompute a forward pass.
         self.segment, self.last_of_init, self.recomputing = 0, 0, False
@@ -91,9 +115,15 @@ class Tracker(TorchDispatchMode):
         for module, name in (
             (cmli_ring, "scores_from"), (cmli_ring, "gradients_from"), (tiles, "scores_from")
         ):  # fmt: skip
-            self._replaced.enter_context(replaced(module, name, self._located(getattr(module, name))))
-        if self.workspaces:  # checkpointing saves the generator's state for each layer, and no operator returns it
-            self._replaced.enter_context(replaced(torch, "get_rng_state", self._seen(torch.get_rng_state)))
+            self._replaced.enter_context(
+                replaced(module, name, self._located(getattr(module, name)))
+            )
+        if (
+            self.workspaces
+        ):  # checkpointing saves the generator's state for each layer, and no operator returns it
+            self._replaced.enter_context(
+                replaced(torch, "get_rng_state", self._seen(torch.get_rng_state))
+            )
         return super().__enter__()
 
     def __exit__(self, *error):
@@ -110,7 +140,9 @@ class Tracker(TorchDispatchMode):
         scratch, category = self._inside(func, args, kwargs) if self.recording else (0, None)
         block = self._begin(scratch, category, str(func)) if scratch else None
         out = func(*args, **(kwargs or {}))
-        if block is not None and func in IN_PLACE:  # ended first, as the result will replace its argument
+        if (
+            block is not None and func in IN_PLACE
+        ):  # ended first, as the result will replace its argument
             self._end(block, scratch)
             block = None
         if self.recording:
@@ -118,8 +150,14 @@ class Tracker(TorchDispatchMode):
             for tensor in [out] if isinstance(out, Tensor) else tree_leaves(out):
                 if isinstance(tensor, Tensor):
                     self._see(tensor, category, func)
-            if func.namespace == "c10d" and self._scope is None and func._schema.name.split("::")[1] in GATHERS:
-                self.claim("parameters", tree_leaves(args[0]))  # ZeRO-3 gathers a layer's parameters
+            if (
+                func.namespace == "c10d"
+                and self._scope is None
+                and func._schema.name.split("::")[1] in GATHERS
+            ):
+                self.claim(
+                    "parameters", tree_leaves(args[0])
+                )  # ZeRO-3 gathers a layer's parameters
         if func in IN_PLACE and self.phase == "backward" and not grad:
             self.in_place_at = len(self.log)
         if block is not None:
@@ -145,7 +183,11 @@ class Tracker(TorchDispatchMode):
     def follow(self, storage: torch.UntypedStorage, block: int, size: int) -> None:
         """From now on, `storage` is that of this block: the block is freed when the storage is."""
         key = storage._cdata
-        self.blocks[key] = (block, size, weakref.ref(storage, lambda _: self._storage_ended(key, block)))
+        self.blocks[key] = (
+            block,
+            size,
+            weakref.ref(storage, lambda _: self._storage_ended(key, block)),
+        )
 
     def _storage_ended(self, key: int, block: int) -> None:
         known = self.blocks.get(key)
@@ -172,7 +214,12 @@ class Tracker(TorchDispatchMode):
 
     def _end(self, block: int, size: int) -> None:
         end = (block, -size, self.phase)
-        if len(self.log) == self.in_place_at and self.log and self.log[-1][1] == size and self.log[-1][0] != block:
+        if (
+            len(self.log) == self.in_place_at
+            and self.log
+            and self.log[-1][1] == size
+            and self.log[-1][0] != block
+        ):
             self.log.insert(-1, end)
         else:
             self.log.append(end)
@@ -257,7 +304,10 @@ class Tracker(TorchDispatchMode):
         optimizer, inner = train_engine.engine.optimizer, train_engine.engine.basic_optimizer
 
         def enter(phase: str) -> None:
-            if phase in ("optimizer", "forward"):  # when all gradients exist, and after they have been used
+            if phase in (
+                "optimizer",
+                "forward",
+            ):  # when all gradients exist, and after they have been used
                 self.claim_owned(train_engine)
             self.enter(phase)
 
@@ -274,12 +324,18 @@ class Tracker(TorchDispatchMode):
                     self.claim("gradients", [parameter.grad])
                     return reduce(parameter, *args, **kwargs)
 
-                stack.enter_context(replaced(optimizer, "reduce_ready_partitions_and_remove_grads", claim_first))
+                stack.enter_context(
+                    replaced(optimizer, "reduce_ready_partitions_and_remove_grads", claim_first)
+                )
             if is_offloaded(optimizer):
                 stack.enter_context(replaced(inner, "step", self._scoped(inner.step, HOST)))
             if train_engine.teacher is not None:
                 teacher = train_engine.teacher
-                stack.enter_context(replaced(teacher, "forward", self._scoped(teacher.forward, "activations teacher")))
+                stack.enter_context(
+                    replaced(
+                        teacher, "forward", self._scoped(teacher.forward, "activations teacher")
+                    )
+                )
             kept = train_engine.objective.register_forward_hook(self._claim_cached)
             stack.callback(kept.remove)
             stack.enter_context(phases(train_engine, enter))
@@ -289,7 +345,9 @@ class Tracker(TorchDispatchMode):
     def attach_to_training(self, train_engine: TrainEngine) -> Iterator[None]:
         """As `attach`; each batch that the objective receives is also claimed, as "data"."""
         hook = train_engine.objective.register_forward_pre_hook(
-            lambda _, inputs: self.claim("data", vars(inputs[0]).values() if isinstance(inputs[0], Batch) else ())
+            lambda _, inputs: self.claim(
+                "data", vars(inputs[0]).values() if isinstance(inputs[0], Batch) else ()
+            )
         )
         try:
             with self.attach(train_engine):
@@ -318,7 +376,13 @@ class Tracker(TorchDispatchMode):
         hidden = set() if host else {HOST}
         categories = [self._category(block) for block in range(len(self.ops))]
         return [
-            Event(block, size, renamed.get(categories[block], categories[block]), phase, self.ops[block])
+            Event(
+                block,
+                size,
+                renamed.get(categories[block], categories[block]),
+                phase,
+                self.ops[block],
+            )
             for block, size, phase in self.log
             if categories[block] not in hidden
         ]

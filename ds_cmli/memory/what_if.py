@@ -23,7 +23,9 @@ class WhatIf:
     fits: bool
     reserved_peak: int
     allocated_peak: int
-    failed_at: int | None = None  # number of the failed allocation, from 0 on; -1: the initial state does not fit
+    failed_at: int | None = (
+        None  # number of the failed allocation, from 0 on; -1: the initial state does not fit
+    )
     failed_request: int = 0  # the bytes that it requested
     too_much: int = 0  # bytes that would have to be freed for it
     failed_event: int = 0  # number of events before it
@@ -33,7 +35,10 @@ class WhatIf:
 
 
 def what_if(
-    start: State, trace: list[dict[str, Any]], limit: int | None = None, settings: Settings | None = None
+    start: State,
+    trace: list[dict[str, Any]],
+    limit: int | None = None,
+    settings: Settings | None = None,
 ) -> WhatIf:
     """Replay the requests of `trace` from the state `start`, under `settings` (None: those of the recording).
 
@@ -53,7 +58,9 @@ def what_if(
                 allocator.empty_cache()
                 if allocator.reserved > limit:
                     missing = allocator.reserved - limit
-                    raise OutOfMemory(0, allocator.allocated, allocator.reserved, limit, missing, None)
+                    raise OutOfMemory(
+                        0, allocator.allocated, allocator.reserved, limit, missing, None
+                    )
         else:
             allocator, blocks = _anew(start, limit, settings)
         reserved, allocated = allocator.reserved, allocator.allocated
@@ -61,7 +68,9 @@ def what_if(
             action, address, size = entry["action"], entry.get("addr", 0), entry.get("size", 0)
             if action == "alloc" and size:
                 number += 1
-                blocks[address] = allocator.malloc(size, entry.get("stream", 0), pool=recorded.pool(entry))
+                blocks[address] = allocator.malloc(
+                    size, entry.get("stream", 0), pool=recorded.pool(entry)
+                )
             elif action == "free_completed" and address in blocks:
                 allocator.free(blocks.pop(address))
             elif action in GIVEN_BACK and emptied != recorded.pool(entry):
@@ -71,11 +80,21 @@ def what_if(
             reserved = max(reserved, allocator.reserved)
             allocated = max(allocated, allocator.allocated)
     except OutOfMemory as error:
-        return WhatIf(False, max(reserved, allocator.reserved), allocated, number, error.requested, error.missing, at)
+        return WhatIf(
+            False,
+            max(reserved, allocator.reserved),
+            allocated,
+            number,
+            error.requested,
+            error.missing,
+            at,
+        )
     return WhatIf(True, reserved, allocated)
 
 
-def _anew(start: State, limit: int | None, settings: Settings) -> tuple[CachingAllocator, dict[int, Block]]:
+def _anew(
+    start: State, limit: int | None, settings: Settings
+) -> tuple[CachingAllocator, dict[int, Block]]:
     kind = ExpandableAllocator if settings.expandable_segments else CachingAllocator
     allocator, blocks = kind(limit, settings), {}
     segments = sorted(start.segments)

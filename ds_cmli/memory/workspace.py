@@ -75,7 +75,11 @@ def _described(value: Any) -> Any:
 def _zeros(value: Any) -> Any:
     if isinstance(value, _Tensor):
         size, stride, dtype = value
-        elements = 1 + sum((n - 1) * step for n, step in zip(size, stride, strict=True)) if 0 not in size else 0
+        elements = (
+            1 + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
+            if 0 not in size
+            else 0
+        )
         return torch.zeros(elements, dtype=dtype).as_strided(size, stride)
     return [_zeros(part) for part in value] if isinstance(value, tuple) else value
 
@@ -85,7 +89,9 @@ def _asked(func: Any, args: tuple, kwargs: tuple, threads: int) -> int:
     returned: list[Any] = []
     with _disable_current_modes():
         operands, named = _zeros(args), {name: _zeros(value) for name, value in kwargs}
-        func(*operands, **named)  # not measured: what a library allocates at its first call and keeps is no workspace
+        func(
+            *operands, **named
+        )  # not measured: what a library allocates at its first call and keeps is no workspace
         sizes = cpu_events.sizes(lambda: returned.append(func(*operands, **named)))
     live = [0, *accumulate(sizes)]
     return max(live) - live[-1]  # at the end only the returned tensors are live

@@ -21,11 +21,17 @@ class Entry:
 
 IMAGE = {
     "timm_tokens": Entry("timm_tokens.TimmTokens", "timm's ViT, DeiT, BEiT, EVA, SigLIP"),
-    "timm_grid": Entry("timm_grid.TimmGrid", "timm's Swin, ConvNeXt, ResNet and others with a feature map"),
+    "timm_grid": Entry(
+        "timm_grid.TimmGrid", "timm's Swin, ConvNeXt, ResNet and others with a feature map"
+    ),
 }
 TEXT = {
-    "encoder": Entry("transformers_encoder.Encoder", "transformers' BERT, RoBERTa, DeBERTa, ModernBERT, T5"),
-    "causal": Entry("transformers_causal.Causal", "transformers' CLIP, GPT-2: pooled at the end token"),
+    "encoder": Entry(
+        "transformers_encoder.Encoder", "transformers' BERT, RoBERTa, DeBERTa, ModernBERT, T5"
+    ),
+    "causal": Entry(
+        "transformers_causal.Causal", "transformers' CLIP, GPT-2: pooled at the end token"
+    ),
 }
 
 
@@ -44,10 +50,14 @@ def build(table: dict[str, Entry], name: str, request: Any) -> Any:
         UserError: the model is unknown, its weights do not fit, or it cannot be used.
     """
     if name == AUTO:
-        name = next((known for known in table if load(table, known).takes(request)), list(table)[-1])
+        name = next(
+            (known for known in table if load(table, known).takes(request)), list(table)[-1]
+        )
     return load(table, name)(request)
 
 
 def described(table: dict[str, Entry]) -> str:
     """Describe the table in one line, for help texts."""
-    return "; ".join([f"{AUTO}: by the model", *(f"{name}: {entry.models}" for name, entry in table.items())])
+    return "; ".join(
+        [f"{AUTO}: by the model", *(f"{name}: {entry.models}" for name, entry in table.items())]
+    )

@@ -29,7 +29,9 @@ class ImageRequest:
     overrides: dict[str, Any]
     image_size: int  # S
     partial: bool  # whether keys may be missing in the weights
-    layers: int | None = None  # how many first layers are kept; None: `DEFAULT_LAYERS` of a plain stack, else all
+    layers: int | None = (
+        None  # how many first layers are kept; None: `DEFAULT_LAYERS` of a plain stack, else all
+    )
     block: int | None = None  # for a teacher: the block (or stage) whose output is its features
 
     @property
@@ -54,9 +56,13 @@ class TextRequest:
     vocab_size: int  # of the tokenizer
     positions: int  # M, the length of the longest text
     partial: bool  # whether keys may be missing in the weights
-    layers: int | None  # how many first layers are kept; None: `DEFAULT_LAYERS` of a plain stack, else all
+    layers: (
+        int | None
+    )  # how many first layers are kept; None: `DEFAULT_LAYERS` of a plain stack, else all
     dropout: float
-    pretrained: bool = True  # False: random weights of the configured model's shapes, to be overwritten later
+    pretrained: bool = (
+        True  # False: random weights of the configured model's shapes, to be overwritten later
+    )
     special: SpecialTokens = field(default_factory=SpecialTokens)
 
     @property

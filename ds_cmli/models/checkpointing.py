@@ -27,7 +27,11 @@ def _checkpointed(forward: Callable, checkpoint: Callable, trained: bool) -> Cal
         leaves, inputs_as = tree_flatten((args, kwargs))
         # Only floating-point tensors can need a gradient, so they are passed to the checkpoint, keyword arguments too
         # (for instance a relative position bias). Masks and flags reach the block through the closure.
-        places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+        places = [
+            i
+            for i, leaf in enumerate(leaves)
+            if isinstance(leaf, Tensor) and leaf.is_floating_point()
+        ]
         inputs = [leaves[i] for i in places]
         if not any(x.requires_grad for x in inputs):
             if not trained:
@@ -35,7 +39,9 @@ def _checkpointed(forward: Callable, checkpoint: Callable, trained: bool) -> Cal
             # The layers below are frozen. Without an input that requires a gradient, the block's parameters get none.
             inputs = [x.detach().requires_grad_() for x in inputs]
         for i in places:
-            leaves[i] = None  # only the checkpoint holds the tensors, so it alone decides when they are freed
+            leaves[i] = (
+                None  # only the checkpoint holds the tensors, so it alone decides when they are freed
+            )
         outputs_as: list[Any] = []
 
         def call(*tensors: Tensor) -> Any:
@@ -45,7 +51,10 @@ def _checkpointed(forward: Callable, checkpoint: Callable, trained: bool) -> Cal
             again, by_name = tree_unflatten(filled, inputs_as)
             found, structure = tree_flatten(forward(*again, **by_name))
             # For each output: whether it is a tensor, and its value if it is not.
-            others = [(isinstance(leaf, Tensor), None if isinstance(leaf, Tensor) else leaf) for leaf in found]
+            others = [
+                (isinstance(leaf, Tensor), None if isinstance(leaf, Tensor) else leaf)
+                for leaf in found
+            ]
             outputs_as[:] = [structure, others]
             kept = [leaf for leaf in found if isinstance(leaf, Tensor)]
             return kept[0] if len(kept) == 1 else tuple(kept)
@@ -54,6 +63,8 @@ def _checkpointed(forward: Callable, checkpoint: Callable, trained: bool) -> Cal
         structure, others = outputs_as
         tensors = iter((given,) if isinstance(given, Tensor) else given)
         # A checkpoint returns only tensors; the block's other outputs are put back between them.
-        return tree_unflatten([next(tensors) if is_tensor else leaf for is_tensor, leaf in others], structure)
+        return tree_unflatten(
+            [next(tensors) if is_tensor else leaf for is_tensor, leaf in others], structure
+        )
 
     return run

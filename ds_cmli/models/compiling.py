@@ -35,7 +35,11 @@ def cannot_compile(config: Config, device: torch.device) -> str | None:
             problem = "Triton does not run here"
     elif shutil.which(os.environ.get("CXX", "g++")) is None:
         problem = f"there is no C++ compiler {os.environ.get('CXX', 'g++')!r} (CXX)"
-    return None if problem is None else f"run.compile is 'blocks' and {problem}: install it, or give 'off'"
+    return (
+        None
+        if problem is None
+        else f"run.compile is 'blocks' and {problem}: install it, or give 'off'"
+    )
 
 
 class Progress:
@@ -55,13 +59,17 @@ class Progress:
             first = False
             if not self.done:
                 self.started = self.told = time.monotonic()
-                say(f"compiling the {self.total} blocks, in the first step: seconds to minutes for each")
+                say(
+                    f"compiling the {self.total} blocks, in the first step: seconds to minutes for each"
+                )
             result = forward(*inputs, **keywords)
             self.done += 1
             now = time.monotonic()
             if self.done == self.total or now - self.told > EVERY:
                 self.told = now
-                say(f"compiled {self.done} of {self.total} blocks (forward) in {now - self.started:.0f} s")
+                say(
+                    f"compiled {self.done} of {self.total} blocks (forward) in {now - self.started:.0f} s"
+                )
             return result
 
         return call

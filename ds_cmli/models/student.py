@@ -101,7 +101,9 @@ class Student(nn.Module):
 
         width = self.image.width  # H
         text_width = self.text.width
-        self.text_head: nn.Module = nn.Linear(text_width, width) if text_width != width else nn.Identity()
+        self.text_head: nn.Module = (
+            nn.Linear(text_width, width) if text_width != width else nn.Identity()
+        )
         # The largest number of heads that divides the width with at least 64 channels per head, or else one head.
         heads = next(n for n in range(max(1, width // 64), 0, -1) if width % n == 0)
         with torch.device("meta"):
@@ -174,7 +176,9 @@ class Student(nn.Module):
         """Numbers of rows and columns of patches; N is their product."""
         return self.image.grid
 
-    def forward(self, image: Tensor, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        self, image: Tensor, input_ids: Tensor, attention_mask: Tensor
+    ) -> tuple[Tensor, ...]:
         """Encode a batch for the losses: uint8 [B, 3, S, S], int64 [B, M], bool [B, M] (True = attend).
 
         Returns:
@@ -202,7 +206,9 @@ class Student(nn.Module):
         return self.split_text(y, attention_mask)
 
     def embed_image(self, image: Tensor) -> Tensor:
-        return self.image_in(self.image(self.pixels(image, self.projection.weight.dtype)))  # [B, prefix+N, H]
+        return self.image_in(
+            self.image(self.pixels(image, self.projection.weight.dtype))
+        )  # [B, prefix+N, H]
 
     def embed_text(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         return self.text_in(self.text_head(self.text(input_ids, attention_mask)))  # [B, M, H]

@@ -49,7 +49,11 @@ class Teacher(nn.Module):
         self.eval()
         try:  # encode one image, so that a model that does not fit is a `UserError` now, no traceback later
             found = self(torch.zeros(1, 3, image_size, image_size, dtype=torch.uint8))
-            fits = found.patches.shape == (1, grid[0] * grid[1], self.width) and found.cls.shape == (1, self.width)
+            fits = found.patches.shape == (
+                1,
+                grid[0] * grid[1],
+                self.width,
+            ) and found.cls.shape == (1, self.width)
             problem = "" if fits else f"gives {list(found.patches.shape)}"
         except Exception as error:
             problem = reason(error)
@@ -57,7 +61,10 @@ class Teacher(nn.Module):
             raise request.unfit(f"it cannot encode {image_size} pixels square ({problem})")
         if self.image.grid != self.grid:
             of = lambda grid: f"{grid[0]} x {grid[1]}"  # noqa: E731
-            say(f"{request.name}: its {of(self.image.grid)} patches are resampled to the student's {of(grid)}", self)
+            say(
+                f"{request.name}: its {of(self.image.grid)} patches are resampled to the student's {of(grid)}",
+                self,
+            )
 
     def train(self, mode: bool = True):
         return super().train(False)
@@ -69,8 +76,12 @@ class Teacher(nn.Module):
         x = self.image(self.pixels(image, dtype))  # [B, prefix + N of its own grid, H_t]
         cls, patches = x[:, 0], x[:, self.image.prefix :]
         if self.image.grid != self.grid:
-            square = patches.transpose(1, 2).unflatten(2, self.image.grid)  # [B, H_t, rows, columns]
-            square = F.interpolate(square.float(), size=self.grid, mode="bilinear", align_corners=False)
+            square = patches.transpose(1, 2).unflatten(
+                2, self.image.grid
+            )  # [B, H_t, rows, columns]
+            square = F.interpolate(
+                square.float(), size=self.grid, mode="bilinear", align_corners=False
+            )
             patches = square.flatten(2).transpose(1, 2).to(dtype)
         # Without the final norm a block's raw output is unbounded. The student's features come out of a LayerNorm, so
         # they can match targets that are normalised too, without a learned scale.

@@ -46,7 +46,11 @@ class TimmGrid(ImageBackbone):
             for name in ("cls_token", *CLASS_BLOCKS):
                 setattr(model, name, None)
         model.forward = partial(
-            model.forward_intermediates, indices=[last], norm=False, output_fmt="NCHW", intermediates_only=True
+            model.forward_intermediates,
+            indices=[last],
+            norm=False,
+            output_fmt="NCHW",
+            intermediates_only=True,
         )
         created.account()
         timm_model.tell(request, model, "the mean of its feature map")
@@ -67,7 +71,9 @@ class TimmGrid(ImageBackbone):
                 of_a_stack = isinstance(
                     self.model.get_submodule(name.rpartition(".")[0]), nn.Sequential | nn.ModuleList
                 )
-                if of_a_stack or number > 0:  # otherwise it is the stem, whose input, the pixels, needs no gradient
+                if (
+                    of_a_stack or number > 0
+                ):  # otherwise it is the stem, whose input, the pixels, needs no gradient
                     found.append(stage)
         return found
 

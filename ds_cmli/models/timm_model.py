@@ -41,7 +41,12 @@ DECIDED = {
                     "class token, colours and the grid of patches are fixed"),
     "patch_drop_rate": "every patch is needed",
 }  # fmt: skip
-FROZEN = ("pos_drop_rate", "proj_drop_rate", "attn_drop_rate", "drop_path_rate")  # have no effect on a frozen teacher
+FROZEN = (
+    "pos_drop_rate",
+    "proj_drop_rate",
+    "attn_drop_rate",
+    "drop_path_rate",
+)  # have no effect on a frozen teacher
 
 
 @dataclass
@@ -89,7 +94,11 @@ def create(request: ImageRequest) -> Created:
     source, weights = request.source, request.weights
     _check_overrides(request.prefix, request.overrides)
     check_room(f"{request.prefix}model", request.model, count(sketch(request)))
-    file = None if weights in ("random", "hub") else weights_file(source, f"a weights file of {request.model}")
+    file = (
+        None
+        if weights in ("random", "hub")
+        else weights_file(source, f"a weights file of {request.model}")
+    )
     given = Given({}, {}) if weights != "random" else None
     build = lambda **size: timm.create_model(  # noqa: E731
         request.model, pretrained=given is not None, num_classes=0, **size, **request.overrides
@@ -125,10 +134,14 @@ def _not_built(request: ImageRequest, error: Exception) -> UserError:
         return UserError(
             f"setting of {request.prefix}overrides is {fixed[1]!r}, which {request.model!r} fixes: leave it out"
         )
-    unknown = re.search(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(error))
+    unknown = re.search(
+        r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(error)
+    )
     if unknown and unknown[2] in request.overrides:
         module = sys.modules[timm.models.model_entrypoint(request.model).__module__]
-        known = inspect.signature(getattr(module, unknown[1], timm.models.VisionTransformer)).parameters.keys()
+        known = inspect.signature(
+            getattr(module, unknown[1], timm.models.VisionTransformer)
+        ).parameters.keys()
         return UserError(
             f"setting of {request.prefix}overrides is {unknown[2]!r}, which {request.model!r} does not take: "
             f"{nearest(unknown[2], known - DECIDED.keys())}"
@@ -169,7 +182,11 @@ def _watched(file: str | None, given: Given | None) -> Any:
 def _read(file: str) -> dict[str, Any]:
     try:
         state = timm.models.load_state_dict(file, weights_only=True)
-    except (AttributeError, EOFError, LookupError):  # torch raises these for other pickles, timm for lists
+    except (
+        AttributeError,
+        EOFError,
+        LookupError,
+    ):  # torch raises these for other pickles, timm for lists
         state = {}
     if not _shapes(state):
         raise ValueError(
@@ -195,7 +212,9 @@ def _check_overrides(prefix: str, overrides: dict[str, Any]) -> None:
         if why is None and value is None:
             why = "timm ignores None: leave it out"
         if why is not None:
-            raise UserError(f"{prefix}overrides has {name!r} = {value!r}, which has no effect or cannot be: {why}")
+            raise UserError(
+                f"{prefix}overrides has {name!r} = {value!r}, which has no effect or cannot be: {why}"
+            )
 
 
 def last_block(request: ImageRequest, depth: int, unit: str) -> int:
@@ -237,10 +256,16 @@ def patch(request: ImageRequest) -> tuple[int, int]:
     """Height and width in pixels of a patch of the model."""
     model = sketch(request)
     ratio = getattr(getattr(model, "patch_embed", None), "feat_ratio", None)
-    if ratio is not None and isinstance(getattr(model, "blocks", None), nn.Sequential | nn.ModuleList):
+    if ratio is not None and isinstance(
+        getattr(model, "blocks", None), nn.Sequential | nn.ModuleList
+    ):
         return tuple(ratio(as_scalar=False))
     stages = getattr(model, "feature_info", None) or [{"reduction": 1}]
-    number = -1 if request.block is None or not -len(stages) <= request.block < len(stages) else request.block
+    number = (
+        -1
+        if request.block is None or not -len(stages) <= request.block < len(stages)
+        else request.block
+    )
     return (stages[number]["reduction"],) * 2
 
 
@@ -258,4 +283,7 @@ def tell(request: ImageRequest, model: nn.Module, pooling: str | None) -> None:
     if pooling is not None:
         say(f"{request.name} has no class token: {pooling} stands for it", model)
     if request.block is None and any(isinstance(module, _BatchNorm) for module in model.modules()):
-        say(f"{request.name}: its BatchNorm layers keep their statistics, those of a batch differ between ranks", model)
+        say(
+            f"{request.name}: its BatchNorm layers keep their statistics, those of a batch differ between ranks",
+            model,
+        )

@@ -33,12 +33,18 @@ class TimmTokens(ImageBackbone):
         created = timm_model.create(request)
         model = self.model = created.model
         if not _fits(model):
-            raise request.unfit("it has no plain stack of blocks over patch tokens: choose the backbone 'auto'")
+            raise request.unfit(
+                "it has no plain stack of blocks over patch tokens: choose the backbone 'auto'"
+            )
         ratio = getattr(model.patch_embed, "feat_ratio", None)
-        timm_model.check_image_size(request, tuple(ratio(as_scalar=False)) if ratio is not None else (1, 1))
+        timm_model.check_image_size(
+            request, tuple(ratio(as_scalar=False)) if ratio is not None else (1, 1)
+        )
         depth = len(model.blocks)
         last = timm_model.last_block(request, depth, "block")
-        own = getattr(model, "attn_pool", None) if last == depth - 1 else None  # trained on the last block's output
+        own = (
+            getattr(model, "attn_pool", None) if last == depth - 1 else None
+        )  # trained on the last block's output
         norm = model.norm
         timm_model.cut(model, last)
         self.has_class_token = getattr(model, "cls_token", None) is not None
@@ -48,9 +54,17 @@ class TimmTokens(ImageBackbone):
         model.forward = model.forward_features
         created.account()
         timm_model.tell(
-            request, model, None if self.has_class_token else "its own pooling" if self.pools else "the mean of patches"
+            request,
+            model,
+            None
+            if self.has_class_token
+            else "its own pooling"
+            if self.pools
+            else "the mean of patches",
         )
-        self.registers = model.num_prefix_tokens - self.has_class_token  # tokens beside patches and class token
+        self.registers = (
+            model.num_prefix_tokens - self.has_class_token
+        )  # tokens beside patches and class token
         self.prefix = 1 + self.registers
         self.width, self.grid = model.embed_dim, tuple(model.patch_embed.grid_size)
         self.mean, self.std = model.pretrained_cfg["mean"], model.pretrained_cfg["std"]
@@ -60,7 +74,9 @@ class TimmTokens(ImageBackbone):
         return list(self.model.blocks)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        x = self.model(pixels)  # [B, prefix + N, H], or one token fewer if the model has no class token
+        x = self.model(
+            pixels
+        )  # [B, prefix + N, H], or one token fewer if the model has no class token
         if self.has_class_token:
             return x
         if self.pools:

@@ -22,10 +22,14 @@ class Encoder(Transformer):
     def __init__(self, request: TextRequest):
         super().__init__(request)
         self.by_mean = (
-            bool(getattr(self.model.config, "is_encoder_decoder", False)) or "T5" in type(self.model).__name__
+            bool(getattr(self.model.config, "is_encoder_decoder", False))
+            or "T5" in type(self.model).__name__
         )
         if self.by_mean:
-            say(f"{request.name} has no class token: the mean of its tokens stands for it", self.model)
+            say(
+                f"{request.name} has no class token: the mean of its tokens stands for it",
+                self.model,
+            )
         elif not request.special.class_first:
             raise UserError(
                 f"data.tokenizer begins a text with no class token, by which {request.name} is pooled: choose the "

@@ -37,7 +37,13 @@ ATTENTION_DROPOUT = ("attention_probs_dropout_prob", "attention_dropout", "attn_
 DECIDED = {"vocab_size": "data.tokenizer", **dict.fromkeys(DROPOUT, "student.dropout")}
 # Fields of single families that do not affect the encoder: they configure heads, generation or decoding.
 UNUSED = {
-    *("use_cache", "classifier_dropout", "tie_word_embeddings", "is_decoder", "add_cross_attention"),
+    *(
+        "use_cache",
+        "classifier_dropout",
+        "tie_word_embeddings",
+        "is_decoder",
+        "add_cross_attention",
+    ),
     *("bos_token_id", "eos_token_id", "sep_token_id", "cls_token_id", "decoder_start_token_id"),
     *("gradient_checkpointing", "cross_attention_hidden_size", "model_type", "num_decoder_layers"),
 }
@@ -56,7 +62,9 @@ POSITION_TABLES = ("position_embeddings", "position_embedding", "embed_positions
 def family(model: str) -> str:
     """The architecture at the start of a model's name: "bert-base-uncased" -> "bert", "clip" -> "clip_text_model"."""
     plain = model.rsplit("/", 1)[-1].lower().replace("_", "-") + "-"
-    known = [kind for kind in CONFIG_MAPPING if plain.startswith(kind.lower().replace("_", "-") + "-")]
+    known = [
+        kind for kind in CONFIG_MAPPING if plain.startswith(kind.lower().replace("_", "-") + "-")
+    ]
     if not known:
         raise UserError(
             f"student.text_model is {model!r}: without a configuration of its own (random weights, or a file of "
@@ -75,8 +83,14 @@ def without_effect(kind: type[PreTrainedConfig], name: str) -> str | None:
     common = inspect.signature(PreTrainedConfig).parameters.keys() - {"chunk_size_feed_forward"}
     if name in UNUSED or name in common:
         return "it decides nothing of a text encoder"
-    if name not in fields and name not in kind.attribute_map and name not in UNDECLARED.get(kind.model_type, ()):
-        return nearest(name, (fields.keys() | kind.attribute_map.keys()) - common - UNUSED - DECIDED.keys())
+    if (
+        name not in fields
+        and name not in kind.attribute_map
+        and name not in UNDECLARED.get(kind.model_type, ())
+    ):
+        return nearest(
+            name, (fields.keys() | kind.attribute_map.keys()) - common - UNUSED - DECIDED.keys()
+        )
     return None
 
 
@@ -139,7 +153,10 @@ def _configured(request: TextRequest) -> PreTrainedConfig:
     else:
         where = request.model if request.weights == "hub" else request.weights
         configure = partial(
-            AutoConfig.from_pretrained, where, local_files_only=request.weights != "hub", trust_remote_code=False
+            AutoConfig.from_pretrained,
+            where,
+            local_files_only=request.weights != "hub",
+            trust_remote_code=False,
         )
     plain = text_part(configure())
     kind: Any = type(plain)
@@ -178,7 +195,9 @@ def _sized(request: TextRequest, config: Any) -> int | None:
             )
         return None
     # Weights may have more layers than their configuration says; if they have fewer than asked, `account` reports it.
-    most = depth if request.weights == "random" or "num_hidden_layers" in request.overrides else None
+    most = (
+        depth if request.weights == "random" or "num_hidden_layers" in request.overrides else None
+    )
     if request.layers is not None and most is not None and request.layers > most:
         raise UserError(f"student.layers is {request.layers}: {request.name} has only {most}")
     kept = min(DEFAULT_LAYERS, depth) if request.layers is None else request.layers
@@ -198,9 +217,13 @@ def _build(request: TextRequest, config: PreTrainedConfig) -> Any:
     if not issubclass(model, PreTrainedModel) or model.main_input_name != "input_ids":
         raise ValueError(f"{config.model_type!r} is no text encoder")
     if getattr(config, "is_encoder_decoder", False) and text_encoding is None:
-        raise request.unfit("its encoder does not come without its decoder in transformers: choose another model")
+        raise request.unfit(
+            "its encoder does not come without its decoder in transformers: choose another model"
+        )
     options: dict[str, Any] = (
-        {"add_pooling_layer": False} if "add_pooling_layer" in inspect.signature(model).parameters else {}
+        {"add_pooling_layer": False}
+        if "add_pooling_layer" in inspect.signature(model).parameters
+        else {}
     )
     if not isinstance(torch.empty(0), FakeTensor):
         with torch.device("meta"):
@@ -223,14 +246,22 @@ def _build(request: TextRequest, config: PreTrainedConfig) -> Any:
     )
     check_finite(request.source, encoder)
     missing = set(info["missing_keys"])
-    given = {key: tuple(tensor.shape) for key, tensor in encoder.state_dict().items() if key not in missing}
+    given = {
+        key: tuple(tensor.shape)
+        for key, tensor in encoder.state_dict().items()
+        if key not in missing
+    }
     given |= {key: tuple(shape) for key, shape, _ in info["mismatched_keys"]}
-    account(request.source, encoder, {**given, **dict.fromkeys(sorted(info["unexpected_keys"]), ())}, {})
+    account(
+        request.source, encoder, {**given, **dict.fromkeys(sorted(info["unexpected_keys"]), ())}, {}
+    )
     return encoder
 
 
 def _read(file: str) -> dict[str, Tensor]:
-    return timm.models.load_state_dict(file, weights_only=True)  # reads .safetensors, or a file that torch.save wrote
+    return timm.models.load_state_dict(
+        file, weights_only=True
+    )  # reads .safetensors, or a file that torch.save wrote
 
 
 class Transformer(TextBackbone):
@@ -244,13 +275,18 @@ class Transformer(TextBackbone):
         # The key-value cache is for generation: here it would waste memory, twice under activation checkpointing.
         self.model.config.use_cache = False
         for module in self.model.modules():
-            if isinstance(getattr(module, "head", None), nn.Linear):  # SigLIP's, which follows its own pooling
+            if isinstance(
+                getattr(module, "head", None), nn.Linear
+            ):  # SigLIP's, which follows its own pooling
                 module.head = nn.Identity()
         self.width = self.model.config.hidden_size
         self.most_positions = _most_positions(self.model)
         self._check_special_tokens(request)
         if request.dropout and not any(name in vars(self.model.config) for name in DROPOUT):
-            say(f"{request.name} has no dropout behind its layers: student.dropout has no effect on it", self.model)
+            say(
+                f"{request.name} has no dropout behind its layers: student.dropout has no effect on it",
+                self.model,
+            )
 
     def _check_special_tokens(self, request: TextRequest) -> None:
         table = _position_table(self.model)
@@ -263,21 +299,31 @@ class Transformer(TextBackbone):
         )
         if request.weights != "random":
             raise UserError(f"{problem}: choose the tokenizer that belongs to the model")
-        say(f"{problem}, which then has a position of its own", self.model)  # harmless with untrained weights
+        say(
+            f"{problem}, which then has a position of its own", self.model
+        )  # harmless with untrained weights
 
     @property
     def blocks(self) -> list[nn.Module]:
         depth = getattr(self.model.config, "num_hidden_layers", None)
-        stacks: list[nn.Module] = [m for m in self.model.modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
+        stacks: list[nn.Module] = [
+            m for m in self.model.modules() if isinstance(m, nn.ModuleList) and len(m) == depth
+        ]
         if stacks:
-            return list(max(stacks, key=lambda stack: sum(p.numel() for p in stack.parameters())).children())
+            return list(
+                max(stacks, key=lambda stack: sum(p.numel() for p in stack.parameters())).children()
+            )
         # Layers that share their weights (ALBERT) are one block, because each parameter's gradient must arrive once.
         parts = [m for m in self.model.children() if not isinstance(m, nn.Embedding)]
-        return [max(parts, key=lambda part: any(isinstance(m, nn.ModuleList) for m in part.modules()))]
+        return [
+            max(parts, key=lambda part: any(isinstance(m, nn.ModuleList) for m in part.modules()))
+        ]
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         # An integer mask is accepted by the encoders of every transformers version.
-        return self.model(input_ids=input_ids, attention_mask=attention_mask.long()).last_hidden_state
+        return self.model(
+            input_ids=input_ids, attention_mask=attention_mask.long()
+        ).last_hidden_state
 
 
 def _position_table(model: nn.Module) -> Any:

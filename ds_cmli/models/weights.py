@@ -43,10 +43,14 @@ def weights_file(source: Source, needed: str) -> str:
     """
     path = Path(source.weights)
     if path.is_dir():
-        found = [path / name for name in FILES if (path / name).is_file()] or sorted(path.glob("*.safetensors"))
+        found = [path / name for name in FILES if (path / name).is_file()] or sorted(
+            path.glob("*.safetensors")
+        )
         if len(found) == 1 or (found and found[0].name in FILES):
             return _undamaged(source, found[0])
-        raise source.error(f"a folder with {len(found)} files of weights; give {needed}, or a folder with one")
+        raise source.error(
+            f"a folder with {len(found)} files of weights; give {needed}, or a folder with one"
+        )
     if not path.is_file():
         raise source.error(f"no such file; give 'hub', 'random' or {needed}")
     return _undamaged(source, path)
@@ -61,7 +65,10 @@ def _undamaged(source: Source, path: Path) -> str:
 
 def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
     """The name of the first tensor that holds a NaN or an infinity; None if there is none."""
-    return next((k for k, t in tensors.items() if t.is_floating_point() and not torch.isfinite(t).all()), None)
+    return next(
+        (k for k, t in tensors.items() if t.is_floating_point() and not torch.isfinite(t).all()),
+        None,
+    )
 
 
 def check_finite(source: Source, model: nn.Module) -> None:
@@ -71,7 +78,9 @@ def check_finite(source: Source, model: nn.Module) -> None:
         raise source.error(f"its {key!r} holds NaN or infinite values; give weights that are whole")
 
 
-def account(source: Source, model: nn.Module, given: Mapping[str, Shape], before: Mapping[str, Shape]) -> None:
+def account(
+    source: Source, model: nn.Module, given: Mapping[str, Shape], before: Mapping[str, Shape]
+) -> None:
     """Print which weights are missing, unused or resized, or refuse the weights.
 
     Args:
@@ -87,7 +96,9 @@ def account(source: Source, model: nn.Module, given: Mapping[str, Shape], before
     missing = [key for key in wanted if key not in given]
     unused = [key for key in given if key not in wanted]
     other = [
-        f"{key} {list(given[key])} for {list(shape)}" for key, shape in wanted.items() if given.get(key, shape) != shape
+        f"{key} {list(given[key])} for {list(shape)}"
+        for key, shape in wanted.items()
+        if given.get(key, shape) != shape
     ]
     resized = [
         f"{key} {list(before[key])} -> {list(wanted[key])}"
@@ -95,24 +106,37 @@ def account(source: Source, model: nn.Module, given: Mapping[str, Shape], before
         if key in given and key in before and before[key] != wanted[key]
     ]
     if other:
-        raise source.error(f"{_count(other, len(wanted))} of another shape: {_some(other)}; give this model's own")
+        raise source.error(
+            f"{_count(other, len(wanted))} of another shape: {_some(other)}; give this model's own"
+        )
     if len(missing) == len(wanted):
-        prefix = next((key.removesuffix(own) for own in wanted for key in unused if key.endswith(f".{own}")), "")
+        prefix = next(
+            (key.removesuffix(own) for own in wanted for key in unused if key.endswith(f".{own}")),
+            "",
+        )
         raise source.error(
             f"none of its keys ({_some(unused)}) is one of the model's ({_some(missing)}): "
-            + (f"remove {prefix!r} from its keys" if prefix else "give weights in the layout of the model")
+            + (
+                f"remove {prefix!r} from its keys"
+                if prefix
+                else "give weights in the layout of the model"
+            )
         )
     blocks = {int(m[1]) for key in missing if len(wanted[key]) > 1 and (m := BLOCK.search(key))}
     if blocks and not source.partial:
         every = {int(m[1]) for key in wanted if (m := BLOCK.search(key))}
-        allow = f", {source.allow}" if blocks < every else ""  # with no block there, training would start from nothing
+        allow = (
+            f", {source.allow}" if blocks < every else ""
+        )  # with no block there, training would start from nothing
         raise source.error(
             f"it lacks weights of block {', '.join(map(str, sorted(blocks)))} ({_count(missing, len(wanted))} missing: "
             f"{_some(missing)}): give weights that have them{allow}"
         )
     name = f"{source.setting} {source.weights}"
     if missing:
-        say(f"{name}: {_count(missing, len(wanted))} missing there, random at the start: {_some(missing)}")
+        say(
+            f"{name}: {_count(missing, len(wanted))} missing there, random at the start: {_some(missing)}"
+        )
     if unused:
         say(f"{name}: {_count(unused, len(given))} there not used: {_some(unused)}")
     if resized:

@@ -26,7 +26,9 @@ GROUPS = {  # title -> regular expression of its columns
 INK = "#010203"  # becomes the page's text colour, on light and on dark paper
 SIZE = (4.6, 2.7)  # inches
 LABEL = 9  # points
-LONGEST = 14  # characters of a name beside a line; of longer ones their numbers on the page stand there
+LONGEST = (
+    14  # characters of a name beside a line; of longer ones their numbers on the page stand there
+)
 
 
 @dataclass
@@ -122,7 +124,9 @@ def _bars(figure, axis, chart: Chart) -> None:
     places = range(len(names))
     bars = axis.barh(places, values, height=0.7, color=[series.colour for series in chart.series])
     form = ".3g" if max(values) > 1 else ".3f"
-    axis.bar_label(bars, [format(value, form) for value in values], padding=3, color=INK, fontsize=LABEL)
+    axis.bar_label(
+        bars, [format(value, form) for value in values], padding=3, color=INK, fontsize=LABEL
+    )
     axis.set_yticks(places, names)
     axis.invert_yaxis()
     axis.margins(x=0.15)
@@ -135,7 +139,14 @@ def _bars(figure, axis, chart: Chart) -> None:
 def _lines(axis, chart: Chart) -> None:
     for series in chart.series:
         marker = "o" if len(series.steps) < 8 else None
-        axis.plot(series.steps, series.values, series.style, color=series.colour, marker=marker, markersize=3)
+        axis.plot(
+            series.steps,
+            series.values,
+            series.style,
+            color=series.colour,
+            marker=marker,
+            markersize=3,
+        )
     if chart.chance is not None:
         axis.axhline(chart.chance, color=INK, linestyle=":", linewidth=1)
     axis.set_xlabel("optimizer steps", fontsize=LABEL)
@@ -148,5 +159,14 @@ def _lines(axis, chart: Chart) -> None:
     ends = apart([series.values[-1] for series in chart.series], gap)
     for series, end in zip(chart.series, ends, strict=True):
         place = (1.02, end)
-        axis.text(*place, series.label, transform=axis.get_yaxis_transform(), color=INK, fontsize=LABEL, va="center")
-        axis.plot(1.01, end, ".", transform=axis.get_yaxis_transform(), color=series.colour, clip_on=False)
+        axis.text(
+            *place,
+            series.label,
+            transform=axis.get_yaxis_transform(),
+            color=INK,
+            fontsize=LABEL,
+            va="center",
+        )
+        axis.plot(
+            1.01, end, ".", transform=axis.get_yaxis_transform(), color=series.colour, clip_on=False
+        )

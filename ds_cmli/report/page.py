@@ -27,7 +27,9 @@ def write(runs: Sequence[RunFiles], path: str | Path) -> None:
         "title": f"Report: {names[0]}" if len(names) == 1 else f"Report of {len(runs)} runs",
         "names": names,
         "keys": {run.name: palette.line(number)[0] for number, run in enumerate(runs)},
-        "headlines": {split: headline(results, split) for split in tables} if len(names) == 1 else {},
+        "headlines": {split: headline(results, split) for split in tables}
+        if len(names) == 1
+        else {},
         "retrieval": tables,
         "results": others(results),
         "charts": charts(runs),
@@ -56,7 +58,9 @@ def memory(content: Mapping[str, Any]) -> dict[str, list[str]]:
 
 def phases(grouped: Sequence[Sequence[RunFiles]]) -> dict[str, list[str]]:
     """The last logged speed and shares of a step's phases, a cell for each group of runs."""
-    return _last(grouped, [name for name in _columns(grouped) if name in SPEED or name.startswith("time/")])
+    return _last(
+        grouped, [name for name in _columns(grouped) if name in SPEED or name.startswith("time/")]
+    )
 
 
 def rest(grouped: Sequence[Sequence[RunFiles]]) -> dict[str, list[str]]:
@@ -66,7 +70,9 @@ def rest(grouped: Sequence[Sequence[RunFiles]]) -> dict[str, list[str]]:
 
 
 def _columns(grouped: Sequence[Sequence[RunFiles]]) -> dict[str, None]:
-    return dict.fromkeys(name for group in grouped for run in group for line in run.metrics for name in line)
+    return dict.fromkeys(
+        name for group in grouped for run in group for line in run.metrics for name in line
+    )
 
 
 def _last(grouped: Sequence[Sequence[RunFiles]], names: Sequence[str]) -> dict[str, list[str]]:

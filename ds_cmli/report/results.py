@@ -7,10 +7,14 @@ from typing import Any
 
 from ds_cmli.report.runs import RunFiles, mean
 
-RECALL = re.compile(r"(.+)/([^/]+)/((?:i2t|t2i)_r\d+|mean_recall)")  # split, score and metric of a column
+RECALL = re.compile(
+    r"(.+)/([^/]+)/((?:i2t|t2i)_r\d+|mean_recall)"
+)  # split, score and metric of a column
 WAYS = {"i2t": "image to text", "t2i": "text to image"}
 CHANCE = "chance"
-ACCURACY = re.compile(r"(?!.*chance).*pointing_game")  # of metrics that are no recalls: more is better
+ACCURACY = re.compile(
+    r"(?!.*chance).*pointing_game"
+)  # of metrics that are no recalls: more is better
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,9 @@ def _cell(name: str, values: Sequence[Any]) -> Cell:
 
 def retrieval(results: Mapping[str, list[Cell]], names: Sequence[str]) -> dict[str, Table]:
     """A table for each split: rows are scores of each group, columns the recalls both ways. The best are marked."""
-    splits: dict[str, dict[str, dict[str, list[Cell]]]] = {}  # split -> score -> column -> a cell for each group
+    splits: dict[
+        str, dict[str, dict[str, list[Cell]]]
+    ] = {}  # split -> score -> column -> a cell for each group
     for name, cells in results.items():
         found = RECALL.fullmatch(name)
         if found:
@@ -85,13 +91,17 @@ def best(cells: Sequence[Cell]) -> list[Cell]:
     values = [round(cell.value, 3) for cell in cells if cell.value is not None]
     if len(values) < 2:
         return list(cells)
-    return [replace(c, best=c.value is not None and round(c.value, 3) == max(values)) for c in cells]
+    return [
+        replace(c, best=c.value is not None and round(c.value, 3) == max(values)) for c in cells
+    ]
 
 
 def others(results: Mapping[str, list[Cell]]) -> dict[str, list[Cell]]:
     """The metrics that are no recalls, a row for each, with the best group of an accuracy marked."""
     rows = {name: cells for name, cells in results.items() if not RECALL.fullmatch(name)}
-    return {name: best(cells) if ACCURACY.fullmatch(name) else cells for name, cells in rows.items()}
+    return {
+        name: best(cells) if ACCURACY.fullmatch(name) else cells for name, cells in rows.items()
+    }
 
 
 def headline(results: Mapping[str, list[Cell]], split: str) -> str:
@@ -100,11 +110,24 @@ def headline(results: Mapping[str, list[Cell]], split: str) -> str:
     def value(name: str) -> str:
         return next((cell.text for cell in results.get(f"{split}/{name}", [])), "")
 
-    scores = [found[2] for name in results if (found := RECALL.fullmatch(name)) and found[1] == split]
+    scores = [
+        found[2] for name in results if (found := RECALL.fullmatch(name)) and found[1] == split
+    ]
     score = next((name for name in ("combined", "cmli", "global") if name in scores), scores[0])
-    parts = [f"{value(f'{score}/{way}_r1')} {said}" for way, said in WAYS.items() if value(f"{score}/{way}_r1")]
-    text = f"R@1 {', '.join(parts)} ({score})" if parts else f"mean recall {value(f'{score}/mean_recall')} ({score})"
-    notes = [f"{value('pairs')} pairs" if value("pairs") else "", f"chance {value('chance/i2t_r1')}"]
+    parts = [
+        f"{value(f'{score}/{way}_r1')} {said}"
+        for way, said in WAYS.items()
+        if value(f"{score}/{way}_r1")
+    ]
+    text = (
+        f"R@1 {', '.join(parts)} ({score})"
+        if parts
+        else f"mean recall {value(f'{score}/mean_recall')} ({score})"
+    )
+    notes = [
+        f"{value('pairs')} pairs" if value("pairs") else "",
+        f"chance {value('chance/i2t_r1')}",
+    ]
     return "; ".join([text, *(note for note in notes if note and not note.endswith(" "))])
 
 

@@ -14,7 +14,10 @@ from ds_cmli.config.settings import flatten
 
 # Former endings of column names, which runs of earlier versions have written, and the present ones.
 FORMER = {"/pointing": "/pointing_game"}
-NOT_A_SETTING = ("run.seed", "run.output_dir")  # settings that may differ between the runs of a group
+NOT_A_SETTING = (
+    "run.seed",
+    "run.output_dir",
+)  # settings that may differ between the runs of a group
 
 
 @dataclass
@@ -23,7 +26,9 @@ class RunFiles:
 
     folder: Path
     name: str  # on the page, where no other run has it
-    settings: dict[str, Any]  # by "section.name"; those of the DeepSpeed JSON are in the section "deepspeed"
+    settings: dict[
+        str, Any
+    ]  # by "section.name"; those of the DeepSpeed JSON are in the section "deepspeed"
     metrics: list[dict[str, Any]]  # the objects of metrics.jsonl
     memory: dict[str, Any] | None  # the content of memory.json, if the run has measured its memory
 
@@ -52,7 +57,10 @@ def read_all(folders: Sequence[str]) -> list[RunFiles]:
             raise UserError(f"RUN has {folder!r} twice: give each run once")
     names = [path.name for path in whole]
     unique = len(set(names)) == len(names)
-    return [read(folder, name if unique else folder) for folder, name in zip(folders, names, strict=True)]
+    return [
+        read(folder, name if unique else folder)
+        for folder, name in zip(folders, names, strict=True)
+    ]
 
 
 def read(folder: str | Path, name: str = "") -> RunFiles:
@@ -69,9 +77,13 @@ def read(folder: str | Path, name: str = "") -> RunFiles:
             if isinstance(values, dict) and isinstance(values.get("step"), int):
                 metrics.append({_column(name): value for name, value in values.items()})
     except FileNotFoundError:
-        raise UserError(f"RUN is {str(folder)!r}: it has no metrics.jsonl; give a run that has taken a step") from None
+        raise UserError(
+            f"RUN is {str(folder)!r}: it has no metrics.jsonl; give a run that has taken a step"
+        ) from None
     except (OSError, ValueError) as error:
-        raise UserError(f"RUN is {str(folder)!r}: its metrics.jsonl cannot be read: {error}") from None
+        raise UserError(
+            f"RUN is {str(folder)!r}: its metrics.jsonl cannot be read: {error}"
+        ) from None
     return RunFiles(folder, name or folder.resolve().name, settings, metrics, _memory(folder))
 
 
@@ -81,7 +93,9 @@ def _memory(folder: Path) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
-        raise UserError(f"RUN is {str(folder)!r}: its memory.json cannot be read: {error}; remove the file") from None
+        raise UserError(
+            f"RUN is {str(folder)!r}: its memory.json cannot be read: {error}; remove the file"
+        ) from None
 
 
 def _column(name: str) -> str:
@@ -93,7 +107,9 @@ def groups(runs: Sequence[RunFiles]) -> list[list[RunFiles]]:
     """Groups of runs whose settings are equal except for the seed, in the order of their first run."""
     out: dict[str, list[RunFiles]] = {}
     for run in runs:
-        settings = {name: value for name, value in run.settings.items() if name not in NOT_A_SETTING}
+        settings = {
+            name: value for name, value in run.settings.items() if name not in NOT_A_SETTING
+        }
         out.setdefault(json.dumps(settings, sort_keys=True, default=str), []).append(run)
     return list(out.values())
 
@@ -101,8 +117,12 @@ def groups(runs: Sequence[RunFiles]) -> list[list[RunFiles]]:
 def differing(runs: Sequence[RunFiles]) -> dict[str, list[Any]]:
     """The settings that are not the same in all runs, with the value of each run, or None if it has none."""
     names = dict.fromkeys(name for run in runs for name in run.settings)
-    rows = {name: [run.settings.get(name) for run in runs] for name in names if name != "run.output_dir"}
-    return {name: values for name, values in rows.items() if any(value != values[0] for value in values)}
+    rows = {
+        name: [run.settings.get(name) for run in runs] for name in names if name != "run.output_dir"
+    }
+    return {
+        name: values for name, values in rows.items() if any(value != values[0] for value in values)
+    }
 
 
 @dataclass(frozen=True)

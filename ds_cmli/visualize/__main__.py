@@ -13,7 +13,9 @@ from ds_cmli.common.errors import UserError
 
 @click.command()
 @click.argument("runs", nargs=-1, required=True, metavar="RUN [RUN ...]")
-@click.option("--data", "source", default=None, help="As of a training.  [default: the first run's own]")
+@click.option(
+    "--data", "source", default=None, help="As of a training.  [default: the first run's own]"
+)
 @click.option("--split", default=None, help="Which held-out part.  [default: the first]")
 @click.option("--pairs", default=None, metavar="0,1,2",
               help="Numbers of pairs: each picture with its first caption, then each with its second.  "
@@ -21,7 +23,9 @@ from ds_cmli.common.errors import UserError
 @click.option("--image", default=None, help="A picture's file instead of --pairs; needs --text.")
 @click.option("--text", default=None, help="The text for --image.")
 @click.option("--output", default="match-maps.html", show_default=True, help="The page.")
-@click.option("--pictures", default=None, metavar="FOLDER", help="Also a PNG of each pair, in this folder.")
+@click.option(
+    "--pictures", default=None, metavar="FOLDER", help="Also a PNG of each pair, in this folder."
+)
 def command(
     runs: tuple[str, ...], source: str | None, split: str | None, pairs: str | None, image: str | None,
     text: str | None, output: str, pictures: str | None,
@@ -53,7 +57,9 @@ def command(
         try:
             Path(pictures).mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"--pictures is {pictures!r}: cannot make it: {error.strerror}") from None
+            raise UserError(
+                f"--pictures is {pictures!r}: cannot make it: {error.strerror}"
+            ) from None
         for number, one in enumerate(panels):
             write_figure(one, Path(pictures) / f"match-{number}.png")
         click.echo(f"pictures of them: {pictures}")

@@ -46,7 +46,9 @@ def _values(panel: Panel) -> dict[str, Any]:
                 "name": name,
                 "rows": match.grid[0],
                 "columns": match.grid[1],
-                "similarity": [[round(value, 3) for value in row] for row in match.similarity.tolist()],
+                "similarity": [
+                    [round(value, 3) for value in row] for row in match.similarity.tolist()
+                ],
             }
             for name, match in panel.matches.items()
         ],

@@ -46,7 +46,9 @@ def held_out(
             raise UserError(f"--pairs has {number}: {split} has {len(order)} pairs, from 0 on")
         sample = pairs.pairs.pair(pairs.rows[order[number]])
         if sample.bad is None:
-            out.append((title(split, number, pairs.file(order[number])), sample.image, sample.tokens.text))
+            out.append(
+                (title(split, number, pairs.file(order[number])), sample.image, sample.tokens.text)
+            )
         elif numbers is not None:
             name, reason = sample.bad
             raise UserError(f"--pairs has {number}, which cannot be used: {name}: {reason}")

@@ -17,7 +17,14 @@ from torch import Tensor
 from ds_cmli.cmli.check import index_dtype
 from ds_cmli.cmli.chunked.forward import ArgmaxIndices, compute_tiles
 from ds_cmli.cmli.chunked.packed import Chunk, PackedBatch, largest, make_chunks, pack_both
-from ds_cmli.cmli.chunked.tile_gradients import Buffers, Tile, TileIndices, add_lost, add_product, add_won
+from ds_cmli.cmli.chunked.tile_gradients import (
+    Buffers,
+    Tile,
+    TileIndices,
+    add_lost,
+    add_product,
+    add_won,
+)
 from ds_cmli.cmli.chunked.tiling import RecomputePlan, Widths, by_product, panel_rows, tile_sizes
 
 
@@ -65,16 +72,37 @@ def backward(
         if need_image:
             tile_indices = _image_indices(indices)
             _add_up(
-                images, texts, image_chunks, text_chunks, grad_i2t, grad_t2i, tile_indices, plan.budget, d_image, False
+                images,
+                texts,
+                image_chunks,
+                text_chunks,
+                grad_i2t,
+                grad_t2i,
+                tile_indices,
+                plan.budget,
+                d_image,
+                False,
             )
         if need_text:
             tile_indices = _text_indices(indices)
             grads = grad_t2i.t(), grad_i2t.t()
-            _add_up(texts, images, text_chunks, image_chunks, *grads, tile_indices, plan.budget, text_total, add)
+            _add_up(
+                texts,
+                images,
+                text_chunks,
+                image_chunks,
+                *grads,
+                tile_indices,
+                plan.budget,
+                text_total,
+                add,
+            )
         del indices, tile_indices
     if text_total is not d_text:
         d_text.copy_(text_total)
-    return d_image.view(image.shape) if need_image else d_image, d_text.view(text.shape) if need_text else d_text
+    return d_image.view(image.shape) if need_image else d_image, d_text.view(
+        text.shape
+    ) if need_text else d_text
 
 
 def _gradient_of(side: PackedBatch, needed: bool) -> Tensor:
@@ -136,8 +164,14 @@ def _add_up(
     """
     most, most_other = largest(own_chunks), largest(other_chunks)
     cpu, width = own.features.device.type == "cpu", Widths.of(own.wide)
-    shapes = [(own_chunk.shape(), other_chunk.shape()) for own_chunk in own_chunks for other_chunk in other_chunks]
-    panels = [panel_rows(*pair, budget, width) * pair[1].rows for pair in shapes if by_product(*pair, cpu)]
+    shapes = [
+        (own_chunk.shape(), other_chunk.shape())
+        for own_chunk in own_chunks
+        for other_chunk in other_chunks
+    ]
+    panels = [
+        panel_rows(*pair, budget, width) * pair[1].rows for pair in shapes if by_product(*pair, cpu)
+    ]
     buffers = Buffers.new(most, most_other, own.features, own.wide, max(panels, default=0))
     load_buffers = other.load_buffers(most_other.rows)
     for own_chunk in own_chunks:

@@ -29,11 +29,18 @@ class ArgmaxIndices(NamedTuple):
     def tile(self, text: Chunk, image: Chunk) -> tuple[Tensor, Tensor]:
         """[c, K] and [T, i]"""
         i2t = self.arg_i2t[text.sequences()].narrow(1, image.row - self.row, image.height)
-        return i2t, self.arg_t2i[text.rows()].narrow(1, image.sequence - self.sequence, image.number)
+        return i2t, self.arg_t2i[text.rows()].narrow(
+            1, image.sequence - self.sequence, image.number
+        )
 
 
 def forward(
-    image: Tensor, text: Tensor, token_mask: Tensor, image_mask: Tensor | None, scratch_bytes: int, save_argmax: bool
+    image: Tensor,
+    text: Tensor,
+    token_mask: Tensor,
+    image_mask: Tensor | None,
+    scratch_bytes: int,
+    save_argmax: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Both scores [I, J], and the argmax indices as [I, J, N] and [I, J, M], empty unless `save_argmax`."""
     (I, N, D), (J, M, _) = image.shape, text.shape  # noqa: E741
@@ -105,7 +112,11 @@ def _tile(
     arg_i2t, arg_t2i = indices.tile(text_chunk, image_chunk)
     equal = torch.empty_like(S)
     for group in text_chunk.groups:
-        torch.eq(group.by_sequence(S, 0), best_token[group.sequences(), None], out=group.by_sequence(equal, 0))
+        torch.eq(
+            group.by_sequence(S, 0),
+            best_token[group.sequences(), None],
+            out=group.by_sequence(equal, 0),
+        )
     equal *= from_last[0][text_chunk.rows(), None]
     for group in text_chunk.groups:
         torch.amax(group.by_sequence(equal, 0), 1, out=best_token[group.sequences()])

@@ -26,7 +26,9 @@ class Group(NamedTuple):
 
     def by_sequence(self, rows: Tensor, dim: int) -> Tensor:
         """The group's part of `rows`, its dimension `dim` split in two: sequences and positions."""
-        return rows.narrow(dim, self.row, self.number * self.length).unflatten(dim, (self.number, self.length))
+        return rows.narrow(dim, self.row, self.number * self.length).unflatten(
+            dim, (self.number, self.length)
+        )
 
 
 class ChunkShape(NamedTuple):
@@ -56,7 +58,9 @@ class Chunk(NamedTuple):
         return slice(self.row, self.row + self.height)
 
 
-def make_chunks(lengths: list[int], most: ChunkShape, start: int = 0, stop: int | None = None) -> list[Chunk]:
+def make_chunks(
+    lengths: list[int], most: ChunkShape, start: int = 0, stop: int | None = None
+) -> list[Chunk]:
     """Split the sequences [start, stop) of ascending `lengths` into chunks of at most `most` rows and sequences.
 
     A chunk holds one sequence at least. Sequences of length 0 are in no chunk.
@@ -99,18 +103,26 @@ class PackedBatch:
     def __init__(self, features: Tensor, mask: Tensor | None, lengths: list[int]):
         B, P, D = features.shape
         device = features.device
-        self.features = features.contiguous().view(B * P, D)  # gradients get its strides, as the op promises them
+        self.features = features.contiguous().view(
+            B * P, D
+        )  # gradients get its strides, as the op promises them
         self.wide = torch.promote_types(features.dtype, torch.float32)
         order = sorted(range(B), key=lengths.__getitem__)
         self.lengths = [lengths[b] for b in order]
         self.order = torch.tensor(order, device=device)  # [B]
         self.counts = torch.tensor(self.lengths, device=device)  # [B]
-        self.scale = self.counts.clamp(min=1).to(self.wide).reciprocal_()  # [B] weight of a row in the mean
-        self.last = self.counts.cumsum(0).sub_(1).to(torch.int32)  # [B] row of each sequence's last valid position
+        self.scale = (
+            self.counts.clamp(min=1).to(self.wide).reciprocal_()
+        )  # [B] weight of a row in the mean
+        self.last = (
+            self.counts.cumsum(0).sub_(1).to(torch.int32)
+        )  # [B] row of each sequence's last valid position
         self.source = None  # [R] each valid row's place in `features`; None if all rows are valid and in order
         if mask is not None:
             # nonzero_static instead of nonzero: the number is known, which avoids a CPU-GPU sync.
-            valid = torch.nonzero_static(mask.index_select(0, self.order).flatten(), size=sum(lengths))[:, 0]
+            valid = torch.nonzero_static(
+                mask.index_select(0, self.order).flatten(), size=sum(lengths)
+            )[:, 0]
             self.source = self.order[valid // P].mul_(P).add_(valid.remainder_(P))
 
     def from_last(self) -> Tensor:
@@ -123,7 +135,9 @@ class PackedBatch:
         """Buffers for `load`, for chunks of up to `rows` rows: one in the features' dtype and one in the wide dtype."""
         D, same = self.features.shape[1], self.features.dtype == self.wide
         narrow = self.features.new_empty(0 if same or self.source is None else rows, D)
-        return narrow, self.features.new_empty(0 if same and self.source is None else rows, D, dtype=self.wide)
+        return narrow, self.features.new_empty(
+            0 if same and self.source is None else rows, D, dtype=self.wide
+        )
 
     def load(self, chunk: Chunk, buffers: tuple[Tensor, Tensor]) -> Tensor:
         """The chunk's rows [height, D] in the dtype of the arithmetic."""
@@ -132,7 +146,9 @@ class PackedBatch:
             rows = self.features[chunk.rows()]
         else:
             out = narrow if narrow.shape[0] else wide
-            rows = torch.index_select(self.features, 0, self.source[chunk.rows()], out=out[: chunk.height])
+            rows = torch.index_select(
+                self.features, 0, self.source[chunk.rows()], out=out[: chunk.height]
+            )
         return rows if rows.dtype == self.wide else wide[: chunk.height].copy_(rows)
 
     def store(self, chunk: Chunk, rows: Tensor, into: Tensor, add: bool) -> None:
@@ -150,6 +166,12 @@ def pack_both(
 ) -> tuple[PackedBatch, PackedBatch]:
     """Images and texts. Lengths go to the host, the one time that a GPU is waited for in forward, and in backward."""
     (I, N, _), J = image.shape, text.shape[0]  # noqa: E741
-    counts = token_mask.sum(1) if image_mask is None else torch.cat([token_mask.sum(1), image_mask.sum(1)])
+    counts = (
+        token_mask.sum(1)
+        if image_mask is None
+        else torch.cat([token_mask.sum(1), image_mask.sum(1)])
+    )
     lengths = counts.tolist()  # CPU-GPU sync
-    return PackedBatch(image, image_mask, lengths[J:] or [N] * I), PackedBatch(text, token_mask, lengths[:J])
+    return PackedBatch(image, image_mask, lengths[J:] or [N] * I), PackedBatch(
+        text, token_mask, lengths[:J]
+    )

@@ -56,8 +56,13 @@ class Buffers:
     panel: Tensor
 
     @classmethod
-    def new(cls, own: ChunkShape, other: ChunkShape, features: Tensor, wide: torch.dtype, panel: int) -> "Buffers":
-        indices, new = max(own.rows * other.sequences, own.sequences * other.rows), features.new_empty
+    def new(
+        cls, own: ChunkShape, other: ChunkShape, features: Tensor, wide: torch.dtype, panel: int
+    ) -> "Buffers":
+        indices, new = (
+            max(own.rows * other.sequences, own.sequences * other.rows),
+            features.new_empty,
+        )
         return cls(
             new((own.rows, features.shape[1]), dtype=wide),
             torch.arange(own.rows, dtype=torch.int32, device=features.device),
@@ -103,7 +108,9 @@ def add_lost(tile: Tile, lost: Tensor, table: Tensor, buffers: Buffers, sums: Te
     torch.searchsorted(keys, buffers.row_numbers[: own_chunk.height], out=starts)
     torch.index_select(weight, 0, order, out=buffers.sorted_weight[:n])
     rows = order.remainder_(other_chunk.height)
-    sums += F.embedding_bag(rows, table, starts, per_sample_weights=buffers.sorted_weight[:n], mode="sum")
+    sums += F.embedding_bag(
+        rows, table, starts, per_sample_weights=buffers.sorted_weight[:n], mode="sum"
+    )
 
 
 def add_product(
@@ -120,17 +127,29 @@ def add_product(
     kind is written and the other, which may meet the first, added: in any order the same bits.
     """
     own, other, own_chunk, other_chunk, *_ = tile
-    won_by = tile.own_pairs(), other.last[other_chunk.sequences()].to(torch.int64).sub_(other_chunk.row)
-    lost_to = tile.other_pairs(), own.last[own_chunk.sequences()].to(torch.int64).sub_(own_chunk.row)
+    won_by = (
+        tile.own_pairs(),
+        other.last[other_chunk.sequences()].to(torch.int64).sub_(other_chunk.row),
+    )
+    lost_to = (
+        tile.other_pairs(),
+        own.last[own_chunk.sequences()].to(torch.int64).sub_(own_chunk.row),
+    )
     panel_shape = ChunkShape(most_rows, own_chunk.number, 0)
     stop = own_chunk.sequence + own_chunk.number
     for part in make_chunks(own.lengths, panel_shape, own_chunk.sequence, stop):
         won, lost = tile_indices(part, other_chunk)
         row = part.row - own_chunk.row
-        matrix = buffers.panel[: part.height * other_chunk.height].view(part.height, other_chunk.height).zero_()
+        matrix = (
+            buffers.panel[: part.height * other_chunk.height]
+            .view(part.height, other_chunk.height)
+            .zero_()
+        )
         kinds = [(1, won, _place_won, won_by), (0, lost, _place_lost, lost_to)]
         kinds.sort(key=lambda kind: -kind[1].numel())  # writing runs on all threads, adding on one
-        for scatter, (dim, indices, place, by) in zip((matrix.scatter_, matrix.scatter_add_), kinds, strict=True):
+        for scatter, (dim, indices, place, by) in zip(
+            (matrix.scatter_, matrix.scatter_add_), kinds, strict=True
+        ):
             scatter(dim, *place(indices, *by, tile, part, buffers))
         sums[row : row + part.height].addmm_(matrix, table)
 

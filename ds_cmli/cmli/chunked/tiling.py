@@ -42,7 +42,9 @@ def load_bytes(rows: int, D: int, width: Widths, masked: bool) -> int:
     return rows * D * (narrow * width.narrow + wide * width.wide)
 
 
-def forward_tile_bytes(text: ChunkShape, image: ChunkShape, width: Widths, scores: bool, indices: bool) -> int:
+def forward_tile_bytes(
+    text: ChunkShape, image: ChunkShape, width: Widths, scores: bool, indices: bool
+) -> int:
     """Bytes of a forward tile: similarities, both maxima, the means, and then the comparison with the maxima."""
     (T, c, _), (K, i, _) = text, image
     return width.wide * (T * K + c * K + T * i + max(scores * c * i, indices * T * K))
@@ -50,7 +52,9 @@ def forward_tile_bytes(text: ChunkShape, image: ChunkShape, width: Widths, score
 
 def by_product(own: ChunkShape, other: ChunkShape, cpu: bool = True) -> bool:
     """Whether a tile's gradient is computed by a matrix product, and not by gathering rows."""
-    few = own.rows * other.rows <= DENSE_PAIRS * (own.rows * other.sequences + own.sequences * other.rows)
+    few = own.rows * other.rows <= DENSE_PAIRS * (
+        own.rows * other.sequences + own.sequences * other.rows
+    )
     return few and cpu and not product.ONEDNN
 
 
@@ -73,7 +77,9 @@ def panel_bytes(own: ChunkShape, other: ChunkShape, scratch_bytes: int, width: W
 
 def product_tile_bytes(own: ChunkShape, other: ChunkShape, width: Widths) -> int:
     """Further bytes of such a tile besides its panel: the weights of pairs, and tables."""
-    return 2 * own.sequences * other.sequences * width.wide + 8 * (own.sequences + other.sequences) + 8
+    return (
+        2 * own.sequences * other.sequences * width.wide + 8 * (own.sequences + other.sequences) + 8
+    )
 
 
 def gather_tile_bytes(own: ChunkShape, other: ChunkShape, D: int, width: Widths) -> int:
@@ -106,7 +112,9 @@ def tile_sizes(
             need += max(
                 backward_buffer_bytes(own, other, D, width)
                 + panel_bytes(own, other, scratch_bytes, width)
-                + max(gather_tile_bytes(own, other, D, width), product_tile_bytes(own, other, width))
+                + max(
+                    gather_tile_bytes(own, other, D, width), product_tile_bytes(own, other, width)
+                )
                 for own, other in ((text, image), (image, text))
             )
         else:

@@ -27,12 +27,21 @@ from ds_cmli.cmli.triton.tiles import (
     text_tiles,
 )
 
-TEXTS_PER_PROGRAM = 64  # an image block is loaded once for so many texts: under 5% of what they load
-HUGE = 2.0**50  # products of smaller inputs cannot overflow fp32: no NaN without a NaN or inf at the input
+TEXTS_PER_PROGRAM = (
+    64  # an image block is loaded once for so many texts: under 5% of what they load
+)
+HUGE = (
+    2.0**50
+)  # products of smaller inputs cannot overflow fp32: no NaN without a NaN or inf at the input
 
 
 def forward(
-    image: Tensor, text: Tensor, token_mask: Tensor, image_mask: Tensor | None, scratch_bytes: int, save_argmax: bool
+    image: Tensor,
+    text: Tensor,
+    token_mask: Tensor,
+    image_mask: Tensor | None,
+    scratch_bytes: int,
+    save_argmax: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Scores of all pairs, and the argmax indices for `backward`.
 
@@ -52,12 +61,19 @@ def forward(
     _check_device(image)
     image, text = image.contiguous(), text.contiguous()
     (I, N, D), (J, M, _) = image.shape, text.shape  # noqa: E741
-    images, texts = Sequences(image_mask, I, N, image.device), Sequences(token_mask, J, M, image.device)
+    images, texts = (
+        Sequences(image_mask, I, N, image.device),
+        Sequences(token_mask, J, M, image.device),
+    )
     tiles = forward_tiles(N, M, D, image.dtype, *_limits(image.device))
     s_i2t = image.new_zeros((I, J), dtype=torch.promote_types(image.dtype, torch.float32))
     s_t2i = torch.zeros_like(s_i2t)
-    arg_i2t = torch.zeros((I, J, N) if save_argmax else (0,), dtype=index_dtype(M), device=image.device)
-    arg_t2i = torch.zeros((I, J, M) if save_argmax else (0,), dtype=index_dtype(N), device=image.device)
+    arg_i2t = torch.zeros(
+        (I, J, N) if save_argmax else (0,), dtype=index_dtype(M), device=image.device
+    )
+    arg_t2i = torch.zeros(
+        (I, J, M) if save_argmax else (0,), dtype=index_dtype(N), device=image.device
+    )
     i_step, j_step = _partial_chunk(I, J, N, M, tiles, s_i2t.dtype, scratch_bytes)
     suspect = _suspect(image) | _suspect(text)
     with _device(image):
@@ -65,7 +81,10 @@ def forward(
             some = slice(j, j + j_step)
             lists = text_tiles(_part(texts, some), tiles.tokens)
             for i in range(0, I, i_step):
-                out = [x[i : i + i_step, some] if x.ndim > 1 else x for x in (s_i2t, s_t2i, arg_i2t, arg_t2i)]
+                out = [
+                    x[i : i + i_step, some] if x.ndim > 1 else x
+                    for x in (s_i2t, s_t2i, arg_i2t, arg_t2i)
+                ]
                 _launch_forward(
                     out, image[i : i + i_step], text[some], _part(images, slice(i, i + i_step)), _part(texts, some),
                     suspect, tiles, lists, save_argmax,
@@ -95,8 +114,14 @@ def backward(
     _check_device(image)
     image, text = image.contiguous(), text.contiguous()
     (I, N, _), (J, M, _) = image.shape, text.shape  # noqa: E741
-    images, texts = Sequences(image_mask, I, N, image.device), Sequences(token_mask, J, M, image.device)
-    grads = [g.to(torch.promote_types(image.dtype, torch.float32)).contiguous() for g in (grad_i2t, grad_t2i)]
+    images, texts = (
+        Sequences(image_mask, I, N, image.device),
+        Sequences(token_mask, J, M, image.device),
+    )
+    grads = [
+        g.to(torch.promote_types(image.dtype, torch.float32)).contiguous()
+        for g in (grad_i2t, grad_t2i)
+    ]
     d_image = torch.zeros_like(image) if need_image else image.new_empty((0,))
     d_text = torch.zeros_like(text) if need_text else text.new_empty((0,))
     i_step, j_step = I, J
@@ -113,7 +138,9 @@ def backward(
         return list(forward(image[i], text[j], token_mask[j], mask, scratch_bytes, True)[2:])
 
     everything = slice(None)
-    shared = indices(everything, everything) if not recompute or (i_step, j_step) == (I, J) else None
+    shared = (
+        indices(everything, everything) if not recompute or (i_step, j_step) == (I, J) else None
+    )
     with _device(image):
         for start in range(0, I if need_image else 0, i_step):
             some = slice(start, start + i_step)
@@ -151,9 +178,13 @@ def peak_bytes(
     index = N * index_dtype(M).itemsize + M * index_dtype(N).itemsize
     tiles = forward_tiles(N, M, D, dtype, *(limits or _limits(torch.device("cuda"))))
     blocks = math.ceil(N / tiles.rows)
-    i_step, j_step = _partial_chunk(I, J, N, M, tiles, torch.float64 if acc == 8 else torch.float32, scratch_bytes)
+    i_step, j_step = _partial_chunk(
+        I, J, N, M, tiles, torch.float64 if acc == 8 else torch.float32, scratch_bytes
+    )
 
-    def lists(sequences: int, length: int) -> int:  # tile lists of a side and what building them takes
+    def lists(
+        sequences: int, length: int
+    ) -> int:  # tile lists of a side and what building them takes
         return sequences * (24 * (math.ceil(length / 16) + 2) + 16)
 
     def sides(images_: int, texts_: int) -> int:  # masks and lengths
@@ -173,7 +204,10 @@ def peak_bytes(
         if I * J * index <= scratch_bytes:
             backward += run(I, J, True)
         else:
-            group_i, group_j = max(1, scratch_bytes // (J * index)), max(1, scratch_bytes // (I * index))
+            group_i, group_j = (
+                max(1, scratch_bytes // (J * index)),
+                max(1, scratch_bytes // (I * index)),
+            )
             backward += max(run(group_i, J, True), run(I, group_j, True))
     return run(I, J, not recompute), backward
 
@@ -196,7 +230,9 @@ def _launch_forward(
     if blocks > 1:
         row_out = s_i2t.new_empty((I, blocks, J))
         column_out = s_i2t.new_empty((I, blocks, J, M))
-        column_arg = torch.empty((I, blocks, J, M) if save else (0,), dtype=index_dtype(N), device=image.device)
+        column_arg = torch.empty(
+            (I, blocks, J, M) if save else (0,), dtype=index_dtype(N), device=image.device
+        )
     for width, tile in zip(tiles.tokens, lists, strict=True):
         forward_kernel[(I * blocks, math.ceil(J / TEXTS_PER_PROGRAM))](
             row_out, column_out, arg_i2t, column_arg, image, text, images.mask, texts.mask, images.counts,
@@ -213,7 +249,13 @@ def _launch_forward(
 
 
 def _launch_gradient(
-    out: Tensor, source: Tensor, p: Sequences, q: Sequences, indices: list[Tensor], grads: list[Tensor], p_axis: int
+    out: Tensor,
+    source: Tensor,
+    p: Sequences,
+    q: Sequences,
+    indices: list[Tensor],
+    grads: list[Tensor],
+    p_axis: int,
 ) -> None:
     """Write the gradient of side p, given (indices of p's positions, of q's) and (gradients of p's score, of q's).
 
@@ -268,7 +310,9 @@ def _partial_chunk(
 ) -> tuple[int, int]:
     """Images and texts to take at a time so that the partial results of several blocks stay within the budget."""
     blocks = math.ceil(N / tiles.rows)
-    pairs = I * J if blocks == 1 else max(1, scratch_bytes // _partial_pair(blocks, M, dtype.itemsize))
+    pairs = (
+        I * J if blocks == 1 else max(1, scratch_bytes // _partial_pair(blocks, M, dtype.itemsize))
+    )
     return max(1, min(I, pairs // J)), min(J, pairs)
 
 
@@ -278,7 +322,9 @@ def _interpreted() -> bool:
 
 def _check_device(x: Tensor) -> None:
     if x.device.type != "cuda" and not _interpreted():
-        raise RuntimeError(f"backend='triton' runs on CUDA tensors, not on {x.device}: use backend='chunked'")
+        raise RuntimeError(
+            f"backend='triton' runs on CUDA tensors, not on {x.device}: use backend='chunked'"
+        )
 
 
 def _device(x: Tensor):
@@ -290,5 +336,7 @@ def _limits(device: torch.device) -> tuple[tuple[int, int], int]:
     if not torch.cuda.is_available():
         return (8, 0), 163 * 1024
     properties = torch.cuda.get_device_properties(device)
-    shared = getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block)
+    shared = getattr(
+        properties, "shared_memory_per_block_optin", properties.shared_memory_per_block
+    )
     return (properties.major, properties.minor), shared

@@ -48,9 +48,13 @@ def _add_steps(acc, code, total, terms, source, q_mask, d, p, live, r, r_inside,
         s = here % q_slots * 16 + tl.arange(0, STEP)
         row = (here // q_slots).to(tl.int64) * Q_LEN + s
         s_ok = s < Q_LEN
-        if Q_MASKED:  # what a masked position holds, NaN included, must not meet even a zero coefficient
+        if (
+            Q_MASKED
+        ):  # what a masked position holds, NaN included, must not meet even a zero coefficient
             s_ok = tl.load(q_mask + row, mask=s_ok, other=0) != 0
-        x = tl.load(source + row[:, None] * D + d[None, :], mask=s_ok[:, None] & (d[None, :] < D), other=0.0)
+        x = tl.load(
+            source + row[:, None] * D + d[None, :], mask=s_ok[:, None] & (d[None, :] < D), other=0.0
+        )
 
         g = tl.where(p_won[:, :, None] == s[None, None, :], p_share[None, :, None], 0.0)
         g += tl.where(q_won[None, :, :] == r[:, :, None], q_share[None, :, None], 0.0)
@@ -73,7 +77,19 @@ def _add_steps(acc, code, total, terms, source, q_mask, d, p, live, r, r_inside,
     return acc
 
 
-@triton.jit(do_not_specialize=["p_win_p", "p_win_q", "q_win_p", "q_win_q", "grad_p", "grad_q", "P", "Q", "terms"])
+@triton.jit(
+    do_not_specialize=[
+        "p_win_p",
+        "p_win_q",
+        "q_win_p",
+        "q_win_q",
+        "grad_p",
+        "grad_q",
+        "P",
+        "Q",
+        "terms",
+    ]
+)
 def gradient_kernel(
     out,  # [P, P_LEN, D] zeros; rows in no tile stay so
     p_mask,  # [P, P_LEN], not read unless P_MASKED

@@ -133,7 +133,11 @@ def forward_kernel(
             else:
                 tl.store(s_i2t + (i * BLOCKS + block) * J + j, rows)
             if SAVE:
-                tl.store(arg_i2t + i * i2t_stride + j * N + n, best_m.to(arg_i2t.dtype.element_ty), mask=n_inside)
+                tl.store(
+                    arg_i2t + i * i2t_stride + j * N + n,
+                    best_m.to(arg_i2t.dtype.element_ty),
+                    mask=n_inside,
+                )
             best = tl.full([ROWS], LOW, dtype)
             columns = tl.zeros([], dtype)
             poison = tl.zeros([], dtype)

@@ -12,7 +12,9 @@ from torch import Tensor
 
 class ForwardTiles(NamedTuple):
     rows: int  # patches a program holds
-    tokens: tuple[int, ...]  # tile widths, ascending: a text takes the smallest that holds it, or several of the last
+    tokens: tuple[
+        int, ...
+    ]  # tile widths, ascending: a text takes the smallest that holds it, or several of the last
     features: int  # features a product takes at a time
     warps: int
     stages: int
@@ -31,7 +33,9 @@ def power_of_two(n: int) -> int:
     return max(16, 1 << (n - 1).bit_length())
 
 
-def forward_tiles(N: int, M: int, D: int, dtype: torch.dtype, capability: tuple[int, int], shared: int) -> ForwardTiles:
+def forward_tiles(
+    N: int, M: int, D: int, dtype: torch.dtype, capability: tuple[int, int], shared: int
+) -> ForwardTiles:
     """Tiles for one device. Chosen from sizes that do not change between steps, never by timing: same input, same bits.
 
     `shared` is the shared memory a block may use: 163 KB on sm_80, 227 KB on sm_90, 99 KB on sm_86, sm_89 and sm_120.
@@ -54,7 +58,9 @@ def forward_tiles(N: int, M: int, D: int, dtype: torch.dtype, capability: tuple[
     def fitting(rows: int) -> tuple[int, ...]:
         width = 64 if capability[0] >= 9 or rows < 256 else 32
         need = [(rows + buffers * w) * features * dtype.itemsize + scratch for w in widths]
-        return tuple(w for w, bytes_ in zip(widths, need, strict=True) if w <= width and bytes_ <= shared)
+        return tuple(
+            w for w, bytes_ in zip(widths, need, strict=True) if w <= width and bytes_ <= shared
+        )
 
     while rows > 16 and len(fitting(rows)) < min(2, len(widths)):
         rows //= 2
@@ -101,7 +107,12 @@ class TileList(NamedTuple):
 
 
 def tile_list(
-    count: Tensor, bound_per_sequence: int, slots: int, base: Tensor | int = 0, unit: int = 1, after: int = 0
+    count: Tensor,
+    bound_per_sequence: int,
+    slots: int,
+    base: Tensor | int = 0,
+    unit: int = 1,
+    after: int = 0,
 ) -> TileList:
     """List `count[x]` tiles of each sequence, the first at slot `base[x]`, the next `unit` slots further each.
 

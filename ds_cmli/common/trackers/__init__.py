@@ -37,7 +37,9 @@ class Tracker(Protocol):
     the run goes on.
     """
 
-    errors: tuple[type[Exception], ...]  # exceptions of writing that are reported and do not end the run
+    errors: tuple[
+        type[Exception], ...
+    ]  # exceptions of writing that are reported and do not end the run
 
     def numbers(self, step: int, values: dict[str, float]) -> None: ...
 
@@ -52,7 +54,9 @@ def check(names: Sequence[str]) -> None:
     for name in names:
         library = TRACKERS[name].library
         if importlib.util.find_spec(library) is None:
-            raise UserError(f"run.report_to has {name!r}, which is not installed: pip install {library}")
+            raise UserError(
+                f"run.report_to has {name!r}, which is not installed: pip install {library}"
+            )
 
 
 def load(name: str, folder: Path, first_step: int) -> Tracker:

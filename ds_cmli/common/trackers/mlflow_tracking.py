@@ -30,7 +30,9 @@ class MLflow:
                 return
             run = mlflow.start_run(run_name=folder.resolve().name)
             trackers.kept_id(folder / "mlflow", run.info.run_id)
-            mlflow.log_params({name: str(value)[:LONGEST] for name, value in panels.settings(folder).items()})
+            mlflow.log_params(
+                {name: str(value)[:LONGEST] for name, value in panels.settings(folder).items()}
+            )
         except (OSError, ImportError, MlflowException) as error:
             line = str(error).strip().split("\n")[0]
             raise UserError(
@@ -38,7 +40,9 @@ class MLflow:
             ) from None
 
     def numbers(self, step: int, values: dict[str, float]) -> None:
-        mlflow.log_metrics(values, step=step, synchronous=False)  # a slow server must not hold up the step
+        mlflow.log_metrics(
+            values, step=step, synchronous=False
+        )  # a slow server must not hold up the step
 
     def picture(self, step: int, name: str, image: Any) -> None:
         mlflow.log_image(image, key=name.replace("/", "."), step=step, synchronous=False)

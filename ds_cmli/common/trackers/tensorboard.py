@@ -24,7 +24,9 @@ class TensorBoard:
         threading.excepthook = _without_full_disks(threading.excepthook)
 
     def numbers(self, step: int, values: dict[str, float]) -> None:
-        self.results |= {name: value for name, value in values.items() if name.startswith(panels.RESULTS)}
+        self.results |= {
+            name: value for name, value in values.items() if name.startswith(panels.RESULTS)
+        }
         with self._opened(step) as events:
             for name, value in values.items():
                 events.add_scalar(name, value, step)
@@ -44,12 +46,16 @@ class TensorBoard:
     @contextmanager
     def _opened(self, step: int) -> Iterator[SummaryWriter]:
         try:
-            if self.events is not None and not Path(self.file).is_file():  # removed, or its folder renamed
+            if (
+                self.events is not None and not Path(self.file).is_file()
+            ):  # removed, or its folder renamed
                 self.events.close()
                 self.events = None
             if self.events is None:
                 # `purge_step` hides what an interrupted run wrote after the step from which this one resumes.
-                self.events = SummaryWriter(str(self.folder / "tensorboard"), purge_step=min(step, self.first_step + 1))
+                self.events = SummaryWriter(
+                    str(self.folder / "tensorboard"), purge_step=min(step, self.first_step + 1)
+                )
                 self.file = self.events.file_writer.event_writer._file_name  # type: ignore[union-attr, attr-defined]
                 self.events.add_text("configuration", panels.configuration(self.folder), step)
             yield self.events
@@ -62,7 +68,10 @@ def _without_full_disks(hook: Callable[[Any], Any]) -> Callable[[Any], None]:
     """An excepthook that prints no traceback if TensorBoard's thread meets a full disk, as its next use raises too."""
 
     def told_later(failure: Any) -> None:
-        if not (type(failure.thread).__name__ == "_AsyncWriterThread" and isinstance(failure.exc_value, OSError)):
+        if not (
+            type(failure.thread).__name__ == "_AsyncWriterThread"
+            and isinstance(failure.exc_value, OSError)
+        ):
             hook(failure)
 
     return told_later

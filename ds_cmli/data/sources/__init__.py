@@ -24,7 +24,9 @@ class Entry:
     holds: tuple[str, ...] = ()  # its folder holds at least one of these files
     in_folder: bool = False  # whether a folder may be given instead of all such files in it
     extra: str | None = None  # the optional extra of this package that it needs
-    settings: tuple[str, ...] = ()  # fields of `DataConfig` that only some kinds read, this one among them
+    settings: tuple[
+        str, ...
+    ] = ()  # fields of `DataConfig` that only some kinds read, this one among them
 
 
 SOURCES = {
@@ -77,14 +79,22 @@ def recognise(name: str) -> tuple[str, list[Path]]:
     files = expand(name)
     folder = Path(os.path.expanduser(name))
     if os.path.isdir(folder):
-        kinds = [kind for kind, entry in SOURCES.items() if any(os.path.exists(folder / file) for file in entry.holds)]
+        kinds = [
+            kind
+            for kind, entry in SOURCES.items()
+            if any(os.path.exists(folder / file) for file in entry.holds)
+        ]
         found: dict[str, list[Path]] = {}
         inside: list[Path] = []
         if not kinds:
-            with contextlib.suppress(OSError):  # a folder without permission is reported when it is opened
+            with contextlib.suppress(
+                OSError
+            ):  # a folder without permission is reported when it is opened
                 inside = sorted(folder / file for file in os.listdir(folder))
             found = {
-                k: [p for p in inside if p.name.lower().endswith(e.ends)] for k, e in SOURCES.items() if e.in_folder
+                k: [p for p in inside if p.name.lower().endswith(e.ends)]
+                for k, e in SOURCES.items()
+                if e.in_folder
             }
             found = _without_companions({kind: paths for kind, paths in found.items() if paths})
             kinds = list(found)
@@ -94,12 +104,18 @@ def recognise(name: str) -> tuple[str, list[Path]]:
                 f"data.source is {name!r}, which could be meant as {what}: name the files, or keep one kind"
             )
         return (kinds[0], found.get(kinds[0], [])) if kinds else ("folder", [])
-    ends = {kind: [f for f in files if f.name.lower().endswith(e.ends)] for kind, e in SOURCES.items() if e.ends}
+    ends = {
+        kind: [f for f in files if f.name.lower().endswith(e.ends)]
+        for kind, e in SOURCES.items()
+        if e.ends
+    }
     kinds = [kind for kind, some in ends.items() if some]
     if len(kinds) == 1 and len(ends[kinds[0]]) == len(files):
         return kinds[0], files
     if len(files) > 1:
-        raise UserError(f"data.source is {name!r}, which names files of several kinds, or of none: {accepted()}")
+        raise UserError(
+            f"data.source is {name!r}, which names files of several kinds, or of none: {accepted()}"
+        )
     return "folder", []  # its loader reports what was given instead
 
 
@@ -110,6 +126,8 @@ def load(kind: str) -> Callable[..., Any]:
 
 def _without_companions(found: dict[str, list[Path]]) -> dict[str, list[Path]]:
     """Ignore the parquet files that img2dataset writes beside each tar: they hold no images."""
-    if {"tars", "parquet"} <= set(found) and {p.stem for p in found["parquet"]} <= {p.stem for p in found["tars"]}:
+    if {"tars", "parquet"} <= set(found) and {p.stem for p in found["parquet"]} <= {
+        p.stem for p in found["tars"]
+    }:
         del found["parquet"]
     return found

@@ -37,7 +37,9 @@ def load_parquet(name: str, files: list[Path], config: DataConfig) -> Parts:
     if "train" not in splits:
         splits = {"train": files}
     try:
-        builder = datasets.load_dataset_builder("parquet", data_files={k: list(map(str, v)) for k, v in splits.items()})
+        builder = datasets.load_dataset_builder(
+            "parquet", data_files={k: list(map(str, v)) for k, v in splits.items()}
+        )
         cache = Path(builder.cache_dir)
         if not cache.exists():
             size = sum(file.stat().st_size for file in files)
@@ -76,10 +78,18 @@ def load_saved(name: str, files: list[Path], config: DataConfig) -> Parts:
     try:
         found = datasets.load_from_disk(str(folder))
     except Exception as error:
-        raise UserError(f"data.source is {name!r}, which cannot be read ({reason(error)}): save it again") from None
-    parts = {SPLITS[k]: v for k, v in found.items() if k in SPLITS} if isinstance(found, dict) else {"train": found}
+        raise UserError(
+            f"data.source is {name!r}, which cannot be read ({reason(error)}): save it again"
+        ) from None
+    parts = (
+        {SPLITS[k]: v for k, v in found.items() if k in SPLITS}
+        if isinstance(found, dict)
+        else {"train": found}
+    )
     if "train" not in parts:
-        raise UserError(f"data.source is {name!r}, which has the splits {', '.join(found)}: name one 'train'")
+        raise UserError(
+            f"data.source is {name!r}, which has the splits {', '.join(found)}: name one 'train'"
+        )
     sizes = {str(f.relative_to(folder)): f.stat().st_size for f in folder.rglob("*.arrow")}
     stored = {split: [(str(folder.resolve() / split), len(rows))] for split, rows in parts.items()}
     opened = _parts(name, parts, sizes, stored, config)
@@ -109,7 +119,11 @@ def _stored(file: Path) -> tuple[str, int]:
 
 
 def _parts(
-    name: str, parts: dict[str, Any], sizes: dict[str, int], stored: dict[str, Stored], config: DataConfig
+    name: str,
+    parts: dict[str, Any],
+    sizes: dict[str, int],
+    stored: dict[str, Stored],
+    config: DataConfig,
 ) -> Parts:
     """The parts of a data set; `stored` tells where the rows of each lie."""
     found: dict[str, Arrow] = {}
@@ -121,7 +135,9 @@ def _parts(
 class Arrow(Source):
     """The rows of a `datasets.Dataset`: a column of undecoded images, and a column of one caption or a list of them."""
 
-    def __init__(self, where: str, dataset: Any, sizes: dict[str, int], stored: Stored, config: DataConfig):
+    def __init__(
+        self, where: str, dataset: Any, sizes: dict[str, int], stored: Stored, config: DataConfig
+    ):
         import datasets
 
         self.where, self.sizes, self.stored, self.bad = where, sizes, stored, []
@@ -133,7 +149,8 @@ class Arrow(Source):
         if isinstance(features[self.image_column], datasets.Image):
             dataset = dataset.cast_column(self.image_column, datasets.Image(decode=False))
         self.images, self.texts = (
-            dataset.select_columns([column]).with_format(None) for column in (self.image_column, self.caption_column)
+            dataset.select_columns([column]).with_format(None)
+            for column in (self.image_column, self.caption_column)
         )
 
     def __len__(self) -> int:
@@ -149,7 +166,9 @@ class Arrow(Source):
 
     def captions(self, index: int) -> list[str]:
         value = self.texts[index][self.caption_column]
-        return usable([text for text in (value if isinstance(value, list) else [value]) if text is not None])
+        return usable(
+            [text for text in (value if isinstance(value, list) else [value]) if text is not None]
+        )
 
     def name(self, index: int) -> str:
         return f"row {index} of {self.where}"
@@ -179,7 +198,11 @@ def _holds_image(feature: Any) -> bool:
     import datasets
 
     struct = isinstance(feature, dict) and "bytes" in feature
-    return struct or isinstance(feature, datasets.Image) or getattr(feature, "dtype", "") in ("binary", "large_binary")
+    return (
+        struct
+        or isinstance(feature, datasets.Image)
+        or getattr(feature, "dtype", "") in ("binary", "large_binary")
+    )
 
 
 def _holds_text(feature: Any) -> bool:

@@ -148,7 +148,9 @@ def hold_out(source: Source) -> tuple[Source, Source]:
     chosen = np.zeros(len(source), dtype=bool)
     chosen[np.argpartition(source.priorities(), count - 1)[:count]] = True
     kept, held_out = (np.flatnonzero(x).astype(np.uint32) for x in (~chosen, chosen))
-    return Part(source, kept, source.bad), Part(source, held_out, [])  # bad samples are reported once
+    return Part(source, kept, source.bad), Part(
+        source, held_out, []
+    )  # bad samples are reported once
 
 
 def usable(captions: list[str]) -> list[str]:

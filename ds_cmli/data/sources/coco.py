@@ -15,9 +15,7 @@ from ds_cmli.data.sources.listed import Listed
 
 # Karpathy's names of the splits; "restval", the rest of COCO's validation set, is usually trained on.
 SPLITS = {"train": "train", "restval": "train", "val": "validation", "test": "test"}
-EXPECTED = (
-    'expected are Karpathy\'s {"images": [{"filename", "split", "sentences"}]} or COCO\'s {"images", "annotations"}'
-)
+EXPECTED = 'expected are Karpathy\'s {"images": [{"filename", "split", "sentences"}]} or COCO\'s {"images", "annotations"}'
 
 
 class Row(NamedTuple):
@@ -36,7 +34,9 @@ def load_json(name: str, files: list[Path], config: DataConfig) -> Parts:
         UserError: the file has neither of the two formats or no entry that can be used, or the images are not found.
     """
     if len(files) > 1:
-        raise UserError(f"data.source is {name!r}, which are {len(files)} files: give each its own --data")
+        raise UserError(
+            f"data.source is {name!r}, which are {len(files)} files: give each its own --data"
+        )
     path = files[0]
     try:
         content = loads(path.read_bytes())
@@ -53,7 +53,11 @@ def load_json(name: str, files: list[Path], config: DataConfig) -> Parts:
     rows = list(_annotated(images, annotations, path, notices) if annotated else _karpathy(images))
     usable = [row for row in rows if not row.reason]
     if not usable:
-        first = f" (the first: {', '.join(told([(row.file, row.reason) for row in rows]))})" if rows else ""
+        first = (
+            f" (the first: {', '.join(told([(row.file, row.reason) for row in rows]))})"
+            if rows
+            else ""
+        )
         raise UserError(f"{path} has no caption that can be used{first}: {EXPECTED}")
     # COCO keeps `captions_train2017.json` in annotations/, and the images in train2017/ beside that folder.
     subset = re.sub(r"^captions_", "", path.stem)
@@ -93,7 +97,9 @@ def _karpathy(images: list[Any]) -> Iterator[Row]:
             yield _row(split, file, sentence, "raw")
 
 
-def _annotated(images: list[Any], annotations: list[Any], path: Path, notices: list[str]) -> Iterator[Row]:
+def _annotated(
+    images: list[Any], annotations: list[Any], path: Path, notices: list[str]
+) -> Iterator[Row]:
     """Yield the file and the text of each caption, all as the split "train"."""
     files: dict[Any, str] = {}
     for number, image in enumerate(images):
@@ -116,7 +122,9 @@ def _annotated(images: list[Any], annotations: list[Any], path: Path, notices: l
         yield _row("train", files[key], annotation, "caption")
     without = [file for key, file in files.items() if key not in used]
     if without:
-        notices.append(f"{len(without)} images of {path} have no annotation and are not used, the first: {without[0]}")
+        notices.append(
+            f"{len(without)} images of {path} have no annotation and are not used, the first: {without[0]}"
+        )
 
 
 def _row(split: str, file: str, holder: Any, key: str) -> Row:

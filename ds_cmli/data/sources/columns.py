@@ -19,7 +19,9 @@ IMAGE_KEYS = (
 CAPTION_KEYS = ("title", "caption", "captions", "text", "sentences")
 
 
-def find_columns(where: str, images: list[str], captions: list[str], config: DataConfig) -> tuple[str, str]:
+def find_columns(
+    where: str, images: list[str], captions: list[str], config: DataConfig
+) -> tuple[str, str]:
     """The columns of the image and of the caption: those that are configured, or else the only ones with a usual name.
 
     A column without a usual name is taken if it is the only candidate.
@@ -38,13 +40,19 @@ def find_columns(where: str, images: list[str], captions: list[str], config: Dat
     for setting, given, usual, columns in wanted:
         if given:
             if given not in columns:
-                raise UserError(f"{setting} is {given!r}, and {where} has no such column: {nearest(given, columns)}")
+                raise UserError(
+                    f"{setting} is {given!r}, and {where} has no such column: {nearest(given, columns)}"
+                )
             found.append(given)
             continue
         some = [column for column in columns if column.lower() in usual]
         some = some or (columns if len(columns) == 1 else [])
         if len(some) != 1:
-            what = f"has {' and '.join(some)}" if some else f"has the columns {', '.join(columns) or 'none'}"
+            what = (
+                f"has {' and '.join(some)}"
+                if some
+                else f"has the columns {', '.join(columns) or 'none'}"
+            )
             raise UserError(f"{where} {what}: say which one is meant by {setting}")
         found.append(some[0])
     return found[0], found[1]

@@ -27,7 +27,9 @@ def load_csv(name: str, files: list[Path], config: DataConfig) -> Parts:
             with open(file, encoding="utf-8-sig", newline="") as lines:
                 header = lines.readline()
                 lines.seek(0)
-                separator = config.separator.replace("\\t", "\t") or ("\t" if "\t" in header else ",")
+                separator = config.separator.replace("\\t", "\t") or (
+                    "\t" if "\t" in header else ","
+                )
                 table = Table(lines, file, separator)
                 keys = find_columns(str(file), table.columns, table.columns, config)
                 image, caption = (table.columns.index(key) for key in keys)
@@ -37,7 +39,9 @@ def load_csv(name: str, files: list[Path], config: DataConfig) -> Parts:
                     source = _source(name, file, [cells[image] for _, cells in first], config)
                 for line, cells in chain(first, rows):
                     if not cells[image] or "\0" in cells[image]:
-                        raise UserError(f"{file} line {line} has the image {cells[image]!r}: give its path")
+                        raise UserError(
+                            f"{file} line {line} has the image {cells[image]!r}: give its path"
+                        )
                     assert source is not None
                     source.add(cells[image], cells[caption])
                 notices += table.notices()
@@ -46,7 +50,9 @@ def load_csv(name: str, files: list[Path], config: DataConfig) -> Parts:
         except OSError as error:
             raise UserError(f"{file} cannot be read ({error.strerror or error})") from None
     if source is None or not len(source):
-        raise UserError(f"data.source is {name!r}, which has no row with a caption: give at least 2")
+        raise UserError(
+            f"data.source is {name!r}, which has no row with a caption: give at least 2"
+        )
     return Parts(source, notices=notices)
 
 

@@ -21,7 +21,15 @@ from ds_cmli.data.sources.table import Table
 METADATA = ("metadata.jsonl", "metadata.csv")
 COLUMNS = ("file_name", "text")
 VALIDATION = ("validation", "val")
-OTHER_SPLITS = ("test", "testing", "training", "valid", "dev", "eval", "evaluation")  # split names of other tools
+OTHER_SPLITS = (
+    "test",
+    "testing",
+    "training",
+    "valid",
+    "dev",
+    "eval",
+    "evaluation",
+)  # split names of other tools
 # Descriptions of other kinds of data files by their suffixes, for error messages.
 KINDS = {
     **dict.fromkeys((".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst"), "a tar archive"),
@@ -45,9 +53,14 @@ def load_folder(source: str, files: list[Path], config: DataConfig) -> Parts:
             kind = _kind(root.name) or "a file" if root.exists() else "it does not exist"
             raise UserError(f"data.source is {source!r}, which is no folder ({kind}): {accepted()}")
         return _load(root, config)
-    except (OSError, RuntimeError) as error:  # no permission, a name that is too long, an unknown home folder
+    except (
+        OSError,
+        RuntimeError,
+    ) as error:  # no permission, a name that is too long, an unknown home folder
         reason = getattr(error, "strerror", None) or error
-        raise UserError(f"data.source is {source!r}, which cannot be read ({reason}): {accepted()}") from None
+        raise UserError(
+            f"data.source is {source!r}, which cannot be read ({reason}): {accepted()}"
+        ) from None
 
 
 def _load(root: Path, config: DataConfig) -> Parts:
@@ -56,35 +69,56 @@ def _load(root: Path, config: DataConfig) -> Parts:
     training = [name for name in (".", "train") if name in metadata]
     validation = [name for name in VALIDATION if name in metadata]
     if not training:
-        none = f"a folder with no {' or '.join(METADATA)} in it or in its train/ ({_contents(root)})"
+        none = (
+            f"a folder with no {' or '.join(METADATA)} in it or in its train/ ({_contents(root)})"
+        )
         raise UserError(f"data.source is {str(root)!r}, {none}: {accepted()}")
     if len(metadata) > 1 and list(metadata) not in [["train", name] for name in VALIDATION]:
         names = " and ".join(str(path.relative_to(root)) for path in metadata.values())
-        raise UserError(f"data.source is {str(root)!r}, which has {names}: keep one, or train/ and validation/ alone")
+        raise UserError(
+            f"data.source is {str(root)!r}, which has {names}: keep one, or train/ and validation/ alone"
+        )
     for path in metadata.values():
         if not config.follow_symlinks and not inside(path, os.path.realpath(root)):
-            raise UserError(f"{path} is a symlink out of the data folder: data.follow_symlinks=true allows it")
+            raise UserError(
+                f"{path} is a symlink out of the data folder: data.follow_symlinks=true allows it"
+            )
     notices: list[str] = []
     train = read_metadata(metadata[training[0]], root, config, notices)
-    parts = Parts(train, notices=[*_not_used(root, training[0], validation, train, config), *notices])
+    parts = Parts(
+        train, notices=[*_not_used(root, training[0], validation, train, config), *notices]
+    )
     if validation:
         parts.validation = read_metadata(metadata[validation[0]], root, config, parts.notices)
         for part, name in ((train, training[0]), (parts.validation, validation[0])):
             if not len(part):
-                raise UserError(f"{metadata[name]} has no usable line: give each image a file_name and a text")
+                raise UserError(
+                    f"{metadata[name]} has no usable line: give each image a file_name and a text"
+                )
     return parts
 
 
-def _not_used(root: Path, training: str, validation: list[str], train: Listed, config: DataConfig) -> list[str]:
+def _not_used(
+    root: Path, training: str, validation: list[str], train: Listed, config: DataConfig
+) -> list[str]:
     """A notice for each subfolder that looks like a split of the data but is not used."""
-    candidates = [name for name in (*VALIDATION, *OTHER_SPLITS) if name not in validation and (root / name).is_dir()]
+    candidates = [
+        name
+        for name in (*VALIDATION, *OTHER_SPLITS)
+        if name not in validation and (root / name).is_dir()
+    ]
     if training == ".":
         named = {file.split("/", 1)[0] for file in train.files} if candidates else set()
         candidates = [name for name in candidates if name not in named]
     training = f"{training}/" if training != "." else "the folder around it"
-    held_out = f"{validation[0]}/" if validation else "a share of that, as no validation/ has metadata"
+    held_out = (
+        f"{validation[0]}/" if validation else "a share of that, as no validation/ has metadata"
+    )
     held_out = "data.val_source" if config.val_source else held_out
-    return [f"{root / name} is not used: training takes {training}, validation {held_out}" for name in candidates]
+    return [
+        f"{root / name} is not used: training takes {training}, validation {held_out}"
+        for name in candidates
+    ]
 
 
 def _metadata(folder: Path) -> Path | None:
@@ -92,7 +126,9 @@ def _metadata(folder: Path) -> Path | None:
     if len(paths) > 1:
         raise UserError(f"{folder} has both {' and '.join(METADATA)}: keep the one that is meant")
     if paths and not paths[0].is_file():
-        raise UserError(f"{paths[0]} is no file that can be read: write one with a line for each image")
+        raise UserError(
+            f"{paths[0]} is no file that can be read: write one with a line for each image"
+        )
     return paths[0] if paths else None
 
 
@@ -107,7 +143,11 @@ def _contents(folder: Path) -> str:
     if {"dataset_dict.json", "state.json"} & set(names):
         return "it is one that save_to_disk wrote"
     told = next((f"it holds {name}, {kind}" for name in names if (kind := _kind(name))), None)
-    return told or (f"it holds {', '.join(names[:3])}{' ...' if len(names) > 3 else ''}" if names else "it is empty")
+    return told or (
+        f"it holds {', '.join(names[:3])}{' ...' if len(names) > 3 else ''}"
+        if names
+        else "it is empty"
+    )
 
 
 def read_metadata(path: Path, root: Path, config: DataConfig, notices: list[str]) -> Listed:
@@ -123,14 +163,20 @@ def read_metadata(path: Path, root: Path, config: DataConfig, notices: list[str]
                     raise _lacks(path, line, column, values)
             file = values["file_name"]
             if not isinstance(file, str) or not file or "\0" in file:
-                raise UserError(f"{path} line {line} has file_name {file!r}: give the image's path as text")
+                raise UserError(
+                    f"{path} line {line} has file_name {file!r}: give the image's path as text"
+                )
             if os.path.isabs(file) or os.path.normpath(file).split(os.sep)[0] == os.pardir:
-                raise UserError(f"{path} line {line} has file_name {file!r}: give a path inside {path.parent}")
+                raise UserError(
+                    f"{path} line {line} has file_name {file!r}: give a path inside {path.parent}"
+                )
             try:
                 for text in _texts(values["text"], path, line):
                     rows.add(file, text)
             except UnicodeEncodeError as error:  # JSON can contain half of a surrogate pair
-                raise UserError(f"{path} line {line} is no Unicode ({error.reason}): give whole characters") from None
+                raise UserError(
+                    f"{path} line {line} is no Unicode ({error.reason}): give whole characters"
+                ) from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path} cannot be read ({error}): save it as UTF-8 text") from None
     except OSError as error:
@@ -149,7 +195,9 @@ def _texts(value: Any, path: Path, line: int) -> list[str | None]:
     texts = value if isinstance(value, list) else [value]
     if not all(isinstance(text, str | None) for text in texts):
         shown = repr(value) if len(repr(value)) < 100 else type(value).__name__
-        raise UserError(f"{path} line {line} has text {shown}: give the caption as text, or a list of texts")
+        raise UserError(
+            f"{path} line {line} has text {shown}: give the caption as text, or a list of texts"
+        )
     return [text for text in texts if text and text.strip()] or [None]
 
 
@@ -173,7 +221,11 @@ def _json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 values = loads(line)
             except (ValueError, RecursionError) as error:
                 reason = getattr(error, "msg", None) or str(error)
-                raise UserError(f"{path} line {number} is no JSON ({reason}): write one object a line") from None
+                raise UserError(
+                    f"{path} line {number} is no JSON ({reason}): write one object a line"
+                ) from None
             if not isinstance(values, dict):
-                raise UserError(f"{path} line {number} is {type(values).__name__}: write one JSON object a line")
+                raise UserError(
+                    f"{path} line {number} is {type(values).__name__}: write one JSON object a line"
+                )
             yield number, values

@@ -29,7 +29,10 @@ class Listed(Source):
     def __init__(self, where: str, folder: Path, root: Path, config: DataConfig):
         """File names are relative to `folder`; files outside of `root` are only read if the configuration allows it."""
         self.where, self.folder, self.root = where, folder, os.path.realpath(root)
-        self.most_bytes, self.follow_symlinks = most_bytes(config.max_pixels), config.follow_symlinks
+        self.most_bytes, self.follow_symlinks = (
+            most_bytes(config.max_pixels),
+            config.follow_symlinks,
+        )
         self.bad = []
         self.files, self.texts, self.hashes = Strings(), Strings(), array("q")
 
@@ -47,7 +50,9 @@ class Listed(Source):
     @cached_property
     def groups(self) -> tuple[np.ndarray, np.ndarray]:
         """The rows grouped by picture, int64 [rows], and where the rows of each picture start, int64 [n + 1]."""
-        _, first, number = np.unique(np.frombuffer(self.hashes, np.int64), return_index=True, return_inverse=True)
+        _, first, number = np.unique(
+            np.frombuffer(self.hashes, np.int64), return_index=True, return_inverse=True
+        )
         in_order = np.empty(len(first), dtype=np.int64)
         in_order[np.argsort(first)] = np.arange(len(first))
         number = in_order[number]

@@ -11,7 +11,13 @@ BRACES = re.compile(r"\{([^{}]*)\}")
 RANGE = re.compile(r"(\d+)\.\.(\d+)")
 MOST_FILES = 100_000
 # Names of the parts of a data set.
-SPLITS = {"train": "train", "validation": "validation", "valid": "validation", "val": "validation", "test": "test"}
+SPLITS = {
+    "train": "train",
+    "validation": "validation",
+    "valid": "validation",
+    "val": "validation",
+    "test": "test",
+}
 
 
 def weighted(sources: str | list[str]) -> tuple[list[str], list[float] | None]:
@@ -39,11 +45,15 @@ def weighted(sources: str | list[str]) -> tuple[list[str], list[float] | None]:
     if twice is not None:
         raise UserError(f"--data names {twice!r} twice: keep one")
     if len(names) > 1 and "demo" in names:
-        raise UserError(f"--data mixes 'demo' with {names[names.index('demo') - 1]!r}: the demo stands alone")
+        raise UserError(
+            f"--data mixes 'demo' with {names[names.index('demo') - 1]!r}: the demo stands alone"
+        )
     if weights and len(names) == 1:
         raise UserError(f"--data is {sources[0]!r}, the only source: leave its weight out")
     if weights and len(weights) < len(names):
-        raise UserError(f"--data gives {len(weights)} of {len(names)} sources a weight: give all one, or none")
+        raise UserError(
+            f"--data gives {len(weights)} of {len(names)} sources a weight: give all one, or none"
+        )
     return names, weights or None
 
 
@@ -56,17 +66,25 @@ def expand(pattern: str) -> list[Path]:
         UserError: the name is a URL, some files of a pattern do not exist, or no file matches.
     """
     if re.match(r"(pipe:|[a-z0-9]+://)", pattern):
-        raise UserError(f"data.source is {pattern!r}, which is not on this machine: download it first")
+        raise UserError(
+            f"data.source is {pattern!r}, which is not on this machine: download it first"
+        )
     path = os.path.expanduser(pattern)
     if os.path.exists(path) or not re.search(r"[{*?\[]", path):
         return [Path(path)]
     names = _braces(path)
-    files = [Path(f) for name in names for f in (sorted(glob.glob(name)) if re.search(r"[*?\[]", name) else [name])]
+    files = [
+        Path(f)
+        for name in names
+        for f in (sorted(glob.glob(name)) if re.search(r"[*?\[]", name) else [name])
+    ]
     missing = [file for file in files if not os.path.isfile(file)]
     if not files:
         raise UserError(f"data.source is {pattern!r}: no file matches it")
     if missing:
-        lacking = f"{len(missing)} of {len(files)} files do not exist, the first {str(missing[0])!r}"
+        lacking = (
+            f"{len(missing)} of {len(files)} files do not exist, the first {str(missing[0])!r}"
+        )
         raise UserError(f"data.source is {pattern!r}: {lacking}")
     return files
 
@@ -91,4 +109,8 @@ def _braces(pattern: str) -> list[str]:
         parts = [str(number).zfill(width) for number in range(first, last + step, step)]
     else:
         parts = found[1].split(",")
-    return [name for part in parts for name in _braces(pattern[: found.start()] + part + pattern[found.end() :])]
+    return [
+        name
+        for part in parts
+        for name in _braces(pattern[: found.start()] + part + pattern[found.end() :])
+    ]

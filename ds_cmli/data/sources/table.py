@@ -20,7 +20,9 @@ class Table:
     def __init__(self, lines: TextIO, file: Path, separator: str):
         """`lines` is the file, opened with `newline=""`. Raises `UserError` as `rows` does."""
         if len(separator) != 1 or separator in '"\r\n':
-            raise UserError(f"data.separator is {separator!r}: give one character, no quote and no line break")
+            raise UserError(
+                f"data.separator is {separator!r}: give one character, no quote and no line break"
+            )
         self.file, self.separator = file, separator
         self.reader = csv.reader(lines, delimiter=separator, strict=True)
         self.spanning: list[tuple[int, int]] = []

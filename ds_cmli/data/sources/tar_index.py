@@ -43,7 +43,10 @@ def index(shards: list[Path]) -> tuple[Path, list[tuple[int, int]], list[Bad]]:
             home.mkdir(parents=True, exist_ok=True)
             with FileLock(home / f"{name}.lock"):  # one process builds the index, the others wait
                 table = _fresh(home / f"{name}.json", shards) or _make(home, name, shards)
-        except (OSError, NotImplementedError) as error:  # FileLock raises the latter on file systems without locks
+        except (
+            OSError,
+            NotImplementedError,
+        ) as error:  # FileLock raises the latter on file systems without locks
             raise UserError(
                 f"the index of {folder} cannot be written to {home} ({getattr(error, 'strerror', None) or error}): "
                 "free some space there, or set DS_CMLI_CACHE to another folder"
@@ -68,7 +71,13 @@ def _read(path: Path) -> dict[str, Any]:
         rows = np.load(path.parent / table["rows"], mmap_mode="r")
         if table["version"] == VERSION and rows.dtype == ROW and len(rows) == table["count"]:
             return table
-    except (OSError, EOFError, ValueError, KeyError, TypeError):  # there is no index, or it is damaged
+    except (
+        OSError,
+        EOFError,
+        ValueError,
+        KeyError,
+        TypeError,
+    ):  # there is no index, or it is damaged
         pass
     return {"shards": {}}
 
@@ -77,16 +86,24 @@ def _fresh(path: Path, shards: list[Path]) -> dict[str, Any] | None:
     """The table if it holds the present state of all shards, else None."""
     table = _read(path)
     known = table["shards"]
-    return table if all(s.name in known and known[s.name]["state"] == _state(s) for s in shards) else None
+    return (
+        table
+        if all(s.name in known and known[s.name]["state"] == _state(s) for s in shards)
+        else None
+    )
 
 
 def _make(home: Path, name: str, shards: list[Path]) -> dict[str, Any]:
     """Scan new and changed shards and write the index; the old index is replaced atomically."""
     old = _read(home / f"{name}.json")
-    kept = {n: entry for n, entry in old["shards"].items() if _unchanged(shards[0].parent / n, entry)}
+    kept = {
+        n: entry for n, entry in old["shards"].items() if _unchanged(shards[0].parent / n, entry)
+    }
     new = [shard for shard in shards if shard.name not in kept]
     size = sum(_state(shard)[0] for shard in new)
-    print(f"indexing {len(new)} tar shards of {shards[0].parent}, {size / 1e9:.2f} GB", flush=True)  # one rank does it
+    print(
+        f"indexing {len(new)} tar shards of {shards[0].parent}, {size / 1e9:.2f} GB", flush=True
+    )  # one rank does it
     told = time.monotonic()
     before = np.load(home / old["rows"], mmap_mode="r") if kept else None
     entries: dict[str, Any] = {}
@@ -97,13 +114,17 @@ def _make(home: Path, name: str, shards: list[Path]) -> dict[str, Any]:
             rows = before[entry["first"] : entry["first"] + entry["count"]]  # type: ignore[index]
         else:
             path = shards[0].parent / shard
-            state = _state(path)  # taken before the scan, so that a shard that changes meanwhile is scanned again
+            state = _state(
+                path
+            )  # taken before the scan, so that a shard that changes meanwhile is scanned again
             try:
                 rows, bad = scan(path)
             except OSError as error:
                 raise UserError(f"{path} cannot be read ({error.strerror or error})") from None
             if time.monotonic() - told > TELL_SECONDS:
-                print(f"indexed {len(entries) - len(kept) + 1} of {len(new)} tar shards", flush=True)
+                print(
+                    f"indexed {len(entries) - len(kept) + 1} of {len(new)} tar shards", flush=True
+                )
                 told = time.monotonic()
             entry = {"state": state, "bad": bad}
         entries[shard] = {**entry, "first": count, "count": len(rows)}

@@ -19,10 +19,17 @@ IMAGES = ("jpg", "jpeg", "png", "webp")
 FIELDS = {**dict.fromkeys(IMAGES, "image"), "txt": "text", "json": "json"}
 # For each member of a sample: its offset in the shard and its size in bytes; 0 if the sample has no such member.
 ROW = np.dtype(
-    [(f"{name}{what}", kind) for name in ("image", "text", "json") for what, kind in (("", "<u8"), ("_size", "<u4"))]
+    [
+        (f"{name}{what}", kind)
+        for name in ("image", "text", "json")
+        for what, kind in (("", "<u8"), ("_size", "<u4"))
+    ]
 )
 KEY = re.compile(r"((?:.*/)?[^/.]+)\.([^/]*)")
-BLOCK, RECORD = 512, 10_240  # bytes: the size of a header; an archive is padded to a multiple of a record
+BLOCK, RECORD = (
+    512,
+    10_240,
+)  # bytes: the size of a header; an archive is padded to a multiple of a record
 
 
 def scan(path: Path) -> tuple[np.ndarray, list[Bad]]:
@@ -85,7 +92,11 @@ def _members(file: BinaryIO, path: Path) -> Iterator[tarfile.TarInfo | str]:
     """
     end = os.fstat(file.fileno()).st_size
     first = file.read(BLOCK)
-    if first[:2] == b"\x1f\x8b" or first[:3] in (b"BZh", b"\xfd7z") or first[:4] == b"\x28\xb5\x2f\xfd":
+    if (
+        first[:2] == b"\x1f\x8b"
+        or first[:3] in (b"BZh", b"\xfd7z")
+        or first[:4] == b"\x28\xb5\x2f\xfd"
+    ):
         raise UserError(f"{path} is compressed: unpack it to a plain .tar, which is read in place")
     if end == 0:
         raise UserError(f"{path} is empty: fetch it again, or leave it out")
@@ -138,10 +149,14 @@ def _between(file: BinaryIO, start: int, stop: int) -> str | None:
     file.seek(start)
     for position in range(start, stop, 2**20):
         block = file.read(min(2**20, stop - position))
-        if position == start and block[156:157] == b"g" and _is_header(block[:BLOCK]):  # a global header
+        if (
+            position == start and block[156:157] == b"g" and _is_header(block[:BLOCK])
+        ):  # a global header
             return None
         zeros = zeros and not any(block.strip(b"\0"))
-    if zeros and stop - start <= 2 * RECORD:  # the end of the archive, or of one of several that were joined
+    if (
+        zeros and stop - start <= 2 * RECORD
+    ):  # the end of the archive, or of one of several that were joined
         return None
     return f"damaged between the bytes {start:,} and {stop:,}"
 

@@ -22,7 +22,11 @@ from ds_cmli.data.sources.names import part_of
 from ds_cmli.data.sources.tar_index import index
 from ds_cmli.data.sources.tar_scan import BLOCK
 
-CAPTION_KEYS = ("caption", "captions", "text")  # keys that are searched in a sample's .json if it has no .txt
+CAPTION_KEYS = (
+    "caption",
+    "captions",
+    "text",
+)  # keys that are searched in a sample's .json if it has no .txt
 WANTED = "a sample is NAME.jpg (.jpeg, .png, .webp) and NAME.txt or NAME.json"
 MOST_TEXT_BYTES = 2**26  # a longer .txt or .json is no caption
 MOST_OPEN = 64  # shards kept open: there may be thousands, but a process may only open 1,024 files by default
@@ -32,8 +36,14 @@ def load_tars(name: str, files: list[Path], config: DataConfig) -> Parts:
     """Open tar shards. Raises `UserError` if a shard cannot be read, or all together hold no usable sample."""
     tars = Tars(name, files, config)
     if not len(tars):
-        what = f"the first: {tars.bad[0][0]} ({tars.bad[0][1]})" if tars.bad else "no image among their members"
-        raise UserError(f"data.source is {name!r}: its {len(files)} tars hold no pair ({what}): {WANTED}")
+        what = (
+            f"the first: {tars.bad[0][0]} ({tars.bad[0][1]})"
+            if tars.bad
+            else "no image among their members"
+        )
+        raise UserError(
+            f"data.source is {name!r}: its {len(files)} tars hold no pair ({what}): {WANTED}"
+        )
     parts = sorted({part for part in map(part_of, files) if part})
     if len(parts) < 2:
         return Parts(tars)
@@ -66,7 +76,9 @@ class Tars(Source):
 
     def _reset(self) -> None:
         self._maps: dict[Path, np.ndarray] = {}
-        self._open: OrderedDict[int, int] = OrderedDict()  # shard -> file descriptor, in order of use
+        self._open: OrderedDict[int, int] = (
+            OrderedDict()
+        )  # shard -> file descriptor, in order of use
 
     def __getstate__(self) -> dict[str, Any]:
         """The state for another process, without memory maps and open files: it opens them itself."""
@@ -98,7 +110,11 @@ class Tars(Source):
         except (ValueError, RecursionError):
             raise Refused("its .json is no JSON") from None
         keys = (self.caption_key,) if self.caption_key else CAPTION_KEYS
-        found = next((values[key] for key in keys if values.get(key)), None) if isinstance(values, dict) else None
+        found = (
+            next((values[key] for key in keys if values.get(key)), None)
+            if isinstance(values, dict)
+            else None
+        )
         texts = [found] if isinstance(found, str) else found
         if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
             raise Refused(f"its .json has no text under {' or '.join(keys)}")
@@ -134,7 +150,9 @@ class Tars(Source):
 
     def caption_counts(self) -> np.ndarray | None:
         """One caption for each .txt; how many a .json holds is not known."""
-        only_texts = not self.caption_key and all((rows["text"] > 0).all() for rows in self._shard_rows())
+        only_texts = not self.caption_key and all(
+            (rows["text"] > 0).all() for rows in self._shard_rows()
+        )
         return np.ones(len(self), dtype=np.int64) if only_texts else None
 
     def caption_bytes(self) -> np.ndarray:
@@ -146,7 +164,9 @@ class Tars(Source):
         return np.concatenate(found)
 
     def _shard_rows(self) -> Iterator[np.ndarray]:
-        for (file, first), start, stop in zip(self.rows, self.starts, self.starts[1:], strict=False):
+        for (file, first), start, stop in zip(
+            self.rows, self.starts, self.starts[1:], strict=False
+        ):
             yield np.load(file, mmap_mode="r")[first : first + stop - start]
 
     def _row(self, index: int) -> tuple[int, np.void]:
