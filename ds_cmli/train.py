@@ -148,6 +148,7 @@ def run(
     with_changes: bool, profiles: Profiles, watchdog: Any,
 ) -> int:  # fmt: skip
     """Build everything, put back what there is to go on from, and train. Collective."""
+    from ds_cmli import rehearse
     from ds_cmli.checkpoint import restore, run_folder
     from ds_cmli.checkpoint.save import Checkpoints
     from ds_cmli.data import BadSamples
@@ -157,7 +158,6 @@ def run(
     from ds_cmli.distributed.collective_flags import CollectiveFlags
     from ds_cmli.engine import build, counts_line, plan, with_backend
     from ds_cmli.faults import out_of_memory
-    from ds_cmli.memory import dry_run as dry
     from ds_cmli.metrics import Meter, NullWriter, open_writer
 
     # --- what there is to go on from
@@ -188,7 +188,7 @@ def run(
     if dry_run:
         start = {"resume": resume, "profile": profiles.trace, "profile_memory": profiles.memory}
         tried = parts(None, NullWriter())
-        return dry.rehearse(
+        return rehearse.rehearse(
             tried, ds_config, device, start, partial(next_batch, tried)
         )  # collectives
 

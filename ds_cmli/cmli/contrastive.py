@@ -63,7 +63,7 @@ def contrastive_loss(
             it. None: the tile is the whole batch, as many texts as images.
         row_logsumexp: [R, T] -> [R], over all texts of the batch. The default is right if the tile has all of them.
         column_logsumexp: [R, T] -> [T], over all images of the batch, likewise; for images of several ranks pass
-            `distributed.collectives.column_logsumexp`.
+            `collectives.column_logsumexp`.
         ignore: bool [R, T], images and texts that are no negatives of each other; None: there are none.
 
     Returns:

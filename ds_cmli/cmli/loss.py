@@ -14,12 +14,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ds_cmli.cmli import collectives
 from ds_cmli.cmli.check import DTYPES, check_pairs
 from ds_cmli.cmli.contrastive import MAX_SCALE, contrastive_loss, upcast
 from ds_cmli.cmli.inputs import accepted, boolean
 from ds_cmli.cmli.op import DEFAULT_SCRATCH_BYTES
 from ds_cmli.cmli.ring import DEFAULT_GATHER_BYTES, DEFAULT_SCORER, Scorer, ring_scores
-from ds_cmli.distributed import collectives
 from ds_cmli.distributed import process_group as distributed
 
 Arguments = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]  # of `CMLILoss.forward`

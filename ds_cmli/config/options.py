@@ -12,10 +12,10 @@ from ds_cmli.common.cli import option, say
 from ds_cmli.common.errors import UserError
 from ds_cmli.config import effects
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
+from ds_cmli.config.losses import LOSSES
 from ds_cmli.config.presets import PRESETS, load_preset
 from ds_cmli.config.schema import Config, parse_losses, parse_settings, with_new_names
 from ds_cmli.config.validation import shown
-from ds_cmli.losses import LOSSES
 from ds_cmli.models import IMAGE, TEXT, described
 
 # `config/ds_configs` is a folder in a wheel; in a checkout it is a link to the folder at the top.

@@ -13,8 +13,8 @@ from pydantic.dataclasses import dataclass
 
 from ds_cmli.common.errors import UserError
 from ds_cmli.common.trackers import TRACKERS
+from ds_cmli.config.losses import LOSSES
 from ds_cmli.config.validation import MOST, build, check, check_sizes, choice, parse_json, shown
-from ds_cmli.losses import LOSSES
 from ds_cmli.models import AUTO, IMAGE, TEXT
 
 if TYPE_CHECKING:

@@ -13,6 +13,7 @@ from ds_cmli.common.patches import patch_for_good
 from ds_cmli.common.processor import keep_freed_memory
 from ds_cmli.config import deepspeed_keys, schedule
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
+from ds_cmli.config.losses import needs_teacher
 from ds_cmli.config.schema import Config
 from ds_cmli.data.tokens import SpecialTokens
 from ds_cmli.distributed import process_group as distributed
@@ -22,7 +23,6 @@ from ds_cmli.engine.parameter_groups import freeze, parameter_groups, rates_with
 from ds_cmli.engine.planning import compares_all, resolve_weights
 from ds_cmli.engine.train_engine import TrainEngine
 from ds_cmli.faults import nonfinite
-from ds_cmli.losses import needs_teacher
 from ds_cmli.losses.objective import Objective
 from ds_cmli.models.backbone import cast_buffers
 from ds_cmli.models.checkpointing import checkpoint_blocks

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ds_cmli.cmli.token_keep import kept
+from ds_cmli.config.losses import compares_tokens
 from ds_cmli.data import Batch
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.engine import gradient_caching
@@ -20,7 +21,6 @@ from ds_cmli.engine.ema import EMA
 from ds_cmli.engine.result import MicroBatchLosses
 from ds_cmli.engine.throughput import ModelFlops, StepTimer
 from ds_cmli.faults import nonfinite
-from ds_cmli.losses import compares_tokens
 from ds_cmli.losses.objective import Objective
 from ds_cmli.models.teacher import Teacher
 

@@ -235,8 +235,8 @@ def load_objective(config: Any, folder: Path, ema: bool, data: Any, device: Any)
     import dataclasses
 
     from ds_cmli.checkpoint.weights import AVERAGE, WEIGHTS, load_weights
+    from ds_cmli.config.losses import over_pairs
     from ds_cmli.engine import build_models
-    from ds_cmli.losses import over_pairs
 
     weights = over_pairs(config.loss.weights) or {"global": 1.0}
     config.loss = dataclasses.replace(config.loss, weights=weights)

@@ -116,9 +116,9 @@ class Model:
             UserError: there is no such run, or it cannot be loaded.
         """
         from ds_cmli.checkpoint.weights import load_weights
+        from ds_cmli.config.losses import over_pairs
         from ds_cmli.engine import build_models
         from ds_cmli.export.read import is_exported, load_exported
-        from ds_cmli.losses import over_pairs
 
         path = Path(path)
         chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))

@@ -17,13 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ds_cmli.cmli import collectives
 from ds_cmli.cmli.contrastive import upcast
 from ds_cmli.cmli.loss import l2_normalize
-from ds_cmli.cmli.ring import Scorer
+from ds_cmli.cmli.ring import ReturnedGradient, Scorer
 from ds_cmli.cmli.token_keep import Selection
 from ds_cmli.common import uniform
-from ds_cmli.distributed import collectives
-from ds_cmli.distributed.ring import ReturnedGradient
 from ds_cmli.losses.base import Loss
 from ds_cmli.losses.tile_statistics import TileStatistics
 from ds_cmli.losses.tiles import Chunk, Images, Texts, Tile

@@ -12,9 +12,9 @@ from ds_cmli.cmli.contrastive import temperature_scale, upcast
 from ds_cmli.cmli.inputs import full_precision
 from ds_cmli.cmli.ring import Scorer
 from ds_cmli.cmli.token_keep import Selection, select
+from ds_cmli.config.losses import LOSSES
 from ds_cmli.config.schema import LossConfig
 from ds_cmli.data import Batch
-from ds_cmli.losses import LOSSES
 from ds_cmli.losses.base import Features, LossInputs, WidthHead
 from ds_cmli.losses.cached import PairFeatures, PairGradients, pair_gradients
 from ds_cmli.models.student import Student
@@ -172,7 +172,8 @@ class Objective(nn.Module):
         """1/temperature for each kind of pair scores, "global" or "cmli": that of the first loss that compares them."""
         out: dict[str, float] = {}
         for name, scale in self.scales().items():
-            out.setdefault(LOSSES[name].scores, scale)
+            if LOSSES[name].scores:
+                out.setdefault(LOSSES[name].scores, scale)
         return out
 
 

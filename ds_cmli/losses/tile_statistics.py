@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ds_cmli.distributed import collectives
+from ds_cmli.cmli import collectives
 from ds_cmli.distributed import process_group as distributed
 
 ROWS, COLUMNS = 1, 0  # the dimension of a tile's logits over which each of them is reduced

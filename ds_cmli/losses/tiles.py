@@ -10,10 +10,10 @@ from functools import cached_property
 
 from torch import Tensor
 
+from ds_cmli.cmli import ring
 from ds_cmli.cmli.check import index_dtype
 from ds_cmli.cmli.ring import scores_from
 from ds_cmli.distributed import process_group as distributed
-from ds_cmli.distributed import ring
 from ds_cmli.losses.base import PairInputs
 from ds_cmli.losses.functions import duplicates
 from ds_cmli.losses.tile_statistics import COLUMNS, ROWS, TileStatistics

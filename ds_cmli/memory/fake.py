@@ -19,11 +19,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ds_cmli.cmli import collectives
+from ds_cmli.cmli.ring import Transfer
 from ds_cmli.common.patches import environment as replaced_environment
 from ds_cmli.common.patches import patched, replaced
-from ds_cmli.distributed import collectives
 from ds_cmli.distributed import process_group as distributed
-from ds_cmli.distributed.ring import Transfer
 
 Another = Callable[[Tensor], Callable[[], None]]
 MANY = 8  # more tensors than this are not concatenated by `SharesOfRanks`: it only makes a result of their size

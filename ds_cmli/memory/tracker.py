@@ -17,10 +17,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from ds_cmli.cmli import collectives
 from ds_cmli.cmli import ring as cmli_ring
 from ds_cmli.common.patches import replaced
 from ds_cmli.data import Batch
-from ds_cmli.distributed import collectives, ring
 from ds_cmli.engine import TrainEngine
 from ds_cmli.losses import tiles
 from ds_cmli.losses.cached import PairFeatures
@@ -103,8 +103,8 @@ class Tracker(TorchDispatchMode):
         for owner, name, category in (
             (collectives, "_all_gather", "exchanged text"),
             (gather, "backward", "exchanged text"),
-            (ring, "pack", "exchanged text"),
-            (ring, "buffer_like", "exchanged text"),
+            (cmli_ring, "pack", "exchanged text"),
+            (cmli_ring, "buffer_like", "exchanged text"),
             (ring_scores, "forward", "CMLI op"),
             (ring_scores, "backward", "CMLI op"),
         ):

@@ -7,6 +7,7 @@ import torch
 from torch.testing import assert_close
 
 from ds_cmli import losses
+from ds_cmli.config.losses import LOSSES
 from ds_cmli.config.schema import LossConfig
 from ds_cmli.losses.functions import sigmoid_loss
 
@@ -51,4 +52,4 @@ def test_each_has_a_temperature_and_a_bias_of_its_own():
     for name, kind in (("global_sigmoid", "global"), ("cmli_sigmoid", "cmli")):
         loss = losses.load(name)(LossConfig())
         assert {n for n, _ in loss.named_parameters()} == {"logit_scale", "logit_bias"}
-        assert losses.LOSSES[name].scores == kind and not losses.LOSSES[name].teacher
+        assert LOSSES[name].scores == kind and not LOSSES[name].teacher

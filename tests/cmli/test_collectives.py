@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from ds_cmli.cmli import collectives
 from ds_cmli.cmli.loss import CMLILoss, score_global_batch
 from ds_cmli.cmli.ring import Scorer
-from ds_cmli.distributed import collectives
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.losses.functions import duplicates
 from tests.conftest import spawn

@@ -1,7 +1,8 @@
-"""`--dry-run`, from the point where a run would build its engine: it tries the models, the first data and the memory.
+"""`--dry-run`: what is tried from the point where a run would build its engine.
 
-Its memory is predicted from the first steps on tensors without data. Up to this point a dry run executes the same code
-as a run, so both find the same mistakes. Nothing is trained, and nothing is left behind.
+The models are built, the memory of the first steps is predicted on tensors without data, and the
+first data is loaded. Up to this point a dry run executes the same code as a run, so both find the
+same mistakes. Nothing is trained, and nothing is left behind.
 """
 
 import json
@@ -35,7 +36,9 @@ def rehearse(
     start: dict[str, str | int | None],
     next_batch: Callable[[Iterator[Batch]], tuple[Batch, bool, bool]],
 ) -> int:
-    """Print the resolved configuration and the predicted memory, and load the first data. Collective.
+    """Print the resolved configuration and the predicted memory, and load the first data.
+
+    Collective.
 
     Args:
         run: `train.Run` without an engine, in the state in which training would start or go on.
@@ -121,6 +124,7 @@ def _show(answers: list[predict_subprocess.Answer], device: torch.device) -> Non
     most = room.bytes or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if needed > most:
         raise UserError(
-            f"out of memory: a step needs {needed:,} B by prediction, more than the {most:,} B {room.limit}: "
+            f"out of memory: a step needs {needed:,} B by prediction, "
+            f"more than the {most:,} B {room.limit}: "
             "profiling/predict.py --fit names what fits"
         )
