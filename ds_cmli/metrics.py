@@ -14,12 +14,13 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from ds_cmli import trackers
 from ds_cmli.checkpoint.run_files import RunFiles
 from ds_cmli.checkpoint.run_folder import METRICS
-from ds_cmli.common import panels, trackers
 from ds_cmli.common.errors import UserError
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.engine.throughput import StepTimer, peak_flops
+from ds_cmli.trackers.panels import tag
 
 
 class Writer:
@@ -35,11 +36,13 @@ class Writer:
         first_step: int = 0,
         report_to: Sequence[str] = ("tensorboard",),
     ):
-        """`report_to`: names from `trackers.TRACKERS`. Raises `UserError` if a tracker cannot be opened."""
+        """`report_to`: names from `registry.TRACKERS`. Raises `UserError` if a tracker cannot be opened."""
         self.files, self.told = RunFiles(folder), set[str]()
         self.lines = self.files.contents[METRICS].count(b"\n")
         self.evaluations = (0, 0)  # the step of the last logged evaluation, and its number of lines
-        self.trackers = {name: trackers.load(name, folder, first_step) for name in report_to}
+        self.trackers = {
+            name: trackers.open_tracker(name, folder, first_step) for name in report_to
+        }
         self.total = total_steps
         self.started, self.first_step = time.monotonic(), first_step
         self.bar = tqdm(total=total_steps, initial=first_step, unit="step", dynamic_ncols=True,
@@ -101,7 +104,7 @@ class Writer:
         """Write numbers to the trackers only."""
         if values:
             self._track(
-                lambda tracker: tracker.numbers(step, {panels.tag(n): v for n, v in values.items()})
+                lambda tracker: tracker.numbers(step, {tag(n): v for n, v in values.items()})
             )
 
     def picture(self, step: int, name: str, image: Any) -> None:

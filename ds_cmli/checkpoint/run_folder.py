@@ -15,8 +15,8 @@ from ds_cmli.checkpoint.train_state import TrainState
 from ds_cmli.common import provenance
 from ds_cmli.common.cli import say
 from ds_cmli.common.errors import UserError
-from ds_cmli.common.trackers import TRACKERS
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
+from ds_cmli.config.registry import TRACKERS
 from ds_cmli.config.schema import Config
 from ds_cmli.data.bad_file import NAME as BAD_FILE
 from ds_cmli.distributed import process_group as distributed

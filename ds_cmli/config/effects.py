@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 from ds_cmli.common.errors import UserError
 from ds_cmli.config import optimizers
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
-from ds_cmli.config.losses import LOSSES
+from ds_cmli.config.registry import LOSSES
 from ds_cmli.config.schema import Config, TeacherConfig
 
 # Settings that only some losses read, with the names of these losses.

@@ -1,22 +1,27 @@
 """The command-line options that make up a run's configuration, for all commands that need one."""
 
+import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 
-from ds_cmli.common import trackers
 from ds_cmli.common.cli import option, say
 from ds_cmli.common.errors import UserError
 from ds_cmli.config import effects
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
-from ds_cmli.config.losses import LOSSES
 from ds_cmli.config.presets import PRESETS, load_preset
+from ds_cmli.config.registry import AUTO, IMAGE, LOSSES, TEXT, TRACKERS, BackboneEntry
 from ds_cmli.config.schema import Config, parse_losses, parse_settings, with_new_names
 from ds_cmli.config.validation import shown
-from ds_cmli.models import IMAGE, TEXT, described
+
+
+def _described(table: dict[str, BackboneEntry]) -> str:
+    kinds = [f"{name}: {entry.models}" for name, entry in table.items()]
+    return "; ".join([f"{AUTO}: by the model", *kinds])
+
 
 # `config/ds_configs` is a folder in a wheel; in a checkout it is a link to the folder at the top.
 DEFAULT_JSON = Path(__file__).with_name("ds_configs") / "zero2.json"
@@ -24,8 +29,8 @@ DEFAULT_JSON = Path(__file__).with_name("ds_configs") / "zero2.json"
 WHAT = (
     option("What to train", "--preset", default="demo", show_default=True, help=f"One of: {', '.join(PRESETS)}."),
     option("What to train", "--losses", help=f"Of {', '.join(LOSSES)}; NAME or NAME=WEIGHT, by comma.  [preset]"),
-    option("What to train", "--image-backbone", help=f"{described(IMAGE)}.  [preset]"),
-    option("What to train", "--text-backbone", help=f"{described(TEXT)}.  [preset]"),
+    option("What to train", "--image-backbone", help=f"{_described(IMAGE)}.  [preset]"),
+    option("What to train", "--text-backbone", help=f"{_described(TEXT)}.  [preset]"),
     option("What to train", "--init", type=click.Choice(["preset", "random"]), default="preset", show_default=True,
            help="Start from the preset's weights, or from random ones (nothing is downloaded for them)."),
     option("What to train", "--set", "settings", multiple=True, metavar="SECTION.SETTING=VALUE",
@@ -206,12 +211,22 @@ def _put(
     values[key] = value
 
 
+def check_trackers(names: Sequence[str]) -> None:
+    """Raise `UserError` if a tracker's library is not installed. Nothing is imported."""
+    for name in names:
+        library = TRACKERS[name].library
+        if importlib.util.find_spec(library) is None:
+            raise UserError(
+                f"run.report_to has {name!r}, which is not installed: pip install {library}"
+            )
+
+
 def check_early(config: Config, ds_config: DeepSpeedConfig, resume: str, profiles: Any) -> None:
     """Check what would otherwise be refused only after imports that take seconds. Raises `UserError`.
 
     `profiles` is a `memory.profiles.Profiles`.
     """
-    trackers.check(config.run.report_to)
+    check_trackers(config.run.report_to)
     if config.run.compile != "off" and profiles.memory is not None:
         raise UserError(
             f"run.compile is {config.run.compile!r} and --profile-memory is {profiles.memory}: what is measured is set "

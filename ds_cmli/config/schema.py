@@ -12,10 +12,8 @@ from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 from ds_cmli.common.errors import UserError
-from ds_cmli.common.trackers import TRACKERS
-from ds_cmli.config.losses import LOSSES
+from ds_cmli.config.registry import AUTO, IMAGE, LOSSES, TEXT, TRACKERS
 from ds_cmli.config.validation import MOST, build, check, check_sizes, choice, parse_json, shown
-from ds_cmli.models import AUTO, IMAGE, TEXT
 
 if TYPE_CHECKING:
     Loss = str
@@ -48,7 +46,7 @@ class StudentConfig:
     """`models/student.py`. Weights: "demo" (the packaged ones), "hub" (by model name), "random", or a local path."""
 
     image_backbone: ImageBackbone = (
-        "auto"  # a name of the table in `models`; auto: the first that supports the model
+        "auto"  # a name of the table in `registry.py`; auto: the first that supports the model
     )
     image_model: Name = "vit_small_patch14_dinov2"  # timm name
     image_weights: Name = "demo"
@@ -98,7 +96,7 @@ class TeacherConfig:
 class DataConfig:
     """`data/`."""
 
-    # "demo" (scenes), or what `data/sources/__init__.py` lists; several are mixed: ["a::0.7", "b::0.3"].
+    # "demo" (scenes), or what `registry.py` lists; several are mixed: ["a::0.7", "b::0.3"].
     source: Name | Annotated[list[Name], Field(min_length=1)] = "demo"
     val_source: Text = ""  # "": the validation part of `source`, or else a held-out share of it
     val_split: Literal["validation", "test"] = (

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ds_cmli.common.errors import UserError
+from ds_cmli.config.registry import SOURCES, load
 from ds_cmli.config.schema import DataConfig
 from ds_cmli.data import sources
 from ds_cmli.data.mixture import Mixture
@@ -79,7 +80,7 @@ def open_sources(config: DataConfig) -> Opened:
     for setting in OF_SOURCES:
         value, readers = (
             getattr(config, setting),
-            [k for k, e in sources.SOURCES.items() if setting in e.settings],
+            [k for k, e in SOURCES.items() if setting in e.settings],
         )
         if value and not kinds & set(readers):
             raise UserError(
@@ -163,4 +164,4 @@ def _open(name: str, config: DataConfig, kinds: set[str]) -> Parts:
     """Open one source and add its kind to `kinds`."""
     kind, files = sources.recognise(name)
     kinds.add(kind)
-    return sources.load(kind)(name, files, config)
+    return load(SOURCES[kind])(name, files, config)

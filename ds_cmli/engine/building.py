@@ -13,7 +13,7 @@ from ds_cmli.common.patches import patch_for_good
 from ds_cmli.common.processor import keep_freed_memory
 from ds_cmli.config import deepspeed_keys, schedule
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
-from ds_cmli.config.losses import needs_teacher
+from ds_cmli.config.registry import needs_teacher
 from ds_cmli.config.schema import Config
 from ds_cmli.data.tokens import SpecialTokens
 from ds_cmli.distributed import process_group as distributed

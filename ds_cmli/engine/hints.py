@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from ds_cmli.common.errors import UserError
-from ds_cmli.config.losses import needs_teacher
 from ds_cmli.config.presets import PRESETS
+from ds_cmli.config.registry import needs_teacher
 from ds_cmli.config.schema import Config
 from ds_cmli.models import timm_model
 from ds_cmli.models.backbone import ImageRequest

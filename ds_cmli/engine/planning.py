@@ -13,7 +13,7 @@ from ds_cmli.common.errors import UserError
 from ds_cmli.common.processor import bf16_is_fast
 from ds_cmli.config import deepspeed_checks, schedule
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
-from ds_cmli.config.losses import LOSSES
+from ds_cmli.config.registry import LOSSES
 from ds_cmli.config.schema import Config
 from ds_cmli.data import GlobalBatchSampler, Mixture, assets
 from ds_cmli.distributed import process_group as distributed

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ds_cmli.config.losses import LOSSES
+from ds_cmli.config.registry import LOSSES
 
 
 @dataclass

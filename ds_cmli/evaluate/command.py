@@ -235,7 +235,7 @@ def load_objective(config: Any, folder: Path, ema: bool, data: Any, device: Any)
     import dataclasses
 
     from ds_cmli.checkpoint.weights import AVERAGE, WEIGHTS, load_weights
-    from ds_cmli.config.losses import over_pairs
+    from ds_cmli.config.registry import over_pairs
     from ds_cmli.engine import build_models
 
     weights = over_pairs(config.loss.weights) or {"global": 1.0}

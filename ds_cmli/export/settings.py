@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ds_cmli import models
+from ds_cmli.config import registry
 from ds_cmli.config.schema import Config, DataConfig
 from ds_cmli.models.student import Student
 from ds_cmli.models.transformers_model import UNDECLARED, without_effect
@@ -29,9 +29,9 @@ def portable(config: Config, student: Student) -> dict[str, Any]:
     text = backbone.model.config
     settings = asdict(config.student) | {
         "image_weights": "random",
-        "image_backbone": _name(models.IMAGE, student.image),
+        "image_backbone": _name(registry.IMAGE, student.image),
         "text_weights": "random",
-        "text_backbone": _name(models.TEXT, student.text),
+        "text_backbone": _name(registry.TEXT, student.text),
         "text_model": text.model_type,
         "text_overrides": _sizes(text),
     }
@@ -41,8 +41,8 @@ def portable(config: Config, student: Student) -> dict[str, Any]:
     return {"student": settings, "data": data | {"source": sources(config.data)}}
 
 
-def _name(table: dict[str, models.Entry], backbone: Any) -> str:
-    return next(name for name in table if type(backbone) is models.load(table, name))
+def _name(table: dict[str, registry.BackboneEntry], backbone: Any) -> str:
+    return next(name for name in table if type(backbone) is registry.load(table[name]))
 
 
 def _sizes(config: Any) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from ds_cmli.checkpoint.weights import AVERAGE, load_weights
 from ds_cmli.checkpoint.weights import WEIGHTS as STUDENT
 from ds_cmli.common import tensor_file
 from ds_cmli.common.errors import UserError
-from ds_cmli.config.losses import over_pairs
+from ds_cmli.config.registry import over_pairs
 from ds_cmli.config.schema import Config, load_config
 from ds_cmli.data.tokens import CaptionTokenizer, pretrained_tokenizer
 from ds_cmli.engine import build_models

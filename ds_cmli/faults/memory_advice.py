@@ -7,7 +7,7 @@ from typing import Any
 
 from ds_cmli.common.errors import UserError
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
-from ds_cmli.config.losses import compares_tokens
+from ds_cmli.config.registry import compares_tokens
 from ds_cmli.config.schema import Config
 from ds_cmli.memory import predict_subprocess
 from ds_cmli.memory.ranks import likeliest

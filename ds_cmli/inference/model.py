@@ -116,7 +116,7 @@ class Model:
             UserError: there is no such run, or it cannot be loaded.
         """
         from ds_cmli.checkpoint.weights import load_weights
-        from ds_cmli.config.losses import over_pairs
+        from ds_cmli.config.registry import over_pairs
         from ds_cmli.engine import build_models
         from ds_cmli.export.read import is_exported, load_exported
 

@@ -7,12 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ds_cmli import losses
 from ds_cmli.cmli.contrastive import temperature_scale, upcast
 from ds_cmli.cmli.inputs import full_precision
 from ds_cmli.cmli.ring import Scorer
 from ds_cmli.cmli.token_keep import Selection, select
-from ds_cmli.config.losses import LOSSES
+from ds_cmli.config.registry import LOSSES, load
 from ds_cmli.config.schema import LossConfig
 from ds_cmli.data import Batch
 from ds_cmli.losses.base import Features, LossInputs, WidthHead
@@ -28,7 +27,7 @@ class Objective(nn.Module):
         super().__init__()
         self.config = config
         self.student = student
-        self.losses = nn.ModuleDict({name: losses.load(name)(config) for name in config.weights})
+        self.losses = nn.ModuleDict({name: load(LOSSES[name])(config) for name in config.weights})
         # How many texts of other pairs were no negatives of this rank's images in the last micro-batch or step.
         self.register_buffer("ignored", torch.zeros((), dtype=torch.int64), persistent=False)
         self.width_head: WidthHead | None = None

@@ -12,7 +12,7 @@ from typing import Any
 
 from ds_cmli.cmli.token_keep import kept
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
-from ds_cmli.config.losses import compares_tokens
+from ds_cmli.config.registry import compares_tokens
 from ds_cmli.config.schema import Config
 from ds_cmli.distributed.traffic import TEXT, Count, Traffic
 from ds_cmli.engine import TrainEngine

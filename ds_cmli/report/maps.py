@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from ds_cmli.common.pages import data_url
-from ds_cmli.common.trackers import MATCH_MAPS
+from ds_cmli.trackers import MATCH_MAPS
 
 
 def match_maps(folder: Path) -> dict[str, str]:

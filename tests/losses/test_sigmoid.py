@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from ds_cmli import losses
-from ds_cmli.config.losses import LOSSES
+from ds_cmli.config.registry import LOSSES, load
 from ds_cmli.config.schema import LossConfig
 from ds_cmli.losses.functions import sigmoid_loss
 
@@ -50,6 +49,6 @@ def test_the_mean_of_the_ranks_blocks_is_the_loss_of_the_batch(ranks):
 
 def test_each_has_a_temperature_and_a_bias_of_its_own():
     for name, kind in (("global_sigmoid", "global"), ("cmli_sigmoid", "cmli")):
-        loss = losses.load(name)(LossConfig())
+        loss = load(LOSSES[name])(LossConfig())
         assert {n for n, _ in loss.named_parameters()} == {"logit_scale", "logit_bias"}
         assert LOSSES[name].scores == kind and not LOSSES[name].teacher

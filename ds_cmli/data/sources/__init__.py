@@ -1,68 +1,12 @@
-"""The registry of sources for `--data`. A new kind is one file in this folder and one line in the table below.
-
-A source is recognised by the suffixes of its files, or by the files in its folder. The table is read without importing
-a source's libraries: an entry only names the function that opens it, and `load` imports it.
-"""
+"""Sources of pairs; `config/registry.py` lists them. Which of them `--data` names is recognised here."""
 
 import contextlib
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from ds_cmli.common import registry
 from ds_cmli.common.errors import UserError
+from ds_cmli.config.registry import SOURCES
 from ds_cmli.data.sources.names import expand
-
-
-@dataclass(frozen=True)
-class Entry:
-    implementation: str  # "file.function" of (name, files, `DataConfig`) -> `base.Parts`
-    what: str  # a description for error messages
-    ends: tuple[str, ...] = ()  # suffixes of its files
-    holds: tuple[str, ...] = ()  # its folder holds at least one of these files
-    in_folder: bool = False  # whether a folder may be given instead of all such files in it
-    extra: str | None = None  # the optional extra of this package that it needs
-    settings: tuple[
-        str, ...
-    ] = ()  # fields of `DataConfig` that only some kinds read, this one among them
-
-
-SOURCES = {
-    "folder": Entry(
-        "folder.load_folder",
-        "a folder of images with a metadata.jsonl, which has a line like "
-        '{"file_name": "1.jpg", "text": "a red bicycle"} for each caption, or a metadata.csv with these columns, or '
-        "with such folders train/ and validation/ in it",
-        holds=tuple(f"{part}{name}" for part in ("", "train/") for name in ("metadata.jsonl", "metadata.csv")),
-    ),
-    "tars": Entry(
-        "tars.load_tars",
-        "uncompressed WebDataset tars such as 'shards/{00000..00019}.tar', or a folder of them",
-        ends=(".tar",), in_folder=True, settings=("caption_key",),
-    ),
-    "parquet": Entry(
-        "arrow.load_parquet",
-        "parquet files with image bytes, or a folder of them",
-        ends=(".parquet",), in_folder=True, extra="parquet", settings=("image_key", "caption_key"),
-    ),
-    "saved": Entry(
-        "arrow.load_saved",
-        "a folder that save_to_disk of Hugging Face datasets wrote",
-        holds=("dataset_dict.json", "state.json"), extra="parquet", settings=("image_key", "caption_key"),
-    ),
-    "csv": Entry(
-        "csv_list.load_csv",
-        "a CSV or TSV of paths and captions",
-        ends=(".csv", ".tsv"), settings=("image_root", "image_key", "caption_key", "separator"),
-    ),
-    "json": Entry(
-        "coco.load_json",
-        "the JSON of Karpathy's splits or of COCO's caption annotations",
-        ends=(".json",), settings=("image_root",),
-    ),
-}  # fmt: skip
 
 
 def accepted() -> str:
@@ -117,11 +61,6 @@ def recognise(name: str) -> tuple[str, list[Path]]:
             f"data.source is {name!r}, which names files of several kinds, or of none: {accepted()}"
         )
     return "folder", []  # its loader reports what was given instead
-
-
-def load(kind: str) -> Callable[..., Any]:
-    """Import the file of this kind of source and return the function that opens it."""
-    return registry.load(__name__, SOURCES[kind].implementation)
 
 
 def _without_companions(found: dict[str, list[Path]]) -> dict[str, list[Path]]:

@@ -1,6 +1,7 @@
 import pytest
 
-from ds_cmli.data.sources import SOURCES, load, recognise
+from ds_cmli.config.registry import SOURCES, load
+from ds_cmli.data.sources import recognise
 from ds_cmli.data.sources.names import expand, weighted
 from tests.data.sources.samples import build, members, picture, tar
 from tests.data.sources.test_folder import rows, user_error, write
@@ -13,7 +14,7 @@ def make(folder, *names):
 
 
 def test_every_kind_has_a_function_that_opens_it():
-    assert all(callable(load(kind)) for kind in SOURCES)
+    assert all(callable(load(SOURCES[kind])) for kind in SOURCES)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,7 @@
-"""How a run appears in a tracker: names of its scalars, its configuration, and a table of settings and results."""
+"""How a run appears in a tracker.
+
+The names of its scalars, its configuration, and a table of settings and results.
+"""
 
 import json
 from collections.abc import Mapping
@@ -20,7 +23,7 @@ OPTIMIZER = (
 
 
 def tag(name: str) -> str:
-    """The name of a column of metrics.jsonl in a tracker. Its first part, before "/", is its group there."""
+    """Name a column of metrics.jsonl for a tracker. The part before "/" is its group there."""
     group, _, rest = name.partition("/")
     if group == "eval":
         split, _, metric = rest.partition("/")
@@ -47,7 +50,7 @@ def configuration(folder: Path) -> str:
 
 
 def settings(folder: Path) -> dict[str, Any]:
-    """Every setting of the run that is a number, a string or a boolean, with its losses and its ZeRO stage."""
+    """The run's settings that are a number, string or boolean, its losses and its ZeRO stage."""
     content = json.loads((folder / "config.json").read_text())
     sections = content["config"]
     out: dict[str, Any] = {
@@ -62,5 +65,5 @@ def settings(folder: Path) -> dict[str, Any]:
 
 
 def settings_and_results(folder: Path, results: Mapping[str, float]) -> tuple[Any, ...]:
-    """The summaries of an entry in TensorBoard's HParams panel: settings and last held-out results."""
+    """The summaries of an entry in TensorBoard's HParams panel: settings and last results."""
     return hparams(settings(folder), dict(results))

@@ -1,4 +1,7 @@
-"""MLflow, configured by its own environment variables such as MLFLOW_TRACKING_URI and MLFLOW_EXPERIMENT_NAME."""
+"""MLflow, configured by its own environment variables.
+
+Among them are MLFLOW_TRACKING_URI and MLFLOW_EXPERIMENT_NAME.
+"""
 
 import logging
 import os
@@ -8,14 +11,15 @@ from typing import Any
 import mlflow
 from mlflow.exceptions import MlflowException
 
-from ds_cmli.common import panels, trackers
+from ds_cmli import trackers
 from ds_cmli.common.errors import UserError
+from ds_cmli.trackers import panels
 
 LONGEST = 500  # characters; MLflow limits the length of a setting's value
 
 
 class MLflow:
-    """A resumed run continues the same MLflow run, whose id is kept in the file `mlflow/run-id` of the run's folder."""
+    """A resumed run continues the same MLflow run, whose id `mlflow/run-id` in its folder keeps."""
 
     errors = (Exception,)
 
@@ -36,7 +40,8 @@ class MLflow:
         except (OSError, ImportError, MlflowException) as error:
             line = str(error).strip().split("\n")[0]
             raise UserError(
-                f"run.report_to has 'mlflow', which cannot be opened: {line}: see MLFLOW_TRACKING_URI"
+                f"run.report_to has 'mlflow', which cannot be opened: {line}: "
+                "see MLFLOW_TRACKING_URI"
             ) from None
 
     def numbers(self, step: int, values: dict[str, float]) -> None:

@@ -1,4 +1,7 @@
-"""Weights & Biases, configured by its own environment variables such as WANDB_MODE, WANDB_PROJECT, WANDB_ENTITY."""
+"""Weights & Biases, configured by its own environment variables.
+
+Among them are WANDB_MODE, WANDB_PROJECT and WANDB_ENTITY.
+"""
 
 import json
 import os
@@ -8,12 +11,12 @@ from typing import Any
 
 import wandb
 
-from ds_cmli.common import trackers
+from ds_cmli import trackers
 from ds_cmli.common.errors import UserError
 
 
 class WeightsAndBiases:
-    """A resumed run continues the same wandb run, whose id is kept in the file `wandb/run-id` of the run's folder."""
+    """A resumed run continues the same wandb run, whose id `wandb/run-id` in its folder keeps."""
 
     errors = (Exception,)
 
@@ -35,7 +38,8 @@ class WeightsAndBiases:
         except (OSError, wandb.Error) as error:
             line = " ".join(str(error).split())
             raise UserError(
-                f"run.report_to has 'wandb', which cannot be opened: {line}: see `wandb login`, or WANDB_MODE=offline"
+                f"run.report_to has 'wandb', which cannot be opened: {line}: "
+                "see `wandb login`, or WANDB_MODE=offline"
             ) from None
 
     def numbers(self, step: int, values: dict[str, float]) -> None:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from ds_cmli.common.panels import tag
+from ds_cmli.trackers.panels import tag
 
 
 @pytest.mark.parametrize(

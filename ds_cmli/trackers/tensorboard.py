@@ -1,4 +1,7 @@
-"""TensorBoard files in the run's folder: scalars, match maps, the configuration, and an entry of the HParams panel."""
+"""TensorBoard files in the run's folder.
+
+They hold scalars, match maps, the configuration, and an entry of the HParams panel.
+"""
 
 import threading
 from collections.abc import Callable, Iterator
@@ -8,11 +11,14 @@ from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
-from ds_cmli.common import panels
+from ds_cmli.trackers import panels
 
 
 class TensorBoard:
-    """The event file is opened at the first value, and anew after an error such as a full disk, which loses values."""
+    """The event file is opened at the first value, and anew after an error such as a full disk.
+
+    Values are lost by such an error.
+    """
 
     errors = (OSError,)
 
@@ -46,13 +52,13 @@ class TensorBoard:
     @contextmanager
     def _opened(self, step: int) -> Iterator[SummaryWriter]:
         try:
-            if (
-                self.events is not None and not Path(self.file).is_file()
-            ):  # removed, or its folder renamed
+            # The file may have been removed, or its folder renamed.
+            if self.events is not None and not Path(self.file).is_file():
                 self.events.close()
                 self.events = None
             if self.events is None:
-                # `purge_step` hides what an interrupted run wrote after the step from which this one resumes.
+                # `purge_step` hides what an interrupted run wrote after the step from which this
+                # one resumes.
                 self.events = SummaryWriter(
                     str(self.folder / "tensorboard"), purge_step=min(step, self.first_step + 1)
                 )
@@ -65,7 +71,10 @@ class TensorBoard:
 
 
 def _without_full_disks(hook: Callable[[Any], Any]) -> Callable[[Any], None]:
-    """An excepthook that prints no traceback if TensorBoard's thread meets a full disk, as its next use raises too."""
+    """Make an excepthook that prints no traceback if TensorBoard's thread meets a full disk.
+
+    The next use of the thread raises the same error.
+    """
 
     def told_later(failure: Any) -> None:
         if not (

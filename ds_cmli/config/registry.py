@@ -1,0 +1,199 @@
+"""The tables of what a run can be built from: losses, backbones, sources, trackers.
+
+A new one is a file of its own and one entry here. Nothing heavy is imported to read the tables: an entry names its
+implementation as "module:name", and `load` imports it. The command-line options, the check of the names, the help texts
+and the memory prediction follow from the entries.
+"""
+
+import pkgutil
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+
+@dataclass(frozen=True)
+class LossEntry:
+    implementation: str  # a `losses.base.Loss`
+    # The pair scores that the loss compares, "global" or "cmli"; with gradient caching its
+    # negatives are those of the whole step. "" if it treats each pair separately, and so can be
+    # computed for each micro-batch.
+    scores: Literal["", "global", "cmli"] = ""
+    # The function of its scores, by which an exported model computes it: "contrastive"
+    # (`cmli.contrastive.contrastive_loss`) or "sigmoid" (`losses.functions.sigmoid_loss`). "" if
+    # it is neither.
+    kind: Literal["", "contrastive", "sigmoid"] = ""
+    teacher: bool = False  # whether it needs the teacher's features
+    several: bool = False  # whether an image may have several positives
+    settings: tuple[str, ...] = ()  # the fields of `LossConfig` that it reads
+
+
+# The settings of the all-pairs op.
+OP = (
+    "cmli_backend",
+    "cmli_exchange",
+    "cmli_gather_bytes",
+    "cmli_recompute",
+    "cmli_scratch_bytes",
+    "cmli_token_keep",
+)
+
+LOSSES = {
+    "global": LossEntry(
+        "ds_cmli.losses.global_contrastive:GlobalContrastive",
+        scores="global",
+        kind="contrastive",
+        settings=("duplicates", "init_temperature"),
+    ),
+    "global_sigmoid": LossEntry(
+        "ds_cmli.losses.global_sigmoid:GlobalSigmoid",
+        scores="global",
+        kind="sigmoid",
+        several=True,
+        settings=("duplicates",),
+    ),
+    "cmli": LossEntry(
+        "ds_cmli.losses.cmli:AllPairsCMLI",
+        scores="cmli",
+        kind="contrastive",
+        settings=("duplicates", "cmli_init_temperature", *OP),
+    ),
+    "cmli_sigmoid": LossEntry(
+        "ds_cmli.losses.cmli_sigmoid:CMLISigmoid",
+        scores="cmli",
+        kind="sigmoid",
+        several=True,
+        settings=("duplicates", *OP),
+    ),
+    "target_cmli": LossEntry(
+        "ds_cmli.losses.target_cmli:TargetCMLI", teacher=True, settings=("match", "mse_reduction")
+    ),
+    "cls_kd": LossEntry(
+        "ds_cmli.losses.cls_distillation:ClsDistillation",
+        teacher=True,
+        settings=("mse_reduction",),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class BackboneEntry:
+    implementation: str  # a `models.backbone.ImageBackbone` or `TextBackbone`
+    models: str  # the models that it supports, for the help text
+
+
+AUTO = "auto"  # selects the first entry of the table whose `takes` accepts the model
+IMAGE = {
+    "timm_tokens": BackboneEntry(
+        "ds_cmli.models.timm_tokens:TimmTokens", "timm's ViT, DeiT, BEiT, EVA, SigLIP"
+    ),
+    "timm_grid": BackboneEntry(
+        "ds_cmli.models.timm_grid:TimmGrid",
+        "timm's Swin, ConvNeXt, ResNet and others with a feature map",
+    ),
+}
+TEXT = {
+    "encoder": BackboneEntry(
+        "ds_cmli.models.transformers_encoder:Encoder",
+        "transformers' BERT, RoBERTa, DeBERTa, ModernBERT, T5",
+    ),
+    "causal": BackboneEntry(
+        "ds_cmli.models.transformers_causal:Causal",
+        "transformers' CLIP, GPT-2: pooled at the end token",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class SourceEntry:
+    """A kind of source is recognised by the suffixes of its files, or by the files in its folder."""
+
+    implementation: str  # a function of (name, files, `DataConfig`) -> `data.sources.base.Parts`
+    what: str  # a description for error messages
+    ends: tuple[str, ...] = ()  # suffixes of its files
+    holds: tuple[str, ...] = ()  # its folder holds at least one of these files
+    in_folder: bool = False  # whether a folder may be given instead of all such files in it
+    extra: str | None = None  # the optional extra of this package that it needs
+    # The fields of `DataConfig` that only some kinds read, this one among them.
+    settings: tuple[str, ...] = ()
+
+
+SOURCES = {
+    "folder": SourceEntry(
+        "ds_cmli.data.sources.folder:load_folder",
+        "a folder of images with a metadata.jsonl, which has a line like "
+        '{"file_name": "1.jpg", "text": "a red bicycle"} for each caption, or a metadata.csv with '
+        "these columns, or with such folders train/ and validation/ in it",
+        holds=(
+            "metadata.jsonl",
+            "metadata.csv",
+            "train/metadata.jsonl",
+            "train/metadata.csv",
+        ),
+    ),
+    "tars": SourceEntry(
+        "ds_cmli.data.sources.tars:load_tars",
+        "uncompressed WebDataset tars such as 'shards/{00000..00019}.tar', or a folder of them",
+        ends=(".tar",),
+        in_folder=True,
+        settings=("caption_key",),
+    ),
+    "parquet": SourceEntry(
+        "ds_cmli.data.sources.arrow:load_parquet",
+        "parquet files with image bytes, or a folder of them",
+        ends=(".parquet",),
+        in_folder=True,
+        extra="parquet",
+        settings=("image_key", "caption_key"),
+    ),
+    "saved": SourceEntry(
+        "ds_cmli.data.sources.arrow:load_saved",
+        "a folder that save_to_disk of Hugging Face datasets wrote",
+        holds=("dataset_dict.json", "state.json"),
+        extra="parquet",
+        settings=("image_key", "caption_key"),
+    ),
+    "csv": SourceEntry(
+        "ds_cmli.data.sources.csv_list:load_csv",
+        "a CSV or TSV of paths and captions",
+        ends=(".csv", ".tsv"),
+        settings=("image_root", "image_key", "caption_key", "separator"),
+    ),
+    "json": SourceEntry(
+        "ds_cmli.data.sources.coco:load_json",
+        "the JSON of Karpathy's splits or of COCO's caption annotations",
+        ends=(".json",),
+        settings=("image_root",),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class TrackerEntry:
+    implementation: str  # a `trackers.Tracker`
+    library: str  # the module that it needs, which pip installs by the same name
+
+
+TRACKERS = {
+    "tensorboard": TrackerEntry("ds_cmli.trackers.tensorboard:TensorBoard", "tensorboard"),
+    "wandb": TrackerEntry("ds_cmli.trackers.weights_and_biases:WeightsAndBiases", "wandb"),
+    "mlflow": TrackerEntry("ds_cmli.trackers.mlflow_tracking:MLflow", "mlflow"),
+}
+
+
+def load(entry: LossEntry | BackboneEntry | SourceEntry | TrackerEntry) -> Any:
+    """Import the implementation of an entry and return it."""
+    return pkgutil.resolve_name(entry.implementation)
+
+
+def over_pairs(weights: dict[str, float]) -> dict[str, float]:
+    """The losses, with their weights, that compare pairs."""
+    return {name: weight for name, weight in weights.items() if LOSSES[name].scores}
+
+
+def needs_teacher(names: Iterable[str]) -> bool:
+    return any(LOSSES[name].teacher for name in names)
+
+
+def compares_tokens(names: Iterable[str]) -> bool:
+    """Whether one of the losses uses the all-pairs op."""
+    return any(LOSSES[name].scores == "cmli" for name in names)
