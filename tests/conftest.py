@@ -107,10 +107,23 @@ def one_predictor(monkeypatch, predicting_process):
     monkeypatch.setattr(predict_subprocess, "Predictor", predictor)
 
 
+LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+@pytest.fixture(autouse=True)
+def launcher_variables():
+    """What a test starts in this process sets them, and another library would take them for a launcher's."""
+    before = {name: os.environ.get(name) for name in LAUNCHER_VARIABLES}
+    yield
+    for name, value in before.items():
+        os.environ.pop(name, None)
+        if value is not None:
+            os.environ[name] = value
+
+
 def clean_environment() -> dict[str, str]:
     """This process's, without what a launcher would have set."""
-    launchers = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    return {k: v for k, v in os.environ.items() if k not in launchers}
+    return {k: v for k, v in os.environ.items() if k not in LAUNCHER_VARIABLES}
 
 
 def run(*arguments: str, launcher: tuple[str, ...] = (sys.executable,), script: str = "train.py", timeout: float = 300):

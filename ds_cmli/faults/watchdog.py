@@ -88,6 +88,7 @@ class Watchdog:
         self.heartbeats: list[Heartbeat | None] = [None] * self.world_size
         now = time.monotonic()
         self.progressed, self.lived = [now] * self.world_size, [now] * self.world_size
+        self.passed, self.passed_at = 0, 0.0
         self.first_failure: float | None = None
         self.silence = 0.0  # seconds since the store, which rank 0 holds, has answered
         self.store_is_gone = self.reported = False
@@ -227,6 +228,8 @@ class Watchdog:
     def _judge(self, now: float) -> None:
         """End the job if a rank has failed, is dead or hangs."""
         passed = max((b.passed for b in self.heartbeats if b), default=0)
+        if passed > self.passed:  # what the others have published about themselves may still be old
+            self.passed, self.passed_at = passed, now
         slow = [b is None or (b.slow and b.passed >= passed) for b in self.heartbeats]
         limits = [self.timeout * (SLOW if each else 1) for each in slow]
         failed = [r for r, b in enumerate(self.heartbeats) if b and b.failed]
@@ -242,11 +245,15 @@ class Watchdog:
         # On a GPU a rank that waits for others may look busy, as its CPU waits in a synchronisation of the GPU.
         busy = [r for r in running if not self._heartbeat_of(r).waiting]
         # Where all wait, the others may have waited long for the last one, which has just come.
-        come = 0.0 if busy else max((self.progressed[r] for r in running), default=now)
+        come = self.passed_at
+        if not busy:
+            come = max((self.progressed[r] for r in running), default=now)
         busy = busy or running
         least = min(self._heartbeat_of(r).count for r in busy)
         awaited = [r for r in busy if self._heartbeat_of(r).count == least]
-        hung = [r for r in awaited if now - max(come, self.progressed[r]) > limits[r]]
+        # One without any sign of life is dead, which shows a little later.
+        alive = [r for r in awaited if now - self.lived[r] < 3 * self.interval]
+        hung = [r for r in alive if now - max(come, self.progressed[r]) > limits[r]]
         if hung:
             self._end(
                 hung,

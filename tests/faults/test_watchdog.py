@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from ds_cmli.faults.watchdog import Heartbeat, Watchdog
 from tests.conftest import ROOT, rank_environments
 
 TIMEOUT = 3.0  # seconds
@@ -100,3 +101,35 @@ def test_a_rank_that_gets_on_is_left_alone(outcomes, fate):
     assert codes == ([85, 85] if fate == "preempted" else [0, 0]), output
     assert "error" not in output
     assert output.count("finished False") == (0 if fate == "preempted" else 2)
+
+
+def judged(heartbeats: list[Heartbeat], silent_s: float, old_s: float, after_s: float = 0.0) -> list[str]:
+    """What a reader says now and `after_s` later of a rank 0 that was last heard of `silent_s` ago."""
+    said = []
+    watchdog = Watchdog(TIMEOUT)
+    watchdog._end = lambda ranks, what: said.append(f"{ranks} {what}")
+    now = time.monotonic()
+    watchdog.heartbeats = heartbeats
+    watchdog.progressed, watchdog.lived = [now - old_s, now], [now - silent_s, now]
+    watchdog._judge(now)
+    if after_s:
+        watchdog.progressed[1] = now + after_s
+        watchdog.lived = [now + after_s - silent_s, now + after_s]
+        watchdog._judge(now + after_s)
+    return said
+
+
+def test_what_another_rank_published_before_the_end_of_a_slow_part_is_no_hang():
+    """This rank has passed its first step a moment ago, and reads what rank 0 published in the middle of it."""
+    beats = [Heartbeat("a", slow=True, passed=0), Heartbeat("b", count=1, slow=False, passed=1, waiting=True)]
+    assert judged(beats, silent_s=0.1, old_s=3 * TIMEOUT) == []
+    assert judged(beats, silent_s=0.1, old_s=3 * TIMEOUT, after_s=0.9 * TIMEOUT) == []
+    (line,) = judged(beats, silent_s=0.1, old_s=3 * TIMEOUT, after_s=1.1 * TIMEOUT)
+    assert line.startswith("[0] hangs: no progress for 3 s")
+
+
+def test_a_rank_without_a_sign_of_life_is_dead_and_not_hung():
+    beats = [Heartbeat("a", count=1, slow=False), Heartbeat("b", count=2, slow=False, waiting=True)]
+    assert judged(beats, silent_s=0.9 * TIMEOUT, old_s=1.1 * TIMEOUT) == []
+    assert judged(beats, silent_s=1.1 * TIMEOUT, old_s=1.2 * TIMEOUT)[0] == "[0] is dead: no sign of life for 3 s"
+    assert judged(beats, silent_s=0.1, old_s=1.1 * TIMEOUT)[0].startswith("[0] hangs")

@@ -136,7 +136,7 @@ def test_the_command_prints_an_object_per_device(tmp_path):
     ]}  # fmt: skip
     path = tmp_path / "history.json.gz"
     path.write_bytes(gzip.compress(json.dumps(both).encode()))
-    lines = [json.loads(line) for line in CliRunner().invoke(command, [str(path), "--json"]).output.splitlines()]
+    lines = [json.loads(line) for line in CliRunner().invoke(command, [str(path), "--json"]).stdout.splitlines()]
     assert [line["device"] for line in lines] == [0, 1]
     for line in lines:
         assert line["allocations"] == line["at_recorded_address"] > 0
