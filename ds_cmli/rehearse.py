@@ -17,7 +17,8 @@ from ds_cmli import engine
 from ds_cmli.common.cli import say
 from ds_cmli.common.errors import UserError
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
-from ds_cmli.data import Batch, train_loader
+from ds_cmli.data.batch import Batch
+from ds_cmli.data.loaders import train_loader
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.faults import out_of_memory, preemption
 from ds_cmli.memory import predict_subprocess

@@ -70,7 +70,8 @@ def train(
     where = config.run.output_dir or "a new folder in runs"
     say(f"ds-cmli {provenance.version()}: preset {config.run.preset}, to {where}")
     quiet.silence()
-    from ds_cmli.data import assets, build_data
+    from ds_cmli.data import assets
+    from ds_cmli.data.load import build_data
     from ds_cmli.distributed import process_group as distributed
 
     if config.run.deterministic:
@@ -151,9 +152,7 @@ def run(
     from ds_cmli import rehearse
     from ds_cmli.checkpoint import restore, run_folder
     from ds_cmli.checkpoint.save import Checkpoints
-    from ds_cmli.data import BadSamples
-    from ds_cmli.data.bad_file import NAME as BAD_FILE
-    from ds_cmli.data.bad_file import BadFile
+    from ds_cmli.data.bad import BAD_FILE, BadFile, BadSamples
     from ds_cmli.distributed import process_group as distributed
     from ds_cmli.distributed.collective_flags import CollectiveFlags
     from ds_cmli.engine import build, counts_line, plan, with_backend
@@ -210,7 +209,7 @@ def run(
 
 def loop(run: Run, after_step: Callable[[], None]) -> int:
     """Train to the end; all ranks go through the same lines and meet in those marked. Returns the exit code."""
-    from ds_cmli.data import train_loader
+    from ds_cmli.data.loaders import train_loader
     from ds_cmli.distributed.process_group import world_size
 
     settings, state, engine = run.config.run, run.state, run.engine

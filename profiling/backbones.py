@@ -26,7 +26,7 @@ from ds_cmli.common.tables import Table  # noqa: E402
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig  # noqa: E402
 from ds_cmli.config.presets import load_preset  # noqa: E402
 from ds_cmli.config.schema import Config  # noqa: E402
-from ds_cmli.data import Data, build_data  # noqa: E402
+from ds_cmli.data.load import Data, build_data  # noqa: E402
 from ds_cmli.evaluate.split import evaluate_split  # noqa: E402
 from ds_cmli.memory.fake import process_group  # noqa: E402
 from ds_cmli.memory.measure_cpu import measure_phases  # noqa: E402

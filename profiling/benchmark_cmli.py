@@ -124,7 +124,7 @@ def peak_in_own_process(
     dtype: str,
     I: int,
     J: int,
-    device: str,  # noqa: E741
+    device: str,
 ) -> int | None:
     command = [
         sys.executable,

@@ -31,10 +31,11 @@ from ds_cmli.common.cli import json_on_stdout, run_command  # noqa: E402
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig  # noqa: E402
 from ds_cmli.config.options import WHAT, add, resolve_config  # noqa: E402
 from ds_cmli.config.schema import Config  # noqa: E402
-from ds_cmli.data import GlobalBatchSampler, build_data, train_loader  # noqa: E402
+from ds_cmli.data.load import build_data  # noqa: E402
+from ds_cmli.data.loaders import train_loader  # noqa: E402
 from ds_cmli.data.pairs import TrainPairs  # noqa: E402
 from ds_cmli.data.pictures import decode  # noqa: E402
-from ds_cmli.data.sampler import Draw  # noqa: E402
+from ds_cmli.data.sampler import Draw, GlobalBatchSampler  # noqa: E402
 from ds_cmli.distributed import process_group as distributed  # noqa: E402
 
 PICTURES = 40  # of the table of decoders, of each size

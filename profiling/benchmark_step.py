@@ -33,7 +33,10 @@ from ds_cmli.common.cli import json_on_stdout, run_command  # noqa: E402
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig  # noqa: E402
 from ds_cmli.config.options import WHAT, add, resolve_config  # noqa: E402
 from ds_cmli.config.schema import Config  # noqa: E402
-from ds_cmli.data import Batch, Data, GlobalBatchSampler, build_data, train_loader  # noqa: E402
+from ds_cmli.data.batch import Batch  # noqa: E402
+from ds_cmli.data.load import Data, build_data  # noqa: E402
+from ds_cmli.data.loaders import train_loader  # noqa: E402
+from ds_cmli.data.sampler import GlobalBatchSampler  # noqa: E402
 from ds_cmli.distributed import process_group as distributed  # noqa: E402
 from ds_cmli.models.checkpointing import checkpoint_blocks  # noqa: E402
 

@@ -18,7 +18,7 @@ from ds_cmli.common.errors import UserError
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.registry import TRACKERS
 from ds_cmli.config.schema import Config
-from ds_cmli.data.bad_file import NAME as BAD_FILE
+from ds_cmli.data.bad import BAD_FILE
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.distributed.master_address import this_node
 

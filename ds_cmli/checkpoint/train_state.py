@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from ds_cmli.common.errors import UserError
-from ds_cmli.data import BadSamples, GlobalBatchSampler
-from ds_cmli.data.bad import Bad
+from ds_cmli.data.bad import Bad, BadSamples
+from ds_cmli.data.sampler import GlobalBatchSampler
 
 STATE = "state.json"
 OF_RANK = (

@@ -153,7 +153,7 @@ SOURCES = {
         settings=("image_key", "caption_key"),
     ),
     "csv": SourceEntry(
-        "ds_cmli.data.sources.csv_list:load_csv",
+        "ds_cmli.data.sources.tables:load_csv",
         "a CSV or TSV of paths and captions",
         ends=(".csv", ".tsv"),
         settings=("image_root", "image_key", "caption_key", "separator"),

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ds_cmli.data import Batch
+from ds_cmli.data.batch import Batch
 from ds_cmli.engine.result import MicroBatchLosses
 from ds_cmli.losses.cached import PairFeatures, PairGradients
 

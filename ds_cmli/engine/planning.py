@@ -15,7 +15,8 @@ from ds_cmli.config import deepspeed_checks, schedule
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.registry import LOSSES
 from ds_cmli.config.schema import Config
-from ds_cmli.data import GlobalBatchSampler, Mixture, assets
+from ds_cmli.data import assets
+from ds_cmli.data.sampler import GlobalBatchSampler, Mixture
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.engine.ema import check_average
 from ds_cmli.engine.parameter_groups import check_rates

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ds_cmli.cmli.token_keep import kept
 from ds_cmli.config.registry import compares_tokens
-from ds_cmli.data import Batch
+from ds_cmli.data.batch import Batch
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.engine import gradient_caching
 from ds_cmli.engine.ema import EMA

@@ -151,7 +151,7 @@ def _check_together(options: dict[str, Any]) -> None:
 def _retrieval(
     config: Any, folder: Path, ema: bool, batch_size: int, workers: int, options: dict[str, Any]
 ) -> dict[str, Any]:  # fmt: skip
-    from ds_cmli.data import build_eval_data
+    from ds_cmli.data.load import build_eval_data
     from ds_cmli.distributed import process_group as distributed
     from ds_cmli.evaluate.report import summary
     from ds_cmli.evaluate.split import evaluate_split
@@ -173,14 +173,15 @@ def _retrieval(
 def _zero_shot(
     config: Any, folder: Path, ema: bool, batch_size: int, workers: int, options: dict[str, Any]
 ) -> dict[str, Any]:  # fmt: skip
-    from ds_cmli.data import EvalData, batches
     from ds_cmli.data.batch import Collate
-    from ds_cmli.data.class_folders import ClassPictures, class_names, prompt_templates
-    from ds_cmli.data.held_out import FILLER, collate_pictures
+    from ds_cmli.data.load import EvalData
+    from ds_cmli.data.loaders import batches
     from ds_cmli.data.tokens import load_tokenizer
     from ds_cmli.distributed import process_group as distributed
     from ds_cmli.evaluate import zero_shot
+    from ds_cmli.evaluate.held_out import FILLER, collate_pictures
     from ds_cmli.evaluate.report import classification
+    from ds_cmli.evaluate.zero_shot import ClassPictures, class_names, prompt_templates
 
     templates = prompt_templates(options["templates"])
     pictures = ClassPictures(options["zero_shot"], config.data.image_size, config.data.max_pixels)
@@ -204,12 +205,11 @@ def _zero_shot(
 def _boxes(
     config: Any, folder: Path, ema: bool, batch_size: int, workers: int, options: dict[str, Any]
 ) -> dict[str, Any]:  # fmt: skip
-    from ds_cmli.data import EvalData
     from ds_cmli.data.batch import Collate
-    from ds_cmli.data.entities import Entities
+    from ds_cmli.data.load import EvalData
     from ds_cmli.data.tokens import load_tokenizer
     from ds_cmli.distributed import process_group as distributed
-    from ds_cmli.evaluate.entities import pointing_game
+    from ds_cmli.evaluate.entities import Entities, pointing_game
     from ds_cmli.evaluate.report import pointing
 
     tokenizer = load_tokenizer(config.data.tokenizer, config.data.context_length)

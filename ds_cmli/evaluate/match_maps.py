@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ds_cmli.cmli.contrastive import upcast
 from ds_cmli.common.match_sheet import sheet
-from ds_cmli.data.held_out import HeldOut
 from ds_cmli.distributed import process_group as distributed
+from ds_cmli.evaluate.held_out import HeldOut
 from ds_cmli.evaluate.split import Share
 from ds_cmli.trackers import MATCH_MAPS
 

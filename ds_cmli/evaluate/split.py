@@ -14,14 +14,14 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ds_cmli.common.errors import UserError
-from ds_cmli.data import EvalData, batches
 from ds_cmli.data.bad import NO_TOKEN, Bad, told
-from ds_cmli.data.held_out import FILLER, HeldOut, collate_pictures
+from ds_cmli.data.load import EvalData
+from ds_cmli.data.loaders import batches
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.evaluate.embed import Images, Texts, embed_images, embed_texts, pair_positions
+from ds_cmli.evaluate.held_out import FILLER, HeldOut, collate_pictures
 from ds_cmli.evaluate.pointing_game import scene_hits
-from ds_cmli.evaluate.recall import chance
-from ds_cmli.evaluate.scores import competitors, names
+from ds_cmli.evaluate.retrieval import chance, competitors, names
 
 
 @dataclass

@@ -55,7 +55,7 @@ def measured(exported: Path, run: Path, config: Config, ema: bool) -> Results:
     """
     import torch
 
-    from ds_cmli.data import build_eval_data
+    from ds_cmli.data.load import build_eval_data
 
     data = build_eval_data(config.data, config.run.seed, None)
     _, objective = load_exported(exported)

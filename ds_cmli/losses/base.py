@@ -21,7 +21,7 @@ from ds_cmli.cmli.inputs import full_precision
 from ds_cmli.cmli.loss import l2_normalize, score_global_batch
 from ds_cmli.cmli.token_keep import select
 from ds_cmli.config.schema import LossConfig
-from ds_cmli.data import Batch
+from ds_cmli.data.batch import Batch
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.losses.functions import duplicates
 from ds_cmli.models.student import Student

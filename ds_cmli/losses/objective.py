@@ -13,7 +13,7 @@ from ds_cmli.cmli.ring import Scorer
 from ds_cmli.cmli.token_keep import Selection, select
 from ds_cmli.config.registry import LOSSES, load
 from ds_cmli.config.schema import LossConfig
-from ds_cmli.data import Batch
+from ds_cmli.data.batch import Batch
 from ds_cmli.losses.base import Features, LossInputs, WidthHead
 from ds_cmli.losses.cached import PairFeatures, PairGradients, pair_gradients
 from ds_cmli.models.student import Student

@@ -9,7 +9,7 @@ import torch
 from ds_cmli.cmli.token_keep import kept
 from ds_cmli.common.errors import UserError
 from ds_cmli.config.schema import Config
-from ds_cmli.data import Batch
+from ds_cmli.data.batch import Batch
 from ds_cmli.data.tokens import load_tokenizer
 from ds_cmli.models.transformers_model import family, text_part, without_effect
 

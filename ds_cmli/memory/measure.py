@@ -12,7 +12,7 @@ import torch
 from ds_cmli.common.cli import say
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.schema import Config
-from ds_cmli.data import Batch
+from ds_cmli.data.batch import Batch
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.engine import TrainEngine
 from ds_cmli.memory import cpu_events, gpus, measure_cpu, measure_cuda, predict_subprocess

@@ -5,7 +5,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 from ds_cmli.common.patches import replaced
-from ds_cmli.data import Batch
+from ds_cmli.data.batch import Batch
 from ds_cmli.engine import TrainEngine
 
 

@@ -19,7 +19,7 @@ from ds_cmli.cmli.token_keep import kept
 from ds_cmli.common.patches import patched, replaced
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.schema import Config, check, choice
-from ds_cmli.data import Batch
+from ds_cmli.data.batch import Batch
 from ds_cmli.distributed.traffic import Traffic
 from ds_cmli.memory import gpus
 from ds_cmli.memory.allocator import CachingAllocator, replay

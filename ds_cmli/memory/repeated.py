@@ -22,7 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 
 from ds_cmli.common import uniform
 from ds_cmli.common.patches import replaced
-from ds_cmli.data import Batch
+from ds_cmli.data.batch import Batch
 from ds_cmli.distributed.traffic import Counts, Traffic
 from ds_cmli.engine import TrainEngine, gradient_caching
 from ds_cmli.engine.gradient_caching import RandomState

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 from ds_cmli.cmli import collectives
 from ds_cmli.cmli import ring as cmli_ring
 from ds_cmli.common.patches import replaced
-from ds_cmli.data import Batch
+from ds_cmli.data.batch import Batch
 from ds_cmli.engine import TrainEngine
 from ds_cmli.losses import tiles
 from ds_cmli.losses.cached import PairFeatures

@@ -27,8 +27,8 @@ def held_out(
     Raises:
         UserError: there is no such split or pair, or a pair cannot be used.
     """
-    from ds_cmli.data import build_data
-    from ds_cmli.data.held_out import HeldOut
+    from ds_cmli.data.load import build_data
+    from ds_cmli.evaluate.held_out import HeldOut
 
     if source is not None:
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, source=source))

@@ -23,7 +23,7 @@ from ds_cmli.checkpoint.train_state import TrainState
 from ds_cmli.common.errors import UserError
 from ds_cmli.config.deepspeed_config import BATCH_KEYS, DeepSpeedConfig
 from ds_cmli.config.presets import load_preset
-from ds_cmli.data.mixture import permutation
+from ds_cmli.data.sampler import permutation
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.faults import preemption
 from tests.config.test_mistakes import pairs

@@ -18,7 +18,8 @@ from ds_cmli.checkpoint.weights import full_weights
 from ds_cmli.common.errors import UserError
 from ds_cmli.common.pretrained import refused_code
 from ds_cmli.config.presets import load_preset
-from ds_cmli.data import build_data, eval_loader
+from ds_cmli.data.load import build_data
+from ds_cmli.data.loaders import eval_loader
 from tests.checkpoint.test_checksums import DAMAGES, flip
 from tests.engine.test_train_engine import build
 

@@ -15,7 +15,10 @@ from ds_cmli.checkpoint.io import not_finite
 from ds_cmli.common.errors import UserError
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.presets import load_preset
-from ds_cmli.data import BadSamples, GlobalBatchSampler, build_data, eval_loader
+from ds_cmli.data.bad import BadSamples
+from ds_cmli.data.load import build_data
+from ds_cmli.data.loaders import eval_loader
+from ds_cmli.data.sampler import GlobalBatchSampler
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.engine.master_weights import masters_without_zero
 from tests.config.test_mistakes import pairs

@@ -12,7 +12,7 @@ from ds_cmli.config.effects import IDLE, IN_STEP, OF_LOSSES
 from ds_cmli.config.options import how_given, resolve_config, tell_beside_json
 from ds_cmli.config.presets import load_preset
 from ds_cmli.config.schema import Config
-from ds_cmli.data import build_data
+from ds_cmli.data.load import build_data
 from tests.config.test_validation import options
 
 ACCUMULATION = {"gradient_accumulation_steps": 2}

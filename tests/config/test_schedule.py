@@ -9,7 +9,7 @@ from ds_cmli.config import optimizers
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.presets import load_preset
 from ds_cmli.config.schedule import warmup_then_cosine, with_new_settings
-from ds_cmli.data import eval_loader
+from ds_cmli.data.loaders import eval_loader
 
 STEPS = 4
 REQUIRED = {

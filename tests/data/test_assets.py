@@ -217,7 +217,7 @@ def test_a_vit_survives_the_way_through_onnx(tmp_path):
     from onnx import TensorProto, helper, numpy_helper
     from safetensors.torch import load_file
 
-    from ds_cmli.data.vit_onnx import convert_vit
+    from ds_cmli.data.assets import convert_vit
 
     generator = torch.Generator().manual_seed(0)
     constants, nodes, number = [], [], iter(range(1000))

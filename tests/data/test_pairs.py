@@ -5,7 +5,8 @@ import torch
 from PIL import Image
 
 from ds_cmli.config.schema import DataConfig
-from ds_cmli.data import build_data, train_loader
+from ds_cmli.data.load import build_data
+from ds_cmli.data.loaders import train_loader
 from ds_cmli.data.pairs import choice
 from ds_cmli.data.sampler import Draw, GlobalBatchSampler
 from tests.data.sources.test_folder import build, rows, user_error, write

@@ -9,7 +9,8 @@ from tokenizers import normalizers, pre_tokenizers
 
 from ds_cmli.common.errors import UserError
 from ds_cmli.config.schema import DataConfig
-from ds_cmli.data import build_data, eval_loader, train_loader
+from ds_cmli.data.load import build_data
+from ds_cmli.data.loaders import eval_loader, train_loader
 from ds_cmli.data.sampler import GlobalBatchSampler
 from ds_cmli.data.scenes import EVAL_SCENES, TRAIN_SCENES, Pictures
 from ds_cmli.data.tokens import WORDS

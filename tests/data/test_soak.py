@@ -20,7 +20,7 @@ import pytest
 
 from ds_cmli.common.errors import UserError
 from ds_cmli.config.schema import DataConfig
-from ds_cmli.data import build_data
+from ds_cmli.data.load import build_data
 from tests.data.sources.samples import members, picture, tar
 
 CASES = int(os.environ.get("SOAK_CASES", "150"))

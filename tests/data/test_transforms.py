@@ -11,8 +11,9 @@ from PIL import Image
 from ds_cmli.common.errors import UserError
 from ds_cmli.config.presets import load_preset
 from ds_cmli.config.schema import Augmentation as Names
-from ds_cmli.data import GlobalBatchSampler, build_data, train_loader
-from ds_cmli.data.sampler import Draw
+from ds_cmli.data.load import build_data
+from ds_cmli.data.loaders import train_loader
+from ds_cmli.data.sampler import Draw, GlobalBatchSampler
 from ds_cmli.data.transforms import Augmentation, central_square
 
 ALL = {"random_resized_crop": 0.3, "horizontal_flip": 0.5, "color_jitter": 0.4}

@@ -8,7 +8,8 @@ import torch
 from ds_cmli import engine
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.presets import load_preset
-from ds_cmli.data import build_data, eval_loader
+from ds_cmli.data.load import build_data
+from ds_cmli.data.loaders import eval_loader
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.engine import gradient_caching
 from ds_cmli.losses.base import Features, LossInputs

@@ -11,7 +11,8 @@ from ds_cmli.cmli import op
 from ds_cmli.common.errors import UserError
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.presets import load_preset
-from ds_cmli.data import Batch, eval_loader
+from ds_cmli.data.batch import Batch
+from ds_cmli.data.loaders import eval_loader
 from ds_cmli.engine import planning
 from tests.cmli.helpers import allocator_peak
 from tests.conftest import ROOT

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from ds_cmli.data.entities import parse_annotation, parse_sentence
+from ds_cmli.evaluate.entities import parse_annotation, parse_sentence
 from ds_cmli.evaluate.pointing_game import patches_inside, phrase_hits, scene_hits
 
 

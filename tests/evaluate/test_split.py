@@ -6,7 +6,7 @@ from PIL import Image
 
 from ds_cmli.common.errors import UserError
 from ds_cmli.config.presets import load_preset
-from ds_cmli.data import build_data
+from ds_cmli.data.load import build_data
 from ds_cmli.data.sources.listed import Listed
 from ds_cmli.evaluate.report import summary
 from ds_cmli.evaluate.split import evaluate_split
@@ -37,8 +37,8 @@ def test_ranks_share_the_work_and_agree_with_one_process(monkeypatch):
     for found in spawn(on_rank, 3):  # 11 pictures on 3 ranks: shares of 4, 4 and 3
         assert found == pytest.approx(expected, abs=1e-9)
     # Scored in several blocks: the same again.
-    monkeypatch.setattr("ds_cmli.evaluate.scores.PICTURES", 4)
-    monkeypatch.setattr("ds_cmli.evaluate.scores.CAPTIONS", 3)
+    monkeypatch.setattr("ds_cmli.evaluate.retrieval.PICTURES", 4)
+    monkeypatch.setattr("ds_cmli.evaluate.retrieval.CAPTIONS", 3)
     assert on_rank(0, 1) == pytest.approx(expected, abs=1e-9)
     assert 0 < expected["pointing_game"] < 1
     assert (expected["pairs"], expected["pictures"]) == (11, 11)
@@ -137,7 +137,7 @@ def break_some(path):
 def test_what_is_broken_is_left_out_counted_and_named(tmp_path, monkeypatch):
     folder(tmp_path)
     break_some(tmp_path)
-    monkeypatch.setattr("ds_cmli.data.BadSamples.too_many", lambda *_: False)
+    monkeypatch.setattr("ds_cmli.data.bad.BadSamples.too_many", lambda *_: False)
     monkeypatch.setattr(Colours, "encode_text", whatever(Colours.encode_text))
     found = score(tmp_path)
     assert set(recalls(found).values()) == {1.0}

@@ -8,11 +8,10 @@ from PIL import Image
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, top_k_accuracy_score
 
 from ds_cmli.common.errors import UserError
-from ds_cmli.data import batches
-from ds_cmli.data.class_folders import ClassPictures, class_names, prompt_templates
-from ds_cmli.data.held_out import Picture, collate_pictures
+from ds_cmli.data.loaders import batches
 from ds_cmli.evaluate.embed import Texts
-from ds_cmli.evaluate.zero_shot import Classifier, classify
+from ds_cmli.evaluate.held_out import Picture, collate_pictures
+from ds_cmli.evaluate.zero_shot import Classifier, ClassPictures, class_names, classify, prompt_templates
 
 
 def unit(x):

@@ -13,7 +13,8 @@ from ds_cmli.checkpoint.io import no_code, not_finite
 from ds_cmli.common.errors import UserError
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.presets import load_preset
-from ds_cmli.data import build_data, eval_loader
+from ds_cmli.data.load import build_data
+from ds_cmli.data.loaders import eval_loader
 from ds_cmli.distributed.collective_flags import CollectiveFlags
 from ds_cmli.faults import nonfinite
 from tests.config.test_mistakes import pairs

@@ -14,10 +14,10 @@ from ds_cmli.common.errors import UserError
 from ds_cmli.common.pretrained import reason
 from ds_cmli.config.schema import DataConfig
 from ds_cmli.data.bad import Refused
-from ds_cmli.data.files import check_bytes, most_bytes
+from ds_cmli.data.pictures import check_bytes, most_bytes
 from ds_cmli.data.sources.base import Parts, Source, numbered, usable
-from ds_cmli.data.sources.columns import find_columns
 from ds_cmli.data.sources.names import SPLITS, part_of
+from ds_cmli.data.sources.tables import find_columns
 
 Stored = list[tuple[str, int]]  # where rows are stored and how many, in their order
 

@@ -9,9 +9,7 @@ from ds_cmli.common.errors import UserError
 from ds_cmli.config.schema import DataConfig
 from ds_cmli.data.bad import EMPTY, Refused, told
 from ds_cmli.data.sources.base import Parts
-from ds_cmli.data.sources.images_of import LOOKED_AT, image_folder
-from ds_cmli.data.sources.json_objects import loads
-from ds_cmli.data.sources.listed import Listed
+from ds_cmli.data.sources.listed import LOOKED_AT, Listed, image_folder, loads
 
 # Karpathy's names of the splits; "restval", the rest of COCO's validation set, is usually trained on.
 SPLITS = {"train": "train", "restval": "train", "val": "validation", "test": "test"}

@@ -11,12 +11,11 @@ from typing import Any
 
 from ds_cmli.common.errors import UserError, nearest
 from ds_cmli.config.schema import DataConfig
-from ds_cmli.data.files import inside
+from ds_cmli.data.pictures import inside
 from ds_cmli.data.sources import accepted
 from ds_cmli.data.sources.base import Parts
-from ds_cmli.data.sources.json_objects import loads
-from ds_cmli.data.sources.listed import Listed
-from ds_cmli.data.sources.table import Table
+from ds_cmli.data.sources.listed import Listed, loads
+from ds_cmli.data.sources.tables import Table
 
 METADATA = ("metadata.jsonl", "metadata.csv")
 COLUMNS = ("file_name", "text")

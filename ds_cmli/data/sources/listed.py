@@ -1,9 +1,11 @@
-"""Pictures in separate files, from a list of files and captions."""
+"""Reading JSON in which a key that comes twice is a mistake: the former value would be lost without a word."""
 
 import hashlib
+import itertools
+import json
 import os
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
@@ -11,11 +13,86 @@ from typing import Any
 
 import numpy as np
 
+from ds_cmli.common.errors import UserError
 from ds_cmli.config.schema import DataConfig
 from ds_cmli.data.bad import EMPTY
-from ds_cmli.data.files import most_bytes, read_file
+from ds_cmli.data.pictures import most_bytes, read_file
 from ds_cmli.data.sources.base import Source
-from ds_cmli.data.strings import Strings
+
+
+def loads(text: str | bytes) -> Any:
+    """As `json.loads`; a key that an object has twice is a `ValueError` too."""
+    return json.loads(text, object_pairs_hook=_object)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the key {twice!r} twice in one object")
+    return values
+
+
+LOOKED_AT = (
+    100  # of the files that a list names, so many are looked for: the first ones may be missing
+)
+
+
+def image_folder(
+    listed: Path, files: list[str], config: DataConfig, subfolders: tuple[str, ...] = ()
+) -> Path:
+    """The folder that holds one of the files: `data.image_root` if given, else the list's folder or its parent.
+
+    Args:
+        files: the first files that the list names.
+        subfolders: subfolders of these that are searched too, beside "images".
+
+    Raises:
+        UserError: none of the folders holds one of the files.
+    """
+    roots = (
+        [Path(config.image_root).expanduser()]
+        if config.image_root
+        else [listed.parent, listed.parent.parent]
+    )
+    places = [root / sub for root in roots for sub in ("", "images", *subfolders)]
+    for file, place in itertools.product(files, places):
+        if "\0" in file or os.path.exists(place / file):  # the former is refused by its line
+            return place
+    looked = ", ".join(str(place) for place in places if place.is_dir()) or config.image_root
+    raise UserError(
+        f"{listed} names the image {files[0]!r}, which is not in {looked}: give its folder by --image-root"
+    )
+
+
+class Strings:
+    """An append-only list of strings, stored as UTF-8 in one buffer.
+
+    Forked loading processes share the buffer. A list of `str` would gradually be copied into each of them, because
+    reference counting writes to its objects (copy-on-write).
+    """
+
+    def __init__(self, strings: Iterable[str] = ()):
+        self.text, self.ends = bytearray(), array("q", [0])
+        for string in strings:
+            self.append(string)
+
+    def append(self, string: str) -> None:
+        self.text += string.encode()
+        self.ends.append(len(self.text))
+
+    def __len__(self) -> int:
+        return len(self.ends) - 1
+
+    def __getitem__(self, index: int) -> str:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        return self.text[self.ends[index] : self.ends[index + 1]].decode()
+
+    def __iter__(self) -> Iterator[str]:
+        return (self[index] for index in range(len(self)))
+
 
 MOST_SIZES = 100_000  # files whose sizes identify the data; of more, as many are taken evenly
 

@@ -16,11 +16,10 @@ import numpy as np
 from ds_cmli.common.errors import UserError
 from ds_cmli.config.schema import DataConfig
 from ds_cmli.data.bad import Refused
-from ds_cmli.data.files import check_bytes, most_bytes
+from ds_cmli.data.pictures import check_bytes, most_bytes
 from ds_cmli.data.sources.base import Parts, Source, numbered, usable
 from ds_cmli.data.sources.names import part_of
-from ds_cmli.data.sources.tar_index import index
-from ds_cmli.data.sources.tar_scan import BLOCK
+from ds_cmli.data.sources.tar_index import BLOCK, index
 
 CAPTION_KEYS = (
     "caption",

@@ -7,7 +7,7 @@ import tarfile
 from PIL import Image
 
 from ds_cmli.config.schema import DataConfig
-from ds_cmli.data import build_data
+from ds_cmli.data.load import build_data
 
 
 def picture(k: int) -> bytes:

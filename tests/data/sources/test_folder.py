@@ -5,7 +5,7 @@ from PIL import Image
 
 from ds_cmli.common.errors import UserError
 from ds_cmli.config.schema import DataConfig
-from ds_cmli.data import build_data
+from ds_cmli.data.load import build_data
 from ds_cmli.data.sources.base import HELD_OUT_MOST, hold_out
 from ds_cmli.data.sources.folder import load_folder, read_metadata
 
@@ -301,7 +301,7 @@ def test_captions_of_unknown_tokens_are_counted(tmp_path):
 
 
 def test_of_many_captions_a_sample_is_looked_at(tmp_path, monkeypatch):
-    monkeypatch.setattr("ds_cmli.data.summary.LOOKED_AT", 10)
+    monkeypatch.setattr("ds_cmli.data.opening.LOOKED_AT", 10)
     write(tmp_path, rows(400, "\u4e2d"))
     (line,) = build(tmp_path).notices
     assert line.startswith("20 of 20 captions looked at")

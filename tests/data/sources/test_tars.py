@@ -9,7 +9,7 @@ from ds_cmli.common.errors import UserError
 from ds_cmli.config.schema import DataConfig
 from ds_cmli.data.bad import Refused
 from ds_cmli.data.sources import tar_index
-from ds_cmli.data.sources.tar_scan import scan
+from ds_cmli.data.sources.tar_index import scan
 from ds_cmli.data.sources.tars import MOST_OPEN, Tars
 from tests.data.sources.samples import build, members, picture, shown, tar
 

@@ -17,10 +17,13 @@ from contextlib import suppress
 from functools import partial
 from typing import Any, NoReturn
 
-from torch.utils.data import DataLoader
+import torch
+from torch.utils.data import DataLoader, Dataset
 
 from ds_cmli.common.errors import UserError
 from ds_cmli.data.batch import Batch
+from ds_cmli.data.load import Data
+from ds_cmli.data.sampler import GlobalBatchSampler
 
 SHARED = "/dev/shm"
 # What PyTorch and the system say where shared memory is short.
@@ -146,3 +149,57 @@ def _begin(writer: int, init: Callable[[int], None] | None, worker: int) -> None
     multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(ends)  # type: ignore[attr-defined]
     if init is not None:
         init(worker)
+
+
+def train_loader(
+    data: Data, sampler: GlobalBatchSampler, workers: int, worker_init: Callable[[int], None] | None = None,
+    prefetch: int = 2,
+) -> DataLoader:  # fmt: skip
+    """An endless loader of this rank's `Batch`es, which starts at the sampler's consumed position.
+
+    Each of the `workers` loading processes prepares `prefetch` batches ahead. With a GPU, batches are in pinned memory.
+    """
+    return _loader(
+        data.train,
+        data.collate,
+        workers,
+        batch_sampler=sampler,
+        seed=sampler.seed,
+        worker_init_fn=worker_init,
+        persistent_workers=workers > 0,
+        prefetch_factor=prefetch if workers else None,
+    )
+
+
+def eval_loader(
+    dataset: Dataset, data: Data, batch_size: int, workers: int, rank: int, world: int
+) -> DataLoader:
+    """A loader of this rank's `Batch`es: samples rank, rank + world, ...; `Batch.index` holds their indices."""
+    mine = range(rank, len(dataset), world)  # type: ignore[arg-type]
+    return _loader(dataset, data.collate, workers, sampler=mine, batch_size=batch_size, seed=0)
+
+
+def batches(
+    dataset: Dataset,
+    batch_size: int,
+    workers: int,
+    collate: Callable,
+    worker_init: Callable[[int], None] | None = None,
+) -> DataLoader:
+    """A loader that reads a data set once, in its order."""
+    workers = min(workers, -(-len(dataset) // batch_size))  # type: ignore[arg-type]
+    return _loader(
+        dataset, collate, workers, seed=0, batch_size=batch_size, worker_init_fn=worker_init
+    )
+
+
+def _loader(dataset: Dataset, collate: Callable, workers: int, seed: int, **batching) -> DataLoader:
+    return Loader(
+        dataset,
+        collate_fn=collate,
+        num_workers=workers,
+        pin_memory=torch.cuda.is_available(),
+        # A generator of its own: torch would draw the workers' seeds from the one that the model's dropout uses.
+        generator=torch.Generator().manual_seed(seed),
+        **batching,
+    )

@@ -1,6 +1,6 @@
 import pytest
 
-from ds_cmli.data.strings import Strings
+from ds_cmli.data.sources.listed import Strings
 
 
 def test_strings_come_back_as_they_were():

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from ds_cmli.common.errors import UserError
-from ds_cmli.data.workers import Loader
+from ds_cmli.data.loaders import Loader
 from tests.config.test_mistakes import pairs
 from tests.conftest import ROOT, clean_environment
 

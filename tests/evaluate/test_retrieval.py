@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from ds_cmli.evaluate.recall import RECALLS, Competitors, chance, own_scores, recall
+from ds_cmli.evaluate.retrieval import RECALLS, Competitors, chance, own_scores, recall
 
 
 def metrics(i2t, t2i=None, image_of=None):
