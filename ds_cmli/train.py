@@ -137,7 +137,7 @@ class Run:
     accumulation: int  # micro-batches of an optimizer step
     state: Any  # checkpoint.train_state.TrainState: what the next step depends on beside the engine
     bad: Any  # data.BadSamples
-    checkpoints: Any  # checkpoint.save.Checkpoints
+    checkpoints: Any  # checkpoint.checkpoints.Checkpoints
     writer: Any  # metrics.Writer on rank 0, else metrics.NullWriter
     flags: Any  # CollectiveFlags: what ranks decide together
     watchdog: Any  # Watchdog
@@ -151,7 +151,7 @@ def run(
     """Build everything, put back what there is to go on from, and train. Collective."""
     from ds_cmli import rehearse
     from ds_cmli.checkpoint import restore, run_folder
-    from ds_cmli.checkpoint.save import Checkpoints
+    from ds_cmli.checkpoint.checkpoints import Checkpoints
     from ds_cmli.data.bad import BAD_FILE, BadFile, BadSamples
     from ds_cmli.distributed import process_group as distributed
     from ds_cmli.distributed.collective_flags import CollectiveFlags

@@ -38,7 +38,7 @@ from ds_cmli.data.load import Data, build_data  # noqa: E402
 from ds_cmli.data.loaders import train_loader  # noqa: E402
 from ds_cmli.data.sampler import GlobalBatchSampler  # noqa: E402
 from ds_cmli.distributed import process_group as distributed  # noqa: E402
-from ds_cmli.models.checkpointing import checkpoint_blocks  # noqa: E402
+from ds_cmli.models.blocks import checkpoint_blocks  # noqa: E402
 
 Step = Callable[[Batch], torch.Tensor]
 STEPS = 1_000_000  # of the schedule: the rate stays near its start

@@ -1,17 +1,19 @@
 """A lock file that keeps two runs out of one folder. It is taken over when its holder has ended.
 
-It is created by an exclusive open, which is atomic on NFS too, where file locks depend on the server. On the same
-machine the operating system says whether the holder is alive. From another machine the file's age shows it, because the
-holder touches the file regularly.
+It is created by an exclusive open, which is atomic on NFS too, where file locks depend on the
+server. On the same machine the operating system says whether the holder is alive. From another
+machine the file's age shows it, because the holder touches the file regularly.
 
-A stale lock is replaced, never removed first, because another start could create one in between. Only the process that
-has created the claim on it, a second file named after its content, may replace it.
+A stale lock is replaced, never removed first, because another start could create one in between.
+Only the process that has created the claim on it, a second file named after its content, may
+replace it.
 
-A holder that only seemed to have ended, for instance one whose node is cut off from Slurm, must not write any more.
-It looks at the lock each second, and before each write to the folder (`check`), and ends if the lock is another's. Who
-has taken it over gives it time for that, and leaves the lock in its place at the end, for a
-holder that was suspended all the while. Of what could still be on its way, lines go to a file that
-the new holder has replaced, and a rename fails, as its source is gone (`run_folder.settle`).
+A holder that only seemed to have ended, for instance one whose node is cut off from Slurm, must not
+write any more. It looks at the lock each second, and before each write to the folder (`check`), and
+ends if the lock is another's. Who has taken it over gives it time for that, and leaves the lock in
+its place at the end, for a holder that was suspended all the while. Of what could still be on its
+way, lines go to a file that the new holder has replaced, and a rename fails, as its source is gone
+(`run_folder.settle`).
 """
 
 import contextlib
@@ -27,7 +29,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
-from ds_cmli.checkpoint import checksums
+from ds_cmli.checkpoint import files
 from ds_cmli.common.cli import leave
 from ds_cmli.common.errors import UserError
 from ds_cmli.distributed import process_group as distributed
@@ -38,7 +40,9 @@ LOOK_SECONDS = 1.0  # between two looks whether the lock is still this process's
 HANDOVER = (
     5.0  # seconds in which a holder that may still run finds out that the lock has been taken over
 )
-LEASE = 180.0  # seconds without a touch after which a holder on another machine counts as ended; NFS delays up to 60 s
+# seconds without a touch after which a holder on another machine counts as ended; NFS delays up to
+# 60 s
+LEASE = 180.0
 
 _held: list["Lock"] = []  # the locks of this process
 
@@ -46,7 +50,8 @@ _held: list["Lock"] = []  # the locks of this process
 def check(folder: Path) -> None:
     """End this process, with a line, if it had the lock on `folder` and another has it now.
 
-    To be called before each write to a run's folder; for a file that is appended to, between opening it and writing.
+    To be called before each write to a run's folder; for a file that is appended to, between
+    opening it and writing.
     """
     for lock in _held:
         if lock.folder == folder:
@@ -124,7 +129,7 @@ class Lock:
             if self.left_for is None:
                 self.path.unlink()
             else:
-                checksums.publish(self.path, json.dumps({**self.mine, "ended": True}).encode())
+                files.publish(self.path, json.dumps({**self.mine, "ended": True}).encode())
 
     def end_if_lost(self) -> None:
         try:
@@ -143,7 +148,9 @@ class Lock:
         return True
 
     def _read(self, path: Path) -> tuple[str | None, float]:
-        """The content of a lock file, None if there is none, and its age in seconds by the file server's clock."""
+        """The content of a lock file, None if there is none, and its age in seconds by the file
+        server's clock.
+        """
         probe = self.path.with_name(f"{NAME}.{self.mine['token']}")
         probe.touch()
         now = probe.stat().st_mtime
@@ -165,7 +172,9 @@ class Lock:
         return age < LEASE
 
     def _may_still_run(self, holder: dict[str, Any]) -> bool:
-        """Whether a holder that was found runs, or could on another machine, or left the lock for such a one."""
+        """Whether a holder that was found runs, or could on another machine, or left the lock for
+        such a one.
+        """
         elsewhere = holder.get("place") != self.mine["place"]
         return (
             elsewhere
@@ -245,7 +254,9 @@ def _parsed(content: str) -> dict[str, Any] | None:
 
 
 def _place() -> str:
-    """Identifies the machine's boot and the container, within which a process id means the same process."""
+    """Identifies the machine's boot and the container, within which a process id means the same
+    process.
+    """
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{socket.gethostname()} {boot} {os.readlink('/proc/self/ns/pid')}"
@@ -254,7 +265,9 @@ def _place() -> str:
 
 
 def _started(pid: Any) -> str | None:
-    """The start time of a process, which tells it from a later one with the same id; None if it has ended."""
+    """The start time of a process, which tells it from a later one with the same id; None if it has
+    ended.
+    """
     try:
         with open(f"/proc/{int(pid)}/stat") as file:
             state, *rest = file.read().rpartition(")")[2].split()

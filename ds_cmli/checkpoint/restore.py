@@ -1,7 +1,8 @@
-"""Resuming a run: choose the checkpoint, check that it fits this start, and restore everything from it.
+"""Resuming a run: choose the checkpoint, check that it fits this start, and restore everything from
+it.
 
-Everything read here has been verified against the checkpoint's checksums; DeepSpeed's files and ours are loaded without
-running code from them.
+Everything read here has been verified against the checkpoint's checksums; DeepSpeed's files and
+ours are loaded without running code from them.
 """
 
 import textwrap
@@ -12,10 +13,10 @@ from typing import Any
 
 import torch
 
-from ds_cmli.checkpoint import average, checksums, universal
+from ds_cmli.checkpoint import files, universal
 from ds_cmli.checkpoint import save as checkpoint
 from ds_cmli.checkpoint.train_state import TrainState, read_of_rank, read_shared, redistribute
-from ds_cmli.checkpoint.weights import parts
+from ds_cmli.checkpoint.weights import load_averages, parts
 from ds_cmli.common.errors import UserError
 from ds_cmli.common.pretrained import refused_code
 from ds_cmli.config import schedule, settings
@@ -51,7 +52,8 @@ class ResumePoint:
 
 
 def find(resume: str, folder: Path) -> ResumePoint | None:
-    """The newest undamaged checkpoint, given `--resume` and the run's folder; None for a fresh start. Collective.
+    """The newest undamaged checkpoint, given `--resume` and the run's folder; None for a fresh
+    start. Collective.
 
     Raises:
         UserError: on every rank, if the path has no checkpoint, or all of them are damaged.
@@ -64,7 +66,7 @@ def find(resume: str, folder: Path) -> ResumePoint | None:
     lines: list[str] = []
     for path in paths:
         # The ranks share this work: reading all files takes as long as loading them.
-        mine = checksums.problem(path, distributed.rank(), distributed.world_size())
+        mine = files.problem(path, distributed.rank(), distributed.world_size())
         problem = next((p for p in distributed.gather_objects(mine) if p), None)  # collective
         if problem is None:
             state = read_shared(path)
@@ -84,7 +86,8 @@ def _candidates(resume: str, folder: Path) -> tuple[list[Path], str | None]:
     if resume == "never":
         return [], None
     if resume == "auto":
-        # A run that started over and ended before its first checkpoint resumes from the run that it was to replace.
+        # A run that started over and ended before its first checkpoint resumes from the run that it
+        # was to replace.
         aside = folder / checkpoint.REPLACED / checkpoint.FOLDER
         return known or [aside / name for name in checkpoint.candidates(aside)], None
     path = Path(resume).absolute()
@@ -107,10 +110,12 @@ def _candidates(resume: str, folder: Path) -> tuple[list[Path], str | None]:
 
 
 def rebatch(point: ResumePoint | None, ds_config: DeepSpeedConfig) -> DeepSpeedConfig:
-    """The DeepSpeed JSON with the batch of the run to resume, if the number of ranks has changed now or before.
+    """The DeepSpeed JSON with the batch of the run to resume, if the number of ranks has changed
+    now or before.
 
-    The global batch and thus the number of negatives stay the same, and so does gradient accumulation: accumulated
-    micro-batches cannot replace ranks, because they do not see each other's negatives.
+    The global batch and thus the number of negatives stay the same, and so does gradient
+    accumulation: accumulated micro-batches cannot replace ranks, because they do not see each
+    other's negatives.
 
     Raises:
         UserError: the batch is not divisible by the number of ranks.
@@ -154,7 +159,8 @@ def state_of(
         fingerprint: `Data.fingerprint`, which is compared like the settings.
 
     Raises:
-        UserError: the run to resume had other settings, which the message lists, and `with_changes` is not set.
+        UserError: the run to resume had other settings, which the message lists, and `with_changes`
+            is not set.
     """
     now = settings.compared(config, ds_config, fingerprint or {})
     state = TrainState() if point is None else point.state
@@ -214,7 +220,8 @@ def load(
     bad: BadSamples,
     with_changes: bool,
 ) -> None:
-    """Restore the engine, this rank's part of `state`, counts of bad samples and random generators. Collective.
+    """Restore the engine, this rank's part of `state`, counts of bad samples and random generators.
+    Collective.
 
     Without a checkpoint, nothing is restored.
     """
@@ -242,7 +249,7 @@ def _of_rank(point: ResumePoint, state: TrainState) -> dict[str, Any]:
 
 
 def _load_engine(point: ResumePoint, train_engine: TrainEngine, with_changes: bool) -> None:
-    from ds_cmli.checkpoint.io import CheckpointWriter, no_code, not_finite
+    from ds_cmli.checkpoint.files import CheckpointWriter, no_code, not_finite
 
     engine, path = train_engine.engine, point.path
     fresh = [
@@ -260,7 +267,7 @@ def _load_engine(point: ResumePoint, train_engine: TrainEngine, with_changes: bo
             engine.checkpoint_engine = CheckpointWriter()
             with no_code():
                 engine.load_checkpoint(str(path.parent), tag=path.name)  # collectives
-        average.load_averages(path, train_engine)
+        load_averages(path, train_engine)
         if with_changes:
             _apply_rates(engine, fresh, of_schedule)
         mine = not_finite(
@@ -276,7 +283,8 @@ def _load_engine(point: ResumePoint, train_engine: TrainEngine, with_changes: bo
     except (
         Exception
     ) as error:  # libraries raise any exception if shapes or names differ, and do so on all ranks
-        # torch lists missing and unexpected names after the first line; those of a large model fill pages.
+        # torch lists missing and unexpected names after the first line; those of a large model fill
+        # pages.
         reason = refused_code(error) or textwrap.shorten(
             str(error) or type(error).__name__, 300, placeholder=" ..."
         )
@@ -287,7 +295,9 @@ def _load_engine(point: ResumePoint, train_engine: TrainEngine, with_changes: bo
 
 
 def _apply_rates(engine: Any, fresh: list[dict[str, Any]], of_schedule: dict[str, Any]) -> None:
-    """Apply this start's learning rates, weight decay, schedule and so on, which loading has overwritten."""
+    """Apply this start's learning rates, weight decay, schedule and so on, which loading has
+    overwritten.
+    """
     for group, new in zip(engine.optimizer.param_groups, fresh, strict=True):
         group.update({k: v for k, v in new.items() if k != "lr"})
     schedule.with_new_settings(engine.lr_scheduler, of_schedule, engine.optimizer.param_groups)

@@ -1,13 +1,15 @@
-"""`metrics.jsonl` and `config.json` of a running run: appended to, and written again where somebody has removed them.
+"""`metrics.jsonl` and `config.json` of a running run: appended to, and written again where somebody
+has removed them.
 
-Only rank 0 uses this. The checkpoints of a folder that is gone come back with the next one, see `save.Checkpoints`.
+Only rank 0 uses this. The checkpoints of a folder that is gone come back with the next one, see
+`checkpoints.Checkpoints`.
 """
 
 import os
 from contextlib import suppress
 from pathlib import Path
 
-from ds_cmli.checkpoint import checksums, lock
+from ds_cmli.checkpoint import files, lock
 from ds_cmli.checkpoint.run_folder import METRICS
 
 CONFIG = "config.json"
@@ -30,10 +32,12 @@ class RunFiles:
             self.handle = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY)
 
     def append(self, lines: bytes = b"", to_disk: bool = False) -> list[str]:
-        """Write lines, and those that wait; returns lines for the user about what had to be written again.
+        """Write lines, and those that wait; returns lines for the user about what had to be written
+        again.
 
         Raises:
-            OSError: nothing could be written, and the lines wait. A line that was written in part is removed again.
+            OSError: nothing could be written, and the lines wait. A line that was written in part
+                is removed again.
         """
         self.waiting += lines
         lock.check(self.folder)
@@ -71,7 +75,7 @@ class RunFiles:
             told = f"warning: {self.folder}: {self._whereabouts()}, made again for this run"
             self._open()
         for name in gone:
-            checksums.publish(self.folder / name, bytes(self.contents[name]))
+            files.publish(self.folder / name, bytes(self.contents[name]))
         return [told]
 
     def _in_place(self) -> bool:

@@ -8,7 +8,7 @@ from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 
-from ds_cmli.checkpoint import checksums
+from ds_cmli.checkpoint import files
 from ds_cmli.checkpoint import save as checkpoint
 from ds_cmli.checkpoint.restore import ResumePoint
 from ds_cmli.checkpoint.train_state import TrainState
@@ -29,7 +29,9 @@ OF_A_RUN = (METRICS, BAD_FILE, "config.json", *TRACKERS)  # each tracker has a f
 
 
 def make(config: Config, resume: str, dry_run: bool) -> Path:
-    """Create the run's folder, the same on every rank. A dry run removes what it has created. Collective."""
+    """Create the run's folder, the same on every rank. A dry run removes what it has created.
+    Collective.
+    """
     name = _named(resume, config.run.output_dir)
     base = Path(name or f"runs/{config.run.preset}-{datetime.now():%Y%m%d-%H%M%S}")
     made = _make(base, named=bool(name)) if distributed.is_main() else None
@@ -63,11 +65,13 @@ def make(config: Config, resume: str, dry_run: bool) -> Path:
 
 
 def _named(resume: str, output_dir: str) -> str:
-    """The folder that the user names: `--output-dir`, or else that of the run in `--resume PATH`; "" if neither is."""
+    """The folder that the user names: `--output-dir`, or else that of the run in `--resume PATH`;
+    "" if neither is.
+    """
     if output_dir or resume in ("auto", "never"):
         return output_dir
     path = Path(resume).absolute()
-    if (path / checksums.NAME).is_file():
+    if (path / files.CHECKSUMS).is_file():
         path = path.parent
     return str(path.parent if path.name == checkpoint.FOLDER else path)
 
@@ -80,7 +84,9 @@ def _missing(folder: Path) -> list[Path]:
 
 
 def _make(base: Path, named: bool) -> tuple[Path, list[Path]]:
-    """Create the run's folder; returns it and all new paths. A folder that the user has not `named` must be new."""
+    """Create the run's folder; returns it and all new paths. A folder that the user has not `named`
+    must be new.
+    """
     for number in itertools.count(1):
         folder = base if number == 1 else base.with_name(f"{base.name}.{number}")
         new = _missing(folder)
@@ -103,10 +109,11 @@ def _remove(paths: list[Path]) -> None:
 
 
 def requeued(resume: str, folder: Path) -> str:
-    """The value of `--resume` to use, which differs from the given one if Slurm has requeued this job.
+    """The value of `--resume` to use, which differs from the given one if Slurm has requeued this
+    job.
 
-    A requeued job starts with the same command line. If it has saved before, "never" or the path of another checkpoint
-    have been followed already, and it must resume with "auto".
+    A requeued job starts with the same command line. If it has saved before, "never" or the path of
+    another checkpoint have been followed already, and it must resume with "auto".
     """
     env = os.environ
     if env.get("SLURM_RESTART_COUNT", "0") == "0" or not checkpoint.names(
@@ -123,7 +130,8 @@ def requeued(resume: str, folder: Path) -> str:
 def settle(
     resume: str, point: ResumePoint | None, folder: Path, config: Config, ds_config: DeepSpeedConfig
 ) -> None:
-    """Make the run's folder agree with the step at which the run continues: records of later steps are removed.
+    """Make the run's folder agree with the step at which the run continues: records of later steps
+    are removed.
 
     Collective; raises `UserError` on every rank if the folder cannot be written.
     """
@@ -157,7 +165,7 @@ def _settle(
         and point.path.parent.absolute() == root.absolute()
         and checkpoint.latest(root) != point.path.name
     ):
-        checksums.publish(root / checkpoint.LATEST, point.path.name.encode())
+        files.publish(root / checkpoint.LATEST, point.path.name.encode())
     if point is None:
         checkpoint.remove(folder / BAD_FILE)
     state = point.state if point is not None else TrainState()
@@ -183,8 +191,8 @@ def _keep_former(path: Path, point: ResumePoint | None, resume: str) -> None:
 def _truncate(path: Path, state: TrainState, expected: int) -> list[str]:
     """Remove the lines after the step from which a run resumes, and an incomplete last line.
 
-    Unless `state.evaluated`, the evaluation of that step is removed too, since it will be done again. Damaged lines are
-    moved to another file.
+    Unless `state.evaluated`, the evaluation of that step is removed too, since it will be done
+    again. Damaged lines are moved to another file.
 
     Args:
         expected: the number of lines up to that step; 0 if not known.
@@ -205,7 +213,7 @@ def _truncate(path: Path, state: TrainState, expected: int) -> list[str]:
     if damaged:
         with open(path.with_name(DAMAGED), "ab") as file:
             file.writelines(damaged)
-    checksums.publish(path, b"".join(kept))
+    files.publish(path, b"".join(kept))
     told = []
     if damaged:
         told.append(
@@ -221,7 +229,9 @@ def _truncate(path: Path, state: TrainState, expected: int) -> list[str]:
 
 
 def _set_aside(folder: Path, aside: Path) -> None:
-    """Move an earlier run aside for one that starts over; the first checkpoint of the new run removes it."""
+    """Move an earlier run aside for one that starts over; the first checkpoint of the new run
+    removes it.
+    """
     root, kept = folder / checkpoint.FOLDER, aside / checkpoint.FOLDER
     if kept.exists() and not checkpoint.names(
         root
@@ -239,8 +249,8 @@ def _set_aside(folder: Path, aside: Path) -> None:
         os.replace(
             root, kept
         )  # last, because until then the files moved aside still belong to the run in `folder`
-        checksums.sync_folder(aside)
-        checksums.sync_folder(folder)
+        files.sync_folder(aside)
+        files.sync_folder(folder)
     checkpoint.remove(root)
 
 
@@ -250,5 +260,5 @@ def _put_back(folder: Path, aside: Path) -> None:
         if (aside / name).exists():
             checkpoint.remove(folder / name)
             os.replace(aside / name, folder / name)
-    checksums.sync_folder(folder)
+    files.sync_folder(folder)
     aside.rmdir()

@@ -1,4 +1,6 @@
-"""The state of a run that is not the engine's: its fields, its form in a checkpoint, and changes of the rank count."""
+"""The state of a run that is not the engine's: its fields, its form in a checkpoint, and changes of
+the rank count.
+"""
 
 import json
 import random
@@ -28,9 +30,10 @@ OF_RANK = (
 class TrainState:
     """Everything that the next step depends on except the engine's state.
 
-    DeepSpeed's files hold the rest: weights and temperatures with their fp32 copies, optimizer, loss scale and learning
-    rate schedule. Sampler, bad samples and random generators are kept elsewhere; `capture` copies their state here
-    before a checkpoint is saved, and `put_back` restores the latter two after one was read.
+    DeepSpeed's files hold the rest: weights and temperatures with their fp32 copies, optimizer,
+    loss scale and learning rate schedule. Sampler, bad samples and random generators are kept
+    elsewhere; `capture` copies their state here before a checkpoint is saved, and `put_back`
+    restores the latter two after one was read.
     """
 
     # The same on every rank: `state.json` of a checkpoint.
@@ -94,7 +97,9 @@ class TrainState:
         self.bad_count, self.bad_first = bad.count, list(bad.first)
 
     def put_back(self, of_rank: dict[str, Any], bad: BadSamples) -> None:
-        """Restore what `of_rank` returned. Called last: nothing from here to the next step may draw random numbers."""
+        """Restore what `of_rank` returned. Called last: nothing from here to the next step may draw
+        random numbers.
+        """
         device, losses = self.sums.device, len(self.sums)
         vars(self).update(of_rank)
         self.sums = self.sums.to(device)
@@ -105,7 +110,9 @@ class TrainState:
 
 
 def read_shared(path: Path) -> TrainState:
-    """Read the shared part of a verified checkpoint; raises `UserError` if it has fields of another version."""
+    """Read the shared part of a verified checkpoint; raises `UserError` if it has fields of another
+    version.
+    """
     try:
         values = dict(json.loads((path / STATE).read_text()))
     except (OSError, ValueError, TypeError) as error:
@@ -124,7 +131,9 @@ def read_shared(path: Path) -> TrainState:
 
 
 def read_of_rank(path: Path, rank: int) -> dict[str, Any]:
-    """Read the part of one of the ranks that wrote the checkpoint; raises `UserError` as `read_shared` does."""
+    """Read the part of one of the ranks that wrote the checkpoint; raises `UserError` as
+    `read_shared` does.
+    """
     values = torch.load(path / f"rank-{rank}.pt", map_location="cpu", weights_only=True)
     if not isinstance(values, dict) or not {"sums", "generators"} <= {*values}:
         raise UserError(f"{path}: rank-{rank}.pt is no state of a rank: --resume another one")
@@ -137,7 +146,9 @@ def read_of_rank(path: Path, rank: int) -> dict[str, Any]:
 
 
 def generators() -> dict[str, Any]:
-    """The states of all random generators of this process, as plain values and tensors. CPU-GPU sync."""
+    """The states of all random generators of this process, as plain values and tensors. CPU-GPU
+    sync.
+    """
     name, keys, *rest = np.random.get_state(legacy=True)
     state = {
         "python": random.getstate(),
@@ -163,8 +174,9 @@ def redistribute(
 ) -> dict[str, Any]:
     """This rank's part of the state, computed from the parts that another number of ranks saved.
 
-    The mean of `sums` over the new ranks equals that over the former ranks. Counts go to rank 0, because only their sum
-    is used. A rank that existed before continues its random generators; a new one seeds them with its rank and `seed`.
+    The mean of `sums` over the new ranks equals that over the former ranks. Counts go to rank 0,
+    because only their sum is used. A rank that existed before continues its random generators; a
+    new one seeds them with its rank and `seed`.
     """
     part = {
         "sums": torch.stack([r["sums"] for r in ranks]).mean(0),

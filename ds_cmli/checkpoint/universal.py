@@ -1,9 +1,11 @@
-"""A checkpoint for another number of ranks, another ZeRO stage or another precision: DeepSpeed's universal checkpoint.
+"""A checkpoint for another number of ranks, another ZeRO stage or another precision: DeepSpeed's
+universal checkpoint.
 
-ZeRO partitions fp32 weights and optimizer states, each stage differently. The universal form holds them complete,
-in `zero/NAME/{fp32,exp_avg,exp_avg_sq,step}.pt` for each parameter. DeepSpeed converts checkpoints of ZeRO and loads
-into ZeRO. This module converts checkpoints without ZeRO, and loads into an engine without ZeRO. Until it has been
-loaded, the universal form takes about the same disk space as the checkpoint.
+ZeRO partitions fp32 weights and optimizer states, each stage differently. The universal form holds
+them complete, in `zero/NAME/{fp32,exp_avg,exp_avg_sq,step}.pt` for each parameter. DeepSpeed
+converts checkpoints of ZeRO and loads into ZeRO. This module converts checkpoints without ZeRO, and
+loads into an engine without ZeRO. Until it has been loaded, the universal form takes about the same
+disk space as the checkpoint.
 """
 
 import argparse
@@ -18,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ds_cmli.checkpoint.io import no_code
+from ds_cmli.checkpoint.files import no_code
 from ds_cmli.common.errors import UserError
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.engine import TrainEngine
@@ -36,7 +38,8 @@ COUNTERS = ("global_steps", "global_samples", "skipped_steps")
 
 
 def convert(checkpoint: Path, names: list[list[str]]) -> Path:
-    """Write the universal form of a verified checkpoint and return its folder. Collective; only rank 0 writes.
+    """Write the universal form of a verified checkpoint and return its folder. Collective; only
+    rank 0 writes.
 
     Args:
         names: the names of the parameters in each of the optimizer's groups.
@@ -59,7 +62,8 @@ def _convert(checkpoint: Path, converted: Path, names: list[list[str]]) -> str |
     from deepspeed.checkpoint import ds_to_universal
 
     remove(converted)
-    # DeepSpeed uses paths as glob patterns, so it is given links whose names have no special characters.
+    # DeepSpeed uses paths as glob patterns, so it is given links whose names have no special
+    # characters.
     plain = Path(tempfile.mkdtemp())
     (plain / "from").symlink_to(checkpoint.absolute())
     (plain / "to").symlink_to(converted.absolute())
@@ -111,7 +115,9 @@ def _load(path: Path) -> Any:
 
 
 def _reshape(converted: Path) -> None:
-    """Restore the tensors' shapes: for stage 3 DeepSpeed writes flat tensors, which its stages 1 and 2 cannot load."""
+    """Restore the tensors' shapes: for stage 3 DeepSpeed writes flat tensors, which its stages 1
+    and 2 cannot load.
+    """
     for group in _load(sorted(converted.glob("*model_states.pt"))[0]).get("param_shapes") or ():
         for name, shape in group.items():
             for key in ("fp32", *MOMENTS):
@@ -153,7 +159,9 @@ def _write_shared(
 def _convert_without_zero(
     checkpoint: Path, converted: Path, names: list[list[str]]
 ) -> tuple[list[dict[str, Any]], dict[str, Any], Any]:
-    """Write the parameters' files for a checkpoint without ZeRO; returns parameter groups, loss scale and step."""
+    """Write the parameters' files for a checkpoint without ZeRO; returns parameter groups, loss
+    scale and step.
+    """
     file = checkpoint / "mp_rank_00_model_states.pt"
     saved = _load(file)
     module, optimizer = saved["module"], saved["optimizer"]
@@ -190,9 +198,9 @@ def load(step: TrainEngine, converted: Path) -> None:
             _load_zero(engine, converted)  # collectives
         else:
             _load_without_zero(step, converted)
-    # DeepSpeed's loader for stage 3 (0.19.8) gives all groups the settings of the first, and thus weight decay to
-    # groups that must have none. It also gives all parameters one shared step counter, which then counts each update
-    # many times.
+    # DeepSpeed's loader for stage 3 (0.19.8) gives all groups the settings of the first, and thus
+    # weight decay to groups that must have none. It also gives all parameters one shared step
+    # counter, which then counts each update many times.
     for group, saved in zip(optimizer.param_groups, shared["groups"], strict=True):
         group.update({name: saved[name] for name in group if name in saved})
     is_torch = type(engine.basic_optimizer).__module__.startswith("torch.")
@@ -247,7 +255,9 @@ def _load_without_zero(step: TrainEngine, converted: Path) -> None:
 
 
 def _masters(step: TrainEngine, parameters: dict[str, Any]) -> Iterator[tuple[list[str], Tensor]]:
-    """The fp32 tensors that an optimizer without ZeRO updates, each with the names of the parameters in it."""
+    """The fp32 tensors that an optimizer without ZeRO updates, each with the names of the
+    parameters in it.
+    """
     optimizer = step.engine.optimizer
     if hasattr(optimizer, "fp32_groups_flat"):  # FP16_Optimizer
         yield from zip(step.names, optimizer.fp32_groups_flat, strict=True)

@@ -1,71 +1,113 @@
-"""The student's weights in fp32, without training state: `student.safetensors` in a run's folder."""
+"""The student's weights in fp32, without training state: `student.safetensors` in a run's folder.
 
+The averaged weights (`optim.ema_decay`) lie in `student_ema.safetensors`, in the run's folder and in
+each checkpoint. A checkpoint's file holds all averages unpartitioned, so that any number of ranks
+and any ZeRO stage can resume.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 
 from ds_cmli.common import tensor_file
 from ds_cmli.common.errors import UserError
 from ds_cmli.models.weights import not_finite
 
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
+    from deepspeed.runtime.base_optimizer import DeepSpeedOptimizer
+
+    from ds_cmli.engine import TrainEngine
+
 WEIGHTS = "student.safetensors"
 AVERAGE = "student_ema.safetensors"  # the averaged weights, with `optim.ema_decay`
 
 
-def parts(engine: Any) -> dict[str, torch.Tensor]:
-    """This rank's partition of each parameter, or the whole parameter if it is not partitioned, by name."""
+def parts(engine: DeepSpeedEngine) -> dict[str, Tensor]:
+    """This rank's partition of each parameter, or all of a parameter that is not partitioned."""
     return {name: getattr(p, "ds_tensor", p) for name, p in engine.module.named_parameters()}
 
 
 def full_weights(
-    module: nn.Module, optimizer: Any, distilled: bool = False
-) -> dict[str, torch.Tensor]:
-    """Student and temperatures in fp32, from the optimizer's master weights, at any ZeRO stage. Collective.
+    module: nn.Module, optimizer: DeepSpeedOptimizer, distilled: bool = False
+) -> dict[str, Tensor]:
+    """Student and temperatures in fp32, from the optimizer's master weights, at any ZeRO stage.
 
-    Persistent buffers (BatchNorm's statistics) are included. `distilled` also includes the head to the teacher's width,
-    which belongs to distillation and not to the student.
+    Persistent buffers (BatchNorm's statistics) are included. `distilled` also includes the head to
+    the teacher's width, which belongs to distillation and not to the student. Collective.
     """
-    from deepspeed.runtime.zero.partition_parameters import GatheredParameters, ZeroParamStatus
-    from deepspeed.utils import safe_get_full_fp32_param
-
     from ds_cmli.engine.master_weights import masters_without_zero
 
     masters = masters_without_zero(optimizer)
-    out = {}
+    out: dict[str, Tensor] = {}
     for name, parameter in module.named_parameters():
-        if name.startswith("width_head.") and not distilled:
-            continue
-        full = masters.get(id(parameter))
-        if full is None:
-            full = safe_get_full_fp32_param(parameter)  # collective; CPU-GPU sync in the copy
-        # For a frozen parameter ZeRO-3 has no master weight, and between uses the parameter is partitioned.
-        divided = (
-            full is None and getattr(parameter, "ds_status", None) == ZeroParamStatus.NOT_AVAILABLE
-        )
-        with GatheredParameters([parameter], enabled=divided):  # collective
-            whole = (
-                (parameter if full is None else full)
-                .detach()
-                .float()
-                .cpu()
-                .reshape(full_shape(parameter))
-            )
-            out[name] = whole.clone() if divided else whole.contiguous()
+        if distilled or not name.startswith("width_head."):
+            out[name] = _full_weight(parameter, masters.get(id(parameter)))  # collective
     kept = module.state_dict().keys()
     for name, buffer in module.named_buffers():
         if name in kept:
-            out[name] = (
-                (buffer.float() if buffer.is_floating_point() else buffer).detach().cpu().clone()
-            )
+            value = buffer.float() if buffer.is_floating_point() else buffer
+            out[name] = value.detach().cpu().clone()
     return out
+
+
+def _full_weight(parameter: nn.Parameter, full: Tensor | None) -> Tensor:
+    """One parameter; `full` is its master weight if there is one without ZeRO. Collective."""
+    from deepspeed.runtime.zero.partition_parameters import GatheredParameters, ZeroParamStatus
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    if full is None:
+        full = safe_get_full_fp32_param(parameter)  # collective; CPU-GPU sync in the copy
+    # For a frozen parameter ZeRO-3 has no master weight, and between uses it is partitioned.
+    status = getattr(parameter, "ds_status", None)
+    divided = full is None and status == ZeroParamStatus.NOT_AVAILABLE
+    with GatheredParameters([parameter], enabled=divided):  # collective
+        whole = (parameter if full is None else full).detach().float().cpu()
+        whole = whole.reshape(full_shape(parameter))
+        return whole.clone() if divided else whole.contiguous()
 
 
 def full_shape(parameter: nn.Parameter) -> torch.Size:
     # Under ZeRO-3 a parameter has an empty shape while it is partitioned.
     return getattr(parameter, "ds_shape", parameter.shape)
+
+
+def full_averages(train_engine: TrainEngine) -> dict[str, Tensor] | None:
+    """The averages as `full_weights` gives weights, with the head to the teacher's width.
+
+    None without EMA. Collective.
+    """
+    if train_engine.ema is None:
+        return None
+    objective, optimizer = train_engine.objective, train_engine.engine.optimizer
+    with train_engine.ema.as_master_weights():
+        full = full_weights(objective, optimizer, distilled=True)  # collectives
+        for name in full:  # cloned, because on a CPU in fp32 `full_weights` does not copy
+            full[name] = full[name].clone()
+    return full
+
+
+def load_averages(checkpoint: Path, train_engine: TrainEngine) -> None:
+    """Load a verified checkpoint's averages; if it has none, they start as the weights, loaded before."""
+    from ds_cmli.engine.master_weights import set_master_weight
+
+    ema, path = train_engine.ema, checkpoint / AVERAGE
+    if ema is None:
+        return
+    ema.restart()
+    if not path.is_file():
+        return
+    with safe_open(path, "pt") as file, ema.as_master_weights():
+        for name, parameter in train_engine.objective.named_parameters():
+            if parameter.requires_grad:
+                set_master_weight(train_engine.engine, parameter, file.get_tensor(name))
 
 
 def load_weights(
@@ -78,37 +120,39 @@ def load_weights(
     """
     path = folder / name
     if not path.is_file():
+        where = repr(str(folder))
         if name == AVERAGE and (folder / WEIGHTS).is_file():
             raise UserError(
-                f"--ema: {str(folder)!r} has no {name}: the run was made without optim.ema_decay"
+                f"--ema: {where} has no {name}: the run was made without optim.ema_decay"
             )
-        raise UserError(
-            f"{setting} is {str(folder)!r}: no {name} there; give a run's output folder"
-        )
+        raise UserError(f"{setting} is {where}: no {name} there; give a run's output folder")
     try:
         damage = tensor_file.damage(path)
         if damage is not None:
             raise UserError(f"{damage}: it is damaged; give an undamaged copy, or another run's")
         weights = load_file(path)
         missing, unexpected = module.load_state_dict(weights, strict=False)
-        # A tensor that a model has under two names (T5's embeddings) is saved only under the first.
-        names = {*dict(module.named_parameters()), *dict(module.named_buffers())}
-        missing = [key for key in missing if key in names]
+        absent = _without_tied(module, weights, missing)
     except Exception as error:
-        raise UserError(
-            f"{setting} {path}: cannot load it: {str(error).splitlines()[-1].strip()}"
-        ) from None
+        reason = str(error).splitlines()[-1].strip()
+        raise UserError(f"{setting} {path}: cannot load it: {reason}") from None
     key = not_finite(weights)
     if key is not None:
         raise UserError(
             f"{setting} {path}: its {key!r} holds NaN or infinite values; give another run's"
         )
+    wrong = [*absent, *unexpected]
+    if wrong:
+        raise UserError(
+            f"{setting} {path}: does not fit the model: {wrong[0]!r} has no counterpart"
+        )
+
+
+def _without_tied(
+    module: nn.Module, weights: Mapping[str, Tensor], missing: list[str]
+) -> list[str]:
+    """The missing names without those of tied weights, which are saved once (T5's embeddings)."""
     tensors = module.state_dict()
     given = {tensors[name].data_ptr() for name in weights.keys() & tensors.keys()}
-    missing = [
-        name for name in missing if tensors[name].data_ptr() not in given
-    ]  # tied weights are saved once
-    if missing or unexpected:
-        raise UserError(
-            f"{setting} {path}: does not fit the model: {(missing + unexpected)[0]!r} has no counterpart"
-        )
+    names = {*dict(module.named_parameters()), *dict(module.named_buffers())}
+    return [name for name in missing if name in names and tensors[name].data_ptr() not in given]

@@ -93,11 +93,11 @@ IMAGE = {
 }
 TEXT = {
     "encoder": BackboneEntry(
-        "ds_cmli.models.transformers_encoder:Encoder",
+        "ds_cmli.models.transformers_text:Encoder",
         "transformers' BERT, RoBERTa, DeBERTa, ModernBERT, T5",
     ),
     "causal": BackboneEntry(
-        "ds_cmli.models.transformers_causal:Causal",
+        "ds_cmli.models.transformers_text:Causal",
         "transformers' CLIP, GPT-2: pooled at the end token",
     ),
 }

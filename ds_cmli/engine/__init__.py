@@ -4,7 +4,7 @@ from ds_cmli.engine.building import DTYPES, build, build_models
 from ds_cmli.engine.parameter_groups import counts_line, parameter_groups
 from ds_cmli.engine.planning import filled, on_this_device, plan, try_out, with_backend
 from ds_cmli.engine.train_engine import TrainEngine
-from ds_cmli.models.compiling import cannot_compile
+from ds_cmli.models.blocks import cannot_compile
 
 __all__ = [
     "DTYPES",

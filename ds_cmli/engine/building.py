@@ -25,8 +25,7 @@ from ds_cmli.engine.train_engine import TrainEngine
 from ds_cmli.faults import nonfinite
 from ds_cmli.losses.objective import Objective
 from ds_cmli.models.backbone import cast_buffers
-from ds_cmli.models.checkpointing import checkpoint_blocks
-from ds_cmli.models.compiling import compile_blocks
+from ds_cmli.models.blocks import checkpoint_blocks, compile_blocks
 from ds_cmli.models.student import Student
 from ds_cmli.models.teacher import Teacher
 from ds_cmli.models.weights import say

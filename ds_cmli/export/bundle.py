@@ -1,8 +1,9 @@
-"""Copies the code that a model needs into files beside its weights, where it runs without this package.
+"""Copies the code that a model needs into files beside its weights, where it runs without this
+package.
 
-transformers loads a model's code as files in one folder that import each other as `from .file import name`. Therefore
-each module becomes one file with rewritten imports, which holds only the definitions that are used, directly or
-indirectly.
+transformers loads a model's code as files in one folder that import each other as `from .file
+import name`. Therefore each module becomes one file with rewritten imports, which holds only the
+definitions that are used, directly or indirectly.
 """
 
 import ast
@@ -18,8 +19,10 @@ def bundle(entries: dict[str, str], replaced: dict[str, str]) -> dict[str, str]:
     """The files to write: file name -> content.
 
     Args:
-        entries: module -> name of its file without ".py". All definitions of these modules are kept.
-        replaced: module -> source code to use instead of its own, for modules that cannot be copied as they are.
+        entries: module -> name of its file without ".py". All definitions of these modules are
+            kept.
+        replaced: module -> source code to use instead of its own, for modules that cannot be copied
+            as they are.
     """
     names = {**entries}
     modules: dict[str, Module] = {}
@@ -41,7 +44,9 @@ def bundle(entries: dict[str, str], replaced: dict[str, str]) -> dict[str, str]:
 
 
 class Module:
-    """A module's source, which of its top-level statements are kept (by index), and the names that it imports."""
+    """A module's source, which of its top-level statements are kept (by index), and the names that
+    it imports.
+    """
 
     def __init__(self, name: str, text: str | None):
         path = _path(name)
@@ -60,10 +65,13 @@ class Module:
                     self.defined.setdefault(defined, []).append(i)
 
     def keep(self, name: str | None) -> list[tuple[str, str | None]]:
-        """Keep the definition of `name` and what it uses in this module; returns (module, name) of all other uses."""
+        """Keep the definition of `name` and what it uses in this module; returns (module, name) of
+        all other uses.
+        """
         others: list[tuple[str, str | None]] = []
         todo = [*self.defined, *self.imported] if name is None else [name]
-        # Statements that do something at import, and do not only define, are kept whenever the module is used.
+        # Statements that do something at import, and do not only define, are kept whenever the
+        # module is used.
         done = [
             i
             for i, s in enumerate(self.tree.body)
@@ -83,7 +91,9 @@ class Module:
         return others
 
     def _take(self, i: int, others: list[tuple[str, str | None]]) -> list[str]:
-        """Keep statement `i`; returns the names of this module that it uses, and adds names of others to `others`."""
+        """Keep statement `i`; returns the names of this module that it uses, and adds names of
+        others to `others`.
+        """
         self.kept.add(i)
         statement = self.tree.body[i]
         for node in ast.walk(statement):
@@ -161,9 +171,12 @@ def _own_imports(statement: ast.stmt) -> list[ast.ImportFrom]:
 
 
 def _source(node: ast.ImportFrom, alias: ast.alias) -> tuple[str, str | None]:
-    """The module and the name that an import refers to; the name is None if it imports the module itself."""
+    """The module and the name that an import refers to; the name is None if it imports the module
+    itself.
+    """
     inside = f"{node.module}.{alias.name}"
-    # If a module itself is imported, all of it is kept, because which of its attributes are used is not analysed.
+    # If a module itself is imported, all of it is kept, because which of its attributes are used is
+    # not analysed.
     return (inside, None) if _is_module(inside) else (str(node.module), alias.name)
 
 
@@ -204,7 +217,9 @@ def _defined(statement: ast.stmt) -> Iterator[str]:
 
 
 def _used(node: ast.AST) -> set[str]:
-    """The names that the code looks up when it runs. Annotations do not count, because they are never evaluated."""
+    """The names that the code looks up when it runs. Annotations do not count, because they are
+    never evaluated.
+    """
     out = {node.id} if isinstance(node, ast.Name) else set()
     for field, value in ast.iter_fields(node):
         if field in ("annotation", "returns"):

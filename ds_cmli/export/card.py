@@ -1,4 +1,6 @@
-"""Writes the model card: what the model is, code that uses it, its results with their names, and licences."""
+"""Writes the model card: what the model is, code that uses it, its results with their names, and
+licences.
+"""
 
 from pathlib import Path
 
@@ -34,7 +36,9 @@ POINTING = "the share of caption tokens whose best patch lies in the picture tha
 def write_card(
     folder: Path, run: Path, model: CMLIModel, config: Config, results: Results | None, onnx: bool
 ) -> None:
-    """Write `README.md` for the model of `run` that was exported to `folder`; `onnx`: with ONNX files."""
+    """Write `README.md` for the model of `run` that was exported to `folder`; `onnx`: with ONNX
+    files.
+    """
     rows, columns = model.student.grid
     data, installed = config.data, versions()
     settings = {
@@ -46,13 +50,26 @@ def write_card(
         "parameters": f"{sum(p.numel() for p in model.parameters()):,}",
     }
     pages.write_page(
-        str(folder / "README.md"), "the card", "ds_cmli.export", "card.md", name=run.resolve().name,
-        demo=data.source == DEMO, N=rows * columns, H=model.student.width, D=config.student.embed_dim,
-        S=data.image_size, M=data.context_length, onnx=onnx, results=results, names=_names(results),
-        versions=", ".join(f"{name} {installed[name]}" for name in ("torch", "timm", "transformers")),
+        str(folder / "README.md"),
+        "the card",
+        "ds_cmli.export",
+        "card.md",
+        name=run.resolve().name,
+        demo=data.source == DEMO,
+        N=rows * columns,
+        H=model.student.width,
+        D=config.student.embed_dim,
+        S=data.image_size,
+        M=data.context_length,
+        onnx=onnx,
+        results=results,
+        names=_names(results),
+        versions=", ".join(
+            f"{name} {installed[name]}" for name in ("torch", "timm", "transformers")
+        ),
         settings=markdown_table(["", ""], [[name, str(value)] for name, value in settings.items()]),
         licences=licences(config),
-    )  # fmt: skip
+    )
 
 
 def _names(results: Results | None) -> dict[str, str]:

@@ -9,14 +9,15 @@ class CMLIConfig(PreTrainedConfig):
     """The sizes of the encoders and shared blocks, and which scores the model was trained with.
 
     Args:
-        settings: two sections of the run's configuration: `student`, with all sizes and without paths, and those
-            settings of `data` that say how pictures and texts are prepared.
+        settings: two sections of the run's configuration: `student`, with all sizes and without
+            paths, and those settings of `data` that say how pictures and texts are prepared.
         losses: name and weight of each loss over pairs, in the run's order.
         vocab_size: the number of rows of the token embedding table.
         pad_id: the padding token.
         class_first: whether texts begin with a class token.
         special_ids: the tokens that do not belong to a text itself.
-        pad_ends_texts: whether the padding token is also the one with which a text ends, as in CLIP.
+        pad_ends_texts: whether the padding token is also the one with which a text ends, as in
+            CLIP.
     """
 
     model_type = "ds_cmli"

@@ -1,6 +1,8 @@
-"""The exported model, which `AutoModel` loads. It gives the features, scores and matches of a trained student.
+"""The exported model, which `AutoModel` loads. It gives the features, scores and matches of a
+trained student.
 
-Shapes: I images, J texts, N image patches, M text positions, H hidden size, D embedding dimension, S image side.
+Shapes: I images, J texts, N image patches, M text positions, H hidden size, D embedding dimension,
+S image side.
 """
 
 import contextlib
@@ -30,14 +32,17 @@ SCORES_AT_ONCE = 2**26  # the number of patch-token similarities in memory at a 
 
 
 class Loaded(Student):
-    """A student whose weights are loaded later, so that the usual trial of its encoders at construction is left out."""
+    """A student whose weights are loaded later, so that the usual trial of its encoders at
+    construction is left out.
+    """
 
     def try_out(self, *_: Any) -> None:
         pass
 
 
 class PairLoss(nn.Module):
-    """A loss over pairs with its learned temperature and, for a sigmoid loss, its bias, both always in fp32.
+    """A loss over pairs with its learned temperature and, for a sigmoid loss, its bias, both always
+    in fp32.
 
     In 16 bits a temperature would be rounded by up to 2%, and the kinds of scores weigh otherwise.
     """
@@ -53,7 +58,9 @@ class PairLoss(nn.Module):
         return super()._apply(lambda tensor: tensor.to(fn(tensor).device), recurse)
 
     def forward(self, i2t: Tensor, t2i: Tensor) -> Tensor:
-        """Scores [B, B] each, in which row b and column b are a pair -> the loss as in training, a scalar."""
+        """Scores [B, B] each, in which row b and column b are a pair -> the loss as in training, a
+        scalar.
+        """
         if self.logit_bias is None:
             return contrastive_loss(i2t, t2i, self.logit_scale)
         both = [sigmoid_loss(scores, self.logit_scale, self.logit_bias) for scores in (i2t, t2i)]
@@ -89,7 +96,8 @@ class CMLIModel(PreTrainedModel):
 
     def __init__(self, config: CMLIConfig):
         super().__init__(config)
-        # transformers builds models on the meta device, on which backbones cannot compute their constants.
+        # transformers builds models on the meta device, on which backbones cannot compute their
+        # constants.
         with torch.device("cpu"):
             self.student = build_student(config)
             self.losses = nn.ModuleDict({name: PairLoss(name) for name, _ in config.losses})
@@ -101,7 +109,9 @@ class CMLIModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers, which loses the values of buffers that are not in the file; they are set again here."""
+        """As in transformers, which loses the values of buffers that are not in the file; they are
+        set again here.
+        """
         out = super().from_pretrained(*args, **kwargs)
         model = out[0] if isinstance(out, tuple) else out
         for name, value in model.constants.items():
@@ -114,17 +124,19 @@ class CMLIModel(PreTrainedModel):
         """Does nothing, because all weights come from the file."""
 
     def get_image_features(self, pixel_values: Tensor) -> BaseModelOutputWithPooling:
-        """uint8 [I, 3, S, S] -> `pooler_output` [I, H], the class tokens for global scores, and `last_hidden_state`
-        [I, N, D], the patches for CMLI. Neither is normalised."""
+        """uint8 [I, 3, S, S] -> `pooler_output` [I, H], the class tokens for global scores, and
+        `last_hidden_state` [I, N, D], the patches for CMLI. Neither is normalised.
+        """
         cls, patches = self.student.encode_image(pixel_values)  # [I, H], [I, N, H]
         return BaseModelOutputWithPooling(self.student.projection(patches), cls)
 
     def get_text_features(
         self, input_ids: Tensor, attention_mask: Tensor | None = None
     ) -> BaseModelOutputWithPooling:
-        """int64 [J, M], bool [J, M] (True: attend; None: attend to all but padding) -> `pooler_output` [J, H] and
-        `last_hidden_state` [J, M, D], which includes special tokens and padding (see `token_mask`). Neither is
-        normalised."""
+        """int64 [J, M], bool [J, M] (True: attend; None: attend to all but padding) ->
+        `pooler_output` [J, H] and `last_hidden_state` [J, M, D], which includes special tokens and
+        padding (see `token_mask`). Neither is normalised.
+        """
         cls, tokens = self.student.encode_text(input_ids, self.attended(input_ids, attention_mask))
         return BaseModelOutputWithPooling(self.student.projection(tokens), cls)
 
@@ -146,9 +158,9 @@ class CMLIModel(PreTrainedModel):
     ) -> tuple[Tensor, Tensor]:
         """[I, N, D], [J, M, D], bool [J, M] -> s_i2t and s_t2i, fp32 [I, J] each.
 
-        s_i2t is the mean over patches of the similarity to the best token, s_t2i the mean over tokens of the similarity
-        to the best patch: FILIP (arXiv 2111.07783), equations 4 and 5. The features are those of `get_image_features`
-        and `get_text_features`, normalised or not.
+        s_i2t is the mean over patches of the similarity to the best token, s_t2i the mean over
+        tokens of the similarity to the best patch: FILIP (arXiv 2111.07783), equations 4 and 5. The
+        features are those of `get_image_features` and `get_text_features`, normalised or not.
         """
         patches, tokens = l2_normalize(patches), l2_normalize(tokens)
         step = max(1, SCORES_AT_ONCE // max(1, len(tokens) * patches.shape[1] * tokens.shape[1]))
@@ -158,7 +170,8 @@ class CMLIModel(PreTrainedModel):
     def scales(self) -> dict[str, Tensor]:
         """1/temperature, one element, of each kind of scores that was trained, "global" or "cmli".
 
-        Several losses over the same scores have a temperature each: the first one's, as in evaluation.
+        Several losses over the same scores have a temperature each: the first one's, as in
+        evaluation.
         """
         losses: list[Any] = [*self.losses.values()]
         return {loss.scores: temperature_scale(loss.logit_scale) for loss in losses[::-1]}
@@ -214,7 +227,8 @@ class CMLIModel(PreTrainedModel):
             processor: None for the one that is stored beside the model's weights.
         """
         if processor is None:
-            # If this file was itself loaded from the folder, the user trusts the folder's code already.
+            # If this file was itself loaded from the folder, the user trusts the folder's code
+            # already.
             trusted = type(self).__module__.startswith("transformers_modules.")
             processor = CMLIProcessor.from_pretrained(
                 str(self.name_or_path), trust_remote_code=trusted

@@ -1,7 +1,8 @@
-"""Exports both towers, with shared blocks and projection, and the scores as ONNX files, and checks the files.
+"""Exports both towers, with shared blocks and projection, and the scores as ONNX files, and checks
+the files.
 
-Shapes: B images or texts, I images, J texts, N patches, M text positions, H hidden size, D embedding dimension, S image
-side.
+Shapes: B images or texts, I images, J texts, N patches, M text positions, H hidden size, D
+embedding dimension, S image side.
 """
 
 import contextlib
@@ -56,7 +57,9 @@ class TextTower(nn.Module):
         self.student, self.special_ids = model.student, model.config.special_ids
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """int64 [B, M], bool [B, M] -> [B, H], [B, M, D], both of unit length, and `token_mask`, bool [B, M]."""
+        """int64 [B, M], bool [B, M] -> [B, H], [B, M, D], both of unit length, and `token_mask`,
+        bool [B, M].
+        """
         cls, tokens = self.student.encode_text(input_ids, attention_mask)
         mask = attention_mask
         for special in self.special_ids:
@@ -77,7 +80,9 @@ class Scores(nn.Module):
         token_embeds: Tensor,
         token_mask: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """[I, H], [I, N, D], [J, H], [J, M, D], bool [J, M] -> logits per image [I, J] and per text [J, I]."""
+        """[I, H], [I, N, D], [J, H], [J, M, D], bool [J, M] -> logits per image [I, J] and per text
+        [J, I].
+        """
         cmli = cmli_scores_reference(patch_embeds, token_embeds, token_mask)
         found = both_ways(image_embeds @ text_embeds.t(), cmli, self.scales)["combined"]
         return found.i2t, found.t2i.t()
@@ -87,8 +92,8 @@ class Scores(nn.Module):
 def write_onnx(
     folder: Path, model: CMLIModel, image: Tensor, ids: Tensor, mask: Tensor
 ) -> list[str]:
-    """Write `image.onnx` and `text.onnx`, for any number of images, and of texts of at most M positions, and
-    `scores.onnx`, which takes what they give.
+    """Write `image.onnx` and `text.onnx`, for any number of images, and of texts of at most M
+    positions, and `scores.onnx`, which takes what they give.
 
     Returns:
         Lines for the user about what was written.

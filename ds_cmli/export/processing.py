@@ -1,4 +1,5 @@
-"""Prepares pictures and texts for an exported model, with the same result to the bit as in training.
+"""Prepares pictures and texts for an exported model, with the same result to the bit as in
+training.
 
 Shapes: I images, J texts, S image side in pixels, M text positions.
 """
@@ -26,7 +27,8 @@ class CMLIProcessor(ProcessorMixin):
 
     Args:
         image_size: S; the shorter side is resized to it (bicubic), and the centre is cropped.
-        context_length: the most tokens of a text, including special tokens; longer texts are truncated.
+        context_length: the most tokens of a text, including special tokens; longer texts are
+            truncated.
         pad_id: the padding token.
     """
 
@@ -48,16 +50,17 @@ class CMLIProcessor(ProcessorMixin):
         """Prepare one or several pictures, one or several texts, or both.
 
         Args:
-            images: what `data.pictures.prepare` takes, a list of such, or a batch of arrays or tensors.
-                A JPEG that is open and not decoded yet (`Image.open`) is decoded as in training.
+            images: what `data.pictures.prepare` takes, a list of such, or a batch of arrays or
+                tensors. A JPEG that is open and not decoded yet (`Image.open`) is decoded as in
+                training.
             text: a string or a list of strings.
-            kwargs: the arguments that processors are usually called with, as far as `ACCEPTED` lists them.
-                `padding="max_length"` pads texts to `context_length`, `return_tensors="np"` asks for
-                arrays; all others ask for what is done anyway.
+            kwargs: the arguments that processors are usually called with, as far as `ACCEPTED`
+                lists them. `padding="max_length"` pads texts to `context_length`,
+                `return_tensors="np"` asks for arrays; all others ask for what is done anyway.
 
         Returns:
-            `pixel_values` uint8 [I, 3, S, S]; `input_ids` int64 and `attention_mask` bool [J, M]. Tensors,
-            or with `return_tensors="np"` arrays.
+            `pixel_values` uint8 [I, 3, S, S]; `input_ids` int64 and `attention_mask` bool [J, M].
+            Tensors, or with `return_tensors="np"` arrays.
 
         Raises:
             TypeError, ValueError: an argument does not fit; one line says which and how.
@@ -83,7 +86,9 @@ class CMLIProcessor(ProcessorMixin):
         return BatchFeature(out)
 
     def tokens(self, texts: list[str], whole: bool = False) -> dict[str, torch.Tensor]:
-        """Texts padded to the longest one, rounded up to a multiple of 8, or with `whole` to `context_length`."""
+        """Texts padded to the longest one, rounded up to a multiple of 8, or with `whole` to
+        `context_length`.
+        """
         for text in texts:
             if not isinstance(text, str):
                 raise TypeError(
@@ -110,7 +115,9 @@ class CMLIProcessor(ProcessorMixin):
 
 
 def _listed(name: str, given: Any) -> list[Any]:
-    """What was given for `name`, one or several, as a list; a batch of pictures has four dimensions."""
+    """What was given for `name`, one or several, as a list; a batch of pictures has four
+    dimensions.
+    """
     several = isinstance(given, list | tuple) or getattr(given, "ndim", 0) == 4
     if several and not len(given):
         raise ValueError(f"{name} is empty: give at least one, or leave it out")

@@ -1,4 +1,6 @@
-"""Loads an exported folder as the configuration and the student that the rest of the package works with."""
+"""Loads an exported folder as the configuration and the student that the rest of the package works
+with.
+"""
 
 from pathlib import Path
 

@@ -1,4 +1,6 @@
-"""The results that the model card shows: measured on the run's held-out pairs by the exported weights themselves."""
+"""The results that the model card shows: measured on the run's held-out pairs by the exported
+weights themselves.
+"""
 
 import json
 from dataclasses import dataclass, replace

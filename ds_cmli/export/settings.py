@@ -1,4 +1,6 @@
-"""The settings that build a trained student anywhere: all sizes, and no weights or paths of this machine."""
+"""The settings that build a trained student anywhere: all sizes, and no weights or paths of this
+machine.
+"""
 
 import inspect
 import json
@@ -24,7 +26,9 @@ def sources(data: DataConfig) -> list[str]:
 
 
 def portable(config: Config, student: Student) -> dict[str, Any]:
-    """Sections of the configuration that build the same student, with random weights, and prepare the same inputs."""
+    """Sections of the configuration that build the same student, with random weights, and prepare
+    the same inputs.
+    """
     backbone: Any = student.text
     text = backbone.model.config
     settings = asdict(config.student) | {

@@ -1,4 +1,5 @@
-"""Exports the encoders, without the shared blocks above them, in the formats of timm and transformers.
+"""Exports the encoders, without the shared blocks above them, in the formats of timm and
+transformers.
 
 Shapes: B images or texts, N patches, M text positions, H width of the encoder.
 """
@@ -20,7 +21,8 @@ IMAGE, TEXT = "image_encoder_timm", "text_encoder"
 
 @torch.no_grad()
 def write_image_encoder(folder: Path, model: CMLIModel, image: Tensor) -> str:
-    """Write a folder for `timm.create_model("local-dir:FOLDER", pretrained=True)`, if such a model exists in timm.
+    """Write a folder for `timm.create_model("local-dir:FOLDER", pretrained=True)`, if such a model
+    exists in timm.
 
     Args:
         image: uint8 [B, 3, S, S], the input on which both models are compared.
@@ -38,7 +40,8 @@ def write_image_encoder(folder: Path, model: CMLIModel, image: Tensor) -> str:
     trained = encoder(pixels)  # [B, prefix + N, H], or a list with a feature map
     wanted = trained[0] if isinstance(trained, list) else trained
     size = {"img_size": data["image_size"]}
-    # timm may build the encoder's first blocks as a model with fewer blocks and without the final norm, or as a whole.
+    # timm may build the encoder's first blocks as a model with fewer blocks and without the final
+    # norm, or as a whole.
     stack = {"depth": len(backbone.blocks)}
     for more in ({**stack, **size, "final_norm": False}, {**stack, **size}, size, {}):
         arguments = {"num_classes": 0, **settings["image_overrides"], **more}
@@ -84,7 +87,8 @@ def write_image_encoder(folder: Path, model: CMLIModel, image: Tensor) -> str:
 def write_text_encoder(
     folder: Path, model: CMLIModel, whole: Any, ids: Tensor, mask: Tensor
 ) -> str:
-    """Write a folder for a plain transformers model, if the text encoder gives the same features when loaded from it.
+    """Write a folder for a plain transformers model, if the text encoder gives the same features
+    when loaded from it.
 
     Args:
         whole: the transformers tokenizer.

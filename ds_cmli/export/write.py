@@ -1,4 +1,6 @@
-"""Writes a trained student as a folder that transformers loads, and checks that it is the same model."""
+"""Writes a trained student as a folder that transformers loads, and checks that it is the same
+model.
+"""
 
 import hashlib
 from dataclasses import replace
@@ -60,7 +62,8 @@ def load_run(
         ema: load the averaged weights (`optim.ema_decay`).
 
     Returns:
-        The configuration, the objective, and the tokenizer twice: as transformers' and as the training's.
+        The configuration, the objective, and the tokenizer twice: as transformers' and as the
+            training's.
 
     Raises:
         UserError: there is no such run, or it has no scores that could be exported.
@@ -83,7 +86,8 @@ def load_run(
 def write_model(
     folder: Path, config: Config, objective: Objective, whole: Any, words: CaptionTokenizer
 ) -> CMLIModel:
-    """Write weights, configuration, processor and code; returns the model as it was loaded from the folder again.
+    """Write weights, configuration, processor and code; returns the model as it was loaded from the
+    folder again.
 
     Raises:
         UserError: the loaded model gives other features.
@@ -104,7 +108,8 @@ def write_model(
         dtype="float32",
     )
     exported.save_pretrained(folder)
-    # Tied weights are saved under each of their names, because transformers does not fill what a file lacks.
+    # Tied weights are saved under each of their names, because transformers does not fill what a
+    # file lacks.
     tensors = {name: value.clone() for name, value in objective.state_dict().items()}
     (folder / WEIGHTS).write_bytes(b"".join(tensor_file.pieces(tensors)))
     processor: Any = CMLIProcessor(
@@ -160,7 +165,9 @@ def check_same(objective: Objective, model: CMLIModel) -> None:
 
 
 def example(model: CMLIModel) -> tuple[Tensor, Tensor, Tensor]:
-    """Two random pictures, two random texts, the second with padding, and the texts' attention mask."""
+    """Two random pictures, two random texts, the second with padding, and the texts' attention
+    mask.
+    """
     data, generator = model.config.settings["data"], torch.Generator().manual_seed(0)
     size, length = data["image_size"], data["context_length"]
     image = torch.randint(0, 256, (2, 3, size, size), generator=generator, dtype=torch.uint8)

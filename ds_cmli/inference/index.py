@@ -1,4 +1,5 @@
-"""An index of pictures on disk that is searched by text: global scores choose candidates, which CMLI then orders.
+"""An index of pictures on disk that is searched by text: global scores choose candidates, which
+CMLI then orders.
 
 Shapes: I images, N image patches, H hidden size, D embedding dimension.
 """
@@ -38,7 +39,8 @@ class Result:
 
 
 class Index:
-    """Embeddings of pictures in a folder of their own, in fp16 and memory-mapped, so that they may exceed the memory.
+    """Embeddings of pictures in a folder of their own, in fp16 and memory-mapped, so that they may
+    exceed the memory.
 
     A picture takes 2 * (H + N * D) bytes.
     """
@@ -68,10 +70,16 @@ class Index:
 
     @classmethod
     def build(
-        cls, folder: str | Path, model: Model, pictures: str | Path | Sequence[Picture], model_path: str = "",
-        batch_size: int = 32, progress: bool = False,
-    ) -> tuple["Index", list[str]]:  # fmt: skip
-        """Embed pictures into a new index. Returns it, and a line for each picture that was left out as unreadable.
+        cls,
+        folder: str | Path,
+        model: Model,
+        pictures: str | Path | Sequence[Picture],
+        model_path: str = "",
+        batch_size: int = 32,
+        progress: bool = False,
+    ) -> tuple["Index", list[str]]:
+        """Embed pictures into a new index. Returns it, and a line for each picture that was left
+        out as unreadable.
 
         Raises:
             UserError: none of the pictures can be read, or the folder cannot be written.
@@ -159,13 +167,13 @@ class Index:
         """The k best pictures of each text, the best first.
 
         Args:
-            candidates: how many of the best pictures by global score are scored by CMLI too. None means all pictures if
-                the index has at most 2,000, or the model no trained global score, and else 200. The result is exact if
-                no picture is left out.
+            candidates: how many of the best pictures by global score are scored by CMLI too. None
+                means all pictures if the index has at most 2,000, or the model no trained global
+                score, and else 200. The result is exact if no picture is left out.
 
         Raises:
-            UserError: a number is below 1, candidates are given for a model without a global score, a text has no
-                token, or the index was built by another model.
+            UserError: a number is below 1, candidates are given for a model without a global score,
+                a text has no token, or the index was built by another model.
         """
         for name, value in (("k", k), ("candidates", candidates)):
             if value is not None and value < 1:
@@ -188,9 +196,12 @@ class Index:
         found = []
         for j in range(len(embedded)):
             one = TextEmbeddings(
-                embedded.cls[j : j + 1], embedded.tokens[j : j + 1], embedded.token_mask[j : j + 1],
-                embedded.texts[j : j + 1], embedded.spans[j : j + 1],
-            )  # fmt: skip
+                embedded.cls[j : j + 1],
+                embedded.tokens[j : j + 1],
+                embedded.token_mask[j : j + 1],
+                embedded.texts[j : j + 1],
+                embedded.spans[j : j + 1],
+            )
             order = numbers[j].sort().values  # in the order in which they lie in the file
             fine = self.cmli_scores(one, order)[:, 0]
             position = torch.searchsorted(order, numbers[j])

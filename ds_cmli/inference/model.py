@@ -1,6 +1,7 @@
 """A trained student that embeds pictures and texts and scores them against each other.
 
-Shapes: I images, J texts, N image patches, M text positions, H hidden size, D embedding dimension, S image side.
+Shapes: I images, J texts, N image patches, M text positions, H hidden size, D embedding dimension,
+S image side.
 """
 
 import dataclasses
@@ -67,7 +68,8 @@ class TextEmbeddings:
 class Match:
     """The match of one text and one picture: each word's best patch, and each patch's best word."""
 
-    similarity: Tensor  # [M, N] fp32, cosines of the M tokens of the text, without special ones, and the N patches
+    # [M, N] fp32, cosines of the M tokens of the text, without special ones, and the N patches
+    similarity: Tensor
     words: list[str]  # the M tokens as pieces of the text
     spans: list[tuple[int, int]]  # their M places in the text, (start, end) in characters
     grid: tuple[int, int]  # rows and columns of patches, N = rows * columns
@@ -107,10 +109,11 @@ class Model:
         """Load the student of a run or of an exported model.
 
         Args:
-            path: a run's output folder, with `config.json` and `student.safetensors`, or a folder that
-                `python -m ds_cmli.export` has written.
+            path: a run's output folder, with `config.json` and `student.safetensors`, or a folder
+                that `python -m ds_cmli.export` has written.
             device: None means a GPU if there is one, and else the CPU.
-            tokenizer: used instead of the one that the run names, for instance if its path does not exist here.
+            tokenizer: used instead of the one that the run names, for instance if its path does not
+                exist here.
 
         Raises:
             UserError: there is no such run, or it cannot be loaded.
@@ -193,7 +196,9 @@ class Model:
     def embed_images(
         self, pictures: str | Path | Sequence[Picture], batch_size: int = 32, progress: bool = False
     ) -> ImageEmbeddings:
-        """Embed the pictures of a list, or of a folder with its subfolders, in the order of their names."""
+        """Embed the pictures of a list, or of a folder with its subfolders, in the order of their
+        names.
+        """
         files = list_pictures(pictures) if isinstance(pictures, str | Path) else list(pictures)
         cls, patches = [], []
         for start in _steps(len(files), batch_size, progress, "images"):
@@ -239,13 +244,14 @@ class Model:
         return TextEmbeddings(torch.cat(cls), torch.cat(tokens), whole.token_mask, texts, spans)
 
     def scores(self, images: ImageEmbeddings, texts: TextEmbeddings) -> dict[str, BothWays]:
-        """Score all images against all texts: `scores(...)["combined"].t2i` ranks images for a text.
+        """Score all images against all texts: `scores(...)["combined"].t2i` ranks images for a
+        text.
 
         Returns:
-            For each kind the two directions, `i2t` and `t2i`, fp32 [I, J] each, of which a row is an
-            image's in both. "global" are the cosines of the class tokens, equal both ways; "cmli" are
-            s_i2t and s_t2i, which are not; "combined" is the sum of what was trained, each times
-            1/temperature.
+            For each kind the two directions, `i2t` and `t2i`, fp32 [I, J] each, of which a row is
+            an image's in both. "global" are the cosines of the class tokens, equal both ways;
+            "cmli" are s_i2t and s_t2i, which are not; "combined" is the sum of what was trained,
+            each times 1/temperature.
         """
         with torch.inference_mode():
             cosines = upcast(images.cls) @ upcast(texts.cls).t()
@@ -253,7 +259,9 @@ class Model:
             return both_ways(cosines, cmli, self.scales)
 
     def match(self, picture: Picture, text: str) -> Match:
-        """Match each word of a text with its best patch of a picture, and each patch with its best word."""
+        """Match each word of a text with its best patch of a picture, and each patch with its best
+        word.
+        """
         images, texts = self.embed_images([picture]), self.embed_texts(text)
         return match_of(images, 0, texts, 0, self.grid)
 
@@ -269,7 +277,9 @@ def match_of(
 
 
 def list_pictures(folder: str | Path) -> list[Path]:
-    """The picture files in a folder and its subfolders, sorted by name; of a file, only the file itself."""
+    """The picture files in a folder and its subfolders, sorted by name; of a file, only the file
+    itself.
+    """
     path = Path(folder)
     if path.is_file():
         return [path]

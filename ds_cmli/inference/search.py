@@ -1,4 +1,6 @@
-"""`ds-cmli-search INDEX "a red car"` finds pictures that match a text, and prints them or writes a page."""
+"""`ds-cmli-search INDEX "a red car"` finds pictures that match a text, and prints them or writes a
+page.
+"""
 
 import io
 from pathlib import Path
@@ -32,9 +34,13 @@ DEMO_ONLY = "this model was trained on the demo and knows its scenes of emoji pi
     help="A run's folder.  [default: the index's own]",
 )
 @click.option("-k", "k", default=10, show_default=True, help="Results of each text.")
-@click.option("--candidates", default=None, type=int,
-              help="The best by global score, ordered by CMLI too.  [default: 200; all of up to 2000, and for a model "
-              "without a global loss]")  # fmt: skip
+@click.option(
+    "--candidates",
+    default=None,
+    type=int,
+    help="The best by global score, ordered by CMLI too.  [default: 200; all of up to 2000, and for a model "
+    "without a global loss]",
+)
 @click.option("--batch-size", default=32, show_default=True, help="Pictures embedded at a time.")
 @click.option(
     "--page",
@@ -44,9 +50,16 @@ DEMO_ONLY = "this model was trained on the demo and knows its scenes of emoji pi
 )
 @click.option("--json", "as_json", is_flag=True, help="One object a text, a line each.")
 def command(
-    index: str, texts: tuple[str, ...], pictures: str | None, model_path: str | None, k: int, candidates: int | None,
-    batch_size: int, page: str | None, as_json: bool,
-) -> None:  # fmt: skip
+    index: str,
+    texts: tuple[str, ...],
+    pictures: str | None,
+    model_path: str | None,
+    k: int,
+    candidates: int | None,
+    batch_size: int,
+    page: str | None,
+    as_json: bool,
+) -> None:
     """Search an index of pictures by text."""
     if pictures is None and not texts:
         raise UserError(
@@ -111,7 +124,9 @@ def _check_effect(builds: bool, searches: bool) -> None:
 
 
 def write_page(path: str, texts: tuple[str, ...], results: list[list[Any]], note: str = "") -> None:
-    """Write the results as one self-contained HTML file with small copies of the pictures, `note` on top."""
+    """Write the results as one self-contained HTML file with small copies of the pictures, `note`
+    on top.
+    """
     rows = [
         (text, [(r, _thumbnail(r.name)) for r in best])
         for text, best in zip(texts, results, strict=True)

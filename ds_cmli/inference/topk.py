@@ -1,4 +1,5 @@
-"""Finds the best images of each text, or texts of each image, without holding the matrix of all scores.
+"""Finds the best images of each text, or texts of each image, without holding the matrix of all
+scores.
 
 Shapes: I images, J texts, k results.
 """
@@ -21,7 +22,8 @@ def topk(
         k: the number of results of each row, at most `columns`.
 
     Returns:
-        Values and int64 column numbers, [rows, k] each, the best first. Of equal scores the lower number comes first.
+        Values and int64 column numbers, [rows, k] each, the best first. Of equal scores the lower
+        number comes first.
     """
     k = min(k, columns)
     width = min(columns, max(k, 1 << 12))

@@ -1,4 +1,5 @@
-"""The interface of image and text encoders; each class that a table in `models` names implements one of the two.
+"""The interface of image and text encoders; each class that a table in `models` names implements
+one of the two.
 
 Shapes: B pairs, S image side in pixels, N image patches, M text positions, H width of the encoder.
 """
@@ -16,7 +17,8 @@ from ds_cmli.common.errors import UserError
 from ds_cmli.data.tokens import SpecialTokens
 from ds_cmli.models.weights import Source
 
-DEFAULT_LAYERS = 6  # layers kept of a plain stack (equal layers, one after the other) if the configuration sets none
+# Layers kept of a plain stack (equal layers, one after the other) if the configuration sets none.
+DEFAULT_LAYERS = 6
 
 
 @dataclass(frozen=True)
@@ -29,9 +31,8 @@ class ImageRequest:
     overrides: dict[str, Any]
     image_size: int  # S
     partial: bool  # whether keys may be missing in the weights
-    layers: int | None = (
-        None  # how many first layers are kept; None: `DEFAULT_LAYERS` of a plain stack, else all
-    )
+    # How many first layers are kept; None: `DEFAULT_LAYERS` of a plain stack, else all.
+    layers: int | None = None
     block: int | None = None  # for a teacher: the block (or stage) whose output is its features
 
     @property
@@ -56,13 +57,10 @@ class TextRequest:
     vocab_size: int  # of the tokenizer
     positions: int  # M, the length of the longest text
     partial: bool  # whether keys may be missing in the weights
-    layers: (
-        int | None
-    )  # how many first layers are kept; None: `DEFAULT_LAYERS` of a plain stack, else all
+    layers: int | None  # as in `ImageRequest`
     dropout: float
-    pretrained: bool = (
-        True  # False: random weights of the configured model's shapes, to be overwritten later
-    )
+    # False: random weights of the configured model's shapes, to be overwritten later.
+    pretrained: bool = True
     special: SpecialTokens = field(default_factory=SpecialTokens)
 
     @property
@@ -80,11 +78,12 @@ class TextRequest:
 
 
 class ImageBackbone(nn.Module):
-    """An encoder from pixels to one class token and N patch tokens, which are ordered row by row over a grid.
+    """An encoder from pixels to one class token and N patch tokens, which are ordered row by row
+    over a grid.
 
-    Attributes: `width` (H), `grid` (numbers of rows and columns of patches), `prefix` (number of tokens before the
-    patches; the first is the class token), `mean` and `std` (the normalisation of each colour that the encoder was
-    trained with, for pixel values from 0 to 1).
+    Attributes: `width` (H), `grid` (numbers of rows and columns of patches), `prefix` (number of
+    tokens before the patches; the first is the class token), `mean` and `std` (the normalisation of
+    each colour that the encoder was trained with, for pixel values from 0 to 1).
     """
 
     width: int
@@ -100,7 +99,9 @@ class ImageBackbone(nn.Module):
 
     @property
     def blocks(self) -> list[nn.Module]:
-        """The modules that activation checkpointing recomputes; each must be called once in a forward pass."""
+        """The modules that activation checkpointing recomputes; each must be called once in a
+        forward pass.
+        """
         raise NotImplementedError
 
     def forward(self, pixels: Tensor) -> Tensor:
@@ -108,10 +109,11 @@ class ImageBackbone(nn.Module):
         raise NotImplementedError
 
     def train(self, mode: bool = True) -> "ImageBackbone":
-        """Set the training mode, but leave every BatchNorm layer in eval mode, with its running statistics unchanged.
+        """Set the training mode, but leave every BatchNorm layer in eval mode, with its running
+        statistics unchanged.
 
-        Batch statistics would differ between ranks, would make a resumed run differ from an uninterrupted one, and
-        would be updated twice under activation checkpointing.
+        Batch statistics would differ between ranks, would make a resumed run differ from an
+        uninterrupted one, and would be updated twice under activation checkpointing.
         """
         super().train(mode)
         for module in self.modules():
@@ -121,7 +123,8 @@ class ImageBackbone(nn.Module):
 
 
 class TextBackbone(nn.Module):
-    """An encoder from token ids to M features, with the pooling that gives one feature of the whole text.
+    """An encoder from token ids to M features, with the pooling that gives one feature of the whole
+    text.
 
     Attributes: `width` (H), `most_positions` (the greatest length of a text; None: any length).
     """
@@ -136,7 +139,9 @@ class TextBackbone(nn.Module):
 
     @property
     def blocks(self) -> list[nn.Module]:
-        """The modules that activation checkpointing recomputes; each must be called once in a forward pass."""
+        """The modules that activation checkpointing recomputes; each must be called once in a
+        forward pass.
+        """
         raise NotImplementedError
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
@@ -144,15 +149,40 @@ class TextBackbone(nn.Module):
         raise NotImplementedError
 
     def pool(self, tokens: Tensor, attention_mask: Tensor) -> Tensor:
-        """Pool the tokens into the text's class token: [B, M, any width], bool [B, M] -> [B, the same width]."""
+        """Pool the tokens into the text's class token: [B, M, any width], bool [B, M] -> [B, the
+        same width].
+        """
         raise NotImplementedError
 
 
-def cast_buffers(image: nn.Module, dtype: torch.dtype) -> None:
-    """Cast the floating-point buffers of an image backbone, which DeepSpeed (0.19.8) leaves in fp32.
+class PixelNorm(nn.Module):
+    """Normalises uint8 pixels by the mean and standard deviation of the encoder's training, in its
+    precision.
+    """
 
-    timm's models expect their masks, position biases and BatchNorm's statistics in the dtype of their weights. Rotary
-    embeddings stay in fp32, because angles need its precision.
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, mean: Iterable[float], std: Iterable[float]):
+        """`mean` and `std` of each of the three colours, for pixel values from 0 to 1."""
+        super().__init__()
+        for name, given in (("mean", mean), ("std", std)):
+            # Integers in units of 1/10000 of a pixel value: the model's cast to 16 bits would round
+            # a float buffer.
+            value = torch.tensor(list(given))[:, None, None] * 255e4
+            self.register_buffer(name, value.round().int(), persistent=False)
+
+    def forward(self, image: Tensor, dtype: torch.dtype) -> Tensor:
+        """uint8 [B, 3, S, S] -> `dtype` [B, 3, S, S]."""
+        return ((image.float() * 1e4 - self.mean) / self.std).to(dtype)
+
+
+def cast_buffers(image: nn.Module, dtype: torch.dtype) -> None:
+    """Cast the floating-point buffers of an image backbone, which DeepSpeed (0.19.8) leaves in
+    fp32.
+
+    timm's models expect their masks, position biases and BatchNorm's statistics in the dtype of
+    their weights. Rotary embeddings stay in fp32, because angles need its precision.
     """
     for part in image.modules():
         if not type(part).__name__.startswith("Rotary"):
@@ -162,5 +192,7 @@ def cast_buffers(image: nn.Module, dtype: torch.dtype) -> None:
 
 
 def with_mean(patches: Tensor) -> Tensor:
-    """[B, N, H] -> [B, 1 + N, H]: prepend the mean of the patches as class token, for a model that has none."""
+    """[B, N, H] -> [B, 1 + N, H]: prepend the mean of the patches as class token, for a model that
+    has none.
+    """
     return torch.cat([patches.mean(1, keepdim=True), patches], 1)

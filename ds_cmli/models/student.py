@@ -1,7 +1,9 @@
-"""The student: an image and a text encoder, each cut to its first layers, followed by shared Transformer blocks.
+"""The student: an image and a text encoder, each cut to its first layers, followed by shared
+Transformer blocks.
 
-Shapes: B pairs, S image side in pixels, N image patches, M text positions, H hidden size, D embedding dimension; prefix
-is the number of tokens before the patches, the first of which is the class token.
+Shapes: B pairs, S image side in pixels, N image patches, M text positions, H hidden size, D
+embedding dimension; prefix is the number of tokens before the patches, the first of which is the
+class token.
 """
 
 from typing import Any
@@ -16,9 +18,14 @@ from ds_cmli.common.errors import UserError
 from ds_cmli.common.pretrained import reason
 from ds_cmli.config.schema import StudentConfig
 from ds_cmli.data.tokens import SpecialTokens
-from ds_cmli.models.backbone import ImageBackbone, ImageRequest, TextBackbone, TextRequest
-from ds_cmli.models.pixels import PixelNorm
-from ds_cmli.models.room import check_room, count
+from ds_cmli.models.backbone import (
+    ImageBackbone,
+    ImageRequest,
+    PixelNorm,
+    TextBackbone,
+    TextRequest,
+)
+from ds_cmli.models.weights import check_room, count
 
 
 class SharedBlock(nn.Module):
@@ -29,16 +36,18 @@ class SharedBlock(nn.Module):
     def __init__(self, width: int, heads: int):
         super().__init__()
         self.block = Block(width, heads, qkv_bias=True)
-        # The block starts as the identity: random residual outputs would drown the pretrained encoders' features.
+        # The block starts as the identity: random residual outputs would drown the pretrained
+        # encoders' features.
         for last in (self.block.attn.proj, self.block.mlp.fc2):
             nn.init.zeros_(last.weight)
             nn.init.zeros_(last.bias)
 
     def forward(self, image: Tensor, text: Tensor, token_mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Image [B, prefix+N, H], text [B, M, H] and its mask, bool [B, M] (True = attend) -> both, same shapes.
+        """Image [B, prefix+N, H], text [B, M, H] and its mask, bool [B, M] (True = attend) -> both,
+        same shapes.
 
-        One call takes both modalities, so that activation checkpointing recomputes the block once and each parameter's
-        gradient arrives once, which ZeRO requires.
+        One call takes both modalities, so that activation checkpointing recomputes the block once
+        and each parameter's gradient arrives once, which ZeRO requires.
         """
         return self.image(image), self.text(text, token_mask)
 
@@ -67,8 +76,10 @@ class Student(nn.Module):
         Args:
             vocab_size: the tokenizer's vocabulary size.
             positions: M, the length of the longest text.
-            pretrained: whether to load pretrained weights; if not, they are random and meant to be overwritten.
-            special: the special tokens that the tokenizer adds; None: those of the built-in tokenizer.
+            pretrained: whether to load pretrained weights; if not, they are random and meant to be
+                overwritten.
+            special: the special tokens that the tokenizer adds; None: those of the built-in
+                tokenizer.
         """
         super().__init__()
         self.image = models.build(
@@ -104,18 +115,19 @@ class Student(nn.Module):
         self.text_head: nn.Module = (
             nn.Linear(text_width, width) if text_width != width else nn.Identity()
         )
-        # The largest number of heads that divides the width with at least 64 channels per head, or else one head.
+        # The largest number of heads that divides the width with at least 64 channels per head, or
+        # else one head.
         heads = next(n for n in range(max(1, width // 64), 0, -1) if width % n == 0)
         with torch.device("meta"):
             one = count(SharedBlock(width, heads))
         check_room("student.shared_blocks", config.shared_blocks, one * config.shared_blocks)
         self.shared = nn.ModuleList(SharedBlock(width, heads) for _ in range(config.shared_blocks))
-        # The encoders' outputs differ in scale before the shared blocks, and in mean after them. A separate norm for
-        # each modality brings both to one scale and lets the modality gap close.
+        # The encoders' outputs differ in scale before the shared blocks, and in mean after them. A
+        # separate norm for each modality brings both to one scale and lets the modality gap close.
         self.image_in, self.text_in = nn.LayerNorm(width), nn.LayerNorm(width)
         self.image_out, self.text_out = nn.LayerNorm(width), nn.LayerNorm(width)
-        # g: one projection for patches and tokens (and the teacher's patches). Its rows start orthonormal, which
-        # approximately keeps cosine similarities from the first step on.
+        # g: one projection for patches and tokens (and the teacher's patches). Its rows start
+        # orthonormal, which approximately keeps cosine similarities from the first step on.
         self.projection = nn.Linear(width, config.embed_dim, bias=False)
         nn.init.orthogonal_(self.projection.weight)
         self.width = width
@@ -123,7 +135,9 @@ class Student(nn.Module):
 
     @torch.no_grad()
     def try_out(self, config: StudentConfig, image_size: int, positions: int) -> None:
-        """Encode one image and three texts, so that a model that does not fit is refused here, by a `UserError`."""
+        """Encode one image and three texts, so that a model that does not fit is refused here, by a
+        `UserError`.
+        """
         self.eval()
         rows, columns = self.grid
         try:
@@ -142,7 +156,8 @@ class Student(nn.Module):
             raise UserError(
                 f"data.context_length is {positions}: student.text_model {config.text_model!r} has only {most}"
             )
-        # The second text differs from the first only in its padding, the third only in its last token.
+        # The second text differs from the first only in its padding, the third only in its last
+        # token.
         ids = torch.ones(3, positions, dtype=torch.int64)
         ids[1, -1] = 2
         ids[2, -2] = 2
@@ -179,12 +194,13 @@ class Student(nn.Module):
     def forward(
         self, image: Tensor, input_ids: Tensor, attention_mask: Tensor
     ) -> tuple[Tensor, ...]:
-        """Encode a batch for the losses: uint8 [B, 3, S, S], int64 [B, M], bool [B, M] (True = attend).
+        """Encode a batch for the losses: uint8 [B, 3, S, S], int64 [B, M], bool [B, M] (True =
+        attend).
 
         Returns:
-            Image class tokens [B, H], patches [B, N, H], text class tokens [B, H] and tokens [B, M, H] (padding and
-            special tokens included), not normalised, in the model's precision. They are a plain tuple because ZeRO-3's
-            hooks do not find tensors inside other objects.
+            Image class tokens [B, H], patches [B, N, H], text class tokens [B, H] and tokens [B, M,
+            H] (padding and special tokens included), not normalised, in the model's precision. They
+            are a plain tuple because ZeRO-3's hooks do not find tensors inside other objects.
         """
         x, y = self.embed_image(image), self.embed_text(input_ids, attention_mask)
         for block in self.shared:
@@ -192,14 +208,18 @@ class Student(nn.Module):
         return *self.split_image(x), *self.split_text(y, attention_mask)
 
     def encode_image(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        """uint8 [B, 3, S, S] -> class tokens [B, H] and patches [B, N, H], as `forward` returns them."""
+        """uint8 [B, 3, S, S] -> class tokens [B, H] and patches [B, N, H], as `forward` returns
+        them.
+        """
         x = self.embed_image(image)
         for block in self.shared:
             x = block.image(x)  # type: ignore[operator]
         return self.split_image(x)
 
     def encode_text(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
-        """int64 [B, M], bool [B, M] -> class tokens [B, H] and tokens [B, M, H], as `forward` returns them."""
+        """int64 [B, M], bool [B, M] -> class tokens [B, H] and tokens [B, M, H], as `forward`
+        returns them.
+        """
         y = self.embed_text(input_ids, attention_mask)
         for block in self.shared:
             y = block.text(y, attention_mask)  # type: ignore[operator]

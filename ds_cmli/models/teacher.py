@@ -1,6 +1,7 @@
 """The frozen image-only teacher: an image encoder whose features are the targets of distillation.
 
-It is not part of DeepSpeed's engine: it has no optimizer state and no gradient buffers and is not in checkpoints.
+It is not part of DeepSpeed's engine: it has no optimizer state and no gradient buffers and is not
+in checkpoints.
 Shapes: B images, S image side in pixels, N patches of the student's grid, H_t the teacher's width.
 """
 
@@ -13,8 +14,7 @@ from torch import Tensor, nn
 from ds_cmli import models
 from ds_cmli.common.pretrained import reason
 from ds_cmli.config.schema import TeacherConfig
-from ds_cmli.models.backbone import ImageBackbone, ImageRequest
-from ds_cmli.models.pixels import PixelNorm
+from ds_cmli.models.backbone import ImageBackbone, ImageRequest, PixelNorm
 from ds_cmli.models.weights import say
 
 
@@ -30,7 +30,9 @@ class Teacher(nn.Module):
     image: ImageBackbone
 
     def __init__(self, config: TeacherConfig, image_size: int, grid: tuple[int, int]):
-        """`grid` is the student's patch grid, to which the teacher's patches are resampled if theirs differs."""
+        """`grid` is the student's patch grid, to which the teacher's patches are resampled if
+        theirs differs.
+        """
         super().__init__()
         request = ImageRequest(
             prefix="teacher.",
@@ -47,7 +49,9 @@ class Teacher(nn.Module):
         self.width = self.image.width
         self.requires_grad_(False)
         self.eval()
-        try:  # encode one image, so that a model that does not fit is a `UserError` now, no traceback later
+        # encode one image, so that a model that does not fit is a `UserError` now, no traceback
+        # later
+        try:
             found = self(torch.zeros(1, 3, image_size, image_size, dtype=torch.uint8))
             fits = found.patches.shape == (
                 1,
@@ -83,7 +87,8 @@ class Teacher(nn.Module):
                 square.float(), size=self.grid, mode="bilinear", align_corners=False
             )
             patches = square.flatten(2).transpose(1, 2).to(dtype)
-        # Without the final norm a block's raw output is unbounded. The student's features come out of a LayerNorm, so
-        # they can match targets that are normalised too, without a learned scale.
+        # Without the final norm a block's raw output is unbounded. The student's features come out
+        # of a LayerNorm, so they can match targets that are normalised too, without a learned
+        # scale.
         normalise = lambda x: F.layer_norm(x.float(), (self.width,)).to(dtype)  # noqa: E731
         return Targets(normalise(cls), normalise(patches))

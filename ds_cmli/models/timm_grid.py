@@ -1,4 +1,5 @@
-"""timm's models that return a feature map: Swin, ConvNeXt, ResNet and others; each position of the map is a patch.
+"""timm's models that return a feature map: Swin, ConvNeXt, ResNet and others; each position of the
+map is a patch.
 
 Shapes: B images, S image side in pixels, N = rows * columns of the map, H channels of the map.
 """
@@ -11,7 +12,8 @@ from torch import Tensor, nn
 from ds_cmli.models import timm_model
 from ds_cmli.models.backbone import ImageBackbone, ImageRequest, with_mean
 
-# Blocks after those of the patches, in which only a class token attends (CaiT, XCiT): no feature map comes from them.
+# Blocks after those of the patches, in which only a class token attends (CaiT, XCiT): no feature
+# map comes from them.
 CLASS_BLOCKS = ("cls_attn_blocks", "blocks_token_only")
 
 

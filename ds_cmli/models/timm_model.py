@@ -1,4 +1,5 @@
-"""Building timm's models from a configuration and loading their weights, with a one-line `UserError` per mistake.
+"""Building timm's models from a configuration and loading their weights, with a one-line
+`UserError` per mistake.
 
 Shapes: B images, S image side in pixels.
 """
@@ -26,21 +27,42 @@ from ds_cmli.common.errors import UserError, nearest
 from ds_cmli.common.patches import patched
 from ds_cmli.common.pretrained import loading, reason
 from ds_cmli.models.backbone import DEFAULT_LAYERS, ImageRequest
-from ds_cmli.models.room import check_room, count
-from ds_cmli.models.weights import Shape, Source, account, check_finite, say, weights_file
+from ds_cmli.models.weights import (
+    Shape,
+    Source,
+    account,
+    check_finite,
+    check_room,
+    count,
+    say,
+    weights_file,
+)
 
-# The arguments of timm that `overrides` cannot change, and the reason, as the error message gives it.
+# The arguments of timm that `overrides` cannot change, and the reason, as the error message gives
+# it.
 DECIDED = {
     "img_size": "data.image_size says it",
-    **dict.fromkeys(("checkpoint_path", "pretrained", "pretrained_strict"), "the setting of the weights says it"),
     **dict.fromkeys(
-        ("num_classes", "global_pool", "pool_include_prefix", "fc_norm", "final_norm", "drop_rate", "head_drop_rate"),
+        ("checkpoint_path", "pretrained", "pretrained_strict"), "the setting of the weights says it"
+    ),
+    **dict.fromkeys(
+        (
+            "num_classes",
+            "global_pool",
+            "pool_include_prefix",
+            "fc_norm",
+            "final_norm",
+            "drop_rate",
+            "head_drop_rate",
+        ),
         "head, pooling and final norm are not used",
     ),
-    **dict.fromkeys(("class_token", "in_chans", "dynamic_img_pad", "dynamic_img_size", "strict_img_size"),
-                    "class token, colours and the grid of patches are fixed"),
+    **dict.fromkeys(
+        ("class_token", "in_chans", "dynamic_img_pad", "dynamic_img_size", "strict_img_size"),
+        "class token, colours and the grid of patches are fixed",
+    ),
     "patch_drop_rate": "every patch is needed",
-}  # fmt: skip
+}
 FROZEN = (
     "pos_drop_rate",
     "proj_drop_rate",
@@ -64,7 +86,9 @@ class Created:
     given: Given | None  # None: random weights
 
     def account(self) -> None:
-        """Report missing and unused keys, or raise `UserError`; called after the unused layers are cut off."""
+        """Report missing and unused keys, or raise `UserError`; called after the unused layers are
+        cut off.
+        """
         if self.given is not None:
             account(self.source, self.model, self.given.shapes, self.given.before)
 
@@ -76,7 +100,9 @@ def _sketch(model: str, overrides: str) -> Any:
 
 
 def sketch(request: ImageRequest) -> Any:
-    """The model on the meta device, for inspection; None if it cannot be built, in which case `create` says why."""
+    """The model on the meta device, for inspection; None if it cannot be built, in which case
+    `create` says why.
+    """
     try:
         return _sketch(request.model, json.dumps(request.overrides, sort_keys=True))
     except Exception:
@@ -86,7 +112,8 @@ def sketch(request: ImageRequest) -> Any:
 def create(request: ImageRequest) -> Created:
     """Create a timm model with its weights and without classifier.
 
-    A weights file must have the model's own layout; timm resamples position embeddings of another image size.
+    A weights file must have the model's own layout; timm resamples position embeddings of another
+    image size.
 
     Raises:
         UserError: the model or its weights cannot be used.
@@ -119,7 +146,9 @@ def create(request: ImageRequest) -> Created:
 
 
 def _built(build: Callable[[], Any]) -> Any:
-    """Build the model. Under fake tensors, a model that computes its sizes with tensors (RegNet) is built on meta."""
+    """Build the model. Under fake tensors, a model that computes its sizes with tensors (RegNet) is
+    built on meta.
+    """
     try:
         return build()
     except (DynamicOutputShapeException, UnsupportedFakeTensorException):
@@ -153,13 +182,20 @@ def _not_built(request: ImageRequest, error: Exception) -> UserError:
 
 
 def _watched(file: str | None, given: Given | None) -> Any:
-    """A context in which timm's function that loads weights records in `given` the keys that it loads.
+    """A context in which timm's function that loads weights records in `given` the keys that it
+    loads.
 
-    It also reads `file` here with `weights_only`, because earlier versions of timm run the code in a pickle.
+    It also reads `file` here with `weights_only`, because earlier versions of timm run the code in
+    a pickle.
     """
 
-    def load(load_pretrained: Callable, model: nn.Module, pretrained_cfg: Any = None,
-             filter_fn: Callable | None = None, **arguments: Any) -> None:  # fmt: skip
+    def load(
+        load_pretrained: Callable,
+        model: nn.Module,
+        pretrained_cfg: Any = None,
+        filter_fn: Callable | None = None,
+        **arguments: Any,
+    ) -> None:
         assert given is not None
         if file is not None:
             pretrained_cfg = {**pretrained_cfg, "source": "", "state_dict": _read(file)}
@@ -169,7 +205,8 @@ def _watched(file: str | None, given: Given | None) -> Any:
             if filter_fn is not None:
                 try:
                     state = filter_fn(state, model)
-                except TypeError:  # some of timm's filters take only the state, and timm itself falls back like this
+                # some of timm's filters take only the state, and timm itself falls back like this
+                except TypeError:
                     state = filter_fn(state)
             given.shapes.update(_shapes(state))
             return state
@@ -218,7 +255,9 @@ def _check_overrides(prefix: str, overrides: dict[str, Any]) -> None:
 
 
 def last_block(request: ImageRequest, depth: int, unit: str) -> int:
-    """Index of the last of `depth` blocks (or stages) that is used; raises `UserError` if there is no such block."""
+    """Index of the last of `depth` blocks (or stages) that is used; raises `UserError` if there is
+    no such block.
+    """
     if request.block is not None:
         if not -depth <= request.block < depth:
             raise UserError(
@@ -243,7 +282,8 @@ class WrongImageSize(UserError):
 
 
 def check_image_size(request: ImageRequest, patch: tuple[int, int]) -> None:
-    """Raise `WrongImageSize` unless the image side is a multiple of `patch`, its height and width in pixels.
+    """Raise `WrongImageSize` unless the image side is a multiple of `patch`, its height and width
+    in pixels.
 
     timm would otherwise crop or pad the image.
     """
@@ -272,14 +312,17 @@ def patch(request: ImageRequest) -> tuple[int, int]:
 def cut(model: Any, last: int) -> None:
     """Remove all blocks (or stages) after `last`, the final norm, the pooling and the head."""
     model.prune_intermediate_layers([last], prune_norm=True, prune_head=True)
-    # The pretrained final norm fits only the last of all blocks; student and teacher have norms of their own.
+    # The pretrained final norm fits only the last of all blocks; student and teacher have norms of
+    # their own.
     for name in ("norm", "fc_norm", "head", "head_dist"):
         if isinstance(getattr(model, name, None), nn.Module):
             setattr(model, name, nn.Identity())
 
 
 def tell(request: ImageRequest, model: nn.Module, pooling: str | None) -> None:
-    """Print what the user may not expect of a model; `pooling` replaces its missing class token (None: it has one)."""
+    """Print what the user may not expect of a model; `pooling` replaces its missing class token
+    (None: it has one).
+    """
     if pooling is not None:
         say(f"{request.name} has no class token: {pooling} stands for it", model)
     if request.block is None and any(isinstance(module, _BatchNorm) for module in model.modules()):

@@ -1,4 +1,5 @@
-"""timm's models with patch tokens in a plain stack of blocks: ViT, DeiT, BEiT, EVA, SigLIP; any number of registers.
+"""timm's models with patch tokens in a plain stack of blocks: ViT, DeiT, BEiT, EVA, SigLIP; any
+number of registers.
 
 Shapes: B images, S image side in pixels, N patches, H width.
 """

@@ -1,7 +1,9 @@
-"""Building text models of the transformers library and loading their weights; each mistake is a one-line `UserError`.
+"""Building text models of the transformers library and loading their weights; each mistake is a
+one-line `UserError`.
 
-Only the layers that compute a hidden state for each token are kept: the encoder of an encoder-decoder, the text part of
-an image-text model, without pooler and head. Shapes: B texts, M text positions, H width.
+Only the layers that compute a hidden state for each token are kept: the encoder of an
+encoder-decoder, the text part of an image-text model, without pooler and head. Shapes: B texts, M
+text positions, H width.
 """
 
 import inspect
@@ -12,7 +14,7 @@ from typing import Any
 import timm
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from transformers import (
     CONFIG_MAPPING,
@@ -25,17 +27,25 @@ from transformers import (
 
 from ds_cmli.common.errors import UserError, nearest
 from ds_cmli.common.pretrained import loading, reason
-from ds_cmli.models.backbone import DEFAULT_LAYERS, TextBackbone, TextRequest
-from ds_cmli.models.room import check_room, count
-from ds_cmli.models.weights import account, check_finite, say
+from ds_cmli.models.backbone import DEFAULT_LAYERS, TextRequest
+from ds_cmli.models.weights import account, check_finite, check_room, count, say
 
-# The configuration fields, over all families, of the dropout after layers and of the dropout inside the attention.
-DROPOUT = ("hidden_dropout_prob", "dropout", "dropout_rate", "resid_pdrop", "embd_pdrop", "embedding_dropout",
-           "mlp_dropout")  # fmt: skip
+# The configuration fields, over all families, of the dropout after layers and of the dropout inside
+# the attention.
+DROPOUT = (
+    "hidden_dropout_prob",
+    "dropout",
+    "dropout_rate",
+    "resid_pdrop",
+    "embd_pdrop",
+    "embedding_dropout",
+    "mlp_dropout",
+)
 ATTENTION_DROPOUT = ("attention_probs_dropout_prob", "attention_dropout", "attn_pdrop")
 # The fields that `text_overrides` cannot change, and the setting that decides them.
 DECIDED = {"vocab_size": "data.tokenizer", **dict.fromkeys(DROPOUT, "student.dropout")}
-# Fields of single families that do not affect the encoder: they configure heads, generation or decoding.
+# Fields of single families that do not affect the encoder: they configure heads, generation or
+# decoding.
 UNUSED = {
     *(
         "use_cache",
@@ -48,19 +58,34 @@ UNUSED = {
     *("gradient_checkpointing", "cross_attention_hidden_size", "model_type", "num_decoder_layers"),
 }
 # The names that the families give to the table of token embeddings in their weights.
-TOKEN_TABLES = ("word_embeddings.weight", "shared.weight", "embed_tokens.weight", "token_embedding.weight",
-                "tok_embeddings.weight", "wte.weight")  # fmt: skip
+TOKEN_TABLES = (
+    "word_embeddings.weight",
+    "shared.weight",
+    "embed_tokens.weight",
+    "token_embedding.weight",
+    "tok_embeddings.weight",
+    "wte.weight",
+)
 # Fields that these families read although their configuration classes do not declare them.
 UNDECLARED = {
     "deberta": ("embedding_size", "talking_head"),
-    "deberta-v2": ("attention_head_size", "conv_act", "conv_groups", "conv_kernel_size", "embedding_size",
-                   "norm_rel_ebd", "position_buckets", "share_att_key"),
-}  # fmt: skip
-POSITION_TABLES = ("position_embeddings", "position_embedding", "embed_positions", "wpe")
+    "deberta-v2": (
+        "attention_head_size",
+        "conv_act",
+        "conv_groups",
+        "conv_kernel_size",
+        "embedding_size",
+        "norm_rel_ebd",
+        "position_buckets",
+        "share_att_key",
+    ),
+}
 
 
 def family(model: str) -> str:
-    """The architecture at the start of a model's name: "bert-base-uncased" -> "bert", "clip" -> "clip_text_model"."""
+    """The architecture at the start of a model's name: "bert-base-uncased" -> "bert", "clip" ->
+    "clip_text_model".
+    """
     plain = model.rsplit("/", 1)[-1].lower().replace("_", "-") + "-"
     known = [
         kind for kind in CONFIG_MAPPING if plain.startswith(kind.lower().replace("_", "-") + "-")
@@ -95,12 +120,16 @@ def without_effect(kind: type[PreTrainedConfig], name: str) -> str | None:
 
 
 def text_part(config: PreTrainedConfig) -> PreTrainedConfig:
-    """The configuration of the text encoder: for an image-text model, such as CLIP, it is a part of the model's."""
+    """The configuration of the text encoder: for an image-text model, such as CLIP, it is a part of
+    the model's.
+    """
     return getattr(config, "text_config", None) or config
 
 
 def kind_of(request: TextRequest) -> type[PreTrainedConfig] | None:
-    """The class of the model's configuration; None if it cannot be determined, in which case `create` says why."""
+    """The class of the model's configuration; None if it cannot be determined, in which case
+    `create` says why.
+    """
     if not Path(request.weights).is_dir():
         try:
             return CONFIG_MAPPING[family(request.model)]  # the name is enough, the hub is not asked
@@ -176,7 +205,8 @@ def _configured(request: TextRequest) -> PreTrainedConfig:
         rows = [len(value) for key, value in state.items() if key.endswith(TOKEN_TABLES)]
         sizes["vocab_size"] = rows[0] if rows else request.vocab_size
     if request.weights == "random" or _is_file(request):
-        # The fields of special tokens are rows of the embedding table, so they must be the tokenizer's ids.
+        # The fields of special tokens are rows of the embedding table, so they must be the
+        # tokenizer's ids.
         special = {"pad_token_id": request.special.pad_id} if "pad_token_id" in fields else {}
         return kind(**{**special, **sizes})
     if type(configure()) is kind:
@@ -185,7 +215,9 @@ def _configured(request: TextRequest) -> PreTrainedConfig:
 
 
 def _sized(request: TextRequest, config: Any) -> int | None:
-    """Set the number of layers that are kept in `config` and return it; None if the family has no such field."""
+    """Set the number of layers that are kept in `config` and return it; None if the family has no
+    such field.
+    """
     depth = getattr(config, "num_hidden_layers", None)
     if depth is None:
         if request.layers is not None:
@@ -194,7 +226,8 @@ def _sized(request: TextRequest, config: Any) -> int | None:
                 "student.layers=null, and it is kept whole"
             )
         return None
-    # Weights may have more layers than their configuration says; if they have fewer than asked, `account` reports it.
+    # Weights may have more layers than their configuration says; if they have fewer than asked,
+    # `account` reports it.
     most = (
         depth if request.weights == "random" or "num_hidden_layers" in request.overrides else None
     )
@@ -262,79 +295,3 @@ def _read(file: str) -> dict[str, Tensor]:
     return timm.models.load_state_dict(
         file, weights_only=True
     )  # reads .safetensors, or a file that torch.save wrote
-
-
-class Transformer(TextBackbone):
-    """A model of the transformers library, used for its last hidden states; subclasses define the pooling."""
-
-    model: Any
-
-    def __init__(self, request: TextRequest):
-        super().__init__()
-        self.model = create(request)
-        # The key-value cache is for generation: here it would waste memory, twice under activation checkpointing.
-        self.model.config.use_cache = False
-        for module in self.model.modules():
-            if isinstance(
-                getattr(module, "head", None), nn.Linear
-            ):  # SigLIP's, which follows its own pooling
-                module.head = nn.Identity()
-        self.width = self.model.config.hidden_size
-        self.most_positions = _most_positions(self.model)
-        self._check_special_tokens(request)
-        if request.dropout and not any(name in vars(self.model.config) for name in DROPOUT):
-            say(
-                f"{request.name} has no dropout behind its layers: student.dropout has no effect on it",
-                self.model,
-            )
-
-    def _check_special_tokens(self, request: TextRequest) -> None:
-        table = _position_table(self.model)
-        counts_from = table.padding_idx if table is not None else None
-        if counts_from is None or counts_from == request.special.pad_id:
-            return
-        problem = (
-            f"data.tokenizer fills up texts with the id {request.special.pad_id}, and {request.name} counts positions "
-            f"by the id {counts_from}"
-        )
-        if request.weights != "random":
-            raise UserError(f"{problem}: choose the tokenizer that belongs to the model")
-        say(
-            f"{problem}, which then has a position of its own", self.model
-        )  # harmless with untrained weights
-
-    @property
-    def blocks(self) -> list[nn.Module]:
-        depth = getattr(self.model.config, "num_hidden_layers", None)
-        stacks: list[nn.Module] = [
-            m for m in self.model.modules() if isinstance(m, nn.ModuleList) and len(m) == depth
-        ]
-        if stacks:
-            return list(
-                max(stacks, key=lambda stack: sum(p.numel() for p in stack.parameters())).children()
-            )
-        # Layers that share their weights (ALBERT) are one block, because each parameter's gradient must arrive once.
-        parts = [m for m in self.model.children() if not isinstance(m, nn.Embedding)]
-        return [
-            max(parts, key=lambda part: any(isinstance(m, nn.ModuleList) for m in part.modules()))
-        ]
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        # An integer mask is accepted by the encoders of every transformers version.
-        return self.model(
-            input_ids=input_ids, attention_mask=attention_mask.long()
-        ).last_hidden_state
-
-
-def _position_table(model: nn.Module) -> Any:
-    tables = (m for name, m in model.named_modules() if name.rsplit(".", 1)[-1] in POSITION_TABLES)
-    return next((table for table in tables if isinstance(table, nn.Embedding)), None)
-
-
-def _most_positions(model: Any) -> int | None:
-    """The greatest length of a text, from the position embeddings or the configuration; None: any length."""
-    table = _position_table(model)
-    if table is None:
-        return getattr(model.config, "max_position_embeddings", None)
-    # RoBERTa's positions begin after the row of the padding index.
-    return table.num_embeddings - (0 if table.padding_idx is None else table.padding_idx + 1)

@@ -1,8 +1,10 @@
-"""Checks of pretrained weights: all values must be finite, and missing, unused and resized keys are reported."""
+"""Checks of pretrained weights: all values must be finite, and missing, unused and resized keys are
+reported.
+"""
 
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from ds_cmli.common.errors import UserError
 BLOCK = re.compile(r"(?:^|\.)(?:blocks?|layers?\d*|stages|h)\.(\d+)\.")
 FILES = ("model.safetensors", "pytorch_model.bin")  # the usual names in a folder of weights
 Shape = tuple[int, ...]
+CGROUP = Path("/sys/fs/cgroup")  # of this process, as containers and Slurm see it
 
 
 @dataclass
@@ -72,7 +75,9 @@ def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
 
 
 def check_finite(source: Source, model: nn.Module) -> None:
-    """Raise `UserError` if a weight is not finite. Called before the model is cut, so that all tensors are checked."""
+    """Raise `UserError` if a weight is not finite. Called before the model is cut, so that all
+    tensors are checked.
+    """
     key = not_finite(model.state_dict())
     if key is not None:
         raise source.error(f"its {key!r} holds NaN or infinite values; give weights that are whole")
@@ -89,8 +94,9 @@ def account(
         before: shapes in the file by key; the library has resized a tensor if it differs.
 
     Raises:
-        UserError: a shape does not fit; no key fits; or, unless `source.partial`, a block lacks a matrix. A missing
-            bias, norm or scale starts neutral, but a random matrix spoils the features of the other blocks.
+        UserError: a shape does not fit; no key fits; or, unless `source.partial`, a block lacks a
+            matrix. A missing bias, norm or scale starts neutral, but a random matrix spoils the
+            features of the other blocks.
     """
     wanted = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
     missing = [key for key in wanted if key not in given]
@@ -153,8 +159,48 @@ def _some(keys: Iterable[str], most: int = 3) -> str:
 
 
 def say(line: str, model: nn.Module | None = None) -> None:
-    """Print on the first rank; nothing if the parameters of `model` are fake tensors, as in a memory prediction."""
+    """Print on the first rank; nothing if the parameters of `model` are fake tensors, as in a
+    memory prediction.
+    """
     if os.environ.get("RANK", "0") == "0" and not isinstance(
         next(model.parameters(), None) if model else None, FakeTensor
     ):
         print(line, flush=True)
+
+
+def check_room(setting: str, value: object, parameters: int) -> None:
+    """Raise `UserError` if `parameters` in fp32 are more than the memory that is free here.
+
+    Nothing in a prediction, which is for another machine.
+
+    Args:
+        setting, value: what to change.
+    """
+    if isinstance(torch.empty(0), FakeTensor):
+        return
+    needed, free = 4 * parameters, min(_free(), default=None)
+    if free is not None and needed > free:
+        raise UserError(
+            f"{setting} is {value!r}: {parameters:,} parameters take {needed:,} B, and {free:,} B are free here: give "
+            "a smaller model"
+        )
+
+
+def count(model: nn.Module | None) -> int:
+    return sum(parameter.numel() for parameter in model.parameters()) if model is not None else 0
+
+
+def _free() -> Iterator[int]:
+    """Bytes: what the machine and the control group have left."""
+    try:
+        found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
+        if found:
+            yield int(found[1]) * 1024
+        limit, used = (
+            (CGROUP / f"memory.{name}").read_text().strip() for name in ("max", "current")
+        )
+        inactive = re.search(r"inactive_file (\d+)", (CGROUP / "memory.stat").read_text())
+        if limit != "max":  # pages of files that are not in use are given up when memory is short
+            yield int(limit) - int(used) + (int(inactive[1]) if inactive else 0)
+    except (OSError, ValueError):
+        return

@@ -1,4 +1,6 @@
-"""`python -m ds_cmli.report RUN [RUN ...]` writes curves, results, memory and settings of runs as one HTML file."""
+"""`python -m ds_cmli.report RUN [RUN ...]` writes curves, results, memory and settings of runs as
+one HTML file.
+"""
 
 import click
 
@@ -9,7 +11,9 @@ from ds_cmli.common.cli import check_writable, run_command
 @click.argument("runs", nargs=-1, required=True, metavar="RUN [RUN ...]")
 @click.option("--output", default="report.html", show_default=True, help="The file to write.")
 def command(runs: tuple[str, ...], output: str) -> None:
-    """Write one page about runs; those that differ by their seed alone count as one, with standard errors."""
+    """Write one page about runs; those that differ by their seed alone count as one, with standard
+    errors.
+    """
     check_writable(output)
     from ds_cmli.report import page
     from ds_cmli.report.runs import read_all

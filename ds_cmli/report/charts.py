@@ -1,7 +1,7 @@
 """The report's charts as SVG, in the page's own colours: every matching column is drawn.
 
-Of one run a chart shows columns that belong together; of several runs each column has its chart, with a line for each
-run. Where nothing has more than one point, bars take the place of lines.
+Of one run a chart shows columns that belong together; of several runs each column has its chart,
+with a line for each run. Where nothing has more than one point, bars take the place of lines.
 """
 
 import io

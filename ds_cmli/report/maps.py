@@ -7,7 +7,9 @@ from ds_cmli.trackers import MATCH_MAPS
 
 
 def match_maps(folder: Path) -> dict[str, str]:
-    """The last picture of each held-out pair: "<pair>, step <step>" -> `data:` URL. Empty if the run wrote none."""
+    """The last picture of each held-out pair: "<pair>, step <step>" -> `data:` URL. Empty if the
+    run wrote none.
+    """
     events = folder / "tensorboard"
     if not any(events.glob("events.*")):
         return {}

@@ -1,4 +1,6 @@
-"""Writes the report's page: results first, then what runs differ in, charts, match maps, speed, memory and settings."""
+"""Writes the report's page: results first, then what runs differ in, charts, match maps, speed,
+memory and settings.
+"""
 
 import re
 from collections.abc import Mapping, Sequence

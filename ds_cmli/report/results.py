@@ -1,4 +1,6 @@
-"""The tables of results: retrieval as papers print it, and every other held-out metric; the best of each in bold."""
+"""The tables of results: retrieval as papers print it, and every other held-out metric; the best of
+each in bold.
+"""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -34,7 +36,9 @@ class Table:
 
 
 def last_values(grouped: Sequence[Sequence[RunFiles]]) -> dict[str, list[Cell]]:
-    """The last value of each held-out metric, a cell for each group of runs: their mean and its standard error."""
+    """The last value of each held-out metric, a cell for each group of runs: their mean and its
+    standard error.
+    """
     last = [[run.last("eval/") for run in group] for group in grouped]
     columns = dict.fromkeys(name for group in last for run in group for name in run)
     out: dict[str, list[Cell]] = {}
@@ -55,7 +59,9 @@ def _cell(name: str, values: Sequence[Any]) -> Cell:
 
 
 def retrieval(results: Mapping[str, list[Cell]], names: Sequence[str]) -> dict[str, Table]:
-    """A table for each split: rows are scores of each group, columns the recalls both ways. The best are marked."""
+    """A table for each split: rows are scores of each group, columns the recalls both ways. The
+    best are marked.
+    """
     splits: dict[
         str, dict[str, dict[str, list[Cell]]]
     ] = {}  # split -> score -> column -> a cell for each group
@@ -87,7 +93,9 @@ def _table(scores: Mapping[str, Mapping[str, list[Cell]]], names: Sequence[str])
 
 
 def best(cells: Sequence[Cell]) -> list[Cell]:
-    """The cells with the highest value marked, all that print it alike; none where only one has a value."""
+    """The cells with the highest value marked, all that print it alike; none where only one has a
+    value.
+    """
     values = [round(cell.value, 3) for cell in cells if cell.value is not None]
     if len(values) < 2:
         return list(cells)
@@ -105,7 +113,9 @@ def others(results: Mapping[str, list[Cell]]) -> dict[str, list[Cell]]:
 
 
 def headline(results: Mapping[str, list[Cell]], split: str) -> str:
-    """A split's result in one line: R@1 both ways by its first score, chance, and the number of pairs."""
+    """A split's result in one line: R@1 both ways by its first score, chance, and the number of
+    pairs.
+    """
 
     def value(name: str) -> str:
         return next((cell.text for cell in results.get(f"{split}/{name}", [])), "")

@@ -47,7 +47,8 @@ class RunFiles:
 
 
 def read_all(folders: Sequence[str]) -> list[RunFiles]:
-    """Read runs, each named by its folder, or by the path as given where several folders have that name.
+    """Read runs, each named by its folder, or by the path as given where several folders have that
+    name.
 
     Raises `UserError` if one is no run, or is given twice.
     """
@@ -115,7 +116,9 @@ def groups(runs: Sequence[RunFiles]) -> list[list[RunFiles]]:
 
 
 def differing(runs: Sequence[RunFiles]) -> dict[str, list[Any]]:
-    """The settings that are not the same in all runs, with the value of each run, or None if it has none."""
+    """The settings that are not the same in all runs, with the value of each run, or None if it has
+    none.
+    """
     names = dict.fromkeys(name for run in runs for name in run.settings)
     rows = {
         name: [run.settings.get(name) for run in runs] for name in names if name != "run.output_dir"

@@ -1,4 +1,5 @@
-"""`python -m ds_cmli.visualize RUN --pairs 0,1,2` draws match maps of held-out pairs, as one page and as pictures.
+"""`python -m ds_cmli.visualize RUN --pairs 0,1,2` draws match maps of held-out pairs, as one page
+and as pictures.
 
 The maps of several runs are shown side by side, on the same pairs.
 """
@@ -17,9 +18,13 @@ from ds_cmli.common.errors import UserError
     "--data", "source", default=None, help="As of a training.  [default: the first run's own]"
 )
 @click.option("--split", default=None, help="Which held-out part.  [default: the first]")
-@click.option("--pairs", default=None, metavar="0,1,2",
-              help="Numbers of pairs: each picture with its first caption, then each with its second.  "
-              "[default: the first four]")  # fmt: skip
+@click.option(
+    "--pairs",
+    default=None,
+    metavar="0,1,2",
+    help="Numbers of pairs: each picture with its first caption, then each with its second.  "
+    "[default: the first four]",
+)
 @click.option("--image", default=None, help="A picture's file instead of --pairs; needs --text.")
 @click.option("--text", default=None, help="The text for --image.")
 @click.option("--output", default="match-maps.html", show_default=True, help="The page.")
@@ -27,9 +32,15 @@ from ds_cmli.common.errors import UserError
     "--pictures", default=None, metavar="FOLDER", help="Also a PNG of each pair, in this folder."
 )
 def command(
-    runs: tuple[str, ...], source: str | None, split: str | None, pairs: str | None, image: str | None,
-    text: str | None, output: str, pictures: str | None,
-) -> None:  # fmt: skip
+    runs: tuple[str, ...],
+    source: str | None,
+    split: str | None,
+    pairs: str | None,
+    image: str | None,
+    text: str | None,
+    output: str,
+    pictures: str | None,
+) -> None:
     """Show what each word of a caption finds in its picture, and each patch in the caption."""
     from ds_cmli.common.cli import check_writable
 
@@ -72,7 +83,9 @@ def _number(part: str) -> int:
 
 
 def _name(run: str, runs: tuple[str, ...]) -> str:
-    """The name of the run's folder, or its path as it was given if two runs' folders have the same name."""
+    """The name of the run's folder, or its path as it was given if two runs' folders have the same
+    name.
+    """
     names = [Path(other).resolve().name for other in runs]
     return Path(run).resolve().name if len(set(names)) == len(names) else run
 

@@ -1,4 +1,5 @@
-"""Writes match maps as one HTML page that needs no network. Hovering a word shows its patches, and vice versa.
+"""Writes match maps as one HTML page that needs no network. Hovering a word shows its patches, and
+vice versa.
 
 Shapes: S image side in pixels, N image patches, M words.
 """
@@ -31,8 +32,14 @@ def write_page(panels: Sequence[Panel], path: str | Path, title: str = "Match ma
     """Write the page; raises `UserError` if the file cannot be written."""
     shown = [_values(panel) for panel in panels]
     pages.write_page(
-        path, "the page", "ds_cmli.visualize", "maps.html.jinja", title=title, panels=shown, colours=COLOURS
-    )  # fmt: skip
+        path,
+        "the page",
+        "ds_cmli.visualize",
+        "maps.html.jinja",
+        title=title,
+        panels=shown,
+        colours=COLOURS,
+    )
 
 
 def _values(panel: Panel) -> dict[str, Any]:

@@ -60,7 +60,8 @@ def held_out(
 
 
 def in_turns(image_of: Sequence[int]) -> list[int]:
-    """Captions in the order in which pairs are counted: each picture's first caption, then each one's second.
+    """Captions in the order in which pairs are counted: each picture's first caption, then each
+    one's second.
 
     So the first pairs show different pictures. `image_of`: the number of each caption's picture.
     """
@@ -80,7 +81,8 @@ def panel(models: Mapping[str, Model], title: str, image: Tensor, text: str) -> 
     """The panel of a picture [3, S, S] and a text, with the match of each model.
 
     Raises:
-        UserError: a model cannot read the picture or knows no word of the text, or two models divide it differently.
+        UserError: a model cannot read the picture or knows no word of the text, or two models
+            divide it differently.
     """
     matches: dict[str, Match] = {}
     for name, model in models.items():

@@ -6,7 +6,7 @@ import os
 import pytest
 import torch
 
-from ds_cmli.checkpoint import checksums
+from ds_cmli.checkpoint import files
 from ds_cmli.common.errors import UserError
 from tests.checkpoint.test_removed import alone, arguments  # noqa: F401
 from tests.checkpoint.test_save import Evil
@@ -37,16 +37,16 @@ def run(arguments, tmp_path_factory):  # noqa: F811
 @pytest.mark.parametrize("name, content", CASES)
 def test_a_foreign_file_is_refused_in_one_line(name, content, run, arguments, tmp_path):  # noqa: F811
     file = run / "checkpoint" / "step4" / name
-    whole, listed = file.read_bytes(), (file.parent / checksums.NAME).read_bytes()
+    whole, listed = file.read_bytes(), (file.parent / files.CHECKSUMS).read_bytes()
     value = CONTENTS[name][content](str(tmp_path / "ran"))
     try:
         file.write_text(json.dumps(value)) if name.endswith("json") else torch.save(value, file)
-        entries = checksums.read(file.parent)
-        checksums.write(file.parent, entries | {name: checksums._describe(file)})
+        entries = files.read_checksums(file.parent)
+        files.write_checksums(file.parent, entries | {name: files.describe(file)})
         with pytest.raises(UserError) as refused:
             drive([*arguments, str(run)])
     finally:
         file.write_bytes(whole)
-        (file.parent / checksums.NAME).write_bytes(listed)
+        (file.parent / files.CHECKSUMS).write_bytes(listed)
     assert name in str(refused.value) and "\n" not in str(refused.value)
     assert not os.path.exists(tmp_path / "ran")

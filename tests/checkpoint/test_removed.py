@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from ds_cmli import train
-from ds_cmli.checkpoint import checksums, restore
+from ds_cmli.checkpoint import files, restore
 from ds_cmli.common import tensor_file
 from tests.config.test_mistakes import pairs
 from tests.drive_train import drive
@@ -48,7 +48,7 @@ def assert_whole(folder: Path) -> None:
     for name in ("student.safetensors", "student_ema.safetensors"):
         assert tensor_file.damage(folder / name) is None
     assert restore.find("auto", folder).state.step == STEPS
-    assert checksums.problem(folder / "checkpoint" / f"step{STEPS}") is None
+    assert files.problem(folder / "checkpoint" / f"step{STEPS}") is None
     assert list((folder / "tensorboard").glob("events*"))
 
 

@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from ds_cmli import train
-from ds_cmli.checkpoint import checksums, restore
-from ds_cmli.checkpoint.io import no_code
+from ds_cmli.checkpoint import files, restore
+from ds_cmli.checkpoint.files import no_code
 from ds_cmli.checkpoint.train_state import TrainState
 from ds_cmli.common.errors import UserError
 from ds_cmli.config.deepspeed_config import BATCH_KEYS, DeepSpeedConfig
@@ -309,12 +309,12 @@ def test_what_does_not_touch_training_may_change(copied, source):
 def test_a_finished_run_says_so_and_changes_nothing(copied, source, capfd):
     arguments = [*TINY, *source, "--output-dir", str(copied)]
     assert drive(arguments) == 0
-    files = {path: path.stat().st_mtime_ns for path in copied.rglob("*") if path.is_file()}
-    files.pop(copied / "metrics.jsonl")
+    times = {path: path.stat().st_mtime_ns for path in copied.rglob("*") if path.is_file()}
+    times.pop(copied / "metrics.jsonl")
     capfd.readouterr()
     assert drive(arguments) == 0
     assert f"the run in {copied} is finished, 12 steps" in capfd.readouterr().out
-    assert {path: path.stat().st_mtime_ns for path in files} == files
+    assert {path: path.stat().st_mtime_ns for path in times} == times
 
 
 def test_lines_after_the_resumed_step_are_truncated(copied, source, tmp_path):
@@ -431,9 +431,9 @@ def assert_same_weights(folder: Path, other: Path) -> None:
 def rewrite(checkpoint: Path, name: str, change) -> None:
     """A file of a checkpoint changed by `change(path)`, and the checksums with it."""
     change(checkpoint / name)
-    files = checksums.read(checkpoint)
-    files[name] = checksums._describe(checkpoint / name)
-    checksums.write(checkpoint, files)
+    entries = files.read_checksums(checkpoint)
+    entries[name] = files.describe(checkpoint / name)
+    files.write_checksums(checkpoint, entries)
 
 
 def test_a_state_of_a_newer_version_is_one_line(copied, source):

@@ -10,8 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from ds_cmli.checkpoint import checksums, restore
-from ds_cmli.checkpoint import io as checkpoint_io
+from ds_cmli.checkpoint import files, restore
 from ds_cmli.checkpoint import save as checkpoint
 from ds_cmli.checkpoint.train_state import TrainState, generators, read_of_rank, read_shared
 from ds_cmli.checkpoint.weights import full_weights
@@ -20,7 +19,7 @@ from ds_cmli.common.pretrained import refused_code
 from ds_cmli.config.presets import load_preset
 from ds_cmli.data.load import build_data
 from ds_cmli.data.loaders import eval_loader
-from tests.checkpoint.test_checksums import DAMAGES, flip
+from tests.checkpoint.test_files import DAMAGES, flip
 from tests.engine.test_train_engine import build
 
 
@@ -119,7 +118,7 @@ def assert_untouched(run, before):
     assert published(run) == ("step2", ["step1", "step2"])
     assert (run / "student.safetensors").read_bytes() == before
     assert not list(run.rglob("*.writing"))
-    assert checksums.problem(run / "checkpoint" / "step2") is None
+    assert files.problem(run / "checkpoint" / "step2") is None
 
 
 @pytest.mark.parametrize("writes", [1, 3, 100, 1000])
@@ -127,14 +126,14 @@ def test_a_disk_that_fills_up_at_any_write_leaves_the_one_before(run, train_engi
     before = (run / "student.safetensors").read_bytes()
     left = [writes]
 
-    def write(self, data, one=checksums._Hashing.write):
+    def write(self, data, one=files.Hashing.write):
         left[0] -= 1
         if left[0] < 0:
             self.error = OSError(28, "No space left on device")
             raise self.error
         return one(self, data)
 
-    monkeypatch.setattr(checksums._Hashing, "write", write)
+    monkeypatch.setattr(files.Hashing, "write", write)
     saved = save(run, train_engine, 3)
     monkeypatch.undo()
     if left[0] >= 0:  # fewer writes than that
@@ -183,10 +182,10 @@ class Evil:
 def test_loading_runs_no_code_from_a_file(tmp_path):
     for number, value in enumerate([Evil(str(tmp_path / "ran")), {"loss_scaler": [Evil(str(tmp_path / "ran"))]}]):
         torch.save(value, tmp_path / f"{number}.pt")
-        with checkpoint_io.no_code(), pytest.raises(pickle.UnpicklingError) as error:
-            checkpoint_io.CheckpointWriter().load(str(tmp_path / f"{number}.pt"))
+        with files.no_code(), pytest.raises(pickle.UnpicklingError) as error:
+            files.CheckpointWriter().load(str(tmp_path / f"{number}.pt"))
         assert refused_code(error.value) == "it holds more than tensors (posix.mkdir), and code in pickles is never run"
-        with checkpoint_io.no_code(), pytest.raises(pickle.UnpicklingError):
+        with files.no_code(), pytest.raises(pickle.UnpicklingError):
             torch.load(tmp_path / f"{number}.pt", weights_only=False)  # as DeepSpeed's converter asks for
     assert not (tmp_path / "ran").exists()
 

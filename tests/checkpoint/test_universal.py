@@ -10,8 +10,8 @@ from ds_cmli import engine
 from ds_cmli.checkpoint import restore
 from ds_cmli.checkpoint import save as checkpoint
 from ds_cmli.checkpoint import weights as weights_file
-from ds_cmli.checkpoint.average import full_averages
-from ds_cmli.checkpoint.io import not_finite
+from ds_cmli.checkpoint.files import not_finite
+from ds_cmli.checkpoint.weights import full_averages
 from ds_cmli.common.errors import UserError
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.presets import load_preset

@@ -14,8 +14,7 @@ import torch
 from torch import nn
 
 from ds_cmli import engine
-from ds_cmli.checkpoint.average import full_averages
-from ds_cmli.checkpoint.weights import full_weights
+from ds_cmli.checkpoint.weights import full_averages, full_weights
 from ds_cmli.common.errors import UserError
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.presets import load_preset

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ds_cmli import engine
-from ds_cmli.checkpoint.io import no_code, not_finite
+from ds_cmli.checkpoint.files import no_code, not_finite
 from ds_cmli.common.errors import UserError
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.presets import load_preset

@@ -8,7 +8,7 @@ from ds_cmli.common.errors import UserError
 from ds_cmli.config.presets import load_preset
 from ds_cmli.config.schema import LossConfig
 from ds_cmli.losses.objective import Objective
-from ds_cmli.models.pixels import PixelNorm
+from ds_cmli.models.backbone import PixelNorm
 from ds_cmli.models.student import Student
 from ds_cmli.models.teacher import Targets, Teacher
 

@@ -1,0 +1,110 @@
+"""Decides when the run's next checkpoint is due, and tells what its last one holds."""
+
+import time
+from pathlib import Path
+
+from ds_cmli.checkpoint.files import CHECKSUMS
+from ds_cmli.checkpoint.save import BEST_WEIGHTS, FOLDER, Saved, latest, save
+from ds_cmli.checkpoint.train_state import TrainState
+from ds_cmli.checkpoint.weights import AVERAGE, WEIGHTS
+from ds_cmli.common.errors import UserError
+from ds_cmli.config.schema import RunConfig
+from ds_cmli.distributed import process_group as distributed
+from ds_cmli.engine import TrainEngine
+
+WRITTEN = ("config.json", "metrics.jsonl", "tensorboard", FOLDER, WEIGHTS, AVERAGE, BEST_WEIGHTS)
+
+
+class Checkpoints:
+    """The checkpoints of the run in `folder`: tells when one is due and which state the last holds."""
+
+    def __init__(self, folder: Path, engine: TrainEngine, settings: RunConfig, state: TrainState):
+        self.folder, self.engine, self.settings = folder, engine, settings
+        self.saved, self.saved_at = self._mark(state), time.monotonic()
+        self.name = latest(folder / FOLDER)  # of the last checkpoint
+        self.error: str | None = None  # why the last one could not be written
+        self.gone, self.told_gone = False, False
+
+    def _is_there(self) -> bool:
+        """Whether the last checkpoint still lies in the folder; True if there has been none."""
+        return self.name is None or (self.folder / FOLDER / self.name / CHECKSUMS).is_file()
+
+    def missing(self) -> list[str]:
+        """On rank 0: a line if the last checkpoint is not there any more, once.
+
+        The next one is then due at once. Other ranks do not look: a folder on a network shows them
+        a new checkpoint late.
+        """
+        if not distributed.is_main() or self.told_gone or self._is_there():
+            return []
+        self.gone = self.told_gone = True
+        gone = self.folder / FOLDER / str(self.name)
+        return [f"warning: {gone} is gone: a checkpoint is written anew"]
+
+    def due(self) -> bool:
+        """Whether a checkpoint is due by this rank's clock, or because the last one is gone."""
+        return self.gone or 0 < 60 * self.settings.save_minutes < time.monotonic() - self.saved_at
+
+    def asked_for_by_the_evaluation(self, state: TrainState) -> bool:
+        """Whether the last evaluation ends the run, or has found the best result, which is kept."""
+        best = self.settings.keep_best and state.is_best
+        return state.out_of_patience(self.settings.patience) or best
+
+    def holds(self, state: TrainState) -> bool:
+        """Whether `state` is that of the last checkpoint, or that of the start. Collective."""
+        weights = self.name is None or (self.folder / WEIGHTS).is_file()
+        mine = self.saved == self._mark(state) and self._is_there() and weights
+        return distributed.broadcast_object(mine)  # collective
+
+    def save(self, state: TrainState) -> Saved:
+        """Save a checkpoint of `state`. Collective."""
+        keep_best = self.settings.keep_best
+        saved = save(self.folder, self.engine, state, self.settings.keep, keep_best)  # collectives
+        self.error, self.gone = saved.error, False
+        if saved.error is None:
+            self.saved, self.name, self.told_gone = self._mark(state), saved.name, False
+        self.saved_at = time.monotonic()
+        return saved
+
+    def diverged(self, what: str, state: TrainState) -> str:
+        """The error message of a diverged run, with its first bad step and the last good checkpoint."""
+        first = state.step - max(0, state.skipped_in_row - 1)
+        good = latest(self.folder / FOLDER)
+        kept = "no checkpoint had been saved before"
+        if good:
+            kept = f"the last good checkpoint is {self.folder / FOLDER / good}"
+        return (
+            f"the run has diverged: {what}; the first bad step is {first}, {kept}. Look at the "
+            f"samples that {self.folder / 'metrics.jsonl'} names, or start over with a lower --lr"
+        )
+
+    def closing_lines(self, state: TrainState) -> list[str]:
+        """The lines to print at the end of a run. Collective.
+
+        Raises:
+            UserError: its last checkpoint is missing.
+        """
+        if not self.holds(state):  # collective
+            raise UserError(
+                f"the last checkpoint could not be written ({self.error}): mend that, and start "
+                f"{self.folder} again"
+            )
+        lines = []
+        if state.out_of_patience(self.settings.patience):
+            lines.append(
+                f"ended at step {state.step}: {state.worse_in_row} evaluations in a row gave no "
+                "better result"
+            )
+        best = state.best
+        over = f" ({best['pairs']} pairs, chance {best['chance']:.3f})" if "pairs" in best else ""
+        lines.append(f"best {best['metric']} {best['value']:.3f} at step {best['step']}{over}")
+        files = []
+        for name in WRITTEN:
+            if (self.folder / name).exists():
+                files.append(name + "/" * (self.folder / name).is_dir())
+        lines.append(f"written to {self.folder}: {', '.join(files)}")
+        return lines
+
+    @staticmethod
+    def _mark(state: TrainState) -> tuple[int, bool]:
+        return state.step, state.evaluated
