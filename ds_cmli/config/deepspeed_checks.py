@@ -1,58 +1,68 @@
-"""Checks of a DeepSpeed JSON: `light` needs neither DeepSpeed nor PyTorch, `deep` uses DeepSpeed's config models."""
+"""Checks of a DeepSpeed JSON: `light` needs no library, `deep` asks DeepSpeed's own models."""
 
 import importlib.util
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 from ds_cmli.common.errors import UserError, nearest
 from ds_cmli.config import deepspeed_keys as keys
-from ds_cmli.config import json_values, optimizers
+from ds_cmli.config.json_values import Kind
+from ds_cmli.config.optimizers import (
+    OPTIMIZERS,
+    PARAMETER,
+    PARAMETERS,
+    SCHEDULERS,
+    Optimizer,
+    Scheduler,
+    optimizer_name,
+)
 from ds_cmli.config.validation import shown
 
+Section = Mapping[str, Any]  # a part of the JSON
 
-def light(content: dict[str, Any]) -> None:
-    """Raise `UserError` for the first key or value that is unknown, has no effect, or contradicts others."""
+
+def light(content: Section) -> None:
+    """Raise `UserError` for the first key that is unknown or idle, or value that is wrong."""
     for name, value in content.items():
-        if (
-            name in keys.SECTIONS and name and "." not in name
-        ):  # a nested section has its place in the outer one
+        # A nested section has its place in the outer one.
+        if name in keys.SECTIONS and name and "." not in name:
             _section(name, value)
         else:
             _value("", name, value, keys.SECTIONS[""])
-    for name in ("optimizer", "scheduler"):
-        if name in content:
-            _typed(name, content[name])
+    if "optimizer" in content:
+        name = optimizer_name(content["optimizer"].get("type"))
+        _typed("optimizer", content["optimizer"], name, OPTIMIZERS)
+    if "scheduler" in content:
+        name = content["scheduler"].get("type")
+        _typed("scheduler", content["scheduler"], name, SCHEDULERS)
     _precisions(content)
     _zero(content)
+    _optimizer_with_zero(content)
     _outputs(content)
 
 
-def whole_numbers(section: str, content: Mapping[str, Any]) -> dict[str, Any]:
-    """The checked content with whole numbers written as 5e7 converted to integers, which schedulers require."""
-
-    def whole(kind: json_values.Kind | None, value: Any) -> Any:
-        counts = (
-            isinstance(value, float)
-            and value.is_integer()
-            and kind is not None
-            and kind(value + 0.5) is not None
-        )
-        return int(value) if counts else value
-
+def whole_numbers(content: Section, section: str = "") -> dict[str, Any]:
+    """The checked content with whole numbers, such as 5e7, as integers, which schedulers need."""
+    known = keys.SECTIONS.get(section, {})
+    if section in ("optimizer.params", "scheduler.params"):
+        known = PARAMETERS
     out = {}
     for key, value in content.items():
-        nested = f"{section}.{key}" if section else key
         if isinstance(value, dict):
-            out[key] = whole_numbers(nested, value)
-        else:
-            parameters = section in ("optimizer.params", "scheduler.params")
-            known = optimizers.PARAMETERS if parameters else keys.SECTIONS.get(section, {})
-            out[key] = whole(known.get(key), value)
+            value = whole_numbers(value, f"{section}.{key}" if section else key)
+        elif isinstance(value, float) and value.is_integer() and _counts(known.get(key)):
+            value = int(value)
+        out[key] = value
     return out
 
 
+def _counts(kind: Kind | None) -> bool:
+    """Whether values of a kind are whole numbers."""
+    return kind is not None and kind(2.0) is None and kind(2.5) is not None
+
+
 def _section(name: str, value: Any) -> None:
-    mapping(name, value)
+    _mapping(name, value)
     known = keys.SECTIONS[name]
     for key, item in value.items():
         nested = f"{name}.{key}"
@@ -63,117 +73,109 @@ def _section(name: str, value: Any) -> None:
             _value(name, key, item, known)
     if value and "enabled" in known and "enabled" not in value and name != "timers.throughput":
         raise UserError(
-            f'{name} has no "enabled", which DeepSpeed takes for false: add "enabled": true or remove it'
+            f'{name} has no "enabled", which DeepSpeed takes for false: add "enabled": true or '
+            "remove it"
         )
 
 
-def _value(section: str, key: str, value: Any, known: dict[str, json_values.Kind]) -> None:
+def _value(section: str, key: str, value: Any, known: Mapping[str, Kind]) -> None:
     where = f"{section}.{key}" if section else key
     if key not in known:
-        names = {
-            *known,
-            *(n.rpartition(".")[2] for n in keys.SECTIONS if n and n.rpartition(".")[0] == section),
-        }
-        names |= {"params"} if section in ("optimizer", "scheduler") else set()
-        place = f"key of {section} is {shown(key)}" if section else f"key is {shown(key)}"
-        if not key.strip():
-            raise UserError(f"{place}: a key without a name: remove it")
-        if key.partition(".")[0] in names and "." in key:
-            raise UserError(f"{place}: a JSON has no dotted keys: write {_nested(key)}")
-        raise UserError(f"{place}: {nearest(key, names)}")
-    if isinstance(value, str) and value == "auto" and known[key](value) is not None:
-        if where not in keys.AUTO:
-            raise UserError(
-                f'{where} is "auto", which is not filled for this key: {known[key](value)}'
-            )
-        return
+        _unknown(section, key, known)
     need = known[key](value)
+    if value == "auto" and need is not None:
+        if where in keys.AUTO:
+            return
+        raise UserError(f'{where} is "auto", which is not filled for this key: {need}')
     if need is not None:
         raise UserError(f"{where} is {shown(value)}: {need}")
+
+
+def _unknown(section: str, key: str, known: Mapping[str, Kind]) -> NoReturn:
+    """Say what may be meant by a key that a section does not have."""
+    names = set(known)
+    for name in keys.SECTIONS:
+        outer, _, inner = name.rpartition(".")
+        if outer == section and inner:
+            names.add(inner)
+    if section in ("optimizer", "scheduler"):
+        names.add("params")
+    place = f"key of {section} is {shown(key)}" if section else f"key is {shown(key)}"
+    if not key.strip():
+        raise UserError(f"{place}: a key without a name: remove it")
+    if key.partition(".")[0] in names and "." in key:
+        raise UserError(f"{place}: a JSON has no dotted keys: write {_nested(key)}")
+    raise UserError(f"{place}: {nearest(key, names)}")
 
 
 def _nested(path: str) -> str:
     """`_nested("a.b")` -> '"a": {"b": ...}'."""
     outer, dot, inner = path.partition(".")
-    return f'"{outer}": ' + (f"{{{_nested(inner)}}}" if dot else "...")
+    return f'"{outer}": {{{_nested(inner)}}}' if dot else f'"{outer}": ...'
 
 
-def mapping(section: str, value: Any) -> dict[str, Any]:
+def _mapping(section: str, value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UserError(f"{section} is {shown(value)}: give a JSON object {{...}}")
     return value
 
 
-def _typed(section: str, value: dict[str, Any]) -> None:
+def _typed(
+    section: str, value: Section, name: Any, table: Mapping[str, Optimizer | Scheduler]
+) -> None:
     """Check the type of the optimizer or scheduler, and its parameters."""
-    kind = value.get("type")
-    table, without = optimizers.SCHEDULERS, optimizers.NO_SCHEDULERS
-    if section == "optimizer":
-        table, without = optimizers.OPTIMIZERS, optimizers.NO_OPTIMIZERS
-    name = (
-        optimizers.DEEPSPEED_OPTIMIZERS.get(str(kind).lower(), kind)
-        if section == "optimizer"
-        else kind
-    )
-    if name in without:
-        raise UserError(f"{section}.type is {kind!r}: it cannot train here, as {without[name]}")
-    if name not in table:
-        raise UserError(f"{section}.type is {shown(kind)}: {nearest(shown(kind), table)}")
-    parameters = table[name].split()
-    kinds = {
-        p.rstrip("!+"): optimizers.PARAMETERS.get(p.rstrip("!+"), optimizers.PARAMETER)
-        for p in parameters
-    }
-    if name == "Adafactor":
-        kinds["eps"] = json_values.either(json_values.numbers(2, json_values.number(0)))
-    given = mapping(f"{section}.params", value.get("params", {}))
+    entry = table.get(name) if isinstance(name, str) else None
+    if entry is None:
+        kind = shown(value.get("type"))
+        here = [known for known, other in table.items() if not other.why_not]
+        raise UserError(f"{section}.type is {kind}: {nearest(kind, here)}")
+    if entry.why_not:
+        kind = value["type"]
+        raise UserError(f"{section}.type is {kind!r}: it cannot train here, as {entry.why_not}")
+    given = _mapping(f"{section}.params", value.get("params", {}))
+    known = {name: PARAMETERS.get(name, PARAMETER) for name in entry.takes} | dict(entry.kinds)
     for key, item in given.items():
         if key == "max_grad_norm":
             raise UserError(
                 f"optimizer.params.max_grad_norm is {shown(item)}: give gradient_clipping instead"
             )
-        _value(f"{section}.params", key, item, kinds)
-    missing = [p.rstrip("!") for p in parameters if p.endswith("!") and p.rstrip("!") not in given]
+        _value(f"{section}.params", key, item, known)
+    missing = [name for name in entry.required if name not in given]
     if missing:
         raise UserError(f"{section}.params has no {' and no '.join(missing)}: {name} needs it")
-    if "torch_adam" in kinds:
-        _adam(name, given)
+    if isinstance(entry, Optimizer) and entry.chosen:
+        _implementation(name, entry, given)
 
 
-def _adam(name: str, given: dict[str, Any]) -> None:
-    """Refuse parameters of Adam and AdamW that contradict the type, or that the one asked for does not take."""
-    if name == "AdamW" and given.get("adam_w_mode") is False:
-        raise UserError(
-            "optimizer.params.adam_w_mode is False: AdamW decays the weights whatever it says: remove it, or give the "
-            "type Adam, which then adds the decay to the gradients"
-        )
+def _implementation(name: str, entry: Optimizer, given: Section) -> None:
+    """Refuse parameters that the chosen implementation of an optimizer does not take."""
     pytorch = given.get("torch_adam", True)
-    for key in sorted(
-        given.keys() & (optimizers.OURS_ALONE if pytorch else optimizers.PYTORCHS_ALONE)
-    ):
+    for key in sorted(given.keys() & set(entry.deepspeeds if pytorch else entry.pytorchs)):
+        place = f"optimizer.params.{key} is {given[key]!r}"
         if pytorch:
             raise UserError(
-                f"optimizer.params.{key} is {given[key]!r}: PyTorch's {name} does not take it: remove it, or add "
+                f"{place}: PyTorch's {name} does not take it: remove it, or add "
                 '"torch_adam": false for DeepSpeed\'s own, which is compiled at its first use'
             )
         if given[key]:
             raise UserError(
-                f"optimizer.params.{key} is {given[key]!r}: DeepSpeed's own {name} does not take it: remove it, or "
-                "torch_adam, for PyTorch's"
+                f"{place}: DeepSpeed's own {name} does not take it: remove it, or torch_adam, for "
+                "PyTorch's"
             )
 
 
-def _precisions(content: dict[str, Any]) -> None:
-    on = [
-        name
-        for name in ("fp16", "bf16", "torch_autocast")
-        if content.get(name, {}).get("enabled") is True
-    ]
+def _precisions(content: Section) -> None:
+    names = ("fp16", "bf16", "torch_autocast")
+    on = [name for name in names if content.get(name, {}).get("enabled") is True]
     if len(on) > 1:
         raise UserError(f"{on[0]}.enabled and {on[1]}.enabled are both true: choose one")
 
 
-def _zero(content: dict[str, Any]) -> None:
+def _offloads(zero: Section, what: str) -> bool:
+    return (zero.get(f"offload_{what}") or {}).get("device", "none") != "none"
+
+
+def _zero(content: Section) -> None:
     zero = content.get("zero_optimization", {})
     stage = zero.get("stage", 0)
     if zero and "stage" not in zero:
@@ -181,43 +183,15 @@ def _zero(content: dict[str, Any]) -> None:
             "zero_optimization has no stage, which DeepSpeed takes for 0: give 0, 1, 2 or 3"
         )
     for key in keys.STAGE3_ONLY if stage < 3 else ():
-        value = zero.get(key)
-        if value not in (None, False, 1) and not (
-            isinstance(value, dict) and value.get("device", "none") == "none"
-        ):
+        asks = _offloads(zero, "param") if key == "offload_param" else zero.get(key) not in _IDLE
+        if asks:
             raise UserError(
-                f"zero_optimization.{key} is {shown(value)}: no effect at stage {stage}: remove it, or take stage 3"
+                f"zero_optimization.{key} is {shown(zero[key])}: no effect at stage {stage}: "
+                "remove it, or take stage 3"
             )
-    kind = str(content.get("optimizer", {}).get("type", "AdamW"))
-    kind = optimizers.DEEPSPEED_OPTIMIZERS.get(kind.lower(), kind)
-    if stage and kind == "Adagrad":
-        raise UserError(
-            f"optimizer.type is 'Adagrad': at stage {stage} DeepSpeed makes one group of all parameters, those without "
-            "weight decay too: take stage 0, or AdamW"
-        )
-    if (
-        stage
-        and kind not in optimizers.ZERO_TESTED
-        and not content.get("zero_allow_untested_optimizer")
-    ):
-        raise UserError(
-            f"optimizer.type is {kind!r}: DeepSpeed has not tested it at stage {stage}: add "
-            '"zero_allow_untested_optimizer": true, or take stage 0'
-        )
-    offload = (zero.get("offload_optimizer") or {}).get("device", "none") != "none"
-    if offload and stage == 0:
+    if stage == 0 and _offloads(zero, "optimizer"):
         raise UserError(
             "zero_optimization.offload_optimizer needs a stage of 1 to 3, and the stage is 0"
-        )
-    params = content.get("optimizer", {}).get("params", {})
-    if (
-        content.get("zero_force_ds_cpu_optimizer") is True
-        and offload
-        and params.get("torch_adam", True)
-    ):
-        raise UserError(
-            'zero_force_ds_cpu_optimizer is true: add "torch_adam": false to optimizer.params for DeepSpeed\'s own '
-            "optimizer, which is compiled at its first use, or remove it"
         )
     if content.get("gradient_allreduce_op") == "sum" and stage == 3:
         raise UserError(
@@ -225,7 +199,34 @@ def _zero(content: dict[str, Any]) -> None:
         )
 
 
-def _outputs(content: dict[str, Any]) -> None:
+_IDLE = (None, False, 1)  # values of the keys of stage 3 that ask nothing
+
+
+def _optimizer_with_zero(content: Section) -> None:
+    zero = content.get("zero_optimization", {})
+    stage = zero.get("stage", 0)
+    optimizer = content.get("optimizer", {})
+    kind = optimizer_name(optimizer.get("type", "AdamW"))
+    if stage and OPTIMIZERS[kind].one_group:
+        raise UserError(
+            f"optimizer.type is {kind!r}: at stage {stage} DeepSpeed makes one group of all "
+            "parameters, those without weight decay too: take stage 0, or AdamW"
+        )
+    tested = OPTIMIZERS[kind].zero_tested or content.get("zero_allow_untested_optimizer")
+    if stage and not tested:
+        raise UserError(
+            f"optimizer.type is {kind!r}: DeepSpeed has not tested it at stage {stage}: add "
+            '"zero_allow_untested_optimizer": true, or take stage 0'
+        )
+    forced = content.get("zero_force_ds_cpu_optimizer") is True and _offloads(zero, "optimizer")
+    if forced and optimizer.get("params", {}).get("torch_adam", True):
+        raise UserError(
+            'zero_force_ds_cpu_optimizer is true: add "torch_adam": false to optimizer.params for '
+            "DeepSpeed's own optimizer, which is compiled at its first use, or remove it"
+        )
+
+
+def _outputs(content: Section) -> None:
     for name, package in keys.PACKAGES.items():
         if content.get(name, {}).get("enabled") and importlib.util.find_spec(package) is None:
             raise UserError(
@@ -234,8 +235,8 @@ def _outputs(content: dict[str, Any]) -> None:
     checkpointing = content.get("activation_checkpointing", {})
     if checkpointing.get("cpu_checkpointing") and not checkpointing.get("partition_activations"):
         raise UserError(
-            "activation_checkpointing.cpu_checkpointing is true: DeepSpeed can do it only with partition_activations: "
-            "add that"
+            "activation_checkpointing.cpu_checkpointing is true: DeepSpeed can do it only with "
+            "partition_activations: add that"
         )
     comms = content.get("comms_logger", {})
     if comms.get("enabled") and not comms.get("verbose"):
@@ -244,7 +245,7 @@ def _outputs(content: dict[str, Any]) -> None:
         )
 
 
-def deep(content: Mapping[str, Any]) -> None:
+def deep(content: Section) -> None:
     """Raise `UserError` for a value that DeepSpeed's own config models refuse; imports DeepSpeed."""
     import pydantic
     from deepspeed.comm.config import CommsLoggerConfig
@@ -253,17 +254,13 @@ def deep(content: Mapping[str, Any]) -> None:
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
     models = {
-        **{
-            "zero_optimization": DeepSpeedZeroConfig,
-            "fp16": DeepSpeedFP16Config,
-            "bf16": DeepSpeedBF16Config,
-        },
-        **{
-            "tensorboard": TensorBoardConfig,
-            "wandb": WandbConfig,
-            "csv_monitor": CSVConfig,
-            "comet": CometConfig,
-        },
+        "zero_optimization": DeepSpeedZeroConfig,
+        "fp16": DeepSpeedFP16Config,
+        "bf16": DeepSpeedBF16Config,
+        "tensorboard": TensorBoardConfig,
+        "wandb": WandbConfig,
+        "csv_monitor": CSVConfig,
+        "comet": CometConfig,
         "comms_logger": CommsLoggerConfig,
     }
     for section, model in models.items():
@@ -271,11 +268,10 @@ def deep(content: Mapping[str, Any]) -> None:
             model(**content.get(section, {}))
         except pydantic.ValidationError as error:
             first = error.errors()[0]
-            value = (
-                f" is {shown(first.get('input'))}" if first["loc"] else ""
-            )  # no location: the input is the section
             where = ".".join([section, *map(str, first["loc"])])
+            if first["loc"]:  # without a location, the input is the whole section
+                where += f" is {shown(first.get('input'))}"
             message = first["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
-            raise UserError(f"{where}{value}: DeepSpeed says: {message}") from None
+            raise UserError(f"{where}: DeepSpeed says: {message}") from None
         except (AssertionError, TypeError, ValueError) as error:
             raise UserError(f"{section}: DeepSpeed says: {error}") from None

@@ -1,30 +1,31 @@
 """The DeepSpeed JSON as an immutable object: loaded, checked, and with its "auto" values filled.
 
 Every setting of the JSON takes effect, or one line refuses it or says that it does not. "auto" means the same as in
-Hugging Face's integration. Derived values are asked here; only `raw` gives the JSON itself, for `deepspeed.initialize`.
+Hugging Face's integration. Derived values are asked here; only `raw` gives the JSON itself, for
+`deepspeed.initialize`.
 """
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ds_cmli.common.errors import UserError
 from ds_cmli.config import deepspeed_checks as checks
 from ds_cmli.config import deepspeed_keys as keys
-from ds_cmli.config import optimizers
-from ds_cmli.config.deepspeed_effects import beyond_the_run, without_effect
+from ds_cmli.config.deepspeed_effects import BATCH_KEYS, FILLED, beyond_the_run, without_effect
+from ds_cmli.config.optimizers import OPTIMIZERS, SCHEDULERS, Optimizer, optimizer_name
 from ds_cmli.config.schema import OptimConfig
 from ds_cmli.config.validation import check, parse_json
 
-BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
-FILLED = (
-    "lr",
-    "betas",
-    "eps",
-    "weight_decay",
-)  # optimizer parameters that are filled from `OptimConfig`
+LOGS = ("wall_clock_breakdown", "memory_breakdown", "dump_state", "steps_per_print", "log_level")
+
+
+class Batch(NamedTuple):
+    train: int  # pairs per step, of all ranks
+    micro: int  # pairs per micro-batch of a rank
+    accumulation: int  # micro-batches per step
 
 
 @dataclass(frozen=True)
@@ -36,9 +37,8 @@ class DeepSpeedConfig(Mapping):
     """
 
     content: Mapping[str, Any]
-    notices: tuple[str, ...] = field(
-        default=(), compare=False
-    )  # lines to print about settings that act unexpectedly
+    # Lines to print about settings that act unexpectedly.
+    notices: tuple[str, ...] = field(default=(), compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "content", copy.deepcopy(dict(self.content)))
@@ -69,26 +69,26 @@ class DeepSpeedConfig(Mapping):
         """Check the content of such a file. Raises `UserError`."""
         if isinstance(content, cls):
             return content
-        checks.light(dict(content))
-        return cls(checks.whole_numbers("", content), without_effect(content))
+        checks.light(content)
+        return cls(checks.whole_numbers(content), without_effect(content))
 
     def replaced(
         self, zero_optimization: dict[str, Any] | None = None, **settings: Any
     ) -> "DeepSpeedConfig":
-        """A copy with these keys set; keys of `zero_optimization` are set one by one, and None removes a key."""
-        changed = {**self.raw(), **settings}
-        changed = {
-            key: value for key, value in changed.items() if value is not None or key not in settings
-        }
+        """Copy it with these keys set; None removes one.
+
+        The keys of `zero_optimization` are set one by one.
+        """
+        changed = self.raw()
+        for key, value in settings.items():
+            changed[key] = value
+            if value is None:
+                del changed[key]
         if zero_optimization is not None:
-            changed["zero_optimization"] = {
-                **changed.get("zero_optimization", {}),
-                **zero_optimization,
-            }
-        told = DeepSpeedConfig.of(changed)
-        return DeepSpeedConfig(
-            told, (*(n for n in self.notices if n not in told.notices), *told.notices)
-        )
+            changed.setdefault("zero_optimization", {}).update(zero_optimization)
+        new = DeepSpeedConfig.of(changed)
+        still_true = [line for line in self.notices if line not in new.notices]
+        return DeepSpeedConfig(new, (*still_true, *new.notices))
 
     # --- derived values
 
@@ -102,10 +102,11 @@ class DeepSpeedConfig(Mapping):
 
     @property
     def precision(self) -> str:
-        """ "fp16", "bf16" or "fp32"."""
-        return next(
-            (n for n in ("fp16", "bf16") if self.content.get(n, {}).get("enabled") is True), "fp32"
-        )
+        """The model's precision: "fp16", "bf16" or "fp32"."""
+        for name in ("fp16", "bf16"):
+            if self.content.get(name, {}).get("enabled") is True:
+                return name
+        return "fp32"
 
     @property
     def micro_batch(self) -> int:
@@ -127,8 +128,11 @@ class DeepSpeedConfig(Mapping):
     @property
     def optimizer_type(self) -> str:
         """The type of the optimizer, spelled as in PyTorch's or DeepSpeed's documentation."""
-        kind = self.content.get("optimizer", {}).get("type", "AdamW")
-        return optimizers.DEEPSPEED_OPTIMIZERS.get(kind.lower(), kind)
+        return optimizer_name(self.content.get("optimizer", {}).get("type", "AdamW"))
+
+    @property
+    def optimizer_entry(self) -> Optimizer:
+        return OPTIMIZERS[self.optimizer_type]
 
     @property
     def optimizer_params(self) -> dict[str, Any]:
@@ -141,15 +145,8 @@ class DeepSpeedConfig(Mapping):
     @property
     def prints(self) -> bool:
         """Whether the JSON asks for output of DeepSpeed's own log."""
-        flags = (
-            "wall_clock_breakdown",
-            "memory_breakdown",
-            "dump_state",
-            "steps_per_print",
-            "log_level",
-        )
         return (
-            any(self.content.get(n) for n in flags)
+            any(self.content.get(name) for name in LOGS)
             or self.content.get("comms_logger", {}).get("enabled", False)
             or self.content.get("activation_checkpointing", {}).get("profile", False)
         )
@@ -157,15 +154,12 @@ class DeepSpeedConfig(Mapping):
     @property
     def compiles(self) -> bool:
         """Whether the optimizer is DeepSpeed's own, which is compiled at its first use."""
-        return (
-            self.optimizer_type in ("Lamb", "Lion")
-            or self.optimizer_params.get("torch_adam") is False
-        )
+        return self.optimizer_entry.compiled or self.optimizer_params.get("torch_adam") is False
 
     # --- decisions
 
     def on(self, device: str, fp16: bool, bf16: bool) -> "DeepSpeedConfig":
-        """A copy with the precision decided for this device, if the JSON says "auto" or names fp16 that it lacks.
+        """Copy it with the precision decided for a device, if "auto" or fp16 that it lacks is given.
 
         Args:
             device: the device type, such as "cuda" or "cpu".
@@ -173,78 +167,55 @@ class DeepSpeedConfig(Mapping):
         """
         out, notices = self.raw(), list(self.notices)
         asked = {name: out.get(name, {}).get("enabled") for name in ("fp16", "bf16")}
-        has = {"bf16": bf16, "fp16": fp16}
         if "auto" in asked.values():
-            wanted = [n for n in has if asked[n] == "auto"] + [n for n in has if asked[n] is None]
-            fixed = next((n for n in has if asked[n] is True), None)
-            if out.get("torch_autocast", {}).get("enabled"):
-                chosen = "fp32"
-            else:
-                chosen = fixed or next((n for n in wanted if has[n]), "fp32")
-            named = " and ".join(f"{n}.enabled" for n in ("fp16", "bf16") if asked[n] == "auto")
-            notices.append(f'{named} "auto": training in {chosen} on this device ({device})')
-            for name in ("fp16", "bf16"):
-                if asked[name] == "auto" or chosen == name:
-                    out.setdefault(name, {})["enabled"] = chosen == name
+            notices.append(_choose_precision(out, asked, device, {"bf16": bf16, "fp16": fp16}))
         elif asked["fp16"] is True and not fp16:
-            chosen = "bf16" if bf16 else "fp32"
-            line = (
-                f"fp16 is slow or missing on this device ({device}): training in {chosen} instead"
-            )
-            line += ", as bf16 is too" * (not bf16)
-            asked_for = out.pop("fp16").items()
-            idle = [
-                f"fp16.{k} {v}"
-                for k, v in asked_for
-                if k != "enabled" and v != keys.FP16_DEFAULTS[k]
-            ]
-            notices.append(line + f", without {', '.join(idle)}" * bool(idle))
-            if bf16:
-                out["bf16"] = {"enabled": True}
+            notices.append(_replace_fp16(out, device, bf16))
         elif asked["bf16"] is True and not bf16:
             notices.append(
-                f"bf16.enabled is true: this device ({device}) has no instructions for bf16 and is several times "
-                'slower in it than in fp32: "auto" takes what is fast'
+                f"bf16.enabled is true: this device ({device}) has no instructions for bf16 and is "
+                'several times slower in it than in fp32: "auto" takes what is fast'
             )
-        if self.optimizer_type in ("Lamb", "Lion") and device == "cpu":
+        kind = self.optimizer_type
+        if self.optimizer_entry.compiled and device == "cpu":
             raise UserError(
-                f"optimizer.type is {self.optimizer_type!r}: DeepSpeed has it for GPUs only: take AdamW"
+                f"optimizer.type is {kind!r}: DeepSpeed has it for GPUs only: take AdamW"
             )
-        quantized = next(
-            (key for key in self.zero if key.startswith("zero_quantized") and self.zero[key]), None
-        )
-        if quantized and device == "cpu":
-            raise UserError(
-                f"zero_optimization.{quantized} is true: DeepSpeed has it for GPUs only: remove it"
-            )
+        for key, value in self.zero.items():
+            if key.startswith("zero_quantized") and value and device == "cpu":
+                raise UserError(
+                    f"zero_optimization.{key} is true: DeepSpeed has it for GPUs only: remove it"
+                )
         if self.compiles:
             notices.append(
-                f"{self.optimizer_type} is DeepSpeed's own: compiled at its first use, which takes minutes"
+                f"{kind} is DeepSpeed's own: compiled at its first use, which takes minutes"
             )
         return DeepSpeedConfig(out, tuple(notices))
 
-    def batch(self, micro_batch: int, world_size: int) -> tuple[int, int, int]:
-        """(train_batch_size, micro-batch per rank, accumulation steps), any of which may be "auto" in the JSON.
+    def batch(self, micro_batch: int, world_size: int) -> Batch:
+        """Compute the sizes of a batch, any of which may be "auto" in the JSON.
 
         Raises `UserError` if the first is not the product of the other two and the number of ranks.
         """
-        given = (self.content.get(key, "auto") for key in BATCH_KEYS)
-        total, micro, steps = (None if value == "auto" else int(value) for value in given)
+        total, micro, steps = (self._size(key) for key in BATCH_KEYS)
         if micro is None:
-            micro = (
-                micro_batch
-                if total is None or steps is None
-                else max(1, total // (steps * world_size))
-            )
+            micro = micro_batch
+            if total is not None and steps is not None:
+                micro = max(1, total // (steps * world_size))
         if steps is None:
             steps = 1 if total is None else max(1, total // (micro * world_size))
         product = micro * steps * world_size
-        if total is not None and total != product:
+        if total not in (None, product):
             raise UserError(
                 f"train_batch_size is {total}, but train_micro_batch_size_per_gpu {micro} x "
-                f"gradient_accumulation_steps {steps} x world size {world_size} = {product}: change one of the three"
+                f"gradient_accumulation_steps {steps} x world size {world_size} = {product}: change "
+                "one of the three"
             )
-        return product, micro, steps
+        return Batch(product, micro, steps)
+
+    def _size(self, key: str) -> int | None:
+        value = self.content.get(key, "auto")
+        return None if value == "auto" else int(value)
 
     def filled(
         self,
@@ -253,122 +224,123 @@ class DeepSpeedConfig(Mapping):
         total_steps: int,
         width: Callable[[], int] | None = None,
     ) -> "DeepSpeedConfig":
-        """A copy with all "auto" values filled; explicit values of the JSON take precedence over `optim`.
+        """Copy it with all "auto" values filled; explicit values of the JSON overrule `optim`.
 
-        `width` returns the model's hidden size; it is called only if ZeRO's "auto" sizes depend on it.
+        `width` returns the model's hidden size; it is called only if ZeRO's "auto" sizes need it.
         """
         out, notices = self.raw(), list(self.notices)
         out.update(zip(BATCH_KEYS, self.batch(optim.micro_batch, world_size), strict=True))
         if out.get("gradient_clipping", "auto") == "auto":
             out["gradient_clipping"] = optim.grad_clip
-        optimizer = out.setdefault("optimizer", {"type": "AdamW", "params": {"torch_adam": True}})
-        params = optimizer.setdefault("params", {})
-        takes = optimizers.OPTIMIZERS[self.optimizer_type].split()
-        if "torch_adam" in takes and "torch_adam" not in params:
-            params["torch_adam"] = True
-            notices.append(
-                f"optimizer {optimizer['type']}: PyTorch's own; DeepSpeed's would be compiled first: \"torch_adam\": "
-                "false in its params asks for it"
-            )
-        for key in FILLED:
-            fitting = key in takes and (self.optimizer_type, key) != ("Adafactor", "eps")
-            if fitting and params.get(key, "auto") == "auto":
-                value = getattr(optim, key)
-                params[key] = list(value) if key == "betas" else value
-        partitions = self.zero.get("zero_hpz_partition_size", 1)
-        what = "zero_optimization.zero_hpz_partition_size"
-        check(world_size % partitions == 0, what, partitions, f"{world_size} ranks do not divide")
-        profiler = {"profile_step": 1, **self.content.get("flops_profiler", {})}
-        check(
-            not profiler.get("enabled") or profiler["profile_step"] <= total_steps,
-            "flops_profiler.profile_step", profiler["profile_step"], f"the run has {total_steps} steps",
-        )  # fmt: skip
+        params = self._fill_optimizer(out, optim, notices)
+        self._check_for_the_run(world_size, total_steps)
         for key, size in keys.WIDTHS.items():
             if self.zero.get(key) == "auto":
                 if width is None:
                     raise UserError(f'zero_optimization.{key} is "auto": give a number')
                 out["zero_optimization"][key] = size(width())
         if "scheduler" in out:
-            self._fill_scheduler(out["scheduler"], params["lr"], optim, total_steps)
+            _fill_scheduler(out["scheduler"], params["lr"], optim, total_steps)
             notices += beyond_the_run(out["scheduler"], total_steps)
         return DeepSpeedConfig(out, tuple(notices))
 
-    @staticmethod
-    def _fill_scheduler(
-        scheduler: dict[str, Any], lr: float, optim: OptimConfig, total_steps: int
-    ) -> None:
-        params = scheduler.setdefault("params", {})
-        fill = {
-            **{"warmup_num_steps": optim.warmup_steps(total_steps), "total_num_steps": total_steps},
-            **{"warmup_min_lr": 0, "warmup_max_lr": lr, "total_iters": total_steps},
-        }
-        for key in (
-            p.rstrip("+")
-            for p in optimizers.SCHEDULERS[scheduler["type"]].split()
-            if p.endswith("+")
-        ):
-            if params.get(key, "auto") == "auto":
-                params[key] = fill[key]
-        if scheduler["type"] == "OneCycleLR":
-            if not params.keys() & {"total_steps", "epochs"}:
-                params["total_steps"] = total_steps
-            params.setdefault(
-                "total_steps", params.get("epochs", 0) * params.get("steps_per_epoch", 0)
+    def _fill_optimizer(
+        self, out: dict[str, Any], optim: OptimConfig, notices: list[str]
+    ) -> dict[str, Any]:
+        """Fill the optimizer of `out` and return its parameters; a line may be added to `notices`."""
+        optimizer = out.setdefault("optimizer", {"type": "AdamW", "params": {"torch_adam": True}})
+        params = optimizer.setdefault("params", {})
+        entry = self.optimizer_entry
+        if entry.chosen and "torch_adam" not in params:
+            params["torch_adam"] = True
+            notices.append(
+                f"optimizer {optimizer['type']}: PyTorch's own; DeepSpeed's would be compiled "
+                'first: "torch_adam": false in its params asks for it'
             )
-        name = optimizers.ENDS.get(scheduler["type"])
-        if name is not None and params[name] < total_steps:
-            raise UserError(
-                f"scheduler.params.{name} is {params[name]}: {scheduler['type']} ends there; the run has {total_steps} "
-                "steps: leave it out, and it is filled"
-            )
+        for key in FILLED:
+            taken = key in entry.parameters and key not in entry.kinds
+            if taken and params.get(key, "auto") == "auto":
+                value = getattr(optim, key)
+                params[key] = list(value) if key == "betas" else value
+        return params
 
-    def overruled(self, given: Mapping[str, Any]) -> list[str]:
-        """A line for each setting of `optim` that this JSON overrules; `given` as `{"lr": ("--lr", 0.1)}`."""
-        lines = []
-        scheduler = self.content.get("scheduler", {}).get("params", {})
-        says = {
-            "micro_batch": {BATCH_KEYS[1]: self.content.get(BATCH_KEYS[1], "auto")},
-            "grad_clip": {"gradient_clipping": self.content.get("gradient_clipping", "auto")},
-            **{
-                key: {f"optimizer.params.{key}": self.optimizer_params.get(key, "auto")}
-                for key in FILLED
-            },
-        }
-        if "auto" not in (
-            self.content.get(BATCH_KEYS[0], "auto"),
-            self.content.get(BATCH_KEYS[2], "auto"),
-        ):
-            says["micro_batch"] = {
-                f"{BATCH_KEYS[0]} and {BATCH_KEYS[2]}": [self.content[k] for k in BATCH_KEYS[::2]]
-            }
-        for name in (
-            "warmup_max_lr",
-            "cycle_max_lr",
-            "max_lr",
-            "lr_range_test_min_lr",
-            "cycle_min_lr",
-            "base_lr",
-        ):
-            if scheduler.get(name, "auto") != "auto":
-                says["lr"] = {f"scheduler.params.{name}": scheduler[name]}
-                break
-        if "scheduler" in self.content and scheduler.get("warmup_num_steps", None) != "auto":
-            says["warmup_share"] = {"scheduler": self.content["scheduler"].get("type")}
-        for setting, (option, value) in given.items():
-            for where, said in says.get(setting, {}).items():
-                if said != "auto" and said != value:
-                    lines.append(
-                        f"{option} {value} does not count: the DeepSpeed JSON says {where} {said}"
-                    )
-        return lines
+    def _check_for_the_run(self, world_size: int, total_steps: int) -> None:
+        partitions = self.zero.get("zero_hpz_partition_size", 1)
+        setting = "zero_optimization.zero_hpz_partition_size"
+        fits = world_size % partitions == 0
+        check(fits, setting, partitions, f"{world_size} ranks do not divide")
+        profiler = self.content.get("flops_profiler", {})
+        step = profiler.get("profile_step", 1)
+        fits = not profiler.get("enabled") or step <= total_steps
+        check(fits, "flops_profiler.profile_step", step, f"the run has {total_steps} steps")
+
+
+def _choose_precision(
+    out: dict[str, Any], asked: Mapping[str, Any], device: str, has: Mapping[str, bool]
+) -> str:
+    """Replace the "auto" of fp16 and bf16 in `out`, and return a line about it.
+
+    The order of `has` is the order of preference.
+    """
+    wanted = [name for name in has if asked[name] == "auto"]
+    wanted += [name for name in has if asked[name] is None]
+    chosen = next((name for name in wanted if has[name]), "fp32")
+    chosen = next((name for name in has if asked[name] is True), chosen)
+    if out.get("torch_autocast", {}).get("enabled"):
+        chosen = "fp32"
+    automatic = [name for name in asked if asked[name] == "auto"]
+    for name in asked:
+        if name in automatic or chosen == name:
+            out.setdefault(name, {})["enabled"] = chosen == name
+    named = " and ".join(f"{name}.enabled" for name in automatic)
+    return f'{named} "auto": training in {chosen} on this device ({device})'
+
+
+def _replace_fp16(out: dict[str, Any], device: str, bf16: bool) -> str:
+    """Replace fp16 in `out` on a device that lacks it, and return a line about it."""
+    idle = []
+    for key, value in out.pop("fp16").items():
+        if key != "enabled" and value != keys.FP16_DEFAULTS[key]:
+            idle.append(f"fp16.{key} {value}")
+    chosen = "bf16" if bf16 else "fp32"
+    line = f"fp16 is slow or missing on this device ({device}): training in {chosen} instead"
+    if bf16:
+        out["bf16"] = {"enabled": True}
+    else:
+        line += ", as bf16 is too"
+    return f"{line}, without {', '.join(idle)}" if idle else line
+
+
+def _fill_scheduler(
+    scheduler: dict[str, Any], lr: float, optim: OptimConfig, total_steps: int
+) -> None:
+    kind, params = scheduler["type"], scheduler.setdefault("params", {})
+    fill = {
+        "warmup_num_steps": optim.warmup_steps(total_steps),
+        "total_num_steps": total_steps,
+        "warmup_min_lr": 0,
+        "warmup_max_lr": lr,
+        "total_iters": total_steps,
+    }
+    for key in SCHEDULERS[kind].filled:
+        if params.get(key, "auto") == "auto":
+            params[key] = fill[key]
+    if kind == "OneCycleLR" and "total_steps" not in params:
+        params["total_steps"] = total_steps
+        if "epochs" in params:
+            params["total_steps"] = params["epochs"] * params.get("steps_per_epoch", 0)
+    end = SCHEDULERS[kind].end
+    if end and params[end] < total_steps:
+        raise UserError(
+            f"scheduler.params.{end} is {params[end]}: {kind} ends there; the run has {total_steps} "
+            "steps: leave it out, and it is filled"
+        )
 
 
 def _read(path: Path) -> dict[str, Any]:
     try:
         if not path.is_file():
-            beside = (
-                sorted(p.name for p in path.parent.glob("*.json")) if path.parent.is_dir() else []
-            )
+            beside = sorted(file.name for file in path.parent.glob("*.json"))
             raise UserError(f"no such file; beside it: {', '.join(beside) or 'nothing'}")
         content = parse_json(path.read_text(encoding="utf-8-sig"))
     except OSError as error:

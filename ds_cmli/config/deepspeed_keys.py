@@ -1,4 +1,4 @@
-"""The keys that a DeepSpeed JSON may have here, with the kinds of their values, and their use by stage and of "auto".
+"""The keys that a DeepSpeed JSON may have here: kinds of values, use by ZeRO stage, and "auto".
 
 DeepSpeed ignores keys that it does not know, and reads `1` or "true" differently from key to key. These tables are
 strict, and need neither DeepSpeed nor PyTorch; tests compare them with what both really accept.
@@ -18,29 +18,30 @@ from ds_cmli.config.json_values import (
     refused,
     text,
     texts,
-)  # fmt: skip
+)
+
+
+def _each(kind: Kind, names: str) -> dict[str, Kind]:
+    """Give several keys, named in one text, the same kind."""
+    return dict.fromkeys(names.split(), kind)
+
+
+def _old_zero(what: str) -> Kind:
+    need = f'an old name: give "offload_{what}": {{"device": "cpu"}}'
+    return refused(need, None, False)
+
 
 PRECISION = one_of("fp32", "fp16", "bf16")
-AUTOCAST = one_of(
-    *(
-        "fp16",
-        "float16",
-        "half",
-        "torch.float16",
-        "bf16",
-        "bfloat16",
-        "torch.bfloat16",
-        "fp32",
-        "float32",
-        "float",
-    ),
-    *("torch.float32",),
-)
-OLD_ZERO = 'an old name: give "offload_{0}": {{"device": "cpu"}}'.format
-OFFLOAD_DEVICE = one_of(
-    "none", "cpu"
-)  # not "nvme", because states swapped to NVMe are in no checkpoint
+_HALF = ("fp16", "float16", "half", "torch.float16", "bf16", "bfloat16", "torch.bfloat16")
+AUTOCAST = one_of(*_HALF, "fp32", "float32", "float", "torch.float32")
+# Not "nvme", because states swapped to NVMe are in no checkpoint.
+OFFLOAD_DEVICE = one_of("none", "cpu")
+_NVME = "it is for NVMe"
+_NO_EXPERTS = "the models have no experts"
+_OUR_CHECKPOINTS = "checkpoints are written by this project"
+_TAGS = one_of("Ignore", "IGNORE", "Warn", "WARN", "Fail", "FAIL")
 
+# The sections and their keys; "" is the top level. A nested section is named with a dot.
 SECTIONS: dict[str, dict[str, Kind]] = {
     "": {
         "train_batch_size": integer(1),
@@ -56,13 +57,7 @@ SECTIONS: dict[str, dict[str, Kind]] = {
         "communication_data_type": optional(PRECISION),
         "seq_parallel_communication_data_type": no_effect("there is no sequence parallelism", None),
         "disable_allgather": no_effect("DeepSpeed reads it nowhere"),
-        "zero_allow_untested_optimizer": boolean,
-        "zero_force_ds_cpu_optimizer": boolean,
         "steps_per_print": optional(integer(1)),
-        "wall_clock_breakdown": boolean,
-        "memory_breakdown": boolean,
-        "dump_state": boolean,
-        "disable_python_gc": boolean,
         "log_level": optional(one_of("debug", "info", "warning", "error", "critical")),
         "dataloader_drop_last": refused(
             "the last batch that is not full is always dropped: remove it", True
@@ -74,43 +69,17 @@ SECTIONS: dict[str, dict[str, Kind]] = {
         "hybrid_engine": no_effect("it is for generation"),
         "weight_quantization": no_effect("it is for inference"),
         "tensor_parallel": no_effect("the models are not split"),
-        "expert_parallel": no_effect("the models have no experts"),
-        "use_data_before_expert_parallelism": no_effect("the models have no experts"),
-        "datastates_ckpt": no_effect("checkpoints are written by this project"),
+        "datastates_ckpt": no_effect(_OUR_CHECKPOINTS),
         "compile": no_effect("models are not compiled", {}, {"deepcompile": False}),
         "aio": no_effect("nothing is offloaded to NVMe", {}),
-    },
+    }
+    | _each(no_effect(_NO_EXPERTS), "expert_parallel use_data_before_expert_parallelism")
+    | _each(boolean, "zero_allow_untested_optimizer zero_force_ds_cpu_optimizer")
+    | _each(boolean, "wall_clock_breakdown memory_breakdown dump_state disable_python_gc"),
     "zero_optimization": {
         "stage": one_of(0, 1, 2, 3),
-        **dict.fromkeys(
-            ("contiguous_gradients", "reduce_scatter", "use_multi_rank_bucket_allreduce"), boolean
-        ),
-        **dict.fromkeys(
-            ("allgather_partitions", "load_from_fp32_weights", "ignore_unused_parameters"), boolean
-        ),
-        **dict.fromkeys(
-            ("round_robin_gradients", "parameter_alignment", "compute_grad_norm"), boolean
-        ),
-        "reduce_bucket_size": integer(1),
-        "allgather_bucket_size": integer(1),
         "overlap_comm": optional(boolean),
-        "sub_group_size": integer(1),
-        "stage3_prefetch_bucket_size": integer(),
-        "stage3_param_persistence_threshold": integer(),
         "stage3_model_persistence_threshold": integer(most=2**63 - 1),
-        "stage3_max_live_parameters": integer(),
-        "stage3_max_reuse_distance": integer(),
-        "stage3_module_granularity_threshold": integer(),
-        "stage3_gather_16bit_weights_on_model_save": boolean,
-        "stage3_use_all_reduce_for_fetch_params": boolean,
-        "stage3_allgather_sequential": boolean,
-        "zero_hpz_partition_size": integer(1),
-        **dict.fromkeys(("zero_quantized_weights", "zero_quantized_nontrainable_weights"), boolean),
-        **dict.fromkeys(
-            ("zero_quantized_gradients", "memory_efficient_linear", "override_module_apply"),
-            boolean,
-        ),
-        **dict.fromkeys(("log_trace_cache_warnings", "enable_sanity_checks"), boolean),
         "pipeline_loading_checkpoint": refused(
             "checkpoints are read by this project: remove it", False
         ),
@@ -118,110 +87,91 @@ SECTIONS: dict[str, dict[str, Kind]] = {
             "a run resumes on any number of ranks without it: remove it", False
         ),
         "legacy_stage1": refused("DeepSpeed has no such stage any more: remove it", False),
-        "leaf_module": no_effect("the models have no experts", {}),
+        "leaf_module": no_effect(_NO_EXPERTS, {}),
         "zenflow": refused("ZenFlow is not supported here: remove it", None),
         "save_muon_momentum_buffer_in_memory": no_effect("nothing is offloaded to NVMe"),
-        "cpu_offload": refused(OLD_ZERO("optimizer"), None, False),
-        "cpu_offload_param": refused(OLD_ZERO("param"), None, False),
+        "cpu_offload": _old_zero("optimizer"),
+        "cpu_offload_param": _old_zero("param"),
         "cpu_offload_use_pin_memory": refused(
             'an old name: give "pin_memory" in "offload_optimizer"', None, False
         ),
         "stage3_gather_fp16_weights_on_model_save": refused(
             "an old name: give stage3_gather_16bit_weights_on_model_save", False
         ),
-    },
-    "zero_optimization.offload_param": {
-        "device": OFFLOAD_DEVICE,
-        "pin_memory": boolean,
-        **dict.fromkeys(
-            ("nvme_path", "buffer_count", "buffer_size", "max_in_cpu"),
-            no_effect("it is for NVMe", None),
-        ),
-    },
+    }
+    | _each(boolean, "contiguous_gradients reduce_scatter use_multi_rank_bucket_allreduce")
+    | _each(boolean, "allgather_partitions load_from_fp32_weights ignore_unused_parameters")
+    | _each(boolean, "round_robin_gradients parameter_alignment compute_grad_norm")
+    | _each(boolean, "stage3_gather_16bit_weights_on_model_save stage3_allgather_sequential")
+    | _each(boolean, "stage3_use_all_reduce_for_fetch_params zero_quantized_weights")
+    | _each(boolean, "zero_quantized_nontrainable_weights zero_quantized_gradients")
+    | _each(boolean, "memory_efficient_linear override_module_apply log_trace_cache_warnings")
+    | _each(boolean, "enable_sanity_checks")
+    | _each(integer(1), "reduce_bucket_size allgather_bucket_size sub_group_size")
+    | _each(integer(1), "zero_hpz_partition_size")
+    | _each(integer(), "stage3_prefetch_bucket_size stage3_param_persistence_threshold")
+    | _each(integer(), "stage3_max_live_parameters stage3_max_reuse_distance")
+    | _each(integer(), "stage3_module_granularity_threshold"),
+    "zero_optimization.offload_param": {"device": OFFLOAD_DEVICE, "pin_memory": boolean}
+    | _each(no_effect(_NVME, None), "nvme_path buffer_count buffer_size max_in_cpu"),
     "zero_optimization.offload_optimizer": {
         "device": OFFLOAD_DEVICE,
         "pin_memory": boolean,
         "ratio": one_of(1, 1.0),
         "super_offload": refused("it is not supported here: remove it", False),
         "cpuadam_cores_perc": no_effect("it is for super_offload"),
-        **dict.fromkeys(("nvme_path", "buffer_count"), no_effect("it is for NVMe", None)),
-        **dict.fromkeys(
-            ("pipeline_read", "pipeline_write", "fast_init"), no_effect("it is for NVMe")
-        ),
-    },
-    "fp16": {
-        "enabled": boolean,
-        "auto_cast": boolean,
-        "loss_scale": number(0),
-        "initial_scale_power": integer(0, 100),
-        "loss_scale_window": integer(1),
-        "hysteresis": integer(1),
-        "consecutive_hysteresis": boolean,
-        "min_loss_scale": integer(1),
-        "fp16_master_weights_and_grads": boolean,
-    },
+    }
+    | _each(no_effect(_NVME, None), "nvme_path buffer_count")
+    | _each(no_effect(_NVME), "pipeline_read pipeline_write fast_init"),
+    "fp16": {"loss_scale": number(0), "initial_scale_power": integer(0, 100)}
+    | _each(integer(1), "loss_scale_window hysteresis min_loss_scale")
+    | _each(boolean, "enabled auto_cast consecutive_hysteresis fp16_master_weights_and_grads"),
     "bf16": {
-        "enabled": boolean,
-        "immediate_grad_update": boolean,
         "check_grad_overflow": refused(
             "a step that is not finite would spoil the weights: remove it", True
-        ),
-        "bf16_master_weights_and_grads": boolean,
-        "bf16_optimizer_states": boolean,
-    },
+        )
+    }
+    | _each(boolean, "enabled immediate_grad_update bf16_master_weights_and_grads")
+    | _each(boolean, "bf16_optimizer_states"),
     "torch_autocast": {
         "enabled": boolean,
         "dtype": AUTOCAST,
         "lower_precision_safe_modules": texts,
     },
     "activation_checkpointing": {
-        **dict.fromkeys(("partition_activations", "cpu_checkpointing"), boolean),
-        **dict.fromkeys(("synchronize_checkpoint_boundary", "profile"), boolean),
         "contiguous_memory_optimization": refused(
             "activations of images and texts differ in size: remove it", False
         ),
         "number_checkpoints": no_effect("it is for contiguous_memory_optimization", None),
-    },
-    "data_types": {
-        **dict.fromkeys(("grad_accum_dtype", "param_dtype", "buffer_dtype"), optional(PRECISION)),
-        "keep_in_fp32_modules": either(texts, one_of("auto")),
-    },
+    }
+    | _each(boolean, "partition_activations cpu_checkpointing profile")
+    | _each(boolean, "synchronize_checkpoint_boundary"),
+    "data_types": {"keep_in_fp32_modules": either(texts, one_of("auto"))}
+    | _each(optional(PRECISION), "grad_accum_dtype param_dtype buffer_dtype"),
     "checkpoint": {
-        "tag_validation": one_of(
-            *(n for name in ("Ignore", "Warn", "Fail") for n in (name, name.upper()))
-        ),
+        "tag_validation": _TAGS,
         "load_universal": refused("resuming decides it: remove it", False),
         "use_node_local_storage": refused("all nodes share a run's folder: remove it", False),
-        **dict.fromkeys(
-            ("parallel_write", "checkpoint_serialization", "writer"),
-            no_effect("checkpoints are written by this project"),
-        ),
-    },
-    "comms_logger": {
-        **dict.fromkeys(("enabled", "prof_all", "verbose", "debug"), boolean),
-        "prof_ops": texts,
-    },
+    }
+    | _each(no_effect(_OUR_CHECKPOINTS), "parallel_write checkpoint_serialization writer"),
+    "comms_logger": {"prof_ops": texts} | _each(boolean, "enabled prof_all verbose debug"),
     "flops_profiler": {
-        "enabled": boolean,
         "recompute_fwd_factor": number(0),
-        "profile_step": integer(1),
         "module_depth": integer(-1),
-        "top_modules": integer(1),
-        "detailed": boolean,
         "output_file": optional(text),
-    },
+    }
+    | _each(boolean, "enabled detailed")
+    | _each(integer(1), "profile_step top_modules"),
     "tensorboard": {"enabled": boolean, "output_path": text, "job_name": text},
     "csv_monitor": {"enabled": boolean, "output_path": text, "job_name": text},
     "wandb": {"enabled": boolean, "group": optional(text), "team": optional(text), "project": text},
     "comet": {
         "enabled": boolean,
         "samples_log_interval": integer(1),
-        **dict.fromkeys(
-            ("project", "workspace", "api_key", "experiment_name", "experiment_key"), optional(text)
-        ),
         "online": optional(boolean),
         "mode": optional(one_of("get", "create", "get_or_create")),
-    },
+    }
+    | _each(optional(text), "project workspace api_key experiment_name experiment_key"),
     "timers": {},
     "timers.throughput": {"enabled": boolean, "synchronized": boolean},
     "optimizer": {
@@ -230,19 +180,16 @@ SECTIONS: dict[str, dict[str, Kind]] = {
     },
     "scheduler": {"type": text},
 }
-FP16_DEFAULTS = {  # DeepSpeed's defaults of the section fp16, without "enabled"
-    **{
-        "auto_cast": False,
-        "loss_scale": 0,
-        "initial_scale_power": 16,
-        "loss_scale_window": 1000,
-        "hysteresis": 2,
-    },
-    **{
-        "consecutive_hysteresis": False,
-        "min_loss_scale": 1,
-        "fp16_master_weights_and_grads": False,
-    },
+# DeepSpeed's defaults of the section fp16, without "enabled".
+FP16_DEFAULTS = {
+    "auto_cast": False,
+    "loss_scale": 0,
+    "initial_scale_power": 16,
+    "loss_scale_window": 1000,
+    "hysteresis": 2,
+    "consecutive_hysteresis": False,
+    "min_loss_scale": 1,
+    "fp16_master_weights_and_grads": False,
 }
 # The package that a section needs if it is enabled.
 PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "comet": "comet_ml"}
@@ -255,61 +202,49 @@ WIDTHS: dict[str, Callable[[int], int]] = {
 }
 # The keys for which "auto" is filled, as by Hugging Face's integration.
 AUTO = {
-    *(
-        "train_batch_size",
-        "train_micro_batch_size_per_gpu",
-        "gradient_accumulation_steps",
-        "gradient_clipping",
-    ),
-    *("fp16.enabled", "bf16.enabled"),
-    *(
-        "optimizer.params.lr",
-        "optimizer.params.betas",
-        "optimizer.params.eps",
-        "optimizer.params.weight_decay",
-    ),
-    *(
-        "scheduler.params.warmup_min_lr",
-        "scheduler.params.warmup_max_lr",
-        "scheduler.params.warmup_num_steps",
-    ),
-    *("scheduler.params.total_num_steps",),
-    *(f"zero_optimization.{key}" for key in WIDTHS),
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps",
+    "gradient_clipping",
+    "fp16.enabled",
+    "bf16.enabled",
+    "optimizer.params.lr",
+    "optimizer.params.betas",
+    "optimizer.params.eps",
+    "optimizer.params.weight_decay",
+    "scheduler.params.warmup_min_lr",
+    "scheduler.params.warmup_max_lr",
+    "scheduler.params.warmup_num_steps",
+    "scheduler.params.total_num_steps",
+    "zero_optimization.reduce_bucket_size",
+    "zero_optimization.stage3_prefetch_bucket_size",
+    "zero_optimization.stage3_param_persistence_threshold",
 }
-# Keys of zero_optimization that only some stages read; at other stages a line says that they have no effect.
-STAGES = {
-    (1, 2, 3): (
+_FIRST_STAGES = (
+    "reduce_scatter use_multi_rank_bucket_allreduce allgather_partitions allgather_bucket_size "
+    "round_robin_gradients parameter_alignment compute_grad_norm ignore_unused_parameters"
+)
+_LAST_STAGE = (
+    "sub_group_size memory_efficient_linear override_module_apply log_trace_cache_warnings "
+    "enable_sanity_checks"
+)
+# Keys of zero_optimization that only some stages read; at others a line says that they are idle.
+STAGES: dict[tuple[int, ...], set[str]] = {
+    (1, 2, 3): {
         "contiguous_gradients",
         "reduce_bucket_size",
         "overlap_comm",
         "load_from_fp32_weights",
-    ),
-    (1, 2): (
-        *(
-            "reduce_scatter",
-            "use_multi_rank_bucket_allreduce",
-            "allgather_partitions",
-            "allgather_bucket_size",
-        ),
-        *(
-            "round_robin_gradients",
-            "parameter_alignment",
-            "compute_grad_norm",
-            "ignore_unused_parameters",
-        ),
-    ),
-    (3,): (
-        *(key for key in SECTIONS["zero_optimization"] if key.startswith("stage3_")),
-        *("sub_group_size", "memory_efficient_linear", "override_module_apply"),
-        *("log_trace_cache_warnings", "enable_sanity_checks"),
-    ),
+    },
+    (1, 2): set(_FIRST_STAGES.split()),
+    (3,): {key for key in SECTIONS["zero_optimization"] if key.startswith("stage3_")}
+    | set(_LAST_STAGE.split()),
 }
+# Keys of zero_optimization that are refused below stage 3.
 STAGE3_ONLY = (
-    *(
-        "offload_param",
-        "zero_hpz_partition_size",
-        "zero_quantized_weights",
-        "zero_quantized_nontrainable_weights",
-    ),
-    *("zero_quantized_gradients",),
+    "offload_param",
+    "zero_hpz_partition_size",
+    "zero_quantized_weights",
+    "zero_quantized_nontrainable_weights",
+    "zero_quantized_gradients",
 )

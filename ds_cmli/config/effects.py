@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
 
 from ds_cmli.common.errors import UserError
-from ds_cmli.config import optimizers
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.registry import LOSSES
 from ds_cmli.config.schema import Config, TeacherConfig
@@ -170,7 +169,7 @@ def _not_taken(name: str) -> Callable[[Config, Step], str | None]:
         kind = step.ds_config.optimizer_type
         return (
             None
-            if name in optimizers.OPTIMIZERS[kind].split()
+            if name in step.ds_config.optimizer_entry.parameters
             else f"the optimizer {kind} has none"
         )
 
@@ -215,7 +214,7 @@ def without_effect_in_step(
 ) -> Iterator[str]:
     """The same beside the JSON and with this number of ranks."""
     try:
-        step = Step(ds_config, ranks, ds_config.batch(config.optim.micro_batch, ranks)[2])
+        step = Step(ds_config, ranks, ds_config.batch(config.optim.micro_batch, ranks).accumulation)
     except UserError:  # told where the run needs it
         return
     told = {

@@ -1,101 +1,87 @@
-"""The kinds of values in a DeepSpeed JSON: each is a function that checks a value and says what to give instead."""
+"""Kinds of values in a DeepSpeed JSON: each checks a value and says what to give instead of it."""
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import TypeGuard
 
-Kind = Callable[
-    [Any], str | None
-]  # returns what to give instead of the value, or None if the value is fine
+# Returns what to give instead of the value, or None if the value is fine.
+Kind = Callable[[object], str | None]
 
 LARGEST = 1e30  # larger numbers overflow in fp32 as soon as they are multiplied
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: object) -> TypeGuard[int | float]:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def boolean(value: Any) -> str | None:
+def _same(value: object, known: object) -> bool:
+    return value == known and type(value) is type(known)  # 1 is not true, and 1.0 is not 1
+
+
+def boolean(value: object) -> str | None:
     return None if isinstance(value, bool) else "give true or false"
 
 
 def integer(least: int = 0, most: int = 2**53) -> Kind:
     """A whole number, which may be written as 5e7."""
+    need = "give a positive whole number"
+    if least != 1:
+        need = f"give a whole number from {least}" + (f" to {most}" if most < 2**53 else "")
 
-    def kind(value: Any) -> str | None:
-        if _is_number(value) and least <= value <= most and value == int(value):
-            return None
-        bounds = f"whole number from {least}" + (f" to {most}" if most < 2**53 else "")
-        return "give a " + ("positive whole number" if least == 1 else bounds)
+    def kind(value: object) -> str | None:
+        fits = _is_number(value) and least <= value <= most and value == int(value)
+        return None if fits else need
 
     return kind
 
 
 def number(least: float = -math.inf, below: float = math.inf, above: bool = False) -> Kind:
-    """A finite number that is at least `least` (with `above`: greater than `least`) and below `below`."""
+    """A finite number of at least `least` (with `above`: greater than `least`) and below `below`."""
+    need = "give a finite number"
+    if least > -math.inf:
+        need += f" above {least:g}" if above else f" of at least {least:g}"
+    if below < math.inf:
+        need += f" and below {below:g}"
 
-    def kind(value: Any) -> str | None:
-        if (
-            _is_number(value)
-            and abs(value) < LARGEST
-            and least <= value < below
-            and not (above and value == least)
-        ):
-            return None
-        if _is_number(value) and LARGEST <= abs(value) < math.inf:
+    def kind(value: object) -> str | None:
+        if not _is_number(value):
+            return need
+        if LARGEST <= abs(value) < math.inf:
             return f"give a number below {LARGEST:g}, whose products are finite in fp32"
-        bounds = (
-            ""
-            if least == -math.inf
-            else f" above {least:g}"
-            if above
-            else f" of at least {least:g}"
-        )
-        return f"give a finite number{bounds}" + (
-            "" if below == math.inf else f" and below {below:g}"
-        )
+        fits = abs(value) < LARGEST and least <= value < below and not (above and value == least)
+        return None if fits else need
 
     return kind
 
 
-def one_of(*known: Any) -> Kind:
-    def kind(value: Any) -> str | None:
-        fits = any(value == k and type(value) is type(k) for k in known)
-        shown = ", ".join(
-            "null" if k is None else f'"{k}"' if isinstance(k, str) else str(k).lower()
-            for k in known
-        )
-        return None if fits else f"give {'one of ' if len(known) > 1 else ''}{shown}"
-
-    return kind
+def _in_json(value: object) -> str:
+    if value is None:
+        return "null"
+    return f'"{value}"' if isinstance(value, str) else str(value).lower()
 
 
-def text(value: Any) -> str | None:
+def one_of(*known: object) -> Kind:
+    need = "give " + ("one of " if len(known) > 1 else "") + ", ".join(map(_in_json, known))
+    return refused(need, *known)
+
+
+def text(value: object) -> str | None:
     return None if isinstance(value, str) else "give a text"
 
 
-def texts(value: Any) -> str | None:
-    return (
-        None
-        if isinstance(value, list) and all(isinstance(v, str) for v in value)
-        else "give a list of texts"
-    )
+def texts(value: object) -> str | None:
+    fits = isinstance(value, list) and all(isinstance(v, str) for v in value)
+    return None if fits else "give a list of texts"
 
 
-def numbers(count: int | None = None, each: Kind | None = None) -> Kind:
-    each = each or number()
+def numbers(count: int | None, each: Kind) -> Kind:
+    """A list of `count` numbers, or of some if it is None."""
+    need = f"give a list of {count or 'some'} numbers: {each(None)}"
 
-    def kind(value: Any) -> str | None:
-        if (
-            isinstance(value, list)
-            and value
-            and count in (None, len(value))
-            and not any(each(v) for v in value)
-        ):
-            return None
-        return f"give a list of {count or 'some'} numbers" + (
-            ": " + str(each(None)) if each(None) else ""
-        )
+    def kind(value: object) -> str | None:
+        if not isinstance(value, list) or not value or count not in (None, len(value)):
+            return need
+        return need if any(map(each, value)) else None
 
     return kind
 
@@ -108,16 +94,11 @@ def either(*kinds: Kind) -> Kind:
     return lambda value: None if any(kind(value) is None for kind in kinds) else kinds[0](value)
 
 
-def refused(why: str, *harmless: Any) -> Kind:
-    """A key that has no effect here or would do harm; only `harmless` values, which request nothing, are accepted."""
-
-    def kind(value: Any) -> str | None:
-        return None if any(value == h and type(value) is type(h) for h in harmless) else why
-
-    return kind
+def refused(why: str, *harmless: object) -> Kind:
+    """A key that has no effect here or would do harm; `harmless` values, which ask nothing, pass."""
+    return lambda value: None if any(_same(value, known) for known in harmless) else why
 
 
-def no_effect(why: str, *harmless: Any) -> Kind:
-    return refused(
-        f"it has no effect here ({why}): remove it", *(harmless or (False, {}, {"enabled": False}))
-    )
+def no_effect(why: str, *harmless: object) -> Kind:
+    harmless = harmless or (False, {}, {"enabled": False})
+    return refused(f"it has no effect here ({why}): remove it", *harmless)

@@ -12,6 +12,7 @@ from ds_cmli.common.cli import option, say
 from ds_cmli.common.errors import UserError
 from ds_cmli.config import effects
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
+from ds_cmli.config.deepspeed_effects import overruled
 from ds_cmli.config.presets import PRESETS, load_preset
 from ds_cmli.config.registry import AUTO, IMAGE, LOSSES, TEXT, TRACKERS, BackboneEntry
 from ds_cmli.config.schema import Config, parse_losses, parse_settings, with_new_names
@@ -183,7 +184,7 @@ def tell_beside_json(
     }
     given = how_given(settings, {**options, "preset": None})
     say(
-        *ds_config.overruled(optim),
+        *overruled(ds_config, optim),
         *effects.without_effect_in_step(config, ds_config, ranks, given),
     )
 

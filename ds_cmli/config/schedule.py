@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from ds_cmli.common.errors import UserError
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.json_values import LARGEST
-from ds_cmli.config.optimizers import DEEPSPEED_SCHEDULERS
+from ds_cmli.config.optimizers import SCHEDULERS
 
 # What the state of a schedule says of the position in it; the rest are settings.
 POSITION = (
@@ -47,7 +47,7 @@ def maker(
     scheduler = ds_config.get("scheduler")
     if scheduler is None:
         return lambda optimizer: warmup_then_cosine(optimizer, warmup, total_steps)
-    if scheduler["type"] in DEEPSPEED_SCHEDULERS:
+    if SCHEDULERS[scheduler["type"]].deepspeeds:
         return None
     # DeepSpeed would pass its ZeRO optimizer to PyTorch's schedulers, which refuse it.
     kind = getattr(torch.optim.lr_scheduler, scheduler["type"])
@@ -137,7 +137,8 @@ def _rates(ds_config: DeepSpeedConfig, optimizer: Optimizer, total_steps: int) -
 def _optimizer(ds_config: DeepSpeedConfig) -> tuple[Any, dict[str, Any]]:
     """PyTorch's optimizer of that name, or AdamW in place of DeepSpeed's own, with the parameters that it takes."""
     kind, params = ds_config.optimizer_type, ds_config.optimizer_params
-    if kind in ("Adam", "AdamW") and params.pop("torch_adam") and params.pop("adam_w_mode", True):
+    chosen = ds_config.optimizer_entry.chosen and params.pop("torch_adam")
+    if chosen and params.pop("adam_w_mode", True):
         kind = "AdamW"
     stand_in = getattr(torch.optim, kind, torch.optim.AdamW)
     takes = inspect.signature(stand_in).parameters

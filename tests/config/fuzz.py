@@ -166,12 +166,14 @@ def change_json(draw: random.Random, content: dict[str, Any]) -> str:
     if kind == "optimizer key" and isinstance(content.get("optimizer"), dict):
         optimizer = content["optimizer"]
         optimizer["params"] = dict(optimizer["params"]) if isinstance(optimizer.get("params"), dict) else {}
-        new = draw.choice(table.get(str(optimizer.get("type")), "lr").split())
+        entry = optimizers.OPTIMIZERS.get(str(optimizer.get("type")), optimizers.Optimizer(("lr",)))
+        new = draw.choice(entry.takes or ("lr",))
         optimizer["params"][new] = draw.choice(VALUES)
         return f"optimizer.params.{new} = {optimizer['params'][new]!r:.40}"
     kind = kind.split()[0]
-    content[kind] = {"type": draw.choice([*table, *optimizers.NO_OPTIMIZERS, "LambdaLR", "Adamm"])}
-    known = table.get(content[kind]["type"], "lr").replace("!", "").replace("+", "").split()
+    content[kind] = {"type": draw.choice([*table, *optimizers.OPTIMIZERS, "LambdaLR", "Adamm"])}
+    entry = table.get(content[kind]["type"])
+    known = entry.takes if entry else ("lr",)
     if draw.random() < 0.7 and known:
         content[kind]["params"] = {draw.choice(known): draw.choice([0.1, 1, 10, 0, -1, "auto", True, [0.5, 0.9]])}
     return f"{kind} = {content[kind]}"
@@ -215,15 +217,14 @@ def change_json_validly(draw: random.Random, content: dict[str, Any], folder: Pa
         return f"without {key}"
     if kind in ("optimizer", "scheduler"):
         table = optimizers.SCHEDULERS if kind == "scheduler" else optimizers.OPTIMIZERS
-        new = draw.choice([*table])
-        names = table[new].split()
-        names = [n for n in names if n.endswith("!")] + draw.sample(names, min(len(names), draw.choice([0, 1, 2])))
+        new = draw.choice([name for name, entry in table.items() if not entry.why_not])
+        takes = table[new].takes
         params = {}
-        for name in (n.rstrip("!+") for n in names):
+        for name in (*table[new].required, *draw.sample(takes, min(len(takes), draw.choice([0, 1, 2])))):
             allowed = optimizers.PARAMETERS.get(name, optimizers.PARAMETER)
             params[name] = 1e-3 if name.endswith("lr") else _valid(draw, allowed, f"{kind}.params.{name}", folder)
         content[kind] = {"type": new, "params": params}
-        if kind == "optimizer" and new not in optimizers.ZERO_TESTED:
+        if kind == "optimizer" and not table[new].zero_tested:
             content["zero_allow_untested_optimizer"] = True
         return f"{kind} = {content[kind]}"
     places = [(s, k) for s, known in keys.SECTIONS.items() for k in known if s not in ("optimizer", "scheduler")]

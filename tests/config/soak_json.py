@@ -78,7 +78,7 @@ def json_cases(count: int, seed: int) -> list[tuple[str, dict[str, Any], dict[st
         else:
             section = draw.choice([s for s in ("optimizer", "scheduler") if s in after])
             table = optimizers.OPTIMIZERS if section == "optimizer" else optimizers.SCHEDULERS
-            known = table[after[section]["type"]].replace("!", "").replace("+", "").split()
+            known = table[after[section]["type"]].takes
             fitting = [n for n in known if n in MORE]
             name = draw.choice(fitting or known)
             value = draw.choice(MORE.get(name, [0.5]))

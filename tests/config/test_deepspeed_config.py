@@ -12,6 +12,7 @@ from ds_cmli.common.errors import UserError
 from ds_cmli.config import deepspeed_keys as keys
 from ds_cmli.config import optimizers
 from ds_cmli.config.deepspeed_config import BATCH_KEYS, DeepSpeedConfig
+from ds_cmli.config.deepspeed_effects import overruled
 from ds_cmli.config.schema import OptimConfig
 
 SHIPPED = sorted((Path(__file__).parents[2] / "ds_configs").glob("*.json"))
@@ -259,9 +260,9 @@ def test_the_command_line_beside_a_value_of_the_json_is_told():
         }
     )
     given = {"lr": ("--lr", 0.1), "micro_batch": ("--micro-batch", 8), "eps": ("--set optim.eps", 1e-3)}
-    assert config.overruled(given) == ["--lr 0.1 does not count: the DeepSpeed JSON says optimizer.params.lr 0.5"]
-    assert len(config.overruled({"micro_batch": ("--micro-batch", 4)})) == 1
-    assert DeepSpeedConfig.of({"train_batch_size": "auto"}).overruled(given) == []
+    assert [*overruled(config, given)] == ["--lr 0.1 does not count: the DeepSpeed JSON says optimizer.params.lr 0.5"]
+    assert len([*overruled(config, {"micro_batch": ("--micro-batch", 4)})]) == 1
+    assert not [*overruled(DeepSpeedConfig.of({"train_batch_size": "auto"}), given)]
 
 
 CONTENTS = {
@@ -317,8 +318,8 @@ def test_any_value_anywhere_is_taken_or_one_line():
 
 @pytest.mark.parametrize("section, table", [("optimizer", optimizers.OPTIMIZERS), ("scheduler", optimizers.SCHEDULERS)])
 def test_any_parameter_is_taken_or_one_line(section, table):
-    for kind, parameters in table.items():
-        for key in parameters.replace("!", "").replace("+", "").split():
+    for kind, entry in table.items():
+        for key in entry.takes:
             for value in values(key):
                 with contextlib.suppress(UserError):
                     DeepSpeedConfig.of({section: {"type": kind, "params": {key: value}}}).filled(OptimConfig(), 1, 10)
@@ -356,21 +357,20 @@ def test_tables_hold_what_deepspeed_and_torch_take():
     def takes(found):
         return {*inspect.signature(found).parameters} - {"params", "optimizer", "last_epoch", "last_batch_iteration"}
 
-    for name, parameters in optimizers.OPTIMIZERS.items():
-        if hasattr(torch.optim, name):
-            known = {*parameters.split()} - optimizers.OURS_ALONE - {"torch_adam", "adam_w_mode"}
+    for name, entry in optimizers.OPTIMIZERS.items():
+        if hasattr(torch.optim, name) and not entry.why_not:
+            known = {*entry.parameters} - {*entry.deepspeeds, "torch_adam", "adam_w_mode"}
             assert known == takes(getattr(torch.optim, name)) - {"decoupled_weight_decay"} | (
                 known & {"decoupled_weight_decay"}
             ), name
-    for name, parameters in optimizers.SCHEDULERS.items():
-        home = lr_schedules if name in optimizers.DEEPSPEED_SCHEDULERS else torch.optim.lr_scheduler
-        known = {*parameters.replace("!", "").replace("+", "").split()}
-        assert known == takes(getattr(home, name)) - {"scale_fn"}, name
+    for name, entry in optimizers.SCHEDULERS.items():
+        home = lr_schedules if entry.deepspeeds else torch.optim.lr_scheduler
+        assert entry.why_not or {*entry.takes} == takes(getattr(home, name)) - {"scale_fn"}, name
     theirs = {n for n, c in vars(torch.optim).items() if inspect.isclass(c) and n != "Optimizer"}
-    assert theirs <= optimizers.OPTIMIZERS.keys() | optimizers.NO_OPTIMIZERS.keys()
+    assert theirs <= optimizers.OPTIMIZERS.keys()
     base = torch.optim.lr_scheduler.LRScheduler
     found = {n for n, c in vars(torch.optim.lr_scheduler).items() if inspect.isclass(c) and issubclass(c, base)}
-    assert found - {"LRScheduler", "_LRScheduler"} <= optimizers.SCHEDULERS.keys() | optimizers.NO_SCHEDULERS.keys()
+    assert found - {"LRScheduler", "_LRScheduler"} <= optimizers.SCHEDULERS.keys()
 
 
 @pytest.mark.parametrize(
