@@ -20,8 +20,8 @@ from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.data.batch import Batch
 from ds_cmli.data.loaders import train_loader
 from ds_cmli.distributed import process_group as distributed
-from ds_cmli.faults import out_of_memory, preemption
-from ds_cmli.memory import predict_subprocess
+from ds_cmli.faults import preemption
+from ds_cmli.memory import out_of_memory, predict_subprocess
 from ds_cmli.memory.inputs import UNCOMPILED
 from ds_cmli.memory.ranks import likeliest
 from ds_cmli.memory.report import Report, show

@@ -156,7 +156,7 @@ def run(
     from ds_cmli.distributed import process_group as distributed
     from ds_cmli.distributed.collective_flags import CollectiveFlags
     from ds_cmli.engine import build, counts_line, plan, with_backend
-    from ds_cmli.faults import out_of_memory
+    from ds_cmli.memory import out_of_memory
     from ds_cmli.metrics import Meter, NullWriter, open_writer
 
     # --- what there is to go on from

@@ -5,10 +5,15 @@ its memory is predicted beside what PyTorch's allocator gives a real step, or it
 code 1 where neither is so. Without names all are tried, in ten minutes or so.
 """
 
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":  # run by its path: not this folder, but the repository is searched first
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
 import contextlib
 import gc
 import io
-import sys
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,21 +21,21 @@ from ds_cmli.common import quiet
 
 quiet.silence()
 
-import click  # noqa: E402
-import torch  # noqa: E402
+import click
+import torch
 
-from ds_cmli import engine  # noqa: E402
-from ds_cmli.common.cli import run_command  # noqa: E402
-from ds_cmli.common.errors import UserError  # noqa: E402
-from ds_cmli.common.tables import Table  # noqa: E402
-from ds_cmli.config.deepspeed_config import DeepSpeedConfig  # noqa: E402
-from ds_cmli.config.presets import load_preset  # noqa: E402
-from ds_cmli.config.schema import Config  # noqa: E402
-from ds_cmli.data.load import Data, build_data  # noqa: E402
-from ds_cmli.evaluate.split import evaluate_split  # noqa: E402
-from ds_cmli.memory.fake import process_group  # noqa: E402
-from ds_cmli.memory.measure_cpu import measure_phases  # noqa: E402
-from ds_cmli.memory.predict import predict  # noqa: E402
+from ds_cmli import engine
+from ds_cmli.common.cli import run_command
+from ds_cmli.common.errors import UserError
+from ds_cmli.common.tables import Table
+from ds_cmli.config.deepspeed_config import DeepSpeedConfig
+from ds_cmli.config.presets import load_preset
+from ds_cmli.config.schema import Config
+from ds_cmli.data.load import Data, build_data
+from ds_cmli.evaluate.split import evaluate_split
+from ds_cmli.memory.fake import process_group
+from ds_cmli.memory.predict import predict
+from profiling.measure_cpu import measure_phases
 
 BATCH, STEPS, PAIRS = 4, 2, 8
 EQUAL = 256  # bytes that the predicted may differ by: the few numbers that operators and the engine hold for a moment

@@ -11,11 +11,16 @@ interleaved, medians.
 Shapes: image [B, N, D], text [B, M, D].
 """
 
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":  # run by its path: not this folder, but the repository is searched first
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
 import json
 import os
 import statistics
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 
@@ -23,13 +28,14 @@ from ds_cmli.common import quiet
 
 quiet.silence()
 
-import click  # noqa: E402
-import torch  # noqa: E402
+import click
+import torch
 
-from ds_cmli.cmli import baselines, cmli_scores  # noqa: E402
-from ds_cmli.cmli.baselines import DTYPES, SETTINGS, D, M, N, Problem, Scores  # noqa: E402
-from ds_cmli.common import palette, plots  # noqa: E402
-from ds_cmli.common.cli import run_command  # noqa: E402
+from ds_cmli.cmli import cmli_scores
+from ds_cmli.common import palette, plots
+from ds_cmli.common.cli import run_command
+from profiling import baselines
+from profiling.baselines import DTYPES, SETTINGS, D, M, N, Problem, Scores
 
 
 def ours(**options) -> Scores:

@@ -7,36 +7,38 @@ nothing else; the share of the trainer's steps spent waiting for the next batch.
 the others of --data; of the demo, drawing a scene counts as decoding.
 """
 
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":  # run by its path: not this folder, but the repository is searched first
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
 import io
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from typing import Any
 
-# Run by its path, this file's folder comes first on sys.path, where its own name would hide other modules.
-sys.path[:] = [p for p in sys.path if p != __file__.rsplit("/", 1)[0]]
-
-from ds_cmli.common import quiet  # noqa: E402
+from ds_cmli.common import quiet
 
 quiet.silence()
 
-import click  # noqa: E402
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from PIL import Image, ImageOps  # noqa: E402
+import click
+import numpy as np
+import torch
+from PIL import Image, ImageOps
 
-from ds_cmli import engine  # noqa: E402
-from ds_cmli.common.cli import json_on_stdout, run_command  # noqa: E402
-from ds_cmli.config.deepspeed_config import DeepSpeedConfig  # noqa: E402
-from ds_cmli.config.options import WHAT, add, resolve_config  # noqa: E402
-from ds_cmli.config.schema import Config  # noqa: E402
-from ds_cmli.data.load import build_data  # noqa: E402
-from ds_cmli.data.loaders import train_loader  # noqa: E402
-from ds_cmli.data.pairs import TrainPairs  # noqa: E402
-from ds_cmli.data.pictures import decode  # noqa: E402
-from ds_cmli.data.sampler import Draw, GlobalBatchSampler  # noqa: E402
-from ds_cmli.distributed import process_group as distributed  # noqa: E402
+from ds_cmli import engine
+from ds_cmli.common.cli import json_on_stdout, run_command
+from ds_cmli.config.deepspeed_config import DeepSpeedConfig
+from ds_cmli.config.options import WHAT, add, resolve_config
+from ds_cmli.config.schema import Config
+from ds_cmli.data.load import build_data
+from ds_cmli.data.loaders import train_loader
+from ds_cmli.data.pairs import TrainPairs
+from ds_cmli.data.pictures import decode
+from ds_cmli.data.sampler import Draw, GlobalBatchSampler
+from ds_cmli.distributed import process_group as distributed
 
 PICTURES = 40  # of the table of decoders, of each size
 SIZES = ((500, 375), (1024, 768), (2048, 1536))

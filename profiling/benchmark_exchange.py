@@ -6,6 +6,12 @@ that one forward and backward pass takes on rank 0 beyond its inputs, the bytes 
 Shapes: image [B, N, D], text [B, M, D] of each rank.
 """
 
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":  # run by its path: not this folder, but the repository is searched first
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
 import os
 import time
 
@@ -15,17 +21,17 @@ from ds_cmli.common import quiet
 
 quiet.silence()
 
-import click  # noqa: E402
-import torch  # noqa: E402
-import torch.distributed as dist  # noqa: E402
-import torch.multiprocessing as mp  # noqa: E402
+import click
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 
-from ds_cmli.cmli.baselines import DTYPES  # noqa: E402
-from ds_cmli.cmli.loss import score_global_batch  # noqa: E402
-from ds_cmli.cmli.ring import Scorer  # noqa: E402
-from ds_cmli.common.cli import run_command  # noqa: E402
-from ds_cmli.distributed.traffic import Traffic  # noqa: E402
-from ds_cmli.memory.measure_cpu import allocator_events  # noqa: E402
+from ds_cmli.cmli.loss import score_global_batch
+from ds_cmli.cmli.ring import Scorer
+from ds_cmli.common.cli import run_command
+from ds_cmli.distributed.traffic import Traffic
+from profiling.baselines import DTYPES
+from profiling.measure_cpu import allocator_events
 
 EXCHANGES = ("gather", "ring")
 SCRATCH = 2**20  # bytes of the op's tiles: little, so that what the exchange takes is seen

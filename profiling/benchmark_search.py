@@ -6,22 +6,23 @@ every picture by CMLI: time of a query, memory that it adds, and how many of the
 """
 
 import sys
+from pathlib import Path
 
-# Run by its path, this file's folder comes first on sys.path, where its own name would hide other modules.
-sys.path[:] = [p for p in sys.path if p != __file__.rsplit("/", 1)[0]]
+if __name__ == "__main__":  # run by its path: not this folder, but the repository is searched first
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-import statistics  # noqa: E402
-import tempfile  # noqa: E402
-import time  # noqa: E402
-from collections.abc import Sequence  # noqa: E402
-from pathlib import Path  # noqa: E402
-from typing import Any  # noqa: E402
 
-import click  # noqa: E402
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from typing import Any
 
-from ds_cmli.common import quiet  # noqa: E402
-from ds_cmli.common.cli import json_on_stdout, run_command  # noqa: E402
-from ds_cmli.common.errors import UserError  # noqa: E402
+import click
+
+from ds_cmli.common import quiet
+from ds_cmli.common.cli import json_on_stdout, run_command
+from ds_cmli.common.errors import UserError
 
 CANDIDATES = (10, 50, 200, 1000)
 K = 10  # results of a query

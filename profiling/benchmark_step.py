@@ -9,36 +9,38 @@ activations are recomputed. Its frozen teacher is cast once, as the trainer's is
 B pairs, of the preset's data; one rank.
 """
 
-import statistics
 import sys
+from pathlib import Path
+
+if __name__ == "__main__":  # run by its path: not this folder, but the repository is searched first
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import statistics
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 
-# Run by its path, this file's folder comes first on sys.path, where its own name would hide other modules.
-sys.path[:] = [p for p in sys.path if p != __file__.rsplit("/", 1)[0]]
-
-from ds_cmli.common import quiet  # noqa: E402
+from ds_cmli.common import quiet
 
 quiet.silence()
 
-import click  # noqa: E402
-import torch  # noqa: E402
-from torch import nn  # noqa: E402
-from torch.utils.checkpoint import checkpoint  # noqa: E402
+import click
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
 
-from ds_cmli import engine  # noqa: E402
-from ds_cmli.common.cli import json_on_stdout, run_command  # noqa: E402
-from ds_cmli.config.deepspeed_config import DeepSpeedConfig  # noqa: E402
-from ds_cmli.config.options import WHAT, add, resolve_config  # noqa: E402
-from ds_cmli.config.schema import Config  # noqa: E402
-from ds_cmli.data.batch import Batch  # noqa: E402
-from ds_cmli.data.load import Data, build_data  # noqa: E402
-from ds_cmli.data.loaders import train_loader  # noqa: E402
-from ds_cmli.data.sampler import GlobalBatchSampler  # noqa: E402
-from ds_cmli.distributed import process_group as distributed  # noqa: E402
-from ds_cmli.models.blocks import checkpoint_blocks  # noqa: E402
+from ds_cmli import engine
+from ds_cmli.common.cli import json_on_stdout, run_command
+from ds_cmli.config.deepspeed_config import DeepSpeedConfig
+from ds_cmli.config.options import WHAT, add, resolve_config
+from ds_cmli.config.schema import Config
+from ds_cmli.data.batch import Batch
+from ds_cmli.data.load import Data, build_data
+from ds_cmli.data.loaders import train_loader
+from ds_cmli.data.sampler import GlobalBatchSampler
+from ds_cmli.distributed import process_group as distributed
+from ds_cmli.models.blocks import checkpoint_blocks
 
 Step = Callable[[Batch], torch.Tensor]
 STEPS = 1_000_000  # of the schedule: the rate stays near its start

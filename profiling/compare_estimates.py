@@ -6,24 +6,25 @@ otherwise on the CPU; what does not fit stays predicted, and what takes minutes 
 a GPU is asked of `profiling/predict.py`.
 """
 
-import os
 import sys
+from pathlib import Path
+
+if __name__ == "__main__":  # run by its path: not this folder, but the repository is searched first
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import os
 
 # Threads that wait for each other use up the CPU's time; nothing here needs more than one. Before torch is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# Run by its path, this folder comes first on sys.path and would hide packages named like its scripts.
-sys.path[:] = [p for p in sys.path if p != __file__.rsplit("/", 1)[0]]
+import json
+from typing import Any
 
-import json  # noqa: E402
-from pathlib import Path  # noqa: E402
-from typing import Any  # noqa: E402
+import click
 
-import click  # noqa: E402
-
-from ds_cmli.common.cli import GroupedCommand, check_writable, option, run_command  # noqa: E402
-from ds_cmli.common.errors import UserError, nearest  # noqa: E402
-from ds_cmli.config.presets import PRESETS  # noqa: E402
+from ds_cmli.common.cli import GroupedCommand, check_writable, option, run_command
+from ds_cmli.common.errors import UserError, nearest
+from ds_cmli.config.presets import PRESETS
 
 IDS = ("E1", "E2", "E3", "E4", "E5")
 
@@ -71,7 +72,7 @@ def command(
     from rich.console import Console
 
     from ds_cmli.common import quiet
-    from ds_cmli.memory.estimates import Setting, claims, sentences
+    from profiling.document.estimates import Setting, claims, sentences
 
     setting = Setting(**sizes)
     every = {id: claim for id, claim in claims(setting).items() if id in ids}
@@ -84,7 +85,7 @@ def command(
     import torch
 
     from ds_cmli.common.tables import Table
-    from ds_cmli.memory import compare, compare_steps, compare_tables
+    from profiling.document import compare, steps, tables
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     rows = compare.predicted_rows(setting, ids, device)
@@ -95,8 +96,8 @@ def command(
             rows, setting, device, lambda r: status.update(f"measuring {r.id} {r.implementation}")
         )
         if "E4" in ids:
-            variants = compare_steps.FIRST_VARIANTS if only is None else compare_steps.VARIANTS
-            document, ours = compare_steps.document_rows(
+            variants = steps.FIRST_VARIANTS if only is None else steps.VARIANTS
+            document, ours = steps.document_rows(
                 setting,
                 variants,
                 say=lambda r: status.update(f"predicting {r.id} {r.implementation}"),
@@ -104,22 +105,20 @@ def command(
         if only is None:
             status.update(f"the whole step of {preset}")
             ranks = setting.P if preset == "paper" else 1
-            step = compare_steps.whole_step(preset, ranks, device)
-    found = compare_tables.sentences_found(rows, document, step)
+            step = steps.whole_step(preset, ranks, device)
+    found = tables.sentences_found(rows, document, step)
     for sentence in found:
         console.print(sentence, highlight=False)
     console.print()
     summary += found
 
-    shown: list[Table] = [compare_tables.arithmetic_table(every.values(), setting)]
+    shown: list[Table] = [tables.arithmetic_table(every.values(), setting)]
     if rows:
-        shown += compare_tables.rows_tables(rows, every)
+        shown += tables.rows_tables(rows, every)
     if document:
-        shown.append(
-            compare_tables.document_table(document, compare_tables.remember_document(document))
-        )
+        shown.append(tables.document_table(document, tables.remember_document(document)))
     if step is not None:
-        shown.append(compare_tables.whole_step_table(step))
+        shown.append(tables.whole_step_table(step))
     for table in shown:
         table.show(console)
 
@@ -151,7 +150,7 @@ def parse_only(only: str | None) -> set[str]:
 def plot(folder: Path, rows: list, ours: Any, step: Any) -> str:
     """Draw what there is; the line that says what was drawn."""
     from ds_cmli.common import plots
-    from ds_cmli.memory import charts
+    from profiling.document import charts
 
     if not plots.installed():
         return "no charts: matplotlib is not installed; pip install matplotlib"

@@ -8,22 +8,22 @@ limit.
 """
 
 import sys
+from pathlib import Path
 
-# Run by its path, this file's folder comes first on sys.path, where its own name would hide other modules.
-sys.path[:] = [p for p in sys.path if p != __file__.rsplit("/", 1)[0]]
+if __name__ == "__main__":  # run by its path: not this folder, but the repository is searched first
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-import json  # noqa: E402
-import statistics  # noqa: E402
-from collections.abc import Iterator  # noqa: E402
-from dataclasses import dataclass, field  # noqa: E402
-from pathlib import Path  # noqa: E402
-from typing import Any  # noqa: E402
+import json
+import statistics
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
 
-import click  # noqa: E402
+import click
 
-from ds_cmli.common import quiet  # noqa: E402
-from ds_cmli.common.cli import run_command  # noqa: E402
-from ds_cmli.common.errors import UserError  # noqa: E402
+from ds_cmli.common import quiet
+from ds_cmli.common.cli import run_command
+from ds_cmli.common.errors import UserError
 
 ALL = {"global": 1.0, "cmli": 1.0, "target_cmli": 1.0}
 OURS, DEEPSPEED, ACCELERATE, RULE = "ds-cmli", "DeepSpeed", "accelerate", "16 B a parameter"
@@ -119,11 +119,11 @@ class Row:
 
 
 def rows(chosen: list[Setting]) -> Iterator[Row]:
+    from ds_cmli.allocator.allocator import replay
+    from ds_cmli.allocator.blocks import OutOfMemory
     from ds_cmli.config.presets import load_preset
-    from ds_cmli.memory.allocator import replay
-    from ds_cmli.memory.blocks import OutOfMemory
-    from ds_cmli.memory.measure_cpu import measure_phases, tracked_events
     from ds_cmli.memory.predict import predict
+    from profiling.measure_cpu import measure_phases, tracked_events
 
     for setting in chosen:
         tower = {

@@ -7,22 +7,22 @@ under 8 minutes on one GPU; the files are whole at any moment. Exit code: 1 wher
 """
 
 import sys
+from pathlib import Path
 
-# Run by its path, this folder comes first on sys.path and would hide packages named like its scripts.
-sys.path[:] = [p for p in sys.path if p != __file__.rsplit("/", 1)[0]]
+if __name__ == "__main__":  # run by its path: not this folder, but the repository is searched first
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-import json  # noqa: E402
-import math  # noqa: E402
-import os  # noqa: E402
-import time  # noqa: E402
-from datetime import date  # noqa: E402
-from pathlib import Path  # noqa: E402
-from typing import Any  # noqa: E402
+import json
+import math
+import os
+import time
+from datetime import date
+from typing import Any
 
-import click  # noqa: E402
-import torch  # noqa: E402
+import click
+import torch
 
-from ds_cmli.common.cli import run_command  # noqa: E402
+from ds_cmli.common.cli import run_command
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -5,20 +5,22 @@ Needs neither a GPU nor PyTorch.
 """
 
 import sys
+from pathlib import Path
 
-# Run by its path, this file's folder comes first on sys.path, where its own name would hide other modules.
-sys.path[:] = [p for p in sys.path if p != __file__.rsplit("/", 1)[0]]
+if __name__ == "__main__":  # run by its path: not this folder, but the repository is searched first
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-import json  # noqa: E402
-from dataclasses import replace  # noqa: E402
-from pathlib import Path  # noqa: E402
-from typing import Any  # noqa: E402
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
-import click  # noqa: E402
+import click
 
-from ds_cmli.common.cli import GroupedCommand, option, run_command  # noqa: E402
-from ds_cmli.common.errors import UserError  # noqa: E402
+from ds_cmli.common.cli import GroupedCommand, option, run_command
+from ds_cmli.common.errors import UserError
 
+GB = 10**9
 SHOWN = 8  # holders of memory that are named
 
 
@@ -71,8 +73,8 @@ def command(snapshots: tuple[str, ...], limit: str | None, expandable_segments: 
 
     Of two snapshots also what holds more and what holds less memory at the second one's peak.
     """
+    from ds_cmli.allocator import gpus
     from ds_cmli.common.plots import check_installed
-    from ds_cmli.memory import gpus
 
     if plot is not None:
         check_installed("--plot")
@@ -128,10 +130,10 @@ def one(
 
     And a line for each device whose history cannot be replayed, and for each that has memory but no history.
     """
-    from ds_cmli.memory import charts, snapshot_file
-    from ds_cmli.memory.history import replay_history
-    from ds_cmli.memory.holders import holders
-    from ds_cmli.memory.what_if import what_if
+    from ds_cmli.allocator import snapshot_file
+    from ds_cmli.allocator.history import replay_history
+    from ds_cmli.allocator.holders import holders
+    from ds_cmli.allocator.what_if import what_if
 
     content = snapshot_file.read(path)
     out: list[dict[str, Any]] = []
@@ -169,7 +171,7 @@ def one(
             lines += [f"    {size:>16,} B  {name}" for name, size in reserved.items()]
         if plot is not None and not out:
             try:
-                charts.history(replayed.timeline, path, Path(plot))
+                draw(replayed.timeline, path, Path(plot))
             except (OSError, ValueError) as error:
                 raise UserError(f"--plot is {plot!r}: cannot write it: {error}") from None
         values["live_before"] = sum(start.live.values())
@@ -256,8 +258,8 @@ def difference(first: Any, second: Any) -> list[str]:
 
 def settings_tried(start: Any, trace: list[dict[str, Any]], room: int | None) -> dict[str, int]:
     """Reserved bytes by value of PYTORCH_ALLOC_CONF, the least first; of those that fit, where there is a limit."""
-    from ds_cmli.memory.blocks import DEFAULTS
-    from ds_cmli.memory.what_if import what_if
+    from ds_cmli.allocator.blocks import DEFAULTS
+    from ds_cmli.allocator.what_if import what_if
 
     tried = {
         "(nothing set)": DEFAULTS,
@@ -280,8 +282,8 @@ def settings_tried(start: Any, trace: list[dict[str, Any]], room: int | None) ->
 
 
 def smallest_gpu(start: Any, trace: list[dict[str, Any]]) -> str:
-    from ds_cmli.memory.gpus import all_gpus
-    from ds_cmli.memory.what_if import what_if
+    from ds_cmli.allocator.gpus import all_gpus
+    from ds_cmli.allocator.what_if import what_if
 
     for gpu in sorted(all_gpus().values(), key=lambda gpu: gpu.usable):
         if what_if(start, trace, gpu.usable).fits:
@@ -331,6 +333,36 @@ def text(replayed: Any, settings_known: bool) -> str:
     if replayed.out_of_memory:
         lines.append(f"  {replayed.out_of_memory} requests were refused: out of memory")
     return "\n".join(lines)
+
+
+def draw(points: Sequence[tuple[int, int]], what: str, path: Path) -> None:
+    """Draw allocated and reserved bytes after each event of a recorded history; fragmentation is between the two."""
+    from ds_cmli.common import palette, plots
+    from ds_cmli.common.tables import readable
+
+    pyplot = plots.matplotlib("a chart")
+    figure, axis = pyplot.subplots(figsize=(plots.WIDTH, 4), layout="constrained")
+    allocated, reserved = ([point[i] / GB for point in points] for i in range(2))
+    where = range(len(points))
+    used, free = palette.LINES[3], palette.LINES[2]
+    axis.fill_between(where, allocated, step="post", color=used)
+    axis.fill_between(where, allocated, reserved, step="post", color=free, alpha=0.45)
+    axis.plot(where, reserved, drawstyle="steps-post", color=free, linewidth=1.2)
+    axis.set(xlabel="events of the allocator", xlim=(0, len(points)), ylim=(0, None))
+    axis.xaxis.set_major_formatter(plots.plain)
+    axis.yaxis.set_major_formatter(lambda size, _: readable(round(size * GB)))
+    axis.grid(axis="y")
+    most = max(range(len(points)), key=lambda i: reserved[i], default=0)
+    if points:
+        gap = 0.06 * axis.get_ylim()[1]
+        ends = plots.apart([allocated[-1] / 2, (allocated[-1] + reserved[-1]) / 2], gap)
+        for end, label in zip(ends, ("allocated", "reserved, not used"), strict=True):
+            axis.text(1.01, end, label, transform=axis.get_yaxis_transform(), size=9, va="center")
+    idle = reserved[most] - allocated[most] if points else 0
+    finding = f"{readable(round(idle * GB))} of {readable(round(reserved[most] * GB))} reserved at the peak are not in use"
+    plots.titled(figure, finding if points else "No event", what)
+    figure.savefig(path, dpi=plots.DPI)
+    pyplot.close(figure)
 
 
 def main() -> None:

@@ -2,25 +2,26 @@
 
 What a step takes on many ranks: time, its parts, and memory, with texts gathered or in a ring, with gradient caching or
 without, at ZeRO stages 1 to 3. What is moved and what memory holds is predicted from the trainer's own step; times
-follow from the rates given here (see ds_cmli/memory/scale.py), of which none was measured unless --measure is given.
+follow from the rates given here (see profiling/scaling.py), of which none was measured unless --measure is given.
 """
 
 import sys
+from pathlib import Path
 
-sys.path[:] = [p for p in sys.path if p != __file__.rsplit("/", 1)[0]]
+if __name__ == "__main__":  # run by its path: not this folder, but the repository is searched first
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-import json  # noqa: E402
-import math  # noqa: E402
-import os  # noqa: E402
-from collections.abc import Callable  # noqa: E402
-from pathlib import Path  # noqa: E402
-from typing import Any  # noqa: E402
+import json
+import math
+import os
+from collections.abc import Callable
+from typing import Any
 
-import click  # noqa: E402
+import click
 
-from ds_cmli.common.cli import GroupedCommand, check_writable, option, run_command  # noqa: E402
-from ds_cmli.common.errors import UserError  # noqa: E402
-from ds_cmli.common.plots import check_installed  # noqa: E402
+from ds_cmli.common.cli import GroupedCommand, check_writable, option, run_command
+from ds_cmli.common.errors import UserError
+from ds_cmli.common.plots import check_installed
 
 PARTS = ("model", "scores", "text", "rest")
 
@@ -89,12 +90,12 @@ def command(
     import torch
     from rich.console import Console
 
+    from ds_cmli.allocator import gpus
     from ds_cmli.common.tables import Table
     from ds_cmli.config.presets import load_preset
     from ds_cmli.config.schema import parse_settings
     from ds_cmli.engine.throughput import peak_flops
-    from ds_cmli.memory import gpus
-    from ds_cmli.memory.scale import Rates, crossovers, step_cost, step_time
+    from profiling.scaling import Rates, crossovers, step_cost, step_time
 
     tflops = given["tflops"]
     if given["measure"]:

@@ -55,8 +55,8 @@ ELSEWHERE = {
     "python profiling/predict.py --preset paper --world-size 2 --fit 24GB": "tests/memory/test_predict.py",
     "python profiling/predict.py --preset paper --sweep batch=128,256,world=1,2,8,stage=1,2,3":
         "tests/memory/test_predict.py",
-    "python profiling/replay.py snapshot.pickle": "tests/memory/test_history.py",
-    "python profiling/compare_estimates.py": "tests/memory/test_compare.py: small sizes",
+    "python profiling/replay.py snapshot.pickle": "tests/allocator/test_history.py",
+    "python profiling/compare_estimates.py": "tests/profiling/test_compare.py: small sizes",
     "python profiling/estimators.py --plot estimators.png": "tests/profiling/test_estimators.py: the first settings",
     "python profiling/benchmark_search.py --model RUN": "tests/profiling/test_benchmark_search.py: 80 pictures",
     "python profiling/benchmark_step.py": "tests/profiling/test_benchmark.py: `tiny`",

@@ -8,7 +8,7 @@ import pytest
 from ds_cmli import train
 from ds_cmli.common.cli import exit_code
 from ds_cmli.common.subprocesses import LAUNCHER_VARIABLES
-from ds_cmli.faults import out_of_memory
+from ds_cmli.memory import out_of_memory
 from tests.config.test_mistakes import fail, pairs
 
 

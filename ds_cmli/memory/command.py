@@ -84,7 +84,8 @@ def command(preset: str, deepspeed_config: str, settings: tuple[str, ...], world
     from ds_cmli.common import quiet
 
     quiet.silence()
-    from ds_cmli.memory import gpus, search
+    from ds_cmli.allocator import gpus
+    from ds_cmli.memory import search
     from ds_cmli.memory.predict import DEFAULT_GPU
     from ds_cmli.memory.report import show
 
@@ -116,7 +117,7 @@ def command(preset: str, deepspeed_config: str, settings: tuple[str, ...], world
             print_fit(fitted, room)
         content = prediction.report.to_dict()
         if snapshot:
-            from ds_cmli.memory import snapshot as snapshots
+            from ds_cmli.allocator import snapshot as snapshots
 
             write(snapshot, "--snapshot", lambda: snapshots.write(prediction.events, snapshot))
     if json_path:
@@ -143,7 +144,8 @@ def grid(
     from rich.console import Console
     from rich.table import Table
 
-    from ds_cmli.memory import gpus, search
+    from ds_cmli.allocator import gpus
+    from ds_cmli.memory import search
     from ds_cmli.memory.report import gigabytes
 
     reports, device = [], {}
@@ -174,7 +176,7 @@ def grid(
 
 def sentence(report: Any, gpu: str) -> str:
     """The answer in one sentence: whether the step fits on `gpu`."""
-    from ds_cmli.memory import gpus
+    from ds_cmli.allocator import gpus
     from ds_cmli.memory.report import gigabytes
 
     total = gpus.find(gpu).total.bytes
@@ -213,7 +215,7 @@ def fit_sentence(fitted: Any, room: int) -> str:
 
 def meant(fit: str, room: int, fitted_gpu: str, gpu: str, world_size: int) -> str:
     """What --fit was taken for, and how much of it tensors can have: the bytes of a size, or the memory of a GPU."""
-    from ds_cmli.memory import gpus
+    from ds_cmli.allocator import gpus
 
     usable = room - gpus.device_bytes(0, gpu, world_size)
     rest = "CUDA's context and NCCL" if world_size > 1 else "CUDA's context"

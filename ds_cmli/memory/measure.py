@@ -1,4 +1,4 @@
-"""Compares measured and predicted memory, of one configuration or of a run's first steps (`--profile-memory`)."""
+"""Compares measured and predicted memory of a run's first steps (`--profile-memory`)."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -9,32 +9,20 @@ from typing import Any
 
 import torch
 
+from ds_cmli.allocator import gpus
 from ds_cmli.common.cli import say
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.schema import Config
 from ds_cmli.data.batch import Batch
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.engine import TrainEngine
-from ds_cmli.memory import cpu_events, gpus, measure_cpu, measure_cuda, predict_subprocess
+from ds_cmli.memory import cpu_events, measure_cuda, predict_subprocess
 from ds_cmli.memory.collectives import seen_by_the_profiler
 from ds_cmli.memory.report import Report, summarise
 from ds_cmli.memory.tracker import Tracker
 
 PREDICTION_S = 600  # the most seconds that the ranks wait for the prediction
 FILE, SNAPSHOT = "memory.json", "memory-snapshot.pickle"
-
-
-def measure(
-    config: Config, ds_config: DeepSpeedConfig, world_size: int = 1, device: str = "cuda"
-) -> Report:
-    """Measure the memory of rank 0 of `world_size` with real tensors, on "cuda" or "cpu". Arguments as in `predict`.
-
-    One device is enough: the other ranks are simulated by a fake process group, whose collectives transfer nothing. On
-    "cpu", a process group that is already initialised is used instead.
-    """
-    return (measure_cuda if device == "cuda" else measure_cpu).measure(
-        config, ds_config, world_size
-    )
 
 
 def differences(

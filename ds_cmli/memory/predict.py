@@ -15,14 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from ds_cmli import engine
+from ds_cmli.allocator import gpus
+from ds_cmli.allocator.allocator import CachingAllocator, replay
+from ds_cmli.allocator.blocks import Event
 from ds_cmli.cmli.token_keep import kept
 from ds_cmli.common.patches import patched, replaced
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.schema import Config, check, choice
 from ds_cmli.data.batch import Batch
 from ds_cmli.distributed.traffic import Traffic
-from ds_cmli.memory import gpus
-from ds_cmli.memory.allocator import CachingAllocator, replay
 from ds_cmli.memory.cache_on_host import kept_on_host
 from ds_cmli.memory.fake import convert_parameters, fake_world
 from ds_cmli.memory.inputs import (
@@ -35,7 +36,7 @@ from ds_cmli.memory.inputs import (
 )
 from ds_cmli.memory.phases import phases
 from ds_cmli.memory.repeated import repeated
-from ds_cmli.memory.report import Event, Report, summarise
+from ds_cmli.memory.report import Report, summarise
 from ds_cmli.memory.tracker import Tracker
 
 DEFAULT_GPU = "RTX 3090 24GB"  # assumed: the source document says 24 GB and names no GPU

@@ -110,7 +110,7 @@ class Predictor:
 
 
 def answer(request: dict[str, Any]) -> Answer:
-    from ds_cmli.memory import snapshot
+    from ds_cmli.allocator import snapshot
     from ds_cmli.memory.inputs import NotPredictable
     from ds_cmli.memory.predict import DEFAULT_GPU, predict
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any
 
+from ds_cmli.allocator.blocks import Event
 from ds_cmli.common import palette
 
 CATEGORIES = (
@@ -31,17 +32,6 @@ CATEGORIES = (
 _OF_PALETTE = (3, 1, 2, 9, 12, 5, 6, 0, 8, 7, 10, 11, 4, 13)
 COLOURS = {name: palette.COLOURS[i] for name, i in zip(CATEGORIES, _OF_PALETTE, strict=True)}
 PHASES = ("init", "forward", "loss", "backward", "optimizer")
-
-
-@dataclass(frozen=True)
-class Event:
-    """The allocation or the free of a block. Lists of events are in the order in which they happened."""
-
-    block: int  # the same number at the allocation and at the free of a block; not used again
-    bytes: int  # requested bytes: positive at the allocation, the same number negative at the free
-    category: str  # one of CATEGORIES
-    phase: str  # one of PHASES
-    op: str = ""  # the operator that allocated the block
 
 
 @dataclass

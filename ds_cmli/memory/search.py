@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 
 from ds_cmli import engine
+from ds_cmli.allocator import gpus
+from ds_cmli.allocator.allocator import replay
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.schema import Config, check, choice
-from ds_cmli.faults import memory_advice
-from ds_cmli.memory import gpus
-from ds_cmli.memory.allocator import replay
+from ds_cmli.memory import memory_advice
 from ds_cmli.memory.predict import DEFAULT_GPU, TOTAL_STEPS, Prediction, predict
 from ds_cmli.memory.ranks import candidates, likeliest
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from ds_cmli.allocator.blocks import Event
 from ds_cmli.cmli import collectives
 from ds_cmli.cmli import ring as cmli_ring
 from ds_cmli.common.patches import replaced
@@ -28,7 +29,6 @@ from ds_cmli.memory.cmli_scratch import cmli_scratch_bytes
 from ds_cmli.memory.collectives import copied_bytes
 from ds_cmli.memory.owners import HOST, is_offloaded, owners
 from ds_cmli.memory.phases import phases
-from ds_cmli.memory.report import Event
 from ds_cmli.memory.workspace import workspace_bytes
 
 # Autograd accumulates gradients and scatters the gradients of maxima in place, but not under a dispatch mode: there

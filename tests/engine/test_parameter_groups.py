@@ -11,8 +11,8 @@ from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.presets import load_preset
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.engine.parameter_groups import counts_line, factor, parameter_groups
-from ds_cmli.memory.measure_cpu import measure
 from ds_cmli.memory.predict import longest_batch, predict, without_weights
+from profiling.measure_cpu import measure
 
 FROZEN = {"student": {"freeze_image": 1, "freeze_text": 2}}  # of two layers each
 RATES = {"optim": {"lr": 1e-3, "layer_decay": 0.5, "lr_factors": {"text": 0.1}}}

@@ -13,8 +13,10 @@ quiet.silence()
 
 import torch  # noqa: E402
 
-from ds_cmli.memory import gpus, measure, measure_cuda, predict_subprocess  # noqa: E402
-from ds_cmli.memory.history import replay_history  # noqa: E402
+from ds_cmli.allocator import gpus  # noqa: E402
+from ds_cmli.allocator.history import replay_history  # noqa: E402
+from ds_cmli.memory import measure_cuda, predict_subprocess  # noqa: E402
+from profiling import measure_cpu  # noqa: E402
 from tests.gpu.settings import Setting  # noqa: E402
 
 
@@ -27,7 +29,8 @@ def measure_setting(device: str, setting: dict[str, Any]) -> dict[str, Any]:
         predictor.send(predict_subprocess.Request(config, ds_config, wanted.world, device, gpu=gpu))
         if device == "cuda":
             measure_cuda.record_history()
-        measured = measure.measure(config, ds_config, wanted.world, device)
+        measuring = measure_cuda if device == "cuda" else measure_cpu
+        measured = measuring.measure(config, ds_config, wanted.world)
         answer = predictor.receive()
     if answer.report is None:
         raise RuntimeError(f"no prediction: {answer.failed}")

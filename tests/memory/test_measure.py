@@ -8,16 +8,18 @@ import torch
 from deepspeed.runtime.zero.linear import zero3_linear_wrap
 
 from ds_cmli import engine
+from ds_cmli.allocator.blocks import Event
 from ds_cmli.common.errors import UserError
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.presets import load_preset
 from ds_cmli.distributed import process_group as distributed
-from ds_cmli.memory import cpu_events, measure, measure_cpu, measure_cuda
+from ds_cmli.memory import cpu_events, measure, measure_cuda
 from ds_cmli.memory.fake import process_group
 from ds_cmli.memory.inputs import longest_batch, without_weights
 from ds_cmli.memory.predict import predict
 from ds_cmli.memory.profiles import Profiles
-from ds_cmli.memory.report import CATEGORIES, PHASES, Event, summarise
+from ds_cmli.memory.report import CATEGORIES, PHASES, summarise
+from profiling import measure_cpu
 
 FP32 = {"zero_optimization": {"stage": 2, "reduce_bucket_size": 100_000}}
 BF16 = {**FP32, "bf16": {"enabled": True}}
@@ -45,7 +47,7 @@ def test_events_recorded_in_parts_are_those_of_one_piece():
 def test_rank_0s_real_share_falls_with_the_ranks():
     shares = {}
     for ranks in (1, 2, 8):
-        report = measure.measure(load_preset("tiny", {}), BF16, ranks, "cpu")
+        report = measure_cpu.measure(load_preset("tiny", {}), BF16, ranks)
         assert sum(report.categories.values()) == report.totals["requested"]
         shares[ranks] = (report.categories["optimizer states"], report.categories["master weights"])
     # Each of the two groups of parameters is padded to a multiple of 2 x ranks, and has a count of steps.

@@ -16,18 +16,19 @@ import torch.nn.functional as F
 from torch import nn
 
 from ds_cmli import engine
+from ds_cmli.allocator import gpus
 from ds_cmli.cmli.reference import cmli_scores_reference
 from ds_cmli.common.errors import UserError
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.presets import load_preset
 from ds_cmli.distributed import process_group as distributed
-from ds_cmli.memory import gpus, search
+from ds_cmli.memory import search
 from ds_cmli.memory.fake import Answers, fake_world
 from ds_cmli.memory.inputs import NotPredictable, longest_batch, without_weights
-from ds_cmli.memory.measure_cpu import measure
 from ds_cmli.memory.predict import DEFAULT_GPU, predict
 from ds_cmli.memory.report import CATEGORIES, gigabytes
 from ds_cmli.memory.tracker import Tracker
+from profiling.measure_cpu import measure
 from tests.conftest import ROOT, clean_environment
 
 ALL = ("global", "cmli", "target_cmli")

@@ -2,7 +2,8 @@
 
 import io
 
-from ds_cmli.memory.report import CATEGORIES, PHASES, TIMELINE_POINTS, Event, Report, show, summarise
+from ds_cmli.allocator.blocks import Event
+from ds_cmli.memory.report import CATEGORIES, PHASES, TIMELINE_POINTS, Report, show, summarise
 
 
 def events(*rows) -> list[Event]:

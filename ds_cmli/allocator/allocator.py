@@ -1,0 +1,275 @@
+"""A model of PyTorch's CUDA caching allocator: it computes the allocated and reserved bytes of a program's requests.
+
+The rules are those of `c10/cuda/CUDACachingAllocator.cpp`, torch 2.13 (unchanged since 2.0), without expandable
+segments. All `Settings` are off by default, as in `c10/core/AllocatorConfig.h`.
+ 1. A request is rounded up to a multiple of 512 B. A request for 0 bytes allocates nothing.
+ 2. A request of at most 1 MiB is served by the small pool, which takes segments of 2 MiB from the device. A larger one
+    is served by the large pool, which takes a segment of 20 MiB for a request below 10 MiB, and otherwise one of the
+    request's size rounded up to a multiple of 2 MiB.
+ 3. The request gets the smallest free block of its pool and stream that is large enough, among equal sizes the one with
+    the lowest address. If there is none, a new segment is taken.
+ 4. The remainder of the block becomes a free block if it has at least 512 B (small pool) or more than 1 MiB (large
+    pool). Otherwise it stays part of the block, and counts as allocated.
+ 5. A freed block is merged with the free blocks next to it in its segment. A segment that is wholly free stays reserved
+    for its stream until the device has no room: then all wholly free segments are returned, and the request is retried.
+The model does not know at which address the device puts a segment (here each one follows the last; the address only
+decides between free blocks of equal size), nor that a freed block may still be in use by other streams.
+"""
+
+from bisect import bisect_left, insort
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from ds_cmli.allocator.blocks import (
+    DEFAULT_POOL,
+    DEFAULTS,
+    FIRST_ADDRESS,
+    LARGE_SEGMENT,
+    MIN_BLOCK,
+    SMALL_REQUEST,
+    Action,
+    Block,
+    Event,
+    OutOfMemory,
+    Pool,
+    Segment,
+    Settings,
+    join,
+    rounded,
+    segment_bytes,
+    split,
+)
+
+
+class CachingAllocator:
+    """The model. At most `limit` bytes may be reserved; None: no limit, and no garbage collection."""
+
+    def __init__(self, limit: int | None = None, settings: Settings = DEFAULTS):
+        self.limit, self.settings = limit, settings
+        self.requests: dict[
+            tuple[Pool, bool], int
+        ] = {}  # (pool, small) -> number of requests so far
+        self.segments: dict[int, Segment] = {}  # by address
+        # (pool, small, stream) -> (size, address) of each free block, sorted, which is the order of rule 3.
+        self.free_blocks: dict[tuple[Pool, bool, int], list[tuple[int, int]]] = {}
+        self.at: dict[int, Block] = {}  # the free blocks by address
+        self.actions: list[Action] = []
+        self.requested = self.allocated = self.reserved = 0
+        self.next_address = FIRST_ADDRESS
+
+    def malloc(
+        self, requested: int, stream: int = 0, event: Event | None = None, pool: Pool = DEFAULT_POOL
+    ) -> Block:
+        """Allocate a block for `requested` bytes. Raises `OutOfMemory` if `limit` leaves no room for it."""
+        size = rounded(requested, self.settings.roundup_power2_divisions)
+        small = size <= SMALL_REQUEST
+        self.requests[pool, small] = self.requests.get((pool, small), 0) + 1
+        free = self.free_blocks.setdefault((pool, small, stream), [])
+        position = self._best_fit(free, size)
+        if position < len(free) and self.may_use(free[position][0], size):
+            block = self.at.pop(free.pop(position)[1])
+        else:
+            block = self._from_device(requested, size, (pool, small, stream), event)
+        left = block.size - size
+        if self.splits(left, size, small):
+            self.keep(split(block, block.address + size))
+        self.actions.append(Action("alloc", block.address, requested, stream, event))
+        return self.use(block, requested, event)
+
+    def use(self, block: Block, requested: int, event: Event | None = None) -> Block:
+        """Mark a block as in use. It must already have been taken off the free lists."""
+        block.requested, block.event = requested, event
+        self.requested += requested
+        self.allocated += block.size
+        return block
+
+    def carve(self, free: Block, address: int, size: int) -> Block:
+        """Take [address, address + size) out of a free block, off the free lists; the parts on both sides stay free."""
+        self.take(free)
+        if address + size < free.address + free.size:
+            self.keep(split(free, address + size))
+        if address == free.address:
+            return free
+        block = split(free, address)
+        self.keep(free)
+        return block
+
+    def free(self, block: Block) -> None:
+        for name in ("free_requested", "free_completed"):
+            self.actions.append(
+                Action(name, block.address, block.requested, block.segment.stream, block.event)
+            )
+        self.requested -= block.requested
+        self.allocated -= block.size
+        block.requested, block.event = 0, None
+        self._merge(block)
+
+    def empty_cache(self, pool: Pool = DEFAULT_POOL) -> None:
+        """Return every wholly free segment of a pool to the device; a private pool's when it is deleted."""
+        for segment in sorted(
+            self.segments.values(), key=lambda s: (s.small, s.stream, s.size, s.address)
+        ):
+            if segment.pool == pool and segment.free:
+                self.release(segment)
+
+    def release(self, segment: Segment) -> None:
+        """Return one segment to the device. It must be wholly free."""
+        self.take(segment.first)
+        del self.segments[segment.address]
+        self.reserved -= segment.size
+        self.actions.append(
+            Action("segment_free", segment.address, segment.size, segment.stream, None)
+        )
+
+    def _best_fit(self, free: list[tuple[int, int]], size: int) -> int:
+        """The index in `free` of the block that rule 3 chooses; `len(free)` if none is large enough."""
+        return bisect_left(free, (size, 0))
+
+    def splits(self, left: int, size: int, small: bool) -> bool:
+        """Rule 4: whether the `left` bytes that remain behind a request of `size` bytes become a free block."""
+        most = self.settings.max_split_size
+        return (
+            left >= MIN_BLOCK if small else left > SMALL_REQUEST and (most is None or size < most)
+        )
+
+    def _merge(self, block: Block) -> Block:
+        """Merge a block that has become free with its free neighbours, and put the result on the free list."""
+        before, after = block.before, block.after
+        if before is not None and before.free:
+            self.take(before)
+            block = join(before, block)
+        if after is not None and after.free:
+            self.take(after)
+            block = join(block, after)
+        self.keep(block)
+        return block
+
+    def _from_device(
+        self, requested: int, size: int, key: tuple[Pool, bool, int], event: Event | None
+    ) -> Block:
+        """Reserve new memory and return a free block in it of at least `size` bytes, which is on no free list."""
+        pool, small, stream = key
+        taken = segment_bytes(size)
+        if self.limit is not None:
+            self._collect_garbage()
+            if self.reserved + taken > self.limit:
+                self._release_oversize((pool, small, stream), size)
+            if self.reserved + taken > self.limit:
+                self.empty_cache()
+            if self.reserved + taken > self.limit:
+                raise self._out_of_memory(requested, taken, event)
+        segment = Segment(self.next_address, taken, stream, small, pool, event=event)
+        self.next_address += taken
+        self.segments[segment.address] = segment
+        self.reserved += taken
+        self.actions.append(Action("segment_alloc", segment.address, taken, stream, event))
+        return segment.first
+
+    def _out_of_memory(self, requested: int, taken: int, event: Event | None) -> OutOfMemory:
+        assert self.limit is not None
+        missing = self.reserved + taken - self.limit
+        return OutOfMemory(requested, self.allocated, self.reserved, self.limit, missing, event)
+
+    def may_use(self, block_size: int, size: int) -> bool:
+        """Whether a split size allows a free block of `block_size` bytes to serve a request of `size` bytes."""
+        most = self.settings.max_split_size
+        if most is None:
+            return True
+        return block_size < most if size < most else block_size < size + LARGE_SEGMENT
+
+    def _collect_garbage(self) -> None:
+        over = self.reserved - int(self.settings.garbage_collection_threshold * self.limit)  # type: ignore[operator]
+        if not self.settings.garbage_collection_threshold or over <= 0:
+            return
+        requests = self.requests.get((DEFAULT_POOL, False), 0)
+        whole = {
+            segment.address: requests - segment.first.freed_at
+            for segment in self.segments.values()
+            if segment.pool == DEFAULT_POOL and not segment.small and segment.free
+        }
+        while over > 0 and whole:
+            mean = sum(whole.values()) / len(whole)
+            for address in [address for address, age in whole.items() if age >= mean]:
+                over -= self.segments[address].size
+                self.release(self.segments[address])
+                del whole[address]
+
+    def _release_oversize(self, key: tuple[Pool, bool, int], size: int) -> None:
+        """Return free blocks that are too large to be split: one if it is enough, else the largest until they are."""
+        most = self.settings.max_split_size
+        if most is None:
+            return
+        free = self.free_blocks[key]
+        size = max(size, most)
+        position = bisect_left(free, (size, 0))
+        if position < len(free):
+            self.release(self.at[free[position][1]].segment)
+            return
+        while size > 0 and free and free[-1][0] >= most:
+            size -= free[-1][0]
+            self.release(self.at[free[-1][1]].segment)
+
+    def keep(self, block: Block) -> None:
+        """Put a block on the free list."""
+        segment = block.segment
+        block.freed_at = self.requests.get((segment.pool, segment.small), 0)
+        free = self.free_blocks.setdefault((segment.pool, segment.small, segment.stream), [])
+        insort(free, (block.size, block.address))
+        self.at[block.address] = block
+
+    def take(self, block: Block) -> None:
+        """Take a block off the free list."""
+        segment = block.segment
+        free = self.free_blocks[segment.pool, segment.small, segment.stream]
+        free.pop(bisect_left(free, (block.size, block.address)))
+        del self.at[block.address]
+
+
+@dataclass
+class Replay:
+    """The result of `replay`, in bytes. The timeline has (requested, allocated, reserved) after each event."""
+
+    requested_peak: int
+    allocated_peak: int
+    reserved_peak: int
+    timeline: list[tuple[int, int, int]]
+    segments: list[Segment]  # those reserved at the end
+    actions: list[Action]
+
+
+def replay(
+    events: Iterable[Event],
+    *,
+    limit: int | None = None,
+    stream: Callable[[Event], int] = lambda event: 0,
+) -> Replay:
+    """Run `events` through the allocator.
+
+    Args:
+        limit: bytes that may be reserved: the device's memory minus the CUDA context and what other processes hold.
+            None: no limit.
+        stream: gives the stream of an allocation; by default all are on the default stream.
+
+    Raises:
+        OutOfMemory: a request does not fit in `limit`; the exception names it.
+    """
+    allocator = CachingAllocator(limit)
+    live: dict[int, Block] = {}
+    timeline = []
+    for event in events:
+        if event.bytes > 0:
+            live[event.block] = allocator.malloc(event.bytes, stream(event), event)
+        elif event.bytes < 0:
+            allocator.free(live.pop(event.block))
+        timeline.append((allocator.requested, allocator.allocated, allocator.reserved))
+    requested, allocated, reserved = (
+        max((now[i] for now in timeline), default=0) for i in range(3)
+    )
+    return Replay(
+        requested,
+        allocated,
+        reserved,
+        timeline,
+        list(allocator.segments.values()),
+        allocator.actions,
+    )

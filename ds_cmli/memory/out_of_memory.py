@@ -1,0 +1,216 @@
+"""Out of memory: training ends on every rank with one message that says what to change, and exit code 2.
+
+A rank that runs out of memory claims a file in the run's folder, so that only one rank prints the message if several
+run out together; the others wait for it and end silently. Nothing here is a collective. A rank that still waits in one
+for the failed rank is ended by the watchdog, or by the launcher, which sees the failed rank's exit code.
+"""
+
+import errno
+import os
+import re
+import resource
+import sys
+import time
+import traceback
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ds_cmli.config.deepspeed_config import DeepSpeedConfig
+from ds_cmli.config.schema import Config
+from ds_cmli.distributed import process_group as distributed
+from ds_cmli.faults.watchdog import Watchdog
+from ds_cmli.memory import measure_cuda, memory_advice
+
+EXIT_CODE = 2  # as for every mistake that the user can correct
+WAIT_SECONDS = 180  # for the rank that prints the message, which mostly predicts what would fit
+PHRASES = (
+    "can't allocate memory",
+    "not enough memory",
+    "std::bad_alloc",
+    "out of memory",
+    "ALLOC_FAILED",
+)
+UNITS = {"bytes": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
+
+
+def is_shortage(error: BaseException) -> bool:
+    """Whether an exception says that the memory of the GPU or of this process was not enough."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    return isinstance(error, RuntimeError) and any(phrase in str(error) for phrase in PHRASES)
+
+
+def asked_bytes(error: BaseException) -> int | None:
+    """The size of the failed allocation, from the error's message, which rounds it on CUDA; None if it has none."""
+    size = re.search(r"tried to allocate ([\d.]+) (bytes|KiB|MiB|GiB)", str(error), re.IGNORECASE)
+    return int(float(size[1]) * UNITS[size[2]]) if size else None
+
+
+@dataclass(frozen=True)
+class Room:
+    """How much memory tensors can have, and what limits it."""
+
+    bytes: int | None  # None if not known
+    limit: str  # a description for the message
+
+
+def process_room(base: dict[str, int]) -> Room:
+    """On the CPU: the smallest limit of this process, minus what it occupied before it had tensors."""
+    limits = {
+        "VmData": ("RLIMIT_DATA", resource.RLIMIT_DATA),
+        "VmSize": ("RLIMIT_AS", resource.RLIMIT_AS),
+    }
+    rooms = []
+    for name, (words, kind) in limits.items():
+        limit, _ = resource.getrlimit(kind)
+        if limit != resource.RLIM_INFINITY:
+            rooms.append(
+                Room(limit - base[name], f"of this process, {words} (ulimit) = {limit:,} B")
+            )
+    return min(rooms, key=lambda room: room.bytes or 0, default=Room(None, "of this machine"))
+
+
+def process_bytes() -> dict[str, int]:
+    """VmSize and VmData of this process: the sizes that RLIMIT_AS and RLIMIT_DATA limit."""
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return {name: int(lines[name].split()[0]) * 1024 for name in ("VmSize", "VmData")}
+
+
+def device_room(device: torch.device) -> Room:
+    """The most that CUDA's allocator can reserve besides other processes. To be called before its cache is emptied."""
+    free, total = torch.cuda.mem_get_info(device)  # CPU-GPU sync
+    room = free + torch.cuda.memory_reserved(device)
+    return Room(
+        room,
+        f"of {torch.cuda.get_device_name(device)}, {room:,} B of {total:,} B for tensors of this rank",
+    )
+
+
+@contextmanager
+def ending(
+    config: Config,
+    ds_config: DeepSpeedConfig,
+    folder: Path,
+    device: torch.device,
+    watchdog: Watchdog,
+) -> Iterator[None]:
+    """Build and train inside: if memory runs out, this ends the process. Entering is a collective.
+
+    Args:
+        config, ds_config: as `engine.build` takes them; the prediction is made for them.
+        folder: the run's folder, the same on every rank. The message and the snapshot are written there, as
+            `out_of_memory*`.
+        watchdog: waits longer while the message is prepared, and then tells the other ranks to end.
+    """
+    token = distributed.broadcast_object(uuid.uuid4().hex[:8])  # collective
+    message = folder / f"out_of_memory-{token}.txt"
+    snapshot = folder / f"out_of_memory-rank{distributed.rank()}.pickle"
+    base = process_bytes() if device.type == "cpu" else {}
+    if device.type == "cuda":
+        _save_when_cuda_runs_out(snapshot)
+    try:
+        yield
+    except (MemoryError, RuntimeError, OSError) as error:
+        if not (is_shortage(error) or message.exists()):
+            raise
+        with watchdog.slow():
+            if is_shortage(error):
+                room = process_room(base) if device.type == "cpu" else device_room(device)
+                # The traceback's frames hold the step's tensors, and preparing the message takes memory.
+                traceback.clear_frames(error.__traceback__)
+                if _speak(error, room, message, snapshot, config, ds_config, device):
+                    watchdog.dismiss()
+                    _leave()
+            # Another rank ran out first; here that showed as a broken connection, or this rank ran out later.
+            _wait_for(message)
+            _leave()
+
+
+def _speak(
+    error,
+    room: Room,
+    message: Path,
+    snapshot: Path,
+    config: Config,
+    ds_config,
+    device: torch.device,
+) -> bool:
+    """Print and write the message; returns False if another rank does so."""
+    try:
+        message.touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    except OSError:  # the folder cannot be written: other ranks do not hear of it, and this one speaks in any case
+        pass
+    asked = asked_bytes(error)
+    first = "error: out of memory"
+    first += (
+        f": rank {distributed.rank()} asked for {asked:,} B"
+        if asked
+        else f" on rank {distributed.rank()}"
+    )
+    first += f" over the limit {room.limit}"
+    _lift_limits()
+    gpu = device.type == "cuda"
+    try:
+        predicted = (
+            "" if gpu else str(snapshot)
+        )  # on a GPU the allocator has written the real snapshot
+        lines = memory_advice.advise(
+            config, ds_config, distributed.world_size(), gpu, room.bytes, predicted
+        )
+    except Exception as failed:  # the message must be printed even if the advice fails
+        lines = [f"no prediction of what would fit: {type(failed).__name__}: {failed}"]
+    if snapshot.exists():
+        lines.append(f"snapshot for pytorch.org/memory_viz: {snapshot}")
+    text = "\n  ".join([first, *lines]) + "\n"
+    print(text, end="", file=sys.stderr, flush=True)
+    with suppress(OSError):
+        message.write_text(text)
+    return True
+
+
+def _lift_limits() -> None:
+    """Remove this process's memory limits, which the process that predicts would inherit."""
+    for kind in (resource.RLIMIT_DATA, resource.RLIMIT_AS):
+        for limit in (resource.RLIM_INFINITY, resource.getrlimit(kind)[1]):
+            try:
+                resource.setrlimit(kind, (limit, limit))
+                break
+            except (
+                ValueError,
+                OSError,
+            ):  # above the hard limit, which only the superuser may raise
+                continue
+
+
+def _wait_for(message: Path) -> None:
+    end = time.monotonic() + WAIT_SECONDS
+    while message.exists() and message.stat().st_size == 0 and time.monotonic() < end:
+        time.sleep(0.2)
+
+
+def _leave() -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # os._exit and not sys.exit, because ending the process group would wait for collectives that never finish.
+    os._exit(EXIT_CODE)
+
+
+def _save_when_cuda_runs_out(path: Path) -> None:
+    """Have the allocator's state and history saved at the moment when an allocation fails."""
+    import pickle
+
+    measure_cuda.record_history()
+
+    def save(device: int, asked: int, total: int, free: int) -> None:
+        path.write_bytes(pickle.dumps(torch.cuda.memory._snapshot()))
+
+    torch._C._cuda_attach_out_of_memory_observer(save)  # type: ignore[attr-defined]

@@ -1,0 +1,213 @@
+"""Compares the source document's claims with what is really stored: predicted, and measured if memory and time allow.
+
+E1, E2, E3 and E5 are about single losses, which are computed in the ways of `implementations.py`. E4 is about a whole
+training step (`steps.py`). Each measurement runs in a separate process; what does not fit is only predicted,
+and on a CPU what takes minutes is measured with fewer pairs.
+
+Shapes: B pairs per rank, P ranks, N image patches, M text positions, H hidden size, D embedding dimension.
+"""
+
+import os
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from multiprocessing import get_context
+from multiprocessing.context import BaseContext
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from ds_cmli.cmli.op import triton_runs
+from ds_cmli.common.subprocesses import tell_from_process
+from ds_cmli.memory.report import gigabytes
+from profiling.document import implementations
+from profiling.document.estimates import Setting, claims
+from profiling.document.implementations import Allocations, Implementation
+
+GB = 10**9
+MOST_BYTES = 16 * GB  # limit for a measurement in main memory, as others may use the machine too
+SPARE_BYTES = 2 * GB  # left for the system and for the process itself
+MOST_SECONDS = 120.0  # limit for one measurement
+ALL_SECONDS = 600.0  # limit for all measurements together
+# What the processes import: with encoders' libraries, which are otherwise imported when the first model is built.
+PRELOADED = [
+    "profiling.document.steps",
+    "profiling.measure_cpu",
+    "timm",
+    "transformers.models.bert.modeling_bert",
+]
+FEW_PAIRS = (
+    32  # per rank: with the document's 256, a CPU computes the scores of all pairs (E2) for minutes
+)
+
+
+@dataclass
+class Row:
+    """One way to compute what one claim is about. Sizes are in bytes; None if there is no such figure."""
+
+    id: str
+    implementation: str
+    document_bytes: int | None  # the document's result
+    arithmetic_bytes: int | None  # the correct result of the document's formula as written
+    corrected_bytes: int | None  # the largest tensor that this implementation stores
+    predicted_bytes: int | None = (
+        None  # the largest single allocation of the same code's forward, without data
+    )
+    predicted_peak_bytes: int | None = None
+    measured_bytes: int | None = (
+        None  # the largest single allocation of forward, as the allocator reports it
+    )
+    measured_peak_bytes: int | None = None  # peak above what was live before
+    measured_on: str = (
+        ""  # the device, and the passes that the peak covers; or why it was not measured
+    )
+    verdict: str = ""
+    equal: bool | None = (
+        None  # whether the largest allocation that was measured is the predicted one
+    )
+    extra: dict[str, Any] = field(
+        default_factory=dict
+    )  # of E4, and of what was measured with fewer pairs
+
+    def to_dict(self) -> dict[str, Any]:
+        values = asdict(self)
+        del values["equal"]
+        return {**values, **values.pop("extra")}
+
+
+def backend(device: str) -> str:
+    """The backend that the all-pairs op chooses on `device`."""
+    return "triton" if device == "cuda" and triton_runs() else "chunked"
+
+
+def predicted_rows(s: Setting, ids: set[str], device: str) -> list[Row]:
+    """The rows of the claims in `ids`: predicted, but not measured yet."""
+    every, out = claims(s), []
+    for (id, name), implementation in implementations.implementations(s, backend(device)).items():
+        if id in ids:
+            claim, allocations = every[id], implementations.predict(implementation)
+            row = Row(id, name, claim.document_bytes, claim.arithmetic_bytes, claim.stored[name])
+            row.predicted_bytes, row.predicted_peak_bytes = allocations.largest, allocations.peak
+            row.verdict = f"{claim.arithmetic}; {claim.verdict}"
+            out.append(row)
+    return out
+
+
+def measure(
+    rows: list[Row], s: Setting, device: str, say: Callable[[Row], None] = lambda row: None
+) -> None:
+    """Measure those of `rows` for which memory and time suffice, the quick ones first, and fill in their results."""
+    end = time.monotonic() + ALL_SECONDS
+    for row in sorted(
+        rows, key=lambda r: (("E1", "E3", "E2", "E5").index(r.id), r.implementation != "ours")
+    ):
+        say(row)
+        tried = affordable_setting(row, s, device)
+        implementation = implementations.implementations(tried, backend(device))[
+            row.id, row.implementation
+        ]
+        passes, why_not = affordable(implementation, device)
+        if passes and row.id == "E5":
+            passes = "forward"  # this claim is about the size of one tensor
+        left = min(MOST_SECONDS, end - time.monotonic())
+        if passes and left < 1:
+            passes, why_not = "", f"the {ALL_SECONDS:.0f} s for measuring were spent"
+        allocations = measure_in_subprocess(row, tried, device, passes, left) if passes else None
+        if allocations is None:
+            row.measured_on = f"not measured: {why_not or f'ended, or took more than {left:.0f} s'}"
+            continue
+        row.measured_on = f"{device_name(device)}, {allocations.passes}"
+        if tried == s:
+            row.measured_bytes, row.measured_peak_bytes = allocations.largest, allocations.peak
+            row.equal = row.measured_bytes == row.predicted_bytes
+        else:
+            there = implementations.predict(implementation).largest
+            row.equal = allocations.largest == there
+            row.measured_on += (
+                f", with B={tried.B}: {allocations.largest:,} B, predicted {there:,} B"
+            )
+            row.extra = {"measured_B": tried.B, "measured_there_bytes": allocations.largest}
+            row.extra |= {
+                "predicted_there_bytes": there,
+                "measured_there_peak_bytes": allocations.peak,
+            }
+
+
+def affordable_setting(row: Row, s: Setting, device: str) -> Setting:
+    """The setting in which a row is measured: `s`, or with fewer pairs where a CPU would compute for minutes."""
+    all_pairs = "E2" in (row.id, row.implementation[:2])
+    return replace(s, B=min(s.B, FEW_PAIRS)) if all_pairs and device == "cpu" else s
+
+
+def affordable(implementation: Implementation, device: str) -> tuple[str, str]:
+    """The passes that fit in memory, "" if none does, and in that case the reason."""
+    free = free_bytes(device)
+    for passes in ("forward and backward", "forward"):
+        need = implementations.predict(implementation, backward=passes != "forward").peak
+        if need <= free:
+            return passes, ""
+    needed, left = gigabytes(need, max(free, 0), digits=1)
+    return "", f"needs {needed} GB, {left} GB are free"
+
+
+def free_bytes(device: str) -> int:
+    if device == "cuda":
+        return torch.cuda.mem_get_info()[0] - GB
+    return min(
+        MOST_BYTES, min([psutil.virtual_memory().available, *control_group_free()]) - SPARE_BYTES
+    )
+
+
+def control_group_free(
+    process: str = "/proc/self/cgroup", root: str = "/sys/fs/cgroup"
+) -> list[int]:
+    """Bytes left under each memory limit of a container or a batch job (Linux control groups, version 2), if any."""
+    out: list[int] = []
+    try:
+        path = Path(root) / Path(process).read_text().split("::", 1)[1].strip().lstrip("/")
+    except (OSError, IndexError):
+        return out
+    for folder in (path, *path.parents):
+        try:
+            most, used = (
+                (folder / "memory.max").read_text(),
+                (folder / "memory.current").read_text(),
+            )
+        except OSError:
+            continue
+        if most.strip().isdigit():
+            out.append(int(most) - int(used))
+    return out
+
+
+def measure_in_subprocess(
+    row: Row, s: Setting, device: str, passes: str, seconds: float
+) -> Allocations | None:
+    """Measure in a separate process, which reports after each pass. None if it did not finish forward."""
+    told = tell_from_process(
+        processes(device),
+        seconds,
+        implementations.measured,
+        row.id,
+        row.implementation,
+        device,
+        s,
+        passes,
+    )
+    return told[-1] if told else None
+
+
+def processes(device: str) -> BaseContext:
+    """How processes are started: a CPU's are forked from one that has imported everything once."""
+    context = get_context("forkserver" if device == "cpu" else "spawn")
+    if device == "cpu":
+        os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)  # the server imports with its own path
+        context.set_forkserver_preload(PRELOADED)
+    return context
+
+
+def device_name(device: str) -> str:
+    return torch.cuda.get_device_name() if device == "cuda" else "CPU allocator"

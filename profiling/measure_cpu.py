@@ -1,0 +1,198 @@
+"""Runs the step that `predict.py` predicts with real tensors on this CPU, and measures it by the allocator's events.
+
+The total is what PyTorch's allocator reports to the profiler, including temporaries inside operators. The allocator
+does not know what a block is used for, so the categories come from a second run, under the tracker.
+"""
+
+import gc
+import time
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.profiler import record_function
+
+from ds_cmli import engine
+from ds_cmli.allocator.blocks import Event
+from ds_cmli.common.patches import replaced
+from ds_cmli.config.deepspeed_config import DeepSpeedConfig
+from ds_cmli.config.schema import Config
+from ds_cmli.distributed.traffic import Traffic
+from ds_cmli.memory import cpu_events
+from ds_cmli.memory.collectives import seen_by_the_profiler
+from ds_cmli.memory.fake import process_group
+from ds_cmli.memory.inputs import longest_batch, text_lengths, without_weights
+from ds_cmli.memory.phases import heartbeats, phases
+from ds_cmli.memory.predict import TOTAL_STEPS, recorded_from_the_engine_on
+from ds_cmli.memory.report import PHASES, Report, summarise
+from ds_cmli.memory.tracker import Tracker
+
+MARK = "ds_cmli.memory phase "
+PART_S = 1.0  # seconds that a profiler records at least within a phase
+
+
+def measure(config: Config, ds_config: Mapping[str, Any], world_size: int = 1) -> Report:
+    """Memory of this rank's first two optimizer steps on this CPU, in bytes; arguments and errors as in `predict`.
+
+    If a process group is initialised, its ranks take the steps together. Otherwise this process is rank 0, and the
+    other ranks are simulated by a fake process group, whose collectives transfer nothing.
+    """
+    peaks = measure_phases(config, ds_config, world_size)
+    categories = _tracked(*_filled(config, ds_config, world_size), world_size)
+    # What the tracker does not see is allocated and freed inside a single operator.
+    categories["temporaries"] += max(peaks.values()) - sum(categories.values())
+    setting = {"preset": config.run.preset, "world_size": world_size, "gpu": "CPU"}
+    return Report(
+        setting, "measured: CPU allocator", categories, peaks, {"requested": max(peaks.values())}
+    )
+
+
+def measure_phases(
+    config: Config, ds_config: Mapping[str, Any], world_size: int = 1
+) -> dict[str, int]:
+    """The peak of each phase as `measure` reports it. Without the categories this takes half the time."""
+    filled = _filled(config, ds_config, world_size)
+    return phase_peaks(allocator_events(lambda enter: _run(*filled, world_size, enter)))
+
+
+def _filled(
+    config: Config, ds_config: Mapping[str, Any], world_size: int
+) -> tuple[Config, DeepSpeedConfig, int]:
+    """The configuration with random weights, the DeepSpeed JSON without "auto" values, and the vocabulary size."""
+    json = engine.filled(
+        config, engine.on_this_device(DeepSpeedConfig.of(ds_config)), world_size, TOTAL_STEPS
+    )
+    config, vocab_size = without_weights(config)
+    return config, json, vocab_size
+
+
+def _ranks(world_size: int) -> AbstractContextManager[None]:
+    return nullcontext() if dist.is_initialized() else process_group(world_size)
+
+
+def counted_traffic(config: Config, ds_config: Mapping[str, Any], world_size: int) -> Traffic:
+    """The traffic of this rank's collectives in its second optimizer step; arguments and ranks as in `measure`."""
+    traffic = Traffic()
+
+    def watch(train_engine: engine.TrainEngine, step: int) -> AbstractContextManager:
+        return traffic.counting() if step else nullcontext()
+
+    _run(*_filled(config, ds_config, world_size), world_size, lambda phase: None, watch)
+    return traffic
+
+
+def _run(
+    config: Config,
+    ds_config: DeepSpeedConfig,
+    vocab_size: int,
+    world_size: int,
+    enter: Callable[[str | None], None],
+    watch: Callable[
+        [engine.TrainEngine, int], AbstractContextManager
+    ] = lambda train_engine, step: nullcontext(),
+) -> None:
+    """Build the engine and take two optimizer steps.
+
+    `enter` is called with the name of each phase as it begins, and with None at each heartbeat; each step runs inside
+    the context that `watch` returns.
+    """
+    build_models = engine.build_models
+
+    def build(*arguments: Any, **options: Any):
+        models = build_models(*arguments, **options)
+        enter("init")
+        return models
+
+    with _ranks(world_size):
+        with replaced(engine.building, "build_models", build):
+            train_engine = engine.build(
+                config, ds_config, vocab_size, TOTAL_STEPS, torch.device("cpu")
+            )
+        with phases(train_engine, enter), heartbeats(train_engine, lambda: enter(None)):
+            for step in range(2):
+                batches = [
+                    longest_batch(config, ds_config.micro_batch)
+                    for _ in range(ds_config.accumulation)
+                ]
+                with watch(train_engine, step):
+                    train_engine.step(batches)
+                del batches
+
+
+def _tracked(
+    config: Config, ds_config: DeepSpeedConfig, vocab_size: int, world_size: int
+) -> dict[str, int]:
+    """The live bytes of each category at the peak, as the tracker sees them."""
+    return summarise(_events(config, ds_config, vocab_size, world_size), {}, "").categories
+
+
+def tracked_events(
+    config: Config, ds_config: Mapping[str, Any], world_size: int = 1
+) -> list[Event]:
+    """Allocations and frees of two real optimizer steps as the tracker sees them, inside operators as far as it can."""
+    return _events(*_filled(config, ds_config, world_size), world_size)
+
+
+def _events(
+    config: Config, ds_config: DeepSpeedConfig, vocab_size: int, world_size: int
+) -> list[Event]:
+    micro_batch = ds_config.micro_batch
+    tracker = Tracker("cpu", text_lengths(config, micro_batch), workspaces=True)
+    with _ranks(world_size), tracker, recorded_from_the_engine_on(tracker, ds_config, cuda=False):
+        train_engine = engine.build(config, ds_config, vocab_size, TOTAL_STEPS, torch.device("cpu"))
+        with tracker.attach(train_engine):
+            for _ in range(2):
+                with tracker.scope("data"):
+                    batches = [
+                        longest_batch(config, micro_batch) for _ in range(ds_config.accumulation)
+                    ]
+                train_engine.step(batches)
+                del batches
+        return tracker.events()
+
+
+def allocator_events(
+    call: Callable[[Callable[[str | None], None]], object],
+) -> list[tuple[str, int]]:
+    """(phase, bytes) of each allocation (positive), each free (negative) and each beginning of a phase (0), in order.
+
+    `call` gets a function `enter`, which it calls with the name of each phase that begins, and in between often with
+    None, as the events recorded since take memory. Before the first call the phase is "".
+    """
+    gc.collect()
+    # With other ranks gloo's threads run operators of their own, and a profiler that ends meanwhile corrupts the heap.
+    alone, moved = not dist.is_initialized(), time.monotonic()
+    with seen_by_the_profiler(), cpu_events.recording_in_parts(MARK) as (recorded, move):
+
+        def enter(phase: str | None) -> None:
+            nonlocal moved
+            if alone and (phase is not None or time.monotonic() - moved > PART_S):
+                move()
+                moved = time.monotonic()
+            if phase is not None:
+                with record_function(MARK + phase):
+                    pass
+
+        call(enter)
+    phase, events = "", []
+    for name, size in recorded:
+        if name == cpu_events.MEMORY:
+            events.append((phase, size))
+        else:
+            phase = name.removeprefix(MARK)
+            events.append(
+                (phase, 0)
+            )  # so that memory that is live when a phase begins counts towards its peak
+    return events
+
+
+def phase_peaks(events: list[tuple[str, int]]) -> dict[str, int]:
+    """The most live bytes in each phase, including blocks from before the first phase that are still live then."""
+    peaks, live = dict.fromkeys(PHASES, 0), 0
+    for phase, size in events:
+        live += size
+        if phase:
+            peaks[phase] = max(peaks[phase], live)
+    return peaks

@@ -1,0 +1,245 @@
+"""Out of memory: a real process that meets its limit, alone and as one of two ranks; and the advice it gives."""
+
+import json
+import pickle
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from ds_cmli.config.deepspeed_config import DeepSpeedConfig
+from ds_cmli.config.presets import load_preset
+from ds_cmli.faults.watchdog import Watchdog
+from ds_cmli.memory import memory_advice, out_of_memory, predict_subprocess
+from tests.conftest import ROOT, clean_environment, free_port
+
+ZERO2 = {"zero_optimization": {"stage": 2, "reduce_bucket_size": 100_000}}
+ROOM = 450  # MB: between what the setting needs with activation checkpointing and without
+
+
+def run(*arguments: object, ranks: int = 1, ds_config: dict = ZERO2) -> subprocess.CompletedProcess:
+    torchrun = ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", f"--master_port={free_port()}"]
+    command = [sys.executable, *(torchrun if ranks > 1 else []), "-m", "tests.memory.run_out_of_memory"]
+    command += [*map(str, arguments), json.dumps(ds_config)]
+    # torchrun would count a thread pool for each rank against the limit.
+    environment = {**clean_environment(), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
+
+
+def test_a_process_that_meets_its_limit_ends_with_one_message(tmp_path):
+    done = run(tmp_path, 0, ROOM)
+    assert done.returncode == out_of_memory.EXIT_CODE == 2, done.stderr
+    assert "Traceback" not in done.stderr and "trained" not in done.stdout
+    lines = done.stderr.splitlines()
+    assert re.match(
+        r"error: out of memory: rank 0 asked for [\d,]+ B over the limit of this process, RLIMIT_DATA", lines[0]
+    )
+    # The table adds up to its last line, largest first.
+    table = [
+        (m[1].strip(), int(m[2].replace(",", ""))) for m in (re.match(r"  (.{20}) +([\d,]+) B$", x) for x in lines) if m
+    ]
+    assert table[-1][0] == "predicted peak" and sum(n for _, n in table[:-1]) == table[-1][1] > ROOM * 2**20
+    assert [n for _, n in table[:-1]] == sorted((n for _, n in table[:-1]), reverse=True)
+    assert "  the largest: activations student" in lines
+    (fit, *_) = [line for line in lines if line.startswith(f"  would fit in {ROOM * 2**20:,} B")]
+    assert '"activation_checkpointing": {} in the DeepSpeed JSON' in fit
+    (written,) = tmp_path.glob("out_of_memory-*.txt")
+    assert written.read_text() == done.stderr
+    snapshot = pickle.loads((tmp_path / "out_of_memory-rank0.pickle").read_bytes())
+    assert snapshot["segments"] and snapshot["device_traces"][0]
+
+    # What it proposes does fit.
+    again = run(tmp_path, 0, ROOM, ds_config={**ZERO2, "activation_checkpointing": {}})
+    assert (again.returncode, again.stdout) == (0, "trained\n"), again.stderr
+
+
+def test_the_other_rank_ends_too(tmp_path):
+    done = run(tmp_path, 1, ROOM, ranks=2)
+    assert done.returncode != 0
+    assert "trained" not in done.stdout
+    assert done.stderr.count("error: out of memory") == 1
+    assert "error: out of memory: rank 1 asked for" in done.stderr
+    assert len(list(tmp_path.glob("out_of_memory-*.txt"))) == 1
+
+
+def test_ranks_that_run_out_together_speak_once(tmp_path):
+    message, snapshot = tmp_path / "out_of_memory-x.txt", tmp_path / "out_of_memory-rank0.pickle"
+    message.touch()  # another rank's claim
+    config = load_preset("tiny", {})
+    room = out_of_memory.Room(None, "")
+    assert not out_of_memory._speak(MemoryError(), room, message, snapshot, config, ZERO2, torch.device("cpu"))
+    assert message.read_text() == ""
+
+
+@pytest.mark.parametrize(
+    ("error", "asked"),
+    [
+        (RuntimeError("[enforce fail at alloc_cpu.cpp:120] err == 0. DefaultCPUAllocator: can't allocate memory: you "
+                      "tried to allocate 4096 bytes. Error code 12 (Cannot allocate memory)"), 4096),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.50 MiB. GPU 0 has a total capacity of 22.06 "
+                                "GiB of which 9.38 MiB is free."), 21495808),
+        (MemoryError(), None),
+        (OSError(12, "Cannot allocate memory"), None),
+        (RuntimeError("CUDA error: out of memory"), None),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), None),
+    ],
+)  # fmt: skip
+def test_shortages_are_known_and_what_was_asked(error, asked):
+    assert out_of_memory.is_shortage(error)
+    assert out_of_memory.asked_bytes(error) == asked
+
+
+@pytest.mark.parametrize("error", [RuntimeError("shape mismatch"), OSError(28, "No space left"), ValueError("memory")])
+def test_other_errors_pass(error, tmp_path):
+    assert not out_of_memory.is_shortage(error)
+    with (
+        pytest.raises(type(error), match=str(error.args[-1])),
+        out_of_memory.ending(load_preset("tiny", {}), ZERO2, tmp_path, torch.device("cpu"), Watchdog(0)),
+    ):
+        raise error
+    assert not list(tmp_path.iterdir())
+
+
+def changes(ds_config, world_size, gpu, overrides=None):
+    config = load_preset("tiny", overrides or {})
+    return memory_advice.changes(
+        config, DeepSpeedConfig.of(ds_config).filled(config.optim, world_size, 20), world_size, gpu
+    )
+
+
+def test_changes_that_train_the_same_come_first():
+    names = [change.what for change in changes(ZERO2, 2, True)]
+    assert names[:6] == [
+        "--set loss.cmli_recompute=true",
+        '"activation_checkpointing": {} in the DeepSpeed JSON',
+        '--set loss.cmli_recompute=true and "activation_checkpointing": {} in the DeepSpeed JSON',
+        "--set loss.cmli_exchange=ring",
+        '"zero_optimization": {"stage": 3}',
+        '"zero_optimization": {"offload_optimizer": {"device": "cpu"}} (slower)',
+    ]
+    assert (
+        names[6] == "--micro-batch 4 with gradient_accumulation_steps 2 (same pairs and negatives, by gradient caching)"
+    )
+    assert len(names) == 6 + 3 + 3  # 4, 2, 1 alone and with what saves most
+
+
+def test_a_ring_and_recomputed_argmaxes_for_losses_of_patches_and_tokens():
+    ring, recomputed = "--set loss.cmli_exchange=ring", "--set loss.cmli_recompute=true"
+    for weights, ranks, exchange, expected in (
+        ({"cmli_sigmoid": 1.0}, 2, "auto", {ring, recomputed}),
+        ({"cmli": 1.0}, 2, "ring", {recomputed}),
+        ({"cmli": 1.0}, 1, "auto", {recomputed}),
+        ({"global_sigmoid": 1.0}, 2, "auto", set()),
+    ):
+        found = changes(ZERO2, ranks, True, {"loss": {"weights": weights, "cmli_exchange": exchange}})
+        assert {c.what for c in found if c.what.startswith("--set") and " and " not in c.what} == expected
+        for change in found:
+            assert change.what != ring or change.config.loss.cmli_exchange == "ring"
+
+
+def test_all_changes_together_include_the_ring():
+    config = load_preset("tiny", {})
+    last = memory_advice.together(config, DeepSpeedConfig.of(ZERO2).filled(config.optim, 4, 20), 4)[-1]
+    assert "--set loss.cmli_exchange=ring and" in last.what
+    assert last.config.loss.cmli_exchange == "ring" and last.ds_config.stage == 3 and last.ds_config.checkpointing
+
+
+def test_large_buckets_can_shrink():
+    names = [change.what for change in changes({"zero_optimization": {"stage": 1}}, 1, False)]
+    assert '"zero_optimization": {"reduce_bucket_size": 5000000}' in names
+
+
+def test_only_changes_that_change_something():
+    everything = {**ZERO2, "activation_checkpointing": {}}
+    assert changes(everything, 1, False, {"loss": {"weights": {"global": 1.0}}, "optim": {"micro_batch": 1}}) == []
+    names = [change.what for change in changes(everything, 1, False, {"loss": {"cmli_recompute": True}})]
+    assert all(name.startswith("--micro-batch") for name in names)
+
+
+def test_every_part_of_a_proposal_helps():
+    """Recomputing argmaxes changes nothing here, a micro-batch half as large halves what is needed."""
+    config = load_preset("tiny", {})
+    ds_config = DeepSpeedConfig.of(ZERO2).filled(config.optim, 1, 20)
+
+    def needs(change):
+        return (60 if change.ds_config.checkpointing else 100) * change.ds_config.micro_batch // 8
+
+    found = memory_advice.proposals(config, ds_config, 1, False, 35, needs)
+    batch = "(same pairs and negatives, by gradient caching)"
+    assert [(change.what, size) for change, size in found] == [
+        (f"--micro-batch 2 with gradient_accumulation_steps 4 {batch}", 25),
+        (
+            '"activation_checkpointing": {} in the DeepSpeed JSON and '
+            f"--micro-batch 4 with gradient_accumulation_steps 2 {batch}",
+            30,
+        ),
+    ]
+    (alone,) = memory_advice.proposals(config, ds_config, 1, False, 60, needs)[:1]
+    assert alone[0].what == '"activation_checkpointing": {} in the DeepSpeed JSON'
+
+
+def test_every_change_is_a_setting_that_resolves():
+    for change in changes(ZERO2, 2, True):
+        resolved = DeepSpeedConfig.of(change.ds_config).filled(change.config.optim, 2, 20)
+        assert resolved["train_batch_size"] == 16
+        DeepSpeedConfig.of(change.ds_config)
+
+
+def test_what_adds_to_a_change_that_is_enough_is_not_proposed(monkeypatch):
+    config = load_preset("tiny", {})
+    ds_config = DeepSpeedConfig.of(ZERO2).filled(config.optim, 1, 20)
+
+    asked = []
+
+    class Predictor:
+        __enter__, __exit__ = (lambda self: self), (lambda *_: None)
+
+        def __init__(self, timeout_s):
+            asked.clear()
+
+        def ask(self, request):
+            size = 60 if "activation_checkpointing" in request.ds_config else 90 if asked else 100
+            size = 55 if request.ds_config["train_micro_batch_size_per_gpu"] == 2 else size
+            asked.append(request)
+            report = {"categories": {"data": 1, "teacher": 0, "CMLI op": 99}, "totals": {"requested": size}}
+            return predict_subprocess.Answer(report)
+
+    monkeypatch.setattr(predict_subprocess, "Predictor", Predictor)
+    lines = memory_advice.advise(config, ds_config, 1, False, 70, "")
+    assert lines[:4] == [
+        "CMLI op                            99 B",
+        "data                                1 B",
+        "predicted peak                    100 B",
+        "the largest: CMLI op",
+    ]
+    assert [line.partition("prediction: ")[2] for line in lines[4:]] == [
+        '"activation_checkpointing": {} in the DeepSpeed JSON: 60 B',
+        "--micro-batch 2 with gradient_accumulation_steps 4 (same pairs and negatives, by gradient caching): 55 B",
+    ]
+    assert len(asked) == 5  # as it is, recomputed, checkpointed, micro-batch 4, micro-batch 2
+    # What ran out should have fitted, by prediction: a tenth less than that is asked of what is proposed.
+    assert memory_advice.advise(config, ds_config, 1, False, 120, "")[4] == (
+        "would fit in 90 B by prediction: --set loss.cmli_recompute=true: 90 B"
+    )
+    assert memory_advice.advise(config, ds_config, 1, False, 50, "")[4:] == [
+        "no setting that was tried would fit in 50 B: a smaller model or more memory"
+    ]
+
+
+def test_the_predicting_process_answers_each_request_and_names_what_fails():
+    config = load_preset("tiny", {})
+    wrong = {**ZERO2, "train_batch_size": 3, "train_micro_batch_size_per_gpu": 8}
+    with predict_subprocess.Predictor() as predictor:
+        predictor.send(predict_subprocess.Request(config, wrong, 1, "cpu"))
+        predictor.send(predict_subprocess.Request(config, ZERO2, 1, "cpu"))
+        first, second = predictor.receive(), predictor.receive()
+    assert first.report is None and first.failed.startswith("train_batch_size is 3")
+    assert sum(second.report["categories"].values()) == second.report["totals"]["requested"] > 0
+
+
+def test_a_predicting_process_that_takes_too_long_is_an_answer():
+    with predict_subprocess.Predictor(timeout_s=0.1) as predictor:
+        answer = predictor.ask(predict_subprocess.Request(load_preset("tiny", {}), ZERO2, 1, "cpu"))
+    assert answer == predict_subprocess.Answer(None, "the predicting process ended with exit code -9")
