@@ -19,7 +19,7 @@ from typing import Any
 
 import click
 
-from ds_cmli.common import determinism, provenance, quiet, streams
+from ds_cmli.common import cli, hardware, provenance, quiet
 from ds_cmli.common.cli import GroupedCommand, run_command, say
 from ds_cmli.common.errors import UserError
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
@@ -75,7 +75,7 @@ def train(
     from ds_cmli.distributed import process_group as distributed
 
     if config.run.deterministic:
-        determinism.enforce()
+        hardware.enforce_determinism()
     data, mistake = None, None
     try:
         if os.environ["RANK"] == "0":
@@ -417,7 +417,7 @@ def save(run: Run) -> None:
 
 
 def main() -> None:
-    streams.guard()
+    cli.guard_streams()
     preemption.install()
     run_command(command, prints_results=False)
 

@@ -26,8 +26,8 @@ import torch
 
 from ds_cmli import engine
 from ds_cmli.common.cli import run_command
+from ds_cmli.common.documents import Table
 from ds_cmli.common.errors import UserError
-from ds_cmli.common.tables import Table
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.presets import load_preset
 from ds_cmli.config.schema import Config

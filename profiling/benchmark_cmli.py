@@ -32,7 +32,7 @@ import click
 import torch
 
 from ds_cmli.cmli import cmli_scores
-from ds_cmli.common import palette, plots
+from ds_cmli.common import plots
 from ds_cmli.common.cli import run_command
 from profiling import baselines
 from profiling.baselines import DTYPES, SETTINGS, D, M, N, Problem, Scores
@@ -128,7 +128,7 @@ def peak_in_own_process(
     name: str,
     setting: str,
     dtype: str,
-    I: int,
+    I: int,  # noqa: E741
     J: int,
     device: str,
 ) -> int | None:
@@ -240,7 +240,7 @@ def draw(rows: list[dict], path: str) -> None:
             line = [
                 (r["B"], r["step_s"]) for r in timed if (r["name"], r["dtype"]) == (name, dtype)
             ]
-            colour, style = palette.line(number)
+            colour, style = plots.line(number)
             axis.plot(
                 *zip(*line, strict=True), style, color=colour, marker="o", label=f"{name} {dtype}"
             )

@@ -84,7 +84,7 @@ def command(
     quiet.silence()
     import torch
 
-    from ds_cmli.common.tables import Table
+    from ds_cmli.common.documents import Table
     from profiling.document import compare, steps, tables
 
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -291,7 +291,7 @@ def read_saved(file: str) -> dict[str, dict[str, float]]:
 
 def draw(table: dict[str, dict[str, float]], path: Path) -> None:
     """Of each estimator a bar from its median to its largest relative error, and the share of steps that fail."""
-    from ds_cmli.common import palette, plots
+    from ds_cmli.common import plots
 
     pyplot = plots.matplotlib("--plot")
     figure, axis = pyplot.subplots(
@@ -299,7 +299,7 @@ def draw(table: dict[str, dict[str, float]], path: Path) -> None:
     )
     shown = {"median": "median_relative_error", "largest": "maximum_relative_error"}
     for place, (name, values) in enumerate(table.items()):
-        colour = palette.ACCENT if name == OURS else plots.SOFT
+        colour = plots.ACCENT if name == OURS else plots.SOFT
         ends = [max(values[column], SMALLEST / 4) for column in shown.values()]
         axis.plot(ends, [place, place], color=colour, linewidth=5, alpha=0.35)
         for end in ends:

@@ -337,14 +337,14 @@ def text(replayed: Any, settings_known: bool) -> str:
 
 def draw(points: Sequence[tuple[int, int]], what: str, path: Path) -> None:
     """Draw allocated and reserved bytes after each event of a recorded history; fragmentation is between the two."""
-    from ds_cmli.common import palette, plots
-    from ds_cmli.common.tables import readable
+    from ds_cmli.common import plots
+    from ds_cmli.common.documents import readable
 
     pyplot = plots.matplotlib("a chart")
     figure, axis = pyplot.subplots(figsize=(plots.WIDTH, 4), layout="constrained")
     allocated, reserved = ([point[i] / GB for point in points] for i in range(2))
     where = range(len(points))
-    used, free = palette.LINES[3], palette.LINES[2]
+    used, free = plots.LINES[3], plots.LINES[2]
     axis.fill_between(where, allocated, step="post", color=used)
     axis.fill_between(where, allocated, reserved, step="post", color=free, alpha=0.45)
     axis.plot(where, reserved, drawstyle="steps-post", color=free, linewidth=1.2)

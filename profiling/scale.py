@@ -91,7 +91,7 @@ def command(
     from rich.console import Console
 
     from ds_cmli.allocator import gpus
-    from ds_cmli.common.tables import Table
+    from ds_cmli.common.documents import Table
     from ds_cmli.config.presets import load_preset
     from ds_cmli.config.schema import parse_settings
     from ds_cmli.engine.throughput import peak_flops
@@ -180,7 +180,7 @@ def cells(r: dict[str, Any]) -> list[str]:
 
 def draw(rows: list[dict[str, Any]], title: str, path: str) -> None:
     """Seconds a step and memory of a rank over the ranks, a line for each way, named at its end."""
-    from ds_cmli.common import palette, plots
+    from ds_cmli.common import plots
 
     pyplot = plots.matplotlib("--plot")
     figure, axes = pyplot.subplots(1, 2, figsize=(plots.WIDTH, 4), layout="constrained")
@@ -201,7 +201,7 @@ def draw(rows: list[dict[str, Any]], title: str, path: str) -> None:
                 r for r in rows if (r["zero_stage"], r["cached"], r["exchange"]) == ways[number]
             ]
             own = list({r["ranks"]: r for r in own}.values())
-            colour, style = palette.line(number)
+            colour, style = plots.line(number)
             axis.plot(
                 [r["ranks"] for r in own],
                 [value(r) for r in own],

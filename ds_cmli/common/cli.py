@@ -3,6 +3,8 @@
 import atexit
 import contextlib
 import copy
+import errno
+import io
 import json
 import os
 import sys
@@ -11,7 +13,6 @@ from typing import Any, NoReturn
 
 import click
 
-from ds_cmli.common import streams
 from ds_cmli.common.errors import UserError
 
 
@@ -82,11 +83,11 @@ def run_command(command: click.Command, prints_results: bool = True) -> NoReturn
     Args:
         prints_results: what it prints is what it was started for, so that an output that is lost is an error.
     """
-    streams.guard()
+    guard_streams()
     code = exit_code(command)
     with contextlib.suppress(OSError, ValueError):
         sys.stdout.flush()
-    lost = streams.lost_output()
+    lost = lost_output()
     if lost is not None:
         print(f"{'error' if prints_results else 'warning'}: {lost}", file=sys.stderr)
         code = code or int(prints_results)
@@ -160,3 +161,53 @@ def _report(message: str) -> int:
     if _is_main():
         print("error: " + " ".join(message.split()), file=sys.stderr, flush=True)
     return 2
+
+
+READER_GONE = (errno.EPIPE, errno.EIO, errno.ECONNRESET)
+
+
+class _Lasting(io.FileIO):
+    """A stream's file, whose errors are kept and not raised. Attribute: `lost`, the first of them."""
+
+    lost: OSError | None = None
+
+    def write(self, data) -> int:
+        try:
+            return super().write(data) or 0
+        except OSError as error:
+            self.lost = self.lost or error
+            return memoryview(data).nbytes
+
+
+_guarded: dict[str, _Lasting] = {}
+
+
+def guard_streams() -> None:
+    """Replace stdout and stderr by streams that do not fail. To be called before files are opened; once is enough."""
+    if _guarded:
+        return
+    for number in range(
+        3
+    ):  # otherwise the next file that is opened becomes the stream, for libraries in C as well
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+    for name, number in (("stdout", 1), ("stderr", 2)):
+        before = getattr(sys, name)
+        with contextlib.suppress(AttributeError, OSError, ValueError):
+            before.flush()
+        file = _guarded[name] = _Lasting(number, "w", closefd=False)
+        encoding = getattr(before, "encoding", None) or "utf-8"
+        stream = io.TextIOWrapper(
+            io.BufferedWriter(file), encoding, "backslashreplace", line_buffering=True
+        )
+        setattr(sys, name, stream)
+
+
+def lost_output() -> str | None:
+    """What is to be told of an output that could not be written to stdout; None if nobody wanted to read it."""
+    file = _guarded.get("stdout")
+    if file is None or file.lost is None or file.lost.errno in READER_GONE:
+        return None
+    return f"stdout cannot be written: {file.lost.strerror}"

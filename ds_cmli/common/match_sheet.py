@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image, ImageColor, ImageDraw, ImageFont, features
 from torch import Tensor
 
-from ds_cmli.common.palette import ACCENT
+from ds_cmli.common.plots import ACCENT
 
 TILE = 176  # side of a word's tile in pixels
 GAP = 14

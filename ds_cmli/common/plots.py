@@ -1,4 +1,4 @@
-"""Access to matplotlib, which is an optional dependency, and the look of our charts. It draws to files only."""
+"""Access to matplotlib, which is optional and draws to files only, and the look of charts and pages."""
 
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -6,6 +6,28 @@ from typing import Any
 
 from ds_cmli.common.errors import UserError
 
+# The colours of every chart and page: the same on light and on dark paper. Any two stay apart for readers with
+# deuteranopia and protanopia too: by 0.07 and more in OKLab, in a simulation of both (Machado, Oliveira and Fernandes,
+# 2009).
+COLOURS = (
+    "#6f4bd8",
+    "#009e73",
+    "#cc79a7",
+    "#56b4e9",
+    "#999933",
+    "#546e7a",
+    "#7b3f00",
+    "#bcbd22",
+    "#882255",
+    "#88ccee",
+    "#228833",
+    "#f4a6b7",
+    "#5e4fa2",
+    "#ddcc77",
+)
+LINES = COLOURS[:6]  # those that are seen as thin lines on both papers
+DASHES = ("-", "--", ":", "-.")  # as matplotlib names them
+ACCENT = COLOURS[0]
 SOFT = "#5f636b"  # of what stands beside the data: axes, notes
 WIDTH = 7.5  # inches; at this width text is legible where a page shows the picture 400 pixels wide
 DPI = 200
@@ -24,6 +46,11 @@ STYLE = {
     "text.parse_math": False,  # "$" in a run's name is no formula
     "svg.fonttype": "none",
 }
+
+
+def line(number: int) -> tuple[str, str]:
+    """The colour and the dashes of a chart's line."""
+    return LINES[number % len(LINES)], DASHES[number // len(LINES) % len(DASHES)]
 
 
 def installed() -> bool:

@@ -9,8 +9,8 @@ import torch
 
 from ds_cmli.common import quiet
 from ds_cmli.common.errors import UserError
+from ds_cmli.common.hardware import keep_freed_memory
 from ds_cmli.common.patches import patch_for_good
-from ds_cmli.common.processor import keep_freed_memory
 from ds_cmli.config import deepspeed_keys, schedule
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.registry import needs_teacher

@@ -10,7 +10,7 @@ import torch
 from ds_cmli.cmli.op import why_no_triton
 from ds_cmli.common.cli import say
 from ds_cmli.common.errors import UserError
-from ds_cmli.common.processor import bf16_is_fast
+from ds_cmli.common.hardware import bf16_is_fast
 from ds_cmli.config import deepspeed_checks, schedule
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.registry import LOSSES

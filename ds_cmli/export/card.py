@@ -4,9 +4,9 @@ licences.
 
 from pathlib import Path
 
-from ds_cmli.common import pages
+from ds_cmli.common import documents
+from ds_cmli.common.documents import markdown_table
 from ds_cmli.common.provenance import versions
-from ds_cmli.common.tables import markdown_table
 from ds_cmli.config.schema import Config, DataConfig
 from ds_cmli.data.assets import ASSETS
 from ds_cmli.export.modeling import CMLIModel
@@ -49,7 +49,7 @@ def write_card(
         "data": ", ".join(sources(data)),
         "parameters": f"{sum(p.numel() for p in model.parameters()):,}",
     }
-    pages.write_page(
+    documents.write_page(
         str(folder / "README.md"),
         "the card",
         "ds_cmli.export",

@@ -9,8 +9,8 @@ from typing import Any
 
 from ds_cmli.checkpoint.save import FOLDER, latest, step_of
 from ds_cmli.common.cli import say
+from ds_cmli.common.documents import markdown_table
 from ds_cmli.common.errors import UserError
-from ds_cmli.common.tables import markdown_table
 from ds_cmli.config.schema import Config
 from ds_cmli.evaluate.report import SCORES
 from ds_cmli.evaluate.split import evaluate_split

@@ -9,7 +9,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from ds_cmli.common import pages
+from ds_cmli.common import documents
 from ds_cmli.common.cli import check_writable, json_on_stdout, run_command
 from ds_cmli.common.errors import UserError
 
@@ -132,7 +132,7 @@ def write_page(path: str, texts: tuple[str, ...], results: list[list[Any]], note
         for text, best in zip(texts, results, strict=True)
     ]
     shown = {"title": "Search results", "rows": rows, "note": note}
-    pages.write_page(path, "--page", "ds_cmli.inference", "results.html.jinja", **shown)
+    documents.write_page(path, "--page", "ds_cmli.inference", "results.html.jinja", **shown)
 
 
 def _thumbnail(name: str) -> str:
@@ -145,7 +145,7 @@ def _thumbnail(name: str) -> str:
             ImageOps.fit(image.convert("RGB"), (224, 224)).save(buffer, "JPEG", quality=85)
     except (OSError, ValueError):
         return ""
-    return pages.data_url(buffer.getvalue(), "jpeg")
+    return documents.data_url(buffer.getvalue(), "jpeg")
 
 
 def main() -> None:

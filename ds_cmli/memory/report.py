@@ -10,7 +10,7 @@ from itertools import accumulate
 from typing import Any
 
 from ds_cmli.allocator.blocks import Event
-from ds_cmli.common import palette
+from ds_cmli.common import plots
 
 CATEGORIES = (
     "parameters",
@@ -30,7 +30,7 @@ CATEGORIES = (
 )
 # In every chart and page; what lies beside each other in a stack differs most.
 _OF_PALETTE = (3, 1, 2, 9, 12, 5, 6, 0, 8, 7, 10, 11, 4, 13)
-COLOURS = {name: palette.COLOURS[i] for name, i in zip(CATEGORIES, _OF_PALETTE, strict=True)}
+COLOURS = {name: plots.COLOURS[i] for name, i in zip(CATEGORIES, _OF_PALETTE, strict=True)}
 PHASES = ("init", "forward", "loss", "backward", "optimizer")
 
 

@@ -9,7 +9,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from ds_cmli.common import palette
+from ds_cmli.common import plots
 from ds_cmli.common.plots import apart, matplotlib
 from ds_cmli.report.results import CHANCE, RECALL, WAYS
 from ds_cmli.report.runs import RunFiles
@@ -73,7 +73,7 @@ def chosen(runs: Sequence[RunFiles], pattern: str) -> list[Chart]:
             if len(runs) > 1:
                 label = run.name if short else str(number + 1)
             chart = found.setdefault(title, Chart(title, chance=chance(runs, column)))
-            colour, style = palette.line(number if len(runs) > 1 else len(chart.series))
+            colour, style = plots.line(number if len(runs) > 1 else len(chart.series))
             chart.series.append(Series(label, colour, style, steps, values))
     return list(found.values())
 

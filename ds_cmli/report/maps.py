@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from ds_cmli.common.pages import data_url
+from ds_cmli.common.documents import data_url
 from ds_cmli.trackers import MATCH_MAPS
 
 

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ds_cmli.common import palette
-from ds_cmli.common.pages import write_page
+from ds_cmli.common import plots
+from ds_cmli.common.documents import write_page
 from ds_cmli.memory.report import COLOURS
 from ds_cmli.report.charts import GROUPS, charts
 from ds_cmli.report.maps import match_maps
@@ -28,7 +28,7 @@ def write(runs: Sequence[RunFiles], path: str | Path) -> None:
     values = {
         "title": f"Report: {names[0]}" if len(names) == 1 else f"Report of {len(runs)} runs",
         "names": names,
-        "keys": {run.name: palette.line(number)[0] for number, run in enumerate(runs)},
+        "keys": {run.name: plots.line(number)[0] for number, run in enumerate(runs)},
         "headlines": {split: headline(results, split) for split in tables}
         if len(names) == 1
         else {},

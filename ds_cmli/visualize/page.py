@@ -13,8 +13,8 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
-from ds_cmli.common import pages
-from ds_cmli.common.palette import COLOURS
+from ds_cmli.common import documents
+from ds_cmli.common.plots import COLOURS
 from ds_cmli.inference.model import Match
 
 
@@ -31,7 +31,7 @@ class Panel:
 def write_page(panels: Sequence[Panel], path: str | Path, title: str = "Match maps") -> None:
     """Write the page; raises `UserError` if the file cannot be written."""
     shown = [_values(panel) for panel in panels]
-    pages.write_page(
+    documents.write_page(
         path,
         "the page",
         "ds_cmli.visualize",
@@ -80,4 +80,4 @@ def _data_url(image: Tensor) -> str:
     """uint8 [3, S, S] -> a PNG as a data URL."""
     buffer = io.BytesIO()
     Image.fromarray(image.permute(1, 2, 0).numpy()).save(buffer, "PNG")
-    return pages.data_url(buffer.getvalue(), "png")
+    return documents.data_url(buffer.getvalue(), "png")

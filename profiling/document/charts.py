@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from ds_cmli.allocator.blocks import Event
-from ds_cmli.common import palette, plots
-from ds_cmli.common.tables import readable
+from ds_cmli.common import plots
+from ds_cmli.common.documents import readable
 from ds_cmli.memory.report import CATEGORIES, COLOURS
 from profiling.document.compare import GB, Row
 
@@ -18,7 +18,7 @@ def bars(rows: Sequence[Row], path: Path) -> None:
     drawn = [
         (row, kind, colour, getattr(row, name))
         for row in rows
-        for (kind, name), colour in zip(kinds.items(), palette.LINES, strict=False)
+        for (kind, name), colour in zip(kinds.items(), plots.LINES, strict=False)
         if getattr(row, name)
     ]
     height = 0.24 * (len(drawn) + 0.5 * len(rows)) + 1

@@ -13,7 +13,7 @@ import torch
 from ds_cmli.cmli.check import DEFAULT_SCRATCH_BYTES, index_dtype
 from ds_cmli.cmli.chunked.packed import largest, make_chunks
 from ds_cmli.cmli.chunked.tiling import Widths, tile_sizes
-from ds_cmli.common.tables import readable
+from ds_cmli.common.documents import readable
 from ds_cmli.config.schema import check
 
 SPECIAL_TOKENS = (

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from ds_cmli.common.tables import Table, count
+from ds_cmli.common.documents import Table, count
 from ds_cmli.memory.report import CATEGORIES, PHASES
 from profiling.document.compare import GB, Row
 from profiling.document.estimates import DOCUMENT, Claim, Setting

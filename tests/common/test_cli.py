@@ -1,9 +1,13 @@
+"""How commands end: options given twice, JSON on stdout, and streams that are closed, full or read by nobody."""
+
+import subprocess
 import sys
 
 import click
 import pytest
 
 from ds_cmli.common.cli import exit_code, json_on_stdout
+from tests.conftest import ROOT, clean_environment
 
 
 def test_json_stands_alone_on_stdout(capsys):
@@ -45,3 +49,38 @@ def test_an_option_that_is_given_twice(given, line, monkeypatch, capsys):
     assert exit_code(command) == (2 if line else 0)
     told = capsys.readouterr()
     assert told.err == (f"error: {line}\n" if line else "") and (told.out == "taken\n") == (line is None)
+
+
+PRINTS = """
+import click, os, sys
+from ds_cmli.common.cli import run_command
+@click.command()
+def command():
+    open({file!r}, "w").write("whole")
+    for i in range(20000):
+        print("a line", i)
+    print("a warning", file=sys.stderr)
+    os.close(os.open({file!r} + ".more", os.O_CREAT | os.O_WRONLY))
+    open({file!r}, "a").write(" and done")
+run_command(command, prints_results={results})
+"""
+
+
+@pytest.mark.parametrize("results", [True, False])
+@pytest.mark.parametrize("streams, lost", [
+    ("> /dev/full", True), (">&-", False), ("| head -1 > /dev/null", False), ("2>&-", False), ("2> /dev/full", False),
+    ("<&- >&- 2>&-", False), ("> /dev/full 2>&1", True),
+])  # fmt: skip
+def test_what_a_command_does_is_done(streams, lost, results, tmp_path):
+    file = tmp_path / "file"
+    script = tmp_path / "script.py"
+    script.write_text(PRINTS.format(file=str(file), results=results))
+    shell = f"set -o pipefail; {sys.executable} {script} {streams}"
+    environment = clean_environment() | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(["bash", "-c", shell], env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == (1 if lost and results else 0), done.stderr
+    assert file.read_text() == "whole and done"
+    assert "Traceback" not in done.stderr and "Exception" not in done.stderr
+    if streams == "> /dev/full":
+        word = "error" if results else "warning"
+        assert done.stderr.endswith(f"{word}: stdout cannot be written: No space left on device\n")

@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from ds_cmli.allocator.blocks import Event
-from ds_cmli.common.tables import Table
+from ds_cmli.common.documents import Table
 from profiling import replay
 from profiling.document import charts, compare, steps, tables
 from profiling.document.compare import Row

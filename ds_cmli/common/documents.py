@@ -1,7 +1,14 @@
-"""Tables for the terminal and as Markdown."""
+"""Tables for the terminal and as Markdown, numbers in them, and self-contained HTML pages."""
 
+import base64
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ds_cmli.common.errors import UserError
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
 @dataclass
@@ -17,7 +24,7 @@ class Table:
             [f"## {self.title}", "", table, "", *(f"- {note}" for note in self.notes), ""]
         )
 
-    def show(self, console: Any) -> None:
+    def show(self, console: "Console") -> None:
         """Print it on a rich console."""
         from rich import box
         from rich.markup import escape
@@ -55,3 +62,32 @@ def readable(size: int) -> str:
         if size >= one:
             return f"{size / one:.3g} {unit}"
     return f"{size} B"
+
+
+def write_page(
+    path: str | Path, setting: str, package: str, template: str, **values: object
+) -> None:
+    """Fill `template`, a file of `package`, with `values` and write it to `path`.
+
+    Templates extend `page.html.jinja`, which has the head, and the colours on light and dark paper.
+
+    Args:
+        setting: what gave the path, for the error message.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    from jinja2 import ChoiceLoader, Environment, PackageLoader, select_autoescape
+
+    folders = ChoiceLoader([PackageLoader(name, ".") for name in (package, "ds_cmli.common")])
+    environment = Environment(loader=folders, autoescape=select_autoescape(["jinja"]))
+    text = environment.get_template(template).render(values)
+    try:
+        Path(path).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{setting} is {str(path)!r}: cannot write it: {error.strerror}") from None
+
+
+def data_url(image: bytes, kind: str) -> str:
+    """An encoded image, "png" or "jpeg", as a `data:` URL, with which the page itself holds it."""
+    return f"data:image/{kind};base64,{base64.b64encode(image).decode()}"

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from ds_cmli.common.processor import bf16_is_fast
+from ds_cmli.common.hardware import bf16_is_fast
 from tests.conftest import clean_environment
 
 FAST = torch.cpu.get_capabilities().get("avx512_bf16") if hasattr(torch.cpu, "get_capabilities") else None

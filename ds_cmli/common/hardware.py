@@ -1,10 +1,8 @@
-"""Whether this machine's processor is fast in bf16, and how its memory allocator keeps memory between steps."""
+"""What is asked and set of this machine: bf16, the allocator of the host's memory, reproducibility."""
 
 import ctypes
 import os
 from pathlib import Path
-
-import torch
 
 # The values of ONEDNN_MAX_CPU_ISA with which oneDNN uses no bf16 instructions.
 WITHOUT_BF16 = (
@@ -17,7 +15,7 @@ WITHOUT_BF16 = (
     "AVX512_CORE_VNNI",
 )
 # Flags in /proc/cpuinfo of processors with bf16 instructions: x86 with AVX-512 or AMX, and Arm.
-FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
+BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 
@@ -27,6 +25,8 @@ def bf16_is_fast() -> bool:
     Other processors compute bf16 in fp32 and convert at each load, so that a linear layer takes two to five times as
     long as in fp32.
     """
+    import torch
+
     limit = os.environ.get("ONEDNN_MAX_CPU_ISA", os.environ.get("DNNL_MAX_CPU_ISA", "")).upper()
     if limit in WITHOUT_BF16 or not torch.backends.mkldnn.is_available():
         return False
@@ -37,7 +37,7 @@ def bf16_is_fast() -> bool:
     except OSError:
         return True  # not Linux: oneDNN's answer is all there is
     lines = (line for line in text.splitlines() if line.startswith(("flags", "Features")))
-    return bool(FLAGS & set(next(lines, "").split()))
+    return bool(BF16_FLAGS & set(next(lines, "").split()))
 
 
 def keep_freed_memory() -> None:
@@ -52,3 +52,18 @@ def keep_freed_memory() -> None:
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
     except (OSError, AttributeError):
         pass  # the C library is not glibc
+
+
+def enforce_determinism() -> None:
+    """Make results bitwise reproducible on one kind of device, by PyTorch's own switches.
+
+    On a GPU, attention, convolutions and scatter operations then use their deterministic kernels, which are slower; an
+    operation without such a kernel stops the run with an error that names it. On a CPU nothing changes, because runs
+    with the same number of threads are reproducible anyway. To be called before the first GPU operation, because
+    cuBLAS reads its workspace setting only once.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    import torch
+
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
