@@ -4,7 +4,8 @@ import random
 import signal
 import socket
 import subprocess
-import sys
+import tempfile
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -126,10 +127,20 @@ def clean_environment() -> dict[str, str]:
     return {k: v for k, v in os.environ.items() if k not in LAUNCHER_VARIABLES}
 
 
-def run(*arguments: str, launcher: tuple[str, ...] = (sys.executable,), script: str = "train.py", timeout: float = 300):
-    """Run a script of ds_cmli as a user does, by its path, and return the finished process."""
+def run(*arguments: str, launcher: tuple[str, ...] = (), script: str = "train.py", timeout: float = 300):
+    """Run a script of ds_cmli by its path, and return the finished process.
+
+    Args:
+        launcher: the command in front of it, as a user writes it; none: the process is forked with libraries loaded.
+    """
     command = [*launcher, str(ROOT / "ds_cmli" / script), *arguments]
-    return subprocess.run(command, env=clean_environment(), cwd=ROOT, capture_output=True, text=True, timeout=timeout)
+    if launcher:
+        run = partial(subprocess.run, capture_output=True, text=True)
+        return run(command, env=clean_environment(), cwd=ROOT, timeout=timeout)
+    from tests.processes import finished
+
+    with tempfile.TemporaryDirectory() as folder:
+        return finished(command, clean_environment(), ROOT, Path(folder), timeout)
 
 
 def rank_environments(world_size: int, **more: str) -> list[dict[str, str]]:
@@ -152,9 +163,12 @@ def spawn(function, world_size: int, *arguments) -> list:
     """Run `function(rank, world_size, *arguments)` in `world_size` gloo processes; their results in rank order."""
     import torch.multiprocessing as mp
 
-    with mp.get_context("spawn").Manager() as manager:
+    from tests.processes import CONTEXT
+
+    with CONTEXT.Manager() as manager:
         results = manager.dict()
-        mp.spawn(_worker, (world_size, free_port(), function, arguments, results), nprocs=world_size)
+        given = (world_size, free_port(), function, arguments, results)
+        mp.start_processes(_worker, given, nprocs=world_size, start_method="forkserver")
         return [results[r] for r in range(world_size)]
 
 

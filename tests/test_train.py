@@ -81,7 +81,7 @@ def test_what_a_run_leaves(finished):
 
 def test_same_seed_gives_the_same_metrics_and_weights(finished, tmp_path):
     folder, _ = finished
-    done = run(*TINY, "--output-dir", str(tmp_path / "again"))
+    done = run(*TINY, "--output-dir", str(tmp_path / "again"), launcher=(sys.executable,))
     assert done.returncode == 0, done.stdout + done.stderr
     # Without the launcher, whose own lines nobody can turn off, only ours are left.
     for noise in ("warning", "report", "traceback", "extension"):
@@ -139,7 +139,7 @@ def test_training_on_a_folder_with_a_few_broken_images(tmp_path):
 
 
 def test_help_groups_options_and_shows_defaults():
-    done = run("--help", timeout=5)
+    done = run("--help", timeout=5, launcher=(sys.executable,))
     assert done.returncode == 0
     for words in ("What to train", "Length and batch", "--losses", "[default: demo]"):
         assert words in done.stdout

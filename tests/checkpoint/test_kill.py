@@ -3,8 +3,6 @@
 import random
 import re
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -13,6 +11,7 @@ import pytest
 from tests.checkpoint.test_restore import assert_same
 from tests.config.test_mistakes import pairs
 from tests.conftest import ROOT, rank_environments
+from tests.processes import Program
 
 
 class Ranks:
@@ -20,10 +19,9 @@ class Ranks:
 
     def __init__(self, folder: Path, world_size: int, arguments: list[str]):
         self.logs = [folder / f"{rank}.log" for rank in range(world_size)]
-        command = [sys.executable, str(ROOT / "ds_cmli" / "train.py"), *arguments]
+        command = [str(ROOT / "ds_cmli" / "train.py"), *arguments]
         self.processes = [
-            subprocess.Popen(command, cwd=ROOT, env=env, stdout=log.open("w"), stderr=subprocess.STDOUT)
-            for log, env in zip(self.logs, rank_environments(world_size), strict=True)
+            Program(command, env, ROOT, log) for log, env in zip(self.logs, rank_environments(world_size), strict=True)
         ]
 
     @property

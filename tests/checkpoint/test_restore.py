@@ -6,8 +6,6 @@ import math
 import os
 import random
 import shutil
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -30,6 +28,7 @@ from tests.config.test_mistakes import pairs
 from tests.conftest import ROOT, free_port, rank_environments
 from tests.drive_train import drive
 from tests.metrics_file import metrics
+from tests.processes import Program
 
 TINY = ["--preset", "tiny", "--steps", "12", "--log-every", "3", "--eval-every", "5", "--set", "student.dropout=0.2"]
 AUGMENTED = ["--set", 'data.augmentation={"random_resized_crop": 0.5, "horizontal_flip": 0.5, "color_jitter": 0.4}']
@@ -65,12 +64,9 @@ def ranks(tmp_path: Path, world_size: int, tasks: list[dict], timeout: float = 3
     """Exit codes and output of several trainings, one after the other, on `world_size` ranks."""
     file = tmp_path / f"tasks-{random.randrange(10**9)}.json"
     file.write_text(json.dumps([{"port": free_port(), **task} for task in tasks]))
-    command = [sys.executable, str(ROOT / "tests" / "drive_train.py"), str(file)]
+    command = [str(ROOT / "tests" / "drive_train.py"), str(file)]
     out = [file.with_suffix(f".{rank}.log") for rank in range(world_size)]
-    processes = [
-        subprocess.Popen(command, env=env, cwd=ROOT, stdout=log.open("w"), stderr=subprocess.STDOUT)
-        for log, env in zip(out, rank_environments(world_size), strict=True)
-    ]
+    processes = [Program(command, env, ROOT, log) for log, env in zip(out, rank_environments(world_size), strict=True)]
     end = time.monotonic() + timeout
     while any(process.poll() is None for process in processes) and time.monotonic() < end:
         if any(process.poll() for process in processes):

@@ -14,6 +14,7 @@ from ds_cmli.common.cli import exit_code
 from ds_cmli.common.subprocesses import LAUNCHER_VARIABLES
 from ds_cmli.evaluate import command as evaluate
 from tests.conftest import ROOT, clean_environment, rank_environments
+from tests.processes import Program
 
 
 def pairs(folder, count=24, text="a red square", broken=0, column="text"):
@@ -183,10 +184,10 @@ def two_ranks(folders, arguments) -> list[tuple[int, str]]:
     """Exit code and standard error of each of two ranks, started in its own folder with its own arguments."""
     ranks = []
     for folder, own, env in zip(folders, arguments, rank_environments(2), strict=True):
-        command = [sys.executable, str(ROOT / "ds_cmli" / "train.py"), "--preset", "tiny", *own]
-        ranks.append(subprocess.Popen(command, cwd=folder, env=env, stderr=subprocess.PIPE, text=True))
-    errors = [process.communicate(timeout=120)[1] for process in ranks]
-    return [(process.returncode, error) for process, error in zip(ranks, errors, strict=True)]
+        command = [str(ROOT / "ds_cmli" / "train.py"), "--preset", "tiny", *own]
+        errors = folder / f"errors-{len(ranks)}"
+        ranks.append((Program(command, env, folder, errors.with_suffix(".out"), errors), errors))
+    return [(program.wait(120), errors.read_text()) for program, errors in ranks]
 
 
 def test_a_mistake_of_one_rank_alone_is_told(tmp_path):

@@ -12,6 +12,7 @@ import pytest
 from ds_cmli.faults import preemption
 from tests.config.test_mistakes import pairs
 from tests.conftest import ROOT, clean_environment, free_port, rank_environments
+from tests.processes import Program
 
 WAITS = """
 import sys, time
@@ -77,10 +78,9 @@ def test_a_signal_to_one_rank_ends_all_with_a_checkpoint(tmp_path):
     arguments = [*LONG, "--data", pairs(tmp_path / "pairs", count=63), "--output-dir", str(tmp_path / "run")]
     logs = [tmp_path / f"{rank}.log" for rank in range(2)]
     processes = [
-        subprocess.Popen([sys.executable, str(ROOT / "ds_cmli" / "train.py"), *arguments], cwd=ROOT,
-                         env=env, stdout=log.open("w"), stderr=subprocess.STDOUT)
+        Program([str(ROOT / "ds_cmli" / "train.py"), *arguments], env, ROOT, log)
         for log, env in zip(logs, rank_environments(2), strict=True)
-    ]  # fmt: skip
+    ]
     try:
         wait_for(logs[0], r"step \d+/", processes[0])
         started = time.monotonic()
