@@ -1,33 +1,20 @@
-"""Which settings have no effect beside others: a table, and the lines about those that were given.
+"""Which settings have no effect beside others: two tables, and the lines about those that were given.
 
 What only the models or the data decide is told where they are built, in
 `engine/parameter_groups.py` and `data/opening.py`.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import fields
+from typing import NamedTuple
 
 from ds_cmli.common.errors import UserError
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
-from ds_cmli.config.registry import LOSSES
+from ds_cmli.config.registry import LOSSES, over_pairs
 from ds_cmli.config.schema import Config, TeacherConfig
 
-# Settings that only some losses read, with the names of these losses.
-OF_LOSSES = {
-    **{
-        f"loss.{s}": [n for n, e in LOSSES.items() if s in e.settings]
-        for e in LOSSES.values()
-        for s in e.settings
-    },
-    **{
-        f"teacher.{f.name}": [n for n, e in LOSSES.items() if e.teacher]
-        for f in fields(TeacherConfig)
-    },
-}
 
-
-@dataclass(frozen=True)
-class Step:
+class Step(NamedTuple):
     """What the JSON and the launcher decide: how many micro-batches, ranks and steps there are."""
 
     ds_config: DeepSpeedConfig
@@ -35,20 +22,9 @@ class Step:
     accumulation: int
 
 
-@dataclass(frozen=True)
-class Idle:
-    """The `settings` have no effect if `why` returns a reason."""
-
-    settings: tuple[str, ...]
-    why: Callable[[Config], str | None]
-
-
-@dataclass(frozen=True)
-class IdleInStep:
-    """The same for what depends on the JSON or the number of ranks too."""
-
-    settings: tuple[str, ...]
-    why: Callable[[Config, Step], str | None]
+# Each function returns why the settings that it stands beside have no effect, or None if they have.
+Why = Callable[[Config], str | None]
+WhyInStep = Callable[[Config, Step], str | None]
 
 
 def _demo(config: Config) -> str | None:
@@ -82,14 +58,12 @@ def _no_tracker(config: Config) -> str | None:
     return None if config.run.report_to else "run.report_to names no tracker, which would show them"
 
 
-def _beyond(setting: str) -> Callable[[Config], str | None]:
+def _beyond(setting: str) -> Why:
     def why(config: Config) -> str | None:
         steps, every = config.optim.steps, getattr(config.run, setting)
-        return (
-            f"it is {every}, and the run has {steps} steps"
-            if steps is not None and every > steps
-            else None
-        )
+        if steps is None or every <= steps:
+            return None
+        return f"it is {every}, and the run has {steps} steps"
 
     return why
 
@@ -99,29 +73,27 @@ def _patience(config: Config) -> str | None:
     if steps is None or not patience:
         return None
     evaluations = -(-steps // every)
-    return (
-        f"it is {patience}, and the run has {evaluations} evaluations"
-        if patience >= evaluations
-        else None
-    )
+    if patience < evaluations:
+        return None
+    return f"it is {patience}, and the run has {evaluations} evaluations"
 
 
-IDLE = (
-    Idle(
-        ("data.max_bad_share", "data.max_pixels", "data.follow_symlinks", "data.val_split"), _demo
-    ),
-    Idle(("data.prefetch",), _no_workers),
-    Idle(("student.text_model",), _text_model),
-    Idle(("student.weights_partial",), _random_student),
-    Idle(("teacher.weights_partial",), _random_teacher),
-    Idle(("loss.cmli_gather_bytes",), _exchange),
-    Idle(("run.match_maps",), _no_tracker),
-    Idle(("run.patience",), _patience),
-    *(
-        Idle((f"run.{setting}",), _beyond(setting))
-        for setting in ("log_every", "eval_every", "save_every")
-    ),
-)
+IDLE: dict[str, Why] = {
+    "data.max_bad_share": _demo,
+    "data.max_pixels": _demo,
+    "data.follow_symlinks": _demo,
+    "data.val_split": _demo,
+    "data.prefetch": _no_workers,
+    "student.text_model": _text_model,
+    "student.weights_partial": _random_student,
+    "teacher.weights_partial": _random_teacher,
+    "loss.cmli_gather_bytes": _exchange,
+    "run.match_maps": _no_tracker,
+    "run.patience": _patience,
+    "run.log_every": _beyond("log_every"),
+    "run.eval_every": _beyond("eval_every"),
+    "run.save_every": _beyond("save_every"),
+}
 
 
 def _one_rank(config: Config, step: Step) -> str | None:
@@ -129,67 +101,77 @@ def _one_rank(config: Config, step: Step) -> str | None:
 
 
 def _one_micro_batch(config: Config, step: Step) -> str | None:
-    return (
-        "a step is one micro-batch (gradient_accumulation_steps 1)"
-        if step.accumulation == 1
-        else None
-    )
+    if step.accumulation > 1:
+        return None
+    return "a step is one micro-batch (gradient_accumulation_steps 1)"
 
 
-def _no_pairs(config: Config, step: Step) -> str | None:
-    compared = any(LOSSES[name].scores for name in config.loss.weights)
-    return (
-        None
-        if compared
-        else f"the losses are {', '.join(config.loss.weights)}, which compare no pairs"
-    )
+def _compares_nothing(config: Config, step: Step) -> str | None:
+    if step.accumulation == 1 or over_pairs(config.loss.weights):
+        return _one_micro_batch(config, step)
+    return f"the losses are {', '.join(config.loss.weights)}, which compare no pairs"
 
 
 def _no_cache(config: Config, step: Step) -> str | None:
     if config.optim.negatives == "micro_batch":
         return "optim.negatives is 'micro_batch', which caches no gradients"
-    return _one_micro_batch(config, step) or _no_pairs(config, step)
+    return _compares_nothing(config, step)
 
 
 def _no_graph(config: Config, step: Step) -> str | None:
-    cached = _no_cache(config, step) is None
-    return (
-        "gradient caching keeps no argmax indices that it could compute again" if cached else None
-    )
+    if _no_cache(config, step) is not None:
+        return None
+    return "gradient caching keeps no argmax indices that it could compute again"
 
 
 def _reduced_anyway(config: Config, step: Step) -> str | None:
     stage = step.ds_config.stage
-    late = f"ZeRO stage {stage} reduces once a step anyway" if stage < 2 else None
-    return _one_micro_batch(config, step) or late
+    if step.accumulation > 1 and stage < 2:
+        return f"ZeRO stage {stage} reduces once a step anyway"
+    return _one_micro_batch(config, step)
 
 
-def _not_taken(name: str) -> Callable[[Config, Step], str | None]:
+def _not_taken(name: str) -> WhyInStep:
     def why(config: Config, step: Step) -> str | None:
-        kind = step.ds_config.optimizer_type
-        return (
-            None
-            if name in step.ds_config.optimizer_entry.parameters
-            else f"the optimizer {kind} has none"
-        )
+        if name in step.ds_config.optimizer_entry.parameters:
+            return None
+        return f"the optimizer {step.ds_config.optimizer_type} has none"
 
     return why
 
 
-IN_STEP = (
-    IdleInStep(
-        ("optim.negatives",),
-        lambda config, step: _one_micro_batch(config, step) or _no_pairs(config, step),
-    ),
-    IdleInStep(("optim.cache_on_host",), _no_cache),
-    IdleInStep(("optim.reduce_once",), _reduced_anyway),
-    IdleInStep(("loss.cmli_recompute",), _no_graph),
-    IdleInStep(("loss.cmli_exchange", "loss.cmli_gather_bytes"), _one_rank),
-    *(
-        IdleInStep((f"optim.{name}",), _not_taken(name))
-        for name in ("betas", "eps", "weight_decay")
-    ),
-)
+IN_STEP: dict[str, WhyInStep] = {
+    "optim.negatives": _compares_nothing,
+    "optim.cache_on_host": _no_cache,
+    "optim.reduce_once": _reduced_anyway,
+    "loss.cmli_recompute": _no_graph,
+    "loss.cmli_exchange": _one_rank,
+    "loss.cmli_gather_bytes": _one_rank,
+    "optim.betas": _not_taken("betas"),
+    "optim.eps": _not_taken("eps"),
+    "optim.weight_decay": _not_taken("weight_decay"),
+}
+
+
+def read_by_losses() -> dict[str, list[str]]:
+    """The settings that only some losses read, with the names of these losses."""
+    out: dict[str, list[str]] = {}
+    for name, loss in LOSSES.items():
+        read = [f"loss.{setting}" for setting in loss.settings]
+        if loss.teacher:
+            read += [f"teacher.{setting.name}" for setting in fields(TeacherConfig)]
+        for setting in read:
+            out.setdefault(setting, []).append(name)
+    return out
+
+
+def _unread(config: Config) -> dict[str, str]:
+    """The settings that none of the chosen losses reads, each with the first loss that would."""
+    out = {}
+    for setting, losses in read_by_losses().items():
+        if not config.loss.weights.keys() & set(losses):
+            out[setting] = losses[0]
+    return out
 
 
 def without_effect(config: Config, given: Mapping[str, str]) -> Iterator[str]:
@@ -198,32 +180,27 @@ def without_effect(config: Config, given: Mapping[str, str]) -> Iterator[str]:
     Args:
         given: the settings that were given, and how: `{"run.keep": "--keep"}`.
     """
+    unread = _unread(config)
     for name in sorted(given):
-        losses = OF_LOSSES.get(name)
-        if losses and not set(losses) & set(config.loss.weights):
-            chosen = ", ".join(config.loss.weights)
-            yield f"{given[name]} has no effect: the losses are {chosen}, without {losses[0]}"
-            continue
-        for idle in IDLE:
-            if name in idle.settings and (why := idle.why(config)):
-                yield f"{given[name]} has no effect: {why}"
+        why = IDLE[name](config) if name in IDLE else None
+        if name in unread:
+            why = f"the losses are {', '.join(config.loss.weights)}, without {unread[name]}"
+        if why is not None:
+            yield f"{given[name]} has no effect: {why}"
 
 
 def without_effect_in_step(
     config: Config, ds_config: DeepSpeedConfig, ranks: int, given: Mapping[str, str]
 ) -> Iterator[str]:
-    """The same beside the JSON and with this number of ranks."""
+    """A line for each further setting without effect beside the JSON and with this many ranks."""
     try:
         step = Step(ds_config, ranks, ds_config.batch(config.optim.micro_batch, ranks).accumulation)
     except UserError:  # told where the run needs it
         return
-    told = {
-        name for name in given if any(name in idle.settings and idle.why(config) for idle in IDLE)
-    }
-    for name in sorted(set(given) - told):
-        losses = OF_LOSSES.get(name)
-        if losses and not set(losses) & set(config.loss.weights):
-            continue
-        for idle in IN_STEP:
-            if name in idle.settings and (why := idle.why(config, step)):
-                yield f"{given[name]} has no effect: {why}"
+    unread = _unread(config)
+    for name in sorted(given.keys() & IN_STEP.keys() - unread.keys()):
+        if name in IDLE and IDLE[name](config) is not None:
+            continue  # told by `without_effect`
+        why = IN_STEP[name](config, step)
+        if why is not None:
+            yield f"{given[name]} has no effect: {why}"

@@ -6,26 +6,28 @@ This module has no heavy imports: `--help` and the checks of the user's settings
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 from ds_cmli.common.errors import UserError
 from ds_cmli.config.registry import AUTO, IMAGE, LOSSES, TEXT, TRACKERS
-from ds_cmli.config.validation import MOST, build, check, check_sizes, choice, parse_json, shown
+from ds_cmli.config.validation import (
+    MOST,
+    NameOf,
+    build,
+    check,
+    check_sizes,
+    choice,
+    parse_json,
+    shown,
+)
 
-if TYPE_CHECKING:
-    Loss = str
-    ImageBackbone = str
-    TextBackbone = str
-    TrackerName = str
-else:
-    Loss = Literal[tuple(LOSSES)]
-    ImageBackbone = Literal[tuple([AUTO, *IMAGE])]
-    TextBackbone = Literal[tuple([AUTO, *TEXT])]
-    TrackerName = Literal[tuple(TRACKERS)]
-
+Loss = Annotated[str, NameOf(LOSSES)]
+ImageBackbone = Annotated[str, NameOf(IMAGE, AUTO)]
+TextBackbone = Annotated[str, NameOf(TEXT, AUTO)]
+TrackerName = Annotated[str, NameOf(TRACKERS)]
 Augmentation = Literal["random_resized_crop", "horizontal_flip", "color_jitter"]
 
 STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
@@ -135,7 +137,7 @@ class LossConfig:
     """`losses/`, `cmli/`."""
 
     weights: dict[Loss, Positive] = Field(
-        default_factory=lambda: dict[Loss, float]({"global": 1.0, "cmli": 1.0, "target_cmli": 1.0}),
+        default_factory=lambda: {"global": 1.0, "cmli": 1.0, "target_cmli": 1.0},
         min_length=1,
     )
     mse_reduction: Literal["mean", "sum"] = (
@@ -219,7 +221,7 @@ class RunConfig:
     # The number of held-out pairs of each split, always the same ones, whose match maps evaluations send to trackers.
     match_maps: Annotated[int, Field(ge=0, le=1000, description="0: none")] = 4
     # The trackers that get numbers and pictures, beside metrics.jsonl.
-    report_to: list[TrackerName] = Field(default_factory=lambda: list[TrackerName](["tensorboard"]))
+    report_to: list[TrackerName] = Field(default_factory=lambda: ["tensorboard"])
     save_every: Annotated[Number, Field(description="0: by time alone, and at the end")] = (
         0  # steps
     )

@@ -2,10 +2,11 @@
 
 import json
 import math
-from collections.abc import Mapping
-from typing import Any, NoReturn
+from collections.abc import Collection, Mapping
+from typing import Any, NoReturn, TypeVar
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler, TypeAdapter, ValidationError
+from pydantic_core import core_schema
 
 from ds_cmli.common.errors import UserError, nearest
 
@@ -20,6 +21,8 @@ TYPES = {
     "object": "dict",
     "array": "list",
 }
+Node = dict[str, Any]  # a part of a JSON schema
+Section = TypeVar("Section")
 OUT_OF_RANGE = ("greater_than", "greater_than_equal", "less_than", "less_than_equal", "too_short")
 
 
@@ -39,21 +42,43 @@ def check_sizes(setting: str, overrides: Mapping[str, object]) -> None:
             check(small, f"{setting}.{name}", size, f"give at most {most}")
 
 
-def choice(setting: str, value: object, known) -> None:
+def choice(setting: str, value: object, known: Collection[object]) -> None:
+    """Raise a one-line `UserError` for a value that is not known, with the nearest that is."""
     if value not in known:
         raise UserError(f"{setting} is {shown(value)}: {nearest(str(value), known)}")
 
 
 def shown(value: object) -> str:
+    """The value as a message shows it; a long one is shortened."""
     text = repr(value)
-    return (
-        text
-        if len(text) <= SHOWN
-        else f"{text[: SHOWN // 2]} ... {text[-20:]} ({len(text)} characters)"
-    )
+    if len(text) <= SHOWN:
+        return text
+    return f"{text[: SHOWN // 2]} ... {text[-20:]} ({len(text)} characters)"
 
 
-def build(section: type, name: str, values: Any, written: Mapping[str, str]) -> Any:
+class NameOf:
+    """Restricts a text to the names of a table, to which names may be added at any time."""
+
+    def __init__(self, table: Mapping[str, object], *more: str):
+        self.table, self.more = table, more
+
+    def check(self, name: str) -> str:
+        if name not in self.table and name not in self.more:
+            raise ValueError(f"{name!r} is not in the table")  # `build` says it with the setting
+        return name
+
+    def __get_pydantic_core_schema__(
+        self, source: type, handler: GetCoreSchemaHandler
+    ) -> core_schema.CoreSchema:
+        return core_schema.no_info_after_validator_function(self.check, handler(source))
+
+    def __get_pydantic_json_schema__(
+        self, schema: core_schema.CoreSchema, handler: GetJsonSchemaHandler
+    ) -> Node:
+        return {"type": "string", "enum": [*self.more, *self.table]}
+
+
+def build(section: type[Section], name: str, values: object, written: Mapping[str, str]) -> Section:
     """Build `section(**values)`, a pydantic dataclass whose fields are the settings `name.FIELD`.
 
     Args:
@@ -62,66 +87,81 @@ def build(section: type, name: str, values: Any, written: Mapping[str, str]) -> 
     Raises:
         UserError: for the first wrong name or value.
     """
-    check(isinstance(values, dict), name, values, "give a value of type dict")
+    if not isinstance(values, dict):
+        raise UserError(f"{name} is {shown(values)}: give a value of type dict")
     try:
         return section(**values)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
     key, *inner = first["loc"]
-    node = TypeAdapter(section).json_schema()
+    fields = TypeAdapter(section).json_schema()["properties"]
     if first["type"] == "unexpected_keyword_argument":
-        choice(f"setting of {name}", key, node["properties"])
-    setting = written.get(f"{name}.{key}", f"{name}.{key}")
-    node, given = node["properties"][key], first["input"]
+        choice(f"setting of {name}", key, fields)
+    node, given = fields[key], first["input"]
     if "[key]" in inner:  # the key of a dict is wrong, and pydantic puts it in the location
         node, given, inner = node["propertyNames"], inner[0], []
-    elif first["type"] == "missing":  # a list is too short
-        given, inner = values[key], []
-    if "anyOf" in node and inner:  # pydantic's error is only about the first alternative
+    elif first["type"] == "missing" or "anyOf" in node:
+        # A list is too short, or pydantic's error is only about the first alternative.
         given, inner = values[key], []
     for part in inner:
-        if isinstance(part, int):
-            node = node["prefixItems"][part] if "prefixItems" in node else node["items"]
-        else:
-            node = node["additionalProperties"]
+        node = _inside(node, part)
+    setting = written.get(f"{name}.{key}", f"{name}.{key}")
     setting = (" " if setting.startswith("--") else ".").join([setting, *map(str, inner)])
     if isinstance(given, str) and "enum" in node:
         choice(setting, given, node["enum"])
     raise UserError(f"{setting} is {shown(given)}: give {_accepted(node, first['type'])}")
 
 
-def _accepted(node: dict[str, Any], error: str) -> str:
-    """What a field accepts, from its JSON schema; only the range, if the value is merely out of range."""
+def _inside(node: Node, part: int | str) -> Node:
+    """The schema of an item of a list or dict."""
+    if isinstance(part, str):
+        return node["additionalProperties"]
+    return node["prefixItems"][part] if "prefixItems" in node else node["items"]
+
+
+def _accepted(node: Node, error: str) -> str:
+    """Say what a field accepts; only the range, if the value is merely out of range.
+
+    Args:
+        node: the field's JSON schema.
+        error: pydantic's name of what is wrong.
+    """
     if "anyOf" in node:
-        return " or ".join(
-            _accepted(option, error) for option in node["anyOf"] if option.get("type") != "null"
-        )
+        options = [option for option in node["anyOf"] if option.get("type") != "null"]
+        return " or ".join(_accepted(option, error) for option in options)
     if "enum" in node:
         return f"one of {', '.join(map(str, node['enum']))}"
     if "propertyNames" in node:
         known = ", ".join(node["propertyNames"]["enum"])
-        return (
-            f"at least one of {known}"
-            if error == "too_short"
-            else f"a value of type dict, of {known}"
-        )
+        one = error == "too_short"
+        return f"at least one of {known}" if one else f"a value of type dict, of {known}"
     if "prefixItems" in node:
         return f"a list of {len(node['prefixItems'])}, each {_accepted(node['prefixItems'][0], '')}"
-    parts = [f"a value of type {TYPES[node['type']]}"] if error not in OUT_OF_RANGE else []
+    parts = []
     if error == "finite_number":
-        parts = ["a finite number"]
+        parts.append("a finite number")
+    elif error not in OUT_OF_RANGE:
+        parts.append(f"a value of type {TYPES[node['type']]}")
     if "maxLength" in node:
-        parts.append(f"{node.get('minLength', 0)} to {node['maxLength']} characters without NUL")
-    low, high = node.get("minimum"), node.get("maximum")
-    lowest = f"{low}" if low is not None else "more than 0" if "exclusiveMinimum" in node else ""
-    # The limit of counts is named only when it is exceeded.
-    most = f"{high}" if high not in (None, MOST) or error == "less_than_equal" else ""
-    most = f"below {node['exclusiveMaximum']}" if "exclusiveMaximum" in node else most
-    if lowest and most:
-        parts.append(f"{lowest} to {most}")
-    elif lowest:
-        parts.append(lowest if low is None else f"at least {lowest}")
-    return ", ".join(parts) + (f" ({node['description']})" if "description" in node else "")
+        least = node.get("minLength", 0)
+        parts.append(f"{least} to {node['maxLength']} characters without NUL")
+    text = ", ".join(parts + _range(node, error))
+    return f"{text} ({node['description']})" if "description" in node else text
+
+
+def _range(node: Node, error: str) -> list[str]:
+    """The range of a number, as a list of no text or one."""
+    most = ""
+    if "exclusiveMaximum" in node:
+        most = f"below {node['exclusiveMaximum']}"
+    elif node.get("maximum") not in (None, MOST) or error == "less_than_equal":
+        most = str(node["maximum"])  # the limit of counts is named only when it is exceeded
+    if "minimum" in node:
+        low = node["minimum"]
+        return [f"{low} to {most}" if most else f"at least {low}"]
+    if "exclusiveMinimum" in node:
+        return [f"more than 0 to {most}" if most else "more than 0"]
+    return []
 
 
 def parse_json(text: str) -> Any:
@@ -139,10 +179,11 @@ def parse_json(text: str) -> Any:
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    out = dict(pairs)
-    if len(out) < len(pairs):
-        twice = next(key for i, (key, _) in enumerate(pairs) if key in dict(pairs[:i]))
-        raise ValueError(f"has {twice!r} twice: keep one")
+    out: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in out:
+            raise ValueError(f"has {key!r} twice: keep one")
+        out[key] = value
     return out
 
 
