@@ -55,12 +55,12 @@ def missing() -> list[str]:
 
 
 def unreachable() -> list[str]:
-    from ds_cmli.distributed import launchers, master_address
+    from ds_cmli.distributed import launchers
 
     first_node = os.environ["SLURM_NODEID"] == "0"
     line = launchers.address_mistake(first_node)
     # What is so on all nodes is told by the first.
-    everywhere = master_address.means_every_machine(os.environ["MASTER_ADDR"])
+    everywhere = launchers.means_every_machine(os.environ["MASTER_ADDR"])
     return [] if line is None or (everywhere and not first_node) else [line]
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from ds_cmli import train
 from ds_cmli.common.cli import exit_code
-from ds_cmli.common.subprocesses import LAUNCHER_VARIABLES
+from ds_cmli.distributed.launchers import OF_A_RANK
 from ds_cmli.memory import out_of_memory
 from tests.config.test_mistakes import fail, pairs
 
@@ -19,7 +19,7 @@ def command(tmp_path, monkeypatch, one_predictor):
     defaults = ["--preset", "tiny", "--micro-batch", "4", "--data", data, "--output-dir", str(tmp_path / "run")]
 
     def start(*arguments: str) -> int:
-        for name in LAUNCHER_VARIABLES:
+        for name in OF_A_RANK:
             monkeypatch.delenv(name, raising=False)
         monkeypatch.setattr(sys, "argv", ["train.py", *defaults, *arguments])
         return exit_code(train.command)

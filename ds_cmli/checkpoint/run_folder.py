@@ -20,7 +20,7 @@ from ds_cmli.config.registry import TRACKERS
 from ds_cmli.config.schema import Config
 from ds_cmli.data.bad import BAD_FILE
 from ds_cmli.distributed import process_group as distributed
-from ds_cmli.distributed.master_address import this_node
+from ds_cmli.distributed.launchers import this_node
 
 METRICS = "metrics.jsonl"
 DAMAGED = "metrics.damaged.jsonl"

@@ -33,7 +33,7 @@ from ds_cmli.checkpoint.weights import (
 from ds_cmli.common import tensor_file
 from ds_cmli.common.patches import patched
 from ds_cmli.distributed import process_group as distributed
-from ds_cmli.distributed.master_address import this_node
+from ds_cmli.distributed.launchers import this_node
 from ds_cmli.engine import TrainEngine
 
 FOLDER = "checkpoint"

@@ -5,7 +5,7 @@ import torch.distributed as dist
 
 from ds_cmli.common.errors import UserError
 from ds_cmli.distributed import process_group as distributed
-from ds_cmli.distributed.master_address import this_node
+from ds_cmli.distributed.launchers import this_node
 
 
 class CollectiveFlags:

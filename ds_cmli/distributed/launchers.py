@@ -1,35 +1,37 @@
-"""Reads from the environment how this process was started: by `deepspeed`, `torchrun`, `srun` or plain `python`.
+"""Reads from the environment how this process was started: `deepspeed`, `torchrun`, `srun` or `python`.
 
-This module imports nothing heavy: the training calls it before it imports torch.
+This module imports nothing heavy: the training calls it before it imports torch, and `slurm/check.py` before anything
+else is known to be installed.
 """
 
+import ipaddress
 import os
 import socket
 import subprocess
 import sys
 
 from ds_cmli.common.errors import UserError
-from ds_cmli.distributed import master_address
 
 # Variables in which launchers give the number of processes that they have started.
 RANKS_STARTED = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "LOCAL_WORLD_SIZE")
 # Variables in which launchers give the number of their processes on this node.
 RANKS_HERE = ("LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE")
+# Variables that launchers set for a rank. A process that is no rank is started without them.
+OF_A_RANK = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 # The least and greatest value of each variable that is a number.
-RANGES = {
+RANGES: dict[str, tuple[int, int | None]] = {
     "RANK": (0, None),
     "WORLD_SIZE": (1, None),
     "LOCAL_RANK": (0, None),
     "MASTER_PORT": (0, 65535),
 }
-SLURM_NUMBERS = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_ID",
-                 "SLURM_JOB_ID")  # fmt: skip
 OF_A_TASK = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_JOB_ID")
+SLURM_NUMBERS = (*OF_A_TASK, "SLURM_NTASKS", "SLURM_STEP_NUM_TASKS", "SLURM_STEP_ID")
 
 
 def map_launcher_environment() -> None:
-    """Set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT where the launcher has not set them.
+    """Set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT where no launcher has.
 
     `deepspeed` and `torchrun` set them. For a task of `srun` they are computed from its SLURM_* variables, and a plain
     `python` process is a world of one.
@@ -41,37 +43,49 @@ def map_launcher_environment() -> None:
     env = os.environ
     _check_launcher()
     tasks = env.get("SLURM_STEP_NUM_TASKS") or env.get("SLURM_NTASKS", "1")
-    if "RANK" not in env and "SLURM_STEP_ID" in env and int(tasks) > 1:
-        nodes = ("SLURM_STEP_NODELIST",) if "MASTER_ADDR" not in env else ()
-        for name in (*OF_A_TASK, *nodes):
-            if name not in env:
-                raise UserError(
-                    f"SLURM_STEP_ID is set and {name} is not: start it by srun, or set RANK and WORLD_SIZE"
-                )
-        env["RANK"], env["WORLD_SIZE"], env["LOCAL_RANK"] = (
-            env["SLURM_PROCID"],
-            tasks,
-            env["SLURM_LOCALID"],
-        )
-        # If Slurm shows each task only its own GPU (--gpus-per-task), that GPU has the number 0.
-        if len(env.get("CUDA_VISIBLE_DEVICES", "").split(",")) == 1 and env.get(
-            "CUDA_VISIBLE_DEVICES"
-        ):
-            env["LOCAL_RANK"] = "0"
-        if "MASTER_ADDR" not in env:
-            env["MASTER_ADDR"] = _slurm_address(env["SLURM_STEP_NODELIST"])
-        env.setdefault("MASTER_PORT", str(slurm_ports()[0]))
-    for name, value in {
-        "RANK": "0",
-        "WORLD_SIZE": "1",
-        "LOCAL_RANK": "0",
-        "MASTER_ADDR": "127.0.0.1",
-    }.items():
-        env.setdefault(name, value)
-    # Port 0 lets the store pick a free port. Only a world of one can use it, since no other rank has to find the store.
+    if _is_slurm_task() and int(tasks) > 1:
+        _map_slurm(tasks)
+    env.setdefault("RANK", "0")
+    env.setdefault("WORLD_SIZE", "1")
+    env.setdefault("LOCAL_RANK", "0")
+    env.setdefault("MASTER_ADDR", "127.0.0.1")
+    # Port 0 lets the store pick a free port. Only a world of one can use it, since no other rank
+    # has to find the store.
     env.setdefault("MASTER_PORT", "0" if env["WORLD_SIZE"] == "1" else "29500")
     _check_address()
     _check_ranks()
+
+
+def environment_without_rank(**more: str) -> dict[str, str]:
+    """This process's environment variables without those of a rank, and with `more`."""
+    out = {name: value for name, value in os.environ.items() if name not in OF_A_RANK}
+    return out | more
+
+
+def _is_slurm_task() -> bool:
+    """Whether `srun` has started this process, and nothing else has made it a rank."""
+    return "SLURM_STEP_ID" in os.environ and "RANK" not in os.environ
+
+
+def _map_slurm(tasks: str) -> None:
+    env = os.environ
+    nodes = () if "MASTER_ADDR" in env else ("SLURM_STEP_NODELIST",)
+    for name in (*OF_A_TASK, *nodes):
+        if name not in env:
+            raise UserError(
+                f"SLURM_STEP_ID is set and {name} is not: start it by srun, or set RANK and "
+                "WORLD_SIZE"
+            )
+    env["RANK"] = env["SLURM_PROCID"]
+    env["WORLD_SIZE"] = tasks
+    env["LOCAL_RANK"] = env["SLURM_LOCALID"]
+    # If Slurm shows each task only its own GPU (--gpus-per-task), that GPU has the number 0.
+    shown = env.get("CUDA_VISIBLE_DEVICES")
+    if shown and "," not in shown:
+        env["LOCAL_RANK"] = "0"
+    if "MASTER_ADDR" not in env:
+        env["MASTER_ADDR"] = _slurm_address(env["SLURM_STEP_NODELIST"])
+    env.setdefault("MASTER_PORT", str(slurm_ports()[0]))
 
 
 def _check_launcher() -> None:
@@ -81,31 +95,28 @@ def _check_launcher() -> None:
     a world of one.
     """
     env = os.environ
-    slurm = SLURM_NUMBERS if "RANK" not in env and "SLURM_STEP_ID" in env else ()
-    for name in (*RANGES, *slurm):
+    for name in (*RANGES, *(SLURM_NUMBERS if _is_slurm_task() else ())):
         _check_number(name, *RANGES.get(name, (0, None)))
     if "MASTER_ADDR" in env and not env["MASTER_ADDR"].strip():
         raise UserError(
             "MASTER_ADDR is '': give the address of the node of rank 0, or unset it for one node"
         )
+    both = "set both, or neither for one process"
     if "RANK" in env and "WORLD_SIZE" not in env:
-        raise UserError(
-            f"RANK is {env['RANK']} and WORLD_SIZE is not set: set both, or neither for one process"
-        )
-    by_slurm = "SLURM_STEP_ID" in env and "RANK" not in env
-    if not by_slurm and "RANK" not in env and int(env.get("WORLD_SIZE", "1")) > 1:
-        raise UserError(
-            f"WORLD_SIZE is {env['WORLD_SIZE']} and RANK is not set: set both, or neither for one process"
-        )
+        raise UserError(f"RANK is {env['RANK']} and WORLD_SIZE is not set: {both}")
+    alone = "RANK" not in env and "SLURM_STEP_ID" not in env
+    if alone and int(env.get("WORLD_SIZE", "1")) > 1:
+        raise UserError(f"WORLD_SIZE is {env['WORLD_SIZE']} and RANK is not set: {both}")
     accelerator = env.get("DS_ACCELERATOR")
     if accelerator not in (None, "cpu", "cuda"):
         raise UserError(f"DS_ACCELERATOR is {accelerator!r}: give cpu or cuda, or unset it")
-    started = {name: env[name] for name in RANKS_STARTED if env.get(name, "").isdecimal()}
-    for name, number in started.items():
-        if "WORLD_SIZE" in env and int(number) > int(env["WORLD_SIZE"]):
+    for name in RANKS_STARTED:
+        number = env.get(name, "")
+        if "WORLD_SIZE" in env and number.isdecimal() and int(number) > int(env["WORLD_SIZE"]):
             raise UserError(
-                f"{name} is {number}, but WORLD_SIZE is {env['WORLD_SIZE']}: {number} ranks were started and would not "
-                "train together; unset RANK and WORLD_SIZE, or set them for every rank"
+                f"{name} is {number}, but WORLD_SIZE is {env['WORLD_SIZE']}: {number} ranks were "
+                "started and would not train together; unset RANK and WORLD_SIZE, or set them for "
+                "every rank"
             )
 
 
@@ -113,12 +124,8 @@ def _check_number(name: str, least: int, most: int | None) -> None:
     value = os.environ.get(name)
     if value is None:
         return
-    if not (
-        value.isdecimal()
-        and len(value) < 19
-        and int(value) >= least
-        and (most is None or int(value) <= most)
-    ):
+    whole = value.isdecimal() and len(value) < 19
+    if not whole or int(value) < least or (most is not None and int(value) > most):
         bounds = f"from {least} on" if most is None else f"from {least} to {most}"
         raise UserError(
             f"{name} is {value!r}: give a whole number {bounds}, or let the launcher set it"
@@ -133,7 +140,8 @@ def _check_ranks() -> None:
         raise UserError(f"RANK is {rank} and WORLD_SIZE is {ranks}: the ranks are 0 to {ranks - 1}")
     if local >= ranks:
         raise UserError(
-            f"LOCAL_RANK is {local} and WORLD_SIZE is {ranks}: it is a rank's number on its node, from 0"
+            f"LOCAL_RANK is {local} and WORLD_SIZE is {ranks}: it is a rank's number on its node, "
+            "from 0"
         )
     if ranks > 1 and env["MASTER_PORT"] == "0":
         raise UserError(
@@ -143,51 +151,92 @@ def _check_ranks() -> None:
         socket.getaddrinfo(env["MASTER_ADDR"], None)
     except OSError as error:
         raise UserError(
-            f"MASTER_ADDR is {env['MASTER_ADDR']!r}, which this node cannot resolve ({error.strerror}): give the "
-            "address of the node of rank 0"
+            f"MASTER_ADDR is {env['MASTER_ADDR']!r}, which this node cannot resolve "
+            f"({error.strerror}): give the address of the node of rank 0"
         ) from None
 
 
 def _check_address() -> None:
-    """Raise `UserError` if the run has several nodes, some of which would not find rank 0 at MASTER_ADDR."""
+    """Raise `UserError` if some of several nodes would not find rank 0 at MASTER_ADDR."""
     env = os.environ
-    if (
-        "LOCAL_WORLD_SIZE" in env
-    ):  # torchrun's agents have met already, and several may run on one machine
+    # torchrun's agents have met already, and several may run on one machine.
+    if "LOCAL_WORLD_SIZE" in env:
         return
     rank, ranks = int(env["RANK"]), int(env["WORLD_SIZE"])
-    here = [int(env[name]) for name in RANKS_HERE if env.get(name, "").isdecimal()]
-    if here:
-        several, first_node = here[0] < ranks, rank < here[0]
-    else:
-        several = is_slurm_step() and int(env.get("SLURM_STEP_NUM_NODES", "1")) > 1
-        first_node = env.get("SLURM_NODEID", "0") == "0"
+    several = is_slurm_step() and int(env.get("SLURM_STEP_NUM_NODES", "1")) > 1
+    first_node = env.get("SLURM_NODEID", "0") == "0"
+    for name in RANKS_HERE:
+        if env.get(name, "").isdecimal():
+            several, first_node = int(env[name]) < ranks, rank < int(env[name])
+            break
     line = address_mistake(first_node) if several else None
     if line is None:
         return
-    if (
-        rank
-        and env["LOCAL_RANK"] == "0"
-        and not master_address.means_every_machine(env["MASTER_ADDR"])
-    ):
-        print(
-            f"error: {line}", file=sys.stderr, flush=True
-        )  # only this node may see it so, and rank 0 prints for all
+    # Only this node may see it so, and rank 0 prints for all.
+    if rank and env["LOCAL_RANK"] == "0" and not means_every_machine(env["MASTER_ADDR"]):
+        print(f"error: {line}", file=sys.stderr, flush=True)
     raise UserError(line)
 
 
 def address_mistake(first_node: bool) -> str | None:
-    """Why the nodes of a run on several do not meet at MASTER_ADDR; None if they do, or may."""
-    line = master_address.mistake(os.environ["MASTER_ADDR"], first_node)
+    """Why the nodes of a run on several do not meet at MASTER_ADDR; None if they do, or may.
+
+    Args:
+        first_node: whether rank 0 runs on this node.
+    """
+    line = _unreachable(os.environ["MASTER_ADDR"], first_node)
     nodes = os.environ.get("SLURM_STEP_NODELIST")
     if line is not None and nodes:
         try:  # several nodes of Slurm may be one machine, where a loopback address is right
-            first = _scontrol("show", "hostnames", nodes).split()[0]
-            if master_address.means_every_machine(_node_address(first)):
+            if means_every_machine(_node_address(_first_node(nodes))):
                 return None
         except (OSError, subprocess.CalledProcessError, IndexError):
             pass
     return line
+
+
+def _unreachable(address: str, first_node: bool) -> str | None:
+    """Why other nodes do not meet rank 0 at this address; None if this node sees no reason.
+
+    The first node's own name may be a loopback address there, as on Debian.
+    """
+    told, node = f"MASTER_ADDR is {address!r}", this_node()
+    remedy = (
+        "set it to the first node's name or address, as all nodes see it, or under Slurm unset it"
+    )
+    if means_every_machine(address):
+        return f"{told}, by which every node means itself, and this run has several nodes: {remedy}"
+    if first_node and address.split(".")[0] in (node, socket.gethostname().split(".")[0]):
+        return None
+    try:
+        found = [str(entry[4][0]) for entry in socket.getaddrinfo(address, None)]
+    except socket.gaierror as error:
+        if error.errno != socket.EAI_NONAME:  # the name server may answer later
+            return None
+        return f"{told}, a name that node {node} does not know: {remedy}"
+    if all(map(_is_own, found)):
+        return f"{told}, which on node {node} is {found[0]}, the node itself: {remedy}"
+    return None
+
+
+def means_every_machine(address: str) -> bool:
+    """Whether the address is one by which every machine means itself."""
+    name = address.strip("[]")
+    return name.lower() == "localhost" or _is_own(name)
+
+
+def _is_own(address: str) -> bool:
+    """Whether this is an IP address of the loopback network, or that of no machine."""
+    try:
+        found = ipaddress.ip_address(address.partition("%")[0])
+    except ValueError:
+        return False
+    found = getattr(found, "ipv4_mapped", None) or found
+    return found.is_loopback or found.is_unspecified
+
+
+def this_node() -> str:
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def _slurm_address(nodes: str) -> str:
@@ -197,7 +246,7 @@ def _slurm_address(nodes: str) -> str:
         UserError: `scontrol` is not installed (as inside a container), or does not know the node.
     """
     try:
-        first = _scontrol("show", "hostnames", nodes).split()[0]
+        first = _first_node(nodes)
         try:
             socket.getaddrinfo(first, None)
             return first
@@ -210,18 +259,20 @@ def _slurm_address(nodes: str) -> str:
         ) from None
 
 
+def _first_node(nodes: str) -> str:
+    return _scontrol("show", "hostnames", nodes).split()[0]
+
+
 def _node_address(node: str) -> str:
     return _scontrol("show", "node", node).split("NodeAddr=", 1)[1].split()[0]
 
 
 def _scontrol(*arguments: str) -> str:
-    return subprocess.run(
-        ["scontrol", *arguments], capture_output=True, text=True, check=True
-    ).stdout
+    return subprocess.check_output(["scontrol", *arguments], stderr=subprocess.DEVNULL, text=True)
 
 
 def slurm_ports() -> list[int]:
-    """Candidate ports of a Slurm job's step, in the order to try; below the ephemeral ports (32768 and above)."""
+    """Candidate ports of a Slurm job's step, in the order to try; none is ephemeral (>= 32768)."""
     number = int(os.environ["SLURM_JOB_ID"]) + 1009 * int(os.environ["SLURM_STEP_ID"])
     return [12000 + (number + 2003 * i) % 20000 for i in range(8)]
 
@@ -229,5 +280,8 @@ def slurm_ports() -> list[int]:
 def is_slurm_step() -> bool:
     """Whether the ranks of this run are the tasks of one `srun` step."""
     env = os.environ
-    same = (("SLURM_PROCID", "RANK"), ("SLURM_STEP_NUM_TASKS", "WORLD_SIZE"))
-    return "SLURM_STEP_ID" in env and all(env.get(theirs) == env[ours] for theirs, ours in same)
+    return (
+        "SLURM_STEP_ID" in env
+        and env.get("SLURM_PROCID") == env["RANK"]
+        and env.get("SLURM_STEP_NUM_TASKS") == env["WORLD_SIZE"]
+    )

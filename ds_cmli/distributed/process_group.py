@@ -12,8 +12,7 @@ from torch import Tensor
 
 from ds_cmli.common.errors import UserError
 from ds_cmli.distributed import rendezvous
-from ds_cmli.distributed.launchers import map_launcher_environment
-from ds_cmli.distributed.master_address import this_node
+from ds_cmli.distributed.launchers import map_launcher_environment, this_node
 
 # Makes a context that is entered around each exchange of texts. A training that times its steps replaces it.
 exchanging: Callable[[], AbstractContextManager] = nullcontext

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 from ds_cmli.common.errors import UserError
-from ds_cmli.common.subprocesses import environment
 from ds_cmli.config.schema import Config
+from ds_cmli.distributed.launchers import environment_without_rank
 
 
 def without_gpu() -> dict[str, str]:
@@ -60,7 +60,7 @@ class Predictor:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            env=environment(**without_gpu()),
+            env=environment_without_rank(**without_gpu()),
             text=True,
         )
         self.timer = threading.Timer(timeout_s, self.process.kill)

@@ -21,11 +21,11 @@ import psutil
 import torch
 
 from ds_cmli.cmli.op import triton_runs
-from ds_cmli.common.subprocesses import tell_from_process
 from ds_cmli.memory.report import gigabytes
 from profiling.document import implementations
 from profiling.document.estimates import Setting, claims
 from profiling.document.implementations import Allocations, Implementation
+from profiling.document.own_process import tell_from_process
 
 GB = 10**9
 MOST_BYTES = 16 * GB  # limit for a measurement in main memory, as others may use the machine too

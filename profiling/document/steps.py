@@ -17,7 +17,6 @@ import torch
 from ds_cmli.allocator import gpus
 from ds_cmli.common import quiet
 from ds_cmli.common.errors import UserError
-from ds_cmli.common.subprocesses import tell_from_process
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.options import DEFAULT_JSON
 from ds_cmli.config.presets import load_preset
@@ -28,6 +27,7 @@ from ds_cmli.memory.report import gigabytes
 from profiling.baselines import broadcast_scores, materialised_scores
 from profiling.document.compare import Row, free_bytes, processes
 from profiling.document.estimates import Setting, claims, deepspeed_model_states, zero_model_states
+from profiling.document.own_process import tell_from_process
 
 STEP_SECONDS = 600.0  # limit for the measurement of a whole step, for a busy machine too
 STEP_PAIRS = 4  # per rank, with which a CPU measures a preset's whole step

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from ds_cmli import train
 from ds_cmli.common.cli import exit_code
-from ds_cmli.common.subprocesses import LAUNCHER_VARIABLES
+from ds_cmli.distributed.launchers import OF_A_RANK
 from ds_cmli.evaluate import command as evaluate
 from tests.conftest import ROOT, clean_environment, rank_environments
 from tests.processes import Program
@@ -124,7 +124,7 @@ def empty_captions(folder):
 def fail(command, arguments, monkeypatch, capsys) -> str:
     """The line on stderr of a command that must end with exit code 2."""
     monkeypatch.setattr(sys, "argv", ["command", *arguments])
-    for name in LAUNCHER_VARIABLES:
+    for name in OF_A_RANK:
         monkeypatch.delenv(name, raising=False)
     code = exit_code(command)
     error = capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Starts a process for one piece of work and reads what it tells; the environment of such a process."""
+"""Starts a process for one piece of work and reads what it tells."""
 
 import os
 import time
@@ -7,14 +7,6 @@ from contextlib import suppress
 from multiprocessing.connection import Connection
 from multiprocessing.context import BaseContext
 from typing import Any
-
-# Variables that launchers set for a rank. The processes started here are not ranks, so these are removed.
-LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-
-
-def environment(**more: str) -> dict[str, str]:
-    """This process's environment variables without those that a launcher set, and with `more`."""
-    return {k: v for k, v in os.environ.items() if k not in LAUNCHER_VARIABLES} | more
 
 
 def tell_from_process(
