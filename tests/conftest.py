@@ -16,13 +16,24 @@ for ignored in (signal.SIGHUP, signal.SIGINT):
     if signal.getsignal(ignored) == signal.SIG_IGN:
         signal.signal(ignored, signal.default_int_handler if ignored == signal.SIGINT else signal.SIG_DFL)
 ROOT = Path(__file__).resolve().parent.parent
+# By the durations that `.ci/run` writes; the tests of Slurm wait most of their time.
+LONGEST_FIRST = (
+    "tests/slurm",
+    "tests/memory/test_predict.py",
+    "tests/checkpoint/test_restore.py",
+    "tests/cmli/test_triton.py",
+    "tests/checkpoint/test_universal.py",
+    "tests/config/test_mistakes.py",
+)
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
     """For `pytest -n 2`: a file's tests run in one process, for their fixtures, and so do those of Slurm, of which a
-    machine can run only one."""
+    machine can run only one. The longest begin first."""
     from xdist.scheduler import LoadFileScheduling
+
+    config.option.loadscopereorder = False  # xdist's order: the files with the most tests first
 
     class Files(LoadFileScheduling):
         def _split_scope(self, nodeid):
@@ -30,6 +41,17 @@ def pytest_xdist_make_scheduler(config, log):
             return "tests/slurm" if file.startswith("tests/slurm/") else file
 
     return Files(config, log)
+
+
+def pytest_collection_modifyitems(items):
+    """The longest files first, so that no process is left alone with one at the end; then in the usual order."""
+    places = {place: number for number, place in enumerate(LONGEST_FIRST)}
+
+    def order(item) -> int:
+        file = item.nodeid.split("::")[0]
+        return places.get("tests/slurm" if file.startswith("tests/slurm/") else file, len(places))
+
+    items.sort(key=order)
 
 
 @pytest.fixture(scope="session", autouse=True)
