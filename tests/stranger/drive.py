@@ -1,0 +1,73 @@
+"""Uses what a stranger has added, through every door.
+
+It trains a few steps of the preset `tiny`, evaluates, exports and loads the export, and predicts and measures the
+memory.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+from click.testing import CliRunner
+from PIL import Image
+from transformers import AutoModel, AutoProcessor
+
+from ds_cmli.config.schema import load_config
+from ds_cmli.data.batch import Sample
+from ds_cmli.evaluate.command import command as evaluate
+from ds_cmli.export.__main__ import command as export
+from ds_cmli.inference import Model
+from ds_cmli.memory.predict import predict
+from profiling.measure_cpu import measure
+from tests.drive_train import drive as train
+from tests.metrics_file import metrics
+
+STEPS = 3
+SCALARS = 256  # bytes: the few numbers that operators and the engine hold for a moment
+
+
+def drive(folder: Path, *options: str) -> dict[str, object]:
+    """What was found. Asserts that the export gives what the run gives, and that a prediction is what is measured."""
+    run, exported = folder / "run", folder / "exported"
+    given = ["--preset", "tiny", "--steps", str(STEPS), "--output-dir", str(run), *options]
+    assert not train([*given, "--set", "run.log_every=1"])
+    found = {"logged": [line for line in metrics(run) if "loss" in line]}
+    done = CliRunner().invoke(evaluate, ["--checkpoint", str(run), "--json", str(folder / "evaluated.json")])
+    assert done.exception is None, done.exception
+    found["evaluated"] = json.loads((folder / "evaluated.json").read_text())
+    done = CliRunner().invoke(export, [str(run), str(exported), "--no-onnx", "--no-measure"])
+    if done.exception is None:
+        compare(run, exported)
+    else:
+        found["refused"] = str(done.exception)
+    check_memory(run)
+    return found
+
+
+@torch.no_grad()
+def compare(run: Path, exported: Path) -> None:
+    """The exported model's scores and loss are those of the run."""
+    model, processor = AutoModel.from_pretrained(exported), AutoProcessor.from_pretrained(exported)
+    trained, again = Model.load(run, "cpu"), Model.load(exported, "cpu")
+    assert again.scales == trained.scales
+    texts = ["a red car", "two dogs", "x"]
+    pictures = [Image.new("RGB", (80, 60), colour) for colour in ("red", "blue", "green")]
+    out = model(**processor(images=pictures, text=texts), return_loss=True)
+    scores = trained.scores(trained.embed_images(pictures), trained.embed_texts(texts))
+    torch.testing.assert_close(out.logits_per_image, scores["combined"].i2t)
+    torch.testing.assert_close(out.logits_per_text, scores["combined"].t2i.t())
+    samples = [Sample(trained.read(pictures[i]), trained.tokenizer(texts[i]), i, i) for i in range(3)]
+    torch.testing.assert_close(out.loss, trained.objective(trained.collate(samples), None)[0])
+
+
+def check_memory(run: Path) -> None:
+    """The run's configuration takes as many bytes on this CPU as are predicted."""
+    config = load_config(run / "config.json", "the run")
+    ds_config = {
+        "optimizer": {"type": "AdamW", "params": {"torch_adam": True}},
+        "zero_optimization": {"stage": 2},
+        "bf16": {"enabled": True},
+    }
+    measured = measure(config, ds_config, 2).totals["requested"]
+    predicted = predict(config, ds_config, 2, target="cpu", backend="fake").report.totals["requested"]
+    assert abs(predicted - measured) <= SCALARS

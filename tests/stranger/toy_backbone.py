@@ -1,0 +1,51 @@
+"""An image encoder as a stranger would write it: patches, and blocks that mix all tokens.
+
+Shapes: B images, S image side in pixels, N patches, H width.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from ds_cmli.models.backbone import ImageBackbone, ImageRequest
+
+PATCH, WIDTH, BLOCKS = 14, 32, 3
+
+
+class Mixer(nn.Module):
+    def __init__(self, tokens: int):
+        super().__init__()
+        self.norm, self.across, self.along = nn.LayerNorm(WIDTH), nn.Linear(tokens, tokens), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.across(self.norm(x).mT).mT
+        return x + self.along(x).relu()
+
+
+class Mixers(ImageBackbone):
+    mean, std = (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)
+
+    @classmethod
+    def takes(cls, request: ImageRequest) -> bool:
+        return request.model == "mixers"
+
+    def __init__(self, request: ImageRequest):
+        super().__init__()
+        if request.image_size % PATCH:
+            raise request.unfit(f"data.image_size is no multiple of {PATCH}")
+        side = request.image_size // PATCH
+        self.width, self.grid, self.prefix = WIDTH, (side, side), 1
+        self.cls = nn.Parameter(torch.zeros(1, 1, WIDTH))
+        self.patches = nn.Conv2d(3, WIDTH, PATCH, PATCH)
+        depth = BLOCKS if request.layers is None else request.layers
+        self.mixers = nn.ModuleList(Mixer(1 + side * side) for _ in range(depth))
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        return list(self.mixers)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        patches = self.patches(pixels).flatten(2).mT  # [B, N, H]
+        x = torch.cat([self.cls.expand(len(patches), -1, -1), patches], 1)
+        for mixer in self.mixers:
+            x = mixer(x)
+        return x
