@@ -8,8 +8,9 @@ and any ZeRO stage can resume.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from safetensors import safe_open
@@ -18,6 +19,9 @@ from torch import Tensor, nn
 
 from ds_cmli.common import tensor_file
 from ds_cmli.common.errors import UserError
+from ds_cmli.config.registry import over_pairs
+from ds_cmli.config.schema import Config
+from ds_cmli.data.tokens import SpecialTokens
 from ds_cmli.models.weights import not_finite
 
 if TYPE_CHECKING:
@@ -25,6 +29,7 @@ if TYPE_CHECKING:
     from deepspeed.runtime.base_optimizer import DeepSpeedOptimizer
 
     from ds_cmli.engine import TrainEngine
+    from ds_cmli.losses.objective import Objective
 
 WEIGHTS = "student.safetensors"
 AVERAGE = "student_ema.safetensors"  # the averaged weights, with `optim.ema_decay`
@@ -110,10 +115,45 @@ def load_averages(checkpoint: Path, train_engine: TrainEngine) -> None:
                 set_master_weight(train_engine.engine, parameter, file.get_tensor(name))
 
 
+class Vocabulary(Protocol):
+    """What a student needs to know of a tokenizer."""
+
+    vocab_size: int
+    special: SpecialTokens
+
+
+def load_student(
+    folder: Path,
+    config: Config,
+    vocabulary: Vocabulary,
+    name: str = WEIGHTS,
+    setting: str = "--checkpoint",
+) -> Objective:
+    """The student of a run with its losses over pairs, of which a distillation alone has none.
+
+    No teacher is built. Errors as of `load_weights`.
+    """
+    from ds_cmli.engine import build_models
+
+    pairs = over_pairs(config.loss.weights)
+    # A configuration has at least one loss.
+    loss = replace(config.loss, weights=pairs or {"global": 1.0})
+    objective, _ = build_models(
+        replace(config, loss=loss),
+        vocabulary.vocab_size,
+        pretrained=False,
+        special=vocabulary.special,
+    )
+    if not pairs:
+        objective.losses.clear()
+    load_weights(folder, objective, name, setting)
+    return objective
+
+
 def load_weights(
     folder: Path, module: nn.Module, name: str = WEIGHTS, setting: str = "--checkpoint"
 ) -> None:
-    """Load the file `name` of `folder` into `module`.
+    """Load the file `name` of `folder` into `module`, whose losses may be a part of the file's.
 
     Raises:
         UserError: it is damaged or does not fit; the line names `setting`.
@@ -141,10 +181,14 @@ def load_weights(
         raise UserError(
             f"{setting} {path}: its {key!r} holds NaN or infinite values; give another run's"
         )
-    wrong = [*absent, *unexpected]
-    if wrong:
+    losses = getattr(module, "losses", ())
+    for key in unexpected:
+        section, _, rest = key.partition(".")
+        if section != "losses" or rest.partition(".")[0] in losses:
+            absent.append(key)
+    if absent:
         raise UserError(
-            f"{setting} {path}: does not fit the model: {wrong[0]!r} has no counterpart"
+            f"{setting} {path}: does not fit the model: {absent[0]!r} has no counterpart"
         )
 
 

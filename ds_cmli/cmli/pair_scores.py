@@ -1,12 +1,15 @@
 """The kinds of pair scores, each direction by its own: the one definition that evaluation, use and export share.
 
-Shapes: I images, J texts.
+Shapes: I images, J texts, N image patches, M tokens of a text, D embedding dimension.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from torch import Tensor
+
+from ds_cmli.cmli.contrastive import upcast
 
 
 class BothWays(NamedTuple):
@@ -46,3 +49,40 @@ def both_ways(
     kinds = {"global": BothWays(cosines, cosines), "cmli": BothWays(*cmli)}
     sides = [combined({kind: x[side] for kind, x in kinds.items()}, scales) for side in (0, 1)]
     return {**kinds, "combined": BothWays(*sides)}
+
+
+@dataclass
+class Match:
+    """The match of one text and one picture: each word's best patch, and each patch's best word."""
+
+    similarity: (
+        Tensor  # [M, N] fp32, cosines of the text's tokens, without special ones, and patches
+    )
+    words: list[str]  # the M tokens as pieces of the text
+    spans: list[tuple[int, int]]  # their M places in the text, (start, end) in characters
+    grid: tuple[int, int]  # rows and columns of patches, N = rows * columns
+
+    @property
+    def patch_of_word(self) -> Tensor:
+        """int64 [M], the patch that each word matches best, as row * columns + column."""
+        return self.similarity.argmax(1)
+
+    @property
+    def word_of_patch(self) -> Tensor:
+        """int64 [N], the word that each patch matches best."""
+        return self.similarity.argmax(0)
+
+
+def match(
+    tokens: Tensor,
+    patches: Tensor,
+    text: str,
+    spans: Sequence[tuple[int, int]],
+    grid: tuple[int, int],
+) -> Match:
+    """Match the tokens of a text, [M, D], with the patches of a picture, [N, D], both of unit length.
+
+    CPU-GPU sync.
+    """
+    similarity = (upcast(tokens) @ upcast(patches).t()).cpu()
+    return Match(similarity, [text[start:end] for start, end in spans], list(spans), grid)

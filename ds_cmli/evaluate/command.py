@@ -232,16 +232,10 @@ def load_objective(config: Any, folder: Path, ema: bool, data: Any, device: Any)
 
     No teacher is built, because evaluation does not need it. Raises `UserError`.
     """
-    import dataclasses
+    from ds_cmli.checkpoint.weights import AVERAGE, WEIGHTS, load_student
 
-    from ds_cmli.checkpoint.weights import AVERAGE, WEIGHTS, load_weights
-    from ds_cmli.config.registry import over_pairs
-    from ds_cmli.engine import build_models
-
-    weights = over_pairs(config.loss.weights) or {"global": 1.0}
-    config.loss = dataclasses.replace(config.loss, weights=weights)
-    objective, _ = build_models(config, data.vocab_size, pretrained=False, special=data.special)
-    load_weights(folder, objective, AVERAGE if ema else WEIGHTS)
+    objective = load_student(folder, config, data, AVERAGE if ema else WEIGHTS)
+    config.loss = objective.config
     return objective.to(device)
 
 

@@ -11,11 +11,12 @@ from ds_cmli.common.cli import run_command
 from ds_cmli.common.errors import UserError
 
 FORMATS = """\
-open_clip: not written. Its models are two towers that end in one vector each; blocks over both modalities, and \
-patches and tokens to compare, have no place in open_clip_config.json.
-sentence-transformers, PyLate: not written. A SentenceTransformer holds one vector a text, a PyLate ColBERT the tokens \
-of texts alone and scores queries by a sum one way; neither holds pictures beside texts under shared blocks, nor \
-scores both ways. Their indexes take the unit vectors of get_text_features and get_image_features."""
+open_clip: not written. Its models are two towers that end in one vector each; blocks over both \
+modalities, and patches and tokens to compare, have no place in open_clip_config.json.
+sentence-transformers, PyLate: not written. A SentenceTransformer holds one vector a text, a PyLate \
+ColBERT the tokens of texts alone and scores queries by a sum one way; neither holds pictures beside \
+texts under shared blocks, nor scores both ways. Their indexes take the unit vectors of \
+get_text_features and get_image_features."""
 
 
 @click.command()
@@ -43,47 +44,51 @@ def command(
     target = Path(folder)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"DIR is {folder!r}: it exists and is not empty; give a new folder")
-    from ds_cmli.export import onnx as towers_onnx
+    from ds_cmli.export import towers
 
-    with_onnx = towers_onnx.installed() if onnx is None else onnx
-    if with_onnx and not towers_onnx.installed():
+    with_onnx = towers.onnx_installed() if onnx is None else onnx
+    if with_onnx and not towers.onnx_installed():
         raise UserError("--onnx needs onnxscript and onnxruntime: pip install 'ds-cmli[export]'")
-    from ds_cmli.export import results, towers, write
-    from ds_cmli.export.card import write_card
+    from ds_cmli.export import card
+    from ds_cmli.export import folder as exported
 
-    config, objective, whole, words = write.load_run(Path(run), tokenizer, ema)
+    trained = exported.load_run(Path(run), tokenizer, ema)
     parent = target.resolve().parent
     try:
         parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"DIR is {folder!r}: cannot write there: {error.strerror}") from None
+    lines = [
+        f"{folder}: loads by AutoModel and AutoProcessor, features equal to the run's to the bit"
+    ]
     # The folder gets its name only after everything in it has been written and checked.
     with tempfile.TemporaryDirectory(dir=parent, prefix=f".{target.name}-") as made:
         out = Path(made) / "model"
         out.mkdir()
-        model = write.write_model(out, config, objective, whole, words)
-        found = results.of_run(out, Path(run), config, tokenizer, ema, measure)
-        write_card(out, Path(run), model, config, found, with_onnx)
-        lines = [
-            f"{folder}: loads by AutoModel and AutoProcessor, features equal to the run's to the bit"
-        ]
-        image, ids, mask = write.example(model)
+        model = exported.write_model(out, trained)
+        source = card.Source(Path(run), trained.config, ema)
+        results = card.find_results(out, source, tokenizer, measure)
+        card.write_card(out, source, model, results, with_onnx)
+        image, ids, mask = exported.example(model)
         lines.append(towers.write_image_encoder(out / towers.IMAGE, model, image))
-        lines.append(towers.write_text_encoder(out / towers.TEXT, model, whole, ids, mask))
+        lines.append(
+            towers.write_text_encoder(out / towers.TEXT, model, trained.tokenizer, ids, mask)
+        )
         if with_onnx:
-            lines += towers_onnx.write_onnx(out / "onnx", model, image, ids, mask)
+            lines += towers.write_onnx(out / "onnx", model, image, ids, mask)
+        elif onnx is None:
+            lines.append("no ONNX: pip install 'ds-cmli[export]'")
         else:
-            lines.append(
-                "no ONNX: pip install 'ds-cmli[export]'" if onnx is None else "no ONNX, as asked"
-            )
+            lines.append("no ONNX, as asked")
         for file in out.rglob("*.safetensors"):
             file.chmod(0o644)  # safetensors makes its files readable for their owner only
-        write.write_checksums(out)
+        exported.write_checksums(out)
         if target.exists():
             target.rmdir()
         os.replace(out, target)
+    name = exported.CHECKSUMS
     lines.append(
-        f"{write.CHECKSUMS}: `sha256sum --check {write.CHECKSUMS}` in the folder tells whether a file is damaged"
+        f"{name}: `sha256sum --check {name}` in the folder tells whether a file is damaged"
     )
     for line in [*lines, *FORMATS.splitlines()]:
         click.echo(line)

@@ -1,27 +1,40 @@
-"""Writes the model card: what the model is, code that uses it, its results with their names, and
-licences.
+"""Writes the model card: what the model is, code that uses it, its results, and licences.
+
+The results are measured on the run's held-out pairs by the exported weights themselves.
 """
 
+import json
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+from ds_cmli.checkpoint.save import FOLDER, latest, step_of
 from ds_cmli.common import documents
+from ds_cmli.common.cli import say
 from ds_cmli.common.documents import markdown_table
+from ds_cmli.common.errors import UserError
 from ds_cmli.common.provenance import versions
 from ds_cmli.config.schema import Config, DataConfig
 from ds_cmli.data.assets import ASSETS
+from ds_cmli.evaluate.report import SCORES
+from ds_cmli.evaluate.split import evaluate_split
+from ds_cmli.export.folder import DEMO, load_exported, sources
 from ds_cmli.export.modeling import CMLIModel
-from ds_cmli.export.results import Results
-from ds_cmli.export.settings import DEMO, sources
 
+BATCH = 50  # pictures or captions a step
+RECALLS = ("i2t_r1", "i2t_r5", "i2t_r10", "t2i_r1", "t2i_r5", "t2i_r10")
+MEASURES = (*RECALLS, "mean_recall")
+COLUMNS = [*(name.replace("_r", " R@") for name in RECALLS), "mean recall"]
 NAMES = {
     "i2t, t2i": "texts ranked for an image, images ranked for a text.",
-    "R@k": "the share of queries with a right answer among the first k; equal scores count as in a random order.",
+    "R@k": "the share of queries with a right answer among the first k; equal scores count as in a "
+    "random order.",
     "mean recall": "the mean of the six.",
     "global": "the cosine of the class tokens.",
-    "cmli": "for i2t the mean over an image's patches of the similarity to the best token of the text, for t2i the "
-    "mean over a text's tokens of the similarity to the best patch of the image.",
-    "combined": "the sum of what was trained of these, each times its learned 1/temperature: `logits_per_image` for "
-    "i2t, `logits_per_text` for t2i.",
+    "cmli": "for i2t the mean over an image's patches of the similarity to the best token of the "
+    "text, for t2i the mean over a text's tokens of the similarity to the best patch of the image.",
+    "combined": "the sum of what was trained of these, each times its learned 1/temperature: "
+    "`logits_per_image` for i2t, `logits_per_text` for t2i.",
     "chance": "what scores without information give.",
 }
 OF_SPLITS = {
@@ -33,61 +46,172 @@ OF_SPLITS = {
 POINTING = "the share of caption tokens whose best patch lies in the picture that they name."
 
 
-def write_card(
-    folder: Path, run: Path, model: CMLIModel, config: Config, results: Results | None, onnx: bool
-) -> None:
-    """Write `README.md` for the model of `run` that was exported to `folder`; `onnx`: with ONNX
-    files.
+@dataclass
+class Results:
+    splits: dict[str, dict[str, Any]]  # of each split what `evaluate_split` returns
+    how: str  # a sentence: which weights, in which precision, after which step
+
+    def table(self) -> str:
+        """Recalls in Markdown, a row for each split and kind of scores."""
+        rows = []
+        for split, found in self.splits.items():
+            for score in (*SCORES, "chance"):
+                values = [found.get(f"{score}/{name}") for name in MEASURES]
+                if any(value is not None for value in values):
+                    cells = ["-" if value is None else f"{value:.4f}" for value in values]
+                    rows.append([split, score, *cells])
+        return markdown_table(["split", "scores", *COLUMNS], rows)
+
+    def lines(self) -> list[str]:
+        """What stands beside the recalls, a line for each split."""
+        out = []
+        for split, found in self.splits.items():
+            size = [f"{found[name]} {name}" for name in ("pairs", "pictures") if name in found]
+            if "pointing_game" in found:
+                size.append(f"pointing-game accuracy {found['pointing_game']:.4f} (chance 0.25)")
+            if size:
+                out.append(f"`{split}`: {', '.join(size)}.\n")
+        return out
+
+    def names(self) -> dict[str, str]:
+        """The meaning of each name that the results use."""
+        names = NAMES | {name: OF_SPLITS[name] for name in OF_SPLITS if name in self.splits}
+        if any("pointing_game" in found for found in self.splits.values()):
+            names["pointing-game accuracy"] = POINTING
+        return names
+
+
+@dataclass(frozen=True)
+class Source:
+    """The run whose model is exported."""
+
+    run: Path
+    config: Config
+    ema: bool  # the averaged weights
+
+    def weights(self) -> str:
+        """Which weights of the run these are."""
+        checkpoint = latest(self.run / FOLDER)
+        step = f"after step {step_of(checkpoint)}" if checkpoint else "of the run's last checkpoint"
+        return f"the {'averaged weights (EMA)' if self.ema else 'weights'} {step}"
+
+
+def find_results(
+    exported: Path, source: Source, tokenizer: str | None, measure: bool
+) -> Results | None:
+    """The results for the card: measured, or where that cannot be, those that the run recorded."""
+    if measure:
+        config = source.config
+        if tokenizer is not None:
+            config = replace(config, data=replace(config.data, tokenizer=tokenizer))
+        try:
+            return measured(exported, replace(source, config=config))
+        except UserError as error:
+            say(f"not measured, the card has the run's own results: {error}")
+    return recorded(source)
+
+
+def measured(exported: Path, source: Source) -> Results:
+    """Evaluate the model in `exported` on the held-out pairs of its run.
+
+    Raises:
+        UserError: they cannot be read.
     """
-    rows, columns = model.student.grid
+    import torch
+
+    from ds_cmli.data.load import build_eval_data
+
+    config = source.config
+    data = build_eval_data(config.data, config.run.seed, None)
+    _, objective = load_exported(exported)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    objective = objective.to(device)
+    pairs = sum(map(len, data.evals.values()))
+    say(f"measuring {pairs} held-out pairs for the card (--no-measure leaves it out)")
+    splits = {}
+    for split, dataset in data.evals.items():
+        splits[split] = evaluate_split(objective, dataset, data, BATCH, device, config.data.workers)
+    weights = source.weights()
+    return Results(
+        splits, f"Measured on this model, {weights}, in fp32, on the run's held-out pairs."
+    )
+
+
+def recorded(source: Source) -> Results | None:
+    """The last evaluation that the run recorded of the same kind of weights; None without one."""
+    file = source.run / "metrics.jsonl"
+    last: dict[str, dict[str, Any]] = {}
+    step = 0
+    for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else ():
+        values = _parsed(line)
+        for column, value in values.items():
+            if not column.startswith("eval/"):
+                continue
+            _, split, name = column.split("/", 2)
+            if split.endswith("_ema") == source.ema:
+                last.setdefault(split.removesuffix("_ema"), {})[name] = value
+                step = values.get("step", step)
+    if not last:
+        return None
+    how = (
+        f"Not measured on this model ({source.weights()}, fp32): recorded by the run itself at "
+        f"step {step}, in the precision in which it trained."
+    )
+    return Results(last, how)
+
+
+def _parsed(line: str) -> dict[str, Any]:
+    """A line of `metrics.jsonl`; nothing of a torn one."""
+    try:
+        values = json.loads(line)
+    except ValueError:
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
+def write_card(
+    folder: Path, source: Source, model: CMLIModel, results: Results | None, onnx: bool
+) -> None:
+    """Write `README.md` for the model that was exported to `folder`; `onnx`: with ONNX files."""
+    config, student = source.config, model.student
     data, installed = config.data, versions()
+    rows, columns = student.grid
     settings = {
-        "image encoder": f"{config.student.image_model}, {len(model.student.image.blocks)} blocks",
-        "text encoder": f"{config.student.text_model}, {len(model.student.text.blocks)} blocks",
-        "shared blocks": config.student.shared_blocks,
+        "image encoder": f"{config.student.image_model}, {len(student.image.blocks)} blocks",
+        "text encoder": f"{config.student.text_model}, {len(student.text.blocks)} blocks",
+        "shared blocks": str(config.student.shared_blocks),
         "losses": ", ".join(f"{name} ({weight:g})" for name, weight in config.loss.weights.items()),
         "data": ", ".join(sources(data)),
         "parameters": f"{sum(p.numel() for p in model.parameters()):,}",
     }
+    libraries = [f"{name} {installed[name]}" for name in ("torch", "timm", "transformers")]
     documents.write_page(
         str(folder / "README.md"),
         "the card",
         "ds_cmli.export",
         "card.md",
-        name=run.resolve().name,
+        name=source.run.resolve().name,
         demo=data.source == DEMO,
         N=rows * columns,
-        H=model.student.width,
+        H=student.width,
         D=config.student.embed_dim,
         S=data.image_size,
         M=data.context_length,
         onnx=onnx,
         results=results,
-        names=_names(results),
-        versions=", ".join(
-            f"{name} {installed[name]}" for name in ("torch", "timm", "transformers")
-        ),
-        settings=markdown_table(["", ""], [[name, str(value)] for name, value in settings.items()]),
+        names=results.names() if results else NAMES,
+        versions=", ".join(libraries),
+        settings=markdown_table(["", ""], [list(row) for row in settings.items()]),
         licences=licences(config),
     )
-
-
-def _names(results: Results | None) -> dict[str, str]:
-    """The meaning of each name that the results use."""
-    splits = results.splits if results else {}
-    names = NAMES | {name: meaning for name, meaning in OF_SPLITS.items() if name in splits}
-    if any("pointing_game" in found for found in splits.values()):
-        names["pointing-game accuracy"] = POINTING
-    return names
 
 
 def licences(config: Config) -> dict[str, str]:
     """Under what the weights that training started from, the tokenizer and the data are."""
     student, data = config.student, config.data
+    image = _of_weights(student.image_weights, "vit", student.image_model)
     return {
-        "The image encoder's weights": _of_weights(
-            student.image_weights, "vit", student.image_model
-        ),
+        "The image encoder's weights": image,
         "The text encoder's weights": _of_weights(
             student.text_weights, "minilm", student.text_model
         ),
@@ -101,24 +225,25 @@ def _asset(name: str) -> str:
 
 
 def _of_weights(weights: str, asset: str, model: str) -> str:
-    own = {
-        "demo": _asset(asset),
-        "hub": f"the licence of {model}, which its page at huggingface.co names.",
-        "random": "none but those of this model's author, as they began random.",
-    }
-    unknown = f"those of the file or folder {Path(weights).name!r}: its licence is not known here, add it."
-    return own.get(weights, unknown)
+    if weights == "demo":
+        return _asset(asset)
+    if weights == "hub":
+        return f"the licence of {model}, which its page at huggingface.co names."
+    if weights == "random":
+        return "none but those of this model's author, as they began random."
+    name = Path(weights).name
+    return f"those of the file or folder {name!r}: its licence is not known here, add it."
 
 
 def _of_tokenizer(data: DataConfig) -> str:
-    own = {
-        "demo": _asset("minilm"),
-        "builtin": "Apache-2.0, ds-cmli; its words are Unicode CLDR's.",
-    }
-    unknown = f"that of {Path(data.tokenizer).name!r}, whose page or folder names it."
-    return own.get(data.tokenizer, unknown)
+    if data.tokenizer == "demo":
+        return _asset("minilm")
+    if data.tokenizer == "builtin":
+        return "Apache-2.0, ds-cmli; its words are Unicode CLDR's."
+    return f"that of {Path(data.tokenizer).name!r}, whose page or folder names it."
 
 
 def _of_data(data: DataConfig) -> str:
-    names = ", ".join(sources(data))
-    return _asset("pictures") if data.source == DEMO else f"{names}: not known here, add it."
+    if data.source == DEMO:
+        return _asset("pictures")
+    return f"{', '.join(sources(data))}: not known here, add it."

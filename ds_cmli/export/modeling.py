@@ -1,5 +1,4 @@
-"""The exported model, which `AutoModel` loads. It gives the features, scores and matches of a
-trained student.
+"""The exported model, which `AutoModel` loads: features, scores and matches of a trained student.
 
 Shapes: I images, J texts, N image patches, M text positions, H hidden size, D embedding dimension,
 S image side.
@@ -7,6 +6,7 @@ S image side.
 
 import contextlib
 import io
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -19,12 +19,12 @@ from transformers.utils import ModelOutput
 
 from ds_cmli.cmli.contrastive import contrastive_loss, temperature_scale, upcast
 from ds_cmli.cmli.loss import l2_normalize
-from ds_cmli.cmli.pair_scores import both_ways
+from ds_cmli.cmli.pair_scores import Match, both_ways, match
 from ds_cmli.cmli.reference import cmli_scores_reference
+from ds_cmli.config.registry import LOSSES
 from ds_cmli.data.tokens import SpecialTokens, most_characters
 from ds_cmli.export.configuration import CMLIConfig
 from ds_cmli.export.processing import CMLIProcessor
-from ds_cmli.inference.model import Match
 from ds_cmli.losses.functions import sigmoid_loss
 from ds_cmli.models.student import Student
 
@@ -32,39 +32,37 @@ SCORES_AT_ONCE = 2**26  # the number of patch-token similarities in memory at a 
 
 
 class Loaded(Student):
-    """A student whose weights are loaded later, so that the usual trial of its encoders at
-    construction is left out.
-    """
+    """A student whose weights are loaded later, so its encoders are not tried out."""
 
-    def try_out(self, *_: Any) -> None:
+    def try_out(self, *_: object) -> None:
         pass
 
 
 class PairLoss(nn.Module):
-    """A loss over pairs with its learned temperature and, for a sigmoid loss, its bias, both always
-    in fp32.
+    """A loss over pairs with its learned temperature and, for a sigmoid loss, its bias, in fp32.
 
     In 16 bits a temperature would be rounded by up to 2%, and the kinds of scores weigh otherwise.
     """
 
     def __init__(self, name: str):
         super().__init__()
-        self.scores, _, kind = name.partition("_")  # "global" or "cmli"
+        entry = LOSSES[name]
+        self.name, self.scores, self.kind = name, entry.scores, entry.kind
         self.logit_scale = nn.Parameter(torch.zeros(1))
-        self.logit_bias = nn.Parameter(torch.zeros(1)) if kind == "sigmoid" else None
+        self.logit_bias = nn.Parameter(torch.zeros(1)) if entry.kind == "sigmoid" else None
 
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PairLoss":
         """As in torch for `to`, `half` and the like, but only the device changes."""
         return super()._apply(lambda tensor: tensor.to(fn(tensor).device), recurse)
 
     def forward(self, i2t: Tensor, t2i: Tensor) -> Tensor:
-        """Scores [B, B] each, in which row b and column b are a pair -> the loss as in training, a
-        scalar.
-        """
-        if self.logit_bias is None:
+        """Scores [B, B] each, in which row b and column b are a pair -> the loss as in training."""
+        if self.kind == "contrastive":
             return contrastive_loss(i2t, t2i, self.logit_scale)
-        both = [sigmoid_loss(scores, self.logit_scale, self.logit_bias) for scores in (i2t, t2i)]
-        return (both[0] + both[1]) / 2
+        if self.kind != "sigmoid":
+            raise ValueError(f"return_loss: the loss {self.name!r} is not part of an export")
+        by_image = sigmoid_loss(i2t, self.logit_scale, self.logit_bias)
+        return (by_image + sigmoid_loss(t2i, self.logit_scale, self.logit_bias)) / 2
 
 
 @dataclass
@@ -72,19 +70,16 @@ class CMLIOutput(ModelOutput):
     loss: Tensor | None = None  # the weighted sum of the run's losses over pairs
     # The "combined" scores, the sum of the trained ones, each times 1/temperature. Not each other's
     # transpose, as they are in CLIP: CMLI from the image's side is not CMLI from the text's.
-    logits_per_image: Tensor | None = (
-        None  # fp32 [I, J], from s_i2t: a row ranks the texts for an image
-    )
-    logits_per_text: Tensor | None = (
-        None  # fp32 [J, I], from s_t2i: a row ranks the images for a text
-    )
+    # fp32 [I, J], from s_i2t: a row ranks the texts for an image.
+    logits_per_image: Tensor | None = None
+    # fp32 [J, I], from s_t2i: a row ranks the images for a text.
+    logits_per_text: Tensor | None = None
     image_embeds: Tensor | None = None  # [I, H], unit length
     text_embeds: Tensor | None = None  # [J, H], unit length
     patch_embeds: Tensor | None = None  # [I, N, D], unit length
     token_embeds: Tensor | None = None  # [J, M, D], unit length
-    token_mask: Tensor | None = (
-        None  # bool [J, M], True for tokens of the text, False for special tokens and padding
-    )
+    # bool [J, M], True for tokens of the text, False for special tokens and padding.
+    token_mask: Tensor | None = None
 
 
 class CMLIModel(PreTrainedModel):
@@ -96,22 +91,18 @@ class CMLIModel(PreTrainedModel):
 
     def __init__(self, config: CMLIConfig):
         super().__init__(config)
-        # transformers builds models on the meta device, on which backbones cannot compute their
-        # constants.
+        # transformers builds models on meta, where backbones cannot compute their constants.
         with torch.device("cpu"):
             self.student = build_student(config)
             self.losses = nn.ModuleDict({name: PairLoss(name) for name, _ in config.losses})
-        self.constants = {
-            name: value for name, value in self.named_buffers() if name not in self.state_dict()
-        }
+        saved = self.state_dict().keys()
+        self.constants = {name: x for name, x in self.named_buffers() if name not in saved}
         self.eval()
         self.post_init()
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers, which loses the values of buffers that are not in the file; they are
-        set again here.
-        """
+        """As in transformers, which loses the values of buffers that the file lacks: set again."""
         out = super().from_pretrained(*args, **kwargs)
         model = out[0] if isinstance(out, tuple) else out
         for name, value in model.constants.items():
@@ -124,8 +115,11 @@ class CMLIModel(PreTrainedModel):
         """Does nothing, because all weights come from the file."""
 
     def get_image_features(self, pixel_values: Tensor) -> BaseModelOutputWithPooling:
-        """uint8 [I, 3, S, S] -> `pooler_output` [I, H], the class tokens for global scores, and
-        `last_hidden_state` [I, N, D], the patches for CMLI. Neither is normalised.
+        """Encode images, uint8 [I, 3, S, S].
+
+        Returns:
+            `pooler_output` [I, H], the class tokens for global scores, and `last_hidden_state`
+            [I, N, D], the patches for CMLI. Neither is normalised.
         """
         cls, patches = self.student.encode_image(pixel_values)  # [I, H], [I, N, H]
         return BaseModelOutputWithPooling(self.student.projection(patches), cls)
@@ -133,9 +127,11 @@ class CMLIModel(PreTrainedModel):
     def get_text_features(
         self, input_ids: Tensor, attention_mask: Tensor | None = None
     ) -> BaseModelOutputWithPooling:
-        """int64 [J, M], bool [J, M] (True: attend; None: attend to all but padding) ->
-        `pooler_output` [J, H] and `last_hidden_state` [J, M, D], which includes special tokens and
-        padding (see `token_mask`). Neither is normalised.
+        """Encode texts, int64 [J, M], and bool [J, M] (True: attend; None: to all but padding).
+
+        Returns:
+            `pooler_output` [J, H] and `last_hidden_state` [J, M, D], which includes special tokens
+            and padding (see `token_mask`). Neither is normalised.
         """
         cls, tokens = self.student.encode_text(input_ids, self.attended(input_ids, attention_mask))
         return BaseModelOutputWithPooling(self.student.projection(tokens), cls)
@@ -165,7 +161,8 @@ class CMLIModel(PreTrainedModel):
         patches, tokens = l2_normalize(patches), l2_normalize(tokens)
         step = max(1, SCORES_AT_ONCE // max(1, len(tokens) * patches.shape[1] * tokens.shape[1]))
         parts = [cmli_scores_reference(part, tokens, token_mask) for part in patches.split(step)]
-        return torch.cat([i2t for i2t, _ in parts]), torch.cat([t2i for _, t2i in parts])
+        i2t, t2i = zip(*parts, strict=True)
+        return torch.cat(i2t), torch.cat(t2i)
 
     def scales(self) -> dict[str, Tensor]:
         """1/temperature, one element, of each kind of scores that was trained, "global" or "cmli".
@@ -173,8 +170,10 @@ class CMLIModel(PreTrainedModel):
         Several losses over the same scores have a temperature each: the first one's, as in
         evaluation.
         """
-        losses: list[Any] = [*self.losses.values()]
-        return {loss.scores: temperature_scale(loss.logit_scale) for loss in losses[::-1]}
+        out: dict[str, Tensor] = {}
+        for loss in self.losses.values():
+            out.setdefault(loss.scores, temperature_scale(loss.logit_scale))
+        return out
 
     def forward(
         self,
@@ -183,14 +182,14 @@ class CMLIModel(PreTrainedModel):
         attention_mask: Tensor | None = None,
         return_loss: bool = False,
         return_dict: bool | None = None,
-    ) -> Any:
+    ) -> CMLIOutput | tuple[Tensor, ...]:
         """Score all images against all texts, each direction by its own score, see `CMLIOutput`.
 
         For `return_loss`, image b and text b are a pair and all others are negatives of each other,
         compared by all patches and tokens.
         """
-        image: Any = self.get_image_features(pixel_values)
-        text: Any = self.get_text_features(input_ids, attention_mask)
+        image = self.get_image_features(pixel_values)
+        text = self.get_text_features(input_ids, attention_mask)
         image_cls, text_cls = l2_normalize(image.pooler_output), l2_normalize(text.pooler_output)
         mask = self.token_mask(input_ids, attention_mask)
         cosines = upcast(image_cls) @ upcast(text_cls).t()  # [I, J]
@@ -200,12 +199,14 @@ class CMLIModel(PreTrainedModel):
         if return_loss:
             if len(image_cls) != len(text_cls):
                 raise ValueError(
-                    f"return_loss needs pairs: {len(image_cls)} images, {len(text_cls)} texts are given"
+                    f"return_loss needs pairs: {len(image_cls)} images, {len(text_cls)} texts are "
+                    "given"
                 )
-            each: list[tuple[float, Any]] = [
-                (weight, self.losses[name]) for name, weight in self.config.losses
-            ]
-            loss = torch.stack([weight * x(*scores[x.scores]) for weight, x in each]).sum()
+            parts = []
+            for name, weight in self.config.losses:
+                pair_loss = self.losses[name]
+                parts.append(weight * pair_loss(*scores[pair_loss.scores]))
+            loss = torch.stack(parts).sum()
         out = CMLIOutput(
             loss=loss,
             logits_per_image=scores["combined"].i2t,
@@ -219,7 +220,7 @@ class CMLIModel(PreTrainedModel):
         return out.to_tuple() if return_dict is False else out
 
     @torch.no_grad()
-    def match(self, image: Any, text: str, processor: Any = None) -> Match:
+    def match(self, image: object, text: str, processor: CMLIProcessor | None = None) -> Match:
         """Match each word of the text with its best patch, and each patch with its best word.
 
         Args:
@@ -227,20 +228,16 @@ class CMLIModel(PreTrainedModel):
             processor: None for the one that is stored beside the model's weights.
         """
         if processor is None:
-            # If this file was itself loaded from the folder, the user trusts the folder's code
-            # already.
+            # If this file was itself loaded from the folder, the user trusts the folder's code.
             trusted = type(self).__module__.startswith("transformers_modules.")
             processor = CMLIProcessor.from_pretrained(
                 str(self.name_or_path), trust_remote_code=trusted
             )
         inputs = processor(images=image, text=text).to(self.device)
-        of_image: Any = self.get_image_features(inputs["pixel_values"])
+        of_image = self.get_image_features(inputs["pixel_values"])
         ids, mask = inputs["input_ids"], inputs["attention_mask"]
         valid = self.token_mask(ids, mask)[0]
-        of_text: Any = self.get_text_features(ids, mask)
-        tokens = l2_normalize(of_text.last_hidden_state[0][valid])  # [M, D]
-        patches = l2_normalize(of_image.last_hidden_state[0])  # [N, D]
-        similarity = (upcast(tokens) @ upcast(patches).t()).cpu()  # [M, N]; CPU-GPU sync
+        of_text = self.get_text_features(ids, mask)
         most = processor.context_length
         offsets = processor.tokenizer(
             text[: most_characters(most)],
@@ -251,20 +248,21 @@ class CMLIModel(PreTrainedModel):
         spans = []
         for (start, end), own in zip(offsets, valid.tolist(), strict=False):
             if own:
-                piece = text[
-                    start:end
-                ]  # some tokenizers count the space before a word as part of it
+                # Some tokenizers count the space before a word as part of it.
+                piece = text[start:end]
                 spans.append((start + len(piece) - len(piece.lstrip()), end))
-        return Match(similarity, [text[a:b] for a, b in spans], spans, self.student.grid)
+        tokens = l2_normalize(of_text.last_hidden_state[0][valid])  # [M, D]
+        patches = l2_normalize(of_image.last_hidden_state[0])  # [N, D]
+        return match(tokens, patches, text, spans, self.student.grid)  # CPU-GPU sync
 
 
 def build_student(config: CMLIConfig) -> Student:
     """The student with random weights, on the CPU."""
     settings = config.settings
-    precision = (
-        torch.get_default_dtype()
-    )  # transformers has set it to the dtype that the user asked for
-    torch.set_default_dtype(torch.float32)  # initial weights cannot be computed in 16 bits
+    # transformers has set it to the dtype that the user asked for, and initial weights cannot be
+    # computed in 16 bits.
+    precision = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # messages of its training
             student = Loaded(

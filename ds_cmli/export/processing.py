@@ -1,5 +1,4 @@
-"""Prepares pictures and texts for an exported model, with the same result to the bit as in
-training.
+"""Prepares pictures and texts for an exported model, with the same result to the bit as in training.
 
 Shapes: I images, J texts, S image side in pixels, M text positions.
 """
@@ -8,14 +7,15 @@ import warnings
 from typing import Any
 
 import torch
-from transformers import BatchFeature, ProcessorMixin
+from torch import Tensor
+from transformers import BatchFeature, PreTrainedTokenizerFast, ProcessorMixin
 
 from ds_cmli.data.batch import PAD_MULTIPLE
 from ds_cmli.data.pictures import prepare
 from ds_cmli.data.tokens import most_characters, tell_cut
 
 # Further arguments that are accepted, with their accepted values.
-ACCEPTED: dict[str, tuple[Any, ...]] = {
+ACCEPTED: dict[str, tuple[object, ...]] = {
     "padding": (True, "longest", "max_length"),
     "truncation": (True, "longest_first"),
     "return_tensors": ("pt", "np", None),
@@ -36,7 +36,7 @@ class CMLIProcessor(ProcessorMixin):
 
     def __init__(
         self,
-        tokenizer: Any = None,
+        tokenizer: PreTrainedTokenizerFast | None = None,
         image_size: int = 224,
         context_length: int = 64,
         pad_id: int = 0,
@@ -46,7 +46,9 @@ class CMLIProcessor(ProcessorMixin):
             tokenizer.truncation_side = "right"  # as in training, whatever it was made with
         super().__init__(tokenizer)
 
-    def __call__(self, images: Any = None, text: Any = None, **kwargs: Any) -> BatchFeature:  # type: ignore[override]
+    def __call__(  # type: ignore[override]
+        self, images: Any = None, text: str | list[str] | None = None, **kwargs: object
+    ) -> BatchFeature:
         """Prepare one or several pictures, one or several texts, or both.
 
         Args:
@@ -65,14 +67,7 @@ class CMLIProcessor(ProcessorMixin):
         Raises:
             TypeError, ValueError: an argument does not fit; one line says which and how.
         """
-        for name, value in kwargs.items():
-            if name not in ACCEPTED:
-                known = ", ".join(["images", "text", *ACCEPTED])
-                raise ValueError(f"{name}: this processor has no such argument; it takes {known}")
-            if value not in ACCEPTED[name]:
-                raise ValueError(
-                    f"{name} is {value!r}: give one of {', '.join(map(repr, ACCEPTED[name]))}"
-                )
+        _check_accepted(kwargs)
         if images is None and text is None:
             raise ValueError("neither images nor text are given")
         out: dict[str, Any] = {}
@@ -85,9 +80,10 @@ class CMLIProcessor(ProcessorMixin):
             out = {name: value.numpy() for name, value in out.items()}
         return BatchFeature(out)
 
-    def tokens(self, texts: list[str], whole: bool = False) -> dict[str, torch.Tensor]:
-        """Texts padded to the longest one, rounded up to a multiple of 8, or with `whole` to
-        `context_length`.
+    def tokens(self, texts: list[str], whole: bool = False) -> dict[str, Tensor]:
+        """Pad texts to the longest one, rounded up to a multiple of 8.
+
+        With `whole`, they are padded to `context_length`.
         """
         for text in texts:
             if not isinstance(text, str):
@@ -100,7 +96,7 @@ class CMLIProcessor(ProcessorMixin):
         rows = self.tokenizer(texts, truncation=True, max_length=self.context_length)["input_ids"]
         if not all(rows):
             raise ValueError(f"the text {texts[rows.index([])]!r} has no token: leave it out")
-        longest = self.context_length if whole else max(len(row) for row in rows)
+        longest = self.context_length if whole else max(map(len, rows))
         length = min(-(-longest // PAD_MULTIPLE) * PAD_MULTIPLE, self.context_length)
         ids = torch.full((len(rows), length), self.pad_id)
         mask = torch.zeros(len(rows), length, dtype=torch.bool)
@@ -114,10 +110,18 @@ class CMLIProcessor(ProcessorMixin):
         return ["pixel_values", "input_ids", "attention_mask"]
 
 
+def _check_accepted(given: dict[str, object]) -> None:
+    for name, value in given.items():
+        if name not in ACCEPTED:
+            known = ", ".join(["images", "text", *ACCEPTED])
+            raise ValueError(f"{name}: this processor has no such argument; it takes {known}")
+        if value not in ACCEPTED[name]:
+            known = ", ".join(map(repr, ACCEPTED[name]))
+            raise ValueError(f"{name} is {value!r}: give one of {known}")
+
+
 def _listed(name: str, given: Any) -> list[Any]:
-    """What was given for `name`, one or several, as a list; a batch of pictures has four
-    dimensions.
-    """
+    """What was given for `name`, one or several, as a list; a batch of pictures has four dimensions."""
     several = isinstance(given, list | tuple) or getattr(given, "ndim", 0) == 4
     if several and not len(given):
         raise ValueError(f"{name} is empty: give at least one, or leave it out")

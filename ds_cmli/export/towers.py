@@ -1,52 +1,253 @@
-"""Exports the encoders, without the shared blocks above them, in the formats of timm and
+"""Writes the towers for other libraries, and checks that they give the same features there.
+
+With the shared blocks and the projection, and with the scores: ONNX. The encoders alone: timm and
 transformers.
 
-Shapes: B images or texts, N patches, M text positions, H width of the encoder.
+Shapes: B images or texts, I images, J texts, N patches, M text positions, H hidden size (of an
+encoder: its width), D embedding dimension, S image side.
 """
 
+import contextlib
+import importlib.util
+import io
 import json
+import logging
+import re
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import timm
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerFast
 
+from ds_cmli.cmli.loss import l2_normalize
+from ds_cmli.cmli.pair_scores import both_ways
+from ds_cmli.cmli.reference import cmli_scores_reference
+from ds_cmli.common.errors import UserError
 from ds_cmli.common.pretrained import loading, reason
 from ds_cmli.export.modeling import CMLIModel
+from ds_cmli.models.student import Student
 
 IMAGE, TEXT = "image_encoder_timm", "text_encoder"
+NEEDS = ("onnxscript", "onnxruntime")
+COLOURS = re.compile(r"\x1b\[[0-9;]*m")  # in the messages of torch.onnx
+TOLERANCE = 1e-5  # largest difference of any element of the normalised features
+LOGITS_TOLERANCE = 1e-3  # of the scores, which are up to 200 times a cosine
+
+
+def onnx_installed() -> bool:
+    return all(importlib.util.find_spec(name) is not None for name in NEEDS)
+
+
+class ImageTower(nn.Module):
+    def __init__(self, student: Student):
+        super().__init__()
+        self.student = student
+
+    def forward(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
+        """uint8 [B, 3, S, S] -> [B, H], [B, N, D], both of unit length."""
+        cls, patches = self.student.encode_image(pixel_values)
+        return l2_normalize(cls), l2_normalize(self.student.projection(patches))
+
+
+class TextTower(nn.Module):
+    def __init__(self, model: CMLIModel):
+        super().__init__()
+        self.student, self.special_ids = model.student, model.config.special_ids
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """int64 [B, M], bool [B, M] -> [B, H], [B, M, D], both of unit length; bool [B, M]."""
+        cls, tokens = self.student.encode_text(input_ids, attention_mask)
+        mask = attention_mask
+        for special in self.special_ids:
+            mask = mask & (input_ids != special)
+        return l2_normalize(cls), l2_normalize(self.student.projection(tokens)), mask
+
+
+class Scores(nn.Module):
+    def __init__(self, model: CMLIModel):
+        super().__init__()
+        self.scales = {kind: scale.item() for kind, scale in model.scales().items()}
+
+    def forward(
+        self,
+        image_embeds: Tensor,
+        patch_embeds: Tensor,
+        text_embeds: Tensor,
+        token_embeds: Tensor,
+        token_mask: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """[I, H], [I, N, D], [J, H], [J, M, D], bool [J, M] -> logits per image [I, J] and per text."""
+        cmli = cmli_scores_reference(patch_embeds, token_embeds, token_mask)
+        found = both_ways(image_embeds @ text_embeds.t(), cmli, self.scales)["combined"]
+        return found.i2t, found.t2i.t()
+
+
+class Part(NamedTuple):
+    """One of the ONNX files."""
+
+    name: str
+    what: str
+    module: nn.Module
+    shapes: tuple[dict[int, Any], ...]  # of each input, the dimensions of any size
+    outputs: list[str]
+    tolerance: float = TOLERANCE
+
+
+@torch.no_grad()
+def write_onnx(
+    folder: Path, model: CMLIModel, image: Tensor, ids: Tensor, mask: Tensor
+) -> list[str]:
+    """Write `image.onnx` and `text.onnx`, and `scores.onnx`, which takes what they give.
+
+    Any number of images, and of texts of at most M positions, can be given to them.
+
+    Returns:
+        Lines for the user about what was written.
+
+    Raises:
+        UserError: a tower cannot be exported, or onnxruntime computes other features.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    most = ids.shape[1]
+    batch, length = torch.export.Dim("batch"), torch.export.Dim("length", min=2, max=most)
+    rows, columns = {0: torch.export.Dim("images")}, {0: torch.export.Dim("texts")}
+    texts = {**columns, 1: length}
+    image_part = Part(
+        "image",
+        "the image tower, shared blocks included",
+        ImageTower(model.student),
+        ({0: batch},),
+        ["image_embeds", "patch_embeds"],
+    )
+    text_part = Part(
+        "text",
+        "the text tower, shared blocks included",
+        TextTower(model.eval()),
+        ({0: batch, 1: length}, {0: batch, 1: length}),
+        ["text_embeds", "token_embeds", "token_mask"],
+    )
+    scores_part = Part(
+        "scores",
+        "logits of all pairs from what both give",
+        Scores(model),
+        (rows, rows, columns, texts, texts),
+        ["logits_per_image", "logits_per_text"],
+        LOGITS_TOLERANCE,
+    )
+    half = most // 2
+    pixels, fewer_pixels = {"pixel_values": image}, {"pixel_values": image[:1]}
+    words = {"input_ids": ids, "attention_mask": mask}
+    fewer_words = {"input_ids": ids[:1, :half], "attention_mask": mask[:1, :half]}
+    both = {**_outputs(image_part, pixels), **_outputs(text_part, words)}
+    fewer_both = {**_outputs(image_part, fewer_pixels), **_outputs(text_part, fewer_words)}
+    return [
+        _write_part(folder, image_part, pixels, fewer_pixels),
+        _write_part(folder, text_part, words, fewer_words),
+        _write_part(folder, scores_part, both, fewer_both),
+    ]
+
+
+def _outputs(part: Part, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    return dict(zip(part.outputs, part.module(**inputs), strict=True))
+
+
+def _write_part(
+    folder: Path, part: Part, inputs: dict[str, Tensor], fewer: dict[str, Tensor]
+) -> str:
+    """Write one file, compare it on both inputs, and return a line for the user."""
+    file = folder / f"{part.name}.onnx"
+    try:
+        _export(part, inputs, file)
+        most = np.maximum(
+            _difference(part.module, inputs, file), _difference(part.module, fewer, file)
+        )
+    except Exception as error:
+        said = COLOURS.sub("", str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"{file.name} cannot be exported: {said[:200]}; give --no-onnx") from None
+    if not most <= part.tolerance:
+        raise UserError(
+            f"{str(file)!r}: onnxruntime's results differ by {most:.1e}; give --no-onnx"
+        )
+    return f"{folder.name}/{file.name}: {part.what}; onnxruntime within {most:.1e}"
+
+
+def _export(part: Part, inputs: dict[str, Tensor], file: Path) -> None:
+    with warnings.catch_warnings(), _quiet():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            part.module.eval(),
+            tuple(inputs.values()),
+            str(file),
+            input_names=list(inputs),
+            output_names=part.outputs,
+            dynamic_shapes=part.shapes,
+            dynamo=True,
+            external_data=False,
+        )
+
+
+def _difference(tower: nn.Module, inputs: dict[str, Tensor], file: Path) -> float:
+    """The largest absolute difference of any output between PyTorch and onnxruntime."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    found = session.run(None, {name: value.numpy() for name, value in inputs.items()})
+    with torch.no_grad():
+        wanted = tower(*inputs.values())
+    most = 0.0
+    for ours, theirs in zip(wanted, found, strict=True):
+        difference = np.abs(theirs.astype(np.float32) - ours.float().numpy()).max()
+        most = float(np.maximum(most, difference))  # a NaN stays
+    return most
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logging.disable(before)
 
 
 @torch.no_grad()
 def write_image_encoder(folder: Path, model: CMLIModel, image: Tensor) -> str:
-    """Write a folder for `timm.create_model("local-dir:FOLDER", pretrained=True)`, if such a model
-    exists in timm.
+    """Write a folder for `timm.create_model("local-dir:FOLDER", pretrained=True)`.
 
     Args:
         image: uint8 [B, 3, S, S], the input on which both models are compared.
 
     Returns:
-        A line for the user about what was written, or why nothing was.
+        A line for the user about what was written, or that timm has no such model.
     """
-    settings, data, backbone = (
-        model.config.settings["student"],
-        model.config.settings["data"],
-        model.student.image,
+    settings, side = model.config.settings["student"], model.config.settings["data"]["image_size"]
+    backbone = model.student.image
+    none = (
+        f"no timm checkpoint: {settings['image_model']!r} as it is cut here (its first blocks, no "
+        "final norm) is no whole model of timm"
     )
-    encoder: Any = backbone.model
+    encoder: Any = getattr(backbone, "model", None)
+    if encoder is None:  # a backbone of another library
+        return none
     pixels = model.student.pixels(image, torch.float32)
     trained = encoder(pixels)  # [B, prefix + N, H], or a list with a feature map
     wanted = trained[0] if isinstance(trained, list) else trained
-    size = {"img_size": data["image_size"]}
+    size = {"img_size": side}
     # timm may build the encoder's first blocks as a model with fewer blocks and without the final
     # norm, or as a whole.
-    stack = {"depth": len(backbone.blocks)}
-    for more in ({**stack, **size, "final_norm": False}, {**stack, **size}, size, {}):
-        arguments = {"num_classes": 0, **settings["image_overrides"], **more}
+    stack = {"depth": len(backbone.blocks), **size}
+    for more in ({**stack, "final_norm": False}, stack, size, {}):
+        arguments = {**settings["image_overrides"], **more}
         try:
-            plain: Any = timm.create_model(settings["image_model"], **arguments)
+            plain: Any = timm.create_model(settings["image_model"], num_classes=0, **arguments)
             plain.load_state_dict(encoder.state_dict())
             found = plain.eval().forward_features(pixels)
         except Exception:
@@ -54,21 +255,7 @@ def write_image_encoder(folder: Path, model: CMLIModel, image: Tensor) -> str:
         if not torch.equal(found, wanted):
             continue
         folder.mkdir(parents=True, exist_ok=True)
-        config = {
-            "architecture": plain.pretrained_cfg["architecture"],
-            "num_classes": 0,
-            "num_features": plain.num_features,
-            "pretrained_cfg": {
-                **{name: plain.pretrained_cfg[name] for name in ("mean", "std", "first_conv")},
-                "input_size": [3, data["image_size"], data["image_size"]],
-                "interpolation": "bicubic",
-                "crop_pct": 1.0,
-                "num_classes": 0,
-            },
-            "model_args": {
-                name: value for name, value in arguments.items() if name != "num_classes"
-            },
-        }
+        config = _timm_config(plain, side, arguments)
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         state = {name: value.contiguous() for name, value in plain.state_dict().items()}
         save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
@@ -77,18 +264,33 @@ def write_image_encoder(folder: Path, model: CMLIModel, image: Tensor) -> str:
             return (
                 f"{folder.name}/: the image encoder before the shared blocks, for timm's local-dir:"
             )
-    return (
-        f"no timm checkpoint: {settings['image_model']!r} as it is cut here (its first blocks, no final norm) is no "
-        "whole model of timm"
-    )
+    return none
+
+
+def _timm_config(model: Any, side: int, arguments: dict[str, Any]) -> dict[str, Any]:
+    given = model.pretrained_cfg
+    return {
+        "architecture": given["architecture"],
+        "num_classes": 0,
+        "num_features": model.num_features,
+        "pretrained_cfg": {
+            "mean": given["mean"],
+            "std": given["std"],
+            "first_conv": given["first_conv"],
+            "input_size": [3, side, side],
+            "interpolation": "bicubic",
+            "crop_pct": 1.0,
+            "num_classes": 0,
+        },
+        "model_args": arguments,
+    }
 
 
 @torch.no_grad()
 def write_text_encoder(
-    folder: Path, model: CMLIModel, whole: Any, ids: Tensor, mask: Tensor
+    folder: Path, model: CMLIModel, whole: PreTrainedTokenizerFast, ids: Tensor, mask: Tensor
 ) -> str:
-    """Write a folder for a plain transformers model, if the text encoder gives the same features
-    when loaded from it.
+    """Write a folder for a plain transformers model, if it gives the same features there.
 
     Args:
         whole: the transformers tokenizer.
@@ -97,8 +299,9 @@ def write_text_encoder(
     Returns:
         A line for the user about what was written, or why nothing was.
     """
-    encoder: Any = model.student.text.model
+    encoder: Any = getattr(model.student.text, "model", None)
     kind = type(encoder)
+    problem = ""
     try:
         with loading(hub=False):
             encoder.save_pretrained(folder)
@@ -106,11 +309,11 @@ def write_text_encoder(
             again = kind.from_pretrained(folder, dtype=torch.float32)
         found = again.eval()(input_ids=ids, attention_mask=mask.long()).last_hidden_state
         wanted = encoder(input_ids=ids, attention_mask=mask.long()).last_hidden_state
-        problem = (
-            "" if torch.equal(found, wanted) else "it gives other features when it is read back"
-        )
+        if not torch.equal(found, wanted):
+            problem = "it gives other features when it is read back"
     except Exception as error:
         problem = reason(error)
     if problem:
         return f"no transformers folder of the text encoder: {problem}"
-    return f"{folder.name}/: the text encoder before the shared blocks, for transformers' {kind.__name__}"
+    name = kind.__name__
+    return f"{folder.name}/: the text encoder before the shared blocks, for transformers' {name}"

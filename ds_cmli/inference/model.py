@@ -4,7 +4,6 @@ Shapes: I images, J texts, N image patches, M text positions, H hidden size, D e
 S image side.
 """
 
-import dataclasses
 import hashlib
 import warnings
 from collections.abc import Iterable, Sequence
@@ -22,7 +21,7 @@ from tqdm import tqdm
 from ds_cmli.cmli import cmli_scores
 from ds_cmli.cmli.contrastive import upcast
 from ds_cmli.cmli.loss import l2_normalize
-from ds_cmli.cmli.pair_scores import BothWays, both_ways
+from ds_cmli.cmli.pair_scores import BothWays, Match, both_ways, match
 from ds_cmli.common.errors import UserError
 from ds_cmli.config.schema import Config, load_config
 from ds_cmli.data.batch import Collate, Sample
@@ -64,27 +63,6 @@ class TextEmbeddings:
         return len(self.texts)
 
 
-@dataclass
-class Match:
-    """The match of one text and one picture: each word's best patch, and each patch's best word."""
-
-    # [M, N] fp32, cosines of the M tokens of the text, without special ones, and the N patches
-    similarity: Tensor
-    words: list[str]  # the M tokens as pieces of the text
-    spans: list[tuple[int, int]]  # their M places in the text, (start, end) in characters
-    grid: tuple[int, int]  # rows and columns of patches, N = rows * columns
-
-    @property
-    def patch_of_word(self) -> Tensor:
-        """int64 [M], the patch that each word matches best, as row * columns + column."""
-        return self.similarity.argmax(1)
-
-    @property
-    def word_of_patch(self) -> Tensor:
-        """int64 [N], the word that each patch matches best."""
-        return self.similarity.argmax(0)
-
-
 class Model:
     """A trained student that embeds and scores pictures and texts. It is made by `Model.load`."""
 
@@ -118,10 +96,8 @@ class Model:
         Raises:
             UserError: there is no such run, or it cannot be loaded.
         """
-        from ds_cmli.checkpoint.weights import load_weights
-        from ds_cmli.config.registry import over_pairs
-        from ds_cmli.engine import build_models
-        from ds_cmli.export.read import is_exported, load_exported
+        from ds_cmli.checkpoint.weights import load_student
+        from ds_cmli.export.folder import is_exported, load_exported
 
         path = Path(path)
         chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -130,14 +106,9 @@ class Model:
             words = load_tokenizer(tokenizer or str(path), config.data.context_length)
             return cls(config, objective, words, chosen)
         config = load_config(path / "config.json", "the model")
-        # Without distillation losses no teacher is built.
-        weights = over_pairs(config.loss.weights) or {"global": 1.0}
-        config.loss = dataclasses.replace(config.loss, weights=weights)
         words = load_tokenizer(tokenizer or config.data.tokenizer, config.data.context_length)
-        objective, _ = build_models(
-            config, words.vocab_size, pretrained=False, special=words.special
-        )
-        load_weights(path, objective, setting="the model")
+        objective = load_student(path, config, words, setting="the model")
+        config.loss = objective.config
         return cls(config, objective, words, chosen)
 
     @property
@@ -271,9 +242,11 @@ def match_of(
 ) -> Match:
     """As `Model.match`, for image i and text j that have already been embedded."""
     valid = texts.token_mask[j]
-    similarity = upcast(texts.tokens[j][valid]) @ upcast(images.patches[i]).t()  # [M, N]
-    spans = [span for span, v in zip(texts.spans[j], valid.tolist(), strict=False) if v]
-    return Match(similarity, [texts.texts[j][a:b] for a, b in spans], spans, grid)
+    spans = []
+    for span, own in zip(texts.spans[j], valid.tolist(), strict=False):
+        if own:
+            spans.append(span)
+    return match(texts.tokens[j][valid], images.patches[i], texts.texts[j], spans, grid)
 
 
 def list_pictures(folder: str | Path) -> list[Path]:

@@ -74,7 +74,7 @@ def command(
         check_writable(page)
 
     with json_on_stdout(as_json) as print_json:
-        from ds_cmli.export.settings import DEMO, sources
+        from ds_cmli.export.folder import DEMO, sources
         from ds_cmli.inference import Index, Model
 
         if pictures is not None:

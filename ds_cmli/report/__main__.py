@@ -1,10 +1,23 @@
-"""`python -m ds_cmli.report RUN [RUN ...]` writes curves, results, memory and settings of runs as
-one HTML file.
+"""`python -m ds_cmli.report RUN [RUN ...]` writes one or several runs as one HTML file.
+
+Results come first, then what runs differ in, charts, match maps, speed, memory and settings.
 """
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from ds_cmli.common import documents, plots
 from ds_cmli.common.cli import check_writable, run_command
+
+if TYPE_CHECKING:
+    from ds_cmli.report.runs import RunFiles
+
+SPEED = ("pairs_per_s", "tflops", "mfu")
+SHARES = ("time/", "mfu")  # columns that are shares
 
 
 @click.command()
@@ -15,11 +28,109 @@ def command(runs: tuple[str, ...], output: str) -> None:
     errors.
     """
     check_writable(output)
-    from ds_cmli.report import page
     from ds_cmli.report.runs import read_all
 
-    page.write(read_all(runs), output)
+    write(read_all(runs), output)
     click.echo(f"report of {len(runs)} run{'s' if len(runs) > 1 else ''}: {output}")
+
+
+def write(runs: Sequence["RunFiles"], path: str | Path) -> None:
+    """Write the page; raises `UserError` if matplotlib is missing or the file cannot be written."""
+    from ds_cmli.memory.report import COLOURS
+    from ds_cmli.report.charts import GROUPS, charts
+    from ds_cmli.report.results import headline, last_values, others, retrieval
+    from ds_cmli.report.runs import columns_of, differing, groups
+
+    grouped = groups(runs)
+    names = [", ".join(run.name for run in group) for group in grouped]
+    results = last_values(grouped)
+    tables = retrieval(results, names)
+    speed, rest = [], []
+    elsewhere = "|".join([*GROUPS.values(), "step", "eval/.*"])
+    for column in columns_of(runs):
+        if column in SPEED or column.startswith("time/"):
+            speed.append(column)
+        elif not re.fullmatch(elsewhere, column):
+            rest.append(column)
+    values: dict[str, Any] = {
+        "title": f"Report of {len(runs)} runs",
+        "names": names,
+        "keys": {run.name: plots.line(number)[0] for number, run in enumerate(runs)},
+        "headlines": {},
+        "retrieval": tables,
+        "results": others(results),
+        "charts": charts(runs),
+        "maps": {},
+        "differing": {},
+        "memory": {run.name: memory(run.memory) for run in runs if run.memory},
+        "colours": COLOURS,
+        "phases": _last(grouped, speed),
+        "rest": _last(grouped, rest),
+        "settings": runs[0].settings,
+    }
+    if len(names) == 1:
+        values["title"] = f"Report: {names[0]}"
+        values["headlines"] = {split: headline(results, split) for split in tables}
+    else:
+        values["differing"] = differing([group[0] for group in grouped])
+    for run in runs:
+        found = match_maps(run.folder)
+        if found:
+            values["maps"][run.name] = found
+    documents.write_page(path, "--output", "ds_cmli.report", "report.html.jinja", **values)
+
+
+def memory(content: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Predicted and measured bytes of each category and in total."""
+    predicted, measured = content.get("prediction") or {}, content.get("measurement") or {}
+    rows = {}
+    for part in ("categories", "totals"):
+        for name in dict.fromkeys([*predicted.get(part, {}), *measured.get(part, {})]):
+            cells = [figures.get(part, {}).get(name) for figures in (predicted, measured)]
+            if any(cells):
+                rows[name] = ["" if value is None else f"{value:,}" for value in cells]
+    return rows
+
+
+def _last(grouped: Sequence[Sequence["RunFiles"]], columns: Sequence[str]) -> dict[str, list[str]]:
+    """The last value of each column, a cell for each group of runs."""
+    from ds_cmli.report.runs import mean
+
+    out: dict[str, list[str]] = {}
+    for name in columns:
+        cells = []
+        for group in grouped:
+            curves = [run.curve(name)[1] for run in group]
+            values = [curve[-1] for curve in curves if curve]
+            cells.append(mean(values).shown(share=name.startswith(SHARES)) if values else "")
+        out[name] = cells
+    return out
+
+
+def match_maps(folder: Path) -> dict[str, str]:
+    """The last picture of each held-out pair that the run has written for TensorBoard.
+
+    Returns:
+        "<pair>, step <step>" -> `data:` URL; empty if the run wrote none.
+    """
+    from ds_cmli.trackers import MATCH_MAPS
+
+    events = folder / "tensorboard"
+    if not any(events.glob("events.*")):
+        return {}
+    from tensorboard.backend.event_processing import event_accumulator
+
+    # Only the last of each is kept.
+    kept = {event_accumulator.IMAGES: 1, event_accumulator.SCALARS: 1, event_accumulator.TENSORS: 1}
+    found = event_accumulator.EventAccumulator(str(events), kept)
+    found.Reload()
+    out = {}
+    for tag in found.Tags()["images"]:
+        if tag.startswith(MATCH_MAPS):
+            image = found.Images(tag)[-1]
+            name = f"{tag.removeprefix(MATCH_MAPS)}, step {image.step}"
+            out[name] = documents.data_url(image.encoded_image_string, "png")
+    return out
 
 
 if __name__ == "__main__":

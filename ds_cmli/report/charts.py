@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from ds_cmli.common import plots
 from ds_cmli.common.plots import apart, matplotlib
 from ds_cmli.report.results import CHANCE, RECALL, WAYS
-from ds_cmli.report.runs import RunFiles
+from ds_cmli.report.runs import RunFiles, columns_of
 
 GROUPS = {  # title -> regular expression of its columns
     "Retrieval, R@1": r"eval/.*_r1",
@@ -26,9 +26,8 @@ GROUPS = {  # title -> regular expression of its columns
 INK = "#010203"  # becomes the page's text colour, on light and on dark paper
 SIZE = (4.6, 2.7)  # inches
 LABEL = 9  # points
-LONGEST = (
-    14  # characters of a name beside a line; of longer ones their numbers on the page stand there
-)
+# Characters of a name beside a line; of longer ones their numbers on the page stand there.
+LONGEST = 14
 
 
 @dataclass
@@ -59,13 +58,14 @@ def charts(runs: Sequence[RunFiles]) -> dict[str, str]:
 
 def chosen(runs: Sequence[RunFiles], pattern: str) -> list[Chart]:
     """The charts of the columns that match."""
-    every = dict.fromkeys(name for run in runs for line in run.metrics for name in line)
-    columns = [name for name in every if re.fullmatch(pattern, name) and f"/{CHANCE}/" not in name]
     found: dict[str, Chart] = {}
     short = all(len(run.name) <= LONGEST for run in runs)
-    for column in columns:
+    for column in columns_of(runs):
+        if not re.fullmatch(pattern, column) or f"/{CHANCE}/" in column:
+            continue
         title, label = named(column)
-        title = f"{title}, {label}" if len(runs) > 1 else title
+        if len(runs) > 1:
+            title = f"{title}, {label}"
         for number, run in enumerate(runs):
             steps, values = run.curve(column)
             if not steps:
@@ -124,9 +124,7 @@ def _bars(figure, axis, chart: Chart) -> None:
     places = range(len(names))
     bars = axis.barh(places, values, height=0.7, color=[series.colour for series in chart.series])
     form = ".3g" if max(values) > 1 else ".3f"
-    axis.bar_label(
-        bars, [format(value, form) for value in values], padding=3, color=INK, fontsize=LABEL
-    )
+    axis.bar_label(bars, fmt=f"{{:{form}}}", padding=3, color=INK, fontsize=LABEL)
     axis.set_yticks(places, names)
     axis.invert_yaxis()
     axis.margins(x=0.15)
@@ -139,14 +137,8 @@ def _bars(figure, axis, chart: Chart) -> None:
 def _lines(axis, chart: Chart) -> None:
     for series in chart.series:
         marker = "o" if len(series.steps) < 8 else None
-        axis.plot(
-            series.steps,
-            series.values,
-            series.style,
-            color=series.colour,
-            marker=marker,
-            markersize=3,
-        )
+        look = {"color": series.colour, "marker": marker, "markersize": 3}
+        axis.plot(series.steps, series.values, series.style, **look)
     if chart.chance is not None:
         axis.axhline(chart.chance, color=INK, linestyle=":", linewidth=1)
     axis.set_xlabel("optimizer steps", fontsize=LABEL)
@@ -158,15 +150,6 @@ def _lines(axis, chart: Chart) -> None:
     gap = 1.25 * LABEL / 72 / (SIZE[1] * 0.75) * (high - low)
     ends = apart([series.values[-1] for series in chart.series], gap)
     for series, end in zip(chart.series, ends, strict=True):
-        place = (1.02, end)
-        axis.text(
-            *place,
-            series.label,
-            transform=axis.get_yaxis_transform(),
-            color=INK,
-            fontsize=LABEL,
-            va="center",
-        )
-        axis.plot(
-            1.01, end, ".", transform=axis.get_yaxis_transform(), color=series.colour, clip_on=False
-        )
+        at = axis.get_yaxis_transform()
+        axis.text(1.02, end, series.label, transform=at, color=INK, fontsize=LABEL, va="center")
+        axis.plot(1.01, end, ".", transform=at, color=series.colour, clip_on=False)

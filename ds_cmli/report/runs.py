@@ -104,6 +104,15 @@ def _column(name: str) -> str:
     return name if former is None else name.removesuffix(former) + FORMER[former]
 
 
+def columns_of(runs: Sequence[RunFiles]) -> dict[str, None]:
+    """The columns of all runs, in the order in which they first stand in a file."""
+    out: dict[str, None] = {}
+    for run in runs:
+        for line in run.metrics:
+            out |= dict.fromkeys(line)
+    return out
+
+
 def groups(runs: Sequence[RunFiles]) -> list[list[RunFiles]]:
     """Groups of runs whose settings are equal except for the seed, in the order of their first run."""
     out: dict[str, list[RunFiles]] = {}

@@ -43,7 +43,7 @@ def test_only_what_is_used_is_copied(exported):
 
 
 def test_imports_are_rewritten_wherever_they_stand():
-    entry = "ds_cmli.export.settings"
+    entry = "ds_cmli.export.folder"
     files = bundle({entry: "entry"}, {entry: REPLACED})
     text = files["entry.py"]
     assert "from .common_errors import UserError as Mistake" in text

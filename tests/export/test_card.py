@@ -11,9 +11,8 @@ import pytest
 from ds_cmli.checkpoint.save import FOLDER
 from ds_cmli.config.schema import Config
 from ds_cmli.evaluate.split import evaluate_split
-from ds_cmli.export import results
-from ds_cmli.export.card import licences
-from ds_cmli.export.results import MEASURES
+from ds_cmli.export import card
+from ds_cmli.export.card import MEASURES, licences
 from tests.conftest import clean_environment
 from tests.export.conftest import export, make_run
 
@@ -47,7 +46,7 @@ def measured(run, tmp_path_factory):
         return found[split]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(results, "evaluate_split", few)
+        patch.setattr(card, "evaluate_split", few)
         folder = export(run, tmp_path_factory.mktemp("card") / "model", "--onnx", "--measure")
     return folder, found
 

@@ -5,8 +5,8 @@ import torch
 from transformers import AutoModel
 
 from ds_cmli.cmli.loss import l2_normalize
-from ds_cmli.export.onnx import write_onnx
-from ds_cmli.export.write import example
+from ds_cmli.export.folder import example
+from ds_cmli.export.towers import write_onnx
 
 onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")

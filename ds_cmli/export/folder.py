@@ -1,0 +1,286 @@
+"""An exported model's folder: written from a run, checked, and read back by this package."""
+
+import hashlib
+import inspect
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedTokenizerFast
+
+from ds_cmli import models
+from ds_cmli.checkpoint.weights import AVERAGE, load_student, load_weights
+from ds_cmli.checkpoint.weights import WEIGHTS as STUDENT
+from ds_cmli.common import tensor_file
+from ds_cmli.common.errors import UserError
+from ds_cmli.config import registry
+from ds_cmli.config.registry import LOSSES, over_pairs
+from ds_cmli.config.schema import Config, DataConfig, load_config
+from ds_cmli.config.validation import parse_json
+from ds_cmli.data.tokens import CaptionTokenizer, pretrained_tokenizer
+from ds_cmli.export.bundle import bundle
+from ds_cmli.export.configuration import CMLIConfig
+from ds_cmli.export.modeling import CMLIModel, build_student
+from ds_cmli.export.processing import CMLIProcessor
+from ds_cmli.losses.objective import Objective
+from ds_cmli.models.student import Student
+from ds_cmli.models.transformers_model import UNDECLARED, without_effect
+
+WEIGHTS = "model.safetensors"
+CHECKSUMS = "SHA256SUMS"  # in the format of the command sha256sum
+DEMO = "demo"  # `DataConfig.source` of the demo
+CODE = {
+    "ds_cmli.export.configuration": "configuration_ds_cmli",
+    "ds_cmli.export.modeling": "modeling_ds_cmli",
+    "ds_cmli.export.processing": "processing_ds_cmli",
+}
+AUTO_MAP = {
+    "AutoConfig": "configuration_ds_cmli.CMLIConfig",
+    "AutoModel": "modeling_ds_cmli.CMLIModel",
+    "AutoProcessor": "processing_ds_cmli.CMLIProcessor",
+}
+# Replaces `models`, which finds a backbone's file by the name in the registry.
+BACKBONES = '''"""The two backbones of this model."""
+
+from {image.__module__} import {image.__name__}
+from {text.__module__} import {text.__name__}
+
+IMAGE, TEXT = {image.__name__}, {text.__name__}
+
+
+def build(backbone, name, request):
+    return backbone(request)
+'''
+# Replaces `config.registry`.
+PAIR_LOSSES = '''"""The losses over pairs of this model."""
+
+from typing import NamedTuple
+
+
+class LossEntry(NamedTuple):
+    scores: str  # that it compares, "global" or "cmli"
+    kind: str  # "contrastive", "sigmoid", or "" for another function, which is not part of the export
+
+
+LOSSES = {{
+{lines}}}
+'''
+
+
+@dataclass
+class Trained:
+    """What is exported of a run."""
+
+    config: Config
+    objective: Objective  # the student and the losses over pairs, in eval mode
+    tokenizer: PreTrainedTokenizerFast
+    words: CaptionTokenizer  # the same as training uses it
+
+
+def load_run(run: Path, tokenizer: str | None, ema: bool = False) -> Trained:
+    """Load a run.
+
+    Args:
+        tokenizer: used instead of the one that the run names; None: the run's.
+        ema: load the averaged weights (`optim.ema_decay`).
+
+    Raises:
+        UserError: there is no such run, or it has no scores that could be exported.
+    """
+    config = load_config(run / "config.json", "the run")
+    if not over_pairs(config.loss.weights):
+        raise UserError(
+            f"{str(run)!r} was trained with {', '.join(config.loss.weights)} alone, which compare "
+            "no pairs: it has no scores to export; train with global or cmli too"
+        )
+    whole = pretrained_tokenizer(tokenizer or config.data.tokenizer)
+    words = CaptionTokenizer(whole, config.data.context_length)
+    objective = load_student(run, config, words, AVERAGE if ema else STUDENT, "the run")
+    for name, loss in objective.losses.items():
+        if not hasattr(loss, "logit_scale"):
+            raise UserError(f"{str(run)!r}: its loss {name} has no temperature: it has no export")
+    return Trained(config, objective.eval(), whole, words)
+
+
+def write_model(folder: Path, trained: Trained) -> CMLIModel:
+    """Write weights, configuration, processor and code; returns the model as read back from there.
+
+    Raises:
+        UserError: the loaded model gives other features.
+    """
+    config, objective, words = trained.config, trained.objective, trained.words
+    sample = words("a")
+    text = _text_config(objective.student)
+    added = [i for i, valid in zip(sample.input_ids, sample.valid, strict=True) if not valid]
+    exported = CMLIConfig(
+        portable(config, objective.student),
+        [*over_pairs(config.loss.weights).items()],
+        vocab_size=words.vocab_size if text is None else text.vocab_size,
+        pad_id=words.pad_id,
+        class_first=words.special.class_first,
+        special_ids=sorted({*words.special_ids, *added}),
+        pad_ends_texts=sample.input_ids[-1] == words.pad_id,
+        auto_map=AUTO_MAP,
+        architectures=[CMLIModel.__name__],
+        dtype="float32",
+    )
+    exported.save_pretrained(folder)
+    # Tied weights are saved under each of their names: transformers does not fill what a file lacks.
+    tensors = {name: value.clone() for name, value in objective.state_dict().items()}
+    (folder / WEIGHTS).write_bytes(b"".join(tensor_file.pieces(tensors)))
+    data = config.data
+    processor = CMLIProcessor(trained.tokenizer, data.image_size, data.context_length, words.pad_id)
+    processor.auto_map = AUTO_MAP
+    processor.save_pretrained(folder)
+    for name, text in code_of(objective).items():
+        (folder / name).write_text(text, encoding="utf-8")
+    model = CMLIModel.from_pretrained(folder)
+    check_same(objective, model)
+    return model
+
+
+def portable(config: Config, student: Student) -> dict[str, Any]:
+    """Sections of the configuration that build the same student anywhere and prepare its inputs.
+
+    They hold all sizes, and no weights or paths of this machine.
+    """
+    settings = asdict(config.student) | {
+        "image_weights": "random",
+        "image_backbone": _name(registry.IMAGE, student.image),
+        "text_weights": "random",
+        "text_backbone": _name(registry.TEXT, student.text),
+    }
+    text = _text_config(student)
+    if text is not None:
+        settings |= {"text_model": text.model_type, "text_overrides": _sizes(text)}
+    data = {
+        "image_size": config.data.image_size,
+        "context_length": config.data.context_length,
+        "max_pixels": config.data.max_pixels,
+        "source": sources(config.data),
+    }
+    return {"student": settings, "data": data}
+
+
+def sources(data: DataConfig) -> list[str]:
+    """What a model was trained on, by names without the paths of this machine."""
+    given = [data.source] if isinstance(data.source, str) else data.source
+    if given == [DEMO]:
+        return given
+    names = [Path(source).name for source in given]
+    return [f"./{name}" if name == DEMO else name for name in names]
+
+
+def _text_config(student: Student) -> PreTrainedConfig | None:
+    """None for a backbone of another library."""
+    return getattr(getattr(student.text, "model", None), "config", None)
+
+
+def _name(table: Mapping[str, registry.BackboneEntry], backbone: nn.Module) -> str:
+    return next(name for name, entry in table.items() if type(backbone) is registry.load(entry))
+
+
+def _sizes(config: PreTrainedConfig) -> dict[str, Any]:
+    """The fields that have an effect and differ from the defaults of the model's family."""
+    kind = type(config)
+    usual = kind().to_dict()
+    found = json.loads(json.dumps(config.to_dict()))
+    names = {*inspect.signature(kind).parameters, *UNDECLARED.get(config.model_type, ())}
+    out = {}
+    for name in sorted(names & found.keys()):
+        if found[name] != usual.get(name) and without_effect(kind, name) is None:
+            out[name] = found[name]
+    return out
+
+
+def code_of(objective: Objective) -> dict[str, str]:
+    """The code that runs the model without this package: file name -> content."""
+    backbones = BACKBONES.format(
+        image=type(objective.student.image), text=type(objective.student.text)
+    )
+    lines = ""
+    for name in objective.losses:
+        entry = LOSSES[name]
+        lines += f'    "{name}": LossEntry("{entry.scores}", "{entry.kind}"),\n'
+    replaced = {
+        models.__name__: backbones,
+        registry.__name__: PAIR_LOSSES.format(lines=lines),
+    }
+    return bundle(CODE, replaced)
+
+
+def write_checksums(folder: Path) -> None:
+    """Write the SHA-256 of each file of the folder. Called after everything else is written."""
+    lines = []
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            digest = hashlib.sha256(path.read_bytes()).hexdigest()
+            lines.append(f"{digest}  {path.relative_to(folder)}\n")
+    (folder / CHECKSUMS).write_text("".join(lines))
+
+
+@torch.no_grad()
+def check_same(objective: Objective, model: CMLIModel) -> None:
+    """Raise `UserError` if the two models' features are not equal to the bit."""
+    image, ids, mask = example(model)
+    student, g = objective.student, objective.student.projection
+    image_cls, patches = student.encode_image(image)
+    text_cls, tokens = student.encode_text(ids, mask)
+    of_image, of_text = model.get_image_features(image), model.get_text_features(ids, mask)
+    pairs = {
+        "class tokens of images": (image_cls, of_image.pooler_output),
+        "patches": (g(patches), of_image.last_hidden_state),
+        "class tokens of texts": (text_cls, of_text.pooler_output),
+        "tokens": (g(tokens), of_text.last_hidden_state),
+    }
+    for name, (trained, exported) in pairs.items():
+        if not torch.equal(trained, exported):
+            most = (trained - exported).abs().max().item()
+            raise UserError(
+                f"the exported model gives other {name} than the trained one, by up to {most:.1e}: "
+                "its backbones cannot be exported"
+            )
+
+
+def example(model: CMLIModel) -> tuple[Tensor, Tensor, Tensor]:
+    """Two random pictures and texts, the second text with padding, and the attention mask."""
+    data, generator = model.config.settings["data"], torch.Generator().manual_seed(0)
+    size, length = data["image_size"], data["context_length"]
+    image = torch.randint(0, 256, (2, 3, size, size), generator=generator, dtype=torch.uint8)
+    ids = torch.randint(0, model.config.vocab_size, (2, length), generator=generator)
+    mask = torch.ones(2, length, dtype=torch.bool)
+    mask[1, -(length // 2) :] = False
+    return image, ids.masked_fill(~mask, model.config.pad_id), mask
+
+
+def is_exported(folder: Path) -> bool:
+    try:
+        content = parse_json((folder / "config.json").read_text())
+    except (OSError, ValueError):
+        return False
+    return isinstance(content, dict) and content.get("model_type") == "ds_cmli"
+
+
+def load_exported(folder: Path) -> tuple[Config, Objective]:
+    """The configuration, as far as the export holds it, and the student with its losses over pairs.
+
+    Raises:
+        UserError: the folder is damaged.
+    """
+    try:
+        exported = CMLIConfig.from_pretrained(folder)
+        data = {"source": "not named", **exported.settings["data"]}  # earlier exports name none
+        given = {**exported.settings, "data": data, "loss": {"weights": dict(exported.losses)}}
+        config = Config.from_dict(given)
+        student = build_student(exported)
+    except (OSError, LookupError, ValueError, UserError) as error:
+        raise UserError(
+            f"{str(folder)!r}: its config.json is damaged, or of another version: {error}"
+        ) from None
+    objective = Objective(student, config.loss)
+    load_weights(folder, objective, WEIGHTS, "the model")
+    return config, objective

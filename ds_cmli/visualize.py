@@ -1,0 +1,273 @@
+"""Draws match maps: `python -m ds_cmli.visualize RUN --pairs 0,1,2`, as one page and as pictures.
+
+For each word of a caption they show its best patches of the picture, for each patch its best word;
+those of several runs are shown side by side, on the same pairs.
+
+Shapes: S image side in pixels, N image patches, M words.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+from PIL import Image
+
+from ds_cmli.common import documents
+from ds_cmli.common.cli import check_writable, run_command
+from ds_cmli.common.errors import UserError
+from ds_cmli.common.plots import COLOURS
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ds_cmli.config.schema import Config
+    from ds_cmli.inference import Match, Model
+
+DEFAULT = 4  # pairs that are shown if none are asked for
+
+
+@dataclass
+class Panel:
+    """One caption and its picture, with the matches of one or several models."""
+
+    title: str
+    text: str
+    image: Tensor  # uint8 [3, S, S]
+    matches: dict[str, Match]  # model's name -> its match; all have the same words
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The options of the command."""
+
+    runs: tuple[str, ...]
+    source: str | None
+    split: str | None
+    pairs: str | None
+    image: str | None
+    text: str | None
+    output: str
+    pictures: str | None
+
+
+@click.command()
+@click.argument("runs", nargs=-1, required=True, metavar="RUN [RUN ...]")
+@click.option(
+    "--data", "source", default=None, help="As of a training.  [default: the first run's own]"
+)
+@click.option("--split", default=None, help="Which held-out part.  [default: the first]")
+@click.option(
+    "--pairs",
+    default=None,
+    metavar="0,1,2",
+    help="Numbers of pairs: each picture with its first caption, then each with its second.  "
+    "[default: the first four]",
+)
+@click.option("--image", default=None, help="A picture's file instead of --pairs; needs --text.")
+@click.option("--text", default=None, help="The text for --image.")
+@click.option("--output", default="match-maps.html", show_default=True, help="The page.")
+@click.option(
+    "--pictures", default=None, metavar="FOLDER", help="Also a PNG of each pair, in this folder."
+)
+def command(**options: Any) -> None:
+    """Show what each word of a caption finds in its picture, and each patch in the caption."""
+    asked = Asked(**options)
+    if (asked.image is None) != (asked.text is None):
+        raise UserError("--image and --text belong together: give both, or --pairs")
+    if asked.image is not None and asked.pairs is not None:
+        raise UserError("--pairs has no effect beside --image: leave it out")
+    numbers = None
+    if asked.pairs is not None:
+        numbers = [_number(part) for part in asked.pairs.split(",")]
+    check_writable(asked.output)
+
+    from ds_cmli.inference import Model
+
+    models = {_name(run, asked.runs): Model.load(run) for run in asked.runs}
+    first = next(iter(models.values()))
+    if asked.image is not None and asked.text is not None:
+        shown = [(Path(asked.image).name, first.read(asked.image), asked.text)]
+    else:
+        shown = held_out(first.config, asked.source, asked.split, numbers)
+    panels = [panel(models, title, pixels, caption) for title, pixels, caption in shown]
+    write_page(panels, asked.output)
+    many = "s" if len(panels) > 1 else ""
+    click.echo(f"match maps of {len(panels)} pair{many}: {asked.output}")
+    if asked.pictures is not None:
+        folder = Path(asked.pictures)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"--pictures is {asked.pictures!r}: cannot make it: {error.strerror}"
+            ) from None
+        for number, one in enumerate(panels):
+            write_figure(one, folder / f"match-{number}.png")
+        click.echo(f"pictures of them: {asked.pictures}")
+
+
+def _number(part: str) -> int:
+    if not part.strip().isdigit():
+        raise UserError(f"--pairs has {part!r}: give numbers from 0 on, separated by commas")
+    return int(part)
+
+
+def _name(run: str, runs: tuple[str, ...]) -> str:
+    """The name of the run's folder, or its path as given if two folders have the same name."""
+    names = {Path(other).resolve().name for other in runs}
+    return Path(run).resolve().name if len(names) == len(runs) else run
+
+
+def held_out(
+    config: Config, source: str | None, split: str | None, numbers: Sequence[int] | None
+) -> list[tuple[str, Tensor, str]]:
+    """Pairs of a held-out split, as (title, picture uint8 [3, S, S], caption as it is written).
+
+    Args:
+        numbers: as `in_turns` counts them; None: the first `DEFAULT` that can be used.
+
+    Raises:
+        UserError: there is no such split or pair, or a pair cannot be used.
+    """
+    from ds_cmli.data.load import build_data
+    from ds_cmli.evaluate.held_out import HeldOut
+
+    if source is not None:
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, source=source))
+    data = build_data(config.data, config.run.seed)
+    if not data.evals:
+        raise UserError(f"--data is {config.data.source!r}: it has no held-out part")
+    split = split or next(iter(data.evals))
+    if split not in data.evals:
+        raise UserError(f"--split is {split!r}: give one of {', '.join(data.evals)}")
+    pairs = HeldOut(data.evals[split])
+    order = in_turns(pairs.image_of.tolist())
+    out: list[tuple[str, Tensor, str]] = []
+    for number in range(len(order)) if numbers is None else numbers:
+        if number >= len(order):
+            raise UserError(f"--pairs has {number}: {split} has {len(order)} pairs, from 0 on")
+        row = order[number]
+        sample = pairs.pairs.pair(pairs.rows[row])
+        if sample.bad is None:
+            file = pairs.file(row)
+            title = f"{split} {number}" if file.isdigit() else f"{split} {number}: {file}"
+            out.append((title, sample.image, sample.tokens.text))
+        elif numbers is not None:
+            name, reason = sample.bad
+            raise UserError(f"--pairs has {number}, which cannot be used: {name}: {reason}")
+        if numbers is None and len(out) == DEFAULT:
+            break
+    if not out:
+        raise UserError(f"--split is {split!r}: none of its {len(order)} pairs can be used")
+    return out
+
+
+def in_turns(image_of: Sequence[int]) -> list[int]:
+    """The order in which pairs are counted: each picture's first caption, then each one's second.
+
+    So the first pairs show different pictures.
+
+    Args:
+        image_of: the number of each caption's picture.
+    """
+    seen: dict[int, int] = {}
+    turns = []
+    for caption, picture in enumerate(image_of):
+        seen[picture] = seen.get(picture, -1) + 1
+        turns.append((seen[picture], caption))
+    return [caption for _, caption in sorted(turns)]
+
+
+def panel(models: Mapping[str, Model], title: str, image: Tensor, text: str) -> Panel:
+    """The panel of a picture [3, S, S] and a text, with the match of each model.
+
+    Raises:
+        UserError: a model cannot read the picture or knows no word of the text, or two models
+            divide it differently.
+    """
+    matches: dict[str, Match] = {}
+    for name, model in models.items():
+        match = model.match(image, text)
+        if not match.words:
+            raise UserError(f"the text is {text!r}, of which {name} knows no word")
+        first = next(iter(matches.values()), match)
+        if match.spans != first.spans:
+            raise UserError(
+                f"{name} divides {text!r} into other words than {next(iter(matches))}: show them "
+                "in two pages"
+            )
+        matches[name] = match
+    return Panel(title, text, image, matches)
+
+
+def write_page(panels: Sequence[Panel], path: str | Path, title: str = "Match maps") -> None:
+    """Write one HTML page that needs no network; hovering a word shows its patches, and vice versa.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    shown = [_values(panel) for panel in panels]
+    values = {"title": title, "panels": shown, "colours": COLOURS}
+    documents.write_page(path, "the page", "ds_cmli.inference", "maps.html.jinja", **values)
+
+
+def _values(panel: Panel) -> dict[str, object]:
+    """What the template reads of a panel."""
+    models = []
+    for name, match in panel.matches.items():
+        rows, columns = match.grid
+        similarity = [_rounded(row) for row in match.similarity.tolist()]
+        models.append({"name": name, "rows": rows, "columns": columns, "similarity": similarity})
+    buffer = io.BytesIO()
+    Image.fromarray(panel.image.permute(1, 2, 0).numpy()).save(buffer, "PNG")
+    return {
+        "title": panel.title,
+        "pieces": pieces(panel.text, next(iter(panel.matches.values())).spans),
+        "image": documents.data_url(buffer.getvalue(), "png"),
+        "models": models,
+    }
+
+
+def _rounded(row: list[float]) -> list[float]:
+    return [round(value, 3) for value in row]
+
+
+def pieces(text: str, spans: Sequence[tuple[int, int]]) -> list[tuple[str, int | None]]:
+    """The text in pieces: each word with its number, and the text between words with None."""
+    out: list[tuple[str, int | None]] = []
+    position = 0
+    for number, (start, end) in enumerate(spans):
+        if start > position:
+            out.append((text[position:start], None))
+        out.append((text[start:end], number))
+        position = max(position, end)
+    if text[position:]:
+        out.append((text[position:], None))
+    return out
+
+
+def write_figure(panel: Panel, path: str | Path) -> None:
+    """Draw a panel as a picture for a paper or a slide, with a block for each model.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    from ds_cmli.common.match_sheet import sheet
+
+    matches = dict(panel.matches)
+    if len(matches) == 1:
+        matches = {"": next(iter(matches.values()))}  # a single model is not named
+    try:
+        Image.fromarray(sheet(panel.image, panel.text, matches)).save(path, optimize=True)
+    except (OSError, ValueError) as error:
+        raise UserError(f"the picture is {str(path)!r}: cannot write it: {error}") from None
+
+
+if __name__ == "__main__":
+    run_command(command)
