@@ -22,8 +22,7 @@ from ds_cmli.data.loaders import train_loader
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.faults import preemption
 from ds_cmli.memory import out_of_memory, predict_subprocess
-from ds_cmli.memory.inputs import UNCOMPILED
-from ds_cmli.memory.ranks import likeliest
+from ds_cmli.memory.inputs import UNCOMPILED, likeliest
 from ds_cmli.memory.report import Report, show
 
 STEPS = 2  # optimizer steps whose data is loaded

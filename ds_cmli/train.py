@@ -36,7 +36,7 @@ from ds_cmli.config.outputs import check_outputs
 from ds_cmli.config.schema import Config
 from ds_cmli.distributed.launchers import map_launcher_environment
 from ds_cmli.faults import preemption
-from ds_cmli.memory.profiles import Profiles
+from ds_cmli.memory.profiler import Profiles
 
 
 @click.command(cls=GroupedCommand, context_settings={"help_option_names": ["-h", "--help"]})

@@ -1,8 +1,9 @@
 """python profiling/backbones.py [NAME ...] [--stage 2] [--checkpointing] [--precision fp32]
 
-Backbones of all kinds with random weights in small sizes: each trains two steps on the demo's scenes, is evaluated, and
-its memory is predicted beside what PyTorch's allocator gives a real step, or it is refused in one line. Ends with exit
-code 1 where neither is so. Without names all are tried, in ten minutes or so.
+Backbones of all kinds with random weights in small sizes: each trains two steps on the demo's
+scenes, is evaluated, and its memory is predicted beside what PyTorch's allocator gives a real step,
+or it is refused in one line. Ends with exit code 1 where neither is so. Without names all are
+tried, in ten minutes or so.
 """
 
 import sys
@@ -38,7 +39,9 @@ from ds_cmli.memory.predict import predict
 from profiling.measure_cpu import measure_phases
 
 BATCH, STEPS, PAIRS = 4, 2, 8
-EQUAL = 256  # bytes that the predicted may differ by: the few numbers that operators and the engine hold for a moment
+# Bytes that the predicted may differ by: the few numbers that operators and the engine hold for a
+# moment.
+EQUAL = 256
 VIT = {"embed_dim": 32, "depth": 2, "num_heads": 2}
 SWIN = {"embed_dim": 16, "depths": [1, 1, 1, 1], "num_heads": [1, 2, 2, 2]}
 CNN = {"depths": [1, 1, 1, 1], "dims": [16, 16, 32, 32]}

@@ -1,9 +1,11 @@
-"""What `profiling/benchmark_cmli.py` measures the all-pairs scores beside; training never imports it.
+"""What `profiling/benchmark_cmli.py` measures the all-pairs scores beside; training never imports
+it.
 
-Inputs in the document's sizes, a timed step over them with the bare matrix product as floor, and other implementations
-of the scores: `broadcast` stores every product of every dot product, `materialised` lets a matrix product store one
-number for each. Each of these takes image [I, N, D], text [J, M, D] and the text's mask, bool [J, M], and returns s_i2t
-and s_t2i [I, J]. Libraries that know one direction are called in both; they come with `pip install -e '.[bench]'`.
+Inputs in the document's sizes, a timed step over them with the bare matrix product as floor, and
+other implementations of the scores: `broadcast` stores every product of every dot product,
+`materialised` lets a matrix product store one number for each. Each of these takes image [I, N, D],
+text [J, M, D] and the text's mask, bool [J, M], and returns s_i2t and s_t2i [I, J]. Libraries that
+know one direction are called in both; they come with `pip install -e '.[bench]'`.
 """
 
 import time
@@ -22,7 +24,9 @@ Scores = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def text_lengths(setting: str, B: int) -> Tensor:
-    """Valid tokens of each text: all 62; as in captions (mean about 12, one of 62); evenly from 8 to 62."""
+    """Valid tokens of each text: all 62; as in captions (mean about 12, one of 62); evenly from
+    8 to 62.
+    """
     g = torch.Generator().manual_seed(1)
     if setting == "full":
         return torch.full((B,), 62)
@@ -83,12 +87,16 @@ class Problem:
 
 
 def broadcast_dots(x: Tensor, y: Tensor) -> Tensor:
-    """Dot products over the last dimension of tensors that broadcast, every single product stored on the way."""
+    """Dot products over the last dimension of tensors that broadcast, every single product
+    stored on the way.
+    """
     return (x * y).sum(-1)
 
 
 def cmli_from(similarities: Tensor, token_mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Both scores [I, G] from [I, N, G, M], masked tokens at minus infinity; each text has a valid token."""
+    """Both scores [I, G] from [I, N, G, M], masked tokens at minus infinity; each text has a
+    valid token.
+    """
     s_i2t = similarities.max(3).values.mean(1)
     best = similarities.max(1).values.masked_fill(~token_mask, 0)  # [I, G, M]
     return s_i2t, best.sum(2) / token_mask.sum(1)
@@ -97,7 +105,10 @@ def cmli_from(similarities: Tensor, token_mask: Tensor) -> tuple[Tensor, Tensor]
 def broadcast_scores(
     image: Tensor, text: Tensor, token_mask: Tensor, image_mask: None = None
 ) -> tuple[Tensor, Tensor]:
-    """CMLI of all pairs as the document counts it: [I, N, G, M, D] is stored. Arguments as `cmli_scores`."""
+    """CMLI of all pairs as the document counts it: [I, N, G, M, D] is stored.
+
+    Arguments as `cmli_scores`.
+    """
     similarities = broadcast_dots(upcast(image)[:, :, None, None], upcast(text))
     return cmli_from(similarities.masked_fill_(~token_mask, -torch.inf), token_mask)
 
@@ -110,9 +121,12 @@ def materialised_scores(
     *,
     narrow: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """CMLI of all pairs by one matrix product, all similarities stored: [I, N, G, M]. Arguments as `cmli_scores`.
+    """CMLI of all pairs by one matrix product, all similarities stored: [I, N, G, M].
 
-    Plain autograd. `narrow` stores 16-bit inputs' similarities in 16 bits and lets rounding decide between maxima.
+    Arguments as `cmli_scores`.
+
+    Plain autograd. `narrow` stores 16-bit inputs' similarities in 16 bits and lets rounding decide
+    between maxima.
     """
     if not narrow:
         image, text = upcast(image), upcast(text)
@@ -124,10 +138,11 @@ def materialised_scores(
 
 
 def naive(image: Tensor, text: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """The fastest materialised form: one product, and `max`, whose backward is cheaper than that of `amax`."""
-    S = (image.flatten(0, 1) @ text.flatten(0, 1).t()).view(
-        *image.shape[:2], *text.shape[:2]
-    )  # [I, N, J, M]
+    """The fastest materialised form: one product, and `max`, whose backward is cheaper than that
+    of `amax`.
+    """
+    # [I, N, J, M].
+    S = (image.flatten(0, 1) @ text.flatten(0, 1).t()).view(*image.shape[:2], *text.shape[:2])
     s_i2t = S.masked_fill(~mask, -torch.inf).max(3).values.mean(1)
     return s_i2t, (S.max(1).values * mask).sum(2) / mask.sum(1)
 

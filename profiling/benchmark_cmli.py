@@ -1,12 +1,12 @@
 """python profiling/benchmark_cmli.py [--json FILE] [--plot FILE]
 
-The all-pairs CMLI scores beside everything else that computes them, in one run: time of forward and of forward and
-backward, extra memory, where our own time goes, and how it grows. Peers come with `pip install -e '.[bench]'`; one
-that is missing or does not run here is a row that says so.
+The all-pairs CMLI scores beside everything else that computes them, in one run: time of forward and
+of forward and backward, extra memory, where our own time goes, and how it grows. Peers come with
+`pip install -e '.[bench]'`; one that is missing or does not run here is a row that says so.
 
-Floor: the bare matrix product over valid tokens, torch.mm into a preallocated tensor, fp32. It is no lower bound where
-the chunked backend's product (oneDNN) is faster than torch.mm's (MKL). Timings: repeats of all contenders
-interleaved, medians.
+Floor: the bare matrix product over valid tokens, torch.mm into a preallocated tensor, fp32. It is
+no lower bound where the chunked backend's product (oneDNN) is faster than torch.mm's (MKL).
+Timings: repeats of all contenders interleaved, medians.
 
 Shapes: image [B, N, D], text [B, M, D].
 """
@@ -42,7 +42,8 @@ def ours(**options) -> Scores:
     return lambda image, text, mask: cmli_scores(image, text, mask, **options)
 
 
-THRIFTY = "recompute, 32 MB"  # the chunked backend's least memory: no argmax saved, half the default scratch
+# The chunked backend's least memory: no argmax saved, half the default scratch.
+THRIFTY = "recompute, 32 MB"
 # name -> (scores, dtypes, whether it is ours)
 CONTENDERS: dict[str, tuple[Scores, tuple[str, ...], bool]] = {
     "naive autograd": (baselines.naive, ("fp32",), False),
@@ -105,11 +106,12 @@ def resident(field: str) -> int:
 
 
 def own_peak(name: str, setting: str, dtype: str, I: int, J: int, device: str) -> int:  # noqa: E741
-    """Extra memory of one forward and backward beyond inputs and their gradients; call it in a fresh process."""
+    """Extra memory of one forward and backward beyond inputs and their gradients; call it in a
+    fresh process.
+    """
     scores = CONTENDERS[name][0]
-    Problem(setting, 2, 2, DTYPES[dtype], device).step(
-        scores
-    )  # libraries load and start their threads
+    # Libraries load and start their threads.
+    Problem(setting, 2, 2, DTYPES[dtype], device).step(scores)
     problem = Problem(setting, I, J, DTYPES[dtype], device)
     gradients = problem.image.nbytes + problem.text.nbytes
     if device == "cuda":
@@ -161,8 +163,8 @@ REPEATS = 3
 def breakdown(setting: str, B: int) -> dict[str, float]:
     """CPU seconds of a step of the chunked backend, of all threads together, by kind of work.
 
-    Each kind has its share of the profiled steps. So the parts add up to the step however busy the machine is, which a
-    difference between a timed and a profiled step does not.
+    Each kind has its share of the profiled steps. So the parts add up to the step however busy the
+    machine is, which a difference between a timed and a profiled step does not.
     """
     problem, scores = Problem(setting, B, B, torch.float32, "cpu"), CONTENDERS["chunked"][0]
     problem.step(scores)
@@ -178,7 +180,10 @@ def breakdown(setting: str, B: int) -> dict[str, float]:
 
 
 def _shares(step: Callable[[], None]) -> dict[str, float]:
-    """The share of each kind of work in the time of one profiled step. Operators of a step run one after the other."""
+    """The share of each kind of work in the time of one profiled step.
+
+    Operators of a step run one after the other.
+    """
     activities = [torch.profiler.ProfilerActivity.CPU]
     with (
         torch.profiler.profile(activities=activities) as profiler,
@@ -198,7 +203,9 @@ def _step_seconds(problem: Problem, scores: Scores) -> float:
 
 
 def scaling(setting: str, batches: list[int], repeats: int, device: str) -> list[dict]:
-    """One rank's block row of G/P images against G texts: time by G^2/P and by valid patch-token pair."""
+    """One rank's block row of G/P images against G texts: time by G^2/P and by valid patch-token
+    pair.
+    """
     scores, rows = ours(), []
     ranks = [(G, 1) for G in batches] + [(batches[-1], 2), (batches[-1], 4)]
     problems = [Problem(setting, G // P, G, torch.float32, device) for G, P in ranks]

@@ -2,9 +2,10 @@
 
 How fast pairs come, beside how fast pictures are decoded, and how long a training waits for them.
 
-Three tables: decoders on the same JPEGs; pairs per second and loading process, against decoding the same pictures and
-nothing else; the share of the trainer's steps spent waiting for the next batch. The first table is of JPEGs of noise,
-the others of --data; of the demo, drawing a scene counts as decoding.
+Three tables: decoders on the same JPEGs; pairs per second and loading process, against decoding the
+same pictures and nothing else; the share of the trainer's steps spent waiting for the next batch.
+The first table is of JPEGs of noise, the others of --data; of the demo, drawing a scene counts as
+decoding.
 """
 
 import sys
@@ -108,7 +109,9 @@ def decoder_table(size: int) -> dict[str, dict[str, float]]:
 
 
 def bare(data: Any, draws: list[Draw]) -> tuple[float, float]:
-    """Pictures decoded in a second, and in a second of CPU time, by this process, and nothing else done."""
+    """Pictures decoded in a second, and in a second of CPU time, by this process, and nothing
+    else done.
+    """
     pairs, started, used = data.train, time.perf_counter(), time.process_time()
     for draw in draws:
         if isinstance(pairs, TrainPairs):
@@ -121,7 +124,9 @@ def bare(data: Any, draws: list[Draw]) -> tuple[float, float]:
 def loaded(
     data: Any, sampler: GlobalBatchSampler, workers: int, prefetch: int, batches: int
 ) -> tuple[float, float]:
-    """Pairs in a second out of the loader, in its steady state, and in a second of this process's CPU time."""
+    """Pairs in a second out of the loader, in its steady state, and in a second of this
+    process's CPU time.
+    """
     loader = iter(train_loader(data, sampler, workers, prefetch=prefetch))
     for _ in range(2 + workers * prefetch):  # those prepared while the processes started
         next(loader)
@@ -133,7 +138,9 @@ def loaded(
 
 
 def waiting(step: Any, loader: Any, steps: int, device: torch.device) -> tuple[float, float]:
-    """Seconds of a step, and the share of it spent waiting for its batch, over `steps` after the first two."""
+    """Seconds of a step, and the share of it spent waiting for its batch, over `steps` after the
+    first two.
+    """
     taken, waited = 0.0, 0.0
     for number in range(-2, steps):
         started = time.perf_counter()

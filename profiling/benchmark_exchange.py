@@ -1,7 +1,8 @@
 """python profiling/benchmark_exchange.py [--ranks 4] [--dtype bf16]
 
-Gathered texts beside texts that go round, in the all-pairs CMLI scores over real gloo ranks on this CPU: the most bytes
-that one forward and backward pass takes on rank 0 beyond its inputs, the bytes that it sends, and its time.
+Gathered texts beside texts that go round, in the all-pairs CMLI scores over real gloo ranks on this
+CPU: the most bytes that one forward and backward pass takes on rank 0 beyond its inputs, the bytes
+that it sends, and its time.
 
 Shapes: image [B, N, D], text [B, M, D] of each rank.
 """

@@ -1,8 +1,9 @@
 """python profiling/benchmark_search.py --model RUN [--images 20000] [--json]
 
-What search in an index costs and finds: an index of scenes of the demo, embedded by a run's student, is searched by
-captions of some of them. Beside the best by global score, which CMLI orders, stands the exact search, which scores
-every picture by CMLI: time of a query, memory that it adds, and how many of the exact search's results it has.
+What search in an index costs and finds: an index of scenes of the demo, embedded by a run's
+student, is searched by captions of some of them. Beside the best by global score, which CMLI
+orders, stands the exact search, which scores every picture by CMLI: time of a query, memory that it
+adds, and how many of the exact search's results it has.
 """
 
 import sys
@@ -64,7 +65,9 @@ def forget_peak() -> None:
 def searched(
     folder: Path, model: Any, texts: list[str], candidates: int
 ) -> tuple[dict[str, float], list[list[str]]]:
-    """Milliseconds of a query, median and slowest, and the bytes that searching added; names of each one's results."""
+    """Milliseconds of a query, median and slowest, and the bytes that searching added; names of
+    each one's results.
+    """
     from ds_cmli.inference import Index
 
     index = Index(folder)  # anew, so that nothing of it is in this process's memory yet

@@ -1,10 +1,12 @@
 """python profiling/benchmark_step.py [--json]
 
-The trainer's step beside a plain PyTorch loop over the same models and the same batches, in one process, interleaved.
+The trainer's step beside a plain PyTorch loop over the same models and the same batches, in one
+process, interleaved.
 
-The plain loop is what one writes without this project: fp32 weights, autocast to the trainer's precision where that is
-16 bit, a fused AdamW over the same parameter groups, clipping by the global norm, `torch.utils.checkpoint` where
-activations are recomputed. Its frozen teacher is cast once, as the trainer's is.
+The plain loop is what one writes without this project: fp32 weights, autocast to the trainer's
+precision where that is 16 bit, a fused AdamW over the same parameter groups, clipping by the global
+norm, `torch.utils.checkpoint` where activations are recomputed. Its frozen teacher is cast once, as
+the trainer's is.
 
 B pairs, of the preset's data; one rank.
 """
@@ -96,11 +98,12 @@ def seconds(step: Step, batch: Batch, device: torch.device, clock: str) -> float
 def compare(
     steps: dict[str, Step], batches: list[Batch], repeats: int, device: torch.device, clock: str
 ) -> dict[str, list[float]]:
-    """Seconds of each step, `repeats` times, all of them in turn; the order turns round each time."""
+    """Seconds of each step, `repeats` times, all of them in turn; the order turns round each
+    time.
+    """
     times: dict[str, list[float]] = {name: [] for name in steps}
-    for repeat in range(
-        -2, repeats
-    ):  # the first two warm up: optimizer states are made, and shapes seen
+    # The first two warm up: optimizer states are made, and shapes seen.
+    for repeat in range(-2, repeats):
         batch = batches[repeat % len(batches)]
         for name in list(steps)[:: 1 if repeat % 2 else -1]:
             taken = seconds(steps[name], batch, device, clock)

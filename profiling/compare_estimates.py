@@ -1,9 +1,9 @@
 """python profiling/compare_estimates.py [--json FILE] [--markdown FILE]
 
-The document's memory estimates E1 to E5 beside the truth: its arithmetic computed, what each way to compute the same
-thing really stores, predicted and measured to the byte, and the whole training step. On a GPU where there is one,
-otherwise on the CPU; what does not fit stays predicted, and what takes minutes is measured with fewer pairs. What fits
-a GPU is asked of `profiling/predict.py`.
+The document's memory estimates E1 to E5 beside the truth: its arithmetic computed, what each way to
+compute the same thing really stores, predicted and measured to the byte, and the whole training
+step. On a GPU where there is one, otherwise on the CPU; what does not fit stays predicted, and what
+takes minutes is measured with fewer pairs. What fits a GPU is asked of `profiling/predict.py`.
 """
 
 import sys
@@ -14,7 +14,8 @@ if __name__ == "__main__":  # run by its path: not this folder, but the reposito
 
 import os
 
-# Threads that wait for each other use up the CPU's time; nothing here needs more than one. Before torch is imported.
+# Threads that wait for each other use up the CPU's time; nothing here needs more than one. Before
+# torch is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import json
@@ -58,10 +59,12 @@ def command(
     plot_folder: str,
     **sizes: int,
 ) -> None:
-    """Put the source document's memory estimates E1 to E5 beside what is predicted and what is measured.
+    """Put the source document's memory estimates E1 to E5 beside what is predicted and what is
+    measured.
 
-    With no options: the document's setting, and the whole training step of the preset "demo". `--only E4` predicts the
-    document's step in every way to compute the loss. What fits a GPU is asked of profiling/predict.py.
+    With no options: the document's setting, and the whole training step of the preset "demo".
+    `--only E4` predicts the document's step in every way to compute the loss. What fits a GPU is
+    asked of profiling/predict.py.
     """
     if preset not in PRESETS:
         raise UserError(f"--preset is {preset!r}: {nearest(preset, PRESETS)}")

@@ -1,10 +1,10 @@
 """How far memory estimates are off, over a fixed list of settings: `python profiling/estimators.py`
 
-Each setting's step runs on this CPU under PyTorch's allocator. Beside what was measured stand our prediction,
-DeepSpeed's own estimators (ZeRO-2 and 3 alone), accelerate's rule (`accelerate estimate-memory`, training with Adam),
-and the rule of thumb of 16 bytes a trained parameter. P(OOM) is the share of settings whose step fails when an estimate
-is all the memory that there is: the measured allocations are replayed through the model of CUDA's allocator with that
-limit.
+Each setting's step runs on this CPU under PyTorch's allocator. Beside what was measured stand our
+prediction, DeepSpeed's own estimators (ZeRO-2 and 3 alone), accelerate's rule (`accelerate
+estimate-memory`, training with Adam), and the rule of thumb of 16 bytes a trained parameter. P(OOM)
+is the share of settings whose step fails when an estimate is all the memory that there is: the
+measured allocations are replayed through the model of CUDA's allocator with that limit.
 """
 
 import sys
@@ -107,7 +107,9 @@ def settings() -> list[Setting]:
 
 @dataclass
 class Row:
-    """One setting: bytes that were measured, that each estimator says, and whether the step fails within them."""
+    """One setting: bytes that were measured, that each estimator says, and whether the step
+    fails within them.
+    """
 
     name: str
     measured: int
@@ -184,7 +186,8 @@ def rows(chosen: list[Setting]) -> Iterator[Row]:
 
 
 def deepspeed_estimate(stage: int, trained: int, largest: int, ranks: int, offload: bool) -> int:
-    """Bytes that DeepSpeed's own functions estimate: of a GPU; with `offload` of a GPU and its share of the host, as
+    """Bytes that DeepSpeed's own functions estimate: of a GPU; with `offload` of a GPU and its
+    share of the host, as
     both are this CPU's memory here."""
     from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs
     from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs
@@ -211,7 +214,9 @@ def accelerate_estimate(trained: int, precision: str) -> int:
 
 
 def summary(found: list[Row]) -> dict[str, dict[str, float]]:
-    """Of each estimator: settings, median and maximum of the relative error's size, share too low, and P(OOM)."""
+    """Of each estimator: settings, median and maximum of the relative error's size, share too
+    low, and P(OOM).
+    """
     out = {}
     for name in ESTIMATORS:
         errors = [row.errors()[name] for row in found if name in row.estimates]
@@ -290,7 +295,9 @@ def read_saved(file: str) -> dict[str, dict[str, float]]:
 
 
 def draw(table: dict[str, dict[str, float]], path: Path) -> None:
-    """Of each estimator a bar from its median to its largest relative error, and the share of steps that fail."""
+    """Of each estimator a bar from its median to its largest relative error, and the share of
+    steps that fail.
+    """
     from ds_cmli.common import plots
 
     pyplot = plots.matplotlib("--plot")
@@ -358,7 +365,9 @@ def draw(table: dict[str, dict[str, float]], path: Path) -> None:
 
 
 def rounded(share: float) -> str:
-    """A relative error as percent: with one decimal from 0.1% on, else as far as its first digit."""
+    """A relative error as percent: with one decimal from 0.1% on, else as far as its first
+    digit.
+    """
     if share < SMALLEST / 2:
         return "0%"
     return f"{share:.1%}" if share >= 0.001 else f"{float(f'{100 * share:.1g}'):.6g}%"

@@ -1,9 +1,10 @@
 """python profiling/gpu_check.py [--json FILE] [--markdown FILE]
 
-The tables of what only a GPU can show: runs `pytest -m gpu` and writes each figure beside its bar, with the date and
-the name of the GPU. It predicts and measures memory for every setting of tests/gpu/settings.py, replays the recorded
-allocator histories, and checks the all-pairs op against fp64 and the clock, and the document's estimates. It takes
-under 8 minutes on one GPU; the files are whole at any moment. Exit code: 1 where a bar is missed, 2 without a GPU.
+The tables of what only a GPU can show: runs `pytest -m gpu` and writes each figure beside its bar,
+with the date and the name of the GPU. It predicts and measures memory for every setting of
+tests/gpu/settings.py, replays the recorded allocator histories, and checks the all-pairs op against
+fp64 and the clock, and the document's estimates. It takes under 8 minutes on one GPU; the files are
+whole at any moment. Exit code: 1 where a bar is missed, 2 without a GPU.
 """
 
 import sys
@@ -28,7 +29,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 class Tables:
-    """A pytest plugin that gathers the figures which tests record, and writes both files after each test."""
+    """A pytest plugin that gathers the figures which tests record, and writes both files after
+    each test.
+    """
 
     def __init__(self, device: str, end: float, json_path: Path, markdown_path: Path):
         self.device, self.end, self.json_path, self.markdown_path = (

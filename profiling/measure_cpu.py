@@ -1,18 +1,20 @@
-"""Runs the step that `predict.py` predicts with real tensors on this CPU, and measures it by the allocator's events.
+"""Runs the step that `predict.py` predicts with real tensors on this CPU, and measures it by the
+allocator's events.
 
-The total is what PyTorch's allocator reports to the profiler, including temporaries inside operators. The allocator
-does not know what a block is used for, so the categories come from a second run, under the tracker.
+The total is what PyTorch's allocator reports to the profiler, including temporaries inside
+operators. The allocator does not know what a block is used for, so the categories come from a
+second run, under the tracker.
 """
 
 import gc
 import time
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.profiler import record_function
+from torch.profiler import profile, record_function
 
 from ds_cmli import engine
 from ds_cmli.allocator.blocks import Event
@@ -21,7 +23,6 @@ from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.schema import Config
 from ds_cmli.distributed.traffic import Traffic
 from ds_cmli.memory import cpu_events
-from ds_cmli.memory.collectives import seen_by_the_profiler
 from ds_cmli.memory.fake import process_group
 from ds_cmli.memory.inputs import longest_batch, text_lengths, without_weights
 from ds_cmli.memory.phases import heartbeats, phases
@@ -34,10 +35,12 @@ PART_S = 1.0  # seconds that a profiler records at least within a phase
 
 
 def measure(config: Config, ds_config: Mapping[str, Any], world_size: int = 1) -> Report:
-    """Memory of this rank's first two optimizer steps on this CPU, in bytes; arguments and errors as in `predict`.
+    """Memory of this rank's first two optimizer steps on this CPU, in bytes; arguments and errors
+    as in `predict`.
 
-    If a process group is initialised, its ranks take the steps together. Otherwise this process is rank 0, and the
-    other ranks are simulated by a fake process group, whose collectives transfer nothing.
+    If a process group is initialised, its ranks take the steps together. Otherwise this process is
+    rank 0, and the other ranks are simulated by a fake process group, whose collectives transfer
+    nothing.
     """
     peaks = measure_phases(config, ds_config, world_size)
     categories = _tracked(*_filled(config, ds_config, world_size), world_size)
@@ -52,7 +55,10 @@ def measure(config: Config, ds_config: Mapping[str, Any], world_size: int = 1) -
 def measure_phases(
     config: Config, ds_config: Mapping[str, Any], world_size: int = 1
 ) -> dict[str, int]:
-    """The peak of each phase as `measure` reports it. Without the categories this takes half the time."""
+    """The peak of each phase as `measure` reports it.
+
+    Without the categories this takes half the time.
+    """
     filled = _filled(config, ds_config, world_size)
     return phase_peaks(allocator_events(lambda enter: _run(*filled, world_size, enter)))
 
@@ -60,7 +66,9 @@ def measure_phases(
 def _filled(
     config: Config, ds_config: Mapping[str, Any], world_size: int
 ) -> tuple[Config, DeepSpeedConfig, int]:
-    """The configuration with random weights, the DeepSpeed JSON without "auto" values, and the vocabulary size."""
+    """The configuration with random weights, the DeepSpeed JSON without "auto" values, and the
+    vocabulary size.
+    """
     json = engine.filled(
         config, engine.on_this_device(DeepSpeedConfig.of(ds_config)), world_size, TOTAL_STEPS
     )
@@ -73,7 +81,9 @@ def _ranks(world_size: int) -> AbstractContextManager[None]:
 
 
 def counted_traffic(config: Config, ds_config: Mapping[str, Any], world_size: int) -> Traffic:
-    """The traffic of this rank's collectives in its second optimizer step; arguments and ranks as in `measure`."""
+    """The traffic of this rank's collectives in its second optimizer step; arguments and ranks
+    as in `measure`.
+    """
     traffic = Traffic()
 
     def watch(train_engine: engine.TrainEngine, step: int) -> AbstractContextManager:
@@ -95,8 +105,8 @@ def _run(
 ) -> None:
     """Build the engine and take two optimizer steps.
 
-    `enter` is called with the name of each phase as it begins, and with None at each heartbeat; each step runs inside
-    the context that `watch` returns.
+    `enter` is called with the name of each phase as it begins, and with None at each heartbeat;
+    each step runs inside the context that `watch` returns.
     """
     build_models = engine.build_models
 
@@ -131,7 +141,9 @@ def _tracked(
 def tracked_events(
     config: Config, ds_config: Mapping[str, Any], world_size: int = 1
 ) -> list[Event]:
-    """Allocations and frees of two real optimizer steps as the tracker sees them, inside operators as far as it can."""
+    """Allocations and frees of two real optimizer steps as the tracker sees them, inside
+    operators as far as it can.
+    """
     return _events(*_filled(config, ds_config, world_size), world_size)
 
 
@@ -156,15 +168,18 @@ def _events(
 def allocator_events(
     call: Callable[[Callable[[str | None], None]], object],
 ) -> list[tuple[str, int]]:
-    """(phase, bytes) of each allocation (positive), each free (negative) and each beginning of a phase (0), in order.
+    """(phase, bytes) of each allocation (positive), each free (negative) and each beginning of a
+    phase (0), in order.
 
-    `call` gets a function `enter`, which it calls with the name of each phase that begins, and in between often with
-    None, as the events recorded since take memory. Before the first call the phase is "".
+    `call` gets a function `enter`, which it calls with the name of each phase that begins, and in
+    between often with None, as the events recorded since take memory. Before the first call the
+    phase is "".
     """
     gc.collect()
-    # With other ranks gloo's threads run operators of their own, and a profiler that ends meanwhile corrupts the heap.
+    # With other ranks gloo's threads run operators of their own, and a profiler that ends meanwhile
+    # corrupts the heap.
     alone, moved = not dist.is_initialized(), time.monotonic()
-    with seen_by_the_profiler(), cpu_events.recording_in_parts(MARK) as (recorded, move):
+    with cpu_events.seen_by_the_profiler(), recording_in_parts(MARK) as (recorded, move):
 
         def enter(phase: str | None) -> None:
             nonlocal moved
@@ -182,17 +197,66 @@ def allocator_events(
             events.append((phase, size))
         else:
             phase = name.removeprefix(MARK)
-            events.append(
-                (phase, 0)
-            )  # so that memory that is live when a phase begins counts towards its peak
+            # So that memory that is live when a phase begins counts towards its peak.
+            events.append((phase, 0))
     return events
 
 
 def phase_peaks(events: list[tuple[str, int]]) -> dict[str, int]:
-    """The most live bytes in each phase, including blocks from before the first phase that are still live then."""
+    """The most live bytes in each phase, including blocks from before the first phase that are
+    still live then.
+    """
     peaks, live = dict.fromkeys(PHASES, 0), 0
     for phase, size in events:
         live += size
         if phase:
             peaks[phase] = max(peaks[phase], live)
     return peaks
+
+
+class _Parts:
+    """A profiler that is replaced by a new one again and again, and the events that they
+    recorded.
+    """
+
+    def __init__(self, mark: str):
+        self.mark = mark
+        self.found: list[tuple[str, int]] = []
+        self.profiler = cpu_events.recording()
+
+    def move(self) -> None:
+        """Move the events recorded so far to `found`."""
+        # Nothing may be allocated or freed between the two profilers.
+        ended = self.profiler
+        ended.__exit__(None, None, None)
+        self.profiler = cpu_events.recording()
+        self.profiler.__enter__()
+        self.keep(ended)
+
+    def keep(self, ended: profile) -> None:
+        for event in cpu_events.events(ended):
+            if event[0] == cpu_events.MEMORY or event[0].startswith(self.mark):
+                self.found.append(event)
+        # Freed now: a profiler is part of a reference cycle.
+        ended.profiler.kineto_results = None  # type: ignore[union-attr,assignment]
+
+
+@contextmanager
+def recording_in_parts(
+    mark: str = cpu_events.MEMORY,
+) -> Iterator[tuple[list[tuple[str, int]], Callable[[], None]]]:
+    """Records the allocator's events, and those whose name begins with `mark`; see
+    `cpu_events.events`.
+
+    Yields the list of events and a function that moves those recorded so far into it; the rest
+    follows at the end. A profiler keeps more than a kilobyte for each event, and a long step has
+    more of them than fit in memory. No other thread may run an operator while that function is
+    called.
+    """
+    parts = _Parts(mark)
+    parts.profiler.__enter__()
+    try:
+        yield parts.found, parts.move
+    finally:
+        parts.profiler.__exit__(None, None, None)
+        parts.keep(parts.profiler)

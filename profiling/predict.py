@@ -1,4 +1,7 @@
-"""What a training needs, before asking for GPUs: `python profiling/predict.py --preset paper --world-size 2`"""
+"""What a training needs, before asking for GPUs:
+
+`python profiling/predict.py --preset paper --world-size 2`
+"""
 
 import sys
 from pathlib import Path

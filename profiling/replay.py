@@ -1,7 +1,9 @@
-"""What happened in a GPU's memory, from a recorded history: `python profiling/replay.py snapshot.pickle`
+"""What happened in a GPU's memory, from a recorded history:
 
-Record one anywhere: `torch.cuda.memory._record_memory_history()`, train, `torch.cuda.memory._dump_snapshot(path)`.
-Needs neither a GPU nor PyTorch.
+`python profiling/replay.py snapshot.pickle`
+
+Record one anywhere: `torch.cuda.memory._record_memory_history()`, train,
+`torch.cuda.memory._dump_snapshot(path)`. Needs neither a GPU nor PyTorch.
 """
 
 import sys
@@ -126,16 +128,18 @@ def command(snapshots: tuple[str, ...], limit: str | None, expandable_segments: 
 def one(
     path: str, room: int | None, changes: dict[str, Any], compare_settings: bool, plot: str | None
 ) -> tuple[list[dict[str, Any]], list[str], list[str]]:
-    """Of each device of a snapshot: what --json prints, the lines of the text, and what holds memory at its peak.
+    """Of each device of a snapshot: what --json prints, the lines of the text, and what holds
+    memory at its peak.
 
-    And a line for each device whose history cannot be replayed, and for each that has memory but no history.
+    And a line for each device whose history cannot be replayed, and for each that has memory but no
+    history.
     """
-    from ds_cmli.allocator import snapshot_file
+    from ds_cmli.allocator import snapshot
     from ds_cmli.allocator.history import replay_history
     from ds_cmli.allocator.holders import holders
     from ds_cmli.allocator.what_if import what_if
 
-    content = snapshot_file.read(path)
+    content = snapshot.read(path)
     out: list[dict[str, Any]] = []
     refused: list[str] = []
     for device, trace in enumerate(content["device_traces"]):
@@ -201,7 +205,9 @@ def without_history(content: dict[str, Any]) -> list[str]:
 
 
 def beginning_told(replayed: Any) -> list[str]:
-    """What a reader must know of where the history begins, and whether anything was asked for in it."""
+    """What a reader must know of where the history begins, and whether anything was asked for in
+    it.
+    """
     before, blocks = sum(replayed.start.live.values()), len(replayed.start.live)
     lines = []
     if before:
@@ -257,7 +263,9 @@ def difference(first: Any, second: Any) -> list[str]:
 
 
 def settings_tried(start: Any, trace: list[dict[str, Any]], room: int | None) -> dict[str, int]:
-    """Reserved bytes by value of PYTORCH_ALLOC_CONF, the least first; of those that fit, where there is a limit."""
+    """Reserved bytes by value of PYTORCH_ALLOC_CONF, the least first; of those that fit, where
+    there is a limit.
+    """
     from ds_cmli.allocator.blocks import DEFAULTS
     from ds_cmli.allocator.what_if import what_if
 
@@ -336,7 +344,9 @@ def text(replayed: Any, settings_known: bool) -> str:
 
 
 def draw(points: Sequence[tuple[int, int]], what: str, path: Path) -> None:
-    """Draw allocated and reserved bytes after each event of a recorded history; fragmentation is between the two."""
+    """Draw allocated and reserved bytes after each event of a recorded history; fragmentation is
+    between the two.
+    """
     from ds_cmli.common import plots
     from ds_cmli.common.documents import readable
 

@@ -1,8 +1,9 @@
 """python profiling/scale.py [--preset paper] [--ranks 1,8,64,512,4096]
 
-What a step takes on many ranks: time, its parts, and memory, with texts gathered or in a ring, with gradient caching or
-without, at ZeRO stages 1 to 3. What is moved and what memory holds is predicted from the trainer's own step; times
-follow from the rates given here (see profiling/scaling.py), of which none was measured unless --measure is given.
+What a step takes on many ranks: time, its parts, and memory, with texts gathered or in a ring, with
+gradient caching or without, at ZeRO stages 1 to 3. What is moved and what memory holds is predicted
+from the trainer's own step; times follow from the rates given here (see profiling/scaling.py), of
+which none was measured unless --measure is given.
 """
 
 import sys

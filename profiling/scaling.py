@@ -1,7 +1,9 @@
-"""Estimates a step on many ranks: its memory and traffic are predicted, and its time follows from given rates.
+"""Estimates a step on many ranks: its memory and traffic are predicted, and its time follows from
+given rates.
 
-The traffic is counted in the trainer's own step on tensors without data (`predict`), and equals that of real ranks. The
-time comes from a simple model, stated in `step_time`; rates are given or measured, and it is as accurate as they are.
+The traffic is counted in the trainer's own step on tensors without data (`predict`), and equals
+that of real ranks. The time comes from a simple model, stated in `step_time`; rates are given or
+measured, and it is as accurate as they are.
 """
 
 import math
@@ -17,8 +19,8 @@ from ds_cmli.config.schema import Config
 from ds_cmli.distributed.traffic import TEXT, Count, Traffic
 from ds_cmli.engine import TrainEngine
 from ds_cmli.engine.throughput import StepTimer
+from ds_cmli.memory.inputs import likeliest
 from ds_cmli.memory.predict import predict
-from ds_cmli.memory.ranks import likeliest
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,9 @@ def step_cost(
     target: str,
     gpu: str,
 ) -> StepCost:
-    """Predict a step with this exchange of texts, with gradient caching if `cached`; the rest is as in `predict`."""
+    """Predict a step with this exchange of texts, with gradient caching if `cached`; the rest is
+    as in `predict`.
+    """
     loss = replace(config.loss, cmli_exchange=exchange)  # type: ignore[arg-type]
     optim = replace(config.optim, negatives="global_batch" if cached else "micro_batch")
     config = replace(config, loss=loss, optim=optim)
@@ -97,16 +101,17 @@ def step_cost(
 def step_time(cost: StepCost, rates: Rates) -> dict[str, float]:
     """Seconds of each part of a step; the step takes their sum.
 
-    model: the matrix products of student and teacher. Activation checkpointing and gradient caching each run the
-        forward pass once more, which adds a third.
-    scores: the all-pairs operator, three products in forward and backward. A ring adds one product, because it computes
-        argmax indices again. So does gradient caching, with a ring or without, because it computes the scores twice.
-    text: the exchange of text features and their gradients. A ring's transfers overlap with `scores`, so only their
-        time beyond `scores` counts; a gather does not overlap.
+    model: the matrix products of student and teacher. Activation checkpointing and gradient caching
+        each run the forward pass once more, which adds a third.
+    scores: the all-pairs operator, three products in forward and backward. A ring adds one product,
+        because it computes argmax indices again. So does gradient caching, with a ring or without,
+        because it computes the scores twice.
+    text: the exchange of text features and their gradients. A ring's transfers overlap with
+        `scores`, so only their time beyond `scores` counts; a gather does not overlap.
     rest: the exchange of gradients, parameters and softmax statistics, without any overlap.
 
-    A collective takes its bytes divided by the bandwidth, plus log2(ranks), rounded up, times the latency. A transfer
-    to the next rank takes the latency once.
+    A collective takes its bytes divided by the bandwidth, plus log2(ranks), rounded up, times the
+    latency. A transfer to the next rank takes the latency once.
     """
     again = cost.checkpointing + cost.cached
     ring = cost.exchange == "ring" and cost.ranks > 1
@@ -125,7 +130,9 @@ def step_time(cost: StepCost, rates: Rates) -> dict[str, float]:
 
 
 def crossovers(costs: list[StepCost], rates: Rates, memory: int) -> list[str]:
-    """Say from how many ranks on a ring takes less memory, or less time, and for which ranks steps fit in `memory`."""
+    """Say from how many ranks on a ring takes less memory, or less time, and for which ranks
+    steps fit in `memory`.
+    """
     lines = []
     kinds = sorted({(cost.stage, cost.cached) for cost in costs})
     for stage, cached in kinds:

@@ -1,4 +1,6 @@
-"""A model of PyTorch's CUDA caching allocator, and the replay of histories that PyTorch recorded of it.
+"""A model of PyTorch's CUDA caching allocator, and the replay of histories that PyTorch recorded of
+it.
 
-Needs neither a GPU nor, apart from the few lines of `ds_cmli.common.errors`, any other part of this package.
+Needs neither a GPU nor, apart from the few lines of `ds_cmli.common.errors`, any other part of this
+package.
 """

@@ -1,19 +1,22 @@
-"""A model of PyTorch's CUDA caching allocator: it computes the allocated and reserved bytes of a program's requests.
+"""A model of PyTorch's CUDA caching allocator: it computes the allocated and reserved bytes of a
+program's requests.
 
-The rules are those of `c10/cuda/CUDACachingAllocator.cpp`, torch 2.13 (unchanged since 2.0), without expandable
-segments. All `Settings` are off by default, as in `c10/core/AllocatorConfig.h`.
+The rules are those of `c10/cuda/CUDACachingAllocator.cpp`, torch 2.13 (unchanged since 2.0),
+without expandable segments. All `Settings` are off by default, as in `c10/core/AllocatorConfig.h`.
  1. A request is rounded up to a multiple of 512 B. A request for 0 bytes allocates nothing.
- 2. A request of at most 1 MiB is served by the small pool, which takes segments of 2 MiB from the device. A larger one
-    is served by the large pool, which takes a segment of 20 MiB for a request below 10 MiB, and otherwise one of the
-    request's size rounded up to a multiple of 2 MiB.
- 3. The request gets the smallest free block of its pool and stream that is large enough, among equal sizes the one with
-    the lowest address. If there is none, a new segment is taken.
- 4. The remainder of the block becomes a free block if it has at least 512 B (small pool) or more than 1 MiB (large
-    pool). Otherwise it stays part of the block, and counts as allocated.
- 5. A freed block is merged with the free blocks next to it in its segment. A segment that is wholly free stays reserved
-    for its stream until the device has no room: then all wholly free segments are returned, and the request is retried.
-The model does not know at which address the device puts a segment (here each one follows the last; the address only
-decides between free blocks of equal size), nor that a freed block may still be in use by other streams.
+ 2. A request of at most 1 MiB is served by the small pool, which takes segments of 2 MiB from the
+    device. A larger one is served by the large pool, which takes a segment of 20 MiB for a request
+    below 10 MiB, and otherwise one of the request's size rounded up to a multiple of 2 MiB.
+ 3. The request gets the smallest free block of its pool and stream that is large enough, among
+    equal sizes the one with the lowest address. If there is none, a new segment is taken.
+ 4. The remainder of the block becomes a free block if it has at least 512 B (small pool) or more
+    than 1 MiB (large pool). Otherwise it stays part of the block, and counts as allocated.
+ 5. A freed block is merged with the free blocks next to it in its segment. A segment that is wholly
+    free stays reserved for its stream until the device has no room: then all wholly free segments
+    are returned, and the request is retried.
+The model does not know at which address the device puts a segment (here each one follows the last;
+the address only decides between free blocks of equal size), nor that a freed block may still be in
+use by other streams.
 """
 
 from bisect import bisect_left, insort
@@ -42,15 +45,17 @@ from ds_cmli.allocator.blocks import (
 
 
 class CachingAllocator:
-    """The model. At most `limit` bytes may be reserved; None: no limit, and no garbage collection."""
+    """The model. At most `limit` bytes may be reserved; None: no limit, and no garbage
+    collection.
+    """
 
     def __init__(self, limit: int | None = None, settings: Settings = DEFAULTS):
         self.limit, self.settings = limit, settings
-        self.requests: dict[
-            tuple[Pool, bool], int
-        ] = {}  # (pool, small) -> number of requests so far
+        # (pool, small) -> number of requests so far.
+        self.requests: dict[tuple[Pool, bool], int] = {}
         self.segments: dict[int, Segment] = {}  # by address
-        # (pool, small, stream) -> (size, address) of each free block, sorted, which is the order of rule 3.
+        # (pool, small, stream) -> (size, address) of each free block, sorted, which is the order of
+        # rule 3.
         self.free_blocks: dict[tuple[Pool, bool, int], list[tuple[int, int]]] = {}
         self.at: dict[int, Block] = {}  # the free blocks by address
         self.actions: list[Action] = []
@@ -60,7 +65,10 @@ class CachingAllocator:
     def malloc(
         self, requested: int, stream: int = 0, event: Event | None = None, pool: Pool = DEFAULT_POOL
     ) -> Block:
-        """Allocate a block for `requested` bytes. Raises `OutOfMemory` if `limit` leaves no room for it."""
+        """Allocate a block for `requested` bytes.
+
+        Raises `OutOfMemory` if `limit` leaves no room for it.
+        """
         size = rounded(requested, self.settings.roundup_power2_divisions)
         small = size <= SMALL_REQUEST
         self.requests[pool, small] = self.requests.get((pool, small), 0) + 1
@@ -84,7 +92,9 @@ class CachingAllocator:
         return block
 
     def carve(self, free: Block, address: int, size: int) -> Block:
-        """Take [address, address + size) out of a free block, off the free lists; the parts on both sides stay free."""
+        """Take [address, address + size) out of a free block, off the free lists; the parts on
+        both sides stay free.
+        """
         self.take(free)
         if address + size < free.address + free.size:
             self.keep(split(free, address + size))
@@ -105,10 +115,14 @@ class CachingAllocator:
         self._merge(block)
 
     def empty_cache(self, pool: Pool = DEFAULT_POOL) -> None:
-        """Return every wholly free segment of a pool to the device; a private pool's when it is deleted."""
-        for segment in sorted(
-            self.segments.values(), key=lambda s: (s.small, s.stream, s.size, s.address)
-        ):
+        """Return every wholly free segment of a pool to the device; a private pool's when it is
+        deleted.
+        """
+
+        def order(segment: Segment) -> tuple[bool, int, int, int]:
+            return segment.small, segment.stream, segment.size, segment.address
+
+        for segment in sorted(self.segments.values(), key=order):
             if segment.pool == pool and segment.free:
                 self.release(segment)
 
@@ -122,18 +136,24 @@ class CachingAllocator:
         )
 
     def _best_fit(self, free: list[tuple[int, int]], size: int) -> int:
-        """The index in `free` of the block that rule 3 chooses; `len(free)` if none is large enough."""
+        """The index in `free` of the block that rule 3 chooses; `len(free)` if none is large
+        enough.
+        """
         return bisect_left(free, (size, 0))
 
     def splits(self, left: int, size: int, small: bool) -> bool:
-        """Rule 4: whether the `left` bytes that remain behind a request of `size` bytes become a free block."""
+        """Rule 4: whether the `left` bytes that remain behind a request of `size` bytes become a
+        free block.
+        """
         most = self.settings.max_split_size
-        return (
-            left >= MIN_BLOCK if small else left > SMALL_REQUEST and (most is None or size < most)
-        )
+        if small:
+            return left >= MIN_BLOCK
+        return left > SMALL_REQUEST and (most is None or size < most)
 
     def _merge(self, block: Block) -> Block:
-        """Merge a block that has become free with its free neighbours, and put the result on the free list."""
+        """Merge a block that has become free with its free neighbours, and put the result on the
+        free list.
+        """
         before, after = block.before, block.after
         if before is not None and before.free:
             self.take(before)
@@ -147,7 +167,9 @@ class CachingAllocator:
     def _from_device(
         self, requested: int, size: int, key: tuple[Pool, bool, int], event: Event | None
     ) -> Block:
-        """Reserve new memory and return a free block in it of at least `size` bytes, which is on no free list."""
+        """Reserve new memory and return a free block in it of at least `size` bytes, which is on
+        no free list.
+        """
         pool, small, stream = key
         taken = segment_bytes(size)
         if self.limit is not None:
@@ -171,16 +193,19 @@ class CachingAllocator:
         return OutOfMemory(requested, self.allocated, self.reserved, self.limit, missing, event)
 
     def may_use(self, block_size: int, size: int) -> bool:
-        """Whether a split size allows a free block of `block_size` bytes to serve a request of `size` bytes."""
+        """Whether a split size allows a free block of `block_size` bytes to serve a request of
+        `size` bytes.
+        """
         most = self.settings.max_split_size
         if most is None:
             return True
         return block_size < most if size < most else block_size < size + LARGE_SEGMENT
 
     def _collect_garbage(self) -> None:
-        over = self.reserved - int(self.settings.garbage_collection_threshold * self.limit)  # type: ignore[operator]
-        if not self.settings.garbage_collection_threshold or over <= 0:
+        threshold = self.settings.garbage_collection_threshold
+        if self.limit is None or not threshold:
             return
+        over = self.reserved - int(threshold * self.limit)
         requests = self.requests.get((DEFAULT_POOL, False), 0)
         whole = {
             segment.address: requests - segment.first.freed_at
@@ -189,13 +214,16 @@ class CachingAllocator:
         }
         while over > 0 and whole:
             mean = sum(whole.values()) / len(whole)
-            for address in [address for address, age in whole.items() if age >= mean]:
-                over -= self.segments[address].size
-                self.release(self.segments[address])
-                del whole[address]
+            for address, age in list(whole.items()):
+                if age >= mean:
+                    over -= self.segments[address].size
+                    self.release(self.segments[address])
+                    del whole[address]
 
     def _release_oversize(self, key: tuple[Pool, bool, int], size: int) -> None:
-        """Return free blocks that are too large to be split: one if it is enough, else the largest until they are."""
+        """Return free blocks that are too large to be split: one if it is enough, else the
+        largest until they are.
+        """
         most = self.settings.max_split_size
         if most is None:
             return
@@ -227,7 +255,10 @@ class CachingAllocator:
 
 @dataclass
 class Replay:
-    """The result of `replay`, in bytes. The timeline has (requested, allocated, reserved) after each event."""
+    """The result of `replay`, in bytes.
+
+    The timeline has (requested, allocated, reserved) after each event.
+    """
 
     requested_peak: int
     allocated_peak: int
@@ -246,8 +277,8 @@ def replay(
     """Run `events` through the allocator.
 
     Args:
-        limit: bytes that may be reserved: the device's memory minus the CUDA context and what other processes hold.
-            None: no limit.
+        limit: bytes that may be reserved: the device's memory minus the CUDA context and what other
+            processes hold. None: no limit.
         stream: gives the stream of an allocation; by default all are on the default stream.
 
     Raises:
@@ -262,14 +293,6 @@ def replay(
         elif event.bytes < 0:
             allocator.free(live.pop(event.block))
         timeline.append((allocator.requested, allocator.allocated, allocator.reserved))
-    requested, allocated, reserved = (
-        max((now[i] for now in timeline), default=0) for i in range(3)
-    )
-    return Replay(
-        requested,
-        allocated,
-        reserved,
-        timeline,
-        list(allocator.segments.values()),
-        allocator.actions,
-    )
+    requested, allocated, reserved = map(max, zip((0, 0, 0), *timeline, strict=True))
+    segments = list(allocator.segments.values())
+    return Replay(requested, allocated, reserved, timeline, segments, allocator.actions)

@@ -1,4 +1,5 @@
-"""The blocks and segments of CUDA's caching allocator, its constants, and its settings from PYTORCH_ALLOC_CONF.
+"""The blocks and segments of CUDA's caching allocator, its constants, and its settings from
+PYTORCH_ALLOC_CONF.
 
 "Rule 1" and so on are the rules listed in the docstring of `allocator`.
 """
@@ -12,15 +13,17 @@ LARGE_SEGMENT = 20 << 20
 MIN_LARGE_SEGMENT_REQUEST = 10 << 20  # from here on a request gets a segment of its own size
 ROUND_SEGMENT = 2 << 20
 FIRST_ADDRESS = 0x7F00_0000_0000
-Pool = tuple[
-    int, int
-]  # the id of a memory pool, as in `torch.cuda.MemPool.id`; a CUDA graph's pool has one too
+# The id of a memory pool, as in `torch.cuda.MemPool.id`; a CUDA graph's pool has one too.
+Pool = tuple[int, int]
 DEFAULT_POOL = (0, 0)
 
 
 @dataclass(frozen=True)
 class Event:
-    """The allocation or the free of a block. Lists of events are in the order in which they happened."""
+    """The allocation or the free of a block.
+
+    Lists of events are in the order in which they happened.
+    """
 
     block: int  # the same number at the allocation and at the free of a block; not used again
     bytes: int  # requested bytes: positive at the allocation, the same number negative at the free
@@ -33,14 +36,14 @@ class Event:
 class Settings:
     """Settings of PYTORCH_ALLOC_CONF, with sizes in bytes. By default everything is off."""
 
-    # A block of this size or more is not split. It serves no request below this size, and only requests that are less
-    # than 20 MiB smaller than the block.
+    # A block of this size or more is not split. It serves no request below this size, and only
+    # requests that are less than 20 MiB smaller than the block.
     max_split_size: int | None = None
     roundup_power2_divisions: int = (
         0  # requests are rounded up to this many steps between two powers of two
     )
-    # If more than this share of the limit is reserved when a new segment is needed, wholly free segments of the large
-    # pool that are at least as old as their mean are returned first.
+    # If more than this share of the limit is reserved when a new segment is needed, wholly free
+    # segments of the large pool that are at least as old as their mean are returned first.
     garbage_collection_threshold: float = 0.0
     expandable_segments: bool = False  # modelled in `expandable`
 
@@ -49,7 +52,9 @@ DEFAULTS = Settings()
 
 
 def rounded(requested: int, divisions: int = 0) -> int:
-    """Rule 1. With `divisions` > 1, requests above `divisions` * 512 B follow roundup_power2_divisions instead."""
+    """Rule 1. With `divisions` > 1, requests above `divisions` * 512 B follow
+    roundup_power2_divisions instead.
+    """
     if divisions > 1 and requested > MIN_BLOCK * divisions:
         floor = 1 << (requested.bit_length() - 1)
         step = floor >> (divisions.bit_length() - 1)
@@ -66,31 +71,22 @@ def segment_bytes(size: int) -> int:
     return -(-size // ROUND_SEGMENT) * ROUND_SEGMENT
 
 
+@dataclass(eq=False)
 class OutOfMemory(Exception):
     """The modelled device has no room for the `requested` bytes that `event` asked for."""
 
-    def __init__(
-        self,
-        requested: int,
-        allocated: int,
-        reserved: int,
-        limit: int,
-        missing: int,
-        event: Event | None,
-    ):
-        super().__init__(
-            f"{requested:,} bytes asked for with {reserved:,} of {limit:,} reserved, {allocated:,} of them allocated"
+    requested: int
+    allocated: int
+    reserved: int
+    limit: int
+    missing: int  # bytes that would have to be freed first
+    event: Event | None
+
+    def __str__(self) -> str:
+        return (
+            f"{self.requested:,} bytes asked for with {self.reserved:,} of {self.limit:,} "
+            f"reserved, {self.allocated:,} of them allocated"
         )
-        self.requested, self.allocated, self.reserved, self.limit = (
-            requested,
-            allocated,
-            reserved,
-            limit,
-        )
-        self.missing, self.event = (
-            missing,
-            event,
-        )  # missing: bytes that would have to be freed first
 
 
 @dataclass(eq=False)
@@ -114,7 +110,9 @@ class Block:
 
 @dataclass(eq=False)
 class Segment:
-    """The memory that one call of cudaMalloc returned; in `expandable`, a reserved range of addresses."""
+    """The memory that one call of cudaMalloc returned; in `expandable`, a reserved range of
+    addresses.
+    """
 
     address: int
     size: int
@@ -143,7 +141,9 @@ class Segment:
 class Action:
     """One action of the allocator, named as in `torch.cuda.memory._record_memory_history`."""
 
-    name: str  # alloc, free_requested, free_completed, segment_alloc, segment_free, segment_map or segment_unmap
+    # One of alloc, free_requested, free_completed, segment_alloc, segment_free, segment_map or
+    # segment_unmap.
+    name: str
     address: int
     bytes: int  # for alloc and free_*: the requested bytes
     stream: int

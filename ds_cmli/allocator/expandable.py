@@ -1,16 +1,18 @@
 """A model of CUDA's caching allocator with `expandable_segments:True`.
 
-The rules are those of `c10/cuda/CUDACachingAllocator.cpp`, torch 2.13. They differ from those in `allocator` in five
-points:
- 1. Each pool of each stream reserves one range of addresses, which is larger than the device's memory. Memory is mapped
-    into it in pieces of 2 MiB (small pool) or 20 MiB (large pool).
- 2. If no free block is large enough, memory is mapped into the lowest part of the range that is unused (unmapped, with
-    the free memory in front of it) and large enough. As many pieces are mapped as are missing.
- 3. The allocator starts from the smallest free block that is large enough. As long as the next larger one has less room
-    to grow to (its own size plus the unmapped addresses behind it), it takes that one instead.
+The rules are those of `c10/cuda/CUDACachingAllocator.cpp`, torch 2.13. They differ from those in
+`allocator` in five points:
+ 1. Each pool of each stream reserves one range of addresses, which is larger than the device's
+    memory. Memory is mapped into it in pieces of 2 MiB (small pool) or 20 MiB (large pool).
+ 2. If no free block is large enough, memory is mapped into the lowest part of the range that is
+    unused (unmapped, with the free memory in front of it) and large enough. As many pieces are
+    mapped as are missing.
+ 3. The allocator starts from the smallest free block that is large enough. As long as the next
+    larger one has less room to grow to (its own size plus the unmapped addresses behind it), it
+    takes that one instead.
  4. The remainder of a block is split off if it has at least 512 B, in both pools.
- 5. If the device has no room, all wholly free pieces are unmapped, wherever they lie. A range without memory is given
-    up.
+ 5. If the device has no room, all wholly free pieces are unmapped, wherever they lie. A range
+    without memory is given up.
 """
 
 from bisect import insort
@@ -54,7 +56,8 @@ class ExpandableAllocator(CachingAllocator):
         return segment
 
     def map(self, block: Block, size: int, event: Event | None = None) -> Block | None:
-        """Map memory into the first `size` bytes of an unmapped block, rounded up to pieces, and merge free neighbours.
+        """Map memory into the first `size` bytes of an unmapped block, rounded up to pieces, and
+        merge free neighbours.
 
         Returns the free block that results, or None if the device has no room.
         """
@@ -90,7 +93,9 @@ class ExpandableAllocator(CachingAllocator):
         return mapped
 
     def unmap(self, block: Block) -> None:
-        """Unmap all pieces that lie wholly in a free block, which gives their memory back to the device."""
+        """Unmap all pieces that lie wholly in a free block, which gives their memory back to the
+        device.
+        """
         segment, piece = block.segment, piece_bytes(block.segment)
         begin = segment.address + -(-(block.address - segment.address) // piece) * piece
         end = segment.address + (block.address + block.size - segment.address) // piece * piece
@@ -119,15 +124,16 @@ class ExpandableAllocator(CachingAllocator):
             self._keep_unmapped(block)
 
     def unmap_at(self, address: int, size: int) -> bool:
-        """Unmap the free block at an address. Returns whether exactly [address, address + size) was unmapped."""
-        block = next(
-            (b for b in self.at.values() if b.address <= address < b.address + b.size), None
-        )
-        if block is None:
-            return False
-        self.unmap(block)
-        done = self.actions[-1]
-        return (done.name, done.address, done.bytes) == ("segment_unmap", address, size)
+        """Unmap the free block at an address.
+
+        Returns whether exactly [address, address + size) was unmapped.
+        """
+        for block in self.at.values():
+            if block.address <= address < block.address + block.size:
+                self.unmap(block)
+                done = self.actions[-1]
+                return (done.name, done.address, done.bytes) == ("segment_unmap", address, size)
+        return False
 
     def empty_cache(self, pool: Pool = DEFAULT_POOL) -> None:
         for block in list(self.at.values()):
@@ -136,17 +142,17 @@ class ExpandableAllocator(CachingAllocator):
 
     def _best_fit(self, free: list[tuple[int, int]], size: int) -> int:
         position = super()._best_fit(free, size)
-        while position + 1 < len(free) and self._can_grow_to(
-            free[position + 1]
-        ) < self._can_grow_to(free[position]):
+        while position + 1 < len(free):
+            if self._can_grow_to(free[position + 1]) >= self._can_grow_to(free[position]):
+                break
             position += 1
         return position
 
     def _can_grow_to(self, entry: tuple[int, int]) -> int:
         block = self.at[entry[1]]
-        return block.size + (
-            block.after.size if block.after is not None and not block.after.mapped else 0
-        )
+        if block.after is None or block.after.mapped:
+            return block.size
+        return block.size + block.after.size
 
     def splits(self, left: int, size: int, small: bool) -> bool:
         return left >= MIN_BLOCK
@@ -157,9 +163,8 @@ class ExpandableAllocator(CachingAllocator):
             self.empty_cache()
             block = self._mapped(size, key, event)
         if block is None:
-            raise self._out_of_memory(
-                requested, self._missing_pieces(self._stretch(size, key), size), event
-            )
+            missing = self._missing_pieces(self._stretch(size, key), size)
+            raise self._out_of_memory(requested, missing, event)
         self.take(block)
         return block
 
@@ -174,7 +179,9 @@ class ExpandableAllocator(CachingAllocator):
         return block
 
     def _stretch(self, size: int, key: Key) -> Block:
-        """The free or unmapped block at which rule 2 finds room for `size` bytes; if necessary, in a new range."""
+        """The free or unmapped block at which rule 2 finds room for `size` bytes; if necessary,
+        in a new range.
+        """
         for block in self.unmapped.setdefault(key, []):
             if block.before is not None and block.before.free:
                 block = block.before

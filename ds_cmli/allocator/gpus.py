@@ -1,7 +1,9 @@
-"""The memory of each listed GPU, and what a process occupies on it besides torch's tensors. Reads `gpus.json`.
+"""The memory of each listed GPU, and what a process occupies on it besides torch's tensors.
 
-Every value is in bytes. It states whether this project has measured it (`profiling/gpu_check.py` prints measured
-values) or assumes it, and its source.
+Reads `gpus.json`.
+
+Every value is in bytes. It states whether this project has measured it (`profiling/gpu_check.py`
+prints measured values) or assumes it, and its source.
 """
 
 import json
@@ -47,23 +49,24 @@ class Gpu:
 
 @cache
 def all_gpus() -> dict[str, Gpu]:
-    content = json.loads((Path(__file__).parent / "gpus.json").read_text())
-    return {
-        name: Gpu(name, **{k: Constant(**v) for k, v in values.items()})
-        for name, values in content.items()
-    }
+    gpus = {}
+    for name, values in json.loads((Path(__file__).parent / "gpus.json").read_text()).items():
+        constants = {key: Constant(**constant) for key, constant in values.items()}
+        gpus[name] = Gpu(name, **constants)
+    return gpus
 
 
 def find(name: str) -> Gpu:
-    """The listed GPU that `name` means: "A10G", "A100 80GB", or torch's name of it such as "NVIDIA H100 80GB HBM3".
+    """The listed GPU that `name` means: "A10G", "A100 80GB", or torch's name of it such as "NVIDIA
+    H100 80GB HBM3".
 
     Raises `UserError` if no GPU or more than one fits.
     """
     given = set(name.lower().replace("-", " ").split()) - {"nvidia", "geforce"}
     listed = {key: set(key.lower().split()) for key in all_gpus()}
-    fitting = [key for key, words in listed.items() if words <= given] or [
-        key for key, words in listed.items() if given and given <= words
-    ]
+    fitting = [key for key, words in listed.items() if words <= given]
+    if not fitting and given:
+        fitting = [key for key, words in listed.items() if given <= words]
     if len(fitting) != 1:
         raise UserError(f"--gpu is {name!r}: give one of {', '.join(listed)}")
     return all_gpus()[fitting[0]]
@@ -89,8 +92,8 @@ def parse_memory(text: str, setting: str = "--fit") -> tuple[int, str | None]:
         gpu = find(text)
     except UserError:
         raise UserError(
-            f"{setting} is {text!r}: give a size, for instance 24GB (10^9 bytes) or 22GiB, or one of "
-            f"{', '.join(all_gpus())}"
+            f"{setting} is {text!r}: give a size, for instance 24GB (10^9 bytes) or 22GiB, or one "
+            f"of {', '.join(all_gpus())}"
         ) from None
     return gpu.total.bytes, gpu.name
 
@@ -101,7 +104,8 @@ def device_bytes(reserved: int, name: str, world_size: int) -> int:
     Args:
         reserved: what the caching allocator has reserved, the cuBLAS workspace included.
         name: the GPU, as `find` takes it.
-        world_size: if it is above 1, one NCCL communicator is added: ZeRO and the losses share that of the world.
+        world_size: if it is above 1, one NCCL communicator is added: ZeRO and the losses share that
+            of the world.
     """
     gpu = find(name)
     return reserved + gpu.context.bytes + (gpu.nccl.bytes if world_size > 1 else 0)

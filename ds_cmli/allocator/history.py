@@ -1,52 +1,51 @@
-"""Replays a recorded history of CUDA's allocator through its model, from the state in which the history began.
+"""Replays a recorded history of CUDA's allocator through its model, from the state at its
+beginning.
 
-The replay decides what `beginning` leaves open. If the model would use a free block that CUDA's allocator passed over,
-that free block was really smaller, so the block before it has a larger rest; or it belonged to another pool.
+The replay decides what `beginning` leaves open. If the model would use a free block that CUDA's
+allocator skipped, that free block was really smaller, so the block before it has a larger
+remainder; or it belonged to another pool.
 """
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import NamedTuple
 
 from ds_cmli.allocator.allocator import CachingAllocator
 from ds_cmli.allocator.beginning import beginning
-from ds_cmli.allocator.blocks import DEFAULT_POOL, MIN_BLOCK, segment_bytes
+from ds_cmli.allocator.blocks import DEFAULT_POOL, MIN_BLOCK, Block, segment_bytes
 from ds_cmli.allocator.expandable import ExpandableAllocator
-from ds_cmli.allocator.pools import Recorded, told_apart
-from ds_cmli.allocator.state import State, restore
+from ds_cmli.allocator.pools import Recorded, infer_pools
+from ds_cmli.allocator.state import Entry, Snapshot, State, entries, restore
 from ds_cmli.allocator.what_if import INVENTED
 
 TAKEN = ("segment_alloc", "segment_map")
-ROUNDS = 1000  # limit for the number of replays; each one corrects one rest
+ROUNDS = 1000  # limit for the number of replays; each one corrects one remainder
 
 
 @dataclass
 class Replayed:
-    """The replay of one device's history. "recorded" is what CUDA's allocator did, "replayed" what the model did."""
+    """The replay of one device's history.
+
+    "recorded" is what CUDA's allocator did, "replayed" what the model did.
+    """
 
     device: int
     allocations: int = 0
-    at_recorded_address: int = (
-        0  # number of allocations for which the model chose the same block as CUDA's allocator
-    )
-    segments_recorded: list[int] = field(
-        default_factory=list
-    )  # bytes of each new segment, in order
+    # Allocations for which the model chose the same block as CUDA's allocator.
+    at_recorded_address: int = 0
+    segments_recorded: list[int] = field(default_factory=list)  # bytes of each new segment
     segments_replayed: list[int] = field(default_factory=list)
     reserved_peak_recorded: int = 0
     reserved_peak_replayed: int = 0
     allocated_peak: int = 0
-    ambiguous: int = 0  # blocks from before the history whose rest remains unknown
+    ambiguous: int = 0  # blocks from before the history whose remainder stays unknown
     unknown: int = 0  # frees of blocks or segments that the model could not repeat
     out_of_memory: int = 0  # requests that were refused
-    released_private: int = (
-        0  # released segments whose pool is not recorded, and of which the requests tell: private
-    )
-    released_unknown: int = (
-        0  # released segments of which neither tells the pool, in a history with private pools
-    )
-    timeline: list[tuple[int, int]] = field(
-        default_factory=list, repr=False
-    )  # (allocated, reserved) after each event
+    # Released segments whose pool is not recorded: those that the requests show to be private, and,
+    # in a history with private pools, those of which they show nothing.
+    released_private: int = 0
+    released_unknown: int = 0
+    # (allocated, reserved) after each event.
+    timeline: list[tuple[int, int]] = field(default_factory=list, repr=False)
     start: State = field(default_factory=State, repr=False)  # the state at the first event
 
     @property
@@ -59,145 +58,187 @@ class Replayed:
         )
 
     def to_dict(self) -> dict[str, int]:
-        values = {
-            key: value for key, value in vars(self).items() if key not in ("timeline", "start")
-        }
-        return {**values, **{k: len(values[k]) for k in ("segments_recorded", "segments_replayed")}}
+        values = dict(vars(self))
+        del values["timeline"], values["start"]
+        for name in ("segments_recorded", "segments_replayed"):
+            values[name] = len(values[name])
+        return values
 
 
-def replay_history(snapshot: dict[str, Any], device: int) -> Replayed:
-    """Replay the requests of `device`. The history supplies what the model cannot know: the addresses of new segments,
-    when the last stream was done with a freed block (`free_completed`), and which segments were returned.
+def replay_history(snapshot: Snapshot, device: int) -> Replayed:
+    """Replay the requests of `device`.
+
+    The history supplies what the model cannot know: the addresses of new segments, when the last
+    stream was done with a freed block (`free_completed`), and which segments were returned.
 
     Raises:
         UserError: the model's rules do not cover the history, or it contradicts itself.
     """
-    trace = snapshot["device_traces"][device]
+    trace = entries(snapshot["device_traces"][device])
     start = beginning(snapshot, device)
-    out = _with_rests(trace, start, device)
-    for uncertain in (
-        (False, True) if start.untold and not start.settings.expandable_segments else ()
-    ):
-        if out.exact:
-            break
-        start = beginning(snapshot, device)
-        guess = _with_rests(trace, start.with_pools(*told_apart(start, trace, uncertain)), device)
-        if guess.at_recorded_address > out.at_recorded_address:
-            out = guess
-    pools = {*out.start.untold.values(), *(part.pool for part in out.start.parts())}
-    told = out.start.private if out.exact or out.start.settings.expandable_segments else set()
-    out.released_private = len(told)
-    if pools - {DEFAULT_POOL}:
-        out.released_unknown = len(out.start.untold.keys() - told)
+    out = _with_remainders(trace, start, device)
+    if start.assumed_pools and not start.settings.expandable_segments:
+        for uncertain in (False, True):
+            if out.exact:
+                break
+            start = beginning(snapshot, device)
+            start = start.with_pools(*infer_pools(start, trace, uncertain))
+            guess = _with_remainders(trace, start, device)
+            if guess.at_recorded_address > out.at_recorded_address:
+                out = guess
+    start = out.start
+    private: set[int] = set()
+    if out.exact or start.settings.expandable_segments:
+        private = start.private
+    out.released_private = len(private)
+    if start.pools() - {DEFAULT_POOL}:
+        out.released_unknown = len(start.assumed_pools.keys() - private)
     return out
 
 
-def _with_rests(trace: list[dict[str, Any]], start: State, device: int) -> Replayed:
+def _with_remainders(trace: list[Entry], start: State, device: int) -> Replayed:
     for _ in range(ROUNDS):
-        out, passed_over = _replay(trace, start, device)
-        if passed_over is None:
+        replay = _Replay(start, device)
+        correction = replay.run(trace)
+        if correction is None:
             break
-        block, rest = passed_over
-        start.rests[block] = (rest, start.rests[block][1])
-    out.ambiguous = sum(least < most for least, most in start.rests.values())
-    return out
+        _, most = start.remainders[correction.block]
+        start.remainders[correction.block] = correction.remainder, most
+    replay.out.ambiguous = sum(least < most for least, most in start.remainders.values())
+    return replay.out
 
 
-def _replay(
-    trace: list[dict[str, Any]], start: State, device: int
-) -> tuple[Replayed, tuple[int, int] | None]:
-    """Replay once. If the model chooses a free block that CUDA's allocator passed over, and the rest of the block in
-    front of it is uncertain, this stops and also returns that block's address and the least rest that explains the
-    difference. Otherwise None stands in their place.
-    """
-    out = Replayed(device, start=start)
-    recorded, expandable = Recorded(start), start.settings.expandable_segments
-    allocator, blocks = restore(start)
-    uncertain = {
-        address: start.rounded(start.live[address])
-        for address, (low, high) in start.rests.items()
-        if low < high
-    }
-    given: list[int] = []  # addresses of recorded segments that the model has not asked for yet
-    reserved = out.reserved_peak_recorded = out.reserved_peak_replayed = allocator.reserved
-    out.allocated_peak = allocator.allocated
-    for number, entry in enumerate(trace):
-        action, address, size = entry["action"], entry.get("addr", 0), entry.get("size", 0)
-        if action in TAKEN:
-            out.segments_recorded.append(size)
-            given.append(address)
-            reserved += size
-            out.reserved_peak_recorded = max(out.reserved_peak_recorded, reserved)
-        elif action == "alloc" and size:
-            allocator.next_address = INVENTED + (out.allocations << 42)
-            mine = (
-                given[:1]
-                if expandable
-                else [new for new in given if new == recorded.segment(address)]
-            )
-            if mine and _is_vacant(allocator, mine[0], segment_bytes(start.rounded(size))):
-                allocator.next_address = mine[0]
-            allocator.actions.clear()
-            block = allocator.malloc(size, entry.get("stream", 0), pool=recorded.pool(entry))
-            if block.address != address and block.before is not None:
-                before = block.before.address
-                if before in uncertain and blocks.get(before) is block.before:
-                    whole = block.size + (
-                        block.after.size if block.after and block.after.free else 0
-                    )
-                    rest = (
-                        block.before.size
-                        - uncertain[before]
-                        + whole
-                        - start.rounded(size)
-                        + MIN_BLOCK
-                    )
-                    if rest <= start.rests[before][1]:
-                        return out, (before, rest)
-            out.segments_replayed += [
-                done.bytes for done in allocator.actions if done.name in TAKEN
-            ]
-            # A segment serves the request at its address: if the model did not need it, it is not kept for later. Other
-            # new segments are those of other threads' requests.
-            given = [] if expandable else [new for new in given if new not in mine]
-            blocks[address] = block
-            out.allocations += 1
-            out.at_recorded_address += block.address == address
-        elif action == "free_completed" and size:
-            if address in blocks:
-                allocator.free(blocks.pop(address))
-                uncertain.pop(address, None)
+class Correction(NamedTuple):
+    """The least remainder of a block that explains why the free block behind it was skipped."""
+
+    block: int  # its address
+    remainder: int
+
+
+class _Replay:
+    """One replay of a history."""
+
+    def __init__(self, start: State, device: int):
+        self.start, self.recorded = start, Recorded(start)
+        self.allocator, self.blocks = restore(start)
+        # Blocks whose remainder is uncertain -> their size without it.
+        self.uncertain: dict[int, int] = {}
+        for address, (least, most) in start.remainders.items():
+            if least < most:
+                self.uncertain[address] = start.rounded(start.live[address])
+        # Addresses of recorded segments that the model has not asked for yet.
+        self.offered: list[int] = []
+        self.reserved = self.allocator.reserved  # as recorded
+        self.out = Replayed(device, start=start)
+        self.out.reserved_peak_recorded = self.reserved
+        self._note_peaks()
+
+    def run(self, trace: list[Entry]) -> Correction | None:
+        """Replay all events.
+
+        If the model chooses a free block that CUDA's allocator skipped, and the remainder of the
+        block in front of it is uncertain, this stops and returns the correction.
+        """
+        for number, entry in enumerate(trace):
+            if entry.action == "alloc" and entry.size:
+                correction = self._allocate(entry)
+                if correction is not None:
+                    return correction
             else:
-                out.unknown += 1
-        elif action == "segment_free":
-            reserved -= size
-            segment = allocator.segments.get(address)
-            if segment is not None and segment.free:
-                allocator.release(segment)
-            else:
-                out.unknown += 1
-        elif action == "segment_unmap":
-            reserved -= size
-            out.unknown += not (
-                isinstance(allocator, ExpandableAllocator) and allocator.unmap_at(address, size)
-            )
-        elif action == "oom":
-            out.out_of_memory += 1
-        recorded.follow(number, entry)
+                self._follow(entry)
+            self.recorded.follow(number, entry)
+            self._note_peaks()
+            self.out.timeline.append((self.allocator.allocated, self.allocator.reserved))
+        return None
+
+    def _note_peaks(self) -> None:
+        out, allocator = self.out, self.allocator
+        out.reserved_peak_recorded = max(out.reserved_peak_recorded, self.reserved)
         out.reserved_peak_replayed = max(out.reserved_peak_replayed, allocator.reserved)
         out.allocated_peak = max(out.allocated_peak, allocator.allocated)
-        out.timeline.append((allocator.allocated, allocator.reserved))
-    return out, None
+
+    def _follow(self, entry: Entry) -> None:
+        """Repeat an event that is no allocation."""
+        done = True
+        if entry.action in TAKEN:
+            self.out.segments_recorded.append(entry.size)
+            self.offered.append(entry.address)
+            self.reserved += entry.size
+        elif entry.action == "free_completed" and entry.size:
+            done = entry.address in self.blocks
+            if done:
+                self.allocator.free(self.blocks.pop(entry.address))
+                self.uncertain.pop(entry.address, None)
+        elif entry.action == "segment_free":
+            self.reserved -= entry.size
+            segment = self.allocator.segments.get(entry.address)
+            done = segment is not None and segment.free
+            if segment is not None and segment.free:
+                self.allocator.release(segment)
+        elif entry.action == "segment_unmap":
+            self.reserved -= entry.size
+            done = isinstance(self.allocator, ExpandableAllocator) and self.allocator.unmap_at(
+                entry.address, entry.size
+            )
+        elif entry.action == "oom":
+            self.out.out_of_memory += 1
+        self.out.unknown += not done
+
+    def _allocate(self, entry: Entry) -> Correction | None:
+        allocator, out = self.allocator, self.out
+        expandable = self.start.settings.expandable_segments
+        if expandable:
+            offered = self.offered[:1]
+        else:
+            segment = self.recorded.segment(entry.address)
+            offered = [address for address in self.offered if address == segment]
+        allocator.next_address = INVENTED + (out.allocations << 42)
+        size = segment_bytes(self.start.rounded(entry.size))
+        if offered and _is_vacant(allocator, offered[0], size):
+            allocator.next_address = offered[0]
+        allocator.actions.clear()
+        block = allocator.malloc(entry.size, entry.stream, pool=self.recorded.pool(entry))
+        correction = self._correction(block, entry)
+        if correction is not None:
+            return correction
+        out.segments_replayed += [done.bytes for done in allocator.actions if done.name in TAKEN]
+        # A segment serves the request at its address: if the model did not need it, it is not kept
+        # for later. Other new segments are those of other threads' requests.
+        if expandable:
+            self.offered = []
+        else:
+            self.offered = [address for address in self.offered if address not in offered]
+        self.blocks[entry.address] = block
+        out.allocations += 1
+        out.at_recorded_address += block.address == entry.address
+        return None
+
+    def _correction(self, block: Block, entry: Entry) -> Correction | None:
+        """The correction after which the model does not choose `block` for a request any more."""
+        before = block.before
+        if block.address == entry.address or before is None:
+            return None
+        if before.address not in self.uncertain or self.blocks.get(before.address) is not before:
+            return None
+        free = block.size
+        if block.after is not None and block.after.free:
+            free += block.after.size
+        remainder = before.size - self.uncertain[before.address]
+        remainder += free - self.start.rounded(entry.size) + MIN_BLOCK
+        if remainder > self.start.remainders[before.address][1]:
+            return None
+        return Correction(before.address, remainder)
 
 
 def _is_vacant(allocator: CachingAllocator, address: int, size: int) -> bool:
-    """Whether the model has nothing where a new segment begins. It may have kept what CUDA's allocator returned."""
-    for held in allocator.segments.values():
-        end = (
-            held.blocks()[-1].address + 1
-            if isinstance(allocator, ExpandableAllocator)
-            else held.address + held.size
-        )
-        if held.address < address + size and address < end:
+    """Whether the model has nothing where a new segment begins.
+
+    It may have kept what CUDA's allocator returned.
+    """
+    for segment in allocator.segments.values():
+        end = segment.address + segment.size
+        if isinstance(allocator, ExpandableAllocator):
+            end = segment.blocks()[-1].address + 1
+        if segment.address < address + size and address < end:
             return False
     return True

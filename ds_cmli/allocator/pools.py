@@ -1,15 +1,15 @@
 """The memory pools of a recorded history: whose memory a segment is.
 
-CUDA graphs and `torch.cuda.MemPool` allocate in private pools, which share no memory with the default pool. A snapshot
-tells the pool of each segment that is there at its end, and of each event where it was written by PyTorch 2.13 or later
-(`pool_id`). Without, the pool of a segment that was returned to the device during the history is unknown. The requests
-can tell: where one was not served from a free block that the allocator's rules prefer, that block was of another pool.
+CUDA graphs and `torch.cuda.MemPool` allocate in private pools, which share no memory with the
+default pool. A snapshot records the pool of each segment that is there at its end, and of each
+event where it was written by PyTorch 2.13 or later (`pool_id`). Without, the pool of a segment that
+was returned to the device during the history is unknown. The requests can show it: where one was
+not served from a free block that the allocator's rules prefer, that block was of another pool.
 """
 
 from bisect import bisect_left, bisect_right, insort
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 from ds_cmli.allocator.blocks import (
     DEFAULT_POOL,
@@ -19,7 +19,7 @@ from ds_cmli.allocator.blocks import (
     Pool,
     Segment,
 )
-from ds_cmli.allocator.state import Mapped, State, recorded_pool, restore
+from ds_cmli.allocator.state import Entry, Mapped, State, range_with, restore
 
 Owner = int | Pool  # a segment of unknown pool, by the event that released it; or a known pool
 
@@ -28,21 +28,19 @@ class Recorded:
     """Follows the recorded segments through a history, event by event."""
 
     def __init__(self, start: State):
-        self.start, self.parts, self.order = start, dict(start.segments), sorted(start.segments)
+        self.start = start
+        self.segments = dict(start.segments)  # by address
+        self.order = sorted(start.segments)
         self.ranges = list(start.ranges)
 
-    def follow(self, number: int, entry: dict[str, Any]) -> None:
-        address, size = entry.get("addr", 0), entry.get("size", 0)
-        if entry["action"] == "segment_alloc" and address not in self.parts:
-            default = Mapped(
-                size,
-                entry.get("stream", 0),
-                size == SMALL_SEGMENT,
-                recorded_pool(entry) or DEFAULT_POOL,
-            )
-            self.parts[address] = self.start.taken.get(number, default)
+    def follow(self, number: int, entry: Entry) -> None:
+        address, size = entry.address, entry.size
+        if entry.action == "segment_alloc" and address not in self.segments:
+            pool = entry.pool or DEFAULT_POOL
+            default = Mapped(size, entry.stream, size == SMALL_SEGMENT, pool)
+            self.segments[address] = self.start.taken.get(number, default)
             insort(self.order, address)
-        elif entry["action"] == "segment_free" and self.parts.pop(address, None) is not None:
+        elif entry.action == "segment_free" and self.segments.pop(address, None) is not None:
             self.order.pop(bisect_left(self.order, address))
         found = self.start.range_at.get(number)
         if found is not None and found.first == number:
@@ -53,22 +51,27 @@ class Recorded:
     def segment(self, address: int) -> int | None:
         """The address of the segment in which an address lies."""
         position = bisect_right(self.order, address) - 1
-        if position < 0 or address >= self.order[position] + self.parts[self.order[position]].size:
+        if position < 0:
             return None
-        return self.order[position]
+        start = self.order[position]
+        return start if address < start + self.segments[start].size else None
 
-    def pool(self, entry: dict[str, Any]) -> Pool:
+    def pool(self, entry: Entry) -> Pool:
         """The pool that the address of an event belongs to."""
-        told, address = recorded_pool(entry), entry.get("addr", 0)
-        if told is not None:
-            return told
+        if entry.pool is not None:
+            return entry.pool
         if self.start.settings.expandable_segments:
-            found = next(
-                (found for found in self.ranges if found.begin <= address < found.end), None
-            )
+            found = range_with(self.ranges, entry.address)
             return DEFAULT_POOL if found is None else found.pool
+        segment = self.segment(entry.address)
+        return DEFAULT_POOL if segment is None else self.segments[segment].pool
+
+    def owner(self, address: int) -> Owner:
         segment = self.segment(address)
-        return DEFAULT_POOL if segment is None else self.parts[segment].pool
+        if segment is None:
+            return DEFAULT_POOL
+        part = self.segments[segment]
+        return part.pool if part.released is None else part.released
 
 
 @dataclass
@@ -76,14 +79,142 @@ class Conflicts:
     """Which segments cannot have been in the same pool."""
 
     between: dict[Owner, set[Owner]] = field(default_factory=dict)
-    last_used: dict[int, int] = field(
-        default_factory=dict
-    )  # segment of unknown pool -> event of its last allocation
+    # Segment of unknown pool -> event of its last allocation.
+    last_used: dict[int, int] = field(default_factory=dict)
 
     def add(self, first: Owner, second: Owner) -> None:
         if first != second and (isinstance(first, int) or isinstance(second, int)):
             self.between.setdefault(first, set()).add(second)
             self.between.setdefault(second, set()).add(first)
+
+    def of(self, owner: Owner) -> set[Owner]:
+        return self.between.get(owner, set())
+
+
+class _Placement:
+    """Places every block at its recorded address, and notes the free blocks that CUDA skipped.
+
+    One pool holds everything: what lies where does not depend on the pools. A free block whose true
+    size is unknown, as it follows a block with an unknown remainder, counts only if `uncertain`.
+    """
+
+    def __init__(self, start: State, uncertain: bool):
+        self.conflicts = Conflicts()
+        self.start, self.recorded = start, Recorded(start)
+        segments = {at: replace(part, pool=DEFAULT_POOL) for at, part in start.segments.items()}
+        self.allocator, self.blocks = restore(replace(start, segments=segments))
+        self.unused: set[int] = set()  # segments without an allocation so far
+        self.spare: dict[
+            int, int
+        ] = {}  # block -> bytes that its remainder may have beyond the least
+        if not uncertain:
+            for address, (least, most) in start.remainders.items():
+                self.spare[address] = most - least
+
+    def follow(self, number: int, entry: Entry) -> None:
+        self.recorded.follow(number, entry)
+        if entry.action == "segment_alloc":
+            part = self.recorded.segments[entry.address]
+            segment = Segment(entry.address, part.size, part.stream, part.small)
+            self.allocator.segments[entry.address] = segment
+            self.allocator.keep(segment.first)
+            self.unused.add(entry.address)
+        elif entry.action == "segment_free" and entry.address in self.allocator.segments:
+            for part in self.allocator.segments.pop(entry.address).blocks():
+                if part.free:
+                    self.allocator.take(part)
+                self.blocks.pop(part.address, None)
+            self.unused.discard(entry.address)
+        elif entry.action == "free_completed" and entry.address in self.blocks:
+            self.allocator.free(self.blocks.pop(entry.address))
+            self.spare.pop(entry.address, None)
+        elif entry.action == "alloc" and entry.size:
+            self._allocate(number, entry)
+
+    def _allocate(self, number: int, entry: Entry) -> None:
+        address, needed = entry.address, self.start.rounded(entry.size)
+        block = self.allocator.at.get(address) or self._around(address)
+        if block is None or block.address + block.size < address + needed:
+            return
+        owner = self.recorded.owner(address)
+        if isinstance(owner, int):
+            self.conflicts.last_used[owner] = number
+        for skipped in self._preferred(block, needed, entry.stream):
+            self.conflicts.add(owner, self.recorded.owner(skipped.address))
+        self.unused.discard(block.segment.address)
+        left = block.address + block.size - address - needed
+        size = needed
+        if not self.allocator.splits(left, needed, block.segment.small):
+            size += left
+        carved = self.allocator.carve(block, address, size)
+        self.blocks[address] = self.allocator.use(carved, entry.size)
+
+    def _preferred(self, block: Block, needed: int, stream: int) -> Iterator[Block]:
+        """Yield the free blocks that the rules prefer to `block` for a request of `needed`
+        bytes.
+        """
+        allocator = self.allocator
+        key = DEFAULT_POOL, needed <= SMALL_REQUEST, stream
+        free = allocator.free_blocks.get(key, [])
+        fresh = block.segment.address in self.unused
+        for size, address in free[bisect_left(free, (needed, 0)) :]:
+            if not fresh and (size, address) >= (block.size, block.address):
+                break
+            other = allocator.at[address]
+            unsure = 0 if other.before is None else self.spare.get(other.before.address, 0)
+            if (
+                other.segment is not block.segment
+                and other.segment.address not in self.unused
+                and other.size - unsure >= needed
+                and allocator.may_use(other.size, needed)
+            ):
+                yield other
+
+    def _around(self, address: int) -> Block | None:
+        """The free block that an address lies in, behind its beginning."""
+        for block in self.allocator.at.values():
+            if block.address < address < block.address + block.size:
+                return block
+        return None
+
+
+def conflicts(start: State, trace: list[Entry], uncertain: bool) -> Conflicts:
+    placement = _Placement(start, uncertain)
+    for number, entry in enumerate(trace):
+        placement.follow(number, entry)
+    return placement.conflicts
+
+
+def infer_pools(
+    start: State, trace: list[Entry], uncertain: bool
+) -> tuple[dict[int, Pool], set[int]]:
+    """Find the private pools that the requests of the history need, as few as possible.
+
+    Returns the pool of each segment found to be in one, by the event that released the segment; and
+    those of them for which the history leaves no choice, as the default pool's own segments rule
+    them out. `uncertain` as in `_Placement`.
+    """
+    found = conflicts(start, trace, uncertain)
+    unknown = set(start.assumed_pools)
+    forced = {segment for segment in unknown if DEFAULT_POOL in found.of(segment)}
+    private = set(forced)
+    undecided: dict[int, set[Owner]] = {}
+    for segment in unknown - forced:
+        undecided[segment] = (found.of(segment) & unknown) - forced
+    # Of two that exclude each other, at most one is the default pool's.
+    late = _returned_late(trace)
+
+    def likelihood(segment: int) -> tuple[bool, int, int]:
+        return segment in late, len(undecided[segment]), segment
+
+    while any(undecided.values()):
+        likeliest = max(filter(undecided.get, undecided), key=likelihood)
+        private.add(likeliest)
+        for other in undecided.pop(likeliest):
+            assert isinstance(other, int)
+            undecided[other].discard(likeliest)
+    returned_while_used = start.settings.max_split_size is not None
+    return _grouped(private, found, returned_while_used), forced
 
 
 @dataclass
@@ -96,120 +227,13 @@ class PrivatePool:
     excluded: set[Owner] = field(default_factory=set)  # what cannot be in it
 
 
-def conflicts(start: State, trace: list[dict[str, Any]], uncertain: bool = False) -> Conflicts:
-    """Place every block at its recorded address, and note the free blocks that should have been taken instead.
+def _grouped(private: set[int], found: Conflicts, returned_while_used: bool) -> dict[int, Pool]:
+    """Put the segments into as few private pools as possible: each into the first that can hold it.
 
-    A free block whose true size is unknown, as it follows a block with an unknown rest, counts only if `uncertain`.
+    PyTorch returns a private pool's segments when nothing can allocate in it any more. With a split
+    size, it also returns some of them in between.
     """
-    out = Conflicts()
-    # One pool holds everything: what lies where does not depend on the pools.
-    everything = replace(
-        start, segments={a: replace(part, pool=DEFAULT_POOL) for a, part in start.segments.items()}
-    )
-    allocator, blocks = restore(everything)
-    recorded, unused = Recorded(start), set()
-    spare = {} if uncertain else {a: most - least for a, (least, most) in start.rests.items()}
-    for number, entry in enumerate(trace):
-        action, address, size = entry["action"], entry.get("addr", 0), entry.get("size", 0)
-        recorded.follow(number, entry)
-        if action == "segment_alloc":
-            taken = recorded.parts[address]
-            segment = allocator.segments[address] = Segment(
-                address, taken.size, taken.stream, taken.small
-            )
-            allocator.keep(segment.first)
-            unused.add(address)
-        elif action == "segment_free" and address in allocator.segments:
-            for part in allocator.segments.pop(address).blocks():
-                if part.free:
-                    allocator.take(part)
-                blocks.pop(part.address, None)
-            unused.discard(address)
-        elif action == "free_completed" and address in blocks:
-            allocator.free(blocks.pop(address))
-            spare.pop(address, None)
-        elif action == "alloc" and size:
-            block = allocator.at.get(address) or _around(allocator.at, address)
-            needed = start.rounded(size)
-            if block is None or block.address + block.size < address + needed:
-                continue
-            mine = _owner_of(recorded, address)
-            if isinstance(mine, int):
-                out.last_used[mine] = number
-            fresh = block.segment.address in unused
-            unused.discard(block.segment.address)
-            small, stream = needed <= SMALL_REQUEST, entry.get("stream", 0)
-            free = allocator.free_blocks.get((DEFAULT_POOL, small, stream), [])
-            for at in range(bisect_left(free, (needed, 0)), len(free)):
-                if not fresh and free[at] >= (block.size, block.address):
-                    break
-                other = allocator.at[free[at][1]]
-                too_much = spare.get(other.before.address, 0) if other.before is not None else 0
-                if (
-                    other.segment is not block.segment
-                    and other.segment.address not in unused
-                    and other.size - too_much >= needed
-                    and allocator.may_use(other.size, needed)
-                ):
-                    out.add(mine, _owner_of(recorded, other.address))
-            left = block.address + block.size - address - needed
-            whole = needed if allocator.splits(left, needed, block.segment.small) else needed + left
-            blocks[address] = allocator.use(allocator.carve(block, address, whole), size)
-    return out
-
-
-def _around(free: dict[int, Block], address: int) -> Block | None:
-    return next(
-        (block for block in free.values() if block.address < address < block.address + block.size),
-        None,
-    )
-
-
-def _owner_of(recorded: Recorded, address: int) -> Owner:
-    segment = recorded.segment(address)
-    if segment is None:
-        return DEFAULT_POOL
-    part = recorded.parts[segment]
-    return part.pool if part.released is None else part.released
-
-
-def told_apart(
-    start: State, trace: list[dict[str, Any]], uncertain: bool = False
-) -> tuple[dict[int, Pool], set[int]]:
-    """The private pools that the requests of the history need, as few as possible.
-
-    Returns the pool of each segment found to be in one, by the event that released the segment; and those of them for
-    which the history leaves no choice, as the default pool's own segments rule them out.
-    """
-    found = conflicts(start, trace, uncertain)
-    unknown = set(start.untold)
-    forced = {segment for segment in unknown if DEFAULT_POOL in found.between.get(segment, ())}
-    private = set(forced)
-    open_ = {
-        segment: {o for o in found.between.get(segment, ()) if o in unknown} - forced
-        for segment in unknown - forced
-    }
-    # Of two that exclude each other, at most one is the default pool's.
-    late = _returned_late(trace)
-    while any(open_.values()):
-        most = max(
-            filter(open_.get, open_),
-            key=lambda segment: (segment in late, len(open_[segment]), segment),
-        )
-        private.add(most)
-        for other in open_.pop(most):
-            open_[other].discard(most)
-    return dict(_grouped(private, found, start.settings.max_split_size is not None)), forced
-
-
-def _grouped(
-    private: set[int], found: Conflicts, returned_while_used: bool
-) -> Iterator[tuple[int, Pool]]:
-    """Put the segments into as few private pools as possible: the first one in which each can have been.
-
-    PyTorch returns a private pool's segments when nothing can allocate in it any more. With a split size, it also
-    returns some of them in between.
-    """
+    out: dict[int, Pool] = {}
     pools: list[PrivatePool] = []
     for segment in sorted(private):
         last_used = found.last_used.get(segment, -1)
@@ -220,25 +244,26 @@ def _grouped(
         else:
             pool = PrivatePool((-1, len(pools)), returned=segment)
             pools.append(pool)
-        pool.excluded |= found.between.get(segment, set())
+        pool.excluded |= found.of(segment)
         pool.last_used = max(pool.last_used, last_used)
-        yield segment, pool.id
+        out[segment] = pool.id
+    return out
 
 
-def _returned_late(trace: list[dict[str, Any]]) -> set[int]:
+def _returned_late(trace: list[Entry]) -> set[int]:
     """The events that return a segment where, going by their order, it is a private pool's turn.
 
-    `empty_cache` returns the default pool's large segments, then its small ones, each by stream, size and address; then
-    those of the private pools that are no longer in use. This is only a hint: two calls in a row look like one.
+    `empty_cache` returns the default pool's large segments, then its small ones, each by stream,
+    size and address; then those of the private pools that are no longer in use. This is only a
+    hint: two calls in a row look like one.
     """
     out: set[int] = set()
     last: tuple[int, ...] = ()
     for number, entry in enumerate(trace):
-        if entry["action"] != "segment_free":
+        if entry.action != "segment_free":
             last = ()
             continue
-        size = entry.get("size", 0)
-        turn = size == SMALL_SEGMENT, entry.get("stream", 0), size, entry.get("addr", 0)
+        turn = entry.size == SMALL_SEGMENT, entry.stream, entry.size, entry.address
         if number - 1 in out or turn < last:
             out.add(number)
         last = turn

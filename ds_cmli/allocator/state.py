@@ -1,25 +1,52 @@
-"""The state of CUDA's allocator at one moment of a recorded history, and its model put into that state."""
+"""The state of CUDA's allocator at one moment of a recorded history, and its model in that
+state.
+"""
 
 from bisect import bisect_left
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from ds_cmli.allocator.allocator import CachingAllocator
 from ds_cmli.allocator.blocks import DEFAULT_POOL, DEFAULTS, Block, Pool, Segment, Settings, rounded
 from ds_cmli.allocator.expandable import ExpandableAllocator, Key
 
+Snapshot = dict[str, Any]  # as `torch.cuda.memory._snapshot()` returns it
+Trace = list[dict[str, Any]]  # the history of one device in it
+
+
+class Entry(NamedTuple):
+    """One event of a recorded history."""
+
+    action: str
+    address: int
+    size: int  # of an allocation or a free: the requested bytes
+    stream: int
+    pool: Pool | None  # None: the history does not record it
+
+
+def entries(trace: Trace) -> list[Entry]:
+    return [_entry(event) for event in trace]
+
+
+def _entry(event: dict[str, Any]) -> Entry:
+    pool = event.get("pool_id") or None
+    if pool is not None:
+        pool = tuple(pool)
+    address, size, stream = event.get("addr", 0), event.get("size", 0), event.get("stream", 0)
+    return Entry(event["action"], address, size, stream, pool)
+
 
 @dataclass(frozen=True)
 class Mapped:
-    """A range of addresses that is backed by memory: a segment, or a part of an expandable segment."""
+    """Addresses that are backed by memory: a segment, or a part of an expandable segment."""
 
     size: int
     stream: int
     small: bool
     pool: Pool = DEFAULT_POOL
-    released: int | None = (
-        None  # number of the event in `State.untold` that returned the segment to the device
-    )
+    # The number of the event that returned the memory to the device, if its pool is not recorded.
+    released: int | None = None
 
     @property
     def key(self) -> Key:
@@ -28,7 +55,9 @@ class Mapped:
 
 @dataclass(eq=False)
 class Range:
-    """The addresses that a history names of an expandable segment, from its first memory until it has none left."""
+    """The known addresses of an expandable segment, from its first memory until it has none
+    left.
+    """
 
     begin: int
     end: int
@@ -43,70 +72,62 @@ class Range:
     def key(self) -> Key:
         return self.pool, self.small, self.stream
 
+    def holds(self, address: int) -> bool:
+        return self.begin <= address < self.end
+
 
 @dataclass
 class State:
-    """The state of the allocator at the first event, with what the history tells about later segments."""
+    """The allocator's state at the first event, and what the history records of later segments."""
 
     segments: dict[int, Mapped] = field(default_factory=dict)  # by address
-    live: dict[int, int] = field(
-        default_factory=dict
-    )  # address of each block in use -> requested bytes
-    sizes: dict[int, int] = field(
-        default_factory=dict
-    )  # address -> block's size, for live blocks where it is known
-    rests: dict[int, tuple[int, int]] = field(
-        default_factory=dict
-    )  # block -> (least, most) bytes of its rest
-    taken: dict[int, Mapped] = field(
-        default_factory=dict
-    )  # number of each `segment_alloc` -> the segment
+    live: dict[int, int] = field(default_factory=dict)  # address of a used block -> requested bytes
+    sizes: dict[int, int] = field(default_factory=dict)  # the sizes of live blocks that are known
+    # Address of each live block -> (least, most) bytes of its remainder, see `beginning`.
+    remainders: dict[int, tuple[int, int]] = field(default_factory=dict)
+    taken: dict[int, Mapped] = field(default_factory=dict)  # number of a `segment_alloc` -> segment
     settings: Settings = DEFAULTS  # with which the history was recorded
     ranges: list[Range] = field(default_factory=list)  # those that have memory
-    range_at: dict[int, Range] = field(
-        default_factory=dict
-    )  # number of each `segment_map` and `_unmap` -> its range
-    # Number of each event that returned memory to the device whose pool the history does not tell -> the assumed pool.
-    untold: dict[int, Pool] = field(default_factory=dict)
-    private: set[int] = field(
-        default_factory=set
-    )  # those of them that cannot be of the default pool
+    # Number of each `segment_map` and `segment_unmap` -> its range.
+    range_at: dict[int, Range] = field(default_factory=dict)
+    # Number of each event that returned memory whose pool is not recorded -> the assumed pool.
+    assumed_pools: dict[int, Pool] = field(default_factory=dict)
+    private: set[int] = field(default_factory=set)  # those that cannot be of the default pool
 
     def rounded(self, requested: int) -> int:
         return rounded(requested, self.settings.roundup_power2_divisions)
 
-    def parts(self) -> list[Mapped]:
-        """Every segment of the history."""
-        return [*self.segments.values(), *self.taken.values()]
+    def pools(self) -> set[Pool]:
+        """The pools of all segments of the history, as recorded or assumed."""
+        mapped = [*self.segments.values(), *self.taken.values()]
+        return {*self.assumed_pools.values(), *(part.pool for part in mapped)}
 
     def with_pools(self, pools: dict[int, Pool], private: set[int]) -> "State":
-        """A copy in which the segments that were released by the events `pools` are in these pools."""
-
-        def changed(parts: dict[int, Mapped]) -> dict[int, Mapped]:
-            return {
-                key: replace(part, pool=pools[part.released]) if part.released in pools else part
-                for key, part in parts.items()
-            }
-
-        segments, taken = changed(self.segments), changed(self.taken)
-        untold = self.untold | pools
+        """Copy the state, with the segments that the events `pools` released in these pools."""
         return replace(
             self,
-            segments=segments,
-            taken=taken,
-            rests=dict(self.rests),
-            untold=untold,
+            segments=_in_pools(self.segments, pools),
+            taken=_in_pools(self.taken, pools),
+            remainders=dict(self.remainders),
+            assumed_pools=self.assumed_pools | pools,
             private=private,
         )
 
 
-def recorded_pool(entry: dict[str, Any]) -> Pool | None:
-    """The pool that an event tells, if it tells one."""
-    return tuple(entry["pool_id"]) if entry.get("pool_id") else None  # type: ignore[return-value]
+def _in_pools(mapped: dict[int, Mapped], pools: dict[int, Pool]) -> dict[int, Mapped]:
+    out = dict(mapped)
+    for key, part in mapped.items():
+        if part.released in pools:
+            out[key] = replace(part, pool=pools[part.released])
+    return out
+
+
+def range_with(ranges: Sequence[Range], address: int) -> Range | None:
+    return next((found for found in ranges if found.holds(address)), None)
 
 
 def joined(state: State) -> dict[int, Mapped]:
-    """`state.segments`, with adjacent mapped ranges of an expandable segment joined."""
+    """`state.segments`, with adjacent mapped parts of an expandable segment joined."""
     if not state.settings.expandable_segments:
         return state.segments
     out: dict[int, Mapped] = {}
@@ -121,29 +142,35 @@ def joined(state: State) -> dict[int, Mapped]:
 
 
 def restore(state: State) -> tuple[CachingAllocator, dict[int, Block]]:
-    """Put the allocator's model into `state`. Returns the model, and its blocks in use by address."""
+    """Put the allocator's model into `state`. Returns the model, and its used blocks by address."""
     live, blocks = sorted(state.live), {}
-    allocator = ExpandableAllocator() if state.settings.expandable_segments else CachingAllocator()
+    allocator = CachingAllocator()
+    if state.settings.expandable_segments:
+        allocator = ExpandableAllocator()
     allocator.settings = state.settings
     for address, part in sorted(joined(state).items()):
-        if isinstance(allocator, ExpandableAllocator):
-            start = next(
-                found.begin for found in state.ranges if found.begin <= address < found.end
-            )
-            if start not in allocator.segments:
-                allocator.add_range(start, part.key)
-            free = allocator.map_at(allocator.segments[start], address, part.size)
-        else:
-            segment = Segment(address, part.size, part.stream, part.small, part.pool)
-            allocator.segments[address] = segment
-            allocator.reserved += part.size
-            free = segment.first
-            allocator.keep(free)
+        free = _add_memory(allocator, state, address, part)
         for start in live[bisect_left(live, address) : bisect_left(live, address + part.size)]:
-            block = allocator.carve(
-                free, start, state.rounded(state.live[start]) + state.rests[start][0]
-            )
+            size = state.rounded(state.live[start]) + state.remainders[start][0]
+            block = allocator.carve(free, start, size)
             blocks[start] = allocator.use(block, state.live[start])
-            free = block.after if block.after is not None and block.after.free else block
+            free = block
+            if block.after is not None and block.after.free:
+                free = block.after
     allocator.actions.clear()
     return allocator, blocks
+
+
+def _add_memory(allocator: CachingAllocator, state: State, address: int, part: Mapped) -> Block:
+    """Give the model the memory of `part`; returns it as one free block."""
+    if isinstance(allocator, ExpandableAllocator):
+        found = range_with(state.ranges, address)
+        assert found is not None
+        if found.begin not in allocator.segments:
+            allocator.add_range(found.begin, part.key)
+        return allocator.map_at(allocator.segments[found.begin], address, part.size)
+    segment = Segment(address, part.size, part.stream, part.small, part.pool)
+    allocator.segments[address] = segment
+    allocator.reserved += part.size
+    allocator.keep(segment.first)
+    return segment.first

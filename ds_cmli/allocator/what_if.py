@@ -1,100 +1,94 @@
-"""Replays a recorded history under another limit or other settings of CUDA's allocator: does it fit, what is reserved?
+"""Replays a recorded history under another limit or other settings of CUDA's allocator.
 
-With only another limit the replay begins in the state in which the recording began. With other settings the blocks of
-that state would be at other addresses: they are allocated anew, in the order of their recorded addresses.
+With only another limit the replay begins in the state in which the recording began. With other
+settings the blocks of that state would be at other addresses: they are allocated anew, in the order
+of their recorded addresses.
 """
 
 from bisect import bisect_right
 from dataclasses import dataclass
-from typing import Any
 
 from ds_cmli.allocator.allocator import CachingAllocator
 from ds_cmli.allocator.blocks import Block, OutOfMemory, Settings
 from ds_cmli.allocator.expandable import ExpandableAllocator
 from ds_cmli.allocator.pools import Recorded
-from ds_cmli.allocator.state import State, restore
+from ds_cmli.allocator.state import State, Trace, entries, restore
 
 INVENTED = 1 << 62  # the first address of new segments: no recorded segment is there
 GIVEN_BACK = ("segment_free", "segment_unmap")
 
 
-@dataclass(frozen=True)
+@dataclass
 class WhatIf:
-    fits: bool
-    reserved_peak: int
-    allocated_peak: int
-    failed_at: int | None = (
-        None  # number of the failed allocation, from 0 on; -1: the initial state does not fit
-    )
+    """Whether a history fits; sizes are in bytes."""
+
+    fits: bool = True
+    reserved_peak: int = 0
+    allocated_peak: int = 0
+    # Number of the failed allocation, from 0 on; -1: the initial state does not fit.
+    failed_at: int | None = None
     failed_request: int = 0  # the bytes that it requested
     too_much: int = 0  # bytes that would have to be freed for it
     failed_event: int = 0  # number of events before it
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         return dict(vars(self))
 
 
 def what_if(
-    start: State,
-    trace: list[dict[str, Any]],
-    limit: int | None = None,
-    settings: Settings | None = None,
+    start: State, trace: Trace, limit: int | None = None, settings: Settings | None = None
 ) -> WhatIf:
-    """Replay the requests of `trace` from the state `start`, under `settings` (None: those of the recording).
+    """Replay the requests of `trace` from `start`, under `settings` (None: those of the recording).
 
-    Where the recording returned segments of a pool to the device, all free segments of that pool are returned here: the
-    cause was most likely `empty_cache`, which the program would call again.
+    Where the recording returned segments of a pool to the device, all free segments of that pool
+    are returned here: the cause was most likely `empty_cache`, which the program would call again.
     """
-    number, at = -1, 0
-    recorded, emptied = Recorded(start), None
-    reserved = allocated = 0
     settings = start.settings if settings is None else settings
-    allocator = CachingAllocator()
+    allocator, out, number, at = CachingAllocator(), WhatIf(), -1, 0
     try:
         if settings == start.settings:
             allocator, blocks = restore(start)
-            allocator.limit, allocator.next_address = limit, INVENTED
-            if limit is not None and allocator.reserved > limit:
-                allocator.empty_cache()
-                if allocator.reserved > limit:
-                    missing = allocator.reserved - limit
-                    raise OutOfMemory(
-                        0, allocator.allocated, allocator.reserved, limit, missing, None
-                    )
+            _limit(allocator, limit)
         else:
-            allocator, blocks = _anew(start, limit, settings)
-        reserved, allocated = allocator.reserved, allocator.allocated
-        for at, entry in enumerate(trace):
-            action, address, size = entry["action"], entry.get("addr", 0), entry.get("size", 0)
-            if action == "alloc" and size:
+            allocator, blocks = _allocate_anew(start, limit, settings)
+        out.reserved_peak, out.allocated_peak = allocator.reserved, allocator.allocated
+        recorded, emptied = Recorded(start), None
+        for at, entry in enumerate(entries(trace)):
+            pool = recorded.pool(entry)
+            if entry.action == "alloc" and entry.size:
                 number += 1
-                blocks[address] = allocator.malloc(
-                    size, entry.get("stream", 0), pool=recorded.pool(entry)
-                )
-            elif action == "free_completed" and address in blocks:
-                allocator.free(blocks.pop(address))
-            elif action in GIVEN_BACK and emptied != recorded.pool(entry):
-                allocator.empty_cache(recorded.pool(entry))
-            emptied = recorded.pool(entry) if action in GIVEN_BACK else None
+                blocks[entry.address] = allocator.malloc(entry.size, entry.stream, pool=pool)
+            elif entry.action == "free_completed" and entry.address in blocks:
+                allocator.free(blocks.pop(entry.address))
+            elif entry.action in GIVEN_BACK and emptied != pool:
+                allocator.empty_cache(pool)
+            emptied = pool if entry.action in GIVEN_BACK else None
             recorded.follow(at, entry)
-            reserved = max(reserved, allocator.reserved)
-            allocated = max(allocated, allocator.allocated)
+            out.reserved_peak = max(out.reserved_peak, allocator.reserved)
+            out.allocated_peak = max(out.allocated_peak, allocator.allocated)
     except OutOfMemory as error:
-        return WhatIf(
-            False,
-            max(reserved, allocator.reserved),
-            allocated,
-            number,
-            error.requested,
-            error.missing,
-            at,
-        )
-    return WhatIf(True, reserved, allocated)
+        out.fits = False
+        out.reserved_peak = max(out.reserved_peak, allocator.reserved)
+        out.failed_at, out.failed_event = number, at
+        out.failed_request, out.too_much = error.requested, error.missing
+    return out
 
 
-def _anew(
+def _limit(allocator: CachingAllocator, limit: int | None) -> None:
+    """Let a restored model reserve at most `limit` bytes. Raises `OutOfMemory` if it holds more."""
+    allocator.limit, allocator.next_address = limit, INVENTED
+    if limit is None or allocator.reserved <= limit:
+        return
+    allocator.empty_cache()
+    missing = allocator.reserved - limit
+    if missing > 0:
+        raise OutOfMemory(0, allocator.allocated, allocator.reserved, limit, missing, None)
+
+
+def _allocate_anew(
     start: State, limit: int | None, settings: Settings
 ) -> tuple[CachingAllocator, dict[int, Block]]:
+    """A model with the live blocks of `start`, and these by their recorded addresses."""
     kind = ExpandableAllocator if settings.expandable_segments else CachingAllocator
     allocator, blocks = kind(limit, settings), {}
     segments = sorted(start.segments)

@@ -225,7 +225,7 @@ def check_trackers(names: Sequence[str]) -> None:
 def check_early(config: Config, ds_config: DeepSpeedConfig, resume: str, profiles: Any) -> None:
     """Check what would otherwise be refused only after imports that take seconds. Raises `UserError`.
 
-    `profiles` is a `memory.profiles.Profiles`.
+    `profiles` is a `memory.profiler.Profiles`.
     """
     check_trackers(config.run.report_to)
     if config.run.compile != "off" and profiles.memory is not None:

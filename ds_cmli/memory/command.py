@@ -1,7 +1,8 @@
-"""`ds-cmli-memory`, or `python profiling/predict.py`: predict the memory that a training needs, before asking for GPUs.
+"""`ds-cmli-memory`, or `python profiling/predict.py`: predict the memory that a training needs,
+before asking for GPUs.
 
-It runs the real training step on tensors without data, which takes seconds, needs no GPU and downloads nothing. It
-takes the options of train.py.
+It runs the real training step on tensors without data, which takes seconds, needs no GPU and
+downloads nothing. It takes the options of train.py.
 """
 
 import json
@@ -18,7 +19,8 @@ from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.options import WHAT, add, resolve_config, tell_beside_json
 from ds_cmli.config.schema import Config
 
-# A prediction runs on the CPU even if there is a GPU. DeepSpeed chooses its device when it is imported.
+# A prediction runs on the CPU even if there is a GPU. DeepSpeed chooses its device when it is
+# imported.
 os.environ.update(CUDA_VISIBLE_DEVICES="", DS_ACCELERATOR="cpu")
 
 CPU = "cpu"
@@ -135,7 +137,8 @@ def grid(
     axes: dict[str, list[int]],
     gpu: str,
 ) -> list:
-    """Print the bytes on the device as they are found, then as a table: the first axis in rows, the others in columns.
+    """Print the bytes on the device as they are found, then as a table: the first axis in rows, the
+    others in columns.
 
     Returns the points' reports as dictionaries.
     """
@@ -194,7 +197,9 @@ def sentence(report: Any, gpu: str) -> str:
 
 
 def fit_sentence(fitted: Any, room: int) -> str:
-    """The answer in one sentence: what fits, what one more pair needs, and which change makes the asked batch fit."""
+    """The answer in one sentence: what fits, what one more pair needs, and which change makes
+    the asked batch fit.
+    """
     from ds_cmli.memory.report import gigabytes
 
     more = fitted.tried.get(max(fitted.micro_batch + 1, 1))
@@ -214,7 +219,9 @@ def fit_sentence(fitted: Any, room: int) -> str:
 
 
 def meant(fit: str, room: int, fitted_gpu: str, gpu: str, world_size: int) -> str:
-    """What --fit was taken for, and how much of it tensors can have: the bytes of a size, or the memory of a GPU."""
+    """What --fit was taken for, and how much of it tensors can have: the bytes of a size, or the
+    memory of a GPU.
+    """
     from ds_cmli.allocator import gpus
 
     usable = room - gpus.device_bytes(0, gpu, world_size)

@@ -1,21 +1,35 @@
-"""Reads what PyTorch's CPU allocator reports to the profiler. Nothing else in this package reads these events."""
+"""Reads what PyTorch's CPU allocator reports to the profiler.
 
+Nothing else in this package reads these events.
+"""
+
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
+import torch.distributed as dist
+from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
+from torch.utils._pytree import tree_leaves
 
+from ds_cmli.common.patches import patched
+
+# Seconds to wait at most until gloo's thread has released a collective's tensors; microseconds
+# suffice.
+LONGEST_S = 1.0
+# Seconds to wait for gloo to release its internal copies, which have no count that could be asked.
+COPY_S = 0.005
 MEMORY = "[memory]"  # the profiler's name of an allocation and of a free
 
 
-def recording() -> Any:
+def recording() -> profile:
     """A profiler that records the allocator's events while it is entered as a context manager."""
     return profile(activities=[ProfilerActivity.CPU], profile_memory=True)
 
 
-def events(profiler: Any) -> list[tuple[str, int]]:
-    """(name, bytes) of every event that a finished profiler has recorded, in the order of their start times.
+def events(profiler: profile) -> list[tuple[str, int]]:
+    """(name, bytes) of every event that a finished profiler has recorded, in the order of their
+    start times.
 
     Allocations have the name `MEMORY` and positive bytes, frees the same name and negative bytes.
     """
@@ -23,45 +37,63 @@ def events(profiler: Any) -> list[tuple[str, int]]:
     return [(e.name(), e.nbytes()) for e in recorded]
 
 
-@contextmanager
-def recording_in_parts(
-    mark: str = MEMORY,
-) -> Iterator[tuple[list[tuple[str, int]], Callable[[], None]]]:
-    """Records the allocator's events into a list, and those whose name begins with `mark`; see `events`.
-
-    Yields the list and a function that moves the events recorded so far into it; the rest follows at the end. A
-    profiler keeps more than a kilobyte for each event, and a long step has more of them than fit in memory. No other
-    thread may run an operator while that function is called.
-    """
-    found: list[tuple[str, int]] = []
-    profilers = [recording()]
-
-    def keep(profiler: Any) -> None:
-        found.extend(
-            event for event in events(profiler) if event[0] == MEMORY or event[0].startswith(mark)
-        )
-        profiler.profiler.kineto_results = (
-            None  # freed now: a profiler is part of a reference cycle
-        )
-
-    def move() -> None:
-        # Nothing may be allocated or freed between the two profilers.
-        ended = profilers.pop()
-        ended.__exit__(None, None, None)
-        profilers.append(recording())
-        profilers[0].__enter__()
-        keep(ended)
-
-    profilers[0].__enter__()
-    try:
-        yield found, move
-    finally:
-        profilers[0].__exit__(None, None, None)
-        keep(profilers.pop())
-
-
 def sizes(call: Callable[[], object]) -> list[int]:
-    """The bytes of each allocation (positive) and each free (negative) that `call` makes, in order."""
+    """The bytes of each allocation (positive) and each free (negative) that `call` makes, in
+    order.
+    """
     with recording() as profiler:
         call()
     return [size for name, size in events(profiler) if name == MEMORY]
+
+
+@contextmanager
+def seen_by_the_profiler() -> Iterator[None]:
+    """Inside, collectives return only after gloo's thread has released their tensors.
+
+    gloo's thread does so a moment after the caller has gone on. A tensor that the caller has
+    dropped by then is freed in that thread, which the profiler does not record, so it would be
+    counted as if it were never freed.
+    """
+    with (
+        patched("torch: collectives", lambda method: _to_the_end(method, 0.0)),
+        patched("torch: scattering collectives", lambda method: _to_the_end(method, COPY_S)),
+    ):
+        yield
+
+
+def _to_the_end(method: Callable, seconds: float) -> Callable:
+    def run(group: dist.ProcessGroup, *arguments: object) -> "_Work | None":
+        tensors = [t for t in tree_leaves(arguments) if isinstance(t, Tensor)]
+        before = [t._use_count() for t in tensors]  # type: ignore[attr-defined]
+        work = _Work(method(group, *arguments), tensors, before, seconds)
+        if arguments[-1].asyncOp:
+            return work
+        work.wait()
+        return None
+
+    return run
+
+
+class _Work:
+    """A `dist.Work` whose `wait` returns when only the caller holds its tensors, or `LONGEST_S`
+    after its end.
+    """
+
+    def __init__(
+        self, work: dist.Work | None, tensors: list[Tensor], before: list[int], seconds: float
+    ):
+        self.work, self.tensors, self.before, self.seconds = work, tensors, before, seconds
+
+    def is_completed(self) -> bool:
+        return self.work is None or self.work.is_completed()
+
+    def wait(self, *timeout: object) -> bool:
+        if self.work is not None:
+            self.work.wait(*timeout)
+            time.sleep(self.seconds)
+        self.work = None
+        latest = time.monotonic() + LONGEST_S
+        while [t._use_count() for t in self.tensors] > self.before and time.monotonic() < latest:  # type: ignore[attr-defined]
+            time.sleep(1e-4)
+        self.tensors, self.before = [], []
+        return True

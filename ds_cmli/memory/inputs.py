@@ -1,4 +1,6 @@
-"""The inputs of a step that is predicted or measured: models with random weights, and batches without real data."""
+"""The inputs of a step that is predicted or measured: models with random weights, and batches
+without real data.
+"""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -13,11 +15,11 @@ from ds_cmli.data.batch import Batch
 from ds_cmli.data.tokens import load_tokenizer
 from ds_cmli.models.transformers_model import family, text_part, without_effect
 
-# Text models whose sizes are the defaults of their family in the transformers library, so they need no download.
+# Text models whose sizes are the defaults of their family in transformers: they need no download.
 FAMILY_SIZES = ("bert", "bert-base-uncased", "bert-base-cased", "roberta", "roberta-base")
 
-
-# The texts of one micro-batch, for each rank: the length they are padded to, and each text's number of valid tokens.
+# The texts of one micro-batch, for each rank: the length they are padded to, and each text's number
+# of valid tokens.
 Texts = Sequence[tuple[int, Sequence[int]]]
 
 
@@ -29,9 +31,11 @@ UNCOMPILED = "run.compile: predicted for the blocks as they are, as what a compi
 
 
 def without_weights(config: Config) -> tuple[Config, int]:
-    """The configuration with random weights of the same sizes and without compilation, and the size of the vocabulary.
+    """The configuration with random weights of the same sizes and without compilation, and the size
+    of the vocabulary.
 
-    Raises `NotPredictable` for a text model whose sizes are neither known here, nor given, nor on this machine.
+    Raises `NotPredictable` for a text model whose sizes are neither known here, nor given, nor on
+    this machine.
     """
     student, teacher = config.student, config.teacher
     from transformers import AutoConfig
@@ -74,16 +78,20 @@ def without_weights(config: Config) -> tuple[Config, int]:
 
 
 def text_lengths(config: Config, micro_batch: int) -> list[int]:
-    """The number of valid tokens that CMLI compares in each text of `longest_batch`. [CLS] and [SEP] are not valid."""
+    """The number of valid tokens that CMLI compares in each text of `longest_batch`. [CLS] and
+    [SEP] are not valid.
+    """
     positions = config.data.context_length
     lengths = [max(0, positions - 3), *[positions - 2] * (micro_batch - 1)]
     return [kept(config.loss.cmli_token_keep, n) for n in lengths]
 
 
 def longest_batch(config: Config, micro_batch: int, positions: int | None = None) -> Batch:
-    """A batch of constants in the shapes of the largest possible batch, or with texts padded to `positions`.
+    """A batch of constants in the shapes of the largest possible batch, or with texts padded to
+    `positions`.
 
-    Its tensors are fake inside a `FakeTensorMode`, otherwise real. All texts are full but the first: it lacks a token.
+    Its tensors are fake inside a `FakeTensorMode`, otherwise real. All texts are full but the
+    first: it lacks a token.
     """
     B, M, S = micro_batch, positions or config.data.context_length, config.data.image_size
     attention_mask = torch.ones(B, M, dtype=torch.bool)
@@ -107,3 +115,19 @@ def longest_batch(config: Config, micro_batch: int, positions: int | None = None
         cell_picture=torch.zeros(B, 2, 2, dtype=torch.int64),
         bad=[],
     )
+
+
+def candidates(stage: int, world_size: int) -> list[int]:
+    """The ranks of which one needs the most memory, the likeliest first.
+
+    With ZeRO-1 and 2 each rank keeps the reduced gradients of its own share of the parameters from
+    the moment in which backward computes them. The last rank has the parameters that come last,
+    whose gradients are computed first, while most activations are still stored. With the other
+    stages all ranks need the same, and rank 0 stands for all.
+    """
+    return list(dict.fromkeys([world_size - 1, 0, world_size // 2])) if stage in (1, 2) else [0]
+
+
+def likeliest(stage: int, world_size: int) -> int:
+    """The rank that needs the most, where predicting several would take too long."""
+    return candidates(stage, world_size)[0]

@@ -17,7 +17,6 @@ from ds_cmli.data.batch import Batch
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.engine import TrainEngine
 from ds_cmli.memory import cpu_events, measure_cuda, predict_subprocess
-from ds_cmli.memory.collectives import seen_by_the_profiler
 from ds_cmli.memory.report import Report, summarise
 from ds_cmli.memory.tracker import Tracker
 
@@ -28,7 +27,9 @@ FILE, SNAPSHOT = "memory.json", "memory-snapshot.pickle"
 def differences(
     predicted: dict[str, Any], measured: dict[str, Any]
 ) -> dict[str, dict[str, dict[str, float]]]:
-    """Predicted minus measured bytes and their ratio, for every figure that both reports (`Report.to_dict`) have."""
+    """Predicted minus measured bytes and their ratio, for every figure that both reports
+    (`Report.to_dict`) have.
+    """
     out: dict[str, dict[str, dict[str, float]]] = {}
     for part in ("totals", "phases", "categories"):
         out[part] = {}
@@ -50,14 +51,17 @@ def profiling_memory(
     ds_config: DeepSpeedConfig,
     folder: Path,
 ) -> Iterator[Callable[[], None]]:
-    """Measure the first `steps` optimizer steps of the training loop inside; call the yielded function after each step.
+    """Measure the first `steps` optimizer steps of the training loop inside; call the yielded
+    function after each step.
 
-    After the last of these steps rank 0 writes `folder/memory.json`: prediction, measurement and their differences; on
-    CUDA also the allocator's history, for pytorch.org/memory_viz. The prediction is made in a separate process, for
-    texts of the lengths that were measured, while all ranks wait. Collective.
+    After the last of these steps rank 0 writes `folder/memory.json`: prediction, measurement and
+    their differences; on CUDA also the allocator's history, for pytorch.org/memory_viz. The
+    prediction is made in a separate process, for texts of the lengths that were measured, while all
+    ranks wait. Collective.
 
     Args:
-        steps: None: nothing is measured. With 1, the optimizer's states do not exist yet at the peak.
+        steps: None: nothing is measured. With 1, the optimizer's states do not exist yet at the
+            peak.
         ds_config: as `engine.build` took it.
     """
     if steps is None:
@@ -101,13 +105,16 @@ def profiling_memory(
                     with predict_subprocess.Predictor(PREDICTION_S) as predictor:
                         _write(folder, predictor.ask(request), report())
                 if target == "cuda":
-                    measure_cuda.record_history()  # back to the short history that every training run keeps
+                    # Back to the short history that every training run keeps.
+                    measure_cuda.record_history()
 
         yield after_step
 
 
 def _lengths(batch: Batch) -> tuple[int, list[int]]:
-    """The number of positions that the batch's texts are padded to, and of each text's valid tokens. CPU-GPU sync."""
+    """The number of positions that the batch's texts are padded to, and of each text's valid
+    tokens. CPU-GPU sync.
+    """
     return batch.token_mask.shape[1], batch.token_mask.sum(1).tolist()
 
 
@@ -132,13 +139,14 @@ def _measuring(
             yield report
         totals.update(measure_cuda.statistics(train_engine.device))
         return
-    with seen_by_the_profiler(), tracker, tracker.attach_to_training(train_engine):
+    with cpu_events.seen_by_the_profiler(), tracker, tracker.attach_to_training(train_engine):
         before, known = sum(event.bytes for event in tracker.events()), len(tracker.ops)
         with cpu_events.recording() as profiler:
             yield report
     sizes = [size for name, size in cpu_events.events(profiler) if name == cpu_events.MEMORY]
-    # The profiler has no events for batches that were allocated before it started or by a data loading process. The
-    # tracker first sees such a batch when it claims it as "data", and so records no operator for it.
+    # The profiler has no events for batches that were allocated before it started or by a data
+    # loading process. The tracker first sees such a batch when it claims it as "data", and so
+    # records no operator for it.
     unseen = [
         e.bytes for e in tracker.events() if e.category == "data" and not e.op and e.block >= known
     ]

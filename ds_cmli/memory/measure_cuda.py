@@ -1,7 +1,9 @@
-"""Measures memory of steps on CUDA: the allocator's statistics and history, and what the driver counts for the process.
+"""Measures memory of steps on CUDA: the allocator's statistics and history, and what the driver
+counts for the process.
 
-The totals are the allocator's own. The categories come from the tracker that predictions use, here on real tensors;
-what the allocator counts beyond the tracker (the workspaces of libraries and operators) is added to "temporaries".
+The totals are the allocator's own. The categories come from the tracker that predictions use, here
+on real tensors; what the allocator counts beyond the tracker (the workspaces of libraries and
+operators) is added to "temporaries".
 """
 
 import os
@@ -23,10 +25,11 @@ from ds_cmli.memory.tracker import Tracker
 
 
 def measure(config: Config, ds_config: Mapping[str, Any], world_size: int = 1) -> Report:
-    """Memory of rank 0's first two optimizer steps on this GPU, all sizes in bytes; arguments as in `predict`.
+    """Memory of rank 0's first two optimizer steps on this GPU, all sizes in bytes; arguments as in
+    `predict`.
 
-    The other ranks are simulated by a fake process group, whose collectives transfer nothing. The peaks are those since
-    the process began, so measure only one configuration per process.
+    The other ranks are simulated by a fake process group, whose collectives transfer nothing. The
+    peaks are those since the process began, so measure only one configuration per process.
     """
     device = torch.device("cuda", torch.cuda.current_device())
     ds_config = engine.filled(config, DeepSpeedConfig.of(ds_config), world_size, TOTAL_STEPS)
@@ -52,25 +55,36 @@ def measure(config: Config, ds_config: Mapping[str, Any], world_size: int = 1) -
 def combined(
     tracked: Report, totals: dict[str, int], setting: dict[str, Any], source: str
 ) -> Report:
-    """A report with the tracker's categories and phases and the measured totals; categories add up to "requested"."""
+    """A report with the tracker's categories and phases and the measured totals; categories add
+    up to "requested".
+    """
     categories = dict(tracked.categories)
     categories["temporaries"] += totals["requested"] - tracked.totals["requested"]
     return Report(setting, source, categories, tracked.phases, totals, tracked.timeline)
 
 
 def record_history(most: int = 100_000) -> None:
-    """Keep the last `most` actions of CUDA's allocator from now on. No stacks: they cost time at every allocation."""
+    """Keep the last `most` actions of CUDA's allocator from now on.
+
+    No stacks: they cost time at every allocation.
+    """
     torch.cuda.memory._record_memory_history(context=None, max_entries=most, clear_history=True)
 
 
 def save_snapshot(path: Path) -> None:
-    """Write the allocator's snapshot, history included, for pytorch.org/memory_viz. CPU-GPU sync."""
+    """Write the allocator's snapshot, history included, for pytorch.org/memory_viz.
+
+    CPU-GPU sync.
+    """
     torch.cuda.synchronize()
     path.write_bytes(pickle.dumps(torch.cuda.memory._snapshot()))
 
 
 def statistics(device: torch.device) -> dict[str, int]:
-    """Peaks since the process began, in bytes; with "device" if the driver reports it. CPU-GPU sync."""
+    """Peaks since the process began, in bytes; with "device" if the driver reports it.
+
+    CPU-GPU sync.
+    """
     torch.cuda.synchronize(device)
     stats = torch.cuda.memory_stats(device)
     totals = {
@@ -78,13 +92,16 @@ def statistics(device: torch.device) -> dict[str, int]:
     }
     occupied = process_bytes(device)
     if occupied is not None:
-        # The driver reports no peak: memory outside the allocator's segments is assumed to be the same then as now.
+        # The driver reports no peak: memory outside the allocator's segments is assumed to be the
+        # same then as now.
         totals["device"] = occupied + totals["reserved"] - stats["reserved_bytes.all.current"]
     return totals
 
 
 def process_bytes(device: torch.device) -> int | None:
-    """The bytes that this process occupies on the GPU, as NVML counts them; None if NVML does not report them."""
+    """The bytes that this process occupies on the GPU, as NVML counts them; None if NVML does
+    not report them.
+    """
     import pynvml
 
     try:
@@ -102,7 +119,8 @@ def process_bytes(device: torch.device) -> int | None:
 def own_bytes(used: dict[int, int | None], pid: int) -> int | None:
     """The entry of `used` for this process.
 
-    In a container NVML may list another process id: a single entry is then taken to be this process's.
+    In a container NVML may list another process id: a single entry is then taken to be this
+    process's.
     """
     if pid in used:
         return used[pid]

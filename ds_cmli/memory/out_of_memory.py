@@ -1,8 +1,10 @@
-"""Out of memory: training ends on every rank with one message that says what to change, and exit code 2.
+"""Out of memory: training ends on every rank with one message that says what to change, and exit
+code 2.
 
-A rank that runs out of memory claims a file in the run's folder, so that only one rank prints the message if several
-run out together; the others wait for it and end silently. Nothing here is a collective. A rank that still waits in one
-for the failed rank is ended by the watchdog, or by the launcher, which sees the failed rank's exit code.
+A rank that runs out of memory claims a file in the run's folder, so that only one rank prints the
+message if several run out together; the others wait for it and end silently. Nothing here is a
+collective. A rank that still waits in one for the failed rank is ended by the watchdog, or by the
+launcher, which sees the failed rank's exit code.
 """
 
 import errno
@@ -17,6 +19,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -24,7 +27,10 @@ from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.schema import Config
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.faults.watchdog import Watchdog
-from ds_cmli.memory import measure_cuda, memory_advice
+from ds_cmli.memory import measure_cuda, predict_subprocess
+from ds_cmli.memory.changes import Change, Shortage, Step
+from ds_cmli.memory.inputs import likeliest
+from ds_cmli.memory.predict_subprocess import Answer
 
 EXIT_CODE = 2  # as for every mistake that the user can correct
 WAIT_SECONDS = 180  # for the rank that prints the message, which mostly predicts what would fit
@@ -35,6 +41,7 @@ PHRASES = (
     "out of memory",
     "ALLOC_FAILED",
 )
+ADVICE_SECONDS = 120  # limit for all predictions together; the other ranks wait meanwhile
 UNITS = {"bytes": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
 
 
@@ -48,7 +55,9 @@ def is_shortage(error: BaseException) -> bool:
 
 
 def asked_bytes(error: BaseException) -> int | None:
-    """The size of the failed allocation, from the error's message, which rounds it on CUDA; None if it has none."""
+    """The size of the failed allocation, from the error's message, which rounds it on CUDA; None
+    if it has none.
+    """
     size = re.search(r"tried to allocate ([\d.]+) (bytes|KiB|MiB|GiB)", str(error), re.IGNORECASE)
     return int(float(size[1]) * UNITS[size[2]]) if size else None
 
@@ -62,19 +71,20 @@ class Room:
 
 
 def process_room(base: dict[str, int]) -> Room:
-    """On the CPU: the smallest limit of this process, minus what it occupied before it had tensors."""
+    """On the CPU: the smallest limit of this process, minus what it occupied before it had
+    tensors.
+    """
     limits = {
         "VmData": ("RLIMIT_DATA", resource.RLIMIT_DATA),
         "VmSize": ("RLIMIT_AS", resource.RLIMIT_AS),
     }
-    rooms = []
+    smallest = Room(None, "of this machine")
     for name, (words, kind) in limits.items():
         limit, _ = resource.getrlimit(kind)
-        if limit != resource.RLIM_INFINITY:
-            rooms.append(
-                Room(limit - base[name], f"of this process, {words} (ulimit) = {limit:,} B")
-            )
-    return min(rooms, key=lambda room: room.bytes or 0, default=Room(None, "of this machine"))
+        left = limit - base.get(name, 0)
+        if limit != resource.RLIM_INFINITY and (smallest.bytes is None or left < smallest.bytes):
+            smallest = Room(left, f"of this process, {words} (ulimit) = {limit:,} B")
+    return smallest
 
 
 def process_bytes() -> dict[str, int]:
@@ -84,13 +94,18 @@ def process_bytes() -> dict[str, int]:
 
 
 def device_room(device: torch.device) -> Room:
-    """The most that CUDA's allocator can reserve besides other processes. To be called before its cache is emptied."""
+    """The most that CUDA's allocator can reserve besides other processes.
+
+    To be called before its cache is emptied.
+    """
     free, total = torch.cuda.mem_get_info(device)  # CPU-GPU sync
     room = free + torch.cuda.memory_reserved(device)
-    return Room(
-        room,
-        f"of {torch.cuda.get_device_name(device)}, {room:,} B of {total:,} B for tensors of this rank",
-    )
+    name = torch.cuda.get_device_name(device)
+    return Room(room, f"of {name}, {room:,} B of {total:,} B for tensors of this rank")
+
+
+def room_of(device: torch.device, base: dict[str, int]) -> Room:
+    return process_room(base) if device.type == "cpu" else device_room(device)
 
 
 @contextmanager
@@ -105,8 +120,8 @@ def ending(
 
     Args:
         config, ds_config: as `engine.build` takes them; the prediction is made for them.
-        folder: the run's folder, the same on every rank. The message and the snapshot are written there, as
-            `out_of_memory*`.
+        folder: the run's folder, the same on every rank. The message and the snapshot are written
+            there, as `out_of_memory*`.
         watchdog: waits longer while the message is prepared, and then tells the other ranks to end.
     """
     token = distributed.broadcast_object(uuid.uuid4().hex[:8])  # collective
@@ -122,59 +137,99 @@ def ending(
             raise
         with watchdog.slow():
             if is_shortage(error):
-                room = process_room(base) if device.type == "cpu" else device_room(device)
-                # The traceback's frames hold the step's tensors, and preparing the message takes memory.
+                room = room_of(device, base)
+                # The traceback's frames hold the step's tensors, and preparing the message takes
+                # memory.
                 traceback.clear_frames(error.__traceback__)
-                if _speak(error, room, message, snapshot, config, ds_config, device):
+                step = Step(config, ds_config, distributed.world_size(), device.type == "cuda")
+                if _speak(error, room, step, message, snapshot):
                     watchdog.dismiss()
                     _leave()
-            # Another rank ran out first; here that showed as a broken connection, or this rank ran out later.
+            # Another rank ran out first; here that showed as a broken connection, or this rank ran
+            # out later.
             _wait_for(message)
             _leave()
 
 
-def _speak(
-    error,
-    room: Room,
-    message: Path,
-    snapshot: Path,
-    config: Config,
-    ds_config,
-    device: torch.device,
-) -> bool:
+def _speak(error: BaseException, room: Room, step: Step, message: Path, snapshot: Path) -> bool:
     """Print and write the message; returns False if another rank does so."""
     try:
         message.touch(exist_ok=False)
     except FileExistsError:
         return False
-    except OSError:  # the folder cannot be written: other ranks do not hear of it, and this one speaks in any case
+    # The folder cannot be written: other ranks do not hear of it, and this one speaks in any case.
+    except OSError:
         pass
-    asked = asked_bytes(error)
-    first = "error: out of memory"
-    first += (
-        f": rank {distributed.rank()} asked for {asked:,} B"
-        if asked
-        else f" on rank {distributed.rank()}"
-    )
-    first += f" over the limit {room.limit}"
+    asked, rank = asked_bytes(error), distributed.rank()
+    first = f": rank {rank} asked for {asked:,} B" if asked else f" on rank {rank}"
     _lift_limits()
-    gpu = device.type == "cuda"
+    # On a GPU the allocator has written the real snapshot.
+    predicted = "" if step.gpu else str(snapshot)
     try:
-        predicted = (
-            "" if gpu else str(snapshot)
-        )  # on a GPU the allocator has written the real snapshot
-        lines = memory_advice.advise(
-            config, ds_config, distributed.world_size(), gpu, room.bytes, predicted
-        )
+        lines = advise(step, room.bytes, predicted)
     except Exception as failed:  # the message must be printed even if the advice fails
         lines = [f"no prediction of what would fit: {type(failed).__name__}: {failed}"]
     if snapshot.exists():
         lines.append(f"snapshot for pytorch.org/memory_viz: {snapshot}")
-    text = "\n  ".join([first, *lines]) + "\n"
+    lines.insert(0, f"error: out of memory{first} over the limit {room.limit}")
+    text = "\n  ".join(lines) + "\n"
     print(text, end="", file=sys.stderr, flush=True)
     with suppress(OSError):
         message.write_text(text)
     return True
+
+
+def advise(step: Step, room: int | None, snapshot: str) -> list[str]:
+    """The lines of the message: the predicted bytes by category, and settings that would fit.
+
+    Args:
+        room: the bytes that tensors can have (on a GPU: that the allocator can reserve); None if
+            not known.
+        snapshot: the file for the predicted snapshot; "" for none.
+    """
+    target, total = ("cuda", "reserved") if step.gpu else ("cpu", "requested")
+    with predict_subprocess.Predictor(ADVICE_SECONDS) as predictor:
+
+        def ask(config: Config, ds_config: DeepSpeedConfig, snapshot: str = "") -> Answer:
+            rank = likeliest(ds_config.stage, step.world_size)
+            request = predict_subprocess.Request(
+                config, ds_config, step.world_size, target, rank, snapshot=snapshot
+            )
+            return predictor.ask(request)
+
+        answer = ask(step.config, step.ds_config, snapshot)
+        if answer.report is None:
+            return [f"no prediction of what would fit: {answer.failed}"]
+        lines = table(answer.report)
+        if room is None:
+            return lines
+        # Fragmentation keeps some memory unusable, and the run failed at or below the predicted
+        # peak: leave a tenth.
+        room = min(room, answer.report["totals"][total] * 9 // 10)
+        too_much = room + 1
+
+        def needs(change: Change) -> int:
+            changed = ask(change.config, change.ds_config).report
+            return too_much if changed is None else changed["totals"][total]
+
+        found = Shortage(step, room, needs).proposals()
+    for change, size in found:
+        lines.append(f"would fit in {room:,} B by prediction: {change.what}: {size:,} B")
+    if not found:
+        lines.append(
+            f"no setting that was tried would fit in {room:,} B: a smaller model or more memory"
+        )
+    return lines
+
+
+def table(report: dict[str, Any]) -> list[str]:
+    """The lines of a prediction: bytes by category, largest first, and the predicted peak."""
+    terms = sorted(((n, name) for name, n in report["categories"].items() if n), reverse=True)
+    lines = [f"{name:<20} {n:>16,} B" for n, name in terms]
+    lines.append(f"{'predicted peak':<20} {report['totals']['requested']:>16,} B")
+    if terms:
+        lines.append(f"the largest: {terms[0][1]}")
+    return lines
 
 
 def _lift_limits() -> None:
@@ -184,11 +239,8 @@ def _lift_limits() -> None:
             try:
                 resource.setrlimit(kind, (limit, limit))
                 break
-            except (
-                ValueError,
-                OSError,
-            ):  # above the hard limit, which only the superuser may raise
-                continue
+            except (ValueError, OSError):
+                continue  # above the hard limit, which only the superuser may raise
 
 
 def _wait_for(message: Path) -> None:
@@ -200,7 +252,8 @@ def _wait_for(message: Path) -> None:
 def _leave() -> None:
     sys.stdout.flush()
     sys.stderr.flush()
-    # os._exit and not sys.exit, because ending the process group would wait for collectives that never finish.
+    # os._exit and not sys.exit, because ending the process group would wait for collectives that
+    # never finish.
     os._exit(EXIT_CODE)
 
 

@@ -1,6 +1,8 @@
-"""Finds a training step's parameters, gradients, optimizer states, master weights, teacher, EMA and ZeRO buckets.
+"""Finds a training step's parameters, gradients, optimizer states, master weights, teacher, EMA and
+ZeRO buckets.
 
-Reads the attributes in which DeepSpeed's ZeRO optimizers (stages 1 to 3) and its wrappers without ZeRO keep tensors.
+Reads the attributes in which DeepSpeed's ZeRO optimizers (stages 1 to 3) and its wrappers without
+ZeRO keep tensors.
 """
 
 from collections.abc import Iterator
@@ -29,7 +31,9 @@ OFFLOADED = ("temp_grad_buffer_for_cpu_offload", "param_buffer_of_bit16_for_cpu_
 
 
 def owners(train_engine: TrainEngine) -> Iterator[tuple[str, Tensor]]:
-    """Yield (category, tensor) for every live tensor; if a storage occurs twice, its first category is right."""
+    """Yield (category, tensor) for every live tensor; if a storage occurs twice, its first
+    category is right.
+    """
     for category, value in _held(train_engine):
         for tensor in _tensors(value):
             yield category, tensor
@@ -60,7 +64,8 @@ def _held(train_engine: TrainEngine) -> Iterator[tuple[str, Any]]:
     if is_offloaded(optimizer):
         yield HOST, [getattr(optimizer, name, None) for name in OFFLOADED]
         master = gradients = states = averages = HOST
-    # Without master weights the optimizer holds the module's own parameters, which were yielded above.
+    # Without master weights the optimizer holds the module's own parameters, which were yielded
+    # above.
     groups = [group["params"] for group in inner.param_groups]
     updated = list(_tensors([groups, [getattr(optimizer, name, None) for name in MASTER]]))
     yield master, updated

@@ -1,4 +1,5 @@
-"""Runs predictions in a separate process: during a training run, on a machine whose GPU they must not touch, or after a
+"""Runs predictions in a separate process: during a training run, on a machine whose GPU they must
+not touch, or after a
 failure. The process reads requests as lines of JSON and answers each with one line.
 """
 
@@ -49,7 +50,9 @@ class Answer:
 
 
 class Predictor:
-    """The predicting process: `send` requests, and `receive` the answers in the same order. It works meanwhile.
+    """The predicting process:
+
+    `send` requests, and `receive` the answers in the same order. It works meanwhile.
 
     It is killed `timeout_s` seconds after its start.
     """

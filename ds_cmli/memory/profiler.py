@@ -1,21 +1,95 @@
-"""Writes a torch.profiler trace of the steps that `train.py --profile FIRST:LAST` names: memory, shapes and stacks.
+"""The options `--profile FIRST:LAST` and `--profile-memory STEPS` of train.py: checked early,
+applied to the loop.
 
-Read it with `tensorboard --logdir <run>/profile` (the plugin torch-tb-profiler), or open the .json in Perfetto.
+`--profile` writes a torch.profiler trace of these steps: memory, shapes and stacks. Read it with
+`tensorboard --logdir <run>/profile` (the plugin torch-tb-profiler), or open the .json in Perfetto.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from ds_cmli.common.errors import UserError
+from ds_cmli.config.deepspeed_config import DeepSpeedConfig
+
+if TYPE_CHECKING:  # these take seconds to import, and options are checked before
+    from torch.profiler import profile
+
+    from ds_cmli.config.schema import Config
+    from ds_cmli.engine import TrainEngine
+
+
+@dataclass(frozen=True)
+class Profiles:
+    trace: str | None = None  # --profile
+    memory: int | None = None  # --profile-memory
+
+    def left(self, total_steps: int, done: int, say: Callable[[str], None]) -> "Profiles":
+        """The profiles that a run can still record after `done` steps; `say` is told which ones it
+        cannot.
+
+        Raises:
+            UserError: no start of this run could record a profile, or both profiles are asked for.
+        """
+        trace, memory = self.trace, self.memory
+        if memory is not None and not 1 <= memory <= total_steps:
+            raise UserError(
+                f"--profile-memory is {memory}: give 1 to {total_steps} steps of the training; "
+                "2 see the peak"
+            )
+        if memory is not None and trace is not None:
+            raise UserError(
+                f"--profile-memory is {memory} and --profile is {trace!r}: both take the profiler, "
+                "give one"
+            )
+        if trace is not None and parse_steps(trace, total_steps)[0] <= done:
+            say(f"--profile {trace} is left out: the training goes on at step {done + 1}")
+            trace = None
+        if memory is not None and memory > total_steps - done:
+            left = total_steps - done
+            say(f"--profile-memory {memory} is left out: {left} steps are left of the training")
+            memory = None
+        return Profiles(trace, memory)
+
+    @contextmanager
+    def around(
+        self,
+        train_engine: "TrainEngine",
+        config: "Config",
+        ds_config: DeepSpeedConfig,
+        folder: Path,
+        done: int,
+    ) -> Iterator[Callable[[], None]]:
+        """Profile the training loop inside; call the yielded function at the end of each step.
+
+        Args:
+            train_engine, config, ds_config: the `TrainEngine` and what it was built from.
+            folder: the run's folder; gets `profile/` and `memory.json`.
+            done: the number of steps taken before.
+        """
+        from ds_cmli.distributed import process_group as distributed
+        from ds_cmli.memory.measure import profiling_memory
+
+        steps = None if self.trace is None else parse_steps(self.trace, 10**12, done)
+        with (
+            profiling(steps, folder / "profile", distributed.rank(), done) as traced,
+            profiling_memory(self.memory, train_engine, config, ds_config, folder) as measured,
+        ):
+
+            def after_step() -> None:
+                traced()
+                measured()
+
+            yield after_step
 
 
 def parse_steps(text: str, total_steps: int, done: int = 0) -> tuple[int, int]:
     """ "3:5" -> (3, 5): the first and the last step, counted from 1 as in the log.
 
-    Raises `UserError` for any other text, and for steps outside `done` + 1 to `total_steps`, the steps that the run is
-    about to take.
+    Raises `UserError` for any other text, and for steps outside `done` + 1 to `total_steps`, the
+    steps that the run is about to take.
     """
     first, colon, last = text.partition(":")
     if not (colon and first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
@@ -38,7 +112,8 @@ def profiling(
     Args:
         steps: the first and the last step to record, counted from 1; None: nothing is recorded.
         done: the number of steps taken before.
-        folder: gets one file from each rank, `rank<r>.<time>.pt.trace.json`, after the last recorded step.
+        folder: gets one file from each rank, `rank<r>.<time>.pt.trace.json`, after the last
+            recorded step.
     """
     if steps is None:
         yield lambda: None
@@ -48,7 +123,7 @@ def profiling(
 
     handler = tensorboard_trace_handler(str(folder), worker_name=f"rank{rank}")
 
-    def write(profiler: Any) -> None:
+    def write(profiler: "profile") -> None:
         try:
             handler(profiler)
         except (OSError, RuntimeError) as error:  # the training goes on
@@ -56,13 +131,13 @@ def profiling(
 
     first, last = (step - done for step in steps)
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available()
-    # The step before the first recorded one, if there is one, is the warm-up, because starting the tracer takes time.
+    # The step before the first recorded one, if there is one, is the warm-up, because starting the
+    # tracer takes time.
     warmup = min(first - 1, 1)
+    turns = schedule(wait=first - 1 - warmup, warmup=warmup, active=last - first + 1, repeat=1)
     with profile(
         activities=activities,
-        schedule=schedule(
-            wait=first - 1 - warmup, warmup=warmup, active=last - first + 1, repeat=1
-        ),
+        schedule=turns,
         on_trace_ready=write,
         profile_memory=True,
         record_shapes=True,

@@ -1,7 +1,9 @@
-"""The common output of predictions and measurements: allocation events, and a report of them with the same names.
+"""The common output of predictions and measurements: allocation events, and a report of them with
+the same names.
 
-All sizes are bytes. "Requested" is what the program asked for, "allocated" what the caching allocator handed out for it
-(rounded up), "reserved" what the allocator took from the device, and "device" all that the process occupies there.
+All sizes are bytes. "Requested" is what the program asked for, "allocated" what the caching
+allocator handed out for it (rounded up), "reserved" what the allocator took from the device, and
+"device" all that the process occupies there.
 """
 
 from collections.abc import Iterable
@@ -38,16 +40,13 @@ PHASES = ("init", "forward", "loss", "backward", "optimizer")
 class Report:
     setting: dict[str, Any]  # preset, world size, batch and so on, for the report's readers
     source: str  # "predicted", "measured: CPU allocator", "measured: NVIDIA A10G", ...
-    categories: dict[
-        str, int
-    ]  # live at the moment of the requested peak; they add up to totals["requested"]
+    # Live at the moment of the requested peak; they add up to totals["requested"].
+    categories: dict[str, int]
     phases: dict[str, int]  # the requested peak of each phase
-    totals: dict[
-        str, int
-    ]  # peaks: "requested", and "allocated", "reserved" and "device" where they are known
-    timeline: list[tuple[str, dict[str, int]]] = field(
-        default_factory=list
-    )  # (phase, live bytes by category)
+    # Peaks: "requested", and "allocated", "reserved" and "device" where they are known.
+    totals: dict[str, int]
+    # (phase, live bytes by category).
+    timeline: list[tuple[str, dict[str, int]]] = field(default_factory=list)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Report":
@@ -67,10 +66,12 @@ TIMELINE_POINTS = 2000
 
 
 def summarise(events: Iterable[Event], setting: dict[str, Any], source: str) -> Report:
-    """Compute a report from `events`: live bytes by category at the peak, the peak of each phase, and the timeline.
+    """Compute a report from `events`: live bytes by category at the peak, the peak of each phase,
+    and the timeline.
 
-    A phase's peak includes what was live when it began. The timeline holds at most `TIMELINE_POINTS` local maxima: the
-    events are divided into that many stretches of equal length, and the largest maximum of each is kept.
+    A phase's peak includes what was live when it began. The timeline holds at most
+    `TIMELINE_POINTS` local maxima: the events are divided into that many stretches of equal length,
+    and the largest maximum of each is kept.
     """
     events = list(events)
     totals = list(accumulate(event.bytes for event in events))
@@ -106,7 +107,9 @@ def summarise(events: Iterable[Event], setting: dict[str, Any], source: str) -> 
 
 
 def gigabytes(*sizes: int, digits: int = 2) -> list[str]:
-    """Sizes in GB, with at least `digits` decimals and as many as it takes for different sizes to read differently."""
+    """Sizes in GB, with at least `digits` decimals and as many as it takes for different sizes
+    to read differently.
+    """
     while True:
         out = [f"{size / 1e9:,.{digits}f}" for size in sizes]
         if digits >= 9 or len(set(out)) == len(set(sizes)):

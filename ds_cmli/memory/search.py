@@ -1,7 +1,9 @@
-"""Answers questions that need several predictions: a grid of settings, and the largest micro-batch that fits."""
+"""Answers questions that need several predictions: a grid of settings, and the largest
+micro-batch that fits.
+"""
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Any
 
@@ -12,9 +14,9 @@ from ds_cmli.allocator import gpus
 from ds_cmli.allocator.allocator import replay
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.schema import Config, check, choice
-from ds_cmli.memory import memory_advice
+from ds_cmli.memory.changes import Change, Shortage, Step
+from ds_cmli.memory.inputs import candidates, likeliest
 from ds_cmli.memory.predict import DEFAULT_GPU, TOTAL_STEPS, Prediction, predict
-from ds_cmli.memory.ranks import candidates, likeliest
 
 AXES = ("batch", "world", "stage")
 LARGEST_BATCH = 2**16
@@ -22,19 +24,20 @@ FIRST_BATCHES = (16, 128)  # micro-batches that are predicted before others are 
 
 
 def parse_axes(texts: tuple[str, ...], micro_batch: int, world_size: int) -> dict[str, list[int]]:
-    """`("batch=64,128", "world")` or `("batch=64,128,world",)` -> {"batch": [64, 128], "world": [1, 2, 8, 64]}.
+    """`("batch=64,128", "world")` or `("batch=64,128,world",)` -> {"batch": [64, 128], "world": [1,
+    2, 8, 64]}.
 
-    An axis without values gets the usual ones. Raises `UserError` for what is neither an axis nor a number.
+    An axis without values gets the usual ones. Raises `UserError` for what is neither an axis nor a
+    number.
     """
+    batches = (micro_batch // 4, micro_batch // 2, micro_batch, 2 * micro_batch)
     usual = {
-        "batch": [
-            n for n in (micro_batch // 4, micro_batch // 2, micro_batch, 2 * micro_batch) if n
-        ],
+        "batch": [n for n in batches if n],
         "world": sorted({1, 2, 8, world_size}),
         "stage": [0, 1, 2, 3],
     }
     axes: dict[str, list[int]] = {}
-    for part in (p.strip() for text in texts for p in text.split(",")):
+    for part in map(str.strip, ",".join(texts).split(",")):
         name, equals, value = part.rpartition("=")
         if not equals and not part.isdecimal():
             name, value = part, ""
@@ -42,12 +45,8 @@ def parse_axes(texts: tuple[str, ...], micro_batch: int, world_size: int) -> dic
             choice("--sweep", name, AXES)
             axes[name] = []
         if value:
-            check(
-                bool(axes) and value.isdecimal(),
-                "--sweep",
-                part,
-                "write for instance batch=64,128,world,stage=1,2",
-            )
+            written = bool(axes) and value.isdecimal()
+            check(written, "--sweep", part, "write for instance batch=64,128,world,stage=1,2")
             list(axes.values())[-1].append(int(value))
     for stage in axes.get("stage", []):
         check(stage <= 3, "--sweep stage", stage, "ZeRO's stages are 0 to 3")
@@ -55,10 +54,16 @@ def parse_axes(texts: tuple[str, ...], micro_batch: int, world_size: int) -> dic
 
 
 def with_batch(ds_config: Mapping[str, Any], micro_batch: int) -> DeepSpeedConfig:
-    """The DeepSpeed JSON with this micro-batch and the same accumulation, without a total batch size."""
+    """The DeepSpeed JSON with this micro-batch and the same accumulation, without a total batch
+    size.
+    """
     return DeepSpeedConfig.of(ds_config).replaced(
         train_batch_size=None, train_micro_batch_size_per_gpu=micro_batch
     )
+
+
+def silent(line: str) -> None:
+    """Show no progress."""
 
 
 def sweep(
@@ -66,11 +71,11 @@ def sweep(
     ds_config: Mapping[str, Any],
     world_size: int,
     axes: dict[str, list[int]],
-    **options: Any,
+    gpu: str = DEFAULT_GPU,
+    tell: Callable[[str], None] = silent,
 ) -> Iterator[tuple[tuple[int, ...], Prediction]]:
-    """Yield (values of the axes, prediction) of each point of the grid; the last axis varies fastest.
-
-    `options` are those of `predict`.
+    """Yield (values of the axes, prediction) of each point of the grid; the last axis varies
+    fastest.
     """
     for values in product(*axes.values()):
         point = dict(zip(axes, values, strict=True))
@@ -80,19 +85,25 @@ def sweep(
         if "stage" in point:
             changed = changed.replaced({"stage": point["stage"]})
         ranks = point.get("world", world_size)
-        yield (
-            values,
-            predict(config, changed, ranks, rank=likeliest(changed.stage, ranks), **options),
-        )
+        rank = likeliest(changed.stage, ranks)
+        yield values, predict(config, changed, ranks, rank=rank, gpu=gpu, tell=tell)
 
 
 def predict_largest(
-    config: Config, ds_config: Mapping[str, Any], world_size: int, **options: Any
+    config: Config,
+    ds_config: Mapping[str, Any],
+    world_size: int,
+    target: str = "cuda",
+    gpu: str = DEFAULT_GPU,
+    tell: Callable[[str], None] = silent,
 ) -> Prediction:
-    """The prediction of the rank that needs the most. Arguments as in `predict`, without `rank`."""
-    total = "requested" if options.get("target") == "cpu" else "device"
+    """Predict the rank that needs the most. Arguments as in `predict`."""
     ranks = candidates(DeepSpeedConfig.of(ds_config).stage, world_size)
-    found = (predict(config, ds_config, world_size, rank=rank, **options) for rank in ranks)
+    found = (
+        predict(config, ds_config, world_size, rank=rank, target=target, gpu=gpu, tell=tell)
+        for rank in ranks
+    )
+    total = "requested" if target == "cpu" else "device"
     return max(found, key=lambda prediction: prediction.report.totals[total])
 
 
@@ -101,12 +112,10 @@ class Fit:
     micro_batch: int  # the largest micro-batch that fits; 0: none does
     prediction: Prediction  # for that micro-batch; for micro-batch 1 if none fits
     tried: dict[int, int]  # micro-batch -> predicted bytes on the device
-    asked: (
-        int  # the micro-batch that the changes make fit: the configuration's own, or 1 if none fits
-    )
-    changes: list[
-        tuple[str, int]
-    ]  # if `asked` does not fit: (a setting to change, bytes on the device with it)
+    # The micro-batch that the changes make fit: the configuration's own, or 1 if none fits.
+    asked: int
+    # If `asked` does not fit: (a setting to change, bytes on the device with it).
+    changes: list[tuple[str, int]]
 
 
 def largest(
@@ -115,11 +124,13 @@ def largest(
     most: int = LARGEST_BATCH,
     estimate: Callable[[int], int] | None = None,
 ) -> int:
-    """The largest n from 1 to `most` with needs(n) <= room; 0 if there is none. `needs` must grow with n.
+    """The largest n from 1 to `most` with needs(n) <= room; 0 if there is none.
 
-    `needs` is nearly linear in n, so the next n to try comes from the line through the nearest two that were tried. If
-    `needs` is expensive, `estimate` is a cheap approximation of it: the next n is then the largest that fits by the
-    estimate, or the one after that.
+    `needs` must grow with n.
+
+    `needs` is nearly linear in n, so the next n to try comes from the line through the nearest two
+    that were tried. If `needs` is expensive, `estimate` is a cheap approximation of it: the next n
+    is then the largest that fits by the estimate, or the one after that.
     """
     low, low_needs = 1, needs(1)
     if low_needs > room:
@@ -136,9 +147,11 @@ def largest(
             high_needs = needs(high)
     turn = 0
     while high - low > 1:
-        if (
-            turn % 3 == 2 if estimate is None else turn > 5 and turn % 2
-        ):  # `needs` may jump in between: bisect
+        # `needs` may jump in between, where neither line nor estimate helps: now and then bisect.
+        bisect = turn % 3 == 2
+        if estimate is not None:
+            bisect = turn > 5 and turn % 2 == 1
+        if bisect:
             guess = (low + high) // 2
         elif estimate is not None:
             guess = largest(estimate, room, most)
@@ -161,24 +174,62 @@ def estimated_bytes(
 ) -> int:
     """Estimate the bytes on the device for a micro-batch that was not predicted.
 
-    Each event's bytes follow a polynomial through the nearest three predictions (or fewer) with the same number of
-    events; these events are replayed in the allocator's model.
+    Each event's bytes follow a polynomial through the nearest three predictions (or fewer) with the
+    same number of events; these events are replayed in the allocator's model.
     """
     nearest = sorted(known, key=lambda n: (abs(n - micro_batch), n))
-    number = len(known[nearest[0]].events)
-    points = [n for n in nearest if len(known[n].events) == number][:3]
-    sizes = np.zeros(number)
+    base = known[nearest[0]].events
+    points = [n for n in nearest if len(known[n].events) == len(base)][:3]
+    sizes = np.zeros(len(base))
     for n in points:
         weight = np.prod([(micro_batch - other) / (n - other) for other in points if other != n])
-        sizes += weight * np.array(
-            [abs(event.bytes) for event in known[n].events], dtype=np.float64
-        )
-    base = known[points[0]].events
-    events = [
-        replace(event, bytes=max(int(size), 1) if event.bytes > 0 else -max(int(size), 1))
-        for event, size in zip(base, np.rint(sizes), strict=True)
-    ]
+        each = np.fromiter((abs(event.bytes) for event in known[n].events), dtype=np.float64)
+        sizes += weight * each
+    events = []
+    for event, size in zip(base, np.rint(sizes), strict=True):
+        positive = max(int(size), 1)
+        events.append(replace(event, bytes=positive if event.bytes > 0 else -positive))
     return gpus.device_bytes(replay(events).reserved_peak, gpu, world_size)
+
+
+@dataclass
+class Fitting:
+    """The predictions that `fit` has made so far; each setting is predicted once."""
+
+    config: Config
+    ds_config: DeepSpeedConfig
+    world_size: int
+    gpu: str
+    tell: Callable[[str], None]
+    predictions: dict[int, Prediction] = field(default_factory=dict)  # by micro-batch
+    sizes: dict[str, int] = field(default_factory=dict)  # of the changes that were tried
+
+    def needs(self, micro_batch: int) -> int:
+        if micro_batch not in self.predictions:
+            self.predictions[micro_batch] = self._predicted(
+                f"micro-batch {micro_batch}", self.config, with_batch(self.ds_config, micro_batch)
+            )
+        return self.predictions[micro_batch].report.totals["device"]
+
+    def needs_with(self, change: Change) -> int:
+        if change.what not in self.sizes:
+            found = self._predicted(change.what, change.config, change.ds_config)
+            self.sizes[change.what] = found.report.totals["device"]
+        return self.sizes[change.what]
+
+    def estimate(self, micro_batch: int) -> int:
+        for first in FIRST_BATCHES:
+            self.needs(first)
+        return estimated_bytes(self.predictions, micro_batch, self.gpu, self.world_size)
+
+    def _predicted(self, what: str, config: Config, ds_config: DeepSpeedConfig) -> Prediction:
+        def tell(line: str) -> None:
+            self.tell(f"{what}: {line}")
+
+        rank = likeliest(ds_config.stage, self.world_size)
+        prediction = predict(config, ds_config, self.world_size, gpu=self.gpu, rank=rank, tell=tell)
+        tell(f"{prediction.report.totals['device']:,} B on the device")
+        return prediction
 
 
 def fit(
@@ -188,60 +239,34 @@ def fit(
     room: int,
     *,
     gpu: str = DEFAULT_GPU,
-    tell: Callable[[str], None] = lambda line: None,
+    tell: Callable[[str], None] = silent,
 ) -> Fit:
-    """Find the largest micro-batch whose predicted bytes on the device are at most `room`; one pair more is too much.
+    """Find the largest micro-batch whose predicted bytes on the device are at most `room`; one pair
+    more is too much.
 
-    If the configuration's own micro-batch does not fit, changes of settings are tried for it, cheapest first, until two
-    make it fit; if no single change does, they are combined, as few as are enough. If not even one pair fits, changes
-    are tried for one pair.
+    If the configuration's own micro-batch does not fit, changes of settings are tried for it,
+    cheapest first, until two make it fit; if no single change does, they are combined, as few as
+    are enough. If not even one pair fits, changes are tried for one pair.
 
     Args:
         gpu: as in `predict`.
         tell: called with lines about the progress.
     """
-    predictions: dict[int, Prediction] = {}
-    sizes: dict[str, int] = {}  # of the changes that were tried
-
-    def predicted(what: str, config: Config, ds_config: Mapping[str, Any]) -> Prediction:
-        rank = likeliest(DeepSpeedConfig.of(ds_config).stage, world_size)
-        told = lambda line: tell(f"{what}: {line}")  # noqa: E731
-        prediction = predict(config, ds_config, world_size, gpu=gpu, rank=rank, tell=told)
-        tell(f"{what}: {prediction.report.totals['device']:,} B on the device")
-        return prediction
-
-    def needs(micro_batch: int) -> int:
-        if micro_batch not in predictions:
-            predictions[micro_batch] = predicted(
-                f"micro-batch {micro_batch}", config, with_batch(ds_config, micro_batch)
-            )
-        return predictions[micro_batch].report.totals["device"]
-
-    def needs_with(change: memory_advice.Change) -> int:
-        if change.what not in sizes:
-            found = predicted(change.what, change.config, change.ds_config)
-            sizes[change.what] = found.report.totals["device"]
-        return sizes[change.what]
-
-    def estimate(micro_batch: int) -> int:
-        for first in FIRST_BATCHES:
-            needs(first)
-        return estimated_bytes(predictions, micro_batch, gpu, world_size)
-
-    best = largest(needs, room, estimate=estimate)
-    changes: list[tuple[str, int]] = []
-    asked = (
-        DeepSpeedConfig.of(ds_config).batch(config.optim.micro_batch, world_size)[1] if best else 1
-    )
+    ds_config = DeepSpeedConfig.of(ds_config)
+    fitting = Fitting(config, ds_config, world_size, gpu, tell)
+    best = largest(fitting.needs, room, estimate=fitting.estimate)
+    asked = 1
+    if best:
+        asked = ds_config.batch(config.optim.micro_batch, world_size)[1]
+    found: list[tuple[Change, int]] = []
     if asked > best and room > gpus.device_bytes(0, gpu, world_size):
         one = engine.filled(config, with_batch(ds_config, asked), world_size, TOTAL_STEPS)
-        found = memory_advice.proposals(config, one, world_size, True, room, needs_with)
-        combined = memory_advice.together(config, one, world_size) if not found else []
-        if (
-            combined and needs_with(combined[-1]) <= room
-        ):  # otherwise not even all changes together are enough
-            first = next(change for change in combined if needs_with(change) <= room)
-            found = [memory_advice.fewest(first, needs_with(first), room, config, one, needs_with)]
-        changes = [(change.what, size) for change, size in found]
-    tried = {n: p.report.totals["device"] for n, p in sorted(predictions.items())}
-    return Fit(best, predictions[best or 1], tried, asked, changes)
+        shortage = Shortage(Step(config, one, world_size, True), room, fitting.needs_with)
+        found = shortage.proposals() or shortage.combined()
+    return Fit(
+        best,
+        fitting.predictions[best or 1],
+        {n: fitting.needs(n) for n in sorted(fitting.predictions)},
+        asked,
+        [(change.what, size) for change, size in found],
+    )

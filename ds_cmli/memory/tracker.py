@@ -25,11 +25,9 @@ from ds_cmli.data.batch import Batch
 from ds_cmli.engine import TrainEngine
 from ds_cmli.losses import tiles
 from ds_cmli.losses.cached import PairFeatures
-from ds_cmli.memory.cmli_scratch import cmli_scratch_bytes
-from ds_cmli.memory.collectives import copied_bytes
 from ds_cmli.memory.owners import HOST, is_offloaded, owners
 from ds_cmli.memory.phases import phases
-from ds_cmli.memory.workspace import workspace_bytes
+from ds_cmli.memory.workspace import cmli_scratch_bytes, copied_bytes, workspace_bytes
 
 # Autograd accumulates gradients and scatters the gradients of maxima in place, but not under a dispatch mode: there
 # these operators return a new tensor, and their argument is freed right afterwards.

@@ -1,20 +1,26 @@
-"""Measures memory that a CPU operator allocates and frees internally, which its tensors do not show.
+"""The memory that operators take inside, which no dispatch mode sees: workspaces, scratch of CMLI,
+copies of gloo.
 
-oneDNN's matrix products and convolutions copy operands into internal buffers, whose size depends on the processor, the
-shapes and the number of threads; no formula is published. Normalisations add up in one row for each thread, lookups
-make their indices contiguous, and operands of several dtypes are first cast to a common one. So the memory is measured:
-the single operator runs on zeros of these shapes, under the profiler, which reports the allocator's events.
+On a CPU, oneDNN's matrix products and convolutions copy operands into internal buffers, whose size
+depends on the processor, the shapes and the number of threads; no formula is published.
+Normalisations add up in one row for each thread, lookups make their indices contiguous, and
+operands of several dtypes are first cast to a common one. So this memory is measured: the single
+operator runs on zeros of these shapes, under the profiler, which reports the allocator's events.
+
+Shapes: I images, J texts, N patches, M text positions, D embedding dimension.
 """
 
 import functools
 from itertools import accumulate
-from typing import Any
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
+from ds_cmli.cmli.peak_memory import cmli_peak_bytes
 from ds_cmli.memory import cpu_events
 
 aten = torch.ops.aten
@@ -44,8 +50,18 @@ LIBRARY_OPS = {
 CASTS = {aten.copy_.default, aten._to_copy.default}
 
 
-def workspace_bytes(func: Any, args: tuple, kwargs: dict[str, Any] | None) -> int:
-    """Bytes that `func` would hold at its peak besides what it returns, on this CPU with torch's number of threads.
+# The index of the argument that gloo makes a flat copy of, for each collective; all_reduce and
+# broadcast work in place.
+GLOO_COPIES = {
+    torch.ops.c10d._allgather_base_.default: 0,
+    torch.ops.c10d.allgather_.default: 0,
+    torch.ops.c10d._reduce_scatter_base_.default: 1,
+}
+
+
+def workspace_bytes(func: OpOverload, args: tuple, kwargs: dict[str, object] | None) -> int:
+    """Bytes that `func` would hold at its peak besides what it returns, on this CPU with torch's
+    number of threads.
 
     Args:
         args, kwargs: real or fake tensors: only their sizes, strides and dtypes matter.
@@ -53,11 +69,14 @@ def workspace_bytes(func: Any, args: tuple, kwargs: dict[str, Any] | None) -> in
     if func not in LIBRARY_OPS and not _casts_operands(func, args):
         return 0
     named = tuple(sorted((kwargs or {}).items()))
-    return _asked(func, _described(args), _described(named), torch.get_num_threads())
+    described = tuple(map(_described, args))
+    return _asked(func, described, tuple(map(_described, named)), torch.get_num_threads())
 
 
-def _casts_operands(func: Any, args: tuple) -> bool:
-    """Whether an ATen operator gets tensors of several dtypes; tensors without dimensions do not count."""
+def _casts_operands(func: OpOverload, args: tuple) -> bool:
+    """Whether an ATen operator gets tensors of several dtypes; tensors without dimensions do not
+    count.
+    """
     types = {t.dtype for t in tree_leaves(args) if isinstance(t, Tensor) and t.dim()}
     return len(types) > 1 and func.namespace == "aten" and func not in CASTS
 
@@ -66,32 +85,84 @@ class _Tensor(tuple):
     """Size, strides and dtype of a tensor."""
 
 
-def _described(value: Any) -> Any:
+def _described(value: object) -> object:
     if isinstance(value, Tensor):
         return _Tensor((tuple(value.shape), tuple(value.stride()), value.dtype))
     return tuple(map(_described, value)) if isinstance(value, list | tuple) else value
 
 
-def _zeros(value: Any) -> Any:
+def _zeros(value: object) -> object:
     if isinstance(value, _Tensor):
         size, stride, dtype = value
-        elements = (
-            1 + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
-            if 0 not in size
-            else 0
-        )
+        elements = 0
+        if 0 not in size:
+            elements = 1 + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
         return torch.zeros(elements, dtype=dtype).as_strided(size, stride)
     return [_zeros(part) for part in value] if isinstance(value, tuple) else value
 
 
 @functools.cache
-def _asked(func: Any, args: tuple, kwargs: tuple, threads: int) -> int:
-    returned: list[Any] = []
+def _asked(func: OpOverload, args: tuple, kwargs: tuple, threads: int) -> int:
+    returned: list[object] = []
     with _disable_current_modes():
-        operands, named = _zeros(args), {name: _zeros(value) for name, value in kwargs}
-        func(
-            *operands, **named
-        )  # not measured: what a library allocates at its first call and keeps is no workspace
+        operands = [_zeros(value) for value in args]
+        named = {name: _zeros(value) for name, value in kwargs}
+        # The first call is not measured: what a library allocates there and keeps is no workspace.
+        func(*operands, **named)
         sizes = cpu_events.sizes(lambda: returned.append(func(*operands, **named)))
     live = [0, *accumulate(sizes)]
     return max(live) - live[-1]  # at the end only the returned tensors are live
+
+
+def copied_bytes(func: OpOverload, args: tuple, backend: str) -> int:
+    """Bytes of the copies that `backend` makes for itself while the collective operator `func`
+    runs.
+
+    gloo makes copies in all-gathers and reduce-scatters. NCCL makes none, and its own buffers lie
+    outside torch's allocator. While several collectives are in flight together, such as ZeRO-3's
+    all-gathers after a step, gloo may hold several copies at once. How many depends on timing; the
+    prediction counts one.
+    """
+    if backend != "gloo" or func not in GLOO_COPIES:
+        return 0
+    copied = tree_leaves(args[GLOO_COPIES[func]])
+    return sum(tensor.nbytes for tensor in copied if isinstance(tensor, Tensor))
+
+
+def cmli_scratch_bytes(
+    func: OpOverload, args: tuple, text_lengths: list[int] | None, first_text: int
+) -> int:
+    """Bytes that the operator `func` holds at its peak beyond what it returns.
+
+    CPU-GPU sync on real tensors.
+
+    Args:
+        args: those of the call.
+        text_lengths: the number of valid tokens of each text of all ranks, or of the first ones if
+            they repeat; used where the mask is fake. None: the most that any lengths need.
+        first_text: the place of the first text of `args` among those of all ranks.
+    """
+    forward = func is torch.ops.ds_cmli.cmli_forward.default
+    image, text, token_mask, image_mask = args[:4] if forward else args[2:6]
+    (I, N, D), (J, M, _) = image.shape, text.shape  # noqa: E741
+    backend, scratch_bytes = args[4:6] if forward else args[8:10]
+    fake = isinstance(token_mask, FakeTensor)
+    lengths = None
+    if text_lengths:
+        lengths = [text_lengths[(first_text + j) % len(text_lengths)] for j in range(J)]
+    peak = cmli_peak_bytes(
+        I,
+        J,
+        N,
+        M,
+        D,
+        image.dtype,
+        backend=backend,
+        recompute=not args[6] if forward else not args[6].numel(),
+        scratch_bytes=scratch_bytes,
+        text_lengths=lengths if fake else token_mask.sum(1).tolist(),  # CPU-GPU sync
+        image_lengths=None if image_mask is None or fake else image_mask.sum(1).tolist(),
+    )
+    if forward:
+        return peak.forward - peak.saved - 2 * I * J * max(4, image.dtype.itemsize)
+    return peak.backward - peak.gradients

@@ -1,10 +1,12 @@
-"""Compares the source document's claims with what is really stored: predicted, and measured if memory and time allow.
+"""Compares the source document's claims with what is really stored: predicted, and measured if
+memory and time allow.
 
-E1, E2, E3 and E5 are about single losses, which are computed in the ways of `implementations.py`. E4 is about a whole
-training step (`steps.py`). Each measurement runs in a separate process; what does not fit is only predicted,
-and on a CPU what takes minutes is measured with fewer pairs.
+E1, E2, E3 and E5 are about single losses, which are computed in the ways of `implementations.py`.
+E4 is about a whole training step (`steps.py`). Each measurement runs in a separate process; what
+does not fit is only predicted, and on a CPU what takes minutes is measured with fewer pairs.
 
-Shapes: B pairs per rank, P ranks, N image patches, M text positions, H hidden size, D embedding dimension.
+Shapes: B pairs per rank, P ranks, N image patches, M text positions, H hidden size, D embedding
+dimension.
 """
 
 import os
@@ -32,7 +34,8 @@ MOST_BYTES = 16 * GB  # limit for a measurement in main memory, as others may us
 SPARE_BYTES = 2 * GB  # left for the system and for the process itself
 MOST_SECONDS = 120.0  # limit for one measurement
 ALL_SECONDS = 600.0  # limit for all measurements together
-# What the processes import: with encoders' libraries, which are otherwise imported when the first model is built.
+# What the processes import: with encoders' libraries, which are otherwise imported when the first
+# model is built.
 PRELOADED = [
     "profiling.document.steps",
     "profiling.measure_cpu",
@@ -46,7 +49,10 @@ FEW_PAIRS = (
 
 @dataclass
 class Row:
-    """One way to compute what one claim is about. Sizes are in bytes; None if there is no such figure."""
+    """One way to compute what one claim is about.
+
+    Sizes are in bytes; None if there is no such figure.
+    """
 
     id: str
     implementation: str
@@ -68,9 +74,8 @@ class Row:
     equal: bool | None = (
         None  # whether the largest allocation that was measured is the predicted one
     )
-    extra: dict[str, Any] = field(
-        default_factory=dict
-    )  # of E4, and of what was measured with fewer pairs
+    # Of E4, and of what was measured with fewer pairs.
+    extra: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         values = asdict(self)
@@ -99,7 +104,9 @@ def predicted_rows(s: Setting, ids: set[str], device: str) -> list[Row]:
 def measure(
     rows: list[Row], s: Setting, device: str, say: Callable[[Row], None] = lambda row: None
 ) -> None:
-    """Measure those of `rows` for which memory and time suffice, the quick ones first, and fill in their results."""
+    """Measure those of `rows` for which memory and time suffice, the quick ones first, and fill
+    in their results.
+    """
     end = time.monotonic() + ALL_SECONDS
     for row in sorted(
         rows, key=lambda r: (("E1", "E3", "E2", "E5").index(r.id), r.implementation != "ours")
@@ -137,7 +144,10 @@ def measure(
 
 
 def affordable_setting(row: Row, s: Setting, device: str) -> Setting:
-    """The setting in which a row is measured: `s`, or with fewer pairs where a CPU would compute for minutes."""
+    """The setting in which a row is measured:
+
+    `s`, or with fewer pairs where a CPU would compute for minutes.
+    """
     all_pairs = "E2" in (row.id, row.implementation[:2])
     return replace(s, B=min(s.B, FEW_PAIRS)) if all_pairs and device == "cpu" else s
 
@@ -164,7 +174,9 @@ def free_bytes(device: str) -> int:
 def control_group_free(
     process: str = "/proc/self/cgroup", root: str = "/sys/fs/cgroup"
 ) -> list[int]:
-    """Bytes left under each memory limit of a container or a batch job (Linux control groups, version 2), if any."""
+    """Bytes left under each memory limit of a container or a batch job (Linux control groups,
+    version 2), if any.
+    """
     out: list[int] = []
     try:
         path = Path(root) / Path(process).read_text().split("::", 1)[1].strip().lstrip("/")
@@ -186,7 +198,10 @@ def control_group_free(
 def measure_in_subprocess(
     row: Row, s: Setting, device: str, passes: str, seconds: float
 ) -> Allocations | None:
-    """Measure in a separate process, which reports after each pass. None if it did not finish forward."""
+    """Measure in a separate process, which reports after each pass.
+
+    None if it did not finish forward.
+    """
     told = tell_from_process(
         processes(device),
         seconds,

@@ -1,8 +1,11 @@
-"""The memory estimates E1 to E5 of the source document: its words, its arithmetic step by step, and the correct sizes.
+"""The memory estimates E1 to E5 of the source document: its words, its arithmetic step by step, and
+the correct sizes.
 
-Everything here is arithmetic on sizes; nothing is run. `implementations.py` runs the code that the claims are about.
+Everything here is arithmetic on sizes; nothing is run. `implementations.py` runs the code that the
+claims are about.
 
-Shapes: B pairs per rank, P ranks, G = B * P, N image patches, M text positions, H hidden size, D embedding dimension.
+Shapes: B pairs per rank, P ranks, G = B * P, N image patches, M text positions, H hidden size, D
+embedding dimension.
 """
 
 from collections.abc import Iterable
@@ -51,10 +54,10 @@ class Step:
 
     text: str  # the formula with its numbers
     value: int  # its correct result
-    stated: (
-        int | None
-    )  # the result that the document prints, to its digits; None in any setting but the document's
-    unit: int = 1  # the unit in which the document prints it; other units than 1 are rounded to two decimals
+    # The result that the document prints, to its digits; None in any setting but the document's.
+    stated: int | None
+    # The unit in which the document prints it; other units than 1 are rounded to two decimals.
+    unit: int = 1
 
     @property
     def right(self) -> bool:
@@ -69,9 +72,8 @@ class Claim:
     figure: str  # the document's result, as printed there
     formula: str
     steps: tuple[Step, ...]
-    document_bytes: (
-        int | None
-    )  # the result of the numbers that the document multiplies; None if it has no such result
+    # The result of the numbers that the document multiplies; None if it has no such result.
+    document_bytes: int | None
     arithmetic_bytes: int | None  # the correct result of the formula as written
     stored: dict[str, int]  # implementation -> bytes of the largest tensor that it stores
     verdict: str
@@ -137,7 +139,9 @@ def global_contrastive(s: Setting, itemsize: int = 4) -> Claim:
 
 
 def all_pairs(s: Setting, itemsize: int = 4) -> Claim:
-    """E2. The document prints 256 * 12,544 = 6,422,528, which is really 512 * 12,544; its figure is based on that."""
+    """E2. The document prints 256 * 12,544 = 6,422,528, which is really 512 * 12,544; its figure
+    is based on that.
+    """
     pair = s.N * s.M
     written, printed, every = s.B * pair, s.G * pair, s.G**2 * pair
     result = printed * s.D * itemsize
@@ -189,8 +193,8 @@ def target_cmli(s: Setting, itemsize: int = 2) -> Claim:
         stored={
             "broadcast": product,
             "materialised": dots * itemsize,
-            # Matching runs in fp32, so that rounding decides no maximum. The largest tensor is the fp32 copy of the
-            # longer side's features, or the similarities.
+            # Matching runs in fp32, so that rounding decides no maximum. The largest tensor is the
+            # fp32 copy of the longer side's features, or the similarities.
             "ours": max(s.B * max(s.N, s.M) * s.D, dots) * 4,
         },
         verdict=f"one number too many again: {s.D} times what one similarity a patch and token takes",
@@ -199,7 +203,9 @@ def target_cmli(s: Setting, itemsize: int = 2) -> Claim:
 
 
 def step_left(s: Setting) -> Claim:
-    """E4: a remark about a whole training step without a formula, which only a whole training step can answer."""
+    """E4: a remark about a whole training step without a formula, which only a whole training
+    step can answer.
+    """
     return Claim(
         id="E4",
         topic="what a step leaves free",
@@ -216,7 +222,9 @@ def step_left(s: Setting) -> Claim:
 
 
 def valid_positions(s: Setting) -> Claim:
-    """E5: the document computes with all M positions, though it says that two of them are ignored."""
+    """E5: the document computes with all M positions, though it says that two of them are
+    ignored.
+    """
     kept = s.M - SPECIAL_TOKENS
     pair = s.N * kept
     return Claim(
@@ -247,9 +255,11 @@ def cmli_op_largest(
     dtype: torch.dtype,
     scratch_bytes: int = DEFAULT_SCRATCH_BYTES,
 ) -> int:
-    """Bytes of the largest tensor that the all-pairs op (backend "chunked") holds in forward, with all tokens valid.
+    """Bytes of the largest tensor that the all-pairs op (backend "chunked") holds in forward, with
+    all tokens valid.
 
-    It holds the argmax indices of all pairs, and tiles of similarities whose size does not grow with the batch.
+    It holds the argmax indices of all pairs, and tiles of similarities whose size does not grow
+    with the batch.
     """
     most_text, most_image = tile_sizes(N, M, D, dtype, scratch_bytes, backward=False)
     texts, images = (
@@ -261,11 +271,12 @@ def cmli_op_largest(
 
 
 def zero_model_states(parameters: int, world_size: int, stage: int) -> dict[str, int]:
-    """Bytes on each rank by the ZeRO paper (Rajbhandari et al., 2020, section 3), for 16-bit training with Adam.
+    """Bytes on each rank by the ZeRO paper (Rajbhandari et al., 2020, section 3), for 16-bit
+    training with Adam.
 
-    A parameter takes 2 bytes, its gradient 2, and its optimizer states 12: an fp32 copy and two moments. Stage 1
-    partitions the optimizer states over the ranks, stage 2 also the gradients, stage 3 also the parameters, stage 0
-    nothing.
+    A parameter takes 2 bytes, its gradient 2, and its optimizer states 12: an fp32 copy and two
+    moments. Stage 1 partitions the optimizer states over the ranks, stage 2 also the gradients,
+    stage 3 also the parameters, stage 0 nothing.
     """
     check(stage in (0, 1, 2, 3), "zero_optimization.stage", stage, "give 0, 1, 2 or 3")
 
@@ -283,9 +294,11 @@ def zero_model_states(parameters: int, world_size: int, stage: int) -> dict[str,
 def deepspeed_model_states(
     parameters: int, largest_layer: int, world_size: int, stage: int
 ) -> int | None:
-    """The bytes per GPU that DeepSpeed's own estimator gives without offload; None for stages 0 and 1, which it lacks.
+    """The bytes per GPU that DeepSpeed's own estimator gives without offload; None for stages 0 and
+    1, which it lacks.
 
-    It counts parameters, gradients and optimizer states only: no activations, buckets, temporaries or teacher.
+    It counts parameters, gradients and optimizer states only: no activations, buckets, temporaries
+    or teacher.
     """
     if stage == 2:
         from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs

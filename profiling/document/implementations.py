@@ -1,15 +1,17 @@
-"""The ways to compute what the estimates E1 to E3 and E5 are about, as code that runs, so that what each stores is
+"""The ways to compute what the estimates E1 to E3 and E5 are about, as code that runs, so that what
+each stores is
 measured.
 
-`broadcast` stores every product of every dot product, as the document counts. `materialised` stores one number per dot
-product, by a matrix product. `ours` is what this project trains with. One process stands for one rank: where a rank
-would gather the other ranks' texts, they are given as inputs. The other ranks' images are given too in the first two of
-E1, and in "broadcast" and "materialised, all" of E2.
+`broadcast` stores every product of every dot product, as the document counts. `materialised` stores
+one number per dot product, by a matrix product. `ours` is what this project trains with. One
+process stands for one rank: where a rank would gather the other ranks' texts, they are given as
+inputs. The other ranks' images are given too in the first two of E1, and in "broadcast" and
+"materialised, all" of E2.
 
 `run` measures an implementation. `predict` runs the same code on tensors without data.
 
-Shapes: B pairs per rank, P ranks, G = B * P, I images (B or G), N image patches, M text positions, H hidden size, D
-embedding dimension.
+Shapes: B pairs per rank, P ranks, G = B * P, I images (B or G), N image patches, M text positions,
+H hidden size, D embedding dimension.
 """
 
 from collections.abc import Callable, Iterable
@@ -91,11 +93,14 @@ def _logit_scale(device: str) -> Tensor:
 class Implementation:
     inputs: Callable[[str], tuple[Tensor, ...]]  # device -> arguments of `forward`
     forward: Callable[..., Tensor]  # returns a scalar loss, or indices, which have no gradient
-    inside: int = 0  # bytes of the largest tensor inside an operator whose allocations the tracker does not see
+    # Bytes of the largest tensor inside an operator whose allocations the tracker does not see.
+    inside: int = 0
 
 
 def implementations(s: Setting, backend: str = "auto") -> dict[tuple[str, str], Implementation]:
-    """(claim's id, name) -> the implementation in the setting `s`. The names are the keys of `Claim.stored`.
+    """(claim's id, name) -> the implementation in the setting `s`.
+
+    The names are the keys of `Claim.stored`.
 
     `backend`: the backend of the all-pairs op.
     """
@@ -147,7 +152,10 @@ class Allocations:
 
 
 def summarise(forward: Iterable[int], backward: Iterable[int] | None) -> Allocations:
-    """Summarise the bytes of allocations (positive) and frees (negative), in order. `backward` None: it did not run."""
+    """Summarise the bytes of allocations (positive) and frees (negative), in order.
+
+    `backward` None: it did not run.
+    """
     forward = list(forward)
     peak = max(accumulate([*forward, *(backward or ())]), default=0)
     return Allocations(
@@ -161,7 +169,8 @@ def run(
     backward: bool,
     say: Callable = lambda allocations: None,
 ) -> Allocations:
-    """Measure forward as in training, with its graph, and also backward if it is asked for and there is a gradient.
+    """Measure forward as in training, with its graph, and also backward if it is asked for and
+    there is a gradient.
 
     `say` is called after each pass, as backward may run out of memory.
     """
@@ -178,7 +187,9 @@ def run(
 
 
 def cuda_sizes(call: Callable[[], object]) -> list[int]:
-    """The allocations (positive) and frees (negative) of `call` in CUDA's allocator: requested bytes, not rounded."""
+    """The allocations (positive) and frees (negative) of `call` in CUDA's allocator: requested
+    bytes, not rounded.
+    """
     history = torch.cuda.memory
     history._record_memory_history(context=None, stacks="python", max_entries=10**6)
     call()
@@ -189,13 +200,17 @@ def cuda_sizes(call: Callable[[], object]) -> list[int]:
 
 
 def trace_sizes(trace: list[dict]) -> list[int]:
-    """The allocations (positive) and frees (negative) of an allocator's history on one device, in requested bytes."""
+    """The allocations (positive) and frees (negative) of an allocator's history on one device,
+    in requested bytes.
+    """
     sign = {"alloc": 1, "free_requested": -1}
     return [sign[entry["action"]] * entry["size"] for entry in trace if entry["action"] in sign]
 
 
 def predict(implementation: Implementation, backward: bool = True) -> Allocations:
-    """Run the same code on fake tensors, which have sizes and lifetimes but no data: any size takes only a moment."""
+    """Run the same code on fake tensors, which have sizes and lifetimes but no data: any size
+    takes only a moment.
+    """
     with FakeTensorMode():
         inputs = implementation.inputs("cpu")
         # The inputs of CMLI are the ones with a mask; in it, every position of every text is valid.
@@ -216,7 +231,8 @@ def predict(implementation: Implementation, backward: bool = True) -> Allocation
     allocations = summarise((e.bytes for e in first), (e.bytes for e in rest) if rest else None)
     if not any(event.op.startswith("ds_cmli") for event in first):
         return allocations
-    # The tracker records the op's internal memory as one event. Its largest tensor is known by arithmetic instead.
+    # The tracker records the op's internal memory as one event. Its largest tensor is known by
+    # arithmetic instead.
     ended = {event.block for event in first if event.bytes < 0}
     largest = max(e.bytes for e in first if not (e.op.startswith("ds_cmli") and e.block in ended))
     return replace(allocations, largest=max(largest, implementation.inside))
@@ -226,7 +242,8 @@ def measured(
     row: str, name: str, device: str, s: Setting, passes: str, say: Callable[[Allocations], object]
 ) -> None:
     """Measure one implementation alone: `say` gets its allocations after each of `passes`."""
-    # Libraries allocate their workspaces at their first use, which must not count for any implementation.
+    # Libraries allocate their workspaces at their first use, which must not count for any
+    # implementation.
     for small in implementations(SMALL).values():
         run(small, device, backward=True)
     run(implementations(s)[row, name], device, passes == "forward and backward", say)

@@ -1,7 +1,7 @@
 """Compares the document's claim about a whole training step (E4) with the step itself.
 
-It is predicted in the document's setting for each way to compute the loss, and for one preset it is predicted and
-measured by category: on a CPU with few pairs, so that it takes seconds.
+It is predicted in the document's setting for each way to compute the loss, and for one preset it is
+predicted and measured by category: on a CPU with few pairs, so that it takes seconds.
 """
 
 import math
@@ -62,7 +62,10 @@ FIRST_VARIANTS = tuple(
 
 
 def document_config(s: Setting, losses: tuple[str, ...] = ALL_LOSSES) -> Config:
-    """The preset `paper` with the sizes of `s`. Raises `UserError` if its models cannot have these sizes."""
+    """The preset `paper` with the sizes of `s`.
+
+    Raises `UserError` if its models cannot have these sizes.
+    """
     side, patch_size = math.isqrt(s.N), 16
     if side * side != s.N:
         raise UserError(
@@ -103,7 +106,9 @@ def document_rows(
     gpu: str = DEFAULT_GPU,
     say: Callable[[Row], None] = lambda row: None,
 ) -> tuple[list[Row], Prediction | None]:
-    """E4: what each variant leaves free on `gpu` (24 GB, assumed); and the prediction of "ours", not checkpointed."""
+    """E4: what each variant leaves free on `gpu` (24 GB, assumed); and the prediction of "ours",
+    not checkpointed.
+    """
     claim, total = claims(s)["E4"], gpus.find(gpu).total.bytes
     rows, ours = [], None
     with predicting() as pool:
@@ -186,7 +191,9 @@ class WholeStep:
 def whole_step(
     preset: str, world_size: int, device: str, seconds: float = STEP_SECONDS
 ) -> WholeStep:
-    """Predict the step for `device`, and measure it there in a separate process if memory and `seconds` allow."""
+    """Predict the step for `device`, and measure it there in a separate process if memory and
+    `seconds` allow.
+    """
     whole = load_preset(preset, {}).optim.micro_batch
     pairs = min(whole, STEP_PAIRS) if device == "cpu" else whole
     config, ds_config = (

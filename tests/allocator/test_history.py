@@ -8,7 +8,7 @@ import re
 import pytest
 from click.testing import CliRunner
 
-from ds_cmli.allocator import snapshot_file
+from ds_cmli.allocator import snapshot
 from ds_cmli.allocator.beginning import LIVE
 from ds_cmli.allocator.blocks import Settings
 from ds_cmli.allocator.history import replay_history
@@ -186,7 +186,7 @@ def test_only_plain_containers_are_read(tmp_path, monkeypatch, content, why):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "snapshot").write_bytes(content)
     with pytest.raises(UserError, match=why) as error:
-        snapshot_file.read("snapshot")
+        snapshot.read("snapshot")
     assert "\n" not in str(error.value) and not (tmp_path / "executed").exists()
 
 
@@ -208,13 +208,13 @@ def test_what_other_tools_leave_out_or_write_differently_is_read(tmp_path):
         for segment in content["segments"]
     ]
     (tmp_path / "stripped.json").write_text(json.dumps({"segments": segments, "device_traces": [trace, []]}))
-    found = replay_history(snapshot_file.read(tmp_path / "stripped.json"), 0)
+    found = replay_history(snapshot.read(tmp_path / "stripped.json"), 0)
     assert found.exact and found.allocations and found.out_of_memory > 0
 
 
 def test_a_snapshot_of_ours_is_read(tmp_path):
     content = recorded(5)
     (tmp_path / "ours.pickle").write_bytes(pickle.dumps(content))
-    assert snapshot_file.read(tmp_path / "ours.pickle") == content
+    assert snapshot.read(tmp_path / "ours.pickle") == content
     with pytest.raises(UserError, match="cannot be read: No such file"):
-        snapshot_file.read(tmp_path / "missing")
+        snapshot.read(tmp_path / "missing")

@@ -25,8 +25,8 @@ import torch.distributed as dist  # noqa: E402
 from ds_cmli.common.cli import leave  # noqa: E402
 from ds_cmli.config.presets import load_preset  # noqa: E402
 from ds_cmli.distributed.traffic import Traffic  # noqa: E402
+from ds_cmli.memory.inputs import likeliest  # noqa: E402
 from ds_cmli.memory.predict import predict  # noqa: E402
-from ds_cmli.memory.ranks import likeliest  # noqa: E402
 from profiling.measure_cpu import counted_traffic, measure_phases  # noqa: E402
 from tests.conftest import free_port  # noqa: E402
 

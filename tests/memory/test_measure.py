@@ -17,7 +17,7 @@ from ds_cmli.memory import cpu_events, measure, measure_cuda
 from ds_cmli.memory.fake import process_group
 from ds_cmli.memory.inputs import longest_batch, without_weights
 from ds_cmli.memory.predict import predict
-from ds_cmli.memory.profiles import Profiles
+from ds_cmli.memory.profiler import Profiles
 from ds_cmli.memory.report import CATEGORIES, PHASES, summarise
 from profiling import measure_cpu
 
@@ -37,7 +37,7 @@ def test_events_recorded_in_parts_are_those_of_one_piece():
                 held.pop(0)  # from an earlier part
         held.clear()
 
-    with cpu_events.recording_in_parts() as (found, move):
+    with measure_cpu.recording_in_parts() as (found, move):
         work(move)
     sizes = [size for _, size in found]
     assert sizes == cpu_events.sizes(lambda: work(lambda: None))

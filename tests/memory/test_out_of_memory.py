@@ -12,7 +12,8 @@ import torch
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.presets import load_preset
 from ds_cmli.faults.watchdog import Watchdog
-from ds_cmli.memory import memory_advice, out_of_memory, predict_subprocess
+from ds_cmli.memory import out_of_memory, predict_subprocess
+from ds_cmli.memory.changes import Shortage, Step
 from tests.conftest import ROOT, clean_environment, free_port
 
 ZERO2 = {"zero_optimization": {"stage": 2, "reduce_bucket_size": 100_000}}
@@ -69,7 +70,7 @@ def test_ranks_that_run_out_together_speak_once(tmp_path):
     message.touch()  # another rank's claim
     config = load_preset("tiny", {})
     room = out_of_memory.Room(None, "")
-    assert not out_of_memory._speak(MemoryError(), room, message, snapshot, config, ZERO2, torch.device("cpu"))
+    assert not out_of_memory._speak(MemoryError(), room, Step(config, ZERO2, 1, False), message, snapshot)
     assert message.read_text() == ""
 
 
@@ -104,9 +105,8 @@ def test_other_errors_pass(error, tmp_path):
 
 def changes(ds_config, world_size, gpu, overrides=None):
     config = load_preset("tiny", overrides or {})
-    return memory_advice.changes(
-        config, DeepSpeedConfig.of(ds_config).filled(config.optim, world_size, 20), world_size, gpu
-    )
+    filled = DeepSpeedConfig.of(ds_config).filled(config.optim, world_size, 20)
+    return Step(config, filled, world_size, gpu).changes()
 
 
 def test_changes_that_train_the_same_come_first():
@@ -141,7 +141,7 @@ def test_a_ring_and_recomputed_argmaxes_for_losses_of_patches_and_tokens():
 
 def test_all_changes_together_include_the_ring():
     config = load_preset("tiny", {})
-    last = memory_advice.together(config, DeepSpeedConfig.of(ZERO2).filled(config.optim, 4, 20), 4)[-1]
+    last = Step(config, DeepSpeedConfig.of(ZERO2).filled(config.optim, 4, 20), 4, True).together()[-1]
     assert "--set loss.cmli_exchange=ring and" in last.what
     assert last.config.loss.cmli_exchange == "ring" and last.ds_config.stage == 3 and last.ds_config.checkpointing
 
@@ -166,7 +166,7 @@ def test_every_part_of_a_proposal_helps():
     def needs(change):
         return (60 if change.ds_config.checkpointing else 100) * change.ds_config.micro_batch // 8
 
-    found = memory_advice.proposals(config, ds_config, 1, False, 35, needs)
+    found = Shortage(Step(config, ds_config, 1, False), 35, needs).proposals()
     batch = "(same pairs and negatives, by gradient caching)"
     assert [(change.what, size) for change, size in found] == [
         (f"--micro-batch 2 with gradient_accumulation_steps 4 {batch}", 25),
@@ -176,7 +176,7 @@ def test_every_part_of_a_proposal_helps():
             30,
         ),
     ]
-    (alone,) = memory_advice.proposals(config, ds_config, 1, False, 60, needs)[:1]
+    (alone,) = Shortage(Step(config, ds_config, 1, False), 60, needs).proposals()[:1]
     assert alone[0].what == '"activation_checkpointing": {} in the DeepSpeed JSON'
 
 
@@ -207,7 +207,7 @@ def test_what_adds_to_a_change_that_is_enough_is_not_proposed(monkeypatch):
             return predict_subprocess.Answer(report)
 
     monkeypatch.setattr(predict_subprocess, "Predictor", Predictor)
-    lines = memory_advice.advise(config, ds_config, 1, False, 70, "")
+    lines = out_of_memory.advise(Step(config, ds_config, 1, False), 70, "")
     assert lines[:4] == [
         "CMLI op                            99 B",
         "data                                1 B",
@@ -220,10 +220,10 @@ def test_what_adds_to_a_change_that_is_enough_is_not_proposed(monkeypatch):
     ]
     assert len(asked) == 5  # as it is, recomputed, checkpointed, micro-batch 4, micro-batch 2
     # What ran out should have fitted, by prediction: a tenth less than that is asked of what is proposed.
-    assert memory_advice.advise(config, ds_config, 1, False, 120, "")[4] == (
+    assert out_of_memory.advise(Step(config, ds_config, 1, False), 120, "")[4] == (
         "would fit in 90 B by prediction: --set loss.cmli_recompute=true: 90 B"
     )
-    assert memory_advice.advise(config, ds_config, 1, False, 50, "")[4:] == [
+    assert out_of_memory.advise(Step(config, ds_config, 1, False), 50, "")[4:] == [
         "no setting that was tried would fit in 50 B: a smaller model or more memory"
     ]
 

@@ -13,8 +13,7 @@ import pytest
 import torch
 
 from ds_cmli.common.errors import UserError
-from ds_cmli.memory.profiler import parse_steps, profiling
-from ds_cmli.memory.profiles import Profiles
+from ds_cmli.memory.profiler import Profiles, parse_steps, profiling
 from tests.conftest import free_port, run
 
 

@@ -1,0 +1,211 @@
+"""Changes of settings that make a step need less memory, and the search for the fewest that make
+it fit.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+from ds_cmli.common.errors import UserError
+from ds_cmli.config.deepspeed_config import DeepSpeedConfig
+from ds_cmli.config.registry import compares_tokens
+from ds_cmli.config.schema import Config
+
+MOST = 2  # number of proposed changes
+MICRO_BATCH = "train_micro_batch_size_per_gpu"
+# In elements: DeepSpeed's default, and a size whose messages are still large enough to be fast.
+DEFAULT_BUCKET, SMALL_BUCKET = 500_000_000, 5_000_000
+
+
+@dataclass(frozen=True)
+class Part:
+    """One setting to change."""
+
+    what: str  # as the user writes it
+    loss: dict[str, object] = field(default_factory=dict)  # settings of the section "loss"
+    zero: dict[str, object] = field(default_factory=dict)  # of the JSON's "zero_optimization"
+    json: dict[str, object] = field(default_factory=dict)  # of the DeepSpeed JSON itself
+
+    def includes(self, other: "Part") -> bool:
+        """Whether it does what `other` does: it is the same, or a smaller micro-batch."""
+        if self == other:
+            return True
+        mine, others = self.json.get(MICRO_BATCH), other.json.get(MICRO_BATCH)
+        return isinstance(mine, int) and isinstance(others, int) and mine < others
+
+
+@dataclass(frozen=True)
+class Change:
+    parts: tuple[Part, ...]
+    config: Config  # with these changes
+    ds_config: DeepSpeedConfig
+
+    @property
+    def what(self) -> str:
+        return " and ".join(part.what for part in self.parts)
+
+    def includes(self, other: "Change") -> bool:
+        return all(self._has(part) for part in other.parts)
+
+    def _has(self, wanted: Part) -> bool:
+        return any(part.includes(wanted) for part in self.parts)
+
+
+RECOMPUTE = Part("--set loss.cmli_recompute=true", loss={"cmli_recompute": True})
+CHECKPOINTING = Part(
+    '"activation_checkpointing": {} in the DeepSpeed JSON', json={"activation_checkpointing": {}}
+)
+RING = Part("--set loss.cmli_exchange=ring", loss={"cmli_exchange": "ring"})
+BUCKET = Part(
+    f'"zero_optimization": {{"reduce_bucket_size": {SMALL_BUCKET}}}',
+    zero={"reduce_bucket_size": SMALL_BUCKET},
+)
+OFFLOAD = Part(
+    '"zero_optimization": {"offload_optimizer": {"device": "cpu"}} (slower)',
+    zero={"offload_optimizer": {"device": "cpu"}},
+)
+
+
+def zero_stage(stage: int) -> Part:
+    return Part(f'"zero_optimization": {{"stage": {stage}}}', zero={"stage": stage})
+
+
+@dataclass(frozen=True)
+class Step:
+    """A training step as it is configured, and which changes would lower what it needs."""
+
+    config: Config
+    ds_config: DeepSpeedConfig  # after `filled`
+    world_size: int
+    gpu: bool  # whether it runs on a GPU
+
+    def changed(self, parts: Sequence[Part]) -> Change:
+        """Apply `parts` in their order. Raises `UserError` if they cannot go together."""
+        values, ds_config = self.config.to_dict(), self.ds_config
+        for part in parts:
+            values["loss"].update(part.loss)
+            ds_config = ds_config.replaced(part.zero, **part.json)
+        return Change(tuple(parts), Config.from_dict(values), ds_config)
+
+    def changes(self) -> list[Change]:
+        """Changes to try: first those that train the same model, last smaller micro-batches."""
+        zero, stage = self.ds_config.zero, self.ds_config.stage
+        same: list[Part] = []
+        if compares_tokens(self.config.loss.weights) and not self.config.loss.cmli_recompute:
+            same.append(RECOMPUTE)
+        if not self.ds_config.checkpointing:
+            same.append(CHECKPOINTING)
+        tried = [[part] for part in same]
+        if len(same) == 2:
+            tried.append(same)
+        if self._ring_is_new():
+            tried.append([RING])
+        if stage and self._buckets_are_large():
+            tried.append([BUCKET])
+        if self.world_size > 1:
+            tried += [[zero_stage(higher)] for higher in range(stage + 1, 4)]
+        if self.gpu and stage and "offload_optimizer" not in zero:
+            tried.append([OFFLOAD])
+        smaller = self._smaller_batches()
+        tried += [[batch] for batch in smaller]
+        if same:
+            tried += [[*same, batch] for batch in smaller]
+        out = []
+        for parts in tried:
+            with suppress(UserError):  # not every optimizer supports every stage, or offload
+                out.append(self.changed(parts))
+        return out
+
+    def together(self) -> list[Change]:
+        """Changes for a GPU that train the same model, the cheapest first; each includes those
+        before it.
+        """
+        highest = 3 if self.world_size > 1 else 1
+        parts = []
+        if not self.ds_config.checkpointing:
+            parts.append(CHECKPOINTING)
+        if self._ring_is_new():
+            parts.append(RING)
+        if self.ds_config.stage < highest:
+            parts.append(zero_stage(highest))
+        if self._buckets_are_large():
+            parts.append(BUCKET)
+        if "offload_optimizer" not in self.ds_config.zero:
+            parts.append(OFFLOAD)
+        return [self.changed(parts[: 1 + last]) for last in range(len(parts))]
+
+    def _ring_is_new(self) -> bool:
+        """Whether a ring would be another exchange of the texts than the configured one."""
+        loss = self.config.loss
+        return (
+            compares_tokens(loss.weights) and self.world_size > 1 and loss.cmli_exchange != "ring"
+        )
+
+    def _buckets_are_large(self) -> bool:
+        return self.ds_config.zero.get("reduce_bucket_size", DEFAULT_BUCKET) > SMALL_BUCKET
+
+    def _smaller_batches(self) -> list[Part]:
+        """Micro-batches halved again and again, with as many pairs per step.
+
+        Gradient caching keeps the negatives.
+        """
+        out = []
+        micro, steps = self.ds_config.micro_batch, self.ds_config.accumulation
+        while micro % 2 == 0:
+            micro, steps = micro // 2, steps * 2
+            kept = f"the same pairs a step, but negatives from {micro * self.world_size}"
+            if self.config.optim.negatives == "global_batch":
+                kept = "same pairs and negatives, by gradient caching"
+            what = f"--micro-batch {micro} with gradient_accumulation_steps {steps} ({kept})"
+            json: dict[str, object] = {MICRO_BATCH: micro, "gradient_accumulation_steps": steps}
+            out.append(Part(what, json=json))
+        return out
+
+
+@dataclass(frozen=True)
+class Shortage:
+    """A step that does not fit in `room` bytes; `needs` predicts the bytes that it needs with a
+    change.
+    """
+
+    step: Step
+    room: int
+    needs: Callable[[Change], int]
+
+    def proposals(self) -> list[tuple[Change, int]]:
+        """Find at most `MOST` changes that fit, with the bytes that they need.
+
+        None of them adds anything to one before it, and each part of them helps: without it, the
+        rest does not fit.
+        """
+        found: list[tuple[Change, int]] = []
+        for change in self.step.changes():
+            if any(change.includes(enough) for enough, _ in found):
+                continue
+            size = self.needs(change)
+            if size <= self.room:
+                found.append(self._fewest(change, size))
+            if len(found) == MOST:
+                break
+        return found
+
+    def combined(self) -> list[tuple[Change, int]]:
+        """Find the fewest changes that fit together and train the same model; none if all are
+        too few.
+        """
+        together = self.step.together()
+        if not together or self.needs(together[-1]) > self.room:
+            return []
+        first = next(change for change in together if self.needs(change) <= self.room)
+        return [self._fewest(first, self.needs(first))]
+
+    def _fewest(self, change: Change, size: int) -> tuple[Change, int]:
+        """Leave out those parts of `change`, which needs `size`, without which it fits as well."""
+        for part in change.parts:
+            rest = [each for each in change.parts if each != part]
+            if rest:
+                less = self.step.changed(rest)
+                needed = self.needs(less)
+                if needed <= self.room:
+                    change, size = less, needed
+        return change, size
