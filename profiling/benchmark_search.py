@@ -126,7 +126,7 @@ def measured(model_path: str, images: int, queries: int) -> dict[str, Any]:
     model = Model.load(model_path)
     assets.fetch(["pictures"])
     size = model.image_size
-    scenes = Scenes(Drawn("train", SEED, images, Pictures(size), model.tokenizer, size))
+    scenes = Scenes(Drawn("train", SEED, images, Pictures(size), model.tokenizer))
     asked = range(0, images, max(1, images // queries))[:queries]
     texts = [scenes.caption(i) for i in asked]
     with tempfile.TemporaryDirectory() as name:

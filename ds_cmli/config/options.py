@@ -14,7 +14,7 @@ from ds_cmli.config import effects
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.deepspeed_effects import overruled
 from ds_cmli.config.presets import PRESETS, load_preset
-from ds_cmli.config.registry import AUTO, IMAGE, LOSSES, TEXT, TRACKERS, BackboneEntry
+from ds_cmli.config.registry import AUTO, IMAGE, LOSSES, TEXT, TRACKERS, BackboneEntry, source_kinds
 from ds_cmli.config.schema import Config, parse_losses, parse_settings, with_new_names
 from ds_cmli.config.validation import shown
 
@@ -36,13 +36,14 @@ WHAT = (
            help="Start from the preset's weights, or from random ones (nothing is downloaded for them)."),
     option("What to train", "--set", "settings", multiple=True, metavar="SECTION.SETTING=VALUE",
            help="Any other setting, as --dry-run prints them; for instance student.layers=4. Repeatable."),
-    option("Data", "--data", multiple=True, metavar="WHAT", help="'demo', or pairs as a folder, tar shards, parquet, "
-           "CSV or JSON (see README). Repeat it, each with its share as WHAT::0.7, to mix.  [preset]"),
+    option("Data", "--data", multiple=True, metavar="WHAT", help=f"'demo', or pairs as {source_kinds('or')} "
+           "(see README). Repeat it, each with its share as WHAT::0.7, to mix.  [preset]"),
     option("Data", "--val-data", metavar="WHAT", help="What to evaluate on.  [a part of --data]"),
-    option("Data", "--image-root", help="Folder of the images that a CSV or JSON names.  [found beside it]"),
+    option("Data", "--image-root", help=f"Folder of the images that a {source_kinds('or', 'image_root')} names.  "
+           "[found beside it]"),
     option("Data", "--csv-separator", help="Between columns.  [found]"),
-    option("Data", "--csv-img-key", help="Column of the image, in CSV and parquet.  [found]"),
-    option("Data", "--csv-caption-key", help="Column of the caption, in CSV, parquet and JSON of tars.  [found]"),
+    option("Data", "--csv-img-key", help=f"Column of the image, in {source_kinds('and', 'image_key')}.  [found]"),
+    option("Data", "--csv-caption-key", help=f"Column of the caption, in {source_kinds('and', 'caption_key')}.  [found]"),
     option("Data", "--workers", type=int, help="Data loading processes per rank.  [preset]"),
     option("Length and batch", "--steps", type=int, help="Optimizer steps.  [preset]"),
     option("Length and batch", "--epochs", type=float, help="Instead of --steps.  [preset]"),

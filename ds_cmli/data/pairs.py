@@ -7,6 +7,7 @@ from itertools import accumulate
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from ds_cmli.common.errors import UserError
@@ -16,18 +17,18 @@ from ds_cmli.data.batch import Sample
 from ds_cmli.data.pictures import decode
 from ds_cmli.data.sampler import Draw
 from ds_cmli.data.sources.base import Source
-from ds_cmli.data.tokens import CaptionTokenizer
+from ds_cmli.data.tokens import CaptionTokenizer, Tokens
 from ds_cmli.data.transforms import Augmentation, View, central_square
 
 MOST_TRIES = 100  # training stops after this many consecutive samples that cannot be used
 
 
 class Pictures:
-    """The pictures of several sources, numbered one source after the other; decoded to uint8 [3, S, S]."""
+    """The pictures of several sources, numbered one source after the other; uint8 [3, S, S]."""
 
     def __init__(self, sources: list[Source], config: DataConfig):
         self.sources, self.size, self.max_pixels = sources, config.image_size, config.max_pixels
-        self.ends = list(accumulate(len(source) for source in sources))
+        self.ends = list(accumulate(map(len, sources)))
         self.first = _first_of_each(sources)
 
     def __len__(self) -> int:
@@ -39,36 +40,45 @@ class Pictures:
         return source, index - (self.ends[source - 1] if source else 0)
 
     def name(self, index: int) -> str:
-        source, place = self.at(index)
-        name = self.sources[source].name(place)
-        return name if len(self.sources) == 1 else f"{self.sources[source].where}: {name}"
+        number, place = self.at(index)
+        source = self.sources[number]
+        name = source.name(place)
+        return name if len(self.sources) == 1 else f"{source.where}: {name}"
 
     def image_id(self, index: int) -> int:
-        """A hash that identifies the picture: equal for all captions, in all sources, on all nodes."""
-        source, place = self.at(index if self.first is None else int(self.first[index]))
-        digest = hashlib.blake2b(
-            self.sources[source].key(place), digest_size=8, salt=source.to_bytes(8, "little")
-        )
-        return int.from_bytes(digest.digest(), "big", signed=True)
+        """A hash that identifies the picture: equal for all captions, sources and nodes."""
+        number, place = self.at(index if self.first is None else int(self.first[index]))
+        key, salt = self.sources[number].key(place), number.to_bytes(8, "little")
+        digest = hashlib.blake2b(key, digest_size=8, salt=salt).digest()
+        return int.from_bytes(digest, "big", signed=True)
 
     def captions(self, index: int) -> list[str]:
-        source, place = self.at(index)
-        return self.sources[source].captions(place)
+        number, place = self.at(index)
+        return self.sources[number].captions(place)
 
-    def image(self, index: int, view: View = central_square) -> tuple[torch.Tensor, str | None]:
-        """The part of the picture that `view` chooses and None, or a black image and why the picture cannot be used."""
-        source, place = self.at(index)
+    def image(self, index: int, view: View = central_square) -> tuple[Tensor, str | None]:
+        """The part of the picture that `view` chooses and None.
+
+        Of a picture that cannot be used, a black image and why.
+        """
+        number, place = self.at(index)
         try:
-            return decode(self.sources[source].image(place), self.size, self.max_pixels, view), None
+            content = self.sources[number].image(place)
+            return decode(content, self.size, self.max_pixels, view), None
         except Exception as error:  # decoders raise nearly any exception for damaged files
-            return self.black(), told(error)
+            return self.black(), describe(error)
 
-    def black(self) -> torch.Tensor:
-        return torch.zeros(3, self.size, self.size, dtype=torch.uint8)
+    def black(self) -> Tensor:
+        return black(self.size)
+
+
+def black(size: int) -> Tensor:
+    """What is shown in the place of a picture that cannot be used: uint8 [3, size, size]."""
+    return torch.zeros(3, size, size, dtype=torch.uint8)
 
 
 def _first_of_each(sources: list[Source]) -> np.ndarray | None:
-    """For each picture of all sources the first that is the same, int64 [n]; None if all differ."""
+    """The first picture of all sources that is the same as each, int64 [n]; None if all differ."""
     if len(sources) == 1:
         return None
     identities = np.concatenate([source.identities() for source in sources])
@@ -80,11 +90,13 @@ def of_sources(sources: list[Source]) -> list[Bad]:
     """What was left out at load, each with its source's name if there are several."""
     if len(sources) == 1:
         return list(sources[0].bad)
-    found = [(source.where, *bad) for source in sources for bad in source.bad]
-    return [(f"{where}: {name}", reason) for where, name, reason in found]
+    found = []
+    for source in sources:
+        found += [(f"{source.where}: {name}", reason) for name, reason in source.bad]
+    return found
 
 
-def told(error: Exception) -> str:
+def describe(error: Exception) -> str:
     """Describe why a picture or its captions cannot be used, without the file's path."""
     if isinstance(error, FileNotFoundError):
         return "no such file"
@@ -95,10 +107,10 @@ def told(error: Exception) -> str:
 
 
 class TrainPairs(Dataset):
-    """A map-style data set of pictures, each with one of its captions and one view; a hash chooses both for each turn.
+    """A map-style data set of pictures, each with one of its captions and one view.
 
-    A sample whose picture or caption cannot be used is replaced by the next usable one of its source, which is always
-    the same; `Sample.bad` records that.
+    A hash chooses both for each turn. A sample whose picture or caption cannot be used is replaced
+    by the next usable one of its source, which is always the same; `Sample.bad` records that.
 
     Raises:
         UserError: `MOST_TRIES` samples in a row cannot be used.
@@ -128,15 +140,16 @@ class TrainPairs(Dataset):
             first_bad = first_bad or sample.bad
         assert first_bad is not None
         raise UserError(
-            f"{tries} samples in a row of {source.where} cannot be used, from {first_bad[0]} ({first_bad[1]}) on: "
-            "mend or remove them"
+            f"{tries} samples in a row of {source.where} cannot be used, from {first_bad[0]} "
+            f"({first_bad[1]}) on: mend or remove them"
         )
 
     def _pair(self, index: int, turn: int) -> Sample:
+        captions, reason = [""], None
         try:
-            captions, reason = self.pictures.captions(index), None
+            captions = self.pictures.captions(index)
         except Exception as error:  # any error is reported in `Sample.bad`
-            captions, reason = [""], told(error)
+            reason = describe(error)
         tokens = self.tokenizer(captions[choice(len(captions), self.seed, turn, index)])
         if reason is None and not any(tokens.valid):
             reason = NO_TOKEN
@@ -145,36 +158,32 @@ class TrainPairs(Dataset):
             with self.augmentation.seeded(turn, index):
                 image, reason = self.pictures.image(index, self.augmentation.view)
                 image, _ = self.augmentation.pixels(image)
-        bad = None if reason is None else (self.pictures.name(index), reason)
-        return Sample(image, tokens, index, image_id=self.pictures.image_id(index), bad=bad)
+        return _sample(self.pictures, index, image, tokens, reason)
 
 
 def choice(count: int, seed: int, turn: int, index: int) -> int:
-    """Which of `count` captions a picture gets at a turn: a pseudorandom number, a pure function of the arguments."""
+    """Which of `count` captions a picture gets at a turn: pseudorandom, a pure function."""
     digest = hashlib.blake2b(f"{seed} {turn} {index}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") % count
 
 
 class EvalPairs(Dataset):
-    """A map-style data set of all n captions of all pictures, with the methods that `HeldOut` needs.
+    """A map-style data set of all n captions of all pictures, as `evaluate.held_out` takes it.
 
     Attributes:
         bad: pictures and captions that were left out at load.
     """
 
     def __init__(self, sources: list[Source], tokenizer: CaptionTokenizer, config: DataConfig):
-        self.pictures, self.tokenizer, self.size = (
-            Pictures(sources, config),
-            tokenizer,
-            config.image_size,
-        )
+        self.pictures, self.tokenizer = Pictures(sources, config), tokenizer
+        self.size = config.image_size
         self.bad = of_sources(sources)
         self.rows: list[tuple[int, int]] = []  # (picture, which of its captions)
         for picture in range(len(self.pictures)):
             try:
                 count = len(self.pictures.captions(picture))
             except Exception as error:
-                self.bad.append((self.pictures.name(picture), told(error)))
+                self.bad.append((self.pictures.name(picture), describe(error)))
                 continue
             self.rows += [(picture, caption) for caption in range(count)]
 
@@ -193,14 +202,21 @@ class EvalPairs(Dataset):
         return self.pictures.image_id(self.rows[row][0])
 
     def pair(self, row: int, picture: bool = True) -> Sample:
-        """The sample, even if it cannot be used: then `bad` says why. A picture that cannot be read is black.
+        """The sample, even if it cannot be used: then `bad` says why.
 
-        Without `picture` the picture is not read and the image is black.
+        A picture that cannot be read is black. Without `picture` it is not read and black.
         """
         index, caption = self.rows[row]
         tokens = self.tokenizer(self.pictures.captions(index)[caption])
         image, reason = self.pictures.image(index) if picture else (self.pictures.black(), None)
         if not any(tokens.valid):
             reason = reason or NO_TOKEN
-        bad = None if reason is None else (self.pictures.name(index), reason)
-        return Sample(image, tokens, row, image_id=self.pictures.image_id(index), bad=bad)
+        return replace(_sample(self.pictures, index, image, tokens, reason), index=row)
+
+
+def _sample(
+    pictures: Pictures, index: int, image: Tensor, tokens: Tokens, reason: str | None
+) -> Sample:
+    """The sample of a picture and a caption, `reason` says why it cannot be used."""
+    bad = None if reason is None else (pictures.name(index), reason)
+    return Sample(image, tokens, index, image_id=pictures.image_id(index), bad=bad)

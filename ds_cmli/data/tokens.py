@@ -1,10 +1,11 @@
-"""Tokenising captions: loading a tokenizer, and telling which tokens are valid and where in the caption they end."""
+"""Tokenising captions: loading a tokenizer, and which tokens are valid and where they end."""
 
 import os
 import string
 from dataclasses import dataclass
+from itertools import compress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from tokenizers import Tokenizer
 
@@ -12,9 +13,13 @@ from ds_cmli.common.errors import UserError
 from ds_cmli.common.pretrained import loading, reason
 from ds_cmli.data import assets
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
 WORDS = Path(__file__).with_name("words.txt")
-# So many characters of a text are tokenised, or `CHARACTERS_A_POSITION` for each position where that is more:
-# 5 MB would take 10 s. Only a text whose first 65,536 characters hold too few tokens, as one of blanks, loses any.
+# So many characters of a text are tokenised, or `CHARACTERS_A_POSITION` for each position where
+# that is more: 5 MB would take 10 s. Only a text whose first 65,536 characters hold too few tokens,
+# as one of blanks, loses any.
 MOST_CHARACTERS = 65_536
 CHARACTERS_A_POSITION = 64
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
@@ -25,47 +30,46 @@ class Tokens:
     """One tokenised caption: its M_j valid tokens and the special tokens."""
 
     input_ids: list[int]
-    valid: list[
-        bool
-    ]  # False for [CLS], [SEP] and other special tokens, which do not stand for text
-    # The index after each token's last character in the caption. There are no starts, as some tokenizers count the
-    # blank before a word to its token.
+    valid: list[bool]  # False for [CLS], [SEP] and other special tokens, which stand for no text
+    # The index after each token's last character in the caption. There are no starts, as some
+    # tokenizers count the blank before a word to its token.
     ends: list[int]
     text: str = ""  # the caption as it was written
 
 
 @dataclass(frozen=True)
 class SpecialTokens:
-    """What text encoders need to know of a tokenizer's special tokens; the defaults are the built-in tokenizer's."""
+    """What text encoders need to know of a tokenizer; the defaults are the built-in one's."""
 
     pad_id: int = 0
-    class_first: bool = (
-        True  # whether a text begins with a special token, which can be the class token
-    )
+    # Whether a text begins with a special token, which can be the class token.
+    class_first: bool = True
 
 
 class CaptionTokenizer:
-    """A transformers tokenizer that truncates captions, before and after, and marks their valid tokens.
+    """A transformers tokenizer that truncates captions, before and after, and marks valid tokens.
 
-    Attributes: `vocab_size` (all ids are below it), `pad_id`, `positions` (the maximum length with special tokens).
+    Attributes:
+        vocab_size: all ids are below it.
+        positions: the maximum length with special tokens.
     """
 
-    def __init__(self, tokenizer, positions: int):
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", positions: int):
         backend = getattr(tokenizer, "backend_tokenizer", None)
-        # Tokenizers of causal models may lack a padding token. The end token replaces it, as the mask marks padding.
-        pad_id = (
-            tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-        )
+        # Tokenizers of causal models may lack a padding token. The end token replaces it, as the
+        # mask marks padding.
+        pad_id = tokenizer.pad_token_id
+        if pad_id is None:
+            pad_id = tokenizer.eos_token_id
         if backend is None or pad_id is None:
-            lacks = (
-                "fast version (tokenizer.json)"
-                if backend is None
-                else "token for padding or the end"
-            )
+            lacks = "token for padding or the end"
+            if backend is None:
+                lacks = "fast version (tokenizer.json)"
             raise UserError(
-                f"data.tokenizer is {tokenizer.name_or_path!r}, which has no {lacks}: choose one that has"
+                f"data.tokenizer is {tokenizer.name_or_path!r}, which has no {lacks}: choose one "
+                "that has"
             )
-        # A copy, because transformers changes truncation and padding of its own backend at every call.
+        # A copy, because transformers changes truncation and padding of its own at every call.
         self.backend = Tokenizer.from_str(backend.to_str())
         self.backend.no_padding()
         self.backend.enable_truncation(positions)
@@ -73,14 +77,15 @@ class CaptionTokenizer:
         self.vocab_size = len(tokenizer)
         self.pad_id: int = pad_id
         self.unknown_id = tokenizer.unk_token_id
-        ids = (
+        # "[SEP]" written out in a caption becomes the special token but is not in the special
+        # tokens mask.
+        self.special_ids = {
+            self.pad_id,
             tokenizer.cls_token_id,
             tokenizer.sep_token_id,
             tokenizer.bos_token_id,
             tokenizer.eos_token_id,
-        )
-        # "[SEP]" written out in a caption becomes the special token but is not in the special tokens mask.
-        self.special_ids = {self.pad_id, *(i for i in ids if i is not None)}
+        } - {None}
 
     @property
     def special(self) -> SpecialTokens:
@@ -90,13 +95,12 @@ class CaptionTokenizer:
 
     def __call__(self, text: str) -> Tokens:
         encoding = self.backend.encode(text[: self.most_characters])
-        ids = encoding.ids
-        added = encoding.special_tokens_mask
-        valid = [not a and i not in self.special_ids for i, a in zip(ids, added, strict=True)]
-        return Tokens(ids, valid, [end for _, end in encoding.offsets], text)
+        tokens = zip(encoding.ids, encoding.special_tokens_mask, strict=True)
+        valid = [not added and token not in self.special_ids for token, added in tokens]
+        return Tokens(encoding.ids, valid, [end for _, end in encoding.offsets], text)
 
     def spans(self, text: str) -> list[tuple[int, int]]:
-        """For each position, the range of characters that it stands for: the first, and the one after the last."""
+        """The range of characters of each position: the first, and the one after the last."""
         out = []
         for start, end in self.backend.encode(text[: self.most_characters]).offsets:
             piece = text[start:end]  # some tokenizers count the blank before a word to its token
@@ -106,7 +110,7 @@ class CaptionTokenizer:
     def mostly_unknown(self, text: str) -> bool:
         """Whether more than half of the caption's valid tokens are the unknown token."""
         tokens = self(text)
-        valid = [i for i, v in zip(tokens.input_ids, tokens.valid, strict=True) if v]
+        valid = list(compress(tokens.input_ids, tokens.valid))
         return 2 * valid.count(self.unknown_id) > len(valid)
 
     def decode(self, ids: list[int]) -> str:
@@ -114,12 +118,12 @@ class CaptionTokenizer:
 
 
 def most_characters(positions: int) -> int:
-    """How many characters of a text are tokenised at most, where at most `positions` (M) tokens are kept."""
+    """The number of characters of a text that are tokenised, if `positions` (M) tokens are kept."""
     return max(MOST_CHARACTERS, CHARACTERS_A_POSITION * positions)
 
 
 def tell_cut(texts: list[str], positions: int) -> str | None:
-    """A line about the texts of which `most_characters` are tokenised and not more; None if there is none."""
+    """A line about the texts of more than `most_characters`; None if there is none."""
     most = most_characters(positions)
     lengths = [len(text) for text in texts if len(text) > most]
     if not lengths:
@@ -129,19 +133,22 @@ def tell_cut(texts: list[str], positions: int) -> str | None:
 
 
 def load_tokenizer(name: str, positions: int) -> CaptionTokenizer:
-    """Load the tokenizer that `DataConfig.tokenizer` names; its results are at most `positions` (M) long.
+    """Load the tokenizer that `DataConfig.tokenizer` names; results are at most `positions` long.
 
-    "demo" is MiniLM's (fetched), "builtin" is `builtin_tokenizer`; any other name is a transformers name or local path.
+    "demo" is MiniLM's (fetched), "builtin" is `builtin_tokenizer`; any other name is a transformers
+    name or local path.
 
     Raises:
-        UserError: the tokenizer cannot be loaded, has no fast version, or has neither a padding nor an end token.
+        UserError: the tokenizer cannot be loaded, has no fast version, or has neither a padding nor
+            an end token.
     """
     return CaptionTokenizer(pretrained_tokenizer(name), positions)
 
 
-def pretrained_tokenizer(name: str) -> Any:
-    """The transformers tokenizer of that name (see `load_tokenizer`). Raises `UserError` if it cannot be loaded."""
-    # Captions are short and tokenised one at a time. Threads would not help, and would warn or hang after a fork.
+def pretrained_tokenizer(name: str) -> "PreTrainedTokenizerBase":
+    """The transformers tokenizer of that name (see `load_tokenizer`). Raises `UserError`."""
+    # Captions are short and tokenised one at a time. Threads would not help, and would warn or hang
+    # after a fork.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if name == "builtin":
         return builtin_tokenizer()
@@ -151,37 +158,31 @@ def pretrained_tokenizer(name: str) -> Any:
     local = path.exists()
     try:
         with loading(hub=not local):
-            tokenizer = AutoTokenizer.from_pretrained(
+            return AutoTokenizer.from_pretrained(
                 str(path) if local else name, local_files_only=local, trust_remote_code=False
             )
-    except (
-        Exception
-    ) as error:  # the hub's client, transformers and tokenizers each raise their own exceptions
+    except Exception as error:  # the hub's client, transformers and tokenizers raise their own
         raise UserError(
             f"data.tokenizer is {name!r}, which cannot be loaded ({reason(error)}): "
             "give 'demo', 'builtin', a transformers name or a local folder"
         ) from None
-    return tokenizer
 
 
-def builtin_tokenizer():
-    """A lower-case WordPiece tokenizer that needs no download, as a transformers `PreTrainedTokenizerFast`.
+def builtin_tokenizer() -> "PreTrainedTokenizerFast":
+    """A lower-case WordPiece tokenizer of transformers that needs no download.
 
-    Its vocabulary holds the special tokens, every printable ASCII character alone and as a ## continuation, and the
-    words of the demo pictures' names (`words.txt`). Other ASCII words are split into characters; other words are [UNK].
+    Its vocabulary holds the special tokens, every printable ASCII character alone and as a ##
+    continuation, and the words of the demo pictures' names (`words.txt`). Other ASCII words are
+    split into characters; other words are [UNK].
     """
     from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
     characters = [c for c in string.printable if not c.isspace() and not c.isupper()]
     words = WORDS.read_text(encoding="utf-8").split()
-    pieces = [
-        *SPECIAL,
-        *characters,
-        *(f"##{c}" for c in characters),
-        *(w for w in words if w not in characters),
-    ]
-    vocabulary = {piece: i for i, piece in enumerate(pieces)}
+    pieces = [*SPECIAL, *characters, *(f"##{c}" for c in characters)]
+    pieces += [word for word in words if word not in characters]
+    vocabulary = {piece: number for number, piece in enumerate(pieces)}
     backend = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
     backend.normalizer = normalizers.BertNormalizer(lowercase=True)
     backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()

@@ -173,7 +173,6 @@ def _retrieval(
 def _zero_shot(
     config: Any, folder: Path, ema: bool, batch_size: int, workers: int, options: dict[str, Any]
 ) -> dict[str, Any]:  # fmt: skip
-    from ds_cmli.data.batch import Collate
     from ds_cmli.data.load import EvalData
     from ds_cmli.data.loaders import batches
     from ds_cmli.data.tokens import load_tokenizer
@@ -187,7 +186,7 @@ def _zero_shot(
     pictures = ClassPictures(options["zero_shot"], config.data.image_size, config.data.max_pixels)
     names = class_names(pictures.folders, options["class_names"])
     tokenizer = load_tokenizer(config.data.tokenizer, config.data.context_length)
-    data = EvalData(evals={}, tokenizer=tokenizer, collate=Collate(tokenizer))
+    data = EvalData(tokenizer=tokenizer)
     device = distributed.init()  # collective
     objective = load_objective(config, folder, ema, data, device).eval()
     classifier = zero_shot.build_classifier(
@@ -205,7 +204,6 @@ def _zero_shot(
 def _boxes(
     config: Any, folder: Path, ema: bool, batch_size: int, workers: int, options: dict[str, Any]
 ) -> dict[str, Any]:  # fmt: skip
-    from ds_cmli.data.batch import Collate
     from ds_cmli.data.load import EvalData
     from ds_cmli.data.tokens import load_tokenizer
     from ds_cmli.distributed import process_group as distributed
@@ -217,7 +215,7 @@ def _boxes(
         options["boxes"], options["image_root"], options["split"] or "val", tokenizer,
         config.data.image_size, config.data.max_pixels,
     )  # fmt: skip
-    data = EvalData(evals={}, tokenizer=tokenizer, collate=Collate(tokenizer))
+    data = EvalData(tokenizer=tokenizer)
     device = distributed.init()  # collective
     objective = load_objective(config, folder, ema, data, device).eval()
     found = pointing_game(

@@ -1,11 +1,12 @@
-"""Parquet files and folders of `save_to_disk`, read with Hugging Face `datasets` from memory-mapped Arrow files.
+"""Parquet files and folders of `save_to_disk`, read with Hugging Face `datasets`.
 
-Parquet does not allow fast random access, because its row groups are about 100 MB. It is copied into Arrow files once.
+It reads from memory-mapped Arrow files. Parquet does not allow fast random access, because its row
+groups are about 100 MB: it is copied into Arrow files once.
 """
 
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -16,64 +17,87 @@ from ds_cmli.config.schema import DataConfig
 from ds_cmli.data.bad import Refused
 from ds_cmli.data.pictures import check_bytes, most_bytes
 from ds_cmli.data.sources.base import Parts, Source, numbered, usable
-from ds_cmli.data.sources.names import SPLITS, part_of
+from ds_cmli.data.sources.find import SPLITS, part_of
 from ds_cmli.data.sources.tables import find_columns
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from pyarrow import Array
 
 Stored = list[tuple[str, int]]  # where rows are stored and how many, in their order
 
 
 def load_parquet(name: str, files: list[Path], config: DataConfig) -> Parts:
-    """Open parquet files. Names such as `train-00000-of-00002.parquet` and `validation-...` tell the part of a file.
+    """Open parquet files.
 
-    Files with other names belong to the training part; without any training file, all files are the training part.
+    Names such as `train-00000-of-00002.parquet` and `validation-...` tell the part of a file. Files
+    with other names belong to the training part; without any training file, all files are the
+    training part.
 
     Raises:
-        UserError: `datasets` is missing, a file cannot be read, or the disk has no space for the copy.
+        UserError: a file cannot be read, or the disk has no space for the copy.
     """
-    datasets = _library(name)
     splits: dict[str, list[Path]] = {}
     for file in files:
         splits.setdefault(part_of(file) or "train", []).append(file)
     if "train" not in splits:
         splits = {"train": files}
-    try:
-        builder = datasets.load_dataset_builder(
-            "parquet", data_files={k: list(map(str, v)) for k, v in splits.items()}
+    datasets = _copied(name, splits)
+    sizes = {file.name: file.stat().st_size for file in files}
+    parts = {}
+    for split, dataset in datasets.items():
+        stored = [_stored(file) for file in splits[split]]
+        parts[split] = Arrow(f"{name} ({split})", dataset, sizes, stored, config)
+    notices = []
+    others = [file.name for file in files if part_of(file) is None]
+    if others and len(others) < len(files):
+        notices.append(
+            f"{len(others)} files of {name} name none of the parts {', '.join(SPLITS)} and are "
+            f"trained on, the first: {others[0]}"
         )
+    return Parts(parts["train"], parts.get("validation"), parts.get("test"), notices)
+
+
+def _copied(name: str, splits: dict[str, list[Path]]) -> dict[str, "Dataset"]:
+    """Copy parquet files into Arrow files, unless that was done before, and open these."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    data_files = {split: list(map(str, files)) for split, files in splits.items()}
+    try:
+        builder = datasets.load_dataset_builder("parquet", data_files=data_files)
         cache = Path(builder.cache_dir)
         if not cache.exists():
-            size = sum(file.stat().st_size for file in files)
+            size = 0
+            for files in splits.values():
+                size += sum(file.stat().st_size for file in files)
             home = next(folder for folder in cache.parents if folder.exists())
             if shutil.disk_usage(home).free < size:
                 raise UserError(
-                    f"data.source is {name!r}: {home} has no room for its copy of about {size / 1e9:.2f} GB: "
-                    "set HF_DATASETS_CACHE to another folder"
+                    f"data.source is {name!r}: {home} has no room for its copy of about "
+                    f"{size / 1e9:.2f} GB: set HF_DATASETS_CACHE to another folder"
                 )
             say(f"copying {name} into Arrow files, once: about {size / 1e9:.2f} GB in {cache}")
         builder.download_and_prepare()  # it takes a lock: one process copies, the others wait
-        parts = {split: builder.as_dataset(split=split) for split in splits}
+        return {split: builder.as_dataset(split=split) for split in splits}
     except (UserError, KeyboardInterrupt):
         raise
     except Exception as error:  # pyarrow and datasets raise nearly any exception
         cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
         raise UserError(
-            f"data.source is {name!r}, which cannot be read ({reason(cause)}): give whole parquet files"
+            f"data.source is {name!r}, which cannot be read ({reason(cause)}): give whole parquet "
+            "files"
         ) from None
-    stored = {split: [_stored(file) for file in some] for split, some in splits.items()}
-    sizes = {file.name: file.stat().st_size for file in files}
-    opened = _parts(name, parts, sizes, stored, config)
-    others = [file.name for file in files if part_of(file) is None]
-    if others and len(others) < len(files):
-        opened.notices.append(
-            f"{len(others)} files of {name} name none of the parts {', '.join(SPLITS)} and are trained on, the first: "
-            f"{others[0]}"
-        )
-    return opened
 
 
 def load_saved(name: str, files: list[Path], config: DataConfig) -> Parts:
-    """Open a folder that `save_to_disk` wrote: one data set, or several splits. Raises `UserError` if it cannot."""
-    datasets = _library(name)
+    """Open a folder that `save_to_disk` wrote: one data set, or several splits.
+
+    Raises `UserError` if it cannot.
+    """
+    import datasets
+
+    datasets.disable_progress_bars()
     folder = Path(name).expanduser()
     try:
         found = datasets.load_from_disk(str(folder))
@@ -81,35 +105,25 @@ def load_saved(name: str, files: list[Path], config: DataConfig) -> Parts:
         raise UserError(
             f"data.source is {name!r}, which cannot be read ({reason(error)}): save it again"
         ) from None
-    parts = (
-        {SPLITS[k]: v for k, v in found.items() if k in SPLITS}
-        if isinstance(found, dict)
-        else {"train": found}
-    )
-    if "train" not in parts:
+    splits = found if isinstance(found, dict) else {"train": found}
+    used = {SPLITS[split]: split for split in splits if split in SPLITS}
+    if "train" not in used:
         raise UserError(
-            f"data.source is {name!r}, which has the splits {', '.join(found)}: name one 'train'"
+            f"data.source is {name!r}, which has the splits {', '.join(splits)}: name one 'train'"
         )
     sizes = {str(f.relative_to(folder)): f.stat().st_size for f in folder.rglob("*.arrow")}
-    stored = {split: [(str(folder.resolve() / split), len(rows))] for split, rows in parts.items()}
-    opened = _parts(name, parts, sizes, stored, config)
-    if isinstance(found, dict):
-        used = [id(rows) for rows in parts.values()]
-        unused = [split for split, rows in found.items() if id(rows) not in used]
-        known = f"known are {', '.join(SPLITS)}"
-        opened.notices += [f"the split {k!r} of {name} is not used: {known}" for k in unused]
-    return opened
-
-
-def _library(name: str) -> Any:
-    try:
-        import datasets
-    except ImportError:
-        raise UserError(
-            f"data.source is {name!r}, which is read by the package datasets: pip install 'ds-cmli[parquet]'"
-        ) from None
-    datasets.disable_progress_bars()
-    return datasets
+    parts = {}
+    for part, split in used.items():
+        rows = splits[split]
+        stored = [(str(folder.resolve() / part), len(rows))]
+        parts[part] = Arrow(f"{name} ({part})", rows, sizes, stored, config)
+    known = f"known are {', '.join(SPLITS)}"
+    notices = [
+        f"the split {split!r} of {name} is not used: {known}"
+        for split in splits
+        if split not in used.values()
+    ]
+    return Parts(parts["train"], parts.get("validation"), parts.get("test"), notices)
 
 
 def _stored(file: Path) -> tuple[str, int]:
@@ -118,40 +132,32 @@ def _stored(file: Path) -> tuple[str, int]:
     return str(file.resolve()), pyarrow.parquet.read_metadata(file).num_rows
 
 
-def _parts(
-    name: str,
-    parts: dict[str, Any],
-    sizes: dict[str, int],
-    stored: dict[str, Stored],
-    config: DataConfig,
-) -> Parts:
-    """The parts of a data set; `stored` tells where the rows of each lie."""
-    found: dict[str, Arrow] = {}
-    for split, dataset in parts.items():
-        found[split] = Arrow(f"{name} ({split})", dataset, sizes, stored[split], config)
-    return Parts(found["train"], found.get("validation"), found.get("test"))
-
-
 class Arrow(Source):
-    """The rows of a `datasets.Dataset`: a column of undecoded images, and a column of one caption or a list of them."""
+    """The rows of a `datasets.Dataset`.
+
+    One column has undecoded images, another one caption or a list of them.
+    """
 
     def __init__(
-        self, where: str, dataset: Any, sizes: dict[str, int], stored: Stored, config: DataConfig
+        self,
+        where: str,
+        dataset: "Dataset",
+        sizes: dict[str, int],
+        stored: Stored,
+        config: DataConfig,
     ):
         import datasets
 
         self.where, self.sizes, self.stored, self.bad = where, sizes, stored, []
         self.most_bytes = most_bytes(config.max_pixels)
         features = dataset.features
-        images = [k for k, v in features.items() if _holds_image(v)]
-        captions = [k for k, v in features.items() if _holds_text(v)]
+        images = [name for name, feature in features.items() if _holds_image(feature)]
+        captions = [name for name, feature in features.items() if _holds_text(feature)]
         self.image_column, self.caption_column = find_columns(where, images, captions, config)
         if isinstance(features[self.image_column], datasets.Image):
             dataset = dataset.cast_column(self.image_column, datasets.Image(decode=False))
-        self.images, self.texts = (
-            dataset.select_columns([column]).with_format(None)
-            for column in (self.image_column, self.caption_column)
-        )
+        self.images = dataset.select_columns([self.image_column]).with_format(None)
+        self.texts = dataset.select_columns([self.caption_column]).with_format(None)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -166,43 +172,43 @@ class Arrow(Source):
 
     def captions(self, index: int) -> list[str]:
         value = self.texts[index][self.caption_column]
-        return usable(
-            [text for text in (value if isinstance(value, list) else [value]) if text is not None]
-        )
+        texts = value if isinstance(value, list) else [value]
+        return usable([text for text in texts if text is not None])
 
     def name(self, index: int) -> str:
         return f"row {index} of {self.where}"
 
-    def fingerprint(self) -> dict[str, Any]:
+    def fingerprint(self) -> dict[str, object]:
         return {"pictures": len(self), "files": self.sizes}
 
     def identities(self) -> np.ndarray:
         return np.concatenate([numbered(place, rows) for place, rows in self.stored])
 
     def caption_counts(self) -> np.ndarray:
-        counts = [_lengths(chunk)[0] for chunk in self._chunks()]
-        return np.concatenate(counts) if counts else np.zeros(0, np.int64)
+        return self._lengths()[0]
 
     def caption_bytes(self) -> np.ndarray:
-        sizes = [_lengths(chunk)[1] for chunk in self._chunks()]
-        return np.concatenate(sizes) if sizes else np.zeros(0, np.int64)
+        return self._lengths()[1]
 
-    def _chunks(self) -> list[Any]:
-        """The captions as Arrow arrays in the order of the rows, which a selection may have changed."""
+    def _lengths(self) -> np.ndarray:
+        """`caption_counts` and `caption_bytes`, int64 [2, n], in the order of the rows.
+
+        A selection may have changed that.
+        """
         column = self.texts.data.column(self.caption_column)
-        indices = self.texts._indices
-        return (column if indices is None else column.take(indices.column(0))).chunks
+        if self.texts._indices is not None:
+            column = column.take(self.texts._indices.column(0))
+        lengths = [_lengths(chunk) for chunk in column.chunks]
+        return np.concatenate([np.zeros((2, 0), np.int64), *lengths], axis=1)
 
 
 def _holds_image(feature: Any) -> bool:
     import datasets
 
-    struct = isinstance(feature, dict) and "bytes" in feature
-    return (
-        struct
-        or isinstance(feature, datasets.Image)
-        or getattr(feature, "dtype", "") in ("binary", "large_binary")
-    )
+    if isinstance(feature, dict):
+        return "bytes" in feature
+    binary = getattr(feature, "dtype", "") in ("binary", "large_binary")
+    return binary or isinstance(feature, datasets.Image)
 
 
 def _holds_text(feature: Any) -> bool:
@@ -210,17 +216,22 @@ def _holds_text(feature: Any) -> bool:
     return getattr(inner, "dtype", "") in ("string", "large_string")
 
 
-def _lengths(captions: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Of an Arrow array of texts or of lists: how many not empty each row has, and the longest's bytes."""
+def _lengths(captions: "Array") -> np.ndarray:
+    """The number of captions that are not empty and the longest one's bytes, int64 [2, rows].
+
+    `captions` is an array of texts or of lists of texts.
+    """
     import pyarrow.compute as pc
 
-    if "list" not in str(captions.type):
-        sizes = pc.fill_null(pc.binary_length(captions), 0).to_numpy(zero_copy_only=False)
-        return (sizes > 0).astype(np.int64), sizes.astype(np.int64)
+    in_lists = "list" in str(captions.type)
+    texts = captions.flatten() if in_lists else captions
+    sizes = pc.fill_null(pc.binary_length(texts), 0).to_numpy(zero_copy_only=False)
+    sizes = sizes.astype(np.int64)
+    if not in_lists:
+        return np.stack([sizes > 0, sizes])
     counts = pc.fill_null(pc.list_value_length(captions), 0).to_numpy(zero_copy_only=False)
-    sizes = pc.fill_null(pc.binary_length(captions.flatten()), 0).to_numpy(zero_copy_only=False)
     rows = np.repeat(np.arange(len(counts)), counts)
-    full, longest = np.zeros((2, len(counts)), dtype=np.int64)
-    np.add.at(full, rows, sizes > 0)
-    np.maximum.at(longest, rows, sizes)
-    return full, longest
+    found = np.zeros((2, len(counts)), dtype=np.int64)
+    np.add.at(found[0], rows, sizes > 0)
+    np.maximum.at(found[1], rows, sizes)
+    return found

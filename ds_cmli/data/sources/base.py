@@ -1,11 +1,11 @@
-"""The interface of a source of pairs: pictures with one or more captions each, which can be read in any order.
+"""The interface of a source of pairs: pictures with one or more captions each, in any order.
 
 n pictures.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 
@@ -16,9 +16,16 @@ HELD_OUT_SHARE, HELD_OUT_MOST = 0.05, 1000
 
 
 class Source(ABC):
-    """A map-style source, with `len` and `read`.
+    """A map-style source of pictures and captions.
 
-    It is copied into loading processes, so it must not keep a Python object for each picture.
+    It is opened before the loading processes are forked (or, with another start method, pickled),
+    and all of them read it. Therefore:
+
+    * no Python object for each picture: reference counts would copy its memory into each process;
+      `listed.Strings` and (memory-mapped) arrays are shared;
+    * no file that is open before the fork is read with `seek` and `read`, as the processes share
+      its position: open files at the first read in each process, or read with `os.pread`, and
+      leave open files out of the pickled state (`tars.Tars` does both).
 
     Attributes:
         where: its name in messages.
@@ -34,42 +41,53 @@ class Source(ABC):
 
     @abstractmethod
     def image(self, index: int) -> bytes:
-        """The content of the picture's file, undecoded. Raises `Refused` or `OSError` if it cannot be read."""
+        """The content of the picture's file, undecoded.
+
+        Raises `Refused` or `OSError` if it cannot be read.
+        """
 
     @abstractmethod
     def captions(self, index: int) -> list[str]:
-        """The picture's captions: at least one, none empty. Raises `Refused` or `OSError` if they cannot be read."""
+        """The picture's captions: at least one, none empty.
+
+        Raises `Refused` or `OSError` if they cannot be read.
+        """
 
     @abstractmethod
     def name(self, index: int) -> str:
         """The picture's name in messages."""
 
     @abstractmethod
-    def fingerprint(self) -> dict[str, Any]:
-        """What must be equal when a run resumes, such as the number of pictures and the names and sizes of files."""
+    def fingerprint(self) -> Mapping[str, object]:
+        """What must be equal when a run resumes, to be written as JSON.
 
-    def read(self, index: int) -> tuple[bytes, list[str], str]:
-        """The undecoded picture, its captions and its name; raises as `image` and `captions` do."""
-        return self.image(index), self.captions(index), self.name(index)
+        For instance the number of pictures and the names and sizes of files.
+        """
 
     def key(self, index: int) -> bytes:
-        """An identifier of the picture in this source, the same on all nodes; it does not need to read the picture."""
+        """An identifier of the picture in this source, the same on all nodes.
+
+        It does not need to read the picture.
+        """
         return str(index).encode()
 
     def priorities(self) -> np.ndarray:
-        """Pseudorandom numbers, uint64 [n], always the same; the lowest are held out if there is no validation set."""
+        """Pseudorandom numbers, uint64 [n], always the same.
+
+        The lowest are held out if there is no validation set.
+        """
         return scattered(len(self))
 
     def identities(self) -> np.ndarray:
-        """Numbers of the pictures, uint64 [n]: in this process equal for the same stored picture in all sources."""
+        """Numbers, uint64 [n], equal for the same stored picture in all sources of this process."""
         return numbered(self.where, len(self))
 
     def caption_counts(self) -> np.ndarray | None:
-        """The number of captions of each picture, int64 [n]; None if only reading them could tell."""
+        """The number of captions of each picture, int64 [n]; None if only reading could tell."""
         return None
 
     def caption_bytes(self) -> np.ndarray:
-        """The most bytes that a caption of each picture can have, int64 [n], found without reading them."""
+        """The most bytes that a caption of each picture can have, int64 [n], without reading."""
         return np.zeros(len(self), dtype=np.int64)
 
 
@@ -107,7 +125,7 @@ class Part(Source):
     def key(self, index: int) -> bytes:
         return self.source.key(int(self.indices[index]))
 
-    def fingerprint(self) -> dict[str, Any]:
+    def fingerprint(self) -> Mapping[str, object]:
         return {**self.source.fingerprint(), "pictures": len(self)}
 
     def identities(self) -> np.ndarray:
@@ -141,16 +159,16 @@ def hold_out(source: Source) -> tuple[Source, Source]:
     """
     if len(source) < 2:
         raise UserError(
-            f"{source.where} names {len(source)} images with a caption ({len(source.bad)} without): "
-            "give at least 2, as one is held out for validation"
+            f"{source.where} names {len(source)} images with a caption ({len(source.bad)} "
+            "without): give at least 2, as one is held out for validation"
         )
     count = min(HELD_OUT_MOST, max(1, round(HELD_OUT_SHARE * len(source))))
     chosen = np.zeros(len(source), dtype=bool)
     chosen[np.argpartition(source.priorities(), count - 1)[:count]] = True
-    kept, held_out = (np.flatnonzero(x).astype(np.uint32) for x in (~chosen, chosen))
-    return Part(source, kept, source.bad), Part(
-        source, held_out, []
-    )  # bad samples are reported once
+    kept = Part(source, np.flatnonzero(~chosen).astype(np.uint32), source.bad)
+    # Bad samples are reported once.
+    held_out = Part(source, np.flatnonzero(chosen).astype(np.uint32), [])
+    return kept, held_out
 
 
 def usable(captions: list[str]) -> list[str]:

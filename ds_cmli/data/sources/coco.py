@@ -1,4 +1,4 @@
-"""JSON that lists pictures and their captions: Karpathy's splits of COCO and Flickr30k, and COCO's own annotations."""
+"""JSON that lists pictures and captions: Karpathy's splits of COCO and Flickr30k, COCO's own."""
 
 import re
 from collections.abc import Iterator
@@ -11,9 +11,12 @@ from ds_cmli.data.bad import EMPTY, Refused, told
 from ds_cmli.data.sources.base import Parts
 from ds_cmli.data.sources.listed import LOOKED_AT, Listed, image_folder, loads
 
-# Karpathy's names of the splits; "restval", the rest of COCO's validation set, is usually trained on.
-SPLITS = {"train": "train", "restval": "train", "val": "validation", "test": "test"}
-EXPECTED = 'expected are Karpathy\'s {"images": [{"filename", "split", "sentences"}]} or COCO\'s {"images", "annotations"}'
+# Karpathy's names; "restval", the rest of COCO's validation set, is usually trained on.
+PARTS = {"train": "train", "restval": "train", "val": "validation", "test": "test"}
+EXPECTED = (
+    'expected are Karpathy\'s {"images": [{"filename", "split", "sentences"}]} or COCO\'s '
+    '{"images", "annotations"}'
+)
 
 
 class Row(NamedTuple):
@@ -29,49 +32,58 @@ def load_json(name: str, files: list[Path], config: DataConfig) -> Parts:
     """Open a JSON file; entries that cannot be used are left out.
 
     Raises:
-        UserError: the file has neither of the two formats or no entry that can be used, or the images are not found.
+        UserError: the file has neither of the two formats or no entry that can be used, or the
+            images are not found.
     """
     if len(files) > 1:
         raise UserError(
             f"data.source is {name!r}, which are {len(files)} files: give each its own --data"
         )
     path = files[0]
+    notices: list[str] = []
+    rows = _read(path, notices)
+    files_with_caption = [row.file for row in rows if not row.reason]
+    if not files_with_caption:
+        first = ", ".join(told([(row.file, row.reason) for row in rows]))
+        first = f" (the first: {first})" if rows else ""
+        raise UserError(f"{path} has no caption that can be used{first}: {EXPECTED}")
+    # COCO keeps `captions_train2017.json` in annotations/, and the images in train2017/ beside it.
+    subset = re.sub(r"^captions_", "", path.stem)
+    subfolders = (subset, f"images/{subset}")
+    folder = image_folder(path, files_with_caption[:LOOKED_AT], config, subfolders)
+    parts: dict[str, Listed] = {}
+    for row in rows:
+        if row.split not in parts:
+            parts[row.split] = Listed(f"{name} ({row.split})", folder, folder, config)
+        part = parts[row.split]
+        if row.reason:
+            part.bad.append((row.file, row.reason))
+        else:
+            part.add(row.file, row.caption)
+    found = {split: part for split, part in parts.items() if len(part)}
+    first_part = next(iter(found.values()))
+    for split, part in parts.items():
+        if split not in found:
+            first_part.bad += part.bad
+    train = found.get("train", first_part)
+    return Parts(train, found.get("validation"), found.get("test"), notices)
+
+
+def _read(path: Path, notices: list[str]) -> list[Row]:
     try:
         content = loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is no JSON ({error}): {EXPECTED}") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror or error})") from None
-    notices: list[str] = []
-    images = content.get("images") if isinstance(content, dict) else None
-    annotations = content.get("annotations", []) if isinstance(content, dict) else None
+    if not isinstance(content, dict):
+        content = {}
+    images, annotations = content.get("images"), content.get("annotations", [])
     if not isinstance(images, list) or not isinstance(annotations, list):
         raise UserError(f"{path} has not what it takes: {EXPECTED}")
-    annotated = "annotations" in content
-    rows = list(_annotated(images, annotations, path, notices) if annotated else _karpathy(images))
-    usable = [row for row in rows if not row.reason]
-    if not usable:
-        first = (
-            f" (the first: {', '.join(told([(row.file, row.reason) for row in rows]))})"
-            if rows
-            else ""
-        )
-        raise UserError(f"{path} has no caption that can be used{first}: {EXPECTED}")
-    # COCO keeps `captions_train2017.json` in annotations/, and the images in train2017/ beside that folder.
-    subset = re.sub(r"^captions_", "", path.stem)
-    first_files = [row.file for row in usable[:LOOKED_AT]]
-    folder = image_folder(path, first_files, config, (subset, f"images/{subset}"))
-    parts: dict[str, Listed] = {}
-    for row in rows:
-        part = parts.setdefault(row.split, Listed(f"{name} ({row.split})", folder, folder, config))
-        if row.reason:
-            part.bad.append((row.file, row.reason))
-        else:
-            part.add(row.file, row.caption)
-    found = {split: part for split, part in parts.items() if len(part)}
-    only = next(iter(found.values()))
-    only.bad += [bad for split, part in parts.items() if split not in found for bad in part.bad]
-    return Parts(found.get("train", only), found.get("validation"), found.get("test"), notices)
+    if "annotations" in content:
+        return list(_annotated(images, annotations, path, notices))
+    return list(_karpathy(images))
 
 
 def _karpathy(images: list[Any]) -> Iterator[Row]:
@@ -80,11 +92,11 @@ def _karpathy(images: list[Any]) -> Iterator[Row]:
         split, file = "train", f"image {number}"
         try:
             found = _value(image, "split", str)
-            split = SPLITS.get(found, "train")
+            split = PARTS.get(found, "train")
             folder = _value(image, "filepath", str | None) if "filepath" in image else None
             file = _file("/".join(filter(None, (folder, _value(image, "filename", str)))))
-            if found not in SPLITS:
-                raise Refused(f"its split is {found!r}, none of {', '.join(SPLITS)}")
+            if found not in PARTS:
+                raise Refused(f"its split is {found!r}, none of {', '.join(PARTS)}")
             sentences = _value(image, "sentences", list)
             if not sentences:
                 raise Refused(EMPTY)
@@ -99,7 +111,7 @@ def _annotated(
     images: list[Any], annotations: list[Any], path: Path, notices: list[str]
 ) -> Iterator[Row]:
     """Yield the file and the text of each caption, all as the split "train"."""
-    files: dict[Any, str] = {}
+    files: dict[str | int, str] = {}
     for number, image in enumerate(images):
         try:
             key, file = _value(image, "id", str | int), _file(_value(image, "file_name", str))
@@ -121,23 +133,26 @@ def _annotated(
     without = [file for key, file in files.items() if key not in used]
     if without:
         notices.append(
-            f"{len(without)} images of {path} have no annotation and are not used, the first: {without[0]}"
+            f"{len(without)} images of {path} have no annotation and are not used, the first: "
+            f"{without[0]}"
         )
 
 
 def _row(split: str, file: str, holder: Any, key: str) -> Row:
     """The row of one caption, which is `holder[key]`."""
-    if isinstance(holder, dict) and holder.get(key, "") is None:
-        return Row(split, file, reason=EMPTY)
+    caption: str | None = None
     try:
-        caption = _unicode(_value(holder, key, str))
+        caption = _value(holder, key, str | None)
+        _check_unicode(caption or "")
     except Refused as error:
         return Row(split, file, reason=str(error))
-    return Row(split, file, caption) if caption.strip() else Row(split, file, reason=EMPTY)
+    if not caption or not caption.strip():
+        return Row(split, file, reason=EMPTY)
+    return Row(split, file, caption)
 
 
 def _value(holder: Any, key: str, wanted: Any) -> Any:
-    """`holder[key]`; raises `Refused` if `holder` is no object, lacks the key, or has another type than `wanted`."""
+    """Return `holder[key]`; raises `Refused` if it has not, or not of the type `wanted`."""
     if not isinstance(holder, dict):
         raise Refused(f"no object but {type(holder).__name__}")
     if key not in holder:
@@ -152,13 +167,13 @@ def _file(name: str) -> str:
     """The name of an image's file; raises `Refused` if it is none inside a folder."""
     if not name or "\0" in name or Path(name).is_absolute() or ".." in Path(name).parts:
         raise Refused(f"{name!r} is no path inside a folder")
-    return _unicode(name)
+    _check_unicode(name)
+    return name
 
 
-def _unicode(text: str) -> str:
-    """The text; raises `Refused` if it holds half of a surrogate pair, as JSON can."""
+def _check_unicode(text: str) -> None:
+    """Raise `Refused` if a text holds half of a surrogate pair, as JSON can."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise Refused(f"no Unicode ({error.reason})") from None
-    return text

@@ -1,6 +1,6 @@
-"""A folder of images with a `metadata.jsonl` or `metadata.csv`, which has the columns `file_name` and `text`.
+"""A folder of images with a `metadata.jsonl` or `metadata.csv`.
 
-This is the imagefolder convention of Hugging Face datasets.
+These have the columns `file_name` and `text`: the imagefolder convention of Hugging Face datasets.
 """
 
 import os
@@ -12,39 +12,43 @@ from typing import Any
 from ds_cmli.common.errors import UserError, nearest
 from ds_cmli.config.schema import DataConfig
 from ds_cmli.data.pictures import inside
-from ds_cmli.data.sources import accepted
 from ds_cmli.data.sources.base import Parts
+from ds_cmli.data.sources.find import accepted
 from ds_cmli.data.sources.listed import Listed, loads
 from ds_cmli.data.sources.tables import Table
 
 METADATA = ("metadata.jsonl", "metadata.csv")
 COLUMNS = ("file_name", "text")
 VALIDATION = ("validation", "val")
-OTHER_SPLITS = (
-    "test",
-    "testing",
-    "training",
-    "valid",
-    "dev",
-    "eval",
-    "evaluation",
-)  # split names of other tools
+# The split names of other tools.
+OTHER_SPLITS = ("test", "testing", "training", "valid", "dev", "eval", "evaluation")
 # Descriptions of other kinds of data files by their suffixes, for error messages.
 KINDS = {
-    **dict.fromkeys((".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst"), "a tar archive"),
-    ".zip": "a zip archive", ".parquet": "a parquet file", ".arrow": "an Arrow file, as save_to_disk writes it",
-    ".jsonl": "a JSON lines file", ".json": "a JSON file", ".csv": "a CSV file", ".tsv": "a TSV file",
-}  # fmt: skip
+    ".tar": "a tar archive",
+    ".tar.gz": "a tar archive",
+    ".tgz": "a tar archive",
+    ".tar.bz2": "a tar archive",
+    ".tar.xz": "a tar archive",
+    ".tar.zst": "a tar archive",
+    ".zip": "a zip archive",
+    ".parquet": "a parquet file",
+    ".arrow": "an Arrow file, as save_to_disk writes it",
+    ".jsonl": "a JSON lines file",
+    ".json": "a JSON file",
+    ".csv": "a CSV file",
+    ".tsv": "a TSV file",
+}
 
 
 def load_folder(source: str, files: list[Path], config: DataConfig) -> Parts:
     """Open the training and validation pairs of a folder; `files` is not used.
 
-    The folder has either one metadata file, or `train/` and `validation/` (or `val/`) with a metadata file each.
+    The folder has either one metadata file, or `train/` and `validation/` (or `val/`) with a
+    metadata file each.
 
     Raises:
-        UserError: the folder does not exist, its metadata are missing or ambiguous, a line cannot be read, a column is
-            missing, or a file name leads out of the folder.
+        UserError: the folder does not exist, its metadata are missing or ambiguous, a line cannot
+            be read, a column is missing, or a file name leads out of the folder.
     """
     try:
         root = Path(source).expanduser()
@@ -52,10 +56,8 @@ def load_folder(source: str, files: list[Path], config: DataConfig) -> Parts:
             kind = _kind(root.name) or "a file" if root.exists() else "it does not exist"
             raise UserError(f"data.source is {source!r}, which is no folder ({kind}): {accepted()}")
         return _load(root, config)
-    except (
-        OSError,
-        RuntimeError,
-    ) as error:  # no permission, a name that is too long, an unknown home folder
+    # No permission, a name that is too long, an unknown home folder.
+    except (OSError, RuntimeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(
             f"data.source is {source!r}, which cannot be read ({reason}): {accepted()}"
@@ -63,19 +65,23 @@ def load_folder(source: str, files: list[Path], config: DataConfig) -> Parts:
 
 
 def _load(root: Path, config: DataConfig) -> Parts:
-    found = {name: _metadata(root / name) for name in (".", "train", *VALIDATION)}
-    metadata = {name: path for name, path in found.items() if path is not None}
-    training = [name for name in (".", "train") if name in metadata]
-    validation = [name for name in VALIDATION if name in metadata]
-    if not training:
-        none = (
-            f"a folder with no {' or '.join(METADATA)} in it or in its train/ ({_contents(root)})"
+    metadata = {}
+    for name in (".", "train", *VALIDATION):
+        path = _metadata(root / name)
+        if path is not None:
+            metadata[name] = path
+    training = next((name for name in (".", "train") if name in metadata), None)
+    validation = next((name for name in VALIDATION if name in metadata), None)
+    if training is None:
+        contents = f"a folder with no {' or '.join(METADATA)} in it or in its train/"
+        raise UserError(
+            f"data.source is {str(root)!r}, {contents} ({_contents(root)}): {accepted()}"
         )
-        raise UserError(f"data.source is {str(root)!r}, {none}: {accepted()}")
-    if len(metadata) > 1 and list(metadata) not in [["train", name] for name in VALIDATION]:
+    if len(metadata) > 1 and (len(metadata) > 2 or training == "."):
         names = " and ".join(str(path.relative_to(root)) for path in metadata.values())
         raise UserError(
-            f"data.source is {str(root)!r}, which has {names}: keep one, or train/ and validation/ alone"
+            f"data.source is {str(root)!r}, which has {names}: keep one, or train/ and validation/ "
+            "alone"
         )
     for path in metadata.values():
         if not config.follow_symlinks and not inside(path, os.path.realpath(root)):
@@ -83,13 +89,12 @@ def _load(root: Path, config: DataConfig) -> Parts:
                 f"{path} is a symlink out of the data folder: data.follow_symlinks=true allows it"
             )
     notices: list[str] = []
-    train = read_metadata(metadata[training[0]], root, config, notices)
-    parts = Parts(
-        train, notices=[*_not_used(root, training[0], validation, train, config), *notices]
-    )
-    if validation:
-        parts.validation = read_metadata(metadata[validation[0]], root, config, parts.notices)
-        for part, name in ((train, training[0]), (parts.validation, validation[0])):
+    train = read_metadata(metadata[training], root, config, notices)
+    parts = Parts(train)
+    parts.notices = [*_not_used(root, training, validation, train, config), *notices]
+    if validation is not None:
+        parts.validation = read_metadata(metadata[validation], root, config, parts.notices)
+        for part, name in ((train, training), (parts.validation, validation)):
             if not len(part):
                 raise UserError(
                     f"{metadata[name]} has no usable line: give each image a file_name and a text"
@@ -98,24 +103,24 @@ def _load(root: Path, config: DataConfig) -> Parts:
 
 
 def _not_used(
-    root: Path, training: str, validation: list[str], train: Listed, config: DataConfig
+    root: Path, training: str, validation: str | None, train: Listed, config: DataConfig
 ) -> list[str]:
     """A notice for each subfolder that looks like a split of the data but is not used."""
-    candidates = [
-        name
-        for name in (*VALIDATION, *OTHER_SPLITS)
-        if name not in validation and (root / name).is_dir()
-    ]
+    others = [name for name in (*VALIDATION, *OTHER_SPLITS) if name != validation]
+    candidates = [name for name in others if (root / name).is_dir()]
+    taken = f"{training}/"
     if training == ".":
-        named = {file.split("/", 1)[0] for file in train.files} if candidates else set()
-        candidates = [name for name in candidates if name not in named]
-    training = f"{training}/" if training != "." else "the folder around it"
-    held_out = (
-        f"{validation[0]}/" if validation else "a share of that, as no validation/ has metadata"
-    )
-    held_out = "data.val_source" if config.val_source else held_out
+        taken = "the folder around it"
+        if candidates:
+            named = {file.split("/", 1)[0] for file in train.files}
+            candidates = [name for name in candidates if name not in named]
+    held_out = f"{validation}/"
+    if config.val_source:
+        held_out = "data.val_source"
+    elif validation is None:
+        held_out = "a share of that, as no validation/ has metadata"
     return [
-        f"{root / name} is not used: training takes {training}, validation {held_out}"
+        f"{root / name} is not used: training takes {taken}, validation {held_out}"
         for name in candidates
     ]
 
@@ -139,36 +144,26 @@ def _contents(folder: Path) -> str:
     """Describe the content of a folder without metadata in a few words."""
     with os.scandir(folder) as entries:
         names = sorted(entry.name for entry in islice(entries, 1000))
+    if not names:
+        return "it is empty"
     if {"dataset_dict.json", "state.json"} & set(names):
         return "it is one that save_to_disk wrote"
-    told = next((f"it holds {name}, {kind}" for name in names if (kind := _kind(name))), None)
-    return told or (
-        f"it holds {', '.join(names[:3])}{' ...' if len(names) > 3 else ''}"
-        if names
-        else "it is empty"
-    )
+    for name in names:
+        kind = _kind(name)
+        if kind:
+            return f"it holds {name}, {kind}"
+    return f"it holds {', '.join(names[:3])}{' ...' if len(names) > 3 else ''}"
 
 
 def read_metadata(path: Path, root: Path, config: DataConfig, notices: list[str]) -> Listed:
-    """Read the pairs of one metadata file of the data folder `root`; raises `UserError` as `load_folder` does.
+    """Read the pairs of one metadata file of the data folder `root`.
 
-    Lines for the user are appended to `notices`.
+    Lines for the user are appended to `notices`. Raises `UserError` as `load_folder` does.
     """
     rows = Listed(str(path), path.parent, root, config)
     try:
         for line, values in _csv(path, notices) if path.suffix == ".csv" else _json_lines(path):
-            for column in COLUMNS:
-                if column not in values:
-                    raise _lacks(path, line, column, values)
-            file = values["file_name"]
-            if not isinstance(file, str) or not file or "\0" in file:
-                raise UserError(
-                    f"{path} line {line} has file_name {file!r}: give the image's path as text"
-                )
-            if os.path.isabs(file) or os.path.normpath(file).split(os.sep)[0] == os.pardir:
-                raise UserError(
-                    f"{path} line {line} has file_name {file!r}: give a path inside {path.parent}"
-                )
+            file = _file(path, line, values)
             try:
                 for text in _texts(values["text"], path, line):
                     rows.add(file, text)
@@ -183,14 +178,27 @@ def read_metadata(path: Path, root: Path, config: DataConfig, notices: list[str]
     return rows
 
 
-def _lacks(path: Path, line: int, column: str, values: dict[str, Any]) -> UserError:
-    found = ", ".join(map(str, values)) or "none"
-    hint = nearest(column, values) if values else "add it"
-    return UserError(f"{path} line {line} has no column {column!r} (found: {found}): {hint}")
+def _file(path: Path, line: int, values: dict[str, Any]) -> str:
+    """The file that a row names. Raises `UserError` if it lacks a column or names none inside."""
+    for column in COLUMNS:
+        if column not in values:
+            found = ", ".join(map(str, values)) or "none"
+            hint = nearest(column, values) if values else "add it"
+            raise UserError(f"{path} line {line} has no column {column!r} (found: {found}): {hint}")
+    file = values["file_name"]
+    said = f"{path} line {line} has file_name {file!r}"
+    if not isinstance(file, str) or not file or "\0" in file:
+        raise UserError(f"{said}: give the image's path as text")
+    if os.path.isabs(file) or os.path.normpath(file).split(os.sep)[0] == os.pardir:
+        raise UserError(f"{said}: give a path inside {path.parent}")
+    return file
 
 
 def _texts(value: Any, path: Path, line: int) -> list[str | None]:
-    """The captions of a row: a text, nothing, or a list of texts, in which empty ones do not count beside others."""
+    """The captions of a row: a text, nothing, or a list of texts.
+
+    Empty texts do not count beside others.
+    """
     texts = value if isinstance(value, list) else [value]
     if not all(isinstance(text, str | None) for text in texts):
         shown = repr(value) if len(repr(value)) < 100 else type(value).__name__

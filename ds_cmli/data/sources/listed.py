@@ -1,4 +1,7 @@
-"""Reading JSON in which a key that comes twice is a mistake: the former value would be lost without a word."""
+"""What lists of files and captions have in common: the source of their rows, and how JSON is read.
+
+All of them are rows of a picture's file and a caption.
+"""
 
 import hashlib
 import itertools
@@ -19,58 +22,15 @@ from ds_cmli.data.bad import EMPTY
 from ds_cmli.data.pictures import most_bytes, read_file
 from ds_cmli.data.sources.base import Source
 
-
-def loads(text: str | bytes) -> Any:
-    """As `json.loads`; a key that an object has twice is a `ValueError` too."""
-    return json.loads(text, object_pairs_hook=_object)
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values = dict(pairs)
-    if len(values) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"the key {twice!r} twice in one object")
-    return values
-
-
-LOOKED_AT = (
-    100  # of the files that a list names, so many are looked for: the first ones may be missing
-)
-
-
-def image_folder(
-    listed: Path, files: list[str], config: DataConfig, subfolders: tuple[str, ...] = ()
-) -> Path:
-    """The folder that holds one of the files: `data.image_root` if given, else the list's folder or its parent.
-
-    Args:
-        files: the first files that the list names.
-        subfolders: subfolders of these that are searched too, beside "images".
-
-    Raises:
-        UserError: none of the folders holds one of the files.
-    """
-    roots = (
-        [Path(config.image_root).expanduser()]
-        if config.image_root
-        else [listed.parent, listed.parent.parent]
-    )
-    places = [root / sub for root in roots for sub in ("", "images", *subfolders)]
-    for file, place in itertools.product(files, places):
-        if "\0" in file or os.path.exists(place / file):  # the former is refused by its line
-            return place
-    looked = ", ".join(str(place) for place in places if place.is_dir()) or config.image_root
-    raise UserError(
-        f"{listed} names the image {files[0]!r}, which is not in {looked}: give its folder by --image-root"
-    )
+LOOKED_AT = 100  # so many of the files that a list names are looked for: the first may be missing
+MOST_SIZES = 100_000  # files whose sizes identify the data; of more, as many are taken evenly
 
 
 class Strings:
-    """An append-only list of strings, stored as UTF-8 in one buffer.
+    """An append-only list of millions of strings, stored as UTF-8 in one buffer.
 
-    Forked loading processes share the buffer. A list of `str` would gradually be copied into each of them, because
-    reference counting writes to its objects (copy-on-write).
+    Forked loading processes share the buffer. A list of `str` would gradually be copied into each
+    of them, because reference counting writes to its objects (copy-on-write).
     """
 
     def __init__(self, strings: Iterable[str] = ()):
@@ -91,30 +51,31 @@ class Strings:
         return self.text[self.ends[index] : self.ends[index + 1]].decode()
 
     def __iter__(self) -> Iterator[str]:
-        return (self[index] for index in range(len(self)))
-
-
-MOST_SIZES = 100_000  # files whose sizes identify the data; of more, as many are taken evenly
+        return map(self.__getitem__, range(len(self)))
 
 
 class Listed(Source):
-    """Rows that consist of a picture's file and a caption; all rows with one file are captions of one picture.
+    """Rows of a picture's file and a caption; all rows with one file are captions of one picture.
 
     Pictures are numbered in the order of their first rows; captions keep the order of the rows.
     """
 
     def __init__(self, where: str, folder: Path, root: Path, config: DataConfig):
-        """File names are relative to `folder`; files outside of `root` are only read if the configuration allows it."""
+        """File names are relative to `folder`.
+
+        Files outside of `root` are only read if the configuration allows it.
+        """
         self.where, self.folder, self.root = where, folder, os.path.realpath(root)
-        self.most_bytes, self.follow_symlinks = (
-            most_bytes(config.max_pixels),
-            config.follow_symlinks,
-        )
+        self.most_bytes = most_bytes(config.max_pixels)
+        self.follow_symlinks = config.follow_symlinks
         self.bad = []
         self.files, self.texts, self.hashes = Strings(), Strings(), array("q")
 
     def add(self, file: str, text: str | None) -> None:
-        """Append a row. All rows must be added before the source is read. Raises `UnicodeEncodeError`."""
+        """Append a row. All rows must be added before the source is read.
+
+        Raises `UnicodeEncodeError`.
+        """
         file = os.path.normpath(file)  # the normalised name identifies the picture
         (file + (text or "")).encode()  # raises `UnicodeEncodeError` before anything is stored
         if not text or not text.strip():
@@ -126,10 +87,9 @@ class Listed(Source):
 
     @cached_property
     def groups(self) -> tuple[np.ndarray, np.ndarray]:
-        """The rows grouped by picture, int64 [rows], and where the rows of each picture start, int64 [n + 1]."""
-        _, first, number = np.unique(
-            np.frombuffer(self.hashes, np.int64), return_index=True, return_inverse=True
-        )
+        """The rows grouped by picture, int64 [rows], and where each picture's start, [n + 1]."""
+        hashes = np.frombuffer(self.hashes, np.int64)
+        _, first, number = np.unique(hashes, return_index=True, return_inverse=True)
         in_order = np.empty(len(first), dtype=np.int64)
         in_order[np.argsort(first)] = np.arange(len(first))
         number = in_order[number]
@@ -155,20 +115,17 @@ class Listed(Source):
         return os.fsencode(os.path.realpath(self._path(index)).removeprefix(self.root))
 
     def priorities(self) -> np.ndarray:
-        """Hashes of the file names alone, so that order and captions do not change which files are held out."""
+        """Hashes of the file names alone, so that neither order nor captions change the split."""
         digests = (hashlib.sha256(self.name(i).encode()).digest()[:8] for i in range(len(self)))
         return np.frombuffer(b"".join(digests), dtype=">u8").astype(np.uint64)
 
-    def fingerprint(self) -> dict[str, Any]:
+    def fingerprint(self) -> dict[str, object]:
         content = hashlib.blake2b(digest_size=16)
         for strings in (self.files, self.texts):
             content.update(strings.text)
             content.update(strings.ends)
-        listed = {"pictures": len(self), "captions": len(self.texts)}
-        return listed | {"content": content.hexdigest()} | self._sizes()
-
-    def _sizes(self) -> dict[str, Any]:
-        """The sizes of the files, of `MOST_SIZES` at most. Dates do not count, as a copy changes them."""
+        # The sizes of the files, of `MOST_SIZES` at most. Dates do not count, as a copy changes
+        # them.
         sizes = array("q")
         for path in self._paths(-(-len(self) // MOST_SIZES) or 1):
             try:
@@ -176,15 +133,21 @@ class Listed(Source):
             except (OSError, ValueError):
                 sizes.append(-1)
         missing = sizes.count(-1)
-        digest = hashlib.blake2b(sizes, digest_size=8).hexdigest()
-        return {"bytes": sum(sizes) + missing, "missing": missing, "sizes": digest}
+        return {
+            "pictures": len(self),
+            "captions": len(self.texts),
+            "content": content.hexdigest(),
+            "bytes": sum(sizes) + missing,
+            "missing": missing,
+            "sizes": hashlib.blake2b(sizes, digest_size=8).hexdigest(),
+        }
 
     def identities(self) -> np.ndarray:
         return self._identities
 
     @cached_property
     def _identities(self) -> np.ndarray:
-        """Two names of one file (by symlinks) are the same picture."""
+        """Hashes of the real paths: two names of one file (by symlinks) are the same picture."""
         folders: dict[str, tuple[str, set[str]]] = {}
         found = (hash(_real_path(path, folders)) for path in self._paths())
         return np.fromiter(found, np.int64, len(self)).view(np.uint64)
@@ -208,7 +171,7 @@ class Listed(Source):
 
 
 def _real_path(path: str, folders: dict[str, tuple[str, set[str]]]) -> str:
-    """As `os.path.realpath`, but `folders` keeps each folder's real path and symlinks, which saves the time."""
+    """As `os.path.realpath`, but `folders` keeps each folder's real path and symlinks for speed."""
     folder, _, name = path.rpartition(os.sep)
     folder = folder or os.sep
     if folder not in folders:
@@ -218,3 +181,48 @@ def _real_path(path: str, folders: dict[str, tuple[str, set[str]]]) -> str:
         folders[folder] = os.path.realpath(folder), links
     real, links = folders[folder]
     return os.path.realpath(path) if name in links else f"{real}{os.sep}{name}"
+
+
+def image_folder(
+    listed: Path, files: list[str], config: DataConfig, subfolders: tuple[str, ...] = ()
+) -> Path:
+    """The folder that holds one of the files.
+
+    It is in `data.image_root` if given, else in the list's folder or its parent.
+
+    Args:
+        files: the first files that the list names.
+        subfolders: subfolders of these that are searched too, beside "images".
+
+    Raises:
+        UserError: none of the folders holds one of the files.
+    """
+    roots = [listed.parent, listed.parent.parent]
+    if config.image_root:
+        roots = [Path(config.image_root).expanduser()]
+    places = [root / sub for root in roots for sub in ("", "images", *subfolders)]
+    for file, place in itertools.product(files, places):
+        if "\0" in file or os.path.exists(place / file):  # the former is refused by its line
+            return place
+    looked = ", ".join(str(place) for place in places if place.is_dir()) or config.image_root
+    raise UserError(
+        f"{listed} names the image {files[0]!r}, which is not in {looked}: give its folder by "
+        "--image-root"
+    )
+
+
+def loads(text: str | bytes) -> Any:
+    """Parse JSON; a key that an object has twice is a `ValueError` too.
+
+    The former value would be lost without a word.
+    """
+    return json.loads(text, object_pairs_hook=_object)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the key {twice!r} twice in one object")
+    return values

@@ -1,4 +1,4 @@
-"""WebDataset tars, as img2dataset writes them. They are read in place: nothing is unpacked or copied."""
+"""WebDataset tars, as img2dataset writes them, read in place: nothing is unpacked or copied."""
 
 import hashlib
 import json
@@ -15,56 +15,58 @@ import numpy as np
 
 from ds_cmli.common.errors import UserError
 from ds_cmli.config.schema import DataConfig
-from ds_cmli.data.bad import Refused
+from ds_cmli.data.bad import Bad, Refused, told
 from ds_cmli.data.pictures import check_bytes, most_bytes
 from ds_cmli.data.sources.base import Parts, Source, numbered, usable
-from ds_cmli.data.sources.names import part_of
+from ds_cmli.data.sources.find import part_of
 from ds_cmli.data.sources.tar_index import BLOCK, index
 
-CAPTION_KEYS = (
-    "caption",
-    "captions",
-    "text",
-)  # keys that are searched in a sample's .json if it has no .txt
+# Keys that are searched in a sample's .json if it has no .txt.
+CAPTION_KEYS = ("caption", "captions", "text")
 WANTED = "a sample is NAME.jpg (.jpeg, .png, .webp) and NAME.txt or NAME.json"
 MOST_TEXT_BYTES = 2**26  # a longer .txt or .json is no caption
-MOST_OPEN = 64  # shards kept open: there may be thousands, but a process may only open 1,024 files by default
+# Shards kept open: there may be thousands, but a process may only open 1,024 files by default.
+MOST_OPEN = 64
 
 
 def load_tars(name: str, files: list[Path], config: DataConfig) -> Parts:
-    """Open tar shards. Raises `UserError` if a shard cannot be read, or all together hold no usable sample."""
+    """Open tar shards.
+
+    Raises `UserError` if a shard cannot be read, or all together hold no usable sample.
+    """
     tars = Tars(name, files, config)
     if not len(tars):
-        what = (
-            f"the first: {tars.bad[0][0]} ({tars.bad[0][1]})"
-            if tars.bad
-            else "no image among their members"
-        )
+        what = "no image among their members"
+        if tars.bad:
+            what = f"the first: {told(tars.bad)[0]}"
         raise UserError(
             f"data.source is {name!r}: its {len(files)} tars hold no pair ({what}): {WANTED}"
         )
     parts = sorted({part for part in map(part_of, files) if part})
-    if len(parts) < 2:
-        return Parts(tars)
-    return Parts(tars, notices=[
-        f"{name} has shards of {' and '.join(parts)} by their names, and all are one part: give those to evaluate on "
-        "by --val-data"
-    ])  # fmt: skip
+    notices = []
+    if len(parts) > 1:
+        notices.append(
+            f"{name} has shards of {' and '.join(parts)} by their names, and all are one part: "
+            "give those to evaluate on by --val-data"
+        )
+    return Parts(tars, notices=notices)
 
 
 class Tars(Source):
     """Samples of an image and its captions.
 
-    The caption is the .txt, or else the first of `CAPTION_KEYS` in the .json: a text or a list of texts. If
-    `data.caption_key` is given, that key of the .json is used instead.
+    The caption is the .txt, or else the first of `CAPTION_KEYS` in the .json: a text or a list of
+    texts. If `data.caption_key` is given, that key of the .json is used instead.
     """
 
     def __init__(self, where: str, shards: list[Path], config: DataConfig):
         self.where, self.shards, self.caption_key = where, shards, config.caption_key
         self.most_bytes = most_bytes(config.max_pixels)
-        # For each shard: the file of its rows and its first row there; `starts` has its first sample in this source.
+        # The file of each shard's rows and its first row there; `starts` has its first sample in
+        # this source.
         self.rows: list[tuple[Path, int]] = []
-        counts, self.bad = [], []
+        self.bad: list[Bad] = []
+        counts: list[int] = []
         for _, group in groupby(shards, key=lambda shard: shard.parent):
             file, spans, bad = index(list(group))
             self.rows += [(file, first) for first, _ in spans]
@@ -75,12 +77,11 @@ class Tars(Source):
 
     def _reset(self) -> None:
         self._maps: dict[Path, np.ndarray] = {}
-        self._open: OrderedDict[int, int] = (
-            OrderedDict()
-        )  # shard -> file descriptor, in order of use
+        # Shard -> file descriptor, in order of use.
+        self._open: OrderedDict[int, int] = OrderedDict()
 
     def __getstate__(self) -> dict[str, Any]:
-        """The state for another process, without memory maps and open files: it opens them itself."""
+        """The state for another process, without memory maps and open files: it opens its own."""
         return {name: value for name, value in vars(self).items() if name not in ("_maps", "_open")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -109,12 +110,11 @@ class Tars(Source):
         except (ValueError, RecursionError):
             raise Refused("its .json is no JSON") from None
         keys = (self.caption_key,) if self.caption_key else CAPTION_KEYS
-        found = (
-            next((values[key] for key in keys if values.get(key)), None)
-            if isinstance(values, dict)
-            else None
-        )
-        texts = [found] if isinstance(found, str) else found
+        texts = None
+        if isinstance(values, dict):
+            texts = next((values[key] for key in keys if values.get(key)), None)
+        if isinstance(texts, str):
+            texts = [texts]
         if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
             raise Refused(f"its .json has no text under {' or '.join(keys)}")
         return usable(texts)
@@ -133,7 +133,7 @@ class Tars(Source):
         shard = bisect_right(self.starts, index) - 1
         return f"{shard} {index - self.starts[shard]}".encode()
 
-    def fingerprint(self) -> dict[str, Any]:
+    def fingerprint(self) -> dict[str, object]:
         base = os.path.commonpath([shard.parent for shard in self.shards])
         sizes = {os.path.relpath(shard, base): shard.stat().st_size for shard in self.shards}
         # A shard is padded: its size often stays where the sizes of its members change.
@@ -143,16 +143,14 @@ class Tars(Source):
         return {"pictures": len(self), "files": sizes, "members": members.hexdigest()}
 
     def identities(self) -> np.ndarray:
-        counts = zip(self.shards, self.starts, self.starts[1:], strict=False)
-        parts = [numbered(os.path.realpath(shard), stop - start) for shard, start, stop in counts]
-        return np.concatenate(parts)
+        places, counts = map(os.path.realpath, self.shards), np.diff(self.starts)
+        return np.concatenate([*map(numbered, places, counts.tolist())])
 
     def caption_counts(self) -> np.ndarray | None:
         """One caption for each .txt; how many a .json holds is not known."""
-        only_texts = not self.caption_key and all(
-            (rows["text"] > 0).all() for rows in self._shard_rows()
-        )
-        return np.ones(len(self), dtype=np.int64) if only_texts else None
+        if self.caption_key or not all((rows["text"] > 0).all() for rows in self._shard_rows()):
+            return None
+        return np.ones(len(self), dtype=np.int64)
 
     def caption_bytes(self) -> np.ndarray:
         """The sizes of the .txt and .json: the latter hold the caption and more."""
@@ -163,10 +161,9 @@ class Tars(Source):
         return np.concatenate(found)
 
     def _shard_rows(self) -> Iterator[np.ndarray]:
-        for (file, first), start, stop in zip(
-            self.rows, self.starts, self.starts[1:], strict=False
-        ):
-            yield np.load(file, mmap_mode="r")[first : first + stop - start]
+        counts = np.diff(self.starts).tolist()
+        for (file, first), count in zip(self.rows, counts, strict=True):
+            yield np.load(file, mmap_mode="r")[first : first + count]
 
     def _row(self, index: int) -> tuple[int, np.void]:
         shard = bisect_right(self.starts, index) - 1

@@ -1,8 +1,7 @@
 import pytest
 
 from ds_cmli.config.registry import SOURCES, load
-from ds_cmli.data.sources import recognise
-from ds_cmli.data.sources.names import expand, weighted
+from ds_cmli.data.sources.find import expand, recognise, weighted
 from tests.data.sources.samples import build, members, picture, tar
 from tests.data.sources.test_folder import rows, user_error, write
 

@@ -1,0 +1,207 @@
+"""Recognising what `--data` names: weights, patterns of file names, and the kind of a source."""
+
+import glob
+import os
+import re
+from collections.abc import Mapping
+from contextlib import suppress
+from importlib import import_module
+from pathlib import Path
+
+from ds_cmli.common.errors import UserError
+from ds_cmli.config.registry import SOURCES, SourceEntry, load
+from ds_cmli.config.schema import DataConfig
+from ds_cmli.data.sources.base import Parts
+
+BRACES = re.compile(r"\{([^{}]*)\}")
+RANGE = re.compile(r"(\d+)\.\.(\d+)")
+WILDCARD = re.compile(r"[*?\[]")
+MOST_FILES = 100_000
+# Names of the parts of a data set.
+SPLITS = {
+    "train": "train",
+    "validation": "validation",
+    "valid": "validation",
+    "val": "validation",
+    "test": "test",
+}
+
+
+def weighted(sources: str | list[str]) -> tuple[list[str], list[float] | None]:
+    """Split names and weights: `["a::0.7", "b::0.3"]` -> `(["a", "b"], [0.7, 0.3])`.
+
+    Returns None instead of no weights.
+
+    Raises:
+        UserError: a weight is not a positive number or only some sources have one, a name occurs
+            twice, or "demo" is mixed with other sources.
+    """
+    sources = [sources] if isinstance(sources, str) else sources
+    names, weights = [], []
+    for source in sources:
+        name, mark, weight = source.rpartition("::")
+        if mark:
+            weights.append(_weight(weight, source, name))
+        names.append(name if mark else source)
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise UserError(f"--data names {twice!r} twice: keep one")
+    if len(names) > 1 and "demo" in names:
+        other = names[names.index("demo") - 1]
+        raise UserError(f"--data mixes 'demo' with {other!r}: the demo stands alone")
+    if weights and len(names) == 1:
+        raise UserError(f"--data is {sources[0]!r}, the only source: leave its weight out")
+    if weights and len(weights) < len(names):
+        raise UserError(
+            f"--data gives {len(weights)} of {len(names)} sources a weight: give all one, or none"
+        )
+    return names, weights or None
+
+
+def _weight(text: str, source: str, name: str) -> float:
+    try:
+        weight = float(text)
+    except ValueError:
+        weight = 0.0
+    if not 0 < weight < float("inf"):
+        raise UserError(
+            f"--data is {source!r}: write WHAT::WEIGHT with a number above 0, for instance "
+            f"{name}::0.7"
+        )
+    return weight
+
+
+def open_source(name: str, config: DataConfig) -> tuple[str, Parts]:
+    """Open one source: its kind and its parts. Raises `UserError` as both of these do."""
+    kind, files = recognise(name)
+    entry = SOURCES[kind]
+    if entry.package:
+        try:
+            import_module(entry.package)
+        except ImportError:
+            raise UserError(
+                f"data.source is {name!r}, which is read by the package {entry.package}: "
+                f"pip install 'ds-cmli[{entry.extra}]'"
+            ) from None
+    return kind, load(entry)(name, files, config)
+
+
+def recognise(name: str) -> tuple[str, list[Path]]:
+    """The kind of source that `name` is, and its files.
+
+    A name of no kind is "folder", which then raises the error.
+
+    Raises:
+        UserError: files do not exist or are of several kinds, or a folder could be of two kinds.
+    """
+    files = expand(name)
+    folder = Path(os.path.expanduser(name))
+    if os.path.isdir(folder):
+        found = _in_folder(folder)
+        if len(found) > 1:
+            what = " and ".join(SOURCES[kind].what for kind in found)
+            raise UserError(
+                f"data.source is {name!r}, which could be meant as {what}: name the files, or keep "
+                "one kind"
+            )
+    else:
+        found = _by_suffix(files, SOURCES)
+        if len(found) != 1 or files not in found.values():
+            if len(files) > 1:
+                raise UserError(
+                    f"data.source is {name!r}, which names files of several kinds, or of none: "
+                    f"{accepted()}"
+                )
+            found = {}
+    return next(iter(found.items()), ("folder", []))
+
+
+def _in_folder(folder: Path) -> dict[str, list[Path]]:
+    """The kinds that a folder can be, each with those of its files that belong to it."""
+    found: dict[str, list[Path]] = {}
+    for kind, entry in SOURCES.items():
+        if any(os.path.exists(folder / file) for file in entry.holds):
+            found[kind] = []
+    if found:
+        return found
+    inside: list[Path] = []
+    with suppress(OSError):  # a folder without permission is reported when it is opened
+        inside = sorted(folder.iterdir())
+    found = _by_suffix(inside, {k: entry for k, entry in SOURCES.items() if entry.in_folder})
+    for kind, files in list(found.items()):
+        companion = SOURCES[kind].companion
+        beside = {path.stem for path in found.get(companion, [])}
+        if beside and beside <= {path.stem for path in files}:
+            del found[companion]
+    return found
+
+
+def _by_suffix(files: list[Path], entries: Mapping[str, SourceEntry]) -> dict[str, list[Path]]:
+    """The files of each kind that has some."""
+    found = {}
+    for kind, entry in entries.items():
+        some = [file for file in files if file.name.lower().endswith(entry.ends)]
+        if some:
+            found[kind] = some
+    return found
+
+
+def accepted() -> str:
+    """The kinds that `--data` accepts, as the end of an error message."""
+    return f"accepted are 'demo' and {'; '.join(entry.what for entry in SOURCES.values())}"
+
+
+def expand(pattern: str) -> list[Path]:
+    """The files that a name stands for, in order.
+
+    `{00000..00019}` and `{a,b}` are expanded, `*`, `?` and `[]` matched. A name without a pattern
+    is returned even if it does not exist.
+
+    Raises:
+        UserError: the name is a URL, some files of a pattern do not exist, or no file matches.
+    """
+    if re.match(r"(pipe:|[a-z0-9]+://)", pattern):
+        raise UserError(
+            f"data.source is {pattern!r}, which is not on this machine: download it first"
+        )
+    path = os.path.expanduser(pattern)
+    if os.path.exists(path) or not ("{" in path or WILDCARD.search(path)):
+        return [Path(path)]
+    files: list[Path] = []
+    for name in _braces(path):
+        names = sorted(glob.glob(name)) if WILDCARD.search(name) else [name]
+        files += map(Path, names)
+    if not files:
+        raise UserError(f"data.source is {pattern!r}: no file matches it")
+    missing = [file for file in files if not os.path.isfile(file)]
+    if missing:
+        raise UserError(
+            f"data.source is {pattern!r}: {len(missing)} of {len(files)} files do not exist, the "
+            f"first {str(missing[0])!r}"
+        )
+    return files
+
+
+def part_of(file: Path) -> str | None:
+    """The part that a name such as `train-00000-of-00002.parquet` tells, if it tells one."""
+    found = re.match(r"([a-z]+)[-_.]", file.name)
+    return SPLITS.get(found[1]) if found else None
+
+
+def _braces(pattern: str) -> list[str]:
+    found = BRACES.search(pattern)
+    if found is None:
+        return [pattern]
+    parts = found[1].split(",")
+    span = RANGE.fullmatch(found[1])
+    if span:
+        first, last = int(span[1]), int(span[2])
+        if abs(last - first) >= MOST_FILES:
+            raise UserError(f"data.source is {pattern!r}: more than {MOST_FILES:,} files")
+        step = 1 if last >= first else -1
+        width = len(span[1]) if span[1].startswith("0") else 0
+        parts = [str(number).zfill(width) for number in range(first, last + step, step)]
+    names: list[str] = []
+    for part in parts:
+        names += _braces(pattern[: found.start()] + part + pattern[found.end() :])
+    return names
