@@ -1,12 +1,12 @@
 """Embeddings of pictures and texts, which are computed once and kept in CPU memory.
 
-Shapes: r pictures and t captions of this rank, B of them per batch, b of them in a block, N patches, M text positions,
-T valid tokens of all t captions, H hidden size, D embedding dimension.
+Shapes: r pictures and t captions of this rank, B of them per batch, b of them in a block, N
+patches, M text positions, T valid tokens of all t captions, H hidden size, D embedding dimension.
 """
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -14,7 +14,30 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ds_cmli.cmli.contrastive import upcast
 from ds_cmli.cmli.loss import l2_normalize
-from ds_cmli.data.bad import Bad
+from ds_cmli.common.errors import UserError
+from ds_cmli.data.bad import NO_TOKEN, Bad, told
+from ds_cmli.data.batch import Batch
+from ds_cmli.data.loaders import WorkerInit, batches
+from ds_cmli.distributed import process_group as distributed
+from ds_cmli.evaluate.held_out import FILLER, HeldOut, PictureBatch, collate_pictures
+
+if TYPE_CHECKING:
+    from ds_cmli.models.student import Student
+
+
+@dataclass(frozen=True)
+class EmbedSettings:
+    """How pictures and captions are read and embedded.
+
+    `heartbeat` is called for every batch and block, as often on every rank, for the detection of
+    hangs; it may be collective.
+    """
+
+    batch_size: int
+    device: torch.device
+    workers: int = 0
+    heartbeat: Callable[[], None] = lambda: None
+    worker_init: WorkerInit | None = None
 
 
 @dataclass
@@ -24,10 +47,9 @@ class Images:
     number: Tensor  # int64 [r]
     cls: Tensor  # [r, H], fp32
     patches: Tensor  # [r, N, D], in the model's precision
-    cell_picture: Tensor  # int64 [r, 2, 2], see `data.Batch`
-    broken: dict[int, Bad] = field(
-        default_factory=dict
-    )  # by number, the pictures left out as they cannot be read
+    cell_picture: Tensor  # int64 [r, 2, 2], see `data.batch.Batch`
+    # The pictures left out as they cannot be read, by number.
+    broken: dict[int, Bad] = field(default_factory=dict)
 
     def select(self, keep: Tensor) -> "Images":
         """The pictures that a mask, bool [r], selects."""
@@ -35,19 +57,15 @@ class Images:
             self.number[keep], self.cls[keep], self.patches[keep], self.cell_picture[keep]
         )
 
-    def block(self, rows: slice, device: Any) -> tuple[Tensor, Tensor]:
-        """Class tokens [b, H] and patches [b, N, D] of some rows, on the device."""
-        return self.cls[rows].to(device), self.patches[rows].to(device)
-
 
 @dataclass
 class Texts:
-    """The embeddings of this rank's captions, of unit length; only valid tokens, caption after caption."""
+    """The embeddings of this rank's captions, of unit length; only valid tokens, one by one."""
 
     number: Tensor  # int64 [t]
     cls: Tensor  # [t, H], fp32
     tokens: Tensor  # [T, D], in the model's precision
-    token_picture: Tensor  # int64 [T], see `data.Batch`
+    token_picture: Tensor  # int64 [T], see `data.batch.Batch`
     length: Tensor  # int64 [t], number of valid tokens
 
     def __post_init__(self):
@@ -56,14 +74,13 @@ class Texts:
     def select(self, keep: Tensor) -> "Texts":
         """The captions that a mask, bool [t], selects."""
         tokens = keep.repeat_interleave(self.length)  # [T]
-        kept = (
+        return Texts(
             self.number[keep],
             self.cls[keep],
             self.tokens[tokens],
             self.token_picture[tokens],
             self.length[keep],
         )
-        return Texts(*kept)
 
     def tokens_of(self, row: int) -> slice:
         """The range of one caption's tokens in `tokens`."""
@@ -71,62 +88,63 @@ class Texts:
         return slice(end - int(self.length[row]), end)
 
     def block(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Class tokens [b, H], padded tokens [b, M, D] and their mask, bool [b, M] (True = valid), of some rows."""
+        """Class tokens [b, H], padded tokens [b, M, D] and their mask, bool [b, M], of some rows.
+
+        The mask is True for valid tokens.
+        """
         tokens = pad_sequence(
-            [self.tokens[self.tokens_of(int(row))] for row in rows], batch_first=True
+            [self.tokens[self.tokens_of(row)] for row in rows.tolist()], batch_first=True
         )
         mask = torch.arange(tokens.shape[1]) < self.length[rows][:, None]
         return self.cls[rows], tokens, mask
 
 
-def image_embeddings(student: Any, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Embed pictures, uint8 [B, 3, S, S] -> class tokens fp32 [B, H] and patches [B, N, D], of unit length."""
+def image_embeddings(student: "Student", images: Tensor) -> tuple[Tensor, Tensor]:
+    """Embed uint8 [B, 3, S, S] -> class tokens fp32 [B, H] and patches [B, N, D], of unit length."""
     cls, patches = student.encode_image(images)
     return upcast(l2_normalize(cls)), l2_normalize(student.projection(patches))
 
 
-def text_embeddings(student: Any, batch: Any) -> tuple[Tensor, Tensor]:
-    """Embed a `Batch` on the device -> class tokens fp32 [B, H] and tokens [B, M, D], of unit length."""
+def text_embeddings(student: "Student", batch: Batch) -> tuple[Tensor, Tensor]:
+    """Embed texts -> class tokens fp32 [B, H] and tokens [B, M, D], of unit length."""
     cls, tokens = student.encode_text(batch.input_ids, batch.attention_mask)
     return upcast(l2_normalize(cls)), l2_normalize(student.projection(tokens))
 
 
-def embed_images(
-    student: Any, loader: Iterable, device: Any, heartbeat: Callable[[], None] = lambda: None
-) -> Images:
-    """Embed the pictures of a loader of `PictureBatch`es; fillers and broken pictures are encoded but left out.
+def embed_images(student: "Student", loader: Iterable[PictureBatch], how: EmbedSettings) -> Images:
+    """Embed the pictures of a loader; fillers and broken pictures are encoded but left out.
 
-    `heartbeat` is called for every batch and may be collective, as the loaders of all ranks have as many batches.
+    The loaders of all ranks have as many batches.
     """
     numbers, classes, patches, cells = [], [], [], []
     broken: dict[int, Bad] = {}
     for batch in loader:
-        heartbeat()
+        how.heartbeat()
         broken |= batch.broken
-        cls, features = image_embeddings(student, batch.image.to(device, non_blocking=True))
-        bad = torch.tensor(
-            [number < 0 or number in batch.broken for number in batch.number.tolist()]
-        )
-        numbers.append(batch.number[~bad])
-        classes.append(cls.cpu()[~bad])  # CPU-GPU sync
-        patches.append(features.cpu()[~bad])
-        cells.append(batch.cell_picture[~bad])
+        image = batch.image.to(how.device, non_blocking=True)
+        cls, features = image_embeddings(student, image)
+        usable = batch.usable()
+        numbers.append(batch.number[usable])
+        classes.append(cls.cpu()[usable])  # CPU-GPU sync
+        patches.append(features.cpu()[usable])
+        cells.append(batch.cell_picture[usable])
     return Images(
         torch.cat(numbers), torch.cat(classes), torch.cat(patches), torch.cat(cells), broken
     )
 
 
 def embed_texts(
-    student: Any, loader: Iterable, device: Any, heartbeat: Callable[[], None] = lambda: None
+    student: "Student", loader: Iterable[Batch], how: EmbedSettings
 ) -> tuple[Texts, list[int]]:
-    """Embed the captions of a loader of `Batch`es; fillers and captions without a valid token are left out.
+    """Embed the captions of a loader; fillers and captions without a valid token are left out.
 
-    Returns the embeddings and the numbers of the captions without a valid token. `heartbeat` as for `embed_images`.
+    Returns the embeddings and the numbers of the captions without a valid token. The loaders of all
+    ranks have as many batches.
     """
     numbers, classes, tokens, places, lengths, empty = [], [], [], [], [], []
     for batch in loader:
-        heartbeat()
-        cls, features = text_embeddings(student, batch.to(device, non_blocking=True))
+        how.heartbeat()
+        cls, features = text_embeddings(student, batch.to(how.device, non_blocking=True))
         length = batch.token_mask.sum(1)  # [B]
         kept = (batch.index >= 0) & (length > 0)
         empty += batch.index[(batch.index >= 0) & (length == 0)].tolist()
@@ -136,13 +154,72 @@ def embed_texts(
         tokens.append(features.cpu()[valid])
         places.append(batch.token_picture[valid])
         lengths.append(length[kept])
-    return Texts(*(torch.cat(x) for x in (numbers, classes, tokens, places, lengths))), empty
+    return Texts(*map(torch.cat, (numbers, classes, tokens, places, lengths))), empty
 
 
-def pair_positions(images: Images, texts: Texts, image_of: Tensor) -> Iterator[tuple[int, int]]:
-    """Yield (row in `images`, row in `texts`) of each caption whose picture is among the images."""
-    place = {number: row for row, number in enumerate(images.number.tolist())}
-    for row, caption in enumerate(texts.number.tolist()):
-        picture = int(image_of[caption])
-        if picture in place:
-            yield place[picture], row
+@dataclass
+class Share:
+    """The embeddings of a rank's share of the pictures and of their captions."""
+
+    held_out: HeldOut
+    images: Images
+    texts: Texts
+    captions: Tensor  # int64, the numbers of the usable captions of all ranks
+    left_out: list[Bad]  # the samples of all ranks that cannot be used
+    grid: tuple[int, int]  # numbers of rows and columns of patches
+
+    def pair_rows(self) -> Iterator[tuple[int, int]]:
+        """Yield (row in `images`, row in `texts`) of each caption whose picture is in the share."""
+        place = {number: row for row, number in enumerate(self.images.number.tolist())}
+        for row, caption in enumerate(self.texts.number.tolist()):
+            picture = int(self.held_out.image_of[caption])
+            if picture in place:
+                yield place[picture], row
+
+
+def padded_share(count: int, rank: int, ranks: int) -> list[int]:
+    """The numbers rank, rank + ranks, ... below `count`, with fillers to be as many as rank 0's."""
+    share = list(range(rank, count, ranks))
+    return share + [FILLER] * (-(-count // ranks) - len(share))
+
+
+@torch.no_grad()
+def embed_share(
+    student: "Student", held_out: HeldOut, collate: Callable, how: EmbedSettings
+) -> Share:
+    """Embed every picture and every caption once, on one of the ranks. Collective.
+
+    Raises:
+        UserError: on every rank, if no pair can be used.
+    """
+    rank, ranks = distributed.rank(), distributed.world_size()
+    image_of = held_out.image_of
+    pictures = held_out.pictures(padded_share(held_out.images, rank, ranks))
+    loader = batches(pictures, how.batch_size, how.workers, collate_pictures, how.worker_init)
+    images = embed_images(student, loader, how)  # collective
+    # A caption belongs to the rank of its picture.
+    longest = int((image_of % ranks).bincount().max())
+    numbers = (image_of % ranks == rank).nonzero().flatten().tolist()
+    captions = held_out.captions(numbers + [FILLER] * (longest - len(numbers)))
+    loader = batches(captions, how.batch_size, how.workers, collate, how.worker_init)
+    texts, empty = embed_texts(student, loader, how)  # collective
+
+    # Broken pictures with all of their captions, and captions without a token, cannot be used.
+    broken: dict[int, Bad] = {}
+    without: list[int] = []
+    for found, others in distributed.gather_objects((images.broken, empty)):  # collective
+        broken |= found
+        without += others
+    without.sort()
+    keep = ~torch.isin(image_of, torch.tensor(sorted(broken), dtype=torch.int64))
+    keep[without] = False
+    left_out = [*held_out.at_load, *broken.values()]
+    left_out += [(held_out.file(caption), NO_TOKEN) for caption in without]
+    usable = keep.nonzero().flatten()
+    if not len(usable):
+        raise UserError(
+            "no pair of the validation set can be used, for instance " + ", ".join(told(left_out))
+        )
+    shown = torch.isin(images.number, image_of[usable])
+    images, texts = images.select(shown), texts.select(keep[texts.number])
+    return Share(held_out, images, texts, usable, left_out, student.grid)

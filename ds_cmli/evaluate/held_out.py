@@ -1,24 +1,44 @@
-"""A held-out set as evaluation reads it: all captions without their pictures, and each picture once.
+"""A held-out set as evaluation reads it: all captions without their pictures, each picture once.
 
 n captions, m pictures, B of them in a batch, S image size in pixels.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
+from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
 from ds_cmli.data.bad import NO_TOKEN, Bad
-from ds_cmli.data.batch import NO_PICTURE, Sample
+from ds_cmli.data.batch import Sample, stack_cells
+from ds_cmli.data.pairs import black
 
 FILLER = -1  # the number of an item that only pads a rank's share to the same number of batches
+Read = TypeVar("Read")
+
+
+class Pairs(Protocol):
+    """A data set of captions and their pictures: `data.pairs.EvalPairs`, scenes, or `Entities`."""
+
+    size: int  # S
+
+    def __len__(self) -> int: ...
+
+    def name(self, row: int) -> str:
+        """The name of the picture of caption `row`, for messages."""
+
+    def image_id(self, row: int) -> int:
+        """A number that is equal for all captions of one picture."""
+
+    def pair(self, row: int, picture: bool = True) -> Sample:
+        """The sample, with a black image without `picture`; `bad` says why it cannot be used."""
 
 
 @dataclass
 class Picture:
-    image: torch.Tensor  # uint8 [3, S, S]
+    image: Tensor  # uint8 [3, S, S]
     number: int
     cell_picture: list[int] | None = None  # only for scenes, see `Batch`
     bad: Bad | None = None  # its name and why it cannot be read
@@ -27,23 +47,27 @@ class Picture:
 
 @dataclass
 class PictureBatch:
-    image: torch.Tensor  # uint8 [B, 3, S, S]
-    number: torch.Tensor  # int64 [B]
-    cell_picture: torch.Tensor  # int64 [B, 2, 2]
+    image: Tensor  # uint8 [B, 3, S, S]
+    number: Tensor  # int64 [B]
+    cell_picture: Tensor  # int64 [B, 2, 2]
     broken: dict[int, Bad]  # the pictures that cannot be read, by number
-    target: torch.Tensor  # int64 [B]
+    target: Tensor  # int64 [B]
 
     def pin_memory(self) -> "PictureBatch":
         return replace(self, image=self.image.pin_memory())
 
+    def usable(self) -> Tensor:
+        """Whether an item is a picture that could be read, and no filler: bool [B]."""
+        return (self.number >= 0) & ~torch.isin(self.number, torch.tensor([*self.broken]).long())
+
 
 def collate_pictures(pictures: list[Picture]) -> PictureBatch:
     return PictureBatch(
-        torch.stack([p.image for p in pictures]),
-        torch.tensor([p.number for p in pictures]),
-        torch.tensor([p.cell_picture or [NO_PICTURE] * 4 for p in pictures]).view(-1, 2, 2),
-        {p.number: p.bad for p in pictures if p.bad is not None},
-        torch.tensor([p.target for p in pictures]),
+        image=torch.stack([picture.image for picture in pictures]),
+        number=torch.tensor([picture.number for picture in pictures]),
+        cell_picture=stack_cells([picture.cell_picture for picture in pictures]),
+        broken={picture.number: picture.bad for picture in pictures if picture.bad is not None},
+        target=torch.tensor([picture.target for picture in pictures]),
     )
 
 
@@ -51,23 +75,27 @@ class HeldOut:
     """The captions and the pictures of a data set of pairs, or of a `Subset` of one.
 
     Attributes:
-        image_of: int64 [n], the number of each caption's picture; pictures are numbered in order of first appearance.
+        image_of: int64 [n], the number of each caption's picture; pictures are numbered in order of
+            first appearance.
         at_load: pairs that the data set left out at load.
     """
 
-    def __init__(self, dataset: Dataset):
-        pairs: Any = dataset
-        rows: Sequence[int] = range(len(pairs))
+    def __init__(self, dataset: Any):
+        """`dataset` is a `Pairs`, or a `Subset` of one."""
+        self.pairs: Pairs = dataset
+        self.rows: Sequence[int] = range(len(dataset))
         if isinstance(dataset, Subset):
-            pairs, rows = dataset.dataset, dataset.indices
-        self.pairs, self.rows = pairs, rows
+            self.pairs, self.rows = dataset.dataset, dataset.indices  # type: ignore[assignment]
+        self.first: list[int] = []  # the row of each picture's first caption
         numbers: dict[int, int] = {}
-        image_of = [numbers.setdefault(pairs.image_id(row), len(numbers)) for row in rows]
+        image_of = []
+        for row in self.rows:
+            number = numbers.setdefault(self.pairs.image_id(row), len(numbers))
+            if number == len(self.first):
+                self.first.append(row)
+            image_of.append(number)
         self.image_of = torch.tensor(image_of)
-        self.first = {
-            number: row for row, number in reversed(list(zip(rows, image_of, strict=True)))
-        }
-        self.at_load: list[Bad] = getattr(pairs, "bad", [])
+        self.at_load: list[Bad] = getattr(self.pairs, "bad", [])
 
     @property
     def images(self) -> int:
@@ -79,7 +107,10 @@ class HeldOut:
         return self.pairs.name(self.rows[caption])
 
     def captions(self, numbers: Sequence[int]) -> Dataset:
-        """A data set of `Sample`s without image; `index` is the caption's number, and `FILLER` has the first's text."""
+        """A data set of `Sample`s without image.
+
+        `index` is the caption's number, and `FILLER` has the first's text.
+        """
         return View(self._caption, numbers)
 
     def pictures(self, numbers: Sequence[int]) -> Dataset:
@@ -88,30 +119,31 @@ class HeldOut:
 
     def _caption(self, number: int) -> Sample:
         sample = self.pairs.pair(self.rows[max(number, 0)], picture=False)
-        return replace(
-            sample, image=torch.zeros(3, 0, 0, dtype=torch.uint8), index=number, bad=None
-        )
+        return replace(sample, image=black(0), index=number, bad=None)
 
     def _picture(self, number: int) -> Picture:
         if number == FILLER:
-            return Picture(
-                torch.zeros(3, self.pairs.size, self.pairs.size, dtype=torch.uint8), FILLER
-            )
+            return Picture(black(self.pairs.size), FILLER)
         sample = self.pairs.pair(self.first[number])
         bad = sample.bad if sample.bad is not None and sample.bad[1] != NO_TOKEN else None
         return Picture(sample.image, number, sample.cell_picture, bad)
 
 
-class View(Dataset):
-    """The map-style data set of `read(item)` for each of `items`."""
+class View(Dataset[Read]):
+    """The map-style data set of `read(number)` for each of `numbers`."""
 
-    def __init__(self, read: Callable[[Any], Any], items: Sequence):
-        self.read, self.items = read, items
+    def __init__(self, read: Callable[[int], Read], numbers: Sequence[int]):
+        self.read, self.numbers = read, numbers
 
     def __len__(self) -> int:
-        return len(self.items)
+        return len(self.numbers)
 
-    def __getitem__(self, index: int) -> Any:
+    def __getitem__(self, index: int) -> Read:
         if not 0 <= index < len(self):
             raise IndexError(index)
-        return self.read(self.items[index])
+        return self.read(self.numbers[index])
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's message, or its type."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

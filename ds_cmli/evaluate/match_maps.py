@@ -1,21 +1,23 @@
 """Match maps of a few held-out pairs, always the same ones, from the embeddings of an evaluation.
 
-They need no forward pass and no random numbers.
-Shapes: S image side in pixels, N patches, M tokens of a caption.
+They need no forward pass and no random numbers. Shapes: S image side in pixels, N patches, M tokens
+of a caption.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
-import numpy as np
 from torch import Tensor
 
 from ds_cmli.cmli.contrastive import upcast
 from ds_cmli.common.match_sheet import sheet
+from ds_cmli.data.tokens import CaptionTokenizer
 from ds_cmli.distributed import process_group as distributed
-from ds_cmli.evaluate.held_out import HeldOut
-from ds_cmli.evaluate.split import Share
+from ds_cmli.evaluate.embed import Share
 from ds_cmli.trackers import MATCH_MAPS
+
+if TYPE_CHECKING:
+    from ds_cmli.metrics import NullWriter, Writer
 
 
 @dataclass
@@ -30,53 +32,55 @@ class MatchMap:
 
 
 def draw(
-    writer: Any, step: int, split: str, count: int, tokenizer: Any, share: Share, held_out: HeldOut,
-    grid: tuple[int, int],
-) -> None:  # fmt: skip
+    writer: "Writer | NullWriter",
+    step: int,
+    split: str,
+    count: int,
+    tokenizer: CaptionTokenizer,
+    share: Share,
+) -> None:
     """Write the match maps of `count` pairs with rank 0's writer. Collective unless `count` is 0."""
     if not count:
         return
-    found = match_maps(share, held_out, tokenizer, grid, count)  # collective
+    found = match_maps(share, tokenizer, count)  # collective
     if distributed.is_main():
         for number, one in enumerate(found):
-            writer.picture(step, f"{MATCH_MAPS}{split}/{number}", picture(one))
+            # The caption, the picture, and a tile for each word: uint8 [height, width, 3].
+            picture = sheet(one.image, one.text, {"": one})
+            writer.picture(step, f"{MATCH_MAPS}{split}/{number}", picture)
 
 
-def match_maps(
-    share: Share, held_out: HeldOut, tokenizer: Any, grid: tuple[int, int], count: int
-) -> list[MatchMap]:
-    """The maps of the first `count` usable pictures with their first captions, the same on every rank. Collective.
+def match_maps(share: Share, tokenizer: CaptionTokenizer, count: int) -> list[MatchMap]:
+    """The maps of the first `count` usable pictures with their first captions.
 
-    Args:
-        tokenizer: the `CaptionTokenizer`, which tells where in a caption its tokens stand.
+    They are the same on every rank. Collective.
     """
+    held_out, images, texts = share.held_out, share.images, share.texts
     first: dict[int, int] = {}  # caption by picture
     for caption in share.captions.tolist():
         first.setdefault(int(held_out.image_of[caption]), caption)
         if len(first) == count:
             break
-    image_row = {number: row for row, number in enumerate(share.images.number.tolist())}
-    text_row = {number: row for row, number in enumerate(share.texts.number.tolist())}
+    image_row = {number: row for row, number in enumerate(images.number.tolist())}
+    text_row = {number: row for row, number in enumerate(texts.number.tolist())}
     mine = {}
-    for order, (picture_number, caption) in enumerate(first.items()):
-        if picture_number not in image_row:
-            continue  # the picture belongs to another rank
+    for order, (picture, caption) in enumerate(first.items()):
+        if picture not in image_row:
+            continue  # it belongs to another rank
         sample = held_out.pairs.pair(held_out.rows[caption])
         text = sample.tokens.text
-        spans = [
-            span for span, v in zip(tokenizer.spans(text), sample.tokens.valid, strict=True) if v
-        ]
-        tokens = share.texts.tokens[share.texts.tokens_of(text_row[caption])]  # [M, D]
-        patches = share.images.patches[image_row[picture_number]]  # [N, D]
-        words = [text[start:end] for start, end in spans]
-        similarity = upcast(tokens) @ upcast(patches).t()
-        mine[order] = MatchMap(sample.image, text[: spans[-1][1]], words, similarity, grid)
-    everywhere = {
-        order: one for part in distributed.gather_objects(mine) for order, one in part.items()
-    }  # collective
+        spans = zip(tokenizer.spans(text), sample.tokens.valid, strict=True)
+        words = [slice(*span) for span, valid in spans if valid]
+        tokens = texts.tokens[texts.tokens_of(text_row[caption])]  # [M, D]
+        patches = images.patches[image_row[picture]]  # [N, D]
+        mine[order] = MatchMap(
+            sample.image,
+            text[: words[-1].stop],
+            [text[word] for word in words],
+            upcast(tokens) @ upcast(patches).t(),
+            share.grid,
+        )
+    everywhere: dict[int, MatchMap] = {}
+    for maps in distributed.gather_objects(mine):  # collective
+        everywhere |= maps
     return [everywhere[order] for order in sorted(everywhere)]
-
-
-def picture(one: MatchMap) -> np.ndarray:
-    """The caption, the picture, and a tile for each word: uint8 [height, width, 3]."""
-    return sheet(one.image, one.text, {"": one})

@@ -1,10 +1,19 @@
-"""Pictures with class labels for zero-shot classification: a folder of class folders, or another of timm's readers."""
+"""Zero-shot classification: the class whose prompts fit a picture best, by global and CMLI scores.
+
+A class's global embedding is the normalised mean over its prompts (Radford et al., 2021, section
+3.1.4). Token embeddings of different prompts have no mean, so the CMLI scores of the prompts, from
+the picture's side, are averaged (FILIP, arXiv 2111.07783, section 3.1).
+
+Shapes: B pictures of a batch, C classes, T prompt templates, N patches, M text positions, H hidden
+size, D embedding dimension; K kinds of scores (global, cmli, combined).
+"""
 
 import json
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -15,17 +24,23 @@ from ds_cmli.cmli import cmli_scores
 from ds_cmli.cmli.pair_scores import combined
 from ds_cmli.common.cli import say
 from ds_cmli.common.errors import UserError
-from ds_cmli.data.bad import told
-from ds_cmli.data.batch import Sample
+from ds_cmli.data.bad import Bad, told
+from ds_cmli.data.batch import Collate, Sample
 from ds_cmli.data.loaders import batches
+from ds_cmli.data.pairs import black
 from ds_cmli.data.pictures import decode
-from ds_cmli.data.tokens import tell_cut
+from ds_cmli.data.tokens import CaptionTokenizer, tell_cut
 from ds_cmli.distributed import process_group as distributed
-from ds_cmli.evaluate.embed import Texts, embed_texts, image_embeddings
-from ds_cmli.evaluate.held_out import FILLER, Picture, View
-from ds_cmli.evaluate.retrieval import expected_hits, names
+from ds_cmli.evaluate.embed import EmbedSettings, Texts, embed_texts, image_embeddings
+from ds_cmli.evaluate.held_out import FILLER, Picture, PictureBatch, View, first_line
+from ds_cmli.evaluate.retrieval import expected_hits, kinds
 
-# Seven of OpenAI's eighty prompt templates for ImageNet, which OpenAI found to work about as well as all eighty.
+if TYPE_CHECKING:
+    from ds_cmli.losses.objective import Objective
+    from ds_cmli.models.student import Student
+
+# Seven of OpenAI's eighty prompt templates for ImageNet, which OpenAI found to work about as well
+# as all eighty.
 TEMPLATES = (
     "itap of a {}.",
     "a bad photo of the {}.",
@@ -35,20 +50,25 @@ TEMPLATES = (
     "art of the {}.",
     "a photo of the small {}.",
 )
+TOP = (1, 5)
+CLASSES = 64  # number of classes that are scored at a time
 
 
 class ClassPictures:
-    """The pictures of a folder of class folders, of a tar of class folders, or of a Hugging Face data set with labels.
+    """The pictures of a folder of class folders, or of another of timm's readers.
+
+    These read a tar of class folders, or a Hugging Face data set with labels.
 
     Attributes:
         folders: the class names in the data, in the order of the class numbers.
     """
 
     def __init__(self, source: str, size: int, max_pixels: int, split: str = "validation"):
-        """Open `source`: a folder, a .tar, or "hfds/NAME" in timm's notation, of which `split` is read.
+        """Open `source`: a folder, a .tar, or "hfds/NAME" in timm's notation, of which `split`.
 
         Raises:
-            UserError: `source` is none of these, cannot be read, or has no picture or fewer than two classes.
+            UserError: `source` is none of these, cannot be read, or has no picture or fewer than
+                two classes.
         """
         self.size, self.max_pixels = size, max_pixels
         where, path = f"--zero-shot is {source!r}", Path(source).expanduser()
@@ -60,15 +80,15 @@ class ClassPictures:
 
         try:
             name, root = ("", str(path)) if path.exists() else (source, None)
-            self.reader: Any = create_reader(name, root=root, split=split)
+            self.reader = create_reader(name, root=root, split=split)
         except Exception as error:  # each of timm's readers raises its own exceptions
-            reason = (str(error) or type(error).__name__).strip().splitlines()[0]
-            raise UserError(f"{where}, which timm cannot read: {reason}") from None
+            raise UserError(f"{where}, which timm cannot read: {first_line(error)}") from None
         numbers = self.reader.class_to_idx
-        self.folders = [str(name) for name, _ in sorted(numbers.items(), key=lambda item: item[1])]
+        self.folders = [str(name) for name in sorted(numbers, key=numbers.__getitem__)]
         if len(self.folders) < 2 or not len(self.reader):
             raise UserError(
-                f"{where}, with {len(self.folders)} classes and {len(self.reader)} pictures: give at least 2"
+                f"{where}, with {len(self.folders)} classes and {len(self.reader)} pictures: give "
+                "at least 2"
             )
 
     def __len__(self) -> int:
@@ -79,28 +99,27 @@ class ClassPictures:
         return View(self._picture, numbers)
 
     def _picture(self, number: int) -> Picture:
-        black = torch.zeros(3, self.size, self.size, dtype=torch.uint8)
         if number == FILLER:
-            return Picture(black, FILLER)
+            return Picture(black(self.size), FILLER)
         try:
             file, target = self.reader[number]
             with file:
-                return Picture(
-                    decode(file.read(), self.size, self.max_pixels), number, target=int(target)
-                )
+                image = decode(file.read(), self.size, self.max_pixels)
+            return Picture(image, number, target=int(target))
         except Exception as error:  # decoders raise nearly any exception for damaged files
-            reason = str(error).strip().splitlines() or [type(error).__name__]
-            name = (
-                self.reader.filename(number, basename=True) or f"picture {number}"
-            )  # parquet rows may have no name
-            return Picture(black, number, bad=(str(name), reason[0]))
+            name = self.reader.filename(number, basename=True)
+            name = str(name or f"picture {number}")  # parquet rows may have no name
+            return Picture(black(self.size), number, bad=(name, first_line(error)))
 
 
 def class_names(folders: list[str], file: str | None) -> list[str]:
-    """The names of the classes for the prompts: the folder names with blanks for underscores, or those in `file`.
+    """The names of the classes for the prompts.
+
+    These are the folder names with blanks for underscores, or those in `file`.
 
     Args:
-        file: a JSON object {"folder": "name"}, or a text file with one name per line in the order of `folders`.
+        file: a JSON object {"folder": "name"}, or a text file with one name per line in the order
+            of `folders`.
 
     Raises:
         UserError: the file cannot be read, or lacks a class.
@@ -126,28 +145,24 @@ def class_names(folders: list[str], file: str | None) -> list[str]:
 
 
 def prompt_templates(file: str | None) -> list[str]:
-    """`TEMPLATES`, or the lines of a file, each with one {} for the class name; raises `UserError`."""
+    """`TEMPLATES`, or the lines of a file, each with one {} for the class name.
+
+    Raises `UserError`.
+    """
     if file is None:
         return list(TEMPLATES)
     try:
-        lines = [
-            line.strip()
-            for line in Path(file).read_text(encoding="utf-8").splitlines()
-            if line.strip()
-        ]
+        text = Path(file).read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         raise UserError(f"--templates is {file!r}, which cannot be read: {error}") from None
-    wrong = next((line for line in lines if line.count("{}") != 1), None if lines else "")
-    if wrong is not None:
-        raise UserError(
-            f"--templates is {file!r}, with the line {wrong!r}: write {{}} once where the class's name goes"
-        )
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    for line in lines or [""]:
+        if line.count("{}") != 1:
+            raise UserError(
+                f"--templates is {file!r}, with the line {line!r}: write {{}} once where the "
+                "class's name goes"
+            )
     return lines
-
-
-TOP = (1, 5)
-CLASSES = 64  # number of classes that are scored at a time
-TEXT_FIELDS = ("number", "cls", "tokens", "token_picture", "length")
 
 
 @dataclass
@@ -156,100 +171,93 @@ class Classifier:
 
     texts: Texts
     templates: int  # T
-    scales: dict[str, float]  # 1/temperature for each kind of scores, from `Objective.score_scales`
+    scales: dict[str, float]  # 1/temperature of each kind of scores: `Objective.score_scales`
 
     def __post_init__(self):
         prompts = self.texts.cls.view(-1, self.templates, self.texts.cls.shape[1])  # [C, T, H]
         self.cls = F.normalize(prompts.mean(1), dim=-1)  # [C, H]
 
     def __call__(self, image_cls: Tensor, patches: Tensor) -> Tensor:
-        """Scores of pictures with all classes: fp32 [B, H], [B, N, D] -> fp32 [K, B, C] on the same device."""
+        """Score pictures with all classes: fp32 [B, H], [B, N, D] -> fp32 [K, B, C], same device."""
         by_global = image_cls @ self.cls.to(image_cls.device).t()
         if "cmli" not in self.scales:
             return by_global[None]
         parts = []
-        for classes in torch.arange(len(self.cls)).split(CLASSES):
-            prompts = torch.arange(
-                int(classes[0]) * self.templates, (int(classes[-1]) + 1) * self.templates
-            )
+        for prompts in torch.arange(len(self.texts.number)).split(CLASSES * self.templates):
             _, tokens, mask = (x.to(patches.device) for x in self.texts.block(prompts))
             i2t, _ = cmli_scores(patches, tokens, mask)  # [B, classes * T]
             parts.append(i2t.view(len(i2t), -1, self.templates).mean(2))
-        cmli = torch.cat(parts, 1)  # [B, C]
-        scores = {"global": by_global, "cmli": cmli}
+        scores = {"global": by_global, "cmli": torch.cat(parts, 1)}  # [B, C] each
         return torch.stack([*scores.values(), combined(scores, self.scales)])
 
 
 def top_hits(scores: Tensor, target: Tensor) -> Tensor:
-    """Whether the right class is among the first k, for each k of `TOP`: fp64 [len(TOP), K, B], a probability if tied.
+    """Whether the right class is among the first k, for each k of `TOP`: fp64 [len(TOP), K, B].
+
+    If scores are tied, it is a probability.
 
     Args:
-        scores: [K, B, C]; a right class with NaN is no hit, and a wrong class with NaN counts as higher.
+        scores: [K, B, C]; a right class with NaN is no hit, and a wrong class with NaN counts as
+            higher.
         target: int64 [B], the right classes.
     """
     right = scores.gather(2, target.expand(len(scores), -1)[:, :, None])  # [K, B, 1]
     above = (~(scores <= right)).sum(2).double()
     equal = (scores == right).sum(2).double()  # includes the right class, unless it is NaN
-    return torch.stack(
-        [expected_hits(above, (equal - 1).clamp(min=0), equal.clamp(max=1), k) for k in TOP]
-    )
+    tied, positive = (equal - 1).clamp(min=0), equal.clamp(max=1)
+    return torch.stack([expected_hits(above, tied, positive, k) for k in TOP])
 
 
 @torch.no_grad()
 def classify(
-    student: Any,
-    loader: Iterable,
-    classifier: Classifier,
-    device: Any,
-    heartbeat: Callable[[], None] = lambda: None,
+    student: "Student", loader: Iterable[PictureBatch], classifier: Classifier, how: EmbedSettings
 ) -> dict[str, Any]:
     """Measure accuracies over the pictures of all ranks. Collective.
 
     Args:
-        loader: yields `PictureBatch`es of this rank with the pictures' classes, as many on every rank.
+        loader: yields batches of this rank with the pictures' classes, as many on every rank.
 
     Returns:
-        `<score>/top1`, `<score>/top5`, `<score>/mean_per_class` (top 1 averaged over the classes that have pictures),
-        `chance/top1`, `chance/top5`, `pictures`, `classes`, and if pictures could not be read `left_out` (their
-        number) and `left_out_first` (the names of some).
+        `<score>/top1`, `<score>/top5`, `<score>/mean_per_class` (top 1 averaged over the classes
+        that have pictures), `chance/top1`, `chance/top5`, `pictures`, `classes`, and if pictures
+        could not be read `left_out` (their number) and `left_out_first` (the names of some).
     """
-    kinds, classes = names(classifier.scales), len(classifier.cls)
-    hits = torch.zeros(len(TOP), len(kinds), classes, dtype=torch.float64)
+    scores, classes = kinds(classifier.scales), len(classifier.cls)
+    hits = torch.zeros(len(TOP), len(scores), classes, dtype=torch.float64)
     counts = torch.zeros(classes, dtype=torch.float64)
-    broken: dict[int, Any] = {}
+    broken: dict[int, Bad] = {}
     for batch in loader:
-        heartbeat()
+        how.heartbeat()
         broken |= batch.broken
-        scores = classifier(
-            *image_embeddings(student, batch.image.to(device, non_blocking=True))
-        ).cpu()  # CPU-GPU sync
-        good = torch.tensor(
-            [number >= 0 and number not in batch.broken for number in batch.number.tolist()]
-        )
-        target = batch.target[good]
-        hits.index_add_(2, target, top_hits(scores[:, good], target))
+        images = batch.image.to(how.device, non_blocking=True)
+        found = classifier(*image_embeddings(student, images)).cpu()  # CPU-GPU sync
+        usable = batch.usable()
+        target = batch.target[usable]
+        hits.index_add_(2, target, top_hits(found[:, usable], target))
         counts += target.bincount(minlength=classes)
-    hits, counts = (
-        distributed.sum_over_ranks(hits),
-        distributed.sum_over_ranks(counts),
-    )  # collective
+    distributed.sum_over_ranks(hits)  # collective
+    distributed.sum_over_ranks(counts)  # collective
     out: dict[str, Any] = {"pictures": int(counts.sum()), "classes": classes}
-    lost = [
-        bad for found in distributed.gather_objects(broken) for bad in found.values()
-    ]  # collective
+    lost: list[Bad] = []
+    for of_rank in distributed.gather_objects(broken):  # collective
+        lost += of_rank.values()
     if lost:
         out |= {"left_out": len(lost), "left_out_first": told(lost)}
     shown = counts > 0
-    for k, kind in enumerate(kinds):
+    for k, score in enumerate(scores):
         for n, of_class in zip(TOP, hits[:, k], strict=True):
-            out[f"{kind}/top{n}"] = (of_class.sum() / counts.sum()).item()
-        out[f"{kind}/mean_per_class"] = (hits[0, k, shown] / counts[shown]).mean().item()
+            out[f"{score}/top{n}"] = (of_class.sum() / counts.sum()).item()
+        out[f"{score}/mean_per_class"] = (hits[0, k, shown] / counts[shown]).mean().item()
     return out | {f"chance/top{n}": min(1.0, n / classes) for n in TOP}
 
 
 @torch.no_grad()
 def build_classifier(
-    objective: Any, data: Any, names: list[str], templates: list[str], batch_size: int, device: Any
+    objective: "Objective",
+    tokenizer: CaptionTokenizer,
+    names: list[str],
+    templates: list[str],
+    how: EmbedSettings,
 ) -> Classifier:
     """Embed the prompts, of which each rank embeds a share. Collective.
 
@@ -257,30 +265,26 @@ def build_classifier(
         UserError: a prompt has no valid token.
     """
     scales = objective.score_scales()  # collective under ZeRO-3
-    rank, ranks = distributed.rank(), distributed.world_size()
     prompts = [template.replace("{}", name) for name in names for template in templates]
-    say(tell_cut(prompts, data.tokenizer.positions))
-    share = -(-len(prompts) // ranks)
-    own = list(range(rank * share, min(len(prompts), (rank + 1) * share)))
-    own += [FILLER] * (share - len(own))
+    say(tell_cut(prompts, tokenizer.positions))
 
     def prompt(number: int) -> Sample:
-        return Sample(
-            torch.zeros(3, 0, 0, dtype=torch.uint8),
-            data.tokenizer(prompts[number]),
-            number,
-            image_id=0,
-        )
+        return Sample(black(0), tokenizer(prompts[number]), number, image_id=0)
 
-    texts, empty = embed_texts(
-        objective.student, batches(View(prompt, own), batch_size, 0, data.collate), device
-    )
-    everywhere = distributed.gather_objects((texts, empty))  # collective
-    without = [number for _, found in everywhere for number in found]
-    if without:
+    # One range of the prompts a rank, so that those of all ranks follow each other in order.
+    count = -(-len(prompts) // distributed.world_size())
+    first = distributed.rank() * count
+    own = list(range(first, min(len(prompts), first + count)))
+    own += [FILLER] * (count - len(own))
+    loader = batches(View(prompt, own), how.batch_size, 0, Collate(tokenizer))
+    embedded = embed_texts(objective.student, loader, how)
+    parts, without = zip(*distributed.gather_objects(embedded), strict=True)  # collective
+    empty = list(chain.from_iterable(without))
+    if empty:
         raise UserError(
-            f"the prompt {prompts[without[0]]!r} has no token: give the class a name in --class-names"
+            f"the prompt {prompts[empty[0]]!r} has no token: give the class a name in --class-names"
         )
-    parts = [found for found, _ in everywhere]
-    whole = Texts(*(torch.cat([getattr(part, name) for part in parts]) for name in TEXT_FIELDS))
-    return Classifier(whole, len(templates), scales)
+    columns = []
+    for field in fields(Texts):
+        columns.append(torch.cat([getattr(part, field.name) for part in parts]))
+    return Classifier(Texts(*columns), len(templates), scales)
