@@ -352,10 +352,15 @@ def evaluate(run: Run) -> None:
     Raises `Preempted` on all ranks where a signal came. Collectives.
     """
     from ds_cmli.evaluate import report
+    from ds_cmli.evaluate.embed import EmbedSettings, Share
     from ds_cmli.evaluate.match_maps import draw
     from ds_cmli.evaluate.split import evaluate_split
 
     settings, state, ema = run.config.run, run.state, run.engine.ema
+    workers = run.config.data.workers
+    how = EmbedSettings(
+        settings.eval_batch, run.engine.device, workers, lambda: poll(run), preemption.shield
+    )
     passes = [("", nullcontext)] if ema is None else [("", nullcontext), ("_ema", ema.as_weights)]
     with run.meter.paused():
         for suffix, weights in passes:
@@ -363,17 +368,14 @@ def evaluate(run: Run) -> None:
                 for split, dataset in run.data.evals.items():
                     name = split + suffix
 
-                    def show(share: Any, *shown: Any, name: str = name) -> None:
+                    def show(share: Share, name: str = name) -> None:
                         run.bad.evaluated(share.left_out)
-                        maps = settings.match_maps
-                        draw(
-                            run.writer, state.step, name, maps, run.data.tokenizer, share, *shown
-                        )  # collective
+                        maps, tokenizer = settings.match_maps, run.data.tokenizer
+                        draw(run.writer, state.step, name, maps, tokenizer, share)  # collective
 
                     measured = evaluate_split(
-                        run.engine.objective, dataset, run.data, settings.eval_batch, run.engine.device,
-                        run.config.data.workers, lambda: poll(run), preemption.shield, show=show,
-                    )  # fmt: skip
+                        run.engine.objective, dataset, run.data, how, show=show
+                    )  # collectives
                     run.writer.log(
                         state.step,
                         {f"eval/{name}/{metric}": value for metric, value in measured.items()},

@@ -33,6 +33,7 @@ from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.presets import load_preset
 from ds_cmli.config.schema import Config
 from ds_cmli.data.load import Data, build_data
+from ds_cmli.evaluate.embed import EmbedSettings
 from ds_cmli.evaluate.split import evaluate_split
 from ds_cmli.memory.fake import process_group
 from ds_cmli.memory.predict import predict
@@ -266,9 +267,8 @@ def train(row: Row, config: Config, data: Data, json: dict[str, Any]) -> None:
         ]
         row.idle = sum(f"student.{row.kind}.{name}" not in reached for name in trained)
         some = torch.utils.data.Subset(data.evals["seen"], range(PAIRS))
-        row.recall = evaluate_split(step.objective, some, data, BATCH, torch.device("cpu"))[
-            "combined/i2t_r5"
-        ]
+        how = EmbedSettings(BATCH, torch.device("cpu"))
+        row.recall = evaluate_split(step.objective, some, data, how)["combined/i2t_r5"]
 
 
 @click.command(help=__doc__.splitlines()[2])

@@ -16,6 +16,7 @@ from ds_cmli.common.errors import UserError
 from ds_cmli.common.provenance import versions
 from ds_cmli.config.schema import Config, DataConfig
 from ds_cmli.data.assets import ASSETS
+from ds_cmli.evaluate.embed import EmbedSettings
 from ds_cmli.evaluate.report import SCORES
 from ds_cmli.evaluate.split import evaluate_split
 from ds_cmli.export.folder import DEMO, load_exported, sources
@@ -128,9 +129,10 @@ def measured(exported: Path, source: Source) -> Results:
     objective = objective.to(device)
     pairs = sum(map(len, data.evals.values()))
     say(f"measuring {pairs} held-out pairs for the card (--no-measure leaves it out)")
+    how = EmbedSettings(BATCH, device, config.data.workers)
     splits = {}
     for split, dataset in data.evals.items():
-        splits[split] = evaluate_split(objective, dataset, data, BATCH, device, config.data.workers)
+        splits[split] = evaluate_split(objective, dataset, data, how)
     weights = source.weights()
     return Results(
         splits, f"Measured on this model, {weights}, in fp32, on the run's held-out pairs."

@@ -9,22 +9,23 @@ from torch.utils.data import Subset
 from ds_cmli.config.presets import load_preset
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.engine import build_models
-from ds_cmli.evaluate.embed import Images, Texts
+from ds_cmli.evaluate.embed import EmbedSettings, Images, Share, Texts
 from ds_cmli.evaluate.match_maps import match_maps
-from ds_cmli.evaluate.split import Share, evaluate_split
+from ds_cmli.evaluate.split import evaluate_split
 
 
 def test_the_same_pairs_on_any_number_of_ranks_and_the_same_results(device, data, monkeypatch):
     config = load_preset("tiny", {})
     objective, _ = build_models(config, data.vocab_size, special=data.special)
     few = Subset(data.evals["seen"], range(3, 23))
-    shown = []
+    shown, how = [], EmbedSettings(50, torch.device("cpu"))
     before = torch.random.get_rng_state()
-    measured = evaluate_split(objective, few, data, 50, "cpu", show=lambda *parts: shown.append(parts))
-    ((share, held_out, grid),) = shown
-    alone = match_maps(share, held_out, data.tokenizer, grid, 5)
+    measured = evaluate_split(objective, few, data, how, show=shown.append)
+    (share,) = shown
+    held_out, grid = share.held_out, share.grid
+    alone = match_maps(share, data.tokenizer, 5)
     assert torch.equal(before, torch.random.get_rng_state())
-    assert measured == evaluate_split(objective, few, data, 50, "cpu")
+    assert measured == evaluate_split(objective, few, data, how)
     assert len(alone) == 5
     for number, one in enumerate(alone):
         sample = data.evals["seen"].pair(3 + number)
@@ -39,7 +40,7 @@ def test_the_same_pairs_on_any_number_of_ranks_and_the_same_results(device, data
         images = share.images.select(share.images.number % 2 == rank)
         texts = share.texts.select(held_out.image_of[share.texts.number] % 2 == rank)
         monkeypatch.setattr(distributed, "gather_objects", lambda mine: parts.append(mine) or [*parts])
-        both = match_maps(replace(share, images=images, texts=texts), held_out, data.tokenizer, grid, 5)
+        both = match_maps(replace(share, images=images, texts=texts), data.tokenizer, 5)
     assert [sorted(part) for part in parts] == [[0, 2, 4], [1, 3]]
     for one, other in zip(alone, both, strict=True):
         assert (one.text, one.words) == (other.text, other.words) and torch.equal(one.similarity, other.similarity)
@@ -61,7 +62,7 @@ def test_a_caption_more_and_a_picture_that_is_left_out():
     captions = torch.tensor([1, 3, 4])  # the first has no token, and the second picture is broken
     texts = Texts(captions, one[:3], one[:3], torch.zeros(3, dtype=torch.int64), torch.ones(3, dtype=torch.int64))
     tokenizer = SimpleNamespace(spans=lambda text: [(0, 0), (0, 3), (0, 0)])
-    found = match_maps(Share(images, texts, captions, []), held_out, tokenizer, (1, 1), 4)
+    found = match_maps(Share(held_out, images, texts, captions, [], (1, 1)), tokenizer, 4)
     assert [(x.text, x.words, x.similarity.tolist()) for x in found] == [
         ("猫11", ["猫11"], [[1.0]]),
         ("猫13", ["猫13"], [[1.0]]),

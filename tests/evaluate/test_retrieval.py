@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from ds_cmli.evaluate.retrieval import RECALLS, Competitors, chance, own_scores, recall
+from ds_cmli.evaluate.retrieval import RECALLS, Block, RankCounts, chance, recall
 
 
 def metrics(i2t, t2i=None, image_of=None):
@@ -125,14 +125,18 @@ def test_recall_and_folds_in_blocks_as_by_sorting(case):
         assert (found[f"i2t_r{k}"], found[f"t2i_r{k}"]) == pytest.approx(recall_by_sorting(i2t, t2i, image_of, k))
     # Within two folds: the mean over pictures, and over captions, of what each fold alone gives.
     fold_of = np.arange(m) // (m // 2)
-    counts = Competitors.none(1, m, len(image_of))
-    mine = torch.arange(m)[:, None] == torch.tensor(image_of)
-    best, own = own_scores(torch.tensor(i2t)[None], torch.tensor(t2i)[None], mine)
+    counts = RankCounts.zeros(1, m, len(image_of))
+    whole = Block(
+        torch.arange(m), torch.arange(len(image_of)), torch.tensor(i2t)[None], torch.tensor(t2i)[None],
+        torch.arange(m)[:, None] == torch.tensor(image_of),
+    )  # fmt: skip
+    best, own = whole.positive_scores()
     for rows in torch.arange(m).split(3):
         for columns in torch.arange(len(image_of)).split(4):
-            block = [torch.tensor(x)[rows][:, columns][None] for x in (i2t, t2i)]
+            part = [x[:, rows][:, :, columns] for x in (whole.i2t, whole.t2i)]
+            block = Block(rows, columns, *part, whole.is_positive[rows][:, columns])
             same = torch.tensor(fold_of)[rows, None] == torch.tensor(fold_of[image_of])[columns]
-            counts.add(*block, rows, columns, mine[rows][:, columns], best[:, rows], own[:, columns], same)
+            counts.add(block, best[:, rows], own[:, columns], same)
     found = counts.recalls(torch.arange(m), torch.arange(len(image_of)))[0]
     for k in RECALLS:
         expected = np.zeros(2)

@@ -8,6 +8,7 @@ from ds_cmli.common.errors import UserError
 from ds_cmli.config.presets import load_preset
 from ds_cmli.data.load import build_data
 from ds_cmli.data.sources.listed import Listed
+from ds_cmli.evaluate.embed import EmbedSettings
 from ds_cmli.evaluate.report import summary
 from ds_cmli.evaluate.split import evaluate_split
 from tests.conftest import spawn
@@ -29,7 +30,7 @@ def pairs_of(source):
 def on_rank(rank, world_size):
     objective, data = untrained()
     dataset = torch.utils.data.Subset(data.evals["seen"], range(11))
-    return evaluate_split(objective, dataset, data, 2, torch.device("cpu"))
+    return evaluate_split(objective, dataset, data, EmbedSettings(2, torch.device("cpu")))
 
 
 def test_ranks_share_the_work_and_agree_with_one_process(monkeypatch):
@@ -48,7 +49,9 @@ def test_ranks_share_the_work_and_agree_with_one_process(monkeypatch):
 def test_training_mode_is_restored():
     objective, data = untrained()
     objective.train()
-    evaluate_split(objective, torch.utils.data.Subset(data.evals["seen"], range(3)), data, 4, torch.device("cpu"))
+    evaluate_split(
+        objective, torch.utils.data.Subset(data.evals["seen"], range(3)), data, EmbedSettings(4, torch.device("cpu"))
+    )
     assert objective.training
 
 
@@ -72,7 +75,7 @@ class Colours:
 
     def __init__(self, tokenizer, constant=False):
         self.digits = {tokenizer(f"square {k}").input_ids[2]: k for k in range(PICTURES)}
-        self.constant = constant
+        self.constant, self.grid = constant, (1, 1)
 
     def encode_image(self, image):
         return self._embed((image[:, 0, 0, 0].long() / 40).round().long())
@@ -101,7 +104,7 @@ class Stub(torch.nn.Module):
 def score(source, constant=False):
     data = pairs_of(source)
     stub = Stub(Colours(data.tokenizer, constant))
-    return evaluate_split(stub, data.evals["val"], data, 4, torch.device("cpu"))
+    return evaluate_split(stub, data.evals["val"], data, EmbedSettings(4, torch.device("cpu")))
 
 
 def recalls(found):
@@ -173,7 +176,7 @@ def counted_on_rank(rank, world_size, path):
     data = pairs_of(path)
     Listed.image = counting
     stub = Stub(Colours(data.tokenizer))
-    return evaluate_split(stub, data.evals["val"], data, 4, torch.device("cpu")), opened
+    return evaluate_split(stub, data.evals["val"], data, EmbedSettings(4, torch.device("cpu"))), opened
 
 
 def test_each_rank_decodes_its_own_share_once_and_all_know_of_what_is_broken(tmp_path):
@@ -194,4 +197,4 @@ def test_nothing_left_is_one_line(tmp_path):
     for file in (tmp_path / "validation").glob("*.png"):
         file.unlink()
     with pytest.raises(UserError, match=r"no pair of the validation set can be used.*0.png \(no such file\)"):
-        evaluate_split(Stub(Colours(data.tokenizer)), data.evals["val"], data, 4, torch.device("cpu"))
+        evaluate_split(Stub(Colours(data.tokenizer)), data.evals["val"], data, EmbedSettings(4, torch.device("cpu")))

@@ -9,7 +9,7 @@ from sklearn.metrics import accuracy_score, balanced_accuracy_score, top_k_accur
 
 from ds_cmli.common.errors import UserError
 from ds_cmli.data.loaders import batches
-from ds_cmli.evaluate.embed import Texts
+from ds_cmli.evaluate.embed import EmbedSettings, Texts
 from ds_cmli.evaluate.held_out import Picture, collate_pictures
 from ds_cmli.evaluate.zero_shot import Classifier, ClassPictures, class_names, classify, prompt_templates
 
@@ -68,7 +68,7 @@ def test_accuracies_as_scikit_learn_finds_them_on_scores_of_loops(case):
     texts = Texts(numbers, torch.tensor(text_cls).float(), torch.tensor(tokens), places, torch.tensor(lengths))
     classifier = Classifier(texts, int(templates), {"global": 5.0, "cmli": 20.0})
     loader = batches(Numbered(target), 7, 0, collate_pictures)
-    found = classify(Given(cls.astype("float32"), patches), loader, classifier, torch.device("cpu"))
+    found = classify(Given(cls.astype("float32"), patches), loader, classifier, EmbedSettings(7, torch.device("cpu")))
     assert (found["pictures"], found["classes"]) == (count, classes)
     for name, scores in expected.items():
         best = scores.argmax(1)

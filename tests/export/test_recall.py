@@ -9,6 +9,7 @@ from ds_cmli.config.schema import load_config
 from ds_cmli.data.load import build_data
 from ds_cmli.data.scenes import SEPARATOR
 from ds_cmli.evaluate.command import load_objective
+from ds_cmli.evaluate.embed import EmbedSettings
 from ds_cmli.evaluate.split import evaluate_split
 
 PAIRS = 60
@@ -32,7 +33,7 @@ def test_recalls_of_the_exported_logits_are_those_of_the_evaluation(run, exporte
     data = build_data(config.data, config.run.seed)
     some = torch.utils.data.Subset(data.evals[split], range(PAIRS))
     objective = load_objective(config, run, False, data, "cpu")
-    found = evaluate_split(objective, some, data, 16, torch.device("cpu"))
+    found = evaluate_split(objective, some, data, EmbedSettings(16, torch.device("cpu")))
 
     samples = [some[i] for i in range(PAIRS)]
     texts = [caption(data.evals[split], i) for i in range(PAIRS)]
