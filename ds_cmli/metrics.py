@@ -18,6 +18,7 @@ from ds_cmli import trackers
 from ds_cmli.checkpoint.run_files import RunFiles
 from ds_cmli.checkpoint.run_folder import METRICS
 from ds_cmli.common.errors import UserError
+from ds_cmli.common.probe import Probe
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.engine.throughput import StepTimer, peak_flops
 from ds_cmli.trackers.panels import tag
@@ -191,7 +192,7 @@ def open_writer(
     return writer
 
 
-class Meter:
+class Meter(Probe):
     """Measures the speed since the last logged step. Time in which training was interrupted does not count."""
 
     def __init__(self, engine: Any = None):
@@ -200,8 +201,12 @@ class Meter:
         if engine is not None:
             self.measure = partial(peak_flops, engine.device, engine.dtype)
             engine.timer, self.peak = self.timer, self.measure()
-            distributed.exchanging = partial(self.timer.inside, "exchange")
         self.pairs, self.since, self.checkpoint_s = 0, time.monotonic(), 0.0
+
+    @contextmanager
+    def exchanging(self) -> Iterator[None]:
+        with self.timer.inside("exchange"), super().exchanging():
+            yield
 
     def pause(self, seconds: float, checkpoint: bool = False) -> None:
         self.since += seconds

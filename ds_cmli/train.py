@@ -22,6 +22,7 @@ import click
 from ds_cmli.common import cli, hardware, provenance, quiet
 from ds_cmli.common.cli import GroupedCommand, run_command, say
 from ds_cmli.common.errors import UserError
+from ds_cmli.common.probe import probe
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.options import (
     OUTPUT,
@@ -203,7 +204,10 @@ def run(
             ready = parts(
                 engine, open_writer(folder, total_steps, state.step, config.run.report_to)
             )  # collective
-        with profiles.around(engine, here, ds_config, folder, state.step) as after_step:
+        with (
+            probe.subscribed(ready.meter),
+            profiles.around(engine, here, ds_config, folder, state.step) as after_step,
+        ):
             return loop(ready, after_step)  # collective
 
 

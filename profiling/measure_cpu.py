@@ -18,14 +18,14 @@ from torch.profiler import profile, record_function
 
 from ds_cmli import engine
 from ds_cmli.allocator.blocks import Event
-from ds_cmli.common.patches import replaced
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.schema import Config
+from ds_cmli.data.tokens import SpecialTokens
 from ds_cmli.distributed.traffic import Traffic
 from ds_cmli.memory import cpu_events
 from ds_cmli.memory.fake import process_group
 from ds_cmli.memory.inputs import longest_batch, text_lengths, without_weights
-from ds_cmli.memory.phases import heartbeats, phases
+from ds_cmli.memory.phases import phases
 from ds_cmli.memory.predict import TOTAL_STEPS, recorded_from_the_engine_on
 from ds_cmli.memory.report import PHASES, Report, summarise
 from ds_cmli.memory.tracker import Tracker
@@ -108,26 +108,27 @@ def _run(
     `enter` is called with the name of each phase as it begins, and with None at each heartbeat;
     each step runs inside the context that `watch` returns.
     """
-    build_models = engine.build_models
 
-    def build(*arguments: Any, **options: Any):
-        models = build_models(*arguments, **options)
+    def models(
+        config: Config, vocab_size: int, special: SpecialTokens | None = None
+    ) -> engine.Models:
+        built = engine.build_models(config, vocab_size, special=special)
         enter("init")
-        return models
+        return built
 
+    device = torch.device("cpu")
     with _ranks(world_size):
-        with replaced(engine.building, "build_models", build):
-            train_engine = engine.build(
-                config, ds_config, vocab_size, TOTAL_STEPS, torch.device("cpu")
-            )
-        with phases(train_engine, enter), heartbeats(train_engine, lambda: enter(None)):
+        train_engine = engine.build(
+            config, ds_config, vocab_size, TOTAL_STEPS, device, models=models
+        )
+        with phases(train_engine, enter):
             for step in range(2):
                 batches = [
                     longest_batch(config, ds_config.micro_batch)
                     for _ in range(ds_config.accumulation)
                 ]
                 with watch(train_engine, step):
-                    train_engine.step(batches)
+                    train_engine.step(batches, lambda: enter(None))
                 del batches
 
 
@@ -152,8 +153,12 @@ def _events(
 ) -> list[Event]:
     micro_batch = ds_config.micro_batch
     tracker = Tracker("cpu", text_lengths(config, micro_batch), workspaces=True)
-    with _ranks(world_size), tracker, recorded_from_the_engine_on(tracker, ds_config, cuda=False):
-        train_engine = engine.build(config, ds_config, vocab_size, TOTAL_STEPS, torch.device("cpu"))
+    device = torch.device("cpu")
+    with _ranks(world_size), tracker:
+        models = recorded_from_the_engine_on(tracker, ds_config, cuda=False)
+        train_engine = engine.build(
+            config, ds_config, vocab_size, TOTAL_STEPS, device, models=models
+        )
         with tracker.attach(train_engine):
             for _ in range(2):
                 with tracker.scope("data"):

@@ -14,31 +14,38 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ds_cmli.distributed import process_group as distributed
+from ds_cmli.common.probe import probe
+
+
+def rank(group: dist.ProcessGroup | None = None) -> int:
+    return dist.get_rank(group) if dist.is_initialized() else 0
+
+
+def world_size(group: dist.ProcessGroup | None = None) -> int:
+    return dist.get_world_size(group) if dist.is_initialized() else 1
 
 
 def gather(x: Tensor) -> Tensor:
     """[B, K] of every rank -> [G, K] in rank order, without a gradient. Collective."""
-    return x if distributed.world_size() == 1 else _all_gather(x, None)
+    return x if world_size() == 1 else _all_gather(x, None)
 
 
 def _all_gather(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """[B, ...] of every rank -> [G, ...] in rank order, with the same bits, for any dtype. Collective."""
-    # Sent as bytes, because gloo supports neither bf16 nor bool.
-    x = x.contiguous()
-    sent = x.view(torch.uint8) if x.dtype != torch.bool else x.to(torch.uint8)
-    out = torch.empty(
-        (distributed.world_size(group) * x.shape[0], *sent.shape[1:]),
-        dtype=torch.uint8,
-        device=x.device,
-    )
-    dist.all_gather_into_tensor(out, sent, group=group)  # collective
-    return out.view(x.dtype) if x.dtype != torch.bool else out.bool()
+    with probe.scope("exchanged text"):
+        # Sent as bytes, because gloo supports neither bf16 nor bool.
+        x = x.contiguous()
+        sent = x.view(torch.uint8) if x.dtype != torch.bool else x.to(torch.uint8)
+        shape = (world_size(group) * x.shape[0], *sent.shape[1:])
+        out = torch.empty(shape, dtype=torch.uint8, device=x.device)
+        dist.all_gather_into_tensor(out, sent, group=group)  # collective
+        return out.view(x.dtype) if x.dtype != torch.bool else out.bool()
 
 
 def _all_shapes(x: Tensor, group: dist.ProcessGroup | None) -> list[list[int]]:
     """The shape of `x` on every rank, in rank order. Collective, CPU-GPU sync."""
-    return _all_gather(torch.tensor([x.shape], dtype=torch.int64, device=x.device), group).tolist()
+    own = torch.tensor([x.shape], dtype=torch.int64, device=x.device)
+    return probe.read_shapes(_all_gather(own, group), x.shape)  # collective, CPU-GPU sync
 
 
 def agreed(
@@ -74,14 +81,14 @@ def sum_to_owner(grad: Tensor, group: dist.ProcessGroup | None = None) -> Tensor
     wide = accumulated(grad.dtype)
     # Made contiguous, because gloo sends a strided tensor's elements in the wrong order without an error.
     grad = grad.to(wide).contiguous()
-    if distributed.world_size(group) == 1:
+    if world_size(group) == 1:
         return grad
     own = torch.empty(
-        (len(grad) // distributed.world_size(group), *grad.shape[1:]),
+        (len(grad) // world_size(group), *grad.shape[1:]),
         dtype=wide,
         device=grad.device,
     )
-    with distributed.exchanging():
+    with probe.exchanging():
         dist.reduce_scatter_tensor(own, grad, group=group)  # collective
     return own
 
@@ -90,12 +97,13 @@ class _GatherWithGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, group):
         ctx.group, ctx.dtype = group, x.dtype
-        with distributed.exchanging():
+        with probe.exchanging():
             return _all_gather(x, group)
 
     @staticmethod
     def backward(ctx, grad):
-        return sum_to_owner(grad, ctx.group).to(ctx.dtype), None
+        with probe.scope("exchanged text"):
+            return sum_to_owner(grad, ctx.group).to(ctx.dtype), None
 
 
 def gather_with_gradient(x: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
@@ -103,7 +111,7 @@ def gather_with_gradient(x: Tensor, group: dist.ProcessGroup | None = None) -> T
 
     Shapes must be equal on all ranks. Collective, in forward and in backward.
     """
-    return x if distributed.world_size(group) == 1 else _GatherWithGradient.apply(x, group)
+    return x if world_size(group) == 1 else _GatherWithGradient.apply(x, group)
 
 
 def pad_text(
@@ -114,7 +122,7 @@ def pad_text(
     Raises:
         ValueError: on every rank, if the batch size or D differs between ranks.
     """
-    if distributed.world_size(group) == 1:
+    if world_size(group) == 1:
         return text, mask
     shapes = _all_shapes(
         text, group
@@ -137,7 +145,7 @@ def gather_text(
     The inputs are the results of `pad_text`. The gradient of the features returns to the rank that owns them, summed
     over ranks in fp32 (fp64 for fp64). Collective, in forward and in backward.
     """
-    if distributed.world_size(group) == 1:
+    if world_size(group) == 1:
         return text, mask
     return gather_with_gradient(text, group), _all_gather(mask, group)
 
@@ -167,16 +175,12 @@ def column_logsumexp(logits: Tensor, group: dist.ProcessGroup | None = None) -> 
 
     fp32 or fp64. Collective: two vectors of length G in forward, one in backward.
     """
-    return (
-        logits.logsumexp(0)
-        if distributed.world_size(group) == 1
-        else _ColumnLogSumExp.apply(logits, group)
-    )
+    return logits.logsumexp(0) if world_size(group) == 1 else _ColumnLogSumExp.apply(logits, group)
 
 
 def logsumexp_over_ranks(lse: Tensor) -> Tensor:
     """log(sum(exp)) of each element over ranks: [G] -> [G], the same on every rank, without a gradient. Collective."""
-    if distributed.world_size() == 1:
+    if world_size() == 1:
         return lse
     top = lse.clone()
     dist.all_reduce(top, op=dist.ReduceOp.MAX)  # collective, G numbers

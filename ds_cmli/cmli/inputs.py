@@ -1,6 +1,7 @@
 """From what callers pass to what the op computes with: autocast's promotion, integer masks, checks."""
 
 from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -9,7 +10,22 @@ from torch.autograd import forward_ad
 from ds_cmli.cmli.check import DEFAULT_SCRATCH_BYTES, check_inputs
 
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
-Inputs = tuple[Tensor, Tensor, Tensor, Tensor | None]
+
+
+class Sides(NamedTuple):
+    """The tensors that the op scores: I images and J texts."""
+
+    image: Tensor  # [I, N, D]
+    text: Tensor  # [J, M, D]
+    token_mask: Tensor  # bool [J, M]
+    image_mask: Tensor | None  # bool [I, N]; None: all are valid
+
+
+class Wanted(NamedTuple):
+    """Which of the two gradients are needed."""
+
+    image: bool
+    text: bool
 
 
 def accepted(
@@ -19,7 +35,7 @@ def accepted(
     image_mask: Tensor | None,
     backend: str = "auto",
     scratch_bytes: int = DEFAULT_SCRATCH_BYTES,
-) -> Inputs:
+) -> Sides:
     """The first four arguments of `cmli_scores`, features of one dtype and masks of bool.
 
     Raises:
@@ -31,7 +47,7 @@ def accepted(
     image_mask = None if image_mask is None else boolean("image_mask", image_mask)
     check_inputs(image, text, token_mask, image_mask, backend, scratch_bytes)
     _refuse_other_derivatives(image, text)
-    return image, text, token_mask, image_mask
+    return Sides(image, text, token_mask, image_mask)
 
 
 def promoted(image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:

@@ -20,7 +20,6 @@ from ds_cmli.cmli.contrastive import MAX_SCALE, contrastive_loss, upcast
 from ds_cmli.cmli.inputs import accepted, boolean
 from ds_cmli.cmli.op import DEFAULT_SCRATCH_BYTES
 from ds_cmli.cmli.ring import DEFAULT_GATHER_BYTES, DEFAULT_SCORER, Scorer, ring_scores
-from ds_cmli.distributed import process_group as distributed
 
 Arguments = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]  # of `CMLILoss.forward`
 
@@ -120,13 +119,13 @@ class CMLILoss(nn.Module):
                 where one rank has such a mistake, or the ranks' batches differ in size or dtype.
         """
         arguments = image, text, token_mask, image_mask, ignore
-        if distributed.world_size(self.group) > 1:
+        if collectives.world_size(self.group) > 1:
             arguments = self._checked_together(arguments)  # collective
         else:
             arguments = self._checked(arguments)
         s_i2t, s_t2i = score_global_batch(*arguments[:4], self.group, self.score)  # collective
         ignore = arguments[4]
-        first = distributed.rank(self.group) * len(image)
+        first = collectives.rank(self.group) * len(image)
         if ignore is not None:
             ignore = ignore.clone()
             ignore.diagonal(first).fill_(False)
@@ -138,7 +137,7 @@ class CMLILoss(nn.Module):
     def _checked(self, arguments: Arguments) -> Arguments:
         image, text, token_mask, image_mask = accepted(*arguments[:4])
         ignore = None if arguments[4] is None else boolean("ignore", arguments[4])
-        check_pairs(image, text, ignore, distributed.world_size(self.group))
+        check_pairs(image, text, ignore, collectives.world_size(self.group))
         here = self.logit_scale.device
         if here != image.device:
             raise ValueError(

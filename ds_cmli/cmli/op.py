@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ds_cmli.cmli.check import DEFAULT_SCRATCH_BYTES, check_inputs, index_dtype
-from ds_cmli.cmli.inputs import accepted, full_precision
+from ds_cmli.cmli.inputs import Sides, Wanted, accepted, full_precision
 
 
 def cmli_scores(
@@ -82,36 +82,32 @@ def cmli_scores(
 
 
 def cmli_gradients(
-    grad_i2t: Tensor,
-    grad_t2i: Tensor,
-    image: Tensor,
-    text: Tensor,
-    token_mask: Tensor,
-    image_mask: Tensor | None = None,
-    need_image: bool = True,
-    need_text: bool = True,
+    grads: tuple[Tensor, Tensor],
+    sides: Sides,
+    wanted: Wanted,
     *,
     backend: str = "auto",
     scratch_bytes: int = DEFAULT_SCRATCH_BYTES,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients [I, N, D] and [J, M, D] of `cmli_scores`' inputs, from those of its scores [I, J].
+    """Gradients [I, N, D] and [J, M, D] of `cmli_scores`' inputs, from those of its scores.
 
-    For callers that keep no graph: argmax indices are computed again, a part at a time within `scratch_bytes`. Of no
-    meaning where not needed. The other arguments and the errors are those of `cmli_scores`.
+    It is for callers that keep no graph: argmax indices are computed again, a part at a time within
+    `scratch_bytes`. A gradient that is not wanted is returned with unspecified values. The other
+    arguments and the errors are those of `cmli_scores`.
+
+    Args:
+        grads: the gradients [I, J] of s_i2t and s_t2i.
     """
-    check_inputs(image, text, token_mask, image_mask, backend, scratch_bytes)
-    backend = _chosen(backend, image)
+    check_inputs(*sides, backend, scratch_bytes)
+    backend = _chosen(backend, sides.image)
     if backend == "reference":
-        image, text = image.detach().requires_grad_(), text.detach().requires_grad_()
+        image, text = (x.detach().requires_grad_() for x in (sides.image, sides.text))
         with torch.enable_grad():
-            scores = cmli_scores(image, text, token_mask, image_mask, backend=backend)
-        d_image, d_text = torch.autograd.grad(scores, (image, text), (grad_i2t, grad_t2i))
+            scores = cmli_scores(image, text, sides.token_mask, sides.image_mask, backend=backend)
+        d_image, d_text = torch.autograd.grad(scores, (image, text), grads)
         return d_image, d_text
-    none = image.new_empty((0,), dtype=torch.uint8)
-    inputs = image, text, token_mask, image_mask
-    return _backward(
-        grad_i2t, grad_t2i, *inputs, none, none, backend, scratch_bytes, need_image, need_text
-    )
+    none = sides.image.new_empty((0,), dtype=torch.uint8)
+    return _backward(*grads, *sides, none, none, backend, scratch_bytes, *wanted)
 
 
 def _chosen(backend: str, image: Tensor) -> str:

@@ -1,13 +1,17 @@
-"""All-pairs CMLI over the ranks without gathering their texts: chunks of text go round, each rank scores its images.
+"""All-pairs CMLI over the ranks without gathering their texts: chunks of text pass round a ring.
 
-The gradient of a chunk travels with it, one rank behind, and ends at the chunk's owner. A rank holds two chunks and two
-of their gradients, whatever the number of ranks; argmax indices are not kept but computed again.
+A chunk is one rank's text features with their mask. Each rank scores its images with a chunk while
+it sends the chunk to the next rank. The gradient of a chunk travels with it, one rank behind, and
+ends at the chunk's owner. A rank holds two chunks and two of their gradients, whatever the number of
+ranks; argmax indices are not kept but computed again.
 
-Shapes: B images and B texts per rank, P ranks, G = B * P, N patches, M text positions, D embedding dimension.
+Shapes: B images and B texts per rank, P ranks, G = B * P, N patches, M text positions,
+D embedding dimension.
 """
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -16,20 +20,23 @@ from torch.autograd.function import once_differentiable
 
 from ds_cmli.cmli import collectives
 from ds_cmli.cmli.check import check_options
+from ds_cmli.cmli.inputs import Sides, Wanted
 from ds_cmli.cmli.op import DEFAULT_SCRATCH_BYTES, cmli_gradients, cmli_scores
-from ds_cmli.common import uniform
-from ds_cmli.distributed import process_group as distributed
+from ds_cmli.common.probe import probe
 
 DEFAULT_GATHER_BYTES = 2**30
 EXCHANGES = ("auto", "gather", "ring")
+TEXT, GRADIENT = 0, 1  # tags, by which gloo distinguishes simultaneous messages
+
+Score = Callable[..., tuple[Tensor, Tensor]]  # `cmli_scores` with its options
 
 
 @dataclass(frozen=True)
 class Scorer:
     """`cmli_scores` with its options, and how it comes to the texts of other ranks.
 
-    exchange: "gather": every rank holds the texts of all, "ring": they go round, "auto": they go round where the
-        gathered texts and their gradient would take more than `gather_bytes`.
+    exchange: "gather": every rank holds the texts of all; "ring": they pass round a ring; "auto":
+        they do so where the gathered texts and their gradient would take more than `gather_bytes`.
     """
 
     backend: str = "auto"
@@ -49,24 +56,22 @@ class Scorer:
     def __call__(
         self, image: Tensor, text: Tensor, token_mask: Tensor, image_mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        options = {
-            "backend": self.backend,
-            "scratch_bytes": self.scratch_bytes,
-            "recompute": self.recompute,
-        }
-        return cmli_scores(image, text, token_mask, image_mask, **options)  # type: ignore[arg-type]
+        return cmli_scores(
+            image,
+            text,
+            token_mask,
+            image_mask,
+            backend=self.backend,
+            scratch_bytes=self.scratch_bytes,
+            recompute=self.recompute,
+        )
 
     def goes_round(self, text: Tensor, group: dist.ProcessGroup | None = None) -> bool:
-        """Whether texts [B, M, D] of each rank, equal in shape, go round."""
-        ranks = distributed.world_size(group)
-        gathered = (
-            ranks
-            * text.numel()
-            * (text.dtype.itemsize + collectives.accumulated(text.dtype).itemsize)
-        )
-        return ranks > 1 and (
-            self.exchange == "ring" or (self.exchange == "auto" and gathered > self.gather_bytes)
-        )
+        """Whether texts, [B, M, D] on each rank, pass round a ring instead of being gathered."""
+        ranks = collectives.world_size(group)
+        width = text.dtype.itemsize + collectives.accumulated(text.dtype).itemsize
+        too_large = ranks * text.numel() * width > self.gather_bytes
+        return ranks > 1 and (self.exchange == "ring" or (self.exchange == "auto" and too_large))
 
 
 DEFAULT_SCORER = Scorer()
@@ -81,13 +86,16 @@ def ring_scores(
     group: dist.ProcessGroup | None = None,
     score: Scorer,
 ) -> tuple[Tensor, Tensor]:
-    """s_i2t and s_t2i [B, G] of this rank's images and the texts of all ranks, as `cmli_scores` of gathered texts.
+    """s_i2t and s_t2i [B, G] of this rank's images and the texts of all ranks.
+
+    They equal those of `cmli_scores` with gathered texts. The gradient of the texts is the sum over
+    what all ranks computed with them. Collective, in forward and in backward.
 
     Args:
-        image: [B, N, D]; text: [B, M, D], of equal shape on all ranks; token_mask: bool [B, M]; image_mask: bool [B, N]
-            or None = all valid. B may differ between image and text.
-
-    The gradient of the texts is the sum over what all ranks computed with them. Collective, in forward and in backward.
+        image: [B, N, D]. B may differ between image and text.
+        text: [B, M, D], of equal shape on all ranks.
+        token_mask: bool [B, M].
+        image_mask: bool [B, N]; None: all are valid.
     """
     return _RingScores.apply(image, text, token_mask, image_mask, group, score)  # type: ignore[no-untyped-call]
 
@@ -95,15 +103,15 @@ def ring_scores(
 class _RingScores(torch.autograd.Function):
     @staticmethod
     def forward(ctx, image, text, token_mask, image_mask, group, score):
-        shape = len(image), distributed.world_size(group) * len(text)
-        s_i2t, s_t2i = (
-            image.new_empty(shape, dtype=collectives.accumulated(image.dtype)) for _ in range(2)
-        )
-        for owner, chunk, mask in chunks(text, token_mask, group):  # collective
-            found = scores_from(owner * len(text), score, image, chunk, mask, image_mask)
-            for whole, part in zip((s_i2t, s_t2i), found, strict=True):
-                whole[:, owner * len(text) : (owner + 1) * len(text)] = part
-            del found, part
+        J, G = len(text), collectives.world_size(group) * len(text)
+        with probe.scope("CMLI op"):
+            dtype = collectives.accumulated(image.dtype)
+            s_i2t = image.new_empty((len(image), G), dtype=dtype)
+            s_t2i = image.new_empty((len(image), G), dtype=dtype)
+            for owner, chunk, mask in chunks(text, token_mask, group):  # collective
+                columns = slice(owner * J, (owner + 1) * J)
+                probe.texts_from(columns.start)
+                s_i2t[:, columns], s_t2i[:, columns] = score(image, chunk, mask, image_mask)
         ctx.save_for_backward(image, text, token_mask, image_mask)
         ctx.group, ctx.score = group, score
         return s_i2t, s_t2i
@@ -112,59 +120,76 @@ class _RingScores(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_i2t, grad_t2i):
         image, text, token_mask, image_mask = ctx.saved_tensors
-        need_image, need_text = ctx.needs_input_grad[:2]
-        J, wide = len(text), collectives.accumulated(text.dtype)
-        of_images, of_texts = None, ReturnedGradient(ctx.group)
-        for owner, chunk, mask in chunks(text, token_mask, ctx.group):  # collective
-            grads = (g[:, owner * J : (owner + 1) * J] for g in (grad_i2t, grad_t2i))
-            d_image, d_text = gradients_from(
-                owner * J, ctx.score, *grads, image, chunk, mask, image_mask, need_image, need_text
-            )
-            if need_image:
-                of_images = (
-                    d_image.to(wide) if of_images is None else of_images.add_(d_image.to(wide))
-                )
-            del d_image
-            if need_text:
-                of_texts.add(owner, d_text)  # collective
-            del d_text
-        return (
-            of_images.to(image.dtype) if need_image else None,
-            of_texts.sum().to(text.dtype) if need_text else None,
-            *[None] * 4,
+        with probe.scope("CMLI op"):
+            found = _RingGradients(ctx, image, text)
+            for chunk in chunks(text, token_mask, ctx.group):  # collective
+                found.add_chunk(chunk, grad_i2t, grad_t2i, image_mask)  # collective
+            d_image, d_text = found.sums()
+        return d_image, d_text, None, None, None, None
+
+
+class _RingGradients:
+    """Adds up the gradients of this rank's images and texts, chunk by chunk of texts."""
+
+    def __init__(self, ctx, image: Tensor, text: Tensor):
+        self.wanted = Wanted(*ctx.needs_input_grad[:2])
+        self.image, self.text, self.score = image, text, ctx.score
+        self.of_images: Tensor | None = None
+        self.of_texts = ReturnedGradient(ctx.group)
+
+    def add_chunk(
+        self, chunk: "Chunk", grad_i2t: Tensor, grad_t2i: Tensor, image_mask: Tensor | None
+    ) -> None:
+        """Add the gradients of this rank's images with a chunk. Collective."""
+        first, J = chunk.owner * len(self.text), len(self.text)
+        grads = grad_i2t[:, first : first + J], grad_t2i[:, first : first + J]
+        probe.texts_from(first)
+        d_text = self._add_images(chunk, grads, image_mask)
+        if self.wanted.text:
+            self.of_texts.add(chunk.owner, d_text)  # collective
+
+    def _add_images(
+        self, chunk: "Chunk", grads: tuple[Tensor, Tensor], image_mask: Tensor | None
+    ) -> Tensor:
+        """Add the gradient of the images; returns that of the chunk."""
+        d_image, d_text = cmli_gradients(
+            grads,
+            Sides(self.image, chunk.text, chunk.mask, image_mask),
+            self.wanted,
+            backend=self.score.backend,
+            scratch_bytes=self.score.scratch_bytes,
         )
+        if self.wanted.image:
+            wide = d_image.to(collectives.accumulated(self.text.dtype))
+            self.of_images = wide if self.of_images is None else self.of_images.add_(wide)
+        return d_text
 
-
-def scores_from(
-    first: int, score: Callable[..., tuple[Tensor, Tensor]], *inputs: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """`score(*inputs)`, of this rank's images and a part of all texts, that from the text `first` on."""
-    return score(*inputs)
-
-
-def gradients_from(
-    first: int, score: Scorer, *inputs: Tensor | bool | None
-) -> tuple[Tensor, Tensor]:
-    """The gradients of the same inputs, from those of their scores."""
-    return cmli_gradients(*inputs, backend=score.backend, scratch_bytes=score.scratch_bytes)  # type: ignore[arg-type]
-
-
-# --- the exchange: each rank sends a chunk to the next rank while it computes with it
-
-TEXT, GRADIENT = 0, 1  # tags, by which gloo distinguishes simultaneous messages
+    def sums(self) -> tuple[Tensor | None, Tensor | None]:
+        """The gradients of this rank's images and texts, None where they are not needed."""
+        d_image = d_text = None
+        if self.of_images is not None:
+            d_image = self.of_images.to(self.image.dtype)
+        if self.wanted.text:
+            d_text = self.of_texts.sum().to(self.text.dtype)
+        return d_image, d_text
 
 
 class Transfer:
-    """Sends `sent` to the next rank and receives `received` from the one before; both are in use until `wait` returns.
+    """Sends `sent` to the next rank and receives `received` from the one before.
 
-    The tensors are contiguous and have the same shape and dtype on all ranks. Collective.
+    Both are in use until `wait` returns. They are contiguous and have the same shape and dtype on
+    all ranks. Collective.
     """
 
-    def __init__(self, sent: Tensor, received: Tensor, tag: int, group: dist.ProcessGroup | None):
-        rank, ranks = distributed.rank(group), distributed.world_size(group)
-        after, before = (
-            r if group is None else dist.get_global_rank(group, r) for r in neighbours(rank, ranks)
-        )
+    def __init__(
+        self, sent: Tensor, received: Tensor | None, tag: int, group: dist.ProcessGroup | None
+    ):
+        """`received`: the buffer to receive into; None: a new one."""
+        if received is None:
+            with probe.scope("exchanged text"):
+                received = torch.empty_like(sent)
+        rank, ranks = collectives.rank(group), collectives.world_size(group)
+        after, before = _global((rank + 1) % ranks, group), _global((rank - 1) % ranks, group)
         send = dist.P2POp(dist.isend, sent, after, group, tag)
         receive = dist.P2POp(dist.irecv, received, before, group, tag)
         self.works = dist.batch_isend_irecv([send, receive])  # collective
@@ -172,74 +197,84 @@ class Transfer:
 
     def wait(self) -> Tensor:
         """Wait for both transfers and return `received`."""
-        with distributed.exchanging():
+        with probe.exchanging():
             for work in self.works:
                 work.wait()
         return self.received
 
 
-def neighbours(rank: int, ranks: int) -> tuple[int, int]:
-    """The next rank and the previous rank."""
-    return (rank + 1) % ranks, (rank - 1) % ranks
+def _global(rank: int, group: dist.ProcessGroup | None) -> int:
+    return rank if group is None else dist.get_global_rank(group, rank)
 
 
 def pack(text: Tensor, mask: Tensor) -> Tensor:
     """One contiguous tensor that holds a chunk: [B, M, D], bool [B, M] -> its bytes, uint8."""
-    chunk = torch.empty(text.nbytes + mask.numel(), dtype=torch.uint8, device=text.device)
-    for part, whole in zip(unpack(chunk, text), (text, mask), strict=True):
-        part.copy_(whole)
-    return chunk
+    with probe.scope("exchanged text"):
+        chunk = torch.empty(text.nbytes + mask.numel(), dtype=torch.uint8, device=text.device)
+        for part, whole in zip(unpack(chunk, text), (text, mask), strict=True):
+            part.copy_(whole)
+        return chunk
 
 
 def unpack(chunk: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Views of a packed chunk: its text features, with the shape and dtype of `like`, and their mask."""
+    """Views of a packed chunk: its text features, shaped and typed as `like`, and their mask."""
     text = chunk[: like.nbytes].view(like.dtype).view(like.shape)
     return text, chunk[like.nbytes :].view(torch.bool).view(like.shape[:2])
 
 
-def buffer_like(x: Tensor) -> Tensor:
-    """The buffer into which another rank's tensor of the same shape will be received."""
-    return torch.empty_like(x)
+class Chunk(NamedTuple):
+    owner: int  # the rank whose texts these are
+    text: Tensor  # [B, M, D]
+    mask: Tensor  # bool [B, M]
 
 
-def chunks(
-    text: Tensor, mask: Tensor, group: dist.ProcessGroup | None
-) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Yields (rank, its text features, its mask) for each rank in turn, this rank first.
+def chunks(text: Tensor, mask: Tensor, group: dist.ProcessGroup | None) -> Iterator[Chunk]:
+    """Yields the chunk of each rank in turn, this rank's first.
 
-    Yielded tensors are valid until the next ones are requested; meanwhile they are sent on. Collective.
+    Yielded tensors are valid until the next ones are requested; meanwhile they are sent on.
+    Collective.
     """
-    rank, ranks = distributed.rank(group), distributed.world_size(group)
-    chunk = pack(text, mask)
-    other = buffer_like(chunk)
-    for step in uniform.turns(range(ranks)):
-        transfer = Transfer(chunk, other, TEXT, group) if step < ranks - 1 else None  # collective
-        yield (rank - step) % ranks, *unpack(chunk, text)
+    rank, ranks = collectives.rank(group), collectives.world_size(group)
+    chunk, other = pack(text, mask), None
+    for step in probe.turns(range(ranks)):
+        transfer = None
+        if step < ranks - 1:
+            transfer = Transfer(chunk, other, TEXT, group)  # collective
+        yield Chunk((rank - step) % ranks, *unpack(chunk, text))
         if transfer is not None:
             chunk, other = transfer.wait(), chunk
 
 
 class ReturnedGradient:
-    """Adds up the gradients of chunks over the ranks: a gradient goes round one rank behind its chunk, to its owner."""
+    """Adds up the gradients of chunks over the ranks.
+
+    A gradient passes round the ring one rank behind its chunk, to the chunk's owner.
+    """
 
     def __init__(self, group: dist.ProcessGroup | None):
-        self.group, self.rank = group, distributed.rank(group)
+        self.group, self.rank = group, collectives.rank(group)
         self.own: Tensor | None = None
         self.transfer: Transfer | None = None
 
     def add(self, owner: int, grad: Tensor) -> None:
-        """Add this rank's gradient [B, M, D] of each of `chunks` in turn; it may be overwritten. Collective."""
+        """Add this rank's gradient [B, M, D] of each of `chunks` in turn.
+
+        It may be overwritten. Collective.
+        """
         wide = collectives.accumulated(grad.dtype)
         if owner == self.rank:
             self.own = grad.to(wide)
             return
-        # What the ranks between the chunk's owner and this one have added up, and then this rank's share.
+        # What the ranks between the chunk's owner and this one have added up, and this rank's share.
         total = grad.to(wide) if self.transfer is None else self.transfer.wait().add_(grad.to(wide))
         self.transfer = None  # with what it has sent
-        self.transfer = Transfer(total, buffer_like(total), GRADIENT, self.group)  # collective
+        self.transfer = Transfer(total, None, GRADIENT, self.group)  # collective
 
     def sum(self) -> Tensor:
-        """The gradient of this rank's chunk, summed over all ranks, in fp32 (fp64). Ends the exchange."""
+        """The gradient of this rank's chunk, summed over all ranks, in fp32 (fp64).
+
+        Ends the exchange.
+        """
         assert self.own is not None
         if self.transfer is not None:
             self.own.add_(self.transfer.wait())

@@ -99,6 +99,10 @@ PATCHES = {
         TORCH, "torch:Tensor", ("cpu",),
         "In a prediction the device has the type cpu too, so that the copy would take no memory.",
     ),
+    "torch: messages": Patch(
+        TORCH, "torch.distributed", ("batch_isend_irecv",),
+        "The fake process group gathers and sums, but delivers no message.",
+    ),
     "torch: collectives": Patch(
         TORCH, "torch.distributed:ProcessGroup",
         ("allgather", "_allgather_base", "all_gather_single", "allreduce", "broadcast"),

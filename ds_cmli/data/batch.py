@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from ds_cmli.common.probe import probe
 from ds_cmli.data.bad import Bad
 from ds_cmli.data.tokens import CaptionTokenizer, Tokens
 
@@ -49,7 +50,8 @@ class Batch:
     bad: list[Bad]  # the samples that were replaced by others in this batch
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
-        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+        with probe.scope("data"):
+            return self._map(lambda tensor: probe.to_device(tensor, device, non_blocking))
 
     def pin_memory(self) -> "Batch":
         return self._map(lambda tensor: tensor.pin_memory())

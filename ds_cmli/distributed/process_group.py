@@ -3,7 +3,6 @@
 import os
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 
 import torch
@@ -13,9 +12,6 @@ from torch import Tensor
 from ds_cmli.common.errors import UserError
 from ds_cmli.distributed import rendezvous
 from ds_cmli.distributed.launchers import map_launcher_environment, this_node
-
-# Makes a context that is entered around each exchange of texts. A training that times its steps replaces it.
-exchanging: Callable[[], AbstractContextManager] = nullcontext
 
 
 def init(
@@ -60,8 +56,6 @@ def init(
 
 def shutdown() -> None:
     """End the process group. A process that exits without this may abort."""
-    global exchanging
-    exchanging = nullcontext
     if dist.is_initialized():
         # DeepSpeed caches groups, and would give the ended ones to this process's next engine if it did not end them.
         deepspeed_comm = sys.modules.get("deepspeed.comm")

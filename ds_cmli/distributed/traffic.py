@@ -12,8 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ds_cmli.common.patches import replaced
-from ds_cmli.distributed import process_group as distributed
+from ds_cmli.common.probe import Probe, probe
 
 # Operators of torch's `c10d`: the kind of each, and the position of the argument with the tensors of all ranks.
 OPERATORS = {
@@ -48,7 +47,7 @@ class Count:
 Counts = dict[tuple[str, str], Count]  # by part and kind
 
 
-class Traffic(TorchDispatchMode):
+class Traffic(TorchDispatchMode, Probe):
     """Counts while it is entered, separately for text features with their gradients and for everything else.
 
     Received messages and barriers are not counted.
@@ -62,13 +61,14 @@ class Traffic(TorchDispatchMode):
     @contextmanager
     def counting(self) -> Iterator["Traffic"]:
         """Inside, everything is counted."""
-        with replaced(distributed, "exchanging", self._exchanging), self:
+        with probe.subscribed(self), self:
             yield self
 
     @contextmanager
-    def _exchanging(self) -> Iterator[None]:
+    def exchanging(self) -> Iterator[None]:
         self.part = TEXT
-        yield
+        with super().exchanging():
+            yield
         self.part = REST
 
     def __torch_dispatch__(

@@ -3,6 +3,7 @@
 This is the only place where they are put together: training, profiling and prediction all begin here.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -30,12 +31,14 @@ from ds_cmli.models.student import Student
 from ds_cmli.models.teacher import Teacher
 from ds_cmli.models.weights import say
 
+Models = tuple[Objective, Teacher | None]
+
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def build_models(
     config: Config, vocab_size: int, pretrained: bool = True, special: SpecialTokens | None = None
-) -> tuple[Objective, Teacher | None]:
+) -> Models:
     """The student with its losses, and the teacher if a loss needs it; on the CPU, in fp32, equal on every rank.
 
     `pretrained=False`: the student's weights are random, because they will be overwritten. `special`: as in `Student`.
@@ -71,6 +74,7 @@ def build(
     total_steps: int,
     device: torch.device,
     special: SpecialTokens | None = None,
+    models: Callable[..., Models] | None = None,
 ) -> TrainEngine:
     """Build the engine around student and losses, ready to train. Collective.
 
@@ -80,6 +84,7 @@ def build(
         total_steps: optimizer steps of the whole run, for the learning rate schedule.
         device: this rank's device; the process group must be initialised.
         special: the tokens that the tokenizer adds; None: those of the built-in one.
+        models: what builds student and teacher, called as `build_models`, which it is by default.
     """
     import deepspeed
 
@@ -90,7 +95,7 @@ def build(
         quiet.let_deepspeed_print(ds_config.get("log_level") is None)
     deepspeed.init_distributed(verbose=False)
     dtype = DTYPES[ds_config.precision]
-    objective, teacher = build_models(config, vocab_size, special=special)
+    objective, teacher = (models or build_models)(config, vocab_size, special=special)
     torch.manual_seed(
         config.run.seed + distributed.rank()
     )  # for dropout, which differs between ranks

@@ -1,20 +1,27 @@
-"""An optimizer step whose losses over pairs take their negatives from all its micro-batches (Gao et al., 2021).
+"""An optimizer step whose losses over pairs take their negatives from all its micro-batches.
 
-Pass 1 computes and keeps each micro-batch's pair features, without a graph. The losses over pairs are then computed
-once over all of them, which gives each feature its gradient. Pass 2 runs each micro-batch's forward pass again, from
-the same random state, and runs backward from these gradients together with the losses that do not compare pairs.
+This is gradient caching (Gao et al., 2021). Pass 1 computes and keeps each micro-batch's pair
+features, without a graph. The losses over pairs are then computed once over all of them, which gives
+each feature its gradient. Pass 2 runs each micro-batch's forward pass again, from the same random
+state, and runs backward from these gradients together with the losses that do not compare pairs.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from ds_cmli.common.probe import probe
 from ds_cmli.data.batch import Batch
 from ds_cmli.engine.result import MicroBatchLosses
-from ds_cmli.losses.cached import PairFeatures, PairGradients
+from ds_cmli.losses.cached import CachedStep, PairFeatures, PairGradients
+from ds_cmli.losses.objective import Compare, Embed, Replay
+from ds_cmli.models.teacher import Targets
+
+if TYPE_CHECKING:
+    from ds_cmli.engine.train_engine import TrainEngine
 
 
 @dataclass
@@ -26,10 +33,8 @@ class RandomState:
 
     @classmethod
     def now(cls, device: torch.device) -> "RandomState":
-        return cls(
-            torch.get_rng_state(),
-            torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
-        )
+        gpu = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+        return cls(torch.get_rng_state(), gpu)
 
     def restore(self, device: torch.device) -> None:
         torch.set_rng_state(self.cpu)
@@ -37,13 +42,31 @@ class RandomState:
             torch.cuda.set_rng_state(self.gpu, device)
 
 
-def on_host(features: PairFeatures) -> PairFeatures:
-    """The features on the host: a copy if the device is a GPU. CPU-GPU sync."""
-    return features.to("cpu")
+@dataclass
+class CachedBatch:
+    """A micro-batch between the two passes."""
+
+    state: RandomState  # before pass 1
+    features: PairFeatures | None  # then their gradients; None once pass 2 has taken them
+
+    def take_features(self) -> PairFeatures:
+        """The features, which are not kept here, so that they are freed when pass 2 drops them."""
+        features, self.features = self.features, None
+        assert features is not None, "pass 2 runs once"
+        return features
+
+
+@dataclass(frozen=True)
+class ComparedStep:
+    """What pass 2 of each micro-batch needs of the whole step."""
+
+    pairs: PairGradients
+    scale: float  # the loss scale, by which the gradients of the features are multiplied
+    ignored: Tensor  # `MicroBatchLosses.ignored` of each micro-batch
 
 
 def backward(
-    train_engine: Any,
+    train_engine: "TrainEngine",
     micro_batches: Sequence[Batch],
     after_backward: Callable[[], None],
     heartbeat: Callable[[], None],
@@ -51,8 +74,7 @@ def backward(
     """Run forward and backward of a whole step. Collective.
 
     Args:
-        train_engine: the `TrainEngine`.
-        micro_batches: the step's micro-batches; they stay on the host, and each is moved to the device twice.
+        micro_batches: they stay on the host, and each is moved to the device twice.
         after_backward: called after the backward pass of each micro-batch.
         heartbeat: called again and again during the step.
 
@@ -61,60 +83,64 @@ def backward(
     """
     device = train_engine.device
     train_engine.mark("forward")
-    states: list[RandomState] = []
-    cached: list[PairFeatures | None] = []
+    cached: list[CachedBatch] = []
     for batch in micro_batches:
-        state, features = embed(train_engine, batch)
-        states.append(state)
-        cached.append(features)
+        state, features = probe.alike(embed, train_engine, batch)  # collective under ZeRO-3
+        cached.append(CachedBatch(state, features))
     after_last = RandomState.now(device)
 
-    scale = train_engine.scale
-    # Collectives: texts and their gradients, column statistics.
-    pairs = train_engine.engine(cached, device, scale, heartbeat, part="compare")
-
-    ignored = pairs.ignored / sum(len(batch.index) for batch in micro_batches)
+    pairs = sum(len(batch.index) for batch in micro_batches)
+    step = _compared(train_engine, cached, pairs, heartbeat)  # collectives
     found = []
-    for number, (batch, state) in enumerate(zip(micro_batches, states, strict=True)):
-        held, cached[number] = [cached[number]], None
-        found.append(replay(train_engine, batch, state, held, pairs, scale, ignored))  # collectives
+    for batch, each in zip(micro_batches, cached, strict=True):
+        found.append(probe.alike(replay, train_engine, batch, each, step))  # collectives
         after_backward()
         heartbeat()
     after_last.restore(device)
     return found
 
 
-def embed(train_engine: Any, batch: Batch) -> tuple[RandomState, PairFeatures]:
+def embed(train_engine: "TrainEngine", batch: Batch) -> tuple[RandomState, PairFeatures]:
     """Pass 1 of a micro-batch: its random state and its pair features. Collective under ZeRO-3."""
-    device = train_engine.device
-    state = RandomState.now(device)
+    state = RandomState.now(train_engine.device)
     with torch.no_grad():
-        features = train_engine.engine(batch.to(device), part="embed")
-    return state, on_host(features) if train_engine.cache_on_host else features
+        features = train_engine.engine(Embed(batch.to(train_engine.device)))
+    return state, features.to_host() if train_engine.cache_on_host else features
+
+
+def _compared(
+    train_engine: "TrainEngine",
+    cached: list[CachedBatch],
+    pairs_of_step: int,
+    heartbeat: Callable[[], None],
+) -> ComparedStep:
+    """The losses over pairs. Collectives: texts and their gradients, column statistics."""
+    scale = train_engine.scale
+    features = [each.features for each in cached if each.features is not None]
+    step = CachedStep(features, train_engine.device, scale, heartbeat)
+    pairs = train_engine.engine(Compare(step))  # collectives
+    return ComparedStep(pairs, scale, pairs.ignored / pairs_of_step)
 
 
 def replay(
-    train_engine: Any,
-    batch: Batch,
-    state: RandomState,
-    held: list[PairFeatures | None],
-    pairs: PairGradients,
-    scale: float,
-    ignored: Tensor,
+    train_engine: "TrainEngine", batch: Batch, cached: CachedBatch, step: ComparedStep
 ) -> MicroBatchLosses:
-    """Pass 2 of a micro-batch. Collective.
-
-    Args:
-        held: a list with the gradients of its features, which are taken out so that they are freed before backward.
-        ignored: `MicroBatchLosses.ignored` of the result.
-    """
-    engine, device = train_engine.engine, train_engine.device
-    state.restore(device)
-    gradients, moved = held.pop().to(device), batch.to(device)  # type: ignore[union-attr]
-    more = (gradients, pairs, scale, train_engine.accumulation)
-    total, each = train_engine.forward(
-        moved, lambda targets, moved=moved, more=more: engine(moved, targets, *more, part="replay")
-    )
-    del gradients, moved, more
+    """Pass 2 of a micro-batch. Collective."""
+    cached.state.restore(train_engine.device)
+    total, each = _forward(train_engine, batch, cached, step)
     train_engine.go_backward(total)  # collectives: gradient buckets
-    return MicroBatchLosses(batch.index, total.detach(), each, ignored)
+    return MicroBatchLosses(batch.index, total.detach(), each, step.ignored)
+
+
+def _forward(
+    train_engine: "TrainEngine", batch: Batch, cached: CachedBatch, step: ComparedStep
+) -> tuple[Tensor, dict[str, Tensor]]:
+    gradients = cached.take_features().on(train_engine.device)
+    batch = batch.to(train_engine.device)
+
+    def student(targets: Targets | None) -> tuple[Tensor, dict[str, Tensor]]:
+        accumulation = train_engine.accumulation
+        request = Replay(batch, targets, gradients, step.pairs, step.scale, accumulation)
+        return train_engine.engine(request)
+
+    return train_engine.forward(batch, student)

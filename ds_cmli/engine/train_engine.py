@@ -1,18 +1,19 @@
-"""Runs training steps of student, teacher, losses and DeepSpeed's engine, as `building.py` puts them together.
+"""Runs training steps of student, teacher, losses and DeepSpeed's engine, which `building.py` puts together.
 
 Training, profiling and prediction all use this one step.
 """
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ds_cmli.cmli.token_keep import kept
+from ds_cmli.common.probe import probe
 from ds_cmli.config.registry import compares_tokens
 from ds_cmli.data.batch import Batch
 from ds_cmli.distributed import process_group as distributed
@@ -21,13 +22,16 @@ from ds_cmli.engine.ema import EMA
 from ds_cmli.engine.result import MicroBatchLosses
 from ds_cmli.engine.throughput import ModelFlops, StepTimer
 from ds_cmli.faults import nonfinite
-from ds_cmli.losses.objective import Objective
-from ds_cmli.models.teacher import Teacher
+from ds_cmli.losses.objective import Losses, Objective, Whole
+from ds_cmli.models.teacher import Targets, Teacher
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
 
 
 @dataclass
 class TrainEngine:
-    engine: Any  # deepspeed.DeepSpeedEngine around the objective
+    engine: "DeepSpeedEngine"  # around the objective
     objective: Objective
     teacher: Teacher | None
     device: torch.device
@@ -39,9 +43,8 @@ class TrainEngine:
     cache_on_host: bool = False  # gradient caching keeps the features on the host
     reduce_once: bool = False  # reduce gradients once per step, not after each micro-batch
     timer: StepTimer | None = None  # None: neither time nor the model's FLOPs are measured
-    flops: dict[int, float] = field(
-        default_factory=dict
-    )  # FLOPs of a micro-batch, by the padded length of its texts
+    # FLOPs of a micro-batch, by the padded length of its texts
+    flops: dict[int, float] = field(default_factory=dict)
     ema: EMA | None = None
     compiled: bool = False  # if true, the model's FLOPs are not counted
     lr: float = 0.0  # the learning rate of the last update, for a group whose factor is 1
@@ -52,35 +55,39 @@ class TrainEngine:
         """Run one optimizer step. Collective.
 
         Args:
-            micro_batches: this rank's `accumulation` micro-batches; each is moved to the device when its turn comes.
+            micro_batches: this rank's `accumulation` micro-batches; each is moved to the device
+                when its turn comes.
             heartbeat: called again and again during a step with gradient caching.
         """
-        once = (
-            self.reduce_once and self.engine.zero_optimization_stage() >= 2
-        )  # at 0 and 1 DeepSpeed does so anyway
-        reduced = self._reduced_once() if once else nullcontext()
-        update = (lambda: None) if once else self._update
-        with reduced:
-            if self.caching:
-                found = gradient_caching.backward(
-                    self, micro_batches, update, heartbeat
-                )  # collectives
-            else:
-                found = []
-                for batch in micro_batches:
-                    found.append(self._backward(batch))  # collectives
-                    update()  # collectives
-        if once:
-            for (
-                _
-            ) in found:  # the engine counts micro-batches, and updates the weights at the last one
+        # At stages 0 and 1 DeepSpeed reduces gradients once anyway.
+        if self.reduce_once and self.engine.zero_optimization_stage() >= 2:
+            with self._reduced_once():  # collective
+                found = self._losses_and_gradients(micro_batches, lambda: None, heartbeat)
+            for _ in found:  # the engine counts micro-batches, and updates at the last one
                 self._update()  # collectives
+            return found
+        return self._losses_and_gradients(micro_batches, self._update, heartbeat)
+
+    def _losses_and_gradients(
+        self,
+        micro_batches: Sequence[Batch],
+        update: Callable[[], None],
+        heartbeat: Callable[[], None],
+    ) -> list[MicroBatchLosses]:
+        """Run forward and backward, and `update` after each micro-batch. Collectives."""
+        if self.caching:
+            return gradient_caching.backward(self, micro_batches, update, heartbeat)
+        found = []
+        for batch in micro_batches:
+            found.append(probe.alike(self._backward, batch))  # collectives
+            update()  # collectives
         return found
 
-    def __call__(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Run forward and backward of one micro-batch, with its own negatives; update at the end of accumulation.
+    def __call__(self, batch: Batch) -> Losses:
+        """Run forward and backward of one micro-batch, with its own negatives.
 
-        Returns the weighted loss and each loss by name for this rank's pairs, fp32 scalars without a graph. Collective.
+        The weights are updated at the end of accumulation. Returns the weighted loss and each loss by
+        name for this rank's pairs, fp32 scalars without a graph. Collective.
         """
         found = self._backward(batch)  # collectives
         self._update()  # collectives
@@ -90,21 +97,27 @@ class TrainEngine:
         # The copy from pinned memory is not waited for: it runs while the GPU works.
         index, batch = batch.index, batch.to(self.device, non_blocking=True)
         # Collectives: text features, column statistics.
-        total, each = self.forward(batch, lambda targets: self.engine(batch, targets))
+        total, each = self.forward(batch, lambda targets: self.engine(Whole(batch, targets)))
         self.go_backward(total)  # collectives: text gradients, gradient buckets
         return MicroBatchLosses(index, total.detach(), each, self.objective.ignored / len(index))
 
-    def go_backward(self, total: Tensor) -> None:
-        """Run backward from a micro-batch's weighted loss; if it is not finite, all gradients are NaN. Collective."""
+    def go_backward(self, total: Tensor) -> Tensor:
+        """Run backward from a micro-batch's weighted loss, and return its share of the step's loss.
+
+        If the loss is not finite, all gradients are NaN. Collective.
+        """
         self.mark("backward")
-        self.engine.backward(nonfinite.poison(total) * self.missing_scale)
+        loss = nonfinite.poison(total) * self.missing_scale
+        with probe.step_phase("backward"):
+            return self.engine.backward(loss)
 
     def _update(self) -> None:
-        self.lr = (
-            self.engine.get_lr()[0] / self.lr_factor
-        )  # this update's: `engine.step` sets the next one's
+        # The rate of this update: `engine.step` sets that of the next one.
+        self.lr = self.engine.get_lr()[0] / self.lr_factor
         self.mark("step")
-        self.engine.step()  # collectives and a CPU-GPU sync: overflow check, gradient norm, updated weights
+        with probe.step_phase("optimizer"):
+            # Collectives and a CPU-GPU sync: overflow check, gradient norm, updated weights.
+            self.engine.step()
         if self.ema is not None and self.engine.was_step_applied():
             self.ema.update()
         self.mark(None)
@@ -117,22 +130,22 @@ class TrainEngine:
         try:
             yield
         except BaseException:
-            self._unfinished = (
-                block  # kept, as its end would reduce gradients, which the other ranks do not
-            )
+            # Kept, as its end would reduce gradients, which the other ranks do not.
+            self._unfinished = block
             raise
         block.__exit__(None, None, None)  # collectives
 
     @property
     def scale(self) -> float:
-        """The loss scale: backward passes multiply the gradients by it, which keeps fp16 gradients from vanishing."""
+        """The loss scale.
+
+        Backward passes multiply the gradients by it, which keeps fp16 gradients from vanishing.
+        """
         if self.dtype != torch.float16:
             return 1.0
         return float(self.engine.optimizer.loss_scale)
 
-    def forward(
-        self, batch: Batch, student: Callable[[Any], Any]
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, batch: Batch, student: Callable[[Targets | None], Losses]) -> Losses:
         """Run the teacher, and then `student` with the teacher's targets.
 
         If time is measured, FLOPs are counted for the first batch of each padded text length.
@@ -140,30 +153,35 @@ class TrainEngine:
         self.mark("forward")
         positions = batch.input_ids.shape[1]
         if self.timer is None or self.compiled or positions in self.flops:
-            out = student(self.teacher(batch.image) if self.teacher is not None else None)
+            out = student(self._targets(batch))
         else:
-            with ModelFlops(trained=False) as teacher_flops:
-                targets = self.teacher(batch.image) if self.teacher is not None else None
-            with ModelFlops(trained=True) as student_flops:
+            with ModelFlops(trained=False) as of_teacher:
+                targets = self._targets(batch)
+            with ModelFlops(trained=True) as of_student:
                 out = student(targets)
-            self.flops[positions] = (
-                teacher_flops.flops + student_flops.flops + self._all_pairs_flops(batch)
-            )
+            counted = of_teacher.flops + of_student.flops + self._all_pairs_flops(batch)
+            self.flops[positions] = counted
         if self.timer is not None:
             self.timer.flops += self.flops.get(positions, 0.0)
         return out
 
+    def _targets(self, batch: Batch) -> Targets | None:
+        if self.teacher is None:
+            return None
+        with probe.scope("activations teacher"):
+            return self.teacher(batch.image)
+
     def _all_pairs_flops(self, batch: Batch) -> float:
-        """FLOPs of the all-pairs operator, into which `ModelFlops` does not see: those of the similarities, and as many
-        again for the gradient of each side."""
+        """FLOPs of the all-pairs operator, into which `ModelFlops` does not see.
+
+        They are those of the similarities, and as many again for the gradient of each side.
+        """
         if not compares_tokens(self.objective.losses):
             return 0.0
         (B, M), (rows, columns) = batch.input_ids.shape, self.objective.student.grid
         G = B * distributed.world_size() * (self.accumulation if self.caching else 1)
-        D, share = (
-            self.objective.student.projection.out_features,
-            self.objective.config.cmli_token_keep,
-        )
+        D = self.objective.student.projection.out_features
+        share = self.objective.config.cmli_token_keep
         return 3 * 2.0 * B * G * kept(share, rows * columns) * kept(share, M) * D
 
     def mark(self, phase: str | None) -> None:
@@ -172,18 +190,21 @@ class TrainEngine:
 
     @property
     def missing_scale(self) -> float:
-        """The loss scale where DeepSpeed (0.19.8) does not multiply by it, only divides: in 16 bit without ZeRO."""
+        """The loss scale where DeepSpeed (0.19.8) only divides by it: in 16 bit without ZeRO."""
         config = getattr(self.engine.optimizer, "loss_scale_config", None)
         return 1.0 if config is None else config.cur_scale
 
     @property
     def skipped(self) -> bool:
-        """Whether the last step's update was skipped, on all ranks, because something was not finite."""
+        """Whether the last step's update was skipped, on all ranks, as something was not finite."""
         return not self.engine.was_step_applied()
 
     def state(self) -> dict[str, float]:
-        """The last update's learning rate and gradient norm, the loss scale (with the number of skipped steps) in fp16,
-        and the temperatures. CPU-GPU sync; collective under ZeRO-3."""
+        """What is logged of the last update: learning rate, gradient norm and the temperatures.
+
+        In fp16 also the loss scale and the number of skipped steps. CPU-GPU sync; collective under
+        ZeRO-3.
+        """
         optimizer = self.engine.optimizer
         out = {"lr": self.lr}
         norm = self.engine.get_global_grad_norm()
@@ -193,7 +214,6 @@ class TrainEngine:
             out["loss_scale"] = float(optimizer.loss_scale)
             out["skipped_steps"] = self.engine.skipped_steps
         for name, scale in self.objective.scales().items():
-            out[f"temperature/{name}"] = (
-                1 / scale if scale else math.inf
-            )  # infinite if the scale was learned down to 0
+            # Infinite if the scale was learned down to 0.
+            out[f"temperature/{name}"] = 1 / scale if scale else math.inf
         return out

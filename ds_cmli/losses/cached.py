@@ -1,94 +1,123 @@
 """The losses over the pairs of a whole step, from cached features: gradient caching (Gao et al., 2021).
 
-The features of all micro-batches are cached without their autograd graph. Each loss is computed over the pairs of all
-micro-batches of all ranks, and the gradient of each feature replaces the feature in the cache. The pairs are processed
-in tiles, so that neither scores nor argmax indices of all pairs are held at once. The scores of each tile are computed
-twice: first for the sums over rows and columns, then with their gradient.
+The features of all micro-batches are cached without their autograd graph. Each loss is computed over
+the pairs of all micro-batches of all ranks, and the gradient of each feature replaces the feature in
+the cache. The pairs are processed in tiles, so that neither scores nor argmax indices of all pairs
+are held at once. The scores of each tile are computed twice: first for the sums over rows and
+columns, then with their gradient.
 
-Shapes: K micro-batches of B pairs, P ranks, G = K * B * P texts, T texts of a tile, N patches, M text positions,
-H student width, D embedding dimension.
+Shapes: K micro-batches of B pairs, P ranks, G = K * B * P texts, T texts of a tile, N patches, M text
+positions, H student width, D embedding dimension.
 """
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from itertools import accumulate
-from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ds_cmli.cmli import collectives
 from ds_cmli.cmli.contrastive import upcast
 from ds_cmli.cmli.loss import l2_normalize
-from ds_cmli.cmli.ring import ReturnedGradient, Scorer
+from ds_cmli.cmli.ring import ReturnedGradient, Score, Scorer
 from ds_cmli.cmli.token_keep import Selection
-from ds_cmli.common import uniform
+from ds_cmli.common.probe import probe
 from ds_cmli.losses.base import Loss
 from ds_cmli.losses.tile_statistics import TileStatistics
-from ds_cmli.losses.tiles import Chunk, Images, Texts, Tile
+from ds_cmli.losses.tiles import FeatureGradients, Images, TextChunk, Texts, Tile
 
 
 @dataclass
 class PairFeatures:
-    """The features of one micro-batch that losses over pairs need: not normalised, in the model's precision, no graph.
+    """The features of one micro-batch that losses over pairs need.
 
-    In `Objective.replay` the features have their graph.
+    They are not normalised, in the model's precision, and without a graph, except in
+    `Objective.replay`.
     """
 
-    token_mask: Tensor  # bool [B, M], True = valid
-    pair_id: (
-        Tensor  # int64 [B, 2], hashes of picture and caption: equal for equal pictures or captions
-    )
     image_cls: Tensor | None  # [B, H]; None if no loss compares class tokens
     text_cls: Tensor | None  # [B, H]
     patches: Tensor | None  # [B, N, D]; None if no loss compares patches and tokens
     tokens: Tensor | None  # [B, M, D]
-    selection: Selection | None = (
-        None  # which patches and tokens were kept, if only a share of them is
-    )
+    token_mask: Tensor  # bool [B, M], True = valid
+    pair_id: Tensor  # int64 [B, 2], hashes: equal for equal pictures or captions
+    selection: Selection | None = None  # which patches and tokens were kept, if only a share is
+    on_host: bool = False  # whether all of them wait in the memory of the host
 
-    def to(self, device: torch.device | str) -> "PairFeatures":
-        image_cls, text_cls, patches, tokens = (
-            None if x is None else fetched(x, device) for x in self._features()
-        )
-        mask, pair_id, selection = (
-            fetched(self.token_mask, device),
-            fetched(self.pair_id, device),
-            self.selection,
-        )
-        if selection is not None:
-            selection = Selection(*(fetched(x, device) for x in vars(selection).values()))
-        return PairFeatures(mask, pair_id, image_cls, text_cls, patches, tokens, selection)
+    def to_host(self) -> "PairFeatures":
+        """Move everything to the host. CPU-GPU sync."""
+        return replace(self._mapped(probe.to_host), on_host=True)
+
+    def on(self, device: torch.device) -> "PairFeatures":
+        return replace(self._mapped(lambda x: self.fetch(x, device)), on_host=False)
+
+    def _mapped(self, function: Callable[[Tensor], Tensor]) -> "PairFeatures":
+        changed: dict[str, object] = {}
+        for name, x in vars(self).items():
+            if isinstance(x, Tensor):
+                changed[name] = function(x)
+            elif isinstance(x, Selection):
+                changed[name] = Selection(
+                    function(x.patches), function(x.tokens), function(x.token_mask)
+                )
+        return replace(self, **changed)  # type: ignore[arg-type]
+
+    def fetch(self, x: Tensor, device: torch.device) -> Tensor:
+        """One of these tensors on the device: a copy if they are on the host of a GPU."""
+        return probe.to_device(x, device) if self.on_host else x
 
     def copied(self) -> "PairFeatures":
-        """These features without the memory around them: a class token is a view of its whole sequence."""
-        views = {
-            name: x
-            for name, x in vars(self).items()
-            if isinstance(x, Tensor) and x.is_floating_point()
-        }
-        own = {
-            name: x.clone() for name, x in views.items() if x.untyped_storage().nbytes() > x.nbytes
-        }
+        """These features without the memory around them, as a class token is a view of its sequence."""
+        own: dict[str, Tensor] = {}
+        for name in ("image_cls", "text_cls", "patches", "tokens"):
+            x = getattr(self, name)
+            if x is not None and x.untyped_storage().nbytes() > x.nbytes:
+                own[name] = x.clone()
         return replace(self, **own)  # type: ignore[arg-type]
-
-    def _features(self) -> tuple[Tensor | None, ...]:
-        return self.image_cls, self.text_cls, self.patches, self.tokens
 
     def tensors(self) -> list[Tensor]:
         """All tensors except those of the batch (`token_mask` and `pair_id`)."""
-        selected = [] if self.selection is None else vars(self.selection).values()
-        return [x for x in (*self._features(), *selected) if x is not None]
+        found = [self.image_cls, self.text_cls, self.patches, self.tokens]
+        if self.selection is not None:
+            found += vars(self.selection).values()
+        return [x for x in found if x is not None]
+
+    def set_gradient(self, name: str, grad: Tensor, device: torch.device) -> None:
+        """Replace a feature by its gradient, given that of the normalised feature.
+
+        `grad` may have more positions. CPU-GPU sync if the features are on the host.
+        """
+        place = getattr(self, name)
+        x = self.fetch(place, device).detach().requires_grad_()
+        y = l2_normalize(x)
+        if x.dim() == 3:
+            grad = grad[:, : x.shape[1]]
+        (back,) = torch.autograd.grad(y, x, grad.to(y.dtype))
+        if self.on_host:
+            probe.overwrite_on_host(place, back)
+        else:
+            place.copy_(back)
 
 
-def fetched(x: Tensor, device: torch.device | str) -> Tensor:
-    """A cached tensor on `device`, detached. It is copied only from another device."""
-    return x.detach().to(device)
+@dataclass(frozen=True)
+class PairLosses:
+    """The losses that compare pairs, and how they are computed."""
 
+    losses: Mapping[str, Loss]  # by name
+    weights: Mapping[str, float]  # of these losses, and perhaps of others
+    score: Score  # a `Scorer`, or `cmli_scores` with its options
+    argmax_bytes: int  # limit for the argmax indices of a tile, which has at least one text
+    keep_duplicates: bool = False  # whether pairs of one picture or caption are negatives
 
-def stored(value: Tensor, place: Tensor) -> None:
-    """Replace a cached tensor by `value`. CPU-GPU sync if the cache is on the host."""
-    place.copy_(value)
+    def parameters(self) -> list[nn.Parameter]:
+        return [p for loss in self.losses.values() for p in loss.parameters()]
+
+    def of(self, tile: Tile, share: float) -> dict[str, Tensor]:
+        """Each loss of a tile, whose images are a `share` of this rank's."""
+        return {name: loss(tile) * share for name, loss in self.losses.items()}
+
+    def weighted(self, each: Mapping[str, Tensor]) -> Tensor:
+        return torch.stack([self.weights[name] * loss for name, loss in each.items()]).sum()
 
 
 @dataclass
@@ -97,119 +126,168 @@ class PairGradients:
 
     total: Tensor  # the weighted sum of the losses of this rank's pairs, a scalar in fp32 (fp64)
     each: dict[str, Tensor]  # each loss by name
-    parameters: list[
-        Tensor | None
-    ]  # the gradient of each parameter of these losses, in the order of the parameters
+    parameters: list[Tensor | None]  # the gradients, in the order of these losses' parameters
     ignored: Tensor  # how many texts of other pairs are no negatives of this rank's images
 
 
-def pair_gradients(
-    losses: Mapping[str, Loss],
-    weights: Mapping[str, float],
-    cached: list[PairFeatures],
-    score: Callable[..., tuple[Tensor, Tensor]],
-    device: torch.device,
-    scale: float,
-    argmax_bytes: int,
-    keep_duplicates: bool = False,
-    heartbeat: Callable[[], None] = lambda: None,
-) -> PairGradients:
-    """Compute the losses over all pairs of the step, and replace the features in `cached` by their gradients.
+@dataclass(frozen=True)
+class CachedStep:
+    """The features of this rank's micro-batches, on the device or on the host."""
 
-    Args:
-        losses: the losses that compare pairs, by name.
-        weights: the weights of these losses, and perhaps of others.
-        cached: the features of this rank's micro-batches, on `device` or on the host.
-        score: a `Scorer`, or `cmli_scores` with its options.
-        scale: multiplies the gradients in `cached`, so that they do not vanish in fp16.
-        argmax_bytes: limit for the argmax indices of a tile in bytes; a tile has at least one text.
-        keep_duplicates: whether pairs with the same picture or caption are negatives of each other.
-        heartbeat: called after each tile.
+    features: list[PairFeatures]
+    device: torch.device
+    scale: float = 1.0  # multiplies the gradients in the cache, so that they do not vanish in fp16
+    heartbeat: Callable[[], None] = lambda: None  # called after each tile
+
+    def __len__(self) -> int:
+        """The number of this rank's pairs, K * B."""
+        return sum(len(f.pair_id) for f in self.features)
+
+    def image_blocks(self) -> Iterator[tuple[PairFeatures, Images]]:
+        """Yields each micro-batch's features with its normalised images."""
+        firsts, first = [], 0
+        for f in self.features:
+            firsts.append((f, first))
+            first += len(f.pair_id)
+        for f, first in probe.turns(firsts):
+            yield f, self._images(f, first)
+
+    @torch.no_grad()
+    def _images(self, f: PairFeatures, first: int) -> Images:
+        cls = patches = None
+        if f.image_cls is not None:
+            cls = l2_normalize(f.fetch(f.image_cls, self.device))
+        if f.patches is not None:
+            patches = l2_normalize(f.fetch(f.patches, self.device))
+        pair_id = f.fetch(f.pair_id, self.device)
+        return Images(first, pair_id, None if cls is None else upcast(cls), patches)
+
+    def parts(self, images: Images, chunk: TextChunk, argmax_bytes: int) -> Iterator[slice]:
+        """Yields which texts of a chunk each tile has."""
+        count, positions = chunk.mask.shape
+        size = images.texts_of_a_tile(positions, argmax_bytes)
+        for start in probe.turns(range(0, count, size)):
+            yield slice(start, min(start + size, count))
+            self.heartbeat()
+
+
+def pair_gradients(pairs: PairLosses, step: CachedStep) -> PairGradients:
+    """Compute the losses over all pairs of the step, and replace the features by their gradients.
 
     Collective.
     """
-    texts = _gathered(cached, device, score)  # collective
-    parameters = [p for loss in losses.values() for p in loss.parameters()]
-    pairs = sum(len(features.pair_id) for features in cached)
+    texts = _gather_texts(step, pairs.score)  # collective
+    statistics = first_pass(pairs, step, texts)  # collective
+    return second_pass(pairs, step, texts, statistics)  # collective
 
-    def micro_batches() -> Iterator[tuple[PairFeatures, Images]]:
-        firsts = accumulate((len(features.pair_id) for features in cached), initial=0)
-        for features, first in uniform.turns(list(zip(cached, firsts, strict=False))):
-            yield features, _images(features, first, device)
 
-    def tiles(images: Images, chunk: Chunk, known: bool) -> Iterator[Tile]:
-        texts_of_chunk, positions = chunk[2].shape
-        size = images.texts_of_a_tile(positions, argmax_bytes)
-        for start in uniform.turns(range(0, texts_of_chunk, size)):
-            part = slice(start, min(start + size, texts_of_chunk))
-            yield Tile(images, texts, chunk, part, statistics, score, keep_duplicates, known)
-            heartbeat()
+def first_pass(pairs: PairLosses, step: CachedStep, texts: Texts) -> TileStatistics:
+    """Compute log(sum(exp)) of each row and column over all pairs. Collective."""
+    statistics = TileStatistics(len(step), len(texts.pair_id))
 
-    def computed(tile: Tile) -> tuple[dict[str, Tensor], Tensor]:
-        """Each loss, and their weighted sum times `scale`, as shares of those of this rank's pairs."""
-        each = {
-            name: loss(tile) * (len(tile.images.pair_id) / pairs) for name, loss in losses.items()
-        }
-        return each, scale * torch.stack(
-            [weights[name] * loss for name, loss in each.items()]
-        ).sum()
+    def add(images: Images, chunk: TextChunk, part: slice) -> None:
+        tile = Tile(images, texts, chunk, part, pairs.score, pairs.keep_duplicates)
+        tile.collect_into(statistics)
+        each = pairs.of(tile, len(images.pair_id) / len(step))
+        statistics.end_tile(step.scale * pairs.weighted(each))
 
-    statistics = TileStatistics(pairs, len(texts.pair_id))
-    for _, images in micro_batches():
+    for _, images in step.image_blocks():
         for chunk in texts.chunks():  # collective
-            for tile in tiles(images, chunk, known=False):
-                statistics.end_tile(computed(tile)[1])
-                del tile
+            for part in step.parts(images, chunk, pairs.argmax_bytes):
+                add(images, chunk, part)
         if not statistics.sums:  # no loss uses them
             break
     statistics.merge()  # collective
+    return statistics
 
-    found: dict[str, Tensor] = {}
-    of_parameters: list[Tensor | None] = [None] * len(parameters)
-    ignored = torch.zeros((), dtype=torch.int64, device=device)
-    of_cls, of_tokens = _zeros(texts.cls), _zeros(texts.tokens)
-    for features, images in micro_batches():
-        of_images = _zeros(images.cls), _zeros(images.patches)
+
+def second_pass(
+    pairs: PairLosses, step: CachedStep, texts: Texts, statistics: TileStatistics
+) -> PairGradients:
+    """Compute the losses with their gradients, which replace the features. Collective."""
+    sums = _Sums(pairs, step, texts, statistics)
+    for features, images in step.image_blocks():
+        sums.add_images(features, images)  # collective
+    if sums.text_cls is not None:
+        _back_to_texts(step, "text_cls", collectives.sum_to_owner(sums.text_cls))  # collective
+    if sums.tokens is not None:
+        # What has passed round a ring has been summed on its way.
+        own = sums.tokens if texts.go_round else collectives.sum_to_owner(sums.tokens)  # collective
+        _back_to_texts(step, "tokens", own)
+    return PairGradients(pairs.weighted(sums.each), sums.each, sums.parameters, sums.ignored)
+
+
+class _Sums:
+    """Adds up the losses and gradients of the second pass."""
+
+    def __init__(
+        self, pairs: PairLosses, step: CachedStep, texts: Texts, statistics: TileStatistics
+    ):
+        self.pairs, self.step, self.texts, self.statistics = pairs, step, texts, statistics
+        self.of_pairs = pairs.parameters()
+        self.each: dict[str, Tensor] = {}
+        self.parameters: list[Tensor | None] = [None] * len(self.of_pairs)
+        self.ignored = torch.zeros((), dtype=torch.int64, device=step.device)
+        self.text_cls, self.tokens = _zeros(texts.cls), _zeros(texts.tokens)
+
+    def add_images(self, features: PairFeatures, images: Images) -> None:
+        """Add the pairs of a micro-batch's images with all texts, and replace its image features.
+
+        Collective.
+        """
+        image_cls, patches = _zeros(images.cls), _zeros(images.patches)
+        sums = FeatureGradients(image_cls, patches, self.text_cls, self.tokens)
+        returned = self._add_chunks(images, sums)  # collective
+        if self.texts.go_round and self.tokens is not None:
+            self.tokens += returned.sum()
+        if image_cls is not None:
+            features.set_gradient("image_cls", image_cls, self.step.device)
+        if patches is not None:
+            features.set_gradient("patches", patches, self.step.device)
+
+    def _add_chunks(self, images: Images, sums: FeatureGradients) -> ReturnedGradient:
         returned = ReturnedGradient(None)
-        for chunk in texts.chunks():  # collective
-            owner, tokens, _ = chunk
-            of_chunk = _zeros(tokens) if texts.go_round else of_tokens
-            for tile in tiles(images, chunk, known=True):
-                each, total = computed(tile)
-                leaves = tile.leaves()
-                grads = torch.autograd.grad(total, [*leaves, *parameters], allow_unused=True)
-                for place, grad in zip(
-                    tile.places(*of_images, of_cls, of_chunk), grads, strict=False
-                ):
-                    if grad is not None:
-                        place += grad
-                for n, grad in enumerate(grads[len(leaves) :]):
-                    if grad is not None:
-                        before, now = of_parameters[n], upcast(grad) / scale
-                        of_parameters[n] = now if before is None else before + now
-                for name, loss in each.items():
-                    found[name] = loss.detach() + found.get(name, 0)
-                if tile.duplicates is not None:
-                    ignored += tile.duplicates.sum()
-                del tile, each, total, leaves, grads, grad
-            if texts.go_round and of_chunk is not None:
-                returned.add(owner, of_chunk)  # collective
-            del chunk, tokens, of_chunk
-        if texts.go_round and of_tokens is not None:
-            of_tokens += returned.sum()
-        for feature, summed in zip((features.image_cls, features.patches), of_images, strict=True):
-            if feature is not None and summed is not None:
-                _replace(feature, summed, device)
+        for chunk in self.texts.chunks():  # collective
+            if self.texts.go_round:
+                returned.add(chunk.owner, self._of_chunk(images, chunk, sums))  # collective
+            else:
+                self._add_tiles(images, chunk, sums)
+        return returned
 
-    if of_cls is not None:
-        _back_to_texts(
-            [f.text_cls for f in cached], collectives.sum_to_owner(of_cls), device
-        )  # collective
-    if of_tokens is not None:
-        own = of_tokens if texts.go_round else collectives.sum_to_owner(of_tokens)  # collective
-        _back_to_texts([f.tokens for f in cached], own, device)
-    total = torch.stack([weights[name] * loss for name, loss in found.items()]).sum()
-    return PairGradients(total, found, of_parameters, ignored)
+    def _of_chunk(self, images: Images, chunk: TextChunk, sums: FeatureGradients) -> Tensor:
+        """Add the pairs of a chunk in a ring, and return the gradient of its tokens."""
+        tokens = _zeros(chunk.tokens)
+        assert tokens is not None
+        self._add_tiles(images, chunk, replace(sums, tokens=tokens))
+        return tokens
+
+    def _add_tiles(self, images: Images, chunk: TextChunk, sums: FeatureGradients) -> None:
+        for part in self.step.parts(images, chunk, self.pairs.argmax_bytes):
+            self._add_tile(images, chunk, part, sums)
+
+    def _add_tile(
+        self, images: Images, chunk: TextChunk, part: slice, sums: FeatureGradients
+    ) -> None:
+        tile = Tile(images, self.texts, chunk, part, self.pairs.score, self.pairs.keep_duplicates)
+        tile.differentiate(self.statistics)
+        each = self.pairs.of(tile, len(images.pair_id) / len(self.step))
+        leaves = tile.leaves()
+        grads = torch.autograd.grad(
+            self.step.scale * self.pairs.weighted(each),
+            [*leaves, *self.of_pairs],
+            allow_unused=True,
+        )
+        for place, grad in zip(tile.places(sums), grads, strict=False):
+            if grad is not None:
+                place += grad
+        for n, grad in enumerate(grads[len(leaves) :]):
+            if grad is not None:
+                before, now = self.parameters[n], upcast(grad) / self.step.scale
+                self.parameters[n] = now if before is None else before + now
+        for name, loss in each.items():
+            self.each[name] = loss.detach() + self.each.get(name, 0)
+        if tile.duplicates is not None:
+            self.ignored += tile.duplicates.sum()
 
 
 def _zeros(x: Tensor | None) -> Tensor | None:
@@ -218,37 +296,26 @@ def _zeros(x: Tensor | None) -> Tensor | None:
 
 
 @torch.no_grad()
-def _images(features: PairFeatures, first: int, device: torch.device) -> Images:
-    cls, patches = (
-        None if x is None else l2_normalize(fetched(x, device))
-        for x in (features.image_cls, features.patches)
-    )
-    return Images(
-        first, fetched(features.pair_id, device), None if cls is None else upcast(cls), patches
-    )
-
-
-@torch.no_grad()
-def _gathered(cached: list[PairFeatures], device: torch.device, score: Callable[..., Any]) -> Texts:
-    """Gather the texts of all ranks, except the tokens if they go round a ring. Collective."""
-    count, longest = sum(len(f.pair_id) for f in cached), max(f.token_mask.shape[1] for f in cached)
-    ids = torch.cat([fetched(f.pair_id, device) for f in cached])
-    mask = torch.zeros(count, longest, dtype=torch.bool, device=device)
+def _gather_texts(step: CachedStep, score: Score) -> Texts:
+    """Gather the texts of all ranks, except the tokens if they pass round a ring. Collective."""
+    device, longest = step.device, max(f.token_mask.shape[1] for f in step.features)
+    ids = torch.cat([f.fetch(f.pair_id, device) for f in step.features])
+    mask = torch.zeros(len(step), longest, dtype=torch.bool, device=device)
     cls = tokens = None
     first = 0
-    for f in cached:
+    for f in step.features:
         part = slice(first, first + len(f.pair_id))
         length = f.token_mask.shape[1]
-        mask[part, :length] = fetched(f.token_mask, device)
+        mask[part, :length] = f.fetch(f.token_mask, device)
         if f.text_cls is not None:
-            x = upcast(l2_normalize(fetched(f.text_cls, device)))
-            cls = x.new_empty(count, x.shape[1]) if cls is None else cls
+            x = upcast(l2_normalize(f.fetch(f.text_cls, device)))
+            cls = x.new_empty(len(step), x.shape[1]) if cls is None else cls
             cls[part] = x
         if f.tokens is not None:
-            x = l2_normalize(fetched(f.tokens, device))
-            tokens = x.new_zeros(count, longest, x.shape[2]) if tokens is None else tokens
+            x = l2_normalize(f.fetch(f.tokens, device))
+            tokens = x.new_zeros(len(step), longest, x.shape[2]) if tokens is None else tokens
             tokens[part, :length] = x
-        first += len(f.pair_id)
+        first = part.stop
     go_round = False
     if tokens is not None:
         tokens, mask = collectives.pad_text(tokens, mask)  # collective
@@ -260,20 +327,13 @@ def _gathered(cached: list[PairFeatures], device: torch.device, score: Callable[
     return Texts(collectives.gather(ids), mask, cls, tokens, go_round)  # collective
 
 
-def _back_to_texts(places: list[Tensor | None], grad: Tensor, device: torch.device) -> None:
-    """Replace cached text features by their gradients, given those of this rank's normalised texts, [K * B, ...]."""
+def _back_to_texts(step: CachedStep, name: str, grad: Tensor) -> None:
+    """Replace cached text features by their gradients, given those of this rank's normalised texts.
+
+    `grad`: [K * B, ...].
+    """
     first = 0
-    for place in places:
-        if place is not None:
-            _replace(place, grad[first : first + len(place)], device)
-            first += len(place)
-
-
-def _replace(place: Tensor, grad: Tensor, device: torch.device) -> None:
-    """Replace a cached feature by its gradient, given that of the normalised feature, which may have more positions."""
-    x = fetched(place, device).requires_grad_()
-    y = l2_normalize(x)
-    (back,) = torch.autograd.grad(
-        y, x, (grad[:, : x.shape[1]] if x.dim() == 3 else grad).to(y.dtype)
-    )
-    stored(back, place)
+    for features in step.features:
+        stop = first + len(features.pair_id)
+        features.set_gradient(name, grad[first:stop], step.device)
+        first = stop

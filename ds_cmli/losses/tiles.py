@@ -1,34 +1,44 @@
 """The pairs of a step with gradient caching, tile by tile.
 
-Shapes: K micro-batches of B pairs, P ranks, G = K * B * P texts, a tile of B images and T texts, N patches, M text
-positions, H student width, D embedding dimension.
+Shapes: K micro-batches of B pairs, P ranks, G = K * B * P texts, a tile of B images and T texts,
+N patches, M text positions, H student width, D embedding dimension.
 """
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 from torch import Tensor
 
 from ds_cmli.cmli import ring
 from ds_cmli.cmli.check import index_dtype
-from ds_cmli.cmli.ring import scores_from
+from ds_cmli.cmli.ring import Score
+from ds_cmli.common.probe import probe
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.losses.base import PairInputs
 from ds_cmli.losses.functions import duplicates
 from ds_cmli.losses.tile_statistics import COLUMNS, ROWS, TileStatistics
 
-# Fewest pairs of a tile of token scores, if the batch has as many: below, most of a tile's cost is to start it.
+# Fewest pairs of a tile of token scores, if the batch has as many: below, most of a tile's cost is
+# to start it.
 LEAST_PAIRS = 4096
 
-Chunk = tuple[int, Tensor | None, Tensor]  # of texts: (rank, their tokens, their mask)
+
+class TextChunk(NamedTuple):
+    """Texts whose pairs are processed together: all of them, or those of one rank in a ring."""
+
+    owner: int  # the rank
+    tokens: Tensor | None  # [.., M, D]; None if no loss compares tokens
+    mask: Tensor  # bool [.., M]
 
 
 @dataclass
 class Texts:
     """All G texts, normalised; ordered by rank, and for each rank by micro-batch.
 
-    With the ring exchange (`go_round`), `tokens` and `token_mask` are those of this rank's K * B texts only.
+    With the ring exchange (`go_round`), `tokens` and `token_mask` are those of this rank's K * B
+    texts only.
     """
 
     pair_id: Tensor  # int64 [G, 2]
@@ -37,16 +47,14 @@ class Texts:
     tokens: Tensor | None  # [G, M, D]
     go_round: bool
 
-    def chunks(self) -> Iterator[Chunk]:
-        """Yields (rank, its tokens, its mask) of each rank in turn in a ring, otherwise (0, all tokens, all masks).
-
-        Collective.
-        """
+    def chunks(self) -> Iterator[TextChunk]:
+        """Yields the chunk of each rank in turn in a ring, otherwise all texts as one. Collective."""
         if self.go_round:
             assert self.tokens is not None
-            yield from ring.chunks(self.tokens, self.token_mask, None)  # collective
+            for chunk in ring.chunks(self.tokens, self.token_mask, None):  # collective
+                yield TextChunk(*chunk)
         else:
-            yield 0, self.tokens, self.token_mask
+            yield TextChunk(0, self.tokens, self.token_mask)
 
 
 @dataclass
@@ -63,10 +71,10 @@ class Images:
         return slice(self.first, self.first + len(self.pair_id))
 
     def texts_of_a_tile(self, positions: int, byte_limit: int) -> int:
-        """T: as many texts as have argmax indices, or else scores, of at most `byte_limit`, but at least one.
+        """T: as many texts as have argmax indices, or else scores, of at most `byte_limit`.
 
-        Where tokens are compared a tile has no more pairs than a micro-batch, so it takes no more memory, except that
-        it has `LEAST_PAIRS`.
+        It is at least one. Where tokens are compared a tile has no more pairs than a micro-batch, so
+        it takes no more memory, except that it has `LEAST_PAIRS`.
         """
         B = len(self.pair_id)
         if self.patches is None:
@@ -76,63 +84,67 @@ class Images:
         return max(1, min(max(B, LEAST_PAIRS // B), byte_limit // indices))
 
 
-class Tile(PairInputs):
-    """B images and T texts.
+@dataclass(frozen=True)
+class FeatureGradients:
+    """Where the gradients of features are added up; None for what no loss compares."""
 
-    Args:
-        chunk: one of `texts.chunks()`.
-        part: which texts of the chunk the tile has.
-        known: whether the sums in `statistics` are complete. If so, the tile's features are leaves of a graph.
-    """
+    image_cls: Tensor | None  # [B, H], of the images of a micro-batch
+    patches: Tensor | None  # [B, N, D]
+    text_cls: Tensor | None  # [G, H], of all texts
+    tokens: Tensor | None  # [.., M, D], of the texts of a chunk
+
+
+class Tile(PairInputs):
+    """B images and T texts: the texts `part` of a chunk of `texts`."""
+
+    logsumexp: Callable[[Tensor, int], Tensor]  # given logits and the dimension
 
     def __init__(
         self,
         images: Images,
         texts: Texts,
-        chunk: Chunk,
+        chunk: TextChunk,
         part: slice,
-        statistics: TileStatistics,
-        score: Callable[..., tuple[Tensor, Tensor]],
+        score: Score,
         keep_duplicates: bool,
-        known: bool,
     ):
-        def leaf(x: Tensor | None) -> Tensor | None:
-            return None if x is None else x.detach().requires_grad_(known)
-
-        owner, tokens, mask = chunk
-        self.images, self.part, self.score, self.keep_duplicates = (
-            images,
-            part,
-            score,
-            keep_duplicates,
-        )
-        self.columns = slice(owner * len(mask) + part.start, owner * len(mask) + part.stop)
+        self.images, self.part = images, part
+        self.score, self.keep_duplicates = score, keep_duplicates
+        before = chunk.owner * len(chunk.mask)
+        self.columns = slice(before + part.start, before + part.stop)
         self.pair_ids = images.pair_id, texts.pair_id[self.columns]
-        self.image_cls, self.patches = leaf(images.cls), leaf(images.patches)
-        self.text_cls = leaf(None if texts.cls is None else texts.cls[self.columns])
-        self.tokens, self.token_mask = leaf(None if tokens is None else tokens[part]), mask[part]
-        self.of_this_rank = distributed.rank() * (len(texts.pair_id) // distributed.world_size())
-        statistics.begin_tile(images.rows, self.columns)
-        self.logsumexp = statistics.known if known else statistics.collect
+        self.image_cls, self.patches = images.cls, images.patches
+        self.text_cls = None if texts.cls is None else texts.cls[self.columns]
+        self.tokens = None if chunk.tokens is None else chunk.tokens[part]
+        self.token_mask = chunk.mask[part]
+        per_rank = len(texts.pair_id) // distributed.world_size()
+        self.of_this_rank = distributed.rank() * per_rank
+
+    def collect_into(self, statistics: TileStatistics) -> None:
+        """Let the losses add this tile to the sums over rows and columns."""
+        statistics.begin_tile(self.images.rows, self.columns)
+        self.logsumexp = statistics.collect
+
+    def differentiate(self, statistics: TileStatistics) -> None:
+        """Make the tile's features leaves of a graph, and take the complete sums."""
+        for name in ("image_cls", "patches", "text_cls", "tokens"):
+            x = getattr(self, name)
+            if x is not None:
+                setattr(self, name, x.detach().requires_grad_())
+        statistics.begin_tile(self.images.rows, self.columns)
+        self.logsumexp = statistics.known
 
     def leaves(self) -> list[Tensor]:
-        return [
-            x for x in (self.image_cls, self.patches, self.text_cls, self.tokens) if x is not None
-        ]
+        every = (self.image_cls, self.patches, self.text_cls, self.tokens)
+        return [x for x in every if x is not None]
 
-    def places(
-        self,
-        image_cls: Tensor | None,
-        patches: Tensor | None,
-        text_cls: Tensor | None,
-        tokens: Tensor | None,
-    ) -> list[Tensor]:
-        """What belongs to each of `leaves()` in tensors like those of the images, of all texts and of the chunk."""
-        of_texts = (
-            text_cls if text_cls is None else text_cls[self.columns],
-            tokens if tokens is None else tokens[self.part],
-        )
-        return [x for x in (image_cls, patches, *of_texts) if x is not None]
+    def places(self, sums: FeatureGradients) -> list[Tensor]:
+        """What belongs to each of `leaves()` in these sums."""
+        of_texts = [
+            None if sums.text_cls is None else sums.text_cls[self.columns],
+            None if sums.tokens is None else sums.tokens[self.part],
+        ]
+        return [x for x in (sums.image_cls, sums.patches, *of_texts) if x is not None]
 
     @property
     def first(self) -> int:
@@ -149,9 +161,8 @@ class Tile(PairInputs):
 
     @cached_property
     def cmli_scores(self) -> tuple[Tensor, Tensor]:
-        return scores_from(
-            self.columns.start, self.score, self.patches, self.tokens, self.token_mask
-        )
+        probe.texts_from(self.columns.start)
+        return self.score(self.patches, self.tokens, self.token_mask)
 
     def row_logsumexp(self, logits: Tensor) -> Tensor:
         return self.logsumexp(logits, ROWS)

@@ -19,10 +19,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ds_cmli.cmli import collectives
-from ds_cmli.cmli.ring import Transfer
 from ds_cmli.common.patches import environment as replaced_environment
 from ds_cmli.common.patches import patched, replaced
+from ds_cmli.common.probe import Probe, probe
 from ds_cmli.distributed import process_group as distributed
 
 Another = Callable[[Tensor], Callable[[], None]]
@@ -250,9 +249,28 @@ def _apply(
     return self
 
 
-def _delivered(transfer: Transfer) -> Tensor:
-    """Replaces `Transfer.wait`, because the fake process group gathers and sums, but delivers nothing."""
-    return transfer.received.copy_(transfer.sent)
+def _delivering(exchange: Callable[[list[dist.P2POp]], list[dist.Work]]) -> Callable:
+    """Replaces `batch_isend_irecv` by one that gives this rank what it sends to another one."""
+
+    def run(operations: list[dist.P2POp]) -> list[dist.Work]:
+        works = exchange(operations)
+        send, receive = operations
+        receive.tensor.copy_(send.tensor)
+        return works
+
+    return run
+
+
+class _EqualRanks(Probe):
+    """Answers for all ranks with the values of this one, as tensors hold no values."""
+
+    def __init__(self, answers: Answers, world_size: int):
+        self.answers, self.world_size = answers, world_size
+
+    def read_shapes(self, shapes: Tensor, own: torch.Size) -> list[list[int]]:
+        """Every rank's shape of texts [B, M, D], whose M is the longest of all ranks."""
+        B, M, D = own
+        return [[B, max(M, self.answers.positions), D]] * self.world_size
 
 
 @contextmanager
@@ -273,7 +291,7 @@ def process_group(world_size: int, rank: int = 0) -> Iterator[None]:
             replaced(sys, "excepthook", sys.excepthook)
         )  # the process group installs another one
         stack.enter_context(patched("torch: linear", lambda _: torch._C._nn.linear))
-        stack.enter_context(replaced(Transfer, "wait", _delivered))
+        stack.enter_context(patched("torch: messages", _delivering))
         dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
         stack.callback(distributed.shutdown)
         yield
@@ -298,12 +316,7 @@ def fake_world(
         # Ranks exchange some values about themselves. Here the values of all ranks are those of this rank.
         answers = Answers()
 
-        def shapes(x: Tensor, group: Any) -> list[list[int]]:
-            """Every rank's shape of texts [B, M, D], whose M is the longest of all ranks."""
-            collectives._all_gather(torch.tensor([x.shape], dtype=torch.int64), group)
-            return [[len(x), max(x.shape[1], answers.positions), x.shape[2]]] * world_size
-
-        stack.enter_context(replaced(collectives, "_all_shapes", shapes))
+        stack.enter_context(probe.subscribed(_EqualRanks(answers, world_size)))
 
         def compared(values: list[int]) -> None:
             dist.broadcast(torch.tensor(len(values)), src=0)

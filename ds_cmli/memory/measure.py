@@ -16,6 +16,7 @@ from ds_cmli.config.schema import Config
 from ds_cmli.data.batch import Batch
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.engine import TrainEngine
+from ds_cmli.losses.objective import Embed, Request, Whole
 from ds_cmli.memory import cpu_events, measure_cuda, predict_subprocess
 from ds_cmli.memory.report import Report, summarise
 from ds_cmli.memory.tracker import Tracker
@@ -78,14 +79,12 @@ def profiling_memory(
     done = 0
     with ExitStack() as measuring:
 
-        def seen(module: Any, inputs: tuple, keywords: dict[str, Any]) -> None:
-            if keywords.get("part") not in (
-                "compare",
-                "replay",
-            ):  # gradient caching: each batch counts once
-                texts.append(_lengths(inputs[0]))
+        def seen(module: Any, inputs: tuple[Request]) -> None:
+            request = inputs[0]
+            if isinstance(request, Whole | Embed):  # with gradient caching each batch counts once
+                texts.append(_lengths(request.batch))
 
-        hook = train_engine.objective.register_forward_pre_hook(seen, with_kwargs=True)
+        hook = train_engine.objective.register_forward_pre_hook(seen)
         measuring.callback(hook.remove)
         report = measuring.enter_context(
             _measuring(train_engine, {"preset": config.run.preset, "steps": steps})

@@ -1,62 +1,47 @@
-"""Reports when the phases of a training step begin, and its heartbeats, by hooks on the engine and the student."""
+"""Reports when the phases of a training step begin."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 
-from ds_cmli.common.patches import replaced
-from ds_cmli.data.batch import Batch
+from ds_cmli.common.probe import Probe, probe
 from ds_cmli.engine import TrainEngine
+
+AFTER = {"backward": "optimizer", "optimizer": "forward"}  # the phase that begins at a phase's end
+
+
+class _Phases(Probe):
+    def __init__(self, enter: Callable[[str], None]):
+        self.enter, self.now = enter, ""
+
+    def begin(self, phase: str) -> None:
+        self.now = phase
+        self.enter(phase)
+
+    @contextmanager
+    def step_phase(self, name: str) -> Iterator[None]:
+        self.begin(name)
+        try:
+            with super().step_phase(name):
+                yield
+        finally:
+            self.begin(AFTER[name])
+
+    def before_student(self, *_: object) -> None:
+        # Gradient caching runs several forward passes with no update between them.
+        if self.now != "forward":
+            self.begin("forward")
+
+    def after_student(self, *_: object) -> None:
+        self.begin("loss")
 
 
 @contextmanager
 def phases(train_engine: TrainEngine, enter: Callable[[str], None]) -> Iterator[None]:
-    """Inside, call `enter` with "forward", "loss", "backward" or "optimizer" whenever that phase of a step begins."""
-    engine, student = train_engine.engine, train_engine.objective.student
-
-    now = ""
-
-    def begin(phase: str) -> None:
-        nonlocal now
-        now = phase
-        enter(phase)
-
-    def before_student(*_) -> None:
-        if (
-            now != "forward"
-        ):  # gradient caching runs several forward passes with no `step` between them
-            begin("forward")
-
-    def around(method: Callable, phase: str, after: str) -> Callable:
-        def run(*args, **kwargs):
-            begin(phase)
-            try:
-                return method(*args, **kwargs)
-            finally:
-                begin(after)
-
-        return run
-
-    begin("forward")
+    """Inside, call `enter` with "forward", "loss", "backward" or "optimizer" as that phase begins."""
+    student, reported = train_engine.objective.student, _Phases(enter)
+    reported.begin("forward")
     with ExitStack() as stack:
-        stack.enter_context(
-            replaced(engine, "backward", around(engine.backward, "backward", "optimizer"))
-        )
-        stack.enter_context(replaced(engine, "step", around(engine.step, "optimizer", "forward")))
-        stack.callback(student.register_forward_pre_hook(before_student).remove)
-        stack.callback(student.register_forward_hook(lambda *_: begin("loss")).remove)
+        stack.enter_context(probe.subscribed(reported))
+        stack.callback(student.register_forward_pre_hook(reported.before_student).remove)
+        stack.callback(student.register_forward_hook(reported.after_student).remove)
         yield
-
-
-def heartbeats(train_engine: TrainEngine, beat: Callable[[], None]) -> AbstractContextManager[None]:
-    """Inside, also call `beat` at each heartbeat of a step, of which only one with gradient caching has any."""
-    step = train_engine.step
-
-    def run(micro_batches: Sequence[Batch], heartbeat: Callable[[], None] = lambda: None) -> Any:
-        def both() -> None:
-            heartbeat()
-            beat()
-
-        return step(micro_batches, both)
-
-    return replaced(train_engine, "step", run)

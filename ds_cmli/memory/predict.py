@@ -19,13 +19,15 @@ from ds_cmli.allocator import gpus
 from ds_cmli.allocator.allocator import CachingAllocator, replay
 from ds_cmli.allocator.blocks import Event
 from ds_cmli.cmli.token_keep import kept
-from ds_cmli.common.patches import patched, replaced
+from ds_cmli.common.patches import patched
+from ds_cmli.common.probe import probe
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.schema import Config, check, choice
 from ds_cmli.data.batch import Batch
+from ds_cmli.data.tokens import SpecialTokens
 from ds_cmli.distributed.traffic import Traffic
-from ds_cmli.memory.cache_on_host import kept_on_host
 from ds_cmli.memory.fake import convert_parameters, fake_world
+from ds_cmli.memory.host_memory import HostMemory
 from ds_cmli.memory.inputs import (
     UNCOMPILED,
     NotPredictable,
@@ -35,7 +37,7 @@ from ds_cmli.memory.inputs import (
     without_weights,
 )
 from ds_cmli.memory.phases import phases
-from ds_cmli.memory.repeated import repeated
+from ds_cmli.memory.repeated import Repeated
 from ds_cmli.memory.report import Report, summarise
 from ds_cmli.memory.tracker import Tracker
 
@@ -133,13 +135,13 @@ def predict(
     with (
         fake_world(world_size, cuda, tracker.another, rank) as answers,
         tracker,
-        recorded_from_the_engine_on(tracker, json, cuda, answers.enter),
         flattened_where_there_is_room(
             tracker, lambda: free_bytes(tracker, gpu, world_size) if cuda else 1 << 60
         ),
     ):
         tell("building the models and DeepSpeed's engine")
-        train_engine = engine.build(config, json, vocab_size, TOTAL_STEPS, device)
+        models = recorded_from_the_engine_on(tracker, json, cuda, answers.enter)
+        train_engine = engine.build(config, json, vocab_size, TOTAL_STEPS, device, models=models)
         sizes = [_own_parameters(module) for module in train_engine.objective.modules()]
         if scores is not None:
             train_engine.objective.score = scores  # type: ignore[assignment]
@@ -157,15 +159,13 @@ def predict(
                     batches = _StepBatches(
                         config, micro_batch, said or [None] * accumulation, answers, tracker
                     )
-                moved = replaced(Batch, "to", _copied(tracker)) if cuda else nullcontext()
-                on_host = (
-                    kept_on_host(tracker) if cuda and config.optim.cache_on_host else nullcontext()
-                )
-                with moved, on_host, watch(train_engine, number) as watched:
+                on_host = probe.subscribed(HostMemory(tracker)) if cuda else nullcontext()
+                with on_host, watch(train_engine, number) as watched:
                     traffic = watched if isinstance(watched, Traffic) else Traffic()
-                    with (
-                        repeated(tracker, train_engine, traffic) if texts is None else nullcontext()
-                    ):
+                    skipping: AbstractContextManager = nullcontext()
+                    if texts is None:
+                        skipping = probe.subscribed(Repeated(tracker, accumulation, traffic))
+                    with skipping:
                         train_engine.step(batches)
                 del batches
         events = tracker.events(host=not cuda)
@@ -238,16 +238,6 @@ class _StepBatches(list):
             self._tell(told)
 
 
-def _copied(tracker: Tracker) -> Callable[..., Batch]:
-    """A `Batch.to` that copies, as from the host to a GPU, although in a prediction both have the type "cpu"."""
-
-    def to(batch: Batch, device: Any, non_blocking: bool = False) -> Batch:
-        with tracker.scope("data"):
-            return batch._map(torch.clone)
-
-    return to
-
-
 def _own_parameters(module: nn.Module) -> int:
     # Under ZeRO-3 `numel` is not the size of the whole parameter.
     return sum(getattr(p, "ds_numel", p.numel()) for p in module.parameters(recurse=False))
@@ -278,34 +268,38 @@ def _pinned(ds_config: DeepSpeedConfig) -> DeepSpeedConfig:
     return DeepSpeedConfig(out)
 
 
-@contextmanager
 def recorded_from_the_engine_on(
     tracker: Tracker,
     ds_config: DeepSpeedConfig,
     cuda: bool,
     enter: Callable[[str], None] = lambda phase: None,
-) -> Iterator[None]:
-    """Inside, record from where the engine takes the models, built on the host, and call `enter("init")` there."""
-    dtype = engine.DTYPES[ds_config.precision]
-    build_models = engine.build_models
+) -> Callable[..., engine.Models]:
+    """What builds the models for `engine.build`, on the host.
 
-    def build(*arguments: Any, **options: Any) -> tuple[nn.Module, nn.Module | None]:
+    The tracker records from where the engine takes them; `enter("init")` is called there.
+    """
+    dtype = engine.DTYPES[ds_config.precision]
+
+    def cast(model: nn.Module | None) -> None:
+        convert_parameters(model, lambda parameter: parameter.to(dtype))
+
+    def models(
+        config: Config, vocab_size: int, special: SpecialTokens | None = None
+    ) -> engine.Models:
         with tracker.paused():
-            objective, teacher = build_models(*arguments, **options)
+            objective, teacher = engine.build_models(config, vocab_size, special=special)
             if cuda:  # both have been cast when they arrive on the device
-                for model in (objective, teacher):
-                    convert_parameters(model, lambda parameter: parameter.to(dtype))
+                cast(objective)
+                cast(teacher)
         enter("init")
         tracker.claim("parameters", [*objective.parameters(), *objective.buffers()])
         if not cuda:
             if teacher is not None:
                 tracker.claim("teacher", [*teacher.parameters(), *teacher.buffers()])
-            # Cast here, because the engine cannot cast fake tensors.
-            convert_parameters(objective, lambda parameter: parameter.to(dtype))
+            cast(objective)  # here, because the engine cannot cast fake tensors
         return objective, teacher
 
-    with replaced(engine.building, "build_models", build):
-        yield
+    return models
 
 
 def free_bytes(tracker: Tracker, gpu: str, world_size: int) -> int:

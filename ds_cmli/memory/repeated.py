@@ -5,13 +5,12 @@ As soon as two consecutive ones have left the same events in the tracker's log, 
 not run: the events are copied, with new blocks. So the time of a prediction hardly depends on the number of
 micro-batches, and its bytes are those of the whole step.
 
-The turns of a uniform loop (`common/uniform.py`) between its first and its last ones are skipped too. Each of them
+The turns of a uniform loop (`Probe.turns`) between its first and its last ones are skipped too. Each of them
 frees what it allocates, so that nothing needs to be copied: the ranks of a ring that exchanges texts, and the tiles of
 pairs in which losses are computed from cached features.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
@@ -20,12 +19,10 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 
-from ds_cmli.common import uniform
-from ds_cmli.common.patches import replaced
+from ds_cmli.common.probe import Item, Probe, Result
 from ds_cmli.data.batch import Batch
 from ds_cmli.distributed.traffic import Counts, Traffic
-from ds_cmli.engine import TrainEngine, gradient_caching
-from ds_cmli.engine.gradient_caching import RandomState
+from ds_cmli.engine.gradient_caching import CachedBatch
 from ds_cmli.memory.tracker import Tracker
 
 # Whose block an event is about: one of the same call, of the call before it, of a tensor that was passed to the call,
@@ -34,41 +31,38 @@ HERE, BEFORE, GIVEN, ELSEWHERE = "here", "before", "given", "elsewhere"
 TURNS = 5  # of a uniform loop that are run, besides the last two
 
 
-@contextmanager
-def repeated(tracker: Tracker, train_engine: TrainEngine, traffic: Traffic) -> Iterator[None]:
-    """Inside, a step of `train_engine` runs only those of its micro-batches that differ.
+class Repeated(Probe):
+    """Runs only those of a step's micro-batches, and turns of its uniform loops, that differ.
 
     Args:
-        tracker: attached to `train_engine`; the micro-batches of the step must have equal shapes.
-        traffic: counts the step's traffic, including that of the micro-batches that are not run.
+        tracker: attached to the engine; the micro-batches of the step must have equal shapes.
+        accumulation: the number of micro-batches of the step.
+        traffic: counts the step's traffic, including that of what is not run.
     """
-    with ExitStack() as stack:
-        for owner, name in (
-            (gradient_caching, "embed"),
-            (gradient_caching, "replay"),
-            (train_engine, "_backward"),
-        ):
-            each = _Repeated(getattr(owner, name), tracker, train_engine.accumulation, traffic)
-            stack.enter_context(replaced(owner, name, each))
-        stack.enter_context(replaced(uniform, "turns", _few_turns(traffic)))
-        yield
 
+    def __init__(self, tracker: Tracker, accumulation: int, traffic: Traffic):
+        self.tracker, self.accumulation, self.traffic = tracker, accumulation, traffic
+        self.functions: dict[str, _Repeated] = {}
 
-def _few_turns(traffic: Traffic) -> Callable[[Sequence], Iterator]:
-    """In the place of `uniform.turns`: only the first and the last turns, with the traffic of all."""
-
-    def turns(items: Sequence) -> Iterator:
+    def turns(self, items: Sequence[Item]) -> Iterator[Item]:
+        """Only the first and the last turns, with the traffic of all."""
         skipped = range(TURNS, len(items) - 2)
         before: Counts = {}
         for number, item in enumerate(items):
             if number == TURNS - 1:
-                before = deepcopy(traffic.counts)
+                before = deepcopy(self.traffic.counts)
             if number == TURNS:
-                traffic.add(traffic.since(before), len(skipped))
+                self.traffic.add(self.traffic.since(before), len(skipped))
             if number not in skipped:
                 yield item
 
-    return turns
+    def alike(self, function: Callable[..., Result], *arguments: object) -> Result:
+        name = function.__qualname__
+        if name not in self.functions:
+            self.functions[name] = _Repeated(
+                function, self.tracker, self.accumulation, self.traffic
+            )
+        return self.functions[name](*arguments)
 
 
 @dataclass
@@ -254,8 +248,8 @@ class _Repeated:
         result = self._like(run, given, first)
         self.first = first
         for each in args:
-            if isinstance(each, list):  # the function would have taken its features out of the list
-                each.clear()
+            if isinstance(each, CachedBatch):  # pass 2 would have taken its features
+                each.features = None
         return result
 
     def _like(self, run: _Run, given: list[Tensor], first: int) -> Any:
@@ -319,4 +313,4 @@ def _tensors(value: Any) -> list[Tensor]:
 
 def _given(args: tuple) -> list[Tensor]:
     """The tensors of a call's own micro-batch; its other arguments are the same in every call."""
-    return _tensors([each for each in args if isinstance(each, (Batch, RandomState, list, Tensor))])
+    return _tensors([each for each in args if isinstance(each, Batch | CachedBatch)])

@@ -18,12 +18,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ds_cmli.allocator.blocks import Event
-from ds_cmli.cmli import collectives
-from ds_cmli.cmli import ring as cmli_ring
 from ds_cmli.common.patches import replaced
-from ds_cmli.data.batch import Batch
+from ds_cmli.common.probe import Probe, probe
 from ds_cmli.engine import TrainEngine
-from ds_cmli.losses import tiles
 from ds_cmli.losses.cached import PairFeatures
 from ds_cmli.memory.owners import HOST, is_offloaded, owners
 from ds_cmli.memory.phases import phases
@@ -50,7 +47,7 @@ GATHERS = (
 )
 
 
-class Tracker(TorchDispatchMode):
+class Tracker(TorchDispatchMode, Probe):
     """Records while it is entered. Enter it before the model moves to the device, then `attach` it to the engine.
 
     Args:
@@ -97,25 +94,7 @@ class Tracker(TorchDispatchMode):
         self._replaced = ExitStack()
 
     def __enter__(self):
-        gather, ring_scores = collectives._GatherWithGradient, cmli_ring._RingScores
-        for owner, name, category in (
-            (collectives, "_all_gather", "exchanged text"),
-            (gather, "backward", "exchanged text"),
-            (cmli_ring, "pack", "exchanged text"),
-            (cmli_ring, "buffer_like", "exchanged text"),
-            (ring_scores, "forward", "CMLI op"),
-            (ring_scores, "backward", "CMLI op"),
-        ):
-            scoped = self._scoped(getattr(owner, name), category)
-            self._replaced.enter_context(
-                replaced(owner, name, staticmethod(scoped) if isinstance(owner, type) else scoped)
-            )
-        for module, name in (
-            (cmli_ring, "scores_from"), (cmli_ring, "gradients_from"), (tiles, "scores_from")
-        ):  # fmt: skip
-            self._replaced.enter_context(
-                replaced(module, name, self._located(getattr(module, name)))
-            )
+        self._replaced.enter_context(probe.subscribed(self))
         if (
             self.workspaces
         ):  # checkpointing saves the generator's state for each layer, and no operator returns it
@@ -238,22 +217,20 @@ class Tracker(TorchDispatchMode):
         """Inside, allocations belong to `category`."""
         before, self._scope = self._scope, category
         try:
-            yield
+            with super().scope(category):
+                yield
         finally:
             self._scope = before
+
+    def texts_from(self, first: int) -> None:
+        self.first_text = first
+        super().texts_from(first)
 
     def _seen(self, function: Callable[[], Tensor]) -> Callable[[], Tensor]:
         def run() -> Tensor:
             tensor = function()
             self._see(tensor, None, function.__name__)
             return tensor
-
-        return run
-
-    def _located(self, function: Callable) -> Callable:
-        def run(first: int, *args):
-            self.first_text = first
-            return function(first, *args)
 
         return run
 
@@ -327,13 +304,6 @@ class Tracker(TorchDispatchMode):
                 )
             if is_offloaded(optimizer):
                 stack.enter_context(replaced(inner, "step", self._scoped(inner.step, HOST)))
-            if train_engine.teacher is not None:
-                teacher = train_engine.teacher
-                stack.enter_context(
-                    replaced(
-                        teacher, "forward", self._scoped(teacher.forward, "activations teacher")
-                    )
-                )
             kept = train_engine.objective.register_forward_hook(self._claim_cached)
             stack.callback(kept.remove)
             stack.enter_context(phases(train_engine, enter))
@@ -344,7 +314,7 @@ class Tracker(TorchDispatchMode):
         """As `attach`; each batch that the objective receives is also claimed, as "data"."""
         hook = train_engine.objective.register_forward_pre_hook(
             lambda _, inputs: self.claim(
-                "data", vars(inputs[0]).values() if isinstance(inputs[0], Batch) else ()
+                "data", vars(inputs[0].batch).values() if hasattr(inputs[0], "batch") else ()
             )
         )
         try:

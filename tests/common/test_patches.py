@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ds_cmli.common.patches import PATCHES, ZERO, environment, patched, replaced
 from ds_cmli.engine.building import use_no_compiler
-from ds_cmli.memory.fake import fake_world
+from ds_cmli.memory.fake import fake_world, process_group
 
 
 class Base:
@@ -147,6 +147,15 @@ def modules_without_data_are_converted() -> bool:
         return held() is layer.weight is weight
 
 
+def a_fake_group_delivers_messages() -> bool:
+    with process_group(2):
+        sent, received = torch.ones(2), torch.zeros(2)
+        send, receive = dist.P2POp(dist.isend, sent, 1), dist.P2POp(dist.irecv, received, 1)
+        for work in send.op(sent, 1), receive.op(received, 1):
+            work.wait()
+        return received.equal(sent)
+
+
 def a_copy_to_the_host_is_another_tensor() -> bool:
     with FakeTensorMode():
         tensor = torch.ones(2)
@@ -203,6 +212,7 @@ NO_LONGER_NEEDED = {
     "torch: linear": zero_3_leaves_linear_alone,
     "torch: module conversion": modules_without_data_are_converted,
     "torch: copy to the host": a_copy_to_the_host_is_another_tensor,
+    "torch: messages": a_fake_group_delivers_messages,
     "torch: collectives": gloo_has_released_its_tensors,
     "torch: scattering collectives": gloo_has_released_its_tensors,
 }

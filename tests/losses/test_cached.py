@@ -10,7 +10,7 @@ import torch
 
 from ds_cmli.cmli import cmli_scores
 from ds_cmli.config.presets import load_preset
-from ds_cmli.losses.cached import PairFeatures, pair_gradients
+from ds_cmli.losses.cached import CachedStep, PairFeatures, PairLosses, pair_gradients
 from ds_cmli.losses.objective import Objective
 from ds_cmli.memory.inputs import longest_batch
 from ds_cmli.models.student import Student
@@ -38,7 +38,7 @@ def features(objective):
     for k in range(K):
         mask = torch.arange(M) < torch.randint(2, M + 1, (B, 1))
         pair_id = torch.arange(k * B, (k + 1) * B)[:, None].expand(B, 2)
-        out.append(PairFeatures(mask, pair_id, randn(B, H), randn(B, H), randn(B, N, D), randn(B, M, D)))
+        out.append(PairFeatures(randn(B, H), randn(B, H), randn(B, N, D), randn(B, M, D), mask, pair_id))
     return out
 
 
@@ -63,7 +63,8 @@ def computed(objective, argmax_bytes, weights=None):
 
     weights = weights or objective.config.weights
     losses = {name: objective.losses[name] for name in weights}
-    found = pair_gradients(losses, weights, cached, score, torch.device("cpu"), 1.0, argmax_bytes)
+    pairs = PairLosses(losses, weights, score, argmax_bytes)
+    found = pair_gradients(pairs, CachedStep(cached, torch.device("cpu")))
     return found, [x for each in cached for x in each.tensors()], texts
 
 

@@ -4,6 +4,7 @@ from contextlib import nullcontext
 
 import pytest
 
+from ds_cmli.common.probe import Probe
 from ds_cmli.config.presets import load_preset
 from ds_cmli.distributed.traffic import Traffic
 
@@ -32,7 +33,7 @@ def predicted(setting, monkeypatch, *, whole):
 
     with monkeypatch.context() as patch:
         if whole:
-            patch.setattr(module, "repeated", lambda *arguments: nullcontext())
+            patch.setattr(module, "Repeated", lambda *arguments: Probe())
         found = module.predict(config, ds_config, ranks, target=target, watch=watch)
     return found, traffic.counts, len(forwards)
 

@@ -1,0 +1,95 @@
+"""What training reports while it runs: the only place where prediction and measurement reach into it.
+
+Training calls the methods of `probe`, the head of a chain of subscribers. With no subscriber they do
+what training does, which is almost nothing. The memory tracker, the meter of the speed and the
+counter of traffic subscribe to the events. The prediction of memory, whose tensors hold no data, also
+answers the questions below in another way: it runs fewer turns of a loop, and makes a copy where a
+tensor would move to another device.
+
+It lies below all rooms because the all-pairs op and its exchange between ranks report to it too.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+Item, Result = TypeVar("Item"), TypeVar("Result")
+
+
+class Probe:
+    """A subscriber. What it does not override goes on to the one that subscribed before it."""
+
+    below: "Probe | None" = None
+
+    @contextmanager
+    def subscribed(self, subscriber: "Probe") -> Iterator[None]:
+        """Inside, `subscriber` is told, before those that have subscribed earlier."""
+        subscriber.below, self.below = self.below, subscriber
+        try:
+            yield
+        finally:
+            above = self
+            while above.below is not subscriber:
+                assert above.below is not None, "it is no longer subscribed"
+                above = above.below
+            above.below, subscriber.below = subscriber.below, None
+
+    # --- events
+
+    def scope(self, category: str) -> AbstractContextManager[object]:
+        """Enter a context in which all that is allocated belongs to a category of a memory report."""
+        return nullcontext() if self.below is None else self.below.scope(category)
+
+    def step_phase(self, name: str) -> AbstractContextManager[object]:
+        """Enter a context that is a step's "backward" or "optimizer"."""
+        return nullcontext() if self.below is None else self.below.step_phase(name)
+
+    def exchanging(self) -> AbstractContextManager[object]:
+        """Enter a context that exchanges texts, or their gradients, between ranks."""
+        return nullcontext() if self.below is None else self.below.exchanging()
+
+    def texts_from(self, first: int) -> None:
+        """Report the place, among the texts of all ranks, of the first one in the op's next call."""
+        if self.below is not None:
+            self.below.texts_from(first)
+
+    # --- questions that a prediction answers in another way
+
+    def turns(self, items: Sequence[Item]) -> Iterator[Item]:
+        """Iterate over a loop whose turns all allocate, free and send the same amounts."""
+        return iter(items) if self.below is None else self.below.turns(items)
+
+    def alike(self, function: Callable[..., Result], *arguments: object) -> Result:
+        """Call a function that each micro-batch of a step calls once, with the same amounts."""
+        if self.below is None:
+            return function(*arguments)
+        return self.below.alike(function, *arguments)
+
+    def to_device(
+        self, x: Tensor, device: torch.device | str, non_blocking: bool = False
+    ) -> Tensor:
+        """Move a tensor from the host to the device that trains."""
+        if self.below is None:
+            return x.to(device, non_blocking=non_blocking)
+        return self.below.to_device(x, device, non_blocking)
+
+    def to_host(self, x: Tensor) -> Tensor:
+        """Move a tensor to the host. CPU-GPU sync."""
+        return x.to("cpu") if self.below is None else self.below.to_host(x)
+
+    def overwrite_on_host(self, x: Tensor, value: Tensor) -> None:
+        """Overwrite a tensor on the host by one of the device. CPU-GPU sync."""
+        if self.below is None:
+            x.copy_(value)
+        else:
+            self.below.overwrite_on_host(x, value)
+
+    def read_shapes(self, shapes: Tensor, own: torch.Size) -> list[list[int]]:
+        """Read the gathered shapes of all ranks' texts, one of which is `own`. CPU-GPU sync."""
+        return shapes.tolist() if self.below is None else self.below.read_shapes(shapes, own)
+
+
+probe = Probe()
