@@ -129,13 +129,15 @@ def add(*options: Callable) -> Callable:
 
 
 def resolve_config(preset: str, settings: tuple[str, ...], options: dict[str, Any]) -> Config:
-    """The preset's configuration, overridden by the options that were given. Prints which settings have no effect.
+    """The preset's configuration, overridden by the options that were given. Prints which settings
+    have no effect.
 
-    `options` are the values of `WHAT`, and of `OUTPUT` if the command has it, without `preset`, `settings` and
-    `deepspeed_config`.
+    `options` are the values of `WHAT`, and of `OUTPUT` if the command has it, without `preset`,
+    `settings` and `deepspeed_config`.
 
     Raises:
-        UserError: `Config.from_dict` refuses a setting, or a setting is given twice with different values.
+        UserError: `Config.from_dict` refuses a setting, or a setting is given twice with different
+            values.
     """
     overrides = parse_settings(settings)
     given = {
@@ -191,7 +193,9 @@ def tell_beside_json(
 
 
 def how_given(settings: tuple[str, ...], options: dict[str, Any]) -> dict[str, str]:
-    """The settings of the command line and how each was given: `{"data.prefetch": "--set data.prefetch"}`."""
+    """The settings of the command line and how each was given: `{"data.prefetch": "--set
+    data.prefetch"}`.
+    """
     overrides = with_new_names(parse_settings(settings))
     by_set = (f"{section}.{key}" for section, values in overrides.items() for key in values)
     given = {name: f"--set {name}" for name in by_set}
@@ -224,7 +228,8 @@ def check_trackers(names: Sequence[str]) -> None:
 
 
 def check_early(config: Config, ds_config: DeepSpeedConfig, resume: str, profiles: Any) -> None:
-    """Check what would otherwise be refused only after imports that take seconds. Raises `UserError`.
+    """Check what would otherwise be refused only after imports that take seconds. Raises
+    `UserError`.
 
     `profiles` is a `memory.profiler.Profiles`.
     """

@@ -56,7 +56,7 @@ def _places(ds_config: Mapping[str, Any]) -> Iterator[tuple[str, str, Path]]:
 
 
 def _try(place: Path, folder: bool) -> None:
-    """Make the file, or one in the folder, and remove what is new. Raises `OSError`, `ValueError`."""
+    """Make the file, or one in the folder, and remove what is new; may raise any error of it."""
     made = [path for path in (place, *place.parents) if not path.exists()]
     try:
         (place if folder else place.parent).mkdir(parents=True, exist_ok=True)
