@@ -115,7 +115,7 @@ class SourceEntry:
     in_folder: bool = False  # whether a folder may be given instead of all such files in it
     # The kind of the files of the same names, without pictures, that may lie beside its own.
     companion: str = ""
-    # The package that reads it, if that does not come with this one, and the extra that installs it.
+    # The package that reads it, if it does not come with this one, and the extra that installs it.
     package: str = ""
     extra: str = ""
     # The fields of `DataConfig` that only some kinds read, this one among them.
