@@ -52,28 +52,32 @@ def charts(runs: Sequence[RunFiles]) -> dict[str, str]:
     for group, pattern in GROUPS.items():
         found = chosen(runs, pattern)
         for chart in found:
-            out[f"{group}: {chart.title}" if len(found) > 1 else group] = draw(chart)
+            title = group if len(found) == 1 else f"{group}: {chart.title}"
+            out[title] = draw(chart)
     return out
 
 
 def chosen(runs: Sequence[RunFiles], pattern: str) -> list[Chart]:
     """The charts of the columns that match."""
     found: dict[str, Chart] = {}
-    short = all(len(run.name) <= LONGEST for run in runs)
+    several = len(runs) > 1
+    short = max(len(run.name) for run in runs) <= LONGEST
     for column in columns_of(runs):
         if not re.fullmatch(pattern, column) or f"/{CHANCE}/" in column:
             continue
         title, label = named(column)
-        if len(runs) > 1:
+        if several:
             title = f"{title}, {label}"
         for number, run in enumerate(runs):
             steps, values = run.curve(column)
             if not steps:
                 continue
-            if len(runs) > 1:
-                label = run.name if short else str(number + 1)
             chart = found.setdefault(title, Chart(title, chance=chance(runs, column)))
-            colour, style = plots.line(number if len(runs) > 1 else len(chart.series))
+            if several:
+                label = run.name if short else str(number + 1)
+                colour, style = plots.line(number)
+            else:
+                colour, style = plots.line(len(chart.series))
             chart.series.append(Series(label, colour, style, steps, values))
     return list(found.values())
 

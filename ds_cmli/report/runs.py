@@ -14,10 +14,8 @@ from ds_cmli.config.settings import flatten
 
 # Former endings of column names, which runs of earlier versions have written, and the present ones.
 FORMER = {"/pointing": "/pointing_game"}
-NOT_A_SETTING = (
-    "run.seed",
-    "run.output_dir",
-)  # settings that may differ between the runs of a group
+# Settings that may differ between the runs of a group.
+NOT_A_SETTING = ("run.seed", "run.output_dir")
 
 
 @dataclass
@@ -26,47 +24,50 @@ class RunFiles:
 
     folder: Path
     name: str  # on the page, where no other run has it
-    settings: dict[
-        str, Any
-    ]  # by "section.name"; those of the DeepSpeed JSON are in the section "deepspeed"
+    settings: dict[str, Any]  # by "section.name"; "deepspeed" is the section of the DeepSpeed JSON
     metrics: list[dict[str, Any]]  # the objects of metrics.jsonl
     memory: dict[str, Any] | None  # the content of memory.json, if the run has measured its memory
 
     def curve(self, column: str) -> tuple[list[int], list[float]]:
         """The steps and values of one column, without values that are not finite."""
-        points = [(line["step"], line[column]) for line in self.metrics if column in line]
-        points = [(s, v) for s, v in points if isinstance(v, int | float) and math.isfinite(v)]
-        return [s for s, _ in points], [v for _, v in points]
+        steps, values = [], []
+        for line in self.metrics:
+            value = line.get(column)
+            if isinstance(value, int | float) and math.isfinite(value):
+                steps.append(line["step"])
+                values.append(value)
+        return steps, values
 
     def last(self, prefix: str) -> dict[str, Any]:
         """The last value of every column whose name begins with `prefix`."""
         out: dict[str, Any] = {}
         for line in self.metrics:
-            out |= {name: value for name, value in line.items() if name.startswith(prefix)}
+            for name, value in line.items():
+                if name.startswith(prefix):
+                    out[name] = value
         return out
 
 
 def read_all(folders: Sequence[str]) -> list[RunFiles]:
-    """Read runs, each named by its folder, or by the path as given where several folders have that
-    name.
+    """Read runs, each named by its folder, or by the path as given if several have that name.
 
-    Raises `UserError` if one is no run, or is given twice.
+    Raises:
+        UserError: one is no run, or is given twice.
     """
-    whole = [Path(folder).resolve() for folder in folders]
-    for folder, path in zip(folders, whole, strict=True):
-        if whole.count(path) > 1:
-            raise UserError(f"RUN has {folder!r} twice: give each run once")
-    names = [path.name for path in whole]
-    unique = len(set(names)) == len(names)
-    return [
-        read(folder, name if unique else folder)
-        for folder, name in zip(folders, names, strict=True)
-    ]
+    paths: dict[Path, str] = {}
+    for folder in folders:
+        path = Path(folder).resolve()
+        if path in paths:
+            raise UserError(f"RUN has {paths[path]!r} twice: give each run once")
+        paths[path] = folder
+    unique = len({path.name for path in paths}) == len(paths)
+    return [read(folder, path.name if unique else folder) for path, folder in paths.items()]
 
 
 def read(folder: str | Path, name: str = "") -> RunFiles:
     """Read a run's folder, by default by its own name; raises `UserError` if it is not one."""
     folder = Path(folder)
+    run = f"RUN is {str(folder)!r}"
     config = load_config(folder / "config.json", "RUN").to_dict()
     content = json.loads((folder / "config.json").read_text())
     settings = flatten({**config, "deepspeed": content.get("deepspeed", {})})
@@ -79,12 +80,10 @@ def read(folder: str | Path, name: str = "") -> RunFiles:
                 metrics.append({_column(name): value for name, value in values.items()})
     except FileNotFoundError:
         raise UserError(
-            f"RUN is {str(folder)!r}: it has no metrics.jsonl; give a run that has taken a step"
+            f"{run}: it has no metrics.jsonl; give a run that has taken a step"
         ) from None
     except (OSError, ValueError) as error:
-        raise UserError(
-            f"RUN is {str(folder)!r}: its metrics.jsonl cannot be read: {error}"
-        ) from None
+        raise UserError(f"{run}: its metrics.jsonl cannot be read: {error}") from None
     return RunFiles(folder, name or folder.resolve().name, settings, metrics, _memory(folder))
 
 
@@ -100,8 +99,11 @@ def _memory(folder: Path) -> dict[str, Any] | None:
 
 
 def _column(name: str) -> str:
-    former = next((end for end in FORMER if name.startswith("eval/") and name.endswith(end)), None)
-    return name if former is None else name.removesuffix(former) + FORMER[former]
+    """The present name of a column."""
+    for former, present in FORMER.items():
+        if name.startswith("eval/") and name.endswith(former):
+            return name.removesuffix(former) + present
+    return name
 
 
 def columns_of(runs: Sequence[RunFiles]) -> dict[str, None]:
@@ -114,27 +116,27 @@ def columns_of(runs: Sequence[RunFiles]) -> dict[str, None]:
 
 
 def groups(runs: Sequence[RunFiles]) -> list[list[RunFiles]]:
-    """Groups of runs whose settings are equal except for the seed, in the order of their first run."""
+    """Groups of runs that differ only in their seed, in the order of their first run."""
     out: dict[str, list[RunFiles]] = {}
     for run in runs:
-        settings = {
-            name: value for name, value in run.settings.items() if name not in NOT_A_SETTING
-        }
+        settings = dict(run.settings)
+        for name in NOT_A_SETTING:
+            settings.pop(name, None)
         out.setdefault(json.dumps(settings, sort_keys=True, default=str), []).append(run)
     return list(out.values())
 
 
 def differing(runs: Sequence[RunFiles]) -> dict[str, list[Any]]:
-    """The settings that are not the same in all runs, with the value of each run, or None if it has
-    none.
-    """
-    names = dict.fromkeys(name for run in runs for name in run.settings)
-    rows = {
-        name: [run.settings.get(name) for run in runs] for name in names if name != "run.output_dir"
-    }
-    return {
-        name: values for name, values in rows.items() if any(value != values[0] for value in values)
-    }
+    """The settings that differ, with the value of each run, or None if it has none."""
+    names: dict[str, None] = {}
+    for run in runs:
+        names |= dict.fromkeys(run.settings)
+    out = {}
+    for name in names:
+        values = [run.settings.get(name) for run in runs]
+        if name != "run.output_dir" and values.count(values[0]) < len(values):
+            out[name] = values
+    return out
 
 
 @dataclass(frozen=True)
@@ -150,7 +152,9 @@ class Mean:
 
     def shown(self, share: bool = False) -> str:
         """As percent, or with three significant digits."""
-        return self._as(".1%" if share else ",.3g" if abs(self.value) < 1000 else ",.0f")
+        if share:
+            return self._as(".1%")
+        return self._as(",.3g" if abs(self.value) < 1000 else ",.0f")
 
     def _as(self, form: str) -> str:
         value = format(self.value, form)
@@ -158,5 +162,7 @@ class Mean:
 
 
 def mean(values: Sequence[float]) -> Mean:
-    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+    error = None
+    if len(values) > 1:
+        error = statistics.stdev(values) / math.sqrt(len(values))
     return Mean(statistics.fmean(values), error, len(values))
