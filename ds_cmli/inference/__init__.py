@@ -7,8 +7,7 @@ texts)["combined"].t2i  # [I, J], ranks images for a text; i2t: texts for an ima
 """
 
 from ds_cmli.cmli.pair_scores import Match
-from ds_cmli.inference.index import Index, Result
+from ds_cmli.inference.index import Index, Result, topk
 from ds_cmli.inference.model import ImageEmbeddings, Model, TextEmbeddings
-from ds_cmli.inference.topk import topk
 
 __all__ = ["ImageEmbeddings", "Index", "Match", "Model", "Result", "TextEmbeddings", "topk"]

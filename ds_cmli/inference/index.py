@@ -1,14 +1,12 @@
-"""An index of pictures on disk that is searched by text: global scores choose candidates, which
-CMLI then orders.
+"""An index of pictures on disk that is searched by text: global scores choose, CMLI orders.
 
-Shapes: I images, N image patches, H hidden size, D embedding dimension.
+Shapes: I images, J texts, N image patches, H hidden size, D embedding dimension, k results.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,13 +17,13 @@ from ds_cmli.cmli import cmli_scores
 from ds_cmli.cmli.contrastive import upcast
 from ds_cmli.cmli.pair_scores import combined
 from ds_cmli.common.errors import UserError
-from ds_cmli.inference.model import ImageEmbeddings, Model, Picture, TextEmbeddings, list_pictures
-from ds_cmli.inference.topk import topk
+from ds_cmli.inference.model import Model, Picture, TextEmbeddings, list_pictures
 
 FILE, VERSION = "index.json", 1
 EXACT = 2000  # up to this number of images, all of them are scored by CMLI
 CANDIDATES = 200  # in a larger index, as many of the best by global score are scored by CMLI
 AT_A_TIME = 512  # number of images whose patches are read from disk at a time
+BLOCK = 1 << 22  # number of scores in memory at a time: 16 MB in fp32
 
 
 @dataclass(frozen=True)
@@ -39,8 +37,7 @@ class Result:
 
 
 class Index:
-    """Embeddings of pictures in a folder of their own, in fp16 and memory-mapped, so that they may
-    exceed the memory.
+    """Embeddings of pictures in a folder, in fp16 and memory-mapped: they may exceed the memory.
 
     A picture takes 2 * (H + N * D) bytes.
     """
@@ -48,6 +45,7 @@ class Index:
     def __init__(self, folder: str | Path):
         """Open the index in a folder; raises `UserError` if there is none."""
         self.folder = Path(folder)
+        where = f"the index is {str(folder)!r}"
         try:
             content = json.loads((self.folder / FILE).read_text())
             if content["version"] != VERSION:
@@ -60,13 +58,9 @@ class Index:
             if not len(self.names) == len(self.cls) == len(self.patches):
                 raise ValueError("its parts differ in length")
         except FileNotFoundError:
-            raise UserError(
-                f"the index is {str(folder)!r}: none is there; make one with --build PICTURES"
-            ) from None
+            raise UserError(f"{where}: none is there; make one with --build PICTURES") from None
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(
-                f"the index is {str(folder)!r}, which cannot be read ({error}): build it anew"
-            ) from None
+            raise UserError(f"{where}, which cannot be read ({error}): build it anew") from None
 
     @classmethod
     def build(
@@ -78,55 +72,45 @@ class Index:
         batch_size: int = 32,
         progress: bool = False,
     ) -> tuple["Index", list[str]]:
-        """Embed pictures into a new index. Returns it, and a line for each picture that was left
-        out as unreadable.
+        """Embed pictures into a new index.
+
+        Returns:
+            The index, and a line for each picture that was left out as unreadable.
 
         Raises:
             UserError: none of the pictures can be read, or the folder cannot be written.
         """
         folder = Path(folder)
-        files: Sequence[Picture] = (
-            list_pictures(pictures) if isinstance(pictures, str | Path) else pictures
-        )
+        files: Sequence[Picture]
+        files = list_pictures(pictures) if isinstance(pictures, str | Path) else pictures
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / FILE).unlink(
-                missing_ok=True
-            )  # no index is found here until the new one is complete
+            # No index is found here until the new one is complete.
+            (folder / FILE).unlink(missing_ok=True)
         except OSError as error:
             raise UserError(
                 f"the index is {str(folder)!r}: cannot write there: {error.strerror}"
             ) from None
-        arrays: tuple[Any, Any] | None = None
+        arrays = _Arrays(folder, len(files))
         names: list[str] = []
         refused: list[str] = []
-        for start in tqdm(
-            range(0, len(files), batch_size), "images", disable=not progress, leave=False
-        ):
-            images, batch = [], []
+        starts = range(0, len(files), batch_size)
+        for start in tqdm(starts, "images", disable=not progress, leave=False):
+            images: list[Picture] = []
             for number, file in enumerate(files[start : start + batch_size], start):
                 try:
                     images.append(model.read(file))
-                    batch.append(str(file) if isinstance(file, str | Path) else str(number))
+                    names.append(str(file) if isinstance(file, str | Path) else str(number))
                 except UserError as error:
                     refused.append(str(error))
-            if not images:
-                continue
-            found = model.embed_images(images, batch_size)
-            if arrays is None:
-                arrays = _files(folder, len(files), found)
-            arrays[0][len(names) : len(names) + len(batch)] = found.cls.half().numpy()
-            arrays[1][len(names) : len(names) + len(batch)] = found.patches.half().numpy()
-            names += batch
-        if arrays is None:
+            if images:
+                found = model.embed_images(images, batch_size)
+                arrays.append(found.cls, found.patches)
+        if not names:
             raise UserError(
                 f"none of the {len(files)} pictures can be read, for instance: {refused[0]}"
             )
-        for array, name in zip(arrays, ("cls.npy", "patches.npy"), strict=True):
-            array.flush()
-            if len(names) < len(files):  # some pictures were left out
-                np.save(folder / f"short-{name}", array[: len(names)])
-                (folder / f"short-{name}").replace(folder / name)
+        arrays.close()
         content = {"version": VERSION, "model": str(model_path), "names": names}
         content["weights"] = model.digest
         (folder / FILE).write_text(json.dumps(content))
@@ -140,25 +124,24 @@ class Index:
         images = torch.from_numpy(self.cls[columns].astype(np.float32))
         return upcast(texts.cls[rows]) @ images.t()
 
-    def cmli_scores(self, texts: TextEmbeddings, numbers: Tensor) -> Tensor:
-        """s_t2i, by which images are ranked for a text, fp32 [images of `numbers`, texts]."""
+    def cmli_scores(self, texts: TextEmbeddings, j: int, numbers: Tensor) -> Tensor:
+        """s_t2i, by which images are ranked for text j, fp32 [images of `numbers`]."""
+        tokens, mask = texts.tokens[j : j + 1], texts.token_mask[j : j + 1]
         out = []
         for part in numbers.split(AT_A_TIME):
-            patches = torch.from_numpy(self.patches[part.numpy()]).to(texts.tokens.dtype)
-            out.append(cmli_scores(patches, texts.tokens, texts.token_mask)[1])
+            patches = torch.from_numpy(self.patches[part.numpy()]).to(tokens.dtype)
+            out.append(cmli_scores(patches, tokens, mask)[1][:, 0])
         return torch.cat(out)
 
     def _check(self, model: Model) -> None:
         """Raise `UserError` if other weights than `model`'s have embedded the pictures."""
+        rows, columns = model.grid
+        expected = model.student.width, (rows * columns, model.config.student.embed_dim)
         sizes = self.cls.shape[1], self.patches.shape[1:]
-        expected = (
-            model.student.width,
-            (model.grid[0] * model.grid[1], model.config.student.embed_dim),
-        )
         if sizes != expected or self.weights not in (None, model.digest):
             raise UserError(
-                f"the index {str(self.folder)!r} was built by another model, or by earlier weights of this one: "
-                "give the one that built it as --model, or build it anew"
+                f"the index {str(self.folder)!r} was built by another model, or by earlier weights "
+                "of this one: give the one that built it as --model, or build it anew"
             )
 
     def search(
@@ -182,8 +165,8 @@ class Index:
         chooses = "global" in model.scales
         if candidates is not None and not chooses:
             raise UserError(
-                f"candidates is {candidates}: the model was trained without a global loss, whose scores "
-                "would choose them; leave it out"
+                f"candidates is {candidates}: the model was trained without a global loss, whose "
+                "scores would choose them; leave it out"
             )
         if candidates is None:
             candidates = CANDIDATES if chooses and len(self) > EXACT else len(self)
@@ -191,41 +174,80 @@ class Index:
         for text, known in zip(embedded.texts, embedded.token_mask.any(1).tolist(), strict=True):
             if not known:
                 raise UserError(f"the text is {text!r}, which has no word: give one to search for")
-        score = lambda rows, columns: self.global_scores(embedded, rows, columns)  # noqa: E731
+
+        def score(rows: slice, columns: slice) -> Tensor:
+            return self.global_scores(embedded, rows, columns)
+
         coarse, numbers = topk(score, len(embedded), len(self), max(k, candidates))
         found = []
         for j in range(len(embedded)):
-            one = TextEmbeddings(
-                embedded.cls[j : j + 1],
-                embedded.tokens[j : j + 1],
-                embedded.token_mask[j : j + 1],
-                embedded.texts[j : j + 1],
-                embedded.spans[j : j + 1],
-            )
             order = numbers[j].sort().values  # in the order in which they lie in the file
-            fine = self.cmli_scores(one, order)[:, 0]
-            position = torch.searchsorted(order, numbers[j])
-            fine = fine[position]
+            fine = self.cmli_scores(embedded, j, order)[torch.searchsorted(order, numbers[j])]
             total = combined({"global": coarse[j], "cmli": fine}, model.scales)
-            best = total.argsort(descending=True, stable=True)[:k].tolist()
-            found.append(
-                [
-                    Result(
-                        self.names[numbers[j, i]],
-                        total[i].item(),
-                        coarse[j, i].item(),
-                        fine[i].item(),
-                    )
-                    for i in best
-                ]
-            )
+            best = []
+            for i in total.argsort(descending=True, stable=True)[:k].tolist():
+                scores = total[i].item(), coarse[j, i].item(), fine[i].item()
+                best.append(Result(self.names[numbers[j, i]], *scores))
+            found.append(best)
         return found
 
 
-def _files(folder: Path, length: int, found: ImageEmbeddings) -> tuple[Any, Any]:
-    """The two arrays of the index, as memory-mapped files to be filled."""
-    open_file = np.lib.format.open_memmap
-    cls = open_file(folder / "cls.npy", "w+", np.float16, (length, *found.cls.shape[1:]))
-    return cls, open_file(
-        folder / "patches.npy", "w+", np.float16, (length, *found.patches.shape[1:])
-    )
+class _Arrays:
+    """The two arrays of a new index: memory-mapped files that are filled."""
+
+    def __init__(self, folder: Path, most: int):
+        """`most`: the number of pictures, if all of them can be read."""
+        self.folder, self.most, self.length = folder, most, 0
+        self.arrays: dict[str, np.memmap] = {}
+
+    def append(self, cls: Tensor, patches: Tensor) -> None:
+        """[B, H], [B, N, D]: the embeddings of the next pictures."""
+        for name, values in (("cls.npy", cls), ("patches.npy", patches)):
+            if name not in self.arrays:
+                shape = (self.most, *values.shape[1:])
+                self.arrays[name] = np.lib.format.open_memmap(
+                    self.folder / name, "w+", np.float16, shape
+                )
+            self.arrays[name][self.length : self.length + len(values)] = values.half().numpy()
+        self.length += len(cls)
+
+    def close(self) -> None:
+        for name, array in self.arrays.items():
+            array.flush()
+            if self.length < self.most:  # some pictures were left out
+                np.save(self.folder / f"short-{name}", array[: self.length])
+                (self.folder / f"short-{name}").replace(self.folder / name)
+
+
+def topk(
+    score: Callable[[slice, slice], Tensor], rows: int, columns: int, k: int
+) -> tuple[Tensor, Tensor]:
+    """The k best columns of each row, without holding the matrix of all scores.
+
+    Args:
+        score: computes a block of scores, [rows of the first slice, columns of the second slice].
+        k: the number of results of each row, at most `columns`.
+
+    Returns:
+        Values and int64 column numbers, [rows, k] each, the best first. Of equal scores the lower
+        number comes first.
+    """
+    k = min(k, columns)
+    width = min(columns, max(k, 1 << 12))
+    height = max(1, BLOCK // width)
+    values, numbers = [], []
+    for top in range(0, rows, height):
+        down = slice(top, min(rows, top + height))
+        best = torch.empty(down.stop - down.start, 0)
+        where = torch.empty(best.shape, dtype=torch.int64)
+        for left in range(0, columns, width):
+            across = slice(left, min(columns, left + width))
+            block = score(down, across)
+            place = torch.arange(across.start, across.stop).expand(block.shape)
+            best, where = torch.cat([best, block], 1), torch.cat([where, place], 1)
+            # A stable sort keeps the lower number first among equal scores.
+            best, order = best.sort(dim=1, descending=True, stable=True)
+            best, where = best[:, :k], where.gather(1, order[:, :k])
+        values.append(best)
+        numbers.append(where)
+    return torch.cat(values), torch.cat(numbers)

@@ -10,7 +10,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -28,6 +27,7 @@ from ds_cmli.data.batch import Collate, Sample
 from ds_cmli.data.pictures import prepare, read_picture
 from ds_cmli.data.tokens import CaptionTokenizer, load_tokenizer, tell_cut
 from ds_cmli.losses.objective import Objective
+from ds_cmli.models.student import Student
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 Picture = str | Path | Image.Image | np.ndarray | Tensor
@@ -51,13 +51,10 @@ class TextEmbeddings:
 
     cls: Tensor  # [J, H]
     tokens: Tensor  # [J, M, D]
-    token_mask: (
-        Tensor  # bool [J, M], True for tokens of the text, False for special tokens and padding
-    )
+    token_mask: Tensor  # bool [J, M], True for tokens of the text, not special ones and padding
     texts: list[str]
-    spans: list[
-        list[tuple[int, int]]
-    ]  # of each position, as (start, end) in characters; (0, 0) for special tokens
+    # Of each position, as (start, end) in characters; (0, 0) for special tokens.
+    spans: list[list[tuple[int, int]]]
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -112,7 +109,7 @@ class Model:
         return cls(config, objective, words, chosen)
 
     @property
-    def student(self) -> Any:
+    def student(self) -> Student:
         return self.objective.student
 
     @property
@@ -123,7 +120,8 @@ class Model:
     @property
     def grid(self) -> tuple[int, int]:
         """The number of rows and of columns of patches; N is their product."""
-        return tuple(self.student.grid)
+        rows, columns = self.student.grid
+        return rows, columns
 
     @cached_property
     def scales(self) -> dict[str, float]:
@@ -132,7 +130,7 @@ class Model:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of the weights and temperatures, which tells them from others of the same model."""
+        """SHA-256 of the weights and temperatures, unlike those of other weights."""
         found = hashlib.sha256()
         for value in self.objective.state_dict().values():
             found.update(value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
@@ -147,48 +145,39 @@ class Model:
         try:
             if isinstance(picture, str | Path):
                 path = Path(picture)
-                return read_picture(
-                    path,
-                    str(path.parent.resolve()),
-                    self.image_size,
-                    self.config.data.max_pixels,
-                    True,
-                )
+                root, most = str(path.parent.resolve()), self.config.data.max_pixels
+                return read_picture(path, root, self.image_size, most, True)
             return prepare(picture, self.image_size)
         except TypeError as error:
             raise UserError(f"{error}, or a file") from None
         except Exception as error:  # decoders of damaged files raise nearly anything
-            name = f"{str(picture)!r}" if isinstance(picture, str | Path) else "a picture"
-            raise UserError(
-                f"{name} cannot be read: {' '.join(str(error).split()) or type(error).__name__}"
-            ) from None
+            name = repr(str(picture)) if isinstance(picture, str | Path) else "a picture"
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise UserError(f"{name} cannot be read: {reason}") from None
 
     @torch.inference_mode()
     def embed_images(
         self, pictures: str | Path | Sequence[Picture], batch_size: int = 32, progress: bool = False
     ) -> ImageEmbeddings:
-        """Embed the pictures of a list, or of a folder with its subfolders, in the order of their
-        names.
-        """
+        """Embed the pictures of a list, or of a folder and its subfolders in the order of names."""
         files = list_pictures(pictures) if isinstance(pictures, str | Path) else list(pictures)
         cls, patches = [], []
         for start in _steps(len(files), batch_size, progress, "images"):
-            images = torch.stack(
-                [self.read(file) for file in files[start : start + batch_size]]
-            ).to(self.device)
-            image_cls, features = self.student.encode_image(images)  # [B, H], [B, N, H]
+            read = [self.read(file) for file in files[start : start + batch_size]]
+            # [B, H], [B, N, H]
+            image_cls, features = self.student.encode_image(torch.stack(read).to(self.device))
             cls.append(l2_normalize(image_cls).cpu())  # CPU-GPU sync
             patches.append(l2_normalize(self.student.projection(features)).cpu())
-        names = [
-            str(file) if isinstance(file, str | Path) else str(i) for i, file in enumerate(files)
-        ]
+        names = []
+        for i, file in enumerate(files):
+            names.append(str(file) if isinstance(file, str | Path) else str(i))
         return ImageEmbeddings(torch.cat(cls), torch.cat(patches), names)
 
     @torch.inference_mode()
     def embed_texts(
         self, texts: str | Iterable[str], batch_size: int = 128, progress: bool = False
     ) -> TextEmbeddings:
-        """Embed texts. Those that are longer than the context length are truncated, as in training."""
+        """Embed texts; those longer than the context length are truncated, as in training."""
         texts = [texts] if isinstance(texts, str) else list(texts)
         if not texts:
             raise UserError("no text is given: give at least one")
@@ -198,16 +187,13 @@ class Model:
         if line := tell_cut(texts, self.tokenizer.positions):
             warnings.warn(line, stacklevel=2)
         nothing = torch.zeros(3, 0, 0, dtype=torch.uint8)
-        whole = self.collate(
-            [Sample(nothing, self.tokenizer(text), i, i) for i, text in enumerate(texts)]
-        )
+        samples = [Sample(nothing, self.tokenizer(text), i, i) for i, text in enumerate(texts)]
+        whole = self.collate(samples)
         cls, tokens = [], []
         for start in _steps(len(texts), batch_size, progress, "texts"):
             part = slice(start, start + batch_size)
-            ids, mask = (
-                whole.input_ids[part].to(self.device),
-                whole.attention_mask[part].to(self.device),
-            )
+            ids = whole.input_ids[part].to(self.device)
+            mask = whole.attention_mask[part].to(self.device)
             text_cls, features = self.student.encode_text(ids, mask)  # [B, H], [B, M, H]
             cls.append(l2_normalize(text_cls).cpu())  # CPU-GPU sync
             tokens.append(l2_normalize(self.student.projection(features)).cpu())
@@ -230,37 +216,25 @@ class Model:
             return both_ways(cosines, cmli, self.scales)
 
     def match(self, picture: Picture, text: str) -> Match:
-        """Match each word of a text with its best patch of a picture, and each patch with its best
-        word.
-        """
+        """Match each word of a text with its best patch, and each patch with its best word."""
         images, texts = self.embed_images([picture]), self.embed_texts(text)
-        return match_of(images, 0, texts, 0, self.grid)
-
-
-def match_of(
-    images: ImageEmbeddings, i: int, texts: TextEmbeddings, j: int, grid: tuple[int, int]
-) -> Match:
-    """As `Model.match`, for image i and text j that have already been embedded."""
-    valid = texts.token_mask[j]
-    spans = []
-    for span, own in zip(texts.spans[j], valid.tolist(), strict=False):
-        if own:
-            spans.append(span)
-    return match(texts.tokens[j][valid], images.patches[i], texts.texts[j], spans, grid)
+        valid = texts.token_mask[0]
+        # The mask may be longer: texts are padded.
+        spans = [span for span, own in zip(texts.spans[0], valid.tolist(), strict=False) if own]
+        return match(texts.tokens[0][valid], images.patches[0], text, spans, self.grid)
 
 
 def list_pictures(folder: str | Path) -> list[Path]:
-    """The picture files in a folder and its subfolders, sorted by name; of a file, only the file
-    itself.
-    """
+    """The picture files in a folder and its subfolders, sorted by name; a file itself."""
     path = Path(folder)
     if path.is_file():
         return [path]
     if not path.is_dir():
         raise UserError(f"{str(folder)!r}: no such file or folder of pictures")
-    files = sorted(
-        file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file()
-    )
+    files = []
+    for file in sorted(path.rglob("*")):
+        if file.suffix.lower() in SUFFIXES and file.is_file():
+            files.append(file)
     if not files:
         raise UserError(
             f"{str(folder)!r} has no picture: give a folder with {', '.join(SUFFIXES)} files"

@@ -1,10 +1,10 @@
-"""`ds-cmli-search INDEX "a red car"` finds pictures that match a text, and prints them or writes a
-page.
-"""
+"""`ds-cmli-search INDEX "a red car"` finds pictures that match a text."""
 
 import io
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
@@ -13,7 +13,28 @@ from ds_cmli.common import documents
 from ds_cmli.common.cli import check_writable, json_on_stdout, run_command
 from ds_cmli.common.errors import UserError
 
-DEMO_ONLY = "this model was trained on the demo and knows its scenes of emoji pictures; of photographs it knows little"
+if TYPE_CHECKING:
+    from ds_cmli.inference import Index, Model, Result
+
+DEMO_ONLY = (
+    "this model was trained on the demo and knows its scenes of emoji pictures; of photographs it "
+    "knows little"
+)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The arguments of the command."""
+
+    index: str
+    texts: tuple[str, ...]
+    pictures: str | None
+    model_path: str | None
+    k: int
+    candidates: int | None
+    batch_size: int
+    page: str | None
+    as_json: bool
 
 
 @click.command()
@@ -38,8 +59,8 @@ DEMO_ONLY = "this model was trained on the demo and knows its scenes of emoji pi
     "--candidates",
     default=None,
     type=int,
-    help="The best by global score, ordered by CMLI too.  [default: 200; all of up to 2000, and for a model "
-    "without a global loss]",
+    help="The best by global score, ordered by CMLI too.  [default: 200; all of up to 2000, and "
+    "for a model without a global loss]",
 )
 @click.option("--batch-size", default=32, show_default=True, help="Pictures embedded at a time.")
 @click.option(
@@ -49,88 +70,86 @@ DEMO_ONLY = "this model was trained on the demo and knows its scenes of emoji pi
     help="Write the results with their pictures as an HTML page.",
 )
 @click.option("--json", "as_json", is_flag=True, help="One object a text, a line each.")
-def command(
-    index: str,
-    texts: tuple[str, ...],
-    pictures: str | None,
-    model_path: str | None,
-    k: int,
-    candidates: int | None,
-    batch_size: int,
-    page: str | None,
-    as_json: bool,
-) -> None:
+def command(**arguments: Any) -> None:
     """Search an index of pictures by text."""
-    if pictures is None and not texts:
-        raise UserError(
-            "nothing to do: give --build FOLDER to make the index, or a text to search for"
-        )
-    if pictures is not None and model_path is None:
-        raise UserError("--build needs --model: give the run whose student embeds the pictures")
-    _check_effect(pictures is not None, bool(texts))
-    if batch_size < 1:
-        raise UserError(f"--batch-size is {batch_size}: give at least 1")
-    if page is not None:
-        check_writable(page)
-
-    with json_on_stdout(as_json) as print_json:
+    asked = Asked(**arguments)
+    _check(asked)
+    with json_on_stdout(asked.as_json) as print_json:
         from ds_cmli.export.folder import DEMO, sources
-        from ds_cmli.inference import Index, Model
 
-        if pictures is not None:
-            assert model_path is not None
-            model = Model.load(model_path)
-            whole = str(Path(model_path).resolve())
-            found, refused = Index.build(index, model, pictures, whole, batch_size, progress=True)
-            for line in refused:
-                click.echo(f"left out: {line}")
-            click.echo(f"{len(found)} pictures in {index}")
-        else:
-            found = Index(index)
-            model = Model.load(model_path or found.model_path)
+        index, model = _opened(asked)
         note = DEMO_ONLY if sources(model.config.data) == [DEMO] else ""
         if note:
             click.echo(f"note: {note}", err=True)
-        if not texts:
+        if not asked.texts:
             return
-        results = found.search(model, texts, k, candidates)
-        for text, best in zip(texts, results, strict=True):
-            if as_json:
+        results = index.search(model, asked.texts, asked.k, asked.candidates)
+        for text, best in zip(asked.texts, results, strict=True):
+            if asked.as_json:
                 print_json({"text": text, "results": [vars(result) for result in best]})
                 continue
             click.echo(text)
             for result in best:
-                scores = f"{result.score:8.3f}  global {result.global_score:.3f}  cmli {result.cmli_score:.3f}"
-                click.echo(f"  {scores}  {result.name}")
-        if page is not None:
-            write_page(page, texts, results, note)
-            click.echo(f"page: {page}")
+                parts = f"global {result.global_score:.3f}  cmli {result.cmli_score:.3f}"
+                click.echo(f"  {result.score:8.3f}  {parts}  {result.name}")
+        if asked.page is not None:
+            write_page(asked.page, asked.texts, results, note)
+            click.echo(f"page: {asked.page}")
 
 
-def _check_effect(builds: bool, searches: bool) -> None:
-    """Raise `UserError` for an option that was given and has no effect."""
-    context = click.get_current_context()
-    idle = {} if builds else {"batch_size": "without --build"}
-    if not searches:
-        idle |= dict.fromkeys(
-            ("k", "candidates", "page", "as_json"), "without a text to search for"
+def _check(asked: Asked) -> None:
+    """Raise `UserError` where something is missing, or an option was given that has no effect."""
+    if asked.pictures is None and not asked.texts:
+        raise UserError(
+            "nothing to do: give --build FOLDER to make the index, or a text to search for"
         )
+    if asked.pictures is not None and asked.model_path is None:
+        raise UserError("--build needs --model: give the run whose student embeds the pictures")
+    idle = {}
+    if asked.pictures is None:
+        idle["batch_size"] = "without --build"
+    if not asked.texts:
+        for name in ("k", "candidates", "page", "as_json"):
+            idle[name] = "without a text to search for"
+    context = click.get_current_context()
     for parameter in context.command.params:
         given = context.get_parameter_source(parameter.name or "") == ParameterSource.COMMANDLINE
         if given and parameter.name in idle:
             raise UserError(
                 f"{parameter.opts[0]} has no effect {idle[parameter.name]}: leave it out"
             )
+    if asked.batch_size < 1:
+        raise UserError(f"--batch-size is {asked.batch_size}: give at least 1")
+    if asked.page is not None:
+        check_writable(asked.page)
 
 
-def write_page(path: str, texts: tuple[str, ...], results: list[list[Any]], note: str = "") -> None:
-    """Write the results as one self-contained HTML file with small copies of the pictures, `note`
-    on top.
-    """
-    rows = [
-        (text, [(r, _thumbnail(r.name)) for r in best])
-        for text, best in zip(texts, results, strict=True)
-    ]
+def _opened(asked: Asked) -> tuple["Index", "Model"]:
+    """The index, built first if that is asked for, and its model."""
+    from ds_cmli.inference import Index, Model
+
+    if asked.pictures is None:
+        found = Index(asked.index)
+        return found, Model.load(asked.model_path or found.model_path)
+    assert asked.model_path is not None
+    model = Model.load(asked.model_path)
+    whole = str(Path(asked.model_path).resolve())
+    found, refused = Index.build(
+        asked.index, model, asked.pictures, whole, asked.batch_size, progress=True
+    )
+    for line in refused:
+        click.echo(f"left out: {line}")
+    click.echo(f"{len(found)} pictures in {asked.index}")
+    return found, model
+
+
+def write_page(
+    path: str, texts: Sequence[str], results: Sequence[Sequence["Result"]], note: str = ""
+) -> None:
+    """Write the results as one HTML file with small copies of the pictures, `note` on top."""
+    rows = []
+    for text, best in zip(texts, results, strict=True):
+        rows.append((text, [(result, _thumbnail(result.name)) for result in best]))
     shown = {"title": "Search results", "rows": rows, "note": note}
     documents.write_page(path, "--page", "ds_cmli.inference", "results.html.jinja", **shown)
 
