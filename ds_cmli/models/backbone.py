@@ -99,9 +99,7 @@ class ImageBackbone(nn.Module):
 
     @property
     def blocks(self) -> list[nn.Module]:
-        """The modules that activation checkpointing recomputes; each must be called once in a
-        forward pass.
-        """
+        """The modules that activation checkpointing recomputes; a forward pass calls each once."""
         raise NotImplementedError
 
     def forward(self, pixels: Tensor) -> Tensor:
@@ -139,9 +137,7 @@ class TextBackbone(nn.Module):
 
     @property
     def blocks(self) -> list[nn.Module]:
-        """The modules that activation checkpointing recomputes; each must be called once in a
-        forward pass.
-        """
+        """The modules that activation checkpointing recomputes; a forward pass calls each once."""
         raise NotImplementedError
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
@@ -149,16 +145,12 @@ class TextBackbone(nn.Module):
         raise NotImplementedError
 
     def pool(self, tokens: Tensor, attention_mask: Tensor) -> Tensor:
-        """Pool the tokens into the text's class token: [B, M, any width], bool [B, M] -> [B, the
-        same width].
-        """
+        """Pool the tokens into the text's class token: [B, M, *], bool [B, M] -> [B, *]."""
         raise NotImplementedError
 
 
 class PixelNorm(nn.Module):
-    """Normalises uint8 pixels by the mean and standard deviation of the encoder's training, in its
-    precision.
-    """
+    """Normalises uint8 pixels by the mean and deviation of the encoder's training."""
 
     mean: Tensor
     std: Tensor
@@ -192,7 +184,5 @@ def cast_buffers(image: nn.Module, dtype: torch.dtype) -> None:
 
 
 def with_mean(patches: Tensor) -> Tensor:
-    """[B, N, H] -> [B, 1 + N, H]: prepend the mean of the patches as class token, for a model that
-    has none.
-    """
+    """[B, N, H] -> [B, 1 + N, H]: prepend the mean of the patches as class token."""
     return torch.cat([patches.mean(1, keepdim=True), patches], 1)

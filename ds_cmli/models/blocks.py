@@ -35,10 +35,16 @@ def checkpoint_blocks(blocks: list[nn.Module], checkpoint: Callable) -> None:
         block.forward = _checkpointed(block.forward, checkpoint, trained)  # type: ignore[method-assign]
 
 
+def _is_tensor(leaf: object) -> bool:
+    return isinstance(leaf, Tensor)
+
+
+def _is_float(leaf: object) -> bool:
+    return isinstance(leaf, Tensor) and leaf.is_floating_point()
+
+
 def _checkpointed(forward: Callable, checkpoint: Callable, trained: bool) -> Callable:
-    """Return `forward` under `checkpoint`; `trained` says whether any of the block's parameters is
-    trained.
-    """
+    """Return `forward` under `checkpoint`; `trained`: any parameter of the block is trained."""
 
     def run(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
@@ -47,11 +53,7 @@ def _checkpointed(forward: Callable, checkpoint: Callable, trained: bool) -> Cal
         # Only floating-point tensors can need a gradient, so they are passed to the checkpoint,
         # keyword arguments too (for instance a relative position bias). Masks and flags reach the
         # block through the closure.
-        places = [
-            i
-            for i, leaf in enumerate(leaves)
-            if isinstance(leaf, Tensor) and leaf.is_floating_point()
-        ]
+        places = [i for i, leaf in enumerate(leaves) if _is_float(leaf)]
         inputs = [leaves[i] for i in places]
         if not any(x.requires_grad for x in inputs):
             if not trained:
@@ -59,11 +61,9 @@ def _checkpointed(forward: Callable, checkpoint: Callable, trained: bool) -> Cal
             # The layers below are frozen. Without an input that requires a gradient, the block's
             # parameters get none.
             inputs = [x.detach().requires_grad_() for x in inputs]
+        # Only the checkpoint holds the tensors, so it alone decides when they are freed.
         for i in places:
-            leaves[i] = (
-                # only the checkpoint holds the tensors, so it alone decides when they are freed
-                None
-            )
+            leaves[i] = None
         outputs_as: list[Any] = []
 
         def call(*tensors: Tensor) -> Any:
@@ -73,52 +73,44 @@ def _checkpointed(forward: Callable, checkpoint: Callable, trained: bool) -> Cal
             again, by_name = tree_unflatten(filled, inputs_as)
             found, structure = tree_flatten(forward(*again, **by_name))
             # For each output: whether it is a tensor, and its value if it is not.
-            others = [
-                (isinstance(leaf, Tensor), None if isinstance(leaf, Tensor) else leaf)
-                for leaf in found
-            ]
+            others = [(True, None) if _is_tensor(leaf) else (False, leaf) for leaf in found]
             outputs_as[:] = [structure, others]
-            kept = [leaf for leaf in found if isinstance(leaf, Tensor)]
+            kept = [leaf for leaf in found if _is_tensor(leaf)]
             return kept[0] if len(kept) == 1 else tuple(kept)
 
         given = checkpoint(call, *inputs)
         structure, others = outputs_as
-        tensors = iter((given,) if isinstance(given, Tensor) else given)
+        tensors = iter((given,) if _is_tensor(given) else given)
         # A checkpoint returns only tensors; the block's other outputs are put back between them.
-        return tree_unflatten(
-            [next(tensors) if is_tensor else leaf for is_tensor, leaf in others], structure
-        )
+        whole = [next(tensors) if is_tensor else leaf for is_tensor, leaf in others]
+        return tree_unflatten(whole, structure)
 
     return run
 
 
 def cannot_compile(config: Config, device: torch.device) -> str | None:
-    """The error message if `run.compile` asks for compiled blocks but torch.compile cannot build
-    code for the device.
+    """Why torch.compile cannot build code for the device, as an error message.
 
-    None if there is no problem.
+    None if it can, or if `run.compile` does not ask for it.
     """
     if config.run.compile == "off":
         return None
-    problem = None
+    compiler = os.environ.get("CXX", "g++")
     if device.type == "cuda":
         from torch.utils._triton import has_triton
 
-        if not has_triton():
-            problem = "Triton does not run here"
-    elif shutil.which(os.environ.get("CXX", "g++")) is None:
-        problem = f"there is no C++ compiler {os.environ.get('CXX', 'g++')!r} (CXX)"
-    return (
-        None
-        if problem is None
-        else f"run.compile is 'blocks' and {problem}: install it, or give 'off'"
-    )
+        if has_triton():
+            return None
+        problem = "Triton does not run here"
+    elif shutil.which(compiler) is not None:
+        return None
+    else:
+        problem = f"there is no C++ compiler {compiler!r} (CXX)"
+    return f"run.compile is 'blocks' and {problem}: install it, or give 'off'"
 
 
 class Progress:
-    """Tells on rank 0 how many of the blocks have been compiled, at most every `EVERY` seconds and
-    at the end.
-    """
+    """Tells on rank 0 how many blocks have been compiled, at most every `EVERY` seconds."""
 
     def __init__(self, total: int):
         self.total, self.done = total, 0
@@ -134,17 +126,15 @@ class Progress:
             first = False
             if not self.done:
                 self.started = self.told = time.monotonic()
-                say(
-                    f"compiling the {self.total} blocks, in the first step: seconds to minutes for each"
-                )
+                minutes = "seconds to minutes for each"
+                say(f"compiling the {self.total} blocks, in the first step: {minutes}")
             result = forward(*inputs, **keywords)
             self.done += 1
             now = time.monotonic()
             if self.done == self.total or now - self.told > EVERY:
                 self.told = now
-                say(
-                    f"compiled {self.done} of {self.total} blocks (forward) in {now - self.started:.0f} s"
-                )
+                seconds = f"{now - self.started:.0f} s"
+                say(f"compiled {self.done} of {self.total} blocks (forward) in {seconds}")
             return result
 
         return call

@@ -82,19 +82,16 @@ class Student(nn.Module):
                 tokenizer.
         """
         super().__init__()
-        self.image = models.build(
-            models.IMAGE,
-            config.image_backbone,
-            ImageRequest(
-                prefix="student.image_",
-                model=config.image_model,
-                weights=config.image_weights if pretrained else "random",
-                overrides=config.image_overrides,
-                image_size=image_size,
-                partial=config.weights_partial,
-                layers=config.layers,
-            ),
+        image = ImageRequest(
+            prefix="student.image_",
+            model=config.image_model,
+            weights=config.image_weights if pretrained else "random",
+            overrides=config.image_overrides,
+            image_size=image_size,
+            partial=config.weights_partial,
+            layers=config.layers,
         )
+        self.image = models.build(models.IMAGE, config.image_backbone, image)
         self.pixels = PixelNorm(self.image.mean, self.image.std)
         text = TextRequest(
             model=config.text_model,
@@ -111,10 +108,9 @@ class Student(nn.Module):
         self.text = models.build(models.TEXT, config.text_backbone, text)
 
         width = self.image.width  # H
-        text_width = self.text.width
-        self.text_head: nn.Module = (
-            nn.Linear(text_width, width) if text_width != width else nn.Identity()
-        )
+        self.text_head: nn.Module = nn.Identity()
+        if self.text.width != width:
+            self.text_head = nn.Linear(self.text.width, width)
         # The largest number of heads that divides the width with at least 64 channels per head, or
         # else one head.
         heads = next(n for n in range(max(1, width // 64), 0, -1) if width % n == 0)
@@ -135,51 +131,62 @@ class Student(nn.Module):
 
     @torch.no_grad()
     def try_out(self, config: StudentConfig, image_size: int, positions: int) -> None:
-        """Encode one image and three texts, so that a model that does not fit is refused here, by a
-        `UserError`.
-        """
+        """Encode one image and three texts, so that a model that does not fit is refused here."""
         self.eval()
-        rows, columns = self.grid
-        try:
-            x = self.embed_image(torch.zeros(1, 3, image_size, image_size, dtype=torch.uint8))
-            fits = x.shape == (1, self.image.prefix + rows * columns, self.width)
-            problem = "" if fits else f"gives {list(x.shape)}"
-        except Exception as error:
-            problem = reason(error)
+        problem = self._problem_of_image(image_size)
         if problem:
             raise UserError(
-                f"student.image_model is {config.image_model!r}, which cannot encode {image_size} pixels square "
-                f"with student.image_overrides {config.image_overrides}: {problem}"
+                f"student.image_model is {config.image_model!r}, which cannot encode {image_size} "
+                f"pixels square with student.image_overrides {config.image_overrides}: {problem}"
             )
         most = self.text.most_positions
         if most is not None and positions > most:
             raise UserError(
-                f"data.context_length is {positions}: student.text_model {config.text_model!r} has only {most}"
+                f"data.context_length is {positions}: student.text_model {config.text_model!r} has "
+                f"only {most}"
             )
+        problem = self._problem_of_text(positions)
+        if problem:
+            raise UserError(
+                f"student.text_model is {config.text_model!r}, which cannot encode {positions} "
+                f"positions with student.text_overrides {config.text_overrides}: {problem}"
+            )
+        self.train()
+
+    def _problem_of_image(self, side: int) -> str:
+        rows, columns = self.grid
+        try:
+            x = self.embed_image(torch.zeros(1, 3, side, side, dtype=torch.uint8))
+        except Exception as error:
+            return reason(error)
+        fits = x.shape == (1, self.image.prefix + rows * columns, self.width)
+        return "" if fits else f"gives {list(x.shape)}"
+
+    def _problem_of_text(self, positions: int) -> str:
         # The second text differs from the first only in its padding, the third only in its last
         # token.
         ids = torch.ones(3, positions, dtype=torch.int64)
         ids[1, -1] = 2
         ids[2, -2] = 2
-        mask = ids.new_ones(ids.shape, dtype=torch.bool)
+        mask = torch.ones_like(ids, dtype=torch.bool)
         mask[:, -1] = False
         try:
             y = self.embed_text(ids, mask)
-            problem = "" if y.shape == (3, positions, self.width) else f"gives {list(y.shape)}"
         except Exception as error:
-            problem = reason(error)
-        if not problem and not isinstance(y, FakeTensor):
-            pooled = self.text.pool(y, mask)
-            if not torch.allclose(y[0, :-1], y[1, :-1], atol=1e-3):
-                problem = "it lets tokens see padding"
-            elif torch.equal(pooled[0], pooled[2]):
-                problem = "what stands for the text does not see its last token: give student.text_backbone=causal"
-        if problem:
-            raise UserError(
-                f"student.text_model is {config.text_model!r}, which cannot encode {positions} positions with "
-                f"student.text_overrides {config.text_overrides}: {problem}"
+            return reason(error)
+        if y.shape != (3, positions, self.width):
+            return f"gives {list(y.shape)}"
+        if isinstance(y, FakeTensor):
+            return ""
+        if not torch.allclose(y[0, :-1], y[1, :-1], atol=1e-3):
+            return "it lets tokens see padding"
+        pooled = self.text.pool(y, mask)
+        if torch.equal(pooled[0], pooled[2]):
+            return (
+                "what stands for the text does not see its last token: give "
+                "student.text_backbone=causal"
             )
-        self.train()
+        return ""
 
     @property
     def blocks(self) -> list[nn.Module]:
@@ -208,27 +215,22 @@ class Student(nn.Module):
         return *self.split_image(x), *self.split_text(y, attention_mask)
 
     def encode_image(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        """uint8 [B, 3, S, S] -> class tokens [B, H] and patches [B, N, H], as `forward` returns
-        them.
-        """
+        """uint8 [B, 3, S, S] -> class tokens [B, H] and patches [B, N, H], as in `forward`."""
         x = self.embed_image(image)
         for block in self.shared:
             x = block.image(x)  # type: ignore[operator]
         return self.split_image(x)
 
     def encode_text(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
-        """int64 [B, M], bool [B, M] -> class tokens [B, H] and tokens [B, M, H], as `forward`
-        returns them.
-        """
+        """int64 [B, M], bool [B, M] -> class tokens [B, H] and tokens [B, M, H]."""
         y = self.embed_text(input_ids, attention_mask)
         for block in self.shared:
             y = block.text(y, attention_mask)  # type: ignore[operator]
         return self.split_text(y, attention_mask)
 
     def embed_image(self, image: Tensor) -> Tensor:
-        return self.image_in(
-            self.image(self.pixels(image, self.projection.weight.dtype))
-        )  # [B, prefix+N, H]
+        # [B, prefix+N, H]
+        return self.image_in(self.image(self.pixels(image, self.projection.weight.dtype)))
 
     def embed_text(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         return self.text_in(self.text_head(self.text(input_ids, attention_mask)))  # [B, M, H]

@@ -30,9 +30,7 @@ class Teacher(nn.Module):
     image: ImageBackbone
 
     def __init__(self, config: TeacherConfig, image_size: int, grid: tuple[int, int]):
-        """`grid` is the student's patch grid, to which the teacher's patches are resampled if
-        theirs differs.
-        """
+        """`grid`: the student's patch grid, to which the teacher's patches are resampled."""
         super().__init__()
         request = ImageRequest(
             prefix="teacher.",
@@ -49,26 +47,24 @@ class Teacher(nn.Module):
         self.width = self.image.width
         self.requires_grad_(False)
         self.eval()
-        # encode one image, so that a model that does not fit is a `UserError` now, no traceback
-        # later
-        try:
-            found = self(torch.zeros(1, 3, image_size, image_size, dtype=torch.uint8))
-            fits = found.patches.shape == (
-                1,
-                grid[0] * grid[1],
-                self.width,
-            ) and found.cls.shape == (1, self.width)
-            problem = "" if fits else f"gives {list(found.patches.shape)}"
-        except Exception as error:
-            problem = reason(error)
+        problem = self._problem(image_size)
         if problem:
             raise request.unfit(f"it cannot encode {image_size} pixels square ({problem})")
         if self.image.grid != self.grid:
-            of = lambda grid: f"{grid[0]} x {grid[1]}"  # noqa: E731
-            say(
-                f"{request.name}: its {of(self.image.grid)} patches are resampled to the student's {of(grid)}",
-                self,
-            )
+            own = "{} x {}".format(*self.image.grid)
+            wanted = "{} x {}".format(*grid)
+            say(f"{request.name}: its {own} patches are resampled to the student's {wanted}", self)
+
+    def _problem(self, side: int) -> str:
+        """Encode an image: what does not fit is a `UserError` now, and no traceback later."""
+        try:
+            found = self(torch.zeros(1, 3, side, side, dtype=torch.uint8))
+        except Exception as error:
+            return reason(error)
+        rows, columns = self.grid
+        shapes = found.cls.shape, found.patches.shape
+        fits = shapes == ((1, self.width), (1, rows * columns, self.width))
+        return "" if fits else f"gives {list(found.patches.shape)}"
 
     def train(self, mode: bool = True):
         return super().train(False)
@@ -80,9 +76,8 @@ class Teacher(nn.Module):
         x = self.image(self.pixels(image, dtype))  # [B, prefix + N of its own grid, H_t]
         cls, patches = x[:, 0], x[:, self.image.prefix :]
         if self.image.grid != self.grid:
-            square = patches.transpose(1, 2).unflatten(
-                2, self.image.grid
-            )  # [B, H_t, rows, columns]
+            # [B, H_t, rows, columns]
+            square = patches.transpose(1, 2).unflatten(2, self.image.grid)
             square = F.interpolate(
                 square.float(), size=self.grid, mode="bilinear", align_corners=False
             )
@@ -90,5 +85,7 @@ class Teacher(nn.Module):
         # Without the final norm a block's raw output is unbounded. The student's features come out
         # of a LayerNorm, so they can match targets that are normalised too, without a learned
         # scale.
-        normalise = lambda x: F.layer_norm(x.float(), (self.width,)).to(dtype)  # noqa: E731
-        return Targets(normalise(cls), normalise(patches))
+        return Targets(self._normalised(cls).to(dtype), self._normalised(patches).to(dtype))
+
+    def _normalised(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x.float(), (self.width,))

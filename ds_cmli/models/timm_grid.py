@@ -34,8 +34,8 @@ class TimmGrid(ImageBackbone):
         plain = len({(stage["num_chs"], stage["reduction"]) for stage in stages}) == 1
         if request.layers is not None and not plain:
             raise request.unfit(
-                f"its {len(stages)} stages are no plain stack, of which the first student.layers = {request.layers} "
-                "could be kept: give student.layers=null, and it is kept whole"
+                f"its {len(stages)} stages are no plain stack, of which the first student.layers = "
+                f"{request.layers} could be kept: give student.layers=null, and it is kept whole"
             )
         if request.block is None and not plain:
             last = len(stages) - 1
@@ -70,12 +70,10 @@ class TimmGrid(ImageBackbone):
             if isinstance(inside, nn.Sequential | nn.ModuleList):
                 found += list(inside)
             elif next(stage.parameters(), None) is not None:
-                of_a_stack = isinstance(
-                    self.model.get_submodule(name.rpartition(".")[0]), nn.Sequential | nn.ModuleList
-                )
-                if (
-                    of_a_stack or number > 0
-                ):  # otherwise it is the stem, whose input, the pixels, needs no gradient
+                above = self.model.get_submodule(name.rpartition(".")[0])
+                of_a_stack = isinstance(above, nn.Sequential | nn.ModuleList)
+                # Otherwise it is the stem, whose input, the pixels, needs no gradient.
+                if of_a_stack or number > 0:
                     found.append(stage)
         return found
 

@@ -9,6 +9,7 @@ import json
 import re
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any
@@ -38,37 +39,31 @@ from ds_cmli.models.weights import (
     weights_file,
 )
 
-# The arguments of timm that `overrides` cannot change, and the reason, as the error message gives
-# it.
+WEIGHTS_SAY = "the setting of the weights says it"
+NOT_USED = "head, pooling and final norm are not used"
+FIXED = "class token, colours and the grid of patches are fixed"
+# The arguments of timm that `overrides` cannot change, and the reason in the error message.
 DECIDED = {
     "img_size": "data.image_size says it",
-    **dict.fromkeys(
-        ("checkpoint_path", "pretrained", "pretrained_strict"), "the setting of the weights says it"
-    ),
-    **dict.fromkeys(
-        (
-            "num_classes",
-            "global_pool",
-            "pool_include_prefix",
-            "fc_norm",
-            "final_norm",
-            "drop_rate",
-            "head_drop_rate",
-        ),
-        "head, pooling and final norm are not used",
-    ),
-    **dict.fromkeys(
-        ("class_token", "in_chans", "dynamic_img_pad", "dynamic_img_size", "strict_img_size"),
-        "class token, colours and the grid of patches are fixed",
-    ),
+    "checkpoint_path": WEIGHTS_SAY,
+    "pretrained": WEIGHTS_SAY,
+    "pretrained_strict": WEIGHTS_SAY,
+    "num_classes": NOT_USED,
+    "global_pool": NOT_USED,
+    "pool_include_prefix": NOT_USED,
+    "fc_norm": NOT_USED,
+    "final_norm": NOT_USED,
+    "drop_rate": NOT_USED,
+    "head_drop_rate": NOT_USED,
+    "class_token": FIXED,
+    "in_chans": FIXED,
+    "dynamic_img_pad": FIXED,
+    "dynamic_img_size": FIXED,
+    "strict_img_size": FIXED,
     "patch_drop_rate": "every patch is needed",
 }
-FROZEN = (
-    "pos_drop_rate",
-    "proj_drop_rate",
-    "attn_drop_rate",
-    "drop_path_rate",
-)  # have no effect on a frozen teacher
+# These have no effect on a frozen teacher.
+FROZEN = ("pos_drop_rate", "proj_drop_rate", "attn_drop_rate", "drop_path_rate")
 
 
 @dataclass
@@ -86,8 +81,10 @@ class Created:
     given: Given | None  # None: random weights
 
     def account(self) -> None:
-        """Report missing and unused keys, or raise `UserError`; called after the unused layers are
-        cut off.
+        """Report missing and unused keys; called after the unused layers are cut off.
+
+        Raises:
+            UserError: as `weights.account` does.
         """
         if self.given is not None:
             account(self.source, self.model, self.given.shapes, self.given.before)
@@ -100,9 +97,7 @@ def _sketch(model: str, overrides: str) -> Any:
 
 
 def sketch(request: ImageRequest) -> Any:
-    """The model on the meta device, for inspection; None if it cannot be built, in which case
-    `create` says why.
-    """
+    """The model on the meta device; None if it cannot be built, in which case `create` says why."""
     try:
         return _sketch(request.model, json.dumps(request.overrides, sort_keys=True))
     except Exception:
@@ -121,14 +116,16 @@ def create(request: ImageRequest) -> Created:
     source, weights = request.source, request.weights
     _check_overrides(request.prefix, request.overrides)
     check_room(f"{request.prefix}model", request.model, count(sketch(request)))
-    file = (
-        None
-        if weights in ("random", "hub")
-        else weights_file(source, f"a weights file of {request.model}")
-    )
-    given = Given({}, {}) if weights != "random" else None
-    build = lambda **size: timm.create_model(  # noqa: E731
-        request.model, pretrained=given is not None, num_classes=0, **size, **request.overrides
+    file = None
+    if weights not in ("random", "hub"):
+        file = weights_file(source, f"a weights file of {request.model}")
+    given = None if weights == "random" else Given({}, {})
+    build = partial(
+        timm.create_model,
+        request.model,
+        pretrained=given is not None,
+        num_classes=0,
+        **request.overrides,
     )
     try:
         with loading(hub=weights == "hub"), _watched(file, given):
@@ -146,9 +143,7 @@ def create(request: ImageRequest) -> Created:
 
 
 def _built(build: Callable[[], Any]) -> Any:
-    """Build the model. Under fake tensors, a model that computes its sizes with tensors (RegNet) is
-    built on meta.
-    """
+    """Build the model; on meta if it computes its sizes with tensors (RegNet), which are fake."""
     try:
         return build()
     except (DynamicOutputShapeException, UnsupportedFakeTensorException):
@@ -158,35 +153,32 @@ def _built(build: Callable[[], Any]) -> Any:
 
 
 def _not_built(request: ImageRequest, error: Exception) -> UserError:
+    model, setting = repr(request.model), f"setting of {request.prefix}overrides"
     fixed = re.search(r"got multiple values for keyword argument '(\w+)'", str(error))
     if fixed and fixed[1] in request.overrides:
-        return UserError(
-            f"setting of {request.prefix}overrides is {fixed[1]!r}, which {request.model!r} fixes: leave it out"
-        )
+        return UserError(f"{setting} is {fixed[1]!r}, which {model} fixes: leave it out")
     unknown = re.search(
         r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(error)
     )
     if unknown and unknown[2] in request.overrides:
         module = sys.modules[timm.models.model_entrypoint(request.model).__module__]
-        known = inspect.signature(
-            getattr(module, unknown[1], timm.models.VisionTransformer)
-        ).parameters.keys()
+        kind = getattr(module, unknown[1], timm.models.VisionTransformer)
+        known = inspect.signature(kind).parameters.keys() - DECIDED.keys()
         return UserError(
-            f"setting of {request.prefix}overrides is {unknown[2]!r}, which {request.model!r} does not take: "
-            f"{nearest(unknown[2], known - DECIDED.keys())}"
+            f"{setting} is {unknown[2]!r}, which {model} does not take: "
+            f"{nearest(unknown[2], known)}"
         )
     return UserError(
-        f"{request.source.setting} is {request.weights!r}, the model {request.model!r}: cannot build it: "
+        f"{request.source.setting} is {request.weights!r}, the model {model}: cannot build it: "
         f"{reason(error)}"
     )
 
 
-def _watched(file: str | None, given: Given | None) -> Any:
-    """A context in which timm's function that loads weights records in `given` the keys that it
-    loads.
+def _watched(file: str | None, given: Given | None) -> AbstractContextManager[None]:
+    """A context in which timm's function that loads weights records in `given` what it loads.
 
-    It also reads `file` here with `weights_only`, because earlier versions of timm run the code in
-    a pickle.
+    Which filter rewrites a file's keys is known to the function that builds a variant alone. `file`
+    is read here with `weights_only`, because earlier versions of timm run the code in a pickle.
     """
 
     def load(
@@ -205,8 +197,9 @@ def _watched(file: str | None, given: Given | None) -> Any:
             if filter_fn is not None:
                 try:
                     state = filter_fn(state, model)
-                # some of timm's filters take only the state, and timm itself falls back like this
-                except TypeError:
+                except (
+                    TypeError
+                ):  # some filters take the state alone; timm falls back like this too
                     state = filter_fn(state)
             given.shapes.update(_shapes(state))
             return state
@@ -219,15 +212,12 @@ def _watched(file: str | None, given: Given | None) -> Any:
 def _read(file: str) -> dict[str, Any]:
     try:
         state = timm.models.load_state_dict(file, weights_only=True)
-    except (
-        AttributeError,
-        EOFError,
-        LookupError,
-    ):  # torch raises these for other pickles, timm for lists
+    except (AttributeError, EOFError, LookupError):  # of other pickles, and of lists
         state = {}
     if not _shapes(state):
         raise ValueError(
-            "no tensors by name are in it: give a .safetensors file, or a state dict that torch.save wrote"
+            "no tensors by name are in it: give a .safetensors file, or a state dict that "
+            "torch.save wrote"
         )
     return state
 
@@ -237,9 +227,9 @@ def _shapes(state: dict[str, Any]) -> dict[str, Shape]:
 
 
 def _check_overrides(prefix: str, overrides: dict[str, Any]) -> None:
-    builders = (timm.create_model, timm.models.build_model_with_cfg)
-    wiring = {name for function in builders for name in inspect.signature(function).parameters}
-    wiring |= {"features_only", "out_indices", "pruned"}
+    wiring = {"features_only", "out_indices", "pruned"}
+    for function in (timm.create_model, timm.models.build_model_with_cfg):
+        wiring |= inspect.signature(function).parameters.keys()
     for name, value in overrides.items():
         why = DECIDED.get(name)
         if why is None and name in wiring:
@@ -249,19 +239,21 @@ def _check_overrides(prefix: str, overrides: dict[str, Any]) -> None:
         if why is None and value is None:
             why = "timm ignores None: leave it out"
         if why is not None:
-            raise UserError(
-                f"{prefix}overrides has {name!r} = {value!r}, which has no effect or cannot be: {why}"
-            )
+            given = f"{prefix}overrides has {name!r} = {value!r}"
+            raise UserError(f"{given}, which has no effect or cannot be: {why}")
 
 
 def last_block(request: ImageRequest, depth: int, unit: str) -> int:
-    """Index of the last of `depth` blocks (or stages) that is used; raises `UserError` if there is
-    no such block.
+    """Index of the last of `depth` blocks (or stages) that is used.
+
+    Raises:
+        UserError: there is no such block.
     """
     if request.block is not None:
         if not -depth <= request.block < depth:
             raise UserError(
-                f"teacher.block is {request.block}: {request.model!r} has {unit}s 0 to {depth - 1}; -1 is the last"
+                f"teacher.block is {request.block}: {request.model!r} has {unit}s 0 to "
+                f"{depth - 1}; -1 is the last"
             )
         return request.block % depth
     if request.layers is None:
@@ -276,14 +268,16 @@ class WrongImageSize(UserError):
 
     def __init__(self, request: ImageRequest, side: int, patch: tuple[int, int]):
         size = request.image_size
-        self.problem = f"data.image_size is {size}: no multiple of the {side} pixels of a patch of {request.name}"
+        self.problem = (
+            f"data.image_size is {size}: no multiple of the {side} pixels of a patch of "
+            f"{request.name}"
+        )
         self.patch = patch
         super().__init__(f"{self.problem}; give for instance {max(1, round(size / side)) * side}")
 
 
 def check_image_size(request: ImageRequest, patch: tuple[int, int]) -> None:
-    """Raise `WrongImageSize` unless the image side is a multiple of `patch`, its height and width
-    in pixels.
+    """Raise `WrongImageSize` unless the image side is a multiple of a patch's height and width.
 
     timm would otherwise crop or pad the image.
     """
@@ -296,37 +290,37 @@ def patch(request: ImageRequest) -> tuple[int, int]:
     """Height and width in pixels of a patch of the model."""
     model = sketch(request)
     ratio = getattr(getattr(model, "patch_embed", None), "feat_ratio", None)
-    if ratio is not None and isinstance(
-        getattr(model, "blocks", None), nn.Sequential | nn.ModuleList
-    ):
+    blocks = getattr(model, "blocks", None)
+    if ratio is not None and isinstance(blocks, nn.Sequential | nn.ModuleList):
         return tuple(ratio(as_scalar=False))
     stages = getattr(model, "feature_info", None) or [{"reduction": 1}]
-    number = (
-        -1
-        if request.block is None or not -len(stages) <= request.block < len(stages)
-        else request.block
-    )
-    return (stages[number]["reduction"],) * 2
+    number = -1
+    if request.block is not None and -len(stages) <= request.block < len(stages):
+        number = request.block
+    side = stages[number]["reduction"]
+    return side, side
 
 
 def cut(model: Any, last: int) -> None:
     """Remove all blocks (or stages) after `last`, the final norm, the pooling and the head."""
     model.prune_intermediate_layers([last], prune_norm=True, prune_head=True)
-    # The pretrained final norm fits only the last of all blocks; student and teacher have norms of
-    # their own.
+    # The pretrained final norm fits only the last block; student and teacher have their own norms.
     for name in ("norm", "fc_norm", "head", "head_dist"):
         if isinstance(getattr(model, name, None), nn.Module):
             setattr(model, name, nn.Identity())
 
 
 def tell(request: ImageRequest, model: nn.Module, pooling: str | None) -> None:
-    """Print what the user may not expect of a model; `pooling` replaces its missing class token
-    (None: it has one).
+    """Print what the user may not expect of a model.
+
+    Args:
+        pooling: what replaces its missing class token; None: it has one.
     """
     if pooling is not None:
         say(f"{request.name} has no class token: {pooling} stands for it", model)
     if request.block is None and any(isinstance(module, _BatchNorm) for module in model.modules()):
         say(
-            f"{request.name}: its BatchNorm layers keep their statistics, those of a batch differ between ranks",
+            f"{request.name}: its BatchNorm layers keep their statistics, those of a batch differ "
+            "between ranks",
             model,
         )

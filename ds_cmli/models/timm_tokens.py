@@ -38,34 +38,25 @@ class TimmTokens(ImageBackbone):
                 "it has no plain stack of blocks over patch tokens: choose the backbone 'auto'"
             )
         ratio = getattr(model.patch_embed, "feat_ratio", None)
-        timm_model.check_image_size(
-            request, tuple(ratio(as_scalar=False)) if ratio is not None else (1, 1)
-        )
+        if ratio is not None:
+            timm_model.check_image_size(request, tuple(ratio(as_scalar=False)))
         depth = len(model.blocks)
         last = timm_model.last_block(request, depth, "block")
-        own = (
-            getattr(model, "attn_pool", None) if last == depth - 1 else None
-        )  # trained on the last block's output
-        norm = model.norm
+        norm, pool = model.norm, None
+        if last == depth - 1:  # the model's own pooling is trained on the last block's output
+            pool = getattr(model, "attn_pool", None)
         timm_model.cut(model, last)
         self.has_class_token = getattr(model, "cls_token", None) is not None
-        self.pools = own is not None and not self.has_class_token
+        self.pools = pool is not None and not self.has_class_token
+        pooling = None if self.has_class_token else "the mean of patches"
         if self.pools:
-            model.norm, model.attn_pool = norm, own
+            pooling = "its own pooling"
+            model.norm, model.attn_pool = norm, pool
         model.forward = model.forward_features
         created.account()
-        timm_model.tell(
-            request,
-            model,
-            None
-            if self.has_class_token
-            else "its own pooling"
-            if self.pools
-            else "the mean of patches",
-        )
-        self.registers = (
-            model.num_prefix_tokens - self.has_class_token
-        )  # tokens beside patches and class token
+        timm_model.tell(request, model, pooling)
+        # Tokens beside patches and class token.
+        self.registers = model.num_prefix_tokens - self.has_class_token
         self.prefix = 1 + self.registers
         self.width, self.grid = model.embed_dim, tuple(model.patch_embed.grid_size)
         self.mean, self.std = model.pretrained_cfg["mean"], model.pretrained_cfg["std"]
@@ -75,9 +66,8 @@ class TimmTokens(ImageBackbone):
         return list(self.model.blocks)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        x = self.model(
-            pixels
-        )  # [B, prefix + N, H], or one token fewer if the model has no class token
+        # [B, prefix + N, H], or one token fewer if the model has no class token
+        x = self.model(pixels)
         if self.has_class_token:
             return x
         if self.pools:

@@ -28,7 +28,7 @@ from transformers import (
 from ds_cmli.common.errors import UserError, nearest
 from ds_cmli.common.pretrained import loading, reason
 from ds_cmli.models.backbone import DEFAULT_LAYERS, TextRequest
-from ds_cmli.models.weights import account, check_finite, check_room, count, say
+from ds_cmli.models.weights import Shape, account, check_finite, check_room, count, say
 
 # The configuration fields, over all families, of the dropout after layers and of the dropout inside
 # the attention.
@@ -47,15 +47,20 @@ DECIDED = {"vocab_size": "data.tokenizer", **dict.fromkeys(DROPOUT, "student.dro
 # Fields of single families that do not affect the encoder: they configure heads, generation or
 # decoding.
 UNUSED = {
-    *(
-        "use_cache",
-        "classifier_dropout",
-        "tie_word_embeddings",
-        "is_decoder",
-        "add_cross_attention",
-    ),
-    *("bos_token_id", "eos_token_id", "sep_token_id", "cls_token_id", "decoder_start_token_id"),
-    *("gradient_checkpointing", "cross_attention_hidden_size", "model_type", "num_decoder_layers"),
+    "add_cross_attention",
+    "bos_token_id",
+    "classifier_dropout",
+    "cls_token_id",
+    "cross_attention_hidden_size",
+    "decoder_start_token_id",
+    "eos_token_id",
+    "gradient_checkpointing",
+    "is_decoder",
+    "model_type",
+    "num_decoder_layers",
+    "sep_token_id",
+    "tie_word_embeddings",
+    "use_cache",
 }
 # The names that the families give to the table of token embeddings in their weights.
 TOKEN_TABLES = (
@@ -83,53 +88,44 @@ UNDECLARED = {
 
 
 def family(model: str) -> str:
-    """The architecture at the start of a model's name: "bert-base-uncased" -> "bert", "clip" ->
-    "clip_text_model".
-    """
-    plain = model.rsplit("/", 1)[-1].lower().replace("_", "-") + "-"
-    known = [
-        kind for kind in CONFIG_MAPPING if plain.startswith(kind.lower().replace("_", "-") + "-")
-    ]
+    """The architecture that a model's name begins with: "bert-base-uncased" -> "bert"."""
+    plain = _dashed(model.rsplit("/", 1)[-1])
+    known = [kind for kind in CONFIG_MAPPING if plain.startswith(_dashed(kind))]
     if not known:
         raise UserError(
-            f"student.text_model is {model!r}: without a configuration of its own (random weights, or a file of "
-            "weights), give an architecture of the transformers library, such as bert, t5 or clip"
+            f"student.text_model is {model!r}: without a configuration of its own (random weights, "
+            "or a file of weights), give an architecture of the transformers library, such as "
+            "bert, t5 or clip"
         )
     found = max(known, key=len)
     part = getattr(CONFIG_MAPPING[found], "sub_configs", {}).get("text_config")
     return getattr(part, "model_type", "") or found
 
 
+def _dashed(name: str) -> str:
+    return name.lower().replace("_", "-") + "-"
+
+
 def without_effect(kind: type[PreTrainedConfig], name: str) -> str | None:
     """Why a field of `text_overrides` has no effect or is refused; None if it has an effect."""
     if name in DECIDED:
         return f"{DECIDED[name]} decides that"
-    fields = inspect.signature(kind).parameters
     common = inspect.signature(PreTrainedConfig).parameters.keys() - {"chunk_size_feed_forward"}
     if name in UNUSED or name in common:
         return "it decides nothing of a text encoder"
-    if (
-        name not in fields
-        and name not in kind.attribute_map
-        and name not in UNDECLARED.get(kind.model_type, ())
-    ):
-        return nearest(
-            name, (fields.keys() | kind.attribute_map.keys()) - common - UNUSED - DECIDED.keys()
-        )
-    return None
+    known = inspect.signature(kind).parameters.keys() | kind.attribute_map.keys()
+    if name in known or name in UNDECLARED.get(kind.model_type, ()):
+        return None
+    return nearest(name, known - common - UNUSED - DECIDED.keys())
 
 
 def text_part(config: PreTrainedConfig) -> PreTrainedConfig:
-    """The configuration of the text encoder: for an image-text model, such as CLIP, it is a part of
-    the model's.
-    """
+    """The configuration of the text encoder, which of CLIP and its like is a part."""
     return getattr(config, "text_config", None) or config
 
 
 def kind_of(request: TextRequest) -> type[PreTrainedConfig] | None:
-    """The class of the model's configuration; None if it cannot be determined, in which case
-    `create` says why.
-    """
+    """The class of the model's configuration; None if unknown, in which case `create` says why."""
     if not Path(request.weights).is_dir():
         try:
             return CONFIG_MAPPING[family(request.model)]  # the name is enough, the hub is not asked
@@ -147,8 +143,8 @@ def create(request: TextRequest) -> Any:
     source, weights = request.source, request.weights
     if weights not in ("random", "hub") and not Path(weights).exists():
         raise source.error(
-            "no such file or folder; give 'hub', 'random', the folder of a transformers model with its config.json, or "
-            f"a weights file of {request.model}"
+            "no such file or folder; give 'hub', 'random', the folder of a transformers model "
+            f"with its config.json, or a weights file of {request.model}"
         )
     try:
         with loading(hub=weights == "hub"):
@@ -159,12 +155,13 @@ def create(request: TextRequest) -> Any:
         raise
     except Exception as error:
         raise UserError(
-            f"{source.setting} is {weights!r}, the model {request.model!r}: cannot load it: {reason(error)}"
+            f"{source.setting} is {weights!r}, the model {request.model!r}: cannot load it: "
+            f"{reason(error)}"
         ) from None
     if model.config.vocab_size < request.vocab_size:
         raise UserError(
-            f"data.tokenizer has {request.vocab_size} tokens and {request.name} only {model.config.vocab_size}: choose "
-            "the tokenizer that belongs to the model"
+            f"data.tokenizer has {request.vocab_size} tokens and {request.name} only "
+            f"{model.config.vocab_size}: choose the tokenizer that belongs to the model"
         )
     if kept is None:
         say(f"{request.name} has no plain stack of layers: it is kept whole", model)
@@ -177,7 +174,8 @@ def _is_file(request: TextRequest) -> bool:
 
 def _configured(request: TextRequest) -> PreTrainedConfig:
     """The configuration of the model, or the default one of its family, with the user's changes."""
-    if request.weights == "random" or _is_file(request):
+    own = request.weights != "random" and not _is_file(request)  # whether the model has one
+    if not own:
         configure = partial(AutoConfig.for_model, family(request.model))
     else:
         where = request.model if request.weights == "hub" else request.weights
@@ -188,7 +186,7 @@ def _configured(request: TextRequest) -> PreTrainedConfig:
             trust_remote_code=False,
         )
     plain = text_part(configure())
-    kind: Any = type(plain)
+    kind = type(plain)
     for field, value in request.overrides.items():
         why = without_effect(kind, field)
         if why is not None:
@@ -198,42 +196,39 @@ def _configured(request: TextRequest) -> PreTrainedConfig:
     sizes: dict[str, Any] = {name: 0.0 for name in ATTENTION_DROPOUT if name in fields}
     sizes |= {name: request.dropout for name in DROPOUT if name in fields}
     sizes |= request.overrides
-    if request.weights == "random":
-        sizes["vocab_size"] = request.vocab_size
-    elif _is_file(request):
-        state = _read(request.weights)
-        rows = [len(value) for key, value in state.items() if key.endswith(TOKEN_TABLES)]
-        sizes["vocab_size"] = rows[0] if rows else request.vocab_size
-    if request.weights == "random" or _is_file(request):
+    if own:
+        if type(configure()) is kind:
+            return configure(**sizes)
+        return kind(**(plain.to_dict() | sizes))
+    sizes["vocab_size"] = request.vocab_size
+    if _is_file(request):
+        for key, value in _read(request.weights).items():
+            if key.endswith(TOKEN_TABLES):
+                sizes["vocab_size"] = len(value)
+                break
+    if "pad_token_id" in fields:
         # The fields of special tokens are rows of the embedding table, so they must be the
         # tokenizer's ids.
-        special = {"pad_token_id": request.special.pad_id} if "pad_token_id" in fields else {}
-        return kind(**{**special, **sizes})
-    if type(configure()) is kind:
-        return configure(**sizes)
-    return kind(**{**plain.to_dict(), **sizes})
+        sizes.setdefault("pad_token_id", request.special.pad_id)
+    return kind(**sizes)
 
 
 def _sized(request: TextRequest, config: Any) -> int | None:
-    """Set the number of layers that are kept in `config` and return it; None if the family has no
-    such field.
-    """
+    """Set the number of layers to keep in `config` and return it; None if it has no such field."""
     depth = getattr(config, "num_hidden_layers", None)
     if depth is None:
         if request.layers is not None:
             raise request.unfit(
-                f"it has no plain stack, of which the first student.layers = {request.layers} could be kept: give "
-                "student.layers=null, and it is kept whole"
+                f"it has no plain stack, of which the first student.layers = {request.layers} "
+                "could be kept: give student.layers=null, and it is kept whole"
             )
         return None
     # Weights may have more layers than their configuration says; if they have fewer than asked,
     # `account` reports it.
-    most = (
-        depth if request.weights == "random" or "num_hidden_layers" in request.overrides else None
-    )
-    if request.layers is not None and most is not None and request.layers > most:
-        raise UserError(f"student.layers is {request.layers}: {request.name} has only {most}")
     kept = min(DEFAULT_LAYERS, depth) if request.layers is None else request.layers
+    decided = request.weights == "random" or "num_hidden_layers" in request.overrides
+    if decided and kept > depth:
+        raise UserError(f"student.layers is {kept}: {request.name} has only {depth}")
     kinds = getattr(config, "layer_types", None)
     config.num_hidden_layers = kept
     if kinds:
@@ -253,11 +248,9 @@ def _build(request: TextRequest, config: PreTrainedConfig) -> Any:
         raise request.unfit(
             "its encoder does not come without its decoder in transformers: choose another model"
         )
-    options: dict[str, Any] = (
-        {"add_pooling_layer": False}
-        if "add_pooling_layer" in inspect.signature(model).parameters
-        else {}
-    )
+    options: dict[str, Any] = {}
+    if "add_pooling_layer" in inspect.signature(model).parameters:
+        options["add_pooling_layer"] = False
     if not isinstance(torch.empty(0), FakeTensor):
         with torch.device("meta"):
             parameters = count(model._from_config(config, **options))
@@ -266,7 +259,7 @@ def _build(request: TextRequest, config: PreTrainedConfig) -> Any:
         return model._from_config(config, dtype=torch.float32, **options)
     where: Any = request.model if request.weights == "hub" else request.weights
     if _is_file(request):
-        where, options = None, {**options, "state_dict": _read(request.weights)}
+        where, options["state_dict"] = None, _read(request.weights)
     encoder, info = model.from_pretrained(
         where,
         config=config,
@@ -278,20 +271,17 @@ def _build(request: TextRequest, config: PreTrainedConfig) -> Any:
         **options,
     )
     check_finite(request.source, encoder)
-    missing = set(info["missing_keys"])
-    given = {
-        key: tuple(tensor.shape)
-        for key, tensor in encoder.state_dict().items()
-        if key not in missing
-    }
-    given |= {key: tuple(shape) for key, shape, _ in info["mismatched_keys"]}
-    account(
-        request.source, encoder, {**given, **dict.fromkeys(sorted(info["unexpected_keys"]), ())}, {}
-    )
+    given: dict[str, Shape] = {}
+    for key, tensor in encoder.state_dict().items():
+        if key not in info["missing_keys"]:
+            given[key] = tuple(tensor.shape)
+    for key, shape, _ in info["mismatched_keys"]:
+        given[key] = tuple(shape)
+    given |= dict.fromkeys(sorted(info["unexpected_keys"]), ())
+    account(request.source, encoder, given, before={})
     return encoder
 
 
 def _read(file: str) -> dict[str, Tensor]:
-    return timm.models.load_state_dict(
-        file, weights_only=True
-    )  # reads .safetensors, or a file that torch.save wrote
+    # Reads .safetensors, or a file that torch.save wrote.
+    return timm.models.load_state_dict(file, weights_only=True)

@@ -7,12 +7,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING, PreTrainedConfig
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from ds_cmli.common.errors import UserError
 from ds_cmli.models.backbone import TextBackbone, TextRequest
 from ds_cmli.models.transformers_model import DROPOUT, create, kind_of
-from ds_cmli.models.weights import say
+from ds_cmli.models.weights import count, say
 
 # Text encoders of contrastive models: they have no language modeling head, so the two tables do not
 # list them.
@@ -30,9 +35,7 @@ POSITION_TABLES = ("position_embeddings", "position_embedding", "embed_positions
 
 
 class Transformer(TextBackbone):
-    """A model of the transformers library, used for its last hidden states; subclasses define the
-    pooling.
-    """
+    """A model of the transformers library, used for its last hidden states."""
 
     model: Any
 
@@ -43,16 +46,15 @@ class Transformer(TextBackbone):
         # checkpointing.
         self.model.config.use_cache = False
         for module in self.model.modules():
-            if isinstance(
-                getattr(module, "head", None), nn.Linear
-            ):  # SigLIP's, which follows its own pooling
-                module.head = nn.Identity()
+            if isinstance(getattr(module, "head", None), nn.Linear):
+                module.head = nn.Identity()  # SigLIP's, which follows its own pooling
         self.width = self.model.config.hidden_size
         self.most_positions = _most_positions(self.model)
         self._check_special_tokens(request)
         if request.dropout and not any(name in vars(self.model.config) for name in DROPOUT):
             say(
-                f"{request.name} has no dropout behind its layers: student.dropout has no effect on it",
+                f"{request.name} has no dropout behind its layers: student.dropout has no effect "
+                "on it",
                 self.model,
             )
 
@@ -62,53 +64,51 @@ class Transformer(TextBackbone):
         if counts_from is None or counts_from == request.special.pad_id:
             return
         problem = (
-            f"data.tokenizer fills up texts with the id {request.special.pad_id}, and {request.name} counts positions "
-            f"by the id {counts_from}"
+            f"data.tokenizer fills up texts with the id {request.special.pad_id}, and "
+            f"{request.name} counts positions by the id {counts_from}"
         )
         if request.weights != "random":
             raise UserError(f"{problem}: choose the tokenizer that belongs to the model")
-        say(
-            f"{problem}, which then has a position of its own", self.model
-        )  # harmless with untrained weights
+        # Harmless with untrained weights.
+        say(f"{problem}, which then has a position of its own", self.model)
 
     @property
     def blocks(self) -> list[nn.Module]:
         depth = getattr(self.model.config, "num_hidden_layers", None)
-        stacks: list[nn.Module] = [
-            m for m in self.model.modules() if isinstance(m, nn.ModuleList) and len(m) == depth
-        ]
+        lists = [m for m in self.model.modules() if isinstance(m, nn.ModuleList)]
+        stacks = [stack for stack in lists if len(stack) == depth]
         if stacks:
-            return list(
-                max(stacks, key=lambda stack: sum(p.numel() for p in stack.parameters())).children()
-            )
+            return list(max(stacks, key=count))
         # Layers that share their weights (ALBERT) are one block, because each parameter's gradient
-        # must arrive once.
+        # must arrive once: the first part with a list of layers.
         parts = [m for m in self.model.children() if not isinstance(m, nn.Embedding)]
-        return [
-            max(parts, key=lambda part: any(isinstance(m, nn.ModuleList) for m in part.modules()))
-        ]
+        for part in parts:
+            if any(isinstance(m, nn.ModuleList) for m in part.modules()):
+                return [part]
+        return parts[:1]
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         # An integer mask is accepted by the encoders of every transformers version.
-        return self.model(
-            input_ids=input_ids, attention_mask=attention_mask.long()
-        ).last_hidden_state
+        mask = attention_mask.long()
+        return self.model(input_ids=input_ids, attention_mask=mask).last_hidden_state
 
 
-def _position_table(model: nn.Module) -> Any:
-    tables = (m for name, m in model.named_modules() if name.rsplit(".", 1)[-1] in POSITION_TABLES)
-    return next((table for table in tables if isinstance(table, nn.Embedding)), None)
+def _position_table(model: nn.Module) -> nn.Embedding | None:
+    for name, module in model.named_modules():
+        if name.rsplit(".", 1)[-1] in POSITION_TABLES and isinstance(module, nn.Embedding):
+            return module
+    return None
 
 
-def _most_positions(model: Any) -> int | None:
-    """The greatest length of a text, from the position embeddings or the configuration; None: any
-    length.
-    """
+def _most_positions(model: PreTrainedModel) -> int | None:
+    """The greatest length of a text by its position embeddings; None: any length."""
     table = _position_table(model)
     if table is None:
         return getattr(model.config, "max_position_embeddings", None)
+    if table.padding_idx is None:
+        return table.num_embeddings
     # RoBERTa's positions begin after the row of the padding index.
-    return table.num_embeddings - (0 if table.padding_idx is None else table.padding_idx + 1)
+    return table.num_embeddings - table.padding_idx - 1
 
 
 def at_the_end(kind: type[PreTrainedConfig] | None) -> bool:
@@ -120,9 +120,7 @@ def at_the_end(kind: type[PreTrainedConfig] | None) -> bool:
 
 
 class Causal(Transformer):
-    """Pooled at the last attended position: the end token if the tokenizer adds one, or else the
-    last word.
-    """
+    """Pooled at the last attended position: the end token, or else the last word."""
 
     @classmethod
     def takes(cls, request: TextRequest) -> bool:
@@ -134,9 +132,7 @@ class Causal(Transformer):
 
 
 class Encoder(Transformer):
-    """Pooled at the class token, which is the first; a T5 encoder has none and is pooled by the
-    mean of its tokens.
-    """
+    """Pooled at the class token, which is the first; T5 has none, its tokens are averaged."""
 
     @classmethod
     def takes(cls, request: TextRequest) -> bool:
@@ -144,10 +140,8 @@ class Encoder(Transformer):
 
     def __init__(self, request: TextRequest):
         super().__init__(request)
-        self.by_mean = (
-            bool(getattr(self.model.config, "is_encoder_decoder", False))
-            or "T5" in type(self.model).__name__
-        )
+        both = getattr(self.model.config, "is_encoder_decoder", False)
+        self.by_mean = bool(both) or "T5" in type(self.model).__name__
         if self.by_mean:
             say(
                 f"{request.name} has no class token: the mean of its tokens stands for it",
@@ -155,8 +149,9 @@ class Encoder(Transformer):
             )
         elif not request.special.class_first:
             raise UserError(
-                f"data.tokenizer begins a text with no class token, by which {request.name} is pooled: choose the "
-                "tokenizer that belongs to the model, or student.text_backbone=causal, which pools at the end"
+                f"data.tokenizer begins a text with no class token, by which {request.name} is "
+                "pooled: choose the tokenizer that belongs to the model, or "
+                "student.text_backbone=causal, which pools at the end"
             )
 
     def pool(self, tokens: Tensor, attention_mask: Tensor) -> Tensor:

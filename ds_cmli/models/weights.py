@@ -1,10 +1,8 @@
-"""Checks of pretrained weights: all values must be finite, and missing, unused and resized keys are
-reported.
-"""
+"""Checks of pretrained weights: finite values, missing, unused and resized keys, room in memory."""
 
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,9 +44,8 @@ def weights_file(source: Source, needed: str) -> str:
     """
     path = Path(source.weights)
     if path.is_dir():
-        found = [path / name for name in FILES if (path / name).is_file()] or sorted(
-            path.glob("*.safetensors")
-        )
+        found = [path / name for name in FILES if (path / name).is_file()]
+        found = found or sorted(path.glob("*.safetensors"))
         if len(found) == 1 or (found and found[0].name in FILES):
             return _undamaged(source, found[0])
         raise source.error(
@@ -66,18 +63,28 @@ def _undamaged(source: Source, path: Path) -> str:
     return str(path)
 
 
-def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
-    """The name of the first tensor that holds a NaN or an infinity; None if there is none."""
-    return next(
-        (k for k, t in tensors.items() if t.is_floating_point() and not torch.isfinite(t).all()),
-        None,
-    )
+def not_finite(value: object, name: str = "") -> str | None:
+    """The name of the first tensor in nested containers that has NaN or inf. CPU-GPU sync."""
+    if isinstance(value, Tensor):
+        if not value.is_floating_point() or not value.numel():
+            return None
+        # Both are NaN if any value is; this needs no mask of the tensor's size.
+        least, most = value.detach().aminmax()
+        return None if least.isfinite() and most.isfinite() else name
+    items: Iterable[tuple[object, object]] = ()
+    if isinstance(value, Mapping):
+        items = value.items()
+    elif isinstance(value, list | tuple):
+        items = enumerate(value)
+    for key, inner in items:
+        bad = not_finite(inner, f"{name}.{key}".lstrip("."))
+        if bad:
+            return bad
+    return None
 
 
 def check_finite(source: Source, model: nn.Module) -> None:
-    """Raise `UserError` if a weight is not finite. Called before the model is cut, so that all
-    tensors are checked.
-    """
+    """Raise `UserError` if a weight is not finite. Called before the model is cut."""
     key = not_finite(model.state_dict())
     if key is not None:
         raise source.error(f"its {key!r} holds NaN or infinite values; give weights that are whole")
@@ -101,56 +108,63 @@ def account(
     wanted = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
     missing = [key for key in wanted if key not in given]
     unused = [key for key in given if key not in wanted]
-    other = [
-        f"{key} {list(given[key])} for {list(shape)}"
-        for key, shape in wanted.items()
-        if given.get(key, shape) != shape
-    ]
-    resized = [
-        f"{key} {list(before[key])} -> {list(wanted[key])}"
-        for key in wanted
-        if key in given and key in before and before[key] != wanted[key]
-    ]
+    other, resized = [], []
+    for key, shape in wanted.items():
+        if key not in given:
+            continue
+        if given[key] != shape:
+            other.append(f"{key} {list(given[key])} for {list(shape)}")
+        if before.get(key, shape) != shape:
+            resized.append(f"{key} {list(before[key])} -> {list(shape)}")
     if other:
         raise source.error(
-            f"{_count(other, len(wanted))} of another shape: {_some(other)}; give this model's own"
+            f"{_count(other, wanted)} of another shape: {_some(other)}; give this model's own"
         )
     if len(missing) == len(wanted):
-        prefix = next(
-            (key.removesuffix(own) for own in wanted for key in unused if key.endswith(f".{own}")),
-            "",
+        prefix = _prefix(wanted, unused)
+        do = (
+            f"remove {prefix!r} from its keys"
+            if prefix
+            else "give weights in the layout of the model"
         )
         raise source.error(
-            f"none of its keys ({_some(unused)}) is one of the model's ({_some(missing)}): "
-            + (
-                f"remove {prefix!r} from its keys"
-                if prefix
-                else "give weights in the layout of the model"
-            )
+            f"none of its keys ({_some(unused)}) is one of the model's ({_some(missing)}): {do}"
         )
-    blocks = {int(m[1]) for key in missing if len(wanted[key]) > 1 and (m := BLOCK.search(key))}
+    blocks = _blocks(key for key in missing if len(wanted[key]) > 1)
     if blocks and not source.partial:
-        every = {int(m[1]) for key in wanted if (m := BLOCK.search(key))}
-        allow = (
-            f", {source.allow}" if blocks < every else ""
-        )  # with no block there, training would start from nothing
+        # With no block there, training would start from nothing.
+        allow = f", {source.allow}" if blocks < _blocks(wanted) else ""
         raise source.error(
-            f"it lacks weights of block {', '.join(map(str, sorted(blocks)))} ({_count(missing, len(wanted))} missing: "
-            f"{_some(missing)}): give weights that have them{allow}"
+            f"it lacks weights of block {', '.join(map(str, sorted(blocks)))} "
+            f"({_count(missing, wanted)} missing: {_some(missing)}): give weights that have "
+            f"them{allow}"
         )
     name = f"{source.setting} {source.weights}"
     if missing:
-        say(
-            f"{name}: {_count(missing, len(wanted))} missing there, random at the start: {_some(missing)}"
-        )
+        count = _count(missing, wanted)
+        say(f"{name}: {count} missing there, random at the start: {_some(missing)}")
     if unused:
-        say(f"{name}: {_count(unused, len(given))} there not used: {_some(unused)}")
+        say(f"{name}: {_count(unused, given)} there not used: {_some(unused)}")
     if resized:
-        say(f"{name}: {_count(resized, len(given))} resized: {_some(resized)}")
+        say(f"{name}: {_count(resized, given)} resized: {_some(resized)}")
 
 
-def _count(keys: list[str], of: int) -> str:
-    return f"{len(keys)} of {of} keys"
+def _prefix(wanted: Iterable[str], unused: Iterable[str]) -> str:
+    """What stands before the model's keys in the file; "" if there is none."""
+    for own in wanted:
+        for key in unused:
+            if key.endswith(f".{own}"):
+                return key.removesuffix(own)
+    return ""
+
+
+def _blocks(keys: Iterable[str]) -> set[int]:
+    found = map(BLOCK.search, keys)
+    return {int(match[1]) for match in found if match}
+
+
+def _count(keys: Sized, of: Sized) -> str:
+    return f"{len(keys)} of {len(of)} keys"
 
 
 def _some(keys: Iterable[str], most: int = 3) -> str:
@@ -159,9 +173,7 @@ def _some(keys: Iterable[str], most: int = 3) -> str:
 
 
 def say(line: str, model: nn.Module | None = None) -> None:
-    """Print on the first rank; nothing if the parameters of `model` are fake tensors, as in a
-    memory prediction.
-    """
+    """Print on the first rank, unless the parameters of `model` are fake tensors."""
     if os.environ.get("RANK", "0") == "0" and not isinstance(
         next(model.parameters(), None) if model else None, FakeTensor
     ):
@@ -181,8 +193,8 @@ def check_room(setting: str, value: object, parameters: int) -> None:
     needed, free = 4 * parameters, min(_free(), default=None)
     if free is not None and needed > free:
         raise UserError(
-            f"{setting} is {value!r}: {parameters:,} parameters take {needed:,} B, and {free:,} B are free here: give "
-            "a smaller model"
+            f"{setting} is {value!r}: {parameters:,} parameters take {needed:,} B, and {free:,} B "
+            "are free here: give a smaller model"
         )
 
 
