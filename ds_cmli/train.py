@@ -29,11 +29,12 @@ from ds_cmli.config.options import (
     START,
     WHAT,
     add,
+    check_early,
     resolve_config,
     tell_beside_json,
 )
+from ds_cmli.config.outputs import check_outputs
 from ds_cmli.config.schema import Config
-from ds_cmli.config.start_checks import check_early, check_outputs
 from ds_cmli.distributed.launchers import map_launcher_environment
 from ds_cmli.faults import preemption
 from ds_cmli.memory.profiler import Profiles

@@ -16,7 +16,7 @@ WRITTEN = ("config.json", "metrics.jsonl", "tensorboard", FOLDER, WEIGHTS, AVERA
 
 
 class Checkpoints:
-    """The checkpoints of the run in `folder`: tells when one is due and which state the last holds."""
+    """The checkpoints of the run in `folder`: when one is due, and which state the last holds."""
 
     def __init__(self, folder: Path, engine: TrainEngine, settings: RunConfig, state: TrainState):
         self.folder, self.engine, self.settings = folder, engine, settings
@@ -67,7 +67,7 @@ class Checkpoints:
         return saved
 
     def diverged(self, what: str, state: TrainState) -> str:
-        """The error message of a diverged run, with its first bad step and the last good checkpoint."""
+        """The error message of a diverged run: its first bad step and the last good checkpoint."""
         first = state.step - max(0, state.skipped_in_row - 1)
         good = latest(self.folder / FOLDER)
         kept = "no checkpoint had been saved before"

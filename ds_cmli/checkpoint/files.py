@@ -13,7 +13,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, TypedDict
+from typing import IO, TypedDict
 
 import torch
 from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
@@ -22,6 +22,7 @@ from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
 
 from ds_cmli.common.patches import environment
+from ds_cmli.models.weights import not_finite
 
 CHECKSUMS = "checksums.json"
 FORMER_NAME = "manifest.json"  # the name in older checkpoints
@@ -37,7 +38,7 @@ class Entry(TypedDict):
 
 
 class NotFinite(Exception):
-    """A tensor to be saved has NaN or inf: the run has diverged, and the checkpoint before is kept."""
+    """A tensor to be saved has NaN or inf: the run has diverged, and keeps the last checkpoint."""
 
 
 class Hashing:
@@ -76,7 +77,7 @@ def write_file(path: Path, write: Callable[[Hashing], object]) -> Entry:
 
 
 def publish(path: Path, data: bytes) -> None:
-    """Replace `path` atomically and durably by these bytes: a reader sees the old or the new file."""
+    """Replace `path` atomically and durably: a reader sees the old or the new file."""
     beside = path.with_name(path.name + ".writing")
     write_file(beside, lambda file: file.write(data))
     os.replace(beside, path)
@@ -93,7 +94,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def write_checksums(folder: Path, entries: Mapping[str, Entry]) -> None:
-    """Write `checksums.json` of `folder`; `entries` are those that `write_file` has returned, by name."""
+    """Write `checksums.json` of `folder`; `entries` are those of `write_file`, by name."""
     write_file(folder / CHECKSUMS, lambda file: file.write(_text(entries).encode()))
     sync_folder(folder)
 
@@ -104,7 +105,7 @@ def _text(entries: Mapping[str, Entry]) -> str:
 
 
 def read_checksums(folder: Path) -> dict[str, Entry]:
-    """Read `checksums.json`: entries by file name. A ValueError says what is wrong with the file."""
+    """Read `checksums.json`: entries by file name. Raises ValueError with what is wrong."""
     try:
         former = folder / FORMER_NAME
         text = (former if former.is_file() else folder / CHECKSUMS).read_text()
@@ -150,26 +151,6 @@ def describe(path: Path) -> Entry:
     return {"bytes": size, "sha256": digest.hexdigest()}
 
 
-def not_finite(value: object, name: str = "") -> str | None:
-    """The name of the first tensor in nested containers that has NaN or inf. CPU-GPU sync."""
-    items: list[tuple[Any, Any]] = []
-    if isinstance(value, torch.Tensor):
-        if not value.is_floating_point() or not value.numel():
-            return None
-        # Both are NaN if any value is; this needs no mask of the tensor's size.
-        least, most = value.detach().aminmax()
-        return None if least.isfinite() and most.isfinite() else name
-    if isinstance(value, Mapping):
-        items += value.items()
-    elif isinstance(value, list | tuple):
-        items += enumerate(value)
-    for key, inner in items:
-        bad = not_finite(inner, f"{name}.{key}".lstrip("."))
-        if bad:
-            return bad
-    return None
-
-
 class CheckpointWriter(TorchCheckpointEngine):
     """Writes DeepSpeed's checkpoint files in place of its `TorchCheckpointEngine`.
 
@@ -195,7 +176,7 @@ class CheckpointWriter(TorchCheckpointEngine):
         return torch.load(path, map_location=map_location, weights_only=True)
 
     def write_tensors(self, value: object, path: Path) -> None:
-        """`torch.save` that records the file, or the error; a value that is not finite is not written."""
+        """`torch.save` that records the file, or the error; only finite values are written."""
         if self.error is not None:
             return
         bad = not_finite(value)

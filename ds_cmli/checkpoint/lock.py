@@ -37,9 +37,8 @@ from ds_cmli.distributed import process_group as distributed
 NAME = "run.lock"
 TOUCH_SECONDS = 15.0  # between two touches
 LOOK_SECONDS = 1.0  # between two looks whether the lock is still this process's
-HANDOVER = (
-    5.0  # seconds in which a holder that may still run finds out that the lock has been taken over
-)
+# Seconds in which a holder that may still run finds out that the lock has been taken over.
+HANDOVER = 5.0
 # seconds without a touch after which a holder on another machine counts as ended; NFS delays up to
 # 60 s
 LEASE = 180.0
@@ -106,7 +105,10 @@ class Lock:
                 if content is not None and self._lives(content, age):
                     return self._line(content, age)
                 if content is not None and not self._replace(content):
-                    return f"--output-dir is {str(self.folder)!r}: another start is just taking it over from one gone"
+                    return (
+                        f"--output-dir is {str(self.folder)!r}: another start is just taking it "
+                        "over from one gone"
+                    )
                 if self._read(self.path)[0] == json.dumps(self.mine):
                     break
         except OSError as error:
@@ -148,9 +150,7 @@ class Lock:
         return True
 
     def _read(self, path: Path) -> tuple[str | None, float]:
-        """The content of a lock file, None if there is none, and its age in seconds by the file
-        server's clock.
-        """
+        """The content of a lock file, or None, and its age in seconds by the file server."""
         probe = self.path.with_name(f"{NAME}.{self.mine['token']}")
         probe.touch()
         now = probe.stat().st_mtime
@@ -172,9 +172,7 @@ class Lock:
         return age < LEASE
 
     def _may_still_run(self, holder: dict[str, Any]) -> bool:
-        """Whether a holder that was found runs, or could on another machine, or left the lock for
-        such a one.
-        """
+        """Whether a holder runs, or could on another machine, or left the lock for such a one."""
         elsewhere = holder.get("place") != self.mine["place"]
         return (
             elsewhere
@@ -183,7 +181,7 @@ class Lock:
         )
 
     def _replace(self, stale: str) -> bool:
-        """Replace the stale lock by this process's own; returns False if another start is doing so."""
+        """Replace the stale lock by this process's own; False if another start is doing so."""
         claims, claimed = [], stale
         while True:
             claims.append(
@@ -197,9 +195,8 @@ class Lock:
             if self._lives(content, age):
                 return False
             claimed = content  # the process that made the claim has ended too: claim the claim
-        if (
-            self._read(self.path)[0] == stale
-        ):  # otherwise it was replaced before this claim was made
+        # Otherwise it was replaced before this claim was made.
+        if self._read(self.path)[0] == stale:
             made = self.path.with_name(f"{NAME}.{self.mine['token']}")
             self._make(made)
             os.replace(made, self.path)
@@ -212,20 +209,23 @@ class Lock:
         if holder is None:
             return f"{self.path} cannot be read: another start is just making it, or remove it"
         line = (
-            f"--output-dir is {str(self.folder)!r}: in use since {holder.get('since')} by process {holder.get('pid')} "
+            f"--output-dir is {str(self.folder)!r}: in use since {holder.get('since')} by process "
+            f"{holder.get('pid')} "
             f"on {holder.get('host')}: end that run, or give another --output-dir"
         )
         if holder.get("place") != self.mine["place"]:
-            line += f" (last sign of life {max(0.0, age):.0f} s ago; without one for {LEASE:.0f} s the folder is free)"
+            line += (
+                f" (last sign of life {max(0.0, age):.0f} s ago; without one for {LEASE:.0f} s the "
+                "folder is free)"
+            )
         return line
 
     def _watch(self) -> None:
         touched = time.monotonic()
         while not self.ended.wait(LOOK_SECONDS):
             self.end_if_lost()
-            if not (
-                self.path.exists() or self.ended.is_set()
-            ):  # the folder was removed, and made again
+            # The folder was removed, and made again.
+            if not (self.path.exists() or self.ended.is_set()):
                 with contextlib.suppress(OSError):
                     self._make(self.path)
             if time.monotonic() - touched > TOUCH_SECONDS:
@@ -237,9 +237,8 @@ class Lock:
         with self.leaving:  # never released, because a process ends only once
             place = f"process {holder.get('pid')} on {holder.get('host')}"
             message = f"{self.path} was taken over by {place}: this start ends and writes no more"
-            with contextlib.suppress(
-                OSError, ValueError
-            ):  # whoever read its output may be gone too
+            # Whoever read its output may be gone too.
+            with contextlib.suppress(OSError, ValueError):
                 print(f"error: {message}", file=sys.stderr, flush=True)
             leave(2)
 
@@ -254,9 +253,7 @@ def _parsed(content: str) -> dict[str, Any] | None:
 
 
 def _place() -> str:
-    """Identifies the machine's boot and the container, within which a process id means the same
-    process.
-    """
+    """Identifies the machine's boot and the container: there a process id is unambiguous."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{socket.gethostname()} {boot} {os.readlink('/proc/self/ns/pid')}"
@@ -265,9 +262,7 @@ def _place() -> str:
 
 
 def _started(pid: Any) -> str | None:
-    """The start time of a process, which tells it from a later one with the same id; None if it has
-    ended.
-    """
+    """The start time of a process, which tells it from a later one; None if it has ended."""
     try:
         with open(f"/proc/{int(pid)}/stat") as file:
             state, *rest = file.read().rpartition(")")[2].split()

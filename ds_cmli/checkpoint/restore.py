@@ -1,5 +1,4 @@
-"""Resuming a run: choose the checkpoint, check that it fits this start, and restore everything from
-it.
+"""Resuming a run: choose the checkpoint, check that it fits this start, and restore from it.
 
 Everything read here has been verified against the checkpoint's checksums; DeepSpeed's files and
 ours are loaded without running code from them.
@@ -9,12 +8,13 @@ import textwrap
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ds_cmli.checkpoint import files, universal
 from ds_cmli.checkpoint import save as checkpoint
+from ds_cmli.checkpoint.files import CheckpointWriter, no_code
 from ds_cmli.checkpoint.train_state import TrainState, read_of_rank, read_shared, redistribute
 from ds_cmli.checkpoint.weights import load_averages, parts
 from ds_cmli.common.errors import UserError
@@ -25,8 +25,20 @@ from ds_cmli.config.schema import Config
 from ds_cmli.data.bad import BadSamples
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.engine import TrainEngine
+from ds_cmli.models.weights import not_finite
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
 
 EMA_DECAY = "optim.ema_decay"
+# The settings of the DeepSpeed JSON that decide the form of DeepSpeed's files.
+OF_FILES = (
+    "deepspeed.zero_",
+    "deepspeed.fp16",
+    "deepspeed.bf16",
+    "deepspeed.data_types",
+    "deepspeed.torch_auto",
+)
 
 
 @dataclass
@@ -37,9 +49,8 @@ class ResumePoint:
     state: TrainState
     ranks: int  # number of ranks that wrote it
     lines: list[str]  # messages to the user about damaged checkpoints that were skipped
-    resharded: bool = (
-        False  # this start partitions weights and optimizer states differently than the checkpoint
-    )
+    # Whether this start partitions weights and optimizer states differently than the checkpoint.
+    resharded: bool = False
 
     @property
     def same_ranks(self) -> bool:
@@ -52,66 +63,70 @@ class ResumePoint:
 
 
 def find(resume: str, folder: Path) -> ResumePoint | None:
-    """The newest undamaged checkpoint, given `--resume` and the run's folder; None for a fresh
-    start. Collective.
+    """The newest undamaged checkpoint, given `--resume` and the run's folder. Collective.
+
+    Returns:
+        None for a fresh start.
 
     Raises:
         UserError: on every rank, if the path has no checkpoint, or all of them are damaged.
     """
-    paths, error = distributed.broadcast_object(  # collective
-        _candidates(resume, folder) if distributed.is_main() else None
-    )
+    asked = _candidates(resume, folder) if distributed.is_main() else None
+    paths, error = distributed.broadcast_object(asked)  # collective
     if error is not None:
         raise UserError(error)
     lines: list[str] = []
     for path in paths:
         # The ranks share this work: reading all files takes as long as loading them.
         mine = files.problem(path, distributed.rank(), distributed.world_size())
-        problem = next((p for p in distributed.gather_objects(mine) if p), None)  # collective
+        problem = _first(distributed.gather_objects(mine))  # collective
         if problem is None:
             state = read_shared(path)
             return ResumePoint(path, state, state.world_size, lines)
         lines.append(f"checkpoint {path} is damaged: {problem}; trying the one before")
     if lines:
         raise UserError(
-            f"{lines[-1].rsplit(';', 1)[0]}; there is no other to go on from: --resume never starts over"
+            f"{lines[-1].rsplit(';', 1)[0]}; there is no other to go on from: --resume never "
+            "starts over"
         )
     return None
 
 
+def _first(problems: list[str | None]) -> str | None:
+    """The problem of the first rank that has one."""
+    return next(filter(None, problems), None)
+
+
 def _candidates(resume: str, folder: Path) -> tuple[list[Path], str | None]:
-    """The checkpoints in the order in which to try them, and what is wrong with `--resume` or None."""
-    of_run = folder / checkpoint.FOLDER
-    known = [of_run / name for name in checkpoint.candidates(of_run)]
+    """The checkpoints in the order in which to try them, and what is wrong with `--resume`."""
     if resume == "never":
         return [], None
+    of_run = folder / checkpoint.FOLDER
+    known = _paths(of_run)
     if resume == "auto":
         # A run that started over and ended before its first checkpoint resumes from the run that it
         # was to replace.
-        aside = folder / checkpoint.REPLACED / checkpoint.FOLDER
-        return known or [aside / name for name in checkpoint.candidates(aside)], None
+        return known or _paths(folder / checkpoint.REPLACED / checkpoint.FOLDER), None
     path = Path(resume).absolute()
     if path.is_dir() and path.name in checkpoint.names(path.parent):
         root, paths = path.parent, [path]
     else:
         root = path if path.name == checkpoint.FOLDER else path / checkpoint.FOLDER
-        paths = [root / name for name in checkpoint.candidates(root)]
+        paths = _paths(root)
     if known and root != of_run.absolute():
-        return (
-            known,
-            None,
-        )  # this run was started from another run's checkpoint before, and has its own by now
-    return (
-        paths,
-        None
-        if paths
-        else f"--resume is {resume!r}: no checkpoint there; give a run's output folder",
-    )
+        # This run was started from another run's checkpoint before, and has its own by now.
+        return known, None
+    if not paths:
+        return [], f"--resume is {resume!r}: no checkpoint there; give a run's output folder"
+    return paths, None
+
+
+def _paths(root: Path) -> list[Path]:
+    return [root / name for name in checkpoint.candidates(root)]
 
 
 def rebatch(point: ResumePoint | None, ds_config: DeepSpeedConfig) -> DeepSpeedConfig:
-    """The DeepSpeed JSON with the batch of the run to resume, if the number of ranks has changed
-    now or before.
+    """The DeepSpeed JSON with the batch of the run to resume, if the ranks were or are others.
 
     The global batch and thus the number of negatives stay the same, and so does gradient
     accumulation: accumulated micro-batches cannot replace ranks, because they do not see each
@@ -122,27 +137,21 @@ def rebatch(point: ResumePoint | None, ds_config: DeepSpeedConfig) -> DeepSpeedC
     """
     if point is None or point.batch_as_asked:
         return ds_config
-    total, accumulation, ranks = (
-        point.state.train_batch_size,
-        point.state.accumulation,
-        distributed.world_size(),
-    )
+    total, accumulation = point.state.train_batch_size, point.state.accumulation
+    ranks = distributed.world_size()
     negatives = total // accumulation
     if negatives % ranks:
         fitting = ", ".join(str(n) for n in range(1, negatives + 1) if negatives % n == 0)
         raise UserError(
-            f"the run to resume has a batch of {total} = {negatives} pairs x {accumulation} accumulation, which "
-            f"{ranks} ranks cannot share evenly: start it on a number of ranks out of {fitting}"
+            f"the run to resume has a batch of {total} = {negatives} pairs x {accumulation} "
+            f"accumulation, which {ranks} ranks cannot share evenly: start it on a number of ranks "
+            f"out of {fitting}"
         )
-    given = {
-        key: ds_config[key]
-        for key in ("train_batch_size", "gradient_accumulation_steps")
-        if key in ds_config
-    }
-    kept = dict(zip(BATCH_KEYS, (total, negatives // ranks, accumulation), strict=True))
-    return ds_config.replaced(
-        **{**kept, **{key: value for key, value in given.items() if value != "auto"}}
-    )
+    batch = dict(zip(BATCH_KEYS, (total, negatives // ranks, accumulation), strict=True))
+    for key in ("train_batch_size", "gradient_accumulation_steps"):
+        if ds_config.get(key, "auto") != "auto":
+            batch[key] = ds_config[key]
+    return ds_config.replaced(**batch)
 
 
 def state_of(
@@ -163,54 +172,50 @@ def state_of(
             is not set.
     """
     now = settings.compared(config, ds_config, fingerprint or {})
-    state = TrainState() if point is None else point.state
-    if point is not None:
-        for line in point.lines:
-            say(line)
-        changed = settings.differences(state.config, now, point.batch_as_asked)
-        if changed and not with_changes:
-            raise UserError(
-                f"the run in {point.path.parent.parent} was made with other settings: {'; '.join(changed)}. Give the "
-                "old ones, another --output-dir, or --resume-with-changes"
-            )
-        say(
-            f"resuming from {point.path}"
-            + (f" with changes: {'; '.join(changed)}" if changed else "")
-        )
-        point.resharded = _is_resharded(point, now)
-        if point.resharded or not point.same_ranks:
-            how = "through a universal checkpoint" if point.resharded else "as it is"
-            say(f"written by {point.ranks} ranks, read by {distributed.world_size()}: {how}")
-        state.rebatched = not point.batch_as_asked
-    if point is not None and bool(state.config.get(EMA_DECAY)) != bool(now[EMA_DECAY]):
-        state.best, state.worse_in_row = (
-            {},
-            0,
-        )  # results of averaged and of plain weights cannot be compared
-    state.sums = torch.zeros(
-        2 + len(config.loss.weights)
-    )  # the weighted sum, each loss, and ignored negatives
+    if point is None:
+        state = TrainState()
+    else:
+        state = point.state
+        _compare(point, now, with_changes, say)
+        if bool(state.config.get(EMA_DECAY)) != bool(now[EMA_DECAY]):
+            # Results of averaged and of plain weights cannot be compared.
+            state.best, state.worse_in_row = {}, 0
+    # The weighted sum, each loss, and ignored negatives.
+    state.sums = torch.zeros(2 + len(config.loss.weights))
     state.config, state.digest = now, settings.digest(now)
     state.world_size = distributed.world_size()
     state.train_batch_size, state.accumulation = ds_config.train_batch, ds_config.accumulation
     return state
 
 
+def _compare(
+    point: ResumePoint, now: dict[str, Any], with_changes: bool, say: Callable[[str], None]
+) -> None:
+    """Say what differs from the checkpoint's settings, and mark what follows from it."""
+    for line in point.lines:
+        say(line)
+    changed = settings.differences(point.state.config, now, point.batch_as_asked)
+    if changed and not with_changes:
+        raise UserError(
+            f"the run in {point.path.parent.parent} was made with other settings: "
+            f"{'; '.join(changed)}. Give the old ones, another --output-dir, or "
+            "--resume-with-changes"
+        )
+    changes = f" with changes: {'; '.join(changed)}" if changed else ""
+    say(f"resuming from {point.path}{changes}")
+    point.resharded = _is_resharded(point, now)
+    if point.resharded or not point.same_ranks:
+        how = "through a universal checkpoint" if point.resharded else "as it is"
+        say(f"written by {point.ranks} ranks, read by {distributed.world_size()}: {how}")
+    point.state.rebatched = not point.batch_as_asked
+
+
 def _is_resharded(point: ResumePoint, now: dict[str, Any]) -> bool:
     """Whether this start would write other DeepSpeed files than those of the checkpoint."""
-    sections = (
-        "deepspeed.zero_",
-        "deepspeed.fp16",
-        "deepspeed.bf16",
-        "deepspeed.data_types",
-        "deepspeed.torch_auto",
-    )
-    before, after = (
-        {k: v for k, v in x.items() if k.startswith(sections)} for x in (point.state.config, now)
-    )
-    return before != after or (
-        not point.same_ranks and now.get("deepspeed.zero_optimization.stage", 0) != 0
-    )
+    before = {k: v for k, v in point.state.config.items() if k.startswith(OF_FILES)}
+    after = {k: v for k, v in now.items() if k.startswith(OF_FILES)}
+    partitioned = now.get("deepspeed.zero_optimization.stage", 0) != 0
+    return before != after or (not point.same_ranks and partitioned)
 
 
 def load(
@@ -220,10 +225,9 @@ def load(
     bad: BadSamples,
     with_changes: bool,
 ) -> None:
-    """Restore the engine, this rank's part of `state`, counts of bad samples and random generators.
-    Collective.
+    """Restore the engine, this rank's part of `state`, counts of bad samples and generators.
 
-    Without a checkpoint, nothing is restored.
+    Without a checkpoint, nothing is restored. Collective.
     """
     state.sums = state.sums.to(engine.device)
     if point is None:
@@ -236,7 +240,10 @@ def load(
         problem = str(error)
     except Exception as error:  # a foreign file, whose checksum fits: it may hold anything
         reason = refused_code(error) or (str(error) or type(error).__name__).splitlines()[0]
-        problem = f"{point.path}: rank-{distributed.rank()}.pt is no state of a rank: {reason}: --resume another one"
+        problem = (
+            f"{point.path}: rank-{distributed.rank()}.pt is no state of a rank: {reason}: "
+            "--resume another one"
+        )
     distributed.raise_together(problem)  # collective
 
 
@@ -249,12 +256,10 @@ def _of_rank(point: ResumePoint, state: TrainState) -> dict[str, Any]:
 
 
 def _load_engine(point: ResumePoint, train_engine: TrainEngine, with_changes: bool) -> None:
-    from ds_cmli.checkpoint.files import CheckpointWriter, no_code, not_finite
-
     engine, path = train_engine.engine, point.path
-    fresh = [
-        {k: v for k, v in group.items() if k != "params"} for group in engine.optimizer.param_groups
-    ]
+    fresh = []  # the settings of each parameter group
+    for group in engine.optimizer.param_groups:
+        fresh.append({k: v for k, v in group.items() if k != "params"})
     of_schedule = dict(engine.lr_scheduler.state_dict())
     try:
         if point.resharded:
@@ -270,34 +275,30 @@ def _load_engine(point: ResumePoint, train_engine: TrainEngine, with_changes: bo
         load_averages(path, train_engine)
         if with_changes:
             _apply_rates(engine, fresh, of_schedule)
-        mine = not_finite(
-            {"weights": parts(engine), "optimizer": list(engine.optimizer.state.values())}
-        )
-        bad = next((name for name in distributed.gather_objects(mine) if name), None)  # collective
+        states = [*engine.optimizer.state.values()]
+        mine = not_finite({"weights": parts(engine), "optimizer": states})
+        bad = _first(distributed.gather_objects(mine))  # collective
         if bad is not None:
             raise UserError(
                 f"{path}: its {bad} is not finite: give an earlier checkpoint by --resume PATH"
             )
     except UserError:
         raise
-    except (
-        Exception
-    ) as error:  # libraries raise any exception if shapes or names differ, and do so on all ranks
+    except Exception as error:  # of a library if shapes or names differ, on all ranks
         # torch lists missing and unexpected names after the first line; those of a large model fill
         # pages.
-        reason = refused_code(error) or textwrap.shorten(
-            str(error) or type(error).__name__, 300, placeholder=" ..."
-        )
+        line = textwrap.shorten(str(error) or type(error).__name__, 300, placeholder=" ...")
         raise UserError(
-            f"{path}: does not fit the model and the optimizer of this start: {reason}: give the run's own settings, "
-            "or another --output-dir for a new run"
+            f"{path}: does not fit the model and the optimizer of this start: "
+            f"{refused_code(error) or line}: give the run's own settings, or another --output-dir "
+            "for a new run"
         ) from error
 
 
-def _apply_rates(engine: Any, fresh: list[dict[str, Any]], of_schedule: dict[str, Any]) -> None:
-    """Apply this start's learning rates, weight decay, schedule and so on, which loading has
-    overwritten.
-    """
+def _apply_rates(
+    engine: "DeepSpeedEngine", fresh: list[dict[str, Any]], of_schedule: dict[str, Any]
+) -> None:
+    """Apply this start's rates, weight decay and schedule, which loading has overwritten."""
     for group, new in zip(engine.optimizer.param_groups, fresh, strict=True):
         group.update({k: v for k, v in new.items() if k != "lr"})
     schedule.with_new_settings(engine.lr_scheduler, of_schedule, engine.optimizer.param_groups)

@@ -43,9 +43,8 @@ class RunFiles:
         lock.check(self.folder)
         told = self._mend()
         with open(self.folder / METRICS, "ab", buffering=0) as file:
-            lock.check(
-                self.folder
-            )  # now the file cannot be one that a later holder of the lock has made
+            # Now the file cannot be one that a later holder of the lock has made.
+            lock.check(self.folder)
             end = file.tell()
             try:
                 if file.write(self.waiting) != len(self.waiting):
@@ -61,15 +60,17 @@ class RunFiles:
 
     def _mend(self) -> list[str]:
         """Write again what is missing in the folder. Raises OSError."""
-        gone = [
-            name
-            for name in (METRICS, CONFIG)
-            if _size(self.folder / name) < len(self.contents[name])
-        ]
+        gone = []
+        for name, content in self.contents.items():
+            if _size(self.folder / name) < len(content):
+                gone.append(name)
         if not gone:
             return []
         if self._in_place():
-            told = f"warning: {' and '.join(gone)} in {self.folder}: removed or cut off meanwhile, written again"
+            told = (
+                f"warning: {' and '.join(gone)} in {self.folder}: removed or cut off meanwhile, "
+                "written again"
+            )
         else:
             self.folder.mkdir(parents=True, exist_ok=True)
             told = f"warning: {self.folder}: {self._whereabouts()}, made again for this run"

@@ -1,4 +1,4 @@
-"""The folder of a run: its name, its creation, and an earlier run in it that a new run may replace."""
+"""The folder of a run: its name, its creation, and an earlier run in it."""
 
 import itertools
 import json
@@ -29,23 +29,19 @@ OF_A_RUN = (METRICS, BAD_FILE, "config.json", *TRACKERS)  # each tracker has a f
 
 
 def make(config: Config, resume: str, dry_run: bool) -> Path:
-    """Create the run's folder, the same on every rank. A dry run removes what it has created.
-    Collective.
-    """
+    """Create the run's folder. A dry run removes what it has created. Collective."""
     name = _named(resume, config.run.output_dir)
     base = Path(name or f"runs/{config.run.preset}-{datetime.now():%Y%m%d-%H%M%S}")
     made = _make(base, named=bool(name)) if distributed.is_main() else None
-    (folder, new), mark = distributed.broadcast_object(
-        (made, f".shared-{uuid.uuid4().hex}")
-    )  # collective
+    # collective
+    (folder, new), mark = distributed.broadcast_object((made, f".shared-{uuid.uuid4().hex}"))
     error = None
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "metrics.jsonl").touch()
         if distributed.is_main():
-            (folder / mark).write_bytes(
-                bytes(2**16)
-            )  # as much as a run writes at first, to detect a full disk
+            # As much as a run writes at first, to detect a full disk.
+            (folder / mark).write_bytes(bytes(2**16))
     except OSError as caught:
         error = f"--output-dir is {str(folder)!r}: cannot write there: {caught.strerror}"
     try:
@@ -54,20 +50,20 @@ def make(config: Config, resume: str, dry_run: bool) -> Path:
         nodes, seen = zip(*answers, strict=True)
     finally:
         if distributed.is_main():
-            _remove([folder / mark, *(new if dry_run else [])])
+            _remove([folder / mark])
+            if dry_run:
+                _remove(new)
     if not all(seen):
         blind = distributed.named(seen.index(False), nodes)
         raise UserError(
-            f"--output-dir is {str(folder)!r}: {blind} does not see what rank 0 writes there; give a folder that all "
-            "nodes share"
+            f"--output-dir is {str(folder)!r}: {blind} does not see what rank 0 writes there; give "
+            "a folder that all nodes share"
         )
     return folder
 
 
 def _named(resume: str, output_dir: str) -> str:
-    """The folder that the user names: `--output-dir`, or else that of the run in `--resume PATH`;
-    "" if neither is.
-    """
+    """The folder of `--output-dir`, or else of the run in `--resume PATH`, or else ""."""
     if output_dir or resume in ("auto", "never"):
         return output_dir
     path = Path(resume).absolute()
@@ -77,16 +73,14 @@ def _named(resume: str, output_dir: str) -> str:
 
 
 def _missing(folder: Path) -> list[Path]:
-    """The metrics file and the folders that do not exist yet and will be created, innermost first."""
+    """The metrics file and the folders that will be created, innermost first."""
     with suppress(OSError):
         return [path for path in (folder / METRICS, folder, *folder.parents) if not path.exists()]
     return []
 
 
 def _make(base: Path, named: bool) -> tuple[Path, list[Path]]:
-    """Create the run's folder; returns it and all new paths. A folder that the user has not `named`
-    must be new.
-    """
+    """Create the run's folder, which must be new unless `named`; returns it and all new paths."""
     for number in itertools.count(1):
         folder = base if number == 1 else base.with_name(f"{base.name}.{number}")
         new = _missing(folder)
@@ -115,25 +109,26 @@ def requeued(resume: str, folder: Path) -> str:
     A requeued job starts with the same command line. If it has saved before, "never" or the path of
     another checkpoint have been followed already, and it must resume with "auto".
     """
-    env = os.environ
-    if env.get("SLURM_RESTART_COUNT", "0") == "0" or not checkpoint.names(
-        folder / checkpoint.FOLDER
-    ):
+    restarted = os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
+    if not restarted or not checkpoint.names(folder / checkpoint.FOLDER):
         return resume
     try:
         job = json.loads((folder / "config.json").read_text()).get("slurm_job")
     except (OSError, ValueError):
         return resume
-    return "auto" if job is not None and job == env.get("SLURM_JOB_ID") else resume
+    same_job = job is not None and job == os.environ.get("SLURM_JOB_ID")
+    return "auto" if same_job else resume
 
 
 def settle(
     resume: str, point: ResumePoint | None, folder: Path, config: Config, ds_config: DeepSpeedConfig
 ) -> None:
-    """Make the run's folder agree with the step at which the run continues: records of later steps
-    are removed.
+    """Remove from the run's folder the records of steps after that at which the run continues.
 
-    Collective; raises `UserError` on every rank if the folder cannot be written.
+    Collective.
+
+    Raises:
+        UserError: on every rank, if the folder cannot be written.
     """
     error = None
     if distributed.is_main():
@@ -154,38 +149,38 @@ def _settle(
     checkpoint.remove_incomplete(folder)  # whoever had the lock before cannot publish it any more
     if resume == "never":
         _set_aside(folder, aside)
-    elif aside.is_dir() and (
-        not (aside / checkpoint.FOLDER).exists() or not checkpoint.names(root)
-    ):
-        _put_back(folder, aside)
-        if point is not None and point.path.parent == aside / checkpoint.FOLDER:
-            point.path = root / point.path.name
-    if (
-        point is not None
-        and point.path.parent.absolute() == root.absolute()
-        and checkpoint.latest(root) != point.path.name
-    ):
-        files.publish(root / checkpoint.LATEST, point.path.name.encode())
+    elif aside.is_dir():
+        kept = aside / checkpoint.FOLDER
+        if not kept.exists() or not checkpoint.names(root):
+            _put_back(folder, aside)
+            if point is not None and point.path.parent == kept:
+                point.path = root / point.path.name
+    state, expected = TrainState(), 0
     if point is None:
         checkpoint.remove(folder / BAD_FILE)
-    state = point.state if point is not None else TrainState()
-    own = point is not None and point.path.parent.absolute() == root.absolute()
-    _keep_former(folder / METRICS, point, resume)
-    for line in _truncate(folder / METRICS, state, state.metrics_lines if own else 0):
+        if resume != "never":
+            _keep_former(folder / METRICS)
+    else:
+        state, name = point.state, point.path.name
+        if point.path.parent.absolute() == root.absolute():
+            expected = state.metrics_lines
+            if checkpoint.latest(root) != name:
+                files.publish(root / checkpoint.LATEST, name.encode())
+    for line in _truncate(folder / METRICS, state, expected):
         say(line)
     beside = folder / ("config.json" + checkpoint.WRITING)
     provenance.write(beside, config.to_dict(), ds_config)
     os.replace(beside, folder / "config.json")
 
 
-def _keep_former(path: Path, point: ResumePoint | None, resume: str) -> None:
+def _keep_former(path: Path) -> None:
     """Put the lines of a run aside that cannot go on, as it has no checkpoint."""
-    if point is not None or resume == "never" or not path.is_file() or not path.stat().st_size:
-        return
-    say(
-        f"{path.parent} has no checkpoint: starting over at step 1; the lines of {METRICS} are kept in {FORMER}"
-    )
-    os.replace(path, path.with_name(FORMER))
+    if path.is_file() and path.stat().st_size:
+        say(
+            f"{path.parent} has no checkpoint: starting over at step 1; the lines of {METRICS} are "
+            f"kept in {FORMER}"
+        )
+        os.replace(path, path.with_name(FORMER))
 
 
 def _truncate(path: Path, state: TrainState, expected: int) -> list[str]:
@@ -217,25 +212,23 @@ def _truncate(path: Path, state: TrainState, expected: int) -> list[str]:
     told = []
     if damaged:
         told.append(
-            f"warning: {len(damaged)} lines of {path} cannot be read: kept in {path.with_name(DAMAGED)}"
+            f"warning: {len(damaged)} lines of {path} cannot be read: kept in "
+            f"{path.with_name(DAMAGED)}"
         )
     missing = expected - len(kept) - len(damaged)
     if missing > 0:
         told.append(
-            f"warning: {path} has {len(kept)} of the {expected} lines up to step {state.step}: it was removed or cut "
-            "off since; the run goes on without them"
+            f"warning: {path} has {len(kept)} of the {expected} lines up to step {state.step}: it "
+            "was removed or cut off since; the run goes on without them"
         )
     return told
 
 
 def _set_aside(folder: Path, aside: Path) -> None:
-    """Move an earlier run aside for one that starts over; the first checkpoint of the new run
-    removes it.
-    """
+    """Move an earlier run aside for a new one, whose first checkpoint removes it."""
     root, kept = folder / checkpoint.FOLDER, aside / checkpoint.FOLDER
-    if kept.exists() and not checkpoint.names(
-        root
-    ):  # the last run also started over, and has no checkpoint
+    # The last run also started over, and has no checkpoint.
+    if kept.exists() and not checkpoint.names(root):
         for name in (*OF_A_RUN, checkpoint.FOLDER):
             checkpoint.remove(folder / name)
         return
@@ -246,9 +239,8 @@ def _set_aside(folder: Path, aside: Path) -> None:
         for name in OF_A_RUN:
             if (folder / name).exists() and not (aside / name).exists():
                 os.replace(folder / name, aside / name)
-        os.replace(
-            root, kept
-        )  # last, because until then the files moved aside still belong to the run in `folder`
+        # Last, because until then the files moved aside still belong to the run in `folder`.
+        os.replace(root, kept)
         files.sync_folder(aside)
         files.sync_folder(folder)
     checkpoint.remove(root)

@@ -2,9 +2,9 @@
 
 `checkpoint/stepN/` holds DeepSpeed's files, `state.json` and `rank-R.pt` (`TrainState`),
 `student_ema.safetensors` of a run with averaged weights, and `checksums.json`. `checkpoint/latest`
-names the newest complete checkpoint; until that file is replaced, the checkpoint before is the valid
-one. Names of incomplete files and folders end in `.writing`. A folder `stepN.K` is a later
-checkpoint of the same step.
+names the newest complete checkpoint; until that file is replaced, the one before is valid. Names
+of incomplete files and folders end in `.writing`. A folder `stepN.K` is a later checkpoint of the
+same step.
 """
 
 import json
@@ -20,7 +20,7 @@ from pathlib import Path
 from torch import Tensor
 
 from ds_cmli.checkpoint import files, lock
-from ds_cmli.checkpoint.files import CheckpointWriter, Entry, NotFinite, not_finite
+from ds_cmli.checkpoint.files import CheckpointWriter, Entry, NotFinite
 from ds_cmli.checkpoint.train_state import STATE, TrainState
 from ds_cmli.checkpoint.weights import (
     AVERAGE,
@@ -35,6 +35,7 @@ from ds_cmli.common.patches import patched
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.distributed.launchers import this_node
 from ds_cmli.engine import TrainEngine
+from ds_cmli.models.weights import not_finite
 
 FOLDER = "checkpoint"
 LATEST = "latest"  # DeepSpeed's name, so that its tools find the newest checkpoint too
@@ -97,7 +98,7 @@ def latest(root: Path) -> str | None:
 
 
 def candidates(root: Path) -> list[str]:
-    """The checkpoints to try: that of `latest` and older ones, newest first; all without `latest`."""
+    """The checkpoints to try: that of `latest` and older ones, newest first; or all."""
     known, newest = names(root), latest(root)
     if newest is not None:
         known = known[: known.index(newest) + 1]

@@ -1,6 +1,4 @@
-"""The state of a run that is not the engine's: its fields, its form in a checkpoint, and changes of
-the rank count.
-"""
+"""The state of a run beside the engine's, in a checkpoint, and for other numbers of ranks."""
 
 import json
 import random
@@ -17,13 +15,8 @@ from ds_cmli.data.bad import Bad, BadSamples
 from ds_cmli.data.sampler import GlobalBatchSampler
 
 STATE = "state.json"
-OF_RANK = (
-    "sums",
-    "micro_batches",
-    "bad_count",
-    "bad_first",
-    "generators",
-)  # the fields that differ between ranks
+# The fields that differ between ranks.
+OF_RANK = ("sums", "micro_batches", "bad_count", "bad_first", "generators")
 
 
 @dataclass
@@ -38,36 +31,28 @@ class TrainState:
 
     # The same on every rank: `state.json` of a checkpoint.
     step: int = 0  # optimizer steps done, skipped ones included; also TensorBoard's step
-    sampler: dict[str, int] = field(
-        default_factory=dict
-    )  # `GlobalBatchSampler.state_dict()`: epoch and position
+    sampler: dict[str, int] = field(default_factory=dict)  # epoch and position
     evaluated: bool = True  # False: the evaluation due at `step` is still to be done
-    best: dict[str, Any] = field(
-        default_factory=dict
-    )  # `{"metric", "value", "step", "pairs", "chance"}`
+    # `{"metric", "value", "step", "pairs", "chance"}`
+    best: dict[str, Any] = field(default_factory=dict)
     worse_in_row: int = 0  # evaluations since the best one
-    skipped_in_row: int = (
-        0  # how many of the last steps in a row were skipped for values that were not finite
-    )
-    metrics_lines: int = (
-        0  # lines of metrics.jsonl that belong to the steps done; 0: not known, as in older runs
-    )
+    # How many of the last steps in a row were skipped for values that were not finite.
+    skipped_in_row: int = 0
+    # Lines of metrics.jsonl that belong to the steps done; 0: not known, as in older runs.
+    metrics_lines: int = 0
     world_size: int = 1
     train_batch_size: int = 0  # pairs of an optimizer step, over all ranks
     accumulation: int = 1
-    rebatched: bool = (
-        False  # the number of ranks has changed, so micro-batches are not those of the settings
-    )
+    # The number of ranks has changed, so micro-batches are not those of the settings.
+    rebatched: bool = False
     config: dict[str, Any] = field(default_factory=dict)  # what `settings.py` compares at resume
     digest: str = ""  # the SHA-256 of `config`
 
-    # Different on each rank: `rank-R.pt` of a checkpoint, plain values and tensors only.
-    sums: Tensor = field(
-        default_factory=lambda: torch.zeros(0)
-    )  # fp32: weighted sum, each loss, ignored negatives
-    micro_batches: int = (
-        0  # number of micro-batches since the last logged step, over which `sums` adds up
-    )
+    # Different on each rank: `rank-R.pt` of a checkpoint, plain values and tensors only. The sums
+    # are those of the weighted loss, of each loss and of ignored negatives, in fp32.
+    sums: Tensor = field(default_factory=lambda: torch.zeros(0))
+    # Number of micro-batches since the last logged step, over which `sums` adds up.
+    micro_batches: int = 0
     bad_count: int = 0  # samples that could not be used
     bad_first: list[Bad] = field(default_factory=list)
     generators: dict[str, Any] = field(default_factory=dict)
@@ -79,7 +64,8 @@ class TrainState:
 
     def count_evaluation(self) -> None:
         """Record an evaluation; called after `best` was updated."""
-        self.evaluated, self.worse_in_row = True, 0 if self.is_best else self.worse_in_row + 1
+        self.evaluated = True
+        self.worse_in_row = 0 if self.is_best else self.worse_in_row + 1
 
     def out_of_patience(self, patience: int) -> bool:
         return self.evaluated and 0 < patience <= self.worse_in_row
@@ -89,7 +75,9 @@ class TrainState:
 
     def of_rank(self) -> dict[str, Any]:
         """The fields of this rank. CPU-GPU sync."""
-        return {name: getattr(self, name) for name in OF_RANK} | {"sums": self.sums.cpu()}
+        values = {name: getattr(self, name) for name in OF_RANK}
+        values["sums"] = self.sums.cpu()
+        return values
 
     def capture(self, sampler: GlobalBatchSampler, bad: BadSamples) -> None:
         """Copy the state that is kept elsewhere, before a checkpoint. CPU-GPU sync."""
@@ -97,9 +85,7 @@ class TrainState:
         self.bad_count, self.bad_first = bad.count, list(bad.first)
 
     def put_back(self, of_rank: dict[str, Any], bad: BadSamples) -> None:
-        """Restore what `of_rank` returned. Called last: nothing from here to the next step may draw
-        random numbers.
-        """
+        """Restore what `of_rank` returned. Last: nothing may draw random numbers after it."""
         device, losses = self.sums.device, len(self.sums)
         vars(self).update(of_rank)
         self.sums = self.sums.to(device)
@@ -110,9 +96,7 @@ class TrainState:
 
 
 def read_shared(path: Path) -> TrainState:
-    """Read the shared part of a verified checkpoint; raises `UserError` if it has fields of another
-    version.
-    """
+    """Read the shared part of a verified checkpoint; `UserError` on fields of another version."""
     try:
         values = dict(json.loads((path / STATE).read_text()))
     except (OSError, ValueError, TypeError) as error:
@@ -124,16 +108,14 @@ def read_shared(path: Path) -> TrainState:
     unknown = sorted({*values} - {*TrainState().shared()})
     if unknown:
         raise UserError(
-            f"{path / STATE} has {', '.join(unknown)}, which this version does not know: go on with the version that "
-            "wrote it, named in the run's config.json"
+            f"{path / STATE} has {', '.join(unknown)}, which this version does not know: go on "
+            "with the version that wrote it, named in the run's config.json"
         )
     return TrainState(**values)
 
 
 def read_of_rank(path: Path, rank: int) -> dict[str, Any]:
-    """Read the part of one of the ranks that wrote the checkpoint; raises `UserError` as
-    `read_shared` does.
-    """
+    """Read the part of one of the ranks that wrote it; raises `UserError` as `read_shared` does."""
     values = torch.load(path / f"rank-{rank}.pt", map_location="cpu", weights_only=True)
     if not isinstance(values, dict) or not {"sums", "generators"} <= {*values}:
         raise UserError(f"{path}: rank-{rank}.pt is no state of a rank: --resume another one")
@@ -146,9 +128,7 @@ def read_of_rank(path: Path, rank: int) -> dict[str, Any]:
 
 
 def generators() -> dict[str, Any]:
-    """The states of all random generators of this process, as plain values and tensors. CPU-GPU
-    sync.
-    """
+    """The states of all random generators, as plain values and tensors. CPU-GPU sync."""
     name, keys, *rest = np.random.get_state(legacy=True)
     state = {
         "python": random.getstate(),
@@ -181,9 +161,12 @@ def redistribute(
     part = {
         "sums": torch.stack([r["sums"] for r in ranks]).mean(0),
         "micro_batches": ranks[0]["micro_batches"],
+        "bad_count": 0,
+        "bad_first": [],
     }
-    part["bad_count"] = sum(r["bad_count"] for r in ranks) if rank == 0 else 0
-    part["bad_first"] = ranks[0]["bad_first"] if rank == 0 else []
+    if rank == 0:
+        part["bad_count"] = sum(r["bad_count"] for r in ranks)
+        part["bad_first"] = ranks[0]["bad_first"]
     if rank < len(ranks):
         part["generators"] = ranks[rank]["generators"]
     else:

@@ -15,10 +15,10 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ds_cmli.checkpoint.files import no_code
 from ds_cmli.common.errors import UserError
@@ -37,9 +37,18 @@ SCALE = (
 COUNTERS = ("global_steps", "global_samples", "skipped_steps")
 
 
+class _State(NamedTuple):
+    """What is not of single parameters."""
+
+    groups: list[dict[str, Any]]  # the optimizer's
+    scale: dict[str, Any]  # of the loss scaler, or empty
+    step: float | Tensor  # number of updates
+
+
 def convert(checkpoint: Path, names: list[list[str]]) -> Path:
-    """Write the universal form of a verified checkpoint and return its folder. Collective; only
-    rank 0 writes.
+    """Write the universal form of a verified checkpoint and return its folder.
+
+    Only rank 0 writes. Collective.
 
     Args:
         names: the names of the parameters in each of the optimizer's groups.
@@ -48,9 +57,8 @@ def convert(checkpoint: Path, names: list[list[str]]) -> Path:
         UserError: on every rank, if it cannot be written.
     """
     converted = checkpoint.parent / CONVERTED / checkpoint.name
-    error = distributed.broadcast_object(
-        _convert(checkpoint, converted, names) if distributed.is_main() else None
-    )  # collective
+    mine = _convert(checkpoint, converted, names) if distributed.is_main() else None
+    error = distributed.broadcast_object(mine)  # collective
     if error is not None:
         raise UserError(
             f"{checkpoint}: cannot be converted to other ranks, ZeRO stage or precision: {error}"
@@ -92,16 +100,18 @@ def _convert(checkpoint: Path, converted: Path, names: list[list[str]]) -> str |
                 step = inner["state"].get(0, {}).get("step")
                 if step is None:
                     step = _load(converted / "zero" / names[0][0] / "step.pt")
-                groups, scale = (
-                    optimizer["param_groups"],
-                    vars(optimizer.get("loss_scaler") or argparse.Namespace()),
-                )
+                scaler = optimizer.get("loss_scaler")
+                scale = {} if scaler is None else vars(scaler)
+                state = _State(optimizer["param_groups"], scale, step)
             else:
-                groups, scale, step = _convert_without_zero(checkpoint, converted, names)
-            _write_shared(converted, groups, scale, step)
+                state = _convert_without_zero(checkpoint, converted, names)
+            _write_shared(converted, state)
     except KeyError as error:
         remove(converted)
-        return f"it has no {error}; the state of Adam and AdamW after their first update can be converted"
+        return (
+            f"it has no {error}; the state of Adam and AdamW after their first update can be "
+            "converted"
+        )
     except (AssertionError, OSError, RuntimeError, ValueError) as error:
         remove(converted)
         return (str(error) or type(error).__name__).splitlines()[0]
@@ -115,9 +125,7 @@ def _load(path: Path) -> Any:
 
 
 def _reshape(converted: Path) -> None:
-    """Restore the tensors' shapes: for stage 3 DeepSpeed writes flat tensors, which its stages 1
-    and 2 cannot load.
-    """
+    """Restore the shapes that stage 3 has left flat in DeepSpeed's files."""
     for group in _load(sorted(converted.glob("*model_states.pt"))[0]).get("param_shapes") or ():
         for name, shape in group.items():
             for key in ("fp32", *MOMENTS):
@@ -127,41 +135,40 @@ def _reshape(converted: Path) -> None:
                     torch.save({"param": value.view(shape)}, file)
 
 
-def _write_shared(
-    converted: Path, groups: list[dict[str, Any]], scale: dict[str, Any], step: Any
-) -> None:
+def _write_shared(converted: Path, state: _State) -> None:
     """Write `SHARED`, and the files with the same content that DeepSpeed's loaders expect."""
     import deepspeed
 
     model = _load(sorted(converted.glob("*model_states.pt"))[0])
-    plain = [{name: value for name, value in group.items() if name != "params"} for group in groups]
+    groups = []
+    for group in state.groups:
+        groups.append({name: value for name, value in group.items() if name != "params"})
+    scale = {}
+    if state.scale.get("last_overflow_iter") is not None:
+        scale = {name: state.scale[name] for name in SCALE if name in state.scale}
     shared = {
-        "groups": plain,
-        "scale": {k: scale[k] for k in SCALE if k in scale}
-        if scale.get("last_overflow_iter") is not None
-        else {},
-        "step": float(step),
+        "groups": groups,
+        "scale": scale,
+        "step": float(state.step),
         "schedule": model["lr_scheduler"],
-        **{name: model[name] for name in COUNTERS},
     }
+    for name in COUNTERS:
+        shared[name] = model[name]
     torch.save(shared, converted / SHARED)
     for folder in (converted / "zero").iterdir():
         if folder.is_dir():
-            torch.save(step, folder / "step.pt")
+            torch.save(state.step, folder / "step.pt")
+    inner = {"param_groups": groups, "state": {0: {"step": state.step}}}
     theirs = {
-        "param_groups": plain,  # stages 1 and 2
-        "optimizer_state_dict": {"param_groups": plain, "state": {0: {"step": step}}},  # stage 3
+        "param_groups": groups,  # stages 1 and 2
+        "optimizer_state_dict": inner,  # stage 3
         "ds_version": deepspeed.__version__,
     }
     torch.save(theirs, converted / "zero" / "optimizer_state.pt")
 
 
-def _convert_without_zero(
-    checkpoint: Path, converted: Path, names: list[list[str]]
-) -> tuple[list[dict[str, Any]], dict[str, Any], Any]:
-    """Write the parameters' files for a checkpoint without ZeRO; returns parameter groups, loss
-    scale and step.
-    """
+def _convert_without_zero(checkpoint: Path, converted: Path, names: list[list[str]]) -> _State:
+    """Write the files of the parameters for a checkpoint without ZeRO."""
     file = checkpoint / "mp_rank_00_model_states.pt"
     saved = _load(file)
     module, optimizer = saved["module"], saved["optimizer"]
@@ -176,17 +183,16 @@ def _convert_without_zero(
             masters = [module[name] for (name,) in members]
     for number, (several, master) in enumerate(zip(members, masters, strict=True)):
         sizes = [module[name].numel() for name in several]
-        state = {"fp32": master, **{key: inner["state"][number][key] for key in MOMENTS}}
-        for key, value in state.items():
+        moments = inner["state"][number]
+        for key in ("fp32", *MOMENTS):
+            value = master if key == "fp32" else moments[key]
             for name, part in zip(several, value.flatten()[: sum(sizes)].split(sizes), strict=True):
                 folder = converted / "zero" / name
                 folder.mkdir(parents=True, exist_ok=True)
-                torch.save(
-                    {"param": part.reshape(module[name].shape).float().clone()},
-                    folder / f"{key}.pt",
-                )
+                whole = part.reshape(module[name].shape).float().clone()
+                torch.save({"param": whole}, folder / f"{key}.pt")
     shutil.copy2(file, converted)
-    return inner["param_groups"], optimizer, inner["state"][0]["step"]
+    return _State(inner["param_groups"], optimizer, inner["state"][0]["step"])
 
 
 def load(step: TrainEngine, converted: Path) -> None:
@@ -207,17 +213,17 @@ def load(step: TrainEngine, converted: Path) -> None:
     # A fused (or capturable) optimizer keeps the step counter on the device of the parameters.
     beside = any(optimizer.param_groups[0].get(name) for name in ("fused", "capturable"))
     for parameter, state in optimizer.state.items():
-        device = parameter.device if beside else "cpu"
-        state["step"] = (
-            torch.tensor(shared["step"], device=device) if is_torch else int(shared["step"])
-        )
-    scaler = getattr(optimizer, "loss_scaler", None) or getattr(
-        optimizer, "loss_scale_config", None
-    )
+        if is_torch:
+            device = parameter.device if beside else "cpu"
+            state["step"] = torch.tensor(shared["step"], device=device)
+        else:
+            state["step"] = int(shared["step"])
+    scaler = getattr(optimizer, "loss_scaler", None)
+    scaler = scaler or getattr(optimizer, "loss_scale_config", None)
     if getattr(scaler, "last_overflow_iter", None) is not None:
-        vars(scaler).update(
-            {name: value for name, value in shared["scale"].items() if hasattr(scaler, name)}
-        )
+        for name, value in shared["scale"].items():
+            if hasattr(scaler, name):
+                setattr(scaler, name, value)
     engine.lr_scheduler.load_state_dict(shared["schedule"])
     for name in COUNTERS:
         setattr(engine, name, shared[name])
@@ -238,34 +244,34 @@ def _load_without_zero(step: TrainEngine, converted: Path) -> None:
     optimizer = step.engine.optimizer
     parameters = dict(step.objective.named_parameters())
     for several, master in _masters(step, parameters):
-
-        def read(key: str, several=several, master=master) -> Tensor:
-            parts = [
-                _load(converted / "zero" / name / f"{key}.pt")["param"].flatten()
-                for name in several
-            ]
-            return torch.cat(parts).to(master).view_as(master)
-
+        folders = [converted / "zero" / name for name in several]
         with torch.no_grad():
-            master.copy_(read("fp32"))
+            master.copy_(_read_flat(folders, "fp32", master))
             sizes = [parameters[name].numel() for name in several]
             for name, part in zip(several, master.flatten().split(sizes), strict=True):
                 parameters[name].copy_(part.view_as(parameters[name]))
-        optimizer.state[master] = {key: read(key) for key in MOMENTS}
+        optimizer.state[master] = {key: _read_flat(folders, key, master) for key in MOMENTS}
 
 
-def _masters(step: TrainEngine, parameters: dict[str, Any]) -> Iterator[tuple[list[str], Tensor]]:
-    """The fp32 tensors that an optimizer without ZeRO updates, each with the names of the
-    parameters in it.
-    """
+def _read_flat(folders: list[Path], key: str, like: Tensor) -> Tensor:
+    """The tensor `key` of the parameters with these folders, one behind the other, as `like`."""
+    parts = [_load(folder / f"{key}.pt")["param"].flatten() for folder in folders]
+    return torch.cat(parts).to(like).view_as(like)
+
+
+def _masters(
+    step: TrainEngine, parameters: dict[str, nn.Parameter]
+) -> Iterator[tuple[list[str], Tensor]]:
+    """The fp32 tensors of an optimizer without ZeRO, with the names of their parameters."""
     optimizer = step.engine.optimizer
     if hasattr(optimizer, "fp32_groups_flat"):  # FP16_Optimizer
         yield from zip(step.names, optimizer.fp32_groups_flat, strict=True)
         return
     groups = getattr(optimizer, "fp32_groups", None)  # FP16_UnfusedOptimizer
     for number, names in enumerate(step.names):
-        masters = groups[number] if groups is not None else [parameters[name] for name in names]
-        yield from (([name], master) for name, master in zip(names, masters, strict=True))
+        masters = [parameters[name] for name in names] if groups is None else groups[number]
+        for name, master in zip(names, masters, strict=True):
+            yield [name], master
 
 
 def remove(converted: Path) -> None:

@@ -1,8 +1,8 @@
 """The student's weights in fp32, without training state: `student.safetensors` in a run's folder.
 
-The averaged weights (`optim.ema_decay`) lie in `student_ema.safetensors`, in the run's folder and in
-each checkpoint. A checkpoint's file holds all averages unpartitioned, so that any number of ranks
-and any ZeRO stage can resume.
+The averaged weights (`optim.ema_decay`) lie in `student_ema.safetensors`, in the run's folder and
+in each checkpoint. A checkpoint's file holds all averages unpartitioned, so that any number of
+ranks and any ZeRO stage can resume.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def full_averages(train_engine: TrainEngine) -> dict[str, Tensor] | None:
 
 
 def load_averages(checkpoint: Path, train_engine: TrainEngine) -> None:
-    """Load a verified checkpoint's averages; if it has none, they start as the weights, loaded before."""
+    """Load a verified checkpoint's averages; without any they start as the weights."""
     from ds_cmli.engine.master_weights import set_master_weight
 
     ema, path = train_engine.ema, checkpoint / AVERAGE

@@ -1,6 +1,4 @@
-"""Decisions that all ranks take together, such as whether any rank was signalled, has failed, or
-has to save.
-"""
+"""Decisions that all ranks take together, such as whether any rank was signalled, has failed, or has to save."""
 
 import torch
 import torch.distributed as dist
@@ -11,9 +9,7 @@ from ds_cmli.distributed.launchers import this_node
 
 
 class CollectiveFlags:
-    """Small messages between the ranks' CPUs, over a gloo group. Over NCCL each of them would be a
-    CPU-GPU sync.
-    """
+    """Small messages between the ranks' CPUs, over a gloo group. Over NCCL each of them would be a CPU-GPU sync."""
 
     def __init__(self):
         self.group: dist.ProcessGroup | None = None
@@ -37,9 +33,8 @@ class CollectiveFlags:
         return out
 
     def raise_together(self, error: Exception | None) -> None:
-        """Raise on all ranks after some have failed: an unexpected error on its own rank, else the
-        first rank's message as a `UserError`. Collective.
-        """
+        """Raise on all ranks after some have failed: an unexpected error on its own rank, else the first rank's message
+        as a `UserError`. Collective."""
         message = None if error is None else str(error) or type(error).__name__
         nodes, messages = zip(*self.gather((this_node(), message)), strict=True)  # collective
         if error is not None and not isinstance(error, UserError):

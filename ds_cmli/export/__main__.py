@@ -13,9 +13,10 @@ from ds_cmli.common.errors import UserError
 FORMATS = """\
 open_clip: not written. Its models are two towers that end in one vector each; blocks over both \
 modalities, and patches and tokens to compare, have no place in open_clip_config.json.
-sentence-transformers, PyLate: not written. A SentenceTransformer holds one vector a text, a PyLate \
-ColBERT the tokens of texts alone and scores queries by a sum one way; neither holds pictures beside \
-texts under shared blocks, nor scores both ways. Their indexes take the unit vectors of \
+sentence-transformers, PyLate: not written. A SentenceTransformer holds one vector a text, a \
+PyLate ColBERT the tokens of texts alone and scores queries by a sum one way; neither holds \
+pictures beside texts under shared blocks, nor scores both ways. Their \
+indexes take the unit vectors of \
 get_text_features and get_image_features."""
 
 

@@ -66,7 +66,7 @@ class Module:
                     self.defined.setdefault(defined, []).append(i)
 
     def keep(self, name: str | None) -> list[Use]:
-        """Keep the definition of `name`, or all, and what it uses; returns what it uses elsewhere."""
+        """Keep the definition of `name`, or all, and what it uses; returns the uses elsewhere."""
         others: list[Use] = []
         for i, statement in enumerate(self.tree.body):
             if _acts(statement):  # kept whenever the module is used
@@ -190,7 +190,7 @@ def _is_text(statement: ast.stmt) -> bool:
 
 
 def _acts(statement: ast.stmt) -> bool:
-    """Whether the statement does something at import, and does not only define or help a checker."""
+    """Whether the statement acts at import, and does not only define or help a checker."""
     if isinstance(statement, ast.If) and ast.unparse(statement.test).endswith("TYPE_CHECKING"):
         return False
     return isinstance(statement, ast.Expr | ast.If | ast.Try) and not _is_text(statement)

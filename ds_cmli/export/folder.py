@@ -63,7 +63,7 @@ from typing import NamedTuple
 
 class LossEntry(NamedTuple):
     scores: str  # that it compares, "global" or "cmli"
-    kind: str  # "contrastive", "sigmoid", or "" for another function, which is not part of the export
+    kind: str  # "contrastive" or "sigmoid", "" for another function, which is not exported
 
 
 LOSSES = {{
@@ -129,7 +129,7 @@ def write_model(folder: Path, trained: Trained) -> CMLIModel:
         dtype="float32",
     )
     exported.save_pretrained(folder)
-    # Tied weights are saved under each of their names: transformers does not fill what a file lacks.
+    # Tied weights are saved under each name: transformers does not fill what a file lacks.
     tensors = {name: value.clone() for name, value in objective.state_dict().items()}
     (folder / WEIGHTS).write_bytes(b"".join(tensor_file.pieces(tensors)))
     data = config.data

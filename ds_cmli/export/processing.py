@@ -1,4 +1,4 @@
-"""Prepares pictures and texts for an exported model, with the same result to the bit as in training.
+"""Prepares pictures and texts for an exported model, to the bit as in training.
 
 Shapes: I images, J texts, S image side in pixels, M text positions.
 """
@@ -121,7 +121,7 @@ def _check_accepted(given: dict[str, object]) -> None:
 
 
 def _listed(name: str, given: Any) -> list[Any]:
-    """What was given for `name`, one or several, as a list; a batch of pictures has four dimensions."""
+    """What was given for `name`, one or several, as a list. A batch of pictures is 4D."""
     several = isinstance(given, list | tuple) or getattr(given, "ndim", 0) == 4
     if several and not len(given):
         raise ValueError(f"{name} is empty: give at least one, or leave it out")

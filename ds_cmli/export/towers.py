@@ -82,7 +82,7 @@ class Scores(nn.Module):
         token_embeds: Tensor,
         token_mask: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """[I, H], [I, N, D], [J, H], [J, M, D], bool [J, M] -> logits per image [I, J] and per text."""
+        """[I, H], [I, N, D], [J, H], [J, M, D], bool [J, M] -> logits per image and per text."""
         cmli = cmli_scores_reference(patch_embeds, token_embeds, token_mask)
         found = both_ways(image_embeds @ text_embeds.t(), cmli, self.scales)["combined"]
         return found.i2t, found.t2i.t()

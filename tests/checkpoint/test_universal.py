@@ -10,7 +10,6 @@ from ds_cmli import engine
 from ds_cmli.checkpoint import restore
 from ds_cmli.checkpoint import save as checkpoint
 from ds_cmli.checkpoint import weights as weights_file
-from ds_cmli.checkpoint.files import not_finite
 from ds_cmli.checkpoint.weights import full_averages
 from ds_cmli.common.errors import UserError
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
@@ -21,6 +20,7 @@ from ds_cmli.data.loaders import eval_loader
 from ds_cmli.data.sampler import GlobalBatchSampler
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.engine.master_weights import masters_without_zero
+from ds_cmli.models.weights import not_finite
 from tests.config.test_mistakes import pairs
 from tests.conftest import spawn
 

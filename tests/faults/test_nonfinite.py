@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ds_cmli import engine
-from ds_cmli.checkpoint.files import no_code, not_finite
+from ds_cmli.checkpoint.files import no_code
 from ds_cmli.common.errors import UserError
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.presets import load_preset
@@ -17,6 +17,7 @@ from ds_cmli.data.load import build_data
 from ds_cmli.data.loaders import eval_loader
 from ds_cmli.distributed.collective_flags import CollectiveFlags
 from ds_cmli.faults import nonfinite
+from ds_cmli.models.weights import not_finite
 from tests.config.test_mistakes import pairs
 from tests.conftest import spawn
 from tests.drive_train import drive
