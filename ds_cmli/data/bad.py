@@ -47,7 +47,7 @@ class BadFile:
             at_load, found = (name, reason, AT_LOAD), (name, reason, when)
             if at_load not in self.known and found not in self.known:
                 self.known.add(found)
-                self.waiting += _line(name, reason, when)
+                self.waiting += _line(found)
         if self.waiting:
             self._flush()
 
@@ -61,8 +61,8 @@ class BadFile:
             lines = self.path.read_bytes().decode(errors="replace").splitlines()
         met = [found for found in map(_parsed, lines) if found and found[2] != AT_LOAD]
         at_load = [(name, reason, AT_LOAD) for name, reason in self.at_load]
-        left_out = "".join(_line(*found) for found in at_load)
-        content = left_out + "".join(_line(*found) for found in met)
+        left_out = "".join(map(_line, at_load))
+        content = left_out + "".join(map(_line, met))
         if content or lines:
             beside = self.path.with_name(BAD_FILE + ".writing")
             try:
@@ -92,8 +92,8 @@ class BadFile:
                 say(f"warning: {self.path} cannot be written now: {error.strerror or error}")
 
 
-def _line(name: str, reason: str, when: str) -> str:
-    return json.dumps({"name": name, "reason": reason, "when": when}) + "\n"
+def _line(found: tuple[str, ...]) -> str:
+    return json.dumps(dict(zip(("name", "reason", "when"), found, strict=True))) + "\n"
 
 
 def _parsed(line: str) -> tuple[str, str, str] | None:

@@ -6,6 +6,7 @@ B pairs, M text positions (padded), S image size in pixels.
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from operator import attrgetter
 
 import torch
 from torch import Tensor
@@ -75,29 +76,34 @@ class Collate:
         self.pad_id, self.positions = tokenizer.pad_id, tokenizer.positions
 
     def __call__(self, samples: list[Sample]) -> Batch:
-        ids = [sample.tokens.input_ids for sample in samples]
-        longest = max(map(len, ids))
-        length = min(-(-longest // PAD_MULTIPLE) * PAD_MULTIPLE, self.positions)
-        input_ids = padded(ids, length, self.pad_id)
-        lengths = torch.tensor([len(row) for row in ids])
-        valid = [sample.tokens.valid for sample in samples]
+        def each(name: str) -> list:
+            return list(map(attrgetter(name), samples))
+
+        ids = each("tokens.input_ids")
+        lengths = torch.tensor(list(map(len, ids)))
+        length = -(-int(lengths.max()) // PAD_MULTIPLE) * PAD_MULTIPLE
+        length = min(length, self.positions)
+        caption_ids = torch.tensor(list(map(caption_id, ids)))
         return Batch(
-            image=torch.stack([sample.image for sample in samples]),
-            input_ids=input_ids,
+            image=torch.stack(each("image")),
+            input_ids=padded(ids, length, self.pad_id),
             attention_mask=torch.arange(length) < lengths[:, None],
-            token_mask=padded(valid, length, False),
-            index=torch.tensor([sample.index for sample in samples]),
-            pair_id=torch.tensor([[s.image_id, caption_id(s.tokens.input_ids)] for s in samples]),
-            token_picture=padded([s.token_picture or [] for s in samples], length, NO_PICTURE),
-            cell_picture=stack_cells([sample.cell_picture for sample in samples]),
-            bad=[sample.bad for sample in samples if sample.bad],
+            token_mask=padded(each("tokens.valid"), length, False),
+            index=torch.tensor(each("index")),
+            pair_id=torch.stack([torch.tensor(each("image_id")), caption_ids], 1),
+            token_picture=padded(each("token_picture"), length, NO_PICTURE),
+            cell_picture=stack_cells(each("cell_picture")),
+            bad=list(filter(None, each("bad"))),
         )
 
 
-def padded(rows: Sequence[list[int] | list[bool]], length: int, fill: int | bool) -> Tensor:
+def padded(rows: Sequence[list | None], length: int, fill: int | bool) -> Tensor:
     """Stack lists, padded with `fill` to [B, length]: int64, or bool if `fill` is one."""
-    dtype = torch.bool if isinstance(fill, bool) else torch.int64
-    return torch.tensor([row + [fill] * (length - len(row)) for row in rows], dtype=dtype)
+    out = torch.full((len(rows), length), fill)
+    for row, values in zip(out, rows, strict=True):
+        if values:
+            row[: len(values)] = torch.tensor(values)
+    return out
 
 
 def stack_cells(cells: list[list[int] | None]) -> Tensor:

@@ -175,9 +175,10 @@ class Scenes(Dataset):
             top, left = (cell * offset for offset in CORNERS[place])
             image[:, top : top + cell, left : left + cell] = self.pictures.images[concept]
             cell_picture[place] = number
-            first = len(caption) + len(SEPARATOR) if caption else 0
-            caption += (SEPARATOR if caption else "") + self.pictures.names[concept]
-            spans.append((first, len(caption)))
+            caption += SEPARATOR if caption else ""
+            name = self.pictures.names[concept]
+            spans.append((len(caption), len(caption) + len(name)))
+            caption += name
         tokens = self.tokenizer(caption)
         return Sample(
             torch.from_numpy(image),

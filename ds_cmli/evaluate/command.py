@@ -182,7 +182,7 @@ def _retrieval(config: "Config", asked: Asked) -> dict[str, Any]:
     """Collective."""
     from ds_cmli.data.load import build_eval_data
     from ds_cmli.distributed import process_group as distributed
-    from ds_cmli.evaluate.report import summary
+    from ds_cmli.evaluate.report import prefixed, summary
     from ds_cmli.evaluate.split import evaluate_split
 
     data = build_eval_data(config.data, config.run.seed, asked.split)
@@ -192,7 +192,7 @@ def _retrieval(config: "Config", asked: Asked) -> dict[str, Any]:
     metrics: dict[str, Any] = {}
     for split, dataset in data.evals.items():
         found = evaluate_split(objective, dataset, data, how, asked.fold_size)  # collective
-        metrics |= {f"eval/{split}/{name}": value for name, value in found.items()}
+        metrics |= prefixed(f"eval/{split}/", found)
         say(summary(split, found))
     return metrics
 
@@ -206,7 +206,7 @@ def _zero_shot(config: "Config", asked: Asked) -> dict[str, Any]:
     from ds_cmli.evaluate import zero_shot
     from ds_cmli.evaluate.embed import padded_share
     from ds_cmli.evaluate.held_out import collate_pictures
-    from ds_cmli.evaluate.report import classification
+    from ds_cmli.evaluate.report import classification, prefixed
 
     assert asked.zero_shot is not None
     templates = zero_shot.prompt_templates(asked.templates)
@@ -224,7 +224,7 @@ def _zero_shot(config: "Config", asked: Asked) -> dict[str, Any]:
     loader = batches(pictures.pictures(own), how.batch_size, how.workers, collate_pictures)
     found = zero_shot.classify(objective.student, loader, classifier, how)  # collective
     say(classification(found))
-    return {f"zero_shot/{name}": value for name, value in found.items()}
+    return prefixed("zero_shot/", found)
 
 
 def _boxes(config: "Config", asked: Asked) -> dict[str, Any]:
@@ -233,7 +233,7 @@ def _boxes(config: "Config", asked: Asked) -> dict[str, Any]:
     from ds_cmli.data.tokens import load_tokenizer
     from ds_cmli.distributed import process_group as distributed
     from ds_cmli.evaluate.entities import Entities, pointing_game
-    from ds_cmli.evaluate.report import pointing
+    from ds_cmli.evaluate.report import pointing, prefixed
 
     assert asked.boxes is not None and asked.image_root is not None
     tokenizer = load_tokenizer(config.data.tokenizer, config.data.context_length)
@@ -244,7 +244,7 @@ def _boxes(config: "Config", asked: Asked) -> dict[str, Any]:
     objective = load_objective(config, Path(asked.checkpoint), asked.ema, data, how.device).eval()
     found = pointing_game(objective.student, entities, how)  # collective
     say(pointing(found))
-    return {f"entities/{name}": value for name, value in found.items()}
+    return prefixed("entities/", found)
 
 
 def load_objective(

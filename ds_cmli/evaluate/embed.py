@@ -100,7 +100,7 @@ class Texts:
 
 
 def image_embeddings(student: "Student", images: Tensor) -> tuple[Tensor, Tensor]:
-    """Embed uint8 [B, 3, S, S] -> class tokens fp32 [B, H] and patches [B, N, D], of unit length."""
+    """Embed uint8 [B, 3, S, S] -> class tokens fp32 [B, H], patches [B, N, D], of unit length."""
     cls, patches = student.encode_image(images)
     return upcast(l2_normalize(cls)), l2_normalize(student.projection(patches))
 

@@ -157,7 +157,7 @@ class Entities(Dataset):
 def _file(images: Path, name: str) -> Path:
     """The file of a picture; the usual name if there is none."""
     files = [images / f"{name}{suffix}" for suffix in SUFFIXES]
-    return next((file for file in files if file.exists()), files[0])
+    return next(filter(Path.exists, files), files[0])
 
 
 def _read(root: Path, file: Path, name: str, number: int) -> list[Caption]:

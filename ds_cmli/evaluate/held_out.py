@@ -5,6 +5,7 @@ n captions, m pictures, B of them in a batch, S image size in pixels.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from operator import attrgetter
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -62,12 +63,13 @@ class PictureBatch:
 
 
 def collate_pictures(pictures: list[Picture]) -> PictureBatch:
+    columns = {name: list(map(attrgetter(name), pictures)) for name in Picture.__match_args__}
     return PictureBatch(
-        image=torch.stack([picture.image for picture in pictures]),
-        number=torch.tensor([picture.number for picture in pictures]),
-        cell_picture=stack_cells([picture.cell_picture for picture in pictures]),
+        image=torch.stack(columns["image"]),
+        number=torch.tensor(columns["number"]),
+        cell_picture=stack_cells(columns["cell_picture"]),
         broken={picture.number: picture.bad for picture in pictures if picture.bad is not None},
-        target=torch.tensor([picture.target for picture in pictures]),
+        target=torch.tensor(columns["target"]),
     )
 
 

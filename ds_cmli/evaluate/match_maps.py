@@ -39,7 +39,7 @@ def draw(
     tokenizer: CaptionTokenizer,
     share: Share,
 ) -> None:
-    """Write the match maps of `count` pairs with rank 0's writer. Collective unless `count` is 0."""
+    """Write the match maps of `count` pairs with rank 0's writer. Collective if there are any."""
     if not count:
         return
     found = match_maps(share, tokenizer, count)  # collective

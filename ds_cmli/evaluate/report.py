@@ -1,6 +1,10 @@
-"""The results of evaluations as text, and a run's best result. This module does not import torch."""
+"""The results of evaluations as text, and a run's best result, without importing torch."""
 
-from typing import Any
+from collections.abc import Mapping
+from itertools import product
+from typing import Any, TypeVar
+
+Metric = TypeVar("Metric")
 
 SCORES = ("combined", "cmli", "global")
 POINTING_CHANCE = 0.25  # each picture of a scene fills a quarter of it
@@ -39,8 +43,8 @@ def summary(split: str, found: dict[str, Any]) -> str:
         f"    {'':{width}}  {'image to text':19}   {'text to image':19}    mean",
         f"    {'':{width}}  {'R@1    R@5    R@10':19}   {'R@1    R@5    R@10':19}  recall",
     ]
-    names = [f"{prefix}{score}" for prefix in ("", "fold/") for score in (*SCORES, "chance")]
-    for name in names:
+    for prefix, score in product(("", "fold/"), (*SCORES, "chance")):
+        name = prefix + score
         if f"{name}/i2t_r1" not in found:
             continue
         row = f"    {name:{width}}"
@@ -52,6 +56,11 @@ def summary(split: str, found: dict[str, Any]) -> str:
         accuracy = f"{found['pointing_game']:.3f} (chance {POINTING_CHANCE})"
         parts.append(f"    pointing-game accuracy {accuracy}")
     return "\n".join(parts)
+
+
+def prefixed(prefix: str, metrics: Mapping[str, Metric]) -> dict[str, Metric]:
+    """The metrics with a prefix before their names."""
+    return {f"{prefix}{name}": value for name, value in metrics.items()}
 
 
 def left_out(found: dict[str, Any]) -> str:

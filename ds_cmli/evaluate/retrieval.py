@@ -19,6 +19,7 @@ from ds_cmli.cmli import cmli_scores
 from ds_cmli.cmli.pair_scores import both_ways
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.evaluate.embed import EmbedSettings, Share
+from ds_cmli.evaluate.report import prefixed
 
 RECALLS = (1, 5, 10)
 PICTURES = 128  # pictures per block
@@ -134,8 +135,7 @@ def chance(image_of: Tensor) -> dict[str, float]:
     none = torch.zeros_like(captions)
     i2t = torch.stack([none, len(image_of) - captions, captions], 1)
     t2i = torch.tensor([[0, len(captions) - 1, 1]], dtype=torch.float64)
-    recalls = _recalls({"i2t": i2t, "t2i": t2i})
-    return {f"chance/{name}": value for name, value in recalls.items()}
+    return prefixed("chance/", _recalls({"i2t": i2t, "t2i": t2i}))
 
 
 def recall(i2t: Tensor, t2i: Tensor, image_of: Tensor) -> dict[str, float]:
@@ -200,9 +200,8 @@ class Scorer:
         else:
             patches = images.patches[rows].to(self.device)
             both = both_ways(cosines, cmli_scores(patches, tokens, mask), self.scales)
-            found = [both[kind] for kind in kinds(self.scales)]
-            i2t = torch.stack([scores.i2t for scores in found]).cpu()
-            t2i = torch.stack([scores.t2i for scores in found]).cpu()
+            found = zip(*map(both.__getitem__, kinds(self.scales)), strict=True)
+            i2t, t2i = (torch.stack(scores).cpu() for scores in found)
         pictures = images.number[rows]
         is_positive = pictures[:, None] == self.share.held_out.image_of[captions.number]
         return Block(pictures, captions.number, i2t, t2i, is_positive)
@@ -210,9 +209,10 @@ class Scorer:
     def own_captions(self) -> list[tuple[int, Tensor]]:
         """This rank's captions in parts: the block of their pictures, and their rows."""
         images, texts = self.share.images, self.share.texts
-        place = {picture: row for row, picture in enumerate(images.number.tolist())}
-        pictures = self.share.held_out.image_of[texts.number].tolist()
-        blocks = torch.tensor([place[picture] // PICTURES for picture in pictures])
+        image_of = self.share.held_out.image_of
+        row = torch.full((int(image_of.max()) + 1,), -1)  # [m], each picture's row in `images`
+        row[images.number] = torch.arange(len(images.number))
+        blocks = row[image_of[texts.number]] // PICTURES
         out = []
         for block in range(len(self.blocks)):
             rows = (blocks == block).nonzero().flatten()
@@ -239,22 +239,20 @@ def rank_counts(
     scorer = Scorer(share, scales, how.device)
     own = scorer.own_captions()
     plan = distributed.gather_objects((len(scorer.blocks), len(own)))  # collective
-    most_blocks = max(blocks for blocks, _ in plan)
-    most_captions = max(captions for _, captions in plan)
-    best, positives = _positives(scorer, own, most_captions, how)
+    blocks, captions = map(list, zip(*plan, strict=True))  # the numbers of each rank's
+    best, positives = _positives(scorer, own, max(captions), how)
 
     image_of = share.held_out.image_of
     size = len(kinds(scales)), int(image_of.max()) + 1, len(image_of)
     counts = {"": RankCounts.zeros(*size)}
     if fold_of is not None:
         counts["fold/"] = RankCounts.zeros(*size)
-    sent = _exchanged(scorer, own, positives, [captions for _, captions in plan])
-    for captions, positive in sent:  # collective
-        for number in range(most_blocks):
+    for sent, positive in _exchanged(scorer, own, positives, captions):  # collective
+        for number in range(max(blocks)):
             how.heartbeat()
             if number >= len(scorer.blocks):
                 continue
-            block = scorer.block(number, captions)  # CPU-GPU sync
+            block = scorer.block(number, sent)  # CPU-GPU sync
             scores = best[:, scorer.blocks[number]], positive
             counts[""].add(block, *scores)
             if fold_of is not None:

@@ -18,6 +18,7 @@ from ds_cmli.distributed import process_group as distributed
 from ds_cmli.evaluate.embed import EmbedSettings, Share, embed_share
 from ds_cmli.evaluate.held_out import HeldOut
 from ds_cmli.evaluate.pointing_game import scene_hits
+from ds_cmli.evaluate.report import prefixed
 from ds_cmli.evaluate.retrieval import chance, kinds, rank_counts
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ def evaluate_split(
     for prefix, counts in counted.items():
         recalls = counts.recalls(pictures, captions)
         for score, values in zip(kinds(scales), recalls, strict=True):
-            out |= {f"{prefix}{score}/{name}": value for name, value in values.items()}
+            out |= prefixed(f"{prefix}{score}/", values)
     if data.has_places:
         out["pointing_game"] = _pointing_game(share)  # collective
     return out

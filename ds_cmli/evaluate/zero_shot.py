@@ -84,7 +84,7 @@ class ClassPictures:
         except Exception as error:  # each of timm's readers raises its own exceptions
             raise UserError(f"{where}, which timm cannot read: {first_line(error)}") from None
         numbers = self.reader.class_to_idx
-        self.folders = [str(name) for name in sorted(numbers, key=numbers.__getitem__)]
+        self.folders = list(map(str, sorted(numbers, key=numbers.__getitem__)))
         if len(self.folders) < 2 or not len(self.reader):
             raise UserError(
                 f"{where}, with {len(self.folders)} classes and {len(self.reader)} pictures: give "
@@ -136,7 +136,7 @@ def class_names(folders: list[str], file: str | None) -> list[str]:
         if missing:
             raise UserError(f"--class-names is {file!r}: it has no name for {missing[0]!r}")
         return [names[folder] for folder in folders]
-    names = [str(name) for name in names if str(name).strip()]
+    names = list(filter(str.strip, map(str, names)))
     if len(names) != len(folders):
         raise UserError(
             f"--class-names is {file!r}, with {len(names)} names: there are {len(folders)} classes"
@@ -155,7 +155,7 @@ def prompt_templates(file: str | None) -> list[str]:
         text = Path(file).read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         raise UserError(f"--templates is {file!r}, which cannot be read: {error}") from None
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    lines = list(filter(None, map(str.strip, text.splitlines())))
     for line in lines or [""]:
         if line.count("{}") != 1:
             raise UserError(
@@ -178,7 +178,7 @@ class Classifier:
         self.cls = F.normalize(prompts.mean(1), dim=-1)  # [C, H]
 
     def __call__(self, image_cls: Tensor, patches: Tensor) -> Tensor:
-        """Score pictures with all classes: fp32 [B, H], [B, N, D] -> fp32 [K, B, C], same device."""
+        """Score pictures with all classes: fp32 [B, H], [B, N, D] -> fp32 [K, B, C]."""
         by_global = image_cls @ self.cls.to(image_cls.device).t()
         if "cmli" not in self.scales:
             return by_global[None]

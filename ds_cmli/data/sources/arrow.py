@@ -71,7 +71,7 @@ def _copied(name: str, splits: dict[str, list[Path]]) -> dict[str, "Dataset"]:
             size = 0
             for files in splits.values():
                 size += sum(file.stat().st_size for file in files)
-            home = next(folder for folder in cache.parents if folder.exists())
+            home = next(filter(Path.exists, cache.parents))
             if shutil.disk_usage(home).free < size:
                 raise UserError(
                     f"data.source is {name!r}: {home} has no room for its copy of about "
@@ -173,7 +173,7 @@ class Arrow(Source):
     def captions(self, index: int) -> list[str]:
         value = self.texts[index][self.caption_column]
         texts = value if isinstance(value, list) else [value]
-        return usable([text for text in texts if text is not None])
+        return usable(list(filter(None, texts)))
 
     def name(self, index: int) -> str:
         return f"row {index} of {self.where}"

@@ -4,7 +4,7 @@ n pictures.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -23,9 +23,10 @@ class Source(ABC):
 
     * no Python object for each picture: reference counts would copy its memory into each process;
       `listed.Strings` and (memory-mapped) arrays are shared;
-    * no file that is open before the fork is read with `seek` and `read`, as the processes share
-      its position: open files at the first read in each process, or read with `os.pread`, and
-      leave open files out of the pickled state (`tars.Tars` does both).
+    * no file that is open before the fork is read by `seek` and `read`, as all processes share its
+      position, and the first pairs are read before: read with `os.pread`, or keep with the open
+      file `os.getpid()` of the process that opened it. Open files do not belong into the pickled
+      state (`tars.Tars` leaves them out).
 
     Attributes:
         where: its name in messages.
@@ -171,9 +172,14 @@ def hold_out(source: Source) -> tuple[Source, Source]:
     return kept, held_out
 
 
+def first_twice(names: Sequence[str]) -> str | None:
+    """The first name that occurs more than once."""
+    return next((name for name in names if names.count(name) > 1), None)
+
+
 def usable(captions: list[str]) -> list[str]:
     """The captions that are not blank; raises `Refused` if all are."""
-    found = [caption for caption in captions if caption.strip()]
+    found = list(filter(str.strip, captions))
     if not found:
         raise Refused(EMPTY)
     return found

@@ -6,12 +6,13 @@ import re
 from collections.abc import Mapping
 from contextlib import suppress
 from importlib import import_module
+from itertools import filterfalse
 from pathlib import Path
 
 from ds_cmli.common.errors import UserError
 from ds_cmli.config.registry import SOURCES, SourceEntry, load
 from ds_cmli.config.schema import DataConfig
-from ds_cmli.data.sources.base import Parts
+from ds_cmli.data.sources.base import Parts, first_twice
 
 BRACES = re.compile(r"\{([^{}]*)\}")
 RANGE = re.compile(r"(\d+)\.\.(\d+)")
@@ -43,7 +44,7 @@ def weighted(sources: str | list[str]) -> tuple[list[str], list[float] | None]:
         if mark:
             weights.append(_weight(weight, source, name))
         names.append(name if mark else source)
-    twice = next((name for name in names if names.count(name) > 1), None)
+    twice = first_twice(names)
     if twice is not None:
         raise UserError(f"--data names {twice!r} twice: keep one")
     if len(names) > 1 and "demo" in names:
@@ -173,7 +174,7 @@ def expand(pattern: str) -> list[Path]:
         files += map(Path, names)
     if not files:
         raise UserError(f"data.source is {pattern!r}: no file matches it")
-    missing = [file for file in files if not os.path.isfile(file)]
+    missing = list(filterfalse(os.path.isfile, files))
     if missing:
         raise UserError(
             f"data.source is {pattern!r}: {len(missing)} of {len(files)} files do not exist, the "

@@ -20,7 +20,7 @@ from ds_cmli.common.errors import UserError
 from ds_cmli.config.schema import DataConfig
 from ds_cmli.data.bad import EMPTY
 from ds_cmli.data.pictures import most_bytes, read_file
-from ds_cmli.data.sources.base import Source
+from ds_cmli.data.sources.base import Source, first_twice
 
 LOOKED_AT = 100  # so many of the files that a list names are looked for: the first may be missing
 MOST_SIZES = 100_000  # files whose sizes identify the data; of more, as many are taken evenly
@@ -223,6 +223,5 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) < len(pairs):
         keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"the key {twice!r} twice in one object")
+        raise ValueError(f"the key {first_twice(keys)!r} twice in one object")
     return values

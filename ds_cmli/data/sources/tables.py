@@ -11,7 +11,7 @@ from typing import TextIO
 
 from ds_cmli.common.errors import UserError, nearest
 from ds_cmli.config.schema import DataConfig
-from ds_cmli.data.sources.base import Parts
+from ds_cmli.data.sources.base import Parts, first_twice
 from ds_cmli.data.sources.listed import LOOKED_AT, Listed, image_folder
 
 # In the message of the csv module for a field of more than `csv.field_size_limit()` characters.
@@ -104,7 +104,7 @@ class Table:
         self.columns = self._next() or []
         if self.reader.line_num > 1:
             raise self._unclosed(1)
-        twice = next((name for name in self.columns if self.columns.count(name) > 1), None)
+        twice = first_twice(self.columns)
         if twice is not None:
             raise UserError(f"{file} has the column {twice!r} twice: keep one")
 
