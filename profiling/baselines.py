@@ -1,5 +1,4 @@
-"""What `profiling/benchmark_cmli.py` measures the all-pairs scores beside; training never imports
-it.
+"""What `benchmark_cmli.py` measures the all-pairs scores beside; training never imports it.
 
 Inputs in the document's sizes, a timed step over them with the bare matrix product as floor, and
 other implementations of the scores: `broadcast` stores every product of every dot product,
@@ -24,9 +23,7 @@ Scores = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def text_lengths(setting: str, B: int) -> Tensor:
-    """Valid tokens of each text: all 62; as in captions (mean about 12, one of 62); evenly from
-    8 to 62.
-    """
+    """Valid tokens of each text: all 62; as in captions (mean about 12); evenly from 8 to 62."""
     g = torch.Generator().manual_seed(1)
     if setting == "full":
         return torch.full((B,), 62)
@@ -87,16 +84,12 @@ class Problem:
 
 
 def broadcast_dots(x: Tensor, y: Tensor) -> Tensor:
-    """Dot products over the last dimension of tensors that broadcast, every single product
-    stored on the way.
-    """
+    """Dot products over the last dimension of broadcast tensors, with every product stored."""
     return (x * y).sum(-1)
 
 
 def cmli_from(similarities: Tensor, token_mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Both scores [I, G] from [I, N, G, M], masked tokens at minus infinity; each text has a
-    valid token.
-    """
+    """Both scores [I, G] from [I, N, G, M], masked tokens at minus infinity."""
     s_i2t = similarities.max(3).values.mean(1)
     best = similarities.max(1).values.masked_fill(~token_mask, 0)  # [I, G, M]
     return s_i2t, best.sum(2) / token_mask.sum(1)
@@ -138,9 +131,7 @@ def materialised_scores(
 
 
 def naive(image: Tensor, text: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """The fastest materialised form: one product, and `max`, whose backward is cheaper than that
-    of `amax`.
-    """
+    """The fastest materialised form: one product, and `max`, whose backward is cheap."""
     # [I, N, J, M].
     S = (image.flatten(0, 1) @ text.flatten(0, 1).t()).view(*image.shape[:2], *text.shape[:2])
     s_i2t = S.masked_fill(~mask, -torch.inf).max(3).values.mean(1)

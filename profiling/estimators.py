@@ -107,9 +107,7 @@ def settings() -> list[Setting]:
 
 @dataclass
 class Row:
-    """One setting: bytes that were measured, that each estimator says, and whether the step
-    fails within them.
-    """
+    """One setting: measured and estimated bytes, and whether the step fails within them."""
 
     name: str
     measured: int
@@ -365,9 +363,7 @@ def draw(table: dict[str, dict[str, float]], path: Path) -> None:
 
 
 def rounded(share: float) -> str:
-    """A relative error as percent: with one decimal from 0.1% on, else as far as its first
-    digit.
-    """
+    """A relative error as percent: with one decimal from 0.1% on, else up to its first digit."""
     if share < SMALLEST / 2:
         return "0%"
     return f"{share:.1%}" if share >= 0.001 else f"{float(f'{100 * share:.1g}'):.6g}%"

@@ -1,5 +1,4 @@
-"""Runs the step that `predict.py` predicts with real tensors on this CPU, and measures it by the
-allocator's events.
+"""Runs the step that `predict.py` predicts on this CPU, and measures it by allocator events.
 
 The total is what PyTorch's allocator reports to the profiler, including temporaries inside
 operators. The allocator does not know what a block is used for, so the categories come from a
@@ -35,8 +34,7 @@ PART_S = 1.0  # seconds that a profiler records at least within a phase
 
 
 def measure(config: Config, ds_config: Mapping[str, Any], world_size: int = 1) -> Report:
-    """Memory of this rank's first two optimizer steps on this CPU, in bytes; arguments and errors
-    as in `predict`.
+    """Memory of this rank's first two optimizer steps on this CPU; arguments as in `predict`.
 
     If a process group is initialised, its ranks take the steps together. Otherwise this process is
     rank 0, and the other ranks are simulated by a fake process group, whose collectives transfer
@@ -66,9 +64,7 @@ def measure_phases(
 def _filled(
     config: Config, ds_config: Mapping[str, Any], world_size: int
 ) -> tuple[Config, DeepSpeedConfig, int]:
-    """The configuration with random weights, the DeepSpeed JSON without "auto" values, and the
-    vocabulary size.
-    """
+    """The configuration with random weights, the DeepSpeed JSON filled in, the vocabulary size."""
     json = engine.filled(
         config, engine.on_this_device(DeepSpeedConfig.of(ds_config)), world_size, TOTAL_STEPS
     )
@@ -81,9 +77,7 @@ def _ranks(world_size: int) -> AbstractContextManager[None]:
 
 
 def counted_traffic(config: Config, ds_config: Mapping[str, Any], world_size: int) -> Traffic:
-    """The traffic of this rank's collectives in its second optimizer step; arguments and ranks
-    as in `measure`.
-    """
+    """The traffic of this rank's collectives in its second step; arguments as in `measure`."""
     traffic = Traffic()
 
     def watch(train_engine: engine.TrainEngine, step: int) -> AbstractContextManager:
@@ -142,9 +136,7 @@ def _tracked(
 def tracked_events(
     config: Config, ds_config: Mapping[str, Any], world_size: int = 1
 ) -> list[Event]:
-    """Allocations and frees of two real optimizer steps as the tracker sees them, inside
-    operators as far as it can.
-    """
+    """Allocations and frees of two real optimizer steps as the tracker sees them."""
     return _events(*_filled(config, ds_config, world_size), world_size)
 
 
@@ -173,8 +165,7 @@ def _events(
 def allocator_events(
     call: Callable[[Callable[[str | None], None]], object],
 ) -> list[tuple[str, int]]:
-    """(phase, bytes) of each allocation (positive), each free (negative) and each beginning of a
-    phase (0), in order.
+    """(phase, bytes) of each allocation (> 0), free (< 0) and beginning of a phase (0), in order.
 
     `call` gets a function `enter`, which it calls with the name of each phase that begins, and in
     between often with None, as the events recorded since take memory. Before the first call the
@@ -208,9 +199,7 @@ def allocator_events(
 
 
 def phase_peaks(events: list[tuple[str, int]]) -> dict[str, int]:
-    """The most live bytes in each phase, including blocks from before the first phase that are
-    still live then.
-    """
+    """The most live bytes in each phase, including live blocks from before the first phase."""
     peaks, live = dict.fromkeys(PHASES, 0), 0
     for phase, size in events:
         live += size
@@ -220,9 +209,7 @@ def phase_peaks(events: list[tuple[str, int]]) -> dict[str, int]:
 
 
 class _Parts:
-    """A profiler that is replaced by a new one again and again, and the events that they
-    recorded.
-    """
+    """A profiler that is replaced again and again, and the events that they recorded."""
 
     def __init__(self, mark: str):
         self.mark = mark
@@ -250,8 +237,7 @@ class _Parts:
 def recording_in_parts(
     mark: str = cpu_events.MEMORY,
 ) -> Iterator[tuple[list[tuple[str, int]], Callable[[], None]]]:
-    """Records the allocator's events, and those whose name begins with `mark`; see
-    `cpu_events.events`.
+    """Records the allocator's events, and those whose name begins with `mark`.
 
     Yields the list of events and a function that moves those recorded so far into it; the rest
     follows at the end. A profiler keeps more than a kilobyte for each event, and a long step has

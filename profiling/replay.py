@@ -205,9 +205,7 @@ def without_history(content: dict[str, Any]) -> list[str]:
 
 
 def beginning_told(replayed: Any) -> list[str]:
-    """What a reader must know of where the history begins, and whether anything was asked for in
-    it.
-    """
+    """What a reader must know of the history's beginning, and of a history without requests."""
     before, blocks = sum(replayed.start.live.values()), len(replayed.start.live)
     lines = []
     if before:
@@ -263,9 +261,7 @@ def difference(first: Any, second: Any) -> list[str]:
 
 
 def settings_tried(start: Any, trace: list[dict[str, Any]], room: int | None) -> dict[str, int]:
-    """Reserved bytes by value of PYTORCH_ALLOC_CONF, the least first; of those that fit, where
-    there is a limit.
-    """
+    """Reserved bytes by value of PYTORCH_ALLOC_CONF, the least first; of those that fit."""
     from ds_cmli.allocator.blocks import DEFAULTS
     from ds_cmli.allocator.what_if import what_if
 
@@ -344,9 +340,7 @@ def text(replayed: Any, settings_known: bool) -> str:
 
 
 def draw(points: Sequence[tuple[int, int]], what: str, path: Path) -> None:
-    """Draw allocated and reserved bytes after each event of a recorded history; fragmentation is
-    between the two.
-    """
+    """Draw allocated and reserved bytes after each event; fragmentation is between the two."""
     from ds_cmli.common import plots
     from ds_cmli.common.documents import readable
 

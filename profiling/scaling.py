@@ -1,5 +1,4 @@
-"""Estimates a step on many ranks: its memory and traffic are predicted, and its time follows from
-given rates.
+"""Estimates a step on many ranks: predicted memory and traffic, and its time from rates.
 
 The traffic is counted in the trainer's own step on tensors without data (`predict`), and equals
 that of real ranks. The time comes from a simple model, stated in `step_time`; rates are given or
@@ -59,9 +58,7 @@ def step_cost(
     target: str,
     gpu: str,
 ) -> StepCost:
-    """Predict a step with this exchange of texts, with gradient caching if `cached`; the rest is
-    as in `predict`.
-    """
+    """Predict a step with this exchange of texts, with gradient caching if `cached`."""
     loss = replace(config.loss, cmli_exchange=exchange)  # type: ignore[arg-type]
     optim = replace(config.optim, negatives="global_batch" if cached else "micro_batch")
     config = replace(config, loss=loss, optim=optim)
@@ -130,9 +127,7 @@ def step_time(cost: StepCost, rates: Rates) -> dict[str, float]:
 
 
 def crossovers(costs: list[StepCost], rates: Rates, memory: int) -> list[str]:
-    """Say from how many ranks on a ring takes less memory, or less time, and for which ranks
-    steps fit in `memory`.
-    """
+    """Say from how many ranks on a ring takes less memory or time, and which steps fit."""
     lines = []
     kinds = sorted({(cost.stage, cost.cached) for cost in costs})
     for stage, cached in kinds:

@@ -1,5 +1,4 @@
-"""A model of PyTorch's CUDA caching allocator: it computes the allocated and reserved bytes of a
-program's requests.
+"""A model of PyTorch's CUDA caching allocator: the bytes it allocates and reserves for requests.
 
 The rules are those of `c10/cuda/CUDACachingAllocator.cpp`, torch 2.13 (unchanged since 2.0),
 without expandable segments. All `Settings` are off by default, as in `c10/core/AllocatorConfig.h`.
@@ -45,9 +44,7 @@ from ds_cmli.allocator.blocks import (
 
 
 class CachingAllocator:
-    """The model. At most `limit` bytes may be reserved; None: no limit, and no garbage
-    collection.
-    """
+    """The model; it reserves at most `limit` bytes (None: any, without garbage collection)."""
 
     def __init__(self, limit: int | None = None, settings: Settings = DEFAULTS):
         self.limit, self.settings = limit, settings
@@ -92,9 +89,7 @@ class CachingAllocator:
         return block
 
     def carve(self, free: Block, address: int, size: int) -> Block:
-        """Take [address, address + size) out of a free block, off the free lists; the parts on
-        both sides stay free.
-        """
+        """Take [address, address + size) out of a free block, whose other parts stay free."""
         self.take(free)
         if address + size < free.address + free.size:
             self.keep(split(free, address + size))
@@ -115,9 +110,7 @@ class CachingAllocator:
         self._merge(block)
 
     def empty_cache(self, pool: Pool = DEFAULT_POOL) -> None:
-        """Return every wholly free segment of a pool to the device; a private pool's when it is
-        deleted.
-        """
+        """Return the wholly free segments of a pool; a private pool's when it is deleted."""
 
         def order(segment: Segment) -> tuple[bool, int, int, int]:
             return segment.small, segment.stream, segment.size, segment.address
@@ -136,24 +129,18 @@ class CachingAllocator:
         )
 
     def _best_fit(self, free: list[tuple[int, int]], size: int) -> int:
-        """The index in `free` of the block that rule 3 chooses; `len(free)` if none is large
-        enough.
-        """
+        """The index in `free` of rule 3's block; `len(free)` if none is large enough."""
         return bisect_left(free, (size, 0))
 
     def splits(self, left: int, size: int, small: bool) -> bool:
-        """Rule 4: whether the `left` bytes that remain behind a request of `size` bytes become a
-        free block.
-        """
+        """Rule 4: whether `left` bytes behind a request of `size` bytes become a free block."""
         most = self.settings.max_split_size
         if small:
             return left >= MIN_BLOCK
         return left > SMALL_REQUEST and (most is None or size < most)
 
     def _merge(self, block: Block) -> Block:
-        """Merge a block that has become free with its free neighbours, and put the result on the
-        free list.
-        """
+        """Merge a freed block with its free neighbours, and put the result on the free list."""
         before, after = block.before, block.after
         if before is not None and before.free:
             self.take(before)
@@ -167,9 +154,7 @@ class CachingAllocator:
     def _from_device(
         self, requested: int, size: int, key: tuple[Pool, bool, int], event: Event | None
     ) -> Block:
-        """Reserve new memory and return a free block in it of at least `size` bytes, which is on
-        no free list.
-        """
+        """Reserve memory; returns a free block of at least `size` bytes, on no free list."""
         pool, small, stream = key
         taken = segment_bytes(size)
         if self.limit is not None:
@@ -193,9 +178,7 @@ class CachingAllocator:
         return OutOfMemory(requested, self.allocated, self.reserved, self.limit, missing, event)
 
     def may_use(self, block_size: int, size: int) -> bool:
-        """Whether a split size allows a free block of `block_size` bytes to serve a request of
-        `size` bytes.
-        """
+        """Whether a free block of `block_size` may serve `size` bytes (see `max_split_size`)."""
         most = self.settings.max_split_size
         if most is None:
             return True
@@ -221,9 +204,7 @@ class CachingAllocator:
                     del whole[address]
 
     def _release_oversize(self, key: tuple[Pool, bool, int], size: int) -> None:
-        """Return free blocks that are too large to be split: one if it is enough, else the
-        largest until they are.
-        """
+        """Return free blocks that are too large to split: one that is enough, or the largest."""
         most = self.settings.max_split_size
         if most is None:
             return

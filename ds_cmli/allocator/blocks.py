@@ -1,5 +1,4 @@
-"""The blocks and segments of CUDA's caching allocator, its constants, and its settings from
-PYTORCH_ALLOC_CONF.
+"""Blocks and segments of CUDA's caching allocator, its constants and its settings.
 
 "Rule 1" and so on are the rules listed in the docstring of `allocator`.
 """
@@ -52,9 +51,7 @@ DEFAULTS = Settings()
 
 
 def rounded(requested: int, divisions: int = 0) -> int:
-    """Rule 1. With `divisions` > 1, requests above `divisions` * 512 B follow
-    roundup_power2_divisions instead.
-    """
+    """Rule 1; requests above `divisions` * 512 B follow roundup_power2_divisions, if it is on."""
     if divisions > 1 and requested > MIN_BLOCK * divisions:
         floor = 1 << (requested.bit_length() - 1)
         step = floor >> (divisions.bit_length() - 1)
@@ -110,9 +107,7 @@ class Block:
 
 @dataclass(eq=False)
 class Segment:
-    """The memory that one call of cudaMalloc returned; in `expandable`, a reserved range of
-    addresses.
-    """
+    """The memory that one call of cudaMalloc returned; in `expandable`, a range of addresses."""
 
     address: int
     size: int

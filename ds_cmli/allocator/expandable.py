@@ -56,8 +56,7 @@ class ExpandableAllocator(CachingAllocator):
         return segment
 
     def map(self, block: Block, size: int, event: Event | None = None) -> Block | None:
-        """Map memory into the first `size` bytes of an unmapped block, rounded up to pieces, and
-        merge free neighbours.
+        """Map pieces into the first `size` bytes of an unmapped block, and merge free neighbours.
 
         Returns the free block that results, or None if the device has no room.
         """
@@ -93,9 +92,7 @@ class ExpandableAllocator(CachingAllocator):
         return mapped
 
     def unmap(self, block: Block) -> None:
-        """Unmap all pieces that lie wholly in a free block, which gives their memory back to the
-        device.
-        """
+        """Unmap all pieces that lie wholly in a free block: the device gets their memory back."""
         segment, piece = block.segment, piece_bytes(block.segment)
         begin = segment.address + -(-(block.address - segment.address) // piece) * piece
         end = segment.address + (block.address + block.size - segment.address) // piece * piece
@@ -179,9 +176,7 @@ class ExpandableAllocator(CachingAllocator):
         return block
 
     def _stretch(self, size: int, key: Key) -> Block:
-        """The free or unmapped block at which rule 2 finds room for `size` bytes; if necessary,
-        in a new range.
-        """
+        """The free or unmapped block where rule 2 finds `size` bytes, maybe in a new range."""
         for block in self.unmapped.setdefault(key, []):
             if block.before is not None and block.before.free:
                 block = block.before

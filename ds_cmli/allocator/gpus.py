@@ -57,8 +57,7 @@ def all_gpus() -> dict[str, Gpu]:
 
 
 def find(name: str) -> Gpu:
-    """The listed GPU that `name` means: "A10G", "A100 80GB", or torch's name of it such as "NVIDIA
-    H100 80GB HBM3".
+    """The listed GPU that `name` means: "A10G", "A100 80GB", or torch's "NVIDIA H100 80GB HBM3".
 
     Raises `UserError` if no GPU or more than one fits.
     """

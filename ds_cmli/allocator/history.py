@@ -1,5 +1,4 @@
-"""Replays a recorded history of CUDA's allocator through its model, from the state at its
-beginning.
+"""Replays a recorded history of CUDA's allocator through its model, from its beginning.
 
 The replay decides what `beginning` leaves open. If the model would use a free block that CUDA's
 allocator skipped, that free block was really smaller, so the block before it has a larger

@@ -85,9 +85,7 @@ def _blocks(snapshot: Snapshot, device: int) -> Iterator[tuple[int, dict[str, An
 
 
 def _name(entry: dict[str, Any]) -> str:
-    """The entry's category if it has one, otherwise the innermost line of its stack that is a
-    user's.
-    """
+    """The entry's category if it has one, or else the innermost line of a user in its stack."""
     category = entry.get("category")
     if isinstance(category, str):
         return category

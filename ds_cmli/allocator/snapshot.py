@@ -1,5 +1,4 @@
-"""Writes and reads snapshots of CUDA's allocator, as `torch.cuda.memory._dump_snapshot` writes
-them.
+"""Writes and reads snapshots of CUDA's allocator, as `torch.cuda.memory._dump_snapshot` does.
 
 Predicted allocations are written with the same schema, so that a prediction and a measurement open
 in the same tools, such as PyTorch's memory viewer (pytorch.org/memory_viz). Files to read may come
@@ -37,9 +36,7 @@ NUMBER = "0[xX][0-9a-fA-F]{1,16}|[1-9][0-9]{0,19}|0"
 
 
 def write(events: Iterable[Event], path: str | Path) -> Replay:
-    """Replay `events` in the allocator's model, and pickle its final state and history to
-    `path`.
-    """
+    """Replay `events` in the model, and pickle its final state and history to `path`."""
     replayed = replay(events)
     Path(path).write_bytes(pickle.dumps(build(replayed)))
     return replayed
@@ -130,8 +127,7 @@ class _PlainUnpickler(pickle.Unpickler):
 
 
 def read(path: str | Path) -> Snapshot:
-    """A snapshot with "segments" and "device_traces", whose values have the types that a replay
-    needs.
+    """A snapshot with "segments" and "device_traces", of the types that a replay needs.
 
     The file may be compressed with gzip. Raises `UserError` with a message of one line for anything
     else.

@@ -1,6 +1,4 @@
-"""The state of CUDA's allocator at one moment of a recorded history, and its model in that
-state.
-"""
+"""The state of CUDA's allocator at one moment of a history, and its model in that state."""
 
 from bisect import bisect_left
 from collections.abc import Sequence
@@ -55,9 +53,7 @@ class Mapped:
 
 @dataclass(eq=False)
 class Range:
-    """The known addresses of an expandable segment, from its first memory until it has none
-    left.
-    """
+    """The known addresses of an expandable segment, as long as it has memory."""
 
     begin: int
     end: int

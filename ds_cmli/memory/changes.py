@@ -1,6 +1,4 @@
-"""Changes of settings that make a step need less memory, and the search for the fewest that make
-it fit.
-"""
+"""Changes of settings with which a step needs less memory, and the fewest that make it fit."""
 
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -117,9 +115,7 @@ class Step:
         return out
 
     def together(self) -> list[Change]:
-        """Changes for a GPU that train the same model, the cheapest first; each includes those
-        before it.
-        """
+        """Changes for a GPU that train the same model: the cheapest, and more and more with it."""
         highest = 3 if self.world_size > 1 else 1
         parts = []
         if not self.ds_config.checkpointing:
@@ -164,9 +160,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Shortage:
-    """A step that does not fit in `room` bytes; `needs` predicts the bytes that it needs with a
-    change.
-    """
+    """A step that does not fit in `room` bytes; `needs` predicts its bytes with a change."""
 
     step: Step
     room: int
@@ -190,9 +184,7 @@ class Shortage:
         return found
 
     def combined(self) -> list[tuple[Change, int]]:
-        """Find the fewest changes that fit together and train the same model; none if all are
-        too few.
-        """
+        """Find the fewest changes that train the same model and fit together, if there are any."""
         together = self.step.together()
         if not together or self.needs(together[-1]) > self.room:
             return []

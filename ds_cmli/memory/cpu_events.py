@@ -28,8 +28,7 @@ def recording() -> profile:
 
 
 def events(profiler: profile) -> list[tuple[str, int]]:
-    """(name, bytes) of every event that a finished profiler has recorded, in the order of their
-    start times.
+    """(name, bytes) of every event of a finished profiler, in the order of their start times.
 
     Allocations have the name `MEMORY` and positive bytes, frees the same name and negative bytes.
     """
@@ -38,9 +37,7 @@ def events(profiler: profile) -> list[tuple[str, int]]:
 
 
 def sizes(call: Callable[[], object]) -> list[int]:
-    """The bytes of each allocation (positive) and each free (negative) that `call` makes, in
-    order.
-    """
+    """The bytes of each allocation (positive) and each free (negative) of `call`, in order."""
     with recording() as profiler:
         call()
     return [size for name, size in events(profiler) if name == MEMORY]
@@ -64,7 +61,7 @@ def seen_by_the_profiler() -> Iterator[None]:
 def _to_the_end(method: Callable, seconds: float) -> Callable:
     def run(group: dist.ProcessGroup, *arguments: object) -> "_Work | None":
         tensors = [t for t in tree_leaves(arguments) if isinstance(t, Tensor)]
-        before = [t._use_count() for t in tensors]  # type: ignore[attr-defined]
+        before = _uses(tensors)
         work = _Work(method(group, *arguments), tensors, before, seconds)
         if arguments[-1].asyncOp:
             return work
@@ -72,6 +69,11 @@ def _to_the_end(method: Callable, seconds: float) -> Callable:
         return None
 
     return run
+
+
+def _uses(tensors: list[Tensor]) -> list[int]:
+    """The number of references to each tensor from C++."""
+    return [tensor._use_count() for tensor in tensors]  # type: ignore[attr-defined]
 
 
 class _Work:
@@ -93,7 +95,7 @@ class _Work:
             time.sleep(self.seconds)
         self.work = None
         latest = time.monotonic() + LONGEST_S
-        while [t._use_count() for t in self.tensors] > self.before and time.monotonic() < latest:  # type: ignore[attr-defined]
+        while _uses(self.tensors) > self.before and time.monotonic() < latest:
             time.sleep(1e-4)
         self.tensors, self.before = [], []
         return True

@@ -1,10 +1,9 @@
-"""The inputs of a step that is predicted or measured: models with random weights, and batches
-without real data.
-"""
+"""The inputs of a predicted or measured step: random models, and batches without real data."""
 
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -14,6 +13,9 @@ from ds_cmli.config.schema import Config
 from ds_cmli.data.batch import Batch
 from ds_cmli.data.tokens import load_tokenizer
 from ds_cmli.models.transformers_model import family, text_part, without_effect
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 # Text models whose sizes are the defaults of their family in transformers: they need no download.
 FAMILY_SIZES = ("bert", "bert-base-uncased", "bert-base-cased", "roberta", "roberta-base")
@@ -27,68 +29,70 @@ class NotPredictable(UserError):
     """A setting that can be trained, but whose memory cannot be predicted."""
 
 
-UNCOMPILED = "run.compile: predicted for the blocks as they are, as what a compiler keeps and fuses shows only when it has run"
+UNCOMPILED = (
+    "run.compile: predicted for the blocks as they are, as what a compiler keeps and fuses shows "
+    "only when it has run"
+)
 
 
 def without_weights(config: Config) -> tuple[Config, int]:
-    """The configuration with random weights of the same sizes and without compilation, and the size
-    of the vocabulary.
+    """The configuration with random weights of the same sizes, and the size of the vocabulary.
 
-    Raises `NotPredictable` for a text model whose sizes are neither known here, nor given, nor on
-    this machine.
+    It is without compilation. Raises `NotPredictable` for a text model whose sizes are neither
+    known here, nor given, nor on this machine.
     """
-    student, teacher = config.student, config.teacher
     from transformers import AutoConfig
 
+    student, data = config.student, config.data
     vocab_size = None
     if student.text_weights == "random" or Path(student.text_weights).is_file():
-        if config.data.tokenizer == "builtin":
-            vocab_size = load_tokenizer("builtin", config.data.context_length).vocab_size
+        if data.tokenizer == "builtin":
+            vocab_size = load_tokenizer("builtin", data.context_length).vocab_size
     elif student.text_weights != "demo":
         source = student.text_model if student.text_weights == "hub" else student.text_weights
         try:
             encoder = text_part(
                 AutoConfig.from_pretrained(source, local_files_only=True, trust_remote_code=False)
             )
-            sizes = {
-                name: value
-                for name, value in encoder.to_diff_dict().items()
-                if isinstance(value, int | float | bool | str | list)
-                and without_effect(type(encoder), name) is None
-            }
             vocab_size = encoder.vocab_size
-            student = replace(
-                student,
-                text_model=encoder.model_type,
-                text_overrides={**sizes, **student.text_overrides},
-            )
+            overrides = {**_sizes(encoder), **student.text_overrides}
+            student = replace(student, text_model=encoder.model_type, text_overrides=overrides)
         except Exception:
             if source not in FAMILY_SIZES and "hidden_size" not in student.text_overrides:
                 raise NotPredictable(
-                    f"student.text_model is {source!r}: its sizes are not known without a download: give them in "
-                    "student.text_overrides, or start it once"
+                    f"student.text_model is {source!r}: its sizes are not known without a download:"
+                    " give them in student.text_overrides, or start it once"
                 ) from None
     if vocab_size is None:
         vocab_size = AutoConfig.for_model(family(student.text_model)).vocab_size
-    student = replace(student, image_weights="random", text_weights="random")
-    run = replace(config.run, compile="off")
-    return replace(
-        config, student=student, teacher=replace(teacher, weights="random"), run=run
-    ), vocab_size
+    config = replace(
+        config,
+        student=replace(student, image_weights="random", text_weights="random"),
+        teacher=replace(config.teacher, weights="random"),
+        run=replace(config.run, compile="off"),
+    )
+    return config, vocab_size
+
+
+def _sizes(encoder: "PreTrainedConfig") -> dict[str, object]:
+    """The settings of a text model that have an effect on its memory."""
+    sizes = {}
+    for name, value in encoder.to_diff_dict().items():
+        plain = isinstance(value, int | float | bool | str | list)
+        if plain and without_effect(type(encoder), name) is None:
+            sizes[name] = value
+    return sizes
 
 
 def text_lengths(config: Config, micro_batch: int) -> list[int]:
-    """The number of valid tokens that CMLI compares in each text of `longest_batch`. [CLS] and
-    [SEP] are not valid.
-    """
+    """The valid tokens that CMLI compares in each text of `longest_batch`, without [CLS] and [SEP]."""
     positions = config.data.context_length
     lengths = [max(0, positions - 3), *[positions - 2] * (micro_batch - 1)]
     return [kept(config.loss.cmli_token_keep, n) for n in lengths]
 
 
 def longest_batch(config: Config, micro_batch: int, positions: int | None = None) -> Batch:
-    """A batch of constants in the shapes of the largest possible batch, or with texts padded to
-    `positions`.
+    """A batch of constants in the shapes of the largest batch, with texts of `positions`.
 
     Its tensors are fake inside a `FakeTensorMode`, otherwise real. All texts are full but the
     first: it lacks a token.
@@ -101,9 +105,8 @@ def longest_batch(config: Config, micro_batch: int, positions: int | None = None
     token_mask[:, -1] = False  # [SEP]
     token_mask[0, -2] = False
     input_ids = torch.zeros(B, M, dtype=torch.int64)
-    input_ids[:, ::2] = (
-        3  # if all tokens are alike, gradients can be not finite, and the optimizer step is skipped
-    )
+    # If all tokens are alike, gradients can be not finite, and the optimizer step is skipped.
+    input_ids[:, ::2] = 3
     return Batch(
         image=torch.zeros(B, 3, S, S, dtype=torch.uint8),
         input_ids=input_ids,

@@ -1,5 +1,4 @@
-"""Measures memory of steps on CUDA: the allocator's statistics and history, and what the driver
-counts for the process.
+"""Measures memory of steps on CUDA: the allocator's statistics and history, and the driver's count.
 
 The totals are the allocator's own. The categories come from the tracker that predictions use, here
 on real tensors; what the allocator counts beyond the tracker (the workspaces of libraries and
@@ -25,8 +24,7 @@ from ds_cmli.memory.tracker import Tracker
 
 
 def measure(config: Config, ds_config: Mapping[str, Any], world_size: int = 1) -> Report:
-    """Memory of rank 0's first two optimizer steps on this GPU, all sizes in bytes; arguments as in
-    `predict`.
+    """Memory of rank 0's first two optimizer steps on this GPU; arguments as in `predict`.
 
     The other ranks are simulated by a fake process group, whose collectives transfer nothing. The
     peaks are those since the process began, so measure only one configuration per process.
@@ -55,12 +53,10 @@ def measure(config: Config, ds_config: Mapping[str, Any], world_size: int = 1) -
 def combined(
     tracked: Report, totals: dict[str, int], setting: dict[str, Any], source: str
 ) -> Report:
-    """A report with the tracker's categories and phases and the measured totals; categories add
-    up to "requested".
-    """
+    """A report of the tracker's categories, which add up to "requested", and the measured totals."""
     categories = dict(tracked.categories)
     categories["temporaries"] += totals["requested"] - tracked.totals["requested"]
-    return Report(setting, source, categories, tracked.phases, totals, tracked.timeline)
+    return Report(setting, source, categories, tracked.phases, totals)
 
 
 def record_history(most: int = 100_000) -> None:
@@ -72,10 +68,7 @@ def record_history(most: int = 100_000) -> None:
 
 
 def save_snapshot(path: Path) -> None:
-    """Write the allocator's snapshot, history included, for pytorch.org/memory_viz.
-
-    CPU-GPU sync.
-    """
+    """Write the allocator's snapshot and history, for pytorch.org/memory_viz. CPU-GPU sync."""
     torch.cuda.synchronize()
     path.write_bytes(pickle.dumps(torch.cuda.memory._snapshot()))
 
@@ -87,9 +80,8 @@ def statistics(device: torch.device) -> dict[str, int]:
     """
     torch.cuda.synchronize(device)
     stats = torch.cuda.memory_stats(device)
-    totals = {
-        name: stats[f"{name}_bytes.all.peak"] for name in ("requested", "allocated", "reserved")
-    }
+    names = ("requested", "allocated", "reserved")
+    totals = {name: stats[f"{name}_bytes.all.peak"] for name in names}
     occupied = process_bytes(device)
     if occupied is not None:
         # The driver reports no peak: memory outside the allocator's segments is assumed to be the
@@ -99,16 +91,13 @@ def statistics(device: torch.device) -> dict[str, int]:
 
 
 def process_bytes(device: torch.device) -> int | None:
-    """The bytes that this process occupies on the GPU, as NVML counts them; None if NVML does
-    not report them.
-    """
+    """The bytes that this process occupies on the GPU by NVML's count; None if it has none."""
     import pynvml
 
     try:
         pynvml.nvmlInit()
-        handle = pynvml.nvmlDeviceGetHandleByUUID(
-            f"GPU-{torch.cuda.get_device_properties(device).uuid}"
-        )
+        uuid = torch.cuda.get_device_properties(device).uuid
+        handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
         processes = pynvml.nvmlDeviceGetComputeRunningProcesses(handle)
         pynvml.nvmlShutdown()
     except pynvml.NVMLError:

@@ -1,5 +1,4 @@
-"""Out of memory: training ends on every rank with one message that says what to change, and exit
-code 2.
+"""Out of memory: training ends on every rank with exit code 2 and one message of what to change.
 
 A rank that runs out of memory claims a file in the run's folder, so that only one rank prints the
 message if several run out together; the others wait for it and end silently. Nothing here is a
@@ -55,9 +54,7 @@ def is_shortage(error: BaseException) -> bool:
 
 
 def asked_bytes(error: BaseException) -> int | None:
-    """The size of the failed allocation, from the error's message, which rounds it on CUDA; None
-    if it has none.
-    """
+    """The size of the failed allocation by the error's message, if it has one; rounded on CUDA."""
     size = re.search(r"tried to allocate ([\d.]+) (bytes|KiB|MiB|GiB)", str(error), re.IGNORECASE)
     return int(float(size[1]) * UNITS[size[2]]) if size else None
 
@@ -71,9 +68,7 @@ class Room:
 
 
 def process_room(base: dict[str, int]) -> Room:
-    """On the CPU: the smallest limit of this process, minus what it occupied before it had
-    tensors.
-    """
+    """On the CPU: the smallest limit of this process, minus what it occupied without tensors."""
     limits = {
         "VmData": ("RLIMIT_DATA", resource.RLIMIT_DATA),
         "VmSize": ("RLIMIT_AS", resource.RLIMIT_AS),

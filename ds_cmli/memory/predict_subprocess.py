@@ -1,6 +1,7 @@
-"""Runs predictions in a separate process: during a training run, on a machine whose GPU they must
-not touch, or after a
-failure. The process reads requests as lines of JSON and answers each with one line.
+"""Runs predictions in a separate process.
+
+They must not touch the GPU, during a training run or after a failure. The process reads requests as
+lines of JSON and answers each with one line.
 """
 
 import json
@@ -41,6 +42,10 @@ class Request:
     texts: Sequence[Any] | None = None  # as in `predict`
     snapshot: str = ""  # a file to write the prediction to, for PyTorch's memory viewer; "": none
 
+    def to_dict(self) -> dict[str, Any]:
+        values = dict(vars(self))
+        return values | {"config": self.config.to_dict(), "ds_config": dict(self.ds_config)}
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -50,9 +55,7 @@ class Answer:
 
 
 class Predictor:
-    """The predicting process:
-
-    `send` requests, and `receive` the answers in the same order. It works meanwhile.
+    """The predicting process: `send` requests, and `receive` the answers in the same order.
 
     It is killed `timeout_s` seconds after its start.
     """
@@ -73,25 +76,15 @@ class Predictor:
     def send(self, request: Request) -> None:
         assert self.process.stdin is not None
         with suppress(BrokenPipeError):  # the process has ended, which `receive` will report
-            self.process.stdin.write(
-                json.dumps(
-                    {
-                        **asdict(request),
-                        "config": request.config.to_dict(),
-                        "ds_config": dict(request.ds_config),
-                    }
-                )
-                + "\n"
-            )
+            self.process.stdin.write(json.dumps(request.to_dict()) + "\n")
             self.process.stdin.flush()
 
     def receive(self) -> Answer:
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
-            return Answer(
-                None, f"the predicting process ended with exit code {self.process.wait()}"
-            )
+            code = self.process.wait()
+            return Answer(None, f"the predicting process ended with exit code {code}")
         return Answer(**json.loads(line))
 
     def ask(self, request: Request) -> Answer:
@@ -132,9 +125,10 @@ def answer(request: dict[str, Any]) -> Answer:
             snapshot.write(prediction.events, request["snapshot"])
         return Answer(prediction.report.to_dict())
     except Exception as error:  # after any error the next request must still be answered
-        said = " ".join(str(error).split())
-        said = said if isinstance(error, UserError) else f"{type(error).__name__}: {said[:300]}"
-        return Answer(None, said, not isinstance(error, NotPredictable))
+        why = " ".join(str(error).split())
+        if not isinstance(error, UserError):
+            why = f"{type(error).__name__}: {why[:300]}"
+        return Answer(None, why, not isinstance(error, NotPredictable))
 
 
 def main() -> None:

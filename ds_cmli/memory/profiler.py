@@ -1,5 +1,4 @@
-"""The options `--profile FIRST:LAST` and `--profile-memory STEPS` of train.py: checked early,
-applied to the loop.
+"""The options `--profile FIRST:LAST` and `--profile-memory STEPS` of train.py.
 
 `--profile` writes a torch.profiler trace of these steps: memory, shapes and stacks. Read it with
 `tensorboard --logdir <run>/profile` (the plugin torch-tb-profiler), or open the .json in Perfetto.
@@ -27,8 +26,7 @@ class Profiles:
     memory: int | None = None  # --profile-memory
 
     def left(self, total_steps: int, done: int, say: Callable[[str], None]) -> "Profiles":
-        """The profiles that a run can still record after `done` steps; `say` is told which ones it
-        cannot.
+        """The profiles that a run can still record after `done` steps; `say` gets the other ones.
 
         Raises:
             UserError: no start of this run could record a profile, or both profiles are asked for.
@@ -98,7 +96,8 @@ def parse_steps(text: str, total_steps: int, done: int = 0) -> tuple[int, int]:
         )
     if not done < int(first) <= int(last) <= total_steps:
         raise UserError(
-            f"--profile is {text!r}: give some of the steps {done + 1} to {total_steps} of this training"
+            f"--profile is {text!r}: give some of the steps {done + 1} to {total_steps} of this "
+            "training"
         )
     return int(first), int(last)
 

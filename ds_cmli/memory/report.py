@@ -1,5 +1,4 @@
-"""The common output of predictions and measurements: allocation events, and a report of them with
-the same names.
+"""The common output of predictions and measurements: a report of allocation events.
 
 All sizes are bytes. "Requested" is what the program asked for, "allocated" what the caching
 allocator handed out for it (rounded up), "reserved" what the allocator took from the device, and
@@ -7,12 +6,14 @@ allocator handed out for it (rounded up), "reserved" what the allocator took fro
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
-from itertools import accumulate
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from ds_cmli.allocator.blocks import Event
 from ds_cmli.common import plots
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 CATEGORIES = (
     "parameters",
@@ -24,7 +25,7 @@ CATEGORIES = (
     "teacher",
     "activations student",
     "activations teacher",
-    "cached features",  # the features that gradient caching keeps, later replaced by their gradients
+    "cached features",  # what gradient caching keeps, later replaced by the gradients
     "CMLI op",  # saved argmax indices, scores and scratch memory of the all-pairs operator
     "exchanged text",  # the other ranks' text features, and their gradients, which are sent back
     "data",
@@ -45,70 +46,38 @@ class Report:
     phases: dict[str, int]  # the requested peak of each phase
     # Peaks: "requested", and "allocated", "reserved" and "device" where they are known.
     totals: dict[str, int]
-    # (phase, live bytes by category).
-    timeline: list[tuple[str, dict[str, int]]] = field(default_factory=list)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Report":
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
-        return {
-            "setting": self.setting,
-            "source": self.source,
-            "categories": self.categories,
-            "phases": self.phases,
-            "totals": self.totals,
-        }
-
-
-TIMELINE_POINTS = 2000
+        return dict(vars(self))
 
 
 def summarise(events: Iterable[Event], setting: dict[str, Any], source: str) -> Report:
-    """Compute a report from `events`: live bytes by category at the peak, the peak of each phase,
-    and the timeline.
+    """Compute the live bytes by category at the peak of `events`, and the peak of each phase.
 
-    A phase's peak includes what was live when it began. The timeline holds at most
-    `TIMELINE_POINTS` local maxima: the events are divided into that many stretches of equal length,
-    and the largest maximum of each is kept.
+    A phase's peak includes what was live when it began.
     """
-    events = list(events)
-    totals = list(accumulate(event.bytes for event in events))
-    phases = dict.fromkeys(PHASES, 0)
-    before = 0
-    for event, total in zip(events, totals, strict=True):
-        phases[event.phase] = max(phases[event.phase], before, total)
-        before = total
-
-    number = len(events)
-    tops = [
-        i
-        for i in range(number)
-        if events[i].bytes > 0 and (i + 1 == number or events[i + 1].bytes < 0)
-    ]
-    largest: dict[int, int] = {}  # stretch -> event
-    for i in tops:
-        stretch = i * TIMELINE_POINTS // number
-        if stretch not in largest or totals[i] > totals[largest[stretch]]:
-            largest[stretch] = i
-    kept = set(largest.values())
-
-    peak = max(range(number), key=totals.__getitem__, default=None)
     live = dict.fromkeys(CATEGORIES, 0)
-    at_peak, timeline = dict(live), []
-    for i, event in enumerate(events):
+    phases = dict.fromkeys(PHASES, 0)
+    at_peak, total = dict(live), 0
+    peak: int | None = None
+    for event in events:
+        before = total
+        total += event.bytes
         live[event.category] += event.bytes
-        if i in kept:
-            timeline.append((event.phase, dict(live)))
-        if i == peak:
-            at_peak = dict(live)
-    return Report(setting, source, at_peak, phases, {"requested": sum(at_peak.values())}, timeline)
+        phases[event.phase] = max(phases[event.phase], before, total)
+        if peak is None or total > peak:
+            peak, at_peak = total, dict(live)
+    return Report(setting, source, at_peak, phases, {"requested": sum(at_peak.values())})
 
 
 def gigabytes(*sizes: int, digits: int = 2) -> list[str]:
-    """Sizes in GB, with at least `digits` decimals and as many as it takes for different sizes
-    to read differently.
+    """Sizes in GB, with as many decimals as it takes for different sizes to read differently.
+
+    There are at least `digits` decimals.
     """
     while True:
         out = [f"{size / 1e9:,.{digits}f}" for size in sizes]
@@ -117,45 +86,44 @@ def gigabytes(*sizes: int, digits: int = 2) -> list[str]:
         digits += 1
 
 
-def show(report: Report, console: Any = None) -> None:
+EXPLAINED = {
+    "requested": "the largest sum of all tensors and workspaces",
+    "allocated": "rounded up by the allocator",
+    "reserved": "taken from the device by the allocator",
+    "device": "with the CUDA context and NCCL",
+}
+
+
+def show(report: Report, console: "Console | None" = None) -> None:
     """Print the report as tables, on a rich console; None: on the terminal."""
     from rich.console import Console
     from rich.table import Table
 
     console = console or Console(highlight=False)
-    setting = ", ".join(
-        f"{name.replace('_', ' ')} {_plain(value)}" for name, value in report.setting.items()
-    )
-    console.print(f"\nMemory of rank {report.setting.get('rank', 0)}, {report.source}: {setting}")
-    requested = report.totals["requested"]
+    settings = []
+    for name, value in report.setting.items():
+        settings.append(f"{name.replace('_', ' ')} {_plain(value)}")
+    rank = report.setting.get("rank", 0)
+    console.print(f"\nMemory of rank {rank}, {report.source}: {', '.join(settings)}")
+    requested = max(report.totals["requested"], 1)
     for title, values in (("at the peak", report.categories), ("peak of phase", report.phases)):
         table = Table(title_justify="left")
         table.add_column(title)
         for name in ("bytes", "GB", "share"):
             table.add_column(name, justify="right")
         for name, size in values.items():
-            table.add_row(
-                name,
-                *_sizes(size),
-                f"{size / max(requested, 1):.1%}",
-                style=None if size else "dim",
-            )
+            style = None if size else "dim"
+            table.add_row(name, *_sizes(size), f"{size / requested:.1%}", style=style)
         console.print(table)
-    explained = {
-        "requested": "the largest sum of all tensors and workspaces",
-        "allocated": "rounded up by the allocator",
-        "reserved": "taken from the device by the allocator",
-        "device": "with the CUDA context and NCCL",
-    }
     table = Table()
     for name in ("total", "bytes", "GB", ""):
         table.add_column(name, justify="right" if name in ("bytes", "GB") else "left")
     for name, size in report.totals.items():
-        table.add_row(name, *_sizes(size), explained.get(name, ""))
+        table.add_row(name, *_sizes(size), EXPLAINED.get(name, ""))
     console.print(table)
 
 
-def _plain(value: Any) -> str:
+def _plain(value: object) -> str:
     if isinstance(value, bool):
         return "on" if value else "off"
     return " + ".join(value) if isinstance(value, list) else str(value)

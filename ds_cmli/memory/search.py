@@ -1,6 +1,4 @@
-"""Answers questions that need several predictions: a grid of settings, and the largest
-micro-batch that fits.
-"""
+"""Questions that take several predictions: a grid of settings, the largest batch that fits."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -54,9 +52,7 @@ def parse_axes(texts: tuple[str, ...], micro_batch: int, world_size: int) -> dic
 
 
 def with_batch(ds_config: Mapping[str, Any], micro_batch: int) -> DeepSpeedConfig:
-    """The DeepSpeed JSON with this micro-batch and the same accumulation, without a total batch
-    size.
-    """
+    """The DeepSpeed JSON with this micro-batch and its accumulation, without a total batch size."""
     return DeepSpeedConfig.of(ds_config).replaced(
         train_batch_size=None, train_micro_batch_size_per_gpu=micro_batch
     )
@@ -74,9 +70,7 @@ def sweep(
     gpu: str = DEFAULT_GPU,
     tell: Callable[[str], None] = silent,
 ) -> Iterator[tuple[tuple[int, ...], Prediction]]:
-    """Yield (values of the axes, prediction) of each point of the grid; the last axis varies
-    fastest.
-    """
+    """Yield (values, prediction) of each point of the grid; the last axis varies fastest."""
     for values in product(*axes.values()):
         point = dict(zip(axes, values, strict=True))
         changed = DeepSpeedConfig.of(ds_config)
@@ -241,8 +235,7 @@ def fit(
     gpu: str = DEFAULT_GPU,
     tell: Callable[[str], None] = silent,
 ) -> Fit:
-    """Find the largest micro-batch whose predicted bytes on the device are at most `room`; one pair
-    more is too much.
+    """Find the largest micro-batch that needs at most `room` bytes on the device by prediction.
 
     If the configuration's own micro-batch does not fit, changes of settings are tried for it,
     cheapest first, until two make it fit; if no single change does, they are combined, as few as

@@ -1,5 +1,4 @@
-"""The memory that operators take inside, which no dispatch mode sees: workspaces, scratch of CMLI,
-copies of gloo.
+"""The memory inside operators: workspaces of CPU libraries, scratch of CMLI, copies of gloo.
 
 On a CPU, oneDNN's matrix products and convolutions copy operands into internal buffers, whose size
 depends on the processor, the shapes and the number of threads; no formula is published.
@@ -60,8 +59,7 @@ GLOO_COPIES = {
 
 
 def workspace_bytes(func: OpOverload, args: tuple, kwargs: dict[str, object] | None) -> int:
-    """Bytes that `func` would hold at its peak besides what it returns, on this CPU with torch's
-    number of threads.
+    """Bytes of `func` at its peak besides its results, with torch's number of CPU threads.
 
     Args:
         args, kwargs: real or fake tensors: only their sizes, strides and dtypes matter.
@@ -74,9 +72,7 @@ def workspace_bytes(func: OpOverload, args: tuple, kwargs: dict[str, object] | N
 
 
 def _casts_operands(func: OpOverload, args: tuple) -> bool:
-    """Whether an ATen operator gets tensors of several dtypes; tensors without dimensions do not
-    count.
-    """
+    """Whether an ATen operator gets tensors of several dtypes, not counting numbers."""
     types = {t.dtype for t in tree_leaves(args) if isinstance(t, Tensor) and t.dim()}
     return len(types) > 1 and func.namespace == "aten" and func not in CASTS
 

@@ -12,9 +12,7 @@ from profiling.document.compare import GB, Row
 
 
 def bars(rows: Sequence[Row], path: Path) -> None:
-    """Draw the source document's, the true and the measured bytes of each row on a logarithmic
-    axis.
-    """
+    """Draw the document's, the true and the measured bytes of each row on a logarithmic axis."""
     pyplot = plots.matplotlib("a chart")
     kinds = {"document": "document_bytes", "true": "corrected_bytes", "measured": "measured_bytes"}
     drawn = [
@@ -102,9 +100,7 @@ def list_beside(axis: Any, peak: dict[str, int]) -> None:
 
 
 def maxima(before: Sequence[Event], step: Sequence[Event]) -> list[tuple[int, dict[str, int]]]:
-    """The local maxima of a step, as (event, live bytes by category): no point between two of
-    them is higher.
-    """
+    """The local maxima of a step: the numbers of their events, and the live bytes by category."""
     live = dict.fromkeys(CATEGORIES, 0)
     for event in before:
         live[event.category] += event.bytes
@@ -117,9 +113,7 @@ def maxima(before: Sequence[Event], step: Sequence[Event]) -> list[tuple[int, di
 
 
 def last_step(events: Sequence[Event]) -> tuple[Sequence[Event], Sequence[Event]]:
-    """The events before the last step, and those of that step: from its forward pass up to the
-    next step's.
-    """
+    """The events before the last step, and those from its forward pass up to the next step's."""
     end = max((i for i, event in enumerate(events) if event.phase == "backward"), default=0)
     starts = [i for i in range(1, end) if events[i].phase == "forward" != events[i - 1].phase]
     start = starts[-1] if starts else 0

@@ -1,5 +1,4 @@
-"""Compares the source document's claims with what is really stored: predicted, and measured if
-memory and time allow.
+"""Compares the source document's claims with what is really stored, predicted and measured.
 
 E1, E2, E3 and E5 are about single losses, which are computed in the ways of `implementations.py`.
 E4 is about a whole training step (`steps.py`). Each measurement runs in a separate process; what
@@ -104,9 +103,7 @@ def predicted_rows(s: Setting, ids: set[str], device: str) -> list[Row]:
 def measure(
     rows: list[Row], s: Setting, device: str, say: Callable[[Row], None] = lambda row: None
 ) -> None:
-    """Measure those of `rows` for which memory and time suffice, the quick ones first, and fill
-    in their results.
-    """
+    """Measure those of `rows` for which memory and time suffice, and fill in their results."""
     end = time.monotonic() + ALL_SECONDS
     for row in sorted(
         rows, key=lambda r: (("E1", "E3", "E2", "E5").index(r.id), r.implementation != "ours")
@@ -174,9 +171,7 @@ def free_bytes(device: str) -> int:
 def control_group_free(
     process: str = "/proc/self/cgroup", root: str = "/sys/fs/cgroup"
 ) -> list[int]:
-    """Bytes left under each memory limit of a container or a batch job (Linux control groups,
-    version 2), if any.
-    """
+    """Bytes left under each memory limit of a container or a batch job (Linux cgroups v2)."""
     out: list[int] = []
     try:
         path = Path(root) / Path(process).read_text().split("::", 1)[1].strip().lstrip("/")

@@ -1,5 +1,4 @@
-"""The memory estimates E1 to E5 of the source document: its words, its arithmetic step by step, and
-the correct sizes.
+"""The memory estimates E1 to E5 of the source document: words, arithmetic and correct sizes.
 
 Everything here is arithmetic on sizes; nothing is run. `implementations.py` runs the code that the
 claims are about.
@@ -203,9 +202,7 @@ def target_cmli(s: Setting, itemsize: int = 2) -> Claim:
 
 
 def step_left(s: Setting) -> Claim:
-    """E4: a remark about a whole training step without a formula, which only a whole training
-    step can answer.
-    """
+    """E4: a remark about a whole training step without a formula, which only a step can answer."""
     return Claim(
         id="E4",
         topic="what a step leaves free",
@@ -222,9 +219,7 @@ def step_left(s: Setting) -> Claim:
 
 
 def valid_positions(s: Setting) -> Claim:
-    """E5: the document computes with all M positions, though it says that two of them are
-    ignored.
-    """
+    """E5: the document computes with all M positions, though two of them are ignored."""
     kept = s.M - SPECIAL_TOKENS
     pair = s.N * kept
     return Claim(
@@ -255,8 +250,7 @@ def cmli_op_largest(
     dtype: torch.dtype,
     scratch_bytes: int = DEFAULT_SCRATCH_BYTES,
 ) -> int:
-    """Bytes of the largest tensor that the all-pairs op (backend "chunked") holds in forward, with
-    all tokens valid.
+    """Bytes of the op's largest tensor in forward (backend "chunked", all tokens valid).
 
     It holds the argmax indices of all pairs, and tiles of similarities whose size does not grow
     with the batch.
@@ -271,8 +265,7 @@ def cmli_op_largest(
 
 
 def zero_model_states(parameters: int, world_size: int, stage: int) -> dict[str, int]:
-    """Bytes on each rank by the ZeRO paper (Rajbhandari et al., 2020, section 3), for 16-bit
-    training with Adam.
+    """Bytes per rank by the ZeRO paper (Rajbhandari et al., 2020, section 3): 16 bit, Adam.
 
     A parameter takes 2 bytes, its gradient 2, and its optimizer states 12: an fp32 copy and two
     moments. Stage 1 partitions the optimizer states over the ranks, stage 2 also the gradients,
@@ -294,8 +287,7 @@ def zero_model_states(parameters: int, world_size: int, stage: int) -> dict[str,
 def deepspeed_model_states(
     parameters: int, largest_layer: int, world_size: int, stage: int
 ) -> int | None:
-    """The bytes per GPU that DeepSpeed's own estimator gives without offload; None for stages 0 and
-    1, which it lacks.
+    """Bytes per GPU by DeepSpeed's estimator without offload; it has none for stages 0 and 1.
 
     It counts parameters, gradients and optimizer states only: no activations, buckets, temporaries
     or teacher.

@@ -1,6 +1,4 @@
-"""The ways to compute what the estimates E1 to E3 and E5 are about, as code that runs, so that what
-each stores is
-measured.
+"""The ways to compute what E1 to E3 and E5 are about, as code that runs and is measured.
 
 `broadcast` stores every product of every dot product, as the document counts. `materialised` stores
 one number per dot product, by a matrix product. `ours` is what this project trains with. One
@@ -169,8 +167,7 @@ def run(
     backward: bool,
     say: Callable = lambda allocations: None,
 ) -> Allocations:
-    """Measure forward as in training, with its graph, and also backward if it is asked for and
-    there is a gradient.
+    """Measure forward as in training, and backward if it is asked for and there is a gradient.
 
     `say` is called after each pass, as backward may run out of memory.
     """
@@ -187,9 +184,7 @@ def run(
 
 
 def cuda_sizes(call: Callable[[], object]) -> list[int]:
-    """The allocations (positive) and frees (negative) of `call` in CUDA's allocator: requested
-    bytes, not rounded.
-    """
+    """The requested bytes of `call` in CUDA's allocator: allocations positive, frees negative."""
     history = torch.cuda.memory
     history._record_memory_history(context=None, stacks="python", max_entries=10**6)
     call()
@@ -200,17 +195,13 @@ def cuda_sizes(call: Callable[[], object]) -> list[int]:
 
 
 def trace_sizes(trace: list[dict]) -> list[int]:
-    """The allocations (positive) and frees (negative) of an allocator's history on one device,
-    in requested bytes.
-    """
+    """The requested bytes of a history: allocations positive, frees negative."""
     sign = {"alloc": 1, "free_requested": -1}
     return [sign[entry["action"]] * entry["size"] for entry in trace if entry["action"] in sign]
 
 
 def predict(implementation: Implementation, backward: bool = True) -> Allocations:
-    """Run the same code on fake tensors, which have sizes and lifetimes but no data: any size
-    takes only a moment.
-    """
+    """Run the same code on fake tensors, which have sizes and lifetimes but no data."""
     with FakeTensorMode():
         inputs = implementation.inputs("cpu")
         # The inputs of CMLI are the ones with a mask; in it, every position of every text is valid.

@@ -106,9 +106,7 @@ def document_rows(
     gpu: str = DEFAULT_GPU,
     say: Callable[[Row], None] = lambda row: None,
 ) -> tuple[list[Row], Prediction | None]:
-    """E4: what each variant leaves free on `gpu` (24 GB, assumed); and the prediction of "ours",
-    not checkpointed.
-    """
+    """E4: what each variant leaves free on `gpu` (24 GB, assumed); and the prediction of "ours"."""
     claim, total = claims(s)["E4"], gpus.find(gpu).total.bytes
     rows, ours = [], None
     with predicting() as pool:
@@ -191,9 +189,7 @@ class WholeStep:
 def whole_step(
     preset: str, world_size: int, device: str, seconds: float = STEP_SECONDS
 ) -> WholeStep:
-    """Predict the step for `device`, and measure it there in a separate process if memory and
-    `seconds` allow.
-    """
+    """Predict the step for `device`, and measure it in a process if memory and time allow."""
     whole = load_preset(preset, {}).optim.micro_batch
     pairs = min(whole, STEP_PAIRS) if device == "cpu" else whole
     config, ds_config = (

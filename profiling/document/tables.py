@@ -1,6 +1,4 @@
-"""The comparison with the source document's estimates as sentences and as tables of at most 100
-columns.
-"""
+"""The comparison with the document as sentences, and as tables of at most 100 columns."""
 
 from collections.abc import Iterable
 
@@ -17,9 +15,7 @@ def describe_setting(s: Setting) -> str:
 
 
 def arithmetic_table(claims: Iterable[Claim], s: Setting) -> Table:
-    """Every step of the document's arithmetic, recomputed, with a verdict in the document's own
-    setting.
-    """
+    """Every step of the document's arithmetic, recomputed, with a verdict."""
     rows = []
     for claim in claims:
         rows.append([claim.id, claim.topic, f"says {claim.figure}", "", claim.verdict])
@@ -135,9 +131,7 @@ def remember_document(rows: list[Row]) -> str:
 
 
 def whole_step_table(step: WholeStep) -> Table:
-    """A step's bytes by category and phase: predicted, measured, by ZeRO's formula and by
-    DeepSpeed's estimator.
-    """
+    """A step's bytes by category and phase: predicted, measured, by ZeRO and by DeepSpeed."""
     predicted, measured = step.prediction.report.to_dict(), step.measured
     columns = ["", "predicted B", "measured B", "ZeRO's formula B", "DeepSpeed's estimator B"]
 

@@ -3,7 +3,7 @@
 import io
 
 from ds_cmli.allocator.blocks import Event
-from ds_cmli.memory.report import CATEGORIES, PHASES, TIMELINE_POINTS, Report, show, summarise
+from ds_cmli.memory.report import CATEGORIES, PHASES, Report, show, summarise
 
 
 def events(*rows) -> list[Event]:
@@ -30,11 +30,6 @@ def test_peaks_and_categories_by_hand():
     assert found.totals == {"requested": 210}
     # What lived when a phase began counts: backward starts at 130 and reaches 150.
     assert found.phases == {"init": 100, "forward": 180, "loss": 0, "backward": 150, "optimizer": 210}
-    assert [(phase, sum(live.values())) for phase, live in found.timeline] == [
-        ("forward", 180),
-        ("backward", 150),
-        ("optimizer", 210),
-    ]
 
 
 def test_a_phase_that_only_frees_peaks_at_its_beginning():
@@ -49,17 +44,6 @@ def test_no_events():
     assert found.totals == {"requested": 0}
     assert found.categories == dict.fromkeys(CATEGORIES, 0)
     assert found.phases == dict.fromkeys(PHASES, 0)
-    assert found.timeline == []
-
-
-def test_the_timeline_of_many_events_is_short_and_keeps_the_peak():
-    many = []
-    for block in range(50_000):
-        size = 10_000 if block == 31_234 else 1 + block % 7
-        many += [Event(block, size, "temporaries", "forward"), Event(block, -size, "temporaries", "forward")]
-    found = summarise(many, {}, "predicted")
-    assert len(found.timeline) == TIMELINE_POINTS
-    assert max(live["temporaries"] for _, live in found.timeline) == found.totals["requested"] == 10_000
 
 
 def test_tables_show_every_category_phase_and_total():
