@@ -1,6 +1,8 @@
-"""Checks that this node can train: prints one line for each thing that is missing, and then ends with exit code 1.
+"""Checks that this node can train: prints one line for each thing that is missing, and then ends
+with exit code 1.
 
-`slurm/train.sh` runs it once on every node. It imports only the standard library, as other packages may be missing.
+`slurm/train.sh` runs it once on every node. It imports only the standard library, as other packages
+may be missing.
 """
 
 import os
@@ -17,7 +19,8 @@ def missing() -> list[str]:
     root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     if find_spec("ds_cmli") is None:
         return [
-            f"{python} does not find the package ds_cmli: set DS_CMLI_PYTHON, or pip install -e {root}"
+            f"{python} does not find the package ds_cmli: "
+            f"set DS_CMLI_PYTHON, or pip install -e {root}"
         ]
     lines = [
         f"{python} has no {name}: pip install -e {root}"
@@ -26,12 +29,14 @@ def missing() -> list[str]:
     ]
     cache = os.environ.get("TRITON_CACHE_DIR")
     if cache:
-        # Compiled code is loaded from this folder. If all users may write beside it, it must belong to this user.
+        # Compiled code is loaded from this folder. If all users may write beside it, it must belong
+        # to this user.
         try:
             os.makedirs(cache, mode=0o700, exist_ok=True)
             if os.stat(cache).st_uid != os.getuid():
                 lines.append(
-                    f"TRITON_CACHE_DIR is {cache!r}: it belongs to another user; set it to a folder of yours"
+                    f"TRITON_CACHE_DIR is {cache!r}: it belongs to another user; "
+                    "set it to a folder of yours"
                 )
         except OSError as error:
             lines.append(f"TRITON_CACHE_DIR is {cache!r}: it cannot be made: {error.strerror}")
@@ -48,7 +53,8 @@ def missing() -> list[str]:
         seen = torch.cuda.device_count()
         if seen != granted:
             lines.append(
-                f"{granted} GPUs are granted, but torch {torch.__version__} sees {seen}: install a torch build for "
+                f"{granted} GPUs are granted, but torch {torch.__version__} sees {seen}: "
+                "install a torch build for "
                 "these GPUs and their driver, or pass them into the container (apptainer exec --nv)"
             )
     return lines

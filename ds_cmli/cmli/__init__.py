@@ -1,4 +1,5 @@
-"""All-pairs Cross-Modal Late Interaction (CMLI): exact scores of every image with every text, and the loss on them.
+"""All-pairs Cross-Modal Late Interaction (CMLI): exact scores of every image with every text, and
+the loss on them.
 
 Usable from any PyTorch project; knows nothing of DeepSpeed, configurations or data.
 """

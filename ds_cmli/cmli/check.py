@@ -1,4 +1,5 @@
-"""What `cmli_scores` accepts: every wrong argument becomes one readable line, before any work is done."""
+"""What `cmli_scores` accepts: every wrong argument is one readable line, before any work is
+done."""
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ def check_inputs(
     backend: str,
     scratch_bytes: int,
 ) -> None:
-    """Raise ValueError or TypeError for the first thing wrong. Looks at shapes and types only, never at values."""
+    """Raise ValueError or TypeError for the first thing wrong, from shapes and types alone."""
     tensors = {"image": image, "text": text, "token_mask": token_mask}
     if image_mask is not None:
         tensors["image_mask"] = image_mask
@@ -41,15 +42,18 @@ def check_inputs(
             )
         if tensor.shape[1] > LONGEST_SIDE:
             raise ValueError(
-                f"{name} {legend} has {tensor.shape[1]} positions; at most {LONGEST_SIDE} are supported"
+                f"{name} {legend} has {tensor.shape[1]} positions; "
+                f"at most {LONGEST_SIDE} are supported"
             )
     if image.dtype != text.dtype:
         raise TypeError(
-            f"image is {image.dtype} and text is {text.dtype}: cast one of them, the dtypes must be equal"
+            f"image is {image.dtype} and text is {text.dtype}: "
+            "cast one of them, the dtypes must be equal"
         )
     if image.shape[2] != text.shape[2]:
         raise ValueError(
-            f"image has D={image.shape[2]} features and text has D={text.shape[2]}: project both to one space first"
+            f"image has D={image.shape[2]} features and text has D={text.shape[2]}: "
+            "project both to one space first"
         )
 
     for name, mask, of, features in (
@@ -78,7 +82,7 @@ def check_inputs(
 
 
 def check_pairs(image: Tensor, text: Tensor, ignore: Tensor | None, ranks: int) -> None:
-    """Raise ValueError or TypeError unless these are B pairs, `ignore` None or bool [B, B * ranks]."""
+    """Raise ValueError or TypeError unless these are B pairs and `ignore` bool [B, B * ranks]."""
     if ranks < 1:
         raise ValueError("this process is not in the process group given to the loss as `group`")
     if len(image) != len(text):
@@ -94,7 +98,8 @@ def check_pairs(image: Tensor, text: Tensor, ignore: Tensor | None, ranks: int) 
         raise TypeError(f"ignore must be a tensor of bool, or of integers 0 and 1, not {found}")
     if list(ignore.shape) != expected:
         raise ValueError(
-            f"ignore has shape {list(ignore.shape)}; it must be {expected}, images against the texts of all ranks"
+            f"ignore has shape {list(ignore.shape)}; it must be {expected}, "
+            "images against the texts of all ranks"
         )
     if ignore.device != image.device:
         raise ValueError(
@@ -127,7 +132,8 @@ def check_shapes(**tensors: tuple[Tensor, str]) -> None:
             first, where = sizes.setdefault(letter, (size, name))
             if size != first:
                 raise ValueError(
-                    f"{name} has shape {found}, {expected}: {letter} is {size}, but {first} in {where}"
+                    f"{name} has shape {found}, {expected}: "
+                    f"{letter} is {size}, but {first} in {where}"
                 )
 
 

@@ -1,7 +1,7 @@
 """The contrastive loss of pair scores with a learned temperature, as pure functions of tensors.
 
-Shapes: a tile of the scores of all pairs, R images and T texts. Everything is computed in fp32, or in fp64 for fp64
-inputs.
+Shapes: a tile of the scores of all pairs, R images and T texts. Everything is computed in fp32, or
+in fp64 for fp64 inputs.
 """
 
 import math
@@ -23,15 +23,17 @@ def upcast(x: Tensor) -> Tensor:
 def temperature_scale(logit_scale: Tensor) -> Tensor:
     """exp(logit_scale), at most 100, in fp32.
 
-    The clamp is a straight-through one: above 100 the value is constant but the gradient still passes, so a parameter
-    that drifted over the limit can return. A plain clamp has no gradient there, and the parameter would stay stuck.
+    The clamp is a straight-through one: above 100 the value is constant but the gradient still
+    passes, so a parameter that drifted over the limit can return. A plain clamp has no gradient
+    there, and the parameter would stay stuck.
     """
     x = upcast(logit_scale)
     return (x + (x.clamp(max=math.log(MAX_SCALE)) - x).detach()).exp()
 
 
 def own_pairs(scores: Tensor, first: int) -> tuple[Tensor, Tensor]:
-    """Rows and columns, int64, of the pairs in a tile [R, T]: row r and column first + r, where the tile has both."""
+    """Rows and columns, int64, of the pairs in a tile [R, T]: row r and column first + r, where the
+    tile has both."""
     rows, columns = scores.shape
     start = max(0, -first)
     r = torch.arange(start, max(start, min(rows, columns - first)), device=scores.device)
@@ -39,7 +41,8 @@ def own_pairs(scores: Tensor, first: int) -> tuple[Tensor, Tensor]:
 
 
 def check_tile(first: int | None, **tiles: Tensor | None) -> None:
-    """Raise ValueError unless all have one shape [R, T]; R = T for a whole batch, without `first`."""
+    """Raise ValueError unless all have one shape [R, T]; R = T for a whole batch, without
+    `first`."""
     legend = "B B" if first is None else "R T"
     check_shapes(**{name: (tile, legend) for name, tile in tiles.items() if tile is not None})
 
@@ -53,22 +56,26 @@ def contrastive_loss(
     column_logsumexp: Callable[[Tensor], Tensor] = lambda logits: logits.logsumexp(0),
     ignore: Tensor | None = None,
 ) -> Tensor:
-    """(CE(rows of t * s_i2t) + CE(columns of t * s_t2i)) / 2, summed over the tile's pairs and divided by R.
+    """(CE(rows of t * s_i2t) + CE(columns of t * s_t2i)) / 2, summed over the tile's pairs and
+    divided by R.
 
     Args:
         s_i2t: [R, T] fp32 or fp64, images against texts, scored from the image's side (3).
-        s_t2i: [R, T], the same scored from the text's side (4); the global loss passes one matrix twice.
+        s_t2i: [R, T], the same scored from the text's side (4); the global loss passes one matrix
+            twice.
         logit_scale: one element, ln(1/temperature).
         first: the column that belongs to row 0: row r's text is column first + r, if the tile has
             it. None: the tile is the whole batch, as many texts as images.
-        row_logsumexp: [R, T] -> [R], over all texts of the batch. The default is right if the tile has all of them.
-        column_logsumexp: [R, T] -> [T], over all images of the batch, likewise; for images of several ranks pass
-            `collectives.column_logsumexp`.
-        ignore: bool [R, T], images and texts that are no negatives of each other; None: there are none.
+        row_logsumexp: [R, T] -> [R], over all texts of the batch. The default is right if the tile
+            has all of them.
+        column_logsumexp: [R, T] -> [T], over all images of the batch, likewise; for images of
+            several ranks pass `collectives.column_logsumexp`.
+        ignore: bool [R, T], images and texts that are no negatives of each other; None: there are
+            none.
 
     Returns:
-        A scalar. Summed over the tiles of the same images, and averaged over those of all ranks, it is the loss of the
-        whole batch.
+        A scalar. Summed over the tiles of the same images, and averaged over those of all ranks, it
+        is the loss of the whole batch.
 
     Raises:
         ValueError: on shapes that do not fit.

@@ -1,4 +1,5 @@
-"""From what callers pass to what the op computes with: autocast's promotion, integer masks, checks."""
+"""From what callers pass to what the op computes with: autocast's promotion, integer masks,
+checks."""
 
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
@@ -69,7 +70,8 @@ def full_precision(device: torch.device) -> AbstractContextManager:
 
 
 def boolean(name: str, mask: Tensor) -> Tensor:
-    """A mask of integers as bool; ValueError if one is neither 0 nor 1. CPU-GPU sync for integers."""
+    """A mask of integers as bool; ValueError if one is neither 0 nor 1. CPU-GPU sync for
+    integers."""
     if isinstance(mask, Tensor) and mask.dtype in INTEGERS:
         return _boolean(mask, name)
     return mask

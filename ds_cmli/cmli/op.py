@@ -1,8 +1,11 @@
 """`cmli_scores`: all-pairs CMLI as one opaque, differentiable operator with several backends.
 
-The two operators `ds_cmli::cmli_forward` and `ds_cmli::cmli_backward` are registered with torch.library, so that
-FakeTensorMode, torch.compile and activation checkpointing see their shapes and never look inside.
-A backend is a module with the two functions `forward` and `backward` of the signatures below.
+The two operators `ds_cmli::cmli_forward` and `ds_cmli::cmli_backward` are registered with
+torch.library, so that FakeTensorMode, torch.compile and activation checkpointing see their shapes
+and never look inside.
+A backend is a module with `forward(sides, scratch_bytes, save_argmax)`, which returns what
+`_forward` does, and `backward(sides, grads, argmax, wanted, scratch_bytes)`, which returns what
+`_backward` does.
 
 Shape legend: I images, J texts, N patches, M text positions (padded), D features.
 """
@@ -33,27 +36,29 @@ def cmli_scores(
     With S[n, m] = image[i, n] . text[j, m] over valid patches n and valid tokens m:
         s_i2t[i, j] = mean over n of max over m of S[n, m]
         s_t2i[i, j] = mean over m of max over n of S[n, m]
-    Equations (1)-(4) of the source document; FILIP (arXiv 2111.07783), equations 4 and 5. The similarities of all
-    pairs are never stored: memory is the argmax indices (I*J*(N+M) bytes) and a bounded scratch.
+    Equations (1)-(4) of the source document; FILIP (arXiv 2111.07783), equations 4 and 5. The
+    similarities of all pairs are never stored: memory is the argmax indices (I*J*(N+M) bytes) and
+    a bounded scratch.
 
     Args:
-        image: [I, N, D] patch features, float64, float32, bfloat16 or float16. Not normalised here: for cosines,
-            the caller normalises (as `CMLILoss` does, in fp32).
+        image: [I, N, D] patch features, float64, float32, bfloat16 or float16. Not normalised
+            here: for cosines, the caller normalises (as `CMLILoss` does, in fp32).
         text: [J, M, D] token features, of the same dtype and device.
         token_mask: [J, M] bool, True = valid, in any pattern. Leave out [CLS], [SEP] and [PAD].
             Integers 0 and 1 are taken too, at a CPU-GPU sync for their values.
         image_mask: [I, N], likewise; None = all.
         backend: "auto" (triton on CUDA where it runs, otherwise chunked), "chunked", "triton" or
             "reference" (materialises everything; for tests).
-        scratch_bytes: budget for temporary memory. A different budget changes the order of sums, at most 1e-6.
+        scratch_bytes: budget for temporary memory. Another budget changes the order of sums, and
+            results by 1e-6 at the most.
         recompute: keep nothing but the inputs for backward, which then computes the products again.
 
     Returns:
-        (s_i2t, s_t2i), both [I, J] float32 (float64 for float64 inputs). Products are summed in fp32 and maxima taken
-        on those sums, whatever the inputs. A masked position wins no maximum and counts in no mean; a text without
-        valid tokens and an image without valid patches score 0 with zero gradient. Equal similarities: the lowest
-        index wins. NaN and inf propagate. Under autocast inputs of two dtypes are taken in the
-        wider one, and nothing else changes.
+        (s_i2t, s_t2i), both [I, J] float32 (float64 for float64 inputs). Products are summed in
+        fp32 and maxima taken on those sums, whatever the inputs. A masked position wins no maximum
+        and counts in no mean; a text without valid tokens and an image without valid patches score
+        0 with zero gradient. Equal similarities: the lowest index wins. NaN and inf propagate.
+        Under autocast inputs of two dtypes are taken in the wider one, and nothing else changes.
 
     Raises:
         TypeError, ValueError: an argument does not fit; one line says which and how.
@@ -133,7 +138,10 @@ triton_runs._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 @functools.cache
 def why_no_triton() -> str | None:
-    """In one line what keeps Triton from starting kernels here, None: nothing. For its first it needs a C compiler."""
+    """The reason why Triton cannot start a kernel here, in one line; None if it can.
+
+    Triton compiles a launcher for its first kernel, so a missing C compiler is one such reason.
+    """
     try:
         from triton.runtime import driver
 
@@ -167,11 +175,10 @@ def _forward(
     scratch_bytes: int,
     save_argmax: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    sides = Sides(image, text, token_mask, image_mask)
     # Autocast would run the products inside in 16 bits.
     with torch.autocast(image.device.type, enabled=False):
-        return _module(backend).forward(
-            image, text, token_mask, image_mask, scratch_bytes, save_argmax
-        )
+        return _module(backend).forward(sides, scratch_bytes, save_argmax)
 
 
 @torch.library.custom_op("ds_cmli::cmli_backward", mutates_args=())
@@ -189,20 +196,11 @@ def _backward(
     need_image: bool,
     need_text: bool,
 ) -> tuple[Tensor, Tensor]:
+    sides = Sides(image, text, token_mask, image_mask)
+    grads, argmax = (grad_i2t, grad_t2i), (arg_i2t, arg_t2i)
+    wanted = Wanted(need_image, need_text)
     with torch.autocast(image.device.type, enabled=False):
-        return _module(backend).backward(
-            grad_i2t,
-            grad_t2i,
-            image,
-            text,
-            token_mask,
-            image_mask,
-            arg_i2t,
-            arg_t2i,
-            scratch_bytes,
-            need_image,
-            need_text,
-        )
+        return _module(backend).backward(sides, grads, argmax, wanted, scratch_bytes)
 
 
 @_forward.register_fake
@@ -232,14 +230,14 @@ def _(
     need_image,
     need_text,
 ):
-    return image.new_empty(image.shape if need_image else (0,)), text.new_empty(
-        text.shape if need_text else (0,)
-    )
+    d_image = image.new_empty(image.shape if need_image else (0,))
+    d_text = text.new_empty(text.shape if need_text else (0,))
+    return d_image, d_text
 
 
 def _save(ctx, inputs, output):
     image, text, token_mask, image_mask, ctx.backend, ctx.scratch_bytes, _ = inputs
-    # Or autograd would hand backward a tensor of zeros for the argmax indices too.
+    # Without this, autograd would make zeros as gradients of the argmax indices too.
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(image, text, token_mask, image_mask, *output[2:])
 
@@ -248,14 +246,17 @@ def _differentiate(ctx, grad_i2t, grad_t2i, *_):
     need_image, need_text = ctx.needs_input_grad[:2]
     saved = ctx.saved_tensors  # once: non-reentrant checkpointing unpacks them only once
     image, text = saved[:2]
-    shape, dtype = (image.shape[0], text.shape[0]), torch.promote_types(image.dtype, torch.float32)
-    grad_i2t, grad_t2i = (
-        image.new_zeros(shape, dtype=dtype) if g is None else g for g in (grad_i2t, grad_t2i)
-    )
+    shape = image.shape[0], text.shape[0]
+    dtype = torch.promote_types(image.dtype, torch.float32)
+    if grad_i2t is None:
+        grad_i2t = image.new_zeros(shape, dtype=dtype)
+    if grad_t2i is None:
+        grad_t2i = image.new_zeros(shape, dtype=dtype)
     d_image, d_text = _backward(
         grad_i2t, grad_t2i, *saved, ctx.backend, ctx.scratch_bytes, need_image, need_text
     )
-    return (d_image if need_image else None, d_text if need_text else None, *[None] * 5)
+    gradients = (d_image if need_image else None, d_text if need_text else None)
+    return gradients + (None,) * 5
 
 
 def _no_second_derivative(ctx, *grads):

@@ -1,10 +1,10 @@
-"""What a call of `cmli_scores` allocates at its peak: an opaque operator hides its scratch memory from any tracing.
+"""What a call of `cmli_scores` allocates at its peak: an opaque operator hides its scratch memory
+from any tracing.
 
 Shape legend: I images, J texts, N patches, M text positions (padded), D features.
 """
 
 from collections.abc import Sequence
-from itertools import product
 from typing import NamedTuple
 
 import torch
@@ -30,10 +30,12 @@ class PeakBytes(NamedTuple):
     """Bytes that one call requests from the allocator, at the most, beyond its arguments.
 
     forward: during forward, scores and saved argmax indices included.
-    saved: the argmax indices, which stay until backward (the inputs, which autograd also keeps, not counted).
+    saved: the argmax indices, which stay until backward (the inputs, which autograd also keeps, not
+        counted).
     backward: during backward, the gradients it returns included, the saved indices not.
     gradients: of these, the gradients returned.
-    extra: over both, beyond inputs and their gradients; the scores and the gradients that come in for them included.
+    extra: over both, beyond inputs and their gradients; the scores and the gradients that come in
+        for them included.
     """
 
     forward: int
@@ -57,21 +59,25 @@ def cmli_peak_bytes(
     text_lengths: Sequence[int] | None = None,
     image_lengths: Sequence[int] | None = None,
 ) -> PeakBytes:
-    """Peak memory of `cmli_scores` and its backward, both inputs requiring gradients, for contiguous arguments.
+    """Peak memory of `cmli_scores` and its backward, both inputs requiring gradients, for
+    contiguous arguments.
 
     Args:
         I, J, N, M, D, dtype: shapes and dtype of image [I, N, D] and text [J, M, D].
         recompute, scratch_bytes: as given to `cmli_scores`.
-        text_lengths: valid tokens of each text; None = the most that any lengths need (a few percent above all M).
-        image_lengths: valid patches of each image, where an image_mask is given; None = no image_mask.
+        text_lengths: valid tokens of each text; None = the most that any lengths need (a few
+            percent above all M).
+        image_lengths: valid patches of each image, where an image_mask is given; None = no
+            image_mask.
 
-    Equal to the allocator's count on a CPU where `text_lengths` are given. Not included is the workspace that a
-    library's matrix product takes for itself (oneDNN: about 65 KB a thread at D=256), which shows only where a tile
-    needs less than that after its product. On a GPU the allocator rounds each buffer up to 512 bytes, and `sort`
-    takes more.
+    Equal to the allocator's count on a CPU where `text_lengths` are given. Not included is the
+    workspace that a library's matrix product takes for itself (oneDNN: about 65 KB a thread at
+    D=256), which shows only where a tile needs less than that after its product. On a GPU the
+    allocator rounds each buffer up to 512 bytes, and `sort` takes more.
 
     Raises:
-        ValueError: a backend whose memory is not known, or lengths that are not one number for each sequence.
+        ValueError: a backend whose memory is not known, or lengths that are not one number for each
+            sequence.
     """
     if backend not in ("chunked", "triton"):
         raise ValueError(f"backend={backend!r}: peak memory is known for chunked and triton")
@@ -79,126 +85,30 @@ def cmli_peak_bytes(
         ("text_lengths", text_lengths, J, M),
         ("image_lengths", image_lengths, I, N),
     ):
-        if lengths is not None and (
-            len(lengths) != number or not all(0 <= n <= most for n in lengths)
-        ):
+        if lengths is None:
+            continue
+        if len(lengths) != number or min(lengths) < 0 or max(lengths) > most:
             raise ValueError(f"{name} must hold {number} numbers from 0 to {most}")
     width = Widths.of(dtype)
     scores = 2 * I * J * width.wide
     saved = 0 if recompute else I * J * (N * index_dtype(M).itemsize + M * index_dtype(N).itemsize)
     gradients = (I * N + J * M) * D * width.narrow
     if backend == "triton":
-        from ds_cmli.cmli.triton import peak_bytes
+        from ds_cmli.cmli.triton import Sizes, peak_bytes
 
-        forward, backward = peak_bytes(I, J, N, M, D, dtype, recompute, scratch_bytes)
+        sizes = Sizes(I, J, N, M, D)
+        forward, backward = peak_bytes(sizes, dtype, recompute, scratch_bytes)
     else:
         text = _PackedSizes(J, M, text_lengths, True, D, width)
         image = _PackedSizes(I, N, image_lengths or [N] * I, image_lengths is not None, D, width)
         tables = text.table_bytes() + image.table_bytes()
-        sizes = tile_sizes(N, M, D, dtype, scratch_bytes, backward=False)
-        tiles = _forward_tiles(text, image, sizes, 0, I, width, True, not recompute)
+        most = tile_sizes(N, M, D, dtype, scratch_bytes, backward=False)
+        tiles = _forward_tiles(text, image, most, (0, I), True, not recompute)
         forward = scores + saved + tables + tiles
-        backward = (
-            gradients + tables + _backward(text, image, N, M, dtype, recompute, scratch_bytes)
-        )
+        backward = gradients + tables + _backward(text, image, dtype, recompute, scratch_bytes)
     # When backward groups, the scores and their gradients are there as well.
     extra = max(forward, 2 * scores + saved + backward - gradients)
     return PeakBytes(forward, saved, backward, gradients, extra)
-
-
-def _forward_tiles(
-    text: "_PackedSizes",
-    image: "_PackedSizes",
-    most: tuple[ChunkShape, ChunkShape],
-    first: int,
-    stop: int,
-    width: Widths,
-    with_scores: bool,
-    with_indices: bool,
-) -> int:
-    """Of all texts and the images [first, stop)."""
-    texts, images = text.shapes(most[0]), image.shapes(most[1], first, stop)
-    tile = max(
-        forward_tile_bytes(t, i, width, with_scores, with_indices) for t in texts for i in images
-    )
-    distances = (text.rows + image.rows) * width.wide if with_indices else 0
-    return text.load_bytes(texts) + image.load_bytes(images) + distances + tile
-
-
-def _backward(
-    text: "_PackedSizes",
-    image: "_PackedSizes",
-    N: int,
-    M: int,
-    dtype: torch.dtype,
-    recompute: bool,
-    scratch_bytes: int,
-) -> int:
-    I, J, D = image.number, text.number, text.D  # noqa: E741
-    width = text.width
-    plan = RecomputePlan(I, 1, scratch_bytes)
-    if recompute:
-        plan = RecomputePlan.of(I, N, J, text.rows, M, scratch_bytes)
-    most_text, most_image = tile_sizes(N, M, D, dtype, plan.budget, backward=True)
-    forward_most = tile_sizes(N, M, D, dtype, plan.budget, backward=False)
-    texts = text.shapes(most_text)
-    peak = 0
-    # RecomputePlan of equal lengths need the same.
-    starts = (
-        range(0, I, plan.images) if image.masked else sorted({0, (plan.number - 1) * plan.images})
-    )
-    for first in starts:
-        stop = min(first + plan.images, I)
-        images = image.shapes(most_image, first, stop)
-        indices = 0
-        if recompute:
-            rows, sequences = image.size(first, stop)
-            indices = (
-                J * rows * index_dtype(M).itemsize + text.rows * sequences * index_dtype(N).itemsize
-            )
-            if text.lengths is None and plan.number > 1:
-                indices = max(indices, plan.budget)  # shorter texts make larger parts
-            tiles = _forward_tiles(text, image, forward_most, first, stop, width, False, True)
-            peak = max(peak, indices + tiles)
-        for own, other in ((image, text), (text, image)):
-            own_shapes, other_shapes = (images, texts) if own is image else (texts, images)
-            peak = max(
-                peak, indices + _side_backward(own, other, own_shapes, other_shapes, plan.budget)
-            )
-    return peak + (J * M * D * width.wide if plan.number > 1 and width.narrow < width.wide else 0)
-
-
-def _side_backward(
-    own: "_PackedSizes",
-    other: "_PackedSizes",
-    owns: set[ChunkShape],
-    others: set[ChunkShape],
-    budget: int,
-) -> int:
-    """Of one side's gradient, in chunks of these sizes."""
-    D, width = own.D, own.width
-    panel = tile = 0
-    for o, x in product(owns, others):
-        # Of unknown lengths there may be short ones, which take the other way.
-        unknown = own.lengths is None or other.lengths is None
-        if unknown or by_product(o, x):
-            longest = o._replace(rows=max(o.rows, PANEL)) if unknown else o
-            panel = max(panel, panel_bytes(longest, x, budget, width))
-            tile = max(tile, product_tile_bytes(o, x, width))
-        if unknown or not by_product(o, x):
-            tile = max(tile, gather_tile_bytes(o, x, D, width))
-    store = both(owns).rows * D * width.narrow if own.masked and width.narrow < width.wide else 0
-    return (
-        other.load_bytes(others)
-        + backward_buffer_bytes(both(owns), both(others), D, width)
-        + panel
-        + max(tile, store)
-    )
-
-
-def both(shapes: set[ChunkShape]) -> ChunkShape:
-    """Most of each of any."""
-    return ChunkShape(*(max(each) for each in zip(*shapes, strict=True)))
 
 
 class _PackedSizes:
@@ -213,7 +123,8 @@ class _PackedSizes:
         D: int,
         width: Widths,
     ):
-        self.number, self.masked, self.D, self.width = number, masked, D, width
+        self.number, self.longest, self.masked = number, longest, masked
+        self.D, self.width = D, width
         self.lengths = None if lengths is None else sorted(lengths)
         self.rows = number * longest if lengths is None else sum(lengths)
 
@@ -228,14 +139,103 @@ class _PackedSizes:
     def shapes(self, most: ChunkShape, first: int = 0, stop: int | None = None) -> set[ChunkShape]:
         """The sizes of the chunks."""
         if self.lengths is None:
-            return {
-                ChunkShape(
-                    min(most.rows, self.rows), min(most.sequences, self.number), most.longest
-                )
-            }
-        return {b.shape() for b in make_chunks(self.lengths, most, first, stop)} or {
-            ChunkShape(0, 0, 0)
-        }
+            rows, sequences = min(most.rows, self.rows), min(most.sequences, self.number)
+            return {ChunkShape(rows, sequences, most.longest)}
+        chunks = make_chunks(self.lengths, most, first, stop)
+        return {chunk.shape() for chunk in chunks} or {ChunkShape(0, 0, 0)}
 
     def load_bytes(self, shapes: set[ChunkShape]) -> int:
-        return load_bytes(both(shapes).rows, self.D, self.width, self.masked)
+        return load_bytes(_joined(shapes).rows, self.D, self.width, self.masked)
+
+
+def _joined(shapes: set[ChunkShape]) -> ChunkShape:
+    """The largest of each size."""
+    most = ChunkShape(0, 0, 0)
+    for shape in shapes:
+        most = most.joined(shape)
+    return most
+
+
+def _forward_tiles(
+    text: _PackedSizes,
+    image: _PackedSizes,
+    most: tuple[ChunkShape, ChunkShape],
+    part: tuple[int, int],
+    with_scores: bool,
+    with_indices: bool,
+) -> int:
+    """Bytes of the forward tiles of all texts and the images [first, stop) = `part`."""
+    texts, images, width = text.shapes(most[0]), image.shapes(most[1], *part), text.width
+    tile = 0
+    for t in texts:
+        for i in images:
+            tile = max(tile, forward_tile_bytes(t, i, width, with_scores, with_indices))
+    distances = (text.rows + image.rows) * width.wide if with_indices else 0
+    return text.load_bytes(texts) + image.load_bytes(images) + distances + tile
+
+
+def _backward(
+    text: _PackedSizes,
+    image: _PackedSizes,
+    dtype: torch.dtype,
+    recompute: bool,
+    scratch_bytes: int,
+) -> int:
+    """Bytes at the peak of the backward, without gradients and tables."""
+    I, J, D = image.number, text.number, text.D  # noqa: E741
+    N, M, width = image.longest, text.longest, text.width
+    plan = RecomputePlan(I, 1, scratch_bytes)
+    if recompute:
+        plan = RecomputePlan.of(I, N, J, text.rows, M, scratch_bytes)
+    most_text, most_image = tile_sizes(N, M, D, dtype, plan.budget, backward=True)
+    forward_most = tile_sizes(N, M, D, dtype, plan.budget, backward=False)
+    texts = text.shapes(most_text)
+    peak = 0
+    # Parts of images of equal lengths need the same memory, but for the last, which may be smaller.
+    starts = list(range(0, I, plan.images))
+    if not image.masked:
+        starts = sorted({0, (plan.number - 1) * plan.images})
+    for first in starts:
+        stop = min(first + plan.images, I)
+        images = image.shapes(most_image, first, stop)
+        indices = 0
+        if recompute:
+            rows, sequences = image.size(first, stop)
+            indices = J * rows * index_dtype(M).itemsize
+            indices += text.rows * sequences * index_dtype(N).itemsize
+            if text.lengths is None and plan.number > 1:
+                indices = max(indices, plan.budget)  # shorter texts make larger parts
+            tiles = _forward_tiles(text, image, forward_most, (first, stop), False, True)
+            peak = max(peak, indices + tiles)
+        of_image = _side_backward(image, text, images, texts, plan.budget)
+        of_text = _side_backward(text, image, texts, images, plan.budget)
+        peak = max(peak, indices + max(of_image, of_text))
+    if plan.number > 1 and width.narrow < width.wide:
+        peak += J * M * D * width.wide
+    return peak
+
+
+def _side_backward(
+    own: _PackedSizes,
+    other: _PackedSizes,
+    owns: set[ChunkShape],
+    others: set[ChunkShape],
+    budget: int,
+) -> int:
+    """Bytes at the peak of computing one side's gradient, when both are cut into these chunks."""
+    D, width = own.D, own.width
+    # Where lengths are unknown, some sequences may be short enough for the other way.
+    unknown = own.lengths is None or other.lengths is None
+    panel = tile = 0
+    for o in owns:
+        for x in others:
+            if unknown or by_product(o, x):
+                longest = o._replace(rows=max(o.rows, PANEL)) if unknown else o
+                panel = max(panel, panel_bytes(longest, x, budget, width))
+                tile = max(tile, product_tile_bytes(o, x, width))
+            if unknown or not by_product(o, x):
+                tile = max(tile, gather_tile_bytes(o, x, D, width))
+    most, most_other = _joined(owns), _joined(others)
+    store = most.rows * D * width.narrow if own.masked and width.narrow < width.wide else 0
+    buffers = backward_buffer_bytes(most, most_other, D, width)
+    return other.load_bytes(others) + buffers + panel + max(tile, store)

@@ -1,6 +1,7 @@
 """The oracle: CMLI written out over the whole similarity tensor, a few lines to be checked by eye.
 
-Every other backend is tested against this one; training never imports it. It stores all of S and is for small inputs.
+Every other backend is tested against this one; training never imports it. It stores all of S and is
+for small inputs.
 
 Shape legend: I images, J texts, N patches, M text positions (padded), D features.
 """
@@ -10,7 +11,8 @@ from torch import Tensor
 
 
 def first_maximum(S: Tensor, dim: int) -> Tensor:
-    """Index of the maximum along `dim`; the lowest among equals; the first NaN where there is one."""
+    """Index of the maximum along `dim`; the lowest among equals; the first NaN where there is
+    one."""
     shape = [-1 if d == dim % S.ndim else 1 for d in range(S.ndim)]
     index = torch.arange(S.shape[dim], device=S.device).view(shape)
     best = S.amax(dim, keepdim=True)
@@ -21,14 +23,17 @@ def first_maximum(S: Tensor, dim: int) -> Tensor:
 def cmli_scores_reference(
     image: Tensor, text: Tensor, token_mask: Tensor, image_mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """CMLI scores of all pairs, equations (1)-(4) (FILIP, arXiv 2111.07783, eq. 4-5), by plain autograd.
+    """CMLI scores of all pairs, equations (1)-(4) (FILIP, arXiv 2111.07783, eq. 4-5), by plain
+    autograd.
 
-    Arguments, shapes and results as `ds_cmli.cmli.cmli_scores`. 16-bit inputs are multiplied in fp32.
+    Arguments, shapes and results as `ds_cmli.cmli.cmli_scores`. 16-bit inputs are multiplied in
+    fp32.
     """
     if image_mask is None:
         image_mask = torch.ones(image.shape[:2], dtype=torch.bool, device=image.device)
     dtype = torch.promote_types(image.dtype, torch.float32)
-    # A masked feature may hold anything, NaN included: it is zeroed here and its similarities are taken out below.
+    # A masked feature may hold anything, NaN included: it is zeroed here and its similarities are
+    # taken out below.
     image = image.to(dtype).masked_fill(~image_mask[..., None], 0)
     text = text.to(dtype).masked_fill(~token_mask[..., None], 0)
 

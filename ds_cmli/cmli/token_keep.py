@@ -1,10 +1,13 @@
-"""FILIP's approximation of the all-pairs scores: of each image and text the few features that match best.
+"""FILIP's approximation of the all-pairs scores: of each image and text the few features that match
+best.
 
-As in FILIP (Yao et al., 2021), which keeps 25%, each image keeps the patches with the highest maximum similarity to the
-texts of its rank's micro-batch, and each text its tokens likewise, before anything is exchanged between ranks. The
-selection passes no gradient, and depends on which pairs a rank's micro-batch holds.
+As in FILIP (Yao et al., 2021), which keeps 25%, each image keeps the patches with the highest
+maximum similarity to the texts of its rank's micro-batch, and each text its tokens likewise, before
+anything is exchanged between ranks. The selection passes no gradient, and depends on which pairs a
+rank's micro-batch holds.
 
-Shapes: B images and B texts of a micro-batch, N patches, M text positions, D embedding dimension; n and m are kept.
+Shapes: B images and B texts of a micro-batch, N patches, M text positions, D embedding dimension; n
+    and m are kept.
 """
 
 import math
@@ -37,11 +40,13 @@ class Selection:
 def select(
     image: Tensor, text: Tensor, token_mask: Tensor, share: float, scratch_bytes: int
 ) -> Selection:
-    """Those of the highest cosine similarity with any feature of the other side, in the micro-batch.
+    """Those of the highest cosine similarity with any feature of the other side, in the
+    micro-batch.
 
     Args:
         image: [B, N, D]; text: [B, M, D]; token_mask: bool [B, M], True = valid.
-        share: n = ceil(share * N) patches are kept, and ceil(share * M_j) of M_j valid tokens. Ties: the first.
+        share: n = ceil(share * N) patches are kept, and ceil(share * M_j) of M_j valid tokens.
+            Ties: the first.
         scratch_bytes: bound on the similarities that are there at a time, of one patch at least.
     """
     with full_precision(image.device):
@@ -59,7 +64,8 @@ def select(
 def _best(
     image: Tensor, text: Tensor, token_mask: Tensor, scratch_bytes: int
 ) -> tuple[Tensor, Tensor]:
-    """The highest similarity of each patch [B, N], and of each token [B, M], where padding has -inf."""
+    """The highest similarity of each patch [B, N], and of each token [B, M], where padding has
+    -inf."""
     patches, tokens = image.flatten(0, 1), text.flatten(0, 1)  # [B * N, D], [B * M, D]
     padding = torch.zeros_like(tokens[:, 0]).masked_fill_(~token_mask.flatten(), -torch.inf)
     of_patches = padding.new_empty(len(patches))

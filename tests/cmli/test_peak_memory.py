@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from ds_cmli.cmli import chunked, cmli_peak_bytes, cmli_scores
+from ds_cmli.cmli.inputs import Sides, Wanted
 from tests.cmli.helpers import allocator_peak, random_case
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
@@ -43,10 +44,12 @@ def test_equal_to_the_allocator(shape, lengths, scratch_bytes, recompute, dtype)
     )
     out = []
     inputs = (image, text, token_mask, image_mask)
-    forward = allocator_peak(lambda: out.extend(chunked.forward(*inputs, scratch_bytes, not recompute)))
+    forward = allocator_peak(lambda: out.extend(chunked.forward(Sides(*inputs), scratch_bytes, not recompute)))
     assert forward == predicted.forward
     assert sum(arg.nbytes for arg in out[2:]) == predicted.saved
-    backward = allocator_peak(lambda: chunked.backward(*grads, *inputs, *out[2:], scratch_bytes, True, True))
+    backward = allocator_peak(
+        lambda: chunked.backward(Sides(*inputs), grads, out[2:], Wanted(True, True), scratch_bytes)
+    )
     assert backward == predicted.backward
     assert predicted.gradients == image.nbytes + text.nbytes
 

@@ -17,6 +17,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from ds_cmli.cmli.inputs import Sides, Wanted
+
 CHECKS = {}
 # Rounding coefficients and results to fp16, relative to the largest entry; for the others the sums' rounding.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-3}
@@ -64,8 +66,9 @@ def inputs(I, J, N, M, D, dtype, seed, holes=True, exact=False):  # noqa: E741
 def run(image, text, token_mask, image_mask, grads, scratch=2**25, recompute=False):
     from ds_cmli.cmli.triton import backward, forward
 
-    s_i2t, s_t2i, *args = forward(image, text, token_mask, image_mask, scratch, not recompute)
-    return s_i2t, s_t2i, *args, *backward(*grads, image, text, token_mask, image_mask, *args, scratch, True, True)
+    sides = Sides(image, text, token_mask, image_mask)
+    s_i2t, s_t2i, *args = forward(sides, scratch, not recompute)
+    return s_i2t, s_t2i, *args, *backward(sides, grads, args, Wanted(True, True), scratch)
 
 
 def distance(value, expected):
@@ -147,13 +150,14 @@ def only_what_is_asked_for():
     from ds_cmli.cmli.triton import backward, forward
 
     image, text, token_mask, image_mask, _ = inputs(2, 3, 9, 7, 5, torch.float32, 8)
-    *_, arg_i2t, arg_t2i = forward(image, text, token_mask, image_mask, 2**20, False)
+    *_, arg_i2t, arg_t2i = forward(Sides(image, text, token_mask, image_mask), 2**20, False)
     assert arg_i2t.shape == arg_t2i.shape == (0,)
     one = torch.ones(()).expand(2, 3)  # as .sum().backward() gives it: no strides
     views = image.transpose(1, 2).contiguous().transpose(1, 2), text[:, :, :]
     everything = run(image, text, token_mask, image_mask, [torch.ones(2, 3)] * 2)[4:]
     for k in (0, 1):
-        part = backward(one, one, *views, token_mask, image_mask, arg_i2t, arg_t2i, 2**20, k == 0, k == 1)
+        sides = Sides(*views, token_mask, image_mask)
+        part = backward(sides, (one, one), (arg_i2t, arg_t2i), Wanted(k == 0, k == 1), 2**20)
         assert torch.equal(part[k], everything[k]) and part[1 - k].shape == (0,)
 
 
@@ -229,27 +233,28 @@ class Allocated(TorchDispatchMode):
 
 @check
 def peak_bytes_are_true():
-    from ds_cmli.cmli.triton import backward, forward, peak_bytes
+    from ds_cmli.cmli.triton import Sizes, backward, forward, peak_bytes
 
     for I, J, N, M, D, dtype, scratch in (  # noqa: E741
         (4, 12, 30, 20, 64, torch.float16, 2**25),
         (4, 12, 30, 20, 64, torch.float16, 1000),
         (3, 6, 150, 20, 64, torch.float32, 4000),
     ):
-        image, text, token_mask, image_mask, grads = inputs(I, J, N, M, D, dtype, 11)
+        *four, grads = inputs(I, J, N, M, D, dtype, 11)
+        sides = Sides(*four)
         for recompute in (False, True):
             with Allocated() as first:
-                *_, arg_i2t, arg_t2i = forward(image, text, token_mask, image_mask, scratch, not recompute)
+                *_, arg_i2t, arg_t2i = forward(sides, scratch, not recompute)
             with Allocated() as second:
-                backward(*grads, image, text, token_mask, image_mask, arg_i2t, arg_t2i, scratch, True, True)
-            stated = peak_bytes(I, J, N, M, D, dtype, recompute, scratch)
+                backward(sides, grads, (arg_i2t, arg_t2i), Wanted(True, True), scratch)
+            stated = peak_bytes(Sizes(I, J, N, M, D), dtype, recompute, scratch)
             for x, y in zip((first.peak, second.peak), stated, strict=True):
                 assert x <= y <= 1.35 * x + 8192, (N, scratch, recompute, x, y)
 
 
 def test_peak_bytes_of_the_document_s_setting():
     triton_backend = triton_backend_or_skip()
-    setting = (256, 512, 196, 64, 256, torch.bfloat16)
+    setting = (triton_backend.Sizes(256, 512, 196, 64, 256), torch.bfloat16)
     gradients = (256 * 196 + 512 * 64) * 256 * 2
     forward, backward = triton_backend.peak_bytes(*setting, False, 2**25, ((9, 0), 227 * 1024))
     assert 256 * 512 * (196 + 64) < forward < 40e6
@@ -269,7 +274,7 @@ def test_cpu_tensors_are_refused_in_one_line():
     triton_backend = triton_backend_or_skip()
     image, text, token_mask, image_mask, _ = inputs(1, 2, 3, 4, 5, torch.float32, 0)
     with pytest.raises(RuntimeError, match="runs on CUDA tensors, not on cpu: use backend='chunked'"):
-        triton_backend.forward(image, text, token_mask, image_mask, 2**20, True)
+        triton_backend.forward(Sides(image, text, token_mask, image_mask), 2**20, True)
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from ds_cmli.cmli import chunked
+from ds_cmli.cmli.inputs import Sides
 from ds_cmli.common.errors import UserError
 from ds_cmli.memory.cpu_events import sizes as cpu_sizes
 from profiling.document.estimates import (
@@ -86,7 +87,7 @@ def test_quotes_hold_the_figures():
 def test_largest_tensor_of_the_op_is_the_allocator_s(sizes, monkeypatch):
     I, J, N, M = sizes.values()  # noqa: E741
     image, text, mask = torch.randn(I, N, 8), torch.randn(J, M, 8), torch.ones(J, M, dtype=torch.bool)
-    seen = cpu_sizes(lambda: chunked.forward(image, text, mask, None, 2**20, True))
+    seen = cpu_sizes(lambda: chunked.forward(Sides(image, text, mask, None), 2**20, True))
     assert max(seen) == cmli_op_largest(**sizes, D=8, dtype=torch.float32, scratch_bytes=2**20)
 
 

@@ -1,10 +1,11 @@
-"""All-pairs CMLI in plain PyTorch, on any device. Only one tile of the similarity tensor exists at a time.
+"""All-pairs CMLI in plain PyTorch, on any device. One tile of the similarities exists at a time.
 
-`forward` and `backward` are the backend's two functions. The layout of the argmax indices that one passes to the other
-is private to this backend: `arg_i2t` is [J, K] and `arg_t2i` is [T, I], where K is the number of valid patches of all
-images, T the number of valid tokens of all texts, and images and texts are sorted by length. An index counts backwards
-from the last valid position of its sequence, which has index 0: a row of NaN, in which no element equals the maximum,
-then still gets an index within range.
+`forward` and `backward` are the backend's two functions. The layout of the argmax indices that one
+passes to the other is private to this backend: `arg_i2t` is [J, K] and `arg_t2i` is [T, I], where K
+is the number of valid patches of all images, T the number of valid tokens of all texts, and images
+and texts are sorted by length. An index counts backwards from the last valid position of its
+sequence, which has index 0: a row of NaN, in which no element equals the maximum, then still gets
+an index within range.
 """
 
 from ds_cmli.cmli.chunked.backward import backward

@@ -1,21 +1,26 @@
-"""Backward of the chunked backend. It reads only the argmax positions, and computes one gradient row after the other.
+"""Backward of the chunked backend, which reads only the argmax positions: one gradient row at a
+time.
 
-The gradient of a row (a patch or a token) is a weighted sum of rows of the other side, of two kinds. `won`: in every
-sequence of the other side, the row that is most similar to this one. `lost`: every row of the other side to which this
-row is the most similar one of its sequence. `embedding_bag` sums the first kind directly, and the second kind after a
-stable sort by destination. For short texts the argmax positions are so dense that one product with the matrix of all
-weights, which is zero elsewhere, is faster than both. All sums have a fixed order and use no atomics, so the same input
-always gives the same bits.
+The gradient of a row (a patch or a token) is a weighted sum of rows of the other side, of two
+kinds. `won`: in every sequence of the other side, the row that is most similar to this one. `lost`:
+every row of the other side to which this row is the most similar one of its sequence.
+`embedding_bag` sums the first kind directly, and the second kind after a stable sort by
+destination. For short texts the argmax positions are so dense that one product with the matrix of
+all weights, which is zero elsewhere, is faster than both. All sums have a fixed order and use no
+atomics, so the same input always gives the same bits.
 
-Shape legend: I images, J texts, N patches, M text positions, D features. One side is `own`, the other `other`: a tile
-is `rows` of `sequences` of the own side against `other_rows` of `other_sequences`.
+Shape legend: I images, J texts, N patches, M text positions, D features. One side is `own`, the
+other `other`: a tile is `rows` of `sequences` of the own side against `other_rows` of
+`other_sequences`.
 """
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ds_cmli.cmli.check import index_dtype
-from ds_cmli.cmli.chunked.forward import ArgmaxIndices, compute_tiles
+from ds_cmli.cmli.chunked.forward import ArgmaxIndices, Forward, compute_tiles
 from ds_cmli.cmli.chunked.packed import Chunk, PackedBatch, largest, make_chunks, pack_both
 from ds_cmli.cmli.chunked.tile_gradients import (
     Buffers,
@@ -26,88 +31,72 @@ from ds_cmli.cmli.chunked.tile_gradients import (
     add_won,
 )
 from ds_cmli.cmli.chunked.tiling import RecomputePlan, Widths, by_product, panel_rows, tile_sizes
+from ds_cmli.cmli.inputs import Sides, Wanted
 
 
 def backward(
-    grad_i2t: Tensor,
-    grad_t2i: Tensor,
-    image: Tensor,
-    text: Tensor,
-    token_mask: Tensor,
-    image_mask: Tensor | None,
-    arg_i2t: Tensor,
-    arg_t2i: Tensor,
+    sides: Sides,
+    grads: tuple[Tensor, Tensor],
+    argmax: tuple[Tensor, Tensor],
+    wanted: Wanted,
     scratch_bytes: int,
-    need_image: bool,
-    need_text: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of image and text in their dtype, summed in fp32 (fp64 for fp64). Empty indices are recomputed.
+    """Compute the gradients of image and text in their dtype, summed in fp32 (fp64 for fp64).
 
-    Recomputed indices take up to half of `scratch_bytes`. If those of all images do not fit, the images are processed
-    in several parts, and the text's gradient is summed over the parts. For 16-bit inputs that sum is an fp32 copy of
-    the text's gradient, the only memory that does not count towards `scratch_bytes`.
+    Empty indices are recomputed, and take up to half of `scratch_bytes`. If those of all images do
+    not fit, the images are processed in several parts, and the text's gradient is summed over the
+    parts. For 16-bit inputs that sum is an fp32 copy of the text's gradient, the only memory that
+    does not count towards `scratch_bytes`.
+
+    Args:
+        grads: of both scores, [I, J] each.
+        argmax: the indices that `forward` has saved.
     """
-    (I, N, D), (J, M, _) = image.shape, text.shape  # noqa: E741
-    images, texts = pack_both(image, text, token_mask, image_mask)
-    d_image = _gradient_of(images, need_image)
-    d_text = _gradient_of(texts, need_text)
-    recompute = not arg_i2t.numel()
+    (I, N, D), (J, M, _) = sides.image.shape, sides.text.shape  # noqa: E741
+    images, texts = pack_both(sides)
+    d_image = _gradient_of(images, wanted.image)
+    d_text = _gradient_of(texts, wanted.text)
+    recompute = not argmax[0].numel()
     plan = RecomputePlan(I, 1, scratch_bytes)
     if recompute:
         plan = RecomputePlan.of(I, N, J, sum(texts.lengths), M, scratch_bytes)
-    most_text, most_image = tile_sizes(N, M, D, image.dtype, plan.budget, backward=True)
+    most_text, most_image = tile_sizes(N, M, D, images.features.dtype, plan.budget, backward=True)
     text_chunks = make_chunks(texts.lengths, most_text)
     add = plan.number > 1
     text_total = d_text.to(texts.wide) if add else d_text
 
-    for first in range(0, I, plan.images):
+    def add_part(first: int) -> None:
+        """Add what the images from `first` on contribute; their indices are freed by the return."""
         stop = min(first + plan.images, I)
         image_chunks = make_chunks(images.lengths, most_image, first, stop)
         if not image_chunks or not text_chunks:
-            continue
+            return
         if recompute:
-            indices = _recompute(texts, images, first, stop, N, M, plan.budget)
+            indices = _recompute(texts, images, (first, stop), (N, M), plan.budget)
         else:
-            indices = ArgmaxIndices(arg_i2t.view(J, I * N), arg_t2i.view(J * M, I))
-        if need_image:
-            tile_indices = _image_indices(indices)
-            _add_up(
-                images,
-                texts,
-                image_chunks,
-                text_chunks,
-                grad_i2t,
-                grad_t2i,
-                tile_indices,
-                plan.budget,
-                d_image,
-                False,
-            )
-        if need_text:
-            tile_indices = _text_indices(indices)
-            grads = grad_t2i.t(), grad_i2t.t()
-            _add_up(
-                texts,
-                images,
-                text_chunks,
-                image_chunks,
-                *grads,
-                tile_indices,
-                plan.budget,
-                text_total,
-                add,
-            )
-        del indices, tile_indices
+            indices = ArgmaxIndices(argmax[0].view(J, I * N), argmax[1].view(J * M, I))
+        if wanted.image:
+            image_side = SideGradient(images, texts, image_chunks, text_chunks, grads)
+            image_side.add_up(_image_indices(indices), plan.budget, d_image, False)
+        if wanted.text:
+            turned = grads[1].t(), grads[0].t()
+            text_side = SideGradient(texts, images, text_chunks, image_chunks, turned)
+            text_side.add_up(_text_indices(indices), plan.budget, text_total, add)
+
+    for first in range(0, I, plan.images):
+        add_part(first)
     if text_total is not d_text:
         d_text.copy_(text_total)
-    return d_image.view(image.shape) if need_image else d_image, d_text.view(
-        text.shape
-    ) if need_text else d_text
+    if wanted.image:
+        d_image = d_image.view(sides.image.shape)
+    if wanted.text:
+        d_text = d_text.view(sides.text.shape)
+    return d_image, d_text
 
 
-def _gradient_of(side: PackedBatch, needed: bool) -> Tensor:
-    """Zeros [B * P, D], since padded rows get no gradient; an empty tensor if the gradient is not needed."""
-    return torch.zeros_like(side.features) if needed else side.features.new_empty(0)
+def _gradient_of(side: PackedBatch, wanted: bool) -> Tensor:
+    """Zeros [B * P, D], since padded rows get no gradient; an empty tensor if it is not wanted."""
+    return torch.zeros_like(side.features) if wanted else side.features.new_empty(0)
 
 
 def _image_indices(indices: ArgmaxIndices) -> TileIndices:
@@ -127,63 +116,77 @@ def _text_indices(indices: ArgmaxIndices) -> TileIndices:
 
 
 def _recompute(
-    texts: PackedBatch, images: PackedBatch, first: int, stop: int, N: int, M: int, budget: int
+    texts: PackedBatch,
+    images: PackedBatch,
+    part: tuple[int, int],
+    longest: tuple[int, int],
+    budget: int,
 ) -> ArgmaxIndices:
-    """The indices of all texts and the images [first, stop) of the sorted order."""
-    D = texts.features.shape[1]
-    most_text, most_image = tile_sizes(N, M, D, texts.features.dtype, budget, backward=False)
+    """Find the indices of all texts and the images [first, stop) = `part` of the sorted order.
+
+    longest: the padded lengths N and M.
+    """
+    (first, stop), (N, M) = part, longest
+    D, dtype = texts.features.shape[1], texts.features.dtype
+    most_text, most_image = tile_sizes(N, M, D, dtype, budget, backward=False)
+    text_chunks = make_chunks(texts.lengths, most_text)
     image_chunks = make_chunks(images.lengths, most_image, first, stop)
     sequence, row = image_chunks[0].sequence, image_chunks[0].row
-    new = texts.features.new_empty
+    i2t = len(texts.lengths), sum(images.lengths[first:stop])
+    t2i = sum(texts.lengths), stop - sequence
     indices = ArgmaxIndices(
-        new((len(texts.lengths), sum(images.lengths[first:stop])), dtype=index_dtype(M)),
-        new((sum(texts.lengths), stop - sequence), dtype=index_dtype(N)),
+        texts.features.new_empty(i2t, dtype=index_dtype(M)),
+        texts.features.new_empty(t2i, dtype=index_dtype(N)),
         sequence,
         row,
     )
-    compute_tiles(texts, images, make_chunks(texts.lengths, most_text), image_chunks, None, indices)
+    compute_tiles(Forward(texts, images, None, indices), text_chunks, image_chunks)
     return indices
 
 
-def _add_up(
-    own: PackedBatch,
-    other: PackedBatch,
-    own_chunks: list[Chunk],
-    other_chunks: list[Chunk],
-    grad_own: Tensor,
-    grad_other: Tensor,
-    tile_indices: TileIndices,
-    budget: int,
-    into: Tensor,
-    add: bool,
-) -> None:
-    """Write the gradient of the own side's features to `into` [B * P, D], or add it if `add`.
+@dataclass
+class SideGradient:
+    """The gradient of the own side's features.
 
-    grad_own, grad_other: [own sequences, other sequences], the gradients of the score that averages over own rows and
-    of the score that averages over other rows.
+    grads: [own sequences, other sequences], the gradients of the score that averages over own rows
+        and of the score that averages over other rows.
     """
-    most, most_other = largest(own_chunks), largest(other_chunks)
-    cpu, width = own.features.device.type == "cpu", Widths.of(own.wide)
-    shapes = [
-        (own_chunk.shape(), other_chunk.shape())
-        for own_chunk in own_chunks
-        for other_chunk in other_chunks
-    ]
-    panels = [
-        panel_rows(*pair, budget, width) * pair[1].rows for pair in shapes if by_product(*pair, cpu)
-    ]
-    buffers = Buffers.new(most, most_other, own.features, own.wide, max(panels, default=0))
-    load_buffers = other.load_buffers(most_other.rows)
-    for own_chunk in own_chunks:
-        sums = buffers.total[: own_chunk.height].zero_()
-        for other_chunk in other_chunks:
-            table = other.load(other_chunk, load_buffers)  # [other_rows, D]
-            tile = Tile(own, other, own_chunk, other_chunk, grad_own, grad_other)
-            if by_product(own_chunk.shape(), other_chunk.shape(), cpu):
-                rows = panel_rows(own_chunk.shape(), other_chunk.shape(), budget, width)
-                add_product(tile, tile_indices, table, rows, buffers, sums)
-            else:
-                won, lost = tile_indices(own_chunk, other_chunk)
-                add_won(tile, won, table, buffers, sums)
-                add_lost(tile, lost, table, buffers, sums)
-        own.store(own_chunk, sums, into, add)
+
+    own: PackedBatch
+    other: PackedBatch
+    own_chunks: list[Chunk]
+    other_chunks: list[Chunk]
+    grads: tuple[Tensor, Tensor]
+
+    def add_up(self, tile_indices: TileIndices, budget: int, into: Tensor, add: bool) -> None:
+        """Write the gradient to `into` [B * P, D], or add it if `add`."""
+        own, other = self.own, self.other
+        most, most_other = largest(self.own_chunks), largest(self.other_chunks)
+        cpu, width = own.features.device.type == "cpu", Widths.of(own.wide)
+        panel = self.panel_elements(budget, width, cpu)
+        buffers = Buffers.new(most, most_other, own.features, own.wide, panel)
+        load_buffers = other.load_buffers(most_other.rows)
+        for own_chunk in self.own_chunks:
+            sums = buffers.total[: own_chunk.height].zero_()
+            for other_chunk in self.other_chunks:
+                table = other.load(other_chunk, load_buffers)  # [other_rows, D]
+                tile = Tile(own, other, own_chunk, other_chunk, *self.grads)
+                shapes = own_chunk.shape(), other_chunk.shape()
+                if by_product(*shapes, cpu):
+                    rows = panel_rows(*shapes, budget, width)
+                    add_product(tile, tile_indices, table, rows, buffers, sums)
+                else:
+                    won, lost = tile_indices(own_chunk, other_chunk)
+                    add_won(tile, won, table, buffers, sums)
+                    add_lost(tile, lost, table, buffers, sums)
+            own.store(own_chunk, sums, into, add)
+
+    def panel_elements(self, budget: int, width: Widths, cpu: bool) -> int:
+        """The elements of the largest panel that a tile needs; 0 where none takes a product."""
+        most = 0
+        for own_chunk in self.own_chunks:
+            for other_chunk in self.other_chunks:
+                own, other = own_chunk.shape(), other_chunk.shape()
+                if by_product(own, other, cpu):
+                    most = max(most, panel_rows(own, other, budget, width) * other.rows)
+        return most

@@ -1,7 +1,7 @@
-"""Forward of the chunked backend: one matrix product per tile, from which both kinds of maxima are taken.
+"""Forward of the chunked backend: one matrix product per tile, from which both maxima are taken.
 
-Shape legend: I images, J texts, N patches, M text positions, D features; T tokens of c texts and K patches of i
-images in a tile.
+Shape legend: I images, J texts, N patches, M text positions, D features. A tile has T tokens of c
+texts and K patches of i images.
 """
 
 from typing import NamedTuple
@@ -13,12 +13,13 @@ from ds_cmli.cmli.check import index_dtype
 from ds_cmli.cmli.chunked.packed import Chunk, PackedBatch, largest, make_chunks, pack_both
 from ds_cmli.cmli.chunked.product import product
 from ds_cmli.cmli.chunked.tiling import tile_sizes
+from ds_cmli.cmli.inputs import Sides
 
 
 class ArgmaxIndices(NamedTuple):
-    """Argmax indices of all texts and of the images from number `sequence` on, the first of which begins at `row`.
+    """Argmax indices of all texts and of the images from number `sequence` on.
 
-    The package's docstring describes the layout.
+    The first of these images begins at `row`. The package's docstring describes the layout.
     """
 
     arg_i2t: Tensor  # [J, K]
@@ -27,96 +28,88 @@ class ArgmaxIndices(NamedTuple):
     row: int = 0
 
     def tile(self, text: Chunk, image: Chunk) -> tuple[Tensor, Tensor]:
-        """[c, K] and [T, i]"""
-        i2t = self.arg_i2t[text.sequences()].narrow(1, image.row - self.row, image.height)
-        return i2t, self.arg_t2i[text.rows()].narrow(
-            1, image.sequence - self.sequence, image.number
-        )
+        """The indices of one tile, views [c, K] and [T, i]."""
+        row, sequence = image.row - self.row, image.sequence - self.sequence
+        i2t = self.arg_i2t[text.sequences()].narrow(1, row, image.height)
+        t2i = self.arg_t2i[text.rows()].narrow(1, sequence, image.number)
+        return i2t, t2i
+
+
+class Forward(NamedTuple):
+    """Both sides, and what a pass over their tiles fills in; either of the two may be None."""
+
+    texts: PackedBatch
+    images: PackedBatch
+    scores: tuple[Tensor, Tensor] | None  # [I, J] each
+    indices: ArgmaxIndices | None
 
 
 def forward(
-    image: Tensor,
-    text: Tensor,
-    token_mask: Tensor,
-    image_mask: Tensor | None,
-    scratch_bytes: int,
-    save_argmax: bool,
+    sides: Sides, scratch_bytes: int, save_argmax: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Both scores [I, J], and the argmax indices as [I, J, N] and [I, J, M], empty unless `save_argmax`."""
-    (I, N, D), (J, M, _) = image.shape, text.shape  # noqa: E741
-    images, texts = pack_both(image, text, token_mask, image_mask)
-    s_i2t, s_t2i = (image.new_zeros((I, J), dtype=images.wide) for _ in range(2))
+    """Compute both scores [I, J] and the argmax indices.
+
+    The indices are returned as [I, J, N] and [I, J, M], empty unless `save_argmax`.
+    """
+    image = sides.image
+    (I, N, D), (J, M, _) = image.shape, sides.text.shape  # noqa: E741
+    images, texts = pack_both(sides)
+    s_i2t = image.new_zeros((I, J), dtype=images.wide)
+    s_t2i = image.new_zeros((I, J), dtype=images.wide)
     # Zeros, because the scores of empty sequences are never written.
     arg_i2t = image.new_zeros((I, J, N) if save_argmax else (0,), dtype=index_dtype(M))
     arg_t2i = image.new_zeros((I, J, M) if save_argmax else (0,), dtype=index_dtype(N))
-    indices = ArgmaxIndices(arg_i2t.view(J, I * N), arg_t2i.view(J * M, I)) if save_argmax else None
+    indices = None
+    if save_argmax:
+        indices = ArgmaxIndices(arg_i2t.view(J, I * N), arg_t2i.view(J * M, I))
     most_text, most_image = tile_sizes(N, M, D, image.dtype, scratch_bytes, backward=False)
-    chunks = make_chunks(texts.lengths, most_text), make_chunks(images.lengths, most_image)
-    compute_tiles(texts, images, *chunks, (s_i2t, s_t2i), indices)
+    text_chunks = make_chunks(texts.lengths, most_text)
+    image_chunks = make_chunks(images.lengths, most_image)
+    compute_tiles(Forward(texts, images, (s_i2t, s_t2i), indices), text_chunks, image_chunks)
     return s_i2t, s_t2i, arg_i2t, arg_t2i
 
 
-def compute_tiles(
-    texts: PackedBatch,
-    images: PackedBatch,
-    text_chunks: list[Chunk],
-    image_chunks: list[Chunk],
-    scores: tuple[Tensor, Tensor] | None,
-    indices: ArgmaxIndices | None,
-) -> None:
-    """Fill in scores and indices for all pairs of these chunks; either may be None."""
+def compute_tiles(wanted: Forward, text_chunks: list[Chunk], image_chunks: list[Chunk]) -> None:
+    """Fill in the scores and indices of all pairs of these chunks."""
+    texts, images = wanted.texts, wanted.images
     text_buffers = texts.load_buffers(largest(text_chunks).rows)
     image_buffers = images.load_buffers(largest(image_chunks).rows)
-    from_last = (texts.from_last(), images.from_last()) if indices is not None else None
+    from_last = None
+    if wanted.indices is not None:
+        from_last = texts.from_last(), images.from_last()
     for image_chunk in image_chunks:
         V = images.load(image_chunk, image_buffers)  # [K, D]
         for text_chunk in text_chunks:
             W = texts.load(text_chunk, text_buffers)  # [T, D]
-            _tile(V, W, texts, images, text_chunk, image_chunk, scores, indices, from_last)
+            _fill_tile(wanted, product(W, V), text_chunk, image_chunk, from_last)
 
 
-def _tile(
-    V: Tensor,
-    W: Tensor,
-    texts: PackedBatch,
-    images: PackedBatch,
+def _fill_tile(
+    wanted: Forward,
+    S: Tensor,
     text_chunk: Chunk,
     image_chunk: Chunk,
-    scores: tuple[Tensor, Tensor] | None,
-    indices: ArgmaxIndices | None,
     from_last: tuple[Tensor, Tensor] | None,
 ) -> None:
-    S = product(W, V)  # [T, K]
+    """Take both maxima of the similarities S [T, K], their means and their places."""
     best_token = S.new_empty(text_chunk.number, image_chunk.height)  # [c, K]
     for group in text_chunk.groups:
         torch.amax(group.by_sequence(S, 0), 1, out=best_token[group.sequences()])
     best_patch = S.new_empty(text_chunk.height, image_chunk.number)  # [T, i]
     for group in image_chunk.groups:
         torch.amax(group.by_sequence(S, 1), 2, out=best_patch[:, group.sequences()])
-    if scores is not None:
-        where = (images.order[image_chunk.sequences(), None], texts.order[text_chunk.sequences()])
-        mean = S.new_empty(text_chunk.number, image_chunk.number)  # [c, i]
-        for group in image_chunk.groups:
-            torch.sum(group.by_sequence(best_token, 1), 2, out=mean[:, group.sequences()])
-        mean *= images.scale[image_chunk.sequences()]
-        scores[0].index_put_(where, mean.t())
-        for group in text_chunk.groups:
-            torch.sum(group.by_sequence(best_patch, 0), 1, out=mean[group.sequences()])
-        mean *= texts.scale[text_chunk.sequences(), None]
-        scores[1].index_put_(where, mean.t())
-        del mean
-    if indices is None or from_last is None:
+    if wanted.scores is not None:
+        _write_means(wanted, best_token, best_patch, text_chunk, image_chunk)
+    if wanted.indices is None or from_last is None:
         return
-    # The first position equal to its maximum, three times faster than an argmax: equality as 0 or 1, times the
-    # distance from the last position, is largest at the first. Everything in place, S and the maxima included.
-    arg_i2t, arg_t2i = indices.tile(text_chunk, image_chunk)
+    # The first position equal to its maximum, three times faster than an argmax: equality as 0 or
+    # 1, times the distance from the last position, is largest at the first. Everything in place,
+    # S and the maxima included.
+    arg_i2t, arg_t2i = wanted.indices.tile(text_chunk, image_chunk)
     equal = torch.empty_like(S)
     for group in text_chunk.groups:
-        torch.eq(
-            group.by_sequence(S, 0),
-            best_token[group.sequences(), None],
-            out=group.by_sequence(equal, 0),
-        )
+        best = best_token[group.sequences(), None]
+        torch.eq(group.by_sequence(S, 0), best, out=group.by_sequence(equal, 0))
     equal *= from_last[0][text_chunk.rows(), None]
     for group in text_chunk.groups:
         torch.amax(group.by_sequence(equal, 0), 1, out=best_token[group.sequences()])
@@ -127,3 +120,25 @@ def _tile(
     for group in image_chunk.groups:
         torch.amax(group.by_sequence(S, 1), 2, out=best_patch[:, group.sequences()])
     arg_t2i.copy_(best_patch)
+
+
+def _write_means(
+    wanted: Forward,
+    best_token: Tensor,
+    best_patch: Tensor,
+    text_chunk: Chunk,
+    image_chunk: Chunk,
+) -> None:
+    """Write a tile's means of the maxima [c, K] over patches and [T, i] over tokens."""
+    texts, images, scores, _ = wanted
+    assert scores is not None
+    where = images.order[image_chunk.sequences(), None], texts.order[text_chunk.sequences()]
+    mean = best_token.new_empty(text_chunk.number, image_chunk.number)  # [c, i]
+    for group in image_chunk.groups:
+        torch.sum(group.by_sequence(best_token, 1), 2, out=mean[:, group.sequences()])
+    mean *= images.scale[image_chunk.sequences()]
+    scores[0].index_put_(where, mean.t())
+    for group in text_chunk.groups:
+        torch.sum(group.by_sequence(best_patch, 0), 1, out=mean[group.sequences()])
+    mean *= texts.scale[text_chunk.sequences(), None]
+    scores[1].index_put_(where, mean.t())

@@ -1,16 +1,20 @@
-"""One side of the score matrix, images or texts, without its padding: sequences sorted by length, valid rows only.
+"""One side of the score matrix without its padding: sequences sorted by length, valid rows only.
 
-Images and texts are handled in the same way. A chunk holds consecutive sequences of the sorted order as one matrix of
-valid rows. Sequences of equal length are neighbours in it and form a group, which can be viewed as [sequences,
-positions, ...]. No padding is multiplied, and no similarity has to be masked.
+Images and texts are handled in the same way. A chunk holds consecutive sequences of the sorted
+order as one matrix of valid rows. Sequences of equal length are neighbours in it and form a group,
+which can be viewed as [sequences, positions, ...]. No padding is multiplied, and no similarity has
+to be masked.
 
-Shape legend: B sequences, P positions of a sequence (padded), R valid rows of all sequences, D features.
+Shape legend: B sequences, P positions of a sequence (padded), R valid rows of all sequences,
+D features.
 """
 
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from ds_cmli.cmli.inputs import Sides
 
 
 class Group(NamedTuple):
@@ -26,17 +30,20 @@ class Group(NamedTuple):
 
     def by_sequence(self, rows: Tensor, dim: int) -> Tensor:
         """The group's part of `rows`, its dimension `dim` split in two: sequences and positions."""
-        return rows.narrow(dim, self.row, self.number * self.length).unflatten(
-            dim, (self.number, self.length)
-        )
+        part = rows.narrow(dim, self.row, self.number * self.length)
+        return part.unflatten(dim, (self.number, self.length))
 
 
 class ChunkShape(NamedTuple):
-    """Size of a chunk, or the largest sizes among several: rows, sequences, and rows of the longest sequence."""
+    """Size of a chunk, or the largest of each size among several chunks."""
 
     rows: int
     sequences: int
-    longest: int
+    longest: int  # rows of the longest sequence
+
+    def joined(self, other: "ChunkShape") -> "ChunkShape":
+        """The larger of each size."""
+        return ChunkShape(*map(max, self, other))
 
 
 class Chunk(NamedTuple):
@@ -61,9 +68,10 @@ class Chunk(NamedTuple):
 def make_chunks(
     lengths: list[int], most: ChunkShape, start: int = 0, stop: int | None = None
 ) -> list[Chunk]:
-    """Split the sequences [start, stop) of ascending `lengths` into chunks of at most `most` rows and sequences.
+    """Split the sequences [start, stop) of ascending `lengths` into chunks.
 
-    A chunk holds one sequence at least. Sequences of length 0 are in no chunk.
+    A chunk has at most the rows and sequences of `most`, but one sequence at least. Sequences of
+    length 0 are in no chunk.
     """
     chunks: list[Chunk] = []
     sequence, row = start, sum(lengths[:start])
@@ -90,39 +98,41 @@ def make_chunks(
 
 def largest(chunks: list[Chunk]) -> ChunkShape:
     """The largest of each size among the chunks."""
-    shapes = [b.shape() for b in chunks] or [ChunkShape(0, 0, 0)]
-    return ChunkShape(*(max(each) for each in zip(*shapes, strict=True)))
+    most = ChunkShape(0, 0, 0)
+    for chunk in chunks:
+        most = most.joined(chunk.shape())
+    return most
 
 
 class PackedBatch:
     """The features of one side and the tables that find its valid rows.
 
-    features [B, P, D]; mask [B, P] bool or None (all valid); lengths: valid positions of each sequence, on the host.
+    Args:
+        features: [B, P, D]
+        mask: [B, P] bool; None = all valid.
+        lengths: the valid positions of each sequence, on the host.
     """
 
     def __init__(self, features: Tensor, mask: Tensor | None, lengths: list[int]):
         B, P, D = features.shape
         device = features.device
-        self.features = features.contiguous().view(
-            B * P, D
-        )  # gradients get its strides, as the op promises them
+        # Gradients get the strides of this, as the op promises them.
+        self.features = features.contiguous().view(B * P, D)
         self.wide = torch.promote_types(features.dtype, torch.float32)
         order = sorted(range(B), key=lengths.__getitem__)
         self.lengths = [lengths[b] for b in order]
         self.order = torch.tensor(order, device=device)  # [B]
         self.counts = torch.tensor(self.lengths, device=device)  # [B]
-        self.scale = (
-            self.counts.clamp(min=1).to(self.wide).reciprocal_()
-        )  # [B] weight of a row in the mean
-        self.last = (
-            self.counts.cumsum(0).sub_(1).to(torch.int32)
-        )  # [B] row of each sequence's last valid position
-        self.source = None  # [R] each valid row's place in `features`; None if all rows are valid and in order
+        # [B] weight of a row in the mean
+        self.scale = self.counts.clamp(min=1).to(self.wide).reciprocal_()
+        # [B] row of each sequence's last valid position
+        self.last = self.counts.cumsum(0).sub_(1).to(torch.int32)
+        # [R] each valid row's place in `features`; None if all rows are valid and in order
+        self.source = None
         if mask is not None:
+            sorted_mask = mask.index_select(0, self.order).flatten()
             # nonzero_static instead of nonzero: the number is known, which avoids a CPU-GPU sync.
-            valid = torch.nonzero_static(
-                mask.index_select(0, self.order).flatten(), size=sum(lengths)
-            )[:, 0]
+            valid = torch.nonzero_static(sorted_mask, size=sum(lengths))[:, 0]
             self.source = self.order[valid // P].mul_(P).add_(valid.remainder_(P))
 
     def from_last(self) -> Tensor:
@@ -132,12 +142,12 @@ class PackedBatch:
         return rows.sub_(torch.arange(R, device=rows.device))
 
     def load_buffers(self, rows: int) -> tuple[Tensor, Tensor]:
-        """Buffers for `load`, for chunks of up to `rows` rows: one in the features' dtype and one in the wide dtype."""
+        """Buffers for `load` of up to `rows` rows, in the features' dtype and in the wide one."""
         D, same = self.features.shape[1], self.features.dtype == self.wide
-        narrow = self.features.new_empty(0 if same or self.source is None else rows, D)
-        return narrow, self.features.new_empty(
-            0 if same and self.source is None else rows, D, dtype=self.wide
-        )
+        narrow_rows = 0 if same or self.source is None else rows
+        wide_rows = 0 if same and self.source is None else rows
+        narrow = self.features.new_empty(narrow_rows, D)
+        return narrow, self.features.new_empty(wide_rows, D, dtype=self.wide)
 
     def load(self, chunk: Chunk, buffers: tuple[Tensor, Tensor]) -> Tensor:
         """The chunk's rows [height, D] in the dtype of the arithmetic."""
@@ -145,33 +155,30 @@ class PackedBatch:
         if self.source is None:
             rows = self.features[chunk.rows()]
         else:
-            out = narrow if narrow.shape[0] else wide
-            rows = torch.index_select(
-                self.features, 0, self.source[chunk.rows()], out=out[: chunk.height]
-            )
+            out = (narrow if narrow.shape[0] else wide)[: chunk.height]
+            rows = torch.index_select(self.features, 0, self.source[chunk.rows()], out=out)
         return rows if rows.dtype == self.wide else wide[: chunk.height].copy_(rows)
 
     def store(self, chunk: Chunk, rows: Tensor, into: Tensor, add: bool) -> None:
-        """Write, or add, the chunk's rows [height, D] to where they belong in `into` [B * P, D], in its dtype."""
+        """Write the chunk's rows [height, D] to their places in `into` [B * P, D], or add them."""
         if self.source is None:
             target = into[chunk.rows()]
-            target.add_(rows) if add else target.copy_(rows)
+            write = target.add_ if add else target.copy_
+            write(rows)
         else:
-            source, rows = self.source[chunk.rows()], rows.to(into.dtype)
-            into.index_add_(0, source, rows) if add else into.index_copy_(0, source, rows)
+            write = into.index_add_ if add else into.index_copy_
+            write(0, self.source[chunk.rows()], rows.to(into.dtype))
 
 
-def pack_both(
-    image: Tensor, text: Tensor, token_mask: Tensor, image_mask: Tensor | None
-) -> tuple[PackedBatch, PackedBatch]:
-    """Images and texts. Lengths go to the host, the one time that a GPU is waited for in forward, and in backward."""
-    (I, N, _), J = image.shape, text.shape[0]  # noqa: E741
-    counts = (
-        token_mask.sum(1)
-        if image_mask is None
-        else torch.cat([token_mask.sum(1), image_mask.sum(1)])
-    )
+def pack_both(sides: Sides) -> tuple[PackedBatch, PackedBatch]:
+    """Pack images and texts.
+
+    Lengths go to the host, the one time that a GPU is waited for in forward, and in backward.
+    """
+    (I, N, _), J = sides.image.shape, len(sides.text)  # noqa: E741
+    counts = sides.token_mask.sum(1)
+    if sides.image_mask is not None:
+        counts = torch.cat([counts, sides.image_mask.sum(1)])
     lengths = counts.tolist()  # CPU-GPU sync
-    return PackedBatch(image, image_mask, lengths[J:] or [N] * I), PackedBatch(
-        text, token_mask, lengths[:J]
-    )
+    images = PackedBatch(sides.image, sides.image_mask, lengths[J:] or [N] * I)
+    return images, PackedBatch(sides.text, sides.token_mask, lengths[:J])

@@ -13,7 +13,8 @@ def _is_amd() -> bool:
         return False
 
 
-# On AMD processors oneDNN's fp32 product is about twice as fast as MKL's, which torch.mm takes; on Intel's MKL leads.
+# On AMD processors oneDNN's fp32 product is about twice as fast as MKL's, which torch.mm takes; on
+# Intel's MKL leads.
 ONEDNN = torch.backends.mkldnn.is_available() and _is_amd()
 
 

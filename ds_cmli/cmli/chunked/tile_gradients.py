@@ -1,9 +1,10 @@
-"""What one tile adds to the gradient of one side, computed in two ways: by gathering rows, or by a matrix product.
+"""What one tile adds to the gradient of one side: by gathering rows, or by a matrix product.
 
-Shape legend: a tile is `rows` of `sequences` of its own side against `other_rows` of `other_sequences`; `table`
-[other_rows, D] holds the other side's features. `won` [rows, other_sequences] is the row of each other sequence at
-which an own row has its maximum, `lost` [sequences, other_rows] the own row at which each other row has its maximum;
-both count back from the last row of the sequence.
+Shape legend: a tile is `rows` of `sequences` of its own side against `other_rows` of
+`other_sequences`; `table` [other_rows, D] holds the other side's features. `won` [rows,
+other_sequences] is the row of each other sequence at which an own row has its maximum, `lost`
+[sequences, other_rows] the own row at which each other row has its maximum; both count back from
+the last row of the sequence.
 """
 
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from ds_cmli.cmli.chunked.packed import Chunk, ChunkShape, PackedBatch, make_chunks
 
-# Called with an own and an other chunk; returns the indices of both kinds, `won` and `lost` (see `backward`).
+# Called with an own and an other chunk; returns the indices of both kinds, `won` and `lost`.
 TileIndices = Callable[[Chunk, Chunk], tuple[Tensor, Tensor]]
 
 
@@ -29,11 +30,11 @@ class Tile(NamedTuple):
     grad_other: Tensor  # the same, over other rows
 
     def own_pairs(self) -> Tensor:
-        """[sequences, other_sequences] the weight of each own row's maximum, a copy in the dtype of the arithmetic."""
+        """The weight of each own row's maximum [sequences, other_sequences], a wide copy."""
         return self._pairs(self.grad_own).mul_(self.own.scale[self.own_chunk.sequences(), None])
 
     def other_pairs(self) -> Tensor:
-        """[sequences, other_sequences] the weight of each other row's maximum."""
+        """The weight of each other row's maximum [sequences, other_sequences]."""
         return self._pairs(self.grad_other).mul_(self.other.scale[self.other_chunk.sequences()])
 
     def _pairs(self, grad: Tensor) -> Tensor:
@@ -59,25 +60,24 @@ class Buffers:
     def new(
         cls, own: ChunkShape, other: ChunkShape, features: Tensor, wide: torch.dtype, panel: int
     ) -> "Buffers":
-        indices, new = (
-            max(own.rows * other.sequences, own.sequences * other.rows),
-            features.new_empty,
-        )
+        indices = max(own.rows * other.sequences, own.sequences * other.rows)
+        new = features.new_empty
         return cls(
-            new((own.rows, features.shape[1]), dtype=wide),
-            torch.arange(own.rows, dtype=torch.int32, device=features.device),
-            new(own.rows, dtype=torch.int64),
-            new(indices, dtype=torch.int32),
-            new(indices, dtype=torch.int32),
-            new(indices, dtype=torch.int64),
-            new(indices, dtype=wide),
-            new(indices, dtype=wide),
-            new(panel, dtype=wide),
+            total=new((own.rows, features.shape[1]), dtype=wide),
+            row_numbers=torch.arange(own.rows, dtype=torch.int32, device=features.device),
+            starts=new(own.rows, dtype=torch.int64),
+            index=new(indices, dtype=torch.int32),
+            keys=new(indices, dtype=torch.int32),
+            order=new(indices, dtype=torch.int64),
+            weight=new(indices, dtype=wide),
+            sorted_weight=new(indices, dtype=wide),
+            panel=new(panel, dtype=wide),
         )
 
 
 def add_won(tile: Tile, won: Tensor, table: Tensor, buffers: Buffers, sums: Tensor) -> None:
-    """Add to `sums` [rows, D] the weighted rows of kind `won`, in the order in which they are stored."""
+    """Add to `sums` [rows, D] the weighted rows of kind `won`, in the order in which they are
+    stored."""
     _, other, own_chunk, other_chunk, *_ = tile
     rows = buffers.index[: won.numel()].view(won.shape).copy_(won)
     # [rows, other_sequences] -> row of `table`
@@ -108,9 +108,8 @@ def add_lost(tile: Tile, lost: Tensor, table: Tensor, buffers: Buffers, sums: Te
     torch.searchsorted(keys, buffers.row_numbers[: own_chunk.height], out=starts)
     torch.index_select(weight, 0, order, out=buffers.sorted_weight[:n])
     rows = order.remainder_(other_chunk.height)
-    sums += F.embedding_bag(
-        rows, table, starts, per_sample_weights=buffers.sorted_weight[:n], mode="sum"
-    )
+    shares = buffers.sorted_weight[:n]
+    sums += F.embedding_bag(rows, table, starts, per_sample_weights=shares, mode="sum")
 
 
 def add_product(
@@ -121,36 +120,32 @@ def add_product(
     buffers: Buffers,
     sums: Tensor,
 ) -> None:
-    """Add both to `sums` [rows, D]: shares [rows, other_rows], zero but at argmax positions, times `table`.
+    """Add both kinds to `sums` [rows, D] by one product with `table`.
 
-    The matrix is made in panels of `most_rows` own rows. No two indices of a kind share a place in it, so the first
-    kind is written and the other, which may meet the first, added: in any order the same bits.
+    Its other operand are the shares [rows, other_rows], zero but at argmax positions. That matrix
+    is made in panels of `most_rows` own rows. No two indices of a kind share a place in it, so the
+    first kind is written and the other, which may meet the first, added: in any order the same
+    bits.
     """
     own, other, own_chunk, other_chunk, *_ = tile
-    won_by = (
-        tile.own_pairs(),
-        other.last[other_chunk.sequences()].to(torch.int64).sub_(other_chunk.row),
-    )
-    lost_to = (
-        tile.other_pairs(),
-        own.last[own_chunk.sequences()].to(torch.int64).sub_(own_chunk.row),
-    )
+    last_won = other.last[other_chunk.sequences()].to(torch.int64).sub_(other_chunk.row)
+    last_lost = own.last[own_chunk.sequences()].to(torch.int64).sub_(own_chunk.row)
+    own_pairs, other_pairs = tile.own_pairs(), tile.other_pairs()
     panel_shape = ChunkShape(most_rows, own_chunk.number, 0)
     stop = own_chunk.sequence + own_chunk.number
     for part in make_chunks(own.lengths, panel_shape, own_chunk.sequence, stop):
         won, lost = tile_indices(part, other_chunk)
         row = part.row - own_chunk.row
-        matrix = (
-            buffers.panel[: part.height * other_chunk.height]
-            .view(part.height, other_chunk.height)
-            .zero_()
-        )
-        kinds = [(1, won, _place_won, won_by), (0, lost, _place_lost, lost_to)]
-        kinds.sort(key=lambda kind: -kind[1].numel())  # writing runs on all threads, adding on one
-        for scatter, (dim, indices, place, by) in zip(
-            (matrix.scatter_, matrix.scatter_add_), kinds, strict=True
-        ):
-            scatter(dim, *place(indices, *by, tile, part, buffers))
+        flat = buffers.panel[: part.height * other_chunk.height]
+        matrix = flat.view(part.height, other_chunk.height).zero_()
+        # The buffers are shared: a kind's places are used before the other's are computed.
+        # Writing runs on all threads, adding on one, so the kind with more indices is written.
+        if won.numel() >= lost.numel():
+            matrix.scatter_(1, *_place_won(won, own_pairs, last_won, tile, part, buffers))
+            matrix.scatter_add_(0, *_place_lost(lost, other_pairs, last_lost, tile, part, buffers))
+        else:
+            matrix.scatter_(0, *_place_lost(lost, other_pairs, last_lost, tile, part, buffers))
+            matrix.scatter_add_(1, *_place_won(won, own_pairs, last_won, tile, part, buffers))
         sums[row : row + part.height].addmm_(matrix, table)
 
 

@@ -1,7 +1,7 @@
 """How large the chunked backend's tiles are, computed from what a tile holds in memory.
 
-`tile_sizes` makes tiles of the fastest size, or smaller ones until their bytes fit the budget; `peak_memory` adds up
-the same bytes for the chunks that a call really has.
+`tile_sizes` makes tiles of the fastest size, or smaller ones until their bytes fit the budget;
+`peak_memory` adds up the same bytes for the chunks that a call really has.
 
 Shape legend: T tokens of c texts, K patches of i images in a tile; D features.
 """
@@ -13,13 +13,15 @@ import torch
 from ds_cmli.cmli.chunked import product
 from ds_cmli.cmli.chunked.packed import ChunkShape
 
-# Tokens and patches of a tile, as measured: a forward tile (6 MB of fp32 similarities) stays in the last-level cache;
-# backward wants larger ones, as its tables are small and its sorts four times faster above 32,768 elements.
+# Tokens and patches of a tile, as measured: a forward tile (6 MB of fp32 similarities) stays in the
+# last-level cache; backward wants larger ones, as its tables are small and its sorts four times
+# faster above 32,768 elements.
 FORWARD_ROWS = (512, 3136)
 BACKWARD_ROWS = (2048, 6272)
 MOST_TEXTS = 64
-# A tile's gradient comes by a matrix product where its argmax positions are dense: one in so many pairs of rows, as
-# measured, which holds for short texts. Its operand, zeros elsewhere, is made in panels that stay in the cache.
+# A tile's gradient comes by a matrix product where its argmax positions are dense: one in so many
+# pairs of rows, as measured, which holds for short texts. Its operand, zeros elsewhere, is made in
+# panels that stay in the cache.
 DENSE_PAIRS = 16
 PANEL = 2**20  # elements
 
@@ -36,7 +38,8 @@ class Widths(NamedTuple):
 
 
 def load_bytes(rows: int, D: int, width: Widths, masked: bool) -> int:
-    """Bytes of `PackedBatch.load_buffers`: copies of rows that a mask selects, and of 16-bit rows in fp32."""
+    """Bytes of `PackedBatch.load_buffers`: copies of rows that a mask selects, and of 16-bit rows
+    in fp32."""
     narrow = masked and width.narrow < width.wide
     wide = masked or width.narrow < width.wide
     return rows * D * (narrow * width.narrow + wide * width.wide)
@@ -45,7 +48,8 @@ def load_bytes(rows: int, D: int, width: Widths, masked: bool) -> int:
 def forward_tile_bytes(
     text: ChunkShape, image: ChunkShape, width: Widths, scores: bool, indices: bool
 ) -> int:
-    """Bytes of a forward tile: similarities, both maxima, the means, and then the comparison with the maxima."""
+    """Bytes of a forward tile: similarities, both maxima, the means, and then the comparison with
+    the maxima."""
     (T, c, _), (K, i, _) = text, image
     return width.wide * (T * K + c * K + T * i + max(scores * c * i, indices * T * K))
 
@@ -59,13 +63,15 @@ def by_product(own: ChunkShape, other: ChunkShape, cpu: bool = True) -> bool:
 
 
 def panel_rows(own: ChunkShape, other: ChunkShape, scratch_bytes: int, width: Widths) -> int:
-    """The number of own rows in a panel: as many as an eighth of the budget holds, but at least one sequence."""
+    """The number of own rows in a panel: as many as an eighth of the budget holds, but at least one
+    sequence."""
     most = min(PANEL, scratch_bytes // 8 // width.wide)
     return min(own.rows, max(own.longest, most // max(1, other.rows)))
 
 
 def backward_buffer_bytes(own: ChunkShape, other: ChunkShape, D: int, width: Widths) -> int:
-    """Bytes held throughout one side's gradient: its rows, and a tile's argmax indices with their weights."""
+    """Bytes held throughout one side's gradient: its rows, and a tile's argmax indices with their
+    weights."""
     indices = max(own.rows * other.sequences, own.sequences * other.rows)
     return own.rows * (D * width.wide + 4 + 8) + indices * (4 + 4 + 8 + 2 * width.wide)
 
@@ -83,7 +89,8 @@ def product_tile_bytes(own: ChunkShape, other: ChunkShape, width: Widths) -> int
 
 
 def gather_tile_bytes(own: ChunkShape, other: ChunkShape, D: int, width: Widths) -> int:
-    """Bytes that operators allocate in a gathering tile: the sort, and embedding_bag, which has no `out=`."""
+    """Bytes that operators allocate in a gathering tile: the sort, and embedding_bag, which has no
+    `out=`."""
     won, lost = own.rows * other.sequences, own.sequences * other.rows
     bags = own.rows * D * width.wide
     if width.wide == 4:
@@ -94,10 +101,20 @@ def gather_tile_bytes(own: ChunkShape, other: ChunkShape, D: int, width: Widths)
     return max(gather, 8 * lost)
 
 
+def _gradient_bytes(
+    own: ChunkShape, other: ChunkShape, D: int, width: Widths, scratch_bytes: int
+) -> int:
+    """Bytes of one side's gradient, whichever way: shorter texts may come by a matrix product."""
+    tile = max(gather_tile_bytes(own, other, D, width), product_tile_bytes(own, other, width))
+    panel = panel_bytes(own, other, scratch_bytes, width)
+    return backward_buffer_bytes(own, other, D, width) + panel + tile
+
+
 def tile_sizes(
     N: int, M: int, D: int, dtype: torch.dtype, scratch_bytes: int, backward: bool
 ) -> tuple[ChunkShape, ChunkShape]:
-    """The largest allowed chunk of texts and chunk of images, for texts of up to M and images of up to N rows.
+    """The largest allowed chunk of texts and chunk of images, for texts of up to M and images of up
+    to N rows.
 
     One text and one image at least, even where these exceed the budget.
     """
@@ -108,15 +125,8 @@ def tile_sizes(
         text, image = ChunkShape(max(text_rows, M), texts, M), ChunkShape(images * N, images, N)
         need = load_bytes(text.rows, D, width, True) + load_bytes(image.rows, D, width, True)
         if backward:
-            # Shorter texts than these may come by a matrix product.
-            need += max(
-                backward_buffer_bytes(own, other, D, width)
-                + panel_bytes(own, other, scratch_bytes, width)
-                + max(
-                    gather_tile_bytes(own, other, D, width), product_tile_bytes(own, other, width)
-                )
-                for own, other in ((text, image), (image, text))
-            )
+            of_text = _gradient_bytes(text, image, D, width, scratch_bytes)
+            need += max(of_text, _gradient_bytes(image, text, D, width, scratch_bytes))
         else:
             need += forward_tile_bytes(text, image, width, True, True)
         if need <= scratch_bytes or (text_rows <= M and texts == images == 1):
@@ -125,15 +135,25 @@ def tile_sizes(
 
 
 class RecomputePlan(NamedTuple):
-    """How a backward that recomputes indices splits the images: into `number` parts of `images` images each."""
+    """How a backward that recomputes indices splits the images: into `number` parts of `images`
+    images each."""
 
     images: int
     number: int
     budget: int  # bytes that are left for tiles
 
     @classmethod
-    def of(cls, I: int, N: int, J: int, tokens: int, M: int, scratch_bytes: int) -> "RecomputePlan":  # noqa: E741
-        """The plan for J texts with `tokens` valid tokens: indices get half of the budget, and at least one image's."""
+    def of(
+        cls,
+        I: int,  # noqa: E741
+        N: int,
+        J: int,
+        tokens: int,
+        M: int,
+        scratch_bytes: int,
+    ) -> "RecomputePlan":
+        """The plan for J texts with `tokens` valid tokens: indices get half of the budget, and at
+        least one image's."""
         each = J * N * (1 if M <= 256 else 2) + tokens * (1 if N <= 256 else 2)
         images = min(I, max(1, scratch_bytes // 2 // each))
         return cls(images, -(-I // images), scratch_bytes // 2)

@@ -1,18 +1,22 @@
-"""The backward pass of the Triton backend: for each side one product with matrices built from argmax positions.
+"""The backward pass of the Triton backend: one product a side with matrices of argmax positions.
 
-    d_image[i, n] = sum_j  g_i2t[i,j]/N_i * text[j, a(i,j,n)]  +  sum_{j, m: b(i,j,m) = n} g_t2i[i,j]/M_j * text[j, m]
-    d_text[j, m]  = sum_i  g_t2i[i,j]/M_j * image[i, b(i,j,m)] +  sum_{i, n: a(i,j,n) = m} g_i2t[i,j]/N_i * image[i, n]
+    d_image[i, n] = sum_j  g_i2t[i,j]/N_i * text[j, a(i,j,n)]
+                  + sum_{j, m: b(i,j,m) = n} g_t2i[i,j]/M_j * text[j, m]
+    d_text[j, m]  = sum_i  g_t2i[i,j]/M_j * image[i, b(i,j,m)]
+                  + sum_{i, n: a(i,j,n) = m} g_i2t[i,j]/N_i * image[i, n]
 
-a, b are the winning token and patch (`arg_i2t`, `arg_t2i`), N_i and M_j count valid positions. Both lines are one
-formula with the roles changed, so there is one kernel: P is the side of the gradient, Q the source's.
+a, b are the winning token and patch (`arg_i2t`, `arg_t2i`), N_i and M_j count valid positions. Both
+lines are one formula with the roles changed, so there is one kernel: P is the side of the gradient,
+Q the source's.
 
-A program owns ROWS rows of the gradient, adds up over all of Q in a fixed order and writes each row once: no atomics,
-the same bits every time. Rows come in tiles of 16 positions listed over all sequences, and a program takes the next
-ROWS/16 tiles whichever sequences they belong to; the source comes in long steps and, for what is left of a sequence,
-steps of 16. So neither N=196 nor short texts waste products.
+A program owns ROWS rows of the gradient, adds up over all of Q in a fixed order and writes each row
+once: no atomics, the same bits every time. Rows come in tiles of 16 positions listed over all
+sequences, and a program takes the next ROWS/16 tiles whichever sequences they belong to; the source
+comes in long steps and, for what is left of a sequence, steps of 16. So neither N=196 nor short
+texts waste products.
 
-Shape legend: P, Q sequences of the two sides; D features; in a program R tiles, ROWS = 16 R rows, STEP source
-positions.
+Shape legend: P, Q sequences of the two sides; D features; in a program R tiles, ROWS = 16 R rows,
+STEP source positions.
 """
 
 import triton
@@ -21,8 +25,10 @@ import triton.language as tl
 
 @triton.jit
 def _indices(here, p, live, r, r_inside, p_win, q_win, p_grad, q_grad, p_factor, shrink, q_inverse,
-             p_win_p, p_win_q, q_win_p, q_win_q, grad_p, grad_q, Q_LEN, q_slots, STEP: tl.constexpr):  # fmt: skip
-    """What one step of the source needs: indices in P [16, R] and in Q [R, STEP], and their coefficients [R]."""
+             p_win_p, p_win_q, q_win_p, q_win_q, grad_p, grad_q, Q_LEN, q_slots,
+             STEP: tl.constexpr):  # fmt: skip
+    """What one step of the source needs: indices in P [16, R] and in Q [R, STEP], and their
+    coefficients [R]."""
     q = (here // q_slots).to(tl.int64)
     s = here % q_slots * 16 + tl.arange(0, STEP)
     p_won = tl.load(p_win + (p * p_win_p + q * p_win_q)[None, :] + r, mask=r_inside, other=0)
@@ -35,9 +41,9 @@ def _indices(here, p, live, r, r_inside, p_win, q_win, p_grad, q_grad, p_factor,
 
 
 @triton.jit
-def _add_steps(acc, code, total, terms, source, q_mask, d, p, live, r, r_inside, p_win, q_win, p_grad, q_grad,
-               p_factor, shrink, q_inverse, p_win_p, p_win_q, q_win_p, q_win_q, grad_p, grad_q, Q_LEN, q_slots,
-               D: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr, Q_MASKED: tl.constexpr,
+def _add_steps(acc, code, total, terms, source, q_mask, d, p, live, r, r_inside, p_win, q_win,
+               p_grad, q_grad, p_factor, shrink, q_inverse, p_win_p, p_win_q, q_win_p, q_win_q,
+               grad_p, grad_q, Q_LEN, q_slots, D: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr, Q_MASKED: tl.constexpr,
                TWO_TERMS: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
     dtype = acc.dtype
     here = tl.load(code)
@@ -48,9 +54,8 @@ def _add_steps(acc, code, total, terms, source, q_mask, d, p, live, r, r_inside,
         s = here % q_slots * 16 + tl.arange(0, STEP)
         row = (here // q_slots).to(tl.int64) * Q_LEN + s
         s_ok = s < Q_LEN
-        if (
-            Q_MASKED
-        ):  # what a masked position holds, NaN included, must not meet even a zero coefficient
+        # What a masked position holds, NaN included, must not meet even a zero coefficient.
+        if Q_MASKED:
             s_ok = tl.load(q_mask + row, mask=s_ok, other=0) != 0
         x = tl.load(
             source + row[:, None] * D + d[None, :], mask=s_ok[:, None] & (d[None, :] < D), other=0.0
@@ -60,7 +65,8 @@ def _add_steps(acc, code, total, terms, source, q_mask, d, p, live, r, r_inside,
         g += tl.where(q_won[None, :, :] == r[:, :, None], q_share[None, :, None], 0.0)
         g = tl.reshape(g, [ROWS, STEP])
 
-        # The next step's indices are asked for before this one's products, which hide their latency.
+        # The next step's indices are asked for before this one's products, which hide their
+        # latency.
         here = tl.load(code + t + 1)
         p_won, q_won, p_share, q_share = _indices(
             here, p, live, r, r_inside, p_win, q_win, p_grad, q_grad, p_factor, shrink, q_inverse,
@@ -69,8 +75,9 @@ def _add_steps(acc, code, total, terms, source, q_mask, d, p, live, r, r_inside,
         main = g.to(source.dtype.element_ty)
         acc = tl.dot(main, x, acc, input_precision="ieee", out_dtype=dtype)
         if TWO_TERMS:  # noqa: SIM102 - decided when compiled; the next one must not be
-            # A branch the compiler cannot resolve: of two products in one block it would take the second for a product
-            # of the first's result, as in attention, and give each warp all columns and more registers than there are.
+            # A branch the compiler cannot resolve: of two products in one block it would take the
+            # second for a product of the first's result, as in attention, and give each warp all
+            # columns and more registers than there are.
             if terms > 1:
                 rest = (g - main.to(dtype)).to(source.dtype.element_ty)
                 acc = tl.dot(rest, x, acc, input_precision="ieee", out_dtype=dtype)
@@ -148,13 +155,13 @@ def gradient_kernel(
 
     acc = tl.zeros([ROWS, BD], dtype)
     acc = _add_steps(
-        acc, long_code, tl.load(long_first + Q), terms, source, q_mask, d, p, live, r, r_inside, p_win, q_win, p_grad,
-        q_grad, p_factor, shrink, q_inverse, p_win_p, p_win_q, q_win_p, q_win_q, grad_p, grad_q, Q_LEN, q_slots,
-        D, ROWS, LONG, Q_MASKED, TWO_TERMS, STAGES)  # fmt: skip
+        acc, long_code, tl.load(long_first + Q), terms, source, q_mask, d, p, live, r, r_inside,
+        p_win, q_win, p_grad, q_grad, p_factor, shrink, q_inverse, p_win_p, p_win_q, q_win_p,
+        q_win_q, grad_p, grad_q, Q_LEN, q_slots, D, ROWS, LONG, Q_MASKED, TWO_TERMS, STAGES)  # fmt: skip
     acc = _add_steps(
-        acc, short_code, tl.load(short_first + Q), terms, source, q_mask, d, p, live, r, r_inside, p_win, q_win, p_grad,
-        q_grad, p_factor, shrink, q_inverse, p_win_p, p_win_q, q_win_p, q_win_q, grad_p, grad_q, Q_LEN, q_slots,
-        D, ROWS, 16, Q_MASKED, TWO_TERMS, STAGES)  # fmt: skip
+        acc, short_code, tl.load(short_first + Q), terms, source, q_mask, d, p, live, r, r_inside,
+        p_win, q_win, p_grad, q_grad, p_factor, shrink, q_inverse, p_win_p, p_win_q, q_win_p,
+        q_win_q, grad_p, grad_q, Q_LEN, q_slots, D, ROWS, 16, Q_MASKED, TWO_TERMS, STAGES)  # fmt: skip
 
     row = p[None, :] * P_LEN + r
     r_ok = r_inside

@@ -1,22 +1,24 @@
-"""The forward pass of the Triton backend: one tile product feeds the maxima of both directions; S stays on the chip.
+"""The forward pass of the Triton backend: one tile product feeds the maxima of both directions.
 
-A program owns a block of ROWS patches of one image and walks over the tiles of a group of texts. Where D fits, the
-block is loaded once and stays in shared memory while the texts stream past: about 200 FLOP per byte read, against 40
-for a program per pair. An image of one block writes its scores directly; an image of several blocks leaves the sum of
-its row maxima and its column maxima to `combine_kernel`.
+The similarities stay on the chip. A program owns a block of ROWS patches of one image and walks
+over the tiles of a group of texts. Where D fits, the block is loaded once and stays in shared
+memory while the texts stream past: about 200 FLOP per byte read, against 40 for a program per pair.
+An image of one block writes its scores directly; an image of several blocks leaves the sum of its
+row maxima and its column maxima to `combine_kernel`.
 
-Shape legend: I images, J texts, N patches, M text positions (padded), D features; BLOCKS = ceil(N / ROWS).
+Shape legend: I images, J texts, N patches, M text positions (padded), D features;
+BLOCKS = ceil(N / ROWS).
 """
 
 import triton
 import triton.language as tl
 
 NO_INDEX = tl.constexpr(0x7FFFFFFF)
-# ROWS is a power of two because Triton's tensors are, so N=196 runs as 256: 31% of the products are padding. As
-# 128 + 64 + 16 it would be 6%, but the three products then share one warp layout on sm_80 (each warp reads all of the
-# image: 8 times the shared memory traffic), or, kept apart by branches, each stages its part through shared memory
-# again for every tile; on sm_90 the tiles of S are converted between layouts through shared memory. Both cost more
-# than the padding.
+# ROWS is a power of two because Triton's tensors are, so N=196 runs as 256: 31% of the products are
+# padding. As 128 + 64 + 16 it would be 6%, but the three products then share one warp layout on
+# sm_80 (each warp reads all of the image: 8 times the shared memory traffic), or, kept apart by
+# branches, each stages its part through shared memory again for every tile; on sm_90 the tiles of S
+# are converted between layouts through shared memory. Both cost more than the padding.
 
 
 # Sizes that change with the batch select no compilation.
@@ -35,7 +37,7 @@ def forward_kernel(
     suspect,  # [1]: some input may give a NaN
     first,  # [J + 1] int32, first tile of each text
     code,  # [tiles + 1] int32, text * slots + place in the text; J * slots after the last
-    score_stride,  # elements from one image to the next in s_i2t; s_t2i has the same unless in blocks
+    score_stride,  # elements from one image to the next in s_i2t; in s_t2i too, unless in blocks
     i2t_stride,
     t2i_stride,
     J,
@@ -94,15 +96,15 @@ def forward_kernel(
                 w = tl.load(tokens + k, mask=m_inside[:, None] & k_ok, other=0.0)
                 s = tl.dot(v, tl.trans(w), s, input_precision="ieee", out_dtype=dtype)
 
-        # A maximum of the hardware passes over NaN. S can hold one only where an input is NaN, infinite or huge:
-        # only then is it looked for.
+        # A maximum of the hardware passes over NaN. S can hold one only where an input is NaN,
+        # infinite or huge: only then is it looked for.
         if check:
             bad = (s != s) & n_ok[:, None] & m_ok[None, :]
             found = tl.max(tl.max(bad.to(tl.int32), 1), 0) > 0
             poison = tl.where(found, float("nan"), poison)
 
-        # The index of a maximum is found by equality afterwards: fewer instructions than carrying it along, and the
-        # lowest one wins a tie.
+        # The index of a maximum is found by equality afterwards: fewer instructions than carrying
+        # it along, and the lowest one wins a tie.
         over_m = tl.where(m_ok[None, :], s, LOW)
         row = tl.max(over_m, 1)
         if SAVE:
@@ -162,7 +164,8 @@ def combine_kernel(
     WIDTH: tl.constexpr,
     SAVE: tl.constexpr,
 ):
-    """Scores of one pair from the results of the image's blocks, taken in order: the first of equals stays."""
+    """Scores of one pair from the results of the image's blocks, taken in order: the first of
+    equals stays."""
     i = tl.program_id(0).to(tl.int64) // J
     j = tl.program_id(0).to(tl.int64) % J
     m_count = tl.load(text_count + j)

@@ -12,9 +12,8 @@ from torch import Tensor
 
 class ForwardTiles(NamedTuple):
     rows: int  # patches a program holds
-    tokens: tuple[
-        int, ...
-    ]  # tile widths, ascending: a text takes the smallest that holds it, or several of the last
+    # Tile widths, ascending: a text takes the smallest that holds it, or several of the last.
+    tokens: tuple[int, ...]
     features: int  # features a product takes at a time
     warps: int
     stages: int
@@ -36,15 +35,17 @@ def power_of_two(n: int) -> int:
 def forward_tiles(
     N: int, M: int, D: int, dtype: torch.dtype, capability: tuple[int, int], shared: int
 ) -> ForwardTiles:
-    """Tiles for one device. Chosen from sizes that do not change between steps, never by timing: same input, same bits.
+    """Tiles for one device. Chosen from sizes that do not change between steps, never by timing:
+    same input, same bits.
 
-    `shared` is the shared memory a block may use: 163 KB on sm_80, 227 KB on sm_90, 99 KB on sm_86, sm_89 and sm_120.
-    16-bit inputs: an image's block stays resident and 8 warps read it from shared memory, which leaves the registers to
-    S and its maxima (ROWS=256, D=256: 131 KB and 80 to 231 registers). sm_90 reads the texts from shared memory too, so
-    it needs the tile in use and the one in flight; earlier ones hold the tile in use in registers, where a tile of 64
-    beside 256 rows comes too close to the 255 there are. 99 KB of shared memory hold 128 rows.
-    fp32 and fp64 run on plain multiply-adds (fp64 on its tensor cores), limited by arithmetic: small tiles, features in
-    turn.
+    `shared` is the shared memory a block may use: 163 KB on sm_80, 227 KB on sm_90, 99 KB on sm_86,
+    sm_89 and sm_120. 16-bit inputs: an image's block stays resident and 8 warps read it from shared
+    memory, which leaves the registers to S and its maxima (ROWS=256, D=256: 131 KB and 80 to 231
+    registers). sm_90 reads the texts from shared memory too, so it needs the tile in use and the
+    one in flight; earlier ones hold the tile in use in registers, where a tile of 64 beside 256
+    rows comes too close to the 255 there are. 99 KB of shared memory hold 128 rows. fp32 and fp64
+    run on plain multiply-adds (fp64 on its tensor cores), limited by arithmetic: small tiles,
+    features in turn.
     """
     widths = [width for width in (16, 32, 64) if width < 2 * M or width == 16]
     if dtype.itemsize > 2:
@@ -68,8 +69,9 @@ def forward_tiles(
 
 
 def backward_tiles(D: int, dtype: torch.dtype) -> BackwardTiles:
-    """Tiles of the gradient kernel, for sm_80 and sm_90 alike: 128 x 128 fp32 sums take 64 of 255 registers, and the
-    indices, coefficients and both terms of the product fit beside them; 256 features or steps of 64 spill."""
+    """Tiles of the gradient kernel, for sm_80 and sm_90 alike: 128 x 128 fp32 sums take 64 of 255
+    registers, and the indices, coefficients and both terms of the product fit beside them; 256
+    features or steps of 64 spill."""
     if dtype.itemsize > 2:
         return BackwardTiles(64, 16, min(64, power_of_two(D)), 8, 2)
     return BackwardTiles(128, 32, min(128, power_of_two(D)), 8, 3)
@@ -85,8 +87,8 @@ class Sequences:
             self.ends = self.counts
             self.mask = self.counts  # stands in for a pointer that is not read
         else:
-            # int16: Triton sizes the registers of a product by the narrowest type its operands depend on.
-            # Contiguous: that is how kernels read it.
+            # int16: Triton sizes the registers of a product by the narrowest type its operands
+            # depend on. Contiguous: that is how kernels read it.
             self.mask = mask.to(torch.int16, memory_format=torch.contiguous_format)
             self.counts = mask.sum(1, dtype=torch.int32)
             places = torch.arange(1, length + 1, dtype=torch.int16, device=device)
@@ -98,7 +100,8 @@ class Sequences:
 
 
 class TileList(NamedTuple):
-    """Tiles, sequence after sequence: `code[t] = sequence * slots + place`, places counted in tiles or 16 positions."""
+    """Tiles, sequence after sequence: `code[t] = sequence * slots + place`, places counted in tiles
+    or 16 positions."""
 
     code: Tensor  # [bound + 1] int32; after the last: of sequence `after`
     first: Tensor  # [X + 1] int32: the sequence's first tile; the last entry is the number of tiles
@@ -114,9 +117,11 @@ def tile_list(
     unit: int = 1,
     after: int = 0,
 ) -> TileList:
-    """List `count[x]` tiles of each sequence, the first at slot `base[x]`, the next `unit` slots further each.
+    """List `count[x]` tiles of each sequence, the first at slot `base[x]`, the next `unit` slots
+    further each.
 
-    `after` is the sequence that the entries after the last name: 0 is safe to load from, `sequences` is no text's.
+    `after` is the sequence that the entries after the last name: 0 is safe to load from,
+        `sequences` is no text's.
     """
     sequences = len(count)
     bound = sequences * bound_per_sequence
@@ -152,7 +157,8 @@ def row_tiles(side: Sequences) -> TileList:
 
 
 def source_steps(side: Sequences, step: int) -> tuple[TileList, TileList]:
-    """The same positions in steps of `step` and, where 16 are enough for what is left of a sequence, one of 16."""
+    """The same positions in steps of `step` and, where 16 are enough for what is left of a
+    sequence, one of 16."""
     slots = math.ceil(side.length / 16)
     long = side.ends // step + (side.ends % step > 16).to(torch.int32)
     short = (side.ends > long * step).to(torch.int32)
