@@ -1,8 +1,9 @@
-"""Registers the exported models with transformers, without importing transformers or what the models need.
+"""Registers the exported models with transformers, without importing transformers or what the
+models need.
 
-transformers learns of a package's models only through calls to its auto classes. `make` has these calls made as soon as
-the modules of the auto classes are imported. The classes registered here are placeholders: they import `ds_cmli.export`
-when the first model is loaded.
+transformers learns of a package's models only through calls to its auto classes. `make` has these
+calls made as soon as the modules of the auto classes are imported. The classes registered here are
+placeholders: they import `ds_cmli.export` when the first model is loaded.
 """
 
 import sys
@@ -43,7 +44,9 @@ REGISTER: dict[str, Callable[[Any], None]] = {
 
 
 class Finder:
-    """An import hook for `sys.meta_path` that calls the function of `REGISTER` after its module has been imported."""
+    """An import hook for `sys.meta_path` that calls the function of `REGISTER` after its module has
+    been imported.
+    """
 
     def __init__(self, names: set[str]):
         self.names = names

@@ -29,12 +29,11 @@ from ds_cmli.config.options import (
     START,
     WHAT,
     add,
-    check_early,
     resolve_config,
     tell_beside_json,
 )
-from ds_cmli.config.outputs import check_outputs
 from ds_cmli.config.schema import Config
+from ds_cmli.config.start_checks import check_early, check_outputs
 from ds_cmli.distributed.launchers import map_launcher_environment
 from ds_cmli.faults import preemption
 from ds_cmli.memory.profiler import Profiles
@@ -155,7 +154,7 @@ def run(
     from ds_cmli.checkpoint.checkpoints import Checkpoints
     from ds_cmli.data.bad import BAD_FILE, BadFile, BadSamples
     from ds_cmli.distributed import process_group as distributed
-    from ds_cmli.distributed.collective_flags import CollectiveFlags
+    from ds_cmli.distributed.process_group import CollectiveFlags
     from ds_cmli.engine import build, counts_line, plan, with_backend
     from ds_cmli.memory import out_of_memory
     from ds_cmli.metrics import Meter, NullWriter, open_writer
@@ -303,7 +302,7 @@ def next_batch(run: Run, batches: Iterator[Any]) -> tuple[Any, bool, bool]:
     )  # collective
     if failed:
         save_done(run)  # collectives
-        run.flags.raise_together(error)  # collective
+        run.flags.fail_together(error)  # collective
     assert batch is not None
     return batch, stop, save_due
 

@@ -199,6 +199,7 @@ def _worker(rank, world_size, port, function, arguments, results):
     import torch.distributed as dist
 
     torch.set_num_threads(1)
+    os.environ.setdefault("LOCAL_RANK", str(rank))  # DeepSpeed asks for it
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world_size)
     try:
         results[rank] = function(rank, world_size, *arguments)

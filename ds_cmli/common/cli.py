@@ -1,4 +1,6 @@
-"""What all commands share: grouped options, and how they end. A user's mistake ends in one line and exit code 2."""
+"""What all commands share: grouped options, and how they end. A user's mistake ends in one line and
+exit code 2.
+"""
 
 import atexit
 import contextlib
@@ -9,11 +11,14 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
 from ds_cmli.common.errors import UserError
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
 
 
 class GroupedOption(click.Option):
@@ -48,7 +53,8 @@ def say(*lines: str | None) -> None:
 
 @contextlib.contextmanager
 def json_on_stdout(alone: bool = True) -> Iterator[Callable[[Any], None]]:
-    """Yields a function that prints a value to stdout as JSON; inside, everything else that is printed goes to stderr.
+    """Yields a function that prints a value to stdout as JSON; inside, everything else that is
+    printed goes to stderr.
 
     With `alone=False` nothing is redirected.
     """
@@ -69,7 +75,9 @@ def _is_main() -> bool:
 
 
 def check_writable(name: str) -> None:
-    """Raise `UserError` if the file cannot be written. To be called before the work whose result it will hold."""
+    """Raise `UserError` if the file cannot be written. To be called before the work whose result it
+    will hold.
+    """
     try:
         with open(name, "a"):
             pass
@@ -81,7 +89,8 @@ def run_command(command: click.Command, prints_results: bool = True) -> NoReturn
     """Run a click command and end the process with its exit code.
 
     Args:
-        prints_results: what it prints is what it was started for, so that an output that is lost is an error.
+        prints_results: what it prints is what it was started for, so that an output that is lost is
+            an error.
     """
     guard_streams()
     code = exit_code(command)
@@ -126,15 +135,13 @@ def refuse_twice(command: click.Command, arguments: list[str]) -> None:
         except click.UsageError:
             return  # click reports it
     for option in once:
-        given = values.get(option.name, ())
+        name, given = option.opts[0], values.get(option.name, ())
         if len(given) > 1 and not (option.is_flag and len({*given}) == 1):
             if option.is_flag:
-                raise UserError(
-                    f"{option.opts[0]} and {option.secondary_opts[0]} contradict each other: keep one"
-                )
-            raise UserError(
-                f"{option.opts[0]} is given {len(given)} times ({', '.join(map(repr, given))}): keep one"
-            )
+                other = option.secondary_opts[0]
+                raise UserError(f"{name} and {other} contradict each other: keep one")
+            values_given = ", ".join(map(repr, given))
+            raise UserError(f"{name} is given {len(given)} times ({values_given}): keep one")
 
 
 def _collecting(option: click.Option) -> click.Option:
@@ -146,8 +153,9 @@ def _collecting(option: click.Option) -> click.Option:
 def leave(code: int) -> NoReturn:
     """End the process with this exit code, even if threads of libraries are still running.
 
-    During the interpreter's normal shutdown such a thread can abort the process ("terminate called without an active
-    exception"). A scheduler would then count a run that has finished, or that has saved and is to go on, as failed.
+    During the interpreter's normal shutdown such a thread can abort the process ("terminate called
+    without an active exception"). A scheduler would then count a run that has finished, or that has
+    saved and is to go on, as failed.
     """
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
@@ -167,11 +175,11 @@ READER_GONE = (errno.EPIPE, errno.EIO, errno.ECONNRESET)
 
 
 class _Lasting(io.FileIO):
-    """A stream's file, whose errors are kept and not raised. Attribute: `lost`, the first of them."""
+    """A stream's file, whose errors are kept and not raised."""
 
-    lost: OSError | None = None
+    lost: OSError | None = None  # the first error
 
-    def write(self, data) -> int:
+    def write(self, data: "Buffer", /) -> int:
         try:
             return super().write(data) or 0
         except OSError as error:
@@ -183,7 +191,9 @@ _guarded: dict[str, _Lasting] = {}
 
 
 def guard_streams() -> None:
-    """Replace stdout and stderr by streams that do not fail. To be called before files are opened; once is enough."""
+    """Replace stdout and stderr by streams that do not fail. To be called before files are opened;
+    once is enough.
+    """
     if _guarded:
         return
     for number in range(
@@ -206,7 +216,9 @@ def guard_streams() -> None:
 
 
 def lost_output() -> str | None:
-    """What is to be told of an output that could not be written to stdout; None if nobody wanted to read it."""
+    """What is to be told of an output that could not be written to stdout; None if nobody wanted to
+    read it.
+    """
     file = _guarded.get("stdout")
     if file is None or file.lost is None or file.lost.errno in READER_GONE:
         return None

@@ -11,7 +11,7 @@ class UserError(Exception):
 
 
 def nearest(name: str, known: Iterable[object]) -> str:
-    """Hint at what an unknown name may mean: `did you mean 'x'?`, or else the list of known names."""
+    """Hint at what an unknown name may mean: `did you mean 'x'?`, or else all known names."""
     import difflib
 
     names = sorted(map(str, known))

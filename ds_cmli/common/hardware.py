@@ -1,4 +1,4 @@
-"""What is asked and set of this machine: bf16, the allocator of the host's memory, reproducibility."""
+"""What is asked and set of this machine: bf16, the host's allocator, reproducibility."""
 
 import ctypes
 import os
@@ -20,10 +20,11 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 
 def bf16_is_fast() -> bool:
-    """Whether this processor multiplies bf16 matrices with instructions of its own, and oneDNN may use them.
+    """Whether this processor multiplies bf16 matrices with instructions of its own, and oneDNN may
+    use them.
 
-    Other processors compute bf16 in fp32 and convert at each load, so that a linear layer takes two to five times as
-    long as in fp32.
+    Other processors compute bf16 in fp32 and convert at each load, so that a linear layer takes two
+    to five times as long as in fp32.
     """
     import torch
 
@@ -41,10 +42,12 @@ def bf16_is_fast() -> bool:
 
 
 def keep_freed_memory() -> None:
-    """Let glibc's allocator keep freed memory for the next step instead of returning it to the system.
+    """Let glibc's allocator keep freed memory for the next step instead of returning it to the
+    system.
 
-    Otherwise every large tensor gets new pages, which the system clears at their first use; the update of the weights
-    then took twice as long. Other allocators (jemalloc, tcmalloc) are not affected.
+    Otherwise every large tensor gets new pages, which the system clears at their first use; the
+    update of the weights then took twice as long. Other allocators (jemalloc, tcmalloc) are not
+    affected.
     """
     try:
         libc = ctypes.CDLL("libc.so.6")
@@ -57,10 +60,11 @@ def keep_freed_memory() -> None:
 def enforce_determinism() -> None:
     """Make results bitwise reproducible on one kind of device, by PyTorch's own switches.
 
-    On a GPU, attention, convolutions and scatter operations then use their deterministic kernels, which are slower; an
-    operation without such a kernel stops the run with an error that names it. On a CPU nothing changes, because runs
-    with the same number of threads are reproducible anyway. To be called before the first GPU operation, because
-    cuBLAS reads its workspace setting only once.
+    On a GPU, attention, convolutions and scatter operations then use their deterministic kernels,
+    which are slower; an operation without such a kernel stops the run with an error that names it.
+    On a CPU nothing changes, because runs with the same number of threads are reproducible anyway.
+    To be called before the first GPU operation, because cuBLAS reads its workspace setting only
+    once.
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     import torch

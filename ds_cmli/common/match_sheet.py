@@ -1,4 +1,5 @@
-"""Draws a match map as one picture: the picture itself, and a tile for each word, tinted where the word fits.
+"""Draws a match map as one picture: the picture itself, and a tile for each word, tinted where the
+word fits.
 
 Shapes: S image side in pixels, N patches, M words.
 """
@@ -35,7 +36,8 @@ class Matched(Protocol):
 
 
 def sheet(image: Tensor, text: str, matches: Mapping[str, Matched]) -> np.ndarray:
-    """Draw a caption and its picture, uint8 [3, S, S], with a block for each named model: uint8 [height, width, 3].
+    """Draw a caption and its picture, uint8 [3, S, S], with a block for each named model: uint8
+    [height, width, 3].
 
     A tint rises with the square of where a similarity lies between the word's lowest and highest;
     a frame marks its best patch (the first, if tied).
@@ -83,7 +85,9 @@ def _row(number: int) -> int:
 
 
 def _places(words: int, columns: int) -> list[tuple[int, int]]:
-    """The row and column of each word: two rows beside the picture, and then rows of the whole width."""
+    """The row and column of each word: two rows beside the picture, and then rows of the whole
+    width.
+    """
     beside = [(row, column + 2) for row in range(2) for column in range(columns)]
     whole = columns + 2
     return [*beside, *((2 + i // whole, i % whole) for i in range(words))][:words]

@@ -1,6 +1,8 @@
-"""A table of every place where a library is changed at run time, and functions that replace attributes.
+"""A table of every place where a library is changed at run time, and functions that replace
+attributes.
 
-`tests/common/test_patches.py` shows for each entry that the installed version of the library still needs the patch.
+`tests/common/test_patches.py` shows for each entry that the installed version of the library still
+needs the patch.
 """
 
 import importlib
@@ -22,7 +24,9 @@ class Patch:
     reason: str
 
     def targets(self) -> list[tuple[Any, str]]:
-        """The pairs (owner, attribute) that the installed version has; raises `AttributeError` if it has none."""
+        """The pairs (owner, attribute) that the installed version has; raises `AttributeError` if
+        it has none.
+        """
         module, _, path = self.owner.partition(":")
         owner = reduce(getattr, path.split(".") if path else (), importlib.import_module(module))
         found = [(owner, name) for name in self.attributes if hasattr(owner, name)]
@@ -33,86 +37,109 @@ class Patch:
 
 TORCH, DEEPSPEED = "2.13.0", "0.19.8"
 ZERO = "deepspeed.runtime.zero"
+ACCELERATOR = "deepspeed.accelerator.cpu_accelerator:CPU_Accelerator"
+COORDINATOR = f"{ZERO}.partitioned_param_coordinator:PartitionedParameterCoordinator"
+_READS_VALUES = (
+    "It reads values from tensors, which have none in a prediction, where ranks are alike."
+)
+_MAKES_VIEWS = (
+    "A loop over all ranks makes views, which takes minutes in a prediction for many ranks."
+)
+_ASKS_HERE = "It answers for the machine that predicts, not for the device that is predicted."
 PATCHES = {
     "timm: loaded keys": Patch(
-        "1.0.31", "timm.models._builder", ("load_pretrained",),
+        "1.0.31",
+        "timm.models._builder",
+        ("load_pretrained",),
         "It does not return which keys of the pretrained weights it has used.",
     ),
     "transformers: mask": Patch(
-        "5.24.0", "transformers.masking_utils", ("is_tracing",),
-        "It takes a tensor without data for a traced one, and keeps the mask of texts without padding.",
+        "5.24.0",
+        "transformers.masking_utils",
+        ("is_tracing",),
+        "It takes a tensor without data for a traced one, and keeps the mask of unpadded texts.",
     ),
     "huggingface_hub: offline": Patch(
-        "2.4.0", "huggingface_hub.constants", ("HF_HUB_OFFLINE",),
+        "2.4.0",
+        "huggingface_hub.constants",
+        ("HF_HUB_OFFLINE",),
         "A hub that does not answer is asked again and again, for up to a minute.",
     ),
     "deepspeed: compiled operators": Patch(
-        DEEPSPEED, "deepspeed.ops", ("__compatible_ops__",),
+        DEEPSPEED,
+        "deepspeed.ops",
+        ("__compatible_ops__",),
         "On a CPU it compiles shared-memory collectives at the first start, which takes minutes.",
     ),
     "deepspeed: recovery script": Patch(
-        DEEPSPEED, "deepspeed.runtime.engine:DeepSpeedEngine", ("_copy_recovery_script",),
-        "It copies a script into each checkpoint that writes fp32 weights, which `student.safetensors` already holds.",
+        DEEPSPEED,
+        "deepspeed.runtime.engine:DeepSpeedEngine",
+        ("_copy_recovery_script",),
+        "It copies a script into each checkpoint that writes the weights of student.safetensors.",
     ),
     "deepspeed: ranks compared": Patch(
-        DEEPSPEED, f"{ZERO}.utils", ("assert_lst_len_same_as_other_ranks",),
-        "It reads values from tensors, which have none in a prediction, where all ranks are alike.",
+        DEEPSPEED, f"{ZERO}.utils", ("assert_lst_len_same_as_other_ranks",), _READS_VALUES
     ),
     "deepspeed: rank 0 copied": Patch(
-        DEEPSPEED, f"{ZERO}.utils", ("get_lst_from_rank0",),
-        "It reads values from tensors, which have none in a prediction, where all ranks are alike.",
+        DEEPSPEED, f"{ZERO}.utils", ("get_lst_from_rank0",), _READS_VALUES
     ),
     "deepspeed: gathered parameters": Patch(
-        DEEPSPEED, f"{ZERO}.partitioned_param_coordinator:PartitionedParameterCoordinator",
+        DEEPSPEED,
+        COORDINATOR,
         ("_PartitionedParameterCoordinator__all_gather_params_",),
-        "A loop over all ranks makes a view for each, which takes minutes in a prediction for many ranks.",
+        _MAKES_VIEWS,
     ),
     "deepspeed: gathered together": Patch(
-        DEEPSPEED, f"{ZERO}.partition_parameters:AllGatherCoalescedHandle", ("wait",),
-        "A loop over all ranks makes a view for each, which takes minutes in a prediction for many ranks.",
+        DEEPSPEED, f"{ZERO}.partition_parameters:AllGatherCoalescedHandle", ("wait",), _MAKES_VIEWS
     ),
     "deepspeed: scattered gradients": Patch(
-        DEEPSPEED, f"{ZERO}.stage3", ("reduce_scatter_coalesced",),
-        "A loop over all ranks makes a view for each, which takes minutes in a prediction for many ranks.",
+        DEEPSPEED, f"{ZERO}.stage3", ("reduce_scatter_coalesced",), _MAKES_VIEWS
     ),
     "deepspeed: flattened parameters": Patch(
-        DEEPSPEED, f"{ZERO}.stage_1_and_2:DeepSpeedZeroOptimizer", ("flatten_dense_tensors_aligned",),
-        "It flattens on the host where the device has no room; in a prediction both have the type cpu.",
+        DEEPSPEED,
+        f"{ZERO}.stage_1_and_2:DeepSpeedZeroOptimizer",
+        ("flatten_dense_tensors_aligned",),
+        "It flattens on the host if the device has no room; in a prediction both have type cpu.",
     ),
-    "deepspeed: device has fp16": Patch(
-        DEEPSPEED, "deepspeed.accelerator.cpu_accelerator:CPU_Accelerator", ("is_fp16_supported",),
-        "It answers for the machine that predicts, not for the device that is predicted.",
-    ),
-    "deepspeed: free memory": Patch(
-        DEEPSPEED, "deepspeed.accelerator.cpu_accelerator:CPU_Accelerator", ("available_memory",),
-        "It answers for the machine that predicts, not for the device that is predicted.",
-    ),
+    "deepspeed: device has fp16": Patch(DEEPSPEED, ACCELERATOR, ("is_fp16_supported",), _ASKS_HERE),
+    "deepspeed: free memory": Patch(DEEPSPEED, ACCELERATOR, ("available_memory",), _ASKS_HERE),
     "torch: linear": Patch(
-        TORCH, "torch.nn.functional", ("linear",),
-        "ZeRO-3 replaces it for the rest of the process by a function that keeps less for backward.",
+        TORCH,
+        "torch.nn.functional",
+        ("linear",),
+        "ZeRO-3 replaces it for good by a function that keeps less for backward.",
     ),
     "torch: module conversion": Patch(
-        TORCH, "torch.nn:Module", ("_apply",),
+        TORCH,
+        "torch.nn:Module",
+        ("_apply",),
         "It replaces parameters without data even where nothing changes, and then fails.",
     ),
     "torch: copy to the host": Patch(
-        TORCH, "torch:Tensor", ("cpu",),
+        TORCH,
+        "torch:Tensor",
+        ("cpu",),
         "In a prediction the device has the type cpu too, so that the copy would take no memory.",
     ),
     "torch: messages": Patch(
-        TORCH, "torch.distributed", ("batch_isend_irecv",),
+        TORCH,
+        "torch.distributed",
+        ("batch_isend_irecv",),
         "The fake process group gathers and sums, but delivers no message.",
     ),
     "torch: collectives": Patch(
-        TORCH, "torch.distributed:ProcessGroup",
+        TORCH,
+        "torch.distributed:ProcessGroup",
         ("allgather", "_allgather_base", "all_gather_single", "allreduce", "broadcast"),
-        "gloo's thread releases tensors a moment after the caller goes on, where the profiler does not see it.",
+        "gloo's thread releases tensors a moment later, where the profiler does not see it.",
     ),
     "torch: scattering collectives": Patch(
-        TORCH, "torch.distributed:ProcessGroup", ("_reduce_scatter_base", "reduce_scatter_single"),
-        "gloo's thread releases tensors and its copies of them a moment after the caller goes on.",
+        TORCH,
+        "torch.distributed:ProcessGroup",
+        ("_reduce_scatter_base", "reduce_scatter_single"),
+        "gloo's thread releases tensors and its copies of them a moment later.",
     ),
-}  # fmt: skip
+}
 
 
 @contextmanager
@@ -132,7 +159,8 @@ def patch_for_good(name: str, value: Any) -> None:
 
 @contextmanager
 def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """Inside, `owner.name` is `value`; afterwards it is what it was, or is inherited again if it was inherited.
+    """Inside, `owner.name` is `value`; afterwards it is what it was, or is inherited again if it
+    was inherited.
 
     This is for objects of this package. Attributes of libraries need an entry in the table above.
     """

@@ -1,4 +1,6 @@
-"""Access to matplotlib, which is optional and draws to files only, and the look of charts and pages."""
+"""Access to matplotlib, which is optional and draws to files only, and the look of charts and
+pages.
+"""
 
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -6,9 +8,9 @@ from typing import Any
 
 from ds_cmli.common.errors import UserError
 
-# The colours of every chart and page: the same on light and on dark paper. Any two stay apart for readers with
-# deuteranopia and protanopia too: by 0.07 and more in OKLab, in a simulation of both (Machado, Oliveira and Fernandes,
-# 2009).
+# The colours of every chart and page: the same on light and on dark paper. Any two stay apart for
+# readers with deuteranopia and protanopia too: by 0.07 and more in OKLab, in a simulation of both
+# (Machado, Oliveira and Fernandes, 2009).
 COLOURS = (
     "#6f4bd8",
     "#009e73",
@@ -58,13 +60,15 @@ def installed() -> bool:
 
 
 def check_installed(needed_by: str) -> None:
-    """Raise `UserError` if matplotlib is missing. To be called before the work whose result will be drawn."""
+    """Raise `UserError` if matplotlib is missing. To be called before the work whose result will be
+    drawn.
+    """
     if not installed():
         raise UserError(f"{needed_by} needs matplotlib: pip install matplotlib")
 
 
 def matplotlib(needed_by: str) -> Any:
-    """The module pyplot, set to draw to files. Raises `UserError` if matplotlib is not installed."""
+    """The module pyplot, set to draw to files; raises `UserError` if it is not installed."""
     check_installed(needed_by)
     import matplotlib
 
@@ -84,7 +88,9 @@ def titled(figure: Any, finding: str, what: str = "") -> None:
 
 
 def apart(places: Sequence[float], gap: float) -> list[float]:
-    """The places of labels, moved so that any two are at least `gap` apart, in their order and around their middle."""
+    """The places of labels, moved so that any two are at least `gap` apart, in their order and
+    around their middle.
+    """
     order = sorted(range(len(places)), key=places.__getitem__)
     groups: list[tuple[float, int]] = []  # (middle, labels) of those that touch
     for i in order:

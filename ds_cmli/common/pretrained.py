@@ -1,4 +1,6 @@
-"""How libraries load pretrained models here: without running code from files, quietly, and without long waits."""
+"""How libraries load pretrained models here: without running code from files, quietly, and without
+long waits.
+"""
 
 import logging
 import re
@@ -15,8 +17,8 @@ def loading(hub: bool) -> Iterator[None]:
     """A context for every call that loads a model or a tokenizer.
 
     Args:
-        hub: whether the call may ask the model hub. If the hub does not answer the first request, only its local cache
-            is used; the library itself would retry for up to a minute.
+        hub: whether the call may ask the model hub. If the hub does not answer the first request,
+            only its local cache is used; the library itself would retry for up to a minute.
     """
     from huggingface_hub import constants
     from transformers.utils.logging import disable_progress_bar
@@ -46,12 +48,15 @@ def _answers(url: str) -> bool:
 
 
 def refused_code(error: Exception) -> str | None:
-    """The message for a pickle that torch refuses, whose own message advises to run the code. None for other errors."""
+    """The message for a pickle that torch refuses, whose own message advises to run the code. None
+    for other errors.
+    """
     text = str(error)
     if "weights_only" not in text and type(error).__name__ != "UnpicklingError":
         return None
     named = re.search(r"(?:GLOBAL|globals:) ([\w.]+\w)", text)
-    return f"it holds more than tensors{f' ({named[1]})' if named else ''}, and code in pickles is never run"
+    what = f"tensors ({named[1]})" if named else "tensors"
+    return f"it holds more than {what}, and code in pickles is never run"
 
 
 def reason(error: Exception) -> str:
@@ -61,11 +66,17 @@ def reason(error: Exception) -> str:
     if refused is not None:
         return f"{refused}: give a .safetensors file, or a state dict that torch.save wrote"
     if "trust_remote_code" in text:
-        return "it needs code of its own, which is never run: choose a model that the transformers library has"
+        return (
+            "it needs code of its own, which is never run: choose a model that the transformers "
+            "library has"
+        )
     if (
         type(error).__name__ in ("LocalEntryNotFoundError", "OfflineModeIsEnabled")
         or "couldn't connect" in text
     ):
-        return "the model hub cannot be reached and its cache does not have it: give a local path, or another model"
+        return (
+            "the model hub cannot be reached and its cache does not have it: give a local path, or "
+            "another model"
+        )
     alone = isinstance(error, KeyError | IndexError) or not text
     return (f"{type(error).__name__}: {text}" if alone else text)[:300]

@@ -1,10 +1,11 @@
-"""What training reports while it runs: the only place where prediction and measurement reach into it.
+"""What training reports while it runs: the only place where prediction and measurement reach into
+it.
 
-Training calls the methods of `probe`, the head of a chain of subscribers. With no subscriber they do
-what training does, which is almost nothing. The memory tracker, the meter of the speed and the
-counter of traffic subscribe to the events. The prediction of memory, whose tensors hold no data, also
-answers the questions below in another way: it runs fewer turns of a loop, and makes a copy where a
-tensor would move to another device.
+Training calls the methods of `probe`, the head of a chain of subscribers. With no subscriber they
+do what training does, which is almost nothing. The memory tracker, the meter of the speed and the
+counter of traffic subscribe to the events. The prediction of memory, whose tensors hold no data,
+also answers the questions below in another way: it runs fewer turns of a loop, and makes a copy
+where a tensor would move to another device.
 
 It lies below all rooms because the all-pairs op and its exchange between ranks report to it too.
 """
@@ -40,7 +41,7 @@ class Probe:
     # --- events
 
     def scope(self, category: str) -> AbstractContextManager[object]:
-        """Enter a context in which all that is allocated belongs to a category of a memory report."""
+        """Enter a context whose allocations belong to a category of a memory report."""
         return nullcontext() if self.below is None else self.below.scope(category)
 
     def step_phase(self, name: str) -> AbstractContextManager[object]:
@@ -52,7 +53,7 @@ class Probe:
         return nullcontext() if self.below is None else self.below.exchanging()
 
     def texts_from(self, first: int) -> None:
-        """Report the place, among the texts of all ranks, of the first one in the op's next call."""
+        """Report the place, among all ranks' texts, of the first in the op's next call."""
         if self.below is not None:
             self.below.texts_from(first)
 

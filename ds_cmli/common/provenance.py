@@ -1,4 +1,6 @@
-"""What a run was made with, as its `config.json` records it: configuration, versions and the code's revision."""
+"""What a run was made with, as its `config.json` records it: configuration, versions and the code's
+revision.
+"""
 
 import json
 import os
@@ -14,9 +16,11 @@ PACKAGES = ("ds-cmli", "torch", "deepspeed", "transformers", "timm")
 
 
 def revision() -> str | None:
-    """The git commit of the source tree, followed by "+" if sources were changed; None outside a repository.
+    """The git commit of the source tree, followed by "+" if sources were changed; None outside a
+    repository.
 
-    Untracked files inside the package count as changes. A copy of the sources records its revision in a file REVISION.
+    Untracked files inside the package count as changes. A copy of the sources records its revision
+    in a file REVISION.
     """
     package = Path(__file__).parent.parent
     kept = package.parent / "REVISION"

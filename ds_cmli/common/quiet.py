@@ -7,7 +7,8 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-# Trackers that timm and DeepSpeed import where they are installed, which takes seconds, and use only when asked to.
+# Trackers that timm and DeepSpeed import where they are installed, which takes seconds, and use
+# only when asked to.
 UNASKED = ("mlflow", "wandb")
 
 
@@ -50,7 +51,9 @@ def only_errors(record: logging.LogRecord) -> bool:
 
 
 def let_deepspeed_print(info: bool) -> None:
-    """Print DeepSpeed's log lines, which its JSON may ask for; with `info`, also those of level INFO, as most are."""
+    """Print DeepSpeed's log lines, which its JSON may ask for; with `info`, also those of level
+    INFO, as most are.
+    """
     logger = logging.getLogger("DeepSpeed")
     logger.removeFilter(only_errors)
     if info:

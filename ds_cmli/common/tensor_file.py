@@ -1,6 +1,8 @@
-"""Safetensors files that carry the SHA-256 of their own bytes, which therefore stays with every copy of them.
+"""Safetensors files that carry the SHA-256 of their own bytes, which therefore stays with every
+copy of them.
 
-It is a value of the file's metadata, and the digest of the file in which these 64 characters are zeros.
+It is a value of the file's metadata, and the digest of the file in which these 64 characters are
+zeros.
 """
 
 import hashlib
@@ -18,11 +20,13 @@ READ_BYTES = 1 << 20
 
 
 def pieces(tensors: Mapping[str, Tensor]) -> tuple[bytes, memoryview]:
-    """The content of the file, in two pieces: its header, and the tensors' bytes. Equal tensors give equal bytes."""
+    """The content of the file, in two pieces: its header, and the tensors' bytes. Equal tensors
+    give equal bytes.
+    """
     data = memoryview(save(dict(tensors)))
     start = 8 + int.from_bytes(data[:8], "little")
-    # The library writes metadata of several keys in a random order, so they are written here. transformers reads
-    # only files whose format is "pt".
+    # The library writes metadata of several keys in a random order, so they are written here.
+    # transformers reads only files whose format is "pt".
     entries = {"__metadata__": {"format": "pt", KEY: ZEROS.decode()}}
     text = json.dumps(entries | json.loads(bytes(data[8:start])), separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
@@ -33,7 +37,8 @@ def pieces(tensors: Mapping[str, Tensor]) -> tuple[bytes, memoryview]:
 
 
 def damage(path: Path) -> str | None:
-    """What is wrong with a file; None if it agrees with its checksum, or has none, as a file of another program.
+    """What is wrong with a file; None if it agrees with its checksum, or has none, as a file of
+    another program.
 
     Raises:
         OSError: it cannot be read.

@@ -246,7 +246,7 @@ def _outputs(content: Section) -> None:
 
 
 def deep(content: Section) -> None:
-    """Raise `UserError` for a value that DeepSpeed's own config models refuse; imports DeepSpeed."""
+    """Raise `UserError` for a value that DeepSpeed's own models refuse; imports DeepSpeed."""
     import pydantic
     from deepspeed.comm.config import CommsLoggerConfig
     from deepspeed.monitor.config import CometConfig, CSVConfig, TensorBoardConfig, WandbConfig

@@ -1,8 +1,8 @@
 """The DeepSpeed JSON as an immutable object: loaded, checked, and with its "auto" values filled.
 
-Every setting of the JSON takes effect, or one line refuses it or says that it does not. "auto" means the same as in
-Hugging Face's integration. Derived values are asked here; only `raw` gives the JSON itself, for
-`deepspeed.initialize`.
+Every setting of the JSON takes effect, or one line refuses it or says that it does not. "auto"
+means the same as in Hugging Face's integration. Derived values are asked here; only `raw` gives the
+JSON itself, for `deepspeed.initialize`.
 """
 
 import copy
@@ -32,8 +32,8 @@ class Batch(NamedTuple):
 class DeepSpeedConfig(Mapping):
     """A read-only mapping of the JSON's top level, with derived values as properties.
 
-    `load` or `of` checks the JSON without importing DeepSpeed or PyTorch, `on` decides what depends on the device, and
-    `filled` replaces all remaining "auto" values. Each returns a new object.
+    `load` or `of` checks the JSON without importing DeepSpeed or PyTorch, `on` decides what depends
+    on the device, and `filled` replaces all remaining "auto" values. Each returns a new object.
     """
 
     content: Mapping[str, Any]
@@ -58,7 +58,9 @@ class DeepSpeedConfig(Mapping):
 
     @classmethod
     def load(cls, path: str | Path) -> "DeepSpeedConfig":
-        """Read and check a file. Raises `UserError` with one line for the first thing that is wrong with it."""
+        """Read and check a file. Raises `UserError` with one line for the first thing that is wrong
+        with it.
+        """
         try:
             return cls.of(_read(Path(path)))
         except UserError as error:
@@ -159,7 +161,8 @@ class DeepSpeedConfig(Mapping):
     # --- decisions
 
     def on(self, device: str, fp16: bool, bf16: bool) -> "DeepSpeedConfig":
-        """Copy it with the precision decided for a device, if "auto" or fp16 that it lacks is given.
+        """Copy it with the precision decided for a device, if "auto" or fp16 that it lacks is
+        given.
 
         Args:
             device: the device type, such as "cuda" or "cpu".
@@ -208,8 +211,8 @@ class DeepSpeedConfig(Mapping):
         if total not in (None, product):
             raise UserError(
                 f"train_batch_size is {total}, but train_micro_batch_size_per_gpu {micro} x "
-                f"gradient_accumulation_steps {steps} x world size {world_size} = {product}: change "
-                "one of the three"
+                f"gradient_accumulation_steps {steps} x world size {world_size} = {product}: "
+                "change one of the three"
             )
         return Batch(product, micro, steps)
 
@@ -247,7 +250,7 @@ class DeepSpeedConfig(Mapping):
     def _fill_optimizer(
         self, out: dict[str, Any], optim: OptimConfig, notices: list[str]
     ) -> dict[str, Any]:
-        """Fill the optimizer of `out` and return its parameters; a line may be added to `notices`."""
+        """Fill the optimizer of `out` and return its parameters; may add a line to `notices`."""
         optimizer = out.setdefault("optimizer", {"type": "AdamW", "params": {"torch_adam": True}})
         params = optimizer.setdefault("params", {})
         entry = self.optimizer_entry
@@ -332,8 +335,8 @@ def _fill_scheduler(
     end = SCHEDULERS[kind].end
     if end and params[end] < total_steps:
         raise UserError(
-            f"scheduler.params.{end} is {params[end]}: {kind} ends there; the run has {total_steps} "
-            "steps: leave it out, and it is filled"
+            f"scheduler.params.{end} is {params[end]}: {kind} ends there; the run has "
+            f"{total_steps} steps: leave it out, and it is filled"
         )
 
 

@@ -179,8 +179,8 @@ def beyond_the_run(scheduler: Section, total_steps: int) -> Iterator[str]:
     warmup = params.get("warmup_num_steps", 0)
     if warmup >= max(2, total_steps):
         yield (
-            f"scheduler.params.warmup_num_steps is {warmup}: the {total_steps} steps of the run are "
-            "all warmup"
+            f"scheduler.params.warmup_num_steps is {warmup}: the {total_steps} steps of the run "
+            "are all warmup"
         )
     if kind == "CosineAnnealingLR" and params["T_max"] < total_steps:
         yield (

@@ -1,7 +1,8 @@
 """The keys that a DeepSpeed JSON may have here: kinds of values, use by ZeRO stage, and "auto".
 
-DeepSpeed ignores keys that it does not know, and reads `1` or "true" differently from key to key. These tables are
-strict, and need neither DeepSpeed nor PyTorch; tests compare them with what both really accept.
+DeepSpeed ignores keys that it does not know, and reads `1` or "true" differently from key to key.
+These tables are strict, and need neither DeepSpeed nor PyTorch; tests compare them with what both
+really accept.
 """
 
 from collections.abc import Callable

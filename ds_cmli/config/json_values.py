@@ -36,7 +36,7 @@ def integer(least: int = 0, most: int = 2**53) -> Kind:
 
 
 def number(least: float = -math.inf, below: float = math.inf, above: bool = False) -> Kind:
-    """A finite number of at least `least` (with `above`: greater than `least`) and below `below`."""
+    """A finite number of at least `least` (with `above`: greater) and below `below`."""
     need = "give a finite number"
     if least > -math.inf:
         need += f" above {least:g}" if above else f" of at least {least:g}"
@@ -95,7 +95,7 @@ def either(*kinds: Kind) -> Kind:
 
 
 def refused(why: str, *harmless: object) -> Kind:
-    """A key that has no effect here or would do harm; `harmless` values, which ask nothing, pass."""
+    """A key that is idle here or would do harm; `harmless` values, which ask nothing, pass."""
     return lambda value: None if any(_same(value, known) for known in harmless) else why
 
 

@@ -1,7 +1,8 @@
 """Every optimizer and learning rate schedule that a DeepSpeed JSON may name.
 
-An entry says all that the rest of the package asks about an optimizer or a schedule, so a new one of PyTorch or
-DeepSpeed is one entry. Nothing here imports either of the two; tests compare the entries with what both take.
+An entry says all that the rest of the package asks about an optimizer or a schedule, so a new one
+of PyTorch or DeepSpeed is one entry. Nothing here imports either of the two; tests compare the
+entries with what both take.
 """
 
 from collections.abc import Mapping

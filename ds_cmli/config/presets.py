@@ -71,7 +71,9 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
 def load_preset(
     name: str, overrides: dict[str, dict[str, Any]], written: Mapping[str, str] | None = None
 ) -> Config:
-    """The preset's configuration, changed by `overrides` ({section: {setting: value}}); `written` as in `from_dict`."""
+    """The preset's configuration, changed by `overrides` ({section: {setting: value}}); `written`
+    as in `from_dict`.
+    """
     choice("--preset", name, PRESETS)
     values: dict[str, dict[str, Any]] = {"run": {"preset": name}}
     for layer in (PRESETS[name], with_new_names(overrides)):

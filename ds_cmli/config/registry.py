@@ -1,8 +1,8 @@
 """The tables of what a run can be built from: losses, backbones, sources, trackers.
 
-A new one is a file of its own and one entry here. Nothing heavy is imported to read the tables: an entry names its
-implementation as "module:name", and `load` imports it. The command-line options, the check of the names, the help texts
-and the memory prediction follow from the entries.
+A new one is a file of its own and one entry here. Nothing heavy is imported to read the tables: an
+entry names its implementation as "module:name", and `load` imports it. The command-line options,
+the check of the names, the help texts and the memory prediction follow from the entries.
 """
 
 import pkgutil
@@ -105,7 +105,7 @@ TEXT = {
 
 @dataclass(frozen=True)
 class SourceEntry:
-    """A kind of source is recognised by the suffixes of its files, or by the files in its folder."""
+    """A kind of source, recognised by the suffixes of its files, or by files in its folder."""
 
     implementation: str  # a function of (name, files, `DataConfig`) -> `data.sources.base.Parts`
     what: str  # a description for error messages
@@ -115,7 +115,7 @@ class SourceEntry:
     in_folder: bool = False  # whether a folder may be given instead of all such files in it
     # The kind of the files of the same names, without pictures, that may lie beside its own.
     companion: str = ""
-    # The package that reads it, if that does not come with this one, and the extra that installs it.
+    # The package that reads it, if it does not come with this one, and the extra that installs it.
     package: str = ""
     extra: str = ""
     # The fields of `DataConfig` that only some kinds read, this one among them.

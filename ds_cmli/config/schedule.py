@@ -1,4 +1,6 @@
-"""Learning rate schedules, and a trial of the JSON's optimizer and scheduler before any model is built."""
+"""Learning rate schedules, and a trial of the JSON's optimizer and scheduler before any model is
+built.
+"""
 
 import inspect
 import math
@@ -29,7 +31,9 @@ MOST_TRIED = 10_000  # at most this many steps of a schedule are tried
 
 
 def warmup_then_cosine(optimizer: Optimizer, warmup: int, total_steps: int) -> LambdaLR:
-    """Linear warmup to the full rate at update `warmup`, then cosine decay; the first and last rate are above 0 too."""
+    """Linear warmup to the full rate at update `warmup`, then cosine decay; the first and last rate
+    are above 0 too.
+    """
 
     def share(done: int) -> float:
         update = done + 1
@@ -43,7 +47,9 @@ def warmup_then_cosine(optimizer: Optimizer, warmup: int, total_steps: int) -> L
 def maker(
     ds_config: DeepSpeedConfig, warmup: int, total_steps: int
 ) -> Callable[[Optimizer], Any] | None:
-    """A function that makes the schedule for an optimizer; None if it is one of DeepSpeed's, which DeepSpeed makes."""
+    """A function that makes the schedule for an optimizer; None if it is one of DeepSpeed's, which
+    DeepSpeed makes.
+    """
     scheduler = ds_config.get("scheduler")
     if scheduler is None:
         return lambda optimizer: warmup_then_cosine(optimizer, warmup, total_steps)
@@ -57,28 +63,32 @@ def maker(
 def with_new_settings(
     schedule: Any, fresh: Mapping[str, Any], groups: list[dict[str, Any]]
 ) -> None:
-    """Give a schedule that was loaded from a checkpoint this start's settings, and the groups the rates by them.
+    """Give a schedule that was loaded from a checkpoint this start's settings, and the groups the
+    rates by them.
 
     Args:
         fresh: its `state_dict` from before it was loaded.
         groups: the optimizer's.
     """
     vars(schedule).update({name: value for name, value in fresh.items() if name not in POSITION})
-    # Most of PyTorch's schedules compute a rate from the one before; their closed form is by the position alone.
+    # Most of PyTorch's schedules compute a rate from the one before; their closed form is by the
+    # position alone.
     rates = getattr(schedule, "_get_closed_form_lr", schedule.get_lr)()
     for group, rate in zip(groups, rates, strict=True):
         group["lr"] = rate
 
 
 def try_out(ds_config: DeepSpeedConfig, device: torch.device, total_steps: int) -> str | None:
-    """Try two updates of the JSON's optimizer and the rates of its scheduler, on parameters with one element each.
+    """Try two updates of the JSON's optimizer and the rates of its scheduler, on parameters with
+    one element each.
 
     Returns:
-        A line, if the rates of the first updates are 0, which then change nothing, or if all rates are equal.
+        A line, if the rates of the first updates are 0, which then change nothing, or if all rates
+        are equal.
 
     Raises:
-        UserError: PyTorch or DeepSpeed refuses the parameters, a rate is negative or too large for fp32, or the rate
-            falls to 0 before the last step.
+        UserError: PyTorch or DeepSpeed refuses the parameters, a rate is negative or too large for
+            fp32, or the rate falls to 0 before the last step.
     """
     groups = [{"params": [nn.Parameter(torch.ones(1, device=device))]} for _ in range(2)]
     kind, params = _optimizer(ds_config)
@@ -105,11 +115,12 @@ def try_out(ds_config: DeepSpeedConfig, device: torch.device, total_steps: int) 
     ):  # the last rate alone may be the end of a decay
         first = moving[-1] + 2 if moving else 1
         raise UserError(
-            f"scheduler.params of {name}: the rate is 0 from step {first} on and no weight changes; the run has "
-            f"{total_steps} steps"
+            f"scheduler.params of {name}: the rate is 0 from step {first} on and no weight "
+            f"changes; the run has {total_steps} steps"
         )
     if len(set(largest)) == 1 < len(largest) == total_steps:
-        return f"scheduler {name} has no effect: the rate is {largest[0]:g} at each of the {total_steps} steps"
+        rate = f"{largest[0]:g} at each of the {total_steps} steps"
+        return f"scheduler {name} has no effect: the rate is {rate}"
     idle = moving[0]
     steps = "step changes" if idle == 1 else f"{idle} steps change"
     return f"scheduler {name} starts at rate 0: the first {steps} no weight" if idle else None
@@ -135,7 +146,9 @@ def _rates(ds_config: DeepSpeedConfig, optimizer: Optimizer, total_steps: int) -
 
 
 def _optimizer(ds_config: DeepSpeedConfig) -> tuple[Any, dict[str, Any]]:
-    """PyTorch's optimizer of that name, or AdamW in place of DeepSpeed's own, with the parameters that it takes."""
+    """PyTorch's optimizer of that name, or AdamW in place of DeepSpeed's own, with the parameters
+    that it takes.
+    """
     kind, params = ds_config.optimizer_type, ds_config.optimizer_params
     chosen = ds_config.optimizer_entry.chosen and params.pop("torch_adam")
     if chosen and params.pop("adam_w_mode", True):

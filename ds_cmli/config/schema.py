@@ -45,35 +45,35 @@ Temperature = Annotated[float, Field(ge=0.01, le=10, description="1/temperature 
 
 @dataclass(config=STRICT)
 class StudentConfig:
-    """`models/student.py`. Weights: "demo" (the packaged ones), "hub" (by model name), "random", or a local path."""
+    """`models/student.py`.
 
-    image_backbone: ImageBackbone = (
-        "auto"  # a name of the table in `registry.py`; auto: the first that supports the model
-    )
+    Weights are "demo" (the packaged ones), "hub" (by model name), "random", or a local path.
+    """
+
+    # A name of the table in `registry.py`; auto: the first that supports the model.
+    image_backbone: ImageBackbone = "auto"
     image_model: Name = "vit_small_patch14_dinov2"  # timm name
     image_weights: Name = "demo"
-    image_overrides: dict[str, Any] = Field(
-        default_factory=dict
-    )  # keyword arguments of timm.create_model
+    # Keyword arguments of timm.create_model.
+    image_overrides: dict[str, Any] = Field(default_factory=dict)
     text_backbone: TextBackbone = "auto"
     text_model: Name = "bert"  # transformers name, or architecture
     text_weights: Name = "demo"
-    text_overrides: dict[str, Any] = Field(
-        default_factory=dict
-    )  # fields of the transformers config
-    # How many first layers of each encoder are kept; null: 6, or all if it has fewer or they are no plain stack.
+    text_overrides: dict[str, Any] = Field(default_factory=dict)  # fields of transformers' config
+    # How many first layers of each encoder are kept; null: 6, or all if it has fewer or they are no
+    # plain stack.
     layers: Count | None = None
-    shared_blocks: Annotated[int, Field(ge=1, le=1000)] = (
-        1  # Transformer blocks over both modalities
-    )
+    # Transformer blocks over both modalities.
+    shared_blocks: Annotated[int, Field(ge=1, le=1000)] = 1
     embed_dim: Annotated[int, Field(ge=1, le=1024)] = 256  # D, the embedding dimension
     dropout: BelowOne = 0.1  # after the text encoder's layers, as in BERT's training
     weights_partial: bool = False  # whether weights may lack blocks, which then start random
-    # How many first layers are frozen, together with the embeddings below them; with all layers, the whole encoder is.
+    # How many first layers are frozen, together with the embeddings below them; with all layers,
+    # the whole encoder is.
     freeze_image: Number = 0
     freeze_text: Number = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_sizes("student.image_overrides", self.image_overrides)
         check_sizes("student.text_overrides", self.text_overrides)
 
@@ -86,11 +86,12 @@ class TeacherConfig:
     model: Name = "vit_small_patch14_dinov2"  # timm name
     weights: Name = "demo"
     overrides: dict[str, Any] = Field(default_factory=dict)
-    # The features are the output of this block (or stage, for a model in stages), 0-based; negative: from the last.
+    # The features are the output of this block (or stage, for a model in stages), 0-based;
+    # negative: from the last.
     block: Annotated[int, Field(ge=-1000, le=1000)] = 9
     weights_partial: bool = False  # as the student's
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_sizes("teacher.overrides", self.overrides)
 
 
@@ -101,34 +102,29 @@ class DataConfig:
     # "demo" (scenes), or what `registry.py` lists; several are mixed: ["a::0.7", "b::0.3"].
     source: Name | Annotated[list[Name], Field(min_length=1)] = "demo"
     val_source: Text = ""  # "": the validation part of `source`, or else a held-out share of it
-    val_split: Literal["validation", "test"] = (
-        "validation"  # the part of a source that evaluation uses
-    )
+    # The part of a source that evaluation uses.
+    val_split: Literal["validation", "test"] = "validation"
     # Only for sources that have these; "": found automatically.
     image_root: Text = ""  # folder of the image files that a list names
     image_key: Text = ""  # column of the image
     caption_key: Text = ""  # column, or key in JSON, of the caption
     separator: Text = ""  # between columns
     image_size: Annotated[int, Field(ge=1, le=4096)] = 84  # pixels, square
-    context_length: Annotated[int, Field(ge=3, le=65536)] = (
-        64  # longest caption in tokens, with [CLS] and [SEP]
-    )
-    tokenizer: Name = (
-        "demo"  # "demo" (MiniLM's), "builtin" (no download), transformers name or local path
-    )
+    # The longest caption in tokens, with [CLS] and [SEP].
+    context_length: Annotated[int, Field(ge=3, le=65536)] = 64
+    # "demo" (MiniLM's), "builtin" (no download), transformers name or local path.
+    tokenizer: Name = "demo"
     workers: Annotated[int, Field(ge=0, le=256)] = 0  # data loading processes per rank
     prefetch: Annotated[int, Field(ge=1, le=1024)] = 2  # batches that each process prepares ahead
-    # Transforms of training pictures with their strengths: for random_resized_crop the smallest share of the picture's
-    # area, for horizontal_flip its probability (note that captions name left and right), for color_jitter the change of
-    # brightness, contrast and saturation.
+    # Transforms of training pictures with their strengths: for random_resized_crop the smallest
+    # share of the picture's area, for horizontal_flip its probability (note that captions name left
+    # and right), for color_jitter the change of brightness, contrast and saturation.
     augmentation: dict[Augmentation, Annotated[float, Field(gt=0, le=1)]] = Field(
         default_factory=dict
     )
     # The run stops if the share of broken images and empty captions exceeds this.
     max_bad_share: Annotated[float, Field(ge=0, le=1)] = 0.01
-    max_pixels: Annotated[int, Field(ge=1, le=2**32)] = (
-        64_000_000  # a larger image counts as broken
-    )
+    max_pixels: Annotated[int, Field(ge=1, le=2**32)] = 64_000_000  # a larger image is broken
     follow_symlinks: bool = False  # whether symlinks may lead to files outside the folder
 
 
@@ -137,29 +133,28 @@ class LossConfig:
     """`losses/`, `cmli/`."""
 
     weights: dict[Loss, Positive] = Field(
-        default_factory=lambda: {"global": 1.0, "cmli": 1.0, "target_cmli": 1.0},
-        min_length=1,
+        default_factory=lambda: {"global": 1.0, "cmli": 1.0, "target_cmli": 1.0}, min_length=1
     )
-    mse_reduction: Literal["mean", "sum"] = (
-        "mean"  # over H: "mean", or "sum" as (7) and (9) are written
-    )
-    # Whose patches Target-CMLI matches the tokens with: "teacher" (as in the document) or "student".
+    # Over H: "mean", or "sum" as (7) and (9) are written.
+    mse_reduction: Literal["mean", "sum"] = "mean"
+    # Whose patches Target-CMLI matches the tokens with; the document takes the teacher's.
     match: Literal["teacher", "student"] = "teacher"
-    # Pairs of a batch with the same picture or the same caption: with "mask" they are no negatives of each other, and
-    # positives in the sigmoid losses; with "keep" they are negatives.
+    # Pairs of a batch with the same picture or the same caption: with "mask" they are no negatives
+    # of each other, and positives in the sigmoid losses; with "keep" they are negatives.
     duplicates: Literal["mask", "keep"] = "mask"
     init_temperature: Temperature = 0.07  # of the global loss
-    cmli_init_temperature: Temperature = (
-        0.02  # of the CMLI loss, whose means of maxima vary less than cosines
-    )
+    # Of the CMLI loss, whose means of maxima vary less than cosines.
+    cmli_init_temperature: Temperature = 0.02
     cmli_backend: Literal["auto", "chunked", "triton"] = "auto"
     cmli_recompute: bool = False
-    # The share of patches and tokens, those that match best in their micro-batch, that the all-pairs scores of training
-    # compare. This is FILIP's approximation, which keeps 0.25; below 1 the scores are not exact.
+    # The share of patches and tokens, those that match best in their micro-batch, that the
+    # all-pairs scores of training compare. This is FILIP's approximation, which keeps 0.25; below 1
+    # the scores are not exact.
     cmli_token_keep: Annotated[float, Field(gt=0, le=1)] = 1.0
     cmli_scratch_bytes: Annotated[int, Field(ge=2**20, le=2**40)] = 64 * 2**20
-    # How ranks exchange texts: "gather" all of them, or pass those of one rank at a time round a "ring"; "auto" takes
-    # the ring if the gathered texts and their gradient would take more than `cmli_gather_bytes`.
+    # How ranks exchange texts: "gather" all of them, or pass those of one rank at a time round a
+    # "ring"; "auto" takes the ring if the gathered texts and their gradient would take more than
+    # `cmli_gather_bytes`.
     cmli_exchange: Literal["auto", "gather", "ring"] = "auto"
     cmli_gather_bytes: Annotated[int, Field(ge=0, le=2**50)] = 2**30
 
@@ -169,39 +164,37 @@ class OptimConfig:
     """Fills the "auto" values of the DeepSpeed JSON, whose explicit values take precedence."""
 
     lr: Positive = 1e-4
-    betas: Annotated[tuple[BelowOne, BelowOne], Field(strict=False)] = (
-        0.9,
-        0.98,
-    )  # JSON gives a list
+    betas: Annotated[tuple[BelowOne, BelowOne], Field(strict=False)] = (0.9, 0.98)  # a list in JSON
     eps: Annotated[float, Field(ge=1e-30, le=1)] = 1e-6  # a smaller one is 0 in fp32
     weight_decay: NotNegative = 0.05  # not on norms, biases and embeddings
-    # Factors of the learning rate for parts of the model; "rest" is shared blocks, heads and temperatures.
+    # Factors of the learning rate for parts of the model; "rest" is shared blocks, heads and
+    # temperatures.
     lr_factors: dict[Literal["image", "text", "rest"], Factor] = Field(default_factory=dict)
-    layer_decay: Annotated[float, Field(ge=0.01, le=1)] = (
-        1.0  # factor of the learning rate per encoder layer downwards
-    )
+    # The factor of the learning rate per encoder layer downwards.
+    layer_decay: Annotated[float, Field(ge=0.01, le=1)] = 1.0
     warmup_share: BelowOne = 0.05  # the share of all steps with linear warmup
     grad_clip: Annotated[NotNegative, Field(description="0: off")] = 1.0
-    # The decay of an exponential moving average of the weights, which is evaluated and saved beside them; 0.999 looks
-    # back about 1,000 steps.
+    # The decay of an exponential moving average of the weights, which is evaluated and saved beside
+    # them; 0.999 looks back about 1,000 steps.
     ema_decay: Annotated[BelowOne, Field(description="0: off")] = 0.0
     micro_batch: Pairs = 64  # B, pairs per rank
-    # With gradient accumulation: whether an image is compared with the texts of its micro-batch, or of the whole step
-    # (gradient caching, which needs a second forward pass and gives the loss of one large batch).
+    # With gradient accumulation: whether an image is compared with the texts of its micro-batch, or
+    # of the whole step (gradient caching, which needs a second forward pass and gives the loss of
+    # one large batch).
     negatives: Literal["micro_batch", "global_batch"] = "global_batch"
-    cache_on_host: bool = (
-        False  # whether gradient caching keeps the features of a step in the host's memory
-    )
-    # Whether gradients are reduced over ranks only once per step, at ZeRO stages 2 and 3 too. Each rank then holds all
-    # gradients, in the model's precision.
+    # Whether gradient caching keeps the features of a step in the host's memory.
+    cache_on_host: bool = False
+    # Whether gradients are reduced over ranks only once per step, at ZeRO stages 2 and 3 too. Each
+    # rank then holds all gradients, in the model's precision.
     reduce_once: bool = False
     steps: Count | None = 300
     epochs: Annotated[float, Field(gt=0, le=MOST)] | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if (self.steps is None) == (self.epochs is None):
             raise UserError(
-                f"optim.steps is {self.steps} and optim.epochs is {self.epochs}: give one of the two"
+                f"optim.steps is {self.steps} and optim.epochs is {self.epochs}: "
+                "give one of the two"
             )
 
     def warmup_steps(self, total_steps: int) -> int:
@@ -218,46 +211,43 @@ class RunConfig:
     log_every: Count = 10  # steps
     eval_every: Annotated[Number, Field(description="0: only at the end")] = 0  # steps
     eval_batch: Pairs = 50  # pairs per batch of an evaluation
-    # The number of held-out pairs of each split, always the same ones, whose match maps evaluations send to trackers.
+    # The number of held-out pairs of each split, always the same ones, whose match maps evaluations
+    # send to trackers.
     match_maps: Annotated[int, Field(ge=0, le=1000, description="0: none")] = 4
     # The trackers that get numbers and pictures, beside metrics.jsonl.
     report_to: list[TrackerName] = Field(default_factory=lambda: ["tensorboard"])
-    save_every: Annotated[Number, Field(description="0: by time alone, and at the end")] = (
-        0  # steps
-    )
-    # Minutes since the last checkpoint after which the next one is due.
+    # Steps between checkpoints, and minutes since the last one after which the next is due.
+    save_every: Annotated[Number, Field(description="0: by time alone, and at the end")] = 0
     save_minutes: Annotated[NotNegative, Field(description="0: by steps alone, and at the end")] = (
         15.0
     )
     keep: Count = 2  # how many of the newest checkpoints are kept
-    keep_best: bool = False  # keep the best evaluation's checkpoint too, and its student in student-best.safetensors
+    # Keep the best evaluation's checkpoint too, and its student in student-best.safetensors.
+    keep_best: bool = False
     # The run ends after this many evaluations in a row without a better result.
     patience: Annotated[Number, Field(description="0: never")] = 0
-    most_skipped: Number = (
-        5  # how many steps in a row may be skipped for values that are not finite
-    )
-    # "blocks": torch.compile of each block of the encoders, of the shared blocks and of the teacher, separately.
+    # How many steps in a row may be skipped for values that are not finite.
+    most_skipped: Number = 5
+    # "blocks": torch.compile of each block of the encoders, of the shared blocks and of the
+    # teacher, separately.
     compile: Literal["off", "blocks"] = "off"
-    deterministic: bool = (
-        False  # whether results are bitwise reproducible on the same kind of device
-    )
+    # Whether results are bitwise reproducible on the same kind of device.
+    deterministic: bool = False
     # The time without progress, in seconds, after which a rank counts as hung or dead.
     watchdog: Annotated[float, Field(ge=0, le=10**6, description="0: off")] = 120.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.patience and not self.eval_every:
             raise UserError(
-                f"run.patience is {self.patience} and nothing is evaluated before the end: give --eval-every too"
+                f"run.patience is {self.patience} and nothing is evaluated before the end: give "
+                "--eval-every too"
             )
         # Ranks tell each other of their progress several times a second, not more often.
-        check(
-            not 0 < self.watchdog < 1,
-            "run.watchdog",
-            self.watchdog,
-            "give 1 to 1000000 seconds (0: off)",
-        )
-        twice = next((name for name in self.report_to if self.report_to.count(name) > 1), None)
-        check(twice is None, "run.report_to", self.report_to, f"has {twice!r} twice: keep one")
+        fits = self.watchdog == 0 or self.watchdog >= 1
+        check(fits, "run.watchdog", self.watchdog, "give 1 to 1000000 seconds (0: off)")
+        for name in self.report_to:
+            once = self.report_to.count(name) == 1
+            check(once, "run.report_to", self.report_to, f"has {name!r} twice: keep one")
 
 
 @dataclasses.dataclass
@@ -276,20 +266,30 @@ class Config:
     def from_dict(
         cls, values: dict[str, Any], written: Mapping[str, str] | None = None
     ) -> "Config":
-        """Rebuild a configuration from the values of `to_dict`, for instance from a run's `config.json`.
+        """Rebuild a configuration from the values of `to_dict`, as in a run's `config.json`.
 
         Args:
-            written: the names by which the user gave settings, if they differ: `{"optim.lr": "--lr"}`.
+            written: the names by which the user gave settings, if they differ, as
+                `{"optim.lr": "--lr"}`.
 
         Raises:
             UserError: for the first wrong name or value.
         """
-        sections = {f.name: f.default_factory for f in dataclasses.fields(cls)}
+        sections = {
+            "student": StudentConfig,
+            "teacher": TeacherConfig,
+            "data": DataConfig,
+            "loss": LossConfig,
+            "optim": OptimConfig,
+            "run": RunConfig,
+        }
         values = with_new_names(values)
         for name in values:
             choice("configuration section", name, sections)
-        built = {n: build(s, n, values.get(n, {}), written or {}) for n, s in sections.items()}  # type: ignore[arg-type]
-        return cls(**built)
+        built = {}
+        for name, section in sections.items():
+            built[name] = build(section, name, values.get(name, {}), written or {})
+        return cls(**built)  # type: ignore[arg-type]
 
 
 # Former names of settings, which stay valid: (section, former name) -> present name.
@@ -297,37 +297,33 @@ FORMER = {("data", "text_positions"): "context_length"}
 
 
 def with_new_names(values: dict[str, Any]) -> dict[str, Any]:
-    """The sections' `values` with former names replaced. Raises `UserError` if both names of a setting are given."""
-    out = {
-        section: dict(settings) if isinstance(settings, dict) else settings
-        for section, settings in values.items()
-    }
+    """Replace former names in the sections' `values`.
+
+    Raises `UserError` if both names of a setting are given.
+    """
+    out = dict(values)
     for (section, former), name in FORMER.items():
         settings = out.get(section)
         if isinstance(settings, dict) and former in settings:
-            check(
-                name not in settings,
-                f"{section}.{former}",
-                settings[former],
-                f"{section}.{name} is given too",
-            )
-            settings[name] = settings.pop(former)
+            setting, value = f"{section}.{former}", settings[former]
+            check(name not in settings, setting, value, f"{section}.{name} is given too")
+            out[section] = {**settings, name: value}
+            del out[section][former]
     return out
 
 
 def load_config(path: Path, setting: str) -> Config:
-    """Read the configuration from a run's `config.json`; raises `UserError`, which names `setting`, if it cannot."""
+    """Read the configuration from a run's `config.json`.
+
+    Raises `UserError`, which names `setting`, if it cannot be read.
+    """
     place = f"{setting} is {str(path.parent)!r}"
     if not path.is_file():
         raise UserError(f"{place}: no config.json there; give a run's output folder")
     try:
         content = parse_json(path.read_text())
-        check(
-            isinstance(content, dict) and isinstance(content.get("config"), dict),
-            path.name,
-            content,
-            "no run's",
-        )
+        holds = isinstance(content, dict) and isinstance(content.get("config"), dict)
+        check(holds, path.name, content, "no run's")
         return Config.from_dict(content["config"])
     except OSError as error:
         raise UserError(f"{place}: cannot read its config.json: {error.strerror}") from None
@@ -338,7 +334,10 @@ def load_config(path: Path, setting: str) -> Config:
 
 
 def parse_losses(text: str) -> dict[str, float]:
-    """Parse `--losses`: `"global,cmli=0.5"` -> `{"global": 1.0, "cmli": 0.5}`. Raises `UserError`."""
+    """Parse `--losses`: `"global,cmli=0.5"` -> `{"global": 1.0, "cmli": 0.5}`.
+
+    Raises `UserError`.
+    """
     weights: dict[str, float] = {}
     for part in text.split(",") if text.strip() else ():
         name, equals, weight = (piece.strip() for piece in part.partition("="))
@@ -356,26 +355,27 @@ def parse_losses(text: str) -> dict[str, float]:
 
 
 def parse_settings(settings: tuple[str, ...]) -> dict[str, dict[str, Any]]:
-    """Parse `--set`: `("student.layers=4",)` -> `{"student": {"layers": 4}}`; values are JSON, or else plain text."""
+    """Parse `--set`: `("student.layers=4",)` -> `{"student": {"layers": 4}}`.
+
+    Values are JSON, or else plain text. Raises `UserError`.
+    """
     out: dict[str, dict[str, Any]] = {}
     for setting in settings:
-        path, equals, value = setting.partition("=")
+        path, equals, text = setting.partition("=")
         section, dot, key = path.partition(".")
         if not (equals and dot and key):
             raise UserError(
                 f"--set is {setting!r}: write SECTION.SETTING=VALUE, for instance student.layers=4"
             )
         try:
-            parsed = parse_json(value)
+            value = parse_json(text)
         except ValueError as error:
-            if value[:1] in ("{", "["):
-                raise UserError(
-                    f"--set {path} is {shown(value)}: not valid JSON: {error}"
-                ) from None
-            parsed = value
-        if key in out.setdefault(section, {}):
-            raise UserError(
-                f"--set {path} is given twice, {shown(out[section][key])} and {shown(parsed)}: keep one"
-            )
-        out[section][key] = parsed
+            if text[:1] in ("{", "["):
+                raise UserError(f"--set {path} is {shown(text)}: not valid JSON: {error}") from None
+            value = text
+        given = out.setdefault(section, {})
+        if key in given:
+            both = f"{shown(given[key])} and {shown(value)}"
+            raise UserError(f"--set {path} is given twice, {both}: keep one")
+        given[key] = value
     return out

@@ -1,4 +1,6 @@
-"""Checks of values by pydantic, and one-line errors that name the setting, its value and what is accepted."""
+"""Checks of values by pydantic, and one-line errors that name the setting, its value and what is
+accepted.
+"""
 
 import json
 import math
@@ -33,7 +35,9 @@ def check(ok: bool, setting: str, value: object, need: str) -> None:
 
 
 def check_sizes(setting: str, overrides: Mapping[str, object]) -> None:
-    """Raise `UserError` for a number in a model's overrides of which the library would build until memory ends."""
+    """Raise `UserError` for a number in a model's overrides of which the library would build until
+    memory ends.
+    """
     for name, value in overrides.items():
         layers = any(word in name for word in ("depth", "layer", "block"))
         most = MOST_LAYERS if layers else MOST_CHANNELS
@@ -165,7 +169,8 @@ def _range(node: Node, error: str) -> list[str]:
 
 
 def parse_json(text: str) -> Any:
-    """Parse strict JSON: no duplicate keys, no NaN or infinity, and no nesting or number that is too much for Python.
+    """Parse strict JSON: no duplicate keys, no NaN or infinity, and no nesting or number that is
+    too much for Python.
 
     Raises:
         ValueError: one line that says what is wrong.

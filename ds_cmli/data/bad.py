@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ds_cmli.common.cli import say
 from ds_cmli.common.errors import UserError
-from ds_cmli.distributed.collective_flags import CollectiveFlags
+from ds_cmli.distributed.process_group import CollectiveFlags
 
 Bad = tuple[str, str]  # file name, reason
 

@@ -1,7 +1,8 @@
-"""Reads from the environment how this process was started: `deepspeed`, `torchrun`, `srun` or `python`.
+"""Reads from the environment how this process was started: `deepspeed`, `torchrun`, `srun` or
+`python`.
 
-This module imports nothing heavy: the training calls it before it imports torch, and `slurm/check.py` before anything
-else is known to be installed.
+This module imports nothing heavy: the training calls it before it imports torch, and
+`slurm/check.py` before anything else is known to be installed.
 """
 
 import ipaddress
@@ -33,12 +34,12 @@ SLURM_NUMBERS = (*OF_A_TASK, "SLURM_NTASKS", "SLURM_STEP_NUM_TASKS", "SLURM_STEP
 def map_launcher_environment() -> None:
     """Set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT where no launcher has.
 
-    `deepspeed` and `torchrun` set them. For a task of `srun` they are computed from its SLURM_* variables, and a plain
-    `python` process is a world of one.
+    `deepspeed` and `torchrun` set them. For a task of `srun` they are computed from its SLURM_*
+    variables, and a plain `python` process is a world of one.
 
     Raises:
-        UserError: a variable is no number, or out of its range; the variables contradict each other; one is missing; or
-            the first node's address is not known to all nodes.
+        UserError: a variable is no number, or out of its range; the variables contradict each
+            other; one is missing; or the first node's address is not known to all nodes.
     """
     env = os.environ
     _check_launcher()
@@ -91,8 +92,8 @@ def _map_slurm(tasks: str) -> None:
 def _check_launcher() -> None:
     """Check the variables as they were found.
 
-    Raises `UserError` if one is no number, or if several ranks were started that would not train together, each being
-    a world of one.
+    Raises `UserError` if one is no number, or if several ranks were started that would not train
+    together, each being a world of one.
     """
     env = os.environ
     for name in (*RANGES, *(SLURM_NUMBERS if _is_slurm_task() else ())):

@@ -1,9 +1,10 @@
-"""The process group of the training: starting and ending it, this process's rank, and small messages between ranks."""
+"""The process group of the training: its start and end, and small messages between ranks."""
 
 import os
 import sys
 from collections.abc import Callable, Sequence
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -13,13 +14,17 @@ from ds_cmli.common.errors import UserError
 from ds_cmli.distributed import rendezvous
 from ds_cmli.distributed.launchers import map_launcher_environment, this_node
 
+Value = TypeVar("Value")
+
 
 def init(
     timeout: timedelta = timedelta(minutes=30),
     start: timedelta = timedelta(minutes=10),
     stop: Callable[[], None] = lambda: None,
 ) -> torch.device:
-    """Start the process group (NCCL on GPUs, gloo on CPUs) and return this rank's device. Collective.
+    """Start the process group and return this rank's device. Collective.
+
+    The group is of NCCL on GPUs, and of gloo on CPUs.
 
     Args:
         timeout: the time limit of a collective.
@@ -27,42 +32,50 @@ def init(
         stop: called repeatedly while they wait; an exception that it raises ends the waiting.
 
     Raises:
-        UserError: not all ranks have started in time, or this rank has no GPU although its node has some.
+        UserError: not all ranks have started in time, or this rank has no GPU although its node has
+            some.
     """
     map_launcher_environment()
-    if torch.cuda.is_available():
-        here = torch.cuda.device_count()
-        if int(os.environ["LOCAL_RANK"]) >= here:
-            message = (
-                f"rank {os.environ['RANK']} has no GPU: its node has {here}; start one rank a GPU"
-            )
-            if os.environ["RANK"] != "0":  # the mistakes of rank 0 are printed anyway
-                print(f"error: {message}", file=sys.stderr, flush=True)
-            raise UserError(message)
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
-    else:
-        device = torch.device("cpu")
+    device = _device()
     if not dist.is_initialized():
         store = rendezvous.meet(start, stop)  # collective
         store.set_timeout(timeout)
-        name = "nccl" if device.type == "cuda" else "gloo"
-        rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        dist.init_process_group(
-            name, store=store, rank=rank, world_size=ranks, timeout=timeout
-        )  # collective
+        dist.init_process_group(  # collective
+            "nccl" if device.type == "cuda" else "gloo",
+            store=store,
+            rank=int(os.environ["RANK"]),
+            world_size=int(os.environ["WORLD_SIZE"]),
+            timeout=timeout,
+        )
+    return device
+
+
+def _device() -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    here, local = torch.cuda.device_count(), int(os.environ["LOCAL_RANK"])
+    if local >= here:
+        rank = os.environ["RANK"]
+        message = f"rank {rank} has no GPU: its node has {here}; start one rank a GPU"
+        if rank != "0":  # the mistakes of rank 0 are printed anyway
+            print(f"error: {message}", file=sys.stderr, flush=True)
+        raise UserError(message)
+    device = torch.device("cuda", local)
+    torch.cuda.set_device(device)
     return device
 
 
 def shutdown() -> None:
     """End the process group. A process that exits without this may abort."""
-    if dist.is_initialized():
-        # DeepSpeed caches groups, and would give the ended ones to this process's next engine if it did not end them.
-        deepspeed_comm = sys.modules.get("deepspeed.comm")
-        if deepspeed_comm is not None and deepspeed_comm.is_initialized():
-            deepspeed_comm.destroy_process_group()
-        else:
-            dist.destroy_process_group()
+    if not dist.is_initialized():
+        return
+    # DeepSpeed caches groups, and would give the ended ones to this process's next engine if it did
+    # not end them.
+    deepspeed_comm = sys.modules.get("deepspeed.comm")
+    if deepspeed_comm is not None and deepspeed_comm.is_initialized():
+        deepspeed_comm.destroy_process_group()
+    else:
+        dist.destroy_process_group()
 
 
 def rank(group: dist.ProcessGroup | None = None) -> int:
@@ -77,8 +90,13 @@ def is_main() -> bool:
     return rank() == 0
 
 
+def named(rank: int, nodes: Sequence[str]) -> str:
+    """Name a rank in a message, with its node if the ranks are on several of the `nodes`."""
+    return f"rank {rank} on node {nodes[rank]}" if len(set(nodes)) > 1 else f"rank {rank}"
+
+
 def mean_over_ranks(values: Tensor) -> Tensor:
-    """The average of `values` over ranks, in place. Collective."""
+    """Average `values` over ranks, in place. Collective."""
     if world_size() > 1:
         dist.all_reduce(values)  # collective
         values /= world_size()
@@ -86,42 +104,74 @@ def mean_over_ranks(values: Tensor) -> Tensor:
 
 
 def sum_over_ranks(values: Tensor) -> Tensor:
-    """The sum of `values` over ranks, in place; they may be on the CPU or on this rank's device. Collective."""
+    """Sum `values`, on the CPU or on this rank's device, over ranks, in place. Collective."""
     if world_size() > 1:
-        moved = (
-            values.cuda() if dist.get_backend() == "nccl" else values
-        )  # NCCL does not accept CPU tensors
+        # NCCL does not accept CPU tensors.
+        moved = values.cuda() if dist.get_backend() == "nccl" else values
         dist.all_reduce(moved)  # collective
         values.copy_(moved)  # CPU-GPU sync, under NCCL
     return values
 
 
-def raise_together(mistake: str | None) -> None:
-    """Raise `UserError` on all ranks if any rank gives a message, with the lowest such rank's. Collective."""
-    nodes, told = zip(*gather_objects((this_node(), mistake)), strict=True)  # collective
-    first = next((r for r, message in enumerate(told) if message), None)
-    if first is not None:
-        raise UserError(told[first] if all(told) else f"{named(first, nodes)}: {told[first]}")
-
-
-def named(rank: int, nodes: Sequence[str]) -> str:
-    """What a message calls a rank: with its node where the ranks are on several; `nodes`: that of each rank."""
-    return f"rank {rank} on node {nodes[rank]}" if len(set(nodes)) > 1 else f"rank {rank}"
-
-
-def broadcast_object(value, source: int = 0):
+def broadcast_object(value: Value, source: int = 0) -> Value:
     """The `value` of rank `source` on every rank. Collective."""
     if world_size() == 1:
         return value
-    box = [value]
-    dist.broadcast_object_list(box, src=source)  # collective
-    return box[0]
+    values = [value]
+    dist.broadcast_object_list(values, src=source)  # collective
+    return values[0]
 
 
-def gather_objects(value) -> list:
+def gather_objects(value: Value, group: dist.ProcessGroup | None = None) -> list[Value]:
     """Every rank's `value`, in rank order, on every rank. Collective."""
     if world_size() == 1:
         return [value]
-    out: list = [None] * world_size()
-    dist.all_gather_object(out, value)  # collective
+    out: list[Value] = [value] * world_size()
+    dist.all_gather_object(out, value, group=group)  # collective
     return out
+
+
+def raise_together(mistake: str | None) -> None:
+    """Raise `UserError` on all ranks if any gives a message, with the first one's. Collective."""
+    nodes, mistakes = zip(*gather_objects((this_node(), mistake)), strict=True)  # collective
+    for rank, first in enumerate(mistakes):
+        if first:
+            raise UserError(first if all(mistakes) else f"{named(rank, nodes)}: {first}")
+
+
+class CollectiveFlags:
+    """Decisions that ranks take together, such as whether any was signalled or has to save.
+
+    They are small messages between the ranks' CPUs, over a gloo group. Over NCCL each of them would
+    be a CPU-GPU sync.
+    """
+
+    def __init__(self) -> None:
+        self.group: dist.ProcessGroup | None = None
+        if world_size() > 1 and dist.get_backend() != "gloo":
+            self.group = dist.new_group(backend="gloo")  # collective
+
+    def any(self, *flags: bool) -> list[bool]:
+        """For each flag, whether it is set on any rank. Collective."""
+        if world_size() == 1:
+            return list(flags)
+        raised = torch.tensor(flags, dtype=torch.uint8)
+        dist.all_reduce(raised, op=dist.ReduceOp.MAX, group=self.group)  # collective, on the CPU
+        return raised.bool().tolist()
+
+    def gather(self, value: Value) -> list[Value]:
+        """Every rank's `value`, on every rank. Collective."""
+        return gather_objects(value, self.group)  # collective, on the CPU
+
+    def fail_together(self, error: Exception | None) -> None:
+        """Raise on all ranks after some have failed. Collective.
+
+        An unexpected error is raised on its own rank; elsewhere the first rank's message is, as a
+        `UserError`.
+        """
+        message = None if error is None else str(error) or type(error).__name__
+        nodes, messages = zip(*self.gather((this_node(), message)), strict=True)  # collective
+        if error is not None and not isinstance(error, UserError):
+            raise error
+        rank, first = next((r, m) for r, m in enumerate(messages) if m is not None)
+        raise UserError(first if world_size() == 1 else f"{named(rank, nodes)}: {first}")

@@ -1,8 +1,9 @@
 """How the ranks of a run find each other: rank 0 holds a store, and the others know it by a token.
 
-Under Slurm the port is derived from job and step, and is only the first of several candidates: rank 0 takes the first
-free one and the other ranks try them all. A port that the user or a launcher has set is the only one used. If it is
-taken, rank 0 opens a store at one of the further ports, through which the other ranks learn of the mistake.
+Under Slurm the port is derived from job and step, and is only the first of several candidates: rank
+0 takes the first free one and the other ranks try them all. A port that the user or a launcher has
+set is the only one used. If it is taken, rank 0 opens a store at one of the further ports, through
+which the other ranks learn of the mistake.
 """
 
 import os
@@ -37,7 +38,8 @@ class Place(NamedTuple):
 
 
 def meet(start: timedelta, stop: Callable[[], None]) -> dist.Store:
-    """The store that all ranks of this run share, as soon as all of them have connected. Collective.
+    """The store that all ranks of this run share, as soon as all of them have connected.
+    Collective.
 
     Args:
         start: how long the ranks wait for each other.
@@ -65,8 +67,8 @@ def meet(start: timedelta, stop: Callable[[], None]) -> dist.Store:
             if time.monotonic() > end:
                 raise UserError(
                     f"only {store.add(COME, 0)} of {ranks} ranks met at "
-                    f"{place.host}:{env['MASTER_PORT']} within {start.total_seconds():g} s: see why "
-                    "the others did not start"
+                    f"{place.host}:{env['MASTER_PORT']} within {start.total_seconds():g} s: "
+                    "see why the others did not start"
                 )
             time.sleep(min(1.0, 0.05 + ranks / 1000))
     except dist.DistError:
@@ -76,7 +78,7 @@ def meet(start: timedelta, stop: Callable[[], None]) -> dist.Store:
 
 
 def _ports() -> tuple[list[int], int | None]:
-    """The ports at which the store may be, and the port that the user or launcher has set, or None."""
+    """The ports at which the store may be, and the port that was set for this run, or None."""
     # If no other rank has to find the store, any free port will do.
     if os.environ["WORLD_SIZE"] == "1":
         return [0], 0
@@ -165,7 +167,7 @@ def _tell_failure(store: dist.Store, place: Place) -> NoReturn:
 
 
 def _find(place: Place, start: timedelta, stop: Callable[[], None]) -> dist.Store:
-    """Do the other ranks' part of `meet`: find rank 0's store, at the first port where it answers."""
+    """Do the other ranks' part of `meet`: find rank 0's store, where it answers."""
     began = time.monotonic()
     stranger = 0.0  # the time since which another program answers at the given port
     while time.monotonic() - began < start.total_seconds():

@@ -14,7 +14,8 @@ from torch.utils._pytree import tree_leaves
 
 from ds_cmli.common.probe import Probe, probe
 
-# Operators of torch's `c10d`: the kind of each, and the position of the argument with the tensors of all ranks.
+# Operators of torch's `c10d`: the kind of each, and the position of the argument with the tensors
+# of all ranks.
 OPERATORS = {
     "_allgather_base_": ("all-gather", 0),
     "allgather_": ("all-gather", 0),
@@ -38,17 +39,18 @@ class Count:
     bytes: int = 0  # for gathers and scatters, of the tensors of all ranks together
 
     def sent(self, kind: str, ranks: int) -> int:
-        """The least number of bytes that a rank sends on average, if each collective is a ring over the ranks."""
+        """The least bytes that a rank sends on average, if each collective is a ring of ranks."""
         if kind == "send":
             return self.bytes
-        return self.bytes * (2 if kind == "all-reduce" else 1) * (ranks - 1) // ranks
+        rounds = 2 if kind == "all-reduce" else 1
+        return self.bytes * rounds * (ranks - 1) // ranks
 
 
 Counts = dict[tuple[str, str], Count]  # by part and kind
 
 
 class Traffic(TorchDispatchMode, Probe):
-    """Counts while it is entered, separately for text features with their gradients and for everything else.
+    """Counts while it is entered: text features with their gradients, and everything else.
 
     Received messages and barriers are not counted.
     """
@@ -72,37 +74,37 @@ class Traffic(TorchDispatchMode, Probe):
         self.part = REST
 
     def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple = (), kwargs: Any = None
+        self,
+        func: Any,
+        types: object,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         if func.namespace == "c10d":
             kind, whole = OPERATORS.get(func._schema.name.partition("::")[2], ("", 0))
             if kind:
-                count = self.counts.setdefault(
-                    (TEXT if kind == "send" else self.part, kind), Count()
-                )
+                part = TEXT if kind == "send" else self.part
+                count = self.counts.setdefault((part, kind), Count())
                 count.calls += 1
-                count.bytes += sum(
-                    x.nbytes for x in tree_leaves(args[whole]) if isinstance(x, Tensor)
-                )
+                for x in tree_leaves(args[whole]):
+                    if isinstance(x, Tensor):
+                        count.bytes += x.nbytes
         return func(*args, **(kwargs or {}))
 
     def since(self, before: Counts) -> Counts:
         """What has been counted since the time when `counts` was equal to `before`."""
-        none = Count()
-        earlier = {key: before.get(key, none) for key in self.counts}
-        return {
-            k: Count(c.calls - earlier[k].calls, c.bytes - earlier[k].bytes)
-            for k, c in self.counts.items()
-        }
+        out = {}
+        for key, now in self.counts.items():
+            earlier = before.get(key, Count())
+            out[key] = Count(now.calls - earlier.calls, now.bytes - earlier.bytes)
+        return out
 
     def add(self, moved: Counts, times: int = 1) -> None:
         """Add `moved` to the counts `times` times, without any communication."""
         for key, count in moved.items():
             total = self.counts.setdefault(key, Count())
-            total.calls, total.bytes = (
-                total.calls + times * count.calls,
-                total.bytes + times * count.bytes,
-            )
+            total.calls += times * count.calls
+            total.bytes += times * count.bytes
 
     def sent(self, ranks: int) -> int:
         return sum(count.sent(kind, ranks) for (_, kind), count in self.counts.items())

@@ -1,54 +1,67 @@
-"""Detects the end of this rank's launcher. Without a launcher nobody forwards signals or ends the ranks together.
+"""Detects the end of this rank's launcher, without which nobody ends the ranks together.
 
-`torchrun` is the parent process of its ranks. `deepspeed` is their grandparent: a `deepspeed.launcher.launch` process
-stands between them, and survives it. A rank that `srun` or plain `python` started has no such launcher.
+`torchrun` is the parent process of its ranks. `deepspeed` is their grandparent: a
+`deepspeed.launcher.launch` process stands between them, and survives it. A rank that `srun` or
+plain `python` started has no such launcher.
 """
 
 import os
 import threading
 import time
 from collections.abc import Callable
+from typing import NamedTuple
 
-PROGRAMS = ("torchrun", "torch.distributed.run", "torch.distributed.launch", "accelerate", "deepspeed", "ds",
-            "deepspeed.launcher.runner", "deepspeed.launcher.launch")  # fmt: skip
-STARTED_BY_DEEPSPEED = (
-    "deepspeed.launcher.launch"  # only the command `deepspeed` starts this module
+# Only the command `deepspeed` starts this module.
+STARTED_BY_DEEPSPEED = "deepspeed.launcher.launch"
+PROGRAMS = (
+    "torchrun",
+    "torch.distributed.run",
+    "torch.distributed.launch",
+    "accelerate",
+    "deepspeed",
+    "ds",
+    "deepspeed.launcher.runner",
+    STARTED_BY_DEEPSPEED,
 )
-REAPERS = (
-    "systemd",
-    "slurmstepd",
-)  # like process 1, they become the parent of a process whose parent has ended
+# Like process 1, these become the parent of a process whose parent has ended.
+REAPERS = ("systemd", "slurmstepd")
 INTERVAL = 0.5  # seconds
 
 
 def watch(gone: Callable[[], None]) -> None:
-    """Call `gone` once, from a thread, when the launcher has ended. Without a launcher it is never called."""
+    """Call `gone` once, from a thread, when the launcher has ended; never if there is none."""
     if "TORCHELASTIC_RUN_ID" in os.environ or {"CROSS_RANK", "LOCAL_SIZE"} <= os.environ.keys():
         threading.Thread(target=_watch, args=(gone,), daemon=True).start()
 
 
 def _watch(gone: Callable[[], None]) -> None:
-    links, orphan = _links()
-    while not orphan and all(_parent(child) == parent for child, parent in links):
+    found = _ancestors()
+    while not found.orphan and all(_parent(child) == parent for child, parent in found.links):
         time.sleep(INTERVAL)
     gone()
 
 
-def _links() -> tuple[list[tuple[int, int]], bool]:
-    """The pairs (process, parent) from this rank up to its launcher, and whether the launcher has already ended."""
-    links, orphan, ending = _walk()
+class Ancestors(NamedTuple):
+    links: list[tuple[int, int]]  # (process, parent) from this rank up to its launcher
+    orphan: bool  # whether the launcher has already ended
+    ending: bool  # whether one of these processes seems to be ending at this moment
+
+
+def _ancestors() -> Ancestors:
+    """Look for the launcher, again while one of the processes is ending.
+
+    A process that is ending is still a parent, but its command line can no longer be read.
+    """
+    found = _walk()
     for _ in range(100):
-        if (
-            not ending
-        ):  # a process that is ending is still a parent, but its command line can no longer be read
+        if not found.ending:
             break
         time.sleep(0.02)
-        links, orphan, ending = _walk()
-    return links, orphan
+        found = _walk()
+    return found
 
 
-def _walk() -> tuple[list[tuple[int, int]], bool, bool]:
-    """What `_links` returns, and whether one of these processes seems to be ending at this moment."""
+def _walk() -> Ancestors:
     links: list[tuple[int, int]] = []
     known = 0  # number of links up to the highest launcher that was recognised
     program, pid, ending = "", os.getpid(), False
@@ -60,13 +73,17 @@ def _walk() -> tuple[list[tuple[int, int]], bool, bool]:
         if name in PROGRAMS:
             known, program = len(links), name
     if not known:  # the launcher has ended, or its name is not in PROGRAMS
-        return links[:1], _orphaned(pid), ending
+        return Ancestors(links[:1], _orphaned(pid), ending)
     top = links[known - 1][1]
-    return links[:known], program == STARTED_BY_DEEPSPEED and _orphaned(top), ending
+    orphan = program == STARTED_BY_DEEPSPEED and _orphaned(top)
+    return Ancestors(links[:known], orphan, ending)
 
 
 def _orphaned(pid: int) -> bool:
-    """Whether the parent of `pid` has ended: `pid` is in a process group that neither it nor its new parent leads."""
+    """Whether the parent of `pid` has ended.
+
+    Then `pid` is in a process group that neither it nor its new parent leads.
+    """
     if not _reaped(pid) or str(pid) == os.environ.get("SLURM_TASK_PID"):
         return False
     try:
@@ -98,7 +115,9 @@ def _stat(pid: int) -> tuple[str, int]:
 
 
 def _program(pid: int) -> str | None:
-    """The name of the module or script that a Python process runs; None if it is ending or has ended."""
+    """The name of the module or script that a Python process runs; None if it is ending or has
+    ended.
+    """
     try:
         with open(f"/proc/{pid}/cmdline", "rb") as file:
             words = file.read().decode(errors="replace").split("\0")[:8]
@@ -108,13 +127,16 @@ def _program(pid: int) -> str | None:
         return ""
     if words == [""]:
         return None
-    while len(words) > 1 and (
-        os.path.basename(words[0]).startswith("python") or words[0].startswith("-")
-    ):
+    while len(words) > 1 and _is_interpreter_or_option(words[0]):
         if words[0] == "-m":
             return words[1]
         words = words[1:]
     path = words[0].removesuffix(".py").split("/")
-    return next(
-        (name for name in PROGRAMS if path[-1:] == [name] or path[-3:] == name.split(".")), ""
-    )
+    for name in PROGRAMS:
+        if path[-1:] == [name] or path[-3:] == name.split("."):
+            return name
+    return ""
+
+
+def _is_interpreter_or_option(word: str) -> bool:
+    return os.path.basename(word).startswith("python") or word.startswith("-")

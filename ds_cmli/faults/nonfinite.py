@@ -1,42 +1,67 @@
-"""A step whose loss or gradients are not finite changes nothing on any rank, and the samples in it are named.
+"""A step whose loss or gradients are not finite changes nothing on any rank, and is reported.
 
-DeepSpeed's ZeRO optimizers check the gradients before each update, agree across ranks, and skip the update if they are
-not finite: weights, moments and schedule stay as they were. This module adds three things: a loss that is not finite
-also skips the update, training without ZeRO is guarded too, and the skipped samples are reported.
+DeepSpeed's ZeRO optimizers check the gradients before each update, agree across ranks, and skip the
+update if they are not finite: weights, moments and schedule stay as they were. This module adds
+three things: a loss that is not finite also skips the update, training without ZeRO is guarded too,
+and the samples of a skipped step are named.
 """
 
-from typing import Any
+from collections.abc import Sequence
+from itertools import chain
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
-from ds_cmli.distributed.collective_flags import CollectiveFlags
+from ds_cmli.distributed.process_group import CollectiveFlags
 
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
+
+Optimizer = Any  # one of DeepSpeed's, which have no common type
 SHOWN = 8  # samples listed on the terminal; metrics.jsonl lists all of them
 
 
 def poison(loss: Tensor) -> Tensor:
     """The same loss; if it is not finite, all of its gradients become NaN.
 
-    A loss that is not finite may still have finite gradients, and may occur on one rank only. NaN gradients make the
-    optimizer's own check notice it on every rank, without another collective or a CPU-GPU sync.
+    A loss that is not finite may still have finite gradients, and may occur on one rank only. NaN
+    gradients make the optimizer's own check notice it on every rank, without another collective or
+    a CPU-GPU sync.
     """
     return loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan)
 
 
-def attach(engine: Any) -> None:
-    """Add the check where DeepSpeed has none: in optimizers without ZeRO, and with fp16 at its lowest loss scale."""
-    optimizer = engine.optimizer
+class Engine(Protocol):
+    """What is asked of a `TrainEngine`."""
+
+    engine: "DeepSpeedEngine"
+    skipped: bool  # whether the last step was skipped
+
+
+class Losses(Protocol):
+    """What is asked of a micro-batch's losses."""
+
+    index: Tensor  # [B], of the samples in the training set
+    total: Tensor  # a scalar
+
+
+def attach(engine: "DeepSpeedEngine") -> None:
+    """Add the check where DeepSpeed has none.
+
+    These are optimizers without ZeRO, and fp16 at its lowest loss scale.
+    """
+    optimizer: Optimizer = engine.optimizer
     _clear_padding(engine)
-    scaler: Any = getattr(optimizer, "loss_scaler", None)
-    if hasattr(scaler, "raise_error_at_min_scale"):
+    scaler = getattr(optimizer, "loss_scaler", None)
+    if scaler is not None and hasattr(scaler, "raise_error_at_min_scale"):
         scaler.raise_error_at_min_scale = False  # such steps are counted like other skipped ones
     if hasattr(optimizer, "overflow"):
         _look_once(optimizer)
         return
     update = optimizer.step
 
-    def step(*args: Any, **kwargs: Any) -> None:
+    def step(*args: object, **kwargs: object) -> None:
         gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
         # CPU-GPU sync. No collective: the gradients are averaged, and so the same on every rank.
         optimizer.overflow = not torch.stack(torch._foreach_norm(gradients)).isfinite().all().item()
@@ -46,25 +71,22 @@ def attach(engine: Any) -> None:
     optimizer.step = step
 
 
-def _look_once(optimizer: Any) -> None:
+def _look_once(optimizer: Optimizer) -> None:
     """Remove a check that stages 1 and 2 do twice.
 
-    They search every gradient for NaN and inf, and then compute the gradients' norm and skip the update if the norm is
-    not finite. The norm alone finds the same steps, and is the same on all ranks.
+    They search every gradient for NaN and inf, and then compute the gradients' norm and skip the
+    update if the norm is not finite. The norm alone finds the same steps, and is the same on all
+    ranks.
     """
-    stages_1_and_2 = hasattr(optimizer, "check_grad_overflow")
-    if (
-        stages_1_and_2
-        and optimizer.check_grad_overflow
-        and optimizer.compute_grad_norm
-        and not optimizer.cpu_offload
-    ):
+    if not getattr(optimizer, "check_grad_overflow", False):  # another stage
+        return
+    if optimizer.compute_grad_norm and not optimizer.cpu_offload:
         optimizer.check_overflow = lambda partition_gradients=True: None
 
 
-def _clear_padding(engine: Any) -> None:
-    """Zero the padding at the end of ZeRO-3's partitions, which would otherwise save whatever was in memory."""
-    optimizer = engine.optimizer
+def _clear_padding(engine: "DeepSpeedEngine") -> None:
+    """Zero the padding at the end of ZeRO-3's partitions, which is otherwise saved as it was."""
+    optimizer: Optimizer = engine.optimizer
     flats = getattr(optimizer, "fp32_partitioned_groups_flat", ())
     for group, flat in zip(getattr(optimizer, "fp16_groups", ()), flats, strict=False):
         start = 0
@@ -77,21 +99,19 @@ def _clear_padding(engine: Any) -> None:
             _clear_end(optimizer, parameter)
 
 
-def _clear_end(optimizer: Any, parameter: Any) -> int:
-    """The number of elements of this rank's partition that are the parameter's; the others become 0."""
+def _clear_end(optimizer: Optimizer, parameter: Any) -> int:
+    """Zero what is not the parameter's in this rank's partition; returns the size of the rest."""
     size = parameter.ds_tensor.numel()
-    used = max(
-        0, min(size, parameter.ds_numel - optimizer._get_param_partition_rank(parameter) * size)
-    )
+    before = optimizer._get_param_partition_rank(parameter) * size
+    used = max(0, min(size, parameter.ds_numel - before))
     parameter.ds_tensor[used:].zero_()
     return used
 
 
-def can_lower_scale(optimizer: Any) -> bool:
-    """Whether overflowing gradients are no fault: the loss scale is dynamic and can still be lowered."""
-    scaler: Any = getattr(optimizer, "loss_scaler", None) or getattr(
-        optimizer, "loss_scale_config", None
-    )
+def can_lower_scale(optimizer: Optimizer) -> bool:
+    """Whether overflowing gradients are no fault: the dynamic loss scale can still be lowered."""
+    scaler = getattr(optimizer, "loss_scaler", None)
+    scaler = scaler or getattr(optimizer, "loss_scale_config", None)
     smallest = getattr(scaler, "min_scale", None) or getattr(scaler, "min_loss_scale", None)
     return smallest is not None and scaler.cur_scale > smallest
 
@@ -99,26 +119,33 @@ def can_lower_scale(optimizer: Any) -> bool:
 def skipped_samples(
     window: list[tuple[Tensor, Tensor]], lower_scale: bool, flags: CollectiveFlags
 ) -> list[int]:
-    """The samples of a skipped step. Collective, CPU-GPU sync; called on all ranks after a skipped step only.
+    """The samples of a skipped step. Collective, CPU-GPU sync.
+
+    It is called on all ranks after a skipped step only.
 
     Args:
         window: index [B] and loss (a scalar) of each micro-batch of this rank.
-        lower_scale: what `can_lower_scale` returned; if true, gradients that are not finite are no fault by themselves.
+        lower_scale: what `can_lower_scale` returned; if true, gradients that are not finite are no
+            fault by themselves.
 
     Returns:
-        Sorted indices into the training set: those of the micro-batches whose loss is not finite or, if every loss is
-        finite, those of the whole step. Empty if the step only asked for a lower loss scale.
+        Sorted indices into the training set: those of the micro-batches whose loss is not finite
+        or, if every loss is finite, those of the whole step. Empty if the step only asked for a
+        lower loss scale.
     """
-    lost = [index.tolist() for index, loss in window if not loss.isfinite().item()]
-    every_rank = flags.gather(
-        (lost, [] if lower_scale else [index.tolist() for index, _ in window])
-    )  # collective
-    blamed = [i for theirs, _ in every_rank for batch in theirs for i in batch]
-    return sorted(blamed or [i for _, every in every_rank for batch in every for i in batch])
+    lost: list[int] = []
+    every: list[int] = []
+    for index, loss in window:
+        every += index.tolist()
+        if not loss.isfinite().item():
+            lost += index.tolist()
+    ranks = flags.gather((lost, [] if lower_scale else every))  # collective
+    all_lost, all_of_the_step = zip(*ranks, strict=True)
+    return sorted(chain(*all_lost)) or sorted(chain(*all_of_the_step))
 
 
-def samples_of(engine: Any, found: list[Any], flags: CollectiveFlags) -> list[int]:
-    """`skipped_samples` of the `TrainEngine`'s last step and the losses found in it. Collective if it was skipped."""
+def samples_of(engine: Engine, found: Sequence[Losses], flags: CollectiveFlags) -> list[int]:
+    """`skipped_samples` of the engine's last step. Collective if it was skipped."""
     if not engine.skipped:
         return []
     window = [(losses.index, losses.total) for losses in found]
@@ -127,8 +154,10 @@ def samples_of(engine: Any, found: list[Any], flags: CollectiveFlags) -> list[in
 
 def line(step: int, samples: list[int]) -> str:
     """The terminal's line about a skipped step."""
-    more = f" and {len(samples) - SHOWN} more" if len(samples) > SHOWN else ""
+    listed = ", ".join(map(str, samples[:SHOWN]))
+    if len(samples) > SHOWN:
+        listed += f" and {len(samples) - SHOWN} more"
     return (
-        f"step {step} skipped: loss or gradients are not finite; "
-        f"samples {', '.join(map(str, samples[:SHOWN]))}{more} of the training set"
+        f"step {step} skipped: loss or gradients are not finite; samples {listed} of the training "
+        "set"
     )

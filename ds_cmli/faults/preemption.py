@@ -1,8 +1,9 @@
-"""A signal only sets a flag: the loop finishes its step, all ranks save together, and the process ends with code 85.
+"""A signal only sets a flag: the loop ends its step, all ranks save, and the process ends with code
+85.
 
-TERM, USR1, USR2, INT, QUIT and HUP all have this effect, since schedulers differ in what they send, and so
-has the end of the launcher. A second INT ends the process at once.
-This module imports nothing heavy: a signal that arrives before `install` kills the process, so `install` is called
+TERM, USR1, USR2, INT, QUIT and HUP all have this effect, since schedulers differ in what they send,
+and so has the end of the launcher. A second INT ends the process at once. This module imports
+nothing heavy: a signal that arrives before `install` kills the process, so `install` is called
 before everything else.
 """
 
@@ -25,49 +26,52 @@ SIGNALS = (
     signal.SIGQUIT,
     signal.SIGHUP,
 )
-WHO_GOES_ON = (
-    "DS_CMLI_GOES_ON"  # environment variable of a script that tells by itself how the run goes on
-)
-SAME_PRESS = (
-    1.0  # seconds; one Ctrl-C reaches a rank from the terminal and once more from its launcher
-)
+# Environment variable of a script that tells by itself how the run goes on.
+WHO_GOES_ON = "DS_CMLI_GOES_ON"
+# Seconds; one Ctrl-C reaches a rank from the terminal and once more from its launcher.
+SAME_PRESS = 1.0
 
 _received: list[str] = []
 
 
 class Preempted(Exception):
-    """Leaves work that need not be finished before the run ends. Raised on all ranks together, after they agreed."""
+    """Leaves work that need not be finished before the run ends.
+
+    It is raised on all ranks together, after they agreed.
+    """
 
 
 def install() -> None:
     """Handle the signals from now on. To be called in the main thread."""
     for number in SIGNALS:
-        if (
-            number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN
-        ):  # under nohup HUP stays ignored
+        ignored = signal.getsignal(number) == signal.SIG_IGN
+        if number != signal.SIGHUP or not ignored:  # under nohup HUP stays ignored
             signal.signal(number, _note)
-    # Python calls its handlers between two bytecode instructions, so not while the main thread waits in a collective
-    # for a rank that hangs. The C handler also writes the signal's number to this pipe, which a second thread reads.
+    # Python calls its handlers between two bytecode instructions, so not while the main thread
+    # waits in a collective for a rank that hangs. The C handler also writes the signal's number to
+    # this pipe, which a second thread reads.
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     threading.Thread(target=_stop_at_second_int, args=(reader,), daemon=True).start()
     launcher.watch(lambda: _received.append("the end of its launcher"))
     os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))
-    # Registered after multiprocessing's own exit function and so called before it: that one would wait for ever for
-    # data loading processes that ignore TERM.
+    # Registered after multiprocessing's own exit function and so called before it: that one would
+    # wait for ever for data loading processes that ignore TERM.
     atexit.register(_end_loaders)
 
 
 def shield(worker: int) -> None:
-    """Block the signals in a data loading process: schedulers signal it too, and the rank still needs its data."""
+    """Block the signals in a data loading process.
+
+    Schedulers signal it too, and the rank still needs its data.
+    """
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
 
 
 def _end_loaders() -> None:
-    signal.signal(
-        signal.SIGCHLD, signal.SIG_DFL
-    )  # PyTorch's handler would report the killed processes as crashed
+    # PyTorch's handler would report the killed processes as crashed.
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for process in multiprocessing.active_children():
         process.kill()
 
@@ -93,7 +97,7 @@ def requested() -> str | None:
 
 
 def to_go_on(how: str) -> str:
-    """The end of a line that tells the user how to go on; empty where a script around the run tells it."""
+    """The end of a line that tells the user how to go on; "" where a script around the run does."""
     return "" if WHO_GOES_ON in os.environ else f": {how} to go on"
 
 

@@ -1,9 +1,12 @@
-"""Ends the whole job when a rank is dead, hangs or fails, with one line that names the rank, its node and last step.
+"""Ends the whole job when a rank is dead, hangs or fails.
 
-Every rank publishes its progress through the process group's store and reads that of the others. Since ranks train in
-lockstep, a rank that hangs is recognised in two ways: it is not waiting in a collective, as the others are, and of all
-ranks outside a collective it has made the least progress. Each reader measures by its own clock how long another rank
-has been silent, because clocks differ between nodes.
+One line names the rank, its node and its last step.
+
+Every rank publishes its progress through the process group's store and reads that of the others.
+Since ranks train in lockstep, a rank that hangs is recognised in two ways: it is not waiting in a
+collective, as the others are, and of all ranks outside a collective it has made the least progress.
+Each reader measures by its own clock how long another rank has been silent, because clocks differ
+between nodes.
 """
 
 import json
@@ -21,11 +24,10 @@ import torch.distributed as dist
 from ds_cmli.distributed import process_group as distributed
 
 EXIT_CODE = 1
-SLOW = 10  # factor on the time limit while models are built, kernels are compiled or a checkpoint is written
-COLLECTIVES = (
-    "torch/distributed/",
-    "deepspeed/comm/",
-)  # a thread inside these files waits for other ranks
+# Factor on the time limit while models are built, kernels compiled or a checkpoint written.
+SLOW = 10
+# A thread inside these files waits for other ranks.
+COLLECTIVES = ("torch/distributed/", "deepspeed/comm/")
 
 
 @dataclass
@@ -36,35 +38,37 @@ class Heartbeat:
     step: int = 0  # optimizer steps done
     count: int = 0  # calls of `heartbeat`
     slow: bool = True
-    passed: int = (
-        0  # slow parts of the run that end on all ranks together, and lie behind this rank
-    )
+    passed: int = 0  # slow parts that end on all ranks together, and lie behind this rank
     waiting: bool = False  # in a collective
     where: str = ""  # the line of code that its main thread executes
     alive: int = 0  # increases as long as the process runs, even if its main thread hangs
     failed: str = ""  # the exception that ended the training
     done: bool = False
 
+    @property
+    def ended(self) -> bool:
+        return self.done or bool(self.failed)
+
 
 def hold_back_nccl(timeout: float) -> None:
-    """Delay NCCL's own error handling, so that the watchdog can first name the rank that is to blame.
+    """Delay NCCL's own error handling, so that the watchdog can first name the rank that is to
+    blame.
 
-    Before it aborts a process, NCCL's error handling sleeps four times as long as the first setting below says (torch
-    2.8 and later). Only that one thread sleeps; the watchdog's threads go on and end the process before it wakes. To be
-    called before the process group is made.
+    Before it aborts a process, NCCL's error handling sleeps four times as long as the first setting
+    below says (torch 2.8 and later). Only that one thread sleeps; the watchdog's threads go on and
+    end the process before it wakes. To be called before the process group is made.
 
     Args:
         timeout: the watchdog's, in seconds.
     """
-    if timeout:
-        needed = (
-            timeout + 4 * _interval(timeout) + 10
-        )  # seconds until a dead rank is found and reported everywhere
-        os.environ.setdefault(
-            "TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC", str(int(max(60, needed) * 1000 / 4))
-        )
-        # A second thread of NCCL would take a longer sleep for a hang.
-        os.environ.setdefault("TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC", str(int(max(480, 2 * needed))))
+    if not timeout:
+        return
+    # Seconds until a dead rank is found and reported everywhere.
+    needed = timeout + 4 * _interval(timeout) + 10
+    sleep_ms = int(max(60, needed) * 1000 / 4)
+    os.environ.setdefault("TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC", str(sleep_ms))
+    # A second thread of NCCL would take a longer sleep for a hang.
+    os.environ.setdefault("TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC", str(int(max(480, 2 * needed))))
 
 
 def _interval(timeout: float) -> float:
@@ -72,11 +76,13 @@ def _interval(timeout: float) -> float:
 
 
 class Watchdog:
-    """`with Watchdog(120) as watchdog: ...; watchdog.heartbeat(step)` on every rank, while the process group is up.
+    """Watches all ranks: `with Watchdog(120) as watchdog: ...; watchdog.heartbeat(step)`.
+
+    It is entered on every rank while the process group is up.
 
     Args:
-        timeout: seconds without a heartbeat after which a rank counts as hung, and without any sign of life as dead;
-            0 turns the watchdog off.
+        timeout: seconds without a heartbeat after which a rank counts as hung, and without any sign
+            of life as dead; 0 turns the watchdog off.
     """
 
     def __init__(self, timeout: float):
@@ -99,10 +105,10 @@ class Watchdog:
     # --- for the training loop
 
     def heartbeat(self, step: int | None = None) -> None:
-        """Report progress. At the beginning of a step, `step` is the number of optimizer steps done so far."""
+        """Report progress; `step`, at the beginning of a step: how many are done so far."""
         if step is not None:
             self.mine.step = step
-            if self.mine.slow and self.started:  # the first step compiles kernels and fills caches
+            if self.started and self.mine.slow:  # the first step compiles kernels and fills caches
                 self.mine.slow = False
                 self.mine.passed += 1
             self.started = True
@@ -110,11 +116,12 @@ class Watchdog:
 
     @contextmanager
     def slow(self, together: bool = False) -> Iterator[None]:
-        """Around work without heartbeats that may exceed the time limit: the limit is ten times as long meanwhile.
+        """Multiply the time limit by `SLOW` inside, for work without heartbeats that may exceed it.
 
         Args:
-            together: all ranks do this, and its last collective ends it for all of them. A rank that stops before it
-                could publish its end is then known to have done the work, and gets no more time for it.
+            together: all ranks do this, and its last collective ends it for all of them. A rank
+                that stops before it could publish its end is then known to have done the work, and
+                gets no more time for it.
         """
         before, self.mine.slow = self.mine.slow, True
         yield
@@ -122,46 +129,41 @@ class Watchdog:
         self.mine.passed += together
 
     def dismiss(self) -> None:
-        """Tell the other ranks to end silently, since this one has already printed why the job ends."""
+        """Tell the other ranks to end silently, since this one has already printed why the job
+        ends.
+        """
         if self.timeout and self.world_size > 1:
             with suppress(RuntimeError):  # the store's process has ended
                 self.store.set("reporter", str(self.rank))
-                time.sleep(
-                    2 * self.interval + 1
-                )  # all ranks must read it before rank 0, which holds the store, ends
+                self._let_others_read()
 
     def __enter__(self) -> "Watchdog":
         if self.timeout:
-            # A connection of its own: a collective that waits on the process group's connection would block it.
-            self.store = dist.PrefixStore(
-                "watchdog", dist.distributed_c10d._get_default_store().clone()
-            )  # type: ignore
+            # A connection of its own: a collective that waits on the process group's connection
+            # would block it.
+            store = dist.distributed_c10d._get_default_store().clone()  # type: ignore[attr-defined]
+            self.store = dist.PrefixStore("watchdog", store)
             self.exchange = threading.Thread(target=self._exchange_loop, daemon=True)
             self.exchange.start()
             threading.Thread(target=self._silence_loop, daemon=True).start()
         return self
 
-    def __exit__(self, kind, error, trace) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if not self.timeout:
             return
-        if (
-            error is None
-            or isinstance(error, (SystemExit, KeyboardInterrupt))
-            or self.world_size == 1
-        ):
-            self.mine.done = True  # a single rank prints its own error
+        asked = error is None or isinstance(error, (SystemExit, KeyboardInterrupt))
+        if asked or self.world_size == 1:  # a single rank prints its own error
+            self.mine.done = True
         else:
-            if _lost_a_rank(
-                error
-            ):  # another rank is to blame; if none is found, this rank's error is reported
+            # Another rank may be to blame; if none is found, this rank's error is reported.
+            if _lost_a_rank(error):
                 self._wait(4 * self.interval + 2, self._blame_the_missing)
                 if self.store_is_gone:
                     self.exchange.join()  # that thread ends the job, unless rank 0 had finished
             self.mine.failed = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        # Rank 0 holds the store. If it ended before the others have published their end, they would take it for dead.
-        self._wait(
-            30, self._all_have_ended if self.rank == 0 else lambda: self._has_ended(self.rank)
-        )
+        # Rank 0 holds the store. If it ended before the others have published their end, they would
+        # take it for dead.
+        self._wait(30, self._all_have_ended if self.rank == 0 else self._i_have_ended)
         if self.mine.failed:
             self._leave_later()
         self.closed.set()
@@ -184,18 +186,21 @@ class Watchdog:
             self.silence = 0.0
             now = time.monotonic()
             stopped, last = now - last - self.interval, now
-            if (
-                stopped > self.interval
-            ):  # this process itself was stopped, by Ctrl-Z or a suspended job
+            # This process itself may have been stopped, by Ctrl-Z or a suspended job.
+            if stopped > self.interval:
                 self.lived = [min(now, t + stopped) for t in self.lived]
                 self.progressed = [min(now, t + stopped) for t in self.progressed]
-            if not (self.mine.done or self.mine.failed):
+            if not self.mine.ended:
                 self._judge(time.monotonic())
 
     def _silence_loop(self) -> None:
-        """Notice a store that no longer answers: if its node has vanished, the other thread waits for it for ever."""
+        """Notice a store that no longer answers.
+
+        If its node has vanished, the other thread waits for it for ever.
+        """
         while not self.closed.wait(self.interval):
-            # Counted in intervals and not read from the clock, because this process itself may have been stopped.
+            # Counted in intervals and not read from the clock, because this process itself may have
+            # been stopped.
             self.silence += self.interval
             if self.silence > self.timeout + 2 * self.interval:
                 self.store_is_gone = True
@@ -211,11 +216,10 @@ class Watchdog:
                 self.reported = True
                 return
             self._leave()
-        here = [
-            r
-            for r in range(self.world_size)
-            if self.heartbeats[r] is not None or self.store.check([str(r)])
-        ]
+        here = []
+        for r, known in enumerate(self.heartbeats):
+            if known is not None or self.store.check([str(r)]):
+                here.append(r)
         now = time.monotonic()
         for r, text in zip(here, self.store.multi_get([str(r) for r in here]), strict=True):
             old, new = self.heartbeats[r], Heartbeat(**json.loads(text))
@@ -227,38 +231,48 @@ class Watchdog:
 
     def _judge(self, now: float) -> None:
         """End the job if a rank has failed, is dead or hangs."""
-        passed = max((b.passed for b in self.heartbeats if b), default=0)
-        if passed > self.passed:  # what the others have published about themselves may still be old
-            self.passed, self.passed_at = passed, now
-        slow = [b is None or (b.slow and b.passed >= passed) for b in self.heartbeats]
-        limits = [self.timeout * (SLOW if each else 1) for each in slow]
-        failed = [r for r, b in enumerate(self.heartbeats) if b and b.failed]
+        limits = self._limits(now)
+        failed = [r for r, beat in enumerate(self.heartbeats) if beat and beat.failed]
         if failed:
-            # Two seconds in which this rank may end by itself: it may have met the same error or lost the connection.
+            # Two seconds in which this rank may end by itself: it may have met the same error or
+            # lost the connection.
             self.first_failure = self.first_failure or now
             if now - self.first_failure > 2:
                 self._end(failed, f"failed: {self._heartbeat_of(failed[0]).failed}")
-        running = [r for r in range(self.world_size) if not self._has_ended(r)]
+        running = [r for r in range(self.world_size) if not self._heartbeat_of(r).ended]
         dead = [r for r in running if now - self.lived[r] > limits[r]]
         if dead:
             self._end(dead, f"is dead: no sign of life for {limits[dead[0]]:g} s")
-        # On a GPU a rank that waits for others may look busy, as its CPU waits in a synchronisation of the GPU.
+        # On a GPU a rank that waits for others may look busy, as its CPU waits in a synchronisation
+        # of the GPU.
         busy = [r for r in running if not self._heartbeat_of(r).waiting]
-        # Where all wait, the others may have waited long for the last one, which has just come.
         come = self.passed_at
         if not busy:
+            # All wait: the others may have waited long for the last one, which has just come.
             come = max((self.progressed[r] for r in running), default=now)
-        busy = busy or running
+            busy = running
         least = min(self._heartbeat_of(r).count for r in busy)
-        awaited = [r for r in busy if self._heartbeat_of(r).count == least]
-        # One without any sign of life is dead, which shows a little later.
-        alive = [r for r in awaited if now - self.lived[r] < 3 * self.interval]
-        hung = [r for r in alive if now - max(come, self.progressed[r]) > limits[r]]
+        hung = []
+        for r in busy:
+            # One without any sign of life is dead, which shows a little later.
+            alive = now - self.lived[r] < 3 * self.interval
+            late = now - max(come, self.progressed[r]) > limits[r]
+            if alive and late and self._heartbeat_of(r).count == least:
+                hung.append(r)
         if hung:
-            self._end(
-                hung,
-                f"hangs: no progress for {limits[hung[0]]:g} s, in {self._heartbeat_of(hung[0]).where}",
-            )
+            where = self._heartbeat_of(hung[0]).where
+            self._end(hung, f"hangs: no progress for {limits[hung[0]]:g} s, in {where}")
+
+    def _limits(self, now: float) -> list[float]:
+        """The time limit of each rank, in seconds."""
+        passed = max((beat.passed for beat in self.heartbeats if beat), default=0)
+        if passed > self.passed:  # what the others have published about themselves may still be old
+            self.passed, self.passed_at = passed, now
+        limits = []
+        for beat in self.heartbeats:
+            slow = beat is None or (beat.slow and beat.passed >= passed)
+            limits.append(self.timeout * SLOW if slow else self.timeout)
+        return limits
 
     def _blame_the_missing(self) -> bool:
         """End the job as soon as it is known which rank has been lost."""
@@ -267,9 +281,8 @@ class Watchdog:
         failed = [r for r in others if self._heartbeat_of(r).failed]
         if failed:
             self._end(failed, f"failed: {self._heartbeat_of(failed[0]).failed}")
-        dead = [
-            r for r in others if not self._has_ended(r) and now - self.lived[r] > 3 * self.interval
-        ]
+        running = [r for r in others if not self._heartbeat_of(r).ended]
+        dead = [r for r in running if now - self.lived[r] > 3 * self.interval]
         if dead:
             self._end(dead, "is dead")
         return False
@@ -277,13 +290,18 @@ class Watchdog:
     def _heartbeat_of(self, rank: int) -> Heartbeat:
         return self.heartbeats[rank] or Heartbeat("?", count=-1, where="its start")
 
-    def _has_ended(self, rank: int) -> bool:
-        return self._heartbeat_of(rank).done or bool(self._heartbeat_of(rank).failed)
+    def _i_have_ended(self) -> bool:
+        """Whether this rank has read its own end from the store."""
+        return self._heartbeat_of(self.rank).ended
 
     def _all_have_ended(self) -> bool:
         if self.reported:
-            time.sleep(2 * self.interval + 1)  # until all other ranks have read it
-        return self.reported or all(map(self._has_ended, range(self.world_size)))
+            self._let_others_read()
+        return self.reported or all(beat is not None and beat.ended for beat in self.heartbeats)
+
+    def _let_others_read(self) -> None:
+        """Wait until all other ranks have read the store, before rank 0, which holds it, ends."""
+        time.sleep(2 * self.interval + 1)
 
     # --- the end
 
@@ -296,55 +314,59 @@ class Watchdog:
     def _end(self, ranks: list[int], what: str) -> None:
         """Print on one rank what has happened, and end the process on every rank."""
         with self.ending:  # never released, because a process ends only once
-            # Its last published step may be old. In lockstep it has done at least as many steps as this rank.
+            # Its last published step may be old. In lockstep it has done at least as many steps as
+            # this rank.
             step = max(self._heartbeat_of(ranks[0]).step, self.mine.step)
-            name = ", ".join(f"{r} on node {self._heartbeat_of(r).node}" for r in ranks[:8]) + (
-                ", ..." if ranks[8:] else ""
-            )
-            try:
-                if self.store_is_gone:
-                    raise RuntimeError
-                first = (
-                    self.store.compare_set("reporter", "", str(self.rank))
-                    == str(self.rank).encode()
-                )
-            except RuntimeError:
-                first = self.rank == min({*range(self.world_size)} - {*ranks}, default=self.rank)
-            if first:
+            names = [f"{r} on node {self._heartbeat_of(r).node}" for r in ranks[:8]]
+            if ranks[8:]:
+                names.append("...")
+            if self._is_first(ranks):
+                line = f"error: rank {', '.join(names)} {what}; last step {step}: the job ends"
                 with suppress(OSError):  # the terminal or pipe is closed
-                    print(
-                        f"error: rank {name} {what}; last step {step}: the job ends",
-                        file=sys.stderr,
-                        flush=True,
-                    )
+                    print(line, file=sys.stderr, flush=True)
             self._leave()
 
+    def _is_first(self, blamed: list[int]) -> bool:
+        """Whether this rank is the one that prints."""
+        me = str(self.rank)
+        if not self.store_is_gone:
+            with suppress(RuntimeError):  # the store's process has ended
+                return self.store.compare_set("reporter", "", me) == me.encode()
+        return self.rank == min({*range(self.world_size)} - {*blamed}, default=self.rank)
+
     def _leave(self) -> None:
-        # The others learn of the end from the store, which rank 0 holds, so rank 0 ends last. A launcher that sees one
-        # rank end kills the others, which could cut off the printed line.
-        time.sleep(2 * self.interval + 1 if self.rank == 0 else 0.5)
+        # The others learn of the end from the store, which rank 0 holds, so rank 0 ends last. A
+        # launcher that sees one rank end kills the others, which could cut off the printed line.
+        if self.rank == 0:
+            self._let_others_read()
+        else:
+            time.sleep(0.5)
         with suppress(OSError):
             sys.stdout.flush()
         os._exit(EXIT_CODE)
 
     def _leave_later(self) -> None:
-        """End a failed rank after `timeout` seconds in any case: its cleaning up may wait for the others for ever."""
+        """End a failed rank after `timeout` seconds in any case.
+
+        Its cleaning up may wait for the others for ever.
+        """
         timer = threading.Timer(self.timeout, os._exit, [EXIT_CODE])
         timer.daemon = True
         timer.start()
 
 
-def _lost_a_rank(error: BaseException) -> bool:
+def _lost_a_rank(error: BaseException | None) -> bool:
     """Whether torch.distributed raised this error because another rank is gone."""
+    if not isinstance(error, RuntimeError):
+        return isinstance(error, dist.DistError)
     text = str(error)
-    return isinstance(error, dist.DistError) or (
-        isinstance(error, RuntimeError)
-        and ("gloo" in text or "NCCL" in text or "Connection" in text)
+    return isinstance(error, dist.DistError) or any(
+        word in text for word in ("gloo", "NCCL", "Connection")
     )
 
 
 def _position(thread: int) -> tuple[bool, str]:
-    """Whether a thread waits in a collective, and the innermost line of the project's code that it executes."""
+    """Whether a thread waits in a collective, and its innermost line of the project's code."""
     frame = sys._current_frames().get(thread)
     waiting, where = False, ""
     while frame:

@@ -3,7 +3,7 @@ import json
 import pytest
 
 from ds_cmli.data.bad import BadFile, BadSamples
-from ds_cmli.distributed.collective_flags import CollectiveFlags
+from ds_cmli.distributed.process_group import CollectiveFlags
 
 
 def test_the_share_is_of_the_whole_set_not_of_the_samples_so_far():

@@ -15,7 +15,7 @@ from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.presets import load_preset
 from ds_cmli.data.load import build_data
 from ds_cmli.data.loaders import eval_loader
-from ds_cmli.distributed.collective_flags import CollectiveFlags
+from ds_cmli.distributed.process_group import CollectiveFlags
 from ds_cmli.faults import nonfinite
 from ds_cmli.models.weights import not_finite
 from tests.config.test_mistakes import pairs

@@ -6,8 +6,8 @@ import pytest
 
 from ds_cmli.common.errors import UserError
 from ds_cmli.config import registry
-from ds_cmli.config.options import check_trackers
 from ds_cmli.config.presets import load_preset
+from ds_cmli.config.start_checks import check_trackers
 from tests.config.test_mistakes import pairs
 from tests.drive_train import drive
 from tests.metrics_file import metrics

@@ -3,7 +3,7 @@
 import pytest
 
 from ds_cmli.common.errors import UserError
-from ds_cmli.config.outputs import check_outputs
+from ds_cmli.config.start_checks import check_outputs
 
 
 def written(section, place):

@@ -1,20 +1,64 @@
-"""Checks at the start that files and folders outside a run's own, and wandb, can be written to.
+"""Checks of a whole configuration at the start, before what takes seconds.
 
-DeepSpeed opens them when training has begun, and ends the run if it cannot.
+Among them is whether files and folders outside a run's own, and wandb, can be written to: DeepSpeed
+opens them when training has begun, and ends the run if it cannot.
 """
 
+import importlib.util
 import os
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from ds_cmli.common.errors import UserError
+from ds_cmli.config.deepspeed_config import DeepSpeedConfig
+from ds_cmli.config.registry import TRACKERS
+from ds_cmli.config.schema import Config
 from ds_cmli.config.validation import shown
 
 # Sections of the JSON whose `output_path` is a folder, in which `job_name` is another one.
 FOLDERS = ("tensorboard", "csv_monitor")
+
+
+class Profiles(Protocol):
+    """What is asked of a `memory.profiles.Profiles`."""
+
+    memory: int | None
+
+    def left(self, total_steps: int, done: int, say: Callable[[str], None]) -> object:
+        """Raise `UserError` if the profiled steps are not all in the run."""
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Raise `UserError` if a tracker's library is not installed. Nothing is imported."""
+    for name in names:
+        library = TRACKERS[name].library
+        if importlib.util.find_spec(library) is None:
+            raise UserError(
+                f"run.report_to has {name!r}, which is not installed: pip install {library}"
+            )
+
+
+def check_early(
+    config: Config, ds_config: DeepSpeedConfig, resume: str, profiles: Profiles
+) -> None:
+    """Check what would otherwise be refused only after imports that take seconds.
+
+    Raises `UserError`.
+    """
+    check_trackers(config.run.report_to)
+    if config.run.compile != "off" and profiles.memory is not None:
+        raise UserError(
+            f"run.compile is {config.run.compile!r} and --profile-memory is {profiles.memory}: "
+            "what is measured is set beside the prediction, which is of the blocks as they are: "
+            "leave out one of the two"
+        )
+    if config.optim.steps is not None:
+        profiles.left(config.optim.steps, 0, lambda line: None)
+    if resume == "auto" and not (Path(config.run.output_dir) / "checkpoint").exists():
+        ds_config.batch(config.optim.micro_batch, int(os.environ["WORLD_SIZE"]))
 
 
 def check_outputs(ds_config: Mapping[str, Any], report_to: Sequence[str]) -> None:
@@ -56,7 +100,7 @@ def _places(ds_config: Mapping[str, Any]) -> Iterator[tuple[str, str, Path]]:
 
 
 def _try(place: Path, folder: bool) -> None:
-    """Make the file, or one in the folder, and remove what is new. Raises `OSError`, `ValueError`."""
+    """Make the file, or one in the folder, and remove what is new; may raise any error of it."""
     made = [path for path in (place, *place.parents) if not path.exists()]
     try:
         (place if folder else place.parent).mkdir(parents=True, exist_ok=True)
