@@ -132,7 +132,7 @@ def _pairs(config: DataConfig, seed: int) -> Data:
     validation = EvalPairs(opened.validation, tokenizer, config)
     # Read the first pair of each source, so that missing images are an error here: after an error
     # in a loading process torch takes 5 s per process to end.
-    for start in [0, *train.pictures.ends[:-1]]:
+    for start in train.pictures.starts[:-1]:
         train[start]
     TrainPairs(opened.validation, tokenizer, config, seed)[0]
     everything = [*opened.train, *opened.validation]

@@ -29,6 +29,7 @@ A_POSITION = 16
 
 @dataclass
 class Opened:
+    kinds: set[str] = field(default_factory=set)
     train: list[Source] = field(default_factory=list)
     validation: list[Source] = field(default_factory=list)
     held_out: list[Source] = field(default_factory=list)  # what of `validation` is a held-out share
@@ -51,23 +52,21 @@ def open_sources(config: DataConfig) -> Opened:
     """
     names, weights = weighted(config.source)
     opened = Opened()
-    kinds = set()
     for name in names:
-        kinds.add(_open_part(name, config, opened))
+        _open_part(name, config, opened)
     if config.val_source:
-        kinds.add(_open_val_source(config, names, opened))
-    read = [setting for kind in sorted(kinds) for setting in SOURCES[kind].settings]
+        _open_val_source(config, names, opened)
+    read = set[str]().union(*(SOURCES[kind].settings for kind in opened.kinds))
     if config.follow_symlinks and "follow_symlinks" not in read:
-        opened.notices.append(
-            f"data.follow_symlinks has no effect: {' and '.join(sorted(kinds))} holds its pictures"
-        )
+        kinds = " and ".join(sorted(opened.kinds))
+        opened.notices.append(f"data.follow_symlinks has no effect: {kinds} holds its pictures")
     opened.train, lines = kept_apart(opened.train, opened.held_out)
     for part in (*opened.train, *opened.validation):
         if not len(part):
             raise UserError(f"{part.where} has no picture left: give it some, or leave it out")
     lines += shared_lines(opened.train, opened.validation)
     opened.notices = [*opened.of_files, *opened.notices, *lines]
-    opened.mixture = Mixture([len(source) for source in opened.train], weights)
+    opened.mixture = Mixture(list(map(len, opened.train)), weights)
     _describe(opened, names, weights, config)
     for setting in settings_of_some():
         value = getattr(config, setting)
@@ -86,9 +85,10 @@ def settings_of_some() -> list[str]:
     return [f.name for f in fields(DataConfig) if f.name in read - {"follow_symlinks"}]
 
 
-def _open_part(name: str, config: DataConfig, opened: Opened) -> str:
-    """Add the parts of one source to those `opened`; returns its kind."""
+def _open_part(name: str, config: DataConfig, opened: Opened) -> None:
+    """Add the parts of one source to those `opened`."""
     kind, parts = open_source(name, config)
+    opened.kinds.add(kind)
     train, validation = parts.train, None
     if not config.val_source:
         validation = _evaluated(parts, name, config)
@@ -102,16 +102,16 @@ def _open_part(name: str, config: DataConfig, opened: Opened) -> str:
         opened.validation.append(validation)
     opened.train.append(train)
     opened.of_files += parts.notices
-    return kind
 
 
-def _open_val_source(config: DataConfig, names: list[str], opened: Opened) -> str:
-    """Add the validation data of `data.val_source` to what is `opened`; returns its kind."""
+def _open_val_source(config: DataConfig, names: list[str], opened: Opened) -> None:
+    """Add the validation data of `data.val_source` to what is `opened`."""
     name = config.val_source
     try:
         kind, parts = open_source(name, config)
     except UserError as error:
         raise UserError(str(error).replace("data.source is", "data.val_source is", 1)) from None
+    opened.kinds.add(kind)
     if name not in names:
         opened.of_files += parts.notices
     validation: Source | None = None
@@ -122,7 +122,6 @@ def _open_val_source(config: DataConfig, names: list[str], opened: Opened) -> st
             f"data.val_split has no effect: {name} has no parts and is used whole"
         )
     opened.validation = [validation or parts.train]
-    return kind
 
 
 def _evaluated(parts: Parts, name: str, config: DataConfig) -> Source | None:
@@ -148,7 +147,7 @@ def _describe(
         mark = dict(train.fingerprint())
         if not config.val_source:
             validation = opened.validation[number]
-            if any(part is validation for part in opened.held_out):
+            if validation in opened.held_out:
                 parts.append(("held out", validation))
             else:
                 parts.append((f"in its {config.val_split} part", validation))

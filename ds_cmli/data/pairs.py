@@ -28,16 +28,16 @@ class Pictures:
 
     def __init__(self, sources: list[Source], config: DataConfig):
         self.sources, self.size, self.max_pixels = sources, config.image_size, config.max_pixels
-        self.ends = list(accumulate(map(len, sources)))
+        self.starts = [0, *accumulate(map(len, sources))]  # each source's first picture
         self.first = _first_of_each(sources)
 
     def __len__(self) -> int:
-        return self.ends[-1]
+        return self.starts[-1]
 
     def at(self, index: int) -> tuple[int, int]:
         """The number of a picture's source, and the picture's index in that source."""
-        source = bisect_right(self.ends, index)
-        return source, index - (self.ends[source - 1] if source else 0)
+        source = bisect_right(self.starts, index) - 1
+        return source, index - self.starts[source]
 
     def name(self, index: int) -> str:
         number, place = self.at(index)
@@ -126,7 +126,7 @@ class TrainPairs(Dataset):
         return len(self.pictures)
 
     def __getitem__(self, at: int | Draw) -> Sample:
-        index, turn = at if isinstance(at, Draw) else (at, 0)
+        index, turn = Draw.of(at)
         if not 0 <= index < len(self):
             raise IndexError(index)
         number, place = self.pictures.at(index)

@@ -84,6 +84,11 @@ class Draw(NamedTuple):
     sample: int  # the sample's index
     turn: int  # how often it has been requested before; without weights this is the epoch, from 0
 
+    @classmethod
+    def of(cls, at: "int | Draw") -> "Draw":
+        """The request itself, or the first one of sample `at`."""
+        return at if isinstance(at, Draw) else cls(at, 0)
+
 
 class GlobalBatchSampler:
     """A batch sampler that yields lists of B `Draw`s without end, across epochs.

@@ -146,7 +146,7 @@ class Scenes(Dataset):
             yield list(zip(concepts, cells, strict=True))
 
     def __getitem__(self, at: int | Draw) -> Sample:
-        index, turn = at if isinstance(at, Draw) else (at, 0)
+        index, turn = Draw.of(at)
         sample = self.pair(index)
         with self.augmentation.seeded(turn, index):
             sample.image, flipped = self.augmentation.pixels(sample.image)
@@ -175,7 +175,8 @@ class Scenes(Dataset):
             top, left = (cell * offset for offset in CORNERS[place])
             image[:, top : top + cell, left : left + cell] = self.pictures.images[concept]
             cell_picture[place] = number
-            caption += SEPARATOR if caption else ""
+            if caption:
+                caption += SEPARATOR
             name = self.pictures.names[concept]
             spans.append((len(caption), len(caption) + len(name)))
             caption += name

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from ds_cmli.config.schema import Config
     from ds_cmli.data.load import EvalData
     from ds_cmli.evaluate.embed import EmbedSettings
+    from ds_cmli.evaluate.report import Metrics
     from ds_cmli.losses.objective import Objective
 
 SPLITS = ("val", "test", "all")
@@ -125,7 +126,7 @@ def command(json_file: str | None, **options: Any) -> None:
     launchers.map_launcher_environment()
     if not asked.boxes and not asked.zero_shot:
         _take_data(config, asked)
-    mode: Callable[[Config, Asked], dict[str, Any]] = _retrieval
+    mode: Callable[[Config, Asked], Metrics] = _retrieval
     if asked.zero_shot:
         mode = _zero_shot
     elif asked.boxes:
@@ -178,7 +179,7 @@ def _take_data(config: "Config", asked: Asked) -> None:
     config.data = dataclasses.replace(config.data, **given)
 
 
-def _retrieval(config: "Config", asked: Asked) -> dict[str, Any]:
+def _retrieval(config: "Config", asked: Asked) -> "Metrics":
     """Collective."""
     from ds_cmli.data.load import build_eval_data
     from ds_cmli.distributed import process_group as distributed
@@ -189,7 +190,7 @@ def _retrieval(config: "Config", asked: Asked) -> dict[str, Any]:
     say(*data.summary, *data.notices)
     how = asked.embed_settings(distributed.init())  # collective
     objective = load_objective(config, Path(asked.checkpoint), asked.ema, data, how.device)
-    metrics: dict[str, Any] = {}
+    metrics: Metrics = {}
     for split, dataset in data.evals.items():
         found = evaluate_split(objective, dataset, data, how, asked.fold_size)  # collective
         metrics |= prefixed(f"eval/{split}/", found)
@@ -197,7 +198,7 @@ def _retrieval(config: "Config", asked: Asked) -> dict[str, Any]:
     return metrics
 
 
-def _zero_shot(config: "Config", asked: Asked) -> dict[str, Any]:
+def _zero_shot(config: "Config", asked: Asked) -> "Metrics":
     """Collective."""
     from ds_cmli.data.load import EvalData
     from ds_cmli.data.loaders import batches
@@ -227,12 +228,12 @@ def _zero_shot(config: "Config", asked: Asked) -> dict[str, Any]:
     return prefixed("zero_shot/", found)
 
 
-def _boxes(config: "Config", asked: Asked) -> dict[str, Any]:
+def _boxes(config: "Config", asked: Asked) -> "Metrics":
     """Collective."""
     from ds_cmli.data.load import EvalData
     from ds_cmli.data.tokens import load_tokenizer
     from ds_cmli.distributed import process_group as distributed
-    from ds_cmli.evaluate.entities import Entities, pointing_game
+    from ds_cmli.evaluate.pointing_game import Entities, pointing_game
     from ds_cmli.evaluate.report import pointing, prefixed
 
     assert asked.boxes is not None and asked.image_root is not None

@@ -170,11 +170,16 @@ class Share:
 
     def pair_rows(self) -> Iterator[tuple[int, int]]:
         """Yield (row in `images`, row in `texts`) of each caption whose picture is in the share."""
-        place = {number: row for row, number in enumerate(self.images.number.tolist())}
+        place = rows_of(self.images.number)
         for row, caption in enumerate(self.texts.number.tolist()):
             picture = int(self.held_out.image_of[caption])
             if picture in place:
                 yield place[picture], row
+
+
+def rows_of(numbers: Tensor) -> dict[int, int]:
+    """The row of each picture or caption, by its number."""
+    return {number: row for row, number in enumerate(numbers.tolist())}
 
 
 def padded_share(count: int, rank: int, ranks: int) -> list[int]:

@@ -82,12 +82,14 @@ class HeldOut:
         at_load: pairs that the data set left out at load.
     """
 
-    def __init__(self, dataset: Any):
+    def __init__(self, dataset: Dataset):
         """`dataset` is a `Pairs`, or a `Subset` of one."""
-        self.pairs: Pairs = dataset
-        self.rows: Sequence[int] = range(len(dataset))
+        pairs: Any = dataset
+        rows: Sequence[int] = range(len(pairs))
         if isinstance(dataset, Subset):
-            self.pairs, self.rows = dataset.dataset, dataset.indices  # type: ignore[assignment]
+            pairs, rows = dataset.dataset, dataset.indices
+        self.pairs: Pairs = pairs
+        self.rows = rows
         self.first: list[int] = []  # the row of each picture's first caption
         numbers: dict[int, int] = {}
         image_of = []

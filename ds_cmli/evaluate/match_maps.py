@@ -5,6 +5,7 @@ of a caption.
 """
 
 from dataclasses import dataclass
+from itertools import compress
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -13,7 +14,7 @@ from ds_cmli.cmli.contrastive import upcast
 from ds_cmli.common.match_sheet import sheet
 from ds_cmli.data.tokens import CaptionTokenizer
 from ds_cmli.distributed import process_group as distributed
-from ds_cmli.evaluate.embed import Share
+from ds_cmli.evaluate.embed import Share, rows_of
 from ds_cmli.trackers import MATCH_MAPS
 
 if TYPE_CHECKING:
@@ -61,22 +62,20 @@ def match_maps(share: Share, tokenizer: CaptionTokenizer, count: int) -> list[Ma
         first.setdefault(int(held_out.image_of[caption]), caption)
         if len(first) == count:
             break
-    image_row = {number: row for row, number in enumerate(images.number.tolist())}
-    text_row = {number: row for row, number in enumerate(texts.number.tolist())}
+    image_row, text_row = rows_of(images.number), rows_of(texts.number)
     mine = {}
     for order, (picture, caption) in enumerate(first.items()):
         if picture not in image_row:
             continue  # it belongs to another rank
         sample = held_out.pairs.pair(held_out.rows[caption])
         text = sample.tokens.text
-        spans = zip(tokenizer.spans(text), sample.tokens.valid, strict=True)
-        words = [slice(*span) for span, valid in spans if valid]
+        spans = list(compress(tokenizer.spans(text), sample.tokens.valid))
         tokens = texts.tokens[texts.tokens_of(text_row[caption])]  # [M, D]
         patches = images.patches[image_row[picture]]  # [N, D]
         mine[order] = MatchMap(
             sample.image,
-            text[: words[-1].stop],
-            [text[word] for word in words],
+            text[: spans[-1][1]],
+            [text[start:end] for start, end in spans],
             upcast(tokens) @ upcast(patches).t(),
             share.grid,
         )

@@ -4,13 +4,14 @@ from collections.abc import Mapping
 from itertools import product
 from typing import Any, TypeVar
 
+Metrics = dict[str, Any]  # numbers by name, and `left_out_first`, the names of samples
 Metric = TypeVar("Metric")
 
 SCORES = ("combined", "cmli", "global")
 POINTING_CHANCE = 0.25  # each picture of a scene fills a quarter of it
 
 
-def best(before: dict[str, Any], split: str, found: dict[str, Any], step: int) -> dict[str, Any]:
+def best(before: Metrics, split: str, found: Metrics, step: int) -> Metrics:
     """The best result of a run so far.
 
     This is the one `found` if it has the metric of `before` and a higher value, else `before`.
@@ -28,11 +29,11 @@ def best(before: dict[str, Any], split: str, found: dict[str, Any], step: int) -
     }
 
 
-def _mean_r1(found: dict[str, Any], score: str) -> float:
+def _mean_r1(found: Metrics, score: str) -> float:
     return (found[f"{score}/i2t_r1"] + found[f"{score}/t2i_r1"]) / 2
 
 
-def summary(split: str, found: dict[str, Any]) -> str:
+def summary(split: str, found: Metrics) -> str:
     """The result of one split as a table of less than 80 columns.
 
     It has each score both ways, chance, and the pointing game.
@@ -63,13 +64,13 @@ def prefixed(prefix: str, metrics: Mapping[str, Metric]) -> dict[str, Metric]:
     return {f"{prefix}{name}": value for name, value in metrics.items()}
 
 
-def left_out(found: dict[str, Any]) -> str:
+def left_out(found: Metrics) -> str:
     if "left_out" not in found:
         return ""
     return f", {found['left_out']} left out: {', '.join(found['left_out_first'])}"
 
 
-def classification(found: dict[str, Any]) -> str:
+def classification(found: Metrics) -> str:
     """The result of zero-shot classification as lines of a table."""
     parts = [f"  {found['pictures']} pictures, {found['classes']} classes{left_out(found)}"]
     for score in (*SCORES, "chance"):
@@ -82,7 +83,7 @@ def classification(found: dict[str, Any]) -> str:
     return "\n".join(parts)
 
 
-def pointing(found: dict[str, Any]) -> str:
+def pointing(found: Metrics) -> str:
     """The result of the pointing game with boxes, as two lines."""
     visible = f"{found['visible']:.0%} of them have a box that holds the centre of a patch"
     accuracy, chance = found["pointing_game"], found["chance/pointing_game"]

@@ -6,7 +6,7 @@ cosine similarity of the class tokens (global), CMLI (cmli), and the sum of both
 """
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch.utils.data import Dataset
@@ -18,7 +18,7 @@ from ds_cmli.distributed import process_group as distributed
 from ds_cmli.evaluate.embed import EmbedSettings, Share, embed_share
 from ds_cmli.evaluate.held_out import HeldOut
 from ds_cmli.evaluate.pointing_game import scene_hits
-from ds_cmli.evaluate.report import prefixed
+from ds_cmli.evaluate.report import Metrics, prefixed
 from ds_cmli.evaluate.retrieval import chance, kinds, rank_counts
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def evaluate_split(
     how: EmbedSettings,
     fold_size: int | None = None,
     show: Callable[[Share], None] | None = None,
-) -> dict[str, Any]:
+) -> Metrics:
     """Measure all metrics of a split, the same on every rank. Collective.
 
     Args:
@@ -65,7 +65,7 @@ def evaluate_split(
     captions, image_of = share.captions, held_out.image_of
     pictures = image_of[captions].unique()
 
-    out: dict[str, Any] = {"pairs": len(captions), "pictures": len(pictures)}
+    out: Metrics = {"pairs": len(captions), "pictures": len(pictures)}
     if share.left_out:
         out["left_out"] = len(image_of) - len(captions) + len(held_out.at_load)
         out["left_out_first"] = told(share.left_out)

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +33,7 @@ from ds_cmli.data.tokens import CaptionTokenizer, tell_cut
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.evaluate.embed import EmbedSettings, Texts, embed_texts, image_embeddings
 from ds_cmli.evaluate.held_out import FILLER, Picture, PictureBatch, View, first_line
+from ds_cmli.evaluate.report import Metrics
 from ds_cmli.evaluate.retrieval import expected_hits, kinds
 
 if TYPE_CHECKING:
@@ -211,7 +212,7 @@ def top_hits(scores: Tensor, target: Tensor) -> Tensor:
 @torch.no_grad()
 def classify(
     student: "Student", loader: Iterable[PictureBatch], classifier: Classifier, how: EmbedSettings
-) -> dict[str, Any]:
+) -> Metrics:
     """Measure accuracies over the pictures of all ranks. Collective.
 
     Args:
@@ -237,7 +238,7 @@ def classify(
         counts += target.bincount(minlength=classes)
     distributed.sum_over_ranks(hits)  # collective
     distributed.sum_over_ranks(counts)  # collective
-    out: dict[str, Any] = {"pictures": int(counts.sum()), "classes": classes}
+    out: Metrics = {"pictures": int(counts.sum()), "classes": classes}
     lost: list[Bad] = []
     for of_rank in distributed.gather_objects(broken):  # collective
         lost += of_rank.values()

@@ -2,8 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from ds_cmli.evaluate.entities import parse_annotation, parse_sentence
-from ds_cmli.evaluate.pointing_game import patches_inside, phrase_hits, scene_hits
+from ds_cmli.evaluate.pointing_game import parse_annotation, parse_sentence, patches_inside, phrase_hits, scene_hits
 
 
 def test_centres_of_patches_by_hand():

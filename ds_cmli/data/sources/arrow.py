@@ -5,8 +5,9 @@ groups are about 100 MB: it is copied into Arrow files once.
 """
 
 import shutil
+from itertools import chain, starmap
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -46,7 +47,7 @@ def load_parquet(name: str, files: list[Path], config: DataConfig) -> Parts:
     sizes = {file.name: file.stat().st_size for file in files}
     parts = {}
     for split, dataset in datasets.items():
-        stored = [_stored(file) for file in splits[split]]
+        stored = list(map(_stored, splits[split]))
         parts[split] = Arrow(f"{name} ({split})", dataset, sizes, stored, config)
     notices = []
     others = [file.name for file in files if part_of(file) is None]
@@ -68,9 +69,7 @@ def _copied(name: str, splits: dict[str, list[Path]]) -> dict[str, "Dataset"]:
         builder = datasets.load_dataset_builder("parquet", data_files=data_files)
         cache = Path(builder.cache_dir)
         if not cache.exists():
-            size = 0
-            for files in splits.values():
-                size += sum(file.stat().st_size for file in files)
+            size = sum(file.stat().st_size for file in chain.from_iterable(splits.values()))
             home = next(filter(Path.exists, cache.parents))
             if shutil.disk_usage(home).free < size:
                 raise UserError(
@@ -182,7 +181,7 @@ class Arrow(Source):
         return {"pictures": len(self), "files": self.sizes}
 
     def identities(self) -> np.ndarray:
-        return np.concatenate([numbered(place, rows) for place, rows in self.stored])
+        return np.concatenate(list(starmap(numbered, self.stored)))
 
     def caption_counts(self) -> np.ndarray:
         return self._lengths()[0]
@@ -198,11 +197,11 @@ class Arrow(Source):
         column = self.texts.data.column(self.caption_column)
         if self.texts._indices is not None:
             column = column.take(self.texts._indices.column(0))
-        lengths = [_lengths(chunk) for chunk in column.chunks]
+        lengths = map(_lengths, column.chunks)
         return np.concatenate([np.zeros((2, 0), np.int64), *lengths], axis=1)
 
 
-def _holds_image(feature: Any) -> bool:
+def _holds_image(feature: object) -> bool:
     import datasets
 
     if isinstance(feature, dict):
@@ -211,7 +210,7 @@ def _holds_image(feature: Any) -> bool:
     return binary or isinstance(feature, datasets.Image)
 
 
-def _holds_text(feature: Any) -> bool:
+def _holds_text(feature: object) -> bool:
     inner = getattr(feature, "feature", feature)  # the type of a list's items, if it is a list
     return getattr(inner, "dtype", "") in ("string", "large_string")
 

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from types import UnionType
 from typing import Any, NamedTuple
 
 from ds_cmli.common.errors import UserError
@@ -86,7 +87,7 @@ def _read(path: Path, notices: list[str]) -> list[Row]:
     return list(_karpathy(images))
 
 
-def _karpathy(images: list[Any]) -> Iterator[Row]:
+def _karpathy(images: list[object]) -> Iterator[Row]:
     """Yield the split, the file and the text of each caption."""
     for number, image in enumerate(images):
         split, file = "train", f"image {number}"
@@ -108,7 +109,7 @@ def _karpathy(images: list[Any]) -> Iterator[Row]:
 
 
 def _annotated(
-    images: list[Any], annotations: list[Any], path: Path, notices: list[str]
+    images: list[object], annotations: list[object], path: Path, notices: list[str]
 ) -> Iterator[Row]:
     """Yield the file and the text of each caption, all as the split "train"."""
     files: dict[str | int, str] = {}
@@ -138,7 +139,7 @@ def _annotated(
         )
 
 
-def _row(split: str, file: str, holder: Any, key: str) -> Row:
+def _row(split: str, file: str, holder: object, key: str) -> Row:
     """The row of one caption, which is `holder[key]`."""
     caption: str | None = None
     try:
@@ -151,7 +152,7 @@ def _row(split: str, file: str, holder: Any, key: str) -> Row:
     return Row(split, file, caption)
 
 
-def _value(holder: Any, key: str, wanted: Any) -> Any:
+def _value(holder: object, key: str, wanted: type | UnionType) -> Any:
     """Return `holder[key]`; raises `Refused` if it has not, or not of the type `wanted`."""
     if not isinstance(holder, dict):
         raise Refused(f"no object but {type(holder).__name__}")

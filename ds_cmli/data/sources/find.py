@@ -43,7 +43,9 @@ def weighted(sources: str | list[str]) -> tuple[list[str], list[float] | None]:
         name, mark, weight = source.rpartition("::")
         if mark:
             weights.append(_weight(weight, source, name))
-        names.append(name if mark else source)
+        else:
+            name = source
+        names.append(name)
     twice = first_twice(names)
     if twice is not None:
         raise UserError(f"--data names {twice!r} twice: keep one")

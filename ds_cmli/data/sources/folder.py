@@ -7,7 +7,6 @@ import os
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 from ds_cmli.common.errors import UserError, nearest
 from ds_cmli.config.schema import DataConfig
@@ -53,7 +52,9 @@ def load_folder(source: str, files: list[Path], config: DataConfig) -> Parts:
     try:
         root = Path(source).expanduser()
         if not root.is_dir():
-            kind = _kind(root.name) or "a file" if root.exists() else "it does not exist"
+            kind = "it does not exist"
+            if root.exists():
+                kind = _kind(root.name) or "a file"
             raise UserError(f"data.source is {source!r}, which is no folder ({kind}): {accepted()}")
         return _load(root, config)
     # No permission, a name that is too long, an unknown home folder.
@@ -178,7 +179,7 @@ def read_metadata(path: Path, root: Path, config: DataConfig, notices: list[str]
     return rows
 
 
-def _file(path: Path, line: int, values: dict[str, Any]) -> str:
+def _file(path: Path, line: int, values: dict[str, object]) -> str:
     """The file that a row names. Raises `UserError` if it lacks a column or names none inside."""
     for column in COLUMNS:
         if column not in values:
@@ -194,12 +195,12 @@ def _file(path: Path, line: int, values: dict[str, Any]) -> str:
     return file
 
 
-def _texts(value: Any, path: Path, line: int) -> list[str | None]:
+def _texts(value: object, path: Path, line: int) -> list[str | None]:
     """The captions of a row: a text, nothing, or a list of texts.
 
     Empty texts do not count beside others.
     """
-    texts = value if isinstance(value, list) else [value]
+    texts: list = value if isinstance(value, list) else [value]
     if not all(isinstance(text, str | None) for text in texts):
         shown = repr(value) if len(repr(value)) < 100 else type(value).__name__
         raise UserError(
@@ -208,7 +209,7 @@ def _texts(value: Any, path: Path, line: int) -> list[str | None]:
     return [text for text in texts if text and text.strip()] or [None]
 
 
-def _csv(path: Path, notices: list[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+def _csv(path: Path, notices: list[str]) -> Iterator[tuple[int, dict[str, object]]]:
     """Yield (line number from 1, values by column) of each row."""
     with open(path, encoding="utf-8-sig", newline="") as file:
         table = Table(file, path, ",")
@@ -218,7 +219,7 @@ def _csv(path: Path, notices: list[str]) -> Iterator[tuple[int, dict[str, Any]]]
         notices += table.notices()
 
 
-def _json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def _json_lines(path: Path) -> Iterator[tuple[int, dict[str, object]]]:
     """Yield (line number from 1, values by column) of each line; blank lines are skipped."""
     with open(path, encoding="utf-8-sig") as file:
         for number, line in enumerate(file, 1):

@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple, TypedDict
 
 import numpy as np
 from filelock import FileLock
@@ -45,6 +45,24 @@ KEY = re.compile(r"((?:.*/)?[^/.]+)\.([^/]*)")
 BLOCK = 512  # bytes of a header
 RECORD = 10_240  # bytes: an archive is padded to a multiple
 COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7z", b"\x28\xb5\x2f\xfd")  # first bytes
+
+
+class Shard(TypedDict):
+    """What an index holds of a shard."""
+
+    state: list[int]  # size and modification time, in ns
+    bad: list[Bad]  # its samples that cannot be used
+    first: int  # its first row
+    count: int  # its number of rows
+
+
+class Index(TypedDict):
+    """The JSON of an index."""
+
+    version: int
+    rows: str  # the file of the rows
+    count: int  # the number of all rows
+    shards: dict[str, Shard]
 
 
 class Indexed(NamedTuple):
@@ -89,17 +107,17 @@ def _state(shard: Path) -> list[int]:
     return [status.st_size, status.st_mtime_ns]
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path) -> Index:
     """Read the table of an index; an empty table if there is no usable index."""
     with suppress(OSError, EOFError, ValueError, KeyError, TypeError):
         table = json.loads(path.read_text())
         rows = np.load(path.parent / table["rows"], mmap_mode="r")
         if table["version"] == VERSION and rows.dtype == ROW and len(rows) == table["count"]:
             return table
-    return {"shards": {}}
+    return Index(version=VERSION, rows="", count=0, shards={})
 
 
-def _fresh(path: Path, shards: list[Path]) -> dict[str, Any] | None:
+def _fresh(path: Path, shards: list[Path]) -> Index | None:
     """The table if it holds the present state of all shards, else None."""
     table = _read(path)
     for shard in shards:
@@ -109,11 +127,11 @@ def _fresh(path: Path, shards: list[Path]) -> dict[str, Any] | None:
     return table
 
 
-def _make(home: Path, name: str, shards: list[Path]) -> dict[str, Any]:
+def _make(home: Path, name: str, shards: list[Path]) -> Index:
     """Scan new and changed shards and write the index; the old index is replaced atomically."""
     old = _read(home / f"{name}.json")
     folder = shards[0].parent
-    entries: dict[str, dict[str, Any]] = {}
+    entries: dict[str, Shard] = {}
     parts: dict[str, np.ndarray] = {}
     before = np.load(home / old["rows"], mmap_mode="r") if old["shards"] else np.zeros(0, ROW)
     for shard, entry in old["shards"].items():
@@ -136,16 +154,16 @@ def _make(home: Path, name: str, shards: list[Path]) -> dict[str, Any]:
         if time.monotonic() - told > TELL_SECONDS:
             print(f"indexed {number} of {len(new)} tar shards", flush=True)
             told = time.monotonic()
-        entries[path.name] = {"state": state, "bad": bad}
+        entries[path.name] = Shard(state=state, bad=bad, first=0, count=len(rows))
         parts[path.name] = rows
     count = 0
     for shard, rows in parts.items():
-        entries[shard] = {**entries[shard], "first": count, "count": len(rows)}
+        entries[shard]["first"] = count
         count += len(rows)
     handle, file = tempfile.mkstemp(prefix=f"{name}-", suffix=".npy", dir=home)
     with open(handle, "wb") as out:
         np.save(out, np.concatenate(list(parts.values())))
-    table = {"version": VERSION, "rows": Path(file).name, "count": count, "shards": entries}
+    table = Index(version=VERSION, rows=Path(file).name, count=count, shards=entries)
     temporary = home / f"{name}.tmp"
     temporary.write_text(json.dumps(table))
     os.replace(temporary, home / f"{name}.json")

@@ -9,7 +9,6 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from itertools import accumulate, groupby
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -80,11 +79,13 @@ class Tars(Source):
         # Shard -> file descriptor, in order of use.
         self._open: OrderedDict[int, int] = OrderedDict()
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         """The state for another process, without memory maps and open files: it opens its own."""
-        return {name: value for name, value in vars(self).items() if name not in ("_maps", "_open")}
+        state = dict(vars(self))
+        del state["_maps"], state["_open"]
+        return state
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: dict[str, object]) -> None:
         vars(self).update(state)
         self._reset()
 
