@@ -27,7 +27,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn, TypedDict, cast
 
 from ds_cmli.checkpoint import files
 from ds_cmli.common.cli import leave
@@ -79,10 +79,23 @@ def held(folder: Path) -> Iterator[None]:
             lock.give_back()
 
 
+class Holder(TypedDict, total=False):
+    """The content of a lock file, which may lack any of it if the file is foreign."""
+
+    host: str
+    pid: int
+    since: str
+    place: str  # the machine and container, see `_place`
+    started: str | None  # when the process started, see `_started`
+    slurm: list[str | None]  # the job, and how often it has been restarted
+    token: str
+    ended: bool  # it has left the lock for a holder before it
+
+
 class Lock:
     def __init__(self, folder: Path):
         self.folder, self.path = folder, folder / NAME
-        self.mine: dict[str, Any] = {
+        self.mine: Holder = {
             "host": socket.gethostname(),
             "pid": os.getpid(),
             "since": time.strftime("%Y-%m-%d %H:%M:%S"),
@@ -93,7 +106,7 @@ class Lock:
         }
         self.ended = threading.Event()
         self.leaving = threading.Lock()
-        self.left_for: dict[str, Any] | None = None  # a holder before that may still run
+        self.left_for: Holder | None = None  # a holder before that may still run
 
     def take(self) -> str | None:
         """Take the lock. Returns None, or the error message if it cannot be taken."""
@@ -171,22 +184,18 @@ class Lock:
             return self._may_still_run(holder)
         return age < LEASE
 
-    def _may_still_run(self, holder: dict[str, Any]) -> bool:
+    def _may_still_run(self, holder: Holder) -> bool:
         """Whether a holder runs, or could on another machine, or left the lock for such a one."""
-        elsewhere = holder.get("place") != self.mine["place"]
-        return (
-            elsewhere
-            or bool(holder.get("ended"))
-            or holder.get("started") == _started(holder.get("pid"))
-        )
+        if holder.get("place") != self.mine["place"] or holder.get("ended"):
+            return True
+        return holder.get("started") == _started(holder.get("pid"))
 
     def _replace(self, stale: str) -> bool:
         """Replace the stale lock by this process's own; False if another start is doing so."""
         claims, claimed = [], stale
         while True:
-            claims.append(
-                self.path.with_name(f"{NAME}.{hashlib.sha256(claimed.encode()).hexdigest()[:16]}")
-            )
+            digest = hashlib.sha256(claimed.encode()).hexdigest()
+            claims.append(self.path.with_name(f"{NAME}.{digest[:16]}"))
             if self._make(claims[-1]):
                 break
             content, age = self._read(claims[-1])
@@ -210,8 +219,8 @@ class Lock:
             return f"{self.path} cannot be read: another start is just making it, or remove it"
         line = (
             f"--output-dir is {str(self.folder)!r}: in use since {holder.get('since')} by process "
-            f"{holder.get('pid')} "
-            f"on {holder.get('host')}: end that run, or give another --output-dir"
+            f"{holder.get('pid')} on {holder.get('host')}: end that run, or give another "
+            "--output-dir"
         )
         if holder.get("place") != self.mine["place"]:
             line += (
@@ -233,7 +242,7 @@ class Lock:
                 with contextlib.suppress(OSError):
                     os.utime(self.path)
 
-    def _leave(self, holder: dict[str, Any]) -> NoReturn:
+    def _leave(self, holder: Holder) -> NoReturn:
         with self.leaving:  # never released, because a process ends only once
             place = f"process {holder.get('pid')} on {holder.get('host')}"
             message = f"{self.path} was taken over by {place}: this start ends and writes no more"
@@ -243,13 +252,13 @@ class Lock:
             leave(2)
 
 
-def _parsed(content: str) -> dict[str, Any] | None:
+def _parsed(content: str) -> Holder | None:
     """The holder that a lock file describes; None if the file is incomplete or damaged."""
-    try:
+    with contextlib.suppress(ValueError):
         holder = json.loads(content)
-    except ValueError:
-        return None
-    return holder if isinstance(holder, dict) else None
+        if isinstance(holder, dict):
+            return cast(Holder, holder)
+    return None
 
 
 def _place() -> str:
@@ -261,13 +270,18 @@ def _place() -> str:
         return socket.gethostname()
 
 
-def _started(pid: Any) -> str | None:
-    """The start time of a process, which tells it from a later one; None if it has ended."""
+def _started(pid: int | None) -> str | None:
+    """The start time of a process, which tells it from a later one; None if it has ended.
+
+    The number may come from a damaged file, which may hold anything.
+    """
+    if not isinstance(pid, int | str):
+        return None
     try:
         with open(f"/proc/{int(pid)}/stat") as file:
             state, *rest = file.read().rpartition(")")[2].split()
         return None if state in "ZX" else rest[18]  # a zombie cannot write any more
-    except (OSError, TypeError, ValueError, IndexError):
+    except (OSError, ValueError, IndexError):
         pass
     if os.path.isdir("/proc/self"):
         return None

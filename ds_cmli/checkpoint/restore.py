@@ -8,14 +8,20 @@ import textwrap
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from ds_cmli.checkpoint import files, universal
 from ds_cmli.checkpoint import save as checkpoint
 from ds_cmli.checkpoint.files import CheckpointWriter, no_code
-from ds_cmli.checkpoint.train_state import TrainState, read_of_rank, read_shared, redistribute
+from ds_cmli.checkpoint.train_state import (
+    OfRank,
+    TrainState,
+    read_of_rank,
+    read_shared,
+    redistribute,
+)
 from ds_cmli.checkpoint.weights import load_averages, parts
 from ds_cmli.common.errors import UserError
 from ds_cmli.common.pretrained import refused_code
@@ -160,7 +166,7 @@ def state_of(
     ds_config: DeepSpeedConfig,
     with_changes: bool,
     say: Callable[[str], None],
-    fingerprint: Mapping[str, Any] | None = None,
+    fingerprint: Mapping[str, object] | None = None,
 ) -> TrainState:
     """The state to continue from, or a fresh one, with the settings and the batch of this start.
 
@@ -189,7 +195,7 @@ def state_of(
 
 
 def _compare(
-    point: ResumePoint, now: dict[str, Any], with_changes: bool, say: Callable[[str], None]
+    point: ResumePoint, now: dict[str, object], with_changes: bool, say: Callable[[str], None]
 ) -> None:
     """Say what differs from the checkpoint's settings, and mark what follows from it."""
     for line in point.lines:
@@ -210,7 +216,7 @@ def _compare(
     point.state.rebatched = not point.batch_as_asked
 
 
-def _is_resharded(point: ResumePoint, now: dict[str, Any]) -> bool:
+def _is_resharded(point: ResumePoint, now: dict[str, object]) -> bool:
     """Whether this start would write other DeepSpeed files than those of the checkpoint."""
     before = {k: v for k, v in point.state.config.items() if k.startswith(OF_FILES)}
     after = {k: v for k, v in now.items() if k.startswith(OF_FILES)}
@@ -247,7 +253,7 @@ def load(
     distributed.raise_together(problem)  # collective
 
 
-def _of_rank(point: ResumePoint, state: TrainState) -> dict[str, Any]:
+def _of_rank(point: ResumePoint, state: TrainState) -> OfRank:
     rank = distributed.rank()
     if point.same_ranks:
         return read_of_rank(point.path, rank)
@@ -296,7 +302,7 @@ def _load_engine(point: ResumePoint, train_engine: TrainEngine, with_changes: bo
 
 
 def _apply_rates(
-    engine: "DeepSpeedEngine", fresh: list[dict[str, Any]], of_schedule: dict[str, Any]
+    engine: "DeepSpeedEngine", fresh: list[dict[str, object]], of_schedule: dict[str, object]
 ) -> None:
     """Apply this start's rates, weight decay and schedule, which loading has overwritten."""
     for group, new in zip(engine.optimizer.param_groups, fresh, strict=True):

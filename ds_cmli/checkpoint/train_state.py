@@ -4,7 +4,7 @@ import json
 import random
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
@@ -15,8 +15,28 @@ from ds_cmli.data.bad import Bad, BadSamples
 from ds_cmli.data.sampler import GlobalBatchSampler
 
 STATE = "state.json"
-# The fields that differ between ranks.
-OF_RANK = ("sums", "micro_batches", "bad_count", "bad_first", "generators")
+
+
+class Generators(TypedDict, total=False):
+    """The states of all random generators of a process, as plain values and tensors."""
+
+    python: tuple
+    numpy: tuple
+    torch: Tensor
+    cuda: Tensor
+
+
+class OfRank(TypedDict):
+    """The fields of `TrainState` that differ between ranks."""
+
+    sums: Tensor
+    micro_batches: int
+    bad_count: int
+    bad_first: list[Bad]
+    generators: Generators
+
+
+OF_RANK = tuple(OfRank.__annotations__)
 
 
 @dataclass
@@ -55,7 +75,7 @@ class TrainState:
     micro_batches: int = 0
     bad_count: int = 0  # samples that could not be used
     bad_first: list[Bad] = field(default_factory=list)
-    generators: dict[str, Any] = field(default_factory=dict)
+    generators: Generators = field(default_factory=Generators)
 
     @property
     def is_best(self) -> bool:
@@ -70,21 +90,25 @@ class TrainState:
     def out_of_patience(self, patience: int) -> bool:
         return self.evaluated and 0 < patience <= self.worse_in_row
 
-    def shared(self) -> dict[str, Any]:
+    def shared(self) -> dict[str, object]:
         return {name: value for name, value in vars(self).items() if name not in OF_RANK}
 
-    def of_rank(self) -> dict[str, Any]:
+    def of_rank(self) -> OfRank:
         """The fields of this rank. CPU-GPU sync."""
-        values = {name: getattr(self, name) for name in OF_RANK}
-        values["sums"] = self.sums.cpu()
-        return values
+        return {
+            "sums": self.sums.cpu(),
+            "micro_batches": self.micro_batches,
+            "bad_count": self.bad_count,
+            "bad_first": self.bad_first,
+            "generators": self.generators,
+        }
 
     def capture(self, sampler: GlobalBatchSampler, bad: BadSamples) -> None:
         """Copy the state that is kept elsewhere, before a checkpoint. CPU-GPU sync."""
         self.sampler, self.generators = sampler.state_dict(), generators()
         self.bad_count, self.bad_first = bad.count, list(bad.first)
 
-    def put_back(self, of_rank: dict[str, Any], bad: BadSamples) -> None:
+    def put_back(self, of_rank: OfRank, bad: BadSamples) -> None:
         """Restore what `of_rank` returned. Last: nothing may draw random numbers after it."""
         device, losses = self.sums.device, len(self.sums)
         vars(self).update(of_rank)
@@ -114,7 +138,7 @@ def read_shared(path: Path) -> TrainState:
     return TrainState(**values)
 
 
-def read_of_rank(path: Path, rank: int) -> dict[str, Any]:
+def read_of_rank(path: Path, rank: int) -> OfRank:
     """Read the part of one of the ranks that wrote it; raises `UserError` as `read_shared` does."""
     values = torch.load(path / f"rank-{rank}.pt", map_location="cpu", weights_only=True)
     if not isinstance(values, dict) or not {"sums", "generators"} <= {*values}:
@@ -127,10 +151,10 @@ def read_of_rank(path: Path, rank: int) -> dict[str, Any]:
     return values
 
 
-def generators() -> dict[str, Any]:
-    """The states of all random generators, as plain values and tensors. CPU-GPU sync."""
+def generators() -> Generators:
+    """The states of all random generators. CPU-GPU sync."""
     name, keys, *rest = np.random.get_state(legacy=True)
-    state = {
+    state: Generators = {
         "python": random.getstate(),
         "numpy": (name, torch.from_numpy(np.asarray(keys, dtype=np.int64)), *rest),
         "torch": torch.get_rng_state(),
@@ -140,7 +164,7 @@ def generators() -> dict[str, Any]:
     return state
 
 
-def restore_generators(state: dict[str, Any]) -> None:
+def restore_generators(state: Generators) -> None:
     random.setstate(state["python"])
     name, keys, *rest = state["numpy"]
     np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
@@ -149,30 +173,29 @@ def restore_generators(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state(state["cuda"])
 
 
-def redistribute(
-    ranks: list[dict[str, Any]], rank: int, world_size: int, seed: int
-) -> dict[str, Any]:
+def redistribute(ranks: list[OfRank], rank: int, world_size: int, seed: int) -> OfRank:
     """This rank's part of the state, computed from the parts that another number of ranks saved.
 
     The mean of `sums` over the new ranks equals that over the former ranks. Counts go to rank 0,
     because only their sum is used. A rank that existed before continues its random generators; a
     new one seeds them with its rank and `seed`.
     """
-    part = {
-        "sums": torch.stack([r["sums"] for r in ranks]).mean(0),
-        "micro_batches": ranks[0]["micro_batches"],
-        "bad_count": 0,
-        "bad_first": [],
-    }
-    if rank == 0:
-        part["bad_count"] = sum(r["bad_count"] for r in ranks)
-        part["bad_first"] = ranks[0]["bad_first"]
     if rank < len(ranks):
-        part["generators"] = ranks[rank]["generators"]
+        own = ranks[rank]["generators"]
     else:
         random.seed(f"{seed} {rank} {world_size}")
         fresh = random.getrandbits(31)
         np.random.seed(fresh)
         torch.manual_seed(fresh)
-        part["generators"] = generators()
+        own = generators()
+    part: OfRank = {
+        "sums": torch.stack([r["sums"] for r in ranks]).mean(0),
+        "micro_batches": ranks[0]["micro_batches"],
+        "bad_count": 0,
+        "bad_first": [],
+        "generators": own,
+    }
+    if rank == 0:
+        part["bad_count"] = sum(r["bad_count"] for r in ranks)
+        part["bad_first"] = ranks[0]["bad_first"]
     return part

@@ -15,7 +15,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,9 @@ from ds_cmli.checkpoint.files import no_code
 from ds_cmli.common.errors import UserError
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.engine import TrainEngine
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
 
 CONVERTED = "universal.writing"  # the next checkpoint removes incomplete and left-over conversions
 SHARED = "shared.pt"  # the state that is not of single parameters, see `_write_shared`
@@ -229,7 +232,7 @@ def load(step: TrainEngine, converted: Path) -> None:
         setattr(engine, name, shared[name])
 
 
-def _load_zero(engine: Any, converted: Path) -> None:
+def _load_zero(engine: "DeepSpeedEngine", converted: Path) -> None:
     optimizer = engine.optimizer
     if hasattr(optimizer, "checkpoint_event_prologue"):  # stage 3
         optimizer.checkpoint_event_prologue()

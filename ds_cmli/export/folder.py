@@ -6,7 +6,6 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -143,7 +142,7 @@ def write_model(folder: Path, trained: Trained) -> CMLIModel:
     return model
 
 
-def portable(config: Config, student: Student) -> dict[str, Any]:
+def portable(config: Config, student: Student) -> dict[str, dict[str, object]]:
     """Sections of the configuration that build the same student anywhere and prepare its inputs.
 
     They hold all sizes, and no weights or paths of this machine.
@@ -184,7 +183,7 @@ def _name(table: Mapping[str, registry.BackboneEntry], backbone: nn.Module) -> s
     return next(name for name, entry in table.items() if type(backbone) is registry.load(entry))
 
 
-def _sizes(config: PreTrainedConfig) -> dict[str, Any]:
+def _sizes(config: PreTrainedConfig) -> dict[str, object]:
     """The fields that have an effect and differ from the defaults of the model's family."""
     kind = type(config)
     usual = kind().to_dict()

@@ -47,7 +47,7 @@ class CMLIProcessor(ProcessorMixin):
         super().__init__(tokenizer)
 
     def __call__(  # type: ignore[override]
-        self, images: Any = None, text: str | list[str] | None = None, **kwargs: object
+        self, images: object = None, text: str | list[str] | None = None, **kwargs: object
     ) -> BatchFeature:
         """Prepare one or several pictures, one or several texts, or both.
 

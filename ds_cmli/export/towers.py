@@ -267,7 +267,7 @@ def write_image_encoder(folder: Path, model: CMLIModel, image: Tensor) -> str:
     return none
 
 
-def _timm_config(model: Any, side: int, arguments: dict[str, Any]) -> dict[str, Any]:
+def _timm_config(model: Any, side: int, arguments: dict[str, object]) -> dict[str, object]:
     given = model.pretrained_cfg
     return {
         "architecture": given["architecture"],

@@ -32,7 +32,8 @@ def checkpoint_blocks(blocks: list[nn.Module], checkpoint: Callable) -> None:
     """
     for block in blocks:
         trained = any(parameter.requires_grad for parameter in block.parameters())
-        block.forward = _checkpointed(block.forward, checkpoint, trained)  # type: ignore[method-assign]
+        wrapped = _checkpointed(block.forward, checkpoint, trained)
+        block.forward = wrapped  # type: ignore[method-assign]
 
 
 def _is_tensor(leaf: object) -> bool:
@@ -46,7 +47,7 @@ def _is_float(leaf: object) -> bool:
 def _checkpointed(forward: Callable, checkpoint: Callable, trained: bool) -> Callable:
     """Return `forward` under `checkpoint`; `trained`: any parameter of the block is trained."""
 
-    def run(*args: Any, **kwargs: Any) -> Any:
+    def run(*args: object, **kwargs: object) -> object:
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
         leaves, inputs_as = tree_flatten((args, kwargs))
@@ -66,7 +67,7 @@ def _checkpointed(forward: Callable, checkpoint: Callable, trained: bool) -> Cal
             leaves[i] = None
         outputs_as: list[Any] = []
 
-        def call(*tensors: Tensor) -> Any:
+        def call(*tensors: Tensor) -> Tensor | tuple[Tensor, ...]:
             filled = list(leaves)
             for i, tensor in zip(places, tensors, strict=True):
                 filled[i] = tensor
@@ -116,10 +117,10 @@ class Progress:
         self.total, self.done = total, 0
         self.started = self.told = 0.0
 
-    def counting(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+    def counting(self, forward: Callable[..., object]) -> Callable[..., object]:
         first = True
 
-        def call(*inputs: Any, **keywords: Any) -> Any:
+        def call(*inputs: object, **keywords: object) -> object:
             nonlocal first
             if not first:
                 return forward(*inputs, **keywords)

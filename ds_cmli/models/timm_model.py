@@ -8,7 +8,7 @@ import inspect
 import json
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -142,7 +142,7 @@ def create(request: ImageRequest) -> Created:
     return Created(model, source, given)
 
 
-def _built(build: Callable[[], Any]) -> Any:
+def _built(build: Callable[[], nn.Module]) -> nn.Module:
     """Build the model; on meta if it computes its sizes with tensors (RegNet), which are fake."""
     try:
         return build()
@@ -184,15 +184,15 @@ def _watched(file: str | None, given: Given | None) -> AbstractContextManager[No
     def load(
         load_pretrained: Callable,
         model: nn.Module,
-        pretrained_cfg: Any = None,
+        pretrained_cfg: dict[str, object] | None = None,
         filter_fn: Callable | None = None,
-        **arguments: Any,
+        **arguments: object,
     ) -> None:
         assert given is not None
         if file is not None:
-            pretrained_cfg = {**pretrained_cfg, "source": "", "state_dict": _read(file)}
+            pretrained_cfg = {**(pretrained_cfg or {}), "source": "", "state_dict": _read(file)}
 
-        def note(state: dict[str, Any], model: nn.Module) -> dict[str, Any]:
+        def note(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
             given.before.update(_shapes(state))
             if filter_fn is not None:
                 try:
@@ -209,7 +209,7 @@ def _watched(file: str | None, given: Given | None) -> AbstractContextManager[No
     return patched("timm: loaded keys", lambda load_pretrained: partial(load, load_pretrained))
 
 
-def _read(file: str) -> dict[str, Any]:
+def _read(file: str) -> dict[str, Tensor]:
     try:
         state = timm.models.load_state_dict(file, weights_only=True)
     except (AttributeError, EOFError, LookupError):  # of other pickles, and of lists
@@ -222,11 +222,11 @@ def _read(file: str) -> dict[str, Any]:
     return state
 
 
-def _shapes(state: dict[str, Any]) -> dict[str, Shape]:
+def _shapes(state: Mapping[str, object]) -> dict[str, Shape]:
     return {key: tuple(value.shape) for key, value in state.items() if isinstance(value, Tensor)}
 
 
-def _check_overrides(prefix: str, overrides: dict[str, Any]) -> None:
+def _check_overrides(prefix: str, overrides: Mapping[str, object]) -> None:
     wiring = {"features_only", "out_indices", "pruned"}
     for function in (timm.create_model, timm.models.build_model_with_cfg):
         wiring |= inspect.signature(function).parameters.keys()

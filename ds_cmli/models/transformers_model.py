@@ -138,7 +138,7 @@ def kind_of(request: TextRequest) -> type[PreTrainedConfig] | None:
         return None
 
 
-def create(request: TextRequest) -> Any:
+def create(request: TextRequest) -> PreTrainedModel:
     """Create the model, cut to its first layers, on the CPU in fp32; raises `UserError`."""
     source, weights = request.source, request.weights
     if weights not in ("random", "hub") and not Path(weights).exists():
@@ -150,7 +150,7 @@ def create(request: TextRequest) -> Any:
         with loading(hub=weights == "hub"):
             config = _configured(request)
             kept = _sized(request, config)
-            model = _build(request, config)
+            model: Any = _build(request, config)
     except UserError:
         raise
     except Exception as error:
@@ -236,7 +236,7 @@ def _sized(request: TextRequest, config: Any) -> int | None:
     return kept
 
 
-def _build(request: TextRequest, config: PreTrainedConfig) -> Any:
+def _build(request: TextRequest, config: PreTrainedConfig) -> PreTrainedModel:
     # The class is looked up here because AutoModel would look for code in the folder.
     text_encoding = MODEL_FOR_TEXT_ENCODING_MAPPING.get(type(config), None)
     # The text part of an image-text model may be in neither table.

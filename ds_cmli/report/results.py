@@ -3,7 +3,6 @@
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from ds_cmli.report.runs import RunFiles, mean
 
@@ -47,7 +46,7 @@ def last_values(grouped: Sequence[Sequence[RunFiles]]) -> dict[str, list[Cell]]:
     return out
 
 
-def _cell(name: str, values: Sequence[Any]) -> Cell:
+def _cell(name: str, values: Sequence[object]) -> Cell:
     numbers = [value for value in values if isinstance(value, int | float)]
     share = RECALL.fullmatch(name) or float in map(type, numbers)
     if numbers and (share or len(set(numbers)) > 1):

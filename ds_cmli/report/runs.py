@@ -38,9 +38,9 @@ class RunFiles:
                 values.append(value)
         return steps, values
 
-    def last(self, prefix: str) -> dict[str, Any]:
+    def last(self, prefix: str) -> dict[str, object]:
         """The last value of every column whose name begins with `prefix`."""
-        out: dict[str, Any] = {}
+        out: dict[str, object] = {}
         for line in self.metrics:
             for name, value in line.items():
                 if name.startswith(prefix):
@@ -126,7 +126,7 @@ def groups(runs: Sequence[RunFiles]) -> list[list[RunFiles]]:
     return list(out.values())
 
 
-def differing(runs: Sequence[RunFiles]) -> dict[str, list[Any]]:
+def differing(runs: Sequence[RunFiles]) -> dict[str, list[object]]:
     """The settings that differ, with the value of each run, or None if it has none."""
     names: dict[str, None] = {}
     for run in runs:
