@@ -7,8 +7,13 @@ from transformers.dynamic_module_utils import check_imports, get_relative_import
 from ds_cmli.export.bundle import bundle
 
 REPLACED = """
+from typing import TYPE_CHECKING
+
 from ds_cmli.models import weights
 from ds_cmli.common.errors import UserError as Mistake
+
+if TYPE_CHECKING:
+    from ds_cmli.config.schema import Config
 
 LIMIT = 3
 
@@ -49,6 +54,7 @@ def test_imports_are_rewritten_wherever_they_stand():
     assert "from .common_errors import UserError as Mistake" in text
     assert "    from .cmli_contrastive import MAX_SCALE\n" in text
     assert "from . import models_weights as weights\n" in text
+    assert "TYPE_CHECKING" not in text
     assert set(files) == {
         "entry.py", "common_errors.py", "cmli_contrastive.py", "models_weights.py",
         "common_tensor_file.py",

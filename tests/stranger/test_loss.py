@@ -3,6 +3,7 @@
 import pytest
 
 from ds_cmli.config.registry import LOSSES, LossEntry
+from ds_cmli.inference import Model
 from tests.stranger.drive import STEPS, drive
 
 
@@ -27,3 +28,4 @@ def test_without_pairs_there_is_a_result_and_no_export(tmp_path):
     found = drive(tmp_path, "--losses", "grouping", "--set", "run.match_maps=0")
     assert len(found["logged"]) == STEPS and "eval/seen/global/i2t_r1" in found["evaluated"]
     assert "compare no pairs: it has no scores to export" in found["refused"]
+    assert Model.load(tmp_path / "run", "cpu").scales == {}
