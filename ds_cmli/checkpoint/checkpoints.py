@@ -30,7 +30,7 @@ class Checkpoints:
         return self.name is None or (self.folder / FOLDER / self.name / CHECKSUMS).is_file()
 
     def missing(self) -> list[str]:
-        """On rank 0: a line if the last checkpoint is not there any more, once.
+        """A line, on rank 0 and once, if the last checkpoint is not there any more.
 
         The next one is then due at once. Other ranks do not look: a folder on a network shows them
         a new checkpoint late.

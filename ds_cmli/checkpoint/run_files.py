@@ -103,7 +103,7 @@ def _read(path: Path) -> bytes:
 
 
 def _size(path: Path) -> int:
-    """In bytes; 0 if there is no such file. Raises OSError, also if another one is in its place."""
+    """The size in bytes; 0 without a file. Raises OSError, also for a folder in its place."""
     try:
         if not path.is_file() and path.exists():
             raise IsADirectoryError(21, "Is a directory", str(path))

@@ -103,8 +103,7 @@ def _remove(paths: list[Path]) -> None:
 
 
 def requeued(resume: str, folder: Path) -> str:
-    """The value of `--resume` to use, which differs from the given one if Slurm has requeued this
-    job.
+    """The value of `--resume` to use: another than the given one if Slurm has requeued this job.
 
     A requeued job starts with the same command line. If it has saved before, "never" or the path of
     another checkpoint have been followed already, and it must resume with "auto".

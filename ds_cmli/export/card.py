@@ -209,7 +209,7 @@ def write_card(
 
 
 def licences(config: Config) -> dict[str, str]:
-    """Under what the weights that training started from, the tokenizer and the data are."""
+    """The licences of the weights that training started from, the tokenizer and the data."""
     student, data = config.student, config.data
     image = _of_weights(student.image_weights, "vit", student.image_model)
     return {

@@ -52,7 +52,7 @@ class PairLoss(nn.Module):
         self.logit_bias = nn.Parameter(torch.zeros(1)) if entry.kind == "sigmoid" else None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PairLoss":
-        """As in torch for `to`, `half` and the like, but only the device changes."""
+        """Follow `to`, `half` and the like, but change only the device."""
         return super()._apply(lambda tensor: tensor.to(fn(tensor).device), recurse)
 
     def forward(self, i2t: Tensor, t2i: Tensor) -> Tensor:
@@ -102,7 +102,7 @@ class CMLIModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers, which loses the values of buffers that the file lacks: set again."""
+        """Load a model, with the buffers that the file lacks, whose values transformers loses."""
         out = super().from_pretrained(*args, **kwargs)
         model = out[0] if isinstance(out, tuple) else out
         for name, value in model.constants.items():

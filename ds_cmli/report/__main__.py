@@ -39,10 +39,10 @@ def write(runs: Sequence["RunFiles"], path: str | Path) -> None:
     from ds_cmli.memory.report import COLOURS
     from ds_cmli.report.charts import GROUPS, charts
     from ds_cmli.report.results import headline, last_values, others, retrieval
-    from ds_cmli.report.runs import columns_of, differing, groups
+    from ds_cmli.report.runs import columns_of, differing, group_name, groups
 
     grouped = groups(runs)
-    names = [", ".join(run.name for run in group) for group in grouped]
+    names = [group_name(group) for group in grouped]
     results = last_values(grouped)
     tables = retrieval(results, names)
     speed, rest = [], []
@@ -86,9 +86,12 @@ def memory(content: Mapping[str, Any]) -> dict[str, list[str]]:
     rows = {}
     for part in ("categories", "totals"):
         for name in dict.fromkeys([*predicted.get(part, {}), *measured.get(part, {})]):
-            cells = [figures.get(part, {}).get(name) for figures in (predicted, measured)]
-            if any(cells):
-                rows[name] = ["" if value is None else f"{value:,}" for value in cells]
+            cells = []
+            for figures in (predicted, measured):
+                value = figures.get(part, {}).get(name)
+                cells.append("" if value is None else f"{value:,}")
+            if any(cell not in ("", "0") for cell in cells):
+                rows[name] = cells
     return rows
 
 
@@ -98,12 +101,12 @@ def _last(grouped: Sequence[Sequence["RunFiles"]], columns: Sequence[str]) -> di
 
     out: dict[str, list[str]] = {}
     for name in columns:
-        cells = []
+        out[name] = []
         for group in grouped:
             curves = [run.curve(name)[1] for run in group]
             values = [curve[-1] for curve in curves if curve]
-            cells.append(mean(values).shown(share=name.startswith(SHARES)) if values else "")
-        out[name] = cells
+            shown = mean(values).shown(share=name.startswith(SHARES)) if values else ""
+            out[name].append(shown)
     return out
 
 

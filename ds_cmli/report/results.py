@@ -32,16 +32,14 @@ class Table:
 
 def last_values(grouped: Sequence[Sequence[RunFiles]]) -> dict[str, list[Cell]]:
     """The last value of each metric: for each group of runs their mean and its standard error."""
-    last = [[run.last("eval/") for run in group] for group in grouped]
-    columns: dict[str, None] = {}
-    for group in last:
-        for metrics in group:
-            columns |= dict.fromkeys(metrics)
+    found: dict[str, dict[int, list[object]]] = {}  # name -> number of the group -> values
+    for number, group in enumerate(grouped):
+        for run in group:
+            for name, value in run.last("eval/").items():
+                found.setdefault(name, {}).setdefault(number, []).append(value)
     out: dict[str, list[Cell]] = {}
-    for name in columns:
-        cells = []
-        for group in last:
-            cells.append(_cell(name, [metrics[name] for metrics in group if name in metrics]))
+    for name, values in found.items():
+        cells = [_cell(name, values.get(number, [])) for number in range(len(grouped))]
         out[name.removeprefix("eval/")] = cells
     return out
 

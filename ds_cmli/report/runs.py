@@ -126,6 +126,10 @@ def groups(runs: Sequence[RunFiles]) -> list[list[RunFiles]]:
     return list(out.values())
 
 
+def group_name(group: Sequence[RunFiles]) -> str:
+    return ", ".join(run.name for run in group)
+
+
 def differing(runs: Sequence[RunFiles]) -> dict[str, list[object]]:
     """The settings that differ, with the value of each run, or None if it has none."""
     names: dict[str, None] = {}
@@ -151,7 +155,7 @@ class Mean:
         return self._as(".3f")
 
     def shown(self, share: bool = False) -> str:
-        """As percent, or with three significant digits."""
+        """The mean as percent, or with three significant digits."""
         if share:
             return self._as(".1%")
         return self._as(",.3g" if abs(self.value) < 1000 else ",.0f")
