@@ -1,5 +1,4 @@
-"""`metrics.jsonl` and `config.json` of a running run: appended to, and written again where somebody
-has removed them.
+"""`metrics.jsonl` and `config.json` of a running run, which are written again where they are gone.
 
 Only rank 0 uses this. The checkpoints of a folder that is gone come back with the next one, see
 `checkpoints.Checkpoints`.
@@ -32,8 +31,7 @@ class RunFiles:
             self.handle = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY)
 
     def append(self, lines: bytes = b"", to_disk: bool = False) -> list[str]:
-        """Write lines, and those that wait; returns lines for the user about what had to be written
-        again.
+        """Write lines, and those that wait; returns what to tell about files written again.
 
         Raises:
             OSError: nothing could be written, and the lines wait. A line that was written in part

@@ -1,5 +1,4 @@
-"""A checkpoint for another number of ranks, another ZeRO stage or another precision: DeepSpeed's
-universal checkpoint.
+"""A checkpoint for other ranks, ZeRO stages or precisions: DeepSpeed's universal checkpoint.
 
 ZeRO partitions fp32 weights and optimizer states, each stage differently. The universal form holds
 them complete, in `zero/NAME/{fp32,exp_avg,exp_avg_sq,step}.pt` for each parameter. DeepSpeed

@@ -1,5 +1,4 @@
-"""Uses a trained student: embeddings, scores, matches of words and patches, and search in a folder
-of pictures.
+"""Uses a trained student: embeddings, scores, matches of words and patches, search in a folder.
 
 from ds_cmli.inference import Model model = Model.load("runs/demo-20260101-000000") images, texts =
 model.embed_images("pictures/"), model.embed_texts(["a red car"]) model.scores(images,

@@ -201,8 +201,7 @@ class Model:
         return TextEmbeddings(torch.cat(cls), torch.cat(tokens), whole.token_mask, texts, spans)
 
     def scores(self, images: ImageEmbeddings, texts: TextEmbeddings) -> dict[str, BothWays]:
-        """Score all images against all texts: `scores(...)["combined"].t2i` ranks images for a
-        text.
+        """Score all images against all texts; "combined" by `t2i` ranks images for a text.
 
         Returns:
             For each kind the two directions, `i2t` and `t2i`, fp32 [I, J] each, of which a row is

@@ -1,5 +1,4 @@
-"""The interface of image and text encoders; each class that a table in `models` names implements
-one of the two.
+"""The interface of image and text encoders, which the classes that the registry names implement.
 
 Shapes: B pairs, S image side in pixels, N image patches, M text positions, H width of the encoder.
 """
@@ -78,8 +77,7 @@ class TextRequest:
 
 
 class ImageBackbone(nn.Module):
-    """An encoder from pixels to one class token and N patch tokens, which are ordered row by row
-    over a grid.
+    """An encoder from pixels to a class token and N patch tokens, row by row over a grid.
 
     Attributes: `width` (H), `grid` (numbers of rows and columns of patches), `prefix` (number of
     tokens before the patches; the first is the class token), `mean` and `std` (the normalisation of
@@ -107,8 +105,7 @@ class ImageBackbone(nn.Module):
         raise NotImplementedError
 
     def train(self, mode: bool = True) -> "ImageBackbone":
-        """Set the training mode, but leave every BatchNorm layer in eval mode, with its running
-        statistics unchanged.
+        """Set the training mode, but leave BatchNorm layers in eval mode, with their statistics.
 
         Batch statistics would differ between ranks, would make a resumed run differ from an
         uninterrupted one, and would be updated twice under activation checkpointing.
@@ -121,8 +118,7 @@ class ImageBackbone(nn.Module):
 
 
 class TextBackbone(nn.Module):
-    """An encoder from token ids to M features, with the pooling that gives one feature of the whole
-    text.
+    """An encoder from token ids to M features, with the pooling to one of the whole text.
 
     Attributes: `width` (H), `most_positions` (the greatest length of a text; None: any length).
     """
@@ -170,8 +166,7 @@ class PixelNorm(nn.Module):
 
 
 def cast_buffers(image: nn.Module, dtype: torch.dtype) -> None:
-    """Cast the floating-point buffers of an image backbone, which DeepSpeed (0.19.8) leaves in
-    fp32.
+    """Cast the floating-point buffers of an image backbone, left in fp32 by DeepSpeed (0.19.8).
 
     timm's models expect their masks, position biases and BatchNorm's statistics in the dtype of
     their weights. Rotary embeddings stay in fp32, because angles need its precision.

@@ -25,8 +25,7 @@ EVERY = 10.0  # seconds between two lines about the progress of compiling
 
 
 def checkpoint_blocks(blocks: list[nn.Module], checkpoint: Callable) -> None:
-    """Wrap each block's forward in `checkpoint(function, *tensors)`, so that only its inputs are
-    kept for backward.
+    """Wrap each block's forward in `checkpoint(function, *tensors)`, which keeps its inputs alone.
 
     The forward method is replaced, not the module, so that parameter names do not change.
     """

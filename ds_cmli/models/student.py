@@ -1,5 +1,4 @@
-"""The student: an image and a text encoder, each cut to its first layers, followed by shared
-Transformer blocks.
+"""The student: an image and a text encoder, cut to their first layers, and shared blocks above.
 
 Shapes: B pairs, S image side in pixels, N image patches, M text positions, H hidden size, D
 embedding dimension; prefix is the number of tokens before the patches, the first of which is the
@@ -43,8 +42,7 @@ class SharedBlock(nn.Module):
             nn.init.zeros_(last.bias)
 
     def forward(self, image: Tensor, text: Tensor, token_mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Image [B, prefix+N, H], text [B, M, H] and its mask, bool [B, M] (True = attend) -> both,
-        same shapes.
+        """[B, prefix+N, H], [B, M, H] and the text's mask, bool [B, M] (True = attend) -> both.
 
         One call takes both modalities, so that activation checkpointing recomputes the block once
         and each parameter's gradient arrives once, which ZeRO requires.
@@ -201,8 +199,7 @@ class Student(nn.Module):
     def forward(
         self, image: Tensor, input_ids: Tensor, attention_mask: Tensor
     ) -> tuple[Tensor, ...]:
-        """Encode a batch for the losses: uint8 [B, 3, S, S], int64 [B, M], bool [B, M] (True =
-        attend).
+        """Encode a batch: uint8 [B, 3, S, S], int64 [B, M], bool [B, M] (True = attend).
 
         Returns:
             Image class tokens [B, H], patches [B, N, H], text class tokens [B, H] and tokens [B, M,

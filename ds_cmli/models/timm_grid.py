@@ -1,5 +1,4 @@
-"""timm's models that return a feature map: Swin, ConvNeXt, ResNet and others; each position of the
-map is a patch.
+"""timm's models that return a feature map, whose positions are patches: Swin, ConvNeXt, ResNet.
 
 Shapes: B images, S image side in pixels, N = rows * columns of the map, H channels of the map.
 """

@@ -1,5 +1,4 @@
-"""Building timm's models from a configuration and loading their weights, with a one-line
-`UserError` per mistake.
+"""Builds timm's models from a configuration and loads their weights; mistakes are `UserError`.
 
 Shapes: B images, S image side in pixels.
 """

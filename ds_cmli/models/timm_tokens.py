@@ -1,5 +1,4 @@
-"""timm's models with patch tokens in a plain stack of blocks: ViT, DeiT, BEiT, EVA, SigLIP; any
-number of registers.
+"""timm's models with patch tokens in a plain stack of blocks: ViT, DeiT, BEiT, EVA, SigLIP.
 
 Shapes: B images, S image side in pixels, N patches, H width.
 """

@@ -1,5 +1,4 @@
-"""Building text models of the transformers library and loading their weights; each mistake is a
-one-line `UserError`.
+"""Builds text models of transformers and loads their weights; mistakes are `UserError`.
 
 Only the layers that compute a hidden state for each token are kept: the encoder of an
 encoder-decoder, the text part of an image-text model, without pooler and head. Shapes: B texts, M
