@@ -96,8 +96,8 @@ def cmli_peak_bytes(
     if backend == "triton":
         from ds_cmli.cmli.triton import Sizes, peak_bytes
 
-        sizes = Sizes(I, J, N, M, D)
-        forward, backward = peak_bytes(sizes, dtype, recompute, scratch_bytes)
+        all_sizes = Sizes(I, J, N, M, D)
+        forward, backward = peak_bytes(all_sizes, dtype, recompute, scratch_bytes)
     else:
         text = _PackedSizes(J, M, text_lengths, True, D, width)
         image = _PackedSizes(I, N, image_lengths or [N] * I, image_lengths is not None, D, width)

@@ -1,5 +1,4 @@
-"""What training reports while it runs: the only place where prediction and measurement reach into
-it.
+"""What training reports while it runs: the only place where prediction reaches into it.
 
 Training calls the methods of `probe`, the head of a chain of subscribers. With no subscriber they
 do what training does, which is almost nothing. The memory tracker, the meter of the speed and the
@@ -17,7 +16,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-Item, Result = TypeVar("Item"), TypeVar("Result")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 class Probe:

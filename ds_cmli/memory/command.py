@@ -205,7 +205,8 @@ def grid(
     for row in rows:
         cells = [str(row)]
         for values in product(*across):
-            size = device[(row, *values)]
+            cell = (row, *values)
+            size = device[cell]
             cells.append(f"{size / 1e9:.{digits}f}{'*' if size > total else ' '}")
         table.add_row(*cells)
     Console(highlight=False).print(table)

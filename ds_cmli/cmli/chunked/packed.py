@@ -163,11 +163,11 @@ class PackedBatch:
         """Write the chunk's rows [height, D] to their places in `into` [B * P, D], or add them."""
         if self.source is None:
             target = into[chunk.rows()]
-            write = target.add_ if add else target.copy_
-            write(rows)
+            write_rows = target.add_ if add else target.copy_
+            write_rows(rows)
         else:
-            write = into.index_add_ if add else into.index_copy_
-            write(0, self.source[chunk.rows()], rows.to(into.dtype))
+            write_places = into.index_add_ if add else into.index_copy_
+            write_places(0, self.source[chunk.rows()], rows.to(into.dtype))
 
 
 def pack_both(sides: Sides) -> tuple[PackedBatch, PackedBatch]:
