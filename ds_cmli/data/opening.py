@@ -169,12 +169,6 @@ def _describe(
         opened.fingerprint[names[0]]["evaluated_on"] = validation.fingerprint()
 
 
-def open_evaluated(config: DataConfig) -> tuple[list[Source], list[str]]:
-    """Open what training evaluates on; also returns lines about its files."""
-    opened = open_sources(config)
-    return opened.validation, opened.of_files
-
-
 def open_all(config: DataConfig) -> tuple[list[Source], list[str]]:
     """Open all parts of all sources of `data.source`; also returns lines about their files."""
     found: dict[Source, None] = {}  # no duplicates: without a training part another stands for it

@@ -180,7 +180,7 @@ def _take_data(config: "Config", asked: Asked) -> None:
 
 
 def _retrieval(config: "Config", asked: Asked) -> "Metrics":
-    """Collective."""
+    """Measure retrieval, and the pointing game on scenes. Collective."""
     from ds_cmli.data.load import build_eval_data
     from ds_cmli.distributed import process_group as distributed
     from ds_cmli.evaluate.report import prefixed, summary
@@ -199,7 +199,7 @@ def _retrieval(config: "Config", asked: Asked) -> "Metrics":
 
 
 def _zero_shot(config: "Config", asked: Asked) -> "Metrics":
-    """Collective."""
+    """Classify pictures. Collective."""
     from ds_cmli.data.load import EvalData
     from ds_cmli.data.loaders import batches
     from ds_cmli.data.tokens import load_tokenizer
@@ -229,7 +229,7 @@ def _zero_shot(config: "Config", asked: Asked) -> "Metrics":
 
 
 def _boxes(config: "Config", asked: Asked) -> "Metrics":
-    """Collective."""
+    """Play the pointing game on photographs. Collective."""
     from ds_cmli.data.load import EvalData
     from ds_cmli.data.tokens import load_tokenizer
     from ds_cmli.distributed import process_group as distributed

@@ -1,16 +1,15 @@
 """Match maps of a few held-out pairs, always the same ones, from the embeddings of an evaluation.
 
 They need no forward pass and no random numbers. Shapes: S image side in pixels, N patches, M tokens
-of a caption.
+of a caption, D embedding dimension.
 """
 
-from dataclasses import dataclass
 from itertools import compress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor
 
-from ds_cmli.cmli.contrastive import upcast
+from ds_cmli.cmli.pair_scores import Match, match
 from ds_cmli.common.match_sheet import sheet
 from ds_cmli.data.tokens import CaptionTokenizer
 from ds_cmli.distributed import process_group as distributed
@@ -21,15 +20,12 @@ if TYPE_CHECKING:
     from ds_cmli.metrics import NullWriter, Writer
 
 
-@dataclass
-class MatchMap:
-    """The match map of one pair."""
+class MatchMap(NamedTuple):
+    """A pair and its match, whose words are those that the caption has, also unknown ones."""
 
     image: Tensor  # uint8 [3, S, S]
     text: str
-    words: list[str]  # M, as the caption has them, also those that the tokenizer does not know
-    similarity: Tensor  # [M, N] fp32, cosine similarities of tokens and patches
-    grid: tuple[int, int]  # numbers of rows and columns of patches
+    match: Match
 
 
 def draw(
@@ -47,7 +43,7 @@ def draw(
     if distributed.is_main():
         for number, one in enumerate(found):
             # The caption, the picture, and a tile for each word: uint8 [height, width, 3].
-            picture = sheet(one.image, one.text, {"": one})
+            picture = sheet(one.image, one.text, {"": one.match})
             writer.picture(step, f"{MATCH_MAPS}{split}/{number}", picture)
 
 
@@ -72,13 +68,8 @@ def match_maps(share: Share, tokenizer: CaptionTokenizer, count: int) -> list[Ma
         spans = list(compress(tokenizer.spans(text), sample.tokens.valid))
         tokens = texts.tokens[texts.tokens_of(text_row[caption])]  # [M, D]
         patches = images.patches[image_row[picture]]  # [N, D]
-        mine[order] = MatchMap(
-            sample.image,
-            text[: spans[-1][1]],
-            [text[start:end] for start, end in spans],
-            upcast(tokens) @ upcast(patches).t(),
-            share.grid,
-        )
+        found = match(tokens, patches, text, spans, share.grid)
+        mine[order] = MatchMap(sample.image, text[: spans[-1][1]], found)
     everywhere: dict[int, MatchMap] = {}
     for maps in distributed.gather_objects(mine):  # collective
         everywhere |= maps

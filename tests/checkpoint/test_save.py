@@ -18,7 +18,7 @@ from ds_cmli.common.errors import UserError
 from ds_cmli.common.pretrained import refused_code
 from ds_cmli.config.presets import load_preset
 from ds_cmli.data.load import build_data
-from ds_cmli.data.loaders import eval_loader
+from tests.batches import rank_batches
 from tests.checkpoint.test_files import DAMAGES, flip
 from tests.engine.test_train_engine import build
 
@@ -27,7 +27,7 @@ from tests.engine.test_train_engine import build
 def train_engine(device):
     data = build_data(load_preset("tiny", {}).data, 0)
     train_engine = build(device, data, {"zero_optimization": {"stage": 2}})
-    train_engine(next(iter(eval_loader(data.train, data, 8, 0, 0, 1))))
+    train_engine(next(iter(rank_batches(data.train, data, 8))))
     return train_engine
 
 
@@ -244,7 +244,7 @@ def test_weights_are_the_masters_and_not_what_16_bit_left_of_them(device, stage)
     ds_config = {"zero_optimization": {"stage": stage}, "bf16": {"enabled": True}}
     train_engine = build(device, data, ds_config, {"optim": {"lr": 1e-4, "warmup_share": 0.0}})
     for _ in range(2):  # the first step's learning rate is 0
-        train_engine(next(iter(eval_loader(data.train, data, 8, 0, 0, 1))))
+        train_engine(next(iter(rank_batches(data.train, data, 8))))
     weights = full_weights(train_engine.objective, train_engine.engine.optimizer)
     for name, parameter in train_engine.objective.named_parameters():
         assert weights[name].dtype == torch.float32

@@ -16,11 +16,11 @@ from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.presets import load_preset
 from ds_cmli.data.bad import BadSamples
 from ds_cmli.data.load import build_data
-from ds_cmli.data.loaders import eval_loader
 from ds_cmli.data.sampler import GlobalBatchSampler
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.engine.master_weights import masters_without_zero
 from ds_cmli.models.weights import not_finite
+from tests.batches import rank_batches
 from tests.config.test_mistakes import pairs
 from tests.conftest import spawn
 
@@ -40,7 +40,7 @@ class Setting:
         optim = {"warmup_share": 0.0, "micro_batch": self.micro_batch, "ema_decay": 0.9}
         self.config = load_preset("tiny", {"data": {"source": source}, "optim": optim, **overrides})
         self.data = build_data(self.config.data, 0)
-        loader = iter(eval_loader(self.data.train, self.data, self.micro_batch, 0, self.rank, self.ranks))
+        loader = iter(rank_batches(self.data.train, self.data, self.micro_batch, self.rank, self.ranks))
         self.batches = [next(loader) for _ in range(4)]
 
     def build(self, layout: Layout, **more):

@@ -9,7 +9,7 @@ from ds_cmli.config import optimizers
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.presets import load_preset
 from ds_cmli.config.schedule import warmup_then_cosine, with_new_settings
-from ds_cmli.data.loaders import eval_loader
+from tests.batches import rank_batches
 
 STEPS = 4
 REQUIRED = {
@@ -20,7 +20,7 @@ REQUIRED = {
 
 @pytest.fixture(scope="module")
 def batches(data):
-    loader = iter(eval_loader(data.train, data, 8, 0, 0, 1))
+    loader = iter(rank_batches(data.train, data, 8))
     return [next(loader) for _ in range(STEPS)]
 
 

@@ -10,7 +10,7 @@ from tokenizers import normalizers, pre_tokenizers
 from ds_cmli.common.errors import UserError
 from ds_cmli.config.schema import DataConfig
 from ds_cmli.data.load import build_data
-from ds_cmli.data.loaders import eval_loader, train_loader
+from ds_cmli.data.loaders import train_loader
 from ds_cmli.data.sampler import GlobalBatchSampler
 from ds_cmli.data.scenes import EVAL_SCENES, TRAIN_SCENES, Pictures
 from ds_cmli.data.tokens import WORDS
@@ -171,10 +171,3 @@ def test_a_restarted_loader_goes_on_where_the_trainer_was(data):
     fresh = GlobalBatchSampler(len(data.train), 4, 0, 1, seed=0)
     whole = batches(train_loader(data, fresh, workers=0), fresh, 4)
     assert [b[2].tolist() for b in first + second] == [b[2].tolist() for b in whole]
-
-
-def test_ranks_share_the_validation_set(data):
-    seen = data.evals["seen"]
-    parts = [torch.cat([b.index for b in eval_loader(seen, data, 32, 0, rank, 3)]) for rank in range(3)]
-    assert [part[:2].tolist() for part in parts] == [[0, 3], [1, 4], [2, 5]]
-    assert sorted(torch.cat(parts).tolist()) == list(range(EVAL_SCENES))

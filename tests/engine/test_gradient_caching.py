@@ -9,10 +9,10 @@ from ds_cmli import engine
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.presets import load_preset
 from ds_cmli.data.load import build_data
-from ds_cmli.data.loaders import eval_loader
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.engine import gradient_caching
 from ds_cmli.losses.base import Features, LossInputs
+from tests.batches import rank_batches
 from tests.conftest import spawn
 from tests.faults.test_nonfinite import everything, same, spoil
 
@@ -54,7 +54,7 @@ def build(
 
 
 def micro_batches(data, size, number):
-    loader = iter(eval_loader(data.train, data, size, 0, 0, 1))
+    loader = iter(rank_batches(data.train, data, size))
     return [next(loader) for _ in range(number)]
 
 

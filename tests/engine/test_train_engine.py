@@ -12,15 +12,15 @@ from ds_cmli.common.errors import UserError
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.presets import load_preset
 from ds_cmli.data.batch import Batch
-from ds_cmli.data.loaders import eval_loader
 from ds_cmli.engine import planning
+from tests.batches import rank_batches
 from tests.cmli.helpers import allocator_peak
 from tests.conftest import ROOT
 
 
 @pytest.fixture(scope="module")
 def batches(data) -> list[Batch]:
-    loader = iter(eval_loader(data.train, data, 8, 0, 0, 1))
+    loader = iter(rank_batches(data.train, data, 8))
     return [next(loader) for _ in range(6)]
 
 

@@ -30,9 +30,10 @@ def test_the_same_pairs_on_any_number_of_ranks_and_the_same_results(device, data
     for number, one in enumerate(alone):
         sample = data.evals["seen"].pair(3 + number)
         assert torch.equal(one.image, sample.image) and one.text == sample.tokens.text
-        assert "".join(one.words) == one.text.replace(" ", "")
-        assert one.similarity.shape == (sum(sample.tokens.valid), grid[0] * grid[1]) == (len(one.words), 16)
-        assert 0.05 < one.similarity.abs().max() <= 1 + 1e-5
+        assert "".join(one.match.words) == one.text.replace(" ", "")
+        shape = (sum(sample.tokens.valid), grid[0] * grid[1])
+        assert one.match.similarity.shape == shape == (len(one.match.words), 16)
+        assert 0.05 < one.match.similarity.abs().max() <= 1 + 1e-5
 
     # Of two ranks one has the even pictures, the other the odd ones.
     parts = []
@@ -43,7 +44,8 @@ def test_the_same_pairs_on_any_number_of_ranks_and_the_same_results(device, data
         both = match_maps(replace(share, images=images, texts=texts), data.tokenizer, 5)
     assert [sorted(part) for part in parts] == [[0, 2, 4], [1, 3]]
     for one, other in zip(alone, both, strict=True):
-        assert (one.text, one.words) == (other.text, other.words) and torch.equal(one.similarity, other.similarity)
+        assert (one.text, one.match.words) == (other.text, other.match.words)
+        assert torch.equal(one.match.similarity, other.match.similarity)
 
 
 def test_a_caption_more_and_a_picture_that_is_left_out():
@@ -63,7 +65,7 @@ def test_a_caption_more_and_a_picture_that_is_left_out():
     texts = Texts(captions, one[:3], one[:3], torch.zeros(3, dtype=torch.int64), torch.ones(3, dtype=torch.int64))
     tokenizer = SimpleNamespace(spans=lambda text: [(0, 0), (0, 3), (0, 0)])
     found = match_maps(Share(held_out, images, texts, captions, [], (1, 1)), tokenizer, 4)
-    assert [(x.text, x.words, x.similarity.tolist()) for x in found] == [
+    assert [(x.text, x.match.words, x.match.similarity.tolist()) for x in found] == [
         ("猫11", ["猫11"], [[1.0]]),
         ("猫13", ["猫13"], [[1.0]]),
     ]

@@ -14,10 +14,10 @@ from ds_cmli.common.errors import UserError
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.presets import load_preset
 from ds_cmli.data.load import build_data
-from ds_cmli.data.loaders import eval_loader
 from ds_cmli.distributed.process_group import CollectiveFlags
 from ds_cmli.faults import nonfinite
 from ds_cmli.models.weights import not_finite
+from tests.batches import rank_batches
 from tests.config.test_mistakes import pairs
 from tests.conftest import spawn
 from tests.drive_train import drive
@@ -77,7 +77,7 @@ def spoil(train_engine, what, monkeypatch) -> list:
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_bad_step_changes_nothing_and_the_next_goes_on(device, name, what, fp16_device):
     data = build_data(load_preset("tiny", {}).data, 0)
-    batches = [b for b, _ in zip(eval_loader(data.train, data, 8, 0, 0, 1), range(5), strict=False)]
+    batches = [b for b, _ in zip(rank_batches(data.train, data, 8), range(5), strict=False)]
     overrides = {"optim": {"warmup_share": 0.0, "ema_decay": 0.9}}
     ds_config = {"gradient_accumulation_steps": 2, **CONFIGS[name]}
     train_engine, straight = (build(device, data, ds_config, overrides) for _ in range(2))
@@ -111,7 +111,7 @@ def on_two_ranks(rank, world_size, data_folder):
     data = build_data(config.data, 0)
     ds_config = DeepSpeedConfig.of({"zero_optimization": {"stage": 2}}).filled(config.optim, world_size, 6)
     train_engine = engine.build(config, ds_config, data.vocab_size, 6, torch.device("cpu"))
-    batch = next(iter(eval_loader(data.train, data, 8, 0, rank, 2)))
+    batch = next(iter(rank_batches(data.train, data, 8, rank, 2)))
     before = everything(train_engine)
     poison = nonfinite.poison
     nonfinite.poison = lambda loss: poison(loss * (torch.nan if rank == 1 else 1.0))

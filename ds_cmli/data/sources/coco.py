@@ -94,7 +94,9 @@ def _karpathy(images: list[object]) -> Iterator[Row]:
         try:
             found = _value(image, "split", str)
             split = PARTS.get(found, "train")
-            folder = _value(image, "filepath", str | None) if "filepath" in image else None
+            folder = None
+            if isinstance(image, dict) and "filepath" in image:
+                folder = _value(image, "filepath", str | None)
             file = _file("/".join(filter(None, (folder, _value(image, "filename", str)))))
             if found not in PARTS:
                 raise Refused(f"its split is {found!r}, none of {', '.join(PARTS)}")

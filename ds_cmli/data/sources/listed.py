@@ -171,7 +171,7 @@ class Listed(Source):
 
 
 def _real_path(path: str, folders: dict[str, tuple[str, set[str]]]) -> str:
-    """As `os.path.realpath`, but `folders` keeps each folder's real path and symlinks for speed."""
+    """Resolve as `os.path.realpath`, faster: `folders` keeps each folder's real path and links."""
     folder, _, name = path.rpartition(os.sep)
     folder = folder or os.sep
     if folder not in folders:

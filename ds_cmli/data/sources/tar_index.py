@@ -18,10 +18,9 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple, TypedDict
 
 import numpy as np
-from filelock import FileLock
 
 from ds_cmli.common.errors import UserError
-from ds_cmli.data.assets import cache_folder
+from ds_cmli.data.assets import cache_folder, locked
 from ds_cmli.data.bad import EMPTY, Bad
 
 VERSION = 1
@@ -82,17 +81,8 @@ def index(shards: list[Path]) -> Indexed:
     name = hashlib.sha256(folder.encode()).hexdigest()[:24]
     table = _fresh(home / f"{name}.json", shards)
     if table is None:
-        try:
-            home.mkdir(parents=True, exist_ok=True)
-            with FileLock(home / f"{name}.lock"):  # one process builds the index, the others wait
-                table = _fresh(home / f"{name}.json", shards) or _make(home, name, shards)
-        # FileLock raises the latter on file systems without locks.
-        except (OSError, NotImplementedError) as error:
-            raise UserError(
-                f"the index of {folder} cannot be written to {home} "
-                f"({getattr(error, 'strerror', None) or error}): free some space there, or set "
-                "DS_CMLI_CACHE to another folder"
-            ) from None
+        with locked(home, f"{name}.lock", f"the index of {folder}"):
+            table = _fresh(home / f"{name}.json", shards) or _make(home, name, shards)
     entries = [table["shards"][shard.name] for shard in shards]
     bad = [(file, reason) for entry in entries for file, reason in entry["bad"]]
     spans = [(entry["first"], entry["count"]) for entry in entries]
