@@ -205,10 +205,7 @@ def code_of(objective: Objective) -> dict[str, str]:
     for name in objective.losses:
         entry = LOSSES[name]
         lines += f'    "{name}": LossEntry("{entry.scores}", "{entry.kind}"),\n'
-    replaced = {
-        models.__name__: backbones,
-        registry.__name__: PAIR_LOSSES.format(lines=lines),
-    }
+    replaced = {models.__name__: backbones, registry.__name__: PAIR_LOSSES.format(lines=lines)}
     return bundle(CODE, replaced)
 
 
