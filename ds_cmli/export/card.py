@@ -23,9 +23,16 @@ from ds_cmli.export.folder import DEMO, load_exported, sources
 from ds_cmli.export.modeling import CMLIModel
 
 BATCH = 50  # pictures or captions a step
-RECALLS = ("i2t_r1", "i2t_r5", "i2t_r10", "t2i_r1", "t2i_r5", "t2i_r10")
-MEASURES = (*RECALLS, "mean_recall")
-COLUMNS = [*(name.replace("_r", " R@") for name in RECALLS), "mean recall"]
+# The measures of the table and their columns.
+MEASURES = {
+    "i2t_r1": "i2t R@1",
+    "i2t_r5": "i2t R@5",
+    "i2t_r10": "i2t R@10",
+    "t2i_r1": "t2i R@1",
+    "t2i_r5": "t2i R@5",
+    "t2i_r10": "t2i R@10",
+    "mean_recall": "mean recall",
+}
 NAMES = {
     "i2t, t2i": "texts ranked for an image, images ranked for a text.",
     "R@k": "the share of queries with a right answer among the first k; equal scores count as in a "
@@ -61,7 +68,7 @@ class Results:
                 if any(value is not None for value in values):
                     cells = ["-" if value is None else f"{value:.4f}" for value in values]
                     rows.append([split, score, *cells])
-        return markdown_table(["split", "scores", *COLUMNS], rows)
+        return markdown_table(["split", "scores", *MEASURES.values()], rows)
 
     def lines(self) -> list[str]:
         """What stands beside the recalls, a line for each split."""

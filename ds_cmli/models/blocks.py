@@ -12,11 +12,10 @@ import os
 import shutil
 import time
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from ds_cmli.config.schema import Config
 from ds_cmli.models.weights import say
@@ -64,22 +63,23 @@ def _checkpointed(forward: Callable, checkpoint: Callable, trained: bool) -> Cal
         # Only the checkpoint holds the tensors, so it alone decides when they are freed.
         for i in places:
             leaves[i] = None
-        outputs_as: list[Any] = []
+        structure: TreeSpec | None = None
+        # For each output: whether it is a tensor, and its value if it is not.
+        others: list[tuple[bool, object]] = []
 
         def call(*tensors: Tensor) -> Tensor | tuple[Tensor, ...]:
+            nonlocal structure, others
             filled = list(leaves)
             for i, tensor in zip(places, tensors, strict=True):
                 filled[i] = tensor
             again, by_name = tree_unflatten(filled, inputs_as)
             found, structure = tree_flatten(forward(*again, **by_name))
-            # For each output: whether it is a tensor, and its value if it is not.
             others = [(True, None) if _is_tensor(leaf) else (False, leaf) for leaf in found]
-            outputs_as[:] = [structure, others]
             kept = [leaf for leaf in found if _is_tensor(leaf)]
             return kept[0] if len(kept) == 1 else tuple(kept)
 
         given = checkpoint(call, *inputs)
-        structure, others = outputs_as
+        assert structure is not None
         tensors = iter((given,) if _is_tensor(given) else given)
         # A checkpoint returns only tensors; the block's other outputs are put back between them.
         whole = [next(tensors) if is_tensor else leaf for is_tensor, leaf in others]
