@@ -1,5 +1,4 @@
-"""Registers the exported models with transformers, without importing transformers or what the
-models need.
+"""Registers the exported models with transformers, without importing what they need.
 
 transformers learns of a package's models only through calls to its auto classes. `make` has these
 calls made as soon as the modules of the auto classes are imported. The classes registered here are
@@ -44,9 +43,7 @@ REGISTER: dict[str, Callable[[Any], None]] = {
 
 
 class Finder:
-    """An import hook for `sys.meta_path` that calls the function of `REGISTER` after its module has
-    been imported.
-    """
+    """An import hook that calls the functions of `REGISTER` once their modules are imported."""
 
     def __init__(self, names: set[str]):
         self.names = names

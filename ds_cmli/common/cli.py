@@ -1,6 +1,4 @@
-"""What all commands share: grouped options, and how they end. A user's mistake ends in one line and
-exit code 2.
-"""
+"""What all commands share: grouped options, and one line and exit code 2 for a user's mistake."""
 
 import atexit
 import contextlib
@@ -52,9 +50,8 @@ def say(*lines: str | None) -> None:
 
 
 @contextlib.contextmanager
-def json_on_stdout(alone: bool = True) -> Iterator[Callable[[Any], None]]:
-    """Yields a function that prints a value to stdout as JSON; inside, everything else that is
-    printed goes to stderr.
+def json_on_stdout(alone: bool = True) -> Iterator[Callable[[object], None]]:
+    """Yield a function that prints JSON to stdout; all else that is printed goes to stderr.
 
     With `alone=False` nothing is redirected.
     """
@@ -75,9 +72,7 @@ def _is_main() -> bool:
 
 
 def check_writable(name: str) -> None:
-    """Raise `UserError` if the file cannot be written. To be called before the work whose result it
-    will hold.
-    """
+    """Raise `UserError` if a file cannot be written, before the work whose result it will hold."""
     try:
         with open(name, "a"):
             pass
@@ -191,9 +186,7 @@ _guarded: dict[str, _Lasting] = {}
 
 
 def guard_streams() -> None:
-    """Replace stdout and stderr by streams that do not fail. To be called before files are opened;
-    once is enough.
-    """
+    """Replace stdout and stderr by streams that do not fail; called before files are opened."""
     if _guarded:
         return
     for number in range(
@@ -216,9 +209,7 @@ def guard_streams() -> None:
 
 
 def lost_output() -> str | None:
-    """What is to be told of an output that could not be written to stdout; None if nobody wanted to
-    read it.
-    """
+    """Say that stdout could not be written; None if nobody wanted to read it."""
     file = _guarded.get("stdout")
     if file is None or file.lost is None or file.lost.errno in READER_GONE:
         return None

@@ -20,8 +20,7 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 
 def bf16_is_fast() -> bool:
-    """Whether this processor multiplies bf16 matrices with instructions of its own, and oneDNN may
-    use them.
+    """Whether this processor has instructions for bf16 matrices, and oneDNN may use them.
 
     Other processors compute bf16 in fp32 and convert at each load, so that a linear layer takes two
     to five times as long as in fp32.
@@ -42,8 +41,7 @@ def bf16_is_fast() -> bool:
 
 
 def keep_freed_memory() -> None:
-    """Let glibc's allocator keep freed memory for the next step instead of returning it to the
-    system.
+    """Let glibc's allocator keep freed memory for the next step.
 
     Otherwise every large tensor gets new pages, which the system clears at their first use; the
     update of the weights then took twice as long. Other allocators (jemalloc, tcmalloc) are not

@@ -1,5 +1,4 @@
-"""Draws a match map as one picture: the picture itself, and a tile for each word, tinted where the
-word fits.
+"""Draws a match map: the picture, and a tile for each word, tinted where the word fits.
 
 Shapes: S image side in pixels, N patches, M words.
 """
@@ -7,7 +6,7 @@ Shapes: S image side in pixels, N patches, M words.
 from collections.abc import Mapping
 from contextlib import suppress
 from functools import cache
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 from PIL import Image, ImageColor, ImageDraw, ImageFont, features
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from ds_cmli.common.plots import ACCENT
 
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 TILE = 176  # side of a word's tile in pixels
 GAP = 14
 LABEL, CAPTION = 20, 26  # heights of letters in pixels
@@ -36,8 +36,7 @@ class Matched(Protocol):
 
 
 def sheet(image: Tensor, text: str, matches: Mapping[str, Matched]) -> np.ndarray:
-    """Draw a caption and its picture, uint8 [3, S, S], with a block for each named model: uint8
-    [height, width, 3].
+    """Draw a caption, its picture, uint8 [3, S, S], and a block per model, as uint8 [h, w, 3].
 
     A tint rises with the square of where a similarity lies between the word's lowest and highest;
     a frame marks its best patch (the first, if tied).
@@ -85,9 +84,7 @@ def _row(number: int) -> int:
 
 
 def _places(words: int, columns: int) -> list[tuple[int, int]]:
-    """The row and column of each word: two rows beside the picture, and then rows of the whole
-    width.
-    """
+    """The row and column of each word: two rows beside the picture, then rows of full width."""
     beside = [(row, column + 2) for row in range(2) for column in range(columns)]
     whole = columns + 2
     return [*beside, *((2 + i // whole, i % whole) for i in range(words))][:words]
@@ -141,13 +138,13 @@ def printable(text: str) -> str:
     )
 
 
-def font_for(text: str, size: int) -> Any:
+def font_for(text: str, size: int) -> Font:
     """The font that has most characters of the text; Pillow's own, if none has more."""
     return max(_fonts(size), key=lambda font: sum(_has(font, character) for character in set(text)))
 
 
 @cache
-def _fonts(size: int) -> list[Any]:
+def _fonts(size: int) -> list[Font]:
     if not features.check("freetype2"):
         return [ImageFont.load_default()]
     found = [ImageFont.load_default(size)]
@@ -158,6 +155,6 @@ def _fonts(size: int) -> list[Any]:
 
 
 @cache
-def _has(font: Any, character: str) -> bool:
+def _has(font: Font, character: str) -> bool:
     """Whether the character is drawn otherwise than one that no font has."""
     return character.isspace() or bytes(font.getmask(character)) != bytes(font.getmask(NOWHERE))

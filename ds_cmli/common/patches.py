@@ -1,5 +1,4 @@
-"""A table of every place where a library is changed at run time, and functions that replace
-attributes.
+"""A table of all run-time changes to libraries, and functions that replace attributes.
 
 `tests/common/test_patches.py` shows for each entry that the installed version of the library still
 needs the patch.
@@ -23,13 +22,13 @@ class Patch:
     attributes: tuple[str, ...]  # those that the installed version has are replaced
     reason: str
 
-    def targets(self) -> list[tuple[Any, str]]:
-        """The pairs (owner, attribute) that the installed version has; raises `AttributeError` if
-        it has none.
-        """
+    def targets(self) -> list[tuple[object, str]]:
+        """The pairs (owner, attribute) that are there; raises `AttributeError` if none is."""
         module, _, path = self.owner.partition(":")
         owner = reduce(getattr, path.split(".") if path else (), importlib.import_module(module))
-        found = [(owner, name) for name in self.attributes if hasattr(owner, name)]
+        found: list[tuple[object, str]] = [
+            (owner, name) for name in self.attributes if hasattr(owner, name)
+        ]
         if not found:
             raise AttributeError(f"{self.owner} has none of {', '.join(self.attributes)}")
         return found
@@ -143,7 +142,7 @@ PATCHES = {
 
 
 @contextmanager
-def patched(name: str, replacement: Callable[[Any], Any]) -> Iterator[None]:
+def patched(name: str, replacement: Callable[[Any], object]) -> Iterator[None]:
     """Inside, each attribute of the entry `name` is replaced by `replacement(what it was)`."""
     with ExitStack() as stack:
         for owner, attribute in PATCHES[name].targets():
@@ -151,16 +150,15 @@ def patched(name: str, replacement: Callable[[Any], Any]) -> Iterator[None]:
         yield
 
 
-def patch_for_good(name: str, value: Any) -> None:
+def patch_for_good(name: str, value: object) -> None:
     """Replace the attributes of the entry `name` by `value` for the rest of the process."""
     for owner, attribute in PATCHES[name].targets():
         setattr(owner, attribute, value)
 
 
 @contextmanager
-def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """Inside, `owner.name` is `value`; afterwards it is what it was, or is inherited again if it
-    was inherited.
+def replaced(owner: object, name: str, value: object) -> Iterator[None]:
+    """Inside, `owner.name` is `value`; afterwards it is, or is inherited, as before.
 
     This is for objects of this package. Attributes of libraries need an entry in the table above.
     """

@@ -1,12 +1,13 @@
-"""Access to matplotlib, which is optional and draws to files only, and the look of charts and
-pages.
-"""
+"""Access to matplotlib, which is optional, and the look of charts and pages."""
 
 from collections.abc import Sequence
 from importlib.util import find_spec
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ds_cmli.common.errors import UserError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # The colours of every chart and page: the same on light and on dark paper. Any two stay apart for
 # readers with deuteranopia and protanopia too: by 0.07 and more in OKLab, in a simulation of both
@@ -60,9 +61,7 @@ def installed() -> bool:
 
 
 def check_installed(needed_by: str) -> None:
-    """Raise `UserError` if matplotlib is missing. To be called before the work whose result will be
-    drawn.
-    """
+    """Raise `UserError` if matplotlib is missing, before the work whose result will be drawn."""
     if not installed():
         raise UserError(f"{needed_by} needs matplotlib: pip install matplotlib")
 
@@ -79,7 +78,7 @@ def matplotlib(needed_by: str) -> Any:
     return pyplot
 
 
-def titled(figure: Any, finding: str, what: str = "") -> None:
+def titled(figure: "Figure", finding: str, what: str = "") -> None:
     """Write what a chart shows above it: the finding in bold, below it `what` was drawn."""
     size = min(12.0, 840 / max(1, len(finding)))  # a longer line is set smaller, so that it fits
     figure.suptitle(finding, x=0.01, ha="left", weight="bold", size=size)
@@ -88,9 +87,7 @@ def titled(figure: Any, finding: str, what: str = "") -> None:
 
 
 def apart(places: Sequence[float], gap: float) -> list[float]:
-    """The places of labels, moved so that any two are at least `gap` apart, in their order and
-    around their middle.
-    """
+    """Move the places of labels at least `gap` apart, in their order and around their middle."""
     order = sorted(range(len(places)), key=places.__getitem__)
     groups: list[tuple[float, int]] = []  # (middle, labels) of those that touch
     for i in order:
@@ -107,11 +104,11 @@ def apart(places: Sequence[float], gap: float) -> list[float]:
     return out
 
 
-def plain(value: float, _: Any = None) -> str:
+def plain(value: float, _: object = None) -> str:
     """The label of a tick as a number without exponent: 0.1, 10, 1,000."""
     return f"{value:,.12g}"
 
 
-def percent(value: float, _: Any = None) -> str:
+def percent(value: float, _: object = None) -> str:
     """The label of a tick as percent: 0.1%, 10%, 1,000%."""
     return f"{100 * value:,.6g}%"

@@ -1,6 +1,4 @@
-"""How libraries load pretrained models here: without running code from files, quietly, and without
-long waits.
-"""
+"""How libraries load pretrained models here: without code from files, quietly and quickly."""
 
 import logging
 import re
@@ -48,9 +46,7 @@ def _answers(url: str) -> bool:
 
 
 def refused_code(error: Exception) -> str | None:
-    """The message for a pickle that torch refuses, whose own message advises to run the code. None
-    for other errors.
-    """
+    """The message for a pickle that torch refuses, without its advice; None for other errors."""
     text = str(error)
     if "weights_only" not in text and type(error).__name__ != "UnpicklingError":
         return None

@@ -1,6 +1,4 @@
-"""What a run was made with, as its `config.json` records it: configuration, versions and the code's
-revision.
-"""
+"""What a run was made with, as its `config.json` records it."""
 
 import json
 import os
@@ -10,14 +8,12 @@ import sys
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 PACKAGES = ("ds-cmli", "torch", "deepspeed", "transformers", "timm")
 
 
 def revision() -> str | None:
-    """The git commit of the source tree, followed by "+" if sources were changed; None outside a
-    repository.
+    """The source tree's git commit, with "+" if sources were changed; None if there is none.
 
     Untracked files inside the package count as changes. A copy of the sources records its revision
     in a file REVISION.
@@ -62,7 +58,7 @@ def versions() -> dict[str, str]:
     return result
 
 
-def write(path: Path, config: dict[str, Any], ds_config: Mapping[str, Any]) -> None:
+def write(path: Path, config: Mapping[str, object], ds_config: Mapping[str, object]) -> None:
     content = {
         "config": config,
         "deepspeed": dict(ds_config),

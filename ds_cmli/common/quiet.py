@@ -51,9 +51,7 @@ def only_errors(record: logging.LogRecord) -> bool:
 
 
 def let_deepspeed_print(info: bool) -> None:
-    """Print DeepSpeed's log lines, which its JSON may ask for; with `info`, also those of level
-    INFO, as most are.
-    """
+    """Print DeepSpeed's log lines; with `info`, also those of level INFO, as most are."""
     logger = logging.getLogger("DeepSpeed")
     logger.removeFilter(only_errors)
     if info:

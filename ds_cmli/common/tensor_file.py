@@ -1,5 +1,4 @@
-"""Safetensors files that carry the SHA-256 of their own bytes, which therefore stays with every
-copy of them.
+"""Safetensors files that carry the SHA-256 of their own bytes, as do all copies of them.
 
 It is a value of the file's metadata, and the digest of the file in which these 64 characters are
 zeros.
@@ -20,9 +19,7 @@ READ_BYTES = 1 << 20
 
 
 def pieces(tensors: Mapping[str, Tensor]) -> tuple[bytes, memoryview]:
-    """The content of the file, in two pieces: its header, and the tensors' bytes. Equal tensors
-    give equal bytes.
-    """
+    """The file's content, its header and its tensors; equal tensors give equal bytes."""
     data = memoryview(save(dict(tensors)))
     start = 8 + int.from_bytes(data[:8], "little")
     # The library writes metadata of several keys in a random order, so they are written here.
@@ -37,8 +34,7 @@ def pieces(tensors: Mapping[str, Tensor]) -> tuple[bytes, memoryview]:
 
 
 def damage(path: Path) -> str | None:
-    """What is wrong with a file; None if it agrees with its checksum, or has none, as a file of
-    another program.
+    """What is wrong with a file; None if it agrees with its checksum, or has none of ours.
 
     Raises:
         OSError: it cannot be read.

@@ -2,11 +2,11 @@
 
 import importlib.util
 from collections.abc import Mapping
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from ds_cmli.common.errors import UserError, nearest
 from ds_cmli.config import deepspeed_keys as keys
-from ds_cmli.config.json_values import Kind
+from ds_cmli.config.json_values import JsonObject, Kind, Section
 from ds_cmli.config.optimizers import (
     OPTIMIZERS,
     PARAMETER,
@@ -17,8 +17,6 @@ from ds_cmli.config.optimizers import (
     optimizer_name,
 )
 from ds_cmli.config.validation import shown
-
-Section = Mapping[str, Any]  # a part of the JSON
 
 
 def light(content: Section) -> None:
@@ -41,7 +39,7 @@ def light(content: Section) -> None:
     _outputs(content)
 
 
-def whole_numbers(content: Section, section: str = "") -> dict[str, Any]:
+def whole_numbers(content: Section, section: str = "") -> JsonObject:
     """The checked content with whole numbers, such as 5e7, as integers, which schedulers need."""
     known = keys.SECTIONS.get(section, {})
     if section in ("optimizer.params", "scheduler.params"):
@@ -61,8 +59,8 @@ def _counts(kind: Kind | None) -> bool:
     return kind is not None and kind(2.0) is None and kind(2.5) is not None
 
 
-def _section(name: str, value: Any) -> None:
-    _mapping(name, value)
+def _section(name: str, value: object) -> None:
+    value = _mapping(name, value)
     known = keys.SECTIONS[name]
     for key, item in value.items():
         nested = f"{name}.{key}"
@@ -78,7 +76,7 @@ def _section(name: str, value: Any) -> None:
         )
 
 
-def _value(section: str, key: str, value: Any, known: Mapping[str, Kind]) -> None:
+def _value(section: str, key: str, value: object, known: Mapping[str, Kind]) -> None:
     where = f"{section}.{key}" if section else key
     if key not in known:
         _unknown(section, key, known)
@@ -114,14 +112,14 @@ def _nested(path: str) -> str:
     return f'"{outer}": {{{_nested(inner)}}}' if dot else f'"{outer}": ...'
 
 
-def _mapping(section: str, value: Any) -> dict[str, Any]:
+def _mapping(section: str, value: object) -> JsonObject:
     if not isinstance(value, dict):
         raise UserError(f"{section} is {shown(value)}: give a JSON object {{...}}")
     return value
 
 
 def _typed(
-    section: str, value: Section, name: Any, table: Mapping[str, Optimizer | Scheduler]
+    section: str, value: Section, name: object, table: Mapping[str, Optimizer | Scheduler]
 ) -> None:
     """Check the type of the optimizer or scheduler, and its parameters."""
     entry = table.get(name) if isinstance(name, str) else None
@@ -144,7 +142,7 @@ def _typed(
     if missing:
         raise UserError(f"{section}.params has no {' and no '.join(missing)}: {name} needs it")
     if isinstance(entry, Optimizer) and entry.chosen:
-        _implementation(name, entry, given)
+        _implementation(str(name), entry, given)
 
 
 def _implementation(name: str, entry: Optimizer, given: Section) -> None:

@@ -15,6 +15,7 @@ from ds_cmli.common.errors import UserError
 from ds_cmli.config import deepspeed_checks as checks
 from ds_cmli.config import deepspeed_keys as keys
 from ds_cmli.config.deepspeed_effects import BATCH_KEYS, FILLED, beyond_the_run, without_effect
+from ds_cmli.config.json_values import JsonObject, Section
 from ds_cmli.config.optimizers import OPTIMIZERS, SCHEDULERS, Optimizer, optimizer_name
 from ds_cmli.config.schema import OptimConfig
 from ds_cmli.config.validation import check, parse_json
@@ -36,7 +37,7 @@ class DeepSpeedConfig(Mapping):
     on the device, and `filled` replaces all remaining "auto" values. Each returns a new object.
     """
 
-    content: Mapping[str, Any]
+    content: Section
     # Lines to print about settings that act unexpectedly.
     notices: tuple[str, ...] = field(default=(), compare=False)
 
@@ -52,22 +53,20 @@ class DeepSpeedConfig(Mapping):
     def __len__(self) -> int:
         return len(self.content)
 
-    def raw(self) -> dict[str, Any]:
+    def raw(self) -> JsonObject:
         """A copy of the JSON, which the caller may change."""
         return copy.deepcopy(dict(self.content))
 
     @classmethod
     def load(cls, path: str | Path) -> "DeepSpeedConfig":
-        """Read and check a file. Raises `UserError` with one line for the first thing that is wrong
-        with it.
-        """
+        """Read and check a file; raises `UserError` with one line for the first mistake in it."""
         try:
             return cls.of(_read(Path(path)))
         except UserError as error:
             raise UserError(f"--deepspeed_config {path}: {error}") from None
 
     @classmethod
-    def of(cls, content: Mapping[str, Any]) -> "DeepSpeedConfig":
+    def of(cls, content: Section) -> "DeepSpeedConfig":
         """Check the content of such a file. Raises `UserError`."""
         if isinstance(content, cls):
             return content
@@ -75,7 +74,7 @@ class DeepSpeedConfig(Mapping):
         return cls(checks.whole_numbers(content), without_effect(content))
 
     def replaced(
-        self, zero_optimization: dict[str, Any] | None = None, **settings: Any
+        self, zero_optimization: JsonObject | None = None, **settings: Any
     ) -> "DeepSpeedConfig":
         """Copy it with these keys set; None removes one.
 
@@ -99,7 +98,7 @@ class DeepSpeedConfig(Mapping):
         return self.zero.get("stage", 0)
 
     @property
-    def zero(self) -> dict[str, Any]:
+    def zero(self) -> JsonObject:
         return self.get("zero_optimization", {})
 
     @property
@@ -137,7 +136,7 @@ class DeepSpeedConfig(Mapping):
         return OPTIMIZERS[self.optimizer_type]
 
     @property
-    def optimizer_params(self) -> dict[str, Any]:
+    def optimizer_params(self) -> JsonObject:
         return self.get("optimizer", {}).get("params", {})
 
     def offload(self, what: str) -> str:
@@ -161,8 +160,7 @@ class DeepSpeedConfig(Mapping):
     # --- decisions
 
     def on(self, device: str, fp16: bool, bf16: bool) -> "DeepSpeedConfig":
-        """Copy it with the precision decided for a device, if "auto" or fp16 that it lacks is
-        given.
+        """Copy it with the precision decided for a device, if "auto" or a missing fp16 is given.
 
         Args:
             device: the device type, such as "cuda" or "cpu".
@@ -248,8 +246,8 @@ class DeepSpeedConfig(Mapping):
         return DeepSpeedConfig(out, tuple(notices))
 
     def _fill_optimizer(
-        self, out: dict[str, Any], optim: OptimConfig, notices: list[str]
-    ) -> dict[str, Any]:
+        self, out: JsonObject, optim: OptimConfig, notices: list[str]
+    ) -> JsonObject:
         """Fill the optimizer of `out` and return its parameters; may add a line to `notices`."""
         optimizer = out.setdefault("optimizer", {"type": "AdamW", "params": {"torch_adam": True}})
         params = optimizer.setdefault("params", {})
@@ -278,9 +276,7 @@ class DeepSpeedConfig(Mapping):
         check(fits, "flops_profiler.profile_step", step, f"the run has {total_steps} steps")
 
 
-def _choose_precision(
-    out: dict[str, Any], asked: Mapping[str, Any], device: str, has: Mapping[str, bool]
-) -> str:
+def _choose_precision(out: JsonObject, asked: Section, device: str, has: Mapping[str, bool]) -> str:
     """Replace the "auto" of fp16 and bf16 in `out`, and return a line about it.
 
     The order of `has` is the order of preference.
@@ -299,7 +295,7 @@ def _choose_precision(
     return f'{named} "auto": training in {chosen} on this device ({device})'
 
 
-def _replace_fp16(out: dict[str, Any], device: str, bf16: bool) -> str:
+def _replace_fp16(out: JsonObject, device: str, bf16: bool) -> str:
     """Replace fp16 in `out` on a device that lacks it, and return a line about it."""
     idle = []
     for key, value in out.pop("fp16").items():
@@ -314,9 +310,7 @@ def _replace_fp16(out: dict[str, Any], device: str, bf16: bool) -> str:
     return f"{line}, without {', '.join(idle)}" if idle else line
 
 
-def _fill_scheduler(
-    scheduler: dict[str, Any], lr: float, optim: OptimConfig, total_steps: int
-) -> None:
+def _fill_scheduler(scheduler: JsonObject, lr: float, optim: OptimConfig, total_steps: int) -> None:
     kind, params = scheduler["type"], scheduler.setdefault("params", {})
     fill = {
         "warmup_num_steps": optim.warmup_steps(total_steps),
@@ -340,7 +334,7 @@ def _fill_scheduler(
         )
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path) -> JsonObject:
     try:
         if not path.is_file():
             beside = sorted(file.name for file in path.parent.glob("*.json"))

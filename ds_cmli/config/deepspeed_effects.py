@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from ds_cmli.config import deepspeed_keys as keys
+from ds_cmli.config.json_values import Section
 
-Section = Mapping[str, Any]
 BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 # Parameters of the optimizer that are filled from `OptimConfig`.
 FILLED = ("lr", "betas", "eps", "weight_decay")

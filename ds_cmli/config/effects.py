@@ -1,5 +1,4 @@
-"""Which settings have no effect beside others: two tables, and the lines about those that were
-given.
+"""Which settings have no effect beside others: two tables, and the lines about those given.
 
 What only the models or the data decide is told where they are built, in
 `engine/parameter_groups.py` and `data/opening.py`.

@@ -1,9 +1,11 @@
 """Kinds of values in a DeepSpeed JSON: each checks a value and says what to give instead of it."""
 
 import math
-from collections.abc import Callable
-from typing import TypeGuard
+from collections.abc import Callable, Mapping
+from typing import Any, TypeGuard
 
+JsonObject = dict[str, Any]
+Section = Mapping[str, Any]  # a part of the JSON that is only read
 # Returns what to give instead of the value, or None if the value is fine.
 Kind = Callable[[object], str | None]
 

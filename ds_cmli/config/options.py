@@ -14,10 +14,11 @@ from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.deepspeed_effects import overruled
 from ds_cmli.config.presets import PRESETS, load_preset
 from ds_cmli.config.registry import AUTO, IMAGE, LOSSES, TEXT, BackboneEntry, source_kinds
-from ds_cmli.config.schema import Config, parse_losses, parse_settings, with_new_names
+from ds_cmli.config.schema import Config, Sections, parse_losses, parse_settings, with_new_names
 from ds_cmli.config.validation import shown
 
 Decorator = Callable[[Callable], Callable]
+Options = dict[str, Any]  # the values that click gives a command
 
 
 # `config/ds_configs` is a folder in a wheel; in a checkout it is a link to the folder at the top.
@@ -210,7 +211,7 @@ def add(*options: Decorator) -> Decorator:
     return decorate
 
 
-def resolve_config(preset: str, settings: tuple[str, ...], options: dict[str, Any]) -> Config:
+def resolve_config(preset: str, settings: tuple[str, ...], options: Options) -> Config:
     """The preset's configuration, overridden by the options that were given.
 
     Prints which settings have no effect. `options` are the values of `WHAT`, and of `OUTPUT` if the
@@ -252,7 +253,7 @@ def tell_beside_json(
     ds_config: DeepSpeedConfig,
     ranks: int,
     settings: tuple[str, ...],
-    options: dict[str, Any],
+    options: Options,
 ) -> None:
     """Print which settings of the command line the JSON overrules, or makes without effect."""
     optim: dict[str, tuple[str, Any]] = {}
@@ -268,7 +269,7 @@ def tell_beside_json(
     )
 
 
-def how_given(settings: tuple[str, ...], options: dict[str, Any]) -> dict[str, str]:
+def how_given(settings: tuple[str, ...], options: Options) -> dict[str, str]:
     """The settings of the command line and how each was given.
 
     For instance `{"data.prefetch": "--set data.prefetch"}`.
@@ -283,9 +284,7 @@ def how_given(settings: tuple[str, ...], options: dict[str, Any]) -> dict[str, s
     return given
 
 
-def _put(
-    overrides: dict[str, dict[str, Any]], section: str, key: str, value: object, flag: str
-) -> None:
+def _put(overrides: Sections, section: str, key: str, value: object, flag: str) -> None:
     """Set the value of an option; raises `UserError` if `--set` gives another one."""
     values = overrides.setdefault(section, {})
     if key in values and values[key] != value:

@@ -1,11 +1,10 @@
 """The presets `demo`, `paper` and `tiny`, as changes of the defaults in `schema.py`."""
 
 from collections.abc import Mapping
-from typing import Any
 
-from ds_cmli.config.schema import Config, choice, with_new_names
+from ds_cmli.config.schema import Config, Sections, choice, with_new_names
 
-PRESETS: dict[str, dict[str, dict[str, Any]]] = {
+PRESETS: dict[str, Sections] = {
     # Real pictures and pretrained weights at half the document's width, sized for two CPU cores.
     "demo": {
         "student": {
@@ -68,14 +67,10 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
 }
 
 
-def load_preset(
-    name: str, overrides: dict[str, dict[str, Any]], written: Mapping[str, str] | None = None
-) -> Config:
-    """The preset's configuration, changed by `overrides` ({section: {setting: value}}); `written`
-    as in `from_dict`.
-    """
+def load_preset(name: str, overrides: Sections, written: Mapping[str, str] | None = None) -> Config:
+    """The preset's configuration with `overrides` ({section: {setting: value}})."""
     choice("--preset", name, PRESETS)
-    values: dict[str, dict[str, Any]] = {"run": {"preset": name}}
+    values: Sections = {"run": {"preset": name}}
     for layer in (PRESETS[name], with_new_names(overrides)):
         for section, settings in layer.items():
             values.setdefault(section, {}).update(settings)

@@ -1,20 +1,17 @@
-"""Learning rate schedules, and a trial of the JSON's optimizer and scheduler before any model is
-built.
-"""
+"""Learning rate schedules, and a trial of optimizer and schedule before models are built."""
 
 import inspect
 import math
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from ds_cmli.common.errors import UserError
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
-from ds_cmli.config.json_values import LARGEST
+from ds_cmli.config.json_values import LARGEST, JsonObject, Section
 from ds_cmli.config.optimizers import SCHEDULERS
 
 # What the state of a schedule says of the position in it; the rest are settings.
@@ -31,9 +28,7 @@ MOST_TRIED = 10_000  # at most this many steps of a schedule are tried
 
 
 def warmup_then_cosine(optimizer: Optimizer, warmup: int, total_steps: int) -> LambdaLR:
-    """Linear warmup to the full rate at update `warmup`, then cosine decay; the first and last rate
-    are above 0 too.
-    """
+    """Linear warmup to the full rate at update `warmup`, then cosine decay; never 0."""
 
     def share(done: int) -> float:
         update = done + 1
@@ -46,10 +41,8 @@ def warmup_then_cosine(optimizer: Optimizer, warmup: int, total_steps: int) -> L
 
 def maker(
     ds_config: DeepSpeedConfig, warmup: int, total_steps: int
-) -> Callable[[Optimizer], Any] | None:
-    """A function that makes the schedule for an optimizer; None if it is one of DeepSpeed's, which
-    DeepSpeed makes.
-    """
+) -> Callable[[Optimizer], LRScheduler] | None:
+    """A function that makes the schedule for an optimizer; None if DeepSpeed makes it."""
     scheduler = ds_config.get("scheduler")
     if scheduler is None:
         return lambda optimizer: warmup_then_cosine(optimizer, warmup, total_steps)
@@ -60,11 +53,8 @@ def maker(
     return lambda optimizer: kind(optimizer, **scheduler["params"])
 
 
-def with_new_settings(
-    schedule: Any, fresh: Mapping[str, Any], groups: list[dict[str, Any]]
-) -> None:
-    """Give a schedule that was loaded from a checkpoint this start's settings, and the groups the
-    rates by them.
+def with_new_settings(schedule: LRScheduler, fresh: Section, groups: list[JsonObject]) -> None:
+    """Give a schedule that was loaded from a checkpoint this start's settings and rates.
 
     Args:
         fresh: its `state_dict` from before it was loaded.
@@ -79,8 +69,7 @@ def with_new_settings(
 
 
 def try_out(ds_config: DeepSpeedConfig, device: torch.device, total_steps: int) -> str | None:
-    """Try two updates of the JSON's optimizer and the rates of its scheduler, on parameters with
-    one element each.
+    """Try two updates of the optimizer and the rates of the schedule, on one-element tensors.
 
     Returns:
         A line, if the rates of the first updates are 0, which then change nothing, or if all rates
@@ -145,10 +134,8 @@ def _rates(ds_config: DeepSpeedConfig, optimizer: Optimizer, total_steps: int) -
     return largest
 
 
-def _optimizer(ds_config: DeepSpeedConfig) -> tuple[Any, dict[str, Any]]:
-    """PyTorch's optimizer of that name, or AdamW in place of DeepSpeed's own, with the parameters
-    that it takes.
-    """
+def _optimizer(ds_config: DeepSpeedConfig) -> tuple[type[Optimizer], JsonObject]:
+    """PyTorch's optimizer of that name, or AdamW for DeepSpeed's own, with its parameters."""
     kind, params = ds_config.optimizer_type, ds_config.optimizer_params
     chosen = ds_config.optimizer_entry.chosen and params.pop("torch_adam")
     if chosen and params.pop("adam_w_mode", True):

@@ -24,6 +24,7 @@ from ds_cmli.config.validation import (
     shown,
 )
 
+Sections = dict[str, dict[str, Any]]  # section -> setting -> value
 Loss = Annotated[str, NameOf(LOSSES)]
 ImageBackbone = Annotated[str, NameOf(IMAGE, AUTO)]
 TextBackbone = Annotated[str, NameOf(TEXT, AUTO)]
@@ -259,13 +260,11 @@ class Config:
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
     run: RunConfig = dataclasses.field(default_factory=RunConfig)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> Sections:
         return dataclasses.asdict(self)
 
     @classmethod
-    def from_dict(
-        cls, values: dict[str, Any], written: Mapping[str, str] | None = None
-    ) -> "Config":
+    def from_dict(cls, values: Sections, written: Mapping[str, str] | None = None) -> "Config":
         """Rebuild a configuration from the values of `to_dict`, as in a run's `config.json`.
 
         Args:
@@ -286,7 +285,7 @@ class Config:
         values = with_new_names(values)
         for name in values:
             choice("configuration section", name, sections)
-        built = {}
+        built: dict[str, object] = {}
         for name, section in sections.items():
             built[name] = build(section, name, values.get(name, {}), written or {})
         return cls(**built)  # type: ignore[arg-type]
@@ -296,7 +295,7 @@ class Config:
 FORMER = {("data", "text_positions"): "context_length"}
 
 
-def with_new_names(values: dict[str, Any]) -> dict[str, Any]:
+def with_new_names(values: Sections) -> Sections:
     """Replace former names in the sections' `values`.
 
     Raises `UserError` if both names of a setting are given.
@@ -354,12 +353,12 @@ def parse_losses(text: str) -> dict[str, float]:
     return weights
 
 
-def parse_settings(settings: tuple[str, ...]) -> dict[str, dict[str, Any]]:
+def parse_settings(settings: tuple[str, ...]) -> Sections:
     """Parse `--set`: `("student.layers=4",)` -> `{"student": {"layers": 4}}`.
 
     Values are JSON, or else plain text. Raises `UserError`.
     """
-    out: dict[str, dict[str, Any]] = {}
+    out: Sections = {}
     for setting in settings:
         path, equals, text = setting.partition("=")
         section, dot, key = path.partition(".")

@@ -3,9 +3,8 @@
 import hashlib
 import json
 import re
-from collections.abc import Mapping
-from typing import Any
 
+from ds_cmli.config.json_values import JsonObject, Section
 from ds_cmli.config.schema import FORMER, Config
 
 # Settings of output, logging, evaluation, checkpoints and loading: no training step depends on
@@ -37,19 +36,17 @@ SHOWN = 20  # maximum number of differences in a message, as hundreds of data fi
 BATCH_SPLIT = {"optim.micro_batch", "deepspeed.train_micro_batch_size_per_gpu"}
 
 
-def flatten(value: object, path: str = "") -> dict[str, Any]:
+def flatten(value: object, path: str = "") -> JsonObject:
     """`{"a": {"b": 1}}` -> `{"a.b": 1}`."""
     if not isinstance(value, dict) or not value:
         return {path: value}
-    out: dict[str, Any] = {}
+    out: JsonObject = {}
     for key, item in value.items():
         out |= flatten(item, f"{path}.{key}" if path else str(key))
     return out
 
 
-def compared(
-    config: Config, ds_config: Mapping[str, Any], data: Mapping[str, Any] | None = None
-) -> dict[str, Any]:
+def compared(config: Config, ds_config: Section, data: Section | None = None) -> JsonObject:
     """The settings that must not change, as JSON values.
 
     For instance `{"student.layers": 6, "deepspeed.gradient_clipping": 1.0}`.
@@ -66,11 +63,11 @@ def compared(
     return json.loads(json.dumps(settings))
 
 
-def digest(settings: dict[str, Any]) -> str:
+def digest(settings: JsonObject) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
-def differences(before: dict[str, Any], now: dict[str, Any], same_ranks: bool) -> list[str]:
+def differences(before: JsonObject, now: JsonObject, same_ranks: bool) -> list[str]:
     """The differences as text: `["optim.lr: 0.001 -> 0.002", ...]`.
 
     A setting that is newer than the earlier run counts as its default, and one that has been
@@ -80,7 +77,7 @@ def differences(before: dict[str, Any], now: dict[str, Any], same_ranks: bool) -
     before = _with_defaults(_renamed(before), now)
     names = {*before, *now}
     if not any(map(NEWER.fullmatch, before)):
-        names -= set(filter(NEWER.fullmatch, now))
+        names -= {name for name in now if NEWER.fullmatch(name)}
     if not same_ranks:
         names -= BATCH_SPLIT
     found = []
@@ -90,11 +87,11 @@ def differences(before: dict[str, Any], now: dict[str, Any], same_ranks: bool) -
     return found if len(found) <= SHOWN else [*found[:SHOWN], f"{len(found) - SHOWN} more"]
 
 
-def _value(settings: dict[str, Any], name: str) -> str:
+def _value(settings: JsonObject, name: str) -> str:
     return json.dumps(settings[name]) if name in settings else "not set"
 
 
-def _renamed(settings: dict[str, Any]) -> dict[str, Any]:
+def _renamed(settings: JsonObject) -> JsonObject:
     out = dict(settings)
     for (section, former), name in FORMER.items():
         if f"{section}.{former}" in out:
@@ -102,7 +99,7 @@ def _renamed(settings: dict[str, Any]) -> dict[str, Any]:
     return out
 
 
-def _with_defaults(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+def _with_defaults(before: JsonObject, now: JsonObject) -> JsonObject:
     """Add the defaults of settings that are newer than the earlier run."""
     known = {tuple(name.split(".")[:2]) for name in before}
     out = dict(before)

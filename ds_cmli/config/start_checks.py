@@ -7,13 +7,14 @@ opens them when training has begun, and ends the run if it cannot.
 import importlib.util
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from ds_cmli.common.errors import UserError
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
+from ds_cmli.config.json_values import Section
 from ds_cmli.config.registry import TRACKERS
 from ds_cmli.config.schema import Config
 from ds_cmli.config.validation import shown
@@ -61,7 +62,7 @@ def check_early(
         ds_config.batch(config.optim.micro_batch, int(os.environ["WORLD_SIZE"]))
 
 
-def check_outputs(ds_config: Mapping[str, Any], report_to: Sequence[str]) -> None:
+def check_outputs(ds_config: Section, report_to: Sequence[str]) -> None:
     """Raise `UserError` for the first place that cannot be written. For rank 0, which writes them.
 
     Args:
@@ -83,7 +84,7 @@ def check_outputs(ds_config: Mapping[str, Any], report_to: Sequence[str]) -> Non
         )
 
 
-def _places(ds_config: Mapping[str, Any]) -> Iterator[tuple[str, str, Path]]:
+def _places(ds_config: Section) -> Iterator[tuple[str, str, Path]]:
     """(setting, its value, what is written) for each."""
     profiler = ds_config.get("flops_profiler", {})
     if profiler.get("enabled") and profiler.get("output_file"):

@@ -1,6 +1,4 @@
-"""Checks of values by pydantic, and one-line errors that name the setting, its value and what is
-accepted.
-"""
+"""Checks of values by pydantic, and one-line errors that name setting, value and remedy."""
 
 import json
 import math
@@ -23,7 +21,8 @@ TYPES = {
     "object": "dict",
     "array": "list",
 }
-Node = dict[str, Any]  # a part of a JSON schema
+Json = Any  # a value of JSON
+Node = dict[str, Json]  # a part of a JSON schema
 Section = TypeVar("Section")
 OUT_OF_RANGE = ("greater_than", "greater_than_equal", "less_than", "less_than_equal", "too_short")
 
@@ -35,9 +34,7 @@ def check(ok: bool, setting: str, value: object, need: str) -> None:
 
 
 def check_sizes(setting: str, overrides: Mapping[str, object]) -> None:
-    """Raise `UserError` for a number in a model's overrides of which the library would build until
-    memory ends.
-    """
+    """Raise `UserError` for a size of which a library would build until memory ends."""
     for name, value in overrides.items():
         layers = any(word in name for word in ("depth", "layer", "block"))
         most = MOST_LAYERS if layers else MOST_CHANNELS
@@ -168,9 +165,8 @@ def _range(node: Node, error: str) -> list[str]:
     return []
 
 
-def parse_json(text: str) -> Any:
-    """Parse strict JSON: no duplicate keys, no NaN or infinity, and no nesting or number that is
-    too much for Python.
+def parse_json(text: str) -> Json:
+    """Parse strict JSON: no duplicate keys, no NaN or infinity, nothing too much for Python.
 
     Raises:
         ValueError: one line that says what is wrong.
@@ -183,8 +179,8 @@ def parse_json(text: str) -> Any:
         raise ValueError("nested too deeply") from None
 
 
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    out: dict[str, Any] = {}
+def _no_duplicates(pairs: list[tuple[str, Json]]) -> dict[str, Json]:
+    out: dict[str, Json] = {}
     for key, value in pairs:
         if key in out:
             raise ValueError(f"has {key!r} twice: keep one")

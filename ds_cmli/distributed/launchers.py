@@ -1,5 +1,4 @@
-"""Reads from the environment how this process was started: `deepspeed`, `torchrun`, `srun` or
-`python`.
+"""Reads from the environment which launcher has started this process, and as what rank.
 
 This module imports nothing heavy: the training calls it before it imports torch, and
 `slurm/check.py` before anything else is known to be installed.

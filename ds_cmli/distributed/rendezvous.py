@@ -38,8 +38,7 @@ class Place(NamedTuple):
 
 
 def meet(start: timedelta, stop: Callable[[], None]) -> dist.Store:
-    """The store that all ranks of this run share, as soon as all of them have connected.
-    Collective.
+    """The store that all ranks share, as soon as all of them have connected. Collective.
 
     Args:
         start: how long the ranks wait for each other.

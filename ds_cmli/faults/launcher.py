@@ -115,9 +115,7 @@ def _stat(pid: int) -> tuple[str, int]:
 
 
 def _program(pid: int) -> str | None:
-    """The name of the module or script that a Python process runs; None if it is ending or has
-    ended.
-    """
+    """The module or script that a Python process runs; None if it is ending or has ended."""
     try:
         with open(f"/proc/{pid}/cmdline", "rb") as file:
             words = file.read().decode(errors="replace").split("\0")[:8]

@@ -110,7 +110,7 @@ def _clear_end(optimizer: Optimizer, parameter: Any) -> int:
 
 def can_lower_scale(optimizer: Optimizer) -> bool:
     """Whether overflowing gradients are no fault: the dynamic loss scale can still be lowered."""
-    scaler = getattr(optimizer, "loss_scaler", None)
+    scaler: Any = getattr(optimizer, "loss_scaler", None)
     scaler = scaler or getattr(optimizer, "loss_scale_config", None)
     smallest = getattr(scaler, "min_scale", None) or getattr(scaler, "min_loss_scale", None)
     return smallest is not None and scaler.cur_scale > smallest

@@ -1,5 +1,4 @@
-"""A signal only sets a flag: the loop ends its step, all ranks save, and the process ends with code
-85.
+"""A signal only sets a flag: the step is finished, all ranks save, and the exit code is 85.
 
 TERM, USR1, USR2, INT, QUIT and HUP all have this effect, since schedulers differ in what they send,
 and so has the end of the launcher. A second INT ends the process at once. This module imports

@@ -51,8 +51,7 @@ class Heartbeat:
 
 
 def hold_back_nccl(timeout: float) -> None:
-    """Delay NCCL's own error handling, so that the watchdog can first name the rank that is to
-    blame.
+    """Delay NCCL's own error handling, so that the watchdog first names the rank to blame.
 
     Before it aborts a process, NCCL's error handling sleeps four times as long as the first setting
     below says (torch 2.8 and later). Only that one thread sleeps; the watchdog's threads go on and
@@ -129,9 +128,7 @@ class Watchdog:
         self.mine.passed += together
 
     def dismiss(self) -> None:
-        """Tell the other ranks to end silently, since this one has already printed why the job
-        ends.
-        """
+        """Tell the other ranks to end silently: this one has printed why the job ends."""
         if self.timeout and self.world_size > 1:
             with suppress(RuntimeError):  # the store's process has ended
                 self.store.set("reporter", str(self.rank))

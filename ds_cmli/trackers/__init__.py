@@ -4,7 +4,9 @@
 """
 
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
+
+from numpy import ndarray
 
 from ds_cmli.config import registry
 
@@ -23,7 +25,7 @@ class Tracker(Protocol):
 
     def numbers(self, step: int, values: dict[str, float]) -> None: ...
 
-    def picture(self, step: int, name: str, image: Any) -> None:
+    def picture(self, step: int, name: str, image: ndarray) -> None:
         """`image`: a NumPy array, uint8 [height, width, 3]."""
 
     def close(self) -> None: ...

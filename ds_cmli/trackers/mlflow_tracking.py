@@ -6,10 +6,10 @@ Among them are MLFLOW_TRACKING_URI and MLFLOW_EXPERIMENT_NAME.
 import logging
 import os
 from pathlib import Path
-from typing import Any
 
 import mlflow
 from mlflow.exceptions import MlflowException
+from numpy import ndarray
 
 from ds_cmli import trackers
 from ds_cmli.common.errors import UserError
@@ -45,11 +45,10 @@ class MLflow:
             ) from None
 
     def numbers(self, step: int, values: dict[str, float]) -> None:
-        mlflow.log_metrics(
-            values, step=step, synchronous=False
-        )  # a slow server must not hold up the step
+        # Not synchronous, as a slow server must not hold up the step.
+        mlflow.log_metrics(values, step=step, synchronous=False)
 
-    def picture(self, step: int, name: str, image: Any) -> None:
+    def picture(self, step: int, name: str, image: ndarray) -> None:
         mlflow.log_image(image, key=name.replace("/", "."), step=step, synchronous=False)
 
     def close(self) -> None:

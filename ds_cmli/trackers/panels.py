@@ -6,9 +6,14 @@ The names of its scalars, its configuration, and a table of settings and results
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from torch.utils.tensorboard.summary import hparams
+
+if TYPE_CHECKING:
+    from tensorboard.compat.proto.summary_pb2 import Summary
+
+Value = bool | int | float | str
 
 SPEED = ("pairs_per_s", "tflops", "mfu", "checkpoint_s")
 RESULTS = ("retrieval/", "pointing-game/")  # groups of held-out metrics
@@ -49,11 +54,11 @@ def configuration(folder: Path) -> str:
     return "\n\n".join(parts)
 
 
-def settings(folder: Path) -> dict[str, Any]:
+def settings(folder: Path) -> dict[str, Value]:
     """The run's settings that are a number, string or boolean, its losses and its ZeRO stage."""
     content = json.loads((folder / "config.json").read_text())
     sections = content["config"]
-    out: dict[str, Any] = {
+    out: dict[str, Value] = {
         f"{section}.{name}": value
         for section, values in sections.items()
         for name, value in values.items()
@@ -64,6 +69,6 @@ def settings(folder: Path) -> dict[str, Any]:
     return out
 
 
-def settings_and_results(folder: Path, results: Mapping[str, float]) -> tuple[Any, ...]:
+def settings_and_results(folder: Path, results: Mapping[str, float]) -> "tuple[Summary, ...]":
     """The summaries of an entry in TensorBoard's HParams panel: settings and last results."""
     return hparams(settings(folder), dict(results))

@@ -7,11 +7,13 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
+from numpy import ndarray
 from torch.utils.tensorboard import SummaryWriter
 
 from ds_cmli.trackers import panels
+
+Hook = Callable[[threading.ExceptHookArgs], object]
 
 
 class TensorBoard:
@@ -37,7 +39,7 @@ class TensorBoard:
             for name, value in values.items():
                 events.add_scalar(name, value, step)
 
-    def picture(self, step: int, name: str, image: Any) -> None:
+    def picture(self, step: int, name: str, image: ndarray) -> None:
         with self._opened(step) as events:
             events.add_image(name, image, step, dataformats="HWC")
 
@@ -70,13 +72,13 @@ class TensorBoard:
             raise
 
 
-def _without_full_disks(hook: Callable[[Any], Any]) -> Callable[[Any], None]:
+def _without_full_disks(hook: Hook) -> Hook:
     """Make an excepthook that prints no traceback if TensorBoard's thread meets a full disk.
 
     The next use of the thread raises the same error.
     """
 
-    def told_later(failure: Any) -> None:
+    def told_later(failure: threading.ExceptHookArgs) -> None:
         if not (
             type(failure.thread).__name__ == "_AsyncWriterThread"
             and isinstance(failure.exc_value, OSError)

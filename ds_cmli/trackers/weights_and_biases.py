@@ -7,9 +7,9 @@ import json
 import os
 import uuid
 from pathlib import Path
-from typing import Any
 
 import wandb
+from numpy import ndarray
 
 from ds_cmli import trackers
 from ds_cmli.common.errors import UserError
@@ -45,7 +45,7 @@ class WeightsAndBiases:
     def numbers(self, step: int, values: dict[str, float]) -> None:
         self.run.log({"step": step, **values})
 
-    def picture(self, step: int, name: str, image: Any) -> None:
+    def picture(self, step: int, name: str, image: ndarray) -> None:
         self.run.log({"step": step, name: wandb.Image(image)})
 
     def close(self) -> None:
