@@ -9,12 +9,15 @@ where a tensor would move to another device.
 It lies below all rooms because the all-pairs op and its exchange between ranks report to it too.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:  # train.py imports this before it imports torch
+    import torch
+    from torch import Tensor
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -23,10 +26,10 @@ Result = TypeVar("Result")
 class Probe:
     """A subscriber. What it does not override goes on to the one that subscribed before it."""
 
-    below: "Probe | None" = None
+    below: Probe | None = None
 
     @contextmanager
-    def subscribed(self, subscriber: "Probe") -> Iterator[None]:
+    def subscribed(self, subscriber: Probe) -> Iterator[None]:
         """Inside, `subscriber` is told, before those that have subscribed earlier."""
         subscriber.below, self.below = self.below, subscriber
         try:
