@@ -7,44 +7,28 @@ same mistakes. Nothing is trained, and nothing is left behind.
 
 import json
 import os
-from collections.abc import Callable, Iterator
-from contextlib import nullcontext
-from typing import Any
 
 import torch
 
 from ds_cmli import engine
 from ds_cmli.common.cli import say
 from ds_cmli.common.errors import UserError
-from ds_cmli.config.deepspeed_config import DeepSpeedConfig
-from ds_cmli.data.batch import Batch
 from ds_cmli.data.loaders import train_loader
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.faults import preemption
 from ds_cmli.memory import out_of_memory, predict_subprocess
 from ds_cmli.memory.inputs import UNCOMPILED, likeliest
 from ds_cmli.memory.report import Report, show
+from ds_cmli.prepare import Prepared, next_batch
 
 STEPS = 2  # optimizer steps whose data is loaded
 SECONDS = 600  # limit for the predictions
 
 
-def rehearse(
-    run: Any,
-    ds_config: DeepSpeedConfig,
-    device: torch.device,
-    start: dict[str, str | int | None],
-    next_batch: Callable[[Iterator[Batch]], tuple[Batch, bool, bool]],
-) -> int:
+def rehearse(ready: Prepared) -> int:
     """Print the resolved configuration and the predicted memory, and load the first data.
 
     Collective.
-
-    Args:
-        run: `train.Run` without an engine, in the state in which training would start or go on.
-        ds_config: the DeepSpeed JSON, with no value left at "auto".
-        start: options of this start that are not settings of the run; they are printed too.
-        next_batch: the training loop's function that takes the next micro-batch, a collective.
 
     Returns:
         The exit code.
@@ -52,47 +36,60 @@ def rehearse(
     Raises:
         UserError: on every rank, with the reason why the run would fail within its first steps.
     """
-    config = run.config
-    say(
-        json.dumps(
-            {"config": config.to_dict(), "deepspeed": ds_config.raw(), "start": start}, indent=2
-        )
-    )
+    start, config = ready.start, ready.config
+    shown = {
+        "config": config.to_dict(),
+        "deepspeed": ready.plan.deepspeed.raw(),
+        "start": {
+            "resume": start.resume,
+            "profile": start.profiles.trace,
+            "profile_memory": start.profiles.memory,
+        },
+    }
+    say(json.dumps(shown, indent=2))
     if config.run.compile != "off":
         say(UNCOMPILED)
     mistake = None
-    with (
-        run.watchdog.slow(),
-        predict_subprocess.Predictor(SECONDS)
-        if distributed.is_main()
-        else nullcontext() as predictor,
-    ):
+    with ready.place.watchdog.slow():
         try:
-            targets = ["cuda"] if device.type == "cuda" else ["cpu", "cuda"]
-            if predictor is not None:
-                ranks = distributed.world_size()
-                rank = likeliest(ds_config.stage, ranks)
-                for target in targets:
-                    predictor.send(
-                        predict_subprocess.Request(config, ds_config, ranks, target, rank)
-                    )
-            engine.build_models(config, run.data.vocab_size, special=run.data.special)
-            if predictor is not None:
-                _show([predictor.receive() for _ in targets], device)
+            _try_models(ready)
         except UserError as error:
             mistake = str(error)
         distributed.raise_together(mistake)  # collective
-    batches = iter(train_loader(run.data, run.sampler, config.data.workers, preemption.shield))
     try:
-        for taken in range(1, 1 + min(STEPS, run.total_steps - run.state.step)):
-            for _ in range(run.accumulation):
-                batch, *_ = next_batch(batches)  # collective
-                run.bad.add(batch.bad)
-            seen = (run.state.step + taken) * run.accumulation * run.sampler.global_batch
-            run.bad.check(run.flags, seen)  # collective
+        _load_first(ready)  # collectives
     except preemption.Preempted:
         return preemption.EXIT_CODE
     return 0
+
+
+def _try_models(ready: Prepared) -> None:
+    """Build the models on every rank, while rank 0 also has the memory of a step predicted."""
+    config, deepspeed, data = ready.config, ready.plan.deepspeed, ready.data
+    if not distributed.is_main():
+        engine.build_models(config, data.vocab_size, special=data.special)
+        return
+    device, ranks = ready.place.device, distributed.world_size()
+    targets = ["cuda"] if device.type == "cuda" else ["cpu", "cuda"]
+    with predict_subprocess.Predictor(SECONDS) as predictor:
+        for target in targets:
+            rank = likeliest(deepspeed.stage, ranks)
+            predictor.send(predict_subprocess.Request(config, deepspeed, ranks, target, rank))
+        engine.build_models(config, data.vocab_size, special=data.special)
+        _show([predictor.receive() for _ in targets], device)
+
+
+def _load_first(ready: Prepared) -> None:
+    """Load the data of the first steps. Collectives."""
+    plan, done = ready.plan, ready.state.step
+    workers = ready.config.data.workers
+    batches = iter(train_loader(ready.data, plan.sampler, workers, preemption.shield))
+    accumulation = plan.deepspeed.accumulation
+    for taken in range(1, 1 + min(STEPS, plan.total_steps - done)):
+        for _ in range(accumulation):
+            ready.bad.add(next_batch(ready, batches).batch.bad)  # collective
+        seen = (done + taken) * accumulation * plan.sampler.global_batch
+        ready.bad.check(ready.flags, seen)  # collective
 
 
 def _show(answers: list[predict_subprocess.Answer], device: torch.device) -> None:
@@ -115,11 +112,10 @@ def _show(answers: list[predict_subprocess.Answer], device: torch.device) -> Non
     if there.report is None:
         say(f"no prediction for a GPU: {there.failed}")
     gpu = device.type == "cuda"
-    room = (
-        out_of_memory.device_room(device)
-        if gpu
-        else out_of_memory.process_room(out_of_memory.process_bytes())
-    )
+    if gpu:
+        room = out_of_memory.device_room(device)
+    else:
+        room = out_of_memory.process_room(out_of_memory.process_bytes())
     needed = here.report["totals"]["allocated" if gpu else "requested"]
     most = room.bytes or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if needed > most:

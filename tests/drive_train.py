@@ -29,9 +29,10 @@ def drive(arguments: list[str], stop_at: int | None = None, seen: str | None = N
         mistakes: a `UserError` is printed and counts as 2.
     """
     from ds_cmli.engine import TrainEngine
+    from ds_cmli.run import Run
 
     shutdown = process_group.shutdown
-    end_step, one_step, make = train.end_step, TrainEngine.step, TrainEngine.__init__
+    end_step, one_step, make = Run.end_step, TrainEngine.step, TrainEngine.__init__
     engines: list[TrainEngine] = []
 
     def made(engine, *arguments, **more):
@@ -63,7 +64,7 @@ def drive(arguments: list[str], stop_at: int | None = None, seen: str | None = N
     handlers = {number: signal.getsignal(number) for number in preemption.SIGNALS}
     preemption._received.clear()
     with ExitStack() as stack:
-        stack.enter_context(mock.patch.object(train, "end_step", ended))
+        stack.enter_context(mock.patch.object(Run, "end_step", ended))
         stack.enter_context(mock.patch.object(TrainEngine, "step", step))
         stack.enter_context(mock.patch.object(TrainEngine, "__init__", made))
         stack.enter_context(mock.patch.object(process_group, "shutdown", end_group))

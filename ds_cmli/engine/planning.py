@@ -1,7 +1,7 @@
 """Decides, before anything is built, what a run is on this device: precision, backend, batch, steps and weights."""
 
 import os
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import timm
@@ -113,35 +113,41 @@ def with_backend(config: Config, device: torch.device) -> tuple[Config, str | No
     return replace(config, loss=replace(config.loss, cmli_backend=backend)), notice
 
 
-def plan(
-    config: Config, ds_config: DeepSpeedConfig, samples: int | Mixture
-) -> tuple[DeepSpeedConfig, GlobalBatchSampler, int]:
-    """The DeepSpeed JSON without "auto" values, the sampler of the training set, and the number of optimizer steps.
+@dataclass(frozen=True)
+class Plan:
+    """What a run takes its steps with."""
 
-    Prints how the batch is made up. Raises `UserError` if it cannot be made up. Collective.
+    deepspeed: DeepSpeedConfig  # the final one: no value is left at "auto"
+    sampler: GlobalBatchSampler  # the order of the training set's samples, and the position in it
+    total_steps: int  # optimizer steps
+
+
+def make_plan(config: Config, asked: DeepSpeedConfig, samples: int | Mixture) -> Plan:
+    """Plan a run, and print how its batch is made up. Collective.
+
+    Raises `UserError` if the batch cannot be made up.
     """
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    total, micro_batch, accumulation = ds_config.batch(config.optim.micro_batch, ranks)
+    total, micro_batch, accumulation = asked.batch(config.optim.micro_batch, ranks)
     sampler = GlobalBatchSampler(samples, micro_batch, rank, ranks, config.run.seed)
     steps = config.optim.steps
     if steps is None:
         assert config.optim.epochs is not None
         steps = max(1, int(config.optim.epochs * sampler.batches_per_epoch / accumulation))
-    ds_config = filled(config, ds_config, ranks, steps)
-    negatives = total if compares_all(config, ds_config) else micro_batch * ranks
-    if (
-        len(told := set(distributed.gather_objects((distributed.world_size(), negatives)))) > 1
-    ):  # collective
+    final = filled(config, asked, ranks, steps)
+    negatives = total if compares_all(config, final) else micro_batch * ranks
+    told = set(distributed.gather_objects((distributed.world_size(), negatives)))  # collective
+    if len(told) > 1:
         raise UserError(
-            f"the ranks would take negatives from different numbers of pairs (ranks, pairs): {sorted(told)}"
+            "the ranks would take negatives from different numbers of pairs (ranks, pairs): "
+            f"{sorted(told)}"
         )
     say(
-        f"batch: {micro_batch} pairs per rank x {accumulation} accumulation x {ranks} ranks = {total} pairs a step; "
-        f"{steps} steps; negatives from {negatives} pairs"
+        f"batch: {micro_batch} pairs per rank x {accumulation} accumulation x {ranks} ranks = "
+        f"{total} pairs a step; {steps} steps; negatives from {negatives} pairs"
     )
-    for notice in (*ds_config.notices, try_out(ds_config, steps)):
-        say(notice)
-    return ds_config, sampler, steps
+    say(*final.notices, try_out(final, steps))
+    return Plan(final, sampler, steps)
 
 
 def compares_all(config: Config, ds_config: DeepSpeedConfig) -> bool:

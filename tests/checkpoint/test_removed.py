@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from ds_cmli import train
 from ds_cmli.checkpoint import files, restore
 from ds_cmli.common import tensor_file
+from ds_cmli.run import Run
 from tests.config.test_mistakes import pairs
 from tests.drive_train import drive
 
@@ -30,14 +30,14 @@ def arguments(tmp_path_factory) -> list[str]:
 
 
 def strike_at(monkeypatch, step: int, strike) -> None:
-    end_step = train.end_step
+    end_step = Run.end_step
 
     def ended(run, found):
         end_step(run, found)
         if run.state.step == step:
             strike(run.checkpoints.folder)
 
-    monkeypatch.setattr(train, "end_step", ended)
+    monkeypatch.setattr(Run, "end_step", ended)
 
 
 def assert_whole(folder: Path) -> None:
@@ -107,14 +107,14 @@ def test_what_is_removed_in_mid_run_is_written_again_and_told(name, arguments, t
 
 
 def test_what_is_removed_after_the_last_checkpoint_is_written_again(arguments, tmp_path, monkeypatch):
-    save = train.save
+    save = Run.save
 
     def saved(run):
         save(run)
         if run.state.step == STEPS and (tmp_path / "run" / "checkpoint" / "step3").exists():
             shutil.rmtree(tmp_path / "run")
 
-    monkeypatch.setattr(train, "save", saved)
+    monkeypatch.setattr(Run, "save", saved)
     assert drive([*arguments, str(tmp_path / "run")]) == 0
     assert (tmp_path / "run" / "checkpoint" / "latest").read_text() == f"step{STEPS}"
     assert tensor_file.damage(tmp_path / "run" / "student.safetensors") is None

@@ -14,7 +14,6 @@ import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from ds_cmli import train
 from ds_cmli.checkpoint import files, restore
 from ds_cmli.checkpoint.files import no_code
 from ds_cmli.checkpoint.train_state import TrainState
@@ -24,6 +23,7 @@ from ds_cmli.config.presets import load_preset
 from ds_cmli.data.sampler import permutation
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.faults import preemption
+from ds_cmli.run import Run
 from tests.config.test_mistakes import pairs
 from tests.conftest import ROOT, free_port, rank_environments
 from tests.drive_train import drive
@@ -362,7 +362,7 @@ def test_never_loses_nothing_before_its_first_checkpoint(copied, source, tmp_pat
 
     for _ in range(2):  # also where it starts over again
         with monkeypatch.context() as patch, pytest.raises(Killed):
-            patch.setattr(train, "save", killed)
+            patch.setattr(Run, "save", killed)
             drive([*arguments, "--resume", "never", "--save-every", "5"])
         assert sorted(path.name for path in (copied / save.REPLACED / "checkpoint").glob("step*")) == ["step2", "step4"]
         assert [line["step"] for line in metrics(copied)] == [3, 5]
@@ -503,7 +503,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(copied, source, tmp_pa
 
 def test_a_run_stopped_in_its_evaluation_does_it_again(source, tmp_path, monkeypatch):
     arguments = [*TINY, *source, "--output-dir"]
-    poll, calls, signals = train.poll, [], []
+    poll, calls, signals = Run.poll, [], []
 
     def signalled(run):
         calls.append(run.state.step)
@@ -511,7 +511,7 @@ def test_a_run_stopped_in_its_evaluation_does_it_again(source, tmp_path, monkeyp
             preemption._received.append("SIGTERM")
         poll(run)
 
-    monkeypatch.setattr(train, "poll", signalled)
+    monkeypatch.setattr(Run, "poll", signalled)
     assert drive([*arguments, str(tmp_path / "straight")]) == 0
     times = calls.count(5)  # that an evaluation looks for signals
     assert times > 1 and calls == [5] * times + [10] * times + [12] * times

@@ -1,0 +1,158 @@
+"""What a start decides before an engine is built: the loop and the dry run both begin from it."""
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from ds_cmli.common.cli import say
+from ds_cmli.common.errors import UserError
+from ds_cmli.config.schema import Config
+from ds_cmli.config.start_checks import check_outputs
+from ds_cmli.faults import preemption
+from ds_cmli.memory.profiler import Profiles
+
+if TYPE_CHECKING:  # these take seconds to import, and options are checked before
+    import torch
+
+    from ds_cmli.checkpoint.restore import ResumePoint
+    from ds_cmli.checkpoint.train_state import TrainState
+    from ds_cmli.config.deepspeed_config import DeepSpeedConfig
+    from ds_cmli.data.bad import BadSamples
+    from ds_cmli.data.batch import Batch
+    from ds_cmli.data.load import Data
+    from ds_cmli.distributed.process_group import CollectiveFlags
+    from ds_cmli.engine import Plan
+    from ds_cmli.faults.watchdog import Watchdog
+
+
+@dataclass(frozen=True)
+class Start:
+    """The options of one start that are not settings of the run."""
+
+    resume: str
+    with_changes: bool  # --resume-with-changes
+    dry_run: bool
+    profiles: Profiles
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a rank of the run is, once the processes have met."""
+
+    device: "torch.device"
+    folder: Path  # the run's, the same on every rank
+    watchdog: "Watchdog"
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run in the state in which training starts or goes on, but without an engine."""
+
+    config: Config
+    plan: "Plan"
+    data: "Data"
+    place: Place
+    start: Start  # with the value of --resume that is followed, and the profiles that are left
+    point: "ResumePoint | None"  # the checkpoint to resume from
+    state: "TrainState"  # what the next step depends on beside the engine
+    bad: "BadSamples"
+    flags: "CollectiveFlags"  # what ranks decide together
+
+
+def load_data(config: Config, asked: "DeepSpeedConfig") -> "tuple[Data | None, str | None]":
+    """Load the data. Returns it, or a mistake, which is told once the ranks have met.
+
+    It may be on this node alone, where nobody would hear of it. A single rank raises it at once, as
+    `UserError`.
+    """
+    from ds_cmli.data import assets
+    from ds_cmli.data.load import build_data
+
+    try:
+        if os.environ["RANK"] == "0":
+            check_outputs(asked, config.run.report_to)
+        assets.fetch(assets.used(config))
+        data = build_data(config.data, config.run.seed)
+        say(*data.summary, *data.notices)
+        return data, None
+    except UserError as error:
+        if os.environ["WORLD_SIZE"] == "1":
+            raise
+        return None, str(error)
+
+
+def prepare(
+    config: Config, asked: "DeepSpeedConfig", data: "Data", place: Place, start: Start
+) -> Prepared | None:
+    """Find what there is to go on from, and plan the run. Collective.
+
+    Args:
+        asked: the user's DeepSpeed JSON, as this device can run it.
+
+    Returns:
+        None if the run is finished already, which is said.
+    """
+    from ds_cmli.checkpoint import restore, run_folder
+    from ds_cmli.data.bad import BAD_FILE, BadFile, BadSamples
+    from ds_cmli.distributed import process_group as distributed
+    from ds_cmli.distributed.process_group import CollectiveFlags
+    from ds_cmli.engine import make_plan
+
+    folder, with_changes = place.folder, start.with_changes
+    resume = distributed.broadcast_object(run_folder.requeued(start.resume, folder))  # collective
+    point = restore.find(resume, folder)  # collective
+    plan = make_plan(config, restore.rebatch(point, asked), data.mixture)  # collective
+    state = restore.state_of(point, config, plan.deepspeed, with_changes, say, data.fingerprint)
+    finished = state.step >= plan.total_steps and state.evaluated
+    if finished or state.out_of_patience(config.run.patience):
+        say(
+            f"the run in {folder} is finished, {state.step} steps: "
+            "give another --output-dir to start a new one"
+        )
+        return None
+    if point is not None:
+        plan.sampler.load_state_dict(state.sampler)
+    profiles = start.profiles.left(plan.total_steps, state.step, say)
+    bad = BadSamples(config.data.max_bad_share, len(data.train), data.bad)
+    if distributed.is_main() and not start.dry_run:
+        bad.file = BadFile(folder / BAD_FILE, data.bad)
+    followed = Start(resume, with_changes, start.dry_run, profiles)
+    flags = CollectiveFlags()  # collective
+    return Prepared(config, plan, data, place, followed, point, state, bad, flags)
+
+
+class Taken(NamedTuple):
+    """A micro-batch, and what the ranks have agreed on as they took it."""
+
+    batch: "Batch"
+    stop: bool  # a rank has been signalled
+    save_due: bool  # a checkpoint is due by a rank's clock
+
+
+def next_batch(
+    ready: Prepared,
+    batches: "Iterator[Batch]",
+    save_due: Callable[[], bool] = lambda: False,
+    before_raising: Callable[[], None] = lambda: None,
+) -> Taken:
+    """Take the next micro-batch on all ranks together. Collective.
+
+    Args:
+        save_due: tells whether a checkpoint is due by this rank's clock.
+        before_raising: called on all ranks where the data of one fails, before its error is raised.
+    """
+    batch, error = None, None
+    try:
+        batch = ready.plan.sampler.checked(next(batches))
+    except Exception as caught:  # one rank's data: the others must not wait for it in a collective
+        error = caught
+    ready.place.watchdog.heartbeat()
+    signalled = preemption.requested() is not None
+    failed, stop, due = ready.flags.any(batch is None, signalled, save_due())  # collective
+    if failed:
+        before_raising()  # collectives
+        ready.flags.fail_together(error)  # collective
+    assert batch is not None
+    return Taken(batch, stop, due)
