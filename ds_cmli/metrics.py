@@ -25,9 +25,12 @@ from ds_cmli.trackers.panels import tag
 
 
 class Writer:
-    """Writes `metrics.jsonl` in `folder`, to trackers, and a progress bar, or plain lines if there is no terminal.
+    """Writes a run's numbers: to `metrics.jsonl`, to trackers, and to the terminal.
 
-    If the disk is full, lines wait in memory, what trackers cannot write is lost, and the run goes on.
+    There it is a progress bar, or plain lines if it is no terminal.
+
+    If the disk is full, lines wait in memory, what trackers cannot write is lost, and the run goes
+    on.
     """
 
     def __init__(
@@ -37,7 +40,10 @@ class Writer:
         first_step: int = 0,
         report_to: Sequence[str] = ("tensorboard",),
     ):
-        """`report_to`: names from `registry.TRACKERS`. Raises `UserError` if a tracker cannot be opened."""
+        """Open the trackers `report_to`, names from `registry.TRACKERS`.
+
+        Raises `UserError` if one cannot be opened.
+        """
         self.files, self.told = RunFiles(folder), set[str]()
         self.lines = self.files.contents[METRICS].count(b"\n")
         self.evaluations = (0, 0)  # the step of the last logged evaluation, and its number of lines
@@ -62,7 +68,10 @@ class Writer:
             self.bar.update()
 
     def log(self, step: int, values: dict[str, Any], **only_tracked: float) -> None:
-        """Write an object to metrics.jsonl, and its numbers to the trackers; those that are not finite are left out."""
+        """Write an object to metrics.jsonl, and its numbers to the trackers.
+
+        Those that are not finite are left out.
+        """
         values = {n: v for n, v in values.items() if not isinstance(v, float) or math.isfinite(v)}
         self.lines += 1
         if any(name.startswith("eval/") for name in values):
@@ -113,7 +122,10 @@ class Writer:
         self._track(lambda tracker: tracker.picture(step, name, image))
 
     def lines_at(self, step: int, evaluated: bool) -> int:
-        """Lines of metrics.jsonl that a start from here would keep: not those of an evaluation still to be done."""
+        """The number of lines of metrics.jsonl that a start from here would keep.
+
+        Not those of an evaluation still to be done.
+        """
         begun = 0 if evaluated or self.evaluations[0] != step else self.evaluations[1]
         return self.lines - begun
 
@@ -180,7 +192,10 @@ class NullWriter:
 def open_writer(
     folder: Path, total_steps: int, first_step: int, report_to: Sequence[str]
 ) -> Writer | NullWriter:
-    """The writer of this rank. Raises `UserError` on every rank if rank 0's cannot be opened. Collective."""
+    """The writer of this rank. Collective.
+
+    Raises `UserError` on every rank if rank 0's cannot be opened.
+    """
     writer: Writer | NullWriter = NullWriter()
     mistake = None
     if distributed.is_main():
@@ -193,7 +208,10 @@ def open_writer(
 
 
 class Meter(Probe):
-    """Measures the speed since the last logged step. Time in which training was interrupted does not count."""
+    """Measures the speed since the last logged step.
+
+    Time in which training was interrupted does not count.
+    """
 
     def __init__(self, engine: Any = None):
         """`engine`: the `TrainEngine` whose steps are timed."""
@@ -232,7 +250,7 @@ class Meter(Probe):
 
 
 def peak_memory_bytes() -> int:
-    """The most memory held so far: by the allocator on a GPU, as the process's resident set on a CPU."""
+    """The most memory held so far: of the allocator on a GPU, of the process on a CPU."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     import resource

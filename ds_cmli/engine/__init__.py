@@ -1,4 +1,4 @@
-"""Plans a run on this device, builds student, teacher, losses and DeepSpeed's engine, and runs training steps."""
+"""Plan a run on this device, build its models and DeepSpeed's engine, and run training steps."""
 
 from ds_cmli.engine.building import DTYPES, Models, build, build_models
 from ds_cmli.engine.parameter_groups import counts_line, parameter_groups

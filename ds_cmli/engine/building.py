@@ -1,10 +1,11 @@
 """Builds student, teacher, losses and DeepSpeed's engine from a configuration.
 
-This is the only place where they are put together: training, profiling and prediction all begin here.
+This is the only place where they are put together: training, profiling and prediction all begin
+    here.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -31,6 +32,9 @@ from ds_cmli.models.student import Student
 from ds_cmli.models.teacher import Teacher
 from ds_cmli.models.weights import say
 
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
+
 Models = tuple[Objective, Teacher | None]
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -39,9 +43,13 @@ DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 def build_models(
     config: Config, vocab_size: int, pretrained: bool = True, special: SpecialTokens | None = None
 ) -> Models:
-    """The student with its losses, and the teacher if a loss needs it; on the CPU, in fp32, equal on every rank.
+    """Build the student with its losses, and the teacher if a loss needs it.
 
-    `pretrained=False`: the student's weights are random, because they will be overwritten. `special`: as in `Student`.
+    They are on the CPU, in fp32, equal on every rank.
+
+    Args:
+        pretrained: False: the student's weights are random, because they will be overwritten.
+        special: as in `Student`.
     """
     config = resolve_weights(config)
     torch.manual_seed(config.run.seed)
@@ -55,13 +63,17 @@ def build_models(
             teacher = Teacher(config.teacher, data.image_size, student.grid)
     objective = Objective(student, config.loss, teacher.width if teacher else None)
     freeze(objective, config)
-    for line in rates_without_effect(objective, config.optim) if pretrained else ():
-        say(line, objective)
+    if pretrained:
+        for line in rates_without_effect(objective, config.optim):
+            say(line, objective)
     return objective, teacher
 
 
 def use_no_compiler() -> None:
-    """On a CPU, keep DeepSpeed from compiling its shared-memory collectives, which takes minutes at the first start."""
+    """On a CPU, keep DeepSpeed from compiling its shared-memory collectives.
+
+    That takes minutes at the first start.
+    """
     if not torch.cuda.is_available():
         # The whole table is replaced, because DeepSpeed would run compilers to fill it.
         patch_for_good("deepspeed: compiled operators", {})
@@ -96,9 +108,7 @@ def build(
     deepspeed.init_distributed(verbose=False)
     dtype = DTYPES[ds_config.precision]
     objective, teacher = (models or build_models)(config, vocab_size, special=special)
-    torch.manual_seed(
-        config.run.seed + distributed.rank()
-    )  # for dropout, which differs between ranks
+    torch.manual_seed(config.run.seed + distributed.rank())  # dropout differs between ranks
     compiled = config.run.compile != "off"
     if compiled:  # inside checkpointing, which then recomputes with the compiled code
         compile_blocks(objective.student.blocks, ds_config.stage)
@@ -113,29 +123,13 @@ def build(
     groups = parameter_groups(objective, params.get("weight_decay", 0.0), config.optim, lr)
     lr_factor = groups[0].get("lr", lr) / lr  # computed before the optimizer changes the groups
     name_of = {id(parameter): name for name, parameter in objective.named_parameters()}
-    names = [[name_of[id(parameter)] for parameter in group["params"]] for group in groups]
-    try:
-        engine, *_ = deepspeed.initialize(
-            model=objective,
-            model_parameters=groups,  # type: ignore[arg-type]
-            config=ds_config.raw(),
-            lr_scheduler=schedule.maker(
-                ds_config, config.optim.warmup_steps(total_steps), total_steps
-            ),
-        )
-    except (AssertionError, ValueError, NotImplementedError) as error:
-        raise UserError(f"DeepSpeed refuses the configuration: {error}") from error
-    except (ImportError, RuntimeError) as error:
-        if not ds_config.compiles or isinstance(error, torch.OutOfMemoryError):
-            raise
-        raise UserError(
-            f"optimizer.type is {ds_config.optimizer_type!r}: DeepSpeed cannot compile its own here: {error}"
-        ) from error
-    except Exception as error:  # of the trackers of the JSON
-        library = type(error).__module__.partition(".")[0]
-        if library not in deepspeed_keys.PACKAGES.values():
-            raise
-        raise UserError(f"the DeepSpeed JSON's {library} cannot be opened: {error}") from error
+    names: list[list[str]] = []
+    for group in groups:
+        names.append([name_of[id(parameter)] for parameter in group["params"]])
+    warmup = config.optim.warmup_steps(total_steps)
+    engine = _initialize(
+        ds_config, objective, groups, schedule.maker(ds_config, warmup, total_steps)
+    )
     _undo_first_update(engine.optimizer)
     nonfinite.attach(engine)
     if teacher is not None:
@@ -145,15 +139,59 @@ def build(
         for parameter in objective.pair_parameters():
             deepspeed.zero.register_external_parameter(objective, parameter)
     return TrainEngine(
-        engine, objective, teacher, device, dtype, names, lr_factor, ds_config.accumulation, caching,
-        config.optim.cache_on_host, config.optim.reduce_once,
+        engine=engine,
+        objective=objective,
+        teacher=teacher,
+        device=device,
+        dtype=dtype,
+        names=names,
+        lr_factor=lr_factor,
+        accumulation=ds_config.accumulation,
+        caching=caching,
+        cache_on_host=config.optim.cache_on_host,
+        reduce_once=config.optim.reduce_once,
         ema=EMA(engine, config.optim.ema_decay) if config.optim.ema_decay else None,
         compiled=compiled,
-    )  # fmt: skip
+    )
+
+
+def _initialize(
+    ds_config: DeepSpeedConfig,
+    objective: Objective,
+    groups: list[dict[str, Any]],
+    scheduler: object,
+) -> "DeepSpeedEngine":
+    """Build DeepSpeed's engine. Raises `UserError` for what it refuses. Collective."""
+    import deepspeed
+
+    try:
+        engine, *_ = deepspeed.initialize(
+            model=objective,
+            model_parameters=groups,  # type: ignore[arg-type]
+            config=ds_config.raw(),
+            lr_scheduler=scheduler,  # type: ignore[arg-type]
+        )
+        return engine
+    except (AssertionError, ValueError, NotImplementedError) as error:
+        raise UserError(f"DeepSpeed refuses the configuration: {error}") from error
+    except (ImportError, RuntimeError) as error:
+        if not ds_config.compiles or isinstance(error, torch.OutOfMemoryError):
+            raise
+        kind = ds_config.optimizer_type
+        raise UserError(
+            f"optimizer.type is {kind!r}: DeepSpeed cannot compile its own here: {error}"
+        ) from error
+    except Exception as error:  # of the trackers of the JSON
+        library = type(error).__module__.partition(".")[0]
+        if library not in deepspeed_keys.PACKAGES.values():
+            raise
+        raise UserError(f"the DeepSpeed JSON's {library} cannot be opened: {error}") from error
 
 
 def _undo_first_update(optimizer: Any) -> None:
-    """Undo the update with zero gradients by which DeepSpeed (0.19.8), in 16 bit without ZeRO, creates the states.
+    """Undo the update with zero gradients by which DeepSpeed (0.19.8) creates the states.
+
+    It does so in 16 bit without ZeRO.
 
     It has decayed the weights, and would count in the bias correction.
     """

@@ -1,8 +1,11 @@
-"""The exponential moving average (EMA) of the trained weights: average = decay * average + (1 - decay) * weights.
+"""The exponential moving average (EMA) of the trained weights.
 
-It starts as the weights that training starts from. What is averaged are the fp32 master weights: each rank keeps the
-average of its own share of them (ZeRO's partition) on the same device, 4 bytes for each parameter of the share. Frozen
-parameters and buffers (BatchNorm's statistics) have no average: their current values are used instead.
+average = decay * average + (1 - decay) * weights
+
+It starts as the weights that training starts from. What is averaged are the fp32 master weights:
+each rank keeps the average of its own share of them (ZeRO's partition) on the same device, 4 bytes
+for each parameter of the share. Frozen parameters and buffers (BatchNorm's statistics) have no
+average: their current values are used instead.
 """
 
 from collections.abc import Iterator, Mapping
@@ -29,8 +32,8 @@ def check_average(optim: OptimConfig, ds_config: Mapping[str, Any]) -> None:
     for section, key in IN_16_BIT:
         if optim.ema_decay and (sections.get(section) or {}).get(key):
             raise UserError(
-                f"optim.ema_decay is {optim.ema_decay} and {section}.{key} is true, which keeps no fp32 weights to "
-                "average: leave out one of the two"
+                f"optim.ema_decay is {optim.ema_decay} and {section}.{key} is true, which keeps no "
+                "fp32 weights to average: leave out one of the two"
             )
 
 
@@ -54,7 +57,7 @@ class EMA:
 
     @contextmanager
     def as_master_weights(self) -> Iterator[None]:
-        """Inside, the tensors of the master weights hold the averages, and those of the averages the master weights."""
+        """Inside, the tensors of the master weights hold the averages, and the other way round."""
         self._exchange()
         yield
         self._exchange()
@@ -63,8 +66,8 @@ class EMA:
     def as_weights(self) -> Iterator[None]:
         """Inside, forward passes use the averages. Collective.
 
-        An error on one rank alone ends the run, so the weights are not put back then; `Preempted` is raised on all
-        ranks together, and they are.
+        An error on one rank alone ends the run, so the weights are not put back then; `Preempted`
+        is raised on all ranks together, and they are.
         """
         self._exchange()
         refresh_weights(self.engine)  # collective
@@ -81,7 +84,10 @@ class EMA:
 
     @torch.no_grad()
     def _exchange(self) -> None:
-        """Swap averages and master weights, a chunk at a time, because there may be no room for a third copy."""
+        """Swap averages and master weights.
+
+        A chunk at a time, because there may be no room for a third copy.
+        """
         for average, master in zip(self.averages, master_weights(self.engine), strict=True):
             rows = max(1, CHUNK * len(torch.atleast_1d(average)) // max(1, average.numel()))
             parts = (torch.atleast_1d(tensor).split(rows) for tensor in (average, master))

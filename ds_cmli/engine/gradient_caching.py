@@ -1,9 +1,10 @@
 """An optimizer step whose losses over pairs take their negatives from all its micro-batches.
 
 This is gradient caching (Gao et al., 2021). Pass 1 computes and keeps each micro-batch's pair
-features, without a graph. The losses over pairs are then computed once over all of them, which gives
-each feature its gradient. Pass 2 runs each micro-batch's forward pass again, from the same random
-state, and runs backward from these gradients together with the losses that do not compare pairs.
+features, without a graph. The losses over pairs are then computed once over all of them, which
+gives each feature its gradient. Pass 2 runs each micro-batch's forward pass again, from the same
+random state, and runs backward from these gradients together with the losses that do not compare
+pairs.
 """
 
 from collections.abc import Callable, Sequence

@@ -43,14 +43,12 @@ def _size_for_all(config: Config, patch: tuple[int, int]) -> str:
         sides |= {*timm_model.patch(request)}
     step = math.lcm(*sides)
     if step > MOST_PIXELS:
-        return f"no size fits patches of {' and '.join(map(str, sorted(sides)))} pixels: choose other models"
+        patches = " and ".join(map(str, sorted(sides)))
+        return f"no size fits patches of {patches} pixels: choose other models"
     near = max(1, min(round(size / step), MOST_PIXELS // step)) * step
-    both = (
-        ", which fits student.image_model and teacher.model"
-        if needs_teacher(config.loss.weights)
-        else ""
-    )
-    return f"give for instance {near}{both}"
+    if needs_teacher(config.loss.weights):
+        return f"give for instance {near}, which fits student.image_model and teacher.model"
+    return f"give for instance {near}"
 
 
 def _image_encoders(config: Config) -> Iterator[ImageRequest]:
@@ -78,7 +76,7 @@ def _of_the_preset(config: Config, line: str) -> str:
         of_the_preset = preset.get(sizes) and getattr(given, sizes) == preset[sizes]
         if of_the_preset and getattr(given, model) != own and f"{section}.{sizes}" in line:
             return (
-                f"; the preset {config.run.preset!r} sets {section}.{sizes} for {own!r}: give --set "
-                f"{section}.{sizes}={{}} too, or sizes of {getattr(given, model)!r}"
+                f"; the preset {config.run.preset!r} sets {section}.{sizes} for {own!r}: "
+                f"give --set {section}.{sizes}={{}} too, or sizes of {getattr(given, model)!r}"
             )
     return ""

@@ -1,6 +1,7 @@
-"""Finds the fp32 master weights, which the optimizer updates, among this rank's tensors, at every ZeRO stage.
+"""Finds the fp32 master weights, which the optimizer updates, at every ZeRO stage.
 
-In fp32 without ZeRO they are the module's own parameters; otherwise a copy of them, which ZeRO partitions over ranks.
+In fp32 without ZeRO they are the module's own parameters; otherwise a copy of them, which ZeRO
+partitions over ranks.
 """
 
 from typing import Any
@@ -10,7 +11,10 @@ from torch import Tensor, nn
 
 
 def master_weights(engine: Any) -> list[Tensor]:
-    """This rank's share of the trained master weights; on the host if the optimizer is offloaded."""
+    """This rank's share of the trained master weights.
+
+    It is on the host if the optimizer is offloaded.
+    """
     optimizer = engine.optimizer
     # Stages 1 and 2; stage 3; DeepSpeed's BF16_Optimizer.
     for name in (
@@ -25,7 +29,10 @@ def master_weights(engine: Any) -> list[Tensor]:
 
 
 def masters_without_zero(optimizer: Any) -> dict[int, Tensor]:
-    """id of a 16-bit parameter -> its fp32 master copy, without ZeRO: DeepSpeed's own functions need ZeRO."""
+    """id of a 16-bit parameter -> its fp32 master copy, without ZeRO.
+
+    DeepSpeed's own functions for it need ZeRO.
+    """
     out: dict[int, Tensor] = {}
     if hasattr(optimizer, "fp32_groups"):  # FP16_UnfusedOptimizer
         for group, masters in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
@@ -39,7 +46,10 @@ def masters_without_zero(optimizer: Any) -> dict[int, Tensor]:
 
 @torch.no_grad()
 def set_master_weight(engine: Any, parameter: nn.Parameter, value: Tensor) -> None:
-    """Set a trained parameter's master weight: write this rank's share of `value`, the whole parameter's value."""
+    """Set a trained parameter's master weight to `value`, the whole parameter's value.
+
+    This rank's share of it is written.
+    """
     optimizer, value = engine.optimizer, value.flatten()
     if hasattr(
         parameter, "ds_id"

@@ -1,4 +1,7 @@
-"""Decides, before anything is built, what a run is on this device: precision, backend, batch, steps and weights."""
+"""Decides what a run is on this device, before anything is built.
+
+That is its precision, backend, batch, steps and weights.
+"""
 
 import os
 from dataclasses import dataclass, replace
@@ -25,7 +28,8 @@ from ds_cmli.engine.parameter_groups import check_rates
 def on_this_device(ds_config: DeepSpeedConfig) -> DeepSpeedConfig:
     """The JSON as this device can run it: its precision is decided.
 
-    Raises `UserError` for what DeepSpeed refuses, or if DS_ACCELERATOR names a device that PyTorch does not train on.
+    Raises `UserError` for what DeepSpeed refuses, or if DS_ACCELERATOR names a device that PyTorch
+    does not train on.
     """
     from deepspeed.accelerator import get_accelerator
 
@@ -36,20 +40,21 @@ def on_this_device(ds_config: DeepSpeedConfig) -> DeepSpeedConfig:
         )
     if asked == "cpu" and found:
         raise UserError(
-            "DS_ACCELERATOR is 'cpu' and PyTorch finds a GPU: give CUDA_VISIBLE_DEVICES= too, or unset it"
+            "DS_ACCELERATOR is 'cpu' and PyTorch finds a GPU: "
+            "give CUDA_VISIBLE_DEVICES= too, or unset it"
         )
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    if (
-        visible not in ("", "-1", "NoDevFiles") and not found
-    ):  # Slurm sets the last one for a job without GPUs
+    # Slurm sets the last one for a job without GPUs.
+    if visible not in ("", "-1", "NoDevFiles") and not found:
         say(
-            f"CUDA_VISIBLE_DEVICES is {visible!r}, and PyTorch finds no GPU there: training on the CPU"
+            f"CUDA_VISIBLE_DEVICES is {visible!r}, and PyTorch finds no GPU there: "
+            "training on the CPU"
         )
     deepspeed_checks.deep(ds_config)
     accelerator = get_accelerator()
     device = accelerator.device_name()
-    # CPUs that have fp16 at all run this step two to three times slower in fp16 than in bf16. GPUs before Ampere and
-    # CPUs without bf16 instructions emulate bf16 slowly.
+    # CPUs that have fp16 at all run this step two to three times slower in fp16 than in bf16. GPUs
+    # before Ampere and CPUs without bf16 instructions emulate bf16 slowly.
     fp16 = device != "cpu" and accelerator.is_fp16_supported()
     if device == "cuda":
         bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
@@ -61,7 +66,10 @@ def on_this_device(ds_config: DeepSpeedConfig) -> DeepSpeedConfig:
 def filled(
     config: Config, ds_config: DeepSpeedConfig, world_size: int, total_steps: int
 ) -> DeepSpeedConfig:
-    """The JSON with a value in the place of each "auto". Raises `UserError` if `optim` does not go with it."""
+    """The JSON with a value in the place of each "auto".
+
+    Raises `UserError` if `optim` does not go with it.
+    """
 
     def width() -> int:
         with torch.device("meta"):
@@ -76,22 +84,20 @@ def filled(
 
 
 def try_out(ds_config: DeepSpeedConfig, total_steps: int) -> str | None:
-    """`schedule.try_out` on the CPU, or on the GPU for an optimizer with a GPU-only option that is not offloaded."""
+    """`schedule.try_out` on the CPU, or on the GPU for an optimizer that runs only there."""
     from deepspeed.accelerator import get_accelerator
 
-    gpu_only = ds_config.optimizer_params.get("fused") or ds_config.optimizer_params.get(
-        "capturable"
-    )
-    device = (
-        get_accelerator().device_name()
-        if gpu_only and ds_config.offload("optimizer") == "none"
-        else "cpu"
-    )
+    params, device = ds_config.optimizer_params, "cpu"
+    gpu_only = params.get("fused") or params.get("capturable")
+    if gpu_only and ds_config.offload("optimizer") == "none":
+        device = get_accelerator().device_name()
     return schedule.try_out(ds_config, torch.device(device), total_steps)
 
 
 def with_backend(config: Config, device: torch.device) -> tuple[Config, str | None]:
-    """The configuration with the all-pairs backend that will run, and a notice if a GPU has to use the slower one.
+    """The configuration with the all-pairs backend that will run.
+
+    Also a notice if a GPU has to use the slower one.
 
     Raises:
         UserError: the requested backend does not run here.
@@ -104,11 +110,15 @@ def with_backend(config: Config, device: torch.device) -> tuple[Config, str | No
     reason = why_no_triton() if device.type == "cuda" else "there is no GPU"
     if asked == "triton" and reason is not None:
         raise UserError(
-            f"loss.cmli_backend is 'triton', which does not run here ({reason}): give 'auto' or 'chunked'"
+            f"loss.cmli_backend is 'triton', which does not run here ({reason}): "
+            "give 'auto' or 'chunked'"
         )
     notice = None
     if reason is not None and device.type == "cuda":
-        notice = f"Triton does not run here, the all-pairs losses take the slower chunked backend: {reason}"
+        notice = (
+            "Triton does not run here, the all-pairs losses take the slower chunked backend: "
+            f"{reason}"
+        )
     backend: Literal["chunked", "triton"] = "triton" if reason is None else "chunked"
     return replace(config, loss=replace(config.loss, cmli_backend=backend)), notice
 
@@ -151,7 +161,10 @@ def make_plan(config: Config, asked: DeepSpeedConfig, samples: int | Mixture) ->
 
 
 def compares_all(config: Config, ds_config: DeepSpeedConfig) -> bool:
-    """Whether losses over pairs take their negatives from several micro-batches, which needs gradient caching."""
+    """Whether losses over pairs take their negatives from several micro-batches.
+
+    That needs gradient caching.
+    """
     several = ds_config.accumulation > 1 and config.optim.negatives == "global_batch"
     return several and any(LOSSES[name].scores for name in config.loss.weights)
 

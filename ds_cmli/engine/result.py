@@ -16,7 +16,8 @@ class MicroBatchLosses:
     index: Tensor  # int64 [B], the samples' indices in the training set
     total: Tensor  # the weighted sum of the losses
     each: dict[str, Tensor]  # each loss by name
-    ignored: Tensor  # number per pair of other pairs' texts that are no negatives: same picture or caption
+    # Number per pair of other pairs' texts that are no negatives: same picture or caption.
+    ignored: Tensor
 
     def stacked(self) -> Tensor:
         """One tensor: the total, each loss and `ignored`, in this order."""
@@ -24,12 +25,13 @@ class MicroBatchLosses:
 
 
 def by_name(means: list[float], losses: Iterable[str], pairs: int) -> dict[str, float]:
-    """Means of `MicroBatchLosses.stacked` over `pairs` pairs, by the names under which they are logged; {} for 0."""
+    """Means of `stacked` losses over `pairs` pairs, by their names in the log; {} for no pairs."""
     if not pairs:
         return {}
     names = list(losses)
     values = dict(zip(["loss", *(f"loss/{name}" for name in names)], means[:-1], strict=True))
-    # Texts of the same picture or caption: a loss with one positive ignores them, one with several adds them as such.
+    # Texts of the same picture or caption: a loss with one positive ignores them, one with several
+    # adds them as such.
     several = {LOSSES[name].several for name in names if LOSSES[name].scores}
     return values | {
         ("added_positives" if each else "ignored_negatives"): round(means[-1] * pairs)

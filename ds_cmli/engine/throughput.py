@@ -19,10 +19,13 @@ PRODUCTS = (torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bm
 
 
 class StepTimer:
-    """Times each phase since the last `lap`. On a GPU it records CUDA events in the stream, and `lap` reads them.
+    """Times each phase since the last `lap`.
 
-    "data" is the wait for a batch, "exchange" the exchange of texts between ranks in forward and backward, and "step"
-    the update, with the collectives for the weights and for what is left of the gradients.
+    On a GPU it records CUDA events in the stream, and `lap` reads them.
+
+    "data" is the wait for a batch, "exchange" the exchange of texts between ranks in forward and
+    backward, and "step" the update, with the collectives for the weights and for what is left of
+    the gradients.
     """
 
     def __init__(self) -> None:
@@ -46,7 +49,9 @@ class StepTimer:
         self.mark(before)
 
     def lap(self, peak: float) -> dict[str, float]:
-        """The columns of a logged step: shares of time, TFLOP/s, and MFU from `LEAST_MFU` on. CPU-GPU sync.
+        """The columns of a logged step: shares of time, TFLOP/s, and MFU from `LEAST_MFU` on.
+
+        CPU-GPU sync.
 
         Counting begins anew.
 
@@ -75,10 +80,13 @@ class StepTimer:
 
 
 class ModelFlops(TorchFunctionMode):
-    """Counts the FLOPs of the products inside it: of forward and, with `trained`, of the backward that will follow.
+    """Counts the FLOPs of the products inside it.
 
-    The gradient of each of a product's two operands costs as much as the product; a product with a frozen weight is
-    counted once. What activation checkpointing recomputes is not counted, as usual for MFU.
+    With `trained` those of the backward pass that will follow are counted too.
+
+    The gradient of each of a product's two operands costs as much as the product; a product with a
+    frozen weight is counted once. What activation checkpointing recomputes is not counted, as usual
+    for MFU.
     """
 
     def __init__(self, trained: bool):

@@ -1,4 +1,4 @@
-"""Runs training steps of student, teacher, losses and DeepSpeed's engine, which `building.py` puts together.
+"""Runs training steps of student, teacher, losses and DeepSpeed's engine.
 
 Training, profiling and prediction all use this one step.
 """
@@ -86,8 +86,8 @@ class TrainEngine:
     def __call__(self, batch: Batch) -> Losses:
         """Run forward and backward of one micro-batch, with its own negatives.
 
-        The weights are updated at the end of accumulation. Returns the weighted loss and each loss by
-        name for this rank's pairs, fp32 scalars without a graph. Collective.
+        The weights are updated at the end of accumulation. Returns the weighted loss and each loss
+        by name for this rank's pairs, fp32 scalars without a graph. Collective.
         """
         found = self._backward(batch)  # collectives
         self._update()  # collectives

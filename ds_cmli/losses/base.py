@@ -1,12 +1,11 @@
 """The base class of losses, and the inputs that they are computed from.
 
-Shapes: B pairs per rank, P ranks, G = B * P, N patches, M text positions, H student width, H_t teacher width,
-D embedding dimension.
+Shapes: B pairs per rank, P ranks, G = B * P, N patches, M text positions, H student width, H_t
+teacher width, D embedding dimension.
 """
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -19,6 +18,7 @@ from ds_cmli.cmli import collectives
 from ds_cmli.cmli.contrastive import upcast
 from ds_cmli.cmli.inputs import full_precision
 from ds_cmli.cmli.loss import l2_normalize, score_global_batch
+from ds_cmli.cmli.ring import Score
 from ds_cmli.cmli.token_keep import select
 from ds_cmli.config.schema import LossConfig
 from ds_cmli.data.batch import Batch
@@ -39,70 +39,81 @@ class Features:
 
 
 class WidthHead(nn.Linear):
-    """A linear map from the student's to the teacher's width, for widths that differ; initialised orthonormal."""
+    """A linear map from the student's to the teacher's width, for widths that differ.
+
+    It is initialised orthonormal.
+    """
 
     def __init__(self, width: int, teacher_width: int):
         super().__init__(width, teacher_width, bias=False)
         nn.init.orthogonal_(self.weight)
 
     def forward(self, x: Tensor, back: bool = False) -> Tensor:
-        """[.., H] -> [.., H_t]. `back`: the reverse, by the transpose, the pseudo-inverse of an orthonormal map."""
+        """[.., H] -> [.., H_t].
+
+        `back`: the reverse, by the transpose, the pseudo-inverse of an orthonormal map.
+        """
         return F.linear(x, self.weight.t() if back else self.weight)
 
 
 class PairInputs(ABC):
     """The inputs of a loss that compares pairs: a tile, R images of this rank and T texts.
 
-    Without gradient caching these are all G texts. With it such a loss is computed tile by tile and summed, so it must
-    be a sum over pairs of an image and a text, apart from `row_logsumexp` and `column_logsumexp`. The pair scores are
-    computed once and shared by all losses that compare them.
+    Without gradient caching these are all G texts. With it such a loss is computed tile by tile and
+    summed, so it must be a sum over pairs of an image and a text, apart from `row_logsumexp` and
+    `column_logsumexp`. The pair scores are computed once and shared by all losses that compare
+    them.
     """
 
     @property
     @abstractmethod
     def first(self) -> int:
-        """The column of the pair scores that is row 0's own text; out of range if the tile does not have it."""
+        """The column of the pair scores that is row 0's own text.
+
+        It is out of range if the tile does not have it.
+        """
 
     @property
     @abstractmethod
     def duplicates(self) -> Tensor | None:
-        """bool [R, T], True where image and text of different pairs are no negatives: same picture or same caption.
+        """The pairs of image and text that are no negatives: same picture or caption.
 
-        None: the texts of all other pairs are negatives. Collective.
+        bool [R, T]; None: the texts of all other pairs are negatives. Collective.
         """
 
     @property
     @abstractmethod
     def global_scores(self) -> Tensor:
-        """[R, T] fp32 (fp64), cosine similarities of the images' and the texts' class tokens. Collective."""
+        """Cosine similarities of the class tokens: [R, T] fp32 (fp64). Collective."""
 
     @property
     @abstractmethod
     def cmli_scores(self) -> tuple[Tensor, Tensor]:
-        """s_i2t and s_t2i, each [R, T] fp32 (fp64), the CMLI scores of the images and the texts. Collective."""
+        """The CMLI scores s_i2t and s_t2i, each [R, T] fp32 (fp64). Collective."""
 
     @abstractmethod
     def row_logsumexp(self, logits: Tensor) -> Tensor:
         """log(sum(exp)) of each row over all texts of the batch, not only these T: [R, T] -> [R].
 
-        A loss must be linear in it, as cross entropy is: gradient caching needs its gradient before it knows the value.
+        A loss must be linear in it, as cross entropy is: gradient caching needs its gradient before
+        it knows the value.
         """
 
     @abstractmethod
     def column_logsumexp(self, logits: Tensor) -> Tensor:
-        """The same of each column over all images of the batch, not only these R: [R, T] -> [T]. Collective."""
+        """The same of each column over all images of the batch: [R, T] -> [T]. Collective."""
 
 
 @dataclass
 class LossInputs(PairInputs):
-    """The inputs of one micro-batch, whose negatives are the other pairs of the same global micro-batch."""
+    """The inputs of a micro-batch whose negatives are the other pairs of the global micro-batch."""
 
     features: Features
     batch: Batch
     targets: Targets | None  # the teacher's features; None if no loss needs them
     student: Student
     width_head: WidthHead | None
-    score: Callable[..., tuple[Tensor, Tensor]]  # `cmli_scores` with its options
+    score: Score  # `cmli_scores` with its options
     config: LossConfig = field(default_factory=LossConfig)
 
     @property
@@ -112,32 +123,25 @@ class LossInputs(PairInputs):
     @cached_property
     def duplicates(self) -> Tensor | None:
         ids = self.batch.pair_id
-        return (
-            None
-            if self.config.duplicates == "keep"
-            else duplicates(ids, collectives.gather(ids), self.first)
-        )  # collective
+        if self.config.duplicates == "keep":
+            return None
+        return duplicates(ids, collectives.gather(ids), self.first)  # collective
 
     @cached_property
     def global_scores(self) -> Tensor:
         image = upcast(l2_normalize(self.features.image_cls))  # [B, H]
-        text = collectives.gather_with_gradient(
-            upcast(l2_normalize(self.features.text_cls))
-        )  # [G, H], collective
+        text = upcast(l2_normalize(self.features.text_cls))
+        text = collectives.gather_with_gradient(text)  # [G, H], collective
         with full_precision(image.device):
             return image @ text.t()
 
     @cached_property
     def cmli_scores(self) -> tuple[Tensor, Tensor]:
-        patches, tokens = (
-            self.student.projection(self.features.patches),
-            self.student.projection(self.features.tokens),
-        )
-        mask = self.batch.token_mask
-        if self.config.cmli_token_keep < 1:
-            selection = select(
-                patches, tokens, mask, self.config.cmli_token_keep, self.config.cmli_scratch_bytes
-            )
+        project, config = self.student.projection, self.config
+        patches, tokens = project(self.features.patches), project(self.features.tokens)
+        mask, share = self.batch.token_mask, config.cmli_token_keep
+        if share < 1:
+            selection = select(patches, tokens, mask, share, config.cmli_scratch_bytes)
             (patches, tokens), mask = selection.of(patches, tokens), selection.token_mask
         return score_global_batch(patches, tokens, mask, score=self.score)
 
@@ -149,9 +153,7 @@ class LossInputs(PairInputs):
 
     @property
     def teacher(self) -> Targets:
-        assert self.targets is not None, (
-            "the registry says of no chosen loss that it needs the teacher"
-        )
+        assert self.targets is not None, "no chosen loss needs the teacher, says the registry"
         return self.targets
 
     def to_teacher(self, x: Tensor) -> Tensor:
@@ -160,10 +162,12 @@ class LossInputs(PairInputs):
 
 
 class Loss(nn.Module):
-    """One loss with its own parameters. Each file of this folder defines one, and the table in `losses` names it.
+    """One loss with its own parameters.
 
-    A loss with a temperature keeps it as the parameter `logit_scale`, ln(1/temperature), which `log_scale` makes; it is
-    logged as `temperature/<name>`.
+    Each file of this folder defines one, and the table in `config/registry.py` names it.
+
+    A loss with a temperature keeps it as the parameter `logit_scale`, ln(1/temperature), which
+    `log_scale` makes; it is logged as `temperature/<name>`.
     """
 
     logit_scale: nn.Parameter  # only in a loss with a temperature
@@ -173,14 +177,16 @@ class Loss(nn.Module):
         self.config = config
 
     def forward(self, inputs: Any) -> Tensor:
-        """The mean loss over the pairs of `inputs`, a scalar in fp32 (fp64). Its mean over ranks is the global batch's.
+        """The mean loss over the pairs of `inputs`, a scalar in fp32 (fp64).
 
-        `inputs` is `LossInputs`, or any `PairInputs` for a loss that compares pairs, as the table in `losses` says.
+        Its mean over ranks is the global batch's. `inputs` is `LossInputs`, or any `PairInputs` for
+        a loss that compares pairs, as its table entry says.
         """
         raise NotImplementedError
 
 
 def log_scale(temperature: float) -> nn.Parameter:
     """The learned parameter ln(1/temperature), shape [1]."""
-    # Not 0-dimensional: DeepSpeed sends parameters as bytes, and a 0-dimensional tensor cannot be viewed as bytes.
+    # Not 0-dimensional: DeepSpeed sends parameters as bytes, and a 0-dimensional tensor cannot be
+    # viewed as bytes.
     return nn.Parameter(torch.tensor([math.log(1 / temperature)]))

@@ -1,13 +1,15 @@
-"""The losses over the pairs of a whole step, from cached features: gradient caching (Gao et al., 2021).
+"""The losses over the pairs of a whole step, from cached features: gradient caching.
 
-The features of all micro-batches are cached without their autograd graph. Each loss is computed over
-the pairs of all micro-batches of all ranks, and the gradient of each feature replaces the feature in
-the cache. The pairs are processed in tiles, so that neither scores nor argmax indices of all pairs
-are held at once. The scores of each tile are computed twice: first for the sums over rows and
-columns, then with their gradient.
+The method is that of Gao et al. (2021).
 
-Shapes: K micro-batches of B pairs, P ranks, G = K * B * P texts, T texts of a tile, N patches, M text
-positions, H student width, D embedding dimension.
+The features of all micro-batches are cached without their autograd graph. Each loss is computed
+over the pairs of all micro-batches of all ranks, and the gradient of each feature replaces the
+feature in the cache. The pairs are processed in tiles, so that neither scores nor argmax indices of
+all pairs are held at once. The scores of each tile are computed twice: first for the sums over rows
+and columns, then with their gradient.
+
+Shapes: K micro-batches of B pairs, P ranks, G = K * B * P texts, T texts of a tile, N patches, M
+text positions, H student width, D embedding dimension.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -67,7 +69,7 @@ class PairFeatures:
         return probe.to_device(x, device) if self.on_host else x
 
     def copied(self) -> "PairFeatures":
-        """These features without the memory around them, as a class token is a view of its sequence."""
+        """These features without the memory around them; class tokens are views of sequences."""
         own: dict[str, Tensor] = {}
         for name in ("image_cls", "text_cls", "patches", "tokens"):
             x = getattr(self, name)

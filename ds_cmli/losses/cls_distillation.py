@@ -1,4 +1,4 @@
-"""Distillation of the class tokens: image and text class token both regress the teacher's class token.
+"""Distillation of the class tokens: those of image and text regress the teacher's.
 
 This is the starting point of the source document.
 """

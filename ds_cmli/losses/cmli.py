@@ -1,4 +1,7 @@
-"""All-pairs CMLI as a contrastive loss: equations (1) to (4) of the source document, FILIP (Yao et al., 2021)."""
+"""All-pairs CMLI as a contrastive loss.
+
+Equations (1) to (4) of the source document, FILIP (Yao et al., 2021).
+"""
 
 from torch import Tensor
 

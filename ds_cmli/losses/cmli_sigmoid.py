@@ -1,4 +1,7 @@
-"""Sigmoid loss (SigLIP; Zhai et al., 2023) on the all-pairs CMLI scores: the mean over both directions."""
+"""Sigmoid loss on the all-pairs CMLI scores: the mean over both directions.
+
+SigLIP; Zhai et al. (2023).
+"""
 
 import torch
 from torch import Tensor, nn
@@ -9,8 +12,9 @@ from ds_cmli.losses.functions import sigmoid_loss
 
 
 class CMLISigmoid(Loss):
-    # A CMLI score is a mean of maxima: it varies less than a cosine and is above 0 for almost any pair. A larger scale
-    # and a lower bias than SigLIP's make the negatives of an untrained student start near SigLIP's logit of -10.
+    # A CMLI score is a mean of maxima: it varies less than a cosine and is above 0 for almost any
+    # pair. A larger scale and a lower bias than SigLIP's make the negatives of an untrained student
+    # start near SigLIP's logit of -10.
     init_temperature, init_bias = 0.02, -14.0
 
     def __init__(self, config: LossConfig):

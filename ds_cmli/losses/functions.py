@@ -1,8 +1,10 @@
-"""Losses as pure functions of tensors, independent of processes, engines and data; see `cmli/contrastive.py` too.
+"""Losses as pure functions of tensors, independent of processes, engines and data.
 
-Shapes: B pairs, a tile of R images and T texts that are compared, N image patches, M text positions, H hidden size,
-D embedding dimension. Equation numbers are those of the source document. Everything is computed in fp32, or in fp64 for
-fp64 inputs.
+See `cmli/contrastive.py` too.
+
+Shapes: B pairs, a tile of R images and T texts that are compared, N image patches, M text
+positions, H hidden size, D embedding dimension. Equation numbers are those of the source document.
+Everything is computed in fp32, or in fp64 for fp64 inputs.
 """
 
 import torch
@@ -21,10 +23,11 @@ def sigmoid_loss(
     first: int | None = None,
     positives: Tensor | None = None,
 ) -> Tensor:
-    """-log sigmoid(z * (t * score + b)) summed over texts and averaged over the tile's R images; SigLIP.
+    """-log sigmoid(z * (t * score + b)), summed over texts and averaged over the tile's R images.
 
-    z is 1 for positives and -1 for all others (Zhai et al., 2023, equation 1). No normalisation over the batch: across
-    ranks only the scores need the other ranks.
+    This is SigLIP's loss. z is 1 for positives and -1 for all others (Zhai et al., 2023, equation
+    1). No normalisation
+    over the batch: across ranks only the scores need the other ranks.
 
     Args:
         scores: [R, T] fp32 or fp64, images against texts.
@@ -35,8 +38,8 @@ def sigmoid_loss(
         positives: bool [R, T], further positives, see `duplicates`; None: there are none.
 
     Returns:
-        A scalar. Summed over the tiles of the same images, and averaged over those of all ranks, it is the loss of the
-        whole batch.
+        A scalar. Summed over the tiles of the same images, and averaged over those of all ranks, it
+        is the loss of the whole batch.
 
     Raises:
         ValueError: on shapes that do not fit.
@@ -51,10 +54,13 @@ def sigmoid_loss(
 
 
 def duplicates(pair_id: Tensor, all_ids: Tensor, first: int = 0) -> Tensor:
-    """Images and texts of different pairs that also match, as the pairs share the picture or the caption: bool [R, T].
+    """Images and texts of different pairs that also match: bool [R, T].
+
+    The pairs share the picture or the caption.
 
     Args:
-        pair_id: int64 [R, 2], of the images, hashes of picture and caption: equal for equal pictures or captions.
+        pair_id: int64 [R, 2], of the images, hashes of picture and caption: equal for equal
+            pictures or captions.
         all_ids: int64 [T, 2], the same of the texts.
         first: the column that belongs to row 0, as in `sigmoid_loss`.
     """
@@ -65,14 +71,16 @@ def duplicates(pair_id: Tensor, all_ids: Tensor, first: int = 0) -> Tensor:
 
 
 def match_patches(tokens: Tensor, patches: Tensor) -> Tensor:
-    """Equation (2) for the positive pairs: the patch with the highest cosine similarity to each token.
+    """Equation (2) for the positive pairs: each token's patch of the highest cosine similarity.
 
     Args:
         tokens: [B, M, D], projected by g; of any norm and any float dtype.
-        patches: [B, N, D], projected by the same g: with two different random projections, matches are random.
+        patches: [B, N, D], projected by the same g: with two different random projections, matches
+            are random.
 
     Returns:
-        int64 [B, M]. The index has no gradient, so this alone never trains g. Ties go to the lowest index.
+        int64 [B, M]. The index has no gradient, so this alone never trains g. Ties go to the lowest
+        index.
 
     Raises:
         ValueError: on shapes that do not fit.
@@ -86,17 +94,21 @@ def match_patches(tokens: Tensor, patches: Tensor) -> Tensor:
 
 
 def squared_distance(x: Tensor, y: Tensor, reduction: str) -> Tensor:
-    """||x - y||^2 over the last dimension H: the sum, as (7) and (9) are written, or the mean, the usual "MSE".
+    """||x - y||^2 over the last dimension H: its sum or its mean.
 
-    The trainer uses the mean by default: the document wants this loss and the contrastive loss to weigh the same, and
-    the sum is H times larger.
+    (7) and (9) are written with the sum; the mean is the usual "MSE". The trainer uses the mean by
+    default: the document wants this loss and the contrastive loss to weigh the same, and the sum is
+    H times larger.
     """
     square = (upcast(x) - upcast(y)).square()
     return square.mean(-1) if reduction == "mean" else square.sum(-1)
 
 
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean over the valid positions of each row, then over rows: [B, M], bool [B, M] -> scalar. Empty rows give 0."""
+    """Mean over the valid positions of each row, then over rows; empty rows give 0.
+
+    [B, M], bool [B, M] -> scalar.
+    """
     count = mask.sum(1).clamp(min=1)
     return ((values * mask).sum(1) / count).mean()
 
@@ -111,8 +123,8 @@ def target_cmli_loss(
 ) -> Tensor:
     """Target-CMLI: equations (7) and (9), and their mean (10).
 
-    The document writes (9) as a mean over k = 1..N although k counts text tokens. Here it is the mean over the M_j
-    valid tokens of each text.
+    The document writes (9) as a mean over k = 1..N although k counts text tokens. Here it is the
+    mean over the M_j valid tokens of each text.
 
     Args:
         student_patches: [B, N, H].
@@ -145,7 +157,9 @@ def target_cmli_loss(
 def cls_distillation_loss(
     student_image: Tensor, student_text: Tensor, teacher_image: Tensor, reduction: str = "mean"
 ) -> Tensor:
-    """Both class tokens regress the teacher's, the document's starting point: all [B, H]; mean of both.
+    """Both class tokens regress the teacher's, the document's starting point: mean of both.
+
+    All are [B, H].
 
     Raises ValueError on shapes that do not fit.
     """

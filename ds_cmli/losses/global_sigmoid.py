@@ -9,7 +9,8 @@ from ds_cmli.losses.functions import sigmoid_loss
 
 
 class GlobalSigmoid(Loss):
-    # SigLIP's initial values: a scale of 10, and a bias with which the many negatives start with a small loss.
+    # SigLIP's initial values: a scale of 10, and a bias with which the many negatives start with a
+    # small loss.
     init_temperature, init_bias = 0.1, -10.0
 
     def __init__(self, config: LossConfig):

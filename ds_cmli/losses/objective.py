@@ -1,4 +1,4 @@
-"""The module that DeepSpeed's engine trains: the student, and the weighted sum of the chosen losses."""
+"""The module that DeepSpeed's engine trains: the student and the chosen losses."""
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass

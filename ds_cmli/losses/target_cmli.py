@@ -1,4 +1,7 @@
-"""Target-CMLI, equations (5) to (10) of the source document: each token regresses its best-matching teacher patch."""
+"""Target-CMLI: each token regresses its best-matching teacher patch.
+
+Equations (5) to (10) of the source document.
+"""
 
 import torch
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""The softmaxes over all texts for each image and over all images for each text, from scores that come in tiles.
+"""Softmaxes over all texts and over all images, from scores that come in tiles.
 
 Shapes: R images and T texts of a tile.
 """
@@ -25,9 +25,10 @@ class _Sum:
 
 
 class TileStatistics:
-    """log(sum(exp)) of each row and column over all tiles and ranks, and the losses' gradients with respect to them.
+    """log(sum(exp)) of each row and column over all tiles and ranks, with the losses' gradients.
 
-    They may be requested any number of times per tile; the n-th request must be for the same scores in every tile.
+    They may be requested any number of times per tile; the n-th request must be for the same scores
+    in every tile.
     """
 
     def __init__(self, images: int, texts: int) -> None:
@@ -45,7 +46,10 @@ class TileStatistics:
         return self.asked - 1
 
     def collect(self, logits: Tensor, dim: int) -> Tensor:
-        """First pass: add a tile's logits, [R, T]. Returns zeros, [R] or [T], with which `end_tile` finds gradients."""
+        """First pass: add a tile's logits, [R, T].
+
+        Returns zeros, [R] or [T], with which `end_tile` finds gradients.
+        """
         n, place = self._next(), self.places[dim]
         if n == len(self.sums):
             lse = logits.new_full((self.sizes[dim],), -torch.inf)
@@ -69,13 +73,16 @@ class TileStatistics:
                 dist.all_reduce(found.gradient)  # collective; each rank's loss may use every column
 
     def known(self, logits: Tensor, dim: int) -> Tensor:
-        """Second pass: log(sum(exp)) over all tiles, [R, T] -> [R] or [T], with the gradient for this tile's logits."""
+        """Second pass: log(sum(exp)) over all tiles, [R, T] -> [R] or [T].
+
+        It has the gradient for this tile's logits.
+        """
         found, place = self.sums[self._next()], self.places[dim]
         return _KnownLogSumExp.apply(logits, found.lse[place], found.gradient[place], dim)  # type: ignore[no-untyped-call]
 
 
 class _KnownLogSumExp(torch.autograd.Function):
-    """Returns `lse`; its backward uses `grad`, the gradient of the losses of all tiles, not the one of this tile."""
+    """Returns `lse`; its backward uses `grad`, the gradient of the losses of all tiles."""
 
     @staticmethod
     def forward(ctx, logits, lse, grad, dim):

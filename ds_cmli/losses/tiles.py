@@ -48,7 +48,10 @@ class Texts:
     go_round: bool
 
     def chunks(self) -> Iterator[TextChunk]:
-        """Yields the chunk of each rank in turn in a ring, otherwise all texts as one. Collective."""
+        """Yields the chunk of each rank in turn in a ring, otherwise all texts as one.
+
+        Collective.
+        """
         if self.go_round:
             assert self.tokens is not None
             for chunk in ring.chunks(self.tokens, self.token_mask, None):  # collective
@@ -73,8 +76,8 @@ class Images:
     def texts_of_a_tile(self, positions: int, byte_limit: int) -> int:
         """T: as many texts as have argmax indices, or else scores, of at most `byte_limit`.
 
-        It is at least one. Where tokens are compared a tile has no more pairs than a micro-batch, so
-        it takes no more memory, except that it has `LEAST_PAIRS`.
+        It is at least one. Where tokens are compared a tile has no more pairs than a micro-batch,
+        so it takes no more memory, except that it has `LEAST_PAIRS`.
         """
         B = len(self.pair_id)
         if self.patches is None:
