@@ -96,14 +96,14 @@ def cmli_peak_bytes(
     if backend == "triton":
         from ds_cmli.cmli.triton import Sizes, peak_bytes
 
-        all_sizes = Sizes(I, J, N, M, D)
-        forward, backward = peak_bytes(all_sizes, dtype, recompute, scratch_bytes)
+        sizes = Sizes(I, J, N, M, D)
+        forward, backward = peak_bytes(sizes, dtype, recompute, scratch_bytes)
     else:
         text = _PackedSizes(J, M, text_lengths, True, D, width)
         image = _PackedSizes(I, N, image_lengths or [N] * I, image_lengths is not None, D, width)
         tables = text.table_bytes() + image.table_bytes()
-        most = tile_sizes(N, M, D, dtype, scratch_bytes, backward=False)
-        tiles = _forward_tiles(text, image, most, (0, I), True, not recompute)
+        largest = tile_sizes(N, M, D, dtype, scratch_bytes, backward=False)
+        tiles = _forward_tiles(text, image, largest, (0, I), True, not recompute)
         forward = scores + saved + tables + tiles
         backward = gradients + tables + _backward(text, image, dtype, recompute, scratch_bytes)
     # When backward groups, the scores and their gradients are there as well.
