@@ -22,50 +22,53 @@ class Step(NamedTuple):
     accumulation: int
 
 
-# Each function returns why the settings that it stands beside have no effect, or None if they have.
-Why = Callable[[Config], str | None]
-WhyInStep = Callable[[Config, Step], str | None]
+class Idle(NamedTuple):
+    """A setting has no effect `where` the configuration is so; `why` is formatted with it."""
+
+    where: Callable[[Config], bool]
+    why: str
 
 
-def _demo(config: Config) -> str | None:
-    return "the demo makes its own pictures" if config.data.source == "demo" else None
+def _beyond(setting: str) -> Idle:
+    def where(config: Config) -> bool:
+        return config.optim.steps is not None and getattr(config.run, setting) > config.optim.steps
+
+    why = f"it is {{config.run.{setting}}}, and the run has {{config.optim.steps}} steps"
+    return Idle(where, why)
 
 
-def _text_model(config: Config) -> str | None:
-    weights = config.student.text_weights
-    return None if weights in ("hub", "random") else f"student.text_weights {weights!r} says it"
-
-
-def _no_workers(config: Config) -> str | None:
-    return None if config.data.workers else "there is no loading process (--workers)"
-
-
-def _exchange(config: Config) -> str | None:
-    exchange = config.loss.cmli_exchange
-    return None if exchange == "auto" else f"loss.cmli_exchange is {exchange!r}"
-
-
-def _random_student(config: Config) -> str | None:
-    random = config.student.image_weights == config.student.text_weights == "random"
-    return "both encoders' weights are random" if random else None
-
-
-def _random_teacher(config: Config) -> str | None:
-    return "teacher.weights is 'random'" if config.teacher.weights == "random" else None
-
-
-def _no_tracker(config: Config) -> str | None:
-    return None if config.run.report_to else "run.report_to names no tracker, which would show them"
-
-
-def _beyond(setting: str) -> Why:
-    def why(config: Config) -> str | None:
-        steps, every = config.optim.steps, getattr(config.run, setting)
-        if steps is None or every <= steps:
-            return None
-        return f"it is {every}, and the run has {steps} steps"
-
-    return why
+_DEMO = Idle(lambda config: config.data.source == "demo", "the demo makes its own pictures")
+IDLE = {
+    "data.max_bad_share": _DEMO,
+    "data.max_pixels": _DEMO,
+    "data.follow_symlinks": _DEMO,
+    "data.val_split": _DEMO,
+    "data.prefetch": Idle(
+        lambda config: not config.data.workers, "there is no loading process (--workers)"
+    ),
+    "student.text_model": Idle(
+        lambda config: config.student.text_weights not in ("hub", "random"),
+        "student.text_weights {config.student.text_weights!r} says it",
+    ),
+    "student.weights_partial": Idle(
+        lambda c: c.student.image_weights == c.student.text_weights == "random",
+        "both encoders' weights are random",
+    ),
+    "teacher.weights_partial": Idle(
+        lambda config: config.teacher.weights == "random", "teacher.weights is 'random'"
+    ),
+    "loss.cmli_gather_bytes": Idle(
+        lambda config: config.loss.cmli_exchange != "auto",
+        "loss.cmli_exchange is {config.loss.cmli_exchange!r}",
+    ),
+    "run.match_maps": Idle(
+        lambda config: not config.run.report_to,
+        "run.report_to names no tracker, which would show them",
+    ),
+    "run.log_every": _beyond("log_every"),
+    "run.eval_every": _beyond("eval_every"),
+    "run.save_every": _beyond("save_every"),
+}
 
 
 def _patience(config: Config) -> str | None:
@@ -78,22 +81,18 @@ def _patience(config: Config) -> str | None:
     return f"it is {patience}, and the run has {evaluations} evaluations"
 
 
-IDLE: dict[str, Why] = {
-    "data.max_bad_share": _demo,
-    "data.max_pixels": _demo,
-    "data.follow_symlinks": _demo,
-    "data.val_split": _demo,
-    "data.prefetch": _no_workers,
-    "student.text_model": _text_model,
-    "student.weights_partial": _random_student,
-    "teacher.weights_partial": _random_teacher,
-    "loss.cmli_gather_bytes": _exchange,
-    "run.match_maps": _no_tracker,
-    "run.patience": _patience,
-    "run.log_every": _beyond("log_every"),
-    "run.eval_every": _beyond("eval_every"),
-    "run.save_every": _beyond("save_every"),
-}
+def _idle(setting: str, config: Config) -> str | None:
+    """Why a setting has no effect, or None if it may have."""
+    if setting == "run.patience":
+        return _patience(config)
+    idle = IDLE.get(setting)
+    if idle is None or not idle.where(config):
+        return None
+    return idle.why.format(config=config)
+
+
+# Each function returns why a setting has no effect beside the JSON, or None if it has.
+WhyInStep = Callable[[Config, Step], str | None]
 
 
 def _one_rank(config: Config, step: Step) -> str | None:
@@ -182,7 +181,7 @@ def without_effect(config: Config, given: Mapping[str, str]) -> Iterator[str]:
     """
     unread = _unread(config)
     for name in sorted(given):
-        why = IDLE[name](config) if name in IDLE else None
+        why = _idle(name, config)
         if name in unread:
             why = f"the losses are {', '.join(config.loss.weights)}, without {unread[name]}"
         if why is not None:
@@ -199,7 +198,7 @@ def without_effect_in_step(
         return
     unread = _unread(config)
     for name in sorted(given.keys() & IN_STEP.keys() - unread.keys()):
-        if name in IDLE and IDLE[name](config) is not None:
+        if _idle(name, config) is not None:
             continue  # told by `without_effect`
         why = IN_STEP[name](config, step)
         if why is not None:

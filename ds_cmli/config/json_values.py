@@ -16,32 +16,35 @@ def _is_number(value: object) -> TypeGuard[int | float]:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _same(value: object, known: object) -> bool:
-    return value == known and type(value) is type(known)  # 1 is not true, and 1.0 is not 1
+def _kind(need: str, fits: Callable[[Any], bool]) -> Kind:
+    return lambda value: None if fits(value) else need
 
 
-def boolean(value: object) -> str | None:
-    return None if isinstance(value, bool) else "give true or false"
+boolean = _kind("give true or false", lambda value: isinstance(value, bool))
+text = _kind("give a text", lambda value: isinstance(value, str))
+texts = _kind(
+    "give a list of texts",
+    lambda value: isinstance(value, list) and all(isinstance(v, str) for v in value),
+)
 
 
 def integer(least: int = 0, most: int = 2**53) -> Kind:
     """A whole number, which may be written as 5e7."""
-    need = "give a positive whole number"
-    if least != 1:
-        need = f"give a whole number from {least}" + (f" to {most}" if most < 2**53 else "")
-
-    def kind(value: object) -> str | None:
-        fits = _is_number(value) and least <= value <= most and value == int(value)
-        return None if fits else need
-
-    return kind
+    need = f"give a whole number from {least}"
+    if least == 1:
+        need = "give a positive whole number"
+    elif most < 2**53:
+        need += f" to {most}"
+    return _kind(need, lambda v: _is_number(v) and least <= v <= most and v == int(v))
 
 
 def number(least: float = -math.inf, below: float = math.inf, above: bool = False) -> Kind:
     """A finite number of at least `least` (with `above`: greater) and below `below`."""
     need = "give a finite number"
-    if least > -math.inf:
-        need += f" above {least:g}" if above else f" of at least {least:g}"
+    if above:
+        need += f" above {least:g}"
+    elif least > -math.inf:
+        need += f" of at least {least:g}"
     if below < math.inf:
         need += f" and below {below:g}"
 
@@ -56,36 +59,36 @@ def number(least: float = -math.inf, below: float = math.inf, above: bool = Fals
     return kind
 
 
+def numbers(count: int | None, each: Kind) -> Kind:
+    """A list of `count` numbers, or of some if it is None."""
+
+    def fits(value: object) -> bool:
+        right_size = isinstance(value, list) and value and count in (None, len(value))
+        return bool(right_size) and not any(map(each, value))  # type: ignore[call-overload]
+
+    return _kind(f"give a list of {count or 'some'} numbers: {each(None)}", fits)
+
+
+def one_of(*known: object) -> Kind:
+    one = "one of " if len(known) > 1 else ""
+    return refused(f"give {one}{', '.join(map(_in_json, known))}", *known)
+
+
 def _in_json(value: object) -> str:
     if value is None:
         return "null"
     return f'"{value}"' if isinstance(value, str) else str(value).lower()
 
 
-def one_of(*known: object) -> Kind:
-    need = "give " + ("one of " if len(known) > 1 else "") + ", ".join(map(_in_json, known))
-    return refused(need, *known)
+def refused(why: str, *harmless: object) -> Kind:
+    """A key that is idle here or would do harm; `harmless` values, which ask nothing, pass."""
+    # 1 is not true, and 1.0 is not 1.
+    return _kind(why, lambda v: any(v == known and type(v) is type(known) for known in harmless))
 
 
-def text(value: object) -> str | None:
-    return None if isinstance(value, str) else "give a text"
-
-
-def texts(value: object) -> str | None:
-    fits = isinstance(value, list) and all(isinstance(v, str) for v in value)
-    return None if fits else "give a list of texts"
-
-
-def numbers(count: int | None, each: Kind) -> Kind:
-    """A list of `count` numbers, or of some if it is None."""
-    need = f"give a list of {count or 'some'} numbers: {each(None)}"
-
-    def kind(value: object) -> str | None:
-        if not isinstance(value, list) or not value or count not in (None, len(value)):
-            return need
-        return need if any(map(each, value)) else None
-
-    return kind
+def no_effect(why: str, *harmless: object) -> Kind:
+    harmless = harmless or (False, {}, {"enabled": False})
+    return refused(f"it has no effect here ({why}): remove it", *harmless)
 
 
 def optional(kind: Kind) -> Kind:
@@ -94,13 +97,3 @@ def optional(kind: Kind) -> Kind:
 
 def either(*kinds: Kind) -> Kind:
     return lambda value: None if any(kind(value) is None for kind in kinds) else kinds[0](value)
-
-
-def refused(why: str, *harmless: object) -> Kind:
-    """A key that is idle here or would do harm; `harmless` values, which ask nothing, pass."""
-    return lambda value: None if any(_same(value, known) for known in harmless) else why
-
-
-def no_effect(why: str, *harmless: object) -> Kind:
-    harmless = harmless or (False, {}, {"enabled": False})
-    return refused(f"it has no effect here ({why}): remove it", *harmless)
