@@ -118,8 +118,11 @@ def load_averages(checkpoint: Path, train_engine: TrainEngine) -> None:
 class Vocabulary(Protocol):
     """What a student needs to know of a tokenizer."""
 
-    vocab_size: int
-    special: SpecialTokens
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def special(self) -> SpecialTokens: ...
 
 
 def load_student(

@@ -130,10 +130,10 @@ class Loader(DataLoader):
             message = str(error).strip().splitlines()[-1].split("UserError: ", 1)[-1]
             raise UserError(message) from None
         except (OSError, RuntimeError, EOFError) as error:  # EOFError: a process ended as it wrote
-            message = self._message(error, getattr(batches, "_workers", ()))
-            if message is None:
+            line = self._message(error, getattr(batches, "_workers", ()))
+            if line is None:
                 raise
-            raise UserError(message) from None
+            raise UserError(line) from None
         finally:
             gc.unfreeze()
 

@@ -19,6 +19,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from ds_cmli.common.errors import UserError
+from ds_cmli.config.schema import Augmentation as Name
 from ds_cmli.data import assets
 from ds_cmli.data.batch import NO_PICTURE, Sample, spans_of_tokens
 from ds_cmli.data.sampler import Draw
@@ -101,7 +102,7 @@ class Scenes(Dataset):
         length: int,
         pictures: Pictures,
         tokenizer: CaptionTokenizer,
-        augmentation: Mapping[str, float] | None = None,
+        augmentation: Mapping[Name, float] | None = None,
     ):
         if "random_resized_crop" in (augmentation or {}):
             raise UserError(

@@ -12,6 +12,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from ds_cmli.config.schema import Augmentation as Name
+
 Box = tuple[int, int, int, int]  # left, top, right, bottom
 View = Callable[[int, int], Box]  # the part that is shown, given a picture's width and height
 
@@ -36,7 +38,7 @@ def resized(pixels: Tensor, size: int) -> Tensor:
 class Augmentation:
     """The random transforms that `DataConfig.augmentation` names, each with its strength."""
 
-    def __init__(self, strengths: Mapping[str, float], seed: int):
+    def __init__(self, strengths: Mapping[Name, float], seed: int):
         self.strengths, self.seed = dict(strengths), seed
 
     @contextmanager

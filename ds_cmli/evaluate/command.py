@@ -169,7 +169,7 @@ def _take_data(config: "Config", asked: Asked) -> None:
     """Put the data that was asked for in the place of the run's own."""
     from ds_cmli.data.opening import settings_of_some
 
-    given = {}
+    given: dict[str, Any] = {}
     if asked.source and asked.source != config.data.source:
         # The run's settings of its own data do not apply to other data.
         given = dict.fromkeys(["val_source", *settings_of_some()], "")

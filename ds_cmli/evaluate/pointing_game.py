@@ -258,8 +258,8 @@ def pointing_game(student: "Student", entities: Entities, how: EmbedSettings) ->
     for image, text in share.pair_rows():
         caption = entities.captions[int(texts.number[text])]
         view = central_square(*caption.size)
-        inside = [patches_inside(boxes, view, share.grid) for boxes in caption.boxes]
-        inside = torch.stack(inside)  # [F, N]
+        of_phrases = [patches_inside(boxes, view, share.grid) for boxes in caption.boxes]
+        inside = torch.stack(of_phrases)  # [F, N]
         tokens = texts.tokens_of(text)
         phrase = texts.token_picture[tokens]
         hits = phrase_hits(images.patches[image], texts.tokens[tokens], phrase, inside)

@@ -121,8 +121,9 @@ def _recalls(counts: dict[str, Tensor]) -> dict[str, float]:
     """The recalls of each way and their mean, from counts [queries, 3] as in `RankCounts`."""
     values = {}
     for way, count in counts.items():
+        above, tied, positive = count.unbind(1)
         for k in RECALLS:
-            values[f"{way}_r{k}"] = expected_hits(*count.unbind(1), k).mean().item()
+            values[f"{way}_r{k}"] = expected_hits(above, tied, positive, k).mean().item()
     return {**values, "mean_recall": sum(values.values()) / len(values)}
 
 
