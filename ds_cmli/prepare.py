@@ -115,7 +115,7 @@ def prepare(
     if point is not None:
         plan.sampler.load_state_dict(state.sampler)
     profiles = start.profiles.left(plan.total_steps, state.step, say)
-    bad = BadSamples(config.data.max_bad_share, len(data.train), data.bad)
+    bad = BadSamples(config.data.max_bad_share, len(data.train), data.bad)  # type: ignore[arg-type]
     if distributed.is_main() and not start.dry_run:
         bad.file = BadFile(folder / BAD_FILE, data.bad)
     followed = Start(resume, with_changes, start.dry_run, profiles)

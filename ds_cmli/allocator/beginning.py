@@ -170,8 +170,8 @@ def _settings(snapshot: Snapshot, device: int) -> Settings:
 
 def _divisions(recorded: dict[str, Any], device: int) -> int:
     divisions = recorded.get("roundup_power2_divisions")
-    numbers = list(divisions.values()) if isinstance(divisions, dict) else [divisions]
-    numbers = [number or 0 for number in numbers] or [0]
+    given = list(divisions.values()) if isinstance(divisions, dict) else [divisions]
+    numbers = [number or 0 for number in given] or [0]
     for n in numbers:
         if not (type(n) is int and n >= 0 and n & (n - 1) == 0 and n == numbers[0]):
             raise UserError(

@@ -120,10 +120,10 @@ class _Placement:
             self.allocator.keep(segment.first)
             self.unused.add(entry.address)
         elif entry.action == "segment_free" and entry.address in self.allocator.segments:
-            for part in self.allocator.segments.pop(entry.address).blocks():
-                if part.free:
-                    self.allocator.take(part)
-                self.blocks.pop(part.address, None)
+            for block in self.allocator.segments.pop(entry.address).blocks():
+                if block.free:
+                    self.allocator.take(block)
+                self.blocks.pop(block.address, None)
             self.unused.discard(entry.address)
         elif entry.action == "free_completed" and entry.address in self.blocks:
             self.allocator.free(self.blocks.pop(entry.address))

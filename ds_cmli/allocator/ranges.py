@@ -139,10 +139,10 @@ def _range_of(now: list[KnownRange], entry: Entry, width: int) -> KnownRange | N
             and not _separated(now, found, entry.address)
         ):
             near.append(found)
-    found = min(near, key=lambda one: one.distance(entry), default=None)
-    if found is not None and not found.certain and small:
-        found.small, found.certain = True, True
-    return found
+    nearest = min(near, key=lambda one: one.distance(entry), default=None)
+    if nearest is not None and not nearest.certain and small:
+        nearest.small, nearest.certain = True, True
+    return nearest
 
 
 def _separated(now: list[KnownRange], found: KnownRange, address: int) -> bool:

@@ -48,7 +48,7 @@ class Hashing:
         self.file, self.bytes, self.digest = file, 0, hashlib.sha256()
         self.error: OSError | None = None
 
-    def write(self, data: bytes) -> int:
+    def write(self, data: bytes | memoryview) -> int:
         self.digest.update(data)
         size = memoryview(data).nbytes
         self.bytes += size
@@ -184,7 +184,7 @@ class CheckpointWriter(TorchCheckpointEngine):
             self.error = NotFinite(f"{bad} in {path.name}")
             return
         try:
-            self.files[path.name] = write_file(path, lambda file: torch.save(value, file))
+            self.files[path.name] = write_file(path, lambda file: torch.save(value, file))  # type: ignore[arg-type]
         except OSError as error:
             self.error = error
 

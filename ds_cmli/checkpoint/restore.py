@@ -8,7 +8,7 @@ import textwrap
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -153,7 +153,8 @@ def rebatch(point: ResumePoint | None, ds_config: DeepSpeedConfig) -> DeepSpeedC
             f"accumulation, which {ranks} ranks cannot share evenly: start it on a number of ranks "
             f"out of {fitting}"
         )
-    batch = dict(zip(BATCH_KEYS, (total, negatives // ranks, accumulation), strict=True))
+    sizes = (total, negatives // ranks, accumulation)
+    batch: dict[str, Any] = dict(zip(BATCH_KEYS, sizes, strict=True))
     for key in ("train_batch_size", "gradient_accumulation_steps"):
         if ds_config.get(key, "auto") != "auto":
             batch[key] = ds_config[key]

@@ -32,9 +32,10 @@ def make(config: Config, resume: str, dry_run: bool) -> Path:
     """Create the run's folder. A dry run removes what it has created. Collective."""
     name = _named(resume, config.run.output_dir)
     base = Path(name or f"runs/{config.run.preset}-{datetime.now():%Y%m%d-%H%M%S}")
-    made = _make(base, named=bool(name)) if distributed.is_main() else None
-    # collective
-    (folder, new), mark = distributed.broadcast_object((made, f".shared-{uuid.uuid4().hex}"))
+    made: tuple[Path, list[Path], str] | None = None
+    if distributed.is_main():
+        made = (*_make(base, named=bool(name)), f".shared-{uuid.uuid4().hex}")
+    folder, new, mark = distributed.broadcast_object(made)  # collective
     error = None
     try:
         folder.mkdir(parents=True, exist_ok=True)

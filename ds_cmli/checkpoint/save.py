@@ -116,6 +116,8 @@ def save(
     started = time.monotonic()
     root = folder / FOLDER
     prepared = _prepare(root, engine, state.step) if distributed.is_main() else None
+    name: str
+    refusal: str | None
     name, refusal = distributed.broadcast_object(prepared)  # collective
     writing = root / (name + WRITING)
     written = _Written({}, refusal)

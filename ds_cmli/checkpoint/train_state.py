@@ -4,7 +4,7 @@ import json
 import random
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, TypedDict, cast
 
 import numpy as np
 import torch
@@ -148,7 +148,7 @@ def read_of_rank(path: Path, rank: int) -> OfRank:
         raise UserError(
             f"{path}: rank-{rank}.pt has {', '.join(unknown)}, which this version does not know"
         )
-    return values
+    return cast("OfRank", values)
 
 
 def generators() -> Generators:

@@ -26,7 +26,8 @@ FOLDERS = ("tensorboard", "csv_monitor")
 class Profiles(Protocol):
     """What is asked of a `memory.profiles.Profiles`."""
 
-    memory: int | None
+    @property
+    def memory(self) -> int | None: ...
 
     def left(self, total_steps: int, done: int, say: Callable[[str], None]) -> object:
         """Raise `UserError` if the profiled steps are not all in the run."""

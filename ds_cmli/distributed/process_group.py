@@ -113,13 +113,12 @@ def sum_over_ranks(values: Tensor) -> Tensor:
     return values
 
 
-def broadcast_object(value: Value, source: int = 0) -> Value:
-    """The `value` of rank `source` on every rank. Collective."""
-    if world_size() == 1:
-        return value
+def broadcast_object(value: Value | None, source: int = 0) -> Value:
+    """The `value` of rank `source` on every rank; the others' is not looked at. Collective."""
     values = [value]
-    dist.broadcast_object_list(values, src=source)  # collective
-    return values[0]
+    if world_size() > 1:
+        dist.broadcast_object_list(values, src=source)  # collective
+    return values[0]  # type: ignore[return-value]
 
 
 def gather_objects(value: Value, group: dist.ProcessGroup | None = None) -> list[Value]:

@@ -134,7 +134,9 @@ def measured(exported: Path, source: Source) -> Results:
     _, objective = load_exported(exported)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     objective = objective.to(device)
-    pairs = sum(map(len, data.evals.values()))
+    pairs = 0
+    for dataset in data.evals.values():
+        pairs += len(dataset)  # type: ignore[arg-type]
     say(f"measuring {pairs} held-out pairs for the card (--no-measure leaves it out)")
     how = EmbedSettings(BATCH, device, config.data.workers)
     splits = {}

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -102,7 +103,7 @@ def load_run(run: Path, tokenizer: str | None, ema: bool = False) -> Trained:
     for name, loss in objective.losses.items():
         if not hasattr(loss, "logit_scale"):
             raise UserError(f"{str(run)!r}: its loss {name} has no temperature: it has no export")
-    return Trained(config, objective.eval(), whole, words)
+    return Trained(config, objective.eval(), cast("PreTrainedTokenizerFast", whole), words)
 
 
 def write_model(folder: Path, trained: Trained) -> CMLIModel:
@@ -133,10 +134,10 @@ def write_model(folder: Path, trained: Trained) -> CMLIModel:
     (folder / WEIGHTS).write_bytes(b"".join(tensor_file.pieces(tensors)))
     data = config.data
     processor = CMLIProcessor(trained.tokenizer, data.image_size, data.context_length, words.pad_id)
-    processor.auto_map = AUTO_MAP
+    processor.auto_map = AUTO_MAP  # type: ignore[attr-defined]
     processor.save_pretrained(folder)
-    for name, text in code_of(objective).items():
-        (folder / name).write_text(text, encoding="utf-8")
+    for name, code in code_of(objective).items():
+        (folder / name).write_text(code, encoding="utf-8")
     model = CMLIModel.from_pretrained(folder)
     check_same(objective, model)
     return model
@@ -234,6 +235,7 @@ def check_same(objective: Objective, model: CMLIModel) -> None:
         "tokens": (g(tokens), of_text.last_hidden_state),
     }
     for name, (trained, exported) in pairs.items():
+        assert exported is not None
         if not torch.equal(trained, exported):
             most = (trained - exported).abs().max().item()
             raise UserError(

@@ -59,10 +59,16 @@ class PairLoss(nn.Module):
         """Scores [B, B] each, in which row b and column b are a pair -> the loss as in training."""
         if self.kind == "contrastive":
             return contrastive_loss(i2t, t2i, self.logit_scale)
-        if self.kind != "sigmoid":
+        if self.kind != "sigmoid" or self.logit_bias is None:
             raise ValueError(f"return_loss: the loss {self.name!r} is not part of an export")
         by_image = sigmoid_loss(i2t, self.logit_scale, self.logit_bias)
         return (by_image + sigmoid_loss(t2i, self.logit_scale, self.logit_bias)) / 2
+
+
+def _both(features: BaseModelOutputWithPooling) -> tuple[Tensor, Tensor]:
+    """The class tokens and the patches or tokens, which this model's outputs always have."""
+    assert features.pooler_output is not None and features.last_hidden_state is not None
+    return features.pooler_output, features.last_hidden_state
 
 
 @dataclass
@@ -172,6 +178,7 @@ class CMLIModel(PreTrainedModel):
         """
         out: dict[str, Tensor] = {}
         for loss in self.losses.values():
+            assert isinstance(loss, PairLoss)
             out.setdefault(loss.scores, temperature_scale(loss.logit_scale))
         return out
 
@@ -188,12 +195,12 @@ class CMLIModel(PreTrainedModel):
         For `return_loss`, image b and text b are a pair and all others are negatives of each other,
         compared by all patches and tokens.
         """
-        image = self.get_image_features(pixel_values)
-        text = self.get_text_features(input_ids, attention_mask)
-        image_cls, text_cls = l2_normalize(image.pooler_output), l2_normalize(text.pooler_output)
+        image_cls, patches = _both(self.get_image_features(pixel_values))
+        text_cls, tokens = _both(self.get_text_features(input_ids, attention_mask))
+        image_cls, text_cls = l2_normalize(image_cls), l2_normalize(text_cls)
         mask = self.token_mask(input_ids, attention_mask)
         cosines = upcast(image_cls) @ upcast(text_cls).t()  # [I, J]
-        cmli = self.cmli_scores(image.last_hidden_state, text.last_hidden_state, mask)
+        cmli = self.cmli_scores(patches, tokens, mask)
         scores = both_ways(cosines, cmli, self.scales())
         loss = None
         if return_loss:
@@ -205,6 +212,7 @@ class CMLIModel(PreTrainedModel):
             parts = []
             for name, weight in self.config.losses:
                 pair_loss = self.losses[name]
+                assert isinstance(pair_loss, PairLoss)
                 parts.append(weight * pair_loss(*scores[pair_loss.scores]))
             loss = torch.stack(parts).sum()
         out = CMLIOutput(
@@ -213,8 +221,8 @@ class CMLIModel(PreTrainedModel):
             logits_per_text=scores["combined"].t2i.t(),
             image_embeds=image_cls,
             text_embeds=text_cls,
-            patch_embeds=l2_normalize(image.last_hidden_state),
-            token_embeds=l2_normalize(text.last_hidden_state),
+            patch_embeds=l2_normalize(patches),
+            token_embeds=l2_normalize(tokens),
             token_mask=mask,
         )
         return out.to_tuple() if return_dict is False else out
@@ -251,8 +259,8 @@ class CMLIModel(PreTrainedModel):
                 # Some tokenizers count the space before a word as part of it.
                 piece = text[start:end]
                 spans.append((start + len(piece) - len(piece.lstrip()), end))
-        tokens = l2_normalize(of_text.last_hidden_state[0][valid])  # [M, D]
-        patches = l2_normalize(of_image.last_hidden_state[0])  # [N, D]
+        tokens = l2_normalize(_both(of_text)[1][0][valid])  # [M, D]
+        patches = l2_normalize(_both(of_image)[1][0])  # [N, D]
         return match(tokens, patches, text, spans, self.student.grid)  # CPU-GPU sync
 
 

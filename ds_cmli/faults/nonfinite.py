@@ -35,8 +35,12 @@ def poison(loss: Tensor) -> Tensor:
 class Engine(Protocol):
     """What is asked of a `TrainEngine`."""
 
-    engine: "DeepSpeedEngine"
-    skipped: bool  # whether the last step was skipped
+    @property
+    def engine(self) -> "DeepSpeedEngine": ...
+
+    @property
+    def skipped(self) -> bool:
+        """Whether the last step was skipped."""
 
 
 class Losses(Protocol):

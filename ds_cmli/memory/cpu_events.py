@@ -32,7 +32,8 @@ def events(profiler: profile) -> list[tuple[str, int]]:
 
     Allocations have the name `MEMORY` and positive bytes, frees the same name and negative bytes.
     """
-    recorded = sorted(profiler.profiler.kineto_results.events(), key=lambda e: e.start_ns())
+    results = profiler.profiler.kineto_results  # type: ignore[union-attr]
+    recorded = sorted(results.events(), key=lambda e: e.start_ns())  # type: ignore[union-attr]
     return [(e.name(), e.nbytes()) for e in recorded]
 
 
@@ -63,7 +64,7 @@ def _to_the_end(method: Callable, seconds: float) -> Callable:
         tensors = [t for t in tree_leaves(arguments) if isinstance(t, Tensor)]
         before = _uses(tensors)
         work = _Work(method(group, *arguments), tensors, before, seconds)
-        if arguments[-1].asyncOp:
+        if arguments[-1].asyncOp:  # type: ignore[attr-defined] # the operation's options
             return work
         work.wait()
         return None
@@ -91,7 +92,7 @@ class _Work:
 
     def wait(self, *timeout: object) -> bool:
         if self.work is not None:
-            self.work.wait(*timeout)
+            self.work.wait(*timeout)  # type: ignore[arg-type]
             time.sleep(self.seconds)
         self.work = None
         latest = time.monotonic() + LONGEST_S

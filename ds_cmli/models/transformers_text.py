@@ -78,7 +78,8 @@ class Transformer(TextBackbone):
         lists = [m for m in self.model.modules() if isinstance(m, nn.ModuleList)]
         stacks = [stack for stack in lists if len(stack) == depth]
         if stacks:
-            return list(max(stacks, key=count))
+            most = max(stacks, key=lambda stack: count(stack))
+            return list(most)
         # Layers that share their weights (ALBERT) are one block, because each parameter's gradient
         # must arrive once: the first part with a list of layers.
         parts = [m for m in self.model.children() if not isinstance(m, nn.Embedding)]

@@ -80,8 +80,8 @@ def _table(scores: Mapping[str, Mapping[str, list[Cell]]], names: Sequence[str])
         for g, name in enumerate(names):
             cells = [values[column][g] if column in values else Cell() for column in columns]
             part[score if len(names) == 1 else f"{score}: {name}"] = cells
-    for column in zip(*rows.values(), strict=True):
-        mark_best(column)
+    for cells_of_column in zip(*rows.values(), strict=True):
+        mark_best(cells_of_column)
     heads: dict[str, list[str]] = {}
     for column in columns:
         way, _, k = column.partition("_r")
