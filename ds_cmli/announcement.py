@@ -6,8 +6,10 @@ placeholders: they import `ds_cmli.export` when the first model is loaded.
 """
 
 import sys
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
+from types import ModuleType
 
 
 class CMLIConfig:
@@ -16,29 +18,33 @@ class CMLIConfig:
     model_type = "ds_cmli"
 
     @staticmethod
-    def from_dict(*args: Any, **kwargs: Any) -> Any:
+    def from_dict(*args: object, **kwargs: object) -> object:
         from ds_cmli import export  # the import registers the real classes
 
-        return export.CMLIConfig.from_dict(*args, **kwargs)
+        return export.CMLIConfig.from_dict(*args, **kwargs)  # type: ignore[arg-type]
 
 
 class CMLIProcessor:
     """A placeholder for `export.CMLIProcessor`; transformers finds the real class by its name."""
 
     @staticmethod
-    def from_pretrained(*args: Any, **kwargs: Any) -> Any:
+    def from_pretrained(*args: object, **kwargs: object) -> object:
         from ds_cmli import export
 
-        return export.CMLIProcessor.from_pretrained(*args, **kwargs)
+        return export.CMLIProcessor.from_pretrained(*args, **kwargs)  # type: ignore[arg-type]
 
 
-REGISTER: dict[str, Callable[[Any], None]] = {
-    "transformers.models.auto.configuration_auto": lambda module: module.AutoConfig.register(
-        CMLIConfig.model_type, CMLIConfig
-    ),
-    "transformers.models.auto.processing_auto": lambda module: module.AutoProcessor.register(
-        CMLIConfig, CMLIProcessor
-    ),
+def _register_config(module: ModuleType) -> None:
+    module.AutoConfig.register(CMLIConfig.model_type, CMLIConfig)
+
+
+def _register_processor(module: ModuleType) -> None:
+    module.AutoProcessor.register(CMLIConfig, CMLIProcessor)
+
+
+REGISTER: dict[str, Callable[[ModuleType], None]] = {
+    "transformers.models.auto.configuration_auto": _register_config,
+    "transformers.models.auto.processing_auto": _register_processor,
 }
 
 
@@ -48,20 +54,21 @@ class Finder:
     def __init__(self, names: set[str]):
         self.names = names
 
-    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
+    def find_spec(
+        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
         if name not in self.names:
             return None
         self.names.remove(name)  # so that the search below does not call this finder again
-        from importlib.util import find_spec
-
-        spec: Any = find_spec(name)
+        spec = find_spec(name)
+        assert spec is not None and spec.loader is not None
         execute = spec.loader.exec_module
 
-        def execute_and_register(module: Any) -> None:
+        def execute_and_register(module: ModuleType) -> None:
             execute(module)
             REGISTER[name](module)
 
-        spec.loader.exec_module = execute_and_register
+        spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
         return spec
 
 
@@ -70,4 +77,4 @@ def make() -> None:
     there = REGISTER.keys() & sys.modules.keys()
     for name in there:
         REGISTER[name](sys.modules[name])
-    sys.meta_path.insert(0, Finder(set(REGISTER) - there))  # type: ignore[arg-type]
+    sys.meta_path.insert(0, Finder(set(REGISTER) - there))

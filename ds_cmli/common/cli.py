@@ -189,9 +189,8 @@ def guard_streams() -> None:
     """Replace stdout and stderr by streams that do not fail; called before files are opened."""
     if _guarded:
         return
-    for number in range(
-        3
-    ):  # otherwise the next file that is opened becomes the stream, for libraries in C as well
+    # Otherwise the next file that is opened becomes the stream, for libraries in C as well.
+    for number in range(3):
         try:
             os.fstat(number)
         except OSError:

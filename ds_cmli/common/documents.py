@@ -44,7 +44,7 @@ class Table:
 
 
 def markdown_table(columns: list[str], rows: list[list[str]]) -> str:
-    alignment = ["---:" if _numeric(name) else "---" for name in columns]
+    alignment = ["---" + ":" * _numeric(name) for name in columns]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (columns, alignment, *rows))
 
 

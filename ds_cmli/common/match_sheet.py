@@ -100,9 +100,8 @@ def tile(picture: Image.Image, values: np.ndarray, grid: tuple[int, int]) -> Ima
     grey = np.asarray(picture.convert("L"), np.float32)[..., None]
     grey = 255 - FADED * (255 - grey)
     tint = np.array(ImageColor.getrgb(ACCENT), np.float32) / 255
-    lit = grey * (
-        1 - TINT * share * (1 - tint)
-    )  # as ink on paper: lines stay visible under the tint
+    # As ink on paper: lines stay visible under the tint.
+    lit = grey * (1 - TINT * share * (1 - tint))
     out = Image.fromarray(lit.astype(np.uint8))
     row, column = divmod(int(values.argmax()), columns)
     left, right = column * size[0] // columns, (column + 1) * size[0] // columns
@@ -133,9 +132,9 @@ def _length(text: str, size: int) -> float:
 
 def printable(text: str) -> str:
     """Without the characters that the font of a Pillow without FreeType cannot draw."""
-    return (
-        text if features.check("freetype2") else text.encode("latin-1", "replace").decode("latin-1")
-    )
+    if features.check("freetype2"):
+        return text
+    return text.encode("latin-1", "replace").decode("latin-1")
 
 
 def font_for(text: str, size: int) -> Font:

@@ -23,21 +23,17 @@ def revision() -> str | None:
     if kept.is_file():
         return kept.read_text().strip() or None
     git = ["git", "-C", str(package)]
-    unknown = ["ls-files", "--others", "--exclude-standard"]
     try:
-        head, changed, new = (
-            subprocess.run(
-                [*git, *command], capture_output=True, text=True, check=True
-            ).stdout.strip()
-            for command in (
-                ["rev-parse", "HEAD"],
-                ["status", "--porcelain", "--untracked-files=no"],
-                unknown,
-            )
-        )
+        head = _output(*git, "rev-parse", "HEAD")
+        changed = _output(*git, "status", "--porcelain", "--untracked-files=no")
+        new = _output(*git, "ls-files", "--others", "--exclude-standard")
     except (OSError, subprocess.CalledProcessError):
         return None
-    return head + ("+" if changed or new else "")
+    return f"{head}+" if changed or new else head
+
+
+def _output(*command: str) -> str:
+    return subprocess.check_output(command, stderr=subprocess.DEVNULL, text=True).strip()
 
 
 def version() -> str:

@@ -28,16 +28,13 @@ def without_trackers() -> Iterator[None]:
 
 def silence() -> None:
     """Set the libraries' switches. To be called before they are imported."""
-    os.environ.setdefault(
-        "TOKENIZERS_PARALLELISM", "false"
-    )  # otherwise a warning at each loading process
+    # Otherwise there is a warning at each loading process.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault(
-        "TORCH_CPP_LOG_LEVEL", "ERROR"
-    )  # otherwise socket traces around every lost rank
-    if not os.path.exists(
-        "/dev/nvidiactl"
-    ):  # torch.profiler prints two lines about missing GPUs at each use
+    # Otherwise there are socket traces around every lost rank.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    # torch.profiler prints two lines about missing GPUs at each use.
+    if not os.path.exists("/dev/nvidiactl"):
         os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     warnings.filterwarnings("ignore")

@@ -43,9 +43,8 @@ def damage(path: Path) -> str | None:
         size = file.read(8)
         text = file.read(min(int.from_bytes(size, "little"), LONGEST_HEADER))
         try:
-            first, second = json.loads(text)[
-                "__metadata__"
-            ].values()  # other programs' have other numbers
+            # Other programs' files have other numbers of values.
+            first, second = json.loads(text)["__metadata__"].values()
             # Any name, because the name may be what is damaged.
             told = next(value.encode() for value in (second, first) if len(value) == len(ZEROS))
         except (ValueError, LookupError, TypeError, AttributeError, StopIteration):
@@ -53,8 +52,6 @@ def damage(path: Path) -> str | None:
         digest = hashlib.sha256(size + text.replace(told, ZEROS, 1))
         while chunk := file.read(READ_BYTES):
             digest.update(chunk)
-    return (
-        None
-        if digest.hexdigest().encode() == told
-        else "its content does not match the checksum in its header"
-    )
+    if digest.hexdigest().encode() == told:
+        return None
+    return "its content does not match the checksum in its header"

@@ -99,9 +99,8 @@ def try_out(ds_config: DeepSpeedConfig, device: torch.device, total_steps: int) 
     except Exception as error:
         raise UserError(f"scheduler.params does not suit {name}: {error}") from None
     moving = [step for step, rate in enumerate(largest) if rate]
-    if (
-        len(moving) == 0 or moving[-1] < len(largest) - 2
-    ):  # the last rate alone may be the end of a decay
+    # The last rate alone may be the end of a decay.
+    if not moving or moving[-1] < len(largest) - 2:
         first = moving[-1] + 2 if moving else 1
         raise UserError(
             f"scheduler.params of {name}: the rate is 0 from step {first} on and no weight "

@@ -69,8 +69,10 @@ def _is_slurm_task() -> bool:
 
 def _map_slurm(tasks: str) -> None:
     env = os.environ
-    nodes = () if "MASTER_ADDR" in env else ("SLURM_STEP_NODELIST",)
-    for name in (*OF_A_TASK, *nodes):
+    needed = list(OF_A_TASK)
+    if "MASTER_ADDR" not in env:
+        needed.append("SLURM_STEP_NODELIST")
+    for name in needed:
         if name not in env:
             raise UserError(
                 f"SLURM_STEP_ID is set and {name} is not: start it by srun, or set RANK and "
@@ -95,8 +97,10 @@ def _check_launcher() -> None:
     together, each being a world of one.
     """
     env = os.environ
-    for name in (*RANGES, *(SLURM_NUMBERS if _is_slurm_task() else ())):
-        _check_number(name, *RANGES.get(name, (0, None)))
+    for name, (least, most) in RANGES.items():
+        _check_number(name, least, most)
+    for name in SLURM_NUMBERS if _is_slurm_task() else ():
+        _check_number(name, 0, None)
     if "MASTER_ADDR" in env and not env["MASTER_ADDR"].strip():
         raise UserError(
             "MASTER_ADDR is '': give the address of the node of rank 0, or unset it for one node"
