@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from tqdm import tqdm
@@ -22,6 +22,11 @@ from ds_cmli.common.probe import Probe
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.engine.throughput import StepTimer, peak_flops
 from ds_cmli.trackers.panels import tag
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from ds_cmli.engine import TrainEngine
 
 
 class Writer:
@@ -57,9 +62,8 @@ class Writer:
 
     def say(self, *lines: str) -> None:
         for line in lines:
-            with suppress(
-                OSError
-            ):  # the terminal or the launcher is gone, and the run still has to be saved
+            # The terminal or the launcher may be gone, and the run still has to be saved.
+            with suppress(OSError):
                 tqdm.write(line, file=sys.stdout)
                 sys.stdout.flush()
 
@@ -75,14 +79,17 @@ class Writer:
         values = {n: v for n, v in values.items() if not isinstance(v, float) or math.isfinite(v)}
         self.lines += 1
         if any(name.startswith("eval/") for name in values):
-            self.evaluations = (step, self.evaluations[1] + 1 if self.evaluations[0] == step else 1)
-        self._write((json.dumps({"step": step, **values}) + "\n").encode())
-        self.draw(
-            step,
-            **{n: v for n, v in {**values, **only_tracked}.items() if isinstance(v, int | float)},
-        )
-        if "loss" not in values:
-            return
+            before = self.evaluations[1] if self.evaluations[0] == step else 0
+            self.evaluations = (step, before + 1)
+        self._write((json.dumps({"step": step} | values) + "\n").encode())
+        tracked = values | only_tracked
+        numbers = {name: x for name, x in tracked.items() if isinstance(x, int | float)}
+        self.draw(step, **numbers)
+        if "loss" in values:
+            self._say_step(step, values)
+
+    def _say_step(self, step: int, values: dict[str, Any]) -> None:
+        """Print the line of a logged step."""
         losses = f"loss {values['loss']:.4f}  "
         losses += "  ".join(f"{k[5:]} {v:.3f}" for k, v in values.items() if k.startswith("loss/"))
         for name in ("ignored_negatives", "added_positives"):
@@ -90,24 +97,20 @@ class Writer:
                 losses += f"  {name.replace('_', ' ')} {values[name]}"
         speed = f"{values['pairs_per_s']:g} pairs/s"
         if "tflops" in values:
-            speed += f"  {values['tflops']:.3g} TFLOP/s" + (
-                f"  MFU {values['mfu']:.0%}" if "mfu" in values else ""
-            )
+            speed += f"  {values['tflops']:.3g} TFLOP/s"
+        if "tflops" in values and "mfu" in values:
+            speed += f"  MFU {values['mfu']:.0%}"
         line = f"step {step}/{self.total}  {losses.rstrip()}"
         rest = [f"lr {values['lr']:.2e}", speed]
         if self.bar.disable:
-            left = (
-                (time.monotonic() - self.started)
-                / max(1, step - self.first_step)
-                * (self.total - step)
-            )
+            a_step = (time.monotonic() - self.started) / max(1, step - self.first_step)
+            left = a_step * (self.total - step)
             minutes, seconds = divmod(round(left), 60)
             rest.append(f"{minutes}m{seconds:02}s left")
         else:  # the bar below tells the time left; a line of the terminal's width does not wrap
             columns = shutil.get_terminal_size().columns
-            rest = [
-                part for part in ("  ".join(rest), speed) if len(line) + 2 + len(part) < columns
-            ][:1]
+            free = columns - len(line) - 2
+            rest = [part for part in ("  ".join(rest), speed) if len(part) < free][:1]
         self.say("  ".join([line, *rest]))
 
     def draw(self, step: int, **values: float) -> None:
@@ -117,7 +120,7 @@ class Writer:
                 lambda tracker: tracker.numbers(step, {tag(n): v for n, v in values.items()})
             )
 
-    def picture(self, step: int, name: str, image: Any) -> None:
+    def picture(self, step: int, name: str, image: "np.ndarray") -> None:
         """Give a picture, uint8 [height, width, 3], to the trackers."""
         self._track(lambda tracker: tracker.picture(step, name, image))
 
@@ -126,8 +129,9 @@ class Writer:
 
         Not those of an evaluation still to be done.
         """
-        begun = 0 if evaluated or self.evaluations[0] != step else self.evaluations[1]
-        return self.lines - begun
+        if evaluated or self.evaluations[0] != step:
+            return self.lines
+        return self.lines - self.evaluations[1]
 
     def flush(self, to_disk: bool = False) -> None:
         """Write the waiting lines."""
@@ -164,29 +168,16 @@ class Writer:
 class NullWriter:
     """The writer of all ranks but rank 0. It does nothing."""
 
-    def say(self, *lines: str) -> None:
-        pass
-
-    def advance(self) -> None:
-        pass
-
-    def log(self, step: int, values: dict[str, Any], **only_tracked: float) -> None:
-        pass
-
-    def draw(self, step: int, **values: float) -> None:
-        pass
-
-    def picture(self, step: int, name: str, image: Any) -> None:
-        pass
+    def say(self, *lines: str) -> None: ...
+    def advance(self) -> None: ...
+    def log(self, step: int, values: dict[str, Any], **only_tracked: float) -> None: ...
+    def draw(self, step: int, **values: float) -> None: ...
+    def picture(self, step: int, name: str, image: "np.ndarray") -> None: ...
+    def flush(self, to_disk: bool = False) -> None: ...
+    def close(self) -> None: ...
 
     def lines_at(self, step: int, evaluated: bool) -> int:
         return 0
-
-    def flush(self, to_disk: bool = False) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
 
 
 def open_writer(
@@ -213,7 +204,7 @@ class Meter(Probe):
     Time in which training was interrupted does not count.
     """
 
-    def __init__(self, engine: Any = None):
+    def __init__(self, engine: "TrainEngine | None" = None):
         """`engine`: the `TrainEngine` whose steps are timed."""
         self.timer, self.peak = StepTimer(), 0.0
         if engine is not None:

@@ -112,7 +112,8 @@ def build(
     compiled = config.run.compile != "off"
     if compiled:  # inside checkpointing, which then recomputes with the compiled code
         compile_blocks(objective.student.blocks, ds_config.stage)
-        compile_blocks(teacher.image.blocks if teacher is not None else [])
+        if teacher is not None:
+            compile_blocks(teacher.image.blocks)
     if ds_config.checkpointing:
         deepspeed.checkpointing.configure(None, deepspeed_config=ds_config.raw())
         checkpoint_blocks(objective.student.blocks, deepspeed.checkpointing.checkpoint)

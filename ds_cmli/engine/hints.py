@@ -33,7 +33,9 @@ def with_hints(config: Config) -> Iterator[None]:
         raise UserError(f"{error.problem}; {_size_for_all(config, error.patch)}") from None
     except UserError as error:
         line, hint = str(error), _of_the_preset(config, str(error))
-        raise UserError(line.partition(": known: ")[0] + hint if hint else line) from None
+        if hint:
+            line = line.partition(": known: ")[0] + hint
+        raise UserError(line) from None
 
 
 def _size_for_all(config: Config, patch: tuple[int, int]) -> str:

@@ -37,7 +37,9 @@ def depths(module: nn.Module) -> dict[str, tuple[str, int, int]]:
     out = dict.fromkeys((name for name, _ in module.named_parameters()), ("rest", 1, 0))
     for part in ENCODERS:
         encoder = getattr(student, part)
-        layer = {id(p): k for k, block in enumerate(encoder.blocks, 1) for p in block.parameters()}
+        layer: dict[int, int] = {}
+        for k, block in enumerate(encoder.blocks, 1):
+            layer |= {id(parameter): k for parameter in block.parameters()}
         layers, depth = len(encoder.blocks), 0
         seen: set[int] = set()
         for name, parameter in encoder.named_parameters():
@@ -134,9 +136,7 @@ def _spared(module: nn.Module) -> set[int]:
 
 def rates_without_effect(module: nn.Module, optim: OptimConfig) -> Iterator[str]:
     """A line for each learning rate factor of `optim` that is of frozen parameters alone."""
-    trained = {
-        part_of(name) for name, parameter in module.named_parameters() if parameter.requires_grad
-    }
+    trained = {part_of(name) for name, p in module.named_parameters() if p.requires_grad}
     for part in sorted(set(optim.lr_factors) - trained):
         yield (
             f"optim.lr_factors {part} has no effect: the whole {part} encoder is frozen "
@@ -149,7 +149,11 @@ def rates_without_effect(module: nn.Module, optim: OptimConfig) -> Iterator[str]
 def check_rates(optim: OptimConfig, ds_config: Mapping[str, Any]) -> None:
     """Raise `UserError` if the JSON's scheduler would undo the learning rates of `optim`."""
     kind = DeepSpeedConfig.of(ds_config).get("scheduler", {}).get("type")
-    asked = "layer_decay" if optim.layer_decay != 1 else "lr_factors" if optim.lr_factors else None
+    asked = None
+    if optim.layer_decay != 1:
+        asked = "layer_decay"
+    elif optim.lr_factors:
+        asked = "lr_factors"
     if asked is not None and kind in ONE_RATE:
         raise UserError(
             f"optim.{asked} is {getattr(optim, asked)!r} and scheduler.type is {kind!r}, which "

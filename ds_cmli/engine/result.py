@@ -29,11 +29,12 @@ def by_name(means: list[float], losses: Iterable[str], pairs: int) -> dict[str, 
     if not pairs:
         return {}
     names = list(losses)
-    values = dict(zip(["loss", *(f"loss/{name}" for name in names)], means[:-1], strict=True))
+    columns = ["loss"] + [f"loss/{name}" for name in names]
+    values = dict(zip(columns, means[:-1], strict=True))
     # Texts of the same picture or caption: a loss with one positive ignores them, one with several
     # adds them as such.
     several = {LOSSES[name].several for name in names if LOSSES[name].scores}
-    return values | {
-        ("added_positives" if each else "ignored_negatives"): round(means[-1] * pairs)
-        for each in several
-    }
+    for each in several:
+        column = "added_positives" if each else "ignored_negatives"
+        values[column] = round(means[-1] * pairs)
+    return values

@@ -21,11 +21,9 @@ PRODUCTS = (torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bm
 class StepTimer:
     """Times each phase since the last `lap`.
 
-    On a GPU it records CUDA events in the stream, and `lap` reads them.
-
-    "data" is the wait for a batch, "exchange" the exchange of texts between ranks in forward and
-    backward, and "step" the update, with the collectives for the weights and for what is left of
-    the gradients.
+    On a GPU it records CUDA events in the stream, and `lap` reads them. "data" is the wait for a
+    batch, "exchange" the exchange of texts between ranks in forward and backward, and "step" the
+    update, with the collectives for the weights and for what is left of the gradients.
     """
 
     def __init__(self) -> None:
@@ -51,9 +49,7 @@ class StepTimer:
     def lap(self, peak: float) -> dict[str, float]:
         """The columns of a logged step: shares of time, TFLOP/s, and MFU from `LEAST_MFU` on.
 
-        CPU-GPU sync.
-
-        Counting begins anew.
+        Counting begins anew. CPU-GPU sync.
 
         Args:
             peak: the device's peak FLOP/s; 0 if it is not known.
@@ -63,9 +59,7 @@ class StepTimer:
             self.marks[-1][1].synchronize()  # CPU-GPU sync
         for (phase, begin), (_, end) in zip(self.marks, self.marks[1:], strict=False):
             if phase is not None:
-                seconds[phase] += (
-                    begin.elapsed_time(end) / 1e3 if torch.cuda.is_available() else end - begin
-                )
+                seconds[phase] += _between(begin, end)
         total = sum(seconds.values())
         flops, self.flops = self.flops, 0.0
         self.marks = self.marks[-1:]
@@ -77,6 +71,11 @@ class StepTimer:
             if peak and flops / total / peak >= LEAST_MFU:
                 out["mfu"] = round(flops / total / peak, 4)
         return out
+
+
+def _between(begin: Any, end: Any) -> float:
+    """Seconds between two marks."""
+    return begin.elapsed_time(end) / 1e3 if torch.cuda.is_available() else end - begin
 
 
 class ModelFlops(TorchFunctionMode):
@@ -95,30 +94,29 @@ class ModelFlops(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        both = 3 if self.trained else 1
-        if (
-            func is torch._C._nn.linear
-        ):  # `F.linear`; ZeRO-3 replaces it by a function that calls products
+        # `F.linear`; ZeRO-3 replaces it by a function that calls products.
+        if func is torch._C._nn.linear:
             weight = args[1] if len(args) > 1 else kwargs["weight"]
-            self.flops += (
-                2.0 * out.numel() * weight.shape[-1] * (both if weight.requires_grad else 1)
-            )
+            self._add(out.numel() * weight.shape[-1], weight.requires_grad)
         elif func in PRODUCTS:
-            self.flops += 2.0 * out.numel() * args[0].shape[-1] * both
+            self._add(out.numel() * args[0].shape[-1])
         elif func in (F.conv2d, torch.conv2d):
-            weight = args[1]
-            self.flops += (
-                2.0 * out.numel() * weight[0].numel() * (both if weight.requires_grad else 1)
-            )
+            self._add(out.numel() * args[1][0].numel(), args[1].requires_grad)
         elif func is F.scaled_dot_product_attention:
-            self.flops += 2.0 * (args[0].numel() + out.numel()) * args[1].shape[-2] * both
+            self._add((args[0].numel() + out.numel()) * args[1].shape[-2])
         return out
+
+    def _add(self, products: int, both: bool = True) -> None:
+        """Add multiplications with their additions; `both`: both operands get a gradient."""
+        passes = 3 if self.trained and both else 1
+        self.flops += 2.0 * products * passes
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s of the fastest matrix product of half a second on this device. CPU-GPU sync."""
     size = 8192 if device.type == "cuda" else 1024
-    x, weight = (torch.ones(size, size, device=device, dtype=dtype) for _ in range(2))
+    x = torch.ones(size, size, device=device, dtype=dtype)
+    weight = torch.ones_like(x)
     best, end = float("inf"), time.perf_counter() + 0.5
     while time.perf_counter() < end or best == float("inf"):
         started = time.perf_counter()
