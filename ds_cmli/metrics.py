@@ -57,8 +57,13 @@ class Writer:
         }
         self.total = total_steps
         self.started, self.first_step = time.monotonic(), first_step
-        self.bar = tqdm(total=total_steps, initial=first_step, unit="step", dynamic_ncols=True,
-                        disable=not sys.stderr.isatty())  # fmt: skip
+        self.bar = tqdm(
+            total=total_steps,
+            initial=first_step,
+            unit="step",
+            dynamic_ncols=True,
+            disable=not sys.stderr.isatty(),
+        )
 
     def say(self, *lines: str) -> None:
         for line in lines:

@@ -1,13 +1,14 @@
-"""What the losses exchange between ranks: text features with their gradients, and column softmax statistics.
+"""What the losses exchange between ranks: text features and column softmax statistics.
 
-Only texts are exchanged, since they are smaller than images. Each rank computes its block row of the score matrix: its
-own B images against the G = B * P texts of all ranks. What a loss needs from other rows is exchanged as vectors of
-length G.
+Only texts are exchanged, since they are smaller than images. Each rank computes its block row of
+the score matrix: its own B images against the G = B * P texts of all ranks. What a loss needs from
+other rows is exchanged as vectors of length G.
 
 Shapes: B pairs per rank, P ranks, G = B * P, M text positions, D embedding dimension.
-Gradients follow one rule: each rank's loss is the mean over its own pairs, and the parts of a gradient that belongs to
-another rank are *summed* over the ranks that computed them. Data-parallel training then averages over ranks, and the
-result is exactly the gradient of the global batch's mean loss. No factor of P appears anywhere.
+Gradients follow one rule: each rank's loss is the mean over its own pairs, and the parts of a
+gradient that belongs to another rank are *summed* over the ranks that computed them. Data-parallel
+training then averages over ranks, and the result is exactly the gradient of the global batch's mean
+loss. No factor of P appears anywhere.
 """
 
 import torch
@@ -31,7 +32,7 @@ def gather(x: Tensor) -> Tensor:
 
 
 def _all_gather(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """[B, ...] of every rank -> [G, ...] in rank order, with the same bits, for any dtype. Collective."""
+    """[B, ...] of every rank -> [G, ...] in rank order, bit for bit. Collective."""
     with probe.scope("exchanged text"):
         # Sent as bytes, because gloo supports neither bf16 nor bool.
         x = x.contiguous()
@@ -54,7 +55,8 @@ def agreed(
     """The `facts` [K] of every rank, in rank order: fp32 [P, K]. Collective, CPU-GPU sync.
 
     Raises:
-        `mistake`, which this rank has found, or a ValueError with another rank's: none is left waiting.
+        `mistake`, which this rank has found, or a ValueError with another rank's: none is left
+        waiting.
     """
     own = torch.cat([facts, facts.new_full((1,), mistake is not None)])
     told = _all_gather(own[None], group)  # collective
@@ -77,17 +79,18 @@ def accumulated(dtype: torch.dtype) -> torch.dtype:
 
 
 def sum_to_owner(grad: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
-    """Sum [G, ...] over ranks, in fp32 (fp64 for fp64); returns this rank's rows of the sum, [B, ...]. Collective."""
+    """Sum [G, ...] over ranks, in fp32 (fp64 for fp64). Collective.
+
+    Returns this rank's rows of the sum, [B, ...].
+    """
     wide = accumulated(grad.dtype)
-    # Made contiguous, because gloo sends a strided tensor's elements in the wrong order without an error.
+    # Made contiguous, because gloo sends a strided tensor's elements in the wrong order without an
+    # error.
     grad = grad.to(wide).contiguous()
     if world_size(group) == 1:
         return grad
-    own = torch.empty(
-        (len(grad) // world_size(group), *grad.shape[1:]),
-        dtype=wide,
-        device=grad.device,
-    )
+    shape = (len(grad) // world_size(group), *grad.shape[1:])
+    own = torch.empty(shape, dtype=wide, device=grad.device)
     with probe.exchanging():
         dist.reduce_scatter_tensor(own, grad, group=group)  # collective
     return own
@@ -107,9 +110,9 @@ class _GatherWithGradient(torch.autograd.Function):
 
 
 def gather_with_gradient(x: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
-    """[B, ...] of every rank -> [G, ...]; the gradient of each row returns to the rank that owns it, summed over ranks.
+    """[B, ...] of every rank -> [G, ...], differentiably.
 
-    Shapes must be equal on all ranks. Collective, in forward and in backward.
+    The gradient of each row returns to the rank that owns it, summed over ranks. Shapes must be equal on all ranks. Collective, in forward and in backward.
     """
     return x if world_size(group) == 1 else _GatherWithGradient.apply(x, group)
 
@@ -117,20 +120,21 @@ def gather_with_gradient(x: Tensor, group: dist.ProcessGroup | None = None) -> T
 def pad_text(
     text: Tensor, mask: Tensor, group: dist.ProcessGroup | None = None
 ) -> tuple[Tensor, Tensor]:
-    """This rank's text features [B, M, D] and masks [B, M], padded to the largest M of all ranks. Collective.
+    """Pad this rank's text features [B, M, D] and masks [B, M] to the largest M of all ranks.
+
+    Collective.
 
     Raises:
         ValueError: on every rank, if the batch size or D differs between ranks.
     """
     if world_size(group) == 1:
         return text, mask
-    shapes = _all_shapes(
-        text, group
-    )  # collective; CPU-GPU sync, because the padding depends on them
+    # Collective; CPU-GPU sync, because the padding depends on them.
+    shapes = _all_shapes(text, group)
     if len({(b, d) for b, _, d in shapes}) > 1:
         raise ValueError(
-            f"the ranks' text features must agree in batch size and width, found [B, M, D] = {shapes}: "
-            "drop the last incomplete batch"
+            "the ranks' text features must agree in batch size and width, "
+            f"found [B, M, D] = {shapes}: drop the last incomplete batch"
         )
     missing = max(m for _, m, _ in shapes) - text.shape[1]
     pad = torch.nn.functional.pad
@@ -142,8 +146,8 @@ def gather_text(
 ) -> tuple[Tensor, Tensor]:
     """The text features and masks of all ranks: [B, M, D], bool [B, M] -> [G, M, D], bool [G, M].
 
-    The inputs are the results of `pad_text`. The gradient of the features returns to the rank that owns them, summed
-    over ranks in fp32 (fp64 for fp64). Collective, in forward and in backward.
+    The inputs are the results of `pad_text`. The gradient of the features returns to the rank that
+    owns them, summed over ranks in fp32 (fp64 for fp64). Collective, in forward and in backward.
     """
     if world_size(group) == 1:
         return text, mask
@@ -171,7 +175,7 @@ class _ColumnLogSumExp(torch.autograd.Function):
 
 
 def column_logsumexp(logits: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
-    """log(sum(exp)) over the images of all ranks: this rank's rows [B, G] -> [G], the same on every rank.
+    """log(sum(exp)) over the images of all ranks: [B, G] of this rank -> [G], equal on all ranks.
 
     fp32 or fp64. Collective: two vectors of length G in forward, one in backward.
     """
@@ -179,7 +183,10 @@ def column_logsumexp(logits: Tensor, group: dist.ProcessGroup | None = None) -> 
 
 
 def logsumexp_over_ranks(lse: Tensor) -> Tensor:
-    """log(sum(exp)) of each element over ranks: [G] -> [G], the same on every rank, without a gradient. Collective."""
+    """log(sum(exp)) of each element over ranks: [G] -> [G], equal on all, without a gradient.
+
+    Collective.
+    """
     if world_size() == 1:
         return lse
     top = lse.clone()

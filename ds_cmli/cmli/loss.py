@@ -1,6 +1,8 @@
-"""CMLI as a contrastive loss over every pair of the global batch, as a module for any PyTorch project.
+"""CMLI as a contrastive loss over every pair of the global batch, as a module for any PyTorch
+project.
 
-Shapes: B pairs per rank, P ranks, G = B * P, N image patches, M text positions, D embedding dimension.
+Shapes: B pairs per rank, P ranks, G = B * P, N image patches, M text positions, D embedding
+    dimension.
 """
 
 import copy
@@ -25,7 +27,8 @@ Arguments = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]  # of `C
 
 
 def l2_normalize(x: Tensor) -> Tensor:
-    """Unit length over the last dimension, computed in fp32 (fp64 for fp64) and returned in x's dtype."""
+    """Unit length over the last dimension, computed in fp32 (fp64 for fp64) and returned in x's
+    dtype."""
     return F.normalize(upcast(x), dim=-1).to(x.dtype)
 
 
@@ -37,7 +40,8 @@ def score_global_batch(
     group: dist.ProcessGroup | None = None,
     score: Callable[..., tuple[Tensor, Tensor]] = DEFAULT_SCORER,
 ) -> tuple[Tensor, Tensor]:
-    """s_i2t and s_t2i [B, G] of this rank's images and the texts of all ranks; arguments as `CMLILoss`. Collective."""
+    """s_i2t and s_t2i [B, G] of this rank's images and the texts of all ranks; arguments as
+    `CMLILoss`. Collective."""
     text, token_mask = collectives.pad_text(l2_normalize(text), token_mask, group)  # collective
     if isinstance(score, Scorer) and score.goes_round(text, group):
         return ring_scores(
@@ -48,16 +52,19 @@ def score_global_batch(
 
 
 class CMLILoss(nn.Module):
-    """FILIP's cross-modal late interaction (Yao et al., 2021; (1) to (4)) over all pairs, with its temperature.
+    """FILIP's cross-modal late interaction (Yao et al., 2021; (1) to (4)) over all pairs, with its
+    temperature.
 
-    Where a process group is initialised the batch is that of all its ranks: text features travel, each rank scores
-    its own images against all texts, and the softmax over images needs only vectors of length G. The mean over the
-    ranks' losses is the loss of the global batch, and averaging gradients over ranks (as DistributedDataParallel and
-    DeepSpeed do) gives its gradient, for the features and for `logit_scale`.
+    Where a process group is initialised the batch is that of all its ranks: text features travel,
+    each rank scores its own images against all texts, and the softmax over images needs only
+    vectors of length G. The mean over the ranks' losses is the loss of the global batch, and
+    averaging gradients over ranks (as DistributedDataParallel and DeepSpeed do) gives its gradient,
+    for the features and for `logit_scale`.
 
     Args:
         init_temperature: the temperature at the start, at least 0.01; `logit_scale` is
-            ln(1/temperature), learned, and its exponential at most 100. A mean of maxima spreads less
+            ln(1/temperature), learned, and its exponential at most 100. A mean of maxima spreads
+            less
             than a cosine: sharper than the usual 0.07.
         group: the process group; None: the default one. A copy shares it; a pickle cannot hold it.
         backend, scratch_bytes, recompute: see `cmli_scores`.
@@ -83,7 +90,8 @@ class CMLILoss(nn.Module):
             )
         self.group = group
         self.score = Scorer(backend, scratch_bytes, recompute, exchange, gather_bytes)
-        # One element, not zero dimensions: DeepSpeed sends parameters as bytes, which a 0-dim tensor has no view of.
+        # One element, not zero dimensions: DeepSpeed sends parameters as bytes, which a 0-dim
+        # tensor has no view of.
         self.logit_scale = nn.Parameter(torch.tensor([math.log(1 / init_temperature)]))
 
     def __deepcopy__(self, memo: dict) -> "CMLILoss":
@@ -115,8 +123,9 @@ class CMLILoss(nn.Module):
                 text does not matter.
 
         Raises:
-            ValueError, TypeError: on shapes, dtypes, devices or masks that do not fit; on every rank
-                where one rank has such a mistake, or the ranks' batches differ in size or dtype.
+            ValueError, TypeError: on shapes, dtypes, devices or masks that do not fit; on every
+                rank where one rank has such a mistake, or the ranks' batches differ in size or
+                dtype.
         """
         arguments = image, text, token_mask, image_mask, ignore
         if collectives.world_size(self.group) > 1:
@@ -164,8 +173,8 @@ class CMLILoss(nn.Module):
             raise ValueError(f"the ranks' features must agree in dtype, found {names}")
         if len({str(x) for x in scales}) > 1:
             warnings.warn(
-                "CMLILoss's logit_scale differs between ranks: wrap the loss in DistributedDataParallel "
-                "together with the model, or average its gradient over ranks",
+                "CMLILoss's logit_scale differs between ranks: "
+                "wrap the loss in DistributedDataParallel together with the model, or average its gradient over ranks",
                 stacklevel=5,
             )
         return checked

@@ -1,4 +1,5 @@
-"""The kinds of pair scores, each direction by its own: the one definition that evaluation, use and export share.
+"""The kinds of pair scores, each direction by its own: the one definition that evaluation, use and
+export share.
 
 Shapes: I images, J texts, N image patches, M tokens of a text, D embedding dimension.
 """
@@ -24,12 +25,13 @@ class BothWays(NamedTuple):
 
 
 def combined(scores: Mapping[str, Tensor], scales: Mapping[str, float | Tensor]) -> Tensor:
-    """The "combined" scores of one direction: the sum of the trained kinds, each over its temperature.
+    """The "combined" scores of one direction: the sum of the trained kinds, each over its
+    temperature.
 
     Args:
         scores: "global" and "cmli", of any equal shape, as far as `scales` has them.
-        scales: 1/temperature of each kind that the model's losses compare. If there is none, as in a
-            distillation alone, the cosines count, by which evaluation ranks too.
+        scales: 1/temperature of each kind that the model's losses compare. If there is none, as in
+            a distillation alone, the cosines count, by which evaluation ranks too.
     """
     trained = scales or {"global": 1.0}
     first, *others = [scale * scores[kind] for kind, scale in trained.items()]
@@ -80,7 +82,8 @@ def match(
     spans: Sequence[tuple[int, int]],
     grid: tuple[int, int],
 ) -> Match:
-    """Match the tokens of a text, [M, D], with the patches of a picture, [N, D], both of unit length.
+    """Match the tokens of a text, [M, D], with the patches of a picture, [N, D], both of unit
+    length.
 
     CPU-GPU sync.
     """

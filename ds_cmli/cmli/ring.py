@@ -2,8 +2,8 @@
 
 A chunk is one rank's text features with their mask. Each rank scores its images with a chunk while
 it sends the chunk to the next rank. The gradient of a chunk travels with it, one rank behind, and
-ends at the chunk's owner. A rank holds two chunks and two of their gradients, whatever the number of
-ranks; argmax indices are not kept but computed again.
+ends at the chunk's owner. A rank holds two chunks and two of their gradients, whatever the number
+of ranks; argmax indices are not kept but computed again.
 
 Shapes: B images and B texts per rank, P ranks, G = B * P, N patches, M text positions,
 D embedding dimension.
@@ -97,7 +97,8 @@ def ring_scores(
         token_mask: bool [B, M].
         image_mask: bool [B, N]; None: all are valid.
     """
-    return _RingScores.apply(image, text, token_mask, image_mask, group, score)  # type: ignore[no-untyped-call]
+    arguments = image, text, token_mask, image_mask, group, score
+    return _RingScores.apply(*arguments)  # type: ignore[no-untyped-call]
 
 
 class _RingScores(torch.autograd.Function):
@@ -265,7 +266,8 @@ class ReturnedGradient:
         if owner == self.rank:
             self.own = grad.to(wide)
             return
-        # What the ranks between the chunk's owner and this one have added up, and this rank's share.
+        # What the ranks between the chunk's owner and this one have added up, and this rank's
+        # share.
         total = grad.to(wide) if self.transfer is None else self.transfer.wait().add_(grad.to(wide))
         self.transfer = None  # with what it has sent
         self.transfer = Transfer(total, None, GRADIENT, self.group)  # collective

@@ -78,7 +78,8 @@ class TileStatistics:
         It has the gradient for this tile's logits.
         """
         found, place = self.sums[self._next()], self.places[dim]
-        return _KnownLogSumExp.apply(logits, found.lse[place], found.gradient[place], dim)  # type: ignore[no-untyped-call]
+        known = found.lse[place], found.gradient[place]
+        return _KnownLogSumExp.apply(logits, *known, dim)  # type: ignore[no-untyped-call]
 
 
 class _KnownLogSumExp(torch.autograd.Function):
