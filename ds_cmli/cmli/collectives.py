@@ -112,7 +112,8 @@ class _GatherWithGradient(torch.autograd.Function):
 def gather_with_gradient(x: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
     """[B, ...] of every rank -> [G, ...], differentiably.
 
-    The gradient of each row returns to the rank that owns it, summed over ranks. Shapes must be equal on all ranks. Collective, in forward and in backward.
+    The gradient of each row returns to the rank that owns it, summed over ranks. Shapes must be
+    equal on all ranks. Collective, in forward and in backward.
     """
     return x if world_size(group) == 1 else _GatherWithGradient.apply(x, group)
 

@@ -174,7 +174,8 @@ class CMLILoss(nn.Module):
         if len({str(x) for x in scales}) > 1:
             warnings.warn(
                 "CMLILoss's logit_scale differs between ranks: "
-                "wrap the loss in DistributedDataParallel together with the model, or average its gradient over ranks",
+                "wrap the loss in DistributedDataParallel together with the model, "
+                "or average its gradient over ranks",
                 stacklevel=5,
             )
         return checked
