@@ -21,7 +21,7 @@ from ds_cmli.allocator.blocks import Event
 from ds_cmli.common.patches import replaced
 from ds_cmli.common.probe import Probe, probe
 from ds_cmli.engine import TrainEngine
-from ds_cmli.losses.cached import PairFeatures
+from ds_cmli.losses.pair_features import PairFeatures
 from ds_cmli.memory.owners import HOST, is_offloaded, owners
 from ds_cmli.memory.phases import phases
 from ds_cmli.memory.workspace import cmli_scratch_bytes, copied_bytes, workspace_bytes
