@@ -36,7 +36,7 @@ from ds_cmli.data.load import Data, build_data
 from ds_cmli.evaluate.embed import EmbedSettings
 from ds_cmli.evaluate.split import evaluate_split
 from ds_cmli.memory.fake import process_group
-from ds_cmli.memory.predict import predict
+from ds_cmli.memory.predict import Options, predict
 from profiling.measure_cpu import measure_phases
 
 BATCH, STEPS, PAIRS = 4, 2, 8
@@ -221,9 +221,9 @@ def tried(kind: str, case: Case, json: dict[str, Any]) -> Row:
             data = build_data(config.data, 0)
             train(row, config, data, json)
             row.measured = max(measure_phases(config, json).values())
-            row.predicted = predict(config, json, 1, target="cpu", backend="fake").report.totals[
-                "requested"
-            ]
+            row.predicted = predict(
+                config, json, 1, target="cpu", options=Options(backend="fake")
+            ).report.totals["requested"]
     except UserError as error:
         row.refused = str(error)
     except RuntimeError as error:

@@ -122,7 +122,7 @@ def rows(chosen: list[Setting]) -> Iterator[Row]:
     from ds_cmli.allocator.allocator import replay
     from ds_cmli.allocator.blocks import OutOfMemory
     from ds_cmli.config.presets import load_preset
-    from ds_cmli.memory.predict import predict
+    from ds_cmli.memory.predict import Options, predict
     from profiling.measure_cpu import measure_phases, tracked_events
 
     for setting in chosen:
@@ -163,7 +163,9 @@ def rows(chosen: list[Setting]) -> Iterator[Row]:
         if setting.checkpointing:
             ds_config["activation_checkpointing"] = {}
         measured = max(measure_phases(config, ds_config, setting.ranks).values())
-        prediction = predict(config, ds_config, setting.ranks, target="cpu", backend="fake")
+        prediction = predict(
+            config, ds_config, setting.ranks, target="cpu", options=Options(backend="fake")
+        )
         trained, largest = prediction.parameters, prediction.largest_module
         row = Row(setting.name(), measured, {OURS: prediction.report.totals["requested"]})
         if setting.stage >= 2:

@@ -19,7 +19,7 @@ from ds_cmli.distributed.traffic import TEXT, Count, Traffic
 from ds_cmli.engine import TrainEngine
 from ds_cmli.engine.throughput import StepTimer
 from ds_cmli.memory.inputs import likeliest
-from ds_cmli.memory.predict import predict
+from ds_cmli.memory.predict import Options, predict
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def step_cost(
 
     rank = likeliest(DeepSpeedConfig.of(ds_config).stage, ranks)
     report = predict(
-        config, ds_config, ranks, target=target, gpu=gpu, rank=rank, watch=watch
+        config, ds_config, ranks, target=target, gpu=gpu, rank=rank, options=Options(watch=watch)
     ).report
     train_engine = engines.pop()
     accumulation = train_engine.accumulation

@@ -1,14 +1,15 @@
-"""Runs the real training step on fake tensors, which have shapes and storages but no data, so it takes seconds.
+"""Runs the real training step on fake tensors, which have shapes and storages but no data.
 
-The tensors' device is "cpu", which stands for the predicted device: on a build of torch without CUDA, backward runs on
-no other device. The process group is torch's `fake` one: any number of ranks, whose collectives move nothing.
+The tensors' device is "cpu", which stands for the predicted device: on a build of torch without
+CUDA, backward runs on no other device. The process group is torch's `fake` one: any number of
+ranks, whose collectives move nothing.
 """
 
 import sys
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -25,11 +26,21 @@ from ds_cmli.common.probe import Probe, probe
 from ds_cmli.distributed import process_group as distributed
 
 Another = Callable[[Tensor], Callable[[], None]]
-MANY = 8  # more tensors than this are not concatenated by `SharesOfRanks`: it only makes a result of their size
+# More tensors than this are not concatenated by `SharesOfRanks`: it only makes a result of their
+# size.
+MANY = 8
 
 
 class Answers(TorchDispatchMode):
     """Gives a value whenever the program reads one from a tensor without data."""
+
+    # While models are built, numbers are rates and bounds of their parts, all of which are off at
+    # 0.
+    WHILE_BUILDING = 0.0
+    # Later they are divisors that must not be 0: norms, an optimizer's step count, and 1 minus a
+    # product that NAdam keeps.
+    LATER = 2.0
+    INTEGER = 0  # no gradient has overflowed
 
     phase = "models"  # the models are being built
     positions = 0  # padded text length of the other ranks, if it is longer than this rank's
@@ -41,26 +52,24 @@ class Answers(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func is torch.ops.aten._local_scalar_dense.default:
             if args[0].dtype.is_floating_point:
-                # While models are built these are rates and bounds of their parts, all of which are off at 0. Later
-                # they are divisors that must not be 0: norms, an optimizer's step count, and 1 minus a product that
-                # NAdam keeps.
-                return 0.0 if self.phase == "models" else 2.0
-            return getattr(args[0], "holds", 0)  # 0 also means that no gradient has overflowed
+                return self.WHILE_BUILDING if self.phase == "models" else self.LATER
+            return getattr(args[0], "fake_truth_value", self.INTEGER)
         out = func(*args, **(kwargs or {}))
         if func is torch.ops.aten.all.default:
             # All gradients are finite, and all texts of a batch are full if `full` says so.
-            out.holds = self.phase in ("init", "optimizer") or self.full
+            out.fake_truth_value = self.phase in ("init", "optimizer") or self.full
         return out
 
     @contextmanager
     def texts(self, full: bool) -> Iterator[None]:
-        """Inside, if `full`, no text of this rank's batch counts as padded, so text encoders leave out their mask."""
+        """Inside, if `full`, no text of this rank's batch counts as padded, so text encoders
+        leave out their mask.
+        """
         self.full = full
-        with (
-            patched("transformers: mask", lambda _: lambda tensor=None: False)
-            if full
-            else nullcontext()
-        ):
+        unmasked: AbstractContextManager[object] = nullcontext()
+        if full:
+            unmasked = patched("transformers: mask", lambda _: lambda tensor=None: False)
+        with unmasked:
             yield
         self.full = False
 
@@ -80,7 +89,9 @@ class CudaOperators(TorchFunctionMode):
 def _attention(
     query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False
 ):
-    """The kernel that `_fused_sdp_choice` chooses on CUDA: flash in 16 bit without a mask, else memory-efficient."""
+    """The kernel that `_fused_sdp_choice` chooses on CUDA: flash in 16 bit without a mask, else
+    memory-efficient.
+    """
     if attn_mask is None and query.dtype in (torch.float16, torch.bfloat16):
         width = query.shape[-1]
         if width % 8:  # PyTorch pads the heads to a multiple of 8 and scales as without
@@ -95,7 +106,8 @@ def _attention(
             attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill_(
                 ~attn_mask, float("-inf")
             )
-        # The kernel needs rows that begin at multiples of 8 elements; PyTorch's `preprocess_mask` copies other masks.
+        # The kernel needs rows that begin at multiples of 8 elements; PyTorch's `preprocess_mask`
+        # copies other masks.
         if any(stride % 8 for stride in attn_mask.stride()[:-1]) or attn_mask.stride(-1) != 1:
             width = attn_mask.shape[-1]
             attn_mask = F.pad(attn_mask, (0, 8 - width % 8))[..., :width]
@@ -111,13 +123,16 @@ def _dropout(input, p=0.5, training=True, inplace=False):
 
 
 class SharesOfRanks(TorchFunctionMode):
-    """Makes once what ZeRO-3 makes for each rank in a loop: views of one buffer that differ only in their offset.
+    """Makes once what ZeRO-3 makes for each rank in a loop: views of one buffer that differ only in
+    their offset.
 
-    Without data the views are alike, so one stands for all. Concatenating many of them still gives one new tensor.
+    Without data the views are alike, so one stands for all. Concatenating many of them still gives
+    one new tensor.
 
     Args:
-        another: given a tensor, records one more block like its own, until the returned function is called. If it is
-            given, empty tensors of equal size are made once too, and all are freed when the mode ends.
+        another: given a tensor, records one more block like its own, until the returned function is
+            called. If it is given, empty tensors of equal size are made once too, and all are freed
+            when the mode ends.
     """
 
     def __init__(self, another: Another | None = None) -> None:
@@ -185,9 +200,8 @@ def shares_made_once(another: Another | None = None) -> Iterator[None]:
         return run
 
     def scattering(function: Callable) -> Callable:
-        return within(
-            function, another
-        )  # its only empty tensors fill up each rank's share of each gradient
+        # Its only empty tensors fill up each rank's share of each gradient.
+        return within(function, another)
 
     with (
         patched("deepspeed: gathered parameters", within),
@@ -198,14 +212,18 @@ def shares_made_once(another: Another | None = None) -> Iterator[None]:
 
 
 def _inner_first(module: nn.Module) -> Iterator[nn.Module]:
-    """`module` and all modules in it, in the order in which `nn.Module._apply` visits them: children first."""
+    """`module` and all modules in it, in the order in which `nn.Module._apply` visits them:
+    children first.
+    """
     for part in module.children():
         yield from _inner_first(part)
     yield module
 
 
 def convert_parameters(module: nn.Module | None, function: Callable[[Tensor], Tensor]) -> None:
-    """Replace each parameter by `function` of it if that is another tensor. The old tensor is freed at once.
+    """Replace each parameter by `function` of it if that is another tensor.
+
+    The old tensor is freed at once.
 
     The order is that of `Module.parameters`, in which DeepSpeed's engine casts them.
     """
@@ -214,7 +232,9 @@ def convert_parameters(module: nn.Module | None, function: Callable[[Tensor], Te
 
 
 def _convert(parts: list[nn.Module], function: Callable[[Tensor], Tensor], buffers: bool) -> None:
-    """Replace the parameters of `parts`, and their buffers if asked for; a parameter of several parts stays one."""
+    """Replace the parameters of `parts`, and their buffers if asked for; a parameter of several
+    parts stays one.
+    """
     places: dict[int, list[tuple[nn.Module, str]]] = {}
     for part in parts:
         for name, parameter in part._parameters.items():
@@ -244,7 +264,9 @@ def _convert_one(places: list[tuple[nn.Module, str]], function: Callable[[Tensor
 def _apply(
     self: nn.Module, function: Callable[[Tensor], Tensor], recurse: bool = True
 ) -> nn.Module:
-    """Replaces `nn.Module._apply`, which swaps a fake parameter even if nothing changes, and then fails."""
+    """Replaces `nn.Module._apply`, which swaps a fake parameter even if nothing changes, and
+    then fails.
+    """
     _convert(list(_inner_first(self)), function, buffers=True)
     return self
 
@@ -275,7 +297,8 @@ class _EqualRanks(Probe):
 
 @contextmanager
 def process_group(world_size: int, rank: int = 0) -> Iterator[None]:
-    """Inside, this is one rank of a process group of `world_size` equal ranks, for fake and for real tensors.
+    """Inside, this is one rank of a process group of `world_size` equal ranks, for fake and for
+    real tensors.
 
     Nothing is moved: what this rank receives from another one is what it sends itself.
     """
@@ -287,9 +310,8 @@ def process_group(world_size: int, rank: int = 0) -> Iterator[None]:
         )
     environment = {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank)}
     with replaced_environment(environment), ExitStack() as stack:
-        stack.enter_context(
-            replaced(sys, "excepthook", sys.excepthook)
-        )  # the process group installs another one
+        # The process group installs another one.
+        stack.enter_context(replaced(sys, "excepthook", sys.excepthook))
         stack.enter_context(patched("torch: linear", lambda _: torch._C._nn.linear))
         stack.enter_context(patched("torch: messages", _delivering))
         dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
@@ -301,7 +323,9 @@ def process_group(world_size: int, rank: int = 0) -> Iterator[None]:
 def fake_world(
     world_size: int, cuda: bool, another: Another | None = None, rank: int = 0
 ) -> Iterator[Answers]:
-    """Inside, everything runs on fake tensors, as rank `rank` of `world_size`. All changes are undone afterwards.
+    """Inside, everything runs on fake tensors, as rank `rank` of `world_size`.
+
+    All changes are undone afterwards.
 
     Args:
         cuda: True: run the operators that CUDA would choose; False: those of this CPU.
@@ -313,7 +337,8 @@ def fake_world(
     if accelerator.device_name() != "cpu":
         raise RuntimeError("a prediction needs a process that started with DS_ACCELERATOR=cpu")
     with process_group(world_size, rank), ExitStack() as stack:
-        # Ranks exchange some values about themselves. Here the values of all ranks are those of this rank.
+        # Ranks exchange some values about themselves. Here the values of all ranks are those of
+        # this rank.
         answers = Answers()
 
         stack.enter_context(probe.subscribed(_EqualRanks(answers, world_size)))

@@ -3,10 +3,21 @@
 What lies on the host is left out of the record, and what moves to the device is recorded as a copy.
 """
 
-import torch
-from torch import Tensor
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
+import torch
+from torch import Tensor, nn
+
+from ds_cmli import engine
+from ds_cmli.allocator import gpus
+from ds_cmli.allocator.allocator import CachingAllocator
+from ds_cmli.common.patches import patched
 from ds_cmli.common.probe import Probe
+from ds_cmli.config.deepspeed_config import DeepSpeedConfig
+from ds_cmli.config.schema import Config
+from ds_cmli.data.tokens import SpecialTokens
+from ds_cmli.memory.fake import convert_parameters
 from ds_cmli.memory.tracker import Tracker
 
 
@@ -28,3 +39,83 @@ class HostMemory(Probe):
     def overwrite_on_host(self, x: Tensor, value: Tensor) -> None:
         with self.tracker.paused():
             x.copy_(value)
+
+
+def recorded_from_the_engine_on(
+    tracker: Tracker,
+    ds_config: DeepSpeedConfig,
+    cuda: bool,
+    enter: Callable[[str], None] = lambda phase: None,
+) -> Callable[..., engine.Models]:
+    """What builds the models for `engine.build`, on the host.
+
+    The tracker records from where the engine takes them; `enter("init")` is called there.
+    """
+    dtype = engine.DTYPES[ds_config.precision]
+
+    def cast(model: nn.Module | None) -> None:
+        convert_parameters(model, lambda parameter: parameter.to(dtype))
+
+    def models(
+        config: Config, vocab_size: int, special: SpecialTokens | None = None
+    ) -> engine.Models:
+        with tracker.paused():
+            objective, teacher = engine.build_models(config, vocab_size, special=special)
+            if cuda:  # both have been cast when they arrive on the device
+                cast(objective)
+                cast(teacher)
+        enter("init")
+        tracker.claim("parameters", [*objective.parameters(), *objective.buffers()])
+        if not cuda:
+            if teacher is not None:
+                tracker.claim("teacher", [*teacher.parameters(), *teacher.buffers()])
+            cast(objective)  # here, because the engine cannot cast fake tensors
+        return objective, teacher
+
+    return models
+
+
+def free_bytes(tracker: Tracker, gpu: str, world_size: int) -> int:
+    """The bytes that are free on the device once its allocator has returned all free segments."""
+    allocator = CachingAllocator()
+    live = {}
+    for block, size, _ in tracker.log:
+        if size > 0:
+            live[block] = allocator.malloc(size)
+        else:
+            allocator.free(live.pop(block))
+    allocator.empty_cache()
+    return gpus.find(gpu).total.bytes - gpus.device_bytes(allocator.reserved, gpu, world_size)
+
+
+@contextmanager
+def flattened_where_there_is_room(tracker: Tracker, free: Callable[[], int]) -> Iterator[None]:
+    """Inside, DeepSpeed's stages 1 and 2 flatten parameters on the device if `free` bytes suffice.
+
+    They copy each group of parameters into one flat buffer: otherwise on the host, after the
+    group's parameters have left the device.
+    """
+
+    def to_host(tensor: Tensor) -> Tensor:
+        with tracker.paused():
+            return tensor.clone()
+
+    def flattened(flatten: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def run(
+            optimizer: object, tensors: list[Tensor], alignment: int, **options: bool
+        ) -> Tensor:
+            if not options.pop("use_cpu_data", False):
+                return flatten(optimizer, tensors, alignment, **options)
+            with tracker.paused():
+                flat = flatten(optimizer, tensors, alignment, use_cpu_data=True, **options)
+            tracker.claim("parameters", [flat])  # it is then moved to the device
+            return flat
+
+        return run
+
+    with (
+        patched("deepspeed: free memory", lambda _: lambda self, *index: free()),
+        patched("deepspeed: flattened parameters", flattened),
+        patched("torch: copy to the host", lambda _: to_host),
+    ):
+        yield

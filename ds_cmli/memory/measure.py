@@ -82,9 +82,8 @@ def profiling_memory(
             if done != steps:
                 return
             measurement.close()
-            texts = list(
-                zip(*distributed.gather_objects(measurement.texts), strict=True)
-            )  # collective
+            # Collective.
+            texts = list(zip(*distributed.gather_objects(measurement.texts), strict=True))
             if distributed.is_main():
                 request = predict_subprocess.Request(
                     config, ds_config, ranks, target, gpu=gpu, texts=texts
@@ -146,7 +145,7 @@ class Measurement:
         tracker = self.tracker
         attached = tracker.attach_to_training(self.train_engine)
         with cpu_events.seen_by_the_profiler(), tracker, attached:
-            before, known = sum(event.bytes for event in tracker.events()), len(tracker.ops)
+            before, known = sum(event.bytes for event in tracker.events()), len(tracker.blocks)
             with cpu_events.recording() as profiler:
                 yield
         sizes = [size for name, size in cpu_events.events(profiler) if name == cpu_events.MEMORY]

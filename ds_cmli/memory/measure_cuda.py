@@ -53,7 +53,9 @@ def measure(config: Config, ds_config: Mapping[str, Any], world_size: int = 1) -
 def combined(
     tracked: Report, totals: dict[str, int], setting: dict[str, Any], source: str
 ) -> Report:
-    """A report of the tracker's categories, which add up to "requested", and the measured totals."""
+    """A report of the tracker's categories, which add up to "requested", and the measured
+    totals.
+    """
     categories = dict(tracked.categories)
     categories["temporaries"] += totals["requested"] - tracked.totals["requested"]
     return Report(setting, source, categories, tracked.phases, totals)

@@ -37,7 +37,9 @@ class _Phases(Probe):
 
 @contextmanager
 def phases(train_engine: TrainEngine, enter: Callable[[str], None]) -> Iterator[None]:
-    """Inside, call `enter` with "forward", "loss", "backward" or "optimizer" as that phase begins."""
+    """Inside, call `enter` with "forward", "loss", "backward" or "optimizer" as that phase
+    begins.
+    """
     student, reported = train_engine.objective.student, _Phases(enter)
     reported.begin("forward")
     with ExitStack() as stack:

@@ -108,7 +108,7 @@ class Predictor:
 def answer(request: dict[str, Any]) -> Answer:
     from ds_cmli.allocator import snapshot
     from ds_cmli.memory.inputs import NotPredictable
-    from ds_cmli.memory.predict import DEFAULT_GPU, predict
+    from ds_cmli.memory.predict import DEFAULT_GPU, Options, predict
 
     try:
         config = Config.from_dict(request["config"])
@@ -119,7 +119,7 @@ def answer(request: dict[str, Any]) -> Answer:
             gpu=request["gpu"] or DEFAULT_GPU,
             target=request["target"],
             rank=request["rank"],
-            texts=request["texts"],
+            options=Options(texts=request["texts"]),
         )
         if request["snapshot"]:
             snapshot.write(prediction.events, request["snapshot"])

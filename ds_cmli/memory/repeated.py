@@ -1,19 +1,22 @@
-"""Skips the micro-batches of a prediction that would only repeat what the micro-batches before them did.
+"""Skips the micro-batches of a prediction that would only repeat those before them.
 
-All micro-batches of a predicted step have the same size. The first few and the last one run on tensors without data.
-As soon as two consecutive ones have left the same events in the tracker's log, those between them and the last one are
-not run: the events are copied, with new blocks. So the time of a prediction hardly depends on the number of
-micro-batches, and its bytes are those of the whole step.
+All micro-batches of a predicted step have the same size. The first few and the last one run on
+tensors without data. As soon as two consecutive ones have left the same events in the tracker's
+log, those between them and the last one are not run: the events are copied, with new blocks. So the
+time of a prediction hardly depends on the number of micro-batches, and its bytes are those of the
+whole step. To compare the events of two calls, each block is named by its origin: the third block
+of this call, the first one that the call before it left, a tensor of its arguments.
 
-The turns of a uniform loop (`Probe.turns`) between its first and its last ones are skipped too. Each of them
-frees what it allocates, so that nothing needs to be copied: the ranks of a ring that exchanges texts, and the tiles of
-pairs in which losses are computed from cached features.
+The turns of a uniform loop (`Probe.turns`) between its first and its last ones are skipped too.
+Each of them frees what it allocates, so that nothing needs to be copied: the ranks of a ring that
+exchanges texts, and the tiles of pairs in which losses are computed from cached features.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, fields, is_dataclass
-from typing import Any
+from dataclasses import dataclass, fields, is_dataclass, replace
+from enum import Enum
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,11 +26,8 @@ from ds_cmli.common.probe import Item, Probe, Result
 from ds_cmli.data.batch import Batch
 from ds_cmli.distributed.traffic import Counts, Traffic
 from ds_cmli.engine.gradient_caching import CachedBatch
-from ds_cmli.memory.tracker import Tracker
+from ds_cmli.memory.tracker import Allocation, Change, Tracker
 
-# Whose block an event is about: one of the same call, of the call before it, of a tensor that was passed to the call,
-# or any other block.
-HERE, BEFORE, GIVEN, ELSEWHERE = "here", "before", "given", "elsewhere"
 TURNS = 5  # of a uniform loop that are run, besides the last two
 
 
@@ -45,7 +45,7 @@ class Repeated(Probe):
         self.functions: dict[str, _Repeated] = {}
 
     def turns(self, items: Sequence[Item]) -> Iterator[Item]:
-        """Only the first and the last turns, with the traffic of all."""
+        """Iterate over the first and the last turns only, with the traffic of all."""
         skipped = range(TURNS, len(items) - 2)
         before: Counts = {}
         for number, item in enumerate(items):
@@ -59,10 +59,29 @@ class Repeated(Probe):
     def alike(self, function: Callable[..., Result], *arguments: object) -> Result:
         name = function.__qualname__
         if name not in self.functions:
-            self.functions[name] = _Repeated(
-                function, self.tracker, self.accumulation, self.traffic
-            )
+            self.functions[name] = _Repeated(function, self)
         return self.functions[name](*arguments)
+
+
+class Origin(Enum):
+    """Whose a block is that an event of a call is about."""
+
+    THIS_CALL = "allocated by this call"
+    LAST_CALL = "allocated by the call before it, or between the two"
+    ARGUMENT = "of a tensor that was passed to the call"
+    OUTSIDE = "any other"
+
+
+class BlockRef(NamedTuple):
+    origin: Origin
+    index: int  # among the blocks of that origin
+
+
+class _Event(NamedTuple):
+    block: BlockRef
+    bytes: int  # negative: a free
+    phase: str
+    segment: int  # counted from the call's first
 
 
 @dataclass
@@ -74,7 +93,7 @@ class _Form:
     offset: int
     dtype: torch.dtype
     storage: int  # bytes
-    value: Tensor | None  # a copy of the state of a random generator: no other tensor holds data
+    value: Tensor | None  # a copy of a random generator's state: no other tensor holds data
 
     @classmethod
     def of(cls, tensor: Tensor) -> "_Form":
@@ -82,15 +101,8 @@ class _Form:
         if not isinstance(tensor, FakeTensor):
             with unset_fake_temporarily():
                 value = tensor.clone()
-        storage = int(tensor.untyped_storage().nbytes())
-        return cls(
-            tensor.shape,
-            tensor.stride(),
-            int(tensor.storage_offset()),
-            tensor.dtype,
-            storage,
-            value,
-        )
+        offset, storage = int(tensor.storage_offset()), int(tensor.untyped_storage().nbytes())
+        return cls(tensor.shape, tensor.stride(), offset, tensor.dtype, storage, value)
 
     def empty(self) -> Tensor:
         """A new flat tensor with such a storage, or a new copy of `value`."""
@@ -100,189 +112,183 @@ class _Form:
             return self.value.clone()
 
     def view(self, base: Tensor) -> Tensor:
-        """This tensor's shape in the storage of `base`; `base` itself if it is a copy of `value`."""
-        return (
-            base
-            if self.value is not None
-            else base.detach().as_strided(self.shape, self.stride, self.offset)
-        )
+        """This tensor's shape in the storage of `base`; `base` itself as a copy of `value`."""
+        if self.value is not None:
+            return base
+        return base.detach().as_strided(self.shape, self.stride, self.offset)
+
+
+@dataclass
+class _Done:
+    """What a call did to the tracker, in terms that are the same for calls that do the same."""
+
+    events: list[_Event]
+    segments: int  # number of segments that the call began
+    outputs: list[BlockRef]  # of each tensor of the result
+    moved: Counts  # the call's traffic, by part and kind
+
+    def handed_on(self) -> set[int]:
+        """The blocks that the next call frees, as this call freed those of the call before it."""
+        handed_on = set()
+        for event in self.events:
+            if event.block.origin is Origin.LAST_CALL and event.bytes < 0:
+                handed_on.add(event.block.index)
+        return handed_on
 
 
 @dataclass
 class _Run:
-    """What a call did to the tracker. Blocks of the call are numbered from `first`, segments from `segment`."""
+    """A call that was run. Its blocks are numbered from `first`, its segments from `segment`."""
 
     first: int
     segment: int
     end: int  # length of the log after the call
-    events: list[
-        tuple[str, int, int, str, int]
-    ]  # (whose block, its number among those, bytes, phase, segment)
-    segments: int  # number of segments that the call began
-    result: Any  # with a `_Form` in the place of each tensor
-    outputs: list[
-        tuple[str, int]
-    ]  # (whose block, its number among those) of each tensor of the result
-    moved: Counts  # the call's traffic, by part and kind
-
-    def same(self, other: "_Run") -> bool:
-        mine, others = ((run.events, run.segments, run.outputs, run.moved) for run in (self, other))
-        return mine == others
-
-    def handed_on(self) -> set[int]:
-        """The numbers of the blocks that the next call frees, as this call freed those of the call before it."""
-        return {number for whose, number, size, *_ in self.events if whose == BEFORE and size < 0}
+    done: _Done
+    result: object  # with a `_Form` in the place of each tensor
 
 
 class _Repeated:
-    """A function that is called once for each of a step's `count` micro-batches; it runs only some of the calls."""
+    """A function that each micro-batch of a step calls once; it runs only some of the calls."""
 
-    def __init__(self, function: Callable, tracker: Tracker, count: int, traffic: Traffic):
-        self.function, self.tracker, self.count, self.traffic = function, tracker, count, traffic
+    def __init__(self, function: Callable[..., Any], step: Repeated):
+        self.function, self.count = function, step.accumulation
+        self.tracker, self.traffic = step.tracker, step.traffic
         self.calls, self.steady = 0, False
         self.runs: list[_Run] = []  # the last two calls that were run
         self.first = 0  # the first block of the last call, run or copied
 
-    def __call__(self, *args: Any) -> Any:
+    def __call__(self, *args: object) -> Any:
         self.calls += 1
-        if self.calls < self.count and self._repeats():
-            return self._copy(args)
+        if self.calls < self.count:
+            self.steady = self.steady or self._has_become_steady()
+            if self.steady:
+                return self._copy(args)
         self._hand_on()
         return self._run(args)
 
-    def _repeats(self) -> bool:
+    def _has_become_steady(self) -> bool:
         """Whether the next call would only repeat the last one."""
-        if self.steady or len(self.runs) < 2 or not self.runs[-1].same(self.runs[-2]):
-            return self.steady
-        run = self.runs[-1]
-        outputs = {number for whose, number in run.outputs if whose == HERE}
-        if any(event[0] == ELSEWHERE for event in run.events) or run.handed_on() & outputs:
+        if len(self.runs) < 2 or self.runs[-1].done != self.runs[-2].done:
             return False
-        kept = {
-            run.first + number
-            for whose, number, size, *_ in run.events
-            if whose == HERE and size > 0
-        }
-        kept -= {run.first + number for number in outputs}
-        # Blocks that the call keeps and does not return must not be freed between two calls: a copy holds no tensors
-        # for them.
-        self.steady = not any(
-            size < 0 and block in kept for block, size, _ in self.tracker.log[run.end :]
-        )
-        return self.steady
+        run, done = self.runs[-1], self.runs[-1].done
+        outputs = {block.index for block in done.outputs if block.origin is Origin.THIS_CALL}
+        if done.handed_on() & outputs:
+            return False
+        kept = set()
+        for event in done.events:
+            if event.block.origin is Origin.OUTSIDE:
+                return False
+            if event.block.origin is Origin.THIS_CALL and event.bytes > 0:
+                kept.add(event.block.index)
+        # Blocks that the call keeps and does not return must not be freed between two calls: a copy
+        # holds no tensors for them.
+        kept -= outputs
+        later = self.tracker.log[run.end :]
+        return not any(event.bytes < 0 and event.block - run.first in kept for event in later)
 
     def _run(self, args: tuple) -> Any:
         tracker = self.tracker
-        given = {
-            block: number
-            for number, block in enumerate(map(self._block, _given(args)))
-            if block is not None
-        }
-        first, segment, start, before = (
-            len(tracker.ops),
-            tracker.segment,
-            len(tracker.log),
-            self.first,
-        )
+        arguments: dict[int, int] = {}  # block -> index of the tensor
+        for index, tensor in enumerate(_own_tensors(args)):
+            block = tracker.block_of(tensor)
+            if block is not None:
+                arguments[block] = index
+        first, segment, start = len(tracker.blocks), tracker.segment, len(tracker.log)
         moved = deepcopy(self.traffic.counts)
         result = self.function(*args)
-        last = len(tracker.ops)
+        last = len(tracker.blocks)
 
-        def whose(block: int | None) -> tuple[str, int]:
-            if block in given:
-                return GIVEN, given[block]
-            if block is not None and first <= block < last:
-                return HERE, block - first
-            if block is not None and self.runs and before <= block < first:
-                return BEFORE, block - before
-            return ELSEWHERE, -1 if block is None else block
+        def ref(block: int | None) -> BlockRef:
+            if block is None:
+                return BlockRef(Origin.OUTSIDE, -1)
+            if block in arguments:
+                return BlockRef(Origin.ARGUMENT, arguments[block])
+            if first <= block < last:
+                return BlockRef(Origin.THIS_CALL, block - first)
+            if self.runs and self.first <= block < first:
+                return BlockRef(Origin.LAST_CALL, block - self.first)
+            return BlockRef(Origin.OUTSIDE, block)
 
-        events = [
-            (
-                *whose(block),
-                size,
-                phase,
-                (tracker.born[block][1] if size > 0 else tracker.ended[block]) - segment,
-            )
-            for block, size, phase in tracker.log[start:]
-        ]
-        outputs = [whose(self._block(tensor)) for tensor in _tensors(result)]
+        events = []
+        for block, size, phase in tracker.log[start:]:
+            allocation = tracker.blocks[block]
+            at = allocation.segment if size > 0 else allocation.ended
+            assert at is not None
+            events.append(_Event(ref(block), size, phase, at - segment))
+        outputs = [ref(tracker.block_of(tensor)) for tensor in _tensors(result)]
         with tracker.paused():
             form = _map(result, _Form.of)
-        run = _Run(
-            first, segment, len(tracker.log), events, tracker.segment - segment, form, outputs,
-            self.traffic.since(moved),
-        )  # fmt: skip
-        self.runs, self.first = [*self.runs[-1:], run], first
+        done = _Done(events, tracker.segment - segment, outputs, self.traffic.since(moved))
+        self.runs = [*self.runs[-1:], _Run(first, segment, len(tracker.log), done, form)]
+        self.first = first
         return result
 
     def _copy(self, args: tuple) -> Any:
-        """Add the last run's events to the log, with new blocks, and return tensors like those that it returned."""
+        """Log the last run's events with new blocks; returns tensors like its result."""
         tracker, run = self.tracker, self.runs[-1]
-        given = _given(args)
-        blocks = [self._block(tensor) for tensor in given]
-        first, segment = len(tracker.ops), tracker.segment
-        for whose, number, size, phase, part in run.events:
-            if size > 0:
-                block, model = first + number, run.first + number
-                tracker.ops.append(tracker.ops[model])
-                tracker.born.append((phase, segment + part, tracker.born[model][2]))
-                if model in tracker.claims:
-                    tracker.claims[block] = tracker.claims[model]
+        given = _own_tensors(args)
+        blocks = [tracker.block_of(tensor) for tensor in given]
+        first, segment = len(tracker.blocks), tracker.segment
+        for event in run.done.events:
+            origin, index = event.block
+            if event.bytes > 0:
+                block = len(tracker.blocks)
+                model = tracker.blocks[run.first + index]
+                tracker.blocks.append(_like(model, event.phase, segment + event.segment))
             else:
-                found = (
-                    blocks[number]
-                    if whose == GIVEN
-                    else (first if whose == HERE else self.first) + number
-                )
+                found = {
+                    Origin.THIS_CALL: first + index,
+                    Origin.LAST_CALL: self.first + index,
+                    Origin.ARGUMENT: blocks[index] if origin is Origin.ARGUMENT else None,
+                }[origin]
                 assert found is not None
                 block = found
-                tracker.ended[block] = segment + part
-                if (
-                    whose == GIVEN
-                ):  # the tensor is freed below, where its end must not be recorded again
-                    tracker.blocks.pop(given[number].untyped_storage()._cdata, None)
-            tracker.log.append((block, size, phase))
-        tracker.segment = segment + run.segments
-        self.traffic.add(run.moved)
-        result = self._like(run, given, first)
+                tracker.blocks[block].ended = segment + event.segment
+                if origin is Origin.ARGUMENT:
+                    # The tensor is freed below, where its end must not be recorded again.
+                    tracker.live.pop(given[index].untyped_storage()._cdata, None)
+            tracker.log.append(Change(block, event.bytes, event.phase))
+        tracker.segment = segment + run.done.segments
+        self.traffic.add(run.done.moved)
+        result = self._result_like(run, given, first)
         self.first = first
         for each in args:
             if isinstance(each, CachedBatch):  # pass 2 would have taken its features
                 each.features = None
         return result
 
-    def _like(self, run: _Run, given: list[Tensor], first: int) -> Any:
-        outputs = iter(run.outputs)
+    def _result_like(self, run: _Run, given: list[Tensor], first: int) -> Any:
+        outputs = iter(run.done.outputs)
         made: dict[int, Tensor] = {}
 
         def like(form: _Form) -> Tensor:
-            whose, number = next(outputs)
-            if whose == GIVEN:
-                return form.view(given[number])
-            if whose == ELSEWHERE:  # on the host, in a prediction for a GPU: not recorded
+            origin, index = next(outputs)
+            if origin is Origin.ARGUMENT:
+                return form.view(given[index])
+            if origin is Origin.OUTSIDE:  # on the host, in a prediction for a GPU: not recorded
                 return form.view(form.empty())
-            if number not in made:
-                made[number] = form.empty()
-                self.tracker.follow(made[number].untyped_storage(), first + number, form.storage)
-            return form.view(made[number])
+            if index not in made:
+                made[index] = form.empty()
+                self.tracker.follow(made[index].untyped_storage(), first + index, form.storage)
+            return form.view(made[index])
 
         with self.tracker.paused(), torch.no_grad():
             return _map(run.result, like, _Form)
 
     def _hand_on(self) -> None:
-        """Let the tensors that the last run still holds stand for the last copy's blocks, which the next call frees."""
+        """Let the last run's tensors stand for the last copy's blocks, which a run will free."""
         if not self.runs or self.first == self.runs[-1].first:
             return
         run, tracker = self.runs[-1], self.tracker
-        blocks = {run.first + number: self.first + number for number in run.handed_on()}
-        for block, size, storage in list(tracker.blocks.values()):
-            if block in blocks:
-                tracker.follow(storage(), blocks[block], size)
+        handed_on = run.done.handed_on()
+        for live in list(tracker.live.values()):
+            index, storage = live.block - run.first, live.storage()
+            if index in handed_on and storage is not None:
+                tracker.follow(storage, self.first + index, live.bytes)
 
-    def _block(self, tensor: Tensor) -> int | None:
-        known = self.tracker.blocks.get(tensor.untyped_storage()._cdata)
-        return None if known is None else known[0]
+
+def _like(model: Allocation, phase: str, segment: int) -> Allocation:
+    return replace(model, phase=phase, segment=segment, ended=None)
 
 
 def _map(value: Any, function: Callable, kind: type = Tensor) -> Any:
@@ -294,13 +300,12 @@ def _map(value: Any, function: Callable, kind: type = Tensor) -> Any:
     if isinstance(value, dict):
         return {key: _map(each, function, kind) for key, each in value.items()}
     if is_dataclass(value) and not isinstance(value, type):
-        return type(value)(
-            **{each.name: _map(getattr(value, each.name), function, kind) for each in fields(value)}
-        )
+        values = {each.name: getattr(value, each.name) for each in fields(value)}
+        return type(value)(**_map(values, function, kind))
     return value
 
 
-def _tensors(value: Any) -> list[Tensor]:
+def _tensors(value: object) -> list[Tensor]:
     found: list[Tensor] = []
 
     def add(tensor: Tensor) -> Tensor:
@@ -311,6 +316,6 @@ def _tensors(value: Any) -> list[Tensor]:
     return found
 
 
-def _given(args: tuple) -> list[Tensor]:
+def _own_tensors(args: tuple) -> list[Tensor]:
     """The tensors of a call's own micro-batch; its other arguments are the same in every call."""
     return _tensors([each for each in args if isinstance(each, Batch | CachedBatch)])

@@ -14,7 +14,7 @@ from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.schema import Config, check, choice
 from ds_cmli.memory.changes import Change, Shortage, Step
 from ds_cmli.memory.inputs import candidates, likeliest
-from ds_cmli.memory.predict import DEFAULT_GPU, TOTAL_STEPS, Prediction, predict
+from ds_cmli.memory.predict import DEFAULT_GPU, TOTAL_STEPS, Options, Prediction, predict, silent
 
 AXES = ("batch", "world", "stage")
 LARGEST_BATCH = 2**16
@@ -58,10 +58,6 @@ def with_batch(ds_config: Mapping[str, Any], micro_batch: int) -> DeepSpeedConfi
     )
 
 
-def silent(line: str) -> None:
-    """Show no progress."""
-
-
 def sweep(
     config: Config,
     ds_config: Mapping[str, Any],
@@ -80,7 +76,10 @@ def sweep(
             changed = changed.replaced({"stage": point["stage"]})
         ranks = point.get("world", world_size)
         rank = likeliest(changed.stage, ranks)
-        yield values, predict(config, changed, ranks, rank=rank, gpu=gpu, tell=tell)
+        yield (
+            values,
+            predict(config, changed, ranks, rank=rank, gpu=gpu, options=Options(tell=tell)),
+        )
 
 
 def predict_largest(
@@ -92,9 +91,10 @@ def predict_largest(
     tell: Callable[[str], None] = silent,
 ) -> Prediction:
     """Predict the rank that needs the most. Arguments as in `predict`."""
+    options = Options(tell=tell)
     ranks = candidates(DeepSpeedConfig.of(ds_config).stage, world_size)
     found = (
-        predict(config, ds_config, world_size, rank=rank, target=target, gpu=gpu, tell=tell)
+        predict(config, ds_config, world_size, rank=rank, target=target, gpu=gpu, options=options)
         for rank in ranks
     )
     total = "requested" if target == "cpu" else "device"
@@ -221,7 +221,10 @@ class Fitting:
             self.tell(f"{what}: {line}")
 
         rank = likeliest(ds_config.stage, self.world_size)
-        prediction = predict(config, ds_config, self.world_size, gpu=self.gpu, rank=rank, tell=tell)
+        options = Options(tell=tell)
+        prediction = predict(
+            config, ds_config, self.world_size, gpu=self.gpu, rank=rank, options=options
+        )
         tell(f"{prediction.report.totals['device']:,} B on the device")
         return prediction
 

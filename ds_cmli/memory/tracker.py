@@ -1,19 +1,22 @@
-"""Records every storage that a training step allocates and frees, as events with a category and a phase.
+"""Records every storage that a training step allocates and frees, as events by category and phase.
 
-Works on real and on fake tensors. Allocations are recorded as they happen; what most of them were for shows only later
-(an activation is what outlives the forward pass), so `Tracker.events` decides the categories at the end.
-What an operator allocates and frees internally is not seen. It is added for the all-pairs operator and for collectives,
-where it is known, and for the libraries of the CPU, where it is measured (`workspace.py`).
+Works on real and on fake tensors. Allocations are recorded as they happen; what most of them were
+for shows only later (an activation is what outlives the forward pass), so `Tracker.events` decides
+the categories at the end. What an operator allocates and frees internally is not seen. It is added
+for the all-pairs operator and for collectives, where it is known, and for the libraries of the CPU,
+where it is measured (`workspace.py`).
 """
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -26,14 +29,16 @@ from ds_cmli.memory.owners import HOST, is_offloaded, owners
 from ds_cmli.memory.phases import phases
 from ds_cmli.memory.workspace import cmli_scratch_bytes, copied_bytes, workspace_bytes
 
-# Autograd accumulates gradients and scatters the gradients of maxima in place, but not under a dispatch mode: there
-# these operators return a new tensor, and their argument is freed right afterwards.
+# Autograd accumulates gradients and scatters the gradients of maxima in place, but not under a
+# dispatch mode: there these operators return a new tensor, and their argument is freed right
+# afterwards.
 IN_PLACE = (
     torch.ops.aten.add.Tensor,
     torch.ops.aten.scatter.src,
     torch.ops.aten.scatter_add.default,
 )
-# Methods of DeepSpeed's optimizers whose allocations belong to the buckets in which gradients are reduced.
+# Methods of DeepSpeed's optimizers whose allocations belong to the buckets in which gradients are
+# reduced.
 BUCKET_METHODS = (
     "setup_buckets",
     "reduce_ipg_grads",
@@ -47,15 +52,46 @@ GATHERS = (
 )
 
 
+@dataclass
+class Allocation:
+    """A block of memory from its allocation to its end."""
+
+    op: str  # the operator that allocated it
+    phase: str  # of its allocation
+    segment: int  # of its allocation
+    recomputed: bool  # whether checkpointing was recomputing a forward pass
+    category: str | None = None  # the first claim stays
+    ended: int | None = None  # the segment in which it was freed
+
+
+class Change(NamedTuple):
+    """An allocation, or a free with negative bytes."""
+
+    block: int  # index in `Tracker.blocks`
+    bytes: int
+    phase: str
+
+
+class Live(NamedTuple):
+    """A storage that exists now."""
+
+    block: int
+    bytes: int
+    storage: "weakref.ref[torch.UntypedStorage]"
+
+
 class Tracker(TorchDispatchMode, Probe):
-    """Records while it is entered. Enter it before the model moves to the device, then `attach` it to the engine.
+    """Records while it is entered: before the model moves to the device; then `attach` the engine.
 
     Args:
         device: the type of device whose memory is recorded.
-        text_lengths: the number of valid tokens of each text, of all ranks or of this one (then the same on all); used
-            where the mask is fake, for the all-pairs operator's scratch memory. None: the most that any lengths need.
-        workspaces: also record what only a CPU holds: memory of libraries inside operators, and generator states.
-        backend: of the process group, whose copies in collectives are recorded: "gloo", "nccl" or "fake".
+        text_lengths: the number of valid tokens of each text, of all ranks or of this one (then the
+            same on all); used where the mask is fake, for the all-pairs operator's scratch memory.
+            None: the most that any lengths need.
+        workspaces: also record what only a CPU holds: memory of libraries inside operators, and
+            generator states.
+        backend: of the process group, whose copies in collectives are recorded: "gloo", "nccl" or
+            "fake".
     """
 
     def __init__(
@@ -66,41 +102,28 @@ class Tracker(TorchDispatchMode, Probe):
         backend: str = "fake",
     ):
         super().__init__()
-        self.device, self.text_lengths, self.workspaces, self.backend = (
-            device,
-            text_lengths,
-            workspaces,
-            backend,
-        )
+        self.device, self.text_lengths = device, text_lengths
+        self.workspaces, self.backend = workspaces, backend
         self.phase, self.recording = "init", True
-        self.log: list[
-            tuple[int, int, str]
-        ] = []  # (block, bytes, phase) of each event; the lists below are by block
-        self.ops: list[str] = []
-        self.born: list[
-            tuple[str, int, bool]
-        ] = []  # (phase, segment, whether checkpointing was recomputing a forward)
-        self.ended: dict[int, int] = {}  # block -> the segment in which it was freed
-        self.claims: dict[int, str] = {}  # block -> category; the first claim stays
-        self.blocks: dict[
-            int, tuple[int, int, Any]
-        ] = {}  # live storage -> (block, bytes, weak reference)
-        # What is allocated and freed within one segment was temporary. Each phase is a segment, but a forward pass and
-        # its losses are one, and backward is divided where checkpointing begins and ends to recompute a forward pass.
+        self.log: list[Change] = []
+        self.blocks: list[Allocation] = []
+        self.live: dict[int, Live] = {}  # by the storage's address
+        # What is allocated and freed within one segment was temporary. Each phase is a segment, but
+        # a forward pass and its losses are one, and backward is divided where checkpointing begins
+        # and ends to recompute a forward pass.
         self.segment, self.last_of_init, self.recomputing = 0, 0, False
         self.in_place_at = 0  # length of the log after the last operator of IN_PLACE in backward
+        # The place, among the texts of all ranks, of the first one that the op works on.
+        self.first_text = 0
         self._scope: str | None = None
-        self.first_text = 0  # of the texts that the all-pairs operator works on, its place among those of all ranks
         self._replaced = ExitStack()
 
     def __enter__(self):
         self._replaced.enter_context(probe.subscribed(self))
-        if (
-            self.workspaces
-        ):  # checkpointing saves the generator's state for each layer, and no operator returns it
-            self._replaced.enter_context(
-                replaced(torch, "get_rng_state", self._seen(torch.get_rng_state))
-            )
+        if self.workspaces:
+            # Checkpointing saves the generator's state for each layer, and no operator returns it.
+            seen = self._seen(torch.get_rng_state)
+            self._replaced.enter_context(replaced(torch, "get_rng_state", seen))
         return super().__enter__()
 
     def __exit__(self, *error):
@@ -117,93 +140,87 @@ class Tracker(TorchDispatchMode, Probe):
         scratch, category = self._inside(func, args, kwargs) if self.recording else (0, None)
         block = self._begin(scratch, category, str(func)) if scratch else None
         out = func(*args, **(kwargs or {}))
-        if (
-            block is not None and func in IN_PLACE
-        ):  # ended first, as the result will replace its argument
-            self._end(block, scratch)
+        if block is not None and func in IN_PLACE:
+            self._end(block, scratch)  # already here, as the result will replace its argument
             block = None
         if self.recording:
-            category = "CMLI op" if func.namespace == "ds_cmli" else None
-            for tensor in [out] if isinstance(out, Tensor) else tree_leaves(out):
-                if isinstance(tensor, Tensor):
-                    self._see(tensor, category, func)
-            if (
-                func.namespace == "c10d"
-                and self._scope is None
-                and func._schema.name.split("::")[1] in GATHERS
-            ):
-                self.claim(
-                    "parameters", tree_leaves(args[0])
-                )  # ZeRO-3 gathers a layer's parameters
+            self._see_results(func, args, out)
         if func in IN_PLACE and self.phase == "backward" and not grad:
             self.in_place_at = len(self.log)
         if block is not None:
             self._end(block, scratch)
         return out
 
-    def _see(self, tensor: Tensor, category: str | None, func: Any = "") -> None:
+    def _see_results(self, func: OpOverload, args: tuple, out: object) -> None:
+        category = "CMLI op" if func.namespace == "ds_cmli" else None
+        for tensor in [out] if isinstance(out, Tensor) else tree_leaves(out):
+            if isinstance(tensor, Tensor):
+                self._see(tensor, category, str(func))
+        gathers = func.namespace == "c10d" and func._schema.name.split("::")[1] in GATHERS
+        if gathers and self._scope is None:  # ZeRO-3 gathers a layer's parameters
+            self.claim("parameters", tree_leaves(args[0]))
+
+    def _see(self, tensor: Tensor, category: str | None, op: str = "") -> None:
         """Record the tensor's storage if it is new or its size has changed."""
         if tensor.device.type != self.device or tensor.layout != torch.strided:
             return
         storage = tensor.untyped_storage()
-        key, size = storage._cdata, storage.nbytes()
-        known = self.blocks.get(key)
+        known, size = self.live.get(storage._cdata), storage.nbytes()
         if known is not None:
-            if known[1] == size:
+            if known.bytes == size:
                 return
-            self._end(known[0], known[1])
-            category = category or self.claims.get(known[0])
-            del self.blocks[key]
+            self._end(known.block, known.bytes)
+            category = category or self.blocks[known.block].category
+            del self.live[storage._cdata]
         if size:
-            self.follow(storage, self._begin(size, category or self._scope, str(func)), size)
+            self.follow(storage, self._begin(size, category or self._scope, op), size)
 
     def follow(self, storage: torch.UntypedStorage, block: int, size: int) -> None:
         """From now on, `storage` is that of this block: the block is freed when the storage is."""
         key = storage._cdata
-        self.blocks[key] = (
-            block,
-            size,
-            weakref.ref(storage, lambda _: self._storage_ended(key, block)),
-        )
+        weak = weakref.ref(storage, lambda _: self._storage_ended(key, block))
+        self.live[key] = Live(block, size, weak)
 
     def _storage_ended(self, key: int, block: int) -> None:
-        known = self.blocks.get(key)
-        if known is not None and known[0] == block:
-            del self.blocks[key]
-            self._end(block, known[1])
+        known = self.live.get(key)
+        if known is not None and known.block == block:
+            del self.live[key]
+            self._end(block, known.bytes)
+
+    def block_of(self, tensor: Tensor) -> int | None:
+        known = self.live.get(tensor.untyped_storage()._cdata)
+        return None if known is None else known.block
 
     def another(self, tensor: Tensor) -> Callable[[], None]:
         """Record one more block like that of `tensor`, until the returned function is called."""
-        known = self.blocks.get(tensor.untyped_storage()._cdata)
+        known = self.live.get(tensor.untyped_storage()._cdata)
         if known is None or not self.recording:
             return lambda: None
-        model, size, _ = known
-        return partial(self._end, self._begin(size, self.claims.get(model), self.ops[model]), size)
+        model = self.blocks[known.block]
+        return partial(self._end, self._begin(known.bytes, model.category, model.op), known.bytes)
 
     def _begin(self, size: int, category: str | None, op: str) -> int:
-        block = len(self.ops)
-        self.ops.append(op)
-        self.born.append((self.phase, self.segment, self.recomputing))
-        self.log.append((block, size, self.phase))
-        if category is not None:
-            self.claims[block] = category
+        block = len(self.blocks)
+        self.blocks.append(Allocation(op, self.phase, self.segment, self.recomputing, category))
+        self.log.append(Change(block, size, self.phase))
         return block
 
     def _end(self, block: int, size: int) -> None:
-        end = (block, -size, self.phase)
-        if (
-            len(self.log) == self.in_place_at
-            and self.log
-            and self.log[-1][1] == size
-            and self.log[-1][0] != block
-        ):
+        end = Change(block, -size, self.phase)
+        if len(self.log) == self.in_place_at and self._replaces(block, size):
             self.log.insert(-1, end)
         else:
             self.log.append(end)
-        self.ended[block] = self.segment
+        self.blocks[block].ended = self.segment
 
-    def _inside(self, func: Any, args: tuple, kwargs: dict[str, Any] | None) -> tuple[int, str]:
-        """Bytes that an operator holds at its peak beyond what it returns, as far as known, and their category."""
+    def _replaces(self, block: int, size: int) -> bool:
+        """Whether the last change allocated another block of this size."""
+        return bool(self.log) and self.log[-1].bytes == size and self.log[-1].block != block
+
+    def _inside(
+        self, func: OpOverload, args: tuple, kwargs: dict[str, object] | None
+    ) -> tuple[int, str]:
+        """Bytes that an operator holds at its peak beyond its results, and their category."""
         if func.namespace == "ds_cmli":
             return cmli_scratch_bytes(func, args, self.text_lengths, self.first_text), "CMLI op"
         if func.namespace == "c10d":
@@ -250,14 +267,14 @@ class Tracker(TorchDispatchMode, Probe):
         finally:
             self.recording = before
 
-    def claim(self, category: str, tensors: Iterable[Any]) -> None:
-        """Assign tensors to `category`; those that existed before recording began are recorded now."""
+    def claim(self, category: str, tensors: Iterable[object]) -> None:
+        """Assign tensors to `category`; those from before the recording are recorded now."""
         for tensor in tensors:
             if isinstance(tensor, Tensor):
                 self._see(tensor, category)
-                known = self.blocks.get(tensor.untyped_storage()._cdata)
-                if known is not None:
-                    self.claims.setdefault(known[0], category)
+                block = self.block_of(tensor)
+                if block is not None and self.blocks[block].category is None:
+                    self.blocks[block].category = category
 
     def claim_owned(self, train_engine: TrainEngine) -> None:
         """Claim what the models, the engine and its optimizer hold at this moment."""
@@ -272,85 +289,82 @@ class Tracker(TorchDispatchMode, Probe):
 
     @contextmanager
     def attach(self, train_engine: TrainEngine) -> Iterator[None]:
-        """Inside, follow the phases of `train_engine`'s steps, and claim the tensors that it holds."""
+        """Inside, follow the phases of `train_engine`'s steps, and claim the tensors that it
+        holds.
+        """
         self.claim_owned(train_engine)
         self.enter("forward")
         self.last_of_init = self.segment - 1
-        optimizer, inner = train_engine.engine.optimizer, train_engine.engine.basic_optimizer
 
         def enter(phase: str) -> None:
-            if phase in (
-                "optimizer",
-                "forward",
-            ):  # when all gradients exist, and after they have been used
+            # When all gradients exist, and after they have been used.
+            if phase in ("optimizer", "forward"):
                 self.claim_owned(train_engine)
             self.enter(phase)
 
         with ExitStack() as stack:
-            for name in BUCKET_METHODS:
-                if hasattr(optimizer, name):
-                    scoped = self._scoped(getattr(optimizer, name), "ZeRO buckets")
-                    stack.enter_context(replaced(optimizer, name, scoped))
-            if hasattr(optimizer, "reduce_ready_partitions_and_remove_grads"):
-                reduce = optimizer.reduce_ready_partitions_and_remove_grads
-
-                def claim_first(parameter, *args, **kwargs):
-                    # Each gradient has a separate storage only until it is copied into a bucket.
-                    self.claim("gradients", [parameter.grad])
-                    return reduce(parameter, *args, **kwargs)
-
-                stack.enter_context(
-                    replaced(optimizer, "reduce_ready_partitions_and_remove_grads", claim_first)
-                )
-            if is_offloaded(optimizer):
-                stack.enter_context(replaced(inner, "step", self._scoped(inner.step, HOST)))
+            self._follow_optimizer(train_engine, stack)
             kept = train_engine.objective.register_forward_hook(self._claim_cached)
             stack.callback(kept.remove)
             stack.enter_context(phases(train_engine, enter))
             yield
 
+    def _follow_optimizer(self, train_engine: TrainEngine, stack: ExitStack) -> None:
+        optimizer, inner = train_engine.engine.optimizer, train_engine.engine.basic_optimizer
+        for name in BUCKET_METHODS:
+            if hasattr(optimizer, name):
+                scoped = self._scoped(getattr(optimizer, name), "ZeRO buckets")
+                stack.enter_context(replaced(optimizer, name, scoped))
+        name = "reduce_ready_partitions_and_remove_grads"
+        if hasattr(optimizer, name):
+            reduce = getattr(optimizer, name)
+
+            def claim_first(parameter: nn.Parameter, *args: object, **kwargs: object) -> None:
+                # Each gradient has a separate storage only until it is copied into a bucket.
+                self.claim("gradients", [parameter.grad])
+                return reduce(parameter, *args, **kwargs)
+
+            stack.enter_context(replaced(optimizer, name, claim_first))
+        if is_offloaded(optimizer):
+            stack.enter_context(replaced(inner, "step", self._scoped(inner.step, HOST)))
+
     @contextmanager
     def attach_to_training(self, train_engine: TrainEngine) -> Iterator[None]:
         """As `attach`; each batch that the objective receives is also claimed, as "data"."""
-        hook = train_engine.objective.register_forward_pre_hook(
-            lambda _, inputs: self.claim(
-                "data", vars(inputs[0].batch).values() if hasattr(inputs[0], "batch") else ()
-            )
-        )
+
+        def claim_batch(module: nn.Module, inputs: tuple) -> None:
+            if hasattr(inputs[0], "batch"):
+                self.claim("data", vars(inputs[0].batch).values())
+
+        hook = train_engine.objective.register_forward_pre_hook(claim_batch)
         try:
             with self.attach(train_engine):
                 yield
         finally:
             hook.remove()
 
-    def _claim_cached(self, module: Any, inputs: Any, output: Any) -> None:
+    def _claim_cached(self, module: nn.Module, inputs: tuple, output: object) -> None:
         if isinstance(output, PairFeatures):
             self.claim("cached features", output.tensors())
 
-    def _category(self, block: int) -> str:
-        if block in self.claims:
-            return self.claims[block]
-        phase, segment, recomputed = self.born[block]
-        ended = self.ended.get(block)
-        if phase in ("forward", "loss") or recomputed:
-            return "temporaries" if ended == segment else "activations student"
-        if phase == "init" and (ended is None or ended > self.last_of_init):
+    def _category(self, block: Allocation) -> str:
+        if block.category is not None:
+            return block.category
+        if block.phase in ("forward", "loss") or block.recomputed:
+            return "temporaries" if block.ended == block.segment else "activations student"
+        if block.phase == "init" and (block.ended is None or block.ended > self.last_of_init):
             return "ZeRO buckets"  # what the engine allocates once and keeps
         return "temporaries"
 
     def events(self, host: bool = True) -> list[Event]:
         """All recorded events. `host`: include what an offloaded optimizer keeps in host memory."""
-        renamed = {HOST: "optimizer states"}
-        hidden = set() if host else {HOST}
-        categories = [self._category(block) for block in range(len(self.ops))]
-        return [
-            Event(
-                block,
-                size,
-                renamed.get(categories[block], categories[block]),
-                phase,
-                self.ops[block],
-            )
-            for block, size, phase in self.log
-            if categories[block] not in hidden
-        ]
+        categories = [self._category(block) for block in self.blocks]
+        events = []
+        for block, size, phase in self.log:
+            category = categories[block]
+            if category == HOST:
+                if not host:
+                    continue
+                category = "optimizer states"
+            events.append(Event(block, size, category, phase, self.blocks[block].op))
+        return events

@@ -22,7 +22,7 @@ from ds_cmli.config.options import DEFAULT_JSON
 from ds_cmli.config.presets import load_preset
 from ds_cmli.config.schema import Config
 from ds_cmli.memory import predict_subprocess
-from ds_cmli.memory.predict import DEFAULT_GPU, Prediction, predict
+from ds_cmli.memory.predict import DEFAULT_GPU, Options, Prediction, predict
 from ds_cmli.memory.report import gigabytes
 from profiling.baselines import broadcast_scores, materialised_scores
 from profiling.document.compare import Row, free_bytes, processes
@@ -133,7 +133,7 @@ def document_rows(
                 document_json(variant.checkpointing),
                 s.P,
                 gpu=gpu,
-                scores=variant.scores,
+                options=Options(scores=variant.scores),
             ).result()
             if variant.name == "ours" and not variant.checkpointing:
                 ours = prediction
@@ -199,7 +199,7 @@ def whole_step(
     with predicting() as pool:
         # The measurement uses a fake process group as well, whose collectives copy nothing.
         submitted = pool.submit(
-            predict, config, ds_config, world_size, target=device, backend="fake"
+            predict, config, ds_config, world_size, target=device, options=Options(backend="fake")
         )
         prediction = submitted.result()
     needed, free = prediction.report.totals["requested"], free_bytes(device)

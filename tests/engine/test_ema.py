@@ -22,7 +22,7 @@ from ds_cmli.distributed import process_group as distributed
 from ds_cmli.engine.ema import EMA
 from ds_cmli.evaluate.embed import image_embeddings, text_embeddings
 from ds_cmli.faults.preemption import Preempted
-from ds_cmli.memory.predict import longest_batch, predict, without_weights
+from ds_cmli.memory.predict import Options, longest_batch, predict, without_weights
 from profiling.measure_cpu import measure
 from tests.conftest import spawn
 
@@ -140,7 +140,7 @@ def test_predicted_equals_the_allocator(stage, precision, ranks, zero):
     distributed.shutdown()
     config = load_preset("tiny", {"student": STUDENT, "optim": {"ema_decay": DECAY}})
     json = {"optimizer": {"type": "AdamW", "params": {"torch_adam": True}}, **ds_json(stage, precision, 1, **zero)}
-    predicted = predict(config, copy.deepcopy(json), ranks, target="cpu", backend="fake").report
+    predicted = predict(config, copy.deepcopy(json), ranks, target="cpu", options=Options(backend="fake")).report
     measured = measure(config, json, ranks)
     assert abs(predicted.totals["requested"] - measured.totals["requested"]) <= 16
     found = predicted.categories

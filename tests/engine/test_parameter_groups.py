@@ -11,7 +11,7 @@ from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.presets import load_preset
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.engine.parameter_groups import counts_line, factor, parameter_groups
-from ds_cmli.memory.predict import longest_batch, predict, without_weights
+from ds_cmli.memory.predict import Options, longest_batch, predict, without_weights
 from profiling.measure_cpu import measure
 
 FROZEN = {"student": {"freeze_image": 1, "freeze_text": 2}}  # of two layers each
@@ -109,6 +109,6 @@ def test_frozen_parameters_stay_and_all_others_move_with_their_rates(stage, chec
 def test_predicted_with_frozen_layers_and_rates_equals_the_allocator(stage, checkpointing, ranks):
     config = load_preset("tiny", {**FROZEN, **RATES})
     json = ds_json(stage, checkpointing)
-    predicted = predict(config, json, ranks, target="cpu", backend="fake").report
+    predicted = predict(config, json, ranks, target="cpu", options=Options(backend="fake")).report
     measured = measure(config, json, ranks)
     assert abs(predicted.totals["requested"] - measured.totals["requested"]) <= 16

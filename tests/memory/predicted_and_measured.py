@@ -11,7 +11,7 @@ from ds_cmli.common import quiet
 quiet.silence()
 
 from ds_cmli.config.presets import load_preset  # noqa: E402
-from ds_cmli.memory.predict import predict  # noqa: E402
+from ds_cmli.memory.predict import Options, predict  # noqa: E402
 from profiling.measure_cpu import measure  # noqa: E402
 
 BAR = 0.005
@@ -56,7 +56,8 @@ def main() -> int:
         weights = dict.fromkeys(losses, 1.0)
         config = load_preset(preset, {"optim": {"micro_batch": batch}, "loss": {"weights": weights}})
         measured = measure(config, ds_config, world_size).totals["requested"]
-        predicted = predict(config, ds_config, world_size, target="cpu", backend="fake").report.totals["requested"]
+        options = Options(backend="fake")
+        predicted = predict(config, ds_config, world_size, target="cpu", options=options).report.totals["requested"]
         error = predicted / measured - 1
         missed += abs(error) > BAR
         print(

@@ -26,7 +26,7 @@ from ds_cmli.common.cli import leave  # noqa: E402
 from ds_cmli.config.presets import load_preset  # noqa: E402
 from ds_cmli.distributed.traffic import Traffic  # noqa: E402
 from ds_cmli.memory.inputs import likeliest  # noqa: E402
-from ds_cmli.memory.predict import predict  # noqa: E402
+from ds_cmli.memory.predict import Options, predict  # noqa: E402
 from profiling.measure_cpu import counted_traffic, measure_phases  # noqa: E402
 from tests.conftest import free_port  # noqa: E402
 
@@ -95,7 +95,7 @@ def _predict(world_size: int, *each) -> tuple[dict[str, int], dict]:
     traffic = Traffic()
     watch = lambda train_engine, step: traffic.counting() if step else nullcontext()  # noqa: E731
     rank = likeliest(each[1], world_size)
-    report = predict(*setting(*each), world_size, target="cpu", rank=rank, watch=watch).report
+    report = predict(*setting(*each), world_size, target="cpu", rank=rank, options=Options(watch=watch)).report
     return report.phases, traffic.counts
 
 

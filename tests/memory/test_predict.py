@@ -25,7 +25,7 @@ from ds_cmli.distributed import process_group as distributed
 from ds_cmli.memory import search
 from ds_cmli.memory.fake import Answers, fake_world
 from ds_cmli.memory.inputs import NotPredictable, longest_batch, without_weights
-from ds_cmli.memory.predict import DEFAULT_GPU, predict
+from ds_cmli.memory.predict import DEFAULT_GPU, Options, predict
 from ds_cmli.memory.report import CATEGORIES, gigabytes
 from ds_cmli.memory.tracker import Tracker
 from profiling.measure_cpu import measure
@@ -79,7 +79,7 @@ def preset(name="tiny", batch=8, losses=ALL, **overrides):
     ],
 )
 def test_predicted_equals_the_allocator(config, ds_config, world_size):
-    predicted = predict(config, ds_config, world_size, target="cpu", backend="fake").report
+    predicted = predict(config, ds_config, world_size, target="cpu", options=Options(backend="fake")).report
     measured = measure(config, ds_config, world_size)
     ours, theirs = predicted.totals["requested"], measured.totals["requested"]
     print(f"predicted {ours:,} B, measured {theirs:,} B: {ours - theirs:+,} B")
@@ -459,7 +459,7 @@ def test_relative_attention_is_predicted_where_gradients_are_scattered_in_place(
         "pos_att_type": ["p2c", "c2p"],
     }
     config = preset(student={"text_model": "deberta-v2", "text_overrides": sizes})
-    predicted = predict(config, ds_json(1), 1, target="cpu", backend="fake").report.phases
+    predicted = predict(config, ds_json(1), 1, target="cpu", options=Options(backend="fake")).report.phases
     measured = measure(config, ds_json(1), 1).phases
     for phase, size in measured.items():
         assert abs(predicted[phase] - size) <= 2 * SCALARS, phase

@@ -34,7 +34,7 @@ def predicted(setting, monkeypatch, *, whole):
     with monkeypatch.context() as patch:
         if whole:
             patch.setattr(module, "Repeated", lambda *arguments: Probe())
-        found = module.predict(config, ds_config, ranks, target=target, watch=watch)
+        found = module.predict(config, ds_config, ranks, target=target, options=module.Options(watch=watch))
     return found, traffic.counts, len(forwards)
 
 
@@ -85,9 +85,11 @@ def test_uniform_loops_are_those_of_all_their_turns(
         traffic = Traffic()
         prediction = module.predict(
             load_preset("tiny", {"loss": loss, "optim": optim}), ds_config, ranks, target=target,
-            watch=lambda train_engine, step, traffic=traffic: traffic.counting() if step else nullcontext(),
+            options=module.Options(
+                watch=lambda train_engine, step, traffic=traffic: traffic.counting() if step else nullcontext()
+            ),
         )  # fmt: skip
-        report = prediction.report  # the timeline is shorter
+        report = prediction.report
         found.append((report.phases, report.categories, report.totals, traffic.counts, len(prediction.events)))
     assert found[0][:-1] == found[1][:-1]
     assert found[0][-1] < found[1][-1]

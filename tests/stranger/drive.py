@@ -17,7 +17,7 @@ from ds_cmli.data.batch import Sample
 from ds_cmli.evaluate.command import command as evaluate
 from ds_cmli.export.__main__ import command as export
 from ds_cmli.inference import Model
-from ds_cmli.memory.predict import predict
+from ds_cmli.memory.predict import Options, predict
 from profiling.measure_cpu import measure
 from tests.drive_train import drive as train
 from tests.metrics_file import metrics
@@ -69,5 +69,5 @@ def check_memory(run: Path) -> None:
         "bf16": {"enabled": True},
     }
     measured = measure(config, ds_config, 2).totals["requested"]
-    predicted = predict(config, ds_config, 2, target="cpu", backend="fake").report.totals["requested"]
+    predicted = predict(config, ds_config, 2, target="cpu", options=Options(backend="fake")).report.totals["requested"]
     assert abs(predicted - measured) <= SCALARS

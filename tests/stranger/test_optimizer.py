@@ -12,7 +12,7 @@ from ds_cmli.config import optimizers
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.json_values import number
 from ds_cmli.config.presets import load_preset
-from ds_cmli.memory.predict import predict
+from ds_cmli.memory.predict import Options, predict
 from profiling.measure_cpu import measure
 from tests.config.test_mistakes import pairs
 from tests.drive_train import drive
@@ -92,7 +92,7 @@ def test_its_memory_is_predicted_but_for_a_few_numbers():
     config = load_preset("tiny", {"optim": {"micro_batch": 4}})
     asked = content(2)
     asked["zero_optimization"]["reduce_bucket_size"] = 100_000
-    predicted = predict(config, asked, 1, target="cpu", backend="fake").report
+    predicted = predict(config, asked, 1, target="cpu", options=Options(backend="fake")).report
     measured = measure(config, asked, 1)
     assert 0 <= measured.totals["requested"] - predicted.totals["requested"] < SCALARS
     assert predicted.categories["optimizer states"] == measured.categories["optimizer states"] > 0
