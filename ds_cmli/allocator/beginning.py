@@ -12,11 +12,19 @@ import re
 from bisect import bisect_left, insort
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any
 
 from ds_cmli.allocator.blocks import DEFAULT_POOL, MIN_BLOCK, SMALL_REQUEST, SMALL_SEGMENT, Settings
 from ds_cmli.allocator.ranges import find_ranges
-from ds_cmli.allocator.state import Entry, Mapped, Snapshot, State, entries, joined, range_with
+from ds_cmli.allocator.state import (
+    Entry,
+    Mapped,
+    Record,
+    Snapshot,
+    State,
+    entries,
+    joined,
+    range_with,
+)
 from ds_cmli.common.errors import UserError
 
 LIVE = ("active_allocated", "active_pending_free", "active_awaiting_free")
@@ -67,7 +75,7 @@ def beginning(snapshot: Snapshot, device: int) -> State:
     return state
 
 
-def _add_segment(state: State, segment: dict[str, Any]) -> None:
+def _add_segment(state: State, segment: Record) -> None:
     """Add a segment of the snapshot, with its live blocks."""
     address, size = segment["address"], segment["total_size"]
     pool = tuple(segment.get("segment_pool_id") or DEFAULT_POOL)
@@ -168,7 +176,7 @@ def _settings(snapshot: Snapshot, device: int) -> Settings:
     )
 
 
-def _divisions(recorded: dict[str, Any], device: int) -> int:
+def _divisions(recorded: Record, device: int) -> int:
     divisions = recorded.get("roundup_power2_divisions")
     given = list(divisions.values()) if isinstance(divisions, dict) else [divisions]
     numbers = [number or 0 for number in given] or [0]
@@ -181,7 +189,7 @@ def _divisions(recorded: dict[str, Any], device: int) -> int:
     return numbers[0]
 
 
-def _check_sizes(recorded: dict[str, Any], device: int) -> None:
+def _check_sizes(recorded: Record, device: int) -> None:
     conf = recorded.get("PYTORCH_CUDA_ALLOC_CONF") or recorded.get("PYTORCH_ALLOC_CONF") or ""
     sizes = r"(large_segment_size_mb|max_non_split_rounding_mb)\s*:\s*(\w+)"
     for name, size in re.findall(sizes, str(conf)):

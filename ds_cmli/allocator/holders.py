@@ -4,10 +4,9 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from ds_cmli.allocator.beginning import LIVE
-from ds_cmli.allocator.state import Snapshot, State
+from ds_cmli.allocator.state import Record, Snapshot, State
 
 BEFORE, NO_STACK = "from before the recording", "without a recorded stack"
 LIBRARIES = ("/torch/", "/site-packages/", "/dist-packages/", "/lib/python", "<frozen ")
@@ -75,7 +74,7 @@ def _live_before(snapshot: Snapshot, device: int, start: State) -> dict[int, tup
     return live
 
 
-def _blocks(snapshot: Snapshot, device: int) -> Iterator[tuple[int, dict[str, Any]]]:
+def _blocks(snapshot: Snapshot, device: int) -> Iterator[tuple[int, Record]]:
     for segment in snapshot["segments"]:
         if segment.get("device", 0) == device:
             address = segment["address"]
@@ -84,7 +83,7 @@ def _blocks(snapshot: Snapshot, device: int) -> Iterator[tuple[int, dict[str, An
                 address += block["size"]
 
 
-def _name(entry: dict[str, Any]) -> str:
+def _name(entry: Record) -> str:
     """The entry's category if it has one, or else the innermost line of a user in its stack."""
     category = entry.get("category")
     if isinstance(category, str):
@@ -108,7 +107,7 @@ def _name(entry: dict[str, Any]) -> str:
     return f"{file}:{frame.get('line', '?')} {frame.get('name', '')}".strip()
 
 
-def _file(frame: dict[str, Any]) -> str:
+def _file(frame: Record) -> str:
     return str(frame.get("filename", ""))
 
 
@@ -116,7 +115,7 @@ def _is_library(file: str) -> bool:
     return any(part in file for part in LIBRARIES)
 
 
-def _operator(frames: list[dict[str, Any]]) -> str:
+def _operator(frames: list[Record]) -> str:
     """What a stack without Python runs.
 
     That is a node of autograd, as in the threads of the backward pass, or an operator.

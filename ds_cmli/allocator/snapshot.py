@@ -15,12 +15,11 @@ import re
 import reprlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 from ds_cmli.allocator.allocator import Replay, replay
 from ds_cmli.allocator.beginning import LIVE
 from ds_cmli.allocator.blocks import Block, Event, Segment
-from ds_cmli.allocator.state import Snapshot
+from ds_cmli.allocator.state import Record, Snapshot
 from ds_cmli.common.errors import UserError
 
 ENTRY: dict[str, type] = {"action": str, "addr": int, "size": int, "stream": int}
@@ -76,7 +75,7 @@ def _mapped(segment: Segment) -> Iterator[list[Block]]:
             yield list(blocks)
 
 
-def _segment(blocks: list[Block]) -> dict[str, Any]:
+def _segment(blocks: list[Block]) -> Record:
     segment = blocks[0].segment
     size = sum(block.size for block in blocks)
     in_use = sum(block.size for block in blocks if block.requested)
@@ -96,7 +95,7 @@ def _segment(blocks: list[Block]) -> dict[str, Any]:
     }
 
 
-def _block(block: Block) -> dict[str, Any]:
+def _block(block: Block) -> Record:
     return {
         "address": block.address,
         "size": block.size,
@@ -106,7 +105,7 @@ def _block(block: Block) -> dict[str, Any]:
     }
 
 
-def frames(event: Event | None) -> list[dict[str, Any]]:
+def frames(event: Event | None) -> list[Record]:
     """A stack for the viewer, innermost frame first: operator, category, phase."""
     if event is None:
         return []
@@ -175,11 +174,11 @@ def _fill_in(content: object) -> None:
             segment.setdefault("stream", *streams.values())
 
 
-def _dictionaries(value: object) -> list[dict[str, Any]]:
+def _dictionaries(value: object) -> list[Record]:
     return [one for one in value if isinstance(one, dict)] if isinstance(value, list) else []
 
 
-def _read_numbers(values: dict[str, Any], *keys: str) -> None:
+def _read_numbers(values: Record, *keys: str) -> None:
     for key in keys:
         text = values.get(key)
         if isinstance(text, str) and re.fullmatch(NUMBER, text):

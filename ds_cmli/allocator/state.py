@@ -9,8 +9,9 @@ from ds_cmli.allocator.allocator import CachingAllocator
 from ds_cmli.allocator.blocks import DEFAULT_POOL, DEFAULTS, Block, Pool, Segment, Settings, rounded
 from ds_cmli.allocator.expandable import ExpandableAllocator, Key
 
+Record = dict[str, Any]  # a segment, block, event or stack frame in a snapshot
 Snapshot = dict[str, Any]  # as `torch.cuda.memory._snapshot()` returns it
-Trace = list[dict[str, Any]]  # the history of one device in it
+Trace = list[Record]  # the history of one device in it
 
 
 class Entry(NamedTuple):
@@ -27,7 +28,7 @@ def entries(trace: Trace) -> list[Entry]:
     return [_entry(event) for event in trace]
 
 
-def _entry(event: dict[str, Any]) -> Entry:
+def _entry(event: Record) -> Entry:
     pool = event.get("pool_id") or None
     if pool is not None:
         pool = tuple(pool)

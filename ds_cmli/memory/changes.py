@@ -101,13 +101,13 @@ class Step:
         if stage and self._buckets_are_large():
             tried.append([BUCKET])
         if self.world_size > 1:
-            tried += [[zero_stage(higher)] for higher in range(stage + 1, 4)]
+            for higher in range(stage + 1, 4):
+                tried.append([zero_stage(higher)])
         if self.gpu and stage and "offload_optimizer" not in zero:
             tried.append([OFFLOAD])
         smaller = self._smaller_batches()
-        tried += [[batch] for batch in smaller]
-        if same:
-            tried += [[*same, batch] for batch in smaller]
+        for before in ([], same) if same else ([],):
+            tried += [[*before, batch] for batch in smaller]
         out = []
         for parts in tried:
             with suppress(UserError):  # not every optimizer supports every stage, or offload

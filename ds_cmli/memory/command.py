@@ -17,6 +17,7 @@ import click
 from ds_cmli.common.cli import GroupedCommand, option, run_command
 from ds_cmli.common.errors import UserError
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
+from ds_cmli.config.json_values import JsonObject
 from ds_cmli.config.options import WHAT, add, resolve_config, tell_beside_json
 from ds_cmli.config.schema import Config
 
@@ -133,7 +134,7 @@ class Asked:
             )
 
 
-def single(config: Config, ds_config: DeepSpeedConfig, asked: Asked) -> dict[str, Any]:
+def single(config: Config, ds_config: DeepSpeedConfig, asked: Asked) -> JsonObject:
     """Predict one setting, or find the largest micro-batch that fits. Returns the report."""
     from ds_cmli.allocator import gpus
     from ds_cmli.memory import search
@@ -169,7 +170,7 @@ def single(config: Config, ds_config: DeepSpeedConfig, asked: Asked) -> dict[str
 
 def grid(
     config: Config, ds_config: DeepSpeedConfig, asked: Asked, axes: dict[str, list[int]]
-) -> list[dict[str, Any]]:
+) -> list[JsonObject]:
     """Print the bytes on the device as they are found, then as a table.
 
     The table has the first axis in rows, the others in columns. Returns the points' reports.
@@ -185,7 +186,7 @@ def grid(
     from ds_cmli.memory.report import gigabytes
 
     gpu = asked.gpu or DEFAULT_GPU
-    reports: list[dict[str, Any]] = []
+    reports: list[JsonObject] = []
     device: dict[tuple[int, ...], int] = {}
     total = gpus.find(gpu).total.bytes
     ranks = asked.world_size

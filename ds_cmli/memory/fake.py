@@ -137,14 +137,12 @@ class SharesOfRanks(TorchFunctionMode):
 
     def __init__(self, another: Another | None = None) -> None:
         super().__init__()
-        self.last: tuple[Any, int, Any] | None = (
-            None  # (weakly: a buffer; a length; weakly: the view)
-        )
+        # The last view: its buffer, its length, and itself, both tensors only weakly.
+        self.last: tuple[weakref.ref[Tensor], int, weakref.ref[Tensor]] | None = None
         self.another = another
         self.empty: dict[tuple, Tensor] = {}
-        self.ends: list[
-            Callable[[], Any]
-        ] = []  # each frees an empty tensor, or the block that stands for one
+        # Each frees an empty tensor, or the block that stands for one.
+        self.ends: list[Callable[[], object]] = []
 
     def __exit__(self, *error):
         super().__exit__(*error)
@@ -168,7 +166,7 @@ class SharesOfRanks(TorchFunctionMode):
                     return torch.cat([first[:1].expand(size)])
         return func(*args, **(kwargs or {}))
 
-    def _empty(self, args: tuple, options: dict[str, Any]) -> Tensor:
+    def _empty(self, args: tuple, options: dict[str, object]) -> Tensor:
         key = (args, *options.items())
         if key in self.empty:
             assert self.another is not None

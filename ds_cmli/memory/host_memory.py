@@ -102,9 +102,13 @@ def flattened_where_there_is_room(tracker: Tracker, free: Callable[[], int]) -> 
 
     def flattened(flatten: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def run(
-            optimizer: object, tensors: list[Tensor], alignment: int, **options: bool
+            optimizer: object,
+            tensors: list[Tensor],
+            alignment: int,
+            use_cpu_data: bool = False,
+            **options: object,
         ) -> Tensor:
-            if not options.pop("use_cpu_data", False):
+            if not use_cpu_data:
                 return flatten(optimizer, tensors, alignment, **options)
             with tracker.paused():
                 flat = flatten(optimizer, tensors, alignment, use_cpu_data=True, **options)

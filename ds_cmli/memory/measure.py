@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -13,6 +12,7 @@ from torch import nn
 from ds_cmli.allocator import gpus
 from ds_cmli.common.cli import say
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
+from ds_cmli.config.json_values import JsonObject
 from ds_cmli.config.schema import Config
 from ds_cmli.data.batch import Batch
 from ds_cmli.distributed import process_group as distributed
@@ -24,15 +24,16 @@ from ds_cmli.memory.tracker import Tracker
 
 PREDICTION_S = 600  # the most seconds that the ranks wait for the prediction
 FILE, SNAPSHOT = "memory.json", "memory-snapshot.pickle"
-Json = dict[str, Any]
+# By part of the report and figure: "bytes" and "ratio".
+Differences = dict[str, dict[str, dict[str, float]]]
 
 
-def differences(predicted: Json, measured: Json) -> dict[str, dict[str, dict[str, float]]]:
+def differences(predicted: JsonObject, measured: JsonObject) -> Differences:
     """Predicted minus measured bytes and their ratio, for every figure that both reports have.
 
     The reports are as `Report.to_dict` returns them.
     """
-    out: dict[str, dict[str, dict[str, float]]] = {}
+    out: Differences = {}
     for part in ("totals", "phases", "categories"):
         out[part] = {}
         for name in predicted[part]:
@@ -120,7 +121,7 @@ class Measurement:
     def close(self) -> None:
         self._measuring.close()
 
-    def report(self, setting: Json) -> Report:
+    def report(self, setting: JsonObject) -> Report:
         """The report of the steps that were measured; `setting` says what they are."""
         device = self.train_engine.device
         cuda = device.type == "cuda"
@@ -171,7 +172,7 @@ def _lengths(batch: Batch) -> tuple[int, list[int]]:
 def _write(folder: Path, answer: predict_subprocess.Answer, measured: Report) -> None:
     if measured.source != "measured: CPU allocator":
         measure_cuda.save_snapshot(folder / SNAPSHOT)
-    content: Json = {"prediction": answer.report, "measurement": measured.to_dict()}
+    content: JsonObject = {"prediction": answer.report, "measurement": measured.to_dict()}
     content["differences"] = None
     if answer.report is not None:
         content["differences"] = differences(answer.report, content["measurement"])

@@ -7,14 +7,13 @@ operators) is added to "temporaries".
 
 import os
 import pickle
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from ds_cmli import engine
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
+from ds_cmli.config.json_values import JsonObject, Section
 from ds_cmli.config.schema import Config
 from ds_cmli.memory.fake import process_group
 from ds_cmli.memory.inputs import longest_batch, without_weights
@@ -23,7 +22,7 @@ from ds_cmli.memory.report import Report, summarise
 from ds_cmli.memory.tracker import Tracker
 
 
-def measure(config: Config, ds_config: Mapping[str, Any], world_size: int = 1) -> Report:
+def measure(config: Config, ds_config: Section, world_size: int = 1) -> Report:
     """Memory of rank 0's first two optimizer steps on this GPU; arguments as in `predict`.
 
     The other ranks are simulated by a fake process group, whose collectives transfer nothing. The
@@ -50,9 +49,7 @@ def measure(config: Config, ds_config: Mapping[str, Any], world_size: int = 1) -
     return combined(tracked, totals, setting, f"measured: {name}")
 
 
-def combined(
-    tracked: Report, totals: dict[str, int], setting: dict[str, Any], source: str
-) -> Report:
+def combined(tracked: Report, totals: dict[str, int], setting: JsonObject, source: str) -> Report:
     """A report of the tracker's categories, which add up to "requested", and the measured
     totals.
     """

@@ -18,11 +18,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
+from ds_cmli.config.json_values import JsonObject
 from ds_cmli.config.schema import Config
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.faults.watchdog import Watchdog
@@ -217,7 +217,7 @@ def advise(step: Step, room: int | None, snapshot: str) -> list[str]:
     return lines
 
 
-def table(report: dict[str, Any]) -> list[str]:
+def table(report: JsonObject) -> list[str]:
     """The lines of a prediction: bytes by category, largest first, and the predicted peak."""
     terms = sorted(((n, name) for name, n in report["categories"].items() if n), reverse=True)
     lines = [f"{name:<20} {n:>16,} B" for n, name in terms]

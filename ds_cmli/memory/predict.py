@@ -6,11 +6,11 @@ created in the first.
 """
 
 import gc
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from ds_cmli.allocator.blocks import Event
 from ds_cmli.cmli.token_keep import kept
 from ds_cmli.common.probe import probe
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
+from ds_cmli.config.json_values import JsonObject, Section
 from ds_cmli.config.schema import Config, check, choice
 from ds_cmli.data.batch import Batch
 from ds_cmli.distributed.traffic import Traffic
@@ -95,7 +96,7 @@ PLAIN = Options()
 
 def predict(
     config: Config,
-    ds_config: Mapping[str, Any],
+    ds_config: Section,
     world_size: int,
     *,
     gpu: str = DEFAULT_GPU,
@@ -205,7 +206,7 @@ def _resolve(
     return _Resolved(config, json, vocab_size, rank)
 
 
-def _setting(here: _Resolved) -> dict[str, Any]:
+def _setting(here: _Resolved) -> JsonObject:
     config, json, rank = here.config, here.json, here.rank
     return {
         "preset": config.run.preset,

@@ -9,7 +9,7 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from ds_cmli.common.errors import UserError
+from ds_cmli.config.json_values import JsonObject, Section
 from ds_cmli.config.schema import Config
 from ds_cmli.distributed.launchers import environment_without_rank
 
@@ -34,7 +35,7 @@ def without_gpu() -> dict[str, str]:
 @dataclass(frozen=True)
 class Request:
     config: Config
-    ds_config: Mapping[str, Any]  # with or without "auto" values
+    ds_config: Section  # with or without "auto" values
     world_size: int
     target: str = "cuda"  # or "cpu"
     rank: int = 0
@@ -42,14 +43,14 @@ class Request:
     texts: Sequence[Any] | None = None  # as in `predict`
     snapshot: str = ""  # a file to write the prediction to, for PyTorch's memory viewer; "": none
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> JsonObject:
         values = dict(vars(self))
         return values | {"config": self.config.to_dict(), "ds_config": dict(self.ds_config)}
 
 
 @dataclass(frozen=True)
 class Answer:
-    report: dict[str, Any] | None  # from `Report.to_dict`; None: the prediction failed
+    report: JsonObject | None  # from `Report.to_dict`; None: the prediction failed
     failed: str = ""  # the reason, if there is no report
     fails: bool = False  # whether a training run would fail for that reason, too
 
@@ -105,7 +106,7 @@ class Predictor:
         self.close()
 
 
-def answer(request: dict[str, Any]) -> Answer:
+def answer(request: JsonObject) -> Answer:
     from ds_cmli.allocator import snapshot
     from ds_cmli.memory.inputs import NotPredictable
     from ds_cmli.memory.predict import DEFAULT_GPU, Options, predict

@@ -291,7 +291,7 @@ def _like(model: Allocation, phase: str, segment: int) -> Allocation:
     return replace(model, phase=phase, segment=segment, ended=None)
 
 
-def _map(value: Any, function: Callable, kind: type = Tensor) -> Any:
+def _map(value: object, function: Callable, kind: type = Tensor) -> Any:
     """`value` with each instance of `kind` in it replaced by `function` of it."""
     if isinstance(value, kind):
         return function(value)

@@ -7,10 +7,11 @@ allocator handed out for it (rounded up), "reserved" what the allocator took fro
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ds_cmli.allocator.blocks import Event
 from ds_cmli.common import plots
+from ds_cmli.config.json_values import JsonObject
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -39,7 +40,7 @@ PHASES = ("init", "forward", "loss", "backward", "optimizer")
 
 @dataclass
 class Report:
-    setting: dict[str, Any]  # preset, world size, batch and so on, for the report's readers
+    setting: JsonObject  # preset, world size, batch and so on, for the report's readers
     source: str  # "predicted", "measured: CPU allocator", "measured: NVIDIA A10G", ...
     # Live at the moment of the requested peak; they add up to totals["requested"].
     categories: dict[str, int]
@@ -48,14 +49,14 @@ class Report:
     totals: dict[str, int]
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "Report":
+    def from_dict(cls, values: JsonObject) -> "Report":
         return cls(**values)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> JsonObject:
         return dict(vars(self))
 
 
-def summarise(events: Iterable[Event], setting: dict[str, Any], source: str) -> Report:
+def summarise(events: Iterable[Event], setting: JsonObject, source: str) -> Report:
     """Compute the live bytes by category at the peak of `events`, and the peak of each phase.
 
     A phase's peak includes what was live when it began.

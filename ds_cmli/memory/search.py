@@ -1,9 +1,8 @@
 """Questions that take several predictions: a grid of settings, the largest batch that fits."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import product
-from typing import Any
 
 import numpy as np
 
@@ -11,6 +10,7 @@ from ds_cmli import engine
 from ds_cmli.allocator import gpus
 from ds_cmli.allocator.allocator import replay
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
+from ds_cmli.config.json_values import Section
 from ds_cmli.config.schema import Config, check, choice
 from ds_cmli.memory.changes import Change, Shortage, Step
 from ds_cmli.memory.inputs import candidates, likeliest
@@ -51,7 +51,7 @@ def parse_axes(texts: tuple[str, ...], micro_batch: int, world_size: int) -> dic
     return {name: values or usual[name] for name, values in axes.items()}
 
 
-def with_batch(ds_config: Mapping[str, Any], micro_batch: int) -> DeepSpeedConfig:
+def with_batch(ds_config: Section, micro_batch: int) -> DeepSpeedConfig:
     """The DeepSpeed JSON with this micro-batch and its accumulation, without a total batch size."""
     return DeepSpeedConfig.of(ds_config).replaced(
         train_batch_size=None, train_micro_batch_size_per_gpu=micro_batch
@@ -60,7 +60,7 @@ def with_batch(ds_config: Mapping[str, Any], micro_batch: int) -> DeepSpeedConfi
 
 def sweep(
     config: Config,
-    ds_config: Mapping[str, Any],
+    ds_config: Section,
     world_size: int,
     axes: dict[str, list[int]],
     gpu: str = DEFAULT_GPU,
@@ -84,7 +84,7 @@ def sweep(
 
 def predict_largest(
     config: Config,
-    ds_config: Mapping[str, Any],
+    ds_config: Section,
     world_size: int,
     target: str = "cuda",
     gpu: str = DEFAULT_GPU,
@@ -231,7 +231,7 @@ class Fitting:
 
 def fit(
     config: Config,
-    ds_config: Mapping[str, Any],
+    ds_config: Section,
     world_size: int,
     room: int,
     *,

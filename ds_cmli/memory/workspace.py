@@ -139,12 +139,20 @@ def cmli_scratch_bytes(
         first_text: the place of the first text of `args` among those of all ranks.
     """
     forward = func is torch.ops.ds_cmli.cmli_forward.default
-    image, text, token_mask, image_mask = args[:4] if forward else args[2:6]
+    if forward:
+        image, text, token_mask, image_mask, backend, scratch_bytes, save_argmax = args[:7]
+        recompute = not save_argmax
+    else:
+        image, text, token_mask, image_mask, argmax = args[2:7]
+        backend, scratch_bytes = args[8:10]
+        recompute = not argmax.numel()
     (I, N, D), (J, M, _) = image.shape, text.shape  # noqa: E741
-    backend, scratch_bytes = args[4:6] if forward else args[8:10]
-    fake = isinstance(token_mask, FakeTensor)
-    lengths = None
-    if text_lengths:
+    lengths, image_lengths = None, None
+    if not isinstance(token_mask, FakeTensor):
+        lengths = token_mask.sum(1).tolist()  # CPU-GPU sync
+        if image_mask is not None:
+            image_lengths = image_mask.sum(1).tolist()
+    elif text_lengths:
         lengths = [text_lengths[(first_text + j) % len(text_lengths)] for j in range(J)]
     peak = cmli_peak_bytes(
         I,
@@ -154,10 +162,10 @@ def cmli_scratch_bytes(
         D,
         image.dtype,
         backend=backend,
-        recompute=not args[6] if forward else not args[6].numel(),
+        recompute=recompute,
         scratch_bytes=scratch_bytes,
-        text_lengths=lengths if fake else token_mask.sum(1).tolist(),  # CPU-GPU sync
-        image_lengths=None if image_mask is None or fake else image_mask.sum(1).tolist(),
+        text_lengths=lengths,
+        image_lengths=image_lengths,
     )
     if forward:
         return peak.forward - peak.saved - 2 * I * J * max(4, image.dtype.itemsize)

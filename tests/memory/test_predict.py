@@ -231,7 +231,7 @@ def test_an_offloaded_optimizer_takes_nothing_from_the_device():
 def test_another_implementation_of_all_pairs():
     config = preset(batch=16, losses=("cmli",))
     ours = predict(config, ds_json(), 2)
-    materialised = predict(config, ds_json(), 2, scores=cmli_scores_reference)
+    materialised = predict(config, ds_json(), 2, options=Options(scores=cmli_scores_reference))
     products = 16 * 32 * 16 * 32 * 4  # B x G x N x M in fp32
     assert materialised.report.totals["requested"] > ours.report.totals["requested"] + products
     assert any(event.bytes == products for event in materialised.events)
