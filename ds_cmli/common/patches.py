@@ -143,7 +143,7 @@ PATCHES = {
 
 @contextmanager
 def patched(name: str, replacement: Callable[[Any], object]) -> Iterator[None]:
-    """Inside, each attribute of the entry `name` is replaced by `replacement(what it was)`."""
+    """Replace each attribute of the entry `name`, inside, by `replacement(what it was)`."""
     with ExitStack() as stack:
         for owner, attribute in PATCHES[name].targets():
             stack.enter_context(replaced(owner, attribute, replacement(getattr(owner, attribute))))
@@ -158,7 +158,7 @@ def patch_for_good(name: str, value: object) -> None:
 
 @contextmanager
 def replaced(owner: object, name: str, value: object) -> Iterator[None]:
-    """Inside, `owner.name` is `value`; afterwards it is, or is inherited, as before.
+    """Set `owner.name` to `value` inside; afterwards it is, or is inherited, as before.
 
     This is for objects of this package. Attributes of libraries need an entry in the table above.
     """
@@ -175,7 +175,7 @@ def replaced(owner: object, name: str, value: object) -> Iterator[None]:
 
 @contextmanager
 def environment(values: dict[str, str]) -> Iterator[None]:
-    """Inside, these variables are set in this process's environment."""
+    """Set these variables in this process's environment, inside."""
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
     try:

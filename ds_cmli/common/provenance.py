@@ -37,7 +37,7 @@ def _output(*command: str) -> str:
 
 
 def version() -> str:
-    """Of this package, as it was installed."""
+    """The version of this package, as it was installed."""
     try:
         return metadata.version("ds-cmli")
     except metadata.PackageNotFoundError:

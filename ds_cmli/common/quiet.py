@@ -14,7 +14,7 @@ UNASKED = ("mlflow", "wandb")
 
 @contextmanager
 def without_trackers() -> Iterator[None]:
-    """Inside, libraries take the trackers that have not been imported yet for not installed."""
+    """Hide from libraries, inside, the trackers that have not been imported yet."""
     hidden = [name for name in UNASKED if name not in sys.modules]
     for name in hidden:
         sys.modules[name] = None  # type: ignore[assignment]

@@ -151,7 +151,7 @@ class CollectiveFlags:
             self.group = dist.new_group(backend="gloo")  # collective
 
     def any(self, *flags: bool) -> list[bool]:
-        """For each flag, whether it is set on any rank. Collective."""
+        """Tell of each flag whether it is set on any rank. Collective."""
         if world_size() == 1:
             return list(flags)
         raised = torch.tensor(flags, dtype=torch.uint8)

@@ -62,7 +62,7 @@ class Traffic(TorchDispatchMode, Probe):
 
     @contextmanager
     def counting(self) -> Iterator["Traffic"]:
-        """Inside, everything is counted."""
+        """Count everything inside."""
         with probe.subscribed(self), self:
             yield self
 
