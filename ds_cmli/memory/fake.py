@@ -86,9 +86,7 @@ class CudaOperators(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _attention(
-    query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False
-):
+def _attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, **_):
     """The kernel that `_fused_sdp_choice` chooses on CUDA: flash in 16 bit without a mask, else
     memory-efficient.
     """
