@@ -43,15 +43,15 @@ def load_json(name: str, files: list[Path], config: DataConfig) -> Parts:
     path = files[0]
     notices: list[str] = []
     rows = _read(path, notices)
-    files_with_caption = [row.file for row in rows if not row.reason]
-    if not files_with_caption:
+    usable = [row.file for row in rows if not row.reason]
+    if not usable:
         first = ", ".join(told([(row.file, row.reason) for row in rows]))
         first = f" (the first: {first})" if rows else ""
         raise UserError(f"{path} has no caption that can be used{first}: {EXPECTED}")
     # COCO keeps `captions_train2017.json` in annotations/, and the images in train2017/ beside it.
     subset = re.sub(r"^captions_", "", path.stem)
     subfolders = (subset, f"images/{subset}")
-    folder = image_folder(path, files_with_caption[:LOOKED_AT], config, subfolders)
+    folder = image_folder(path, usable[:LOOKED_AT], config, subfolders)
     parts: dict[str, Listed] = {}
     for row in rows:
         if row.split not in parts:

@@ -204,7 +204,7 @@ def image_folder(
     for file, place in itertools.product(files, places):
         if "\0" in file or os.path.exists(place / file):  # the former is refused by its line
             return place
-    looked = ", ".join(str(place) for place in places if place.is_dir()) or config.image_root
+    looked = ", ".join(map(str, filter(Path.is_dir, places))) or config.image_root
     raise UserError(
         f"{listed} names the image {files[0]!r}, which is not in {looked}: give its folder by "
         "--image-root"

@@ -83,10 +83,12 @@ def index(shards: list[Path]) -> Indexed:
     if table is None:
         with locked(home, f"{name}.lock", f"the index of {folder}"):
             table = _fresh(home / f"{name}.json", shards) or _make(home, name, shards)
-    entries = [table["shards"][shard.name] for shard in shards]
-    bad = [(file, reason) for entry in entries for file, reason in entry["bad"]]
-    spans = [(entry["first"], entry["count"]) for entry in entries]
-    return Indexed(home / table["rows"], spans, bad)
+    found = Indexed(home / table["rows"], [], [])
+    for shard in shards:
+        entry = table["shards"][shard.name]
+        found.spans.append((entry["first"], entry["count"]))
+        found.bad.extend((file, reason) for file, reason in entry["bad"])  # JSON gives lists
+    return found
 
 
 def _state(shard: Path) -> list[int]:

@@ -41,7 +41,7 @@ def load_tars(name: str, files: list[Path], config: DataConfig) -> Parts:
         raise UserError(
             f"data.source is {name!r}: its {len(files)} tars hold no pair ({what}): {WANTED}"
         )
-    parts = sorted({part for part in map(part_of, files) if part})
+    parts = sorted(set(filter(None, map(part_of, files))))
     notices = []
     if len(parts) > 1:
         notices.append(
@@ -67,10 +67,11 @@ class Tars(Source):
         self.bad: list[Bad] = []
         counts: list[int] = []
         for _, group in groupby(shards, key=lambda shard: shard.parent):
-            file, spans, bad = index(list(group))
-            self.rows += [(file, first) for first, _ in spans]
-            counts += [count for _, count in spans]
-            self.bad += bad
+            indexed = index(list(group))
+            for first, count in indexed.spans:
+                self.rows.append((indexed.rows, first))
+                counts.append(count)
+            self.bad += indexed.bad
         self.starts = [0, *accumulate(counts)]
         self._reset()
 
