@@ -302,4 +302,6 @@ def _exchanged(
             mine = None
             if source == distributed.rank():
                 mine = scorer.captions(own[number][1]), positives[number]
-            yield distributed.broadcast_object(mine, source)  # collective
+            sent = distributed.broadcast_object(mine, source)  # collective
+            assert sent is not None  # the source's own
+            yield sent
