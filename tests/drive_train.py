@@ -35,7 +35,7 @@ def drive(arguments: list[str], stop_at: int | None = None, seen: str | None = N
     end_step, one_step, make = Run.end_step, TrainEngine.step, TrainEngine.__init__
     engines: list[TrainEngine] = []
 
-    def made(engine, *arguments, **more):
+    def made(engine, /, *arguments, **more):
         engines.append(engine)
         make(engine, *arguments, **more)
 
