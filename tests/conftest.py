@@ -144,6 +144,13 @@ def launcher_variables():
             os.environ[name] = value
 
 
+@pytest.fixture
+def alone(monkeypatch):
+    """The environment of a training of one process."""
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_PORT": "0"}.items():
+        monkeypatch.setenv(name, value)
+
+
 def clean_environment() -> dict[str, str]:
     """This process's, without what a launcher would have set."""
     return {k: v for k, v in os.environ.items() if k not in LAUNCHER_VARIABLES}

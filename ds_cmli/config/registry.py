@@ -72,6 +72,7 @@ LOSSES = {
         teacher=True,
         settings=("mse_reduction",),
     ),
+    "sparc": LossEntry("ds_cmli.losses.sparc:Sparc"),
 }
 
 

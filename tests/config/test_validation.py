@@ -87,7 +87,7 @@ def test_lines_say_what_is_accepted():
         "loss.weights.cmli is 'a': give a value of type float, more than 0"
     )
     assert line(loss={"weights": ["cmli"]}).endswith(
-        "a value of type dict, of global, global_sigmoid, cmli, cmli_sigmoid, target_cmli, cls_kd"
+        "a value of type dict, of global, global_sigmoid, cmli, cmli_sigmoid, target_cmli, cls_kd, sparc"
     )
     assert line(loss={"match": "techer"}) == "loss.match is 'techer': did you mean 'teacher'?"
     assert line(loss={"match": ["teacher"]}) == "loss.match is ['teacher']: give one of teacher, student"
