@@ -121,7 +121,9 @@ def _number(part: str) -> int:
 def _name(run: str, runs: tuple[str, ...]) -> str:
     """The name of the run's folder, or its path as given if two folders have the same name."""
     names = {Path(other).resolve().name for other in runs}
-    return Path(run).resolve().name if len(names) == len(runs) else run
+    if len(names) == len(runs):
+        return Path(run).resolve().name
+    return run
 
 
 def held_out(

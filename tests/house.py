@@ -12,8 +12,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "ds_cmli"
 COLUMNS, PARAMETERS = 100, 7
 MANY_PARAMETERS_ALLOWED = ("cmli/triton/", "cmli/op.py")  # kernels, and the schema of the custom op
-# The one file that may replace functions by name: those of libraries.
-PATCHES = "common/patches.py"
+PATCHES = "common/patches.py"  # the one file that may replace functions by name: those of libraries
+DEEPSPEED = ("optimizer", "inner")  # and the names of DeepSpeed's own objects, in memory/tracker.py
 FIRST_WORDS = ("of", "those", "as", "for", "in", "whose", "or", "not", "and")  # no docstring begins with one of these
 
 # figure: (unit, aim, the most that is allowed now)
@@ -68,7 +68,7 @@ def is_patch(node: ast.AST, libraries: set[str]) -> bool:
     target = node.args[0]
     while isinstance(target, ast.Attribute):
         target = target.value
-    return not (isinstance(target, ast.Name) and target.id in libraries)
+    return not (isinstance(target, ast.Name) and target.id in (*libraries, *DEEPSPEED))
 
 
 def libraries(tree: ast.AST) -> set[str]:

@@ -182,7 +182,9 @@ class CachingAllocator:
         most = self.settings.max_split_size
         if most is None:
             return True
-        return block_size < most if size < most else block_size < size + LARGE_SEGMENT
+        if size < most:
+            return block_size < most
+        return block_size < size + LARGE_SEGMENT
 
     def _collect_garbage(self) -> None:
         threshold = self.settings.garbage_collection_threshold

@@ -55,7 +55,9 @@ def rounded(requested: int, divisions: int = 0) -> int:
     if divisions > 1 and requested > MIN_BLOCK * divisions:
         floor = 1 << (requested.bit_length() - 1)
         step = floor >> (divisions.bit_length() - 1)
-        return requested if requested == floor else -(-requested // step) * step
+        if requested == floor:
+            return requested
+        return -(-requested // step) * step
     return -(-requested // MIN_BLOCK) * MIN_BLOCK
 
 

@@ -54,7 +54,9 @@ class Recorded:
         if position < 0:
             return None
         start = self.order[position]
-        return start if address < start + self.segments[start].size else None
+        if address < start + self.segments[start].size:
+            return start
+        return None
 
     def pool(self, entry: Entry) -> Pool:
         """The pool that the address of an event belongs to."""
@@ -64,7 +66,9 @@ class Recorded:
             found = range_with(self.ranges, entry.address)
             return DEFAULT_POOL if found is None else found.pool
         segment = self.segment(entry.address)
-        return DEFAULT_POOL if segment is None else self.segments[segment].pool
+        if segment is None:
+            return DEFAULT_POOL
+        return self.segments[segment].pool
 
     def owner(self, address: int) -> Owner:
         segment = self.segment(address)

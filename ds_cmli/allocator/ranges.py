@@ -1,4 +1,4 @@
-"""Whose memory is at which address, in a recorded history with expandable segments.
+"""The owner of the memory at each address, in a recorded history with expandable segments.
 
 Each pool of each stream reserves one range of addresses, larger than the device's memory, into
 which memory is mapped. When it has no memory left, it is given up, and another pool can get its

@@ -175,7 +175,9 @@ def _fill_in(content: object) -> None:
 
 
 def _dictionaries(value: object) -> list[Record]:
-    return [one for one in value if isinstance(one, dict)] if isinstance(value, list) else []
+    if isinstance(value, list):
+        return [one for one in value if isinstance(one, dict)]
+    return []
 
 
 def _read_numbers(values: Record, *keys: str) -> None:

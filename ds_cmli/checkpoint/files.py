@@ -184,7 +184,7 @@ class CheckpointWriter(TorchCheckpointEngine):
             self.error = NotFinite(f"{bad} in {path.name}")
             return
         try:
-            self.files[path.name] = write_file(path, lambda file: torch.save(value, file))  # type: ignore[arg-type]
+            self.files[path.name] = write_file(path, lambda file: torch.save(value, file))  # type: ignore
         except OSError as error:
             self.error = error
 

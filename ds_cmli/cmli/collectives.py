@@ -40,7 +40,9 @@ def _all_gather(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
         shape = (world_size(group) * x.shape[0], *sent.shape[1:])
         out = torch.empty(shape, dtype=torch.uint8, device=x.device)
         dist.all_gather_into_tensor(out, sent, group=group)  # collective
-        return out.view(x.dtype) if x.dtype != torch.bool else out.bool()
+        if x.dtype != torch.bool:
+            return out.view(x.dtype)
+        return out.bool()
 
 
 def _all_shapes(x: Tensor, group: dist.ProcessGroup | None) -> list[list[int]]:
@@ -115,7 +117,9 @@ def gather_with_gradient(x: Tensor, group: dist.ProcessGroup | None = None) -> T
     The gradient of each row returns to the rank that owns it, summed over ranks. Shapes must be
     equal on all ranks. Collective, in forward and in backward.
     """
-    return x if world_size(group) == 1 else _GatherWithGradient.apply(x, group)
+    if world_size(group) == 1:
+        return x
+    return _GatherWithGradient.apply(x, group)
 
 
 def pad_text(
@@ -180,7 +184,9 @@ def column_logsumexp(logits: Tensor, group: dist.ProcessGroup | None = None) -> 
 
     fp32 or fp64. Collective: two vectors of length G in forward, one in backward.
     """
-    return logits.logsumexp(0) if world_size(group) == 1 else _ColumnLogSumExp.apply(logits, group)
+    if world_size(group) == 1:
+        return logits.logsumexp(0)
+    return _ColumnLogSumExp.apply(logits, group)
 
 
 def logsumexp_over_ranks(lse: Tensor) -> Tensor:

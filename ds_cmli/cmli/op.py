@@ -117,7 +117,9 @@ def cmli_gradients(
 
 def _chosen(backend: str, image: Tensor) -> str:
     if backend == "auto":
-        return "triton" if image.device.type == "cuda" and triton_runs() else "chunked"
+        if image.device.type == "cuda" and triton_runs():
+            return "triton"
+        return "chunked"
     return backend
 
 

@@ -48,9 +48,13 @@ def both_ways(
         cmli: s_i2t and s_t2i, [I, J] each.
         scales: as in `combined`.
     """
-    kinds = {"global": BothWays(cosines, cosines), "cmli": BothWays(*cmli)}
-    sides = [combined({kind: x[side] for kind, x in kinds.items()}, scales) for side in (0, 1)]
-    return {**kinds, "combined": BothWays(*sides)}
+    s_i2t, s_t2i = cmli
+    both = BothWays(
+        combined({"global": cosines, "cmli": s_i2t}, scales),
+        combined({"global": cosines, "cmli": s_t2i}, scales),
+    )
+    kinds = {"global": BothWays(cosines, cosines), "cmli": BothWays(s_i2t, s_t2i)}
+    return {**kinds, "combined": both}
 
 
 @dataclass

@@ -205,7 +205,9 @@ class Transfer:
 
 
 def _global(rank: int, group: dist.ProcessGroup | None) -> int:
-    return rank if group is None else dist.get_global_rank(group, rank)
+    if group is None:
+        return rank
+    return dist.get_global_rank(group, rank)
 
 
 def pack(text: Tensor, mask: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from ds_cmli.cmli.loss import l2_normalize
 
 
 def kept(share: float, number: int) -> int:
-    """How many of `number` features are kept: at least one of any."""
+    """The number of features that are kept of `number`, rounded up, so that one always is."""
     return math.ceil(share * number)
 
 
@@ -40,8 +40,9 @@ class Selection:
 def select(
     image: Tensor, text: Tensor, token_mask: Tensor, share: float, scratch_bytes: int
 ) -> Selection:
-    """Those of the highest cosine similarity with any feature of the other side, in the
-    micro-batch.
+    """Select the patches and tokens that are most similar to any feature of the other side.
+
+    Similarity is the cosine, and the other side that of the micro-batch.
 
     Args:
         image: [B, N, D]; text: [B, M, D]; token_mask: bool [B, M], True = valid.

@@ -45,15 +45,21 @@ class Probe:
 
     def scope(self, category: str) -> AbstractContextManager[object]:
         """Enter a context whose allocations belong to a category of a memory report."""
-        return nullcontext() if self.below is None else self.below.scope(category)
+        if self.below is None:
+            return nullcontext()
+        return self.below.scope(category)
 
     def step_phase(self, name: str) -> AbstractContextManager[object]:
         """Enter a context that is a step's "backward" or "optimizer"."""
-        return nullcontext() if self.below is None else self.below.step_phase(name)
+        if self.below is None:
+            return nullcontext()
+        return self.below.step_phase(name)
 
     def exchanging(self) -> AbstractContextManager[object]:
         """Enter a context that exchanges texts, or their gradients, between ranks."""
-        return nullcontext() if self.below is None else self.below.exchanging()
+        if self.below is None:
+            return nullcontext()
+        return self.below.exchanging()
 
     def texts_from(self, first: int) -> None:
         """Report the place, among all ranks' texts, of the first in the op's next call."""
@@ -64,7 +70,9 @@ class Probe:
 
     def turns(self, items: Sequence[Item]) -> Iterator[Item]:
         """Iterate over a loop whose turns all allocate, free and send the same amounts."""
-        return iter(items) if self.below is None else self.below.turns(items)
+        if self.below is None:
+            return iter(items)
+        return self.below.turns(items)
 
     def alike(self, function: Callable[..., Result], *arguments: object) -> Result:
         """Call a function that each micro-batch of a step calls once, with the same amounts."""
@@ -82,7 +90,9 @@ class Probe:
 
     def to_host(self, x: Tensor) -> Tensor:
         """Move a tensor to the host. CPU-GPU sync."""
-        return x.to("cpu") if self.below is None else self.below.to_host(x)
+        if self.below is None:
+            return x.to("cpu")
+        return self.below.to_host(x)
 
     def overwrite_on_host(self, x: Tensor, value: Tensor) -> None:
         """Overwrite a tensor on the host by one of the device. CPU-GPU sync."""
@@ -93,7 +103,9 @@ class Probe:
 
     def read_shapes(self, shapes: Tensor, own: torch.Size) -> list[list[int]]:
         """Read the gathered shapes of all ranks' texts, one of which is `own`. CPU-GPU sync."""
-        return shapes.tolist() if self.below is None else self.below.read_shapes(shapes, own)
+        if self.below is None:
+            return shapes.tolist()
+        return self.below.read_shapes(shapes, own)
 
 
 probe = Probe()

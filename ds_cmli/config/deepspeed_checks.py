@@ -109,7 +109,9 @@ def _unknown(section: str, key: str, known: Mapping[str, Kind]) -> NoReturn:
 def _nested(path: str) -> str:
     """`_nested("a.b")` -> '"a": {"b": ...}'."""
     outer, dot, inner = path.partition(".")
-    return f'"{outer}": {{{_nested(inner)}}}' if dot else f'"{outer}": ...'
+    if dot:
+        return f'"{outer}": {{{_nested(inner)}}}'
+    return f'"{outer}": ...'
 
 
 def _mapping(section: str, value: object) -> JsonObject:

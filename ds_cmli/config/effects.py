@@ -96,7 +96,9 @@ WhyInStep = Callable[[Config, Step], str | None]
 
 
 def _one_rank(config: Config, step: Step) -> str | None:
-    return "there is one rank, which exchanges nothing" if step.ranks == 1 else None
+    if step.ranks == 1:
+        return "there is one rank, which exchanges nothing"
+    return None
 
 
 def _one_micro_batch(config: Config, step: Step) -> str | None:

@@ -77,7 +77,9 @@ def one_of(*known: object) -> Kind:
 def _in_json(value: object) -> str:
     if value is None:
         return "null"
-    return f'"{value}"' if isinstance(value, str) else str(value).lower()
+    if isinstance(value, str):
+        return f'"{value}"'
+    return str(value).lower()
 
 
 def refused(why: str, *harmless: object) -> Kind:

@@ -111,7 +111,9 @@ def try_out(ds_config: DeepSpeedConfig, device: torch.device, total_steps: int) 
         return f"scheduler {name} has no effect: the rate is {rate}"
     idle = moving[0]
     steps = "step changes" if idle == 1 else f"{idle} steps change"
-    return f"scheduler {name} starts at rate 0: the first {steps} no weight" if idle else None
+    if idle:
+        return f"scheduler {name} starts at rate 0: the first {steps} no weight"
+    return None
 
 
 def _rates(ds_config: DeepSpeedConfig, optimizer: Optimizer, total_steps: int) -> list[float]:

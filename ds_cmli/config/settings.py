@@ -84,11 +84,15 @@ def differences(before: JsonObject, now: JsonObject, same_ranks: bool) -> list[s
     for name in sorted(names):
         if before.get(name, name) != now.get(name, name):
             found.append(f"{name}: {_value(before, name)} -> {_value(now, name)}")
-    return found if len(found) <= SHOWN else [*found[:SHOWN], f"{len(found) - SHOWN} more"]
+    if len(found) <= SHOWN:
+        return found
+    return [*found[:SHOWN], f"{len(found) - SHOWN} more"]
 
 
 def _value(settings: JsonObject, name: str) -> str:
-    return json.dumps(settings[name]) if name in settings else "not set"
+    if name in settings:
+        return json.dumps(settings[name])
+    return "not set"
 
 
 def _renamed(settings: JsonObject) -> JsonObject:

@@ -117,7 +117,9 @@ def _inside(node: Node, part: int | str) -> Node:
     """The schema of an item of a list or dict."""
     if isinstance(part, str):
         return node["additionalProperties"]
-    return node["prefixItems"][part] if "prefixItems" in node else node["items"]
+    if "prefixItems" in node:
+        return node["prefixItems"][part]
+    return node["items"]
 
 
 def _accepted(node: Node, error: str) -> str:
@@ -135,7 +137,9 @@ def _accepted(node: Node, error: str) -> str:
     if "propertyNames" in node:
         known = ", ".join(node["propertyNames"]["enum"])
         one = error == "too_short"
-        return f"at least one of {known}" if one else f"a value of type dict, of {known}"
+        if one:
+            return f"at least one of {known}"
+        return f"a value of type dict, of {known}"
     if "prefixItems" in node:
         return f"a list of {len(node['prefixItems'])}, each {_accepted(node['prefixItems'][0], '')}"
     parts = []
@@ -147,7 +151,9 @@ def _accepted(node: Node, error: str) -> str:
         least = node.get("minLength", 0)
         parts.append(f"{least} to {node['maxLength']} characters without NUL")
     text = ", ".join(parts + _range(node, error))
-    return f"{text} ({node['description']})" if "description" in node else text
+    if "description" in node:
+        return f"{text} ({node['description']})"
+    return text
 
 
 def _range(node: Node, error: str) -> list[str]:

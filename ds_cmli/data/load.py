@@ -92,7 +92,9 @@ def build_data(config: DataConfig, seed: int) -> Data:
         UserError: an error of `load_tokenizer`, of a source, of its data set or of `Pictures`; or
             the share of samples that are left out at load exceeds `max_bad_share`.
     """
-    return _demo(config, seed) if config.source == "demo" else _pairs(config, seed)
+    if config.source == "demo":
+        return _demo(config, seed)
+    return _pairs(config, seed)
 
 
 def _demo(config: DataConfig, seed: int) -> Data:

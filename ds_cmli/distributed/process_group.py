@@ -92,7 +92,9 @@ def is_main() -> bool:
 
 def named(rank: int, nodes: Sequence[str]) -> str:
     """Name a rank in a message, with its node if the ranks are on several of the `nodes`."""
-    return f"rank {rank} on node {nodes[rank]}" if len(set(nodes)) > 1 else f"rank {rank}"
+    if len(set(nodes)) > 1:
+        return f"rank {rank} on node {nodes[rank]}"
+    return f"rank {rank}"
 
 
 def mean_over_ranks(values: Tensor) -> Tensor:

@@ -75,7 +75,9 @@ class StepTimer:
 
 def _between(begin: Any, end: Any) -> float:
     """Seconds between two marks."""
-    return begin.elapsed_time(end) / 1e3 if torch.cuda.is_available() else end - begin
+    if torch.cuda.is_available():
+        return begin.elapsed_time(end) / 1e3
+    return end - begin
 
 
 class ModelFlops(TorchFunctionMode):

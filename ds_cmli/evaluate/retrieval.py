@@ -160,7 +160,9 @@ def recall(i2t: Tensor, t2i: Tensor, image_of: Tensor) -> dict[str, float]:
 
 def kinds(scales: dict[str, float]) -> list[str]:
     """The kinds of scores to evaluate, given 1/temperature of the kinds that the losses compare."""
-    return ["global", "cmli", "combined"] if "cmli" in scales else ["global"]
+    if "cmli" in scales:
+        return ["global", "cmli", "combined"]
+    return ["global"]
 
 
 class Captions(NamedTuple):

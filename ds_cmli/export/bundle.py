@@ -154,7 +154,9 @@ def _source(node: ast.ImportFrom, alias: ast.alias) -> Use:
     """What an import refers to."""
     inside = f"{node.module}.{alias.name}"
     # Which attributes of a module that is imported itself are used is not analysed.
-    return Use(inside, None) if _is_module(inside) else Use(str(node.module), alias.name)
+    if _is_module(inside):
+        return Use(inside, None)
+    return Use(str(node.module), alias.name)
 
 
 def _rewritten(

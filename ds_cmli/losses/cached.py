@@ -222,7 +222,9 @@ class _Sums:
 
 def _zeros(x: Tensor | None) -> Tensor | None:
     """Where gradients of `x` are added up: in fp32 (fp64 for fp64)."""
-    return None if x is None else torch.zeros_like(x, dtype=collectives.accumulated(x.dtype))
+    if x is None:
+        return None
+    return torch.zeros_like(x, dtype=collectives.accumulated(x.dtype))
 
 
 @torch.no_grad()

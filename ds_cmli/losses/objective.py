@@ -136,7 +136,7 @@ class Objective(nn.Module):
         return found
 
     def replay(self, known: Replay) -> Losses:
-        """As `whole`, but for a micro-batch whose losses over pairs have been computed."""
+        """Compute what `whole` does, of a micro-batch whose losses over pairs are known."""
         features, weights = self._features(known.batch), self.config.weights
         inputs = self._inputs(features, known.batch, known.targets)
         each = {n: self.losses[n](inputs) for n in weights if not LOSSES[n].scores}

@@ -155,7 +155,9 @@ class Tile(PairInputs):
 
     @cached_property
     def duplicates(self) -> Tensor | None:
-        return None if self.keep_duplicates else duplicates(*self.pair_ids, self.first)
+        if self.keep_duplicates:
+            return None
+        return duplicates(*self.pair_ids, self.first)
 
     @cached_property
     def global_scores(self) -> Tensor:

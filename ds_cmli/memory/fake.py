@@ -52,7 +52,9 @@ class Answers(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func is torch.ops.aten._local_scalar_dense.default:
             if args[0].dtype.is_floating_point:
-                return self.WHILE_BUILDING if self.phase == "models" else self.LATER
+                if self.phase == "models":
+                    return self.WHILE_BUILDING
+                return self.LATER
             return getattr(args[0], "fake_truth_value", self.INTEGER)
         out = func(*args, **(kwargs or {}))
         if func is torch.ops.aten.all.default:
@@ -117,7 +119,9 @@ def _attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False
 
 
 def _dropout(input, p=0.5, training=True, inplace=False):
-    return torch.native_dropout(input, p, True)[0] if training and 0 < p < 1 else input
+    if training and 0 < p < 1:
+        return torch.native_dropout(input, p, True)[0]
+    return input
 
 
 class SharesOfRanks(TorchFunctionMode):
@@ -170,7 +174,7 @@ class SharesOfRanks(TorchFunctionMode):
             assert self.another is not None
             self.ends.append(self.another(self.empty[key]))
         else:
-            self.empty[key] = torch.empty(*args, **options)
+            self.empty[key] = torch.empty(*args, **options)  # type: ignore[call-overload]
             self.ends.append(lambda: self.empty.pop(key))
         return self.empty[key]
 

@@ -130,7 +130,9 @@ def candidates(stage: int, world_size: int) -> list[int]:
     whose gradients are computed first, while most activations are still stored. With the other
     stages all ranks need the same, and rank 0 stands for all.
     """
-    return list(dict.fromkeys([world_size - 1, 0, world_size // 2])) if stage in (1, 2) else [0]
+    if stage in (1, 2):
+        return list(dict.fromkeys([world_size - 1, 0, world_size // 2]))
+    return [0]
 
 
 def likeliest(stage: int, world_size: int) -> int:

@@ -100,7 +100,9 @@ def device_room(device: torch.device) -> Room:
 
 
 def room_of(device: torch.device, base: dict[str, int]) -> Room:
-    return process_room(base) if device.type == "cpu" else device_room(device)
+    if device.type == "cpu":
+        return process_room(base)
+    return device_room(device)
 
 
 @contextmanager
@@ -205,7 +207,9 @@ def advise(step: Step, room: int | None, snapshot: str) -> list[str]:
 
         def needs(change: Change) -> int:
             changed = ask(change.config, change.ds_config).report
-            return too_much if changed is None else changed["totals"][total]
+            if changed is None:
+                return too_much
+            return changed["totals"][total]
 
         found = Shortage(step, room, needs).proposals()
     for change, size in found:

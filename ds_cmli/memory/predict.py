@@ -143,7 +143,9 @@ def predict(
     )
 
     def free() -> int:
-        return free_bytes(tracker, gpu, world_size) if here.rank.cuda else 1 << 60
+        if here.rank.cuda:
+            return free_bytes(tracker, gpu, world_size)
+        return 1 << 60
 
     with (
         fake_world(world_size, here.rank.cuda, tracker.another, rank) as answers,

@@ -64,7 +64,7 @@ class Repeated(Probe):
 
 
 class Origin(Enum):
-    """Whose a block is that an event of a call is about."""
+    """Origin of a block that an event of a call is about."""
 
     THIS_CALL = "allocated by this call"
     LAST_CALL = "allocated by the call before it, or between the two"
@@ -74,7 +74,7 @@ class Origin(Enum):
 
 class BlockRef(NamedTuple):
     origin: Origin
-    index: int  # among the blocks of that origin
+    number: int  # among the blocks of that origin
 
 
 class _Event(NamedTuple):
@@ -132,7 +132,7 @@ class _Done:
         handed_on = set()
         for event in self.events:
             if event.block.origin is Origin.LAST_CALL and event.bytes < 0:
-                handed_on.add(event.block.index)
+                handed_on.add(event.block.number)
         return handed_on
 
 
@@ -171,7 +171,7 @@ class _Repeated:
         if len(self.runs) < 2 or self.runs[-1].done != self.runs[-2].done:
             return False
         run, done = self.runs[-1], self.runs[-1].done
-        outputs = {block.index for block in done.outputs if block.origin is Origin.THIS_CALL}
+        outputs = {block.number for block in done.outputs if block.origin is Origin.THIS_CALL}
         if done.handed_on() & outputs:
             return False
         kept = set()
@@ -179,7 +179,7 @@ class _Repeated:
             if event.block.origin is Origin.OUTSIDE:
                 return False
             if event.block.origin is Origin.THIS_CALL and event.bytes > 0:
-                kept.add(event.block.index)
+                kept.add(event.block.number)
         # Blocks that the call keeps and does not return must not be freed between two calls: a copy
         # holds no tensors for them.
         kept -= outputs

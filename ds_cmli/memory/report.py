@@ -127,7 +127,9 @@ def show(report: Report, console: "Console | None" = None) -> None:
 def _plain(value: object) -> str:
     if isinstance(value, bool):
         return "on" if value else "off"
-    return " + ".join(value) if isinstance(value, list) else str(value)
+    if isinstance(value, list):
+        return " + ".join(value)
+    return str(value)
 
 
 def _sizes(size: int) -> tuple[str, str]:

@@ -330,7 +330,7 @@ class Tracker(TorchDispatchMode, Probe):
 
     @contextmanager
     def attach_to_training(self, train_engine: TrainEngine) -> Iterator[None]:
-        """As `attach`; each batch that the objective receives is also claimed, as "data"."""
+        """Follow it as `attach` does; each batch that the objective gets is claimed as "data"."""
 
         def claim_batch(module: nn.Module, inputs: tuple) -> None:
             if hasattr(inputs[0], "batch"):
@@ -351,7 +351,9 @@ class Tracker(TorchDispatchMode, Probe):
         if block.category is not None:
             return block.category
         if block.phase in ("forward", "loss") or block.recomputed:
-            return "temporaries" if block.ended == block.segment else "activations student"
+            if block.ended == block.segment:
+                return "temporaries"
+            return "activations student"
         if block.phase == "init" and (block.ended is None or block.ended > self.last_of_init):
             return "ZeRO buckets"  # what the engine allocates once and keeps
         return "temporaries"

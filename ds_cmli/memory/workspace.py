@@ -84,7 +84,9 @@ class _Tensor(tuple):
 def _described(value: object) -> object:
     if isinstance(value, Tensor):
         return _Tensor((tuple(value.shape), tuple(value.stride()), value.dtype))
-    return tuple(map(_described, value)) if isinstance(value, list | tuple) else value
+    if isinstance(value, list | tuple):
+        return tuple(map(_described, value))
+    return value
 
 
 def _zeros(value: object) -> object:
@@ -94,7 +96,9 @@ def _zeros(value: object) -> object:
         if 0 not in size:
             elements = 1 + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
         return torch.zeros(elements, dtype=dtype).as_strided(size, stride)
-    return [_zeros(part) for part in value] if isinstance(value, tuple) else value
+    if isinstance(value, tuple):
+        return [_zeros(part) for part in value]
+    return value
 
 
 @functools.cache

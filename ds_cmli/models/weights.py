@@ -199,7 +199,9 @@ def check_room(setting: str, value: object, parameters: int) -> None:
 
 
 def count(model: nn.Module | None) -> int:
-    return sum(parameter.numel() for parameter in model.parameters()) if model is not None else 0
+    if model is not None:
+        return sum(parameter.numel() for parameter in model.parameters())
+    return 0
 
 
 def _free() -> Iterator[int]:

@@ -162,7 +162,9 @@ class Mean:
 
     def _as(self, form: str) -> str:
         value = format(self.value, form)
-        return value if self.error is None else f"{value} ± {format(self.error, form)}"
+        if self.error is None:
+            return value
+        return f"{value} ± {format(self.error, form)}"
 
 
 def mean(values: Sequence[float]) -> Mean:

@@ -64,7 +64,8 @@ class TensorBoard:
                 self.events = SummaryWriter(
                     str(self.folder / "tensorboard"), purge_step=min(step, self.first_step + 1)
                 )
-                self.file = self.events.file_writer.event_writer._file_name  # type: ignore[union-attr, attr-defined]
+                writer = self.events.file_writer.event_writer  # type: ignore
+                self.file = writer._file_name
                 self.events.add_text("configuration", panels.configuration(self.folder), step)
             yield self.events
         except OSError:

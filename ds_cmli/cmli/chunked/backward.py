@@ -96,7 +96,9 @@ def backward(
 
 def _gradient_of(side: PackedBatch, wanted: bool) -> Tensor:
     """Zeros [B * P, D], since padded rows get no gradient; an empty tensor if it is not wanted."""
-    return torch.zeros_like(side.features) if wanted else side.features.new_empty(0)
+    if wanted:
+        return torch.zeros_like(side.features)
+    return side.features.new_empty(0)
 
 
 def _image_indices(indices: ArgmaxIndices) -> TileIndices:

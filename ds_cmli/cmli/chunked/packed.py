@@ -157,7 +157,9 @@ class PackedBatch:
         else:
             out = (narrow if narrow.shape[0] else wide)[: chunk.height]
             rows = torch.index_select(self.features, 0, self.source[chunk.rows()], out=out)
-        return rows if rows.dtype == self.wide else wide[: chunk.height].copy_(rows)
+        if rows.dtype == self.wide:
+            return rows
+        return wide[: chunk.height].copy_(rows)
 
     def store(self, chunk: Chunk, rows: Tensor, into: Tensor, add: bool) -> None:
         """Write the chunk's rows [height, D] to their places in `into` [B * P, D], or add them."""

@@ -343,7 +343,9 @@ def _check_device(x: Tensor) -> None:
 
 def _device(x: Tensor) -> AbstractContextManager:
     # Triton launches on the current device, which need not be the tensors'.
-    return torch.cuda.device(x.device) if x.device.type == "cuda" else nullcontext()
+    if x.device.type == "cuda":
+        return torch.cuda.device(x.device)
+    return nullcontext()
 
 
 def _limits(device: torch.device) -> tuple[tuple[int, int], int]:

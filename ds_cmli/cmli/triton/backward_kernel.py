@@ -43,7 +43,8 @@ def _indices(here, p, live, r, r_inside, p_win, q_win, p_grad, q_grad, p_factor,
 @triton.jit
 def _add_steps(acc, code, total, terms, source, q_mask, d, p, live, r, r_inside, p_win, q_win,
                p_grad, q_grad, p_factor, shrink, q_inverse, p_win_p, p_win_q, q_win_p, q_win_q,
-               grad_p, grad_q, Q_LEN, q_slots, D: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr, Q_MASKED: tl.constexpr,
+               grad_p, grad_q, Q_LEN, q_slots, D: tl.constexpr, ROWS: tl.constexpr,
+               STEP: tl.constexpr, Q_MASKED: tl.constexpr,
                TWO_TERMS: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
     dtype = acc.dtype
     here = tl.load(code)
@@ -157,11 +158,13 @@ def gradient_kernel(
     acc = _add_steps(
         acc, long_code, tl.load(long_first + Q), terms, source, q_mask, d, p, live, r, r_inside,
         p_win, q_win, p_grad, q_grad, p_factor, shrink, q_inverse, p_win_p, p_win_q, q_win_p,
-        q_win_q, grad_p, grad_q, Q_LEN, q_slots, D, ROWS, LONG, Q_MASKED, TWO_TERMS, STAGES)  # fmt: skip
+        q_win_q, grad_p, grad_q, Q_LEN, q_slots, D, ROWS, LONG, Q_MASKED, TWO_TERMS,
+        STAGES)  # fmt: skip
     acc = _add_steps(
         acc, short_code, tl.load(short_first + Q), terms, source, q_mask, d, p, live, r, r_inside,
         p_win, q_win, p_grad, q_grad, p_factor, shrink, q_inverse, p_win_p, p_win_q, q_win_p,
-        q_win_q, grad_p, grad_q, Q_LEN, q_slots, D, ROWS, 16, Q_MASKED, TWO_TERMS, STAGES)  # fmt: skip
+        q_win_q, grad_p, grad_q, Q_LEN, q_slots, D, ROWS, 16, Q_MASKED, TWO_TERMS,
+        STAGES)  # fmt: skip
 
     row = p[None, :] * P_LEN + r
     r_ok = r_inside

@@ -137,7 +137,7 @@ def tile_list(
 
 
 def text_tiles(side: Sequences, widths: tuple[int, ...]) -> list[TileList]:
-    """For each tile width, the tiles of the texts that take it."""
+    """List the tiles of the texts that take each tile width."""
     lists, below = [], 0
     for width in widths:
         takes = side.ends > below

@@ -217,7 +217,9 @@ def _defect(sample: Members, end: int) -> str | None:
         return "4 GiB or more"
     if sample["image"][1] == 0:
         return "empty image"
-    return EMPTY if "json" not in sample and sample["text"][1] == 0 else None
+    if "json" not in sample and sample["text"][1] == 0:
+        return EMPTY
+    return None
 
 
 def _members(file: BinaryIO, path: Path) -> Iterator[tarfile.TarInfo | str]:
