@@ -84,7 +84,7 @@ def command(**options: Any) -> None:
         raise UserError("--pairs has no effect beside --image: leave it out")
     numbers = None
     if asked.pairs is not None:
-        numbers = [_number(part) for part in asked.pairs.split(",")]
+        numbers = list(map(_number, asked.pairs.split(",")))
     check_writable(asked.output)
 
     from ds_cmli.inference import Model
@@ -214,7 +214,7 @@ def write_page(panels: Sequence[Panel], path: str | Path, title: str = "Match ma
     Raises:
         UserError: the file cannot be written.
     """
-    shown = [_values(panel) for panel in panels]
+    shown = list(map(_values, panels))
     values = {"title": title, "panels": shown, "colours": COLOURS}
     documents.write_page(path, "the page", "ds_cmli.inference", "maps.html.jinja", **values)
 
@@ -224,7 +224,7 @@ def _values(panel: Panel) -> dict[str, object]:
     models = []
     for name, match in panel.matches.items():
         rows, columns = match.grid
-        similarity = [_rounded(row) for row in match.similarity.tolist()]
+        similarity = list(map(_rounded, match.similarity.tolist()))
         models.append({"name": name, "rows": rows, "columns": columns, "similarity": similarity})
     buffer = io.BytesIO()
     Image.fromarray(panel.image.permute(1, 2, 0).numpy()).save(buffer, "PNG")

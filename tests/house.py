@@ -18,20 +18,20 @@ FIRST_WORDS = ("of", "those", "as", "for", "in", "whose", "or", "not", "and")  #
 
 # figure: (unit, aim, the most that is allowed now)
 LIMITS = {
-    "lines of the package": (20_000, 33_537),
-    "files of the package": (140, 256),
-    "lines of memory/": (3_300, 7_109),
-    "files of memory/": (20, 43),
-    "rooms in a cycle of imports": (0, 5),
-    "own functions patched by name": (0, 20),
-    "signatures with Any": (60, 442),
-    "lines over 100 columns": (0, 1_897),
-    "comprehensions in 1,000 lines of code": (20, 36.1),
-    "comprehensions inside another": (0, 38),
-    "conditional expressions in 1,000 lines of code": (14, 25.5),
-    "functions of more than 7 parameters": (0, 18),
-    "formatting switched off": (0, 74),
-    "docstrings without a verb or noun at the start": (0, 24),
+    "lines of the package": (20_000, 34_000),
+    "files of the package": (140, 210),
+    "lines of memory/": (3_300, 3_870),
+    "files of memory/": (20, 20),
+    "rooms in a cycle of imports": (0, 0),
+    "own functions patched by name": (0, 0),
+    "signatures with Any": (60, 52),
+    "lines over 100 columns": (0, 0),
+    "comprehensions in 1,000 lines of code": (20, 20),
+    "comprehensions inside another": (0, 0),
+    "conditional expressions in 1,000 lines of code": (14, 14),
+    "functions of more than 7 parameters": (0, 1),
+    "formatting switched off": (0, 9),
+    "docstrings without a verb or noun at the start": (0, 0),
 }
 
 COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)

@@ -61,7 +61,7 @@ def build(replayed: Replay) -> Snapshot:
             entry["category"] = action.event.category
         trace.append(entry)
     return {
-        "segments": [_segment(part) for part in sorted(parts, key=lambda part: part[0].address)],
+        "segments": list(map(_segment, sorted(parts, key=lambda part: part[0].address))),
         "device_traces": [trace],
         "allocator_settings": {},
         "external_annotations": [],
@@ -91,7 +91,7 @@ def _segment(blocks: list[Block]) -> Record:
         "segment_pool_id": segment.pool,
         "is_expandable": size < segment.size,
         "frames": frames(segment.event),
-        "blocks": [_block(block) for block in blocks],
+        "blocks": list(map(_block, blocks)),
     }
 
 
@@ -231,7 +231,7 @@ def _flaw_of_segment(segment: object, place: str, several_devices: bool) -> str:
 
 
 def _is_pool(value: object) -> bool:
-    return isinstance(value, list | tuple) and [type(part) for part in value] == [int, int]
+    return isinstance(value, list | tuple) and list(map(type, value)) == [int, int]
 
 
 def _flaw_of(value: object, types: dict[str, type], optional: tuple[str, ...] = ()) -> str:

@@ -25,7 +25,7 @@ class Entry(NamedTuple):
 
 
 def entries(trace: Trace) -> list[Entry]:
-    return [_entry(event) for event in trace]
+    return list(map(_entry, trace))
 
 
 def _entry(event: Record) -> Entry:

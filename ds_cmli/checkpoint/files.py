@@ -12,6 +12,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import IO, TypedDict
 
@@ -184,7 +185,7 @@ class CheckpointWriter(TorchCheckpointEngine):
             self.error = NotFinite(f"{bad} in {path.name}")
             return
         try:
-            self.files[path.name] = write_file(path, lambda file: torch.save(value, file))  # type: ignore
+            self.files[path.name] = write_file(path, partial(torch.save, value))
         except OSError as error:
             self.error = error
 

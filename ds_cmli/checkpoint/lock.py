@@ -101,7 +101,7 @@ class Lock:
             "since": time.strftime("%Y-%m-%d %H:%M:%S"),
             "place": _place(),
             "started": _started(os.getpid()),
-            "slurm": [os.environ.get(name) for name in ("SLURM_JOB_ID", "SLURM_RESTART_COUNT")],
+            "slurm": [os.environ.get("SLURM_JOB_ID"), os.environ.get("SLURM_RESTART_COUNT")],
             "token": uuid.uuid4().hex,
         }
         self.ended = threading.Event()

@@ -213,7 +213,8 @@ def load(step: TrainEngine, converted: Path) -> None:
         group.update({name: saved[name] for name in group if name in saved})
     is_torch = type(engine.basic_optimizer).__module__.startswith("torch.")
     # A fused (or capturable) optimizer keeps the step counter on the device of the parameters.
-    beside = any(optimizer.param_groups[0].get(name) for name in ("fused", "capturable"))
+    group = optimizer.param_groups[0]
+    beside = group.get("fused") or group.get("capturable")
     for parameter, state in optimizer.state.items():
         if is_torch:
             device = parameter.device if beside else "cpu"

@@ -84,7 +84,8 @@ def contrastive_loss(
     scale = temperature_scale(logit_scale)  # one element
     rows, columns = scale * s_i2t, scale * s_t2i  # [R, T]
     if ignore is not None:
-        rows, columns = (x.masked_fill_(ignore, -torch.inf) for x in (rows, columns))
+        rows.masked_fill_(ignore, -torch.inf)
+        columns.masked_fill_(ignore, -torch.inf)
     r, t = own_pairs(rows, first or 0)
     row_loss = row_logsumexp(rows)[r] - rows[r, t]
     column_loss = column_logsumexp(columns)[t] - columns[r, t]

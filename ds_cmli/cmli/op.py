@@ -106,7 +106,9 @@ def cmli_gradients(
     check_inputs(*sides, backend, scratch_bytes)
     backend = _chosen(backend, sides.image)
     if backend == "reference":
-        image, text = (x.detach().requires_grad_() for x in (sides.image, sides.text))
+        image, text = sides.image.detach(), sides.text.detach()
+        image.requires_grad_()
+        text.requires_grad_()
         with torch.enable_grad():
             scores = cmli_scores(image, text, sides.token_mask, sides.image_mask, backend=backend)
         d_image, d_text = torch.autograd.grad(scores, (image, text), grads)

@@ -54,9 +54,8 @@ def select(
         unit = l2_normalize(image), l2_normalize(text)
         of_patches, of_tokens = _best(*unit, token_mask, scratch_bytes)
     n, m = kept(share, image.shape[1]), kept(share, text.shape[1])
-    patches, tokens = (
-        x.argsort(dim=1, descending=True, stable=True) for x in (of_patches, of_tokens)
-    )
+    patches = of_patches.argsort(dim=1, descending=True, stable=True)
+    tokens = of_tokens.argsort(dim=1, descending=True, stable=True)
     valid = (token_mask.sum(1, keepdim=True).double() * share).ceil()  # [B, 1]
     mask = torch.arange(m, device=text.device) < valid  # [B, m]
     return Selection(patches[:, :n].clone(), tokens[:, :m].clone(), mask)

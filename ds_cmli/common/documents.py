@@ -79,7 +79,7 @@ def write_page(
     """
     from jinja2 import ChoiceLoader, Environment, PackageLoader, select_autoescape
 
-    folders = ChoiceLoader([PackageLoader(name, ".") for name in (package, "ds_cmli.common")])
+    folders = ChoiceLoader([PackageLoader(package, "."), PackageLoader("ds_cmli.common", ".")])
     environment = Environment(loader=folders, autoescape=select_autoescape(["jinja"]))
     text = environment.get_template(template).render(values)
     try:

@@ -90,8 +90,8 @@ class EMA:
         """
         for average, master in zip(self.averages, master_weights(self.engine), strict=True):
             rows = max(1, CHUNK * len(torch.atleast_1d(average)) // max(1, average.numel()))
-            parts = (torch.atleast_1d(tensor).split(rows) for tensor in (average, master))
-            for one, other in zip(*parts, strict=True):
+            ones, others = torch.atleast_1d(average), torch.atleast_1d(master)
+            for one, other in zip(ones.split(rows), others.split(rows), strict=True):
                 kept = one.clone()
                 one.copy_(other)
                 other.copy_(kept)

@@ -127,7 +127,7 @@ def _spared(module: nn.Module) -> set[int]:
     found: set[int] = set()
     for owner in module.modules():
         if isinstance(owner, nn.Embedding):
-            found |= {id(parameter) for parameter in owner.parameters()}
+            found |= set(map(id, owner.parameters()))
         named: Any = getattr(owner, "no_weight_decay", None)
         names = named() if callable(named) else ()
         found |= {id(parameter) for name, parameter in owner.named_parameters() if name in names}

@@ -194,9 +194,8 @@ class Scorer:
     def block(self, number: int, captions: Captions) -> Block:
         """The scores of one block of pictures. CPU-GPU sync."""
         images, rows = self.share.images, self.blocks[number]
-        cls, tokens, mask = (
-            x.to(self.device) for x in (captions.cls, captions.tokens, captions.token_mask)
-        )
+        cls, tokens = captions.cls.to(self.device), captions.tokens.to(self.device)
+        mask = captions.token_mask.to(self.device)
         cosines = images.cls[rows].to(self.device) @ cls.t()
         if "cmli" not in self.scales:
             i2t = t2i = cosines[None].cpu()

@@ -212,7 +212,7 @@ def write_card(
         results=results,
         names=results.names() if results else NAMES,
         versions=", ".join(libraries),
-        settings=markdown_table(["", ""], [list(row) for row in settings.items()]),
+        settings=markdown_table(["", ""], list(map(list, settings.items()))),
         licences=licences(config),
     )
 

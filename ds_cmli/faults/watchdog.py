@@ -218,7 +218,7 @@ class Watchdog:
             if known is not None or self.store.check([str(r)]):
                 here.append(r)
         now = time.monotonic()
-        for r, text in zip(here, self.store.multi_get([str(r) for r in here]), strict=True):
+        for r, text in zip(here, self.store.multi_get(list(map(str, here))), strict=True):
             old, new = self.heartbeats[r], Heartbeat(**json.loads(text))
             if old is None or old.alive != new.alive:
                 self.lived[r] = now

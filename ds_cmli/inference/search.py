@@ -86,7 +86,7 @@ def command(**arguments: Any) -> None:
         results = index.search(model, asked.texts, asked.k, asked.candidates)
         for text, best in zip(asked.texts, results, strict=True):
             if asked.as_json:
-                print_json({"text": text, "results": [vars(result) for result in best]})
+                print_json({"text": text, "results": list(map(vars, best))})
                 continue
             click.echo(text)
             for result in best:

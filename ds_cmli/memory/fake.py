@@ -112,7 +112,8 @@ def _attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False
             width = attn_mask.shape[-1]
             attn_mask = F.pad(attn_mask, (0, 8 - width % 8))[..., :width]
         attn_mask = attn_mask.expand(query.shape[0], query.shape[1], query.shape[2], key.shape[2])
-    grad = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
+    grad = query.requires_grad or key.requires_grad or value.requires_grad
+    grad = grad and torch.is_grad_enabled()
     return torch.ops.aten._scaled_dot_product_efficient_attention(
         query, key, value, attn_mask, grad, dropout_p, is_causal, scale=scale
     )[0]

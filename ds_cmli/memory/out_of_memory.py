@@ -85,7 +85,8 @@ def process_room(base: dict[str, int]) -> Room:
 def process_bytes() -> dict[str, int]:
     """VmSize and VmData of this process: the sizes that RLIMIT_AS and RLIMIT_DATA limit."""
     lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return {name: int(lines[name].split()[0]) * 1024 for name in ("VmSize", "VmData")}
+    size, data = lines["VmSize"].split()[0], lines["VmData"].split()[0]
+    return {"VmSize": int(size) * 1024, "VmData": int(data) * 1024}
 
 
 def device_room(device: torch.device) -> Room:

@@ -237,7 +237,7 @@ def _record(
     train_engine = engine.build(
         here.config, here.json, here.vocab_size, TOTAL_STEPS, device, models=models
     )
-    sizes = [_own_parameters(module) for module in train_engine.objective.modules()]
+    sizes = list(map(_own_parameters, train_engine.objective.modules()))
     if options.scores is not None:
         train_engine.objective.score = options.scores  # type: ignore[assignment]
     accumulation, texts = here.json.accumulation, options.texts

@@ -97,7 +97,7 @@ def _zeros(value: object) -> object:
             elements = 1 + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
         return torch.zeros(elements, dtype=dtype).as_strided(size, stride)
     if isinstance(value, tuple):
-        return [_zeros(part) for part in value]
+        return list(map(_zeros, value))
     return value
 
 
@@ -105,7 +105,7 @@ def _zeros(value: object) -> object:
 def _asked(func: OpOverload, args: tuple, kwargs: tuple, threads: int) -> int:
     returned: list[object] = []
     with _disable_current_modes():
-        operands = [_zeros(value) for value in args]
+        operands = list(map(_zeros, args))
         named = {name: _zeros(value) for name, value in kwargs}
         # The first call is not measured: what a library allocates there and keeps is no workspace.
         func(*operands, **named)

@@ -29,7 +29,7 @@ class TimmGrid(ImageBackbone):
         model = self.model = created.model
         if not hasattr(model, "forward_intermediates"):
             raise request.unfit("it gives no feature map: choose another model of timm")
-        stages = [dict(stage) for stage in model.feature_info]
+        stages = list(map(dict, model.feature_info))
         plain = len({(stage["num_chs"], stage["reduction"]) for stage in stages}) == 1
         if request.layers is not None and not plain:
             raise request.unfit(

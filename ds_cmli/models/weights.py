@@ -210,9 +210,8 @@ def _free() -> Iterator[int]:
         found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
         if found:
             yield int(found[1]) * 1024
-        limit, used = (
-            (CGROUP / f"memory.{name}").read_text().strip() for name in ("max", "current")
-        )
+        limit = (CGROUP / "memory.max").read_text().strip()
+        used = (CGROUP / "memory.current").read_text().strip()
         inactive = re.search(r"inactive_file (\d+)", (CGROUP / "memory.stat").read_text())
         if limit != "max":  # pages of files that are not in use are given up when memory is short
             yield int(limit) - int(used) + (int(inactive[1]) if inactive else 0)

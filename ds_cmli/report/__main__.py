@@ -42,7 +42,7 @@ def write(runs: Sequence["RunFiles"], path: str | Path) -> None:
     from ds_cmli.report.runs import columns_of, differing, group_name, groups
 
     grouped = groups(runs)
-    names = [group_name(group) for group in grouped]
+    names = list(map(group_name, grouped))
     results = last_values(grouped)
     tables = retrieval(results, names)
     speed, rest = [], []
