@@ -10,7 +10,14 @@ import torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
 
-from tests.conftest import ROOT, rank_environments, spawn
+from tests.conftest import LAUNCHER_VARIABLES, ROOT, rank_environments, spawn
+
+
+@pytest.fixture(autouse=True)
+def no_launcher(monkeypatch):
+    """accelerate and Lightning would go by what a process group of another file has set in this process."""
+    for name in LAUNCHER_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
 
 
 def recipe(word: str) -> str:
