@@ -30,9 +30,10 @@ def loader() -> Loader:
 
 
 def test_a_killed_process_is_told_at_the_next_batch_and_nowhere_else():
+    others = torch.multiprocessing.active_children()  # of tests before this one
     batches = iter(loader())
     next(batches)
-    victim = next(p for p in torch.multiprocessing.active_children() if "Process" in p.name)
+    victim = next(p for p in torch.multiprocessing.active_children() if p not in others)
     os.kill(victim.pid, signal.SIGKILL)
     time.sleep(0.5)  # here PyTorch's handler would raise
     started = time.monotonic()
@@ -95,8 +96,9 @@ def test_a_training_ends_in_one_line(before, words, tmp_path):
 
 
 def test_loaders_that_are_gone_leave_no_file_open():
+    gc.collect()  # the loaders of the tests before this one
     before = len(os.listdir("/proc/self/fd"))
     for _ in range(5):
         next(iter(Loader(Ones(), batch_size=4)))
     gc.collect()
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(os.listdir("/proc/self/fd")) <= before
