@@ -25,6 +25,8 @@ class MLflow:
 
     def __init__(self, folder: Path, first_step: int):
         logging.getLogger("mlflow").setLevel(logging.WARNING)
+        # Several threads may make the same folder of a store at once, and what one logs is lost.
+        os.environ.setdefault("MLFLOW_ASYNC_LOGGING_THREADPOOL_SIZE", "1")
         try:
             if not {"MLFLOW_EXPERIMENT_NAME", "MLFLOW_EXPERIMENT_ID"} & os.environ.keys():
                 mlflow.set_experiment("ds-cmli")

@@ -54,7 +54,7 @@ def test_mlflow_holds_numbers_settings_and_pictures_of_a_run_that_goes_on(tmp_pa
 
 
 def test_wandb_holds_numbers_and_pictures_offline(tmp_path, monkeypatch, capfd):
-    pytest.importorskip("wandb")
+    pytest.importorskip("wandb").teardown()  # what was set up in this process before looks at no environment again
     monkeypatch.setenv("WANDB_MODE", "offline")
     write(tmp_path, "wandb", [1, 2])
     name = (tmp_path / "wandb" / "run-id").read_text()
