@@ -21,9 +21,14 @@ LONGEST_FIRST = (
     "tests/slurm",
     "tests/memory/test_predict.py",
     "tests/checkpoint/test_restore.py",
+    "tests/memory/test_repeated.py",
+    "tests/faults/test_signals.py",
     "tests/cmli/test_triton.py",
+    "tests/test_train.py",
+    "tests/memory/test_out_of_memory.py",
+    "tests/profiling/test_backbones.py",
     "tests/checkpoint/test_universal.py",
-    "tests/config/test_mistakes.py",
+    "tests/distributed/test_ranks.py",
 )
 
 
