@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 
@@ -55,6 +56,9 @@ def test_mlflow_holds_numbers_settings_and_pictures_of_a_run_that_goes_on(tmp_pa
 
 def test_wandb_holds_numbers_and_pictures_offline(tmp_path, monkeypatch, capfd):
     pytest.importorskip("wandb").teardown()  # what was set up in this process before looks at no environment again
+    from wandb.sdk.data_types._private import MEDIA_TMP
+
+    os.makedirs(MEDIA_TMP.name, exist_ok=True)  # a process that another test has forked removes it at its end
     monkeypatch.setenv("WANDB_MODE", "offline")
     write(tmp_path, "wandb", [1, 2])
     name = (tmp_path / "wandb" / "run-id").read_text()
