@@ -149,11 +149,15 @@ def launcher_variables():
             os.environ[name] = value
 
 
+def set_one_process(patch: pytest.MonkeyPatch) -> None:
+    """Set the environment of a training of one process."""
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_PORT": "0"}.items():
+        patch.setenv(name, value)
+
+
 @pytest.fixture
 def alone(monkeypatch):
-    """The environment of a training of one process."""
-    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_PORT": "0"}.items():
-        monkeypatch.setenv(name, value)
+    set_one_process(monkeypatch)
 
 
 def clean_environment() -> dict[str, str]:

@@ -8,10 +8,12 @@ import torch
 
 from ds_cmli.checkpoint import files
 from ds_cmli.common.errors import UserError
-from tests.checkpoint.test_removed import alone, arguments  # noqa: F401
+from tests.checkpoint.test_removed import arguments  # noqa: F401
 from tests.checkpoint.test_save import Evil
+from tests.conftest import set_one_process
 from tests.drive_train import drive
 
+pytestmark = pytest.mark.usefixtures("alone")
 CONTENTS = {
     "rank-0.pt": {
         "code": lambda ran: Evil(ran),
@@ -28,8 +30,7 @@ CASES = [(name, content) for name, contents in CONTENTS.items() for content in c
 def run(arguments, tmp_path_factory):  # noqa: F811
     folder = tmp_path_factory.mktemp("foreign") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_PORT": "0"}.items():
-            patch.setenv(name, value)
+        set_one_process(patch)
         assert drive([*arguments, str(folder)], stop_at=4) == 85
     return folder
 

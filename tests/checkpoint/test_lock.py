@@ -14,8 +14,10 @@ from ds_cmli.checkpoint import lock, run_folder, save
 from ds_cmli.checkpoint.lock import LEASE, NAME, Lock, _started
 from ds_cmli.common.errors import UserError
 from ds_cmli.metrics import Writer
-from tests.checkpoint.test_restore import TINY, alone, source  # noqa: F401
+from tests.checkpoint.test_restore import TINY, source  # noqa: F401
 from tests.drive_train import drive
+
+pytestmark = pytest.mark.usefixtures("alone")
 
 
 @pytest.fixture(autouse=True)

@@ -13,13 +13,8 @@ from ds_cmli.run import Run
 from tests.config.test_mistakes import pairs
 from tests.drive_train import drive
 
+pytestmark = pytest.mark.usefixtures("alone")
 STEPS = 8
-
-
-@pytest.fixture(autouse=True)
-def alone(monkeypatch):
-    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_PORT": "0"}.items():
-        monkeypatch.setenv(name, value)
 
 
 @pytest.fixture(scope="module")

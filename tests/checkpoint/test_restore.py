@@ -25,11 +25,12 @@ from ds_cmli.distributed import process_group as distributed
 from ds_cmli.faults import preemption
 from ds_cmli.run import Run
 from tests.config.test_mistakes import pairs
-from tests.conftest import ROOT, free_port, rank_environments
+from tests.conftest import ROOT, free_port, rank_environments, set_one_process
 from tests.drive_train import drive
 from tests.metrics_file import metrics
 from tests.processes import Program
 
+pytestmark = pytest.mark.usefixtures("alone")
 TINY = ["--preset", "tiny", "--steps", "12", "--log-every", "3", "--eval-every", "5", "--set", "student.dropout=0.2"]
 AUGMENTED = ["--set", 'data.augmentation={"random_resized_crop": 0.5, "horizontal_flip": 0.5, "color_jitter": 0.4}']
 
@@ -38,12 +39,6 @@ AUGMENTED = ["--set", 'data.augmentation={"random_resized_crop": 0.5, "horizonta
 def source(tmp_path_factory) -> list[str]:
     """`--data` with 60 training pairs and three held out: an epoch ends within a test, and evaluation is quick."""
     return ["--data", pairs(tmp_path_factory.mktemp("data") / "pairs", count=63)]
-
-
-@pytest.fixture(autouse=True)
-def alone(monkeypatch):
-    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_PORT": "0"}.items():
-        monkeypatch.setenv(name, value)
 
 
 def assert_same(folder: Path, other: Path) -> None:
@@ -195,8 +190,7 @@ def changed(tmp_path_factory):
     assert codes == [0, 85, 85] * len(STAGES)
     for task in gather("one"):
         with pytest.MonkeyPatch.context() as patch:
-            for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_PORT": "0"}.items():
-                patch.setenv(name, value)
+            set_one_process(patch)
             assert drive(task["arguments"], task["stop_at"], task["seen"]) == (85 if task["stop_at"] else 0)
     assert ranks(folder, 3, gather("three"))[0] == [0] * len(STAGES)
     assert ranks(folder, 2, gather("two again"))[0] == [0] * len(STAGES)
@@ -272,8 +266,7 @@ def stopped(source, tmp_path_factory) -> Path:
     """A run stopped at step 4 of 12, with checkpoints of step 2 and 4."""
     folder = tmp_path_factory.mktemp("stopped") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_PORT": "0"}.items():
-            patch.setenv(name, value)
+        set_one_process(patch)
         assert drive([*TINY, *source, "--save-every", "2", "--output-dir", str(folder)], stop_at=4) == 85
     return folder
 

@@ -46,9 +46,7 @@ def sources(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def alone(tmp_path, monkeypatch):
-    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_PORT": "0"}.items():
-        monkeypatch.setenv(name, value)
+def own_caches(alone, tmp_path, monkeypatch):
     monkeypatch.setenv("DS_CMLI_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "arrow"))
 

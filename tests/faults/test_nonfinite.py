@@ -140,9 +140,7 @@ def test_samples_of_a_skipped_step():
 
 
 @pytest.fixture
-def arguments(tmp_path, monkeypatch):
-    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_PORT": "0"}.items():
-        monkeypatch.setenv(name, value)
+def arguments(alone, tmp_path):
     data = pairs(tmp_path / "pairs", count=63)
     return ["--preset", "tiny", "--steps", "10", "--data", data, "--output-dir", str(tmp_path / "run")]
 

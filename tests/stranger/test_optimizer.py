@@ -43,13 +43,11 @@ class SignedMomentum(Optimizer):
 
 
 @pytest.fixture(autouse=True)
-def registered(monkeypatch):
+def registered(alone, monkeypatch):
     """As if PyTorch had it. DeepSpeed takes an optimizer of PyTorch by its name."""
     monkeypatch.setattr(torch.optim, "SignedMomentum", SignedMomentum, raising=False)
     entry = optimizers.Optimizer(("lr", "inertia", "weight_decay"), {"inertia": number(0, 1)})
     monkeypatch.setitem(optimizers.OPTIMIZERS, "SignedMomentum", entry)
-    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_PORT": "0"}.items():
-        monkeypatch.setenv(name, value)
 
 
 def content(stage: int, **params) -> dict:

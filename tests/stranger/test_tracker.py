@@ -36,11 +36,9 @@ class Notebook:
 
 
 @pytest.fixture(autouse=True)
-def registered(monkeypatch):
+def registered(alone, monkeypatch):
     entry = registry.TrackerEntry(f"{__name__}:Notebook", "json")
     monkeypatch.setitem(registry.TRACKERS, "notebook", entry)
-    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_PORT": "0"}.items():
-        monkeypatch.setenv(name, value)
 
 
 def test_a_run_writes_to_it_and_goes_on(tmp_path):
