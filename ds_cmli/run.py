@@ -8,11 +8,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from ds_cmli.checkpoint.checkpoints import Checkpoints
-from ds_cmli.checkpoint.train_state import TrainState
 from ds_cmli.common.errors import UserError
-from ds_cmli.config.schema import Config
 from ds_cmli.data.batch import Batch
-from ds_cmli.data.load import Data
 from ds_cmli.distributed.process_group import mean_over_ranks, world_size
 from ds_cmli.engine import TrainEngine
 from ds_cmli.engine.result import MicroBatchLosses, by_name
@@ -35,16 +32,14 @@ class Due(NamedTuple):
 class Run:
     """The parts of a run, as `train.loop` uses them."""
 
-    config: Config
-    data: Data
     ready: Prepared
     engine: TrainEngine
-    state: TrainState  # what the next step depends on beside the engine
     checkpoints: Checkpoints
     writer: Writer | NullWriter  # of rank 0, and of the others
     meter: Meter
 
     def __post_init__(self) -> None:
+        self.config, self.data, self.state = self.ready.config, self.ready.data, self.ready.state
         self.total_steps = self.ready.plan.total_steps  # optimizer steps
         self.sampler = self.ready.plan.sampler  # the order of the samples, and the position in it
         self.bad, self.flags = self.ready.bad, self.ready.flags

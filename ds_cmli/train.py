@@ -136,11 +136,8 @@ def build_and_train(ready: Prepared) -> int:
                 folder, plan.total_steps, state.step, config.run.report_to
             )  # collective
             parts = Run(
-                config=config,
-                data=data,
                 ready=ready,
                 engine=engine,
-                state=state,
                 checkpoints=Checkpoints(folder, engine, config.run, state),
                 writer=writer,
                 meter=Meter(engine),
