@@ -108,9 +108,8 @@ class _Placement:
         segments = {at: replace(part, pool=DEFAULT_POOL) for at, part in start.segments.items()}
         self.allocator, self.blocks = restore(replace(start, segments=segments))
         self.unused: set[int] = set()  # segments without an allocation so far
-        self.spare: dict[
-            int, int
-        ] = {}  # block -> bytes that its remainder may have beyond the least
+        # Block -> the bytes that its remainder may have beyond the least.
+        self.spare: dict[int, int] = {}
         if not uncertain:
             for address, (least, most) in start.remainders.items():
                 self.spare[address] = most - least

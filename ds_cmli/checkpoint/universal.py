@@ -30,12 +30,8 @@ if TYPE_CHECKING:
 CONVERTED = "universal.writing"  # the next checkpoint removes incomplete and left-over conversions
 SHARED = "shared.pt"  # the state that is not of single parameters, see `_write_shared`
 MOMENTS = ("exp_avg", "exp_avg_sq")
-SCALE = (
-    "cur_scale",
-    "cur_iter",
-    "last_overflow_iter",
-    "cur_hysteresis",
-)  # the state of a dynamic loss scaler
+# The state of a dynamic loss scaler.
+SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 COUNTERS = ("global_steps", "global_samples", "skipped_steps")
 
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 
 from ds_cmli.cmli.check import DEFAULT_SCRATCH_BYTES, index_dtype
-from ds_cmli.cmli.chunked.packed import ChunkShape, make_chunks
+from ds_cmli.cmli.chunked.packed import ChunkShape, joined, make_chunks
 from ds_cmli.cmli.chunked.tiling import (
     PANEL,
     RecomputePlan,
@@ -145,15 +145,7 @@ class _PackedSizes:
         return {chunk.shape() for chunk in chunks} or {ChunkShape(0, 0, 0)}
 
     def load_bytes(self, shapes: set[ChunkShape]) -> int:
-        return load_bytes(_joined(shapes).rows, self.D, self.width, self.masked)
-
-
-def _joined(shapes: set[ChunkShape]) -> ChunkShape:
-    """The largest of each size."""
-    most = ChunkShape(0, 0, 0)
-    for shape in shapes:
-        most = most.joined(shape)
-    return most
+        return load_bytes(joined(shapes).rows, self.D, self.width, self.masked)
 
 
 def _forward_tiles(
@@ -235,7 +227,7 @@ def _side_backward(
                 tile = max(tile, product_tile_bytes(o, x, width))
             if unknown or not by_product(o, x):
                 tile = max(tile, gather_tile_bytes(o, x, D, width))
-    most, most_other = _joined(owns), _joined(others)
+    most, most_other = joined(owns), joined(others)
     store = most.rows * D * width.narrow if own.masked and width.narrow < width.wide else 0
     buffers = backward_buffer_bytes(most, most_other, D, width)
     return other.load_bytes(others) + buffers + panel + max(tile, store)

@@ -19,9 +19,8 @@ from ds_cmli.losses.pair_features import PairFeatures
 from ds_cmli.models.student import Student
 from ds_cmli.models.teacher import Targets
 
-Losses = tuple[
-    Tensor, dict[str, Tensor]
-]  # the weighted sum, a scalar in fp32; each by name, detached
+# The weighted sum, a scalar in fp32; each loss by name, detached.
+Losses = tuple[Tensor, dict[str, Tensor]]
 
 
 @dataclass(frozen=True)

@@ -196,9 +196,7 @@ def _watched(file: str | None, given: Given | None) -> AbstractContextManager[No
             if filter_fn is not None:
                 try:
                     state = filter_fn(state, model)
-                except (
-                    TypeError
-                ):  # some filters take the state alone; timm falls back like this too
+                except TypeError:  # some filters take the state alone; timm falls back so too
                     state = filter_fn(state)
             given.shapes.update(_shapes(state))
             return state

@@ -9,6 +9,7 @@ Shape legend: B sequences, P positions of a sequence (padded), R valid rows of a
 D features.
 """
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -40,10 +41,6 @@ class ChunkShape(NamedTuple):
     rows: int
     sequences: int
     longest: int  # rows of the longest sequence
-
-    def joined(self, other: "ChunkShape") -> "ChunkShape":
-        """The larger of each size."""
-        return ChunkShape(*map(max, self, other))
 
 
 class Chunk(NamedTuple):
@@ -98,9 +95,14 @@ def make_chunks(
 
 def largest(chunks: list[Chunk]) -> ChunkShape:
     """The largest of each size among the chunks."""
+    return joined(map(Chunk.shape, chunks))
+
+
+def joined(shapes: Iterable[ChunkShape]) -> ChunkShape:
+    """The largest of each size; zeros for no shape."""
     most = ChunkShape(0, 0, 0)
-    for chunk in chunks:
-        most = most.joined(chunk.shape())
+    for shape in shapes:
+        most = ChunkShape(*map(max, most, shape))
     return most
 
 
