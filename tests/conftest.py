@@ -32,6 +32,13 @@ LONGEST_FIRST = (
 )
 
 
+def pytest_configure(config):
+    """Hide GPUs from all tests but those of `-m gpu`: they are of what CPUs compute, partly to the bit."""
+    if config.option.markexpr != "gpu":
+        # The second reaches what the launcher of DeepSpeed starts, which sets the first by itself.
+        os.environ.update(CUDA_VISIBLE_DEVICES="", DS_ACCELERATOR="cpu")
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
     """For `pytest -n 2`: a file's tests run in one process, for their fixtures, and so do those of Slurm, of which a

@@ -34,7 +34,8 @@ def map_launcher_environment() -> None:
     """Set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT where no launcher has.
 
     `deepspeed` and `torchrun` set them. For a task of `srun` they are computed from its SLURM_*
-    variables, and a plain `python` process is a world of one.
+    variables, and a plain `python` process is a world of one. GPUs are hidden if DS_ACCELERATOR is
+    cpu.
 
     Raises:
         UserError: a variable is no number, or out of its range; the variables contradict each
@@ -52,6 +53,8 @@ def map_launcher_environment() -> None:
     # Port 0 lets the store pick a free port. Only a world of one can use it, since no other rank
     # has to find the store.
     env.setdefault("MASTER_PORT", "0" if env["WORLD_SIZE"] == "1" else "29500")
+    if env.get("DS_ACCELERATOR") == "cpu":
+        env["CUDA_VISIBLE_DEVICES"] = ""  # the launcher of DeepSpeed sets it on CPUs, too
     _check_address()
     _check_ranks()
 

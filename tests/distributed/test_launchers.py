@@ -3,7 +3,6 @@
 import socket
 
 import pytest
-import torch
 
 from ds_cmli.common.errors import UserError
 from ds_cmli.distributed import launchers
@@ -27,6 +26,13 @@ def test_srun_task_is_mapped(monkeypatch):
     launchers.map_launcher_environment()
     found = [env[k] for k in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")]
     assert found == ["3", "4", "1", "localhost", "12007"]
+
+
+def test_the_cpu_is_asked_for_where_a_launcher_has_given_gpus(monkeypatch):
+    env = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "0,1"}
+    monkeypatch.setattr("os.environ", env)
+    launchers.map_launcher_environment()
+    assert env["CUDA_VISIBLE_DEVICES"] == ""
 
 
 @pytest.mark.parametrize(
@@ -92,14 +98,13 @@ def test_an_environment_that_no_launcher_sets_is_one_line(monkeypatch, capsys, g
         launchers.map_launcher_environment()
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_a_device_that_is_not_here(monkeypatch, capsys):
     from ds_cmli import engine
     from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "99")
     engine.on_this_device(DeepSpeedConfig.of({}))
-    line = "CUDA_VISIBLE_DEVICES is '3', and PyTorch finds no GPU there: training on the CPU\n"
+    line = "CUDA_VISIBLE_DEVICES is '99', and PyTorch finds no GPU there: training on the CPU\n"
     assert line in capsys.readouterr().out
     monkeypatch.setenv("DS_ACCELERATOR", "cuda")
     with pytest.raises(UserError, match=r"^DS_ACCELERATOR is 'cuda' and PyTorch finds no GPU here: unset it to tr"):

@@ -33,7 +33,6 @@ def script(*arguments: object, device: str = "cpu", timeout: float = 300) -> sub
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=timeout)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_one_line_and_exit_code_2(tmp_path):
     done = script("--json", tmp_path / "x.json", device="cuda")
     assert (done.returncode, done.stdout) == (2, "")

@@ -176,7 +176,8 @@ def test_where_the_project_is_not(cluster, tmp_path):
 
 
 def test_granted_gpus_that_torch_does_not_see_are_said(cluster, tmp_path):
-    job = submit(cluster, tmp_path, ("--nodes=2", "--gpus-per-node=2"), *TINY)  # of device files that are no GPUs
+    python = f"env CUDA_VISIBLE_DEVICES= {sys.executable}"  # Slurm sets it to device files that are no GPUs
+    job = submit(cluster, tmp_path, ("--nodes=2", "--gpus-per-node=2"), *TINY, python=python)
     text = refused(cluster, tmp_path, job)
     for node in ("n1", "n2"):
         assert f"error: node {node}: 2 GPUs are granted, but torch" in text
