@@ -106,6 +106,24 @@ def fp16_device(monkeypatch):
 
 
 @pytest.fixture(scope="session")
+def null_gpu():
+    """A function `(card="a100", count=1)` that gives the environment of a process with null GPUs, for tests with the
+    marker `null_gpu`.
+
+    Where they cannot be built the tests skip; with DS_CMLI_REQUIRE_NULL_GPU=1 they fail.
+    """
+    from tests.null_gpu.build import NoNullGPU, build
+    from tests.null_gpu.environment import environment
+
+    try:
+        return partial(environment, build())
+    except NoNullGPU as reason:
+        if os.environ.get("DS_CMLI_REQUIRE_NULL_GPU") == "1":
+            pytest.fail(f"DS_CMLI_REQUIRE_NULL_GPU is 1, but there is no null GPU: {reason}")
+        pytest.skip(f"no null GPU can be built: {reason}")
+
+
+@pytest.fixture(scope="session")
 def predicting_process():
     from ds_cmli.memory import predict_subprocess
 

@@ -1,0 +1,153 @@
+"""Builds the null GPU: `python tests/null_gpu/build.py` prints its folder.
+
+The CUDA wheel of PyTorch is fetched from the package index (527 MB, compared with the sums of requirements.txt) into
+the cache of ds-cmli, and the C files of csrc/ are compiled into one library that carries the names of all those of
+NVIDIA that it asks for. Needs pip, gcc and binutils.
+"""
+
+import ast
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+from filelock import FileLock
+
+from ds_cmli.data.assets import cache_folder
+
+HERE = Path(__file__).resolve().parent
+REQUIREMENTS = HERE / "requirements.txt"
+SOURCES = sorted((HERE / "csrc").glob("*.[ch]"))
+NVIDIA = re.compile(
+    "(__cuda|cu[A-Z]|cuda|cublas|cudnn|cusparse|cufft|cufile|curand|cusolver|cupti|nvrtc|nvshmem|p?nccl|nvtx|nvml)"
+)
+# The settings of pip that say where packages come from. All others may ask for another build of PyTorch: constraints,
+# folders of wheels.
+INDEX_SETTINGS = ("index-url", "extra-index-url", "cert", "client-cert", "proxy", "trusted-host", "timeout", "retries")
+
+
+class NoNullGPU(Exception):
+    """Why it cannot be built on this machine."""
+
+
+def build() -> Path:
+    """Return the folder of the null GPU, which one process builds while others wait.
+
+    It holds `site` (PyTorch and Triton), `headers`, and `lib-SUM` for each state of the sources.
+
+    Raises:
+        NoNullGPU: something cannot be fetched or compiled.
+    """
+    version = f"{sys.version_info.major}{sys.version_info.minor}"
+    folder = cache_folder() / f"null-gpu-{_sum([REQUIREMENTS])}-cp{version}"
+    if (folder / "headers").exists() and library(folder).exists():
+        return folder
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.with_suffix(".lock")):
+            if not (folder / "headers").exists():
+                _fetch(folder)
+            if not library(folder).exists():
+                _compile(folder)
+    except subprocess.CalledProcessError as error:
+        last = (error.stderr.strip().splitlines() or [str(error)])[-1]
+        raise NoNullGPU(f"{Path(error.cmd[0]).name} failed: {last}") from None
+    except (OSError, NotImplementedError) as error:
+        raise NoNullGPU(str(error)) from None
+    return folder
+
+
+def library(folder: Path) -> Path:
+    """The library, built from the C files as they are, in the folder that `build` returns."""
+    return folder / f"lib-{_sum([Path(__file__), *SOURCES])}" / "libnullgpu.so"
+
+
+def _sum(files: list[Path]) -> str:
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
+
+
+def _run(command: list, **more) -> str:
+    return subprocess.run(list(map(str, command)), check=True, capture_output=True, text=True, **more).stdout
+
+
+def _fetch(folder: Path) -> None:
+    """Download the wheels and unpack them: PyTorch without the libraries of NVIDIA, which would come before ours."""
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix="null-gpu-") as temporary:
+        wheels, site, headers = (Path(temporary) / name for name in ("wheels", "site", "headers"))
+        options = ["--no-deps", "--only-binary", ":all:", "--require-hashes", "--no-cache-dir", "-r", REQUIREMENTS]
+        _run([sys.executable, "-m", "pip", "download", "-q", "-d", wheels, *options], env=_pip_environment())
+        for wheel in wheels.glob("*.whl"):
+            with zipfile.ZipFile(wheel) as archive:
+                archive.extractall(headers if wheel.name.startswith("nvidia") else site)
+            wheel.unlink()
+        for program in (site / "triton" / "backends" / "nvidia" / "bin").glob("*"):
+            program.chmod(0o755)  # ptxas
+        folder.mkdir(exist_ok=True)
+        for part in (site, headers):  # the headers last: they say that all is there
+            shutil.rmtree(folder / part.name, ignore_errors=True)
+            part.rename(folder / part.name)
+
+
+def _pip_environment() -> dict[str, str]:
+    """The environment for pip, in which of its settings only those of the index hold."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PIP_")}
+    for line in _run([sys.executable, "-m", "pip", "config", "list"]).splitlines():
+        name, _, value = line.partition("=")
+        setting = name.rpartition(".")[2]
+        if setting in INDEX_SETTINGS:
+            environment["PIP_" + setting.upper().replace("-", "_")] = ast.literal_eval(value)
+    return environment | {"PIP_CONFIG_FILE": os.devnull}
+
+
+def _compile(folder: Path) -> None:
+    """Compile the C files, and a function that returns 0 for whatever else PyTorch asks of NVIDIA's libraries."""
+    users = [*(folder / "site/torch/lib").glob("*.so*"), *(folder / "site/torch").glob("_C*.so")]
+    missing = _symbols(users, "--undefined-only") - _symbols(users, "--defined-only")
+    include = next((folder / "headers").rglob("cuda_runtime_api.h")).parent
+    target = library(folder).parent
+    with tempfile.TemporaryDirectory(dir=folder, prefix="lib-") as temporary:
+        work, made = Path(temporary), Path(temporary) / "lib"
+        made.mkdir()
+        options = ["-std=gnu11", "-fPIC", "-O1", "-w", f"-I{include}"]
+        _run(["gcc", *options, "-c", *HERE.glob("csrc/*.c")], cwd=work)
+        ours = _symbols(list(work.glob("*.o")), "--defined-only", dynamic=False)
+        others = sorted(name for name in missing - ours if NVIDIA.match(name))
+        (work / "others.c").write_text("".join(f"int {name}() {{ return 0; }}\n" for name in others))
+        _run(["gcc", *options, "-fno-builtin", "-c", "others.c"], cwd=work)
+        _run(
+            [
+                "gcc",
+                "-shared",
+                "-o",
+                made / "libnullgpu.so",
+                *work.glob("*.o"),
+                "-ldl",
+                "-lpthread",
+                "-lm",
+                "-l:libstdc++.so.6",
+            ]
+        )
+        for name in {"libcuda.so", "libcuda.so.1", *_needed(users)}:
+            (made / name).symlink_to("libnullgpu.so")
+        made.chmod(0o755)
+        made.rename(target)
+
+
+def _symbols(files: list[Path], which: str, dynamic: bool = True) -> set[str]:
+    out = _run(["nm", *(["-D"] if dynamic else []), which, *files])
+    return {line.split()[-1].split("@")[0] for line in out.splitlines() if line and not line.endswith(":")}
+
+
+def _needed(files: list[Path]) -> set[str]:
+    """The libraries of NVIDIA that the files are linked with."""
+    names = re.findall(r"NEEDED.*\[(.+)\]", _run(["readelf", "-d", *files]))
+    return {name for name in names if re.match("lib(cu|nv|nccl)", name)}
+
+
+if __name__ == "__main__":
+    print(build())

@@ -1,0 +1,28 @@
+"""Training runs whole on a null GPU."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.null_gpu
+ROOT = Path(__file__).resolve().parent.parent.parent
+CARDS = ("t4", "a100", "3090", "4090", "h100", "b200", "5090")
+
+
+def train(environment: dict[str, str], folder: Path, *options: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / "ds_cmli" / "train.py"), "--output-dir", str(folder), *options]
+    return subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=600)
+
+
+@pytest.mark.parametrize(
+    "card", ["3090", *(pytest.param(card, marks=pytest.mark.soak) for card in CARDS if card != "3090")]
+)
+def test_tiny_trains_in_fp16(null_gpu, card, tmp_path):
+    done = train(null_gpu(card), tmp_path / "run", "--preset", "tiny", "--steps", "3")
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3]
+    assert all(line["skipped_steps"] == 0 for line in lines if "loss" in line)
