@@ -1,4 +1,5 @@
 import contextlib
+import gc
 import os
 import random
 import signal
@@ -64,6 +65,12 @@ def pytest_collection_modifyitems(items):
         return places.get("tests/slurm" if file.startswith("tests/slurm/") else file, len(places))
 
     items.sort(key=order)
+
+
+def pytest_collection_finish():
+    """What the imports of all tests have made stays to the end: collections of garbage need not look through it."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

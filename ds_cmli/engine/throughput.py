@@ -6,6 +6,7 @@ Nothing here waits for a GPU between two logged steps, and nothing changes what 
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -114,8 +115,11 @@ class ModelFlops(TorchFunctionMode):
         self.flops += 2.0 * products * passes
 
 
+@cache
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of the fastest matrix product of half a second on this device. CPU-GPU sync."""
+    """FLOP/s of the fastest matrix product of half a second on this device, measured once in a
+    process. CPU-GPU sync.
+    """
     size = 8192 if device.type == "cuda" else 1024
     x = torch.ones(size, size, device=device, dtype=dtype)
     weight = torch.ones_like(x)

@@ -31,7 +31,8 @@ from tests.metrics_file import metrics
 from tests.processes import Program
 
 pytestmark = pytest.mark.usefixtures("alone")
-TINY = ["--preset", "tiny", "--steps", "12", "--log-every", "3", "--eval-every", "5", "--set", "student.dropout=0.2"]
+TINY = ["--preset", "tiny", "--steps", "12", "--log-every", "3", "--eval-every", "5"]
+TINY += ["--set", "student.dropout=0.2", "--set", "run.match_maps=1"]
 AUGMENTED = ["--set", 'data.augmentation={"random_resized_crop": 0.5, "horizontal_flip": 0.5, "color_jitter": 0.4}']
 
 

@@ -20,8 +20,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from tests.config.test_mistakes import pairs
-from tests.conftest import ROOT, clean_environment, free_port
+from tests.conftest import ROOT, clean_environment, free_port, rank_environments
 from tests.metrics_file import metrics
+from tests.processes import Program
 from tests.slurm.cluster import Cluster, poll
 from tests.slurm.jobs import steps_done
 
@@ -86,9 +87,9 @@ class Table:
     def reference(self, ranks: int) -> Path:
         if ranks not in self.references:
             run = self.folder / f"straight{ranks}"
-            assert self.start("python" if ranks == 1 else "torchrun", run).wait(300) == 0, Path(
-                f"{run}.log"
-            ).read_text()
+            command, log_file = [TRAIN, *self.options(run)], Path(f"{run}.log")
+            processes = [Program(command, env, ROOT, log_file) for env in rank_environments(ranks)]
+            assert [process.wait(300) for process in processes] == [0] * ranks, log(run)
             self.references[ranks] = run
         return self.references[ranks]
 
