@@ -2,8 +2,9 @@
 
 Reads `gpus.json`.
 
-Every value is in bytes. It states whether this project has measured it (`profiling/gpu_check.py`
-prints measured values) or assumes it, and its source.
+Every amount is in bytes. It states whether this project has measured it (`profiling/gpu_check.py`
+prints measured values) or assumes it, and its source. Compute capability and the number of
+multiprocessors are those of NVIDIA's data sheets.
 """
 
 import json
@@ -11,6 +12,9 @@ import re
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
+
+import torch
 
 from ds_cmli.common.errors import UserError
 
@@ -25,15 +29,61 @@ class Constant:
     source: str
 
 
+class Limits(NamedTuple):
+    """What decides how much of its memory a GPU's operators take for themselves."""
+
+    capability: tuple[int, int]
+    multiprocessors: int
+    threads: int  # that a multiprocessor runs at a time
+    shared: int  # bytes of shared memory that a block may ask for
+
+    @classmethod
+    def of(cls, device: torch.device) -> "Limits":
+        """The limits of a GPU in this machine."""
+        found = torch.cuda.get_device_properties(device)
+        most = found.shared_memory_per_block
+        return cls(
+            (found.major, found.minor),
+            found.multi_processor_count,
+            found.max_threads_per_multi_processor,
+            getattr(found, "shared_memory_per_block_optin", most),
+        )
+
+
+# The CUDA C++ Programming Guide's "Technical Specifications per Compute Capability": threads of a
+# multiprocessor, and KiB of shared memory of a block.
+BY_CAPABILITY = {
+    (7, 5): (1024, 64),
+    (8, 0): (2048, 163),
+    (8, 6): (1536, 99),
+    (8, 9): (1536, 99),
+    (9, 0): (2048, 227),
+    (10, 0): (2048, 227),
+    (12, 0): (1536, 99),
+}
+DETERMINISTIC_CUBLAS = 2 * 8 * 4096 * 1024  # CUBLAS_WORKSPACE_CONFIG=:4096:8, for two threads
+
+
 @dataclass(frozen=True)
 class Gpu:
     name: str
+    capability: tuple[int, int]
+    multiprocessors: int
     total: Constant  # what the driver reports as the device's memory
     context: Constant  # the CUDA context, with the libraries' kernels that are loaded lazily
     cublas_workspace: (
         Constant  # comes from torch's allocator and counts in its allocated and reserved bytes
     )
     nccl: Constant  # buffers of one communicator, outside torch's allocator
+
+    @property
+    def limits(self) -> Limits:
+        threads, shared = BY_CAPABILITY[self.capability]
+        return Limits(self.capability, self.multiprocessors, threads, shared * 1024)
+
+    def cublas_bytes(self, deterministic: bool) -> int:
+        """What cuBLAS takes from torch's allocator, for the forward thread and autograd's."""
+        return DETERMINISTIC_CUBLAS if deterministic else self.cublas_workspace.bytes
 
     @property
     def usable(self) -> int:
@@ -51,8 +101,10 @@ class Gpu:
 def all_gpus() -> dict[str, Gpu]:
     gpus = {}
     for name, values in json.loads((Path(__file__).parent / "gpus.json").read_text()).items():
+        major, minor = values.pop("capability")
+        multiprocessors = values.pop("multiprocessors")
         constants = {key: Constant(**constant) for key, constant in values.items()}
-        gpus[name] = Gpu(name, **constants)
+        gpus[name] = Gpu(name, (major, minor), multiprocessors, **constants)
     return gpus
 
 
@@ -61,7 +113,7 @@ def find(name: str) -> Gpu:
 
     Raises `UserError` if no GPU or more than one fits.
     """
-    given = set(name.lower().replace("-", " ").split()) - {"nvidia", "geforce"}
+    given = set(name.lower().replace("-", " ").split()) - {"nvidia", "geforce", "tesla"}
     listed = {key: set(key.lower().split()) for key in all_gpus()}
     fitting = [key for key, words in listed.items() if words <= given]
     if not fitting and given:

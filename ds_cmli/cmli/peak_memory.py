@@ -58,6 +58,7 @@ def cmli_peak_bytes(
     scratch_bytes: int = DEFAULT_SCRATCH_BYTES,
     text_lengths: Sequence[int] | None = None,
     image_lengths: Sequence[int] | None = None,
+    limits: tuple[tuple[int, int], int] | None = None,
 ) -> PeakBytes:
     """Peak memory of `cmli_scores` and its backward, both inputs requiring gradients, for
     contiguous arguments.
@@ -69,6 +70,8 @@ def cmli_peak_bytes(
             percent above all M).
         image_lengths: valid patches of each image, where an image_mask is given; None = no
             image_mask.
+        limits: compute capability and shared memory of a block, in bytes, of the GPU that triton's
+            tiles are for; None = the current one, or an A100 where there is none.
 
     Equal to the allocator's count on a CPU where `text_lengths` are given. Not included is the
     workspace that a library's matrix product takes for itself (oneDNN: about 65 KB a thread at
@@ -97,7 +100,7 @@ def cmli_peak_bytes(
         from ds_cmli.cmli.triton import Sizes, peak_bytes
 
         sizes = Sizes(I, J, N, M, D)
-        forward, backward = peak_bytes(sizes, dtype, recompute, scratch_bytes)
+        forward, backward = peak_bytes(sizes, dtype, recompute, scratch_bytes, limits)
     else:
         text = _PackedSizes(J, M, text_lengths, True, D, width)
         image = _PackedSizes(I, N, image_lengths or [N] * I, image_lengths is not None, D, width)

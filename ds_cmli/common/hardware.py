@@ -55,6 +55,17 @@ def keep_freed_memory() -> None:
         pass  # the C library is not glibc
 
 
+def one_attention_on_all_gpus() -> None:
+    """Leave cuDNN's attention out of PyTorch's choice of a kernel, in this process.
+
+    PyTorch prefers it from sm_90 on, and no other GPU has it: without it a run has the same bits,
+    and its memory the same prediction, on all GPUs from sm_80 on.
+    """
+    import torch
+
+    torch.backends.cuda.enable_cudnn_sdp(False)
+
+
 def enforce_determinism() -> None:
     """Make results bitwise reproducible on one kind of device, by PyTorch's own switches.
 

@@ -11,7 +11,7 @@ import torch
 
 from ds_cmli.common import quiet
 from ds_cmli.common.errors import UserError
-from ds_cmli.common.hardware import keep_freed_memory
+from ds_cmli.common.hardware import keep_freed_memory, one_attention_on_all_gpus
 from ds_cmli.common.patches import patch_for_good
 from ds_cmli.config import deepspeed_keys, schedule
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
@@ -101,6 +101,7 @@ def build(
     import deepspeed
 
     use_no_compiler()
+    one_attention_on_all_gpus()
     if device.type == "cpu":
         keep_freed_memory()
     if ds_config.prints:

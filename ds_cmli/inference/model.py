@@ -22,6 +22,7 @@ from ds_cmli.cmli.contrastive import upcast
 from ds_cmli.cmli.loss import l2_normalize
 from ds_cmli.cmli.pair_scores import BothWays, Match, both_ways, match
 from ds_cmli.common.errors import UserError
+from ds_cmli.common.hardware import one_attention_on_all_gpus
 from ds_cmli.config.schema import Config, load_config
 from ds_cmli.data.batch import Collate, Sample
 from ds_cmli.data.pictures import prepare, read_picture
@@ -70,6 +71,7 @@ class Model:
         tokenizer: CaptionTokenizer,
         device: torch.device,
     ):
+        one_attention_on_all_gpus()  # as in training
         self.config, self.tokenizer, self.device = config, tokenizer, device
         self.objective = objective.to(device).eval()
         self.collate = Collate(tokenizer)

@@ -20,6 +20,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ds_cmli.allocator import cuda_attention
+from ds_cmli.allocator.gpus import Limits
 from ds_cmli.common.patches import environment as replaced_environment
 from ds_cmli.common.patches import patched, replaced
 from ds_cmli.common.probe import Probe, probe
@@ -77,46 +79,56 @@ class Answers(TorchDispatchMode):
 
 
 class CudaOperators(TorchFunctionMode):
-    """Runs CUDA's operators in place of those that a CPU chooses, which keep more for backward."""
+    """Runs a GPU's operators in place of those that a CPU chooses, which keep more for backward."""
+
+    def __init__(self, gpu: Limits):
+        super().__init__()
+        self.gpu = gpu
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
-            return _attention(*args, **kwargs)
+            return self._attention(*args, **kwargs)
         if func is F.dropout:
             return _dropout(*args, **kwargs)
         return func(*args, **kwargs)
 
-
-def _attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, **_):
-    """The kernel that `_fused_sdp_choice` chooses on CUDA: flash in 16 bit without a mask, else
-    memory-efficient.
-    """
-    if attn_mask is None and query.dtype in (torch.float16, torch.bfloat16):
-        width = query.shape[-1]
-        if width % 8:  # PyTorch pads the heads to a multiple of 8 and scales as without
-            scale = width**-0.5 if scale is None else scale
-            query, key, value = (F.pad(x, (0, -width % 8)) for x in (query, key, value))
-        out = torch.ops.aten._scaled_dot_product_flash_attention(
-            query, key, value, dropout_p, is_causal, False, scale=scale
-        )[0]
-        return out[..., :width] if width % 8 else out
-    if attn_mask is not None:
-        if attn_mask.dtype == torch.bool:
+    def _attention(
+        self, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, **_
+    ):
+        """The kernel that `_fused_sdp_choice` chooses on the GPU."""
+        kernel = cuda_attention.chosen(query, attn_mask is not None, self.gpu)
+        if kernel == cuda_attention.FLASH:
+            width = query.shape[-1]
+            if width % 8:  # PyTorch pads the heads to a multiple of 8 and scales as without
+                scale = width**-0.5 if scale is None else scale
+                query, key, value = (F.pad(x, (0, -width % 8)) for x in (query, key, value))
+            out = torch.ops.aten._scaled_dot_product_flash_attention(
+                query, key, value, dropout_p, is_causal, False, scale=scale
+            )[0]
+            return out[..., :width] if width % 8 else out
+        if attn_mask is not None and attn_mask.dtype == torch.bool:
             attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill_(
                 ~attn_mask, float("-inf")
             )
-        # The kernel needs rows that begin at multiples of 8 elements; PyTorch's `preprocess_mask`
-        # copies other masks.
-        if any(stride % 8 for stride in attn_mask.stride()[:-1]) or attn_mask.stride(-1) != 1:
-            width = attn_mask.shape[-1]
-            attn_mask = F.pad(attn_mask, (0, 8 - width % 8))[..., :width]
-        attn_mask = attn_mask.expand(query.shape[0], query.shape[1], query.shape[2], key.shape[2])
-    grad = query.requires_grad or key.requires_grad or value.requires_grad
-    grad = grad and torch.is_grad_enabled()
-    return torch.ops.aten._scaled_dot_product_efficient_attention(
-        query, key, value, attn_mask, grad, dropout_p, is_causal, scale=scale
-    )[0]
+        if kernel == cuda_attention.MATH:
+            return torch.ops.aten._scaled_dot_product_attention_math(
+                query, key, value, attn_mask, dropout_p, is_causal, None, scale=scale
+            )[0]
+        if attn_mask is not None:
+            # The kernel needs rows that begin at multiples of 8 elements; PyTorch's
+            # `preprocess_mask` copies other masks.
+            if any(stride % 8 for stride in attn_mask.stride()[:-1]) or attn_mask.stride(-1) != 1:
+                width = attn_mask.shape[-1]
+                attn_mask = F.pad(attn_mask, (0, 8 - width % 8))[..., :width]
+            attn_mask = attn_mask.expand(
+                query.shape[0], query.shape[1], query.shape[2], key.shape[2]
+            )
+        grad = query.requires_grad or key.requires_grad or value.requires_grad
+        grad = grad and torch.is_grad_enabled()
+        return torch.ops.aten._scaled_dot_product_efficient_attention(
+            query, key, value, attn_mask, grad, dropout_p, is_causal, scale=scale
+        )[0]
 
 
 def _dropout(input, p=0.5, training=True, inplace=False):
@@ -322,14 +334,14 @@ def process_group(world_size: int, rank: int = 0) -> Iterator[None]:
 
 @contextmanager
 def fake_world(
-    world_size: int, cuda: bool, another: Another | None = None, rank: int = 0
+    world_size: int, gpu: Limits | None, another: Another | None = None, rank: int = 0
 ) -> Iterator[Answers]:
     """Inside, everything runs on fake tensors, as rank `rank` of `world_size`.
 
     All changes are undone afterwards.
 
     Args:
-        cuda: True: run the operators that CUDA would choose; False: those of this CPU.
+        gpu: run the operators that this GPU would choose; None: those of this CPU.
         another: see `SharesOfRanks`.
     """
     from deepspeed.accelerator import get_accelerator
@@ -363,6 +375,6 @@ def fake_world(
         stack.enter_context(shares_made_once(another))
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         stack.enter_context(answers)
-        if cuda:
-            stack.enter_context(CudaOperators())
+        if gpu is not None:
+            stack.enter_context(CudaOperators(gpu))
         yield answers

@@ -132,7 +132,7 @@ def predict(
     check(0 <= rank < world_size, "--rank", rank, known)
     json = DeepSpeedConfig.of(ds_config)
     _check_predictable(json)
-    cublas = gpus.find(gpu).cublas_workspace.bytes
+    card = gpus.find(gpu)
     here = _resolve(config, json, _Rank(rank, world_size, target == "cuda"), options.tell)
     backend = options.backend or ("nccl" if here.rank.cuda else "gloo")
     tracker = Tracker(
@@ -140,6 +140,8 @@ def predict(
         text_lengths(here.config, here.json.micro_batch),
         workspaces=not here.rank.cuda,
         backend=backend,
+        gpu=card.limits if here.rank.cuda else None,
+        deterministic=config.run.deterministic,
     )
 
     def free() -> int:
@@ -148,7 +150,7 @@ def predict(
         return 1 << 60
 
     with (
-        fake_world(world_size, here.rank.cuda, tracker.another, rank) as answers,
+        fake_world(world_size, tracker.gpu, tracker.another, rank) as answers,
         tracker,
         flattened_where_there_is_room(tracker, free),
     ):
@@ -161,6 +163,7 @@ def predict(
     # From the first matrix product on, cuBLAS holds a workspace from torch's allocator that belongs
     # to no tensor.
     first = next(i for i, event in enumerate(events) if event.phase == "forward")
+    cublas = card.cublas_bytes(config.run.deterministic)
     events.insert(first, Event(-1, cublas, "temporaries", "forward", "cuBLAS"))
     report, replayed = summarise(events, setting, "predicted"), replay(events)
     report.totals["allocated"] = replayed.allocated_peak

@@ -3,8 +3,9 @@
 Works on real and on fake tensors. Allocations are recorded as they happen; what most of them were
 for shows only later (an activation is what outlives the forward pass), so `Tracker.events` decides
 the categories at the end. What an operator allocates and frees internally is not seen. It is added
-for the all-pairs operator and for collectives, where it is known, and for the libraries of the CPU,
-where it is measured (`workspace.py`).
+for the all-pairs operator and for collectives, where it is known, for the libraries of the CPU,
+where it is measured (`workspace.py`), and for a GPU's operators, where formulas give it
+(`allocator/cuda_operators.py`).
 """
 
 import weakref
@@ -20,7 +21,10 @@ from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from ds_cmli.allocator import cuda_operators
 from ds_cmli.allocator.blocks import Event
+from ds_cmli.allocator.gpus import Limits
+from ds_cmli.allocator.inside import Inside, Stage
 from ds_cmli.common.patches import replaced
 from ds_cmli.common.probe import Probe, probe
 from ds_cmli.engine import TrainEngine
@@ -72,6 +76,26 @@ class Change(NamedTuple):
     phase: str
 
 
+class OwnBlocks:
+    """The blocks that an operator holds inside, recorded from one stage to the next."""
+
+    def __init__(self, tracker: "Tracker", category: str, op: str):
+        self.tracker, self.category, self.op = tracker, category, op
+        self.held: list[tuple[int, int]] = []  # each block and its bytes
+
+    def enter(self, stage: Stage) -> None:
+        sizes = [size for size in stage if size]
+        kept = 0
+        for (_, size), wanted in zip(self.held, sizes, strict=False):
+            if size != wanted:
+                break
+            kept += 1
+        while len(self.held) > kept:
+            self.tracker._end(*self.held.pop())
+        for size in sizes[kept:]:
+            self.held.append((self.tracker._begin(size, self.category, self.op), size))
+
+
 class Live(NamedTuple):
     """A storage that exists now."""
 
@@ -92,6 +116,8 @@ class Tracker(TorchDispatchMode, Probe):
             generator states.
         backend: of the process group, whose copies in collectives are recorded: "gloo", "nccl" or
             "fake".
+        gpu: that of a prediction: also record what its operators hold inside.
+        deterministic: whether these are PyTorch's deterministic ones.
     """
 
     def __init__(
@@ -100,10 +126,13 @@ class Tracker(TorchDispatchMode, Probe):
         text_lengths: list[int] | None = None,
         workspaces: bool = False,
         backend: str = "fake",
+        gpu: Limits | None = None,
+        deterministic: bool = False,
     ):
         super().__init__()
         self.device, self.text_lengths = device, text_lengths
         self.workspaces, self.backend = workspaces, backend
+        self.gpu, self.deterministic = gpu, deterministic
         self.phase, self.recording = "init", True
         self.log: list[Change] = []
         self.blocks: list[Allocation] = []
@@ -137,18 +166,22 @@ class Tracker(TorchDispatchMode, Probe):
         if grad != self.recomputing:
             self.recomputing = grad
             self.segment += 1
-        scratch, category = self._inside(func, args, kwargs) if self.recording else (0, None)
-        block = self._begin(scratch, category, str(func)) if scratch else None
+        category, inside = "", Inside()
+        if self.recording:
+            category, inside = self._inside(func, args, kwargs)
+        own = OwnBlocks(self, category, str(func))
+        for stage in inside.before:
+            own.enter(stage)
         out = func(*args, **(kwargs or {}))
-        if block is not None and func in IN_PLACE:
-            self._end(block, scratch)  # already here, as the result will replace its argument
-            block = None
+        if func in IN_PLACE:
+            own.enter(())  # already here, as the result will replace its argument
         if self.recording:
             self._see_results(func, args, out)
         if func in IN_PLACE and self.phase == "backward" and not grad:
             self.in_place_at = len(self.log)
-        if block is not None:
-            self._end(block, scratch)
+        for stage in inside.after:
+            own.enter(stage)
+        own.enter(())
         return out
 
     def _see_results(self, func: OpOverload, args: tuple, out: object) -> None:
@@ -219,13 +252,19 @@ class Tracker(TorchDispatchMode, Probe):
 
     def _inside(
         self, func: OpOverload, args: tuple, kwargs: dict[str, object] | None
-    ) -> tuple[int, str]:
-        """Bytes that an operator holds at its peak beyond its results, and their category."""
+    ) -> tuple[str, Inside]:
+        """The category of what an operator holds beyond its results, and its blocks."""
         if func.namespace == "ds_cmli":
-            return cmli_scratch_bytes(func, args, self.text_lengths, self.first_text), "CMLI op"
+            texts = self.text_lengths, self.first_text
+            return "CMLI op", Inside(((cmli_scratch_bytes(func, args, *texts, self.gpu),),))
         if func.namespace == "c10d":
-            return copied_bytes(func, args, self.backend), "temporaries"
-        return workspace_bytes(func, args, kwargs) if self.workspaces else 0, "temporaries"
+            return "temporaries", Inside(((copied_bytes(func, args, self.backend),),))
+        if self.gpu is not None:
+            inside = cuda_operators.inside(func, args, kwargs, self.gpu, self.deterministic)
+            return "temporaries", inside
+        if self.workspaces:
+            return "temporaries", Inside(((workspace_bytes(func, args, kwargs),),))
+        return "temporaries", Inside()
 
     # --- categories
 

@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
+from ds_cmli.allocator.gpus import Limits
 from ds_cmli.cmli.peak_memory import cmli_peak_bytes
 from ds_cmli.memory import cpu_events
 
@@ -130,7 +131,11 @@ def copied_bytes(func: OpOverload, args: tuple, backend: str) -> int:
 
 
 def cmli_scratch_bytes(
-    func: OpOverload, args: tuple, text_lengths: list[int] | None, first_text: int
+    func: OpOverload,
+    args: tuple,
+    text_lengths: list[int] | None,
+    first_text: int,
+    gpu: Limits | None = None,
 ) -> int:
     """Bytes that the operator `func` holds at its peak beyond what it returns.
 
@@ -141,6 +146,7 @@ def cmli_scratch_bytes(
         text_lengths: the number of valid tokens of each text of all ranks, or of the first ones if
             they repeat; used where the mask is fake. None: the most that any lengths need.
         first_text: the place of the first text of `args` among those of all ranks.
+        gpu: that of a prediction; None: the current one.
     """
     forward = func is torch.ops.ds_cmli.cmli_forward.default
     if forward:
@@ -170,6 +176,7 @@ def cmli_scratch_bytes(
         scratch_bytes=scratch_bytes,
         text_lengths=lengths,
         image_lengths=image_lengths,
+        limits=None if gpu is None else (gpu.capability, gpu.shared),
     )
     if forward:
         return peak.forward - peak.saved - 2 * I * J * max(4, image.dtype.itemsize)

@@ -112,3 +112,11 @@ def test_bad_lengths_are_named():
         cmli_peak_bytes(2, 3, 4, 5, 6, torch.float32, text_lengths=[1, 2])
     with pytest.raises(ValueError, match="backend='reference': peak memory is known for chunked and triton"):
         cmli_peak_bytes(2, 3, 4, 5, 6, torch.float32, backend="reference")
+
+
+def test_triton_s_tiles_are_those_of_the_gpu_that_is_named():
+    setting = (256, 512, 196, 64, 256, torch.bfloat16)
+    a100, rtx_3090 = ((8, 0), 163 * 1024), ((8, 6), 99 * 1024)
+    peak = [cmli_peak_bytes(*setting, backend="triton", limits=limits).forward for limits in (a100, rtx_3090)]
+    # 99 KB hold 128 of 196 patches: partial results of two blocks of patches, for all pairs.
+    assert peak[1] - peak[0] == 256 * 512 * 2 * (4 + 64 * (4 + 2))

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from ds_cmli.allocator import gpus
 from ds_cmli.common.patches import PATCHES, ZERO, environment, patched, replaced
 from ds_cmli.engine.building import use_no_compiler
 from ds_cmli.memory.fake import fake_world, process_group
@@ -103,7 +104,7 @@ def without_data(function):
     """What DeepSpeed's own function, taken before the prediction replaces it, gives in a prediction of equal ranks."""
     import deepspeed
 
-    with fake_world(2, cuda=True):
+    with fake_world(2, gpus.find("A100 80GB").limits):
         use_no_compiler()
         deepspeed.init_distributed(verbose=False)
         try:

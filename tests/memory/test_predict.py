@@ -172,7 +172,7 @@ def test_operators_are_those_of_cuda():
     mask = torch.ones(2, 1, 1, 32, dtype=torch.bool)
 
     def kept(function) -> int:
-        with fake_world(1, cuda=True), Tracker() as tracker:
+        with fake_world(1, gpus.find("A100 80GB").limits), Tracker() as tracker:
             q = nn.Parameter(torch.empty(x.shape, dtype=x.dtype))
             before = sum(e.bytes for e in tracker.events())
             out = function(q, torch.ones(mask.shape, dtype=torch.bool))
@@ -191,7 +191,7 @@ def test_operators_are_those_of_cuda():
 
 @pytest.mark.parametrize("width, held", [(40, 40), (36, 40), (33, 40)])
 def test_rows_of_a_mask_begin_at_multiples_of_8_elements(width, held):
-    with fake_world(1, cuda=True), Tracker() as tracker:
+    with fake_world(1, gpus.find("A100 80GB").limits), Tracker() as tracker:
         q = torch.empty(2, 3, width, 16, dtype=torch.float16, requires_grad=True)
         before = len(tracker.events())
         out = F.scaled_dot_product_attention(q, q, q, torch.zeros(2, 1, 1, width, dtype=torch.float16))
@@ -203,7 +203,7 @@ def test_rows_of_a_mask_begin_at_multiples_of_8_elements(width, held):
 
 
 def test_heads_of_flash_attention_are_padded_to_multiples_of_8():
-    with fake_world(1, cuda=True), Tracker() as tracker:
+    with fake_world(1, gpus.find("A100 80GB").limits), Tracker() as tracker:
         q = torch.empty(2, 3, 32, 12, dtype=torch.float16, requires_grad=True)
         before = len(tracker.events())
         assert F.scaled_dot_product_attention(q, q, q).shape[-1] == 12

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from ds_cmli import engine
+from ds_cmli.allocator import gpus
 from ds_cmli.cmli import cmli_peak_bytes, cmli_scores
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.presets import load_preset
@@ -38,6 +39,18 @@ def test_storages_are_counted_once_from_their_birth_to_their_end():
         del b
         assert live(tracker) == {}
     assert [event.bytes for event in tracker.events()] == [400, 400, -400, -400, 800, -800]
+
+
+def test_what_a_gpu_s_operators_hold_inside_is_recorded_after_their_results():
+    with Tracker(gpu=gpus.find("A100 80GB").limits) as tracker:
+        x = torch.empty(4096, 1536, dtype=torch.bfloat16)
+        x.sum(0)
+        x.bool().sum()
+    assert [event.bytes for event in tracker.events()][1:] == [
+        *(3072, 50_331_648, 48, -48, -50_331_648, -3072),
+        *(x.numel(), 8, 8 * x.numel(), 432 * 8, 4, -4, -432 * 8, -8 * x.numel(), -8, -x.numel()),
+        -x.nbytes,
+    ]  # fmt: skip
 
 
 def test_what_was_there_before_is_recorded_when_it_is_claimed():

@@ -1,0 +1,40 @@
+"""What an operator holds inside, in the order in which it asks the allocator for it."""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# The sizes in bytes of the blocks that an operator holds at one moment, in the order of their
+# allocation. Blocks at the beginning of a stage that equal those of the stage before it stay.
+Stage = tuple[int, ...]
+
+
+class Inside(NamedTuple):
+    """The stages of an operator's own blocks; all have been freed when it returns.
+
+    before, after: until its results are allocated, and from then on.
+    """
+
+    before: tuple[Stage, ...] = ()
+    after: tuple[Stage, ...] = ()
+
+
+NOTHING = Inside()
+
+
+def ceil_to(number: int, multiple: int) -> int:
+    return math.ceil(number / multiple) * multiple
+
+
+def accumulate_bytes(dtype: torch.dtype) -> int:
+    """Bytes of a sum of this type in PyTorch's kernels (`at::acc_type`, `at::opmath_type`)."""
+    return max(4, dtype.itemsize) if dtype.is_floating_point else 8
+
+
+def contiguous_copy(x: Tensor, memory_format: torch.memory_format) -> Stage:
+    """What `x.contiguous(memory_format=...)` allocates."""
+    if x.is_contiguous(memory_format=memory_format):
+        return ()
+    return (x.numel() * x.dtype.itemsize,)
