@@ -89,22 +89,23 @@ def train(config: Config, asked: DeepSpeedConfig, start: Start) -> int:
     # --- processes
     hold_back_nccl(config.run.watchdog)
     try:
-        device = distributed.init(stop=preemption.stop)  # collective
+        store = distributed.meet(stop=preemption.stop)  # collective
     except preemption.Preempted:
         signal, again = preemption.requested(), preemption.to_go_on("start again")
         say(f"stopped before step 1 by {signal}{again}")
         return preemption.EXIT_CODE
     try:
-        distributed.raise_together(mistake or cannot_compile(config, device))  # collective
-        assert data is not None, "a mistake has been raised"
-        folder = run_folder.make(config, start.resume, start.dry_run)  # collective
-        with Watchdog(config.run.watchdog) as watchdog, lock.held(folder):  # collective
-            ready = prepare(
-                config, asked, data, Place(device, folder, watchdog), start
-            )  # collective
-            if ready is None:
-                return 0
-            return rehearse(ready) if start.dry_run else build_and_train(ready)  # collectives
+        with Watchdog(config.run.watchdog, store) as watchdog:
+            device = distributed.connect(store)  # collective
+            distributed.raise_together(mistake or cannot_compile(config, device))  # collective
+            assert data is not None, "a mistake has been raised"
+            folder = run_folder.make(config, start.resume, start.dry_run)  # collective
+            with lock.held(folder):  # collective
+                place = Place(device, folder, watchdog)
+                ready = prepare(config, asked, data, place, start)  # collective
+                if ready is None:
+                    return 0
+                return rehearse(ready) if start.dry_run else build_and_train(ready)  # collectives
     finally:
         distributed.shutdown()
 

@@ -1,5 +1,5 @@
 """Checks that this node can train: prints one line for each thing that is missing, and then ends
-with exit code 1.
+with exit code 1. `check.py network` checks that the nodes reach each other, as the ranks will.
 
 `slurm/train.sh` runs it once on every node. It imports only the standard library, as other packages
 may be missing.
@@ -9,6 +9,7 @@ import os
 import sys
 from importlib.util import find_spec
 
+LIMIT = 30.0  # seconds in which the nodes must have met, and then reached each other
 PACKAGES = ("torch", "deepspeed", "transformers", "timm")
 
 
@@ -70,9 +71,30 @@ def unreachable() -> list[str]:
     return [] if line is None or (everywhere and not first_node) else [line]
 
 
+def network() -> list[str]:
+    """Try the collectives of a run, of gloo and on GPUs of NCCL, with one rank a node. Collective.
+
+    A node that waits too long ends with exit code 2, after the first one has said why.
+    """
+    from datetime import timedelta
+
+    from ds_cmli.common import quiet
+    from ds_cmli.common.errors import UserError
+    from ds_cmli.distributed import process_group as distributed
+
+    quiet.silence()
+    try:
+        distributed.connect(distributed.meet(timedelta(seconds=LIMIT)), limit=LIMIT)  # collectives
+        distributed.CollectiveFlags(LIMIT)  # collective
+        distributed.shutdown()
+    except UserError as error:
+        return [str(error)]
+    return []
+
+
 if __name__ == "__main__":
     node = os.environ.get("SLURMD_NODENAME") or os.uname().nodename
-    lines = missing()
+    lines = network() if sys.argv[1:] == ["network"] else missing()
     for line in lines:
         print(f"error: node {node}: {line}", file=sys.stderr)
     sys.exit(1 if lines else 0)

@@ -251,8 +251,9 @@ fi
 # --- check every node
 project_here='[[ -e $0 ]] || { echo "error: node $SLURMD_NODENAME: there is no $0 here: the project must be visible'
 project_here+=' from all nodes" >&2; exit 1; }; exec "$@"'
-finish --ntasks="$SLURM_NNODES" --ntasks-per-node=1 ${extra[@]+"${extra[@]}"} \
-    bash -c "$project_here" "$project/slurm/check.py" "${python[@]}" "$project/slurm/check.py"
+one_each=(--ntasks="$SLURM_NNODES" --ntasks-per-node=1 ${extra[@]+"${extra[@]}"})
+finish "${one_each[@]}" bash -c "$project_here" "$project/slurm/check.py" "${python[@]}" "$project/slurm/check.py"
+((code || signalled || SLURM_NNODES == 1)) || finish "${one_each[@]}" "${python[@]}" "$project/slurm/check.py" network
 
 # --- the run. A failed task does not end the others at once, so that they can report which one failed, or save.
 if ((code == 0 && !signalled)); then

@@ -2,8 +2,12 @@
 
 import os
 import sys
-from collections.abc import Callable, Sequence
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -15,20 +19,32 @@ from ds_cmli.distributed import rendezvous
 from ds_cmli.distributed.launchers import map_launcher_environment, this_node
 
 Value = TypeVar("Value")
+LIMIT = 180.0  # seconds in which ranks that have met are connected
+REMEDIES = {
+    "nccl": "set it to the network device by which the nodes reach each other, or "
+    "NCCL_P2P_DISABLE=1 if the GPUs of one node do not; NCCL_DEBUG=INFO tells more",
+    "gloo": "set it to the network device by which the nodes reach each other",
+}
 
 
-def init(
-    timeout: timedelta = timedelta(minutes=30),
-    start: timedelta = timedelta(minutes=10),
-    stop: Callable[[], None] = lambda: None,
-) -> torch.device:
+def init() -> torch.device:
     """Start the process group and return this rank's device. Collective.
 
-    The group is of NCCL on GPUs, and of gloo on CPUs.
+    Raises `UserError` as `meet` and `connect` do.
+    """
+    map_launcher_environment()
+    if dist.is_initialized():
+        return _device()
+    return connect(meet())  # collectives
+
+
+def meet(
+    start: timedelta = timedelta(minutes=10), stop: Callable[[], None] = lambda: None
+) -> dist.Store:
+    """Wait for all ranks, and return the store that they share. Collective.
 
     Args:
-        timeout: the time limit of a collective.
-        start: how long the ranks wait for each other here.
+        start: how long the ranks wait for each other.
         stop: called repeatedly while they wait; an exception that it raises ends the waiting.
 
     Raises:
@@ -36,18 +52,83 @@ def init(
             some.
     """
     map_launcher_environment()
+    _device()
+    return rendezvous.meet(start, stop)  # collective
+
+
+def connect(
+    store: dist.Store, timeout: timedelta = timedelta(minutes=30), limit: float = LIMIT
+) -> torch.device:
+    """Start the process group of ranks that have met, and return this rank's device. Collective.
+
+    The group is of NCCL on GPUs, and of gloo on CPUs.
+
+    Args:
+        timeout: the time limit of a collective.
+        limit: that of the first one, in seconds; ranks that do not reach each other end by it.
+
+    Raises:
+        UserError: the ranks do not reach each other.
+    """
     device = _device()
-    if not dist.is_initialized():
-        store = rendezvous.meet(start, stop)  # collective
-        store.set_timeout(timeout)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    store.set_timeout(timeout)
+    with connecting(backend, limit):
+        rendezvous.choose_device_of_gloo(store)  # collective
         dist.init_process_group(  # collective
-            "nccl" if device.type == "cuda" else "gloo",
+            backend,
             store=store,
             rank=int(os.environ["RANK"]),
             world_size=int(os.environ["WORLD_SIZE"]),
             timeout=timeout,
+            # NCCL connects at once, and every group of all ranks shares its connections.
+            device_id=device if device.type == "cuda" else None,
         )
+        first = torch.ones(1, device=device)
+        dist.all_reduce(first)  # collective
+        first.item()  # CPU-GPU sync
     return device
+
+
+@contextmanager
+def connecting(backend: str, limit: float) -> Iterator[None]:
+    """Inside, ranks connect: they make groups of `backend`, and each group's first collective.
+
+    A rank that waits longer than `limit` seconds ends with exit code 2, as nothing else ends a
+    collective of NCCL; rank 0 prints the line.
+
+    Raises:
+        UserError: the backend has found out itself that it does not reach a rank.
+    """
+    timer = threading.Timer(limit, partial(_end, backend, limit))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{_line(backend, 'failed')} ({reason})") from error
+    finally:
+        timer.cancel()
+
+
+def _end(backend: str, limit: float) -> None:
+    if os.environ["RANK"] == "0":
+        line = _line(backend, f"did not end within {limit:g} s")
+        print(f"error: {line}", file=sys.stderr, flush=True)
+    else:
+        time.sleep(2)  # a launcher that sees one rank end kills the others, rank 0 among them
+    os._exit(2)
+
+
+def _line(backend: str, what: str) -> str:
+    env = os.environ
+    name = f"{backend.upper()}_SOCKET_IFNAME"
+    found = repr(env[name]) if name in env else "not set"
+    return (
+        f"the {env['WORLD_SIZE']} ranks met at {env['MASTER_ADDR']}:{env['MASTER_PORT']}, but "
+        f"their first collective over {backend} {what}; {name} is {found}: {REMEDIES[backend]}"
+    )
 
 
 def _device() -> torch.device:
@@ -147,10 +228,13 @@ class CollectiveFlags:
     be a CPU-GPU sync.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, limit: float = LIMIT) -> None:
+        """Collective; `limit` is as in `connect`."""
         self.group: dist.ProcessGroup | None = None
         if world_size() > 1 and dist.get_backend() != "gloo":
-            self.group = dist.new_group(backend="gloo")  # collective
+            with connecting("gloo", limit):
+                self.group = dist.new_group(backend="gloo")  # collective
+                self.any(False)  # collective
 
     def any(self, *flags: bool) -> list[bool]:
         """Tell of each flag whether it is set on any rank. Collective."""

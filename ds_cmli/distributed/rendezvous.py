@@ -3,7 +3,7 @@
 Under Slurm the port is derived from job and step, and is only the first of several candidates: rank
 0 takes the first free one and the other ranks try them all. A port that the user or a launcher has
 set is the only one used. If it is taken, rank 0 opens a store at one of the further ports, through
-which the other ranks learn of the mistake.
+which the other ranks learn of the mistake. What network device gloo then uses is decided here, too.
 """
 
 import os
@@ -16,10 +16,11 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import NamedTuple, NoReturn
 
+import psutil
 import torch.distributed as dist
 
 from ds_cmli.common.errors import UserError
-from ds_cmli.distributed.launchers import is_slurm_step, slurm_ports
+from ds_cmli.distributed.launchers import is_slurm_step, means_every_machine, slurm_ports, this_node
 
 ANSWER = 5.0  # seconds to wait for a store's answer
 # Seconds for which another program may answer at the given port before that is an error.
@@ -234,3 +235,52 @@ def _open(host: str, port: int) -> bool:
         return True
     except OSError:
         return False
+
+
+def choose_device_of_gloo(store: dist.Store) -> None:
+    """Set GLOO_SOCKET_IFNAME where gloo would offer other nodes an address they cannot reach.
+
+    It offers that of this host's name, which is a loopback address on Debian, or the loopback
+    device if the name has none (pytorch/pytorch#68726). The network device of the route to
+    MASTER_ADDR is named instead, if ranks are on several nodes. Collective.
+    """
+    env = os.environ
+    own = _own_address(env["MASTER_ADDR"])
+    store.set(f"ds_cmli/node/{env['RANK']}", f"{this_node()} {own}")
+    if "GLOO_SOCKET_IFNAME" in env or means_every_machine(env["MASTER_ADDR"]):
+        return
+    if not _is_loopback(_first_address(socket.gethostname())):
+        return
+    ranks = range(int(env["WORLD_SIZE"]))
+    texts = store.multi_get([f"ds_cmli/node/{rank}" for rank in ranks])  # waits for all of them
+    addresses = dict(text.decode().split(" ") for text in texts)
+    addresses.pop(this_node())
+    if not addresses:
+        return
+    if _is_loopback(own):  # the first node may know itself by such an address
+        own = _own_address(next(iter(addresses.values())))
+    for name, found in psutil.net_if_addrs().items():
+        if not _is_loopback(own) and own in [address.address for address in found]:
+            env["GLOO_SOCKET_IFNAME"] = name
+
+
+def _first_address(host: str) -> str | None:
+    try:
+        return str(socket.getaddrinfo(host, None)[0][4][0])
+    except OSError:
+        return None
+
+
+def _is_loopback(address: str | None) -> bool:
+    return address is None or means_every_machine(address)
+
+
+def _own_address(host: str) -> str | None:
+    """This node's address on the way to `host`; None if there is no way."""
+    try:
+        family, _, _, _, there = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, socket.SOCK_DGRAM) as way:
+            way.connect(there)  # chooses a network device, and sends nothing
+            return str(way.getsockname()[0])
+    except OSError:
+        return None

@@ -21,8 +21,6 @@ from dataclasses import asdict, dataclass
 
 import torch.distributed as dist
 
-from ds_cmli.distributed import process_group as distributed
-
 EXIT_CODE = 1
 # Factor on the time limit while models are built, kernels compiled or a checkpoint written.
 SLOW = 10
@@ -75,19 +73,21 @@ def _interval(timeout: float) -> float:
 
 
 class Watchdog:
-    """Watches all ranks: `with Watchdog(120) as watchdog: ...; watchdog.heartbeat(step)`.
+    """Watches all ranks: `with Watchdog(120, store) as watchdog: ...; watchdog.heartbeat(step)`.
 
-    It is entered on every rank while the process group is up.
+    It is entered on every rank once they have met.
 
     Args:
         timeout: seconds without a heartbeat after which a rank counts as hung, and without any sign
             of life as dead; 0 turns the watchdog off.
+        store: that of the ranks.
     """
 
-    def __init__(self, timeout: float):
+    def __init__(self, timeout: float, store: dist.Store):
         self.timeout = timeout
         self.interval = _interval(timeout)
-        self.rank, self.world_size = distributed.rank(), distributed.world_size()
+        self.rank, self.world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        self.store = store
         self.mine = Heartbeat(os.environ.get("SLURMD_NODENAME") or platform.node())
         self.started = False
         self.heartbeats: list[Heartbeat | None] = [None] * self.world_size
@@ -138,8 +138,7 @@ class Watchdog:
         if self.timeout:
             # A connection of its own: a collective that waits on the process group's connection
             # would block it.
-            store = dist.distributed_c10d._get_default_store().clone()  # type: ignore[attr-defined]
-            self.store = dist.PrefixStore("watchdog", store)
+            self.store = dist.PrefixStore("watchdog", self.store.clone())
             self.exchange = threading.Thread(target=self._exchange_loop, daemon=True)
             self.exchange.start()
             threading.Thread(target=self._silence_loop, daemon=True).start()

@@ -47,9 +47,10 @@ def meet_fate(watchdog):
             time.sleep(2 * timeout)
 
 
-distributed.init()
+store = distributed.meet()
 victim = int(os.environ["VICTIM"])
-with Watchdog(timeout) as watchdog:
+with Watchdog(timeout, store) as watchdog:
+    distributed.connect(store)
     for step in range(10):
         watchdog.heartbeat(step)
         time.sleep(step_time)

@@ -8,10 +8,12 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import torch.distributed as dist
 
 from ds_cmli.faults.watchdog import Heartbeat, Watchdog
 from tests.conftest import ROOT, rank_environments
 
+pytestmark = pytest.mark.usefixtures("alone")
 TIMEOUT = 3.0  # seconds
 SLACK = 5.0  # seconds; a loaded machine takes its time to end a process
 STEP = 0.1
@@ -106,7 +108,7 @@ def test_a_rank_that_gets_on_is_left_alone(outcomes, fate):
 def judged(heartbeats: list[Heartbeat], silent_s: float, old_s: float, after_s: float = 0.0) -> list[str]:
     """What a reader says now and `after_s` later of a rank 0 that was last heard of `silent_s` ago."""
     said = []
-    watchdog = Watchdog(TIMEOUT)
+    watchdog = Watchdog(TIMEOUT, dist.HashStore())
     watchdog._end = lambda ranks, what: said.append(f"{ranks} {what}")
     now = time.monotonic()
     watchdog.heartbeats = heartbeats

@@ -24,12 +24,13 @@ OVERRIDES = {"optim": {"micro_batch": 768}, "student": {"shared_blocks": 4}}
 
 
 def main(folder: str, limited: str, megabytes: str, deepspeed_json_text: str) -> None:
-    device = distributed.init()
+    store = distributed.meet()
+    device = distributed.connect(store)
     config = load_preset("tiny", OVERRIDES)
     ds_config = DeepSpeedConfig.of(json.loads(deepspeed_json_text)).filled(config.optim, distributed.world_size(), 20)
     import deepspeed  # noqa: F401  before the limit: the libraries are not the training
 
-    with Watchdog(120) as watchdog:
+    with Watchdog(120, store) as watchdog:
         if distributed.rank() == int(limited):
             limit = out_of_memory.process_bytes()["VmData"] + int(megabytes) * 2**20
             resource.setrlimit(resource.RLIMIT_DATA, (limit, resource.getrlimit(resource.RLIMIT_DATA)[1]))

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.presets import load_preset
@@ -93,11 +94,12 @@ def test_shortages_are_known_and_what_was_asked(error, asked):
 
 
 @pytest.mark.parametrize("error", [RuntimeError("shape mismatch"), OSError(28, "No space left"), ValueError("memory")])
-def test_other_errors_pass(error, tmp_path):
+def test_other_errors_pass(error, tmp_path, alone):
     assert not out_of_memory.is_shortage(error)
+    watchdog = Watchdog(0, dist.HashStore())
     with (
         pytest.raises(type(error), match=str(error.args[-1])),
-        out_of_memory.ending(load_preset("tiny", {}), ZERO2, tmp_path, torch.device("cpu"), Watchdog(0)),
+        out_of_memory.ending(load_preset("tiny", {}), ZERO2, tmp_path, torch.device("cpu"), watchdog),
     ):
         raise error
     assert not list(tmp_path.iterdir())

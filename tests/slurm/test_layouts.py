@@ -39,6 +39,7 @@ def test_a_job_trains_as_the_same_run_without_slurm(cluster, tmp_path, name):
 
 STAND_IN = """\
 #!/bin/sh
+[ "$2" = network ] && exit
 [ "$(basename $1)" = check.py ] && exec echo "check gpus $CUDA_VISIBLE_DEVICES"
 shift
 echo "task $SLURM_PROCID $SLURMD_NODENAME local $SLURM_LOCALID gpus $CUDA_VISIBLE_DEVICES cpus $SLURM_CPUS_PER_TASK" \
@@ -133,6 +134,7 @@ MISTAKES = {
     "short and value": ("", {}, "-N2", f"error: -N2 {THEIRS}"),
     "setup": ("", {"DS_CMLI_SETUP": "echo $UNSET; false"}, "", "DS_CMLI_SETUP failed: echo $UNSET; false"),
     "address": ("--nodes=2", {"MASTER_ADDR": "127.0.0.1"}, "", "error: node n1: MASTER_ADDR is '127.0.0.1', by which"),
+    "network": ("--nodes=2", {"GLOO_SOCKET_IFNAME": "none"}, "", "GLOO_SOCKET_IFNAME is 'none': set it to the network"),
 }
 
 
