@@ -116,8 +116,8 @@ def _end(backend: str, limit: float) -> None:
     if os.environ["RANK"] == "0":
         line = _line(backend, f"did not end within {limit:g} s")
         print(f"error: {line}", file=sys.stderr, flush=True)
-    else:
-        time.sleep(2)  # a launcher that sees one rank end kills the others, rank 0 among them
+        time.sleep(2)  # it holds the store, and ends last
+    time.sleep(2)  # a launcher that sees one rank end kills the others, rank 0 among them
     os._exit(2)
 
 
