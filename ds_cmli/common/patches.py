@@ -45,6 +45,7 @@ _MAKES_VIEWS = (
     "A loop over all ranks makes views, which takes minutes in a prediction for many ranks."
 )
 _ASKS_HERE = "It answers for the machine that predicts, not for the device that is predicted."
+_WAITS = "It waits for the GPU, for each group of parameters, to learn nothing that decides."
 PATCHES = {
     "timm: loaded keys": Patch(
         "1.0.31",
@@ -57,6 +58,12 @@ PATCHES = {
         "transformers.masking_utils",
         ("is_tracing",),
         "It takes a tensor without data for a traced one, and keeps the mask of unpadded texts.",
+    ),
+    "transformers: values of a mask": Patch(
+        "5.24.0",
+        "transformers.masking_utils",
+        ("is_tracing",),
+        "It asks the GPU whether a text is padded, which the host knows: a CPU-GPU sync.",
     ),
     "huggingface_hub: offline": Patch(
         "2.4.0",
@@ -99,6 +106,15 @@ PATCHES = {
         f"{ZERO}.stage_1_and_2:DeepSpeedZeroOptimizer",
         ("flatten_dense_tensors_aligned",),
         "It flattens on the host if the device has no room; in a prediction both have type cpu.",
+    ),
+    "deepspeed: norms in stage_1_and_2": Patch(
+        DEEPSPEED, f"{ZERO}.stage_1_and_2", ("mask_nan_or_inf_with_val_inplace",), _WAITS
+    ),
+    "deepspeed: norms in stage3": Patch(
+        DEEPSPEED, f"{ZERO}.stage3", ("mask_nan_or_inf_with_val_inplace",), _WAITS
+    ),
+    "deepspeed: norm asked again": Patch(
+        DEEPSPEED, f"{ZERO}.stage_1_and_2", ("is_invalid_grad_norm",), _WAITS
     ),
     "deepspeed: device has fp16": Patch(DEEPSPEED, ACCELERATOR, ("is_fp16_supported",), _ASKS_HERE),
     "deepspeed: free memory": Patch(DEEPSPEED, ACCELERATOR, ("available_memory",), _ASKS_HERE),

@@ -88,6 +88,12 @@ class Probe:
             return x.to(device, non_blocking=non_blocking)
         return self.below.to_device(x, device, non_blocking)
 
+    def on_gpu(self, device: torch.device) -> bool:
+        """Tell whether tensors of this device are on a GPU."""
+        if self.below is None:
+            return device.type == "cuda"
+        return self.below.on_gpu(device)
+
     def to_host(self, x: Tensor) -> Tensor:
         """Move a tensor to the host. CPU-GPU sync."""
         if self.below is None:

@@ -50,6 +50,7 @@ class Batch:
     token_picture: Tensor  # int64 [B, M], which picture of the scene the token names, or -1
     cell_picture: Tensor  # int64 [B, 2, 2], which picture is in each quarter of the image, or -1
     bad: list[Bad]  # the samples that were replaced by others in this batch
+    padded: bool  # whether `attention_mask` has any False, known without a CPU-GPU sync
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
         with probe.scope("data"):
@@ -95,6 +96,7 @@ class Collate:
             token_picture=padded(each("token_picture"), length, NO_PICTURE),
             cell_picture=stack_cells(each("cell_picture")),
             bad=list(filter(None, each("bad"))),
+            padded=int(lengths.min()) < length,
         )
 
 

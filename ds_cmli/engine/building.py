@@ -15,6 +15,7 @@ from ds_cmli.common.hardware import keep_freed_memory, one_attention_on_all_gpus
 from ds_cmli.common.patches import patch_for_good
 from ds_cmli.config import deepspeed_keys, schedule
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
+from ds_cmli.config.json_values import JsonObject
 from ds_cmli.config.registry import needs_teacher
 from ds_cmli.config.schema import Config
 from ds_cmli.data.tokens import SpecialTokens
@@ -170,7 +171,7 @@ def _initialize(
         engine, *_ = deepspeed.initialize(
             model=objective,
             model_parameters=groups,  # type: ignore[arg-type]
-            config=ds_config.raw(),
+            config=_without_timer(ds_config),
             lr_scheduler=scheduler,  # type: ignore[arg-type]
         )
         return engine
@@ -188,6 +189,18 @@ def _initialize(
         if library not in deepspeed_keys.PACKAGES.values():
             raise
         raise UserError(f"the DeepSpeed JSON's {library} cannot be opened: {error}") from error
+
+
+def _without_timer(ds_config: DeepSpeedConfig) -> JsonObject:
+    """The JSON with DeepSpeed's timer of the throughput off, unless it asks for its lines.
+
+    The timer waits for the GPU twice a micro-batch.
+    """
+    json = ds_config.raw()
+    if not ds_config.get("steps_per_print"):
+        throughput = json.setdefault("timers", {}).setdefault("throughput", {})
+        throughput.setdefault("enabled", False)
+    return json
 
 
 def _undo_first_update(optimizer: Any) -> None:

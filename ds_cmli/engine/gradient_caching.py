@@ -106,7 +106,9 @@ def embed(train_engine: "TrainEngine", batch: Batch) -> tuple[RandomState, PairF
     """Pass 1 of a micro-batch: its random state and its pair features. Collective under ZeRO-3."""
     state = RandomState.now(train_engine.device)
     with torch.no_grad():
-        features = train_engine.engine(Embed(batch.to(train_engine.device)))
+        # As in `TrainEngine._backward`, the copy is not waited for.
+        on_device = batch.to(train_engine.device, non_blocking=True)
+        features = train_engine.engine(Embed(on_device))
     return state, features.to_host() if train_engine.cache_on_host else features
 
 
@@ -138,7 +140,7 @@ def _forward(
     train_engine: "TrainEngine", batch: Batch, cached: CachedBatch, step: ComparedStep
 ) -> tuple[Tensor, dict[str, Tensor]]:
     gradients = cached.take_features().on(train_engine.device)
-    batch = batch.to(train_engine.device)
+    batch = batch.to(train_engine.device, non_blocking=True)
 
     def student(targets: Targets | None) -> tuple[Tensor, dict[str, Tensor]]:
         accumulation = train_engine.accumulation

@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
+from ds_cmli.common.patches import patch_for_good, patched
 from ds_cmli.distributed.process_group import CollectiveFlags
 
 if TYPE_CHECKING:
@@ -57,6 +59,8 @@ def attach(engine: "DeepSpeedEngine") -> None:
     """
     optimizer: Optimizer = engine.optimizer
     _clear_padding(engine)
+    for module in ("stage_1_and_2", "stage3"):
+        patch_for_good(f"deepspeed: norms in {module}", _mask_on_device)
     scaler = getattr(optimizer, "loss_scaler", None)
     if scaler is not None and hasattr(scaler, "raise_error_at_min_scale"):
         scaler.raise_error_at_min_scale = False  # such steps are counted like other skipped ones
@@ -76,16 +80,54 @@ def attach(engine: "DeepSpeedEngine") -> None:
 
 
 def _look_once(optimizer: Optimizer) -> None:
-    """Remove a check that stages 1 and 2 do twice.
+    """Remove checks that ZeRO does twice, each a CPU-GPU sync.
 
-    They search every gradient for NaN and inf, and then compute the gradients' norm and skip the
-    update if the norm is not finite. The norm alone finds the same steps, and is the same on all
-    ranks.
+    It searches every gradient for NaN and inf (at stage 3 in fp16), and then computes the
+    gradients' norm and skips the update if the norm is not finite. The norm alone finds the same
+    steps, and is the same on all ranks. Stages 1 and 2 ask again whether it is finite to clip the
+    gradients of each group by it.
     """
-    if not getattr(optimizer, "check_grad_overflow", False):  # another stage
+    if hasattr(optimizer, "offload_optimizer"):  # stage 3
+        if not optimizer.offload_optimizer:
+            optimizer.check_overflow = lambda partition_gradients=True: None
+            _fill_numbers(optimizer)
+        return
+    if not hasattr(optimizer, "check_grad_overflow"):  # no ZeRO
         return
     if optimizer.compute_grad_norm and not optimizer.cpu_offload:
         optimizer.check_overflow = lambda partition_gradients=True: None
+    clip = optimizer.unscale_and_clip_grads
+
+    def clip_by_finite(gradients: object, norm: Tensor) -> None:
+        with patched("deepspeed: norm asked again", lambda _: lambda norm: False):
+            clip(gradients, norm)
+
+    optimizer.unscale_and_clip_grads = clip_by_finite
+
+
+def _fill_numbers(optimizer: Optimizer) -> None:
+    """Keep stage 3 from copying a number to the device, for each group, at a CPU-GPU sync."""
+    norm_of = optimizer.get_grad_norm_direct
+
+    def norm(*arguments: object) -> Tensor:
+        with _Filled():
+            return norm_of(*arguments)
+
+    optimizer.get_grad_norm_direct = norm
+
+
+class _Filled(TorchFunctionMode):
+    """Inside, `torch.tensor` of a number writes it on the device instead of copying it there."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.tensor:
+            return torch.full((), *args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def _mask_on_device(norm: Tensor, device: object = None, val: float = -1.0) -> None:
+    """Set a norm that is not finite to -1, in place, without CPU-GPU sync."""
+    norm.masked_fill_(norm.isfinite().logical_not(), val)
 
 
 def _clear_padding(engine: "DeepSpeedEngine") -> None:

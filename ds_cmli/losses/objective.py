@@ -172,7 +172,8 @@ class Objective(nn.Module):
         )
 
     def _features(self, batch: Batch) -> Features:
-        return Features(*self.student(batch.image, batch.input_ids, batch.attention_mask))
+        with self.student.text.knowing(batch.padded):
+            return Features(*self.student(batch.image, batch.input_ids, batch.attention_mask))
 
     def _pair_features(
         self, features: Features, batch: Batch, selection: Selection | None = None

@@ -20,8 +20,8 @@ from ds_cmli.losses.base import PairInputs
 from ds_cmli.losses.functions import duplicates
 from ds_cmli.losses.tile_statistics import COLUMNS, ROWS, TileStatistics
 
-# Fewest pairs of a tile of token scores, if the batch has as many: below, most of a tile's cost is
-# to start it.
+# Fewest pairs of a tile of token scores on a CPU, if the batch has as many: below, most of a tile's
+# cost is to start it.
 LEAST_PAIRS = 4096
 
 
@@ -76,14 +76,17 @@ class Images:
     def texts_of_a_tile(self, positions: int, byte_limit: int) -> int:
         """T: as many texts as have argmax indices, or else scores, of at most `byte_limit`.
 
-        It is at least one. Where tokens are compared a tile has no more pairs than a micro-batch,
-        so it takes no more memory, except that it has `LEAST_PAIRS`.
+        It is at least one. Where tokens are compared on a CPU, a tile has no more pairs than a
+        micro-batch, so it takes no more memory, except that it has `LEAST_PAIRS`. A GPU computes a
+        tile of that size in less time than it takes to launch its kernels.
         """
         B = len(self.pair_id)
         if self.patches is None:
             return max(1, byte_limit // (4 * B))
         N, M = self.patches.shape[1], positions
         indices = B * (N * index_dtype(M).itemsize + M * index_dtype(N).itemsize)
+        if probe.on_gpu(self.pair_id.device):
+            return max(1, byte_limit // indices)
         return max(1, min(max(B, LEAST_PAIRS // B), byte_limit // indices))
 
 

@@ -32,6 +32,9 @@ class HostMemory(Probe):
     ) -> Tensor:
         return x.clone()
 
+    def on_gpu(self, device: torch.device) -> bool:
+        return True
+
     def to_host(self, x: Tensor) -> Tensor:
         with self.tracker.paused():
             return x.clone()

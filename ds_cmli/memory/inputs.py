@@ -119,6 +119,7 @@ def longest_batch(config: Config, micro_batch: int, positions: int | None = None
         token_picture=torch.zeros(B, M, dtype=torch.int64),
         cell_picture=torch.zeros(B, 2, 2, dtype=torch.int64),
         bad=[],
+        padded=True,
     )
 
 

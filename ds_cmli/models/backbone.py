@@ -3,7 +3,8 @@
 Shapes: B pairs, S image side in pixels, N image patches, M text positions, H width of the encoder.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -125,6 +126,7 @@ class TextBackbone(nn.Module):
 
     width: int
     most_positions: int | None
+    padded: bool | None = None  # whether a text of the batch is padded; None: unknown
 
     @classmethod
     def takes(cls, request: TextRequest) -> bool:
@@ -139,6 +141,15 @@ class TextBackbone(nn.Module):
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Encode token ids: int64 [B, M] and a mask, bool [B, M] (True = attend) -> [B, M, H]."""
         raise NotImplementedError
+
+    @contextmanager
+    def knowing(self, padded: bool) -> Iterator[None]:
+        """Inside, the batch's texts are known to be padded or not, without a CPU-GPU sync."""
+        self.padded = padded
+        try:
+            yield
+        finally:
+            self.padded = None
 
     def pool(self, tokens: Tensor, attention_mask: Tensor) -> Tensor:
         """Pool the tokens into the text's class token: [B, M, *], bool [B, M] -> [B, *]."""

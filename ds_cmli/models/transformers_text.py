@@ -15,6 +15,7 @@ from transformers import (
 )
 
 from ds_cmli.common.errors import UserError
+from ds_cmli.common.patches import patched
 from ds_cmli.models.backbone import TextBackbone, TextRequest
 from ds_cmli.models.transformers_model import DROPOUT, create, kind_of
 from ds_cmli.models.weights import count, say
@@ -91,7 +92,13 @@ class Transformer(TextBackbone):
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         # An integer mask is accepted by the encoders of every transformers version.
         mask = attention_mask.long()
-        return self.model(input_ids=input_ids, attention_mask=mask).last_hidden_state
+        if self.padded is None or not input_ids.is_cuda:
+            return self.model(input_ids=input_ids, attention_mask=mask).last_hidden_state
+        if not self.padded:
+            return self.model(input_ids=input_ids).last_hidden_state
+        # "Traced", it builds the mask without a look at its values, which is a CPU-GPU sync.
+        with patched("transformers: values of a mask", lambda _: lambda tensor=None: True):
+            return self.model(input_ids=input_ids, attention_mask=mask).last_hidden_state
 
 
 def _position_table(model: nn.Module) -> nn.Embedding | None:

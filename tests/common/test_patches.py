@@ -68,6 +68,13 @@ def transformers_looks_at_a_mask_without_data() -> bool:
         return not masking_utils.is_tracing(torch.ones(2, 3, dtype=torch.bool))
 
 
+def transformers_reads_no_mask_for_padding() -> bool:
+    from transformers import masking_utils
+
+    source = inspect.getsource(masking_utils._ignore_bidirectional_mask_sdpa)
+    return "is_tracing(padding_mask)" not in source or "padding_mask.all()" not in source
+
+
 def the_hub_is_asked_once() -> bool:
     from huggingface_hub.utils import http_backoff
 
@@ -122,6 +129,18 @@ def flattening_asks_no_device() -> bool:
     from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
     return "use_cpu_data" not in inspect.signature(DeepSpeedZeroOptimizer.flatten_dense_tensors_aligned).parameters
+
+
+def norms_are_masked_on_the_device() -> bool:
+    from deepspeed.runtime.utils import mask_nan_or_inf_with_val_inplace
+
+    return "torch.tensor(" not in inspect.getsource(mask_nan_or_inf_with_val_inplace)
+
+
+def a_finite_norm_is_clipped_by_at_once() -> bool:
+    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+
+    return "is_invalid_grad_norm" not in inspect.getsource(DeepSpeedZeroOptimizer.unscale_and_clip_grads)
 
 
 def a_cpu_answers_for_a_gpu(method: str):
@@ -197,6 +216,7 @@ def one_rank_over_gloo():
 NO_LONGER_NEEDED = {
     "timm: loaded keys": timm_tells_which_keys_it_loads,
     "transformers: mask": transformers_looks_at_a_mask_without_data,
+    "transformers: values of a mask": transformers_reads_no_mask_for_padding,
     "huggingface_hub: offline": the_hub_is_asked_once,
     "deepspeed: compiled operators": deepspeed_starts_without_a_compiler,
     "deepspeed: recovery script": deepspeed_writes_no_recovery_script,
@@ -208,6 +228,9 @@ NO_LONGER_NEEDED = {
         "deepspeed.runtime.comm.coalesced_collectives", "for rank in range(world_sz):"
     ),
     "deepspeed: flattened parameters": flattening_asks_no_device,
+    "deepspeed: norms in stage_1_and_2": norms_are_masked_on_the_device,
+    "deepspeed: norms in stage3": norms_are_masked_on_the_device,
+    "deepspeed: norm asked again": a_finite_norm_is_clipped_by_at_once,
     "deepspeed: device has fp16": a_cpu_answers_for_a_gpu("is_fp16_supported"),
     "deepspeed: free memory": a_cpu_answers_for_a_gpu("available_memory"),
     "torch: linear": zero_3_leaves_linear_alone,

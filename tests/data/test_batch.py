@@ -1,3 +1,4 @@
+import pytest
 import torch
 
 from ds_cmli.data.batch import Collate, Sample
@@ -29,6 +30,12 @@ def test_pairs_of_one_picture_or_one_caption_have_its_number():
 def test_padding_never_exceeds_the_text_positions():
     batch = Collate(load_tokenizer("builtin", 13))([sample(13), sample(4)])
     assert batch.input_ids.shape == (2, 13)
+
+
+@pytest.mark.parametrize("lengths", [(13, 4), (13, 13), (8, 8), (7, 8)])
+def test_a_batch_knows_whether_a_text_is_padded(lengths):
+    batch = Collate(load_tokenizer("builtin", 13))(list(map(sample, lengths)))
+    assert batch.padded is not bool(batch.attention_mask.all())
 
 
 def test_places_are_minus_one_where_there_are_none():
