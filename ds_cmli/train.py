@@ -121,7 +121,7 @@ def build_and_train(ready: Prepared) -> int:
 
     config, plan, data, state = ready.config, ready.plan, ready.data, ready.state
     device, folder, watchdog = ready.place.device, ready.place.folder, ready.place.watchdog
-    here, notice = with_backend(config, device)
+    here, notice = with_backend(config, plan.deepspeed, device)  # collective
     say(notice)
     with out_of_memory.ending(here, plan.deepspeed, folder, device, watchdog):  # collective
         engine = build(

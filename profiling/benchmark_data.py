@@ -189,7 +189,7 @@ def measured(
     device = distributed.init()
     ds_config = engine.on_this_device(DeepSpeedConfig.load(deepspeed_config))
     ds_config = engine.filled(config, ds_config, 1, STEPS)
-    config, _ = engine.with_backend(config, device)
+    config, _ = engine.with_backend(config, ds_config, device)
     data = build_data(config.data, config.run.seed)
     found: dict[str, Any] = {
         "image_size": config.data.image_size,

@@ -136,7 +136,7 @@ def measured(
     device = distributed.init()
     ds_config = engine.on_this_device(DeepSpeedConfig.load(deepspeed_config))
     ds_config = engine.filled(config, ds_config, 1, STEPS).replaced(activation_checkpointing=None)
-    config, _ = engine.with_backend(config, device)
+    config, _ = engine.with_backend(config, ds_config, device)
     data = build_data(config.data, config.run.seed)
     pairs = len(data.train)  # type: ignore[arg-type]
     sampler = GlobalBatchSampler(pairs, ds_config.micro_batch, 0, 1, config.run.seed)

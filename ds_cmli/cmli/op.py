@@ -3,20 +3,16 @@
 The two operators `ds_cmli::cmli_forward` and `ds_cmli::cmli_backward` are registered with
 torch.library, so that FakeTensorMode, torch.compile and activation checkpointing see their shapes
 and never look inside.
-A backend is a module with `forward(sides, scratch_bytes, save_argmax)`, which returns what
-`_forward` does, and `backward(sides, grads, argmax, wanted, scratch_bytes)`, which returns what
-`_backward` does.
+The operators return what `forward` and `backward` of a backend do, which is chosen inside them
+(`backends.py`).
 
 Shape legend: I images, J texts, N patches, M text positions (padded), D features.
 """
 
-import functools
-import warnings
-from types import ModuleType
-
 import torch
 from torch import Tensor
 
+from ds_cmli.cmli.backends import backend_of
 from ds_cmli.cmli.check import DEFAULT_SCRATCH_BYTES, check_inputs, index_dtype
 from ds_cmli.cmli.inputs import Sides, Wanted, accepted, full_precision
 
@@ -118,55 +114,8 @@ def cmli_gradients(
 
 
 def _chosen(backend: str, image: Tensor) -> str:
-    if backend == "auto":
-        if image.device.type == "cuda" and triton_runs():
-            return "triton"
-        return "chunked"
-    return backend
-
-
-def triton_runs() -> bool:
-    """Whether Triton is installed and can start kernels here; warns where not."""
-    reason = why_no_triton()
-    if reason is not None:
-        warnings.warn(
-            f"Triton does not run here, CMLI takes the slower chunked backend: {reason}",
-            stacklevel=3,
-        )
-    return reason is None
-
-
-# As torch.compiler.assume_constant_result does, but that imports torch._dynamo, in seconds.
-triton_runs._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-@functools.cache
-def why_no_triton() -> str | None:
-    """The reason why Triton cannot start a kernel here, in one line; None if it can.
-
-    Triton compiles a launcher for its first kernel, so a missing C compiler is one such reason.
-    """
-    try:
-        from triton.runtime import driver
-
-        driver.active.utils  # noqa: B018  # compiled now, if it is in no cache
-    except Exception as error:
-        return (" ".join(str(error).split()) or type(error).__name__)[:300]
-    return None
-
-
-def _module(backend: str) -> ModuleType:
-    if backend == "chunked":
-        from ds_cmli.cmli import chunked
-
-        return chunked
-    try:
-        from ds_cmli.cmli import triton as triton_backend
-    except ImportError as error:
-        raise RuntimeError(
-            f"backend='triton' cannot be used here ({error}): use backend='chunked'"
-        ) from error
-    return triton_backend
+    # On a GPU the operator itself decides: compiled code cannot try kernels.
+    return "chunked" if backend == "auto" and image.device.type != "cuda" else backend
 
 
 @torch.library.custom_op("ds_cmli::cmli_forward", mutates_args=())
@@ -182,7 +131,7 @@ def _forward(
     sides = Sides(image, text, token_mask, image_mask)
     # Autocast would run the products inside in 16 bits.
     with torch.autocast(image.device.type, enabled=False):
-        return _module(backend).forward(sides, scratch_bytes, save_argmax)
+        return backend_of(backend, image, text).forward(sides, scratch_bytes, save_argmax)
 
 
 @torch.library.custom_op("ds_cmli::cmli_backward", mutates_args=())
@@ -204,7 +153,9 @@ def _backward(
     grads, argmax = (grad_i2t, grad_t2i), (arg_i2t, arg_t2i)
     wanted = Wanted(need_image, need_text)
     with torch.autocast(image.device.type, enabled=False):
-        return _module(backend).backward(sides, grads, argmax, wanted, scratch_bytes)
+        return backend_of(backend, image, text).backward(
+            sides, grads, argmax, wanted, scratch_bytes
+        )
 
 
 @_forward.register_fake

@@ -23,7 +23,7 @@ from ds_cmli.distributed import process_group as distributed
 from ds_cmli.engine.ema import EMA
 from ds_cmli.engine.hints import with_hints
 from ds_cmli.engine.parameter_groups import freeze, parameter_groups, rates_without_effect
-from ds_cmli.engine.planning import compares_all, resolve_weights
+from ds_cmli.engine.planning import DTYPES, compares_all, resolve_weights
 from ds_cmli.engine.train_engine import TrainEngine
 from ds_cmli.faults import nonfinite
 from ds_cmli.losses.objective import Objective
@@ -37,8 +37,6 @@ if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
 Models = tuple[Objective, Teacher | None]
-
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def build_models(

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import timm
 import torch
 
-from ds_cmli.cmli.op import why_no_triton
+from ds_cmli.cmli.backends import why_no_kernels
 from ds_cmli.common.cli import say
 from ds_cmli.common.errors import UserError
 from ds_cmli.common.hardware import bf16_is_fast
@@ -21,8 +21,13 @@ from ds_cmli.config.schema import Config
 from ds_cmli.data import assets
 from ds_cmli.data.sampler import GlobalBatchSampler, Mixture
 from ds_cmli.distributed import process_group as distributed
+from ds_cmli.distributed.launchers import this_node
 from ds_cmli.engine.ema import check_average
 from ds_cmli.engine.parameter_groups import check_rates
+
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+# Patches of an image for which the kernels are tried: more take no other tiles.
+MOST_PATCHES = 256
 
 
 def on_this_device(ds_config: DeepSpeedConfig) -> DeepSpeedConfig:
@@ -94,20 +99,27 @@ def try_out(ds_config: DeepSpeedConfig, total_steps: int) -> str | None:
     return schedule.try_out(ds_config, torch.device(device), total_steps)
 
 
-def with_backend(config: Config, device: torch.device) -> tuple[Config, str | None]:
-    """The configuration with the all-pairs backend that will run.
+def with_backend(
+    config: Config, ds_config: DeepSpeedConfig, device: torch.device
+) -> tuple[Config, str | None]:
+    """The configuration with the all-pairs backend that will run. Collective.
 
-    Also a notice if a GPU has to use the slower one.
+    Also a notice if a GPU has to use the slower one: all ranks then do.
 
     Raises:
-        UserError: the requested backend does not run here.
+        UserError: the requested backend does not run here, or on another rank.
     """
     asked = config.loss.cmli_backend
     if asked == "chunked" or not any(
         "cmli_backend" in LOSSES[name].settings for name in config.loss.weights
     ):
         return config, None
-    reason = why_no_triton() if device.type == "cuda" else "there is no GPU"
+    reason: str | None = "there is no GPU"
+    if device.type == "cuda":
+        dtype, M = DTYPES[ds_config.precision], config.data.context_length
+        reason = why_no_kernels(device, dtype, MOST_PATCHES, M, config.student.embed_dim)
+        torch.cuda.empty_cache()
+        reason = _of_any_rank(reason)  # collective
     if asked == "triton" and reason is not None:
         raise UserError(
             f"loss.cmli_backend is 'triton', which does not run here ({reason}): "
@@ -121,6 +133,15 @@ def with_backend(config: Config, device: torch.device) -> tuple[Config, str | No
         )
     backend: Literal["chunked", "triton"] = "triton" if reason is None else "chunked"
     return replace(config, loss=replace(config.loss, cmli_backend=backend)), notice
+
+
+def _of_any_rank(reason: str | None) -> str | None:
+    """This rank's reason if all have one, otherwise the first rank's that has one. Collective."""
+    nodes, reasons = zip(*distributed.gather_objects((this_node(), reason)), strict=True)
+    if all(reasons) or not any(reasons):
+        return reason
+    first = next(rank for rank, found in enumerate(reasons) if found)
+    return f"{distributed.named(first, nodes)}: {reasons[first]}"
 
 
 @dataclass(frozen=True)

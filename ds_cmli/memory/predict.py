@@ -9,7 +9,6 @@ import gc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
 from typing import Literal, NamedTuple
 
 import torch
@@ -19,7 +18,10 @@ from ds_cmli import engine
 from ds_cmli.allocator import gpus
 from ds_cmli.allocator.allocator import replay
 from ds_cmli.allocator.blocks import Event
+from ds_cmli.allocator.gpus import Limits
+from ds_cmli.cmli.backends import why_not_on
 from ds_cmli.cmli.token_keep import kept
+from ds_cmli.common.errors import UserError
 from ds_cmli.common.probe import probe
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.json_values import JsonObject, Section
@@ -133,14 +135,15 @@ def predict(
     json = DeepSpeedConfig.of(ds_config)
     _check_predictable(json)
     card = gpus.find(gpu)
-    here = _resolve(config, json, _Rank(rank, world_size, target == "cuda"), options.tell)
+    limits = card.limits if target == "cuda" else None
+    here = _resolve(config, json, _Rank(rank, world_size, limits), options.tell)
     backend = options.backend or ("nccl" if here.rank.cuda else "gloo")
     tracker = Tracker(
         "cpu",
         text_lengths(here.config, here.json.micro_batch),
         workspaces=not here.rank.cuda,
         backend=backend,
-        gpu=card.limits if here.rank.cuda else None,
+        gpu=limits,
         deterministic=config.run.deterministic,
     )
 
@@ -177,7 +180,11 @@ class _Rank(NamedTuple):
 
     number: int
     world_size: int
-    cuda: bool
+    gpu: Limits | None  # None: a CPU
+
+    @property
+    def cuda(self) -> bool:
+        return self.gpu is not None
 
 
 class _Resolved(NamedTuple):
@@ -199,16 +206,26 @@ def _resolve(
     if config.run.compile != "off":
         tell(UNCOMPILED)
     config, vocab_size = without_weights(config)
-    if rank.cuda and config.loss.cmli_backend == "auto":
-        backend: Literal["triton", "chunked"] = "triton"
-        if find_spec("triton") is None:
-            backend = "chunked"
-            tell(
-                "Triton is not installed here: predicted for the chunked backend of the all-pairs "
-                "losses"
-            )
-        config = replace(config, loss=replace(config.loss, cmli_backend=backend))
+    if rank.gpu is not None:
+        config = _with_backend(config, rank.gpu, tell)
     return _Resolved(config, json, vocab_size, rank)
+
+
+def _with_backend(config: Config, gpu: Limits, tell: Callable[[str], None]) -> Config:
+    """The configuration with the all-pairs backend that a run on the GPU takes."""
+    asked, reason = config.loss.cmli_backend, why_not_on(gpu.capability)
+    if asked == "triton" and reason is not None:
+        raise UserError(
+            f"loss.cmli_backend is 'triton', which does not run there ({reason}): "
+            "give 'auto' or 'chunked'"
+        )
+    if asked != "auto":
+        return config
+    backend: Literal["triton", "chunked"] = "triton"
+    if reason is not None:
+        backend = "chunked"
+        tell(f"{reason}: predicted for the chunked backend of the all-pairs losses")
+    return replace(config, loss=replace(config.loss, cmli_backend=backend))
 
 
 def _setting(here: _Resolved) -> JsonObject:

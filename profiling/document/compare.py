@@ -21,7 +21,7 @@ from typing import Any
 import psutil
 import torch
 
-from ds_cmli.cmli.op import triton_runs
+from ds_cmli.cmli.backends import why_no_kernels
 from ds_cmli.memory.report import gigabytes
 from profiling.document import implementations
 from profiling.document.estimates import Setting, claims
@@ -82,15 +82,20 @@ class Row:
         return {**values, **values.pop("extra")}
 
 
-def backend(device: str) -> str:
+def backend(s: Setting, device: str) -> str:
     """The backend that the all-pairs op chooses on `device`."""
-    return "triton" if device == "cuda" and triton_runs() else "chunked"
+    if device == "cuda":
+        why_not = why_no_kernels(torch.device(device), torch.float16, s.N, s.M, s.D)
+        return "triton" if why_not is None else "chunked"
+    return "chunked"
 
 
 def predicted_rows(s: Setting, ids: set[str], device: str) -> list[Row]:
     """The rows of the claims in `ids`: predicted, but not measured yet."""
     every, out = claims(s), []
-    for (id, name), implementation in implementations.implementations(s, backend(device)).items():
+    for (id, name), implementation in implementations.implementations(
+        s, backend(s, device)
+    ).items():
         if id in ids:
             claim, allocations = every[id], implementations.predict(implementation)
             row = Row(id, name, claim.document_bytes, claim.arithmetic_bytes, claim.stored[name])
@@ -110,7 +115,7 @@ def measure(
     ):
         say(row)
         tried = affordable_setting(row, s, device)
-        implementation = implementations.implementations(tried, backend(device))[
+        implementation = implementations.implementations(tried, backend(tried, device))[
             row.id, row.implementation
         ]
         passes, why_not = affordable(implementation, device)

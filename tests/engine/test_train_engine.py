@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ds_cmli import engine
-from ds_cmli.cmli import op
+from ds_cmli.cmli import backends
 from ds_cmli.common.errors import UserError
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.presets import load_preset
@@ -131,25 +131,25 @@ def test_weight_decay_spares_norms_biases_and_embeddings(data):
 
 def test_the_backend_that_runs_is_told_in_one_line(monkeypatch):
     config, gpu, cpu = load_preset("tiny", {}), torch.device("cuda"), torch.device("cpu")
-    asked = load_preset("tiny", {"loss": {"cmli_backend": "triton"}})
-    monkeypatch.setattr(planning, "why_no_triton", lambda: None)
-    here, line = engine.with_backend(config, gpu)
+    asked, json = load_preset("tiny", {"loss": {"cmli_backend": "triton"}}), DeepSpeedConfig.of({})
+    monkeypatch.setattr(planning, "why_no_kernels", lambda *_: None)
+    here, line = engine.with_backend(config, json, gpu)
     assert (here.loss.cmli_backend, line) == ("triton", None)
-    monkeypatch.setattr(planning, "why_no_triton", lambda: "Failed to find C compiler.")
-    here, line = engine.with_backend(config, gpu)
+    monkeypatch.setattr(planning, "why_no_kernels", lambda *_: "Failed to find C compiler.")
+    here, line = engine.with_backend(config, json, gpu)
     assert here.loss.cmli_backend == "chunked"
     assert "the slower chunked backend: Failed to find C compiler." in line and "\n" not in line
-    here, line = engine.with_backend(config, cpu)
+    here, line = engine.with_backend(config, json, cpu)
     assert (here.loss.cmli_backend, line) == ("chunked", None)
     for device in (cpu, gpu):
         with pytest.raises(UserError, match=r"cmli_backend is 'triton', which does not run here"):
-            engine.with_backend(asked, device)
+            engine.with_backend(asked, json, device)
     without = load_preset("tiny", {"loss": {"weights": {"global": 1.0}, "cmli_backend": "triton"}})
-    assert engine.with_backend(without, cpu) == (without, None)
+    assert engine.with_backend(without, json, cpu) == (without, None)
 
 
 def test_what_keeps_triton_from_running_is_one_line(monkeypatch):
-    op.why_no_triton.cache_clear()
+    backends.why_no_triton.cache_clear()
     monkeypatch.setitem(sys.modules, "triton.runtime", None)
-    assert "triton.runtime" in op.why_no_triton()
-    op.why_no_triton.cache_clear()
+    assert "triton.runtime" in backends.why_no_triton()
+    backends.why_no_triton.cache_clear()

@@ -218,6 +218,16 @@ def test_on_a_gpu_the_backend_is_triton_and_the_allocator_rounds_up():
     assert totals["requested"] < totals["allocated"] <= totals["reserved"] < totals["device"]
 
 
+def test_on_a_gpu_that_does_not_run_the_kernels_the_backend_is_chunked():
+    told, config = [], preset()
+    report = predict(config, ds_json(), 1, gpu="T4 16GB", options=Options(tell=told.append)).report
+    assert report.setting["cmli_backend"] == "chunked"
+    assert any("8.0 or later, this GPU has 7.5: predicted for the chunked backend" in line for line in told)
+    asked = replace(config, loss=replace(config.loss, cmli_backend="triton"))
+    with pytest.raises(UserError, match=r"'triton', which does not run there \(the kernels need"):
+        predict(asked, ds_json(), 1, gpu="T4 16GB")
+
+
 def test_an_offloaded_optimizer_takes_nothing_from_the_device():
     offloaded = ds_json()
     offloaded["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
