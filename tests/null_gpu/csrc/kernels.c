@@ -89,7 +89,7 @@ static cudaError_t launch(const void *stub, dim3 grid, dim3 block, void **argume
     return failed(cudaErrorInvalidConfiguration);
   }
   trace("%s", kernel->name);
-  if (kernel->plan) compute(kernel->plan, arguments);
+  if (kernel->plan) compute(kernel->plan, grid, arguments);
   return cudaSuccess;
 }
 API cudaError_t cudaLaunchKernel(const void *stub, dim3 grid, dim3 block, void **arguments, size_t shared, cudaStream_t stream) {

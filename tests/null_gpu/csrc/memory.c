@@ -6,7 +6,6 @@
 #include <sys/mman.h>
 
 enum { GRANULE = 2 << 20 }; // cudaMalloc's unit on the cards of the table, in bytes
-static const size_t MOST_COPIED = 64 << 20; // bytes between two places of a card, beyond which a copy is not carried out
 
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static Range *ranges; // sorted by start

@@ -29,6 +29,7 @@ typedef struct {
   int kind, device; // kind 0: not ours
 } Range;
 Range find_range(const void *pointer);
+enum { MOST_COPIED = 64 << 20 }; // bytes between two places of a card, beyond which a copy is not carried out
 void *new_handle(void); // a number that no other object has
 
 // streams.c: work goes to a stream when it is launched, and is done when somebody has waited for it.
@@ -38,7 +39,7 @@ void finish_stream(void *stream);
 // outputs.c: what a kernel of torch leaves in memory.
 typedef struct Plan Plan;
 Plan *plan_of(const char *kernel); // NULL: nothing
-void compute(const Plan *plan, void **arguments);
+void compute(const Plan *plan, dim3 grid, void **arguments);
 
 // With NULLGPU_TRACE=1: a line on standard error.
 void trace(const char *format, ...);

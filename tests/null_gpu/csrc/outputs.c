@@ -74,10 +74,13 @@ static void store(void *at, Type type, long double value) {
   }
 }
 
-typedef enum { ZERO, FILL, COPY, COMPARE, AND, OR, NOT, ADD, MULTIPLY } Operation;
+typedef enum { ELEMENTS, REDUCTION, CONCATENATION, NORMS } Form;
+typedef enum { ZERO, FILL, COPY, COMPARE, AND, OR, NOT, ADD, ADD_SCALAR } Operation;
 struct Plan {
-  int reduces, casts;            // a reduction; loads and stores that convert
-  int inputs;                    // tensors
+  Form form;
+  int casts;                     // loads and stores that convert
+  int inputs;                    // tensors, at most
+  int bytes;                     // of an element that is only moved
   int scalar;                    // 1: the first operand is a number in the functor, 2: the second
   int equality;                  // of comparisons: == and !=, not >=, >, <= and <
   Operation operation;
@@ -131,6 +134,8 @@ static void plan_functor(Plan *plan, const char *f) {
     plan->operation = AND;
   else if (strstr(f, "logical_or_kernel") || (plan->out == BOOL && (strstr(f, "BitwiseOrFunctor") || strstr(f, "CUDAFunctor_add"))))
     plan->operation = OR;
+  else if (!is_float(plan->out) && strstr(f, "at::native::CUDAFunctor_add<") == f) plan->operation = ADD;
+  else if (!is_float(plan->out) && strstr(f, "at::native::CUDAFunctorOnSelf_add<") == f) plan->operation = ADD_SCALAR;
   if (plan->scalar && plan->operation != COMPARE) plan->operation = ZERO;
 }
 
@@ -152,11 +157,21 @@ Plan *plan_of(const char *mangled) {
     free(functor);
     made = malloc(sizeof plan);
   } else if (strstr(name, "::reduce_kernel<") && strstr(name, "ReduceOp<")) {
-    plan.reduces = 1;
+    plan.form = REDUCTION;
     plan.in = type_argument(name, "ReduceOp<", 0), plan.out = type_argument(name, "ReduceOp<", 3);
     if (strstr(name, "and_kernel_cuda")) plan.operation = AND;
     else if (strstr(name, "or_kernel_cuda")) plan.operation = OR;
     else if (strstr(name, "sum_functor<") && plan.out && !is_float(plan.out) && plan.in == plan.out) plan.operation = ADD;
+    made = malloc(sizeof plan);
+  } else if (strstr(name, "::CatArrayBatchedCopy") && (strstr(name, "_contig<") || strstr(name, "_vectorized<"))) {
+    plan.form = CONCATENATION;
+    plan.bytes = atoi(strstr(name, "OpaqueType<") + strlen("OpaqueType<"));
+    size_t length;
+    plan.inputs = atoi(argument(name, "CatArrInputTensorMetadata<", 2, &length));
+    made = malloc(sizeof plan);
+  } else if (strstr(name, "::lpnorm_cleanup<")) {
+    plan.form = NORMS;
+    plan.out = type_argument(name, "lpnorm_cleanup<", 4);
     made = malloc(sizeof plan);
   }
   free(name);
@@ -199,6 +214,8 @@ static void compute_elements(const Plan *plan, void **arguments) {
       case AND: result = a && b; break;
       case OR: result = a || b; break;
       case NOT: result = !a; break;
+      case ADD: result = a + load(functor, in) * b; break; // the functor holds alpha
+      case ADD_SCALAR: result = a + load(functor, in) * load(functor + types[in].bytes, in); break;
       default: break;
     }
     store(data[0] + i * types[out].bytes, out, result);
@@ -258,7 +275,28 @@ static void compute_reduction(const Plan *plan, void **arguments) {
   store(target, plan->out, result);
 }
 
-void compute(const Plan *plan, void **arguments) {
-  if (plan->reduces) compute_reduction(plan, arguments);
-  else compute_elements(plan, arguments);
+// (output, metadata of inputs, strides, dimension, its stride), with a row of the grid for each input. Along the first
+// dimension alone, where the inputs lie behind each other.
+static void compute_concatenation(const Plan *plan, dim3 grid, void **arguments) {
+  char *target = *(char **)arguments[0], **sources = arguments[1];
+  const unsigned *offsets = (unsigned *)(sources + plan->inputs), *sizes = offsets + plan->inputs, *elements = sizes + plan->inputs;
+  if (*(int *)arguments[3] != 0) return;
+  for (unsigned i = 0; i < grid.y; i++) {
+    if (!sizes[i] || (size_t)elements[i] * plan->bytes > MOST_COPIED) continue;
+    size_t row = (size_t)elements[i] / sizes[i] * plan->bytes;
+    memcpy(target + offsets[i] * row, sources[i], sizes[i] * row);
+  }
+}
+// The last kernel of torch._foreach_norm: (partial sums, addresses of the outputs, ...), a block for each.
+static void compute_norms(const Plan *plan, dim3 grid, void **arguments) {
+  for (unsigned i = 0; i < grid.x; i++) store(((void **)arguments[1])[i], plan->out, 0);
+}
+
+void compute(const Plan *plan, dim3 grid, void **arguments) {
+  switch (plan->form) {
+    case ELEMENTS: compute_elements(plan, arguments); break;
+    case REDUCTION: compute_reduction(plan, arguments); break;
+    case CONCATENATION: compute_concatenation(plan, grid, arguments); break;
+    case NORMS: compute_norms(plan, grid, arguments); break;
+  }
 }
