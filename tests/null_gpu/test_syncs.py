@@ -1,0 +1,38 @@
+"""A step of training asks the GPU at most three times, and launches its kernels meanwhile."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.null_gpu
+ROOT = Path(__file__).resolve().parent.parent.parent
+PRECISIONS = ("fp16", "bf16", "fp32")
+SETTINGS = [(stage, precision, 1) for stage in (1, 2, 3) for precision in PRECISIONS] + [(2, "bf16", 2)]
+IN_CI = (2, "fp16", 2)
+
+
+def counted(environment: dict[str, str], folder: Path, content: dict) -> dict:
+    """What `count_syncs` prints of a run with this DeepSpeed JSON."""
+    file = folder / "ds.json"
+    file.write_text(json.dumps(content))
+    command = [sys.executable, "-m", "tests.null_gpu.count_syncs", "--output-dir", str(folder / "run")]
+    command += ["--deepspeed_config", str(file)]
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    found = [line for line in done.stdout.splitlines() if line.startswith('{"launches"')]
+    assert found, done.stdout + done.stderr
+    return json.loads(found[0])
+
+
+@pytest.mark.parametrize(
+    ("stage", "precision", "accumulation"),
+    [IN_CI, *(pytest.param(*setting, marks=pytest.mark.soak) for setting in SETTINGS)],
+)
+def test_a_step_waits_at_most_three_times(null_gpu, tmp_path, stage, precision, accumulation):
+    content = {"zero_optimization": {"stage": stage}, "gradient_accumulation_steps": accumulation}
+    for name in ("fp16", "bf16"):
+        content[name] = {"enabled": name == precision}
+    syncs = counted(null_gpu(), tmp_path, content)["syncs"]
+    assert 0 < sum(syncs.values()) <= 3, syncs
