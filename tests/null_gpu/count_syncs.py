@@ -1,7 +1,7 @@
 """Counts a training run's CPU-GPU syncs and kernel launches: `python -m tests.null_gpu.count_syncs OPTIONS`.
 
-The options are those of train.py. A line of JSON says what each of the steps `FIRST` to `LAST` does, on average, from its
-beginning to the next one's.
+The options are those of train.py. A line of JSON says what each of the steps `FIRST` to `LAST` does, on average, from
+its beginning to the next one's.
 """
 
 import collections

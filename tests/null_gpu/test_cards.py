@@ -1,0 +1,68 @@
+"""GPUs that cannot run the all-pairs kernels, with the Triton that PyTorch for GPUs brings."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.null_gpu
+ROOT = Path(__file__).resolve().parent.parent.parent
+REASON = {
+    "t4": "the kernels need compute capability 8.0 or later, this GPU has 7.5",
+    "b200": "does not compile the kernels for compute capability 10.0",
+}
+PRECISIONS = ("fp16", "fp32")
+
+
+def run(environment: dict[str, str], *command: object) -> subprocess.CompletedProcess:
+    command = [sys.executable, *map(str, command)]
+    return subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=900)
+
+
+@pytest.mark.parametrize(
+    ("card", "precision"),
+    [
+        ("b200", "fp16"),
+        *(pytest.param(*case, marks=pytest.mark.soak) for case in (("b200", "fp32"), ("t4", "fp16"), ("t4", "fp32"))),
+    ],
+)
+def test_training_starts_there_with_one_line(null_gpu, tmp_path, card, precision):
+    json = tmp_path / "ds.json"
+    json.write_text('{"fp16": {"enabled": true}}' if precision == "fp16" else '{"bf16": {"enabled": false}}')
+    options = ("--preset", "tiny", "--steps", 2, "--output-dir", tmp_path / "run", "--deepspeed_config", json)
+    done = run(null_gpu(card), "ds_cmli/train.py", *options)
+    lines = [line for line in (done.stdout + done.stderr).splitlines() if REASON[card] in line]
+    assert len(lines) == 1 and "take the slower chunked backend" in lines[0], done.stdout + done.stderr
+    assert "step 2/2" in done.stdout
+
+
+def test_triton_that_does_not_run_is_refused(null_gpu, tmp_path):
+    options = ("--preset", "tiny", "--output-dir", tmp_path / "run", "--set", "loss.cmli_backend=triton")
+    done = run(null_gpu("b200"), "ds_cmli/train.py", *options)
+    assert done.returncode == 2
+    [line] = [line for line in done.stderr.splitlines() if line.startswith("error")]
+    assert "loss.cmli_backend is 'triton', which does not run here (Triton 3" in line and REASON["b200"] in line
+
+
+TRIED = """
+import torch
+from ds_cmli.cmli import CMLILoss
+
+torch.set_default_device("cuda")
+loss = CMLILoss()
+loss(torch.randn(4, 9, 32, requires_grad=True), torch.randn(4, 6, 32), torch.ones(4, 6, dtype=torch.bool)).backward()
+"""
+
+
+def test_the_loss_alone_warns(null_gpu):
+    done = run(null_gpu("t4"), "-c", TRIED)
+    assert done.returncode == 0, done.stderr
+    assert f"CMLI takes the slower chunked backend: {REASON['t4']}" in done.stderr
+
+
+@pytest.mark.parametrize("tests", ["said_to", pytest.param("test", marks=pytest.mark.soak)])
+def test_the_kernels_compile_with_that_triton(null_gpu, tests):
+    file = "tests/cmli/test_triton_compile.py"
+    done = run(null_gpu(), "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "soak or not soak", "-k", tests, file)
+    assert done.returncode == 0, done.stdout[-3000:]
