@@ -74,7 +74,7 @@ static void store(void *at, Type type, long double value) {
   }
 }
 
-typedef enum { ELEMENTS, REDUCTION, CONCATENATION, NORMS } Form;
+typedef enum { ELEMENTS, REDUCTION, CONCATENATION, NORMS, COUNT_NONZERO, SELECTION } Form;
 typedef enum { ZERO, FILL, COPY, COMPARE, AND, OR, NOT, ADD, ADD_SCALAR } Operation;
 struct Plan {
   Form form;
@@ -172,6 +172,14 @@ Plan *plan_of(const char *mangled) {
   } else if (strstr(name, "::lpnorm_cleanup<")) {
     plan.form = NORMS;
     plan.out = type_argument(name, "lpnorm_cleanup<", 4);
+    made = malloc(sizeof plan);
+  } else if (strstr(name, "::DeviceReduceSingleTileKernel<") && strstr(name, "policy_hub<int,")) {
+    plan.form = COUNT_NONZERO;
+    plan.in = type_argument(name, "NonZeroOp<", 0);
+    made = malloc(sizeof plan);
+  } else if (strstr(name, "::DeviceCompactInitKernel<")) {
+    plan.form = SELECTION;
+    plan.out = strstr(name, "long*>(") ? INT64 : INT32;
     made = malloc(sizeof plan);
   }
   free(name);
@@ -291,6 +299,15 @@ static void compute_concatenation(const Plan *plan, dim3 grid, void **arguments)
 static void compute_norms(const Plan *plan, dim3 grid, void **arguments) {
   for (unsigned i = 0; i < grid.x; i++) store(((void **)arguments[1])[i], plan->out, 0);
 }
+// The number of values that are not zero, which says how much masked_select and nonzero return: (iterator, output, number of
+// values). Of many, a kernel before this one has counted parts: then none are.
+static void compute_count(const Plan *plan, void **arguments) {
+  const char *source = *(char **)arguments[0];
+  uint64_t count = *(uint64_t *)arguments[2];
+  long double found = 0;
+  for (uint64_t i = 0; plan->in && i < count && count <= MOST_COMPUTED; i++) found += load(source + i * types[plan->in].bytes, plan->in) != 0;
+  store(*(void **)arguments[1], INT32, found);
+}
 
 void compute(const Plan *plan, dim3 grid, void **arguments) {
   switch (plan->form) {
@@ -298,5 +315,7 @@ void compute(const Plan *plan, dim3 grid, void **arguments) {
     case REDUCTION: compute_reduction(plan, arguments); break;
     case CONCATENATION: compute_concatenation(plan, grid, arguments); break;
     case NORMS: compute_norms(plan, grid, arguments); break;
+    case COUNT_NONZERO: compute_count(plan, arguments); break;
+    case SELECTION: store(*(void **)arguments[2], plan->out, 0); break; // none, as in unique: (state, tiles, their number)
   }
 }

@@ -1,0 +1,62 @@
+"""Two ranks over NCCL, killed after a checkpoint and started again."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.config.test_mistakes import pairs
+from tests.conftest import ROOT, free_port
+
+pytestmark = pytest.mark.null_gpu
+
+
+def start(environment: dict[str, str], folder: Path, options: list[str]) -> list[subprocess.Popen]:
+    """The processes of two ranks, whose output goes to the files `0.log` and `1.log` of a folder."""
+    command = [sys.executable, str(ROOT / "ds_cmli" / "train.py"), *options]
+    group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    started = []
+    for rank in ("0", "1"):
+        env = environment | group | {"RANK": rank, "LOCAL_RANK": rank}
+        with open(folder / f"{rank}.log", "w") as log:
+            started.append(subprocess.Popen(command, env=env, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT))
+    return started
+
+
+def kill(ranks: list[subprocess.Popen]) -> None:
+    for process in ranks:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.parametrize("stage", [2, *(pytest.param(stage, marks=pytest.mark.soak) for stage in (0, 1, 3))])
+def test_two_ranks_go_on_after_a_kill(null_gpu, stage, tmp_path):
+    run, environment = tmp_path / "run", null_gpu("3090", count=2)
+    (tmp_path / "ds.json").write_text(json.dumps({"fp16": {"enabled": True}, "zero_optimization": {"stage": stage}}))
+    options = ["--preset", "tiny", "--steps", "4", "--save-every", "2", "--output-dir", str(run)]
+    options += ["--deepspeed_config", str(tmp_path / "ds.json"), "--data", pairs(tmp_path / "pairs", count=64)]
+
+    first = start(environment, tmp_path, options)
+    try:
+        end = time.monotonic() + 400
+        while not (run / "checkpoint" / "latest").exists():
+            output = (tmp_path / "0.log").read_text()
+            assert all(process.poll() is None for process in first), output
+            assert time.monotonic() < end, output
+            time.sleep(0.1)
+    finally:
+        kill(first)
+
+    second = start(environment, tmp_path, options)
+    try:
+        codes = [process.wait(400) for process in second]
+    finally:
+        kill(second)
+    output = (tmp_path / "0.log").read_text()
+    assert codes == [0, 0], output
+    assert f"resuming from {run / 'checkpoint' / 'step2'}\n" in output
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4]
