@@ -6,8 +6,10 @@ Shapes: B images, S image side in pixels, N = rows * columns of the map, H chann
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from ds_cmli.common.probe import probe
 from ds_cmli.models import timm_model
 from ds_cmli.models.backbone import ImageBackbone, ImageRequest, with_mean
 
@@ -77,5 +79,9 @@ class TimmGrid(ImageBackbone):
         return found
 
     def forward(self, pixels: Tensor) -> Tensor:
+        if probe.on_gpu(pixels.device):
+            # cuDNN's convolutions on tensor cores take channels last, and then give that. The
+            # weights, parts of ZeRO's flat buffers, stay as they are: each is copied when used.
+            pixels = pixels.contiguous(memory_format=torch.channels_last)
         [x] = self.model(pixels)  # [B, H, rows, columns]
         return with_mean(x.flatten(2).transpose(1, 2))
