@@ -14,9 +14,9 @@ from tests.conftest import ROOT, free_port
 pytestmark = pytest.mark.null_gpu
 
 
-def start(environment: dict[str, str], folder: Path, options: list[str]) -> list[subprocess.Popen]:
+def start(environment: dict[str, str], folder: Path, script: str, *options: str) -> list[subprocess.Popen]:
     """The processes of two ranks, whose output goes to the files `0.log` and `1.log` of a folder."""
-    command = [sys.executable, str(ROOT / "ds_cmli" / "train.py"), *options]
+    command = [sys.executable, str(ROOT / script), *options]
     group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     started = []
     for rank in ("0", "1"):
@@ -32,6 +32,25 @@ def kill(ranks: list[subprocess.Popen]) -> None:
         process.wait()
 
 
+def test_messages_arrive(null_gpu, tmp_path):
+    ranks = start(null_gpu("h100", count=2), tmp_path, "tests/null_gpu/collectives.py")
+    try:
+        codes = [process.wait(200) for process in ranks]
+    finally:
+        kill(ranks)
+    logs = [(tmp_path / f"{rank}.log").read_text() for rank in (0, 1)]
+    assert codes == [0, 0], logs
+    for rank, log in enumerate(logs):
+        lines = [line for line in log.splitlines() if line.startswith("{")]
+        assert json.loads(lines[0]) == {
+            "gathered": [10, 3010],
+            "broadcast": ["a", 5, "b" * 100],
+            "summed": [3] * 5,
+            "part": [[1, 2], [3, 5]][rank],
+            "exchanged": [1 - rank] * 3,
+        }
+
+
 @pytest.mark.parametrize("stage", [2, *(pytest.param(stage, marks=pytest.mark.soak) for stage in (0, 1, 3))])
 def test_two_ranks_go_on_after_a_kill(null_gpu, stage, tmp_path):
     run, environment = tmp_path / "run", null_gpu("3090", count=2)
@@ -39,7 +58,7 @@ def test_two_ranks_go_on_after_a_kill(null_gpu, stage, tmp_path):
     options = ["--preset", "tiny", "--steps", "4", "--save-every", "2", "--output-dir", str(run)]
     options += ["--deepspeed_config", str(tmp_path / "ds.json"), "--data", pairs(tmp_path / "pairs", count=64)]
 
-    first = start(environment, tmp_path, options)
+    first = start(environment, tmp_path, "ds_cmli/train.py", *options)
     try:
         end = time.monotonic() + 400
         while not (run / "checkpoint" / "latest").exists():
@@ -50,7 +69,7 @@ def test_two_ranks_go_on_after_a_kill(null_gpu, stage, tmp_path):
     finally:
         kill(first)
 
-    second = start(environment, tmp_path, options)
+    second = start(environment, tmp_path, "ds_cmli/train.py", *options)
     try:
         codes = [process.wait(400) for process in second]
     finally:

@@ -109,7 +109,9 @@ enum { REGISTERS = 32 }; // of a thread, as if for every kernel: the real number
 API cudaError_t cudaFuncGetAttributes(struct cudaFuncAttributes *attributes, const void *stub) {
   memset(attributes, 0, sizeof *attributes);
   attributes->maxThreadsPerBlock = 1024, attributes->numRegs = REGISTERS;
-  attributes->ptxVersion = attributes->binaryVersion = card()->major * 10 + card()->minor;
+  // PyTorch has no kernels of its own for 8.9, which runs those for 8.6: CUB chooses by it.
+  int version = card()->major * 10 + card()->minor;
+  attributes->ptxVersion = attributes->binaryVersion = version == 89 ? 86 : version;
   attributes->maxDynamicSharedSizeBytes = 48 << 10;
   return cudaSuccess;
 }

@@ -1,0 +1,95 @@
+"""Prints as JSON what a process sees of its null GPU."""
+
+import ctypes
+import json
+
+import torch
+
+LIBRARY = ctypes.CDLL("libcudart.so.13")
+
+
+def count(name: str) -> int:
+    return ctypes.c_long.in_dll(LIBRARY, f"nullgpu_{name}").value
+
+
+def addresses_beside_a_copy() -> dict[str, bool]:
+    """Whether a block that another stream may still read is given again: at once, and after a wait for it."""
+    side = torch.cuda.Stream()
+    used = torch.ones(1 << 20, device="cuda")
+    address = used.data_ptr()
+    used.record_stream(side)
+    with torch.cuda.stream(side):
+        used.mul_(2)
+    del used
+    before = torch.empty(1 << 20, device="cuda").data_ptr() == address
+    side.synchronize()
+    return {"before": before, "after": torch.empty(1 << 20, device="cuda").data_ptr() == address}
+
+
+def events() -> list[bool]:
+    """Whether an event is done: at once, after a stream that waits for it was waited for, after 1,024 more launches."""
+    stream, waits, done = torch.cuda.Stream(), torch.cuda.Stream(), []
+    with torch.cuda.stream(stream):
+        x = torch.zeros(4, device="cuda")
+        event = stream.record_event()
+    done.append(event.query())
+    waits.wait_event(event)
+    with torch.cuda.stream(waits):
+        x.add_(1)
+    waits.synchronize()
+    done.append(event.query())
+    with torch.cuda.stream(stream):
+        x.add_(1)
+        event = stream.record_event()
+        done.append(event.query())
+        for _ in range(1024):
+            x.add_(1)
+    return [*done, event.query()]
+
+
+def values() -> dict[str, object]:
+    """What arrives on the host."""
+    numbers = torch.tensor([3, 0, 5], device="cuda")
+    noise = torch.full((3,), torch.inf, device="cuda")
+    return {
+        "copied": torch.arange(3.0).cuda().half().tolist(),
+        "filled": torch.full((2,), 7, device="cuda").tolist(),
+        "compared": (numbers > 2).tolist(),
+        "all": [(numbers > 2).all().item(), (numbers >= 0).all().item(), (numbers < 0).any().item()],
+        "sum": numbers.sum().item(),
+        "joined": torch.cat([numbers, numbers[:2]]).tolist(),
+        "selected": len(numbers[numbers > 0]),
+        "norm": torch.linalg.vector_norm(noise).item(),
+        "finite": noise.isfinite().all().item(),
+        "foreach": torch.stack(torch._foreach_norm([noise, noise])).tolist(),
+    }
+
+
+def out_of_memory() -> bool:
+    total = torch.cuda.mem_get_info()[1]
+    try:
+        torch.empty(total + 1, dtype=torch.uint8, device="cuda")
+    except torch.cuda.OutOfMemoryError:
+        return True
+    return False
+
+
+def main() -> None:
+    properties = torch.cuda.get_device_properties(0)
+    launches = count("launches")
+    torch.zeros(5, device="cuda").add_(1)
+    found = {
+        "launches": count("launches") - launches,
+        "name": properties.name,
+        "capability": [properties.major, properties.minor],
+        "devices": torch.cuda.device_count(),
+        "values": values(),
+        "out of memory": out_of_memory(),
+        "events": events(),
+        "reused": addresses_beside_a_copy(),
+    }
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

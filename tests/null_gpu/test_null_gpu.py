@@ -1,0 +1,45 @@
+"""The null GPU itself: what README.md says of it."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from tests.conftest import ROOT
+
+pytestmark = pytest.mark.null_gpu
+
+
+def checked(environment: dict[str, str]) -> dict:
+    command = [sys.executable, str(ROOT / "tests" / "null_gpu" / "checks.py")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_work_is_pending_until_somebody_waits(null_gpu):
+    found = checked(null_gpu("4090", count=2))
+    assert (found["name"], found["capability"], found["devices"]) == ("NVIDIA GeForce RTX 4090", [8, 9], 2)
+    assert found["launches"] == 2
+    assert found["out of memory"]
+    assert found["events"] == [False, True, False, True]
+    assert found["reused"] == {"before": False, "after": True}
+    assert found["values"] == {
+        "copied": [0, 1, 2],
+        "filled": [7, 7],
+        "compared": [True, False, True],
+        "all": [False, True, False],
+        "sum": 8,
+        "joined": [3, 0, 5, 3, 0],
+        "selected": 2,
+        "norm": 0,
+        "finite": True,
+        "foreach": [0, 0],
+    }
+
+
+def test_work_is_done_at_once_where_that_is_asked_for(null_gpu):
+    found = checked(null_gpu("t4") | {"NULLGPU_EVENTS": "done"})
+    assert found["events"] == [True] * 4
+    assert found["reused"] == {"before": True, "after": True}
