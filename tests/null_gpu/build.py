@@ -115,7 +115,8 @@ def _compile(folder: Path) -> None:
         work, made = Path(temporary), Path(temporary) / "lib"
         made.mkdir()
         options = ["-std=gnu11", "-fPIC", "-O1", "-w", f"-I{include}"]
-        _run(["gcc", *options, "-c", *HERE.glob("csrc/*.c")], cwd=work)
+        # Only what is marked as API may be seen by other libraries.
+        _run(["gcc", *options, "-fvisibility=hidden", "-c", *HERE.glob("csrc/*.c")], cwd=work)
         ours = _symbols(list(work.glob("*.o")), "--defined-only", dynamic=False)
         others = sorted(name for name in missing - ours if NVIDIA.match(name))
         (work / "others.c").write_text("".join(f"int {name}() {{ return 0; }}\n" for name in others))
