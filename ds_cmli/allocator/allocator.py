@@ -255,19 +255,21 @@ def replay(
     events: Iterable[Event],
     *,
     limit: int | None = None,
-    stream: Callable[[Event], int] = lambda event: 0,
+    stream: Callable[[Event], int] = lambda event: event.stream,
+    allocator: CachingAllocator | None = None,
 ) -> Replay:
     """Run `events` through the allocator.
 
     Args:
         limit: bytes that may be reserved: the device's memory minus the CUDA context and what other
             processes hold. None: no limit.
-        stream: gives the stream of an allocation; by default all are on the default stream.
+        stream: gives the stream of an allocation; by default the event's own.
+        allocator: an unused one; None: one with PyTorch's default settings.
 
     Raises:
         OutOfMemory: a request does not fit in `limit`; the exception names it.
     """
-    allocator = CachingAllocator(limit)
+    allocator = allocator or CachingAllocator(limit)
     live: dict[int, Block] = {}
     timeline = []
     for event in events:
@@ -275,6 +277,8 @@ def replay(
             live[event.block] = allocator.malloc(event.bytes, stream(event), event)
         elif event.bytes < 0:
             allocator.free(live.pop(event.block))
+        else:
+            allocator.empty_cache()
         timeline.append((allocator.requested, allocator.allocated, allocator.reserved))
     requested, allocated, reserved = map(max, zip((0, 0, 0), *timeline, strict=True))
     segments = list(allocator.segments.values())

@@ -19,7 +19,7 @@ DEFAULT_POOL = (0, 0)
 
 @dataclass(frozen=True)
 class Event:
-    """The allocation or the free of a block.
+    """The allocation or the free of a block; of 0 bytes: the return of all free segments.
 
     Lists of events are in the order in which they happened.
     """
@@ -29,6 +29,7 @@ class Event:
     category: str  # what the block is for
     phase: str  # the part of a step in which it happened
     op: str = ""  # the operator that allocated the block
+    stream: int = 0  # for which the block was allocated; 0: the default one
 
 
 @dataclass(frozen=True)

@@ -46,6 +46,10 @@ _MAKES_VIEWS = (
 )
 _ASKS_HERE = "It answers for the machine that predicts, not for the device that is predicted."
 _WAITS = "It waits for the GPU, for each group of parameters, to learn nothing that decides."
+_CHOOSES_KERNELS = (
+    "A GPU chooses other kernels than the CPU that predicts; autograd leaves modes of torch "
+    "functions, so that they would not see what activation checkpointing computes again."
+)
 PATCHES = {
     "timm: loaded keys": Patch(
         "1.0.31",
@@ -118,12 +122,18 @@ PATCHES = {
     ),
     "deepspeed: device has fp16": Patch(DEEPSPEED, ACCELERATOR, ("is_fp16_supported",), _ASKS_HERE),
     "deepspeed: free memory": Patch(DEEPSPEED, ACCELERATOR, ("available_memory",), _ASKS_HERE),
+    "deepspeed: stream": Patch(DEEPSPEED, ACCELERATOR, ("stream",), _ASKS_HERE),
+    "deepspeed: emptied cache": Patch(DEEPSPEED, ACCELERATOR, ("empty_cache",), _ASKS_HERE),
     "torch: linear": Patch(
         TORCH,
         "torch.nn.functional",
         ("linear",),
         "ZeRO-3 replaces it for good by a function that keeps less for backward.",
     ),
+    "torch: attention": Patch(
+        TORCH, "torch.nn.functional", ("scaled_dot_product_attention",), _CHOOSES_KERNELS
+    ),
+    "torch: dropout": Patch(TORCH, "torch.nn.functional", ("dropout",), _CHOOSES_KERNELS),
     "torch: module conversion": Patch(
         TORCH,
         "torch.nn:Module",

@@ -78,20 +78,19 @@ class Answers(TorchDispatchMode):
         self.full = False
 
 
-class CudaOperators(TorchFunctionMode):
-    """Runs a GPU's operators in place of those that a CPU chooses, which keep more for backward."""
+class CudaOperators:
+    """A GPU's operators, in place of those that a CPU chooses, which keep more for backward."""
 
     def __init__(self, gpu: Limits):
-        super().__init__()
         self.gpu = gpu
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if func is F.scaled_dot_product_attention:
-            return self._attention(*args, **kwargs)
-        if func is F.dropout:
-            return _dropout(*args, **kwargs)
-        return func(*args, **kwargs)
+    @contextmanager
+    def chosen(self) -> Iterator[None]:
+        with (
+            patched("torch: attention", lambda _: self._attention),
+            patched("torch: dropout", lambda _: _dropout),
+        ):
+            yield
 
     def _attention(
         self, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, **_
@@ -376,5 +375,5 @@ def fake_world(
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         stack.enter_context(answers)
         if gpu is not None:
-            stack.enter_context(CudaOperators(gpu))
+            stack.enter_context(CudaOperators(gpu).chosen())
         yield answers

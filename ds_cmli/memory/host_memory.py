@@ -3,8 +3,9 @@
 What lies on the host is left out of the record, and what moves to the device is recorded as a copy.
 """
 
+import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -85,10 +86,25 @@ def free_bytes(tracker: Tracker, gpu: str, world_size: int) -> int:
     for block, size, _ in tracker.log:
         if size > 0:
             live[block] = allocator.malloc(size)
-        else:
+        elif size < 0:
             allocator.free(live.pop(block))
     allocator.empty_cache()
     return gpus.find(gpu).total.bytes - gpus.device_bytes(allocator.reserved, gpu, world_size)
+
+
+@contextmanager
+def overlapping(tracker: Tracker) -> Iterator[None]:
+    """Inside, what DeepSpeed does on streams of its own, to overlap communication and computation,
+    is recorded as such: CUDA's allocator keeps the memory of streams apart.
+
+    A stream is named by the module that switches to it.
+    """
+
+    def stream(accelerator: object, stream: object) -> AbstractContextManager[None]:
+        return tracker.on_stream(sys._getframe(1).f_globals["__name__"])
+
+    with patched("deepspeed: stream", lambda _: stream):
+        yield
 
 
 @contextmanager
@@ -96,8 +112,12 @@ def flattened_where_there_is_room(tracker: Tracker, free: Callable[[], int]) -> 
     """Inside, DeepSpeed's stages 1 and 2 flatten parameters on the device if `free` bytes suffice.
 
     They copy each group of parameters into one flat buffer: otherwise on the host, after the
-    group's parameters have left the device.
+    group's parameters have left the device. Where they empty the allocator's cache, that is
+    recorded.
     """
+
+    def emptied(accelerator: object) -> None:
+        tracker.record_emptied_cache()
 
     def to_host(tensor: Tensor) -> Tensor:
         with tracker.paused():
@@ -123,6 +143,7 @@ def flattened_where_there_is_room(tracker: Tracker, free: Callable[[], int]) -> 
     with (
         patched("deepspeed: free memory", lambda _: lambda self, *index: free()),
         patched("deepspeed: flattened parameters", flattened),
+        patched("deepspeed: emptied cache", lambda _: emptied),
         patched("torch: copy to the host", lambda _: to_host),
     ):
         yield

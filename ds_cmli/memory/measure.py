@@ -137,6 +137,7 @@ class Measurement:
     @contextmanager
     def _on_cuda(self) -> Iterator[None]:
         measure_cuda.record_history(10**7)
+        torch.cuda.reset_peak_memory_stats(self.train_engine.device)  # what came before is no step
         with self.tracker, self.tracker.attach_to_training(self.train_engine):
             yield
         self.totals.update(measure_cuda.statistics(self.train_engine.device))

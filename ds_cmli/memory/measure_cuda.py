@@ -7,6 +7,8 @@ operators) is added to "temporaries".
 
 import os
 import pickle
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
@@ -26,27 +28,42 @@ def measure(config: Config, ds_config: Section, world_size: int = 1) -> Report:
     """Memory of rank 0's first two optimizer steps on this GPU; arguments as in `predict`.
 
     The other ranks are simulated by a fake process group, whose collectives transfer nothing. The
-    peaks are those since the process began, so measure only one configuration per process.
+    peaks are those since the process began, so measure only one configuration per process. While
+    the tracker watches, gradients are added up in new tensors rather than in place: `peaks` gives
+    the totals without it.
     """
-    device = torch.device("cuda", torch.cuda.current_device())
-    ds_config = engine.filled(config, DeepSpeedConfig.of(ds_config), world_size, TOTAL_STEPS)
-    named = config
-    config, vocab_size = without_weights(config)
     tracker = Tracker("cuda")
     with process_group(world_size), tracker:
-        train_engine = engine.build(config, ds_config, vocab_size, TOTAL_STEPS, device)
-        with tracker.attach_to_training(train_engine):
-            for _ in range(2):
-                batches = [
-                    longest_batch(config, ds_config.micro_batch)
-                    for _ in range(ds_config.accumulation)
-                ]
-                train_engine.step(batches)
+        totals = _two_steps(config, ds_config, world_size, tracker.attach_to_training)
         tracked = summarise(tracker.events(host=False), {}, "")
-        totals = statistics(device)
-    name = torch.cuda.get_device_name(device)
-    setting = {"preset": named.run.preset, "world_size": world_size, "gpu": name}
+    name = torch.cuda.get_device_name()
+    setting = {"preset": config.run.preset, "world_size": world_size, "gpu": name}
     return combined(tracked, totals, setting, f"measured: {name}")
+
+
+def peaks(config: Config, ds_config: Section, world_size: int = 1) -> dict[str, int]:
+    """The totals of `measure` as they are in training, where nothing watches the tensors."""
+    with process_group(world_size):
+        return _two_steps(config, ds_config, world_size, lambda train_engine: nullcontext())
+
+
+def _two_steps(
+    config: Config,
+    ds_config: Section,
+    world_size: int,
+    watched: Callable[[engine.TrainEngine], AbstractContextManager[object]],
+) -> dict[str, int]:
+    device = torch.device("cuda", torch.cuda.current_device())
+    ds_config = engine.filled(config, DeepSpeedConfig.of(ds_config), world_size, TOTAL_STEPS)
+    config, vocab_size = without_weights(config)
+    train_engine = engine.build(config, ds_config, vocab_size, TOTAL_STEPS, device)
+    with watched(train_engine):
+        for _ in range(2):
+            batches = []
+            for _ in range(ds_config.accumulation):
+                batches.append(longest_batch(config, ds_config.micro_batch))
+            train_engine.step(batches)
+    return statistics(device)
 
 
 def combined(tracked: Report, totals: dict[str, int], setting: JsonObject, source: str) -> Report:
@@ -73,7 +90,7 @@ def save_snapshot(path: Path) -> None:
 
 
 def statistics(device: torch.device) -> dict[str, int]:
-    """Peaks since the process began, in bytes; with "device" if the driver reports it.
+    """Peaks since they were last reset, in bytes; with "device" if the driver reports it.
 
     CPU-GPU sync.
     """

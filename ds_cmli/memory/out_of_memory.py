@@ -40,6 +40,7 @@ PHRASES = (
     "out of memory",
     "ALLOC_FAILED",
 )
+EXPANDABLE = "PYTORCH_ALLOC_CONF=expandable_segments:True"
 ADVICE_SECONDS = 120  # limit for all predictions together; the other ranks wait meanwhile
 UNITS = {"bytes": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
 
@@ -212,14 +213,22 @@ def advise(step: Step, room: int | None, snapshot: str) -> list[str]:
                 return too_much
             return changed["totals"][total]
 
-        found = Shortage(step, room, needs).proposals()
-    for change, size in found:
-        lines.append(f"would fit in {room:,} B by prediction: {change.what}: {size:,} B")
+        found = [(change.what, size) for change, size in Shortage(step, room, needs).proposals()]
+    if 0 < answer.expandable <= room and not _are_expandable():
+        found.insert(0, (f"{EXPANDABLE} in the environment", answer.expandable))
+    for what, size in found:
+        lines.append(f"would fit in {room:,} B by prediction: {what}: {size:,} B")
     if not found:
         lines.append(
             f"no setting that was tried would fit in {room:,} B: a smaller model or more memory"
         )
     return lines
+
+
+def _are_expandable() -> bool:
+    """Whether this process's allocator on a GPU has expandable segments already."""
+    settings = os.environ.get("PYTORCH_ALLOC_CONF", os.environ.get("PYTORCH_CUDA_ALLOC_CONF", ""))
+    return "expandable_segments:True" in settings
 
 
 def table(report: JsonObject) -> list[str]:

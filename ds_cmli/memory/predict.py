@@ -33,6 +33,7 @@ from ds_cmli.memory.host_memory import (
     HostMemory,
     flattened_where_there_is_room,
     free_bytes,
+    overlapping,
     recorded_from_the_engine_on,
 )
 from ds_cmli.memory.inputs import (
@@ -49,6 +50,7 @@ from ds_cmli.memory.report import Report, summarise
 from ds_cmli.memory.tracker import Tracker
 
 DEFAULT_GPU = "RTX 3090 24GB"  # assumed: the source document says 24 GB and names no GPU
+PRODUCTS = {f"aten.{name}.default" for name in ("mm", "addmm", "bmm", "baddbmm")}
 TOTAL_STEPS = 1000  # of the learning rate schedule; no size depends on it
 
 
@@ -156,6 +158,7 @@ def predict(
         fake_world(world_size, tracker.gpu, tracker.another, rank) as answers,
         tracker,
         flattened_where_there_is_room(tracker, free),
+        overlapping(tracker) if here.rank.cuda and _overlaps(here.json) else nullcontext(),
     ):
         events, sizes = _record(here, options, answers, tracker)
     gc.collect()  # engines are part of reference cycles
@@ -163,16 +166,34 @@ def predict(
     setting = _setting(here) | {"process_group": backend, "gpu": gpu if here.rank.cuda else "CPU"}
     if not here.rank.cuda:
         return Prediction(summarise(events, setting, "predicted"), events, sum(sizes), max(sizes))
-    # From the first matrix product on, cuBLAS holds a workspace from torch's allocator that belongs
-    # to no tensor.
-    first = next(i for i, event in enumerate(events) if event.phase == "forward")
-    cublas = card.cublas_bytes(config.run.deterministic)
-    events.insert(first, Event(-1, cublas, "temporaries", "forward", "cuBLAS"))
+    events = _with_cublas(events, card.cublas_bytes(config.run.deterministic))
     report, replayed = summarise(events, setting, "predicted"), replay(events)
     report.totals["allocated"] = replayed.allocated_peak
     report.totals["reserved"] = replayed.reserved_peak
     report.totals["device"] = gpus.device_bytes(replayed.reserved_peak, gpu, world_size)
     return Prediction(report, events, sum(sizes), max(sizes))
+
+
+def _overlaps(json: DeepSpeedConfig) -> bool:
+    """Whether DeepSpeed reduces and gathers on streams of its own: by default at stage 3."""
+    overlaps = (json.get("zero_optimization") or {}).get("overlap_comm")
+    return json.stage == 3 if overlaps is None else bool(overlaps) and json.stage > 0
+
+
+def _with_cublas(events: list[Event], workspaces: int) -> list[Event]:
+    """Add what cuBLAS holds from torch's allocator, which belongs to no tensor.
+
+    The thread of the forward pass and that of backward each take a workspace at their first matrix
+    product, once its result has been allocated, and keep it.
+    """
+    out, missing = [], ["forward", "backward"]
+    for event in events:
+        out.append(event)
+        if event.phase in missing and event.bytes > 0 and event.op in PRODUCTS:
+            missing.remove(event.phase)
+            block = -1 - len(missing)
+            out.append(Event(block, workspaces // 2, "temporaries", event.phase, "cuBLAS"))
+    return out
 
 
 class _Rank(NamedTuple):

@@ -53,6 +53,7 @@ class Answer:
     report: JsonObject | None  # from `Report.to_dict`; None: the prediction failed
     failed: str = ""  # the reason, if there is no report
     fails: bool = False  # whether a training run would fail for that reason, too
+    expandable: int = 0  # what a GPU's allocator would reserve with expandable segments, in bytes
 
 
 class Predictor:
@@ -108,6 +109,9 @@ class Predictor:
 
 def answer(request: JsonObject) -> Answer:
     from ds_cmli.allocator import snapshot
+    from ds_cmli.allocator.allocator import replay
+    from ds_cmli.allocator.blocks import Settings
+    from ds_cmli.allocator.expandable import ExpandableAllocator
     from ds_cmli.memory.inputs import NotPredictable
     from ds_cmli.memory.predict import DEFAULT_GPU, Options, predict
 
@@ -124,7 +128,11 @@ def answer(request: JsonObject) -> Answer:
         )
         if request["snapshot"]:
             snapshot.write(prediction.events, request["snapshot"])
-        return Answer(prediction.report.to_dict())
+        expandable = 0
+        if request["target"] == "cuda":
+            allocator = ExpandableAllocator(None, Settings(expandable_segments=True))
+            expandable = replay(prediction.events, allocator=allocator).reserved_peak
+        return Answer(prediction.report.to_dict(), expandable=expandable)
     except Exception as error:  # after any error the next request must still be answered
         why = " ".join(str(error).split())
         if not isinstance(error, UserError):

@@ -181,8 +181,7 @@ def estimated_bytes(
         sizes += weight * each
     events = []
     for event, size in zip(base, np.rint(sizes), strict=True):
-        positive = max(int(size), 1)
-        events.append(replace(event, bytes=positive if event.bytes > 0 else -positive))
+        events.append(replace(event, bytes=max(int(size), 1) * int(np.sign(event.bytes))))
     return gpus.device_bytes(replay(events).reserved_peak, gpu, world_size)
 
 

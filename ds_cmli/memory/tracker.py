@@ -64,12 +64,13 @@ class Allocation:
     phase: str  # of its allocation
     segment: int  # of its allocation
     recomputed: bool  # whether checkpointing was recomputing a forward pass
+    stream: int  # of a GPU, for which it was allocated
     category: str | None = None  # the first claim stays
     ended: int | None = None  # the segment in which it was freed
 
 
 class Change(NamedTuple):
-    """An allocation, or a free with negative bytes."""
+    """An allocation, or a free with negative bytes, or with 0 an emptied cache."""
 
     block: int  # index in `Tracker.blocks`
     bytes: int
@@ -145,6 +146,7 @@ class Tracker(TorchDispatchMode, Probe):
         # The place, among the texts of all ranks, of the first one that the op works on.
         self.first_text = 0
         self._scope: str | None = None
+        self.stream, self.streams = 0, {"": 0}  # the current one, and all of them by name
         self._replaced = ExitStack()
 
     def __enter__(self):
@@ -232,9 +234,17 @@ class Tracker(TorchDispatchMode, Probe):
         model = self.blocks[known.block]
         return partial(self._end, self._begin(known.bytes, model.category, model.op), known.bytes)
 
+    def record_emptied_cache(self) -> None:
+        """Record that a GPU's allocator returns its free segments."""
+        if self.gpu is not None and self.recording:
+            self._begin(0, "temporaries", "empty_cache")
+
     def _begin(self, size: int, category: str | None, op: str) -> int:
         block = len(self.blocks)
-        self.blocks.append(Allocation(op, self.phase, self.segment, self.recomputing, category))
+        allocation = Allocation(
+            op, self.phase, self.segment, self.recomputing, self.stream, category
+        )
+        self.blocks.append(allocation)
         self.log.append(Change(block, size, self.phase))
         return block
 
@@ -277,6 +287,16 @@ class Tracker(TorchDispatchMode, Probe):
                 yield
         finally:
             self._scope = before
+
+    @contextmanager
+    def on_stream(self, name: str) -> Iterator[None]:
+        """Inside, allocations are for a stream of their own."""
+        before = self.stream
+        self.stream = self.streams.setdefault(name, len(self.streams))
+        try:
+            yield
+        finally:
+            self.stream = before
 
     def texts_from(self, first: int) -> None:
         self.first_text = first
@@ -407,5 +427,6 @@ class Tracker(TorchDispatchMode, Probe):
                 if not host:
                     continue
                 category = "optimizer states"
-            events.append(Event(block, size, category, phase, self.blocks[block].op))
+            allocation = self.blocks[block]
+            events.append(Event(block, size, category, phase, allocation.op, allocation.stream))
         return events

@@ -1,5 +1,7 @@
 """The allocator's model against cases worked out by hand from the rules, and against what CUDA's allocator recorded."""
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -279,7 +281,17 @@ def test_gpus_say_what_is_known_and_are_found_by_torchs_names():
         "NVIDIA GeForce RTX 4090": "RTX 4090 24GB",
     }
     assert {name: gpus.find(name).name for name in names} == names
-    assert (gpus.listed_name("NVIDIA A10G"), gpus.listed_name("Tesla T4")) == ("A10G 24GB", "")
-    for unclear in ("A100", "", "T4"):
-        with pytest.raises(UserError, match=r"--gpu is .*: give one of A10G 24GB"):
+    assert (gpus.listed_name("NVIDIA A10G"), gpus.listed_name("Tesla V100")) == ("A10G 24GB", "")
+    for unclear in ("A100", "", "V100"):
+        with pytest.raises(UserError, match=r"--gpu is .*: give one of T4 16GB"):
             gpus.find(unclear)
+
+
+def test_an_emptied_cache_returns_free_segments_and_streams_share_none():
+    first, second, small = (Event(1, 30 * M, "", "init"), Event(2, 30 * M, "", "init"), Event(3, M, "", "init"))
+    freed = Event(1, -30 * M, "", "init")
+    assert replay([first, freed, second]).reserved_peak == 30 * M
+    emptied = replay([first, freed, Event(4, 0, "", "init"), small])
+    assert [reserved for _, _, reserved in emptied.timeline] == [30 * M, 30 * M, 0, 2 * M]
+    elsewhere = replace(second, stream=1)
+    assert replay([first, freed, elsewhere]).reserved_peak == 60 * M

@@ -447,7 +447,7 @@ def test_mistakes_are_one_line(arguments):
 
 def test_the_former_name_of_an_option_stays_valid():
     done = command("--card", "abacus")
-    assert done.returncode == 2 and done.stderr.startswith("error: --gpu is 'abacus': give one of A10G 24GB")
+    assert done.returncode == 2 and done.stderr.startswith("error: --gpu is 'abacus': give one of T4 16GB")
 
 
 def test_features_cached_on_the_host_take_no_memory_of_the_gpu():

@@ -53,6 +53,21 @@ def test_what_a_gpu_s_operators_hold_inside_is_recorded_after_their_results():
     ]  # fmt: skip
 
 
+def test_streams_and_an_emptied_cache_are_recorded_for_a_gpu_alone():
+    def recorded(**options) -> list[tuple[int, int]]:
+        with Tracker(**options) as tracker:
+            with tracker.on_stream("reduction"):
+                a = torch.empty(100)
+            tracker.record_emptied_cache()
+            b = torch.empty(50)
+            found = [(event.bytes, event.stream) for event in tracker.events()]
+        del a, b
+        return found
+
+    assert recorded(gpu=gpus.find("A100 80GB").limits) == [(400, 1), (0, 0), (200, 0)]
+    assert [size for size, _ in recorded()] == [400, 200]
+
+
 def test_what_was_there_before_is_recorded_when_it_is_claimed():
     before = torch.empty(25)
     with Tracker() as tracker:
