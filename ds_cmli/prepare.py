@@ -95,6 +95,7 @@ def prepare(
         None if the run is finished already, which is said.
     """
     from ds_cmli.checkpoint import restore, run_folder
+    from ds_cmli.cmli import collectives
     from ds_cmli.data.bad import BAD_FILE, BadFile, BadSamples
     from ds_cmli.distributed import process_group as distributed
     from ds_cmli.distributed.process_group import CollectiveFlags
@@ -120,6 +121,7 @@ def prepare(
         bad.file = BadFile(folder / BAD_FILE, data.bad)
     followed = Start(resume, with_changes, start.dry_run, profiles)
     flags = CollectiveFlags()  # collective
+    collectives.Host.group = flags.group
     return Prepared(config, plan, data, place, followed, point, state, bad, flags)
 
 

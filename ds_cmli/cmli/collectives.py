@@ -18,6 +18,12 @@ from torch import Tensor
 from ds_cmli.common.probe import probe
 
 
+class Host:
+    """Where ranks on GPUs tell each other shapes without a CPU-GPU sync."""
+
+    group: dist.ProcessGroup | None = None  # of all ranks over gloo, while there is one
+
+
 def rank(group: dist.ProcessGroup | None = None) -> int:
     return dist.get_rank(group) if dist.is_initialized() else 0
 
@@ -46,8 +52,11 @@ def _all_gather(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
 
 
 def _all_shapes(x: Tensor, group: dist.ProcessGroup | None) -> list[list[int]]:
-    """The shape of `x` on every rank, in rank order. Collective, CPU-GPU sync."""
-    own = torch.tensor([x.shape], dtype=torch.int64, device=x.device)
+    """The shape of `x` on every rank, in rank order. Collective, CPU-GPU sync but on the host."""
+    device = x.device
+    if group is None and Host.group is not None:
+        group, device = Host.group, torch.device("cpu")
+    own = torch.tensor([x.shape], dtype=torch.int64, device=device)
     return probe.read_shapes(_all_gather(own, group), x.shape)  # collective, CPU-GPU sync
 
 

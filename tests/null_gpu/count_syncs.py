@@ -40,7 +40,7 @@ class Counter:
     def begin(self) -> None:
         torch.cuda.set_sync_debug_mode("warn")
         warnings.filterwarnings("always")
-        warnings.showwarning = lambda message, *_: "synchronizing" in str(message) and self.note()
+        warnings.showwarning = lambda message, *_: "called a synchronizing" in str(message) and self.note()
         # PyTorch's debug mode does not see this one.
         wait = torch.cuda.synchronize
         torch.cuda.synchronize = lambda *device: (self.note(), wait(*device))[1]
