@@ -9,10 +9,12 @@ import pytest
 import torch
 
 from ds_cmli.cmli import cmli_scores
+from ds_cmli.common.probe import Probe
 from ds_cmli.config.presets import load_preset
 from ds_cmli.losses.cached import CachedStep, PairLosses, pair_gradients
 from ds_cmli.losses.objective import Objective
 from ds_cmli.losses.pair_features import PairFeatures
+from ds_cmli.losses.tiles import LEAST_PAIRS, Images
 from ds_cmli.memory.inputs import longest_batch
 from ds_cmli.models.student import Student
 
@@ -96,3 +98,11 @@ def test_a_tile_has_no_more_pairs_than_a_micro_batch(device, objective, monkeypa
 def test_sums_that_no_loss_uses_are_not_computed(device, objective):
     _, _, texts = computed(objective, 1 << 30, {"cmli_sigmoid": 1.0})
     assert texts == [G] * (1 + K)
+
+
+def test_on_a_gpu_bytes_alone_bound_a_tile(monkeypatch):
+    images = Images(0, torch.zeros(4, 2, dtype=torch.int64), None, torch.zeros(4, 10, 8))  # 4 images of 10 patches
+    pair = 10 + 6  # bytes of the argmax indices of a pair with 6 text positions
+    assert images.texts_of_a_tile(6, 10**9) == LEAST_PAIRS // 4
+    monkeypatch.setattr(Probe, "on_gpu", lambda self, device: True)
+    assert images.texts_of_a_tile(6, 4 * pair * 5000) == 5000
