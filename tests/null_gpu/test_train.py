@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.config.test_mistakes import pairs
+from tests.conftest import ROOT
+
 pytestmark = pytest.mark.null_gpu
-ROOT = Path(__file__).resolve().parent.parent.parent
 CARDS = ("t4", "a100", "3090", "4090", "h100", "b200", "5090")
 
 
@@ -21,7 +23,10 @@ def train(environment: dict[str, str], folder: Path, *options: str) -> subproces
     "card", ["3090", *(pytest.param(card, marks=pytest.mark.soak) for card in CARDS if card != "3090")]
 )
 def test_tiny_trains_in_fp16(null_gpu, card, tmp_path):
-    done = train(null_gpu(card), tmp_path / "run", "--preset", "tiny", "--steps", "3")
+    (tmp_path / "ds.json").write_text('{"fp16": {"enabled": true}, "zero_optimization": {"stage": 2}}')
+    options = ["--preset", "tiny", "--steps", "3", "--deepspeed_config", str(tmp_path / "ds.json")]
+    options += ["--data", pairs(tmp_path / "pairs", count=64)]  # an evaluation of a few pairs
+    done = train(null_gpu(card), tmp_path / "run", *options)
     assert done.returncode == 0, done.stdout + done.stderr
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3]
