@@ -1,10 +1,12 @@
-"""python profiling/gpu_check.py [--json FILE] [--markdown FILE]
+"""python profiling/gpu_check.py [--json FILE] [--markdown FILE] [--beside FILE ...]
 
-The tables of what only a GPU can show: runs `pytest -m gpu` and writes each figure beside its bar,
-with the date and the name of the GPU. It predicts and measures memory for every setting of
-tests/gpu/settings.py, replays the recorded allocator histories, and checks the all-pairs op against
-fp64 and the clock, and the document's estimates. It takes under 8 minutes on one GPU; the files are
-whole at any moment. Exit code: 1 where a bar is missed, 2 without a GPU.
+What only a GPU can show, in ten minutes, the most valuable first: a prediction beside a
+measurement, the all-pairs op against fp64, the demo in fp16 stopped and gone on with, two GPUs where
+there are two, every setting of tests/gpu/settings.py, the document's estimates, the clock. It runs
+`pytest -m gpu` and writes each figure beside its bar as soon as it is there, so that a run that is
+cut off keeps what it has. `--beside` adds the figures of earlier ones, as of a CPU
+(DS_CMLI_GPU_TESTS_DEVICE=cpu) or of a null GPU, and lists what differs. Exit code: 1 where a bar is
+missed, 2 without a GPU.
 """
 
 import sys
@@ -24,40 +26,62 @@ import click
 import torch
 
 from ds_cmli.common.cli import run_command
+from ds_cmli.common.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
+Figures = dict[str, Any]  # as this script writes them
+DIFFERS = 0.005  # from which difference on a figure is said to differ
 
 
 class Tables:
     """A pytest plugin that gathers the figures which tests record, and writes both files after
     each test.
+
+    Args:
+        device: the name of the GPU.
+        end: when the last test may begin, by the monotonic clock.
+        beside: what earlier runs have written.
     """
 
-    def __init__(self, device: str, end: float, json_path: Path, markdown_path: Path):
-        self.device, self.end, self.json_path, self.markdown_path = (
-            device,
-            end,
-            json_path,
-            markdown_path,
-        )
+    def __init__(
+        self,
+        device: str,
+        end: float,
+        json_path: Path,
+        markdown_path: Path,
+        beside: tuple[Figures, ...] = (),
+    ):
+        self.device, self.end, self.beside = device, end, beside
+        self.json_path, self.markdown_path = json_path, markdown_path
         self.rows: list[dict[str, Any]] = []
+        self.skipped: dict[str, str] = {}  # test -> why
+        self.selected = self.done = 0
 
     @property
     def missed(self) -> list[dict[str, Any]]:
         return [row for row in self.rows if row["passed"] is False]
 
+    def pytest_collection_finish(self, session: Any) -> None:
+        self.selected = len(session.items)
+
     def pytest_runtest_setup(self, item: Any) -> None:
-        assert time.monotonic() < self.end, "no time left"
+        import pytest
+
+        if time.monotonic() > self.end:
+            pytest.skip("no time left")
 
     def pytest_runtest_logreport(self, report: Any) -> None:
-        if report.when != "call" and not report.failed:
-            return
         test = report.nodeid.split("::", 1)[1]
+        if report.skipped:
+            self.skipped[test] = str(report.longrepr[2]).removeprefix("Skipped: ")
+        elif report.when != "call" and not report.failed:
+            return
+        self.done += not report.skipped
         figures = [value for name, value in report.user_properties if name == "figure"]
         if report.failed and all(figure["passed"] is not False for figure in figures):
-            reason = (
-                str(report.longrepr.reprcrash.message).splitlines()[0] if report.longrepr else ""
-            )
+            reason = ""
+            if report.longrepr:
+                reason = str(report.longrepr.reprcrash.message).splitlines()[0]
             figures.append(
                 {
                     "name": "runs to its end",
@@ -75,12 +99,24 @@ class Tables:
         return {
             "device": self.device,
             "date": str(date.today()),
+            "torch": torch.__version__,
+            "tests": self.selected,
+            "done": self.done,
             "passed": bool(self.rows) and not self.missed,
         }
 
     def markdown(self) -> str:
-        lines = [f"# Checked on {self.device}, {date.today()}", ""]
-        lines += [f"{len(self.rows)} figures, {len(self.missed)} missed their bar.", ""]
+        lines = [f"# Checked on {self.device}, {date.today()}, PyTorch {torch.__version__}", ""]
+        count = f"{self.done} of {self.selected} tests, {len(self.rows)} figures"
+        lines += [f"{count}, {len(self.missed)} missed their bar.", ""]
+        for test, reason in self.skipped.items():
+            lines.append(f"- {test}: {reason}")
+        for earlier in self.beside:
+            differing, both = self._differing(earlier)
+            head = f"## Beside {earlier['device']}, {earlier['date']}"
+            lines += ["", head, "", f"{len(differing)} of {both} figures differ.", ""]
+            lines += differing
+        lines += ["", "## Every figure", ""]
         lines += ["| test | figure | value | bar | | |", "|---|---|---|---|---|---|"]
         for row in [*self.missed, *(row for row in self.rows if row["passed"] is not False)]:
             verdict = {True: "met", False: "**missed**", None: "no bar"}[row["passed"]]
@@ -95,6 +131,21 @@ class Tables:
             lines.append(f"| {' | '.join(cells)} |")
         return "\n".join(lines) + "\n"
 
+    def _differing(self, earlier: Figures) -> tuple[list[str], int]:
+        """Lines about the figures that differ from an earlier run's, and how many both have."""
+        theirs = {(row["test"], row["name"]): row["value"] for row in earlier["rows"]}
+        lines, both = [], 0
+        for row in self.rows:
+            value, other = row["value"], theirs.get((row["test"], row["name"]))
+            if value is None or other is None:
+                continue
+            both += 1
+            if not abs(value - other) <= DIFFERS:  # NaN differs
+                lines.append(
+                    f"- {row['test']}, {row['name']}: {_number(value)}, there {_number(other)}"
+                )
+        return lines, both
+
 
 def _replace(path: Path, text: str) -> None:
     beside = path.with_name(path.name + ".part")
@@ -108,6 +159,13 @@ def _number(value: float | None) -> str:
     return f"{value:,.0f}" if math.isfinite(value) and value == int(value) else f"{value:.3g}"
 
 
+def _earlier(path: str) -> Figures:
+    try:
+        return json.loads(Path(path).read_text())
+    except ValueError:
+        raise UserError(f"--beside is {path!r}: give a --json of this script") from None
+
+
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.option(
     "--json", "json_path", default="gpu_check.json", show_default=True, help="Every figure."
@@ -117,8 +175,9 @@ def _number(value: float | None) -> str:
     "markdown_path",
     default="gpu_check.md",
     show_default=True,
-    help="The figures as a table.",
+    help="The figures as a page.",
 )
+@click.option("--beside", multiple=True, help="The --json of an earlier run, to compare with.")
 @click.option(
     "--only",
     default="",
@@ -127,11 +186,13 @@ def _number(value: float | None) -> str:
 @click.option(
     "--minutes",
     type=float,
-    default=7.5,
+    default=9,
     show_default=True,
-    help="Tests not begun by then are missed.",
+    help="Tests not begun by then are left out.",
 )
-def command(json_path: str, markdown_path: str, only: str, minutes: float) -> None:
+def command(
+    json_path: str, markdown_path: str, beside: tuple[str, ...], only: str, minutes: float
+) -> None:
     device = os.environ.get("DS_CMLI_GPU_TESTS_DEVICE", "cuda")
     if device == "cuda" and not torch.cuda.is_available():
         click.echo(
@@ -142,7 +203,10 @@ def command(json_path: str, markdown_path: str, only: str, minutes: float) -> No
     import pytest
 
     name = torch.cuda.get_device_name() if device == "cuda" else "the CPU"
-    tables = Tables(name, time.monotonic() + 60 * minutes, Path(json_path), Path(markdown_path))
+    if "NULLGPU" in os.environ:
+        name = f"a null GPU ({name})"
+    end, paths = time.monotonic() + 60 * minutes, (Path(json_path), Path(markdown_path))
+    tables = Tables(name, end, *paths, tuple(map(_earlier, beside)))
     code = pytest.main(
         ["-q", "-m", "gpu", "-k", only, str(ROOT / "tests" / "gpu")], plugins=[tables]
     )
@@ -152,7 +216,7 @@ def command(json_path: str, markdown_path: str, only: str, minutes: float) -> No
     click.echo(
         f"{len(tables.rows)} figures on {name}, {len(tables.missed)} missed: {json_path}, {markdown_path}"
     )
-    sys.exit(1 if tables.missed or code else 0)
+    sys.exit(1 if tables.missed or code or not tables.rows else 0)
 
 
 if __name__ == "__main__":

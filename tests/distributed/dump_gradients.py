@@ -1,6 +1,6 @@
 """Started by the launcher under test: trains `tiny` in fp32 and saves losses and full gradients before clipping.
 
-Usage: dump_gradients.py FILE MICRO_BATCH ZERO_STAGE STEPS ACCUMULATION EXCHANGE
+Usage: dump_gradients.py FILE MICRO_BATCH ZERO_STAGE STEPS ACCUMULATION EXCHANGE SOURCE
 """
 
 import os
@@ -21,13 +21,13 @@ from ds_cmli.engine import build
 quiet.silence()
 
 
-def main(file: str, exchange: str, micro_batch: int, stage: int, steps: int, accumulation: int) -> None:
+def main(file: str, exchange: str, source: str, micro_batch: int, stage: int, steps: int, accumulation: int) -> None:
     from deepspeed.utils import safe_get_full_grad
 
     torch.set_num_threads(1)
     weights = {"global": 1.0, "cmli": 1.0, "target_cmli": 1.0, "cls_kd": 1.0}
     loss = {"weights": weights, "cmli_exchange": exchange}
-    config = load_preset("tiny", {"optim": {"micro_batch": micro_batch}, "loss": loss})
+    config = load_preset("tiny", {"optim": {"micro_batch": micro_batch}, "loss": loss, "data": {"source": source}})
     device = distributed.init()
     world_size = int(os.environ["WORLD_SIZE"])
     data = build_data(config.data, 0)
@@ -62,5 +62,5 @@ def main(file: str, exchange: str, micro_batch: int, stage: int, steps: int, acc
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[6], *(int(a) for a in sys.argv[2:6]))
+    main(sys.argv[1], *sys.argv[6:], *(int(a) for a in sys.argv[2:6]))
     leave(0)

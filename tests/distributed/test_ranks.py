@@ -15,7 +15,7 @@ STEPS = 5
 PAIRS = 8
 
 
-def gradients(tmp_path, launcher, micro_batch, stage, accumulation, exchange):
+def gradients(tmp_path, launcher, micro_batch, stage, accumulation, exchange, source="demo"):
     file = tmp_path / f"{micro_batch}.pt"
     env = clean_environment() | {"PYTHONPATH": str(ROOT)}
     command = [
@@ -27,6 +27,7 @@ def gradients(tmp_path, launcher, micro_batch, stage, accumulation, exchange):
         str(STEPS),
         str(accumulation),
         exchange,
+        source,
     ]
     done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -13,28 +13,35 @@ quiet.silence()
 
 import torch  # noqa: E402
 
+from ds_cmli import engine  # noqa: E402
 from ds_cmli.allocator import gpus  # noqa: E402
 from ds_cmli.allocator.history import replay_history  # noqa: E402
+from ds_cmli.config.deepspeed_config import DeepSpeedConfig  # noqa: E402
 from ds_cmli.memory import measure_cuda, predict_subprocess  # noqa: E402
 from profiling import measure_cpu  # noqa: E402
 from tests.gpu.settings import Setting  # noqa: E402
+
+LIMIT_S = 300  # for the prediction, on hosts that are slow or shared
 
 
 def measure_setting(device: str, setting: dict[str, Any]) -> dict[str, Any]:
     wanted = Setting(**setting)
     config, ds_config = wanted.resolve()
     gpu = gpus.listed_name(torch.cuda.get_device_name()) if device == "cuda" else ""
+    filled = engine.filled(config, DeepSpeedConfig.of(ds_config), wanted.world, 100)
+    config, _ = engine.with_backend(config, filled, torch.device(device, 0))
     # The prediction runs meanwhile, on the CPU.
-    with predict_subprocess.Predictor() as predictor:
+    with predict_subprocess.Predictor(LIMIT_S) as predictor:
         predictor.send(predict_subprocess.Request(config, ds_config, wanted.world, device, gpu=gpu))
         if device == "cuda":
             measure_cuda.record_history()
-        measuring = measure_cuda if device == "cuda" else measure_cpu
-        measured = measuring.measure(config, ds_config, wanted.world)
+            totals = measure_cuda.peaks(config, ds_config, wanted.world)
+        else:
+            totals = measure_cpu.measure(config, ds_config, wanted.world).totals
         answer = predictor.receive()
     if answer.report is None:
         raise RuntimeError(f"no prediction: {answer.failed}")
-    out: dict[str, Any] = {"predicted": answer.report, "measured": measured.to_dict()}
+    out: dict[str, Any] = {"predicted": answer.report, "measured": {"totals": totals}}
     if device == "cuda":
         replayed = replay_history(torch.cuda.memory._snapshot(), torch.cuda.current_device())
         out["allocator"] = {

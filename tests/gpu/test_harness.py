@@ -123,7 +123,7 @@ class Report:
     """What pytest tells of a test, as far as the tables read it."""
 
     def __init__(self, test: str, figures: list[Figure], failed: bool = False, message: str = ""):
-        self.when, self.nodeid, self.failed = "call", f"file::{test}", failed
+        self.when, self.nodeid, self.failed, self.skipped = "call", f"file::{test}", failed, False
         self.user_properties = [("figure", figure.to_dict()) for figure in figures]
         crash = type("Crash", (), {"message": message})
         self.longrepr = type("Repr", (), {"reprcrash": crash}) if failed else None
@@ -134,9 +134,15 @@ def test_the_files(tmp_path):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     paths = tmp_path / "found.json", tmp_path / "found.md"
-    tables = module.Tables("a GPU", 0, *paths)
-    with pytest.raises(AssertionError, match="no time left"):
+    theirs = {"test": "test_exactness[fp32]", "name": "gradients, largest error / largest", "value": 0.0}
+    rows = [theirs, {"test": "test_speed[bf16]", "name": "triton, time / materialised", "value": 2.0}]
+    tables = module.Tables("a GPU", 0, *paths, ({"device": "the CPU", "date": "2026-11-27", "rows": rows},))
+    with pytest.raises(pytest.skip.Exception, match="no time left"):
         tables.pytest_runtest_setup(None)
+    tables.pytest_collection_finish(type("Session", (), {"items": [None] * 4}))
+    skipped = Report("test_two_gpus", [])
+    skipped.when, skipped.skipped, skipped.longrepr = "setup", True, ("file", 1, "Skipped: there are no two GPUs")
+    tables.pytest_runtest_logreport(skipped)
     exact = exactness_figures({"scores": 1e-7, "gradients": 1e-6, "unequal_repeats": 0.0}, "fp32")
     tables.pytest_runtest_logreport(Report("test_exactness[fp32]", exact))
     assert json.loads(paths[0].read_text())["passed"] is True
@@ -145,9 +151,14 @@ def test_the_files(tmp_path):
     content = json.loads(paths[0].read_text())
     assert (content["device"], content["passed"], len(content["rows"])) == ("a GPU", False, 4)
     lines = paths[1].read_text().splitlines()
-    assert lines[0].startswith("# Checked on a GPU, 20") and lines[2] == "4 figures, 1 missed their bar."
+    assert lines[0].startswith("# Checked on a GPU, 20") and lines[2] == "2 of 4 tests, 4 figures, 1 missed their bar."
+    assert lines[4] == "- test_two_gpus: there are no two GPUs"
+    assert lines[6:12] == [
+        "## Beside the CPU, 2026-11-27", "", "1 of 2 figures differ.", "",
+        "- test_speed[bf16], triton, time / materialised: 1.25, there 2", "",
+    ]  # fmt: skip
     # What missed its bar comes first.
-    assert lines[6] == (
+    assert lines[16] == (
         "| test_speed[bf16] | triton, time / materialised | 1.25 | 1 | **missed** | 5.00 ms, materialised 4.00 ms |"
     )
     assert sorted(p.name for p in tmp_path.iterdir()) == ["found.json", "found.md"]
@@ -166,7 +177,11 @@ def test_the_whole_script_on_the_cpu(tmp_path):
 
     done = script(*where, "--only", "tiny", "--minutes", 0)
     assert done.returncode == 1
-    assert json.loads(paths[0].read_text())["passed"] is False
+    found = json.loads(paths[0].read_text())
+    assert (found["passed"], found["tests"], found["done"]) == (False, 1, 0)
+    assert "- test_predicted_against_measured[tiny]: no time left" in paths[1].read_text()
+    done = script(*where, "--beside", paths[1])
+    assert done.stderr == f"error: --beside is {str(paths[1])!r}: give a --json of this script\n"
     done = script(*where, "--only", "nothing")
     assert (done.returncode, done.stderr) == (2, "error: --only is 'nothing': no test has that in its name\n")
 

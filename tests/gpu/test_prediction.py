@@ -7,5 +7,5 @@ from tests.gpu.settings import SETTINGS
 
 
 @pytest.mark.parametrize("setting", SETTINGS, ids=lambda setting: setting.name)
-def test_predicted_against_measured(setting, measured_settings, record_property):
-    judge(prediction_figures(measured_settings[setting.name].result()), record_property)
+def test_predicted_against_measured(setting, measured, record_property):
+    judge(prediction_figures(measured(setting)), record_property)
