@@ -15,6 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 from ds_cmli.cmli.contrastive import upcast
 from ds_cmli.cmli.loss import l2_normalize
 from ds_cmli.common.errors import UserError
+from ds_cmli.common.hardware import one_attention_on_all_gpus
 from ds_cmli.data.bad import NO_TOKEN, Bad, told
 from ds_cmli.data.batch import Batch
 from ds_cmli.data.loaders import WorkerInit, batches
@@ -197,6 +198,7 @@ def embed_share(
     Raises:
         UserError: on every rank, if no pair can be used.
     """
+    one_attention_on_all_gpus()  # as in training
     rank, ranks = distributed.rank(), distributed.world_size()
     image_of = held_out.image_of
     pictures = held_out.pictures(padded_share(held_out.images, rank, ranks))

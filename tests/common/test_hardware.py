@@ -35,3 +35,14 @@ def test_the_default_json_takes_fp32_under_avx2():
     env = clean_environment() | {"ONEDNN_MAX_CPU_ISA": "AVX2", "DS_ACCELERATOR": "cpu"}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
     assert "fp32 fp16 is slow or missing on this device (cpu): training in fp32 instead" in done.stdout, done.stderr
+
+
+def test_all_gpus_have_the_same_attention():
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    try:
+        torch.backends.cuda.enable_cudnn_sdp(True)
+        hardware.one_attention_on_all_gpus()
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
+        assert torch.backends.cuda.flash_sdp_enabled() and torch.backends.cuda.mem_efficient_sdp_enabled()
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
