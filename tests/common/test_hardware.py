@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from ds_cmli.common.hardware import bf16_is_fast
+from ds_cmli.common.hardware import bf16_is_fast, one_attention_on_all_gpus
 from tests.conftest import clean_environment
 
 FAST = torch.cpu.get_capabilities().get("avx512_bf16") if hasattr(torch.cpu, "get_capabilities") else None
@@ -41,7 +41,7 @@ def test_all_gpus_have_the_same_attention():
     before = torch.backends.cuda.cudnn_sdp_enabled()
     try:
         torch.backends.cuda.enable_cudnn_sdp(True)
-        hardware.one_attention_on_all_gpus()
+        one_attention_on_all_gpus()
         assert not torch.backends.cuda.cudnn_sdp_enabled()
         assert torch.backends.cuda.flash_sdp_enabled() and torch.backends.cuda.mem_efficient_sdp_enabled()
     finally:
