@@ -7,6 +7,7 @@ below aten/src/ATen/native of PyTorch 2.13.
 
 import math
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,7 +46,8 @@ def inside(
         grad, query, _, _, out = args[:5]
         return cuda_attention.flash_backward(grad, query, out, limits, deterministic)
     if func is aten._scaled_dot_product_efficient_attention_backward.default:
-        return cuda_attention.efficient_backward(*args[:3], limits, deterministic)
+        grad, query, key = args[:3]
+        return cuda_attention.efficient_backward(grad, query, key, limits, deterministic)
     if func in OTHERS:
         return OTHERS[func](args, limits)
     return NOTHING
@@ -67,9 +69,12 @@ def _partial_bytes(func: OpOverload, x: Tensor) -> int:
 
 
 def _reduction(func: OpOverload, args: tuple, kwargs: Keywords, limits: Limits) -> Inside:
-    x, dims = args[0], None
-    if func not in WHOLE:
-        dims = args[REDUCTIONS[func]] if len(args) > REDUCTIONS[func] else kwargs.get("dim")
+    x, place = args[0], REDUCTIONS[func]
+    dims: Any = None  # of a reduction of all, and where an operator is given none
+    if func not in WHOLE and len(args) > place:
+        dims = args[place]
+    elif func not in WHOLE:
+        dims = kwargs.get("dim")
     copy: Stage = ()
     if func in SUMS:
         dtype = kwargs.get("dtype")

@@ -138,7 +138,8 @@ class Watchdog:
         if self.timeout:
             # A connection of its own: a collective that waits on the process group's connection
             # would block it.
-            self.store = dist.PrefixStore("watchdog", self.store.clone())
+            store = self.store.clone()  # type: ignore[attr-defined]
+            self.store = dist.PrefixStore("watchdog", store)
             self.exchange = threading.Thread(target=self._exchange_loop, daemon=True)
             self.exchange.start()
             threading.Thread(target=self._silence_loop, daemon=True).start()
