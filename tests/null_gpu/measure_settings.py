@@ -47,11 +47,11 @@ def measure_all(arguments: argparse.Namespace) -> int:
     quiet.silence()
     # Imported before the processes divide, in each of which CUDA must begin anew.
     from ds_cmli.memory import measure_cuda, predict_subprocess  # noqa: F401
-    from tests.gpu.settings import SETTINGS
+    from tests.gpu.settings import PAPER, SETTINGS
 
     found, failed = {}, 0
     with predict_subprocess.Predictor(PREDICTION_S) as predictor:
-        for setting in SETTINGS:
+        for setting in [*SETTINGS, *PAPER]:
             if arguments.only not in setting.name:
                 continue
             started = time.monotonic()

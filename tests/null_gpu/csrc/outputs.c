@@ -13,6 +13,12 @@ static int compared(const Plan *plan, int relation, long double a, long double b
   return relation == 0 ? a >= b : relation == 1 ? a > b : relation == 2 ? a <= b : a < b;
 }
 
+// Whether an array ends before the memory that it lies in does: the types of functors that no name tells are guesses.
+static int fits(const char *array, size_t bytes) {
+  Range range = find_range(array);
+  return !range.kind || array + bytes <= range.start + range.bytes;
+}
+
 // (int N, functor, array of pointers: output and inputs), and where types are converted: ..., loads of (types), a store of type.
 static void compute_elements(const Plan *plan, void **arguments) {
   int count = *(int *)arguments[0];
@@ -30,11 +36,16 @@ static void compute_elements(const Plan *plan, void **arguments) {
   size_t alignment = in == INT64 || in == DOUBLE ? 8 : 4;
   long double scalar = plan->scalar ? load(functor + alignment, in == HALF || in == BFLOAT16 ? FLOAT : in) : 0;
   if (plan->operation == FILL) scalar = load(functor, in);
+  // The inputs of other kernels may be of types that their names do not tell, and so shorter: a mask.
+  int reads = plan->operation != ZERO && plan->operation != FILL;
+  if (!fits(data[0], (size_t)count * types[out].bytes)) return;
+  for (int i = 0; reads && i < plan->inputs && i < 2; i++)
+    if (!fits(data[i + 1], (size_t)count * types[sources[i]].bytes)) return;
   for (int i = 0; i < count; i++) {
-    long double a = plan->inputs > 0 && plan->scalar != 1 ? load(data[1] + i * types[sources[0]].bytes, sources[0]) : scalar;
-    long double b = scalar;
-    if (plan->scalar == 1) b = load(data[1] + i * types[sources[0]].bytes, sources[0]);
-    else if (plan->inputs > 1) b = load(data[2] + i * types[sources[1]].bytes, sources[1]);
+    long double a = scalar, b = scalar;
+    if (reads && plan->inputs > 0 && plan->scalar != 1) a = load(data[1] + i * types[sources[0]].bytes, sources[0]);
+    if (reads && plan->scalar == 1) b = load(data[1] + i * types[sources[0]].bytes, sources[0]);
+    else if (reads && plan->inputs > 1) b = load(data[2] + i * types[sources[1]].bytes, sources[1]);
     long double result = 0;
     switch (plan->operation) {
       case FILL: result = scalar; break;

@@ -43,8 +43,8 @@ static void plan_functor(Plan *plan, const char *f) {
   else if (strstr(f, "direct_copy_kernel_cuda")) plan->operation = COPY;
   else if (strstr(f, "bfloat16_copy_kernel_cuda")) plan->operation = COPY, plan->out = BFLOAT16;
   else if (strstr(f, "float16_copy_kernel_cuda")) plan->operation = COPY, plan->out = HALF;
-  else if (strstr(f, "CompareEqFunctor<")) plan->operation = COMPARE, plan->equality = 1;
-  else if (strstr(f, "CompareFunctor<")) plan->operation = COMPARE;
+  else if (strstr(f, "CompareEqFunctor<")) plan->operation = COMPARE, plan->equality = 1, plan->out = BOOL;
+  else if (strstr(f, "CompareFunctor<")) plan->operation = COMPARE, plan->out = BOOL;
   else if (strstr(f, "compare_scalar_kernel<")) plan->operation = COMPARE, plan->scalar = 2, plan->out = BOOL;
   else if (strstr(f, "logical_not_kernel")) plan->operation = NOT, plan->out = BOOL;
   else if (plan->out == BOOL && strstr(f, "bitwise_not")) plan->operation = NOT;
