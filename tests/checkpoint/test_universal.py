@@ -12,6 +12,7 @@ from ds_cmli.checkpoint import save as checkpoint
 from ds_cmli.checkpoint import weights as weights_file
 from ds_cmli.checkpoint.weights import full_averages
 from ds_cmli.common.errors import UserError
+from ds_cmli.common.hardware import bf16_is_fast
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.presets import load_preset
 from ds_cmli.data.bad import BadSamples
@@ -185,8 +186,9 @@ def _written(setting, layout, folder) -> Path:
 
 
 # Of losses of about 6.5. Another precision rounds the cosines otherwise, by up to 2^-8, and CMLI's logits are 50 times
-# these: 0.2 a logit. That weights and moments are the same is shown to the bit.
-LIMITS = {"fp32": 1e-4, "bf16": 0.03, "fp16": 0.03, "other": 0.5}
+# these: 0.2 a logit. So does ZeRO-3's own linear layer on a processor without instructions for bf16. That weights and
+# moments are the same is shown to the bit.
+LIMITS = {"fp32": 1e-4, "bf16": 0.03 if bf16_is_fast() else 0.3, "fp16": 0.03, "other": 0.5}
 
 
 def assert_equal(cell: dict[str, float], precision: str) -> None:
@@ -214,8 +216,9 @@ def test_every_stage_trains_the_same(setting, precision, fp16_device):
             ].clone()
         )
     assert norms == pytest.approx([norms[0]] * len(norms), rel=0.05)
+    close = 0.01 if precision != "bf16" or bf16_is_fast() else 0.04
     for stage in (1, 2, 3):
-        assert losses[stage] == pytest.approx(losses[0], rel=0.01)
+        assert losses[stage] == pytest.approx(losses[0], rel=close)
         assert (weights[stage] - weights[0]).abs().max() < 0.002  # of about 4 updates of 0.001
 
 
