@@ -76,7 +76,7 @@ def gradients_of(train_engine, batches):
     return torch.stack([x.stacked() for x in losses]).mean(0), found
 
 
-def assert_same(ours, theirs, limit=1e-5):
+def assert_same(ours, theirs, limit=2e-5):  # a temperature's gradient is a sum of terms that cancel
     torch.testing.assert_close(ours[0], theirs[0], rtol=limit, atol=1e-7)
     whole = torch.stack([g.norm() for g in theirs[1].values()]).norm()
     for name, expected in theirs[1].items():
