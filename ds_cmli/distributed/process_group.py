@@ -32,9 +32,6 @@ def init() -> torch.device:
 
     Raises `UserError` as `meet` and `connect` do.
     """
-    map_launcher_environment()
-    if dist.is_initialized():
-        return _device()
     return connect(meet())  # collectives
 
 
@@ -53,6 +50,8 @@ def meet(
     """
     map_launcher_environment()
     _device()
+    if dist.is_initialized():
+        return dist.distributed_c10d._get_default_store()  # type: ignore[attr-defined]
     return rendezvous.meet(start, stop)  # collective
 
 
@@ -61,7 +60,7 @@ def connect(
 ) -> torch.device:
     """Start the process group of ranks that have met, and return this rank's device. Collective.
 
-    The group is of NCCL on GPUs, and of gloo on CPUs.
+    The group is of NCCL on GPUs, and of gloo on CPUs. One that is up already is taken as it is.
 
     Args:
         timeout: the time limit of a collective.
@@ -71,6 +70,8 @@ def connect(
         UserError: the ranks do not reach each other.
     """
     device = _device()
+    if dist.is_initialized():
+        return device
     backend = "nccl" if device.type == "cuda" else "gloo"
     store.set_timeout(timeout)
     with connecting(backend, limit):

@@ -98,7 +98,8 @@ def test_other_teacher_width_goes_through_one_linear_head(student):
     assert_close(objective.width_head(objective.width_head(x), back=True), x)  # orthonormal: back is its inverse
     targets = Targets(torch.randn(3, 48), torch.randn(3, 16, 48))
     image, ids, mask = inputs()
-    batch = type("Batch", (), {"image": image, "input_ids": ids, "attention_mask": mask, "token_mask": mask})
+    masks = {"attention_mask": mask, "token_mask": mask, "padded": bool(mask.logical_not().any())}
+    batch = type("Batch", (), {"image": image, "input_ids": ids, **masks})
     total, each = objective(Whole(batch, targets))
     total.backward()
     assert objective.width_head.weight.grad.abs().sum() > 0
@@ -111,7 +112,8 @@ def test_target_cmli_alone_never_trains_g(student, match):
     objective = Objective(student, LossConfig(weights={"target_cmli": 1.0}, match=match), 32)
     student.zero_grad()
     image, ids, mask = inputs()
-    batch = type("Batch", (), {"image": image, "input_ids": ids, "attention_mask": mask, "token_mask": mask})
+    masks = {"attention_mask": mask, "token_mask": mask, "padded": bool(mask.logical_not().any())}
+    batch = type("Batch", (), {"image": image, "input_ids": ids, **masks})
     total, _ = objective(Whole(batch, Targets(torch.randn(3, 32), torch.randn(3, 16, 32))))
     total.backward()
     assert student.projection.weight.grad is None
