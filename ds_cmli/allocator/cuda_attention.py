@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from ds_cmli.allocator.gpus import Limits
-from ds_cmli.allocator.inside import Inside, Stage, ceil_to, contiguous_copy
+from ds_cmli.allocator.inside import HALF, Inside, Stage, ceil_to, contiguous_copy
 
 FLASH, EFFICIENT, MATH = "flash", "efficient", "math"
-HALF = (torch.float16, torch.bfloat16)
 
 
 def chosen(query: Tensor, masked: bool, limits: Limits) -> str:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ds_cmli.allocator.gpus import Limits
-from ds_cmli.allocator.inside import Stage
+from ds_cmli.allocator.inside import HALF, Stage
 
 MOST_THREADS, WARP = 512, 32  # of a block that reduces
 FEWEST_VALUES, MOST_VALUES = 16, 256  # that a thread should add up
@@ -195,7 +195,7 @@ def cast(x: Tensor, dtype: torch.dtype) -> Stage:
     """The copy of `x` in which `sum` and `mean` make their result's type; 16-bit inputs of an fp32
     result are read as they are (`make_reduction_from_out_ty`).
     """
-    lowered = x.dtype in (torch.float16, torch.bfloat16) and dtype == torch.float32
+    lowered = x.dtype in HALF and dtype == torch.float32
     if x.dtype == dtype or lowered:
         return ()
     return (x.numel() * dtype.itemsize,)

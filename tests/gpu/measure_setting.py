@@ -17,11 +17,26 @@ from ds_cmli import engine  # noqa: E402
 from ds_cmli.allocator import gpus  # noqa: E402
 from ds_cmli.allocator.history import replay_history  # noqa: E402
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig  # noqa: E402
+from ds_cmli.config.schema import Config  # noqa: E402
 from ds_cmli.memory import measure_cuda, predict_subprocess  # noqa: E402
 from profiling import measure_cpu  # noqa: E402
 from tests.gpu.settings import Setting  # noqa: E402
 
 LIMIT_S = 300  # for the prediction, on hosts that are slow or shared
+
+
+def measured(config: Config, ds_config: dict[str, Any], world: int) -> dict[str, Any]:
+    """Peaks on this GPU, and the error of the allocator's model on the recorded requests."""
+    measure_cuda.record_history()
+    totals = measure_cuda.peaks(config, ds_config, world)
+    replayed = replay_history(torch.cuda.memory._snapshot(), torch.cuda.current_device())
+    model = {
+        "allocations": replayed.allocations,
+        "at_recorded_address": replayed.at_recorded_address,
+        "unknown": replayed.unknown,
+        "error": replayed.reserved_peak_replayed / replayed.reserved_peak_recorded - 1,
+    }
+    return {"measured": {"totals": totals}, "allocator": model}
 
 
 def measure_setting(device: str, setting: dict[str, Any]) -> dict[str, Any]:
@@ -34,23 +49,13 @@ def measure_setting(device: str, setting: dict[str, Any]) -> dict[str, Any]:
     with predict_subprocess.Predictor(LIMIT_S) as predictor:
         predictor.send(predict_subprocess.Request(config, ds_config, wanted.world, device, gpu=gpu))
         if device == "cuda":
-            measure_cuda.record_history()
-            totals = measure_cuda.peaks(config, ds_config, wanted.world)
+            out = measured(config, ds_config, wanted.world)
         else:
-            totals = measure_cpu.measure(config, ds_config, wanted.world).totals
+            out = {"measured": {"totals": measure_cpu.measure(config, ds_config, wanted.world).totals}}
         answer = predictor.receive()
     if answer.report is None:
         raise RuntimeError(f"no prediction: {answer.failed}")
-    out: dict[str, Any] = {"predicted": answer.report, "measured": {"totals": totals}}
-    if device == "cuda":
-        replayed = replay_history(torch.cuda.memory._snapshot(), torch.cuda.current_device())
-        out["allocator"] = {
-            "allocations": replayed.allocations,
-            "at_recorded_address": replayed.at_recorded_address,
-            "unknown": replayed.unknown,
-            "error": replayed.reserved_peak_replayed / replayed.reserved_peak_recorded - 1,
-        }
-    return out
+    return {"predicted": answer.report, **out}
 
 
 if __name__ == "__main__":

@@ -46,7 +46,8 @@ def measure_all(arguments: argparse.Namespace) -> int:
 
     quiet.silence()
     # Imported before the processes divide, in each of which CUDA must begin anew.
-    from ds_cmli.memory import measure_cuda, predict_subprocess  # noqa: F401
+    from ds_cmli.memory import predict_subprocess
+    from tests.gpu.measure_setting import measured
     from tests.gpu.settings import PAPER, SETTINGS
 
     found, failed = {}, 0
@@ -92,23 +93,6 @@ def in_a_child(function: Callable[[], dict[str, Any]]) -> dict[str, Any] | None:
         text = results.read()
     _, status = os.waitpid(child, 0)
     return json.loads(text) if status == 0 else None
-
-
-def measured(config: Any, ds_config: dict[str, Any], world: int) -> dict[str, Any]:
-    import torch
-
-    from ds_cmli.allocator.history import replay_history
-    from ds_cmli.memory import measure_cuda
-
-    measure_cuda.record_history()
-    peaks = measure_cuda.peaks(config, ds_config, world)
-    replayed = replay_history(torch.cuda.memory._snapshot(), torch.cuda.current_device())
-    model = {
-        "error": replayed.reserved_peak_replayed / replayed.reserved_peak_recorded - 1,
-        "at_recorded_address": replayed.at_recorded_address,
-        "allocations": replayed.allocations,
-    }
-    return {"measured": {"totals": peaks}, "allocator": model}
 
 
 def row(name: str, result: dict[str, Any]) -> str:

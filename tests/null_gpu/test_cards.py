@@ -2,12 +2,12 @@
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
+from tests.conftest import ROOT
+
 pytestmark = pytest.mark.null_gpu
-ROOT = Path(__file__).resolve().parent.parent.parent
 REASON = {
     "t4": "the kernels need compute capability 8.0 or later, this GPU has 7.5",
     "b200": "does not compile the kernels for compute capability 10.0",

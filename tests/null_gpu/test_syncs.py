@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import ROOT
+
 pytestmark = pytest.mark.null_gpu
-ROOT = Path(__file__).resolve().parent.parent.parent
 PRECISIONS = ("fp16", "bf16", "fp32")
 SETTINGS = [(stage, precision, 1) for stage in (1, 2, 3) for precision in PRECISIONS] + [(2, "bf16", 2)]
 IN_CI = (2, "fp16", 2)
