@@ -51,7 +51,8 @@ class MLflow:
         mlflow.log_metrics(values, step=step, synchronous=False)
 
     def picture(self, step: int, name: str, image: ndarray) -> None:
-        mlflow.log_image(image, key=name.replace("/", "."), step=step, synchronous=False)
+        # Pictures are few, and MLflow's threads for them may make one folder at once and lose one.
+        mlflow.log_image(image, key=name.replace("/", "."), step=step, synchronous=True)
 
     def close(self) -> None:
         mlflow.flush_async_logging()
