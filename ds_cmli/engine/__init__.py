@@ -4,7 +4,9 @@ from ds_cmli.engine.building import Models, build, build_models
 from ds_cmli.engine.parameter_groups import counts_line, parameter_groups
 from ds_cmli.engine.planning import (
     DTYPES,
+    NO_GPU,
     Plan,
+    choose_backend,
     filled,
     make_plan,
     on_this_device,
@@ -16,12 +18,14 @@ from ds_cmli.models.blocks import cannot_compile
 
 __all__ = [
     "DTYPES",
+    "NO_GPU",
     "Models",
     "Plan",
     "TrainEngine",
     "build",
     "build_models",
     "cannot_compile",
+    "choose_backend",
     "counts_line",
     "filled",
     "make_plan",

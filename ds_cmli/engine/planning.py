@@ -4,6 +4,7 @@ That is its precision, backend, batch, steps and weights.
 """
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -28,6 +29,7 @@ from ds_cmli.engine.parameter_groups import check_rates
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 # Patches of an image for which the kernels are tried: more take no other tiles.
 MOST_PATCHES = 256
+NO_GPU = "there is no GPU"
 
 
 def on_this_device(ds_config: DeepSpeedConfig) -> DeepSpeedConfig:
@@ -102,37 +104,49 @@ def try_out(ds_config: DeepSpeedConfig, total_steps: int) -> str | None:
 def with_backend(
     config: Config, ds_config: DeepSpeedConfig, device: torch.device
 ) -> tuple[Config, str | None]:
-    """The configuration with the all-pairs backend that will run. Collective.
+    """`choose_backend` for this device, and for all ranks alike. Collective."""
 
-    Also a notice if a GPU has to use the slower one: all ranks then do.
+    def why_not() -> str | None:
+        if device.type != "cuda":
+            return NO_GPU
+        dtype, M = DTYPES[ds_config.precision], config.data.context_length
+        reason = why_no_kernels(device, dtype, MOST_PATCHES, M, config.student.embed_dim)
+        torch.cuda.empty_cache()
+        return _of_any_rank(reason)  # collective
+
+    return choose_backend(config, why_not)
+
+
+def choose_backend(config: Config, why_not: Callable[[], str | None]) -> tuple[Config, str | None]:
+    """The configuration with the all-pairs backend that runs or is predicted.
+
+    Also a notice if a GPU has to use the slower one.
+
+    Args:
+        why_not: returns the reason why Triton's kernels do not run; asked only if a loss could use
+            them.
 
     Raises:
-        UserError: the requested backend does not run here, or on another rank.
+        UserError: the requested backend does not run.
     """
     asked = config.loss.cmli_backend
     if asked == "chunked" or not any(
         "cmli_backend" in LOSSES[name].settings for name in config.loss.weights
     ):
         return config, None
-    reason: str | None = "there is no GPU"
-    if device.type == "cuda":
-        dtype, M = DTYPES[ds_config.precision], config.data.context_length
-        reason = why_no_kernels(device, dtype, MOST_PATCHES, M, config.student.embed_dim)
-        torch.cuda.empty_cache()
-        reason = _of_any_rank(reason)  # collective
+    reason = why_not()
     if asked == "triton" and reason is not None:
         raise UserError(
-            f"loss.cmli_backend is 'triton', which does not run here ({reason}): "
+            f"loss.cmli_backend is 'triton', which does not run ({reason}): "
             "give 'auto' or 'chunked'"
         )
-    notice = None
-    if reason is not None and device.type == "cuda":
-        notice = (
-            "Triton does not run here, the all-pairs losses take the slower chunked backend: "
-            f"{reason}"
-        )
     backend: Literal["chunked", "triton"] = "triton" if reason is None else "chunked"
-    return replace(config, loss=replace(config.loss, cmli_backend=backend)), notice
+    chosen = replace(config, loss=replace(config.loss, cmli_backend=backend))
+    if reason in (None, NO_GPU):
+        return chosen, None
+    return chosen, (
+        "Triton does not run, the all-pairs losses take the slower chunked backend: " + reason
+    )
 
 
 def _of_any_rank(reason: str | None) -> str | None:

@@ -8,8 +8,8 @@ created in the first.
 import gc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,6 @@ from ds_cmli.allocator.blocks import Event
 from ds_cmli.allocator.gpus import Limits
 from ds_cmli.cmli.backends import why_not_on
 from ds_cmli.cmli.token_keep import kept
-from ds_cmli.common.errors import UserError
 from ds_cmli.common.probe import probe
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.json_values import JsonObject, Section
@@ -227,26 +226,11 @@ def _resolve(
     if config.run.compile != "off":
         tell(UNCOMPILED)
     config, vocab_size = without_weights(config)
-    if rank.gpu is not None:
-        config = _with_backend(config, rank.gpu, tell)
+    reason = engine.NO_GPU if rank.gpu is None else why_not_on(rank.gpu.capability)
+    config, notice = engine.choose_backend(config, lambda: reason)
+    if notice is not None:
+        tell(notice)
     return _Resolved(config, json, vocab_size, rank)
-
-
-def _with_backend(config: Config, gpu: Limits, tell: Callable[[str], None]) -> Config:
-    """The configuration with the all-pairs backend that a run on the GPU takes."""
-    asked, reason = config.loss.cmli_backend, why_not_on(gpu.capability)
-    if asked == "triton" and reason is not None:
-        raise UserError(
-            f"loss.cmli_backend is 'triton', which does not run there ({reason}): "
-            "give 'auto' or 'chunked'"
-        )
-    if asked != "auto":
-        return config
-    backend: Literal["triton", "chunked"] = "triton"
-    if reason is not None:
-        backend = "chunked"
-        tell(f"{reason}: predicted for the chunked backend of the all-pairs losses")
-    return replace(config, loss=replace(config.loss, cmli_backend=backend))
 
 
 def _setting(here: _Resolved) -> JsonObject:

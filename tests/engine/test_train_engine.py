@@ -142,7 +142,7 @@ def test_the_backend_that_runs_is_told_in_one_line(monkeypatch):
     here, line = engine.with_backend(config, json, cpu)
     assert (here.loss.cmli_backend, line) == ("chunked", None)
     for device in (cpu, gpu):
-        with pytest.raises(UserError, match=r"cmli_backend is 'triton', which does not run here"):
+        with pytest.raises(UserError, match=r"cmli_backend is 'triton', which does not run"):
             engine.with_backend(asked, json, device)
     without = load_preset("tiny", {"loss": {"weights": {"global": 1.0}, "cmli_backend": "triton"}})
     assert engine.with_backend(without, json, cpu) == (without, None)
