@@ -78,12 +78,12 @@ def forward_kernels(target, dtype, variants):
 
 def backward_kernels(target, dtype, variants):
     """What `compiled` gives of each (P masked, Q masked) of `variants`."""
-    tiles = backward_tiles(D, dtype)
     pointers = dict.fromkeys(("out", "source"), NAMES[dtype]) | dict.fromkeys(("p_win", "q_win"), "u8")
     pointers |= dict.fromkeys(("p_mask", "q_mask"), "i16")
     pointers |= dict.fromkeys(("p_inverse", "q_inverse", "scale", "p_grad", "q_grad"), "fp32")
     pointers |= {f"{list_}_{part}": "i32" for list_ in ("p", "long", "short") for part in ("code", "first")}
     for p_masked, q_masked in variants:
+        tiles = backward_tiles(D, dtype, divmod(target, 10), N if p_masked else M)
         constants = {"D": D, "BD": tiles.features, "ROWS": tiles.rows, "LONG": tiles.step, "P_MASKED": p_masked}
         constants |= {"Q_MASKED": q_masked, "TWO_TERMS": dtype == torch.bfloat16, "STAGES": tiles.stages}
         yield compiled(gradient_kernel, pointers, constants, target, tiles)

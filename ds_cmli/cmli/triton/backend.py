@@ -267,8 +267,9 @@ def _launch_gradient(out: Tensor, source: Tensor, p: OneSide, q: OneSide, p_axis
 
     p_axis: the place of p's sequences among the axes of indices and gradients, 0 or 1.
     """
-    tiles = backward_tiles(out.shape[-1], out.dtype)
     P, Q = p.sequences, q.sequences
+    capability, _ = _limits(out.device)
+    tiles = backward_tiles(out.shape[-1], out.dtype, capability, Q.length)
     rows, (long, short) = row_tiles(P), source_steps(Q, tiles.step)
     p_inverse, q_inverse = P.inverse_counts(p.grad.dtype), Q.inverse_counts(p.grad.dtype)
     other = 1 - p_axis
