@@ -20,6 +20,7 @@ from ds_cmli.config.registry import needs_teacher
 from ds_cmli.config.schema import Config
 from ds_cmli.data.tokens import SpecialTokens
 from ds_cmli.distributed import process_group as distributed
+from ds_cmli.engine import gradient_caching
 from ds_cmli.engine.ema import EMA
 from ds_cmli.engine.hints import with_hints
 from ds_cmli.engine.parameter_groups import freeze, parameter_groups, rates_without_effect
@@ -137,6 +138,7 @@ def build(
         teacher.to(device=device, dtype=dtype)
     caching = compares_all(config, ds_config)
     if caching and ds_config.stage == 3:
+        gradient_caching.keep_orders_apart(engine, objective)
         for parameter in objective.pair_parameters():
             deepspeed.zero.register_external_parameter(objective, parameter)
     return TrainEngine(

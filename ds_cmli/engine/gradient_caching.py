@@ -7,6 +7,7 @@ random state, and runs backward from these gradients together with the losses th
 pairs.
 """
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -18,11 +19,13 @@ from ds_cmli.common.probe import probe
 from ds_cmli.data.batch import Batch
 from ds_cmli.engine.result import MicroBatchLosses
 from ds_cmli.losses.cached import CachedStep, PairGradients
-from ds_cmli.losses.objective import Compare, Embed, Replay
+from ds_cmli.losses.objective import Compare, Embed, Objective, Replay, Request
 from ds_cmli.losses.pair_features import PairFeatures
 from ds_cmli.models.teacher import Targets
 
 if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
+
     from ds_cmli.engine.train_engine import TrainEngine
 
 
@@ -65,6 +68,28 @@ class ComparedStep:
     pairs: PairGradients
     scale: float  # the loss scale, by which the gradients of the features are multiplied
     ignored: Tensor  # `MicroBatchLosses.ignored` of each micro-batch
+
+
+def keep_orders_apart(engine: "DeepSpeedEngine", objective: Objective) -> None:
+    """Let ZeRO-3 keep one order of modules for each kind of forward pass.
+
+    DeepSpeed gathers parameters ahead in the order in which modules ran in the pass before. As the
+    passes of a step differ, it would learn that order anew in each of them, which takes collectives
+    and CPU-GPU syncs, and would gather nothing ahead.
+    """
+    offload = engine.optimizer.parameter_offload
+    unused = offload.param_coordinator
+    by_kind = {}
+
+    def switch(module: Objective, arguments: tuple[Request]) -> None:
+        kind = type(arguments[0])
+        if kind not in by_kind:
+            by_kind[kind] = copy.copy(unused)
+            by_kind[kind]._clear_trace_structures()  # the copies would share them
+        offload.param_coordinator = by_kind[kind]
+
+    # Before DeepSpeed's own hook, which begins a pass.
+    objective.register_forward_pre_hook(switch, prepend=True)
 
 
 def backward(

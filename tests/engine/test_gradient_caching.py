@@ -104,6 +104,20 @@ def test_losses_and_gradients_are_those_of_one_piece(device, data, zero, optim):
         assert_same(gradients_of(several, parts[4 * step : 4 * step + 4]), gradients_of(one, whole[step : step + 1]))
 
 
+def test_stage_3_learns_the_order_of_each_pass_once(device, data, monkeypatch):
+    from deepspeed.runtime.zero import partitioned_param_coordinator
+
+    learned = []
+    monkeypatch.setattr(partitioned_param_coordinator, "assert_ints_same_as_other_ranks", learned.append)
+    train_engine = build(device, data, 4, 2, {"stage": 3, **NOTHING_KEPT})
+    for step in range(3):
+        if step == 2:
+            assert learned
+            learned.clear()
+        train_engine.step(micro_batches(data, 4, 2))
+    assert not learned
+
+
 def test_without_it_each_micro_batch_has_its_own_negatives(device, data):
     plain = build(device, data, 8, 2, {"stage": 2}, negatives="micro_batch", weights={"global": 1.0})
     alone = build(device, data, 8, 1, {"stage": 2}, weights={"global": 1.0})

@@ -11,7 +11,7 @@ from tests.conftest import ROOT
 
 pytestmark = pytest.mark.null_gpu
 PRECISIONS = ("fp16", "bf16", "fp32")
-SETTINGS = [(stage, precision, 1) for stage in (1, 2, 3) for precision in PRECISIONS] + [(2, "bf16", 2)]
+SETTINGS = [(stage, precision, 1) for stage in (1, 2, 3) for precision in PRECISIONS] + [(2, "bf16", 2), (3, "bf16", 2)]
 IN_CI = (2, "fp16", 2)
 
 
@@ -38,4 +38,9 @@ def test_a_step_waits_at_most_three_times(null_gpu, tmp_path, stage, precision, 
     for name in ("fp16", "bf16"):
         content[name] = {"enabled": name == precision}
     syncs = counted(null_gpu(), tmp_path, content)["syncs"]
+    if stage == 3:
+        # One rank alone waits for the parameters that it keeps, at the end of a step.
+        syncs = {place: count for place, count in syncs.items() if "partition_parameters.py" not in place}
+    # The kernels are tried once for longer texts.
+    syncs = {place: count for place, count in syncs.items() if "cmli/backends.py" not in place}
     assert 0 < sum(syncs.values()) <= 3, syncs
