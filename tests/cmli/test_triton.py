@@ -258,9 +258,9 @@ def test_peak_bytes_of_the_document_s_setting():
     gradients = (256 * 196 + 512 * 64) * 256 * 2
     forward, backward = triton_backend.peak_bytes(*setting, False, 2**25, ((9, 0), 227 * 1024))
     assert 256 * 512 * (196 + 64) < forward < 40e6
-    assert backward - gradients < 5e6
+    assert 2**24 * 0.9 < backward - gradients < 2**24 + 7e6  # lists of the sparse kernels
     _, backward = triton_backend.peak_bytes(*setting, True, 2**25, ((9, 0), 227 * 1024))
-    assert 2**25 / 2 < backward - gradients < 45e6
+    assert 2**25 * 0.9 < backward - gradients < 2**25 + 9e6
 
 
 def triton_backend_or_skip():

@@ -9,6 +9,7 @@ import subprocess
 import tempfile
 from itertools import product
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -21,6 +22,8 @@ from triton.compiler import ASTSource  # noqa: E402
 from ds_cmli.cmli.backends import unsuited  # noqa: E402
 from ds_cmli.cmli.triton.backward_kernel import gradient_kernel  # noqa: E402
 from ds_cmli.cmli.triton.forward_kernel import forward_kernel  # noqa: E402
+from ds_cmli.cmli.triton.gradient import CHUNK, SEGMENTS, SPARSE, Lists, sparse_features  # noqa: E402
+from ds_cmli.cmli.triton.sparse_kernels import pairs_kernel, sort_kernel, sparse_gradient_kernel  # noqa: E402
 from ds_cmli.cmli.triton.tiles import backward_tiles, forward_tiles  # noqa: E402
 
 # Bytes a block may use (CUDA C++ Programming Guide).
@@ -82,11 +85,41 @@ def backward_kernels(target, dtype, variants):
     pointers |= dict.fromkeys(("p_mask", "q_mask"), "i16")
     pointers |= dict.fromkeys(("p_inverse", "q_inverse", "scale", "p_grad", "q_grad"), "fp32")
     pointers |= {f"{list_}_{part}": "i32" for list_ in ("p", "long", "short") for part in ("code", "first")}
+    pointers["sparse"] = "i32"
     for p_masked, q_masked in variants:
         tiles = backward_tiles(D, dtype, divmod(target, 10), N if p_masked else M)
         constants = {"D": D, "BD": tiles.features, "ROWS": tiles.rows, "LONG": tiles.step, "P_MASKED": p_masked}
         constants |= {"Q_MASKED": q_masked, "TWO_TERMS": dtype == torch.bfloat16, "STAGES": tiles.stages}
         yield compiled(gradient_kernel, pointers, constants, target, tiles)
+
+
+def sparse_kernels(target, dtype):
+    """What `compiled` gives of the sparse gradient kernel for d_image and d_text."""
+    pointers = dict.fromkeys(("out", "source"), NAMES[dtype]) | {"p_win": "u8", "p_mask": "i16"}
+    pointers |= dict.fromkeys(("scale", "p_weight", "q_weight"), "fp32")
+    pointers |= dict.fromkeys(("sparse", "p_ends", "kept", "kept_count", "lists", "starts"), "i32")
+    for length, p_masked in ((N, False), (M, True)):
+        constants = {"D": D, "BD": sparse_features(D, dtype), "P_MASKED": p_masked}
+        constants |= {name: SPARSE[name] for name in ("STEP", "UNROLL")}
+        constants |= {"TILES": Lists.of((1, length), (1, M), 1).tiles, "TWO_TERMS": dtype == torch.bfloat16}
+        yield compiled(sparse_gradient_kernel, pointers, constants, target, Warps(4, 2))
+
+
+def sorting_kernels(target):
+    """What `compiled` gives of the kernels that list pairs and positions, for d_image."""
+    lists = Lists.of((1, N), (1, M), 1)
+    floats = dict.fromkeys(("scale", "p_weight", "q_weight", "p_grad", "q_grad"), "fp32")
+    integers = dict.fromkeys(("kept", "kept_count", "p_count", "q_count"), "i32")
+    yield compiled(pairs_kernel, floats | integers, {"WIDTH": CHUNK}, target, Warps(4))
+    integers |= dict.fromkeys(("counts", "lists", "starts", "sparse"), "i32") | {"q_win": "u8", "q_mask": "i16"}
+    for fill in (False, True):
+        constants = {"FILL": fill, "SEGMENTS": SEGMENTS, "TILES": lists.tiles, "WIDTH": lists.width, "MASKED": True}
+        yield compiled(sort_kernel, integers, constants, target, Warps(1))
+
+
+class Warps(NamedTuple):
+    warps: int
+    stages: int = 3
 
 
 def suited(target):
@@ -112,6 +145,18 @@ def test_backward(target, dtype):
         pytest.skip("the kernels do not run there")
     for found in backward_kernels(target, dtype, ((False, True), (True, False))):  # d_image, d_text
         check(*found, target, dtype)
+
+
+@pytest.mark.parametrize(("target", "dtype"), CASES, ids=str)
+def test_sparse_backward(target, dtype):
+    if not suited(target):
+        pytest.skip("the kernels do not run there")
+    for registers, spills, shared, ptx in sparse_kernels(target, dtype):
+        assert spills == 0 and registers <= 168  # three programs of four warps share a multiprocessor
+        assert shared <= SHARED[target]
+        assert ("mma.sync" in ptx) is (dtype.itemsize == 2) and "tf32" not in ptx and "atom" not in ptx
+    for registers, spills, _, ptx in sorting_kernels(target):
+        assert spills == 0 and registers <= 128 and "atom" not in ptx
 
 
 @pytest.mark.parametrize("target", [75, 100])

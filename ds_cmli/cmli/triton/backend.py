@@ -18,17 +18,15 @@ from torch import Tensor
 
 from ds_cmli.cmli.check import index_dtype
 from ds_cmli.cmli.inputs import Sides, Wanted
-from ds_cmli.cmli.triton.backward_kernel import gradient_kernel
 from ds_cmli.cmli.triton.forward_kernel import combine_kernel, forward_kernel
+from ds_cmli.cmli.triton.gradient import OneSide, gradient_bytes, write_gradient
 from ds_cmli.cmli.triton.tiles import (
     ForwardTiles,
     Sequences,
     TileList,
-    backward_tiles,
+    device_limits,
     forward_tiles,
     power_of_two,
-    row_tiles,
-    source_steps,
     text_tiles,
 )
 
@@ -71,7 +69,7 @@ def forward(
     (I, N, D), (J, M, _) = image.shape, text.shape  # noqa: E741
     images = Sequences(sides.image_mask, I, N, image.device)
     texts = Sequences(sides.token_mask, J, M, image.device)
-    tiles = forward_tiles(N, M, D, image.dtype, *_limits(image.device))
+    tiles = forward_tiles(N, M, D, image.dtype, *device_limits(image.device))
     s_i2t = image.new_zeros((I, J), dtype=torch.promote_types(image.dtype, torch.float32))
     s_t2i = torch.zeros_like(s_i2t)
     arg_i2t = image.new_zeros((I, J, N) if save_argmax else (0,), dtype=index_dtype(M))
@@ -107,8 +105,9 @@ def backward(
     Args:
         grads: of both scores, [I, J] each.
         argmax: the indices that `forward` has saved. Where these are empty the forward kernel finds
-            them again: for a group of images at a time for d_image, of texts for d_text, each
-            group's indices within `scratch_bytes` (at least one sequence's).
+            them again: for a group of images at a time for d_image, of texts for d_text.
+        scratch_bytes: bound on the indices of a group and on the lists of the sparse kernels, half
+            of it each, one sequence's at least.
     """
     _check_device(sides.image)
     sides = sides._replace(image=sides.image.contiguous(), text=sides.text.contiguous())
@@ -123,9 +122,8 @@ def backward(
     i_step, j_step = I, J
     pair_bytes = _pair_bytes(N, M)
     recompute = argmax[0].numel() == 0
-    if recompute and I * J * pair_bytes > scratch_bytes:
-        i_step = max(1, scratch_bytes // (J * pair_bytes))
-        j_step = max(1, scratch_bytes // (I * pair_bytes))
+    if recompute:
+        i_step, j_step = _groups(I, J, pair_bytes, scratch_bytes // 2)
 
     def indices(i: slice, j: slice) -> tuple[Tensor, Tensor]:
         mask = None if image_mask is None else image_mask[i]
@@ -143,13 +141,13 @@ def backward(
         arg_i2t, arg_t2i = shared or indices(some, everything)
         of_p = OneSide(_part(images, some), arg_i2t, grad_i2t[some])
         of_q = OneSide(texts, arg_t2i, grad_t2i[some])
-        _launch_gradient(d_image[some], text, of_p, of_q, p_axis=0)
+        write_gradient(d_image[some], text, of_p, of_q, 0, scratch_bytes // 2)
 
     def of_texts(some: slice) -> None:
         arg_i2t, arg_t2i = shared or indices(everything, some)
         of_p = OneSide(_part(texts, some), arg_t2i, grad_t2i[:, some])
         of_q = OneSide(images, arg_i2t, grad_i2t[:, some])
-        _launch_gradient(d_text[some], image, of_p, of_q, p_axis=1)
+        write_gradient(d_text[some], image, of_p, of_q, 1, scratch_bytes // 2)
 
     with _device(image):
         for start in range(0, I if wanted.image else 0, i_step):
@@ -188,7 +186,7 @@ def peak_bytes(
     I, J, N, M, D = sizes  # noqa: E741
     acc = max(4, dtype.itemsize)
     index = _pair_bytes(N, M)
-    tiles = forward_tiles(N, M, D, dtype, *(limits or _limits(torch.device("cuda"))))
+    tiles = forward_tiles(N, M, D, dtype, *(limits or device_limits(torch.device("cuda"))))
     blocks = math.ceil(N / tiles.rows)
     i_step, j_step = _steps(I, J, blocks, _partial_pair(blocks, M, acc), scratch_bytes)
 
@@ -209,12 +207,16 @@ def peak_bytes(
         return outputs + partial + sides(images, texts) + lists(texts, M)
 
     gradients = (I * N + J * M) * D * dtype.itemsize
-    backward = gradients + 3 * I * J * acc + sides(I, J) + 2 * lists(I, N) + 2 * lists(J, M)
-    if recompute and I * J * index <= scratch_bytes:
-        backward += run(I, J, True)
-    elif recompute:
-        some_images = max(1, scratch_bytes // (J * index))
-        some_texts = max(1, scratch_bytes // (I * index))
+    some_images, some_texts = I, J
+    if recompute:
+        some_images, some_texts = _groups(I, J, index, scratch_bytes // 2)
+    gradient = max(
+        gradient_bytes((some_images, N), (J, M), acc, scratch_bytes // 2),
+        gradient_bytes((some_texts, M), (I, N), acc, scratch_bytes // 2),
+    )
+    backward = gradients + 2 * I * J * acc + sides(I, J) + 2 * lists(I, N) + 2 * lists(J, M)
+    backward += gradient
+    if recompute:
         backward += max(run(some_images, J, True), run(I, some_texts, True))
     return run(I, J, not recompute), backward
 
@@ -251,47 +253,6 @@ def _launch_forward(
         )  # fmt: skip
 
 
-class OneSide(NamedTuple):
-    """One side of the pairs in a backward.
-
-    The pair axes of indices and gradients are images and texts, in this order.
-    """
-
-    sequences: Sequences
-    indices: Tensor  # [I, J, positions]: what each position of this side won
-    grad: Tensor  # [I, J], of the score that is a mean over this side's positions
-
-
-def _launch_gradient(out: Tensor, source: Tensor, p: OneSide, q: OneSide, p_axis: int) -> None:
-    """Write the gradient `out` of side p, a sum of features `source` of side q.
-
-    p_axis: the place of p's sequences among the axes of indices and gradients, 0 or 1.
-    """
-    P, Q = p.sequences, q.sequences
-    capability, _ = _limits(out.device)
-    tiles = backward_tiles(out.shape[-1], out.dtype, capability, Q.length)
-    rows, (long, short) = row_tiles(P), source_steps(Q, tiles.step)
-    p_inverse, q_inverse = P.inverse_counts(p.grad.dtype), Q.inverse_counts(p.grad.dtype)
-    other = 1 - p_axis
-    by_pair = q_inverse[None, :] if p_axis == 0 else q_inverse[:, None]
-    scale = torch.linalg.vector_norm(p.grad, math.inf, other) * p_inverse
-    scale += torch.linalg.vector_norm(q.grad * by_pair, math.inf, other)
-    scale = torch.where(scale == 0, 1.0, scale.clamp(min=1e-30))
-    two_terms = out.dtype == torch.bfloat16
-    programs = math.ceil(rows.bound / (tiles.rows // 16)), math.ceil(out.shape[-1] / tiles.features)
-    gradient_kernel[programs](
-        out, P.mask, rows.code, rows.first, p_inverse, scale, source, Q.mask, long.code,
-        long.first, short.code, short.first, q_inverse, p.indices, q.indices, p.grad, q.grad,
-        p.indices.stride(p_axis), p.indices.stride(other),
-        q.indices.stride(p_axis), q.indices.stride(other),
-        p.grad.stride(p_axis), p.grad.stride(other),
-        P.sequences, Q.sequences, P.length, Q.length, rows.slots, long.slots,
-        2 if two_terms else 1, D=out.shape[-1], BD=tiles.features, ROWS=tiles.rows, LONG=tiles.step,
-        P_MASKED=P.masked, Q_MASKED=Q.masked, TWO_TERMS=two_terms, STAGES=tiles.stages,
-        num_warps=tiles.warps, num_stages=tiles.stages,
-    )  # fmt: skip
-
-
 def _part(side: Sequences, some: slice) -> Sequences:
     part = Sequences.__new__(Sequences)
     part.length, part.masked = side.length, side.masked
@@ -308,6 +269,13 @@ def _suspect(x: Tensor) -> Tensor:
 def _pair_bytes(N: int, M: int) -> int:
     """Bytes of the argmax indices of one pair."""
     return N * index_dtype(M).itemsize + M * index_dtype(N).itemsize
+
+
+def _groups(I: int, J: int, pair_bytes: int, index_bytes: int) -> tuple[int, int]:  # noqa: E741
+    """Images and texts whose indices are found again at a time."""
+    if I * J * pair_bytes <= index_bytes:
+        return I, J
+    return max(1, index_bytes // (J * pair_bytes)), max(1, index_bytes // (I * pair_bytes))
 
 
 def _partial_pair(blocks: int, M: int, acc: int) -> int:
@@ -347,12 +315,3 @@ def _device(x: Tensor) -> AbstractContextManager:
     if x.device.type == "cuda":
         return torch.cuda.device(x.device)
     return nullcontext()
-
-
-def _limits(device: torch.device) -> tuple[tuple[int, int], int]:
-    if not torch.cuda.is_available():
-        return (8, 0), 163 * 1024
-    properties = torch.cuda.get_device_properties(device)
-    most = properties.shared_memory_per_block
-    shared = getattr(properties, "shared_memory_per_block_optin", most)
-    return (properties.major, properties.minor), shared

@@ -100,6 +100,7 @@ def _add_steps(acc, code, total, terms, source, q_mask, d, p, live, r, r_inside,
 )
 def gradient_kernel(
     out,  # [P, P_LEN, D] zeros; rows in no tile stay so
+    sparse,  # [1] int32, not 0 where the sparse kernels have written `out`
     p_mask,  # [P, P_LEN], not read unless P_MASKED
     p_code,  # [tiles + 1] int32, sequence * p_slots + first position / 16
     p_first,  # [P + 1] int32; the last is the number of tiles
@@ -138,6 +139,8 @@ def gradient_kernel(
     TWO_TERMS: tl.constexpr,  # only with terms = 2
     STAGES: tl.constexpr,
 ):
+    if tl.load(sparse) != 0:
+        return
     R: tl.constexpr = ROWS // 16
     tiles = tl.load(p_first + P)
     if tl.program_id(0) * R >= tiles:

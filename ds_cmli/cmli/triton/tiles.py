@@ -180,3 +180,14 @@ def source_steps(side: Sequences, step: int) -> tuple[TileList, TileList]:
         tile_list(long, math.ceil(side.length / step), slots, unit=unit),
         tile_list(short, 1, slots, base=long * unit),
     )
+
+
+def device_limits(device: torch.device) -> tuple[tuple[int, int], int]:
+    """Compute capability, and bytes of shared memory of a block; an sm_80's where there is no
+    GPU."""
+    if not torch.cuda.is_available():
+        return (8, 0), 163 * 1024
+    properties = torch.cuda.get_device_properties(device)
+    most = properties.shared_memory_per_block
+    shared = getattr(properties, "shared_memory_per_block_optin", most)
+    return (properties.major, properties.minor), shared
