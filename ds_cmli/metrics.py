@@ -100,6 +100,8 @@ class Writer:
         for name in ("ignored_negatives", "added_positives"):
             if values.get(name):
                 losses += f"  {name.replace('_', ' ')} {values[name]}"
+        if "cut/kept" in values:
+            losses += f"  pairs kept {values['cut/kept']:.1%}"
         speed = f"{values['pairs_per_s']:g} pairs/s"
         if "tflops" in values:
             speed += f"  {values['tflops']:.3g} TFLOP/s"

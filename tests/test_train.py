@@ -108,14 +108,18 @@ def test_torchrun_with_two_ranks_and_accumulation(tmp_path):
     config = tmp_path / "ds.json"
     config.write_text(json.dumps({"gradient_accumulation_steps": 2, "zero_optimization": {"stage": 2}}))
     done = run("--deepspeed_config", str(config), *TINY[:2], "--steps", "2", "--output-dir", str(tmp_path / "run"),
-               launcher=launcher)  # fmt: skip
+               "--set", "loss.cmli_cut=0.2", "--log-every", "1", launcher=launcher)  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
+    logged = [line for line in lines(tmp_path / "run") if "loss" in line]
+    assert len(logged) == 2 and all(0.03 < line["cut/kept"] <= 1 and line["cut/bound"] >= 0 for line in logged)
+    assert done.stdout.count("  pairs kept ") == 2
     assert "8 pairs per rank x 2 accumulation x 2 ranks = 32 pairs a step" in done.stdout
     resolved = json.loads((tmp_path / "run" / "config.json").read_text())["deepspeed"]
     assert resolved["train_batch_size"] == 32
     events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
     events.Reload()
     assert len(events.Tags()["images"]) == 8  # match maps, by rank 0 alone
+    assert {"cut/kept", "cut/bound"} <= set(events.Tags()["scalars"])
 
 
 def test_dry_run_prints_the_resolved_configuration_and_trains_nothing(tmp_path):

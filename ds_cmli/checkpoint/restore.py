@@ -31,6 +31,7 @@ from ds_cmli.config.schema import Config
 from ds_cmli.data.bad import BadSamples
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.engine import TrainEngine
+from ds_cmli.engine.result import columns
 from ds_cmli.models.weights import not_finite
 
 if TYPE_CHECKING:
@@ -187,8 +188,7 @@ def state_of(
         if bool(state.config.get(EMA_DECAY)) != bool(now[EMA_DECAY]):
             # Results of averaged and of plain weights cannot be compared.
             state.best, state.worse_in_row = {}, 0
-    # The weighted sum, each loss, and ignored negatives.
-    state.sums = torch.zeros(2 + len(config.loss.weights))
+    state.sums = torch.zeros(columns(config.loss))
     state.config, state.digest = now, settings.digest(now)
     state.world_size = distributed.world_size()
     state.train_batch_size, state.accumulation = ds_config.train_batch, ds_config.accumulation

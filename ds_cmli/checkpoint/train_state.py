@@ -69,7 +69,7 @@ class TrainState:
     digest: str = ""  # the SHA-256 of `config`
 
     # Different on each rank: `rank-R.pt` of a checkpoint, plain values and tensors only. The sums
-    # are those of the weighted loss, of each loss and of ignored negatives, in fp32.
+    # are those of `MicroBatchLosses.stacked`, in fp32.
     sums: Tensor = field(default_factory=lambda: torch.zeros(0))
     # Number of micro-batches since the last logged step, over which `sums` adds up.
     micro_batches: int = 0

@@ -15,13 +15,14 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from typing_extensions import TypedDict, Unpack
 
 from ds_cmli.cmli import collectives
 from ds_cmli.cmli.check import DTYPES, check_pairs
 from ds_cmli.cmli.contrastive import MAX_SCALE, contrastive_loss, upcast
+from ds_cmli.cmli.cut import Cut, as_loss, check_cut
 from ds_cmli.cmli.inputs import accepted, boolean
-from ds_cmli.cmli.op import DEFAULT_SCRATCH_BYTES
-from ds_cmli.cmli.ring import DEFAULT_GATHER_BYTES, DEFAULT_SCORER, Scorer, ring_scores
+from ds_cmli.cmli.ring import DEFAULT_SCORER, Scorer, ring_scores
 
 Arguments = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]  # of `CMLILoss.forward`
 
@@ -51,6 +52,16 @@ def score_global_batch(
     return score(l2_normalize(image), all_text, all_mask, image_mask)
 
 
+class ScorerOptions(TypedDict, total=False):
+    """The options of `cmli.ring.Scorer`."""
+
+    backend: str
+    scratch_bytes: int
+    recompute: bool
+    exchange: str
+    gather_bytes: int
+
+
 class CMLILoss(nn.Module):
     """FILIP's cross-modal late interaction (Yao et al., 2021; (1) to (4)) over all pairs, with its
     temperature.
@@ -67,6 +78,10 @@ class CMLILoss(nn.Module):
             less
             than a cosine: sharper than the usual 0.07.
         group: the process group; None: the default one. A copy shares it; a pickle cannot hold it.
+        cut: the largest sum of softmax weights that each row and each column of the scores may
+            leave out in backward, from 0 (nothing) to below 1, see `cmli.cut`. The loss and the
+            gradient of `logit_scale` stay exact; after backward `cut.found` holds the share of
+            pairs that were kept, and a bound on the error.
         backend, scratch_bytes, recompute: see `cmli_scores`.
         exchange, gather_bytes: how texts come to other ranks, see `cmli.ring.Scorer`.
     """
@@ -75,11 +90,8 @@ class CMLILoss(nn.Module):
         self,
         init_temperature: float = 0.02,
         group: dist.ProcessGroup | None = None,
-        backend: str = "auto",
-        scratch_bytes: int = DEFAULT_SCRATCH_BYTES,
-        recompute: bool = False,
-        exchange: str = "auto",
-        gather_bytes: int = DEFAULT_GATHER_BYTES,
+        cut: float = 0.0,
+        **options: Unpack[ScorerOptions],
     ):
         super().__init__()
         number = init_temperature if isinstance(init_temperature, float | int) else math.nan
@@ -89,7 +101,9 @@ class CMLILoss(nn.Module):
                 f"{1 / MAX_SCALE}, for instance 0.02"
             )
         self.group = group
-        self.score = Scorer(backend, scratch_bytes, recompute, exchange, gather_bytes)
+        check_cut(cut)
+        self.score = Scorer(**options)
+        self.cut = Cut(cut, group) if cut else None
         # One element, not zero dimensions: DeepSpeed sends parameters as bytes, which a 0-dim
         # tensor has no view of.
         self.logit_scale = nn.Parameter(torch.tensor([math.log(1 / init_temperature)]))
@@ -138,10 +152,14 @@ class CMLILoss(nn.Module):
         if ignore is not None:
             ignore = ignore.clone()
             ignore.diagonal(first).fill_(False)
+        units = None
+        if self.cut is not None:
+            s_i2t, s_t2i, units = self.cut.apply(s_i2t, s_t2i, first)  # collective in backward
         columns = partial(collectives.column_logsumexp, group=self.group)
-        return contrastive_loss(
+        loss = contrastive_loss(
             s_i2t, s_t2i, self.logit_scale, first, column_logsumexp=columns, ignore=ignore
         )
+        return loss if units is None else loss + as_loss(units, self.logit_scale, len(image))
 
     def _checked(self, arguments: Arguments) -> Arguments:
         image, text, token_mask, image_mask = accepted(*arguments[:4])

@@ -30,6 +30,7 @@ class LossEntry:
 # The settings of the all-pairs op.
 OP = (
     "cmli_backend",
+    "cmli_cut",
     "cmli_exchange",
     "cmli_gather_bytes",
     "cmli_recompute",

@@ -12,7 +12,7 @@ from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 from ds_cmli.common.errors import UserError
-from ds_cmli.config.registry import AUTO, IMAGE, LOSSES, TEXT, TRACKERS
+from ds_cmli.config.registry import AUTO, IMAGE, LOSSES, TEXT, TRACKERS, compares_tokens
 from ds_cmli.config.validation import (
     MOST,
     NameOf,
@@ -153,11 +153,20 @@ class LossConfig:
     # the scores are not exact.
     cmli_token_keep: Annotated[float, Field(gt=0, le=1)] = 1.0
     cmli_scratch_bytes: Annotated[int, Field(ge=2**20, le=2**40)] = 64 * 2**20
+    # The largest sum of softmax weights that each row and each column of the all-pairs scores may
+    # leave out in backward, whose pairs are then not computed. Loss and temperature stay exact, and
+    # the error of the gradient has a bound, which is logged.
+    cmli_cut: Annotated[BelowOne, Field(description="0: off")] = 0.0
     # How ranks exchange texts: "gather" all of them, or pass those of one rank at a time round a
     # "ring"; "auto" takes the ring if the gathered texts and their gradient would take more than
     # `cmli_gather_bytes`.
     cmli_exchange: Literal["auto", "gather", "ring"] = "auto"
     cmli_gather_bytes: Annotated[int, Field(ge=0, le=2**50)] = 2**30
+
+    def __post_init__(self) -> None:
+        scores = not self.cmli_cut or compares_tokens(self.weights)
+        need = f"the losses are {', '.join(self.weights)}, without all-pairs scores: leave it out"
+        check(scores, "loss.cmli_cut", self.cmli_cut, need)
 
 
 @dataclass(config=STRICT)

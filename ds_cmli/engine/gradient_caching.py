@@ -158,7 +158,7 @@ def replay(
     cached.state.restore(train_engine.device)
     total, each = _forward(train_engine, batch, cached, step)
     train_engine.go_backward(total)  # collectives: gradient buckets
-    return MicroBatchLosses(batch.index, total.detach(), each, step.ignored)
+    return MicroBatchLosses(batch.index, total.detach(), each, step.ignored, step.pairs.cut)
 
 
 def _forward(

@@ -99,7 +99,9 @@ class TrainEngine:
         # Collectives: text features, column statistics.
         total, each = self.forward(batch, lambda targets: self.engine(Whole(batch, targets)))
         self.go_backward(total)  # collectives: text gradients, gradient buckets
-        return MicroBatchLosses(index, total.detach(), each, self.objective.ignored / len(index))
+        ignored, cut = self.objective.ignored / len(index), self.objective.cut
+        found = None if cut is None else cut.found
+        return MicroBatchLosses(index, total.detach(), each, ignored, found)
 
     def go_backward(self, total: Tensor) -> Tensor:
         """Run backward from a micro-batch's weighted loss, and return its share of the step's loss.

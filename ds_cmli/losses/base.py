@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ds_cmli.cmli import collectives
 from ds_cmli.cmli.contrastive import upcast
+from ds_cmli.cmli.cut import Cut, as_loss
 from ds_cmli.cmli.inputs import full_precision
 from ds_cmli.cmli.loss import l2_normalize, score_global_batch
 from ds_cmli.cmli.ring import Score
@@ -64,6 +65,15 @@ class PairInputs(ABC):
     `column_logsumexp`. The pair scores are computed once and shared by all losses that compare
     them.
     """
+
+    # What `cmli.cut` asks of the losses that compare the CMLI scores; None: no pair is left out.
+    units: Tensor | None
+
+    def with_units(self, loss: Tensor, logit_scale: Tensor) -> Tensor:
+        """A loss over CMLI scores, whose backward also tells what a weight of 1 is there."""
+        if self.units is None:
+            return loss
+        return loss + as_loss(self.units, logit_scale, len(self.cmli_scores[0]))
 
     @property
     @abstractmethod
@@ -115,6 +125,8 @@ class LossInputs(PairInputs):
     width_head: WidthHead | None
     score: Score  # `cmli_scores` with its options
     config: LossConfig = field(default_factory=LossConfig)
+    cut: Cut | None = None
+    units: Tensor | None = None
 
     @property
     def first(self) -> int:
@@ -143,7 +155,11 @@ class LossInputs(PairInputs):
         if share < 1:
             selection = select(patches, tokens, mask, share, config.cmli_scratch_bytes)
             (patches, tokens), mask = selection.of(patches, tokens), selection.token_mask
-        return score_global_batch(patches, tokens, mask, score=self.score)
+        scores = score_global_batch(patches, tokens, mask, score=self.score)  # collective
+        if self.cut is None:
+            return scores
+        s_i2t, s_t2i, self.units = self.cut.apply(*scores, self.first)  # collective in backward
+        return s_i2t, s_t2i
 
     def row_logsumexp(self, logits: Tensor) -> Tensor:
         return logits.logsumexp(1)

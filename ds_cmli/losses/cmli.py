@@ -19,6 +19,7 @@ class AllPairsCMLI(Loss):
         s_i2t, s_t2i = inputs.cmli_scores  # [R, T], collective
         ignore = inputs.duplicates  # collective
         logsumexps = inputs.row_logsumexp, inputs.column_logsumexp
-        return contrastive_loss(
+        loss = contrastive_loss(
             s_i2t, s_t2i, self.logit_scale, inputs.first, *logsumexps, ignore
         )  # collective
+        return inputs.with_units(loss, self.logit_scale)

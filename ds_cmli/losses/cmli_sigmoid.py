@@ -29,4 +29,4 @@ class CMLISigmoid(Loss):
             )  # collective
             for scores in inputs.cmli_scores  # collective
         ]
-        return (losses[0] + losses[1]) / 2
+        return inputs.with_units((losses[0] + losses[1]) / 2, self.logit_scale)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ds_cmli.cmli.contrastive import temperature_scale, upcast
+from ds_cmli.cmli.cut import Cut
 from ds_cmli.cmli.inputs import full_precision
 from ds_cmli.cmli.ring import Score, Scorer
 from ds_cmli.cmli.token_keep import Selection, select
@@ -86,6 +87,10 @@ class Objective(nn.Module):
         self.width_head: WidthHead | None = None
         if teacher_width is not None and teacher_width != student.width:
             self.width_head = WidthHead(student.width, teacher_width)
+        self.cut: Cut | None = None
+        if config.cmli_cut:
+            of_cmli = [w for name, w in config.weights.items() if LOSSES[name].scores == "cmli"]
+            self.cut = Cut(config.cmli_cut, weight=sum(of_cmli))
         self.score: Score = Scorer(
             config.cmli_backend,
             config.cmli_scratch_bytes,
@@ -128,6 +133,7 @@ class Objective(nn.Module):
             self.score,
             self.config.cmli_scratch_bytes,
             self.config.duplicates == "keep",
+            self.cut,
         )
         with full_precision(step.device):  # of the scores, and of their gradients too
             found = pair_gradients(pairs, step)  # collective
@@ -167,9 +173,8 @@ class Objective(nn.Module):
         return [p for loss in self._over_pairs().values() for p in loss.parameters()]
 
     def _inputs(self, features: Features, batch: Batch, targets: Targets | None) -> LossInputs:
-        return LossInputs(
-            features, batch, targets, self.student, self.width_head, self.score, self.config
-        )
+        student, head, score = self.student, self.width_head, self.score
+        return LossInputs(features, batch, targets, student, head, score, self.config, self.cut)
 
     def _features(self, batch: Batch) -> Features:
         with self.student.text.knowing(batch.padded):

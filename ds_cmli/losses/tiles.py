@@ -4,7 +4,7 @@ Shapes: K micro-batches of B pairs, P ranks, G = K * B * P texts, a tile of B im
 N patches, M text positions, H student width, D embedding dimension.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -20,6 +20,8 @@ from ds_cmli.losses.base import PairInputs
 from ds_cmli.losses.functions import duplicates
 from ds_cmli.losses.tile_statistics import COLUMNS, ROWS, TileStatistics
 
+# A tile whose pairs are partly left out has so many times the pairs, as it computes fewer.
+FEWER = 8
 # Fewest pairs of a tile of token scores on a CPU, if the batch has as many: below, most of a tile's
 # cost is to start it.
 LEAST_PAIRS = 4096
@@ -59,6 +61,12 @@ class Texts:
         else:
             yield TextChunk(0, self.tokens, self.token_mask)
 
+    def chunks_of_scores(self) -> Iterator[TextChunk]:
+        """Yields the chunks where scores are known, and nothing has to be exchanged."""
+        owners = range(len(self.pair_id) // len(self.token_mask))
+        for owner in probe.turns(owners):
+            yield TextChunk(owner, None, self.token_mask)
+
 
 @dataclass
 class Images:
@@ -73,12 +81,12 @@ class Images:
     def rows(self) -> slice:
         return slice(self.first, self.first + len(self.pair_id))
 
-    def texts_of_a_tile(self, positions: int, byte_limit: int) -> int:
+    def texts_of_a_tile(self, positions: int, byte_limit: int, fewer: int = 1) -> int:
         """T: as many texts as have argmax indices, or else scores, of at most `byte_limit`.
 
         It is at least one. Where tokens are compared on a CPU, a tile has no more pairs than a
-        micro-batch, so it takes no more memory, except that it has `LEAST_PAIRS`. A GPU computes a
-        tile of that size in less time than it takes to launch its kernels.
+        micro-batch, so it takes no more memory, except that it has `fewer` times `LEAST_PAIRS`. A
+        GPU computes a tile of that size in less time than it takes to launch its kernels.
         """
         B = len(self.pair_id)
         if self.patches is None:
@@ -87,7 +95,7 @@ class Images:
         indices = B * (N * index_dtype(M).itemsize + M * index_dtype(N).itemsize)
         if probe.on_gpu(self.pair_id.device):
             return max(1, byte_limit // indices)
-        return max(1, min(max(B, LEAST_PAIRS // B), byte_limit // indices))
+        return max(1, min(max(B, fewer * LEAST_PAIRS // B), byte_limit // indices))
 
 
 @dataclass(frozen=True)
@@ -100,10 +108,31 @@ class FeatureGradients:
     tokens: Tensor | None  # [.., M, D], of the texts of a chunk
 
 
+@dataclass(frozen=True)
+class Stored:
+    """The CMLI scores of this rank's R images and all G texts, [R, G] each; then their gradients.
+
+    They are kept where pairs are left out: which ones is known only from all scores.
+    """
+
+    i2t: Tensor
+    t2i: Tensor
+
+    def of(self, rows: slice, columns: slice) -> tuple[Tensor, Tensor]:
+        return self.i2t[rows, columns], self.t2i[rows, columns]
+
+    def replace(self, rows: slice, columns: slice, values: Sequence[Tensor]) -> None:
+        for place, value in zip(self.of(rows, columns), values, strict=True):
+            place.copy_(value)
+
+
 class Tile(PairInputs):
     """B images and T texts: the texts `part` of a chunk of `texts`."""
 
     logsumexp: Callable[[Tensor, int], Tensor]  # given logits and the dimension
+    stored: Stored | None = None  # where the first pass keeps the scores
+    known: tuple[Tensor, Tensor] | None = None  # the scores, where they were kept
+    units: Tensor | None = None
 
     def __init__(
         self,
@@ -126,8 +155,9 @@ class Tile(PairInputs):
         per_rank = len(texts.pair_id) // distributed.world_size()
         self.of_this_rank = distributed.rank() * per_rank
 
-    def collect_into(self, statistics: TileStatistics) -> None:
-        """Let the losses add this tile to the sums over rows and columns."""
+    def collect_into(self, statistics: TileStatistics, stored: Stored | None) -> None:
+        """Let the losses add this tile to the sums over rows and columns, and keep its scores."""
+        self.stored = stored
         statistics.begin_tile(self.images.rows, self.columns)
         self.logsumexp = statistics.collect
 
@@ -139,6 +169,22 @@ class Tile(PairInputs):
                 setattr(self, name, x.detach().requires_grad_())
         statistics.begin_tile(self.images.rows, self.columns)
         self.logsumexp = statistics.known
+
+    def differentiate_known(self, statistics: TileStatistics, stored: Stored) -> list[Tensor]:
+        """Do so with the kept scores in the place of patches and tokens.
+
+        Returns these leaves of the graph: both scores [R, T], and the units of a cut.
+        """
+        self.patches = self.tokens = None
+        self.differentiate(statistics)
+        s_i2t, s_t2i = (x.detach().requires_grad_() for x in stored.of(*self.place))
+        self.known, self.units = (s_i2t, s_t2i), s_i2t.new_zeros(2, requires_grad=True)
+        return [s_i2t, s_t2i, self.units]
+
+    @property
+    def place(self) -> tuple[slice, slice]:
+        """The tile's rows and columns, among this rank's images and the texts of all ranks."""
+        return self.images.rows, self.columns
 
     def leaves(self) -> list[Tensor]:
         every = (self.image_cls, self.patches, self.text_cls, self.tokens)
@@ -169,8 +215,13 @@ class Tile(PairInputs):
 
     @cached_property
     def cmli_scores(self) -> tuple[Tensor, Tensor]:
+        if self.known is not None:
+            return self.known
         probe.texts_from(self.columns.start)
-        return self.score(self.patches, self.tokens, self.token_mask)
+        scores = self.score(self.patches, self.tokens, self.token_mask)
+        if self.stored is not None:
+            self.stored.replace(*self.place, scores)
+        return scores
 
     def row_logsumexp(self, logits: Tensor) -> Tensor:
         return self.logsumexp(logits, ROWS)

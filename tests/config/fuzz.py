@@ -76,6 +76,7 @@ SETTINGS: dict[str, list[Any]] = {
     "loss.cmli_backend": ["chunked", "triton"],
     "loss.cmli_recompute": [True],
     "loss.cmli_scratch_bytes": [2**20, 2**22],
+    "loss.cmli_cut": [0.001, 0.5],
     "loss.cmli_exchange": ["gather", "ring"],
     "loss.cmli_gather_bytes": [2**10],
     "loss.cmli_token_keep": [0.25, 0.5],

@@ -97,6 +97,12 @@ MISTAKES = {
     ),
     "empty captions": (lambda p: ["--data", empty_captions(p / "d")], "data.max_bad_share = 0.01"),
     "too few pairs": (lambda p: ["--data", pairs(p / "d", count=5)], "fewer than one global batch of 8"),
+    "cut of no all-pairs scores": (
+        ["--set", 'loss.weights={"global": 1}', "--set", "loss.cmli_cut=0.001"],
+        "loss.cmli_cut is 0.001: the losses are global, without all-pairs scores: leave it out",
+    ),
+    "cut of everything": (["--set", "loss.cmli_cut=1"], "loss.cmli_cut is 1: give 0 to below 1"),
+    "cut that is no number": (["--set", "loss.cmli_cut=true"], "loss.cmli_cut is True: give a value of type float"),
     "output folder": (a_file, "cannot write there"),
     "trace beyond the end": (["--profile", "30:31"], "--profile is '30:31': give some of the steps 1 to 20"),
     "trace of no step": (["--profile", "0:1"], "--profile is '0:1': give the first and the last step"),

@@ -132,12 +132,12 @@ def pieces_of(batch, number):
     return [batch._map(lambda x, k=k: x[k * size : (k + 1) * size].clone()) for k in range(number)]
 
 
-def in_fp64(rank, world_size, number, dropout=0.0, kept=False, exchange="auto", pairs=32):
+def in_fp64(rank, world_size, number, dropout=0.0, kept=False, exchange="auto", pairs=32, cut=0.0):
     """Loss and gradients of `pairs` in fp64, as `number` micro-batches a rank, without DeepSpeed.
 
     kept: in one piece, but for the forward passes, whose graphs are all kept.
     """
-    loss = {"weights": WEIGHTS, "cmli_exchange": exchange}
+    loss = {"weights": WEIGHTS, "cmli_exchange": exchange, "cmli_cut": cut}
     config = load_preset("tiny", {"loss": loss, "student": {"dropout": dropout}})
     data = build_data(config.data, 0)
     objective, teacher = engine.build_models(config, data.vocab_size)
@@ -152,7 +152,8 @@ def in_fp64(rank, world_size, number, dropout=0.0, kept=False, exchange="auto", 
         features = [objective._features(batch) for batch in batches]
         joined = Features(*(torch.cat(x) for x in zip(*(vars(f).values() for f in features), strict=True)))
         targets = teacher(whole.image)
-        inputs = LossInputs(joined, whole, targets, objective.student, objective.width_head, objective.score)
+        modules = objective.student, objective.width_head, objective.score
+        inputs = LossInputs(joined, whole, targets, *modules, cut=objective.cut)
         total = sum(weight * objective.losses[name](inputs) for name, weight in WEIGHTS.items())
         total.backward()
     else:
@@ -167,7 +168,8 @@ def in_fp64(rank, world_size, number, dropout=0.0, kept=False, exchange="auto", 
     gradients = {n: p.grad for n, p in objective.named_parameters()}
     for gradient in gradients.values():
         distributed.mean_over_ranks(gradient)
-    return distributed.mean_over_ranks(total.detach()).item(), gradients, after
+    left_out = None if objective.cut is None else distributed.mean_over_ranks(objective.cut.found)
+    return distributed.mean_over_ranks(total.detach()).item(), gradients, after, left_out
 
 
 def largest_difference(ours, theirs):
@@ -175,16 +177,23 @@ def largest_difference(ours, theirs):
     return max(((ours[n] - g).norm() / max(g.norm(), 1e-6 * whole)).item() for n, g in theirs.items())
 
 
-def gathered_and_ring(rank, world_size, number, pairs=32):
-    return [in_fp64(rank, world_size, number, exchange=exchange, pairs=pairs) for exchange in ("gather", "ring")]
+def gathered_and_ring(rank, world_size, number, pairs=32, cut=0.0):
+    options = {"pairs": pairs, "cut": cut}
+    return [in_fp64(rank, world_size, number, exchange=exchange, **options) for exchange in ("gather", "ring")]
 
 
-def test_two_ranks_of_two_micro_batches_in_fp64():
-    one = in_fp64(0, 1, 1, kept=True)
-    for found in spawn(gathered_and_ring, 2, 2):
-        for loss, gradients, _ in found:
+@pytest.mark.parametrize("cut", [0.0, 0.2])
+def test_two_ranks_of_two_micro_batches_in_fp64(cut):
+    one = in_fp64(0, 1, 1, kept=True, cut=cut)
+    for found in spawn(gathered_and_ring, 2, 2, 32, cut):
+        for loss, gradients, _, left_out in found:
             assert loss == pytest.approx(one[0], rel=1e-12)
             assert largest_difference(gradients, one[1]) < 1e-9
+            torch.testing.assert_close(left_out, one[3])
+    if cut:  # the same loss, and other gradients, for the untrained student by a cut this large alone
+        exact = in_fp64(0, 1, 1, kept=True)
+        assert exact[0] == one[0] and 1e-6 < largest_difference(one[1], exact[1]) < 0.3
+        assert 0.03 < one[3][0] < 1 and one[3][1] > 0
 
 
 def test_dropout_of_the_second_pass_is_that_of_the_first():

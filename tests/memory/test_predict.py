@@ -67,6 +67,8 @@ def preset(name="tiny", batch=8, losses=ALL, **overrides):
         (preset("demo", losses=ALL), ds_json(2, bucket=5_000_000, checkpointing=True), 2),
         (preset(), {**ds_json(0, "fp32"), "torch_autocast": {"enabled": True, "dtype": "bfloat16"}}, 2),
         (preset(), {**ds_json(1), "data_types": {"grad_accum_dtype": "fp32"}}, 2),
+        (preset(loss={"weights": {"cmli": 0.5, "cmli_sigmoid": 1.0}, "cmli_cut": 1e-3}), ds_json(), 2),
+        (preset(loss={"weights": {"global": 1.0, "cmli": 1.0}, "cmli_cut": 1e-3}), ds_json(1, accumulation=3), 2),
     ],
     ids=[
         "ZeRO-2 of 8",
@@ -76,6 +78,8 @@ def preset(name="tiny", batch=8, losses=ALL, **overrides):
         "demo, checkpointing",
         "autocast",
         "fp32 accumulation",
+        "cut",
+        "cut, accumulation",
     ],
 )
 def test_predicted_equals_the_allocator(config, ds_config, world_size):
