@@ -6,7 +6,8 @@ kinds. `won`: in every sequence of the other side, the row that is most similar 
 every row of the other side to which this row is the most similar one of its sequence.
 `embedding_bag` sums the first kind directly, and the second kind after a stable sort by
 destination. For short texts the argmax positions are so dense that one product with the matrix of
-all weights, which is zero elsewhere, is faster than both. All sums have a fixed order and use no
+all weights, which is zero elsewhere, is faster than both. Where most pairs have a gradient of
+exactly 0, the others are computed alone (`kept.py`). All sums have a fixed order and use no
 atomics, so the same input always gives the same bits.
 
 Shape legend: I images, J texts, N patches, M text positions, D features. One side is `own`, the
@@ -21,7 +22,19 @@ from torch import Tensor
 
 from ds_cmli.cmli.check import index_dtype
 from ds_cmli.cmli.chunked.forward import ArgmaxIndices, Forward, compute_tiles
-from ds_cmli.cmli.chunked.packed import Chunk, PackedBatch, largest, make_chunks, pack_both
+from ds_cmli.cmli.chunked.kept import (
+    Kept,
+    add_kept,
+    few_pairs,
+    find_indices,
+)
+from ds_cmli.cmli.chunked.packed import (
+    Chunk,
+    PackedBatch,
+    largest,
+    make_chunks,
+    pack_both,
+)
 from ds_cmli.cmli.chunked.tile_gradients import (
     Buffers,
     Tile,
@@ -30,7 +43,13 @@ from ds_cmli.cmli.chunked.tile_gradients import (
     add_product,
     add_won,
 )
-from ds_cmli.cmli.chunked.tiling import RecomputePlan, Widths, by_product, panel_rows, tile_sizes
+from ds_cmli.cmli.chunked.tiling import (
+    RecomputePlan,
+    Widths,
+    by_product,
+    panel_rows,
+    tile_sizes,
+)
 from ds_cmli.cmli.inputs import Sides, Wanted
 
 
@@ -54,6 +73,7 @@ def backward(
     """
     (I, N, D), (J, M, _) = sides.image.shape, sides.text.shape  # noqa: E741
     images, texts = pack_both(sides)
+    few = few_pairs(grads)
     d_image = _gradient_of(images, wanted.image)
     d_text = _gradient_of(texts, wanted.text)
     recompute = not argmax[0].numel()
@@ -72,15 +92,17 @@ def backward(
         if not image_chunks or not text_chunks:
             return
         if recompute:
-            indices = _recompute(texts, images, (first, stop), (N, M), plan.budget)
+            indices = _recompute(
+                texts, images, (first, stop), (N, M), plan.budget, grads if few else None
+            )
         else:
             indices = ArgmaxIndices(argmax[0].view(J, I * N), argmax[1].view(J * M, I))
         if wanted.image:
-            image_side = SideGradient(images, texts, image_chunks, text_chunks, grads)
+            image_side = SideGradient(images, texts, image_chunks, text_chunks, grads, few)
             image_side.add_up(_image_indices(indices), plan.budget, d_image, False)
         if wanted.text:
             turned = grads[1].t(), grads[0].t()
-            text_side = SideGradient(texts, images, text_chunks, image_chunks, turned)
+            text_side = SideGradient(texts, images, text_chunks, image_chunks, turned, few)
             text_side.add_up(_text_indices(indices), plan.budget, text_total, add)
 
     for first in range(0, I, plan.images):
@@ -123,10 +145,12 @@ def _recompute(
     part: tuple[int, int],
     longest: tuple[int, int],
     budget: int,
+    grads: tuple[Tensor, Tensor] | None,
 ) -> ArgmaxIndices:
     """Find the indices of all texts and the images [first, stop) = `part` of the sorted order.
 
     longest: the padded lengths N and M.
+    grads: of both scores, where the indices of pairs without a gradient are not needed.
     """
     (first, stop), (N, M) = part, longest
     D, dtype = texts.features.shape[1], texts.features.dtype
@@ -142,7 +166,10 @@ def _recompute(
         sequence,
         row,
     )
-    compute_tiles(Forward(texts, images, None, indices), text_chunks, image_chunks)
+    if grads is None:
+        compute_tiles(Forward(texts, images, None, indices), text_chunks, image_chunks)
+    else:
+        find_indices(texts, images, image_chunks, grads, indices, budget)
     return indices
 
 
@@ -152,6 +179,7 @@ class SideGradient:
 
     grads: [own sequences, other sequences], the gradients of the score that averages over own rows
         and of the score that averages over other rows.
+    few: whether pairs without a gradient are left out.
     """
 
     own: PackedBatch
@@ -159,20 +187,32 @@ class SideGradient:
     own_chunks: list[Chunk]
     other_chunks: list[Chunk]
     grads: tuple[Tensor, Tensor]
+    few: bool
 
     def add_up(self, tile_indices: TileIndices, budget: int, into: Tensor, add: bool) -> None:
         """Write the gradient to `into` [B * P, D], or add it if `add`."""
         own, other = self.own, self.other
         most, most_other = largest(self.own_chunks), largest(self.other_chunks)
         cpu, width = own.features.device.type == "cpu", Widths.of(own.wide)
-        panel = self.panel_elements(budget, width, cpu)
-        buffers = Buffers.new(most, most_other, own.features, own.wide, panel)
+        indices = max(most.rows * most_other.sequences, most.sequences * most_other.rows)
+        panel, entries = 0, indices // 10  # an entry takes 100 bytes, and an index 28 in a buffer
+        if self.few:
+            indices = 0
+        else:
+            panel = self.panel_elements(budget, width, cpu)
+        buffers = Buffers.new(most.rows, indices, own.features, own.wide, panel)
         load_buffers = other.load_buffers(most_other.rows)
         for own_chunk in self.own_chunks:
             sums = buffers.total[: own_chunk.height].zero_()
             for other_chunk in self.other_chunks:
-                table = other.load(other_chunk, load_buffers)  # [other_rows, D]
                 tile = Tile(own, other, own_chunk, other_chunk, *self.grads)
+                kept = Kept(tile) if self.few else None
+                if kept is not None and not len(kept):
+                    continue
+                table = other.load(other_chunk, load_buffers)  # [other_rows, D]
+                if kept is not None:
+                    add_kept(kept, tile_indices, table, sums, entries)
+                    continue
                 shapes = own_chunk.shape(), other_chunk.shape()
                 if by_product(*shapes, cpu):
                     rows = panel_rows(*shapes, budget, width)

@@ -58,14 +58,13 @@ class Buffers:
 
     @classmethod
     def new(
-        cls, own: ChunkShape, other: ChunkShape, features: Tensor, wide: torch.dtype, panel: int
+        cls, rows: int, indices: int, features: Tensor, wide: torch.dtype, panel: int
     ) -> "Buffers":
-        indices = max(own.rows * other.sequences, own.sequences * other.rows)
         new = features.new_empty
         return cls(
-            total=new((own.rows, features.shape[1]), dtype=wide),
-            row_numbers=torch.arange(own.rows, dtype=torch.int32, device=features.device),
-            starts=new(own.rows, dtype=torch.int64),
+            total=new((rows, features.shape[1]), dtype=wide),
+            row_numbers=torch.arange(rows, dtype=torch.int32, device=features.device),
+            starts=new(rows, dtype=torch.int64),
             index=new(indices, dtype=torch.int32),
             keys=new(indices, dtype=torch.int32),
             order=new(indices, dtype=torch.int64),
