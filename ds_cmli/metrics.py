@@ -21,7 +21,7 @@ from ds_cmli.common.errors import UserError
 from ds_cmli.common.probe import Probe
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.engine.throughput import StepTimer, peak_flops
-from ds_cmli.trackers.panels import tag
+from ds_cmli.trackers import tag
 
 if TYPE_CHECKING:
     import numpy as np

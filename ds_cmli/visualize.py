@@ -260,7 +260,7 @@ def write_figure(panel: Panel, path: str | Path) -> None:
     Raises:
         UserError: the file cannot be written.
     """
-    from ds_cmli.common.match_sheet import sheet
+    from ds_cmli.evaluate.match_maps import sheet
 
     matches = dict(panel.matches)
     if len(matches) == 1:

@@ -48,7 +48,7 @@ def full_weights(
     Persistent buffers (BatchNorm's statistics) are included. `distilled` also includes the head to
     the teacher's width, which belongs to distillation and not to the student. Collective.
     """
-    from ds_cmli.engine.master_weights import masters_without_zero
+    from ds_cmli.engine.ema import masters_without_zero
 
     masters = masters_without_zero(optimizer)
     out: dict[str, Tensor] = {}
@@ -101,7 +101,7 @@ def full_averages(train_engine: TrainEngine) -> dict[str, Tensor] | None:
 
 def load_averages(checkpoint: Path, train_engine: TrainEngine) -> None:
     """Load a verified checkpoint's averages; without any they start as the weights."""
-    from ds_cmli.engine.master_weights import set_master_weight
+    from ds_cmli.engine.ema import set_master_weight
 
     ema, path = train_engine.ema, checkpoint / AVERAGE
     if ema is None:

@@ -13,7 +13,6 @@ from numpy import ndarray
 
 from ds_cmli import trackers
 from ds_cmli.common.errors import UserError
-from ds_cmli.trackers import panels
 
 LONGEST = 500  # characters; MLflow limits the length of a setting's value
 
@@ -37,7 +36,7 @@ class MLflow:
             run = mlflow.start_run(run_name=folder.resolve().name)
             trackers.kept_id(folder / "mlflow", run.info.run_id)
             mlflow.log_params(
-                {name: str(value)[:LONGEST] for name, value in panels.settings(folder).items()}
+                {name: str(value)[:LONGEST] for name, value in trackers.settings(folder).items()}
             )
         except (OSError, ImportError, MlflowException) as error:
             line = str(error).strip().split("\n")[0]

@@ -11,7 +11,7 @@ from pathlib import Path
 from numpy import ndarray
 from torch.utils.tensorboard import SummaryWriter
 
-from ds_cmli.trackers import panels
+from ds_cmli import trackers
 
 Hook = Callable[[threading.ExceptHookArgs], object]
 
@@ -33,7 +33,7 @@ class TensorBoard:
 
     def numbers(self, step: int, values: dict[str, float]) -> None:
         self.results |= {
-            name: value for name, value in values.items() if name.startswith(panels.RESULTS)
+            name: value for name, value in values.items() if name.startswith(trackers.RESULTS)
         }
         with self._opened(step) as events:
             for name, value in values.items():
@@ -47,7 +47,7 @@ class TensorBoard:
         if self.events is None:
             return
         if self.results and (self.folder / "config.json").is_file():
-            for summary in panels.settings_and_results(self.folder, self.results):
+            for summary in trackers.settings_and_results(self.folder, self.results):
                 self.events.file_writer.add_summary(summary)  # type: ignore[attr-defined]
         self.events.close()
 
@@ -66,7 +66,7 @@ class TensorBoard:
                 )
                 writer = self.events.file_writer.event_writer  # type: ignore
                 self.file = writer._file_name
-                self.events.add_text("configuration", panels.configuration(self.folder), step)
+                self.events.add_text("configuration", trackers.configuration(self.folder), step)
             yield self.events
         except OSError:
             self.events = None

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ds_cmli.common.match_sheet import CAPTION, GAP, INK, LABEL, TILE, sheet, tile, wrapped
+from ds_cmli.evaluate.match_maps import CAPTION, GAP, INK, LABEL, TILE, sheet, tile, wrapped
 
 
 def match(*words: str) -> SimpleNamespace:

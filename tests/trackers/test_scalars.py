@@ -2,7 +2,7 @@
 
 import pytest
 
-from ds_cmli.trackers.panels import tag
+from ds_cmli.trackers import tag
 
 
 @pytest.mark.parametrize(
