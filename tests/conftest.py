@@ -20,10 +20,12 @@ ROOT = Path(__file__).resolve().parent.parent
 # By the durations that `.ci/run` writes; the tests of Slurm wait most of their time.
 LONGEST_FIRST = (
     "tests/slurm",
-    "tests/memory/test_predict.py",
     "tests/checkpoint/test_restore.py",
-    "tests/memory/test_repeated.py",
+    "tests/memory/test_predict.py",
     "tests/faults/test_signals.py",
+    "tests/null_gpu/test_ranks.py",
+    "tests/null_gpu/test_gpu_check.py",
+    "tests/memory/test_repeated.py",
     "tests/cmli/test_triton.py",
     "tests/test_train.py",
     "tests/memory/test_out_of_memory.py",

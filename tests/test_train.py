@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.config.test_mistakes import pairs
-from tests.conftest import ROOT, free_port, run
+from tests.conftest import ROOT, free_port, rank_environments, run
+from tests.processes import Program
 
 BIN = os.path.dirname(sys.executable)
 MEASURED = re.compile("pairs_per_s|checkpoint_s|tflops|mfu|time/.*")  # differs from run to run
@@ -103,17 +104,19 @@ def test_evaluate_command_repeats_the_last_evaluation(finished, tmp_path):
     assert all(abs(found[k] - last[k]) < 0.03 for k in last)
 
 
-def test_torchrun_with_two_ranks_and_accumulation(tmp_path):
-    launcher = (os.path.join(BIN, "torchrun"), "--nproc_per_node", "2", "--master_port", str(free_port()))
+def test_two_ranks_and_accumulation(tmp_path):
+    """torchrun itself: tests/faults/test_signals.py."""
     config = tmp_path / "ds.json"
     config.write_text(json.dumps({"gradient_accumulation_steps": 2, "zero_optimization": {"stage": 2}}))
-    done = run("--deepspeed_config", str(config), *TINY[:2], "--steps", "2", "--output-dir", str(tmp_path / "run"),
-               "--set", "loss.cmli_cut=0.2", "--log-every", "1", launcher=launcher)  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
+    command = [str(ROOT / "ds_cmli" / "train.py"), "--deepspeed_config", str(config), *TINY[:2], "--steps", "2"]
+    command += ["--set", "loss.cmli_cut=0.2", "--log-every", "1", "--output-dir", str(tmp_path / "run")]
+    output = tmp_path / "output"
+    ranks = [Program(command, env, ROOT, output) for env in rank_environments(2)]
+    assert [rank.wait(300) for rank in ranks] == [0, 0], output.read_text()
     logged = [line for line in lines(tmp_path / "run") if "loss" in line]
     assert len(logged) == 2 and all(0.03 < line["cut/kept"] <= 1 and line["cut/bound"] >= 0 for line in logged)
-    assert done.stdout.count("  pairs kept ") == 2
-    assert "8 pairs per rank x 2 accumulation x 2 ranks = 32 pairs a step" in done.stdout
+    assert output.read_text().count("  pairs kept ") == 2
+    assert "8 pairs per rank x 2 accumulation x 2 ranks = 32 pairs a step" in output.read_text()
     resolved = json.loads((tmp_path / "run" / "config.json").read_text())["deepspeed"]
     assert resolved["train_batch_size"] == 32
     events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))

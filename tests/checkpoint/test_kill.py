@@ -90,8 +90,8 @@ def series(tmp_path, world_size: int, moments: list[str], seed: int) -> None:
     assert writes >= moments.count("write") // 2
 
 
-def test_killed_at_four_moments(tmp_path):
-    series(tmp_path, 1, ["any", "write", "write", "any"], seed=1)
+def test_killed_at_two_moments(tmp_path):
+    series(tmp_path, 1, ["any", "write"], seed=1)
 
 
 @pytest.mark.soak

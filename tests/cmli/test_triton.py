@@ -95,9 +95,9 @@ def compare(I, J, N, M, D, dtype, seed, **options):  # noqa: E741
 
 
 @check
-def random_shapes():
+def random_shapes(count=60):
     rng = torch.Generator().manual_seed(0)
-    for seed in range(200):
+    for seed in range(count):
         I, J, N, M, D = (int(torch.randint(1, top, (), generator=rng)) for top in (4, 5, 41, 41, 41))  # noqa: E741
         dtype = (torch.float32, torch.float16)[seed % 2]
         compare(I, J, N, M, D, dtype, seed, holes=seed % 3 > 0)
@@ -280,10 +280,15 @@ def test_cpu_tensors_are_refused_in_one_line():
 @pytest.fixture(scope="module")
 def interpreted():
     """The traceback of each check that fails, from one process of Triton's interpreter."""
+    return found_by_the_interpreter()
+
+
+def found_by_the_interpreter(*arguments):
     pytest.importorskip("triton", reason="triton is not installed: pip install 'ds-cmli[test]'")
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     environment["PYTHONPATH"] = os.pathsep.join(sys.path)
-    result = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True)
+    command = [sys.executable, __file__, *arguments]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-4000:]
     return json.loads(result.stdout.splitlines()[-1])
 
@@ -293,13 +298,21 @@ def test_interpreted(interpreted, name):
     assert interpreted[name] is None
 
 
-def failure(function) -> str | None:
+@pytest.mark.soak
+def test_interpreted_with_many_shapes():
+    assert found_by_the_interpreter("200") == {"random_shapes": None}
+
+
+def failure(function, *arguments) -> str | None:
     try:
-        function()
+        function(*arguments)
     except Exception:
         return traceback.format_exc()
     return None
 
 
 if __name__ == "__main__":
-    print(json.dumps({name: failure(function) for name, function in CHECKS.items()}))
+    found = {name: failure(function) for name, function in CHECKS.items() if len(sys.argv) == 1}
+    if len(sys.argv) > 1:
+        found["random_shapes"] = failure(random_shapes, int(sys.argv[1]))
+    print(json.dumps(found))

@@ -1,4 +1,4 @@
-"""The real `deepspeed` command on two ranks against one process with twice the micro-batch, in fp32."""
+"""Two ranks, once started by the real `deepspeed` command, against one process with twice the micro-batch, in fp32."""
 
 import os
 import subprocess
@@ -7,7 +7,8 @@ import sys
 import pytest
 import torch
 
-from tests.conftest import ROOT, clean_environment, free_port
+from tests.conftest import ROOT, clean_environment, free_port, rank_environments
+from tests.processes import Program
 
 STEPS = 5
 # Few: where two patches match a token equally well but for rounding, either may win, and the gradients are others. Of
@@ -15,11 +16,11 @@ STEPS = 5
 PAIRS = 8
 
 
-def gradients(tmp_path, launcher, micro_batch, stage, accumulation, exchange, source="demo"):
+def gradients(tmp_path, launcher, micro_batch, stage, accumulation, exchange, source="demo", world_size=1):
+    """Of ranks that `launcher` starts, or, if it is empty, of `world_size` forked ones."""
     file = tmp_path / f"{micro_batch}.pt"
     env = clean_environment() | {"PYTHONPATH": str(ROOT)}
     command = [
-        *launcher,
         str(ROOT / "tests" / "distributed" / "dump_gradients.py"),
         str(file),
         str(micro_batch),
@@ -29,19 +30,25 @@ def gradients(tmp_path, launcher, micro_batch, stage, accumulation, exchange, so
         exchange,
         source,
     ]
-    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
+    if launcher:
+        done = subprocess.run([*launcher, *command], env=env, cwd=ROOT, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return torch.load(file)
+    output = tmp_path / "output"
+    ranks = [Program(command, each | {"PYTHONPATH": str(ROOT)}, ROOT, output) for each in rank_environments(world_size)]
+    assert [rank.wait(300) for rank in ranks] == [0] * world_size, output.read_text()
     return torch.load(file)
 
 
-@pytest.mark.parametrize("stage, accumulation, exchange", [(2, 1, "gather"), (3, 2, "ring")])
-def test_two_ranks_give_the_gradients_of_one_process(tmp_path, stage, accumulation, exchange):
+@pytest.mark.parametrize("launched, stage, accumulation, exchange", [(True, 2, 1, "gather"), (False, 3, 2, "ring")])
+def test_two_ranks_give_the_gradients_of_one_process(tmp_path, launched, stage, accumulation, exchange):
     deepspeed = (
         *(os.path.join(os.path.dirname(sys.executable), "deepspeed"), "--no_local_rank"),
         *("--num_accelerators", "2", "--master_port", str(free_port())),
     )
-    two = gradients(tmp_path, deepspeed, PAIRS // 2 // accumulation, stage, accumulation, exchange)
-    one = gradients(tmp_path, (sys.executable,), PAIRS, stage, 1, exchange)
+    launcher, micro_batch = deepspeed if launched else (), PAIRS // 2 // accumulation
+    two = gradients(tmp_path, launcher, micro_batch, stage, accumulation, exchange, world_size=2)
+    one = gradients(tmp_path, (), PAIRS, stage, 1, exchange)
     torch.testing.assert_close(two["losses"], one["losses"], rtol=1e-5, atol=1e-6)
     worst = 0.0
     for step in (0, STEPS - 1):

@@ -26,7 +26,7 @@ from tests.processes import Program
 from tests.slurm.cluster import Cluster, poll
 from tests.slurm.jobs import steps_done
 
-STEPS = 100
+STEPS = 60
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGKILL)
 TARGETS = ("a rank", "the launcher")
 TRAIN = str(ROOT / "ds_cmli" / "train.py")

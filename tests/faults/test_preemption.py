@@ -96,21 +96,19 @@ def test_a_signal_to_one_rank_ends_all_with_a_checkpoint(tmp_path):
     assert "Traceback" not in logs[0].read_text() + logs[1].read_text()
 
 
-def test_ctrl_c_on_the_deepspeed_command_saves_and_the_next_start_goes_on(tmp_path):
+def test_ctrl_c_on_the_deepspeed_command_saves(tmp_path):
     log = tmp_path / "log"
     launcher = [os.path.join(os.path.dirname(sys.executable), "deepspeed"), "--num_accelerators", "1"]
     command = [*launcher, "--master_port", str(free_port()), str(ROOT / "ds_cmli" / "train.py"), *LONG]
     command += ["--data", pairs(tmp_path / "pairs", count=63), "--workers", "1", "--output-dir", str(tmp_path / "run")]
-    for start in ("step 5/", "resuming from"):
-        with log.open("w") as out:
-            process = subprocess.Popen(command, cwd=ROOT, env=clean_environment(), stdout=out,
-                                       stderr=subprocess.STDOUT, start_new_session=True)  # fmt: skip
-        try:
-            wait_for(log, start, process)
-            wait_for(log, r"step \d+/", process)
-            os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the launcher, the rank and its loader
-            process.wait(60)
-        finally:
-            process.kill()
-        wait_for(log, "stopped at step .* by SIGINT", subprocess.Popen(["sleep", "10"]), 10)
-        assert (tmp_path / "run" / "checkpoint" / "latest").is_file()
+    with log.open("w") as out:
+        process = subprocess.Popen(command, cwd=ROOT, env=clean_environment(), stdout=out,
+                                   stderr=subprocess.STDOUT, start_new_session=True)  # fmt: skip
+    try:
+        wait_for(log, "step 5/", process)
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the launcher, the rank and its loader
+        process.wait(60)
+    finally:
+        process.kill()
+    wait_for(log, "stopped at step .* by SIGINT", subprocess.Popen(["sleep", "10"]), 10)
+    assert (tmp_path / "run" / "checkpoint" / "latest").is_file()

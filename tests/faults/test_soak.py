@@ -91,7 +91,7 @@ def soak(folder: Path, starts: int, seconds: float, growth: float) -> None:
 
 
 def test_signals_lose_no_step_short(tmp_path):
-    soak(tmp_path, starts=3, seconds=5, growth=50)
+    soak(tmp_path, starts=2, seconds=5, growth=50)
 
 
 @pytest.mark.soak

@@ -1,17 +1,17 @@
 """Two real processes over gloo, one of which stops in its own way: how the job ends, when, and what it says."""
 
 import signal
-import subprocess
-import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch.distributed as dist
 
 from ds_cmli.faults.watchdog import Heartbeat, Watchdog
 from tests.conftest import ROOT, rank_environments
+from tests.processes import Program
 
 pytestmark = pytest.mark.usefixtures("alone")
 TIMEOUT = 3.0  # seconds
@@ -19,16 +19,15 @@ SLACK = 5.0  # seconds; a loaded machine takes its time to end a process
 STEP = 0.1
 
 
-def two_ranks(fate: str, victim: int = 1) -> tuple[list[int | None], str, float]:
+def two_ranks(folder: Path, fate: str, victim: int = 1) -> tuple[list[int | None], str, float]:
     """Exit codes, all output, and the seconds from the fate of the victim to the end of the survivors."""
-    command = [sys.executable, str(ROOT / "tests" / "faults" / "stopping_rank.py"), fate, str(TIMEOUT), str(STEP)]
-    ranks, output, ended = [], ["", ""], [0.0, 0.0]
-    for rank, env in enumerate(rank_environments(2, VICTIM=str(victim), TORCH_CPP_LOG_LEVEL="ERROR")):
-        own = env | {"SLURMD_NODENAME": f"node-{rank}"}
-        ranks.append(subprocess.Popen(command, env=own, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
+    command = [str(ROOT / "tests" / "faults" / "stopping_rank.py"), fate, str(TIMEOUT), str(STEP)]
+    ranks, logs, ended = [], [folder / f"{fate}-{victim}-{rank}.log" for rank in range(2)], [0.0, 0.0]
+    for rank, env in enumerate(rank_environments(2, VICTIM=str(victim))):
+        ranks.append(Program(command, env | {"SLURMD_NODENAME": f"node-{rank}"}, ROOT, logs[rank]))
 
     def follow(rank: int) -> None:
-        output[rank] = ranks[rank].communicate()[0]
+        ranks[rank].process.join()
         ended[rank] = time.time()
 
     threads = [threading.Thread(target=follow, args=(rank,)) for rank in range(2)]
@@ -41,7 +40,7 @@ def two_ranks(fate: str, victim: int = 1) -> tuple[list[int | None], str, float]
         thread.join(20)
         if thread.is_alive():
             process.kill()
-    text = "".join(output)
+    text = "".join(log.read_text() for log in logs)
     begin = [float(line.split()[1]) for line in text.splitlines() if line.startswith("FATE")]
     return [process.poll() for process in ranks], text, max(ended) - begin[0]
 
@@ -66,11 +65,12 @@ GOES_ON = ("evaluates", "saves", "compiles", "pauses", "preempted", "agrees")
 
 
 @pytest.fixture(scope="module")
-def outcomes():
+def outcomes(tmp_path_factory):
     """All cases, some at a time: they mostly wait."""
     with ThreadPoolExecutor(4) as pool:
+        folder = tmp_path_factory.mktemp("ranks")
         cases = [*STOPS, *((fate, 1) for fate in GOES_ON)]
-        yield dict(zip(cases, pool.map(lambda case: two_ranks(*case), cases), strict=True))
+        yield dict(zip(cases, pool.map(lambda case: two_ranks(folder, *case), cases), strict=True))
 
 
 @pytest.mark.parametrize("fate, victim", STOPS)

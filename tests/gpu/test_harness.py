@@ -3,8 +3,9 @@
 import importlib.util
 import json
 import subprocess
-import sys
+import tempfile
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,15 +23,16 @@ from tests.gpu.figures import (
     speed_figures,
 )
 from tests.gpu.settings import SETTINGS, Setting
+from tests.processes import finished
 
 CPU = torch.device("cpu")
 SCRIPT = ROOT / "profiling" / "gpu_check.py"
 
 
 def script(*arguments: object, device: str = "cpu", timeout: float = 300) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(SCRIPT), *map(str, arguments)]
     env = clean_environment() | {"DS_CMLI_GPU_TESTS_DEVICE": device}
-    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=timeout)
+    with tempfile.TemporaryDirectory() as folder:
+        return finished([str(SCRIPT), *map(str, arguments)], env, ROOT, Path(folder), timeout)
 
 
 def test_without_a_gpu_one_line_and_exit_code_2(tmp_path):

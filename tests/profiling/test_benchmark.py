@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from profiling.benchmark_cmli import breakdown
-from tests.conftest import ROOT, clean_environment
+from tests.conftest import ROOT, clean_environment, run
 
 
 def test_benchmark_writes_what_it_measures(tmp_path):
@@ -27,8 +27,7 @@ def test_benchmark_writes_what_it_measures(tmp_path):
 
 
 def test_the_step_beside_a_plain_loop():
-    command = [sys.executable, str(ROOT / "profiling" / "benchmark_step.py"), "--preset", "tiny", "--repeats", "1"]
-    done = subprocess.run([*command, "--json"], env=clean_environment(), capture_output=True, text=True, timeout=300)
+    done = run("--preset", "tiny", "--repeats", "1", "--json", script="../profiling/benchmark_step.py")
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(done.stdout)
     assert found["ratio"] > 0 and found["ratio_checkpointing"] > 0

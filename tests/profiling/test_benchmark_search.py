@@ -1,16 +1,12 @@
 import json
-import subprocess
-import sys
 
-from tests.conftest import ROOT, clean_environment
+from tests.conftest import run
 from tests.run_folder import write_run
 
 
 def test_the_exact_search_is_what_others_are_compared_with(tmp_path):
-    command = [sys.executable, "profiling/benchmark_search.py", "--model", str(write_run(tmp_path))]
-    env = clean_environment() | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, "--images", "80", "--queries", "4", "--json"], cwd=ROOT, env=env,
-                          capture_output=True, text=True, timeout=300)  # fmt: skip
+    options = ["--model", str(write_run(tmp_path)), "--images", "80", "--queries", "4", "--json"]
+    done = run(*options, script="../profiling/benchmark_search.py")
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(done.stdout)
     assert (found["images"], found["queries"], [*found["rows"]]) == (80, 4, ["10", "50", "exact"])

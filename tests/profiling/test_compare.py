@@ -1,6 +1,5 @@
 import json
 import subprocess
-import sys
 
 import pytest
 
@@ -11,7 +10,7 @@ from profiling.document import charts, compare, steps, tables
 from profiling.document.compare import Row
 from profiling.document.estimates import Setting, claims
 from profiling.document.implementations import implementations
-from tests.conftest import ROOT, clean_environment
+from tests.conftest import ROOT, run
 
 SMALL = Setting(B=6, P=2, N=9, M=7, H=32, D=16)
 SCRIPT = ROOT / "profiling" / "compare_estimates.py"
@@ -20,13 +19,7 @@ KEYS |= {"measured_bytes", "measured_peak_bytes", "measured_on", "verdict"}
 
 
 def command(*options: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, str(SCRIPT), *options],
-        env=clean_environment(),
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    return run(*options, script="../profiling/compare_estimates.py")
 
 
 def test_a_row_is_measured_in_a_process_of_its_own():

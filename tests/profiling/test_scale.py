@@ -1,18 +1,17 @@
 import json
-import subprocess
-import sys
 
 import pytest
 
 from profiling.scale import draw, finding
-from tests.conftest import ROOT, clean_environment
+from tests.conftest import run
+
+SCRIPT = "../profiling/scale.py"
 
 
 def test_a_table_of_two_exchanges(tmp_path):
     file = tmp_path / "rows.json"
-    command = [sys.executable, str(ROOT / "profiling" / "scale.py"), "--preset", "tiny", "--target", "cpu"]
-    options = ["--ranks", "1,2", "--stages", "2", "--accumulation", "1", "--json", str(file)]
-    done = subprocess.run([*command, *options], env=clean_environment(), capture_output=True, text=True, timeout=300)
+    options = ["--preset", "tiny", "--target", "cpu", "--ranks", "1,2", "--stages", "2", "--accumulation", "1"]
+    done = run(*options, "--json", str(file), script=SCRIPT)
     assert done.returncode == 0, done.stdout + done.stderr
     one, gathered, ring = json.loads(file.read_text())
     assert one["moved"] == {} or one["sent"] == 0
@@ -25,8 +24,7 @@ def test_a_table_of_two_exchanges(tmp_path):
 
 
 def test_wrong_ranks_are_one_line():
-    command = [sys.executable, str(ROOT / "profiling" / "scale.py"), "--ranks", "1,many"]
-    done = subprocess.run(command, env=clean_environment(), capture_output=True, text=True, timeout=300)
+    done = run("--ranks", "1,many", script=SCRIPT)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "--ranks is '1,many'" in done.stderr
 
 
