@@ -333,7 +333,7 @@ def test_the_command_sweeps():
 
 
 def test_fit():
-    config, ds_config = preset(), ds_json()
+    config, ds_config = preset(losses=("global",)), ds_json()
     room = predict(config, search.with_batch(ds_config, 100), 2).report.totals["device"]
     told: list[str] = []
     found = search.fit(config, ds_config, 2, room, tell=told.append)
@@ -439,13 +439,13 @@ def test_what_fit_means_is_said_with_what_tensors_can_have():
 def test_the_rank_that_needs_the_most_is_predicted(stage):
     # Of many pairs activations weigh more than the gradients that are kept.
     config = preset(batch=1, losses=("global",))
-    each = [predict(config, ds_json(stage), 3, target="cpu", rank=rank).report for rank in range(3)]
+    each = [predict(config, ds_json(stage), 3, target="cpu", rank=rank).report for rank in (0, 2)]
     largest = search.predict_largest(config, ds_json(stage), 3, target="cpu").report
     sizes = [report.totals["requested"] for report in each]
     assert largest.totals["requested"] == max(sizes)
     differ = stage in (1, 2)
     assert largest.setting["rank"] == (2 if differ else 0)
-    assert (sizes[2] > sizes[0]) == differ
+    assert (sizes[1] > sizes[0]) == differ
     with pytest.raises(UserError, match="--rank is 3: the ranks of 3 are 0 to 2"):
         predict(config, ds_json(stage), 3, rank=3)
 
