@@ -5,16 +5,20 @@ which order, is as in a fresh interpreter; tests of that, and of launchers, star
 """
 
 import multiprocessing
+import multiprocessing.connection
 import os
 import runpy
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["tests.preload"])
+# The exit code comes through a pipe: of two threads that read it, as each start does too, one would find it empty.
+LOCK = threading.Lock()
 
 
 class Program:
@@ -30,23 +34,26 @@ class Program:
     def __init__(self, command: list[str], env: dict[str, str], cwd: Path, output: Path, errors: Path | None = None):
         arguments = (list(map(str, command)), env, str(cwd), str(output), errors and str(errors))
         self.process = CONTEXT.Process(target=_run, args=arguments)
-        self.process.start()
+        with LOCK:
+            self.process.start()
         self.pid = self.process.pid
 
     @property
     def returncode(self) -> int | None:
-        return self.process.exitcode
+        with LOCK:
+            return self.process.exitcode
 
     poll = returncode.fget
 
     def wait(self, timeout: float | None = None) -> int:
-        self.process.join(timeout)
-        if self.process.exitcode is None:
+        multiprocessing.connection.wait([self.process.sentinel], timeout)
+        code = self.returncode
+        if code is None:
             raise subprocess.TimeoutExpired(f"process {self.pid}", timeout or 0)
-        return self.process.exitcode
+        return code
 
     def send_signal(self, number: int) -> None:
-        if self.process.exitcode is None:
+        if self.returncode is None:
             os.kill(self.pid, number)
 
     def kill(self) -> None:

@@ -27,7 +27,7 @@ def two_ranks(folder: Path, fate: str, victim: int = 1) -> tuple[list[int | None
         ranks.append(Program(command, env | {"SLURMD_NODENAME": f"node-{rank}"}, ROOT, logs[rank]))
 
     def follow(rank: int) -> None:
-        ranks[rank].process.join()
+        ranks[rank].wait()
         ended[rank] = time.time()
 
     threads = [threading.Thread(target=follow, args=(rank,)) for rank in range(2)]
