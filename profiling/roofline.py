@@ -139,8 +139,9 @@ class Kernels:
             ("p_win", "q_win"), "u8"
         )
         types |= dict.fromkeys(("p_mask", "q_mask"), "i16")
-        types |= dict.fromkeys(("p_inverse", "q_inverse", "scale", "p_grad", "q_grad"), "fp32") | {
-            "sparse": "i32"
+        types |= dict.fromkeys(("scale", "p_grad", "q_weight"), "fp32") | {
+            "sparse": "i32",
+            "p_count": "i32",
         }
         types |= {
             f"{list_}_{part}": "i32"

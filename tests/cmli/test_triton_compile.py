@@ -72,7 +72,7 @@ def forward_kernels(target, dtype, variants):
     tiles = forward_tiles(N, M, D, dtype, divmod(target, 10), SHARED[target])
     pointers = dict.fromkeys(("s_i2t", "s_t2i"), "fp32") | dict.fromkeys(("image", "text"), NAMES[dtype])
     pointers |= dict.fromkeys(("arg_i2t", "arg_t2i"), "u8") | dict.fromkeys(("image_mask", "token_mask"), "i16")
-    pointers |= dict.fromkeys(("image_count", "text_count", "first", "code"), "i32") | {"suspect": "i1"}
+    pointers |= dict.fromkeys(("image_count", "text_count", "first", "code"), "i32") | {"suspect": "i32"}
     for tokens, (masked, save) in product(tiles.tokens, variants):
         constants = {"D": D, "ROWS": tiles.rows, "TOKENS": tokens, "BD": tiles.features, "BLOCKS": -(-N // tiles.rows)}
         constants |= {"MASKED": masked, "SAVE": save, "STAGES": tiles.stages}
@@ -83,7 +83,7 @@ def backward_kernels(target, dtype, variants):
     """What `compiled` gives of each (P masked, Q masked) of `variants`."""
     pointers = dict.fromkeys(("out", "source"), NAMES[dtype]) | dict.fromkeys(("p_win", "q_win"), "u8")
     pointers |= dict.fromkeys(("p_mask", "q_mask"), "i16")
-    pointers |= dict.fromkeys(("p_inverse", "q_inverse", "scale", "p_grad", "q_grad"), "fp32")
+    pointers |= dict.fromkeys(("scale", "p_grad", "q_weight"), "fp32") | {"p_count": "i32"}
     pointers |= {f"{list_}_{part}": "i32" for list_ in ("p", "long", "short") for part in ("code", "first")}
     pointers["sparse"] = "i32"
     for p_masked, q_masked in variants:

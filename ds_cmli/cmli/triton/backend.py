@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ds_cmli.cmli.check import index_dtype
 from ds_cmli.cmli.inputs import Sides, Wanted
-from ds_cmli.cmli.triton.forward_kernel import combine_kernel, forward_kernel
+from ds_cmli.cmli.triton.forward_kernel import combine_kernel, forward_kernel, suspect_kernel
 from ds_cmli.cmli.triton.gradient import OneSide, gradient_bytes, write_gradient
 from ds_cmli.cmli.triton.tiles import (
     ForwardTiles,
@@ -40,7 +40,7 @@ class Launch(NamedTuple):
     sides: Sides  # contiguous
     images: Sequences
     texts: Sequences
-    suspect: Tensor  # [] bool: some product may give a NaN
+    suspect: Tensor  # [1] int32: some product may give a NaN
     tiles: ForwardTiles
     save: bool
 
@@ -76,7 +76,7 @@ def forward(
     arg_t2i = image.new_zeros((I, J, M) if save_argmax else (0,), dtype=index_dtype(N))
     i_step, j_step = _partial_chunk(image, text, tiles, s_i2t.dtype, scratch_bytes)
     contiguous = sides._replace(image=image, text=text)
-    suspect = _suspect(image) | _suspect(text)
+    suspect = _suspect(image, text)
     launch = Launch(contiguous, images, texts, suspect, tiles, save_argmax)
     with _device(image):
         for j in range(0, J, j_step):
@@ -191,12 +191,12 @@ def peak_bytes(
     i_step, j_step = _steps(I, J, blocks, _partial_pair(blocks, M, acc), scratch_bytes)
 
     def lists(sequences: int, length: int) -> int:
-        """The tile lists of a side, and what building them takes."""
-        return sequences * (24 * (math.ceil(length / 16) + 2) + 16)
+        """The tile lists of a side."""
+        return sequences * 4 * (math.ceil(length / 16) + 4) + 64
 
     def sides(images: int, texts: int) -> int:
         """Masks and lengths."""
-        return images * (4 * N + 16) + texts * (4 * M + 16)
+        return images * (2 * N + 8) + texts * (2 * M + 8) + 4
 
     def run(images: int, texts: int, save: bool) -> int:
         partial = 0
@@ -214,7 +214,7 @@ def peak_bytes(
         gradient_bytes((some_images, N), (J, M), acc, scratch_bytes // 2),
         gradient_bytes((some_texts, M), (I, N), acc, scratch_bytes // 2),
     )
-    backward = gradients + 2 * I * J * acc + sides(I, J) + 2 * lists(I, N) + 2 * lists(J, M)
+    backward = gradients + 2 * I * J * acc + sides(I, J) + lists(I, N) + lists(J, M)
     backward += gradient
     if recompute:
         backward += max(run(some_images, J, True), run(I, some_texts, True))
@@ -261,9 +261,12 @@ def _part(side: Sequences, some: slice) -> Sequences:
     return part
 
 
-def _suspect(x: Tensor) -> Tensor:
-    """[] bool: whether products of x may give a NaN."""
-    return ~((x.amax().double() <= HUGE) & (x.amin().double() >= -HUGE))
+def _suspect(image: Tensor, text: Tensor) -> Tensor:
+    """[1] int32: not 0 if products of the two may give a NaN."""
+    found = torch.zeros(1, dtype=torch.int32, device=image.device)
+    for x in (image, text):
+        suspect_kernel[(math.ceil(x.numel() / 8192),)](found, x, x.numel(), HUGE, WIDTH=8192)
+    return found
 
 
 def _pair_bytes(N: int, M: int) -> int:

@@ -24,7 +24,7 @@ import triton.language as tl
 
 
 @triton.jit
-def _indices(here, p, live, r, r_inside, p_win, q_win, p_grad, q_grad, p_factor, shrink, q_inverse,
+def _indices(here, p, live, r, r_inside, p_win, q_win, p_grad, q_weight, p_factor, Q,
              p_win_p, p_win_q, q_win_p, q_win_q, grad_p, grad_q, Q_LEN, q_slots,
              STEP: tl.constexpr):  # fmt: skip
     """What one step of the source needs: indices in P [16, R] and in Q [R, STEP], and their
@@ -34,22 +34,21 @@ def _indices(here, p, live, r, r_inside, p_win, q_win, p_grad, q_grad, p_factor,
     p_won = tl.load(p_win + (p * p_win_p + q * p_win_q)[None, :] + r, mask=r_inside, other=0)
     inside = live[:, None] & (s < Q_LEN)[None, :]
     q_won = tl.load(q_win + (p * q_win_p + q * q_win_q)[:, None] + s[None, :], mask=inside, other=0)
-    pair = p * grad_p + q * grad_q
-    p_share = tl.load(p_grad + pair, mask=live, other=0.0) * p_factor
-    q_share = tl.load(q_grad + pair, mask=live, other=0.0) * shrink * tl.load(q_inverse + q)
+    p_share = tl.load(p_grad + p * grad_p + q * grad_q, mask=live, other=0.0) * p_factor
+    q_share = tl.load(q_weight + p * Q + q, mask=live, other=0.0)
     return p_won.to(tl.int32), q_won.to(tl.int32), p_share, q_share
 
 
 @triton.jit
 def _add_steps(acc, code, total, terms, source, q_mask, d, p, live, r, r_inside, p_win, q_win,
-               p_grad, q_grad, p_factor, shrink, q_inverse, p_win_p, p_win_q, q_win_p, q_win_q,
+               p_grad, q_weight, p_factor, Q, p_win_p, p_win_q, q_win_p, q_win_q,
                grad_p, grad_q, Q_LEN, q_slots, D: tl.constexpr, ROWS: tl.constexpr,
                STEP: tl.constexpr, Q_MASKED: tl.constexpr,
                TWO_TERMS: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
     dtype = acc.dtype
     here = tl.load(code)
     p_won, q_won, p_share, q_share = _indices(
-        here, p, live, r, r_inside, p_win, q_win, p_grad, q_grad, p_factor, shrink, q_inverse,
+        here, p, live, r, r_inside, p_win, q_win, p_grad, q_weight, p_factor, Q,
         p_win_p, p_win_q, q_win_p, q_win_q, grad_p, grad_q, Q_LEN, q_slots, STEP)  # fmt: skip
     for t in tl.range(0, total, num_stages=STAGES):
         s = here % q_slots * 16 + tl.arange(0, STEP)
@@ -70,7 +69,7 @@ def _add_steps(acc, code, total, terms, source, q_mask, d, p, live, r, r_inside,
         # latency.
         here = tl.load(code + t + 1)
         p_won, q_won, p_share, q_share = _indices(
-            here, p, live, r, r_inside, p_win, q_win, p_grad, q_grad, p_factor, shrink, q_inverse,
+            here, p, live, r, r_inside, p_win, q_win, p_grad, q_weight, p_factor, Q,
             p_win_p, p_win_q, q_win_p, q_win_q, grad_p, grad_q, Q_LEN, q_slots, STEP)  # fmt: skip
 
         main = g.to(source.dtype.element_ty)
@@ -104,7 +103,7 @@ def gradient_kernel(
     p_mask,  # [P, P_LEN], not read unless P_MASKED
     p_code,  # [tiles + 1] int32, sequence * p_slots + first position / 16
     p_first,  # [P + 1] int32; the last is the number of tiles
-    p_inverse,  # [P] 1 / valid positions
+    p_count,  # [P] int32, valid positions
     scale,  # [P] an upper bound of |coefficient| in each sequence's rows
     source,  # [Q, Q_LEN, D]
     q_mask,  # [Q, Q_LEN], not read unless Q_MASKED
@@ -112,11 +111,10 @@ def gradient_kernel(
     long_first,
     short_code,  # steps of 16 positions
     short_first,
-    q_inverse,  # [Q]
     p_win,  # [P, Q, P_LEN] (in some order): position in q that wins position in p
     q_win,  # [P, Q, Q_LEN] (in some order): position in p that wins position in q
     p_grad,  # [P, Q] (in some order): gradient of the score averaged over p's positions
-    q_grad,  # [P, Q]: of the one averaged over q's
+    q_weight,  # [P, Q], of the one averaged over q's: divided by scale and by q's positions
     p_win_p,  # stride of p_win from one sequence p to the next
     p_win_q,  # from one sequence q to the next
     q_win_p,
@@ -153,19 +151,18 @@ def gradient_kernel(
     r = (here % p_slots * 16)[None, :] + tl.arange(0, 16)[:, None]  # [16, R]
     r_inside = live[None, :] & (r < P_LEN)
     size = tl.load(scale + p)
-    shrink = 1.0 / size
-    p_factor = tl.load(p_inverse + p) * shrink
+    p_factor = 1.0 / (size * tl.maximum(tl.load(p_count + p), 1))
     d = tl.program_id(1) * BD + tl.arange(0, BD)
 
     acc = tl.zeros([ROWS, BD], dtype)
     acc = _add_steps(
         acc, long_code, tl.load(long_first + Q), terms, source, q_mask, d, p, live, r, r_inside,
-        p_win, q_win, p_grad, q_grad, p_factor, shrink, q_inverse, p_win_p, p_win_q, q_win_p,
+        p_win, q_win, p_grad, q_weight, p_factor, Q, p_win_p, p_win_q, q_win_p,
         q_win_q, grad_p, grad_q, Q_LEN, q_slots, D, ROWS, LONG, Q_MASKED, TWO_TERMS,
         STAGES)  # fmt: skip
     acc = _add_steps(
         acc, short_code, tl.load(short_first + Q), terms, source, q_mask, d, p, live, r, r_inside,
-        p_win, q_win, p_grad, q_grad, p_factor, shrink, q_inverse, p_win_p, p_win_q, q_win_p,
+        p_win, q_win, p_grad, q_weight, p_factor, Q, p_win_p, p_win_q, q_win_p,
         q_win_q, grad_p, grad_q, Q_LEN, q_slots, D, ROWS, 16, Q_MASKED, TWO_TERMS,
         STAGES)  # fmt: skip
 

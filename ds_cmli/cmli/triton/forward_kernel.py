@@ -34,7 +34,7 @@ def forward_kernel(
     token_mask,  # [J, M]
     image_count,  # [I] int32, valid patches
     text_count,  # [J] int32, valid tokens
-    suspect,  # [1]: some input may give a NaN
+    suspect,  # [1] int32: some input may give a NaN
     first,  # [J + 1] int32, first tile of each text
     code,  # [tiles + 1] int32, text * slots + place in the text; J * slots after the last
     score_stride,  # elements from one image to the next in s_i2t; in s_t2i too, unless in blocks
@@ -192,3 +192,13 @@ def combine_kernel(
     tl.store(s_i2t + i * score_stride + j, rows / tl.maximum(n_count, 1))
     columns = tl.sum(tl.where(ok, best, 0.0), 0)
     tl.store(s_t2i + i * score_stride + j, tl.where(n_count > 0, columns / m_count, 0.0))
+
+
+@triton.jit(do_not_specialize=["n"])
+def suspect_kernel(found, x, n, huge, WIDTH: tl.constexpr):
+    """Set `found` [1] to 1 if one of WIDTH elements of x [n] is NaN or larger than `huge`."""
+    place = tl.program_id(0).to(tl.int64) * WIDTH + tl.arange(0, WIDTH)
+    value = tl.load(x + place, mask=place < n, other=0.0)
+    bad = tl.where(tl.abs(value.to(tl.float32)) <= huge, 0, 1)
+    # Programs that write at the same time write the same.
+    tl.store(found, 1, mask=tl.max(bad, 0) > 0)

@@ -243,14 +243,13 @@ def write_dense(
     capability, _ = device_limits(out.device)
     tiles = backward_tiles(out.shape[-1], out.dtype, capability, Q.length)
     rows, (long, short) = row_tiles(P), source_steps(Q, tiles.step)
-    p_inverse, q_inverse = P.inverse_counts(p.grad.dtype), Q.inverse_counts(p.grad.dtype)
     other = 1 - p_axis
     two_terms = out.dtype == torch.bfloat16
     programs = math.ceil(rows.bound / (tiles.rows // 16)), math.ceil(out.shape[-1] / tiles.features)
     gradient_kernel[programs](
-        out, pairs.sparse, P.mask, rows.code, rows.first, p_inverse, pairs.scale, source, Q.mask,
-        long.code, long.first, short.code, short.first, q_inverse, p.indices, q.indices, p.grad,
-        q.grad, p.indices.stride(p_axis), p.indices.stride(other),
+        out, pairs.sparse, P.mask, rows.code, rows.first, P.counts, pairs.scale, source, Q.mask,
+        long.code, long.first, short.code, short.first, p.indices, q.indices, p.grad,
+        pairs.q_weight, p.indices.stride(p_axis), p.indices.stride(other),
         q.indices.stride(p_axis), q.indices.stride(other),
         p.grad.stride(p_axis), p.grad.stride(other),
         P.sequences, Q.sequences, P.length, Q.length, rows.slots, long.slots,

@@ -7,7 +7,11 @@ import math
 from typing import NamedTuple
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
+
+BLOCK = 256  # sequences whose tiles a program lists
 
 
 class ForwardTiles(NamedTuple):
@@ -101,13 +105,21 @@ class Sequences:
             # int16: Triton sizes the registers of a product by the narrowest type its operands
             # depend on. Contiguous: that is how kernels read it.
             self.mask = mask.to(torch.int16, memory_format=torch.contiguous_format)
-            self.counts = mask.sum(1, dtype=torch.int32)
-            places = torch.arange(1, length + 1, dtype=torch.int16, device=device)
-            self.ends = (self.mask * places).amax(1).to(torch.int32)  # last valid position + 1
+            self.counts = torch.empty(sequences, dtype=torch.int32, device=device)
+            self.ends = torch.empty_like(self.counts)  # last valid position + 1
+            lengths_kernel[(sequences,)](
+                self.counts, self.ends, self.mask, length, WIDTH=power_of_two(length)
+            )
 
-    def inverse_counts(self, dtype: torch.dtype) -> Tensor:
-        """[X] 1 / valid positions (1 where there are none, which have no tiles)."""
-        return 1.0 / self.counts.clamp(min=1).to(dtype)
+
+@triton.jit
+def lengths_kernel(counts, ends, mask, length, WIDTH: tl.constexpr):
+    """Count the valid positions of one sequence [WIDTH], and find where the last one ends."""
+    x = tl.program_id(0).to(tl.int64)
+    place = tl.arange(0, WIDTH)
+    valid = tl.load(mask + x * length + place, mask=place < length, other=0).to(tl.int32)
+    tl.store(counts + x, tl.sum(valid, 0))
+    tl.store(ends + x, tl.max(valid * (place + 1), 0))
 
 
 class TileList(NamedTuple):
@@ -120,65 +132,112 @@ class TileList(NamedTuple):
     bound: int  # number of tiles there can be at most
 
 
-def tile_list(
-    count: Tensor,
-    bound_per_sequence: int,
-    slots: int,
-    base: Tensor | int = 0,
-    unit: int = 1,
-    after: int = 0,
-) -> TileList:
-    """List `count[x]` tiles of each sequence, the first at slot `base[x]`, the next `unit` slots
-    further each.
+class Cut(NamedTuple):
+    """How sequences are cut into tiles, those alone that end above `above` and not above `upto`.
 
-    `after` is the sequence that the entries after the last name: 0 is safe to load from,
-        `sequences` is no text's.
+    A tile of `width` positions begins where more than `rest` positions are left; in the list of
+    rests, if there is anything left.
     """
-    sequences = len(count)
-    bound = sequences * bound_per_sequence
-    first = torch.zeros(sequences + 1, dtype=torch.int32, device=count.device)
-    torch.cumsum(count, 0, dtype=torch.int32, out=first[1:])
-    tile = torch.arange(bound + 1, dtype=torch.int32, device=count.device)
-    sequence = torch.searchsorted(first[1:], tile, right=True, out_int32=True)
-    inside = sequence < sequences
-    sequence = sequence.clamp_(max=sequences - 1)
-    start = base[sequence] if isinstance(base, Tensor) else base
-    code = sequence * slots + start + (tile - first[sequence]) * unit
-    return TileList(torch.where(inside, code, after * slots), first, slots, bound)
+
+    width: int
+    rest: int = 0
+    rests: bool = False
+    above: int = 0
+    upto: int = 2**30
+
+
+@triton.jit
+def _tile_counts(ends, x, X, width, rest, above, upto, RESTS: tl.constexpr):
+    """Number of tiles of the sequences x, and of the long ones that come before a rest."""
+    end = tl.load(ends + x, mask=x < X, other=0)
+    end = tl.where((end > above) & (end <= upto), end, 0)
+    long = (end + width - 1 - rest) // width
+    count = long
+    if RESTS:
+        count = (end > long * width).to(tl.int32)
+    return count, long
+
+
+@triton.jit(do_not_specialize=["X", "after", "most"])
+def list_kernel(
+    code,
+    first,
+    ends,
+    X,
+    slots,
+    unit,
+    after,
+    width,
+    rest,
+    above,
+    upto,
+    most,
+    RESTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """List the tiles of BLOCK sequences behind those of all before."""
+    before = tl.zeros([], tl.int32)
+    for start in range(0, tl.program_id(0) * BLOCK, BLOCK):
+        x = start + tl.arange(0, BLOCK)
+        count, _ = _tile_counts(ends, x, X, width, rest, above, upto, RESTS)
+        before += tl.sum(count, 0)
+    x = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    count, long = _tile_counts(ends, x, X, width, rest, above, upto, RESTS)
+    last = before + tl.cumsum(count, 0)
+    begin = last - count
+    tl.store(first + x, begin, mask=x < X)
+    base = x * slots
+    if RESTS:
+        base += long * unit
+    for t in range(0, most):
+        tl.store(code + begin + t, base + t * unit, mask=t < count)
+    tl.store(first + X + x * 0, last, mask=x == X - 1)
+    tl.store(code + last, x * 0 + after * slots, mask=x == X - 1)
+
+
+def tile_list(side: Sequences, cut: Cut, slots: int, unit: int = 1, after: int = 0) -> TileList:
+    """List the tiles of each sequence, each `unit` slots after the one before.
+
+    `after` is the sequence that the entry after the last names: 0 is safe to load from,
+    `sequences` is no text's.
+    """
+    X = side.sequences
+    most = math.ceil(min(side.length, cut.upto) / cut.width)
+    if cut.rests:
+        most = 1
+    code = side.ends.new_empty(X * most + 1)
+    first = side.ends.new_empty(X + 1)
+    cutting = (cut.width, cut.rest, cut.above, cut.upto, most)
+    list_kernel[(math.ceil(X / BLOCK),)](
+        code, first, side.ends, X, slots, unit, after, *cutting, RESTS=cut.rests, BLOCK=BLOCK
+    )
+    return TileList(code, first, slots, X * most)
 
 
 def text_tiles(side: Sequences, widths: tuple[int, ...]) -> list[TileList]:
     """List the tiles of the texts that take each tile width."""
     lists, below = [], 0
     for width in widths:
-        takes = side.ends > below
-        if width != widths[-1]:
-            takes &= side.ends <= width
-        per_text = 1 if width != widths[-1] else math.ceil(side.length / width)
-        count = torch.where(takes, (side.ends + width - 1) // width, 0)
-        lists.append(tile_list(count, per_text, per_text, after=side.sequences))
+        cut, slots = Cut(width, above=below, upto=width), 1
+        if width == widths[-1]:
+            cut, slots = Cut(width, above=below), math.ceil(side.length / width)
+        lists.append(tile_list(side, cut, slots, after=side.sequences))
         below = width
     return lists
 
 
 def row_tiles(side: Sequences) -> TileList:
     """All positions up to each sequence's last valid one, in tiles of 16."""
-    slots = math.ceil(side.length / 16)
-    return tile_list((side.ends + 15) // 16, slots, slots)
+    return tile_list(side, Cut(16), math.ceil(side.length / 16))
 
 
 def source_steps(side: Sequences, step: int) -> tuple[TileList, TileList]:
     """The same positions in steps of `step` and, where 16 are enough for what is left of a
     sequence, one of 16."""
-    slots = math.ceil(side.length / 16)
-    long = side.ends // step + (side.ends % step > 16).to(torch.int32)
-    short = (side.ends > long * step).to(torch.int32)
-    if step == 16:  # no rest of up to 16 is left out above
-        long, short = (side.ends + 15) // 16, torch.zeros_like(side.ends)
-    unit = step // 16
+    slots, unit, rest = math.ceil(side.length / 16), step // 16, min(16, step - 16)
     return (
-        tile_list(long, math.ceil(side.length / step), slots, unit=unit),
-        tile_list(short, 1, slots, base=long * unit),
+        tile_list(side, Cut(step, rest), slots, unit),
+        tile_list(side, Cut(step, rest, rests=True), slots, unit),
     )
 
 
