@@ -235,6 +235,17 @@ def _convolution_backward(args: tuple, limits: Limits) -> Inside:
     return Inside((kept + others, kept), (kept, of_bias))
 
 
+def returned(func: OpOverload, out: object) -> object:
+    """What an operator returns on CUDA, given what it returns on a CPU.
+
+    Layer norm's statistics of 16-bit inputs are in fp32 there (cuda/layer_norm_kernel.cu).
+    """
+    if func is aten.native_layer_norm.default:
+        normalised, mean, inverse_deviation = out  # type: ignore[misc]
+        return normalised, mean.float(), inverse_deviation.float()
+    return out
+
+
 # The place of the argument that names the dimensions; operators of `WHOLE` reduce them all.
 WHOLE = {aten.sum.default, aten.mean.default, aten.all.default, aten.any.default, aten.max.default}
 SUMS = {aten.sum.default, aten.sum.dim_IntList, aten.mean.default, aten.mean.dim}

@@ -5,6 +5,7 @@ CUDA, backward runs on no other device. The process group is torch's `fake` one:
 ranks, whose collectives move nothing.
 """
 
+import math
 import sys
 import weakref
 from collections import Counter
@@ -107,9 +108,8 @@ class CudaOperators:
             )[0]
             return out[..., :width] if width % 8 else out
         if attn_mask is not None and attn_mask.dtype == torch.bool:
-            attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill_(
-                ~attn_mask, float("-inf")
-            )
+            attended, left_out = query.new_zeros(()), query.new_full((), -math.inf)
+            attn_mask = torch.where(attn_mask, attended, left_out)
         if kernel == cuda_attention.MATH:
             return torch.ops.aten._scaled_dot_product_attention_math(
                 query, key, value, attn_mask, dropout_p, is_causal, None, scale=scale

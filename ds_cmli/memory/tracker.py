@@ -175,6 +175,8 @@ class Tracker(TorchDispatchMode, Probe):
         for stage in inside.before:
             own.enter(stage)
         out = func(*args, **(kwargs or {}))
+        if self.gpu is not None:
+            out = cuda_operators.returned(func, out)
         if func in IN_PLACE:
             own.enter(())  # already here, as the result will replace its argument
         if self.recording:
@@ -188,7 +190,10 @@ class Tracker(TorchDispatchMode, Probe):
 
     def _see_results(self, func: OpOverload, args: tuple, out: object) -> None:
         category = "CMLI op" if func.namespace == "ds_cmli" else None
-        for tensor in [out] if isinstance(out, Tensor) else tree_leaves(out):
+        results = [out] if isinstance(out, Tensor) else tree_leaves(out)
+        if func is torch.ops.aten.native_dropout.default:
+            results = results[::-1]  # in the order in which CUDA's kernel allocates them
+        for tensor in results:
             if isinstance(tensor, Tensor):
                 self._see(tensor, category, str(func))
         gathers = func.namespace == "c10d" and func._schema.name.split("::")[1] in GATHERS
@@ -266,7 +271,8 @@ class Tracker(TorchDispatchMode, Probe):
         """The category of what an operator holds beyond its results, and its blocks."""
         if func.namespace == "ds_cmli":
             texts = self.text_lengths, self.first_text
-            return "CMLI op", Inside(((cmli_scratch_bytes(func, args, *texts, self.gpu),),))
+            scratch = cmli_scratch_bytes(func, args, *texts, self.gpu)
+            return "CMLI op", Inside(after=((scratch,),))
         if func.namespace == "c10d":
             return "temporaries", Inside(((copied_bytes(func, args, self.backend),),))
         if self.gpu is not None:

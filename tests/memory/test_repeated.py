@@ -92,6 +92,8 @@ def test_uniform_loops_are_those_of_all_their_turns(
             ),
         )  # fmt: skip
         report = prediction.report
+        # ZeRO-3 tells the other ranks once in which order modules ran: a list that leaves out the same turns.
+        traffic.counts.pop(("rest", "broadcast"), None)
         found.append((report.phases, report.categories, report.totals, traffic.counts, len(prediction.events)))
     assert found[0][:-1] == found[1][:-1]
     assert found[0][-1] < found[1][-1]
