@@ -83,12 +83,13 @@ def cached_step(objective: Objective, features: list[PairFeatures]) -> Callable[
 def plain_step(loss: CMLILoss, features: list[PairFeatures]) -> Callable[[], Tensor]:
     longest = max(each.token_mask.shape[1] for each in features)
 
-    def padded(x: Tensor) -> Tensor:
+    def padded(x: Tensor | None) -> Tensor:
+        assert x is not None
         out = x.new_zeros(len(x), longest, *x.shape[2:])
         out[:, : x.shape[1]] = x
         return out
 
-    image = torch.cat([each.patches for each in features])
+    image = torch.cat([each.patches for each in features if each.patches is not None])
     text = torch.cat([padded(each.tokens) for each in features])
     mask = torch.cat([padded(each.token_mask) for each in features])
 

@@ -241,7 +241,8 @@ def returned(func: OpOverload, out: object) -> object:
     Layer norm's statistics of 16-bit inputs are in fp32 there (cuda/layer_norm_kernel.cu).
     """
     if func is aten.native_layer_norm.default:
-        normalised, mean, inverse_deviation = out  # type: ignore[misc]
+        assert isinstance(out, tuple)
+        normalised, mean, inverse_deviation = out
         return normalised, mean.float(), inverse_deviation.float()
     return out
 
