@@ -29,6 +29,8 @@ aten = torch.ops.aten
 Keywords = Mapping[str, object]
 SCAN = 1279  # bytes of cub's prefix sums of up to 20,000 numbers
 INDEX = 8  # bytes of an int64
+# Operators whose results CUDA allocates from the last to the first.
+LAST_FIRST = {aten.native_dropout.default}
 
 
 def inside(

@@ -34,15 +34,7 @@ from ds_cmli.distributed import process_group as distributed
 from ds_cmli.losses.base import Loss
 from ds_cmli.losses.pair_features import PairFeatures
 from ds_cmli.losses.tile_statistics import TileStatistics
-from ds_cmli.losses.tiles import (
-    FEWER,
-    FeatureGradients,
-    Images,
-    Stored,
-    TextChunk,
-    Texts,
-    Tile,
-)
+from ds_cmli.losses.tiles import FEWER, FeatureGradients, Images, Stored, TextChunk, Texts, Tile
 
 
 @dataclass(frozen=True)

@@ -191,8 +191,8 @@ class Tracker(TorchDispatchMode, Probe):
     def _see_results(self, func: OpOverload, args: tuple, out: object) -> None:
         category = "CMLI op" if func.namespace == "ds_cmli" else None
         results = [out] if isinstance(out, Tensor) else tree_leaves(out)
-        if func is torch.ops.aten.native_dropout.default:
-            results = results[::-1]  # in the order in which CUDA's kernel allocates them
+        if func in cuda_operators.LAST_FIRST:
+            results = results[::-1]
         for tensor in results:
             if isinstance(tensor, Tensor):
                 self._see(tensor, category, str(func))

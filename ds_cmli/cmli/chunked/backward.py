@@ -22,19 +22,8 @@ from torch import Tensor
 
 from ds_cmli.cmli.check import index_dtype
 from ds_cmli.cmli.chunked.forward import ArgmaxIndices, Forward, compute_tiles
-from ds_cmli.cmli.chunked.kept import (
-    Kept,
-    add_kept,
-    few_pairs,
-    find_indices,
-)
-from ds_cmli.cmli.chunked.packed import (
-    Chunk,
-    PackedBatch,
-    largest,
-    make_chunks,
-    pack_both,
-)
+from ds_cmli.cmli.chunked.kept import Kept, add_kept, few_pairs, find_indices
+from ds_cmli.cmli.chunked.packed import Chunk, PackedBatch, largest, make_chunks, pack_both
 from ds_cmli.cmli.chunked.tile_gradients import (
     Buffers,
     Tile,
@@ -43,13 +32,7 @@ from ds_cmli.cmli.chunked.tile_gradients import (
     add_product,
     add_won,
 )
-from ds_cmli.cmli.chunked.tiling import (
-    RecomputePlan,
-    Widths,
-    by_product,
-    panel_rows,
-    tile_sizes,
-)
+from ds_cmli.cmli.chunked.tiling import RecomputePlan, Widths, by_product, panel_rows, tile_sizes
 from ds_cmli.cmli.inputs import Sides, Wanted
 
 

@@ -18,6 +18,17 @@ import triton
 import triton.language as tl
 
 
+@triton.jit
+def _of_pairs(p, q, Q, q_count, p_grad, q_grad, grad_p, grad_q):
+    """Valid positions of the sequences q, and the score gradients of their pairs with p: 0 where
+    there are none."""
+    count = tl.load(q_count + q, mask=q < Q, other=0)
+    pair = p * grad_p + q.to(tl.int64) * grad_q
+    of_p = tl.load(p_grad + pair, mask=count > 0, other=0.0)
+    of_q = tl.load(q_grad + pair, mask=count > 0, other=0.0)
+    return count, of_p, of_q
+
+
 # Sizes that change with the batch select no compilation.
 @triton.jit(do_not_specialize=["grad_p", "grad_q", "Q"])
 def pairs_kernel(
@@ -42,10 +53,7 @@ def pairs_kernel(
     most_p, most_q = tl.zeros([], dtype), tl.zeros([], dtype)
     for start in range(0, Q, WIDTH):
         q = start + tl.arange(0, WIDTH)
-        count = tl.load(q_count + q, mask=q < Q, other=0)
-        pair = p * grad_p + q.to(tl.int64) * grad_q
-        of_p = tl.load(p_grad + pair, mask=count > 0, other=0.0)
-        of_q = tl.load(q_grad + pair, mask=count > 0, other=0.0)
+        count, of_p, of_q = _of_pairs(p, q, Q, q_count, p_grad, q_grad, grad_p, grad_q)
         most_p = tl.maximum(most_p, tl.max(tl.abs(of_p), 0))
         most_q = tl.maximum(most_q, tl.max(tl.abs(of_q) / tl.maximum(count, 1), 0))
     most = most_p / tl.maximum(p_valid, 1) + most_q
@@ -56,10 +64,7 @@ def pairs_kernel(
     total = tl.zeros([], tl.int32)
     for start in range(0, Q, WIDTH):
         q = start + tl.arange(0, WIDTH)
-        count = tl.load(q_count + q, mask=q < Q, other=0)
-        pair = p * grad_p + q.to(tl.int64) * grad_q
-        of_p = tl.load(p_grad + pair, mask=count > 0, other=0.0)
-        of_q = tl.load(q_grad + pair, mask=count > 0, other=0.0)
+        count, of_p, of_q = _of_pairs(p, q, Q, q_count, p_grad, q_grad, grad_p, grad_q)
         keep = (((of_p != 0) | (of_q != 0)) & (p_valid > 0)).to(tl.int32)
         at = p * Q + total + tl.cumsum(keep, 0) - 1
         tl.store(kept + at, q, mask=keep != 0)

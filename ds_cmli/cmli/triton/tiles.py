@@ -132,8 +132,8 @@ class TileList(NamedTuple):
     bound: int  # number of tiles there can be at most
 
 
-class Cut(NamedTuple):
-    """How sequences are cut into tiles, those alone that end above `above` and not above `upto`.
+class Division(NamedTuple):
+    """How sequences that end above `above` and not above `upto` are divided into tiles.
 
     A tile of `width` positions begins where more than `rest` positions are left; in the list of
     rests, if there is anything left.
@@ -195,21 +195,23 @@ def list_kernel(
     tl.store(code + last, x * 0 + after * slots, mask=x == X - 1)
 
 
-def tile_list(side: Sequences, cut: Cut, slots: int, unit: int = 1, after: int = 0) -> TileList:
+def tile_list(
+    side: Sequences, division: Division, slots: int, unit: int = 1, after: int = 0
+) -> TileList:
     """List the tiles of each sequence, each `unit` slots after the one before.
 
     `after` is the sequence that the entry after the last names: 0 is safe to load from,
     `sequences` is no text's.
     """
     X = side.sequences
-    most = math.ceil(min(side.length, cut.upto) / cut.width)
-    if cut.rests:
+    most = math.ceil(min(side.length, division.upto) / division.width)
+    if division.rests:
         most = 1
     code = side.ends.new_empty(X * most + 1)
     first = side.ends.new_empty(X + 1)
-    cutting = (cut.width, cut.rest, cut.above, cut.upto, most)
+    sizes = (division.width, division.rest, division.above, division.upto, most)
     list_kernel[(math.ceil(X / BLOCK),)](
-        code, first, side.ends, X, slots, unit, after, *cutting, RESTS=cut.rests, BLOCK=BLOCK
+        code, first, side.ends, X, slots, unit, after, *sizes, RESTS=division.rests, BLOCK=BLOCK
     )
     return TileList(code, first, slots, X * most)
 
@@ -218,17 +220,17 @@ def text_tiles(side: Sequences, widths: tuple[int, ...]) -> list[TileList]:
     """List the tiles of the texts that take each tile width."""
     lists, below = [], 0
     for width in widths:
-        cut, slots = Cut(width, above=below, upto=width), 1
+        division, slots = Division(width, above=below, upto=width), 1
         if width == widths[-1]:
-            cut, slots = Cut(width, above=below), math.ceil(side.length / width)
-        lists.append(tile_list(side, cut, slots, after=side.sequences))
+            division, slots = Division(width, above=below), math.ceil(side.length / width)
+        lists.append(tile_list(side, division, slots, after=side.sequences))
         below = width
     return lists
 
 
 def row_tiles(side: Sequences) -> TileList:
     """All positions up to each sequence's last valid one, in tiles of 16."""
-    return tile_list(side, Cut(16), math.ceil(side.length / 16))
+    return tile_list(side, Division(16), math.ceil(side.length / 16))
 
 
 def source_steps(side: Sequences, step: int) -> tuple[TileList, TileList]:
@@ -236,8 +238,8 @@ def source_steps(side: Sequences, step: int) -> tuple[TileList, TileList]:
     sequence, one of 16."""
     slots, unit, rest = math.ceil(side.length / 16), step // 16, min(16, step - 16)
     return (
-        tile_list(side, Cut(step, rest), slots, unit),
-        tile_list(side, Cut(step, rest, rests=True), slots, unit),
+        tile_list(side, Division(step, rest), slots, unit),
+        tile_list(side, Division(step, rest, rests=True), slots, unit),
     )
 
 
