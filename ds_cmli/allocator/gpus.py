@@ -61,7 +61,7 @@ BY_CAPABILITY = {
     (10, 0): (2048, 227),
     (12, 0): (1536, 99),
 }
-DETERMINISTIC_CUBLAS = 2 * 8 * 4096 * 1024  # CUBLAS_WORKSPACE_CONFIG=:4096:8, for two threads
+DETERMINISTIC_CUBLAS = ":4096:8"  # what cuBLAS needs in order to be deterministic
 
 
 @dataclass(frozen=True)
@@ -81,9 +81,16 @@ class Gpu:
         threads, shared = BY_CAPABILITY[self.capability]
         return Limits(self.capability, self.multiprocessors, threads, shared * 1024)
 
-    def cublas_bytes(self, deterministic: bool) -> int:
-        """What cuBLAS takes from torch's allocator, for the forward thread and autograd's."""
-        return DETERMINISTIC_CUBLAS if deterministic else self.cublas_workspace.bytes
+    def cublas_bytes(self, workspace_config: str | None = None) -> int:
+        """What cuBLAS takes from torch's allocator, for the forward thread and autograd's.
+
+        `workspace_config` is CUBLAS_WORKSPACE_CONFIG, pairs of KiB and count like ":4096:2:16:8",
+        as `parseChosenWorkspaceSize` of PyTorch's CublasHandlePool.cpp reads it.
+        """
+        pairs = re.findall(r":([0-9]+):([0-9]+)", workspace_config or "")
+        if not pairs:
+            return self.cublas_workspace.bytes
+        return 2 * sum(int(kib) * 1024 * int(count) for kib, count in pairs)
 
     @property
     def usable(self) -> int:

@@ -6,6 +6,7 @@ created in the first.
 """
 
 import gc
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
@@ -165,7 +166,9 @@ def predict(
     setting = _setting(here) | {"process_group": backend, "gpu": gpu if here.rank.cuda else "CPU"}
     if not here.rank.cuda:
         return Prediction(summarise(events, setting, "predicted"), events, sum(sizes), max(sizes))
-    events = _with_cublas(events, card.cublas_bytes(config.run.deterministic))
+    workspace = gpus.DETERMINISTIC_CUBLAS if config.run.deterministic else None
+    workspace = os.environ.get("CUBLAS_WORKSPACE_CONFIG", workspace)
+    events = _with_cublas(events, card.cublas_bytes(workspace))
     report, replayed = summarise(events, setting, "predicted"), replay(events)
     report.totals["allocated"] = replayed.allocated_peak
     report.totals["reserved"] = replayed.reserved_peak

@@ -267,6 +267,13 @@ def test_device_bytes_add_the_gpus_constants():
     assert gpus.device_bytes(10 * M, "A10G 24GB", 64) == alone + gpu.nccl.bytes
 
 
+def test_cublas_takes_what_its_variable_says():
+    gpu = gpus.find("A100 80GB")
+    assert gpu.cublas_bytes() == gpu.cublas_bytes("nonsense") == gpu.cublas_workspace.bytes
+    assert gpu.cublas_bytes(":4096:8") == 2 * 32 * M
+    assert gpu.cublas_bytes(":4096:2:16:8") == 2 * (8 * M + 128 * 1024)
+
+
 def test_gpus_say_what_is_known_and_are_found_by_torchs_names():
     for gpu in gpus.all_gpus().values():
         for constant in (gpu.total, gpu.context, gpu.cublas_workspace, gpu.nccl):
