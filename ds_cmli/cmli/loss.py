@@ -75,8 +75,7 @@ class CMLILoss(nn.Module):
     Args:
         init_temperature: the temperature at the start, at least 0.01; `logit_scale` is
             ln(1/temperature), learned, and its exponential at most 100. A mean of maxima spreads
-            less
-            than a cosine: sharper than the usual 0.07.
+            less than a cosine: sharper than the usual 0.07.
         group: the process group; None: the default one. A copy shares it; a pickle cannot hold it.
         cut: the largest sum of softmax weights that each row and each column of the scores may
             leave out in backward, from 0 (nothing) to below 1, see `cmli.cut`. The loss and the

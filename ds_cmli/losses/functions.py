@@ -26,8 +26,7 @@ def sigmoid_loss(
     """-log sigmoid(z * (t * score + b)), summed over texts and averaged over the tile's R images.
 
     This is SigLIP's loss. z is 1 for positives and -1 for all others (Zhai et al., 2023, equation
-    1). No normalisation
-    over the batch: across ranks only the scores need the other ranks.
+    1). No normalisation over the batch: across ranks only the scores need the other ranks.
 
     Args:
         scores: [R, T] fp32 or fp64, images against texts.

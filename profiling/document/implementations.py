@@ -23,6 +23,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ds_cmli.cmli import cmli_scores
+from ds_cmli.cmli.check import DEFAULT_SCRATCH_BYTES
 from ds_cmli.cmli.contrastive import contrastive_loss
 from ds_cmli.losses import functions as losses
 from ds_cmli.memory import cpu_events
@@ -103,7 +104,7 @@ def implementations(s: Setting, backend: str = "auto") -> dict[tuple[str, str], 
     `backend`: the backend of the all-pairs op.
     """
     kept = s.M - SPECIAL_TOKENS
-    inside = 0 if backend == "triton" else cmli_op_largest(s.B, s.G, s.N, s.M, s.D, torch.float32)
+    inside = _op_largest(s, backend)
     blocks = {"all": partial(cmli_inputs, s.G, s.M, s), "row": partial(cmli_inputs, s.B, s.M, s)}
     return {
         ("E1", "broadcast"): Implementation(
@@ -136,6 +137,23 @@ def implementations(s: Setting, backend: str = "auto") -> dict[tuple[str, str], 
             partial(match_inputs, kept, s), materialised_match
         ),
     }
+
+
+def _op_largest(s: Setting, backend: str) -> int:
+    """Bytes of the largest tensor inside the all-pairs op's forward, of fp32.
+
+    The kernels' are the tokens' best similarities in each block of patches.
+    """
+    if backend != "triton":
+        return cmli_op_largest(s.B, s.G, s.N, s.M, s.D, torch.float32)
+    from ds_cmli.cmli.triton.backend import Sizes, partial_chunk  # needs triton
+    from ds_cmli.cmli.triton.tiles import device_limits, forward_tiles
+
+    limits = device_limits(torch.device("cuda"))
+    tiles = forward_tiles(s.N, s.M, s.D, torch.float32, *limits)
+    sizes = Sizes(s.B, s.G, s.N, s.M, s.D)
+    blocks, images, texts = partial_chunk(sizes, tiles, 4, DEFAULT_SCRATCH_BYTES)
+    return images * texts * blocks * s.M * 4 if blocks > 1 else 0
 
 
 def _product(image: Tensor, text: Tensor) -> Tensor:

@@ -2,9 +2,8 @@
 calls.
 
 Products are fp32 sums of 16-bit products on tensor cores, plain fp32 for fp32 (never tf32), fp64
-for fp64. Nothing is
-tuned at run time and nothing is added atomically: the same input gives the same bits on the same
-    kind of GPU.
+for fp64. Nothing is tuned at run time and nothing is added atomically: the same input gives the
+same bits on the same kind of GPU.
 
 Shape legend: I images, J texts, N patches, M text positions (padded), D features.
 """
@@ -74,7 +73,8 @@ def forward(
     s_t2i = torch.zeros_like(s_i2t)
     arg_i2t = image.new_zeros((I, J, N) if save_argmax else (0,), dtype=index_dtype(M))
     arg_t2i = image.new_zeros((I, J, M) if save_argmax else (0,), dtype=index_dtype(N))
-    i_step, j_step = _partial_chunk(image, text, tiles, s_i2t.dtype, scratch_bytes)
+    sizes = Sizes(I, J, N, M, D)
+    _, i_step, j_step = partial_chunk(sizes, tiles, s_i2t.dtype.itemsize, scratch_bytes)
     contiguous = sides._replace(image=image, text=text)
     suspect = _suspect(image, text)
     launch = Launch(contiguous, images, texts, suspect, tiles, save_argmax)
@@ -187,8 +187,7 @@ def peak_bytes(
     acc = max(4, dtype.itemsize)
     index = _pair_bytes(N, M)
     tiles = forward_tiles(N, M, D, dtype, *(limits or device_limits(torch.device("cuda"))))
-    blocks = math.ceil(N / tiles.rows)
-    i_step, j_step = _steps(I, J, blocks, _partial_pair(blocks, M, acc), scratch_bytes)
+    blocks, i_step, j_step = partial_chunk(sizes, tiles, acc, scratch_bytes)
 
     def lists(sequences: int, length: int) -> int:
         """The tile lists of a side."""
@@ -286,20 +285,19 @@ def _partial_pair(blocks: int, M: int, acc: int) -> int:
     return blocks * (acc + M * (acc + 2))
 
 
-def _partial_chunk(
-    image: Tensor, text: Tensor, tiles: ForwardTiles, dtype: torch.dtype, scratch_bytes: int
-) -> tuple[int, int]:
-    """Images and texts to take at a time, so that partial results stay within the budget."""
-    (I, N, _), (J, M, _) = image.shape, text.shape  # noqa: E741
+def partial_chunk(
+    sizes: Sizes, tiles: ForwardTiles, acc: int, scratch_bytes: int
+) -> tuple[int, int, int]:
+    """An image's blocks of patches, and the images and texts to take at a time.
+
+    So many that the partial results of all blocks stay within the budget.
+    """
+    I, J, N, M, _ = sizes  # noqa: E741
     blocks = math.ceil(N / tiles.rows)
-    return _steps(I, J, blocks, _partial_pair(blocks, M, dtype.itemsize), scratch_bytes)
-
-
-def _steps(
-    images: int, texts: int, blocks: int, pair_bytes: int, scratch_bytes: int
-) -> tuple[int, int]:
-    pairs = images * texts if blocks == 1 else max(1, scratch_bytes // pair_bytes)
-    return max(1, min(images, pairs // texts)), min(texts, pairs)
+    pairs = I * J
+    if blocks > 1:
+        pairs = max(1, scratch_bytes // _partial_pair(blocks, M, acc))
+    return blocks, max(1, min(I, pairs // J)), min(J, pairs)
 
 
 def _interpreted() -> bool:
