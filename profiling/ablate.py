@@ -1,0 +1,145 @@
+"""python profiling/ablate.py PLAN.toml
+
+Runs an ablation: a plan names arms, seeds, endpoints and contrasts. What is missing is trained, one
+run after another, each in its own folder; started again after a signal, a crash or a kill, it goes
+on where it was. A table has means, paired differences and their tests. Lines of the CSV file, one a
+run, count as done on every machine. docs/learning.md says what a plan holds.
+"""
+
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":  # run by its path: not this folder, but the repository is searched first
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ds_cmli.common.cli import GroupedCommand, check_writable, option, run_command, say
+from ds_cmli.common.errors import UserError
+from ds_cmli.common.plots import check_installed
+from ds_cmli.faults.preemption import EXIT_CODE
+
+if TYPE_CHECKING:
+    from profiling.ablation.plan import Plan, Run
+
+
+@dataclass(frozen=True)
+class Options:
+    """The command's options."""
+
+    out: Path | None
+    csv: Path | None
+    tuning: bool
+    report: bool
+    task: int
+    tasks: int
+    markdown: str | None
+    plot: str | None
+    curve: tuple[str, str] | None
+
+
+@click.command(cls=GroupedCommand, context_settings={"help_option_names": ["-h", "--help"]},
+               help=__doc__.split("\n\n")[1])  # fmt: skip
+@click.argument("plan", type=click.Path(path_type=Path))
+@option("Runs", "--out", type=click.Path(path_type=Path), metavar="DIR",
+        help="Holds a folder for each run.  [runs/ablate-<plan>]")  # fmt: skip
+@option("Runs", "--csv", type=click.Path(path_type=Path), metavar="FILE",
+        help="The runs, a line each.  [beside the plan]")  # fmt: skip
+@option("Runs", "--tuning", is_flag=True, help="The tuning seeds in place of the others.")
+@option("Runs", "--report", is_flag=True, help="Train nothing.")
+@option("Runs", "--task", default=0, show_default=True, metavar="I",
+        help="Train every N-th missing run from the I-th on, of 0 to N-1: a task of an array.")  # fmt: skip
+@option("Runs", "--tasks", default=1, show_default=True, metavar="N", help="Tasks of the array.")
+@option("Output", "--markdown", metavar="FILE", help="The table.")
+@option("Output", "--plot", metavar="FILE", help="The differences as a picture.")
+@option("Output", "--curve", nargs=2, metavar="COLUMN FILE",
+        help="A column of metrics.jsonl over the steps as a picture, of the runs in --out.")  # fmt: skip
+def command(plan: Path, **options: Any) -> int:
+    return ablate(plan, Options(**options))
+
+
+def ablate(path: Path, options: Options) -> int:
+    """Train what is missing and report; returns the exit code."""
+    check(options)
+    from profiling.ablation import records
+    from profiling.ablation.plan import load
+
+    plan = load(path)
+    if options.tuning and not plan.tuning_seeds:
+        raise UserError(f"PLAN is {str(path)!r}: --tuning needs its tuning_seeds")
+    out = options.out or Path("runs") / f"ablate-{path.stem}"
+    file = options.csv or path.with_suffix(".csv")
+    runs = plan.runs(options.tuning)
+    missing = records.missing(plan, runs, records.merge(file, out))
+    failures: list[str] | None = []
+    if not options.report:
+        say(f"{len(runs) - len(missing)} of {len(runs)} runs are done")
+        # Which runs are a task's does not depend on what others have done meanwhile.
+        own = [run for run in runs[options.task :: options.tasks] if run in missing]
+        failures = train_missing(plan, own, out, file)
+    if failures is None:
+        say("stopped: start again in the same way to go on")
+        return EXIT_CODE
+    report(plan, runs, file, out, options)
+    if failures:
+        raise UserError(f"{len(failures)} runs failed, the first: {failures[0]}")
+    return 0
+
+
+def check(options: Options) -> None:
+    """Raise `UserError` for what would fail only after the work."""
+    task, tasks = options.task, options.tasks
+    if not 0 <= task < tasks:
+        raise UserError(f"--task is {task} and --tasks is {tasks}: give a task from 0 to N - 1")
+    if find_spec("scipy") is None:
+        raise UserError("an ablation's table needs scipy: pip install -e '.[ablate]'")
+    curve = options.curve and options.curve[1]
+    for name, file in (("--plot", options.plot), ("--curve", curve)):
+        if file:
+            check_installed(name)
+    for file in (options.markdown, options.plot, curve):
+        if file:
+            check_writable(file)
+
+
+def train_missing(plan: "Plan", runs: "list[Run]", out: Path, file: Path) -> list[str] | None:
+    """Train runs and write their lines; returns as `train_all`."""
+    from profiling.ablation import records
+    from profiling.ablation.runs import train_all
+
+    def done(run: "Run", folder: Path) -> None:
+        records.record(run, folder, plan.endpoints)
+        records.merge(file, out)
+
+    return train_all(runs, out, done)
+
+
+def report(plan: "Plan", runs: "list[Run]", file: Path, out: Path, options: Options) -> None:
+    """Print the tables of the lines that are there, and write what was asked for."""
+    from rich.console import Console
+
+    from profiling.ablation import pictures, records
+    from profiling.ablation.report import arms_table, compare, contrasts_table
+
+    found = records.merge(file, out)
+    compared = compare(plan, found, options.tuning)
+    tables = [arms_table(plan, found, options.tuning)]
+    if compared:
+        tables.append(contrasts_table(compared))
+    for table in tables:
+        table.show(Console(width=150))
+    if options.markdown:
+        text = "\n".join(table.markdown() for table in tables)
+        Path(options.markdown).write_text(text, encoding="utf-8")
+    if options.plot:
+        pictures.draw_differences(compared, options.plot)
+    if options.curve:
+        pictures.draw_column(options.curve[0], runs, out, options.curve[1])
+
+
+if __name__ == "__main__":
+    run_command(command)

@@ -1,0 +1,1 @@
+"""Ablations: a plan of runs, the runs themselves, their statistics and the report."""

@@ -1,0 +1,65 @@
+"""The pictures of an ablation: its differences, and a logged column of its runs over the steps."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from ds_cmli.common import plots
+from ds_cmli.common.errors import UserError, nearest
+from ds_cmli.report.runs import columns_of, read
+from profiling.ablation.plan import Run
+from profiling.ablation.report import Compared
+
+
+def draw_differences(compared: Sequence[Compared], path: str) -> None:
+    """Draw each contrast at each endpoint: seeds as dots, the mean with its 95% interval."""
+    pyplot = plots.matplotlib("--plot")
+    height = 1.2 + 0.6 * len(compared)
+    figure, axis = pyplot.subplots(figsize=(plots.WIDTH, height), layout="constrained")
+    for row, one in enumerate(compared):
+        colour, _ = plots.line(row)
+        dots = list(one.by_seed.values())
+        axis.plot(dots, [row] * len(dots), "o", color=colour, alpha=0.4, markersize=4)
+        if one.contrast.equivalence is not None:
+            for end in (-one.contrast.equivalence, one.contrast.equivalence):
+                axis.plot([end, end], [row - 0.3, row + 0.3], ":", color=plots.SOFT)
+        if one.found is not None:
+            axis.plot(one.found.interval, [row + 0.2] * 2, color=colour, linewidth=2)
+            axis.plot(one.found.mean, row + 0.2, "D", color=colour, markersize=5)
+    axis.axvline(0, color=plots.SOFT, linewidth=0.8)
+    axis.set_yticks(range(len(compared)), [f"{one.contrast}\n{one.endpoint}" for one in compared])
+    axis.tick_params(axis="y", labelsize=8)
+    axis.invert_yaxis()
+    axis.grid(axis="x")
+    what = "paired by seed (dots); mean and 95% interval; dotted: margin of equivalence"
+    plots.titled(figure, "Differences", what)
+    figure.savefig(path, dpi=plots.DPI)
+    pyplot.close(figure)
+
+
+def draw_column(column: str, runs: Sequence[Run], out: Path, path: str) -> None:
+    """Draw a logged column over the steps, a line a run and a colour an arm.
+
+    Raises `UserError` if no run that lies in `out` has it.
+    """
+    files = {run.name: read(out / run.name) for run in runs if (out / run.name).is_dir()}
+    known = columns_of(list(files.values()))
+    if column not in known:
+        hint = nearest(column, known) if known else f"no run lies in {out}"
+        raise UserError(f"--curve is {column!r}, which no run has logged: {hint}")
+    pyplot = plots.matplotlib("--curve")
+    figure, axis = pyplot.subplots(figsize=(plots.WIDTH, 4), layout="constrained")
+    arms = list(dict.fromkeys(run.arm for run in runs))
+    named = set[str]()
+    for run in runs:
+        steps, values = files[run.name].curve(column) if run.name in files else ([], [])
+        if steps:
+            colour, dashes = plots.line(arms.index(run.arm))
+            label = None if run.arm in named else run.arm
+            named.add(run.arm)
+            axis.plot(steps, values, dashes, color=colour, alpha=0.7, label=label)
+    axis.set_xlabel("step")
+    axis.grid(axis="y")
+    axis.legend(frameon=False)
+    plots.titled(figure, column, "a line a run")
+    figure.savefig(path, dpi=plots.DPI)
+    pyplot.close(figure)

@@ -1,0 +1,196 @@
+"""The plan of an ablation, a TOML file: which runs there are, and what is compared."""
+
+import json
+import re
+import sys
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass as checked
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+from ds_cmli.common.errors import UserError
+from ds_cmli.config.presets import load_preset
+from ds_cmli.config.schema import STRICT, Config, Name, Sections
+from ds_cmli.config.validation import build, check, choice
+from ds_cmli.evaluate.report import SCORES
+
+Seed = Annotated[int, Field(ge=0, lt=2**31)]
+Margin = Annotated[float, Field(gt=0, le=1)]
+
+METRICS = [f"{way}_r{k}" for way, k in product(("i2t", "t2i"), (1, 5, 10))] + ["mean_recall"]
+MEASURED = [f"{score}/{metric}" for score, metric in product(SCORES, METRICS)] + ["pointing_game"]
+DEMO_SPLITS = ("seen", "unseen")
+OF_THE_PLAN = {"preset": "preset", "seed": "seeds", "output_dir": "--out"}  # settings of `run`
+
+
+@checked(config=STRICT)
+class Contrast:
+    """The paired difference of an arm to another one."""
+
+    arm: str = ""
+    against: str = ""
+    planned: bool = False  # whether Holm's correction counts it
+    # The margin within which the two are to be shown equivalent; null: the two are to differ.
+    equivalence: Margin | None = None
+
+    def __str__(self) -> str:
+        return f"{self.arm} - {self.against}"
+
+
+@checked(config=STRICT)
+class PlanFile:
+    """The keys of the file."""
+
+    preset: Name = "demo"
+    settings: dict[str, Any] = Field(default_factory=dict)  # of all arms
+    arms: dict[str, dict[str, Any]] = Field(default_factory=dict)  # settings, and `seeds`
+    seeds: list[Seed] = Field(default_factory=list)  # of arms that name none
+    tuning_seeds: list[Seed] = Field(default_factory=list)  # only for --tuning
+    endpoints: list[str] = Field(default_factory=list)
+    contrasts: list[dict[str, Any]] = Field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training of an arm."""
+
+    arm: str
+    seed: int
+    preset: str
+    settings: dict[str, Any]  # by "section.name", without the seed
+
+    @property
+    def name(self) -> str:
+        return f"{self.arm}-{self.seed}"
+
+    def described(self) -> str:
+        """The settings as one line, by which a run is known to be the plan's."""
+        shown = [f"{name}={json.dumps(value)}" for name, value in sorted(self.settings.items())]
+        return " ".join([self.preset, *shown])
+
+    def arguments(self, folder: Path) -> list[str]:
+        """The options of train.py."""
+        out = ["--preset", self.preset, "--output-dir", str(folder), "--seed", str(self.seed)]
+        for name, value in self.settings.items():
+            out += ["--set", f"{name}={json.dumps(value)}"]
+        return out
+
+
+@dataclass(frozen=True)
+class Arm:
+    name: str
+    settings: Sections
+    seeds: list[int]
+
+
+@dataclass(frozen=True)
+class Plan:
+    preset: str
+    arms: dict[str, Arm]
+    tuning_seeds: list[int]
+    endpoints: list[str]
+    contrasts: list[Contrast]
+
+    def seeds(self, arm: str, tuning: bool = False) -> list[int]:
+        return self.tuning_seeds if tuning else self.arms[arm].seeds
+
+    def runs(self, tuning: bool = False) -> list[Run]:
+        """All runs, those of one seed beside each other, so that pairs are complete early."""
+        out = []
+        for arm in self.arms.values():
+            settings = {
+                f"{section}.{name}": value
+                for section, values in arm.settings.items()
+                for name, value in values.items()
+            }
+            for seed in self.seeds(arm.name, tuning):
+                out.append(Run(arm.name, seed, self.preset, settings))
+        return sorted(out, key=lambda run: run.seed)
+
+
+def load(path: Path) -> Plan:
+    """Read a plan and check everything in it. Raises `UserError`."""
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+        return _plan(values)
+    except (UserError, ValueError) as error:
+        raise UserError(f"PLAN is {str(path)!r}: {error}") from None
+
+
+def _plan(values: dict[str, Any]) -> Plan:
+    names = {f"plan.{name}": name for name in PlanFile.__dataclass_fields__}  # type: ignore[attr-defined]
+    file = build(PlanFile, "plan", values, names)
+    check(bool(file.arms), "arms", file.arms, "name some, as [arms.NAME]")
+    _check_once("tuning_seeds", file.tuning_seeds)
+    arms, configs = {}, []
+    for name, given in file.arms.items():
+        arms[name] = arm = _arm(name, given, file)
+        configs.append(_config(file.preset, arm))
+    check(bool(file.endpoints), "endpoints", file.endpoints, f"name some of {', '.join(MEASURED)}")
+    _check_once("endpoints", file.endpoints)
+    for endpoint, config in product(file.endpoints, configs):
+        _check_endpoint(endpoint, config)
+    contrasts = [_contrast(i, one, arms) for i, one in enumerate(file.contrasts)]
+    return Plan(file.preset, arms, file.tuning_seeds, file.endpoints, contrasts)
+
+
+def _arm(name: str, given: dict[str, Any], file: PlanFile) -> Arm:
+    where = f"arms.{name}"
+    plain = re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name) is not None
+    check(plain, "arms", name, "a name becomes a folder's: give letters, digits, '_', '.' and '-'")
+    settings: Sections = {}
+    own = {section: values for section, values in given.items() if section != "seeds"}
+    for place, sections in (("settings", file.settings), (where, own)):
+        for section, changed in sections.items():
+            tables = isinstance(changed, dict)
+            need = "write settings as SECTION.SETTING = VALUE, for instance student.layers = 4"
+            check(tables, f"{place}.{section}", changed, need)
+            settings.setdefault(section, {}).update(changed)
+    for setting, instead in OF_THE_PLAN.items():
+        value = settings.get("run", {}).get(setting)
+        check(value is None, f"{where}.run.{setting}", value, f"leave it out: {instead} gives it")
+    seeds = given.get("seeds", file.seeds)
+    numbers = isinstance(seeds, list) and all(type(seed) is int and seed >= 0 for seed in seeds)
+    check(bool(numbers and seeds), f"seeds of arm {name}", seeds, "give a list, as seeds = [0, 1]")
+    _check_once(f"seeds of arm {name}", seeds)
+    both = sorted({*seeds} & {*file.tuning_seeds})
+    check(not both, "tuning_seeds", file.tuning_seeds, f"{both} are seeds of arm {name} too")
+    return Arm(name, settings, seeds)
+
+
+def _config(preset: str, arm: Arm) -> Config:
+    try:
+        return load_preset(preset, arm.settings)
+    except UserError as error:
+        raise UserError(f"arm {arm.name}: {error}") from None
+
+
+def _check_once(setting: str, values: list[Any]) -> None:
+    for value in values:
+        check(values.count(value) == 1, setting, values, f"has {value!r} twice: keep one")
+
+
+def _check_endpoint(endpoint: str, config: Config) -> None:
+    prefix, _, rest = endpoint.partition("/")
+    split, _, metric = rest.partition("/")
+    form = f"write eval/SPLIT/METRIC, for instance eval/seen/{MEASURED[6]}"
+    check(prefix == "eval" and bool(metric), "endpoints", endpoint, form)
+    choice(f"metric of endpoint {endpoint}", metric, MEASURED)
+    if config.data.source == "demo":
+        choice(f"split of endpoint {endpoint}", split.removesuffix("_ema"), DEMO_SPLITS)
+
+
+def _contrast(number: int, given: dict[str, Any], arms: dict[str, Arm]) -> Contrast:
+    out = build(Contrast, f"contrasts[{number}]", given, {})
+    choice(f"contrasts[{number}].arm", out.arm, arms)
+    choice(f"contrasts[{number}].against", out.against, arms)
+    check(out.arm != out.against, f"contrasts[{number}].against", out.against, "name another arm")
+    return out

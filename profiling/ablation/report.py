@@ -1,0 +1,109 @@
+"""The report of an ablation: its table, and what its planned contrasts carry, in sentences."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ds_cmli.common.documents import Table
+from ds_cmli.report.runs import mean
+from profiling.ablation.plan import Contrast, Plan
+from profiling.ablation.records import Records, values
+from profiling.ablation.statistics import RESAMPLES, Difference, difference, holm
+
+ALPHA = 0.05
+NOTES = [
+    "mean ± standard error over seeds; differences are paired by seed, over the seeds both have",
+    f"95% interval: bootstrap over seeds ({RESAMPLES:,} resamples, BCa). A run keeps no result of "
+    "a single scene, so scenes are not resampled",
+    "p: paired t-test, two-sided; with a margin (TOST) two one-sided tests that the difference "
+    "lies within it. Holm: over the planned contrasts of an endpoint",
+]
+
+
+@dataclass(frozen=True)
+class Compared:
+    """A contrast at one endpoint."""
+
+    contrast: Contrast
+    endpoint: str
+    by_seed: dict[int, float]  # the paired difference of each seed that both arms have
+    found: Difference | None  # None with fewer than two seeds
+    adjusted: float | None  # by Holm; None where it was not planned
+
+    def finding(self) -> str:
+        """What the numbers carry, as a sentence."""
+        if self.found is None or self.adjusted is None:
+            return f"{self.contrast}, {self.endpoint}: not enough runs"
+        shown = self.adjusted < ALPHA
+        if self.contrast.equivalence is not None:
+            verdict = "equivalent" if shown else "not shown to be equivalent"
+            verdict += f" within {self.contrast.equivalence:g}"
+        else:
+            verdict = "different" if shown else "not shown to differ"
+        return (
+            f"{self.contrast.arm} and {self.contrast.against} are {verdict} in {self.endpoint}: "
+            f"{self.found}, n = {self.found.count}, p = {self.adjusted:.2g} (Holm)"
+        )
+
+
+def compare(plan: Plan, found: Records, tuning: bool = False) -> list[Compared]:
+    """Every contrast at every endpoint."""
+    out = []
+    for endpoint in plan.endpoints:
+        pairs = [paired(plan, found, contrast, endpoint, tuning) for contrast in plan.contrasts]
+        tests = [
+            difference(list(by_seed.values()), contrast.equivalence)
+            for contrast, by_seed in zip(plan.contrasts, pairs, strict=True)
+        ]
+        planned = [i for i, c in enumerate(plan.contrasts) if c.planned]
+        # One that cannot be tested yet counts too, so that no p-value grows as runs come in.
+        p_values = [1.0 if (test := tests[i]) is None else test.p for i in planned]
+        adjusted = dict(zip(planned, holm(p_values), strict=True))
+        for i, contrast in enumerate(plan.contrasts):
+            out.append(Compared(contrast, endpoint, pairs[i], tests[i], adjusted.get(i)))
+    return out
+
+
+def paired(
+    plan: Plan, found: Records, contrast: Contrast, endpoint: str, tuning: bool
+) -> dict[int, float]:
+    """The difference of an endpoint by seed, for the seeds of both arms."""
+    one, other = (
+        values(found, name, plan.seeds(name, tuning), endpoint)
+        for name in (contrast.arm, contrast.against)
+    )
+    return {seed: one[seed] - other[seed] for seed in one if seed in other}
+
+
+def arms_table(plan: Plan, found: Records, tuning: bool = False) -> Table:
+    rows = []
+    for arm in plan.arms:
+        cells = [values(found, arm, plan.seeds(arm, tuning), e) for e in plan.endpoints]
+        of = len(plan.seeds(arm, tuning))
+        rows.append([arm, f"{min(map(len, cells))} of {of}", *map(mean_cell, cells)])
+    return Table("Arms", ["arm", "runs", *plan.endpoints], rows)
+
+
+def mean_cell(by_seed: dict[int, float]) -> str:
+    if not by_seed:
+        return "-"
+    found = mean([*by_seed.values()])
+    error = "" if found.error is None else f" ± {found.error:.4f}"
+    return f"{found.value:.4f}{error}"
+
+
+def contrasts_table(compared: Sequence[Compared]) -> Table:
+    columns = ["contrast", "endpoint", "seeds", "difference", "95% interval", "test", "p", "Holm"]
+    rows = []
+    for one in compared:
+        margin, test = one.contrast.equivalence, one.found
+        name = "paired t" if margin is None else f"TOST ±{margin:g}"
+        row = [str(one.contrast), one.endpoint, str(len(one.by_seed))]
+        if test is None:
+            rows.append([*row, "-", "-", name, "-", "-"])
+            continue
+        low, high = test.interval
+        adjusted = "not planned" if one.adjusted is None else f"{one.adjusted:.2g}"
+        interval = f"{low:+.4f} to {high:+.4f}"
+        rows.append([*row, str(test), interval, name, f"{test.p:.2g}", adjusted])
+    findings = [one.finding() for one in compared if one.contrast.planned]
+    return Table("Contrasts", columns, rows, NOTES + findings)
