@@ -1,21 +1,22 @@
 """A model of PyTorch's CUDA caching allocator: the bytes it allocates and reserves for requests.
 
-The rules are those of `c10/cuda/CUDACachingAllocator.cpp`, torch 2.13 (unchanged since 2.0),
-without expandable segments. All `Settings` are off by default, as in `c10/core/AllocatorConfig.h`.
+The rules are those of `c10/cuda/CUDACachingAllocator.cpp`, torch 2.13 (but for rule 3 unchanged
+since 2.0), without expandable segments. All `Settings` are off by default, as in
+`c10/core/AllocatorConfig.h`.
  1. A request is rounded up to a multiple of 512 B. A request for 0 bytes allocates nothing.
  2. A request of at most 1 MiB is served by the small pool, which takes segments of 2 MiB from the
     device. A larger one is served by the large pool, which takes a segment of 20 MiB for a request
     below 10 MiB, and otherwise one of the request's size rounded up to a multiple of 2 MiB.
  3. The request gets the smallest free block of its pool and stream that is large enough, among
-    equal sizes the one with the lowest address. If there is none, a new segment is taken.
+    equal sizes that of the segment taken first (before torch 2.13: any segment's), and in it the
+    one with the lowest address. If there is none, a new segment is taken.
  4. The remainder of the block becomes a free block if it has at least 512 B (small pool) or more
     than 1 MiB (large pool). Otherwise it stays part of the block, and counts as allocated.
  5. A freed block is merged with the free blocks next to it in its segment. A segment that is wholly
     free stays reserved for its stream until the device has no room: then all wholly free segments
     are returned, and the request is retried.
-The model does not know at which address the device puts a segment (here each one follows the last;
-the address only decides between free blocks of equal size), nor that a freed block may still be in
-use by other streams.
+The model does not know at which address the device puts a segment (here each one follows the
+last), nor that a freed block may still be in use by other streams.
 """
 
 from bisect import bisect_left, insort
@@ -33,6 +34,7 @@ from ds_cmli.allocator.blocks import (
     Block,
     Event,
     OutOfMemory,
+    Place,
     Pool,
     Segment,
     Settings,
@@ -51,13 +53,13 @@ class CachingAllocator:
         # (pool, small) -> number of requests so far.
         self.requests: dict[tuple[Pool, bool], int] = {}
         self.segments: dict[int, Segment] = {}  # by address
-        # (pool, small, stream) -> (size, address) of each free block, sorted, which is the order of
-        # rule 3.
-        self.free_blocks: dict[tuple[Pool, bool, int], list[tuple[int, int]]] = {}
+        # (pool, small, stream) -> each free block's place in the order of rule 3, sorted.
+        self.free_blocks: dict[tuple[Pool, bool, int], list[Place]] = {}
         self.at: dict[int, Block] = {}  # the free blocks by address
         self.actions: list[Action] = []
         self.requested = self.allocated = self.reserved = 0
         self.next_address = FIRST_ADDRESS
+        self.taken = 0  # segments
 
     def malloc(
         self, requested: int, stream: int = 0, event: Event | None = None, pool: Pool = DEFAULT_POOL
@@ -72,7 +74,7 @@ class CachingAllocator:
         free = self.free_blocks.setdefault((pool, small, stream), [])
         position = self._best_fit(free, size)
         if position < len(free) and self.may_use(free[position][0], size):
-            block = self.at.pop(free.pop(position)[1])
+            block = self.at.pop(free.pop(position)[-1])
         else:
             block = self._from_device(requested, size, (pool, small, stream), event)
         left = block.size - size
@@ -128,9 +130,9 @@ class CachingAllocator:
             Action("segment_free", segment.address, segment.size, segment.stream, None)
         )
 
-    def _best_fit(self, free: list[tuple[int, int]], size: int) -> int:
+    def _best_fit(self, free: list[Place], size: int) -> int:
         """The index in `free` of rule 3's block; `len(free)` if none is large enough."""
-        return bisect_left(free, (size, 0))
+        return bisect_left(free, (size,))
 
     def splits(self, left: int, size: int, small: bool) -> bool:
         """Rule 4: whether `left` bytes behind a request of `size` bytes become a free block."""
@@ -165,12 +167,18 @@ class CachingAllocator:
                 self.empty_cache()
             if self.reserved + taken > self.limit:
                 raise self._out_of_memory(requested, taken, event)
-        segment = Segment(self.next_address, taken, stream, small, pool, event=event)
+        segment = self.number(Segment(self.next_address, taken, stream, small, pool, event=event))
         self.next_address += taken
         self.segments[segment.address] = segment
         self.reserved += taken
         self.actions.append(Action("segment_alloc", segment.address, taken, stream, event))
         return segment.first
+
+    def number(self, segment: Segment) -> Segment:
+        """Give a new segment its place among those of rule 3."""
+        self.taken += 1
+        segment.number = 0 if self.settings.by_address else self.taken
+        return segment
 
     def _out_of_memory(self, requested: int, taken: int, event: Event | None) -> OutOfMemory:
         assert self.limit is not None
@@ -212,27 +220,27 @@ class CachingAllocator:
             return
         free = self.free_blocks[key]
         size = max(size, most)
-        position = bisect_left(free, (size, 0))
+        position = bisect_left(free, (size,))
         if position < len(free):
-            self.release(self.at[free[position][1]].segment)
+            self.release(self.at[free[position][-1]].segment)
             return
         while size > 0 and free and free[-1][0] >= most:
             size -= free[-1][0]
-            self.release(self.at[free[-1][1]].segment)
+            self.release(self.at[free[-1][-1]].segment)
 
     def keep(self, block: Block) -> None:
         """Put a block on the free list."""
         segment = block.segment
         block.freed_at = self.requests.get((segment.pool, segment.small), 0)
         free = self.free_blocks.setdefault((segment.pool, segment.small, segment.stream), [])
-        insort(free, (block.size, block.address))
+        insort(free, block.place)
         self.at[block.address] = block
 
     def take(self, block: Block) -> None:
         """Take a block off the free list."""
         segment = block.segment
         free = self.free_blocks[segment.pool, segment.small, segment.stream]
-        free.pop(bisect_left(free, (block.size, block.address)))
+        free.pop(bisect_left(free, block.place))
         del self.at[block.address]
 
 

@@ -46,6 +46,7 @@ class Settings:
     # segments of the large pool that are at least as old as their mean are returned first.
     garbage_collection_threshold: float = 0.0
     expandable_segments: bool = False  # modelled in `expandable`
+    by_address: bool = False  # rule 3 as before torch 2.13; no setting of PyTorch's
 
 
 DEFAULTS = Settings()
@@ -89,6 +90,9 @@ class OutOfMemory(Exception):
         )
 
 
+Place = tuple[int, ...]  # of a free block: its size, its segment's number, its address
+
+
 @dataclass(eq=False)
 class Block:
     """A part of a segment, in use or free."""
@@ -107,6 +111,10 @@ class Block:
     def free(self) -> bool:
         return not self.requested and self.mapped
 
+    @property
+    def place(self) -> Place:
+        return self.size, self.segment.number, self.address
+
 
 @dataclass(eq=False)
 class Segment:
@@ -119,6 +127,7 @@ class Segment:
     pool: Pool = DEFAULT_POOL
     first: Block = field(init=False)
     event: Event | None = None  # the allocation that needed a new segment
+    number: int = 0  # in the order in which segments were taken; at most 0: before the history
 
     def __post_init__(self):
         self.first = Block(self, self.address, self.size)

@@ -28,6 +28,7 @@ from ds_cmli.allocator.blocks import (
     Action,
     Block,
     Event,
+    Place,
     Pool,
     Segment,
     Settings,
@@ -49,7 +50,7 @@ class ExpandableAllocator(CachingAllocator):
     def add_range(self, address: int, key: Key, size: int = ADDRESS_SPACE) -> Segment:
         """Add a range of addresses, all of it unmapped."""
         pool, small, stream = key
-        segment = Segment(address, size, stream, small, pool)
+        segment = self.number(Segment(address, size, stream, small, pool))
         segment.first.mapped = False
         self.segments[address] = segment
         self._keep_unmapped(segment.first)
@@ -137,7 +138,7 @@ class ExpandableAllocator(CachingAllocator):
             if block.segment.pool == pool:
                 self.unmap(block)
 
-    def _best_fit(self, free: list[tuple[int, int]], size: int) -> int:
+    def _best_fit(self, free: list[Place], size: int) -> int:
         position = super()._best_fit(free, size)
         while position + 1 < len(free):
             if self._can_grow_to(free[position + 1]) >= self._can_grow_to(free[position]):
@@ -145,8 +146,8 @@ class ExpandableAllocator(CachingAllocator):
             position += 1
         return position
 
-    def _can_grow_to(self, entry: tuple[int, int]) -> int:
-        block = self.at[entry[1]]
+    def _can_grow_to(self, entry: Place) -> int:
+        block = self.at[entry[-1]]
         if block.after is None or block.after.mapped:
             return block.size
         return block.size + block.after.size

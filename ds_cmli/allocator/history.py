@@ -2,10 +2,10 @@
 
 The replay decides what `beginning` leaves open. If the model would use a free block that CUDA's
 allocator skipped, that free block was really smaller, so the block before it has a larger
-remainder; or it belonged to another pool.
+remainder; or it belonged to another pool. If both blocks are equal, its segment was taken later.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from ds_cmli.allocator.allocator import CachingAllocator
@@ -73,18 +73,10 @@ def replay_history(snapshot: Snapshot, device: int) -> Replayed:
     Raises:
         UserError: the model's rules do not cover the history, or it contradicts itself.
     """
-    trace = entries(snapshot["device_traces"][device])
-    start = beginning(snapshot, device)
-    out = _with_remainders(trace, start, device)
-    if start.assumed_pools and not start.settings.expandable_segments:
-        for uncertain in (False, True):
-            if out.exact:
-                break
-            start = beginning(snapshot, device)
-            start = start.with_pools(*infer_pools(start, trace, uncertain))
-            guess = _with_remainders(trace, start, device)
-            if guess.at_recorded_address > out.at_recorded_address:
-                out = guess
+    out = _with_pools(snapshot, device, by_address=False)
+    if not out.exact:
+        older = _with_pools(snapshot, device, by_address=True)
+        out = max(out, older, key=lambda replayed: replayed.at_recorded_address)
     start = out.start
     private: set[int] = set()
     if out.exact or start.settings.expandable_segments:
@@ -95,23 +87,64 @@ def replay_history(snapshot: Snapshot, device: int) -> Replayed:
     return out
 
 
+def _with_pools(snapshot: Snapshot, device: int, by_address: bool) -> Replayed:
+    """The replay that finds the most allocations at their recorded address.
+
+    `by_address`: by rule 3 as it was before torch 2.13, which no history names.
+    """
+
+    def begin() -> State:
+        start = beginning(snapshot, device)
+        start.settings = replace(start.settings, by_address=by_address)
+        return start
+
+    trace, start = entries(snapshot["device_traces"][device]), begin()
+    out = _with_remainders(trace, start, device)
+    if start.assumed_pools and not start.settings.expandable_segments:
+        for uncertain in (False, True):
+            if out.exact:
+                break
+            start = begin()
+            start = start.with_pools(*infer_pools(start, trace, uncertain))
+            guess = _with_remainders(trace, start, device)
+            if guess.at_recorded_address > out.at_recorded_address:
+                out = guess
+    return out
+
+
 def _with_remainders(trace: list[Entry], start: State, device: int) -> Replayed:
     for _ in range(ROUNDS):
         replay = _Replay(start, device)
         correction = replay.run(trace)
         if correction is None:
             break
-        _, most = start.remainders[correction.block]
-        start.remainders[correction.block] = correction.remainder, most
+        correction.correct(start)
     replay.out.ambiguous = sum(least < most for least, most in start.remainders.values())
     return replay.out
 
 
-class Correction(NamedTuple):
+class LargerRemainder(NamedTuple):
     """The least remainder of a block that explains why the free block behind it was skipped."""
 
     block: int  # its address
     remainder: int
+
+    def correct(self, start: State) -> None:
+        _, most = start.remainders[self.block]
+        start.remainders[self.block] = self.remainder, most
+
+
+class OlderSegment(NamedTuple):
+    """The greatest number of a segment from before the history that explains its choice."""
+
+    segment: int  # its address
+    number: int
+
+    def correct(self, start: State) -> None:
+        start.numbers[self.segment] = self.number
+
+
+Correction = LargerRemainder | OlderSegment
 
 
 class _Replay:
@@ -214,19 +247,37 @@ class _Replay:
 
     def _correction(self, block: Block, entry: Entry) -> Correction | None:
         """The correction after which the model does not choose `block` for a request any more."""
-        before = block.before
-        if block.address == entry.address or before is None:
+        before, taken = block.before, self.allocator.at.get(entry.address)
+        if block.address == entry.address:
+            return None
+        if taken is not None and self._chosen_by_age(block, taken):
+            return OlderSegment(taken.segment.address, block.segment.number - 1)
+        if before is None:
             return None
         if before.address not in self.uncertain or self.blocks.get(before.address) is not before:
             return None
-        free = block.size
-        if block.after is not None and block.after.free:
-            free += block.after.size
         remainder = before.size - self.uncertain[before.address]
-        remainder += free - self.start.rounded(entry.size) + MIN_BLOCK
+        remainder += self._size(block) - self.start.rounded(entry.size) + MIN_BLOCK
         if remainder > self.start.remainders[before.address][1]:
             return None
-        return Correction(before.address, remainder)
+        return LargerRemainder(before.address, remainder)
+
+    def _chosen_by_age(self, block: Block, taken: Block) -> bool:
+        """Whether `taken` comes before `block` if its segment is older, which may be so."""
+        first, other = block.segment, taken.segment
+        least = -len(self.start.segments)
+        return (
+            not self.start.settings.by_address
+            and least < first.number <= 0
+            and least <= other.number <= 0
+            and (first.pool, first.small, first.stream) == (other.pool, other.small, other.stream)
+            and self._size(block) == taken.size
+        )
+
+    def _size(self, block: Block) -> int:
+        """The size of the free block that a request has just split."""
+        after = block.after
+        return block.size + (after.size if after is not None and after.free else 0)
 
 
 def _is_vacant(allocator: CachingAllocator, address: int, size: int) -> bool:

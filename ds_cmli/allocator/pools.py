@@ -118,7 +118,8 @@ class _Placement:
         self.recorded.follow(number, entry)
         if entry.action == "segment_alloc":
             part = self.recorded.segments[entry.address]
-            segment = Segment(entry.address, part.size, part.stream, part.small)
+            new = Segment(entry.address, part.size, part.stream, part.small)
+            segment = self.allocator.number(new)
             self.allocator.segments[entry.address] = segment
             self.allocator.keep(segment.first)
             self.unused.add(entry.address)
@@ -160,10 +161,10 @@ class _Placement:
         key = DEFAULT_POOL, needed <= SMALL_REQUEST, stream
         free = allocator.free_blocks.get(key, [])
         fresh = block.segment.address in self.unused
-        for size, address in free[bisect_left(free, (needed, 0)) :]:
-            if not fresh and (size, address) >= (block.size, block.address):
+        for place in free[bisect_left(free, (needed,)) :]:
+            if not fresh and place >= block.place:
                 break
-            other = allocator.at[address]
+            other = allocator.at[place[-1]]
             unsure = 0 if other.before is None else self.spare.get(other.before.address, 0)
             if (
                 other.segment is not block.segment

@@ -82,6 +82,7 @@ class State:
     sizes: dict[int, int] = field(default_factory=dict)  # the sizes of live blocks that are known
     # Address of each live block -> (least, most) bytes of its remainder, see `beginning`.
     remainders: dict[int, tuple[int, int]] = field(default_factory=dict)
+    numbers: dict[int, int] = field(default_factory=dict)  # of segments, where they are not 0
     taken: dict[int, Mapped] = field(default_factory=dict)  # number of a `segment_alloc` -> segment
     settings: Settings = DEFAULTS  # with which the history was recorded
     ranges: list[Range] = field(default_factory=list)  # those that have memory
@@ -167,6 +168,7 @@ def _add_memory(allocator: CachingAllocator, state: State, address: int, part: M
             allocator.add_range(found.begin, part.key)
         return allocator.map_at(allocator.segments[found.begin], address, part.size)
     segment = Segment(address, part.size, part.stream, part.small, part.pool)
+    segment.number = state.numbers.get(address, 0)
     allocator.segments[address] = segment
     allocator.reserved += part.size
     allocator.keep(segment.first)

@@ -248,7 +248,7 @@ def test_whatever_is_asked_for_segments_stay_whole(requests, seed):
                 in_use += block.size * bool(block.requested)
                 requested += block.requested
                 if not block.requested:
-                    free.append((segment.pool, segment.small, segment.stream, block.size, block.address))
+                    free.append((segment.pool, segment.small, segment.stream, *block.place))
             assert end == segment.address + segment.size
         assert {b.address for b in live} == {
             b.address for s in allocator.segments.values() for b in s.blocks() if b.requested
@@ -265,6 +265,26 @@ def test_device_bytes_add_the_gpus_constants():
     assert alone == 10 * M + gpu.context.bytes
     assert gpus.device_bytes(10 * M, "A10G 24GB", 2) == alone + gpu.nccl.bytes
     assert gpus.device_bytes(10 * M, "A10G 24GB", 64) == alone + gpu.nccl.bytes
+
+
+@pytest.mark.parametrize(("begins", "by_address"), [(300, False), (100, True)])
+def test_equal_blocks_are_taken_from_the_oldest_segment_or_before_torch_2_13_by_address(begins, by_address):
+    trace = []
+    for segment in (300, 100):
+        trace.append({"action": "segment_alloc", "addr": segment * M, "size": 40 * M, "stream": 0})
+        trace.append({"action": "alloc", "addr": segment * M, "size": 40 * M, "stream": 0})
+    trace += [{"action": "free_completed", "addr": at * M, "size": 40 * M, "stream": 0} for at in (300, 100)]
+    trace.append({"action": "alloc", "addr": begins * M, "size": 30 * M, "stream": 0})
+    blocks = [{"size": 40 * M, "requested_size": 40 * M, "state": "inactive"}]
+    parts = [{"size": 30 * M, "requested_size": 30 * M, "state": "active_allocated"},
+             {"size": 10 * M, "requested_size": 0, "state": "inactive"}]  # fmt: skip
+    segments = []
+    for at in (100, 300):
+        segment = {"address": at * M, "total_size": 40 * M, "stream": 0, "segment_type": "large"}
+        segments.append(segment | {"blocks": parts if at == begins else blocks})
+    replayed = replay_history({"segments": segments, "device_traces": [trace]}, 0)
+    assert replayed.exact
+    assert replayed.start.settings.by_address == by_address
 
 
 def test_cublas_takes_what_its_variable_says():
