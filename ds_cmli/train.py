@@ -21,14 +21,7 @@ from ds_cmli.common import cli, hardware, provenance, quiet
 from ds_cmli.common.cli import GroupedCommand, run_command, say
 from ds_cmli.common.probe import probe
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
-from ds_cmli.config.options import (
-    OUTPUT,
-    START,
-    WHAT,
-    add,
-    resolve_config,
-    tell_beside_json,
-)
+from ds_cmli.config.options import OUTPUT, START, WHAT, add, resolve_config, tell_beside_json
 from ds_cmli.config.schema import Config
 from ds_cmli.config.start_checks import check_early
 from ds_cmli.distributed.launchers import map_launcher_environment
@@ -52,10 +45,7 @@ def command(preset: str, deepspeed_config: str, settings: tuple[str, ...], **opt
     map_launcher_environment()
     profiles = Profiles(options.pop("profile"), options.pop("profile_memory"))
     start = Start(
-        options.pop("resume"),
-        options.pop("resume_with_changes"),
-        options.pop("dry_run"),
-        profiles,
+        options.pop("resume"), options.pop("resume_with_changes"), options.pop("dry_run"), profiles
     )
     config = resolve_config(preset, settings, options)
     asked = DeepSpeedConfig.load(deepspeed_config)

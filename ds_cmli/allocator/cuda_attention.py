@@ -46,8 +46,7 @@ def flash_backward(
     """Source: transformers/cuda/flash_attn/flash_api.cpp (`mha_bwd`): the row sums of the gradient
     times the output, and the query's gradient in fp32, rounded up to tiles of 128 rows and of 32
     features, or of 64 above 128; if deterministic, one such gradient for each block that works on a
-    head.
-    """
+    head."""
     batch, heads, rows, width = query.shape
     rounded = ceil_to(width, 32 if width <= 128 else 64)
     sums = batch * heads * ceil_to(rows, 128) * 4
@@ -86,8 +85,7 @@ def efficient_backward(
     """Source: transformers/cuda/attention_backward.cu (`_efficient_attention_backward`) and
     mem_eff_attention/kernel_backward.h (`workspace_size`): the row sums of the gradient times the
     output, which fp32 computes by PyTorch's own operators, and partial gradients in fp32: of the
-    queries always, of keys and values where they do not fit into registers.
-    """
+    queries always, of keys and values where they do not fit into registers."""
     batch, heads, rows, width = query.shape
     keys, together = key.shape[2], batch * heads
     half = query.dtype in HALF

@@ -57,8 +57,7 @@ def inside(
 
 def _partial_bytes(func: OpOverload, x: Tensor) -> int:
     """Bytes of one partial result: aten/src/ATen/native/cuda/Reduce*Kernel.cu, the type of what
-    each kernel's `combine` takes.
-    """
+    each kernel's `combine` takes."""
     if func in EXTREMES:
         return x.dtype.itemsize
     if func in TRUTHS:
@@ -92,8 +91,7 @@ def _reduction(func: OpOverload, args: tuple, kwargs: Keywords, limits: Limits) 
 
 def _logsumexp(args: tuple, limits: Limits) -> Inside:
     """ReduceOps.cpp (`logsumexp_out_impl`): the maxima, whether they are infinite, and the
-    exponentials that are summed.
-    """
+    exponentials that are summed."""
     x, dims = args[:2]
     reduced = reduced_dimensions(x, dims)
     maxima = x.numel() // math.prod(x.shape[dim] for dim in reduced) * x.dtype.itemsize
@@ -112,8 +110,7 @@ def _is_infinite(args: tuple, limits: Limits) -> Inside:
 
 def _layer_norm_backward(args: tuple, limits: Limits) -> Inside:
     """cuda/layer_norm_kernel.cu (`LaunchGammaBetaBackwardCUDAKernel`): of many short rows, the
-    gradients of weight and bias are first summed over 32 rows each, and then by `sum`.
-    """
+    gradients of weight and bias are first summed over 32 rows each, and then by `sum`."""
     grad, x, shape = args[:3]
     width = math.prod(shape)
     rows = x.numel() // width
@@ -127,8 +124,7 @@ def _layer_norm_backward(args: tuple, limits: Limits) -> Inside:
 
 
 def _sorted_pairs(n: int, largest: int, limits: Limits) -> Stage:
-    """The temporary storage of cub's radix sort of `n` int64 keys up to `largest`, with int64
-    values.
+    """What cub's radix sort of `n` int64 keys up to `largest` stores, with int64 values.
 
     cub/device/dispatch/dispatch_radix_sort.cuh (`InvokeOnesweep`): 256 counts for each 8 bits of
     the keys, a table that blocks read from each other, and both arrays once more where there is
@@ -154,8 +150,7 @@ def _embedding_backward(args: tuple, limits: Limits) -> Inside:
     """cuda/Embedding.cu (`embedding_dense_backward_cuda`) and EmbeddingBackwardKernel.cu: more than
     3,072 indices are sorted; gradients of equal indices are added up ten at a time, in fp32, and
     then by index. Of a small table whose rows are frequent, the sums of ten are added to the table
-    at once, for 16 bits in a table of fp32; which tables these are was seen on the null GPU.
-    """
+    at once, for 16 bits in a table of fp32; which tables these are was seen on the null GPU."""
     grad, indices, rows = args[:3]
     n, width = indices.numel(), grad.shape[-1]
     copies = contiguous_copy(indices, torch.contiguous_format)
@@ -184,8 +179,7 @@ def _embedding_backward(args: tuple, limits: Limits) -> Inside:
 
 def _index_put(args: tuple, limits: Limits) -> Inside:
     """cuda/Indexing.cu (`index_put_with_sort_kernel`): where values accumulate, the linear indices
-    and their places, both once more sorted.
-    """
+    and their places, both once more sorted."""
     if len(args) < 4 or not args[3]:
         return NOTHING
     x, indices, values = args[:3]
@@ -221,8 +215,7 @@ def _convolution(args: tuple, limits: Limits) -> Inside:
 
 def _convolution_backward(args: tuple, limits: Limits) -> Inside:
     """cudnn/ConvShared.cpp (`cudnn_convolution_backward`), then Convolution.cpp: the bias's
-    gradient is a sum over pictures and places.
-    """
+    gradient is a sum over pictures and places."""
     grad, x, weight = args[:3]
     layout = _format(x, weight)
     kept: Stage = ()  # while the other gradients are computed

@@ -193,8 +193,7 @@ def reduced_dimensions(x: Tensor, dims: int | Sequence[int] | None) -> list[int]
 
 def cast(x: Tensor, dtype: torch.dtype) -> Stage:
     """The copy of `x` in which `sum` and `mean` make their result's type; 16-bit inputs of an fp32
-    result are read as they are (`make_reduction_from_out_ty`).
-    """
+    result are read as they are (`make_reduction_from_out_ty`)."""
     lowered = x.dtype in HALF and dtype == torch.float32
     if x.dtype == dtype or lowered:
         return ()

@@ -162,8 +162,7 @@ def device_bytes(reserved: int, name: str, world_size: int) -> int:
     Args:
         reserved: what the caching allocator has reserved, the cuBLAS workspace included.
         name: the GPU, as `find` takes it.
-        world_size: if it is above 1, one NCCL communicator is added: ZeRO and the losses share that
-            of the world.
+        world_size: above 1, one NCCL communicator is added, which ZeRO and the losses share.
     """
     gpu = find(name)
     return reserved + gpu.context.bytes + (gpu.nccl.bytes if world_size > 1 else 0)

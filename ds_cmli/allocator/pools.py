@@ -154,9 +154,7 @@ class _Placement:
         self.blocks[address] = self.allocator.use(carved, entry.size)
 
     def _preferred(self, block: Block, needed: int, stream: int) -> Iterator[Block]:
-        """Yield the free blocks that the rules prefer to `block` for a request of `needed`
-        bytes.
-        """
+        """Yield the free blocks that the rules prefer to `block` for `needed` bytes."""
         allocator = self.allocator
         key = DEFAULT_POOL, needed <= SMALL_REQUEST, stream
         free = allocator.free_blocks.get(key, [])

@@ -123,8 +123,7 @@ def read_checksums(folder: Path) -> dict[str, Entry]:
 def problem(folder: Path, part: int = 0, parts: int = 1) -> str | None:
     """What is wrong with `folder`; None if all files agree with `checksums.json`.
 
-    Only every `parts`-th file is read, starting with number `part`, so that ranks can share the
-    work.
+    Only every `parts`-th file is read, from number `part` on, so that ranks can share the work.
     """
     try:
         entries = read_checksums(folder)
@@ -155,8 +154,7 @@ def describe(path: Path) -> Entry:
 class CheckpointWriter(TorchCheckpointEngine):
     """Writes DeepSpeed's checkpoint files in place of its `TorchCheckpointEngine`.
 
-    Attributes: `files`, the size and checksum of each file written; `error`, why a file could not
-    be written.
+    Attributes: `files`, each written file's size and checksum; `error`, why one was not written.
     """
 
     def __init__(self):

@@ -176,8 +176,7 @@ def state_of(
         fingerprint: `Data.fingerprint`, which is compared like the settings.
 
     Raises:
-        UserError: the run to resume had other settings, which the message lists, and `with_changes`
-            is not set.
+        UserError: the run to resume had other settings, which are listed, without `with_changes`.
     """
     now = settings.compared(config, ds_config, fingerprint or {})
     if point is None:

@@ -72,8 +72,7 @@ def enforce_determinism() -> None:
     On a GPU, attention, convolutions and scatter operations then use their deterministic kernels,
     which are slower; an operation without such a kernel stops the run with an error that names it.
     On a CPU nothing changes, because runs with the same number of threads are reproducible anyway.
-    To be called before the first GPU operation, because cuBLAS reads its workspace setting only
-    once.
+    To be called before the first GPU operation, as cuBLAS reads its workspace setting once.
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     import torch

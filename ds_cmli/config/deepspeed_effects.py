@@ -79,10 +79,7 @@ PARAMETERS = {
         Idle(_CYCLE, _no_cycle, "cycle_momentum is false"),
         Idle(("decay_lr_rate", "decay_mom_rate"), _no_decay, "there is no decay_step_size"),
     ),
-    "OneCycleLR": (
-        _ENDS,
-        Idle(("epochs", "steps_per_epoch"), _has_length, "total_steps says it"),
-    ),
+    "OneCycleLR": (_ENDS, Idle(("epochs", "steps_per_epoch"), _has_length, "total_steps says it")),
 }
 CYCLES = ("OneCycle", "CyclicLR", "OneCycleLR")  # schedulers that change the momentum too
 # Schedulers that set every rate themselves; the second ones only where the full rate is given.

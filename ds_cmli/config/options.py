@@ -218,8 +218,7 @@ def resolve_config(preset: str, settings: tuple[str, ...], options: Options) -> 
     command has it, without `preset`, `settings` and `deepspeed_config`.
 
     Raises:
-        UserError: `Config.from_dict` refuses a setting, or a setting is given twice with different
-            values.
+        UserError: `Config.from_dict` refuses a setting, or one is given twice with other values.
     """
     overrides = parse_settings(settings)
     written = {}

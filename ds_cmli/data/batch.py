@@ -70,8 +70,7 @@ class Batch:
 class Collate:
     """Makes a `Batch` of samples, with captions padded to the longest.
 
-    Their length is rounded up to a multiple of `PAD_MULTIPLE`, but is at most the tokenizer's
-    `positions`.
+    Their length is a multiple of `PAD_MULTIPLE`, but at most the tokenizer's `positions`.
     """
 
     def __init__(self, tokenizer: CaptionTokenizer):

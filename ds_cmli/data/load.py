@@ -8,13 +8,7 @@ from ds_cmli.common.errors import UserError
 from ds_cmli.config.schema import DataConfig
 from ds_cmli.data.bad import Bad, BadSamples
 from ds_cmli.data.batch import Collate
-from ds_cmli.data.opening import (
-    oddities,
-    open_all,
-    open_sources,
-    settings_of_some,
-    source_line,
-)
+from ds_cmli.data.opening import oddities, open_all, open_sources, settings_of_some, source_line
 from ds_cmli.data.pairs import EvalPairs, TrainPairs, of_sources
 from ds_cmli.data.sampler import Mixture
 from ds_cmli.data.scenes import EVAL_SCENES, EVAL_SEED, TRAIN_SCENES, Pictures, Scenes

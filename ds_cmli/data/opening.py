@@ -47,8 +47,7 @@ def open_sources(config: DataConfig) -> Opened:
     held-out share of it. Pictures that are held out of one source are not trained on from another.
 
     Raises:
-        UserError: an error of a source, a part without a picture, or a setting that no source
-            reads.
+        UserError: an error of a source, a part without a picture, or a setting that none reads.
     """
     names, weights = weighted(config.source)
     opened = Opened()

@@ -44,8 +44,7 @@ Layout = list[tuple[int, int]]  # (concept, cell) of each picture
 class Pictures:
     """All pictures of the demo, decoded once: 1,873 concepts.
 
-    Skin-tone variants are left out as near duplicates; of several identical drawings only the last
-    is kept.
+    Skin-tone variants are left out as near duplicates; of identical drawings the last is kept.
 
     Attributes:
         names: the concepts' names, str [n].

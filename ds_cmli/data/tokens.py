@@ -139,8 +139,7 @@ def load_tokenizer(name: str, positions: int) -> CaptionTokenizer:
     name or local path.
 
     Raises:
-        UserError: the tokenizer cannot be loaded, has no fast version, or has neither a padding nor
-            an end token.
+        UserError: the tokenizer cannot be loaded, is not fast, or can neither pad nor end a text.
     """
     return CaptionTokenizer(pretrained_tokenizer(name), positions)
 

@@ -45,8 +45,7 @@ def meet(
         stop: called repeatedly while they wait; an exception that it raises ends the waiting.
 
     Raises:
-        UserError: not all ranks have started in time, or this rank has no GPU although its node has
-            some.
+        UserError: not all ranks have started in time, or this rank alone on its node has no GPU.
     """
     map_launcher_environment()
     _device()

@@ -1,7 +1,6 @@
 """Builds student, teacher, losses and DeepSpeed's engine from a configuration.
 
-This is the only place where they are put together: training, profiling and prediction all begin
-here.
+Here alone they are put together: training, profiling and prediction all begin here.
 """
 
 import math

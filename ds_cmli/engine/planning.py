@@ -123,8 +123,7 @@ def choose_backend(config: Config, why_not: Callable[[], str | None]) -> tuple[C
     Also a notice if a GPU has to use the slower one.
 
     Args:
-        why_not: returns the reason why Triton's kernels do not run; asked only if a loss could use
-            them.
+        why_not: returns why Triton's kernels do not run; asked only if a loss could use them.
 
     Raises:
         UserError: the requested backend does not run.

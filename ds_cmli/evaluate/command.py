@@ -95,9 +95,7 @@ class Asked:
     "names]",
 )
 @zero_shot(
-    "--templates",
-    metavar="FILE",
-    help="A prompt a line with {} for the name.  [seven of CLIP's]",
+    "--templates", metavar="FILE", help="A prompt a line with {} for the name.  [seven of CLIP's]"
 )
 @option(
     "Pointing game",

@@ -90,8 +90,7 @@ class RankCounts:
             positive: [K, b], the t2i score of each caption with its picture.
             compared: bool [r, b], the negative pairs that count; None: all.
 
-        NaN never helps: a negative with NaN counts as higher, as does any negative if the positive
-        has NaN.
+        NaN never helps: a negative with NaN counts as higher, as does any if the positive has NaN.
         """
         negative = ~block.is_positive if compared is None else ~block.is_positive & compared
         for scores, best, axis, counts, queries in (
@@ -233,8 +232,7 @@ def rank_counts(
         fold_of: int64 [m], the fold of each picture.
 
     Returns:
-        The counts over all pairs at "", and with `fold_of` those within folds at "fold/"; the same
-        on every rank.
+        The counts over all pairs at "", and with `fold_of` within folds at "fold/", on every rank.
 
     Collective.
     """
@@ -271,8 +269,7 @@ def _positives(
 ) -> tuple[Tensor, list[Tensor]]:
     """The scores of this rank's positive pairs, which lie in the blocks on the diagonal.
 
-    They are computed in the same way as again in `rank_counts`, so that a score is bitwise equal to
-    itself.
+    They are computed as again in `rank_counts`, so that a score is bitwise equal to itself.
 
     Returns:
         [K, pictures], the highest i2t score of each picture with one of its captions; and for each

@@ -68,8 +68,7 @@ class ClassPictures:
         """Open `source`: a folder, a .tar, or "hfds/NAME" in timm's notation, of which `split`.
 
         Raises:
-            UserError: `source` is none of these, cannot be read, or has no picture or fewer than
-                two classes.
+            UserError: `source` is none of these, cannot be read, or has no picture or only a class.
         """
         self.size, self.max_pixels = size, max_pixels
         where, path = f"--zero-shot is {source!r}", Path(source).expanduser()

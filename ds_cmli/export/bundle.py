@@ -27,8 +27,7 @@ def bundle(entries: Mapping[str, str], replaced: Mapping[str, str]) -> dict[str,
 
     Args:
         entries: module -> name of its file without ".py". All their definitions are kept.
-        replaced: module -> source code to use instead of its own, for modules that cannot be copied
-            as they are.
+        replaced: module -> source code instead of its own, for modules that cannot be copied.
     """
     modules: dict[str, Module] = {}
     todo = [Use(entry, None) for entry in entries]

@@ -173,8 +173,7 @@ class CMLIModel(PreTrainedModel):
     def scales(self) -> dict[str, Tensor]:
         """1/temperature, one element, of each kind of scores that was trained, "global" or "cmli".
 
-        Several losses over the same scores have a temperature each: the first one's, as in
-        evaluation.
+        Several losses over the same scores: the first one's temperature, as in evaluation.
         """
         out: dict[str, Tensor] = {}
         for loss in self.losses.values():

@@ -5,8 +5,7 @@ One line names the rank, its node and its last step.
 Every rank publishes its progress through the process group's store and reads that of the others.
 Since ranks train in lockstep, a rank that hangs is recognised in two ways: it is not waiting in a
 collective, as the others are, and of all ranks outside a collective it has made the least progress.
-Each reader measures by its own clock how long another rank has been silent, because clocks differ
-between nodes.
+Each reader measures by its own clock how long another rank is silent, as nodes' clocks differ.
 """
 
 import json

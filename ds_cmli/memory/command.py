@@ -74,12 +74,7 @@ CPU = "cpu"
     "Files", "--json", "json_path", type=click.Path(dir_okay=False), help="The report, in bytes."
 )
 @option("Files", "--snapshot", type=click.Path(dir_okay=False), help="For pytorch.org/memory_viz.")
-def command(
-    preset: str,
-    deepspeed_config: str,
-    settings: tuple[str, ...],
-    **options: Any,
-) -> None:
+def command(preset: str, deepspeed_config: str, settings: tuple[str, ...], **options: Any) -> None:
     """Predict the memory of a training step by category and phase, and on the device."""
     asked = Asked(**{name: options.pop(name) for name in Asked.__annotations__})
     config = resolve_config(preset, settings, options)

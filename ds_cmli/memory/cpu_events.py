@@ -79,8 +79,7 @@ def _uses(tensors: list[Tensor]) -> list[int]:
 
 class _Work:
     """A `dist.Work` whose `wait` returns when only the caller holds its tensors, or `LONGEST_S`
-    after its end.
-    """
+    after its end."""
 
     def __init__(
         self, work: dist.Work | None, tensors: list[Tensor], before: list[int], seconds: float

@@ -68,8 +68,7 @@ class Answers(TorchDispatchMode):
     @contextmanager
     def texts(self, full: bool) -> Iterator[None]:
         """Inside, if `full`, no text of this rank's batch counts as padded, so text encoders
-        leave out their mask.
-        """
+        leave out their mask."""
         self.full = full
         unmasked: AbstractContextManager[object] = nullcontext()
         if full:
@@ -225,8 +224,7 @@ def shares_made_once(another: Another | None = None) -> Iterator[None]:
 
 def _inner_first(module: nn.Module) -> Iterator[nn.Module]:
     """`module` and all modules in it, in the order in which `nn.Module._apply` visits them:
-    children first.
-    """
+    children first."""
     for part in module.children():
         yield from _inner_first(part)
     yield module
@@ -245,8 +243,7 @@ def convert_parameters(module: nn.Module | None, function: Callable[[Tensor], Te
 
 def _convert(parts: list[nn.Module], function: Callable[[Tensor], Tensor], buffers: bool) -> None:
     """Replace the parameters of `parts`, and their buffers if asked for; a parameter of several
-    parts stays one.
-    """
+    parts stays one."""
     places: dict[int, list[tuple[nn.Module, str]]] = {}
     for part in parts:
         for name, parameter in part._parameters.items():
@@ -277,8 +274,7 @@ def _apply(
     self: nn.Module, function: Callable[[Tensor], Tensor], recurse: bool = True
 ) -> nn.Module:
     """Replaces `nn.Module._apply`, which swaps a fake parameter even if nothing changes, and
-    then fails.
-    """
+    then fails."""
     _convert(list(_inner_first(self)), function, buffers=True)
     return self
 

@@ -68,8 +68,7 @@ def _two_steps(
 
 def combined(tracked: Report, totals: dict[str, int], setting: JsonObject, source: str) -> Report:
     """A report of the tracker's categories, which add up to "requested", and the measured
-    totals.
-    """
+    totals."""
     categories = dict(tracked.categories)
     categories["temporaries"] += totals["requested"] - tracked.totals["requested"]
     return Report(setting, source, categories, tracked.phases, totals)

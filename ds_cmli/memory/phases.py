@@ -38,8 +38,7 @@ class _Phases(Probe):
 @contextmanager
 def phases(train_engine: TrainEngine, enter: Callable[[str], None]) -> Iterator[None]:
     """Inside, call `enter` with "forward", "loss", "backward" or "optimizer" as that phase
-    begins.
-    """
+    begins."""
     student, reported = train_engine.objective.student, _Phases(enter)
     reported.begin("forward")
     with ExitStack() as stack:

@@ -371,8 +371,7 @@ def _check_predictable(ds_config: DeepSpeedConfig) -> None:
 
 def _pinned(ds_config: DeepSpeedConfig) -> DeepSpeedConfig:
     """Set the optimizer implementation that CUDA would choose, which a CPU would not: it decides
-    the temporaries.
-    """
+    the temporaries."""
     out = ds_config.raw()
     if ds_config.optimizer_entry.chosen:
         parameters = out["optimizer"]["params"]

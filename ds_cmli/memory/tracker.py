@@ -355,8 +355,7 @@ class Tracker(TorchDispatchMode, Probe):
     @contextmanager
     def attach(self, train_engine: TrainEngine) -> Iterator[None]:
         """Inside, follow the phases of `train_engine`'s steps, and claim the tensors that it
-        holds.
-        """
+        holds."""
         self.claim_owned(train_engine)
         self.enter("forward")
         self.last_of_init = self.segment - 1

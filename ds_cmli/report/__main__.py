@@ -25,8 +25,7 @@ SHARES = ("time/", "mfu")  # columns that are shares
 @click.option("--output", default="report.html", show_default=True, help="The file to write.")
 def command(runs: tuple[str, ...], output: str) -> None:
     """Write one page about runs; those that differ by their seed alone count as one, with standard
-    errors.
-    """
+    errors."""
     check_writable(output)
     from ds_cmli.report.runs import read_all
 
