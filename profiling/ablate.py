@@ -65,10 +65,11 @@ def command(plan: Path, **options: Any) -> int:
 def ablate(path: Path, options: Options) -> int:
     """Train what is missing and report; returns the exit code."""
     check(options)
-    from profiling.ablation import records
     from profiling.ablation.plan import load
 
     plan = load(path)
+    from profiling.ablation import records
+
     if options.tuning and not plan.tuning_seeds:
         raise UserError(f"PLAN is {str(path)!r}: --tuning needs its tuning_seeds")
     out = options.out or Path("runs") / f"ablate-{path.stem}"

@@ -8,7 +8,7 @@ replaced as a whole. A line in it counts as a run that is done, wherever it was 
 import csv
 import io
 import json
-import os
+import uuid
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,7 +16,6 @@ from ds_cmli.common.errors import UserError, nearest
 from ds_cmli.report.runs import read
 from profiling.ablation.plan import Plan, Run
 from profiling.ablation.runs import seconds_of
-from profiling.benchmark_cut import processor
 
 FILE = "ablation.csv"  # in a run's folder
 PEAK = "memory/peak_memory_bytes"  # in a run's TensorBoard
@@ -28,6 +27,8 @@ Records = dict[tuple[str, int], Record]  # by arm and seed
 
 def record(run: Run, folder: Path, endpoints: Sequence[str]) -> None:
     """Write the line of a run that has ended. Raises `UserError` if it lacks an endpoint."""
+    from cpuinfo import get_cpu_info
+
     found = read(folder).last("eval/")
     line = {"arm": run.arm, "seed": str(run.seed)}
     for endpoint in endpoints:
@@ -40,7 +41,7 @@ def record(run: Run, folder: Path, endpoints: Sequence[str]) -> None:
         "revision": str(config["revision"]),
         "seconds": f"{seconds_of(folder):.0f}",
         "peak_memory_bytes": peak_memory(folder),
-        "cpu": processor(),
+        "cpu": get_cpu_info().get("brand_raw", ""),
         "settings": run.described(),
     }
     write(folder / FILE, [line])
@@ -92,7 +93,7 @@ def write(file: Path, lines: Sequence[Record]) -> None:
     writer = csv.DictWriter(text, names, restval="", lineterminator="\n")
     writer.writeheader()
     writer.writerows(lines)
-    new = file.with_name(f"{file.name}.{os.getpid()}")
+    new = file.with_name(f"{file.name}.{uuid.uuid4().hex}")
     new.write_text(text.getvalue(), encoding="utf-8")
     new.replace(file)
 

@@ -72,6 +72,20 @@ def test_a_plan_that_is_killed_goes_on(tmp_path):
     assert all(picture.stat().st_size > 1000 for picture in pictures)
 
 
+def test_runs_that_fail_are_told_and_the_others_have_their_turn(tmp_path):
+    (tmp_path / "plan.toml").write_text(
+        PLAN.replace("match_maps = 0 }", 'match_maps = 0 }, data = { source = "away" }')
+    )
+    done = run(str(tmp_path / "plan.toml"), "--out", str(tmp_path / "out"), script=SCRIPT)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert (
+        "error: 4 runs failed, the first: run exact-0 ended with exit code 2: error: data.source is 'away'"
+        in done.stderr
+    )
+    assert "run cut-1 ended with exit code 2" in done.stdout and "0 of 2" in done.stdout
+    assert not (tmp_path / "plan.csv").exists()
+
+
 def test_a_plan_that_is_done_trains_nothing(tmp_path):
     (tmp_path / "plan.toml").write_text(PLAN)
     endpoint = "eval/seen/combined/mean_recall"
