@@ -1,6 +1,7 @@
 """The sparse backward of the Triton backend against fp64 autograd of what is materialised, run by Triton's interpreter.
 
-`python tests/cmli/test_sparse_backward.py 300` prints the worst errors of so many random cases, each computed twice.
+`python tests/cmli/test_sparse_backward.py 300 sparse` prints the worst errors of so many random cases, each computed
+twice; with `dense` those of the dense backward.
 TRITON_INTERPRET must be set before triton is imported, so the checks run in a process of their own: this file.
 """
 
@@ -47,6 +48,15 @@ def case(I, J, N, M, D, dtype, seed, kept=1.0, **options):  # noqa: E741
     return (images, texts), (image, text), [x.grad for x in wide], (full, token_mask)
 
 
+def dense(sides, features, axis, list_bytes=2**20):
+    """The gradient of one side by the dense kernel, whatever the estimate says."""
+    from ds_cmli.cmli.triton.gradient import Pairs, write_dense
+
+    p, q, out = sides[axis], sides[1 - axis], torch.zeros_like(features[axis])
+    write_dense(out, features[1 - axis], p, q, axis, Pairs.of(p, q, axis))
+    return out
+
+
 def sparse(sides, features, axis, list_bytes=2**20):
     """The gradient of one side by the sparse kernels, whatever the estimate says."""
     from ds_cmli.cmli.triton.gradient import Lists, Pairs, write_sparse
@@ -60,12 +70,12 @@ def sparse(sides, features, axis, list_bytes=2**20):
     return out
 
 
-def compare(*sizes, list_bytes=2**20, axes=(0, 1), **options):
+def compare(*sizes, by=sparse, list_bytes=2**20, axes=(0, 1), **options):
     """Largest error of both sides relative to the largest entry; the same bits twice, 0 where nothing is valid."""
     sides, features, expected, valid = case(*sizes, **options)
     worst = 0.0
     for axis in axes:
-        first, again = (sparse(sides, features, axis, list_bytes) for _ in range(2))
+        first, again = (by(sides, features, axis, list_bytes) for _ in range(2))
         assert torch.equal(first, again) and not first[~valid[axis]].any()
         worst = max(worst, distance(first, expected[axis]))
     assert worst < TOLERANCE[sizes[5]], (sizes, options, worst)
@@ -113,13 +123,18 @@ def one_patch_that_wins_everything():
 
 @check
 def the_choice():
-    from ds_cmli.cmli.triton.gradient import COSTS, sparse_pays, write_gradient
+    from ds_cmli.cmli.triton.gradient import COSTS, costs, sparse_pays, write_gradient
 
     for dtype in (torch.bfloat16, torch.float16):
         for N, M, pays in ((196, 64, True), (196, 40, True), (196, 16, False), (16, 16, False)):
             assert sparse_pays.fn(8 * 9, 8, 9, 8 * N, 9 * M, 9 * M, *COSTS[dtype]) is pays  # d_image
             assert sparse_pays.fn(9 * 8, 9, 8, 9 * M, 8 * N, 8 * N, *COSTS[dtype]) is pays  # d_text
         assert sparse_pays.fn(8 * 9 / 5, 8, 9, 8 * 196, 9 * 16, 9 * 16, *COSTS[dtype])  # of a fifth of the pairs
+        # An H100's L2 is slow beside its products: dense wins where more than two thirds are kept.
+        for kept, pays in ((0.8, False), (0.6, True)):
+            of_h100 = costs(dtype, (9, 0))
+            assert sparse_pays.fn(kept * 72, 8, 9, 8 * 208, 9 * 64, 9 * 62, *of_h100) is pays
+            assert sparse_pays.fn(kept * 72, 9, 8, 9 * 64, 8 * 208, 8 * 196, *of_h100) is pays
     # Both ways give the gradient, and which one does is decided by the lengths and the pairs that are left.
     for M, kept in ((9, 1.0), (9, 0.1), (64, 1.0)):
         sides, features, expected, _ = case(2, 3, 70, M, 16, torch.float16, 5, kept=kept, holes=False)
@@ -162,25 +177,27 @@ def test_interpreted(interpreted, name):
 
 
 @pytest.mark.soak
-def test_300_random_cases():
+@pytest.mark.parametrize("kernels", ["sparse", "dense"])
+def test_300_random_cases(kernels):
     pytest.importorskip("triton", reason="triton is not installed: pip install 'ds-cmli[test]'")
-    print(in_interpreter("300"))
+    print(in_interpreter("300", kernels))
 
 
-def random_figures(cases):
+def random_figures(cases, by):
     """Print the worst relative errors of random cases, each of whose gradients was computed twice."""
     worst, number = defaultdict(float), Counter()
     for seed in range(cases):
         sizes, options = random_case(seed)
         dtype = sizes[5]
-        worst[dtype] = max(worst[dtype], compare(*sizes, **options))
+        worst[dtype] = max(worst[dtype], compare(*sizes, by=by, **options))
         number[dtype] += 1
     for dtype, error in worst.items():
-        print(f"{number[dtype]} cases {dtype}: worst error {error:.2g} of the largest entry, equal bits twice")
+        cases = f"{number[dtype]} cases {dtype}, {by.__name__}"
+        print(f"{cases}: worst error {error:.2g} of the largest entry, equal bits twice")
 
 
 if __name__ == "__main__":
     if len(sys.argv) > 1:
-        random_figures(int(sys.argv[1]))
+        random_figures(int(sys.argv[1]), {"sparse": sparse, "dense": dense}[sys.argv[2]])
     else:
         print(json.dumps({name: failure(function) for name, function in CHECKS.items()}))

@@ -36,6 +36,7 @@ for target, dtype in product(SHARED, NAMES):
         CASES.append(pytest.param(target, dtype, marks=pytest.mark.soak))
 # A few bytes, or of a kernel that is new: sm_90 in fp32 by Triton 3.7, sm_100 by Triton 3.9.
 SPILLS = {(90, torch.float32): 24} | {(100, dtype): 512 for dtype in NAMES}
+DENSE_SPILLS = SPILLS | {(90, torch.bfloat16): 48}  # with fewer features, twice the instructions and no spills
 PRODUCTS = {90: "wgmma.mma_async", 100: "tcgen05.mma"}
 N, M, D = 196, 64, 256
 
@@ -58,8 +59,8 @@ def compiled(kernel, pointers, constants, target, tiles):
     return found["REG"], found["STACK"] + found["LOCAL"], result.metadata.shared, result.asm["ptx"]
 
 
-def check(registers, spills, shared, ptx, target, dtype):
-    assert spills <= SPILLS.get((target, dtype), 0), f"{registers} registers and {spills} bytes spilled"
+def check(registers, spills, shared, ptx, target, dtype, allowed=SPILLS):
+    assert spills <= allowed.get((target, dtype), 0), f"{registers} registers and {spills} bytes spilled"
     assert shared <= SHARED[target]
     if dtype.itemsize == 2:
         assert PRODUCTS.get(target, "mma.sync") in ptx
@@ -144,7 +145,7 @@ def test_backward(target, dtype):
     if not suited(target):
         pytest.skip("the kernels do not run there")
     for found in backward_kernels(target, dtype, ((False, True), (True, False))):  # d_image, d_text
-        check(*found, target, dtype)
+        check(*found, target, dtype, DENSE_SPILLS)
 
 
 @pytest.mark.parametrize(("target", "dtype"), CASES, ids=str)

@@ -84,19 +84,10 @@ def _add_steps(acc, code, total, terms, source, q_mask, d, p, live, r, r_inside,
     return acc
 
 
-@triton.jit(
-    do_not_specialize=[
-        "p_win_p",
-        "p_win_q",
-        "q_win_p",
-        "q_win_q",
-        "grad_p",
-        "grad_q",
-        "P",
-        "Q",
-        "terms",
-    ]
-)
+VARYING = ["p_win_p", "p_win_q", "q_win_p", "q_win_q", "grad_p", "grad_q", "P", "Q", "terms"]
+
+
+@triton.jit(do_not_specialize=VARYING)
 def gradient_kernel(
     out,  # [P, P_LEN, D] zeros; rows in no tile stay so
     sparse,  # [1] int32, not 0 where the sparse kernels have written `out`

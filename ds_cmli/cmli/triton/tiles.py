@@ -80,14 +80,16 @@ def backward_tiles(
 
     Counted in the compiled kernels, 64 rows of 256 features take 21 to 42% fewer instructions a
     product than 128 x 128: each coefficient is made once for all features. fp16 takes steps of 64
-    where the source is longer than that, as steps of 32 waste less on short texts. In bf16, whose
-    second term of the product needs registers too, sm_90 spills with 256 features.
+    where the source is longer than that, as steps of 32 waste less on short texts. On sm_90 the two
+    groups of warps would each make all coefficients of 64 rows, and spill in bf16: 128 rows.
     """
     if dtype.itemsize > 2:
         return BackwardTiles(64, 16, min(64, power_of_two(D)), 8, 2)
     wide = -D % 256 < 128  # 256 features at a time waste no more than 128 do
-    if not wide or (dtype == torch.bfloat16 and capability[0] == 9):
+    if not wide:
         return BackwardTiles(128, 32, min(128, power_of_two(D)), 8, 3)
+    if dtype == torch.bfloat16 and capability[0] == 9:
+        return BackwardTiles(128, 32, 256, 8, 2)
     long = dtype == torch.float16 and source_length > 64
     return BackwardTiles(64, 64 if long else 32, 256, 8, 2)
 
