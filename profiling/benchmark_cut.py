@@ -41,16 +41,10 @@ from ds_cmli.inference import Model
 from ds_cmli.losses.cached import CachedStep
 from ds_cmli.losses.objective import Objective
 from ds_cmli.losses.pair_features import PairFeatures
+from profiling.scripts import compare, listed
 
 MICRO_BATCH = 64  # pairs that gradient caching takes at a time
 Figures = dict[str, float | str]
-
-
-def numbers(text: str, kind: type) -> list:
-    try:
-        return [kind(part) for part in text.split(",")]
-    except ValueError:
-        raise UserError(f"{text!r} is no list of numbers: give some, with commas") from None
 
 
 def processor() -> str:
@@ -58,6 +52,14 @@ def processor() -> str:
         if line.startswith("model name"):
             return line.partition(":")[2].strip()
     return platform.processor()
+
+
+def loaded(run: str) -> Model:
+    """A trained run with a CMLI loss; `UserError` if it has none."""
+    model = Model.load(run, "cpu")
+    if "cmli" not in model.objective.losses:
+        raise UserError(f"{run}: its losses have no 'cmli': give a run that was trained with it")
+    return model
 
 
 def embedded(model: Model, objective: Objective, pairs: int) -> list[PairFeatures]:
@@ -80,7 +82,8 @@ def cached_step(objective: Objective, features: list[PairFeatures]) -> Callable[
     return run
 
 
-def plain_step(loss: CMLILoss, features: list[PairFeatures]) -> Callable[[], Tensor]:
+def whole(features: list[PairFeatures]) -> tuple[Tensor, Tensor, Tensor]:
+    """Patches [B, N, D], tokens [B, M, D] and their mask [B, M] of all micro-batches."""
     longest = max(each.token_mask.shape[1] for each in features)
 
     def padded(x: Tensor | None) -> Tensor:
@@ -91,7 +94,11 @@ def plain_step(loss: CMLILoss, features: list[PairFeatures]) -> Callable[[], Ten
 
     image = torch.cat([each.patches for each in features if each.patches is not None])
     text = torch.cat([padded(each.tokens) for each in features])
-    mask = torch.cat([padded(each.token_mask) for each in features])
+    return image, text, torch.cat([padded(each.token_mask) for each in features])
+
+
+def plain_step(loss: CMLILoss, features: list[PairFeatures]) -> Callable[[], Tensor]:
+    image, text, mask = whole(features)
 
     def run() -> Tensor:
         loss(image.requires_grad_(), text.requires_grad_(), mask).backward()
@@ -114,22 +121,10 @@ def with_cut(objective: Objective, delta: float) -> Objective:
     return other
 
 
-def timed(runs: dict[float, Callable[[], Tensor]], repeats: int) -> dict[float, list[float]]:
-    """CPU seconds of each, in turn; the first time of all is not counted."""
-    times: dict[float, list[float]] = {delta: [] for delta in runs}
-    for repeat in range(-1, repeats):
-        for delta in list(runs)[:: 1 if repeat % 2 else -1]:
-            started = time.process_time()
-            runs[delta]()
-            if repeat >= 0:
-                times[delta].append(time.process_time() - started)
-    return times
-
-
 def compared(
     kind: str, pairs: int, runs: dict[float, Callable[[], Tensor]], repeats: int
 ) -> list[Figures]:
-    times, rows = timed(runs, repeats), []
+    times, rows = compare(runs, repeats, time.process_time), []
     for delta, run in runs.items():
         kept, bound = run().tolist()
         ratio = statistics.median(a / b for a, b in zip(times[delta], times[0.0], strict=True))
@@ -159,8 +154,9 @@ def compared(
 @click.option("--start", is_flag=True, help="The student before training.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object alone.")
 def command(run: str, pairs: str, cuts: str, repeats: int, start: bool, as_json: bool) -> int:
+    sizes, deltas = listed("--pairs", pairs, int), [0.0, *listed("--cuts", cuts, float)]
     with json_on_stdout(as_json) as print_json:
-        rows = measured(run, numbers(pairs, int), [0.0, *numbers(cuts, float)], repeats, start)
+        rows = measured(run, sizes, deltas, repeats, start)
         if as_json:
             print_json({"cpu": processor(), "start": start, "rows": rows})
     return 0
@@ -170,10 +166,8 @@ def measured(
     run: str, sizes: list[int], deltas: list[float], repeats: int, start: bool
 ) -> list[Figures]:
     distributed.init()
-    model = Model.load(run, "cpu")
+    model = loaded(run)
     objective = model.objective
-    if "cmli" not in objective.losses:
-        raise UserError(f"{run}: its losses have no 'cmli': give a run that was trained with it")
     if start:
         data = build_data(model.config.data, model.config.run.seed)
         objective = engine.build_models(model.config, data.vocab_size)[0].eval()

@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
+from itertools import cycle
 
 from ds_cmli.common import quiet
 
@@ -44,6 +45,7 @@ from ds_cmli.data.sampler import GlobalBatchSampler
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.losses.objective import Whole
 from ds_cmli.models.blocks import checkpoint_blocks
+from profiling.scripts import compare
 
 Step = Callable[[Batch], torch.Tensor]
 STEPS = 1_000_000  # of the schedule: the rate stays near its start
@@ -88,29 +90,16 @@ def plain(config: Config, ds_config: DeepSpeedConfig, data: Data, device: torch.
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
-def seconds(step: Step, batch: Batch, device: torch.device, clock: str) -> float:
-    started = CLOCKS[clock]()
-    step(batch)
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return CLOCKS[clock]() - started
+def each_on(step: Step, batches: list[Batch], device: torch.device) -> Callable[[], None]:
+    """The step on one batch after another, until the device has finished it."""
+    turns = cycle(batches)
 
+    def run() -> None:
+        step(next(turns))
+        if device.type == "cuda":
+            torch.cuda.synchronize()
 
-def compare(
-    steps: dict[str, Step], batches: list[Batch], repeats: int, device: torch.device, clock: str
-) -> dict[str, list[float]]:
-    """Seconds of each step, `repeats` times, all of them in turn; the order turns round each
-    time.
-    """
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    # The first two warm up: optimizer states are made, and shapes seen.
-    for repeat in range(-2, repeats):
-        batch = batches[repeat % len(batches)]
-        for name in list(steps)[:: 1 if repeat % 2 else -1]:
-            taken = seconds(steps[name], batch, device, clock)
-            if repeat >= 0:
-                times[name].append(taken)
-    return times
+    return run
 
 
 @click.command(help=(__doc__ or "").split("\n\n")[1])
@@ -159,7 +148,9 @@ def measured(
     for name, section in (("", None), ("_checkpointing", {})):
         own = ds_config.replaced(activation_checkpointing=section)
         steps = {build.__name__: build(config, own, data, device) for build in (trainer, plain)}
-        times = compare(steps, batches, repeats, device, clock)
+        runs = {key: each_on(step, batches, device) for key, step in steps.items()}
+        # The first two warm up: optimizer states are made, and shapes seen.
+        times = compare(runs, repeats, CLOCKS[clock], warm_ups=2)
         ours, theirs = (statistics.median(times[key]) for key in steps)
         ratio = statistics.median(a / b for a, b in zip(*times.values(), strict=True))
         fastest = min(times["trainer"]) / min(times["plain"])

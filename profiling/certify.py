@@ -1,6 +1,7 @@
-"""python profiling/certify.py [--tiles 10000]
+"""python profiling/certify.py [--tiles 10000] [--run RUN]
 
-The true error of a gradient that `cmli.cut` cuts, beside its bound.
+The true error of a gradient that `cmli.cut` cuts, beside its bound: on tiles of random features and, of a trained run,
+on tiles of its training pairs' features at the scale it has learned.
 
 Shapes: B pairs, N patches, M text positions, D embedding dimension.
 """
@@ -11,7 +12,9 @@ from pathlib import Path
 if __name__ == "__main__":  # run by its path: not this folder, but the repository is searched first
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+import math
 import random
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import click
@@ -88,18 +91,59 @@ def certified(tile: CutTile) -> tuple[float, float]:
     return max(e.norm(dim=2).sum().item() for e in errors), cut.found[1].item()
 
 
-@click.command(help="The error of cut gradients of random tiles, in fp64, beside its bound.")
-@click.option("--tiles", type=click.IntRange(1), default=10_000, show_default=True)
-@click.option("--first", type=click.IntRange(0), default=0, help="The seed of the first tile.")
-def command(tiles: int, first: int) -> int:
-    found = [certified(random_tile(seed)) for seed in range(first, first + tiles)]
+def real_tiles(run: str, tiles: int) -> Iterator[CutTile]:
+    """Tiles of at most 64 random pairs of the first 1,024 that the run trained on, of any dtype and cut."""
+    from profiling.benchmark_cut import embedded, loaded, whole
+
+    model = loaded(run)
+    objective = model.objective
+    image, text, token_mask = whole(embedded(model, objective, 1024))
+    image, text, scale = (
+        l2_normalize(image),
+        l2_normalize(text),
+        math.log(objective.scales()["cmli"]),
+    )
+    for seed in range(tiles):
+        draw = random.Random(seed)
+        some, dtype = draw.sample(range(len(image)), draw.randint(2, 64)), draw.choice(DTYPES)
+        mask, delta = token_mask[some], 10 ** draw.uniform(-5, -0.5)
+        yield CutTile(image[some].to(dtype), text[some].to(dtype), mask, None, None, scale, delta)
+
+
+def report(kind: str, tiles: Iterable[CutTile]) -> int:
+    """Print how the errors compare with their bounds; returns how many are above."""
+    found = [certified(tile) for tile in tiles]
     shares = sorted(error / bound for error, bound in found if bound)
     above = sum(error > bound for error, bound in found)
     print(
-        f"{tiles:,} tiles, in {len(shares):,} of which pairs were left out: {above} above the bound"
+        f"{len(found):,} {kind} tiles, in {len(shares):,} of which pairs were left out: {above} above the bound"
     )
     if shares:
-        print(f"error / bound: median {shares[len(shares) // 2]:.3f}, most {shares[-1]:.4f}")
+        print(
+            f"error / bound: median {shares[len(shares) // 2]:.3f}, most {shares[-1]:.4f}",
+            flush=True,
+        )
+    return above
+
+
+@click.command(help="The error of cut gradients, in fp64, beside its bound.")
+@click.option(
+    "--tiles", type=click.IntRange(0), default=10_000, show_default=True, help="Of random features."
+)
+@click.option("--first", type=click.IntRange(0), default=0, help="The seed of the first of these.")
+@click.option("--run", metavar="RUN", help="A trained run, for tiles of its features.")
+@click.option(
+    "--real-tiles",
+    "real",
+    type=click.IntRange(1),
+    default=1000,
+    show_default=True,
+    help="Of these.",
+)
+def command(tiles: int, first: int, run: str | None, real: int) -> int:
+    above = report("random", map(random_tile, range(first, first + tiles)))
+    if run is not None:
+        above += report("trained", real_tiles(run, real))
     return 1 if above else 0
 
 

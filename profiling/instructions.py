@@ -1,6 +1,7 @@
 """Counts the instructions of the op's Triton kernels, compiled for GPUs that need not be here, in their machine code.
 
-An instruction counts as often as the loops around it turn; one behind a branch as if it were always reached.
+An instruction counts as often as the loops around it turn; one behind a branch as if it were always reached, unless it
+is said to be rare.
 """
 
 import functools
@@ -20,10 +21,11 @@ NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 class Machine(NamedTuple):
-    """The machine code of a kernel: its instructions, and the first and last of each loop."""
+    """The machine code of a kernel: its instructions, the first and last of each loop, and of what a branch skips."""
 
     instructions: list[str]
     loops: list[tuple[int, int]]
+    branches: list[tuple[int, int]]
 
     @classmethod
     def parse(cls, text: str) -> "Machine":
@@ -37,13 +39,28 @@ class Machine(NamedTuple):
             found = re.search(r"/\*[0-9a-f]{4,}\*/\s+(.*?);", line)
             if found:
                 instructions.append(found[1].strip())
-        loops = {}
+        loops, branches = {}, []
         for place, instruction in enumerate(instructions):
             jump = re.search(r"\bBRA.*`\((\.L\w+)\)", instruction)
-            start = labels.get(jump[1], place) if jump else place
-            if start < place:
-                loops[start] = place  # several branches to one place are one loop
-        return cls(instructions, sorted(loops.items()))
+            target = labels.get(jump[1], place) if jump else place
+            if target < place:
+                loops[target] = place  # several branches to one place are one loop
+            elif target > place + 1 and instruction.startswith("@"):
+                branches.append((place + 1, target - 1))
+        return cls(instructions, sorted(loops.items()), branches)
+
+    def without(self, rare: str) -> "Machine":
+        """The machine code without what the innermost branch around an instruction with the text `rare` skips."""
+        skipped: set[int] = set()
+        for place, instruction in enumerate(self.instructions):
+            around = [branch for branch in self.branches if branch[0] <= place <= branch[1]]
+            if rare in instruction and around:
+                first, last = min(around, key=lambda branch: branch[1] - branch[0])
+                skipped |= set(range(first, last + 1))
+        left = [place for place in range(len(self.instructions)) if place not in skipped]
+        now = {place: number for number, place in enumerate(left)}
+        loops = [(now[first], now[last]) for first, last in self.loops]
+        return Machine([self.instructions[place] for place in left], loops, [])
 
     def executed(self, trips: Sequence[float]) -> float:
         """Instructions of a warp if the loops turn so often, in the order of their beginnings; an inner loop's trips
@@ -67,8 +84,10 @@ def machine_code(
     capability: int,
     warps: int,
     stages: int,
+    multiples: tuple[str, ...] = (),
 ) -> Machine:
-    """Compile a kernel as a launch would, its tensors aligned to 16 bytes, and read its machine code."""
+    """Compile a kernel as a launch would, its tensors aligned to 16 bytes and the integers named in `multiples`
+    multiples of 16, and read its machine code."""
     types, values = dict(pointers), dict(constants)
     signature = {}
     for name in kernel.arg_names:
@@ -77,8 +96,8 @@ def machine_code(
         )
     aligned = {
         (k,): [["tt.divisibility", 16]]
-        for k, kind in enumerate(signature.values())
-        if kind[0] == "*"
+        for k, (name, kind) in enumerate(signature.items())
+        if kind[0] == "*" or name in multiples
     }
     source = ASTSource(kernel, signature=signature, constexprs=values, attrs=aligned)
     options = {"num_warps": warps, "num_stages": stages}

@@ -3,7 +3,9 @@
 What a step takes on many ranks: time, its parts, and memory, with texts gathered or in a ring, with
 gradient caching or without, at ZeRO stages 1 to 3. What is moved and what memory holds is predicted
 from the trainer's own step; times follow from the rates given here (see profiling/scaling.py), of
-which none was measured unless --measure is given.
+which none was measured unless --measure is given. On a GPU of profiling/gpu_rates.py the time of the
+all-pairs scores is computed from the op's kernels, compiled for it, and a step's beside it where
+`loss.cmli_cut` keeps 30, 10 or 3% of the pairs.
 """
 
 import sys
@@ -16,15 +18,21 @@ import json
 import math
 import os
 from collections.abc import Callable
-from typing import Any
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from ds_cmli.common.cli import GroupedCommand, check_writable, option, run_command
-from ds_cmli.common.errors import UserError
 from ds_cmli.common.plots import check_installed
+from profiling.gpu_rates import EFFICIENCY, at_limits, rates_of
+from profiling.scripts import listed
+
+if TYPE_CHECKING:
+    from profiling.scaling import Rates, StepCost
 
 PARTS = ("model", "scores", "text", "rest")
+KEPT = (0.3, 0.1, 0.03)  # shares of the pairs that a cut leaves
 
 
 @click.command(
@@ -56,6 +64,13 @@ PARTS = ("model", "scores", "text", "rest")
     "Setting", "--target", default="cuda", show_default=True, type=click.Choice(["cuda", "cpu"])
 )
 @option("Rates", "--tflops", default=60.0, show_default=True, help="TFLOP/s that a rank reaches.")
+@option(
+    "Rates",
+    "--efficiency",
+    default=EFFICIENCY,
+    show_default=True,
+    help="Share of the GPU's limits that the kernels of the all-pairs scores reach.",
+)
 @option("Rates", "--measure", is_flag=True, help="Measure --tflops on this machine instead.")
 @option(
     "Rates",
@@ -83,7 +98,7 @@ def command(
     for name in (json_path, plot_path):
         if name is not None:
             check_writable(name)
-    numbers = {name: listed(f"--{name}", given[name]) for name in ("ranks", "stages")}
+    numbers = {name: listed(f"--{name}", given[name], int) for name in ("ranks", "stages")}
     os.environ["DS_ACCELERATOR"] = "cpu"  # predictions need it before DeepSpeed is imported
     from ds_cmli.common import quiet
 
@@ -96,7 +111,7 @@ def command(
     from ds_cmli.config.presets import load_preset
     from ds_cmli.config.schema import parse_settings
     from ds_cmli.engine.throughput import peak_flops
-    from profiling.scaling import Rates, crossovers, step_cost, step_time
+    from profiling.scaling import Rates, crossovers, step_cost
 
     tflops = given["tflops"]
     if given["measure"]:
@@ -106,7 +121,7 @@ def command(
         )
     rates = Rates(
         tflops * 1e12, given["node_bandwidth"] * 1e9, given["bandwidth"] * 1e9, given["latency"] * 1e-6,
-        given["ranks_per_node"],
+        given["ranks_per_node"], computed_scores(given["target"], given["gpu"], given["efficiency"]),
     )  # fmt: skip
     config = load_preset(preset, parse_settings(settings))
     costs, rows = [], []
@@ -124,7 +139,7 @@ def command(
                         config, ds_config, ranks, exchange, cached, given["target"], given["gpu"]
                     )
                     costs.append(cost)
-                    rows.append(row(cost, step_time(cost, rates)))
+                    rows.append(row(cost, rates))
                     click.echo("  ".join(cells(rows[-1])), err=True)  # the table comes at the end
     title = f"{preset}: a step of {given['accumulation']} x {config.optim.micro_batch} pairs a rank"
     columns = [
@@ -134,12 +149,17 @@ def command(
         "exchange",
         *(f"{part} ms" for part in PARTS),
         "step ms",
+        *([] if rates.scores is None else [f"{kept:.0%} kept" for kept in KEPT]),
         "calls",
     ]
     table = Table(title, [*columns, "sent GB", "memory GB"], [cells(r) for r in rows], [
         f"rates: {tflops:.3g} TFLOP/s {'measured' if given['measure'] else 'assumed'}, "
         f"{given['node_bandwidth']:g} GB/s "
         f"in a node of {given['ranks_per_node']}, {given['bandwidth']:g} GB/s between nodes, {given['latency']:g} us",
+        "scores: " + (
+            "at the same rate" if rates.scores is None else
+            f"computed from the kernels for {given['gpu']} at {given['efficiency']:.0%} of its limits, texts of full length"
+        ),
         *crossovers(costs, rates, gpus.find(given["gpu"]).total.bytes),
     ])  # fmt: skip
     table.show(Console(width=150))
@@ -149,15 +169,37 @@ def command(
         draw(rows, title, plot_path)
 
 
-def listed(name: str, text: str) -> list[int]:
-    numbers = [int(part) if part.strip().isdecimal() else 0 for part in text.split(",")]
-    if not all(numbers):
-        raise UserError(f"{name} is {text!r}: give positive numbers, for instance 1,8,64")
-    return numbers
+def computed_scores(
+    target: str, gpu: str, efficiency: float
+) -> "Callable[[StepCost, float], float] | None":
+    """What gives the seconds of a step's all-pairs scores in fp16, if a share of the pairs is kept; None on a CPU, for a
+    GPU whose rates are not listed, and without triton."""
+    rates = rates_of(gpu) if target == "cuda" else None
+    if rates is None or find_spec("triton") is None:
+        return None
+    from profiling.kernel_work import Kernels, Sizes
+
+    def seconds(cost: "StepCost", kept: float) -> float:
+        if cost.sizes is None:
+            return 0.0
+        sizes = Sizes(*cost.sizes)
+        kernels = Kernels(rates, "fp16", sizes, {sizes.M: sizes.J})
+        phases = [kernels.forward()] * (1 + cost.scores_twice) + kernels.backward(kept)
+        return cost.accumulation * at_limits(phases, rates) / 1e3 / efficiency
+
+    return seconds
 
 
-def row(cost: Any, seconds: dict[str, float]) -> dict[str, Any]:
+def row(cost: "StepCost", rates: "Rates") -> dict[str, Any]:
     """One object of --json: seconds, bytes, and what is moved by part and kind."""
+    from profiling.scaling import step_time
+
+    seconds = step_time(cost, rates)
+    kept = (
+        {}
+        if rates.scores is None
+        else {str(k): sum(step_time(cost, rates, k).values()) for k in KEPT}
+    )
     sent = sum(count.sent(kind, cost.ranks) for (_, kind), count in cost.counts.items())
     moved = {
         f"{part} {kind}": {"calls": c.calls, "bytes": c.bytes}
@@ -165,8 +207,8 @@ def row(cost: Any, seconds: dict[str, float]) -> dict[str, Any]:
     }
     return {
         "zero_stage": cost.stage, "cached": cost.cached, "ranks": cost.ranks, "exchange": cost.exchange,
-        "seconds": {**seconds, "step": sum(seconds.values())}, "calls": sum(c.calls for c in cost.counts.values()),
-        "sent": sent, "memory": cost.memory, "moved": moved,
+        "seconds": {**seconds, "step": sum(seconds.values())}, "seconds_kept": kept,
+        "calls": sum(c.calls for c in cost.counts.values()), "sent": sent, "memory": cost.memory, "moved": moved,
     }  # fmt: skip
 
 
@@ -174,7 +216,8 @@ def cells(r: dict[str, Any]) -> list[str]:
     exchange = r["exchange"] if r["ranks"] > 1 else "-"
     return [
         str(r["zero_stage"]), "yes" if r["cached"] else "no", f"{r['ranks']:,}", exchange,
-        *(f"{1e3 * r['seconds'][part]:,.1f}" for part in (*PARTS, "step")), f"{r['calls']:,}",
+        *(f"{1e3 * r['seconds'][part]:,.1f}" for part in (*PARTS, "step")),
+        *(f"{1e3 * seconds:,.1f}" for seconds in r["seconds_kept"].values()), f"{r['calls']:,}",
         f"{r['sent'] / 1e9:.2f}", f"{r['memory'] / 1e9:.2f}",
     ]  # fmt: skip
 

@@ -6,7 +6,7 @@ measured, and it is as accurate as they are.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -29,6 +29,8 @@ class Rates:
     bandwidth: float  # bytes/s that a rank sends if several nodes take part
     latency: float  # seconds until a message begins to arrive
     ranks_per_node: int
+    # Seconds of `scores` if a share of the pairs is kept, computed otherwise than from `flops`.
+    scores: "Callable[[StepCost, float], float] | None" = None
 
 
 @dataclass(frozen=True)
@@ -42,11 +44,20 @@ class StepCost:
     accumulation: int
     memory: int  # bytes on the device; on a CPU the requested bytes
     model_flops: float  # FLOPs of student and teacher, without recomputation
-    product_flops: (
-        float  # FLOPs of the similarities of this rank's images and all texts, computed once
-    )
+    # Images of this rank in one product, texts, patches, text positions and features; None: no such losses.
+    sizes: tuple[int, int, int, int, int] | None
     checkpointing: bool
     counts: dict[tuple[str, str], Count]  # traffic, by part and kind
+
+    @property
+    def product_flops(self) -> float:
+        """FLOPs of the similarities of this rank's images and all texts, computed once."""
+        return 0.0 if self.sizes is None else 2.0 * self.accumulation * math.prod(self.sizes)
+
+    @property
+    def scores_twice(self) -> bool:
+        """Whether scores are computed twice: a ring and gradient caching find argmax indices again."""
+        return self.cached or (self.exchange == "ring" and self.ranks > 1)
 
 
 def step_cost(
@@ -79,30 +90,33 @@ def step_cost(
     accumulation = train_engine.accumulation
     micro_batch = report.setting["micro_batch"]
     texts = micro_batch * ranks * (accumulation if train_engine.caching else 1)
-    product = 0.0
+    sizes = None
     if compares_tokens(config.loss.weights):
         rows, columns = train_engine.objective.student.grid
         patches, tokens = (
             kept(config.loss.cmli_token_keep, n)
             for n in (rows * columns, config.data.context_length)
         )
-        product = 2.0 * micro_batch * texts * patches * tokens * config.student.embed_dim
+        sizes = (micro_batch, texts, patches, tokens, config.student.embed_dim)
+    product = 0.0 if sizes is None else 2.0 * math.prod(sizes)
     (counted,) = train_engine.flops.values()
     return StepCost(
         ranks, report.setting["zero_stage"], exchange, train_engine.caching, accumulation,
-        report.totals.get("device", report.totals["requested"]), accumulation * (counted - 3 * product),
-        accumulation * product, bool(report.setting["checkpointing"]), traffic.counts,
+        report.totals.get("device", report.totals["requested"]), accumulation * (counted - 3 * product), sizes,
+        bool(report.setting["checkpointing"]), traffic.counts,
     )  # fmt: skip
 
 
-def step_time(cost: StepCost, rates: Rates) -> dict[str, float]:
+def step_time(cost: StepCost, rates: Rates, kept: float = 1.0) -> dict[str, float]:
     """Seconds of each part of a step; the step takes their sum.
+
+    kept: the share of the pairs whose gradients are computed; the scores are always those of all pairs.
 
     model: the matrix products of student and teacher. Activation checkpointing and gradient caching
         each run the forward pass once more, which adds a third.
     scores: the all-pairs operator, three products in forward and backward. A ring adds one product,
         because it computes argmax indices again. So does gradient caching, with a ring or without,
-        because it computes the scores twice.
+        because it computes the scores twice. Where `rates.scores` is given, it says the time instead.
     text: the exchange of text features and their gradients. A ring's transfers overlap with
         `scores`, so only their time beyond `scores` counts; a gather does not overlap.
     rest: the exchange of gradients, parameters and softmax statistics, without any overlap.
@@ -110,18 +124,17 @@ def step_time(cost: StepCost, rates: Rates) -> dict[str, float]:
     A collective takes its bytes divided by the bandwidth, plus log2(ranks), rounded up, times the
     latency. A transfer to the next rank takes the latency once.
     """
-    again = cost.checkpointing + cost.cached
-    ring = cost.exchange == "ring" and cost.ranks > 1
-    out = {
-        "model": cost.model_flops * (1 + again / 3) / rates.flops,
-        "scores": cost.product_flops * (3 + (ring or cost.cached)) / rates.flops,
-    }
+    model_again = cost.checkpointing + cost.cached
+    scores = cost.product_flops * (1 + cost.scores_twice + 2 * kept) / rates.flops
+    if rates.scores is not None:
+        scores = rates.scores(cost, kept)
+    out = {"model": cost.model_flops * (1 + model_again / 3) / rates.flops, "scores": scores}
     moved = {"text": 0.0, "rest": 0.0}
     bandwidth = rates.node_bandwidth if cost.ranks <= rates.ranks_per_node else rates.bandwidth
     for (part, kind), count in cost.counts.items():
         hops = 1 if kind == "send" else math.ceil(math.log2(cost.ranks)) if cost.ranks > 1 else 0
         moved[part] += count.sent(kind, cost.ranks) / bandwidth + count.calls * hops * rates.latency
-    if ring:
+    if cost.exchange == "ring" and cost.ranks > 1:
         moved[TEXT] = max(0.0, moved[TEXT] - out["scores"])
     return out | moved
 

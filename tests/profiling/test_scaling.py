@@ -1,5 +1,7 @@
 """The time of a step from rates, by hand; that counts equal those of real ranks is shown in `test_real_ranks.py`."""
 
+from dataclasses import replace
+
 import pytest
 
 from ds_cmli.distributed.traffic import Count
@@ -10,7 +12,8 @@ RATES = Rates(flops=1e12, node_bandwidth=1e9, bandwidth=1e8, latency=1e-3, ranks
 
 def cost(ranks, exchange, memory=1, cached=False, checkpointing=False, **counts):
     moved = {("text", kind.replace("_", "-")): count for kind, count in counts.items()}
-    return StepCost(ranks, 2, exchange, cached, 1, memory, 3e12, 1e12, checkpointing, moved)
+    sizes = (500, 1000, 100, 100, 100)  # 1e12 FLOPs
+    return StepCost(ranks, 2, exchange, cached, 1, memory, 3e12, sizes, checkpointing, moved)
 
 
 def test_gathering_is_waited_for():
@@ -30,6 +33,16 @@ def test_what_is_computed_again():
     assert found == {"model": 5.0, "scores": 4.0, "text": 0.0, "rest": 0.0}
     assert step_time(cost(4, "ring", cached=True), RATES)["scores"] == 4.0
     assert Count(1, 8 * 10**9).sent("all-reduce", 4) == 12 * 10**9  # to scatter the sums, and to gather them
+
+
+def test_pairs_that_a_cut_leaves_out():
+    # The scores themselves, once or twice, are those of all pairs; two products of the backward are of a tenth.
+    assert step_time(cost(1, "gather"), RATES, 0.1)["scores"] == pytest.approx(1.2)
+    assert step_time(cost(4, "ring"), RATES, 0.1)["scores"] == pytest.approx(2.2)
+    computed = replace(RATES, scores=lambda cost, kept: cost.ranks + kept)
+    assert step_time(cost(4, "ring", send=Count(6, 3 * 10**9)), computed, 0.5) == {
+        "model": 3.0, "scores": 4.5, "text": 0.0, "rest": 0.0
+    }  # fmt: skip
 
 
 def test_crossovers_in_words():
