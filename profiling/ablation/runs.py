@@ -98,7 +98,8 @@ def train(run: Run, folder: Path, signals: Signals) -> int:
 
 def _end_with_parent() -> None:
     """Ask Linux to send this process TERM, at which a run saves, when its parent has ended."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    with suppress(AttributeError):  # another system: a killed plan leaves its run to end
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def seconds_of(folder: Path) -> float:
