@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 PARTS = ("model", "scores", "text", "rest")
 KEPT = (0.3, 0.1, 0.03)  # shares of the pairs that a cut leaves
+TEXTS = 2**16  # that the time of the scores is computed for at most
 
 
 @click.command(
@@ -183,9 +184,11 @@ def computed_scores(
         if cost.sizes is None:
             return 0.0
         sizes = Sizes(*cost.sizes)
+        calls = math.ceil(sizes.J / TEXTS)  # the time grows with the texts
+        sizes = sizes._replace(J=math.ceil(sizes.J / calls))
         kernels = Kernels(rates, "fp16", sizes, {sizes.M: sizes.J})
         phases = [kernels.forward()] * (1 + cost.scores_twice) + kernels.backward(kept)
-        return cost.accumulation * at_limits(phases, rates) / 1e3 / efficiency
+        return cost.accumulation * calls * at_limits(phases, rates) / 1e3 / efficiency
 
     return seconds
 
