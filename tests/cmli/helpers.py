@@ -1,7 +1,7 @@
 """What the tests of the all-pairs op share: random cases, scores with their gradients, the allocator's own count."""
 
 from collections.abc import Callable, Iterator
-from itertools import permutations
+from itertools import permutations, zip_longest
 
 import torch
 from torch import Tensor
@@ -87,9 +87,10 @@ def any_layout_gives_the_same(backend: str) -> None:
             return *scores, *gradients
 
         expected = run(plain)
-        for k, argument in enumerate(plain):
-            for layout, same in layouts(argument):
-                for got, want in zip(run([*plain[:k], same, *plain[k + 1 :]]), expected, strict=True):
-                    torch.testing.assert_close(got, want, rtol=0, atol=1e-6, msg=lambda m: f"{k}, {layout}: {m}")  # noqa: B023
+        # All arguments at once, in a layout each; those of fewer dimensions have fewer.
+        for turn in zip_longest(*map(layouts, plain)):
+            names, arguments = zip(*(one or ("plain", x) for one, x in zip(turn, plain, strict=True)), strict=True)
+            for got, want in zip(run(list(arguments)), expected, strict=True):
+                torch.testing.assert_close(got, want, rtol=0, atol=1e-6, msg=lambda m: f"{names}: {m}")  # noqa: B023
         for got, want in zip(run(repeated), run([x.clone() for x in repeated]), strict=True):
             torch.testing.assert_close(got, want, rtol=0, atol=1e-6)
