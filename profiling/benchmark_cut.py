@@ -15,7 +15,6 @@ if __name__ == "__main__":  # run by its path: not this folder, but the reposito
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import copy
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -41,17 +40,10 @@ from ds_cmli.inference import Model
 from ds_cmli.losses.cached import CachedStep
 from ds_cmli.losses.objective import Objective
 from ds_cmli.losses.pair_features import PairFeatures
-from profiling.scripts import compare, listed
+from profiling.scripts import compare, listed, processor
 
 MICRO_BATCH = 64  # pairs that gradient caching takes at a time
 Figures = dict[str, float | str]
-
-
-def processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor()
 
 
 def loaded(run: str) -> Model:

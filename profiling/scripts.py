@@ -1,4 +1,4 @@
-"""What the scripts share: numbers as they are given, and functions timed in turn."""
+"""What the scripts share: numbers as they are given, functions timed in turn, and the processor's name."""
 
 from collections.abc import Callable, Hashable, Mapping
 from typing import TypeVar
@@ -36,3 +36,10 @@ def compare(
             if repeat >= 0:
                 times[name].append(clock() - started)
     return times
+
+
+def processor() -> str:
+    """The processor's name; "" if it is not known."""
+    from cpuinfo import get_cpu_info
+
+    return get_cpu_info().get("brand_raw", "")

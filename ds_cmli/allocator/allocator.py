@@ -1,8 +1,7 @@
 """A model of PyTorch's CUDA caching allocator: the bytes it allocates and reserves for requests.
 
 The rules are those of `c10/cuda/CUDACachingAllocator.cpp`, torch 2.13 (but for rule 3 unchanged
-since 2.0), without expandable segments. All `Settings` are off by default, as in
-`c10/core/AllocatorConfig.h`.
+since 2.0), without expandable segments. All `Settings` are off by default, as in PyTorch.
  1. A request is rounded up to a multiple of 512 B. A request for 0 bytes allocates nothing.
  2. A request of at most 1 MiB is served by the small pool, which takes segments of 2 MiB from the
     device. A larger one is served by the large pool, which takes a segment of 20 MiB for a request
@@ -232,14 +231,13 @@ class CachingAllocator:
         """Put a block on the free list."""
         segment = block.segment
         block.freed_at = self.requests.get((segment.pool, segment.small), 0)
-        free = self.free_blocks.setdefault((segment.pool, segment.small, segment.stream), [])
+        free = self.free_blocks.setdefault(segment.key, [])
         insort(free, block.place)
         self.at[block.address] = block
 
     def take(self, block: Block) -> None:
         """Take a block off the free list."""
-        segment = block.segment
-        free = self.free_blocks[segment.pool, segment.small, segment.stream]
+        free = self.free_blocks[block.segment.key]
         free.pop(bisect_left(free, block.place))
         del self.at[block.address]
 

@@ -133,6 +133,10 @@ class Segment:
         self.first = Block(self, self.address, self.size)
 
     @property
+    def key(self) -> tuple[Pool, bool, int]:
+        return self.pool, self.small, self.stream
+
+    @property
     def free(self) -> bool:
         return not self.first.requested and self.first.after is None
 

@@ -201,13 +201,11 @@ class ExpandableAllocator(CachingAllocator):
         return taken
 
     def _keep_unmapped(self, block: Block) -> None:
-        segment = block.segment
-        blocks = self.unmapped.setdefault((segment.pool, segment.small, segment.stream), [])
+        blocks = self.unmapped.setdefault(block.segment.key, [])
         insort(blocks, block, key=attrgetter("address"))
 
     def _take_unmapped(self, block: Block) -> None:
-        segment = block.segment
-        self.unmapped[segment.pool, segment.small, segment.stream].remove(block)
+        self.unmapped[block.segment.key].remove(block)
 
 
 def piece_bytes(segment: Segment) -> int:

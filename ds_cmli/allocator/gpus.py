@@ -61,7 +61,6 @@ BY_CAPABILITY = {
     (10, 0): (2048, 227),
     (12, 0): (1536, 99),
 }
-DETERMINISTIC_CUBLAS = ":4096:8"  # what cuBLAS needs in order to be deterministic
 
 
 @dataclass(frozen=True)

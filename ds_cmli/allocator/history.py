@@ -270,7 +270,7 @@ class _Replay:
             not self.start.settings.by_address
             and least < first.number <= 0
             and least <= other.number <= 0
-            and (first.pool, first.small, first.stream) == (other.pool, other.small, other.stream)
+            and first.key == other.key
             and self._size(block) == taken.size
         )
 

@@ -117,10 +117,9 @@ class _Placement:
     def follow(self, number: int, entry: Entry) -> None:
         self.recorded.follow(number, entry)
         if entry.action == "segment_alloc":
-            part = self.recorded.segments[entry.address]
-            new = Segment(entry.address, part.size, part.stream, part.small)
-            segment = self.allocator.number(new)
-            self.allocator.segments[entry.address] = segment
+            at, part = entry.address, self.recorded.segments[entry.address]
+            segment = self.allocator.number(Segment(at, part.size, part.stream, part.small))
+            self.allocator.segments[at] = segment
             self.allocator.keep(segment.first)
             self.unused.add(entry.address)
         elif entry.action == "segment_free" and entry.address in self.allocator.segments:

@@ -16,6 +16,7 @@ WITHOUT_BF16 = (
 )
 # Flags in /proc/cpuinfo of processors with bf16 instructions: x86 with AVX-512 or AMX, and Arm.
 BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
+DETERMINISTIC_CUBLAS = ":4096:8"  # the CUBLAS_WORKSPACE_CONFIG with which cuBLAS is deterministic
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 
@@ -74,7 +75,7 @@ def enforce_determinism() -> None:
     On a CPU nothing changes, because runs with the same number of threads are reproducible anyway.
     To be called before the first GPU operation, as cuBLAS reads its workspace setting once.
     """
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", DETERMINISTIC_CUBLAS)
     import torch
 
     torch.use_deterministic_algorithms(True)

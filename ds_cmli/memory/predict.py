@@ -22,6 +22,7 @@ from ds_cmli.allocator.blocks import Event
 from ds_cmli.allocator.gpus import Limits
 from ds_cmli.cmli.backends import why_not_on
 from ds_cmli.cmli.token_keep import kept
+from ds_cmli.common import hardware
 from ds_cmli.common.probe import probe
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.json_values import JsonObject, Section
@@ -166,7 +167,7 @@ def predict(
     setting = _setting(here) | {"process_group": backend, "gpu": gpu if here.rank.cuda else "CPU"}
     if not here.rank.cuda:
         return Prediction(summarise(events, setting, "predicted"), events, sum(sizes), max(sizes))
-    workspace = gpus.DETERMINISTIC_CUBLAS if config.run.deterministic else None
+    workspace = hardware.DETERMINISTIC_CUBLAS if config.run.deterministic else None
     workspace = os.environ.get("CUBLAS_WORKSPACE_CONFIG", workspace)
     events = _with_cublas(events, card.cublas_bytes(workspace))
     report, replayed = summarise(events, setting, "predicted"), replay(events)

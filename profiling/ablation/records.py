@@ -16,6 +16,7 @@ from ds_cmli.common.errors import UserError, nearest
 from ds_cmli.report.runs import read
 from profiling.ablation.plan import Plan, Run
 from profiling.ablation.runs import seconds_of
+from profiling.scripts import processor
 
 FILE = "ablation.csv"  # in a run's folder
 PEAK = "memory/peak_memory_bytes"  # in a run's TensorBoard
@@ -27,8 +28,6 @@ Records = dict[tuple[str, int], Record]  # by arm and seed
 
 def record(run: Run, folder: Path, endpoints: Sequence[str]) -> None:
     """Write the line of a run that has ended. Raises `UserError` if it lacks an endpoint."""
-    from cpuinfo import get_cpu_info
-
     found = read(folder).last("eval/")
     line = {"arm": run.arm, "seed": str(run.seed)}
     for endpoint in endpoints:
@@ -41,7 +40,7 @@ def record(run: Run, folder: Path, endpoints: Sequence[str]) -> None:
         "revision": str(config["revision"]),
         "seconds": f"{seconds_of(folder):.0f}",
         "peak_memory_bytes": peak_memory(folder),
-        "cpu": get_cpu_info().get("brand_raw", ""),
+        "cpu": processor(),
         "settings": run.described(),
     }
     write(folder / FILE, [line])
