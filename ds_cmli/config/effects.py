@@ -39,6 +39,9 @@ def _beyond(setting: str) -> Idle:
 
 _DEMO = Idle(lambda config: config.data.source == "demo", "the demo makes its own pictures")
 IDLE = {
+    "data.scenes": Idle(
+        lambda config: config.data.source != "demo", "only the demo's pictures make scenes"
+    ),
     "data.max_bad_share": _DEMO,
     "data.max_pixels": _DEMO,
     "data.follow_symlinks": _DEMO,

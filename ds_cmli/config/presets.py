@@ -1,4 +1,4 @@
-"""The presets `demo`, `paper` and `tiny`, as changes of the defaults in `schema.py`."""
+"""The presets `demo`, `ablation`, `paper` and `tiny`, as changes of the defaults in `schema.py`."""
 
 from collections.abc import Mapping
 
@@ -18,6 +18,20 @@ PRESETS: dict[str, Sections] = {
             "dropout": 0.0,  # dropout is for longer trainings
         },
         "optim": {"lr": 2e-4, "warmup_share": 0.15, "micro_batch": 64, "steps": 210},
+    },
+    # For experiments with many runs (docs/learning.md): two to three minutes a run. The teacher is
+    # of another origin than the student's encoder.
+    "ablation": {
+        "student": {
+            "image_overrides": {"patch_size": 16},
+            "layers": 3,
+            "dropout": 0.0,
+            "freeze_image": 1,
+            "freeze_text": 1,
+        },
+        "teacher": {"model": "tf_efficientnet_lite0", "block": 3},
+        "data": {"image_size": 64, "scenes": "sentences"},
+        "optim": {"lr": 6e-4, "warmup_share": 0.15, "micro_batch": 32, "steps": 100},
     },
     # The document's setting. It names neither GPU nor models, so the models here are an assumption.
     "paper": {

@@ -102,6 +102,9 @@ class DataConfig:
 
     # "demo" (scenes), or what `registry.py` lists; several are mixed: ["a::0.7", "b::0.3"].
     source: Name | Annotated[list[Name], Field(min_length=1)] = "demo"
+    # The demo's captions: "names" of one to four pictures, or "sentences" of three or four, which
+    # have words without a place in the picture too.
+    scenes: Literal["names", "sentences"] = "names"
     val_source: Text = ""  # "": the validation part of `source`, or else a held-out share of it
     # The part of a source that evaluation uses.
     val_split: Literal["validation", "test"] = "validation"

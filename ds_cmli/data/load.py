@@ -1,6 +1,7 @@
 """The data that a run trains and evaluates on, from the demo's scenes or the kinds of `sources`."""
 
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 from torch.utils.data import Dataset
 
@@ -103,10 +104,11 @@ def _demo(config: DataConfig, seed: int) -> Data:
     # Before the tokenizer, because it is the smaller download if downloads fail.
     pictures = Pictures(config.image_size)
     tokenizer = load_tokenizer(config.tokenizer, config.context_length)
-    train = Scenes("train", seed, TRAIN_SCENES, pictures, tokenizer, config.augmentation)
+    make = partial(Scenes, pictures=pictures, tokenizer=tokenizer, captions=config.scenes)
+    train = make("train", seed, TRAIN_SCENES, augmentation=config.augmentation)
     evals: dict[str, Dataset] = {}
     for split in ("seen", "unseen"):
-        evals[split] = Scenes(split, EVAL_SEED, EVAL_SCENES, pictures, tokenizer)
+        evals[split] = make(split, EVAL_SEED, EVAL_SCENES)
     return Data(
         train=train,
         mixture=Mixture([len(train)]),

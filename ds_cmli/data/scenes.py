@@ -1,7 +1,8 @@
 """The demo pairs: scenes of one to four pictures, captioned with their names.
 
-Each token thus has a known place. S image size in pixels, C = S // 2 the side of a cell. Pictures:
-Twemoji; names: Unicode CLDR short names.
+Each token of a name thus has a known place. Pictures: Twemoji; names: Unicode CLDR short names.
+
+S image size in pixels, C = S // 2 the side of a cell.
 """
 
 import hashlib
@@ -30,12 +31,19 @@ TRAIN_SCENES = 20_000
 EVAL_SCENES = 300
 EVAL_SEED = 0  # validation scenes are the same in every run
 HELD_OUT_SHARE = 0.15
-SEPARATOR = " "  # between names; a comma would be a token without a place in the image
+# Words before the first name and before the others. With "names" each token has a place in the
+# picture, as a comma would not.
+NAMES = ("",), (" ",)
+SENTENCES = (
+    ("a picture of ", "this shows ", "there is ", "here we see "),
+    (" next to ", " and ", " beside ", " together with "),
+)
 SMALLEST_CELL = 8  # pixels
 SKIN_TONES = range(0x1F3FB, 0x1F400)
 # One in this many arrangements of training concepts is reserved for the split "seen".
 RESERVED = 16
 COUNTS = (1, 2, 3, 4)
+MANY = (3, 4)  # pictures in scenes with sentences
 CORNERS = ((0, 0), (0, 1), (1, 0), (1, 1))  # cell -> row, column
 
 Layout = list[tuple[int, int]]  # (concept, cell) of each picture
@@ -47,7 +55,7 @@ class Pictures:
     Skin-tone variants are left out as near duplicates; of identical drawings the last is kept.
 
     Attributes:
-        names: the concepts' names, str [n].
+        names, characters: the concepts' names and emoji, str [n].
         images: uint8 [n, 3, C, C], on white.
         training, held_out: indices of the concepts; a hash of the emoji decides, so the split is
             always the same. "Man farmer" and "woman farmer" are two concepts: a held-out one may
@@ -61,11 +69,13 @@ class Pictures:
                 f"data.image_size is {image_size}: scenes need at least {2 * SMALLEST_CELL} pixels"
             )
         self.names: list[str] = []
+        self.characters: list[str] = []
         self.training: list[int] = []
         self.held_out: list[int] = []
         images = []
         for number, (name, character, drawing) in enumerate(_concepts(assets.pictures())):
             self.names.append(name)
+            self.characters.append(character)
             side = self.training if _share(character) >= HELD_OUT_SHARE else self.held_out
             side.append(number)
             shrunk = drawing.resize((self.cell, self.cell), Image.Resampling.BICUBIC)
@@ -77,8 +87,8 @@ class Scenes(Dataset):
     """A map-style data set of scenes, each a pure function of (split, seed, index).
 
     A scene shows one to four different pictures, each in its own quarter of a white image; its
-    caption is their names in random order. A random patch lies in the picture that a valid token
-    names with probability 1/4.
+    caption is their names in random order, or a sentence with three or four of them. A random patch
+    lies in the picture that a token of a name stands for with probability 1/4.
 
     In training the probability of a scene is proportional to its number of pictures: scenes with
     more pictures teach more at the same cost.
@@ -90,6 +100,7 @@ class Scenes(Dataset):
     Args:
         seed: the seed of the scenes.
         length: number of scenes.
+        captions: "names" or "sentences", as `data.scenes`.
         augmentation: colour jitter and flips; a flip also swaps the quarters in
             `Sample.cell_picture`.
     """
@@ -101,6 +112,7 @@ class Scenes(Dataset):
         length: int,
         pictures: Pictures,
         tokenizer: CaptionTokenizer,
+        captions: str = "names",
         augmentation: Mapping[Name, float] | None = None,
     ):
         if "random_resized_crop" in (augmentation or {}):
@@ -111,6 +123,8 @@ class Scenes(Dataset):
         self.augmentation = Augmentation(augmentation or {}, seed)
         self.split, self.seed, self.length, self.size = split, seed, length, pictures.size
         self.pictures, self.tokenizer = pictures, tokenizer
+        self.sentences = captions == "sentences"
+        self.counts = MANY if self.sentences else COUNTS
         self.concepts = pictures.held_out if split == "unseen" else pictures.training
         # Drawn in advance for validation; training scenes are drawn on request.
         self._layouts: list[Layout] = []
@@ -140,7 +154,7 @@ class Scenes(Dataset):
         The caller takes the first that is allowed.
         """
         draw = random.Random(f"{self.split} {self.seed} {index}")
-        count = draw.choices(COUNTS, COUNTS if self.split == "train" else None)[0]
+        count = draw.choices(self.counts, self.counts if self.split == "train" else None)[0]
         while True:
             concepts, cells = draw.sample(self.concepts, count), draw.sample(range(4), count)
             yield list(zip(concepts, cells, strict=True))
@@ -153,6 +167,18 @@ class Scenes(Dataset):
         if flipped and sample.cell_picture is not None:
             sample.cell_picture = [sample.cell_picture[cell] for cell in (1, 0, 3, 2)]
         return sample
+
+    def caption(self, index: int) -> tuple[str, list[tuple[int, int]]]:
+        """The caption, and where each name stands in it."""
+        first, others = SENTENCES if self.sentences else NAMES
+        draw = random.Random(f"words {self.split} {self.seed} {index}")
+        caption, spans = "", []
+        for concept, _ in self.layout(index):
+            name = self.pictures.names[concept]
+            caption += draw.choice(others if caption else first)
+            spans.append((len(caption), len(caption) + len(name)))
+            caption += name
+        return caption, spans
 
     def name(self, index: int) -> str:
         return str(index)
@@ -169,17 +195,11 @@ class Scenes(Dataset):
         cell = self.pictures.cell
         image = np.full((3, self.size, self.size), 255, dtype=np.uint8)
         cell_picture = [NO_PICTURE] * 4
-        caption = ""
-        spans = []  # where each name stands in the caption
         for number, (concept, place) in enumerate(self.layout(index)):
             top, left = (cell * offset for offset in CORNERS[place])
             image[:, top : top + cell, left : left + cell] = self.pictures.images[concept]
             cell_picture[place] = number
-            if caption:
-                caption += SEPARATOR
-            name = self.pictures.names[concept]
-            spans.append((len(caption), len(caption) + len(name)))
-            caption += name
+        caption, spans = self.caption(index)
         tokens = self.tokenizer(caption)
         return Sample(
             torch.from_numpy(image),

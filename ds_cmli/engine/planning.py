@@ -207,9 +207,10 @@ def resolve_weights(config: Config) -> Config:
     """The configuration with "demo" weights replaced by the paths of the packaged files."""
     student, teacher = config.student, config.teacher
     if student.image_weights == "demo":
-        student = replace(student, image_weights=str(assets.vit_weights()))
+        path = assets.image_weights(student.image_model)
+        student = replace(student, image_weights=str(path))
     if student.text_weights == "demo":
         student = replace(student, text_weights=str(assets.minilm()))
     if teacher.weights == "demo":
-        teacher = replace(teacher, weights=str(assets.vit_weights()))
+        teacher = replace(teacher, weights=str(assets.image_weights(teacher.model)))
     return replace(config, student=student, teacher=teacher)

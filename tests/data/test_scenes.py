@@ -2,6 +2,7 @@ import hashlib
 import re
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -105,6 +106,29 @@ def test_each_token_belongs_to_the_picture_that_it_names(data):
             assert squeeze.sub("", data.tokenizer.decode(mine)) == squeeze.sub("", name)
         owners = [o for o, valid in zip(sample.token_picture, sample.tokens.valid, strict=True) if valid]
         assert -1 not in owners  # no token without a place
+
+
+def test_sentences_have_words_without_a_place_and_three_or_four_pictures(data):
+    sentences = build_data(replace(CONFIG, scenes="sentences", context_length=64), seed=0)
+    counts, captions = set(), set()
+    for dataset in (sentences.train, *sentences.evals.values()):
+        for index in range(100):
+            layout, (caption, spans) = dataset.layout(index), dataset.caption(index)
+            names = [dataset.pictures.names[concept] for concept, _ in layout]
+            assert [caption[first:last] for first, last in spans] == names
+            counts.add(len(layout))
+            captions.add(caption)
+            sample = dataset.pair(index)
+            ends = zip(sample.tokens.ends, sample.tokens.valid, sample.token_picture, strict=True)
+            for end, valid, owner in ends:
+                inside = [number for number, (first, last) in enumerate(spans) if first < end <= last]
+                assert owner == (inside[0] if inside and valid else -1)
+            assert sum(sample.tokens.valid) > sum(owner >= 0 for owner in sample.token_picture)
+    assert counts == {3, 4}
+    assert {caption.split()[0] for caption in captions} == {"a", "this", "there", "here"}
+    assert data.evals["seen"].layout(0) == build_data(CONFIG, seed=5).evals["seen"].layout(0)
+    again = build_data(replace(CONFIG, scenes="sentences", context_length=64), seed=0).train
+    assert again.caption(7) == sentences.train.caption(7)
 
 
 def test_each_picture_lies_in_its_own_quarter(data):

@@ -7,7 +7,6 @@ from transformers import AutoModel, AutoProcessor
 
 from ds_cmli.config.schema import load_config
 from ds_cmli.data.load import build_data
-from ds_cmli.data.scenes import SEPARATOR
 from ds_cmli.evaluate.command import load_objective
 from ds_cmli.evaluate.embed import EmbedSettings
 from ds_cmli.evaluate.split import evaluate_split
@@ -22,7 +21,7 @@ def recalls(own_first):
 
 
 def caption(scenes, i):
-    return SEPARATOR.join(scenes.pictures.names[concept] for concept, _ in scenes.layout(i))
+    return " ".join(scenes.pictures.names[concept] for concept, _ in scenes.layout(i))
 
 
 @pytest.mark.parametrize(("split", "token_keep"), [("seen", 1.0), ("unseen", 0.25)])

@@ -1,9 +1,11 @@
-"""The conversion of a ViT with DINOv2's architecture from ONNX to timm's state dict.
+"""The conversions of packaged image models to timm's state dicts.
 
-The exporter kept the names of biases, norms and LayerScale but dropped those of the linear weights.
-A weight is found as the input of the MatMul to whose product a named bias is added.
+A ViT with DINOv2's architecture comes from ONNX. The exporter kept the names of biases, norms and
+LayerScale but dropped those of the linear weights. A weight is found as the input of the MatMul to
+whose product a named bias is added.
 """
 
+import io
 import re
 from pathlib import Path
 
@@ -64,3 +66,19 @@ def convert_vit(model: bytes, target: Path) -> None:
     for name, value in state.items():
         state[name] = np.ascontiguousarray(value, dtype=np.float32)
     save_file(state, target)
+
+
+def convert_efficientnet(checkpoint: bytes, target: Path) -> None:
+    """Write `target`, a file of tensors for timm's `tf_efficientnet_lite0`.
+
+    The checkpoint has the same tensors in the same order, by other names.
+    """
+    import timm
+    import torch
+    from safetensors.torch import save_file
+
+    given = torch.load(io.BytesIO(checkpoint), map_location="cpu", weights_only=True)
+    with torch.device("meta"):
+        names = timm.create_model("tf_efficientnet_lite0").state_dict()
+    whole = [tensor.contiguous() for tensor in given.values()]
+    save_file(dict(zip(names, whole, strict=True)), target)
