@@ -60,6 +60,13 @@ IDLE = {
     "teacher.weights_partial": Idle(
         lambda config: config.teacher.weights == "random", "teacher.weights is 'random'"
     ),
+    "loss.target_top": Idle(
+        lambda config: config.loss.target != "top", "loss.target is {config.loss.target!r}"
+    ),
+    "loss.cmli_init_temperature": Idle(
+        lambda c: c.loss.target != "attention" and "cmli" not in c.loss.weights,
+        "loss.target is {config.loss.target!r}, and no loss is 'cmli'",
+    ),
     "loss.cmli_gather_bytes": Idle(
         lambda config: config.loss.cmli_exchange != "auto",
         "loss.cmli_exchange is {config.loss.cmli_exchange!r}",

@@ -38,6 +38,9 @@ OP = (
     "cmli_token_keep",
 )
 
+# The settings of a token's target among the teacher's patches.
+TARGET = ("cmli_init_temperature", "match", "target", "target_top")
+
 LOSSES = {
     "global": LossEntry(
         "ds_cmli.losses.global_contrastive:GlobalContrastive",
@@ -66,7 +69,13 @@ LOSSES = {
         settings=("duplicates", *OP),
     ),
     "target_cmli": LossEntry(
-        "ds_cmli.losses.target_cmli:TargetCMLI", teacher=True, settings=("match", "mse_reduction")
+        "ds_cmli.losses.target_cmli:TargetCMLI", teacher=True, settings=("mse_reduction", *TARGET)
+    ),
+    "target_image": LossEntry(
+        "ds_cmli.losses.target_cmli:TargetImage", teacher=True, settings=("mse_reduction",)
+    ),
+    "target_text": LossEntry(
+        "ds_cmli.losses.target_cmli:TargetText", teacher=True, settings=("mse_reduction", *TARGET)
     ),
     "cls_kd": LossEntry(
         "ds_cmli.losses.cls_distillation:ClsDistillation", teacher=True, settings=("mse_reduction",)

@@ -143,11 +143,16 @@ class LossConfig:
     mse_reduction: Literal["mean", "sum"] = "mean"
     # Whose patches Target-CMLI matches the tokens with; the document takes the teacher's.
     match: Literal["teacher", "student"] = "teacher"
+    # Which teacher patches are a token's target: the "best" match, as in the document; the mean of
+    # the `target_top` best; or the mean of all by the softmax, "attention", of their similarities
+    # over `cmli_init_temperature`.
+    target: Literal["best", "top", "attention"] = "best"
+    target_top: Count = 4
     # Pairs of a batch with the same picture or the same caption: with "mask" they are no negatives
     # of each other, and positives in the sigmoid losses; with "keep" they are negatives.
     duplicates: Literal["mask", "keep"] = "mask"
     init_temperature: Temperature = 0.07  # of the global loss
-    # Of the CMLI loss, whose means of maxima vary less than cosines.
+    # Of the CMLI loss, whose means of maxima vary less than cosines, and of `target`.
     cmli_init_temperature: Temperature = 0.02
     cmli_backend: Literal["auto", "chunked", "triton"] = "auto"
     cmli_recompute: bool = False

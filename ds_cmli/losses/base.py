@@ -177,6 +177,14 @@ class LossInputs(PairInputs):
         return x if self.width_head is None else self.width_head(x)
 
 
+@dataclass(frozen=True)
+class Sizes:
+    """What only the encoders decide of a loss's shapes."""
+
+    patches: int  # N
+    teacher_width: int | None  # H_t; None without a teacher
+
+
 class Loss(nn.Module):
     """One loss with its own parameters.
 
@@ -191,6 +199,9 @@ class Loss(nn.Module):
     def __init__(self, config: LossConfig):
         super().__init__()
         self.config = config
+
+    def fit(self, sizes: Sizes) -> None:
+        """Check the settings, and make what is needed, for these sizes. Raises `UserError`."""
 
     def forward(self, inputs: Any) -> Tensor:
         """The mean loss over the pairs of `inputs`, a scalar in fp32 (fp64).

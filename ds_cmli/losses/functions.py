@@ -69,8 +69,8 @@ def duplicates(pair_id: Tensor, all_ids: Tensor, first: int = 0) -> Tensor:
     return same
 
 
-def match_patches(tokens: Tensor, patches: Tensor) -> Tensor:
-    """Equation (2) for the positive pairs: each token's patch of the highest cosine similarity.
+def patch_similarities(tokens: Tensor, patches: Tensor) -> Tensor:
+    """Cosine similarities of the tokens and patches of each positive pair.
 
     Args:
         tokens: [B, M, D], projected by g; of any norm and any float dtype.
@@ -78,8 +78,7 @@ def match_patches(tokens: Tensor, patches: Tensor) -> Tensor:
             are random.
 
     Returns:
-        int64 [B, M]. The index has no gradient, so this alone never trains g. Ties go to the lowest
-        index.
+        [B, M, N] fp32 (fp64), without a gradient.
 
     Raises:
         ValueError: on shapes that do not fit.
@@ -88,8 +87,51 @@ def match_patches(tokens: Tensor, patches: Tensor) -> Tensor:
     with torch.no_grad(), full_precision(tokens.device):
         tokens = F.normalize(upcast(tokens), dim=-1)
         patches = F.normalize(upcast(patches), dim=-1)
-        similarity = tokens @ patches.transpose(1, 2)  # [B, M, N]
+        return tokens @ patches.transpose(1, 2)
+
+
+def match_patches(tokens: Tensor, patches: Tensor) -> Tensor:
+    """Equation (2) for the positive pairs: each token's patch of the highest cosine similarity.
+
+    Arguments and errors are those of `patch_similarities`.
+
+    Returns:
+        int64 [B, M]. The index has no gradient, so this alone never trains g. Ties go to the lowest
+        index.
+    """
+    return patch_similarities(tokens, patches).argmax(2)
+
+
+def choose_patches(similarity: Tensor, target: str, top: int, temperature: float) -> Tensor:
+    """The patches whose teacher features are a token's target, given `patch_similarities`.
+
+    Args:
+        similarity: [B, M, N] fp32 (fp64); a patch at -inf is not chosen.
+        target: "best", the patch of the highest similarity, as in the document; "top", the `top`
+            best ones alike; "attention", all of them by the softmax of similarity / `temperature`.
+
+    Returns:
+        For "best" the index, int64 [B, M], with ties to the lowest; otherwise the weights of the
+        patches, [B, M, N], which sum to 1.
+    """
+    if target == "best":
         return similarity.argmax(2)
+    if target == "top":
+        values, best = similarity.topk(top, 2)  # [B, M, top]
+        chosen = values.isfinite().to(similarity.dtype)
+        return torch.zeros_like(similarity).scatter_(2, best, chosen / chosen.sum(2, keepdim=True))
+    return (similarity / temperature).softmax(2)
+
+
+def chosen_features(patches: Tensor, match: Tensor) -> Tensor:
+    """The features that `choose_patches` has chosen: [B, N, H], its result -> [B, M, H].
+
+    A mean is computed in fp32 (fp64); the feature of one patch keeps its dtype.
+    """
+    if match.dim() == 2:
+        return patches.gather(1, match[:, :, None].expand(-1, -1, patches.shape[2]))
+    with full_precision(patches.device):
+        return match @ upcast(patches)
 
 
 def squared_distance(x: Tensor, y: Tensor, reduction: str) -> Tensor:
@@ -112,6 +154,43 @@ def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
     return ((values * mask).sum(1) / count).mean()
 
 
+def target_image_loss(
+    student_patches: Tensor, teacher_patches: Tensor, reduction: str = "mean"
+) -> Tensor:
+    """Equation (7): each patch regresses the teacher's at the same place.
+
+    Arguments and errors are those of `target_cmli_loss`.
+    """
+    check_shapes(
+        student_patches=(student_patches, "B N H"), teacher_patches=(teacher_patches, "B N H")
+    )
+    # Over N patches and B images.
+    return squared_distance(student_patches, teacher_patches, reduction).mean()
+
+
+def target_text_loss(
+    student_tokens: Tensor,
+    teacher_patches: Tensor,
+    match: Tensor,
+    token_mask: Tensor,
+    reduction: str = "mean",
+) -> Tensor:
+    """Equation (9): each valid token regresses the teacher's feature at its match.
+
+    The document writes (9) as a mean over k = 1..N although k counts text tokens. Here it is the
+    mean over the M_j valid tokens of each text. Arguments and errors are those of
+    `target_cmli_loss`.
+    """
+    check_shapes(
+        student_tokens=(student_tokens, "B M H"),
+        teacher_patches=(teacher_patches, "B N H"),
+        match=(match, "B M" if match.dim() == 2 else "B M N"),
+        token_mask=(token_mask, "B M"),
+    )
+    targets = chosen_features(teacher_patches, match)  # [B, M, H]
+    return masked_mean(squared_distance(student_tokens, targets, reduction), token_mask)
+
+
 def target_cmli_loss(
     student_patches: Tensor,
     student_tokens: Tensor,
@@ -120,16 +199,14 @@ def target_cmli_loss(
     token_mask: Tensor,
     reduction: str = "mean",
 ) -> Tensor:
-    """Target-CMLI: equations (7) and (9), and their mean (10).
-
-    The document writes (9) as a mean over k = 1..N although k counts text tokens. Here it is the
-    mean over the M_j valid tokens of each text.
+    """Target-CMLI: equation (10), the mean of (7) and (9).
 
     Args:
         student_patches: [B, N, H].
         student_tokens: [B, M, H].
         teacher_patches: [B, N, H], the frozen teacher's, already layer-normalised.
-        match: int64 [B, M] of `match_patches`: the teacher patch that each token regresses.
+        match: of `choose_patches`: the teacher patch that each token regresses, int64 [B, M], or
+            the weights of several, [B, M, N].
         token_mask: bool [B, M], True = valid (not [CLS], [SEP], [PAD]).
         reduction: "mean" or "sum" over H, see `squared_distance`.
 
@@ -137,19 +214,10 @@ def target_cmli_loss(
         ValueError: on shapes that do not fit.
     """
     check_shapes(
-        student_patches=(student_patches, "B N H"),
-        student_tokens=(student_tokens, "B M H"),
-        teacher_patches=(teacher_patches, "B N H"),
-        match=(match, "B M"),
-        token_mask=(token_mask, "B M"),
+        student_patches=(student_patches, "B N H"), student_tokens=(student_tokens, "B M H")
     )
-    targets = teacher_patches.gather(
-        1, match[:, :, None].expand(-1, -1, teacher_patches.shape[2])
-    )  # [B, M, H]
-    image = squared_distance(
-        student_patches, teacher_patches, reduction
-    ).mean()  # (7): over N patches and B images
-    text = masked_mean(squared_distance(student_tokens, targets, reduction), token_mask)  # (9)
+    image = target_image_loss(student_patches, teacher_patches, reduction)
+    text = target_text_loss(student_tokens, teacher_patches, match, token_mask, reduction)
     return (image + text) / 2
 
 

@@ -14,7 +14,7 @@ from ds_cmli.cmli.token_keep import Selection, select
 from ds_cmli.config.registry import LOSSES, load
 from ds_cmli.config.schema import LossConfig
 from ds_cmli.data.batch import Batch
-from ds_cmli.losses.base import Features, Loss, LossInputs, WidthHead
+from ds_cmli.losses.base import Features, Loss, LossInputs, Sizes, WidthHead
 from ds_cmli.losses.cached import CachedStep, PairGradients, PairLosses, pair_gradients
 from ds_cmli.losses.pair_features import PairFeatures
 from ds_cmli.models.student import Student
@@ -81,6 +81,9 @@ class Objective(nn.Module):
         self.config = config
         self.student = student
         self.losses = nn.ModuleDict({name: load(LOSSES[name])(config) for name in config.weights})
+        rows, columns = student.grid
+        for loss in self.losses.values():
+            loss.fit(Sizes(rows * columns, teacher_width))  # type: ignore[operator]
         # How many texts of other pairs were no negatives of this rank's images in the last
         # micro-batch or step.
         self.register_buffer("ignored", torch.zeros((), dtype=torch.int64), persistent=False)

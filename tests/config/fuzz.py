@@ -71,6 +71,7 @@ SETTINGS: dict[str, list[Any]] = {
     "loss.weights": [{"cmli": 1}, {"global": 0.5, "cls_kd": 2}, {"global_sigmoid": 1, "cmli_sigmoid": 0.1}],
     "loss.mse_reduction": ["sum"],
     "loss.match": ["student"],
+    "loss.target": ["top", "attention"],
     "loss.init_temperature": [0.01, 0.5],
     "loss.cmli_init_temperature": [0.1, 1],
     "loss.cmli_backend": ["chunked", "triton"],

@@ -87,7 +87,8 @@ def test_lines_say_what_is_accepted():
         "loss.weights.cmli is 'a': give a value of type float, more than 0"
     )
     assert line(loss={"weights": ["cmli"]}).endswith(
-        "a value of type dict, of global, global_sigmoid, cmli, cmli_sigmoid, target_cmli, cls_kd, sparc"
+        "a value of type dict, of global, global_sigmoid, cmli, cmli_sigmoid, target_cmli, target_image, "
+        "target_text, cls_kd, sparc"
     )
     assert line(loss={"match": "techer"}) == "loss.match is 'techer': did you mean 'teacher'?"
     assert line(loss={"match": ["teacher"]}) == "loss.match is ['teacher']: give one of teacher, student"
@@ -157,6 +158,7 @@ def test_presets_and_random_weights_are_not_contradicted():
         ("global", "loss.cmli_recompute=true", "without cmli"), ("cmli", "loss.init_temperature=1", "without global"),
         ("cmli", "loss.mse_reduction=sum", "without target_cmli"), ("cls_kd", "loss.mse_reduction=sum", None),
         ("target_cmli", "teacher.block=1", None), ("cls_kd", "teacher.block=1", None),
+        ("target_image", "loss.match=student", "without target_cmli"), ("target_text", "loss.match=student", None),
     ],
 )  # fmt: skip
 def test_a_setting_that_nothing_reads_gets_a_line(losses, setting, words, capsys):

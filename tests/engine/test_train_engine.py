@@ -39,7 +39,7 @@ def test_five_steps_with_each_shipped_json(device, data, batches, path):
     assert train_engine.engine.zero_optimization_stage() == json.loads(path.read_text())["zero_optimization"]["stage"]
 
 
-@pytest.mark.parametrize("loss", ["global", "cmli", "target_cmli", "cls_kd", "sparc"])
+@pytest.mark.parametrize("loss", ["global", "cmli", "target_cmli", "target_image", "target_text", "cls_kd", "sparc"])
 def test_each_loss_alone(device, data, batches, loss):
     train_engine = build(device, data, {"zero_optimization": {"stage": 2}}, {"loss": {"weights": {loss: 2.0}}})
     total, each = train_engine(batches[0])

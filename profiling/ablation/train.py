@@ -1,0 +1,30 @@
+"""Train as ds_cmli/train.py does, with the losses of `profiling/ablation/losses.py` as well."""
+
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":  # run by its path: not this folder, but the repository is searched first
+    sys.path[0] = str(Path(__file__).resolve().parent.parent.parent)
+
+from ds_cmli.config.registry import LOSSES, TARGET, LossEntry
+
+OF_THE_EXPERIMENT = {
+    "oracle_text": LossEntry(
+        "profiling.ablation.losses:OracleText", teacher=True, settings=("mse_reduction", *TARGET)
+    ),
+    "shuffled_text": LossEntry(
+        "profiling.ablation.losses:ShuffledText", teacher=True, settings=("mse_reduction", *TARGET)
+    ),
+}
+
+
+def register() -> None:
+    """Add the losses to the package's table, for this process."""
+    LOSSES.update(OF_THE_EXPERIMENT)
+
+
+if __name__ == "__main__":
+    from ds_cmli import train
+
+    register()
+    train.main()
