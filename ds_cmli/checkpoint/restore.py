@@ -22,7 +22,7 @@ from ds_cmli.checkpoint.train_state import (
     read_shared,
     redistribute,
 )
-from ds_cmli.checkpoint.weights import load_averages, parts
+from ds_cmli.checkpoint.weights import load_averages, load_banks, parts
 from ds_cmli.common.errors import UserError
 from ds_cmli.common.pretrained import refused_code
 from ds_cmli.config import schedule, settings
@@ -279,6 +279,7 @@ def _load_engine(point: ResumePoint, train_engine: TrainEngine, with_changes: bo
             with no_code():
                 engine.load_checkpoint(str(path.parent), tag=path.name)  # collectives
         load_averages(path, train_engine)
+        load_banks(path, train_engine.objective)
         if with_changes:
             _apply_rates(engine, fresh, of_schedule)
         states = [*engine.optimizer.state.values()]

@@ -1,10 +1,10 @@
 """Writes a checkpoint beside the last one, publishes it by a rename, and lists checkpoints.
 
 `checkpoint/stepN/` holds DeepSpeed's files, `state.json` and `rank-R.pt` (`TrainState`),
-`student_ema.safetensors` of a run with averaged weights, and `checksums.json`. `checkpoint/latest`
-names the newest complete checkpoint; until that file is replaced, the one before is valid. Names
-of incomplete files and folders end in `.writing`. A folder `stepN.K` is a later checkpoint of the
-same step.
+`student_ema.safetensors` of a run with averaged weights, `banks.pt` of one with banks of teacher
+features, and `checksums.json`. `checkpoint/latest` names the newest complete checkpoint; until that
+file is replaced, the one before is valid. Names of incomplete files and folders end in `.writing`.
+A folder `stepN.K` is a later checkpoint of the same step.
 """
 
 import json
@@ -24,6 +24,7 @@ from ds_cmli.checkpoint.files import CheckpointWriter, Entry, NotFinite
 from ds_cmli.checkpoint.train_state import STATE, TrainState
 from ds_cmli.checkpoint.weights import (
     AVERAGE,
+    BANKS,
     WEIGHTS,
     full_averages,
     full_shape,
@@ -170,7 +171,9 @@ def _expected_bytes(root: Path, engine: TrainEngine) -> int:
         with suppress(ValueError):
             return sum(entry["bytes"] for entry in files.read_checksums(root / newest).values())
     each = BYTES_PER_PARAMETER + (BYTES_OF_AVERAGE if engine.ema is not None else 0)
-    return each * sum(full_shape(p).numel() for p in engine.objective.parameters())
+    of_banks = sum(x.nbytes for bank in engine.objective.banks().values() for x in bank.buffers())
+    numbers = sum(full_shape(p).numel() for p in engine.objective.parameters())
+    return each * numbers + of_banks
 
 
 def _write(folder: Path, writing: Path, train_engine: TrainEngine, state: TrainState) -> _Written:
@@ -189,6 +192,10 @@ def _write(folder: Path, writing: Path, train_engine: TrainEngine, state: TrainS
             str(writing.parent), tag=writing.name, save_latest=False
         )
     writer.write_tensors(state.of_rank(), writing / f"rank-{distributed.rank()}.pt")
+    banks = train_engine.objective.banks()
+    if banks and distributed.is_main():  # they are the same on all ranks
+        content = {name: dict(bank.named_buffers()) for name, bank in banks.items()}
+        writer.write_tensors(content, writing / BANKS)
     weights = full_weights(train_engine.objective, engine.optimizer)  # collectives
     averages = full_averages(train_engine)  # collectives
     if distributed.is_main() and writer.error is None:

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from ds_cmli.losses.objective import Objective
 
 WEIGHTS = "student.safetensors"
+BANKS = "banks.pt"  # the teacher features of losses with a bank, which are no weights
 AVERAGE = "student_ema.safetensors"  # the averaged weights, with `optim.ema_decay`
 
 
@@ -115,6 +116,16 @@ def load_averages(checkpoint: Path, train_engine: TrainEngine) -> None:
                 set_master_weight(train_engine.engine, parameter, file.get_tensor(name))
 
 
+def load_banks(checkpoint: Path, objective: Objective) -> None:
+    """Load a verified checkpoint's banks; one of another size, or without any, starts empty."""
+    path = checkpoint / BANKS
+    saved = torch.load(path, "cpu", weights_only=True) if path.is_file() else {}
+    for name, bank in objective.banks().items():
+        if name in saved and saved[name]["features"].shape == bank.features.shape:
+            for key, buffer in bank.named_buffers():
+                buffer.copy_(saved[name][key])
+
+
 class Vocabulary(Protocol):
     """What a student needs to know of a tokenizer."""
 
@@ -140,7 +151,7 @@ def load_student(
 
     pairs = over_pairs(config.loss.weights)
     # A configuration has at least one loss.
-    loss = replace(config.loss, weights=pairs or {"global": 1.0})
+    loss = replace(config.loss, weights=pairs or {"global": 1.0}, start={})
     objective, _ = build_models(
         replace(config, loss=loss),
         vocabulary.vocab_size,

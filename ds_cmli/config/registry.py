@@ -40,6 +40,8 @@ OP = (
 
 # The settings of a token's target among the teacher's patches.
 TARGET = ("cmli_init_temperature", "match", "target", "target_top")
+# The settings of a contrast with the teacher's features.
+CONTRAST = ("bank", "cmli_scratch_bytes", "duplicates")
 
 LOSSES = {
     "global": LossEntry(
@@ -79,6 +81,12 @@ LOSSES = {
     ),
     "cls_kd": LossEntry(
         "ds_cmli.losses.cls_distillation:ClsDistillation", teacher=True, settings=("mse_reduction",)
+    ),
+    "token_contrast": LossEntry(
+        "ds_cmli.losses.target_cmli:TokenContrast", teacher=True, settings=(*CONTRAST, *TARGET)
+    ),
+    "cls_contrast": LossEntry(
+        "ds_cmli.losses.cls_distillation:ClsContrast", teacher=True, settings=CONTRAST
     ),
     "sparc": LossEntry("ds_cmli.losses.sparc:Sparc"),
 }

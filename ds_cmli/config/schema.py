@@ -91,6 +91,8 @@ class TeacherConfig:
     # negative: from the last.
     block: Annotated[int, Field(ge=-1000, le=1000)] = 9
     weights_partial: bool = False  # as the student's
+    # How many blocks, up to `block`, the features are the mean of; each is layer-normalised before.
+    average_blocks: Annotated[int, Field(ge=1, le=1000)] = 1
 
     def __post_init__(self) -> None:
         check_sizes("teacher.overrides", self.overrides)
@@ -139,6 +141,9 @@ class LossConfig:
     weights: dict[Loss, Positive] = Field(
         default_factory=lambda: {"global": 1.0, "cmli": 1.0, "target_cmli": 1.0}, min_length=1
     )
+    # The optimizer step, from 1, at which a loss begins to count; before, it is computed all the
+    # same, with weight 0.
+    start: dict[Loss, Number] = Field(default_factory=dict)
     # Over H: "mean", or "sum" as (7) and (9) are written.
     mse_reduction: Literal["mean", "sum"] = "mean"
     # Whose patches Target-CMLI matches the tokens with; the document takes the teacher's.
@@ -148,6 +153,9 @@ class LossConfig:
     # over `cmli_init_temperature`.
     target: Literal["best", "top", "attention"] = "best"
     target_top: Count = 4
+    # The number of teacher features of earlier micro-batches that each contrast with the teacher
+    # keeps as further negatives.
+    bank: Annotated[int, Field(ge=0, le=10**7, description="0: none")] = 0
     # Pairs of a batch with the same picture or the same caption: with "mask" they are no negatives
     # of each other, and positives in the sigmoid losses; with "keep" they are negatives.
     duplicates: Literal["mask", "keep"] = "mask"
@@ -175,6 +183,17 @@ class LossConfig:
         scores = not self.cmli_cut or compares_tokens(self.weights)
         need = f"the losses are {', '.join(self.weights)}, without all-pairs scores: leave it out"
         check(scores, "loss.cmli_cut", self.cmli_cut, need)
+        for name in self.start:
+            need = f"the losses are {', '.join(self.weights)}, without {name}: leave it out"
+            check(name in self.weights, "loss.start", self.start, need)
+            cut = self.cmli_cut and compares_tokens([name])
+            need = f"loss.cmli_cut needs the weight of {name} from the first step on: leave out one"
+            check(not cut, "loss.start", self.start, need)
+
+    def weights_at(self, step: int) -> dict[str, float]:
+        """The weights in an optimizer step, counted from 1."""
+        before = {name: 0.0 for name, first in self.start.items() if step < first}
+        return self.weights | before
 
 
 @dataclass(config=STRICT)

@@ -141,6 +141,7 @@ def build(
     engine = _initialize(
         ds_config, objective, groups, schedule.maker(ds_config, warmup, total_steps)
     )
+    cast_buffers(objective.losses, dtype)  # the banks, whose entries are the teacher's
     _undo_first_update(engine.optimizer)
     nonfinite.attach(engine)
     if teacher is not None:

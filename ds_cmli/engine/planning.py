@@ -191,6 +191,9 @@ def make_plan(config: Config, asked: DeepSpeedConfig, samples: int | Mixture) ->
         f"{total} pairs a step; {steps} steps; negatives from {negatives} pairs"
     )
     say(*final.notices, try_out(final, steps))
+    for name, start in config.loss.start.items():
+        if start >= steps:
+            say(f"loss.start: {name} counts from step {start} on, and the run has {steps} steps")
     return Plan(final, sampler, steps)
 
 

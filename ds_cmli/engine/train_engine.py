@@ -59,6 +59,7 @@ class TrainEngine:
                 when its turn comes.
             heartbeat: called again and again during a step with gradient caching.
         """
+        self.objective.step = self.engine.global_steps + 1  # skipped steps count, too
         # At stages 0 and 1 DeepSpeed reduces gradients once anyway.
         if self.reduce_once and self.engine.zero_optimization_stage() >= 2:
             with self._reduced_once():  # collective
@@ -111,7 +112,10 @@ class TrainEngine:
         self.mark("backward")
         loss = nonfinite.poison(total) * self.missing_scale
         with probe.step_phase("backward"):
-            return self.engine.backward(loss)
+            share = self.engine.backward(loss)
+        for bank in self.objective.banks().values():
+            bank.enter()
+        return share
 
     def _update(self) -> None:
         # The rate of this update: `engine.step` sets that of the next one.

@@ -177,14 +177,6 @@ class LossInputs(PairInputs):
         return x if self.width_head is None else self.width_head(x)
 
 
-@dataclass(frozen=True)
-class Sizes:
-    """What only the encoders decide of a loss's shapes."""
-
-    patches: int  # N
-    teacher_width: int | None  # H_t; None without a teacher
-
-
 class Loss(nn.Module):
     """One loss with its own parameters.
 
@@ -200,8 +192,8 @@ class Loss(nn.Module):
         super().__init__()
         self.config = config
 
-    def fit(self, sizes: Sizes) -> None:
-        """Check the settings, and make what is needed, for these sizes. Raises `UserError`."""
+    def fit(self, patches: int, teacher_width: int | None) -> None:
+        """Make what depends on N and H_t, which is None without a teacher. Raises `UserError`."""
 
     def forward(self, inputs: Any) -> Tensor:
         """The mean loss over the pairs of `inputs`, a scalar in fp32 (fp64).

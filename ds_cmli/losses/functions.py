@@ -107,12 +107,9 @@ def choose_patches(similarity: Tensor, target: str, top: int, temperature: float
 
     Args:
         similarity: [B, M, N] fp32 (fp64); a patch at -inf is not chosen.
-        target: "best", the patch of the highest similarity, as in the document; "top", the `top`
-            best ones alike; "attention", all of them by the softmax of similarity / `temperature`.
-
-    Returns:
-        For "best" the index, int64 [B, M], with ties to the lowest; otherwise the weights of the
-        patches, [B, M, N], which sum to 1.
+        target: "best", the most similar patch, as in the document: its index, int64 [B, M], with
+            ties to the lowest; "top", the `top` best ones alike, or "attention", all of them by the
+            softmax of similarity / `temperature`: weights, [B, M, N], whose sum is 1.
     """
     if target == "best":
         return similarity.argmax(2)
@@ -157,10 +154,7 @@ def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
 def target_image_loss(
     student_patches: Tensor, teacher_patches: Tensor, reduction: str = "mean"
 ) -> Tensor:
-    """Equation (7): each patch regresses the teacher's at the same place.
-
-    Arguments and errors are those of `target_cmli_loss`.
-    """
+    """Equation (7): each patch regresses the teacher's at the same place; both are [B, N, H]."""
     check_shapes(
         student_patches=(student_patches, "B N H"), teacher_patches=(teacher_patches, "B N H")
     )
@@ -178,35 +172,12 @@ def target_text_loss(
     """Equation (9): each valid token regresses the teacher's feature at its match.
 
     The document writes (9) as a mean over k = 1..N although k counts text tokens. Here it is the
-    mean over the M_j valid tokens of each text. Arguments and errors are those of
-    `target_cmli_loss`.
-    """
-    check_shapes(
-        student_tokens=(student_tokens, "B M H"),
-        teacher_patches=(teacher_patches, "B N H"),
-        match=(match, "B M" if match.dim() == 2 else "B M N"),
-        token_mask=(token_mask, "B M"),
-    )
-    targets = chosen_features(teacher_patches, match)  # [B, M, H]
-    return masked_mean(squared_distance(student_tokens, targets, reduction), token_mask)
-
-
-def target_cmli_loss(
-    student_patches: Tensor,
-    student_tokens: Tensor,
-    teacher_patches: Tensor,
-    match: Tensor,
-    token_mask: Tensor,
-    reduction: str = "mean",
-) -> Tensor:
-    """Target-CMLI: equation (10), the mean of (7) and (9).
+    mean over the M_j valid tokens of each text.
 
     Args:
-        student_patches: [B, N, H].
         student_tokens: [B, M, H].
         teacher_patches: [B, N, H], the frozen teacher's, already layer-normalised.
-        match: of `choose_patches`: the teacher patch that each token regresses, int64 [B, M], or
-            the weights of several, [B, M, N].
+        match: of `choose_patches`, int64 [B, M] or [B, M, N].
         token_mask: bool [B, M], True = valid (not [CLS], [SEP], [PAD]).
         reduction: "mean" or "sum" over H, see `squared_distance`.
 
@@ -214,11 +185,13 @@ def target_cmli_loss(
         ValueError: on shapes that do not fit.
     """
     check_shapes(
-        student_patches=(student_patches, "B N H"), student_tokens=(student_tokens, "B M H")
+        student_tokens=(student_tokens, "B M H"),
+        teacher_patches=(teacher_patches, "B N H"),
+        match=(match, "B M N"[: 2 * match.dim() - 1]),
+        token_mask=(token_mask, "B M"),
     )
-    image = target_image_loss(student_patches, teacher_patches, reduction)
-    text = target_text_loss(student_tokens, teacher_patches, match, token_mask, reduction)
-    return (image + text) / 2
+    targets = chosen_features(teacher_patches, match)  # [B, M, H]
+    return masked_mean(squared_distance(student_tokens, targets, reduction), token_mask)
 
 
 def cls_distillation_loss(

@@ -14,7 +14,8 @@ from ds_cmli.cmli.token_keep import Selection, select
 from ds_cmli.config.registry import LOSSES, load
 from ds_cmli.config.schema import LossConfig
 from ds_cmli.data.batch import Batch
-from ds_cmli.losses.base import Features, Loss, LossInputs, Sizes, WidthHead
+from ds_cmli.losses.bank import Bank
+from ds_cmli.losses.base import Features, Loss, LossInputs, WidthHead
 from ds_cmli.losses.cached import CachedStep, PairGradients, PairLosses, pair_gradients
 from ds_cmli.losses.pair_features import PairFeatures
 from ds_cmli.models.student import Student
@@ -75,6 +76,7 @@ Request = Whole | Embed | Compare | Replay
 
 class Objective(nn.Module):
     ignored: Tensor
+    step = 1  # the optimizer step in progress, by which `config.start` goes
 
     def __init__(self, student: Student, config: LossConfig, teacher_width: int | None = None):
         super().__init__()
@@ -83,7 +85,7 @@ class Objective(nn.Module):
         self.losses = nn.ModuleDict({name: load(LOSSES[name])(config) for name in config.weights})
         rows, columns = student.grid
         for loss in self.losses.values():
-            loss.fit(Sizes(rows * columns, teacher_width))  # type: ignore[operator]
+            loss.fit(rows * columns, teacher_width)  # type: ignore[operator]
         # How many texts of other pairs were no negatives of this rank's images in the last
         # micro-batch or step.
         self.register_buffer("ignored", torch.zeros((), dtype=torch.int64), persistent=False)
@@ -120,7 +122,8 @@ class Objective(nn.Module):
         same = vars(inputs).get("duplicates")
         if same is not None:  # a loss has compared pairs
             self.ignored.copy_(same.sum())
-        weighted = [weight * each[name] for name, weight in self.config.weights.items()]
+        weights = self.config.weights_at(self.step)
+        weighted = [weight * each[name] for name, weight in weights.items()]
         return torch.stack(weighted).sum(), {name: loss.detach() for name, loss in each.items()}
 
     def embed(self, batch: Batch) -> PairFeatures:
@@ -132,7 +135,7 @@ class Objective(nn.Module):
         """The losses over the pairs of all micro-batches. Collective."""
         pairs = PairLosses(
             self._over_pairs(),
-            self.config.weights,
+            self.config.weights_at(self.step),
             self.score,
             self.config.cmli_scratch_bytes,
             self.config.duplicates == "keep",
@@ -145,7 +148,7 @@ class Objective(nn.Module):
 
     def replay(self, known: Replay) -> Losses:
         """Compute what `whole` does, of a micro-batch whose losses over pairs are known."""
-        features, weights = self._features(known.batch), self.config.weights
+        features, weights = self._features(known.batch), self.config.weights_at(self.step)
         inputs = self._inputs(features, known.batch, known.targets)
         each = {n: self.losses[n](inputs) for n in weights if not LOSSES[n].scores}
         of_pairs = self._pair_features(features, known.batch, known.gradients.selection)
@@ -200,6 +203,14 @@ class Objective(nn.Module):
                     selection = select(patches, tokens, mask, share, self.config.cmli_scratch_bytes)
                 (patches, tokens), mask = selection.of(patches, tokens), selection.token_mask
         return PairFeatures(image_cls, text_cls, patches, tokens, mask, batch.pair_id, selection)
+
+    def banks(self) -> dict[str, Bank]:
+        """The banks of teacher features, by the name of their loss."""
+        found: dict[str, Bank] = {}
+        for name, loss in self.losses.items():
+            if isinstance(bank := getattr(loss, "bank", None), Bank):
+                found[name] = bank
+        return found
 
     def scales(self) -> dict[str, float]:
         """1/temperature of each loss that has one, by name.

@@ -8,11 +8,13 @@ import torch
 from torch import Tensor
 
 from ds_cmli.config.validation import check
-from ds_cmli.losses.base import Loss, LossInputs, Sizes
+from ds_cmli.losses.bank import AgainstTeacher
+from ds_cmli.losses.base import Loss, LossInputs
 from ds_cmli.losses.functions import (
     choose_patches,
+    chosen_features,
+    masked_mean,
     patch_similarities,
-    target_cmli_loss,
     target_image_loss,
     target_text_loss,
 )
@@ -21,10 +23,9 @@ from ds_cmli.losses.functions import (
 class TokenTargets(Loss):
     """A loss that gives each token teacher patches as target, those that it matches."""
 
-    def fit(self, sizes: Sizes) -> None:
-        top, need = self.config.target_top, f"an image has {sizes.patches} patches: give fewer"
-        fits = self.config.target != "top" or top <= sizes.patches
-        check(fits, "loss.target_top", top, need)
+    def fit(self, patches: int, teacher_width: int | None) -> None:
+        top, need = self.config.target_top, f"an image has {patches} patches: give fewer"
+        check(self.config.target != "top" or top <= patches, "loss.target_top", top, need)
 
     def match(self, inputs: LossInputs) -> Tensor:
         """The teacher patches of each token, as `functions.choose_patches` returns them."""
@@ -53,21 +54,6 @@ class TokenTargets(Loss):
         return inputs.batch.token_mask
 
 
-class TargetCMLI(TokenTargets):
-    """Equation (10)."""
-
-    def forward(self, inputs: LossInputs) -> Tensor:
-        match = self.match(inputs)
-        return target_cmli_loss(
-            inputs.to_teacher(inputs.features.patches),
-            inputs.to_teacher(inputs.features.tokens),
-            inputs.teacher.patches,
-            match,
-            self.counted(inputs),
-            self.config.mse_reduction,
-        )
-
-
 class TargetImage(Loss):
     """Equation (7)."""
 
@@ -80,11 +66,28 @@ class TargetText(TokenTargets):
     """Equation (9)."""
 
     def forward(self, inputs: LossInputs) -> Tensor:
-        match = self.match(inputs)
-        return target_text_loss(
-            inputs.to_teacher(inputs.features.tokens),
-            inputs.teacher.patches,
-            match,
-            self.counted(inputs),
-            self.config.mse_reduction,
-        )
+        match, tokens = self.match(inputs), inputs.to_teacher(inputs.features.tokens)
+        mask, reduction = self.counted(inputs), self.config.mse_reduction
+        return target_text_loss(tokens, inputs.teacher.patches, match, mask, reduction)
+
+
+class TargetCMLI(TargetText, TargetImage):
+    """Equation (10)."""
+
+    def forward(self, inputs: LossInputs) -> Tensor:
+        text = TargetText.forward(self, inputs)
+        return (TargetImage.forward(self, inputs) + text) / 2
+
+
+class TokenContrast(AgainstTeacher, TokenTargets):
+    """Equation (9) as a contrast: each token is to find the teacher patch that it matches.
+
+    Its negatives are the teacher's patches of other images, and a bank of them.
+    """
+
+    def forward(self, inputs: LossInputs) -> Tensor:
+        patches = inputs.teacher.patches
+        targets = chosen_features(patches, self.match(inputs))  # [B, M, H_t]
+        tokens = inputs.to_teacher(inputs.features.tokens)
+        each = self.contrast(inputs, tokens, targets, patches)  # [B, M], collective
+        return masked_mean(each, self.counted(inputs))

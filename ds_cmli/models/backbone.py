@@ -34,6 +34,7 @@ class ImageRequest:
     # How many first layers are kept; None: `DEFAULT_LAYERS` of a plain stack, else all.
     layers: int | None = None
     block: int | None = None  # for a teacher: the block (or stage) whose output is its features
+    average: int = 1  # for a teacher: how many blocks, up to that one, the features are the mean of
 
     @property
     def source(self) -> Source:
@@ -177,7 +178,7 @@ class PixelNorm(nn.Module):
 
 
 def cast_buffers(image: nn.Module, dtype: torch.dtype) -> None:
-    """Cast the floating-point buffers of an image backbone, left in fp32 by DeepSpeed (0.19.8).
+    """Cast the floating-point buffers of a module, left in fp32 by DeepSpeed (0.19.8).
 
     timm's models expect their masks, position biases and BatchNorm's statistics in the dtype of
     their weights. Rotary embeddings stay in fp32, because angles need its precision.

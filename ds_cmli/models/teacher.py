@@ -40,6 +40,7 @@ class Teacher(nn.Module):
             image_size=image_size,
             partial=config.weights_partial,
             block=config.block,
+            average=config.average_blocks,
         )
         self.image = models.build(models.IMAGE, config.backbone, request)
         self.pixels = PixelNorm(self.image.mean, self.image.std)

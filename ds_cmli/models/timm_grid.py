@@ -31,6 +31,8 @@ class TimmGrid(ImageBackbone):
         model = self.model = created.model
         if not hasattr(model, "forward_intermediates"):
             raise request.unfit("it gives no feature map: choose another model of timm")
+        if request.average > 1:
+            raise request.unfit("it is no plain stack of blocks: leave out teacher.average_blocks")
         stages = list(map(dict, model.feature_info))
         plain = len({(stage["num_chs"], stage["reduction"]) for stage in stages}) == 1
         if request.layers is not None and not plain:

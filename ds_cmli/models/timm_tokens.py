@@ -3,11 +3,14 @@
 Shapes: B images, S image side in pixels, N patches, H width.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ds_cmli.config.validation import check
 from ds_cmli.models import timm_model
 from ds_cmli.models.backbone import ImageBackbone, ImageRequest, with_mean
 
@@ -42,7 +45,10 @@ class TimmTokens(ImageBackbone):
         depth = len(model.blocks)
         last = timm_model.last_block(request, depth, "block")
         norm, pool = model.norm, None
-        if last == depth - 1:  # the model's own pooling is trained on the last block's output
+        need = f"{request.model!r} has {last + 1} up to teacher.block: give fewer"
+        check(request.average <= last + 1, "teacher.average_blocks", request.average, need)
+        # The model's own pooling is trained on the last block's output.
+        if last == depth - 1 and request.average == 1:
             pool = getattr(model, "attn_pool", None)
         timm_model.cut(model, last)
         self.has_class_token = getattr(model, "cls_token", None) is not None
@@ -52,6 +58,8 @@ class TimmTokens(ImageBackbone):
             pooling = "its own pooling"
             model.norm, model.attn_pool = norm, pool
         model.forward = model.forward_features
+        if request.average > 1:
+            model.forward = partial(_mean_of_blocks, model, request.average)
         created.account()
         timm_model.tell(request, model, pooling)
         # Tokens beside patches and class token.
@@ -74,3 +82,15 @@ class TimmTokens(ImageBackbone):
         if self.registers == 0:
             return with_mean(x)
         return torch.cat([x[:, self.registers :].mean(1, keepdim=True), x], 1)
+
+
+def _mean_of_blocks(model: Any, count: int, pixels: Tensor) -> Tensor:
+    """The mean of the last blocks' layer-normalised outputs, as data2vec's (arXiv 2202.03555)."""
+    total = torch.zeros((), device=pixels.device)
+    for x in model.forward_intermediates(
+        pixels, count, True, output_fmt="NLC", intermediates_only=True
+    ):
+        if isinstance(x, tuple):  # patches, and the tokens before them
+            x = torch.cat(x[::-1], 1)
+        total = total + F.layer_norm(x.float(), x.shape[-1:])
+    return (total / count).to(pixels.dtype)

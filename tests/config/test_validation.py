@@ -88,8 +88,18 @@ def test_lines_say_what_is_accepted():
     )
     assert line(loss={"weights": ["cmli"]}).endswith(
         "a value of type dict, of global, global_sigmoid, cmli, cmli_sigmoid, target_cmli, target_image, "
-        "target_text, cls_kd, sparc"
+        "target_text, cls_kd, token_contrast, cls_contrast, sparc"
     )
+    assert line(loss={"weights": {"cmli": 1.0}, "start": {"target_text": 3}}) == (
+        "loss.start is {'target_text': 3}: the losses are cmli, without target_text: leave it out"
+    )
+    assert line(loss={"start": {"clmi": 3}}) == "loss.start is 'clmi': did you mean 'cmli'?"
+    assert line(loss={"start": {"cmli": -1}}).startswith("loss.start.cmli is -1: give at least 0")
+    assert line(loss={"start": {"cmli": 3}, "cmli_cut": 0.1}) == (
+        "loss.start is {'cmli': 3}: loss.cmli_cut needs the weight of cmli from the first step on: leave out one"
+    )
+    load_preset("tiny", {"loss": {"start": {"target_cmli": 3}, "cmli_cut": 0.1}})
+    assert line(loss={"bank": -1}) == "loss.bank is -1: give 0 to 10000000 (0: none)"
     assert line(loss={"match": "techer"}) == "loss.match is 'techer': did you mean 'teacher'?"
     assert line(loss={"match": ["teacher"]}) == "loss.match is ['teacher']: give one of teacher, student"
     assert line(optim={"lr": float("inf")}) == "optim.lr is inf: give a finite number, more than 0"
@@ -158,6 +168,10 @@ def test_presets_and_random_weights_are_not_contradicted():
         ("global", "loss.cmli_recompute=true", "without cmli"), ("cmli", "loss.init_temperature=1", "without global"),
         ("cmli", "loss.mse_reduction=sum", "without target_cmli"), ("cls_kd", "loss.mse_reduction=sum", None),
         ("target_cmli", "teacher.block=1", None), ("cls_kd", "teacher.block=1", None),
+        ("target_text", "loss.bank=9", "without token_contrast"), ("cls_contrast", "loss.bank=9", None),
+        ("cls_contrast", "loss.mse_reduction=sum", "without target_cmli"),
+        ("cls_contrast", "loss.duplicates=keep", None), ("token_contrast", "loss.target=top", None),
+        ("cls_kd", "teacher.average_blocks=2", None), ("sparc", "teacher.average_blocks=2", "without target_cmli"),
         ("target_image", "loss.match=student", "without target_cmli"), ("target_text", "loss.match=student", None),
     ],
 )  # fmt: skip

@@ -17,6 +17,8 @@ from tests.batches import rank_batches
 from tests.cmli.helpers import allocator_peak
 from tests.conftest import ROOT
 
+OF_A_TEACHER = ("target_cmli", "target_image", "target_text", "token_contrast", "cls_kd", "cls_contrast")
+
 
 @pytest.fixture(scope="module")
 def batches(data) -> list[Batch]:
@@ -39,13 +41,44 @@ def test_five_steps_with_each_shipped_json(device, data, batches, path):
     assert train_engine.engine.zero_optimization_stage() == json.loads(path.read_text())["zero_optimization"]["stage"]
 
 
-@pytest.mark.parametrize("loss", ["global", "cmli", "target_cmli", "target_image", "target_text", "cls_kd", "sparc"])
+@pytest.mark.parametrize("loss", ["global", "cmli", "sparc", *OF_A_TEACHER])
 def test_each_loss_alone(device, data, batches, loss):
     train_engine = build(device, data, {"zero_optimization": {"stage": 2}}, {"loss": {"weights": {loss: 2.0}}})
     total, each = train_engine(batches[0])
     assert list(each) == [loss]
     assert total.item() == pytest.approx(2 * each[loss].item())
     assert (train_engine.teacher is None) == (loss in ("global", "cmli", "sparc"))
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("stage", [0, 3])
+def test_a_loss_starts_at_its_step(device, data, batches, stage, accumulation):
+    """Before, all is as without it, but that it is computed; over pairs too, with gradient caching."""
+    content = {"zero_optimization": {"stage": stage}, "gradient_accumulation_steps": accumulation}
+    totals = []
+    for start in ({}, {"cmli": 3, "target_text": 2}):
+        loss = {"weights": {"global": 1.0, "cmli": 0.5, "target_text": 2.0}, "start": start}
+        train_engine = build(device, data, content, {"loss": loss})
+        found = [train_engine.step(batches[accumulation * n :][:accumulation])[-1] for n in range(3)]
+        totals.append(found)
+    parts = [{name: x.item() for name, x in losses.each.items()} for losses in totals[1]]
+    assert totals[1][0].total.item() == pytest.approx(parts[0]["global"])
+    assert totals[1][1].total.item() == pytest.approx(parts[1]["global"] + 2 * parts[1]["target_text"])
+    assert totals[1][2].total.item() == pytest.approx(
+        parts[2]["global"] + 0.5 * parts[2]["cmli"] + 2 * parts[2]["target_text"]
+    )
+    assert parts[0]["cmli"] == totals[0][0].each["cmli"].item() > 0
+    assert parts[1]["cmli"] != totals[0][1].each["cmli"].item()  # it has not been trained yet
+
+
+def test_a_start_after_the_end_gets_a_line(data, capsys, monkeypatch):
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.setenv(name, str(int(name == "WORLD_SIZE")))
+    for start, lines in ((20, 1), (19, 0)):
+        config = load_preset("tiny", {"loss": {"start": {"cmli": start}}})
+        planning.make_plan(config, DeepSpeedConfig.of({}), 100)
+        said = capsys.readouterr().out
+        assert said.count("loss.start: cmli counts from step 20 on, and the run has 20 steps") == lines
 
 
 def test_teacher_stays_frozen_and_outside_the_engine(device, data, batches):

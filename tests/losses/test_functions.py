@@ -53,15 +53,21 @@ def test_a_batch_has_as_many_texts_as_images():
         losses.sigmoid_loss(scores, scale, scale, 0, torch.zeros(8, dtype=torch.bool))
 
 
+def target_cmli_loss(patches, tokens, teacher, match, mask, reduction="mean"):
+    """(10), as `losses.target_cmli.TargetCMLI` has it of the student's and teacher's features."""
+    image = losses.target_image_loss(patches, teacher, reduction)
+    return (image + losses.target_text_loss(tokens, teacher, match, mask, reduction)) / 2
+
+
 @pytest.mark.parametrize("texts", [1, 8])
 def test_target_losses_of_unequal_batches_are_refused(texts):
     """Each of these gave a number by broadcasting or by `gather`."""
     images, tokens = torch.rand(16, 5, 4), torch.rand(texts, 6, 4)
     match, mask = torch.zeros(texts, 6, dtype=torch.int64), torch.ones(texts, 6, dtype=torch.bool)
-    with pytest.raises(ValueError, match=f"student_tokens .*B is {texts}, but 16 in student_patches"):
-        losses.target_cmli_loss(images, tokens, images, match, mask)
+    with pytest.raises(ValueError, match=f"teacher_patches .*B is 16, but {texts} in student_tokens"):
+        target_cmli_loss(images, tokens, images, match, mask)
     with pytest.raises(ValueError, match=f"teacher_patches .*B is {texts}, but 16 in student_patches"):
-        losses.target_cmli_loss(images, torch.rand(16, 6, 4), tokens[:, :5], match, mask)
+        target_cmli_loss(images, torch.rand(16, 6, 4), tokens[:, :5], match, mask)
     with pytest.raises(ValueError, match=f"patches .*B is 16, but {texts} in tokens"):
         losses.match_patches(tokens, images)
     with pytest.raises(ValueError, match=f"student_text .*B is {texts}, but 16 in student_image"):
@@ -93,9 +99,9 @@ def test_target_cmli_by_hand():
     # (7): patches against the teacher at equal places: |(0, -1)|^2 = 1 and |(0, -1)|^2 = 1, mean 1.
     # (9): token 0 against teacher patch 1: (0, 0); token 1 against teacher patch 0: |(2, -1)|^2 = 5; mean over the two
     # valid tokens 2.5; the padding token counts nowhere.
-    total = losses.target_cmli_loss(PATCHES, TOKENS, TEACHER, match, MASK, "sum")
+    total = target_cmli_loss(PATCHES, TOKENS, TEACHER, match, MASK, "sum")
     assert total.item() == pytest.approx((1 + 2.5) / 2)
-    mean = losses.target_cmli_loss(PATCHES, TOKENS, TEACHER, match, MASK, "mean")
+    mean = target_cmli_loss(PATCHES, TOKENS, TEACHER, match, MASK, "mean")
     assert mean.item() == pytest.approx((1 + 2.5) / 2 / 2)  # H = 2
 
 
@@ -105,7 +111,7 @@ def test_target_cmli_is_the_mean_over_tokens_and_then_over_texts():
     tokens = torch.tensor([[[2.0], [5.0], [5.0]], [[0.0], [0.0], [0.0]]])
     mask = torch.tensor([[True, False, False], [True, True, True]])
     match = torch.zeros(2, 3, dtype=torch.long)
-    found = losses.target_cmli_loss(patches, tokens, patches, match, mask, "sum")
+    found = target_cmli_loss(patches, tokens, patches, match, mask, "sum")
     assert found.item() == pytest.approx((0 + 2.0) / 2)
 
 
@@ -125,7 +131,7 @@ def test_target_cmli_gradient_against_fp64():
         return (image + text / 3) / 2
 
     def ours(p, t):
-        return losses.target_cmli_loss(p, t, teacher, match, mask, "sum")
+        return target_cmli_loss(p, t, teacher, match, mask, "sum")
 
     expected, found = [], []
     for function, grads in ((oracle, expected), (ours, found)):
@@ -134,7 +140,7 @@ def test_target_cmli_gradient_against_fp64():
         grads.extend([value.detach(), *torch.autograd.grad(value, (p, t))])
     assert_close(found, expected, rtol=1e-12, atol=1e-12)
     assert found[2][1].abs().max() == 0
-    half = losses.target_cmli_loss(patches.half(), tokens.half(), teacher.half(), match, mask, "sum")
+    half = target_cmli_loss(patches.half(), tokens.half(), teacher.half(), match, mask, "sum")
     assert half.dtype == torch.float32
 
 

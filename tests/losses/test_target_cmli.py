@@ -9,7 +9,6 @@ from torch.testing import assert_close
 from ds_cmli.common.errors import UserError
 from ds_cmli.config.presets import load_preset
 from ds_cmli.config.schema import LossConfig
-from ds_cmli.losses.base import Sizes
 from ds_cmli.losses.functions import choose_patches, chosen_features, patch_similarities, target_text_loss
 from ds_cmli.losses.objective import Objective, Whole
 from ds_cmli.losses.target_cmli import TargetText
@@ -81,10 +80,10 @@ def test_the_parts_are_those_of_the_whole(match, target):
 
 def test_more_patches_than_an_image_has_are_refused():
     loss = TargetText(LossConfig(target="top", target_top=17))
-    loss.fit(Sizes(17, 32))
+    loss.fit(17, 32)
     with pytest.raises(UserError, match=r"^loss.target_top is 17: an image has 16 patches: give fewer$"):
-        loss.fit(Sizes(16, 32))
-    TargetText(LossConfig(target="best", target_top=17)).fit(Sizes(16, 32))
+        loss.fit(16, 32)
+    TargetText(LossConfig(target="best", target_top=17)).fit(16, 32)
 
 
 def test_training_with_the_parts(tmp_path, alone):

@@ -32,6 +32,11 @@ from profiling.measure_cpu import measure
 from tests.conftest import run
 
 ALL = ("global", "cmli", "target_cmli")
+CONTRAST = {
+    "weights": {"global": 1.0, "token_contrast": 1.0, "cls_contrast": 1.0},
+    "bank": 3000,
+    "cmli_scratch_bytes": 2**20,
+}
 SCALARS = 256  # bytes: the few numbers that operators and the engine hold for a moment
 
 
@@ -70,6 +75,8 @@ def preset(name="tiny", batch=8, losses=ALL, **overrides):
         (preset(), {**ds_json(1), "data_types": {"grad_accum_dtype": "fp32"}}, 2),
         (preset(loss={"weights": {"cmli": 0.5, "cmli_sigmoid": 1.0}, "cmli_cut": 1e-3}), ds_json(), 2),
         (preset(loss={"weights": {"global": 1.0, "cmli": 1.0}, "cmli_cut": 1e-3}), ds_json(1, accumulation=3), 2),
+        (preset(loss=CONTRAST), ds_json(), 2),
+        (preset(loss={**CONTRAST, "target": "top"}, teacher={"average_blocks": 2}), ds_json(1, accumulation=3), 2),
     ],
     ids=[
         "ZeRO-2 of 8",
@@ -82,6 +89,8 @@ def preset(name="tiny", batch=8, losses=ALL, **overrides):
         "fp32 accumulation",
         "cut",
         "cut, accumulation",
+        "contrast with the teacher",
+        "contrast with the teacher, accumulation",
     ],
 )
 def test_predicted_equals_the_allocator(config, ds_config, world_size):

@@ -6,12 +6,17 @@ from tests.conftest import run
 
 
 @pytest.mark.parametrize(
-    "ranks, stage, exchange",
-    [pytest.param("1", "1", "gather", marks=pytest.mark.soak), ("2", "2", "gather"), ("3", "3", "ring")],
+    "ranks, stage, exchange, losses",
+    [
+        pytest.param("1", "1", "gather", "document", marks=pytest.mark.soak),
+        ("2", "2", "gather", "document"),
+        ("3", "3", "ring", "document"),
+        ("2", "2", "gather", "contrast"),
+    ],
 )
-def test_predicted_equals_what_real_ranks_take(ranks, stage, exchange):
+def test_predicted_equals_what_real_ranks_take(ranks, stage, exchange, losses):
     options = ["--ranks", ranks, "--stage", stage, "--accumulation", "2", "--checkpointing", "on"]
-    options += ["--precision", "bf16", "--exchange", exchange]
+    options += ["--precision", "bf16", "--exchange", exchange, "--losses", losses]
     done = run(*options, script="../tests/memory/real_ranks.py", timeout=600)
     print(done.stdout)
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]

@@ -1,0 +1,291 @@
+"""The bank of teacher features, and the two losses that have one: alone, on several ranks, resumed, predicted."""
+
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.testing import assert_close
+
+from ds_cmli import engine
+from ds_cmli.checkpoint.weights import BANKS
+from ds_cmli.config.deepspeed_config import DeepSpeedConfig
+from ds_cmli.config.presets import load_preset
+from ds_cmli.config.registry import LOSSES, load
+from ds_cmli.config.schema import LossConfig
+from ds_cmli.data.load import build_data
+from ds_cmli.distributed import process_group as distributed
+from ds_cmli.losses.bank import Bank
+from ds_cmli.losses.target_cmli import TokenContrast
+from tests.batches import rank_batches
+from tests.checkpoint.test_restore import assert_same, interrupt, json_file, ranks, source  # noqa: F401
+from tests.conftest import spawn
+from tests.drive_train import drive as train
+from tests.metrics_file import metrics
+from tests.stranger.drive import STEPS, drive
+
+F64 = torch.float64
+BOTH = {"token_contrast": 1.0, "cls_contrast": 0.5}
+
+
+def rows(*numbers):
+    return torch.tensor([[float(n)] for n in numbers])
+
+
+def test_first_in_first_out():
+    bank, seen = Bank(5, 1), [[0.0] * 5]
+    for numbers in ((1, 2, 3), (4, 5, 6), (7,), (11, 12, 13, 14, 15, 16, 17)):
+        bank.offer(rows(*numbers), torch.tensor(numbers) * 10)
+        assert bank.features.flatten().tolist() == seen[-1]  # nothing enters before `enter`
+        bank.enter()
+        bank.enter()  # once
+        seen.append(bank.features.flatten().tolist())
+        assert bank.picture_id.tolist() == [10 * n for n in seen[-1]]
+    # Entries 7 to 13 are 11 to 17, of which the last five lie at their numbers modulo 5.
+    assert seen[1:] == [[1, 2, 3, 0, 0], [6, 2, 3, 4, 5], [6, 7, 3, 4, 5], [14, 15, 16, 17, 13]]
+    assert bank.entered == 14
+
+
+def test_a_bank_that_is_not_full():
+    bank = Bank(4, 1)
+    bank.offer(rows(1, 2), torch.tensor([8, 9]))
+    bank.enter()
+    by_picture, alone = bank.candidates(True), bank.candidates(False)
+    assert by_picture.valid.tolist() == [True, True, False, False] and by_picture.ids.tolist() == [8, 9, 0, 0]
+    assert (alone.ids < 0).all()
+
+
+def test_the_place_of_a_patch_moves():
+    bank, places = Bank(6, 1), []
+    patches = torch.arange(3.0)[None, :, None].expand(2, 3, 1)  # two images of three patches
+    for _ in range(3):
+        bank.offer(patches, torch.zeros(2, dtype=torch.int64))
+        bank.enter()
+    places = bank.features.flatten().tolist()
+    assert places == [0.0, 1.0, 2.0, 0.0, 1.0, 2.0]  # of the entries 0 to 5
+
+
+def test_nothing_of_it_is_in_a_state_dict():
+    assert not Bank(5, 3).state_dict()
+
+
+class Inputs:
+    """What both losses read of a rank's inputs; teacher and student are as wide as each other."""
+
+    def __init__(self, part: slice, images=6, N=5, M=4, H=3, seed=0):
+        generator = torch.Generator().manual_seed(seed)
+        randn = partial(torch.randn, dtype=F64, generator=generator)
+        given = {"image_cls": randn(images, H), "text_cls": randn(images, H), "tokens": randn(images, M, H),
+                 "patches": randn(images, N, H)}  # fmt: skip
+        self.features = type("Features", (), {k: v[part].requires_grad_() for k, v in given.items()})
+        self.teacher = type("Targets", (), {"cls": randn(images, H)[part], "patches": randn(images, N, H)[part]})
+        lengths = torch.randint(M + 1, (images, 1), generator=generator)
+        ids = torch.tensor([3, 7, 3, 9, 7, 5])[torch.randperm(6, generator=generator)][:, None].expand(6, 2)
+        mask = (torch.arange(M) < lengths)[part]
+        self.batch = type("Batch", (), {"token_mask": mask, "pair_id": ids[part].contiguous()})
+        self.student = type("Student", (), {"projection": lambda self, x: x})()
+        self.width_head = None
+
+    def to_teacher(self, x):
+        return x
+
+
+def built(name, **settings):
+    torch.manual_seed(0)
+    loss = load(LOSSES[name])(LossConfig(weights={name: 1.0}, cmli_scratch_bytes=2**20, **settings))
+    loss.fit(5, 3)
+    return loss.double()
+
+
+def steps(loss, part, count=4):
+    """Losses and gradients of some micro-batches, and what the bank holds after each."""
+    found = []
+    for seed in range(count):
+        inputs = Inputs(part, seed=seed)
+        features = [x for x in vars(inputs.features).values() if isinstance(x, torch.Tensor)]
+        value = loss(inputs)
+        grads = torch.autograd.grad(value, [*features, loss.logit_scale], allow_unused=True)
+        loss.bank.enter()
+        found.append((value.detach(), grads, {k: v.clone() for k, v in loss.bank.named_buffers()}))
+    return found
+
+
+def of_rank(rank, world, name, settings):
+    size = 6 // world
+    return steps(built(name, **settings), slice(rank * size, (rank + 1) * size))
+
+
+@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [("token_contrast", {"bank": 8}), ("token_contrast", {"bank": 4, "duplicates": "keep", "target": "attention"}),
+     ("cls_contrast", {"bank": 16})],
+)  # fmt: skip
+def test_ranks_equal_one(world, name, settings):
+    one, several = steps(built(name, **settings), slice(0, 6)), spawn(of_rank, world, name, settings)
+    for step, (value, grads, bank) in enumerate(one):
+        parts = [rank[step] for rank in several]
+        assert_close(torch.stack([x[0] for x in parts]).mean(), value, rtol=1e-12, atol=1e-12)
+        for i, grad in enumerate(grads[:-1]):  # of a mean over ranks
+            if grad is not None:
+                assert_close(torch.cat([x[1][i] for x in parts]) / world, grad, rtol=1e-10, atol=1e-12)
+        assert_close(sum(x[1][-1] for x in parts) / world, grads[-1], rtol=1e-10, atol=1e-12)
+        for x in parts:
+            assert all(torch.equal(x[2][key], bank[key]) for key in bank)
+
+
+@pytest.mark.parametrize("duplicates", ["mask", "keep"])
+def test_token_contrast_against_loops(duplicates):
+    loss = built("token_contrast", bank=7, duplicates=duplicates)
+    entries: list[tuple[int, torch.Tensor]] = []
+    for seed in range(3):
+        inputs = Inputs(slice(0, 6), seed=seed)
+        ids, teacher = inputs.batch.pair_id[:, 0].tolist(), F.normalize(inputs.teacher.patches, dim=2)
+        tokens = F.normalize(inputs.features.tokens, dim=2)
+        texts = []
+        for b in range(6):
+            each = []
+            for m in range(4):
+                if not inputs.batch.token_mask[b, m]:
+                    continue
+                similarity = teacher[b] @ tokens[b, m]
+                logits = [similarity[similarity.argmax()]]
+                for other in range(6):
+                    if other != b and not (duplicates == "mask" and ids[other] == ids[b]):
+                        logits += [*(teacher[other] @ tokens[b, m])]
+                for picture, patch in entries[-7:]:
+                    if not (duplicates == "mask" and picture == ids[b]):
+                        logits.append(F.normalize(patch, dim=0) @ tokens[b, m])
+                logits = torch.stack(logits) / 0.07
+                each.append(logits.logsumexp(0) - logits[0])
+            texts.append(torch.stack(each).mean() if each else torch.zeros((), dtype=F64))
+        assert_close(loss(inputs), torch.stack(texts).mean(), rtol=1e-6, atol=0)  # ln(1/0.07) is in fp32
+        loss.bank.enter()
+        for b in range(6):
+            number = len(entries)
+            entries.append((ids[b], inputs.teacher.patches[b, number % 5]))
+
+
+def test_evaluation_does_not_fill_it():
+    loss = built("cls_contrast", bank=4).eval()
+    loss(Inputs(slice(0, 6)))
+    loss.bank.enter()
+    assert loss.bank.entered == 0
+    loss.train()(Inputs(slice(0, 6)))
+    loss.bank.enter()
+    assert loss.bank.entered == 6
+
+
+def test_a_match_of_its_own_is_taken(monkeypatch):
+    """What overrides the match of tokens is seen by this loss too."""
+    loss = built("token_contrast", bank=0)
+    inputs = Inputs(slice(0, 6))
+    before = loss(inputs)
+    similarities = TokenContrast.similarities
+    monkeypatch.setattr(TokenContrast, "similarities", lambda self, inputs: -similarities(self, inputs))
+    assert loss(inputs) > before and loss.bank is None
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_gradient_caching_enters_each_micro_batch_once(device, data, stage):
+    """With losses over pairs, whose first pass must not fill the bank: the same as without."""
+    loader = iter(rank_batches(data.train, data, 4))
+    batches = [next(loader) for _ in range(6)]
+    found = []
+    for weights in (BOTH, {"cmli": 1.0, **BOTH}):
+        config = load_preset("tiny", {"loss": {"weights": weights, "bank": 20}, "optim": {"micro_batch": 4}})
+        content = {"gradient_accumulation_steps": 3, "zero_optimization": {"stage": stage}}
+        ds_config = engine.filled(config, engine.on_this_device(DeepSpeedConfig.of(content)), 1, 2)
+        train_engine = engine.build(config, ds_config, data.vocab_size, 2, device)
+        assert train_engine.caching == ("cmli" in weights)
+        train_engine.step(batches[:3])
+        train_engine.step(batches[3:])
+        banks = train_engine.objective.banks()
+        assert [bank.entered for bank in banks.values()] == [24, 24]
+        found.append({name: bank.features.clone() for name, bank in banks.items()})
+        ids = torch.cat([batch.pair_id[:, 0] for batch in batches])
+        assert torch.equal(banks["cls_contrast"].picture_id, torch.cat([ids[20:], ids[4:20]]))
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
+def engine_of_rank(rank, world, stage):
+    """Losses and the banks of three steps with eight pairs over all ranks."""
+    overrides = {"loss": {"weights": {"cmli": 1.0, **BOTH}, "bank": 20}, "optim": {"micro_batch": 8 // world}}
+    config = load_preset("tiny", overrides)
+    data = build_data(config.data, 0)
+    ds_config = DeepSpeedConfig.of({"zero_optimization": {"stage": stage}}).filled(config.optim, world, 3)
+    train_engine = engine.build(config, ds_config, data.vocab_size, 3, torch.device("cpu"))
+    losses = []
+    for step in range(3):
+        numbers = range(8 * step + rank * 8 // world, 8 * step + (rank + 1) * 8 // world)
+        [found] = train_engine.step([data.collate([data.train[n] for n in numbers])])
+        losses.append(distributed.mean_over_ranks(found.stacked()))
+    banks = {name: dict(bank.named_buffers()) for name, bank in train_engine.objective.banks().items()}
+    return torch.stack(losses), banks
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_two_ranks_train_as_one(stage):
+    [(one, banks)] = spawn(engine_of_rank, 1, stage)
+    for losses, theirs in spawn(engine_of_rank, 2, stage):
+        assert_close(losses, one, rtol=1e-5, atol=1e-6)
+        for name, bank in banks.items():
+            assert_close(theirs[name], bank, rtol=1e-5, atol=1e-5)
+
+
+ARGUMENTS = ["--preset", "tiny", "--steps", "12", "--set", "run.match_maps=0", "--set", "teacher.average_blocks=2"]
+ARGUMENTS += ["--losses", "cmli,token_contrast,cls_contrast", "--set", 'loss.start={"cls_contrast": 6}']
+BANK = ["--set", "loss.bank=30"]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [{}, {"zero_optimization": {"stage": 3}, "bf16": {"enabled": True}, "gradient_accumulation_steps": 2}],
+)
+def test_interrupted_at_three_places_as_if_never(content, source, tmp_path, alone):  # noqa: F811
+    arguments = [*ARGUMENTS, *BANK, *source, *json_file(tmp_path / "ds.json", content)]
+    assert train([*arguments, "--output-dir", str(tmp_path / "straight")]) == 0
+    interrupt(arguments, tmp_path / "broken", [1, 5, 11])
+    assert_same(tmp_path / "straight", tmp_path / "broken")
+    banks = [torch.load(tmp_path / name / "checkpoint" / "step12" / BANKS) for name in ("straight", "broken")]
+    for name in ("token_contrast", "cls_contrast"):
+        assert all(torch.equal(banks[0][name][key], banks[1][name][key]) for key in banks[0][name])
+        assert banks[0][name]["entered"] == 96 * content.get("gradient_accumulation_steps", 1)
+
+
+def test_two_ranks_go_on_where_one_was(source, tmp_path, alone):  # noqa: F811
+    straight, broken = (["--output-dir", str(tmp_path / name)] for name in ("straight", "broken"))
+    arguments = [*ARGUMENTS, *BANK, *source, *json_file(tmp_path / "ds.json", {"zero_optimization": {"stage": 2}})]
+    assert train([*arguments, *straight]) == 0
+    assert train([*arguments, *broken], stop_at=5) == 85
+    codes, _ = ranks(tmp_path, 2, [{"arguments": [*arguments, *broken]}])
+    assert codes == [0]
+    found = []
+    for name in ("straight", "broken"):
+        found.append([line["loss"] for line in metrics(tmp_path / name) if "loss" in line])
+    assert len(found[0]) == 12 and found[1] == pytest.approx(found[0], rel=1e-4)
+    banks = [torch.load(tmp_path / name / "checkpoint" / "step12" / BANKS) for name in ("straight", "broken")]
+    assert_close(banks[1], banks[0], rtol=1e-5, atol=1e-5)
+
+
+def test_another_bank_starts_empty(source, tmp_path, alone, capfd):  # noqa: F811
+    arguments = [*ARGUMENTS, *source, "--output-dir", str(tmp_path)]
+    assert train([*arguments, *BANK], stop_at=5) == 85
+    assert train([*arguments, "--set", "loss.bank=40"], mistakes=True) == 2
+    assert "loss.bank: 30 -> 40" in capfd.readouterr().out
+    assert train([*arguments, "--set", "loss.bank=40", "--resume-with-changes"]) == 0
+    assert torch.load(tmp_path / "checkpoint" / "step12" / BANKS)["cls_contrast"]["entered"] == 7 * 8
+
+
+def test_training_with_both(tmp_path, alone):
+    """Evaluated, exported, and its memory predicted; nothing of the bank is in the student."""
+    found = drive(tmp_path, "--losses", "cmli,token_contrast,cls_contrast=0.5", "--set", "loss.bank=100")
+    assert len(found["logged"]) == STEPS and "refused" not in found
+    for line in found["logged"]:
+        parts = line["loss/cmli"] + line["loss/token_contrast"] + 0.5 * line["loss/cls_contrast"]
+        assert line["loss"] == pytest.approx(parts, rel=1e-5)
+        assert {"temperature/token_contrast", "temperature/cls_contrast"} <= line.keys()
+    from safetensors import safe_open
+
+    with safe_open(tmp_path / "run" / "student.safetensors", "pt") as file:
+        assert not [name for name in file.keys() if "bank" in name]  # noqa: SIM118
