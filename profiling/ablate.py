@@ -35,6 +35,7 @@ class Options:
     csv: Path | None
     tuning: bool
     report: bool
+    power: float | None
     task: int
     tasks: int
     markdown: str | None
@@ -49,8 +50,15 @@ class Options:
         help="Holds a folder for each run.  [runs/ablate-<plan>]")  # fmt: skip
 @option("Runs", "--csv", type=click.Path(path_type=Path), metavar="FILE",
         help="The runs, a line each.  [beside the plan]")  # fmt: skip
-@option("Runs", "--tuning", is_flag=True, help="The tuning seeds in place of the others.")
+@option(
+    "Runs",
+    "--tuning",
+    is_flag=True,
+    help="The tuning seeds in place of the others, each arm at all points of its grid.",
+)
 @option("Runs", "--report", is_flag=True, help="Train nothing.")
+@option("Output", "--power", type=click.FloatRange(0, 1, min_open=True), metavar="DIFFERENCE",
+        help="How many seeds would show such a difference, by the spread of those there.")  # fmt: skip
 @option("Runs", "--task", default=0, show_default=True, metavar="I",
         help="Train every N-th missing run from the I-th on, of 0 to N-1: a task of an array.")  # fmt: skip
 @option("Runs", "--tasks", default=1, show_default=True, metavar="N", help="Tasks of the array.")
@@ -67,14 +75,12 @@ def ablate(path: Path, options: Options) -> int:
     check(options)
     from profiling.ablation.plan import load
 
-    plan = load(path)
+    plan = load(path, options.tuning)
     from profiling.ablation import records
 
-    if options.tuning and not plan.tuning_seeds:
-        raise UserError(f"PLAN is {str(path)!r}: --tuning needs its tuning_seeds")
     out = options.out or Path("runs") / f"ablate-{path.stem}"
     file = options.csv or path.with_suffix(".csv")
-    runs = plan.runs(options.tuning)
+    runs = plan.runs()
     missing = records.missing(plan, runs, records.merge(file, out))
     failures: list[str] | None = []
     if not options.report:
@@ -110,13 +116,15 @@ def check(options: Options) -> None:
 def train_missing(plan: "Plan", runs: "list[Run]", out: Path, file: Path) -> list[str] | None:
     """Train runs and write their lines; returns as `train_all`."""
     from profiling.ablation import records
+    from profiling.ablation.plan import AFTERWARDS
     from profiling.ablation.runs import train_all
 
     def done(run: "Run", folder: Path) -> None:
         records.record(run, folder, plan.endpoints)
         records.merge(file, out)
 
-    return train_all(runs, out, done)
+    afterwards = [endpoint for endpoint in plan.endpoints if endpoint in AFTERWARDS]
+    return train_all(runs, out, afterwards, done)
 
 
 def report(plan: "Plan", runs: "list[Run]", file: Path, out: Path, options: Options) -> None:
@@ -124,13 +132,15 @@ def report(plan: "Plan", runs: "list[Run]", file: Path, out: Path, options: Opti
     from rich.console import Console
 
     from profiling.ablation import pictures, records
-    from profiling.ablation.report import arms_table, compare, contrasts_table
+    from profiling.ablation.report import arms_table, compare, contrasts_table, power_table
 
     found = records.merge(file, out)
-    compared = compare(plan, found, options.tuning)
-    tables = [arms_table(plan, found, options.tuning)]
+    compared = compare(plan, found)
+    tables = [arms_table(plan, found)]
     if compared:
         tables.append(contrasts_table(compared))
+    if compared and options.power is not None:
+        tables.append(power_table(compared, options.power))
     for table in tables:
         table.show(Console(width=150))
     if options.markdown:

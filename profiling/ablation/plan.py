@@ -3,7 +3,7 @@
 import json
 import re
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,6 +21,7 @@ from ds_cmli.config.presets import load_preset
 from ds_cmli.config.schema import STRICT, Config, Name, Sections
 from ds_cmli.config.validation import build, check, choice
 from ds_cmli.evaluate.report import SCORES
+from profiling.ablation.train import register
 
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
 Margin = Annotated[float, Field(gt=0, le=1)]
@@ -28,6 +29,13 @@ Margin = Annotated[float, Field(gt=0, le=1)]
 METRICS = [f"{way}_r{k}" for way, k in product(("i2t", "t2i"), (1, 5, 10))] + ["mean_recall"]
 MEASURED = [f"{score}/{metric}" for score, metric in product(SCORES, METRICS)] + ["pointing_game"]
 DEMO_SPLITS = ("seen", "unseen")
+# What profiling/ablation/endpoints.py measures of a run that has ended.
+AFTERWARDS = (
+    *("unseen/mean_recall", "seen/mean_recall", "style/mean_recall"),
+    *("one_name/captions", "one_name/pictures", "swap/captions", "swap/pictures"),
+    *("match/all", "match/attribute", "match/head", "match/other", "probe/accuracy"),
+)
+OF_AN_ARM = ("seeds", "grid", "deepspeed_config")  # beside its settings
 OF_THE_PLAN = {"preset": "preset", "seed": "seeds", "output_dir": "--out"}  # settings of `run`
 
 
@@ -51,9 +59,12 @@ class PlanFile:
 
     preset: Name = "demo"
     settings: dict[str, Any] = Field(default_factory=dict)  # of all arms
-    arms: dict[str, dict[str, Any]] = Field(default_factory=dict)  # settings, and `seeds`
+    arms: dict[str, dict[str, Any]] = Field(default_factory=dict)  # settings, and `OF_AN_ARM`
     seeds: list[Seed] = Field(default_factory=list)  # of arms that name none
     tuning_seeds: list[Seed] = Field(default_factory=list)  # only for --tuning
+    # Values of settings, as {"optim.lr": [1e-4, 2e-4]}, all combinations of which --tuning tries;
+    # an arm's own `grid` adds to it.
+    grid: dict[str, list[Any]] = Field(default_factory=dict)
     endpoints: list[str] = Field(default_factory=list)
     contrasts: list[dict[str, Any]] = Field(default_factory=list)
 
@@ -66,6 +77,7 @@ class Run:
     seed: int
     preset: str
     settings: dict[str, Any]  # by "section.name", without the seed
+    deepspeed_config: str = ""  # the JSON; "": train.py's own
 
     @property
     def name(self) -> str:
@@ -74,13 +86,16 @@ class Run:
     def described(self) -> str:
         """The settings as one line, by which a run is known to be the plan's."""
         shown = [f"{name}={json.dumps(value)}" for name, value in sorted(self.settings.items())]
-        return " ".join([self.preset, *shown])
+        json_file = [Path(self.deepspeed_config).name] if self.deepspeed_config else []
+        return " ".join([self.preset, *shown, *json_file])
 
     def arguments(self, folder: Path) -> list[str]:
         """The options of train.py."""
         out = ["--preset", self.preset, "--output-dir", str(folder), "--seed", str(self.seed)]
         for name, value in self.settings.items():
             out += ["--set", f"{name}={json.dumps(value)}"]
+        if self.deepspeed_config:
+            out += ["--deepspeed_config", self.deepspeed_config]
         return out
 
 
@@ -89,20 +104,33 @@ class Arm:
     name: str
     settings: Sections
     seeds: list[int]
+    deepspeed_config: str = ""
+
+    def tuned(self, grid: dict[str, list[Any]], seeds: list[int]) -> "list[Arm]":
+        """An arm for each combination of the grid's values, named by its number, from 0."""
+        if not grid:
+            return [replace(self, seeds=seeds)]
+        out = []
+        for number, values in enumerate(product(*grid.values())):
+            settings = {section: dict(own) for section, own in self.settings.items()}
+            for name, value in zip(grid, values, strict=True):
+                section, _, setting = name.partition(".")
+                settings.setdefault(section, {})[setting] = value
+            out.append(replace(self, name=f"{self.name}.{number}", settings=settings, seeds=seeds))
+        return out
 
 
 @dataclass(frozen=True)
 class Plan:
     preset: str
     arms: dict[str, Arm]
-    tuning_seeds: list[int]
     endpoints: list[str]
     contrasts: list[Contrast]
 
-    def seeds(self, arm: str, tuning: bool = False) -> list[int]:
-        return self.tuning_seeds if tuning else self.arms[arm].seeds
+    def seeds(self, arm: str) -> list[int]:
+        return self.arms[arm].seeds
 
-    def runs(self, tuning: bool = False) -> list[Run]:
+    def runs(self) -> list[Run]:
         """All runs, those of one seed beside each other, so that pairs are complete early."""
         out = []
         for arm in self.arms.values():
@@ -111,43 +139,69 @@ class Plan:
                 for section, values in arm.settings.items()
                 for name, value in values.items()
             }
-            for seed in self.seeds(arm.name, tuning):
-                out.append(Run(arm.name, seed, self.preset, settings))
+            for seed in arm.seeds:
+                out.append(Run(arm.name, seed, self.preset, settings, arm.deepspeed_config))
         return sorted(out, key=lambda run: run.seed)
 
 
-def load(path: Path) -> Plan:
-    """Read a plan and check everything in it. Raises `UserError`."""
+def load(path: Path, tuning: bool = False) -> Plan:
+    """Read a plan and check everything in it. Raises `UserError`.
+
+    Args:
+        tuning: the plan of its tuning seeds: without contrasts, each arm once for each combination
+            of the grid.
+    """
+    register()
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
-        return _plan(values)
+        return _plan(values, tuning, path.parent)
     except (UserError, ValueError) as error:
         raise UserError(f"PLAN is {str(path)!r}: {error}") from None
 
 
-def _plan(values: dict[str, Any]) -> Plan:
+def _plan(values: dict[str, Any], tuning: bool, folder: Path) -> Plan:
     names = {f"plan.{name}": name for name in PlanFile.__dataclass_fields__}  # type: ignore[attr-defined]
     file = build(PlanFile, "plan", values, names)
     check(bool(file.arms), "arms", file.arms, "name some, as [arms.NAME]")
     _check_once("tuning_seeds", file.tuning_seeds)
-    arms, configs = {}, []
+    arms: dict[str, Arm] = {}
+    tuned: dict[str, Arm] = {}
+    configs = []
     for name, given in file.arms.items():
-        arms[name] = arm = _arm(name, given, file)
+        arms[name] = arm = _arm(name, given, file, folder)
         configs.append(_config(file.preset, arm))
+        for point in arm.tuned(_grid(name, given, file), file.tuning_seeds):
+            check(point.name not in tuned, "arms", point.name, "an arm of the grid has this name")
+            tuned[point.name] = point
+            _config(file.preset, point)
     check(bool(file.endpoints), "endpoints", file.endpoints, f"name some of {', '.join(MEASURED)}")
     _check_once("endpoints", file.endpoints)
     for endpoint, config in product(file.endpoints, configs):
         _check_endpoint(endpoint, config)
     contrasts = [_contrast(i, one, arms) for i, one in enumerate(file.contrasts)]
-    return Plan(file.preset, arms, file.tuning_seeds, file.endpoints, contrasts)
+    if tuning:
+        check(bool(file.tuning_seeds), "tuning_seeds", [], "--tuning needs some")
+        return Plan(file.preset, tuned, file.endpoints, [])
+    return Plan(file.preset, arms, file.endpoints, contrasts)
 
 
-def _arm(name: str, given: dict[str, Any], file: PlanFile) -> Arm:
+def _grid(name: str, given: dict[str, Any], file: PlanFile) -> dict[str, list[Any]]:
+    own = given.get("grid", {})
+    lists = isinstance(own, dict) and all(isinstance(values, list) for values in own.values())
+    check(lists, f"arms.{name}.grid", own, 'write lists, as grid = { "optim.lr" = [1e-4, 2e-4] }')
+    grid = {**file.grid, **own}
+    for setting, values in grid.items():
+        check("." in setting, "grid", setting, 'write "SECTION.SETTING" = [VALUE, ...]')
+        check(bool(values), f"grid {setting}", values, "give some values")
+    return grid
+
+
+def _arm(name: str, given: dict[str, Any], file: PlanFile, folder: Path) -> Arm:
     where = f"arms.{name}"
     plain = re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name) is not None
     check(plain, "arms", name, "a name becomes a folder's: give letters, digits, '_', '.' and '-'")
     settings: Sections = {}
-    own = {section: values for section, values in given.items() if section != "seeds"}
+    own = {section: values for section, values in given.items() if section not in OF_AN_ARM}
     for place, sections in (("settings", file.settings), (where, own)):
         for section, changed in sections.items():
             tables = isinstance(changed, dict)
@@ -163,7 +217,14 @@ def _arm(name: str, given: dict[str, Any], file: PlanFile) -> Arm:
     _check_once(f"seeds of arm {name}", seeds)
     both = sorted({*seeds} & {*file.tuning_seeds})
     check(not both, "tuning_seeds", file.tuning_seeds, f"{both} are seeds of arm {name} too")
-    return Arm(name, settings, seeds)
+    json_file = given.get("deepspeed_config", "")
+    if json_file:
+        is_file = isinstance(json_file, str) and (folder / json_file).is_file()
+        check(
+            is_file, f"{where}.deepspeed_config", json_file, "give a file, from the plan's folder"
+        )
+        json_file = str(folder / json_file)
+    return Arm(name, settings, seeds, json_file)
 
 
 def _config(preset: str, arm: Arm) -> Config:
@@ -179,9 +240,14 @@ def _check_once(setting: str, values: list[Any]) -> None:
 
 
 def _check_endpoint(endpoint: str, config: Config) -> None:
+    if endpoint in AFTERWARDS:
+        scenes = config.data.source == "demo"
+        check(scenes, "endpoints", endpoint, "it needs the demo's scenes: data.source = 'demo'")
+        return
     prefix, _, rest = endpoint.partition("/")
     split, _, metric = rest.partition("/")
-    form = f"write eval/SPLIT/METRIC, for instance eval/seen/{MEASURED[6]}"
+    form = f"write eval/SPLIT/METRIC, for instance eval/seen/{MEASURED[6]}, or one of "
+    form += ", ".join(AFTERWARDS)
     check(prefix == "eval" and bool(metric), "endpoints", endpoint, form)
     choice(f"metric of endpoint {endpoint}", metric, MEASURED)
     if config.data.source == "demo":

@@ -19,6 +19,7 @@ from profiling.ablation.runs import seconds_of
 from profiling.scripts import processor
 
 FILE = "ablation.csv"  # in a run's folder
+AFTERWARDS = "endpoints.json"  # there too: what profiling/ablation/endpoints.py has measured
 PEAK = "memory/peak_memory_bytes"  # in a run's TensorBoard
 BESIDE = ["revision", "seconds", "peak_memory_bytes", "cpu", "settings"]
 
@@ -28,13 +29,15 @@ Records = dict[tuple[str, int], Record]  # by arm and seed
 
 def record(run: Run, folder: Path, endpoints: Sequence[str]) -> None:
     """Write the line of a run that has ended. Raises `UserError` if it lacks an endpoint."""
-    found = read(folder).last("eval/")
+    found = read(folder).last("eval/") | _afterwards(folder)
     line = {"arm": run.arm, "seed": str(run.seed)}
     for endpoint in endpoints:
         if endpoint not in found:
             raise UserError(f"endpoints has {endpoint!r}, which run {folder} has not measured: "
                             f"{nearest(endpoint, found)}")  # fmt: skip
         line[endpoint] = repr(found[endpoint])
+        if hits_of(endpoint) in found:
+            line[hits_of(endpoint)] = str(found[hits_of(endpoint)])
     config = json.loads((folder / "config.json").read_text())
     line |= {
         "revision": str(config["revision"]),
@@ -44,6 +47,17 @@ def record(run: Run, folder: Path, endpoints: Sequence[str]) -> None:
         "settings": run.described(),
     }
     write(folder / FILE, [line])
+
+
+def _afterwards(folder: Path) -> dict[str, float | str]:
+    """What was measured when the run had ended."""
+    file = folder / AFTERWARDS
+    return json.loads(file.read_text()) if file.is_file() else {}
+
+
+def hits_of(endpoint: str) -> str:
+    """The column that says how many of six recalls each scene hits, a digit a scene."""
+    return f"{endpoint.rpartition('/')[0]}/hits"
 
 
 def peak_memory(folder: Path) -> str:
@@ -110,6 +124,12 @@ def missing(plan: Plan, runs: Sequence[Run], found: Records) -> list[Run]:
         if line is None or not all(line.get(endpoint) for endpoint in plan.endpoints):
             out.append(run)
     return out
+
+
+def hits(found: Records, arm: str, seed: int, endpoint: str) -> list[int]:
+    """How many of six recalls each scene of a run hits; [] where the endpoint is not such a one."""
+    cell = found.get((arm, seed), {}).get(hits_of(endpoint), "")
+    return [int(digit) for digit in cell]
 
 
 def values(found: Records, arm: str, seeds: Sequence[int], endpoint: str) -> dict[int, float]:

@@ -3,17 +3,26 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from ds_cmli.common.documents import Table
 from ds_cmli.report.runs import mean
 from profiling.ablation.plan import Contrast, Plan
-from profiling.ablation.records import Records, values
-from profiling.ablation.statistics import RESAMPLES, Difference, difference, holm
+from profiling.ablation.records import Records, hits, values
+from profiling.ablation.statistics import (
+    RESAMPLES,
+    Difference,
+    difference,
+    holm,
+    runs_needed,
+)
 
 ALPHA = 0.05
+RECALLS = 6  # whose hits a scene's digit counts
 NOTES = [
     "mean ± standard error over seeds; differences are paired by seed, over the seeds both have",
-    f"95% interval: bootstrap over seeds ({RESAMPLES:,} resamples, BCa). A run keeps no result of "
-    "a single scene, so scenes are not resampled",
+    f"95% interval: bootstrap over seeds and scenes ({RESAMPLES:,} resamples) where each scene's "
+    "hits are known, or over seeds alone (BCa)",
     "p: paired t-test, two-sided; with a margin (TOST) two one-sided tests that the difference "
     "lies within it. Holm: over the planned contrasts of an endpoint",
 ]
@@ -45,15 +54,15 @@ class Compared:
         )
 
 
-def compare(plan: Plan, found: Records, tuning: bool = False) -> list[Compared]:
+def compare(plan: Plan, found: Records) -> list[Compared]:
     """Every contrast at every endpoint."""
     out = []
     for endpoint in plan.endpoints:
-        pairs = [paired(plan, found, contrast, endpoint, tuning) for contrast in plan.contrasts]
-        tests = [
-            difference(list(by_seed.values()), contrast.equivalence)
-            for contrast, by_seed in zip(plan.contrasts, pairs, strict=True)
-        ]
+        pairs = [paired(plan, found, contrast, endpoint) for contrast in plan.contrasts]
+        tests = []
+        for contrast, by_seed in zip(plan.contrasts, pairs, strict=True):
+            scenes = by_scene(found, contrast, endpoint, list(by_seed))
+            tests.append(difference(list(by_seed.values()), contrast.equivalence, scenes))
         planned = [i for i, c in enumerate(plan.contrasts) if c.planned]
         # One that cannot be tested yet counts too, so that no p-value grows as runs come in.
         p_values = [1.0 if (test := tests[i]) is None else test.p for i in planned]
@@ -63,22 +72,47 @@ def compare(plan: Plan, found: Records, tuning: bool = False) -> list[Compared]:
     return out
 
 
-def paired(
-    plan: Plan, found: Records, contrast: Contrast, endpoint: str, tuning: bool
-) -> dict[int, float]:
+def paired(plan: Plan, found: Records, contrast: Contrast, endpoint: str) -> dict[int, float]:
     """The difference of an endpoint by seed, for the seeds of both arms."""
     one, other = (
-        values(found, name, plan.seeds(name, tuning), endpoint)
-        for name in (contrast.arm, contrast.against)
+        values(found, name, plan.seeds(name), endpoint) for name in (contrast.arm, contrast.against)
     )
     return {seed: one[seed] - other[seed] for seed in one if seed in other}
 
 
-def arms_table(plan: Plan, found: Records, tuning: bool = False) -> Table:
+def by_scene(
+    found: Records, contrast: Contrast, endpoint: str, seeds: Sequence[int]
+) -> np.ndarray | None:
+    """The paired difference of each seed and scene, as recalls; None where hits are not known."""
+    arms = []
+    for arm in (contrast.arm, contrast.against):
+        arms.append([hits(found, arm, seed, endpoint) for seed in seeds])
+    one, other = arms
+    if not seeds or not all((*one, *other)) or not endpoint.endswith("mean_recall"):
+        return None
+    return (np.asarray(one, dtype=np.float64) - np.asarray(other, dtype=np.float64)) / RECALLS
+
+
+def power_table(compared: Sequence[Compared], wanted: float) -> Table:
+    """The runs that each contrast needs, by the spread of those that are there."""
+    rows = []
+    for one in compared:
+        if one.found is not None:
+            needed = runs_needed(one.found.deviation, wanted)
+            deviation = f"{one.found.deviation:.4f}"
+            rows.append(
+                [str(one.contrast), one.endpoint, str(one.found.count), deviation, str(needed)]
+            )
+    columns = ["contrast", "endpoint", "seeds", "deviation", f"seeds for {wanted:g}"]
+    note = "standard deviation of the paired differences, and the seeds that show such a difference"
+    return Table("Power", columns, rows, [f"{note} by a two-sided t-test at 5% with power 80%"])
+
+
+def arms_table(plan: Plan, found: Records) -> Table:
     rows = []
     for arm in plan.arms:
-        cells = [values(found, arm, plan.seeds(arm, tuning), e) for e in plan.endpoints]
-        of = len(plan.seeds(arm, tuning))
+        cells = [values(found, arm, plan.seeds(arm), e) for e in plan.endpoints]
+        of = len(plan.seeds(arm))
         rows.append([arm, f"{min(map(len, cells))} of {of}", *map(mean_cell, cells)])
     return Table("Arms", ["arm", "runs", *plan.endpoints], rows)
 

@@ -5,6 +5,7 @@ with it. A run whose plan is killed gets a signal too.
 """
 
 import ctypes
+import os
 import signal
 import subprocess
 import sys
@@ -19,7 +20,8 @@ from ds_cmli.distributed.launchers import environment_without_rank
 from ds_cmli.faults.preemption import EXIT_CODE, SIGNALS
 from profiling.ablation.plan import Run
 
-TRAIN = Path(__file__).resolve().parent.parent.parent / "ds_cmli" / "train.py"
+ROOT = Path(__file__).resolve().parent.parent.parent
+TRAIN = ROOT / "profiling" / "ablation" / "train.py"
 OUTPUT = "output.log"  # in a run's folder: what train.py printed
 SECONDS = "ablation-seconds"  # in a run's folder: the wall time of all its starts that ended
 PR_SET_PDEATHSIG = 1  # of Linux's prctl.h
@@ -51,12 +53,13 @@ class Signals:
 
 
 def train_all(
-    runs: Sequence[Run], out: Path, done: Callable[[Run, Path], None]
+    runs: Sequence[Run], out: Path, afterwards: Sequence[str], done: Callable[[Run, Path], None]
 ) -> list[str] | None:
     """Train each run to its end.
 
     Args:
         out: the folder of the runs' folders.
+        afterwards: the endpoints to measure of a run that has ended.
         done: called after each run that has ended well, with its folder.
 
     Returns:
@@ -67,6 +70,8 @@ def train_all(
         folder = out / run.name
         say(f"run {number} of {len(runs)}: {run.name}, to {folder}")
         code = train(run, folder, signals)
+        if code == 0 and afterwards:
+            code = start(measuring(folder, afterwards), folder, signals)
         if code == 0:
             done(run, folder)
         elif code != EXIT_CODE and not signals.received:
@@ -80,20 +85,33 @@ def train_all(
 def train(run: Run, folder: Path, signals: Signals) -> int:
     """Train a run to its end or a signal, and return the exit code of train.py."""
     folder.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, str(TRAIN), *run.arguments(folder)]
     started = time.monotonic()
-    with (folder / OUTPUT).open("a") as output:
-        process = subprocess.Popen(
-            command,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env=environment_without_rank(),
-            preexec_fn=_end_with_parent,
-        )
-        code = signals.wait(process)
+    code = start([str(TRAIN), *run.arguments(folder)], folder, signals)
     seconds = seconds_of(folder) + time.monotonic() - started
     (folder / SECONDS).write_text(f"{seconds:.1f}\n")
     return code
+
+
+def measuring(folder: Path, endpoints: Sequence[str]) -> list[str]:
+    return ["-m", "profiling.ablation.endpoints", str(folder.resolve()), *endpoints]
+
+
+def start(arguments: Sequence[str], folder: Path, signals: Signals) -> int:
+    """Run Python, with its output in the run's folder, and return its exit code."""
+    with (folder / OUTPUT).open("a") as output:
+        process = subprocess.Popen(
+            [sys.executable, *arguments],
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env={**environment_without_rank(), "PYTHONPATH": _path()},
+            preexec_fn=_end_with_parent,
+        )
+        return signals.wait(process)
+
+
+def _path() -> str:
+    """The folders of modules, with the repository, of which `profiling` is a package."""
+    return os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
 
 
 def _end_with_parent() -> None:

@@ -11,7 +11,7 @@ SCRIPT = "../profiling/ablate.py"
 PLAN = """\
 preset = "tiny"
 seeds = [0, 1]
-endpoints = ["eval/seen/combined/mean_recall"]
+endpoints = ["eval/seen/combined/mean_recall", "unseen/mean_recall"]
 settings = { optim = { steps = 30 }, run = { eval_batch = 300, match_maps = 0 } }
 
 [arms.exact]
@@ -66,6 +66,7 @@ def test_a_plan_that_is_killed_goes_on(tmp_path):
     assert set(lines) == {("exact", 0), ("cut", 0)}
     for line in lines.values():
         assert all(line.values()) and 0 <= float(line["eval/seen/combined/mean_recall"]) <= 1
+        assert line["unseen/mean_recall"] == repr(sum(map(int, line["unseen/hits"])) / 3600)
         assert float(line["seconds"]) > 1 and int(line["peak_memory_bytes"]) > 10**8
     assert lines["cut", 0]["settings"].startswith("tiny loss.cmli_cut=0.01 optim.steps=30")
     assert "| cut - exact | eval/seen/combined/mean_recall | 1 |" in markdown.read_text()
@@ -73,9 +74,8 @@ def test_a_plan_that_is_killed_goes_on(tmp_path):
 
 
 def test_runs_that_fail_are_told_and_the_others_have_their_turn(tmp_path):
-    (tmp_path / "plan.toml").write_text(
-        PLAN.replace("match_maps = 0 }", 'match_maps = 0 }, data = { source = "away" }')
-    )
+    plan = PLAN.replace("match_maps = 0 }", 'match_maps = 0 }, data = { source = "away" }')
+    (tmp_path / "plan.toml").write_text(plan.replace(', "unseen/mean_recall"', ""))
     done = run(str(tmp_path / "plan.toml"), "--out", str(tmp_path / "out"), script=SCRIPT)
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert (
@@ -92,7 +92,7 @@ def test_a_plan_that_is_done_trains_nothing(tmp_path):
     settings = "loss.cmli_cut=0.01 optim.steps=30 run.eval_batch=300 run.match_maps=0"
     for seed, arm in ((0, "exact"), (1, "exact"), (0, "cut"), (1, "cut")):
         own = settings if arm == "cut" else settings.partition(" ")[2]
-        line = {"arm": arm, "seed": str(seed), endpoint: "0.5", "settings": f"tiny {own}"}
+        line = {"arm": arm, "seed": str(seed), endpoint: "0.5", "unseen/mean_recall": "0.5", "settings": f"tiny {own}"}
         (tmp_path / f"{arm}-{seed}").mkdir()
         records.write(tmp_path / f"{arm}-{seed}" / records.FILE, [line])
     done = run(str(tmp_path / "plan.toml"), "--out", str(tmp_path), script=SCRIPT, timeout=60)

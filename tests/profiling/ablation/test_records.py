@@ -1,13 +1,15 @@
 """The CSV file of runs, merged from one line a run."""
 
+import json
+
 import pytest
 
 from ds_cmli.common.errors import UserError
 from profiling.ablation import records
-from profiling.ablation.plan import Arm, Plan
+from profiling.ablation.plan import Arm, Plan, Run
 
 ENDPOINT = "eval/seen/combined/mean_recall"
-PLAN = Plan("tiny", {"exact": Arm("exact", {}, [0, 1])}, [], [ENDPOINT], [])
+PLAN = Plan("tiny", {"exact": Arm("exact", {}, [0, 1])}, [ENDPOINT], [])
 
 
 def line(seed: int, value: str = "0.5", **more: str) -> records.Record:
@@ -35,6 +37,22 @@ def test_lines_of_folders_and_of_other_machines_are_one_file(out, tmp_path):
     before = file.stat().st_mtime_ns
     records.merge(file, out)
     assert file.stat().st_mtime_ns == before
+
+
+def test_what_was_measured_afterwards_is_in_the_line_with_the_hits_of_scenes(tmp_path):
+    (tmp_path / "config.json").write_text('{"revision": "abc", "config": {}}')
+    (tmp_path / "metrics.jsonl").write_text('{"step": 3, "eval/seen/combined/mean_recall": 0.5}\n')
+    (tmp_path / "tensorboard").mkdir()
+    measured = {"unseen/mean_recall": 0.25, "unseen/hits": "0060", "probe/accuracy": 0.75}
+    (tmp_path / records.AFTERWARDS).write_text(json.dumps(measured))
+    run = Run("exact", 3, "tiny", {})
+    records.record(run, tmp_path, [ENDPOINT, "unseen/mean_recall"])
+    found = records.load(tmp_path / records.FILE)
+    assert found["exact", 3]["unseen/hits"] == "0060" and "probe/accuracy" not in found["exact", 3]
+    assert records.hits(found, "exact", 3, "unseen/mean_recall") == [0, 0, 6, 0]
+    assert records.hits(found, "exact", 3, ENDPOINT) == []
+    with pytest.raises(UserError, match="swap/captions"):
+        records.record(run, tmp_path, ["swap/captions"])
 
 
 def test_what_is_missing(out, tmp_path):

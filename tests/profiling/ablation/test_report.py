@@ -5,7 +5,7 @@ import pytest
 from ds_cmli.common.errors import UserError
 from profiling.ablation.pictures import draw_column, draw_differences
 from profiling.ablation.plan import Arm, Contrast, Plan
-from profiling.ablation.report import arms_table, compare, contrasts_table
+from profiling.ablation.report import arms_table, by_scene, compare, contrasts_table, power_table
 
 ENDPOINT = "eval/seen/combined/mean_recall"
 BASE = [0.4, 0.5, 0.6]
@@ -13,7 +13,7 @@ BASE = [0.4, 0.5, 0.6]
 
 def plan(*contrasts: Contrast) -> Plan:
     arms = {name: Arm(name, {}, [0, 1, 2]) for name in ("base", "near", "far", "new")}
-    return Plan("tiny", arms, [10], [ENDPOINT], list(contrasts))
+    return Plan("tiny", arms, [ENDPOINT], list(contrasts))
 
 
 def lines(**arms: list[float]) -> dict:
@@ -33,7 +33,6 @@ def test_a_table_of_arms():
     # The deviation of 0.4, 0.5 and 0.6 is 0.1.
     assert table.rows[0] == ["base", "3 of 3", "0.5000 ± 0.0577"]
     assert table.rows[3] == ["new", "1 of 3", "0.7000"]
-    assert arms_table(plan(), FOUND, tuning=True).rows[0] == ["base", "0 of 1", "-"]
 
 
 def test_contrasts_are_paired_and_corrected():
@@ -50,6 +49,31 @@ def test_contrasts_are_paired_and_corrected():
     assert far.finding().startswith("far and base are different in")
     assert new.finding().endswith("not enough runs")
     assert len(table.notes) == 3 + 3
+
+
+def test_scenes_are_resampled_where_their_hits_are_known():
+    endpoint = "unseen/mean_recall"
+    found = {}
+    for seed, (base, near) in enumerate((("0066", "0666"), ("0006", "0066"))):
+        for arm, hits in (("base", base), ("near", near)):
+            found[arm, seed] = {endpoint: repr(sum(map(int, hits)) / 24), "unseen/hits": hits}
+    contrast = Contrast("near", "base", True)
+    # Scene 1 in the run of seed 0, scene 2 in that of seed 1.
+    assert by_scene(found, contrast, endpoint, [0, 1]).tolist() == [[0, 1, 0, 0], [0, 0, 1, 0]]
+    assert by_scene(found, contrast, "swap/captions", [0, 1]) is None
+    of_both = Plan("tiny", plan().arms, [endpoint], [contrast])
+    (compared,) = compare(of_both, found)
+    # Both seeds differ by 1/4; which scenes are drawn alone makes the interval.
+    low, high = compared.found.interval
+    assert compared.found.mean == 0.25 and compared.found.deviation == 0
+    assert low == 0 and 0.4 < high <= 0.75
+
+
+def test_the_power_table_says_how_many_seeds_are_needed():
+    table = power_table(compare(plan(NEAR, FAR, NEW), FOUND), 0.002)
+    # The deviation of near - base is 0.001: (2.8016 * 0.001 / 0.002)^2 = 1.96, so 2, and two more.
+    assert table.rows[0] == ["near - base", ENDPOINT, "3", "0.0010", "4"]
+    assert [row[0] for row in table.rows] == ["near - base", "far - base"]
 
 
 def test_what_the_numbers_do_not_carry_is_not_said():

@@ -5,7 +5,7 @@ from math import sqrt
 import numpy as np
 import pytest
 
-from profiling.ablation.statistics import bootstrap, difference, holm, t_test, tost
+from profiling.ablation.statistics import bootstrap, bootstrap_of_both, difference, holm, runs_needed, t_test, tost
 
 
 def test_holm_on_four_p_values():
@@ -44,6 +44,24 @@ def test_the_bootstrap_covers_the_mean_as_often_as_it_says():
     assert bootstrap(draws[0]) == intervals[0]
     width = np.mean([high - low for low, high in intervals])
     assert width == pytest.approx(2 * 1.96 / sqrt(20), rel=0.1)
+
+
+def test_the_bootstrap_of_seeds_and_scenes_covers_what_varies_over_both():
+    rng, covered = np.random.default_rng(2), 0
+    for _ in range(60):
+        of_seeds, of_scenes = rng.normal(0, 0.2, (12, 1)), rng.normal(0, 1.0, (1, 80))
+        low, high = bootstrap_of_both(0.3 + of_seeds + of_scenes + rng.normal(0, 0.5, (12, 80)))
+        covered += low <= 0.3 <= high
+    assert 49 <= covered <= 60
+    same_scenes = np.repeat([[0.1], [0.3]], 5, axis=1)  # only seeds differ: the mean is 0.1, 0.2 or 0.3
+    assert bootstrap_of_both(same_scenes) == pytest.approx((0.1, 0.3))
+
+
+def test_the_runs_that_show_a_difference():
+    # (1.95996 + 0.84162)^2 = 7.8489.
+    assert runs_needed(0.03, 0.02) == 18 + 2
+    assert runs_needed(0.02, 0.02) == 8 + 2
+    assert runs_needed(0.0, 0.02) == 2
 
 
 @pytest.mark.parametrize("values", [[1.0, 2.0], [1.0, 2.0, 4.0]])
