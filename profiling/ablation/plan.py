@@ -148,8 +148,8 @@ def load(path: Path, tuning: bool = False) -> Plan:
     """Read a plan and check everything in it. Raises `UserError`.
 
     Args:
-        tuning: the plan of its tuning seeds: without contrasts, each arm once for each combination
-            of the grid.
+        tuning: the plan of its tuning seeds: each arm once for each combination of the grid, by the
+            first endpoint alone, without contrasts.
     """
     register()
     try:
@@ -181,7 +181,7 @@ def _plan(values: dict[str, Any], tuning: bool, folder: Path) -> Plan:
     contrasts = [_contrast(i, one, arms) for i, one in enumerate(file.contrasts)]
     if tuning:
         check(bool(file.tuning_seeds), "tuning_seeds", [], "--tuning needs some")
-        return Plan(file.preset, tuned, file.endpoints, [])
+        return Plan(file.preset, tuned, file.endpoints[:1], [])
     return Plan(file.preset, arms, file.endpoints, contrasts)
 
 
