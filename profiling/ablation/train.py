@@ -1,4 +1,7 @@
-"""Train as ds_cmli/train.py does, with the losses of `profiling/ablation/losses.py` as well."""
+"""Train as ds_cmli/train.py does, with the losses of `profiling/ablation/losses.py` as well.
+
+Other processes do not know them: neither memory's prediction (--dry-run) nor evaluation and export.
+"""
 
 import sys
 from pathlib import Path

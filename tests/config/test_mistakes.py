@@ -55,6 +55,15 @@ MISTAKES = {
     "unknown loss": (["--losses", "global,clmi"], "losses is 'clmi': did you mean 'cmli'?"),
     "no loss": (["--losses", ""], "give at least one of global"),
     "loss weight": (["--losses", "cmli=big"], "--losses has 'cmli=big': write NAME or NAME=WEIGHT"),
+    "start of no loss": (["--set", 'loss.start={"target_text": 100}'], "without target_text: leave it out"),
+    "more patches than there are": (
+        ["--set", "loss.target=top", "--set", "loss.target_top=17"],
+        "loss.target_top is 17: an image has 16 patches: give fewer",
+    ),
+    "more blocks than there are": (
+        ["--set", "teacher.average_blocks=3"],
+        "teacher.average_blocks is 3: 'vit_tiny_patch16_224' has 2 up to teacher.block: give fewer",
+    ),
     "negative seed": (["--seed", "-1"], "--seed is -1: give 0 to"),
     "unknown setting": (["--set", "student.layres=2"], "setting of student is 'layres': did you mean 'layers'?"),
     "setting without value": (["--set", "student.layers"], "write SECTION.SETTING=VALUE"),

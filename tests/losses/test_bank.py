@@ -16,6 +16,7 @@ from ds_cmli.config.schema import LossConfig
 from ds_cmli.data.load import build_data
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.losses.bank import Bank
+from ds_cmli.losses.objective import Whole
 from ds_cmli.losses.target_cmli import TokenContrast
 from tests.batches import rank_batches
 from tests.checkpoint.test_restore import assert_same, interrupt, json_file, ranks, source  # noqa: F401
@@ -206,6 +207,30 @@ def test_gradient_caching_enters_each_micro_batch_once(device, data, stage):
         ids = torch.cat([batch.pair_id[:, 0] for batch in batches])
         assert torch.equal(banks["cls_contrast"].picture_id, torch.cat([ids[20:], ids[4:20]]))
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
+def test_the_backward_pass_sees_the_bank_of_the_forward_pass(device, data):
+    """The micro-batch enters only when its gradients are there: they are those of autograd with the bank before."""
+    loader = iter(rank_batches(data.train, data, 4))
+    config = load_preset("tiny", {"loss": {"weights": BOTH, "bank": 6}, "optim": {"micro_batch": 4}})
+    ds_config = engine.filled(config, DeepSpeedConfig.of({}), 1, 3)
+    train_engine = engine.build(config, ds_config, data.vocab_size, 3, device)
+    train_engine.step([next(loader)])
+    batch, objective = next(loader), train_engine.objective
+    total, _ = objective(Whole(batch, train_engine.teacher(batch.image)))
+    parameters = [p for p in objective.student.parameters() if p.requires_grad]
+    expected = torch.autograd.grad(total, parameters, allow_unused=True)
+    found, update = [], train_engine.engine._take_model_step
+
+    def collected(*arguments) -> None:
+        found.extend(None if p.grad is None else p.grad.clone() for p in parameters)
+        update(*arguments)
+
+    train_engine.engine._take_model_step = collected
+    train_engine.step([batch])
+    for a, b in zip(found, expected, strict=True):
+        assert (a is None or not a.any()) if b is None else torch.allclose(a, b, rtol=1e-5, atol=1e-7)
+    assert [bank.entered for bank in objective.banks().values()] == [8, 8]
 
 
 def engine_of_rank(rank, world, stage):
