@@ -9,12 +9,10 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from ds_cmli.cmli import CMLILoss, cmli_scores
+from ds_cmli.cmli import CMLILoss
 from ds_cmli.cmli.cut import Cut
-from ds_cmli.cmli.peak_memory import cmli_peak_bytes
 from ds_cmli.losses.functions import duplicates
 from profiling.certify import certified, random_tile
-from tests.cmli.helpers import allocator_peak, random_case, upstream_for, with_gradients
 from tests.conftest import spawn
 
 
@@ -125,35 +123,3 @@ def test_compiled():
     expected = trained(batch, 1e-3)
     assert_close(grad, expected[1])
     assert torch.equal(module.cut.found, expected[4]) and expected[4][0] < 1
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_pairs_without_gradient_are_skipped_exactly(dtype):
-    """Any few pairs, of padded and empty texts and masked images, in one tile and in many; twice the same bits."""
-    for seed in range(12):
-        case = random_case(11, 13, 7, 8, 12, seed, dtype, masked=seed % 3 == 0)
-        kept = torch.rand(11, 13, generator=torch.Generator().manual_seed(seed)) < (0.0, 0.05, 0.12)[seed % 3]
-        upstream = tuple(g * kept for g in upstream_for(case, seed))
-        wide = tuple(x.double() if x is not None and x.is_floating_point() else x for x in case)
-        expected = with_gradients(wide, upstream, backend="reference")[2:]
-        for options in ({}, {"recompute": True}, {"scratch_bytes": 3000}, {"recompute": True, "scratch_bytes": 3000}):
-            found, again = (with_gradients(case, upstream, backend="chunked", **options)[2:] for _ in range(2))
-            assert all(map(torch.equal, found, again))
-            for ours, exact in zip(found, expected, strict=True):
-                tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2}[dtype]
-                assert_close(ours.double(), exact, rtol=tolerance, atol=tolerance)
-
-
-@pytest.mark.parametrize("share", [0.02, 0.19])
-@pytest.mark.parametrize("recompute", [False, True])
-def test_fewer_pairs_take_no_more_memory_than_all(share, recompute):
-    case = random_case(48, 200, 20, 16, 64, 0, torch.float32, text_lengths=[16] * 200)
-    kept = torch.rand(48, 200, generator=torch.Generator().manual_seed(0)) < share
-    upstream = [g.float() * kept for g in upstream_for(case)]
-    image, text = case[0].clone().requires_grad_(), case[1].clone().requires_grad_()
-    scores = cmli_scores(image, text, case[2], recompute=recompute)
-    held = allocator_peak(lambda: torch.autograd.grad(scores, (image, text), upstream, retain_graph=True))
-    lengths = [16] * 200
-    assert (
-        held <= cmli_peak_bytes(48, 200, 20, 16, 64, torch.float32, recompute=recompute, text_lengths=lengths).backward
-    )

@@ -16,13 +16,14 @@ other `other`: a tile is `rows` of `sequences` of the own side against `other_ro
 """
 
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 from torch import Tensor
 
 from ds_cmli.cmli.check import index_dtype
 from ds_cmli.cmli.chunked.forward import ArgmaxIndices, Forward, compute_tiles
-from ds_cmli.cmli.chunked.kept import Kept, add_kept, few_pairs, find_indices
+from ds_cmli.cmli.chunked.kept import KeptGradient, few_pairs, limits_of
 from ds_cmli.cmli.chunked.packed import Chunk, PackedBatch, largest, make_chunks, pack_both
 from ds_cmli.cmli.chunked.tile_gradients import (
     Buffers,
@@ -56,15 +57,20 @@ def backward(
     """
     (I, N, D), (J, M, _) = sides.image.shape, sides.text.shape  # noqa: E741
     images, texts = pack_both(sides)
-    few = few_pairs(grads)
     d_image = _gradient_of(images, wanted.image)
     d_text = _gradient_of(texts, wanted.text)
-    recompute = not argmax[0].numel()
-    plan = RecomputePlan(I, 1, scratch_bytes)
-    if recompute:
+    plan, saved = RecomputePlan(I, 1, scratch_bytes), None
+    if argmax[0].numel():
+        saved = ArgmaxIndices(argmax[0].view(J, I * N), argmax[1].view(J * M, I))
+    else:
         plan = RecomputePlan.of(I, N, J, sum(texts.lengths), M, scratch_bytes)
     most_text, most_image = tile_sizes(N, M, D, images.features.dtype, plan.budget, backward=True)
     text_chunks = make_chunks(texts.lengths, most_text)
+    chunks, limits = make_chunks(images.lengths, most_image), (0, 0, 0)
+    if chunks and text_chunks and few_pairs(texts, images, grads, saved is not None):
+        rows = largest(chunks).rows
+        spare = _spare_bytes(sides, (images, texts), rows, saved is None, scratch_bytes)
+        limits = limits_of(texts, images.lengths[-1], spare)
     add = plan.number > 1
     text_total = d_text.to(texts.wide) if add else d_text
 
@@ -74,22 +80,20 @@ def backward(
         image_chunks = make_chunks(images.lengths, most_image, first, stop)
         if not image_chunks or not text_chunks:
             return
-        if recompute:
-            indices = _recompute(
-                texts, images, (first, stop), (N, M), plan.budget, grads if few else None
-            )
-        else:
-            indices = ArgmaxIndices(argmax[0].view(J, I * N), argmax[1].view(J * M, I))
+        indices = saved or _recompute(texts, images, (first, stop), (N, M), plan.budget)
         if wanted.image:
-            image_side = SideGradient(images, texts, image_chunks, text_chunks, grads, few)
-            image_side.add_up(_image_indices(indices), plan.budget, d_image, False)
+            image_side = SideGradient(images, texts, image_chunks, text_chunks, grads)
+            image_side.add_up(_tile_indices(indices, True), plan.budget, d_image, False)
         if wanted.text:
             turned = grads[1].t(), grads[0].t()
-            text_side = SideGradient(texts, images, text_chunks, image_chunks, turned, few)
-            text_side.add_up(_text_indices(indices), plan.budget, text_total, add)
+            text_side = SideGradient(texts, images, text_chunks, image_chunks, turned)
+            text_side.add_up(_tile_indices(indices, False), plan.budget, text_total, add)
 
-    for first in range(0, I, plan.images):
-        add_part(first)
+    if min(limits) > 0:
+        KeptGradient(texts, images, grads, saved, limits).add_up(chunks, d_image, text_total)
+    else:
+        for first in range(0, I, plan.images):
+            add_part(first)
     if text_total is not d_text:
         d_text.copy_(text_total)
     if wanted.image:
@@ -106,17 +110,32 @@ def _gradient_of(side: PackedBatch, wanted: bool) -> Tensor:
     return side.features.new_empty(0)
 
 
-def _image_indices(indices: ArgmaxIndices) -> TileIndices:
-    def tile_indices(image: Chunk, text: Chunk) -> tuple[Tensor, Tensor]:
-        i2t, t2i = indices.tile(text, image)
-        return i2t.t(), t2i.t()
+def _spare_bytes(
+    sides: Sides, both: tuple[PackedBatch, PackedBatch], rows: int, recompute: bool, limit: int
+) -> int:
+    """What the backward of all pairs takes, as predicted, beyond what that of kept ones holds."""
+    from ds_cmli.cmli.peak_memory import cmli_peak_bytes  # which imports this package
 
-    return tile_indices
+    images, texts = both
+    (I, N, D), (J, M, _) = sides.image.shape, sides.text.shape  # noqa: E741
+    peak = cmli_peak_bytes(
+        *(I, J, N, M, D, sides.image.dtype),
+        recompute=recompute,
+        scratch_bytes=limit,
+        text_lengths=texts.lengths,
+        image_lengths=None if images.source is None else images.lengths,
+    )
+    # Features and gradient of a chunk of images, and the tables of both sides.
+    held = 2 * rows * D * texts.wide.itemsize + 28 * (I + J) + 8 * (I * N + J * M)
+    return peak.backward - peak.gradients - held
 
 
-def _text_indices(indices: ArgmaxIndices) -> TileIndices:
-    def tile_indices(text: Chunk, image: Chunk) -> tuple[Tensor, Tensor]:
-        i2t, t2i = indices.tile(text, image)
+def _tile_indices(indices: ArgmaxIndices, of_image: bool) -> TileIndices:
+    def tile_indices(own: Chunk, other: Chunk) -> tuple[Tensor, Tensor]:
+        if of_image:
+            i2t, t2i = indices.tile(other, own)
+            return i2t.t(), t2i.t()
+        i2t, t2i = indices.tile(own, other)
         return t2i, i2t
 
     return tile_indices
@@ -128,12 +147,10 @@ def _recompute(
     part: tuple[int, int],
     longest: tuple[int, int],
     budget: int,
-    grads: tuple[Tensor, Tensor] | None,
 ) -> ArgmaxIndices:
     """Find the indices of all texts and the images [first, stop) = `part` of the sorted order.
 
     longest: the padded lengths N and M.
-    grads: of both scores, where the indices of pairs without a gradient are not needed.
     """
     (first, stop), (N, M) = part, longest
     D, dtype = texts.features.shape[1], texts.features.dtype
@@ -149,10 +166,7 @@ def _recompute(
         sequence,
         row,
     )
-    if grads is None:
-        compute_tiles(Forward(texts, images, None, indices), text_chunks, image_chunks)
-    else:
-        find_indices(texts, images, image_chunks, grads, indices, budget)
+    compute_tiles(Forward(texts, images, None, indices), text_chunks, image_chunks)
     return indices
 
 
@@ -162,7 +176,6 @@ class SideGradient:
 
     grads: [own sequences, other sequences], the gradients of the score that averages over own rows
         and of the score that averages over other rows.
-    few: whether pairs without a gradient are left out.
     """
 
     own: PackedBatch
@@ -170,7 +183,6 @@ class SideGradient:
     own_chunks: list[Chunk]
     other_chunks: list[Chunk]
     grads: tuple[Tensor, Tensor]
-    few: bool
 
     def add_up(self, tile_indices: TileIndices, budget: int, into: Tensor, add: bool) -> None:
         """Write the gradient to `into` [B * P, D], or add it if `add`."""
@@ -178,24 +190,14 @@ class SideGradient:
         most, most_other = largest(self.own_chunks), largest(self.other_chunks)
         cpu, width = own.features.device.type == "cpu", Widths.of(own.wide)
         indices = max(most.rows * most_other.sequences, most.sequences * most_other.rows)
-        panel, entries = 0, indices // 10  # an entry takes 100 bytes, and an index 28 in a buffer
-        if self.few:
-            indices = 0
-        else:
-            panel = self.panel_elements(budget, width, cpu)
+        panel = self.panel_elements(budget, width, cpu)
         buffers = Buffers.new(most.rows, indices, own.features, own.wide, panel)
         load_buffers = other.load_buffers(most_other.rows)
         for own_chunk in self.own_chunks:
             sums = buffers.total[: own_chunk.height].zero_()
             for other_chunk in self.other_chunks:
                 tile = Tile(own, other, own_chunk, other_chunk, *self.grads)
-                kept = Kept(tile) if self.few else None
-                if kept is not None and not len(kept):
-                    continue
                 table = other.load(other_chunk, load_buffers)  # [other_rows, D]
-                if kept is not None:
-                    add_kept(kept, tile_indices, table, sums, entries)
-                    continue
                 shapes = own_chunk.shape(), other_chunk.shape()
                 if by_product(*shapes, cpu):
                     rows = panel_rows(*shapes, budget, width)
@@ -208,10 +210,6 @@ class SideGradient:
 
     def panel_elements(self, budget: int, width: Widths, cpu: bool) -> int:
         """The elements of the largest panel that a tile needs; 0 where none takes a product."""
-        most = 0
-        for own_chunk in self.own_chunks:
-            for other_chunk in self.other_chunks:
-                own, other = own_chunk.shape(), other_chunk.shape()
-                if by_product(own, other, cpu):
-                    most = max(most, panel_rows(own, other, budget, width) * other.rows)
-        return most
+        shapes = product(map(Chunk.shape, self.own_chunks), map(Chunk.shape, self.other_chunks))
+        taken = (pair for pair in shapes if by_product(*pair, cpu))
+        return max((panel_rows(*pair, budget, width) * pair[1].rows for pair in taken), default=0)

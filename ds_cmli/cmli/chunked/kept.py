@@ -1,12 +1,16 @@
-"""Indices and gradients of single pairs, where most pairs have a gradient of exactly 0.
+"""Gradients of single pairs, where most pairs have a gradient of exactly 0.
 
-`cmli.cut` leaves them out. The tokens of all texts that an image keeps are gathered for one
-product, and the entries of kept pairs alone are sorted and summed. On a CPU only: which pairs are
-kept has to be known on the host.
+`cmli.cut` leaves them out. An image's patches are multiplied with the tokens of all texts that it
+keeps, which gives the argmax positions, unless they were saved. Each position is an entry: a weight
+with which a patch is added to a token's gradient, and the token to the patch's. On a CPU only:
+which pairs are kept has to be known on the host. Features are in fp32 or fp64.
 
-Shapes: I images, J texts, in the order of their `PackedBatch`; N patches; T tokens of kept texts;
-E entries, one for each maximum of a row of a kept pair. Sides are named as in `backward.py`.
+Shapes: I images of N patches each; J texts, in the order of their `PackedBatch`; P kept pairs,
+sorted by image, then by text, with T tokens; E entries, one for each patch and token; D features.
 """
+
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -14,157 +18,157 @@ from torch import Tensor
 
 from ds_cmli.cmli.chunked.forward import ArgmaxIndices
 from ds_cmli.cmli.chunked.packed import Chunk, Group, PackedBatch, largest
-from ds_cmli.cmli.chunked.product import product
-from ds_cmli.cmli.chunked.tile_gradients import Tile, TileIndices
 
-FEW = 0.2  # The largest share of pairs for which this is faster than all pairs, as measured.
-TOKENS = 512  # of a product, at the most
-SIMILARITIES = 2**18  # whose maxima are found together, at the most
-SIMILARITY_BYTES = 32  # of each, with copies
-
-
-def few_pairs(grads: tuple[Tensor, Tensor]) -> bool:
-    """Whether so few pairs have a gradient that they are computed alone."""
-    of_all = FEW * grads[0].numel()
-    return grads[0].device.type == "cpu" and all(g.count_nonzero() <= of_all for g in grads)
+# Nanoseconds of a position, a similarity and a token of a pair, measured at D=256 on an AMD EPYC:
+# where all pairs are computed, and where kept ones alone.
+NANOSECONDS = torch.tensor([[107, 12.5, 0], [230, 9, 600]])
+ROWS = 2048  # of features that are gathered or summed together, at the most
+ENTRIES = 2**16  # of pairs that are sorted together, at the most; a pair itself takes as 2 more
+PAIR_BYTES = 80  # of each pair where kept ones are looked for
+Both = tuple[Tensor, Tensor]
 
 
-def find_indices(
-    texts: PackedBatch,
-    images: PackedBatch,
-    image_chunks: list[Chunk],
-    grads: tuple[Tensor, Tensor],
-    indices: ArgmaxIndices,
-    budget: int,
-) -> None:
-    """Fill in the indices of these images' pairs that have a gradient.
+def few_pairs(texts: PackedBatch, images: PackedBatch, grads: Both, saved: bool) -> bool:
+    """Whether so few pairs have a gradient that it is faster to compute them alone."""
+    # In 16 bits all texts' features and gradient would be held in fp32 too.
+    if grads[0].device.type != "cpu" or texts.features.dtype != texts.wide:
+        return False
+    N, M = (sum(side.lengths) / len(side.lengths) for side in (images, texts))
+    work = torch.tensor([N + M, N * M, M])
+    work[1:] *= not saved  # no similarities
+    of_all, of_kept = (NANOSECONDS @ work).tolist()
+    return all(g.count_nonzero() * of_kept <= g.numel() * of_all for g in grads)
 
-    `budget`: bytes for the similarities of one pair or more, and for the tokens of a product.
+
+def limits_of(texts: PackedBatch, N: int, budget: int) -> tuple[int, int, int]:
+    """The images whose pairs are listed, the rows of features, and the entries that are taken
+    together within so many bytes; a number is not positive if they are too few."""
+    width, longest = texts.wide.itemsize, texts.lengths[-1]
+    of_row = max(texts.features.shape[1] + N, 4 * N) * width + 32
+    return (
+        budget // 8 // (PAIR_BYTES * len(texts.lengths)),
+        min(ROWS, budget * 3 // 8 // of_row - longest),
+        min(ENTRIES, budget // 2 // (56 + 7 * width) - N - longest - 2),
+    )
+
+
+@dataclass
+class KeptGradient:
+    """The gradient of both sides, from the kept pairs.
+
+    Args:
+        grads: of both scores, [all images, J] each.
+        saved: the argmax indices of all pairs, where they were saved.
+        limits: those of `limits_of`, all positive.
     """
-    elements = min(SIMILARITIES, budget // 2 // SIMILARITY_BYTES)
-    most = min(TOKENS, budget // 8 // (images.features.shape[1] * images.wide.itemsize))
-    buffers = images.load_buffers(largest(image_chunks).rows)
-    for chunk in image_chunks:
-        V = images.load(chunk, buffers)
-        for group in chunk.groups:
-            patches = V.narrow(0, group.row, group.number * group.length)
-            here = group._replace(
-                sequence=chunk.sequence + group.sequence, row=chunk.row + group.row
-            )
-            kept = torch.zeros(group.number, len(texts.counts), dtype=torch.bool)
-            for grad in grads:
-                kept |= grad[images.order[here.sequences()]] != 0
-            kept = kept.index_select(1, texts.order).logical_and_(texts.counts > 0)
+
+    texts: PackedBatch
+    images: PackedBatch
+    grads: Both
+    saved: ArgmaxIndices | None
+    limits: tuple[int, int, int]
+
+    def add_up(self, chunks: list[Chunk], d_image: Tensor, d_text: Tensor) -> None:
+        """Write the images' gradient, and add the texts'; an empty tensor if it is not wanted."""
+        images, most = self.images, largest(chunks).rows
+        buffers = images.load_buffers(most)
+        total = images.features.new_empty(most, images.features.shape[1])
+        for chunk in chunks:
+            V, sums = images.load(chunk, buffers), total[: chunk.height].zero_()
+            for group in chunk.groups:
+                rows, own = (group.by_sequence(x, 0).flatten(0, 1) for x in (V, sums))
+                sequence, row = chunk.sequence + group.sequence, chunk.row + group.row
+                self._add_group(group._replace(sequence=sequence, row=row), rows, own, d_text)
+            if d_image.numel():
+                images.store(chunk, sums, d_image, False)
+
+    def _add_group(self, group: Group, V: Tensor, d_image: Tensor, d_text: Tensor) -> None:
+        """Add the pairs of images of one length, whose patches V and sums are [I * N, D]."""
+        W, N, places = self.texts.features, group.length, self.texts.source
+        for image, text, *weights in self._batches(group):
+            counts = self.texts.counts[text]
+            starts = counts.cumsum(0).sub_(counts)
+            pair = torch.repeat_interleave(counts)  # [T]
+            before = self.texts.last[text] + 1 - counts - starts
+            row = before[pair].add_(torch.arange(len(pair)))
+            assert places is not None
+            place = places[row]  # [T] in W
+            if self.saved is None:
+                best_token, best_patch = self._find(place, V.unflatten(0, (-1, N)), image, counts)
+            else:
+                best_token, best_patch = self._saved(group, image, text, pair, row)
+                best_token += counts[:, None] - 1
+            first, best_token = image * N, best_token.add_(starts[:, None]).flatten()
+            patches = (first[:, None] + torch.arange(N)).flatten(), first[pair].add_(best_patch)
+            patch = torch.cat(patches).int()  # [E]
+            token = torch.cat([place[best_token], place]).int()
+            weight = torch.cat([weights[0].repeat_interleave(N), weights[1][pair]])
+            del best_token, best_patch, patches
+            self._add(W, token, weight, patch, d_image)
+            if d_text.numel():
+                self._add(V, patch, weight, token, d_text)
+
+    def _batches(self, group: Group) -> Iterator[tuple[Tensor, ...]]:
+        """Yields the group's kept pairs, as many at a time as the limits allow, [P] each: the image
+        within the group, the text, and the weights of each patch's and of each token's best."""
+        texts, N, first = self.texts, group.length, 0
+        for order in self.images.order[group.sequences()].split(self.limits[0]):
+            i2t, t2i = (g[order].index_select(1, texts.order) for g in self.grads)
+            kept = (i2t != 0).logical_or_(t2i != 0).logical_and_(texts.counts > 0)
             image, text = kept.nonzero(as_tuple=True)
-            size = max(1, elements // (group.length * texts.lengths[-1]))
-            for pairs in zip(image.split(size), text.split(size), strict=True):
-                _find(texts, here, patches, pairs, indices, max(1, most))
+            weights = i2t[image, text].div_(N), t2i[image, text].mul_(texts.scale[text])
+            batch = texts.counts[text].add_(N + 2).cumsum_(0).floor_divide_(self.limits[2])
+            number = batch.unique_consecutive(return_counts=True)[1].tolist()
+            of_all = image.add_(first), text, *weights
+            yield from zip(*(x.split(number) for x in of_all), strict=True)
+            first += len(order)
+
+    def _saved(self, group: Group, image: Tensor, text: Tensor, pair: Tensor, row: Tensor) -> Both:
+        """Each patch's best token [P, N], counted from the text's last, and best patches [T]."""
+        assert self.saved is not None
+        (i2t, t2i, *_), N = self.saved, group.length
+        first = text * i2t.shape[1] + image * N + group.row
+        best_token = i2t.flatten()[first[:, None] + torch.arange(N)].long().neg_()
+        best_patch = t2i.flatten()[row * t2i.shape[1] + image[pair] + group.sequence]
+        return best_token, best_patch.long().neg_().add_(N - 1)
+
+    def _find(self, place: Tensor, V: Tensor, image: Tensor, counts: Tensor) -> Both:
+        """Each patch's best token [P, N] and each token's best patch [T], counted from the first,
+        of tokens at these places [T] with patches V [I, N, D]."""
+        number = torch.arange(len(image)).sub_(torch.searchsorted(image, image))  # in its image
+        part = number.floor_divide_(max(1, self.limits[1] // self.texts.lengths[-1]))
+        part += image * len(image)
+        sizes = part.unique_consecutive(return_counts=True)[1].tolist()
+        best_token = torch.empty(len(image), V.shape[1], dtype=torch.int64)
+        best_patch, start = torch.empty_like(place), 0
+        parts = image.split(sizes), counts.split(sizes), best_token.split(sizes)
+        for own, count, best in zip(*parts, strict=True):
+            tokens = slice(start, start := start + int(count.sum()))
+            S = torch.mm(self.texts.features[place[tokens]], V[int(own[0])].t())  # [tokens, N]
+            starts, longest = (count.cumsum(0) - count)[:, None], int(count[-1])
+            # The last position again in the place of padding.
+            rows = torch.arange(longest).minimum(count[:, None] - 1).add_(starts)
+            _first_best(S.index_select(0, rows.flatten()).view(*rows.shape, -1), best)
+            _first_best(S, best_patch[tokens])
+        return best_token, best_patch
+
+    def _add(self, table: Tensor, index: Tensor, weight: Tensor, key: Tensor, sums: Tensor) -> None:
+        """Add to row `key` of the sums the weighted row `index` of the table, for each entry."""
+        key, order = key.sort(stable=True)
+        index, weight = index.index_select(0, order), weight.index_select(0, order)
+        rows, number = key.unique_consecutive(return_counts=True)
+        numbers = number.split(self.limits[1])
+        sizes = [int(each.sum()) for each in numbers]
+        parts = index.split(sizes), weight.split(sizes), rows.split(self.limits[1]), numbers
+        for of_table, weights, keys, number in zip(*parts, strict=True):
+            starts = number.cumsum(0).sub_(number).int()
+            added = F.embedding_bag(of_table, table, starts, per_sample_weights=weights, mode="sum")
+            sums.index_add_(0, keys, added)
 
 
-def _find(
-    texts: PackedBatch,
-    group: Group,
-    patches: Tensor,
-    pairs: tuple[Tensor, Tensor],
-    indices: ArgmaxIndices,
-    most: int,
-) -> None:
-    """Fill in the indices of pairs with images of one length, sorted by image within the group.
-
-    `most`: tokens of a product.
-    """
-    (image, text), N = pairs, group.length
-    counts = texts.counts[text]
-    pair, token = _rows_of(counts, (texts.last - texts.counts + 1)[text])  # [T]
-    S = patches.new_empty(len(token), N)
-    each, number = image.unique_consecutive(return_counts=True)
-    stops = counts.cumsum(0)[number.cumsum(0) - 1].tolist()
-    start = 0
-    for sequence, stop in zip(each.tolist(), stops, strict=True):
-        V = patches.narrow(0, sequence * N, N)
-        for first in range(start, stop, most):
-            part = slice(first, min(first + most, stop))
-            S[part] = product(texts.rows(token[part]), V)
-        start = stop
-    column = image + (group.sequence - indices.sequence)
-    indices.arg_t2i[token, column[pair]] = _first_best(S, 1).to(indices.arg_t2i.dtype)
-    row = image * N + (group.row - indices.row)
-    starts = counts.cumsum(0) - counts
-    for length in counts.unique().tolist():
-        same = (counts == length).nonzero()[:, 0]
-        rows = starts[same][:, None] + torch.arange(length)
-        block = S.index_select(0, rows.flatten()).view(*rows.shape, N)
-        where = text[same][:, None], row[same][:, None] + torch.arange(N)
-        indices.arg_i2t[where] = _first_best(block, 1).to(indices.arg_i2t.dtype)
-
-
-def _first_best(S: Tensor, dim: int) -> Tensor:
-    """The first maximum's distance from the last position."""
-    distance = torch.arange(S.shape[dim] - 1, -1, -1, dtype=S.dtype)
-    shape = [1] * S.ndim
-    shape[dim] = -1
-    equal = (S.amax(dim, keepdim=True) == S).to(S.dtype)
-    return equal.mul_(distance.view(shape)).amax(dim)
-
-
-def _rows_of(counts: Tensor, first: Tensor) -> tuple[Tensor, Tensor]:
-    """The rows of sequences with these lengths and first rows: which sequence's, and the row."""
-    sequence = torch.repeat_interleave(counts)
-    before = first - counts.cumsum(0) + counts
-    return sequence, before.index_select(0, sequence).add_(torch.arange(len(sequence)))
-
-
-class Kept:
-    """A tile's pairs that have a gradient."""
-
-    def __init__(self, tile: Tile):
-        self.tile, self.own_pairs, self.other_pairs = tile, tile.own_pairs(), tile.other_pairs()
-        kept = (self.own_pairs != 0).logical_or_(self.other_pairs != 0)
-        self.pairs = kept.nonzero(as_tuple=True)  # sorted by own sequence
-
-    def __len__(self) -> int:
-        return len(self.pairs[0])
-
-
-def add_kept(
-    kept: Kept, tile_indices: TileIndices, table: Tensor, sums: Tensor, entries: int
-) -> None:
-    """Add to `sums` [rows, D] both kinds of weighted rows, of the tile's kept pairs.
-
-    `entries`: how many of them are sorted together, but those of one pair at least.
-    """
-    tile = kept.tile
-    own_chunk, other_chunk = tile.own_chunk, tile.other_chunk
-    won, lost = tile_indices(own_chunk, other_chunk)
-    own, other = _Places(tile.own, own_chunk), _Places(tile.other, other_chunk)
-    numbers = torch.arange(own_chunk.height, dtype=torch.int32)
-    size = max(1, entries // (own_chunk.shape().longest + other_chunk.shape().longest))
-    for x, y in zip(*(each.split(size) for each in kept.pairs), strict=True):
-        pair, row = own.rows(x)
-        of_pair = y, other.last[y], kept.own_pairs[x, y]
-        column, winner, shares = (values.index_select(0, pair) for values in of_pair)
-        winner -= won[row, column]
-        pair, loser = other.rows(y)
-        of_pair = x, own.last[x], kept.other_pairs[x, y]
-        sequence, key, of_lost = (values.index_select(0, pair) for values in of_pair)
-        key -= lost[sequence, loser]
-        keys, order = torch.cat([row, key]).to(torch.int32).sort(stable=True)
-        of_table = torch.cat([winner, loser]).index_select(0, order)
-        shares = torch.cat([shares, of_lost]).index_select(0, order)
-        rows = slice(int(keys[0]), int(keys[-1]) + 1)
-        starts = torch.searchsorted(keys, numbers[rows])
-        sums[rows] += F.embedding_bag(
-            of_table, table, starts, per_sample_weights=shares, mode="sum"
-        )
-
-
-class _Places:
-    """Where a chunk's sequences are among its rows."""
-
-    def __init__(self, side: PackedBatch, chunk: Chunk):
-        self.counts = side.counts[chunk.sequences()]
-        self.last = side.last[chunk.sequences()].long() - chunk.row
-
-    def rows(self, sequences: Tensor) -> tuple[Tensor, Tensor]:
-        """All rows of these sequences: which of them, and the row in the chunk."""
-        return _rows_of(self.counts[sequences], (self.last - self.counts + 1)[sequences])
+def _first_best(S: Tensor, out: Tensor) -> None:
+    """Write where dimension 1 has its first maximum; its end where it is NaN. Overwrites S."""
+    last = S.shape[1] - 1
+    distance = torch.arange(last, -1, -1, dtype=S.dtype).view(-1, *[1] * (S.ndim - 2))
+    best = S.eq_(S.amax(1, keepdim=True)).mul_(distance).amax(1)
+    out.copy_(best.neg_().add_(last))

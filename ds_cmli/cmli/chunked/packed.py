@@ -163,11 +163,6 @@ class PackedBatch:
             return rows
         return wide[: chunk.height].copy_(rows)
 
-    def rows(self, rows: Tensor) -> Tensor:
-        """A copy of these valid rows [.., D] in the dtype of the arithmetic."""
-        places = rows if self.source is None else self.source[rows]
-        return self.features.index_select(0, places).to(self.wide)
-
     def store(self, chunk: Chunk, rows: Tensor, into: Tensor, add: bool) -> None:
         """Write the chunk's rows [height, D] to their places in `into` [B * P, D], or add them."""
         if self.source is None:
