@@ -147,9 +147,10 @@ def main() -> None:
     # Only the answers go to the process's stdout; what libraries print there goes to stderr.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    for line in sys.stdin:
-        answers.write(json.dumps(asdict(answer(json.loads(line)))) + "\n")
-        answers.flush()
+    with quiet.without_trackers():
+        for line in sys.stdin:
+            answers.write(json.dumps(asdict(answer(json.loads(line)))) + "\n")
+            answers.flush()
 
 
 if __name__ == "__main__":
