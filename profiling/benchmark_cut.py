@@ -64,10 +64,10 @@ def embedded(model: Model, objective: Objective, pairs: int) -> list[PairFeature
 
 
 def cached_step(objective: Objective, features: list[PairFeatures]) -> Callable[[], Tensor]:
-    """A step's losses over pairs, which replaces features by gradients: each time of a copy."""
+    """A step's losses over pairs. It writes gradients over the features, so each time over a copy's."""
 
     def run() -> Tensor:
-        own = [copy.copy(each) for each in features]
+        own = [copy.deepcopy(each) for each in features]
         objective.compare(CachedStep(own, torch.device("cpu")))
         return found(objective.cut)
 
