@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from profiling.ablation.plan import Plan, Run
 
 
+WIDTH = 180  # of the tables, in characters
+
+
 @dataclass(frozen=True)
 class Options:
     """The command's options."""
@@ -120,10 +123,10 @@ def train_missing(plan: "Plan", runs: "list[Run]", out: Path, file: Path) -> lis
     from profiling.ablation.runs import train_all
 
     def done(run: "Run", folder: Path) -> None:
-        records.record(run, folder, plan.endpoints)
+        records.record(run, folder, plan.measured)
         records.merge(file, out)
 
-    afterwards = [endpoint for endpoint in plan.endpoints if endpoint in AFTERWARDS]
+    afterwards = [endpoint for endpoint in plan.measured if endpoint in AFTERWARDS]
     return train_all(runs, out, afterwards, done)
 
 
@@ -132,17 +135,26 @@ def report(plan: "Plan", runs: "list[Run]", file: Path, out: Path, options: Opti
     from rich.console import Console
 
     from profiling.ablation import pictures, records
-    from profiling.ablation.report import arms_table, compare, contrasts_table, power_table
+    from profiling.ablation.report import (
+        arms_table,
+        compare,
+        contrasts_table,
+        power_table,
+        secondary_table,
+    )
 
     found = records.merge(file, out)
     compared = compare(plan, found)
-    tables = [arms_table(plan, found)]
+    tables = [arms_table(plan, found, plan.endpoints)]
     if compared:
         tables.append(contrasts_table(compared))
+    if plan.secondary:
+        tables.append(arms_table(plan, found, plan.secondary))
+        tables.append(secondary_table(plan, found))
     if compared and options.power is not None:
         tables.append(power_table(compared, options.power))
     for table in tables:
-        table.show(Console(width=150))
+        table.show(Console(width=WIDTH))
     if options.markdown:
         text = "\n".join(table.markdown() for table in tables)
         Path(options.markdown).write_text(text, encoding="utf-8")

@@ -3,7 +3,7 @@
 import json
 import re
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
@@ -65,7 +65,8 @@ class PlanFile:
     # Values of settings, as {"optim.lr": [1e-4, 2e-4]}, all combinations of which --tuning tries;
     # an arm's own `grid` adds to it.
     grid: dict[str, list[Any]] = Field(default_factory=dict)
-    endpoints: list[str] = Field(default_factory=list)
+    endpoints: list[str] = Field(default_factory=list)  # on which the contrasts are decided
+    secondary: list[str] = Field(default_factory=list)  # endpoints that are described alone
     contrasts: list[dict[str, Any]] = Field(default_factory=list)
 
 
@@ -126,6 +127,11 @@ class Plan:
     arms: dict[str, Arm]
     endpoints: list[str]
     contrasts: list[Contrast]
+    secondary: list[str] = field(default_factory=list)
+
+    @property
+    def measured(self) -> list[str]:
+        return [*self.endpoints, *self.secondary]
 
     def seeds(self, arm: str) -> list[int]:
         return self.arms[arm].seeds
@@ -175,14 +181,15 @@ def _plan(values: dict[str, Any], tuning: bool, folder: Path) -> Plan:
             tuned[point.name] = point
             _config(file.preset, point)
     check(bool(file.endpoints), "endpoints", file.endpoints, f"name some of {', '.join(MEASURED)}")
-    _check_once("endpoints", file.endpoints)
-    for endpoint, config in product(file.endpoints, configs):
+    measured = [*file.endpoints, *file.secondary]
+    _check_once("endpoints and secondary", measured)
+    for endpoint, config in product(measured, configs):
         _check_endpoint(endpoint, config)
     contrasts = [_contrast(i, one, arms) for i, one in enumerate(file.contrasts)]
     if tuning:
         check(bool(file.tuning_seeds), "tuning_seeds", [], "--tuning needs some")
         return Plan(file.preset, tuned, file.endpoints[:1], [])
-    return Plan(file.preset, arms, file.endpoints, contrasts)
+    return Plan(file.preset, arms, file.endpoints, contrasts, file.secondary)
 
 
 def _grid(name: str, given: dict[str, Any], file: PlanFile) -> dict[str, list[Any]]:

@@ -121,7 +121,7 @@ def missing(plan: Plan, runs: Sequence[Run], found: Records) -> list[Run]:
                 f"run {run.name} is there with other settings ({line['settings']}) than the plan "
                 f"has ({run.described()}): give the arm another name"
             )
-        if line is None or not all(line.get(endpoint) for endpoint in plan.endpoints):
+        if line is None or not all(line.get(endpoint) for endpoint in plan.measured):
             out.append(run)
     return out
 

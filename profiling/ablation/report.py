@@ -108,21 +108,32 @@ def power_table(compared: Sequence[Compared], wanted: float) -> Table:
     return Table("Power", columns, rows, [f"{note} by a two-sided t-test at 5% with power 80%"])
 
 
-def arms_table(plan: Plan, found: Records) -> Table:
+def secondary_table(plan: Plan, found: Records) -> Table:
+    """The contrasts at the secondary endpoints: differences and their errors, without a test."""
+    rows = []
+    for contrast in plan.contrasts:
+        row = [str(contrast)]
+        for endpoint in plan.secondary:
+            row.append(mean_cell(paired(plan, found, contrast, endpoint), "+"))
+        rows.append(row)
+    return Table("Differences, not decided on", ["contrast", *plan.secondary], rows)
+
+
+def arms_table(plan: Plan, found: Records, endpoints: Sequence[str]) -> Table:
     rows = []
     for arm in plan.arms:
-        cells = [values(found, arm, plan.seeds(arm), e) for e in plan.endpoints]
+        cells = [values(found, arm, plan.seeds(arm), endpoint) for endpoint in endpoints]
         of = len(plan.seeds(arm))
         rows.append([arm, f"{min(map(len, cells))} of {of}", *map(mean_cell, cells)])
-    return Table("Arms", ["arm", "runs", *plan.endpoints], rows)
+    return Table("Arms", ["arm", "runs", *endpoints], rows)
 
 
-def mean_cell(by_seed: dict[int, float]) -> str:
+def mean_cell(by_seed: dict[int, float], sign: str = "") -> str:
     if not by_seed:
         return "-"
     found = mean([*by_seed.values()])
     error = "" if found.error is None else f" ± {found.error:.4f}"
-    return f"{found.value:.4f}{error}"
+    return f"{found.value:{sign}.4f}{error}"
 
 
 def contrasts_table(compared: Sequence[Compared]) -> Table:

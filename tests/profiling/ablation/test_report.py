@@ -5,7 +5,7 @@ import pytest
 from ds_cmli.common.errors import UserError
 from profiling.ablation.pictures import draw_column, draw_differences
 from profiling.ablation.plan import Arm, Contrast, Plan
-from profiling.ablation.report import arms_table, by_scene, compare, contrasts_table, power_table
+from profiling.ablation.report import arms_table, by_scene, compare, contrasts_table, power_table, secondary_table
 
 ENDPOINT = "eval/seen/combined/mean_recall"
 BASE = [0.4, 0.5, 0.6]
@@ -29,10 +29,19 @@ FOUND = lines(base=BASE, near=[0.401, 0.5, 0.599], far=[0.5, 0.6, 0.701], new=[0
 
 
 def test_a_table_of_arms():
-    table = arms_table(plan(), FOUND)
+    table = arms_table(plan(), FOUND, [ENDPOINT])
     # The deviation of 0.4, 0.5 and 0.6 is 0.1.
     assert table.rows[0] == ["base", "3 of 3", "0.5000 ± 0.0577"]
     assert table.rows[3] == ["new", "1 of 3", "0.7000"]
+
+
+def test_secondary_endpoints_are_described_and_not_tested():
+    described = Plan("tiny", plan().arms, ["unseen/mean_recall"], [FAR, NEW], [ENDPOINT])
+    table = secondary_table(described, FOUND)
+    # The differences are 0.1, 0.1 and 0.101.
+    assert table.rows == [["far - base", "+0.1003 ± 0.0003"], ["new - base", "+0.3000"]]
+    assert {one.endpoint for one in compare(described, FOUND)} == {"unseen/mean_recall"}
+    assert described.measured == ["unseen/mean_recall", ENDPOINT]
 
 
 def test_contrasts_are_paired_and_corrected():
