@@ -98,9 +98,10 @@ class Kernels:
     def combine(self, blocks: int) -> float:
         """Instructions that put the blocks of an image together."""
         types = dict.fromkeys(("s_i2t", "s_t2i", "row_sum", "column_max"), "fp32")
-        types |= dict.fromkeys(("arg_t2i", "column_arg"), "u8") | {"token_mask": "i16"}
+        types |= dict.fromkeys(("arg_t2i", "column_arg", "kept"), "u8") | {"token_mask": "i16"}
         types |= dict.fromkeys(("image_count", "text_count"), "i32")
-        constants = {"BLOCKS": blocks, "WIDTH": power_of_two(self.sizes.M), "SAVE": True}
+        constants = {"BLOCKS": blocks, "WIDTH": power_of_two(self.sizes.M)}
+        constants |= {"SAVE": True, "KEPT": False}
         machine = self.machine(combine_kernel, types, constants, 4, 3)
         return 4 * self.sizes.I * self.sizes.J * machine.executed([blocks] * len(machine.loops))
 

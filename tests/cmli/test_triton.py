@@ -232,6 +232,43 @@ class Allocated(TorchDispatchMode):
 
 
 @check
+def only_kept_pairs_are_computed_again():
+    """With argmax indices that are computed again, backward gives the bits of saved ones, and lists no other tiles."""
+    from ds_cmli.cmli.triton import backward, forward
+    from ds_cmli.cmli.triton.tiles import Sequences, text_tiles, walk
+
+    for N, dtype, scratch in ((20, torch.float16, 600), (140, torch.float32, 9000)):
+        *four, grads = inputs(3, 9, N, 40, 32, dtype, 13)
+        sides, generator = Sides(*four), torch.Generator().manual_seed(N)
+        left_out = torch.rand(3, 9, generator=generator) < 0.6
+        left_out[0], left_out[:, 3] = True, True
+        grads = tuple(grad.masked_fill(left_out, 0.0) for grad in grads)
+        *_, arg_i2t, arg_t2i = forward(sides, 2**25, True)
+        none = arg_i2t.new_empty(0), arg_t2i.new_empty(0)
+        saved = backward(sides, grads, (arg_i2t, arg_t2i), Wanted(True, True), scratch)
+        again = backward(sides, grads, none, Wanted(True, True), scratch)
+        assert all(torch.equal(x, y) for x, y in zip(saved, again, strict=True)), (N, dtype, scratch)
+        assert all(x.isfinite().all() and (x != 0).any() for x in again)
+
+        kept = (~left_out).to(torch.uint8)
+        *_, of_kept_i2t, of_kept_t2i = forward(sides, scratch, True, kept)
+        for found, whole in ((of_kept_i2t, arg_i2t), (of_kept_t2i, arg_t2i)):
+            assert torch.equal(found[~left_out], whole[~left_out]) and not found[left_out].any()
+
+        texts = Sequences(sides.token_mask, 9, 40, torch.device("cpu"))
+        for tiles in text_tiles(texts, (16, 32)):
+            own = walk(tiles, 4, kept)
+            listed = tiles.code[: int(tiles.first[-1])].tolist()
+            for image in range(3):
+                wanted = [tile for tile in listed if kept[image, tile // tiles.slots]]
+                code, first = own.code[image], own.first[image].tolist()
+                assert code[: first[-1]].tolist() == wanted and int(code[first[-1]]) == 9 * tiles.slots
+                for group in range(3):
+                    texts_of = {tile // tiles.slots for tile in wanted[first[group] : first[group + 1]]}
+                    assert texts_of <= set(range(4 * group, 4 * group + 4))
+
+
+@check
 def peak_bytes_are_true():
     from ds_cmli.cmli.triton import Sizes, backward, forward, peak_bytes
 

@@ -24,7 +24,12 @@ from ds_cmli.cmli.triton.backward_kernel import gradient_kernel  # noqa: E402
 from ds_cmli.cmli.triton.forward_kernel import forward_kernel  # noqa: E402
 from ds_cmli.cmli.triton.gradient import CHUNK, SEGMENTS, SPARSE, Lists, sparse_features  # noqa: E402
 from ds_cmli.cmli.triton.sparse_kernels import pairs_kernel, sort_kernel, sparse_gradient_kernel  # noqa: E402
-from ds_cmli.cmli.triton.tiles import backward_tiles, forward_tiles  # noqa: E402
+from ds_cmli.cmli.triton.tiles import (  # noqa: E402
+    BLOCK,
+    backward_tiles,
+    forward_tiles,
+    kept_tiles_kernel,
+)
 
 # Bytes a block may use (CUDA C++ Programming Guide).
 SHARED = {75: 64, 80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
@@ -107,7 +112,9 @@ def sparse_kernels(target, dtype):
 
 
 def sorting_kernels(target):
-    """What `compiled` gives of the kernels that list pairs and positions, for d_image."""
+    """What `compiled` gives of the kernels that list tiles, pairs and positions, for d_image."""
+    kept = dict.fromkeys(("out_code", "out_first", "code", "first"), "i32") | {"kept": "u8"}
+    yield compiled(kept_tiles_kernel, kept, {"WIDTH": BLOCK}, target, Warps(4))
     lists = Lists.of((1, N), (1, M), 1)
     floats = dict.fromkeys(("scale", "p_weight", "q_weight", "p_grad", "q_grad"), "fp32")
     integers = dict.fromkeys(("kept", "kept_count", "p_count", "q_count"), "i32")

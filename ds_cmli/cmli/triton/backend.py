@@ -22,11 +22,13 @@ from ds_cmli.cmli.triton.gradient import OneSide, gradient_bytes, write_gradient
 from ds_cmli.cmli.triton.tiles import (
     ForwardTiles,
     Sequences,
-    TileList,
+    Walk,
     device_limits,
     forward_tiles,
     power_of_two,
     text_tiles,
+    tiles_at_most,
+    walk,
 )
 
 TEXTS_PER_PROGRAM = 64  # an image block, loaded once for so many, is under 5% of the loads
@@ -45,7 +47,7 @@ class Launch(NamedTuple):
 
 
 def forward(
-    sides: Sides, scratch_bytes: int, save_argmax: bool
+    sides: Sides, scratch_bytes: int, save_argmax: bool, kept: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Compute the scores of all pairs, and the argmax indices for `backward`.
 
@@ -54,12 +56,13 @@ def forward(
         scratch_bytes: bound on the partial maxima of images of more than one block of patches, one
             pair's at least.
         save_argmax: False leaves the two index tensors empty.
+        kept: uint8 [I, J], 0 for pairs that are not computed; None: all are.
 
     Returns:
         s_i2t, s_t2i [I, J] float32 (float64 for float64); arg_i2t [I, J, N], arg_t2i [I, J, M]: the
         winning token of each patch and the winning patch of each token, uint8 where the side they
-        index is at most 256 long, else int16. Where nothing was computed (padding, empty texts)
-        they hold some valid index.
+        index is at most 256 long, else int16. Where nothing was computed (padding, empty texts,
+        pairs that are not kept) they hold some valid index.
 
     Equations (1)-(4) of the source document (FILIP, arXiv 2111.07783, equations 4-5).
     """
@@ -87,7 +90,9 @@ def forward(
                 out = [s_i2t[of_images, of_texts], s_t2i[of_images, of_texts], arg_i2t, arg_t2i]
                 if save_argmax:
                     out[2:] = arg_i2t[of_images, of_texts], arg_t2i[of_images, of_texts]
-                _launch_forward(launch, out, of_images, of_texts, lists)
+                some = None if kept is None else kept[of_images, of_texts]
+                walks = [walk(tiles, TEXTS_PER_PROGRAM, some) for tiles in lists]
+                _launch_forward(launch, out, of_images, of_texts, walks, some)
     return s_i2t, s_t2i, arg_i2t, arg_t2i
 
 
@@ -106,8 +111,9 @@ def backward(
         grads: of both scores, [I, J] each.
         argmax: the indices that `forward` has saved. Where these are empty the forward kernel finds
             them again: for a group of images at a time for d_image, of texts for d_text.
-        scratch_bytes: bound on the indices of a group and on the lists of the sparse kernels, half
-            of it each, one sequence's at least.
+        scratch_bytes: bound on the indices of a group, with the lists of pairs that have a
+            gradient, and on the lists of the sparse kernels, half of it each, one sequence's at
+            least.
     """
     _check_device(sides.image)
     sides = sides._replace(image=sides.image.contiguous(), text=sides.text.contiguous())
@@ -120,15 +126,18 @@ def backward(
     d_image = torch.zeros_like(image) if wanted.image else image.new_empty((0,))
     d_text = torch.zeros_like(text) if wanted.text else text.new_empty((0,))
     i_step, j_step = I, J
-    pair_bytes = _pair_bytes(N, M)
     recompute = argmax[0].numel() == 0
     if recompute:
+        tiles = forward_tiles(N, M, image.shape[2], image.dtype, *device_limits(image.device))
+        pair_bytes = _pair_bytes(N, M) + _listed_pair(M, tiles)
         i_step, j_step = _groups(I, J, pair_bytes, scratch_bytes // 2)
 
     def indices(i: slice, j: slice) -> tuple[Tensor, Tensor]:
         mask = None if image_mask is None else image_mask[i]
         part = Sides(image[i], text[j], token_mask[j], mask)
-        _, _, arg_i2t, arg_t2i = forward(part, scratch_bytes, True)
+        # A pair without a gradient has no weight in the sums, whatever its indices are.
+        kept = (grad_i2t[i, j] != 0).logical_or_(grad_t2i[i, j] != 0).view(torch.uint8)
+        _, _, arg_i2t, arg_t2i = forward(part, scratch_bytes, True, kept)
         return arg_i2t, arg_t2i
 
     everything = slice(None)
@@ -197,6 +206,11 @@ def peak_bytes(
         """Masks and lengths."""
         return images * (2 * N + 8) + texts * (2 * M + 8) + 4
 
+    def listed(images: int, texts: int) -> int:
+        """Which pairs are kept, and each image's list of their tiles."""
+        per_image = len(tiles.tokens) * (4 * math.ceil(texts / TEXTS_PER_PROGRAM) + 8)
+        return images * (texts * _listed_pair(M, tiles) + per_image)
+
     def run(images: int, texts: int, save: bool) -> int:
         partial = 0
         if blocks > 1:
@@ -208,7 +222,8 @@ def peak_bytes(
     gradients = (I * N + J * M) * D * dtype.itemsize
     some_images, some_texts = I, J
     if recompute:
-        some_images, some_texts = _groups(I, J, index, scratch_bytes // 2)
+        pair_bytes = index + _listed_pair(M, tiles)
+        some_images, some_texts = _groups(I, J, pair_bytes, scratch_bytes // 2)
     gradient = max(
         gradient_bytes((some_images, N), (J, M), acc, scratch_bytes // 2),
         gradient_bytes((some_texts, M), (I, N), acc, scratch_bytes // 2),
@@ -216,14 +231,22 @@ def peak_bytes(
     backward = gradients + 2 * I * J * acc + sides(I, J) + lists(I, N) + lists(J, M)
     backward += gradient
     if recompute:
-        backward += max(run(some_images, J, True), run(I, some_texts, True))
+        backward += max(
+            run(some_images, J, True) + listed(some_images, J),
+            run(I, some_texts, True) + listed(I, some_texts),
+        )
     return run(I, J, not recompute), backward
 
 
 def _launch_forward(
-    launch: Launch, out: list[Tensor], of_images: slice, of_texts: slice, lists: list[TileList]
+    launch: Launch,
+    out: list[Tensor],
+    of_images: slice,
+    of_texts: slice,
+    walks: list[Walk],
+    kept: Tensor | None,
 ) -> None:
-    """Score a part of the images with a part of the texts, whose tiles are listed."""
+    """Score a part of the images with a part of the texts, over whose tiles the walks go."""
     s_i2t, s_t2i, arg_i2t, arg_t2i = out
     image, text = launch.sides.image[of_images], launch.sides.text[of_texts]
     images, texts = _part(launch.images, of_images), _part(launch.texts, of_texts)
@@ -235,20 +258,22 @@ def _launch_forward(
         row_out = s_i2t.new_empty((I, blocks, J))
         column_out = s_i2t.new_empty((I, blocks, J, M))
         column_arg = image.new_empty((I, blocks, J, M) if save else (0,), dtype=index_dtype(N))
-    for width, tile in zip(tiles.tokens, lists, strict=True):
+    for width, tile in zip(tiles.tokens, walks, strict=True):
         forward_kernel[(I * blocks, math.ceil(J / TEXTS_PER_PROGRAM))](
             row_out, column_out, arg_i2t, column_arg, image, text, images.mask, texts.mask,
             images.counts, texts.counts, launch.suspect, tile.first, tile.code,
-            s_i2t.stride(0), arg_i2t.stride(0), arg_t2i.stride(0),
-            J, N, M, tile.slots, TEXTS_PER_PROGRAM, D=D, ROWS=tiles.rows, TOKENS=width,
+            s_i2t.stride(0), arg_i2t.stride(0), arg_t2i.stride(0), tile.code_stride,
+            tile.first_stride, J, N, M, tile.slots, tile.unit, tile.last, D=D, ROWS=tiles.rows,
+            TOKENS=width,
             BD=tiles.features, BLOCKS=blocks, MASKED=images.masked, SAVE=save, STAGES=tiles.stages,
             num_warps=tiles.warps, num_stages=tiles.stages,
         )  # fmt: skip
     if blocks > 1:
         combine_kernel[(I * J,)](
             s_i2t, s_t2i, arg_t2i, row_out, column_out, column_arg, texts.mask,
-            images.counts, texts.counts, s_i2t.stride(0), arg_t2i.stride(0), J, M,
-            BLOCKS=blocks, WIDTH=power_of_two(M), SAVE=save,
+            images.counts, texts.counts, images.counts if kept is None else kept,
+            s_i2t.stride(0), arg_t2i.stride(0), 0 if kept is None else kept.stride(0), J, M,
+            BLOCKS=blocks, WIDTH=power_of_two(M), SAVE=save, KEPT=kept is not None,
         )  # fmt: skip
 
 
@@ -271,6 +296,11 @@ def _suspect(image: Tensor, text: Tensor) -> Tensor:
 def _pair_bytes(N: int, M: int) -> int:
     """Bytes of the argmax indices of one pair."""
     return N * index_dtype(M).itemsize + M * index_dtype(N).itemsize
+
+
+def _listed_pair(M: int, tiles: ForwardTiles) -> int:
+    """Bytes that say whether one pair is kept, and of its tiles in an image's list."""
+    return 2 + 4 * sum(tiles_at_most(M, tiles.tokens))
 
 
 def _groups(I: int, J: int, pair_bytes: int, index_bytes: int) -> tuple[int, int]:  # noqa: E741

@@ -22,7 +22,12 @@ NO_INDEX = tl.constexpr(0x7FFFFFFF)
 
 
 # Sizes that change with the batch select no compilation.
-@triton.jit(do_not_specialize=["score_stride", "i2t_stride", "t2i_stride", "J"])
+@triton.jit(
+    do_not_specialize=[
+        *("score_stride", "i2t_stride", "t2i_stride", "code_stride", "first_stride"),
+        *("J", "unit", "last"),
+    ]
+)
 def forward_kernel(
     s_i2t,  # [I, J] scores; several blocks: [I, BLOCKS, J] sums of the row maxima
     s_t2i,  # [I, J] scores; several blocks: [I, BLOCKS, J, M] column maxima
@@ -35,16 +40,19 @@ def forward_kernel(
     image_count,  # [I] int32, valid patches
     text_count,  # [J] int32, valid tokens
     suspect,  # [1] int32: some input may give a NaN
-    first,  # [J + 1] int32, first tile of each text
+    first,  # int32: the first tile of each group of texts, see `tiles.Walk`
     code,  # [tiles + 1] int32, text * slots + place in the text; J * slots after the last
     score_stride,  # elements from one image to the next in s_i2t; in s_t2i too, unless in blocks
     i2t_stride,
     t2i_stride,
+    code_stride,
+    first_stride,
     J,
     N,
     M,
     slots,
-    group,
+    unit,
+    last,
     D: tl.constexpr,
     ROWS: tl.constexpr,
     TOKENS: tl.constexpr,
@@ -56,9 +64,10 @@ def forward_kernel(
 ):
     i = (tl.program_id(0) // BLOCKS).to(tl.int64)
     block = tl.program_id(0) % BLOCKS
-    group_start = tl.program_id(1) * group
-    begin = tl.load(first + group_start)
-    end = tl.load(first + tl.minimum(group_start + group, J))
+    of_group = first + i * first_stride
+    group_start = tl.program_id(1) * unit
+    begin = tl.load(of_group + group_start)
+    end = tl.load(of_group + tl.minimum(group_start + unit, last))
     if begin == end:
         return
     dtype = s_i2t.dtype.element_ty
@@ -80,6 +89,7 @@ def forward_kernel(
     best_m = tl.zeros([ROWS], tl.int32)
     columns = tl.zeros([], dtype)
     poison = tl.zeros([], dtype)
+    code += i * code_stride
     for t in tl.range(begin, end, num_stages=STAGES):
         here = tl.load(code + t)
         j = (here // slots).to(tl.int64)
@@ -145,7 +155,7 @@ def forward_kernel(
             poison = tl.zeros([], dtype)
 
 
-@triton.jit(do_not_specialize=["score_stride", "t2i_stride", "J"])
+@triton.jit(do_not_specialize=["score_stride", "t2i_stride", "kept_stride", "J"])
 def combine_kernel(
     s_i2t,  # [I, J] out
     s_t2i,  # [I, J] out
@@ -156,13 +166,16 @@ def combine_kernel(
     token_mask,  # [J, M]
     image_count,  # [I]
     text_count,  # [J]
+    kept,  # [I, J] uint8: the pairs whose blocks were computed; not read unless KEPT
     score_stride,
     t2i_stride,
+    kept_stride,
     J,
     M,
     BLOCKS: tl.constexpr,
     WIDTH: tl.constexpr,
     SAVE: tl.constexpr,
+    KEPT: tl.constexpr,
 ):
     """Scores of one pair from the results of the image's blocks, taken in order: the first of
     equals stays."""
@@ -172,6 +185,9 @@ def combine_kernel(
     n_count = tl.load(image_count + i)
     if m_count == 0:
         return  # no tile was computed; the zeros of the outputs stay
+    if KEPT:  # noqa: SIM102  # alone it decides when the kernel is compiled
+        if tl.load(kept + i * kept_stride + j) == 0:
+            return
     dtype = s_i2t.dtype.element_ty
     m = tl.arange(0, WIDTH)
     ok = tl.load(token_mask + j * M + m, mask=m < M, other=0) != 0

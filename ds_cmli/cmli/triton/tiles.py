@@ -134,6 +134,19 @@ class TileList(NamedTuple):
     bound: int  # number of tiles there can be at most
 
 
+class Walk(NamedTuple):
+    """The tiles that a forward program walks over: those of a group of texts, for each image all of
+    them or those of the pairs that it keeps."""
+
+    code: Tensor
+    first: Tensor  # a group's first tile
+    slots: int
+    code_stride: int  # from one image's list to the next; 0: all have the same
+    first_stride: int
+    unit: int  # entries of `first` from one group to the next
+    last: int  # the entry after the last group
+
+
 class Division(NamedTuple):
     """How sequences that end above `above` and not above `upto` are divided into tiles.
 
@@ -228,6 +241,52 @@ def text_tiles(side: Sequences, widths: tuple[int, ...]) -> list[TileList]:
         lists.append(tile_list(side, division, slots, after=side.sequences))
         below = width
     return lists
+
+
+@triton.jit(do_not_specialize=["kept_stride", "J", "bound"])
+def kept_tiles_kernel(
+    out_code, out_first, kept, code, first, kept_stride, J, slots, group, bound, WIDTH: tl.constexpr
+):
+    """List the tiles of the texts that one image keeps, group after group of texts."""
+    i = tl.program_id(0).to(tl.int64)
+    groups = (J + group - 1) // group
+    kept += i * kept_stride
+    out_code += i * (bound + 1)
+    out_first += i * (groups + 1)
+    listed = tl.zeros([], tl.int32)
+    for g in range(0, groups):
+        tl.store(out_first + g, listed)
+        end = tl.load(first + tl.minimum((g + 1) * group, J))
+        for start in range(tl.load(first + g * group), end, WIDTH):
+            t = start + tl.arange(0, WIDTH)
+            here = tl.load(code + t, mask=t < end, other=0)
+            keeps = tl.load(kept + here // slots, mask=t < end, other=0).to(tl.int32)
+            tl.store(out_code + listed + tl.cumsum(keeps, 0) - 1, here, mask=keeps > 0)
+            listed += tl.sum(keeps, 0)
+    tl.store(out_first + groups, listed)
+    tl.store(out_code + listed, J * slots)
+
+
+def walk(tiles: TileList, group: int, kept: Tensor | None) -> Walk:
+    """The walk over texts' tiles, of which `kept`, uint8 [I, J], says which each image keeps."""
+    J = len(tiles.first) - 1
+    if kept is None:
+        return Walk(tiles.code, tiles.first, tiles.slots, 0, 0, group, J)
+    groups = math.ceil(J / group)
+    code = tiles.code.new_empty(len(kept), tiles.bound + 1)
+    first = tiles.first.new_empty(len(kept), groups + 1)
+    kept_tiles_kernel[(len(kept),)](
+        code, first, kept, tiles.code, tiles.first, kept.stride(0), J, tiles.slots, group,
+        tiles.bound, WIDTH=BLOCK,
+    )  # fmt: skip
+    return Walk(code, first, tiles.slots, tiles.bound + 1, groups + 1, 1, groups)
+
+
+def tiles_at_most(length: int, widths: tuple[int, ...]) -> list[int]:
+    """How many tiles of each width a text of so many positions can have in `text_tiles`."""
+    return [math.ceil(min(length, width) / width) for width in widths[:-1]] + [
+        math.ceil(length / widths[-1])
+    ]
 
 
 def row_tiles(side: Sequences) -> TileList:
