@@ -52,8 +52,8 @@ class Kernels:
         given = (tuple(types.items()), tuple(constants.items()))
         return machine_code(kernel, *given, self.gpu.capability, warps, stages)
 
-    def forward(self) -> Work:
-        """All scores and the argmax indices."""
+    def forward(self, kept: float = 1.0) -> Work:
+        """The scores and argmax indices of this share of the pairs."""
         I, J, N, M, D = self.sizes  # noqa: E741
         tiles = forward_tiles(N, M, D, self.dtype, self.capability, self.gpu.shared)
         blocks, groups = math.ceil(N / tiles.rows), math.ceil(J / TEXTS_PER_PROGRAM)
@@ -75,7 +75,7 @@ class Kernels:
                 n: count for n, count in self.lengths.items() if n > below and (n <= width or last)
             }
             below = width
-            steps = sum(count * math.ceil(n / width) for n, count in of_width.items())
+            steps = kept * sum(count * math.ceil(n / width) for n, count in of_width.items())
             machine = self.machine(
                 forward_kernel, types, constants | {"TOKENS": width}, tiles.warps, tiles.stages
             )
@@ -87,12 +87,12 @@ class Kernels:
             instructions += tiles.warps * programs * machine.executed([steps / groups, *in_turn])
             flops += 2 * I * blocks * tiles.rows * steps * width * D
             l2 += 2 * D * (programs * tiles.rows + I * blocks * steps * width)
-        indices = I * J * (N + M)
+        indices = I * J * (N + M)  # those of pairs that are not kept are written too, as 0
         dram = 2 * D * (I * N + J * M) + indices + 8 * I * J
         if blocks > 1:
-            partial = I * J * blocks * (4 + 5 * M)  # written, and read by `combine_kernel`
+            partial = kept * I * J * blocks * (4 + 5 * M)  # written, and read by `combine_kernel`
             dram, l2 = dram + 2 * partial, l2 + 2 * partial
-            instructions += self.combine(blocks)
+            instructions += kept * self.combine(blocks)
         return Work(flops, dram, l2 + indices, instructions)
 
     def combine(self, blocks: int) -> float:
