@@ -51,6 +51,7 @@ ELSEWHERE = {
     "python -m ds_cmli.evaluate --checkpoint RUN --boxes Flickr30kEntities --image-root flickr30k-images --split test":
         "tests/evaluate/test_command.py: few boxes",
     "python -m ds_cmli.export RUN DIR": "tests/export/conftest.py: every test beside it",
+    'ds-cmli-memory fits --gpu "A100 80GB" -- train_gpt.py --batch-size 8': "tests/fits/test_fits.py: a smaller loop",
     "python profiling/predict.py --preset paper --world-size 2": "tests/memory/test_predict.py: small models",
     "python profiling/predict.py --preset paper --world-size 2 --fit 24GB": "tests/memory/test_predict.py",
     "python profiling/predict.py --preset paper --sweep batch=128,256,world=1,2,8,stage=1,2,3":

@@ -6,7 +6,7 @@ needs the patch.
 
 import importlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import reduce
@@ -50,6 +50,17 @@ _CHOOSES_KERNELS = (
     "A GPU chooses other kernels than the CPU that predicts; autograd leaves modes of torch "
     "functions, so that they would not see what activation checkpointing computes again."
 )
+_NO_GPU = "It asks the driver, and a program that fits runs is to find a GPU without one."
+_NO_DATA = "It does not know tensors without data as what they stand for."
+CUDA_FUNCTIONS = """
+is_available is_initialized init _lazy_init is_bf16_supported device_count current_device set_device
+get_device_properties get_device_capability get_device_name get_arch_list can_device_access_peer
+synchronize ipc_collect current_stream default_stream set_stream stream device Stream Event
+memory_allocated max_memory_allocated memory_reserved max_memory_reserved memory_stats mem_get_info
+reset_peak_memory_stats reset_max_memory_allocated empty_cache is_current_stream_capturing
+manual_seed manual_seed_all seed seed_all get_rng_state get_rng_state_all set_rng_state
+set_rng_state_all _is_in_bad_fork
+"""
 PATCHES = {
     "timm: loaded keys": Patch(
         "1.0.31",
@@ -146,6 +157,47 @@ PATCHES = {
         ("cpu",),
         "In a prediction the device has the type cpu too, so that the copy would take no memory.",
     ),
+    "torch: GPU": Patch(TORCH, "torch.cuda", tuple(CUDA_FUNCTIONS.split()), _NO_GPU),
+    "torch: version of CUDA": Patch(TORCH, "torch.version", ("cuda",), _NO_GPU),
+    "torch: GPU's marks": Patch(
+        TORCH, "torch.cuda.nvtx", ("range_push", "range_pop", "mark"), _NO_GPU
+    ),
+    "torch: compiler": Patch(
+        TORCH, "torch", ("compile",), "It compiles nothing for tensors without data."
+    ),
+    "torch: start of a device": Patch(
+        TORCH, "torch._subclasses.fake_tensor:FakeTensorMode", ("avoid_device_init",), _NO_GPU
+    ),
+    "torch: scaled step": Patch(
+        TORCH,
+        "torch.amp:GradScaler",
+        ("_maybe_opt_step",),
+        "It reads from the device whether a gradient has overflowed.",
+    ),
+    "torch: formatted number": Patch(TORCH, "torch:Tensor", ("__format__",), _NO_DATA),
+    "torch: loading processes": Patch(
+        TORCH,
+        "torch.utils.data:DataLoader",
+        ("_get_iterator",),
+        "Tensors without data do not travel between processes.",
+    ),
+    "torch: pinned memory": Patch(TORCH, "torch:Tensor", ("pin_memory", "record_stream"), _NO_GPU),
+    "torch: process group": Patch(
+        TORCH, "torch.distributed", ("init_process_group",), "It waits for the other ranks."
+    ),
+    "torch: process group's module": Patch(
+        TORCH,
+        "torch.distributed.distributed_c10d",
+        ("init_process_group",),
+        "It waits for the other ranks.",
+    ),
+    "torch: saving": Patch(TORCH, "torch", ("save",), "There is nothing to save."),
+    "torch: types for all parameters at once in optimizers": Patch(
+        TORCH, "torch.optim.optimizer", ("_foreach_supported_types",), _NO_DATA
+    ),
+    "torch: types for all parameters at once": Patch(
+        TORCH, "torch.utils._foreach_utils", ("_foreach_supported_types",), _NO_DATA
+    ),
     "torch: messages": Patch(
         TORCH,
         "torch.distributed",
@@ -173,6 +225,15 @@ def patched(name: str, replacement: Callable[[Any], object]) -> Iterator[None]:
     with ExitStack() as stack:
         for owner, attribute in PATCHES[name].targets():
             stack.enter_context(replaced(owner, attribute, replacement(getattr(owner, attribute))))
+        yield
+
+
+@contextmanager
+def patched_each(name: str, replacements: Mapping[str, object]) -> Iterator[None]:
+    """Replace each attribute of the entry `name`, inside, by that of its name."""
+    with ExitStack() as stack:
+        for owner, attribute in PATCHES[name].targets():
+            stack.enter_context(replaced(owner, attribute, replacements[attribute]))
         yield
 
 

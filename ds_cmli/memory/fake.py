@@ -5,7 +5,6 @@ CUDA, backward runs on no other device. The process group is torch's `fake` one:
 ranks, whose collectives move nothing.
 """
 
-import math
 import sys
 import weakref
 from collections import Counter
@@ -15,18 +14,17 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ds_cmli.allocator import cuda_attention
 from ds_cmli.allocator.gpus import Limits
 from ds_cmli.common.patches import environment as replaced_environment
 from ds_cmli.common.patches import patched, replaced
 from ds_cmli.common.probe import Probe, probe
 from ds_cmli.distributed import process_group as distributed
+from ds_cmli.fits.cuda_kernels import CudaOperators
 
 Another = Callable[[Tensor], Callable[[], None]]
 # More tensors than this are not concatenated by `SharesOfRanks`: it only makes a result of their
@@ -76,63 +74,6 @@ class Answers(TorchDispatchMode):
         with unmasked:
             yield
         self.full = False
-
-
-class CudaOperators:
-    """A GPU's operators, in place of those that a CPU chooses, which keep more for backward."""
-
-    def __init__(self, gpu: Limits):
-        self.gpu = gpu
-
-    @contextmanager
-    def chosen(self) -> Iterator[None]:
-        with (
-            patched("torch: attention", lambda _: self._attention),
-            patched("torch: dropout", lambda _: _dropout),
-        ):
-            yield
-
-    def _attention(
-        self, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, **_
-    ):
-        """The kernel that `_fused_sdp_choice` chooses on the GPU."""
-        kernel = cuda_attention.chosen(query, attn_mask is not None, self.gpu)
-        if kernel == cuda_attention.FLASH:
-            width = query.shape[-1]
-            if width % 8:  # PyTorch pads the heads to a multiple of 8 and scales as without
-                scale = width**-0.5 if scale is None else scale
-                query, key, value = (F.pad(x, (0, -width % 8)) for x in (query, key, value))
-            out = torch.ops.aten._scaled_dot_product_flash_attention(
-                query, key, value, dropout_p, is_causal, False, scale=scale
-            )[0]
-            return out[..., :width] if width % 8 else out
-        if attn_mask is not None and attn_mask.dtype == torch.bool:
-            attended, left_out = query.new_zeros(()), query.new_full((), -math.inf)
-            attn_mask = torch.where(attn_mask, attended, left_out)
-        if kernel == cuda_attention.MATH:
-            return torch.ops.aten._scaled_dot_product_attention_math(
-                query, key, value, attn_mask, dropout_p, is_causal, None, scale=scale
-            )[0]
-        if attn_mask is not None:
-            # The kernel needs rows that begin at multiples of 8 elements; PyTorch's
-            # `preprocess_mask` copies other masks.
-            if any(stride % 8 for stride in attn_mask.stride()[:-1]) or attn_mask.stride(-1) != 1:
-                width = attn_mask.shape[-1]
-                attn_mask = F.pad(attn_mask, (0, 8 - width % 8))[..., :width]
-            attn_mask = attn_mask.expand(
-                query.shape[0], query.shape[1], query.shape[2], key.shape[2]
-            )
-        grad = query.requires_grad or key.requires_grad or value.requires_grad
-        grad = grad and torch.is_grad_enabled()
-        return torch.ops.aten._scaled_dot_product_efficient_attention(
-            query, key, value, attn_mask, grad, dropout_p, is_causal, scale=scale
-        )[0]
-
-
-def _dropout(input, p=0.5, training=True, inplace=False):
-    if training and 0 < p < 1:
-        return torch.native_dropout(input, p, True)[0]
-    return input
 
 
 class SharesOfRanks(TorchFunctionMode):

@@ -29,6 +29,7 @@ from ds_cmli.config.json_values import JsonObject, Section
 from ds_cmli.config.schema import Config, check, choice
 from ds_cmli.data.batch import Batch
 from ds_cmli.distributed.traffic import Traffic
+from ds_cmli.fits.answer import with_cublas
 from ds_cmli.memory.fake import Answers, fake_world
 from ds_cmli.memory.host_memory import (
     HostMemory,
@@ -51,7 +52,6 @@ from ds_cmli.memory.report import Report, summarise
 from ds_cmli.memory.tracker import Tracker
 
 DEFAULT_GPU = "RTX 3090 24GB"  # assumed: the source document says 24 GB and names no GPU
-PRODUCTS = {f"aten.{name}.default" for name in ("mm", "addmm", "bmm", "baddbmm")}
 TOTAL_STEPS = 1000  # of the learning rate schedule; no size depends on it
 
 
@@ -169,7 +169,7 @@ def predict(
         return Prediction(summarise(events, setting, "predicted"), events, sum(sizes), max(sizes))
     workspace = hardware.DETERMINISTIC_CUBLAS if config.run.deterministic else None
     workspace = os.environ.get("CUBLAS_WORKSPACE_CONFIG", workspace)
-    events = _with_cublas(events, card.cublas_bytes(workspace))
+    events = with_cublas(events, card.cublas_bytes(workspace))
     report, replayed = summarise(events, setting, "predicted"), replay(events)
     report.totals["allocated"] = replayed.allocated_peak
     report.totals["reserved"] = replayed.reserved_peak
@@ -181,22 +181,6 @@ def _overlaps(json: DeepSpeedConfig) -> bool:
     """Whether DeepSpeed reduces and gathers on streams of its own: by default at stage 3."""
     overlaps = (json.get("zero_optimization") or {}).get("overlap_comm")
     return json.stage == 3 if overlaps is None else bool(overlaps) and json.stage > 0
-
-
-def _with_cublas(events: list[Event], workspaces: int) -> list[Event]:
-    """Add what cuBLAS holds from torch's allocator, which belongs to no tensor.
-
-    The thread of the forward pass and that of backward each take a workspace at their first matrix
-    product, once its result has been allocated, and keep it.
-    """
-    out, missing = [], ["forward", "backward"]
-    for event in events:
-        out.append(event)
-        if event.phase in missing and event.bytes > 0 and event.op in PRODUCTS:
-            missing.remove(event.phase)
-            block = -1 - len(missing)
-            out.append(Event(block, workspaces // 2, "temporaries", event.phase, "cuBLAS"))
-    return out
 
 
 class _Rank(NamedTuple):

@@ -26,7 +26,8 @@ from ds_cmli.common.probe import Item, Probe, Result
 from ds_cmli.data.batch import Batch
 from ds_cmli.distributed.traffic import Counts, Traffic
 from ds_cmli.engine.gradient_caching import CachedBatch
-from ds_cmli.memory.tracker import Allocation, Change, Tracker
+from ds_cmli.fits.recorder import Allocation, Change
+from ds_cmli.memory.tracker import Tracker
 
 TURNS = 5  # of a uniform loop that are run, besides the last two
 

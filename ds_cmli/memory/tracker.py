@@ -8,39 +8,26 @@ where it is measured (`workspace.py`), and for a GPU's operators, where formulas
 (`allocator/cuda_operators.py`).
 """
 
-import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from functools import partial
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch._ops import OpOverload
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ds_cmli.allocator import cuda_operators
 from ds_cmli.allocator.blocks import Event
 from ds_cmli.allocator.gpus import Limits
-from ds_cmli.allocator.inside import Inside, Stage
+from ds_cmli.allocator.inside import Inside
 from ds_cmli.common.patches import replaced
 from ds_cmli.common.probe import Probe, probe
 from ds_cmli.engine import TrainEngine
+from ds_cmli.fits.recorder import Allocation, Recorder
 from ds_cmli.losses.pair_features import PairFeatures
 from ds_cmli.memory.owners import HOST, is_offloaded, owners
 from ds_cmli.memory.phases import phases
 from ds_cmli.memory.workspace import cmli_scratch_bytes, copied_bytes, workspace_bytes
 
-# Autograd accumulates gradients and scatters the gradients of maxima in place, but not under a
-# dispatch mode: there these operators return a new tensor, and their argument is freed right
-# afterwards.
-IN_PLACE = (
-    torch.ops.aten.add.Tensor,
-    torch.ops.aten.scatter.src,
-    torch.ops.aten.scatter_add.default,
-)
 # Methods of DeepSpeed's optimizers whose allocations belong to the buckets in which gradients are
 # reduced.
 BUCKET_METHODS = (
@@ -56,56 +43,7 @@ GATHERS = (
 )
 
 
-@dataclass
-class Allocation:
-    """A block of memory from its allocation to its end."""
-
-    op: str  # the operator that allocated it
-    phase: str  # of its allocation
-    segment: int  # of its allocation
-    recomputed: bool  # whether checkpointing was recomputing a forward pass
-    stream: int  # of a GPU, for which it was allocated
-    category: str | None = None  # the first claim stays
-    ended: int | None = None  # the segment in which it was freed
-
-
-class Change(NamedTuple):
-    """An allocation, or a free with negative bytes, or with 0 an emptied cache."""
-
-    block: int  # index in `Tracker.blocks`
-    bytes: int
-    phase: str
-
-
-class OwnBlocks:
-    """The blocks that an operator holds inside, recorded from one stage to the next."""
-
-    def __init__(self, tracker: "Tracker", category: str, op: str):
-        self.tracker, self.category, self.op = tracker, category, op
-        self.held: list[tuple[int, int]] = []  # each block and its bytes
-
-    def enter(self, stage: Stage) -> None:
-        sizes = [size for size in stage if size]
-        kept = 0
-        for (_, size), wanted in zip(self.held, sizes, strict=False):
-            if size != wanted:
-                break
-            kept += 1
-        while len(self.held) > kept:
-            self.tracker._end(*self.held.pop())
-        for size in sizes[kept:]:
-            self.held.append((self.tracker._begin(size, self.category, self.op), size))
-
-
-class Live(NamedTuple):
-    """A storage that exists now."""
-
-    block: int
-    bytes: int
-    storage: "weakref.ref[torch.UntypedStorage]"
-
-
-class Tracker(TorchDispatchMode, Probe):
+class Tracker(Recorder, Probe):
     """Records while it is entered: before the model moves to the device; then `attach` the engine.
 
     Args:
@@ -130,23 +68,12 @@ class Tracker(TorchDispatchMode, Probe):
         gpu: Limits | None = None,
         deterministic: bool = False,
     ):
-        super().__init__()
-        self.device, self.text_lengths = device, text_lengths
+        super().__init__(device, gpu, deterministic)
+        self.text_lengths = text_lengths
         self.workspaces, self.backend = workspaces, backend
-        self.gpu, self.deterministic = gpu, deterministic
-        self.phase, self.recording = "init", True
-        self.log: list[Change] = []
-        self.blocks: list[Allocation] = []
-        self.live: dict[int, Live] = {}  # by the storage's address
-        # What is allocated and freed within one segment was temporary. Each phase is a segment, but
-        # a forward pass and its losses are one, and backward is divided where checkpointing begins
-        # and ends to recompute a forward pass.
-        self.segment, self.last_of_init, self.recomputing = 0, 0, False
-        self.in_place_at = 0  # length of the log after the last operator of IN_PLACE in backward
+        self.last_of_init = 0
         # The place, among the texts of all ranks, of the first one that the op works on.
         self.first_text = 0
-        self._scope: str | None = None
-        self.stream, self.streams = 0, {"": 0}  # the current one, and all of them by name
         self._replaced = ExitStack()
 
     def __enter__(self):
@@ -163,107 +90,15 @@ class Tracker(TorchDispatchMode, Probe):
 
     # --- recording
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        grad = self.phase == "backward" and torch.is_grad_enabled()
-        if grad != self.recomputing:
-            self.recomputing = grad
-            self.segment += 1
-        category, inside = "", Inside()
-        if self.recording:
-            category, inside = self._inside(func, args, kwargs)
-        own = OwnBlocks(self, category, str(func))
-        for stage in inside.before:
-            own.enter(stage)
-        out = func(*args, **(kwargs or {}))
-        if self.gpu is not None:
-            out = cuda_operators.returned(func, out)
-        if func in IN_PLACE:
-            own.enter(())  # already here, as the result will replace its argument
-        if self.recording:
-            self._see_results(func, args, out)
-        if func in IN_PLACE and self.phase == "backward" and not grad:
-            self.in_place_at = len(self.log)
-        for stage in inside.after:
-            own.enter(stage)
-        own.enter(())
-        return out
-
-    def _see_results(self, func: OpOverload, args: tuple, out: object) -> None:
-        category = "CMLI op" if func.namespace == "ds_cmli" else None
-        results = [out] if isinstance(out, Tensor) else tree_leaves(out)
-        if func in cuda_operators.LAST_FIRST:
-            results = results[::-1]
-        for tensor in results:
-            if isinstance(tensor, Tensor):
-                self._see(tensor, category, str(func))
+    def _see_results(
+        self, func: OpOverload, args: tuple, out: object, category: str | None = None
+    ) -> None:
+        if func.namespace == "ds_cmli":
+            category = "CMLI op"
+        super()._see_results(func, args, out, category)
         gathers = func.namespace == "c10d" and func._schema.name.split("::")[1] in GATHERS
         if gathers and self._scope is None:  # ZeRO-3 gathers a layer's parameters
             self.claim("parameters", tree_leaves(args[0]))
-
-    def _see(self, tensor: Tensor, category: str | None, op: str = "") -> None:
-        """Record the tensor's storage if it is new or its size has changed."""
-        if tensor.device.type != self.device or tensor.layout != torch.strided:
-            return
-        storage = tensor.untyped_storage()
-        known, size = self.live.get(storage._cdata), storage.nbytes()
-        if known is not None:
-            if known.bytes == size:
-                return
-            self._end(known.block, known.bytes)
-            category = category or self.blocks[known.block].category
-            del self.live[storage._cdata]
-        if size:
-            self.follow(storage, self._begin(size, category or self._scope, op), size)
-
-    def follow(self, storage: torch.UntypedStorage, block: int, size: int) -> None:
-        """From now on, `storage` is that of this block: the block is freed when the storage is."""
-        key = storage._cdata
-        weak = weakref.ref(storage, lambda _: self._storage_ended(key, block))
-        self.live[key] = Live(block, size, weak)
-
-    def _storage_ended(self, key: int, block: int) -> None:
-        known = self.live.get(key)
-        if known is not None and known.block == block:
-            del self.live[key]
-            self._end(block, known.bytes)
-
-    def block_of(self, tensor: Tensor) -> int | None:
-        known = self.live.get(tensor.untyped_storage()._cdata)
-        return None if known is None else known.block
-
-    def another(self, tensor: Tensor) -> Callable[[], None]:
-        """Record one more block like that of `tensor`, until the returned function is called."""
-        known = self.live.get(tensor.untyped_storage()._cdata)
-        if known is None or not self.recording:
-            return lambda: None
-        model = self.blocks[known.block]
-        return partial(self._end, self._begin(known.bytes, model.category, model.op), known.bytes)
-
-    def record_emptied_cache(self) -> None:
-        """Record that a GPU's allocator returns its free segments."""
-        if self.gpu is not None and self.recording:
-            self._begin(0, "temporaries", "empty_cache")
-
-    def _begin(self, size: int, category: str | None, op: str) -> int:
-        block = len(self.blocks)
-        allocation = Allocation(
-            op, self.phase, self.segment, self.recomputing, self.stream, category
-        )
-        self.blocks.append(allocation)
-        self.log.append(Change(block, size, self.phase))
-        return block
-
-    def _end(self, block: int, size: int) -> None:
-        end = Change(block, -size, self.phase)
-        if len(self.log) == self.in_place_at and self._replaces(block, size):
-            self.log.insert(-1, end)
-        else:
-            self.log.append(end)
-        self.blocks[block].ended = self.segment
-
-    def _replaces(self, block: int, size: int) -> bool:
-        """Whether the last change allocated another block of this size."""
-        return bool(self.log) and self.log[-1].bytes == size and self.log[-1].block != block
 
     def _inside(
         self, func: OpOverload, args: tuple, kwargs: dict[str, object] | None
@@ -275,12 +110,9 @@ class Tracker(TorchDispatchMode, Probe):
             return "CMLI op", Inside(after=((scratch,),))
         if func.namespace == "c10d":
             return "temporaries", Inside(((copied_bytes(func, args, self.backend),),))
-        if self.gpu is not None:
-            inside = cuda_operators.inside(func, args, kwargs, self.gpu, self.deterministic)
-            return "temporaries", inside
-        if self.workspaces:
+        if self.gpu is None and self.workspaces:
             return "temporaries", Inside(((workspace_bytes(func, args, kwargs),),))
-        return "temporaries", Inside()
+        return super()._inside(func, args, kwargs)
 
     # --- categories
 
@@ -293,16 +125,6 @@ class Tracker(TorchDispatchMode, Probe):
                 yield
         finally:
             self._scope = before
-
-    @contextmanager
-    def on_stream(self, name: str) -> Iterator[None]:
-        """Inside, allocations are for a stream of their own."""
-        before = self.stream
-        self.stream = self.streams.setdefault(name, len(self.streams))
-        try:
-            yield
-        finally:
-            self.stream = before
 
     def texts_from(self, first: int) -> None:
         self.first_text = first
@@ -331,15 +153,6 @@ class Tracker(TorchDispatchMode, Probe):
             yield
         finally:
             self.recording = before
-
-    def claim(self, category: str, tensors: Iterable[object]) -> None:
-        """Assign tensors to `category`; those from before the recording are recorded now."""
-        for tensor in tensors:
-            if isinstance(tensor, Tensor):
-                self._see(tensor, category)
-                block = self.block_of(tensor)
-                if block is not None and self.blocks[block].category is None:
-                    self.blocks[block].category = category
 
     def claim_owned(self, train_engine: TrainEngine) -> None:
         """Claim what the models, the engine and its optimizer hold at this moment."""

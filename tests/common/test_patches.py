@@ -3,15 +3,19 @@
 import contextlib
 import importlib
 import inspect
+import io
 import os
+import subprocess
+import sys
 import weakref
+from datetime import timedelta
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
@@ -230,7 +234,100 @@ def one_rank_over_gloo():
         dist.destroy_process_group()
 
 
+def a_gpu_is_found() -> bool:
+    return torch.cuda.is_available()
+
+
+def a_device_that_is_found_is_not_started() -> bool:
+    with patched("torch: GPU", lambda _: lambda: True):
+        return FakeTensorMode().avoid_device_init
+
+
+def nvtx_is_there() -> bool:
+    try:
+        torch.cuda.nvtx.range_push("")
+    except RuntimeError:
+        return False
+    return True
+
+
+def a_model_without_data_is_compiled() -> bool:
+    """In a process of its own, which ends with a segmentation fault."""
+    program = (
+        "import torch; from torch._subclasses.fake_tensor import FakeTensorMode; "
+        "FakeTensorMode(allow_non_fake_inputs=True).__enter__(); "
+        "torch.compile(torch.nn.Linear(2, 2))(torch.ones(1, 2))"
+    )
+    return subprocess.run([sys.executable, "-c", program], capture_output=True).returncode == 0
+
+
+def a_scaled_step_reads_nothing() -> bool:
+    return ".item()" not in inspect.getsource(torch.amp.GradScaler._maybe_opt_step)
+
+
+def a_number_without_data_is_formatted() -> bool:
+    with FakeTensorMode():
+        try:
+            return bool(f"{torch.ones(()):.2f}")
+        except TypeError:
+            return False
+
+
+def tensors_without_data_travel() -> bool:
+    with FakeTensorMode():
+        try:
+            return torch.multiprocessing.reductions.reduce_tensor(torch.ones(2)) is None
+        except RuntimeError:
+            return False
+
+
+def memory_is_pinned_without_a_gpu() -> bool:
+    try:
+        return torch.ones(1).pin_memory().is_pinned()
+    except RuntimeError:
+        return False
+
+
+def every_type_is_updated_at_once() -> bool:
+    from torch.optim import optimizer
+    from torch.utils import _foreach_utils
+
+    known = optimizer._foreach_supported_types, _foreach_utils._foreach_supported_types
+    return all(FakeTensor in types for types in known)
+
+
+def a_group_waits_for_nobody() -> bool:
+    try:
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=2, timeout=timedelta(seconds=0.1))
+    except dist.DistError:
+        return False
+    return True
+
+
+def saving_needs_no_data() -> bool:
+    with FakeTensorMode():
+        try:
+            torch.save(torch.ones(1000), io.BytesIO())
+        except AttributeError:
+            return False
+    return True
+
+
 NO_LONGER_NEEDED = {
+    "torch: GPU": a_gpu_is_found,
+    "torch: version of CUDA": lambda: torch.version.cuda is not None,
+    "torch: GPU's marks": nvtx_is_there,
+    "torch: start of a device": a_device_that_is_found_is_not_started,
+    "torch: compiler": a_model_without_data_is_compiled,
+    "torch: scaled step": a_scaled_step_reads_nothing,
+    "torch: formatted number": a_number_without_data_is_formatted,
+    "torch: loading processes": tensors_without_data_travel,
+    "torch: pinned memory": memory_is_pinned_without_a_gpu,
+    "torch: process group": a_group_waits_for_nobody,
+    "torch: process group's module": a_group_waits_for_nobody,
+    "torch: saving": saving_needs_no_data,
+    "torch: types for all parameters at once in optimizers": every_type_is_updated_at_once,
+    "torch: types for all parameters at once": every_type_is_updated_at_once,
     "timm: loaded keys": timm_tells_which_keys_it_loads,
     "transformers: mask": transformers_looks_at_a_mask_without_data,
     "transformers: values of a mask": transformers_reads_no_mask_for_padding,

@@ -8,6 +8,7 @@ import zipfile
 import pytest
 import torch
 
+from ds_cmli.common import cache as cache_module
 from ds_cmli.common.errors import UserError
 from ds_cmli.config.presets import load_preset
 from ds_cmli.data import assets
@@ -80,7 +81,7 @@ def test_fetched_once_with_its_licence_and_then_without_network(cache, monkeypat
 def test_a_complete_cache_needs_no_right_to_write(cache, monkeypatch):
     assets.fetch(["fake"])
     no_pip(monkeypatch)
-    monkeypatch.setattr(assets, "FileLock", None)  # root may write anywhere: a lock would be the first write
+    monkeypatch.setattr(cache_module, "FileLock", None)  # root may write anywhere: a lock would be the first write
     assets.fetch(["fake"])
 
 

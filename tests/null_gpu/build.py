@@ -18,7 +18,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from ds_cmli.data.assets import cache_folder
+from ds_cmli.common.cache import cache_folder
 
 HERE = Path(__file__).resolve().parent
 REQUIREMENTS = HERE / "requirements.txt"

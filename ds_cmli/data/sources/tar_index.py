@@ -19,8 +19,8 @@ from typing import BinaryIO, NamedTuple, TypedDict
 
 import numpy as np
 
+from ds_cmli.common.cache import cache_folder, locked
 from ds_cmli.common.errors import UserError
-from ds_cmli.data.assets import cache_folder, locked
 from ds_cmli.data.bad import EMPTY, Bad
 
 VERSION = 1

@@ -1,0 +1,35 @@
+"""The folder in which files stay from one run to the next."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock
+
+from ds_cmli.common.errors import UserError
+
+
+def cache_folder() -> Path:
+    """The first that is set of $DS_CMLI_CACHE and $XDG_CACHE_HOME/ds-cmli, or ~/.cache/ds-cmli."""
+    if os.environ.get("DS_CMLI_CACHE"):
+        return Path(os.environ["DS_CMLI_CACHE"]).expanduser().absolute()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser().absolute() / "ds-cmli"
+
+
+@contextmanager
+def locked(folder: Path, name: str, what: str) -> Iterator[None]:
+    """Hold a lock while `what` is written to a folder of the cache, which is made.
+
+    One process does so, the others wait. Raises `UserError` if it cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder / name):
+            yield
+    # FileLock raises the latter on file systems without locks.
+    except (OSError, NotImplementedError) as error:
+        raise UserError(
+            f"{what} cannot be written to {folder} ({getattr(error, 'strerror', None) or error}): "
+            "free some space there, or set DS_CMLI_CACHE to another folder"
+        ) from None

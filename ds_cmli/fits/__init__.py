@@ -1,0 +1,1 @@
+"""Whether any PyTorch program's training fits on a GPU; needs torch alone."""

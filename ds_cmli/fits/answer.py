@@ -1,0 +1,118 @@
+"""The answer to whether a recorded program fits: its events through the allocator's model.
+
+All sizes are bytes: "requested" is what the program asked for, "allocated" what the caching
+allocator handed out for it, "reserved" what it took from the device, "device" all that the process
+occupies there.
+"""
+
+from collections import Counter
+from dataclasses import dataclass
+
+from ds_cmli.allocator import gpus
+from ds_cmli.allocator.allocator import replay
+from ds_cmli.allocator.blocks import Event, OutOfMemory
+from ds_cmli.fits.steps import CATEGORIES
+
+PRODUCTS = {f"aten.{name}.default" for name in ("mm", "addmm", "bmm", "baddbmm")}
+
+
+def with_cublas(events: list[Event], workspaces: int) -> list[Event]:
+    """Add what cuBLAS holds from torch's allocator, which belongs to no tensor.
+
+    The thread of the forward pass and that of backward each take a workspace at their first matrix
+    product, once its result has been allocated, and keep it.
+    """
+    out, missing = [], ["forward", "backward"]
+    for event in events:
+        out.append(event)
+        if event.phase in missing and event.bytes > 0 and event.op in PRODUCTS:
+            missing.remove(event.phase)
+            block = -1 - len(missing)
+            out.append(Event(block, workspaces // 2, "temporaries", event.phase, "cuBLAS"))
+    return out
+
+
+@dataclass(frozen=True)
+class Room:
+    """A GPU, or a limit in place of its memory.
+
+    Args:
+        gpu: the listed name of the GPU whose operators and context are meant.
+        limit: bytes of the whole device; None: those of the GPU.
+    """
+
+    gpu: str
+    limit: int | None = None
+
+    @property
+    def bytes(self) -> int:
+        return gpus.find(self.gpu).total.bytes if self.limit is None else self.limit
+
+    def __str__(self) -> str:
+        size = f"{self.bytes / 1e9:.2f} GB"
+        return size if self.limit is not None else f"{self.gpu} ({size})"
+
+
+@dataclass
+class Answer:
+    """What a program's steps take on one device."""
+
+    fits: bool
+    totals: dict[str, int]  # peaks: "requested", "allocated", "reserved", "device"
+    categories: dict[str, int]  # live at the moment of the requested peak, which they add up to
+    phase: str  # of that moment
+    # The largest sums at that moment by category and line of the user's code.
+    largest: list[tuple[int, str, str]]
+    tensor: tuple[int, str, str]  # the largest single block then: bytes, operator, line
+
+
+def answer(events: list[Event], lines: list[str], room: Room, world_size: int) -> Answer:
+    """Replay a program's events on a device.
+
+    Args:
+        lines: of the user's code, of each block.
+        world_size: above 1, one NCCL communicator is added.
+    """
+    outside = gpus.device_bytes(0, room.gpu, world_size)
+    fits = True
+    try:
+        replayed = replay(events, limit=room.bytes - outside)
+    except OutOfMemory:
+        fits, replayed = False, replay(events)
+    live = at_peak(events)
+    sums: Counter[tuple[str, str]] = Counter()
+    for event in live:
+        sums[event.category, _line(event, lines)] += event.bytes
+    categories = dict.fromkeys(CATEGORIES, 0)
+    for (category, _), size in sums.items():
+        categories[category] += size
+    largest = [(size, category, line) for (category, line), size in sums.most_common(5)]
+    top = max(live, key=lambda event: event.bytes)
+    totals = {
+        "requested": replayed.requested_peak,
+        "allocated": replayed.allocated_peak,
+        "reserved": replayed.reserved_peak,
+        "device": replayed.reserved_peak + outside,
+    }
+    tensor = top.bytes, top.op, _line(top, lines)
+    return Answer(fits, totals, categories, live[-1].phase, largest, tensor)
+
+
+def at_peak(events: list[Event]) -> list[Event]:
+    """The allocations that are live when the requested bytes are the most, in their order."""
+    total = most = end = 0
+    for number, event in enumerate(events):
+        total += event.bytes
+        if total > most:
+            most, end = total, number + 1
+    live: dict[int, Event] = {}
+    for event in events[:end]:
+        if event.bytes > 0:
+            live[event.block] = event
+        elif event.bytes < 0:
+            del live[event.block]
+    return list(live.values())
+
+
+def _line(event: Event, lines: list[str]) -> str:
+    return lines[event.block] if event.block >= 0 else "cuBLAS"

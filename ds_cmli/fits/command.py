@@ -1,0 +1,79 @@
+"""Whether any program's training fits on a GPU: `ds-cmli-memory fits -- SCRIPT ARGUMENTS`.
+
+What stands behind `--` is what stands behind `python`. The program runs unchanged, on tensors
+without data, until its optimizer steps are done.
+"""
+
+import json
+from pathlib import Path
+
+import click
+
+from ds_cmli.common.cli import GroupedCommand, check_writable, option, run_command
+from ds_cmli.common.errors import UserError
+
+
+class ProgramCommand(GroupedCommand):
+    """A command whose options end where the program begins."""
+
+    allow_interspersed_args = False
+
+
+@click.command(
+    cls=ProgramCommand,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    options_metavar="[OPTIONS] --",
+)
+@option("Device", "--gpu", help="A listed GPU.  [all are compared, with an A100's operators]")
+@option("Device", "--limit", metavar="SIZE", help="A device's memory: 24GB (10^9 bytes) or 22GiB.")
+@option("Program", "--steps", type=click.IntRange(1), default=2, show_default=True)
+@option("Files", "--json", "json_path", type=click.Path(dir_okay=False), help="In bytes.")
+@option("Files", "--snapshot", type=click.Path(dir_okay=False), help="For pytorch.org/memory_viz.")
+@click.argument("program", nargs=-1, type=click.UNPROCESSED, metavar="SCRIPT|-m MODULE [ARGS]...")
+def command(
+    gpu: str | None,
+    limit: str | None,
+    steps: int,
+    json_path: str | None,
+    snapshot: str | None,
+    program: tuple[str, ...],
+) -> int:
+    """Tell whether a PyTorch program's training fits on a GPU, without one."""
+    if gpu and limit:
+        raise UserError(f"--gpu is {gpu!r} and --limit {limit!r}: give one of them")
+    if not program or program == ("-m",):
+        raise UserError("no program is given: name its script behind --, or -m and its module")
+    if program[0] != "-m" and not Path(program[0]).is_file():
+        raise UserError(f"the script {program[0]!r} is not there: name a file, or -m and a module")
+    for path in filter(None, (json_path, snapshot)):
+        check_writable(path)
+    from ds_cmli.fits import guard
+
+    guard.load()
+    from ds_cmli.allocator import gpus
+    from ds_cmli.allocator import snapshot as snapshots
+    from ds_cmli.fits import program as running
+    from ds_cmli.fits import report
+    from ds_cmli.fits.steps import StepRecorder
+    from ds_cmli.fits.values import Values
+
+    rooms = report.rooms(gpu, limit)
+    card = gpus.find(rooms[0].gpu)
+    recorder, values = StepRecorder(card.limits, steps), Values()
+    ran = running.run(program, recorder, values, card)
+    if ran.code:
+        return ran.code
+    answered = report.Report.of(recorder, rooms)
+    print(answered.sentence(Path(program[-1 if program[0] == "-m" else 0]).name))
+    answered.show()
+    for line in report.told(values, ran, recorder):
+        print(line)
+    if json_path:
+        Path(json_path).write_text(json.dumps(answered.to_dict(), indent=2) + "\n")
+    if snapshot:
+        snapshots.write(answered.events, snapshot)
+    return 0
+
+
+def main() -> None:
+    run_command(command)

@@ -1,0 +1,47 @@
+"""Moves and casts modules whose parameters hold no data."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+Function = Callable[[Tensor], Tensor]
+
+
+def apply(self: nn.Module, function: Function, recurse: bool = True) -> nn.Module:
+    """Replace `nn.Module._apply`: each parameter stays the same object, as optimizers hold it."""
+    if recurse:
+        for part in self.children():
+            part._apply(function)
+    for parameter in self._parameters.values():
+        if parameter is not None:
+            _convert(parameter, function)
+            if parameter.grad is not None:
+                _convert(parameter.grad, function)
+    for name, buffer in self._buffers.items():
+        if buffer is not None:
+            self._buffers[name] = function(buffer)
+    return self
+
+
+def _convert(tensor: Tensor, function: Function) -> None:
+    with torch.no_grad():
+        new = function(tensor)
+    if new is tensor:
+        return
+    if isinstance(tensor, nn.Parameter):
+        new = nn.Parameter(new, tensor.requires_grad)
+    # As `torch.utils.swap_tensors`, which refuses tensors that are referred to weakly, as those of
+    # FakeTensorMode always are.
+    torch._C._swap_tensor_impl(tensor, new)
+    before = type(tensor), dict(vars(tensor))
+    tensor.__class__ = type(new)
+    _replace(vars(tensor), vars(new))
+    new.__class__ = before[0]
+    _replace(vars(new), before[1])
+
+
+def _replace(attributes: dict[str, object], by: dict[str, object]) -> None:
+    by = dict(by)
+    attributes.clear()
+    attributes.update(by)

@@ -1,0 +1,202 @@
+"""Runs a Python program unchanged on a GPU that is not there."""
+
+import copy
+import os
+import runpy
+import sys
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+
+from torch import Tensor
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+    UnsupportedOperatorException,
+)
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+from torch.utils.data import DataLoader
+
+from ds_cmli.allocator.gpus import Gpu
+from ds_cmli.common.errors import UserError
+from ds_cmli.common.patches import patched, patched_each
+from ds_cmli.fits import device, lines, modules
+from ds_cmli.fits.cuda_kernels import CudaOperators
+from ds_cmli.fits.steps import StepRecorder, StepsDone
+from ds_cmli.fits.values import Values
+
+WITHOUT_DATA = (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    GuardOnDataDependentSymNode,
+    UnsupportedOperatorException,
+)
+
+
+class NotFollowed(BaseException):
+    """Ends a program whose memory would be told wrongly; no `Exception`, which programs catch."""
+
+
+@dataclass
+class Ran:
+    """What a program did until its end."""
+
+    code: int = 0  # its exit code
+    left_out: Counter[str] = field(default_factory=Counter)  # what it asked for and did not get
+
+
+def run(command: Sequence[str], recorder: StepRecorder, values: Values, gpu: Gpu) -> Ran:
+    """Run `python COMMAND` in this process until its steps are done, or it ends.
+
+    Args:
+        command: a script and its arguments, or "-m", a module and its arguments.
+
+    Raises:
+        UserError: it does what tensors without data cannot do.
+    """
+    ran = Ran()
+    # Before torch is changed, as this imports its compiler, which looks at every function.
+    without_data = FakeTensorMode(allow_non_fake_inputs=True)
+    with ExitStack() as stack:
+        stack.enter_context(_started_as_by_python(command))
+        stack.enter_context(_without_gpu(recorder, gpu, ran))
+        stack.enter_context(recorder.following())
+        for mode in (without_data, recorder, values):
+            stack.enter_context(mode)
+        try:
+            if command[0] == "-m":
+                runpy.run_module(command[1], run_name="__main__", alter_sys=True)
+            else:
+                runpy.run_path(command[0], run_name="__main__")
+        except StepsDone:
+            pass
+        except NotFollowed as reason:
+            raise UserError(str(reason)) from None
+        except SystemExit as end:
+            ran.code = _exit_code(end)
+        except (UserError, KeyboardInterrupt):
+            raise
+        except BaseException as error:
+            ran.code = _mistake(error)
+    return ran
+
+
+def _exit_code(end: SystemExit) -> int:
+    if end.code is None or isinstance(end.code, int):
+        return end.code or 0
+    print(end.code, file=sys.stderr)
+    return 1
+
+
+def _mistake(error: BaseException) -> int:
+    """Report the program's own mistake as Python does, and one of these tensors in one line."""
+    own = error.__traceback__
+    while own is not None and not _is_programs(own):
+        own = own.tb_next
+    if isinstance(error, WITHOUT_DATA):
+        frames = traceback.extract_tb(own)
+        users = [frame for frame in frames if lines.is_users(frame.filename)]
+        at = f"{users[-1].filename}:{users[-1].lineno}: " if users else ""
+        raise UserError(
+            f"{at}this needs values, which fits does not have: {type(error).__name__}: {error}"
+        ) from None
+    sys.excepthook(type(error), error.with_traceback(own), own)
+    return 1
+
+
+def _is_programs(frames: TracebackType) -> bool:
+    name = frames.tb_frame.f_code.co_filename
+    return name not in (__file__, runpy.__file__) and not name.startswith("<frozen")
+
+
+@contextmanager
+def _started_as_by_python(command: Sequence[str]) -> Iterator[None]:
+    arguments, path = sys.argv, list(sys.path)
+    if command[0] == "-m":
+        sys.argv, sys.path[0] = list(command[1:]), os.getcwd()
+    else:
+        sys.argv, sys.path[0] = list(command), str(Path(command[0]).resolve().parent)
+    try:
+        yield
+    finally:
+        sys.argv, sys.path[:] = arguments, path
+
+
+@contextmanager
+def _without_gpu(recorder: StepRecorder, gpu: Gpu, ran: Ran) -> Iterator[None]:
+    """Inside, torch finds one GPU, whose tensors have no data."""
+    found = device.functions(gpu, lambda: recorder.live_bytes, recorder.record_emptied_cache)
+
+    def left_out(what: str) -> Callable:
+        """A function that does nothing but return its first argument."""
+
+        def run(first: object = None, *_: object, **__: object) -> object:
+            ran.left_out[what] += 1
+            return first
+
+        return run
+
+    def compiling(_: Callable) -> Callable:
+        keep = left_out("torch.compile ran as eager mode")
+        return lambda model=None, **_: keep(model) if model is not None else keep
+
+    replacements: dict[str, Callable] = {
+        "torch: start of a device": lambda _: True,
+        "torch: version of CUDA": lambda _: "13.0",
+        "torch: GPU's marks": lambda _: lambda *_: 0,
+        "torch: module conversion": lambda _: modules.apply,
+        "torch: compiler": compiling,
+        "torch: scaled step": lambda _: _step,
+        "torch: formatted number": lambda _: _formatted,
+        "torch: loading processes": _in_this_process,
+        "torch: pinned memory": lambda _: lambda self, *_, **__: self,
+        "torch: process group": lambda _: _refuse_group,
+        "torch: process group's module": lambda _: _refuse_group,
+        "torch: saving": lambda _: left_out("torch.save wrote nothing"),
+        "torch: types for all parameters at once in optimizers": lambda known: [*known, FakeTensor],
+        "torch: types for all parameters at once": lambda known: [*known, FakeTensor],
+    }
+    with ExitStack() as stack:
+        stack.enter_context(patched_each("torch: GPU", found))
+        for name, replacement in replacements.items():
+            stack.enter_context(patched(name, replacement))
+        stack.enter_context(CudaOperators(gpu.limits).chosen())
+        yield
+        if device.Stream.created:
+            what = "streams of the program's own were taken for one: reserved can be higher"
+            ran.left_out[what] = device.Stream.created
+
+
+def _refuse_group(*_: object, **__: object) -> None:
+    raise NotFollowed(
+        f"{lines.current()}: the program starts a process group, and fits follows single processes "
+        "so far: start it as one without DistributedDataParallel, FSDP or DeepSpeed"
+    )
+
+
+def _step(self, optimizer, state, *args, **kwargs):
+    """Replaces `GradScaler._maybe_opt_step`: no gradient has overflowed."""
+    return optimizer.step(*args, **kwargs)
+
+
+def _formatted(self: Tensor, specification: str) -> str:
+    if self.dim() == 0 and not self.is_meta:
+        return format(self.item(), specification)
+    return object.__format__(self, specification)
+
+
+def _in_this_process(before: Callable) -> Callable:
+    """Replaces `DataLoader._get_iterator`: tensors without data travel between no processes."""
+
+    def iterator(self: DataLoader) -> object:
+        loader = copy.copy(self)
+        loader.num_workers, loader.timeout, loader.pin_memory = 0, 0, False
+        return before(loader)
+
+    return iterator

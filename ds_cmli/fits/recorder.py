@@ -1,0 +1,233 @@
+"""Records every storage that a program allocates and frees on a device, as changes in their order.
+
+Works on real and on fake tensors. What an operator allocates and frees internally is not seen; for
+a GPU's operators formulas give it (`allocator/cuda_operators.py`).
+"""
+
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from ds_cmli.allocator import cuda_operators
+from ds_cmli.allocator.gpus import Limits
+from ds_cmli.allocator.inside import Inside, Stage
+
+# Autograd accumulates gradients and scatters the gradients of maxima in place, but not under a
+# dispatch mode: there these operators return a new tensor, and their argument is freed right
+# afterwards.
+IN_PLACE = (
+    torch.ops.aten.add.Tensor,
+    torch.ops.aten.scatter.src,
+    torch.ops.aten.scatter_add.default,
+)
+
+
+@dataclass
+class Allocation:
+    """A block of memory from its allocation to its end."""
+
+    op: str  # the operator that allocated it
+    phase: str  # of its allocation
+    segment: int  # of its allocation
+    recomputed: bool  # whether checkpointing was recomputing a forward pass
+    stream: int  # of a GPU, for which it was allocated
+    category: str | None = None  # the first claim stays
+    ended: int | None = None  # the segment in which it was freed
+
+
+class Change(NamedTuple):
+    """An allocation, or a free with negative bytes, or with 0 an emptied cache."""
+
+    block: int  # index in `Recorder.blocks`
+    bytes: int
+    phase: str
+
+
+class OwnBlocks:
+    """The blocks that an operator holds inside, recorded from one stage to the next."""
+
+    def __init__(self, recorder: "Recorder", category: str, op: str):
+        self.recorder, self.category, self.op = recorder, category, op
+        self.held: list[tuple[int, int]] = []  # each block and its bytes
+
+    def enter(self, stage: Stage) -> None:
+        sizes = [size for size in stage if size]
+        kept = 0
+        for (_, size), wanted in zip(self.held, sizes, strict=False):
+            if size != wanted:
+                break
+            kept += 1
+        while len(self.held) > kept:
+            self.recorder._end(*self.held.pop())
+        for size in sizes[kept:]:
+            self.held.append((self.recorder._begin(size, self.category, self.op), size))
+
+
+class Live(NamedTuple):
+    """A storage that exists now."""
+
+    block: int
+    bytes: int
+    storage: "weakref.ref[torch.UntypedStorage]"
+
+
+class Recorder(TorchDispatchMode):
+    """Records while it is entered.
+
+    Args:
+        device: the type of device whose memory is recorded.
+        gpu: that of a prediction: also record what its operators hold inside.
+        deterministic: whether these are PyTorch's deterministic ones.
+    """
+
+    def __init__(self, device: str = "cpu", gpu: Limits | None = None, deterministic: bool = False):
+        super().__init__()
+        self.device, self.gpu, self.deterministic = device, gpu, deterministic
+        self.phase, self.recording = "init", True
+        self.log: list[Change] = []
+        self.blocks: list[Allocation] = []
+        self.live: dict[int, Live] = {}  # by the storage's address
+        # What is allocated and freed within one segment was temporary. Each phase is a segment, but
+        # a forward pass and its losses are one, and backward is divided where checkpointing begins
+        # and ends to recompute a forward pass.
+        self.segment, self.recomputing = 0, False
+        self.in_place_at = 0  # length of the log after the last operator of IN_PLACE in backward
+        self._scope: str | None = None
+        self.stream, self.streams = 0, {"": 0}  # the current one, and all of them by name
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        grad = self.phase == "backward" and torch.is_grad_enabled()
+        if grad != self.recomputing:
+            self.recomputing = grad
+            self.segment += 1
+        category, inside = "", Inside()
+        if self.recording:
+            category, inside = self._inside(func, args, kwargs)
+        own = OwnBlocks(self, category, str(func))
+        for stage in inside.before:
+            own.enter(stage)
+        out = func(*args, **(kwargs or {}))
+        if self.gpu is not None:
+            out = cuda_operators.returned(func, out)
+        if func in IN_PLACE:
+            own.enter(())  # already here, as the result will replace its argument
+        if self.recording:
+            self._see_results(func, args, out)
+        if func in IN_PLACE and self.phase == "backward" and not grad:
+            self.in_place_at = len(self.log)
+        for stage in inside.after:
+            own.enter(stage)
+        own.enter(())
+        return out
+
+    def _inside(
+        self, func: OpOverload, args: tuple, kwargs: dict[str, object] | None
+    ) -> tuple[str, Inside]:
+        """The category of what an operator holds beyond its results, and its blocks."""
+        if self.gpu is None:
+            return "temporaries", Inside()
+        inside = cuda_operators.inside(func, args, kwargs, self.gpu, self.deterministic)
+        return "temporaries", inside
+
+    def _see_results(
+        self, func: OpOverload, args: tuple, out: object, category: str | None = None
+    ) -> None:
+        results = [out] if isinstance(out, Tensor) else tree_leaves(out)
+        if func in cuda_operators.LAST_FIRST:
+            results = results[::-1]
+        for tensor in results:
+            if isinstance(tensor, Tensor):
+                self._see(tensor, category, str(func))
+
+    def _see(self, tensor: Tensor, category: str | None, op: str = "") -> None:
+        """Record the tensor's storage if it is new or its size has changed."""
+        if tensor.device.type != self.device or tensor.layout != torch.strided:
+            return
+        storage = tensor.untyped_storage()
+        known, size = self.live.get(storage._cdata), storage.nbytes()
+        if known is not None:
+            if known.bytes == size:
+                return
+            self._end(known.block, known.bytes)
+            category = category or self.blocks[known.block].category
+            del self.live[storage._cdata]
+        if size:
+            self.follow(storage, self._begin(size, category or self._scope, op), size)
+
+    def follow(self, storage: torch.UntypedStorage, block: int, size: int) -> None:
+        """From now on, `storage` is that of this block: the block is freed when the storage is."""
+        key = storage._cdata
+        weak = weakref.ref(storage, lambda _: self._storage_ended(key, block))
+        self.live[key] = Live(block, size, weak)
+
+    def _storage_ended(self, key: int, block: int) -> None:
+        known = self.live.get(key)
+        if known is not None and known.block == block:
+            del self.live[key]
+            self._end(block, known.bytes)
+
+    def block_of(self, tensor: Tensor) -> int | None:
+        known = self.live.get(tensor.untyped_storage()._cdata)
+        return None if known is None else known.block
+
+    def another(self, tensor: Tensor) -> Callable[[], None]:
+        """Record one more block like that of `tensor`, until the returned function is called."""
+        known = self.live.get(tensor.untyped_storage()._cdata)
+        if known is None or not self.recording:
+            return lambda: None
+        model = self.blocks[known.block]
+        return partial(self._end, self._begin(known.bytes, model.category, model.op), known.bytes)
+
+    def record_emptied_cache(self) -> None:
+        """Record that a GPU's allocator returns its free segments."""
+        if self.gpu is not None and self.recording:
+            self._begin(0, "temporaries", "empty_cache")
+
+    def _begin(self, size: int, category: str | None, op: str) -> int:
+        block = len(self.blocks)
+        allocation = Allocation(
+            op, self.phase, self.segment, self.recomputing, self.stream, category
+        )
+        self.blocks.append(allocation)
+        self.log.append(Change(block, size, self.phase))
+        return block
+
+    def _end(self, block: int, size: int) -> None:
+        end = Change(block, -size, self.phase)
+        if len(self.log) == self.in_place_at and self._replaces(block, size):
+            self.log.insert(-1, end)
+        else:
+            self.log.append(end)
+        self.blocks[block].ended = self.segment
+
+    def _replaces(self, block: int, size: int) -> bool:
+        """Whether the last change allocated another block of this size."""
+        return bool(self.log) and self.log[-1].bytes == size and self.log[-1].block != block
+
+    def claim(self, category: str, tensors: Iterable[object]) -> None:
+        """Assign tensors to `category`; those from before the recording are recorded now."""
+        for tensor in tensors:
+            if isinstance(tensor, Tensor):
+                self._see(tensor, category)
+                block = self.block_of(tensor)
+                if block is not None and self.blocks[block].category is None:
+                    self.blocks[block].category = category
+
+    @contextmanager
+    def on_stream(self, name: str) -> Iterator[None]:
+        """Inside, allocations are for a stream of their own."""
+        before = self.stream
+        self.stream = self.streams.setdefault(name, len(self.streams))
+        try:
+            yield
+        finally:
+            self.stream = before

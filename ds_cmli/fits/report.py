@@ -1,0 +1,116 @@
+"""Says in one sentence whether a program fits, and shows what takes the memory."""
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+
+from ds_cmli.allocator import gpus
+from ds_cmli.allocator.blocks import Event
+from ds_cmli.common.errors import UserError
+from ds_cmli.fits.answer import Answer, Room, answer, with_cublas
+from ds_cmli.fits.program import Ran
+from ds_cmli.fits.steps import StepRecorder
+from ds_cmli.fits.values import NUMBER, Values
+
+DEFAULT_GPU = "A100 80GB"  # whose operators are meant where none is named
+
+
+def rooms(gpu: str | None, limit: str | None) -> list[Room]:
+    """The devices that are asked about: one, or all that are listed.
+
+    Raises `UserError` for a GPU that is not listed, and for a limit that is no size.
+    """
+    if limit is not None:
+        size, name = gpus.parse_memory(limit, "--limit")
+        return [Room(name or DEFAULT_GPU, None if name else size)]
+    if gpu is not None:
+        return [Room(gpus.find(gpu).name)]
+    others = [Room(name) for name in gpus.all_gpus() if name != DEFAULT_GPU]
+    return [Room(DEFAULT_GPU), *others]
+
+
+@dataclass
+class Report:
+    """The answers for each device that is asked about."""
+
+    steps: int  # optimizer steps that were done
+    rooms: list[Room]
+    answers: list[Answer]
+    events: list[Event]
+
+    @classmethod
+    def of(cls, recorder: StepRecorder, rooms: list[Room]) -> "Report":
+        if not recorder.done:
+            raise UserError(
+                "the program ended before an optimizer of torch.optim did a step: let it train"
+            )
+        card = gpus.find(rooms[0].gpu)
+        events = with_cublas(recorder.events(), card.cublas_bytes())
+        if not any(event.bytes for event in events):
+            raise UserError("the program made no tensor on a GPU: let it train on device 'cuda'")
+        answers = [answer(events, recorder.lines, room, world_size=1) for room in rooms]
+        return cls(min(recorder.done.values()), rooms, answers, events)
+
+    def sentence(self, program: str) -> str:
+        """The answer in one sentence."""
+        first, room = self.answers[0], self.rooms[0]
+        needed, total = first.totals["device"], room.bytes
+        steps = "1 step" if self.steps == 1 else f"{self.steps} steps"
+        size, category, line = first.largest[0]
+        largest = f"the largest at the peak: {_gb(size)} of {category}"
+        largest += f", by {line}" if line else ""
+        if len(self.rooms) > 1:
+            zipped = zip(self.rooms, self.answers, strict=True)
+            fitting = [room.gpu for room, each in zipped if each.fits]
+            where = f"and fits on {', '.join(fitting)}" if fitting else "and fits on no listed GPU"
+            return f"{steps} of {program} need {_gb(needed)} {where}; {largest}"
+        if first.fits:
+            left = f"{_gb(max(total - needed, 0))} are free"
+            return f"{steps} of {program} fit on {room}: they take {_gb(needed)}, {left}; {largest}"
+        return f"{steps} of {program} do not fit on {room}: they take {_gb(needed)}; {largest}"
+
+    def show(self) -> None:
+        """Print the sizes at the peak."""
+        first = self.answers[0]
+        print("\npeak of each, in bytes:")
+        for name, size in first.totals.items():
+            print(f"  {name:20} {size:>18,}")
+        print(f"\nat the requested peak, in {first.phase}:")
+        for name, size in first.categories.items():
+            share = size / max(first.totals["requested"], 1)
+            print(f"  {name:20} {size:>18,} {share:>7.1%}")
+        print("\nthe largest there, by category and line:")
+        for size, category, line in first.largest:
+            print(f"  {category:20} {size:>18,}  {line}")
+        size, op, line = first.tensor
+        print(f"  {'single tensor':20} {size:>18,}  {line}  ({op})")
+
+    def to_dict(self) -> dict[str, object]:
+        devices = {}
+        for room, each in zip(self.rooms, self.answers, strict=True):
+            devices[str(room)] = each.fits
+        return {"steps": self.steps, "fits": devices, **asdict(self.answers[0])}
+
+
+def told(values: Values, ran: Ran, recorder: StepRecorder) -> Iterator[str]:
+    """Yield what the program asked for and did not get, a line each."""
+    done = min(recorder.done.values())
+    if done < recorder.steps:
+        yield f"\nthe program ended after {done} of {recorder.steps} optimizer steps"
+    if values.read:
+        what = f"read from tensors without data: {NUMBER} for a number, 0 for a whole one"
+        yield f"\nstand-ins {what}: {_places(values.read)}"
+    if values.bounded:
+        yield f"sizes that depend on data, as large as they can be: {_places(values.bounded)}"
+    for what, count in ran.left_out.items():
+        yield f"{what}: {count} times"
+
+
+def _places(counted: Counter[str]) -> str:
+    named = [f"{line or 'a library'} ({count} times)" for line, count in counted.most_common(5)]
+    rest = len(counted) - len(named)
+    return ", ".join(named) + (f" and {rest} more lines" if rest else "")
+
+
+def _gb(size: int) -> str:
+    return f"{size / 1e9:.2f} GB"

@@ -1,0 +1,161 @@
+"""Records a program's allocations by phase and category until its optimizer steps are done."""
+
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch._ops import OpOverload
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.optim.optimizer import (
+    Optimizer,
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
+from torch.utils._pytree import tree_leaves
+
+from ds_cmli.allocator.blocks import Event
+from ds_cmli.allocator.gpus import Limits
+from ds_cmli.allocator.inside import Inside
+from ds_cmli.common.patches import patched
+from ds_cmli.fits import lines
+from ds_cmli.fits.products import MATRICES, operand_copies
+from ds_cmli.fits.recorder import Allocation, Recorder
+
+CATEGORIES = (
+    "parameters",
+    "gradients",
+    "optimizer states",
+    "activations",
+    "data",
+    "other",  # what was made before the first forward pass, and is none of the above
+    "temporaries",
+)
+
+
+class StepsDone(BaseException):
+    """Ends the program. Like SystemExit it is no `Exception`, which programs catch."""
+
+
+class StepRecorder(Recorder):
+    """Records a program on a GPU, phase by phase, until `steps` steps of each optimizer are done.
+
+    Phases: "init" until the first forward pass, then "forward", "backward" and "optimizer".
+    """
+
+    def __init__(self, gpu: Limits, steps: int):
+        super().__init__("cuda", gpu)
+        self.steps, self.done = steps, Counter[int]()
+        self.outer = "init"  # the phase outside backward
+        self.in_step = False  # whether an optimizer's step is running
+        self.lines: list[str] = []  # of the user's code that allocated each block
+        self.copied: set[int] = set()  # blocks that are copies from the host
+        self.live_bytes = 0
+        self._unmasked: ExitStack | None = None
+
+    @contextmanager
+    def following(self) -> Iterator[None]:
+        """Inside, follow the modules and optimizers of this process."""
+        with ExitStack() as stack:
+            self._unmasked = stack
+            stack.callback(register_module_forward_pre_hook(self._before_module).remove)
+            stack.callback(register_optimizer_step_pre_hook(self._before_step).remove)
+            stack.callback(register_optimizer_step_post_hook(self._after_step).remove)
+            yield
+
+    # --- recording
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if any(hasattr(t, "__tensor_flatten__") and t is not FakeTensor for t in types):
+            return NotImplemented  # a wrapper, such as a DTensor: its parts come here
+        phase = self.outer
+        if torch._C._current_graph_task_id() >= 0:
+            phase = "backward"
+        elif self.phase == "backward" and self.in_step:
+            phase = self.outer = "optimizer"  # a closure has run forward and backward
+        if phase != self.phase:
+            self.segment += 1
+            self.phase, self.recomputing = phase, False
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+    def _inside(
+        self, func: OpOverload, args: tuple, kwargs: dict[str, object] | None
+    ) -> tuple[str, Inside]:
+        for leaf in tree_leaves(args):
+            if isinstance(leaf, Tensor) and leaf.device.type == self.device:
+                if func in MATRICES:
+                    return "temporaries", operand_copies(func, args)
+                return super()._inside(func, args, kwargs)
+        return "temporaries", Inside()
+
+    def _see_results(
+        self, func: OpOverload, args: tuple, out: object, category: str | None = None
+    ) -> None:
+        first = len(self.blocks)
+        super()._see_results(func, args, out, category)
+        if func is torch.ops.aten._to_copy.default and args[0].device.type == "cpu":
+            self.copied.update(range(first, len(self.blocks)))
+
+    def _begin(self, size: int, category: str | None, op: str) -> int:
+        self.lines.append(lines.current())
+        self.live_bytes += size
+        return super()._begin(size, category, op)
+
+    def _end(self, block: int, size: int) -> None:
+        self.live_bytes -= size
+        super()._end(block, size)
+
+    # --- phases and categories
+
+    def _before_module(self, module: nn.Module, _: tuple) -> None:
+        if self.outer in ("init", "optimizer"):
+            self.outer = "forward"
+        if self._unmasked is not None and "transformers.masking_utils" in sys.modules:
+            self._unmasked.enter_context(patched("transformers: mask", lambda _: _no_tracing))
+            self._unmasked = None
+        self.claim("parameters", [*module._parameters.values(), *module._buffers.values()])
+
+    def _before_step(self, optimizer: Optimizer, *_: object) -> None:
+        self.outer, self.in_step = "optimizer", True
+        self._claim_parameters(optimizer)
+
+    def _claim_parameters(self, optimizer: Optimizer) -> None:
+        for group in optimizer.param_groups:
+            self.claim("parameters", group["params"])
+            self.claim("gradients", (parameter.grad for parameter in group["params"]))
+
+    def _after_step(self, optimizer: Optimizer, *_: object) -> None:
+        self._claim_parameters(optimizer)  # a closure has made the gradients after the step began
+        self.claim("optimizer states", tree_leaves(list(optimizer.state.values())))
+        self.outer, self.in_step = "forward", False
+        self.done[id(optimizer)] += 1
+        if min(self.done.values()) >= self.steps:
+            raise StepsDone
+
+    def _category(self, number: int, block: Allocation) -> str:
+        if block.category is not None:
+            return block.category
+        if number in self.copied:
+            return "data"
+        if block.phase == "init":
+            return "other"
+        kept = block.ended is None or block.ended > block.segment
+        if kept and (block.phase == "forward" or block.recomputed):
+            return "activations"
+        return "temporaries"
+
+    def events(self) -> list[Event]:
+        categories = [self._category(*numbered) for numbered in enumerate(self.blocks)]
+        out = []
+        for block, size, phase in self.log:
+            allocation = self.blocks[block]
+            op, stream = allocation.op, allocation.stream
+            out.append(Event(block, size, categories[block], phase, op, stream))
+        return out
+
+
+def _no_tracing(tensor: Tensor | None = None) -> bool:
+    return False

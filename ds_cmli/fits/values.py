@@ -1,0 +1,181 @@
+"""Answers where a program reads values, which tensors without data do not have.
+
+Small tensors on the host have data: masks, indices, what a DataLoader makes. Copies of whole
+numbers and truth values to the device remember theirs, and so does what is computed of them alone.
+All others are stood in for, and each reading of a stand-in is counted.
+"""
+
+from collections import Counter
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves, tree_map
+
+from ds_cmli.fits import lines
+
+aten = torch.ops.aten
+SMALL = 1 << 16  # elements of the largest tensor that is created with data on the host
+NUMBER = 2.0  # the stand-in of a loss or a norm: finite, and no divisor of 0
+FACTORIES = {
+    aten.empty.memory_format,
+    aten.empty_strided.default,
+    aten.zeros.default,
+    aten.ones.default,
+    aten.full.default,
+    aten.rand.default,
+    aten.randn.default,
+    aten.randint.default,
+    aten.randint.low,
+}
+READS = {aten._local_scalar_dense.default, aten.is_nonzero.default}
+INDEXING = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default}
+
+
+class Values(TorchDispatchMode):
+    """Runs operators of host tensors on their data, and gives a value wherever one is read."""
+
+    supports_higher_order_operators = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.read: Counter[str] = Counter()  # stand-ins by the line that read them
+        self.bounded: Counter[str] = Counter()  # sizes that depend on data, by line
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if any(hasattr(t, "__tensor_flatten__") and t is not FakeTensor for t in types):
+            return NotImplemented  # a wrapper, such as a DTensor: its parts come here
+        kwargs = kwargs or {}
+        leaves = tree_leaves((args, kwargs))
+        if not any(map(_is_elsewhere, leaves)):
+            return self._on_host(func, args, kwargs)
+        if func in READS:
+            return self._value(args[0])
+        if func is aten.nonzero.default:
+            return self._places(args[0])
+        if func in INDEXING:
+            args = (args[0], [*self._indices(args[1])], *args[2:])
+        out = func(*args, **kwargs)
+        if func is aten._to_copy.default:
+            return self._copied(args[0], out)
+        _remember(func, args, kwargs, leaves, out)
+        return out
+
+    def _on_host(self, func: OpOverload, args: tuple, kwargs: dict[str, object]) -> object:
+        if func in FACTORIES:
+            elements = 1
+            for size in next((x for x in args if isinstance(x, list | tuple)), ()):
+                elements *= size
+            if elements > SMALL:
+                return func(*args, **kwargs)
+        with unset_fake_temporarily():
+            return func(*args, **kwargs)
+
+    def _value(self, tensor: Tensor) -> float | int | bool:
+        known = _known(tensor)
+        if known is not None:
+            with _disable_current_modes():
+                return known.item()
+        self.read[lines.current()] += 1
+        return _stand_in(tensor)
+
+    def _copied(self, source: Tensor, out: Tensor) -> Tensor:
+        """The result of a copy, with data if it is a small one on the host."""
+        if out.device.type == "cpu" and out.numel() <= SMALL and source.device.type != "cpu":
+            self.read[lines.current()] += 1
+            known = _known(source)
+            with _disable_current_modes():
+                if known is not None:
+                    return known.to(out.dtype, copy=True)
+                return torch.full(out.shape, _stand_in(source), dtype=out.dtype)
+        known = _known(source)
+        if known is not None and out.numel() <= SMALL and not out.dtype.is_floating_point:
+            with _disable_current_modes():
+                out.fits_values = known.to(out.dtype, copy=True)  # type: ignore[attr-defined]
+        return out
+
+    def _places(self, tensor: Tensor) -> Tensor:
+        """The result of `nonzero`; of unknown values the largest possible one."""
+        known = _known(tensor)
+        if known is None:
+            self.bounded[lines.current()] += 1
+            shape = tensor.numel(), tensor.dim()
+            return torch.zeros(shape, dtype=torch.int64, device=tensor.device)
+        with _disable_current_modes():
+            places = known.nonzero()
+        out = torch.zeros(places.shape, dtype=torch.int64, device=tensor.device)
+        out.fits_values = places  # type: ignore[attr-defined]
+        return out
+
+    def _indices(self, indices: list[Tensor | None]):
+        """Indices by number in place of masks."""
+        for index in indices:
+            if index is None or index.dtype not in (torch.bool, torch.uint8):
+                yield index
+            else:
+                yield from self._places(index).unbind(1)
+
+
+def _is_elsewhere(value: object) -> bool:
+    """Whether an argument has no data, or names the device."""
+    if isinstance(value, torch.device):
+        return value.type != "cpu"
+    return isinstance(value, FakeTensor) or (
+        isinstance(value, Tensor) and value.device.type != "cpu"
+    )
+
+
+def _known(tensor: Tensor) -> Tensor | None:
+    """The values of a tensor: its own on the host, or those that it remembers."""
+    if not isinstance(tensor, FakeTensor):
+        return tensor
+    if tensor.constant is not None:
+        return tensor.constant
+    return getattr(tensor, "fits_values", None)
+
+
+def _stand_in(tensor: Tensor) -> float | int | bool:
+    if tensor.dtype == torch.bool:
+        return getattr(tensor, "fits_truth", False)
+    return NUMBER if tensor.dtype.is_floating_point else 0
+
+
+def _remember(
+    func: OpOverload, args: tuple, kwargs: dict[str, object], leaves: list[object], out: object
+) -> None:
+    """Compute the result's values if all operands are known, and else a result's likely truth."""
+    tensors = [x for x in leaves if isinstance(x, Tensor)]
+    known = all(t.numel() <= SMALL and _known(t) is not None for t in tensors) and bool(tensors)
+    if func._schema.is_mutable and not known:
+        for tensor in tensors:
+            if getattr(tensor, "fits_values", None) is not None:
+                del tensor.fits_values  # type: ignore[attr-defined]
+        return
+    if not isinstance(out, FakeTensor) or torch.Tag.nondeterministic_seeded in func.tags:
+        return
+    if known and out.numel() <= SMALL:
+        out.fits_values = _computed(func, args, kwargs, _known)  # type: ignore[attr-defined]
+    elif out.dtype == torch.bool:
+        truth = _computed(func, args, kwargs, _one)
+        with _disable_current_modes():
+            out.fits_truth = truth is not None and bool(truth.all())  # type: ignore[attr-defined]
+
+
+def _computed(func: OpOverload, args: tuple, kwargs: dict[str, object], value) -> Tensor | None:
+    """What an operator returns for other values of its tensors; None if it fails on them."""
+    with _disable_current_modes():
+        try:
+            given = tree_map(lambda x: value(x) if isinstance(x, Tensor) else x, (args, kwargs))
+            if "device" in kwargs:
+                given[1]["device"] = torch.device("cpu")
+            out = func(*given[0], **given[1])
+        except (RuntimeError, IndexError, TypeError, ValueError):
+            return None
+    return out if isinstance(out, Tensor) else None
+
+
+def _one(tensor: Tensor) -> Tensor:
+    """A tensor of one element, the stand-in."""
+    return torch.full((1,) * tensor.dim(), _stand_in(tensor), dtype=tensor.dtype)

@@ -1,0 +1,127 @@
+"""`ds-cmli-memory fits`: programs run unchanged on tensors without data, and their memory is told."""
+
+import json
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ds_cmli.common import cli
+from ds_cmli.common.errors import UserError
+from ds_cmli.fits import guard
+from ds_cmli.fits.command import command
+from ds_cmli.fits.report import rooms
+from tests.conftest import ROOT, clean_environment
+
+LOOP = str(Path(__file__).parent / "loop.py")
+MAIN = "import sys; sys.argv[0] = 'fits'; from ds_cmli.memory.command import main; main()"
+
+
+def fits(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
+    """Run the command in a process of its own, in which torch has not been imported."""
+    env = clean_environment() | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", MAIN, "fits", *arguments]
+    return subprocess.run(command, env=env, cwd=cwd, capture_output=True, text=True, timeout=300)
+
+
+def script(folder: Path, text: str) -> str:
+    path = folder / "program.py"
+    path.write_text(text)
+    return str(path)
+
+
+def test_a_linear_layer_by_hand(tmp_path):
+    """[1024, 1024] fp32 is 4 MiB: the weight, its gradient and SGD's momentum."""
+    program = script(
+        tmp_path,
+        "import torch\n"
+        "layer = torch.nn.Linear(1024, 1024, bias=False).cuda()\n"
+        "optimizer = torch.optim.SGD(layer.parameters(), 1e-3, momentum=0.9, foreach=False)\n"
+        "for step in range(9):\n"
+        "    layer(torch.randn(1024, 1024, device='cuda')).backward(torch.ones(1024, 1024, device='cuda'))\n"
+        "    optimizer.step()\n"
+        "    optimizer.zero_grad(set_to_none=False)\n",
+    )
+    asked = ("--gpu", "A100 80GB", "--json", "out.json", "--snapshot", "out.pickle")
+    done = fits(*asked, "--", program, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    answer = json.loads((tmp_path / "out.json").read_text())
+    size = 4 << 20
+    sizes = answer["categories"]
+    assert sizes["parameters"] == sizes["gradients"] == sizes["optimizer states"] == size
+    # In the second backward pass: its gradient beside that of the first, cuBLAS' two workspaces of 8,519,680 B, and the
+    # input, the output and the output's gradient.
+    assert answer["phase"] == "backward" and sizes["data"] == sizes["other"] == 0
+    assert sizes["activations"] == 3 * size and sizes["temporaries"] == size + 2 * 8_519_680
+    assert answer["totals"]["requested"] == sum(sizes.values())
+    assert done.stdout.startswith("2 steps of program.py fit on A100 80GB (84.98 GB): they take ")
+    assert done.stdout.splitlines()[0].endswith("0.02 GB of temporaries, by cuBLAS")
+    assert "program.py:5" in done.stdout
+    assert pickle.loads((tmp_path / "out.pickle").read_bytes())["segments"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.json", "out.pickle", "program.py"]
+
+
+@pytest.mark.parametrize("switches", [("fp16", "values"), ("bf16", "fused", "checkpoint")], ids=str)
+def test_a_loop_runs_as_it_is(switches, tmp_path):
+    done = fits("--limit", "1.2GB", "--", LOOP, *switches, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert ("loss 2.00" in done.stdout) == ("values" in switches)
+    assert ("as large as they can be" in done.stdout) == ("values" in switches)
+    assert "steps of loop.py fit on 1.20 GB" in done.stdout
+    assert "do not fit on 0.40 GB" in fits("--limit", "400MB", "--", LOOP, *switches, cwd=tmp_path).stdout
+
+
+def test_a_mistake_is_the_programs_own(tmp_path):
+    done = fits("--", LOOP, "fp32", "mistake", cwd=tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.count("File ") == 2 and done.stderr.endswith("KeyError: 'mine'\n")
+    text = "import sys; assert __name__ == '__main__'; print(sys.argv[1:]); sys.exit('ended')"
+    done = fits("--", script(tmp_path, text), "--gpu", "x", cwd=tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (1, "['--gpu', 'x']\n", "ended\n")
+
+
+@pytest.mark.parametrize(
+    "text, reason",
+    [
+        ("print('none')", "before an optimizer"),
+        ("import torch.distributed as d\ntry: d.init_process_group('nccl')\nexcept Exception: 0", "process group"),
+    ],
+)
+def test_what_is_not_followed_is_said_in_one_line(text, reason, tmp_path):
+    done = fits("--", script(tmp_path, text), cwd=tmp_path)
+    assert done.returncode == 2
+    assert reason in done.stderr and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "arguments, line",
+    [
+        ([], "no program is given"),
+        (["--gpu", "T4", "--", "-m"], "no program is given"),
+        (["--", "absent.py"], "the script 'absent.py' is not there"),
+        (["--gpu", "T4", "--limit", "2GB", "--", LOOP], "--gpu is 'T4' and --limit '2GB': give one"),
+        (["--json", "absent/x", "--", LOOP], "cannot write 'absent/x'"),
+    ],
+)
+def test_refusals(arguments, line, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["fits", *arguments])
+    assert cli.exit_code(command) == 2
+    error = capsys.readouterr().err
+    assert line in error and error.count("\n") == 1
+
+
+def test_unknown_devices():
+    for gpu, limit in (("A1", None), (None, "24 apples")):
+        with pytest.raises(UserError, match=r"give one of|give a size"):
+            rooms(gpu, limit)
+    assert rooms(None, "24GB")[0].bytes == 24 * 10**9 and len(rooms(None, None)) > 5
+
+
+def test_without_a_compiler(monkeypatch, tmp_path):
+    monkeypatch.setenv("DS_CMLI_CACHE", str(tmp_path))
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(UserError, match="finds no compiler"):
+        guard.library()
+    assert not list(tmp_path.rglob("*.so"))
