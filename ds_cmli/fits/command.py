@@ -64,7 +64,7 @@ def command(
     if ran.code:
         return ran.code
     answered = report.Report.of(recorder, rooms)
-    print(answered.sentence(Path(program[-1 if program[0] == "-m" else 0]).name))
+    print(answered.sentence(program[1] if program[0] == "-m" else Path(program[0]).name))
     answered.show()
     for line in report.told(values, ran, recorder):
         print(line)

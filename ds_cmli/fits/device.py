@@ -138,6 +138,7 @@ def functions(gpu: Gpu, live: Callable[[], int], empty_cache: Callable) -> dict[
         "get_device_capability": _always(gpu.capability),
         "get_device_name": _always(f"NVIDIA {gpu.name}"),
         "get_arch_list": _always([f"sm_{major}{minor}"]),
+        "memory_summary": _always(""),
         "memory_stats": lambda *_, **__: {
             f"{kind}_bytes.all.{when}": live()
             for kind in ("allocated", "reserved", "active")

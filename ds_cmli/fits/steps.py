@@ -54,6 +54,7 @@ class StepRecorder(Recorder):
         self.lines: list[str] = []  # of the user's code that allocated each block
         self.copied: set[int] = set()  # blocks that are copies from the host
         self.live_bytes = 0
+        self.inexact: set[str] = set()  # what takes other memory on a GPU
         self._unmasked: ExitStack | None = None
 
     @contextmanager
@@ -116,6 +117,10 @@ class StepRecorder(Recorder):
         if self._unmasked is not None and "transformers.masking_utils" in sys.modules:
             self._unmasked.enter_context(patched("transformers: mask", lambda _: _no_tracing))
             self._unmasked = None
+        if isinstance(module, nn.RNNBase):
+            self.inexact.add("cuDNN's kernels of recurrent layers take other memory than counted")
+        if isinstance(module, nn.modules.conv._ConvNd):
+            self.inexact.add("the workspaces that cuDNN takes in convolutions are not counted")
         self.claim("parameters", [*module._parameters.values(), *module._buffers.values()])
 
     def _before_step(self, optimizer: Optimizer, *_: object) -> None:

@@ -57,6 +57,10 @@ class Values(TorchDispatchMode):
             return self._places(args[0])
         if func in INDEXING:
             args = (args[0], [*self._indices(args[1])], *args[2:])
+        if torch.Tag.dynamic_output_shape in func.tags and _all_known(leaves):
+            values = _computed(func, args, kwargs, _known)
+            if values is not None:
+                return tree_map(lambda value: _on_device(value, args[0].device), values)
         out = func(*args, **kwargs)
         if func is aten._to_copy.default:
             return self._copied(args[0], out)
@@ -105,9 +109,7 @@ class Values(TorchDispatchMode):
             return torch.zeros(shape, dtype=torch.int64, device=tensor.device)
         with _disable_current_modes():
             places = known.nonzero()
-        out = torch.zeros(places.shape, dtype=torch.int64, device=tensor.device)
-        out.fits_values = places  # type: ignore[attr-defined]
-        return out
+        return _on_device(places, tensor.device)
 
     def _indices(self, indices: list[Tensor | None]):
         """Indices by number in place of masks."""
@@ -136,6 +138,18 @@ def _known(tensor: Tensor) -> Tensor | None:
     return getattr(tensor, "fits_values", None)
 
 
+def _all_known(leaves: list[object]) -> bool:
+    tensors = [x for x in leaves if isinstance(x, Tensor)]
+    return bool(tensors) and all(t.numel() <= SMALL and _known(t) is not None for t in tensors)
+
+
+def _on_device(values: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the device that remembers these values."""
+    out = torch.zeros(values.shape, dtype=values.dtype, device=device)
+    out.fits_values = values  # type: ignore[attr-defined]
+    return out
+
+
 def _stand_in(tensor: Tensor) -> float | int | bool:
     if tensor.dtype == torch.bool:
         return getattr(tensor, "fits_truth", False)
@@ -146,12 +160,11 @@ def _remember(
     func: OpOverload, args: tuple, kwargs: dict[str, object], leaves: list[object], out: object
 ) -> None:
     """Compute the result's values if all operands are known, and else a result's likely truth."""
-    tensors = [x for x in leaves if isinstance(x, Tensor)]
-    known = all(t.numel() <= SMALL and _known(t) is not None for t in tensors) and bool(tensors)
+    known = _all_known(leaves)
     if func._schema.is_mutable and not known:
-        for tensor in tensors:
-            if getattr(tensor, "fits_values", None) is not None:
-                del tensor.fits_values  # type: ignore[attr-defined]
+        for leaf in leaves:
+            if getattr(leaf, "fits_values", None) is not None:
+                del leaf.fits_values  # type: ignore[attr-defined]
         return
     if not isinstance(out, FakeTensor) or torch.Tag.nondeterministic_seeded in func.tags:
         return
@@ -160,10 +173,10 @@ def _remember(
     elif out.dtype == torch.bool:
         truth = _computed(func, args, kwargs, _one)
         with _disable_current_modes():
-            out.fits_truth = truth is not None and bool(truth.all())  # type: ignore[attr-defined]
+            out.fits_truth = isinstance(truth, Tensor) and bool(truth.all())  # type: ignore[attr-defined]
 
 
-def _computed(func: OpOverload, args: tuple, kwargs: dict[str, object], value) -> Tensor | None:
+def _computed(func: OpOverload, args: tuple, kwargs: dict[str, object], value) -> object:
     """What an operator returns for other values of its tensors; None if it fails on them."""
     with _disable_current_modes():
         try:
@@ -173,7 +186,7 @@ def _computed(func: OpOverload, args: tuple, kwargs: dict[str, object], value) -
             out = func(*given[0], **given[1])
         except (RuntimeError, IndexError, TypeError, ValueError):
             return None
-    return out if isinstance(out, Tensor) else None
+    return out
 
 
 def _one(tensor: Tensor) -> Tensor:

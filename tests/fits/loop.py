@@ -46,6 +46,7 @@ def read_values(loss: torch.Tensor, tokens: torch.Tensor) -> None:
     assert torch.isfinite(loss) and not torch.isnan(loss).any() and loss.item() == loss.detach().cpu().numpy() == 2
     places = torch.arange(T).to(tokens.device)
     assert places.max().item() == T - 1 and len(places[places > 99]) == T - 100
+    assert len(places.masked_select(places > 99)) == T - 100 and len(torch.bincount(places)) == T
     assert len(tokens[tokens < 0].tolist()) == tokens.numel()  # unknown, so all may be
     print(f"loss {loss:.2f}", loss)
 
