@@ -62,7 +62,7 @@ class Report:
         if len(self.rooms) > 1:
             zipped = zip(self.rooms, self.answers, strict=True)
             fitting = [room.gpu for room, each in zipped if each.fits]
-            where = f"and fits on {', '.join(fitting)}" if fitting else "and fits on no listed GPU"
+            where = f"and fit on {', '.join(fitting) or 'no listed GPU'}"
             return f"{steps} of {program} need {_gb(needed)} {where}; {largest}"
         if first.fits:
             left = f"{_gb(max(total - needed, 0))} are free"

@@ -73,6 +73,22 @@ def test_a_loop_runs_as_it_is(switches, tmp_path):
     assert "do not fit on 0.40 GB" in fits("--limit", "400MB", "--", LOOP, *switches, cwd=tmp_path).stdout
 
 
+def test_all_gpus_are_compared(tmp_path):
+    """The weight, momentum and two gradients take 4 GB each: more than a T4 has, and an A10G has enough."""
+    script(
+        tmp_path,
+        "import torch\n"
+        "layers = torch.nn.Linear(50_000, 20_000, bias=False, device='cuda')\n"
+        "optimizer = torch.optim.SGD(layers.parameters(), 1e-3, momentum=0.9, foreach=False)\n"
+        "for step in range(2):\n"
+        "    layers(torch.randn(1, 50_000, device='cuda')).mean().backward()\n"
+        "    optimizer.step()\n",
+    )
+    first = fits("--", "-m", "program", cwd=tmp_path).stdout.splitlines()[0]
+    assert first.startswith("2 steps of program need ") and " and fit on " in first
+    assert "A10G 24GB" in first and "T4" not in first
+
+
 def test_a_mistake_is_the_programs_own(tmp_path):
     done = fits("--", LOOP, "fp32", "mistake", cwd=tmp_path)
     assert done.returncode == 1
