@@ -88,7 +88,7 @@ class Kernels:
             flops += 2 * I * blocks * tiles.rows * steps * width * D
             l2 += 2 * D * (programs * tiles.rows + I * blocks * steps * width)
         indices = I * J * (N + M)  # those of pairs that are not kept are written too, as 0
-        dram = 2 * D * (I * N + J * M) + indices + 8 * I * J
+        dram = float(2 * D * (I * N + J * M) + indices + 8 * I * J)
         if blocks > 1:
             partial = kept * I * J * blocks * (4 + 5 * M)  # written, and read by `combine_kernel`
             dram, l2 = dram + 2 * partial, l2 + 2 * partial

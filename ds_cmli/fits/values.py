@@ -173,7 +173,8 @@ def _remember(
     elif out.dtype == torch.bool:
         truth = _computed(func, args, kwargs, _one)
         with _disable_current_modes():
-            out.fits_truth = isinstance(truth, Tensor) and bool(truth.all())  # type: ignore[attr-defined]
+            known = isinstance(truth, Tensor) and bool(truth.all())
+            out.fits_truth = known  # type: ignore[attr-defined]
 
 
 def _computed(func: OpOverload, args: tuple, kwargs: dict[str, object], value) -> object:

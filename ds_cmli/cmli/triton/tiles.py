@@ -275,10 +275,9 @@ def walk(tiles: TileList, group: int, kept: Tensor | None) -> Walk:
     groups = math.ceil(J / group)
     code = tiles.code.new_empty(len(kept), tiles.bound + 1)
     first = tiles.first.new_empty(len(kept), groups + 1)
-    kept_tiles_kernel[(len(kept),)](
-        code, first, kept, tiles.code, tiles.first, kept.stride(0), J, tiles.slots, group,
-        tiles.bound, WIDTH=BLOCK,
-    )  # fmt: skip
+    sizes = (kept.stride(0), J, tiles.slots, group, tiles.bound)
+    arguments = (code, first, kept, tiles.code, tiles.first, *sizes)
+    kept_tiles_kernel[(len(kept),)](*arguments, WIDTH=BLOCK)
     return Walk(code, first, tiles.slots, tiles.bound + 1, groups + 1, 1, groups)
 
 
