@@ -50,7 +50,7 @@ class Options:
                help=__doc__.split("\n\n")[1])  # fmt: skip
 @click.argument("plan", type=click.Path(path_type=Path))
 @option("Runs", "--out", type=click.Path(path_type=Path), metavar="DIR",
-        help="Holds a folder for each run.  [runs/ablate-<plan>]")  # fmt: skip
+        help="Holds a folder for each run.  [runs/ablate-<plan>, or ...-tuning]")  # fmt: skip
 @option("Runs", "--csv", type=click.Path(path_type=Path), metavar="FILE",
         help="The runs, a line each.  [beside the plan]")  # fmt: skip
 @option(
@@ -79,9 +79,13 @@ def ablate(path: Path, options: Options) -> int:
     from profiling.ablation.plan import load
 
     plan = load(path, options.tuning)
+    if any(name.startswith("style/") for name in plan.measured) and find_spec("resvg_py") is None:
+        raise UserError("the endpoint style/mean_recall needs resvg-py: pip install -e '.[ablate]'")
+    if options.power is not None and not plan.contrasts:
+        raise UserError(f"--power is {options.power}: the plan has no contrasts, leave it out")
     from profiling.ablation import records
 
-    out = options.out or Path("runs") / f"ablate-{path.stem}"
+    out = options.out or Path("runs") / f"ablate-{path.stem}{'-tuning' * options.tuning}"
     file = options.csv or path.with_suffix(".csv")
     runs = plan.runs()
     missing = records.missing(plan, runs, records.merge(file, out))

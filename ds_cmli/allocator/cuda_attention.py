@@ -22,11 +22,13 @@ def chosen(query: Tensor, masked: bool, limits: Limits) -> str:
     has bfloat16 from sm_80 on.
 
     Args:
-        query: [..., features].
+        query: [B, H, S, D], or with another number of dimensions, which only the math kernel takes.
     """
     ampere = limits.capability >= (8, 0)
     if ampere and query.dtype in HALF and not masked and query.shape[-1] <= 256:
         return FLASH
+    if query.dtype == torch.float64 or query.dim() != 4:
+        return MATH
     if query.dtype == torch.bfloat16 and not ampere:
         return MATH
     return EFFICIENT

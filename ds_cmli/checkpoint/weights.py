@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ds_cmli.common import tensor_file
+from ds_cmli.common.cli import say
 from ds_cmli.common.errors import UserError
 from ds_cmli.config.registry import over_pairs
 from ds_cmli.config.schema import Config
@@ -121,9 +122,11 @@ def load_banks(checkpoint: Path, objective: Objective) -> None:
     path = checkpoint / BANKS
     saved = torch.load(path, "cpu", weights_only=True) if path.is_file() else {}
     for name, bank in objective.banks().items():
-        if name in saved and saved[name]["features"].shape == bank.features.shape:
-            for key, buffer in bank.named_buffers():
-                buffer.copy_(saved[name][key])
+        if name not in saved or saved[name]["features"].shape != bank.features.shape:
+            say(f"loss.bank: the bank of {name} starts empty, the checkpoint has none of its size")
+            continue
+        for key, buffer in bank.named_buffers():
+            buffer.copy_(saved[name][key])
 
 
 class Vocabulary(Protocol):

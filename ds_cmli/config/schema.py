@@ -143,7 +143,7 @@ class LossConfig:
     )
     # The optimizer step, from 1, at which a loss begins to count; before, it is computed all the
     # same, with weight 0.
-    start: dict[Loss, Number] = Field(default_factory=dict)
+    start: dict[Loss, Annotated[int, Field(ge=2, le=MOST)]] = Field(default_factory=dict)
     # Over H: "mean", or "sum" as (7) and (9) are written.
     mse_reduction: Literal["mean", "sum"] = "mean"
     # Whose patches Target-CMLI matches the tokens with; the document takes the teacher's.
@@ -189,6 +189,8 @@ class LossConfig:
             cut = self.cmli_cut and compares_tokens([name])
             need = f"loss.cmli_cut needs the weight of {name} from the first step on: leave out one"
             check(not cut, "loss.start", self.start, need)
+        some = any(self.weights_at(1).values())
+        check(some, "loss.start", self.start, "no loss counts in the first step: leave out one")
 
     def weights_at(self, step: int) -> dict[str, float]:
         """The weights in an optimizer step, counted from 1."""

@@ -3,6 +3,7 @@
 import ctypes
 import hashlib
 import os
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -50,19 +51,21 @@ def library() -> Path:
 
 
 def _compile(torch: Path, built: Path) -> None:
-    compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
-    if not compiler or not shutil.which(compiler):
+    named = os.environ.get("CXX") or shutil.which("c++") or "g++"
+    compiler = shlex.split(named)  # such as "ccache g++"
+    if not shutil.which(compiler[0]):
         raise UserError(
-            "fits compiles 40 lines of C++ once, and finds no compiler: install g++, or set CXX"
+            f"fits compiles 40 lines of C++ once, and finds no compiler {named!r}: install g++, or "
+            "set CXX"
         )
     include = torch / "include"
     with tempfile.TemporaryDirectory(dir=built.parent) as folder:
         out = Path(folder) / built.name
-        command = [compiler, "-shared", "-fPIC", "-std=c++20", str(SOURCE), "-o", str(out)]
+        command = [*compiler, "-shared", "-fPIC", "-std=c++20", str(SOURCE), "-o", str(out)]
         command += [f"-I{include}", f"-I{include / 'torch' / 'csrc' / 'api' / 'include'}"]
         command += [f"-L{torch / 'lib'}", "-lc10", "-ltorch_cpu", f"-Wl,-rpath,{torch / 'lib'}"]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             errors = [line for line in done.stderr.splitlines() if "error" in line]
-            raise UserError(f"{compiler} cannot compile {SOURCE}: {(errors or ['?'])[0]}")
+            raise UserError(f"{named} cannot compile {SOURCE}: {(errors or ['?'])[0]}")
         out.replace(built)

@@ -1,5 +1,6 @@
 """Records a program's allocations by phase and category until its optimizer steps are done."""
 
+import gc
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -38,6 +39,10 @@ CATEGORIES = (
 
 class StepsDone(BaseException):
     """Ends the program. Like SystemExit it is no `Exception`, which programs catch."""
+
+
+def _first_parameter(optimizer: Optimizer) -> int:
+    return id(optimizer.param_groups[0]["params"][0])
 
 
 class StepRecorder(Recorder):
@@ -136,9 +141,20 @@ class StepRecorder(Recorder):
         self._claim_parameters(optimizer)  # a closure has made the gradients after the step began
         self.claim("optimizer states", tree_leaves(list(optimizer.state.values())))
         self.outer, self.in_step = "forward", False
-        self.done[id(optimizer)] += 1
+        self.done[_first_parameter(optimizer)] += 1
         if min(self.done.values()) >= self.steps:
+            self._tell_of_others()
             raise StepsDone
+
+    def _tell_of_others(self) -> None:
+        """Note optimizers that have not done a step, whose states are missing."""
+        for each in gc.get_objects():
+            # A wrapper of an optimizer has its parameters.
+            if isinstance(each, Optimizer) and _first_parameter(each) not in self.done:
+                self.inexact.add(
+                    "an optimizer has done no step yet, and what its step takes is not counted: "
+                    "give more --steps"
+                )
 
     def _category(self, number: int, block: Allocation) -> str:
         if block.category is not None:

@@ -105,9 +105,13 @@ class Endpoints:
         start = (size - side) // 2
         images[:, :, start : start + side, start : start + side] = cells
         with torch.no_grad():
-            parts = [image_embeddings(self.student, part)[0] for part in images.split(BATCH)]
+            parts = [self._class_tokens(part) for part in images.split(BATCH)]
         classes = torch.tensor([self.pictures.categories[concept] for concept in concepts])
         return probe_accuracy(torch.cat(parts).double(), classes, len(train))
+
+    def _class_tokens(self, images: Tensor) -> Tensor:
+        """uint8 [B, 3, S, S] -> [B, H] on the CPU."""
+        return image_embeddings(self.student, images.to(self.model.device))[0].cpu()
 
     @property
     def student(self):

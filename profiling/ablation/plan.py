@@ -1,5 +1,6 @@
 """The plan of an ablation, a TOML file: which runs there are, and what is compared."""
 
+import hashlib
 import json
 import re
 import sys
@@ -87,8 +88,11 @@ class Run:
     def described(self) -> str:
         """The settings as one line, by which a run is known to be the plan's."""
         shown = [f"{name}={json.dumps(value)}" for name, value in sorted(self.settings.items())]
-        json_file = [Path(self.deepspeed_config).name] if self.deepspeed_config else []
-        return " ".join([self.preset, *shown, *json_file])
+        if self.deepspeed_config:
+            json_file = Path(self.deepspeed_config)
+            digest = hashlib.sha256(json_file.read_bytes()).hexdigest()[:8]
+            shown.append(f"{json_file.name}:{digest}")
+        return " ".join([self.preset, *shown])
 
     def arguments(self, folder: Path) -> list[str]:
         """The options of train.py."""
@@ -198,7 +202,10 @@ def _grid(name: str, given: dict[str, Any], file: PlanFile) -> dict[str, list[An
     check(lists, f"arms.{name}.grid", own, 'write lists, as grid = { "optim.lr" = [1e-4, 2e-4] }')
     grid = {**file.grid, **own}
     for setting, values in grid.items():
-        check("." in setting, "grid", setting, 'write "SECTION.SETTING" = [VALUE, ...]')
+        section, dot, key = setting.partition(".")
+        check(bool(dot), "grid", setting, 'write "SECTION.SETTING" = [VALUE, ...]')
+        of_the_plan = section == "run" and key in OF_THE_PLAN
+        check(not of_the_plan, "grid", setting, "leave it out: the plan or the command gives it")
         check(bool(values), f"grid {setting}", values, "give some values")
     return grid
 

@@ -88,7 +88,9 @@ def by_scene(
     for arm in (contrast.arm, contrast.against):
         arms.append([hits(found, arm, seed, endpoint) for seed in seeds])
     one, other = arms
-    if not seeds or not all((*one, *other)) or not endpoint.endswith("mean_recall"):
+    of_recall = endpoint.endswith("mean_recall") and bool(seeds)
+    # Those of a run from before the number of scenes was changed cannot be paired.
+    if not of_recall or len({len(hits) for hits in (*one, *other)}) != 1 or not one[0]:
         return None
     return (np.asarray(one, dtype=np.float64) - np.asarray(other, dtype=np.float64)) / RECALLS
 

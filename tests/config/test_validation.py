@@ -94,7 +94,10 @@ def test_lines_say_what_is_accepted():
         "loss.start is {'target_text': 3}: the losses are cmli, without target_text: leave it out"
     )
     assert line(loss={"start": {"clmi": 3}}) == "loss.start is 'clmi': did you mean 'cmli'?"
-    assert line(loss={"start": {"cmli": -1}}).startswith("loss.start.cmli is -1: give at least 0")
+    assert line(loss={"start": {"cmli": 1}}).startswith("loss.start.cmli is 1: give at least 2")
+    assert line(loss={"weights": {"cmli": 1.0}, "start": {"cmli": 3}}) == (
+        "loss.start is {'cmli': 3}: no loss counts in the first step: leave out one"
+    )
     assert line(loss={"start": {"cmli": 3}, "cmli_cut": 0.1}) == (
         "loss.start is {'cmli': 3}: loss.cmli_cut needs the weight of cmli from the first step on: leave out one"
     )

@@ -72,7 +72,7 @@ def test_the_json_of_an_arm_lies_beside_the_plan(written, tmp_path):
     (tmp_path / "halves.json").write_text("{}")
     run = load(file).runs()[2]
     assert run.arguments(tmp_path)[-2:] == ["--deepspeed_config", str(tmp_path / "halves.json")]
-    assert run.described().endswith(" halves.json") and "halves" not in load(file).runs()[0].described()
+    assert run.described().endswith(" halves.json:44136fa3") and "halves" not in load(file).runs()[0].described()
 
 
 def test_what_the_endpoints_of_scenes_need(written):
@@ -98,6 +98,7 @@ def test_what_the_endpoints_of_scenes_need(written):
         ("tuning_seeds = [10]", "tuning_seeds = [1]", "[1] are seeds of arm exact too"),
         ("[arms.cut]", '[arms.cut]\ngrid = { "optim.lr" = 3 }', "arms.cut.grid is {'optim.lr': 3}: write lists"),
         ("[arms.cut]", "[arms.cut]\ngrid = { lr = [3] }", "grid is 'lr': write"),
+        ("[arms.cut]", '[arms.cut]\ngrid = { "run.seed" = [3] }', "grid is 'run.seed': leave it out"),
         ("[arms.cut]", '[arms.cut]\ngrid = { "optim.lr" = [-1.0] }', "arm cut.0: optim.lr is -1.0"),
         ('against = "exact"', 'against = "exakt"', "contrasts[0].against is 'exakt': did you mean 'exact'?"),
         ('against = "exact"', 'against = "cut"', "contrasts[0].against is 'cut': name another arm"),
