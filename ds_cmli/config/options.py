@@ -51,7 +51,7 @@ WHAT = (
     _what(
         "--preset",
         "run.preset",
-        f"One of: {', '.join(PRESETS)}.",
+        f"{', '.join(PRESETS)}.",
         default="demo",
         show_default=True,
     ),

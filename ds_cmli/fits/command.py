@@ -62,7 +62,6 @@ def command(
     recorder, values = StepRecorder(card.limits, steps), Values()
     ran = running.run(program, recorder, values, card)
     if ran.code:
-        click.echo(f"the program ended with exit code {ran.code}, and is not judged", err=True)
         return ran.code
     answered = report.Report.of(recorder, rooms)
     print(answered.sentence(program[1] if program[0] == "-m" else Path(program[0]).name))
