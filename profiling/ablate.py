@@ -60,11 +60,11 @@ class Options:
     help="The tuning seeds in place of the others, each arm at all points of its grid.",
 )
 @option("Runs", "--report", is_flag=True, help="Train nothing.")
-@option("Output", "--power", type=click.FloatRange(0, 1, min_open=True), metavar="DIFFERENCE",
-        help="How many seeds would show such a difference, by the spread of those there.")  # fmt: skip
 @option("Runs", "--task", default=0, show_default=True, metavar="I",
         help="Train every N-th missing run from the I-th on, of 0 to N-1: a task of an array.")  # fmt: skip
 @option("Runs", "--tasks", default=1, show_default=True, metavar="N", help="Tasks of the array.")
+@option("Output", "--power", type=click.FloatRange(0, 1, min_open=True), metavar="DIFFERENCE",
+        help="How many seeds would show such a difference, by the spread of those there.")  # fmt: skip
 @option("Output", "--markdown", metavar="FILE", help="The table.")
 @option("Output", "--plot", metavar="FILE", help="The differences as a picture.")
 @option("Output", "--curve", nargs=2, metavar="COLUMN FILE",

@@ -83,8 +83,7 @@ class Pictures:
             self.categories.append(groups.setdefault(entry["category_slug"], len(groups)))
             side = self.training if _share(character) >= HELD_OUT_SHARE else self.held_out
             side.append(number)
-            shrunk = drawing.resize((self.cell, self.cell), Image.Resampling.BICUBIC)
-            images.append(np.asarray(shrunk).transpose(2, 0, 1))
+            images.append(shrunk(drawing, self.cell))
         self.images = np.stack(images)
 
 
@@ -238,10 +237,20 @@ def _concepts(folder: Path) -> list[tuple[dict[str, str], Image.Image]]:
                 continue
             content = io.BytesIO(archive.read(_member(character, members)))
             picture = Image.open(content, formats=("PNG",)).convert("RGBA")
-            white = Image.new("RGBA", picture.size, "white")
-            drawing = Image.alpha_composite(white, picture).convert("RGB")
+            drawing = on_white(picture)
             concepts[drawing.tobytes()] = (entry, drawing)
     return list(concepts.values())
+
+
+def on_white(picture: Image.Image) -> Image.Image:
+    """An RGBA picture in RGB."""
+    white = Image.new("RGBA", picture.size, "white")
+    return Image.alpha_composite(white, picture).convert("RGB")
+
+
+def shrunk(drawing: Image.Image, side: int) -> np.ndarray:
+    """An RGB drawing as it stands in a scene: uint8 [3, side, side]."""
+    return np.asarray(drawing.resize((side, side), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
 
 
 def _share(character: str) -> float:

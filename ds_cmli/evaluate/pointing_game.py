@@ -42,6 +42,12 @@ SUFFIXES = (".jpg", ".jpeg", ".png")
 Box = tuple[float, float, float, float]  # left, top, right, bottom, in pixels
 
 
+def pictures_of_patches(cells: Tensor, grid: tuple[int, int]) -> Tensor:
+    """The picture in which each patch of scenes lies, -1 for none: int64 [B, 2, 2] -> [B, N]."""
+    shown = F.interpolate(cells[:, None].float(), size=grid, mode="nearest")
+    return shown.flatten(1).long()
+
+
 def scene_hits(
     patches: Tensor, tokens: Tensor, token_picture: Tensor, cells: Tensor, grid: tuple[int, int]
 ) -> Tensor:
@@ -58,8 +64,7 @@ def scene_hits(
         with a picture.
     """
     match = match_patches(tokens[None], patches[None])[0]  # [M]
-    pictures = F.interpolate(cells[None, None].float(), size=grid, mode="nearest").long()
-    found = pictures.flatten()[match]  # [M]
+    found = pictures_of_patches(cells[None], grid)[0][match]  # [M]
     counted = token_picture >= 0
     return torch.stack([((found == token_picture) & counted).sum(), counted.sum()]).double()
 

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from ds_cmli.allocator import gpus
 from ds_cmli.allocator.allocator import replay
 from ds_cmli.allocator.blocks import Event, OutOfMemory
+from ds_cmli.fits.products import MATRICES
 from ds_cmli.fits.steps import CATEGORIES
 
-PRODUCTS = {f"aten.{name}.default" for name in ("mm", "addmm", "bmm", "baddbmm")}
+PRODUCTS = frozenset(map(str, MATRICES))
 
 
 def with_cublas(events: list[Event], workspaces: int) -> list[Event]:

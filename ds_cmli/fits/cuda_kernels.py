@@ -27,15 +27,7 @@ class CudaOperators:
             yield
 
     def _attention(
-        self,
-        query,
-        key,
-        value,
-        attn_mask=None,
-        dropout_p=0.0,
-        is_causal=False,
-        scale=None,
-        **gqa,
+        self, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, **gqa
     ):
         """The kernel that `_fused_sdp_choice` chooses on the GPU."""
         kernel = cuda_attention.chosen(query, attn_mask is not None, self.gpu)

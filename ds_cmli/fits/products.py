@@ -12,12 +12,7 @@ from ds_cmli.allocator.inside import NOTHING, Inside
 
 aten = torch.ops.aten
 # The places of the two matrices among the arguments.
-MATRICES = {
-    aten.mm.default: 0,
-    aten.bmm.default: 0,
-    aten.addmm.default: 1,
-    aten.baddbmm.default: 1,
-}
+MATRICES = {aten.mm.default: 0, aten.bmm.default: 0, aten.addmm.default: 1, aten.baddbmm.default: 1}
 
 
 def operand_copies(func: OpOverload, args: tuple) -> Inside:

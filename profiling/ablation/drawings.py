@@ -18,9 +18,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from ds_cmli.common.cache import cache_folder, locked
 from ds_cmli.common.errors import UserError
 from ds_cmli.data import assets
-from ds_cmli.data.scenes import Pictures
+from ds_cmli.data.scenes import Pictures, on_white, shrunk
 
 SIDE = 72  # pixels, as Twemoji's
 Svgs = dict[str, str]  # SVG markup by an emoji's code points, "1f469-200d-1f33e"; without fe0f
@@ -90,12 +91,8 @@ def redrawn(pictures: Pictures, name: str) -> Pictures:
         UserError: the set cannot be fetched, or resvg-py is missing.
     """
     drawn, there = _rendered(pictures.characters, name)
-    images = []
-    for drawing in drawn:
-        small = Image.fromarray(drawing).resize((pictures.cell,) * 2, Image.Resampling.BICUBIC)
-        images.append(np.asarray(small).transpose(2, 0, 1))
     out = copy(pictures)
-    out.images = np.stack(images)
+    out.images = np.stack([shrunk(Image.fromarray(drawing), pictures.cell) for drawing in drawn])
     out.training = [concept for concept in pictures.training if there[concept]]
     out.held_out = [concept for concept in pictures.held_out if there[concept]]
     return out
@@ -103,11 +100,11 @@ def redrawn(pictures: Pictures, name: str) -> Pictures:
 
 def _rendered(characters: Sequence[str], name: str) -> tuple[np.ndarray, np.ndarray]:
     """The drawings, uint8 [n, SIDE, SIDE, 3] on white, and whether there is one, bool [n]."""
-    drawings, root = SETS[name], assets.cache_folder()
+    drawings, root = SETS[name], cache_folder()
     key = hashlib.sha256(repr((drawings.sha256, list(characters))).encode()).hexdigest()[:16]
     kept = root / f"drawings-{name}-{key}.npz"
     if not kept.is_file():
-        with assets.locked(root, f".{name}.lock", f"the drawings {name}"):
+        with locked(root, f".{name}.lock", f"the drawings {name}"):
             if not kept.is_file():
                 _render(characters, drawings, root, kept)
     with np.load(kept) as arrays:
@@ -137,8 +134,7 @@ def _pixels(svg: str) -> np.ndarray:
         raise UserError(need) from None
     png = resvg_py.svg_to_bytes(svg_string=svg, width=SIDE, height=SIDE, skip_system_fonts=True)
     picture = Image.open(io.BytesIO(bytes(png))).convert("RGBA").resize((SIDE, SIDE))
-    white = Image.new("RGBA", picture.size, "white")
-    return np.asarray(Image.alpha_composite(white, picture).convert("RGB"))
+    return np.asarray(on_white(picture))
 
 
 def _fetched(drawings: Drawings, root: Path) -> Path:

@@ -22,8 +22,10 @@ from ds_cmli.cmli.pair_scores import both_ways
 from ds_cmli.data.scenes import EVAL_SEED, Pictures, Scenes
 from ds_cmli.evaluate.embed import EmbedSettings, Share, embed_share, image_embeddings
 from ds_cmli.evaluate.held_out import HeldOut
+from ds_cmli.evaluate.pointing_game import pictures_of_patches
 from ds_cmli.evaluate.retrieval import RECALLS, kinds
 from ds_cmli.inference import Model
+from ds_cmli.losses.functions import match_patches
 from profiling.ablation import records
 from profiling.ablation.drawings import redrawn
 from profiling.ablation.linked import COLOURS, PERSONS, LinkedScenes
@@ -36,7 +38,6 @@ PAIRS = 150  # of linked scenes
 BATCH = 50
 PROBED = 2  # the probe is fitted to every second training concept
 RIDGE = 0.1  # of the probe, beside features of unit length
-HITS = 2 * len(RECALLS)  # of a scene, at most
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ class Endpoints:
             for k in RECALLS:
                 hits += rank < k
         digits = "".join(map(str, hits.tolist()))
-        return Retrieval(hits.double().mean().item() / HITS, digits)
+        return Retrieval(hits.double().mean().item() / records.HITS, digits)
 
     def linked(self, kind: str) -> tuple[float, float]:
         """How often a picture prefers its own caption, and a caption its own picture."""
@@ -82,9 +83,13 @@ class Endpoints:
         """
         share, scenes = self.unseen, self.scenes("unseen", self.pictures, SCENES)
         found: dict[str, list[bool]] = {}
-        for row, (hits, owners) in enumerate(_hits(share)):
-            words = word_classes(scenes, row)
-            assert len(words) == len(hits)
+        images, texts = share.images, share.texts
+        shown = pictures_of_patches(images.cell_picture, share.grid)  # [n, N]
+        for image, text in share.pair_rows():
+            tokens, words = texts.tokens_of(text), word_classes(scenes, text)
+            owners = texts.token_picture[tokens]
+            match = match_patches(texts.tokens[None, tokens], images.patches[image, None])[0]
+            hits = shown[image][match] == owners
             for word, hit, owner in zip(words, hits.tolist(), owners.tolist(), strict=True):
                 if owner >= 0:
                     found.setdefault(word, []).append(hit)
@@ -141,18 +146,6 @@ class Endpoints:
         both = both_ways(cosines, cmli_scores(images.patches, tokens, mask), self.scales)
         i2t, t2i = both[self.kind]
         return i2t, t2i.t()
-
-
-def _hits(share: Share):
-    """For each scene: whether each token's best patch lies in its picture, and that picture."""
-    images, texts = share.images, share.texts
-    cells = F.interpolate(images.cell_picture[:, None].float(), size=share.grid, mode="nearest")
-    shown = cells.flatten(1).long()  # [n, N]
-    for image, text in share.pair_rows():
-        tokens = texts.tokens_of(text)
-        best = (texts.tokens[tokens].float() @ images.patches[image].float().t()).argmax(1)
-        owner = texts.token_picture[tokens]
-        yield shown[image][best] == owner, owner
 
 
 def own_preferred(scores: Tensor) -> float:
@@ -256,4 +249,4 @@ if __name__ == "__main__":
     register()
     folder = Path(sys.argv[1])
     found = measure(folder, sys.argv[2:] or list(AFTERWARDS))
-    (folder / records.AFTERWARDS).write_text(json.dumps(found, indent=1) + "\n")
+    (folder / records.MEASURED).write_text(json.dumps(found, indent=1) + "\n")

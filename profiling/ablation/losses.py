@@ -5,9 +5,9 @@ Shapes: B pairs, M text positions, N patches.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from ds_cmli.evaluate.pointing_game import pictures_of_patches
 from ds_cmli.losses.base import LossInputs
 from ds_cmli.losses.target_cmli import TargetText
 
@@ -33,8 +33,7 @@ class OracleText(TargetText):
     def _named(inputs: LossInputs) -> Tensor:
         """Whether a patch lies in the picture that a token names: bool [B, M, N]."""
         batch = inputs.batch
-        cells = batch.cell_picture[:, None].float()
-        shown = F.interpolate(cells, size=inputs.student.grid, mode="nearest").flatten(1)  # [B, N]
+        shown = pictures_of_patches(batch.cell_picture, inputs.student.grid)  # [B, N]
         token = batch.token_picture[:, :, None]
         return (token >= 0) & (token == shown[:, None])
 

@@ -19,8 +19,9 @@ from profiling.ablation.runs import seconds_of
 from profiling.scripts import processor
 
 FILE = "ablation.csv"  # in a run's folder
-AFTERWARDS = "endpoints.json"  # there too: what profiling/ablation/endpoints.py has measured
+MEASURED = "endpoints.json"  # there too: what profiling/ablation/endpoints.py has measured
 PEAK = "memory/peak_memory_bytes"  # in a run's TensorBoard
+HITS = 6  # recalls, at 1, 5 and 10 both ways, that a scene's digit counts
 BESIDE = ["revision", "seconds", "peak_memory_bytes", "cpu", "settings"]
 
 Record = dict[str, str]  # a cell by column
@@ -51,7 +52,7 @@ def record(run: Run, folder: Path, endpoints: Sequence[str]) -> None:
 
 def _afterwards(folder: Path) -> dict[str, float | str]:
     """What was measured when the run had ended."""
-    file = folder / AFTERWARDS
+    file = folder / MEASURED
     return json.loads(file.read_text()) if file.is_file() else {}
 
 

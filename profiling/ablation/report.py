@@ -8,7 +8,7 @@ import numpy as np
 from ds_cmli.common.documents import Table
 from ds_cmli.report.runs import mean
 from profiling.ablation.plan import Contrast, Plan
-from profiling.ablation.records import Records, hits, values
+from profiling.ablation.records import HITS, Records, hits, values
 from profiling.ablation.statistics import (
     RESAMPLES,
     Difference,
@@ -18,7 +18,6 @@ from profiling.ablation.statistics import (
 )
 
 ALPHA = 0.05
-RECALLS = 6  # whose hits a scene's digit counts
 NOTES = [
     "mean ± standard error over seeds; differences are paired by seed, over the seeds both have",
     f"95% interval: bootstrap over seeds and scenes ({RESAMPLES:,} resamples) where each scene's "
@@ -92,7 +91,7 @@ def by_scene(
     # Those of a run from before the number of scenes was changed cannot be paired.
     if not of_recall or len({len(hits) for hits in (*one, *other)}) != 1 or not one[0]:
         return None
-    return (np.asarray(one, dtype=np.float64) - np.asarray(other, dtype=np.float64)) / RECALLS
+    return (np.asarray(one, dtype=np.float64) - np.asarray(other, dtype=np.float64)) / HITS
 
 
 def power_table(compared: Sequence[Compared], wanted: float) -> Table:

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 BLOCK = 256  # sequences whose tiles a program lists
+ENDLESS = 2**30  # longer than any sequence
 
 
 class ForwardTiles(NamedTuple):
@@ -158,7 +159,11 @@ class Division(NamedTuple):
     rest: int = 0
     rests: bool = False
     above: int = 0
-    upto: int = 2**30
+    upto: int = ENDLESS
+
+    def most(self, length: int) -> int:
+        """How many tiles a sequence of at most so many positions can have."""
+        return 1 if self.rests else math.ceil(min(length, self.upto) / self.width)
 
 
 @triton.jit
@@ -218,10 +223,7 @@ def tile_list(
     `after` is the sequence that the entry after the last names: 0 is safe to load from,
     `sequences` is no text's.
     """
-    X = side.sequences
-    most = math.ceil(min(side.length, division.upto) / division.width)
-    if division.rests:
-        most = 1
+    X, most = side.sequences, division.most(side.length)
     code = side.ends.new_empty(X * most + 1)
     first = side.ends.new_empty(X + 1)
     sizes = (division.width, division.rest, division.above, division.upto, most)
@@ -233,14 +235,18 @@ def tile_list(
 
 def text_tiles(side: Sequences, widths: tuple[int, ...]) -> list[TileList]:
     """List the tiles of the texts that take each tile width."""
-    lists, below = [], 0
-    for width in widths:
-        division, slots = Division(width, above=below, upto=width), 1
-        if width == widths[-1]:
-            division, slots = Division(width, above=below), math.ceil(side.length / width)
+    lists = []
+    for division in _text_divisions(widths):
+        # The most tiles that one text has number its places.
+        slots = division.most(side.length)
         lists.append(tile_list(side, division, slots, after=side.sequences))
-        below = width
     return lists
+
+
+def _text_divisions(widths: tuple[int, ...]) -> list[Division]:
+    ends = (*widths[:-1], ENDLESS)  # longer texts take several tiles of the last width
+    begins = (0, *widths[:-1])
+    return [Division(w, above=a, upto=b) for w, a, b in zip(widths, begins, ends, strict=True)]
 
 
 @triton.jit(do_not_specialize=["kept_stride", "J", "bound"])
@@ -283,9 +289,7 @@ def walk(tiles: TileList, group: int, kept: Tensor | None) -> Walk:
 
 def tiles_at_most(length: int, widths: tuple[int, ...]) -> list[int]:
     """How many tiles of each width a text of so many positions can have in `text_tiles`."""
-    return [math.ceil(min(length, width) / width) for width in widths[:-1]] + [
-        math.ceil(length / widths[-1])
-    ]
+    return [division.most(length) for division in _text_divisions(widths)]
 
 
 def row_tiles(side: Sequences) -> TileList:

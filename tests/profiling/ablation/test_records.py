@@ -44,7 +44,7 @@ def test_what_was_measured_afterwards_is_in_the_line_with_the_hits_of_scenes(tmp
     (tmp_path / "metrics.jsonl").write_text('{"step": 3, "eval/seen/combined/mean_recall": 0.5}\n')
     (tmp_path / "tensorboard").mkdir()
     measured = {"unseen/mean_recall": 0.25, "unseen/hits": "0060", "probe/accuracy": 0.75}
-    (tmp_path / records.AFTERWARDS).write_text(json.dumps(measured))
+    (tmp_path / records.MEASURED).write_text(json.dumps(measured))
     run = Run("exact", 3, "tiny", {})
     records.record(run, tmp_path, [ENDPOINT, "unseen/mean_recall"])
     found = records.load(tmp_path / records.FILE)
