@@ -168,7 +168,9 @@ def measured(
     click.echo(
         f"{processor()}, {torch.get_num_threads()} threads, {where}, 1/temperature {scale:.1f}"
     )
-    click.echo(f"{'step':8}{'pairs':>7}{'cut':>9}{"time":>10}  {'ratio':>8}{'kept':>9}{'bound':>12}")
+    click.echo(
+        f"{'step':8}{'pairs':>7}{'cut':>9}{'time':>10}  {'ratio':>8}{'kept':>9}{'bound':>12}"
+    )
     rows = []
     for pairs in sizes:
         features = embedded(model, objective, pairs)

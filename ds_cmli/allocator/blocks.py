@@ -40,7 +40,7 @@ class Settings:
     # requests that are less than 20 MiB smaller than the block.
     max_split_size: int | None = None
     roundup_power2_divisions: int = (
-        0  # requests are rounded up to this many steps between two powers of two
+        0  # so many steps between powers of two, to round requests up to
     )
     # If more than this share of the limit is reserved when a new segment is needed, wholly free
     # segments of the large pool that are at least as old as their mean are returned first.

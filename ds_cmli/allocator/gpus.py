@@ -70,9 +70,7 @@ class Gpu:
     multiprocessors: int
     total: Constant  # what the driver reports as the device's memory
     context: Constant  # the CUDA context, with the libraries' kernels that are loaded lazily
-    cublas_workspace: (
-        Constant  # comes from torch's allocator and counts in its allocated and reserved bytes
-    )
+    cublas_workspace: Constant  # from torch's allocator, in its allocated and reserved bytes
     nccl: Constant  # buffers of one communicator, outside torch's allocator
 
     @property

@@ -61,9 +61,7 @@ def both_ways(
 class Match:
     """The match of one text and one picture: each word's best patch, and each patch's best word."""
 
-    similarity: (
-        Tensor  # [M, N] fp32, cosines of the text's tokens, without special ones, and patches
-    )
+    similarity: Tensor  # [M, N] fp32, cosines of tokens, without special ones, and patches
     words: list[str]  # the M tokens as pieces of the text
     spans: list[tuple[int, int]]  # their M places in the text, (start, end) in characters
     grid: tuple[int, int]  # rows and columns of patches, N = rows * columns

@@ -22,9 +22,7 @@ from ds_cmli.cmli.chunked.packed import Chunk, Group, PackedBatch, largest
 # Nanoseconds of a position, a similarity and a token of a pair, measured at D=256 on an AMD EPYC
 # with one thread: where all pairs are computed, and where kept ones alone.
 NANOSECONDS = torch.tensor([[107, 12.5, 0], [230, 9, 600]])
-# All pairs gain more from threads than the many small operators of kept ones: with two, measured,
-# 1.6 times as fast, which makes kept ones 1.27 times as dear beside them.
-THREADS_EXPONENT = 0.35
+THREADS_EXPONENT = 0.35  # many small operators gain less from threads: with two 1.27 times as dear
 ROWS = 2048  # of features that are gathered or summed together, at the most
 ENTRIES = 2**16  # of pairs that are sorted together, at the most; a pair itself takes as 2 more
 PAIR_BYTES = 80  # of each pair where kept ones are looked for
