@@ -38,8 +38,15 @@ get_text_features and get_image_features."""
     show_default=True,
     help="Evaluate what was exported, for the card.",
 )
+@click.option("--push", metavar="NAME", help="Upload DIR to the Hugging Face Hub as NAME.")
 def command(
-    run: str, folder: str, tokenizer: str | None, ema: bool, onnx: bool | None, measure: bool
+    run: str,
+    folder: str,
+    tokenizer: str | None,
+    ema: bool,
+    onnx: bool | None,
+    measure: bool,
+    push: str | None,
 ) -> None:
     """Write the student of RUN into the new folder DIR."""
     target = Path(folder)
@@ -50,9 +57,11 @@ def command(
     with_onnx = towers.onnx_installed() if onnx is None else onnx
     if with_onnx and not towers.onnx_installed():
         raise UserError("--onnx needs onnxscript and onnxruntime: pip install 'ds-cmli[export]'")
-    from ds_cmli.export import card
+    from ds_cmli.export import card, hub
     from ds_cmli.export import folder as exported
 
+    if push is not None:
+        hub.check(push)
     trained = exported.load_run(Path(run), tokenizer, ema)
     parent = target.resolve().parent
     try:
@@ -93,6 +102,8 @@ def command(
     )
     for line in [*lines, *FORMATS.splitlines()]:
         click.echo(line)
+    if push is not None:
+        click.echo(f"pushed to {hub.push(target, push)}")
 
 
 if __name__ == "__main__":
