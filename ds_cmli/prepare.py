@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -34,7 +34,12 @@ class Start:
     resume: str
     with_changes: bool  # --resume-with-changes
     dry_run: bool
+    report: bool  # --resume-report
     profiles: Profiles
+
+    @property
+    def trains_nothing(self) -> bool:
+        return self.dry_run or self.report
 
 
 @dataclass(frozen=True)
@@ -117,9 +122,9 @@ def prepare(
         plan.sampler.load_state_dict(state.sampler)
     profiles = start.profiles.left(plan.total_steps, state.step, say)
     bad = BadSamples(config.data.max_bad_share, len(data.train), data.bad)  # type: ignore[arg-type]
-    if distributed.is_main() and not start.dry_run:
+    if distributed.is_main() and not start.trains_nothing:
         bad.file = BadFile(folder / BAD_FILE, data.bad)
-    followed = Start(resume, with_changes, start.dry_run, profiles)
+    followed = replace(start, resume=resume, profiles=profiles)
     flags = CollectiveFlags()  # collective
     collectives.Host.group = flags.group
     return Prepared(config, plan, data, place, followed, point, state, bad, flags)

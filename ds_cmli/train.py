@@ -45,7 +45,11 @@ def command(preset: str, deepspeed_config: str, settings: tuple[str, ...], **opt
     map_launcher_environment()
     profiles = Profiles(options.pop("profile"), options.pop("profile_memory"))
     start = Start(
-        options.pop("resume"), options.pop("resume_with_changes"), options.pop("dry_run"), profiles
+        options.pop("resume"),
+        options.pop("resume_with_changes"),
+        options.pop("dry_run"),
+        options.pop("resume_report"),
+        profiles,
     )
     config = resolve_config(preset, settings, options)
     asked = DeepSpeedConfig.load(deepspeed_config)
@@ -69,7 +73,7 @@ def train(config: Config, asked: DeepSpeedConfig, start: Start) -> int:
     from ds_cmli.distributed import process_group as distributed
 
     with quiet.without_trackers():
-        from ds_cmli.checkpoint import lock, run_folder
+        from ds_cmli.checkpoint import contents, lock, run_folder
         from ds_cmli.engine import cannot_compile, on_this_device
     from ds_cmli.faults.watchdog import Watchdog, hold_back_nccl
     from ds_cmli.rehearse import rehearse
@@ -89,13 +93,19 @@ def train(config: Config, asked: DeepSpeedConfig, start: Start) -> int:
             device = distributed.connect(store)  # collective
             distributed.raise_together(mistake or cannot_compile(config, device))  # collective
             assert data is not None, "a mistake has been raised"
-            folder = run_folder.make(config, start.resume, start.dry_run)  # collective
+            folder = run_folder.make(config, start.resume, start.trains_nothing)  # collective
+            if start.report and distributed.is_main():
+                say(*contents.held(folder))
             with lock.held(folder):  # collective
                 place = Place(device, folder, watchdog)
                 ready = prepare(config, asked, data, place, start)  # collective
                 if ready is None:
                     return 0
-                return rehearse(ready) if start.dry_run else build_and_train(ready)  # collectives
+                if start.report:
+                    say(contents.going_on(ready.point is None, ready.state, ready.plan))
+                if start.dry_run:
+                    return rehearse(ready)  # collective
+                return 0 if start.report else build_and_train(ready)  # collectives
     finally:
         distributed.shutdown()
 

@@ -169,6 +169,12 @@ START = (
         help="Also where settings differ from the run's.",
     ),
     option(
+        "Checkpoints",
+        "--resume-report",
+        is_flag=True,
+        help="Say what --output-dir holds and how this start would go on, or why not, and stop.",
+    ),
+    option(
         "Profiling",
         "--profile",
         metavar="FIRST:LAST",
