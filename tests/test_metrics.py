@@ -40,6 +40,12 @@ def test_a_slow_step_has_a_speed_and_a_whole_minute_left(tmp_path, capsys, monke
     assert re.search(r"  0\.033\d+ pairs/s  3m00s left", capsys.readouterr().out)
 
 
+def test_where_the_time_goes(tmp_path, capsys):
+    shares = {"time/data": 0.004, "time/forward": 0.301, "time/backward": 0.66, "time/step": 0.035}
+    Writer(tmp_path, 2).log(1, {**VALUES, **shares})
+    assert "  10 pairs/s  forward 30% backward 66% step 4%  " in capsys.readouterr().out
+
+
 def test_a_peak_that_a_step_exceeds_is_measured_again():
     meter, measured = Meter(), []
     meter.measure = lambda: measured.append(4e12) or 4e12
