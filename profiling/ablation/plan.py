@@ -36,6 +36,8 @@ AFTERWARDS = (
     *("one_name/captions", "one_name/pictures", "swap/captions", "swap/pictures"),
     *("match/all", "match/attribute", "match/head", "match/other", "probe/accuracy"),
 )
+FORM = f"write eval/SPLIT/METRIC, for instance eval/seen/{MEASURED[6]}, or one of "
+FORM += ", ".join(AFTERWARDS)  # how an endpoint is named
 OF_AN_ARM = ("seeds", "grid", "deepspeed_config")  # beside its settings
 OF_THE_PLAN = {"preset": "preset", "seed": "seeds", "output_dir": "--out"}  # settings of `run`
 
@@ -184,7 +186,7 @@ def _plan(values: dict[str, Any], tuning: bool, folder: Path) -> Plan:
             check(point.name not in tuned, "arms", point.name, "an arm of the grid has this name")
             tuned[point.name] = point
             _config(file.preset, point)
-    check(bool(file.endpoints), "endpoints", file.endpoints, f"name some of {', '.join(MEASURED)}")
+    check(bool(file.endpoints), "endpoints", file.endpoints, FORM)
     measured = [*file.endpoints, *file.secondary]
     _check_once("endpoints and secondary", measured)
     for endpoint, config in product(measured, configs):
@@ -260,9 +262,7 @@ def _check_endpoint(endpoint: str, config: Config) -> None:
         return
     prefix, _, rest = endpoint.partition("/")
     split, _, metric = rest.partition("/")
-    form = f"write eval/SPLIT/METRIC, for instance eval/seen/{MEASURED[6]}, or one of "
-    form += ", ".join(AFTERWARDS)
-    check(prefix == "eval" and bool(metric), "endpoints", endpoint, form)
+    check(prefix == "eval" and bool(metric), "endpoints", endpoint, FORM)
     choice(f"metric of endpoint {endpoint}", metric, MEASURED)
     if config.data.source == "demo":
         choice(f"split of endpoint {endpoint}", split.removesuffix("_ema"), DEMO_SPLITS)
