@@ -75,6 +75,8 @@ def _run(command: list[str], env: dict[str, str], cwd: str, output: str, errors:
     if not os.path.isdir(command[0]):  # where it is, `run_path` adds it
         sys.path.insert(0, os.path.dirname(command[0]))
     time.tzset()
+    # How a fresh interpreter starts processes: one from the server would start them as it was started itself.
+    multiprocessing.set_start_method(None, force=True)
     runpy.run_path(command[0], run_name="__main__")
 
 
