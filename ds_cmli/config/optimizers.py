@@ -34,6 +34,8 @@ class Optimizer:
     compiled: bool = False  # whether DeepSpeed has only its own, compiled at first use, for GPUs
     zero_tested: bool = False  # whether ZeRO takes it without `zero_allow_untested_optimizer`
     one_group: bool = False  # whether ZeRO gives all parameters the settings of one group
+    # Whether it orthogonalizes the updates of matrices, and leaves all else to an auxiliary AdamW.
+    orthogonalizes: bool = False
     why_not: str = ""  # why it cannot train here
 
     required: ClassVar[tuple[str, ...]] = ()  # no optimizer needs a parameter
@@ -116,9 +118,17 @@ OPTIMIZERS = {
     "LBFGS": Optimizer(any_case=True, why_not="it needs the loss several times a step"),
     "SparseAdam": Optimizer(any_case=True, why_not="no gradient here is sparse"),
     "Muon": Optimizer(
+        _names("lr muon_lr adam_lr momentum ns_method betas eps weight_decay foreach torch_adam"),
+        {
+            "muon_lr": number(0, above=True),
+            "adam_lr": number(0, above=True),
+            "momentum": number(0, 1),
+            "ns_method": one_of("gram", "standard"),
+            "torch_adam": one_of(True),
+        },
         any_case=True,
-        why_not="DeepSpeed divides the parameters into other groups for it, and the rates and "
-        "checkpoints here are of the groups that were given",
+        zero_tested=True,
+        orthogonalizes=True,
     ),
     "MuAdam": _NO_MUP,
     "MuAdamW": _NO_MUP,

@@ -9,6 +9,7 @@ from ds_cmli.common.errors import UserError
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.schema import Config, OptimConfig
 
+MUON_RATES = {"muon_lr", "adam_lr"}  # of Muon's matrices, and of all else
 ENCODERS = ("image", "text")  # the parts that have layers, by the student's names for them
 # Parts of the names of parameters that do not count as matrices, whatever their shape: tables of
 # position embeddings and of position biases, class and other tokens.
@@ -85,11 +86,23 @@ def factor(where: tuple[str, int, int], optim: OptimConfig) -> float:
 
 class Group(NamedTuple):
     rate: float  # the factor of its learning rate
+    muon: bool  # whether its parameters are matrices that Muon updates
     decays: bool  # whether its parameters get weight decay
 
 
+class MuonRates(NamedTuple):
+    """Factors of the learning rate under Muon."""
+
+    matrices: float  # of the parameters that it updates
+    others: float  # of those of the auxiliary AdamW
+
+
 def parameter_groups(
-    module: nn.Module, weight_decay: float, optim: OptimConfig | None = None, lr: float = 1.0
+    module: nn.Module,
+    weight_decay: float,
+    optim: OptimConfig | None = None,
+    lr: float = 1.0,
+    muon: MuonRates | None = None,
 ) -> list[dict[str, Any]]:
     """Groups of the trained parameters for the optimizer, the highest learning rate first.
 
@@ -98,6 +111,7 @@ def parameter_groups(
 
     Args:
         lr: the learning rate that the factors multiply.
+        muon: divide the parameters into those that Muon updates and others, by the key "use_muon".
     """
     spared = _spared(module)
     where = depths(module) if optim is not None else {}
@@ -110,11 +124,19 @@ def parameter_groups(
         table = any(word in last for word in NO_MATRIX)
         rate = factor(where[name], optim) if optim is not None else 1.0
         decays = not (vector or table or id(parameter) in spared)
-        groups.setdefault(Group(rate, decays), []).append(parameter)
+        # DeepSpeed (0.19.8) fails for convolutions; embeddings of patches are no hidden layers.
+        hidden = muon is not None and decays and parameter.dim() == 2 and "embed" not in name
+        if muon is not None:
+            rate *= muon.matrices if hidden else muon.others
+        groups.setdefault(Group(rate, hidden, decays), []).append(parameter)
     one_rate = all(group.rate == 1.0 for group in groups)
     out: list[dict[str, Any]] = []
-    for group in sorted(groups, key=lambda group: (-group.rate, not group.decays)):
+    for group in sorted(groups, key=lambda group: (-group.rate, not group.muon, not group.decays)):
         options: dict[str, Any] = {"params": groups[group]}
+        if muon is not None:
+            options["use_muon"] = group.muon
+        if group.muon:  # in the order that DeepSpeed gives them
+            options["params"].sort(key=lambda parameter: parameter.size(), reverse=True)
         options["weight_decay"] = weight_decay if group.decays else 0.0
         if not one_rate:
             options["lr"] = group.rate * lr
@@ -148,15 +170,19 @@ def rates_without_effect(module: nn.Module, optim: OptimConfig) -> Iterator[str]
 
 def check_rates(optim: OptimConfig, ds_config: Mapping[str, Any]) -> None:
     """Raise `UserError` if the JSON's scheduler would undo the learning rates of `optim`."""
-    kind = DeepSpeedConfig.of(ds_config).get("scheduler", {}).get("type")
-    asked = None
+    json = DeepSpeedConfig.of(ds_config)
+    kind = json.get("scheduler", {}).get("type")
+    asked: dict[str, object] = {}
     if optim.layer_decay != 1:
-        asked = "layer_decay"
-    elif optim.lr_factors:
-        asked = "lr_factors"
-    if asked is not None and kind in ONE_RATE:
+        asked["optim.layer_decay"] = optim.layer_decay
+    if optim.lr_factors:
+        asked["optim.lr_factors"] = optim.lr_factors
+    for name in MUON_RATES & json.optimizer_params.keys():
+        asked[f"optimizer.params.{name}"] = json.optimizer_params[name]
+    if asked and kind in ONE_RATE:
+        name = min(asked)
         raise UserError(
-            f"optim.{asked} is {getattr(optim, asked)!r} and scheduler.type is {kind!r}, which "
+            f"{name} is {asked[name]!r} and scheduler.type is {kind!r}, which "
             "sets one rate for all parameters: leave out the scheduler, or take WarmupCosineLR"
         )
 

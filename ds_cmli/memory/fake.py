@@ -304,7 +304,6 @@ def fake_world(
         generator = torch.get_rng_state()
         stack.callback(torch.set_rng_state, generator)
         stack.enter_context(patched("torch: module conversion", lambda _: _apply))
-        stack.enter_context(patched("deepspeed: device has fp16", lambda _: lambda self: True))
         stack.enter_context(
             patched("deepspeed: free memory", lambda _: lambda self, *index: 1 << 60)
         )
@@ -312,5 +311,6 @@ def fake_world(
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         stack.enter_context(answers)
         if gpu is not None:
+            stack.enter_context(patched("deepspeed: device has fp16", lambda _: lambda self: True))
             stack.enter_context(CudaOperators(gpu).chosen())
         yield answers

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import weakref
 from datetime import timedelta
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -313,6 +314,15 @@ def saving_needs_no_data() -> bool:
     return True
 
 
+def class_tokens_are_no_matrices() -> bool:
+    import deepspeed
+
+    model = nn.Module()
+    model.class_token = nn.Parameter(torch.zeros(1, 1, 4))
+    deepspeed.set_optimizer_flags(SimpleNamespace(optimizer_name="muon", optimizer_params={}), model)
+    return not model.class_token.use_muon
+
+
 NO_LONGER_NEEDED = {
     "torch: GPU": a_gpu_is_found,
     "torch: version of CUDA": lambda: torch.version.cuda is not None,
@@ -334,6 +344,11 @@ NO_LONGER_NEEDED = {
     "huggingface_hub: offline": the_hub_is_asked_once,
     "deepspeed: compiled operators": deepspeed_starts_without_a_compiler,
     "deepspeed: recovery script": deepspeed_writes_no_recovery_script,
+    "deepspeed: matrices for Muon": class_tokens_are_no_matrices,
+    "deepspeed: compiled updates": no_loop("deepspeed.runtime.zero.muon.original_muon", "@compiler.compile()"),
+    "deepspeed: compiled updates without ZeRO": no_loop(
+        "deepspeed.runtime.zero.muon.muon_optimizer", "import muon_update"
+    ),
     "deepspeed: ranks compared": ranks_are_compared_without_data,
     "deepspeed: rank 0 copied": rank_0_is_copied_without_data,
     "deepspeed: gathered parameters": no_loop(f"{ZERO}.partition_parameters", "for i in range(world_size):"),

@@ -28,7 +28,7 @@ def test_shipped_files_are_valid_and_checkpoint_activations(path):
 
 
 def test_names_of_shipped_files():
-    assert [p.stem for p in SHIPPED] == ["zero1", "zero2", "zero2_bf16", "zero2_offload", "zero3"]
+    assert [p.stem for p in SHIPPED] == ["zero1", "zero2", "zero2_bf16", "zero2_muon", "zero2_offload", "zero3"]
     assert DeepSpeedConfig.load(SHIPPED[1]).precision == "fp16"
 
 
@@ -358,7 +358,8 @@ def test_tables_hold_what_deepspeed_and_torch_take():
         return {*inspect.signature(found).parameters} - {"params", "optimizer", "last_epoch", "last_batch_iteration"}
 
     for name, entry in optimizers.OPTIMIZERS.items():
-        if hasattr(torch.optim, name) and not entry.why_not:
+        # DeepSpeed's Muon is not PyTorch's.
+        if hasattr(torch.optim, name) and not entry.why_not and not entry.orthogonalizes:
             known = {*entry.parameters} - {*entry.deepspeeds, "torch_adam", "adam_w_mode"}
             assert known == takes(getattr(torch.optim, name)) - {"decoupled_weight_decay"} | (
                 known & {"decoupled_weight_decay"}
