@@ -7,6 +7,7 @@ import os
 import random
 import shutil
 import time
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -161,48 +162,46 @@ STAGES = {"zero 2": {"zero_optimization": {"stage": 2}}, "zero 3": {"zero_optimi
 BATCH, BREAK, STEPS = 12, 3, 7  # pairs a step, steps before the change, steps in all: the epoch of 65 has 5
 
 
+# (ZeRO stage, ranks before and after): each stage and each change, and the others in the soak test.
+CHANGES = (("zero 2", "2 to 1"), ("zero 2", "2 to 3"), ("zero 3", "1 to 2"))
+OTHERS = tuple(change for change in product(STAGES, ("2 to 1", "1 to 2", "2 to 3")) if change not in CHANGES)
+
+
 @pytest.fixture(scope="module")
-def changed(tmp_path_factory):
+def changed(tmp_path_factory, request):
     """Runs of one global batch in fp32: straight on two ranks, and broken by a change to another number of ranks."""
     folder = tmp_path_factory.mktemp("ranks")
-    data = pairs(folder / "pairs", count=68)
-    tasks: dict[str, dict[str, list[dict]]] = {stage: {} for stage in STAGES}
-    for number, (stage, content) in enumerate(STAGES.items()):
-        common = ["--preset", "tiny", "--steps", str(STEPS), "--data", data, "--set", "run.eval_batch=3"]
-        common += ["--set", "student.freeze_image=1", "--set", "optim.layer_decay=0.7"]
-        common += json_file(folder / f"{number}.json", content)
+    common = ["--preset", "tiny", "--steps", str(STEPS), "--data", pairs(folder / "pairs", count=68)]
+    common += ["--set", "run.eval_batch=3", "--set", "student.freeze_image=1", "--set", "optim.layer_decay=0.7"]
 
-        def task(name, per_rank, stop=None, common=common, number=number):
-            run = str(folder / f"{number}-{name}")
-            arguments = [*common, "--micro-batch", str(per_rank), "--output-dir", run]
-            return {"arguments": arguments, "seen": f"{run}.seen", "stop_at": stop, "port": free_port()}
+    def task(world_size, stage, name, stop):
+        run = str(folder / f"{stage}-{name}")
+        arguments = [*common, *json_file(folder / f"{stage}.json", STAGES[stage]), "--output-dir", run]
+        arguments += ["--micro-batch", str(BATCH // world_size)]
+        return {"arguments": arguments, "seen": f"{run}.seen", "stop_at": stop, "port": free_port()}
 
-        tasks[stage] = {
-            "two": [task("straight", 6), task("2 to 1", 6, BREAK), task("2 to 3", 6, BREAK)],
-            "one": [task("2 to 1", 12), task("1 to 2", 12, BREAK)],
-            "three": [task("2 to 3", 4)],
-            "two again": [task("1 to 2", 6)],
-        }
-
-    def gather(part):
-        return [task for stage in STAGES for task in tasks[stage][part]]
-
-    codes, _ = ranks(folder, 2, gather("two"))
-    assert codes == [0, 85, 85] * len(STAGES)
-    for task in gather("one"):
+    before = [(2, stage, "straight", None) for stage in dict(request.param)]
+    before += [(int(change[0]), stage, change, BREAK) for stage, change in request.param]
+    after = [(int(change[-1]), stage, change, None) for stage, change in request.param]
+    for part, world_size in product((before, after), (1, 2, 3)):
+        tasks = [task(*each) for each in part if each[0] == world_size]
+        expected = [85 if task["stop_at"] else 0 for task in tasks]
+        if world_size > 1 and tasks:
+            assert ranks(folder, world_size, tasks)[0] == expected
+            continue
         with pytest.MonkeyPatch.context() as patch:
             set_one_process(patch)
-            assert drive(task["arguments"], task["stop_at"], task["seen"]) == (85 if task["stop_at"] else 0)
-    assert ranks(folder, 3, gather("three"))[0] == [0] * len(STAGES)
-    assert ranks(folder, 2, gather("two again"))[0] == [0] * len(STAGES)
+            assert [drive(task["arguments"], task["stop_at"], task["seen"]) for task in tasks] == expected
     return folder
 
 
-@pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("change", ["2 to 1", "1 to 2", "2 to 3"])
+CELLS = [(CHANGES, *change) for change in CHANGES]
+CELLS += [pytest.param(OTHERS, *change, marks=pytest.mark.soak) for change in OTHERS]
+
+
+@pytest.mark.parametrize("changed, stage, change", CELLS, indirect=["changed"])
 def test_another_number_of_ranks_goes_on_with_the_same_batches(changed, stage, change):
-    number = list(STAGES).index(stage)
-    straight, broken = (changed / f"{number}-{name}" for name in ("straight", change))
+    straight, broken = (changed / f"{stage}-{name}" for name in ("straight", change))
     losses = [[line["loss"] for line in metrics(run) if "loss" in line] for run in (straight, broken)]
     assert len(losses[1]) == STEPS
     worst = max(abs(a - b) for a, b in zip(*losses, strict=True))
@@ -216,7 +215,7 @@ def test_another_number_of_ranks_goes_on_with_the_same_batches(changed, stage, c
     assert not list((broken / "checkpoint").glob("*.writing"))
 
     # Each sample of the first epoch once, but for the 5 of 65 that its last incomplete batch would have had.
-    samples = samples_of_epoch(changed, f"{number}-{change}")
+    samples = samples_of_epoch(changed, f"{stage}-{change}")
     assert len(samples) == len(set(samples)) == 60
     assert sorted(samples) == sorted(permutation(65, 0, 0)[:60].tolist())
 

@@ -73,8 +73,15 @@ def spoil(train_engine, what, monkeypatch) -> list:
     return []
 
 
-@pytest.mark.parametrize("what", ["nan", "gradient"])
-@pytest.mark.parametrize("name", CONFIGS)
+# Stages and precisions with each other, and each of both with either kind of bad step: the other half is a soak test.
+CASES = [
+    pytest.param(name, what, marks=[pytest.mark.soak] * ((number + other) % 2))
+    for number, name in enumerate(CONFIGS)
+    for other, what in enumerate(("nan", "gradient"))
+]
+
+
+@pytest.mark.parametrize("name, what", CASES)
 def test_a_bad_step_changes_nothing_and_the_next_goes_on(device, name, what, fp16_device):
     data = build_data(load_preset("tiny", {}).data, 0)
     batches = [b for b, _ in zip(rank_batches(data.train, data, 8), range(5), strict=False)]
