@@ -1,6 +1,6 @@
-"""A training for test_oom.py, in which one rank may have only so many MB beside what it has before the model is built.
+"""A training for test_out_of_memory.py: one rank may have only so many MB beside what it has before the model is built.
 
-python -m tests.memory.run_out_of_memory FOLDER RANK MB DEEPSPEED_JSON
+python tests/memory/run_out_of_memory.py FOLDER RANK MB DEEPSPEED_JSON
 """
 
 import json

@@ -4,7 +4,7 @@ import json
 import pickle
 import re
 import subprocess
-import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,23 +15,28 @@ from ds_cmli.config.presets import load_preset
 from ds_cmli.faults.watchdog import Watchdog
 from ds_cmli.memory import out_of_memory, predict_subprocess
 from ds_cmli.memory.changes import Shortage, Step
-from tests.conftest import ROOT, clean_environment, free_port
+from tests.conftest import ROOT, clean_environment, rank_environments
+from tests.processes import Program
 
 ZERO2 = {"zero_optimization": {"stage": 2, "reduce_bucket_size": 100_000}}
 ROOM = 450  # MB: between what the setting needs with activation checkpointing and without
 
 
-def run(*arguments: object, ranks: int = 1, ds_config: dict = ZERO2) -> subprocess.CompletedProcess:
-    torchrun = ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", f"--master_port={free_port()}"]
-    command = [sys.executable, *(torchrun if ranks > 1 else []), "-m", "tests.memory.run_out_of_memory"]
-    command += [*map(str, arguments), json.dumps(ds_config)]
-    # torchrun would count a thread pool for each rank against the limit.
-    environment = {**clean_environment(), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
+def run(folder: Path, limited: int, ranks: int = 1, ds_config: dict = ZERO2) -> subprocess.CompletedProcess:
+    """Of several ranks: the first exit code, and everything that they wrote."""
+    command = [str(ROOT / "tests" / "memory" / "run_out_of_memory.py"), str(folder), str(limited), str(ROOM)]
+    command.append(json.dumps(ds_config))
+    out, errors = folder / "out", folder / "errors"
+    out.write_text("")
+    errors.write_text("")
+    environments = rank_environments(ranks) if ranks > 1 else [clean_environment()]
+    programs = [Program(command, environment, ROOT, out, errors) for environment in environments]
+    codes = [program.wait(200) for program in programs]
+    return subprocess.CompletedProcess(command, codes[0], out.read_text(), errors.read_text())
 
 
 def test_a_process_that_meets_its_limit_ends_with_one_message(tmp_path):
-    done = run(tmp_path, 0, ROOM)
+    done = run(tmp_path, 0)
     assert done.returncode == out_of_memory.EXIT_CODE == 2, done.stderr
     assert "Traceback" not in done.stderr and "trained" not in done.stdout
     lines = done.stderr.splitlines()
@@ -53,12 +58,12 @@ def test_a_process_that_meets_its_limit_ends_with_one_message(tmp_path):
     assert snapshot["segments"] and snapshot["device_traces"][0]
 
     # What it proposes does fit.
-    again = run(tmp_path, 0, ROOM, ds_config={**ZERO2, "activation_checkpointing": {}})
+    again = run(tmp_path, 0, ds_config={**ZERO2, "activation_checkpointing": {}})
     assert (again.returncode, again.stdout) == (0, "trained\n"), again.stderr
 
 
 def test_the_other_rank_ends_too(tmp_path):
-    done = run(tmp_path, 1, ROOM, ranks=2)
+    done = run(tmp_path, 1, ranks=2)
     assert done.returncode != 0
     assert "trained" not in done.stdout
     assert done.stderr.count("error: out of memory") == 1
