@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# More would be processes that import torch before they compile anything.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 # Under nohup, or in a shell's background, the tests' processes would inherit ignored signals.
 for ignored in (signal.SIGHUP, signal.SIGINT):
     if signal.getsignal(ignored) == signal.SIG_IGN:
@@ -20,18 +22,24 @@ ROOT = Path(__file__).resolve().parent.parent
 # By the durations that `.ci/run` writes; the tests of Slurm wait most of their time.
 LONGEST_FIRST = (
     "tests/slurm",
-    "tests/checkpoint/test_restore.py",
     "tests/memory/test_predict.py",
+    "tests/checkpoint/test_restore.py",
+    "tests/losses/test_bank.py",
+    "tests/cmli/test_triton.py",
+    "tests/memory/test_out_of_memory.py",
+    "tests/memory/test_repeated.py",
     "tests/faults/test_signals.py",
+    "tests/models/test_blocks.py",
+    "tests/profiling/ablation/test_ablate.py",
+    "tests/test_train.py",
+    "tests/checkpoint/test_universal.py",
+    "tests/memory/test_real_ranks.py",
+    "tests/profiling/test_backbones.py",
+    "tests/config/test_mistakes.py",
+    "tests/memory/test_measure.py",
     "tests/null_gpu/test_ranks.py",
     "tests/null_gpu/test_gpu_check.py",
-    "tests/memory/test_repeated.py",
-    "tests/cmli/test_triton.py",
-    "tests/test_train.py",
-    "tests/memory/test_out_of_memory.py",
-    "tests/profiling/test_backbones.py",
-    "tests/checkpoint/test_universal.py",
-    "tests/distributed/test_ranks.py",
+    "tests/faults/test_nonfinite.py",
 )
 
 
@@ -44,7 +52,7 @@ def pytest_configure(config):
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    """For `pytest -n 2`: a file's tests run in one process, for their fixtures, and so do those of Slurm, of which a
+    """For `pytest -n 3`: a file's tests run in one process, for their fixtures, and so do those of Slurm, of which a
     machine can run only one. The longest begin first."""
     from xdist.scheduler import LoadFileScheduling
 
