@@ -56,6 +56,8 @@ _COMPILES = (
     "code needs of memory cannot be predicted."
 )
 _NO_GPU = "It asks the driver, and a program that fits runs is to find a GPU without one."
+_WAITS_FOR_RANKS = "It waits for the other ranks, which are not there."
+OBJECTS = "all_gather_object gather_object broadcast_object_list scatter_object_list"
 _NO_DATA = "It does not know tensors without data as what they stand for."
 CUDA_FUNCTIONS = """
 is_available is_initialized init _lazy_init is_bf16_supported device_count current_device set_device
@@ -97,6 +99,12 @@ PATCHES = {
         "deepspeed.ops",
         ("__compatible_ops__",),
         "On a CPU it compiles shared-memory collectives at the first start, which takes minutes.",
+    ),
+    "deepspeed: kernels": Patch(
+        DEEPSPEED,
+        "deepspeed.ops.op_builder.builder:OpBuilder",
+        ("load",),
+        "It compiles kernels for a GPU, which update in place and allocate nothing.",
     ),
     "deepspeed: recovery script": Patch(
         DEEPSPEED,
@@ -203,14 +211,49 @@ PATCHES = {
         "Tensors without data do not travel between processes.",
     ),
     "torch: pinned memory": Patch(TORCH, "torch:Tensor", ("pin_memory", "record_stream"), _NO_GPU),
-    "torch: process group": Patch(
-        TORCH, "torch.distributed", ("init_process_group",), "It waits for the other ranks."
+    "torch: meeting of ranks": Patch(
+        TORCH, "torch.distributed.distributed_c10d", ("rendezvous",), _WAITS_FOR_RANKS
     ),
-    "torch: process group's module": Patch(
+    "torch: backend of a group": Patch(
         TORCH,
         "torch.distributed.distributed_c10d",
-        ("init_process_group",),
-        "It waits for the other ranks.",
+        ("_new_process_group_helper",),
+        "It makes a communicator of NCCL, which a build without CUDA does not have.",
+    ),
+    "torch: processes of a program": Patch(
+        TORCH, "torch.multiprocessing", ("spawn",), "What other processes do is not followed."
+    ),
+    "torch: NCCL": Patch(TORCH, "torch.distributed", ("is_nccl_available",), _NO_GPU),
+    "torch: version of NCCL": Patch(TORCH, "torch.cuda.nccl", ("version",), _NO_GPU),
+    "torch: parameters compared": Patch(
+        TORCH,
+        "torch.nn.parallel.distributed",
+        ("_verify_param_shape_across_processes",),
+        _WAITS_FOR_RANKS,
+    ),
+    "torch: patience of NCCL": Patch(
+        TORCH, "torch.distributed.distributed_c10d", ("default_pg_nccl_timeout",), _NO_GPU
+    ),
+    "torch: times of DDP": Patch(
+        TORCH, "torch.distributed:Logger", ("set_runtime_stats_and_log",), _NO_GPU
+    ),
+    "torch: objects of ranks": Patch(
+        TORCH, "torch.distributed", tuple(OBJECTS.split()), _WAITS_FOR_RANKS
+    ),
+    "torch: objects of ranks, in their module": Patch(
+        TORCH, "torch.distributed.distributed_c10d", tuple(OBJECTS.split()), _WAITS_FOR_RANKS
+    ),
+    "torch: shapes of sharded results": Patch(
+        TORCH,
+        "torch.distributed.tensor._sharding_prop:ShardingPropagator",
+        ("propagate_op_sharding_non_cached",),
+        "It makes tensors without data of its own, which take no memory on a GPU.",
+    ),
+    "torch: resized storage": Patch(
+        TORCH,
+        "torch:UntypedStorage",
+        ("resize_",),
+        "FSDP frees and takes its parameters by it, below what a dispatch mode sees.",
     ),
     "torch: saving": Patch(TORCH, "torch", ("save",), "There is nothing to save."),
     "torch: types for all parameters at once in optimizers": Patch(

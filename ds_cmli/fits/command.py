@@ -27,6 +27,8 @@ class ProgramCommand(GroupedCommand):
 @option("Device", "--gpu", help="A listed GPU.  [all are compared, with an A100's operators]")
 @option("Device", "--limit", metavar="SIZE", help="A device's memory: 24GB (10^9 bytes) or 22GiB.")
 @option("Program", "--steps", type=click.IntRange(1), default=2, show_default=True)
+@option("Program", "--world-size", type=click.IntRange(1), help="Ranks; it runs as one of them.")
+@option("Program", "--rank", type=click.IntRange(0), default=0, show_default=True)
 @option("Files", "--json", "json_path", type=click.Path(dir_okay=False), help="In bytes.")
 @option("Files", "--snapshot", type=click.Path(dir_okay=False), help="For pytorch.org/memory_viz.")
 @click.argument("program", nargs=-1, type=click.UNPROCESSED, metavar="SCRIPT|-m MODULE [ARGS]...")
@@ -34,9 +36,10 @@ def command(
     gpu: str | None,
     limit: str | None,
     steps: int,
-    json_path: str | None,
-    snapshot: str | None,
+    world_size: int | None,
+    rank: int,
     program: tuple[str, ...],
+    **files: str | None,
 ) -> int:
     """Tell whether a PyTorch program's training fits on a GPU, without one."""
     if gpu and limit:
@@ -45,7 +48,9 @@ def command(
         raise UserError("no program is given: name its script behind --, or -m and its module")
     if program[0] != "-m" and not Path(program[0]).is_file():
         raise UserError(f"the script {program[0]!r} is not there: name a file, or -m and a module")
-    for path in filter(None, (json_path, snapshot)):
+    if rank >= (world_size or 1):
+        raise UserError(f"--rank is {rank} of --world-size {world_size or 1}: give one below it")
+    for path in filter(None, files.values()):
         check_writable(path)
     from ds_cmli.fits import guard
 
@@ -56,22 +61,24 @@ def command(
     from ds_cmli.fits import report
     from ds_cmli.fits.steps import StepRecorder
     from ds_cmli.fits.values import Values
+    from ds_cmli.fits.world import World
 
     rooms = report.rooms(gpu, limit)
     card = gpus.find(rooms[0].gpu)
     recorder, values = StepRecorder(card.limits, steps), Values()
-    ran = running.run(program, recorder, values, card)
+    world = World(world_size, rank)
+    ran = running.run(program, recorder, values, card, world)
     if ran.code:
         return ran.code
-    answered = report.Report.of(recorder, rooms)
+    answered = report.Report.of(recorder, rooms, world)
     print(answered.sentence(program[1] if program[0] == "-m" else Path(program[0]).name))
     answered.show()
     for line in report.told(values, ran, recorder):
         print(line)
-    if json_path:
-        Path(json_path).write_text(json.dumps(answered.to_dict(), indent=2) + "\n")
-    if snapshot:
-        snapshots.write(answered.events, snapshot)
+    if files["json_path"]:
+        Path(files["json_path"]).write_text(json.dumps(answered.to_dict(), indent=2) + "\n")
+    if files["snapshot"]:
+        snapshots.write(answered.events, files["snapshot"])
     return 0
 
 

@@ -3,10 +3,12 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
+from typing import ClassVar
 
 import torch
 
 from ds_cmli.allocator.gpus import Gpu
+from ds_cmli.fits.recorder import Recorder
 
 
 class Event:
@@ -32,14 +34,27 @@ class Event:
 
 
 class Stream:
-    """A stream without work; all streams are one."""
+    """A stream of a program's own, or the default one (number 0)."""
 
-    created = 0
-    cuda_stream = stream_id = device_index = priority = 0
-    device_type = 1
+    MOST = 32  # PyTorch has this many of each priority, and gives them out in turn
+    created: ClassVar[dict[int, int]] = {}  # by priority
+    device_index, device_type = 0, 1
 
-    def __init__(self, *_: object, **__: object):
-        Stream.created += 1
+    def __init__(self, device: object = None, priority: int = 0, **_: object):
+        turn = Stream.created.get(priority, 0)
+        Stream.created[priority] = turn + 1
+        self.priority = priority
+        self.stream_id = 1 + turn % self.MOST + self.MOST * abs(priority)
+
+    @classmethod
+    def default(cls) -> "Stream":
+        out = cls.__new__(cls)
+        out.priority = out.stream_id = 0
+        return out
+
+    @property
+    def cuda_stream(self) -> int:
+        return self.stream_id
 
     @property
     def device(self) -> torch.device:
@@ -59,11 +74,34 @@ class Stream:
     def query(self) -> bool:
         return True
 
-    def __enter__(self) -> "Stream":
-        return self
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Stream) and other.stream_id == self.stream_id
 
-    def __exit__(self, *_: object) -> None:
-        pass
+    def __hash__(self) -> int:
+        return self.stream_id
+
+
+class Streams:
+    """The current stream, for which a recorder's allocations are."""
+
+    def __init__(self, recorder: Recorder):
+        Stream.created = {}
+        self.recorder, self.default = recorder, Stream.default()
+        self.current = self.default
+
+    def set(self, stream: Stream) -> None:
+        self.current, self.recorder.stream = stream, stream.stream_id
+
+    @contextmanager
+    def on(self, stream: Stream | None) -> Iterator[Stream | None]:
+        """Inside, `stream` is the current one; None changes nothing."""
+        before = self.current
+        if stream is not None:
+            self.set(stream)
+        try:
+            yield stream
+        finally:
+            self.set(before)
 
 
 class Device:
@@ -77,11 +115,6 @@ class Device:
 
     def __exit__(self, *_: object) -> None:
         pass
-
-
-@contextmanager
-def _stream(stream: object) -> Iterator[object]:
-    yield stream
 
 
 def _always(value: object) -> Callable[..., object]:
@@ -108,20 +141,19 @@ def properties(gpu: Gpu) -> SimpleNamespace:
 
 
 NOTHING = """
-init _lazy_init set_device synchronize set_stream manual_seed manual_seed_all seed seed_all
+init _lazy_init set_device synchronize manual_seed manual_seed_all seed seed_all
 set_rng_state set_rng_state_all reset_peak_memory_stats reset_max_memory_allocated ipc_collect
 """
 
 
-def functions(gpu: Gpu, live: Callable[[], int], empty_cache: Callable) -> dict[str, object]:
+def functions(gpu: Gpu, recorder: Recorder, live: Callable[[], int]) -> dict[str, object]:
     """The functions and classes of `torch.cuda` for this GPU, by name.
 
     Args:
+        recorder: told of emptied caches and of the current stream.
         live: the requested bytes that are allocated now.
-        empty_cache: called when the program empties the allocator's cache.
     """
-    main = Stream()
-    Stream.created = 0
+    streams = Streams(recorder)
     found: dict[str, object] = dict.fromkeys(NOTHING.split(), _always(None))
     for name in ("is_available", "is_initialized", "is_bf16_supported", "can_device_access_peer"):
         found[name] = _always(True)
@@ -147,10 +179,11 @@ def functions(gpu: Gpu, live: Callable[[], int], empty_cache: Callable) -> dict[
         "mem_get_info": lambda *_: (gpu.usable - live(), gpu.total.bytes),
         "get_rng_state": lambda *_: torch.zeros(16, dtype=torch.uint8),
         "get_rng_state_all": lambda: [torch.zeros(16, dtype=torch.uint8)],
-        "empty_cache": lambda: empty_cache(),
-        "current_stream": _always(main),
-        "default_stream": _always(main),
-        "stream": _stream,
+        "empty_cache": recorder.record_emptied_cache,
+        "current_stream": lambda *_: streams.current,
+        "default_stream": _always(streams.default),
+        "set_stream": streams.set,
+        "stream": streams.on,
         "device": Device,
         "Stream": Stream,
         "Event": Event,

@@ -1,5 +1,6 @@
 """Moves and casts modules whose parameters hold no data."""
 
+import copyreg
 from collections.abc import Callable
 
 import torch
@@ -35,6 +36,11 @@ def _convert(tensor: Tensor, function: Function) -> None:
     # FakeTensorMode always are.
     torch._C._swap_tensor_impl(tensor, new)
     before = type(tensor), dict(vars(tensor))
+    for name in copyreg._slotnames(type(tensor)):  # type: ignore[attr-defined]
+        if hasattr(tensor, name):  # the parts of a DTensor
+            ours, theirs = getattr(tensor, name), getattr(new, name)
+            setattr(tensor, name, theirs)
+            setattr(new, name, ours)
     tensor.__class__ = type(new)
     _replace(vars(tensor), vars(new))
     new.__class__ = before[0]

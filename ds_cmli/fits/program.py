@@ -30,6 +30,7 @@ from ds_cmli.fits import device, lines, modules
 from ds_cmli.fits.cuda_kernels import CudaOperators
 from ds_cmli.fits.steps import StepRecorder, StepsDone
 from ds_cmli.fits.values import Values
+from ds_cmli.fits.world import NotFollowed, World
 
 WITHOUT_DATA = (
     DataDependentOutputException,
@@ -37,10 +38,6 @@ WITHOUT_DATA = (
     GuardOnDataDependentSymNode,
     UnsupportedOperatorException,
 )
-
-
-class NotFollowed(BaseException):
-    """Ends a program whose memory would be told wrongly; no `Exception`, which programs catch."""
 
 
 @dataclass
@@ -51,7 +48,9 @@ class Ran:
     left_out: Counter[str] = field(default_factory=Counter)  # what it asked for and did not get
 
 
-def run(command: Sequence[str], recorder: StepRecorder, values: Values, gpu: Gpu) -> Ran:
+def run(
+    command: Sequence[str], recorder: StepRecorder, values: Values, gpu: Gpu, world: World
+) -> Ran:
     """Run `python COMMAND` in this process until its steps are done, or it ends.
 
     Args:
@@ -66,6 +65,7 @@ def run(command: Sequence[str], recorder: StepRecorder, values: Values, gpu: Gpu
     with ExitStack() as stack:
         stack.enter_context(_started_as_by_python(command))
         stack.enter_context(_without_gpu(recorder, gpu, ran))
+        stack.enter_context(world.entered(recorder))
         stack.enter_context(recorder.following())
         for mode in (without_data, recorder, values):
             stack.enter_context(mode)
@@ -131,7 +131,7 @@ def _started_as_by_python(command: Sequence[str]) -> Iterator[None]:
 @contextmanager
 def _without_gpu(recorder: StepRecorder, gpu: Gpu, ran: Ran) -> Iterator[None]:
     """Inside, torch finds one GPU, whose tensors have no data."""
-    found = device.functions(gpu, lambda: recorder.live_bytes, recorder.record_emptied_cache)
+    found = device.functions(gpu, recorder, lambda: recorder.live_bytes)
 
     def left_out(what: str) -> Callable:
         """A function that does nothing but return its first argument."""
@@ -155,9 +155,9 @@ def _without_gpu(recorder: StepRecorder, gpu: Gpu, ran: Ran) -> Iterator[None]:
         "torch: scaled step": lambda _: _step,
         "torch: formatted number": lambda _: _formatted,
         "torch: loading processes": _in_this_process,
+        "torch: resized storage": recorder.resizing,
+        "torch: shapes of sharded results": recorder.unrecorded,
         "torch: pinned memory": lambda _: lambda self, *_, **__: self,
-        "torch: process group": lambda _: _refuse_group,
-        "torch: process group's module": lambda _: _refuse_group,
         "torch: saving": lambda _: left_out("torch.save wrote nothing"),
         "torch: types for all parameters at once in optimizers": lambda known: [*known, FakeTensor],
         "torch: types for all parameters at once": lambda known: [*known, FakeTensor],
@@ -168,16 +168,6 @@ def _without_gpu(recorder: StepRecorder, gpu: Gpu, ran: Ran) -> Iterator[None]:
             stack.enter_context(patched(name, replacement))
         stack.enter_context(CudaOperators(gpu.limits).chosen())
         yield
-        if device.Stream.created:
-            what = "streams of the program's own were taken for one: reserved can be higher"
-            ran.left_out[what] = device.Stream.created
-
-
-def _refuse_group(*_: object, **__: object) -> None:
-    raise NotFollowed(
-        f"{lines.current()}: the program starts a process group, and fits follows single processes "
-        "so far: start it as one without DistributedDataParallel, FSDP or DeepSpeed"
-    )
 
 
 def _step(self, optimizer, state, *args, **kwargs):

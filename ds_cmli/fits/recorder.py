@@ -152,7 +152,11 @@ class Recorder(TorchDispatchMode):
         """Record the tensor's storage if it is new or its size has changed."""
         if tensor.device.type != self.device or tensor.layout != torch.strided:
             return
-        storage = tensor.untyped_storage()
+        self._see_storage(tensor.untyped_storage(), category, op)
+
+    def _see_storage(
+        self, storage: torch.UntypedStorage, category: str | None, op: str = ""
+    ) -> None:
         known, size = self.live.get(storage._cdata), storage.nbytes()
         if known is not None:
             if known.bytes == size:

@@ -11,6 +11,7 @@ from ds_cmli.fits.answer import Answer, Room, answer, with_cublas
 from ds_cmli.fits.program import Ran
 from ds_cmli.fits.steps import StepRecorder
 from ds_cmli.fits.values import NUMBER, Values
+from ds_cmli.fits.world import World
 
 DEFAULT_GPU = "A100 80GB"  # whose operators are meant where none is named
 
@@ -37,9 +38,10 @@ class Report:
     rooms: list[Room]
     answers: list[Answer]
     events: list[Event]
+    world: World
 
     @classmethod
-    def of(cls, recorder: StepRecorder, rooms: list[Room]) -> "Report":
+    def of(cls, recorder: StepRecorder, rooms: list[Room], world: World) -> "Report":
         if not recorder.done:
             raise UserError(
                 "the program ended before an optimizer of torch.optim did a step: let it train"
@@ -48,14 +50,16 @@ class Report:
         events = with_cublas(recorder.events(), card.cublas_bytes())
         if not any(event.bytes for event in events):
             raise UserError("the program made no tensor on a GPU: let it train on device 'cuda'")
-        answers = [answer(events, recorder.lines, room, world_size=1) for room in rooms]
-        return cls(min(recorder.done.values()), rooms, answers, events)
+        answers = [answer(events, recorder.lines, room, world.size or 1) for room in rooms]
+        return cls(min(recorder.done.values()), rooms, answers, events, world)
 
     def sentence(self, program: str) -> str:
         """The answer in one sentence."""
         first, room = self.answers[0], self.rooms[0]
         needed, total = first.totals["device"], room.bytes
         steps = "1 step" if self.steps == 1 else f"{self.steps} steps"
+        if self.world.size is not None:
+            program += f" as rank {self.world.rank} of {self.world.size}"
         size, category, line = first.largest[0]
         largest = f"the largest at the peak: {_gb(size)} of {category}"
         largest += f", by {line}" if line else ""

@@ -2,14 +2,16 @@
 
 import gc
 import sys
+import weakref
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.distributed.tensor import DTensor
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.optim.optimizer import (
     Optimizer,
@@ -31,6 +33,7 @@ CATEGORIES = (
     "gradients",
     "optimizer states",
     "activations",
+    "communication",  # what collectives send and receive, and is none of the above
     "data",
     "other",  # what was made before the first forward pass, and is none of the above
     "temporaries",
@@ -58,6 +61,8 @@ class StepRecorder(Recorder):
         self.in_step = False  # whether an optimizer's step is running
         self.lines: list[str] = []  # of the user's code that allocated each block
         self.copied: set[int] = set()  # blocks that are copies from the host
+        self.exchanged: set[int] = set()  # blocks that went through a collective
+        self.emptied: dict[int, weakref.ref] = {}  # storages that were resized to 0 bytes
         self.live_bytes = 0
         self.inexact: set[str] = set()  # what takes other memory on a GPU
         self._unmasked: ExitStack | None = None
@@ -114,6 +119,43 @@ class StepRecorder(Recorder):
         self.live_bytes -= size
         super()._end(block, size)
 
+    def resizing(self, resize: Callable) -> Callable:
+        """A function in place of `UntypedStorage.resize_` whose allocations are recorded."""
+
+        def run(storage: torch.UntypedStorage, size: int) -> torch.UntypedStorage:
+            key = storage._cdata
+            known = key in self.live
+            out = resize(storage, size)
+            if known or key in self.emptied:
+                self._see_storage(storage, None, "resize_")
+            if known and not size:
+                self.emptied[key] = weakref.ref(storage, lambda _: self.emptied.pop(key, None))
+            return out
+
+        return run
+
+    def unrecorded(self, function: Callable) -> Callable:
+        """A function whose tensors take no memory on a GPU."""
+
+        def run(*args: object, **kwargs: object) -> object:
+            before, self.recording = self.recording, False
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self.recording = before
+
+        return run
+
+    def see_exchanged(self, tensors: list[object]) -> None:
+        """Note the tensors of a collective."""
+        for tensor in _parts(tensors):
+            block = self.block_of(tensor)
+            if block is not None:
+                self.exchanged.add(block)
+
+    def claim(self, category: str, tensors: Iterable[object]) -> None:
+        super().claim(category, _parts(tensors))
+
     # --- phases and categories
 
     def _before_module(self, module: nn.Module, _: tuple) -> None:
@@ -150,7 +192,7 @@ class StepRecorder(Recorder):
         """Note optimizers that have not done a step, whose states are missing."""
         for each in gc.get_objects():
             # A wrapper of an optimizer has its parameters.
-            if isinstance(each, Optimizer) and _first_parameter(each) not in self.done:
+            if issubclass(type(each), Optimizer) and _first_parameter(each) not in self.done:
                 self.inexact.add(
                     "an optimizer has done no step yet, and what its step takes is not counted: "
                     "give more --steps"
@@ -159,6 +201,8 @@ class StepRecorder(Recorder):
     def _category(self, number: int, block: Allocation) -> str:
         if block.category is not None:
             return block.category
+        if number in self.exchanged:
+            return "communication"
         if number in self.copied:
             return "data"
         if block.phase == "init":
@@ -176,6 +220,15 @@ class StepRecorder(Recorder):
             op, stream = allocation.op, allocation.stream
             out.append(Event(block, size, categories[block], phase, op, stream))
         return out
+
+
+def _parts(tensors: Iterable[object]) -> Iterator[Tensor]:
+    """The tensors themselves, and what wrappers such as a DTensor hold."""
+    for tensor in tensors:
+        if isinstance(tensor, DTensor):
+            yield tensor._local_tensor
+        elif isinstance(tensor, Tensor):
+            yield tensor
 
 
 def _no_tracing(tensor: Tensor | None = None) -> bool:

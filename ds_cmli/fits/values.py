@@ -9,7 +9,7 @@ from collections import Counter
 
 import torch
 from torch import Tensor
-from torch._ops import OpOverload
+from torch._ops import HigherOrderOperator, OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
@@ -48,6 +48,10 @@ class Values(TorchDispatchMode):
         if any(hasattr(t, "__tensor_flatten__") and t is not FakeTensor for t in types):
             return NotImplemented  # a wrapper, such as a DTensor: its parts come here
         kwargs = kwargs or {}
+        if isinstance(func, HigherOrderOperator):
+            if func.name() == "run_dtensor_rng_op":  # moves the generator around an operator
+                return args[2](*args[3:], **kwargs)
+            return func(*args, **kwargs)
         leaves = tree_leaves((args, kwargs))
         if not any(map(_is_elsewhere, leaves)):
             return self._on_host(func, args, kwargs)
@@ -136,6 +140,19 @@ def _known(tensor: Tensor) -> Tensor | None:
     if tensor.constant is not None:
         return tensor.constant
     return getattr(tensor, "fits_values", None)
+
+
+def copy_values(into: Tensor, source: Tensor) -> None:
+    """Give a tensor the values of another one, as far as those are known."""
+    known = _known(source)
+    if known is None or known.numel() != into.numel():
+        return
+    with _disable_current_modes():
+        values = known.detach().to(into.dtype).reshape(into.shape)
+        if isinstance(into, FakeTensor):
+            into.fits_values = values  # type: ignore[attr-defined]
+        else:
+            into.detach().copy_(values)
 
 
 def _all_known(leaves: list[object]) -> bool:

@@ -17,7 +17,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.distributed.tensor._op_schema import _rebuild_tensor_from_dtensor_meta
+from torch.nn.parallel import DistributedDataParallel
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from ds_cmli.allocator import gpus
@@ -305,6 +308,34 @@ def a_group_waits_for_nobody() -> bool:
     return True
 
 
+def nccl_has_a_version() -> bool:
+    try:
+        return bool(torch.cuda.nccl.version())
+    except AttributeError:
+        return False
+
+
+def says_no_longer(what: object, text: str):
+    return lambda: text not in inspect.getsource(what)
+
+
+def a_mode_sees_resized_storages() -> bool:
+    with TorchDispatchMode() as mode, pytest.MonkeyPatch.context() as patch:
+        seen: list[object] = []
+        patch.setattr(type(mode), "__torch_dispatch__", lambda *args, **_: seen.append(args))
+        torch.UntypedStorage(8).resize_(0)
+    return bool(seen)
+
+
+def deepspeed_has_its_kernels() -> bool:
+    from deepspeed.ops.op_builder.fused_adam import FusedAdamBuilder
+
+    try:
+        return FusedAdamBuilder().load() is not None
+    except (OSError, RuntimeError, AttributeError):
+        return False
+
+
 def saving_needs_no_data() -> bool:
     with FakeTensorMode():
         try:
@@ -333,8 +364,19 @@ NO_LONGER_NEEDED = {
     "torch: formatted number": a_number_without_data_is_formatted,
     "torch: loading processes": tensors_without_data_travel,
     "torch: pinned memory": memory_is_pinned_without_a_gpu,
-    "torch: process group": a_group_waits_for_nobody,
-    "torch: process group's module": a_group_waits_for_nobody,
+    "torch: meeting of ranks": a_group_waits_for_nobody,
+    "torch: backend of a group": dist.is_nccl_available,
+    "torch: NCCL": dist.is_nccl_available,
+    "torch: version of NCCL": nccl_has_a_version,
+    "torch: patience of NCCL": lambda: dist.distributed_c10d.default_pg_nccl_timeout is not None,
+    "torch: processes of a program": lambda: not hasattr(torch.multiprocessing, "spawn"),
+    "torch: parameters compared": says_no_longer(DistributedDataParallel, "_verify_param_shape_across_processes("),
+    "torch: times of DDP": says_no_longer(DistributedDataParallel, "set_runtime_stats_and_log("),
+    "torch: objects of ranks": says_no_longer(dist.all_gather_object, "all_gather("),
+    "torch: objects of ranks, in their module": says_no_longer(dist.all_gather_object, "all_gather("),
+    "torch: shapes of sharded results": says_no_longer(_rebuild_tensor_from_dtensor_meta, "torch.empty_strided("),
+    "torch: resized storage": a_mode_sees_resized_storages,
+    "deepspeed: kernels": deepspeed_has_its_kernels,
     "torch: saving": saving_needs_no_data,
     "torch: types for all parameters at once in optimizers": every_type_is_updated_at_once,
     "torch: types for all parameters at once": every_type_is_updated_at_once,

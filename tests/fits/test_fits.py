@@ -73,6 +73,43 @@ def test_a_loop_runs_as_it_is(switches, tmp_path):
     assert "do not fit on 0.40 GB" in fits("--limit", "400MB", "--", LOOP, *switches, cwd=tmp_path).stdout
 
 
+RANKS = str(Path(__file__).parent / "ranks.py")
+MIB = 1 << 20
+
+
+@pytest.mark.parametrize("kind", ["ddp", "views", "fsdp", "zero2"])
+def test_one_rank_of_a_world_that_is_not_there(kind, tmp_path):
+    """A weight of 4 MiB. DDP's two buckets, of the first step and rebuilt, are there in the second backward pass. FSDP
+    has a quarter of it, of its gradient and of its momentum; ZeRO-2 has it, and a quarter of Adam's three copies."""
+    world = ("--world-size", "4", "--rank", "3", "--json", "out.json", "--gpu", "A100 80GB")
+    done = fits(*world, "--", RANKS, kind, "alone", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "2 steps of ranks.py as rank 3 of 4 fit on" in done.stdout
+    sizes = json.loads((tmp_path / "out.json").read_text())["categories"]
+    if kind in ("ddp", "views"):
+        bucket = 8 * MIB if kind == "ddp" else 4 * MIB  # with views, the rebuilt one holds the gradients
+        assert sizes["parameters"] == sizes["optimizer states"] == 4 * MIB
+        assert sizes["communication"] == 0 if kind == "views" else bucket
+        assert sizes["gradients"] == 8 * MIB if kind == "views" else 4 * MIB
+    elif kind == "fsdp":
+        assert sizes["parameters"] == sizes["gradients"] == sizes["optimizer states"] == MIB
+    else:
+        assert sizes["parameters"] == 5 * MIB and sizes["optimizer states"] == 2 * MIB
+
+
+def test_a_group_without_a_world_size_is_one_rank(tmp_path):
+    text = (
+        "import os, torch, torch.distributed as dist\n"
+        "assert 'RANK' not in os.environ and 'WORLD_SIZE' not in os.environ\n"
+        "dist.init_process_group('nccl', init_method='tcp://localhost:1', rank=0, world_size=1)\n"
+        "layer = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(8, 8).cuda())\n"
+        "optimizer = torch.optim.SGD(layer.parameters())\n"
+        "for _ in range(2): layer(torch.ones(8, 8, device='cuda')).sum().backward(); optimizer.step()\n"
+    )
+    done = fits("--gpu", "T4", "--", script(tmp_path, text), cwd=tmp_path)
+    assert done.returncode == 0 and "2 steps of program.py fit on T4" in done.stdout, done.stderr
+
+
 def test_all_gpus_are_compared(tmp_path):
     """The weight, momentum and two gradients take 4 GB each: more than a T4 has, and an A10G has enough."""
     script(
@@ -102,7 +139,7 @@ def test_a_mistake_is_the_programs_own(tmp_path):
     "text, reason",
     [
         ("print('none')", "before an optimizer"),
-        ("import torch.distributed as d\ntry: d.init_process_group('nccl')\nexcept Exception: 0", "process group"),
+        ("import torch\ntry: torch.multiprocessing.spawn(print, nprocs=2)\nexcept Exception: 0", "starts 2 processes"),
     ],
 )
 def test_what_is_not_followed_is_said_in_one_line(text, reason, tmp_path):
@@ -118,6 +155,7 @@ def test_what_is_not_followed_is_said_in_one_line(text, reason, tmp_path):
         (["--gpu", "T4", "--", "-m"], "no program is given"),
         (["--", "absent.py"], "the script 'absent.py' is not there"),
         (["--gpu", "T4", "--limit", "2GB", "--", LOOP], "--gpu is 'T4' and --limit '2GB': give one"),
+        (["--world-size", "2", "--rank", "2", "--", LOOP], "--rank is 2 of --world-size 2"),
         (["--json", "absent/x", "--", LOOP], "cannot write 'absent/x'"),
     ],
 )
