@@ -5,12 +5,14 @@ without data, until its optimizer steps are done.
 """
 
 import json
+from functools import partial
 from pathlib import Path
 
 import click
 
 from ds_cmli.common.cli import GroupedCommand, check_writable, option, run_command
 from ds_cmli.common.errors import UserError
+from ds_cmli.fits import largest
 
 
 class ProgramCommand(GroupedCommand):
@@ -27,6 +29,7 @@ class ProgramCommand(GroupedCommand):
 @option("Device", "--gpu", help="A listed GPU.  [all are compared, with an A100's operators]")
 @option("Device", "--limit", metavar="SIZE", help="A device's memory: 24GB (10^9 bytes) or 22GiB.")
 @option("Program", "--steps", type=click.IntRange(1), default=2, show_default=True)
+@option("Program", "--fit", is_flag=True, help="Find the largest number at {} in its arguments.")
 @option("Program", "--world-size", type=click.IntRange(1), help="Ranks; it runs as one of them.")
 @option("Program", "--rank", type=click.IntRange(0), default=0, show_default=True)
 @option("Files", "--json", "json_path", type=click.Path(dir_okay=False), help="In bytes.")
@@ -36,6 +39,7 @@ def command(
     gpu: str | None,
     limit: str | None,
     steps: int,
+    fit: bool,
     world_size: int | None,
     rank: int,
     program: tuple[str, ...],
@@ -52,6 +56,12 @@ def command(
         raise UserError(f"--rank is {rank} of --world-size {world_size or 1}: give one below it")
     for path in filter(None, files.values()):
         check_writable(path)
+    if fit:
+        if any(files.values()):
+            raise UserError("--fit prints one sentence: leave out --json and --snapshot")
+        device = ["--gpu", gpu] if gpu else ["--limit", limit or ""]
+        world = [] if world_size is None else ["--world-size", str(world_size), "--rank", str(rank)]
+        return _largest([*device, "--steps", str(steps), *world], program)
     from ds_cmli.fits import guard
 
     guard.load()
@@ -79,6 +89,18 @@ def command(
         Path(files["json_path"]).write_text(json.dumps(answered.to_dict(), indent=2) + "\n")
     if files["snapshot"]:
         snapshots.write(answered.events, files["snapshot"])
+    return 0
+
+
+def _largest(options: list[str], program: tuple[str, ...]) -> int:
+    largest.check(program, bool(options[1]))
+    from ds_cmli.fits import report
+
+    gpu, limit = (options[1], None) if options[0] == "--gpu" else (None, options[1])
+    room = report.rooms(gpu, limit)[0]
+    attempt = partial(largest.in_process_of_its_own, options, program)
+    number, tried = largest.largest(attempt)
+    print(largest.sentence(number, tried, room, program))
     return 0
 
 
