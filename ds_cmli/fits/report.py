@@ -93,7 +93,7 @@ class Report:
         devices = {}
         for room, each in zip(self.rooms, self.answers, strict=True):
             devices[str(room)] = each.fits
-        return {"steps": self.steps, "fits": devices, **asdict(self.answers[0])}
+        return {"steps": self.steps, **asdict(self.answers[0]), "fits": devices}
 
 
 def told(values: Values, ran: Ran, recorder: StepRecorder) -> Iterator[str]:
