@@ -52,7 +52,7 @@ def pytest_configure(config):
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    """For `pytest -n 3`: a file's tests run in one process, for their fixtures, and so do those of Slurm, of which a
+    """For `pytest -n 2`: a file's tests run in one process, for their fixtures, and so do those of Slurm, of which a
     machine can run only one. The longest begin first."""
     from xdist.scheduler import LoadFileScheduling
 

@@ -162,8 +162,8 @@ STAGES = {"zero 2": {"zero_optimization": {"stage": 2}}, "zero 3": {"zero_optimi
 BATCH, BREAK, STEPS = 12, 3, 7  # pairs a step, steps before the change, steps in all: the epoch of 65 has 5
 
 
-# (ZeRO stage, ranks before and after): each stage and each change, and the others in the soak test.
-CHANGES = (("zero 2", "2 to 1"), ("zero 2", "2 to 3"), ("zero 3", "1 to 2"))
+# (ZeRO stage, ranks before and after): each change, and each stage both ways; the others in the soak test.
+CHANGES = (("zero 2", "2 to 1"), ("zero 2", "2 to 3"), ("zero 3", "1 to 2"), ("zero 3", "2 to 1"))
 OTHERS = tuple(change for change in product(STAGES, ("2 to 1", "1 to 2", "2 to 3")) if change not in CHANGES)
 
 

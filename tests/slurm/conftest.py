@@ -1,11 +1,7 @@
 import os
-import socketserver
-import sys
-import threading
 
 import pytest
 
-from tests.slurm import forked
 from tests.slurm.cluster import Cluster, NoSlurm
 
 
@@ -23,14 +19,3 @@ def cluster(tmp_path_factory):
         yield cluster
     finally:
         cluster.stop()
-
-
-@pytest.fixture(scope="session")
-def forked_python(tmp_path_factory):
-    """A command that stands for Python in jobs (forked.py); others start a real one."""
-    address = str(tmp_path_factory.mktemp("forks") / "socket")
-    with socketserver.ThreadingUnixStreamServer(address, forked.Forks) as server:
-        server.daemon_threads = True  # none is waited for at the end, where a test has left its job
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"{sys.executable} -IS {forked.__file__} {address}"
-        server.shutdown()

@@ -74,14 +74,11 @@ def time_limit(cluster: Cluster, folder: Path, job: str, elapsed: float) -> None
     cluster.command("scontrol", "update", f"jobid={job}", "TimeLimit=60")
 
 
-def interrupted(
-    cluster: Cluster, python: str, folder: Path, steps: int, kinds: list[Callable], seed: int
-) -> tuple[Path, str]:
+def interrupted(cluster: Cluster, folder: Path, steps: int, kinds: list[Callable], seed: int) -> tuple[Path, str]:
     """A job that meets first its time limit and then `kinds`, each at a random step; its folder and its log."""
     dice = random.Random(seed)
     started = time.monotonic()
-    sbatch = ("--nodes=2", "--time=60", "--signal=TERM@90")
-    job = submit(cluster, folder, sbatch, *TINY, f"--steps={steps}", python=python)
+    job = submit(cluster, folder, ("--nodes=2", "--time=60", "--signal=TERM@90"), *TINY, f"--steps={steps}")
     run = folder / "runs" / f"slurm-{job}"
     poll(lambda: steps_done(run) >= dice.randint(1, 4), 120, lambda: log(folder, job), interval=0.02)
     time_limit(cluster, folder, job, time.monotonic() - started)
@@ -109,10 +106,10 @@ def same(run: Path, other: Path) -> None:
 
 
 @pytest.mark.parametrize("steps, kinds", [(24, QUICK), pytest.param(40, KINDS, marks=pytest.mark.soak)])
-def test_steps_with_interruptions_equal_as_many_straight(cluster, forked_python, tmp_path, steps, kinds):
+def test_steps_with_interruptions_equal_as_many_straight(cluster, tmp_path, steps, kinds):
     reference = straight(tmp_path / "straight", steps)
     started = time.monotonic()
-    run, text = interrupted(cluster, forked_python, tmp_path, steps, kinds, seed=random.randrange(1000))
+    run, text = interrupted(cluster, tmp_path, steps, kinds, seed=random.randrange(1000))
     print(f"{time.monotonic() - started:.0f} s")
     assert [rank.wait(240) for rank in reference] == [0, 0]
     same(run, tmp_path / "straight")
@@ -122,17 +119,17 @@ def test_steps_with_interruptions_equal_as_many_straight(cluster, forked_python,
 
 @pytest.mark.soak
 @pytest.mark.parametrize("seed", range(5))
-def test_three_times_as_many_interruptions(cluster, forked_python, tmp_path, seed):
+def test_three_times_as_many_interruptions(cluster, tmp_path, seed):
     reference = straight(tmp_path / "straight", 120)
     kinds = random.Random(seed).sample(3 * KINDS, 3 * len(KINDS))
-    run, text = interrupted(cluster, forked_python, tmp_path, 120, kinds, seed)
+    run, text = interrupted(cluster, tmp_path, 120, kinds, seed)
     assert [rank.wait(600) for rank in reference] == [0, 0]
     same(run, tmp_path / "straight")
     assert "Traceback" not in text
 
 
-def test_a_cancelled_job_is_saved_and_not_requeued(cluster, forked_python, tmp_path):
-    job = submit(cluster, tmp_path, ("--nodes=2",), *TINY, "--steps=1000", python=forked_python)
+def test_a_cancelled_job_is_saved_and_not_requeued(cluster, tmp_path):
+    job = submit(cluster, tmp_path, ("--nodes=2",), *TINY, "--steps=1000")
     run = tmp_path / "runs" / f"slurm-{job}"
     poll(lambda: steps_done(run) >= 2, 120, lambda: log(tmp_path, job))
     cluster.command("scancel", job)
@@ -169,9 +166,8 @@ def test_a_start_that_slurm_has_lost_sight_of_writes_no_more(cluster, tmp_path):
     assert [int(step) for step in steps] == list(range(1, len(steps) + 1))
 
 
-def test_a_killed_rank_ends_the_job_with_one_line(cluster, forked_python, tmp_path):
-    options = (*TINY, "--steps=1000", "--set", "run.watchdog=10")
-    job = submit(cluster, tmp_path, ("--nodes=2",), *options, python=forked_python)
+def test_a_killed_rank_ends_the_job_with_one_line(cluster, tmp_path):
+    job = submit(cluster, tmp_path, ("--nodes=2",), *TINY, "--steps=1000", "--set", "run.watchdog=10")
     run = tmp_path / "runs" / f"slurm-{job}"
     poll(lambda: steps_done(run) >= 2, 120, lambda: log(tmp_path, job))
     os.kill(task(job, rank=1), signal.SIGKILL)
