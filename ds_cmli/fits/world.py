@@ -17,6 +17,8 @@ from torch.distributed import distributed_c10d as c10d
 from torch.futures import Future
 from torch.utils._pytree import tree_leaves
 
+# mypy: disable-error-code="override,assignment"
+# PyTorch's stubs overload each collective, and call it with any of them.
 from ds_cmli.common.patches import environment, patched, patched_each
 from ds_cmli.fits import in_place_kernels, lines
 from ds_cmli.fits.steps import StepRecorder
