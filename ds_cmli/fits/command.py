@@ -60,8 +60,8 @@ def command(
         if any(files.values()):
             raise UserError("--fit prints one sentence: leave out --json and --snapshot")
         device = ["--gpu", gpu] if gpu else ["--limit", limit or ""]
-        world = [] if world_size is None else ["--world-size", str(world_size), "--rank", str(rank)]
-        return _largest([*device, "--steps", str(steps), *world], program)
+        ranks = [] if world_size is None else ["--world-size", str(world_size), "--rank", str(rank)]
+        return _largest([*device, "--steps", str(steps), *ranks], program)
     from ds_cmli.fits import guard
 
     guard.load()

@@ -114,17 +114,17 @@ class _Rank(dist.ProcessGroup):
 
     @classmethod
     def made(cls, options, _: object) -> "_Rank":
-        return cls(options.group_rank, options.group_size)
+        return cls(options.group_rank, options.group_size)  # type: ignore[call-arg]
 
     def getBackendName(self) -> str:
         return "nccl"
 
     def _set_group_name(self, name: str) -> None:
-        self.name = name
+        self.given_name = name
 
     @property
     def group_name(self) -> str:
-        return self.name
+        return self.given_name
 
     def _over(self, result: object, others: object = None, held: object = None) -> _Done:
         self.recorder.see_exchanged(tree_leaves((result, others)))
