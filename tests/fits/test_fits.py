@@ -22,6 +22,7 @@ MAIN = "import sys; sys.argv[0] = 'fits'; from ds_cmli.memory.command import mai
 def fits(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
     """Run the command in a process of its own, in which torch has not been imported."""
     env = clean_environment() | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    env.pop("DS_ACCELERATOR", None)  # the tests' own; a program is on a GPU here
     command = [sys.executable, "-c", MAIN, "fits", *arguments]
     return subprocess.run(command, env=env, cwd=cwd, capture_output=True, text=True, timeout=300)
 
