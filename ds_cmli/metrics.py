@@ -28,8 +28,6 @@ if TYPE_CHECKING:
 
     from ds_cmli.engine import TrainEngine
 
-LEAST_SHARE = 0.005  # of a step's time; less would be shown as 0%
-
 
 class Writer:
     """Writes a run's numbers: to `metrics.jsonl`, to trackers, and to the terminal.
@@ -111,8 +109,10 @@ class Writer:
             speed += f"  MFU {values['mfu']:.0%}"
         line = f"step {step}/{self.total}  {losses.rstrip()}"
         shares = {name[5:]: x for name, x in values.items() if name.startswith("time/")}
-        shown = [f"{name} {x:.0%}" for name, x in shares.items() if x >= LEAST_SHARE]
-        rest = [f"lr {values['lr']:.2e}", speed, *filter(None, [" ".join(shown)])]
+        shown = [f"{name} {x:.0%}" for name, x in shares.items() if round(x, 2)]
+        rest = [f"lr {values['lr']:.2e}", speed]
+        if shown:
+            rest.append(" ".join(shown))
         if self.bar.disable:
             a_step = (time.monotonic() - self.started) / max(1, step - self.first_step)
             left = a_step * (self.total - step)

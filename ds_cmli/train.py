@@ -94,8 +94,8 @@ def train(config: Config, asked: DeepSpeedConfig, start: Start) -> int:
             distributed.raise_together(mistake or cannot_compile(config, device))  # collective
             assert data is not None, "a mistake has been raised"
             folder = run_folder.make(config, start.resume, start.trains_nothing)  # collective
-            if start.report and distributed.is_main():
-                say(*contents.held(folder))
+            if start.report:
+                say(*contents.held(folder))  # collective
             with lock.held(folder):  # collective
                 place = Place(device, folder, watchdog)
                 ready = prepare(config, asked, data, place, start)  # collective

@@ -39,9 +39,8 @@ class Settings:
     # A block of this size or more is not split. It serves no request below this size, and only
     # requests that are less than 20 MiB smaller than the block.
     max_split_size: int | None = None
-    roundup_power2_divisions: int = (
-        0  # so many steps between powers of two, to round requests up to
-    )
+    # Requests are rounded up to this many steps between two powers of two.
+    roundup_power2_divisions: int = 0
     # If more than this share of the limit is reserved when a new segment is needed, wholly free
     # segments of the large pool that are at least as old as their mean are returned first.
     garbage_collection_threshold: float = 0.0

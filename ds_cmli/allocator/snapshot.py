@@ -20,7 +20,7 @@ from ds_cmli.allocator.allocator import Replay, replay
 from ds_cmli.allocator.beginning import LIVE
 from ds_cmli.allocator.blocks import Block, Event, Segment
 from ds_cmli.allocator.state import Record, Snapshot
-from ds_cmli.common.errors import UserError
+from ds_cmli.common.errors import UserError, one_line
 
 ENTRY: dict[str, type] = {"action": str, "addr": int, "size": int, "stream": int}
 SEGMENT: dict[str, type] = {
@@ -140,7 +140,7 @@ def read(path: str | Path) -> Snapshot:
     except OSError as error:
         raise UserError(f"{str(path)!r} cannot be read: {error.strerror or error}") from None
     except Exception as error:  # a damaged or hostile pickle can raise anything
-        why = " ".join(str(error).split())[:200] or type(error).__name__
+        why = one_line(error)[:200]
         raise UserError(f"{str(path)!r} is no snapshot that can be read: {why}") from None
     _fill_in(content)
     flaw = _flaw(content)

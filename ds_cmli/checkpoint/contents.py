@@ -4,24 +4,32 @@ import json
 from datetime import datetime
 from pathlib import Path
 
-from ds_cmli.checkpoint import files
+from ds_cmli.checkpoint import restore
 from ds_cmli.checkpoint import save as checkpoint
 from ds_cmli.checkpoint.train_state import TrainState, read_shared
 from ds_cmli.common.errors import UserError
-from ds_cmli.distributed.process_group import world_size
+from ds_cmli.distributed import process_group as distributed
 from ds_cmli.engine import Plan
 
 
 def held(folder: Path) -> list[str]:
-    """The lines on a run's folder: each checkpoint, verified, the best result, and the weights."""
+    """The lines on a run's folder: each checkpoint, verified, the best result, and the weights.
+
+    Collective; rank 0 alone gets them.
+    """
+    root = folder / checkpoint.FOLDER
+    names = distributed.broadcast_object(checkpoint.names(root))  # collective
+    problems = {name: restore.problem(root / name) for name in names}  # collectives
+    if not distributed.is_main():
+        return []
     if not (folder / "config.json").is_file():
         return [f"{folder} holds no run"]
-    root, lines = folder / checkpoint.FOLDER, [_made_by(folder)]
-    latest = checkpoint.latest(root)
-    for name in checkpoint.names(root):
+    lines, latest = [_made_by(folder)], checkpoint.latest(root)
+    for name, problem in problems.items():
         mark = " (latest)" if name == latest else ""
-        lines.append(f"  {checkpoint.FOLDER}/{name}{mark}: {_of_checkpoint(root / name)}")
-    if len(lines) == 1:
+        found = _of_checkpoint(root / name) if problem is None else f"damaged: {problem}"
+        lines.append(f"  {checkpoint.FOLDER}/{name}{mark}: {found}")
+    if not problems:
         lines.append("  no checkpoint")
     if (folder / checkpoint.REPLACED).is_dir():
         lines.append(f"  {checkpoint.REPLACED}/: the run before, until this one has a checkpoint")
@@ -43,27 +51,27 @@ def _made_by(folder: Path) -> str:
 
 
 def _of_checkpoint(path: Path) -> str:
-    problem = files.problem(path)
-    if problem is not None:
-        return f"damaged: {problem}"
+    """What a verified checkpoint is."""
     try:
         state = read_shared(path)
     except UserError as error:
         return str(error)
     size = sum(file.stat().st_size for file in path.iterdir())
     stage = state.config.get("deepspeed.zero_optimization.stage", 0)
-    ranks = f"{state.world_size} rank{'s' * (state.world_size > 1)}"
-    line = f"whole, {size / 1e6:.1f} MB, written by {ranks} at ZeRO stage {stage}"
+    by = f"{_ranks(state.world_size)} at ZeRO stage {stage}"
+    line = f"whole, {size / 1e6:.1f} MB, written by {by}"
     if state.best:
-        best = state.best
-        line += f", best {best['metric']} {best['value']:.3f} at step {best['step']}"
+        line += ", best {metric} {value:.3f} at step {step}".format_map(state.best)
     return line
 
 
 def going_on(fresh: bool, state: TrainState, plan: Plan) -> str:
     """How training would start, or go on from a checkpoint."""
-    pairs = plan.deepspeed.train_batch
-    where = f"{pairs} pairs a step on {world_size()} rank{'s' * (world_size() > 1)}"
+    pairs, ranks = plan.deepspeed.train_batch, _ranks(distributed.world_size())
     first = f"step {state.step + 1}" if state.evaluated else f"the evaluation of step {state.step}"
     how = "would start" if fresh else "would go on"
-    return f"{how} with {first} of {plan.total_steps}, {where}"
+    return f"{how} with {first} of {plan.total_steps}, {pairs} pairs a step on {ranks}"
+
+
+def _ranks(number: int) -> str:
+    return "1 rank" if number == 1 else f"{number} ranks"

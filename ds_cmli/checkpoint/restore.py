@@ -84,19 +84,26 @@ def find(resume: str, folder: Path) -> ResumePoint | None:
         raise UserError(error)
     lines: list[str] = []
     for path in paths:
-        # The ranks share this work: reading all files takes as long as loading them.
-        mine = files.problem(path, distributed.rank(), distributed.world_size())
-        problem = _first(distributed.gather_objects(mine))  # collective
-        if problem is None:
+        damage = problem(path)  # collective
+        if damage is None:
             state = read_shared(path)
             return ResumePoint(path, state, state.world_size, lines)
-        lines.append(f"checkpoint {path} is damaged: {problem}; trying the one before")
+        lines.append(f"checkpoint {path} is damaged: {damage}; trying the one before")
     if lines:
         raise UserError(
             f"{lines[-1].rsplit(';', 1)[0]}; there is no other to go on from: --resume never "
             "starts over"
         )
     return None
+
+
+def problem(path: Path) -> str | None:
+    """What is wrong with a checkpoint; None if nothing is. Collective.
+
+    The ranks share this work: reading all files takes as long as loading them.
+    """
+    mine = files.problem(path, distributed.rank(), distributed.world_size())
+    return _first(distributed.gather_objects(mine))  # collective
 
 
 def _first(problems: list[str | None]) -> str | None:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ds_cmli.cmli.check import DEFAULT_SCRATCH_BYTES
 from ds_cmli.cmli.inputs import Sides, Wanted
+from ds_cmli.common.errors import one_line
 
 LEAST_CAPABILITY = (8, 0)
 
@@ -73,7 +74,7 @@ def why_no_triton() -> str | None:
 
         driver.active.utils  # noqa: B018  # compiled now, if it is in no cache
     except Exception as error:
-        return _in_one_line(error)
+        return one_line(error)[:300]
     return None
 
 
@@ -92,12 +93,8 @@ def _why_they_fail(device: torch.device, dtype: torch.dtype, N: int, M: int, D: 
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # of Triton's compiler, of ptxas, or of the launch
-        return _in_one_line(error)
+        return one_line(error)
     return None
-
-
-def _in_one_line(error: Exception) -> str:
-    return (" ".join(str(error).split()) or type(error).__name__)[:300]
 
 
 def backend_of(backend: str, image: Tensor, text: Tensor) -> ModuleType:

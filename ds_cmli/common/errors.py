@@ -10,6 +10,11 @@ class UserError(Exception):
     """
 
 
+def one_line(error: Exception) -> str:
+    """An error's message, or its type's name where it has none, as one line."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 def nearest(name: str, known: Iterable[object]) -> str:
     """Hint at what an unknown name may mean: `did you mean 'x'?`, or else all known names."""
     import difflib

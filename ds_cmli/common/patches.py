@@ -57,7 +57,7 @@ _COMPILES = (
 )
 _NO_GPU = "It asks the driver, and a program that fits runs is to find a GPU without one."
 _WAITS_FOR_RANKS = "It waits for the other ranks, which are not there."
-OBJECTS = "all_gather_object gather_object broadcast_object_list scatter_object_list"
+OBJECTS = ("all_gather_object", "gather_object", "broadcast_object_list", "scatter_object_list")
 _NO_DATA = "It does not know tensors without data as what they stand for."
 CUDA_FUNCTIONS = """
 is_available is_initialized init _lazy_init is_bf16_supported device_count current_device set_device
@@ -237,11 +237,9 @@ PATCHES = {
     "torch: times of DDP": Patch(
         TORCH, "torch.distributed:Logger", ("set_runtime_stats_and_log",), _NO_GPU
     ),
-    "torch: objects of ranks": Patch(
-        TORCH, "torch.distributed", tuple(OBJECTS.split()), _WAITS_FOR_RANKS
-    ),
+    "torch: objects of ranks": Patch(TORCH, "torch.distributed", OBJECTS, _WAITS_FOR_RANKS),
     "torch: objects of ranks, in their module": Patch(
-        TORCH, "torch.distributed.distributed_c10d", tuple(OBJECTS.split()), _WAITS_FOR_RANKS
+        TORCH, "torch.distributed.distributed_c10d", OBJECTS, _WAITS_FOR_RANKS
     ),
     "torch: shapes of sharded results": Patch(
         TORCH,

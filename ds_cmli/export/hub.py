@@ -6,7 +6,7 @@ from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from ds_cmli.common.errors import UserError
+from ds_cmli.common.errors import UserError, one_line
 from ds_cmli.export import towers
 
 # Folders that an earlier export may have and this one not: their files are of other weights.
@@ -24,7 +24,7 @@ def check(name: str) -> None:
     try:
         HfApi().whoami()
     except Exception as error:  # the errors of the HTTP client, which versions choose differently
-        raise UserError(f"--push is {name!r}: {_line(error)}") from None
+        raise UserError(f"--push is {name!r}: {one_line(error)}") from None
 
 
 def push(folder: Path, name: str) -> str:
@@ -44,12 +44,7 @@ def push(folder: Path, name: str) -> str:
         )
     except Exception as error:  # as above
         raise UserError(
-            f"--push is {name!r}: {_line(error)}; {str(folder)!r} is whole: "
+            f"--push is {name!r}: {one_line(error)}; {str(folder)!r} is whole: "
             f"`hf upload {name} {folder}` pushes it"
         ) from None
     return str(made)
-
-
-def _line(error: Exception) -> str:
-    """The parts of an error's message as one line."""
-    return " ".join(str(error).split()) or type(error).__name__

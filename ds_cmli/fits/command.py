@@ -59,9 +59,8 @@ def command(
     if fit:
         if any(files.values()):
             raise UserError("--fit prints one sentence: leave out --json and --snapshot")
-        device = ["--gpu", gpu] if gpu else ["--limit", limit or ""]
         ranks = [] if world_size is None else ["--world-size", str(world_size), "--rank", str(rank)]
-        return _largest([*device, "--steps", str(steps), *ranks], program)
+        return _largest(gpu, limit, ["--steps", str(steps), *ranks], program)
     from ds_cmli.fits import guard
 
     guard.load()
@@ -92,13 +91,13 @@ def command(
     return 0
 
 
-def _largest(options: list[str], program: tuple[str, ...]) -> int:
-    largest.check(program, bool(options[1]))
+def _largest(gpu: str | None, limit: str | None, more: list[str], program: tuple[str, ...]) -> int:
+    largest.check(program, bool(gpu or limit))
     from ds_cmli.fits import report
 
-    gpu, limit = (options[1], None) if options[0] == "--gpu" else (None, options[1])
     room = report.rooms(gpu, limit)[0]
-    attempt = partial(largest.in_process_of_its_own, options, program)
+    device = ["--gpu", gpu] if gpu else ["--limit", str(limit)]
+    attempt = partial(largest.in_process_of_its_own, [*device, *more], program)
     number, tried = largest.largest(attempt)
     print(largest.sentence(number, tried, room, program))
     return 0

@@ -172,9 +172,11 @@ class _Rank(dist.ProcessGroup):
                 copy_values(part, own)
         return self._over(outputs, inputs)
 
-    def all_gather_single(self, output: Tensor, own: Tensor, opts: object = None) -> _Done:
+    def all_gather_single(self, output: Tensor, own: Tensor, *_: object) -> _Done:
         copy_values(output, own)
         return self._over(output, own)
+
+    all_to_all_single = all_gather_single
 
     def all_gather_single_coalesced(
         self, outputs: list[Tensor], inputs: list[Tensor], opts: object = None
@@ -182,6 +184,8 @@ class _Rank(dist.ProcessGroup):
         for output, own in zip(outputs, inputs, strict=True):
             copy_values(output, own)
         return self._over(outputs, inputs)
+
+    alltoall = all_gather_single_coalesced
 
     def reduce_scatter(
         self, outputs: list[Tensor], inputs: list[list[Tensor]], opts: object = None
@@ -192,17 +196,6 @@ class _Rank(dist.ProcessGroup):
         return self._over(output, given)
 
     reduce_scatter_single_coalesced = reduce_scatter_single
-
-    def alltoall(self, outputs: list[Tensor], inputs: list[Tensor], opts: object = None) -> _Done:
-        for output, own in zip(outputs, inputs, strict=True):
-            if output.shape == own.shape:
-                copy_values(output, own)
-        return self._over(outputs, inputs)
-
-    def all_to_all_single(self, output: Tensor, own: Tensor, *_: object) -> _Done:
-        if output.shape == own.shape:
-            copy_values(output, own)
-        return self._over(output, own)
 
     def gather(
         self, outputs: list[list[Tensor]], inputs: list[Tensor], opts: object = None

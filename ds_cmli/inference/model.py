@@ -21,7 +21,7 @@ from ds_cmli.cmli import cmli_scores
 from ds_cmli.cmli.contrastive import upcast
 from ds_cmli.cmli.loss import l2_normalize
 from ds_cmli.cmli.pair_scores import BothWays, Match, both_ways, match
-from ds_cmli.common.errors import UserError
+from ds_cmli.common.errors import UserError, one_line
 from ds_cmli.common.hardware import one_attention_on_all_gpus
 from ds_cmli.config.schema import Config, load_config
 from ds_cmli.data.batch import Collate, Sample
@@ -154,8 +154,7 @@ class Model:
             raise UserError(f"{error}, or a file") from None
         except Exception as error:  # decoders of damaged files raise nearly anything
             name = repr(str(picture)) if isinstance(picture, str | Path) else "a picture"
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise UserError(f"{name} cannot be read: {reason}") from None
+            raise UserError(f"{name} cannot be read: {one_line(error)}") from None
 
     @torch.inference_mode()
     def embed_images(

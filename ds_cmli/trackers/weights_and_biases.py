@@ -12,7 +12,7 @@ import wandb
 from numpy import ndarray
 
 from ds_cmli import trackers
-from ds_cmli.common.errors import UserError
+from ds_cmli.common.errors import UserError, one_line
 
 
 class WeightsAndBiases:
@@ -36,9 +36,8 @@ class WeightsAndBiases:
             self.run.define_metric("step")
             self.run.define_metric("*", step_metric="step")
         except (OSError, wandb.Error) as error:
-            line = " ".join(str(error).split())
             raise UserError(
-                f"run.report_to has 'wandb', which cannot be opened: {line}: "
+                f"run.report_to has 'wandb', which cannot be opened: {one_line(error)}: "
                 "see `wandb login`, or WANDB_MODE=offline"
             ) from None
 

@@ -36,8 +36,11 @@ AFTERWARDS = (
     *("one_name/captions", "one_name/pictures", "swap/captions", "swap/pictures"),
     *("match/all", "match/attribute", "match/head", "match/other", "probe/accuracy"),
 )
-FORM = f"write eval/SPLIT/METRIC, for instance eval/seen/{MEASURED[6]}, or one of "
-FORM += ", ".join(AFTERWARDS)  # how an endpoint is named
+# How an endpoint is named.
+FORM = (
+    f"write eval/SPLIT/METRIC, for instance eval/seen/{MEASURED[6]}, or one of "
+    f"{', '.join(AFTERWARDS)}"
+)
 OF_AN_ARM = ("seeds", "grid", "deepspeed_config")  # beside its settings
 OF_THE_PLAN = {"preset": "preset", "seed": "seeds", "output_dir": "--out"}  # settings of `run`
 
