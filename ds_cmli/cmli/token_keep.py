@@ -1,10 +1,12 @@
-"""FILIP's approximation of the all-pairs scores: of each image and text the few features that match
-best.
+"""Keeping a share of the features of each image and text.
 
-As in FILIP (Yao et al., 2021), which keeps 25%, each image keeps the patches with the highest
-maximum similarity to the texts of its rank's micro-batch, and each text its tokens likewise, before
-anything is exchanged between ranks. The selection passes no gradient, and depends on which pairs a
-rank's micro-batch holds.
+`select`, FILIP's approximation of the all-pairs scores (Yao et al., 2021, who keep 25%): of each
+image the patches with the highest maximum similarity to the texts of its rank's micro-batch, of
+each text its tokens likewise, before anything is exchanged between ranks. The selection passes no
+gradient, and depends on which pairs a rank's micro-batch holds.
+
+`PatchKeep`, patch dropout as in FLIP (Li et al., 2023, arXiv 2212.00794): random patches, which the
+image encoder sees alone.
 
 Shapes: B images and B texts of a micro-batch, N patches, M text positions, D embedding dimension; n
     and m are kept.
@@ -18,6 +20,9 @@ from torch import Tensor
 
 from ds_cmli.cmli.inputs import full_precision
 from ds_cmli.cmli.loss import l2_normalize
+
+# Odd 64-bit constants of splitmix64 (Steele et al., 2014), as signed integers.
+STEPS = (-0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15)
 
 
 def kept(share: float, number: int) -> int:
@@ -33,7 +38,7 @@ class Selection:
 
     def of(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
         """[B, N, D], [B, M, D] -> [B, n, D], [B, m, D]."""
-        return _taken(image, self.patches), _taken(text, self.tokens)
+        return taken(image, self.patches), taken(text, self.tokens)
 
 
 @torch.no_grad()
@@ -79,5 +84,32 @@ def _best(
     return of_patches.view(image.shape[:2]), of_tokens.view(text.shape[:2])
 
 
-def _taken(x: Tensor, index: Tensor) -> Tensor:
+def taken(x: Tensor, index: Tensor) -> Tensor:
+    """The features at these places: [B, N, *], int64 [B, n] -> [B, n, *]."""
     return x.gather(1, index[:, :, None].expand(-1, -1, x.shape[2]))
+
+
+class PatchKeep:
+    """Chooses n = ceil(share * N) patches of each image.
+
+    Args:
+        seed: of the run.
+    """
+
+    def __init__(self, share: float, patches: int, seed: int):
+        self.patches, self.kept, self.seed = patches, kept(share, patches), seed
+
+    def places(self, index: Tensor, step: int) -> Tensor:
+        """The places of the kept patches, in their order: int64 [B] samples -> int64 [B, n]."""
+        image = _mixed(index + (self.seed * STEPS[0] + step * STEPS[1]) % (1 << 62))  # [B]
+        patch = torch.arange(self.patches, device=index.device)
+        keys = _mixed(image[:, None] + patch * STEPS[0])  # [B, N]
+        return keys.argsort(1)[:, : self.kept].sort(1).values
+
+
+def _mixed(x: Tensor) -> Tensor:
+    """Hash int64 numbers to pseudorandom ones, as splitmix64's last steps do."""
+    for shift, factor in ((30, STEPS[1]), (27, STEPS[2])):
+        # A shift keeps the sign, which splitmix64's would not: the lower bits are mixed as well.
+        x = (x ^ (x >> shift)) * factor
+    return x ^ (x >> 31)

@@ -68,6 +68,8 @@ class StudentConfig:
     shared_blocks: Annotated[int, Field(ge=1, le=1000)] = 1
     embed_dim: Annotated[int, Field(ge=1, le=1024)] = 256  # D, the embedding dimension
     dropout: BelowOne = 0.1  # after the text encoder's layers, as in BERT's training
+    # The share of the patches that the image encoder sees in training, chosen at random.
+    patch_keep: Annotated[float, Field(gt=0, le=1)] = 1.0
     weights_partial: bool = False  # whether weights may lack blocks, which then start random
     # How many first layers are frozen, together with the embeddings below them; with all layers,
     # the whole encoder is.

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ds_cmli.cmli.token_keep import PatchKeep
 from ds_cmli.common import quiet
 from ds_cmli.common.errors import UserError
 from ds_cmli.common.hardware import keep_freed_memory, one_attention_on_all_gpus
@@ -70,7 +71,10 @@ def build_models(
         )
         if needs_teacher(config.loss.weights):
             teacher = Teacher(config.teacher, data.image_size, student.grid)
-    objective = Objective(student, config.loss, teacher.width if teacher else None)
+    keep, share = None, config.student.patch_keep
+    if share < 1:
+        keep = PatchKeep(share, math.prod(student.grid), config.run.seed)
+    objective = Objective(student, config.loss, teacher.width if teacher else None, keep)
     freeze(objective, config)
     if pretrained:
         for line in rates_without_effect(objective, config.optim):

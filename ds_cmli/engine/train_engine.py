@@ -184,11 +184,11 @@ class TrainEngine:
         """
         if not compares_tokens(self.objective.losses):
             return 0.0
-        (B, M), (rows, columns) = batch.input_ids.shape, self.objective.student.grid
+        (B, M), N = batch.input_ids.shape, self.objective.patches
         G = B * distributed.world_size() * (self.accumulation if self.caching else 1)
         D = self.objective.student.projection.out_features
         share = self.objective.config.cmli_token_keep
-        return 3 * 2.0 * B * G * kept(share, rows * columns) * kept(share, M) * D
+        return 3 * 2.0 * B * G * kept(share, N) * kept(share, M) * D
 
     def mark(self, phase: str | None) -> None:
         if self.timer is not None:

@@ -150,6 +150,7 @@ def portable(config: Config, student: Student) -> dict[str, dict[str, object]]:
     """
     settings = asdict(config.student) | {
         "image_weights": "random",
+        "patch_keep": 1.0,  # in training alone it is less
         "image_backbone": _name(registry.IMAGE, student.image),
         "text_weights": "random",
         "text_backbone": _name(registry.TEXT, student.text),

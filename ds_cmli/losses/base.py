@@ -37,6 +37,8 @@ class Features:
     patches: Tensor  # [B, N, H]
     text_cls: Tensor  # [B, H]
     tokens: Tensor  # [B, M, H], padding and special tokens included
+    # int64 [B, N], where these patches are in the image; None: they are all.
+    places: Tensor | None = None
 
 
 class WidthHead(nn.Linear):

@@ -1,5 +1,6 @@
 """The module that DeepSpeed's engine trains: the student and the chosen losses."""
 
+import math
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -10,7 +11,7 @@ from ds_cmli.cmli.contrastive import temperature_scale, upcast
 from ds_cmli.cmli.cut import Cut
 from ds_cmli.cmli.inputs import full_precision
 from ds_cmli.cmli.ring import Score, Scorer
-from ds_cmli.cmli.token_keep import Selection, select
+from ds_cmli.cmli.token_keep import PatchKeep, Selection, select
 from ds_cmli.config.registry import LOSSES, load
 from ds_cmli.config.schema import LossConfig
 from ds_cmli.data.batch import Batch
@@ -78,14 +79,23 @@ class Objective(nn.Module):
     ignored: Tensor
     step = 1  # the optimizer step in progress, by which `config.start` goes
 
-    def __init__(self, student: Student, config: LossConfig, teacher_width: int | None = None):
+    def __init__(
+        self,
+        student: Student,
+        config: LossConfig,
+        teacher_width: int | None = None,
+        patch_keep: PatchKeep | None = None,
+    ):
+        """`patch_keep`: which patches the student sees in training; None: all."""
         super().__init__()
         self.config = config
         self.student = student
         self.losses = nn.ModuleDict({name: load(LOSSES[name])(config) for name in config.weights})
-        rows, columns = student.grid
+        self.patch_keep, self.patches = patch_keep, math.prod(student.grid)
+        if patch_keep is not None:
+            self.patches = patch_keep.kept
         for loss in self.losses.values():
-            loss.fit(rows * columns, teacher_width)  # type: ignore[operator]
+            loss.fit(self.patches, teacher_width)  # type: ignore[operator]
         # How many texts of other pairs were no negatives of this rank's images in the last
         # micro-batch or step.
         self.register_buffer("ignored", torch.zeros((), dtype=torch.int64), persistent=False)
@@ -180,11 +190,17 @@ class Objective(nn.Module):
 
     def _inputs(self, features: Features, batch: Batch, targets: Targets | None) -> LossInputs:
         student, head, score = self.student, self.width_head, self.score
+        if targets is not None and features.places is not None:
+            targets = targets.at(features.places)
         return LossInputs(features, batch, targets, student, head, score, self.config, self.cut)
 
     def _features(self, batch: Batch) -> Features:
+        places, ids, mask = None, batch.input_ids, batch.attention_mask
+        if self.patch_keep is not None and self.training:
+            places = self.patch_keep.places(batch.index, self.step)
         with self.student.text.knowing(batch.padded):
-            return Features(*self.student(batch.image, batch.input_ids, batch.attention_mask))
+            x, patches, y, tokens = self.student(batch.image, ids, mask, places)
+        return Features(x, patches, y, tokens, places)
 
     def _pair_features(
         self, features: Features, batch: Batch, selection: Selection | None = None

@@ -21,6 +21,7 @@ from ds_cmli.models.backbone import (
     ImageBackbone,
     ImageRequest,
     PixelNorm,
+    TakenPatches,
     TextBackbone,
     TextRequest,
 )
@@ -91,6 +92,14 @@ class Student(nn.Module):
         )
         self.image = models.build(models.IMAGE, config.image_backbone, image)
         self.pixels = PixelNorm(self.image.mean, self.image.std)
+        self.taken: TakenPatches | None = None
+        if config.patch_keep < 1:
+            self.taken = self.image.leave_out_patches()
+            if self.taken is None:
+                raise UserError(
+                    f"student.patch_keep is {config.patch_keep}: student.image_model "
+                    f"{config.image_model!r} needs all patches: give 1, or a plain ViT"
+                )
         text = TextRequest(
             model=config.text_model,
             weights=config.text_weights,
@@ -153,8 +162,11 @@ class Student(nn.Module):
 
     def _problem_of_image(self, side: int) -> str:
         rows, columns = self.grid
+        image = torch.zeros(1, 3, side, side, dtype=torch.uint8)
         try:
-            x = self.embed_image(torch.zeros(1, 3, side, side, dtype=torch.uint8))
+            x = self.embed_image(image)
+            if self.taken is not None:
+                self.embed_image(image, torch.zeros(1, 1, dtype=torch.int64))
         except Exception as error:
             return reason(error)
         fits = x.shape == (1, self.image.prefix + rows * columns, self.width)
@@ -197,16 +209,23 @@ class Student(nn.Module):
         return self.image.grid
 
     def forward(
-        self, image: Tensor, input_ids: Tensor, attention_mask: Tensor
+        self,
+        image: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        places: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
         """Encode a batch: uint8 [B, 3, S, S], int64 [B, M], bool [B, M] (True = attend).
+
+        Args:
+            places: int64 [B, n], of the patches that are encoded: then N below is n.
 
         Returns:
             Image class tokens [B, H], patches [B, N, H], text class tokens [B, H] and tokens [B, M,
             H] (padding and special tokens included), not normalised, in the model's precision. They
             are a plain tuple because ZeRO-3's hooks do not find tensors inside other objects.
         """
-        x, y = self.embed_image(image), self.embed_text(input_ids, attention_mask)
+        x, y = self.embed_image(image, places), self.embed_text(input_ids, attention_mask)
         for block in self.shared:
             x, y = block(x, y, attention_mask)
         return *self.split_image(x), *self.split_text(y, attention_mask)
@@ -225,9 +244,13 @@ class Student(nn.Module):
             y = block.text(y, attention_mask)  # type: ignore[operator]
         return self.split_text(y, attention_mask)
 
-    def embed_image(self, image: Tensor) -> Tensor:
-        # [B, prefix+N, H]
-        return self.image_in(self.image(self.pixels(image, self.projection.weight.dtype)))
+    def embed_image(self, image: Tensor, places: Tensor | None = None) -> Tensor:
+        pixels = self.pixels(image, self.projection.weight.dtype)
+        if places is None:
+            return self.image_in(self.image(pixels))  # [B, prefix+N, H]
+        assert self.taken is not None, "places are given where student.patch_keep is below 1"
+        with self.taken.at(places):
+            return self.image_in(self.image(pixels))  # [B, prefix+n, H]
 
     def embed_text(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         return self.text_in(self.text_head(self.text(input_ids, attention_mask)))  # [B, M, H]

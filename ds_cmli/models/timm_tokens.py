@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from ds_cmli.config.validation import check
 from ds_cmli.models import timm_model
-from ds_cmli.models.backbone import ImageBackbone, ImageRequest, with_mean
+from ds_cmli.models.backbone import ImageBackbone, ImageRequest, TakenPatches, with_mean
 
 
 def _fits(model: Any) -> bool:
@@ -71,6 +72,15 @@ class TimmTokens(ImageBackbone):
     @property
     def blocks(self) -> list[nn.Module]:
         return list(self.model.blocks)
+
+    def leave_out_patches(self) -> TakenPatches | None:
+        # Where timm's own patch dropout would stand. Others place biases or rotations by patch.
+        own = getattr(self.model, "patch_drop", None)
+        plain = isinstance(self.model, VisionTransformer)
+        if not (plain and isinstance(own, nn.Identity)):
+            return None
+        self.model.patch_drop = taken = TakenPatches(self.model.num_prefix_tokens)
+        return taken
 
     def forward(self, pixels: Tensor) -> Tensor:
         # [B, prefix + N, H], or one token fewer if the model has no class token

@@ -84,6 +84,7 @@ SETTINGS: dict[str, list[Any]] = {
     "loss.cmli_exchange": ["gather", "ring"],
     "loss.cmli_gather_bytes": [2**10],
     "loss.cmli_token_keep": [0.25, 0.5],
+    "student.patch_keep": [0.25, 0.5],
     "loss.duplicates": ["keep"],
     "optim.ema_decay": [0.5, 0.999],
     "optim.negatives": ["micro_batch"],
