@@ -42,6 +42,8 @@ HANDOVER = 5.0
 # seconds without a touch after which a holder on another machine counts as ended; NFS delays up to
 # 60 s
 LEASE = 180.0
+# Environment variable that names the job where Slurm is not what starts it.
+JOB = "DS_CMLI_JOB"
 
 _held: list["Lock"] = []  # the locks of this process
 
@@ -87,7 +89,7 @@ class Holder(TypedDict, total=False):
     since: str
     place: str  # the machine and container, see `_place`
     started: str | None  # when the process started, see `_started`
-    slurm: list[str | None]  # the job, and how often it has been restarted
+    job: list[str | None]  # a scheduler's job, and which of its starts this is
     token: str
     ended: bool  # it has left the lock for a holder before it
 
@@ -101,9 +103,9 @@ class Lock:
             "since": time.strftime("%Y-%m-%d %H:%M:%S"),
             "place": _place(),
             "started": _started(os.getpid()),
-            "slurm": [os.environ.get("SLURM_JOB_ID"), os.environ.get("SLURM_RESTART_COUNT")],
             "token": uuid.uuid4().hex,
         }
+        self.mine["job"] = _job(self.mine["token"])
         self.ended = threading.Event()
         self.leaving = threading.Lock()
         self.left_for: Holder | None = None  # a holder before that may still run
@@ -177,9 +179,9 @@ class Lock:
         holder = _parsed(content)
         if holder is not None and holder.get("ended"):
             return False
-        job, restarts = (holder or {}).get("slurm") or (None, None)
-        if job and [job, restarts] != self.mine["slurm"] and job == self.mine["slurm"][0]:
-            return False  # an earlier start of this job, which Slurm has ended, or lost sight of
+        job, start = (holder or {}).get("job") or (None, None)
+        if job and [job, start] != self.mine["job"] and job == self.mine["job"][0]:
+            return False  # an earlier start of this job, which was ended, or lost sight of
         if holder is not None and holder.get("place") == self.mine["place"]:
             return self._may_still_run(holder)
         return age < LEASE
@@ -250,6 +252,13 @@ class Lock:
             with contextlib.suppress(OSError, ValueError):
                 print(f"error: {message}", file=sys.stderr, flush=True)
             leave(2)
+
+
+def _job(token: str) -> list[str | None]:
+    """The job that Slurm or another scheduler starts again under its name, and this start of it."""
+    if name := os.environ.get(JOB):
+        return [name, token]
+    return [os.environ.get("SLURM_JOB_ID"), os.environ.get("SLURM_RESTART_COUNT")]
 
 
 def _parsed(content: str) -> Holder | None:

@@ -51,6 +51,7 @@ def check_early(
     Raises `UserError`.
     """
     check_trackers(config.run.report_to)
+    _check_restarts(config.run.output_dir, resume)
     if config.run.compile != "off" and profiles.memory is not None:
         raise UserError(
             f"run.compile is {config.run.compile!r} and --profile-memory is {profiles.memory}: "
@@ -61,6 +62,16 @@ def check_early(
         profiles.left(config.optim.steps, 0, lambda line: None)
     if resume == "auto" and not (Path(config.run.output_dir) / "checkpoint").exists():
         ds_config.batch(config.optim.micro_batch, int(os.environ["WORLD_SIZE"]))
+
+
+def _check_restarts(output_dir: str, resume: str) -> None:
+    """Raise `UserError` if a start by torchrun's --max-restarts would not go on from the last."""
+    most = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")
+    if most != "0" and (not output_dir or resume != "auto"):
+        raise UserError(
+            f"torchrun's --max-restarts is {most}, --output-dir {output_dir!r} and --resume "
+            f"{resume!r}: give a folder, from which each start goes on, and leave out --resume"
+        )
 
 
 def check_outputs(ds_config: Section, report_to: Sequence[str]) -> None:

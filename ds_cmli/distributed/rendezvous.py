@@ -28,6 +28,8 @@ STRANGER = 20.0
 # The store's keys: why rank 0 has failed, its token, how many ranks have come, and that all have.
 FAILED, TOKEN = "ds_cmli/failed", "ds_cmli/token"
 COME, ALL = "ds_cmli/come", "ds_cmli/all"
+SHARED = "ds_cmli/store"  # a key of torchrun's store: where rank 0's store is, and its token
+FOLLOW = 120.0  # seconds in which rank 0 of ranks that torchrun starts again is to be there
 
 
 class Place(NamedTuple):
@@ -54,7 +56,7 @@ def meet(start: timedelta, stop: Callable[[], None]) -> dist.Store:
     ranks = int(env["WORLD_SIZE"])
     place = Place(env["MASTER_ADDR"], ports, fixed, int(env["RANK"]), ranks)
     if env.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        store = _beside_the_agents(place, start)
+        store = _beside_the_agents(place, start, stop)
     elif place.rank == 0:
         store = _hold(place)
     else:
@@ -101,18 +103,17 @@ def _token() -> str:
     return token
 
 
-def _beside_the_agents(place: Place, start: timedelta) -> dist.Store:
+def _beside_the_agents(place: Place, start: timedelta, stop: Callable[[], None]) -> dist.Store:
     """A store held by rank 0, whose address is passed through torchrun's store.
 
-    torchrun's own store ends with the launcher.
+    torchrun's own store ends with the launcher, and outlives the ranks that it starts again. It may
+    thus still hold the address of ranks before these. Their store is gone, or is one to which all
+    have come.
     """
-    env = os.environ
-    host, port = place.host, int(env["MASTER_PORT"])
-    me = f"rank {place.rank} of {place.ranks}"
-    attempt = f"ds_cmli/{env.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+    host, port = place.host, int(os.environ["MASTER_PORT"])
+    me, end = f"rank {place.rank} of {place.ranks}", time.monotonic() + FOLLOW
     try:
         agents = dist.TCPStore(host, port, is_master=False, timeout=start, wait_for_workers=False)
-        shared = dist.PrefixStore(attempt, agents)
         if place.rank == 0:
             # The connection tells the address at which others reach this node.
             with socket.create_connection((host, port)) as way:
@@ -121,15 +122,18 @@ def _beside_the_agents(place: Place, start: timedelta) -> dist.Store:
             store = _listen(here, 0, place.ranks)
             token = uuid.uuid4().hex
             store.set(TOKEN, token)
-            shared.set("store", f"{here} {store.port} {token}")
+            agents.set(SHARED, f"{here} {store.port} {token}")
             return store
-        here, at, token = shared.get("store").decode().split()
-        reached = _ask(here, int(at), token)
+        while time.monotonic() < end:
+            here, at, token = agents.get(SHARED).decode().split()
+            reached = _ask(here, int(at), token)
+            if reached is not None and not reached.check([ALL]):
+                return reached
+            stop()
+            time.sleep(0.3)
     except (dist.DistError, OSError) as error:
         raise UserError(f"{me} does not reach the launcher at {host}:{port}: {error}") from None
-    if reached is None:
-        raise UserError(f"{me} does not reach rank 0 at {here}:{at}")
-    return reached
+    raise UserError(f"{me} does not reach rank 0 at {here}:{at}")
 
 
 def _listen(host: str, port: int, ranks: int) -> dist.TCPStore:

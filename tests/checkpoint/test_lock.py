@@ -74,8 +74,20 @@ def test_a_requeued_job_takes_over_its_own_earlier_start(tmp_path, monkeypatch):
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     for slurm, free in ((["7", "0"], True), (["7", None], True), (["7", "1"], False), (["8", "0"], False)):
-        holder(tmp_path, place="there", slurm=slurm)
+        holder(tmp_path, place="there", job=slurm)
         assert (Lock(tmp_path).take() is None) == free
+
+
+def test_another_scheduler_names_its_job(tmp_path, monkeypatch):
+    monkeypatch.setattr(lock, "HANDOVER", 0.0)
+    monkeypatch.setenv(lock.JOB, "cmli")
+    for name, free in (("cmli", True), ("other", False), (None, False)):
+        holder(tmp_path, place="there", job=[name, "a token"])
+        assert (Lock(tmp_path).take() is None) == free
+    (tmp_path / NAME).unlink()
+    started = [Lock(tmp_path) for _ in range(2)]
+    started[0].mine["place"] = "there"
+    assert [each.take() for each in started] == [None, None]  # the second is a later start of the same job
 
 
 def test_an_earlier_start_of_the_job_that_may_still_run_is_given_time(tmp_path, monkeypatch):
@@ -84,7 +96,7 @@ def test_an_earlier_start_of_the_job_that_may_still_run_is_given_time(tmp_path, 
     here = {"pid": os.getppid(), "started": _started(os.getppid())}
     gone = {"pid": os.getppid(), "started": "1"}
     for who, waits in ((here, True), (gone, False), ({"place": "there"}, True)):
-        holder(tmp_path, slurm=["7", "0"], **who)
+        holder(tmp_path, job=["7", "0"], **who)
         began = time.monotonic()
         assert Lock(tmp_path).take() is None
         assert (time.monotonic() - began > 0.3) == waits

@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from datetime import timedelta
 
 import pytest
+import torch.distributed as dist
 
 from ds_cmli.common.errors import UserError
 from ds_cmli.distributed import rendezvous
@@ -135,3 +136,16 @@ def test_waiting_ends_where_asked_and_where_nobody_comes(monkeypatch):
             rendezvous.meet(START, stop)
         with pytest.raises(UserError, match=["only 1 of 2 ranks met at", "rank 1 of 2 met no rank 0 at"][rank]):
             rendezvous.meet(timedelta(seconds=0.5), lambda: None)
+
+
+def test_ranks_that_torchrun_starts_again_do_not_meet_those_before(ranks):
+    port, elastic = free_port(), {"TORCHELASTIC_USE_AGENT_STORE": "True"}
+    agents = dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)  # stays, as torchrun does
+    ranks.start(*(given(port, rank) | elastic | {"NAME": "first"} for rank in (0, 1)))
+    assert [met for _, _, (met, _), _ in ranks.told(2)] == [["first"] * 2] * 2
+    with Ranks() as again:
+        again.start(given(port, 1) | elastic | {"NAME": "again"})
+        time.sleep(0.5)  # it finds where the first ones met, who are still there
+        again.start(given(port, 0) | elastic | {"NAME": "again"})
+        assert [met for _, _, (met, _), _ in again.told(2)] == [["again"] * 2] * 2
+    del agents

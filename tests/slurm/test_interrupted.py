@@ -151,7 +151,7 @@ def test_a_start_that_slurm_has_lost_sight_of_writes_no_more(cluster, tmp_path):
     try:
         cluster.command("scontrol", "update", f"nodename={node}", "state=down", "reason=test")
         poll(lambda: not old.exists(), 240, lambda: log(tmp_path, job))
-        owner, start = json.loads((run / "run.lock").read_text())["slurm"]
+        owner, start = json.loads((run / "run.lock").read_text())["job"]
         assert owner == job and int(start) >= 1  # it ended because of that; on a slow machine Slurm may requeue twice
         ended = steps_done(run)
         poll(lambda: steps_done(run) >= ended + 3, 120, lambda: log(tmp_path, job))

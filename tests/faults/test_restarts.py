@@ -1,0 +1,108 @@
+"""`torchrun --max-restarts`, a rank or a node killed: the run goes on from its checkpoint, also with fewer ranks."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from safetensors.torch import load_file
+
+from ds_cmli.common.errors import UserError
+from ds_cmli.config.deepspeed_config import DeepSpeedConfig
+from ds_cmli.config.presets import load_preset
+from ds_cmli.config.start_checks import check_early
+from ds_cmli.memory.profiler import Profiles
+from tests.checkpoint.test_kill import Ranks
+from tests.checkpoint.test_restore import assert_same
+from tests.config.test_mistakes import pairs
+from tests.conftest import ROOT, clean_environment, free_port
+from tests.faults.signal_table import ranks_of
+
+TORCHRUN = str(Path(sys.executable).with_name("torchrun"))
+STEPS = 40
+
+
+@pytest.fixture(scope="module")
+def options(tmp_path_factory) -> list[str]:
+    data = pairs(tmp_path_factory.mktemp("data") / "pairs", count=63)
+    given = ["--preset", "tiny", "--steps", str(STEPS), "--micro-batch", "8", "--log-every", "1", "--save-every", "3"]
+    return [*given, "--data", data, "--set", "run.watchdog=10", "--set", "data.image_size=28", "--output-dir"]
+
+
+@pytest.fixture(scope="module")
+def unbroken(options, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("unbroken")
+    ranks = Ranks(folder, 2, [*options, str(folder / "run")])
+    assert ranks.wait() == [0, 0], ranks.output
+    return folder / "run"
+
+
+def start(run: Path, options: list[str], *of_torchrun: str) -> subprocess.Popen:
+    env = clean_environment() | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "DS_CMLI_JOB": "a job"}
+    command = [TORCHRUN, "--max-restarts=1", "--monitor-interval=0.1", "--shutdown-timeout=5", *of_torchrun]
+    with open(f"{run}.log", "a") as out:
+        return subprocess.Popen(
+            [*command, str(ROOT / "ds_cmli" / "train.py"), *options, str(run)],
+            cwd=ROOT, env=env, stdout=out, stderr=subprocess.STDOUT, process_group=0,
+        )  # fmt: skip
+
+
+def wait_for_a_checkpoint(run: Path, process: subprocess.Popen) -> None:
+    end = time.monotonic() + 240
+    while not (run / "checkpoint" / "latest").is_file():
+        assert process.poll() is None and time.monotonic() < end, Path(f"{run}.log").read_text()
+        time.sleep(0.02)
+
+
+def resumed_from(run: Path) -> list[int]:
+    return [int(step) for step in re.findall(r"resuming from \S+step0*(\d+)\n", Path(f"{run}.log").read_text())]
+
+
+@pytest.mark.parametrize("rank", [1, pytest.param(0, marks=pytest.mark.soak)])
+def test_a_rank_is_killed_and_the_end_is_that_of_an_unbroken_run(rank, options, unbroken, tmp_path):
+    run = tmp_path / "run"
+    process = start(run, options, "--nproc-per-node=2", f"--master-port={free_port()}")
+    wait_for_a_checkpoint(run, process)
+    os.kill(ranks_of(run)[rank], signal.SIGKILL)
+    assert process.wait(300) == 0, Path(f"{run}.log").read_text()
+    [step] = resumed_from(run)
+    assert 0 < step < STEPS
+    assert_same(unbroken, run)
+
+
+@pytest.mark.soak
+def test_a_node_is_lost_and_fewer_ranks_go_on_with_the_same_batches(options, unbroken, tmp_path):
+    run = tmp_path / "run"
+    elastic = ["--nnodes=1:2", "--nproc-per-node=1", "--rdzv-backend=c10d", "--rdzv-id=a run"]
+    elastic += [f"--rdzv-endpoint=127.0.0.1:{free_port()}", "--rdzv-conf=last_call_timeout=20,keep_alive_interval=1"]
+    stays = start(run, options, *elastic)
+    time.sleep(1)  # it holds the store by which the second one joins
+    lost = start(run, options, *elastic)
+    wait_for_a_checkpoint(run, stays)
+    children = psutil.Process(lost.pid).children()
+    lost.kill()
+    [rank] = {child.pid for child in children} & {*ranks_of(run)}
+    os.kill(rank, signal.SIGKILL)
+    assert stays.wait(300) == 0, Path(f"{run}.log").read_text()
+    assert "written by 2 ranks, read by 1" in Path(f"{run}.log").read_text()
+    assert 0 < resumed_from(run)[-1] < STEPS
+    weights, whole = load_file(run / "student.safetensors"), load_file(unbroken / "student.safetensors")
+    far = max(((weights[name] - x).norm() / x.norm()).item() for name, x in whole.items() if x.dim() == 2)
+    print(f"largest relative difference of a matrix {far:.1e}")
+    assert far < 1e-3
+
+
+@pytest.mark.parametrize("folder, resume", [("", "auto"), ("runs/mine", "never")])
+def test_a_start_that_would_not_go_on_is_one_line(folder, resume, monkeypatch):
+    config, asked = load_preset("tiny", {"run": {"output_dir": folder}}), DeepSpeedConfig.of({})
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    check_early(config, asked, resume, Profiles(None, None))
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    line = f"torchrun's --max-restarts is 3, --output-dir '{folder}' and --resume '{resume}': give a folder, "
+    with pytest.raises(UserError, match=f"^{line}[^\n]*$"):
+        check_early(config, asked, resume, Profiles(None, None))
