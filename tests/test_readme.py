@@ -37,6 +37,13 @@ ELSEWHERE = {
     "python ds_cmli/train.py --preset ablation --set student.patch_keep=0.5": "tests/models/test_patch_keep.py: `tiny`",
     "deepspeed --num_accelerators 2 ds_cmli/train.py --deepspeed_config ds_configs/zero2.json": "tests/test_train.py",
     "torchrun --nproc_per_node 2 ds_cmli/train.py": "tests/test_train.py: two steps of `tiny`",
+    "sky jobs launch --name cmli clusters/sky.yaml": "tests/test_clusters.py: its schema, and what it runs",
+    "kubectl apply -f clusters/trainjob.yaml": "tests/test_clusters.py: its schema, and what it runs",
+    "torchrun --nproc_per_node 8 --max-restarts 3 ds_cmli/train.py --deepspeed_config ds_configs/zero2.json "
+    "--output-dir runs/cmli": "tests/faults/test_restarts.py: two ranks of `tiny`",
+    "DS_CMLI_JOB=cmli torchrun --nnodes 1:4 --nproc_per_node 8 --max-restarts 3 --rdzv-backend c10d --rdzv-id cmli "
+    "--rdzv-endpoint NODE:29400 ds_cmli/train.py --deepspeed_config ds_configs/zero2.json --output-dir runs/cmli":
+        "tests/faults/test_restarts.py: two nodes of one rank",
     "python ds_cmli/train.py --profile-memory 2": "tests/memory/test_measure.py",
     "python ds_cmli/train.py --profile 5:8": "tests/memory/test_profiler.py",
     "deepspeed ds_cmli/train.py --data 'shards/{00000..00999}.tar'": "tests/data/sources/test_tars.py: few shards",
