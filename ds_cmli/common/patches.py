@@ -18,9 +18,8 @@ _INHERITED = object()
 
 @dataclass(frozen=True)
 class Patch:
-    version: str  # of the library, the last one for which the need was checked
     owner: str  # "module" or "module:Class"
-    attributes: tuple[str, ...]  # those that the installed version has are replaced
+    attributes: str  # names, by blanks; those that the installed version has are replaced
     reason: str
 
     def targets(self) -> list[tuple[object, str]]:
@@ -28,14 +27,13 @@ class Patch:
         module, _, path = self.owner.partition(":")
         owner = reduce(getattr, path.split(".") if path else (), importlib.import_module(module))
         found: list[tuple[object, str]] = [
-            (owner, name) for name in self.attributes if hasattr(owner, name)
+            (owner, name) for name in self.attributes.split() if hasattr(owner, name)
         ]
         if not found:
-            raise AttributeError(f"{self.owner} has none of {', '.join(self.attributes)}")
+            raise AttributeError(f"{self.owner} has none of {self.attributes}")
         return found
 
 
-TORCH, DEEPSPEED = "2.13.0", "0.19.8"
 ZERO = "deepspeed.runtime.zero"
 ACCELERATOR = "deepspeed.accelerator.cpu_accelerator:CPU_Accelerator"
 COORDINATOR = f"{ZERO}.partitioned_param_coordinator:PartitionedParameterCoordinator"
@@ -57,7 +55,7 @@ _COMPILES = (
 )
 _NO_GPU = "It asks the driver, and a program that fits runs is to find a GPU without one."
 _WAITS_FOR_RANKS = "It waits for the other ranks, which are not there."
-OBJECTS = ("all_gather_object", "gather_object", "broadcast_object_list", "scatter_object_list")
+OBJECTS = "all_gather_object gather_object broadcast_object_list scatter_object_list"
 _NO_DATA = "It does not know tensors without data as what they stand for."
 CUDA_FUNCTIONS = """
 is_available is_initialized init _lazy_init is_bf16_supported device_count current_device set_device
@@ -71,211 +69,174 @@ set_rng_state_all _is_in_bad_fork
 """
 PATCHES = {
     "timm: loaded keys": Patch(
-        "1.0.31",
         "timm.models._builder",
-        ("load_pretrained",),
+        "load_pretrained",
         "It does not return which keys of the pretrained weights it has used.",
     ),
     "transformers: mask": Patch(
-        "5.24.0",
         "transformers.masking_utils",
-        ("is_tracing",),
+        "is_tracing",
         "It takes a tensor without data for a traced one, and keeps the mask of unpadded texts.",
     ),
     "transformers: values of a mask": Patch(
-        "5.24.0",
         "transformers.masking_utils",
-        ("is_tracing",),
+        "is_tracing",
         "It asks the GPU whether a text is padded, which the host knows: a CPU-GPU sync.",
     ),
     "huggingface_hub: offline": Patch(
-        "2.4.0",
         "huggingface_hub.constants",
-        ("HF_HUB_OFFLINE",),
+        "HF_HUB_OFFLINE",
         "A hub that does not answer is asked again and again, for up to a minute.",
     ),
     "deepspeed: compiled operators": Patch(
-        DEEPSPEED,
         "deepspeed.ops",
-        ("__compatible_ops__",),
+        "__compatible_ops__",
         "On a CPU it compiles shared-memory collectives at the first start, which takes minutes.",
     ),
     "deepspeed: kernels": Patch(
-        DEEPSPEED,
         "deepspeed.ops.op_builder.builder:OpBuilder",
-        ("load",),
+        "load",
         "It compiles kernels for a GPU, which update in place and allocate nothing.",
     ),
     "deepspeed: recovery script": Patch(
-        DEEPSPEED,
         "deepspeed.runtime.engine:DeepSpeedEngine",
-        ("_copy_recovery_script",),
+        "_copy_recovery_script",
         "It copies a script into each checkpoint that writes the weights of student.safetensors.",
     ),
     "deepspeed: matrices for Muon": Patch(
-        DEEPSPEED,
         "deepspeed",
-        ("set_optimizer_flags",),
+        "set_optimizer_flags",
         "It takes class tokens and tables of position biases for matrices.",
     ),
     "deepspeed: compiled updates": Patch(
-        DEEPSPEED,
         "deepspeed.runtime.zero.muon.original_muon",
-        ("muon_update", "zeropower_via_newtonschulz5", "zeropower_via_gram_newtonschulz"),
+        "muon_update zeropower_via_newtonschulz5 zeropower_via_gram_newtonschulz",
         _COMPILES,
     ),
     "deepspeed: compiled updates without ZeRO": Patch(
-        DEEPSPEED, "deepspeed.runtime.zero.muon.muon_optimizer", ("muon_update",), _COMPILES
+        "deepspeed.runtime.zero.muon.muon_optimizer", "muon_update", _COMPILES
     ),
     "deepspeed: ranks compared": Patch(
-        DEEPSPEED, f"{ZERO}.utils", ("assert_lst_len_same_as_other_ranks",), _READS_VALUES
+        f"{ZERO}.utils", "assert_lst_len_same_as_other_ranks", _READS_VALUES
     ),
-    "deepspeed: rank 0 copied": Patch(
-        DEEPSPEED, f"{ZERO}.utils", ("get_lst_from_rank0",), _READS_VALUES
-    ),
+    "deepspeed: rank 0 copied": Patch(f"{ZERO}.utils", "get_lst_from_rank0", _READS_VALUES),
     "deepspeed: gathered parameters": Patch(
-        DEEPSPEED,
-        COORDINATOR,
-        ("_PartitionedParameterCoordinator__all_gather_params_",),
-        _MAKES_VIEWS,
+        COORDINATOR, "_PartitionedParameterCoordinator__all_gather_params_", _MAKES_VIEWS
     ),
     "deepspeed: gathered together": Patch(
-        DEEPSPEED, f"{ZERO}.partition_parameters:AllGatherCoalescedHandle", ("wait",), _MAKES_VIEWS
+        f"{ZERO}.partition_parameters:AllGatherCoalescedHandle", "wait", _MAKES_VIEWS
     ),
     "deepspeed: scattered gradients": Patch(
-        DEEPSPEED, f"{ZERO}.stage3", ("reduce_scatter_coalesced",), _MAKES_VIEWS
+        f"{ZERO}.stage3", "reduce_scatter_coalesced", _MAKES_VIEWS
     ),
     "deepspeed: flattened parameters": Patch(
-        DEEPSPEED,
         f"{ZERO}.stage_1_and_2:DeepSpeedZeroOptimizer",
-        ("flatten_dense_tensors_aligned",),
+        "flatten_dense_tensors_aligned",
         "It flattens on the host if the device has no room; in a prediction both have type cpu.",
     ),
     "deepspeed: norms in stage_1_and_2": Patch(
-        DEEPSPEED, f"{ZERO}.stage_1_and_2", ("mask_nan_or_inf_with_val_inplace",), _WAITS
+        f"{ZERO}.stage_1_and_2", "mask_nan_or_inf_with_val_inplace", _WAITS
     ),
     "deepspeed: norms in stage3": Patch(
-        DEEPSPEED, f"{ZERO}.stage3", ("mask_nan_or_inf_with_val_inplace",), _WAITS
+        f"{ZERO}.stage3", "mask_nan_or_inf_with_val_inplace", _WAITS
     ),
-    "deepspeed: norm asked again": Patch(
-        DEEPSPEED, f"{ZERO}.stage_1_and_2", ("is_invalid_grad_norm",), _WAITS
-    ),
-    "deepspeed: device has fp16": Patch(DEEPSPEED, ACCELERATOR, ("is_fp16_supported",), _ASKS_HERE),
-    "deepspeed: free memory": Patch(DEEPSPEED, ACCELERATOR, ("available_memory",), _ASKS_HERE),
-    "deepspeed: stream": Patch(DEEPSPEED, ACCELERATOR, ("stream",), _ASKS_HERE),
-    "deepspeed: emptied cache": Patch(DEEPSPEED, ACCELERATOR, ("empty_cache",), _ASKS_HERE),
+    "deepspeed: norm asked again": Patch(f"{ZERO}.stage_1_and_2", "is_invalid_grad_norm", _WAITS),
+    "deepspeed: device has fp16": Patch(ACCELERATOR, "is_fp16_supported", _ASKS_HERE),
+    "deepspeed: free memory": Patch(ACCELERATOR, "available_memory", _ASKS_HERE),
+    "deepspeed: stream": Patch(ACCELERATOR, "stream", _ASKS_HERE),
+    "deepspeed: emptied cache": Patch(ACCELERATOR, "empty_cache", _ASKS_HERE),
     "torch: linear": Patch(
-        TORCH,
         "torch.nn.functional",
-        ("linear",),
+        "linear",
         "ZeRO-3 replaces it for good by a function that keeps less for backward.",
     ),
     "torch: attention": Patch(
-        TORCH, "torch.nn.functional", ("scaled_dot_product_attention",), _CHOOSES_KERNELS
+        "torch.nn.functional", "scaled_dot_product_attention", _CHOOSES_KERNELS
     ),
-    "torch: dropout": Patch(TORCH, "torch.nn.functional", ("dropout",), _CHOOSES_KERNELS),
+    "torch: dropout": Patch("torch.nn.functional", "dropout", _CHOOSES_KERNELS),
     "torch: module conversion": Patch(
-        TORCH,
         "torch.nn:Module",
-        ("_apply",),
+        "_apply",
         "It replaces parameters without data even where nothing changes, and then fails.",
     ),
     "torch: copy to the host": Patch(
-        TORCH,
         "torch:Tensor",
-        ("cpu",),
+        "cpu",
         "In a prediction the device has the type cpu too, so that the copy would take no memory.",
     ),
-    "torch: GPU": Patch(TORCH, "torch.cuda", tuple(CUDA_FUNCTIONS.split()), _NO_GPU),
-    "torch: version of CUDA": Patch(TORCH, "torch.version", ("cuda",), _NO_GPU),
-    "torch: GPU's marks": Patch(
-        TORCH, "torch.cuda.nvtx", ("range_push", "range_pop", "mark"), _NO_GPU
-    ),
-    "torch: compiler": Patch(
-        TORCH, "torch", ("compile",), "It compiles nothing for tensors without data."
-    ),
+    "torch: GPU": Patch("torch.cuda", CUDA_FUNCTIONS, _NO_GPU),
+    "torch: version of CUDA": Patch("torch.version", "cuda", _NO_GPU),
+    "torch: GPU's marks": Patch("torch.cuda.nvtx", "range_push range_pop mark", _NO_GPU),
+    "torch: compiler": Patch("torch", "compile", "It compiles nothing for tensors without data."),
     "torch: start of a device": Patch(
-        TORCH, "torch._subclasses.fake_tensor:FakeTensorMode", ("avoid_device_init",), _NO_GPU
+        "torch._subclasses.fake_tensor:FakeTensorMode", "avoid_device_init", _NO_GPU
     ),
     "torch: scaled step": Patch(
-        TORCH,
         "torch.amp:GradScaler",
-        ("_maybe_opt_step",),
+        "_maybe_opt_step",
         "It reads from the device whether a gradient has overflowed.",
     ),
-    "torch: formatted number": Patch(TORCH, "torch:Tensor", ("__format__",), _NO_DATA),
+    "torch: formatted number": Patch("torch:Tensor", "__format__", _NO_DATA),
     "torch: loading processes": Patch(
-        TORCH,
         "torch.utils.data:DataLoader",
-        ("_get_iterator",),
+        "_get_iterator",
         "Tensors without data do not travel between processes.",
     ),
-    "torch: pinned memory": Patch(TORCH, "torch:Tensor", ("pin_memory", "record_stream"), _NO_GPU),
+    "torch: pinned memory": Patch("torch:Tensor", "pin_memory record_stream", _NO_GPU),
     "torch: meeting of ranks": Patch(
-        TORCH, "torch.distributed.distributed_c10d", ("rendezvous",), _WAITS_FOR_RANKS
+        "torch.distributed.distributed_c10d", "rendezvous", _WAITS_FOR_RANKS
     ),
     "torch: backend of a group": Patch(
-        TORCH,
         "torch.distributed.distributed_c10d",
-        ("_new_process_group_helper",),
+        "_new_process_group_helper",
         "It makes a communicator of NCCL, which a build without CUDA does not have.",
     ),
     "torch: processes of a program": Patch(
-        TORCH, "torch.multiprocessing", ("spawn",), "What other processes do is not followed."
+        "torch.multiprocessing", "spawn", "What other processes do is not followed."
     ),
-    "torch: NCCL": Patch(TORCH, "torch.distributed", ("is_nccl_available",), _NO_GPU),
-    "torch: version of NCCL": Patch(TORCH, "torch.cuda.nccl", ("version",), _NO_GPU),
+    "torch: NCCL": Patch("torch.distributed", "is_nccl_available", _NO_GPU),
+    "torch: version of NCCL": Patch("torch.cuda.nccl", "version", _NO_GPU),
     "torch: parameters compared": Patch(
-        TORCH,
-        "torch.nn.parallel.distributed",
-        ("_verify_param_shape_across_processes",),
-        _WAITS_FOR_RANKS,
+        "torch.nn.parallel.distributed", "_verify_param_shape_across_processes", _WAITS_FOR_RANKS
     ),
     "torch: patience of NCCL": Patch(
-        TORCH, "torch.distributed.distributed_c10d", ("default_pg_nccl_timeout",), _NO_GPU
+        "torch.distributed.distributed_c10d", "default_pg_nccl_timeout", _NO_GPU
     ),
-    "torch: times of DDP": Patch(
-        TORCH, "torch.distributed:Logger", ("set_runtime_stats_and_log",), _NO_GPU
-    ),
-    "torch: objects of ranks": Patch(TORCH, "torch.distributed", OBJECTS, _WAITS_FOR_RANKS),
+    "torch: times of DDP": Patch("torch.distributed:Logger", "set_runtime_stats_and_log", _NO_GPU),
+    "torch: objects of ranks": Patch("torch.distributed", OBJECTS, _WAITS_FOR_RANKS),
     "torch: objects of ranks, in their module": Patch(
-        TORCH, "torch.distributed.distributed_c10d", OBJECTS, _WAITS_FOR_RANKS
+        "torch.distributed.distributed_c10d", OBJECTS, _WAITS_FOR_RANKS
     ),
     "torch: shapes of sharded results": Patch(
-        TORCH,
         "torch.distributed.tensor._sharding_prop:ShardingPropagator",
-        ("propagate_op_sharding_non_cached",),
+        "propagate_op_sharding_non_cached",
         "It makes tensors without data of its own, which take no memory on a GPU.",
     ),
     "torch: resized storage": Patch(
-        TORCH,
         "torch:UntypedStorage",
-        ("resize_",),
+        "resize_",
         "FSDP frees and takes its parameters by it, below what a dispatch mode sees.",
     ),
-    "torch: saving": Patch(TORCH, "torch", ("save",), "There is nothing to save."),
+    "torch: saving": Patch("torch", "save", "There is nothing to save."),
     "torch: types for all parameters at once in optimizers": Patch(
-        TORCH, "torch.optim.optimizer", ("_foreach_supported_types",), _NO_DATA
+        "torch.optim.optimizer", "_foreach_supported_types", _NO_DATA
     ),
     "torch: types for all parameters at once": Patch(
-        TORCH, "torch.utils._foreach_utils", ("_foreach_supported_types",), _NO_DATA
+        "torch.utils._foreach_utils", "_foreach_supported_types", _NO_DATA
     ),
     "torch: messages": Patch(
-        TORCH,
         "torch.distributed",
-        ("batch_isend_irecv",),
+        "batch_isend_irecv",
         "The fake process group gathers and sums, but delivers no message.",
     ),
     "torch: collectives": Patch(
-        TORCH,
         "torch.distributed:ProcessGroup",
-        ("allgather", "_allgather_base", "all_gather_single", "allreduce", "broadcast"),
+        "allgather _allgather_base all_gather_single allreduce broadcast",
         "gloo's thread releases tensors a moment later, where the profiler does not see it.",
     ),
     "torch: scattering collectives": Patch(
-        TORCH,
         "torch.distributed:ProcessGroup",
-        ("_reduce_scatter_base", "reduce_scatter_single"),
+        "_reduce_scatter_base reduce_scatter_single",
         "gloo's thread releases tensors and its copies of them a moment later.",
     ),
 }
