@@ -27,7 +27,6 @@ import torch
 
 from ds_cmli import engine
 from ds_cmli.common.cli import run_command
-from ds_cmli.common.documents import Table
 from ds_cmli.common.errors import UserError
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.presets import load_preset
@@ -38,6 +37,7 @@ from ds_cmli.evaluate.split import evaluate_split
 from ds_cmli.memory.fake import process_group
 from ds_cmli.memory.predict import Options, predict
 from profiling.measure_cpu import measure_phases
+from profiling.tables import Table
 
 BATCH, STEPS, PAIRS = 4, 2, 8
 # Bytes that the predicted may differ by: the few numbers that operators and the engine hold for a

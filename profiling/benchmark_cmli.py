@@ -34,7 +34,7 @@ import torch
 from ds_cmli.cmli import cmli_scores
 from ds_cmli.common import plots
 from ds_cmli.common.cli import run_command
-from profiling import baselines
+from profiling import baselines, figures
 from profiling.baselines import DTYPES, SETTINGS, D, M, N, Problem, Scores
 
 
@@ -256,7 +256,7 @@ def draw(rows: list[dict], path: str) -> None:
             axis.plot(*zip(*floor, strict=True), "k--", label="floor: torch.mm")
         axis.set(title=setting, xlabel="B", xscale="log", yscale="log")
         for axle, unit in ((axis.xaxis, ""), (axis.yaxis, " s")):
-            axle.set_major_formatter(lambda value, _, u=unit: plots.plain(value) + u)
+            axle.set_major_formatter(lambda value, _, u=unit: figures.plain(value) + u)
             axle.set_minor_formatter(lambda *_: "")
         axis.set_xticks(sorted({r["B"] for r in timed}))
     axes[0].set_ylabel("forward + backward")

@@ -87,8 +87,8 @@ def command(
     quiet.silence()
     import torch
 
-    from ds_cmli.common.documents import Table
     from profiling.document import compare, steps, tables
+    from profiling.tables import Table
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     rows = compare.predicted_rows(setting, ids, device)

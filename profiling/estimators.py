@@ -299,10 +299,11 @@ def draw(table: dict[str, dict[str, float]], path: Path) -> None:
     steps that fail.
     """
     from ds_cmli.common import plots
+    from profiling import figures
 
     pyplot = plots.matplotlib("--plot")
     figure, axis = pyplot.subplots(
-        figsize=(plots.WIDTH, 0.42 * len(table) + 1.4), layout="constrained"
+        figsize=(figures.WIDTH, 0.42 * len(table) + 1.4), layout="constrained"
     )
     shown = {"median": "median_relative_error", "largest": "maximum_relative_error"}
     for place, (name, values) in enumerate(table.items()):
@@ -349,18 +350,18 @@ def draw(table: dict[str, dict[str, float]], path: Path) -> None:
     )
     axis.set(xscale="log", xlim=(SMALLEST / 300, 60), ylim=(len(table) - 0.5, -0.9))
     axis.set_xticks([1e-6, 1e-4, 1e-2, 1])
-    axis.xaxis.set_major_formatter(plots.percent)
+    axis.xaxis.set_major_formatter(figures.percent)
     axis.xaxis.set_minor_formatter(lambda *_: "")
     axis.grid(axis="x")
     most = rounded(table[OURS]["maximum_relative_error"]) if OURS in table else ""
     others = [values["median_relative_error"] for name, values in table.items() if name != OURS]
     finding = f"Our prediction is off by at most {most}, others by {min(others):.0%} to {max(others):.0%} in the median"
-    plots.titled(
+    figures.titled(
         figure,
         finding,
         "relative error of the memory of a step; in brackets the number of settings",
     )
-    figure.savefig(path, dpi=plots.DPI)
+    figure.savefig(path, dpi=figures.DPI)
     pyplot.close(figure)
 
 

@@ -25,10 +25,9 @@ from ds_cmli.memory import cpu_events
 from ds_cmli.memory.fake import process_group
 from ds_cmli.memory.host_memory import recorded_from_the_engine_on
 from ds_cmli.memory.inputs import longest_batch, text_lengths, without_weights
-from ds_cmli.memory.phases import phases
 from ds_cmli.memory.predict import TOTAL_STEPS
 from ds_cmli.memory.report import PHASES, Report, summarise
-from ds_cmli.memory.tracker import Tracker
+from ds_cmli.memory.tracker import Tracker, phases
 
 MARK = "ds_cmli.memory phase "
 PART_S = 1.0  # seconds that a profiler records at least within a phase

@@ -136,8 +136,8 @@ def one(
     """
     from ds_cmli.allocator import snapshot
     from ds_cmli.allocator.history import replay_history
-    from ds_cmli.allocator.holders import holders
     from ds_cmli.allocator.what_if import what_if
+    from profiling.holders import holders
 
     content = snapshot.read(path)
     out: list[dict[str, Any]] = []
@@ -159,7 +159,7 @@ def one(
         lines += ["  at the peak:", *held(at_peak)] if at_peak else []
         if room is not None or changes:
             answer = what_if(start, trace, room, replace(start.settings, **changes))
-            values["what_if"] = answer.to_dict()
+            values["what_if"] = vars(answer)
             lines.append(told(answer, room))
             if not answer.fits:
                 lines += [
@@ -342,10 +342,11 @@ def text(replayed: Any, settings_known: bool) -> str:
 def draw(points: Sequence[tuple[int, int]], what: str, path: Path) -> None:
     """Draw allocated and reserved bytes after each event; fragmentation is between the two."""
     from ds_cmli.common import plots
-    from ds_cmli.common.documents import readable
+    from profiling import figures
+    from profiling.tables import readable
 
     pyplot = plots.matplotlib("a chart")
-    figure, axis = pyplot.subplots(figsize=(plots.WIDTH, 4), layout="constrained")
+    figure, axis = pyplot.subplots(figsize=(figures.WIDTH, 4), layout="constrained")
     allocated, reserved = ([point[i] / GB for point in points] for i in range(2))
     where = range(len(points))
     used, free = plots.LINES[3], plots.LINES[2]
@@ -353,7 +354,7 @@ def draw(points: Sequence[tuple[int, int]], what: str, path: Path) -> None:
     axis.fill_between(where, allocated, reserved, step="post", color=free, alpha=0.45)
     axis.plot(where, reserved, drawstyle="steps-post", color=free, linewidth=1.2)
     axis.set(xlabel="events of the allocator", xlim=(0, len(points)), ylim=(0, None))
-    axis.xaxis.set_major_formatter(plots.plain)
+    axis.xaxis.set_major_formatter(figures.plain)
     axis.yaxis.set_major_formatter(lambda size, _: readable(round(size * GB)))
     axis.grid(axis="y")
     most = max(range(len(points)), key=lambda i: reserved[i], default=0)
@@ -364,8 +365,8 @@ def draw(points: Sequence[tuple[int, int]], what: str, path: Path) -> None:
             axis.text(1.01, end, label, transform=axis.get_yaxis_transform(), size=9, va="center")
     idle = reserved[most] - allocated[most] if points else 0
     finding = f"{readable(round(idle * GB))} of {readable(round(reserved[most] * GB))} reserved at the peak are not in use"
-    plots.titled(figure, finding if points else "No event", what)
-    figure.savefig(path, dpi=plots.DPI)
+    figures.titled(figure, finding if points else "No event", what)
+    figure.savefig(path, dpi=figures.DPI)
     pyplot.close(figure)
 
 

@@ -108,11 +108,11 @@ def command(
     from rich.console import Console
 
     from ds_cmli.allocator import gpus
-    from ds_cmli.common.documents import Table
     from ds_cmli.config.presets import load_preset
     from ds_cmli.config.schema import parse_settings
     from ds_cmli.engine.throughput import peak_flops
     from profiling.scaling import Rates, crossovers, step_cost
+    from profiling.tables import Table
 
     tflops = given["tflops"]
     if given["measure"]:
@@ -230,9 +230,10 @@ def cells(r: dict[str, Any]) -> list[str]:
 def draw(rows: list[dict[str, Any]], title: str, path: str) -> None:
     """Seconds a step and memory of a rank over the ranks, a line for each way, named at its end."""
     from ds_cmli.common import plots
+    from profiling import figures
 
     pyplot = plots.matplotlib("--plot")
-    figure, axes = pyplot.subplots(1, 2, figsize=(plots.WIDTH, 4), layout="constrained")
+    figure, axes = pyplot.subplots(1, 2, figsize=(figures.WIDTH, 4), layout="constrained")
     ways = sorted({(r["zero_stage"], r["cached"], r["exchange"]) for r in rows})
     several = len({stage for stage, _, _ in ways}) > 1
     measures: list[tuple[str, Callable[[dict[str, Any]], float]]] = [
@@ -278,16 +279,16 @@ def draw(rows: list[dict[str, Any]], title: str, path: str) -> None:
                 transform=axis.get_yaxis_transform(),
             )
         for axle, form in (
-            (axis.xaxis, plots.plain),
-            (axis.yaxis, lambda v, _, u=unit: f"{plots.plain(v)} {u}"),
+            (axis.xaxis, figures.plain),
+            (axis.yaxis, lambda v, _, u=unit: f"{figures.plain(v)} {u}"),
         ):
             axle.set_major_formatter(form)
             axle.set_minor_formatter(lambda *_: "")
         axis.minorticks_off()
         axis.grid(axis="y")
     axes[1].set_title("memory of a rank", size=9.5, weight="normal", color=plots.SOFT)
-    plots.titled(figure, finding(rows, title), "time of a step")
-    figure.savefig(path, dpi=plots.DPI)
+    figures.titled(figure, finding(rows, title), "time of a step")
+    figure.savefig(path, dpi=figures.DPI)
     pyplot.close(figure)
 
 

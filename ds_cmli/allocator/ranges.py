@@ -81,7 +81,7 @@ def _at_the_end(state: State) -> list[KnownRange]:
     ranges: list[KnownRange] = []
     for address, part in sorted(state.segments.items()):
         key = part.small, part.stream, part.pool
-        last = ranges[-1] if ranges else None
+        last = next(reversed(ranges), None)
         if last is None or (last.small, last.stream, last.recorded) != key:
             last = KnownRange(
                 address, address, part.small, part.stream, last=FOREVER, recorded=part.pool

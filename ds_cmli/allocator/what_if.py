@@ -31,9 +31,6 @@ class WhatIf:
     too_much: int = 0  # bytes that would have to be freed for it
     failed_event: int = 0  # number of events before it
 
-    def to_dict(self) -> dict[str, object]:
-        return dict(vars(self))
-
 
 def what_if(
     start: State, trace: Trace, limit: int | None = None, settings: Settings | None = None
@@ -43,7 +40,7 @@ def what_if(
     Where the recording returned segments of a pool to the device, all free segments of that pool
     are returned here: the cause was most likely `empty_cache`, which the program would call again.
     """
-    settings = start.settings if settings is None else settings
+    settings = settings or start.settings
     allocator, out, number, at = CachingAllocator(), WhatIf(), -1, 0
     try:
         if settings == start.settings:

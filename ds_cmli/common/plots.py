@@ -2,12 +2,9 @@
 
 from collections.abc import Sequence
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ds_cmli.common.errors import UserError
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 # The colours of every chart and page: the same on light and on dark paper. Any two stay apart for
 # readers with deuteranopia and protanopia too: by 0.07 and more in OKLab, in a simulation of both
@@ -32,8 +29,6 @@ LINES = COLOURS[:6]  # those that are seen as thin lines on both papers
 DASHES = ("-", "--", ":", "-.")  # as matplotlib names them
 ACCENT = COLOURS[0]
 SOFT = "#5f636b"  # of what stands beside the data: axes, notes
-WIDTH = 7.5  # inches; at this width text is legible where a page shows the picture 400 pixels wide
-DPI = 200
 STYLE = {
     "font.size": 10,
     "axes.edgecolor": SOFT,
@@ -78,14 +73,6 @@ def matplotlib(needed_by: str) -> Any:
     return pyplot
 
 
-def titled(figure: "Figure", finding: str, what: str = "") -> None:
-    """Write what a chart shows above it: the finding in bold, below it `what` was drawn."""
-    size = min(12.0, 840 / max(1, len(finding)))  # a longer line is set smaller, so that it fits
-    figure.suptitle(finding, x=0.01, ha="left", weight="bold", size=size)
-    if what:
-        figure.axes[0].set_title(what, size=9.5, weight="normal", color=SOFT)
-
-
 def apart(places: Sequence[float], gap: float) -> list[float]:
     """Move the places of labels at least `gap` apart, in their order and around their middle."""
     order = sorted(range(len(places)), key=places.__getitem__)
@@ -102,13 +89,3 @@ def apart(places: Sequence[float], gap: float) -> list[float]:
         for k in range(count):
             out[next(where)] = middle + gap * (k - (count - 1) / 2)
     return out
-
-
-def plain(value: float, _: object = None) -> str:
-    """The label of a tick as a number without exponent: 0.1, 10, 1,000."""
-    return f"{value:,.12g}"
-
-
-def percent(value: float, _: object = None) -> str:
-    """The label of a tick as percent: 0.1%, 10%, 1,000%."""
-    return f"{100 * value:,.6g}%"

@@ -138,25 +138,6 @@ def chance(image_of: Tensor) -> dict[str, float]:
     return prefixed("chance/", _recalls({"i2t": i2t, "t2i": t2i}))
 
 
-def recall(i2t: Tensor, t2i: Tensor, image_of: Tensor) -> dict[str, float]:
-    """Recall from whole score matrices: of any of a picture's captions, and of a caption's picture.
-
-    Args:
-        i2t, t2i: [m, n], scores of all pictures with all captions, from the picture's and from the
-            caption's side.
-        image_of: int64 [n], the row of each caption's picture; each picture has a caption.
-
-    Returns:
-        `i2t_r1` ... `t2i_r10`, as fractions of all pictures or all captions, and their mean. Values
-        are expectations over a random order of tied candidates: constant scores give `chance`.
-    """
-    pictures, captions = torch.arange(len(i2t)), torch.arange(len(image_of))
-    block = Block(pictures, captions, i2t[None], t2i[None], pictures[:, None] == image_of)
-    counts = RankCounts.zeros(1, *i2t.shape)
-    counts.add(block, *block.positive_scores())
-    return counts.recalls(pictures, captions)[0]
-
-
 def kinds(scales: dict[str, float]) -> list[str]:
     """The kinds of scores to evaluate, given 1/temperature of the kinds that the losses compare."""
     if "cmli" in scales:

@@ -1,6 +1,13 @@
-"""Compares measured and predicted memory of a run's first steps (`--profile-memory`)."""
+"""Compares measured and predicted memory of a run's first steps (`--profile-memory`).
+
+On a GPU the totals are the allocator's own. The categories come from the tracker that predictions
+use, here on real tensors; what the allocator counts beyond the tracker (the workspaces of libraries
+and operators) is added to "temporaries".
+"""
 
 import json
+import os
+import pickle
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from itertools import accumulate
@@ -14,11 +21,10 @@ from ds_cmli.common.cli import say
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.json_values import JsonObject
 from ds_cmli.config.schema import Config
-from ds_cmli.data.batch import Batch
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.engine import TrainEngine
 from ds_cmli.losses.objective import Embed, Request, Whole
-from ds_cmli.memory import cpu_events, measure_cuda, predict_subprocess
+from ds_cmli.memory import cpu_events, predict_subprocess
 from ds_cmli.memory.report import Report, summarise
 from ds_cmli.memory.tracker import Tracker
 
@@ -92,7 +98,7 @@ def profiling_memory(
                 with predict_subprocess.Predictor(PREDICTION_S) as predictor:
                     _write(folder, predictor.ask(request), measurement.report(setting))
             if target == "cuda":
-                measure_cuda.record_history()  # back to the history that every training run keeps
+                record_history()  # back to the history that every training run keeps
 
         yield after_step
 
@@ -127,20 +133,22 @@ class Measurement:
         cuda = device.type == "cuda"
         name = torch.cuda.get_device_name(device) if cuda else "CPU allocator"
         tracked = summarise(self.tracker.events(host=not cuda), setting, "")
-        return measure_cuda.combined(tracked, self.totals, setting, f"measured: {name}")
+        return combined(tracked, self.totals, setting, f"measured: {name}")
 
     def _note_texts(self, module: nn.Module, inputs: tuple[Request]) -> None:
         request = inputs[0]
         if isinstance(request, Whole | Embed):  # with gradient caching each batch counts once
-            self.texts.append(_lengths(request.batch))
+            # The positions that the texts are padded to, and each text's valid tokens.
+            mask = request.batch.token_mask
+            self.texts.append((mask.shape[1], mask.sum(1).tolist()))  # CPU-GPU sync
 
     @contextmanager
     def _on_cuda(self) -> Iterator[None]:
-        measure_cuda.record_history(10**7)
+        record_history(10**7)
         torch.cuda.reset_peak_memory_stats(self.train_engine.device)  # what came before is no step
         with self.tracker, self.tracker.attach_to_training(self.train_engine):
             yield
-        self.totals.update(measure_cuda.statistics(self.train_engine.device))
+        self.totals.update(statistics(self.train_engine.device))
 
     @contextmanager
     def _on_cpu(self) -> Iterator[None]:
@@ -162,17 +170,9 @@ class Measurement:
         self.totals["requested"] = sum(peaks)
 
 
-def _lengths(batch: Batch) -> tuple[int, list[int]]:
-    """The positions that the batch's texts are padded to, and each text's valid tokens.
-
-    CPU-GPU sync.
-    """
-    return batch.token_mask.shape[1], batch.token_mask.sum(1).tolist()
-
-
 def _write(folder: Path, answer: predict_subprocess.Answer, measured: Report) -> None:
     if measured.source != "measured: CPU allocator":
-        measure_cuda.save_snapshot(folder / SNAPSHOT)
+        save_snapshot(folder / SNAPSHOT)
     content: JsonObject = {"prediction": answer.report, "measurement": measured.to_dict()}
     content["differences"] = None
     if answer.report is not None:
@@ -183,3 +183,68 @@ def _write(folder: Path, answer: predict_subprocess.Answer, measured: Report) ->
         (folder / FILE).write_text(json.dumps(content, indent=2) + "\n")
     except OSError as error:  # the training goes on
         say(f"warning: {folder / FILE} cannot be written: {error.strerror}")
+
+
+def combined(tracked: Report, totals: dict[str, int], setting: JsonObject, source: str) -> Report:
+    """A report of the tracker's categories, which add up to "requested", and the measured
+    totals."""
+    categories = dict(tracked.categories)
+    categories["temporaries"] += totals["requested"] - tracked.totals["requested"]
+    return Report(setting, source, categories, tracked.phases, totals)
+
+
+def record_history(most: int = 100_000) -> None:
+    """Keep the last `most` actions of CUDA's allocator from now on.
+
+    No stacks: they cost time at every allocation.
+    """
+    torch.cuda.memory._record_memory_history(context=None, max_entries=most, clear_history=True)
+
+
+def save_snapshot(path: Path) -> None:
+    """Write the allocator's snapshot and history, for pytorch.org/memory_viz. CPU-GPU sync."""
+    torch.cuda.synchronize()
+    path.write_bytes(pickle.dumps(torch.cuda.memory._snapshot()))
+
+
+def statistics(device: torch.device) -> dict[str, int]:
+    """Peaks since they were last reset, in bytes; with "device" if the driver reports it.
+
+    CPU-GPU sync.
+    """
+    torch.cuda.synchronize(device)
+    stats = torch.cuda.memory_stats(device)
+    names = ("requested", "allocated", "reserved")
+    totals = {name: stats[f"{name}_bytes.all.peak"] for name in names}
+    occupied = process_bytes(device)
+    if occupied is not None:
+        # The driver reports no peak: memory outside the allocator's segments is assumed to be the
+        # same then as now.
+        totals["device"] = occupied + totals["reserved"] - stats["reserved_bytes.all.current"]
+    return totals
+
+
+def process_bytes(device: torch.device) -> int | None:
+    """The bytes that this process occupies on the GPU by NVML's count; None if it has none."""
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+        uuid = torch.cuda.get_device_properties(device).uuid
+        handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
+        processes = pynvml.nvmlDeviceGetComputeRunningProcesses(handle)
+        pynvml.nvmlShutdown()
+    except pynvml.NVMLError:
+        return None
+    return own_bytes({process.pid: process.usedGpuMemory for process in processes}, os.getpid())
+
+
+def own_bytes(used: dict[int, int | None], pid: int) -> int | None:
+    """The entry of `used` for this process.
+
+    In a container NVML may list another process id: a single entry is then taken to be this
+    process's.
+    """
+    if pid in used:
+        return used[pid]
+    return next(iter(used.values())) if len(used) == 1 else None

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ds_cmli.evaluate.pointing_game import pictures_of_patches
 from ds_cmli.losses.base import LossInputs
-from ds_cmli.losses.target_cmli import TargetText
+from ds_cmli.losses.distillation import TargetText
 
 POSITIONS = 2**16  # more than a text has (`data.context_length`)
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from ds_cmli.common import plots
 from ds_cmli.common.errors import UserError, nearest
 from ds_cmli.report.runs import columns_of, read
+from profiling import figures
 from profiling.ablation.plan import Run
 from profiling.ablation.report import Compared
 
@@ -14,7 +15,7 @@ def draw_differences(compared: Sequence[Compared], path: str) -> None:
     """Draw each contrast at each endpoint: seeds as dots, the mean with its 95% interval."""
     pyplot = plots.matplotlib("--plot")
     height = 1.2 + 0.6 * len(compared)
-    figure, axis = pyplot.subplots(figsize=(plots.WIDTH, height), layout="constrained")
+    figure, axis = pyplot.subplots(figsize=(figures.WIDTH, height), layout="constrained")
     for row, one in enumerate(compared):
         colour, _ = plots.line(row)
         dots = list(one.by_seed.values())
@@ -31,8 +32,8 @@ def draw_differences(compared: Sequence[Compared], path: str) -> None:
     axis.invert_yaxis()
     axis.grid(axis="x")
     what = "paired by seed (dots); mean and 95% interval; dotted: margin of equivalence"
-    plots.titled(figure, "Differences", what)
-    figure.savefig(path, dpi=plots.DPI)
+    figures.titled(figure, "Differences", what)
+    figure.savefig(path, dpi=figures.DPI)
     pyplot.close(figure)
 
 
@@ -47,7 +48,7 @@ def draw_column(column: str, runs: Sequence[Run], out: Path, path: str) -> None:
         hint = nearest(column, known) if known else f"no run lies in {out}"
         raise UserError(f"--curve is {column!r}, which no run has logged: {hint}")
     pyplot = plots.matplotlib("--curve")
-    figure, axis = pyplot.subplots(figsize=(plots.WIDTH, 4), layout="constrained")
+    figure, axis = pyplot.subplots(figsize=(figures.WIDTH, 4), layout="constrained")
     arms = list(dict.fromkeys(run.arm for run in runs))
     named = set[str]()
     for run in runs:
@@ -60,6 +61,6 @@ def draw_column(column: str, runs: Sequence[Run], out: Path, path: str) -> None:
     axis.set_xlabel("step")
     axis.grid(axis="y")
     axis.legend(frameon=False)
-    plots.titled(figure, column, "a line a run")
-    figure.savefig(path, dpi=plots.DPI)
+    figures.titled(figure, column, "a line a run")
+    figure.savefig(path, dpi=figures.DPI)
     pyplot.close(figure)

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ds_cmli.common.documents import Table
 from ds_cmli.report.runs import mean
 from profiling.ablation.plan import Contrast, Plan
 from profiling.ablation.records import HITS, Records, hits, values
@@ -16,6 +15,7 @@ from profiling.ablation.statistics import (
     holm,
     runs_needed,
 )
+from profiling.tables import Table
 
 ALPHA = 0.05
 NOTES = [

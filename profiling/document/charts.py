@@ -6,9 +6,10 @@ from typing import Any
 
 from ds_cmli.allocator.blocks import Event
 from ds_cmli.common import plots
-from ds_cmli.common.documents import readable
 from ds_cmli.memory.report import CATEGORIES, COLOURS
+from profiling import figures
 from profiling.document.compare import GB, Row
+from profiling.tables import readable
 
 
 def bars(rows: Sequence[Row], path: Path) -> None:
@@ -22,7 +23,7 @@ def bars(rows: Sequence[Row], path: Path) -> None:
         if getattr(row, name)
     ]
     height = 0.24 * (len(drawn) + 0.5 * len(rows)) + 1
-    figure, axis = pyplot.subplots(figsize=(plots.WIDTH, height), layout="constrained")
+    figure, axis = pyplot.subplots(figsize=(figures.WIDTH, height), layout="constrained")
     places: list[float] = []
     for i, (row, _, _, _) in enumerate(drawn):
         step = 0 if not i else 1 if row is drawn[i - 1][0] else 1.7
@@ -39,12 +40,12 @@ def bars(rows: Sequence[Row], path: Path) -> None:
     axis.xaxis.set_minor_formatter(lambda size, _: "")
     axis.margins(y=0.01)
     axis.invert_yaxis()
-    plots.titled(
+    figures.titled(
         figure,
         "What the document estimates, what is stored, what was measured",
         "the largest tensor",
     )
-    figure.savefig(path, dpi=plots.DPI)
+    figure.savefig(path, dpi=figures.DPI)
     pyplot.close(figure)
 
 
@@ -61,7 +62,7 @@ def timeline(events: Sequence[Event], what: str, path: Path) -> None:
     total, largest = sum(peak.values()), max(peak, key=peak.__getitem__)
     used = [name for name in CATEGORIES if any(now[name] for _, now in points)]
     figure, (axis, beside) = pyplot.subplots(
-        1, 2, figsize=(plots.WIDTH, 4.4), layout="constrained", width_ratios=(2, 1)
+        1, 2, figsize=(figures.WIDTH, 4.4), layout="constrained", width_ratios=(2, 1)
     )  # fmt: skip
     stacks = [[now[name] / GB for _, now in points] for name in used]
     where = [i for i, _ in points]
@@ -77,11 +78,11 @@ def timeline(events: Sequence[Event], what: str, path: Path) -> None:
     axis.plot(peak_at, top * 1.02, "v", color="black", markersize=5)
     axis.set(xlim=(0, len(step)), ylim=(0, top * 1.14), xlabel="allocations and frees")
     axis.yaxis.set_major_formatter(lambda size, _: f"{size:g} GB")
-    axis.xaxis.set_major_formatter(plots.plain)
+    axis.xaxis.set_major_formatter(figures.plain)
     list_beside(beside, {name: peak[name] for name in used[::-1]})
     finding = f"{largest[0].upper()}{largest[1:]}: {peak[largest] / total:.0%} of the {readable(total)} at the peak"
-    plots.titled(figure, finding, what)
-    figure.savefig(path, dpi=plots.DPI)
+    figures.titled(figure, finding, what)
+    figure.savefig(path, dpi=figures.DPI)
     pyplot.close(figure)
 
 

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 
 import torch
 
-from ds_cmli.cmli.check import DEFAULT_SCRATCH_BYTES, index_dtype
 from ds_cmli.cmli.chunked.packed import largest, make_chunks
 from ds_cmli.cmli.chunked.tiling import Widths, tile_sizes
-from ds_cmli.common.documents import readable
+from ds_cmli.cmli.inputs import DEFAULT_SCRATCH_BYTES, index_dtype
 from ds_cmli.config.schema import check
+from profiling.tables import readable
 
 SPECIAL_TOKENS = (
     2  # [CLS] and [SEP]/[EOS], which the document leaves out of its formulas but not out of M

@@ -23,8 +23,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ds_cmli.cmli import cmli_scores
-from ds_cmli.cmli.check import DEFAULT_SCRATCH_BYTES
 from ds_cmli.cmli.contrastive import contrastive_loss
+from ds_cmli.cmli.inputs import DEFAULT_SCRATCH_BYTES
 from ds_cmli.losses import functions as losses
 from ds_cmli.memory import cpu_events
 from ds_cmli.memory.tracker import Tracker

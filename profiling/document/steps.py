@@ -233,9 +233,8 @@ def whole_step(
 def measured_step(
     config: Config, world_size: int, device: str, say: Callable[[dict[str, Any]], object]
 ) -> None:
-    from ds_cmli.memory import measure_cuda
-    from profiling import measure_cpu
+    from profiling import measure_cpu, measure_gpu
 
     quiet.silence()
-    measured = measure_cuda if device == "cuda" else measure_cpu
+    measured = measure_gpu if device == "cuda" else measure_cpu
     say(measured.measure(config, DeepSpeedConfig.load(DEFAULT_JSON), world_size).to_dict())

@@ -2,11 +2,11 @@
 
 from collections.abc import Iterable
 
-from ds_cmli.common.documents import Table, count
 from ds_cmli.memory.report import CATEGORIES, PHASES
 from profiling.document.compare import GB, Row
 from profiling.document.estimates import DOCUMENT, Claim, Setting
 from profiling.document.steps import WholeStep, describe
+from profiling.tables import Table, count
 
 
 def describe_setting(s: Setting) -> str:

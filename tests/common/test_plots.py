@@ -37,13 +37,6 @@ def test_charts_name_what_needs_it(monkeypatch):
         plots.matplotlib("the report, for its curves,")
 
 
-def test_ticks_are_numbers_that_are_read():
-    assert [plots.percent(value) for value in (0.000001, 0.001, 0.01, 0.1, 1, 10)] == [
-        "0.0001%", "0.1%", "1%", "10%", "100%", "1,000%"
-    ]  # fmt: skip
-    assert [plots.plain(value) for value in (0.1, 20, 4096.0)] == ["0.1", "20", "4,096"]
-
-
 def test_labels_are_moved_apart_around_their_middle_and_keep_their_order():
     assert plots.apart([], 1) == []
     assert plots.apart([0.0, 5.0], 1) == [0.0, 5.0]

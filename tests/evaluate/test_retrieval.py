@@ -3,8 +3,28 @@ import math
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
-from ds_cmli.evaluate.retrieval import RECALLS, Block, RankCounts, chance, recall
+from ds_cmli.evaluate.retrieval import RECALLS, Block, RankCounts, chance
+
+
+def recall(i2t: Tensor, t2i: Tensor, image_of: Tensor) -> dict[str, float]:
+    """Recall from whole score matrices: of any of a picture's captions, and of a caption's picture.
+
+    Args:
+        i2t, t2i: [m, n], scores of all pictures with all captions, from the picture's and from the
+            caption's side.
+        image_of: int64 [n], the row of each caption's picture; each picture has a caption.
+
+    Returns:
+        `i2t_r1` ... `t2i_r10`, as fractions of all pictures or all captions, and their mean. Values
+        are expectations over a random order of tied candidates: constant scores give `chance`.
+    """
+    pictures, captions = torch.arange(len(i2t)), torch.arange(len(image_of))
+    block = Block(pictures, captions, i2t[None], t2i[None], pictures[:, None] == image_of)
+    counts = RankCounts.zeros(1, *i2t.shape)
+    counts.add(block, *block.positive_scores())
+    return counts.recalls(pictures, captions)[0]
 
 
 def metrics(i2t, t2i=None, image_of=None):

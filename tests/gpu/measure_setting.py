@@ -18,8 +18,8 @@ from ds_cmli.allocator import gpus  # noqa: E402
 from ds_cmli.allocator.history import replay_history  # noqa: E402
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig  # noqa: E402
 from ds_cmli.config.schema import Config  # noqa: E402
-from ds_cmli.memory import measure_cuda, predict_subprocess  # noqa: E402
-from profiling import measure_cpu  # noqa: E402
+from ds_cmli.memory import measure, predict_subprocess  # noqa: E402
+from profiling import measure_cpu, measure_gpu  # noqa: E402
 from tests.gpu.settings import Setting  # noqa: E402
 
 LIMIT_S = 300  # for the prediction, on hosts that are slow or shared
@@ -27,8 +27,8 @@ LIMIT_S = 300  # for the prediction, on hosts that are slow or shared
 
 def measured(config: Config, ds_config: dict[str, Any], world: int) -> dict[str, Any]:
     """Peaks on this GPU, and the error of the allocator's model on the recorded requests."""
-    measure_cuda.record_history()
-    totals = measure_cuda.peaks(config, ds_config, world)
+    measure.record_history()
+    totals = measure_gpu.peaks(config, ds_config, world)
     replayed = replay_history(torch.cuda.memory._snapshot(), torch.cuda.current_device())
     model = {
         "allocations": replayed.allocations,

@@ -4,12 +4,12 @@ import subprocess
 import pytest
 
 from ds_cmli.allocator.blocks import Event
-from ds_cmli.common.documents import Table
 from profiling import replay
 from profiling.document import charts, compare, steps, tables
 from profiling.document.compare import Row
 from profiling.document.estimates import Setting, claims
 from profiling.document.implementations import implementations
+from profiling.tables import Table
 from tests.conftest import ROOT, run
 
 SMALL = Setting(B=6, P=2, N=9, M=7, H=32, D=16)

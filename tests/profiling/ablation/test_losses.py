@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ds_cmli.config.schema import LossConfig
-from ds_cmli.losses.target_cmli import TargetText
+from ds_cmli.losses.distillation import TargetText
 from profiling.ablation.losses import OracleText, ShuffledText, others, scrambled
 from tests.conftest import ROOT, run
 

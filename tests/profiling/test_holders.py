@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
-from ds_cmli.allocator.holders import holders
 from ds_cmli.allocator.state import State
+from profiling.holders import holders
 
 UNWIND = ("??", "torch::unwind::unwind()")
 EMPTY = ("RegisterCUDA.cpp", "at::_ops::empty_memory_format::redispatch(c10::DispatchKeySet, ...)")
