@@ -34,17 +34,13 @@ class CMLIProcessor:
         return export.CMLIProcessor.from_pretrained(*args, **kwargs)  # type: ignore[arg-type]
 
 
-def _register_config(module: ModuleType) -> None:
-    module.AutoConfig.register(CMLIConfig.model_type, CMLIConfig)
-
-
-def _register_processor(module: ModuleType) -> None:
-    module.AutoProcessor.register(CMLIConfig, CMLIProcessor)
-
-
 REGISTER: dict[str, Callable[[ModuleType], None]] = {
-    "transformers.models.auto.configuration_auto": _register_config,
-    "transformers.models.auto.processing_auto": _register_processor,
+    "transformers.models.auto.configuration_auto": lambda module: module.AutoConfig.register(
+        CMLIConfig.model_type, CMLIConfig
+    ),
+    "transformers.models.auto.processing_auto": lambda module: module.AutoProcessor.register(
+        CMLIConfig, CMLIProcessor
+    ),
 }
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import resource
 import shutil
 import sys
 import time
@@ -9,8 +10,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -20,13 +22,9 @@ from ds_cmli.checkpoint.run_folder import METRICS
 from ds_cmli.common.errors import UserError
 from ds_cmli.common.probe import Probe
 from ds_cmli.distributed import process_group as distributed
+from ds_cmli.engine import TrainEngine
 from ds_cmli.engine.throughput import StepTimer, peak_flops
 from ds_cmli.trackers import tag
-
-if TYPE_CHECKING:
-    import numpy as np
-
-    from ds_cmli.engine import TrainEngine
 
 
 class Writer:
@@ -131,7 +129,7 @@ class Writer:
                 lambda tracker: tracker.numbers(step, {tag(n): v for n, v in values.items()})
             )
 
-    def picture(self, step: int, name: str, image: "np.ndarray") -> None:
+    def picture(self, step: int, name: str, image: np.ndarray) -> None:
         """Give a picture, uint8 [height, width, 3], to the trackers."""
         self._track(lambda tracker: tracker.picture(step, name, image))
 
@@ -183,7 +181,7 @@ class NullWriter:
     def advance(self) -> None: ...
     def log(self, step: int, values: dict[str, Any], **only_tracked: float) -> None: ...
     def draw(self, step: int, **values: float) -> None: ...
-    def picture(self, step: int, name: str, image: "np.ndarray") -> None: ...
+    def picture(self, step: int, name: str, image: np.ndarray) -> None: ...
     def flush(self, to_disk: bool = False) -> None: ...
     def close(self) -> None: ...
 
@@ -215,7 +213,7 @@ class Meter(Probe):
     Time in which training was interrupted does not count.
     """
 
-    def __init__(self, engine: "TrainEngine | None" = None):
+    def __init__(self, engine: TrainEngine | None = None):
         """`engine`: the `TrainEngine` whose steps are timed."""
         self.timer, self.peak = StepTimer(), 0.0
         if engine is not None:
@@ -255,6 +253,5 @@ def peak_memory_bytes() -> int:
     """The most memory held so far: of the allocator on a GPU, of the process on a CPU."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
-    import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from ds_cmli.common.cli import say
 from ds_cmli.common.errors import UserError
+from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.schema import Config
-from ds_cmli.config.start_checks import check_outputs
+from ds_cmli.config.start_checks import check_outputs, check_restarts, check_trackers
 from ds_cmli.faults import preemption
 from ds_cmli.memory.profiler import Profiles
 
@@ -18,7 +19,6 @@ if TYPE_CHECKING:  # these take seconds to import, and options are checked befor
 
     from ds_cmli.checkpoint.restore import ResumePoint
     from ds_cmli.checkpoint.train_state import TrainState
-    from ds_cmli.config.deepspeed_config import DeepSpeedConfig
     from ds_cmli.data.bad import BadSamples
     from ds_cmli.data.batch import Batch
     from ds_cmli.data.load import Data
@@ -66,7 +66,27 @@ class Prepared:
     flags: "CollectiveFlags"  # what ranks decide together
 
 
-def load_data(config: Config, asked: "DeepSpeedConfig") -> "tuple[Data | None, str | None]":
+def check_early(config: Config, asked: DeepSpeedConfig, start: Start) -> None:
+    """Check what would otherwise be refused only after imports that take seconds.
+
+    Raises `UserError`.
+    """
+    profiles = start.profiles
+    check_trackers(config.run.report_to)
+    check_restarts(config.run.output_dir, start.resume)
+    if config.run.compile != "off" and profiles.memory is not None:
+        raise UserError(
+            f"run.compile is {config.run.compile!r} and --profile-memory is {profiles.memory}: "
+            "what is measured is set beside the prediction, which is of the blocks as they are: "
+            "leave out one of the two"
+        )
+    if config.optim.steps is not None:
+        profiles.left(config.optim.steps, 0, lambda line: None)
+    if start.resume == "auto" and not (Path(config.run.output_dir) / "checkpoint").exists():
+        asked.batch(config.optim.micro_batch, int(os.environ["WORLD_SIZE"]))
+
+
+def load_data(config: Config, asked: DeepSpeedConfig) -> "tuple[Data | None, str | None]":
     """Load the data. Returns it, or a mistake, which is told once the ranks have met.
 
     It may be on this node alone, where nobody would hear of it. A single rank raises it at once, as
@@ -89,7 +109,7 @@ def load_data(config: Config, asked: "DeepSpeedConfig") -> "tuple[Data | None, s
 
 
 def prepare(
-    config: Config, asked: "DeepSpeedConfig", data: "Data", place: Place, start: Start
+    config: Config, asked: DeepSpeedConfig, data: "Data", place: Place, start: Start
 ) -> Prepared | None:
     """Find what there is to go on from, and plan the run. Collective.
 

@@ -105,18 +105,14 @@ def _show(answers: list[predict_subprocess.Answer], device: torch.device) -> Non
     if here.fails:
         raise UserError(here.failed)
     if there.report is not None:
-        show(Report.from_dict(there.report))
+        show(Report(**there.report))
     if here.report is None:
         say(f"the first steps were not tried: {here.failed}")
         return
     if there.report is None:
         say(f"no prediction for a GPU: {there.failed}")
-    gpu = device.type == "cuda"
-    if gpu:
-        room = out_of_memory.device_room(device)
-    else:
-        room = out_of_memory.process_room(out_of_memory.process_bytes())
-    needed = here.report["totals"]["allocated" if gpu else "requested"]
+    room = out_of_memory.room_of(device, out_of_memory.process_bytes())
+    needed = here.report["totals"]["allocated" if device.type == "cuda" else "requested"]
     most = room.bytes or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if needed > most:
         raise UserError(

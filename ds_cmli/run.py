@@ -76,9 +76,12 @@ class Run:
 
         state = self.state
         self.writer.advance()
-        # Collective after a skipped step.
-        samples = nonfinite.samples_of(self.engine, found, self.flags)
-        if not self.engine.skipped:
+        samples: list[int] = []
+        if self.engine.skipped:
+            window = [(losses.index, losses.total) for losses in found]
+            can_lower = nonfinite.can_lower_scale(self.engine.engine.optimizer)
+            samples = nonfinite.skipped_samples(window, can_lower, self.flags)  # collective
+        else:
             state.skipped_in_row = 0
         if not samples:  # an overflow that only asked for a lower loss scale has finite losses
             for losses in found:

@@ -23,11 +23,10 @@ from ds_cmli.common.probe import probe
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.options import OUTPUT, START, WHAT, add, resolve_config, tell_beside_json
 from ds_cmli.config.schema import Config
-from ds_cmli.config.start_checks import check_early
 from ds_cmli.distributed.launchers import map_launcher_environment
 from ds_cmli.faults import preemption
 from ds_cmli.memory.profiler import Profiles
-from ds_cmli.prepare import Place, Prepared, Start, load_data, prepare
+from ds_cmli.prepare import Place, Prepared, Start, check_early, load_data, prepare
 
 if TYPE_CHECKING:  # it takes seconds to import, and options are checked before
     from ds_cmli.run import Run
@@ -63,7 +62,7 @@ def train(config: Config, asked: DeepSpeedConfig, start: Start) -> int:
     It is `preemption.EXIT_CODE` where the run is to be started again.
     """
     # --- configuration: on every rank, before the processes meet and before slow imports
-    check_early(config, asked, start.resume, start.profiles)
+    check_early(config, asked, start)
     where = config.run.output_dir or "a new folder in runs"
     say(f"ds-cmli {provenance.version()}: preset {config.run.preset}, to {where}")
     quiet.silence()

@@ -8,9 +8,10 @@ import textwrap
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from deepspeed import DeepSpeedEngine
 
 from ds_cmli.checkpoint import files, universal
 from ds_cmli.checkpoint import save as checkpoint
@@ -33,9 +34,6 @@ from ds_cmli.distributed import process_group as distributed
 from ds_cmli.engine import TrainEngine
 from ds_cmli.engine.result import columns
 from ds_cmli.models.weights import not_finite
-
-if TYPE_CHECKING:
-    from deepspeed import DeepSpeedEngine
 
 EMA_DECAY = "optim.ema_decay"
 # The settings of the DeepSpeed JSON that decide the form of DeepSpeed's files.
@@ -310,7 +308,7 @@ def _load_engine(point: ResumePoint, train_engine: TrainEngine, with_changes: bo
 
 
 def _apply_rates(
-    engine: "DeepSpeedEngine", fresh: list[dict[str, object]], of_schedule: dict[str, object]
+    engine: DeepSpeedEngine, fresh: list[dict[str, object]], of_schedule: dict[str, object]
 ) -> None:
     """Apply this start's rates, weight decay and schedule, which loading has overwritten."""
     for group, new in zip(engine.optimizer.param_groups, fresh, strict=True):

@@ -95,13 +95,8 @@ class TrainState:
 
     def of_rank(self) -> OfRank:
         """The fields of this rank. CPU-GPU sync."""
-        return {
-            "sums": self.sums.cpu(),
-            "micro_batches": self.micro_batches,
-            "bad_count": self.bad_count,
-            "bad_first": self.bad_first,
-            "generators": self.generators,
-        }
+        of_rank = {name: value for name, value in vars(self).items() if name in OF_RANK}
+        return cast("OfRank", of_rank | {"sums": self.sums.cpu()})
 
     def capture(self, sampler: GlobalBatchSampler, bad: BadSamples) -> None:
         """Copy the state that is kept elsewhere, before a checkpoint. CPU-GPU sync."""

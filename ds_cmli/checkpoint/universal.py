@@ -14,18 +14,17 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
+import deepspeed
 import torch
+from deepspeed import DeepSpeedEngine
 from torch import Tensor, nn
 
 from ds_cmli.checkpoint.files import no_code
 from ds_cmli.common.errors import UserError
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.engine import TrainEngine
-
-if TYPE_CHECKING:
-    from deepspeed import DeepSpeedEngine
 
 CONVERTED = "universal.writing"  # the next checkpoint removes incomplete and left-over conversions
 SHARED = "shared.pt"  # the state that is not of single parameters, see `_write_shared`
@@ -135,8 +134,6 @@ def _reshape(converted: Path) -> None:
 
 def _write_shared(converted: Path, state: _State) -> None:
     """Write `SHARED`, and the files with the same content that DeepSpeed's loaders expect."""
-    import deepspeed
-
     model = _load(sorted(converted.glob("*model_states.pt"))[0])
     groups = []
     for group in state.groups:
@@ -228,7 +225,7 @@ def load(step: TrainEngine, converted: Path) -> None:
         setattr(engine, name, shared[name])
 
 
-def _load_zero(engine: "DeepSpeedEngine", converted: Path) -> None:
+def _load_zero(engine: DeepSpeedEngine, converted: Path) -> None:
     optimizer = engine.optimizer
     if hasattr(optimizer, "checkpoint_event_prologue"):  # stage 3
         optimizer.checkpoint_event_prologue()

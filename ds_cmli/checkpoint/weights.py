@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import safe_open
@@ -22,13 +22,14 @@ from ds_cmli.common.cli import say
 from ds_cmli.common.errors import UserError
 from ds_cmli.config.registry import over_pairs
 from ds_cmli.config.schema import Config
-from ds_cmli.data.tokens import SpecialTokens
 from ds_cmli.models.weights import not_finite
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
     from deepspeed.runtime.base_optimizer import DeepSpeedOptimizer
 
+    from ds_cmli.data.load import EvalData
+    from ds_cmli.data.tokens import CaptionTokenizer
     from ds_cmli.engine import TrainEngine
     from ds_cmli.losses.objective import Objective
 
@@ -129,20 +130,10 @@ def load_banks(checkpoint: Path, objective: Objective) -> None:
             buffer.copy_(saved[name][key])
 
 
-class Vocabulary(Protocol):
-    """What a student needs to know of a tokenizer."""
-
-    @property
-    def vocab_size(self) -> int: ...
-
-    @property
-    def special(self) -> SpecialTokens: ...
-
-
 def load_student(
     folder: Path,
     config: Config,
-    vocabulary: Vocabulary,
+    vocabulary: CaptionTokenizer | EvalData,
     name: str = WEIGHTS,
     setting: str = "--checkpoint",
 ) -> Objective:

@@ -15,8 +15,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from ds_cmli.cmli.check import DEFAULT_SCRATCH_BYTES
-from ds_cmli.cmli.inputs import Sides, Wanted
+from ds_cmli.cmli.inputs import DEFAULT_SCRATCH_BYTES, Sides, Wanted
 from ds_cmli.common.errors import one_line
 
 LEAST_CAPABILITY = (8, 0)

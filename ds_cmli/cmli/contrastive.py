@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ds_cmli.cmli.check import check_shapes
+from ds_cmli.cmli.inputs import check_shapes
 
 MAX_SCALE = 100.0  # the maximum of 1/temperature, as in CLIP (Radford et al., 2021)
 

@@ -1,5 +1,7 @@
-"""From what callers pass to what the op computes with: autocast's promotion, integer masks,
-checks."""
+"""From what callers pass to what the op computes with: autocast's promotion, integer masks, checks.
+
+Every wrong argument is one readable line, before any work is done.
+"""
 
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
@@ -8,8 +10,11 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from ds_cmli.cmli.check import DEFAULT_SCRATCH_BYTES, check_inputs
-
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+DEFAULT_SCRATCH_BYTES = 64 * 2**20
+BACKENDS = ("auto", "reference", "chunked", "triton")
+# Argmax indices are kept in int16 at most.
+LONGEST_SIDE = 32767
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
@@ -107,3 +112,134 @@ def _refuse_other_derivatives(*features: Tensor) -> None:
                 "cmli_scores has no derivative in forward mode or under torch.func: use backward() "
                 "or torch.autograd.grad"
             )
+
+
+def check_inputs(
+    image: Tensor,
+    text: Tensor,
+    token_mask: Tensor,
+    image_mask: Tensor | None,
+    backend: str,
+    scratch_bytes: int,
+) -> None:
+    """Raise ValueError or TypeError for the first thing wrong, from shapes and types alone."""
+    tensors = {"image": image, "text": text, "token_mask": token_mask}
+    if image_mask is not None:
+        tensors["image_mask"] = image_mask
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a tensor, not {type(tensor).__name__}")
+        if tensor.layout != torch.strided:
+            raise TypeError(f"{name} must be a dense tensor, not {tensor.layout}")
+
+    for name, tensor, legend in (("image", image, "[I, N, D]"), ("text", text, "[J, M, D]")):
+        if tensor.ndim != 3:
+            raise ValueError(
+                f"{name} must have 3 dimensions {legend}, not shape {list(tensor.shape)}"
+            )
+        if 0 in tensor.shape:
+            raise ValueError(f"{name} {legend} has an empty dimension: shape {list(tensor.shape)}")
+        if tensor.dtype not in DTYPES:
+            raise TypeError(
+                f"{name} must be float64, float32, bfloat16 or float16, not {tensor.dtype}"
+            )
+        if tensor.shape[1] > LONGEST_SIDE:
+            raise ValueError(
+                f"{name} {legend} has {tensor.shape[1]} positions; "
+                f"at most {LONGEST_SIDE} are supported"
+            )
+    if image.dtype != text.dtype:
+        raise TypeError(
+            f"image is {image.dtype} and text is {text.dtype}: "
+            "cast one of them, the dtypes must be equal"
+        )
+    if image.shape[2] != text.shape[2]:
+        raise ValueError(
+            f"image has D={image.shape[2]} features and text has D={text.shape[2]}: "
+            "project both to one space first"
+        )
+
+    for name, mask, of, features in (
+        ("token_mask", token_mask, "text", text),
+        ("image_mask", image_mask, "image", image),
+    ):
+        if mask is None:
+            continue
+        if mask.dtype != torch.bool:
+            raise TypeError(
+                f"{name} must be a bool tensor with True = valid, or integers 0 and 1, not "
+                f"{mask.dtype}: pass mask > 0 if it holds 0 and 1, but an additive mask is none"
+            )
+        if mask.shape != features.shape[:2]:
+            raise ValueError(
+                f"{name} has shape {list(mask.shape)}; it must be that of the positions of {of}, "
+                f"{list(features.shape[:2])}"
+            )
+    for name, tensor in tensors.items():
+        if tensor.device != image.device:
+            raise ValueError(
+                f"{name} is on {tensor.device} and image on {image.device}: move them to one device"
+            )
+
+    check_options(backend, scratch_bytes)
+
+
+def check_pairs(image: Tensor, text: Tensor, ignore: Tensor | None, ranks: int) -> None:
+    """Raise ValueError or TypeError unless these are B pairs and `ignore` bool [B, B * ranks]."""
+    if ranks < 1:
+        raise ValueError("this process is not in the process group given to the loss as `group`")
+    if len(image) != len(text):
+        raise ValueError(
+            f"image has {len(image)} rows and text has {len(text)}: row b of both must be a pair; "
+            "cmli_scores compares other numbers of them"
+        )
+    if ignore is None:
+        return
+    expected = [len(image), ranks * len(image)]
+    if not isinstance(ignore, Tensor) or ignore.dtype != torch.bool:
+        found = ignore.dtype if isinstance(ignore, Tensor) else type(ignore).__name__
+        raise TypeError(f"ignore must be a tensor of bool, or of integers 0 and 1, not {found}")
+    if list(ignore.shape) != expected:
+        raise ValueError(
+            f"ignore has shape {list(ignore.shape)}; it must be {expected}, "
+            "images against the texts of all ranks"
+        )
+    if ignore.device != image.device:
+        raise ValueError(
+            f"ignore is on {ignore.device} and image on {image.device}: move them together"
+        )
+
+
+def check_options(backend: str, scratch_bytes: int) -> None:
+    """Raise ValueError or TypeError if one of them is none."""
+    if backend not in BACKENDS:
+        raise ValueError(f"backend={backend!r} is unknown; it must be one of {', '.join(BACKENDS)}")
+    if not isinstance(scratch_bytes, int) or isinstance(scratch_bytes, bool):
+        raise TypeError(f"scratch_bytes must be an int, not {type(scratch_bytes).__name__}")
+    if scratch_bytes < 1:
+        raise ValueError(f"scratch_bytes={scratch_bytes} must be positive")
+
+
+def check_shapes(**tensors: tuple[Tensor, str]) -> None:
+    """Raise ValueError unless each tensor has the shape beside it.
+
+    `check_shapes(tokens=(x, "B M D"), mask=(y, "B M"))`: a letter is the same size everywhere.
+    """
+    sizes: dict[str, tuple[int, str]] = {}
+    for name, (tensor, legend) in tensors.items():
+        found, letters = list(tensor.shape), legend.split()
+        expected = f"[{', '.join(letters)}]"
+        if len(found) != len(letters):
+            raise ValueError(f"{name} must have shape {expected}, not {found}")
+        for size, letter in zip(found, letters, strict=True):
+            first, where = sizes.setdefault(letter, (size, name))
+            if size != first:
+                raise ValueError(
+                    f"{name} has shape {found}, {expected}: "
+                    f"{letter} is {size}, but {first} in {where}"
+                )
+
+
+def index_dtype(length: int) -> torch.dtype:
+    """The dtype that indexes a side of this length in the saved argmax indices."""
+    return torch.uint8 if length <= 256 else torch.int16

@@ -18,10 +18,9 @@ from torch import Tensor, nn
 from typing_extensions import TypedDict, Unpack
 
 from ds_cmli.cmli import collectives
-from ds_cmli.cmli.check import DTYPES, check_pairs
 from ds_cmli.cmli.contrastive import MAX_SCALE, contrastive_loss, upcast
 from ds_cmli.cmli.cut import Cut, as_loss, check_cut
-from ds_cmli.cmli.inputs import accepted, boolean
+from ds_cmli.cmli.inputs import DTYPES, accepted, boolean, check_pairs
 from ds_cmli.cmli.ring import DEFAULT_SCORER, Scorer, ring_scores
 
 Arguments = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]  # of `CMLILoss.forward`

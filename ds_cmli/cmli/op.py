@@ -13,8 +13,15 @@ import torch
 from torch import Tensor
 
 from ds_cmli.cmli.backends import backend_of
-from ds_cmli.cmli.check import DEFAULT_SCRATCH_BYTES, check_inputs, index_dtype
-from ds_cmli.cmli.inputs import Sides, Wanted, accepted, full_precision
+from ds_cmli.cmli.inputs import (
+    DEFAULT_SCRATCH_BYTES,
+    Sides,
+    Wanted,
+    accepted,
+    check_inputs,
+    full_precision,
+    index_dtype,
+)
 
 
 def cmli_scores(

@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 import torch
 
-from ds_cmli.cmli.check import DEFAULT_SCRATCH_BYTES, index_dtype
 from ds_cmli.cmli.chunked.packed import ChunkShape, joined, make_chunks
 from ds_cmli.cmli.chunked.tiling import (
     PANEL,
@@ -24,6 +23,7 @@ from ds_cmli.cmli.chunked.tiling import (
     product_tile_bytes,
     tile_sizes,
 )
+from ds_cmli.cmli.inputs import DEFAULT_SCRATCH_BYTES, index_dtype
 
 
 class PeakBytes(NamedTuple):

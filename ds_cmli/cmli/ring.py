@@ -19,8 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ds_cmli.cmli import collectives
-from ds_cmli.cmli.check import check_options
-from ds_cmli.cmli.inputs import Sides, Wanted
+from ds_cmli.cmli.inputs import Sides, Wanted, check_options
 from ds_cmli.cmli.op import DEFAULT_SCRATCH_BYTES, cmli_gradients, cmli_scores
 from ds_cmli.common.probe import probe
 

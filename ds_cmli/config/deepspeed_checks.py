@@ -4,6 +4,8 @@ import importlib.util
 from collections.abc import Mapping
 from typing import NoReturn
 
+import pydantic
+
 from ds_cmli.common.errors import UserError, nearest
 from ds_cmli.config import deepspeed_keys as keys
 from ds_cmli.config.json_values import JsonObject, Kind, Section
@@ -278,7 +280,6 @@ def _outputs(content: Section) -> None:
 
 def deep(content: Section) -> None:
     """Raise `UserError` for a value that DeepSpeed's own models refuse; imports DeepSpeed."""
-    import pydantic
     from deepspeed.comm.config import CommsLoggerConfig
     from deepspeed.monitor.config import CometConfig, CSVConfig, TensorBoardConfig, WandbConfig
     from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config

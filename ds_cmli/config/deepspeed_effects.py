@@ -22,36 +22,8 @@ class Idle(NamedTuple):
     why: str
 
 
-def _fixed_scale(fp16: Section) -> bool:
-    return bool(fp16.get("loss_scale"))
-
-
-def _logs_all(logger: Section) -> bool:
-    return logger.get("prof_all", True)
-
-
-def _no_momentum(params: Section) -> bool:
-    return not params.get("momentum")
-
-
 def _no_cycle(params: Section) -> bool:
     return params.get("cycle_momentum", True) is False
-
-
-def _no_decay(params: Section) -> bool:
-    return not params.get("decay_step_size")
-
-
-def _not_exponential(params: Section) -> bool:
-    return params.get("mode", "triangular") != "exp_range"
-
-
-def _has_length(params: Section) -> bool:
-    return "total_steps" in params
-
-
-def _always(params: Section) -> bool:
-    return True
 
 
 _DYNAMIC = (
@@ -62,24 +34,43 @@ _DYNAMIC = (
     "min_loss_scale",
 )
 IDLE = {
-    "fp16": Idle(_DYNAMIC, _fixed_scale, "loss_scale is fixed"),
-    "comms_logger": Idle(("prof_ops",), _logs_all, "prof_all logs every operation"),
+    "fp16": Idle(_DYNAMIC, lambda fp16: bool(fp16.get("loss_scale")), "loss_scale is fixed"),
+    "comms_logger": Idle(
+        ("prof_ops",), lambda logger: logger.get("prof_all", True), "prof_all logs every operation"
+    ),
 }
 _ENDS = Idle(("base_momentum", "max_momentum"), _no_cycle, "cycle_momentum is false")
 _CYCLE = ("cycle_min_mom", "cycle_max_mom", "decay_mom_rate")
 # Parameters, by the type of the optimizer or scheduler.
 PARAMETERS = {
-    "SGD": (Idle(("dampening",), _no_momentum, "there is no momentum"),),
+    "SGD": (
+        Idle(("dampening",), lambda params: not params.get("momentum"), "there is no momentum"),
+    ),
     "CyclicLR": (
         _ENDS,
-        Idle(("gamma",), _not_exponential, "the mode is not exp_range"),
-        Idle(("scale_mode",), _always, "the mode decides it"),
+        Idle(
+            ("gamma",),
+            lambda params: params.get("mode", "triangular") != "exp_range",
+            "the mode is not exp_range",
+        ),
+        Idle(("scale_mode",), lambda params: True, "the mode decides it"),
     ),
     "OneCycle": (
         Idle(_CYCLE, _no_cycle, "cycle_momentum is false"),
-        Idle(("decay_lr_rate", "decay_mom_rate"), _no_decay, "there is no decay_step_size"),
+        Idle(
+            ("decay_lr_rate", "decay_mom_rate"),
+            lambda params: not params.get("decay_step_size"),
+            "there is no decay_step_size",
+        ),
     ),
-    "OneCycleLR": (_ENDS, Idle(("epochs", "steps_per_epoch"), _has_length, "total_steps says it")),
+    "OneCycleLR": (
+        _ENDS,
+        Idle(
+            ("epochs", "steps_per_epoch"),
+            lambda params: "total_steps" in params,
+            "total_steps says it",
+        ),
+    ),
 }
 CYCLES = ("OneCycle", "CyclicLR", "OneCycleLR")  # schedulers that change the momentum too
 # Schedulers that set every rate themselves; the second ones only where the full rate is given.

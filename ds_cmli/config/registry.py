@@ -45,48 +45,48 @@ CONTRAST = ("bank", "cmli_scratch_bytes", "duplicates")
 
 LOSSES = {
     "global": LossEntry(
-        "ds_cmli.losses.global_contrastive:GlobalContrastive",
+        "ds_cmli.losses.over_pairs:GlobalContrastive",
         scores="global",
         kind="contrastive",
         settings=("duplicates", "init_temperature"),
     ),
     "global_sigmoid": LossEntry(
-        "ds_cmli.losses.global_sigmoid:GlobalSigmoid",
+        "ds_cmli.losses.over_pairs:GlobalSigmoid",
         scores="global",
         kind="sigmoid",
         several=True,
         settings=("duplicates",),
     ),
     "cmli": LossEntry(
-        "ds_cmli.losses.cmli:AllPairsCMLI",
+        "ds_cmli.losses.over_pairs:AllPairsCMLI",
         scores="cmli",
         kind="contrastive",
         settings=("duplicates", "cmli_init_temperature", *OP),
     ),
     "cmli_sigmoid": LossEntry(
-        "ds_cmli.losses.cmli_sigmoid:CMLISigmoid",
+        "ds_cmli.losses.over_pairs:CMLISigmoid",
         scores="cmli",
         kind="sigmoid",
         several=True,
         settings=("duplicates", *OP),
     ),
     "target_cmli": LossEntry(
-        "ds_cmli.losses.target_cmli:TargetCMLI", teacher=True, settings=("mse_reduction", *TARGET)
+        "ds_cmli.losses.distillation:TargetCMLI", teacher=True, settings=("mse_reduction", *TARGET)
     ),
     "target_image": LossEntry(
-        "ds_cmli.losses.target_cmli:TargetImage", teacher=True, settings=("mse_reduction",)
+        "ds_cmli.losses.distillation:TargetImage", teacher=True, settings=("mse_reduction",)
     ),
     "target_text": LossEntry(
-        "ds_cmli.losses.target_cmli:TargetText", teacher=True, settings=("mse_reduction", *TARGET)
+        "ds_cmli.losses.distillation:TargetText", teacher=True, settings=("mse_reduction", *TARGET)
     ),
     "cls_kd": LossEntry(
-        "ds_cmli.losses.cls_distillation:ClsDistillation", teacher=True, settings=("mse_reduction",)
+        "ds_cmli.losses.distillation:ClsDistillation", teacher=True, settings=("mse_reduction",)
     ),
     "token_contrast": LossEntry(
-        "ds_cmli.losses.target_cmli:TokenContrast", teacher=True, settings=(*CONTRAST, *TARGET)
+        "ds_cmli.losses.distillation:TokenContrast", teacher=True, settings=(*CONTRAST, *TARGET)
     ),
     "cls_contrast": LossEntry(
-        "ds_cmli.losses.cls_distillation:ClsContrast", teacher=True, settings=CONTRAST
+        "ds_cmli.losses.distillation:ClsContrast", teacher=True, settings=CONTRAST
     ),
     "sparc": LossEntry("ds_cmli.losses.sparc:Sparc"),
 }

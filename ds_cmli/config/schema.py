@@ -314,20 +314,14 @@ class Config:
         Raises:
             UserError: for the first wrong name or value.
         """
-        sections = {
-            "student": StudentConfig,
-            "teacher": TeacherConfig,
-            "data": DataConfig,
-            "loss": LossConfig,
-            "optim": OptimConfig,
-            "run": RunConfig,
-        }
+        sections = {field.name: field.default_factory for field in dataclasses.fields(cls)}
         values = with_new_names(values)
         for name in values:
             choice("configuration section", name, sections)
         built: dict[str, object] = {}
         for name, section in sections.items():
-            built[name] = build(section, name, values.get(name, {}), written or {})
+            kind: Any = section  # the section's class
+            built[name] = build(kind, name, values.get(name, {}), written or {})
         return cls(**built)  # type: ignore[arg-type]
 
 

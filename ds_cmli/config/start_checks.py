@@ -1,36 +1,22 @@
-"""Checks of a whole configuration at the start, before what takes seconds.
+"""Checks of what is beside a run at its start: trackers, files outside its folder, and wandb.
 
-Among them is whether files and folders outside a run's own, and wandb, can be written to: DeepSpeed
-opens them when training has begun, and ends the run if it cannot.
+DeepSpeed opens those files when training has begun, and ends the run if it cannot.
 """
 
 import importlib.util
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Protocol
 
 from ds_cmli.common.errors import UserError
-from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.json_values import Section
 from ds_cmli.config.registry import TRACKERS
-from ds_cmli.config.schema import Config
 from ds_cmli.config.validation import shown
 
 # Sections of the JSON whose `output_path` is a folder, in which `job_name` is another one.
 FOLDERS = ("tensorboard", "csv_monitor")
-
-
-class Profiles(Protocol):
-    """What is asked of a `memory.profiles.Profiles`."""
-
-    @property
-    def memory(self) -> int | None: ...
-
-    def left(self, total_steps: int, done: int, say: Callable[[str], None]) -> object:
-        """Raise `UserError` if the profiled steps are not all in the run."""
 
 
 def check_trackers(names: Sequence[str]) -> None:
@@ -43,28 +29,7 @@ def check_trackers(names: Sequence[str]) -> None:
             )
 
 
-def check_early(
-    config: Config, ds_config: DeepSpeedConfig, resume: str, profiles: Profiles
-) -> None:
-    """Check what would otherwise be refused only after imports that take seconds.
-
-    Raises `UserError`.
-    """
-    check_trackers(config.run.report_to)
-    _check_restarts(config.run.output_dir, resume)
-    if config.run.compile != "off" and profiles.memory is not None:
-        raise UserError(
-            f"run.compile is {config.run.compile!r} and --profile-memory is {profiles.memory}: "
-            "what is measured is set beside the prediction, which is of the blocks as they are: "
-            "leave out one of the two"
-        )
-    if config.optim.steps is not None:
-        profiles.left(config.optim.steps, 0, lambda line: None)
-    if resume == "auto" and not (Path(config.run.output_dir) / "checkpoint").exists():
-        ds_config.batch(config.optim.micro_batch, int(os.environ["WORLD_SIZE"]))
-
-
-def _check_restarts(output_dir: str, resume: str) -> None:
+def check_restarts(output_dir: str, resume: str) -> None:
     """Raise `UserError` if a start by torchrun's --max-restarts would not go on from the last."""
     most = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")
     if most != "0" and (not output_dir or resume != "auto"):

@@ -81,16 +81,11 @@ def formats() -> list[str]:
 
 
 def read_picture(
-    path: Path,
-    root: str,
-    size: int,
-    max_pixels: int,
-    follow_symlinks: bool,
-    view: View = central_square,
+    path: Path, root: str, size: int, max_pixels: int, follow_symlinks: bool
 ) -> Tensor:
     """Read and decode a file to uint8 [3, size, size], as `read_file` and `decode` do."""
     content = read_file(path, root, most_bytes(max_pixels), follow_symlinks)
-    return decode(content, size, max_pixels, view)
+    return decode(content, size, max_pixels)
 
 
 def decode(content: bytes, size: int, max_pixels: int, view: View = central_square) -> Tensor:

@@ -81,7 +81,9 @@ class Pictures:
             self.names.append(entry["cldr_name"])
             self.characters.append(character)
             self.categories.append(groups.setdefault(entry["category_slug"], len(groups)))
-            side = self.training if _share(character) >= HELD_OUT_SHARE else self.held_out
+            digest = hashlib.sha256(character.encode()).digest()
+            share = int.from_bytes(digest[:8], "big") / 2**64  # pseudorandom, from 0 to 1
+            side = self.training if share >= HELD_OUT_SHARE else self.held_out
             side.append(number)
             images.append(shrunk(drawing, self.cell))
         self.images = np.stack(images)
@@ -251,11 +253,6 @@ def on_white(picture: Image.Image) -> Image.Image:
 def shrunk(drawing: Image.Image, side: int) -> np.ndarray:
     """An RGB drawing as it stands in a scene: uint8 [3, side, side]."""
     return np.asarray(drawing.resize((side, side), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
-
-
-def _share(character: str) -> float:
-    """A pseudorandom number from 0 to 1 that depends only on the emoji."""
-    return int.from_bytes(hashlib.sha256(character.encode()).digest()[:8], "big") / 2**64
 
 
 def _member(character: str, members: set[str]) -> str:

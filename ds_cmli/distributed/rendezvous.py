@@ -230,7 +230,7 @@ def _ask(host: str, port: int, token: str) -> dist.Store | None:
     thread = threading.Thread(target=connect, daemon=True)
     thread.start()
     thread.join(ANSWER + 1)
-    return answered[0] if answered else None
+    return next(iter(answered), None)
 
 
 def _open(host: str, port: int) -> bool:

@@ -15,22 +15,3 @@ from ds_cmli.engine.planning import (
 )
 from ds_cmli.engine.train_engine import TrainEngine
 from ds_cmli.models.blocks import cannot_compile
-
-__all__ = [
-    "DTYPES",
-    "NO_GPU",
-    "Models",
-    "Plan",
-    "TrainEngine",
-    "build",
-    "build_models",
-    "cannot_compile",
-    "choose_backend",
-    "counts_line",
-    "filled",
-    "make_plan",
-    "on_this_device",
-    "parameter_groups",
-    "try_out",
-    "with_backend",
-]

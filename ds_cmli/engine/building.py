@@ -23,9 +23,15 @@ from ds_cmli.config.registry import needs_teacher
 from ds_cmli.config.schema import Config
 from ds_cmli.data.tokens import SpecialTokens
 from ds_cmli.distributed import process_group as distributed
-from ds_cmli.engine import gradient_caching, muon
+from ds_cmli.engine import gradient_caching
 from ds_cmli.engine.ema import EMA
-from ds_cmli.engine.parameter_groups import freeze, parameter_groups, rates_without_effect
+from ds_cmli.engine.parameter_groups import (
+    freeze,
+    muon_rates,
+    parameter_groups,
+    rates_without_effect,
+    tagged_for_muon,
+)
 from ds_cmli.engine.planning import DTYPES, compares_all, resolve_weights
 from ds_cmli.engine.train_engine import TrainEngine
 from ds_cmli.faults import nonfinite
@@ -135,7 +141,7 @@ def build(
     cast_buffers(objective.student.image, dtype)
     params = ds_config.optimizer_params
     lr = params.get("lr", config.optim.lr)
-    decay, rates = params.get("weight_decay", 0.0), muon.rates(ds_config)
+    decay, rates = params.get("weight_decay", 0.0), muon_rates(ds_config)
     groups = parameter_groups(objective, decay, config.optim, lr, rates)
     lr_factor = groups[0].get("lr", lr) / lr  # computed before the optimizer changes the groups
     name_of = {id(parameter): name for name, parameter in objective.named_parameters()}
@@ -143,7 +149,7 @@ def build(
     for group in groups:
         names.append([name_of[id(parameter)] for parameter in group["params"]])
     warmup = config.optim.warmup_steps(total_steps)
-    with muon.tagged(groups):
+    with tagged_for_muon(groups):
         engine = _initialize(
             ds_config, objective, groups, schedule.maker(ds_config, warmup, total_steps)
         )

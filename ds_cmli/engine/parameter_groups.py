@@ -1,12 +1,20 @@
-"""The optimizer's parameter groups: what is trained, what decays, and the learning rates."""
+"""The optimizer's parameter groups: what is trained, what decays, and the learning rates.
+
+Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/), as DeepSpeed has it,
+orthogonalizes the momentum of each hidden matrix. All other parameters are updated by an auxiliary
+AdamW.
+"""
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from torch import nn
 
 from ds_cmli.common.errors import UserError
+from ds_cmli.common.patches import patched, uncompiled_for_good
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
+from ds_cmli.config.json_values import JsonObject
 from ds_cmli.config.schema import Config, OptimConfig
 
 MUON_RATES = {"muon_lr", "adam_lr"}  # of Muon's matrices, and of all else
@@ -95,6 +103,36 @@ class MuonRates(NamedTuple):
 
     matrices: float  # of the parameters that it updates
     others: float  # of those of the auxiliary AdamW
+
+
+def muon_rates(ds_config: DeepSpeedConfig) -> MuonRates | None:
+    """The factors of the JSON's learning rate; None if the optimizer is another one."""
+    if not ds_config.optimizer_entry.orthogonalizes:
+        return None
+    params = ds_config.optimizer_params
+    lr = params["lr"]
+    return MuonRates(params.get("muon_lr", lr) / lr, params.get("adam_lr", lr) / lr)
+
+
+@contextmanager
+def tagged_for_muon(groups: list[JsonObject]) -> Iterator[None]:
+    """Inside, DeepSpeed's engine takes the matrices that `groups` name, and runs uncompiled."""
+    if not any("use_muon" in group for group in groups):
+        yield
+        return
+    matrices = set()
+    for group in groups:
+        if group["use_muon"]:
+            matrices |= set(map(id, group["params"]))
+
+    def tag(config: object, model: nn.Module) -> None:
+        for parameter in model.parameters():
+            parameter.use_muon = id(parameter) in matrices  # type: ignore[attr-defined]
+
+    uncompiled_for_good("deepspeed: compiled updates")
+    uncompiled_for_good("deepspeed: compiled updates without ZeRO")
+    with patched("deepspeed: matrices for Muon", lambda _: tag):
+        yield
 
 
 def parameter_groups(

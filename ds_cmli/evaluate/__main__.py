@@ -1,10 +1,270 @@
+"""`python -m ds_cmli.evaluate`: a trained student on a held-out split.
+
+It also runs on several ranks: `torchrun --nproc_per_node 2 -m ds_cmli.evaluate ...`.
+"""
+
+import dataclasses
+import json
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 # When this file is run by its path, this folder is first on sys.path and would hide packages
 # named like its modules.
 sys.path[:] = [p for p in sys.path if p != __file__.rsplit("/", 1)[0]]
 
-from ds_cmli.evaluate.command import main  # noqa: E402
+import click
+
+from ds_cmli.common.cli import GroupedCommand, check_writable, option, run_command, say
+from ds_cmli.common.errors import UserError
+from ds_cmli.distributed import launchers
+from ds_cmli.evaluate.report import Metrics, classification, pointing, prefixed, summary
+
+if TYPE_CHECKING:
+    import torch
+
+    from ds_cmli.config.schema import Config
+    from ds_cmli.data.load import EvalData
+    from ds_cmli.evaluate.embed import EmbedSettings
+    from ds_cmli.losses.objective import Objective
+
+SPLITS = ("val", "test", "all")
+what = partial(option, "What")
+retrieval = partial(option, "Retrieval")
+zero_shot = partial(option, "Zero-shot classification")
+
+
+@dataclass
+class Asked:
+    """What the command line asks for."""
+
+    checkpoint: str
+    ema: bool
+    batch_size: int
+    workers: int
+    source: str | None
+    image_root: str | None
+    split: str | None
+    fold_size: int | None
+    zero_shot: str | None
+    class_names: str | None
+    templates: str | None
+    boxes: str | None
+
+    def embed_settings(self, device: "torch.device") -> "EmbedSettings":
+        from ds_cmli.evaluate.embed import EmbedSettings
+
+        return EmbedSettings(self.batch_size, device, self.workers)
+
+
+@click.command(cls=GroupedCommand)
+@what("--checkpoint", required=True, help="A run's output folder.")
+@what(
+    "--ema",
+    is_flag=True,
+    help="Of the averaged weights (optim.ema_decay), in place of the last ones.",
+)
+@what("--batch-size", default=50, show_default=True, help="Pictures or captions a step.")
+@what("--workers", default=0, show_default=True, help="Data loading processes per rank.")
+@what("--json", "json_file", help="Write the metrics to this file too.")
+@retrieval(
+    "--data",
+    "source",
+    help="As in training: 'demo', a folder, tars, COCO's JSON, ...  [the run's own]",
+)
+@retrieval("--image-root", help="Folder of the images that a list names, and those of --boxes.")
+@retrieval(
+    "--split",
+    type=click.Choice(SPLITS),
+    help="Of --data and --boxes: what training holds out, the test part (Karpathy's), or all there "
+    "is.  [the run's]",
+)
+@retrieval(
+    "--fold-size",
+    type=int,
+    metavar="PICTURES",
+    help="Retrieval within folds of so many pictures too, averaged over them: 1000 for COCO 1k.",
+)
+@zero_shot(
+    "--zero-shot",
+    metavar="FOLDER",
+    help="Instead: classify the pictures in a folder of class folders, a .tar of such, or "
+    "hfds/NAME.",
+)
+@zero_shot(
+    "--class-names",
+    metavar="FILE",
+    help="A name a line in the order of the folders', or JSON {folder: name}.  [the folders' "
+    "names]",
+)
+@zero_shot(
+    "--templates", metavar="FILE", help="A prompt a line with {} for the name.  [seven of CLIP's]"
+)
+@option(
+    "Pointing game",
+    "--boxes",
+    metavar="FOLDER",
+    help="Instead: pointing-game accuracy on Flickr30k Entities, a folder with Annotations/ and "
+    "Sentences/.",
+)
+def command(json_file: str | None, **options: Any) -> None:
+    """Evaluate a trained student as papers report it: retrieval on held-out pairs, pointing-game
+    accuracy on scenes.
+
+    With --zero-shot it classifies pictures, with --boxes it plays the pointing game on photographs.
+    """
+    from ds_cmli.config.schema import load_config
+
+    asked = Asked(**options)
+    if json_file:
+        check_writable(json_file)
+    _check(asked)
+    config = load_config(Path(asked.checkpoint) / "config.json", "--checkpoint")
+
+    from ds_cmli.distributed import process_group as distributed
+
+    launchers.map_launcher_environment()
+    if not asked.boxes and not asked.zero_shot:
+        _take_data(config, asked)
+    mode: Callable[[Config, Asked], Metrics] = _retrieval
+    if asked.zero_shot:
+        mode = _zero_shot
+    elif asked.boxes:
+        mode = _boxes
+    try:
+        metrics = mode(config, asked)  # collective
+        if json_file and distributed.is_main():
+            Path(json_file).write_text(json.dumps(metrics, indent=2) + "\n")
+    finally:
+        distributed.shutdown()
+
+
+def _check(asked: Asked) -> None:
+    """Raise `UserError` for a wrong option, one that the mode does not read, or one it lacks."""
+    for name, least in (("batch_size", 1), ("workers", 0), ("fold_size", 1)):
+        value = getattr(asked, name)
+        if value is not None and value < least:
+            raise UserError(f"{_option(name)} is {value}: give at least {least}")
+    for name in ("source", "image_root", "zero_shot", "class_names", "templates", "boxes"):
+        if getattr(asked, name) == "":
+            raise UserError(f"{_option(name)} is empty: give a value, or leave it out")
+    mode, reads = "", {"source", "image_root", "split", "fold_size"}
+    if asked.zero_shot:
+        mode, reads = "zero_shot", {"zero_shot", "class_names", "templates"}
+    elif asked.boxes:
+        mode, reads = "boxes", {"boxes", "image_root", "split"}
+    for field in dataclasses.fields(asked)[4:]:
+        if field.name not in reads and getattr(asked, field.name) is not None:
+            where = f"beside {_option(mode)}" if mode else "without --zero-shot"
+            raise UserError(f"{_option(field.name)} has no effect {where}: leave it out")
+    if asked.boxes and not asked.image_root:
+        raise UserError("--boxes needs --image-root: give the folder of the pictures")
+
+
+def _option(name: str) -> str:
+    return "--" + ("data" if name == "source" else name.replace("_", "-"))
+
+
+def _take_data(config: "Config", asked: Asked) -> None:
+    """Put the data that was asked for in the place of the run's own."""
+    from ds_cmli.data.opening import settings_of_some
+
+    given: dict[str, Any] = {}
+    if asked.source and asked.source != config.data.source:
+        # The run's settings of its own data do not apply to other data.
+        given = dict.fromkeys(["val_source", *settings_of_some()], "")
+        given["source"] = asked.source
+    if asked.image_root:
+        given["image_root"] = asked.image_root
+    config.data = dataclasses.replace(config.data, **given)
+
+
+def _retrieval(config: "Config", asked: Asked) -> Metrics:
+    """Measure retrieval, and the pointing game on scenes. Collective."""
+    from ds_cmli.data.load import build_eval_data
+    from ds_cmli.distributed import process_group as distributed
+    from ds_cmli.evaluate.split import evaluate_split
+
+    data = build_eval_data(config.data, config.run.seed, asked.split)
+    say(*data.summary, *data.notices)
+    how = asked.embed_settings(distributed.init())  # collective
+    objective = load_objective(config, Path(asked.checkpoint), asked.ema, data, how.device)
+    metrics: Metrics = {}
+    for split, dataset in data.evals.items():
+        found = evaluate_split(objective, dataset, data, how, asked.fold_size)  # collective
+        metrics |= prefixed(f"eval/{split}/", found)
+        say(summary(split, found))
+    return metrics
+
+
+def _zero_shot(config: "Config", asked: Asked) -> Metrics:
+    """Classify pictures. Collective."""
+    from ds_cmli.data.load import EvalData
+    from ds_cmli.data.loaders import batches
+    from ds_cmli.data.tokens import load_tokenizer
+    from ds_cmli.distributed import process_group as distributed
+    from ds_cmli.evaluate import zero_shot
+    from ds_cmli.evaluate.embed import padded_share
+    from ds_cmli.evaluate.held_out import collate_pictures
+
+    assert asked.zero_shot is not None
+    templates = zero_shot.prompt_templates(asked.templates)
+    size, max_pixels = config.data.image_size, config.data.max_pixels
+    pictures = zero_shot.ClassPictures(asked.zero_shot, size, max_pixels)
+    names = zero_shot.class_names(pictures.folders, asked.class_names)
+    tokenizer = load_tokenizer(config.data.tokenizer, config.data.context_length)
+    data = EvalData(tokenizer=tokenizer)
+    how = asked.embed_settings(distributed.init())  # collective
+    objective = load_objective(config, Path(asked.checkpoint), asked.ema, data, how.device).eval()
+    classifier = zero_shot.build_classifier(
+        objective, tokenizer, names, templates, how
+    )  # collective
+    own = padded_share(len(pictures), distributed.rank(), distributed.world_size())
+    loader = batches(pictures.pictures(own), how.batch_size, how.workers, collate_pictures)
+    found = zero_shot.classify(objective.student, loader, classifier, how)  # collective
+    say(classification(found))
+    return prefixed("zero_shot/", found)
+
+
+def _boxes(config: "Config", asked: Asked) -> Metrics:
+    """Play the pointing game on photographs. Collective."""
+    from ds_cmli.data.load import EvalData
+    from ds_cmli.data.tokens import load_tokenizer
+    from ds_cmli.distributed import process_group as distributed
+    from ds_cmli.evaluate.pointing_game import Entities, pointing_game
+
+    assert asked.boxes is not None and asked.image_root is not None
+    tokenizer = load_tokenizer(config.data.tokenizer, config.data.context_length)
+    split = asked.split or "val"
+    entities = Entities(asked.boxes, asked.image_root, split, tokenizer, config.data)
+    data = EvalData(tokenizer=tokenizer)
+    how = asked.embed_settings(distributed.init())  # collective
+    objective = load_objective(config, Path(asked.checkpoint), asked.ema, data, how.device).eval()
+    found = pointing_game(objective.student, entities, how)  # collective
+    say(pointing(found))
+    return prefixed("entities/", found)
+
+
+def load_objective(
+    config: "Config", folder: Path, ema: bool, data: "EvalData", device: "torch.device"
+) -> "Objective":
+    """Load the trained student with the temperatures of its scores, or with `ema` its average.
+
+    No teacher is built, because evaluation does not need it. Raises `UserError`.
+    """
+    from ds_cmli.checkpoint.weights import AVERAGE, WEIGHTS, load_student
+
+    objective = load_student(folder, config, data, AVERAGE if ema else WEIGHTS)
+    config.loss = objective.config
+    return objective.to(device)
+
+
+def main() -> None:
+    run_command(command)
+
 
 if __name__ == "__main__":
     main()

@@ -182,7 +182,8 @@ class Entities(Dataset):
             names = sorted(path.stem for path in (root / "Annotations").glob("*.xml"))
         self.captions: list[Caption] = []
         for number, name in enumerate(names):
-            file = _file(Path(images).expanduser(), name)
+            files = [Path(images).expanduser() / f"{name}{suffix}" for suffix in SUFFIXES]
+            file = next(filter(Path.exists, files), files[0])
             self.captions += _read(root, file, name, number)
         if not self.captions:
             raise UserError(
@@ -219,12 +220,6 @@ class Entities(Dataset):
         spans = [(phrase.start, phrase.end) for phrase in caption.phrases]
         phrase_of = spans_of_tokens(tokens, spans)
         return Sample(image, tokens, row, self.image_id(row), token_picture=phrase_of, bad=bad)
-
-
-def _file(images: Path, name: str) -> Path:
-    """The file of a picture; the usual name if there is none."""
-    files = [images / f"{name}{suffix}" for suffix in SUFFIXES]
-    return next(filter(Path.exists, files), files[0])
 
 
 def _read(root: Path, file: Path, name: str, number: int) -> list[Caption]:

@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ds_cmli.checkpoint.save import FOLDER, latest, step_of
 from ds_cmli.common import documents
 from ds_cmli.common.cli import say
@@ -16,6 +18,7 @@ from ds_cmli.common.errors import UserError
 from ds_cmli.common.provenance import versions
 from ds_cmli.config.schema import Config, DataConfig
 from ds_cmli.data.assets import ASSETS, image_asset
+from ds_cmli.data.load import build_eval_data
 from ds_cmli.evaluate.embed import EmbedSettings
 from ds_cmli.evaluate.report import SCORES
 from ds_cmli.evaluate.split import evaluate_split
@@ -125,10 +128,6 @@ def measured(exported: Path, source: Source) -> Results:
     Raises:
         UserError: they cannot be read.
     """
-    import torch
-
-    from ds_cmli.data.load import build_eval_data
-
     config = source.config
     data = build_eval_data(config.data, config.run.seed, None)
     _, objective = load_exported(exported)

@@ -6,9 +6,8 @@ three things: a loss that is not finite also skips the update, training without 
 and the samples of a skipped step are named.
 """
 
-from collections.abc import Sequence
 from itertools import chain
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -32,24 +31,6 @@ def poison(loss: Tensor) -> Tensor:
     a CPU-GPU sync.
     """
     return loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan)
-
-
-class Engine(Protocol):
-    """What is asked of a `TrainEngine`."""
-
-    @property
-    def engine(self) -> "DeepSpeedEngine": ...
-
-    @property
-    def skipped(self) -> bool:
-        """Whether the last step was skipped."""
-
-
-class Losses(Protocol):
-    """What is asked of a micro-batch's losses."""
-
-    index: Tensor  # [B], of the samples in the training set
-    total: Tensor  # a scalar
 
 
 def attach(engine: "DeepSpeedEngine") -> None:
@@ -188,14 +169,6 @@ def skipped_samples(
     ranks = flags.gather((lost, [] if lower_scale else every))  # collective
     all_lost, all_of_the_step = zip(*ranks, strict=True)
     return sorted(chain(*all_lost)) or sorted(chain(*all_of_the_step))
-
-
-def samples_of(engine: Engine, found: Sequence[Losses], flags: CollectiveFlags) -> list[int]:
-    """`skipped_samples` of the engine's last step. Collective if it was skipped."""
-    if not engine.skipped:
-        return []
-    window = [(losses.index, losses.total) for losses in found]
-    return skipped_samples(window, can_lower_scale(engine.engine.optimizer), flags)  # collective
 
 
 def line(step: int, samples: list[int]) -> str:

@@ -96,7 +96,7 @@ def _stop_at_second_int(reader: int) -> None:
 
 def requested() -> str | None:
     """The name of the first signal (or event) that asked the run to end; None if there was none."""
-    return _received[0] if _received else None
+    return next(iter(_received), None)
 
 
 def to_go_on(how: str) -> str:
@@ -224,16 +224,14 @@ def _program(pid: int) -> str | None:
         return ""
     if words == [""]:
         return None
-    while len(words) > 1 and _is_interpreter_or_option(words[0]):
+    while len(words) > 1:  # passes the interpreter and its options
         if words[0] == "-m":
             return words[1]
+        if not (os.path.basename(words[0]).startswith("python") or words[0].startswith("-")):
+            break
         words = words[1:]
     path = words[0].removesuffix(".py").split("/")
     for name in PROGRAMS:
         if path[-1:] == [name] or path[-3:] == name.split("."):
             return name
     return ""
-
-
-def _is_interpreter_or_option(word: str) -> bool:
-    return os.path.basename(word).startswith("python") or word.startswith("-")

@@ -160,8 +160,10 @@ class Watchdog:
         # Rank 0 holds the store. If it ended before the others have published their end, they would
         # take it for dead.
         self._wait(30, self._all_have_ended if self.rank == 0 else self._i_have_ended)
-        if self.mine.failed:
-            self._leave_later()
+        if self.mine.failed:  # ends in any case: its cleaning up may wait for others for ever
+            timer = threading.Timer(self.timeout, os._exit, [EXIT_CODE])
+            timer.daemon = True
+            timer.start()
         self.closed.set()
 
     # --- in threads of their own
@@ -340,15 +342,6 @@ class Watchdog:
         with suppress(OSError):
             sys.stdout.flush()
         os._exit(EXIT_CODE)
-
-    def _leave_later(self) -> None:
-        """End a failed rank after `timeout` seconds in any case.
-
-        Its cleaning up may wait for the others for ever.
-        """
-        timer = threading.Timer(self.timeout, os._exit, [EXIT_CODE])
-        timer.daemon = True
-        timer.start()
 
 
 def _lost_a_rank(error: BaseException | None) -> bool:

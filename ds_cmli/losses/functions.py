@@ -11,9 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ds_cmli.cmli.check import check_shapes
 from ds_cmli.cmli.contrastive import check_tile, own_pairs, temperature_scale, upcast
-from ds_cmli.cmli.inputs import full_precision
+from ds_cmli.cmli.inputs import check_shapes, full_precision
 
 
 def sigmoid_loss(

@@ -14,6 +14,10 @@ from ds_cmli.cmli.token_keep import Selection
 from ds_cmli.common.probe import probe
 
 
+def present(*tensors: Tensor | None) -> list[Tensor]:
+    return [x for x in tensors if x is not None]
+
+
 @dataclass
 class PairFeatures:
     """The features of one micro-batch that losses over pairs need.
@@ -67,7 +71,7 @@ class PairFeatures:
         found = [self.image_cls, self.text_cls, self.patches, self.tokens]
         if self.selection is not None:
             found += vars(self.selection).values()
-        return [x for x in found if x is not None]
+        return present(*found)
 
     def set_gradient(self, name: str, grad: Tensor, device: torch.device) -> None:
         """Replace a feature by its gradient, given that of the normalised feature.

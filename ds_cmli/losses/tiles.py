@@ -12,12 +12,13 @@ from typing import NamedTuple
 from torch import Tensor
 
 from ds_cmli.cmli import ring
-from ds_cmli.cmli.check import index_dtype
+from ds_cmli.cmli.inputs import index_dtype
 from ds_cmli.cmli.ring import Score
 from ds_cmli.common.probe import probe
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.losses.base import PairInputs
 from ds_cmli.losses.functions import duplicates
+from ds_cmli.losses.pair_features import present
 from ds_cmli.losses.tile_statistics import COLUMNS, ROWS, TileStatistics
 
 # A tile whose pairs are partly left out has so many times the pairs, as it computes fewer.
@@ -187,8 +188,7 @@ class Tile(PairInputs):
         return self.images.rows, self.columns
 
     def leaves(self) -> list[Tensor]:
-        every = (self.image_cls, self.patches, self.text_cls, self.tokens)
-        return [x for x in every if x is not None]
+        return present(self.image_cls, self.patches, self.text_cls, self.tokens)
 
     def places(self, sums: FeatureGradients) -> list[Tensor]:
         """What belongs to each of `leaves()` in these sums."""
@@ -196,7 +196,7 @@ class Tile(PairInputs):
             None if sums.text_cls is None else sums.text_cls[self.columns],
             None if sums.tokens is None else sums.tokens[self.part],
         ]
-        return [x for x in (sums.image_cls, sums.patches, *of_texts) if x is not None]
+        return present(sums.image_cls, sums.patches, *of_texts)
 
     @property
     def first(self) -> int:

@@ -9,20 +9,22 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from ds_cmli.common import quiet
 from ds_cmli.common.cli import GroupedCommand, option, run_command
 from ds_cmli.common.errors import UserError
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.json_values import JsonObject
 from ds_cmli.config.options import WHAT, add, resolve_config, tell_beside_json
 from ds_cmli.config.schema import Config
+from ds_cmli.memory.report import Report, gigabytes, show
 
 if TYPE_CHECKING:
-    from ds_cmli.memory.report import Report
     from ds_cmli.memory.search import Fit
 
 # A prediction runs on the CPU even if there is a GPU. DeepSpeed chooses its device when it is
@@ -89,8 +91,6 @@ def command(preset: str, deepspeed_config: str, settings: tuple[str, ...], **opt
     elif asked.checkpointing == "off":
         ds_config = ds_config.replaced(activation_checkpointing=None)
     micro_batch = ds_config.batch(config.optim.micro_batch, asked.world_size)[1]
-    from ds_cmli.common import quiet
-
     quiet.silence()
     from ds_cmli.memory import search
 
@@ -135,7 +135,6 @@ def single(config: Config, ds_config: DeepSpeedConfig, asked: Asked) -> JsonObje
     from ds_cmli.allocator import gpus
     from ds_cmli.memory import search
     from ds_cmli.memory.predict import DEFAULT_GPU
-    from ds_cmli.memory.report import show
 
     ranks, gpu, fitted = asked.world_size, asked.gpu or DEFAULT_GPU, None
     if asked.fit:
@@ -171,15 +170,12 @@ def grid(
 
     The table has the first axis in rows, the others in columns. Returns the points' reports.
     """
-    from itertools import product
-
     from rich.console import Console
     from rich.table import Table
 
     from ds_cmli.allocator import gpus
     from ds_cmli.memory import search
     from ds_cmli.memory.predict import DEFAULT_GPU
-    from ds_cmli.memory.report import gigabytes
 
     gpu = asked.gpu or DEFAULT_GPU
     reports: list[JsonObject] = []
@@ -214,10 +210,9 @@ def _named(names: list[str], values: tuple[int, ...]) -> str:
     return ", ".join(f"{name} {value}" for name, value in zip(names, values, strict=True))
 
 
-def sentence(report: "Report", gpu: str) -> str:
+def sentence(report: Report, gpu: str) -> str:
     """The answer in one sentence: whether the step fits on `gpu`."""
     from ds_cmli.allocator import gpus
-    from ds_cmli.memory.report import gigabytes
 
     total, needed_bytes = gpus.find(gpu).total.bytes, report.totals["device"]
     needed, has = gigabytes(needed_bytes, total)
@@ -236,8 +231,6 @@ def sentence(report: "Report", gpu: str) -> str:
 
 def fit_sentence(fitted: "Fit", room: int) -> str:
     """The answer in one sentence: what fits, and which change makes the asked batch fit."""
-    from ds_cmli.memory.report import gigabytes
-
     more = fitted.tried.get(max(fitted.micro_batch + 1, 1))
     what, changed = fitted.changes[0] if fitted.changes else ("", room)
     size, one_more, with_change = gigabytes(room, more or room, changed)
@@ -272,8 +265,6 @@ def meant(fit: str, room: int, fitted_gpu: str, gpu: str, world_size: int) -> st
 
 
 def print_fit(fitted: "Fit", room: int) -> None:
-    from ds_cmli.memory.report import gigabytes
-
     sizes = gigabytes(*fitted.tried.values())
     tried = ", ".join(f"{n}: {size} GB" for n, size in zip(fitted.tried, sizes, strict=True))
     print(f"tried, micro-batch: on the device: {tried}")

@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
+from transformers import AutoConfig, PreTrainedConfig
 
 from ds_cmli.cmli.token_keep import kept
 from ds_cmli.common.errors import UserError
@@ -13,9 +13,6 @@ from ds_cmli.config.schema import Config
 from ds_cmli.data.batch import Batch
 from ds_cmli.data.tokens import load_tokenizer
 from ds_cmli.models.transformers_model import family, text_part, without_effect
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
 
 # Text models whose sizes are the defaults of their family in transformers: they need no download.
 FAMILY_SIZES = ("bert", "bert-base-uncased", "bert-base-cased", "roberta", "roberta-base")
@@ -41,8 +38,6 @@ def without_weights(config: Config) -> tuple[Config, int]:
     It is without compilation. Raises `NotPredictable` for a text model whose sizes are neither
     known here, nor given, nor on this machine.
     """
-    from transformers import AutoConfig
-
     student, data = config.student, config.data
     vocab_size = None
     if student.text_weights == "random" or Path(student.text_weights).is_file():
@@ -74,7 +69,7 @@ def without_weights(config: Config) -> tuple[Config, int]:
     return config, vocab_size
 
 
-def _sizes(encoder: "PreTrainedConfig") -> dict[str, object]:
+def _sizes(encoder: PreTrainedConfig) -> dict[str, object]:
     """The settings of a text model that have an effect on its memory."""
     sizes = {}
     for name, value in encoder.to_diff_dict().items():

@@ -8,6 +8,7 @@ launcher, which sees the failed rank's exit code.
 
 import errno
 import os
+import pickle
 import re
 import resource
 import sys
@@ -26,7 +27,7 @@ from ds_cmli.config.json_values import JsonObject
 from ds_cmli.config.schema import Config
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.faults.watchdog import Watchdog
-from ds_cmli.memory import measure_cuda, predict_subprocess
+from ds_cmli.memory import measure, predict_subprocess
 from ds_cmli.memory.changes import Change, Shortage, Step
 from ds_cmli.memory.inputs import likeliest
 from ds_cmli.memory.predict_subprocess import Answer
@@ -214,7 +215,9 @@ def advise(step: Step, room: int | None, snapshot: str) -> list[str]:
             return changed["totals"][total]
 
         found = [(change.what, size) for change, size in Shortage(step, room, needs).proposals()]
-    if 0 < answer.expandable <= room and not _are_expandable():
+    settings = os.environ.get("PYTORCH_ALLOC_CONF", os.environ.get("PYTORCH_CUDA_ALLOC_CONF", ""))
+    expandable = "expandable_segments:True" in settings
+    if 0 < answer.expandable <= room and not expandable:
         found.insert(0, (f"{EXPANDABLE} in the environment", answer.expandable))
     for what, size in found:
         lines.append(f"would fit in {room:,} B by prediction: {what}: {size:,} B")
@@ -223,12 +226,6 @@ def advise(step: Step, room: int | None, snapshot: str) -> list[str]:
             f"no setting that was tried would fit in {room:,} B: a smaller model or more memory"
         )
     return lines
-
-
-def _are_expandable() -> bool:
-    """Whether this process's allocator on a GPU has expandable segments already."""
-    settings = os.environ.get("PYTORCH_ALLOC_CONF", os.environ.get("PYTORCH_CUDA_ALLOC_CONF", ""))
-    return "expandable_segments:True" in settings
 
 
 def table(report: JsonObject) -> list[str]:
@@ -268,9 +265,7 @@ def _leave() -> None:
 
 def _save_when_cuda_runs_out(path: Path) -> None:
     """Have the allocator's state and history saved at the moment when an allocation fails."""
-    import pickle
-
-    measure_cuda.record_history()
+    measure.record_history()
 
     def save(device: int, asked: int, total: int, free: int) -> None:
         path.write_bytes(pickle.dumps(torch.cuda.memory._snapshot()))

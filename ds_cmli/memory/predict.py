@@ -46,10 +46,9 @@ from ds_cmli.memory.inputs import (
     text_lengths,
     without_weights,
 )
-from ds_cmli.memory.phases import phases
 from ds_cmli.memory.repeated import Repeated
 from ds_cmli.memory.report import Report, summarise
-from ds_cmli.memory.tracker import Tracker
+from ds_cmli.memory.tracker import Tracker, phases
 
 DEFAULT_GPU = "RTX 3090 24GB"  # assumed: the source document says 24 GB and names no GPU
 TOTAL_STEPS = 1000  # of the learning rate schedule; no size depends on it

@@ -16,6 +16,11 @@ from typing import Any
 
 import torch
 
+from ds_cmli.allocator import snapshot
+from ds_cmli.allocator.allocator import replay
+from ds_cmli.allocator.blocks import Settings
+from ds_cmli.allocator.expandable import ExpandableAllocator
+from ds_cmli.common import quiet
 from ds_cmli.common.errors import UserError
 from ds_cmli.config.json_values import JsonObject, Section
 from ds_cmli.config.schema import Config
@@ -108,10 +113,6 @@ class Predictor:
 
 
 def answer(request: JsonObject) -> Answer:
-    from ds_cmli.allocator import snapshot
-    from ds_cmli.allocator.allocator import replay
-    from ds_cmli.allocator.blocks import Settings
-    from ds_cmli.allocator.expandable import ExpandableAllocator
     from ds_cmli.memory.inputs import NotPredictable
     from ds_cmli.memory.predict import DEFAULT_GPU, Options, predict
 
@@ -141,8 +142,6 @@ def answer(request: JsonObject) -> Answer:
 
 
 def main() -> None:
-    from ds_cmli.common import quiet
-
     quiet.silence()
     # Only the answers go to the process's stdout; what libraries print there goes to stderr.
     answers = os.fdopen(os.dup(1), "w")

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING
 
 from ds_cmli.common.errors import UserError
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
+from ds_cmli.config.schema import Config
 
 if TYPE_CHECKING:  # these take seconds to import, and options are checked before
     from torch.profiler import profile
 
-    from ds_cmli.config.schema import Config
     from ds_cmli.engine import TrainEngine
 
 
@@ -55,7 +55,7 @@ class Profiles:
     def around(
         self,
         train_engine: "TrainEngine",
-        config: "Config",
+        config: Config,
         ds_config: DeepSpeedConfig,
         folder: Path,
         done: int,

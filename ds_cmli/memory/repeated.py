@@ -26,7 +26,7 @@ from ds_cmli.common.probe import Item, Probe, Result
 from ds_cmli.data.batch import Batch
 from ds_cmli.distributed.traffic import Counts, Traffic
 from ds_cmli.engine.gradient_caching import CachedBatch
-from ds_cmli.fits.recorder import Allocation, Change
+from ds_cmli.fits.recorder import Change
 from ds_cmli.memory.tracker import Tracker
 
 TURNS = 5  # of a uniform loop that are run, besides the last two
@@ -235,7 +235,10 @@ class _Repeated:
             if event.bytes > 0:
                 block = len(tracker.blocks)
                 model = tracker.blocks[run.first + index]
-                tracker.blocks.append(_like(model, event.phase, segment + event.segment))
+                allocation = replace(
+                    model, phase=event.phase, segment=segment + event.segment, ended=None
+                )
+                tracker.blocks.append(allocation)
             else:
                 found = {
                     Origin.THIS_CALL: first + index,
@@ -286,10 +289,6 @@ class _Repeated:
             index, storage = live.block - run.first, live.storage()
             if index in handed_on and storage is not None:
                 tracker.follow(storage, self.first + index, live.bytes)
-
-
-def _like(model: Allocation, phase: str, segment: int) -> Allocation:
-    return replace(model, phase=phase, segment=segment, ended=None)
 
 
 def _map(value: object, function: Callable, kind: type = Tensor) -> Any:

@@ -48,10 +48,6 @@ class Report:
     # Peaks: "requested", and "allocated", "reserved" and "device" where they are known.
     totals: dict[str, int]
 
-    @classmethod
-    def from_dict(cls, values: JsonObject) -> "Report":
-        return cls(**values)
-
     def to_dict(self) -> JsonObject:
         return dict(vars(self))
 

@@ -30,7 +30,7 @@ def parse_axes(texts: tuple[str, ...], micro_batch: int, world_size: int) -> dic
     """
     batches = (micro_batch // 4, micro_batch // 2, micro_batch, 2 * micro_batch)
     usual = {
-        "batch": [n for n in batches if n],
+        "batch": list(filter(None, batches)),
         "world": sorted({1, 2, 8, world_size}),
         "stage": [0, 1, 2, 3],
     }

@@ -12,6 +12,7 @@ import click
 
 from ds_cmli.common import documents, plots
 from ds_cmli.common.cli import check_writable, run_command
+from ds_cmli.memory.report import COLOURS
 
 if TYPE_CHECKING:
     from ds_cmli.report.runs import RunFiles
@@ -35,7 +36,6 @@ def command(runs: tuple[str, ...], output: str) -> None:
 
 def write(runs: Sequence["RunFiles"], path: str | Path) -> None:
     """Write the page; raises `UserError` if matplotlib is missing or the file cannot be written."""
-    from ds_cmli.memory.report import COLOURS
     from ds_cmli.report.charts import GROUPS, charts
     from ds_cmli.report.results import headline, last_values, others, retrieval
     from ds_cmli.report.runs import columns_of, differing, group_name, groups

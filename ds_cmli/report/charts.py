@@ -98,7 +98,7 @@ def chance(runs: Sequence[RunFiles], column: str) -> float | None:
     """The result of guessing, where the runs have written it beside a recall."""
     found = RECALL.fullmatch(column)
     values = runs[0].curve(f"{found[1]}/{CHANCE}/{found[3]}")[1] if found else []
-    return values[-1] if values else None
+    return next(reversed(values), None)
 
 
 def draw(chart: Chart) -> str:

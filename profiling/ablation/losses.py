@@ -1,6 +1,6 @@
 """Two losses of the experiment alone, which say what a match is worth: an oracle's, and a shuffled one.
 
-Both are equation (9), `losses.target_cmli.TargetText`, with another match of tokens and patches.
+Both are equation (9), `losses.distillation.TargetText`, with another match of tokens and patches.
 Shapes: B pairs, M text positions, N patches.
 """
 

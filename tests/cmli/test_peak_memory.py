@@ -18,7 +18,7 @@ SHAPES = {
 @pytest.fixture(autouse=True)
 def no_hidden_workspace(monkeypatch):
     """torch.mm's product takes no memory of its own; oneDNN's takes some, which no formula covers."""
-    monkeypatch.setattr("ds_cmli.cmli.chunked.product.ONEDNN", False)
+    monkeypatch.setattr("ds_cmli.cmli.chunked.tiling.ONEDNN", False)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ds_cmli.cmli import cmli_scores
-from ds_cmli.cmli.chunked import product
+from ds_cmli.cmli.chunked import tiling
 from ds_cmli.cmli.reference import cmli_scores_reference
 from tests.cmli.helpers import any_layout_gives_the_same, random_case, upstream_for, with_gradients
 
@@ -187,7 +187,7 @@ def test_what_is_masked_never_matters(backend):
 @pytest.mark.parametrize("onednn", [False, True])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_any_layout_gives_the_same(backend, onednn, monkeypatch):
-    monkeypatch.setattr(product, "ONEDNN", onednn)
+    monkeypatch.setattr(tiling, "ONEDNN", onednn)
     any_layout_gives_the_same(backend)
 
 

@@ -14,7 +14,7 @@ from collections import Counter, defaultdict
 import pytest
 import torch
 
-from ds_cmli.cmli.check import index_dtype
+from ds_cmli.cmli.inputs import index_dtype
 from tests.cmli.test_triton import TOLERANCE, distance, failure, inputs, reference
 
 CHECKS = {}

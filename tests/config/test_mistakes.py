@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from ds_cmli import train
 from ds_cmli.common.cli import exit_code
 from ds_cmli.distributed.launchers import OF_A_RANK
-from ds_cmli.evaluate import command as evaluate
+from ds_cmli.evaluate import __main__ as evaluate
 from tests.conftest import ROOT, clean_environment, rank_environments
 from tests.processes import Program
 

@@ -9,7 +9,7 @@ from click.testing import CliRunner
 from PIL import Image
 
 from ds_cmli.common.errors import UserError
-from ds_cmli.evaluate.command import command
+from ds_cmli.evaluate.__main__ import command
 from tests.run_folder import write_run
 
 WORDS = ("red apple", "green pear", "blue bird", "black cat")

@@ -16,8 +16,8 @@ from ds_cmli.config.schema import LossConfig
 from ds_cmli.data.load import build_data
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.losses.bank import Bank
+from ds_cmli.losses.distillation import TokenContrast
 from ds_cmli.losses.objective import Whole
-from ds_cmli.losses.target_cmli import TokenContrast
 from tests.batches import rank_batches
 from tests.checkpoint.test_restore import assert_same, interrupt, json_file, ranks, source  # noqa: F401
 from tests.conftest import spawn

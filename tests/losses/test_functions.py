@@ -54,7 +54,7 @@ def test_a_batch_has_as_many_texts_as_images():
 
 
 def target_cmli_loss(patches, tokens, teacher, match, mask, reduction="mean"):
-    """(10), as `losses.target_cmli.TargetCMLI` has it of the student's and teacher's features."""
+    """(10), as `losses.distillation.TargetCMLI` has it of the student's and teacher's features."""
     image = losses.target_image_loss(patches, teacher, reduction)
     return (image + losses.target_text_loss(tokens, teacher, match, mask, reduction)) / 2
 

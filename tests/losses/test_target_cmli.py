@@ -9,9 +9,9 @@ from torch.testing import assert_close
 from ds_cmli.common.errors import UserError
 from ds_cmli.config.presets import load_preset
 from ds_cmli.config.schema import LossConfig
+from ds_cmli.losses.distillation import TargetText
 from ds_cmli.losses.functions import choose_patches, chosen_features, patch_similarities, target_text_loss
 from ds_cmli.losses.objective import Objective, Whole
-from ds_cmli.losses.target_cmli import TargetText
 from ds_cmli.models.student import Student
 from ds_cmli.models.teacher import Targets
 from tests.stranger.drive import STEPS, drive

@@ -13,7 +13,7 @@ from ds_cmli.common.errors import UserError
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.presets import load_preset
 from ds_cmli.distributed import process_group as distributed
-from ds_cmli.memory import cpu_events, measure, measure_cuda
+from ds_cmli.memory import cpu_events, measure
 from ds_cmli.memory.fake import process_group
 from ds_cmli.memory.inputs import longest_batch, without_weights
 from ds_cmli.memory.predict import Options, predict
@@ -183,7 +183,7 @@ def test_differences_of_what_both_have():
 def test_the_allocators_total_over_the_trackers_categories():
     events = [Event(1, 100, "parameters", "init"), Event(2, 30, "temporaries", "forward")]
     totals = {"requested": 142, "allocated": 1024, "reserved": 2 << 20, "device": 300 << 20}
-    report = measure_cuda.combined(summarise(events, {}, ""), totals, {"preset": "tiny"}, "measured: a GPU")
+    report = measure.combined(summarise(events, {}, ""), totals, {"preset": "tiny"}, "measured: a GPU")
     assert report.categories["temporaries"] == 42  # 30, and 12 that only the allocator saw
     assert sum(report.categories.values()) == 142
     assert (report.totals, report.phases["init"]) == (totals, 100)
@@ -193,19 +193,19 @@ def test_what_cudas_counters_say(monkeypatch):
     counters = {"requested_bytes.all.peak": 10, "allocated_bytes.all.peak": 512, "reserved_bytes.all.peak": 40 << 20}
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     monkeypatch.setattr(torch.cuda, "memory_stats", lambda device: {**counters, "reserved_bytes.all.current": 30 << 20})
-    monkeypatch.setattr(measure_cuda, "process_bytes", lambda device: 330 << 20)
-    found = measure_cuda.statistics(torch.device("cuda"))
+    monkeypatch.setattr(measure, "process_bytes", lambda device: 330 << 20)
+    found = measure.statistics(torch.device("cuda"))
     # 300 MiB beside the allocator's, and what it had reserved at its peak.
     assert found == {"requested": 10, "allocated": 512, "reserved": 40 << 20, "device": 340 << 20}
-    monkeypatch.setattr(measure_cuda, "process_bytes", lambda device: None)
-    assert "device" not in measure_cuda.statistics(torch.device("cuda"))
+    monkeypatch.setattr(measure, "process_bytes", lambda device: None)
+    assert "device" not in measure.statistics(torch.device("cuda"))
 
 
 def test_what_the_driver_counts_for_this_process(monkeypatch):
-    assert measure_cuda.own_bytes({7: 100, 8: 200}, 8) == 200
-    assert measure_cuda.own_bytes({7: 100}, 8) == 100  # a container's other numbers
-    assert measure_cuda.own_bytes({7: 100, 9: 200}, 8) is None
-    assert measure_cuda.own_bytes({}, 8) is None
+    assert measure.own_bytes({7: 100, 8: 200}, 8) == 200
+    assert measure.own_bytes({7: 100}, 8) == 100  # a container's other numbers
+    assert measure.own_bytes({7: 100, 9: 200}, 8) is None
+    assert measure.own_bytes({}, 8) is None
 
     import pynvml
 
@@ -215,11 +215,11 @@ def test_what_the_driver_counts_for_this_process(monkeypatch):
         monkeypatch.setattr(pynvml, name, lambda: None)
     monkeypatch.setattr(pynvml, "nvmlDeviceGetHandleByUUID", {"GPU-abc": 1}.__getitem__)
     monkeypatch.setattr(pynvml, "nvmlDeviceGetComputeRunningProcesses", {1: [process]}.__getitem__)
-    assert measure_cuda.process_bytes(torch.device("cuda")) == 123
+    assert measure.process_bytes(torch.device("cuda")) == 123
     monkeypatch.undo()
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: types.SimpleNamespace(uuid="abc"))
     if not torch.cuda.is_available():
-        assert measure_cuda.process_bytes(torch.device("cuda")) is None  # no driver, no error
+        assert measure.process_bytes(torch.device("cuda")) is None  # no driver, no error
 
 
 def test_no_process_group_remains():

@@ -54,7 +54,7 @@ def test_tables_show_every_category_phase_and_total():
         events((0, 123_456_789, "CMLI op", "loss")), {"preset": "demo", "checkpointing": True}, "predicted"
     )
     found.totals["device"] = 987_654_321
-    show(Report.from_dict(found.to_dict()), Console(file=out, width=120))
+    show(Report(**found.to_dict()), Console(file=out, width=120))
     text = out.getvalue()
     assert "predicted: preset demo, checkpointing on" in text
     for word in (*CATEGORIES, *PHASES, "123,456,789", "0.123", "100.0%", "987,654,321"):

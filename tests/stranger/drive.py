@@ -14,7 +14,7 @@ from transformers import AutoModel, AutoProcessor
 
 from ds_cmli.config.schema import load_config
 from ds_cmli.data.batch import Sample
-from ds_cmli.evaluate.command import command as evaluate
+from ds_cmli.evaluate.__main__ import command as evaluate
 from ds_cmli.export.__main__ import command as export
 from ds_cmli.inference import Model
 from ds_cmli.losses.objective import Whole

@@ -9,7 +9,7 @@ from click.testing import CliRunner
 from ds_cmli.common.errors import UserError
 from ds_cmli.config.registry import SOURCES, SourceEntry, source_kinds
 from ds_cmli.data.sources.find import accepted
-from ds_cmli.evaluate.command import command as evaluate
+from ds_cmli.evaluate.__main__ import command as evaluate
 from tests.checkpoint.test_restore import assert_same
 from tests.data.sources.samples import build, members, picture, tar
 from tests.drive_train import drive

@@ -21,7 +21,6 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from ds_cmli.cmli.check import index_dtype
 from ds_cmli.cmli.chunked.forward import ArgmaxIndices, Forward, compute_tiles
 from ds_cmli.cmli.chunked.kept import KeptGradient, few_pairs, limits_of
 from ds_cmli.cmli.chunked.packed import Chunk, PackedBatch, largest, make_chunks, pack_both
@@ -34,7 +33,7 @@ from ds_cmli.cmli.chunked.tile_gradients import (
     add_won,
 )
 from ds_cmli.cmli.chunked.tiling import RecomputePlan, Widths, by_product, panel_rows, tile_sizes
-from ds_cmli.cmli.inputs import Sides, Wanted
+from ds_cmli.cmli.inputs import Sides, Wanted, index_dtype
 
 
 def backward(

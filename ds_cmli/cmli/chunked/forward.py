@@ -9,11 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ds_cmli.cmli.check import index_dtype
 from ds_cmli.cmli.chunked.packed import Chunk, PackedBatch, largest, make_chunks, pack_both
-from ds_cmli.cmli.chunked.product import product
-from ds_cmli.cmli.chunked.tiling import tile_sizes
-from ds_cmli.cmli.inputs import Sides
+from ds_cmli.cmli.chunked.tiling import product, tile_sizes
+from ds_cmli.cmli.inputs import Sides, index_dtype
 
 
 class ArgmaxIndices(NamedTuple):

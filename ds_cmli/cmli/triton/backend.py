@@ -15,8 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ds_cmli.cmli.check import index_dtype
-from ds_cmli.cmli.inputs import Sides, Wanted
+from ds_cmli.cmli.inputs import Sides, Wanted, index_dtype
 from ds_cmli.cmli.triton.forward_kernel import combine_kernel, forward_kernel, suspect_kernel
 from ds_cmli.cmli.triton.gradient import OneSide, gradient_bytes, write_gradient
 from ds_cmli.cmli.triton.tiles import (

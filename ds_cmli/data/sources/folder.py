@@ -134,7 +134,7 @@ def _metadata(folder: Path) -> Path | None:
         raise UserError(
             f"{paths[0]} is no file that can be read: write one with a line for each image"
         )
-    return paths[0] if paths else None
+    return next(iter(paths), None)
 
 
 def _kind(name: str) -> str | None:

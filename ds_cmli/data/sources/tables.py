@@ -52,7 +52,11 @@ def load_csv(name: str, files: list[Path], config: DataConfig) -> Parts:
                 rows = table.rows(image)
                 first = list(islice(rows, LOOKED_AT))
                 if source is None and first:
-                    source = _empty(name, file, [cells[image] for _, cells in first], config)
+                    paths = [cells[image] for _, cells in first]
+                    folder = image_folder(file, paths, config)
+                    # The list is the user's own: a list of absolute paths may name files anywhere.
+                    root = Path("/") if Path(paths[0]).is_absolute() else folder
+                    source = Listed(name, folder, root, config)
                 for line, cells in chain(first, rows):
                     if not cells[image] or "\0" in cells[image]:
                         raise UserError(
@@ -70,13 +74,6 @@ def load_csv(name: str, files: list[Path], config: DataConfig) -> Parts:
             f"data.source is {name!r}, which has no row with a caption: give at least 2"
         )
     return Parts(source, notices=notices)
-
-
-def _empty(name: str, file: Path, paths: list[str], config: DataConfig) -> Listed:
-    """An empty list of the images that `file` names; `paths` are the first of them."""
-    folder = image_folder(file, paths, config)
-    # The list is the user's own, so a list of absolute paths may name files anywhere.
-    return Listed(name, folder, Path("/") if Path(paths[0]).is_absolute() else folder, config)
 
 
 class Table:

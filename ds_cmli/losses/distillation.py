@@ -1,7 +1,9 @@
-"""Target-CMLI: each token regresses its best-matching teacher patch.
+"""Distillation of patches and tokens, and of class tokens.
 
-Equations (5) to (10) of the source document: (10) is the mean of (7), the patches' loss, and (9),
-the tokens'. Each can be had alone, with a weight of its own.
+Target-CMLI: each token regresses its best-matching teacher patch, equations (5) to (10) of the
+source document. (10) is the mean of (7), the patches' loss, and (9), the tokens'. Each can be had
+alone, with a weight of its own. The regression of the class tokens is the document's starting
+point.
 """
 
 import torch
@@ -13,6 +15,7 @@ from ds_cmli.losses.base import Loss, LossInputs
 from ds_cmli.losses.functions import (
     choose_patches,
     chosen_features,
+    cls_distillation_loss,
     masked_mean,
     patch_similarities,
     target_image_loss,
@@ -91,3 +94,28 @@ class TokenContrast(AgainstTeacher, TokenTargets):
         tokens = inputs.to_teacher(inputs.features.tokens)
         each = self.contrast(inputs, tokens, targets, patches)  # [B, M], collective
         return masked_mean(each, self.counted(inputs))
+
+
+class ClsDistillation(Loss):
+    """The class tokens of image and text regress the teacher's: the mean of both."""
+
+    def forward(self, inputs: LossInputs) -> Tensor:
+        return cls_distillation_loss(
+            inputs.to_teacher(inputs.features.image_cls),
+            inputs.to_teacher(inputs.features.text_cls),
+            inputs.teacher.cls,
+            self.config.mse_reduction,
+        )
+
+
+class ClsContrast(AgainstTeacher):
+    """The class tokens of image and text are to find the teacher's: the mean of both.
+
+    Its negatives are the teacher's class tokens of other images, and a bank of them.
+    """
+
+    def forward(self, inputs: LossInputs) -> Tensor:
+        features, teacher = inputs.features, inputs.teacher.cls
+        both = inputs.to_teacher(torch.stack([features.image_cls, features.text_cls], 1))
+        targets = teacher[:, None].expand(both.shape)  # [B, 2, H_t]
+        return self.contrast(inputs, both, targets, teacher).mean()  # collective

@@ -1,0 +1,76 @@
+"""The losses over pairs: a contrastive and a sigmoid one, on cosines of class tokens and on CMLI.
+
+Contrastive: CLIP (Radford et al., 2021), and on all-pairs CMLI equations (1) to (4) of the source
+document, FILIP (Yao et al., 2021). Sigmoid: SigLIP (Zhai et al., 2023, algorithm 1).
+"""
+
+import torch
+from torch import Tensor, nn
+
+from ds_cmli.cmli.contrastive import contrastive_loss
+from ds_cmli.config.schema import LossConfig
+from ds_cmli.losses.base import Loss, PairInputs, log_scale
+from ds_cmli.losses.functions import sigmoid_loss
+
+
+class Contrastive(Loss):
+    def contrast(self, inputs: PairInputs, s_i2t: Tensor, s_t2i: Tensor) -> Tensor:
+        """The loss of scores, [R, T] each. Collective."""
+        ignore = inputs.duplicates  # collective
+        logsumexps = inputs.row_logsumexp, inputs.column_logsumexp
+        return contrastive_loss(
+            s_i2t, s_t2i, self.logit_scale, inputs.first, *logsumexps, ignore
+        )  # collective
+
+
+class GlobalContrastive(Contrastive):
+    def __init__(self, config: LossConfig):
+        super().__init__(config)
+        self.logit_scale = log_scale(config.init_temperature)
+
+    def forward(self, inputs: PairInputs) -> Tensor:
+        scores = inputs.global_scores  # [R, T], collective
+        return self.contrast(inputs, scores, scores)  # collective
+
+
+class AllPairsCMLI(Contrastive):
+    def __init__(self, config: LossConfig):
+        super().__init__(config)
+        self.logit_scale = log_scale(config.cmli_init_temperature)
+
+    def forward(self, inputs: PairInputs) -> Tensor:
+        scores = inputs.cmli_scores  # [R, T] each, collective
+        return inputs.with_units(self.contrast(inputs, *scores), self.logit_scale)  # collective
+
+
+class GlobalSigmoid(Loss):
+    # SigLIP's initial values: a scale of 10, and a bias with which the many negatives start with a
+    # small loss.
+    init_temperature, init_bias = 0.1, -10.0
+
+    def __init__(self, config: LossConfig):
+        super().__init__(config)
+        self.logit_scale = log_scale(self.init_temperature)
+        self.logit_bias = nn.Parameter(torch.tensor([self.init_bias]))
+
+    def of_scores(self, inputs: PairInputs, scores: Tensor) -> Tensor:
+        """The loss of scores [R, T]. Collective."""
+        positives = inputs.duplicates  # collective
+        return sigmoid_loss(scores, self.logit_scale, self.logit_bias, inputs.first, positives)
+
+    def forward(self, inputs: PairInputs) -> Tensor:
+        return self.of_scores(inputs, inputs.global_scores)  # collectives
+
+
+class CMLISigmoid(GlobalSigmoid):
+    """The mean over both directions."""
+
+    # A CMLI score is a mean of maxima: it varies less than a cosine and is above 0 for almost any
+    # pair. A larger scale and a lower bias than SigLIP's make the negatives of an untrained student
+    # start near SigLIP's logit of -10.
+    init_temperature, init_bias = 0.02, -14.0
+
+    def forward(self, inputs: PairInputs) -> Tensor:
+        s_i2t, s_t2i = inputs.cmli_scores  # collective
+        both = self.of_scores(inputs, s_i2t) + self.of_scores(inputs, s_t2i)  # collective
+        return inputs.with_units(both / 2, self.logit_scale)
