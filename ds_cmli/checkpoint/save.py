@@ -36,6 +36,7 @@ from ds_cmli.common.patches import patched
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.distributed.launchers import this_node
 from ds_cmli.engine import TrainEngine
+from ds_cmli.models.lora import merged
 from ds_cmli.models.weights import not_finite
 
 FOLDER = "checkpoint"
@@ -199,15 +200,16 @@ def _write(folder: Path, writing: Path, train_engine: TrainEngine, state: TrainS
     weights = full_weights(train_engine.objective, engine.optimizer)  # collectives
     averages = full_averages(train_engine)  # collectives
     if distributed.is_main() and writer.error is None:
+        scale = train_engine.objective.student.lora_scale
         text = json.dumps(state.shared(), indent=1).encode()
         lock.check(folder)
         try:
             writer.files[STATE] = files.write_file(writing / STATE, lambda file: file.write(text))
-            _write_weights(folder / (WEIGHTS + WRITING), weights)
+            _write_weights(folder / (WEIGHTS + WRITING), merged(weights, scale))
             if averages is not None:
                 writer.files[AVERAGE] = _write_weights(writing / AVERAGE, averages)
                 student = {name: averages[name] for name in weights}
-                _write_weights(folder / (AVERAGE + WRITING), student)
+                _write_weights(folder / (AVERAGE + WRITING), merged(student, scale))
         except OSError as error:
             writer.error = error
     problem = None if writer.error is None else str(writer.error).splitlines()[0]

@@ -38,6 +38,7 @@ def _beyond(setting: str) -> Idle:
 
 
 _DEMO = Idle(lambda config: config.data.source == "demo", "the demo makes its own pictures")
+_NO_LORA = Idle(lambda config: not config.student.lora, "student.lora names no layers")
 IDLE = {
     "data.scenes": Idle(
         lambda config: config.data.source != "demo", "only the demo's pictures make scenes"
@@ -57,6 +58,8 @@ IDLE = {
         lambda c: c.student.image_weights == c.student.text_weights == "random",
         "both encoders' weights are random",
     ),
+    "student.lora_rank": _NO_LORA,
+    "student.lora_alpha": _NO_LORA,
     "teacher.weights_partial": Idle(
         lambda config: config.teacher.weights == "random", "teacher.weights is 'random'"
     ),

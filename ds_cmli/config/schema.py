@@ -75,6 +75,13 @@ class StudentConfig:
     # the whole encoder is.
     freeze_image: Number = 0
     freeze_text: Number = 0
+    # LoRA (`models/lora.py`): the ends of the names of an encoder's layers that get adapters, such
+    # as {"image": ["qkv", "mlp.fc1"], "text": ["query", "value"]}; the rest of it is frozen.
+    lora: dict[Literal["image", "text"], Annotated[list[Name], Field(min_length=1)]] = Field(
+        default_factory=dict
+    )
+    lora_rank: Annotated[int, Field(ge=1, le=1024)] = 8
+    lora_alpha: Positive = 16.0  # over the rank: the factor of the adapters
 
     def __post_init__(self) -> None:
         check_sizes("student.image_overrides", self.image_overrides)

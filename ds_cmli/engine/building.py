@@ -39,6 +39,7 @@ from ds_cmli.losses.objective import Objective
 from ds_cmli.models import timm_model
 from ds_cmli.models.backbone import ImageRequest, cast_buffers
 from ds_cmli.models.blocks import checkpoint_blocks, compile_blocks
+from ds_cmli.models.lora import add_adapters
 from ds_cmli.models.student import Student
 from ds_cmli.models.teacher import Teacher
 from ds_cmli.models.weights import say
@@ -81,6 +82,8 @@ def build_models(
     if share < 1:
         keep = PatchKeep(share, math.prod(student.grid), config.run.seed)
     objective = Objective(student, config.loss, teacher.width if teacher else None, keep)
+    if pretrained:  # weights that are loaded have theirs merged
+        add_adapters(student, config.student)
     freeze(objective, config)
     if pretrained:
         for line in rates_without_effect(objective, config.optim):

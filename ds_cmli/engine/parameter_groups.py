@@ -67,7 +67,7 @@ def freeze(module: nn.Module, config: Config) -> None:
     `student.freeze_image` and `freeze_text` say how many.
 
     Raises:
-        UserError: an encoder has fewer layers.
+        UserError: an encoder has fewer layers, or adapters in frozen ones alone.
     """
     first = {"image": config.student.freeze_image, "text": config.student.freeze_text}
     where = depths(module)
@@ -77,6 +77,11 @@ def freeze(module: nn.Module, config: Config) -> None:
         if count > layers and part in ENCODERS:
             raise UserError(
                 f"student.freeze_{part} is {count}: the {part} encoder has {layers} layers"
+            )
+        if count == layers > 0 and part in config.student.lora:
+            raise UserError(
+                f"student.freeze_{part} is {count}, all layers of the {part} encoder, and "
+                f"student.lora names some: no adapter would be trained: give {count - 1} or less"
             )
         # Where all layers are frozen, so is what is above them: the whole encoder.
         if count and (depth <= count or count == layers):

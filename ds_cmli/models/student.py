@@ -60,6 +60,7 @@ class SharedBlock(nn.Module):
 class Student(nn.Module):
     image: ImageBackbone
     text: TextBackbone
+    lora_scale = 0.0  # of the adapters, if there are any
 
     def __init__(
         self,

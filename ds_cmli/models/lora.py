@@ -1,0 +1,79 @@
+"""LoRA (Hu et al., 2022) by peft: adapters of low rank in linear layers of a frozen encoder.
+
+Shapes: I inputs and O outputs of a layer, R rank.
+"""
+
+from collections.abc import Mapping
+from importlib.util import find_spec
+
+from torch import Tensor, nn
+
+from ds_cmli.common.errors import UserError, nearest
+from ds_cmli.config.schema import StudentConfig
+
+BASE, IN, OUT = ".base_layer.", ".lora_A.default.weight", ".lora_B.default.weight"  # peft's names
+
+
+def add_adapters(student: nn.Module, config: StudentConfig) -> None:
+    """Freeze the encoders of `config.lora` and put adapters into the layers that it names.
+
+    A layer adds alpha / R times B(A(x)) to its output, with A [R, I] and B [O, R], which is zero at
+    first.
+
+    Raises:
+        UserError: peft is not installed, or a name is not that of linear layers.
+    """
+    if not config.lora:
+        return
+    if find_spec("peft") is None:
+        raise UserError(
+            "student.lora is given, and peft is not installed: pip install 'ds-cmli[lora]'"
+        )
+    from peft import LoraConfig, inject_adapter_in_model
+
+    for part, names in config.lora.items():
+        encoder = getattr(student, part)
+        for name in names:
+            _check(encoder, part, name)
+        adapters = LoraConfig(
+            r=config.lora_rank, lora_alpha=config.lora_alpha, target_modules=list(names)
+        )
+        inject_adapter_in_model(adapters, encoder)
+    student.lora_scale = config.lora_alpha / config.lora_rank
+
+
+def _check(encoder: nn.Module, part: str, name: str) -> None:
+    linear = {found for found, module in encoder.named_modules() if type(module) is nn.Linear}
+    for found, module in encoder.named_modules():
+        if not f".{found}".endswith(f".{name}"):
+            continue
+        if found not in linear:
+            raise UserError(
+                f"student.lora.{part} has {name!r}: {found} is no nn.Linear but "
+                f"{type(module).__name__}: name linear layers"
+            )
+    if not any(f".{found}".endswith(f".{name}") for found in linear):
+        ends = {found.rpartition(".")[2] for found in linear}
+        raise UserError(
+            f"student.lora.{part} has {name!r}, which no layer's name ends with: "
+            f"{nearest(name, ends)}"
+        )
+
+
+def merged(weights: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
+    """Add the adapters to their layers' weights: W + scale B A, [O, I], under W's usual name.
+
+    Weights of a model without adapters stay as they are.
+
+    Args:
+        scale: alpha / R.
+    """
+    out = {}
+    for name, weight in weights.items():
+        if name.endswith((IN, OUT)):
+            continue
+        layer = name.removesuffix(f"{BASE}weight")
+        if layer != name:
+            weight = weight + scale * (weights[layer + OUT] @ weights[layer + IN])
+        out[name.replace(BASE, ".")] = weight
+    return out

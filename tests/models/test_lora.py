@@ -1,0 +1,115 @@
+"""LoRA: what is trained, merged and refused; resumed, on two ranks, evaluated, exported and predicted."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.testing import assert_close
+
+from ds_cmli.common.errors import UserError
+from ds_cmli.config.presets import load_preset
+from ds_cmli.engine import build_models
+from ds_cmli.models.lora import merged
+from tests.checkpoint.test_restore import assert_same, interrupt, json_file, ranks, source  # noqa: F401
+from tests.drive_train import drive as train
+from tests.metrics_file import metrics
+from tests.stranger.drive import STEPS, drive
+
+pytest.importorskip("peft", reason="peft is not installed: pip install 'ds-cmli[test]'")
+LORA = {"image": ["qkv", "mlp.fc1"], "text": ["query"]}
+SETTING = ["--set", 'student.lora={"image": ["qkv", "mlp.fc1"], "text": ["query"]}', "--set", "student.lora_rank=4"]
+
+
+def built(lora, **more):
+    config = load_preset("tiny", {"student": {"lora": lora, "lora_rank": 4, **more}})
+    return build_models(config, 99)[0]
+
+
+def filled(objective):
+    """With numbers in B, which starts as zero."""
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in objective.named_parameters():
+        if "lora_B" in name:
+            parameter.data.copy_(torch.randn(parameter.shape, generator=generator))
+    return objective.eval()
+
+
+def encoded(objective):
+    generator = torch.Generator().manual_seed(1)
+    image = torch.randint(256, (2, 3, 56, 56), dtype=torch.uint8, generator=generator)
+    ids = torch.randint(3, 99, (2, 7), generator=generator)
+    return objective.student(image, ids, torch.arange(7) < torch.tensor([[7], [4]]))
+
+
+def test_only_adapters_of_these_encoders_are_trained():
+    trained = {name for name, p in built({"image": ["qkv"]}).named_parameters() if p.requires_grad}
+    of_image = {name for name in trained if name.startswith("student.image.")}
+    blocks = {f"student.image.model.blocks.{k}.attn.qkv.lora_{side}.default.weight" for k in (0, 1) for side in "AB"}
+    assert of_image == blocks
+    assert "student.projection.weight" in trained and any(name.startswith("student.text.") for name in trained)
+    frozen = built({"image": ["qkv"]}, freeze_image=1)
+    assert sum("lora_" in name for name, p in frozen.named_parameters() if p.requires_grad) == 2
+
+
+def test_merged_weights_give_the_same_without_adapters():
+    plain, adapted = built({}), filled(built(LORA))
+    before = encoded(plain.eval())
+    assert adapted.student.lora_scale == 4.0  # 16 / 4
+    weights = merged(adapted.state_dict(), adapted.student.lora_scale)
+    plain.load_state_dict(weights)  # every name, and no other
+    for found, expected, other in zip(encoded(plain), encoded(adapted), before, strict=True):
+        assert_close(found, expected, rtol=1e-4, atol=1e-4)
+        assert (found - other).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("lora", "line"),
+    [
+        ({"image": ["qvk"]}, r"student\.lora\.image has 'qvk', which no layer's name ends with: did you mean 'qkv'"),
+        ({"text": ["embeddings"]}, r"student\.lora\.text has 'embeddings': \S+ is no nn\.Linear but BertEmbeddings"),
+    ],
+)
+def test_names_that_are_not_of_linear_layers(lora, line):
+    with pytest.raises(UserError, match=line):
+        built(lora)
+
+
+def test_adapters_of_an_encoder_that_is_frozen_whole():
+    with pytest.raises(
+        UserError, match=r"student\.freeze_image is 2, all layers of the image encoder, and student\.lora"
+    ):
+        built(LORA, freeze_image=2)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [{}, {"zero_optimization": {"stage": 3}, "bf16": {"enabled": True}, "gradient_accumulation_steps": 2}],
+    ids=["without ZeRO", "ZeRO-3 in bf16"],
+)
+def test_interrupted_as_if_never(content, source, tmp_path, alone):  # noqa: F811
+    arguments = ["--preset", "tiny", "--steps", "8", "--set", "run.match_maps=0", "--set", "optim.ema_decay=0.9"]
+    arguments += [*SETTING, *source, *json_file(tmp_path / "ds.json", content)]
+    assert train([*arguments, "--output-dir", str(tmp_path / "straight")]) == 0
+    interrupt(arguments, tmp_path / "broken", [1, 5])
+    assert_same(tmp_path / "straight", tmp_path / "broken")
+
+
+def test_two_ranks_go_on_where_one_was(source, tmp_path, alone):  # noqa: F811
+    straight, broken = (["--output-dir", str(tmp_path / name)] for name in ("straight", "broken"))
+    arguments = ["--preset", "tiny", "--steps", "8", "--set", "run.match_maps=0", *SETTING, *source]
+    arguments += json_file(tmp_path / "ds.json", {"zero_optimization": {"stage": 2}})
+    assert train([*arguments, *straight]) == 0
+    assert train([*arguments, *broken], stop_at=4) == 85
+    codes, _ = ranks(tmp_path, 2, [{"arguments": [*arguments, *broken]}])
+    assert codes == [0]
+    losses = []
+    for name in ("straight", "broken"):
+        losses.append([line["loss"] for line in metrics(tmp_path / name) if "loss" in line])
+    assert len(losses[0]) == 8 and losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+def test_trained_evaluated_exported_and_predicted(tmp_path, alone):
+    found = drive(tmp_path, "--losses", "global,cmli", *SETTING)
+    assert len(found["logged"]) == STEPS and "refused" not in found
+    assert not [
+        name for name in load_file(tmp_path / "run" / "student.safetensors") if "lora" in name or "base" in name
+    ]
