@@ -34,6 +34,8 @@ ELSEWHERE = {
     "pip install -e '.[plots]'": "pyproject.toml: a part of what the tests need",
     "deepspeed ds_cmli/train.py --deepspeed_config ds_configs/zero2.json": "tests/test_train.py: four steps of `tiny`",
     "python ds_cmli/train.py --deepspeed_config ds_configs/zero2_muon.json": "tests/engine/test_muon.py: `tiny`",
+    'python ds_cmli/train.py --set \'student.lora={"image": ["qkv", "attn.proj"], "text": ["query", "value"]}\'':
+        "tests/models/test_lora.py: `tiny`",
     "python ds_cmli/train.py --preset ablation --set student.patch_keep=0.5": "tests/models/test_patch_keep.py: `tiny`",
     "deepspeed --num_accelerators 2 ds_cmli/train.py --deepspeed_config ds_configs/zero2.json": "tests/test_train.py",
     "torchrun --nproc_per_node 2 ds_cmli/train.py": "tests/test_train.py: two steps of `tiny`",
