@@ -81,7 +81,7 @@ class StudentConfig:
         default_factory=dict
     )
     lora_rank: Annotated[int, Field(ge=1, le=1024)] = 8
-    lora_alpha: Positive = 16.0  # over the rank: the factor of the adapters
+    lora_alpha: Count = 16  # over the rank: the factor of the adapters
 
     def __post_init__(self) -> None:
         check_sizes("student.image_overrides", self.image_overrides)

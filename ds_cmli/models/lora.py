@@ -10,11 +10,12 @@ from torch import Tensor, nn
 
 from ds_cmli.common.errors import UserError, nearest
 from ds_cmli.config.schema import StudentConfig
+from ds_cmli.models.student import Student
 
 BASE, IN, OUT = ".base_layer.", ".lora_A.default.weight", ".lora_B.default.weight"  # peft's names
 
 
-def add_adapters(student: nn.Module, config: StudentConfig) -> None:
+def add_adapters(student: Student, config: StudentConfig) -> None:
     """Freeze the encoders of `config.lora` and put adapters into the layers that it names.
 
     A layer adds alpha / R times B(A(x)) to its output, with A [R, I] and B [O, R], which is zero at
