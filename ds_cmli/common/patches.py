@@ -61,11 +61,13 @@ CUDA_FUNCTIONS = """
 is_available is_initialized init _lazy_init is_bf16_supported device_count current_device set_device
 get_device_properties get_device_capability get_device_name get_arch_list can_device_access_peer
 synchronize ipc_collect current_stream default_stream set_stream stream device Stream Event
-memory_allocated max_memory_allocated memory_reserved max_memory_reserved memory_stats mem_get_info
-memory_summary reset_peak_memory_stats reset_max_memory_allocated empty_cache
 is_current_stream_capturing
 manual_seed manual_seed_all seed seed_all get_rng_state get_rng_state_all set_rng_state
-set_rng_state_all _is_in_bad_fork
+set_rng_state_all _is_in_bad_fork default_generators initial_seed
+"""
+CUDA_MEMORY = """
+memory_stats mem_get_info empty_cache reset_peak_memory_stats reset_accumulated_memory_stats
+reset_max_memory_allocated reset_max_memory_cached set_per_process_memory_fraction
 """
 PATCHES = {
     "timm: loaded keys": Patch(
@@ -164,7 +166,17 @@ PATCHES = {
         "cpu",
         "In a prediction the device has the type cpu too, so that the copy would take no memory.",
     ),
-    "torch: GPU": Patch("torch.cuda", CUDA_FUNCTIONS, _NO_GPU),
+    "torch: GPU": Patch("torch.cuda", CUDA_FUNCTIONS + CUDA_MEMORY, _NO_GPU),
+    "torch: GPU's memory": Patch(
+        "torch.cuda.memory",
+        CUDA_MEMORY + "_record_memory_history _dump_snapshot _snapshot",
+        _NO_GPU,
+    ),
+    "torch: accelerator": Patch("torch.accelerator", CUDA_MEMORY, _NO_GPU),
+    "torch: accelerator's memory": Patch("torch.accelerator.memory", CUDA_MEMORY, _NO_GPU),
+    "torch: scattered to GPUs": Patch("torch.nn.parallel.comm", "scatter", _NO_GPU),
+    "triton: kernels": Patch("triton.runtime.jit:JITFunction", "run", _NO_GPU),
+    "triton: tuning": Patch("triton.runtime.autotuner:Autotuner", "run", _NO_GPU),
     "torch: version of CUDA": Patch("torch.version", "cuda", _NO_GPU),
     "torch: GPU's marks": Patch("torch.cuda.nvtx", "range_push range_pop mark", _NO_GPU),
     "torch: compiler": Patch("torch", "compile", "It compiles nothing for tensors without data."),
@@ -177,12 +189,17 @@ PATCHES = {
         "It reads from the device whether a gradient has overflowed.",
     ),
     "torch: formatted number": Patch("torch:Tensor", "__format__", _NO_DATA),
+    "torch: data of the host": Patch(
+        "torch._subclasses.fake_tensor:FakeTensor", "numpy tolist", _NO_DATA
+    ),
     "torch: loading processes": Patch(
         "torch.utils.data:DataLoader",
         "_get_iterator",
         "Tensors without data do not travel between processes.",
     ),
-    "torch: pinned memory": Patch("torch:Tensor", "pin_memory record_stream", _NO_GPU),
+    "torch: pinned memory": Patch(
+        "torch:Tensor", "pin_memory record_stream share_memory_", _NO_GPU
+    ),
     "torch: meeting of ranks": Patch(
         "torch.distributed.distributed_c10d", "rendezvous", _WAITS_FOR_RANKS
     ),

@@ -66,6 +66,8 @@ class CudaOperators:
 
 
 def _dropout(input, p=0.5, training=True, inplace=False):
+    if inplace:
+        return torch.dropout_(input, p, training)
     if training and 0 < p < 1:
         return torch.native_dropout(input, p, True)[0]
     return input

@@ -1,12 +1,15 @@
 """A GPU that is not there, as a program asks `torch.cuda` about it."""
 
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import ClassVar
 
 import torch
 
+from ds_cmli.allocator.allocator import CachingAllocator
+from ds_cmli.allocator.blocks import Block
 from ds_cmli.allocator.gpus import Gpu
 from ds_cmli.fits.recorder import Recorder
 
@@ -20,11 +23,7 @@ class Event:
     def record(self, stream: object = None) -> None:
         pass
 
-    def wait(self, stream: object = None) -> None:
-        pass
-
-    def synchronize(self) -> None:
-        pass
+    wait = synchronize = record
 
     def query(self) -> bool:
         return True
@@ -60,16 +59,13 @@ class Stream:
     def device(self) -> torch.device:
         return torch.device("cuda", 0)
 
-    def wait_stream(self, stream: object) -> None:
+    def wait_stream(self, stream: object = None) -> None:
         pass
 
-    wait_event = wait_stream
+    wait_event = synchronize = wait_stream
 
     def record_event(self, event: Event | None = None) -> Event:
         return event or Event()
-
-    def synchronize(self) -> None:
-        pass
 
     def query(self) -> bool:
         return True
@@ -104,17 +100,43 @@ class Streams:
             self.set(before)
 
 
-class Device:
-    """The context manager `torch.cuda.device`."""
+class Memory:
+    """What PyTorch's allocator would count of a program so far."""
 
-    def __init__(self, *_: object):
-        pass
+    def __init__(self, recorder: Recorder):
+        self.recorder, self.allocator = recorder, CachingAllocator()
+        self.followed = 0  # changes of the recorder's log
+        self.blocks: dict[int, Block] = {}
+        self.peaks: Counter[str] = Counter()
 
-    def __enter__(self) -> "Device":
-        return self
+    def follow(self) -> Counter[str]:
+        """Return the bytes now."""
+        now: Counter[str] = Counter()
+        for block, size, _ in [*self.recorder.log[self.followed :], (-1, -1, "")]:
+            if size > 0 and block not in self.blocks:
+                stream = self.recorder.blocks[block].stream
+                self.blocks[block] = self.allocator.malloc(size, stream)
+            elif size < 0 and block in self.blocks:
+                self.allocator.free(self.blocks.pop(block))
+            elif size == 0:
+                self.allocator.empty_cache()
+            for kind in ("requested", "allocated", "reserved"):
+                now[kind] = getattr(self.allocator, kind)
+            now["active"] = now["allocated"]
+            self.peaks |= now
+        self.followed = len(self.recorder.log)
+        return now
 
-    def __exit__(self, *_: object) -> None:
-        pass
+    def stats(self, *_: object, **__: object) -> dict[str, int]:
+        """Replaces `torch.cuda.memory_stats`; what is not counted is 0."""
+        found: dict[str, int] = defaultdict(int, num_ooms=0, num_alloc_retries=0)
+        for kind, size in self.follow().items():
+            found[f"{kind}_bytes.all.current"] = size
+            found[f"{kind}_bytes.all.peak"] = self.peaks[kind]
+        return found
+
+    def reset_peaks(self, *_: object, **__: object) -> None:
+        self.peaks = self.follow()
 
 
 def _always(value: object) -> Callable[..., object]:
@@ -142,41 +164,34 @@ def properties(gpu: Gpu) -> SimpleNamespace:
 
 NOTHING = """
 init _lazy_init set_device synchronize manual_seed manual_seed_all seed seed_all
-set_rng_state set_rng_state_all reset_peak_memory_stats reset_max_memory_allocated ipc_collect
+set_rng_state set_rng_state_all ipc_collect
+set_per_process_memory_fraction reset_accumulated_memory_stats _record_memory_history _snapshot
+_dump_snapshot
 """
 
 
-def functions(gpu: Gpu, recorder: Recorder, live: Callable[[], int]) -> dict[str, object]:
-    """The functions and classes of `torch.cuda` for this GPU, by name.
-
-    Args:
-        recorder: told of emptied caches and of the current stream.
-        live: the requested bytes that are allocated now.
-    """
-    streams = Streams(recorder)
+def functions(gpu: Gpu, recorder: Recorder) -> dict[str, object]:
+    """The functions and classes of `torch.cuda` and `torch.cuda.memory` for this GPU, by name."""
+    streams, memory = Streams(recorder), Memory(recorder)
     found: dict[str, object] = dict.fromkeys(NOTHING.split(), _always(None))
     for name in ("is_available", "is_initialized", "is_bf16_supported", "can_device_access_peer"):
         found[name] = _always(True)
-    for name in ("memory_allocated", "max_memory_allocated", "memory_reserved"):
-        found[name] = lambda *_, **__: live()
+    for name in ("peak_memory_stats", "max_memory_allocated", "max_memory_cached"):
+        found[f"reset_{name}"] = memory.reset_peaks
     major, minor = gpu.capability
     found |= {
-        "max_memory_reserved": found["memory_reserved"],
         "device_count": _always(1),
         "current_device": _always(0),
+        "initial_seed": _always(0),
         "_is_in_bad_fork": _always(False),
         "is_current_stream_capturing": _always(False),
         "get_device_properties": _always(properties(gpu)),
         "get_device_capability": _always(gpu.capability),
         "get_device_name": _always(f"NVIDIA {gpu.name}"),
         "get_arch_list": _always([f"sm_{major}{minor}"]),
-        "memory_summary": _always(""),
-        "memory_stats": lambda *_, **__: {
-            f"{kind}_bytes.all.{when}": live()
-            for kind in ("allocated", "reserved", "active")
-            for when in ("current", "peak")
-        },
-        "mem_get_info": lambda *_: (gpu.usable - live(), gpu.total.bytes),
+        "default_generators": (torch.Generator("cuda"),),
+        "memory_stats": memory.stats,
+        "mem_get_info": lambda *_: (gpu.usable - memory.follow()["reserved"], gpu.total.bytes),
         "get_rng_state": lambda *_: torch.zeros(16, dtype=torch.uint8),
         "get_rng_state_all": lambda: [torch.zeros(16, dtype=torch.uint8)],
         "empty_cache": recorder.record_emptied_cache,
@@ -184,7 +199,7 @@ def functions(gpu: Gpu, recorder: Recorder, live: Callable[[], int]) -> dict[str
         "default_stream": _always(streams.default),
         "set_stream": streams.set,
         "stream": streams.on,
-        "device": Device,
+        "device": nullcontext,
         "Stream": Stream,
         "Event": Event,
     }

@@ -1,6 +1,6 @@
-"""DeepSpeed's own optimizers without their kernels, which it compiles at the first use.
+"""Kernels that do not run: those of Triton, and those that DeepSpeed compiles for its optimizers.
 
-The kernels update parameters and states in place and allocate nothing.
+They write into tensors that they are given and allocate nothing.
 """
 
 import sys
@@ -19,9 +19,17 @@ class _Kernels:
         return lambda *_, **__: 0
 
 
-def leave_out(stack: ExitStack) -> None:
+def leave_out_tritons(stack: ExitStack, replacement: Callable) -> None:
+    """Run `replacement` in place of each kernel until `stack` ends, where Triton is installed."""
+    if "triton" in sys.modules:  # torch has imported it
+        for name in ("triton: kernels", "triton: tuning"):
+            stack.enter_context(patched(name, lambda _: replacement))
+
+
+def leave_out_deepspeeds(stack: ExitStack) -> None:
     """Compile none of these kernels until `stack` ends, if the program has imported DeepSpeed."""
-    if "deepspeed" in sys.modules:
+    builder = sys.modules.get("deepspeed.ops.op_builder.builder")
+    if builder is not None and builder.OpBuilder.load.__module__ != __name__:
         stack.enter_context(patched("deepspeed: kernels", _loading))
 
 

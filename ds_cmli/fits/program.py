@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 
+import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
@@ -26,10 +27,10 @@ from torch.utils.data import DataLoader
 from ds_cmli.allocator.gpus import Gpu
 from ds_cmli.common.errors import UserError
 from ds_cmli.common.patches import patched, patched_each
-from ds_cmli.fits import device, lines, modules
+from ds_cmli.fits import device, in_place_kernels, lines, modules
 from ds_cmli.fits.cuda_kernels import CudaOperators
 from ds_cmli.fits.steps import StepRecorder, StepsDone
-from ds_cmli.fits.values import Values
+from ds_cmli.fits.values import Values, on_host
 from ds_cmli.fits.world import NotFollowed, World
 
 WITHOUT_DATA = (
@@ -67,6 +68,8 @@ def run(
         stack.enter_context(_without_gpu(recorder, gpu, ran))
         stack.enter_context(world.entered(recorder))
         stack.enter_context(recorder.following())
+        # Else backward has a thread of its own, where `torch.tensor` asks for the device.
+        stack.enter_context(torch.autograd.set_multithreading_enabled(False))
         for mode in (without_data, recorder, values):
             stack.enter_context(mode)
         try:
@@ -131,7 +134,7 @@ def _started_as_by_python(command: Sequence[str]) -> Iterator[None]:
 @contextmanager
 def _without_gpu(recorder: StepRecorder, gpu: Gpu, ran: Ran) -> Iterator[None]:
     """Inside, torch finds one GPU, whose tensors have no data."""
-    found = device.functions(gpu, recorder, lambda: recorder.live_bytes)
+    found = device.functions(gpu, recorder)
 
     def left_out(what: str) -> Callable:
         """A function that does nothing but return its first argument."""
@@ -154,18 +157,22 @@ def _without_gpu(recorder: StepRecorder, gpu: Gpu, ran: Ran) -> Iterator[None]:
         "torch: compiler": compiling,
         "torch: scaled step": lambda _: _step,
         "torch: formatted number": lambda _: _formatted,
+        "torch: data of the host": on_host,
         "torch: loading processes": _in_this_process,
         "torch: resized storage": recorder.resizing,
         "torch: shapes of sharded results": recorder.unrecorded,
         "torch: pinned memory": lambda _: lambda self, *_, **__: self,
+        "torch: scattered to GPUs": lambda _: lambda x, *_, **__: (x.to("cuda"),),
         "torch: saving": lambda _: left_out("torch.save wrote nothing"),
         "torch: types for all parameters at once in optimizers": lambda known: [*known, FakeTensor],
         "torch: types for all parameters at once": lambda known: [*known, FakeTensor],
     }
     with ExitStack() as stack:
-        stack.enter_context(patched_each("torch: GPU", found))
+        for name in ("GPU", "GPU's memory", "accelerator", "accelerator's memory"):
+            stack.enter_context(patched_each(f"torch: {name}", found))
         for name, replacement in replacements.items():
             stack.enter_context(patched(name, replacement))
+        in_place_kernels.leave_out_tritons(stack, left_out("a kernel of Triton did not run"))
         stack.enter_context(CudaOperators(gpu.limits).chosen())
         yield
 

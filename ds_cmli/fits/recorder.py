@@ -89,6 +89,8 @@ class Recorder(TorchDispatchMode):
         deterministic: whether these are PyTorch's deterministic ones.
     """
 
+    supports_higher_order_operators = True
+
     def __init__(self, device: str = "cpu", gpu: Limits | None = None, deterministic: bool = False):
         super().__init__()
         self.device, self.gpu, self.deterministic = device, gpu, deterministic

@@ -106,6 +106,8 @@ def told(values: Values, ran: Ran, recorder: StepRecorder) -> Iterator[str]:
         yield f"\nstand-ins {what}: {_places(values.read)}"
     if values.bounded:
         yield f"sizes that depend on data, as large as they can be: {_places(values.bounded)}"
+    if values.by_cpu:
+        yield f"as large as on a CPU, what they hold inside unknown: {_places(values.by_cpu)}"
     yield from sorted(recorder.inexact)
     for what, count in ran.left_out.items():
         yield f"{what}: {count} times"

@@ -63,7 +63,6 @@ class StepRecorder(Recorder):
         self.copied: set[int] = set()  # blocks that are copies from the host
         self.exchanged: set[int] = set()  # blocks that went through a collective
         self.emptied: dict[int, weakref.ref] = {}  # storages that were resized to 0 bytes
-        self.live_bytes = 0
         self.inexact: set[str] = set()  # what takes other memory on a GPU
         self._unmasked: ExitStack | None = None
 
@@ -112,12 +111,7 @@ class StepRecorder(Recorder):
 
     def _begin(self, size: int, category: str | None, op: str) -> int:
         self.lines.append(lines.current())
-        self.live_bytes += size
         return super()._begin(size, category, op)
-
-    def _end(self, block: int, size: int) -> None:
-        self.live_bytes -= size
-        super()._end(block, size)
 
     def resizing(self, resize: Callable) -> Callable:
         """A function in place of `UntypedStorage.resize_` whose allocations are recorded."""

@@ -6,11 +6,17 @@ All others are stood in for, and each reading of a stand-in is counted.
 """
 
 from collections import Counter
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch._ops import HigherOrderOperator, OpOverload
-from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
+from torch._subclasses.fake_tensor import (
+    DynamicOutputShapeException,
+    FakeTensor,
+    UnsupportedOperatorException,
+    unset_fake_temporarily,
+)
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -19,18 +25,12 @@ from ds_cmli.fits import lines
 aten = torch.ops.aten
 SMALL = 1 << 16  # elements of the largest tensor that is created with data on the host
 NUMBER = 2.0  # the stand-in of a loss or a norm: finite, and no divisor of 0
-FACTORIES = {
-    aten.empty.memory_format,
-    aten.empty_strided.default,
-    aten.zeros.default,
-    aten.ones.default,
-    aten.full.default,
-    aten.rand.default,
-    aten.randn.default,
-    aten.randint.default,
-    aten.randint.low,
-}
+MADE = ("zeros", "ones", "full", "rand", "randn", "randint")
+FACTORIES = {aten.empty.memory_format, aten.empty_strided.default, aten.randint.low}
+FACTORIES |= {getattr(aten, name).default for name in MADE}
 READS = {aten._local_scalar_dense.default, aten.is_nonzero.default}
+COMPARISONS = {aten.equal.default, aten.allclose.default}
+OF_LENGTHS = {aten._ctc_loss.Tensor, aten._pack_padded_sequence.default}  # which give their sizes
 INDEXING = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default}
 
 
@@ -42,16 +42,21 @@ class Values(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.read: Counter[str] = Counter()  # stand-ins by the line that read them
+        self.by_cpu: Counter[str] = Counter()  # operators that know no sizes without data
         self.bounded: Counter[str] = Counter()  # sizes that depend on data, by line
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if any(hasattr(t, "__tensor_flatten__") and t is not FakeTensor for t in types):
             return NotImplemented  # a wrapper, such as a DTensor: its parts come here
-        kwargs = kwargs or {}
+        kwargs = dict(kwargs or {})
+        kwargs.pop("pin_memory", None)  # the host's memory is not asked about
         if isinstance(func, HigherOrderOperator):
             if func.name() == "run_dtensor_rng_op":  # moves the generator around an operator
                 return args[2](*args[3:], **kwargs)
             return func(*args, **kwargs)
+        if torch.is_inference_mode_enabled() and func.namespace == "aten" and func._can_decompose():
+            with self:  # elsewhere autograd has done so
+                return func.decompose(*args, **kwargs)
         leaves = tree_leaves((args, kwargs))
         if not any(map(_is_elsewhere, leaves)):
             return self._on_host(func, args, kwargs)
@@ -65,7 +70,23 @@ class Values(TorchDispatchMode):
             values = _computed(func, args, kwargs, _known)
             if values is not None:
                 return tree_map(lambda value: _on_device(value, args[0].device), values)
-        out = func(*args, **kwargs)
+        if func in COMPARISONS:
+            self.read[lines.current()] += 1
+            return _computed(func, args, kwargs, _known if _all_known(leaves) else _one)
+        if func is aten._grouped_mm.default and args[0].dtype is not torch.bfloat16:
+            return _grouped_product(*args, **kwargs)
+        try:
+            out = func(*args, **kwargs)
+        except DynamicOutputShapeException:
+            if func in OF_LENGTHS:
+                return self._as_on_a_cpu(func, args, kwargs)
+            largest = largest_results(func.name(), *args, **kwargs)
+            if largest is None:
+                raise
+            self.bounded[lines.current()] += 1
+            return largest
+        except NotImplementedError:
+            return self._as_on_a_cpu(func, args, kwargs)
         if func is aten._to_copy.default:
             return self._copied(args[0], out)
         _remember(func, args, kwargs, leaves, out)
@@ -80,6 +101,23 @@ class Values(TorchDispatchMode):
                 return func(*args, **kwargs)
         with unset_fake_temporarily():
             return func(*args, **kwargs)
+
+    def _as_on_a_cpu(self, func: OpOverload, args: tuple, kwargs: dict[str, object]) -> object:
+        """The results, as a CPU computes them, of an operator that knows no sizes without data."""
+        if not func._schema.returns:
+            return None  # it works in place
+        out: object = _unknown_cell(func.name(), *args)
+        if out is None:
+            out = _computed(func, args, kwargs, _known_or_stand_ins)
+            if out is None and str(func._schema.returns[0].type) == "bool":
+                return False  # whether a library's kernel is taken
+            if out is None:
+                raise UnsupportedOperatorException(func)
+            self.by_cpu[str(func)] += 1
+            # Sizes of the parts of a packed sequence stay on the host.
+            moved = torch.Tensor.is_floating_point if func in OF_LENGTHS else torch.is_tensor
+            out = tree_map(lambda x: _like(x, args[0].device) if moved(x) else x, out)
+        return out
 
     def _value(self, tensor: Tensor) -> float | int | bool:
         known = _known(tensor)
@@ -122,6 +160,70 @@ class Values(TorchDispatchMode):
                 yield index
             else:
                 yield from self._places(index).unbind(1)
+
+
+def largest_results(operator: str, first: Tensor, *rest: object, **options: object) -> object:
+    """The results of an operator for the data that make them largest; None if that is not known."""
+
+    def places(*shape: int) -> Tensor:
+        return torch.zeros(shape, dtype=torch.int64, device=first.device)
+
+    most = first.numel()
+    if operator == "aten::bincount":
+        least = rest[1] if len(rest) > 1 else options.get("minlength", 0)
+        return places(least or most)  # type: ignore[arg-type]
+    if operator == "torchvision::nms":
+        return places(len(first))
+    if operator == "aten::masked_select" and isinstance(rest[0], Tensor):
+        return first.new_zeros(torch.broadcast_shapes(first.shape, rest[0].shape)).flatten()
+    if operator in ("aten::_unique2", "aten::unique_consecutive"):
+        return first.new_zeros(most), places(*first.shape), places(most)
+    if operator in ("aten::unique_dim", "aten::unique_dim_consecutive"):
+        rows = first.shape[rest[0]]  # type: ignore[call-overload]
+        return torch.zeros_like(first), places(rows), places(rows)
+    return None
+
+
+def _unknown_cell(operator: str, *args: Tensor) -> tuple[Tensor | None, ...] | None:
+    """The results of a recurrent cell's kernels, which a CPU does not have; None for others."""
+    first, rows = args[0], len(args[0])
+    if operator == "aten::_thnn_fused_gru_cell":
+        return torch.empty_like(args[2]), first.new_empty(rows, 5 * args[2].shape[1])
+    if operator == "aten::_thnn_fused_gru_cell_backward":
+        gates = [first.new_empty(rows, 3 * first.shape[1]) for _ in range(2)]
+        biases = [first.new_empty(3 * first.shape[1]) if args[2] else None for _ in range(2)]
+        return *gates, torch.empty_like(first), *biases
+    return None
+
+
+def _like(x: Tensor, device: torch.device) -> Tensor:
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=device)
+
+
+def _known_or_stand_ins(tensor: Tensor) -> Tensor:
+    known = _known(tensor)
+    stand_ins = torch.full(tensor.shape, _stand_in(tensor), dtype=tensor.dtype)
+    return stand_ins if known is None else known
+
+
+def _grouped_product(a: Tensor, b: Tensor, *rest: Tensor, **options: Tensor | None) -> Tensor:
+    """A GPU takes other types than bf16 too, of which the operator without data knows nothing."""
+    bf16 = [_like(x, torch.device("meta")).to(torch.bfloat16) for x in (a, b)]
+    offsets = {name: None if x is None else x.to("meta") for name, x in options.items()}
+    out = aten._grouped_mm.default(*bf16, *(x.to("meta") for x in rest), **offsets)
+    return a.new_empty_strided(out.shape, out.stride())
+
+
+def on_host(read: Callable) -> Callable:
+    """A method in place of one that reads a whole tensor of the host, as `Tensor.numpy` does."""
+
+    def run(self: FakeTensor, *args: object, **kwargs: object) -> object:
+        if self.device.type != "cpu":
+            return read(self, *args, **kwargs)
+        with _disable_current_modes():
+            return getattr(_known_or_stand_ins(self), read.__name__)(*args, **kwargs)
+
+    return run
 
 
 def _is_elsewhere(value: object) -> bool:
@@ -188,10 +290,17 @@ def _remember(
     if known and out.numel() <= SMALL:
         out.fits_values = _computed(func, args, kwargs, _known)  # type: ignore[attr-defined]
     elif out.dtype == torch.bool:
+        if func.overloadpacket in (aten.any, aten.all):  # nothing is wrong, and all is right
+            out.fits_truth = func.overloadpacket is aten.all  # type: ignore[attr-defined]
+            return
         truth = _computed(func, args, kwargs, _one)
         with _disable_current_modes():
-            known = isinstance(truth, Tensor) and bool(truth.all())
-            out.fits_truth = known  # type: ignore[attr-defined]
+            if isinstance(truth, Tensor):
+                likely = bool(truth.all())
+            else:  # the sizes that it is given are not those of one element
+                told = [x for x in leaves if isinstance(x, Tensor) and x.dtype == torch.bool]
+                likely = bool(told) and all(map(_stand_in, told))
+        out.fits_truth = likely  # type: ignore[attr-defined]
 
 
 def _computed(func: OpOverload, args: tuple, kwargs: dict[str, object], value) -> object:

@@ -224,7 +224,7 @@ def _alone(make: Callable, stack: ExitStack) -> Callable:
     """Replaces `_new_process_group_helper`: the group is ours, and goes by the asked name."""
 
     def run(size, rank, ranks, backend, store, name, *args, device_id=None, **options):
-        in_place_kernels.leave_out(stack)
+        in_place_kernels.leave_out_deepspeeds(stack)
         options["backend_options"] = None
         group, kept = make(size, rank, ranks, dist.Backend(NAME), store, name, *args, **options)
         if isinstance(group, _Rank):

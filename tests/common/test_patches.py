@@ -255,6 +255,15 @@ def nvtx_is_there() -> bool:
     return True
 
 
+def data_is_made_up() -> bool:
+    with FakeTensorMode():
+        try:
+            torch.zeros(2).numpy()
+        except RuntimeError:
+            return False
+    return True
+
+
 def a_model_without_data_is_compiled() -> bool:
     """In a process of its own, which ends with a segmentation fault."""
     program = (
@@ -356,6 +365,13 @@ def class_tokens_are_no_matrices() -> bool:
 
 NO_LONGER_NEEDED = {
     "torch: GPU": a_gpu_is_found,
+    "torch: GPU's memory": a_gpu_is_found,
+    "torch: accelerator": a_gpu_is_found,
+    "torch: accelerator's memory": a_gpu_is_found,
+    "torch: scattered to GPUs": lambda: hasattr(torch._C, "_scatter"),
+    "torch: data of the host": data_is_made_up,
+    "triton: kernels": a_gpu_is_found,
+    "triton: tuning": a_gpu_is_found,
     "torch: version of CUDA": lambda: torch.version.cuda is not None,
     "torch: GPU's marks": nvtx_is_there,
     "torch: start of a device": a_device_that_is_found_is_not_started,
@@ -424,6 +440,7 @@ CHECKED = {
     "timm": "1.0.31",
     "torch": "2.13.0",
     "transformers": "5.24.0",
+    "triton": "3.9.0",
 }
 
 

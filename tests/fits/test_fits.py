@@ -2,17 +2,20 @@
 
 import json
 import pickle
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from ds_cmli.common import cli
 from ds_cmli.common.errors import UserError
 from ds_cmli.fits import guard
 from ds_cmli.fits.command import command
 from ds_cmli.fits.report import rooms
+from ds_cmli.fits.values import largest_results
 from tests.conftest import ROOT, clean_environment
 
 LOOP = str(Path(__file__).parent / "loop.py")
@@ -72,6 +75,24 @@ def test_a_loop_runs_as_it_is(switches, tmp_path):
     assert ("as large as they can be" in done.stdout) == ("values" in switches)
     assert "steps of loop.py fit on 1.20 GB" in done.stdout
     assert "do not fit on 0.40 GB" in fits("--limit", "400MB", "--", LOOP, *switches, cwd=tmp_path).stdout
+
+
+def test_what_a_program_asks_of_a_gpu(tmp_path):
+    done = fits("--limit", "1.2GB", "--", str(Path(__file__).parent / "asked.py"), cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "a kernel of Triton did not run: 1 times" in done.stdout
+    assert "as large as on a CPU" in done.stdout and "aten._sample_dirichlet.default (1 times)" in done.stdout
+    assert sum(int(count) for count in re.findall(r"asked.py:\d+ \((\d+) times\)", done.stdout)) < 99
+
+
+def test_the_largest_results():
+    boxes, scores = torch.zeros(7, 4), torch.zeros(7)
+    assert largest_results("torchvision::nms", boxes, scores, 0.5).shape == (7,)
+    assert largest_results("aten::masked_select", boxes, torch.zeros(3, 1, 1, dtype=torch.bool)).shape == (84,)
+    assert [each.shape for each in largest_results("aten::_unique2", boxes)] == [(28,), (7, 4), (28,)]
+    assert [each.shape for each in largest_results("aten::unique_dim", boxes, 1)] == [(7, 4), (4,), (4,)]
+    assert [len(largest_results("aten::bincount", scores, None, least)) for least in (0, 3)] == [7, 3]
+    assert largest_results("aten::repeat_interleave", scores) is None
 
 
 RANKS = str(Path(__file__).parent / "ranks.py")

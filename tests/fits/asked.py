@@ -1,0 +1,79 @@
+"""A program that asks a GPU much, with what it has to answer. Weights and activations are [1024, 1024] fp32, 4 MiB."""
+
+import torch
+import torch.nn.functional as F
+import triton
+
+MIB, DEVICE = 1 << 20, torch.device("cuda")
+
+
+@triton.jit
+def kernel(x):
+    pass
+
+
+def memory() -> None:
+    generator = torch.Generator("cuda").manual_seed(3)
+    assert generator.device.type == torch.cuda.default_generators[0].device.type == "cuda"
+    assert len(torch.empty(10, pin_memory=True)) == 10 and torch.empty(300, 300, pin_memory=True).numel() == 90_000
+    before = torch.cuda.memory_allocated()
+    x = torch.randn(1024, 1024, device=DEVICE, generator=generator, requires_grad=True)
+    y = x * 2
+    assert torch.cuda.memory_allocated() == before + 8 * MIB and torch.cuda.memory_reserved() == 20 * MIB
+    F.dropout(y, 0.5, inplace=True)  # keeps what it multiplies by, of the type of `y`
+    kernel[(1,)](y)
+    assert torch.cuda.memory_allocated() == before + 12 * MIB
+    del x, y
+    assert torch.cuda.memory_allocated() == before and torch.cuda.max_memory_allocated() >= before + 12 * MIB
+    torch.cuda.reset_peak_memory_stats()
+    assert torch.cuda.max_memory_allocated() == before and torch.cuda.mem_get_info()[0] > 40 * MIB
+    torch.cuda.memory._record_memory_history()
+    assert "num_ooms" in torch.cuda.memory_summary() or "OOM" in torch.cuda.memory_summary()
+
+
+def data() -> None:
+    assert torch.rand(300, 300).numpy().shape == (300, 300) and len(torch.rand(300, 300).tolist()) == 300
+    numbers, scores = torch.randint(9, (5,), device=DEVICE), torch.randn(32, 6, device=DEVICE)
+    assert [len(each) for each in numbers.unique(return_inverse=True, return_counts=True)] == [5, 5, 5]
+    assert len(scores.masked_select(scores > 0)) == 32 * 6 and len(scores.unique(dim=0)) == 32
+    assert torch.distributions.Categorical(logits=scores).sample().shape == (32,)  # which looks for a NaN
+    assert not (scores <= scores + 1).any() and (scores < 0).all()  # programs raise on the other answer
+    ends, experts = torch.tensor([10, 32], dtype=torch.int32, device=DEVICE), torch.randn(2, 8, 16, device=DEVICE)
+    assert torch.equal(scores, scores * 2) and not torch.equal(ends, ends + 1)  # of the second, the values are known
+    rows = torch.randn(32, 8, device=DEVICE)
+    product = F.grouped_mm(rows, experts, offs=ends)
+    assert product.shape == (32, 16) and product.dtype == torch.float32
+
+
+def operators() -> None:
+    x = torch.randn(5, 2, 4, device=DEVICE)
+    torch.nn.GRU(4, 8, bidirectional=True).cuda()(x)[0].sum().backward()
+    scores, lengths = torch.randn(20, 2, 5, device=DEVICE, requires_grad=True), torch.tensor([6, 4]).cuda()
+    F.ctc_loss(scores.log_softmax(-1), torch.randint(1, 5, (2, 6), device=DEVICE), lengths + 10, lengths).backward()
+    torch.nn.DataParallel(torch.nn.Linear(4, 4).cuda())(x[0]).sum().backward()
+    with torch.inference_mode():
+        assert F.linear(x[0], torch.randn(3, 4, device=DEVICE)).sum().item() == 2
+    with torch.random.fork_rng():
+        assert torch.accelerator.memory_allocated() == torch.cuda.memory_allocated()
+    torch.rand(300, 300).share_memory_()
+    assert torch._sample_dirichlet(torch.ones(2, 3, device=DEVICE)).shape == (2, 3)  # as on a CPU
+
+
+class Twice(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x * 2
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * torch.tensor(2.0, device=DEVICE)  # in backward
+
+
+memory()
+data()
+operators()
+layer = torch.nn.Linear(8, 8, device=DEVICE)
+optimizer = torch.optim.SGD(layer.parameters(), fused=True)
+for _ in range(2):
+    Twice.apply(layer(torch.ones(8, 8, device=DEVICE))).sum().backward()
+    optimizer.step()
