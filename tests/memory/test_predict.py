@@ -39,6 +39,7 @@ CONTRAST = {
 }
 # For what does not depend on their number: a prediction takes a second for each.
 ONE_BLOCK = {"student": {"layers": 1}, "teacher": {"block": 0}}
+TWO_BLOCKS = {"student": {}, "teacher": {}}  # the preset's own
 SCALARS = 256  # bytes: the few numbers that operators and the engine hold for a moment
 
 
@@ -59,9 +60,9 @@ def ds_json(stage=2, precision="bf16", accumulation=1, checkpointing=False, buck
 
 
 def preset(name="tiny", batch=8, losses=ALL, **overrides):
-    return load_preset(
-        name, {"optim": {"micro_batch": batch}, "loss": {"weights": dict.fromkeys(losses, 1.0)}, **overrides}
-    )
+    """With one block in each tower, unless student and teacher are given."""
+    usual = {"optim": {"micro_batch": batch}, "loss": {"weights": dict.fromkeys(losses, 1.0)}, **ONE_BLOCK}
+    return load_preset(name, usual | overrides)
 
 
 @pytest.mark.parametrize(
@@ -69,13 +70,15 @@ def preset(name="tiny", batch=8, losses=ALL, **overrides):
     [
         (preset(batch=32), ds_json(), 8),
         (preset(losses=("global", "cmli", "cls_kd")), ds_json(1, accumulation=2), 2),
-        (preset(losses=("cmli",)), ds_json(3), 2),
+        (preset(losses=("cmli",), **TWO_BLOCKS), ds_json(3), 2),
         (preset(student={"dropout": 0.1}), ds_json(0, "fp32"), 1),
-        (preset(), ds_json(2, checkpointing=True), 2),
-        pytest.param(preset("demo"), ds_json(2, bucket=5_000_000, checkpointing=True), 2, marks=pytest.mark.soak),
+        (preset(**TWO_BLOCKS), ds_json(2, checkpointing=True), 2),
+        pytest.param(
+            preset("demo", **TWO_BLOCKS), ds_json(2, bucket=5_000_000, checkpointing=True), 2, marks=pytest.mark.soak
+        ),
         (preset(), {**ds_json(0, "fp32"), "torch_autocast": {"enabled": True, "dtype": "bfloat16"}}, 2),
         (preset(), {**ds_json(1), "data_types": {"grad_accum_dtype": "fp32"}}, 2),
-        (preset(loss={"weights": {"cmli": 0.5, "cmli_sigmoid": 1.0}, "cmli_cut": 1e-3}, **ONE_BLOCK), ds_json(), 2),
+        (preset(loss={"weights": {"cmli": 0.5, "cmli_sigmoid": 1.0}, "cmli_cut": 1e-3}), ds_json(), 2),
         (preset(loss={"weights": {"global": 1.0, "cmli": 1.0}, "cmli_cut": 1e-3}), ds_json(1, accumulation=3), 2),
         (preset(loss=CONTRAST), ds_json(), 2),
         (preset(loss={**CONTRAST, "target": "top"}, teacher={"average_blocks": 2}), ds_json(1, accumulation=3), 2),
@@ -150,7 +153,7 @@ def test_what_ranks_have_alike_is_made_once(monkeypatch):
     operators = []
     dispatch = Answers.__torch_dispatch__
     monkeypatch.setattr(Answers, "__torch_dispatch__", lambda *args: (operators.append(1), dispatch(*args))[1])
-    config = preset(batch=2, losses=("global",))
+    config = preset(batch=2, losses=("global",), **TWO_BLOCKS)
     once = predict(config, ds_config, 12).events
     few = len(operators)
     monkeypatch.setattr("ds_cmli.memory.fake.shares_made_once", lambda another: nullcontext())
@@ -160,7 +163,7 @@ def test_what_ranks_have_alike_is_made_once(monkeypatch):
 
 def test_parameters_are_flattened_on_the_host_where_the_device_has_no_room_for_both(monkeypatch):
     """As DeepSpeed does at stages 1 and 2: then both copies never lie on the device; and the rest stays as it was."""
-    config = preset(batch=2, losses=("global",), **ONE_BLOCK)
+    config = preset(batch=2, losses=("global",))
 
     def most_parameters(events) -> int:
         return max(accumulate(e.bytes for e in events if e.category == "parameters" and e.phase == "init"))
@@ -477,7 +480,7 @@ def test_features_cached_on_the_host_take_no_memory_of_the_gpu():
     """More micro-batches make a forward pass larger by their features, or, with these on the host, not at all."""
     peaks = {}
     for on_host, accumulation in product((False, True), (2, 3)):
-        config = preset(losses=("cmli",), optim={"cache_on_host": on_host}, **ONE_BLOCK)
+        config = preset(losses=("cmli",), optim={"cache_on_host": on_host})
         peaks[on_host, accumulation] = predict(config, ds_json(accumulation=accumulation), 1).report.phases["forward"]
     # Of 8 pairs 16 patches and 32 tokens of 16 features each, in 16 bit, with masks of the tokens and two numbers.
     features = 8 * ((16 + 32) * 16 * 2 + 32 + 2 * 8)
