@@ -189,6 +189,7 @@ PATCHES = {
         "It reads from the device whether a gradient has overflowed.",
     ),
     "torch: formatted number": Patch("torch:Tensor", "__format__", _NO_DATA),
+    "torch: lengths for CTC": Patch("torch.nn.functional", "ctc_loss", _NO_DATA),
     "torch: data of the host": Patch(
         "torch._subclasses.fake_tensor:FakeTensor", "numpy tolist", _NO_DATA
     ),

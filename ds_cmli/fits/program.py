@@ -22,6 +22,7 @@ from torch._subclasses.fake_tensor import (
     UnsupportedOperatorException,
 )
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader
 
 from ds_cmli.allocator.gpus import Gpu
@@ -158,6 +159,7 @@ def _without_gpu(recorder: StepRecorder, gpu: Gpu, ran: Ran) -> Iterator[None]:
         "torch: scaled step": lambda _: _step,
         "torch: formatted number": lambda _: _formatted,
         "torch: data of the host": on_host,
+        "torch: lengths for CTC": _with_lengths_of_host,
         "torch: loading processes": _in_this_process,
         "torch: resized storage": recorder.resizing,
         "torch: shapes of sharded results": recorder.unrecorded,
@@ -186,6 +188,21 @@ def _formatted(self: Tensor, specification: str) -> str:
     if self.dim() == 0 and not self.is_meta:
         return format(self.item(), specification)
     return object.__format__(self, specification)
+
+
+def _with_lengths_of_host(ctc_loss: Callable) -> Callable:
+    """Replaces `ctc_loss`: tensors of lengths on the host would call the operator of a CPU."""
+
+    def listed(value: object) -> object:
+        if isinstance(value, Tensor) and value.device.type == "cpu":
+            return value.tolist()
+        return value
+
+    def loss(scores: Tensor, targets: Tensor, *args: object, **kwargs: object) -> Tensor:
+        args, kwargs = tree_map(listed, (args, kwargs))
+        return ctc_loss(scores, targets, *args, **kwargs)
+
+    return loss
 
 
 def _in_this_process(before: Callable) -> Callable:

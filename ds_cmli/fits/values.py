@@ -30,7 +30,7 @@ FACTORIES = {aten.empty.memory_format, aten.empty_strided.default, aten.randint.
 FACTORIES |= {getattr(aten, name).default for name in MADE}
 READS = {aten._local_scalar_dense.default, aten.is_nonzero.default}
 COMPARISONS = {aten.equal.default, aten.allclose.default}
-OF_LENGTHS = {aten._ctc_loss.Tensor, aten._pack_padded_sequence.default}  # which give their sizes
+OF_LENGTHS = {aten._ctc_loss.Tensor, aten._ctc_loss.default, aten._pack_padded_sequence.default}
 INDEXING = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default}
 
 

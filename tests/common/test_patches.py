@@ -264,6 +264,16 @@ def data_is_made_up() -> bool:
     return True
 
 
+def lengths_on_the_host_go_beside_scores_elsewhere() -> bool:
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        scores, lengths = torch.zeros(9, 2, 5, device="meta"), torch.tensor([4, 4])
+        try:
+            F.ctc_loss(scores, torch.ones(2, 4, device="meta").long(), lengths + 5, lengths)
+        except RuntimeError:
+            return False
+    return True
+
+
 def a_model_without_data_is_compiled() -> bool:
     """In a process of its own, which ends with a segmentation fault."""
     program = (
@@ -370,6 +380,7 @@ NO_LONGER_NEEDED = {
     "torch: accelerator's memory": a_gpu_is_found,
     "torch: scattered to GPUs": lambda: hasattr(torch._C, "_scatter"),
     "torch: data of the host": data_is_made_up,
+    "torch: lengths for CTC": lengths_on_the_host_go_beside_scores_elsewhere,
     "triton: kernels": a_gpu_is_found,
     "triton: tuning": a_gpu_is_found,
     "torch: version of CUDA": lambda: torch.version.cuda is not None,

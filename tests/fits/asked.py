@@ -50,6 +50,9 @@ def operators() -> None:
     torch.nn.GRU(4, 8, bidirectional=True).cuda()(x)[0].sum().backward()
     scores, lengths = torch.randn(20, 2, 5, device=DEVICE, requires_grad=True), torch.tensor([6, 4]).cuda()
     F.ctc_loss(scores.log_softmax(-1), torch.randint(1, 5, (2, 6), device=DEVICE), lengths + 10, lengths).backward()
+    F.ctc_loss(
+        scores.log_softmax(-1), torch.ones(2, 6, device=DEVICE).long(), lengths.cpu() + 10, lengths.cpu()
+    ).backward()
     torch.nn.DataParallel(torch.nn.Linear(4, 4).cuda())(x[0]).sum().backward()
     with torch.inference_mode():
         assert F.linear(x[0], torch.randn(3, 4, device=DEVICE)).sum().item() == 2
