@@ -150,7 +150,8 @@ def in_fp64(rank, world_size, number, dropout=0.0, kept=False, exchange="auto", 
     torch.manual_seed(5)
     if kept:
         features = [objective._features(batch) for batch in batches]
-        joined = Features(*(torch.cat(x) for x in zip(*(vars(f).values() for f in features), strict=True)))
+        columns = zip(*(vars(f).values() for f in features), strict=True)
+        joined = Features(*(None if x[0] is None else torch.cat(x) for x in columns))
         targets = teacher(whole.image)
         modules = objective.student, objective.width_head, objective.score
         inputs = LossInputs(joined, whole, targets, *modules, cut=objective.cut)
