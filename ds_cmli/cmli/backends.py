@@ -92,7 +92,7 @@ def _why_they_fail(device: torch.device, dtype: torch.dtype, N: int, M: int, D: 
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # of Triton's compiler, of ptxas, or of the launch
-        return one_line(error)
+        return one_line(error)[:300]
     return None
 
 

@@ -111,8 +111,7 @@ class Memory:
 
     def follow(self) -> Counter[str]:
         """Return the bytes now."""
-        now: Counter[str] = Counter()
-        for block, size, _ in [*self.recorder.log[self.followed :], (-1, -1, "")]:
+        for block, size, _ in self.recorder.log[self.followed :]:
             if size > 0 and block not in self.blocks:
                 stream = self.recorder.blocks[block].stream
                 self.blocks[block] = self.allocator.malloc(size, stream)
@@ -120,12 +119,14 @@ class Memory:
                 self.allocator.free(self.blocks.pop(block))
             elif size == 0:
                 self.allocator.empty_cache()
-            for kind in ("requested", "allocated", "reserved"):
-                now[kind] = getattr(self.allocator, kind)
-            now["active"] = now["allocated"]
-            self.peaks |= now
+            self.peaks |= self._now()
         self.followed = len(self.recorder.log)
-        return now
+        return self._now()
+
+    def _now(self) -> Counter[str]:
+        kinds = ("requested", "allocated", "reserved")
+        held = {kind: getattr(self.allocator, kind) for kind in kinds}
+        return Counter(held | {"active": held["allocated"]})
 
     def stats(self, *_: object, **__: object) -> dict[str, int]:
         """Replaces `torch.cuda.memory_stats`; what is not counted is 0."""

@@ -199,8 +199,7 @@ def _with_lengths_of_host(ctc_loss: Callable) -> Callable:
         return value
 
     def loss(scores: Tensor, targets: Tensor, *args: object, **kwargs: object) -> Tensor:
-        args, kwargs = tree_map(listed, (args, kwargs))
-        return ctc_loss(scores, targets, *args, **kwargs)
+        return ctc_loss(scores, targets, *tree_map(listed, args), **tree_map(listed, kwargs))
 
     return loss
 

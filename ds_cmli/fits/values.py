@@ -202,8 +202,9 @@ def _like(x: Tensor, device: torch.device) -> Tensor:
 
 def _known_or_stand_ins(tensor: Tensor) -> Tensor:
     known = _known(tensor)
-    stand_ins = torch.full(tensor.shape, _stand_in(tensor), dtype=tensor.dtype)
-    return stand_ins if known is None else known
+    if known is not None:
+        return known
+    return torch.full(tensor.shape, _stand_in(tensor), dtype=tensor.dtype)
 
 
 def _grouped_product(a: Tensor, b: Tensor, *rest: Tensor, **options: Tensor | None) -> Tensor:

@@ -44,17 +44,16 @@ def add_adapters(student: Student, config: StudentConfig) -> None:
 
 
 def _check(encoder: nn.Module, part: str, name: str) -> None:
-    linear = {found for found, module in encoder.named_modules() if type(module) is nn.Linear}
-    for found, module in encoder.named_modules():
-        if not f".{found}".endswith(f".{name}"):
-            continue
-        if found not in linear:
+    kinds = {found: type(module) for found, module in encoder.named_modules()}
+    named = [found for found in kinds if f".{found}".endswith(f".{name}")]
+    for found in named:
+        if kinds[found] is not nn.Linear:
             raise UserError(
                 f"student.lora.{part} has {name!r}: {found} is no nn.Linear but "
-                f"{type(module).__name__}: name linear layers"
+                f"{kinds[found].__name__}: name linear layers"
             )
-    if not any(f".{found}".endswith(f".{name}") for found in linear):
-        ends = {found.rpartition(".")[2] for found in linear}
+    if not named:
+        ends = {found.rpartition(".")[2] for found in kinds if kinds[found] is nn.Linear}
         raise UserError(
             f"student.lora.{part} has {name!r}, which no layer's name ends with: "
             f"{nearest(name, ends)}"
