@@ -23,7 +23,7 @@ from ds_cmli.checkpoint.train_state import (
     read_shared,
     redistribute,
 )
-from ds_cmli.checkpoint.weights import load_averages, load_banks, parts
+from ds_cmli.checkpoint.weights import load_averages, load_banks, load_frozen, load_module, parts
 from ds_cmli.common.errors import UserError
 from ds_cmli.common.pretrained import refused_code
 from ds_cmli.config import schedule, settings
@@ -282,7 +282,10 @@ def _load_engine(point: ResumePoint, train_engine: TrainEngine, with_changes: bo
         else:
             engine.checkpoint_engine = CheckpointWriter()
             with no_code():
-                engine.load_checkpoint(str(path.parent), tag=path.name)  # collectives
+                engine.load_checkpoint(  # collectives
+                    str(path.parent), tag=path.name, custom_load_fn=load_module
+                )
+        load_frozen(path, train_engine.objective)  # collectives
         load_averages(path, train_engine)
         load_banks(path, train_engine.objective)
         if with_changes:

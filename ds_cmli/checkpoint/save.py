@@ -2,9 +2,11 @@
 
 `checkpoint/stepN/` holds DeepSpeed's files, `state.json` and `rank-R.pt` (`TrainState`),
 `student_ema.safetensors` of a run with averaged weights, `banks.pt` of one with banks of teacher
-features, and `checksums.json`. `checkpoint/latest` names the newest complete checkpoint; until that
-file is replaced, the one before is valid. Names of incomplete files and folders end in `.writing`.
-A folder `stepN.K` is a later checkpoint of the same step.
+features, `frozen.safetensors` of one with frozen weights, and `checksums.json`. As frozen weights
+stay the same, their file is a hard link to that of the checkpoint before where the disk has links.
+`checkpoint/latest` names the newest complete checkpoint; until that file is replaced, the one
+before is valid. Names of incomplete files and folders end in `.writing`. A folder `stepN.K` is a
+later checkpoint of the same step.
 """
 
 import json
@@ -25,7 +27,9 @@ from ds_cmli.checkpoint.train_state import STATE, TrainState
 from ds_cmli.checkpoint.weights import (
     AVERAGE,
     BANKS,
+    FROZEN,
     WEIGHTS,
+    frozen,
     full_averages,
     full_shape,
     full_weights,
@@ -46,6 +50,7 @@ REPLACED = "replaced"  # an earlier run while a run that starts over in its fold
 BEST_WEIGHTS = "student-best.safetensors"  # of the best evaluation, with `run.keep_best`
 # Upper bound: weights, fp32 copy and two moments, and the student's file.
 BYTES_PER_PARAMETER = 24
+BYTES_OF_FROZEN = 8  # per parameter: in the checkpoint and in the student's file
 BYTES_OF_AVERAGE = 8  # per parameter: in the checkpoint and beside the student's file
 MARGIN = 1.1  # a checkpoint needs this many times its expected size of free space
 
@@ -71,6 +76,7 @@ class _Written:
     """What all ranks have written of a checkpoint."""
 
     files: dict[str, Entry]
+    linked: int = 0  # bytes of these that the checkpoint before has too
     error: str | None = None  # of the first rank that has one
     not_finite: bool = False  # whether a tensor was not finite
 
@@ -122,7 +128,7 @@ def save(
     refusal: str | None
     name, refusal = distributed.broadcast_object(prepared)  # collective
     writing = root / (name + WRITING)
-    written = _Written({}, refusal)
+    written = _Written({}, error=refusal)
     if refusal is None:
         written = _write(folder, writing, engine, state)  # collectives
         refusal = written.error
@@ -139,7 +145,8 @@ def save(
                 remove_incomplete(folder)
     # Collective: no rank continues or ends before it is published.
     refusal = distributed.broadcast_object(refusal)
-    size = 0 if refusal else sum(entry["bytes"] for entry in written.files.values())
+    every = sum(entry["bytes"] for entry in written.files.values())
+    size = 0 if refusal else every - written.linked
     return Saved(name, time.monotonic() - started, size, refusal, written.not_finite)
 
 
@@ -170,11 +177,14 @@ def _expected_bytes(root: Path, engine: TrainEngine) -> int:
     newest = latest(root)
     if newest is not None:
         with suppress(ValueError):
-            return sum(entry["bytes"] for entry in files.read_checksums(root / newest).values())
+            entries = files.read_checksums(root / newest)
+            return sum(entry["bytes"] for name, entry in entries.items() if name != FROZEN)
     each = BYTES_PER_PARAMETER + (BYTES_OF_AVERAGE if engine.ema is not None else 0)
-    of_banks = sum(x.nbytes for bank in engine.objective.banks().values() for x in bank.buffers())
-    numbers = sum(full_shape(p).numel() for p in engine.objective.parameters())
-    return each * numbers + of_banks
+    size = sum(x.nbytes for bank in engine.objective.banks().values() for x in bank.buffers())
+    for parameter in engine.objective.parameters():
+        of_it = each if parameter.requires_grad else BYTES_OF_FROZEN
+        size += of_it * full_shape(parameter).numel()
+    return size
 
 
 def _write(folder: Path, writing: Path, train_engine: TrainEngine, state: TrainState) -> _Written:
@@ -190,7 +200,10 @@ def _write(folder: Path, writing: Path, train_engine: TrainEngine, state: TrainS
         writer.error = NotFinite(f"the weight {bad}")
     with patched("deepspeed: recovery script", lambda _: lambda self, path: None):
         engine.save_checkpoint(  # collectives
-            str(writing.parent), tag=writing.name, save_latest=False
+            str(writing.parent),
+            tag=writing.name,
+            save_latest=False,
+            exclude_frozen_parameters=True,
         )
     writer.write_tensors(state.of_rank(), writing / f"rank-{distributed.rank()}.pt")
     banks = train_engine.objective.banks()
@@ -199,15 +212,21 @@ def _write(folder: Path, writing: Path, train_engine: TrainEngine, state: TrainS
         writer.write_tensors(content, writing / BANKS)
     weights = full_weights(train_engine.objective, engine.optimizer)  # collectives
     averages = full_averages(train_engine)  # collectives
+    linked = 0
     if distributed.is_main() and writer.error is None:
         scale = train_engine.objective.student.lora_scale
+        still = frozen(train_engine.objective)
         text = json.dumps(state.shared(), indent=1).encode()
         lock.check(folder)
         try:
             writer.files[STATE] = files.write_file(writing / STATE, lambda file: file.write(text))
             _write_weights(folder / (WEIGHTS + WRITING), merged(weights, scale))
+            if still:
+                content = {name: weights[name] for name in still}
+                writer.files[FROZEN], linked = _link_or_write(writing / FROZEN, content)
             if averages is not None:
-                writer.files[AVERAGE] = _write_weights(writing / AVERAGE, averages)
+                moving = {name: averages[name] for name in averages.keys() - still.keys()}
+                writer.files[AVERAGE] = _write_weights(writing / AVERAGE, moving)
                 student = {name: averages[name] for name in weights}
                 _write_weights(folder / (AVERAGE + WRITING), merged(student, scale))
         except OSError as error:
@@ -218,7 +237,7 @@ def _write(folder: Path, writing: Path, train_engine: TrainEngine, state: TrainS
         *distributed.gather_objects(mine),  # collective
         strict=True,
     )
-    written = _Written({}, not_finite=any(bad_ones))
+    written = _Written({}, linked, not_finite=any(bad_ones))
     for theirs in entries:
         written.files |= theirs
     for rank, theirs in enumerate(problems):
@@ -235,6 +254,23 @@ def _write_weights(path: Path, weights: Mapping[str, Tensor]) -> Entry:
         file.write(data)
 
     return files.write_file(path, write)
+
+
+def _link_or_write(path: Path, weights: Mapping[str, Tensor]) -> tuple[Entry, int]:
+    """Write a file, or link to that of the checkpoint before if it is the same.
+
+    Returns:
+        its entry, and how many of its bytes the two share.
+    """
+    header, data = tensor_file.pieces(weights)
+    mine = files.entry_of(header, data)
+    root = path.parent.parent
+    for before in candidates(root)[:1]:
+        with suppress(OSError, ValueError, NotImplementedError):
+            if files.read_checksums(root / before).get(path.name) == mine:
+                os.link(root / before / path.name, path)
+                return mine, mine["bytes"]
+    return _write_weights(path, weights), 0
 
 
 def _publish(folder: Path, root: Path, name: str, keep: int, best: int | None) -> None:

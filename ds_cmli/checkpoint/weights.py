@@ -22,6 +22,7 @@ from ds_cmli.common.cli import say
 from ds_cmli.common.errors import UserError
 from ds_cmli.config.registry import over_pairs
 from ds_cmli.config.schema import Config
+from ds_cmli.distributed import process_group as distributed
 from ds_cmli.models.weights import not_finite
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from ds_cmli.losses.objective import Objective
 
 WEIGHTS = "student.safetensors"
+FROZEN = "frozen.safetensors"  # a checkpoint's weights that are not trained
 BANKS = "banks.pt"  # the teacher features of losses with a bank, which are no weights
 AVERAGE = "student_ema.safetensors"  # the averaged weights, with `optim.ema_decay`
 
@@ -100,6 +102,44 @@ def full_averages(train_engine: TrainEngine) -> dict[str, Tensor] | None:
         for name in full:  # cloned, because on a CPU in fp32 `full_weights` does not copy
             full[name] = full[name].clone()
     return full
+
+
+def frozen(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that are not trained, by name."""
+    return {name: p for name, p in module.named_parameters() if not p.requires_grad}
+
+
+def load_frozen(checkpoint: Path, module: nn.Module) -> None:
+    """Load a verified checkpoint's frozen weights; older ones have them in DeepSpeed's files.
+
+    Collective.
+    """
+    from deepspeed.runtime.zero.partition_parameters import GatheredParameters
+
+    path, parameters = checkpoint / FROZEN, frozen(module)
+    if not path.is_file():
+        return
+    with safe_open(path, "pt") as file, torch.no_grad():
+        for name, parameter in parameters.items():
+            divided = hasattr(parameter, "ds_status")
+            # Collective: rank 0 gives each rank its part.
+            with GatheredParameters([parameter], modifier_rank=0, enabled=divided):
+                if not divided or distributed.is_main():
+                    parameter.copy_(file.get_tensor(name))
+
+
+def load_module(src: Mapping[str, Tensor], dst: nn.Module) -> None:
+    """Load DeepSpeed's file of a module, which may lack what is frozen and nothing else.
+
+    DeepSpeed calls it by these names.
+
+    Raises:
+        RuntimeError: other names.
+    """
+    missing, unexpected = dst.load_state_dict(src, strict=False)
+    wrong = [*unexpected, *sorted(set(missing) - frozen(dst).keys())]
+    if wrong:
+        raise RuntimeError(f"only one of the two has {wrong[0]!r}")
 
 
 def load_averages(checkpoint: Path, train_engine: TrainEngine) -> None:

@@ -1,13 +1,17 @@
 """LoRA: what is trained, merged and refused; resumed, on two ranks, evaluated, exported and predicted."""
 
+import re
+
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
+from ds_cmli.checkpoint import weights
+from ds_cmli.checkpoint.weights import FROZEN
 from ds_cmli.common.errors import UserError
 from ds_cmli.config.presets import load_preset
-from ds_cmli.engine import build_models
+from ds_cmli.engine import build_models, building
 from ds_cmli.models.lora import merged
 from tests.checkpoint.test_restore import assert_same, interrupt, json_file, ranks, source  # noqa: F401
 from tests.drive_train import drive as train
@@ -90,6 +94,33 @@ def test_interrupted_as_if_never(content, source, tmp_path, alone):  # noqa: F81
     arguments += [*SETTING, *source, *json_file(tmp_path / "ds.json", content)]
     assert train([*arguments, "--output-dir", str(tmp_path / "straight")]) == 0
     interrupt(arguments, tmp_path / "broken", [1, 5])
+    assert_same(tmp_path / "straight", tmp_path / "broken")
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_checkpoints_share_what_is_frozen(stage, source, tmp_path, alone, monkeypatch, capfd):  # noqa: F811
+    """And bring it back, though this start's own initial weights are others, as those of a newer package may be."""
+    arguments = ["--preset", "tiny", "--steps", "6", "--save-every", "2", "--set", "run.match_maps=0"]
+    arguments += [*SETTING, *source, *json_file(tmp_path / "ds.json", {"zero_optimization": {"stage": stage}})]
+    assert train([*arguments, "--output-dir", str(tmp_path / "straight")]) == 0
+    broken = [*arguments, "--output-dir", str(tmp_path / "broken")]
+    assert train(broken, stop_at=4) == 85
+    root = tmp_path / "broken" / "checkpoint"
+    frozen = [root / name / FROZEN for name in ("step2", "step4")]
+    assert len({file.stat().st_ino for file in frozen}) == 1 and frozen[0].stat().st_nlink == 2
+    names = load_file(frozen[0]).keys()
+    assert "student.image.model.cls_token" in names and not [name for name in names if "lora_" in name]
+    said = [float(size) for size in re.findall(r"checkpoint step\d: ([\d.]+) MB", capfd.readouterr().out)]
+    assert said[-1] == pytest.approx(said[-2] - frozen[0].stat().st_size / 1e6, abs=0.11)
+
+    def others(*given, **more):
+        objective, teacher = build_models(*given, **more)
+        for parameter in weights.frozen(objective).values():
+            parameter.data.zero_()
+        return objective, teacher
+
+    monkeypatch.setattr(building, "build_models", others)
+    assert train(broken) == 0
     assert_same(tmp_path / "straight", tmp_path / "broken")
 
 
