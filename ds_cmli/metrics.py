@@ -6,7 +6,7 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -25,6 +25,8 @@ from ds_cmli.distributed import process_group as distributed
 from ds_cmli.engine import TrainEngine
 from ds_cmli.engine.throughput import StepTimer, peak_flops
 from ds_cmli.trackers import tag
+
+ALIVE_SECONDS = 10  # within a step nothing is printed more often
 
 
 class Writer:
@@ -55,6 +57,7 @@ class Writer:
         }
         self.total = total_steps
         self.started, self.first_step = time.monotonic(), first_step
+        self.said = self.started  # when something was printed
         self.bar = tqdm(
             total=total_steps,
             initial=first_step,
@@ -64,6 +67,7 @@ class Writer:
         )
 
     def say(self, *lines: str) -> None:
+        self.said = time.monotonic()
         for line in lines:
             # The terminal or the launcher may be gone, and the run still has to be saved.
             with suppress(OSError):
@@ -73,6 +77,20 @@ class Writer:
     def advance(self) -> None:
         with suppress(OSError):
             self.bar.update()
+
+    def say_alive(self, step: int, so_far: Callable[[], Mapping[str, float]]) -> None:
+        """Where the time goes, if nothing has been printed for a while.
+
+        Args:
+            step: the one that is being taken.
+            so_far: gives the seconds in each phase since the last logged step.
+        """
+        if time.monotonic() - self.said < ALIVE_SECONDS:
+            return
+        seconds = so_far()
+        total = sum(seconds.values())
+        shares = {phase: value / total for phase, value in seconds.items()}
+        self.say(f"in step {step}: {_shares(shares)} of {total:.0f} s")
 
     def log(self, step: int, values: dict[str, Any], **only_tracked: float) -> None:
         """Write an object to metrics.jsonl, and its numbers to the trackers.
@@ -107,10 +125,9 @@ class Writer:
             speed += f"  MFU {values['mfu']:.0%}"
         line = f"step {step}/{self.total}  {losses.rstrip()}"
         shares = {name[5:]: x for name, x in values.items() if name.startswith("time/")}
-        shown = [f"{name} {x:.0%}" for name, x in shares.items() if round(x, 2)]
         rest = [f"lr {values['lr']:.2e}", speed]
-        if shown:
-            rest.append(" ".join(shown))
+        if shares:
+            rest.append(_shares(shares))
         if self.bar.disable:
             a_step = (time.monotonic() - self.started) / max(1, step - self.first_step)
             left = a_step * (self.total - step)
@@ -174,11 +191,16 @@ class Writer:
         self._track(lambda tracker: tracker.close())
 
 
+def _shares(shares: Mapping[str, float]) -> str:
+    return " ".join(f"{name} {x:.0%}" for name, x in shares.items() if round(x, 2))
+
+
 class NullWriter:
     """The writer of all ranks but rank 0. It does nothing."""
 
     def say(self, *lines: str) -> None: ...
     def advance(self) -> None: ...
+    def say_alive(self, step: int, so_far: Callable[[], Mapping[str, float]]) -> None: ...
     def log(self, step: int, values: dict[str, Any], **only_tracked: float) -> None: ...
     def draw(self, step: int, **values: float) -> None: ...
     def picture(self, step: int, name: str, image: np.ndarray) -> None: ...
@@ -224,6 +246,11 @@ class Meter(Probe):
     @contextmanager
     def exchanging(self) -> Iterator[None]:
         with self.timer.inside("exchange"), super().exchanging():
+            yield
+
+    @contextmanager
+    def losses(self) -> Iterator[None]:
+        with self.timer.inside("loss"), super().losses():
             yield
 
     def pause(self, seconds: float, checkpoint: bool = False) -> None:

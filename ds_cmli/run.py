@@ -67,6 +67,11 @@ class Run:
             self.sampler.advance()
         return micro_batches, save_due
 
+    def sign_of_life(self) -> None:
+        """Tell the watchdog, and whoever reads the log of a long step."""
+        self.watchdog.heartbeat()
+        self.writer.say_alive(self.state.step + 1, self.meter.timer.so_far)
+
     def end_step(self, found: list[MicroBatchLosses]) -> None:
         """Count the step's losses, or the step as skipped on all ranks.
 

@@ -180,7 +180,7 @@ def loop(run: "Run", after_step: Callable[[], None]) -> int:
                 break
             micro_batches, by_the_clock = run.take_micro_batches(batches)  # collectives
             # Collectives: one optimizer step.
-            found = run.engine.step(micro_batches, run.watchdog.heartbeat)
+            found = run.engine.step(micro_batches, run.sign_of_life)
             state.step += 1
             run.end_step(found)  # collectives after a skipped step
             after_step()

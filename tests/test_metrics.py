@@ -46,6 +46,15 @@ def test_where_the_time_goes(tmp_path, capsys):
     assert "  10 pairs/s  forward 30% backward 66% step 4%  " in capsys.readouterr().out
 
 
+def test_a_long_step_says_where_its_time_goes(tmp_path, capsys):
+    writer, so_far = Writer(tmp_path, 9), {"data": 0.1, "forward": 30.0, "loss": 70.0}
+    writer.say_alive(4, lambda: so_far)  # not yet
+    writer.said -= 11
+    for _ in range(2):  # the second time that line has just been printed
+        writer.say_alive(4, lambda: so_far)
+    assert capsys.readouterr().out == "in step 4: forward 30% loss 70% of 100 s\n"
+
+
 def test_a_peak_that_a_step_exceeds_is_measured_again():
     meter, measured = Meter(), []
     meter.measure = lambda: measured.append(4e12) or 4e12

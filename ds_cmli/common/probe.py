@@ -61,6 +61,12 @@ class Probe:
             return nullcontext()
         return self.below.exchanging()
 
+    def losses(self) -> AbstractContextManager[object]:
+        """Enter a context that computes the losses of features."""
+        if self.below is None:
+            return nullcontext()
+        return self.below.losses()
+
     def texts_from(self, first: int) -> None:
         """Report the place, among all ranks' texts, of the first in the op's next call."""
         if self.below is not None:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-PHASES = ("data", "forward", "backward", "step", "exchange")
+PHASES = ("data", "forward", "loss", "backward", "step", "exchange")
 LEAST_MFU = 0.005  # what would be shown as 0% is left out: such steps do not wait for products
 PRODUCTS = (torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm)
 
@@ -23,7 +23,8 @@ class StepTimer:
     """Times each phase since the last `lap`.
 
     On a GPU it records CUDA events in the stream, and `lap` reads them. "data" is the wait for a
-    batch, "exchange" the exchange of texts between ranks in forward and backward, and "step" the
+    batch, "forward" that of the models, "loss" the losses (with gradient caching their gradients
+    too), "exchange" the exchange of texts between ranks in forward and backward, and "step" the
     update, with the collectives for the weights and for what is left of the gradients.
     """
 
@@ -47,6 +48,21 @@ class StepTimer:
         yield
         self.mark(before)
 
+    def so_far(self) -> dict[str, float]:
+        """The seconds in each phase since the last `lap`, as far as the GPU has come."""
+        if self.marks:
+            self.mark(self.marks[-1][0])
+        return self._seconds()
+
+    def _seconds(self) -> dict[str, float]:
+        seconds = dict.fromkeys(PHASES, 0.0)
+        for (phase, begin), (_, end) in zip(self.marks, self.marks[1:], strict=False):
+            if torch.cuda.is_available() and not end.query():
+                break
+            if phase is not None:
+                seconds[phase] += _between(begin, end)
+        return seconds
+
     def lap(self, peak: float) -> dict[str, float]:
         """The columns of a logged step: shares of time, TFLOP/s, and MFU from `LEAST_MFU` on.
 
@@ -55,12 +71,9 @@ class StepTimer:
         Args:
             peak: the device's peak FLOP/s; 0 if it is not known.
         """
-        seconds = dict.fromkeys(PHASES, 0.0)
         if self.marks and torch.cuda.is_available():
             self.marks[-1][1].synchronize()  # CPU-GPU sync
-        for (phase, begin), (_, end) in zip(self.marks, self.marks[1:], strict=False):
-            if phase is not None:
-                seconds[phase] += _between(begin, end)
+        seconds = self._seconds()
         total = sum(seconds.values())
         flops, self.flops = self.flops, 0.0
         self.marks = self.marks[-1:]

@@ -57,7 +57,7 @@ class TrainEngine:
         Args:
             micro_batches: this rank's `accumulation` micro-batches; each is moved to the device
                 when its turn comes.
-            heartbeat: called again and again during a step with gradient caching.
+            heartbeat: called after each micro-batch, and again and again with gradient caching.
         """
         self.objective.step = self.engine.global_steps + 1  # skipped steps count, too
         # At stages 0 and 1 DeepSpeed reduces gradients once anyway.
@@ -82,6 +82,7 @@ class TrainEngine:
         for batch in micro_batches:
             found.append(probe.alike(self._backward, batch))  # collectives
             update()  # collectives
+            heartbeat()
         return found
 
     def __call__(self, batch: Batch) -> Losses:

@@ -12,6 +12,7 @@ from ds_cmli.cmli.cut import Cut
 from ds_cmli.cmli.inputs import full_precision
 from ds_cmli.cmli.ring import Score, Scorer
 from ds_cmli.cmli.token_keep import PatchKeep, Selection, select
+from ds_cmli.common.probe import probe
 from ds_cmli.config.registry import LOSSES, load
 from ds_cmli.config.schema import LossConfig
 from ds_cmli.data.batch import Batch
@@ -127,8 +128,10 @@ class Objective(nn.Module):
 
         Collective.
         """
-        inputs = self._inputs(self._features(batch), batch, targets)
-        each = {name: loss(inputs) for name, loss in self.losses.items()}  # collectives
+        features = self._features(batch)
+        with probe.losses():
+            inputs = self._inputs(features, batch, targets)
+            each = {name: loss(inputs) for name, loss in self.losses.items()}  # collectives
         same = vars(inputs).get("duplicates")
         if same is not None:  # a loss has compared pairs
             self.ignored.copy_(same.sum())
@@ -151,7 +154,8 @@ class Objective(nn.Module):
             self.config.duplicates == "keep",
             self.cut,
         )
-        with full_precision(step.device):  # of the scores, and of their gradients too
+        # Full precision of the scores, and of their gradients too.
+        with probe.losses(), full_precision(step.device):
             found = pair_gradients(pairs, step)  # collective
         self.ignored.copy_(found.ignored)
         return found

@@ -32,23 +32,26 @@ def test_products_are_counted_with_the_backward_to_come(monkeypatch):
 
 
 def test_shares_of_time(monkeypatch):
-    clock = iter([0.0, 1.0, 2.0, 4.0, 5.0, 9.0, 100.0, 110.0])
+    clock = iter([0.0, 1.0, 2.0, 4.0, 5.0, 6.0, 6.5, 9.0, 100.0, 110.0])
     monkeypatch.setattr(throughput.time, "perf_counter", lambda: next(clock))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     timer = StepTimer()
     timer.mark("data")  # 0 to 1
-    timer.mark("forward")  # 1 to 2, and 4 to 5
+    timer.mark("forward")  # 1 to 2, and 4 to 5, and 6 to 6.5
     with timer.inside("exchange"):  # 2 to 4
         pass
-    timer.mark("backward")  # 5 to 9
+    with timer.inside("loss"):  # 5 to 6
+        pass
+    assert timer.so_far() == {"data": 1, "forward": 2.5, "loss": 1, "backward": 0, "step": 0, "exchange": 2}  # at 6.5
+    timer.mark("backward")  # 6.5 to 9
     timer.mark(None)  # an evaluation
     timer.mark("data")
     timer.flops = 18e12
     found = timer.lap(peak=4e12)
     assert found == {
-        "time/data": pytest.approx(1 / 9, abs=1e-4), "time/forward": pytest.approx(2 / 9, abs=1e-4),
-        "time/backward": pytest.approx(4 / 9, abs=1e-4), "time/step": 0.0,
-        "time/exchange": pytest.approx(2 / 9, abs=1e-4), "tflops": 2.0, "mfu": 0.5,
+        "time/data": pytest.approx(1 / 9, abs=1e-4), "time/forward": pytest.approx(2.5 / 9, abs=1e-4),
+        "time/loss": pytest.approx(1 / 9, abs=1e-4), "time/backward": pytest.approx(2.5 / 9, abs=1e-4),
+        "time/step": 0.0, "time/exchange": pytest.approx(2 / 9, abs=1e-4), "tflops": 2.0, "mfu": 0.5,
     }  # fmt: skip
     timer.mark(None)
     assert timer.lap(peak=4e12)["time/data"] == 1.0  # from the lap on alone
