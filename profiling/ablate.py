@@ -20,7 +20,7 @@ import click
 
 from ds_cmli.common.cli import GroupedCommand, check_writable, option, run_command, say
 from ds_cmli.common.errors import UserError
-from ds_cmli.common.plots import check_installed
+from ds_cmli.common.plots import check_picture
 from ds_cmli.faults.preemption import EXIT_CODE
 
 if TYPE_CHECKING:
@@ -112,12 +112,10 @@ def check(options: Options) -> None:
     if find_spec("scipy") is None:
         raise UserError("an ablation's table needs scipy: pip install -e '.[ablate]'")
     curve = options.curve and options.curve[1]
-    for name, file in (("--plot", options.plot), ("--curve", curve)):
-        if file:
-            check_installed(name)
-    for file in (options.markdown, options.plot, curve):
-        if file:
-            check_writable(file)
+    check_picture("--plot", options.plot)
+    check_picture("--curve", curve)
+    if options.markdown:
+        check_writable(options.markdown)
 
 
 def train_missing(plan: "Plan", runs: "list[Run]", out: Path, file: Path) -> list[str] | None:

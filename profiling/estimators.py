@@ -250,17 +250,15 @@ def summary(found: list[Row]) -> dict[str, dict[str, float]]:
 def command(first: int | None, saved: str | None, plot: str | None, json_file: str | None) -> None:
     """Compare memory estimates with measured memory over a fixed list of settings."""
     from ds_cmli.common.cli import check_writable
-    from ds_cmli.common.plots import check_installed
+    from ds_cmli.common.plots import check_picture
 
     if saved is not None and (plot is None or first or json_file):
         raise UserError(
             "--saved draws what was written: give it --plot FILE, and no --first or --json"
         )
-    if plot is not None:
-        check_installed("--plot")
-    for file in (plot, json_file):
-        if file is not None:
-            check_writable(file)
+    check_picture("--plot", plot)
+    if json_file is not None:
+        check_writable(json_file)
     if saved is not None and plot is not None:
         draw(read_saved(saved), Path(plot))
         return

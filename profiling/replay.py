@@ -76,10 +76,9 @@ def command(snapshots: tuple[str, ...], limit: str | None, expandable_segments: 
     Of two snapshots also what holds more and what holds less memory at the second one's peak.
     """
     from ds_cmli.allocator import gpus
-    from ds_cmli.common.plots import check_installed
+    from ds_cmli.common.plots import check_picture
 
-    if plot is not None:
-        check_installed("--plot")
+    check_picture("--plot", plot)
     if len(snapshots) > 2:
         raise UserError(f"{len(snapshots)} snapshots are given: give one, or two to compare")
     divisions = roundup_power2_divisions

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ds_cmli.common.cli import GroupedCommand, check_writable, option, run_command
-from ds_cmli.common.plots import check_installed
+from ds_cmli.common.plots import check_picture
 from profiling.gpu_rates import EFFICIENCY, at_limits, rates_of
 from profiling.scripts import listed
 
@@ -94,11 +94,9 @@ def command(
     plot_path: str | None,
     **given: Any,
 ) -> None:
-    if plot_path is not None:
-        check_installed("--plot")
-    for name in (json_path, plot_path):
-        if name is not None:
-            check_writable(name)
+    check_picture("--plot", plot_path)
+    if json_path is not None:
+        check_writable(json_path)
     numbers = {name: listed(f"--{name}", given[name], int) for name in ("ranks", "stages")}
     os.environ["DS_ACCELERATOR"] = "cpu"  # predictions need it before DeepSpeed is imported
     from ds_cmli.common import quiet

@@ -21,13 +21,14 @@ class Patch:
     owner: str  # "module" or "module:Class"
     attributes: str  # names, by blanks; those that the installed version has are replaced
     reason: str
+    added: bool = False  # also where the installed version has them not
 
     def targets(self) -> list[tuple[object, str]]:
         """The pairs (owner, attribute) that are there; raises `AttributeError` if none is."""
         module, _, path = self.owner.partition(":")
         owner = reduce(getattr, path.split(".") if path else (), importlib.import_module(module))
         found: list[tuple[object, str]] = [
-            (owner, name) for name in self.attributes.split() if hasattr(owner, name)
+            (owner, name) for name in self.attributes.split() if self.added or hasattr(owner, name)
         ]
         if not found:
             raise AttributeError(f"{self.owner} has none of {self.attributes}")
@@ -174,6 +175,9 @@ PATCHES = {
     ),
     "torch: accelerator": Patch("torch.accelerator", CUDA_MEMORY, _NO_GPU),
     "torch: accelerator's memory": Patch("torch.accelerator.memory", CUDA_MEMORY, _NO_GPU),
+    "torch: GPU's observer": Patch(
+        "torch._C", "_cuda_attach_out_of_memory_observer", _NO_GPU, added=True
+    ),
     "torch: scattered to GPUs": Patch("torch.nn.parallel.comm", "scatter", _NO_GPU),
     "triton: kernels": Patch("triton.runtime.jit:JITFunction", "run", _NO_GPU),
     "triton: tuning": Patch("triton.runtime.autotuner:Autotuner", "run", _NO_GPU),
@@ -235,6 +239,7 @@ PATCHES = {
         "resize_",
         "FSDP frees and takes its parameters by it, below what a dispatch mode sees.",
     ),
+    "end of the process": Patch("os", "_exit", "The answer comes when the program has ended."),
     "torch: saving": Patch("torch", "save", "There is nothing to save."),
     "torch: types for all parameters at once in optimizers": Patch(
         "torch.optim.optimizer", "_foreach_supported_types", _NO_DATA

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import Any
 
+from ds_cmli.common.cli import check_writable
 from ds_cmli.common.errors import UserError
 
 # The colours of every chart and page: the same on light and on dark paper. Any two stay apart for
@@ -28,6 +29,7 @@ COLOURS = (
 LINES = COLOURS[:6]  # those that are seen as thin lines on both papers
 DASHES = ("-", "--", ":", "-.")  # as matplotlib names them
 ACCENT = COLOURS[0]
+ENDINGS = (".png", ".svg", ".pdf")  # of the formats of pictures
 SOFT = "#5f636b"  # of what stands beside the data: axes, notes
 STYLE = {
     "font.size": 10,
@@ -59,6 +61,16 @@ def check_installed(needed_by: str) -> None:
     """Raise `UserError` if matplotlib is missing, before the work whose result will be drawn."""
     if not installed():
         raise UserError(f"{needed_by} needs matplotlib: pip install matplotlib")
+
+
+def check_picture(option: str, path: str | None) -> None:
+    """Raise `UserError` for a picture that could not be drawn or written in the end."""
+    if path is None:
+        return
+    check_installed(option)
+    check_writable(path)
+    if not path.endswith(ENDINGS):
+        raise UserError(f"{option} is {path!r}: end its name in one of {' '.join(ENDINGS)}")
 
 
 def matplotlib(needed_by: str) -> Any:

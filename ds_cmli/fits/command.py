@@ -10,6 +10,7 @@ from pathlib import Path
 
 import click
 
+from ds_cmli.common import plots
 from ds_cmli.common.cli import GroupedCommand, check_writable, option, run_command
 from ds_cmli.common.errors import UserError
 from ds_cmli.fits import largest
@@ -34,6 +35,7 @@ class ProgramCommand(GroupedCommand):
 @option("Program", "--rank", type=click.IntRange(0), default=0, show_default=True)
 @option("Files", "--json", "json_path", type=click.Path(dir_okay=False), help="In bytes.")
 @option("Files", "--snapshot", type=click.Path(dir_okay=False), help="For pytorch.org/memory_viz.")
+@option("Files", "--plot", type=click.Path(dir_okay=False), help="A picture: .png or .svg.")
 @click.argument("program", nargs=-1, type=click.UNPROCESSED, metavar="SCRIPT|-m MODULE [ARGS]...")
 def command(
     gpu: str | None,
@@ -56,9 +58,10 @@ def command(
         raise UserError(f"--rank is {rank} of --world-size {world_size or 1}: give one below it")
     for path in filter(None, files.values()):
         check_writable(path)
+    plots.check_picture("--plot", files["plot"])
     if fit:
         if any(files.values()):
-            raise UserError("--fit prints one sentence: leave out --json and --snapshot")
+            raise UserError("--fit prints one sentence: leave out --json, --snapshot and --plot")
         ranks = [] if world_size is None else ["--world-size", str(world_size), "--rank", str(rank)]
         return _largest(gpu, limit, ["--steps", str(steps), *ranks], program)
     from ds_cmli.fits import guard
@@ -80,7 +83,8 @@ def command(
     if ran.code:
         return ran.code
     answered = report.Report.of(recorder, rooms, world)
-    print(answered.sentence(program[1] if program[0] == "-m" else Path(program[0]).name))
+    name = program[1] if program[0] == "-m" else Path(program[0]).name
+    print(answered.sentence(name))
     answered.show()
     for line in report.told(values, ran, recorder):
         print(line)
@@ -88,6 +92,11 @@ def command(
         Path(files["json_path"]).write_text(json.dumps(answered.to_dict(), indent=2) + "\n")
     if files["snapshot"]:
         snapshots.write(answered.events, files["snapshot"])
+    if files["plot"]:
+        from ds_cmli.fits import picture
+
+        title = f"{name} on {rooms[0]}"
+        picture.draw(files["plot"], answered.events, answered.answers[0], rooms[0], title)
     return 0
 
 

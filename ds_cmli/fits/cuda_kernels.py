@@ -1,30 +1,51 @@
-"""Runs the kernels that a GPU chooses, where a CPU would choose others."""
+"""The kernels that a GPU chooses where a CPU chooses others, and the copies for its products."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+from torch._ops import OpOverload
 
 from ds_cmli.allocator import cuda_attention
 from ds_cmli.allocator.gpus import Limits
+from ds_cmli.allocator.inside import NOTHING, Inside
 from ds_cmli.common.patches import patched
+
+aten = torch.ops.aten
+# The places of the two matrices among the arguments.
+MATRICES = {aten.mm.default: 0, aten.bmm.default: 0, aten.addmm.default: 1, aten.baddbmm.default: 1}
 
 
 class CudaOperators:
-    """A GPU's operators, in place of those that a CPU chooses, which keep more for backward."""
+    """A GPU's operators, in place of those that a CPU chooses, which keep more for backward.
 
-    def __init__(self, gpu: Limits):
-        self.gpu = gpu
+    Args:
+        device: the type of device that tensors of the GPU have here.
+    """
+
+    def __init__(self, gpu: Limits, device: str):
+        self.gpu, self.device = gpu, device
 
     @contextmanager
     def chosen(self) -> Iterator[None]:
         with (
-            patched("torch: attention", lambda _: self._attention),
-            patched("torch: dropout", lambda _: _dropout),
+            patched("torch: attention", partial(self._on_gpu, self._attention)),
+            patched("torch: dropout", partial(self._on_gpu, _dropout)),
         ):
             yield
+
+    def _on_gpu(self, ours: Callable[..., Tensor], theirs: Callable[..., Tensor]) -> Callable:
+        """`ours` for tensors of the GPU, `theirs` for those of the host."""
+
+        def chosen(*args, **kwargs) -> Tensor:
+            first = next(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
+            return (ours if first.device.type == self.device else theirs)(*args, **kwargs)
+
+        return chosen
 
     def _attention(
         self, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, **gqa
@@ -71,3 +92,24 @@ def _dropout(input, p=0.5, training=True, inplace=False):
     if training and 0 < p < 1:
         return torch.native_dropout(input, p, True)[0]
     return input
+
+
+def operand_copies(func: OpOverload, args: tuple) -> Inside:
+    """The copies that cuBLAS needs of operands that lie neither by rows nor by columns.
+
+    Expanded gradients do. Source: `prepare_matrix_for_cublas` and `prepare_batch_matrix_for_cublas`
+    of PyTorch's aten/src/ATen/native/cuda/Blas.cpp.
+    """
+    if func not in MATRICES:
+        return NOTHING
+    first = MATRICES[func]
+    copied = [x for x in args[first : first + 2] if not _as_it_lies(x)]
+    return Inside(after=(tuple(x.numel() * x.dtype.itemsize for x in copied),))
+
+
+def _as_it_lies(x: Tensor) -> bool:
+    """Whether cuBLAS takes a matrix [..., rows, columns] as it lies in memory."""
+    rows, columns = x.shape[-2:]
+    down, along = x.stride()[-2:]
+    by_rows = along == 1 and down >= max(1, columns)
+    return by_rows or (down == 1 and along >= max(1, rows))

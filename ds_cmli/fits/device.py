@@ -180,6 +180,7 @@ def functions(gpu: Gpu, recorder: Recorder) -> dict[str, object]:
     for name in ("peak_memory_stats", "max_memory_allocated", "max_memory_cached"):
         found[f"reset_{name}"] = memory.reset_peaks
     major, minor = gpu.capability
+    generator = torch.Generator("cuda")
     found |= {
         "device_count": _always(1),
         "current_device": _always(0),
@@ -190,11 +191,12 @@ def functions(gpu: Gpu, recorder: Recorder) -> dict[str, object]:
         "get_device_capability": _always(gpu.capability),
         "get_device_name": _always(f"NVIDIA {gpu.name}"),
         "get_arch_list": _always([f"sm_{major}{minor}"]),
-        "default_generators": (torch.Generator("cuda"),),
+        "default_generators": (generator,),
         "memory_stats": memory.stats,
         "mem_get_info": lambda *_: (gpu.usable - memory.follow()["reserved"], gpu.total.bytes),
-        "get_rng_state": lambda *_: torch.zeros(16, dtype=torch.uint8),
-        "get_rng_state_all": lambda: [torch.zeros(16, dtype=torch.uint8)],
+        "get_rng_state": lambda *_: generator.get_state(),
+        "get_rng_state_all": lambda: [generator.get_state()],
+        "_cuda_attach_out_of_memory_observer": _always(None),
         "empty_cache": recorder.record_emptied_cache,
         "current_stream": lambda *_: streams.current,
         "default_stream": _always(streams.default),

@@ -1,6 +1,7 @@
 """The line of the user's code that runs now."""
 
 import os
+import runpy
 import sys
 import sysconfig
 from functools import cache
@@ -11,7 +12,7 @@ LIBRARIES = tuple(
     os.path.realpath(sysconfig.get_path(name)) + os.sep
     for name in ("stdlib", "platstdlib", "purelib", "platlib")
 )
-OURS = os.path.dirname(os.path.dirname(os.path.realpath(__file__))) + os.sep
+OURS = os.path.dirname(os.path.realpath(__file__)) + os.sep
 
 
 @cache
@@ -25,7 +26,7 @@ def is_users(filename: str) -> bool:
 def current() -> str:
     """The innermost line of the user's code as "FILE:LINE"; "" if there is none."""
     frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
+    while frame is not None and frame.f_code.co_filename != runpy.__file__:  # which runs it
         if is_users(frame.f_code.co_filename):
             return f"{os.path.relpath(frame.f_code.co_filename)}:{frame.f_lineno}"
         frame = frame.f_back

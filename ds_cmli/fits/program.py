@@ -11,6 +11,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -151,6 +152,7 @@ def _without_gpu(recorder: StepRecorder, gpu: Gpu, ran: Ran) -> Iterator[None]:
         return lambda model=None, **_: keep(model) if model is not None else keep
 
     replacements: dict[str, Callable] = {
+        "end of the process": _ending,
         "torch: start of a device": lambda _: True,
         "torch: version of CUDA": lambda _: "13.0",
         "torch: GPU's marks": lambda _: lambda *_: 0,
@@ -170,13 +172,26 @@ def _without_gpu(recorder: StepRecorder, gpu: Gpu, ran: Ran) -> Iterator[None]:
         "torch: types for all parameters at once": lambda known: [*known, FakeTensor],
     }
     with ExitStack() as stack:
-        for name in ("GPU", "GPU's memory", "accelerator", "accelerator's memory"):
+        of_gpu = "GPU", "GPU's memory", "accelerator", "accelerator's memory", "GPU's observer"
+        for name in of_gpu:
             stack.enter_context(patched_each(f"torch: {name}", found))
         for name, replacement in replacements.items():
             stack.enter_context(patched(name, replacement))
         in_place_kernels.leave_out_tritons(stack, left_out("a kernel of Triton did not run"))
-        stack.enter_context(CudaOperators(gpu.limits).chosen())
+        stack.enter_context(CudaOperators(gpu.limits, "cuda").chosen())
         yield
+
+
+def _ending(leave: Callable[[int], NoReturn]) -> Callable[[int], NoReturn]:
+    """Replaces `os._exit`, but in processes that the program forks."""
+    own = os.getpid()
+
+    def end(code: int) -> NoReturn:
+        if os.getpid() != own:
+            leave(code)
+        raise SystemExit(code)
+
+    return end
 
 
 def _step(self, optimizer, state, *args, **kwargs):

@@ -44,7 +44,8 @@ class Report:
     def of(cls, recorder: StepRecorder, rooms: list[Room], world: World) -> "Report":
         if not recorder.done:
             raise UserError(
-                "the program ended before an optimizer of torch.optim did a step: let it train"
+                "the program ended before an optimizer of torch.optim did a step after a backward "
+                "pass: let it train"
             )
         card = gpus.find(rooms[0].gpu)
         events = with_cublas(recorder.events(), card.cublas_bytes())

@@ -25,7 +25,7 @@ from ds_cmli.allocator.gpus import Limits
 from ds_cmli.allocator.inside import Inside
 from ds_cmli.common.patches import patched
 from ds_cmli.fits import lines
-from ds_cmli.fits.products import MATRICES, operand_copies
+from ds_cmli.fits.cuda_kernels import MATRICES, operand_copies
 from ds_cmli.fits.recorder import Allocation, Recorder
 
 CATEGORIES = (
@@ -57,6 +57,8 @@ class StepRecorder(Recorder):
     def __init__(self, gpu: Limits, steps: int):
         super().__init__("cuda", gpu)
         self.steps, self.done = steps, Counter[int]()
+        self.backward = -1  # autograd's number of the last backward pass
+        self.stepped_after: dict[int, int] = {}  # that number at each optimizer's last step
         self.outer = "init"  # the phase outside backward
         self.in_step = False  # whether an optimizer's step is running
         self.lines: list[str] = []  # of the user's code that allocated each block
@@ -82,8 +84,9 @@ class StepRecorder(Recorder):
         if any(hasattr(t, "__tensor_flatten__") and t is not FakeTensor for t in types):
             return NotImplemented  # a wrapper, such as a DTensor: its parts come here
         phase = self.outer
-        if torch._C._current_graph_task_id() >= 0:
-            phase = "backward"
+        task = torch._C._current_graph_task_id()
+        if task >= 0:
+            phase, self.backward = "backward", task
         elif self.phase == "backward" and self.in_step:
             phase = self.outer = "optimizer"  # a closure has run forward and backward
         if phase != self.phase:
@@ -177,7 +180,11 @@ class StepRecorder(Recorder):
         self._claim_parameters(optimizer)  # a closure has made the gradients after the step began
         self.claim("optimizer states", tree_leaves(list(optimizer.state.values())))
         self.outer, self.in_step = "forward", False
-        self.done[_first_parameter(optimizer)] += 1
+        key = _first_parameter(optimizer)
+        if self.stepped_after.get(key, -1) == self.backward:
+            return  # the trial of a schedule, say: nothing has been trained
+        self.stepped_after[key] = self.backward
+        self.done[key] += 1
         if min(self.done.values()) >= self.steps:
             self._tell_of_others()
             raise StepsDone

@@ -312,5 +312,5 @@ def fake_world(
         stack.enter_context(answers)
         if gpu is not None:
             stack.enter_context(patched("deepspeed: device has fp16", lambda _: lambda self: True))
-            stack.enter_context(CudaOperators(gpu).chosen())
+            stack.enter_context(CudaOperators(gpu, "cpu").chosen())
         yield answers

@@ -12,10 +12,12 @@ import torch
 
 from ds_cmli.common import cli
 from ds_cmli.common.errors import UserError
+from ds_cmli.config.presets import load_preset
 from ds_cmli.fits import guard
 from ds_cmli.fits.command import command
 from ds_cmli.fits.report import rooms
 from ds_cmli.fits.values import largest_results
+from ds_cmli.memory.predict import predict
 from tests.conftest import ROOT, clean_environment
 
 LOOP = str(Path(__file__).parent / "loop.py")
@@ -48,7 +50,7 @@ def test_a_linear_layer_by_hand(tmp_path):
         "    optimizer.step()\n"
         "    optimizer.zero_grad(set_to_none=False)\n",
     )
-    asked = ("--gpu", "A100 80GB", "--json", "out.json", "--snapshot", "out.pickle")
+    asked = ("--gpu", "A100 80GB", "--json", "out.json", "--snapshot", "out.pickle", "--plot", "out.svg")
     done = fits(*asked, "--", program, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     answer = json.loads((tmp_path / "out.json").read_text())
@@ -57,6 +59,9 @@ def test_a_linear_layer_by_hand(tmp_path):
     assert sizes["parameters"] == sizes["gradients"] == sizes["optimizer states"] == size
     # In the second backward pass: its gradient beside that of the first, cuBLAS' two workspaces of 8,519,680 B, and the
     # input, the output and the output's gradient.
+    drawn = (tmp_path / "out.svg").read_text()
+    for word in ("program.py on A100 80GB", "optimizer states", "reserved", " backward", " optimizer"):
+        assert word in drawn
     assert answer["phase"] == "backward" and sizes["data"] == sizes["other"] == 0
     assert sizes["activations"] == 3 * size and sizes["temporaries"] == size + 2 * 8_519_680
     assert answer["totals"]["requested"] == sum(sizes.values())
@@ -64,7 +69,7 @@ def test_a_linear_layer_by_hand(tmp_path):
     assert done.stdout.splitlines()[0].endswith("0.02 GB of temporaries, by cuBLAS")
     assert "program.py:5" in done.stdout
     assert pickle.loads((tmp_path / "out.pickle").read_bytes())["segments"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.json", "out.pickle", "program.py"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.json", "out.pickle", "out.svg", "program.py"]
 
 
 @pytest.mark.parametrize("switches", [("fp16", "values"), ("bf16", "fused", "checkpoint")], ids=str)
@@ -148,6 +153,63 @@ def test_all_gpus_are_compared(tmp_path):
     assert "A10G 24GB" in first and "T4" not in first
 
 
+def test_a_model_on_the_host_takes_the_hosts_kernels(tmp_path):
+    """As a program that tries its model, or keeps an average of it, before it moves it to the GPU."""
+    program = script(
+        tmp_path,
+        "import torch\n"
+        "F = torch.nn.functional\n"
+        "layer = torch.nn.MultiheadAttention(8, 2, batch_first=True)\n"
+        "q = torch.randn(2, 2, 4, 4)\n"
+        "assert F.scaled_dot_product_attention(query=q, key=q, value=q).device.type == 'cpu'\n"
+        "F.dropout(layer(*3 * [torch.randn(2, 4, 8)])[0], 0.1).sum().backward()\n"
+        "layer.zero_grad()\n"
+        "optimizer = torch.optim.SGD(layer.cuda().parameters(), 1e-3)\n"
+        "for step in range(2):\n"
+        "    F.dropout(layer(*3 * [torch.randn(2, 4, 8, device='cuda')])[0], p=0.1).sum().backward()\n"
+        "    optimizer.step()\n",
+    )
+    done = fits("--gpu", "A100 80GB", "--", program, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_trial_of_an_optimizer_is_not_the_training(tmp_path):
+    """Nor is the answer lost where the program leaves without Python's own end."""
+    program = script(
+        tmp_path,
+        "import os, torch\n"
+        "def steps(layer, count):\n"
+        "    optimizer = torch.optim.SGD(layer.parameters(), 1e-3)\n"
+        "    for step in range(count):\n"
+        "        layer(torch.ones(2, layer.in_features, device='cuda')).sum().backward()\n"
+        "        optimizer.step()\n"
+        "trial = torch.optim.SGD([torch.ones(1, device='cuda', requires_grad=True)], 1e-3)\n"
+        "for step in range(4): trial.step()\n"
+        "del trial\n"
+        "steps(torch.nn.Linear(1000, 1000, device='cuda'), 2)\n"
+        "os._exit(0)\n",
+    )
+    done = fits("--gpu", "A100 80GB", "--json", "out.json", "--", program, cwd=tmp_path)
+    assert done.returncode == 0 and done.stdout.startswith("2 steps of program.py fit"), done.stderr
+    assert json.loads((tmp_path / "out.json").read_text())["categories"]["parameters"] == 4 * 1001 * 1000
+
+
+def test_our_own_trainer_takes_what_its_own_prediction_says(tmp_path):
+    """But for the texts, which are not the longest ones in every batch."""
+    options = ["--preset", "tiny", "--set", "loss.cmli_backend=chunked", "--set", "run.match_maps=0"]
+    options += ["--deepspeed_config", str(ROOT / "ds_configs" / "zero2.json")]
+    trainer = str(ROOT / "ds_cmli" / "train.py")
+    asked = ("--gpu", "A100 80GB", "--json", "out.json", "--", trainer, "--output-dir", str(tmp_path / "run"))
+    done = fits(*asked, *options, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "out.json").read_text())["totals"]
+    config = load_preset("tiny", {"loss": {"cmli_backend": "chunked"}})
+    ds_json = json.loads((ROOT / "ds_configs" / "zero2.json").read_text())
+    expected = predict(config, ds_json, 1, gpu="A100 80GB").report.totals
+    assert found["reserved"] == expected["reserved"] and found["device"] == expected["device"]
+    assert 0 <= 1 - found["requested"] / expected["requested"] < 0.002
+
+
 def test_a_mistake_is_the_programs_own(tmp_path):
     done = fits("--", LOOP, "fp32", "mistake", cwd=tmp_path)
     assert done.returncode == 1
@@ -179,6 +241,7 @@ def test_what_is_not_followed_is_said_in_one_line(text, reason, tmp_path):
         (["--gpu", "T4", "--limit", "2GB", "--", LOOP], "--gpu is 'T4' and --limit '2GB': give one"),
         (["--world-size", "2", "--rank", "2", "--", LOOP], "--rank is 2 of --world-size 2"),
         (["--json", "absent/x", "--", LOOP], "cannot write 'absent/x'"),
+        (["--plot", "x.bmp", "--", LOOP], "--plot is 'x.bmp': end its name in one of .png .svg .pdf"),
     ],
 )
 def test_refusals(arguments, line, monkeypatch, capsys):
