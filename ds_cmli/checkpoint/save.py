@@ -222,8 +222,8 @@ def _write(folder: Path, writing: Path, train_engine: TrainEngine, state: TrainS
             writer.files[STATE] = files.write_file(writing / STATE, lambda file: file.write(text))
             _write_weights(folder / (WEIGHTS + WRITING), merged(weights, scale))
             if still:
-                content = {name: weights[name] for name in still}
-                writer.files[FROZEN], linked = _link_or_write(writing / FROZEN, content)
+                held = {name: weights[name] for name in still}
+                writer.files[FROZEN], linked = _link_or_write(writing / FROZEN, held)
             if averages is not None:
                 moving = {name: averages[name] for name in averages.keys() - still.keys()}
                 writer.files[AVERAGE] = _write_weights(writing / AVERAGE, moving)

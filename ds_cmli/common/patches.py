@@ -202,9 +202,8 @@ PATCHES = {
         "_get_iterator",
         "Tensors without data do not travel between processes.",
     ),
-    "torch: pinned memory": Patch(
-        "torch:Tensor", "pin_memory record_stream share_memory_", _NO_GPU
-    ),
+    "torch: pinned memory": Patch("torch:Tensor", "pin_memory share_memory_", _NO_GPU),
+    "torch: other streams": Patch("torch:Tensor", "record_stream", _NO_GPU),
     "torch: meeting of ranks": Patch(
         "torch.distributed.distributed_c10d", "rendezvous", _WAITS_FOR_RANKS
     ),

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from ds_cmli.allocator import gpus
 from ds_cmli.allocator.allocator import replay
 from ds_cmli.allocator.blocks import Event, OutOfMemory
-from ds_cmli.fits.cuda_kernels import MATRICES
+from ds_cmli.fits.kernels import MATRICES
 from ds_cmli.fits.steps import CATEGORIES
 
 PRODUCTS = frozenset(map(str, MATRICES))

@@ -1,10 +1,9 @@
 """A GPU that is not there, as a program asks `torch.cuda` about it."""
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from types import SimpleNamespace
-from typing import ClassVar
 
 import torch
 
@@ -12,92 +11,7 @@ from ds_cmli.allocator.allocator import CachingAllocator
 from ds_cmli.allocator.blocks import Block
 from ds_cmli.allocator.gpus import Gpu
 from ds_cmli.fits.recorder import Recorder
-
-
-class Event:
-    """An event that is over at once."""
-
-    def __init__(self, *_: object, **__: object):
-        pass
-
-    def record(self, stream: object = None) -> None:
-        pass
-
-    wait = synchronize = record
-
-    def query(self) -> bool:
-        return True
-
-    def elapsed_time(self, end: "Event") -> float:
-        return 1.0
-
-
-class Stream:
-    """A stream of a program's own, or the default one (number 0)."""
-
-    MOST = 32  # PyTorch has this many of each priority, and gives them out in turn
-    created: ClassVar[dict[int, int]] = {}  # by priority
-    device_index, device_type = 0, 1
-
-    def __init__(self, device: object = None, priority: int = 0, **_: object):
-        turn = Stream.created.get(priority, 0)
-        Stream.created[priority] = turn + 1
-        self.priority = priority
-        self.stream_id = 1 + turn % self.MOST + self.MOST * abs(priority)
-
-    @classmethod
-    def default(cls) -> "Stream":
-        out = cls.__new__(cls)
-        out.priority = out.stream_id = 0
-        return out
-
-    @property
-    def cuda_stream(self) -> int:
-        return self.stream_id
-
-    @property
-    def device(self) -> torch.device:
-        return torch.device("cuda", 0)
-
-    def wait_stream(self, stream: object = None) -> None:
-        pass
-
-    wait_event = synchronize = wait_stream
-
-    def record_event(self, event: Event | None = None) -> Event:
-        return event or Event()
-
-    def query(self) -> bool:
-        return True
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Stream) and other.stream_id == self.stream_id
-
-    def __hash__(self) -> int:
-        return self.stream_id
-
-
-class Streams:
-    """The current stream, for which a recorder's allocations are."""
-
-    def __init__(self, recorder: Recorder):
-        Stream.created = {}
-        self.recorder, self.default = recorder, Stream.default()
-        self.current = self.default
-
-    def set(self, stream: Stream) -> None:
-        self.current, self.recorder.stream = stream, stream.stream_id
-
-    @contextmanager
-    def on(self, stream: Stream | None) -> Iterator[Stream | None]:
-        """Inside, `stream` is the current one; None changes nothing."""
-        before = self.current
-        if stream is not None:
-            self.set(stream)
-        try:
-            yield stream
-        finally:
-            self.set(before)
+from ds_cmli.fits.streams import Event, Stream, Streams
 
 
 class Memory:
@@ -164,7 +78,7 @@ def properties(gpu: Gpu) -> SimpleNamespace:
 
 
 NOTHING = """
-init _lazy_init set_device synchronize manual_seed manual_seed_all seed seed_all
+init _lazy_init set_device manual_seed manual_seed_all seed seed_all
 set_rng_state set_rng_state_all ipc_collect
 set_per_process_memory_fraction reset_accumulated_memory_stats _record_memory_history _snapshot
 _dump_snapshot
@@ -197,8 +111,9 @@ def functions(gpu: Gpu, recorder: Recorder) -> dict[str, object]:
         "get_rng_state": lambda *_: generator.get_state(),
         "get_rng_state_all": lambda: [generator.get_state()],
         "_cuda_attach_out_of_memory_observer": _always(None),
-        "empty_cache": recorder.record_emptied_cache,
-        "current_stream": lambda *_: streams.current,
+        "empty_cache": streams.empty_cache,
+        "synchronize": streams.synchronize,
+        "current_stream": lambda *_: Stream.current,
         "default_stream": _always(streams.default),
         "set_stream": streams.set,
         "stream": streams.on,

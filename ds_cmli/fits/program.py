@@ -29,8 +29,8 @@ from torch.utils.data import DataLoader
 from ds_cmli.allocator.gpus import Gpu
 from ds_cmli.common.errors import UserError
 from ds_cmli.common.patches import patched, patched_each
-from ds_cmli.fits import device, in_place_kernels, lines, modules
-from ds_cmli.fits.cuda_kernels import CudaOperators
+from ds_cmli.fits import device, kernels, lines, modules
+from ds_cmli.fits.kernels import CudaOperators
 from ds_cmli.fits.steps import StepRecorder, StepsDone
 from ds_cmli.fits.values import Values, on_host
 from ds_cmli.fits.world import NotFollowed, World
@@ -166,6 +166,9 @@ def _without_gpu(recorder: StepRecorder, gpu: Gpu, ran: Ran) -> Iterator[None]:
         "torch: resized storage": recorder.resizing,
         "torch: shapes of sharded results": recorder.unrecorded,
         "torch: pinned memory": lambda _: lambda self, *_, **__: self,
+        "torch: other streams": lambda _: (
+            lambda tensor, stream: recorder.record_stream(tensor, stream)
+        ),
         "torch: scattered to GPUs": lambda _: lambda x, *_, **__: (x.to("cuda"),),
         "torch: saving": lambda _: left_out("torch.save wrote nothing"),
         "torch: types for all parameters at once in optimizers": lambda known: [*known, FakeTensor],
@@ -177,7 +180,7 @@ def _without_gpu(recorder: StepRecorder, gpu: Gpu, ran: Ran) -> Iterator[None]:
             stack.enter_context(patched_each(f"torch: {name}", found))
         for name, replacement in replacements.items():
             stack.enter_context(patched(name, replacement))
-        in_place_kernels.leave_out_tritons(stack, left_out("a kernel of Triton did not run"))
+        kernels.leave_out_tritons(stack, left_out("a kernel of Triton did not run"))
         stack.enter_context(CudaOperators(gpu.limits, "cuda").chosen())
         yield
 

@@ -25,8 +25,10 @@ from ds_cmli.allocator.gpus import Limits
 from ds_cmli.allocator.inside import Inside
 from ds_cmli.common.patches import patched
 from ds_cmli.fits import lines
-from ds_cmli.fits.cuda_kernels import MATRICES, operand_copies
+from ds_cmli.fits.kernels import MATRICES, operand_copies
 from ds_cmli.fits.recorder import Allocation, Recorder
+from ds_cmli.fits.streams import Event as StreamEvent
+from ds_cmli.fits.streams import Stream
 
 CATEGORIES = (
     "parameters",
@@ -65,6 +67,8 @@ class StepRecorder(Recorder):
         self.copied: set[int] = set()  # blocks that are copies from the host
         self.exchanged: set[int] = set()  # blocks that went through a collective
         self.emptied: dict[int, weakref.ref] = {}  # storages that were resized to 0 bytes
+        self.uses: dict[int, set[Stream]] = {}  # of blocks, by other streams than their own
+        self.pending: list[tuple[int, int, list[StreamEvent]]] = []  # ended, and perhaps still read
         self.inexact: set[str] = set()  # what takes other memory on a GPU
         self._unmasked: ExitStack | None = None
 
@@ -109,12 +113,34 @@ class StepRecorder(Recorder):
     ) -> None:
         first = len(self.blocks)
         super()._see_results(func, args, out, category)
+        result = next((x for x in tree_leaves(out) if isinstance(x, Tensor)), None)
+        if result is not None and result.device.type == self.device and not func.is_view:
+            Stream.current.work.launch()
         if func is torch.ops.aten._to_copy.default and args[0].device.type == "cpu":
             self.copied.update(range(first, len(self.blocks)))
 
     def _begin(self, size: int, category: str | None, op: str) -> int:
+        waiting, self.pending = self.pending, []
+        for block, bytes_of_it, events in waiting:
+            if all(event.is_over for event in events):
+                super()._end(block, bytes_of_it)
+            else:
+                self.pending.append((block, bytes_of_it, events))
         self.lines.append(lines.current())
         return super()._begin(size, category, op)
+
+    def _end(self, block: int, size: int) -> None:
+        if block in self.uses:
+            events = [stream.record_event() for stream in self.uses.pop(block)]
+            self.pending.append((block, size, events))
+        else:
+            super()._end(block, size)
+
+    def record_stream(self, tensor: Tensor, stream: Stream) -> None:
+        """Replaces `Tensor.record_stream`: what ends is free when that stream has come so far."""
+        block = self.block_of(tensor)
+        if block is not None and stream.stream_id != self.blocks[block].stream:
+            self.uses.setdefault(block, set()).add(stream)
 
     def resizing(self, resize: Callable) -> Callable:
         """A function in place of `UntypedStorage.resize_` whose allocations are recorded."""

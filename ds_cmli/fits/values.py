@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ds_cmli.fits import lines
+from ds_cmli.fits.streams import Stream
 
 aten = torch.ops.aten
 SMALL = 1 << 16  # elements of the largest tensor that is created with data on the host
@@ -60,6 +61,8 @@ class Values(TorchDispatchMode):
         leaves = tree_leaves((args, kwargs))
         if not any(map(_is_elsewhere, leaves)):
             return self._on_host(func, args, kwargs)
+        if func in READS or func in COMPARISONS or torch.Tag.dynamic_output_shape in func.tags:
+            Stream.current.synchronize()
         if func in READS:
             return self._value(args[0])
         if func is aten.nonzero.default:
@@ -129,7 +132,10 @@ class Values(TorchDispatchMode):
 
     def _copied(self, source: Tensor, out: Tensor) -> Tensor:
         """The result of a copy, with data if it is a small one on the host."""
-        if out.device.type == "cpu" and out.numel() <= SMALL and source.device.type != "cpu":
+        to_host = out.device.type == "cpu" and source.device.type != "cpu"
+        if to_host:
+            Stream.current.synchronize()
+        if to_host and out.numel() <= SMALL:
             self.read[lines.current()] += 1
             known = _known(source)
             with _disable_current_modes():

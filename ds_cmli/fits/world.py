@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 # mypy: disable-error-code="override,assignment"
 # PyTorch's stubs overload each collective, and call it with any of them.
 from ds_cmli.common.patches import environment, patched, patched_each
-from ds_cmli.fits import in_place_kernels, lines
+from ds_cmli.fits import kernels, lines
 from ds_cmli.fits.steps import StepRecorder
 from ds_cmli.fits.values import copy_values
 
@@ -224,7 +224,7 @@ def _alone(make: Callable, stack: ExitStack) -> Callable:
     """Replaces `_new_process_group_helper`: the group is ours, and goes by the asked name."""
 
     def run(size, rank, ranks, backend, store, name, *args, device_id=None, **options):
-        in_place_kernels.leave_out_deepspeeds(stack)
+        kernels.leave_out_deepspeeds(stack)
         options["backend_options"] = None
         group, kept = make(size, rank, ranks, dist.Backend(NAME), store, name, *args, **options)
         if isinstance(group, _Rank):

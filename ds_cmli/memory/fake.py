@@ -24,7 +24,7 @@ from ds_cmli.common.patches import environment as replaced_environment
 from ds_cmli.common.patches import patched, replaced
 from ds_cmli.common.probe import Probe, probe
 from ds_cmli.distributed import process_group as distributed
-from ds_cmli.fits.cuda_kernels import CudaOperators
+from ds_cmli.fits.kernels import CudaOperators
 
 Another = Callable[[Tensor], Callable[[], None]]
 # More tensors than this are not concatenated by `SharesOfRanks`: it only makes a result of their

@@ -31,6 +31,27 @@ def memory() -> None:
     assert "num_ooms" in torch.cuda.memory_summary() or "OOM" in torch.cuda.memory_summary()
 
 
+def streams() -> None:
+    """What another stream may still read is not given out again before somebody has waited for it."""
+    side, before = torch.cuda.Stream(), torch.cuda.memory_reserved()
+    x = torch.empty(40 * MIB, dtype=torch.uint8, device=DEVICE)
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        x.add_(1)
+        done = torch.cuda.Event()
+        done.record()
+    x.record_stream(side)
+    del x
+    y = torch.empty(40 * MIB, dtype=torch.uint8, device=DEVICE)
+    assert torch.cuda.memory_reserved() == before + 80 * MIB and not done.query()
+    torch.cuda.current_stream().wait_stream(side)
+    torch.cuda.current_stream().synchronize()  # which waits for the other
+    assert done.query()
+    z = torch.empty(40 * MIB, dtype=torch.uint8, device=DEVICE)
+    assert torch.cuda.memory_reserved() == before + 80 * MIB
+    del y, z
+
+
 def data() -> None:
     assert torch.rand(300, 300).numpy().shape == (300, 300) and len(torch.rand(300, 300).tolist()) == 300
     numbers, scores = torch.randint(9, (5,), device=DEVICE), torch.randn(32, 6, device=DEVICE)
@@ -73,6 +94,7 @@ class Twice(torch.autograd.Function):
 
 
 memory()
+streams()
 data()
 operators()
 layer = torch.nn.Linear(8, 8, device=DEVICE)

@@ -2,7 +2,7 @@
 
 import torch
 
-from ds_cmli.fits.cuda_kernels import operand_copies
+from ds_cmli.fits.kernels import operand_copies
 
 mm, addmm, bmm = torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default
 

@@ -1,8 +1,13 @@
-"""The kernels that a GPU chooses where a CPU chooses others, and the copies for its products."""
+"""A GPU's kernels: those that it chooses where a CPU chooses others, the copies that its products
+make, and those that do not run: Triton's, and those that DeepSpeed compiles for its optimizers.
+
+The last write into tensors that they are given and allocate nothing.
+"""
 
 import math
+import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 
 import torch
@@ -18,6 +23,7 @@ from ds_cmli.common.patches import patched
 aten = torch.ops.aten
 # The places of the two matrices among the arguments.
 MATRICES = {aten.mm.default: 0, aten.bmm.default: 0, aten.addmm.default: 1, aten.baddbmm.default: 1}
+IN_PLACE = ("fused_adam", "fused_lion", "cpu_adam", "cpu_lion", "cpu_adagrad")
 
 
 class CudaOperators:
@@ -113,3 +119,31 @@ def _as_it_lies(x: Tensor) -> bool:
     down, along = x.stride()[-2:]
     by_rows = along == 1 and down >= max(1, columns)
     return by_rows or (down == 1 and along >= max(1, rows))
+
+
+class _Kernels:
+    """A compiled module whose functions do nothing."""
+
+    def __getattr__(self, name: str) -> Callable[..., int]:
+        return lambda *_, **__: 0
+
+
+def leave_out_tritons(stack: ExitStack, replacement: Callable) -> None:
+    """Run `replacement` in place of each kernel until `stack` ends, where Triton is installed."""
+    if "triton" in sys.modules:  # torch has imported it
+        for name in ("triton: kernels", "triton: tuning"):
+            stack.enter_context(patched(name, lambda _: replacement))
+
+
+def leave_out_deepspeeds(stack: ExitStack) -> None:
+    """Compile none of these kernels until `stack` ends, if the program has imported DeepSpeed."""
+    builder = sys.modules.get("deepspeed.ops.op_builder.builder")
+    if builder is not None and builder.OpBuilder.load.__module__ != __name__:
+        stack.enter_context(patched("deepspeed: kernels", _loading))
+
+
+def _loading(load: Callable) -> Callable:
+    def run(self, verbose: bool = False) -> object:
+        return _Kernels() if self.name in IN_PLACE else load(self, verbose)
+
+    return run
