@@ -206,9 +206,9 @@ def _seen(endpoints: Endpoints) -> Found:
     return _recall("seen", endpoints.retrieval(endpoints.embedded(scenes)))
 
 
-def _style(endpoints: Endpoints, drawings: str = "noto") -> Found:
+def _redrawn(endpoints: Endpoints, name: str, drawings: str) -> Found:
     scenes = endpoints.scenes("seen", redrawn(endpoints.pictures, drawings), FEWER)
-    return _recall("style", endpoints.retrieval(endpoints.embedded(scenes)))
+    return _recall(name, endpoints.retrieval(endpoints.embedded(scenes)))
 
 
 def _linked(endpoints: Endpoints, kind: str) -> Found:
@@ -228,7 +228,8 @@ def _probe(endpoints: Endpoints) -> Found:
 MEASURES: dict[str, Callable[[Endpoints], Found]] = {
     "unseen": _unseen,
     "seen": _seen,
-    "style": _style,
+    "style": partial(_redrawn, name="style", drawings="noto"),
+    "kept_aside": partial(_redrawn, name="kept_aside", drawings="openmoji"),  # of no plan
     "one_name": partial(_linked, kind="one_name"),
     "swap": partial(_linked, kind="swap"),
     "match": _matches,

@@ -10,11 +10,18 @@ from profiling import figures
 from profiling.ablation.plan import Run
 from profiling.ablation.report import Compared
 
+FAR = 5  # times the median difference
+
 
 def draw_differences(compared: Sequence[Compared], path: str) -> None:
-    """Draw each contrast at each endpoint: seeds as dots, the mean with its 95% interval."""
+    """Draw each contrast that has runs: seeds as dots, the mean with its 95% interval.
+
+    Where one difference is far larger than the others, the scale is logarithmic beyond these.
+    """
     pyplot = plots.matplotlib("--plot")
-    height = 1.2 + 0.6 * len(compared)
+    compared = [one for one in compared if one.by_seed]
+    endpoints = len({one.endpoint for one in compared})
+    height = 1.2 + (0.6 if endpoints > 1 else 0.4) * len(compared)
     figure, axis = pyplot.subplots(figsize=(figures.WIDTH, height), layout="constrained")
     for row, one in enumerate(compared):
         colour, _ = plots.line(row)
@@ -27,12 +34,20 @@ def draw_differences(compared: Sequence[Compared], path: str) -> None:
             axis.plot(one.found.interval, [row + 0.2] * 2, color=colour, linewidth=2)
             axis.plot(one.found.mean, row + 0.2, "D", color=colour, markersize=5)
     axis.axvline(0, color=plots.SOFT, linewidth=0.8)
-    axis.set_yticks(range(len(compared)), [f"{one.contrast}\n{one.endpoint}" for one in compared])
+    labels = [f"{one.contrast}\n{one.endpoint}" for one in compared]
+    if endpoints == 1:
+        labels = [str(one.contrast) for one in compared]
+    axis.set_yticks(range(len(compared)), labels)
     axis.tick_params(axis="y", labelsize=8)
+    sizes = sorted(max(map(abs, one.by_seed.values())) for one in compared)
+    if sizes and sizes[-1] > FAR * sizes[len(sizes) // 2]:
+        axis.set_xscale("symlog", linthresh=2 * sizes[len(sizes) // 2], linscale=3)
+        axis.xaxis.set_major_formatter(figures.plain)
     axis.invert_yaxis()
     axis.grid(axis="x")
     what = "paired by seed (dots); mean and 95% interval; dotted: margin of equivalence"
-    figures.titled(figure, "Differences", what)
+    named = f"Differences in {compared[0].endpoint}" if endpoints == 1 else "Differences"
+    figures.titled(figure, named, what)
     figure.savefig(path, dpi=figures.DPI)
     pyplot.close(figure)
 
