@@ -72,10 +72,16 @@ def _is_main() -> bool:
 
 
 def check_writable(name: str) -> None:
-    """Raise `UserError` if a file cannot be written, before the work whose result it will hold."""
+    """Raise `UserError` if a file cannot be written, before the work whose result it will hold.
+
+    Nothing is left of a file that was not there.
+    """
+    there = os.path.lexists(name)
     try:
         with open(name, "a"):
             pass
+        if not there:
+            os.remove(name)
     except OSError as error:
         raise UserError(f"cannot write {name!r}: {error.strerror}") from None
 

@@ -6,7 +6,8 @@ import sys
 import click
 import pytest
 
-from ds_cmli.common.cli import exit_code, json_on_stdout
+from ds_cmli.common.cli import check_writable, exit_code, json_on_stdout
+from ds_cmli.common.errors import UserError
 from tests.conftest import ROOT, clean_environment
 
 
@@ -84,3 +85,15 @@ def test_what_a_command_does_is_done(streams, lost, results, tmp_path):
     if streams == "> /dev/full":
         word = "error" if results else "warning"
         assert done.stderr.endswith(f"{word}: stdout cannot be written: No space left on device\n")
+
+
+def test_a_file_is_tried_and_left_as_it_was(tmp_path):
+    """Neither an empty file is left, where what was to be written fails, nor one that was there lost."""
+    new, old, link = tmp_path / "new.json", tmp_path / "old.json", tmp_path / "link.json"
+    old.write_text("kept")
+    link.symlink_to(tmp_path / "absent.json")
+    for path in (new, old, link):
+        check_writable(str(path))
+    assert not new.exists() and old.read_text() == "kept" and link.is_symlink()
+    with pytest.raises(UserError, match=r"cannot write '.*/none/x\.json': No such file"):
+        check_writable(str(tmp_path / "none" / "x.json"))
