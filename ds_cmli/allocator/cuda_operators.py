@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
+from torch.utils._pytree import tree_map_only
 
 from ds_cmli.allocator import cuda_attention
 from ds_cmli.allocator.cuda_reductions import cast, reduced_dimensions, staging
@@ -230,11 +231,17 @@ def _convolution_backward(args: tuple, limits: Limits) -> Inside:
     return Inside((kept + others, kept), (kept, of_bias))
 
 
-def returned(func: OpOverload, out: object) -> object:
+def returned(func: OpOverload, args: tuple, out: object) -> object:
     """What an operator returns on CUDA, given what it returns on a CPU.
 
-    Layer norm's statistics of 16-bit inputs are in fp32 there (cuda/layer_norm_kernel.cu).
+    Layer norm's statistics of 16-bit inputs are in fp32 there (cuda/layer_norm_kernel.cu), and
+    cuDNN's convolutions return channels last where an operand is so.
     """
+    if func in CONVOLUTIONS:
+        x, weight = args[CONVOLUTIONS[func] :][:2]
+        depthwise = _depthwise(weight, args[8 + CONVOLUTIONS[func]])
+        if _format(x, weight) is torch.channels_last and not depthwise:
+            return tree_map_only(Tensor, _channels_last, out)
     if func is aten.native_layer_norm.default:
         assert isinstance(out, tuple)
         normalised, mean, inverse_deviation = out
@@ -242,6 +249,12 @@ def returned(func: OpOverload, out: object) -> object:
     return out
 
 
+def _channels_last(x: Tensor) -> Tensor:
+    return x.to(memory_format=torch.channels_last) if x.dim() == 4 else x
+
+
+# The place of the image among a convolution's arguments.
+CONVOLUTIONS = {aten.convolution.default: 0, aten.convolution_backward.default: 1}
 # The place of the argument that names the dimensions; operators of `WHOLE` reduce them all.
 WHOLE = {aten.sum.default, aten.mean.default, aten.all.default, aten.any.default, aten.max.default}
 SUMS = {aten.sum.default, aten.sum.dim_IntList, aten.mean.default, aten.mean.dim}

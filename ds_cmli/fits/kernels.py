@@ -23,6 +23,7 @@ from ds_cmli.common.patches import patched
 aten = torch.ops.aten
 # The places of the two matrices among the arguments.
 MATRICES = {aten.mm.default: 0, aten.bmm.default: 0, aten.addmm.default: 1, aten.baddbmm.default: 1}
+TRANSFERS = (aten.copy_.default, aten._to_copy.default)  # between devices, or on one
 IN_PLACE = ("fused_adam", "fused_lion", "cpu_adam", "cpu_lion", "cpu_adagrad")
 
 
@@ -98,6 +99,33 @@ def _dropout(input, p=0.5, training=True, inplace=False):
     if training and 0 < p < 1:
         return torch.native_dropout(input, p, True)[0]
     return input
+
+
+def transfer_copies(func: OpOverload, args: tuple, kwargs: dict[str, object]) -> Inside:
+    """The copy on the GPU that a transfer makes where layout or type change on the way.
+
+    Source: `copy_requires_temporaries` and `copy_kernel_cuda` of PyTorch's
+    aten/src/ATen/native/cuda/Copy.cu.
+    """
+    if func is aten.copy_.default:
+        target, source = args[:2]
+        to, waits = target.device, not (len(args) > 2 and args[2])
+    elif func is aten._to_copy.default:
+        source, to = args[0], torch.device(kwargs.get("device") or args[0].device)  # type: ignore[arg-type]
+        given = {"dtype": kwargs.get("dtype"), "memory_format": kwargs.get("memory_format")}
+        target = torch.empty_like(source, device="meta", **given)  # type: ignore[call-overload]
+        waits = not kwargs.get("non_blocking")
+    else:
+        return NOTHING
+    same_type = target.dtype == source.dtype
+    if to.type == source.device.type or (same_type and target.stride() == source.stride()):
+        return NOTHING
+    there = target if to.type == "cuda" else source  # the one on the GPU
+    converts = not same_type and not waits  # otherwise types change on the host
+    if there.is_contiguous() and not converts:
+        return NOTHING
+    of_type = source if to.type == "cuda" and not waits else target
+    return Inside(after=((target.numel() * of_type.dtype.itemsize,),))
 
 
 def operand_copies(func: OpOverload, args: tuple) -> Inside:

@@ -119,7 +119,7 @@ class Recorder(TorchDispatchMode):
             own.enter(stage)
         out = func(*args, **(kwargs or {}))
         if self.gpu is not None:
-            out = cuda_operators.returned(func, out)
+            out = cuda_operators.returned(func, args, out)
         if func in IN_PLACE:
             own.enter(())  # already here, as the result will replace its argument
         if self.recording:

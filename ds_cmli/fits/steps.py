@@ -21,11 +21,12 @@ from torch.optim.optimizer import (
 from torch.utils._pytree import tree_leaves
 
 from ds_cmli.allocator.blocks import Event
+from ds_cmli.allocator.cuda_operators import CONVOLUTIONS
 from ds_cmli.allocator.gpus import Limits
 from ds_cmli.allocator.inside import Inside
 from ds_cmli.common.patches import patched
 from ds_cmli.fits import lines
-from ds_cmli.fits.kernels import MATRICES, operand_copies
+from ds_cmli.fits.kernels import MATRICES, TRANSFERS, operand_copies, transfer_copies
 from ds_cmli.fits.recorder import Allocation, Recorder
 from ds_cmli.fits.streams import Event as StreamEvent
 from ds_cmli.fits.streams import Stream
@@ -67,6 +68,7 @@ class StepRecorder(Recorder):
         self.copied: set[int] = set()  # blocks that are copies from the host
         self.exchanged: set[int] = set()  # blocks that went through a collective
         self.emptied: dict[int, weakref.ref] = {}  # storages that were resized to 0 bytes
+        self.tried: set[tuple[object, ...]] = set()  # convolutions, with cudnn.benchmark
         self.uses: dict[int, set[Stream]] = {}  # of blocks, by other streams than their own
         self.pending: list[tuple[int, int, list[StreamEvent]]] = []  # ended, and perhaps still read
         self.inexact: set[str] = set()  # what takes other memory on a GPU
@@ -101,6 +103,8 @@ class StepRecorder(Recorder):
     def _inside(
         self, func: OpOverload, args: tuple, kwargs: dict[str, object] | None
     ) -> tuple[str, Inside]:
+        if func in TRANSFERS:
+            return "temporaries", transfer_copies(func, args, kwargs or {})
         for leaf in tree_leaves(args):
             if isinstance(leaf, Tensor) and leaf.device.type == self.device:
                 if func in MATRICES:
@@ -116,6 +120,11 @@ class StepRecorder(Recorder):
         result = next((x for x in tree_leaves(out) if isinstance(x, Tensor)), None)
         if result is not None and result.device.type == self.device and not func.is_view:
             Stream.current.work.launch()
+        if func in CONVOLUTIONS and torch.backends.cudnn.benchmark:
+            key = func, *map(_described, tree_leaves(args))
+            if key not in self.tried:  # cuDNN tries its algorithms, and PyTorch empties the cache
+                self.tried.add(key)
+                self.record_emptied_cache()
         if func is torch.ops.aten._to_copy.default and args[0].device.type == "cpu":
             self.copied.update(range(first, len(self.blocks)))
 
@@ -247,6 +256,11 @@ class StepRecorder(Recorder):
             op, stream = allocation.op, allocation.stream
             out.append(Event(block, size, categories[block], phase, op, stream))
         return out
+
+
+def _described(x: object) -> object:
+    """What an algorithm of cuDNN depends on."""
+    return (x.shape, x.stride(), x.dtype) if isinstance(x, Tensor) else x
 
 
 def _parts(tensors: Iterable[object]) -> Iterator[Tensor]:
