@@ -101,7 +101,7 @@ def _dropout(input, p=0.5, training=True, inplace=False):
     return input
 
 
-def transfer_copies(func: OpOverload, args: tuple, kwargs: dict[str, object]) -> Inside:
+def transfer_copies(func: OpOverload, args: tuple, kwargs: dict) -> Inside:
     """The copy on the GPU that a transfer makes where layout or type change on the way.
 
     Source: `copy_requires_temporaries` and `copy_kernel_cuda` of PyTorch's
@@ -111,9 +111,11 @@ def transfer_copies(func: OpOverload, args: tuple, kwargs: dict[str, object]) ->
         target, source = args[:2]
         to, waits = target.device, not (len(args) > 2 and args[2])
     elif func is aten._to_copy.default:
-        source, to = args[0], torch.device(kwargs.get("device") or args[0].device)  # type: ignore[arg-type]
-        given = {"dtype": kwargs.get("dtype"), "memory_format": kwargs.get("memory_format")}
-        target = torch.empty_like(source, device="meta", **given)  # type: ignore[call-overload]
+        source, to = args[0], torch.device(kwargs.get("device") or args[0].device)
+        layout = kwargs.get("memory_format")
+        target = torch.empty_like(
+            source, device="meta", dtype=kwargs.get("dtype"), memory_format=layout
+        )
         waits = not kwargs.get("non_blocking")
     else:
         return NOTHING
