@@ -76,6 +76,9 @@ ELSEWHERE = {
     "pip install -e '.[ablate,plots]'": "pyproject.toml: a part of what the tests need",
     "python profiling/ablate.py docs/learning/cut.toml --markdown table.md --plot differences.png":
         "tests/profiling/ablation/test_ablate.py: `tiny`",
+    "python profiling/ablate.py docs/learning/plan.toml": "tests/profiling/ablation/test_ablate.py: a plan of `tiny`",
+    "python profiling/ablate.py docs/learning/plan.toml --report --markdown docs/learning/results.md --plot "
+    "docs/pictures/learning.png": "tests/profiling/ablation/test_report.py",
     "python profiling/ablate.py docs/learning/cut.toml --report --curve cut/kept kept.png":
         "tests/profiling/ablation/test_ablate.py",
     "python profiling/gpu_check.py": "tests/gpu/test_harness.py: what it runs; whole it needs a GPU",

@@ -1,4 +1,4 @@
-"""python -m profiling.ablation.endpoints RUN
+"""python -m profiling.ablation.endpoints RUN [NAME ...]
 
 Measures the endpoints of an experiment that training itself does not: `endpoints.json` in the run's
 folder. All scenes are the same for every run.
@@ -249,5 +249,7 @@ def measure(run: Path, wanted: list[str]) -> Found:
 if __name__ == "__main__":
     register()
     folder = Path(sys.argv[1])
-    found = measure(folder, sys.argv[2:] or list(AFTERWARDS))
-    (folder / records.MEASURED).write_text(json.dumps(found, indent=1) + "\n")
+    file = folder / records.MEASURED
+    known = json.loads(file.read_text()) if file.is_file() else {}
+    known |= measure(folder, sys.argv[2:] or list(AFTERWARDS))
+    file.write_text(json.dumps(known, indent=1) + "\n")
