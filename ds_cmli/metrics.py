@@ -89,8 +89,9 @@ class Writer:
             return
         seconds = so_far()
         total = sum(seconds.values())
-        shares = {phase: value / total for phase, value in seconds.items()}
-        self.say(f"in step {step}: {_shares(shares)} of {total:.0f} s")
+        if total:  # otherwise the GPU has not come to the first mark
+            shares = {phase: value / total for phase, value in seconds.items()}
+            self.say(f"in step {step}: {_shares(shares)} of {total:.0f} s")
 
     def log(self, step: int, values: dict[str, Any], **only_tracked: float) -> None:
         """Write an object to metrics.jsonl, and its numbers to the trackers.
@@ -126,8 +127,8 @@ class Writer:
         line = f"step {step}/{self.total}  {losses.rstrip()}"
         shares = {name[5:]: x for name, x in values.items() if name.startswith("time/")}
         rest = [f"lr {values['lr']:.2e}", speed]
-        if shares:
-            rest.append(_shares(shares))
+        if shown := _shares(shares):
+            rest.append(shown)
         if self.bar.disable:
             a_step = (time.monotonic() - self.started) / max(1, step - self.first_step)
             left = a_step * (self.total - step)

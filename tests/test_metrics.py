@@ -50,6 +50,7 @@ def test_a_long_step_says_where_its_time_goes(tmp_path, capsys):
     writer, so_far = Writer(tmp_path, 9), {"data": 0.1, "forward": 30.0, "loss": 70.0}
     writer.say_alive(4, lambda: so_far)  # not yet
     writer.said -= 11
+    writer.say_alive(4, lambda: {"data": 0.0})  # a GPU that has not come so far
     for _ in range(2):  # the second time that line has just been printed
         writer.say_alive(4, lambda: so_far)
     assert capsys.readouterr().out == "in step 4: forward 30% loss 70% of 100 s\n"

@@ -225,7 +225,7 @@ def _write(folder: Path, writing: Path, train_engine: TrainEngine, state: TrainS
                 held = {name: weights[name] for name in still}
                 writer.files[FROZEN], linked = _link_or_write(writing / FROZEN, held)
             if averages is not None:
-                moving = {name: averages[name] for name in averages.keys() - still.keys()}
+                moving = {name: x for name, x in averages.items() if name not in still}
                 writer.files[AVERAGE] = _write_weights(writing / AVERAGE, moving)
                 student = {name: averages[name] for name in weights}
                 _write_weights(folder / (AVERAGE + WRITING), merged(student, scale))
