@@ -238,7 +238,7 @@ PATCHES = {
         "resize_",
         "FSDP frees and takes its parameters by it, below what a dispatch mode sees.",
     ),
-    "end of the process": Patch("os", "_exit", "The answer comes when the program has ended."),
+    "python: end of the process": Patch("os", "_exit", "The answer comes at its end."),
     "torch: saving": Patch("torch", "save", "There is nothing to save."),
     "torch: types for all parameters at once in optimizers": Patch(
         "torch.optim.optimizer", "_foreach_supported_types", _NO_DATA

@@ -152,7 +152,7 @@ def _without_gpu(recorder: StepRecorder, gpu: Gpu, ran: Ran) -> Iterator[None]:
         return lambda model=None, **_: keep(model) if model is not None else keep
 
     replacements: dict[str, Callable] = {
-        "end of the process": _ending,
+        "python: end of the process": _ending,
         "torch: start of a device": lambda _: True,
         "torch: version of CUDA": lambda _: "13.0",
         "torch: GPU's marks": lambda _: lambda *_: 0,

@@ -355,6 +355,23 @@ def deepspeed_has_its_kernels() -> bool:
         return False
 
 
+def streams_are_there() -> bool:
+    try:
+        torch.ones(1).record_stream(torch.Stream())
+    except (RuntimeError, NotImplementedError):
+        return False
+    return True
+
+
+LEAVING = """
+import os
+try:
+    os._exit(0)
+except SystemExit:
+    print("answers")
+"""
+
+
 def saving_needs_no_data() -> bool:
     with FakeTensorMode():
         try:
@@ -391,6 +408,11 @@ NO_LONGER_NEEDED = {
     "torch: formatted number": a_number_without_data_is_formatted,
     "torch: loading processes": tensors_without_data_travel,
     "torch: pinned memory": memory_is_pinned_without_a_gpu,
+    "torch: other streams": streams_are_there,
+    "torch: GPU's observer": lambda: hasattr(torch._C, "_cuda_attach_out_of_memory_observer"),
+    "python: end of the process": lambda: (
+        "answers" in subprocess.run([sys.executable, "-c", LEAVING], capture_output=True, text=True).stdout
+    ),
     "torch: meeting of ranks": a_group_waits_for_nobody,
     "torch: backend of a group": dist.is_nccl_available,
     "torch: NCCL": dist.is_nccl_available,
@@ -449,6 +471,7 @@ CHECKED = {
     "deepspeed": "0.19.8",
     "huggingface_hub": "2.4.0",
     "timm": "1.0.31",
+    "python": "3.11",
     "torch": "2.13.0",
     "transformers": "5.24.0",
     "triton": "3.9.0",
