@@ -247,8 +247,10 @@ def _write(folder: Path, writing: Path, train_engine: TrainEngine, state: TrainS
 
 
 def _write_weights(path: Path, weights: Mapping[str, Tensor]) -> Entry:
-    header, data = tensor_file.pieces(weights)
+    return _write_pieces(path, *tensor_file.pieces(weights))
 
+
+def _write_pieces(path: Path, header: bytes, data: memoryview) -> Entry:
     def write(file: files.Hashing) -> None:
         file.write(header)
         file.write(data)
@@ -270,7 +272,7 @@ def _link_or_write(path: Path, weights: Mapping[str, Tensor]) -> tuple[Entry, in
             if files.read_checksums(root / before).get(path.name) == mine:
                 os.link(root / before / path.name, path)
                 return mine, mine["bytes"]
-    return _write_weights(path, weights), 0
+    return _write_pieces(path, header, data), 0
 
 
 def _publish(folder: Path, root: Path, name: str, keep: int, best: int | None) -> None:

@@ -68,9 +68,9 @@ def check_picture(option: str, path: str | None) -> None:
     if path is None:
         return
     check_installed(option)
-    check_writable(path)
     if not path.endswith(ENDINGS):
         raise UserError(f"{option} is {path!r}: end its name in one of {' '.join(ENDINGS)}")
+    check_writable(path)
 
 
 def matplotlib(needed_by: str) -> Any:

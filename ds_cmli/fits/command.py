@@ -56,7 +56,7 @@ def command(
         raise UserError(f"the script {program[0]!r} is not there: name a file, or -m and a module")
     if rank >= (world_size or 1):
         raise UserError(f"--rank is {rank} of --world-size {world_size or 1}: give one below it")
-    for path in filter(None, files.values()):
+    for path in filter(None, (files["json_path"], files["snapshot"])):
         check_writable(path)
     plots.check_picture("--plot", files["plot"])
     if fit:

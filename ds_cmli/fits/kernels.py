@@ -102,7 +102,7 @@ def _dropout(input, p=0.5, training=True, inplace=False):
 
 
 def transfer_copies(func: OpOverload, args: tuple, kwargs: dict) -> Inside:
-    """The copy on the GPU that a transfer makes where layout or type change on the way.
+    """The copy on the GPU that one of `TRANSFERS` makes where layout or type change on the way.
 
     Source: `copy_requires_temporaries` and `copy_kernel_cuda` of PyTorch's
     aten/src/ATen/native/cuda/Copy.cu.
@@ -110,15 +110,13 @@ def transfer_copies(func: OpOverload, args: tuple, kwargs: dict) -> Inside:
     if func is aten.copy_.default:
         target, source = args[:2]
         to, waits = target.device, not (len(args) > 2 and args[2])
-    elif func is aten._to_copy.default:
+    else:
         source, to = args[0], torch.device(kwargs.get("device") or args[0].device)
         layout = kwargs.get("memory_format")
         target = torch.empty_like(
             source, device="meta", dtype=kwargs.get("dtype"), memory_format=layout
         )
         waits = not kwargs.get("non_blocking")
-    else:
-        return NOTHING
     same_type = target.dtype == source.dtype
     if to.type == source.device.type or (same_type and target.stride() == source.stride()):
         return NOTHING
