@@ -85,7 +85,8 @@ def _fetch(folder: Path) -> None:
             with zipfile.ZipFile(wheel) as archive:
                 archive.extractall(headers if wheel.name.startswith("nvidia") else site)
             wheel.unlink()
-        _run([sys.executable, "-m", "compileall", "-q", "-j", "2", site])  # otherwise each process may have to do so
+        # Otherwise each process may have to do so. Files for later Pythons than this one do not compile.
+        subprocess.run([sys.executable, "-m", "compileall", "-q", "-j", "2", site], stdout=subprocess.DEVNULL)
         for program in (site / "triton" / "backends" / "nvidia" / "bin").glob("*"):
             program.chmod(0o755)  # ptxas
         folder.mkdir(exist_ok=True)
