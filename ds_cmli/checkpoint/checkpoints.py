@@ -4,7 +4,7 @@ import time
 from pathlib import Path
 
 from ds_cmli.checkpoint.files import CHECKSUMS
-from ds_cmli.checkpoint.save import BEST_WEIGHTS, FOLDER, Saved, latest, save
+from ds_cmli.checkpoint.save import BEST_WEIGHTS, FOLDER, Saved, latest, save, save_student
 from ds_cmli.checkpoint.train_state import TrainState
 from ds_cmli.checkpoint.weights import AVERAGE, WEIGHTS
 from ds_cmli.common.errors import UserError
@@ -82,12 +82,16 @@ class Checkpoints:
         """The lines to print at the end of a run. Collective.
 
         Raises:
-            UserError: its last checkpoint is missing.
+            UserError: its last checkpoint is missing; the student's weights are there if there was
+                room for them.
         """
         if not self.holds(state):  # collective
+            kept = ""
+            if save_student(self.folder, self.engine):  # collectives
+                kept = f"; {self.folder / WEIGHTS} has the weights of step {state.step}"
             raise UserError(
-                f"the last checkpoint could not be written ({self.error}): mend that, and start "
-                f"{self.folder} again"
+                f"the last checkpoint could not be written ({self.error}){kept}: mend that, and "
+                f"start {self.folder} again"
             )
         lines = []
         if state.out_of_patience(self.settings.patience):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from ds_cmli.checkpoint import save
+from ds_cmli.checkpoint import save, write
 from ds_cmli.checkpoint.weights import AVERAGE, WEIGHTS
 from ds_cmli.common.errors import UserError
 from ds_cmli.config.presets import load_preset
@@ -29,7 +29,7 @@ def written(tmp_path_factory):
     folder = write_run(tmp_path_factory.mktemp("run"))
     weights = load_file(folder / WEIGHTS)
     for name in (WEIGHTS, AVERAGE, save.BEST_WEIGHTS):
-        save._write_weights(folder / name, weights)
+        write.write_weights(folder / name, weights)
     return folder
 
 
