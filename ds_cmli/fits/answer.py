@@ -62,6 +62,7 @@ class Answer:
     totals: dict[str, int]  # peaks: "requested", "allocated", "reserved", "device"
     categories: dict[str, int]  # live at the moment of the requested peak, which they add up to
     phase: str  # of that moment
+    phases: dict[str, int]  # the most that is live in each phase, in their order
     # The largest sums at that moment by category and line of the user's code.
     largest: list[tuple[int, str, str]]
     tensor: tuple[int, str, str]  # the largest single block then: bytes, operator, line
@@ -96,7 +97,8 @@ def answer(events: list[Event], lines: list[str], room: Room, world_size: int) -
         "device": replayed.reserved_peak + outside,
     }
     tensor = top.bytes, top.op, _line(top, lines)
-    return Answer(fits, totals, categories, live[-1].phase, largest, tensor)
+    phases = _phases(events)
+    return Answer(fits, totals, categories, live[-1].phase, phases, largest, tensor)
 
 
 def at_peak(events: list[Event]) -> list[Event]:
@@ -113,6 +115,14 @@ def at_peak(events: list[Event]) -> list[Event]:
         elif event.bytes < 0:
             del live[event.block]
     return list(live.values())
+
+
+def _phases(events: list[Event]) -> dict[str, int]:
+    total, most = 0, dict[str, int]()
+    for event in events:
+        total += event.bytes
+        most[event.phase] = max(most.get(event.phase, 0), total)
+    return most
 
 
 def _line(event: Event, lines: list[str]) -> str:

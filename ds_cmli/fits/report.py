@@ -14,6 +14,8 @@ from ds_cmli.fits.values import NUMBER, Values
 from ds_cmli.fits.world import World
 
 DEFAULT_GPU = "A100 80GB"  # whose operators are meant where none is named
+# Of reserved: what the model may be too low by, measured beside PyTorch's own (docs/fits.md).
+MARGIN = 0.02
 
 
 def rooms(gpu: str | None, limit: str | None) -> list[Room]:
@@ -54,6 +56,11 @@ class Report:
         answers = [answer(events, recorder.lines, room, world.size or 1) for room in rooms]
         return cls(min(recorder.done.values()), rooms, answers, events, world)
 
+    @property
+    def margin(self) -> int:
+        """What should stay free, in bytes."""
+        return int(MARGIN * self.answers[0].totals["reserved"])
+
     def sentence(self, program: str) -> str:
         """The answer in one sentence."""
         first, room = self.answers[0], self.rooms[0]
@@ -70,7 +77,10 @@ class Report:
             where = f"and fit on {', '.join(fitting) or 'no listed GPU'}"
             return f"{steps} of {program} need {_gb(needed)} {where}; {largest}"
         if first.fits:
-            left = f"{_gb(max(total - needed, 0))} are free"
+            free = max(total - needed, 0)
+            left = f"{_gb(free)} are free"
+            if free < self.margin:
+                left += f", less than the margin of {_gb(self.margin)}"
             return f"{steps} of {program} fit on {room}: they take {_gb(needed)}, {left}; {largest}"
         return f"{steps} of {program} do not fit on {room}: they take {_gb(needed)}; {largest}"
 
@@ -79,6 +89,18 @@ class Report:
         first = self.answers[0]
         print("\npeak of each, in bytes:")
         for name, size in first.totals.items():
+            print(f"  {name:20} {size:>18,}")
+        card = gpus.find(self.rooms[0].gpu)
+        outside = {"context": card.context}
+        if (self.world.size or 1) > 1:
+            outside["NCCL"] = card.nccl
+        print("\nof device, outside torch's allocator:")
+        for name, constant in outside.items():
+            print(f"  {name:20} {constant.bytes:>18,}  {constant.known}")
+        margin = f"not in device: {MARGIN:.0%} of reserved, the most that it was too low"
+        print(f"  {'margin':20} {self.margin:>18,}  {margin}")
+        print("\nthe most requested in each phase:")
+        for name, size in first.phases.items():
             print(f"  {name:20} {size:>18,}")
         print(f"\nat the requested peak, in {first.phase}:")
         for name, size in first.categories.items():
@@ -94,7 +116,8 @@ class Report:
         devices = {}
         for room, each in zip(self.rooms, self.answers, strict=True):
             devices[str(room)] = each.fits
-        return {"steps": self.steps, **asdict(self.answers[0]), "fits": devices}
+        answered = {**asdict(self.answers[0]), "margin": self.margin, "fits": devices}
+        return {"steps": self.steps, **answered}
 
 
 def told(values: Values, ran: Ran, recorder: StepRecorder) -> Iterator[str]:

@@ -14,9 +14,11 @@ from ds_cmli.common import cli
 from ds_cmli.common.errors import UserError
 from ds_cmli.config.presets import load_preset
 from ds_cmli.fits import guard
+from ds_cmli.fits.answer import Answer, Room
 from ds_cmli.fits.command import command
-from ds_cmli.fits.report import rooms
+from ds_cmli.fits.report import Report, rooms
 from ds_cmli.fits.values import largest_results
+from ds_cmli.fits.world import World
 from ds_cmli.memory.predict import predict
 from tests.conftest import ROOT, clean_environment
 
@@ -65,11 +67,28 @@ def test_a_linear_layer_by_hand(tmp_path):
     assert answer["phase"] == "backward" and sizes["data"] == sizes["other"] == 0
     assert sizes["activations"] == 3 * size and sizes["temporaries"] == size + 2 * 8_519_680
     assert answer["totals"]["requested"] == sum(sizes.values())
+    # The output's gradient is made before backward. 2% of what is reserved should stay free.
+    assert answer["phases"] == {
+        "init": 2 * size,
+        "forward": 6 * size + 2 * 8_519_680,
+        "backward": 7 * size + 2 * 8_519_680,
+        "optimizer": 3 * size + 2 * 8_519_680,
+    }
+    assert answer["totals"]["reserved"] == 62_914_560 and answer["margin"] == 1_258_291
+    assert re.search(r"context +471,859,200  assumed\n  margin +1,258,291  not in device", done.stdout)
     assert done.stdout.startswith("2 steps of program.py fit on A100 80GB (84.98 GB): they take ")
     assert done.stdout.splitlines()[0].endswith("0.02 GB of temporaries, by cuBLAS")
     assert "program.py:5" in done.stdout
     assert pickle.loads((tmp_path / "out.pickle").read_bytes())["segments"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.json", "out.pickle", "out.svg", "program.py"]
+
+
+@pytest.mark.parametrize("limit, said", [(102_100_000, ""), (101_900_000, ", less than the margin of 0.00 GB")])
+def test_less_than_the_margin_free_is_told(limit, said):
+    sizes = {"requested": 90_000_000, "allocated": 95_000_000, "reserved": 100_000_000, "device": 100_000_000}
+    answer = Answer(True, sizes, {}, "backward", {}, [(1, "other", "")], (1, "mm", ""))
+    report = Report(2, [Room("T4 16GB", limit)], [answer], [], World(None, 0))
+    assert f" are free{said}; the largest" in report.sentence("program.py")
 
 
 @pytest.mark.parametrize("switches", [("fp16", "values"), ("bf16", "fused", "checkpoint")], ids=str)
