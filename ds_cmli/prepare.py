@@ -129,7 +129,8 @@ def prepare(
     folder, with_changes = place.folder, start.with_changes
     resume = distributed.broadcast_object(run_folder.requeued(start.resume, folder))  # collective
     point = restore.find(resume, folder)  # collective
-    plan = make_plan(config, restore.rebatch(point, asked), data.mixture)  # collective
+    batch = restore.rebatch(point, asked)
+    plan = make_plan(config, batch, data.mixture, data.text_length)  # collective
     state = restore.state_of(point, config, plan.deepspeed, with_changes, say, data.fingerprint)
     finished = state.step >= plan.total_steps and state.evaluated
     if finished or state.out_of_patience(config.run.patience):

@@ -73,6 +73,7 @@ ELSEWHERE = {
     "python profiling/estimators.py --plot estimators.png": "tests/profiling/test_estimators.py: the first settings",
     "python profiling/benchmark_search.py --model RUN": "tests/profiling/test_benchmark_search.py: 80 pictures",
     "python profiling/benchmark_step.py": "tests/profiling/test_benchmark.py: `tiny`",
+    "python profiling/benchmark_lengths.py --preset ablation": "tests/profiling/test_benchmark.py: `tiny`",
     "pip install -e '.[ablate,plots]'": "pyproject.toml: a part of what the tests need",
     "python profiling/ablate.py docs/learning/cut.toml --markdown table.md --plot differences.png":
         "tests/profiling/ablation/test_ablate.py: `tiny`",

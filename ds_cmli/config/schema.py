@@ -134,6 +134,9 @@ class DataConfig:
     # Transforms of training pictures with their strengths: for random_resized_crop the smallest
     # share of the picture's area, for horizontal_flip its probability (note that captions name left
     # and right), for color_jitter the change of brightness, contrast and saturation.
+    # How many global micro-batches, one after another in the random order, exchange their pairs so
+    # that each has captions of like length; Hugging Face's Trainer takes 50.
+    group_by_length: Annotated[int, Field(ge=0, le=10**6, description="0: off")] = 0
     augmentation: dict[Augmentation, Annotated[float, Field(gt=0, le=1)]] = Field(
         default_factory=dict
     )
@@ -145,6 +148,11 @@ class DataConfig:
 
 @dataclass(config=STRICT)
 class LossConfig:
+    def __post_init__(self) -> None:
+        several = self.group_by_length != 1
+        need = "one batch has none to exchange pairs with: give 2 or more, 0 for off"
+        check(several, "data.group_by_length", self.group_by_length, need)
+
     """`losses/`, `cmli/`."""
 
     weights: dict[Loss, Positive] = Field(

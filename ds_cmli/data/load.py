@@ -1,5 +1,6 @@
 """The data that a run trains and evaluates on, from the demo's scenes or the kinds of `sources`."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -7,11 +8,12 @@ from torch.utils.data import Dataset
 
 from ds_cmli.common.errors import UserError
 from ds_cmli.config.schema import DataConfig
+from ds_cmli.config.validation import check
 from ds_cmli.data.bad import Bad, BadSamples
 from ds_cmli.data.batch import Collate
 from ds_cmli.data.opening import oddities, open_all, open_sources, settings_of_some, source_line
 from ds_cmli.data.pairs import EvalPairs, TrainPairs, of_sources
-from ds_cmli.data.sampler import Mixture
+from ds_cmli.data.sampler import Draw, Mixture
 from ds_cmli.data.scenes import EVAL_SCENES, EVAL_SEED, TRAIN_SCENES, Pictures, Scenes
 from ds_cmli.data.tokens import CaptionTokenizer, SpecialTokens, load_tokenizer
 
@@ -45,6 +47,7 @@ class Data(EvalData):
 
     train: Dataset
     mixture: Mixture  # decides which samples of `train` an epoch takes
+    text_length: Callable[[Draw], int]  # of a draw's caption in `train`, in bytes
     bad: list[Bad]  # samples that were left out at load and are to be reported
     # Identifies the data, as JSON; must be equal when a run resumes.
     fingerprint: dict[str, dict[str, object]] = field(default_factory=dict)
@@ -112,6 +115,7 @@ def _demo(config: DataConfig, seed: int) -> Data:
     return Data(
         train=train,
         mixture=Mixture([len(train)]),
+        text_length=train.text_length,
         evals=evals,
         tokenizer=tokenizer,
         bad=[],
@@ -128,6 +132,10 @@ def _pairs(config: DataConfig, seed: int) -> Data:
         if bad.too_many(0, 0):
             raise UserError(bad.message(0))
         left_out += bad.at_load
+    for source in opened.train:
+        known = not config.group_by_length or source.caption_counts() is not None
+        need = f"the captions of {source.where} are in .json, whose lengths only reading them tells"
+        check(known, "data.group_by_length", config.group_by_length, f"{need}: leave it out")
     tokenizer = load_tokenizer(config.tokenizer, config.context_length)
     train = TrainPairs(opened.train, tokenizer, config, seed)
     validation = EvalPairs(opened.validation, tokenizer, config)
@@ -140,6 +148,7 @@ def _pairs(config: DataConfig, seed: int) -> Data:
     return Data(
         train=train,
         mixture=opened.mixture,
+        text_length=train.text_length,
         evals={_split(config): validation},
         tokenizer=tokenizer,
         bad=left_out,

@@ -58,6 +58,10 @@ class Pictures:
         number, place = self.at(index)
         return self.sources[number].captions(place)
 
+    def caption_sizes(self, index: int) -> list[int]:
+        number, place = self.at(index)
+        return self.sources[number].caption_sizes(place)
+
     def image(self, index: int, view: View = central_square) -> tuple[Tensor, str | None]:
         """The part of the picture that `view` chooses and None.
 
@@ -161,6 +165,14 @@ class TrainPairs(Dataset):
                 image, reason = self.pictures.image(index, self.augmentation.view)
                 image, _ = self.augmentation.pixels(image)
         return _sample(self.pictures, index, image, tokens, reason)
+
+    def text_length(self, draw: Draw) -> int:
+        """The bytes of the caption that a draw gets; 0 of one that is replaced."""
+        try:
+            sizes = self.pictures.caption_sizes(draw.sample)
+        except Refused:
+            return 0
+        return sizes[choice(len(sizes), self.seed, draw.turn, draw.sample)]
 
 
 def choice(count: int, seed: int, turn: int, index: int) -> int:

@@ -6,9 +6,11 @@ world_size, G = B*P the global micro-batch.
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -90,6 +92,25 @@ class Draw(NamedTuple):
         return at if isinstance(at, Draw) else cls(at, 0)
 
 
+@dataclass(frozen=True)
+class LengthGroups:
+    """Batches of captions of like length, as by `group_by_length` of Hugging Face's Trainer."""
+
+    batches: int  # how many global micro-batches exchange their samples: a window of the order
+    length: Callable[[Draw], int]  # of a draw's caption, in any unit; the same on all ranks
+
+    def order(self, window: list[Draw], size: int, *key: int) -> np.ndarray:
+        """The order of a window's draws, a multiple of `size` of them, as int64 indices.
+
+        Sorted by length they are cut into batches, and these are shuffled. Within a batch they
+        stand as in the window, so that no rank gets its longest captions.
+        """
+        lengths = np.fromiter(map(self.length, window), np.int64, len(window))
+        batches = np.argsort(lengths, kind="stable").reshape(-1, size)
+        batches.sort(axis=1)
+        return batches[permutation(len(batches), *key).numpy()].ravel()
+
+
 class GlobalBatchSampler:
     """A batch sampler that yields lists of B `Draw`s without end, across epochs.
 
@@ -100,15 +121,24 @@ class GlobalBatchSampler:
     Iteration starts at the position that the trainer has *consumed*, which only `advance` moves: a
     loader's prefetching does not. The position counts samples of the global order, so a run on any
     other number of ranks can resume from it.
+
+    With `groups` the samples of each window, which may reach to the end of the epoch, are arranged
+    by their length. The order is then a function of the global micro-batch's size, too.
     """
 
     def __init__(
-        self, samples: int | Mixture, micro_batch: int, rank: int, world_size: int, seed: int
+        self,
+        samples: int | Mixture,
+        micro_batch: int,
+        rank: int,
+        world_size: int,
+        seed: int,
+        groups: LengthGroups | None = None,
     ):
         self.mixture = Mixture([samples]) if isinstance(samples, int) else samples
         self.length, self.seed = self.mixture.draws, seed
         self.micro_batch, self.rank, self.world_size = micro_batch, rank, world_size
-        self.epoch, self.position = 0, 0
+        self.epoch, self.position, self.groups = 0, 0, groups
         if self.length < self.global_batch:
             raise UserError(
                 f"the training set has {self.length} samples, fewer than one global batch of "
@@ -130,10 +160,27 @@ class GlobalBatchSampler:
             # Copied out of PyTorch's memory: --profile-memory would count them as the step's.
             indices, turns = (each.numpy().copy() for each in self.mixture.order(self.seed, epoch))
             for start in range(position, self.length - self.global_batch + 1, self.global_batch):
+                if self.groups is not None and (start == position or start % self.window == 0):
+                    here = self._window(start)
+                    draws = list(map(Draw, indices[here].tolist(), turns[here].tolist()))
+                    key = (self.seed, epoch, here.start, self.global_batch)
+                    order = self.groups.order(draws, self.global_batch, *key)
+                    indices[here], turns[here] = indices[here][order], turns[here][order]
                 first = start + self.rank * self.micro_batch
                 here = slice(first, first + self.micro_batch)
                 yield list(map(Draw, indices[here].tolist(), turns[here].tolist()))
             epoch, position = epoch + 1, 0
+
+    @property
+    def window(self) -> int:
+        """How many samples are arranged together; 0 without groups."""
+        return 0 if self.groups is None else self.groups.batches * self.global_batch
+
+    def _window(self, position: int) -> slice:
+        """The places of the order that are arranged with this one, without a dropped last batch."""
+        start = position - position % self.window
+        end = self.batches_per_epoch * self.global_batch
+        return slice(start, min(start + self.window, end))
 
     def checked(self, batch: Batch) -> Batch:
         """Return the loader's micro-batch unchanged.
@@ -159,15 +206,15 @@ class GlobalBatchSampler:
             self.epoch, self.position = self.epoch + 1, 0
 
     def state_dict(self) -> dict[str, int]:
-        names = ("epoch", "position", "length", "seed")
+        names = ("epoch", "position", "length", "seed", "window", "global_batch")
         return {name: getattr(self, name) for name in names}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Continue from `state`, of another number of ranks or another micro-batch size too.
 
         Raises:
-            UserError: the state belongs to another order: its training set had another length, or
-                its seed differs.
+            UserError: the state belongs to another order: its training set had another length, its
+                seed differs, or, within an epoch, what is grouped by length.
         """
         for name, here in (("length", self.length), ("seed", self.seed)):
             if state[name] != here:
@@ -175,4 +222,12 @@ class GlobalBatchSampler:
                     f"the run to resume has a training set's {name} of {state[name]}, this one "
                     f"{here}: resume with the same data and --seed"
                 )
+        former = state.get("window", 0), state.get("global_batch", self.global_batch)
+        now = self.window, self.global_batch
+        if state["position"] and former != now and any((former[0], self.window)):
+            raise UserError(
+                f"the run to resume groups windows of {former[0]} pairs by length for batches of "
+                f"{former[1]}, this one {now[0]} for {now[1]}: within an epoch some pairs would "
+                "come twice and others not: give the former data.group_by_length and batch"
+            )
         self.epoch, self.position = state["epoch"], state["position"]

@@ -186,6 +186,10 @@ class Scenes(Dataset):
             caption += name
         return caption, spans
 
+    def text_length(self, draw: Draw) -> int:
+        """The bytes of the caption that a draw gets."""
+        return len(self.caption(draw.sample)[0].encode())
+
     def sentence_of(self, index: int) -> int:
         """The number by which the words around the names are drawn."""
         return index

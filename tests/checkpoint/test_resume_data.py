@@ -8,11 +8,12 @@ import pytest
 from ds_cmli.common.errors import UserError
 from ds_cmli.config import settings
 from ds_cmli.config.schema import Config, DataConfig
-from tests.checkpoint.test_restore import AUGMENTED, assert_same, drive
+from tests.checkpoint.test_restore import AUGMENTED, assert_same, drive, json_file, ranks
 from tests.data.sources.samples import members, picture, tar
 from tests.data.sources.test_arrow import datasets, table
 from tests.data.sources.test_coco import coco
 from tests.data.sources.test_folder import rows, write
+from tests.metrics_file import metrics
 
 TINY = ["--preset", "tiny", "--steps", "6", "--log-every", "1", "--micro-batch", "4", "--set", "data.max_bad_share=0.2"]
 
@@ -143,3 +144,61 @@ def test_what_an_earlier_version_did_not_note_of_a_source_is_no_difference():
     assert len(settings.differences({**now, "sources.a/b.csv.bytes": 4}, now, True)) == 1
     more = {"sources.a.files.1.tar": 7}
     assert len(settings.differences({"sources.a.pictures": 3}, {"sources.a.pictures": 3, **more}, True)) == 1
+
+
+def of_many_lengths(folder, count=70):
+    """`--data` with captions of 1 to 23 words; 66 pairs are trained on, which are four windows of 16 and 2 more."""
+    some = rows(count)
+    for k, row in enumerate(some):
+        row["text"] = "red apple" + k * 17 % 23 * " pear"
+    write(folder, some)
+    return ["--data", str(folder), "--set", "data.group_by_length=4"]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_groups_by_length_stopped_within_a_window_go_on_as_if_never(workers, tmp_path):
+    """An epoch has 16 batches; the second begins in the midst of the last part."""
+    run = [*TINY[:2], "--steps", "20", "--log-every", "1", "--micro-batch", "4", *AUGMENTED]
+    run += [*of_many_lengths(tmp_path / "data"), "--workers", str(workers)]
+    straight, broken = ([*run, "--output-dir", str(tmp_path / name)] for name in ("straight", "broken"))
+    assert drive(straight, seen=str(tmp_path / "straight.seen")) == 0
+    for place in (2, 7, 17):
+        assert drive(broken, stop_at=place, seen=str(tmp_path / "broken.seen")) == 85
+    assert drive(broken, seen=str(tmp_path / "broken.seen")) == 0
+    assert_same(tmp_path / "straight", tmp_path / "broken")
+    seen = [(tmp_path / f"{name}.seen.0").read_text().splitlines() for name in ("straight", "broken")]
+    assert len(seen[0]) == 20 and seen[0] == seen[1]
+
+
+def test_groups_by_length_on_two_ranks_go_on_as_if_never_and_on_one(tmp_path):
+    run = [*TINY[:2], "--steps", "10", "--log-every", "1", *of_many_lengths(tmp_path / "data")]
+    run += ["--set", "optim.negatives=micro_batch", "--workers", "1"]
+    run += json_file(tmp_path / "ds.json", {"gradient_accumulation_steps": 2, "zero_optimization": {"stage": 2}})
+    two = [*run, "--micro-batch", "2"]
+    names = ("straight", "broken", "other")
+    folders = {name: ["--output-dir", str(tmp_path / name)] for name in names}
+    tasks = [{"arguments": [*two, *folders["straight"]], "seen": str(tmp_path / "straight.seen")}]
+    tasks += [{"arguments": [*two, *folders["broken"]], "stop_at": place} for place in (3, 9)]
+    tasks += [{"arguments": [*two, *folders["broken"]]}]
+    tasks += [{"arguments": [*two, *folders["other"]], "stop_at": 3, "seen": str(tmp_path / "other.seen")}]
+    assert ranks(tmp_path, 2, tasks)[0] == [0, 85, 85, 0, 85]
+    assert_same(tmp_path / "straight", tmp_path / "broken")
+    one = [*run, "--micro-batch", "4", *folders["other"]]
+    assert drive(one, seen=str(tmp_path / "one.seen")) == 0
+    parts = [(tmp_path / f"straight.seen.{rank}").read_text().splitlines() for rank in range(2)]
+    whole = [json.loads(a) + json.loads(b) for a, b in zip(*parts, strict=True)]
+    after = list(map(json.loads, (tmp_path / "one.seen.0").read_text().splitlines()))
+    assert len(whole) == 20 and after == whole[6:]
+    found = [[line["loss"] for line in metrics(tmp_path / name) if "loss" in line] for name in ("straight", "other")]
+    assert found[1] == pytest.approx(found[0], rel=1e-4)
+
+
+def test_groups_by_length_need_the_batch_they_began_with(tmp_path, capfd):
+    run = [*TINY, *of_many_lengths(tmp_path / "data"), "--output-dir", str(tmp_path / "run")]
+    assert drive(run, stop_at=3) == 85
+    other = [word.replace("length=4", "length=8") for word in run]
+    assert drive([*other, "--resume-with-changes"], mistakes=True) == 2
+    line = (
+        "windows of 16 pairs by length for batches of 4, this one 32 for 4: within an epoch some pairs would come twice"
+    )
+    assert line in capfd.readouterr().out

@@ -64,6 +64,7 @@ MISTAKES = {
         ["--set", "teacher.average_blocks=3"],
         "teacher.average_blocks is 3: 'vit_tiny_patch16_224' has 2 up to teacher.block: give fewer",
     ),
+    "group of one batch": (["--set", "data.group_by_length=1"], "data.group_by_length is 1: one batch has none to"),
     "negative seed": (["--seed", "-1"], "--seed is -1: give 0 to"),
     "unknown setting": (["--set", "student.layres=2"], "setting of student is 'layres': did you mean 'layers'?"),
     "setting without value": (["--set", "student.layers"], "write SECTION.SETTING=VALUE"),

@@ -76,7 +76,7 @@ def test_a_start_after_the_end_gets_a_line(data, capsys, monkeypatch):
         monkeypatch.setenv(name, str(int(name == "WORLD_SIZE")))
     for start, lines in ((20, 1), (19, 0)):
         config = load_preset("tiny", {"loss": {"start": {"cmli": start}}})
-        planning.make_plan(config, DeepSpeedConfig.of({}), 100)
+        planning.make_plan(config, DeepSpeedConfig.of({}), 100, lambda draw: 0)
         said = capsys.readouterr().out
         assert said.count("loss.start: cmli counts from step 20 on, and the run has 20 steps") == lines
 

@@ -54,6 +54,10 @@ class Source(ABC):
         Raises `Refused` or `OSError` if they cannot be read.
         """
 
+    def caption_sizes(self, index: int) -> list[int]:
+        """The bytes of each of `captions`, the same in every process. Raises as that does."""
+        return [len(caption.encode()) for caption in self.captions(index)]
+
     @abstractmethod
     def name(self, index: int) -> str:
         """The picture's name in messages."""
@@ -119,6 +123,9 @@ class Part(Source):
 
     def captions(self, index: int) -> list[str]:
         return self.source.captions(int(self.indices[index]))
+
+    def caption_sizes(self, index: int) -> list[int]:
+        return self.source.caption_sizes(int(self.indices[index]))
 
     def name(self, index: int) -> str:
         return self.source.name(int(self.indices[index]))
