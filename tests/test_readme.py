@@ -37,6 +37,7 @@ ELSEWHERE = {
     'python ds_cmli/train.py --set \'student.lora={"image": ["qkv", "attn.proj"], "text": ["query", "value"]}\'':
         "tests/models/test_lora.py: `tiny`",
     "python ds_cmli/train.py --preset ablation --set student.patch_keep=0.5": "tests/models/test_patch_keep.py: `tiny`",
+    "python ds_cmli/train.py --losses global,cmli --set optim.negatives=queue:4096": "tests/losses/test_queue.py",
     "deepspeed --num_accelerators 2 ds_cmli/train.py --deepspeed_config ds_configs/zero2.json": "tests/test_train.py",
     "torchrun --nproc_per_node 2 ds_cmli/train.py": "tests/test_train.py: two steps of `tiny`",
     "sky jobs launch --name cmli clusters/sky.yaml": "tests/test_clusters.py: its schema, and what it runs",
@@ -72,8 +73,8 @@ ELSEWHERE = {
     "python profiling/compare_estimates.py": "tests/profiling/test_compare.py: small sizes",
     "python profiling/estimators.py --plot estimators.png": "tests/profiling/test_estimators.py: the first settings",
     "python profiling/benchmark_search.py --model RUN": "tests/profiling/test_benchmark_search.py: 80 pictures",
-    "python profiling/benchmark_step.py": "tests/profiling/test_benchmark.py: `tiny`",
     "python profiling/benchmark_lengths.py --preset ablation": "tests/profiling/test_benchmark.py: `tiny`",
+    "python profiling/benchmark_step.py": "tests/profiling/test_benchmark.py: `tiny`",
     "pip install -e '.[ablate,plots]'": "pyproject.toml: a part of what the tests need",
     "python profiling/ablate.py docs/learning/cut.toml --markdown table.md --plot differences.png":
         "tests/profiling/ablation/test_ablate.py: `tiny`",

@@ -1,7 +1,7 @@
 """Writes a checkpoint beside the last one, publishes it by a rename, and lists checkpoints.
 
 `checkpoint/stepN/` holds DeepSpeed's files, `state.json` and `rank-R.pt` (`TrainState`),
-`student_ema.safetensors` of a run with averaged weights, `banks.pt` of one with banks of teacher
+`student_ema.safetensors` of a run with averaged weights, `banks.pt` of one with banks of earlier
 features, `frozen.safetensors` of one with frozen weights, and `checksums.json`. As frozen weights
 stay the same, their file is a hard link to that of the checkpoint before where the disk has links.
 `checkpoint/latest` names the newest complete checkpoint; until that file is replaced, the one

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ds_cmli.common import tensor_file
 from ds_cmli.common.cli import say
 from ds_cmli.common.errors import UserError
-from ds_cmli.config.registry import over_pairs
+from ds_cmli.config.registry import LOSSES, over_pairs
 from ds_cmli.config.schema import Config
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.models.weights import not_finite
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 WEIGHTS = "student.safetensors"
 FROZEN = "frozen.safetensors"  # a checkpoint's weights that are not trained
-BANKS = "banks.pt"  # the teacher features of losses with a bank, which are no weights
+BANKS = "banks.pt"  # the earlier features of losses with a bank, which are no weights
 AVERAGE = "student_ema.safetensors"  # the averaged weights, with `optim.ema_decay`
 
 
@@ -164,7 +164,8 @@ def load_banks(checkpoint: Path, objective: Objective) -> None:
     saved = torch.load(path, "cpu", weights_only=True) if path.is_file() else {}
     for name, bank in objective.banks().items():
         if name not in saved or saved[name]["features"].shape != bank.features.shape:
-            say(f"loss.bank: the bank of {name} starts empty, the checkpoint has none of its size")
+            setting = "optim.negatives" if LOSSES[name].scores else "loss.bank"
+            say(f"{setting}: the bank of {name} starts empty, the checkpoint has none of its size")
             continue
         for key, buffer in bank.named_buffers():
             buffer.copy_(saved[name][key])
@@ -187,7 +188,7 @@ def load_student(
     # A configuration has at least one loss.
     loss = replace(config.loss, weights=pairs or {"global": 1.0}, start={})
     objective, _ = build_models(
-        replace(config, loss=loss),
+        replace(config, loss=loss, optim=replace(config.optim, negatives="micro_batch")),
         vocabulary.vocab_size,
         pretrained=False,
         special=vocabulary.special,

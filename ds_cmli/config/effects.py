@@ -126,9 +126,13 @@ def _compares_nothing(config: Config, step: Step) -> str | None:
     return f"the losses are {', '.join(config.loss.weights)}, which compare no pairs"
 
 
+def _no_more_negatives(config: Config, step: Step) -> str | None:
+    return None if config.optim.queue else _compares_nothing(config, step)
+
+
 def _no_cache(config: Config, step: Step) -> str | None:
-    if config.optim.negatives == "micro_batch":
-        return "optim.negatives is 'micro_batch', which caches no gradients"
+    if config.optim.negatives != "global_batch":
+        return f"optim.negatives is {config.optim.negatives!r}, which caches no gradients"
     return _compares_nothing(config, step)
 
 
@@ -155,7 +159,7 @@ def _not_taken(name: str) -> WhyInStep:
 
 
 IN_STEP: dict[str, WhyInStep] = {
-    "optim.negatives": _compares_nothing,
+    "optim.negatives": _no_more_negatives,
     "optim.cache_on_host": _no_cache,
     "optim.reduce_once": _reduced_anyway,
     "loss.cmli_recompute": _no_graph,

@@ -41,6 +41,9 @@ NotNegative = Annotated[float, Field(ge=0, le=MOST)]
 Factor = Annotated[float, Field(ge=1e-9, le=MOST)]
 Pairs = Annotated[int, Field(ge=1, le=10**6)]
 BelowOne = Annotated[float, Field(ge=0, lt=1)]
+Queue = Annotated[
+    str, Field(pattern="^queue:[1-9][0-9]{0,6}$", description="queue:N, with N of 1 to 9999999")
+]
 Temperature = Annotated[float, Field(ge=0.01, le=10, description="1/temperature is at most 100")]
 
 
@@ -131,12 +134,12 @@ class DataConfig:
     tokenizer: Name = "demo"
     workers: Annotated[int, Field(ge=0, le=256)] = 0  # data loading processes per rank
     prefetch: Annotated[int, Field(ge=1, le=1024)] = 2  # batches that each process prepares ahead
-    # Transforms of training pictures with their strengths: for random_resized_crop the smallest
-    # share of the picture's area, for horizontal_flip its probability (note that captions name left
-    # and right), for color_jitter the change of brightness, contrast and saturation.
     # How many global micro-batches, one after another in the random order, exchange their pairs so
     # that each has captions of like length; Hugging Face's Trainer takes 50.
     group_by_length: Annotated[int, Field(ge=0, le=10**6, description="0: off")] = 0
+    # Transforms of training pictures with their strengths: for random_resized_crop the smallest
+    # share of the picture's area, for horizontal_flip its probability (note that captions name left
+    # and right), for color_jitter the change of brightness, contrast and saturation.
     augmentation: dict[Augmentation, Annotated[float, Field(gt=0, le=1)]] = Field(
         default_factory=dict
     )
@@ -145,14 +148,14 @@ class DataConfig:
     max_pixels: Annotated[int, Field(ge=1, le=2**32)] = 64_000_000  # a larger image is broken
     follow_symlinks: bool = False  # whether symlinks may lead to files outside the folder
 
-
-@dataclass(config=STRICT)
-class LossConfig:
     def __post_init__(self) -> None:
         several = self.group_by_length != 1
         need = "one batch has none to exchange pairs with: give 2 or more, 0 for off"
         check(several, "data.group_by_length", self.group_by_length, need)
 
+
+@dataclass(config=STRICT)
+class LossConfig:
     """`losses/`, `cmli/`."""
 
     weights: dict[Loss, Positive] = Field(
@@ -236,8 +239,9 @@ class OptimConfig:
     micro_batch: Pairs = 64  # B, pairs per rank
     # With gradient accumulation: whether an image is compared with the texts of its micro-batch, or
     # of the whole step (gradient caching, which needs a second forward pass and gives the loss of
-    # one large batch).
-    negatives: Literal["micro_batch", "global_batch"] = "global_batch"
+    # one large batch). "queue:N": of its micro-batch, and in the loss "global" with those of the N
+    # pairs before, too, as the student was then.
+    negatives: Literal["micro_batch", "global_batch"] | Queue = "global_batch"
     # Whether gradient caching keeps the features of a step in the host's memory.
     cache_on_host: bool = False
     # Whether gradients are reduced over ranks only once per step, at ZeRO stages 2 and 3 too. Each
@@ -252,6 +256,12 @@ class OptimConfig:
                 f"optim.steps is {self.steps} and optim.epochs is {self.epochs}: "
                 "give one of the two"
             )
+
+    @property
+    def queue(self) -> int:
+        """The number of pairs in the queue of negatives; 0: there is none."""
+        kind, _, pairs = self.negatives.partition(":")
+        return int(pairs) if kind == "queue" else 0
 
     def warmup_steps(self, total_steps: int) -> int:
         return max(1, round(self.warmup_share * total_steps))
@@ -314,6 +324,12 @@ class Config:
     loss: LossConfig = dataclasses.field(default_factory=LossConfig)
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
     run: RunConfig = dataclasses.field(default_factory=RunConfig)
+
+    def __post_init__(self) -> None:
+        names, negatives = self.loss.weights, self.optim.negatives
+        need = f"the losses are {', '.join(names)}, without global, which alone has a queue"
+        found = not self.optim.queue or "global" in names
+        check(found, "optim.negatives", negatives, f"{need}: give micro_batch or global_batch")
 
     def to_dict(self) -> Sections:
         return dataclasses.asdict(self)

@@ -81,7 +81,8 @@ def build_models(
     keep, share = None, config.student.patch_keep
     if share < 1:
         keep = PatchKeep(share, math.prod(student.grid), config.run.seed)
-    objective = Objective(student, config.loss, teacher.width if teacher else None, keep)
+    width, queue = teacher.width if teacher else None, config.optim.queue
+    objective = Objective(student, config.loss, width, keep, queue)
     if pretrained:  # weights that are loaded have theirs merged
         add_adapters(student, config.student)
     freeze(objective, config)
@@ -156,7 +157,7 @@ def build(
         engine = _initialize(
             ds_config, objective, groups, schedule.maker(ds_config, warmup, total_steps)
         )
-    cast_buffers(objective.losses, dtype)  # the banks, whose entries are the teacher's
+    cast_buffers(objective.losses, dtype)  # the banks
     _undo_first_update(engine.optimizer)
     nonfinite.attach(engine)
     if teacher is not None:

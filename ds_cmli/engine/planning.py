@@ -191,6 +191,9 @@ def make_plan(
         steps = max(1, int(config.optim.epochs * sampler.batches_per_epoch / accumulation))
     final = filled(config, asked, ranks, steps)
     negatives = total if compares_all(config, final) else micro_batch * ranks
+    queue = ""
+    if config.optim.queue:
+        queue = f", of the loss global from {config.optim.queue} earlier ones, too"
     told = set(distributed.gather_objects((distributed.world_size(), negatives)))  # collective
     if len(told) > 1:
         raise UserError(
@@ -199,7 +202,7 @@ def make_plan(
         )
     say(
         f"batch: {micro_batch} pairs per rank x {accumulation} accumulation x {ranks} ranks = "
-        f"{total} pairs a step; {steps} steps; negatives from {negatives} pairs"
+        f"{total} pairs a step; {steps} steps; negatives from {negatives} pairs{queue}"
     )
     say(*final.notices, try_out(final, steps))
     for name, start in config.loss.start.items():

@@ -1,18 +1,25 @@
-"""A bank of frozen teacher features as further negatives, and the losses that have one.
+"""Banks of earlier features as further negatives, and the losses on the teacher that have one.
 
-MoCo's queue (He et al., 2020), without its momentum encoder: the teacher never changes, so no entry
-grows old. Shapes: B pairs per rank, P ranks, G = B * P, N patches, K entries, H_t teacher width.
+They are MoCo's queue (He et al., 2020) without its momentum encoder. Features of the frozen teacher
+do not grow old; those of the student do. Shapes: B pairs per rank, P ranks, G = B * P, N patches, K
+entries, H student width, H_t teacher width.
 """
+
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from ds_cmli.cmli import collectives
-from ds_cmli.cmli.contrastive import temperature_scale
+from ds_cmli.cmli.contrastive import temperature_scale, upcast
+from ds_cmli.cmli.inputs import full_precision
+from ds_cmli.cmli.loss import l2_normalize
 from ds_cmli.config.schema import LossConfig
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.losses.base import Loss, LossInputs, log_scale
-from ds_cmli.losses.negatives import Candidates, Compared, contrast_loss
+from ds_cmli.losses.negatives import Candidates, Compared, contrast_loss, log_sum_exp
+
+SCRATCH_BYTES = 2**26  # limit of a tile of the products with a queue
 
 
 class Bank(nn.Module):
@@ -22,15 +29,15 @@ class Bank(nn.Module):
     their own for it.
     """
 
-    features: Tensor  # [K, H_t]
-    picture_id: Tensor  # int64 [K]
+    features: Tensor  # [K, width]
+    picture_id: Tensor  # int64 [K, *ids]
     entered: Tensor  # int64: how many have ever entered; entry number e lies at place e % K
 
-    def __init__(self, entries: int, width: int):
+    def __init__(self, entries: int, width: int, ids: tuple[int, ...] = ()):
         super().__init__()
         for name, buffer in (
             ("features", torch.zeros(entries, width)),
-            ("picture_id", torch.zeros(entries, dtype=torch.int64)),
+            ("picture_id", torch.zeros(entries, *ids, dtype=torch.int64)),
             ("entered", torch.zeros((), dtype=torch.int64)),
         ):
             self.register_buffer(name, buffer, persistent=False)
@@ -45,7 +52,7 @@ class Bank(nn.Module):
 
     @torch.no_grad()
     def offer(self, features: Tensor, picture_id: Tensor) -> None:
-        """Keep a global micro-batch, [G, H_t] or [G, N, H_t] and int64 [G], until `enter`.
+        """Keep a global micro-batch, [G, width] or [G, N, width] and its ids, until `enter`.
 
         Of patches, entry number e is its image's patch e % N, so that places change with the steps.
         """
@@ -68,6 +75,42 @@ class Bank(nn.Module):
         self.picture_id.index_copy_(0, places, picture_id[-K:])
         self.entered += G
         self.waiting = None
+
+
+class PairQueue(Bank):
+    """The class tokens of the last K pairs, as the student gave them when they entered.
+
+    An entry has the image's and then the text's, and the hashes of picture and caption. Cross-batch
+    memory (Wang et al., 2020), on both sides as in ContAccum (Kim et al., 2024).
+    """
+
+    def __init__(self, pairs: int, width: int):
+        super().__init__(pairs, 2 * width, (2,))
+
+    def of_earlier(
+        self, inputs: LossInputs, logit_scale: Tensor, by_id: bool
+    ) -> tuple[Tensor, Tensor]:
+        """log(sum(exp)) of this rank's images over earlier texts, and of its texts over images.
+
+        [B] fp32 (fp64) each, -inf without any. `by_id`: pairs of the same picture or caption are no
+        negatives. In training the micro-batch is offered, which is collective.
+        """
+        features, pair_id = inputs.features, inputs.batch.pair_id
+        image, text = (upcast(l2_normalize(x)) for x in (features.image_cls, features.text_cls))
+        queue, H = self.candidates(by_id), image.shape[1]
+        found = []
+        for own, others in ((image, queue.features[:, H:]), (text, queue.features[:, :H])):
+            compared = Compared(pair_id, [replace(queue, features=others)], SCRATCH_BYTES)
+            with full_precision(own.device):
+                scaled = own * temperature_scale(logit_scale)
+            found.append(log_sum_exp(scaled, compared))
+        if self.training:
+            # Features of a step that is skipped must not spoil those after it.
+            both = torch.cat([image, text], 1).detach().nan_to_num(0.0)
+            both = collectives.gather(both.to(self.features.dtype))  # [G, 2 * H], collective
+            self.offer(both, collectives.gather(pair_id))  # collective
+        of_images, of_texts = found
+        return of_images, of_texts
 
 
 class AgainstTeacher(Loss):

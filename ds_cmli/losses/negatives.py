@@ -21,7 +21,8 @@ class Candidates:
     """Features without a gradient, and which of them are negatives of a query."""
 
     features: Tensor  # [C, H], of any norm and any float dtype
-    ids: Tensor  # int64 [C]: none is a negative of a query of the same id
+    # int64 [C] or [C, I]: none is a negative of a query that has one of its ids.
+    ids: Tensor
     valid: Tensor | None = None  # bool [C]; None: all are
 
 
@@ -29,7 +30,7 @@ class Candidates:
 class Compared:
     """What queries are compared with, and the limit of the memory for it."""
 
-    query_ids: Tensor  # int64 [Q]
+    query_ids: Tensor  # int64 [Q] or [Q, I]
     candidates: Sequence[Candidates]
     scratch_bytes: int
 
@@ -37,8 +38,9 @@ class Compared:
     def tiles(self, queries: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Yields logits [Q, T], -inf where there is no negative, and the unit features [T, H]."""
         Q, H = queries.shape
-        # Logits, mask, features upcast and normalised; a tile lives until the next one is there.
-        each = Q * (queries.element_size() + 1) + 2 * H * queries.element_size()
+        # Logits, masks, features upcast and normalised; a tile lives until the next one is there.
+        masks = 1 if self.query_ids.dim() == 1 else 1 + self.query_ids.shape[1]
+        each = Q * (queries.element_size() + masks) + 2 * H * queries.element_size()
         size = max(1, self.scratch_bytes // (2 * each))
         with full_precision(queries.device):
             for group in self.candidates:
@@ -46,7 +48,9 @@ class Compared:
                     place = slice(start, start + size)
                     unit = F.normalize(upcast(group.features[place]), dim=1).to(queries.dtype)
                     logits = queries @ unit.t()
-                    excluded = self.query_ids[:, None] == group.ids[place]  # [Q, T]
+                    excluded = self.query_ids[:, None] == group.ids[place]  # [Q, T] or [Q, T, I]
+                    if excluded.dim() == 3:
+                        excluded = excluded.any(2)
                     if group.valid is not None:
                         excluded |= ~group.valid[place]
                     logits.masked_fill_(excluded, -torch.inf)
@@ -81,6 +85,19 @@ class _LogSumExp(torch.autograd.Function):
         return out, None
 
 
+def log_sum_exp(queries: Tensor, compared: Compared) -> Tensor:
+    """log(sum(exp)) of each query's products with its negatives' unit features.
+
+    Args:
+        queries: [Q, H] fp32 or fp64, times 1/temperature.
+        compared: the negatives, whose tensors must not change before the backward pass.
+
+    Returns:
+        [Q], -inf for a query without negatives.
+    """
+    return _LogSumExp.apply(queries, compared)  # type: ignore[no-untyped-call]
+
+
 def contrast_loss(queries: Tensor, targets: Tensor, scale: Tensor, compared: Compared) -> Tensor:
     """InfoNCE (van den Oord et al., 2018): each query is to find its target among its negatives.
 
@@ -96,6 +113,6 @@ def contrast_loss(queries: Tensor, targets: Tensor, scale: Tensor, compared: Com
     with full_precision(queries.device):
         scaled = F.normalize(upcast(queries), dim=1) * scale
         own = (scaled * F.normalize(upcast(targets), dim=1)).sum(1)
-    others = _LogSumExp.apply(scaled, compared)  # type: ignore[no-untyped-call]
+    others = log_sum_exp(scaled, compared)
     # Above its threshold softplus is rounded; by default that is 20.
     return F.softplus(others - own, threshold=60)

@@ -16,7 +16,7 @@ from ds_cmli.common.probe import probe
 from ds_cmli.config.registry import LOSSES, load
 from ds_cmli.config.schema import LossConfig
 from ds_cmli.data.batch import Batch
-from ds_cmli.losses.bank import Bank
+from ds_cmli.losses.bank import Bank, PairQueue
 from ds_cmli.losses.base import Features, Loss, LossInputs, WidthHead
 from ds_cmli.losses.cached import CachedStep, PairGradients, PairLosses, pair_gradients
 from ds_cmli.losses.pair_features import PairFeatures
@@ -86,8 +86,14 @@ class Objective(nn.Module):
         config: LossConfig,
         teacher_width: int | None = None,
         patch_keep: PatchKeep | None = None,
+        queue: int = 0,
     ):
-        """`patch_keep`: which patches the student sees in training; None: all."""
+        """Build the losses that the configuration names.
+
+        Args:
+            patch_keep: which patches the student sees in training; None: all.
+            queue: of how many earlier pairs the global loss keeps the class tokens as negatives.
+        """
         super().__init__()
         self.config = config
         self.student = student
@@ -97,6 +103,8 @@ class Objective(nn.Module):
             self.patches = patch_keep.kept
         for loss in self.losses.values():
             loss.fit(self.patches, teacher_width)  # type: ignore[operator]
+        if queue:
+            self.losses["global"].bank = PairQueue(queue, student.width)
         # How many texts of other pairs were no negatives of this rank's images in the last
         # micro-batch or step.
         self.register_buffer("ignored", torch.zeros((), dtype=torch.int64), persistent=False)
@@ -225,7 +233,7 @@ class Objective(nn.Module):
         return PairFeatures(image_cls, text_cls, patches, tokens, mask, batch.pair_id, selection)
 
     def banks(self) -> dict[str, Bank]:
-        """The banks of teacher features, by the name of their loss."""
+        """The banks of earlier features, by the name of their loss."""
         found: dict[str, Bank] = {}
         for name, loss in self.losses.items():
             if isinstance(bank := getattr(loss, "bank", None), Bank):

@@ -4,20 +4,29 @@ Contrastive: CLIP (Radford et al., 2021), and on all-pairs CMLI equations (1) to
 document, FILIP (Yao et al., 2021). Sigmoid: SigLIP (Zhai et al., 2023, algorithm 1).
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
 from ds_cmli.cmli.contrastive import contrastive_loss
 from ds_cmli.config.schema import LossConfig
-from ds_cmli.losses.base import Loss, PairInputs, log_scale
+from ds_cmli.losses.bank import PairQueue
+from ds_cmli.losses.base import Loss, LossInputs, PairInputs, log_scale
 from ds_cmli.losses.functions import sigmoid_loss
+
+LogSumExps = tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]
 
 
 class Contrastive(Loss):
+    def logsumexps(self, inputs: PairInputs) -> LogSumExps:
+        """The sums over rows and over columns, as `contrastive_loss` takes them. Collective."""
+        return inputs.row_logsumexp, inputs.column_logsumexp
+
     def contrast(self, inputs: PairInputs, s_i2t: Tensor, s_t2i: Tensor) -> Tensor:
         """The loss of scores, [R, T] each. Collective."""
         ignore = inputs.duplicates  # collective
-        logsumexps = inputs.row_logsumexp, inputs.column_logsumexp
+        logsumexps = self.logsumexps(inputs)  # collective
         return contrastive_loss(
             s_i2t, s_t2i, self.logit_scale, inputs.first, *logsumexps, ignore
         )  # collective
@@ -27,6 +36,25 @@ class GlobalContrastive(Contrastive):
     def __init__(self, config: LossConfig):
         super().__init__(config)
         self.logit_scale = log_scale(config.init_temperature)
+        self.bank: PairQueue | None = None
+
+    def logsumexps(self, inputs: PairInputs) -> LogSumExps:
+        if self.bank is None:
+            return super().logsumexps(inputs)
+        assert isinstance(inputs, LossInputs), "with a queue there is no gradient caching"
+        by_id = self.config.duplicates == "mask"
+        of_images, of_texts = self.bank.of_earlier(inputs, self.logit_scale, by_id)  # collective
+        first, end = inputs.first, inputs.first + len(of_texts)
+
+        def rows(logits: Tensor) -> Tensor:
+            return torch.logaddexp(inputs.row_logsumexp(logits), of_images)
+
+        def columns(logits: Tensor) -> Tensor:
+            found = inputs.column_logsumexp(logits)  # [T], collective
+            own = torch.logaddexp(found[first:end], of_texts)
+            return found.slice_scatter(own, 0, first, end)
+
+        return rows, columns
 
     def forward(self, inputs: PairInputs) -> Tensor:
         scores = inputs.global_scores  # [R, T], collective

@@ -88,7 +88,7 @@ SETTINGS: dict[str, list[Any]] = {
     "student.patch_keep": [0.25, 0.5],
     "loss.duplicates": ["keep"],
     "optim.ema_decay": [0.5, 0.999],
-    "optim.negatives": ["micro_batch"],
+    "optim.negatives": ["micro_batch", "queue:8"],
     "run.keep_best": [True],
     "run.patience": [1],
     "run.match_maps": [0, 2],

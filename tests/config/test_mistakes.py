@@ -65,6 +65,15 @@ MISTAKES = {
         "teacher.average_blocks is 3: 'vit_tiny_patch16_224' has 2 up to teacher.block: give fewer",
     ),
     "group of one batch": (["--set", "data.group_by_length=1"], "data.group_by_length is 1: one batch has none to"),
+    "queue without a number": (
+        ["--set", "optim.negatives=queue"],
+        "is 'queue': give one of micro_batch, global_batch or",
+    ),
+    "queue of nothing": (["--set", "optim.negatives=queue:0"], "(queue:N, with N of 1 to 9999999)"),
+    "queue of no loss": (
+        ["--losses", "cmli", "--set", "optim.negatives=queue:8"],
+        "optim.negatives is 'queue:8': the losses are cmli, without global, which alone has a queue: give micro_batch",
+    ),
     "negative seed": (["--seed", "-1"], "--seed is -1: give 0 to"),
     "unknown setting": (["--set", "student.layres=2"], "setting of student is 'layres': did you mean 'layers'?"),
     "setting without value": (["--set", "student.layers"], "write SECTION.SETTING=VALUE"),

@@ -1,0 +1,215 @@
+"""The queue of earlier pairs: against a loss by hand, on several ranks, resumed, predicted."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from torch.testing import assert_close
+
+from ds_cmli import engine
+from ds_cmli.checkpoint.weights import BANKS
+from ds_cmli.config.deepspeed_config import DeepSpeedConfig
+from ds_cmli.config.presets import load_preset
+from ds_cmli.config.schema import LossConfig
+from ds_cmli.data.load import build_data
+from ds_cmli.distributed import process_group as distributed
+from ds_cmli.losses.bank import PairQueue
+from ds_cmli.losses.base import Features, LossInputs
+from ds_cmli.losses.over_pairs import GlobalContrastive
+from tests.batches import rank_batches
+from tests.checkpoint.test_restore import assert_same, interrupt, json_file, ranks, source  # noqa: F401
+from tests.conftest import spawn
+from tests.drive_train import drive as train
+from tests.metrics_file import metrics
+from tests.stranger.drive import STEPS, drive
+
+F64 = torch.float64
+H, PAIRS = 3, 6
+
+
+def inputs(part, config, seed):
+    """A rank's part of six pairs, of which some share a picture or a caption, with those of other seeds too."""
+    generator = torch.Generator().manual_seed(seed)
+    image, text = torch.randn(2, PAIRS, H, dtype=F64, generator=generator)
+    ids = torch.randint(9, (PAIRS, 2), generator=generator)
+    given = Features(image[part].requires_grad_(), image[part], text[part].requires_grad_(), text[part])
+    batch = SimpleNamespace(pair_id=ids[part].contiguous(), index=ids[part][:, 0])
+    return LossInputs(given, batch, None, None, None, None, config)
+
+
+def built(pairs, duplicates="mask"):
+    loss = GlobalContrastive(LossConfig(weights={"global": 1.0}, duplicates=duplicates))
+    loss.bank = PairQueue(pairs, H)
+    return loss.double()
+
+
+def steps(loss, part, count=4):
+    """Loss and gradients of some micro-batches, and what the queue holds after each."""
+    found = []
+    for seed in range(count):
+        given = inputs(part, loss.config, seed)
+        value = loss(given)
+        leaves = [given.features.image_cls, given.features.text_cls, loss.logit_scale]
+        grads = torch.autograd.grad(value, leaves)
+        loss.bank.enter()
+        found.append((value.detach(), grads, {k: v.clone() for k, v in loss.bank.named_buffers()}))
+    return found
+
+
+@pytest.mark.parametrize("duplicates", ["mask", "keep"])
+@pytest.mark.parametrize("pairs", [1, 7, 100])
+def test_against_cross_entropy_by_hand(pairs, duplicates):
+    loss = built(pairs, duplicates)
+    images, texts, ids = (torch.zeros(0, n, dtype=dtype) for n, dtype in ((H, F64), (H, F64), (2, torch.int64)))
+    for seed, (value, grads, _) in enumerate(steps(loss, slice(0, PAIRS))):
+        given = inputs(slice(0, PAIRS), loss.config, seed)
+        leaves = [given.features.image_cls, given.features.text_cls, loss.logit_scale]
+        image, text = (F.normalize(x, dim=1) for x in leaves[:2])
+        both = given.batch.pair_id[:, None] == torch.cat([given.batch.pair_id, ids[-pairs:]])
+        no_negative = both.any(2) & (torch.arange(both.shape[1]) != torch.arange(PAIRS)[:, None])
+        terms = []
+        for own, others in ((image, torch.cat([text, texts[-pairs:]])), (text, torch.cat([image, images[-pairs:]]))):
+            logits = loss.logit_scale.double().exp() * own @ others.T
+            if duplicates == "mask":
+                logits = logits.masked_fill(no_negative, -torch.inf)
+            terms.append(F.cross_entropy(logits, torch.arange(PAIRS)))
+        expected = sum(terms) / 2
+        assert_close(value, expected.detach(), rtol=1e-12, atol=0)
+        for grad, by_hand in zip(grads, torch.autograd.grad(expected, leaves), strict=True):
+            assert_close(grad, by_hand, rtol=1e-9, atol=1e-12)
+        images, texts = torch.cat([images, image.detach()]), torch.cat([texts, text.detach()])
+        ids = torch.cat([ids, given.batch.pair_id])
+
+
+def of_rank(rank, world, pairs):
+    size = PAIRS // world
+    return steps(built(pairs), slice(rank * size, (rank + 1) * size))
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_ranks_equal_one(world):
+    one, several = steps(built(8), slice(0, PAIRS)), spawn(of_rank, world, 8)
+    for step, (value, grads, queue) in enumerate(one):
+        parts = [rank[step] for rank in several]
+        assert_close(torch.stack([x[0] for x in parts]).mean(), value, rtol=1e-12, atol=1e-12)
+        for i, grad in enumerate(grads[:-1]):  # of a mean over ranks
+            assert_close(torch.cat([x[1][i] for x in parts]) / world, grad, rtol=1e-10, atol=1e-12)
+        assert_close(sum(x[1][-1] for x in parts) / world, grads[-1], rtol=1e-10, atol=1e-12)
+        for x in parts:
+            assert all(torch.equal(x[2][key], queue[key]) for key in queue)
+
+
+def test_what_is_not_finite_does_not_stay():
+    loss = built(8)
+    steps(loss, slice(0, PAIRS), 1)
+    given = inputs(slice(0, PAIRS), loss.config, 1)
+    given.features.image_cls.data[2] = torch.nan
+    given.features.text_cls.data[3, 0] = torch.inf
+    assert not loss(given).isfinite()
+    loss.bank.enter()
+    assert all(x.isfinite().all() for _, grads, _ in steps(loss, slice(0, PAIRS), 2) for x in grads)
+
+
+def test_in_evaluation_nothing_enters():
+    loss = built(8).eval()
+    loss(inputs(slice(0, PAIRS), loss.config, 0))
+    loss.bank.enter()
+    assert loss.bank.entered == 0
+
+
+QUEUE = {"optim": {"negatives": "queue:20", "micro_batch": 4}, "loss": {"weights": {"global": 1.0, "cmli": 1.0}}}
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_each_micro_batch_is_compared_with_those_before_it(stage, device, data):
+    """Also with those of its own step, whose features are as old as its weights: none."""
+    loader = iter(rank_batches(data.train, data, 4))
+    batches = [next(loader) for _ in range(2)]
+    content = {"gradient_accumulation_steps": 2, "zero_optimization": {"stage": stage}}
+    found = {}
+    for negatives in ("queue:20", "micro_batch"):
+        config = load_preset("tiny", {**QUEUE, "optim": {"negatives": negatives, "micro_batch": 4}})
+        ds_config = engine.filled(config, engine.on_this_device(DeepSpeedConfig.of(content)), 1, 2)
+        train_engine = engine.build(config, ds_config, data.vocab_size, 2, device)
+        assert not train_engine.caching
+        found[negatives] = [losses.each for losses in train_engine.step(batches)]
+        entered = [bank.entered.item() for bank in train_engine.objective.banks().values()]
+        assert entered == ([8] if negatives == "queue:20" else [])
+    first, other = found.values()
+    assert first[0] == other[0]  # the queue is empty
+    assert first[1]["global"] > other[1]["global"] and first[1]["cmli"] == other[1]["cmli"]
+
+
+def engine_of_rank(rank, world, stage):
+    """Losses and the queue of three steps with eight pairs over all ranks."""
+    overrides = {**QUEUE, "optim": {"negatives": "queue:20", "micro_batch": 8 // world}}
+    config = load_preset("tiny", overrides)
+    data = build_data(config.data, 0)
+    ds_config = DeepSpeedConfig.of({"zero_optimization": {"stage": stage}}).filled(config.optim, world, 3)
+    train_engine = engine.build(config, ds_config, data.vocab_size, 3, torch.device("cpu"))
+    losses = []
+    for step in range(3):
+        numbers = range(8 * step + rank * 8 // world, 8 * step + (rank + 1) * 8 // world)
+        [found] = train_engine.step([data.collate([data.train[n] for n in numbers])])
+        losses.append(distributed.mean_over_ranks(found.stacked()))
+    return torch.stack(losses), dict(train_engine.objective.banks()["global"].named_buffers())
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_two_ranks_train_as_one(stage):
+    [(one, queue)] = spawn(engine_of_rank, 1, stage)
+    for losses, theirs in spawn(engine_of_rank, 2, stage):
+        assert_close(losses, one, rtol=1e-5, atol=1e-6)
+        assert_close(theirs, queue, rtol=1e-4, atol=1e-4)
+
+
+ARGUMENTS = ["--preset", "tiny", "--steps", "12", "--set", "run.match_maps=0", "--losses", "global,cmli"]
+ARGUMENTS += ["--set", "optim.negatives=queue:30"]
+
+
+@pytest.mark.parametrize(
+    "content", [{}, {"zero_optimization": {"stage": 3}, "bf16": {"enabled": True}, "gradient_accumulation_steps": 2}]
+)
+def test_interrupted_at_three_places_as_if_never(content, source, tmp_path, alone):  # noqa: F811
+    arguments = [*ARGUMENTS, *source, *json_file(tmp_path / "ds.json", content)]
+    assert train([*arguments, "--output-dir", str(tmp_path / "straight")]) == 0
+    interrupt(arguments, tmp_path / "broken", [1, 5, 11])
+    assert_same(tmp_path / "straight", tmp_path / "broken")
+    banks = [torch.load(tmp_path / name / "checkpoint" / "step12" / BANKS) for name in ("straight", "broken")]
+    assert all(torch.equal(banks[0]["global"][key], banks[1]["global"][key]) for key in banks[0]["global"])
+    assert banks[0]["global"]["entered"] == 96 * content.get("gradient_accumulation_steps", 1)
+
+
+def test_on_two_ranks_interrupted_as_if_never_and_on_one(source, tmp_path, alone):  # noqa: F811
+    run = [*ARGUMENTS, *source, *json_file(tmp_path / "ds.json", {"zero_optimization": {"stage": 2}})]
+    two = [*run, "--micro-batch", "4", "--workers", "1"]
+    folders = {name: ["--output-dir", str(tmp_path / name)] for name in ("straight", "broken", "other")}
+    tasks = [{"arguments": [*two, *folders["straight"]]}]
+    tasks += [{"arguments": [*two, *folders["broken"]], "stop_at": place} for place in (2, 9)]
+    tasks += [{"arguments": [*two, *folders["broken"]]}, {"arguments": [*two, *folders["other"]], "stop_at": 5}]
+    assert ranks(tmp_path, 2, tasks)[0] == [0, 85, 85, 0, 85]
+    assert_same(tmp_path / "straight", tmp_path / "broken")
+    assert train([*run, "--micro-batch", "8", *folders["other"]]) == 0
+    found = [[line["loss"] for line in metrics(tmp_path / name) if "loss" in line] for name in ("straight", "other")]
+    assert len(found[0]) == 12 and found[1] == pytest.approx(found[0], rel=1e-4)
+
+
+def test_another_queue_starts_empty(source, tmp_path, alone, capfd):  # noqa: F811
+    arguments = [*ARGUMENTS, *source, "--output-dir", str(tmp_path)]
+    assert train(arguments, stop_at=5) == 85
+    other = [word.replace("queue:30", "queue:40") for word in arguments]
+    assert train(other, mistakes=True) == 2
+    assert 'optim.negatives: "queue:30" -> "queue:40"' in capfd.readouterr().out
+    assert train([*other, "--resume-with-changes"]) == 0
+    assert "optim.negatives: the bank of global starts empty" in capfd.readouterr().out
+    assert torch.load(tmp_path / "checkpoint" / "step12" / BANKS)["global"]["entered"] == 7 * 8
+
+
+def test_training_with_it(tmp_path, alone):
+    """Evaluated, exported, and its memory predicted; nothing of the queue is in the student."""
+    found = drive(tmp_path, *ARGUMENTS[6:])
+    assert len(found["logged"]) == STEPS and "refused" not in found
+    with safe_open(tmp_path / "run" / "student.safetensors", "pt") as file:
+        assert not [name for name in file.keys() if "bank" in name]  # noqa: SIM118
