@@ -65,6 +65,8 @@ ELSEWHERE = {
     "python -m ds_cmli.export RUN DIR": "tests/export/conftest.py: every test beside it",
     'ds-cmli-memory fits --gpu "A100 80GB" -- train_gpt.py --batch-size 8': "tests/fits/test_fits.py: a smaller loop",
     'ds-cmli-memory fits --world-size 8 --gpu "A100 80GB" -- train_fsdp.py': "tests/fits/test_fits.py: four ranks",
+    'ds-cmli-memory fits --engine null --gpu "A100 80GB" -- train_gpt.py --batch-size 8':
+        "tests/fits/test_null_gpu.py: a smaller loop",
     "python profiling/predict.py --preset paper --world-size 2": "tests/memory/test_predict.py: small models",
     "python profiling/predict.py --preset paper --world-size 2 --fit 24GB": "tests/memory/test_predict.py",
     "python profiling/predict.py --preset paper --sweep batch=128,256,world=1,2,8,stage=1,2,3":

@@ -5,8 +5,10 @@ without data, until its optimizer steps are done.
 """
 
 import json
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -14,6 +16,13 @@ from ds_cmli.common import plots
 from ds_cmli.common.cli import GroupedCommand, check_writable, option, run_command
 from ds_cmli.common.errors import UserError
 from ds_cmli.fits import largest
+
+if TYPE_CHECKING:
+    from ds_cmli.fits.answer import Room
+    from ds_cmli.fits.world import World
+
+
+ENGINES = ("fake", "null")
 
 
 class ProgramCommand(GroupedCommand):
@@ -33,6 +42,14 @@ class ProgramCommand(GroupedCommand):
 @option("Program", "--fit", is_flag=True, help="Find the largest number at {} in its arguments.")
 @option("Program", "--world-size", type=click.IntRange(1), help="Ranks; it runs as one of them.")
 @option("Program", "--rank", type=click.IntRange(0), default=0, show_default=True)
+@option(
+    "Program",
+    "--engine",
+    type=click.Choice(ENGINES),
+    default="fake",
+    show_default=True,
+    help="fake: tensors without data; null: the CUDA build of torch on the null GPU.",
+)
 @option("Files", "--json", "json_path", type=click.Path(dir_okay=False), help="In bytes.")
 @option("Files", "--snapshot", type=click.Path(dir_okay=False), help="For pytorch.org/memory_viz.")
 @option("Files", "--plot", type=click.Path(dir_okay=False), help="A picture: .png or .svg.")
@@ -45,7 +62,7 @@ def command(
     world_size: int | None,
     rank: int,
     program: tuple[str, ...],
-    **files: str | None,
+    **named: str | None,
 ) -> int:
     """Tell whether a PyTorch program's training fits on a GPU, without one."""
     if gpu and limit:
@@ -56,46 +73,78 @@ def command(
         raise UserError(f"the script {program[0]!r} is not there: name a file, or -m and a module")
     if rank >= (world_size or 1):
         raise UserError(f"--rank is {rank} of --world-size {world_size or 1}: give one below it")
+    engine, files = named.pop("engine"), named
     for path in filter(None, (files["json_path"], files["snapshot"])):
         check_writable(path)
     plots.check_picture("--plot", files["plot"])
+    if engine == "null" and files["plot"]:
+        raise UserError("--plot draws categories, which --engine null does not know: leave one out")
+    if engine == "null" and not (gpu or limit):
+        raise UserError("--engine null runs on one device: give --gpu or --limit")
     if fit:
         if any(files.values()):
             raise UserError("--fit prints one sentence: leave out --json, --snapshot and --plot")
         ranks = [] if world_size is None else ["--world-size", str(world_size), "--rank", str(rank)]
-        return _largest(gpu, limit, ["--steps", str(steps), *ranks], program)
-    from ds_cmli.fits import guard
+        more = ["--steps", str(steps), "--engine", str(engine), *ranks]
+        return _largest(gpu, limit, more, program)
+    if engine == "fake":
+        from ds_cmli.fits import guard
 
-    guard.load()
+        guard.load()
+    from ds_cmli.fits import report
+    from ds_cmli.fits.world import World
+
+    rooms, world = report.rooms(gpu, limit), World(world_size, rank)
+    if engine == "fake":
+        return _without_data(program, rooms, steps, world, files)
+    from ds_cmli.fits import null_gpu
+
+    answer = null_gpu.answer(null_gpu.NullGpu(rooms[0], steps, world), program, files["snapshot"])
+    answer.show(_name(program))
+    _write(files["json_path"], answer.to_dict())
+    return 0
+
+
+def _name(program: Sequence[str]) -> str:
+    return program[1] if program[0] == "-m" else Path(program[0]).name
+
+
+def _write(path: str | None, answer: dict[str, object]) -> None:
+    if path:
+        Path(path).write_text(json.dumps(answer, indent=2) + "\n")
+
+
+def _without_data(
+    program: Sequence[str],
+    rooms: list["Room"],
+    steps: int,
+    world: "World",
+    files: dict[str, str | None],
+) -> int:
     from ds_cmli.allocator import gpus
     from ds_cmli.allocator import snapshot as snapshots
     from ds_cmli.fits import program as running
     from ds_cmli.fits import report
     from ds_cmli.fits.steps import StepRecorder
     from ds_cmli.fits.values import Values
-    from ds_cmli.fits.world import World
 
-    rooms = report.rooms(gpu, limit)
     card = gpus.find(rooms[0].gpu)
     recorder, values = StepRecorder(card.limits, steps), Values()
-    world = World(world_size, rank)
     ran = running.run(program, recorder, values, card, world)
     if ran.code:
         return ran.code
     answered = report.Report.of(recorder, rooms, world)
-    name = program[1] if program[0] == "-m" else Path(program[0]).name
-    print(answered.sentence(name))
+    print(answered.sentence(_name(program)))
     answered.show()
     for line in report.told(values, ran, recorder):
         print(line)
-    if files["json_path"]:
-        Path(files["json_path"]).write_text(json.dumps(answered.to_dict(), indent=2) + "\n")
+    _write(files["json_path"], answered.to_dict())
     if files["snapshot"]:
         snapshots.write(answered.events, files["snapshot"])
     if files["plot"]:
         from ds_cmli.fits import picture
 
-        title = f"{name} on {rooms[0]}"
+        title = f"{_name(program)} on {rooms[0]}"
         picture.draw(files["plot"], answered.events, answered.answers[0], rooms[0], title)
     return 0
 

@@ -38,7 +38,7 @@ def library() -> Path:
         raise UserError(
             f"torch is {version('torch')}, a build with CUDA: fits runs with the CPU build so far: "
             "install it in an environment of its own (pip --index-url "
-            "https://download.pytorch.org/whl/cpu)"
+            "https://download.pytorch.org/whl/cpu), or give --engine null"
         )
     text = SOURCE.read_text() + version("torch") + str(torch)
     folder = cache_folder() / "fits"

@@ -2,15 +2,11 @@
 
 import copy
 import os
-import runpy
-import sys
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
-from types import TracebackType
 from typing import NoReturn
 
 import torch
@@ -29,9 +25,9 @@ from torch.utils.data import DataLoader
 from ds_cmli.allocator.gpus import Gpu
 from ds_cmli.common.errors import UserError
 from ds_cmli.common.patches import patched, patched_each
-from ds_cmli.fits import device, kernels, lines, modules
+from ds_cmli.fits import device, kernels, lines, modules, script
 from ds_cmli.fits.kernels import CudaOperators
-from ds_cmli.fits.steps import StepRecorder, StepsDone
+from ds_cmli.fits.steps import StepRecorder
 from ds_cmli.fits.values import Values, on_host
 from ds_cmli.fits.world import NotFollowed, World
 
@@ -52,12 +48,13 @@ class Ran:
 
 
 def run(
-    command: Sequence[str], recorder: StepRecorder, values: Values, gpu: Gpu, world: World
+    command: Sequence[str], recorder: StepRecorder, values: Values, gpu: Gpu | None, world: World
 ) -> Ran:
     """Run `python COMMAND` in this process until its steps are done, or it ends.
 
     Args:
         command: a script and its arguments, or "-m", a module and its arguments.
+        gpu: the one that it finds; None: it runs on the CPU.
 
     Raises:
         UserError: it does what tensors without data cannot do.
@@ -66,8 +63,9 @@ def run(
     # Before torch is changed, as this imports its compiler, which looks at every function.
     without_data = FakeTensorMode(allow_non_fake_inputs=True)
     with ExitStack() as stack:
-        stack.enter_context(_started_as_by_python(command))
-        stack.enter_context(_without_gpu(recorder, gpu, ran))
+        stack.enter_context(_without_data(ran))
+        if gpu is not None:
+            stack.enter_context(_without_gpu(recorder, gpu, ran))
         stack.enter_context(world.entered(recorder))
         stack.enter_context(recorder.following())
         # Else backward has a thread of its own, where `torch.tensor` asks for the device.
@@ -75,94 +73,66 @@ def run(
         for mode in (without_data, recorder, values):
             stack.enter_context(mode)
         try:
-            if command[0] == "-m":
-                runpy.run_module(command[1], run_name="__main__", alter_sys=True)
-            else:
-                runpy.run_path(command[0], run_name="__main__")
-        except StepsDone:
-            pass
+            ran.code = script.run(command, (NotFollowed, UserError, *WITHOUT_DATA))
         except NotFollowed as reason:
             raise UserError(str(reason)) from None
-        except SystemExit as end:
-            ran.code = _exit_code(end)
-        except (UserError, KeyboardInterrupt):
-            raise
-        except BaseException as error:
-            ran.code = _mistake(error)
+        except WITHOUT_DATA as error:
+            raise UserError(_needs_values(error)) from None
     return ran
 
 
-def _exit_code(end: SystemExit) -> int:
-    if end.code is None or isinstance(end.code, int):
-        return end.code or 0
-    print(end.code, file=sys.stderr)
-    return 1
+def _needs_values(error: BaseException) -> str:
+    frames = traceback.extract_tb(script.of_program(error))
+    users = [frame for frame in frames if lines.is_users(frame.filename)]
+    at = f"{users[-1].filename}:{users[-1].lineno}: " if users else ""
+    return f"{at}this needs values, which fits does not have: {type(error).__name__}: {error}"
 
 
-def _mistake(error: BaseException) -> int:
-    """Report the program's own mistake as Python does, and one of these tensors in one line."""
-    own = error.__traceback__
-    while own is not None and not _is_programs(own):
-        own = own.tb_next
-    if isinstance(error, WITHOUT_DATA):
-        frames = traceback.extract_tb(own)
-        users = [frame for frame in frames if lines.is_users(frame.filename)]
-        at = f"{users[-1].filename}:{users[-1].lineno}: " if users else ""
-        raise UserError(
-            f"{at}this needs values, which fits does not have: {type(error).__name__}: {error}"
-        ) from None
-    sys.excepthook(type(error), error.with_traceback(own), own)
-    return 1
+def _left_out(ran: Ran, what: str) -> Callable:
+    """A function that does nothing but return its first argument."""
 
+    def run(first: object = None, *_: object, **__: object) -> object:
+        ran.left_out[what] += 1
+        return first
 
-def _is_programs(frames: TracebackType) -> bool:
-    name = frames.tb_frame.f_code.co_filename
-    return name not in (__file__, runpy.__file__) and not name.startswith("<frozen")
+    return run
 
 
 @contextmanager
-def _started_as_by_python(command: Sequence[str]) -> Iterator[None]:
-    arguments, path = sys.argv, list(sys.path)
-    if command[0] == "-m":
-        sys.argv, sys.path[0] = list(command[1:]), os.getcwd()
-    else:
-        sys.argv, sys.path[0] = list(command), str(Path(command[0]).resolve().parent)
-    try:
-        yield
-    finally:
-        sys.argv, sys.path[:] = arguments, path
-
-
-@contextmanager
-def _without_gpu(recorder: StepRecorder, gpu: Gpu, ran: Ran) -> Iterator[None]:
-    """Inside, torch finds one GPU, whose tensors have no data."""
-    found = device.functions(gpu, recorder)
-
-    def left_out(what: str) -> Callable:
-        """A function that does nothing but return its first argument."""
-
-        def run(first: object = None, *_: object, **__: object) -> object:
-            ran.left_out[what] += 1
-            return first
-
-        return run
+def _without_data(ran: Ran) -> Iterator[None]:
+    """Inside, tensors have no data."""
 
     def compiling(_: Callable) -> Callable:
-        keep = left_out("torch.compile ran as eager mode")
+        keep = _left_out(ran, "torch.compile ran as eager mode")
         return lambda model=None, **_: keep(model) if model is not None else keep
 
     replacements: dict[str, Callable] = {
         "python: end of the process": _ending,
-        "torch: start of a device": lambda _: True,
-        "torch: version of CUDA": lambda _: "13.0",
-        "torch: GPU's marks": lambda _: lambda *_: 0,
         "torch: module conversion": lambda _: modules.apply,
         "torch: compiler": compiling,
         "torch: scaled step": lambda _: _step,
         "torch: formatted number": lambda _: _formatted,
         "torch: data of the host": on_host,
+        "torch: loading processes": in_this_process,
+        "torch: saving": lambda _: _left_out(ran, "torch.save wrote nothing"),
+        "torch: types for all parameters at once in optimizers": lambda known: [*known, FakeTensor],
+        "torch: types for all parameters at once": lambda known: [*known, FakeTensor],
+    }
+    with ExitStack() as stack:
+        for name, replacement in replacements.items():
+            stack.enter_context(patched(name, replacement))
+        yield
+
+
+@contextmanager
+def _without_gpu(recorder: StepRecorder, gpu: Gpu, ran: Ran) -> Iterator[None]:
+    """Inside, torch finds one GPU."""
+    found = device.functions(gpu, recorder)
+    replacements: dict[str, Callable] = {
+        "torch: start of a device": lambda _: True,
+        "torch: version of CUDA": lambda _: "13.0",
+        "torch: GPU's marks": lambda _: lambda *_: 0,
         "torch: lengths for CTC": _with_lengths_of_host,
-        "torch: loading processes": _in_this_process,
         "torch: resized storage": recorder.resizing,
         "torch: shapes of sharded results": recorder.unrecorded,
         "torch: pinned memory": lambda _: lambda self, *_, **__: self,
@@ -170,9 +140,6 @@ def _without_gpu(recorder: StepRecorder, gpu: Gpu, ran: Ran) -> Iterator[None]:
             lambda tensor, stream: recorder.record_stream(tensor, stream)
         ),
         "torch: scattered to GPUs": lambda _: lambda x, *_, **__: (x.to("cuda"),),
-        "torch: saving": lambda _: left_out("torch.save wrote nothing"),
-        "torch: types for all parameters at once in optimizers": lambda known: [*known, FakeTensor],
-        "torch: types for all parameters at once": lambda known: [*known, FakeTensor],
     }
     with ExitStack() as stack:
         of_gpu = "GPU", "GPU's memory", "accelerator", "accelerator's memory", "GPU's observer"
@@ -180,7 +147,7 @@ def _without_gpu(recorder: StepRecorder, gpu: Gpu, ran: Ran) -> Iterator[None]:
             stack.enter_context(patched_each(f"torch: {name}", found))
         for name, replacement in replacements.items():
             stack.enter_context(patched(name, replacement))
-        kernels.leave_out_tritons(stack, left_out("a kernel of Triton did not run"))
+        kernels.leave_out_tritons(stack, _left_out(ran, "a kernel of Triton did not run"))
         stack.enter_context(CudaOperators(gpu.limits, "cuda").chosen())
         yield
 
@@ -222,7 +189,7 @@ def _with_lengths_of_host(ctc_loss: Callable) -> Callable:
     return loss
 
 
-def _in_this_process(before: Callable) -> Callable:
+def in_this_process(before: Callable) -> Callable:
     """Replaces `DataLoader._get_iterator`: tensors without data travel between no processes."""
 
     def iterator(self: DataLoader) -> object:

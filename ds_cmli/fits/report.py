@@ -32,6 +32,48 @@ def rooms(gpu: str | None, limit: str | None) -> list[Room]:
     return [Room(DEFAULT_GPU), *others]
 
 
+def check_training(steps: int, on_gpu: bool) -> None:
+    """Raise `UserError` unless the program has done optimizer steps, and had tensors on a GPU."""
+    if not steps:
+        raise UserError(
+            "the program ended before an optimizer of torch.optim did a step after a backward "
+            "pass: let it train"
+        )
+    if not on_gpu:
+        raise UserError("the program made no tensor on a GPU: let it train on device 'cuda'")
+
+
+def what_ran(program: str, steps: int, world: World) -> str:
+    rank = "" if world.size is None else f" as rank {world.rank} of {world.size}"
+    return f"{'1 step' if steps == 1 else f'{steps} steps'} of {program}{rank}"
+
+
+def verdict(room: Room, needed: int, fits: bool) -> str:
+    """Whether steps that need so many bytes of the device fit."""
+    if fits:
+        left = f"{_gb(max(room.bytes - needed, 0))} are free"
+        return f"fit on {room}: they take {_gb(needed)}, {left}"
+    return f"do not fit on {room}: they take {_gb(needed)}"
+
+
+def ended_early(done: int, asked: int) -> str:
+    return f"\nthe program ended after {done} of {asked} optimizer steps" if done < asked else ""
+
+
+def show_totals(totals: dict[str, int], room: Room, world: World) -> None:
+    """Print peaks, and what the process occupies of the device beside torch's tensors."""
+    print("\npeak of each, in bytes:")
+    for name, size in totals.items():
+        print(f"  {name:20} {size:>18,}")
+    card = gpus.find(room.gpu)
+    outside = {"context": card.context}
+    if (world.size or 1) > 1:
+        outside["NCCL"] = card.nccl
+    print("\nof device, outside torch's allocator:")
+    for name, constant in outside.items():
+        print(f"  {name:20} {constant.bytes:>18,}  {constant.known}")
+
+
 @dataclass
 class Report:
     """The answers for each device that is asked about."""
@@ -44,17 +86,12 @@ class Report:
 
     @classmethod
     def of(cls, recorder: StepRecorder, rooms: list[Room], world: World) -> "Report":
-        if not recorder.done:
-            raise UserError(
-                "the program ended before an optimizer of torch.optim did a step after a backward "
-                "pass: let it train"
-            )
+        steps = min(recorder.done.values(), default=0)
         card = gpus.find(rooms[0].gpu)
         events = with_cublas(recorder.events(), card.cublas_bytes())
-        if not any(event.bytes for event in events):
-            raise UserError("the program made no tensor on a GPU: let it train on device 'cuda'")
+        check_training(steps, any(event.bytes for event in events))
         answers = [answer(events, recorder.lines, room, world.size or 1) for room in rooms]
-        return cls(min(recorder.done.values()), rooms, answers, events, world)
+        return cls(steps, rooms, answers, events, world)
 
     @property
     def margin(self) -> int:
@@ -64,10 +101,7 @@ class Report:
     def sentence(self, program: str) -> str:
         """The answer in one sentence."""
         first, room = self.answers[0], self.rooms[0]
-        needed, total = first.totals["device"], room.bytes
-        steps = "1 step" if self.steps == 1 else f"{self.steps} steps"
-        if self.world.size is not None:
-            program += f" as rank {self.world.rank} of {self.world.size}"
+        said = what_ran(program, self.steps, self.world)
         size, category, line = first.largest[0]
         largest = f"the largest at the peak: {_gb(size)} of {category}"
         largest += f", by {line}" if line else ""
@@ -75,28 +109,17 @@ class Report:
             zipped = zip(self.rooms, self.answers, strict=True)
             fitting = [room.gpu for room, each in zipped if each.fits]
             where = f"and fit on {', '.join(fitting) or 'no listed GPU'}"
-            return f"{steps} of {program} need {_gb(needed)} {where}; {largest}"
-        if first.fits:
-            free = max(total - needed, 0)
-            left = f"{_gb(free)} are free"
-            if free < self.margin:
-                left += f", less than the margin of {_gb(self.margin)}"
-            return f"{steps} of {program} fit on {room}: they take {_gb(needed)}, {left}; {largest}"
-        return f"{steps} of {program} do not fit on {room}: they take {_gb(needed)}; {largest}"
+            return f"{said} need {_gb(first.totals['device'])} {where}; {largest}"
+        told = verdict(room, first.totals["device"], first.fits)
+        free = room.bytes - first.totals["device"]
+        if first.fits and free < self.margin:
+            told += f", less than the margin of {_gb(self.margin)}"
+        return f"{said} {told}; {largest}"
 
     def show(self) -> None:
         """Print the sizes at the peak."""
         first = self.answers[0]
-        print("\npeak of each, in bytes:")
-        for name, size in first.totals.items():
-            print(f"  {name:20} {size:>18,}")
-        card = gpus.find(self.rooms[0].gpu)
-        outside = {"context": card.context}
-        if (self.world.size or 1) > 1:
-            outside["NCCL"] = card.nccl
-        print("\nof device, outside torch's allocator:")
-        for name, constant in outside.items():
-            print(f"  {name:20} {constant.bytes:>18,}  {constant.known}")
+        show_totals(first.totals, self.rooms[0], self.world)
         margin = f"not in device: {MARGIN:.0%} of reserved, the most that it was too low"
         print(f"  {'margin':20} {self.margin:>18,}  {margin}")
         print("\nthe most requested in each phase:")
@@ -122,9 +145,9 @@ class Report:
 
 def told(values: Values, ran: Ran, recorder: StepRecorder) -> Iterator[str]:
     """Yield what the program asked for and did not get, a line each."""
-    done = min(recorder.done.values())
-    if done < recorder.steps:
-        yield f"\nthe program ended after {done} of {recorder.steps} optimizer steps"
+    early = ended_early(min(recorder.done.values()), recorder.steps)
+    if early:
+        yield early
     if values.read:
         what = f"read from tensors without data: {NUMBER} for a number, 0 for a whole one"
         yield f"\nstand-ins {what}: {_places(values.read)}"

@@ -28,6 +28,7 @@ from ds_cmli.common.patches import patched
 from ds_cmli.fits import lines
 from ds_cmli.fits.kernels import MATRICES, TRANSFERS, operand_copies, transfer_copies
 from ds_cmli.fits.recorder import Allocation, Recorder
+from ds_cmli.fits.script import StepsDone
 from ds_cmli.fits.streams import Event as StreamEvent
 from ds_cmli.fits.streams import Stream
 
@@ -43,22 +44,21 @@ CATEGORIES = (
 )
 
 
-class StepsDone(BaseException):
-    """Ends the program. Like SystemExit it is no `Exception`, which programs catch."""
-
-
 def _first_parameter(optimizer: Optimizer) -> int:
     return id(optimizer.param_groups[0]["params"][0])
 
 
 class StepRecorder(Recorder):
-    """Records a program on a GPU, phase by phase, until `steps` steps of each optimizer are done.
+    """Records a program phase by phase until `steps` steps of each optimizer are done.
 
     Phases: "init" until the first forward pass, then "forward", "backward" and "optimizer".
+
+    Args:
+        gpu: whose memory is recorded; None: the host's, without what operators hold inside.
     """
 
-    def __init__(self, gpu: Limits, steps: int):
-        super().__init__("cuda", gpu)
+    def __init__(self, gpu: Limits | None, steps: int):
+        super().__init__("cpu" if gpu is None else "cuda", gpu)
         self.steps, self.done = steps, Counter[int]()
         self.backward = -1  # autograd's number of the last backward pass
         self.stepped_after: dict[int, int] = {}  # that number at each optimizer's last step
@@ -103,6 +103,8 @@ class StepRecorder(Recorder):
     def _inside(
         self, func: OpOverload, args: tuple, kwargs: dict[str, object] | None
     ) -> tuple[str, Inside]:
+        if self.gpu is None:
+            return super()._inside(func, args, kwargs)
         if func in TRANSFERS:
             return "temporaries", transfer_copies(func, args, kwargs or {})
         for leaf in tree_leaves(args):

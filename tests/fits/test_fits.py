@@ -13,7 +13,7 @@ import torch
 from ds_cmli.common import cli
 from ds_cmli.common.errors import UserError
 from ds_cmli.config.presets import load_preset
-from ds_cmli.fits import guard
+from ds_cmli.fits import guard, null_gpu
 from ds_cmli.fits.answer import Answer, Room
 from ds_cmli.fits.command import command
 from ds_cmli.fits.report import Report, rooms
@@ -260,6 +260,12 @@ def test_what_is_not_followed_is_said_in_one_line(text, reason, tmp_path):
         (["--gpu", "T4", "--limit", "2GB", "--", LOOP], "--gpu is 'T4' and --limit '2GB': give one"),
         (["--world-size", "2", "--rank", "2", "--", LOOP], "--rank is 2 of --world-size 2"),
         (["--json", "absent/x", "--", LOOP], "cannot write 'absent/x'"),
+        (["--engine", "null", "--", LOOP], "--engine null runs on one device: give --gpu or --limit"),
+        (
+            ["--engine", "null", "--gpu", "A10G", "--", LOOP],
+            "--engine null has no A10G 24GB: give --limit, or one of T4 16GB",
+        ),
+        (["--engine", "null", "--gpu", "T4", "--plot", "x.svg", "--", LOOP], "--plot draws categories"),
         (["--plot", "x.bmp", "--", LOOP], "--plot is 'x.bmp': end its name in one of .png .svg .pdf"),
     ],
 )
@@ -268,6 +274,18 @@ def test_refusals(arguments, line, monkeypatch, capsys):
     assert cli.exit_code(command) == 2
     error = capsys.readouterr().err
     assert line in error and error.count("\n") == 1
+
+
+def test_without_a_null_gpu(monkeypatch, tmp_path):
+    asked = null_gpu.NullGpu(rooms("T4", None)[0], 2, World())
+    monkeypatch.setenv("DS_CMLI_CACHE", str(tmp_path))
+    monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("PIP_RETRIES", "0")
+    with pytest.raises(UserError, match="no null GPU can be built: python failed: ERROR: No matching distribution"):
+        null_gpu.answer(asked, [LOOP], None)
+    monkeypatch.setattr(null_gpu, "SOURCES", tmp_path / "absent")
+    with pytest.raises(UserError, match="clone the repository"):
+        null_gpu.answer(asked, [LOOP], None)
 
 
 def test_unknown_devices():

@@ -1,35 +1,86 @@
-"""What `fits` tells beside what PyTorch's own allocator counts on a null GPU, for the same loop."""
+"""What PyTorch's own allocator counts on a null GPU: `fits --engine null`, and `fits` without data beside it."""
 
 import json
+import os
+import pickle
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from tests.fits.test_fits import LOOP, fits
+from tests.conftest import ROOT
+from tests.fits.test_fits import LOOP, MAIN, RANKS, fits, script
 
 pytestmark = pytest.mark.null_gpu
-COUNTED = """
-import json, runpy, sys, torch
-sys.argv = sys.argv[1:]
-try:
-    runpy.run_path(sys.argv[0], run_name="__main__")
-except SystemExit:
+DEVICE = ("--gpu", "A100 80GB", "--json", "out.json")
+TRAINED = """
+import json, torch
+layer = torch.nn.Linear(1024, 1024, bias=False).cuda()
+optimizer = torch.optim.SGD(layer.parameters(), 1e-3, momentum=0.9)
+optimizer.step()  # a schedule's trial
+for step in range(3):
+    layer(torch.randn(1024, 1024, device="cuda")).backward(torch.ones(1024, 1024, device="cuda"))
     stats = torch.cuda.memory_stats()
     print(json.dumps({kind: stats[f"{kind}_bytes.all.peak"] for kind in ("requested", "allocated", "reserved")}))
+    optimizer.step()
+    optimizer.zero_grad()
 """
+
+
+def told(folder: Path, *arguments: str) -> dict[str, int]:
+    done = fits(*DEVICE, *arguments, cwd=folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads((folder / "out.json").read_text())["totals"]
 
 
 @pytest.mark.parametrize("switches", [("fp32",), ("fp16",), ("bf16", "fused"), ("bf16", "checkpoint")], ids=str)
 def test_requested_is_equal_and_reserved_is_close(switches, null_gpu, tmp_path):
-    done = fits("--gpu", "A100 80GB", "--json", "out.json", "--", LOOP, *switches, cwd=tmp_path)
-    assert done.returncode == 0, done.stdout + done.stderr
-    told = json.loads((tmp_path / "out.json").read_text())["totals"]
-    command = [sys.executable, "-c", COUNTED, LOOP, *switches]
-    done = subprocess.run(command, env=null_gpu("a100"), capture_output=True, text=True, timeout=300)
-    counted = json.loads(done.stdout.splitlines()[-1])
+    without_data, counted = (told(tmp_path, "--engine", each, "--", LOOP, *switches) for each in ("fake", "null"))
     # The kernel of fp32's attention returns two numbers on the host, which count as the device's: 16 B in each layer.
-    more = told["requested"] - counted["requested"]
+    more = without_data["requested"] - counted["requested"]
     assert more == (3 * 16 if "fp32" in switches else 0)
-    assert told["allocated"] == pytest.approx(counted["allocated"], rel=0.003)
-    assert told["reserved"] == pytest.approx(counted["reserved"], rel=0.02)
+    assert without_data["allocated"] == pytest.approx(counted["allocated"], rel=0.003)
+    assert without_data["reserved"] == pytest.approx(counted["reserved"], rel=0.02)
+
+
+def test_what_does_not_fit_is_counted_without_a_limit(null_gpu, tmp_path):
+    """Beside a context of 471,859,200 B, 480 MB leave less than a segment of 20 MiB."""
+    limit = ("--limit", "480MB", "--json", "out.json", "--snapshot", "out.pickle")
+    done = fits("--engine", "null", *limit, "--", script(tmp_path, TRAINED), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    answer = json.loads((tmp_path / "out.json").read_text())
+    printed = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    assert len(printed) == 2  # of the second run: the first one ended before
+    by_itself, totals = json.loads(printed[-1]), answer["totals"]
+    assert {kind: totals[kind] for kind in by_itself} == by_itself
+    assert totals["device"] == totals["reserved"] + 471_859_200 and answer["fits"] == {"0.48 GB": False}
+    assert "2 steps of program.py do not fit on 0.48 GB: they take 0." in done.stdout
+    [history] = pickle.loads((tmp_path / "out.pickle").read_bytes())["device_traces"]
+    assert sum(entry["action"] == "segment_alloc" for entry in history) > 1
+
+
+def test_one_of_several_ranks(null_gpu, tmp_path):
+    """DDP, whose second bucket is there in the second backward pass, as without data."""
+    world = ("--world-size", "2", "--rank", "1", "--", RANKS, "ddp")
+    without_data, counted = (told(tmp_path, "--engine", each, *world) for each in ("fake", "null"))
+    assert without_data == counted
+
+
+def test_a_mistake_is_the_programs_own(null_gpu, tmp_path):
+    done = fits("--engine", "null", *DEVICE, "--", LOOP, "fp32", "mistake", cwd=tmp_path)
+    assert done.returncode == 1 and done.stderr.endswith("KeyError: 'mine'\n") and "null_gpu" not in done.stderr
+
+
+def test_packages_for_another_torch_are_refused(null_gpu, tmp_path):
+    (tmp_path / "torch-2.12.0.dist-info").mkdir()
+    (tmp_path / "torch-2.12.0.dist-info" / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: torch\nVersion: 2.12.0\n"
+    )
+    command = [sys.executable, "-c", MAIN, "fits", "--engine", "null", "--gpu", "T4", "--", LOOP]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join((str(ROOT), str(tmp_path)))}
+    done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2
+    assert done.stderr.startswith(
+        "error: --engine null needs packages for one release of torch, and finds 2.12.0 and 2.13"
+    )

@@ -20,13 +20,19 @@ static const Card cards[] = {
   {"5090", "NVIDIA GeForce RTX 5090", 12, 0, 170, 1536, 24, 33679998976u, KIB(100), KIB(99), MIB(96)},
 };
 
+// The one that $NULLGPU names, with $NULLGPU_MEMORY bytes if that is set.
 const Card *card(void) {
+  static Card copy;
   static const Card *chosen;
   if (chosen) return chosen;
-  const char *key = getenv("NULLGPU");
+  const char *key = getenv("NULLGPU"), *memory = getenv("NULLGPU_MEMORY");
   if (!key) key = "a100";
-  for (size_t i = 0; i < sizeof cards / sizeof *cards; i++)
-    if (!strcmp(key, cards[i].key)) return chosen = &cards[i];
+  for (size_t i = 0; i < sizeof cards / sizeof *cards; i++) {
+    if (strcmp(key, cards[i].key)) continue;
+    copy = cards[i];
+    if (memory) copy.memory = strtoull(memory, NULL, 10);
+    return chosen = &copy;
+  }
   fprintf(stderr, "null GPU: NULLGPU=%s names no card; see cards.c\n", key);
   exit(2);
 }

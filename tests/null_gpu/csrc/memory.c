@@ -1,5 +1,5 @@
 // Memory of the cards and pinned memory of the host: address space, of which the system gives pages that are written, all
-// zero at first. A card has as much as its table says; $NULLGPU_CONTEXT bytes of it are taken by "the context".
+// zero at first. A card has as much as cards.c says; $NULLGPU_CONTEXT bytes of it are taken by "the context".
 #include "null_gpu.h"
 #include <stdlib.h>
 #include <string.h>

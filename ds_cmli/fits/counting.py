@@ -1,0 +1,83 @@
+"""Asks PyTorch's own allocator what a program takes until its optimizer steps are done.
+
+`null_gpu.py` starts it in a process with the CUDA build of PyTorch:
+`python -m ds_cmli.fits.counting STEPS ANSWER SNAPSHOT SCRIPT ARGUMENTS`. The answer is a file of
+JSON; the snapshot may be "".
+"""
+
+import json
+import sys
+from collections import Counter
+from importlib.metadata import distributions
+from pathlib import Path
+
+import torch
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
+
+from ds_cmli.common.cli import guard_streams, leave
+from ds_cmli.fits import script
+
+KINDS = ("requested", "allocated", "reserved")
+
+
+class Steps:
+    """Counts the steps of each optimizer, and ends the program when all have done theirs."""
+
+    def __init__(self, steps: int):
+        self.steps, self.done = steps, Counter[int]()
+
+    def after(self, optimizer: Optimizer, *_: object) -> None:
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        if all(parameter.grad is None for parameter in parameters):
+            return  # the trial of a schedule, say: nothing has been trained
+        self.done[id(parameters[0])] += 1  # a wrapper of an optimizer has its parameters
+        if min(self.done.values()) >= self.steps:
+            raise script.StepsDone
+
+
+def mixed_releases() -> str:
+    """The versions of torch that packages of this environment may be built for; "" if it is one."""
+    versions = {each.version for each in distributions(name="torch")}
+    releases = {version.split("+")[0] for version in versions}
+    return " and ".join(sorted(versions)) if len(releases) > 1 else ""
+
+
+def count(steps: int, answer: str, snapshot: str, command: list[str]) -> int:
+    """Run the program and write what the allocator has counted.
+
+    Returns the program's exit code, 1 where the device had too little memory.
+    """
+    counter, full = Steps(steps), False
+    register_optimizer_step_post_hook(counter.after)
+    if snapshot:
+        torch.cuda.memory._record_memory_history()
+    try:
+        code = script.run(command, (torch.OutOfMemoryError,))
+    except torch.OutOfMemoryError:
+        full = True
+        code = 1
+    if code and not full:
+        return code
+    stats = torch.cuda.memory_stats()
+    counted: dict[str, object] = {kind: stats.get(f"{kind}_bytes.all.peak", 0) for kind in KINDS}
+    counted["steps"] = min(counter.done.values(), default=0)
+    counted["full"] = full or stats.get("num_ooms", 0) > 0
+    if snapshot:
+        torch.cuda.memory._dump_snapshot(snapshot)
+    Path(answer).write_text(json.dumps(counted))
+    return code
+
+
+def main() -> None:
+    guard_streams()
+    steps, answer, snapshot, *command = sys.argv[1:]
+    mixed = mixed_releases()
+    if mixed:
+        mistake = f"error: --engine null needs packages for one release of torch, and finds {mixed}"
+        print(f"{mistake}: install torch {torch.__version__.split('+')[0]}", file=sys.stderr)
+        leave(2)
+    leave(count(int(steps), answer, snapshot, command))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,75 @@
+"""Runs a script or a module in this process as `python` would, until its steps are done."""
+
+import os
+import runpy
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+
+
+class StepsDone(BaseException):
+    """Ends the program. Like SystemExit it is no `Exception`, which programs catch."""
+
+
+def run(command: Sequence[str], passed: tuple[type[BaseException], ...] = ()) -> int:
+    """Run `python COMMAND` and return its exit code, 0 where its steps are done.
+
+    Args:
+        command: a script and its arguments, or "-m", a module and its arguments.
+        passed: errors that are the caller's; all others are reported as Python does.
+    """
+    with _started_as_by_python(command):
+        try:
+            if command[0] == "-m":
+                runpy.run_module(command[1], run_name="__main__", alter_sys=True)
+            else:
+                runpy.run_path(command[0], run_name="__main__")
+        except StepsDone:
+            pass
+        except SystemExit as end:
+            return _exit_code(end)
+        except KeyboardInterrupt:
+            raise
+        except passed:
+            raise
+        except BaseException as error:
+            own = of_program(error)
+            sys.excepthook(type(error), error.with_traceback(own), own)
+            return 1
+    return 0
+
+
+def of_program(error: BaseException) -> TracebackType | None:
+    """The traceback of an error from the program's first line on."""
+    own = error.__traceback__
+    while own is not None and not _is_programs(own):
+        own = own.tb_next
+    return own
+
+
+def _is_programs(frames: TracebackType) -> bool:
+    file = frames.tb_frame.f_code.co_filename
+    ours = os.path.dirname(__file__) + os.sep
+    return not (file == runpy.__file__ or file.startswith((ours, "<frozen")))
+
+
+def _exit_code(end: SystemExit) -> int:
+    if end.code is None or isinstance(end.code, int):
+        return end.code or 0
+    print(end.code, file=sys.stderr)
+    return 1
+
+
+@contextmanager
+def _started_as_by_python(command: Sequence[str]) -> Iterator[None]:
+    arguments, path = sys.argv, list(sys.path)
+    if command[0] == "-m":
+        sys.argv, sys.path[0] = list(command[1:]), os.getcwd()
+    else:
+        sys.argv, sys.path[0] = list(command), str(Path(command[0]).resolve().parent)
+    try:
+        yield
+    finally:
+        sys.argv, sys.path[:] = arguments, path
