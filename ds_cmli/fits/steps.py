@@ -44,8 +44,15 @@ CATEGORIES = (
 )
 
 
-def _first_parameter(optimizer: Optimizer) -> int:
-    return id(optimizer.param_groups[0]["params"][0])
+def _first_parameter(optimizer: Optimizer) -> int | None:
+    """The one by which an optimizer and its wrapper are known; None if it has none now.
+
+    ZeRO-3 gives its optimizer the parameters of one group at a time.
+    """
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            return id(parameter)
+    return None
 
 
 class StepRecorder(Recorder):
@@ -218,7 +225,7 @@ class StepRecorder(Recorder):
         self.claim("optimizer states", tree_leaves(list(optimizer.state.values())))
         self.outer, self.in_step = "forward", False
         key = _first_parameter(optimizer)
-        if self.stepped_after.get(key, -1) == self.backward:
+        if key is None or self.stepped_after.get(key, -1) == self.backward:
             return  # the trial of a schedule, say: nothing has been trained
         self.stepped_after[key] = self.backward
         self.done[key] += 1
@@ -230,7 +237,10 @@ class StepRecorder(Recorder):
         """Note optimizers that have not done a step, whose states are missing."""
         for each in gc.get_objects():
             # A wrapper of an optimizer has its parameters.
-            if issubclass(type(each), Optimizer) and _first_parameter(each) not in self.done:
+            if not issubclass(type(each), Optimizer):
+                continue
+            key = _first_parameter(each)
+            if key is not None and key not in self.done:
                 self.inexact.add(
                     "an optimizer has done no step yet, and what its step takes is not counted: "
                     "give more --steps"

@@ -101,6 +101,29 @@ def test_a_loop_runs_as_it_is(switches, tmp_path):
     assert "do not fit on 0.40 GB" in fits("--limit", "400MB", "--", LOOP, *switches, cwd=tmp_path).stdout
 
 
+def test_an_optimizer_that_has_one_group_at_a_time(tmp_path):
+    """As ZeRO-3 steps its groups: [1024, 1024] fp32 is 4 MiB, and each of two weights has a momentum."""
+    program = script(
+        tmp_path,
+        "import torch\n"
+        "weights = [torch.nn.Parameter(torch.ones(1024, 1024, device='cuda')) for _ in range(2)]\n"
+        "optimizer = torch.optim.SGD([{'params': [weight]} for weight in weights], 1e-3, 0.9, foreach=False)\n"
+        "for group in optimizer.param_groups:\n"
+        "    group['params'] = []\n"
+        "for step in range(9):\n"
+        "    (weights[0] * weights[1]).sum().backward()\n"
+        "    for group, weight in zip(optimizer.param_groups[::-1], weights):\n"
+        "        group['params'] = [weight]\n"
+        "        optimizer.step()\n"
+        "        group['params'], weight.grad = [], None\n",
+    )
+    done = fits("--limit", "1.2GB", "--json", "out.json", "--", program, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    answer = json.loads((tmp_path / "out.json").read_text())
+    assert answer["steps"] == 2 and answer["categories"]["optimizer states"] == 2 * (4 << 20)
+    assert "has done no step" not in done.stdout
+
+
 def test_what_a_program_asks_of_a_gpu(tmp_path):
     done = fits("--limit", "1.2GB", "--", str(Path(__file__).parent / "asked.py"), cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
