@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch._ops import OpOverload
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -107,6 +108,8 @@ class Recorder(TorchDispatchMode):
         self.stream, self.streams = 0, {"": 0}  # the current one, and all of them by name
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):
+            return args[0].fake_device  # autograd asks for it more often than for operators
         grad = self.phase == "backward" and torch.is_grad_enabled()
         if grad != self.recomputing:
             self.recomputing = grad
