@@ -57,12 +57,26 @@ def values() -> dict[str, object]:
         "compared": (numbers > 2).tolist(),
         "all": [(numbers > 2).all().item(), (numbers >= 0).all().item(), (numbers < 0).any().item()],
         "sum": numbers.sum().item(),
+        "most": (numbers - 7).max().item(),
         "joined": torch.cat([numbers, numbers[:2]]).tolist(),
-        "selected": len(numbers[numbers > 0]),
+        "masked": numbers.masked_fill(numbers > 3, -100).tolist(),
+        "strided": strided(),
+        "selected": [len(numbers[numbers > 0]), len((torch.arange(40_000) % 4).cuda().nonzero())],
         "norm": torch.linalg.vector_norm(noise).item(),
         "finite": noise.isfinite().all().item(),
         "foreach": torch.stack(torch._foreach_norm([noise, noise])).tolist(),
     }
+
+
+def strided() -> list[list]:
+    """Of operands that do not lie in one piece."""
+    table = torch.arange(1, 12, 2, device="cuda").view(2, 3)
+    mask = torch.zeros(2, 3, dtype=torch.bool, device="cuda")
+    mask[:, 1] = True
+    results = table.t() == 5, table[:, 1:] + table[:, :2], table[:, ::2] - 1, ~mask[:, 1:], table.t().contiguous()
+    joined = torch.cat([table, table[:, :1]], 1), torch.cat([table.t(), table.t()], 1), torch.cat([table.t()[:1]] * 2)
+    reduced = table.sum(1), table.sum(0), table.amax(1), (table > 3).any(0)
+    return [each.tolist() for each in (*results, *joined, (table > 3).cumsum(-1), *reduced)]
 
 
 def out_of_memory() -> bool:

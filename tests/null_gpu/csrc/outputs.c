@@ -1,5 +1,5 @@
-// What kernels leave in memory. What a program's control flow hangs on is carried out: fills, copies, comparisons, logic,
-// sums of integers, concatenations, counts. Other results of the kernels that plan.c knows are 0. All other kernels, and those
+// What kernels leave in memory. What a program's control flow hangs on is carried out: fills, masks, copies, comparisons, logic,
+// sums and maxima of integers, ranges, concatenations, counts. Other results of the kernels that plan.c knows are 0. All other kernels, and those
 // on more than MOST_COMPUTED elements, leave memory as it was. No infinity or NaN is ever stored, so that a run's numbers stay
 // finite.
 #include "null_gpu.h"
@@ -19,12 +19,31 @@ static int fits(const char *array, size_t bytes) {
   return !range.kind || array + bytes <= range.start + range.bytes;
 }
 
+// torch's OffsetCalculator, with which the function of a kernel begins whose operands do not lie in one piece; their addresses
+// and the functor follow.
+typedef struct {
+  int dimensions;
+  struct { unsigned divisor, m, shift; } sizes[25];
+  unsigned strides[]; // bytes: of each operand in the first dimension, then in the second
+} Offsets;
+
+static size_t offset_of(const Offsets *offsets, int operands, int operand, unsigned element) {
+  size_t offset = 0;
+  for (int d = 0; d < offsets->dimensions; d++) {
+    offset += (size_t)(element % offsets->sizes[d].divisor) * offsets->strides[d * operands + operand];
+    element /= offsets->sizes[d].divisor;
+  }
+  return offset;
+}
+
 // (int N, functor, array of pointers: output and inputs), and where types are converted: ..., loads of (types), a store of type.
+// Where operands do not lie in one piece: (int N, function).
 static void compute_elements(const Plan *plan, void **arguments) {
-  int count = *(int *)arguments[0];
-  if (count > MOST_COMPUTED) return;
-  const char *functor = arguments[1];
-  char **data = arguments[2];
+  int count = *(int *)arguments[0], operands = plan->inputs + 1;
+  if (count < 1 || count > MOST_COMPUTED) return;
+  const Offsets *offsets = plan->strided ? arguments[1] : NULL;
+  char **data = offsets ? (char **)(((uintptr_t)(offsets->strides + 25 * operands) + 7) / 8 * 8) : arguments[2];
+  const char *functor = offsets ? (const char *)(data + operands) : arguments[1];
   Type in = plan->in, out = plan->out;
   Type sources[2] = {in, in};
   if (plan->casts) {
@@ -35,31 +54,57 @@ static void compute_elements(const Plan *plan, void **arguments) {
   int relation = *(const int *)functor;
   size_t alignment = in == INT64 || in == DOUBLE ? 8 : 4;
   long double scalar = plan->scalar ? load(functor + alignment, in == HALF || in == BFLOAT16 ? FLOAT : in) : 0;
-  if (plan->operation == FILL) scalar = load(functor, in);
+  if (plan->operation == FILL || plan->operation == MASK) scalar = load(functor, in);
+  if (plan->operation == MASK) sources[1] = BOOL;
   // The inputs of other kernels may be of types that their names do not tell, and so shorter: a mask.
-  int reads = plan->operation != ZERO && plan->operation != FILL;
-  if (!fits(data[0], (size_t)count * types[out].bytes)) return;
-  for (int i = 0; reads && i < plan->inputs && i < 2; i++)
-    if (!fits(data[i + 1], (size_t)count * types[sources[i]].bytes)) return;
+  int reads = plan->operation == ZERO || plan->operation == FILL ? 0 : plan->inputs < 2 ? plan->inputs : 2;
+  for (int operand = 0; operand <= reads; operand++) {
+    size_t bytes = types[operand ? sources[operand - 1] : out].bytes;
+    size_t last = offsets ? offset_of(offsets, operands, operand, count - 1) : (count - 1) * bytes;
+    if (!fits(data[operand], last + bytes)) return;
+  }
   for (int i = 0; i < count; i++) {
+    char *at[3] = {0};
+    for (int operand = 0; operand <= reads; operand++) {
+      size_t bytes = types[operand ? sources[operand - 1] : out].bytes;
+      at[operand] = data[operand] + (offsets ? offset_of(offsets, operands, operand, i) : i * bytes);
+    }
     long double a = scalar, b = scalar;
-    if (reads && plan->inputs > 0 && plan->scalar != 1) a = load(data[1] + i * types[sources[0]].bytes, sources[0]);
-    if (reads && plan->scalar == 1) b = load(data[1] + i * types[sources[0]].bytes, sources[0]);
-    else if (reads && plan->inputs > 1) b = load(data[2] + i * types[sources[1]].bytes, sources[1]);
+    if (reads > 0 && plan->scalar != 1) a = load(at[1], sources[0]);
+    if (reads > 0 && plan->scalar == 1) b = load(at[1], sources[0]);
+    else if (reads > 1) b = load(at[2], sources[1]);
     long double result = 0;
     switch (plan->operation) {
       case FILL: result = scalar; break;
       case COPY: result = a; break;
       case COMPARE: result = compared(plan, relation, a, b); break;
       case AND: result = a && b; break;
+      case MASK: result = b ? scalar : a; break;
       case OR: result = a || b; break;
       case NOT: result = !a; break;
       case ADD: result = a + load(functor, in) * b; break; // the functor holds alpha
       case ADD_SCALAR: result = a + load(functor, in) * load(functor + types[in].bytes, in); break;
       default: break;
     }
-    store(data[0] + i * types[out].bytes, out, result);
+    store(at[0], out, result);
   }
+}
+
+// (int N, function: the first number and the step, output)
+static void compute_range(void **arguments) {
+  int count = *(int *)arguments[0];
+  const int64_t *function = arguments[1];
+  int64_t *output = *(int64_t **)arguments[2];
+  for (int64_t i = 0; i < count && count <= MOST_COMPUTED; i++) output[i] = function[0] + i * function[1];
+}
+
+// Sums of whole numbers along each row: (output, input, number of rows, numbers in a row, ...)
+static void compute_sums(void **arguments) {
+  int64_t *output = *(int64_t **)arguments[0];
+  const int64_t *input = *(const int64_t **)arguments[1];
+  unsigned rows = *(unsigned *)arguments[2], length = *(unsigned *)arguments[3];
+  for (size_t i = 0; i < (size_t)rows * length && (size_t)rows * length <= MOST_COMPUTED; i++)
+    output[i] = input[i] + (i % length ? output[i - 1] : 0);
 }
 
 // The end of torch's ReduceOp, the one argument of a reduction, which begins with the operation itself and its identity.
@@ -90,41 +135,74 @@ static Reduction *find_reduction(char *operation, char ***pointers) {
   }
   return NULL;
 }
+// The values that become one result.
+static long double reduced(const Plan *plan, const Reduction *r, const char *source) {
+  long double result = plan->operation == AND;
+  for (int i = 0; i < r->inputs; i++) {
+    size_t offset = 0;
+    for (int d = 0, rest = i; d < r->input.dimensions; rest /= r->input.sizes[d++].divisor)
+      offset += (size_t)(rest % r->input.sizes[d].divisor) * r->input.strides[d];
+    long double value = load(source + offset, plan->in);
+    if (plan->operation == AND) result = result && value;
+    else if (plan->operation == OR) result = result || value;
+    else if (plan->operation == MAX) result = i && result > value ? result : value;
+    else result += value;
+  }
+  return result;
+}
 static void compute_reduction(const Plan *plan, void **arguments) {
   char **pointers;
   Reduction *r = find_reduction(arguments[0], &pointers);
   if (!r) return;
   char *source = pointers[0], *target = pointers[1];
-  if (r->outputs > 1 || plan->operation == ZERO) { // in one piece, but for reductions into views
+  if (plan->operation == ZERO) { // in one piece, but for reductions into views
     for (int i = 0; i < r->outputs && r->outputs <= MOST_COMPUTED; i++) store(target + i * types[plan->out].bytes, plan->out, 0);
     return;
   }
-  if (r->inputs > MOST_COMPUTED) return;
-  long double result = plan->operation == AND;
-  for (int i = 0; i < r->inputs; i++) {
-    unsigned rest = i, offset = 0;
-    for (int d = 0; d < r->input.dimensions; d++) {
-      offset += rest % r->input.sizes[d].divisor * r->input.strides[d];
-      rest /= r->input.sizes[d].divisor;
+  if ((int64_t)r->inputs * r->outputs > MOST_COMPUTED) return;
+  for (int o = 0; o < r->outputs; o++) {
+    size_t into = 0, from = 0;
+    for (int d = 0, rest = o; d < r->output.dimensions; rest /= r->output.sizes[d++].divisor) {
+      into += (size_t)(rest % r->output.sizes[d].divisor) * r->output.strides[d][0];
+      from += (size_t)(rest % r->output.sizes[d].divisor) * r->output.strides[d][1];
     }
-    long double value = load(source + offset, plan->in);
-    if (plan->operation == AND) result = result && value;
-    else if (plan->operation == OR) result = result || value;
-    else result += value;
+    store(target + into, plan->out, reduced(plan, r, source + from));
   }
-  store(target, plan->out, result);
 }
 
-// (output, metadata of inputs, strides, dimension, its stride), with a row of the grid for each input. Along the first
-// dimension alone, where the inputs lie behind each other.
+// Sizes and strides of at most four dimensions, in elements.
+typedef struct { unsigned sizes[4], strides[4]; } Layout;
+
+static size_t joined_offset(const Layout *layout, int dimensions, int along, unsigned length, unsigned element) {
+  size_t offset = 0;
+  for (int d = dimensions - 1; d > 0; d--) {
+    unsigned size = d == along ? length : layout->sizes[d];
+    offset += (size_t)(element % size) * layout->strides[d];
+    element /= size;
+  }
+  return offset + (size_t)element * layout->strides[0];
+}
+
+// (output, metadata of inputs, its layout, dimension, stride of that), with a row of the grid for each input.
 static void compute_concatenation(const Plan *plan, dim3 grid, void **arguments) {
   char *target = *(char **)arguments[0], **sources = arguments[1];
-  const unsigned *offsets = (unsigned *)(sources + plan->inputs), *sizes = offsets + plan->inputs, *elements = sizes + plan->inputs;
-  if (*(int *)arguments[3] != 0) return;
+  const unsigned *offsets = (unsigned *)(sources + plan->inputs), *lengths = offsets + plan->inputs, *elements = lengths + plan->inputs;
+  const char *in_one_piece = (const char *)(elements + plan->inputs);
+  const Layout *of_output = arguments[2], *of_inputs = (const Layout *)(((uintptr_t)(in_one_piece + plan->inputs) + 3) / 4 * 4);
+  int along = *(int *)arguments[3];
+  unsigned stride = *(unsigned *)arguments[4];
   for (unsigned i = 0; i < grid.y; i++) {
-    if (!sizes[i] || (size_t)elements[i] * plan->bytes > MOST_COPIED) continue;
-    size_t row = (size_t)elements[i] / sizes[i] * plan->bytes;
-    memcpy(target + offsets[i] * row, sources[i], sizes[i] * row);
+    char *start = target + (size_t)offsets[i] * stride * plan->bytes;
+    if (along == 0 && (plan->contiguous || in_one_piece[i])) {
+      if ((size_t)elements[i] * plan->bytes <= MOST_COPIED) memcpy(start, sources[i], (size_t)elements[i] * plan->bytes);
+      continue;
+    }
+    if (!plan->dimensions) continue;
+    for (unsigned e = 0; e < elements[i] && elements[i] <= MOST_COMPUTED; e++) {
+      size_t from = plan->contiguous || in_one_piece[i] ? e : joined_offset(&of_inputs[i], plan->dimensions, along, lengths[i], e);
+      size_t to = joined_offset(of_output, plan->dimensions, along, lengths[i], e);
+      memcpy(start + to * plan->bytes, sources[i] + from * plan->bytes, plan->bytes);
+    }
   }
 }
 // The last kernel of torch._foreach_norm: (partial sums, addresses of the outputs, ...), a block for each.
@@ -132,19 +210,26 @@ static void compute_norms(const Plan *plan, dim3 grid, void **arguments) {
   for (unsigned i = 0; i < grid.x; i++) store(((void **)arguments[1])[i], plan->out, 0);
 }
 // The number of values that are not zero, which says how much masked_select and nonzero return: (iterator, output, number of
-// values). Of many, a kernel before this one has counted parts: then none are.
+// values). Of many, a first kernel counts parts, here all in the first one, and a second one adds them up.
 static void compute_count(const Plan *plan, void **arguments) {
   const char *source = *(char **)arguments[0];
+  int32_t *target = *(int32_t **)arguments[1];
+  if (!plan->in) {
+    *target = find_range(source).kind ? *(const int32_t *)source : 0;
+    return;
+  }
   uint64_t count = *(uint64_t *)arguments[2];
   long double found = 0;
-  for (uint64_t i = 0; plan->in && i < count && count <= MOST_COMPUTED; i++) found += load(source + i * types[plan->in].bytes, plan->in) != 0;
-  store(*(void **)arguments[1], INT32, found);
+  for (uint64_t i = 0; i < count && count <= MOST_COMPUTED; i++) found += load(source + i * types[plan->in].bytes, plan->in) != 0;
+  *target = found;
 }
 
 void compute(const Plan *plan, dim3 grid, void **arguments) {
   switch (plan->form) {
     case ELEMENTS: compute_elements(plan, arguments); break;
     case REDUCTION: compute_reduction(plan, arguments); break;
+    case RANGE: compute_range(arguments); break;
+    case SUMS: compute_sums(arguments); break;
     case CONCATENATION: compute_concatenation(plan, grid, arguments); break;
     case NORMS: compute_norms(plan, grid, arguments); break;
     case COUNT_NONZERO: compute_count(plan, arguments); break;

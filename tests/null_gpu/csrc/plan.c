@@ -52,6 +52,7 @@ static void plan_functor(Plan *plan, const char *f) {
     plan->operation = AND;
   else if (strstr(f, "logical_or_kernel") || (plan->out == BOOL && (strstr(f, "BitwiseOrFunctor") || strstr(f, "CUDAFunctor_add"))))
     plan->operation = OR;
+  else if (strstr(f, "::masked_fill_kernel(")) plan->operation = MASK;
   else if (!is_float(plan->out) && strstr(f, "at::native::CUDAFunctor_add<") == f) plan->operation = ADD;
   else if (!is_float(plan->out) && strstr(f, "at::native::CUDAFunctorOnSelf_add<") == f) plan->operation = ADD_SCALAR;
   if (plan->scalar && plan->operation != COMPARE) plan->operation = ZERO;
@@ -74,15 +75,37 @@ Plan *plan_of(const char *mangled) {
     plan_functor(&plan, functor);
     free(functor);
     made = malloc(sizeof plan);
+  } else if (strstr(name, "::elementwise_kernel<") && strstr(name, "::gpu_kernel_impl_nocast<")) {
+    size_t length;
+    const char *f = argument(name, "::gpu_kernel_impl_nocast<", 0, &length);
+    char *functor = strndup(f, length);
+    plan_functor(&plan, functor);
+    free(functor);
+    static const int operands[] = {[FILL] = 0, [COPY] = 1, [NOT] = 1, [ADD_SCALAR] = 1, [COMPARE] = 2, [AND] = 2, [OR] = 2, [ADD] = 2, [MASK] = 2};
+    plan.strided = 1;
+    plan.inputs = plan.operation == COMPARE && plan.scalar ? 1 : operands[plan.operation];
+    if (plan.operation != ZERO && plan.in && plan.out) made = malloc(sizeof plan);
+  } else if (strstr(name, "elementwise_kernel_with_index<int, at::native::arange_cuda_out") && strstr(name, "{lambda()#4}")) {
+    plan.form = RANGE; // of int64, the fourth type
+    made = malloc(sizeof plan);
+  } else if (strstr(name, "::tensor_kernel_scan_innermost_dim<long, std::plus<long> >")) {
+    plan.form = SUMS;
+    made = malloc(sizeof plan);
   } else if (strstr(name, "::reduce_kernel<") && strstr(name, "ReduceOp<")) {
     plan.form = REDUCTION;
     plan.in = type_argument(name, "ReduceOp<", 0), plan.out = type_argument(name, "ReduceOp<", 3);
     if (strstr(name, "and_kernel_cuda")) plan.operation = AND;
     else if (strstr(name, "or_kernel_cuda")) plan.operation = OR;
+    else if (strstr(name, "MaxNanFunctor<") && !is_float(plan.out) && plan.in == plan.out) plan.operation = MAX;
     else if (strstr(name, "sum_functor<") && plan.out && !is_float(plan.out) && plan.in == plan.out) plan.operation = ADD;
     made = malloc(sizeof plan);
-  } else if (strstr(name, "::CatArrayBatchedCopy") && (strstr(name, "_contig<") || strstr(name, "_vectorized<"))) {
+  } else if (strstr(name, "::CatArrayBatchedCopy")) {
     plan.form = CONCATENATION;
+    int vectors = strstr(name, "_vectorized<") != NULL;
+    plan.contiguous = vectors || strstr(name, "_contig<");
+    size_t of_number;
+    const char *dimensions = argument(name, plan.contiguous ? "_contig<" : "CatArrayBatchedCopy<", 2, &of_number);
+    plan.dimensions = vectors || !dimensions ? 0 : atoi(dimensions);
     plan.bytes = atoi(strstr(name, "OpaqueType<") + strlen("OpaqueType<"));
     size_t length;
     plan.inputs = atoi(argument(name, "CatArrInputTensorMetadata<", 2, &length));
@@ -91,7 +114,7 @@ Plan *plan_of(const char *mangled) {
     plan.form = NORMS;
     plan.out = type_argument(name, "lpnorm_cleanup<", 4);
     made = malloc(sizeof plan);
-  } else if (strstr(name, "::DeviceReduceSingleTileKernel<") && strstr(name, "policy_hub<int,")) {
+  } else if ((strstr(name, "::DeviceReduceSingleTileKernel<") || strstr(name, "::DeviceReduceKernel<")) && strstr(name, "policy_hub<int,")) {
     plan.form = COUNT_NONZERO;
     plan.in = type_argument(name, "NonZeroOp<", 0);
     made = malloc(sizeof plan);
