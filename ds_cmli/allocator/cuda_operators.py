@@ -14,7 +14,8 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.utils._pytree import tree_map_only
 
-from ds_cmli.allocator import cuda_attention
+from ds_cmli.allocator import cuda_attention, cuda_layouts
+from ds_cmli.allocator.cuda_layouts import suggested
 from ds_cmli.allocator.cuda_reductions import cast, reduced_dimensions, staging
 from ds_cmli.allocator.gpus import Limits
 from ds_cmli.allocator.inside import (
@@ -113,15 +114,16 @@ def _layer_norm_backward(args: tuple, limits: Limits) -> Inside:
     """cuda/layer_norm_kernel.cu (`LaunchGammaBetaBackwardCUDAKernel`): of many short rows, the
     gradients of weight and bias are first summed over 32 rows each, and then by `sum`."""
     grad, x, shape = args[:3]
+    copied = cuda_layouts.layer_norm_backward(args, limits)
     width = math.prod(shape)
     rows = x.numel() // width
     if rows <= 1 << 16 or width // 32 >= limits.multiprocessors // 2:
-        return NOTHING
+        return copied
     blocks = min((1 << 15) // math.ceil(width / 32), math.ceil(rows / 32))
     sums = torch.empty((blocks, width), dtype=grad.dtype, device="meta")
-    both, row = (sums.nbytes, sums.nbytes), width * grad.dtype.itemsize
+    both, row = (*copied.after[0], sums.nbytes, sums.nbytes), width * grad.dtype.itemsize
     summed = (*both, row, *staging(sums, [0], 4, limits))
-    return Inside(after=(summed, both, summed))
+    return Inside(copied.before, (summed, both, summed))
 
 
 def _sorted_pairs(n: int, largest: int, limits: Limits) -> Stage:
@@ -191,26 +193,18 @@ def _index_put(args: tuple, limits: Limits) -> Inside:
     return Inside(after=after)
 
 
-def _format(x: Tensor, weight: Tensor) -> torch.memory_format:
-    """cudnn/ConvShared (`cudnn_conv_suggest_memory_format`): channels last if either is so."""
-    for tensor in (x, weight):
-        last = tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
-        if last and not tensor.is_contiguous():
-            return torch.channels_last
-    return torch.contiguous_format
-
-
 def _depthwise(weight: Tensor, groups: int) -> bool:
     """Whether PyTorch's own kernel convolves, which copies nothing."""
     return groups > 1 and weight.shape[1] == 1
 
 
 def _convolution(args: tuple, limits: Limits) -> Inside:
-    """cudnn/ConvShared.cpp (`cudnn_convolution_forward`): operands become contiguous alike."""
+    """cudnn/ConvShared.cpp (`cudnn_convolution_forward`): operands become contiguous alike, and
+    channels last if one is so (`cudnn_conv_suggest_memory_format`)."""
     x, weight = args[:2]
     if _depthwise(weight, args[8]):
         return NOTHING
-    layout = _format(x, weight)
+    layout = suggested(x, weight)
     return Inside(after=(contiguous_copy(x, layout) + contiguous_copy(weight, layout),))
 
 
@@ -218,7 +212,7 @@ def _convolution_backward(args: tuple, limits: Limits) -> Inside:
     """cudnn/ConvShared.cpp (`cudnn_convolution_backward`), then Convolution.cpp: the bias's
     gradient is a sum over pictures and places."""
     grad, x, weight = args[:3]
-    layout = _format(x, weight)
+    layout = suggested(x, weight)
     kept: Stage = ()  # while the other gradients are computed
     others: Stage = ()
     if not _depthwise(weight, args[9]):
@@ -240,7 +234,7 @@ def returned(func: OpOverload, args: tuple, out: object) -> object:
     if func in CONVOLUTIONS:
         x, weight = args[CONVOLUTIONS[func] :][:2]
         depthwise = _depthwise(weight, args[8 + CONVOLUTIONS[func]])
-        if _format(x, weight) is torch.channels_last and not depthwise:
+        if suggested(x, weight) is torch.channels_last and not depthwise:
             return tree_map_only(Tensor, _channels_last, out)
     if func is aten.native_layer_norm.default:
         assert isinstance(out, tuple)
@@ -267,7 +261,16 @@ REDUCTIONS[aten.linalg_vector_norm.default] = 2
 OTHERS: dict[OpOverload, Callable[[tuple, Limits], Inside]] = {
     aten.logsumexp.default: _logsumexp,
     aten.isinf.default: _is_infinite,
+    aten.native_layer_norm.default: cuda_layouts.layer_norm,
     aten.native_layer_norm_backward.default: _layer_norm_backward,
+    aten._fused_rms_norm.default: cuda_layouts.layer_norm,
+    aten._fused_rms_norm_backward.default: cuda_layouts.layer_norm_backward,
+    aten._softmax.default: cuda_layouts.softmax,
+    aten._log_softmax.default: cuda_layouts.softmax,
+    aten._softmax_backward_data.default: cuda_layouts.softmax_backward,
+    aten._log_softmax_backward_data.default: cuda_layouts.log_softmax_backward,
+    aten.native_batch_norm.default: cuda_layouts.batch_norm,
+    aten.native_batch_norm_backward.default: cuda_layouts.batch_norm_backward,
     aten.embedding.default: _embedding,
     aten.embedding_dense_backward.default: _embedding_backward,
     aten.index_put.default: _index_put,

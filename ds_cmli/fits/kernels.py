@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._ops import OpOverload
+from torch.distributed.tensor import DTensor
 
 from ds_cmli.allocator import cuda_attention
 from ds_cmli.allocator.gpus import Limits
@@ -24,6 +25,8 @@ aten = torch.ops.aten
 # The places of the two matrices among the arguments.
 MATRICES = {aten.mm.default: 0, aten.bmm.default: 0, aten.addmm.default: 1, aten.baddbmm.default: 1}
 TRANSFERS = (aten.copy_.default, aten._to_copy.default)  # between devices, or on one
+# A build of torch without CUDA would take the parts of these operators in place of them.
+WHOLE = ("silu_backward", "mish_backward", "_fused_rms_norm")
 IN_PLACE = ("fused_adam", "fused_lion", "cpu_adam", "cpu_lion", "cpu_adagrad")
 
 
@@ -42,7 +45,11 @@ class CudaOperators:
         with (
             patched("torch: attention", partial(self._on_gpu, self._attention)),
             patched("torch: dropout", partial(self._on_gpu, _dropout)),
+            torch.library._scoped_library("aten", "IMPL") as registered,
         ):
+            registered.impl("linear", _linear, "AutogradCUDA")
+            for name in WHOLE:  # tensors without data are answered before the kernel is asked
+                registered.impl(name, torch.library.fallthrough_kernel, "CUDA")
             yield
 
     def _on_gpu(self, ours: Callable[..., Tensor], theirs: Callable[..., Tensor]) -> Callable:
@@ -91,6 +98,20 @@ class CudaOperators:
         return torch.ops.aten._scaled_dot_product_efficient_attention(
             query, key, value, attn_mask, grad, dropout_p, is_causal, scale=scale
         )[0]
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """As PyTorch's aten/src/ATen/native/Linear.cpp, but there a subclass of a tensor, as those
+    without data are, keeps the product beside its sum with the bias."""
+    columns = weight.t()
+    if bias is None:
+        return torch.matmul(x, columns)
+    if x.dim() == 2:
+        return torch.addmm(bias, x, columns)
+    if x.dim() == 3 and x.is_contiguous():
+        return torch.addmm(bias, x.flatten(0, 1), columns).unflatten(0, x.shape[:2])
+    product = torch.matmul(x, columns)
+    return product + bias if isinstance(bias, DTensor) else product.add_(bias)
 
 
 def _dropout(input, p=0.5, training=True, inplace=False):

@@ -23,6 +23,7 @@ from ds_cmli.memory.predict import predict
 from tests.conftest import ROOT, clean_environment
 
 LOOP = str(Path(__file__).parent / "loop.py")
+OPERATORS = str(Path(__file__).parent / "operators.py")
 MAIN = "import sys; sys.argv[0] = 'fits'; from ds_cmli.memory.command import main; main()"
 
 
@@ -130,6 +131,21 @@ def test_what_a_program_asks_of_a_gpu(tmp_path):
     assert "a kernel of Triton did not run: 1 times" in done.stdout
     assert "as large as on a CPU" in done.stdout and "aten._sample_dirichlet.default (1 times)" in done.stdout
     assert sum(int(count) for count in re.findall(r"asked.py:\d+ \((\d+) times\)", done.stdout)) < 99
+
+
+def test_what_operators_hold_at_most(tmp_path):
+    """A tensor has 4 MiB. A gradient of rows is beside the function's result and that result's gradient."""
+    done = fits("--gpu", "A100 80GB", "--", OPERATORS, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(done.stdout.splitlines()[0])
+    assert found["silu"] == found["mish"] == [4 * MIB, 12 * MIB]  # nothing beside its gradient
+    assert found["softmax"] == [4 * MIB, 16 * MIB]  # the product of gradient and result
+    # A copy of the input, and in backward of the same.
+    for name, few in (("softmax", 0), ("RMS norm", 4096), ("layer norm", 8192)):
+        rows, columns = found[name], found[f"{name} by columns"]
+        assert columns[0] - rows[0] == 4 * MIB and columns[1] <= 16 * MIB + 2 * few
+        assert rows[0] - 4 * MIB <= 2 * few
+    assert found["linear by columns"][0] == 8 * MIB  # its product and the copied input
 
 
 def test_the_largest_results():

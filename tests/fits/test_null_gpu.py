@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT
-from tests.fits.test_fits import LOOP, MAIN, RANKS, fits, script
+from tests.fits.test_fits import LOOP, MAIN, OPERATORS, RANKS, fits, script
 
 pytestmark = pytest.mark.null_gpu
 DEVICE = ("--gpu", "A100 80GB", "--json", "out.json")
@@ -84,3 +84,11 @@ def test_packages_for_another_torch_are_refused(null_gpu, tmp_path):
     assert done.stderr.startswith(
         "error: --engine null needs packages for one release of torch, and finds 2.12.0 and 2.13"
     )
+
+
+def test_operators_hold_as_much_at_most(null_gpu, tmp_path):
+    printed = []
+    for engine in ("fake", "null"):
+        done = fits("--engine", engine, "--gpu", "A100 80GB", "--", OPERATORS, cwd=tmp_path)
+        printed += [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert len(printed) == 2 and printed[0] == printed[1]

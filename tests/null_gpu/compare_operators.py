@@ -76,6 +76,16 @@ def layers() -> Iterator[Call]:
         _, mean, deviation = aten.native_layer_norm(x, [width], weight, weight, 1e-5)
         arguments = (x, x, [width], mean, deviation, weight, weight, [True] * 3)
         yield aten.native_layer_norm_backward.default, arguments
+    for tensor, grad in itertools.product((empty(64, 100, 384), empty(64, 384, 100).transpose(1, 2)), repeat=2):
+        weight = empty(384)
+        norm = tensor, [384], weight, weight, 1e-5
+        yield aten.native_layer_norm.default, norm
+        _, mean, deviation = aten.native_layer_norm(*norm)
+        arguments = (grad, tensor, [384], mean, deviation, weight, weight, [True] * 3)
+        yield aten.native_layer_norm_backward.default, arguments
+        yield from ((kind, (tensor, -1, False)) for kind in (aten._softmax.default, aten._log_softmax.default))
+        for kind in (aten._softmax_backward_data.default, aten._log_softmax_backward_data.default):
+            yield kind, (grad, tensor, -1, tensor.dtype)
     x, weight = empty(8, 64, 56, 56), empty(64, 64, 3, 3)
     last = x.to(memory_format=torch.channels_last)
     shape = [1, 1], [1, 1], [1, 1], False, [0, 0], 1

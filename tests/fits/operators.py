@@ -1,0 +1,56 @@
+"""Prints as JSON the bytes that functions hold at most beside what was there: forward, and forward and backward.
+
+Of tensors of [1024, 1024] fp32 (4 MiB), as they lie, by columns, or channels last.
+"""
+
+import json
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+W = 1024
+rows = torch.empty(8, W // 8, W, device="cuda", requires_grad=True)
+columns = torch.empty(8, W, W // 8, device="cuda", requires_grad=True)
+pictures = torch.empty(16, 64, 32, 32, device="cuda", requires_grad=True)
+last = torch.empty(16, 32, 32, 64, device="cuda", requires_grad=True)
+layers = nn.ModuleDict({"linear": nn.Linear(W, W), "layer norm": nn.LayerNorm(W), "RMS norm": nn.RMSNorm(W)})
+layers["batch norm"] = nn.BatchNorm2d(64)
+layers.cuda()
+softmax, log_softmax = nn.Softmax(-1), nn.LogSoftmax(-1)
+functions = {
+    "silu": (F.silu, rows),
+    "mish": (F.mish, rows),
+    "softmax": (softmax, rows),
+    "softmax by columns": (lambda x: softmax(x.transpose(1, 2)), columns),
+    "log softmax by columns": (lambda x: log_softmax(x.transpose(1, 2)), columns),
+    "batch norm": (layers["batch norm"], pictures),
+    "batch norm, channels last": (lambda x: layers["batch norm"](x.permute(0, 3, 1, 2)), last),
+    "batch norm, then channels last": (
+        lambda x: layers["batch norm"](x).to(memory_format=torch.channels_last),
+        pictures,
+    ),
+}
+for name in ("linear", "layer norm", "RMS norm"):
+    functions[name] = layers[name], rows
+    functions[f"{name} by columns"] = lambda x, layer=layers[name]: layer(x.transpose(1, 2)), columns
+
+
+def most(function, x: torch.Tensor, backward: bool) -> int:
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_stats()["requested_bytes.all.current"]
+    y = function(x)
+    if backward:
+        y.backward(torch.empty_like(y))
+    bytes_at_most = torch.cuda.memory_stats()["requested_bytes.all.peak"] - before
+    x.grad = None
+    layers.zero_grad()
+    return bytes_at_most
+
+
+optimizer = torch.optim.SGD(layers.parameters(), 0.1)
+layers["linear"](rows).sum().backward()  # cuBLAS takes what it keeps
+print(json.dumps({name: [most(*call, backward) for backward in (False, True)] for name, call in functions.items()}))
+for _ in range(2):
+    layers["linear"](rows).sum().backward()
+    optimizer.step()
