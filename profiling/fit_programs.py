@@ -2,7 +2,8 @@
 """Runs the programs of `programs/` through `ds-cmli-memory fits`, and prints a table.
 
 Each is a few lines that start a public package as its users do, with random weights. With `--null`, each program that fits
-runs also on the null GPU of `tests/null_gpu`, and the table has the differences of `fits` from what PyTorch counted there.
+runs also on the null GPU of `tests/null_gpu`, and the table has the differences of `fits` from what PyTorch counted there in
+place of bytes allocated and reserved; a line below it sums them up.
 """
 
 import json
@@ -14,6 +15,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -24,6 +26,7 @@ from ds_cmli.common.cli import run_command
 from profiling.scripts import processor
 
 PROGRAMS = Path(__file__).parent / "programs"
+KINDS = ("requested", "allocated", "reserved")
 GPU, CARD = "A100 80GB", "a100"  # the same one by its name in gpus.json, and on the null GPU
 RANKS = dict.fromkeys(
     ("ddp_gpt2", "fsdp2_llama", "deepspeed_zero2", "deepspeed_zero3", "trainer_deepspeed"), 2
@@ -123,30 +126,66 @@ def counted(name: str, steps: int, limit: int) -> tuple[dict[str, int], Ended]:
     return json.loads(lines[-1].removeprefix("COUNTED")) if lines else {}, first
 
 
+@dataclass
+class Row:
+    """A program under `fits`, and what PyTorch counted of it, which is empty if it did not run."""
+
+    name: str
+    told: dict[str, int]
+    seconds: float  # of the processor
+    host: int  # bytes, the most that were resident
+    found: dict[str, int]
+    mistake: str  # of the program that did not run
+
+    def off(self, kind: str) -> float:
+        return self.told[kind] / self.found[kind] - 1
+
+    def difference(self, kind: str) -> str:
+        return "equal" if self.told[kind] == self.found[kind] else f"{self.off(kind):+.2%}"
+
+    def line(self, null: bool) -> str:
+        if not self.told:
+            return f"| {self.name} | {self.mistake} |"
+        cells = [self.name, *(f"{self.told[kind]:,}" for kind in KINDS)]
+        if self.found:
+            cells[2:] = [self.difference(kind) for kind in KINDS]
+        elif null:
+            cells[2:] = [self.mistake, "", ""]
+        return f"| {' | '.join(cells)} | {self.seconds:.0f} | {self.host / 1e9:.2f} |"
+
+
 def last_line(ended: Ended) -> str:
+    if not ended.code:
+        return ""
     lines = [line for line in ended.error.splitlines() if line.strip()]
     return f"exit code {ended.code}: {lines[-1][:300] if lines else 'no message'}"
 
 
-def difference(told: int, found: int) -> str:
-    return "equal" if told == found else f"{told / found - 1:+.2%}"
-
-
-def row(name: str, steps: int, null: bool, limit: int, output: bool) -> str:
+def row(name: str, steps: int, null: bool, limit: int, output: bool) -> Row:
     told, ended = fitted(name, steps, limit)
+    processes, found = [ended], {}
+    if null and told:
+        found, of_null = counted(name, steps, limit)
+        processes.append(of_null)
     if output:
-        print(ended.out + ended.error, file=sys.stderr)
-    if not told:
-        return f"| {name} | {last_line(ended)} |"
-    sizes = " | ".join(f"{told[kind]:,}" for kind in ("requested", "allocated", "reserved"))
-    cells = f"| {name} | {sizes} | {ended.seconds:.0f} | {ended.host / 1e9:.2f} |"
-    if null:
-        found, ended = counted(name, steps, limit)
-        if output:
-            print(ended.out + ended.error, file=sys.stderr)
-        differences = [difference(told[kind], found[kind]) for kind in found]
-        cells += f" {' | '.join(differences) or last_line(ended)} |"
-    return cells
+        for each in processes:
+            print(each.out + each.error, file=sys.stderr)
+    return Row(name, told, ended.seconds, ended.host, found, last_line(processes[-1]))
+
+
+def summary(rows: list[Row]) -> str:
+    """How far `fits` is off, of the rows that have been compared."""
+    requested = sorted(rows, key=lambda row: abs(row.off("requested")))
+    reserved = sorted(rows, key=lambda row: row.off("reserved"))
+    middle = median(abs(row.off("requested")) for row in rows)
+    most = max(rows, key=lambda row: row.seconds)
+    ends = [f"{row.off('reserved'):+.2%} ({row.name})" for row in (reserved[0], reserved[-1])]
+    return (
+        f"{len(rows)} programs; requested: {middle:.2%} off in the median, at most "
+        f"{abs(requested[-1].off('requested')):.2%} ({requested[-1].name}); reserved: from "
+        f"{' to '.join(ends)}; at most {most.seconds:.0f} CPU s ({most.name}) and "
+        f"{max(row.host for row in rows) / 1e9:.2f} GB of host memory"
+    )
 
 
 @click.command()
@@ -158,13 +197,17 @@ def row(name: str, steps: int, null: bool, limit: int, output: bool) -> str:
 def command(names: tuple[str, ...], null: bool, steps: int, seconds: int, output: bool) -> None:
     """Run the programs of profiling/programs, or those NAMES."""
     print(f"{time.strftime('%Y-%m-%d')}, {processor()}, {GPU}, {steps} steps\n")
-    print(
-        "| program | requested | allocated | reserved | CPU s | host GB |"
-        + " requested | allocated | reserved |" * null
-    )
-    print("|---|---|---|---|---|---|" + "---|---|---|" * null)
+    difference = "difference | " * null
+    print(f"| program | requested | {difference}allocated | reserved | CPU s | host GB |")
+    print("|---|---|---|---|---|---|" + "---|" * null)
+    compared = []
     for name in names or sorted(path.stem for path in PROGRAMS.glob("*.py")):
-        print(row(name, steps, null, seconds, output), flush=True)
+        done = row(name, steps, null, seconds, output)
+        print(done.line(null), flush=True)
+        if done.found:
+            compared.append(done)
+    if compared:
+        print(f"\n{summary(compared)}")
 
 
 if __name__ == "__main__":
