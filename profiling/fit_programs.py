@@ -163,7 +163,8 @@ def last_line(ended: Ended) -> str:
 
 def row(name: str, steps: int, null: bool, limit: int, output: bool) -> Row:
     told, ended = fitted(name, steps, limit)
-    processes, found = [ended], {}
+    found: dict[str, int] = {}
+    processes = [ended]
     if null and told:
         found, of_null = counted(name, steps, limit)
         processes.append(of_null)
