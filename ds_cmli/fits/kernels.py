@@ -101,7 +101,7 @@ class CudaOperators:
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """As PyTorch's aten/src/ATen/native/Linear.cpp, but there a subclass of a tensor, as those
+    """PyTorch's aten/src/ATen/native/Linear.cpp, where, however, a subclass of a tensor, as those
     without data are, keeps the product beside its sum with the bias."""
     columns = weight.t()
     if bias is None:
