@@ -27,6 +27,8 @@ from ds_cmli.allocator.inside import Inside, Stage
 # afterwards.
 IN_PLACE = (
     torch.ops.aten.add.Tensor,
+    torch.ops.aten.index_add.default,
+    torch.ops.aten.index_put.default,
     torch.ops.aten.scatter.src,
     torch.ops.aten.scatter_add.default,
 )
@@ -103,7 +105,8 @@ class Recorder(TorchDispatchMode):
         # a forward pass and its losses are one, and backward is divided where checkpointing begins
         # and ends to recompute a forward pass.
         self.segment, self.recomputing = 0, False
-        self.in_place_at = 0  # length of the log after the last operator of IN_PLACE in backward
+        # Of the last operator of IN_PLACE in backward: its result's place in the log, and the end.
+        self.in_place_at = 0, 0
         self._scope: str | None = None
         self.stream, self.streams = 0, {"": 0}  # the current one, and all of them by name
 
@@ -125,13 +128,14 @@ class Recorder(TorchDispatchMode):
             out = cuda_operators.returned(func, args, out)
         if func in IN_PLACE:
             own.enter(())  # already here, as the result will replace its argument
+        place = len(self.log)
         if self.recording:
             self._see_results(func, args, out)
-        if func in IN_PLACE and self.phase == "backward" and not grad:
-            self.in_place_at = len(self.log)
         for stage in inside.after:
             own.enter(stage)
         own.enter(())
+        if func in IN_PLACE and self.phase == "backward" and not grad:
+            self.in_place_at = place, len(self.log)
         return out
 
     def _inside(
@@ -211,16 +215,21 @@ class Recorder(TorchDispatchMode):
         return block
 
     def _end(self, block: int, size: int) -> None:
-        end = Change(block, -size, self.phase)
-        if len(self.log) == self.in_place_at and self._replaces(block, size):
-            self.log.insert(-1, end)
-        else:
-            self.log.append(end)
+        place, after = self.in_place_at
+        same = place < after == len(self.log) and self.log[place].bytes == size
+        if same and self.log[place].block != block:
+            self._replace(self.log.pop(place).block, block)
+            self.in_place_at = 0, 0
+            return
+        self.log.append(Change(block, -size, self.phase))
         self.blocks[block].ended = self.segment
 
-    def _replaces(self, block: int, size: int) -> bool:
-        """Whether the last change allocated another block of this size."""
-        return bool(self.log) and self.log[-1].bytes == size and self.log[-1].block != block
+    def _replace(self, new: int, block: int) -> None:
+        """Let the storage that was recorded as `new` be that of `block`, in place."""
+        for live in list(self.live.values()):
+            storage = live.storage()
+            if live.block == new and storage is not None:
+                self.follow(storage, block, live.bytes)
 
     def claim(self, category: str, tensors: Iterable[object]) -> None:
         """Assign tensors to `category`; those from before the recording are recorded now."""

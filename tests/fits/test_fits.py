@@ -138,7 +138,8 @@ def test_what_operators_hold_at_most(tmp_path):
     done = fits("--gpu", "A100 80GB", "--", OPERATORS, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(done.stdout.splitlines()[0])
-    assert found["silu"] == found["mish"] == [4 * MIB, 12 * MIB]  # nothing beside its gradient
+    for name in ("silu", "mish", "index_select", "index"):
+        assert found[name][0] == 4 * MIB and found[name][1] < 12.01 * MIB  # nothing beside its gradient
     assert found["softmax"] == [4 * MIB, 16 * MIB]  # the product of gradient and result
     # A copy of the input, and in backward of the same.
     for name, few in (("softmax", 0), ("RMS norm", 4096), ("layer norm", 8192)):
@@ -320,7 +321,7 @@ def test_without_a_null_gpu(monkeypatch, tmp_path):
     monkeypatch.setenv("DS_CMLI_CACHE", str(tmp_path))
     monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("PIP_RETRIES", "0")
-    with pytest.raises(UserError, match="no null GPU can be built: python failed: ERROR: No matching distribution"):
+    with pytest.raises(UserError, match=r"no null GPU can be built: python.* failed: ERROR: No matching"):
         null_gpu.answer(asked, [LOOP], None)
     monkeypatch.setattr(null_gpu, "SOURCES", tmp_path / "absent")
     with pytest.raises(UserError, match="clone the repository"):

@@ -61,10 +61,12 @@ def test_what_does_not_fit_is_counted_without_a_limit(null_gpu, tmp_path):
 
 
 def test_one_of_several_ranks(null_gpu, tmp_path):
-    """DDP, whose second bucket is there in the second backward pass, as without data."""
+    """DDP: NCCL's thread may still hold its first bucket of 4 MiB in the second backward pass."""
     world = ("--world-size", "2", "--rank", "1", "--", RANKS, "ddp")
     without_data, counted = (told(tmp_path, "--engine", each, *world) for each in ("fake", "null"))
-    assert without_data == counted
+    for kind in ("reserved", "device"):
+        assert without_data[kind] == counted[kind]
+    assert without_data["requested"] - counted["requested"] in (0, 4 << 20)
 
 
 def test_a_mistake_is_the_programs_own(null_gpu, tmp_path):
