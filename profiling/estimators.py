@@ -213,12 +213,12 @@ def accelerate_estimate(trained: int, precision: str) -> int:
     return max(estimate_training_usage(4 * trained, named).values())
 
 
-def summary(found: list[Row]) -> dict[str, dict[str, float]]:
+def summary(found: list[Row], names: tuple[str, ...] = ESTIMATORS) -> dict[str, dict[str, float]]:
     """Of each estimator: settings, median and maximum of the relative error's size, share too
     low, and P(OOM).
     """
     out = {}
-    for name in ESTIMATORS:
+    for name in names:
         errors = [row.errors()[name] for row in found if name in row.estimates]
         if not errors:
             continue
