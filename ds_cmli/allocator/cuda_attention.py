@@ -43,18 +43,21 @@ def _copies(*gradients: Tensor) -> Stage:
 
 
 def flash_backward(
-    grad: Tensor, query: Tensor, out: Tensor, limits: Limits, deterministic: bool
+    grad: Tensor, query: Tensor, key: Tensor, out: Tensor, limits: Limits, deterministic: bool
 ) -> Inside:
     """Source: transformers/cuda/flash_attn/flash_api.cpp (`mha_bwd`): the row sums of the gradient
     times the output, and the query's gradient in fp32, rounded up to tiles of 128 rows and of 32
     features, or of 64 above 128; if deterministic, one such gradient for each block that works on a
-    head."""
+    head. Where heads share keys and values, each has gradients of its own, which are summed."""
     batch, heads, rows, width = query.shape
     rounded = ceil_to(width, 32 if width <= 128 else 64)
     sums = batch * heads * ceil_to(rows, 128) * 4
     splits = math.ceil(limits.multiprocessors / (batch * heads)) if deterministic else 1
     copies = _copies(grad, out)
-    return Inside((copies,), ((*copies, sums, splits * sums * rounded),))
+    of_heads: Stage = ()
+    if key.shape[1] != heads:
+        of_heads = (batch * heads * key.shape[2] * width * key.dtype.itemsize,) * 2
+    return Inside((copies,), ((*copies, sums, splits * sums * rounded, *of_heads),))
 
 
 class _Kernel:

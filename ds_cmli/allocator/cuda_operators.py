@@ -47,8 +47,8 @@ def inside(
     if func in REDUCTIONS:
         return _reduction(func, args, kwargs or {}, limits)
     if func is aten._scaled_dot_product_flash_attention_backward.default:
-        grad, query, _, _, out = args[:5]
-        return cuda_attention.flash_backward(grad, query, out, limits, deterministic)
+        grad, query, key, _, out = args[:5]
+        return cuda_attention.flash_backward(grad, query, key, out, limits, deterministic)
     if func is aten._scaled_dot_product_efficient_attention_backward.default:
         grad, query, key = args[:3]
         return cuda_attention.efficient_backward(grad, query, key, limits, deterministic)

@@ -5,8 +5,11 @@ allocator handed out for it, "reserved" what it took from the device, "device" a
 occupies there.
 """
 
+import math
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from ds_cmli.allocator import gpus
 from ds_cmli.allocator.allocator import replay
@@ -17,19 +20,30 @@ from ds_cmli.fits.steps import CATEGORIES
 PRODUCTS = frozenset(map(str, MATRICES))
 
 
-def with_cublas(events: list[Event], workspaces: int) -> list[Event]:
+def with_cublas(
+    events: list[Event], workspaces: int, given: Mapping[str, int] = MappingProxyType({})
+) -> list[Event]:
     """Add what cuBLAS holds from torch's allocator, which belongs to no tensor.
 
     The thread of the forward pass and that of backward each take a workspace at their first matrix
     product, once its result has been allocated, and keep it.
+
+    Args:
+        given: by phase, how many events precede its first product into a tensor that it was given.
     """
     out, missing = [], ["forward", "backward"]
-    for event in events:
+
+    def take(phase: str) -> None:
+        missing.remove(phase)
+        block = -1 - len(missing)
+        out.append(Event(block, workspaces // 2, "temporaries", phase, "cuBLAS"))
+
+    for number, event in enumerate(events):
+        for phase in [each for each in missing if number >= given.get(each, math.inf)]:
+            take(phase)
         out.append(event)
         if event.phase in missing and event.bytes > 0 and event.op in PRODUCTS:
-            missing.remove(event.phase)
-            block = -1 - len(missing)
-            out.append(Event(block, workspaces // 2, "temporaries", event.phase, "cuBLAS"))
+            take(event.phase)
     return out
 
 

@@ -24,6 +24,7 @@ from ds_cmli.common.patches import patched
 aten = torch.ops.aten
 # The places of the two matrices among the arguments.
 MATRICES = {aten.mm.default: 0, aten.bmm.default: 0, aten.addmm.default: 1, aten.baddbmm.default: 1}
+INTO_GIVEN = {aten.mm.out, aten.bmm.out, aten.addmm.out, aten.addmm_.default}  # products
 TRANSFERS = (aten.copy_.default, aten._to_copy.default)  # between devices, or on one
 # A build of torch without CUDA would take the parts of these operators in place of them.
 WHOLE = ("silu_backward", "mish_backward", "_fused_rms_norm")
@@ -65,6 +66,9 @@ class CudaOperators:
         self, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, **gqa
     ):
         """The kernel that `_fused_sdp_choice` chooses on the GPU."""
+        if torch.is_autocast_enabled(self.device):  # which casts for the operator as a whole
+            # From the last argument on, as C++ calls functions.
+            attn_mask, value, key, query = map(self._cast, (attn_mask, value, key, query))
         kernel = cuda_attention.chosen(query, attn_mask is not None, self.gpu)
         if kernel == cuda_attention.EFFICIENT and query.shape[1] != key.shape[1]:
             kernel = cuda_attention.MATH  # the other has no groups of heads
@@ -98,6 +102,11 @@ class CudaOperators:
         return torch.ops.aten._scaled_dot_product_efficient_attention(
             query, key, value, attn_mask, grad, dropout_p, is_causal, scale=scale
         )[0]
+
+    def _cast(self, x: Tensor | None) -> Tensor | None:
+        if x is None or not x.is_floating_point() or x.dtype == torch.float64:
+            return x
+        return x.to(torch.get_autocast_dtype(self.device))
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -22,9 +22,9 @@ from ds_cmli.allocator import cuda_operators
 from ds_cmli.allocator.gpus import Limits
 from ds_cmli.allocator.inside import Inside, Stage
 
-# Autograd accumulates gradients and scatters the gradients of maxima in place, but not under a
-# dispatch mode: there these operators return a new tensor, and their argument is freed right
-# afterwards.
+# Autograd accumulates gradients, where the first is no view, and scatters those of maxima in place,
+# but not under a dispatch mode: there these operators return a new tensor, and their argument is
+# freed before the next allocation.
 IN_PLACE = (
     torch.ops.aten.add.Tensor,
     torch.ops.aten.index_add.default,
@@ -105,8 +105,9 @@ class Recorder(TorchDispatchMode):
         # a forward pass and its losses are one, and backward is divided where checkpointing begins
         # and ends to recompute a forward pass.
         self.segment, self.recomputing = 0, False
-        # Of the last operator of IN_PLACE in backward: its result's place in the log, and the end.
-        self.in_place_at = 0, 0
+        # Of an operator of IN_PLACE in backward, until the next allocation: its result's place in
+        # the log, and its argument's block.
+        self.in_place_at, self.in_place_of = 0, -1
         self._scope: str | None = None
         self.stream, self.streams = 0, {"": 0}  # the current one, and all of them by name
 
@@ -134,8 +135,9 @@ class Recorder(TorchDispatchMode):
         for stage in inside.after:
             own.enter(stage)
         own.enter(())
-        if func in IN_PLACE and self.phase == "backward" and not grad:
-            self.in_place_at = place, len(self.log)
+        if func in IN_PLACE and self.phase == "backward" and not grad and place < len(self.log):
+            known = None if args[0]._is_view() else self.block_of(args[0])
+            self.in_place_at, self.in_place_of = place, -1 if known is None else known
         return out
 
     def _inside(
@@ -206,7 +208,7 @@ class Recorder(TorchDispatchMode):
             self._begin(0, "temporaries", "empty_cache")
 
     def _begin(self, size: int, category: str | None, op: str) -> int:
-        block = len(self.blocks)
+        block, self.in_place_of = len(self.blocks), -1
         allocation = Allocation(
             op, self.phase, self.segment, self.recomputing, self.stream, category
         )
@@ -215,11 +217,9 @@ class Recorder(TorchDispatchMode):
         return block
 
     def _end(self, block: int, size: int) -> None:
-        place, after = self.in_place_at
-        same = place < after == len(self.log) and self.log[place].bytes == size
-        if same and self.log[place].block != block:
-            self._replace(self.log.pop(place).block, block)
-            self.in_place_at = 0, 0
+        if block == self.in_place_of and self.log[self.in_place_at].bytes == size:
+            self._replace(self.log.pop(self.in_place_at).block, block)
+            self.in_place_of = -1
             return
         self.log.append(Change(block, -size, self.phase))
         self.blocks[block].ended = self.segment

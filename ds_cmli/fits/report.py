@@ -88,7 +88,7 @@ class Report:
     def of(cls, recorder: StepRecorder, rooms: list[Room], world: World) -> "Report":
         steps = min(recorder.done.values(), default=0)
         card = gpus.find(rooms[0].gpu)
-        events = with_cublas(recorder.events(), card.cublas_bytes())
+        events = with_cublas(recorder.events(), card.cublas_bytes(), recorder.given)
         check_training(steps, any(event.bytes for event in events))
         answers = [answer(events, recorder.lines, room, world.size or 1) for room in rooms]
         return cls(steps, rooms, answers, events, world)

@@ -26,7 +26,13 @@ from ds_cmli.allocator.gpus import Limits
 from ds_cmli.allocator.inside import Inside
 from ds_cmli.common.patches import patched
 from ds_cmli.fits import lines
-from ds_cmli.fits.kernels import MATRICES, TRANSFERS, operand_copies, transfer_copies
+from ds_cmli.fits.kernels import (
+    INTO_GIVEN,
+    MATRICES,
+    TRANSFERS,
+    operand_copies,
+    transfer_copies,
+)
 from ds_cmli.fits.recorder import Allocation, Recorder
 from ds_cmli.fits.script import StepsDone
 from ds_cmli.fits.streams import Event as StreamEvent
@@ -78,6 +84,7 @@ class StepRecorder(Recorder):
         self.tried: set[tuple[object, ...]] = set()  # convolutions, with cudnn.benchmark
         self.uses: dict[int, set[Stream]] = {}  # of blocks, by other streams than their own
         self.pending: list[tuple[int, int, list[StreamEvent]]] = []  # ended, and perhaps still read
+        self.given: dict[str, int] = {}  # the log's length at a phase's first product of INTO_GIVEN
         self.inexact: set[str] = set()  # what takes other memory on a GPU
         self._unmasked: ExitStack | None = None
 
@@ -129,6 +136,8 @@ class StepRecorder(Recorder):
         result = next((x for x in tree_leaves(out) if isinstance(x, Tensor)), None)
         if result is not None and result.device.type == self.device and not func.is_view:
             Stream.current.work.launch()
+        if func in INTO_GIVEN:
+            self.given.setdefault(self.phase, len(self.log))
         if func in CONVOLUTIONS and torch.backends.cudnn.benchmark:
             key = func, *map(_described, tree_leaves(args))
             if key not in self.tried:  # cuDNN tries its algorithms, and PyTorch empties the cache

@@ -32,6 +32,7 @@ FACTORIES |= {getattr(aten, name).default for name in MADE}
 READS = {aten._local_scalar_dense.default, aten.is_nonzero.default}
 COMPARISONS = {aten.equal.default, aten.allclose.default}
 OF_LENGTHS = {aten._ctc_loss.Tensor, aten._ctc_loss.default, aten._pack_padded_sequence.default}
+RANGES = {aten.arange.default, aten.arange.start, aten.arange.start_step}
 INDEXING = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default}
 
 
@@ -294,6 +295,7 @@ def _remember(
         return
     if not isinstance(out, FakeTensor) or torch.Tag.nondeterministic_seeded in func.tags:
         return
+    known = known or (func in RANGES and not out.dtype.is_floating_point)
     if known and out.numel() <= SMALL:
         out.fits_values = _computed(func, args, kwargs, _known)  # type: ignore[attr-defined]
     elif out.dtype == torch.bool:

@@ -4,7 +4,8 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import Wav2Vec2Config, Wav2Vec2ForCTC, get_linear_schedule_with_warmup
 
-model = Wav2Vec2ForCTC(Wav2Vec2Config(num_hidden_layers=4, ctc_loss_reduction="mean")).to("cuda")
+config = Wav2Vec2Config(num_hidden_layers=4, layerdrop=0.0, ctc_loss_reduction="mean")
+model = Wav2Vec2ForCTC(config).to("cuda")
 model.freeze_feature_encoder()
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
 schedule = get_linear_schedule_with_warmup(optimizer, 10, 100)

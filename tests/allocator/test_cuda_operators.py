@@ -69,6 +69,12 @@ def test_flash_attention_s_backward(shape, blocks):
     assert found == Inside(((),), (blocks,))
 
 
+def test_heads_that_share_keys_have_gradients_of_their_own():
+    x, key = heads(8, 6, 64, 64), heads(8, 2, 64, 64)
+    found = held(aten._scaled_dot_product_flash_attention_backward.default, x, x, key, key, x)
+    assert found == Inside(((),), ((24_576, 1_572_864, 393_216, 393_216),))
+
+
 def test_a_gradient_of_another_layout_is_copied():
     x, grad = heads(8, 6, 64, 64), empty(8, 6, 64, 64)
     found = held(aten._scaled_dot_product_flash_attention_backward.default, grad, x, x, x, x)

@@ -19,9 +19,21 @@ layers["batch norm"] = nn.BatchNorm2d(64)
 layers.cuda()
 softmax, log_softmax = nn.Softmax(-1), nn.LogSoftmax(-1)
 places = torch.arange(8, device="cuda")
+
+
+def attention_of_groups(x: torch.Tensor) -> torch.Tensor:
+    """16 heads that share the keys and values of 4, cast to bf16 for the operator."""
+    query, key = (part.unflatten(-1, (-1, 64)).transpose(1, 2) for part in (x, x[..., :256]))
+    with torch.autocast("cuda", torch.bfloat16):
+        return F.scaled_dot_product_attention(query, key, key, is_causal=True, enable_gqa=True)
+
+
 functions = {
     "index_select": (lambda x: x.index_select(0, places), rows),
     "index": (lambda x: x[places], rows),
+    "index by a mask": (lambda x: x[places > 3], rows),
+    "sum of two linear": (lambda x: layers["linear"](x) + layers["linear"](x), rows),
+    "attention of groups": (attention_of_groups, rows),
     "silu": (F.silu, rows),
     "mish": (F.mish, rows),
     "softmax": (softmax, rows),

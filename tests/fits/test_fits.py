@@ -141,6 +141,10 @@ def test_what_operators_hold_at_most(tmp_path):
     for name in ("silu", "mish", "index_select", "index"):
         assert found[name][0] == 4 * MIB and found[name][1] < 12.01 * MIB  # nothing beside its gradient
     assert found["softmax"] == [4 * MIB, 16 * MIB]  # the product of gradient and result
+    # Half the rows of the mask, which a range tells, and backward's zeros, into which they are added.
+    assert found["index by a mask"][0] < 2.01 * MIB and found["index by a mask"][1] < 8.01 * MIB
+    # Gradients that are views are added into a third one.
+    assert found["sum of two linear"][1] > 32 * MIB
     # A copy of the input, and in backward of the same.
     for name, few in (("softmax", 0), ("RMS norm", 4096), ("layer norm", 8192)):
         rows, columns = found[name], found[f"{name} by columns"]
