@@ -1,6 +1,6 @@
 """What the tests of the all-pairs op share: random cases, scores with their gradients, the allocator's own count."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import permutations, zip_longest
 
 import torch
@@ -10,6 +10,7 @@ from torch.profiler import ProfilerActivity, profile
 from ds_cmli.cmli import cmli_scores
 
 Case = tuple[Tensor, Tensor, Tensor, Tensor | None]
+RECOMPUTED = {"recompute": True, "scratch_bytes": 50}
 
 
 def random_case(
@@ -72,12 +73,16 @@ def layouts(x: Tensor) -> Iterator[tuple[str, Tensor]]:
         yield "negated when read", torch._neg_view(-x)
 
 
-def any_layout_gives_the_same(backend: str) -> None:
-    """Scores and gradients, for every argument and upstream gradient; gradients have the strides of a new tensor."""
+def any_layout_gives_the_same(backend: str, settings: Sequence[dict] = ({}, RECOMPUTED)) -> None:
+    """Scores and gradients, for every argument and upstream gradient; gradients have the strides of a new tensor.
+
+    Args:
+        settings: options of `cmli_scores`; all is done once with each.
+    """
     case = random_case(2, 3, 5, 4, 6, dtype=torch.float32, masked=True)
     plain = [*case, *(g.float() for g in upstream_for(case))]
     repeated = [x[:1].expand(x.shape) for x in plain]
-    for options in ({}, {"recompute": True, "scratch_bytes": 50}):
+    for options in settings:
 
         def run(arguments: list[Tensor]) -> tuple[Tensor, ...]:
             image, text = (x.detach().requires_grad_() for x in arguments[:2])

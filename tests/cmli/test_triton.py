@@ -2,7 +2,8 @@
 
 TRITON_INTERPRET must be set before triton is imported, so the checks run in a process of their own: this file.
 bf16 is left out, because the interpreter multiplies it wrongly; it is compiled in test_triton_compile.py. Nothing here
-shows what threads do to each other on a GPU.
+shows what threads do to each other on a GPU. The interpreter takes seconds for a case: those of each check are a part
+in which every value of every setting occurs, and all of them with `-m soak`.
 """
 
 import json
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import traceback
 import weakref
+from itertools import product
 
 import pytest
 import torch
@@ -20,8 +22,14 @@ from torch.utils._pytree import tree_leaves
 from ds_cmli.cmli.inputs import Sides, Wanted
 
 CHECKS = {}
+ALL_CASES = "all" in sys.argv[1:]
 # Rounding coefficients and results to fp16, relative to the largest entry; for the others the sums' rounding.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-3}
+
+
+def chosen(cases, few):
+    """Those of `cases` at the places `few`, or all."""
+    return [case for number, case in enumerate(cases) if ALL_CASES or number in few]
 
 
 def check(function):
@@ -95,7 +103,7 @@ def compare(I, J, N, M, D, dtype, seed, **options):  # noqa: E741
 
 
 @check
-def random_shapes(count=10):
+def random_shapes(count=6):
     rng = torch.Generator().manual_seed(0)
     for seed in range(count):
         I, J, N, M, D = (int(torch.randint(1, top, (), generator=rng)) for top in (4, 5, 41, 41, 41))  # noqa: E741
@@ -105,18 +113,22 @@ def random_shapes(count=10):
 
 @check
 def long_sides():
-    for dtype in (torch.float32, torch.float16):
-        compare(2, 3, 300, 70, 33, dtype, 1)  # several blocks of patches; int16 indices
-        compare(1, 3, 17, 130, 20, dtype, 2)  # several tiles of a text
-        compare(2, 2, 5, 290, 8, dtype, 3, holes=False)
-        compare(2, 3, 9, 20, 300, dtype, 4)  # features in several products
+    cases = [
+        ((2, 3, 300, 70, 33), 1, True),  # several blocks of patches; int16 indices
+        ((1, 3, 17, 130, 20), 2, True),  # several tiles of a text
+        ((2, 2, 5, 290, 8), 3, False),
+        ((2, 3, 9, 20, 300), 4, True),  # features in several products
+    ]
+    dtypes = (torch.float32, torch.float16)
+    for (sizes, seed, holes), dtype in chosen(product(cases, dtypes), few=(0, 3, 4, 7)):
+        compare(*sizes, dtype, seed, holes=holes)
     compare(3, 4, 30, 40, 24, torch.float64, 5)
     compare(2, 70, 6, 5, 8, torch.float32, 6)  # several groups of texts
 
 
 @check
 def ties_go_to_the_lowest_index():
-    for seed in range(12):
+    for seed in chosen(range(12), few=(0, 1, 10, 11)):
         dtype = (torch.float32, torch.float16)[seed % 2]
         N = 300 if seed == 11 else 37
         image, text, token_mask, image_mask, grads = inputs(3, 4, N, 35, 2, dtype, seed, exact=True)
@@ -133,12 +145,12 @@ def ties_go_to_the_lowest_index():
 
 @check
 def same_bits_again_and_alike_in_groups():
-    for N, dtype in ((150, torch.float32), (30, torch.float16)):
+    for N, dtype, few in ((150, torch.float32, (1,)), (30, torch.float16, (0, 2))):
         case = inputs(4, 5, N, 18, 12, dtype, 7)
         first = run(*case)
         for x, y in zip(first, run(*case), strict=True):
             assert torch.equal(x, y)
-        for scratch in (2**25, 2000, 1):
+        for scratch in chosen((2**25, 2000, 1), few):
             again = run(*case, scratch=scratch, recompute=True)
             for k in (0, 1, 4, 5):
                 # Equal bits on a GPU; the interpreter's matrix product is numpy's, where a row's place matters.
@@ -163,27 +175,26 @@ def only_what_is_asked_for():
 
 @check
 def any_layout():
-    from tests.cmli.helpers import any_layout_gives_the_same
+    from tests.cmli.helpers import RECOMPUTED, any_layout_gives_the_same
 
-    any_layout_gives_the_same("triton")
+    any_layout_gives_the_same("triton", chosen(({}, RECOMPUTED), few=(0,)))
 
 
 @check
 def nan_and_inf_propagate():
     plain = inputs(3, 4, 20, 18, 6, torch.float32, 9, exact=True)
-    for value in (torch.nan, -torch.inf, 3e38):
-        for side in (0, 1):
-            for N in (20, 200):  # one block and several
-                image, text, token_mask, _, grads = inputs(3, 4, N, 18, 6, torch.float32, 9, exact=True)
-                mask = torch.ones(3, N, dtype=torch.bool)
-                (image, text)[side][2, 3, 1] = value
-                token_mask[2, 3] = True
-                *ours, arg_i2t, arg_t2i, _, _ = run(image, text, token_mask, mask, grads)
-                expected = reference(image, text, token_mask, mask)[:2]
-                for x, y in zip(ours, expected, strict=True):
-                    torch.testing.assert_close(x, y, equal_nan=True, rtol=1e-5, atol=1e-6)
-                    assert not x[:2, :2].isnan().any()
-                assert arg_i2t.max() < 18 and arg_t2i.to(torch.int32).max() < N
+    lengths = (20, 200)  # one block and several
+    for value, side, N in chosen(product((torch.nan, -torch.inf, 3e38), (0, 1), lengths), few=(0, 3, 6, 9)):
+        image, text, token_mask, _, grads = inputs(3, 4, N, 18, 6, torch.float32, 9, exact=True)
+        mask = torch.ones(3, N, dtype=torch.bool)
+        (image, text)[side][2, 3, 1] = value
+        token_mask[2, 3] = True
+        *ours, arg_i2t, arg_t2i, _, _ = run(image, text, token_mask, mask, grads)
+        expected = reference(image, text, token_mask, mask)[:2]
+        for x, y in zip(ours, expected, strict=True):
+            torch.testing.assert_close(x, y, equal_nan=True, rtol=1e-5, atol=1e-6)
+            assert not x[:2, :2].isnan().any()
+        assert arg_i2t.max() < 18 and arg_t2i.to(torch.int32).max() < N
     # What a masked position holds changes nothing, not even as NaN.
     image, text, token_mask, image_mask, grads = plain
     holed = image.clone(), text.clone()
@@ -272,21 +283,21 @@ def only_kept_pairs_are_computed_again():
 def peak_bytes_are_true():
     from ds_cmli.cmli.triton import Sizes, backward, forward, peak_bytes
 
-    for I, J, N, M, D, dtype, scratch in (  # noqa: E741
-        (4, 12, 30, 20, 64, torch.float16, 2**25),
-        (4, 12, 30, 20, 64, torch.float16, 1000),
-        (3, 6, 150, 20, 64, torch.float32, 4000),
-    ):
-        *four, grads = inputs(I, J, N, M, D, dtype, 11)
+    cases = (
+        ((4, 12, 30, 20, 64), torch.float16, 2**25),
+        ((4, 12, 30, 20, 64), torch.float16, 1000),
+        ((3, 6, 150, 20, 64), torch.float32, 4000),
+    )
+    for (sizes, dtype, scratch), recompute in chosen(product(cases, (False, True)), few=(0, 3, 5)):
+        *four, grads = inputs(*sizes, dtype, 11)
         sides = Sides(*four)
-        for recompute in (False, True):
-            with Allocated() as first:
-                *_, arg_i2t, arg_t2i = forward(sides, scratch, not recompute)
-            with Allocated() as second:
-                backward(sides, grads, (arg_i2t, arg_t2i), Wanted(True, True), scratch)
-            stated = peak_bytes(Sizes(I, J, N, M, D), dtype, recompute, scratch)
-            for x, y in zip((first.peak, second.peak), stated, strict=True):
-                assert x <= y <= 1.35 * x + 8192, (N, scratch, recompute, x, y)
+        with Allocated() as first:
+            *_, arg_i2t, arg_t2i = forward(sides, scratch, not recompute)
+        with Allocated() as second:
+            backward(sides, grads, (arg_i2t, arg_t2i), Wanted(True, True), scratch)
+        stated = peak_bytes(Sizes(*sizes), dtype, recompute, scratch)
+        for x, y in zip((first.peak, second.peak), stated, strict=True):
+            assert x <= y <= 1.35 * x + 8192, (sizes, scratch, recompute, x, y)
 
 
 def test_peak_bytes_of_the_document_s_setting():
@@ -340,6 +351,11 @@ def test_interpreted_with_many_shapes():
     assert found_by_the_interpreter("200") == {"random_shapes": None}
 
 
+@pytest.mark.soak
+def test_interpreted_in_all_cases():
+    assert found_by_the_interpreter("all") == dict.fromkeys(CHECKS)
+
+
 def failure(function, *arguments) -> str | None:
     try:
         function(*arguments)
@@ -349,7 +365,7 @@ def failure(function, *arguments) -> str | None:
 
 
 if __name__ == "__main__":
-    found = {name: failure(function) for name, function in CHECKS.items() if len(sys.argv) == 1}
-    if len(sys.argv) > 1:
+    found = {name: failure(function) for name, function in CHECKS.items() if sys.argv[1:] in ([], ["all"])}
+    if not found:
         found["random_shapes"] = failure(random_shapes, int(sys.argv[1]))
     print(json.dumps(found))
