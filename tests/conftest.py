@@ -5,6 +5,7 @@ import random
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 from functools import partial
 from pathlib import Path
@@ -81,6 +82,14 @@ def pytest_collection_finish():
     """What the imports of all tests have made stays to the end: collections of garbage need not look through it."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(autouse=True)
+def what_a_test_imports_stays_as_well():
+    before = len(sys.modules)
+    yield
+    if len(sys.modules) > before + 100:
+        pytest_collection_finish()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -1,5 +1,7 @@
-"""Silences messages that libraries print at every start and that a user can do nothing about."""
+"""Silences messages that libraries print at every start and that a user can do nothing about, and
+puts off collections of garbage until they are imported."""
 
+import gc
 import logging
 import os
 import sys
@@ -10,6 +12,7 @@ from contextlib import contextmanager
 # Trackers that timm and DeepSpeed import where they are installed, which takes seconds, and use
 # only when asked to.
 UNASKED = ("mlflow", "wandb")
+USUAL = gc.get_threshold()
 
 
 @contextmanager
@@ -37,10 +40,20 @@ def silence() -> None:
     if not os.path.exists("/dev/nvidiactl"):
         os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    # A sixth of a start would be spent on looking for garbage among a million imported objects.
+    if not gc.get_freeze_count():  # the first time
+        gc.set_threshold(100_000)
     warnings.filterwarnings("ignore")
     logging.getLogger("torch.distributed").setLevel(logging.ERROR)
     # This is a filter and not a level, because DeepSpeed sets the level when it is imported.
     logging.getLogger("DeepSpeed").addFilter(only_errors)
+
+
+def imported() -> None:
+    """Look for garbage as usual again, after `silence`, but not among what was imported."""
+    if gc.get_threshold() != USUAL:
+        gc.freeze()
+        gc.set_threshold(*USUAL)
 
 
 def only_errors(record: logging.LogRecord) -> bool:

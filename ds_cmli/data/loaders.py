@@ -111,10 +111,6 @@ class Loader(DataLoader):
                 os.close(end)
 
     def __iter__(self) -> Iterator:  # type: ignore[override]
-        # The loading processes are forked here. Their garbage collectors would write to all
-        # existing objects, and copy-on-write would copy some 100 MB into each process. Frozen
-        # objects are skipped.
-        gc.freeze()
         batches = None
         try:
             if self.num_workers:
@@ -124,7 +120,6 @@ class Loader(DataLoader):
                 # PyTorch's handler would raise at any place of the training, in the midst of a
                 # collective too. The end of a process is found at the next batch.
                 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            gc.unfreeze()
             yield from batches
         except UserError as error:  # raised in a process: its traceback precedes its message
             message = str(error).strip().splitlines()[-1].split("UserError: ", 1)[-1]
@@ -134,8 +129,6 @@ class Loader(DataLoader):
             if line is None:
                 raise
             raise UserError(line) from None
-        finally:
-            gc.unfreeze()
 
     def _message(self, error: Exception, processes: Sequence[BaseProcess]) -> str | None:
         """The line for an error of the processes or of what they share; None for another error."""
@@ -196,6 +189,9 @@ def _begin(writer: int, init: WorkerInit | None, worker: int) -> None:
         os.write(writer, str(error)[:1000].encode())
         os._exit(1)
 
+    # The garbage collector would write to all objects that the training has made, and copy-on-write
+    # would copy some 100 MB into this process. Frozen objects are skipped.
+    gc.freeze()
     multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(end)  # type: ignore
     if init is not None:
         init(worker)

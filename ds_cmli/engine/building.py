@@ -123,6 +123,7 @@ def build(
     """
     import deepspeed
 
+    quiet.imported()
     use_no_compiler()
     one_attention_on_all_gpus()
     if device.type == "cpu":
