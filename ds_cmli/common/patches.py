@@ -207,6 +207,7 @@ PATCHES = {
     "torch: meeting of ranks": Patch(
         "torch.distributed.distributed_c10d", "rendezvous", _WAITS_FOR_RANKS
     ),
+    "torch: store of ranks": Patch("torch.distributed", "TCPStore", _WAITS_FOR_RANKS),
     "torch: backend of a group": Patch(
         "torch.distributed.distributed_c10d",
         "_new_process_group_helper",

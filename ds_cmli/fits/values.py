@@ -253,12 +253,13 @@ def _known(tensor: Tensor) -> Tensor | None:
 
 
 def copy_values(into: Tensor, source: Tensor) -> None:
-    """Give a tensor the values of another one, as far as those are known."""
+    """Give a tensor the values of another one, repeated, as far as those are known."""
     known = _known(source)
-    if known is None or known.numel() != into.numel():
+    if known is None or not known.numel() or into.numel() % known.numel():
         return
     with _disable_current_modes():
-        values = known.detach().to(into.dtype).reshape(into.shape)
+        times = into.numel() // known.numel()
+        values = known.detach().to(into.dtype).flatten().repeat(times).reshape(into.shape)
         if isinstance(into, FakeTensor):
             into.fits_values = values  # type: ignore[attr-defined]
         else:
@@ -292,6 +293,11 @@ def _remember(
         for leaf in leaves:
             if getattr(leaf, "fits_values", None) is not None:
                 del leaf.fits_values  # type: ignore[attr-defined]
+        return
+    if known and isinstance(out, list):  # `unbind`, or a split
+        values = _computed(func, args, kwargs, _known)
+        for part, value in zip(out, values if isinstance(values, list) else (), strict=False):
+            part.fits_values = value
         return
     if not isinstance(out, FakeTensor) or torch.Tag.nondeterministic_seeded in func.tags:
         return

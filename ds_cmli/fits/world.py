@@ -5,6 +5,7 @@ Results keep their shapes. What is gathered from the other ranks is this rank's,
 
 import copy
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -44,6 +45,7 @@ class World:
         if NAME.upper() not in dist.Backend._plugins:
             dist.Backend.register_backend(NAME, _Rank.made, True, ["cpu", "cuda"])
         _Rank.recorder, _Rank.unwaited = recorder, {}
+        _Store.world = self
         objects: dict[str, Callable] = {
             "all_gather_object": _all_gather_object,
             "gather_object": _gather_object,
@@ -53,6 +55,7 @@ class World:
         stack = ExitStack()
         replacements: dict[str, Callable] = {
             "torch: meeting of ranks": lambda _: self._meet,
+            "torch: store of ranks": lambda _: _Store,
             "torch: backend of a group": lambda make: _alone(make, stack),
             "torch: processes of a program": lambda _: _spawn,
             "torch: NCCL": lambda _: lambda: True,
@@ -81,6 +84,39 @@ class World:
         """Replaces `rendezvous`, which waits for the other ranks."""
         size = world_size if world_size > 0 else self.size or 1
         yield dist.HashStore(), rank if rank >= 0 else self.rank, size
+
+
+class _Store(dist.HashStore):
+    """Replaces `TCPStore`: the other ranks do what this one does, under their own numbers."""
+
+    world: World
+
+    def __init__(self, host_name: str, port: int, *_: object, **__: object):
+        super().__init__()
+        self.host, self.port = host_name, port
+
+    def add(self, key: str, amount: int) -> int:
+        return super().add(key, amount * (self.world.size or 1))
+
+    def get(self, key: str) -> bytes:
+        return super().get(self._written(key))
+
+    def multi_get(self, keys: list[str]) -> list[bytes]:
+        return list(map(self.get, keys))
+
+    def wait(self, keys: list[str], *_: object) -> None:
+        for key in keys:
+            self._written(key)
+
+    def _written(self, key: str) -> str:
+        """The key, or where another rank would write it, that of this rank."""
+        for each in (key, re.sub(r"\d+$", str(self.world.rank), key)):
+            if self.check([each]):
+                return each
+        raise NotFollowed(
+            f"{lines.current()}: this waits for {key!r} in a store, which another rank would "
+            "write, and fits runs one rank"
+        )
 
 
 class _Done(dist.Work):

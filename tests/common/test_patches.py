@@ -327,6 +327,14 @@ def a_group_waits_for_nobody() -> bool:
     return True
 
 
+def a_store_waits_for_nobody() -> bool:
+    try:
+        dist.TCPStore("localhost", 0, 2, is_master=True, timeout=timedelta(seconds=0.1))
+    except dist.DistError:
+        return False
+    return True
+
+
 def nccl_has_a_version() -> bool:
     try:
         return bool(torch.cuda.nccl.version())
@@ -414,6 +422,7 @@ NO_LONGER_NEEDED = {
         "answers" in subprocess.run([sys.executable, "-c", LEAVING], capture_output=True, text=True).stdout
     ),
     "torch: meeting of ranks": a_group_waits_for_nobody,
+    "torch: store of ranks": a_store_waits_for_nobody,
     "torch: backend of a group": dist.is_nccl_available,
     "torch: NCCL": dist.is_nccl_available,
     "torch: version of NCCL": nccl_has_a_version,

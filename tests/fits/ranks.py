@@ -20,9 +20,21 @@ def share(device: torch.device) -> None:
     dist.all_gather_object(objects, {"rank": rank})
     sizes = [torch.empty(1, dtype=torch.int64, device=device) for _ in range(size)]
     dist.all_gather(sizes, torch.tensor([7]).to(device))
+    both = torch.empty(2 * size, dtype=torch.int64, device=device)
+    dist.all_gather_into_tensor(both, torch.tensor([7, 8]).to(device))
     if "alone" in sys.argv:
+        assert both.tolist() == [7, 8] * size
         assert objects == [{"rank": rank}] * size and [each.item() for each in sizes] == [7] * size
     dist.barrier()
+
+
+def meet() -> None:
+    """Through a store: the other ranks do what this one does, under their own numbers."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    store = dist.TCPStore("localhost", 1, size, is_master=rank == 0)
+    assert store.add("come", 1) == size
+    store.set(f"name/{rank}", "mine")
+    assert store.multi_get([f"name/{each}" for each in range(size)]) == [b"mine"] * size
 
 
 def main() -> None:
@@ -43,6 +55,8 @@ def main() -> None:
         return
     dist.init_process_group("nccl")
     share(device)
+    if "alone" in sys.argv:
+        meet()
     if KIND == "fsdp":
         model = fully_shard(nn.Sequential(layer), reshard_after_forward=True)
     else:

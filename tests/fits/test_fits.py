@@ -257,18 +257,20 @@ def test_the_trial_of_an_optimizer_is_not_the_training(tmp_path):
     assert json.loads((tmp_path / "out.json").read_text())["categories"]["parameters"] == 4 * 1001 * 1000
 
 
-def test_our_own_trainer_takes_what_its_own_prediction_says(tmp_path):
-    """But for the texts, which are not the longest ones in every batch."""
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_our_own_trainer_takes_what_its_own_prediction_says(ranks, tmp_path):
+    """But for the texts, which are not the longest ones in every batch. Several ranks meet by a store of their own."""
     options = ["--preset", "tiny", "--set", "loss.cmli_backend=chunked", "--set", "run.match_maps=0"]
     options += ["--deepspeed_config", str(ROOT / "ds_configs" / "zero2.json")]
     trainer = str(ROOT / "ds_cmli" / "train.py")
-    asked = ("--gpu", "A100 80GB", "--json", "out.json", "--", trainer, "--output-dir", str(tmp_path / "run"))
+    world = () if ranks == 1 else ("--world-size", "2")
+    asked = ("--gpu", "A100 80GB", "--json", "out.json", *world, "--", trainer, "--output-dir", str(tmp_path / "run"))
     done = fits(*asked, *options, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "out.json").read_text())["totals"]
     config = load_preset("tiny", {"loss": {"cmli_backend": "chunked"}})
     ds_json = json.loads((ROOT / "ds_configs" / "zero2.json").read_text())
-    expected = predict(config, ds_json, 1, gpu="A100 80GB").report.totals
+    expected = predict(config, ds_json, ranks, gpu="A100 80GB").report.totals
     assert found["reserved"] == expected["reserved"] and found["device"] == expected["device"]
     assert 0 <= 1 - found["requested"] / expected["requested"] < 0.002
 
@@ -287,6 +289,10 @@ def test_a_mistake_is_the_programs_own(tmp_path):
     [
         ("print('none')", "before an optimizer"),
         ("import torch\ntry: torch.multiprocessing.spawn(print, nprocs=2)\nexcept Exception: 0", "starts 2 processes"),
+        (
+            "import torch.distributed as dist\ndist.TCPStore('localhost', 1, 2).get('of another')",
+            "program.py:2: this waits for 'of another' in a store, which another rank would write",
+        ),
     ],
 )
 def test_what_is_not_followed_is_said_in_one_line(text, reason, tmp_path):
