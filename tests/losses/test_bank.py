@@ -111,19 +111,29 @@ def steps(loss, part, count=4):
     return found
 
 
-def of_rank(rank, world, name, settings):
-    size = 6 // world
-    return steps(built(name, **settings), slice(rank * size, (rank + 1) * size))
+BUILT = [
+    ("token_contrast", {"bank": 8}),
+    ("token_contrast", {"bank": 4, "duplicates": "keep", "target": "attention"}),
+    ("cls_contrast", {"bank": 16}),
+]
 
 
-@pytest.mark.parametrize("world", [2, 3])
-@pytest.mark.parametrize(
-    ("name", "settings"),
-    [("token_contrast", {"bank": 8}), ("token_contrast", {"bank": 4, "duplicates": "keep", "target": "attention"}),
-     ("cls_contrast", {"bank": 16})],
-)  # fmt: skip
-def test_ranks_equal_one(world, name, settings):
-    one, several = steps(built(name, **settings), slice(0, 6)), spawn(of_rank, world, name, settings)
+def of_rank(rank, world):
+    """The steps of each of `BUILT`."""
+    part = slice(rank * 6 // world, (rank + 1) * 6 // world)
+    return [steps(built(name, **settings), part) for name, settings in BUILT]
+
+
+@pytest.fixture(scope="module", params=[2, 3])
+def ranks_of_a_world(request):
+    return request.param, spawn(of_rank, request.param)
+
+
+@pytest.mark.parametrize("number", range(len(BUILT)))
+def test_ranks_equal_one(ranks_of_a_world, number):
+    name, settings = BUILT[number]
+    world, of_ranks = ranks_of_a_world
+    one, several = steps(built(name, **settings), slice(0, 6)), [rank[number] for rank in of_ranks]
     for step, (value, grads, bank) in enumerate(one):
         parts = [rank[step] for rank in several]
         assert_close(torch.stack([x[0] for x in parts]).mean(), value, rtol=1e-12, atol=1e-12)
@@ -233,6 +243,9 @@ def test_the_backward_pass_sees_the_bank_of_the_forward_pass(device, data):
     assert [bank.entered for bank in objective.banks().values()] == [8, 8]
 
 
+STAGES = (0, 2, 3)
+
+
 def engine_of_rank(rank, world, stage):
     """Losses and the banks of three steps with eight pairs over all ranks."""
     overrides = {"loss": {"weights": {"cmli": 1.0, **BOTH}, "bank": 20}, "optim": {"micro_batch": 8 // world}}
@@ -246,13 +259,25 @@ def engine_of_rank(rank, world, stage):
         [found] = train_engine.step([data.collate([data.train[n] for n in numbers])])
         losses.append(distributed.mean_over_ranks(found.stacked()))
     banks = {name: dict(bank.named_buffers()) for name, bank in train_engine.objective.banks().items()}
+    train_engine.engine.destroy()
     return torch.stack(losses), banks
 
 
-@pytest.mark.parametrize("stage", [0, 2, 3])
-def test_two_ranks_train_as_one(stage):
-    [(one, banks)] = spawn(engine_of_rank, 1, stage)
-    for losses, theirs in spawn(engine_of_rank, 2, stage):
+def engines_of_rank(rank, world):
+    return {stage: engine_of_rank(rank, world, stage) for stage in STAGES}
+
+
+@pytest.fixture(scope="module")
+def of_one_and_of_two():
+    """What one rank finds at each stage, and each of two."""
+    return *spawn(engines_of_rank, 1), spawn(engines_of_rank, 2)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_two_ranks_train_as_one(of_one_and_of_two, stage):
+    alone, ranks = of_one_and_of_two
+    one, banks = alone[stage]
+    for losses, theirs in (rank[stage] for rank in ranks):
         assert_close(losses, one, rtol=1e-5, atol=1e-6)
         for name, bank in banks.items():
             assert_close(theirs[name], bank, rtol=1e-5, atol=1e-5)

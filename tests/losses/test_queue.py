@@ -142,6 +142,9 @@ def test_each_micro_batch_is_compared_with_those_before_it(stage, device, data):
     assert first[1]["global"] > other[1]["global"] and first[1]["cmli"] == other[1]["cmli"]
 
 
+STAGES = (1, 2, 3)
+
+
 def engine_of_rank(rank, world, stage):
     """Losses and the queue of three steps with eight pairs over all ranks."""
     overrides = {**QUEUE, "optim": {"negatives": "queue:20", "micro_batch": 8 // world}}
@@ -154,13 +157,25 @@ def engine_of_rank(rank, world, stage):
         numbers = range(8 * step + rank * 8 // world, 8 * step + (rank + 1) * 8 // world)
         [found] = train_engine.step([data.collate([data.train[n] for n in numbers])])
         losses.append(distributed.mean_over_ranks(found.stacked()))
+    train_engine.engine.destroy()
     return torch.stack(losses), dict(train_engine.objective.banks()["global"].named_buffers())
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
-def test_two_ranks_train_as_one(stage):
-    [(one, queue)] = spawn(engine_of_rank, 1, stage)
-    for losses, theirs in spawn(engine_of_rank, 2, stage):
+def engines_of_rank(rank, world):
+    return {stage: engine_of_rank(rank, world, stage) for stage in STAGES}
+
+
+@pytest.fixture(scope="module")
+def of_one_and_of_two():
+    """What one rank finds at each stage, and each of two."""
+    return *spawn(engines_of_rank, 1), spawn(engines_of_rank, 2)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_two_ranks_train_as_one(of_one_and_of_two, stage):
+    alone, ranks = of_one_and_of_two
+    one, queue = alone[stage]
+    for losses, theirs in (rank[stage] for rank in ranks):
         assert_close(losses, one, rtol=1e-5, atol=1e-6)
         assert_close(theirs, queue, rtol=1e-4, atol=1e-4)
 
