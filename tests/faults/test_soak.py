@@ -7,8 +7,6 @@ import json
 import random
 import re
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -16,22 +14,19 @@ import pytest
 
 from tests.config.test_mistakes import pairs
 from tests.conftest import ROOT, rank_environments
+from tests.processes import Program
 
 WARM = 0.4  # share of a start's training time in which its memory settles: the allocator's pools fill for some 15 s
 
 
-def start(folder: Path) -> list[subprocess.Popen]:
-    command = [sys.executable, str(ROOT / "ds_cmli" / "train.py"), "--preset", "tiny", "--steps", "1000000"]
+def start(folder: Path) -> list[Program]:
+    command = [str(ROOT / "ds_cmli" / "train.py"), "--preset", "tiny", "--steps", "1000000"]
     # Captions of one length: for each new shape of a batch the libraries keep some more memory, which is no leak.
     command += ["--save-minutes", "0", "--data", str(folder / "pairs"), "--output-dir", str(folder / "run")]
-    ranks = []
-    for rank, env in enumerate(rank_environments(2)):
-        with (folder / f"rank{rank}.log").open("a") as log:
-            ranks.append(subprocess.Popen(command, env=env, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT))
-    return ranks
+    return [Program(command, env, ROOT, folder / f"rank{rank}.log") for rank, env in enumerate(rank_environments(2))]
 
 
-def resident(process: subprocess.Popen) -> float:
+def resident(process: Program) -> float:
     """MB"""
     status = Path(f"/proc/{process.pid}/status").read_text()
     return int(re.search(r"VmRSS:\s+(\d+)", status)[1]) / 1024

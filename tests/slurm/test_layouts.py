@@ -22,8 +22,9 @@ RUNS = {
 }
 
 
-# The stand-in jobs below show what each layout is given; one real run shows that it trains with that.
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.soak] * (n != "2 nodes x 2")) for n in RUNS])
+# The stand-in jobs below show what each layout is given; one real run shows that it trains with that. Another one is
+# the job on two nodes in test_interrupted.py.
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.soak] * (n != "1 node x 2")) for n in RUNS])
 def test_a_job_trains_as_the_same_run_without_slurm(cluster, tmp_path, name):
     sbatch, nodes, ranks = RUNS[name]
     options = (*TINY, "--micro-batch", str(8 // ranks))
