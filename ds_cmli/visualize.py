@@ -137,6 +137,7 @@ def held_out(
     Raises:
         UserError: there is no such split or pair, or a pair cannot be used.
     """
+    from ds_cmli.data.aspect import unpacked
     from ds_cmli.data.load import build_data
     from ds_cmli.evaluate.held_out import HeldOut
 
@@ -159,7 +160,8 @@ def held_out(
         if sample.bad is None:
             file = pairs.file(row)
             title = f"{split} {number}" if file.isdigit() else f"{split} {number}: {file}"
-            out.append((title, sample.image, sample.tokens.text))
+            image = unpacked(sample.image, sample.grid, config.data.side)
+            out.append((title, image, sample.tokens.text))
         elif numbers is not None:
             name, reason = sample.bad
             raise UserError(f"--pairs has {number}, which cannot be used: {name}: {reason}")
@@ -232,6 +234,7 @@ def _values(panel: Panel) -> dict[str, object]:
         "title": panel.title,
         "pieces": pieces(panel.text, next(iter(panel.matches.values())).spans),
         "image": documents.data_url(buffer.getvalue(), "png"),
+        "aspect": panel.image.shape[2] / panel.image.shape[1],
         "models": models,
     }
 

@@ -38,6 +38,9 @@ ELSEWHERE = {
         "tests/models/test_lora.py: `tiny`",
     "python ds_cmli/train.py --preset ablation --set student.patch_keep=0.5": "tests/models/test_patch_keep.py: `tiny`",
     "python ds_cmli/train.py --losses global,cmli --set optim.negatives=queue:4096": "tests/losses/test_queue.py",
+    "python ds_cmli/train.py --data pictures --set data.aspect_patch=14 --set 'student.image_overrides="
+    "{\"use_naflex\": true}' --set 'teacher.overrides={\"use_naflex\": true}'":
+        "tests/models/test_any_aspect.py: `tiny`",
     "deepspeed --num_accelerators 2 ds_cmli/train.py --deepspeed_config ds_configs/zero2.json": "tests/test_train.py",
     "torchrun --nproc_per_node 2 ds_cmli/train.py": "tests/test_train.py: two steps of `tiny`",
     "sky jobs launch --name cmli clusters/sky.yaml": "tests/test_clusters.py: its schema, and what it runs",

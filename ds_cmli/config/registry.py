@@ -24,6 +24,7 @@ class LossEntry:
     kind: Literal["", "contrastive", "sigmoid"] = ""
     teacher: bool = False  # whether it needs the teacher's features
     several: bool = False  # whether an image may have several positives
+    every_patch: bool = False  # whether every image must have all N patches
     settings: tuple[str, ...] = ()  # the fields of `LossConfig` that it reads
 
 
@@ -83,12 +84,15 @@ LOSSES = {
         "ds_cmli.losses.distillation:ClsDistillation", teacher=True, settings=("mse_reduction",)
     ),
     "token_contrast": LossEntry(
-        "ds_cmli.losses.distillation:TokenContrast", teacher=True, settings=(*CONTRAST, *TARGET)
+        "ds_cmli.losses.distillation:TokenContrast",
+        teacher=True,
+        every_patch=True,
+        settings=(*CONTRAST, *TARGET),
     ),
     "cls_contrast": LossEntry(
         "ds_cmli.losses.distillation:ClsContrast", teacher=True, settings=CONTRAST
     ),
-    "sparc": LossEntry("ds_cmli.losses.sparc:Sparc"),
+    "sparc": LossEntry("ds_cmli.losses.sparc:Sparc", every_patch=True),
 }
 
 
@@ -102,6 +106,9 @@ AUTO = "auto"  # selects the first entry of the table whose `takes` accepts the 
 IMAGE = {
     "timm_tokens": BackboneEntry(
         "ds_cmli.models.timm_tokens:TimmTokens", "timm's ViT, DeiT, BEiT, EVA, SigLIP"
+    ),
+    "timm_naflex": BackboneEntry(
+        "ds_cmli.models.timm_naflex:TimmNaFlex", "timm's NaFlexViT, for pictures of any aspect"
     ),
     "timm_grid": BackboneEntry(
         "ds_cmli.models.timm_grid:TimmGrid",

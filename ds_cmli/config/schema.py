@@ -128,6 +128,10 @@ class DataConfig:
     caption_key: Text = ""  # column, or key in JSON, of the caption
     separator: Text = ""  # between columns
     image_size: Annotated[int, Field(ge=1, le=4096)] = 84  # pixels, square
+    # 0: of each picture the central square. Otherwise the whole picture in its own aspect, on
+    # patches of so many pixels, at most as many as a square of `image_size` has. The encoders must
+    # be NaFlexViTs with such patches; of a ViT, image_overrides={"use_naflex": true} makes one.
+    aspect_patch: Annotated[Number, Field(description="0: square")] = 0
     # The longest caption in tokens, with [CLS] and [SEP].
     context_length: Annotated[int, Field(ge=3, le=65536)] = 64
     # "demo" (MiniLM's), "builtin" (no download), transformers name or local path.
@@ -152,6 +156,14 @@ class DataConfig:
         several = self.group_by_length != 1
         need = "one batch has none to exchange pairs with: give 2 or more, 0 for off"
         check(several, "data.group_by_length", self.group_by_length, need)
+        whole = not self.aspect_patch or self.image_size % self.aspect_patch == 0
+        need = f"data.image_size is {self.image_size}, which must be a multiple"
+        check(whole, "data.aspect_patch", self.aspect_patch, need)
+
+    @property
+    def side(self) -> int:
+        """Patches along a side of a square, where pictures have any aspect; 0: all are square."""
+        return self.image_size // self.aspect_patch if self.aspect_patch else 0
 
 
 @dataclass(config=STRICT)
@@ -330,6 +342,20 @@ class Config:
         need = f"the losses are {', '.join(names)}, without global, which alone has a queue"
         found = not self.optim.queue or "global" in names
         check(found, "optim.negatives", negatives, f"{need}: give micro_batch or global_batch")
+        if self.data.aspect_patch:
+            self._check_any_aspect()
+
+    def _check_any_aspect(self) -> None:
+        """Raise `UserError` for what needs as many patches of every picture."""
+        need = "with data.aspect_patch pictures have different numbers of patches: give 1"
+        for setting, share in (
+            ("student.patch_keep", self.student.patch_keep),
+            ("loss.cmli_token_keep", self.loss.cmli_token_keep),
+        ):
+            check(share == 1, setting, share, need)
+        for name in self.loss.weights:
+            need = f"{name} needs as many patches of every picture: leave it out, or give 0"
+            check(not LOSSES[name].every_patch, "data.aspect_patch", self.data.aspect_patch, need)
 
     def to_dict(self) -> Sections:
         return dataclasses.asdict(self)

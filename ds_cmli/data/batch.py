@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ds_cmli.common.probe import probe
+from ds_cmli.data.aspect import Grid
 from ds_cmli.data.bad import Bad
 from ds_cmli.data.tokens import CaptionTokenizer, Tokens
 
@@ -29,13 +30,14 @@ def caption_id(input_ids: list[int]) -> int:
 
 @dataclass
 class Sample:
-    image: Tensor  # uint8 [3, S, S]
+    image: Tensor  # uint8 [3, S, S]; of any aspect, as `data.aspect.packed` has laid it out
     tokens: Tokens
     index: int  # the requested index, even if another sample replaces that one
     image_id: int  # identifies the picture shown: all captions of one picture have the same number
     token_picture: list[int] | None = None  # only for scenes (and phrases with boxes), see `Batch`
     cell_picture: list[int] | None = None  # only for scenes, see `Batch`
     bad: Bad | None = None  # the requested sample and why it could not be used
+    grid: Grid | None = None  # of a picture of any aspect
 
 
 @dataclass
@@ -51,6 +53,7 @@ class Batch:
     cell_picture: Tensor  # int64 [B, 2, 2], which picture is in each quarter of the image, or -1
     bad: list[Bad]  # the samples that were replaced by others in this batch
     padded: bool  # whether `attention_mask` has any False, known without a CPU-GPU sync
+    grid: Tensor | None = None  # int64 [B, 2], see `Sample`; None: the images are square
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
         with probe.scope("data"):
@@ -96,6 +99,7 @@ class Collate:
             cell_picture=stack_cells(each("cell_picture")),
             bad=list(filter(None, each("bad"))),
             padded=int(lengths.min()) < length,
+            grid=stack_grids(each("grid")),
         )
 
 
@@ -111,6 +115,13 @@ def padded(rows: Sequence[list | None], length: int, fill: int | bool) -> Tensor
 def stack_cells(cells: list[list[int] | None]) -> Tensor:
     """The pictures in B images' quarters, int64 [B, 2, 2]; `NO_PICTURE` if one is no scene."""
     return torch.tensor([cell or [NO_PICTURE] * 4 for cell in cells]).view(-1, 2, 2)
+
+
+def stack_grids(grids: list[Grid | None]) -> Tensor | None:
+    """int64 [B, 2], of black pictures one patch; None if none has a grid: then all are square."""
+    if not any(grids):
+        return None
+    return torch.tensor([grid or (1, 1) for grid in grids])
 
 
 def spans_of_tokens(tokens: Tokens, spans: Sequence[tuple[int, int]]) -> list[int]:

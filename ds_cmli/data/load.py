@@ -96,7 +96,8 @@ def build_data(config: DataConfig, seed: int) -> Data:
 
 
 def _demo(config: DataConfig, seed: int) -> Data:
-    unused = [name for name in ("val_source", *settings_of_some()) if getattr(config, name)]
+    silent = "val_source", "aspect_patch", *settings_of_some()
+    unused = [name for name in silent if getattr(config, name)]
     if config.val_split == "test":
         unused.append("val_split")
     if unused:

@@ -12,22 +12,23 @@ from torch.utils.data import Dataset
 
 from ds_cmli.common.errors import UserError
 from ds_cmli.config.schema import DataConfig
+from ds_cmli.data.aspect import laid_out
 from ds_cmli.data.bad import NO_TOKEN, Bad, Refused
 from ds_cmli.data.batch import Sample
 from ds_cmli.data.pictures import decode
 from ds_cmli.data.sampler import Draw
 from ds_cmli.data.sources.base import Source
 from ds_cmli.data.tokens import CaptionTokenizer, Tokens
-from ds_cmli.data.transforms import Augmentation, View, central_square
+from ds_cmli.data.transforms import Augmentation, View
 
 MOST_TRIES = 100  # training stops after this many consecutive samples that cannot be used
 
 
 class Pictures:
-    """The pictures of several sources, numbered one source after the other; uint8 [3, S, S]."""
+    """The pictures of several sources, numbered one source after the other."""
 
     def __init__(self, sources: list[Source], config: DataConfig):
-        self.sources, self.size, self.max_pixels = sources, config.image_size, config.max_pixels
+        self.sources, self.config = sources, config
         self.starts = [0, *accumulate(map(len, sources))]  # each source's first picture
         self.first = _first_of_each(sources)
 
@@ -62,20 +63,22 @@ class Pictures:
         number, place = self.at(index)
         return self.sources[number].caption_sizes(place)
 
-    def image(self, index: int, view: View = central_square) -> tuple[Tensor, str | None]:
-        """The part of the picture that `view` chooses and None.
+    def image(self, index: int, view: View | None = None) -> tuple[Tensor, str | None]:
+        """The part of the picture that `view` chooses, as `decode` gives it, and None.
 
         Of a picture that cannot be used, a black image and why.
         """
         number, place = self.at(index)
+        config = self.config
         try:
             content = self.sources[number].image(place)
-            return decode(content, self.size, self.max_pixels, view), None
+            image = decode(content, config.image_size, config.max_pixels, view, config.side)
+            return image, None
         except Exception as error:  # decoders raise nearly any exception for damaged files
             return self.black(), describe(error)
 
     def black(self) -> Tensor:
-        return black(self.size)
+        return black(self.config.image_size)
 
 
 def black(size: int) -> Tensor:
@@ -126,7 +129,7 @@ class TrainPairs(Dataset):
         self, sources: list[Source], tokenizer: CaptionTokenizer, config: DataConfig, seed: int
     ):
         self.pictures, self.tokenizer, self.seed = Pictures(sources, config), tokenizer, seed
-        self.augmentation = Augmentation(config.augmentation, seed)
+        self.augmentation = Augmentation(config.augmentation, seed, config.side)
 
     def __len__(self) -> int:
         return len(self.pictures)
@@ -233,4 +236,5 @@ def _sample(
 ) -> Sample:
     """The sample of a picture and a caption, `reason` says why it cannot be used."""
     bad = None if reason is None else (pictures.name(index), reason)
-    return Sample(image, tokens, index, image_id=pictures.image_id(index), bad=bad)
+    image, grid = laid_out(image, pictures.config.aspect_patch, pictures.config.image_size)
+    return Sample(image, tokens, index, pictures.image_id(index), bad=bad, grid=grid)

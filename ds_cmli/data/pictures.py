@@ -16,8 +16,10 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
 from torch import Tensor
 
+from ds_cmli.config.schema import DataConfig
+from ds_cmli.data.aspect import Grid, grid_of, laid_out
 from ds_cmli.data.bad import Refused
-from ds_cmli.data.transforms import View, central_square, resized
+from ds_cmli.data.transforms import Box, View, resized, usual_view
 
 # The decoders that may run, whatever a file's name is. Pillow's default includes one that starts
 # Ghostscript.
@@ -81,15 +83,17 @@ def formats() -> list[str]:
 
 
 def read_picture(
-    path: Path, root: str, size: int, max_pixels: int, follow_symlinks: bool
+    path: Path, root: str, size: int, max_pixels: int, follow_symlinks: bool, side: int = 0
 ) -> Tensor:
-    """Read and decode a file to uint8 [3, size, size], as `read_file` and `decode` do."""
+    """Read and decode a file as `read_file` and `decode` do."""
     content = read_file(path, root, most_bytes(max_pixels), follow_symlinks)
-    return decode(content, size, max_pixels)
+    return decode(content, size, max_pixels, side=side)
 
 
-def decode(content: bytes, size: int, max_pixels: int, view: View = central_square) -> Tensor:
-    """Decode a file's content with `load_image`: uint8 [3, size, size].
+def decode(
+    content: bytes, size: int, max_pixels: int, view: View | None = None, side: int = 0
+) -> Tensor:
+    """Decode a file's content with `load_image`: uint8 [3, size, size], or of a grid's size.
 
     Raises:
         Refused: the format is unknown, or the picture has more than `max_pixels` pixels.
@@ -110,19 +114,33 @@ def decode(content: bytes, size: int, max_pixels: int, view: View = central_squa
                 raise Refused(
                     f"{width} x {height} pixels, more than data.max_pixels = {max_pixels}"
                 )
-        return load_image(image, size, view)
+        return load_image(image, size, view, side)
 
 
-def load_image(image: Image.Image, size: int, view: View = central_square) -> Tensor:
+def shown(content: bytes, config: DataConfig) -> tuple[Tensor, Grid | None]:
+    """Decode a file's content as a batch takes it: uint8 [3, S, S], and the grid of any aspect.
+
+    Errors are those of `decode`.
+    """
+    image = decode(content, config.image_size, config.max_pixels, side=config.side)
+    return laid_out(image, config.aspect_patch, config.image_size)
+
+
+def load_image(image: Image.Image, size: int, view: View | None = None, side: int = 0) -> Tensor:
     """Turn a picture upright, put it as RGB on white, crop it by `view` and resize it (bicubic).
 
     A JPEG that is not loaded yet is decoded at 1/2, 1/4 or 1/8 scale if `SHARP` times the size
     needed is left.
 
+    Args:
+        view: None: `usual_view`.
+        side: of a picture of any aspect, the patches along a side of a square one; 0: the part that
+            `view` chooses becomes square.
+
     Returns:
-        uint8 [3, size, size].
+        uint8 [3, size, size], or [3, h * p, w * p] of the part's grid of h * w patches.
     """
-    white = _white(image)
+    white, view = _white(image), view or usual_view(side)
     unsigned = image.format == "TIFF" and _tag(image, SAMPLE_FORMAT, (1,)) == (1,)
     scale, box = 1.0, None
     # A rotated picture is decoded at full scale: the reduction is less exact at the last pixels,
@@ -130,7 +148,7 @@ def load_image(image: Image.Image, size: int, view: View = central_square) -> Te
     # gives that from the start.
     if image.getexif().get(ExifTags.Base.Orientation, 1) == 1:
         box = view(*image.size)
-        scale = _reduce(image, min(box[2] - box[0], box[3] - box[1]) / size)
+        scale = _reduce(image, min(_ratios(box, size, side)))
     ImageOps.exif_transpose(image, in_place=True)
     box = box or view(*image.size)
     if white:
@@ -144,11 +162,25 @@ def load_image(image: Image.Image, size: int, view: View = central_square) -> Te
         image = image.convert("RGB")
     left, top, right, bottom = (round(side / scale) for side in box)
     pixels = np.array(image)[top : max(bottom, top + 1), left : max(right, left + 1)]
-    return resized(torch.from_numpy(pixels).permute(2, 0, 1), size)
+    return resized(torch.from_numpy(pixels).permute(2, 0, 1), _size(box, size, side))
 
 
-def prepare(picture: Image.Image | np.ndarray | Tensor, size: int) -> Tensor:
-    """Prepare a picture in memory as `load_image` does: uint8 [3, size, size]; it stays as it is.
+def _size(box: Box, size: int, side: int) -> tuple[int, int]:
+    """Height and width in pixels that the part of a picture gets."""
+    if not side:
+        return size, size
+    rows, columns = grid_of(box[2] - box[0], box[3] - box[1], side)
+    return rows * size // side, columns * size // side
+
+
+def _ratios(box: Box, size: int, side: int) -> tuple[float, float]:
+    """The number of the picture's pixels per pixel of the result, along both sides."""
+    height, width = _size(box, size, side)
+    return (box[2] - box[0]) / width, (box[3] - box[1]) / height
+
+
+def prepare(picture: Image.Image | np.ndarray | Tensor, size: int, side: int = 0) -> Tensor:
+    """Prepare a picture in memory as `load_image` does; it stays as it is.
 
     Args:
         picture: a PIL image; or uint8, an array [height, width] or [height, width, 1, 3 or 4], or
@@ -159,7 +191,7 @@ def prepare(picture: Image.Image | np.ndarray | Tensor, size: int) -> Tensor:
         Exception: as `decode`, for a PIL image whose file is damaged.
     """
     if isinstance(picture, Image.Image):
-        return load_image(_copy(picture), size)
+        return load_image(_copy(picture), size, side=side)
     pixels = picture
     if isinstance(pixels, Tensor) and pixels.ndim == 3 and pixels.dtype == torch.uint8:
         pixels = pixels.detach().cpu().permute(1, 2, 0).numpy()
@@ -167,7 +199,7 @@ def prepare(picture: Image.Image | np.ndarray | Tensor, size: int) -> Tensor:
         if pixels.ndim == 3 and pixels.shape[2] == 1:
             pixels = pixels[:, :, 0]
         if pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[2] in (3, 4)):
-            return load_image(Image.fromarray(np.ascontiguousarray(pixels)), size)
+            return load_image(Image.fromarray(np.ascontiguousarray(pixels)), size, side=side)
     what = type(picture).__name__
     if hasattr(picture, "dtype"):
         what += f" {picture.dtype} {list(picture.shape)}"

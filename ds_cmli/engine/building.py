@@ -78,6 +78,8 @@ def build_models(
         )
         if needs_teacher(config.loss.weights):
             teacher = Teacher(config.teacher, data.image_size, student.grid)
+    if data.aspect_patch:
+        _check_aspect(config, student, teacher)
     keep, share = None, config.student.patch_keep
     if share < 1:
         keep = PatchKeep(share, math.prod(student.grid), config.run.seed)
@@ -90,6 +92,22 @@ def build_models(
         for line in rates_without_effect(objective, config.optim):
             say(line, objective)
     return objective, teacher
+
+
+def _check_aspect(config: Config, student: Student, teacher: Teacher | None) -> None:
+    """Raise `UserError` for an encoder that does not take the grids of pictures of any aspect."""
+    for setting, model, overrides in (
+        ("student.image_model", student, "student.image_overrides"),
+        ("teacher.model", teacher, "teacher.overrides"),
+    ):
+        if model is None or model.image.aspect_patch == config.data.aspect_patch:
+            continue
+        own = model.image.aspect_patch
+        problem = f"has patches of {own} pixels" if own else "takes square pictures alone"
+        raise UserError(
+            f"data.aspect_patch is {config.data.aspect_patch}: {setting} {problem}: give 0, or a "
+            f"model with such patches, of a ViT with {overrides}.use_naflex=true"
+        )
 
 
 def use_no_compiler() -> None:

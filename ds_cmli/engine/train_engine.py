@@ -176,7 +176,7 @@ class TrainEngine:
         if self.teacher is None:
             return None
         with probe.scope("activations teacher"):
-            return self.teacher(batch.image)
+            return self.teacher(batch.image, batch.grid)
 
     def _all_pairs_flops(self, batch: Batch) -> float:
         """FLOPs of the all-pairs operator, into which `ModelFlops` does not see.

@@ -212,8 +212,7 @@ def _zero_shot(config: "Config", asked: Asked) -> Metrics:
 
     assert asked.zero_shot is not None
     templates = zero_shot.prompt_templates(asked.templates)
-    size, max_pixels = config.data.image_size, config.data.max_pixels
-    pictures = zero_shot.ClassPictures(asked.zero_shot, size, max_pixels)
+    pictures = zero_shot.ClassPictures(asked.zero_shot, config.data)
     names = zero_shot.class_names(pictures.folders, asked.class_names)
     tokenizer = load_tokenizer(config.data.tokenizer, config.data.context_length)
     data = EvalData(tokenizer=tokenizer)

@@ -4,6 +4,7 @@ Shapes: r pictures and t captions of this rank, B of them per batch, b of them i
 patches, M text positions, T valid tokens of all t captions, H hidden size, D embedding dimension.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -16,6 +17,7 @@ from ds_cmli.cmli.contrastive import upcast
 from ds_cmli.cmli.loss import l2_normalize
 from ds_cmli.common.errors import UserError
 from ds_cmli.common.hardware import one_attention_on_all_gpus
+from ds_cmli.data.aspect import Grid, patch_mask
 from ds_cmli.data.bad import NO_TOKEN, Bad, told
 from ds_cmli.data.batch import Batch
 from ds_cmli.data.loaders import WorkerInit, batches
@@ -49,14 +51,35 @@ class Images:
     cls: Tensor  # [r, H], fp32
     patches: Tensor  # [r, N, D], in the model's precision
     cell_picture: Tensor  # int64 [r, 2, 2], see `data.batch.Batch`
+    square: Grid  # the numbers of rows and columns of patches of a square picture
+    grid: Tensor | None = None  # int64 [r, 2], of pictures of any aspect; None: all are square
     # The pictures left out as they cannot be read, by number.
     broken: dict[int, Bad] = field(default_factory=dict)
 
     def select(self, keep: Tensor) -> "Images":
         """The pictures that a mask, bool [r], selects."""
-        return Images(
-            self.number[keep], self.cls[keep], self.patches[keep], self.cell_picture[keep]
-        )
+        found = self.number[keep], self.cls[keep], self.patches[keep], self.cell_picture[keep]
+        grid = self.grid
+        if grid is not None:
+            grid = grid[keep]
+        return Images(*found, self.square, grid)
+
+    def grid_of(self, row: int) -> Grid:
+        """The numbers of rows and columns of one picture's patches."""
+        if self.grid is None:
+            return self.square
+        rows, columns = self.grid[row].tolist()
+        return rows, columns
+
+    def patches_of(self, row: int) -> Tensor:
+        """The patches that one picture has: [h * w, D]."""
+        return self.patches[row, : math.prod(self.grid_of(row))]
+
+    def patch_mask(self, rows: slice, device: torch.device) -> Tensor | None:
+        """The patches that some pictures have: bool [b, N]; None: all."""
+        if self.grid is None:
+            return None
+        return patch_mask(self.grid[rows].to(device), self.patches.shape[1])
 
 
 @dataclass
@@ -100,9 +123,14 @@ class Texts:
         return self.cls[rows], tokens, mask
 
 
-def image_embeddings(student: "Student", images: Tensor) -> tuple[Tensor, Tensor]:
-    """Embed uint8 [B, 3, S, S] -> class tokens fp32 [B, H], patches [B, N, D], of unit length."""
-    cls, patches = student.encode_image(images)
+def image_embeddings(
+    student: "Student", images: Tensor, grid: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Embed uint8 [B, 3, S, S] -> class tokens fp32 [B, H], patches [B, N, D], of unit length.
+
+    `grid`: as `Student.forward` takes it.
+    """
+    cls, patches = student.encode_image(images, grid)
     return upcast(l2_normalize(cls)), l2_normalize(student.projection(patches))
 
 
@@ -117,21 +145,24 @@ def embed_images(student: "Student", loader: Iterable[PictureBatch], how: EmbedS
 
     The loaders of all ranks have as many batches.
     """
-    numbers, classes, patches, cells = [], [], [], []
+    numbers, classes, patches, cells, grids = [], [], [], [], []
     broken: dict[int, Bad] = {}
     for batch in loader:
         how.heartbeat()
         broken |= batch.broken
-        image = batch.image.to(how.device, non_blocking=True)
-        cls, features = image_embeddings(student, image)
+        cls, features = image_embeddings(student, *batch.on(how.device))
         usable = batch.usable()
         numbers.append(batch.number[usable])
         classes.append(cls.cpu()[usable])  # CPU-GPU sync
         patches.append(features.cpu()[usable])
         cells.append(batch.cell_picture[usable])
-    return Images(
-        torch.cat(numbers), torch.cat(classes), torch.cat(patches), torch.cat(cells), broken
-    )
+        if batch.grid is not None:
+            grids.append(batch.grid[usable])
+    found = torch.cat(numbers), torch.cat(classes), torch.cat(patches), torch.cat(cells)
+    grid = None
+    if grids:
+        grid = torch.cat(grids)
+    return Images(*found, student.grid, grid, broken)
 
 
 def embed_texts(
@@ -167,7 +198,6 @@ class Share:
     texts: Texts
     captions: Tensor  # int64, the numbers of the usable captions of all ranks
     left_out: list[Bad]  # the samples of all ranks that cannot be used
-    grid: tuple[int, int]  # numbers of rows and columns of patches
 
     def pair_rows(self) -> Iterator[tuple[int, int]]:
         """Yield (row in `images`, row in `texts`) of each caption whose picture is in the share."""
@@ -229,4 +259,4 @@ def embed_share(
         )
     shown = torch.isin(images.number, image_of[usable])
     images, texts = images.select(shown), texts.select(keep[texts.number])
-    return Share(held_out, images, texts, usable, left_out, student.grid)
+    return Share(held_out, images, texts, usable, left_out)

@@ -12,11 +12,12 @@ from itertools import compress
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageColor, ImageDraw, ImageFont, features
+from PIL import Image, ImageColor, ImageDraw, ImageFont, ImageOps, features
 from torch import Tensor
 
 from ds_cmli.cmli.pair_scores import Match, match
 from ds_cmli.common.plots import ACCENT
+from ds_cmli.data.aspect import unpacked
 from ds_cmli.data.tokens import CaptionTokenizer
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.evaluate.embed import Share, rows_of
@@ -36,7 +37,7 @@ NOWHERE = "\U0010ffff"  # a character that no font has
 
 
 def sheet(image: Tensor, text: str, matches: Mapping[str, Match]) -> np.ndarray:
-    """Draw a caption, its picture, uint8 [3, S, S], and a block per model, as uint8 [h, w, 3].
+    """Draw a caption, its picture, uint8 [3, H, W], and a block per model, as uint8 [h, w, 3].
 
     A tint rises with the square of where a similarity lies between the word's lowest and highest;
     a frame marks its best patch (the first, if tied).
@@ -66,16 +67,17 @@ def _draw_block(out: Image.Image, top: int, image: Tensor, match: Match, columns
     whole = Image.fromarray(image.permute(1, 2, 0).numpy())
     side = 2 * TILE + GAP
     first = top + LABEL + 10
-    out.paste(whole.resize((side, side), Image.Resampling.BICUBIC), (GAP, first))
-    pen.rectangle((GAP, first, GAP + side - 1, first + side - 1), outline=LINE)
-    small = whole.resize((TILE, TILE), Image.Resampling.BICUBIC)
+    large, small = (ImageOps.contain(whole, (size, size)) for size in (side, TILE))  # bicubic
+    out.paste(large, (GAP, first))
+    pen.rectangle((GAP, first, GAP + large.width - 1, first + large.height - 1), outline=LINE)
     for w, (row, column) in enumerate(_places(len(match.words), columns)):
         x, y = GAP + column * (TILE + GAP), top + _row(row)
         word, *more = wrapped(match.words[w], LABEL, TILE - LABEL)
         word += "…" if more else ""
         pen.text((x, y + 2), word, font=font_for(word, LABEL), fill=INK)
         out.paste(tile(small, match.similarity[w].numpy(), match.grid), (x, y + LABEL + 10))
-        pen.rectangle((x - 1, y + LABEL + 9, x + TILE, y + LABEL + 10 + TILE), outline=LINE)
+        end = x + small.width, y + LABEL + 10 + small.height
+        pen.rectangle((x - 1, y + LABEL + 9, *end), outline=LINE)
 
 
 def _row(number: int) -> int:
@@ -166,7 +168,7 @@ if TYPE_CHECKING:
 class MatchMap(NamedTuple):
     """A pair and its match, whose words are those that the caption has, also unknown ones."""
 
-    image: Tensor  # uint8 [3, S, S]
+    image: Tensor  # uint8 [3, H, W]
     text: str
     match: Match
 
@@ -210,9 +212,10 @@ def match_maps(share: Share, tokenizer: CaptionTokenizer, count: int) -> list[Ma
         text = sample.tokens.text
         spans = list(compress(tokenizer.spans(text), sample.tokens.valid))
         tokens = texts.tokens[texts.tokens_of(text_row[caption])]  # [M, D]
-        patches = images.patches[image_row[picture]]  # [N, D]
-        found = match(tokens, patches, text, spans, share.grid)
-        mine[order] = MatchMap(sample.image, text[: spans[-1][1]], found)
+        row = image_row[picture]
+        found = match(tokens, images.patches_of(row), text, spans, images.grid_of(row))
+        image = unpacked(sample.image, sample.grid, images.square[0])
+        mine[order] = MatchMap(image, text[: spans[-1][1]], found)
     everywhere: dict[int, MatchMap] = {}
     for maps in distributed.gather_objects(mine):  # collective
         everywhere |= maps

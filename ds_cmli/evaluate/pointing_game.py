@@ -25,9 +25,9 @@ from ds_cmli.config.schema import DataConfig
 from ds_cmli.data.bad import NO_TOKEN, told
 from ds_cmli.data.batch import Collate, Sample, spans_of_tokens
 from ds_cmli.data.pairs import black
-from ds_cmli.data.pictures import decode
+from ds_cmli.data.pictures import shown
 from ds_cmli.data.tokens import CaptionTokenizer
-from ds_cmli.data.transforms import central_square
+from ds_cmli.data.transforms import usual_view
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.evaluate.embed import EmbedSettings, embed_share
 from ds_cmli.evaluate.held_out import HeldOut, first_line
@@ -162,7 +162,7 @@ class Entities(Dataset):
                 phrase with a box.
         """
         self.tokenizer = tokenizer
-        self.size, self.max_pixels = config.image_size, config.max_pixels
+        self.config, self.size = config, config.image_size
         root = Path(folder).expanduser()
         listed = root / f"{split}.txt"
         if not (root / "Annotations").is_dir() or not (root / "Sentences").is_dir():
@@ -206,10 +206,10 @@ class Entities(Dataset):
         """
         caption = self.captions[row]
         tokens = self.tokenizer(caption.text)
-        image, reason = black(self.size), None
+        image, grid, reason = black(self.size), None, None
         if picture:
             try:
-                image = decode(caption.file.read_bytes(), self.size, self.max_pixels)
+                image, grid = shown(caption.file.read_bytes(), self.config)
             except FileNotFoundError:
                 reason = "no such file"
             except Exception as error:  # decoders raise nearly any exception for damaged files
@@ -219,7 +219,8 @@ class Entities(Dataset):
         bad = None if reason is None else (self.name(row), reason)
         spans = [(phrase.start, phrase.end) for phrase in caption.phrases]
         phrase_of = spans_of_tokens(tokens, spans)
-        return Sample(image, tokens, row, self.image_id(row), token_picture=phrase_of, bad=bad)
+        image_id = self.image_id(row)
+        return Sample(image, tokens, row, image_id, phrase_of, bad=bad, grid=grid)
 
 
 def _read(root: Path, file: Path, name: str, number: int) -> list[Caption]:
@@ -257,12 +258,13 @@ def pointing_game(student: "Student", entities: Entities, how: EmbedSettings) ->
     sums = torch.zeros(4, dtype=torch.float64)  # hits, phrases, chance, visible phrases
     for image, text in share.pair_rows():
         caption = entities.captions[int(texts.number[text])]
-        view = central_square(*caption.size)
-        of_phrases = [patches_inside(boxes, view, share.grid) for boxes in caption.boxes]
+        view = usual_view(entities.config.side)(*caption.size)
+        grid, patches = images.grid_of(image), images.patches_of(image)
+        of_phrases = [patches_inside(boxes, view, grid) for boxes in caption.boxes]
         inside = torch.stack(of_phrases)  # [F, N]
         tokens = texts.tokens_of(text)
         phrase = texts.token_picture[tokens]
-        hits = phrase_hits(images.patches[image], texts.tokens[tokens], phrase, inside)
+        hits = phrase_hits(patches, texts.tokens[tokens], phrase, inside)
         chance, visible = inside.double().mean(1).sum(), inside.any(1).sum()
         sums += torch.tensor([hits.sum(), len(hits), chance, visible], dtype=torch.float64)
     hits, phrases, chance, visible = distributed.sum_over_ranks(sums).tolist()  # collective

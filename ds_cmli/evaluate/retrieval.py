@@ -181,7 +181,9 @@ class Scorer:
             i2t = t2i = cosines[None].cpu()
         else:
             patches = images.patches[rows].to(self.device)
-            both = both_ways(cosines, cmli_scores(patches, tokens, mask), self.scales)
+            present = images.patch_mask(rows, self.device)
+            scores = cmli_scores(patches, tokens, mask, present)
+            both = both_ways(cosines, scores, self.scales)
             found = zip(*map(both.__getitem__, kinds(self.scales)), strict=True)
             i2t, t2i = (torch.stack(scores).cpu() for scores in found)
         pictures = images.number[rows]

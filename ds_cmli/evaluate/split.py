@@ -91,11 +91,11 @@ def _pointing_game(share: Share) -> float:
     for image, text in share.pair_rows():
         tokens = texts.tokens_of(text)
         sums += scene_hits(
-            images.patches[image],
+            images.patches_of(image),
             texts.tokens[tokens],
             texts.token_picture[tokens],
             images.cell_picture[image],
-            share.grid,
+            images.grid_of(image),
         )
     hits, counted = distributed.sum_over_ranks(sums)  # collective
     return (hits / counted.clamp(min=1)).item()

@@ -24,11 +24,13 @@ from ds_cmli.cmli import cmli_scores
 from ds_cmli.cmli.pair_scores import combined
 from ds_cmli.common.cli import say
 from ds_cmli.common.errors import UserError
+from ds_cmli.config.schema import DataConfig
+from ds_cmli.data.aspect import patch_mask
 from ds_cmli.data.bad import Bad, told
 from ds_cmli.data.batch import Collate, Sample
 from ds_cmli.data.loaders import batches
 from ds_cmli.data.pairs import black
-from ds_cmli.data.pictures import decode
+from ds_cmli.data.pictures import shown
 from ds_cmli.data.tokens import CaptionTokenizer, tell_cut
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.evaluate.embed import EmbedSettings, Texts, embed_texts, image_embeddings
@@ -64,13 +66,13 @@ class ClassPictures:
         folders: the class names in the data, in the order of the class numbers.
     """
 
-    def __init__(self, source: str, size: int, max_pixels: int, split: str = "validation"):
+    def __init__(self, source: str, config: DataConfig, split: str = "validation"):
         """Open `source`: a folder, a .tar, or "hfds/NAME" in timm's notation, of which `split`.
 
         Raises:
             UserError: `source` is none of these, cannot be read, or has no picture or only a class.
         """
-        self.size, self.max_pixels = size, max_pixels
+        self.config, self.size = config, config.image_size
         where, path = f"--zero-shot is {source!r}", Path(source).expanduser()
         if not path.exists() and not source.startswith("hfds/"):
             raise UserError(
@@ -104,8 +106,8 @@ class ClassPictures:
         try:
             file, target = self.reader[number]
             with file:
-                image = decode(file.read(), self.size, self.max_pixels)
-            return Picture(image, number, target=int(target))
+                image, grid = shown(file.read(), self.config)
+            return Picture(image, number, target=int(target), grid=grid)
         except Exception as error:  # decoders raise nearly any exception for damaged files
             name = self.reader.filename(number, basename=True)
             name = str(name or f"picture {number}")  # parquet rows may have no name
@@ -177,15 +179,20 @@ class Classifier:
         prompts = self.texts.cls.view(-1, self.templates, self.texts.cls.shape[1])  # [C, T, H]
         self.cls = F.normalize(prompts.mean(1), dim=-1)  # [C, H]
 
-    def __call__(self, image_cls: Tensor, patches: Tensor) -> Tensor:
-        """Score pictures with all classes: fp32 [B, H], [B, N, D] -> fp32 [K, B, C]."""
+    def __call__(
+        self, image_cls: Tensor, patches: Tensor, patch_mask: Tensor | None = None
+    ) -> Tensor:
+        """Score pictures with all classes: fp32 [B, H], [B, N, D] -> fp32 [K, B, C].
+
+        `patch_mask`: bool [B, N], the patches that there are; None: all.
+        """
         by_global = image_cls @ self.cls.to(image_cls.device).t()
         if "cmli" not in self.scales:
             return by_global[None]
         parts = []
         for prompts in torch.arange(len(self.texts.number)).split(CLASSES * self.templates):
             _, tokens, mask = (x.to(patches.device) for x in self.texts.block(prompts))
-            i2t, _ = cmli_scores(patches, tokens, mask)  # [B, classes * T]
+            i2t, _ = cmli_scores(patches, tokens, mask, patch_mask)  # [B, classes * T]
             parts.append(i2t.view(len(i2t), -1, self.templates).mean(2))
         scores = {"global": by_global, "cmli": torch.cat(parts, 1)}  # [B, C] each
         return torch.stack([*scores.values(), combined(scores, self.scales)])
@@ -229,8 +236,10 @@ def classify(
     for batch in loader:
         how.heartbeat()
         broken |= batch.broken
-        images = batch.image.to(how.device, non_blocking=True)
-        found = classifier(*image_embeddings(student, images)).cpu()  # CPU-GPU sync
+        images, grid = batch.on(how.device)
+        cls, patches = image_embeddings(student, images, grid)
+        mask = patch_mask(grid, patches.shape[1])
+        found = classifier(cls, patches, mask).cpu()  # CPU-GPU sync
         usable = batch.usable()
         target = batch.target[usable]
         hits.index_add_(2, target, top_hits(found[:, usable], target))

@@ -105,7 +105,11 @@ class Index:
                     refused.append(str(error))
             if images:
                 found = model.embed_images(images, batch_size)
-                arrays.append(found.cls, found.patches)
+                patches, mask = found.patches, found.patch_mask
+                if mask is not None:
+                    # s_t2i is a mean of maxima over patches, which repeated ones do not change.
+                    patches = torch.where(mask[..., None], patches, patches[:, :1])
+                arrays.append(found.cls, patches)
         if not names:
             raise UserError(
                 f"none of the {len(files)} pictures can be read, for instance: {refused[0]}"

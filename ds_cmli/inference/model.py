@@ -5,6 +5,7 @@ S image side.
 """
 
 import hashlib
+import math
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -24,7 +25,8 @@ from ds_cmli.cmli.pair_scores import BothWays, Match, both_ways, match
 from ds_cmli.common.errors import UserError, one_line
 from ds_cmli.common.hardware import one_attention_on_all_gpus
 from ds_cmli.config.schema import Config, load_config
-from ds_cmli.data.batch import Collate, Sample
+from ds_cmli.data.aspect import laid_out, patch_mask
+from ds_cmli.data.batch import Collate, Sample, stack_grids
 from ds_cmli.data.pictures import prepare, read_picture
 from ds_cmli.data.tokens import CaptionTokenizer, load_tokenizer, tell_cut
 from ds_cmli.losses.objective import Objective
@@ -41,9 +43,16 @@ class ImageEmbeddings:
     cls: Tensor  # [I, H], for global scores
     patches: Tensor  # [I, N, D], for CMLI
     names: list[str]  # each picture's file, or its number if it came without a file
+    # int64 [I, 2], the rows and columns of patches of pictures of any aspect; None: all are square.
+    grid: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.names)
+
+    @property
+    def patch_mask(self) -> Tensor | None:
+        """The patches that the images have: bool [I, N]; None: all."""
+        return patch_mask(self.grid, self.patches.shape[1])
 
 
 @dataclass
@@ -141,15 +150,18 @@ class Model:
     def read(self, picture: Picture) -> Tensor:
         """Prepare a file, or what `data.pictures.prepare` takes, as in training -> uint8 [3, S, S].
 
+        With `data.aspect_patch` it has its own aspect.
+
         Raises:
             UserError: the picture cannot be read.
         """
+        side = self.config.data.side
         try:
             if isinstance(picture, str | Path):
                 path = Path(picture)
                 root, most = str(path.parent.resolve()), self.config.data.max_pixels
-                return read_picture(path, root, self.image_size, most, True)
-            return prepare(picture, self.image_size)
+                return read_picture(path, root, self.image_size, most, True, side)
+            return prepare(picture, self.image_size, side)
         except TypeError as error:
             raise UserError(f"{error}, or a file") from None
         except Exception as error:  # decoders of damaged files raise nearly anything
@@ -162,17 +174,26 @@ class Model:
     ) -> ImageEmbeddings:
         """Embed the pictures of a list, or of a folder and its subfolders in the order of names."""
         files = list_pictures(pictures) if isinstance(pictures, str | Path) else list(pictures)
-        cls, patches = [], []
+        cls, patches, grids = [], [], []
+        patch = self.config.data.aspect_patch
         for start in _steps(len(files), batch_size, progress, "images"):
             read = [self.read(file) for file in files[start : start + batch_size]]
-            # [B, H], [B, N, H]
-            image_cls, features = self.student.encode_image(torch.stack(read).to(self.device))
+            shown = [laid_out(image, patch, self.image_size) for image in read]
+            images = torch.stack([image for image, _ in shown]).to(self.device)
+            grid = stack_grids([grid for _, grid in shown])
+            if grid is not None:
+                grids.append(grid)
+                grid = grid.to(self.device)
+            image_cls, features = self.student.encode_image(images, grid)  # [B, H], [B, N, H]
             cls.append(l2_normalize(image_cls).cpu())  # CPU-GPU sync
             patches.append(l2_normalize(self.student.projection(features)).cpu())
         names = []
         for i, file in enumerate(files):
             names.append(str(file) if isinstance(file, str | Path) else str(i))
-        return ImageEmbeddings(torch.cat(cls), torch.cat(patches), names)
+        found = ImageEmbeddings(torch.cat(cls), torch.cat(patches), names)
+        if grids:
+            found.grid = torch.cat(grids)
+        return found
 
     @torch.inference_mode()
     def embed_texts(
@@ -212,7 +233,8 @@ class Model:
         """
         with torch.inference_mode():
             cosines = upcast(images.cls) @ upcast(texts.cls).t()
-            cmli = cmli_scores(images.patches, texts.tokens, texts.token_mask)  # [I, J] each
+            patches, mask = images.patches, images.patch_mask
+            cmli = cmli_scores(patches, texts.tokens, texts.token_mask, mask)  # [I, J] each
             return both_ways(cosines, cmli, self.scales)
 
     def match(self, picture: Picture, text: str) -> Match:
@@ -221,7 +243,12 @@ class Model:
         valid = texts.token_mask[0]
         # The mask may be longer: texts are padded.
         spans = [span for span, own in zip(texts.spans[0], valid.tolist(), strict=False) if own]
-        return match(texts.tokens[0][valid], images.patches[0], text, spans, self.grid)
+        grid = self.grid
+        if images.grid is not None:
+            rows, columns = images.grid[0].tolist()
+            grid = rows, columns
+        patches = images.patches[0, : math.prod(grid)]
+        return match(texts.tokens[0][valid], patches, text, spans, grid)
 
 
 def list_pictures(folder: str | Path) -> list[Path]:

@@ -39,6 +39,8 @@ class Features:
     tokens: Tensor  # [B, M, H], padding and special tokens included
     # int64 [B, N], where these patches are in the image; None: they are all.
     places: Tensor | None = None
+    # bool [B, N], the patches that pictures of any aspect have; None: all.
+    patch_mask: Tensor | None = None
 
 
 class WidthHead(nn.Linear):
@@ -157,7 +159,9 @@ class LossInputs(PairInputs):
         if share < 1:
             selection = select(patches, tokens, mask, share, config.cmli_scratch_bytes)
             (patches, tokens), mask = selection.of(patches, tokens), selection.token_mask
-        scores = score_global_batch(patches, tokens, mask, score=self.score)  # collective
+        scores = score_global_batch(
+            patches, tokens, mask, self.features.patch_mask, score=self.score
+        )  # collective
         if self.cut is None:
             return scores
         s_i2t, s_t2i, self.units = self.cut.apply(*scores, self.first)  # collective in backward

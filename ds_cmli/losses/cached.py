@@ -100,7 +100,10 @@ class CachedStep:
         if f.patches is not None:
             patches = l2_normalize(f.fetch(f.patches, self.device))
         pair_id = f.fetch(f.pair_id, self.device)
-        return Images(first, pair_id, None if cls is None else upcast(cls), patches)
+        mask = f.patch_mask
+        if mask is not None:
+            mask = f.fetch(mask, self.device)
+        return Images(first, pair_id, None if cls is None else upcast(cls), patches, mask)
 
     def parts(
         self, images: Images, chunk: TextChunk, argmax_bytes: int, fewer: int = 1
@@ -264,7 +267,7 @@ class _Sums:
         assert isinstance(score, Scorer) and tile.patches is not None and tile.tokens is not None
         grads = cmli_gradients(
             stored.of(*tile.place),
-            Sides(tile.patches, tile.tokens, tile.token_mask, None),
+            Sides(tile.patches, tile.tokens, tile.token_mask, tile.images.patch_mask),
             Wanted(True, True),
             backend=score.backend,
             scratch_bytes=score.scratch_bytes,

@@ -50,7 +50,10 @@ class TokenTargets(Loss):
             if inputs.width_head is not None:
                 patches = inputs.width_head(patches, back=True)
         # The match has no gradient, so only an all-pairs loss trains the projection.
-        return patch_similarities(project(features.tokens), project(patches))
+        similarity = patch_similarities(project(features.tokens), project(patches))
+        if features.patch_mask is None:
+            return similarity
+        return similarity.masked_fill_(~features.patch_mask[:, None, :], -torch.inf)
 
     def counted(self, inputs: LossInputs) -> Tensor:
         """The tokens that the loss is a mean over: bool [B, M]."""
@@ -61,8 +64,9 @@ class TargetImage(Loss):
     """Equation (7)."""
 
     def forward(self, inputs: LossInputs) -> Tensor:
-        patches = inputs.to_teacher(inputs.features.patches)
-        return target_image_loss(patches, inputs.teacher.patches, self.config.mse_reduction)
+        patches, reduction = inputs.to_teacher(inputs.features.patches), self.config.mse_reduction
+        mask = inputs.features.patch_mask
+        return target_image_loss(patches, inputs.teacher.patches, reduction, mask)
 
 
 class TargetText(TokenTargets):

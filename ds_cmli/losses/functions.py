@@ -151,14 +151,22 @@ def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
 
 
 def target_image_loss(
-    student_patches: Tensor, teacher_patches: Tensor, reduction: str = "mean"
+    student_patches: Tensor,
+    teacher_patches: Tensor,
+    reduction: str = "mean",
+    patch_mask: Tensor | None = None,
 ) -> Tensor:
-    """Equation (7): each patch regresses the teacher's at the same place; both are [B, N, H]."""
+    """Equation (7): each patch regresses the teacher's at the same place; both are [B, N, H].
+
+    `patch_mask`: bool [B, N], the patches that the mean of each image is over; None: all.
+    """
     check_shapes(
         student_patches=(student_patches, "B N H"), teacher_patches=(teacher_patches, "B N H")
     )
-    # Over N patches and B images.
-    return squared_distance(student_patches, teacher_patches, reduction).mean()
+    each = squared_distance(student_patches, teacher_patches, reduction)  # [B, N]
+    if patch_mask is None:
+        return each.mean()
+    return masked_mean(each, patch_mask)
 
 
 def target_text_loss(

@@ -15,6 +15,7 @@ from ds_cmli.cmli.token_keep import PatchKeep, Selection, select
 from ds_cmli.common.probe import probe
 from ds_cmli.config.registry import LOSSES, load
 from ds_cmli.config.schema import LossConfig
+from ds_cmli.data.aspect import patch_mask
 from ds_cmli.data.batch import Batch
 from ds_cmli.losses.bank import Bank, PairQueue
 from ds_cmli.losses.base import Features, Loss, LossInputs, WidthHead
@@ -211,8 +212,8 @@ class Objective(nn.Module):
         if self.patch_keep is not None and self.training:
             places = self.patch_keep.places(batch.index, self.step)
         with self.student.text.knowing(batch.padded):
-            x, patches, y, tokens = self.student(batch.image, ids, mask, places)
-        return Features(x, patches, y, tokens, places)
+            x, patches, y, tokens = self.student(batch.image, ids, mask, places, batch.grid)
+        return Features(x, patches, y, tokens, places, patch_mask(batch.grid, self.patches))
 
     def _pair_features(
         self, features: Features, batch: Batch, selection: Selection | None = None
@@ -230,7 +231,16 @@ class Objective(nn.Module):
                 if selection is None:
                     selection = select(patches, tokens, mask, share, self.config.cmli_scratch_bytes)
                 (patches, tokens), mask = selection.of(patches, tokens), selection.token_mask
-        return PairFeatures(image_cls, text_cls, patches, tokens, mask, batch.pair_id, selection)
+        return PairFeatures(
+            image_cls,
+            text_cls,
+            patches,
+            tokens,
+            mask,
+            batch.pair_id,
+            features.patch_mask,
+            selection,
+        )
 
     def banks(self) -> dict[str, Bank]:
         """The banks of earlier features, by the name of their loss."""

@@ -32,6 +32,7 @@ class PairFeatures:
     tokens: Tensor | None  # [B, M, D]
     token_mask: Tensor  # bool [B, M], True = valid
     pair_id: Tensor  # int64 [B, 2], hashes: equal for equal pictures or captions
+    patch_mask: Tensor | None = None  # bool [B, N], the patches that there are; None: all
     selection: Selection | None = None  # which patches and tokens were kept, if only a share is
     on_host: bool = False  # whether all of them wait in the memory of the host
 
@@ -67,7 +68,7 @@ class PairFeatures:
         return replace(self, **own)  # type: ignore[arg-type]
 
     def tensors(self) -> list[Tensor]:
-        """All tensors except those of the batch (`token_mask` and `pair_id`)."""
+        """All tensors except those of the batch (the masks and `pair_id`)."""
         found = [self.image_cls, self.text_cls, self.patches, self.tokens]
         if self.selection is not None:
             found += vars(self.selection).values()

@@ -77,6 +77,7 @@ class Images:
     pair_id: Tensor  # int64 [B, 2]
     cls: Tensor | None  # [B, H] fp32 (fp64)
     patches: Tensor | None  # [B, N, D]
+    patch_mask: Tensor | None = None  # bool [B, N]; None: all
 
     @property
     def rows(self) -> slice:
@@ -218,7 +219,7 @@ class Tile(PairInputs):
         if self.known is not None:
             return self.known
         probe.texts_from(self.columns.start)
-        scores = self.score(self.patches, self.tokens, self.token_mask)
+        scores = self.score(self.patches, self.tokens, self.token_mask, self.images.patch_mask)
         if self.stored is not None:
             self.stored.replace(*self.place, scores)
         return scores

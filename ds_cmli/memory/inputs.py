@@ -17,8 +17,7 @@ from ds_cmli.models.transformers_model import family, text_part, without_effect
 # Text models whose sizes are the defaults of their family in transformers: they need no download.
 FAMILY_SIZES = ("bert", "bert-base-uncased", "bert-base-cased", "roberta", "roberta-base")
 
-# The texts of one micro-batch, for each rank: the length they are padded to, and each text's number
-# of valid tokens.
+# The texts of a micro-batch, for each rank: their padded length, and each one's valid tokens.
 Texts = Sequence[tuple[int, Sequence[int]]]
 
 
@@ -114,6 +113,7 @@ def longest_batch(config: Config, micro_batch: int, positions: int | None = None
         cell_picture=torch.zeros(B, 2, 2, dtype=torch.int64),
         bad=[],
         padded=True,
+        grid=torch.full((B, 2), config.data.side) if config.data.aspect_patch else None,
     )
 
 

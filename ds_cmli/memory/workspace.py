@@ -157,7 +157,7 @@ def cmli_scratch_bytes(
         backend, scratch_bytes = args[8:10]
         recompute = not argmax.numel()
     (I, N, D), (J, M, _) = image.shape, text.shape  # noqa: E741
-    lengths, image_lengths = None, None
+    lengths, image_lengths = None, None if image_mask is None else [N] * I  # of fake ones, the most
     if not isinstance(token_mask, FakeTensor):
         lengths = token_mask.sum(1).tolist()  # CPU-GPU sync
         if image_mask is not None:

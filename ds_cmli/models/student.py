@@ -5,6 +5,7 @@ embedding dimension; prefix is the number of tokens before the patches, the firs
 class token.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from ds_cmli.models.backbone import (
     TakenPatches,
     TextBackbone,
     TextRequest,
+    attended_to,
 )
 from ds_cmli.models.weights import check_room, count
 
@@ -42,16 +44,19 @@ class SharedBlock(nn.Module):
             nn.init.zeros_(last.weight)
             nn.init.zeros_(last.bias)
 
-    def forward(self, image: Tensor, text: Tensor, token_mask: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, image: Tensor, text: Tensor, token_mask: Tensor, attended: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         """[B, prefix+N, H], [B, M, H] and the text's mask, bool [B, M] (True = attend) -> both.
 
-        One call takes both modalities, so that activation checkpointing recomputes the block once
-        and each parameter's gradient arrives once, which ZeRO requires.
+        `attended`: what `attended_to` returns for the images. One call takes both modalities, so
+        that activation checkpointing recomputes the block once and each parameter's gradient
+        arrives once, which ZeRO requires.
         """
-        return self.image(image), self.text(text, token_mask)
+        return self.image(image, attended), self.text(text, token_mask)
 
-    def image(self, x: Tensor) -> Tensor:
-        return self.block(x)
+    def image(self, x: Tensor, attended: Tensor | None) -> Tensor:
+        return self.block(x, attn_mask=attended)
 
     def text(self, x: Tensor, mask: Tensor) -> Tensor:
         return self.block(x, attn_mask=mask[:, None, None, :])
@@ -215,28 +220,36 @@ class Student(nn.Module):
         input_ids: Tensor,
         attention_mask: Tensor,
         places: Tensor | None = None,
+        grid: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
         """Encode a batch: uint8 [B, 3, S, S], int64 [B, M], bool [B, M] (True = attend).
 
         Args:
             places: int64 [B, n], of the patches that are encoded: then N below is n.
+            grid: int64 [B, 2], the patch grids of pictures of any aspect, as `data.aspect.packed`
+                has laid them out; patches past a grid have any features. None: all are square.
 
         Returns:
             Image class tokens [B, H], patches [B, N, H], text class tokens [B, H] and tokens [B, M,
             H] (padding and special tokens included), not normalised, in the model's precision. They
             are a plain tuple because ZeRO-3's hooks do not find tensors inside other objects.
         """
-        x, y = self.embed_image(image, places), self.embed_text(input_ids, attention_mask)
+        x = self.embed_image(image, places, grid)
+        y = self.embed_text(input_ids, attention_mask)
+        attended = self._attended_to(grid)
         for block in self.shared:
-            x, y = block(x, y, attention_mask)
+            x, y = block(x, y, attention_mask, attended)
         return *self.split_image(x), *self.split_text(y, attention_mask)
 
-    def encode_image(self, image: Tensor) -> tuple[Tensor, Tensor]:
+    def encode_image(self, image: Tensor, grid: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """uint8 [B, 3, S, S] -> class tokens [B, H] and patches [B, N, H], as in `forward`."""
-        x = self.embed_image(image)
+        x, attended = self.embed_image(image, grid=grid), self._attended_to(grid)
         for block in self.shared:
-            x = block.image(x)  # type: ignore[operator]
+            x = block.image(x, attended)  # type: ignore[operator]
         return self.split_image(x)
+
+    def _attended_to(self, grid: Tensor | None) -> Tensor | None:
+        return attended_to(grid, math.prod(self.grid), self.image.prefix)
 
     def encode_text(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
         """int64 [B, M], bool [B, M] -> class tokens [B, H] and tokens [B, M, H]."""
@@ -245,8 +258,12 @@ class Student(nn.Module):
             y = block.text(y, attention_mask)  # type: ignore[operator]
         return self.split_text(y, attention_mask)
 
-    def embed_image(self, image: Tensor, places: Tensor | None = None) -> Tensor:
+    def embed_image(
+        self, image: Tensor, places: Tensor | None = None, grid: Tensor | None = None
+    ) -> Tensor:
         pixels = self.pixels(image, self.projection.weight.dtype)
+        if grid is not None:
+            return self.image_in(self.image(pixels, grid))
         if places is None:
             return self.image_in(self.image(pixels))  # [B, prefix+N, H]
         assert self.taken is not None, "places are given where student.patch_keep is below 1"

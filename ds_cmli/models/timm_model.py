@@ -103,11 +103,11 @@ def sketch(request: ImageRequest) -> Any:
         return None
 
 
-def create(request: ImageRequest) -> Created:
+def create(request: ImageRequest, sized: bool = True) -> Created:
     """Create a timm model with its weights and without classifier.
 
     A weights file must have the model's own layout; timm resamples position embeddings of another
-    image size.
+    image size, unless the model keeps its own, not `sized`.
 
     Raises:
         UserError: the model or its weights cannot be used.
@@ -129,7 +129,7 @@ def create(request: ImageRequest) -> Created:
     try:
         with loading(hub=weights == "hub"), _watched(file, given):
             try:
-                model = _built(partial(build, img_size=request.image_size))
+                model = _built(partial(build, img_size=request.image_size) if sized else build)
             except TypeError as error:
                 if "'img_size'" not in str(error):
                     raise

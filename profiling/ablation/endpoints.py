@@ -84,7 +84,7 @@ class Endpoints:
         share, scenes = self.unseen, self.scenes("unseen", self.pictures, SCENES)
         found: dict[str, list[bool]] = {}
         images, texts = share.images, share.texts
-        shown = pictures_of_patches(images.cell_picture, share.grid)  # [n, N]
+        shown = pictures_of_patches(images.cell_picture, images.square)  # [n, N]
         for image, text in share.pair_rows():
             tokens, words = texts.tokens_of(text), word_classes(scenes, text)
             owners = texts.token_picture[tokens]

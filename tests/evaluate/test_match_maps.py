@@ -22,7 +22,7 @@ def test_the_same_pairs_on_any_number_of_ranks_and_the_same_results(device, data
     before = torch.random.get_rng_state()
     measured = evaluate_split(objective, few, data, how, show=shown.append)
     (share,) = shown
-    held_out, grid = share.held_out, share.grid
+    held_out, grid = share.held_out, share.images.square
     alone = match_maps(share, data.tokenizer, 5)
     assert torch.equal(before, torch.random.get_rng_state())
     assert measured == evaluate_split(objective, few, data, how)
@@ -55,16 +55,17 @@ def test_a_caption_more_and_a_picture_that_is_left_out():
         def pair(self, row):
             return SimpleNamespace(
                 image=torch.full((3, 4, 4), row),
+                grid=None,
                 tokens=SimpleNamespace(text=f"猫{row} …", valid=[False, True, False]),
             )
 
     held_out = SimpleNamespace(image_of=torch.tensor([0, 0, 1, 2, 2]), rows=[10, 11, 12, 13, 14], pairs=Pairs())
     one = torch.eye(4)
-    images = Images(torch.tensor([0, 2]), one[:2], one[:2, None], torch.zeros(2, 2, 2))
+    images = Images(torch.tensor([0, 2]), one[:2], one[:2, None], torch.zeros(2, 2, 2), (1, 1))
     captions = torch.tensor([1, 3, 4])  # the first has no token, and the second picture is broken
     texts = Texts(captions, one[:3], one[:3], torch.zeros(3, dtype=torch.int64), torch.ones(3, dtype=torch.int64))
     tokenizer = SimpleNamespace(spans=lambda text: [(0, 0), (0, 3), (0, 0)])
-    found = match_maps(Share(held_out, images, texts, captions, [], (1, 1)), tokenizer, 4)
+    found = match_maps(Share(held_out, images, texts, captions, []), tokenizer, 4)
     assert [(x.text, x.match.words, x.match.similarity.tolist()) for x in found] == [
         ("猫11", ["猫11"], [[1.0]]),
         ("猫13", ["猫13"], [[1.0]]),

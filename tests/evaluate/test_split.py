@@ -77,7 +77,7 @@ class Colours:
         self.digits = {tokenizer(f"square {k}").input_ids[2]: k for k in range(PICTURES)}
         self.constant, self.grid = constant, (1, 1)
 
-    def encode_image(self, image):
+    def encode_image(self, image, grid=None):
         return self._embed((image[:, 0, 0, 0].long() / 40).round().long())
 
     def encode_text(self, input_ids, attention_mask):

@@ -8,6 +8,7 @@ from PIL import Image
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, top_k_accuracy_score
 
 from ds_cmli.common.errors import UserError
+from ds_cmli.config.schema import DataConfig
 from ds_cmli.data.loaders import batches
 from ds_cmli.evaluate.embed import EmbedSettings, Texts
 from ds_cmli.evaluate.held_out import Picture, collate_pictures
@@ -24,7 +25,7 @@ class Given:
     def __init__(self, cls, patches):
         self.cls, self.patches = torch.tensor(cls), torch.tensor(patches)
 
-    def encode_image(self, image):
+    def encode_image(self, image, grid=None):
         number = image[:, 0, 0, 0].long()
         return self.cls[number], self.patches[number]
 
@@ -87,7 +88,7 @@ def folders(path):
 
 
 def test_a_folder_of_class_folders(tmp_path):
-    pictures = ClassPictures(str(folders(tmp_path / "data")), 8, 10**6)
+    pictures = ClassPictures(str(folders(tmp_path / "data")), DataConfig(image_size=8))
     assert pictures.folders == ["blue_bird", "red_car"] and len(pictures) == 4
     found = [pictures.pictures(range(4))[k] for k in range(4)]
     assert [p.target for p in found if p.bad is None] == [0, 0, 1]
@@ -112,7 +113,7 @@ def test_a_hugging_face_data_set_with_labels(tmp_path, monkeypatch, broken):
     (tmp_path / "set").mkdir()
     datasets.Dataset.from_dict(rows, features).to_parquet(tmp_path / "set" / "validation-00000-of-00001.parquet")
 
-    found = ClassPictures(f"hfds/{tmp_path / 'set'}", 4, 10**6)
+    found = ClassPictures(f"hfds/{tmp_path / 'set'}", DataConfig(image_size=4))
     assert found.folders == ["red", "dark_blue"] and class_names(found.folders, None) == ["red", "dark blue"]
     pictures = list(found.pictures([0, 1, 2]))
     assert [picture.target for picture in pictures if picture.bad is None] == ([0, 0] if broken else [0, 1, 0])
@@ -152,4 +153,4 @@ def test_what_is_no_folder_of_classes_is_one_line(tmp_path):
         (str(tmp_path / "empty"), "timm cannot read"),
     ):
         with pytest.raises(UserError, match=words):
-            ClassPictures(source, 8, 10**6)
+            ClassPictures(source, DataConfig(image_size=8))

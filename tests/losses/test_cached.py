@@ -59,7 +59,7 @@ def computed(objective, argmax_bytes, weights=None):
     """What `pair_gradients` gives with this budget, the cached gradients, and the texts of each call of the op."""
     texts, cached = [], features(objective)
 
-    def score(patches, tokens, mask):
+    def score(patches, tokens, mask, patch_mask):
         assert len(patches) == B
         texts.append(len(tokens))
         return cmli_scores(patches, tokens, mask)

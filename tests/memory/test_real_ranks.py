@@ -13,6 +13,7 @@ from tests.conftest import run
         ("3", "3", "ring", "document"),
         ("2", "2", "gather", "contrast"),
         ("2", "3", "gather", "queue"),
+        ("2", "2", "gather", "aspect"),
     ],
 )
 def test_predicted_equals_what_real_ranks_take(ranks, stage, exchange, kind):

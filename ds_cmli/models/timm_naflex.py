@@ -1,0 +1,119 @@
+"""timm's NaFlexViT, which takes pictures of any aspect (`data.aspect`).
+
+With the override use_naflex, timm makes one of a ViT, of the same weights.
+Shapes: B images, S image side in pixels, N patches, H width, a grid of h * w patches.
+"""
+
+from typing import Any
+
+import torch
+from timm.layers import resample_abs_pos_embed_nhwc
+from timm.models.naflexvit import NaFlexVit, batch_patchify
+from torch import Tensor, nn
+
+from ds_cmli.config.validation import check
+from ds_cmli.data.aspect import patch_mask
+from ds_cmli.models import timm_model
+from ds_cmli.models.backbone import ImageBackbone, ImageRequest, attended_to
+
+
+def _problem(model: NaFlexVit) -> str:
+    """Why a NaFlexViT cannot be used; "" if it can."""
+    if model.rope is not None:
+        return "it has rotary positions, whose angles timm makes picture by picture"
+    embeds = model.embeds
+    if embeds.pos_embed_type != "learned" or not embeds.is_linear:
+        return "its patches have no table of learned positions"
+    return ""
+
+
+class TimmNaFlex(ImageBackbone):
+    model: Any  # timm's
+
+    @classmethod
+    def takes(cls, request: ImageRequest) -> bool:
+        model: Any = timm_model.sketch(request)
+        return isinstance(model, NaFlexVit) and not _problem(model)
+
+    def __init__(self, request: ImageRequest):
+        super().__init__()
+        # timm resamples no positions of NaFlexViTs when it loads them.
+        created = timm_model.create(request, sized=request.weights == "random")
+        model: Any = created.model
+        self.model = model
+        if not isinstance(model, NaFlexVit):
+            raise request.unfit("it is no NaFlexViT: give its overrides use_naflex=true")
+        if problem := _problem(model):
+            raise request.unfit(problem)
+        height, width = self.patch = model.embeds.patch_size
+        self.aspect_patch = height if height == width else 0
+        timm_model.check_image_size(request, (height, width))
+        last = timm_model.last_block(request, len(model.blocks), "block")
+        need = "a NaFlexViT gives the features of one block: leave it out"
+        check(request.average == 1, "teacher.average_blocks", request.average, need)
+        timm_model.cut(model, last)
+        created.account()
+        self.has_class_token = model.embeds.cls_token is not None
+        timm_model.tell(request, model, None if self.has_class_token else "the mean of patches")
+        self.width = model.embed_dim
+        self.prefix = model.num_prefix_tokens + (not self.has_class_token)
+        self.grid = request.image_size // height, request.image_size // width
+        embeds = self.model.embeds
+        table = resample_abs_pos_embed_nhwc(embeds.pos_embed.detach(), list(self.grid))
+        embeds.pos_embed = nn.Parameter(table.contiguous())
+        self.mean, self.std = (self.model.pretrained_cfg[name] for name in ("mean", "std"))
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        return list(self.model.blocks)
+
+    def forward(self, pixels: Tensor, grid: Tensor | None = None) -> Tensor:
+        # What `NaFlexVit.forward_features` does, whose own positions of several grids would wait
+        # for the GPU, or have no deterministic gradient.
+        model, embeds = self.model, self.model.embeds
+        patches, _ = batch_patchify(pixels, self.patch, channels_last=embeds.channels_last)
+        if embeds.norm_input is not None:
+            patches = embeds.norm_input(patches)
+        x = embeds.norm(embeds.proj(patches))
+        x = x + self.positions(grid, len(x)).to(x.dtype)
+        first = [each for each in (embeds.cls_token, embeds.reg_token) if each is not None]
+        x = torch.cat([*(each.expand(len(x), -1, -1) for each in first), x], 1)
+        x = model.norm_pre(embeds.pos_drop(x))
+        attended = attended_to(grid, patches.shape[1], model.num_prefix_tokens)
+        for block in model.blocks:
+            x = block(x, attn_mask=attended)
+        if self.has_class_token:
+            return x
+        mask = patch_mask(grid, patches.shape[1])
+        return torch.cat([mean_of(x[:, model.num_prefix_tokens :], mask), x], 1)
+
+    def positions(self, grid: Tensor | None, pictures: int) -> Tensor:
+        """The learned positions at the centres of each picture's patches: fp32 [B, N, H].
+
+        They are interpolated linearly along both sides of the table, whose entries a square picture
+        has. Patches past a grid get some of them too.
+        """
+        table = self.model.embeds.pos_embed[0].float()  # [rows, columns, H]
+        N = self.grid[0] * self.grid[1]
+        if grid is None:
+            grid = torch.tensor([self.grid], device=table.device)
+        columns = grid[:, 1:]  # [B, 1]
+        number = torch.arange(N, device=table.device)
+        place = number // columns, number % columns  # [B, N] each
+        sides = []
+        for at, count, entries in zip(place, grid.unbind(1), table.shape, strict=False):
+            centre = (at + 0.5) * (entries / count[:, None]) - 0.5
+            distance = centre.clamp(0, entries - 1)[..., None] - torch.arange(
+                entries, device=table.device
+            )
+            sides.append((1 - distance.abs()).clamp(min=0))  # [B, N, entries]
+        weights = sides[0][..., :, None] * sides[1][..., None, :]  # [B, N, rows, columns]
+        return weights.flatten(2) @ table.flatten(0, 1)
+
+
+def mean_of(patches: Tensor, mask: Tensor | None) -> Tensor:
+    """The mean of the patches that there are: [B, N, H], bool [B, N] -> [B, 1, H]."""
+    if mask is None:
+        return patches.mean(1, keepdim=True)
+    kept = patches.masked_fill(~mask[..., None], 0).sum(1, keepdim=True)
+    return kept / mask.sum(1)[:, None, None].clamp(min=1)

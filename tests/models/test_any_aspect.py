@@ -1,0 +1,265 @@
+"""Pictures of any aspect: the encoder, the losses, training on one and two ranks, evaluation, memory, refusals."""
+
+import copy
+import json
+import random
+
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from timm.models.naflexvit import batch_patchify, checkpoint_filter_fn
+from torch.testing import assert_close
+
+from ds_cmli import engine, models
+from ds_cmli.cmli.reference import cmli_scores_reference
+from ds_cmli.common.errors import UserError
+from ds_cmli.config.deepspeed_config import DeepSpeedConfig
+from ds_cmli.config.presets import load_preset
+from ds_cmli.config.registry import IMAGE
+from ds_cmli.data.aspect import laid_out, patch_mask
+from ds_cmli.data.load import build_data
+from ds_cmli.distributed import process_group as distributed
+from ds_cmli.inference import Model
+from ds_cmli.losses.objective import Whole
+from ds_cmli.memory.inputs import longest_batch
+from ds_cmli.models.backbone import ImageRequest
+from tests.checkpoint.test_restore import assert_same, interrupt, json_file, ranks
+from tests.conftest import spawn
+from tests.drive_train import drive as train
+from tests.metrics_file import metrics
+
+pytestmark = pytest.mark.usefixtures("alone")
+SIZES = {"embed_dim": 32, "depth": 2, "num_heads": 2, "patch_size": 14}
+NAFLEX = {"use_naflex": True}
+SETTINGS = {
+    "data": {"aspect_patch": 14, "image_size": 42},
+    "student": {"image_overrides": SIZES | NAFLEX},
+    "teacher": {"overrides": SIZES | NAFLEX},
+}
+GRIDS = [(3, 3), (1, 9), (4, 2), (2, 3)]
+WEIGHTS = dict.fromkeys(("global", "cmli", "target_cmli"), 1.0)
+
+
+def encoder(model="vit_tiny_patch16_224", **overrides):
+    torch.manual_seed(0)
+    request = ImageRequest("student.image_", model, "random", SIZES | overrides, 42, True)
+    return models.build(IMAGE, "auto", request).eval()
+
+
+def pictures(grids=GRIDS):
+    """uint8 [B, 3, 42, 42] and int64 [B, 2] of random pictures."""
+    generator = torch.Generator().manual_seed(1)
+    images = []
+    for h, w in grids:
+        image = torch.randint(256, (3, 14 * h, 14 * w), dtype=torch.uint8, generator=generator)
+        images.append(laid_out(image, 14, 42)[0])
+    return torch.stack(images), torch.tensor(grids)
+
+
+@torch.no_grad()
+def test_a_square_picture_is_encoded_as_by_the_vit():
+    vit, naflex = encoder(), encoder(**NAFLEX)
+    assert type(vit).__name__ == "TimmTokens" and type(naflex).__name__ == "TimmNaFlex"
+    state = copy.deepcopy(vit.model.state_dict())
+    naflex.model.load_state_dict(checkpoint_filter_fn(state, naflex.model))
+    pixels = torch.randn(2, 3, 42, 42)
+    assert_close(naflex(pixels), vit(pixels), rtol=1e-5, atol=1e-5)
+    square = torch.tensor([[3, 3], [3, 3]])
+    assert_close(naflex(pixels, square), vit(pixels), rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("model, more", [("vit_tiny_patch16_224", NAFLEX), ("naflexvit_base_patch16_gap", {})])
+def test_each_picture_is_encoded_as_alone_and_as_by_timm(model, more):
+    """timm's own positions, by grid_sample, with the patches that a picture has alone."""
+    naflex = encoder(model, **more)
+    naflex.model.embeds.pos_embed.normal_()
+    naflex.model.embeds.pos_embed_use_grid_sample = True
+    naflex.model.embeds.pos_embed_interp_mode = "bilinear"
+    image, grid = pictures()
+    noise = image.float() + 300 * torch.rand(image.shape)  # in the cells that no patch has, too
+    mask = patch_mask(grid, 9).view(4, 1, 3, 1, 3, 1)
+    there = mask.expand(4, 3, 3, 14, 3, 14).reshape(image.shape)
+    pixels = torch.where(there, image.float(), noise) / 255
+    found = naflex(pixels, grid)
+    prefix = naflex.prefix - (not naflex.has_class_token)
+    for row, (h, w) in enumerate(GRIDS):
+        patches, _ = batch_patchify(pixels[row : row + 1], (14, 14), channels_last=naflex.model.embeds.channels_last)
+        number = torch.arange(h * w)
+        coordinates = torch.stack([number // w, number % w], 1)[None]
+        alone = naflex.model.forward_features(patches[:, : h * w], coordinates)["patches"][0]
+        assert_close(found[row, naflex.prefix : naflex.prefix + h * w], alone[prefix:], rtol=1e-4, atol=1e-5)
+        first = alone[0] if naflex.has_class_token else alone[prefix:].mean(0)
+        assert_close(found[row, 0], first, rtol=1e-4, atol=1e-5)
+
+
+def built(**more):
+    config = load_preset("tiny", SETTINGS | {"loss": {"weights": WEIGHTS}, **more})
+    objective, teacher = engine.build_models(config, 999)
+    batch = longest_batch(config, 4)
+    batch.image, batch.grid = pictures()
+    batch.input_ids = torch.arange(4 * 32).view(4, 32) + 5
+    return objective, teacher, batch
+
+
+@pytest.mark.parametrize("match", ["teacher", "student"])
+def test_losses_are_those_of_the_patches_that_there_are(match):
+    objective, teacher, batch = built(loss={"weights": WEIGHTS, "match": match})
+    targets = teacher(batch.image, batch.grid)
+    _, each = objective(Whole(batch, targets))
+    features = objective._features(batch)
+    project, counts = objective.student.projection, [h * w for h, w in GRIDS]
+    tokens = F.normalize(project(features.tokens), dim=-1)
+    rows, of_images, of_texts = [], [], []
+    for i, n in enumerate(counts):
+        patches = features.patches[i, :n]
+        unit = F.normalize(project(patches), dim=-1)
+        rows.append(cmli_scores_reference(unit[None], tokens, batch.token_mask))
+        of_images.append((patches - targets.patches[i, :n]).square().mean())
+        matched = F.normalize(project(targets.patches[i, :n]), dim=-1) if match == "teacher" else unit
+        best = (tokens[i] @ matched.T).argmax(1)
+        distance = (features.tokens[i] - targets.patches[i, best]).square().mean(1)
+        of_texts.append(distance[batch.token_mask[i]].mean())
+    s_i2t, s_t2i = (torch.cat(side) for side in zip(*rows, strict=True))
+    scale, own = objective.losses["cmli"].logit_scale.exp(), torch.arange(4)
+    expected = (F.cross_entropy(scale * s_i2t, own) + F.cross_entropy(scale * s_t2i.T, own)) / 2
+    assert_close(each["cmli"], expected.detach(), rtol=1e-5, atol=1e-6)
+    expected = (torch.stack(of_images).mean() + torch.stack(of_texts).mean()) / 2
+    assert_close(each["target_cmli"], expected.detach(), rtol=1e-5, atol=1e-6)
+
+
+def test_no_gradient_depends_on_the_other_cells():
+    objective, teacher, batch = built()
+    found = []
+    for fill in (0, 255):
+        cells = batch.image.view(4, 3, 3, 14, 3, 14)
+        there = patch_mask(batch.grid, 9).view(4, 1, 3, 1, 3, 1)
+        batch.image = torch.where(there, cells, torch.full_like(cells, fill)).reshape(4, 3, 42, 42)
+        objective.zero_grad()
+        objective(Whole(batch, teacher(batch.image, batch.grid)))[0].backward()
+        found.append({name: p.grad for name, p in objective.named_parameters()})
+    for name, grad in found[0].items():
+        assert_close(grad, found[1][name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> list[str]:
+    """`--data` with 63 pictures of many aspects."""
+    folder, draw = tmp_path_factory.mktemp("data"), random.Random(0)
+    lines = []
+    for number in range(63):
+        size = draw.randrange(20, 90), draw.randrange(20, 90)
+        Image.new("RGB", size, (draw.randrange(256), draw.randrange(256), number)).save(folder / f"{number}.png")
+        lines.append(json.dumps({"file_name": f"{number}.png", "text": f"picture {number} of {size}"}))
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+    return ["--data", str(folder)]
+
+
+def arguments_of(settings=SETTINGS, steps=8):
+    out = ["--preset", "tiny", "--steps", str(steps), "--eval-every", "5", "--set", "run.match_maps=2"]
+    for section, values in settings.items():
+        for name, value in values.items():
+            out += ["--set", f"{section}.{name}={json.dumps(value)}"]
+    return out
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"activation_checkpointing": {}},
+        {"zero_optimization": {"stage": 3}, "bf16": {"enabled": True}, "gradient_accumulation_steps": 2},
+    ],
+)
+def test_interrupted_as_if_never_and_used(content, source, tmp_path):
+    augmented = ["--set", 'data.augmentation={"random_resized_crop": 0.3, "horizontal_flip": 0.5}']
+    arguments = [*arguments_of(), *source, *augmented, *json_file(tmp_path / "ds.json", content)]
+    assert train([*arguments, "--output-dir", str(tmp_path / "straight")]) == 0
+    interrupt(arguments, tmp_path / "broken", [2, 5])
+    assert_same(tmp_path / "straight", tmp_path / "broken")
+    model = Model.load(tmp_path / "straight")
+    wide = Image.new("RGB", (90, 30), "red")
+    both = model.embed_images([wide, Image.new("RGB", (30, 30), "red")])
+    assert both.grid.tolist() == [[2, 4], [3, 3]] and model.read(wide).shape == (3, 28, 56)
+    assert model.match(wide, "picture of red").similarity.shape[1] == 8
+    scores = model.scores(both, model.embed_texts(["picture of red", "blue"]))
+    alone = model.scores(model.embed_images([wide]), model.embed_texts(["picture of red", "blue"]))
+    assert_close(scores["cmli"].i2t[0], alone["cmli"].i2t[0], rtol=1e-3, atol=1e-3)
+
+
+def engine_of_rank(rank, world, source, stage, exchange, accumulation):
+    more = {
+        "optim": {"micro_batch": 8 // world // accumulation},
+        "loss": {"weights": WEIGHTS, "cmli_exchange": exchange},
+    }
+    data = SETTINGS["data"] | {"source": source}
+    config = load_preset("tiny", {**SETTINGS, **more, "data": data})
+    pairs = build_data(config.data, 0)
+    content = {"zero_optimization": {"stage": stage}, "gradient_accumulation_steps": accumulation}
+    ds_config = DeepSpeedConfig.of(content).filled(config.optim, world, 3)
+    train_engine = engine.build(config, ds_config, pairs.vocab_size, 3, torch.device("cpu"))
+    losses = []
+    for step in range(3):
+        batches = []
+        for part in range(accumulation):
+            first = 8 * step + (rank * accumulation + part) * 8 // world // accumulation
+            batches.append(pairs.collate([pairs.train[first + n] for n in range(8 // world // accumulation)]))
+        found = train_engine.step(batches)
+        mean = torch.stack([micro.stacked() for micro in found]).mean(0)
+        losses.append(distributed.mean_over_ranks(mean))
+    return torch.stack(losses)
+
+
+@pytest.mark.parametrize(
+    "stage, exchange, accumulation", [(2, "gather", 1), (1, "ring", 1), (3, "ring", 2), (0, "gather", 2)]
+)
+def test_two_ranks_and_micro_batches_train_as_one(stage, exchange, accumulation, source):
+    [one] = spawn(engine_of_rank, 1, source[1], 0, "gather", 1)
+    for losses in spawn(engine_of_rank, 2, source[1], stage, exchange, accumulation):
+        assert_close(losses, one, rtol=2e-4, atol=2e-5)
+
+
+def test_on_two_ranks_interrupted_as_if_never(source, tmp_path):
+    run = [*arguments_of(), *source, "--micro-batch", "4", "--workers", "1"]
+    folders = {name: ["--output-dir", str(tmp_path / name)] for name in ("straight", "broken")}
+    tasks = [{"arguments": [*run, *folders["straight"]]}]
+    tasks += [{"arguments": [*run, *folders["broken"]], "stop_at": 3}, {"arguments": [*run, *folders["broken"]]}]
+    assert ranks(tmp_path, 2, tasks)[0] == [0, 85, 0]
+    assert_same(tmp_path / "straight", tmp_path / "broken")
+    assert metrics(tmp_path / "straight")
+
+
+@pytest.mark.parametrize(
+    "settings, line",
+    [
+        (
+            {"data": {"aspect_patch": 14, "image_size": 40}},
+            "data.aspect_patch is 14: data.image_size is 40, which must",
+        ),
+        ({"student": {"patch_keep": 0.5}}, "student.patch_keep is 0.5: with data.aspect_patch pictures have different"),
+        ({"loss": {"cmli_token_keep": 0.25}}, "loss.cmli_token_keep is 0.25: with data.aspect_patch pictures"),
+        (
+            {"loss": {"weights": {"sparc": 1.0}}},
+            "data.aspect_patch is 14: sparc needs as many patches of every picture",
+        ),
+        (
+            {"student": {"image_overrides": SIZES}},
+            "student.image_model takes square pictures alone: give 0, or a model",
+        ),
+        ({"teacher": {"overrides": SIZES}}, "teacher.model takes square pictures alone: give 0, or a model with"),
+        ({"data": {"aspect_patch": 21, "image_size": 42}}, "student.image_model has patches of 14 pixels"),
+        ({"data": {"aspect_patch": 14, "image_size": 56, "source": "demo"}}, "it says nothing of the demo"),
+    ],
+)
+def test_what_cannot_be_is_one_line(settings, line, source, tmp_path, capfd):
+    merged = {section: {**SETTINGS.get(section, {}), **values} for section, values in (SETTINGS | settings).items()}
+    given = [] if "source" in merged["data"] else source
+    assert train([*arguments_of(merged), *given, "--output-dir", str(tmp_path / "run")], mistakes=True) == 2
+    printed = capfd.readouterr().out
+    assert line in printed and printed.count("error:") == 1
+
+
+def test_rotary_positions_are_refused():
+    request = ImageRequest("teacher.", "eva02_tiny_patch14_224", "random", NAFLEX, 42, True, block=-1)
+    with pytest.raises(UserError, match="rotary positions"):
+        models.build({"timm_naflex": IMAGE["timm_naflex"]}, "auto", request)
