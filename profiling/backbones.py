@@ -67,6 +67,8 @@ IMAGES = (
     Case("vit_tiny_patch16_224", {**VIT, "patch_size": [16, 8]}),
     Case("vit_relpos_small_patch16_224", VIT),
     Case("flexivit_small", VIT),
+    Case("vit_tiny_patch16_224", {**VIT, "use_naflex": True}),
+    Case("naflexvit_base_patch16_gap", VIT),
     Case("deit_tiny_distilled_patch16_224", VIT),
     Case("deit3_small_patch16_224", VIT),
     Case("beit_base_patch16_224", VIT),

@@ -37,7 +37,8 @@ ELSEWHERE = {
     'python ds_cmli/train.py --set \'student.lora={"image": ["qkv", "attn.proj"], "text": ["query", "value"]}\'':
         "tests/models/test_lora.py: `tiny`",
     "python ds_cmli/train.py --preset ablation --set student.patch_keep=0.5": "tests/models/test_patch_keep.py: `tiny`",
-    "python ds_cmli/train.py --losses global,cmli --set optim.negatives=queue:4096": "tests/losses/test_queue.py",
+    "python ds_cmli/train.py --losses global,cmli --set optim.negatives=queue:4096,tokens:256":
+        "tests/losses/test_queue.py",
     "python ds_cmli/train.py --data pictures --set data.aspect_patch=14 --set 'student.image_overrides="
     "{\"use_naflex\": true}' --set 'teacher.overrides={\"use_naflex\": true}'":
         "tests/models/test_any_aspect.py: `tiny`",

@@ -42,7 +42,11 @@ Factor = Annotated[float, Field(ge=1e-9, le=MOST)]
 Pairs = Annotated[int, Field(ge=1, le=10**6)]
 BelowOne = Annotated[float, Field(ge=0, lt=1)]
 Queue = Annotated[
-    str, Field(pattern="^queue:[1-9][0-9]{0,6}$", description="queue:N, with N of 1 to 9999999")
+    str,
+    Field(
+        pattern="^queue:[1-9][0-9]{0,6}(,tokens:[1-9][0-9]{0,6})?$",
+        description="queue:N or queue:N,tokens:K, with N and K of 1 to 9999999",
+    ),
 ]
 Temperature = Annotated[float, Field(ge=0.01, le=10, description="1/temperature is at most 100")]
 
@@ -252,7 +256,8 @@ class OptimConfig:
     # With gradient accumulation: whether an image is compared with the texts of its micro-batch, or
     # of the whole step (gradient caching, which needs a second forward pass and gives the loss of
     # one large batch). "queue:N": of its micro-batch, and in the loss "global" with those of the N
-    # pairs before, too, as the student was then.
+    # pairs before, too, as the student was then; "queue:N,tokens:K": also in the loss "cmli" with
+    # those of the K pairs before.
     negatives: Literal["micro_batch", "global_batch"] | Queue = "global_batch"
     # Whether gradient caching keeps the features of a step in the host's memory.
     cache_on_host: bool = False
@@ -270,10 +275,12 @@ class OptimConfig:
             )
 
     @property
-    def queue(self) -> int:
-        """The number of pairs in the queue of negatives; 0: there is none."""
-        kind, _, pairs = self.negatives.partition(":")
-        return int(pairs) if kind == "queue" else 0
+    def queue(self) -> tuple[int, int] | None:
+        """The pairs in the queue of negatives, and how many with their tokens; None: no queue."""
+        if not self.negatives.startswith("queue:"):
+            return None
+        pairs, _, tokens = self.negatives.removeprefix("queue:").partition(",tokens:")
+        return int(pairs), int(tokens or 0)
 
     def warmup_steps(self, total_steps: int) -> int:
         return max(1, round(self.warmup_share * total_steps))
@@ -338,12 +345,22 @@ class Config:
     run: RunConfig = dataclasses.field(default_factory=RunConfig)
 
     def __post_init__(self) -> None:
-        names, negatives = self.loss.weights, self.optim.negatives
-        need = f"the losses are {', '.join(names)}, without global, which alone has a queue"
-        found = not self.optim.queue or "global" in names
-        check(found, "optim.negatives", negatives, f"{need}: give micro_batch or global_batch")
+        if self.optim.queue:
+            self._check_queue(self.optim.queue[1])
         if self.data.aspect_patch:
             self._check_any_aspect()
+
+    def _check_queue(self, with_tokens: int) -> None:
+        """Raise `UserError` for a queue that no loss compares with."""
+        names, negatives = self.loss.weights, self.optim.negatives
+        for name in ("global", "cmli") if with_tokens else ("global",):
+            need = f"the losses are {', '.join(names)}, without {name}, which has the queue"
+            check(name in names, "optim.negatives", negatives, f"{need}: leave it out")
+        if with_tokens:
+            need = "it leaves out pairs or tokens, which a queue with tokens compares: leave it out"
+            check(not self.loss.cmli_cut, "loss.cmli_cut", self.loss.cmli_cut, need)
+            share = self.loss.cmli_token_keep
+            check(share == 1, "loss.cmli_token_keep", share, need)
 
     def _check_any_aspect(self) -> None:
         """Raise `UserError` for what needs as many patches of every picture."""

@@ -35,7 +35,7 @@ from ds_cmli.engine.parameter_groups import (
 from ds_cmli.engine.planning import DTYPES, compares_all, resolve_weights
 from ds_cmli.engine.train_engine import TrainEngine
 from ds_cmli.faults import nonfinite
-from ds_cmli.losses.objective import Objective
+from ds_cmli.losses.objective import Objective, Queue
 from ds_cmli.models import timm_model
 from ds_cmli.models.backbone import ImageRequest, cast_buffers
 from ds_cmli.models.blocks import checkpoint_blocks, compile_blocks
@@ -83,7 +83,9 @@ def build_models(
     keep, share = None, config.student.patch_keep
     if share < 1:
         keep = PatchKeep(share, math.prod(student.grid), config.run.seed)
-    width, queue = teacher.width if teacher else None, config.optim.queue
+    width, queue = teacher.width if teacher else None, None
+    if config.optim.queue:
+        queue = Queue(*config.optim.queue, data.context_length)
     objective = Objective(student, config.loss, width, keep, queue)
     if pretrained:  # weights that are loaded have theirs merged
         add_adapters(student, config.student)

@@ -193,7 +193,10 @@ def make_plan(
     negatives = total if compares_all(config, final) else micro_batch * ranks
     queue = ""
     if config.optim.queue:
-        queue = f", of the loss global from {config.optim.queue} earlier ones, too"
+        earlier, with_tokens = config.optim.queue
+        queue = f", of the loss global from {earlier} earlier ones, too"
+        if with_tokens:
+            queue += f", of cmli from {with_tokens}"
     told = set(distributed.gather_objects((distributed.world_size(), negatives)))  # collective
     if len(told) > 1:
         raise UserError(

@@ -177,6 +177,8 @@ def _take_data(config: "Config", asked: Asked) -> None:
         # The run's settings of its own data do not apply to other data.
         given = dict.fromkeys(["val_source", *settings_of_some()], "")
         given["source"] = asked.source
+        if asked.source == "demo":
+            given["aspect_patch"] = 0  # its scenes are square
     if asked.image_root:
         given["image_root"] = asked.image_root
     config.data = dataclasses.replace(config.data, **given)

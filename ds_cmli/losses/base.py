@@ -152,9 +152,14 @@ class LossInputs(PairInputs):
             return image @ text.t()
 
     @cached_property
+    def projected(self) -> tuple[Tensor, Tensor]:
+        """The patches and tokens that CMLI compares, not normalised: [B, N, D] and [B, M, D]."""
+        project = self.student.projection
+        return project(self.features.patches), project(self.features.tokens)
+
+    @cached_property
     def cmli_scores(self) -> tuple[Tensor, Tensor]:
-        project, config = self.student.projection, self.config
-        patches, tokens = project(self.features.patches), project(self.features.tokens)
+        config, (patches, tokens) = self.config, self.projected
         mask, share = self.batch.token_mask, config.cmli_token_keep
         if share < 1:
             selection = select(patches, tokens, mask, share, config.cmli_scratch_bytes)

@@ -3,6 +3,7 @@
 import math
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ from ds_cmli.losses.bank import Bank, PairQueue
 from ds_cmli.losses.base import Features, Loss, LossInputs, WidthHead
 from ds_cmli.losses.cached import CachedStep, PairGradients, PairLosses, pair_gradients
 from ds_cmli.losses.pair_features import PairFeatures
+from ds_cmli.losses.token_queue import TokenQueue
 from ds_cmli.models.student import Student
 from ds_cmli.models.teacher import Targets
 
@@ -77,6 +79,14 @@ class Replay:
 Request = Whole | Embed | Compare | Replay
 
 
+class Queue(NamedTuple):
+    """How many earlier pairs have their features as negatives."""
+
+    pairs: int  # class tokens, of the loss global
+    with_tokens: int  # patches and tokens, of the loss cmli; 0: none
+    positions: int  # M, the length of the longest text
+
+
 class Objective(nn.Module):
     ignored: Tensor
     step = 1  # the optimizer step in progress, by which `config.start` goes
@@ -87,13 +97,13 @@ class Objective(nn.Module):
         config: LossConfig,
         teacher_width: int | None = None,
         patch_keep: PatchKeep | None = None,
-        queue: int = 0,
+        queue: Queue | None = None,
     ):
         """Build the losses that the configuration names.
 
         Args:
             patch_keep: which patches the student sees in training; None: all.
-            queue: of how many earlier pairs the global loss keeps the class tokens as negatives.
+            queue: what the contrastive losses keep of earlier pairs as negatives; None: nothing.
         """
         super().__init__()
         self.config = config
@@ -104,8 +114,16 @@ class Objective(nn.Module):
             self.patches = patch_keep.kept
         for loss in self.losses.values():
             loss.fit(self.patches, teacher_width)  # type: ignore[operator]
-        if queue:
-            self.losses["global"].bank = PairQueue(queue, student.width)
+        if queue is not None:
+            self.losses["global"].bank = PairQueue(queue.pairs, student.width)
+            if queue.with_tokens:
+                sizes = (
+                    queue.with_tokens,
+                    self.patches,
+                    queue.positions,
+                    student.projection.out_features,
+                )
+                self.losses["cmli"].bank = TokenQueue(*sizes)
         # How many texts of other pairs were no negatives of this rank's images in the last
         # micro-batch or step.
         self.register_buffer("ignored", torch.zeros((), dtype=torch.int64), persistent=False)

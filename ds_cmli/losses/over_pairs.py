@@ -14,33 +14,20 @@ from ds_cmli.config.schema import LossConfig
 from ds_cmli.losses.bank import PairQueue
 from ds_cmli.losses.base import Loss, LossInputs, PairInputs, log_scale
 from ds_cmli.losses.functions import sigmoid_loss
+from ds_cmli.losses.token_queue import TokenQueue
 
 LogSumExps = tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]
 
 
 class Contrastive(Loss):
-    def logsumexps(self, inputs: PairInputs) -> LogSumExps:
-        """The sums over rows and over columns, as `contrastive_loss` takes them. Collective."""
-        return inputs.row_logsumexp, inputs.column_logsumexp
-
-    def contrast(self, inputs: PairInputs, s_i2t: Tensor, s_t2i: Tensor) -> Tensor:
-        """The loss of scores, [R, T] each. Collective."""
-        ignore = inputs.duplicates  # collective
-        logsumexps = self.logsumexps(inputs)  # collective
-        return contrastive_loss(
-            s_i2t, s_t2i, self.logit_scale, inputs.first, *logsumexps, ignore
-        )  # collective
-
-
-class GlobalContrastive(Contrastive):
     def __init__(self, config: LossConfig):
         super().__init__(config)
-        self.logit_scale = log_scale(config.init_temperature)
-        self.bank: PairQueue | None = None
+        self.bank: PairQueue | TokenQueue | None = None
 
     def logsumexps(self, inputs: PairInputs) -> LogSumExps:
+        """The sums over rows and over columns, as `contrastive_loss` takes them. Collective."""
         if self.bank is None:
-            return super().logsumexps(inputs)
+            return inputs.row_logsumexp, inputs.column_logsumexp
         assert isinstance(inputs, LossInputs), "with a queue there is no gradient caching"
         by_id = self.config.duplicates == "mask"
         of_images, of_texts = self.bank.of_earlier(inputs, self.logit_scale, by_id)  # collective
@@ -55,6 +42,20 @@ class GlobalContrastive(Contrastive):
             return found.slice_scatter(own, 0, first, end)
 
         return rows, columns
+
+    def contrast(self, inputs: PairInputs, s_i2t: Tensor, s_t2i: Tensor) -> Tensor:
+        """The loss of scores, [R, T] each. Collective."""
+        ignore = inputs.duplicates  # collective
+        logsumexps = self.logsumexps(inputs)  # collective
+        return contrastive_loss(
+            s_i2t, s_t2i, self.logit_scale, inputs.first, *logsumexps, ignore
+        )  # collective
+
+
+class GlobalContrastive(Contrastive):
+    def __init__(self, config: LossConfig):
+        super().__init__(config)
+        self.logit_scale = log_scale(config.init_temperature)
 
     def forward(self, inputs: PairInputs) -> Tensor:
         scores = inputs.global_scores  # [R, T], collective

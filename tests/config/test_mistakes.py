@@ -69,10 +69,18 @@ MISTAKES = {
         ["--set", "optim.negatives=queue"],
         "is 'queue': give one of micro_batch, global_batch or",
     ),
-    "queue of nothing": (["--set", "optim.negatives=queue:0"], "(queue:N, with N of 1 to 9999999)"),
+    "queue of nothing": (["--set", "optim.negatives=queue:0"], "(queue:N or queue:N,tokens:K, with N and K of 1 to"),
     "queue of no loss": (
         ["--losses", "cmli", "--set", "optim.negatives=queue:8"],
-        "optim.negatives is 'queue:8': the losses are cmli, without global, which alone has a queue: give micro_batch",
+        "optim.negatives is 'queue:8': the losses are cmli, without global, which has the queue: leave it out",
+    ),
+    "queue of tokens that no loss compares": (
+        ["--losses", "global", "--set", "optim.negatives=queue:8,tokens:4"],
+        "optim.negatives is 'queue:8,tokens:4': the losses are global, without cmli, which has the queue: leave it out",
+    ),
+    "queue of tokens beside a cut": (
+        ["--losses", "global,cmli", "--set", "optim.negatives=queue:8,tokens:4", "--set", "loss.cmli_cut=0.1"],
+        "loss.cmli_cut is 0.1: it leaves out pairs or tokens, which a queue with tokens compares: leave it out",
     ),
     "negative seed": (["--seed", "-1"], "--seed is -1: give 0 to"),
     "unknown setting": (["--set", "student.layres=2"], "setting of student is 'layres': did you mean 'layers'?"),

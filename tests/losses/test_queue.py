@@ -6,10 +6,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
+from torch import nn
 from torch.testing import assert_close
 
 from ds_cmli import engine
 from ds_cmli.checkpoint.weights import BANKS
+from ds_cmli.cmli import cmli_scores
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.presets import load_preset
 from ds_cmli.config.schema import LossConfig
@@ -17,7 +19,8 @@ from ds_cmli.data.load import build_data
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.losses.bank import PairQueue
 from ds_cmli.losses.base import Features, LossInputs
-from ds_cmli.losses.over_pairs import GlobalContrastive
+from ds_cmli.losses.over_pairs import AllPairsCMLI, GlobalContrastive
+from ds_cmli.losses.token_queue import TokenQueue
 from tests.batches import rank_batches
 from tests.checkpoint.test_restore import assert_same, interrupt, json_file, ranks, source  # noqa: F401
 from tests.conftest import spawn
@@ -119,6 +122,88 @@ def test_in_evaluation_nothing_enters():
     assert loss.bank.entered == 0
 
 
+N, M, D, LONGEST = 4, 3, 5, 6
+
+
+def with_tokens(part, config, seed):
+    """A rank's part of six pairs, of which some patches and tokens are not valid; and the ids of all."""
+    generator = torch.Generator().manual_seed(seed)
+    patches = torch.randn(PAIRS, N, D, dtype=F64, generator=generator)[part].requires_grad_()
+    tokens = torch.randn(PAIRS, M, D, dtype=F64, generator=generator)[part].requires_grad_()
+    ids = torch.randint(9, (PAIRS, 2), generator=generator)
+    mask = torch.arange(M) < torch.tensor([3, 1, 2, 3, 1, 2])[part, None]
+    patch_mask = torch.arange(N) < torch.tensor([4, 3, 4, 1, 2, 4])[part, None]
+    given = Features(patches[:, 0], patches, tokens[:, 0], tokens, patch_mask=patch_mask)
+    batch = SimpleNamespace(pair_id=ids[part].contiguous(), index=ids[part][:, 0], token_mask=mask)
+    student = SimpleNamespace(projection=nn.Identity())
+    return LossInputs(given, batch, None, student, None, cmli_scores, config)
+
+
+def token_steps(part, pairs, duplicates="mask", count=4):
+    config = LossConfig(weights={"cmli": 1.0}, duplicates=duplicates)
+    loss = AllPairsCMLI(config)
+    loss.bank = TokenQueue(pairs, N, LONGEST, D)
+    loss = loss.double()
+    found = []
+    for seed in range(count):
+        given = with_tokens(part, config, seed)
+        value = loss(given)
+        grads = torch.autograd.grad(value, [*given.projected, loss.logit_scale])
+        loss.bank.enter()
+        found.append((value.detach(), grads, {k: v.clone() for k, v in loss.bank.named_buffers()}))
+    return found
+
+
+@pytest.mark.parametrize("duplicates", ["mask", "keep"])
+@pytest.mark.parametrize("pairs", [1, 7, 100])
+def test_tokens_against_cross_entropy_by_hand(pairs, duplicates):
+    config = LossConfig(duplicates=duplicates)
+    earlier: list[tuple] = []
+    log_scale = torch.tensor(1 / config.cmli_init_temperature, dtype=torch.float32).log().double().requires_grad_()
+    for seed, (value, grads, _) in enumerate(token_steps(slice(0, PAIRS), pairs, duplicates)):
+        given = with_tokens(slice(0, PAIRS), config, seed)
+        patches, tokens = (F.normalize(x, dim=-1) for x in given.projected)
+        patch_mask, mask, ids = given.features.patch_mask, given.batch.token_mask, given.batch.pair_id
+        images = [(patches[i, patch_mask[i]], ids[i]) for i in range(PAIRS)]
+        texts = [(tokens[i, mask[i]], ids[i]) for i in range(PAIRS)]
+        before = earlier[-pairs:]
+        terms = []
+        for own, others in (
+            (images, texts + [text for _, text in before]),
+            (texts, images + [image for image, _ in before]),
+        ):
+            for i, (features, own_id) in enumerate(own):
+                logits = []
+                for j, (candidate, other) in enumerate(others):
+                    logits.append(log_scale.exp() * (features @ candidate.T).max(1).values.mean())
+                    if duplicates == "mask" and j != i and (own_id == other).any():
+                        logits[-1] = torch.full_like(logits[-1], -torch.inf)
+                terms.append(torch.stack(logits).logsumexp(0) - logits[i])
+        expected = torch.stack(terms).sum() / (2 * PAIRS)
+        assert_close(value, expected.detach(), rtol=1e-10, atol=0)
+        by_hand = torch.autograd.grad(expected, [*given.projected, log_scale])
+        for grad, exact in zip(grads, by_hand, strict=True):
+            assert_close(grad.squeeze(), exact.squeeze(), rtol=1e-8, atol=1e-10)
+        for image, text in zip(images, texts, strict=True):
+            earlier.append(((image[0].detach(), image[1]), (text[0].detach(), text[1])))
+
+
+def tokens_of_rank(rank, world, pairs):
+    size = PAIRS // world
+    return token_steps(slice(rank * size, (rank + 1) * size), pairs)
+
+
+def test_ranks_equal_one_with_tokens():
+    one, several = token_steps(slice(0, PAIRS), 8), spawn(tokens_of_rank, 2, 8)
+    for step, (value, grads, queue) in enumerate(one):
+        parts = [rank[step] for rank in several]
+        assert_close(torch.stack([x[0] for x in parts]).mean(), value, rtol=1e-12, atol=1e-12)
+        for i, grad in enumerate(grads[:-1]):  # of a mean over ranks
+            assert_close(torch.cat([x[1][i] for x in parts]) / 2, grad, rtol=1e-10, atol=1e-12)
+        assert_close(sum(x[1][-1] for x in parts) / 2, grads[-1], rtol=1e-10, atol=1e-12)
+        assert all(torch.equal(x[2][key], queue[key]) for x in parts for key in queue)
+
+
 QUEUE = {"optim": {"negatives": "queue:20", "micro_batch": 4}, "loss": {"weights": {"global": 1.0, "cmli": 1.0}}}
 
 
@@ -181,7 +266,7 @@ def test_two_ranks_train_as_one(of_one_and_of_two, stage):
 
 
 ARGUMENTS = ["--preset", "tiny", "--steps", "12", "--set", "run.match_maps=0", "--losses", "global,cmli"]
-ARGUMENTS += ["--set", "optim.negatives=queue:30"]
+ARGUMENTS += ["--set", "optim.negatives=queue:30,tokens:12"]
 
 
 @pytest.mark.parametrize(
@@ -193,8 +278,9 @@ def test_interrupted_at_three_places_as_if_never(content, source, tmp_path, alon
     interrupt(arguments, tmp_path / "broken", [1, 5, 11])
     assert_same(tmp_path / "straight", tmp_path / "broken")
     banks = [torch.load(tmp_path / name / "checkpoint" / "step12" / BANKS) for name in ("straight", "broken")]
-    assert all(torch.equal(banks[0]["global"][key], banks[1]["global"][key]) for key in banks[0]["global"])
-    assert banks[0]["global"]["entered"] == 96 * content.get("gradient_accumulation_steps", 1)
+    for name in ("global", "cmli"):
+        assert all(torch.equal(banks[0][name][key], banks[1][name][key]) for key in banks[0][name])
+        assert banks[0][name]["entered"] == 96 * content.get("gradient_accumulation_steps", 1)
 
 
 def test_on_two_ranks_interrupted_as_if_never_and_on_one(source, tmp_path, alone):  # noqa: F811
@@ -214,9 +300,9 @@ def test_on_two_ranks_interrupted_as_if_never_and_on_one(source, tmp_path, alone
 def test_another_queue_starts_empty(source, tmp_path, alone, capfd):  # noqa: F811
     arguments = [*ARGUMENTS, *source, "--output-dir", str(tmp_path)]
     assert train(arguments, stop_at=5) == 85
-    other = [word.replace("queue:30", "queue:40") for word in arguments]
+    other = [word.replace("queue:30,tokens:12", "queue:40") for word in arguments]
     assert train(other, mistakes=True) == 2
-    assert 'optim.negatives: "queue:30" -> "queue:40"' in capfd.readouterr().out
+    assert 'optim.negatives: "queue:30,tokens:12" -> "queue:40"' in capfd.readouterr().out
     assert train([*other, "--resume-with-changes"]) == 0
     assert "optim.negatives: the bank of global starts empty" in capfd.readouterr().out
     assert torch.load(tmp_path / "checkpoint" / "step12" / BANKS)["global"]["entered"] == 7 * 8

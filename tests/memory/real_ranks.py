@@ -53,7 +53,7 @@ KINDS: dict[str, tuple[dict, dict]] = {
     "document": ({"loss": DOCUMENT}, {}),
     "contrast": ({"loss": CONTRAST}, {}),
     "plain": ({"loss": DOCUMENT, "optim": {"negatives": "micro_batch"}}, {}),
-    "queue": ({"loss": DOCUMENT, "optim": {"negatives": "queue:1000"}}, {}),
+    "queue": ({"loss": DOCUMENT, "optim": {"negatives": "queue:1000,tokens:8"}}, {}),
     "patch_keep": ({"loss": DOCUMENT, "student": {"patch_keep": 0.5}}, {}),
     "lora": ({"loss": DOCUMENT, "student": {"lora": ADAPTERS}}, {}),
     "aspect": ({"loss": DOCUMENT, **ASPECT}, {}),

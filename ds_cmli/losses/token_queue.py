@@ -1,0 +1,84 @@
+"""Patches and tokens of earlier pairs as further negatives of the all-pairs CMLI loss.
+
+Shapes: B pairs per rank, P ranks, G = B * P, K entries, N patches, M text positions, D embedding
+dimension.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ds_cmli.cmli import collectives
+from ds_cmli.cmli.contrastive import temperature_scale, upcast
+from ds_cmli.cmli.loss import l2_normalize
+from ds_cmli.losses.bank import Bank
+from ds_cmli.losses.base import LossInputs
+
+
+class Earlier(NamedTuple):
+    """The entries of a queue. Those that no pair has entered have no valid token."""
+
+    patches: Tensor  # [K, N, D]
+    tokens: Tensor  # [K, M, D]
+    patch_mask: Tensor  # bool [K, N]
+    token_mask: Tensor  # bool [K, M]
+
+
+class TokenQueue(Bank):
+    """The projected patches and tokens of the last K pairs, of unit length, as they entered.
+
+    A patch or token that is not valid is zero. Memory: K * (N + M) * D elements.
+    """
+
+    def __init__(self, pairs: int, patches: int, positions: int, dim: int):
+        super().__init__(pairs, (patches + positions) * dim, (2,))
+        self.patches, self.positions = patches, positions
+
+    def entries(self) -> Earlier:
+        both = self.features.view(len(self.features), self.patches + self.positions, -1)
+        patches, tokens = both.split((self.patches, self.positions), 1)
+        return Earlier(patches, tokens, patches.any(2), tokens.any(2))
+
+    def of_earlier(
+        self, inputs: LossInputs, logit_scale: Tensor, by_id: bool
+    ) -> tuple[Tensor, Tensor]:
+        """log(sum(exp)) of this rank's images over earlier texts, and of its texts over images.
+
+        As `PairQueue.of_earlier`, of scores s_i2t and s_t2i. In training it is collective.
+        """
+        batch, earlier = inputs.batch, self.entries()
+        patches, tokens = map(l2_normalize, inputs.projected)
+        patch_mask = inputs.features.patch_mask
+        s_i2t, _ = inputs.score(patches, earlier.tokens, earlier.token_mask, patch_mask)  # [B, K]
+        _, s_t2i = inputs.score(
+            earlier.patches, tokens, batch.token_mask, earlier.patch_mask
+        )  # [K, B]
+        excluded = torch.arange(len(self.features), device=patches.device) >= self.entered  # [K]
+        excluded = excluded.expand(len(patches), -1)  # [B, K]
+        if by_id:
+            excluded = excluded | (batch.pair_id[:, None] == self.picture_id).any(2)
+        scale = temperature_scale(logit_scale)
+        found = [_log_sum_exp(scale * scores, excluded) for scores in (s_i2t, s_t2i.t())]
+        if self.training:
+            kept = [
+                patches if patch_mask is None else patches * patch_mask[:, :, None],
+                F.pad(
+                    tokens * batch.token_mask[:, :, None],
+                    (0, 0, 0, self.positions - tokens.shape[1]),
+                ),
+            ]
+            # Features of a step that is skipped must not spoil those after it.
+            both = torch.cat(kept, 1).flatten(1).detach().nan_to_num(0.0)
+            both = collectives.gather(both.to(self.features.dtype))  # [G, ...], collective
+            self.offer(both, collectives.gather(batch.pair_id))  # collective
+        return found[0], found[1]
+
+
+def _log_sum_exp(logits: Tensor, excluded: Tensor) -> Tensor:
+    """log(sum(exp)) of each row, -inf where all are excluded: [B, K], bool [B, K] -> [B]."""
+    empty = excluded.all(1)
+    # A row of -inf alone would have NaN as gradient.
+    logits = upcast(logits).masked_fill(excluded & ~empty[:, None], -torch.inf)
+    return logits.logsumexp(1).masked_fill(empty, -torch.inf)
