@@ -1,6 +1,7 @@
 """The bank of teacher features, and the two losses that have one: alone, on several ranks, resumed, predicted."""
 
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -78,7 +79,9 @@ class Inputs:
         randn = partial(torch.randn, dtype=F64, generator=generator)
         given = {"image_cls": randn(images, H), "text_cls": randn(images, H), "tokens": randn(images, M, H),
                  "patches": randn(images, N, H)}  # fmt: skip
-        self.features = type("Features", (), {k: v[part].requires_grad_() for k, v in given.items()})
+        self.features = SimpleNamespace(patch_mask=None)
+        for name, x in given.items():
+            setattr(self.features, name, x[part].requires_grad_())
         self.teacher = type("Targets", (), {"cls": randn(images, H)[part], "patches": randn(images, N, H)[part]})
         lengths = torch.randint(M + 1, (images, 1), generator=generator)
         ids = torch.tensor([3, 7, 3, 9, 7, 5])[torch.randperm(6, generator=generator)][:, None].expand(6, 2)
