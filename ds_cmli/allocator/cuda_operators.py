@@ -14,7 +14,7 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.utils._pytree import tree_map_only
 
-from ds_cmli.allocator import cuda_attention, cuda_layouts
+from ds_cmli.allocator import cuda_attention, cuda_layouts, cuda_reductions
 from ds_cmli.allocator.cuda_layouts import suggested
 from ds_cmli.allocator.cuda_reductions import cast, reduced_dimensions, staging
 from ds_cmli.allocator.gpus import Limits
@@ -231,6 +231,8 @@ def returned(func: OpOverload, args: tuple, out: object) -> object:
     Layer norm's statistics of 16-bit inputs are in fp32 there (cuda/layer_norm_kernel.cu), and
     cuDNN's convolutions return channels last where an operand is so.
     """
+    if func in cuda_reductions.LOSSES:
+        return cuda_reductions.loss_returned(func, args, out)
     if func in CONVOLUTIONS:
         x, weight = args[CONVOLUTIONS[func] :][:2]
         depthwise = _depthwise(weight, args[8 + CONVOLUTIONS[func]])
@@ -274,6 +276,10 @@ OTHERS: dict[OpOverload, Callable[[tuple, Limits], Inside]] = {
     aten.embedding.default: _embedding,
     aten.embedding_dense_backward.default: _embedding_backward,
     aten.index_put.default: _index_put,
+    aten.mse_loss.default: cuda_reductions.loss,
+    aten.smooth_l1_loss.default: cuda_reductions.loss,
+    aten.huber_loss.default: cuda_reductions.huber_loss,
+    aten.binary_cross_entropy_with_logits.default: cuda_reductions.loss_of_logits,
     aten.convolution.default: _convolution,
     aten.convolution_backward.default: _convolution_backward,
 }

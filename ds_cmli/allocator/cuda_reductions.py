@@ -1,4 +1,4 @@
-"""The staging buffers of PyTorch's reductions on CUDA.
+"""The staging buffers of PyTorch's reductions on CUDA, and what losses hold that are reduced.
 
 A reduction that a block of threads cannot end alone is shared by several blocks, which leave their
 partial results in a buffer of the device's memory. How many there are depends on the layout of the
@@ -16,10 +16,20 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 
 from ds_cmli.allocator.gpus import Limits
-from ds_cmli.allocator.inside import HALF, Stage
+from ds_cmli.allocator.inside import HALF, Inside, Stage, accumulate_bytes
 
+aten = torch.ops.aten
+# Losses whose result keeps the memory of what they reduce, and the place of the reduction among
+# their arguments (aten/src/ATen/native/Loss.cpp).
+LOSSES = {
+    aten.mse_loss.default: 2,
+    aten.smooth_l1_loss.default: 2,
+    aten.soft_margin_loss.default: 2,
+    aten.binary_cross_entropy.default: 3,
+}
 MOST_THREADS, WARP = 512, 32  # of a block that reduces
 FEWEST_VALUES, MOST_VALUES = 16, 256  # that a thread should add up
 SEMAPHORE = 4  # bytes
@@ -198,3 +208,46 @@ def cast(x: Tensor, dtype: torch.dtype) -> Stage:
     if x.dtype == dtype or lowered:
         return ()
     return (x.numel() * dtype.itemsize,)
+
+
+def _is_reduced(args: tuple, place: int) -> bool:
+    return len(args) <= place or args[place] != 0
+
+
+def loss_returned(func: OpOverload, args: tuple, out: object) -> object:
+    """What one of `LOSSES` returns, given what it returns without data."""
+    if not _is_reduced(args, LOSSES[func]):
+        return out
+    return (
+        args[0].new_empty(torch.broadcast_shapes(args[0].shape, args[1].shape)).as_strided((), ())
+    )
+
+
+def _summed(args: tuple, place: int, limits: Limits) -> Stage:
+    """What a loss reduces, and the partial results; () if it returns the loss of each element."""
+    if not _is_reduced(args, place):
+        return ()
+    shape = torch.broadcast_shapes(args[0].shape, args[1].shape)
+    each = torch.empty(shape, dtype=args[0].dtype, device="meta")
+    return each.nbytes, *staging(each, [], accumulate_bytes(each.dtype), limits)
+
+
+def loss(args: tuple, limits: Limits) -> Inside:
+    """Loss.cpp (`mse_loss_out`, `smooth_l1_loss_out`)."""
+    return Inside(after=(_summed(args, 2, limits),))
+
+
+def huber_loss(args: tuple, limits: Limits) -> Inside:
+    """Loss.cpp (`huber_loss`): what is reduced is there before the result."""
+    summed = _summed(args, 2, limits)
+    return Inside((summed[:1],), (summed,))
+
+
+def loss_of_logits(args: tuple, limits: Limits) -> Inside:
+    """Loss.cpp (`binary_cross_entropy_with_logits`): the logarithm of the sigmoid as well, and its
+    weights where there are some for the positive ones."""
+    kept: Stage = (args[0].numel() * args[0].dtype.itemsize,)
+    if len(args) > 3 and args[3] is not None:
+        kept *= 2
+    summed = _summed(args, 4, limits)
+    return Inside(((*kept, *summed[:1]),), ((*kept, *summed),))

@@ -9,6 +9,7 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor import DTensor
@@ -289,7 +290,11 @@ def _parts(tensors: Iterable[object]) -> Iterator[Tensor]:
     for tensor in tensors:
         if isinstance(tensor, DTensor):
             yield tensor._local_tensor
+        elif isinstance(tensor, Tensor) and tensor.layout == torch.sparse_coo:
+            yield from (tensor._indices(), tensor._values())
         elif isinstance(tensor, Tensor):
+            while is_functorch_wrapped_tensor(tensor):
+                tensor = get_unwrapped(tensor)
             yield tensor
 
 

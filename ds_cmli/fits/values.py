@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import (
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
-from ds_cmli.fits import lines
+from ds_cmli.fits import kernels, lines
 from ds_cmli.fits.streams import Stream
 
 aten = torch.ops.aten
@@ -110,7 +110,7 @@ class Values(TorchDispatchMode):
         """The results, as a CPU computes them, of an operator that knows no sizes without data."""
         if not func._schema.returns:
             return None  # it works in place
-        out: object = _unknown_cell(func.name(), *args)
+        out: object = kernels.unknown_results(func.name(), *args)
         if out is None:
             out = _computed(func, args, kwargs, _known_or_stand_ins)
             if out is None and str(func._schema.returns[0].type) == "bool":
@@ -188,18 +188,6 @@ def largest_results(operator: str, first: Tensor, *rest: object, **options: obje
     if operator in ("aten::unique_dim", "aten::unique_dim_consecutive"):
         rows = first.shape[rest[0]]  # type: ignore[call-overload]
         return torch.zeros_like(first), places(rows), places(rows)
-    return None
-
-
-def _unknown_cell(operator: str, *args: Tensor) -> tuple[Tensor | None, ...] | None:
-    """The results of a recurrent cell's kernels, which a CPU does not have; None for others."""
-    first, rows = args[0], len(args[0])
-    if operator == "aten::_thnn_fused_gru_cell":
-        return torch.empty_like(args[2]), first.new_empty(rows, 5 * args[2].shape[1])
-    if operator == "aten::_thnn_fused_gru_cell_backward":
-        gates = [first.new_empty(rows, 3 * first.shape[1]) for _ in range(2)]
-        biases = [first.new_empty(3 * first.shape[1]) if args[2] else None for _ in range(2)]
-        return *gates, torch.empty_like(first), *biases
     return None
 
 

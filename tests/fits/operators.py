@@ -46,6 +46,10 @@ functions = {
         pictures,
     ),
 }
+other = torch.empty_like(rows)
+for loss in (F.mse_loss, F.smooth_l1_loss, F.huber_loss, F.binary_cross_entropy_with_logits):
+    functions[loss.__name__] = lambda x, loss=loss: loss(x, other), rows
+functions["mse_loss of each"] = lambda x: F.mse_loss(x, other, reduction="none"), rows
 for name in ("linear", "layer norm", "RMS norm"):
     functions[name] = layers[name], rows
     functions[f"{name} by columns"] = lambda x, layer=layers[name]: layer(x.transpose(1, 2)), columns

@@ -145,6 +145,8 @@ def test_what_operators_hold_at_most(tmp_path):
     assert found["index by a mask"][0] < 2.01 * MIB and found["index by a mask"][1] < 8.01 * MIB
     # Gradients that are views are added into a third one.
     assert found["sum of two linear"][1] > 32 * MIB
+    # These keep what they reduce, of which the Huber loss holds a copy.
+    assert found["mse_loss"][0] > 8 * MIB and found["huber_loss"][0] > 4 * MIB
     # A copy of the input, and in backward of the same.
     for name, few in (("softmax", 0), ("RMS norm", 4096), ("layer norm", 8192)):
         rows, columns = found[name], found[f"{name} by columns"]
@@ -185,6 +187,27 @@ def test_one_rank_of_a_world_that_is_not_there(kind, tmp_path):
         assert sizes["parameters"] == sizes["gradients"] == sizes["optimizer states"] == MIB
     else:
         assert sizes["parameters"] == 5 * MIB and sizes["optimizer states"] == 2 * MIB
+
+
+def test_tensors_without_storage_and_kernels_that_a_cpu_does_not_have(tmp_path):
+    text = (
+        "import torch, torch.distributed as dist\n"
+        "from torch import nn\n"
+        "dist.init_process_group('nccl')\n"
+        "words, layer = nn.EmbeddingBag(1000, 8, sparse=True).cuda(), nn.Linear(8, 8).cuda()\n"
+        "norm = nn.SyncBatchNorm(8).cuda()\n"
+        "sparse, dense = torch.optim.SparseAdam(words.parameters()), torch.optim.Adam(layer.parameters())\n"
+        "def loss(weights, x): return torch.func.functional_call(layer, weights, (x,)).sum()\n"
+        "for _ in range(2):\n"
+        "    x = norm(words(torch.arange(64, device='cuda')[:, None]))\n"
+        "    weights = dict(layer.named_parameters())\n"
+        "    of_each = torch.vmap(torch.func.grad(loss), (None, 0))(weights, x)\n"
+        "    sum(each.square().sum() for each in of_each.values()).add(layer(x).sum()).backward()\n"
+        "    assert words.weight.grad.is_sparse\n"
+        "    sparse.step(), dense.step(), sparse.zero_grad()\n"
+    )
+    done = fits("--gpu", "T4", "--world-size", "2", "--", script(tmp_path, text), cwd=tmp_path)
+    assert done.returncode == 0 and "2 steps of program.py as rank 0 of 2 fit on T4" in done.stdout, done.stderr
 
 
 def test_a_group_without_a_world_size_is_one_rank(tmp_path):
