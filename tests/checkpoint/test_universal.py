@@ -1,6 +1,7 @@
 """A checkpoint of one ZeRO stage, number of ranks and precision goes on at another: weights, moments and losses."""
 
 import functools
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -225,8 +226,11 @@ def test_every_stage_trains_the_same(setting, precision, fp16_device):
         assert (weights[stage] - weights[0]).abs().max() < 0.002  # of about 4 updates of 0.001
 
 
+ROUND = [*pairwise((*PRECISIONS, "fp32"))]
+# Each precision before and after another; the other way round with `-m soak`.
 CHANGES = [
-    *[((2, a), (2, b)) for a in PRECISIONS for b in PRECISIONS if a != b],
+    *(((2, a), (2, b)) for a, b in ROUND),
+    *(pytest.param((2, b), (2, a), marks=pytest.mark.soak) for a, b in ROUND),
     ((0, "fp16"), (3, "fp32")),
     ((3, "fp32"), (0, "fp16")),
     ((0, "fp16"), (1, "fp16")),

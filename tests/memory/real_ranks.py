@@ -42,6 +42,7 @@ AXES: dict[str, list] = {
     "precision": ["bf16", "fp32"],
     "exchange": ["gather", "ring"],
     "kind": ["document", "contrast", "plain", "queue", "patch_keep", "lora", "muon", "aspect"],
+    "blocks": [2],  # of each encoder and of the teacher
 }
 DOCUMENT = {"weights": dict.fromkeys(("global", "cmli", "target_cmli"), 1.0)}
 CONTRAST = {"weights": dict.fromkeys(("cmli", "token_contrast", "cls_contrast"), 1.0), "bank": 1000}
@@ -61,7 +62,7 @@ KINDS: dict[str, tuple[dict, dict]] = {
 }
 
 
-def setting(preset, stage, accumulation, checkpointing, precision, exchange, kind):
+def setting(preset, stage, accumulation, checkpointing, precision, exchange, kind, blocks):
     """(configuration, DeepSpeed JSON)"""
     sections, keys = KINDS[kind]
     ds_config = {
@@ -72,7 +73,11 @@ def setting(preset, stage, accumulation, checkpointing, precision, exchange, kin
         **({"activation_checkpointing": {}} if checkpointing == "on" else {}),
     }
     loss = {**sections["loss"], "cmli_exchange": exchange}
-    return load_preset(preset, {**sections, "loss": loss}), ds_config
+    towers = {
+        "student": {**sections.get("student", {}), "layers": blocks},
+        "teacher": {**sections.get("teacher", {}), "block": blocks - 1},
+    }
+    return load_preset(preset, {**sections, **towers, "loss": loss}), ds_config
 
 
 def pairwise(axes: dict[str, list]) -> list[tuple]:
@@ -140,7 +145,7 @@ def main() -> int:
     few = asked.pop("pairwise")
     missed = 0
     for each in pairwise(asked) if few else product(*asked.values()):
-        world_size, _, stage, accumulation, checkpointing, precision, exchange, kind = each
+        world_size, _, stage, accumulation, checkpointing, precision, exchange, kind, _ = each
         found, foreseen = measured(*each), predicted(*each)
         if isinstance(found, str) or isinstance(foreseen, str):
             missed += found != foreseen
