@@ -3,7 +3,7 @@
 
 Each is a few lines that start a public package as its users do, with random weights. With `--null`, each program that fits
 runs also on the null GPU of `tests/null_gpu`, and the table has the differences of `fits` from what PyTorch counted there in
-place of bytes allocated and reserved; a line below it sums them up.
+place of bytes allocated and reserved; a line below it sums them up, and `--totals` keeps them.
 """
 
 import json
@@ -195,7 +195,10 @@ def summary(rows: list[Row]) -> str:
 @click.option("--steps", default=2, show_default=True)
 @click.option("--seconds", default=600, show_default=True, help="After which a program is ended.")
 @click.option("--output", is_flag=True, help="Show what the programs print.")
-def command(names: tuple[str, ...], null: bool, steps: int, seconds: int, output: bool) -> None:
+@click.option("--totals", type=click.Path(dir_okay=False), help="A file for fit_estimators.py.")
+def command(
+    names: tuple[str, ...], null: bool, steps: int, seconds: int, output: bool, totals: str | None
+) -> None:
     """Run the programs of profiling/programs, or those NAMES."""
     print(f"{time.strftime('%Y-%m-%d')}, {processor()}, {GPU}, {steps} steps\n")
     difference = "difference | " * null
@@ -209,6 +212,9 @@ def command(names: tuple[str, ...], null: bool, steps: int, seconds: int, output
             compared.append(done)
     if compared:
         print(f"\n{summary(compared)}")
+    if totals:
+        by_name = {row.name: {"fits": row.told, "null": row.found} for row in compared}
+        Path(totals).write_text(json.dumps(by_name))
 
 
 if __name__ == "__main__":
