@@ -33,13 +33,18 @@ class TokenQueue(Bank):
     """
 
     def __init__(self, pairs: int, patches: int, positions: int, dim: int):
-        super().__init__(pairs, (patches + positions) * dim, (2,))
-        self.patches, self.positions = patches, positions
+        super().__init__(pairs, patches * dim, (2,))
+        self.tokens = Bank(pairs, positions * dim)
+        self.positions, self.dim = positions, dim
 
     def entries(self) -> Earlier:
-        both = self.features.view(len(self.features), self.patches + self.positions, -1)
-        patches, tokens = both.split((self.patches, self.positions), 1)
+        both = self.features, self.tokens.features
+        patches, tokens = (x.unflatten(1, (-1, self.dim)) for x in both)
         return Earlier(patches, tokens, patches.any(2), tokens.any(2))
+
+    def enter(self) -> None:
+        super().enter()
+        self.tokens.enter()
 
     def of_earlier(
         self, inputs: LossInputs, logit_scale: Tensor, by_id: bool
@@ -62,18 +67,20 @@ class TokenQueue(Bank):
         scale = temperature_scale(logit_scale)
         found = [_log_sum_exp(scale * scores, excluded) for scores in (s_i2t, s_t2i.t())]
         if self.training:
-            kept = [
-                patches if patch_mask is None else patches * patch_mask[:, :, None],
-                F.pad(
-                    tokens * batch.token_mask[:, :, None],
-                    (0, 0, 0, self.positions - tokens.shape[1]),
-                ),
-            ]
-            # Features of a step that is skipped must not spoil those after it.
-            both = torch.cat(kept, 1).flatten(1).detach().nan_to_num(0.0)
-            both = collectives.gather(both.to(self.features.dtype))  # [G, ...], collective
-            self.offer(both, collectives.gather(batch.pair_id))  # collective
+            if patch_mask is not None:
+                patches = patches * patch_mask[:, :, None]
+            tokens = tokens * batch.token_mask[:, :, None]
+            tokens = F.pad(tokens, (0, 0, 0, self.positions - tokens.shape[1]))
+            pair_id = collectives.gather(batch.pair_id)  # collective
+            self.offer(self._everywhere(patches), pair_id)  # collective
+            self.tokens.offer(self._everywhere(tokens), pair_id[:, 0])  # collective
         return found[0], found[1]
+
+    def _everywhere(self, x: Tensor) -> Tensor:
+        """This rank's features without a graph -> those of all ranks, [G, ...]. Collective."""
+        # Features of a step that is skipped must not spoil those after it.
+        flat = x.detach().flatten(1).nan_to_num(0.0)
+        return collectives.gather(flat.to(self.features.dtype))  # collective
 
 
 def _log_sum_exp(logits: Tensor, excluded: Tensor) -> Tensor:

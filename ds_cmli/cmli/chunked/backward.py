@@ -124,8 +124,11 @@ def _spare_bytes(
         text_lengths=texts.lengths,
         image_lengths=None if images.source is None else images.lengths,
     )
-    # Features and gradient of a chunk of images, and the tables of both sides.
-    held = 2 * rows * D * texts.wide.itemsize + 28 * (I + J) + 8 * (I * N + J * M)
+    # Features and gradient of a chunk of images, and its masked features in 16 bit.
+    held = 2 * rows * D * texts.wide.itemsize
+    if images.source is not None and images.features.dtype != images.wide:
+        held += rows * D * images.features.itemsize
+    held += 28 * (I + J) + 8 * (I * N + J * M)  # the tables of both sides
     return peak.backward - peak.gradients - held
 
 
