@@ -197,6 +197,9 @@ def random_figures(cases, by):
 
 
 if __name__ == "__main__":
+    from tests.cmli.helpers import interpret_faster
+
+    interpret_faster()
     if len(sys.argv) > 1:
         random_figures(int(sys.argv[1]), {"sparse": sparse, "dense": dense}[sys.argv[2]])
     else:

@@ -365,6 +365,9 @@ def failure(function, *arguments) -> str | None:
 
 
 if __name__ == "__main__":
+    from tests.cmli.helpers import interpret_faster
+
+    interpret_faster()
     found = {name: failure(function) for name, function in CHECKS.items() if sys.argv[1:] in ([], ["all"])}
     if not found:
         found["random_shapes"] = failure(random_shapes, int(sys.argv[1]))
