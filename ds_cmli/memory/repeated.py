@@ -142,6 +142,7 @@ class _Run:
     """A call that was run. Its blocks are numbered from `first`, its segments from `segment`."""
 
     first: int
+    blocks: int  # their number, with those that have become another one's place
     segment: int
     end: int  # length of the log after the call
     done: _Done
@@ -220,7 +221,8 @@ class _Repeated:
         with tracker.paused():
             form = _map(result, _Form.of)
         done = _Done(events, tracker.segment - segment, outputs, self.traffic.since(moved))
-        self.runs = [*self.runs[-1:], _Run(first, segment, len(tracker.log), done, form)]
+        run = _Run(first, last - first, segment, len(tracker.log), done, form)
+        self.runs = [*self.runs[-1:], run]
         self.first = first
         return result
 
@@ -230,15 +232,13 @@ class _Repeated:
         given = _own_tensors(args)
         blocks = [tracker.block_of(tensor) for tensor in given]
         first, segment = len(tracker.blocks), tracker.segment
+        tracker.blocks += tracker.blocks[run.first : run.first + run.blocks]
         for event in run.done.events:
             origin, index = event.block
             if event.bytes > 0:
-                block = len(tracker.blocks)
-                model = tracker.blocks[run.first + index]
-                allocation = replace(
-                    model, phase=event.phase, segment=segment + event.segment, ended=None
-                )
-                tracker.blocks.append(allocation)
+                block, at = first + index, segment + event.segment
+                model = tracker.blocks[block]
+                tracker.blocks[block] = replace(model, phase=event.phase, segment=at, ended=None)
             else:
                 found = {
                     Origin.THIS_CALL: first + index,
