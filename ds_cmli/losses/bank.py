@@ -76,6 +76,12 @@ class Bank(nn.Module):
         self.entered += G
         self.waiting = None
 
+    def everywhere(self, features: Tensor) -> Tensor:
+        """This rank's features, [B, ...], as entries of all ranks, [G, width]. Collective."""
+        # Features of a step that is skipped must not spoil those after it.
+        flat = features.detach().flatten(1).nan_to_num(0.0)
+        return collectives.gather(flat.to(self.features.dtype))  # collective
+
 
 class PairQueue(Bank):
     """The class tokens of the last K pairs, as the student gave them when they entered.
@@ -105,9 +111,7 @@ class PairQueue(Bank):
                 scaled = own * temperature_scale(logit_scale)
             found.append(log_sum_exp(scaled, compared))
         if self.training:
-            # Features of a step that is skipped must not spoil those after it.
-            both = torch.cat([image, text], 1).detach().nan_to_num(0.0)
-            both = collectives.gather(both.to(self.features.dtype))  # [G, 2 * H], collective
+            both = self.everywhere(torch.cat([image, text], 1))  # [G, 2 * H], collective
             self.offer(both, collectives.gather(pair_id))  # collective
         of_images, of_texts = found
         return of_images, of_texts

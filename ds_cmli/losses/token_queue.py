@@ -60,10 +60,10 @@ class TokenQueue(Bank):
         _, s_t2i = inputs.score(
             earlier.patches, tokens, batch.token_mask, earlier.patch_mask
         )  # [K, B]
-        excluded = torch.arange(len(self.features), device=patches.device) >= self.entered  # [K]
-        excluded = excluded.expand(len(patches), -1)  # [B, K]
-        if by_id:
-            excluded = excluded | (batch.pair_id[:, None] == self.picture_id).any(2)
+        queue = self.candidates(by_id)
+        excluded = (batch.pair_id[:, None] == queue.ids).any(2)  # [B, K]
+        if queue.valid is not None:
+            excluded |= ~queue.valid
         scale = temperature_scale(logit_scale)
         found = [_log_sum_exp(scale * scores, excluded) for scores in (s_i2t, s_t2i.t())]
         if self.training:
@@ -72,15 +72,9 @@ class TokenQueue(Bank):
             tokens = tokens * batch.token_mask[:, :, None]
             tokens = F.pad(tokens, (0, 0, 0, self.positions - tokens.shape[1]))
             pair_id = collectives.gather(batch.pair_id)  # collective
-            self.offer(self._everywhere(patches), pair_id)  # collective
-            self.tokens.offer(self._everywhere(tokens), pair_id[:, 0])  # collective
+            self.offer(self.everywhere(patches), pair_id)  # collective
+            self.tokens.offer(self.everywhere(tokens), pair_id[:, 0])  # collective
         return found[0], found[1]
-
-    def _everywhere(self, x: Tensor) -> Tensor:
-        """This rank's features without a graph -> those of all ranks, [G, ...]. Collective."""
-        # Features of a step that is skipped must not spoil those after it.
-        flat = x.detach().flatten(1).nan_to_num(0.0)
-        return collectives.gather(flat.to(self.features.dtype))  # collective
 
 
 def _log_sum_exp(logits: Tensor, excluded: Tensor) -> Tensor:

@@ -79,8 +79,7 @@ def _sizes(encoder: PreTrainedConfig) -> dict[str, object]:
 
 
 def text_lengths(config: Config, micro_batch: int) -> list[int]:
-    """The valid tokens that CMLI compares in each text of `longest_batch`, without [CLS] and
-    [SEP]."""
+    """The tokens that CMLI compares in each text of `longest_batch`, without special ones."""
     positions = config.data.context_length
     lengths = [max(0, positions - 3), *[positions - 2] * (micro_batch - 1)]
     return [kept(config.loss.cmli_token_keep, n) for n in lengths]

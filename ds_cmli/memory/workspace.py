@@ -157,13 +157,14 @@ def cmli_scratch_bytes(
         backend, scratch_bytes = args[8:10]
         recompute = not argmax.numel()
     (I, N, D), (J, M, _) = image.shape, text.shape  # noqa: E741
-    lengths, image_lengths = None, None if image_mask is None else [N] * I  # of fake ones, the most
-    if not isinstance(token_mask, FakeTensor):
+    lengths = image_lengths = None
+    fake = isinstance(token_mask, FakeTensor)
+    if not fake:
         lengths = token_mask.sum(1).tolist()  # CPU-GPU sync
-        if image_mask is not None:
-            image_lengths = image_mask.sum(1).tolist()
     elif text_lengths:
         lengths = [text_lengths[(first_text + j) % len(text_lengths)] for j in range(J)]
+    if image_mask is not None:  # of a fake one, all patches are there
+        image_lengths = [N] * I if fake else image_mask.sum(1).tolist()
     peak = cmli_peak_bytes(
         I,
         J,

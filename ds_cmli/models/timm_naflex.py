@@ -75,7 +75,7 @@ class TimmNaFlex(ImageBackbone):
         if embeds.norm_input is not None:
             patches = embeds.norm_input(patches)
         x = embeds.norm(embeds.proj(patches))
-        x = x + self.positions(grid, len(x)).to(x.dtype)
+        x = x + self.positions(grid).to(x.dtype)
         first = [each for each in (embeds.cls_token, embeds.reg_token) if each is not None]
         x = torch.cat([*(each.expand(len(x), -1, -1) for each in first), x], 1)
         x = model.norm_pre(embeds.pos_drop(x))
@@ -87,11 +87,11 @@ class TimmNaFlex(ImageBackbone):
         mask = patch_mask(grid, patches.shape[1])
         return torch.cat([mean_of(x[:, model.num_prefix_tokens :], mask), x], 1)
 
-    def positions(self, grid: Tensor | None, pictures: int) -> Tensor:
+    def positions(self, grid: Tensor | None) -> Tensor:
         """The learned positions at the centres of each picture's patches: fp32 [B, N, H].
 
         They are interpolated linearly along both sides of the table, whose entries a square picture
-        has. Patches past a grid get some of them too.
+        has. Patches past a grid get some of them too. Without grids B is 1.
         """
         table = self.model.embeds.pos_embed[0].float()  # [rows, columns, H]
         N = self.grid[0] * self.grid[1]

@@ -14,8 +14,6 @@ from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.presets import load_preset
 from ds_cmli.config.registry import LOSSES, load
 from ds_cmli.config.schema import LossConfig
-from ds_cmli.data.load import build_data
-from ds_cmli.distributed import process_group as distributed
 from ds_cmli.losses.bank import Bank
 from ds_cmli.losses.distillation import TokenContrast
 from ds_cmli.losses.objective import Whole
@@ -23,6 +21,7 @@ from tests.batches import rank_batches
 from tests.checkpoint.test_restore import assert_same, interrupt, json_file, ranks, source  # noqa: F401
 from tests.conftest import spawn
 from tests.drive_train import drive as train
+from tests.losses import banks_of_ranks
 from tests.metrics_file import metrics
 from tests.stranger.drive import STEPS, drive
 
@@ -249,31 +248,9 @@ def test_the_backward_pass_sees_the_bank_of_the_forward_pass(device, data):
 STAGES = (0, 2, 3)
 
 
-def engine_of_rank(rank, world, stage):
-    """Losses and the banks of three steps with eight pairs over all ranks."""
-    overrides = {"loss": {"weights": {"cmli": 1.0, **BOTH}, "bank": 20}, "optim": {"micro_batch": 8 // world}}
-    config = load_preset("tiny", overrides)
-    data = build_data(config.data, 0)
-    ds_config = DeepSpeedConfig.of({"zero_optimization": {"stage": stage}}).filled(config.optim, world, 3)
-    train_engine = engine.build(config, ds_config, data.vocab_size, 3, torch.device("cpu"))
-    losses = []
-    for step in range(3):
-        numbers = range(8 * step + rank * 8 // world, 8 * step + (rank + 1) * 8 // world)
-        [found] = train_engine.step([data.collate([data.train[n] for n in numbers])])
-        losses.append(distributed.mean_over_ranks(found.stacked()))
-    banks = {name: dict(bank.named_buffers()) for name, bank in train_engine.objective.banks().items()}
-    train_engine.engine.destroy()
-    return torch.stack(losses), banks
-
-
-def engines_of_rank(rank, world):
-    return {stage: engine_of_rank(rank, world, stage) for stage in STAGES}
-
-
 @pytest.fixture(scope="module")
 def of_one_and_of_two():
-    """What one rank finds at each stage, and each of two."""
-    return *spawn(engines_of_rank, 1), spawn(engines_of_rank, 2)
+    return banks_of_ranks.of_one_and_of_two(STAGES, {"loss": {"weights": {"cmli": 1.0, **BOTH}, "bank": 20}})
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -15,8 +15,6 @@ from ds_cmli.cmli import cmli_scores
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.presets import load_preset
 from ds_cmli.config.schema import LossConfig
-from ds_cmli.data.load import build_data
-from ds_cmli.distributed import process_group as distributed
 from ds_cmli.losses.bank import PairQueue
 from ds_cmli.losses.base import Features, LossInputs
 from ds_cmli.losses.over_pairs import AllPairsCMLI, GlobalContrastive
@@ -25,6 +23,7 @@ from tests.batches import rank_batches
 from tests.checkpoint.test_restore import assert_same, interrupt, json_file, ranks, source  # noqa: F401
 from tests.conftest import spawn
 from tests.drive_train import drive as train
+from tests.losses import banks_of_ranks
 from tests.metrics_file import metrics
 from tests.stranger.drive import STEPS, drive
 
@@ -230,39 +229,18 @@ def test_each_micro_batch_is_compared_with_those_before_it(stage, device, data):
 STAGES = (1, 2, 3)
 
 
-def engine_of_rank(rank, world, stage):
-    """Losses and the queue of three steps with eight pairs over all ranks."""
-    overrides = {**QUEUE, "optim": {"negatives": "queue:20", "micro_batch": 8 // world}}
-    config = load_preset("tiny", overrides)
-    data = build_data(config.data, 0)
-    ds_config = DeepSpeedConfig.of({"zero_optimization": {"stage": stage}}).filled(config.optim, world, 3)
-    train_engine = engine.build(config, ds_config, data.vocab_size, 3, torch.device("cpu"))
-    losses = []
-    for step in range(3):
-        numbers = range(8 * step + rank * 8 // world, 8 * step + (rank + 1) * 8 // world)
-        [found] = train_engine.step([data.collate([data.train[n] for n in numbers])])
-        losses.append(distributed.mean_over_ranks(found.stacked()))
-    train_engine.engine.destroy()
-    return torch.stack(losses), dict(train_engine.objective.banks()["global"].named_buffers())
-
-
-def engines_of_rank(rank, world):
-    return {stage: engine_of_rank(rank, world, stage) for stage in STAGES}
-
-
 @pytest.fixture(scope="module")
 def of_one_and_of_two():
-    """What one rank finds at each stage, and each of two."""
-    return *spawn(engines_of_rank, 1), spawn(engines_of_rank, 2)
+    return banks_of_ranks.of_one_and_of_two(STAGES, {**QUEUE, "optim": {"negatives": "queue:20"}})
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_two_ranks_train_as_one(of_one_and_of_two, stage):
     alone, ranks = of_one_and_of_two
-    one, queue = alone[stage]
+    one, banks = alone[stage]
     for losses, theirs in (rank[stage] for rank in ranks):
         assert_close(losses, one, rtol=1e-5, atol=1e-6)
-        assert_close(theirs, queue, rtol=1e-4, atol=1e-4)
+        assert_close(theirs["global"], banks["global"], rtol=1e-4, atol=1e-4)
 
 
 ARGUMENTS = ["--preset", "tiny", "--steps", "12", "--set", "run.match_maps=0", "--losses", "global,cmli"]

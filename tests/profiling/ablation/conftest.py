@@ -1,0 +1,12 @@
+import pytest
+
+from ds_cmli.config.registry import LOSSES
+
+
+@pytest.fixture(scope="module", autouse=True)
+def losses_of_the_experiment_alone():
+    """Leave the package's table of losses as it was: other tests run in this process."""
+    before = dict(LOSSES)
+    yield
+    LOSSES.clear()
+    LOSSES.update(before)
