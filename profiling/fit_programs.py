@@ -68,6 +68,7 @@ class Ended:
     out: str
     error: str
     seconds: float  # of the processor
+    wall: float  # seconds by the clock
     host: int  # bytes, the most that were resident
 
 
@@ -91,6 +92,7 @@ def run(command: list[str], env: dict[str, str], limit: int) -> Ended:
             out.read(),
             error.read(),
             usage.ru_utime + usage.ru_stime,
+            time.monotonic() - began,
             usage.ru_maxrss << 10,
         )
 
@@ -132,8 +134,7 @@ class Row:
 
     name: str
     told: dict[str, int]
-    seconds: float  # of the processor
-    host: int  # bytes, the most that were resident
+    run: Ended  # under `fits`
     found: dict[str, int]
     mistake: str  # of the program that did not run
 
@@ -151,7 +152,8 @@ class Row:
             cells[2:] = [self.difference(kind) for kind in KINDS]
         elif null:
             cells[2:] = [self.mistake, "", ""]
-        return f"| {' | '.join(cells)} | {self.seconds:.0f} | {self.host / 1e9:.2f} |"
+        cells += [f"{self.run.seconds:.0f}", f"{self.run.wall:.0f}", f"{self.run.host / 1e9:.2f}"]
+        return f"| {' | '.join(cells)} |"
 
 
 def last_line(ended: Ended) -> str:
@@ -171,7 +173,7 @@ def row(name: str, steps: int, null: bool, limit: int, output: bool) -> Row:
     if output:
         for each in processes:
             print(each.out + each.error, file=sys.stderr)
-    return Row(name, told, ended.seconds, ended.host, found, last_line(processes[-1]))
+    return Row(name, told, ended, found, last_line(processes[-1]))
 
 
 def summary(rows: list[Row]) -> str:
@@ -179,13 +181,13 @@ def summary(rows: list[Row]) -> str:
     requested = sorted(rows, key=lambda row: abs(row.off("requested")))
     reserved = sorted(rows, key=lambda row: row.off("reserved"))
     middle = median(abs(row.off("requested")) for row in rows)
-    most = max(rows, key=lambda row: row.seconds)
+    most = max(rows, key=lambda row: row.run.seconds)
     ends = [f"{row.off('reserved'):+.2%} ({row.name})" for row in (reserved[0], reserved[-1])]
     return (
         f"{len(rows)} programs; requested: {middle:.2%} off in the median, at most "
         f"{abs(requested[-1].off('requested')):.2%} ({requested[-1].name}); reserved: from "
-        f"{' to '.join(ends)}; at most {most.seconds:.0f} CPU s ({most.name}) and "
-        f"{max(row.host for row in rows) / 1e9:.2f} GB of host memory"
+        f"{' to '.join(ends)}; at most {most.run.seconds:.0f} CPU s ({most.name}) and "
+        f"{max(row.run.host for row in rows) / 1e9:.2f} GB of host memory"
     )
 
 
@@ -202,8 +204,8 @@ def command(
     """Run the programs of profiling/programs, or those NAMES."""
     print(f"{time.strftime('%Y-%m-%d')}, {processor()}, {GPU}, {steps} steps\n")
     difference = "difference | " * null
-    print(f"| program | requested | {difference}allocated | reserved | CPU s | host GB |")
-    print("|---|---|---|---|---|---|" + "---|" * null)
+    print(f"| program | requested | {difference}allocated | reserved | CPU s | s | host GB |")
+    print("|---|---|---|---|---|---|---|" + "---|" * null)
     compared = []
     for name in names or sorted(path.stem for path in PROGRAMS.glob("*.py")):
         done = row(name, steps, null, seconds, output)

@@ -162,6 +162,12 @@ PATCHES = {
         "_apply",
         "It replaces parameters without data even where nothing changes, and then fails.",
     ),
+    "torch: data of a tensor": Patch(
+        "torch:Tensor",
+        "data",
+        "A tensor that gets the data of another device, or of one without data, stays as it was.",
+    ),
+    "torch: subclasses of a tensor": Patch("torch:Tensor", "as_subclass", _NO_DATA),
     "torch: copy to the host": Patch(
         "torch:Tensor",
         "cpu",
@@ -175,8 +181,11 @@ PATCHES = {
     ),
     "torch: accelerator": Patch("torch.accelerator", CUDA_MEMORY, _NO_GPU),
     "torch: accelerator's memory": Patch("torch.accelerator.memory", CUDA_MEMORY, _NO_GPU),
-    "torch: GPU's observer": Patch(
-        "torch._C", "_cuda_attach_out_of_memory_observer", _NO_GPU, added=True
+    "torch: GPU's own functions": Patch(
+        "torch._C",
+        "_cuda_attach_out_of_memory_observer _cuda_getCurrentRawStream",
+        _NO_GPU,
+        added=True,
     ),
     "torch: scattered to GPUs": Patch("torch.nn.parallel.comm", "scatter", _NO_GPU),
     "triton: kernels": Patch("triton.runtime.jit:JITFunction", "run", _NO_GPU),
@@ -198,8 +207,8 @@ PATCHES = {
         "torch._subclasses.fake_tensor:FakeTensor", "numpy tolist", _NO_DATA
     ),
     "torch: loading processes": Patch(
-        "torch.utils.data:DataLoader",
-        "_get_iterator",
+        "torch.utils.data.dataloader",
+        "_MultiProcessingDataLoaderIter",
         "Tensors without data do not travel between processes.",
     ),
     "torch: pinned memory": Patch("torch:Tensor", "pin_memory share_memory_", _NO_GPU),
@@ -208,6 +217,7 @@ PATCHES = {
         "torch.distributed.distributed_c10d", "rendezvous", _WAITS_FOR_RANKS
     ),
     "torch: store of ranks": Patch("torch.distributed", "TCPStore", _WAITS_FOR_RANKS),
+    "python: connection to another rank": Patch("socket", "create_connection", _WAITS_FOR_RANKS),
     "torch: backend of a group": Patch(
         "torch.distributed.distributed_c10d",
         "_new_process_group_helper",

@@ -111,6 +111,7 @@ def functions(gpu: Gpu, recorder: Recorder) -> dict[str, object]:
         "get_rng_state": lambda *_: generator.get_state(),
         "get_rng_state_all": lambda: [generator.get_state()],
         "_cuda_attach_out_of_memory_observer": _always(None),
+        "_cuda_getCurrentRawStream": _always(0),
         "empty_cache": streams.empty_cache,
         "synchronize": streams.synchronize,
         "current_stream": lambda *_: Stream.current,

@@ -2,9 +2,11 @@
 
 import copyreg
 from collections.abc import Callable
+from types import GetSetDescriptorType as Descriptor
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 Function = Callable[[Tensor], Tensor]
 
@@ -23,6 +25,19 @@ def apply(self: nn.Module, function: Function, recurse: bool = True) -> nn.Modul
         if buffer is not None:
             self._buffers[name] = function(buffer)
     return self
+
+
+def data_of_any_device(known: Descriptor) -> property:
+    """Replace `Tensor.data`, which FSDP sets to move parameters."""
+
+    def assign(self: Tensor, new: Tensor) -> None:
+        of_a_kind = isinstance(self, FakeTensor) == isinstance(new, FakeTensor)
+        if of_a_kind and self.device == new.device:
+            known.__set__(self, new)
+        else:
+            _convert(self, lambda _: new.detach())
+
+    return property(known.__get__, assign)
 
 
 def _convert(tensor: Tensor, function: Function) -> None:

@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.utils._pytree import tree_map
-from torch.utils.data import DataLoader
+from torch.utils.data.dataloader import DataLoader, _SingleProcessDataLoaderIter
 
 from ds_cmli.allocator.gpus import Gpu
 from ds_cmli.common.errors import UserError
@@ -109,6 +109,8 @@ def _without_data(ran: Ran) -> Iterator[None]:
     replacements: dict[str, Callable] = {
         "python: end of the process": _ending,
         "torch: module conversion": lambda _: modules.apply,
+        "torch: data of a tensor": modules.data_of_any_device,
+        "torch: subclasses of a tensor": _as_it_is,
         "torch: compiler": compiling,
         "torch: scaled step": lambda _: _step,
         "torch: formatted number": lambda _: _formatted,
@@ -142,7 +144,7 @@ def _without_gpu(recorder: StepRecorder, gpu: Gpu, ran: Ran) -> Iterator[None]:
         "torch: scattered to GPUs": lambda _: lambda x, *_, **__: (x.to("cuda"),),
     }
     with ExitStack() as stack:
-        of_gpu = "GPU", "GPU's memory", "accelerator", "accelerator's memory", "GPU's observer"
+        of_gpu = "GPU", "GPU's memory", "accelerator", "accelerator's memory", "GPU's own functions"
         for name in of_gpu:
             stack.enter_context(patched_each(f"torch: {name}", found))
         for name, replacement in replacements.items():
@@ -162,6 +164,15 @@ def _ending(leave: Callable[[int], NoReturn]) -> Callable[[int], NoReturn]:
         raise SystemExit(code)
 
     return end
+
+
+def _as_it_is(convert: Callable) -> Callable:
+    """Replaces `as_subclass`: a tensor without data is of its own class already."""
+
+    def run(tensor: Tensor, wanted: type) -> Tensor:
+        return tensor if isinstance(tensor, FakeTensor) else convert(tensor, wanted)
+
+    return run
 
 
 def _step(self, optimizer, state, *args, **kwargs):
@@ -189,12 +200,12 @@ def _with_lengths_of_host(ctc_loss: Callable) -> Callable:
     return loss
 
 
-def in_this_process(before: Callable) -> Callable:
-    """Replaces `DataLoader._get_iterator`: tensors without data travel between no processes."""
+def in_this_process(_: type) -> Callable:
+    """Replaces the iterator of a DataLoader with processes: tensors without data do not travel."""
 
-    def iterator(self: DataLoader) -> object:
-        loader = copy.copy(self)
+    def iterator(loader: DataLoader) -> _SingleProcessDataLoaderIter:
+        loader = copy.copy(loader)
         loader.num_workers, loader.timeout, loader.pin_memory = 0, 0, False
-        return before(loader)
+        return _SingleProcessDataLoaderIter(loader)
 
     return iterator

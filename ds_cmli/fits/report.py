@@ -36,8 +36,7 @@ def check_training(steps: int, on_gpu: bool) -> None:
     """Raise `UserError` unless the program has done optimizer steps, and had tensors on a GPU."""
     if not steps:
         raise UserError(
-            "the program ended before an optimizer of torch.optim did a step after a backward "
-            "pass: let it train"
+            "the program ended before an optimizer did a step after a backward pass: let it train"
         )
     if not on_gpu:
         raise UserError("the program made no tensor on a GPU: let it train on device 'cuda'")
@@ -86,7 +85,7 @@ class Report:
 
     @classmethod
     def of(cls, recorder: StepRecorder, rooms: list[Room], world: World) -> "Report":
-        steps = min(recorder.done.values(), default=0)
+        steps = recorder.followed
         card = gpus.find(rooms[0].gpu)
         events = with_cublas(recorder.events(), card.cublas_bytes(), recorder.given)
         check_training(steps, any(event.bytes for event in events))
@@ -145,7 +144,7 @@ class Report:
 
 def told(values: Values, ran: Ran, recorder: StepRecorder) -> Iterator[str]:
     """Yield what the program asked for and did not get, a line each."""
-    early = ended_early(min(recorder.done.values()), recorder.steps)
+    early = ended_early(recorder.followed, recorder.steps)
     if early:
         yield early
     if values.read:

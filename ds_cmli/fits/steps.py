@@ -50,6 +50,15 @@ CATEGORIES = (
     "temporaries",
 )
 
+PASSES = 16  # backward passes after which a program ends that has no optimizer of torch.optim
+
+
+def _optimizers() -> Iterator[Optimizer]:
+    """Yield those of torch.optim that this process has."""
+    for each in gc.get_objects():
+        if issubclass(type(each), Optimizer):
+            yield each
+
 
 def _first_parameter(optimizer: Optimizer) -> int | None:
     """The one by which an optimizer and its wrapper are known; None if it has none now.
@@ -76,6 +85,7 @@ class StepRecorder(Recorder):
         self.steps, self.done = steps, Counter[int]()
         self.backward = -1  # autograd's number of the last backward pass
         self.stepped_after: dict[int, int] = {}  # that number at each optimizer's last step
+        self.passes, self.passed = 0, -1  # backward passes before a forward one, the last's number
         self.outer = "init"  # the phase outside backward
         self.in_step = False  # whether an optimizer's step is running
         self.lines: list[str] = []  # of the user's code that allocated each block
@@ -215,6 +225,10 @@ class StepRecorder(Recorder):
         if self._unmasked is not None and "transformers.masking_utils" in sys.modules:
             self._unmasked.enter_context(patched("transformers: mask", lambda _: _no_tracing))
             self._unmasked = None
+        if self.backward != self.passed:
+            self.passes, self.passed = self.passes + 1, self.backward
+            if self.passes == PASSES and not any(_optimizers()):
+                raise StepsDone
         if isinstance(module, nn.RNNBase):
             self.inexact.add("cuDNN's kernels of recurrent layers take other memory than counted")
         if isinstance(module, nn.modules.conv._ConvNd):
@@ -243,13 +257,22 @@ class StepRecorder(Recorder):
             self._tell_of_others()
             raise StepsDone
 
+    @property
+    def followed(self) -> int:
+        """The steps of each optimizer; if none of torch.optim did one, the backward passes."""
+        if self.done:
+            return min(self.done.values())
+        if self.backward >= 0:
+            self.inexact.add(
+                "no optimizer of torch.optim did a step: each backward pass is taken for one, and "
+                "what an optimizer keeps is counted among others and activations"
+            )
+        return self.passes + (self.backward != self.passed)
+
     def _tell_of_others(self) -> None:
         """Note optimizers that have not done a step, whose states are missing."""
-        for each in gc.get_objects():
-            # A wrapper of an optimizer has its parameters.
-            if not issubclass(type(each), Optimizer):
-                continue
-            key = _first_parameter(each)
+        for each in _optimizers():
+            key = _first_parameter(each)  # a wrapper of an optimizer has its parameters
             if key is not None and key not in self.done:
                 self.inexact.add(
                     "an optimizer has done no step yet, and what its step takes is not counted: "

@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import (
     UnsupportedOperatorException,
     unset_fake_temporarily,
 )
+from torch.nn import Parameter
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -62,6 +63,8 @@ class Values(TorchDispatchMode):
         leaves = tree_leaves((args, kwargs))
         if not any(map(_is_elsewhere, leaves)):
             return self._on_host(func, args, kwargs)
+        if any(map(_is_named, leaves)):
+            args, kwargs = tree_map(_unnamed, (args, kwargs))
         if func in READS or func in COMPARISONS or torch.Tag.dynamic_output_shape in func.tags:
             Stream.current.synchronize()
         if func in READS:
@@ -229,6 +232,21 @@ def _is_elsewhere(value: object) -> bool:
     return isinstance(value, FakeTensor) or (
         isinstance(value, Tensor) and value.device.type != "cpu"
     )
+
+
+def _is_named(value: object) -> bool:
+    """Whether a tensor is of a class, such as fastai's, that only names what it holds."""
+    if type(value) in (Tensor, FakeTensor, Parameter) or not isinstance(value, Tensor):
+        return False
+    return type(value).__torch_dispatch__ is Tensor.__torch_dispatch__
+
+
+def _unnamed(value: object) -> object:
+    """The tensor itself in place of one of a class that FakeTensorMode refuses."""
+    if not _is_named(value):
+        return value
+    with _disable_current_modes(), torch._C.DisableTorchFunctionSubclass():
+        return value.as_subclass(Tensor)  # type: ignore[attr-defined]
 
 
 def _known(tensor: Tensor) -> Tensor | None:

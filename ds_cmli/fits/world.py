@@ -6,6 +6,7 @@ Results keep their shapes. What is gathered from the other ranks is this rank's,
 import copy
 import os
 import re
+import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -56,6 +57,7 @@ class World:
         replacements: dict[str, Callable] = {
             "torch: meeting of ranks": lambda _: self._meet,
             "torch: store of ranks": lambda _: _Store,
+            "python: connection to another rank": self._connecting,
             "torch: backend of a group": lambda make: _alone(make, stack),
             "torch: processes of a program": lambda _: _spawn,
             "torch: NCCL": lambda _: lambda: True,
@@ -84,6 +86,19 @@ class World:
         """Replaces `rendezvous`, which waits for the other ranks."""
         size = world_size if world_size > 0 else self.size or 1
         yield dist.HashStore(), rank if rank >= 0 else self.rank, size
+
+    def _connecting(self, connect: Callable) -> Callable:
+        """Replaces `socket.create_connection`, by which a program would look for rank 0."""
+
+        def run(address: tuple[str, int], *args: object, **options: object) -> socket.socket:
+            if self.rank and address[1] == int(os.environ["MASTER_PORT"]):
+                raise NotFollowed(
+                    f"{lines.current()}: this connects to rank 0, and fits runs rank "
+                    f"{self.rank} alone: give --rank 0"
+                )
+            return connect(address, *args, **options)
+
+        return run
 
 
 class _Store(dist.HashStore):

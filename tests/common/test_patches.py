@@ -5,6 +5,7 @@ import importlib
 import inspect
 import io
 import os
+import socket
 import subprocess
 import sys
 import weakref
@@ -296,6 +297,24 @@ def a_number_without_data_is_formatted() -> bool:
             return False
 
 
+def data_of_another_device_is_taken() -> bool:
+    moved = torch.nn.Parameter(torch.ones(2))
+    with FakeTensorMode():
+        moved.data = torch.ones(2, device="cuda")
+    return moved.device.type == "cuda"
+
+
+def a_tensor_without_data_is_of_any_class() -> bool:
+    class Named(torch.Tensor):
+        pass
+
+    with FakeTensorMode():
+        try:
+            return isinstance(torch.ones(2).as_subclass(Named), FakeTensor)
+        except RuntimeError:
+            return False
+
+
 def tensors_without_data_travel() -> bool:
     with FakeTensorMode():
         try:
@@ -331,6 +350,16 @@ def a_store_waits_for_nobody() -> bool:
     try:
         dist.TCPStore("localhost", 0, 2, is_master=True, timeout=timedelta(seconds=0.1))
     except dist.DistError:
+        return False
+    return True
+
+
+def a_connection_needs_nobody() -> bool:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    try:
+        socket.create_connection(("127.0.0.1", port)).close()
+    except OSError:
         return False
     return True
 
@@ -414,15 +443,18 @@ NO_LONGER_NEEDED = {
     "torch: compiler": a_model_without_data_is_compiled,
     "torch: scaled step": a_scaled_step_reads_nothing,
     "torch: formatted number": a_number_without_data_is_formatted,
+    "torch: data of a tensor": data_of_another_device_is_taken,
+    "torch: subclasses of a tensor": a_tensor_without_data_is_of_any_class,
     "torch: loading processes": tensors_without_data_travel,
     "torch: pinned memory": memory_is_pinned_without_a_gpu,
     "torch: other streams": streams_are_there,
-    "torch: GPU's observer": lambda: hasattr(torch._C, "_cuda_attach_out_of_memory_observer"),
+    "torch: GPU's own functions": lambda: hasattr(torch._C, "_cuda_attach_out_of_memory_observer"),
     "python: end of the process": lambda: (
         "answers" in subprocess.run([sys.executable, "-c", LEAVING], capture_output=True, text=True).stdout
     ),
     "torch: meeting of ranks": a_group_waits_for_nobody,
     "torch: store of ranks": a_store_waits_for_nobody,
+    "python: connection to another rank": a_connection_needs_nobody,
     "torch: backend of a group": dist.is_nccl_available,
     "torch: NCCL": dist.is_nccl_available,
     "torch: version of NCCL": nccl_has_a_version,

@@ -102,6 +102,61 @@ def test_a_loop_runs_as_it_is(switches, tmp_path):
     assert "do not fit on 0.40 GB" in fits("--limit", "400MB", "--", LOOP, *switches, cwd=tmp_path).stdout
 
 
+OWN = """
+import torch
+from torch.utils.data import dataloader
+
+class Named(torch.Tensor):
+    pass
+
+class Momentum:
+    def __init__(self, weight):
+        self.weight, self.held = weight, None
+    def step(self):
+        with torch.no_grad():
+            self.held = self.weight.grad.clone() if self.held is None else self.held.mul_(0.9).add_(self.weight.grad)
+            self.weight -= 0.1 * self.held
+            self.weight.grad = None
+
+layer = torch.nn.Linear(1024, 1024, bias=False)
+layer.weight.data = layer.weight.data.cuda()
+assert layer.weight.is_cuda and layer.weight.grad is None
+optimizer = Momentum(layer.weight)
+data = torch.utils.data.DataLoader([torch.ones(1024).as_subclass(Named) for _ in range(99)], num_workers=2)
+for number, x in enumerate(dataloader._MultiProcessingDataLoaderIter(data)):
+    x = x.as_subclass(Named).cuda()
+    x.as_subclass(Named).reshape(1, 1024)
+    layer(x).sum().backward()
+    optimizer.step()
+print(f"steps: {number}")
+"""
+
+
+def test_an_optimizer_of_its_own_and_tensors_of_a_class(tmp_path):
+    """As fastai has them; [1024, 1024] fp32 is 4 MiB: the weight, its gradient, the optimizer's and 0.1 times it."""
+    done = fits("--gpu", "A100 80GB", "--json", "out.json", "--", script(tmp_path, OWN), cwd=tmp_path)
+    assert done.returncode == 0 and "steps:" not in done.stdout, done.stderr
+    assert "16 steps of program.py fit" in done.stdout
+    assert "no optimizer of torch.optim did a step: each backward pass is taken for one" in done.stdout
+    requested = json.loads((tmp_path / "out.json").read_text())["totals"]["requested"]
+    assert 0 <= requested - 4 * (4 << 20) - 2 * 8_519_680 < 20_000
+
+
+def test_an_optimizer_of_its_own_beside_one_of_torch_waits_for_that(tmp_path):
+    """Twenty backward passes before the first step are no end."""
+    text = (
+        "import torch\n"
+        "layer = torch.nn.Linear(8, 8).cuda()\n"
+        "optimizer = torch.optim.SGD(layer.parameters(), 1e-3)\n"
+        "for number in range(60):\n"
+        "    layer(torch.ones(8, 8, device='cuda')).sum().backward()\n"
+        "    if number % 20 == 19:\n"
+        "        optimizer.step()\n"
+    )
+    done = fits("--gpu", "A100 80GB", "--", script(tmp_path, text), cwd=tmp_path)
+    assert done.stdout.startswith("2 steps of program.py fit") and "taken for one" not in done.stdout
+
+
 def test_an_optimizer_that_has_one_group_at_a_time(tmp_path):
     """As ZeRO-3 steps its groups: [1024, 1024] fp32 is 4 MiB, and each of two weights has a momentum."""
     program = script(
@@ -296,6 +351,13 @@ def test_our_own_trainer_takes_what_its_own_prediction_says(ranks, tmp_path):
     expected = predict(config, ds_json, ranks, gpu="A100 80GB").report.totals
     assert found["reserved"] == expected["reserved"] and found["device"] == expected["device"]
     assert 0 <= 1 - found["requested"] / expected["requested"] < 0.002
+
+
+def test_another_rank_of_our_trainer_is_refused_at_once(tmp_path):
+    trainer = str(ROOT / "ds_cmli" / "train.py")
+    done = fits("--world-size", "2", "--rank", "1", "--", trainer, "--preset", "tiny", cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert "this connects to rank 0, and fits runs rank 1 alone: give --rank 0" in done.stderr
 
 
 def test_a_mistake_is_the_programs_own(tmp_path):
