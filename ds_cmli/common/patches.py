@@ -58,6 +58,7 @@ _NO_GPU = "It asks the driver, and a program that fits runs is to find a GPU wit
 _WAITS_FOR_RANKS = "It waits for the other ranks, which are not there."
 OBJECTS = "all_gather_object gather_object broadcast_object_list scatter_object_list"
 _NO_DATA = "It does not know tensors without data as what they stand for."
+_NO_ADDRESS = "All tensors without data have the address 0, by which programs tell them apart."
 CUDA_FUNCTIONS = """
 is_available is_initialized init _lazy_init is_bf16_supported device_count current_device set_device
 get_device_properties get_device_capability get_device_name get_arch_list can_device_access_peer
@@ -167,6 +168,8 @@ PATCHES = {
         "data",
         "A tensor that gets the data of another device, or of one without data, stays as it was.",
     ),
+    "torch: address of a tensor": Patch("torch:Tensor", "data_ptr", _NO_ADDRESS),
+    "torch: address of a storage": Patch("torch:UntypedStorage", "data_ptr", _NO_ADDRESS),
     "torch: subclasses of a tensor": Patch("torch:Tensor", "as_subclass", _NO_DATA),
     "torch: copy to the host": Patch(
         "torch:Tensor",

@@ -10,14 +10,14 @@ import torch
 from ds_cmli.allocator.allocator import CachingAllocator
 from ds_cmli.allocator.blocks import Block
 from ds_cmli.allocator.gpus import Gpu
-from ds_cmli.fits.recorder import Recorder
+from ds_cmli.fits.steps import StepRecorder
 from ds_cmli.fits.streams import Event, Stream, Streams
 
 
 class Memory:
     """What PyTorch's allocator would count of a program so far."""
 
-    def __init__(self, recorder: Recorder):
+    def __init__(self, recorder: StepRecorder):
         self.recorder, self.allocator = recorder, CachingAllocator()
         self.followed = 0  # changes of the recorder's log
         self.blocks: dict[int, Block] = {}
@@ -85,7 +85,7 @@ _dump_snapshot
 """
 
 
-def functions(gpu: Gpu, recorder: Recorder) -> dict[str, object]:
+def functions(gpu: Gpu, recorder: StepRecorder) -> dict[str, object]:
     """The functions and classes of `torch.cuda` and `torch.cuda.memory` for this GPU, by name."""
     streams, memory = Streams(recorder), Memory(recorder)
     found: dict[str, object] = dict.fromkeys(NOTHING.split(), _always(None))

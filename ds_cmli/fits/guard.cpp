@@ -13,13 +13,48 @@ using c10::Stream;
 
 const Device ONLY(DeviceType::CUDA, 0);
 
+}  // namespace
+
+// Autograd runs each operator's backward on the stream of its forward, and lets streams wait for each other. streams.py
+// hears of it by these functions.
+extern "C" {
+int64_t fits_stream = 0;                                 // the current one
+void (*fits_switched)(int64_t stream) = nullptr;
+int64_t (*fits_recorded)(int64_t stream) = nullptr;      // returns the event
+void (*fits_waited)(int64_t stream, int64_t event) = nullptr;
+void (*fits_used)(const void* storage, int64_t stream) = nullptr;
+}
+
+namespace {
+
+Stream stream_of(int64_t number) { return Stream(Stream::UNSAFE, ONLY, number); }
+
 struct Guard final : c10::impl::NoOpDeviceGuardImpl<DeviceType::CUDA> {
   Device exchangeDevice(Device) const override { return ONLY; }
   Device getDevice() const override { return ONLY; }
-  Stream getStream(Device) const noexcept override { return Stream(Stream::DEFAULT, ONLY); }
-  Stream exchangeStream(Stream) const noexcept override { return Stream(Stream::DEFAULT, ONLY); }
+  Stream getStream(Device) const noexcept override { return stream_of(fits_stream); }
+  Stream exchangeStream(Stream stream) const noexcept override {
+    const Stream before = stream_of(fits_stream);
+    if (stream != before && fits_switched) {
+      fits_stream = stream.id();
+      fits_switched(fits_stream);
+    }
+    return before;
+  }
   DeviceIndex deviceCount() const noexcept override { return 1; }
-  void record(void**, const Stream&, const DeviceIndex, const c10::EventFlag) const override {}
+  void record(void** event, const Stream& stream, const DeviceIndex, const c10::EventFlag) const override {
+    if (fits_recorded) *event = reinterpret_cast<void*>(fits_recorded(stream.id()));
+  }
+  void block(void* event, const Stream& stream) const override {
+    if (fits_waited) fits_waited(stream.id(), reinterpret_cast<int64_t>(event));
+  }
+  void recordDataPtrOnStream(const c10::DataPtr& data, const Stream& stream) const override {
+    // The data's place within its storage is that of any other storage's.
+    static const c10::Storage any(c10::Storage::use_byte_size_t(), 0, c10::DataPtr(nullptr, ONLY));
+    const auto storage = reinterpret_cast<const char*>(any.unsafeGetStorageImpl());
+    const auto offset = reinterpret_cast<const char*>(&any.data_ptr()) - storage;
+    if (fits_used) fits_used(reinterpret_cast<const char*>(&data) - offset, stream.id());
+  }
   void synchronizeDevice(const DeviceIndex) const override {}
 };
 

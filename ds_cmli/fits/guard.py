@@ -17,6 +17,9 @@ from ds_cmli.common.errors import UserError
 SOURCE = Path(__file__).parent / "guard.cpp"
 
 
+loaded: ctypes.CDLL | None = None  # the library
+
+
 def load() -> None:
     """Load the library, which is compiled at the first use of each version of torch.
 
@@ -25,7 +28,8 @@ def load() -> None:
     Raises:
         UserError: there is no compiler, or this build of torch has CUDA.
     """
-    ctypes.CDLL(str(library()), mode=ctypes.RTLD_GLOBAL)
+    global loaded
+    loaded = ctypes.CDLL(str(library()), mode=ctypes.RTLD_GLOBAL)
 
 
 def library() -> Path:
@@ -55,7 +59,7 @@ def _compile(torch: Path, built: Path) -> None:
     compiler = shlex.split(named)  # such as "ccache g++"
     if not shutil.which(compiler[0]):
         raise UserError(
-            f"fits compiles 40 lines of C++ once, and finds no compiler {named!r}: install g++, or "
+            f"fits compiles 80 lines of C++ once, and finds no compiler {named!r}: install g++, or "
             "set CXX"
         )
     include = torch / "include"

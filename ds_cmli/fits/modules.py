@@ -6,6 +6,7 @@ from types import GetSetDescriptorType as Descriptor
 
 import torch
 from torch import Tensor, nn
+from torch import UntypedStorage as Storage
 from torch._subclasses.fake_tensor import FakeTensor
 
 Function = Callable[[Tensor], Tensor]
@@ -38,6 +39,28 @@ def data_of_any_device(known: Descriptor) -> property:
             _convert(self, lambda _: new.detach())
 
     return property(known.__get__, assign)
+
+
+def address_of_storage(known: Callable[[Storage], int]) -> Callable[[Storage], int]:
+    """Replace `UntypedStorage.data_ptr`: a storage without data has one of its own, aligned."""
+
+    def address(self: Storage) -> int:
+        if self.device.type != "meta":
+            return known(self)
+        return self._cdata << 9 if self.nbytes() else 0
+
+    return address
+
+
+def address_of_tensor(known: Callable[[Tensor], int]) -> Callable[[Tensor], int]:
+    """Replace `Tensor.data_ptr`, after that of storages."""
+
+    def address(self: Tensor) -> int:
+        if not isinstance(self, FakeTensor) or not self.numel():
+            return known(self)
+        return self.untyped_storage().data_ptr() + int(self.storage_offset()) * self.itemsize
+
+    return address
 
 
 def _convert(tensor: Tensor, function: Function) -> None:

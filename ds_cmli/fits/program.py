@@ -111,6 +111,8 @@ def _without_data(ran: Ran) -> Iterator[None]:
         "torch: module conversion": lambda _: modules.apply,
         "torch: data of a tensor": modules.data_of_any_device,
         "torch: subclasses of a tensor": _as_it_is,
+        "torch: address of a tensor": modules.address_of_tensor,
+        "torch: address of a storage": modules.address_of_storage,
         "torch: compiler": compiling,
         "torch: scaled step": lambda _: _step,
         "torch: formatted number": lambda _: _formatted,

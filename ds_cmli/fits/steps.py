@@ -177,7 +177,12 @@ class StepRecorder(Recorder):
     def record_stream(self, tensor: Tensor, stream: Stream) -> None:
         """Replaces `Tensor.record_stream`: what ends is free when that stream has come so far."""
         block = self.block_of(tensor)
-        if block is not None and stream.stream_id != self.blocks[block].stream:
+        if block is not None:
+            self.used(block, stream)
+
+    def used(self, block: int, stream: Stream) -> None:
+        """Note that a block is used by a stream, perhaps another one than its own."""
+        if stream.stream_id != self.blocks[block].stream:
             self.uses.setdefault(block, set()).add(stream)
 
     def resizing(self, resize: Callable) -> Callable:

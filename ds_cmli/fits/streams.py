@@ -8,11 +8,15 @@ stream may still read (`Tensor.record_stream`). A card that keeps up with its ho
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import ClassVar
+from ctypes import CDLL, CFUNCTYPE, c_int64, c_void_p, cast
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
-from ds_cmli.fits.recorder import Recorder
+from ds_cmli.fits import guard
+
+if TYPE_CHECKING:
+    from ds_cmli.fits.steps import StepRecorder
 
 MOST_AHEAD = 1024  # launches that a stream can hold
 MOST_ASKED = 1000  # times that an event is not over, so that a loop that asks for it ends
@@ -91,9 +95,10 @@ class Stream:
         self.stream_id = 1 + turn % self.MOST + self.MOST * abs(priority)
 
     @classmethod
-    def default(cls) -> "Stream":
+    def numbered(cls, number: int) -> "Stream":
+        """The default stream, 0, or one that has been created."""
         out = cls.__new__(cls)
-        out.priority = out.stream_id = 0
+        out.priority, out.stream_id = 0, number
         return out
 
     @property
@@ -135,13 +140,44 @@ class Stream:
 class Streams:
     """The current stream, for which a recorder's allocations are."""
 
-    def __init__(self, recorder: Recorder):
+    def __init__(self, recorder: "StepRecorder"):
         Stream.created, Stream.works = {}, defaultdict(Work)
-        self.recorder, self.default = recorder, Stream.default()
-        Stream.current = self.default
+        self.recorder, self.default = recorder, Stream.numbered(0)
+        self._followed: list[object] = []  # what autograd calls
+        self.events: list[Event] = []  # of autograd
+        if guard.loaded is not None:
+            self._follow_autograd(guard.loaded)
+        self.set(self.default)
 
     def set(self, stream: Stream) -> None:
         Stream.current, self.recorder.stream = stream, stream.stream_id
+        if guard.loaded is not None:
+            c_int64.in_dll(guard.loaded, "fits_stream").value = stream.stream_id
+
+    def _follow_autograd(self, library: CDLL) -> None:
+        """Let autograd's own streams, events and uses of tensors count as the program's."""
+        functions = {
+            "fits_switched": CFUNCTYPE(None, c_int64)(lambda to: self.set(Stream.numbered(to))),
+            "fits_recorded": CFUNCTYPE(c_int64, c_int64)(self._recorded),
+            "fits_waited": CFUNCTYPE(None, c_int64, c_int64)(self._waited),
+            "fits_used": CFUNCTYPE(None, c_void_p, c_int64)(self._used),
+        }
+        for name, function in functions.items():
+            c_void_p.in_dll(library, name).value = cast(function, c_void_p).value
+        self._followed += functions.values()
+
+    def _recorded(self, stream: int) -> int:
+        """An event's number: its place in the list of events."""
+        self.events.append(Stream.numbered(stream).record_event())
+        return len(self.events)
+
+    def _waited(self, stream: int, event: int) -> None:
+        Stream.numbered(stream).wait_event(self.events[event - 1])
+
+    def _used(self, storage: int, stream: int) -> None:
+        known = self.recorder.live.get(storage)
+        if known is not None:
+            self.recorder.used(known.block, Stream.numbered(stream))
 
     @contextmanager
     def on(self, stream: Stream | None) -> Iterator[Stream | None]:

@@ -8,6 +8,7 @@ import os
 import socket
 import subprocess
 import sys
+import warnings
 import weakref
 from datetime import timedelta
 from types import SimpleNamespace
@@ -315,6 +316,12 @@ def a_tensor_without_data_is_of_any_class() -> bool:
             return False
 
 
+def tensors_without_data_have_addresses() -> bool:
+    with FakeTensorMode(), warnings.catch_warnings(action="ignore"):
+        one, other = torch.ones(2), torch.ones(2)
+        return one.data_ptr() != other.data_ptr()
+
+
 def tensors_without_data_travel() -> bool:
     with FakeTensorMode():
         try:
@@ -444,6 +451,8 @@ NO_LONGER_NEEDED = {
     "torch: scaled step": a_scaled_step_reads_nothing,
     "torch: formatted number": a_number_without_data_is_formatted,
     "torch: data of a tensor": data_of_another_device_is_taken,
+    "torch: address of a tensor": tensors_without_data_have_addresses,
+    "torch: address of a storage": tensors_without_data_have_addresses,
     "torch: subclasses of a tensor": a_tensor_without_data_is_of_any_class,
     "torch: loading processes": tensors_without_data_travel,
     "torch: pinned memory": memory_is_pinned_without_a_gpu,

@@ -102,6 +102,44 @@ def test_a_loop_runs_as_it_is(switches, tmp_path):
     assert "do not fit on 0.40 GB" in fits("--limit", "400MB", "--", LOOP, *switches, cwd=tmp_path).stdout
 
 
+ON_A_STREAM = """
+import torch
+
+side, seen = torch.cuda.Stream(), []
+
+class Noted(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        seen.append(torch.cuda.current_stream().stream_id)
+        return gradient.clone()
+
+weight = torch.nn.Parameter(torch.zeros(1024, 1024, device="cuda"))
+optimizer = torch.optim.SGD([weight], 1e-3)
+for step in range(9):
+    with torch.cuda.stream(side):
+        moved = Noted.apply(weight)
+    torch.cuda.current_stream().wait_stream(side)
+    Noted.apply(moved).sum().backward()
+    assert seen[-2:] == [0, side.stream_id], seen
+    assert torch.cuda.current_stream().stream_id == 0
+    optimizer.step()
+    optimizer.zero_grad()
+"""
+
+
+def test_backward_runs_on_the_streams_of_forward(tmp_path):
+    """The gradient that is made on a stream of its own, [1024, 1024] fp32, lies in a segment of that stream."""
+    asked = ("--gpu", "A100 80GB", "--snapshot", "out.pickle")
+    done = fits(*asked, "--", script(tmp_path, ON_A_STREAM), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    taken = [each["stream"] for each in pickle.loads((tmp_path / "out.pickle").read_bytes())["segments"]]
+    assert len(set(taken)) == 2
+
+
 OWN = """
 import torch
 from torch.utils.data import dataloader
@@ -121,6 +159,9 @@ class Momentum:
 layer = torch.nn.Linear(1024, 1024, bias=False)
 layer.weight.data = layer.weight.data.cuda()
 assert layer.weight.is_cuda and layer.weight.grad is None
+parts = [torch.ones(2, 512, device="cuda") for _ in range(2)]
+assert len({part.data_ptr() for part in parts}) == 2 and parts[0][1].data_ptr() - parts[0].data_ptr() == 2048
+assert parts[0].untyped_storage().data_ptr() == parts[0].data_ptr() and not parts[0].data_ptr() % 512
 optimizer = Momentum(layer.weight)
 data = torch.utils.data.DataLoader([torch.ones(1024).as_subclass(Named) for _ in range(99)], num_workers=2)
 for number, x in enumerate(dataloader._MultiProcessingDataLoaderIter(data)):
