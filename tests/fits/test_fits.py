@@ -5,6 +5,7 @@ import pickle
 import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -21,18 +22,26 @@ from ds_cmli.fits.values import largest_results
 from ds_cmli.fits.world import World
 from ds_cmli.memory.predict import predict
 from tests.conftest import ROOT, clean_environment
+from tests.processes import Server, finished
 
 LOOP = str(Path(__file__).parent / "loop.py")
 OPERATORS = str(Path(__file__).parent / "operators.py")
-MAIN = "import sys; sys.argv[0] = 'fits'; from ds_cmli.memory.command import main; main()"
+COMMAND = str(Path(sys.executable).with_name("ds-cmli-memory"))
+ENVIRONMENT = clean_environment() | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+ENVIRONMENT.pop("DS_ACCELERATOR", None)  # the tests' own; a program is on a GPU here
+SERVER = Server("tests.fits.preload", ENVIRONMENT)
 
 
 def fits(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
-    """Run the command in a process of its own, in which torch has not been imported."""
-    env = clean_environment() | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    env.pop("DS_ACCELERATOR", None)  # the tests' own; a program is on a GPU here
-    command = [sys.executable, "-c", MAIN, "fits", *arguments]
-    return subprocess.run(command, env=env, cwd=cwd, capture_output=True, text=True, timeout=300)
+    """Run the command in a process of its own, forked with torch imported after the library that it needs first."""
+    with tempfile.TemporaryDirectory() as folder:
+        return finished([COMMAND, "fits", *arguments], ENVIRONMENT, cwd, Path(folder), 300, SERVER)
+
+
+def fresh(*arguments: str, cwd: Path, **env: str) -> subprocess.CompletedProcess:
+    """Run the command as a user does, in a process in which torch has not been imported."""
+    command = [COMMAND, "fits", *arguments]
+    return subprocess.run(command, env=ENVIRONMENT | env, cwd=cwd, capture_output=True, text=True, timeout=300)
 
 
 def script(folder: Path, text: str) -> str:
@@ -54,7 +63,7 @@ def test_a_linear_layer_by_hand(tmp_path):
         "    optimizer.zero_grad(set_to_none=False)\n",
     )
     asked = ("--gpu", "A100 80GB", "--json", "out.json", "--snapshot", "out.pickle", "--plot", "out.svg")
-    done = fits(*asked, "--", program, cwd=tmp_path)
+    done = fresh(*asked, "--", program, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     answer = json.loads((tmp_path / "out.json").read_text())
     size = 4 << 20
@@ -376,7 +385,7 @@ def test_the_trial_of_an_optimizer_is_not_the_training(tmp_path):
     assert json.loads((tmp_path / "out.json").read_text())["categories"]["parameters"] == 4 * 1001 * 1000
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.soak), 2])
 def test_our_own_trainer_takes_what_its_own_prediction_says(ranks, tmp_path):
     """But for the texts, which are not the longest ones in every batch. Several ranks meet by a store of their own."""
     options = ["--preset", "tiny", "--set", "loss.cmli_backend=chunked", "--set", "run.match_maps=0"]

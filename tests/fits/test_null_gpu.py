@@ -3,14 +3,12 @@
 import json
 import os
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from tests.conftest import ROOT
-from tests.fits.test_fits import LOOP, MAIN, OPERATORS, RANKS, fits, script
+from tests.fits.test_fits import LOOP, OPERATORS, RANKS, fits, fresh, script
 
 pytestmark = pytest.mark.null_gpu
 DEVICE = ("--gpu", "A100 80GB", "--json", "out.json")
@@ -79,9 +77,8 @@ def test_packages_for_another_torch_are_refused(null_gpu, tmp_path):
     (tmp_path / "torch-2.12.0.dist-info" / "METADATA").write_text(
         "Metadata-Version: 2.1\nName: torch\nVersion: 2.12.0\n"
     )
-    command = [sys.executable, "-c", MAIN, "fits", "--engine", "null", "--gpu", "T4", "--", LOOP]
-    env = os.environ | {"PYTHONPATH": os.pathsep.join((str(ROOT), str(tmp_path)))}
-    done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    path = os.pathsep.join((str(ROOT), str(tmp_path)))
+    done = fresh("--engine", "null", "--gpu", "T4", "--", LOOP, cwd=tmp_path, PYTHONPATH=path)
     assert done.returncode == 2
     assert done.stderr.startswith(
         "error: --engine null needs packages for one release of torch, and finds 2.12.0 and 2.13"

@@ -1,11 +1,8 @@
 """GPUs that cannot run the all-pairs kernels, with the Triton that PyTorch for GPUs brings."""
 
-import subprocess
-import sys
-
 import pytest
 
-from tests.conftest import ROOT
+from tests.null_gpu.processes import run
 
 pytestmark = pytest.mark.null_gpu
 REASON = {
@@ -13,11 +10,6 @@ REASON = {
     "b200": "does not compile the kernels for compute capability 10.0",
 }
 PRECISIONS = ("fp16", "fp32")
-
-
-def run(environment: dict[str, str], *command: object) -> subprocess.CompletedProcess:
-    command = [sys.executable, *map(str, command)]
-    return subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=900)
 
 
 @pytest.mark.parametrize(
@@ -55,8 +47,9 @@ loss(torch.randn(4, 9, 32, requires_grad=True), torch.randn(4, 6, 32), torch.one
 """
 
 
-def test_the_loss_alone_warns(null_gpu):
-    done = run(null_gpu("t4"), "-c", TRIED)
+def test_the_loss_alone_warns(null_gpu, tmp_path):
+    (tmp_path / "tried.py").write_text(TRIED)
+    done = run(null_gpu("t4"), tmp_path / "tried.py")
     assert done.returncode == 0, done.stderr
     assert f"CMLI takes the slower chunked backend: {REASON['t4']}" in done.stderr
 
@@ -64,5 +57,6 @@ def test_the_loss_alone_warns(null_gpu):
 @pytest.mark.parametrize("tests", ["said_to", pytest.param("test", marks=pytest.mark.soak)])
 def test_the_kernels_compile_with_that_triton(null_gpu, tests):
     file = "tests/cmli/test_triton_compile.py"
-    done = run(null_gpu(), "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "soak or not soak", "-k", tests, file)
+    options = ("-q", "-p", "no:cacheprovider", "-m", "soak or not soak", "-k", tests)
+    done = run(null_gpu(), "-m", "pytest", *options, file, timeout=900)
     assert done.returncode == 0, done.stdout[-3000:]

@@ -11,7 +11,7 @@ import pytest
 
 from tests.conftest import ROOT
 
-pytestmark = pytest.mark.null_gpu
+pytestmark = [pytest.mark.null_gpu, pytest.mark.soak]
 COMMAND = [sys.executable, str(ROOT / "profiling" / "gpu_check.py"), "--json", "found.json", "--markdown", "found.md"]
 
 
@@ -30,7 +30,6 @@ def test_killed_it_keeps_what_it_has(null_gpu, tmp_path):
     assert "1 of 6 tests, 2 figures, 0 missed their bar." in (tmp_path / "found.md").read_text()
 
 
-@pytest.mark.soak
 def test_whole(null_gpu, tmp_path):
     run = [*COMMAND, "--minutes", "120"]
     # Memory that waits until another stream has read it is not predicted: here it does not wait.

@@ -1,19 +1,16 @@
 """The null GPU itself: what README.md says of it."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 
-from tests.conftest import ROOT
+from tests.null_gpu.processes import run
 
 pytestmark = pytest.mark.null_gpu
 
 
 def checked(environment: dict[str, str]) -> dict:
-    command = [sys.executable, str(ROOT / "tests" / "null_gpu" / "checks.py")]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+    done = run(environment, "tests/null_gpu/checks.py")
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 

@@ -1,32 +1,31 @@
 """Two ranks over NCCL, killed after a checkpoint and started again."""
 
 import json
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
 from tests.config.test_mistakes import pairs
-from tests.conftest import ROOT, free_port
+from tests.conftest import free_port
+from tests.null_gpu import processes
+from tests.processes import Program
 
 pytestmark = pytest.mark.null_gpu
 
 
-def start(environment: dict[str, str], folder: Path, script: str, *options: str) -> list[subprocess.Popen]:
+def start(environment: dict[str, str], folder: Path, *command: str) -> list[Program]:
     """The processes of two ranks, whose output goes to the files `0.log` and `1.log` of a folder."""
-    command = [sys.executable, str(ROOT / script), *options]
     group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     started = []
     for rank in ("0", "1"):
         env = environment | group | {"RANK": rank, "LOCAL_RANK": rank}
-        with open(folder / f"{rank}.log", "w") as log:
-            started.append(subprocess.Popen(command, env=env, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT))
+        (folder / f"{rank}.log").write_text("")
+        started.append(processes.start(env, [*command], folder / f"{rank}.log"))
     return started
 
 
-def kill(ranks: list[subprocess.Popen]) -> None:
+def kill(ranks: list[Program]) -> None:
     for process in ranks:
         process.kill()
         process.wait()

@@ -1,13 +1,11 @@
 """A step of training asks the GPU at most three times, and launches its kernels meanwhile."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT
+from tests.null_gpu.processes import run
 
 pytestmark = pytest.mark.null_gpu
 PRECISIONS = ("fp16", "bf16", "fp32")
@@ -19,9 +17,8 @@ def counted(environment: dict[str, str], folder: Path, content: dict) -> dict:
     """What `count_syncs` prints of a run with this DeepSpeed JSON."""
     file = folder / "ds.json"
     file.write_text(json.dumps(content))
-    command = [sys.executable, "-m", "tests.null_gpu.count_syncs", "--output-dir", str(folder / "run")]
-    command += ["--deepspeed_config", str(file)]
-    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    options = ("--output-dir", folder / "run", "--deepspeed_config", file)
+    done = run(environment, "-m", "tests.null_gpu.count_syncs", *options)
     found = [line for line in done.stdout.splitlines() if line.startswith('{"launches"')]
     assert found, done.stdout + done.stderr
     return json.loads(found[0])

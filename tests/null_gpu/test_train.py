@@ -9,12 +9,14 @@ import pytest
 
 from tests.config.test_mistakes import pairs
 from tests.conftest import ROOT
+from tests.null_gpu.processes import run
 
 pytestmark = pytest.mark.null_gpu
 CARDS = ("t4", "a100", "3090", "4090", "h100", "b200", "5090")
 
 
 def train(environment: dict[str, str], folder: Path, *options: str) -> subprocess.CompletedProcess:
+    """In a fresh process, which finds its device by itself."""
     command = [sys.executable, str(ROOT / "ds_cmli" / "train.py"), "--output-dir", str(folder), *options]
     return subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=600)
 
@@ -36,7 +38,8 @@ def test_tiny_trains_in_fp16(null_gpu, card, tmp_path):
 def test_the_profile_of_memory_leaves_out_what_came_before_the_steps(null_gpu, tmp_path):
     (tmp_path / "ds.json").write_text('{"fp16": {"enabled": true}, "zero_optimization": {"stage": 2}}')
     options = ["--preset", "tiny", "--steps", "2", "--deepspeed_config", str(tmp_path / "ds.json")]
-    done = train(null_gpu("a100"), tmp_path / "run", *options, "--profile-memory", "2")
+    options += ["--data", pairs(tmp_path / "pairs", count=64), "--output-dir", str(tmp_path / "run")]
+    done = run(null_gpu("a100"), "ds_cmli/train.py", *options, "--profile-memory", "2")
     assert done.returncode == 0, done.stdout + done.stderr
     content = json.loads((tmp_path / "run" / "memory.json").read_text())
     predicted, measured = (content[name]["totals"]["requested"] for name in ("prediction", "measurement"))
