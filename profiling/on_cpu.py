@@ -50,7 +50,7 @@ def counted(steps: int, command: list[str]) -> dict[str, int]:
     register_optimizer_step_post_hook(Steps(steps).after)
     if library.counting_begins():
         raise SystemExit("libc10 is not loaded")
-    with OnCpu(), patched("torch: loading processes", program.in_this_process):
+    with OnCpu(), patched("torch: loading processes", lambda _: program.InThisProcess):
         code = script.run(command)
     if code:
         raise SystemExit(code)

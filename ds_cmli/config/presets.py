@@ -4,17 +4,19 @@ from collections.abc import Mapping
 
 from ds_cmli.config.schema import Config, Sections, choice, with_new_names
 
+# Of the packaged weights that student.text_weights "demo" means.
+MINILM_SIZES: dict[str, object] = {
+    "hidden_size": 384,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 12,
+    "intermediate_size": 1536,
+}
+
 PRESETS: dict[str, Sections] = {
     # Real pictures and pretrained weights at half the document's width, sized for two CPU cores.
     "demo": {
         "student": {
-            # MiniLM's sizes, needed for `--init random`; the packaged weights have the same sizes.
-            "text_overrides": {
-                "hidden_size": 384,
-                "num_hidden_layers": 6,
-                "num_attention_heads": 12,
-                "intermediate_size": 1536,
-            },
+            "text_overrides": MINILM_SIZES,  # needed for `--init random`
             "dropout": 0.0,  # dropout is for longer trainings
         },
         # More of Target-CMLI was no better in the experiment of docs/learning.md.

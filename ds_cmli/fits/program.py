@@ -117,7 +117,7 @@ def _without_data(ran: Ran) -> Iterator[None]:
         "torch: scaled step": lambda _: _step,
         "torch: formatted number": lambda _: _formatted,
         "torch: data of the host": on_host,
-        "torch: loading processes": in_this_process,
+        "torch: loading processes": lambda _: InThisProcess,
         "torch: saving": lambda _: _left_out(ran, "torch.save wrote nothing"),
         "torch: types for all parameters at once in optimizers": lambda known: [*known, FakeTensor],
         "torch: types for all parameters at once": lambda known: [*known, FakeTensor],
@@ -202,12 +202,13 @@ def _with_lengths_of_host(ctc_loss: Callable) -> Callable:
     return loss
 
 
-def in_this_process(_: type) -> Callable:
+class InThisProcess(_SingleProcessDataLoaderIter):
     """Replaces the iterator of a DataLoader with processes: tensors without data do not travel."""
 
-    def iterator(loader: DataLoader) -> _SingleProcessDataLoaderIter:
+    def __init__(self, loader: DataLoader):
         loader = copy.copy(loader)
         loader.num_workers, loader.timeout, loader.pin_memory = 0, 0, False
-        return _SingleProcessDataLoaderIter(loader)
+        super().__init__(loader)
 
-    return iterator
+    def _shutdown_workers(self) -> None:
+        """Do nothing: Lightning ends processes by it."""

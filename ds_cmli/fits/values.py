@@ -100,6 +100,8 @@ class Values(TorchDispatchMode):
         return out
 
     def _on_host(self, func: OpOverload, args: tuple, kwargs: dict[str, object]) -> object:
+        if func is aten.is_pinned.default:
+            return True  # as DDP with `find_unused_parameters` asks of what it has pinned
         if func in FACTORIES:
             elements = 1
             for size in next((x for x in args if isinstance(x, list | tuple)), ()):

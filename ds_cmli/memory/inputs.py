@@ -9,6 +9,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from ds_cmli.cmli.token_keep import kept
 from ds_cmli.common.errors import UserError
+from ds_cmli.config.presets import MINILM_SIZES
 from ds_cmli.config.schema import Config
 from ds_cmli.data.batch import Batch
 from ds_cmli.data.tokens import load_tokenizer
@@ -42,7 +43,10 @@ def without_weights(config: Config) -> tuple[Config, int]:
     if student.text_weights == "random" or Path(student.text_weights).is_file():
         if data.tokenizer == "builtin":
             vocab_size = load_tokenizer("builtin", data.context_length).vocab_size
-    elif student.text_weights != "demo":
+    elif student.text_weights == "demo":
+        overrides = {**MINILM_SIZES, **student.text_overrides}
+        student = replace(student, text_overrides=overrides)
+    else:
         source = student.text_model if student.text_weights == "hub" else student.text_weights
         try:
             encoder = text_part(

@@ -173,6 +173,7 @@ assert len({part.data_ptr() for part in parts}) == 2 and parts[0][1].data_ptr() 
 assert parts[0].untyped_storage().data_ptr() == parts[0].data_ptr() and not parts[0].data_ptr() % 512
 optimizer = Momentum(layer.weight)
 data = torch.utils.data.DataLoader([torch.ones(1024).as_subclass(Named) for _ in range(99)], num_workers=2)
+assert isinstance(iter(data), dataloader._MultiProcessingDataLoaderIter)
 for number, x in enumerate(dataloader._MultiProcessingDataLoaderIter(data)):
     x = x.as_subclass(Named).cuda()
     x.as_subclass(Named).reshape(1, 1024)
@@ -320,7 +321,7 @@ def test_a_group_without_a_world_size_is_one_rank(tmp_path):
         "import os, torch, torch.distributed as dist\n"
         "assert 'RANK' not in os.environ and 'WORLD_SIZE' not in os.environ\n"
         "dist.init_process_group('nccl', init_method='tcp://localhost:1', rank=0, world_size=1)\n"
-        "layer = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(8, 8).cuda())\n"
+        "layer = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(8, 8).cuda(), find_unused_parameters=True)\n"
         "optimizer = torch.optim.SGD(layer.parameters())\n"
         "for _ in range(2): layer(torch.ones(8, 8, device='cuda')).sum().backward(); optimizer.step()\n"
     )

@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import AutoConfig
 
 from ds_cmli import engine
 from ds_cmli.allocator import gpus
@@ -21,6 +22,7 @@ from ds_cmli.cmli.reference import cmli_scores_reference
 from ds_cmli.common.errors import UserError
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.presets import load_preset
+from ds_cmli.data import assets
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.memory import search
 from ds_cmli.memory.fake import Answers, fake_world
@@ -121,6 +123,15 @@ def test_optimizer_states_and_master_weights_fall_as_one_over_ranks():
         share = sum(-(-numbers // (2 * world)) * 2 for numbers in groups)  # each padded to a multiple of 2 x ranks
         assert found["master weights"] == 4 * share
         assert found["optimizer states"] == 8 * share + 2 * 4  # two moments, and the count of each of two groups
+
+
+@pytest.mark.parametrize("name", ["demo", "ablation"])
+def test_packaged_weights_are_predicted_with_their_own_sizes(name):
+    config, words = without_weights(load_preset(name, {}))
+    packaged = AutoConfig.from_pretrained(assets.minilm()).to_dict()
+    assert packaged["vocab_size"] == words and packaged["model_type"] == config.student.text_model
+    assert len(config.student.text_overrides) == 4
+    assert config.student.text_overrides.items() <= packaged.items()
 
 
 def test_nothing_remains():
