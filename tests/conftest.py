@@ -190,6 +190,10 @@ def one_predictor(monkeypatch, predicting_process):
             self.waiting -= 1
             return predicting_process.receive()
 
+        def ask(self, request):
+            self.send(request)
+            return self.receive()
+
     monkeypatch.setattr(predict_subprocess, "Predictor", predictor)
 
 

@@ -60,6 +60,7 @@ def test_what_is_printed_is_what_was_asked_for(command, tmp_path, capsys):
     printed, _ = json.JSONDecoder().raw_decode(out[out.index("{\n") :])
     assert printed["start"] == {"resume": "never", "profile": "1:2", "profile_memory": None}
     assert printed["config"]["optim"]["micro_batch"] == printed["deepspeed"]["train_batch_size"] == 4
+    assert "optimizer states" in out  # the predicted memory
     assert not (tmp_path / "run").exists()
 
 

@@ -125,6 +125,7 @@ def test_two_ranks_and_accumulation(tmp_path):
     assert {"cut/kept", "cut/bound"} <= set(events.Tags()["scalars"])
 
 
+@pytest.mark.soak  # tests/test_rehearse.py has it in this process
 def test_dry_run_prints_the_resolved_configuration_and_trains_nothing(tmp_path):
     done = run(*TINY, "--dry-run", "--set", "student.layers=1", "--output-dir", str(tmp_path / "run"))
     assert done.returncode == 0, done.stdout + done.stderr
@@ -152,6 +153,7 @@ def test_help_groups_options_and_shows_defaults():
         assert words in done.stdout
 
 
+@pytest.mark.soak
 def test_mistakes_reach_the_user_through_the_deepspeed_command():
     launcher = (os.path.join(BIN, "deepspeed"), "--num_accelerators", "2", "--master_port", str(free_port()))
     done = run("--preset", "tinny", launcher=launcher)

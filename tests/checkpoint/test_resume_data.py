@@ -155,7 +155,7 @@ def of_many_lengths(folder, count=70):
     return ["--data", str(folder), "--set", "data.group_by_length=4"]
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [pytest.param(0, marks=pytest.mark.soak), 2])
 def test_groups_by_length_stopped_within_a_window_go_on_as_if_never(workers, tmp_path):
     """An epoch has 16 batches; the second begins in the midst of the last part."""
     run = [*TINY[:2], "--steps", "20", "--log-every", "1", "--micro-batch", "4", *AUGMENTED]
@@ -170,6 +170,7 @@ def test_groups_by_length_stopped_within_a_window_go_on_as_if_never(workers, tmp
     assert len(seen[0]) == 20 and seen[0] == seen[1]
 
 
+@pytest.mark.soak  # the order on several ranks: tests/data/test_sampler.py
 def test_groups_by_length_on_two_ranks_go_on_as_if_never_and_on_one(tmp_path):
     run = [*TINY[:2], "--steps", "10", "--log-every", "1", *of_many_lengths(tmp_path / "data")]
     run += ["--set", "optim.negatives=micro_batch", "--workers", "1"]

@@ -198,7 +198,7 @@ def assert_equal(cell: dict[str, float], precision: str) -> None:
 
 
 # Each stage as the one before and as the one after; the soak test below has all pairs.
-STAGES = [(0, 1), (1, 2), (2, 3), (3, 0), (2, 1), (0, 3)]
+STAGES = [(0, 1), (1, 2), (2, 3), (3, 0)]
 
 
 @pytest.mark.parametrize("before, after", STAGES)

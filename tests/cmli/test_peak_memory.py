@@ -1,5 +1,7 @@
 """`cmli_peak_bytes` against the allocator, to the byte, and the memory the op promises not to exceed."""
 
+from itertools import product
+
 import pytest
 import torch
 
@@ -21,11 +23,16 @@ def no_hidden_workspace(monkeypatch):
     monkeypatch.setattr("ds_cmli.cmli.chunked.tiling.ONEDNN", False)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.parametrize("scratch_bytes", [2**19, 2**26])
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("lengths", ["all valid", "masked"])
+AXES = ([*SHAPES], ["all valid", "masked"], [2**19, 2**26], [False, True], DTYPES)
+# A third of all, in which any two values meet; the others with `-m soak`.
+CASES = [
+    pytest.param(*(axis[place] for axis, place in zip(AXES, places, strict=True)), marks=[pytest.mark.soak] * soak)
+    for places in product(*(range(len(axis)) for axis in AXES))
+    for soak in [sum(places) % 3 > 0]
+]
+
+
+@pytest.mark.parametrize("shape, lengths, scratch_bytes, recompute, dtype", CASES)
 def test_equal_to_the_allocator(shape, lengths, scratch_bytes, recompute, dtype):
     sizes = SHAPES[shape]
     I, J, N, M = sizes["I"], sizes["J"], sizes["N"], sizes["M"]  # noqa: E741

@@ -11,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
 
 from tests.conftest import LAUNCHER_VARIABLES, ROOT, rank_environments, spawn
+from tests.processes import CONTEXT
 
 
 @pytest.fixture(autouse=True)
@@ -81,7 +82,7 @@ def ddp(rank, environments):
 
 
 def test_ddp():
-    mp.spawn(ddp, (rank_environments(2),), nprocs=2)
+    mp.start_processes(ddp, (rank_environments(2),), nprocs=2, start_method=CONTEXT.get_start_method())
 
 
 def gradients(rank, world_size):

@@ -1,4 +1,4 @@
-"""Two ranks, once started by the real `deepspeed` command, against one process with twice the micro-batch, in fp32."""
+"""Two ranks against one process with twice the micro-batch, in fp32; with `-m soak` by the real `deepspeed` command."""
 
 import os
 import subprocess
@@ -40,7 +40,14 @@ def gradients(tmp_path, launcher, micro_batch, stage, accumulation, exchange, so
     return torch.load(file)
 
 
-@pytest.mark.parametrize("launched, stage, accumulation, exchange", [(True, 2, 1, "gather"), (False, 3, 2, "ring")])
+@pytest.mark.parametrize(
+    "launched, stage, accumulation, exchange",
+    [
+        (False, 2, 1, "gather"),
+        (False, 3, 2, "ring"),
+        pytest.param(True, 2, 1, "gather", marks=pytest.mark.soak),
+    ],
+)
 def test_two_ranks_give_the_gradients_of_one_process(tmp_path, launched, stage, accumulation, exchange):
     deepspeed = (
         *(os.path.join(os.path.dirname(sys.executable), "deepspeed"), "--no_local_rank"),

@@ -136,7 +136,11 @@ def test_two_ranks_in_all():
 
 
 OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
-SETTINGS = [(0, "fp32", 1, {}), (1, "bf16", 2, {}), (3, "bf16", 2, OFFLOAD)]
+SETTINGS = [
+    pytest.param(0, "fp32", 1, {}, marks=pytest.mark.soak),
+    (1, "bf16", 2, {}),
+    (3, "bf16", 2, OFFLOAD),
+]
 
 
 @pytest.mark.parametrize(("stage", "precision", "ranks", "zero"), SETTINGS)

@@ -1,4 +1,8 @@
-"""Signals to the launchers themselves, cells of signal_table.py: what was trained is saved, and nobody trains on."""
+"""Signals to the launchers themselves, cells of signal_table.py: what was trained is saved, and nobody trains on.
+
+The ordinary run has a rank that learns of its launcher's end (test_launcher.py), and ranks that are told to stop
+(test_preemption.py).
+"""
 
 import os
 import signal
@@ -21,6 +25,7 @@ def table(tmp_path_factory):
     return GoesOnForked(tmp_path_factory.mktemp("signals"))
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize("way, number", [("torchrun", signal.SIGUSR1), ("deepspeed", signal.SIGTERM)])
 def test_the_end_of_a_launcher_costs_no_step(table, way, number):
     row = table.row(way, "the launcher", number)

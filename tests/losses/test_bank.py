@@ -270,7 +270,10 @@ BANK = ["--set", "loss.bank=30"]
 
 @pytest.mark.parametrize(
     "content",
-    [{}, {"zero_optimization": {"stage": 3}, "bf16": {"enabled": True}, "gradient_accumulation_steps": 2}],
+    [
+        pytest.param({}, marks=pytest.mark.soak),
+        {"zero_optimization": {"stage": 3}, "bf16": {"enabled": True}, "gradient_accumulation_steps": 2},
+    ],
 )
 def test_interrupted_at_three_places_as_if_never(content, source, tmp_path, alone):  # noqa: F811
     arguments = [*ARGUMENTS, *BANK, *source, *json_file(tmp_path / "ds.json", content)]

@@ -247,8 +247,16 @@ ARGUMENTS = ["--preset", "tiny", "--steps", "12", "--set", "run.match_maps=0", "
 ARGUMENTS += ["--set", "optim.negatives=queue:30,tokens:12"]
 
 
+# That a bank goes on in another layout and on two ranks: test_bank.py.
 @pytest.mark.parametrize(
-    "content", [{}, {"zero_optimization": {"stage": 3}, "bf16": {"enabled": True}, "gradient_accumulation_steps": 2}]
+    "content",
+    [
+        {},
+        pytest.param(
+            {"zero_optimization": {"stage": 3}, "bf16": {"enabled": True}, "gradient_accumulation_steps": 2},
+            marks=pytest.mark.soak,
+        ),
+    ],
 )
 def test_interrupted_at_three_places_as_if_never(content, source, tmp_path, alone):  # noqa: F811
     arguments = [*ARGUMENTS, *source, *json_file(tmp_path / "ds.json", content)]
@@ -261,6 +269,7 @@ def test_interrupted_at_three_places_as_if_never(content, source, tmp_path, alon
         assert banks[0][name]["entered"] == 96 * content.get("gradient_accumulation_steps", 1)
 
 
+@pytest.mark.soak
 def test_on_two_ranks_interrupted_as_if_never_and_on_one(source, tmp_path, alone):  # noqa: F811
     run = [*ARGUMENTS, *source, *json_file(tmp_path / "ds.json", {"zero_optimization": {"stage": 2}})]
     two = [*run, "--micro-batch", "4", "--workers", "1"]
@@ -286,6 +295,7 @@ def test_another_queue_starts_empty(source, tmp_path, alone, capfd):  # noqa: F8
     assert torch.load(tmp_path / "checkpoint" / "step12" / BANKS)["global"]["entered"] == 7 * 8
 
 
+@pytest.mark.soak  # of a bank in test_bank.py; its memory is in tests/memory/test_real_ranks.py
 def test_training_with_it(tmp_path, alone):
     """Evaluated, exported, and its memory predicted; nothing of the queue is in the student."""
     found = drive(tmp_path, *ARGUMENTS[6:])

@@ -86,6 +86,7 @@ def test_more_patches_than_an_image_has_are_refused():
     TargetText(LossConfig(target="best", target_top=17)).fit(16, 32)
 
 
+@pytest.mark.soak
 def test_training_with_the_parts(tmp_path, alone):
     settings = ("--set", "loss.target=top", "--set", "loss.target_top=3")
     found = drive(tmp_path, "--losses", "cmli,target_image=0.5,target_text=2", *settings)

@@ -1,6 +1,8 @@
 """A training for test_out_of_memory.py: one rank may have only so many MB beside what it has before the model is built.
 
-python tests/memory/run_out_of_memory.py FOLDER RANK MB DEEPSPEED_JSON
+python tests/memory/run_out_of_memory.py FOLDER RANK MB DEEPSPEED_JSON SECONDS
+
+SECONDS: how long advice may take.
 """
 
 import json
@@ -23,7 +25,8 @@ from ds_cmli.memory.inputs import longest_batch  # noqa: E402
 OVERRIDES = {"optim": {"micro_batch": 768}, "student": {"shared_blocks": 4}}
 
 
-def main(folder: str, limited: str, megabytes: str, deepspeed_json_text: str) -> None:
+def main(folder: str, limited: str, megabytes: str, deepspeed_json_text: str, advice: str) -> None:
+    out_of_memory.ADVICE_SECONDS = float(advice)
     store = distributed.meet()
     device = distributed.connect(store)
     config = load_preset("tiny", OVERRIDES)

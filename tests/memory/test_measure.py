@@ -21,6 +21,7 @@ from ds_cmli.memory.profiler import Profiles
 from ds_cmli.memory.report import CATEGORIES, PHASES, summarise
 from profiling import measure_cpu
 
+pytestmark = pytest.mark.usefixtures("one_predictor")
 FP32 = {"zero_optimization": {"stage": 2, "reduce_bucket_size": 100_000}}
 BF16 = {**FP32, "bf16": {"enabled": True}}
 

@@ -22,10 +22,16 @@ ZERO2 = {"zero_optimization": {"stage": 2, "reduce_bucket_size": 100_000}}
 ROOM = 450  # MB: between what the setting needs with activation checkpointing and without
 
 
-def run(folder: Path, limited: int, ranks: int = 1, ds_config: dict = ZERO2) -> subprocess.CompletedProcess:
-    """Of several ranks: the first exit code, and everything that they wrote."""
+def run(
+    folder: Path, limited: int, ranks: int = 1, ds_config: dict = ZERO2, advice: float = out_of_memory.ADVICE_SECONDS
+) -> subprocess.CompletedProcess:
+    """Of several ranks: the first exit code, and everything that they wrote.
+
+    Args:
+        advice: the limit for all predictions, in seconds.
+    """
     command = [str(ROOT / "tests" / "memory" / "run_out_of_memory.py"), str(folder), str(limited), str(ROOM)]
-    command.append(json.dumps(ds_config))
+    command += [json.dumps(ds_config), str(advice)]
     out, errors = folder / "out", folder / "errors"
     out.write_text("")
     errors.write_text("")
@@ -63,7 +69,7 @@ def test_a_process_that_meets_its_limit_ends_with_one_message(tmp_path):
 
 
 def test_the_other_rank_ends_too(tmp_path):
-    done = run(tmp_path, 1, ranks=2)
+    done = run(tmp_path, 1, ranks=2, advice=1)
     assert done.returncode != 0
     assert "trained" not in done.stdout
     assert done.stderr.count("error: out of memory") == 1
@@ -264,13 +270,12 @@ def test_expandable_segments_are_proposed_first_where_only_fragments_are_missing
     assert proposals(70) == ["no setting that was tried would fit in 70 B: a smaller model or more memory"]
 
 
-def test_the_predicting_process_answers_each_request_and_names_what_fails():
+def test_the_predicting_process_answers_each_request_and_names_what_fails(predicting_process):
     config = load_preset("tiny", {})
     wrong = {**ZERO2, "train_batch_size": 3, "train_micro_batch_size_per_gpu": 8}
-    with predict_subprocess.Predictor() as predictor:
-        predictor.send(predict_subprocess.Request(config, wrong, 1, "cpu"))
-        predictor.send(predict_subprocess.Request(config, ZERO2, 1, "cpu"))
-        first, second = predictor.receive(), predictor.receive()
+    for ds_config in (wrong, ZERO2):
+        predicting_process.send(predict_subprocess.Request(config, ds_config, 1, "cpu"))
+    first, second = predicting_process.receive(), predicting_process.receive()
     assert first.report is None and first.failed.startswith("train_batch_size is 3")
     assert sum(second.report["categories"].values()) == second.report["totals"]["requested"] > 0
 

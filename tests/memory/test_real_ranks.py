@@ -12,7 +12,8 @@ from tests.conftest import run
         # Each of its values is in one of those below.
         pytest.param("2", "2", "gather", "document", marks=pytest.mark.soak),
         ("3", "3", "ring", "document"),
-        ("2", "2", "gather", "contrast"),
+        # Also in test_predict.py, of shares of ranks, and the bank of real ones in tests/losses/test_bank.py.
+        pytest.param("2", "2", "gather", "contrast", marks=pytest.mark.soak),
         ("2", "3", "gather", "queue"),
         ("2", "2", "gather", "aspect"),
     ],

@@ -9,14 +9,17 @@ from ds_cmli.config.presets import load_preset
 from ds_cmli.distributed.traffic import Traffic
 
 ACCUMULATION = 6  # of which two are not run
-ONE_BLOCK = {"student": {"layers": 1}, "teacher": {"block": 0}}
+ONE_BLOCK = {"student": {"layers": 1}}
+LOSSES = {"weights": {"global": 1.0, "cmli": 1.0}}  # without a teacher
 
 
 def predicted(setting, monkeypatch, *, whole):
     from ds_cmli.memory import predict as module
 
     negatives, on_host, stage, precision, target, ranks = setting
-    config = load_preset("tiny", {**ONE_BLOCK, "optim": {"negatives": negatives, "cache_on_host": on_host}})
+    config = load_preset(
+        "tiny", {**ONE_BLOCK, "loss": LOSSES, "optim": {"negatives": negatives, "cache_on_host": on_host}}
+    )
     ds_config = {
         "train_micro_batch_size_per_gpu": 2,
         "gradient_accumulation_steps": ACCUMULATION,
@@ -87,7 +90,7 @@ def test_uniform_loops_are_those_of_all_their_turns(
         monkeypatch.setattr(repeated, "TURNS", turns)
         traffic = Traffic()
         prediction = module.predict(
-            load_preset("tiny", {**ONE_BLOCK, "loss": loss, "optim": optim}), ds_config, ranks, target=target,
+            load_preset("tiny", {**ONE_BLOCK, "loss": LOSSES | loss, "optim": optim}), ds_config, ranks, target=target,
             options=module.Options(
                 watch=lambda train_engine, step, traffic=traffic: traffic.counting() if step else nullcontext()
             ),

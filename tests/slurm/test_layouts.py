@@ -22,9 +22,10 @@ RUNS = {
 }
 
 
-# The stand-in jobs below show what each layout is given; one real run shows that it trains with that. Another one is
-# the job on two nodes in test_interrupted.py.
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.soak] * (n != "1 node x 2")) for n in RUNS])
+# The stand-in jobs below show what each layout is given. That a job trains with it as without Slurm is shown by the one
+# on two nodes in test_interrupted.py.
+@pytest.mark.soak
+@pytest.mark.parametrize("name", RUNS)
 def test_a_job_trains_as_the_same_run_without_slurm(cluster, tmp_path, name):
     sbatch, nodes, ranks = RUNS[name]
     options = (*TINY, "--micro-batch", str(8 // ranks))
@@ -99,6 +100,7 @@ def test_one_task_for_each_gpu(cluster, layouts, options):
     given = f"threads {cpus or 1}: --output-dir runs/slurm-{jobs[options]} --seed %a a b"
     assert {rest for *_, rest in found} == {f"gpus {gpus} cpus {cpus} {given}"}
     assert text.count(f"check gpus {gpus}\n") == len(counts)
+    assert f"job {jobs[options]}, start 0: {sum(counts)} tasks on {len(counts)} nodes" in text
 
 
 def test_an_array_has_a_seed_and_a_folder_for_each_task(cluster, tmp_path, stand_in):

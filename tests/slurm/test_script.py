@@ -46,6 +46,40 @@ def test_a_signal_during_the_node_check_requeues_the_job(cluster, tmp_path, stan
         assert cluster.job(job)["Restarts"] == "1"
 
 
+# A training that is told to stop, the first time: it names the signal, and ends as one that has saved.
+TOLD = """
+    if [[ -e {0} ]]; then echo went on; exit 0; fi
+    for name in TERM USR1; do trap "echo told by $name; touch {0}; exit 85" $name; done
+    touch {0}.begun; while true; do sleep 0.1; done
+"""
+
+
+@pytest.fixture(scope="module")
+def limited(cluster, tmp_path_factory):
+    """A job that Slurm warns 90 s before its time limit of 180 s, or a minute earlier: it runs beside the others."""
+    folder = tmp_path_factory.mktemp("limited")
+    file = folder / "stand-in"
+    file.write_text(f"#!/bin/bash\n[[ $1 == *train.py ]] || exit 0\n{TOLD.format(folder / 'told')}")
+    file.chmod(0o755)
+    return folder, submit(cluster, folder, ("--time=3",), python=str(file))
+
+
+@pytest.fixture(autouse=True)
+def begun_before(limited):
+    """With the first test of this file."""
+
+
+def test_a_signal_to_the_shell_reaches_the_tasks_and_the_job_is_requeued(cluster, tmp_path, stand_in):
+    told = tmp_path / "told"
+    job = submit(cluster, tmp_path, ("--nodes=2", "--time=60"), python=stand_in(TOLD.format(f"{told}-$SLURM_PROCID")))
+    for rank in "01":
+        poll((tmp_path / f"told-{rank}.begun").exists, 30, lambda: log(tmp_path, job), interval=0.05)
+    cluster.command("scancel", "--batch", "--signal=USR2", job)
+    text = finish(cluster, tmp_path, job, timeout=60)
+    assert text.count("told by USR1") == 2 and text.count("went on") == 2, text
+    assert "preempted (exit code 85)" in text and f"job {job}: requeued\n" in text
+
+
 def test_a_job_that_gains_no_step_is_not_requeued_for_ever(cluster, tmp_path, stand_in):
     job = submit(cluster, tmp_path, ("--time=2",), python=stand_in("exit 85"))
     text = finish(cluster, tmp_path, job, state="FAILED", timeout=90)
@@ -213,3 +247,10 @@ def test_two_steps_of_one_allocation_do_not_meet(cluster, tmp_path):
     text = finish(cluster, tmp_path, job, timeout=90)
     for number in "01":
         assert text.count(f"step {number} ['{number}', '{number}']") == 2, text
+
+
+def test_a_job_is_told_before_its_time_limit(cluster, limited):
+    folder, job = limited
+    text = finish(cluster, folder, job, timeout=240)
+    assert "told by TERM" in text and "went on" in text, text
+    assert "preempted (exit code 85)" in text and f"job {job}: requeued\n" in text

@@ -14,7 +14,7 @@ def registered(monkeypatch, alone):
     monkeypatch.setitem(LOSSES, "grouping", LossEntry("tests.stranger.toy_losses:Grouping"))
 
 
-@pytest.mark.parametrize("negatives", ["micro_batch", "global_batch"])
+@pytest.mark.parametrize("negatives", [pytest.param("micro_batch", marks=pytest.mark.soak), "global_batch"])
 def test_one_over_pairs_beside_one_over_each_pair(tmp_path, negatives):
     found = drive(tmp_path, "--losses", "filip,grouping=0.5", "--set", f"optim.negatives={negatives}")
     assert len(found["logged"]) == STEPS and "refused" not in found

@@ -74,15 +74,15 @@ def test_a_plan_that_is_killed_goes_on(tmp_path):
 
 
 def test_runs_that_fail_are_told_and_the_others_have_their_turn(tmp_path):
-    plan = PLAN.replace("match_maps = 0 }", 'match_maps = 0 }, data = { source = "away" }')
+    plan = PLAN.replace("[0, 1]", "[0]").replace("match_maps = 0 }", 'match_maps = 0 }, data = { source = "away" }')
     (tmp_path / "plan.toml").write_text(plan.replace(', "unseen/mean_recall"', ""))
     done = run(str(tmp_path / "plan.toml"), "--out", str(tmp_path / "out"), script=SCRIPT)
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert (
-        "error: 4 runs failed, the first: run exact-0 ended with exit code 2: error: data.source is 'away'"
+        "error: 2 runs failed, the first: run exact-0 ended with exit code 2: error: data.source is 'away'"
         in done.stderr
     )
-    assert "run cut-1 ended with exit code 2" in done.stdout and "0 of 2" in done.stdout
+    assert "run cut-0 ended with exit code 2" in done.stdout and "0 of 2" in done.stdout
     assert not (tmp_path / "plan.csv").exists()
 
 
