@@ -26,10 +26,7 @@ class NotPredictable(UserError):
     """A setting that can be trained, but whose memory cannot be predicted."""
 
 
-UNCOMPILED = (
-    "run.compile: predicted for the blocks as they are, as what a compiler keeps and fuses shows "
-    "only when it has run"
-)
+UNCOMPILED = "run.compile: predicted without, as what a compiler keeps shows only when it has run"
 
 
 def without_weights(config: Config) -> tuple[Config, int]:
@@ -44,8 +41,7 @@ def without_weights(config: Config) -> tuple[Config, int]:
         if data.tokenizer == "builtin":
             vocab_size = load_tokenizer("builtin", data.context_length).vocab_size
     elif student.text_weights == "demo":
-        overrides = {**MINILM_SIZES, **student.text_overrides}
-        student = replace(student, text_overrides=overrides)
+        student = replace(student, text_overrides=MINILM_SIZES | student.text_overrides)
     else:
         source = student.text_model if student.text_weights == "hub" else student.text_weights
         try:
