@@ -25,23 +25,36 @@ LONGEST_FIRST = (
     "tests/slurm",
     "tests/memory/test_predict.py",
     "tests/checkpoint/test_restore.py",
-    "tests/losses/test_bank.py",
-    "tests/cmli/test_triton.py",
-    "tests/memory/test_out_of_memory.py",
+    "tests/engine/test_muon.py",
     "tests/memory/test_repeated.py",
-    "tests/faults/test_signals.py",
-    "tests/models/test_blocks.py",
-    "tests/profiling/ablation/test_ablate.py",
-    "tests/test_train.py",
-    "tests/checkpoint/test_universal.py",
     "tests/memory/test_real_ranks.py",
+    "tests/cmli/test_triton.py",
+    "tests/losses/test_bank.py",
+    "tests/checkpoint/test_universal.py",
+    "tests/models/test_lora.py",
+    "tests/faults/test_restarts.py",
+    "tests/models/test_patch_keep.py",
+    "tests/memory/test_out_of_memory.py",
+    "tests/profiling/ablation/test_ablate.py",
+    "tests/checkpoint/test_removed.py",
+    "tests/fits/test_null_gpu.py",
     "tests/profiling/test_backbones.py",
-    "tests/config/test_mistakes.py",
-    "tests/memory/test_measure.py",
-    "tests/null_gpu/test_ranks.py",
-    "tests/null_gpu/test_gpu_check.py",
+    "tests/test_train.py",
+    "tests/models/test_any_aspect.py",
     "tests/faults/test_nonfinite.py",
+    "tests/fits/test_fits.py",
+    "tests/config/test_mistakes.py",
+    "tests/models/test_blocks.py",
+    "tests/null_gpu",
 )
+# Folders whose files run in one process: a machine can run only one Slurm, and the null GPU's server takes 12 s.
+TOGETHER = ("tests/slurm", "tests/null_gpu")
+
+
+def place(nodeid: str) -> str:
+    """The file of a test, or its folder where that is one of TOGETHER."""
+    file = nodeid.split("::")[0]
+    return next((folder for folder in TOGETHER if file.startswith(f"{folder}/")), file)
 
 
 def pytest_configure(config):
@@ -53,29 +66,22 @@ def pytest_configure(config):
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    """For `pytest -n 2`: a file's tests run in one process, for their fixtures, and so do those of Slurm, of which a
-    machine can run only one. The longest begin first."""
+    """For `pytest -n 2`: a file's tests run in one process, for their fixtures. The longest begin first."""
     from xdist.scheduler import LoadFileScheduling
 
     config.option.loadscopereorder = False  # xdist's order: the files with the most tests first
 
     class Files(LoadFileScheduling):
         def _split_scope(self, nodeid):
-            file = super()._split_scope(nodeid)
-            return "tests/slurm" if file.startswith("tests/slurm/") else file
+            return place(nodeid)
 
     return Files(config, log)
 
 
 def pytest_collection_modifyitems(items):
     """The longest files first, so that no process is left alone with one at the end; then in the usual order."""
-    places = {place: number for number, place in enumerate(LONGEST_FIRST)}
-
-    def order(item) -> int:
-        file = item.nodeid.split("::")[0]
-        return places.get("tests/slurm" if file.startswith("tests/slurm/") else file, len(places))
-
-    items.sort(key=order)
+    numbers = {name: number for number, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: numbers.get(place(item.nodeid), len(numbers)))
 
 
 def pytest_collection_finish():

@@ -86,7 +86,10 @@ def test_adapters_of_an_encoder_that_is_frozen_whole():
 
 @pytest.mark.parametrize(
     "content",
-    [{}, {"zero_optimization": {"stage": 3}, "bf16": {"enabled": True}, "gradient_accumulation_steps": 2}],
+    [
+        pytest.param({}, marks=pytest.mark.soak),
+        {"zero_optimization": {"stage": 3}, "bf16": {"enabled": True}, "gradient_accumulation_steps": 2},
+    ],
     ids=["without ZeRO", "ZeRO-3 in bf16"],
 )
 def test_interrupted_as_if_never(content, source, tmp_path, alone):  # noqa: F811
@@ -97,7 +100,7 @@ def test_interrupted_as_if_never(content, source, tmp_path, alone):  # noqa: F81
     assert_same(tmp_path / "straight", tmp_path / "broken")
 
 
-@pytest.mark.parametrize("stage", [0, 2, 3])
+@pytest.mark.parametrize("stage", [0, pytest.param(2, marks=pytest.mark.soak), 3])
 def test_checkpoints_share_what_is_frozen(stage, source, tmp_path, alone, monkeypatch, capfd):  # noqa: F811
     """And bring it back, though this start's own initial weights are others, as those of a newer package may be."""
     arguments = ["--preset", "tiny", "--steps", "6", "--save-every", "2", "--set", "run.match_maps=0"]
