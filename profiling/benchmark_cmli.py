@@ -5,7 +5,7 @@ of forward and backward, extra memory, where our own time goes, and how it grows
 `pip install -e '.[bench]'`; one that is missing or does not run here is a row that says so.
 
 Floor: the bare matrix product over valid tokens, torch.mm into a preallocated tensor, fp32. It is
-no lower bound where the chunked backend's product (oneDNN) is faster than torch.mm's (MKL).
+no lower bound where that product (MKL) is not the fastest, as on AMD's processors.
 Timings: repeats of all contenders interleaved, medians.
 
 Shapes: image [B, N, D], text [B, M, D].
@@ -145,6 +145,10 @@ def peak_in_own_process(
 
 
 KINDS = {
+    "scores": (
+        "cmli: compare",
+    ),  # these two: the compiled kernels, which do all of it where there are any
+    "gradients": ("cmli: gradient",),
     "product": ("mkldnn::_linear_pointwise", "aten::mm"),
     "maxima": ("aten::amax", "aten::eq", "aten::eq_", "aten::mul_"),
     "gathers": (
@@ -153,7 +157,6 @@ KINDS = {
         "aten::index_select",
         "aten::add_",
     ),
-    "shares": ("aten::addmm_", "aten::scatter_", "aten::scatter_add_", "aten::fill_"),
     "sorts": ("aten::sort", "aten::searchsorted", "aten::remainder_"),
 }
 STEP = "the whole step"  # its name in the profiler

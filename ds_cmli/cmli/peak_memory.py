@@ -9,18 +9,15 @@ from typing import NamedTuple
 
 import torch
 
+from ds_cmli.cmli.chunked.kernels import Scratch, suited
 from ds_cmli.cmli.chunked.packed import ChunkShape, joined, make_chunks
 from ds_cmli.cmli.chunked.tiling import (
-    PANEL,
     RecomputePlan,
     Widths,
     backward_buffer_bytes,
-    by_product,
     forward_tile_bytes,
     gather_tile_bytes,
     load_bytes,
-    panel_bytes,
-    product_tile_bytes,
     tile_sizes,
 )
 from ds_cmli.cmli.inputs import DEFAULT_SCRATCH_BYTES, index_dtype
@@ -54,6 +51,7 @@ def cmli_peak_bytes(
     dtype: torch.dtype,
     *,
     backend: str = "chunked",
+    device: str = "cpu",
     recompute: bool = False,
     scratch_bytes: int = DEFAULT_SCRATCH_BYTES,
     text_lengths: Sequence[int] | None = None,
@@ -65,6 +63,8 @@ def cmli_peak_bytes(
 
     Args:
         I, J, N, M, D, dtype: shapes and dtype of image [I, N, D] and text [J, M, D].
+        device: its type. The chunked backend has kernels of its own for "cpu", which take less
+            memory, if it finds a compiler here.
         recompute, scratch_bytes: as given to `cmli_scores`.
         text_lengths: valid tokens of each text; None = the most that any lengths need (a few
             percent above all M).
@@ -105,10 +105,15 @@ def cmli_peak_bytes(
         text = _PackedSizes(J, M, text_lengths, True, D, width)
         image = _PackedSizes(I, N, image_lengths or [N] * I, image_lengths is not None, D, width)
         tables = text.table_bytes() + image.table_bytes()
-        largest = tile_sizes(N, M, D, dtype, scratch_bytes, backward=False)
-        tiles = _forward_tiles(text, image, largest, (0, I), True, not recompute)
+        compiled = suited(device, dtype)
+        if compiled:
+            tiles = Scratch((N, M, D), width.wide, scratch_bytes, False).bytes()
+        else:
+            largest = tile_sizes(N, M, D, dtype, scratch_bytes, backward=False)
+            tiles = _forward_tiles(text, image, largest, (0, I), True, not recompute)
         forward = scores + saved + tables + tiles
-        backward = gradients + tables + _backward(text, image, dtype, recompute, scratch_bytes)
+        backward = _backward(text, image, dtype, recompute, scratch_bytes, compiled)
+        backward += gradients + tables
     # When backward groups, the scores and their gradients are there as well.
     extra = max(forward, 2 * scores + saved + backward - gradients)
     return PeakBytes(forward, saved, backward, gradients, extra)
@@ -175,6 +180,7 @@ def _backward(
     dtype: torch.dtype,
     recompute: bool,
     scratch_bytes: int,
+    compiled: bool,
 ) -> int:
     """Bytes at the peak of the backward, without gradients and tables."""
     I, J, D = image.number, text.number, text.D  # noqa: E741
@@ -182,6 +188,7 @@ def _backward(
     plan = RecomputePlan(I, 1, scratch_bytes)
     if recompute:
         plan = RecomputePlan.of(I, N, J, text.rows, M, scratch_bytes)
+    scratch = Scratch((N, M, D), width.wide, plan.budget, True).bytes()
     most_text, most_image = tile_sizes(N, M, D, dtype, plan.budget, backward=True)
     forward_most = tile_sizes(N, M, D, dtype, plan.budget, backward=False)
     texts = text.shapes(most_text)
@@ -192,7 +199,6 @@ def _backward(
         starts = sorted({0, (plan.number - 1) * plan.images})
     for first in starts:
         stop = min(first + plan.images, I)
-        images = image.shapes(most_image, first, stop)
         indices = 0
         if recompute:
             rows, sequences = image.size(first, stop)
@@ -200,10 +206,15 @@ def _backward(
             indices += text.rows * sequences * index_dtype(N).itemsize
             if text.lengths is None and plan.number > 1:
                 indices = max(indices, plan.budget)  # shorter texts make larger parts
+        if compiled:
+            peak = max(peak, indices + scratch)
+            continue
+        images = image.shapes(most_image, first, stop)
+        if recompute:
             tiles = _forward_tiles(text, image, forward_most, (first, stop), False, True)
             peak = max(peak, indices + tiles)
-        of_image = _side_backward(image, text, images, texts, plan.budget)
-        of_text = _side_backward(text, image, texts, images, plan.budget)
+        of_image = _side_backward(image, text, images, texts)
+        of_text = _side_backward(text, image, texts, images)
         peak = max(peak, indices + max(of_image, of_text))
     if plan.number > 1 and width.narrow < width.wide:
         peak += J * M * D * width.wide
@@ -215,22 +226,14 @@ def _side_backward(
     other: _PackedSizes,
     owns: set[ChunkShape],
     others: set[ChunkShape],
-    budget: int,
 ) -> int:
     """Bytes at the peak of computing one side's gradient, when both are cut into these chunks."""
     D, width = own.D, own.width
-    # Where lengths are unknown, some sequences may be short enough for the other way.
-    unknown = own.lengths is None or other.lengths is None
-    panel = tile = 0
+    tile = 0
     for o in owns:
         for x in others:
-            if unknown or by_product(o, x):
-                longest = o._replace(rows=max(o.rows, PANEL)) if unknown else o
-                panel = max(panel, panel_bytes(longest, x, budget, width))
-                tile = max(tile, product_tile_bytes(o, x, width))
-            if unknown or not by_product(o, x):
-                tile = max(tile, gather_tile_bytes(o, x, D, width))
+            tile = max(tile, gather_tile_bytes(o, x, D, width))
     most, most_other = joined(owns), joined(others)
     store = most.rows * D * width.narrow if own.masked and width.narrow < width.wide else 0
     buffers = backward_buffer_bytes(most, most_other, D, width)
-    return other.load_bytes(others) + buffers + panel + max(tile, store)
+    return other.load_bytes(others) + buffers + max(tile, store)

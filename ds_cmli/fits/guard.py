@@ -1,17 +1,11 @@
 """Gives a build of PyTorch without CUDA a device of type cuda, by the library of `guard.cpp`."""
 
 import ctypes
-import hashlib
-import os
-import shlex
-import shutil
-import subprocess
-import tempfile
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
-from ds_cmli.common.cache import cache_folder, locked
+from ds_cmli.common import native
 from ds_cmli.common.errors import UserError
 
 SOURCE = Path(__file__).parent / "guard.cpp"
@@ -44,32 +38,7 @@ def library() -> Path:
             "install it in an environment of its own (pip --index-url "
             "https://download.pytorch.org/whl/cpu), or give --engine null"
         )
-    text = SOURCE.read_text() + version("torch") + str(torch)
-    folder = cache_folder() / "fits"
-    built = folder / f"guard-{hashlib.sha256(text.encode()).hexdigest()[:12]}.so"
-    if not built.exists():
-        with locked(folder, ".lock", "the library of fits"):
-            if not built.exists():
-                _compile(torch, built)
-    return built
-
-
-def _compile(torch: Path, built: Path) -> None:
-    named = os.environ.get("CXX") or shutil.which("c++") or "g++"
-    compiler = shlex.split(named)  # such as "ccache g++"
-    if not shutil.which(compiler[0]):
-        raise UserError(
-            f"fits compiles 80 lines of C++ once, and finds no compiler {named!r}: install g++, or "
-            "set CXX"
-        )
     include = torch / "include"
-    with tempfile.TemporaryDirectory(dir=built.parent) as folder:
-        out = Path(folder) / built.name
-        command = [*compiler, "-shared", "-fPIC", "-std=c++20", str(SOURCE), "-o", str(out)]
-        command += [f"-I{include}", f"-I{include / 'torch' / 'csrc' / 'api' / 'include'}"]
-        command += [f"-L{torch / 'lib'}", "-lc10", "-ltorch_cpu", f"-Wl,-rpath,{torch / 'lib'}"]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            errors = [line for line in done.stderr.splitlines() if "error" in line]
-            raise UserError(f"{named} cannot compile {SOURCE}: {(errors or ['?'])[0]}")
-        out.replace(built)
+    options = ["-std=c++20", f"-I{include}", f"-I{include / 'torch' / 'csrc' / 'api' / 'include'}"]
+    options += [f"-L{torch / 'lib'}", "-lc10", "-ltorch_cpu", f"-Wl,-rpath,{torch / 'lib'}"]
+    return native.library(SOURCE, options, version("torch"))

@@ -166,13 +166,9 @@ def cmli_scratch_bytes(
     if image_mask is not None:  # of a fake one, all patches are there
         image_lengths = [N] * I if fake else image_mask.sum(1).tolist()
     peak = cmli_peak_bytes(
-        I,
-        J,
-        N,
-        M,
-        D,
-        image.dtype,
+        *(I, J, N, M, D, image.dtype),
         backend=backend,
+        device=image.device.type if gpu is None else "cuda",
         recompute=recompute,
         scratch_bytes=scratch_bytes,
         text_lengths=lengths,

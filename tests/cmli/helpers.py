@@ -1,6 +1,7 @@
 """What the tests of the all-pairs op share: random cases, scores with their gradients, the allocator's own count."""
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import permutations, zip_longest
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from ds_cmli.cmli import cmli_scores
+from ds_cmli.cmli.chunked import kernels
 
 Case = tuple[Tensor, Tensor, Tensor, Tensor | None]
 RECOMPUTED = {"recompute": True, "scratch_bytes": 50}
@@ -60,6 +62,16 @@ def allocator_peak(call: Callable[[], object]) -> int:
         live += event.nbytes()
         most = max(most, live)
     return most
+
+
+@contextmanager
+def without_kernels() -> Iterator[None]:
+    """As where there is no C++ compiler."""
+    load, kernels.load = kernels.load, lambda: None
+    try:
+        yield
+    finally:
+        kernels.load = load
 
 
 def interpret_faster() -> None:

@@ -1,5 +1,6 @@
 """`cmli_peak_bytes` against the allocator, to the byte, and the memory the op promises not to exceed."""
 
+from contextlib import nullcontext
 from itertools import product
 
 import pytest
@@ -7,9 +8,10 @@ import torch
 
 from ds_cmli.cmli import chunked, cmli_peak_bytes, cmli_scores
 from ds_cmli.cmli.inputs import Sides, Wanted
-from tests.cmli.helpers import allocator_peak, random_case
+from tests.cmli.helpers import allocator_peak, random_case, without_kernels
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float64]
+# With the kernels that are compiled for a CPU, or with PyTorch's operators, as in 16 bits always.
+WAYS = [(torch.float32, True), (torch.float32, False), (torch.bfloat16, False), (torch.float64, True)]
 SHAPES = {
     "small": {"I": 24, "J": 37, "N": 49, "M": 30, "D": 64},
     "long patches": {"I": 6, "J": 20, "N": 300, "M": 17, "D": 32},
@@ -23,7 +25,7 @@ def no_hidden_workspace(monkeypatch):
     monkeypatch.setattr("ds_cmli.cmli.chunked.tiling.ONEDNN", False)
 
 
-AXES = ([*SHAPES], ["all valid", "masked"], [2**19, 2**26], [False, True], DTYPES)
+AXES = ([*SHAPES], ["all valid", "masked"], [2**19, 2**26], [False, True], WAYS)
 # A third of all, in which any two values meet; the others with `-m soak`.
 CASES = [
     pytest.param(*(axis[place] for axis, place in zip(AXES, places, strict=True)), marks=[pytest.mark.soak] * soak)
@@ -32,8 +34,14 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("shape, lengths, scratch_bytes, recompute, dtype", CASES)
-def test_equal_to_the_allocator(shape, lengths, scratch_bytes, recompute, dtype):
+@pytest.mark.parametrize("shape, lengths, scratch_bytes, recompute, way", CASES)
+def test_equal_to_the_allocator(shape, lengths, scratch_bytes, recompute, way):
+    dtype, compiled = way
+    with nullcontext() if compiled else without_kernels():
+        equal_to_the_allocator(shape, lengths, scratch_bytes, recompute, dtype)
+
+
+def equal_to_the_allocator(shape, lengths, scratch_bytes, recompute, dtype):
     sizes = SHAPES[shape]
     I, J, N, M = sizes["I"], sizes["J"], sizes["N"], sizes["M"]  # noqa: E741
     text_lengths = [M] * J if lengths == "all valid" else [(7 * j) % (M + 1) for j in range(J)]

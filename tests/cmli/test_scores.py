@@ -1,5 +1,7 @@
 """`cmli_scores` by hand-worked numbers and against the fp64 reference."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -8,12 +10,26 @@ from hypothesis import strategies as st
 from ds_cmli.cmli import cmli_scores
 from ds_cmli.cmli.chunked import tiling
 from ds_cmli.cmli.reference import cmli_scores_reference
-from tests.cmli.helpers import any_layout_gives_the_same, random_case, upstream_for, with_gradients
+from tests.cmli.helpers import (
+    any_layout_gives_the_same,
+    random_case,
+    upstream_for,
+    with_gradients,
+    without_kernels,
+)
 
 BACKENDS = ["reference", "chunked"]
 # Largest error relative to the largest value, fp64 arithmetic on the same (rounded) inputs as the yardstick: fp32 sums,
 # and for 16 bits the rounding of the gradient returned.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2**-8, torch.float16: 2**-11}
+
+
+@pytest.fixture(scope="module", autouse=True, params=["kernels", "operators"])
+def kernels(request):
+    """All tests with the kernels that are compiled for a CPU, and with PyTorch's operators in their place."""
+    with nullcontext() if request.param == "kernels" else without_kernels():
+        yield
+
 
 # One image with two patches, (1, 0) and (0, 2); two texts: tokens (3, 1), (1, -1), and token (-1, -1).
 #     S of text 0:  patch 0: 3  1    patch 1: 2 -2        S of text 1:  patch 0: -1   patch 1: -2

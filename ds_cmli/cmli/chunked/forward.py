@@ -9,28 +9,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ds_cmli.cmli.chunked.packed import Chunk, PackedBatch, largest, make_chunks, pack_both
+from ds_cmli.cmli.chunked.kernels import kernels_for
+from ds_cmli.cmli.chunked.packed import (
+    ArgmaxIndices,
+    Chunk,
+    PackedBatch,
+    largest,
+    make_chunks,
+    pack_both,
+)
 from ds_cmli.cmli.chunked.tiling import product, tile_sizes
 from ds_cmli.cmli.inputs import Sides, index_dtype
-
-
-class ArgmaxIndices(NamedTuple):
-    """Argmax indices of all texts and of the images from number `sequence` on.
-
-    The first of these images begins at `row`. The package's docstring describes the layout.
-    """
-
-    arg_i2t: Tensor  # [J, K]
-    arg_t2i: Tensor  # [T, I]
-    sequence: int = 0
-    row: int = 0
-
-    def tile(self, text: Chunk, image: Chunk) -> tuple[Tensor, Tensor]:
-        """The indices of one tile, views [c, K] and [T, i]."""
-        row, sequence = image.row - self.row, image.sequence - self.sequence
-        i2t = self.arg_i2t[text.sequences()].narrow(1, row, image.height)
-        t2i = self.arg_t2i[text.rows()].narrow(1, sequence, image.number)
-        return i2t, t2i
 
 
 class Forward(NamedTuple):
@@ -60,6 +49,10 @@ def forward(
     indices = None
     if save_argmax:
         indices = ArgmaxIndices(arg_i2t.view(J, I * N), arg_t2i.view(J * M, I))
+    kernels = kernels_for(texts, images, scratch_bytes)
+    if kernels is not None:
+        kernels.compare((0, I), (s_i2t, s_t2i), indices)
+        return s_i2t, s_t2i, arg_i2t, arg_t2i
     most_text, most_image = tile_sizes(N, M, D, image.dtype, scratch_bytes, backward=False)
     text_chunks = make_chunks(texts.lengths, most_text)
     image_chunks = make_chunks(images.lengths, most_image)

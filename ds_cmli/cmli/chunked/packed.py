@@ -119,7 +119,7 @@ class PackedBatch:
         B, P, D = features.shape
         device = features.device
         # Gradients get the strides of this, as the op promises them.
-        self.features = features.contiguous().view(B * P, D)
+        self.features, self.positions = features.contiguous().view(B * P, D), P
         self.wide = torch.promote_types(features.dtype, torch.float32)
         order = sorted(range(B), key=lengths.__getitem__)
         self.lengths = [lengths[b] for b in order]
@@ -172,6 +172,25 @@ class PackedBatch:
         else:
             write_places = into.index_add_ if add else into.index_copy_
             write_places(0, self.source[chunk.rows()], rows.to(into.dtype))
+
+
+class ArgmaxIndices(NamedTuple):
+    """Argmax indices of all texts and of the images from number `sequence` on.
+
+    The first of these images begins at `row`. The package's docstring describes the layout.
+    """
+
+    arg_i2t: Tensor  # [J, K]
+    arg_t2i: Tensor  # [T, I]
+    sequence: int = 0
+    row: int = 0
+
+    def tile(self, text: Chunk, image: Chunk) -> tuple[Tensor, Tensor]:
+        """The indices of one tile, views [c, K] and [T, i]."""
+        row, sequence = image.row - self.row, image.sequence - self.sequence
+        i2t = self.arg_i2t[text.sequences()].narrow(1, row, image.height)
+        t2i = self.arg_t2i[text.rows()].narrow(1, sequence, image.number)
+        return i2t, t2i
 
 
 def pack_both(sides: Sides) -> tuple[PackedBatch, PackedBatch]:

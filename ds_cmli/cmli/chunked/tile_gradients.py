@@ -1,4 +1,4 @@
-"""What one tile adds to the gradient of one side: by gathering rows, or by a matrix product.
+"""What one tile adds to the gradient of one side, by gathering rows.
 
 Shape legend: a tile is `rows` of `sequences` of its own side against `other_rows` of
 `other_sequences`; `table` [other_rows, D] holds the other side's features. `won` [rows,
@@ -7,7 +7,6 @@ other_sequences] is the row of each other sequence at which an own row has its m
 the last row of the sequence.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -15,10 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ds_cmli.cmli.chunked.packed import Chunk, ChunkShape, PackedBatch, make_chunks
-
-# Called with an own and an other chunk; returns the indices of both kinds, `won` and `lost`.
-TileIndices = Callable[[Chunk, Chunk], tuple[Tensor, Tensor]]
+from ds_cmli.cmli.chunked.packed import Chunk, PackedBatch
 
 
 class Tile(NamedTuple):
@@ -54,12 +50,9 @@ class Buffers:
     order: Tensor  # int64
     weight: Tensor
     sorted_weight: Tensor
-    panel: Tensor
 
     @classmethod
-    def new(
-        cls, rows: int, indices: int, features: Tensor, wide: torch.dtype, panel: int
-    ) -> "Buffers":
+    def new(cls, rows: int, indices: int, features: Tensor, wide: torch.dtype) -> "Buffers":
         new = features.new_empty
         return cls(
             total=new((rows, features.shape[1]), dtype=wide),
@@ -70,7 +63,6 @@ class Buffers:
             order=new(indices, dtype=torch.int64),
             weight=new(indices, dtype=wide),
             sorted_weight=new(indices, dtype=wide),
-            panel=new(panel, dtype=wide),
         )
 
 
@@ -109,67 +101,3 @@ def add_lost(tile: Tile, lost: Tensor, table: Tensor, buffers: Buffers, sums: Te
     rows = order.remainder_(other_chunk.height)
     shares = buffers.sorted_weight[:n]
     sums += F.embedding_bag(rows, table, starts, per_sample_weights=shares, mode="sum")
-
-
-def add_product(
-    tile: Tile,
-    tile_indices: TileIndices,
-    table: Tensor,
-    most_rows: int,
-    buffers: Buffers,
-    sums: Tensor,
-) -> None:
-    """Add both kinds to `sums` [rows, D] by one product with `table`.
-
-    Its other operand are the shares [rows, other_rows], zero but at argmax positions. That matrix
-    is made in panels of `most_rows` own rows. No two indices of a kind share a place in it, so the
-    first kind is written and the other, which may meet the first, added: in any order the same
-    bits.
-    """
-    own, other, own_chunk, other_chunk, *_ = tile
-    last_won = other.last[other_chunk.sequences()].to(torch.int64).sub_(other_chunk.row)
-    last_lost = own.last[own_chunk.sequences()].to(torch.int64).sub_(own_chunk.row)
-    own_pairs, other_pairs = tile.own_pairs(), tile.other_pairs()
-    panel_shape = ChunkShape(most_rows, own_chunk.number, 0)
-    stop = own_chunk.sequence + own_chunk.number
-    for part in make_chunks(own.lengths, panel_shape, own_chunk.sequence, stop):
-        won, lost = tile_indices(part, other_chunk)
-        row = part.row - own_chunk.row
-        flat = buffers.panel[: part.height * other_chunk.height]
-        matrix = flat.view(part.height, other_chunk.height).zero_()
-        # The buffers are shared: a kind's places are used before the other's are computed.
-        # Writing runs on all threads, adding on one, so the kind with more indices is written.
-        if won.numel() >= lost.numel():
-            matrix.scatter_(1, *_place_won(won, own_pairs, last_won, tile, part, buffers))
-            matrix.scatter_add_(0, *_place_lost(lost, other_pairs, last_lost, tile, part, buffers))
-        else:
-            matrix.scatter_(0, *_place_lost(lost, other_pairs, last_lost, tile, part, buffers))
-            matrix.scatter_add_(1, *_place_won(won, own_pairs, last_won, tile, part, buffers))
-        sums[row : row + part.height].addmm_(matrix, table)
-
-
-def _place_won(
-    won: Tensor, pairs: Tensor, last: Tensor, tile: Tile, part: Chunk, buffers: Buffers
-) -> tuple[Tensor, Tensor]:
-    """Columns and weights [rows, other_sequences] of a panel."""
-    column = buffers.order[: won.numel()].view(won.shape).copy_(won)
-    torch.sub(last, column, out=column)
-    shares = buffers.weight[: won.numel()].view(won.shape)
-    first = part.sequence - tile.own_chunk.sequence
-    for group in part.groups:
-        group.by_sequence(shares, 0).copy_(pairs[first:][group.sequences(), None])
-    return column, shares
-
-
-def _place_lost(
-    lost: Tensor, pairs: Tensor, last: Tensor, tile: Tile, part: Chunk, buffers: Buffers
-) -> tuple[Tensor, Tensor]:
-    """Rows and weights [sequences, other_rows] of a panel."""
-    first = part.sequence - tile.own_chunk.sequence
-    sequences = slice(first, first + part.number)
-    row = buffers.order[: lost.numel()].view(lost.shape).copy_(lost)
-    torch.sub(last[sequences, None], row, out=row).sub_(part.row - tile.own_chunk.row)
-    shares = buffers.weight[: lost.numel()].view(lost.shape)
-    for group in tile.other_chunk.groups:
-        group.by_sequence(shares, 1).copy_(pairs[sequences][:, group.sequences(), None])
-    return row, shares

@@ -20,11 +20,6 @@ from ds_cmli.cmli.chunked.packed import ChunkShape
 FORWARD_ROWS = (512, 3136)
 BACKWARD_ROWS = (2048, 6272)
 MOST_TEXTS = 64
-# A tile's gradient comes by a matrix product where its argmax positions are dense: one in so many
-# pairs of rows, as measured, which holds for short texts. Its operand, zeros elsewhere, is made in
-# panels that stay in the cache.
-DENSE_PAIRS = 16
-PANEL = 2**20  # elements
 CPU = Path("/proc/cpuinfo")
 # On AMD processors oneDNN's fp32 product is about twice as fast as MKL's, which torch.mm takes; on
 # Intel's MKL leads.
@@ -66,38 +61,11 @@ def forward_tile_bytes(
     return width.wide * (T * K + c * K + T * i + max(scores * c * i, indices * T * K))
 
 
-def by_product(own: ChunkShape, other: ChunkShape, cpu: bool = True) -> bool:
-    """Whether a tile's gradient is computed by a matrix product, and not by gathering rows."""
-    few = own.rows * other.rows <= DENSE_PAIRS * (
-        own.rows * other.sequences + own.sequences * other.rows
-    )
-    return few and cpu and not ONEDNN
-
-
-def panel_rows(own: ChunkShape, other: ChunkShape, scratch_bytes: int, width: Widths) -> int:
-    """The number of own rows in a panel: as many as an eighth of the budget holds, but at least one
-    sequence."""
-    most = min(PANEL, scratch_bytes // 8 // width.wide)
-    return min(own.rows, max(own.longest, most // max(1, other.rows)))
-
-
 def backward_buffer_bytes(own: ChunkShape, other: ChunkShape, D: int, width: Widths) -> int:
     """Bytes held throughout one side's gradient: its rows, and a tile's argmax indices with their
     weights."""
     indices = max(own.rows * other.sequences, own.sequences * other.rows)
     return own.rows * (D * width.wide + 4 + 8) + indices * (4 + 4 + 8 + 2 * width.wide)
-
-
-def panel_bytes(own: ChunkShape, other: ChunkShape, scratch_bytes: int, width: Widths) -> int:
-    """Bytes held throughout a tile whose gradient is computed by a matrix product."""
-    return panel_rows(own, other, scratch_bytes, width) * other.rows * width.wide
-
-
-def product_tile_bytes(own: ChunkShape, other: ChunkShape, width: Widths) -> int:
-    """Further bytes of such a tile besides its panel: the weights of pairs, and tables."""
-    return (
-        2 * own.sequences * other.sequences * width.wide + 8 * (own.sequences + other.sequences) + 8
-    )
 
 
 def gather_tile_bytes(own: ChunkShape, other: ChunkShape, D: int, width: Widths) -> int:
@@ -113,13 +81,9 @@ def gather_tile_bytes(own: ChunkShape, other: ChunkShape, D: int, width: Widths)
     return max(gather, 8 * lost)
 
 
-def _gradient_bytes(
-    own: ChunkShape, other: ChunkShape, D: int, width: Widths, scratch_bytes: int
-) -> int:
-    """Bytes of one side's gradient, whichever way: shorter texts may come by a matrix product."""
-    tile = max(gather_tile_bytes(own, other, D, width), product_tile_bytes(own, other, width))
-    panel = panel_bytes(own, other, scratch_bytes, width)
-    return backward_buffer_bytes(own, other, D, width) + panel + tile
+def _gradient_bytes(own: ChunkShape, other: ChunkShape, D: int, width: Widths) -> int:
+    """Bytes of one side's gradient."""
+    return backward_buffer_bytes(own, other, D, width) + gather_tile_bytes(own, other, D, width)
 
 
 def tile_sizes(
@@ -137,8 +101,8 @@ def tile_sizes(
         text, image = ChunkShape(max(text_rows, M), texts, M), ChunkShape(images * N, images, N)
         need = load_bytes(text.rows, D, width, True) + load_bytes(image.rows, D, width, True)
         if backward:
-            of_text = _gradient_bytes(text, image, D, width, scratch_bytes)
-            need += max(of_text, _gradient_bytes(image, text, D, width, scratch_bytes))
+            of_text = _gradient_bytes(text, image, D, width)
+            need += max(of_text, _gradient_bytes(image, text, D, width))
         else:
             need += forward_tile_bytes(text, image, width, True, True)
         if need <= scratch_bytes or (text_rows <= M and texts == images == 1):

@@ -1,0 +1,50 @@
+"""Compiles a file of C++ at its first use, and keeps the library in the cache."""
+
+import hashlib
+import os
+import shlex
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from ds_cmli.common.cache import cache_folder, locked
+from ds_cmli.common.errors import UserError
+
+
+def library(source: Path, options: Sequence[str], also: str = "") -> Path:
+    """The shared library of a file, compiled with these options if it is not in the cache.
+
+    Args:
+        also: what else it depends on, such as the version of a library.
+
+    Raises:
+        UserError: there is no compiler, it does not compile the file, or the cache is not writable.
+    """
+    text = "\n".join([source.read_text(), *options, also])
+    folder = cache_folder() / "native"
+    built = folder / f"{source.stem}-{hashlib.sha256(text.encode()).hexdigest()[:12]}.so"
+    if not built.exists():
+        with locked(folder, ".lock", f"the library of {source.name}"):
+            if not built.exists():
+                _compile(source, options, built)
+    return built
+
+
+def _compile(source: Path, options: Sequence[str], built: Path) -> None:
+    named = os.environ.get("CXX") or shutil.which("c++") or "g++"
+    compiler = shlex.split(named)  # such as "ccache g++"
+    if not shutil.which(compiler[0]):
+        raise UserError(
+            f"{source.name} is compiled at its first use, which finds no compiler {named!r}: "
+            "install g++, or set CXX"
+        )
+    with tempfile.TemporaryDirectory(dir=built.parent) as folder:
+        out = Path(folder) / built.name
+        command = [*compiler, "-shared", "-fPIC", str(source), "-o", str(out), *options]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            errors = [line for line in done.stderr.splitlines() if "error" in line]
+            raise UserError(f"{named} cannot compile {source}: {(errors or ['?'])[0]}")
+        out.replace(built)
