@@ -61,6 +61,7 @@ def count(steps: int, answer: str, snapshot: str, command: list[str]) -> int:
     stats = torch.cuda.memory_stats()
     counted: dict[str, object] = {kind: stats.get(f"{kind}_bytes.all.peak", 0) for kind in KINDS}
     counted["steps"] = min(counter.done.values(), default=0)
+    counted["written"] = script.written()
     counted["full"] = full or stats.get("num_ooms", 0) > 0
     if snapshot:
         torch.cuda.memory._dump_snapshot(snapshot)

@@ -38,6 +38,7 @@ class Counted:
     reserved: int
     steps: int  # optimizer steps that were done
     full: bool  # whether the device had too little memory
+    written: str  # the line about files, or ""
 
 
 @dataclass(frozen=True)
@@ -153,7 +154,8 @@ class Answer:
         print(ran, verdict(self.asked.room, self.totals["device"], self.fits))
         show_totals(self.totals, self.asked.room, self.asked.world)
         early = ended_early(self.counted.steps, self.asked.steps)
-        print(*filter(None, (early, f"\n{NOT_COUNTED}")), sep="\n")
+        lines = early, f"\n{NOT_COUNTED}", self.counted.written
+        print(*filter(None, lines), sep="\n")
 
     def to_dict(self) -> dict[str, object]:
         fits = {str(self.asked.room): self.fits}

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from ds_cmli.allocator import gpus
 from ds_cmli.allocator.blocks import Event
 from ds_cmli.common.errors import UserError
+from ds_cmli.fits import script
 from ds_cmli.fits.answer import Answer, Room, answer, with_cublas
 from ds_cmli.fits.program import Ran
 from ds_cmli.fits.steps import StepRecorder
@@ -157,6 +158,8 @@ def told(values: Values, ran: Ran, recorder: StepRecorder) -> Iterator[str]:
     yield from sorted(recorder.inexact)
     for what, count in ran.left_out.items():
         yield f"{what}: {count} times"
+    if script.written():
+        yield script.written()
 
 
 def _places(counted: Counter[str]) -> str:

@@ -8,6 +8,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 
+WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_APPEND
+_opened: set[str] = set()  # files that the program has opened to write
+_running = False
+
 
 class StepsDone(BaseException):
     """Ends the program. Like SystemExit it is no `Exception`, which programs catch."""
@@ -64,12 +68,35 @@ def _exit_code(end: SystemExit) -> int:
 
 @contextmanager
 def _started_as_by_python(command: Sequence[str]) -> Iterator[None]:
+    global _running
     arguments, path = sys.argv, list(sys.path)
+    sys.addaudithook(_note_opened)
     if command[0] == "-m":
         sys.argv, sys.path[0] = list(command[1:]), os.getcwd()
     else:
         sys.argv, sys.path[0] = list(command), str(Path(command[0]).resolve().parent)
     try:
+        _running = True
         yield
     finally:
+        _running = False
         sys.argv, sys.path[:] = arguments, path
+
+
+def _note_opened(event: str, arguments: tuple) -> None:
+    if not _running or event != "open" or not isinstance(arguments[0], str | bytes):
+        return
+    if (arguments[2] or 0) & WRITING:
+        _opened.add(os.path.abspath(os.fsdecode(arguments[0])))
+
+
+def written() -> str:
+    """A line about the files that the program has written and not removed; "" without any."""
+    left = [os.path.relpath(file) for file in sorted(_opened) if os.path.isfile(file)]
+    left = [file for file in left if "__pycache__" not in file]
+    if not left:
+        return ""
+    more = len(left) - 5
+    if more > 0:
+        left[5:] = [f"{more} more"]
+    return f"files that the program wrote: {', '.join(left)}"

@@ -150,7 +150,7 @@ def test_backward_runs_on_the_streams_of_forward(tmp_path):
 
 
 OWN = """
-import torch
+import os, torch
 from torch.utils.data import dataloader
 
 class Named(torch.Tensor):
@@ -172,6 +172,9 @@ parts = [torch.ones(2, 512, device="cuda") for _ in range(2)]
 assert len({part.data_ptr() for part in parts}) == 2 and parts[0][1].data_ptr() - parts[0].data_ptr() == 2048
 assert parts[0].untyped_storage().data_ptr() == parts[0].data_ptr() and not parts[0].data_ptr() % 512
 optimizer = Momentum(layer.weight)
+for name in ("log.txt", "gone.txt"):
+    open(name, "w").close()
+os.remove("gone.txt")
 data = torch.utils.data.DataLoader([torch.ones(1024).as_subclass(Named) for _ in range(99)], num_workers=2)
 assert isinstance(iter(data), dataloader._MultiProcessingDataLoaderIter)
 for number, x in enumerate(dataloader._MultiProcessingDataLoaderIter(data)):
@@ -188,6 +191,7 @@ def test_an_optimizer_of_its_own_and_tensors_of_a_class(tmp_path):
     done = fits("--gpu", "A100 80GB", "--json", "out.json", "--", script(tmp_path, OWN), cwd=tmp_path)
     assert done.returncode == 0 and "steps:" not in done.stdout, done.stderr
     assert "16 steps of program.py fit" in done.stdout
+    assert "files that the program wrote: log.txt\n" in done.stdout
     assert "no optimizer of torch.optim did a step: each backward pass is taken for one" in done.stdout
     requested = json.loads((tmp_path / "out.json").read_text())["totals"]["requested"]
     assert 0 <= requested - 4 * (4 << 20) - 2 * 8_519_680 < 20_000
