@@ -19,7 +19,7 @@ from profiling.document.implementations import (
     materialised_match,
     materialised_scores,
 )
-from tests.cmli.helpers import random_case, upstream_for
+from tests.cmli.helpers import random_case, upstream_for, without_kernels
 
 SMALL = Setting(B=6, P=2, N=9, M=7, H=32, D=16)
 
@@ -78,8 +78,15 @@ def warm():
         allocations.run(implementation, "cpu", backward=True)
 
 
+@pytest.fixture
+def by_operators():
+    """The op by PyTorch's operators, as on a GPU."""
+    with without_kernels():
+        yield
+
+
 @pytest.mark.parametrize("key", implementations(SMALL), ids=" ".join)
-def test_predicted_is_what_the_allocator_reports(warm, key):
+def test_predicted_is_what_the_allocator_reports(warm, by_operators, key):
     implementation = implementations(SMALL)[key]
     predicted = allocations.predict(implementation)
     assert predicted.largest == claims(SMALL)[key[0]].stored[key[1]]
