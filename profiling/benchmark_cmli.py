@@ -145,10 +145,10 @@ def peak_in_own_process(
 
 
 KINDS = {
-    "scores": (
-        "cmli: compare",
-    ),  # these two: the compiled kernels, which do all of it where there are any
+    # Of the compiled kernels, which do all of it where there are any:
+    "scores": ("cmli: compare",),
     "gradients": ("cmli: gradient",),
+    # Of PyTorch's operators:
     "product": ("mkldnn::_linear_pointwise", "aten::mm"),
     "maxima": ("aten::amax", "aten::eq", "aten::eq_", "aten::mul_"),
     "gathers": (

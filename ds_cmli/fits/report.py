@@ -37,7 +37,8 @@ def check_training(steps: int, on_gpu: bool) -> None:
     """Raise `UserError` unless the program has done optimizer steps, and had tensors on a GPU."""
     if not steps:
         raise UserError(
-            "the program ended before an optimizer did a step after a backward pass: let it train"
+            "the program ended before an optimizer of torch.optim did a step after a backward "
+            "pass: let it train"
         )
     if not on_gpu:
         raise UserError("the program made no tensor on a GPU: let it train on device 'cuda'")
@@ -155,11 +156,15 @@ def told(values: Values, ran: Ran, recorder: StepRecorder) -> Iterator[str]:
         yield f"sizes that depend on data, as large as they can be: {_places(values.bounded)}"
     if values.by_cpu:
         yield f"as large as on a CPU, what they hold inside unknown: {_places(values.by_cpu)}"
+    if not recorder.done:
+        yield (
+            "no optimizer of torch.optim did a step: each backward pass is taken for one, and "
+            "what an optimizer keeps is counted among others and activations"
+        )
     yield from sorted(recorder.inexact)
     for what, count in ran.left_out.items():
         yield f"{what}: {count} times"
-    if script.written():
-        yield script.written()
+    yield from filter(None, (script.written(),))
 
 
 def _places(counted: Counter[str]) -> str:

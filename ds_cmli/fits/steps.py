@@ -267,11 +267,6 @@ class StepRecorder(Recorder):
         """The steps of each optimizer; if none of torch.optim did one, the backward passes."""
         if self.done:
             return min(self.done.values())
-        if self.backward >= 0:
-            self.inexact.add(
-                "no optimizer of torch.optim did a step: each backward pass is taken for one, and "
-                "what an optimizer keeps is counted among others and activations"
-            )
         return self.passes + (self.backward != self.passed)
 
     def _tell_of_others(self) -> None:
