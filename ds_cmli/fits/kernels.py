@@ -28,12 +28,6 @@ INTO_GIVEN = {aten.mm.out, aten.bmm.out, aten.addmm.out, aten.addmm_.default}  #
 TRANSFERS = (aten.copy_.default, aten._to_copy.default)  # between devices, or on one
 # A build of torch without CUDA would take the parts of these operators in place of them.
 WHOLE = ("silu_backward", "mish_backward", "_fused_rms_norm")
-# How many results they have, of one number for each channel.
-OF_CHANNELS = {
-    "aten::batch_norm_stats": 2,
-    "aten::batch_norm_gather_stats_with_counts": 2,
-    "aten::batch_norm_backward_reduce": 4,
-}
 IN_PLACE = ("fused_adam", "fused_lion", "cpu_adam", "cpu_lion", "cpu_adagrad")
 
 
@@ -211,23 +205,3 @@ def _loading(load: Callable) -> Callable:
         return _Kernels() if self.name in IN_PLACE else load(self, verbose)
 
     return run
-
-
-def unknown_results(operator: str, *args: Tensor) -> tuple[Tensor | None, ...] | Tensor | None:
-    """The results of kernels that a CPU does not have, of recurrent cells and of normalisation over
-    several ranks; None for others."""
-    first, rows = args[0], len(args[0])
-    if operator == "aten::_thnn_fused_gru_cell":
-        return torch.empty_like(args[2]), first.new_empty(rows, 5 * args[2].shape[1])
-    if operator == "aten::_thnn_fused_gru_cell_backward":
-        gates = [first.new_empty(rows, 3 * first.shape[1]) for _ in range(2)]
-        biases = [first.new_empty(3 * first.shape[1]) if args[2] else None for _ in range(2)]
-        return *gates, torch.empty_like(first), *biases
-    if operator in ("aten::batch_norm_elemt", "aten::batch_norm_backward_elemt"):
-        return torch.empty_like(first)
-    if operator in OF_CHANNELS:
-        moments = torch.promote_types(first.dtype, torch.float32)
-        return tuple(
-            first.new_empty(first.shape[1], dtype=moments) for _ in range(OF_CHANNELS[operator])
-        )
-    return None

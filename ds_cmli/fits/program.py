@@ -27,8 +27,9 @@ from ds_cmli.common.errors import UserError
 from ds_cmli.common.patches import patched, patched_each
 from ds_cmli.fits import device, kernels, lines, modules, script
 from ds_cmli.fits.kernels import CudaOperators
+from ds_cmli.fits.stand_ins import on_host
 from ds_cmli.fits.steps import StepRecorder
-from ds_cmli.fits.values import Values, on_host
+from ds_cmli.fits.values import Values
 from ds_cmli.fits.world import NotFollowed, World
 
 WITHOUT_DATA = (

@@ -10,8 +10,9 @@ from ds_cmli.common.errors import UserError
 from ds_cmli.fits import script
 from ds_cmli.fits.answer import Answer, Room, answer, with_cublas
 from ds_cmli.fits.program import Ran
+from ds_cmli.fits.stand_ins import NUMBER
 from ds_cmli.fits.steps import StepRecorder
-from ds_cmli.fits.values import NUMBER, Values
+from ds_cmli.fits.values import Values
 from ds_cmli.fits.world import World
 
 DEFAULT_GPU = "A100 80GB"  # whose operators are meant where none is named
@@ -87,7 +88,7 @@ class Report:
 
     @classmethod
     def of(cls, recorder: StepRecorder, rooms: list[Room], world: World) -> "Report":
-        steps = recorder.followed
+        steps = recorder.progress.steps
         card = gpus.find(rooms[0].gpu)
         events = with_cublas(recorder.events(), card.cublas_bytes(), recorder.given)
         check_training(steps, any(event.bytes for event in events))
@@ -146,7 +147,7 @@ class Report:
 
 def told(values: Values, ran: Ran, recorder: StepRecorder) -> Iterator[str]:
     """Yield what the program asked for and did not get, a line each."""
-    early = ended_early(recorder.followed, recorder.steps)
+    early = ended_early(recorder.progress.steps, recorder.progress.asked)
     if early:
         yield early
     if values.read:
@@ -156,7 +157,7 @@ def told(values: Values, ran: Ran, recorder: StepRecorder) -> Iterator[str]:
         yield f"sizes that depend on data, as large as they can be: {_places(values.bounded)}"
     if values.by_cpu:
         yield f"as large as on a CPU, what they hold inside unknown: {_places(values.by_cpu)}"
-    if not recorder.done:
+    if not recorder.progress.done:
         yield (
             "no optimizer of torch.optim did a step: each backward pass is taken for one, and "
             "what an optimizer keeps is counted among others and activations"

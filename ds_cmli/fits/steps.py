@@ -1,9 +1,7 @@
 """Records a program's allocations by phase and category until its optimizer steps are done."""
 
-import gc
 import sys
 import weakref
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 
@@ -34,10 +32,10 @@ from ds_cmli.fits.kernels import (
     operand_copies,
     transfer_copies,
 )
+from ds_cmli.fits.progress import Progress
 from ds_cmli.fits.recorder import Allocation, Recorder
 from ds_cmli.fits.script import StepsDone
-from ds_cmli.fits.streams import Event as StreamEvent
-from ds_cmli.fits.streams import Stream
+from ds_cmli.fits.streams import Awaited, Stream
 
 CATEGORIES = (
     "parameters",
@@ -49,26 +47,6 @@ CATEGORIES = (
     "other",  # what was made before the first forward pass, and is none of the above
     "temporaries",
 )
-
-PASSES = 16  # backward passes after which a program ends that has no optimizer of torch.optim
-
-
-def _optimizers() -> Iterator[Optimizer]:
-    """Yield those of torch.optim that this process has."""
-    for each in gc.get_objects():
-        if issubclass(type(each), Optimizer):
-            yield each
-
-
-def _first_parameter(optimizer: Optimizer) -> int | None:
-    """The one by which an optimizer and its wrapper are known; None if it has none now.
-
-    ZeRO-3 gives its optimizer the parameters of one group at a time.
-    """
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            return id(parameter)
-    return None
 
 
 class StepRecorder(Recorder):
@@ -82,10 +60,7 @@ class StepRecorder(Recorder):
 
     def __init__(self, gpu: Limits | None, steps: int):
         super().__init__("cpu" if gpu is None else "cuda", gpu)
-        self.steps, self.done = steps, Counter[int]()
-        self.backward = -1  # autograd's number of the last backward pass
-        self.stepped_after: dict[int, int] = {}  # that number at each optimizer's last step
-        self.passes, self.passed = 0, -1  # backward passes before a forward one, the last's number
+        self.progress = Progress(steps)
         self.outer = "init"  # the phase outside backward
         self.in_step = False  # whether an optimizer's step is running
         self.lines: list[str] = []  # of the user's code that allocated each block
@@ -93,8 +68,7 @@ class StepRecorder(Recorder):
         self.exchanged: set[int] = set()  # blocks that went through a collective
         self.emptied: dict[int, weakref.ref] = {}  # storages that were resized to 0 bytes
         self.tried: set[tuple[object, ...]] = set()  # convolutions, with cudnn.benchmark
-        self.uses: dict[int, set[Stream]] = {}  # of blocks, by other streams than their own
-        self.pending: list[tuple[int, int, list[StreamEvent]]] = []  # ended, and perhaps still read
+        self.awaited = Awaited()
         self.given: dict[str, int] = {}  # the log's length at a phase's first product of INTO_GIVEN
         self.inexact: set[str] = set()  # what takes other memory on a GPU
         self._unmasked: ExitStack | None = None
@@ -117,7 +91,7 @@ class StepRecorder(Recorder):
         phase = self.outer
         task = torch._C._current_graph_task_id()
         if task >= 0:
-            phase, self.backward = "backward", task
+            phase, self.progress.backward = "backward", task
         elif self.phase == "backward" and self.in_step:
             phase = self.outer = "optimizer"  # a closure has run forward and backward
         if phase != self.phase:
@@ -158,20 +132,13 @@ class StepRecorder(Recorder):
             self.copied.update(range(first, len(self.blocks)))
 
     def _begin(self, size: int, category: str | None, op: str) -> int:
-        waiting, self.pending = self.pending, []
-        for block, bytes_of_it, events in waiting:
-            if all(event.is_over for event in events):
-                super()._end(block, bytes_of_it)
-            else:
-                self.pending.append((block, bytes_of_it, events))
+        for ended, bytes_of_it in self.awaited.over():
+            super()._end(ended, bytes_of_it)
         self.lines.append(lines.current())
         return super()._begin(size, category, op)
 
     def _end(self, block: int, size: int) -> None:
-        if block in self.uses:
-            events = [stream.record_event() for stream in self.uses.pop(block)]
-            self.pending.append((block, size, events))
-        else:
+        if not self.awaited.keeps(block, size):
             super()._end(block, size)
 
     def record_stream(self, tensor: Tensor, stream: Stream) -> None:
@@ -183,7 +150,7 @@ class StepRecorder(Recorder):
     def used(self, block: int, stream: Stream) -> None:
         """Note that a block is used by a stream, perhaps another one than its own."""
         if stream.stream_id != self.blocks[block].stream:
-            self.uses.setdefault(block, set()).add(stream)
+            self.awaited.use(block, stream)
 
     def resizing(self, resize: Callable) -> Callable:
         """A function in place of `UntypedStorage.resize_` whose allocations are recorded."""
@@ -230,10 +197,8 @@ class StepRecorder(Recorder):
         if self._unmasked is not None and "transformers.masking_utils" in sys.modules:
             self._unmasked.enter_context(patched("transformers: mask", lambda _: _no_tracing))
             self._unmasked = None
-        if self.backward != self.passed:
-            self.passes, self.passed = self.passes + 1, self.backward
-            if self.passes == PASSES and not any(_optimizers()):
-                raise StepsDone
+        if self.progress.ends_before_forward():
+            raise StepsDone
         if isinstance(module, nn.RNNBase):
             self.inexact.add("cuDNN's kernels of recurrent layers take other memory than counted")
         if isinstance(module, nn.modules.conv._ConvNd):
@@ -253,31 +218,13 @@ class StepRecorder(Recorder):
         self._claim_parameters(optimizer)  # a closure has made the gradients after the step began
         self.claim("optimizer states", tree_leaves(list(optimizer.state.values())))
         self.outer, self.in_step = "forward", False
-        key = _first_parameter(optimizer)
-        if key is None or self.stepped_after.get(key, -1) == self.backward:
-            return  # the trial of a schedule, say: nothing has been trained
-        self.stepped_after[key] = self.backward
-        self.done[key] += 1
-        if min(self.done.values()) >= self.steps:
-            self._tell_of_others()
-            raise StepsDone
-
-    @property
-    def followed(self) -> int:
-        """The steps of each optimizer; if none of torch.optim did one, the backward passes."""
-        if self.done:
-            return min(self.done.values())
-        return self.passes + (self.backward != self.passed)
-
-    def _tell_of_others(self) -> None:
-        """Note optimizers that have not done a step, whose states are missing."""
-        for each in _optimizers():
-            key = _first_parameter(each)  # a wrapper of an optimizer has its parameters
-            if key is not None and key not in self.done:
+        if self.progress.ends_after_step(optimizer):
+            if self.progress.lacks_an_optimizer():
                 self.inexact.add(
                     "an optimizer has done no step yet, and what its step takes is not counted: "
                     "give more --steps"
                 )
+            raise StepsDone
 
     def _category(self, number: int, block: Allocation) -> str:
         if block.category is not None:

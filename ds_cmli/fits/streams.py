@@ -137,6 +137,36 @@ class Stream:
         return self.stream_id
 
 
+class Awaited:
+    """Blocks that have ended, and that other streams than their own perhaps still read."""
+
+    def __init__(self) -> None:
+        self.uses: dict[int, set[Stream]] = {}  # of blocks that have not ended
+        self.pending: list[tuple[int, int, list[Event]]] = []
+
+    def use(self, block: int, stream: Stream) -> None:
+        self.uses.setdefault(block, set()).add(stream)
+
+    def keeps(self, block: int, size: int) -> bool:
+        """Whether a block that ends here is still read: it is then one of `over` later."""
+        if block not in self.uses:
+            return False
+        events = [stream.record_event() for stream in self.uses.pop(block)]
+        self.pending.append((block, size, events))
+        return True
+
+    def over(self) -> list[tuple[int, int]]:
+        """Take out the ended blocks that no stream reads any more, each with its bytes."""
+        over, pending = [], []
+        for block, size, events in self.pending:
+            if all(event.is_over for event in events):
+                over.append((block, size))
+            else:
+                pending.append((block, size, events))
+        self.pending = pending
+        return over
+
+
 class Streams:
     """The current stream, for which a recorder's allocations are."""
 

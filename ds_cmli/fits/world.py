@@ -1,30 +1,24 @@
-"""Runs a program as one rank of a world that is not there: its collectives return at once.
+"""Runs a program as one rank of a world that is not there.
 
-Results keep their shapes. What is gathered from the other ranks is this rank's, and objects are.
+Where it gathers objects of the other ranks, it finds this rank's.
 """
 
 import copy
 import os
 import re
 import socket
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 
-import torch
 import torch.distributed as dist
-from torch import Tensor
 from torch.distributed import distributed_c10d as c10d
-from torch.futures import Future
-from torch.utils._pytree import tree_leaves
 
-# mypy: disable-error-code="override,assignment"
-# PyTorch's stubs overload each collective, and call it with any of them.
 from ds_cmli.common.patches import environment, patched, patched_each
 from ds_cmli.fits import kernels, lines
+from ds_cmli.fits.collectives import Rank
 from ds_cmli.fits.steps import StepRecorder
-from ds_cmli.fits.values import copy_values
 
 NAME = "this_rank_alone"  # of the backend, as it is registered with PyTorch
 
@@ -44,8 +38,8 @@ class World:
     def entered(self, recorder: StepRecorder) -> Iterator[None]:
         """Inside, this process is the rank, the only one of its machine."""
         if NAME.upper() not in dist.Backend._plugins:
-            dist.Backend.register_backend(NAME, _Rank.made, True, ["cpu", "cuda"])
-        _Rank.recorder, _Rank.unwaited = recorder, {}
+            dist.Backend.register_backend(NAME, Rank.made, True, ["cpu", "cuda"])
+        Rank.recorder, Rank.unwaited = recorder, {}
         _Store.world = self
         objects: dict[str, Callable] = {
             "all_gather_object": _all_gather_object,
@@ -134,143 +128,6 @@ class _Store(dist.HashStore):
         )
 
 
-class _Done(dist.Work):
-    """A collective that is over, but holds its tensors, as NCCL's does, until somebody waits for
-    it (not for its future, as DDP does) or another one begins later."""
-
-    def __init__(self, result: object, held: object, unwaited: dict["_Done", int]):
-        super().__init__()
-        self.held, self.unwaited = held, unwaited
-        self.future: Future = Future()
-        self.future.set_result(result)
-
-    def wait(self, timeout: object = None) -> bool:
-        self.unwaited.pop(self, None)
-        self.held = None
-        return True
-
-    def is_completed(self) -> bool:
-        return True
-
-    def get_future(self) -> Future:
-        return self.future
-
-
-class _Rank(dist.ProcessGroup):
-    """A process group of which only this rank is there."""
-
-    recorder: StepRecorder
-    # Collectives that nobody has waited for yet, by the number of steps done before them.
-    unwaited: dict[_Done, int]
-
-    @classmethod
-    def made(cls, options, _: object) -> "_Rank":
-        return cls(options.group_rank, options.group_size)  # type: ignore[call-arg]
-
-    def getBackendName(self) -> str:
-        return "nccl"
-
-    def _set_group_name(self, name: str) -> None:
-        self.given_name = name
-
-    @property
-    def group_name(self) -> str:
-        return self.given_name
-
-    def _over(self, result: object, others: object = None, held: object = None) -> _Done:
-        self.recorder.see_exchanged(tree_leaves((result, others)))
-        step = self.recorder.done.total()
-        if self.recorder.phase == "backward":
-            # NCCL's thread has found those of earlier steps done.
-            for work, begun in list(self.unwaited.items()):
-                if begun < step:
-                    del self.unwaited[work]
-        work = _Done(result, (others, held), self.unwaited)
-        self.unwaited[work] = step
-        return work
-
-    def allreduce(self, tensors: list[Tensor], opts: object = None) -> _Done:
-        return self._over(tensors)
-
-    broadcast = reduce = allreduce_coalesced = allreduce
-
-    def send(self, tensors: list[Tensor], *_: object) -> _Done:
-        return self._over(tensors)
-
-    recv = recv_anysource = send
-
-    def barrier(self, opts: object = None) -> _Done:
-        return self._over(None, held=torch.empty(1, device="cuda"))
-
-    def monitored_barrier(self, *_: object, **__: object) -> None:
-        pass
-
-    def allgather(
-        self, outputs: list[list[Tensor]], inputs: list[Tensor], opts: object = None
-    ) -> _Done:
-        """Gather tensors of equal sizes through a flat copy, as NCCL does."""
-        held = [_flat(parts) for parts in outputs]
-        for parts, own in zip(outputs, inputs, strict=True):
-            for part in parts:
-                copy_values(part, own)
-        return self._over(outputs, inputs, held)
-
-    def allgather_coalesced(
-        self, outputs: list[list[Tensor]], inputs: list[Tensor], opts: object = None
-    ) -> _Done:
-        for parts in outputs:
-            for part, own in zip(parts, inputs, strict=True):
-                copy_values(part, own)
-        return self._over(outputs, inputs)
-
-    def all_gather_single(self, output: Tensor, own: Tensor, *_: object) -> _Done:
-        copy_values(output, own)
-        return self._over(output, own)
-
-    all_to_all_single = all_gather_single
-
-    def all_gather_single_coalesced(
-        self, outputs: list[Tensor], inputs: list[Tensor], opts: object = None
-    ) -> _Done:
-        for output, own in zip(outputs, inputs, strict=True):
-            copy_values(output, own)
-        return self._over(outputs, inputs)
-
-    alltoall = all_gather_single_coalesced
-
-    def reduce_scatter(
-        self, outputs: list[Tensor], inputs: list[list[Tensor]], opts: object = None
-    ) -> _Done:
-        return self._over(outputs, inputs, [_flat(parts) for parts in inputs])
-
-    def reduce_scatter_single(self, output: object, given: object, opts: object = None) -> _Done:
-        return self._over(output, given)
-
-    reduce_scatter_single_coalesced = reduce_scatter_single
-
-    def gather(
-        self, outputs: list[list[Tensor]], inputs: list[Tensor], opts: object = None
-    ) -> _Done:
-        for part in tree_leaves(outputs):
-            copy_values(part, inputs[0])
-        return self._over(outputs, inputs)
-
-    def scatter(
-        self, outputs: list[Tensor], inputs: list[list[Tensor]], opts: object = None
-    ) -> _Done:
-        if inputs:
-            copy_values(outputs[0], inputs[0][self.rank()])
-        return self._over(outputs, inputs)
-
-
-def _flat(parts: Sequence[Tensor]) -> Tensor | None:
-    """The buffer that NCCL takes for a list of tensors of equal sizes."""
-    first = parts[0]
-    if any(part.numel() != first.numel() for part in parts):
-        return None
-    return first.new_empty(len(parts) * first.numel())
-
-
 def _alone(make: Callable, stack: ExitStack) -> Callable:
     """Replaces `_new_process_group_helper`: the group is ours, and goes by the asked name."""
 
@@ -278,7 +135,7 @@ def _alone(make: Callable, stack: ExitStack) -> Callable:
         kernels.leave_out_deepspeeds(stack)
         options["backend_options"] = None
         group, kept = make(size, rank, ranks, dist.Backend(NAME), store, name, *args, **options)
-        if isinstance(group, _Rank):
+        if isinstance(group, Rank):
             asked = "nccl" if backend in (None, "undefined") else backend
             c10d._world.pg_map[group] = dist.Backend(asked), kept
             c10d._world.pg_backend_config[group] = str(c10d.BackendConfig(dist.Backend(asked)))

@@ -18,7 +18,7 @@ from ds_cmli.fits import guard, null_gpu
 from ds_cmli.fits.answer import Answer, Room
 from ds_cmli.fits.command import command
 from ds_cmli.fits.report import Report, rooms
-from ds_cmli.fits.values import largest_results
+from ds_cmli.fits.results import largest_results
 from ds_cmli.fits.world import World
 from ds_cmli.memory.predict import predict
 from tests.conftest import ROOT, clean_environment

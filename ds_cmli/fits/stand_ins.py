@@ -1,0 +1,132 @@
+"""Values that are known of tensors without data, and what stands for those that are not.
+
+A tensor remembers its values, or a truth value its likely one, as an attribute.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._pytree import tree_map
+
+aten = torch.ops.aten
+SMALL = 1 << 16  # elements of the largest tensor that is created with data on the host
+NUMBER = 2.0  # the stand-in of a loss or a norm: finite, and no divisor of 0
+RANGES = {aten.arange.default, aten.arange.start, aten.arange.start_step}
+
+
+def known_values(tensor: Tensor) -> Tensor | None:
+    """The values of a tensor: its own on the host, or those that it remembers."""
+    if not isinstance(tensor, FakeTensor):
+        return tensor
+    if tensor.constant is not None:
+        return tensor.constant
+    return getattr(tensor, "fits_values", None)
+
+
+def stand_in(tensor: Tensor) -> float | int | bool:
+    if tensor.dtype == torch.bool:
+        return getattr(tensor, "fits_truth", False)
+    return NUMBER if tensor.dtype.is_floating_point else 0
+
+
+def known_or_stand_ins(tensor: Tensor) -> Tensor:
+    known = known_values(tensor)
+    if known is not None:
+        return known
+    return torch.full(tensor.shape, stand_in(tensor), dtype=tensor.dtype)
+
+
+def one(tensor: Tensor) -> Tensor:
+    """A tensor of one element, the stand-in."""
+    return torch.full((1,) * tensor.dim(), stand_in(tensor), dtype=tensor.dtype)
+
+
+def all_known(leaves: list[object]) -> bool:
+    tensors = [x for x in leaves if isinstance(x, Tensor)]
+    return bool(tensors) and all(
+        t.numel() <= SMALL and known_values(t) is not None for t in tensors
+    )
+
+
+def on_device(values: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the device that remembers these values."""
+    out = torch.zeros(values.shape, dtype=values.dtype, device=device)
+    out.fits_values = values  # type: ignore[attr-defined]
+    return out
+
+
+def copy_values(into: Tensor, source: Tensor) -> None:
+    """Give a tensor the values of another one, repeated, as far as those are known."""
+    known = known_values(source)
+    if known is None or not known.numel() or into.numel() % known.numel():
+        return
+    with _disable_current_modes():
+        times = into.numel() // known.numel()
+        values = known.detach().to(into.dtype).flatten().repeat(times).reshape(into.shape)
+        if isinstance(into, FakeTensor):
+            into.fits_values = values  # type: ignore[attr-defined]
+        else:
+            into.detach().copy_(values)
+
+
+def on_host(read: Callable) -> Callable:
+    """A method in place of one that reads a whole tensor of the host, as `Tensor.numpy` does."""
+
+    def run(self: FakeTensor, *args: object, **kwargs: object) -> object:
+        if self.device.type != "cpu":
+            return read(self, *args, **kwargs)
+        with _disable_current_modes():
+            return getattr(known_or_stand_ins(self), read.__name__)(*args, **kwargs)
+
+    return run
+
+
+def remember(
+    func: OpOverload, args: tuple, kwargs: dict[str, object], leaves: list[object], out: object
+) -> None:
+    """Compute the result's values if all operands are known, and else a result's likely truth."""
+    known = all_known(leaves)
+    if func._schema.is_mutable and not known:
+        for leaf in leaves:
+            if getattr(leaf, "fits_values", None) is not None:
+                del leaf.fits_values  # type: ignore[attr-defined]
+        return
+    if known and isinstance(out, list):  # `unbind`, or a split
+        values = computed(func, args, kwargs, known_values)
+        for part, value in zip(out, values if isinstance(values, list) else (), strict=False):
+            part.fits_values = value
+        return
+    if not isinstance(out, FakeTensor) or torch.Tag.nondeterministic_seeded in func.tags:
+        return
+    known = known or (func in RANGES and not out.dtype.is_floating_point)
+    if known and out.numel() <= SMALL:
+        out.fits_values = computed(func, args, kwargs, known_values)  # type: ignore[attr-defined]
+    elif out.dtype == torch.bool:
+        if func.overloadpacket in (aten.any, aten.all):  # nothing is wrong, and all is right
+            out.fits_truth = func.overloadpacket is aten.all  # type: ignore[attr-defined]
+            return
+        truth = computed(func, args, kwargs, one)
+        with _disable_current_modes():
+            if isinstance(truth, Tensor):
+                likely = bool(truth.all())
+            else:  # the sizes that it is given are not those of one element
+                told = [x for x in leaves if isinstance(x, Tensor) and x.dtype == torch.bool]
+                likely = bool(told) and all(map(stand_in, told))
+        out.fits_truth = likely  # type: ignore[attr-defined]
+
+
+def computed(func: OpOverload, args: tuple, kwargs: dict[str, object], value) -> object:
+    """What an operator returns for other values of its tensors; None if it fails on them."""
+    with _disable_current_modes():
+        try:
+            given = tree_map(lambda x: value(x) if isinstance(x, Tensor) else x, (args, kwargs))
+            if "device" in kwargs:
+                given[1]["device"] = torch.device("cpu")
+            out = func(*given[0], **given[1])
+        except (RuntimeError, IndexError, TypeError, ValueError):
+            return None
+    return out
