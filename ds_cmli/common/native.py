@@ -16,13 +16,16 @@ from ds_cmli.common.errors import UserError
 def library(source: Path, options: Sequence[str], also: str = "") -> Path:
     """The shared library of a file, compiled with these options if it is not in the cache.
 
+    It may include the headers of its folder.
+
     Args:
         also: what else it depends on, such as the version of a library.
 
     Raises:
         UserError: there is no compiler, it does not compile the file, or the cache is not writable.
     """
-    text = "\n".join([source.read_text(), *options, also])
+    sources = [source, *sorted(source.parent.glob("*.h"))]
+    text = "\n".join([*map(Path.read_text, sources), *options, also])
     folder = cache_folder() / "native"
     built = folder / f"{source.stem}-{hashlib.sha256(text.encode()).hexdigest()[:12]}.so"
     if not built.exists():

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ds_cmli.cmli.chunked.forward import Forward, compute_tiles
-from ds_cmli.cmli.chunked.kernels import Kernels, kernels_for
+from ds_cmli.cmli.chunked.forward import find_indices
+from ds_cmli.cmli.chunked.kernels import kernels_for
 from ds_cmli.cmli.chunked.packed import (
     ArgmaxIndices,
     Chunk,
@@ -30,7 +30,7 @@ from ds_cmli.cmli.chunked.packed import (
 )
 from ds_cmli.cmli.chunked.tile_gradients import Buffers, Tile, add_lost, add_won
 from ds_cmli.cmli.chunked.tiling import RecomputePlan, tile_sizes
-from ds_cmli.cmli.inputs import Sides, Wanted, index_dtype
+from ds_cmli.cmli.inputs import Sides, Wanted
 
 
 def backward(
@@ -70,7 +70,7 @@ def backward(
         part = first, min(first + plan.images, I)
         if not images.lengths[part[1] - 1] or not texts.lengths[-1]:
             return  # all are empty
-        indices = saved or _recompute(texts, images, part, plan.budget, kernels)
+        indices = saved or find_indices(texts, images, part, plan.budget, kernels)
         if kernels is not None:
             kernels.add_gradients(part, indices, d_image, text_total)
             return
@@ -99,39 +99,6 @@ def _gradient_of(side: PackedBatch, wanted: bool) -> Tensor:
     if wanted:
         return torch.zeros_like(side.features)
     return side.features.new_empty(0)
-
-
-def _recompute(
-    texts: PackedBatch,
-    images: PackedBatch,
-    part: tuple[int, int],
-    budget: int,
-    kernels: Kernels | None,
-) -> ArgmaxIndices:
-    """Find the indices of all texts and the images [first, stop) = `part` of the sorted order.
-
-    Kernels find only those of pairs with a gradient, where these are few.
-    """
-    N, M = images.positions, texts.positions
-    first, stop = part
-    sequence = max(first, images.lengths.count(0))
-    i2t = len(texts.lengths), sum(images.lengths[first:stop])
-    t2i = sum(texts.lengths), stop - sequence
-    indices = ArgmaxIndices(
-        texts.features.new_empty(i2t, dtype=index_dtype(M)),
-        texts.features.new_empty(t2i, dtype=index_dtype(N)),
-        sequence,
-        sum(images.lengths[:first]),
-    )
-    if kernels is not None:
-        kernels.compare(part, indices=indices)
-        return indices
-    D, dtype = texts.features.shape[1], texts.features.dtype
-    most_text, most_image = tile_sizes(N, M, D, dtype, budget, backward=False)
-    text_chunks = make_chunks(texts.lengths, most_text)
-    image_chunks = make_chunks(images.lengths, most_image, first, stop)
-    compute_tiles(Forward(texts, images, None, indices), text_chunks, image_chunks)
-    return indices
 
 
 @dataclass

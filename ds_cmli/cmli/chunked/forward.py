@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ds_cmli.cmli.chunked.kernels import kernels_for
+from ds_cmli.cmli.chunked.kernels import Kernels, kernels_for
 from ds_cmli.cmli.chunked.packed import (
     ArgmaxIndices,
     Chunk,
@@ -22,7 +22,7 @@ from ds_cmli.cmli.chunked.tiling import product, tile_sizes
 from ds_cmli.cmli.inputs import Sides, index_dtype
 
 
-class Forward(NamedTuple):
+class _Pass(NamedTuple):
     """Both sides, and what a pass over their tiles fills in; either of the two may be None."""
 
     texts: PackedBatch
@@ -56,11 +56,44 @@ def forward(
     most_text, most_image = tile_sizes(N, M, D, image.dtype, scratch_bytes, backward=False)
     text_chunks = make_chunks(texts.lengths, most_text)
     image_chunks = make_chunks(images.lengths, most_image)
-    compute_tiles(Forward(texts, images, (s_i2t, s_t2i), indices), text_chunks, image_chunks)
+    _compute_tiles(_Pass(texts, images, (s_i2t, s_t2i), indices), text_chunks, image_chunks)
     return s_i2t, s_t2i, arg_i2t, arg_t2i
 
 
-def compute_tiles(wanted: Forward, text_chunks: list[Chunk], image_chunks: list[Chunk]) -> None:
+def find_indices(
+    texts: PackedBatch,
+    images: PackedBatch,
+    part: tuple[int, int],
+    budget: int,
+    kernels: Kernels | None,
+) -> ArgmaxIndices:
+    """Find the indices of all texts and the images [first, stop) = `part` of the sorted order.
+
+    Kernels find only those of pairs with a gradient, where these are few.
+    """
+    N, M = images.positions, texts.positions
+    first, stop = part
+    sequence = max(first, images.lengths.count(0))
+    i2t = len(texts.lengths), sum(images.lengths[first:stop])
+    t2i = sum(texts.lengths), stop - sequence
+    indices = ArgmaxIndices(
+        texts.features.new_empty(i2t, dtype=index_dtype(M)),
+        texts.features.new_empty(t2i, dtype=index_dtype(N)),
+        sequence,
+        sum(images.lengths[:first]),
+    )
+    if kernels is not None:
+        kernels.compare(part, indices=indices)
+        return indices
+    D, dtype = texts.features.shape[1], texts.features.dtype
+    most_text, most_image = tile_sizes(N, M, D, dtype, budget, backward=False)
+    text_chunks = make_chunks(texts.lengths, most_text)
+    image_chunks = make_chunks(images.lengths, most_image, first, stop)
+    _compute_tiles(_Pass(texts, images, None, indices), text_chunks, image_chunks)
+    return indices
+
+
+def _compute_tiles(wanted: _Pass, text_chunks: list[Chunk], image_chunks: list[Chunk]) -> None:
     """Fill in the scores and indices of all pairs of these chunks."""
     texts, images = wanted.texts, wanted.images
     text_buffers = texts.load_buffers(largest(text_chunks).rows)
@@ -76,7 +109,7 @@ def compute_tiles(wanted: Forward, text_chunks: list[Chunk], image_chunks: list[
 
 
 def _fill_tile(
-    wanted: Forward,
+    wanted: _Pass,
     S: Tensor,
     text_chunk: Chunk,
     image_chunk: Chunk,
@@ -114,7 +147,7 @@ def _fill_tile(
 
 
 def _write_means(
-    wanted: Forward,
+    wanted: _Pass,
     best_token: Tensor,
     best_patch: Tensor,
     text_chunk: Chunk,

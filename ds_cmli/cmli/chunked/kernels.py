@@ -31,7 +31,7 @@ INSTRUCTIONS = {
 }
 BLOCK = 2**19  # bytes of the features of a thread's block of images, at the most
 ENTRIES = 2**14  # rows that a thread lists to add them, at the most
-TOKENS, ROWS, LANES = 64, 8, 16  # of kernels.cpp: `TOKENS`, and the most of `ROWS` and `L`
+TOKENS, ROWS, LANES = 64, 8, 16  # `TOKENS`, and the most of `ROWS` and `L` of comparison.h
 Both = tuple[Tensor, Tensor]
 
 
@@ -77,7 +77,7 @@ class Range(Structure):
 
 
 class Indices(Structure):
-    """`ArgmaxIndices`, laid out as `kernels.cpp` says."""
+    """`ArgmaxIndices`, laid out as `sides.h` says."""
 
     _fields_ = (
         ("tokens", c_void_p),
