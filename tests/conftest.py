@@ -9,6 +9,7 @@ import sys
 import tempfile
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -165,8 +166,11 @@ def null_gpu():
 @pytest.fixture(scope="session")
 def predicting_process():
     from ds_cmli.memory import predict_subprocess
+    from tests.processes import python
 
-    with predict_subprocess.Predictor(timeout_s=3600) as predictor:
+    with mock.patch.object(sys, "executable", python()):
+        predictor = predict_subprocess.Predictor(timeout_s=3600)
+    with predictor:
         yield predictor
 
 

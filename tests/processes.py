@@ -2,20 +2,31 @@
 
 It saves the seconds that PyTorch, DeepSpeed, transformers and timm take in each. What a program itself imports, and in
 which order, is as in a fresh interpreter; tests of that, and of launchers, start real ones.
+
+`python()` is a command that stands for Python and does the same for whoever starts programs by a command: Slurm,
+torchrun, and the forked programs themselves.
 """
 
+import atexit
 import contextlib
+import fcntl
+import json
 import multiprocessing
 import multiprocessing.connection
 import os
 import runpy
+import shlex
+import shutil
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
-from collections.abc import Iterator
-from multiprocessing import forkserver
+from collections.abc import Iterator, Sequence
+from functools import cache
+from multiprocessing import forkserver, reduction
 from pathlib import Path
 from unittest import mock
 
@@ -48,13 +59,54 @@ class Server:
             yield
 
 
+class Files:
+    """Standard output and standard error of a process: files, which get what is written at their end.
+
+    Args:
+        errors: None: the same file.
+    """
+
+    def __init__(self, output: Path, errors: Path | None):
+        self.output, self.errors = str(output), errors and str(errors)
+
+    def become(self) -> None:
+        """In the process."""
+        for number, path in ((1, self.output), (2, self.errors)):
+            if path is None:
+                os.dup2(1, number)
+                continue
+            file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            os.dup2(file, number)
+            os.close(file)
+
+
+class Descriptors:
+    """Standard input, output and error of a process: descriptors of another one."""
+
+    def __init__(self, numbers: Sequence[int]):
+        self.numbers = numbers
+
+    def __getstate__(self) -> dict:
+        """What the process gets, while it is being started."""
+        return {"numbers": [reduction.DupFd(number) for number in self.numbers]}
+
+    def become(self) -> None:
+        """In the process."""
+        # Some may have come with the numbers that they or others shall have.
+        files = [fcntl.fcntl(given.detach(), fcntl.F_DUPFD, 3) for given in self.numbers]
+        for number, file in enumerate(files):
+            os.dup2(file, number)
+            os.close(file)
+        sys.stdin = open(0, closefd=False)  # noqa: SIM115
+
+
 class Program:
-    """Like `subprocess.Popen`, of `python SCRIPT ARGUMENTS`, whose output goes to a file.
+    """Like `subprocess.Popen`, of `python SCRIPT ARGUMENTS`.
 
     Args:
         command: the script's path, or "-m" and a module, and its arguments.
         env: the whole environment.
-        output: the file for standard output.
+        output: the file for standard output; or all three streams.
         errors: the file for standard error; None: the same.
         server: where it is forked; None: from the usual server.
     """
@@ -64,11 +116,14 @@ class Program:
         command: list[str],
         env: dict[str, str],
         cwd: Path,
-        output: Path,
+        output: Path | Descriptors,
         errors: Path | None = None,
         server: Server | None = None,
     ):
-        arguments = (list(map(str, command)), env, str(cwd), str(output), errors and str(errors))
+        streams = output if isinstance(output, Descriptors) else Files(output, errors)
+        # The libraries of another server are not those of `python()`.
+        executable = sys.executable if server else python()
+        arguments = (list(map(str, command)), env, str(cwd), streams, executable)
         self.process = CONTEXT.Process(target=_run, args=arguments)
         with LOCK, server.serving() if server else contextlib.nullcontext():
             self.process.start()
@@ -96,14 +151,9 @@ class Program:
         self.send_signal(signal.SIGKILL)
 
 
-def _run(command: list[str], env: dict[str, str], cwd: str, output: str, errors: str | None) -> None:
-    for number, path in ((1, output), (2, errors)):
-        if path is None:
-            os.dup2(1, number)
-            continue
-        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(file, number)
-        os.close(file)
+def _run(command: list[str], env: dict[str, str], cwd: str, streams: Files | Descriptors, executable: str) -> None:
+    streams.become()
+    sys.executable = executable
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(env)
@@ -135,3 +185,56 @@ def finished(
     finally:
         program.kill()
     return subprocess.CompletedProcess(command, code, output.read_text(), errors.read_text())
+
+
+@cache
+def python() -> str:
+    """The path of a command that runs Python programs, forked from the usual server, for those who start processes.
+
+    `forked_python.py` tells what the process that is started so has in common with the one that runs.
+    """
+    folder = tempfile.mkdtemp(prefix="python-")
+    owner = os.getpid()
+    listening = socket.socket(socket.AF_UNIX)
+    listening.bind(f"{folder}/socket")
+    listening.listen()
+    threading.Thread(target=_listen, args=(listening,), daemon=True).start()
+    path = Path(folder, "python")
+    forked = shlex.join([sys.executable, "-IS", str(Path(__file__).with_name("forked_python.py")), f"{folder}/socket"])
+    # What is no program of ours, a line of code for instance, is for Python itself.
+    path.write_text(f"""\
+#!/bin/sh
+[ "$1" = -u ] && shift
+case $1 in
+-m | [!-]*) exec {forked} "$@" ;;
+*) exec {shlex.quote(sys.executable)} "$@" ;;
+esac
+""")
+    path.chmod(0o755)
+
+    def end() -> None:
+        if os.getpid() == owner:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    atexit.register(end)
+    return str(path)
+
+
+def _listen(listening: socket.socket) -> None:
+    while True:
+        threading.Thread(target=_serve, args=(listening.accept()[0],), daemon=True).start()
+
+
+def _serve(connection: socket.socket) -> None:
+    """Run what a process of forked_python.py asks for, as long as that lives."""
+    with connection, connection.makefile("rb") as lines:
+        _, streams, _, _ = socket.recv_fds(connection, 1, 3)
+        asked = json.loads(lines.readline())
+        program = Program(asked["command"], asked["env"], asked["cwd"], Descriptors(streams))
+        for stream in streams:
+            os.close(stream)
+        with contextlib.suppress(BrokenPipeError):
+            connection.sendall(f"{program.pid}\n".encode())
+            multiprocessing.connection.wait([program.process.sentinel, connection])
+            program.kill()  # where the other one has been killed
+            connection.sendall(f"{program.wait()}\n".encode())

@@ -96,6 +96,7 @@ PATCHES = {
         "deepspeed.ops",
         "__compatible_ops__",
         "On a CPU it compiles shared-memory collectives at the first start, which takes minutes.",
+        added=True,  # DeepSpeed runs compilers to fill the table, even if it is only looked for
     ),
     "deepspeed: kernels": Patch(
         "deepspeed.ops.op_builder.builder:OpBuilder",

@@ -118,7 +118,6 @@ def use_no_compiler() -> None:
     That takes minutes at the first start.
     """
     if not torch.cuda.is_available():
-        # The whole table is replaced, because DeepSpeed would run compilers to fill it.
         patch_for_good("deepspeed: compiled operators", {})
 
 

@@ -1,9 +1,13 @@
 """A few of the random mistakes; `python -m tests.config.fuzz` tries hundreds."""
 
+import sys
+
 from tests.config.fuzz import fuzz
+from tests.processes import python
 
 
-def test_random_mistakes_are_told_and_a_dry_run_ends_as_the_training_does():
+def test_random_mistakes_are_told_and_a_dry_run_ends_as_the_training_does(monkeypatch):
+    monkeypatch.setattr(sys, "executable", python())
     figures, failures = fuzz(5, seed=1, each=2)
     assert not failures
     assert figures["cases"] == 5 and figures["compared"] == 3 and figures["accepted"] == 2

@@ -193,7 +193,7 @@ def ranks_of(run: Path) -> list[int]:
         if (
             words[0].split(b"/")[-1].startswith(b"python")
             and str(run).encode() in words
-            and TRAIN.encode() in words[1:3]
+            and TRAIN.encode() in words[1:5]  # behind what stands for Python, as processes.python() does
         ):
             given = dict(word.split(b"=", 1) for word in env.split(b"\0") if b"=" in word)
             rank = given.get(b"RANK") or given.get(b"SLURM_PROCID") or b"0"

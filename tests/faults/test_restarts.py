@@ -22,6 +22,7 @@ from tests.checkpoint.test_restore import assert_same
 from tests.config.test_mistakes import pairs
 from tests.conftest import ROOT, clean_environment, free_port
 from tests.faults.signal_table import ranks_of
+from tests.processes import python
 
 TORCHRUN = str(Path(sys.executable).with_name("torchrun"))
 STEPS = 40
@@ -44,6 +45,7 @@ def unbroken(options, tmp_path_factory) -> Path:
 
 def start(run: Path, options: list[str], *of_torchrun: str) -> subprocess.Popen:
     env = clean_environment() | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "DS_CMLI_JOB": "a job"}
+    env["PYTHON_EXEC"] = python()  # of the ranks: what restarts them is torchrun itself
     command = [TORCHRUN, "--max-restarts=1", "--monitor-interval=0.1", "--shutdown-timeout=5", *of_torchrun]
     with open(f"{run}.log", "a") as out:
         return subprocess.Popen(

@@ -7,14 +7,13 @@ import pytest
 
 from ds_cmli.cmli.chunked import kernels
 from profiling.benchmark_cmli import breakdown
-from tests.conftest import ROOT, clean_environment, run
+from tests.conftest import run
 
 
 def test_benchmark_writes_what_it_measures(tmp_path):
     file = tmp_path / "rows.json"
-    command = [sys.executable, str(ROOT / "profiling" / "benchmark_cmli.py"), "--batch", "4", "--setting", "captions"]
-    options = ["--repeats", "1", "--no-memory", "--no-scaling", "--json", str(file)]
-    done = subprocess.run([*command, *options], env=clean_environment(), capture_output=True, text=True, timeout=300)
+    options = ["--batch", "4", "--setting", "captions", "--repeats", "1", "--no-memory", "--no-scaling"]
+    done = run(*options, "--json", str(file), script="../profiling/benchmark_cmli.py")
     assert done.returncode == 0, done.stdout + done.stderr
     rows = json.loads(file.read_text())
     keys = {"name", "setting", "dtype", "B", "forward_s", "step_s", "floor_s", "peak_extra_bytes"}

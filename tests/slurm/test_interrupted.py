@@ -9,7 +9,6 @@ import os
 import random
 import re
 import signal
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +18,7 @@ import pytest
 from tests.config.test_mistakes import pairs
 from tests.conftest import ROOT, rank_environments
 from tests.metrics_file import metrics
-from tests.processes import Program
+from tests.processes import Program, python
 from tests.slurm.cluster import Cluster, poll
 from tests.slurm.jobs import finish, log, steps_done, submit
 
@@ -74,12 +73,6 @@ KINDS: list[Callable[[Cluster, str, Path], None]] = [
     *(time_limit, term, requeue, preempt, node_down, user_signal_to_the_shell)
 ]
 QUICK = [preempt, node_down]
-# Python, but that the nodes' network is tried at the first start alone: that imports torch each time.
-PYTHON = f"""\
-#!/bin/sh
-[ "$2" = network ] && [ "$SLURM_RESTART_COUNT" ] && exit
-exec {sys.executable} "$@"
-"""
 
 
 @pytest.fixture(scope="module")
@@ -99,11 +92,8 @@ def interrupted(
 ) -> tuple[Path, str]:
     """A job that meets `kinds`, each at a random step; its folder and its log."""
     dice, steps = random.Random(seed), int(options[-1])
-    python = folder / "python"
-    python.write_text(PYTHON)
-    python.chmod(0o755)
     asked = ("--nodes=2", "--time=60", "--signal=TERM@90")
-    job = submit(cluster, folder, asked, *options, python=str(python))
+    job = submit(cluster, folder, asked, *options, python=python())
     run = folder / "runs" / f"slurm-{job}"
     stops = [0]
     for kind in kinds:
@@ -168,7 +158,7 @@ def test_a_cancelled_job_is_saved_and_not_requeued(cluster, tmp_path):
 
 def test_a_start_that_slurm_has_lost_sight_of_writes_no_more(cluster, tmp_path):
     """A node's slurmd dies and its task lives on, while the job is requeued to the other node."""
-    job = submit(cluster, tmp_path, (), *TINY, "--steps=100000", "--save-every=2")
+    job = submit(cluster, tmp_path, (), *TINY, "--steps=100000", "--save-every=2", python=python())
     run = tmp_path / "runs" / f"slurm-{job}"
     poll(lambda: steps_done(run) >= 3, 120, lambda: log(tmp_path, job))
     node, old = cluster.job(job)["BatchHost"], Path(f"/proc/{task(job, rank=0)}")

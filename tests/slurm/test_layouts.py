@@ -2,7 +2,6 @@
 
 import re
 import shutil
-import sys
 from itertools import groupby
 
 import pytest
@@ -10,7 +9,7 @@ import pytest
 from ds_cmli.train import command
 from tests.conftest import ROOT, rank_environments
 from tests.metrics_file import metrics
-from tests.processes import Program
+from tests.processes import Program, python
 from tests.slurm.jobs import SCRIPT, finish, log, submit
 
 TINY = ("--preset", "tiny", "--steps", "3", "--set", "run.eval_batch=100")
@@ -147,7 +146,7 @@ def mistakes(cluster, tmp_path_factory):
     folder = tmp_path_factory.mktemp("mistakes")
     jobs = {}
     for name, (sbatch, env, options, _) in MISTAKES.items():
-        env = {"DS_CMLI_PYTHON": sys.executable, **env}
+        env = {"DS_CMLI_PYTHON": python(), **env}
         jobs[name] = cluster.submit(*sbatch.split(), SCRIPT, *TINY, *options.split(), cwd=folder, **env)
     return folder, jobs
 
@@ -182,8 +181,8 @@ def test_where_the_project_is_not(cluster, tmp_path):
 
 
 def test_granted_gpus_that_torch_does_not_see_are_said(cluster, tmp_path):
-    python = f"env CUDA_VISIBLE_DEVICES= {sys.executable}"  # Slurm sets it to device files that are no GPUs
-    job = submit(cluster, tmp_path, ("--nodes=2", "--gpus-per-node=2"), *TINY, python=python)
+    command = f"env CUDA_VISIBLE_DEVICES= {python()}"  # Slurm sets it to device files that are no GPUs
+    job = submit(cluster, tmp_path, ("--nodes=2", "--gpus-per-node=2"), *TINY, python=command)
     text = refused(cluster, tmp_path, job)
     for node in ("n1", "n2"):
         assert f"error: node {node}: 2 GPUs are granted, but torch" in text
