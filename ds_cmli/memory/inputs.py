@@ -1,19 +1,25 @@
 """The inputs of a predicted or measured step: random models, and batches without real data."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from transformers import AutoConfig, PreTrainedConfig
 
 from ds_cmli.cmli.token_keep import kept
 from ds_cmli.common.errors import UserError
+from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.presets import MINILM_SIZES
 from ds_cmli.config.schema import Config
 from ds_cmli.data.batch import Batch
 from ds_cmli.data.tokens import load_tokenizer
 from ds_cmli.models.transformers_model import family, text_part, without_effect
+
+if TYPE_CHECKING:
+    from ds_cmli.memory.fake import Answers
+    from ds_cmli.memory.tracker import Tracker
 
 # Text models whose sizes are the defaults of their family in transformers: they need no download.
 FAMILY_SIZES = ("bert", "bert-base-uncased", "bert-base-cased", "roberta", "roberta-base")
@@ -27,6 +33,23 @@ class NotPredictable(UserError):
 
 
 UNCOMPILED = "run.compile: predicted without, as what a compiler keeps shows only when it has run"
+
+
+def check_predictable(ds_config: DeepSpeedConfig) -> None:
+    """Raise `NotPredictable` for what DeepSpeed does by the values of tensors."""
+    device = ds_config.offload("param")
+    if device != "none":
+        raise NotPredictable(
+            f"zero_optimization.offload_param.device is {device!r}: it cannot be predicted: leave "
+            "it out"
+        )
+    # With it, DeepSpeed saves sizes in a tensor and reads them later, but fake tensors hold no
+    # data.
+    if (ds_config.get("activation_checkpointing") or {}).get("partition_activations"):
+        raise NotPredictable(
+            "activation_checkpointing.partition_activations is true: it cannot be predicted: leave "
+            "it out"
+        )
 
 
 def without_weights(config: Config) -> tuple[Config, int]:
@@ -114,6 +137,52 @@ def longest_batch(config: Config, micro_batch: int, positions: int | None = None
         padded=True,
         grid=torch.full((B, 2), config.data.side) if config.data.aspect_patch else None,
     )
+
+
+class StepBatches(list[Batch]):
+    """A step's micro-batches; as each is taken, `answers` and `tracker` get its texts' lengths.
+
+    Args:
+        texts: the texts of each micro-batch; None: the longest, of which nothing is told.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        ds_config: DeepSpeedConfig,
+        texts: Sequence[Texts] | None,
+        answers: "Answers",
+        tracker: "Tracker",
+    ):
+        self.share, self.texts = config.loss.cmli_token_keep, texts
+        self.answers, self.tracker = answers, tracker
+        positions: list[int | None] = [None] * ds_config.accumulation
+        if texts is not None:
+            positions = [each[0][0] for each in texts]
+        super().__init__(longest_batch(config, ds_config.micro_batch, n) for n in positions)
+
+    def _set_lengths(self, texts: Sequence[Texts]) -> None:
+        """Set the longest padded length on any rank, and all compared texts' valid tokens."""
+        lengths, longest = [], 0
+        for micro_batches in zip(*texts, strict=True):  # of one rank
+            for positions, valid in micro_batches:
+                longest = max(longest, kept(self.share, positions))
+                lengths += [kept(self.share, n) for n in valid]
+        self.answers.positions = longest
+        self.tracker.text_lengths = lengths
+
+    def __iter__(self) -> Iterator[Batch]:
+        if self.texts is None:
+            yield from super().__iter__()
+            return
+        for batch, ranks in zip(super().__iter__(), self.texts, strict=True):
+            self._set_lengths([ranks])
+            # A text without padding has valid tokens at all positions but two: [CLS] and [SEP].
+            positions, valid = ranks[0]
+            with self.answers.texts(all(n == positions - 2 for n in valid)):
+                yield batch
+        # Gradient caching then computes the losses over all micro-batches.
+        self._set_lengths(self.texts)
 
 
 def candidates(stage: int, world_size: int) -> list[int]:

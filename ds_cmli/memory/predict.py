@@ -7,7 +7,7 @@ created in the first.
 
 import gc
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -21,13 +21,11 @@ from ds_cmli.allocator.allocator import replay
 from ds_cmli.allocator.blocks import Event
 from ds_cmli.allocator.gpus import Limits
 from ds_cmli.cmli.backends import why_not_on
-from ds_cmli.cmli.token_keep import kept
 from ds_cmli.common import hardware
 from ds_cmli.common.probe import probe
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.json_values import JsonObject, Section
 from ds_cmli.config.schema import Config, check, choice
-from ds_cmli.data.batch import Batch
 from ds_cmli.distributed.traffic import Traffic
 from ds_cmli.fits.answer import with_cublas
 from ds_cmli.memory.fake import Answers, fake_world
@@ -40,9 +38,9 @@ from ds_cmli.memory.host_memory import (
 )
 from ds_cmli.memory.inputs import (
     UNCOMPILED,
-    NotPredictable,
+    StepBatches,
     Texts,
-    longest_batch,
+    check_predictable,
     text_lengths,
     without_weights,
 )
@@ -67,10 +65,6 @@ def silent(line: str) -> None:
     """Show no progress."""
 
 
-def unwatched(train_engine: engine.TrainEngine, step: int) -> AbstractContextManager[object]:
-    return nullcontext()
-
-
 @dataclass(frozen=True)
 class Options:
     """What is rarely asked of a prediction.
@@ -91,7 +85,9 @@ class Options:
     backend: str | None = None
     texts: Sequence[Texts] | None = None
     scores: Callable[..., tuple[Tensor, Tensor]] | None = None
-    watch: Callable[[engine.TrainEngine, int], AbstractContextManager[object]] = unwatched
+    watch: Callable[[engine.TrainEngine, int], AbstractContextManager[object]] = (
+        lambda train_engine, step: nullcontext()
+    )
     tell: Callable[[str], None] = silent
 
 
@@ -135,7 +131,7 @@ def predict(
     known = f"the ranks of {world_size} are 0 to {world_size - 1}"
     check(0 <= rank < world_size, "--rank", rank, known)
     json = DeepSpeedConfig.of(ds_config)
-    _check_predictable(json)
+    check_predictable(json)
     card = gpus.find(gpu)
     limits = card.limits if target == "cuda" else None
     here = _resolve(config, json, _Rank(rank, world_size, limits), options.tell)
@@ -270,87 +266,27 @@ def _step(
     answers: Answers,
     tracker: Tracker,
 ) -> None:
+    accumulation, of_step = here.json.accumulation, options.texts
+    if of_step is not None:
+        of_step = of_step[number * accumulation : (number + 1) * accumulation]
     # In training on a GPU batches wait on the host, and each is copied to the device when its turn
     # comes.
     with tracker.paused() if here.rank.cuda else tracker.scope("data"):
-        batches = _StepBatches(here, number, options.texts, answers, tracker)
+        batches = StepBatches(here.config, here.json, of_step, answers, tracker)
     with ExitStack() as stack:
         if here.rank.cuda:
             stack.enter_context(probe.subscribed(HostMemory(tracker)))
         watched = stack.enter_context(options.watch(train_engine, number))
         if options.texts is None:
             traffic = watched if isinstance(watched, Traffic) else Traffic()
-            repeated = Repeated(tracker, here.json.accumulation, traffic)
+            repeated = Repeated(tracker, accumulation, traffic)
             stack.enter_context(probe.subscribed(repeated))
         train_engine.step(batches)
-
-
-class _StepBatches(list[Batch]):
-    """A step's micro-batches; as each is taken, `answers` and `tracker` get its texts' lengths.
-
-    Args:
-        number: of the step, from 0.
-        texts: as in `Options`, of all steps.
-    """
-
-    def __init__(
-        self,
-        here: _Resolved,
-        number: int,
-        texts: Sequence[Texts] | None,
-        answers: Answers,
-        tracker: Tracker,
-    ):
-        count = here.json.accumulation
-        self.here, self.answers, self.tracker = here, answers, tracker
-        self.texts = None if texts is None else texts[number * count : (number + 1) * count]
-        positions = [None] * count if self.texts is None else [each[0][0] for each in self.texts]
-        super().__init__(longest_batch(here.config, here.json.micro_batch, n) for n in positions)
-
-    def _set_lengths(self, texts: Sequence[Texts]) -> None:
-        """Set the longest padded length on any rank, and all compared texts' valid tokens."""
-        share = self.here.config.loss.cmli_token_keep
-        lengths, longest = [], 0
-        for micro_batches in zip(*texts, strict=True):  # of one rank
-            for positions, valid in micro_batches:
-                longest = max(longest, kept(share, positions))
-                lengths += [kept(share, n) for n in valid]
-        self.answers.positions = longest
-        self.tracker.text_lengths = lengths
-
-    def __iter__(self) -> Iterator[Batch]:
-        if self.texts is None:
-            yield from super().__iter__()
-            return
-        for batch, ranks in zip(super().__iter__(), self.texts, strict=True):
-            self._set_lengths([ranks])
-            # A text without padding has valid tokens at all positions but two: [CLS] and [SEP].
-            positions, valid = ranks[0]
-            with self.answers.texts(all(n == positions - 2 for n in valid)):
-                yield batch
-        # Gradient caching then computes the losses over all micro-batches.
-        self._set_lengths(self.texts)
 
 
 def _own_parameters(module: nn.Module) -> int:
     # Under ZeRO-3 `numel` is not the size of the whole parameter.
     return sum(getattr(p, "ds_numel", p.numel()) for p in module.parameters(recurse=False))
-
-
-def _check_predictable(ds_config: DeepSpeedConfig) -> None:
-    device = ds_config.offload("param")
-    if device != "none":
-        raise NotPredictable(
-            f"zero_optimization.offload_param.device is {device!r}: it cannot be predicted: leave "
-            "it out"
-        )
-    # With it, DeepSpeed saves sizes in a tensor and reads them later, but fake tensors hold no
-    # data.
-    if (ds_config.get("activation_checkpointing") or {}).get("partition_activations"):
-        raise NotPredictable(
-            "activation_checkpointing.partition_activations is true: it cannot be predicted: leave "
-            "it out"
-        )
 
 
 def _pinned(ds_config: DeepSpeedConfig) -> DeepSpeedConfig:

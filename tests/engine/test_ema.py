@@ -22,7 +22,8 @@ from ds_cmli.distributed import process_group as distributed
 from ds_cmli.engine.ema import EMA
 from ds_cmli.evaluate.embed import image_embeddings, text_embeddings
 from ds_cmli.faults.preemption import Preempted
-from ds_cmli.memory.predict import Options, longest_batch, predict, without_weights
+from ds_cmli.memory.inputs import longest_batch, without_weights
+from ds_cmli.memory.predict import Options, predict
 from profiling.measure_cpu import measure
 from tests.conftest import spawn
 

@@ -11,7 +11,8 @@ from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.presets import load_preset
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.engine.parameter_groups import counts_line, factor, parameter_groups
-from ds_cmli.memory.predict import Options, longest_batch, predict, without_weights
+from ds_cmli.memory.inputs import longest_batch, without_weights
+from ds_cmli.memory.predict import Options, predict
 from profiling.measure_cpu import measure
 
 FROZEN = {"student": {"freeze_image": 1, "freeze_text": 2}}  # of two layers each

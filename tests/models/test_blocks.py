@@ -14,7 +14,7 @@ from ds_cmli import engine
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.presets import load_preset
 from ds_cmli.distributed import process_group as distributed
-from ds_cmli.memory.predict import longest_batch, without_weights
+from ds_cmli.memory.inputs import longest_batch, without_weights
 from ds_cmli.models.blocks import cannot_compile, checkpoint_blocks
 from ds_cmli.models.student import Student
 from tests.config.test_mistakes import fail
