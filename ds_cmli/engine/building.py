@@ -4,8 +4,7 @@ Here alone they are put together: training, profiling and prediction all begin h
 """
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,13 +17,13 @@ from ds_cmli.common.patches import patch_for_good
 from ds_cmli.config import deepspeed_keys, schedule
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.json_values import JsonObject
-from ds_cmli.config.presets import PRESETS
 from ds_cmli.config.registry import needs_teacher
 from ds_cmli.config.schema import Config
 from ds_cmli.data.tokens import SpecialTokens
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.engine import gradient_caching
 from ds_cmli.engine.ema import EMA
+from ds_cmli.engine.hints import with_hints
 from ds_cmli.engine.parameter_groups import (
     freeze,
     muon_rates,
@@ -36,8 +35,7 @@ from ds_cmli.engine.planning import DTYPES, compares_all, resolve_weights
 from ds_cmli.engine.train_engine import TrainEngine
 from ds_cmli.faults import nonfinite
 from ds_cmli.losses.objective import Objective, Queue
-from ds_cmli.models import timm_model
-from ds_cmli.models.backbone import ImageRequest, cast_buffers
+from ds_cmli.models.backbone import cast_buffers
 from ds_cmli.models.blocks import checkpoint_blocks, compile_blocks
 from ds_cmli.models.lora import add_adapters
 from ds_cmli.models.student import Student
@@ -48,13 +46,6 @@ if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
 Models = tuple[Objective, Teacher | None]
-MOST_PIXELS = 4096  # of data.image_size
-# (section, the setting of a model, the setting of its sizes)
-SIZES = (
-    ("student", "image_model", "image_overrides"),
-    ("student", "text_model", "text_overrides"),
-    ("teacher", "model", "overrides"),
-)
 
 
 def build_models(
@@ -252,9 +243,8 @@ def _without_timer(ds_config: DeepSpeedConfig) -> JsonObject:
 def _undo_first_update(optimizer: Any) -> None:
     """Undo the update with zero gradients by which DeepSpeed (0.19.8) creates the states.
 
-    It does so in 16 bit without ZeRO.
-
-    It has decayed the weights, and would count in the bias correction.
+    It does that in 16 bit without ZeRO: weights have decayed, and the bias correction would count
+    it.
     """
     if not hasattr(optimizer, "loss_scale_config"):
         return
@@ -262,67 +252,3 @@ def _undo_first_update(optimizer: Any) -> None:
     for state in [*optimizer.state.values(), *optimizer.param_groups]:
         if "step" in state:
             state["step"] = state["step"] * 0
-
-
-@contextmanager
-def with_hints(config: Config) -> Iterator[None]:
-    """Build the models inside. A proposed image size fits all; a preset's setting is called that.
-
-    Raises:
-        UserError: the one raised inside, with more in its line.
-    """
-    try:
-        yield
-    except timm_model.WrongImageSize as error:
-        raise UserError(f"{error.problem}; {_size_for_all(config, error.patch)}") from None
-    except UserError as error:
-        line, hint = str(error), _of_the_preset(config, str(error))
-        if hint:
-            line = line.partition(": known: ")[0] + hint
-        raise UserError(line) from None
-
-
-def _size_for_all(config: Config, patch: tuple[int, int]) -> str:
-    """The size nearest to the configured one that both image encoders take."""
-    sides, size = {*patch}, config.data.image_size
-    for request in _image_encoders(config):
-        sides |= {*timm_model.patch(request)}
-    step = math.lcm(*sides)
-    if step > MOST_PIXELS:
-        patches = " and ".join(map(str, sorted(sides)))
-        return f"no size fits patches of {patches} pixels: choose other models"
-    near = max(1, min(round(size / step), MOST_PIXELS // step)) * step
-    if needs_teacher(config.loss.weights):
-        return f"give for instance {near}, which fits student.image_model and teacher.model"
-    return f"give for instance {near}"
-
-
-def _image_encoders(config: Config) -> Iterator[ImageRequest]:
-    student, teacher, size = config.student, config.teacher, config.data.image_size
-    yield ImageRequest(
-        "student.image_",
-        student.image_model,
-        "random",
-        student.image_overrides,
-        size,
-        True,
-        student.layers,
-    )
-    if needs_teacher(config.loss.weights):
-        yield ImageRequest(
-            "teacher.", teacher.model, "random", teacher.overrides, size, True, block=teacher.block
-        )
-
-
-def _of_the_preset(config: Config, line: str) -> str:
-    """A hint if the line is about sizes that the preset set for another model than this one."""
-    for section, model, sizes in SIZES:
-        preset = PRESETS.get(config.run.preset, {}).get(section, {})
-        given, own = getattr(config, section), preset.get(model)
-        of_the_preset = preset.get(sizes) and getattr(given, sizes) == preset[sizes]
-        if of_the_preset and getattr(given, model) != own and f"{section}.{sizes}" in line:
-            return (
-                f"; the preset {config.run.preset!r} sets {section}.{sizes} for {own!r}: "
-                f"give --set {section}.{sizes}={{}} too, or sizes of {getattr(given, model)!r}"
-            )
-    return ""
