@@ -37,9 +37,8 @@ from ds_cmli.data.loaders import train_loader
 from ds_cmli.data.sampler import GlobalBatchSampler
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.inference import Model
-from ds_cmli.losses.cached import CachedStep
 from ds_cmli.losses.objective import Objective
-from ds_cmli.losses.pair_features import PairFeatures
+from ds_cmli.losses.pair_features import CachedStep, PairFeatures
 from profiling.scripts import compare, listed, processor
 
 MICRO_BATCH = 64  # pairs that gradient caching takes at a time

@@ -18,9 +18,9 @@ from torch import Tensor
 from ds_cmli.common.probe import probe
 from ds_cmli.data.batch import Batch
 from ds_cmli.engine.result import MicroBatchLosses
-from ds_cmli.losses.cached import CachedStep, PairGradients
+from ds_cmli.losses.cached import PairGradients
 from ds_cmli.losses.objective import Compare, Embed, Objective, Replay, Request
-from ds_cmli.losses.pair_features import PairFeatures
+from ds_cmli.losses.pair_features import CachedStep, PairFeatures
 from ds_cmli.models.teacher import Targets
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ Shapes: K micro-batches of B pairs, P ranks, G = K * B * P texts, T texts of a t
 text positions, H student width, D embedding dimension.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -26,13 +26,11 @@ from ds_cmli.cmli import collectives
 from ds_cmli.cmli.contrastive import upcast
 from ds_cmli.cmli.cut import Cut
 from ds_cmli.cmli.inputs import Sides, Wanted
-from ds_cmli.cmli.loss import l2_normalize
 from ds_cmli.cmli.op import cmli_gradients
 from ds_cmli.cmli.ring import ReturnedGradient, Score, Scorer
-from ds_cmli.common.probe import probe
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.losses.base import Loss
-from ds_cmli.losses.pair_features import PairFeatures
+from ds_cmli.losses.pair_features import CachedStep, PairFeatures
 from ds_cmli.losses.tile_statistics import TileStatistics
 from ds_cmli.losses.tiles import FEWER, FeatureGradients, Images, Stored, TextChunk, Texts, Tile
 
@@ -70,58 +68,12 @@ class PairGradients:
     cut: Tensor | None = None  # `Cut.found`, where pairs are left out
 
 
-@dataclass(frozen=True)
-class CachedStep:
-    """The features of this rank's micro-batches, on the device or on the host."""
-
-    features: list[PairFeatures]
-    device: torch.device
-    scale: float = 1.0  # multiplies the gradients in the cache, so that they do not vanish in fp16
-    heartbeat: Callable[[], None] = lambda: None  # called after each tile
-
-    def __len__(self) -> int:
-        """The number of this rank's pairs, K * B."""
-        return sum(len(f.pair_id) for f in self.features)
-
-    def image_blocks(self) -> Iterator[tuple[PairFeatures, Images]]:
-        """Yields each micro-batch's features with its normalised images."""
-        firsts, first = [], 0
-        for f in self.features:
-            firsts.append((f, first))
-            first += len(f.pair_id)
-        for f, first in probe.turns(firsts):
-            yield f, self._images(f, first)
-
-    @torch.no_grad()
-    def _images(self, f: PairFeatures, first: int) -> Images:
-        cls = patches = None
-        if f.image_cls is not None:
-            cls = l2_normalize(f.fetch(f.image_cls, self.device))
-        if f.patches is not None:
-            patches = l2_normalize(f.fetch(f.patches, self.device))
-        pair_id = f.fetch(f.pair_id, self.device)
-        mask = f.patch_mask
-        if mask is not None:
-            mask = f.fetch(mask, self.device)
-        return Images(first, pair_id, None if cls is None else upcast(cls), patches, mask)
-
-    def parts(
-        self, images: Images, chunk: TextChunk, argmax_bytes: int, fewer: int = 1
-    ) -> Iterator[slice]:
-        """Yields which texts of a chunk each tile has."""
-        count, positions = chunk.mask.shape
-        size = images.texts_of_a_tile(positions, argmax_bytes, fewer)
-        for start in probe.turns(range(0, count, size)):
-            yield slice(start, min(start + size, count))
-            self.heartbeat()
-
-
 def pair_gradients(pairs: PairLosses, step: CachedStep) -> PairGradients:
     """Compute the losses over all pairs of the step, and replace the features by their gradients.
 
     Collective.
     """
-    texts = _gather_texts(step, pairs.score)  # collective
+    texts = step.gather_texts(pairs.score)  # collective
     stored = None
     if pairs.cut is not None and texts.tokens is not None:
         dtype = collectives.accumulated(texts.tokens.dtype)
@@ -167,11 +119,11 @@ def second_pass(
     for features, images in step.image_blocks():
         sums.add_images(features, images)  # collective
     if sums.text_cls is not None:
-        _back_to_texts(step, "text_cls", collectives.sum_to_owner(sums.text_cls))  # collective
+        step.back_to_texts("text_cls", collectives.sum_to_owner(sums.text_cls))  # collective
     if sums.tokens is not None:
         # What has passed round a ring has been summed on its way.
         own = sums.tokens if texts.go_round else collectives.sum_to_owner(sums.tokens)  # collective
-        _back_to_texts(step, "tokens", own)
+        step.back_to_texts("tokens", own)
     total, found = pairs.weighted(sums.each), None if pairs.cut is None else pairs.cut.found
     return PairGradients(total, sums.each, sums.parameters, sums.ignored, found)
 
@@ -306,47 +258,3 @@ def _zeros(x: Tensor | None) -> Tensor | None:
     if x is None:
         return None
     return torch.zeros_like(x, dtype=collectives.accumulated(x.dtype))
-
-
-@torch.no_grad()
-def _gather_texts(step: CachedStep, score: Score) -> Texts:
-    """Gather the texts of all ranks, except the tokens if they pass round a ring. Collective."""
-    device, longest = step.device, max(f.token_mask.shape[1] for f in step.features)
-    ids = torch.cat([f.fetch(f.pair_id, device) for f in step.features])
-    mask = torch.zeros(len(step), longest, dtype=torch.bool, device=device)
-    cls = tokens = None
-    first = 0
-    for f in step.features:
-        part = slice(first, first + len(f.pair_id))
-        length = f.token_mask.shape[1]
-        mask[part, :length] = f.fetch(f.token_mask, device)
-        if f.text_cls is not None:
-            x = upcast(l2_normalize(f.fetch(f.text_cls, device)))
-            cls = x.new_empty(len(step), x.shape[1]) if cls is None else cls
-            cls[part] = x
-        if f.tokens is not None:
-            x = l2_normalize(f.fetch(f.tokens, device))
-            tokens = x.new_zeros(len(step), longest, x.shape[2]) if tokens is None else tokens
-            tokens[part, :length] = x
-        first = part.stop
-    go_round = False
-    if tokens is not None:
-        tokens, mask = collectives.pad_text(tokens, mask)  # collective
-        go_round = isinstance(score, Scorer) and score.goes_round(tokens)
-    if tokens is not None and not go_round:
-        tokens, mask = collectives.gather_text(tokens, mask)  # collective
-    if cls is not None:
-        cls = collectives.gather_with_gradient(cls)  # collective
-    return Texts(collectives.gather(ids), mask, cls, tokens, go_round)  # collective
-
-
-def _back_to_texts(step: CachedStep, name: str, grad: Tensor) -> None:
-    """Replace cached text features by their gradients, given those of this rank's normalised texts.
-
-    `grad`: [K * B, ...].
-    """
-    first = 0
-    for features in step.features:
-        stop = first + len(features.pair_id)
-        features.set_gradient(name, grad[first:stop], step.device)
-        first = stop

@@ -18,11 +18,10 @@ from ds_cmli.config.registry import LOSSES, load
 from ds_cmli.config.schema import LossConfig
 from ds_cmli.data.aspect import patch_mask
 from ds_cmli.data.batch import Batch
-from ds_cmli.losses.bank import Bank, PairQueue
+from ds_cmli.losses.bank import Bank, PairQueue, TokenQueue
 from ds_cmli.losses.base import Features, Loss, LossInputs, WidthHead
-from ds_cmli.losses.cached import CachedStep, PairGradients, PairLosses, pair_gradients
-from ds_cmli.losses.pair_features import PairFeatures
-from ds_cmli.losses.token_queue import TokenQueue
+from ds_cmli.losses.cached import PairGradients, PairLosses, pair_gradients
+from ds_cmli.losses.pair_features import CachedStep, PairFeatures
 from ds_cmli.models.student import Student
 from ds_cmli.models.teacher import Targets
 

@@ -11,10 +11,9 @@ from torch import Tensor, nn
 
 from ds_cmli.cmli.contrastive import contrastive_loss
 from ds_cmli.config.schema import LossConfig
-from ds_cmli.losses.bank import PairQueue
+from ds_cmli.losses.bank import PairQueue, TokenQueue
 from ds_cmli.losses.base import Loss, LossInputs, PairInputs, log_scale
 from ds_cmli.losses.functions import sigmoid_loss
-from ds_cmli.losses.token_queue import TokenQueue
 
 LogSumExps = tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]
 

@@ -18,7 +18,6 @@ from ds_cmli.common.probe import probe
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.losses.base import PairInputs
 from ds_cmli.losses.functions import duplicates
-from ds_cmli.losses.pair_features import present
 from ds_cmli.losses.tile_statistics import COLUMNS, ROWS, TileStatistics
 
 # A tile whose pairs are partly left out has so many times the pairs, as it computes fewer.
@@ -26,6 +25,10 @@ FEWER = 8
 # Fewest pairs of a tile of token scores on a CPU, if the batch has as many: below, most of a tile's
 # cost is to start it.
 LEAST_PAIRS = 4096
+
+
+def present(*tensors: Tensor | None) -> list[Tensor]:
+    return [x for x in tensors if x is not None]
 
 
 class TextChunk(NamedTuple):

@@ -11,9 +11,9 @@ import torch
 from ds_cmli.cmli import cmli_scores
 from ds_cmli.common.probe import Probe
 from ds_cmli.config.presets import load_preset
-from ds_cmli.losses.cached import CachedStep, PairLosses, pair_gradients
+from ds_cmli.losses.cached import PairLosses, pair_gradients
 from ds_cmli.losses.objective import Objective
-from ds_cmli.losses.pair_features import PairFeatures
+from ds_cmli.losses.pair_features import CachedStep, PairFeatures
 from ds_cmli.losses.tiles import LEAST_PAIRS, Images
 from ds_cmli.memory.inputs import longest_batch
 from ds_cmli.models.student import Student

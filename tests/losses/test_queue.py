@@ -15,10 +15,9 @@ from ds_cmli.cmli import cmli_scores
 from ds_cmli.config.deepspeed_config import DeepSpeedConfig
 from ds_cmli.config.presets import load_preset
 from ds_cmli.config.schema import LossConfig
-from ds_cmli.losses.bank import PairQueue
+from ds_cmli.losses.bank import PairQueue, TokenQueue
 from ds_cmli.losses.base import Features, LossInputs
 from ds_cmli.losses.over_pairs import AllPairsCMLI, GlobalContrastive
-from ds_cmli.losses.token_queue import TokenQueue
 from tests.batches import rank_batches
 from tests.checkpoint.test_restore import assert_same, interrupt, json_file, ranks, source  # noqa: F401
 from tests.conftest import spawn
