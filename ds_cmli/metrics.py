@@ -21,6 +21,7 @@ from ds_cmli.checkpoint.run_files import RunFiles
 from ds_cmli.checkpoint.run_folder import METRICS
 from ds_cmli.common.errors import UserError
 from ds_cmli.common.probe import Probe
+from ds_cmli.config import registry
 from ds_cmli.distributed import process_group as distributed
 from ds_cmli.engine import TrainEngine
 from ds_cmli.engine.throughput import StepTimer, peak_flops
@@ -53,7 +54,7 @@ class Writer:
         self.lines = self.files.contents[METRICS].count(b"\n")
         self.evaluations = (0, 0)  # the step of the last logged evaluation, and its number of lines
         self.trackers = {
-            name: trackers.open_tracker(name, folder, first_step) for name in report_to
+            name: registry.load(registry.TRACKERS[name])(folder, first_step) for name in report_to
         }
         self.total = total_steps
         self.started, self.first_step = time.monotonic(), first_step
@@ -281,5 +282,4 @@ def peak_memory_bytes() -> int:
     """The most memory held so far: of the allocator on a GPU, of the process on a CPU."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
-
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -78,7 +78,6 @@ class Run:
         It is skipped where loss or gradients were not finite on some rank. Collectives after a
         skipped step.
         """
-
         state = self.state
         self.writer.advance()
         samples: list[int] = []

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
 
+READER_GONE = (errno.EPIPE, errno.EIO, errno.ECONNRESET)
+
+
 class GroupedOption(click.Option):
     def __init__(self, *args: Any, group: str, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -170,9 +173,6 @@ def _report(message: str) -> int:
     if _is_main():
         print("error: " + " ".join(message.split()), file=sys.stderr, flush=True)
     return 2
-
-
-READER_GONE = (errno.EPIPE, errno.EIO, errno.ECONNRESET)
 
 
 class _Lasting(io.FileIO):

@@ -20,6 +20,8 @@ from ds_cmli.config.optimizers import (
 )
 from ds_cmli.config.validation import shown
 
+_IDLE = (None, False, 1)  # values of the keys of stage 3 that ask nothing
+
 
 def light(content: Section) -> None:
     """Raise `UserError` for the first key that is unknown or idle, or value that is wrong."""
@@ -200,9 +202,6 @@ def _zero(content: Section) -> None:
         raise UserError(
             'gradient_allreduce_op is "sum": DeepSpeed cannot do it at stage 3: give "mean"'
         )
-
-
-_IDLE = (None, False, 1)  # values of the keys of stage 3 that ask nothing
 
 
 def _optimizer_with_zero(content: Section) -> None:

@@ -23,6 +23,9 @@ from ds_cmli.distributed import process_group as distributed
 from ds_cmli.evaluate.embed import Share, rows_of
 from ds_cmli.trackers import MATCH_MAPS
 
+if TYPE_CHECKING:
+    from ds_cmli.metrics import NullWriter, Writer
+
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 TILE = 176  # side of a word's tile in pixels
 GAP = 14
@@ -159,10 +162,6 @@ def _fonts(size: int) -> list[Font]:
 def _has(font: Font, character: str) -> bool:
     """Whether the character is drawn otherwise than one that no font has."""
     return character.isspace() or bytes(font.getmask(character)) != bytes(font.getmask(NOWHERE))
-
-
-if TYPE_CHECKING:
-    from ds_cmli.metrics import NullWriter, Writer
 
 
 class MatchMap(NamedTuple):

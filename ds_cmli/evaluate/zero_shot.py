@@ -66,8 +66,8 @@ class ClassPictures:
         folders: the class names in the data, in the order of the class numbers.
     """
 
-    def __init__(self, source: str, config: DataConfig, split: str = "validation"):
-        """Open `source`: a folder, a .tar, or "hfds/NAME" in timm's notation, of which `split`.
+    def __init__(self, source: str, config: DataConfig):
+        """Open `source`: a folder, a .tar, or the validation part of "hfds/NAME", as timm names it.
 
         Raises:
             UserError: `source` is none of these, cannot be read, or has no picture or only a class.
@@ -82,7 +82,7 @@ class ClassPictures:
 
         try:
             name, root = ("", str(path)) if path.exists() else (source, None)
-            self.reader = create_reader(name, root=root, split=split)
+            self.reader = create_reader(name, root=root, split="validation")
         except Exception as error:  # each of timm's readers raises its own exceptions
             raise UserError(f"{where}, which timm cannot read: {first_line(error)}") from None
         numbers = self.reader.class_to_idx

@@ -2,9 +2,9 @@
 
 An exported model is loaded so:
 
-import ds_cmli  # registers the model; without this import, pass trust_remote_code=True
-from transformers import AutoModel, AutoProcessor
-model, processor = AutoModel.from_pretrained(DIR), AutoProcessor.from_pretrained(DIR)
+    import ds_cmli  # registers the model; without this import, pass trust_remote_code=True
+    from transformers import AutoModel, AutoProcessor
+    model, processor = AutoModel.from_pretrained(DIR), AutoProcessor.from_pretrained(DIR)
 """
 
 from transformers import AutoConfig, AutoModel, AutoProcessor

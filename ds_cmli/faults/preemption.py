@@ -33,6 +33,21 @@ SIGNALS = (
 WHO_GOES_ON = "DS_CMLI_GOES_ON"
 # Seconds; one Ctrl-C reaches a rank from the terminal and once more from its launcher.
 SAME_PRESS = 1.0
+# Only the command `deepspeed` starts this module.
+STARTED_BY_DEEPSPEED = "deepspeed.launcher.launch"
+PROGRAMS = (  # launchers
+    "torchrun",
+    "torch.distributed.run",
+    "torch.distributed.launch",
+    "accelerate",
+    "deepspeed",
+    "ds",
+    "deepspeed.launcher.runner",
+    STARTED_BY_DEEPSPEED,
+)
+# Like process 1, these become the parent of a process whose parent has ended.
+REAPERS = ("systemd", "slurmstepd")
+INTERVAL = 0.5  # seconds between two looks for the launcher
 
 _received: list[str] = []
 
@@ -108,23 +123,6 @@ def stop() -> None:
     """Raise `Preempted` if this rank was asked to end. Other ranks are not consulted."""
     if _received:
         raise Preempted
-
-
-# Only the command `deepspeed` starts this module.
-STARTED_BY_DEEPSPEED = "deepspeed.launcher.launch"
-PROGRAMS = (
-    "torchrun",
-    "torch.distributed.run",
-    "torch.distributed.launch",
-    "accelerate",
-    "deepspeed",
-    "ds",
-    "deepspeed.launcher.runner",
-    STARTED_BY_DEEPSPEED,
-)
-# Like process 1, these become the parent of a process whose parent has ended.
-REAPERS = ("systemd", "slurmstepd")
-INTERVAL = 0.5  # seconds
 
 
 def watch_launcher(gone: Callable[[], None]) -> None:

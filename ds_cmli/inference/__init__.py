@@ -1,8 +1,10 @@
 """Uses a trained student: embeddings, scores, matches of words and patches, search in a folder.
 
-from ds_cmli.inference import Model model = Model.load("runs/demo-20260101-000000") images, texts =
-model.embed_images("pictures/"), model.embed_texts(["a red car"]) model.scores(images,
-texts)["combined"].t2i  # [I, J], ranks images for a text; i2t: texts for an image
+from ds_cmli.inference import Model
+
+model = Model.load("runs/demo-20260101-000000")
+images, texts = model.embed_images("pictures/"), model.embed_texts(["a red car"])
+model.scores(images, texts)["combined"].t2i  # [I, J], ranks images for a text; i2t: texts
 """
 
 from ds_cmli.cmli.pair_scores import Match

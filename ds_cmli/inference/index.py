@@ -17,7 +17,7 @@ from ds_cmli.cmli import cmli_scores
 from ds_cmli.cmli.contrastive import upcast
 from ds_cmli.cmli.pair_scores import combined
 from ds_cmli.common.errors import UserError
-from ds_cmli.inference.model import Model, Picture, TextEmbeddings, list_pictures
+from ds_cmli.inference.model import Model, Picture, TextEmbeddings, list_pictures, name_of
 
 FILE, VERSION = "index.json", 1
 EXACT = 2000  # up to this number of images, all of them are scored by CMLI
@@ -81,8 +81,7 @@ class Index:
             UserError: none of the pictures can be read, or the folder cannot be written.
         """
         folder = Path(folder)
-        files: Sequence[Picture]
-        files = list_pictures(pictures) if isinstance(pictures, str | Path) else pictures
+        files = list_pictures(pictures)
         try:
             folder.mkdir(parents=True, exist_ok=True)
             # No index is found here until the new one is complete.
@@ -100,7 +99,7 @@ class Index:
             for number, file in enumerate(files[start : start + batch_size], start):
                 try:
                     images.append(model.read(file))
-                    names.append(str(file) if isinstance(file, str | Path) else str(number))
+                    names.append(name_of(file, number))
                 except UserError as error:
                     refused.append(str(error))
             if images:

@@ -173,7 +173,7 @@ class Model:
         self, pictures: str | Path | Sequence[Picture], batch_size: int = 32, progress: bool = False
     ) -> ImageEmbeddings:
         """Embed the pictures of a list, or of a folder and its subfolders in the order of names."""
-        files = list_pictures(pictures) if isinstance(pictures, str | Path) else list(pictures)
+        files = list_pictures(pictures)
         cls, patches, grids = [], [], []
         patch = self.config.data.aspect_patch
         for start in _steps(len(files), batch_size, progress, "images"):
@@ -187,9 +187,7 @@ class Model:
             image_cls, features = self.student.encode_image(images, grid)  # [B, H], [B, N, H]
             cls.append(l2_normalize(image_cls).cpu())  # CPU-GPU sync
             patches.append(l2_normalize(self.student.projection(features)).cpu())
-        names = []
-        for i, file in enumerate(files):
-            names.append(str(file) if isinstance(file, str | Path) else str(i))
+        names = [name_of(file, number) for number, file in enumerate(files)]
         found = ImageEmbeddings(torch.cat(cls), torch.cat(patches), names)
         if grids:
             found.grid = torch.cat(grids)
@@ -251,14 +249,21 @@ class Model:
         return match(texts.tokens[0][valid], patches, text, spans, grid)
 
 
-def list_pictures(folder: str | Path) -> list[Path]:
-    """The picture files in a folder and its subfolders, sorted by name; a file itself."""
-    path = Path(folder)
+def name_of(picture: Picture, number: int) -> str:
+    """A picture's file, or its number where it comes without one."""
+    return str(picture) if isinstance(picture, str | Path) else str(number)
+
+
+def list_pictures(pictures: str | Path | Sequence[Picture]) -> list[Picture]:
+    """The pictures of a list, of a folder and its subfolders sorted by name, or a file itself."""
+    if not isinstance(pictures, str | Path):
+        return list(pictures)
+    folder, path = pictures, Path(pictures)
     if path.is_file():
         return [path]
     if not path.is_dir():
         raise UserError(f"{str(folder)!r}: no such file or folder of pictures")
-    files = []
+    files: list[Picture] = []
     for file in sorted(path.rglob("*")):
         if file.suffix.lower() in SUFFIXES and file.is_file():
             files.append(file)

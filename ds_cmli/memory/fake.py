@@ -174,9 +174,8 @@ def _inner_first(module: nn.Module) -> Iterator[nn.Module]:
 def convert_parameters(module: nn.Module | None, function: Callable[[Tensor], Tensor]) -> None:
     """Replace each parameter by `function` of it if that is another tensor.
 
-    The old tensor is freed at once.
-
-    The order is that of `Module.parameters`, in which DeepSpeed's engine casts them.
+    The old tensor is freed at once. The order is that of `Module.parameters`, in which DeepSpeed's
+    engine casts them.
     """
     if module is not None:
         _convert(list(module.modules()), function, buffers=False)

@@ -7,7 +7,6 @@ and operators) is added to "temporaries".
 
 import json
 import os
-import pickle
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from itertools import accumulate
@@ -172,7 +171,8 @@ class Measurement:
 
 def _write(folder: Path, answer: predict_subprocess.Answer, measured: Report) -> None:
     if measured.source != "measured: CPU allocator":
-        save_snapshot(folder / SNAPSHOT)
+        torch.cuda.synchronize()  # CPU-GPU sync
+        torch.cuda.memory._dump_snapshot(str(folder / SNAPSHOT))  # for pytorch.org/memory_viz
     content: JsonObject = {"prediction": answer.report, "measurement": measured.to_dict()}
     content["differences"] = None
     if answer.report is not None:
@@ -199,12 +199,6 @@ def record_history(most: int = 100_000) -> None:
     No stacks: they cost time at every allocation.
     """
     torch.cuda.memory._record_memory_history(context=None, max_entries=most, clear_history=True)
-
-
-def save_snapshot(path: Path) -> None:
-    """Write the allocator's snapshot and history, for pytorch.org/memory_viz. CPU-GPU sync."""
-    torch.cuda.synchronize()
-    path.write_bytes(pickle.dumps(torch.cuda.memory._snapshot()))
 
 
 def statistics(device: torch.device) -> dict[str, int]:

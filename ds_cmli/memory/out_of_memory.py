@@ -8,7 +8,6 @@ launcher, which sees the failed rank's exit code.
 
 import errno
 import os
-import pickle
 import re
 import resource
 import sys
@@ -268,6 +267,6 @@ def _save_when_cuda_runs_out(path: Path) -> None:
     measure.record_history()
 
     def save(device: int, asked: int, total: int, free: int) -> None:
-        path.write_bytes(pickle.dumps(torch.cuda.memory._snapshot()))
+        torch.cuda.memory._dump_snapshot(str(path))
 
     torch._C._cuda_attach_out_of_memory_observer(save)  # type: ignore[attr-defined]

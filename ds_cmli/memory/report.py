@@ -36,6 +36,12 @@ CATEGORIES = (
 _OF_PALETTE = (3, 1, 2, 9, 12, 5, 6, 0, 8, 7, 10, 11, 4, 13)
 COLOURS = {name: plots.COLOURS[i] for name, i in zip(CATEGORIES, _OF_PALETTE, strict=True)}
 PHASES = ("init", "forward", "loss", "backward", "optimizer")
+EXPLAINED = {
+    "requested": "the largest sum of all tensors and workspaces",
+    "allocated": "rounded up by the allocator",
+    "reserved": "taken from the device by the allocator",
+    "device": "with the CUDA context and NCCL",
+}
 
 
 @dataclass
@@ -81,14 +87,6 @@ def gigabytes(*sizes: int, digits: int = 2) -> list[str]:
         if digits >= 9 or len(set(out)) == len(set(sizes)):
             return out
         digits += 1
-
-
-EXPLAINED = {
-    "requested": "the largest sum of all tensors and workspaces",
-    "allocated": "rounded up by the allocator",
-    "reserved": "taken from the device by the allocator",
-    "device": "with the CUDA context and NCCL",
-}
 
 
 def show(report: Report, console: "Console | None" = None) -> None:

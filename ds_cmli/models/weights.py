@@ -167,9 +167,9 @@ def _count(keys: Sized, of: Sized) -> str:
     return f"{len(keys)} of {len(of)} keys"
 
 
-def _some(keys: Iterable[str], most: int = 3) -> str:
-    keys = list(keys)
-    return ", ".join(keys[:most]) + (", ..." if len(keys) > most else "")
+def _some(keys: Iterable[str]) -> str:
+    first, more = list(keys)[:3], list(keys)[3:]
+    return ", ".join([*first, "..."] if more else first)
 
 
 def say(line: str, model: nn.Module | None = None) -> None:

@@ -5,15 +5,23 @@ settings and results are the same in all.
 """
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 from numpy import ndarray
 
-from ds_cmli.config import registry
-
 MATCH_MAPS = "match-maps/"  # the first part of the name of each match map's picture
+Value = bool | int | float | str
+SPEED = ("pairs_per_s", "tflops", "mfu", "checkpoint_s")
+RESULTS = ("retrieval/", "pointing-game/")  # groups of held-out metrics
+OPTIMIZER = (
+    "lr",
+    "grad_norm",
+    "loss_scale",
+    "skipped_steps",
+    "ignored_negatives",
+    "added_positives",
+)
 
 
 class Tracker(Protocol):
@@ -34,11 +42,6 @@ class Tracker(Protocol):
     def close(self) -> None: ...
 
 
-def open_tracker(name: str, folder: Path, first_step: int) -> Tracker:
-    """Open the tracker `name`. Raises `UserError`."""
-    return registry.load(registry.TRACKERS[name])(folder, first_step)
-
-
 def kept_id(folder: Path, new: str) -> str:
     """Return a run's id in a tracker, from `folder/run-id`, or else write `new` to that file."""
     file = folder / "run-id"
@@ -47,23 +50,6 @@ def kept_id(folder: Path, new: str) -> str:
     folder.mkdir(exist_ok=True)
     file.write_text(new)
     return new
-
-
-if TYPE_CHECKING:
-    from tensorboard.compat.proto.summary_pb2 import Summary
-
-Value = bool | int | float | str
-
-SPEED = ("pairs_per_s", "tflops", "mfu", "checkpoint_s")
-RESULTS = ("retrieval/", "pointing-game/")  # groups of held-out metrics
-OPTIMIZER = (
-    "lr",
-    "grad_norm",
-    "loss_scale",
-    "skipped_steps",
-    "ignored_negatives",
-    "added_positives",
-)
 
 
 def tag(name: str) -> str:
@@ -106,10 +92,3 @@ def settings(folder: Path) -> dict[str, Value]:
     out["losses"] = ",".join(sections["loss"]["weights"])
     out["ZeRO stage"] = content.get("deepspeed", {}).get("zero_optimization", {}).get("stage", 0)
     return out
-
-
-def settings_and_results(folder: Path, results: Mapping[str, float]) -> "tuple[Summary, ...]":
-    """The summaries of an entry in TensorBoard's HParams panel: settings and last results."""
-    from torch.utils.tensorboard.summary import hparams
-
-    return hparams(settings(folder), dict(results))

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from numpy import ndarray
 from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
 
 from ds_cmli import trackers
 
@@ -47,7 +48,7 @@ class TensorBoard:
         if self.events is None:
             return
         if self.results and (self.folder / "config.json").is_file():
-            for summary in trackers.settings_and_results(self.folder, self.results):
+            for summary in hparams(trackers.settings(self.folder), self.results):
                 self.events.file_writer.add_summary(summary)  # type: ignore[attr-defined]
         self.events.close()
 

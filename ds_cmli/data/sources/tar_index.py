@@ -46,6 +46,9 @@ RECORD = 10_240  # bytes: an archive is padded to a multiple
 COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7z", b"\x28\xb5\x2f\xfd")  # first bytes
 
 
+Members = dict[str, tuple[int, int]]  # by field: offset in the shard and size in bytes
+
+
 class Shard(TypedDict):
     """What an index holds of a shard."""
 
@@ -163,9 +166,6 @@ def _make(home: Path, name: str, shards: list[Path]) -> Index:
         if former.name != table["rows"] and time.time() - former.stat().st_mtime > KEPT_SECONDS:
             former.unlink()
     return table
-
-
-Members = dict[str, tuple[int, int]]  # by field: offset in the shard and size in bytes
 
 
 def scan(path: Path) -> tuple[np.ndarray, list[Bad]]:
