@@ -18,8 +18,8 @@ FIRST_WORDS = ("of", "those", "as", "for", "in", "whose", "or", "not", "and")  #
 
 # figure: (unit, aim, the most that is allowed now)
 LIMITS = {
-    "lines of the package": (20_000, 41_211),
-    "files of the package": (140, 240),
+    "lines of the package": (20_000, 41_475),
+    "files of the package": (140, 242),
     "lines of memory/": (3_300, 3_678),
     "files of memory/": (20, 18),
     "rooms in a cycle of imports": (0, 0),

@@ -63,9 +63,11 @@ CUDA_FUNCTIONS = """
 is_available is_initialized init _lazy_init is_bf16_supported device_count current_device set_device
 get_device_properties get_device_capability get_device_name get_arch_list can_device_access_peer
 synchronize ipc_collect current_stream default_stream set_stream stream device Stream Event
-is_current_stream_capturing
+is_current_stream_capturing _is_in_bad_fork default_generators
+"""
+CUDA_RANDOM = """
 manual_seed manual_seed_all seed seed_all get_rng_state get_rng_state_all set_rng_state
-set_rng_state_all _is_in_bad_fork default_generators initial_seed
+set_rng_state_all initial_seed
 """
 CUDA_MEMORY = """
 memory_stats mem_get_info empty_cache reset_peak_memory_stats reset_accumulated_memory_stats
@@ -177,7 +179,8 @@ PATCHES = {
         "cpu",
         "In a prediction the device has the type cpu too, so that the copy would take no memory.",
     ),
-    "torch: GPU": Patch("torch.cuda", CUDA_FUNCTIONS + CUDA_MEMORY, _NO_GPU),
+    "torch: GPU": Patch("torch.cuda", CUDA_FUNCTIONS + CUDA_RANDOM + CUDA_MEMORY, _NO_GPU),
+    "torch: GPU's random numbers": Patch("torch.cuda.random", CUDA_RANDOM, _NO_GPU),
     "torch: GPU's memory": Patch(
         "torch.cuda.memory",
         CUDA_MEMORY + "_record_memory_history _dump_snapshot _snapshot",
@@ -254,7 +257,25 @@ PATCHES = {
         "FSDP frees and takes its parameters by it, below what a dispatch mode sees.",
     ),
     "python: end of the process": Patch("os", "_exit", "The answer comes at its end."),
-    "torch: saving": Patch("torch", "save", "There is nothing to save."),
+    "python: threads": Patch(
+        "threading:Thread", "_bootstrap_inner", "Modes of torch are of one thread alone."
+    ),
+    "python: tasks of pools": Patch(
+        "concurrent.futures:ThreadPoolExecutor", "submit", "Their order is another each time."
+    ),
+    "torch: saving": Patch("torch", "save", "There are no values to save."),
+    "torch: loading": Patch("torch", "load", _NO_DATA),
+    "torch: device of a loaded tensor": Patch(
+        "torch._utils", "_restore_device_fake_mode", "A dispatch mode does not see these tensors."
+    ),
+    "torch: state of random numbers": Patch("torch", "set_rng_state", _NO_DATA),
+    "torch: state of random numbers, its home": Patch("torch.random", "set_rng_state", _NO_DATA),
+    "safetensors: loading": Patch(
+        "safetensors.torch", "load_file", "It writes to tensors at their addresses."
+    ),
+    "safetensors: saving": Patch(
+        "safetensors.torch", "save_file", "It reads tensors at their addresses."
+    ),
     "torch: types for all parameters at once in optimizers": Patch(
         "torch.optim.optimizer", "_foreach_supported_types", _NO_DATA
     ),

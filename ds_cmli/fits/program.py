@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import NoReturn
 
 import torch
@@ -19,13 +20,14 @@ from torch._subclasses.fake_tensor import (
     UnsupportedOperatorException,
 )
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 from torch.utils.data.dataloader import DataLoader, _SingleProcessDataLoaderIter
 
 from ds_cmli.allocator.gpus import Gpu
 from ds_cmli.common.errors import UserError
 from ds_cmli.common.patches import patched, patched_each
-from ds_cmli.fits import device, kernels, lines, modules, script
+from ds_cmli.fits import device, files, kernels, lines, modules, script, threads
 from ds_cmli.fits.kernels import CudaOperators
 from ds_cmli.fits.stand_ins import on_host
 from ds_cmli.fits.steps import StepRecorder
@@ -37,6 +39,14 @@ WITHOUT_DATA = (
     DynamicOutputShapeException,
     GuardOnDataDependentSymNode,
     UnsupportedOperatorException,
+)
+OF_GPU = (
+    "GPU",
+    "GPU's memory",
+    "GPU's random numbers",
+    "accelerator",
+    "accelerator's memory",
+    "GPU's own functions",
 )
 
 
@@ -64,15 +74,14 @@ def run(
     # Before torch is changed, as this imports its compiler, which looks at every function.
     without_data = FakeTensorMode(allow_non_fake_inputs=True)
     with ExitStack() as stack:
-        stack.enter_context(_without_data(ran))
+        stack.enter_context(_without_data(ran, recorder))
         if gpu is not None:
             stack.enter_context(_without_gpu(recorder, gpu, ran))
         stack.enter_context(world.entered(recorder))
         stack.enter_context(recorder.following())
-        # Else backward has a thread of its own, where `torch.tensor` asks for the device.
-        stack.enter_context(torch.autograd.set_multithreading_enabled(False))
-        for mode in (without_data, recorder, values):
-            stack.enter_context(mode)
+        of_a_thread = partial(_entered, (without_data, recorder, values))
+        stack.enter_context(threads.following(of_a_thread))
+        stack.enter_context(of_a_thread())
         try:
             ran.code = script.run(command, (NotFollowed, UserError, *WITHOUT_DATA))
         except NotFollowed as reason:
@@ -80,6 +89,17 @@ def run(
         except WITHOUT_DATA as error:
             raise UserError(_needs_values(error)) from None
     return ran
+
+
+@contextmanager
+def _entered(modes: Sequence[TorchDispatchMode]) -> Iterator[None]:
+    """Inside, this thread's tensors are in these modes."""
+    with ExitStack() as stack:
+        # Else backward has a thread of its own, where `torch.tensor` asks for the device.
+        stack.enter_context(torch.autograd.set_multithreading_enabled(False))
+        for mode in modes:
+            stack.enter_context(mode)
+        yield
 
 
 def _needs_values(error: BaseException) -> str:
@@ -100,7 +120,7 @@ def _left_out(ran: Ran, what: str) -> Callable:
 
 
 @contextmanager
-def _without_data(ran: Ran) -> Iterator[None]:
+def _without_data(ran: Ran, recorder: StepRecorder) -> Iterator[None]:
     """Inside, tensors have no data."""
 
     def compiling(_: Callable) -> Callable:
@@ -119,13 +139,13 @@ def _without_data(ran: Ran) -> Iterator[None]:
         "torch: formatted number": lambda _: _formatted,
         "torch: data of the host": on_host,
         "torch: loading processes": lambda _: InThisProcess,
-        "torch: saving": lambda _: _left_out(ran, "torch.save wrote nothing"),
         "torch: types for all parameters at once in optimizers": lambda known: [*known, FakeTensor],
         "torch: types for all parameters at once": lambda known: [*known, FakeTensor],
     }
     with ExitStack() as stack:
         for name, replacement in replacements.items():
             stack.enter_context(patched(name, replacement))
+        stack.enter_context(files.without_values(ran.left_out, recorder))
         yield
 
 
@@ -147,8 +167,7 @@ def _without_gpu(recorder: StepRecorder, gpu: Gpu, ran: Ran) -> Iterator[None]:
         "torch: scattered to GPUs": lambda _: lambda x, *_, **__: (x.to("cuda"),),
     }
     with ExitStack() as stack:
-        of_gpu = "GPU", "GPU's memory", "accelerator", "accelerator's memory", "GPU's own functions"
-        for name in of_gpu:
+        for name in OF_GPU:
             stack.enter_context(patched_each(f"torch: {name}", found))
         for name, replacement in replacements.items():
             stack.enter_context(patched(name, replacement))

@@ -159,6 +159,11 @@ class Recorder(TorchDispatchMode):
             if isinstance(tensor, Tensor):
                 self._see(tensor, category, str(func))
 
+    def see(self, tensor: Tensor, op: str) -> None:
+        """Record a tensor that no operator has returned."""
+        if self.recording:
+            self._see(tensor, None, op)
+
     def _see(self, tensor: Tensor, category: str | None, op: str = "") -> None:
         """Record the tensor's storage if it is new or its size has changed."""
         if tensor.device.type != self.device or tensor.layout != torch.strided:

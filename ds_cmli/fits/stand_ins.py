@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_map
 aten = torch.ops.aten
 SMALL = 1 << 16  # elements of the largest tensor that is created with data on the host
 NUMBER = 2.0  # the stand-in of a loss or a norm: finite, and no divisor of 0
+ALL, ANY = (aten.all, aten._is_all_true), (aten.any, aten._is_any_true)  # right, and wrong
 RANGES = {aten.arange.default, aten.arange.start, aten.arange.start_step}
 
 
@@ -106,8 +107,8 @@ def remember(
     if known and out.numel() <= SMALL:
         out.fits_values = computed(func, args, kwargs, known_values)  # type: ignore[attr-defined]
     elif out.dtype == torch.bool:
-        if func.overloadpacket in (aten.any, aten.all):  # nothing is wrong, and all is right
-            out.fits_truth = func.overloadpacket is aten.all  # type: ignore[attr-defined]
+        if func.overloadpacket in ALL + ANY:
+            out.fits_truth = func.overloadpacket in ALL  # type: ignore[attr-defined]
             return
         truth = computed(func, args, kwargs, one)
         with _disable_current_modes():

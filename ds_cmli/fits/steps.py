@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor, nn
 from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
-from torch._ops import OpOverload
+from torch._ops import HigherOrderOperator, OpOverload
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor import DTensor
 from torch.nn.modules.module import register_module_forward_pre_hook
@@ -119,7 +119,15 @@ class StepRecorder(Recorder):
         first = len(self.blocks)
         super()._see_results(func, args, out, category)
         result = next((x for x in tree_leaves(out) if isinstance(x, Tensor)), None)
-        if result is not None and result.device.type == self.device and not func.is_view:
+        if isinstance(func, HigherOrderOperator):  # it runs functions
+            is_view = False
+            if func.name() == "flex_attention":
+                self.inexact.add(
+                    "flex_attention is taken as compiled: without torch.compile it holds all scores"
+                )
+        else:
+            is_view = func.is_view
+        if result is not None and result.device.type == self.device and not is_view:
             Stream.current.work.launch()
         if func in INTO_GIVEN:
             self.given.setdefault(self.phase, len(self.log))

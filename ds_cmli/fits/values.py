@@ -6,9 +6,11 @@ All others are stood in for, and each reading of a stand-in is counted.
 """
 
 from collections import Counter
+from threading import RLock
 
 import torch
 from torch import Tensor
+from torch._guards import active_fake_mode
 from torch._ops import HigherOrderOperator, OpOverload
 from torch._subclasses.fake_tensor import (
     DynamicOutputShapeException,
@@ -42,6 +44,7 @@ FACTORIES |= {getattr(aten, name).default for name in MADE}
 READS = {aten._local_scalar_dense.default, aten.is_nonzero.default}
 COMPARISONS = {aten.equal.default, aten.allclose.default}
 OF_LENGTHS = {aten._ctc_loss.Tensor, aten._ctc_loss.default, aten._pack_padded_sequence.default}
+OF_STORAGE = {aten.set_.source_Storage, aten.set_.source_Storage_storage_offset}
 INDEXING = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default}
 
 
@@ -55,8 +58,13 @@ class Values(TorchDispatchMode):
         self.read: Counter[str] = Counter()  # stand-ins by the line that read them
         self.by_cpu: Counter[str] = Counter()  # operators that know no sizes without data
         self.bounded: Counter[str] = Counter()  # sizes that depend on data, by line
+        self.turn = RLock()  # of a thread, for one operator
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        with self.turn:
+            return self._answer(func, types, args, kwargs)
+
+    def _answer(self, func, types, args, kwargs):
         if any(hasattr(t, "__tensor_flatten__") and t is not FakeTensor for t in types):
             return NotImplemented  # a wrapper, such as a DTensor: its parts come here
         kwargs = dict(kwargs or {})
@@ -77,6 +85,8 @@ class Values(TorchDispatchMode):
             Stream.current.synchronize()
         if func in READS:
             return self._value(args[0])
+        if func is aten._nested_tensor_from_mask_left_aligned.default:
+            return False  # the layer then takes its padded texts, as tensors of lists have no sizes
         if func is aten.nonzero.default:
             return self._places(args[0])
         if func in INDEXING:
@@ -91,7 +101,7 @@ class Values(TorchDispatchMode):
         if func is aten._grouped_mm.default and args[0].dtype is not torch.bfloat16:
             return grouped_product(*args, **kwargs)
         try:
-            out = func(*args, **kwargs)
+            out = _uncached(func, args) if func in OF_STORAGE else func(*args, **kwargs)
         except DynamicOutputShapeException:
             if func in OF_LENGTHS:
                 return self._as_on_a_cpu(func, args, kwargs)
@@ -180,6 +190,18 @@ class Values(TorchDispatchMode):
                 yield index
             else:
                 yield from self._places(index).unbind(1)
+
+
+def _uncached(func: OpOverload, args: tuple) -> Tensor:
+    """The result of an operator whose storage the cache of FakeTensorMode would keep for good."""
+    mode = active_fake_mode()
+    if mode is None:
+        return func(*args)
+    mode.cache_enabled = False
+    try:
+        return func(*args)
+    finally:
+        mode.cache_enabled = True
 
 
 def _is_elsewhere(value: object) -> bool:

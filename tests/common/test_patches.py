@@ -8,12 +8,16 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import warnings
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
+import safetensors.torch
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -425,6 +429,54 @@ def saving_needs_no_data() -> bool:
     return True
 
 
+def a_thread_has_the_modes_of_its_first() -> bool:
+    found = []
+    with FakeTensorMode():
+        thread = threading.Thread(target=lambda: found.append(torch.ones(3)))
+        thread.start()
+        thread.join()
+    return isinstance(found[0], FakeTensor)
+
+
+def loading_without_data_takes_a_function() -> bool:
+    file = io.BytesIO()
+    torch.save(torch.ones(3), file)
+    file.seek(0)
+    with FakeTensorMode():
+        try:
+            torch.load(file, map_location=lambda storage, _: storage)
+        except RuntimeError:
+            return False
+    return True
+
+
+def a_mode_sees_loaded_tensors() -> bool:
+    class Seen(TorchDispatchMode):
+        storages: ClassVar[set[tuple[str, int]]] = set()
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor):
+                self.storages.add((out.device.type, out.untyped_storage()._cdata))
+            return out
+
+    file = io.BytesIO()
+    torch.save(torch.ones(3), file)
+    file.seek(0)
+    with FakeTensorMode(), Seen() as seen:
+        loaded = torch.load(file, map_location="cuda")
+    return ("cuda", loaded.untyped_storage()._cdata) in seen.storages
+
+
+def a_state_without_values_is_set() -> bool:
+    with FakeTensorMode():
+        try:
+            torch.set_rng_state(torch.zeros(5056, dtype=torch.uint8))
+        except RuntimeError:
+            return False
+    return True
+
+
 def class_tokens_are_no_matrices() -> bool:
     import deepspeed
 
@@ -437,6 +489,7 @@ def class_tokens_are_no_matrices() -> bool:
 NO_LONGER_NEEDED = {
     "torch: GPU": a_gpu_is_found,
     "torch: GPU's memory": a_gpu_is_found,
+    "torch: GPU's random numbers": a_gpu_is_found,
     "torch: accelerator": a_gpu_is_found,
     "torch: accelerator's memory": a_gpu_is_found,
     "torch: scattered to GPUs": lambda: hasattr(torch._C, "_scatter"),
@@ -477,6 +530,14 @@ NO_LONGER_NEEDED = {
     "torch: resized storage": a_mode_sees_resized_storages,
     "deepspeed: kernels": deepspeed_has_its_kernels,
     "torch: saving": saving_needs_no_data,
+    "torch: loading": loading_without_data_takes_a_function,
+    "torch: device of a loaded tensor": a_mode_sees_loaded_tensors,
+    "torch: state of random numbers": a_state_without_values_is_set,
+    "torch: state of random numbers, its home": a_state_without_values_is_set,
+    "safetensors: saving": says_no_longer(safetensors.torch._to_ndarray, ".data_ptr()"),
+    "safetensors: loading": says_no_longer(safetensors.torch.load_file, ".get_tensors()"),
+    "python: threads": a_thread_has_the_modes_of_its_first,
+    "python: tasks of pools": says_no_longer(ThreadPoolExecutor.submit, "_work_queue.put("),
     "torch: types for all parameters at once in optimizers": every_type_is_updated_at_once,
     "torch: types for all parameters at once": every_type_is_updated_at_once,
     "timm: loaded keys": timm_tells_which_keys_it_loads,
@@ -518,6 +579,7 @@ NO_LONGER_NEEDED = {
 
 # Of each library the last version for which the need of its patches was checked.
 CHECKED = {
+    "safetensors": "0.8",
     "deepspeed": "0.19.8",
     "huggingface_hub": "2.4.0",
     "timm": "1.0.31",
