@@ -215,9 +215,14 @@ esac
     def end() -> None:
         if os.getpid() == owner:
             shutil.rmtree(folder, ignore_errors=True)
+            for program in SERVED:  # otherwise they would be waited for
+                program.kill()
 
     atexit.register(end)
     return str(path)
+
+
+SERVED: set[Program] = set()
 
 
 def _listen(listening: socket.socket) -> None:
@@ -231,10 +236,13 @@ def _serve(connection: socket.socket) -> None:
         _, streams, _, _ = socket.recv_fds(connection, 1, 3)
         asked = json.loads(lines.readline())
         program = Program(asked["command"], asked["env"], asked["cwd"], Descriptors(streams))
+        SERVED.add(program)
         for stream in streams:
             os.close(stream)
         with contextlib.suppress(BrokenPipeError):
             connection.sendall(f"{program.pid}\n".encode())
             multiprocessing.connection.wait([program.process.sentinel, connection])
             program.kill()  # where the other one has been killed
-            connection.sendall(f"{program.wait()}\n".encode())
+            code = program.wait()
+            SERVED.discard(program)
+            connection.sendall(f"{code}\n".encode())

@@ -8,11 +8,13 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import warnings
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from pathlib import Path
 from types import SimpleNamespace
 from typing import ClassVar
 
@@ -33,6 +35,8 @@ from ds_cmli.allocator import gpus
 from ds_cmli.common.patches import PATCHES, ZERO, environment, patched, replaced
 from ds_cmli.engine.building import use_no_compiler
 from ds_cmli.memory.fake import fake_world, process_group
+from tests.conftest import clean_environment
+from tests.processes import finished
 
 
 class Base:
@@ -280,14 +284,21 @@ def lengths_on_the_host_go_beside_scores_elsewhere() -> bool:
     return True
 
 
+COMPILED = """
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+FakeTensorMode(allow_non_fake_inputs=True).__enter__()
+torch.compile(torch.nn.Linear(2, 2))(torch.ones(1, 2))
+"""
+
+
 def a_model_without_data_is_compiled() -> bool:
     """In a process of its own, which ends with a segmentation fault."""
-    program = (
-        "import torch; from torch._subclasses.fake_tensor import FakeTensorMode; "
-        "FakeTensorMode(allow_non_fake_inputs=True).__enter__(); "
-        "torch.compile(torch.nn.Linear(2, 2))(torch.ones(1, 2))"
-    )
-    return subprocess.run([sys.executable, "-c", program], capture_output=True).returncode == 0
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "program.py").write_text(COMPILED)
+        return finished([str(folder / "program.py")], clean_environment(), folder, folder, 60).returncode == 0
 
 
 def a_scaled_step_reads_nothing() -> bool:
