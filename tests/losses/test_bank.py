@@ -263,8 +263,8 @@ def test_two_ranks_train_as_one(of_one_and_of_two, stage):
             assert_close(theirs[name], bank, rtol=1e-5, atol=1e-5)
 
 
-ARGUMENTS = ["--preset", "tiny", "--steps", "12", "--set", "run.match_maps=0", "--set", "teacher.average_blocks=2"]
-ARGUMENTS += ["--losses", "cmli,token_contrast,cls_contrast", "--set", 'loss.start={"cls_contrast": 6}']
+ARGUMENTS = ["--preset", "tiny", "--steps", "8", "--set", "run.match_maps=0", "--set", "teacher.average_blocks=2"]
+ARGUMENTS += ["--losses", "cmli,token_contrast,cls_contrast", "--set", 'loss.start={"cls_contrast": 4}']
 BANK = ["--set", "loss.bank=30"]
 
 
@@ -278,12 +278,12 @@ BANK = ["--set", "loss.bank=30"]
 def test_interrupted_at_three_places_as_if_never(content, source, tmp_path, alone):  # noqa: F811
     arguments = [*ARGUMENTS, *BANK, *source, *json_file(tmp_path / "ds.json", content)]
     assert train([*arguments, "--output-dir", str(tmp_path / "straight")]) == 0
-    interrupt(arguments, tmp_path / "broken", [1, 5, 11])
+    interrupt(arguments, tmp_path / "broken", [1, 5, 7])
     assert_same(tmp_path / "straight", tmp_path / "broken")
-    banks = [torch.load(tmp_path / name / "checkpoint" / "step12" / BANKS) for name in ("straight", "broken")]
+    banks = [torch.load(tmp_path / name / "checkpoint" / "step8" / BANKS) for name in ("straight", "broken")]
     for name in ("token_contrast", "cls_contrast"):
         assert all(torch.equal(banks[0][name][key], banks[1][name][key]) for key in banks[0][name])
-        assert banks[0][name]["entered"] == 96 * content.get("gradient_accumulation_steps", 1)
+        assert banks[0][name]["entered"] == 64 * content.get("gradient_accumulation_steps", 1)
 
 
 def test_two_ranks_go_on_where_one_was(source, tmp_path, alone):  # noqa: F811
@@ -296,8 +296,8 @@ def test_two_ranks_go_on_where_one_was(source, tmp_path, alone):  # noqa: F811
     found = []
     for name in ("straight", "broken"):
         found.append([line["loss"] for line in metrics(tmp_path / name) if "loss" in line])
-    assert len(found[0]) == 12 and found[1] == pytest.approx(found[0], rel=1e-4)
-    banks = [torch.load(tmp_path / name / "checkpoint" / "step12" / BANKS) for name in ("straight", "broken")]
+    assert len(found[0]) == 8 and found[1] == pytest.approx(found[0], rel=1e-4)
+    banks = [torch.load(tmp_path / name / "checkpoint" / "step8" / BANKS) for name in ("straight", "broken")]
     assert_close(banks[1], banks[0], rtol=1e-5, atol=1e-5)
 
 
@@ -307,7 +307,7 @@ def test_another_bank_starts_empty(source, tmp_path, alone, capfd):  # noqa: F81
     assert train([*arguments, "--set", "loss.bank=40"], mistakes=True) == 2
     assert "loss.bank: 30 -> 40" in capfd.readouterr().out
     assert train([*arguments, "--set", "loss.bank=40", "--resume-with-changes"]) == 0
-    assert torch.load(tmp_path / "checkpoint" / "step12" / BANKS)["cls_contrast"]["entered"] == 7 * 8
+    assert torch.load(tmp_path / "checkpoint" / "step8" / BANKS)["cls_contrast"]["entered"] == 3 * 8
 
 
 def test_training_with_both(tmp_path, alone):

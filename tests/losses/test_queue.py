@@ -242,7 +242,7 @@ def test_two_ranks_train_as_one(of_one_and_of_two, stage):
         assert_close(theirs["global"], banks["global"], rtol=1e-4, atol=1e-4)
 
 
-ARGUMENTS = ["--preset", "tiny", "--steps", "12", "--set", "run.match_maps=0", "--losses", "global,cmli"]
+ARGUMENTS = ["--preset", "tiny", "--steps", "8", "--set", "run.match_maps=0", "--losses", "global,cmli"]
 ARGUMENTS += ["--set", "optim.negatives=queue:30,tokens:12"]
 
 
@@ -260,12 +260,12 @@ ARGUMENTS += ["--set", "optim.negatives=queue:30,tokens:12"]
 def test_interrupted_at_three_places_as_if_never(content, source, tmp_path, alone):  # noqa: F811
     arguments = [*ARGUMENTS, *source, *json_file(tmp_path / "ds.json", content)]
     assert train([*arguments, "--output-dir", str(tmp_path / "straight")]) == 0
-    interrupt(arguments, tmp_path / "broken", [1, 5, 11])
+    interrupt(arguments, tmp_path / "broken", [1, 5, 7])
     assert_same(tmp_path / "straight", tmp_path / "broken")
-    banks = [torch.load(tmp_path / name / "checkpoint" / "step12" / BANKS) for name in ("straight", "broken")]
+    banks = [torch.load(tmp_path / name / "checkpoint" / "step8" / BANKS) for name in ("straight", "broken")]
     for name in ("global", "cmli"):
         assert all(torch.equal(banks[0][name][key], banks[1][name][key]) for key in banks[0][name])
-        assert banks[0][name]["entered"] == 96 * content.get("gradient_accumulation_steps", 1)
+        assert banks[0][name]["entered"] == 64 * content.get("gradient_accumulation_steps", 1)
 
 
 @pytest.mark.soak
@@ -274,13 +274,13 @@ def test_on_two_ranks_interrupted_as_if_never_and_on_one(source, tmp_path, alone
     two = [*run, "--micro-batch", "4", "--workers", "1"]
     folders = {name: ["--output-dir", str(tmp_path / name)] for name in ("straight", "broken", "other")}
     tasks = [{"arguments": [*two, *folders["straight"]]}]
-    tasks += [{"arguments": [*two, *folders["broken"]], "stop_at": place} for place in (2, 9)]
+    tasks += [{"arguments": [*two, *folders["broken"]], "stop_at": place} for place in (2, 7)]
     tasks += [{"arguments": [*two, *folders["broken"]]}, {"arguments": [*two, *folders["other"]], "stop_at": 5}]
     assert ranks(tmp_path, 2, tasks)[0] == [0, 85, 85, 0, 85]
     assert_same(tmp_path / "straight", tmp_path / "broken")
     assert train([*run, "--micro-batch", "8", *folders["other"]]) == 0
     found = [[line["loss"] for line in metrics(tmp_path / name) if "loss" in line] for name in ("straight", "other")]
-    assert len(found[0]) == 12 and found[1] == pytest.approx(found[0], rel=1e-4)
+    assert len(found[0]) == 8 and found[1] == pytest.approx(found[0], rel=1e-4)
 
 
 def test_another_queue_starts_empty(source, tmp_path, alone, capfd):  # noqa: F811
@@ -291,7 +291,7 @@ def test_another_queue_starts_empty(source, tmp_path, alone, capfd):  # noqa: F8
     assert 'optim.negatives: "queue:30,tokens:12" -> "queue:40"' in capfd.readouterr().out
     assert train([*other, "--resume-with-changes"]) == 0
     assert "optim.negatives: the bank of global starts empty" in capfd.readouterr().out
-    assert torch.load(tmp_path / "checkpoint" / "step12" / BANKS)["global"]["entered"] == 7 * 8
+    assert torch.load(tmp_path / "checkpoint" / "step8" / BANKS)["global"]["entered"] == 3 * 8
 
 
 @pytest.mark.soak  # of a bank in test_bank.py; its memory is in tests/memory/test_real_ranks.py

@@ -156,8 +156,8 @@ def source(tmp_path_factory) -> list[str]:
     return ["--data", str(folder)]
 
 
-def arguments_of(settings=SETTINGS, steps=8):
-    out = ["--preset", "tiny", "--steps", str(steps), "--eval-every", "5", "--set", "run.match_maps=2"]
+def arguments_of(settings=SETTINGS, steps=6):
+    out = ["--preset", "tiny", "--steps", str(steps), "--eval-every", "4", "--set", "run.match_maps=2"]
     for section, values in settings.items():
         for name, value in values.items():
             out += ["--set", f"{section}.{name}={json.dumps(value)}"]
@@ -210,12 +210,25 @@ def engine_of_rank(rank, world, source, stage, exchange, accumulation):
     return torch.stack(losses)
 
 
-@pytest.mark.parametrize(
-    "stage, exchange, accumulation", [(2, "gather", 1), (1, "ring", 1), (3, "ring", 2), (0, "gather", 2)]
-)
-def test_two_ranks_and_micro_batches_train_as_one(stage, exchange, accumulation, source):
-    [one] = spawn(engine_of_rank, 1, source[1], 0, "gather", 1)
-    for losses in spawn(engine_of_rank, 2, source[1], stage, exchange, accumulation):
+LAYOUTS = [(2, "gather", 1), (1, "ring", 1), (3, "ring", 2), (0, "gather", 2)]  # ZeRO stage, exchange, accumulation
+
+
+def engines_of_rank(rank, world, source, layouts):
+    return [engine_of_rank(rank, world, source, *layout) for layout in layouts]
+
+
+@pytest.fixture(scope="module")
+def trained(source):
+    """The losses of one rank, and those of each layout by each of two ranks."""
+    [[one]] = spawn(engines_of_rank, 1, source[1], [(0, "gather", 1)])
+    of_ranks = spawn(engines_of_rank, 2, source[1], LAYOUTS)
+    return one, dict(zip(LAYOUTS, zip(*of_ranks, strict=True), strict=True))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_two_ranks_and_micro_batches_train_as_one(layout, trained):
+    one, of_layouts = trained
+    for losses in of_layouts[layout]:
         assert_close(losses, one, rtol=2e-4, atol=2e-5)
 
 

@@ -4,6 +4,7 @@ import dataclasses
 from collections import Counter
 from dataclasses import replace
 from functools import partial
+from itertools import count
 
 import pytest
 import torch
@@ -104,12 +105,22 @@ def losses(compile_, stage, checkpointing, weights):
     return found
 
 
-def test_the_losses_of_traced_blocks(device, monkeypatch):
-    """Blocks as torch.compile traces them, forward and backward, whose operators run as they are: Inductor takes 20 s
-    of each block."""
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
-    plain, traced = (losses(kind, 3, True, {"global": 1.0}) for kind in ("off", "blocks"))
+# The blocks: of the image encoder, of the text encoder, and the one that both share.
+@pytest.mark.parametrize(("stage", "checkpointing", "numbers"), [(3, False, (0, 2)), (1, True, (1,))])
+def test_the_losses_of_traced_blocks(device, monkeypatch, stage, checkpointing, numbers):
+    """Some blocks as torch.compile traces them, forward and backward, whose operators run as they are: Inductor takes
+    20 s of each block, and the tracing of each some seconds."""
+    number, compile_ = count(), torch.compile
+
+    def traced_or_not(function, **options):
+        return compile_(function, backend="aot_eager", **options) if next(number) in numbers else function
+
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    monkeypatch.setattr(torch, "compile", traced_or_not)
+    plain, traced = (losses(kind, stage, checkpointing, {"global": 1.0}) for kind in ("off", "blocks"))
     assert traced == pytest.approx(plain, rel=1e-4)
+    assert next(number) == 3
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 2
 
 

@@ -96,7 +96,7 @@ def test_an_export_has_all_patches(tmp_path):
     assert json.loads((folder / "config.json").read_text())["settings"]["student"]["patch_keep"] == 1
 
 
-QUICK = {1: [(2, 2, "gather")], 2: [(3, 2, "gather"), (1, 1, "ring")]}  # ranks: (stage, accumulation, exchange)
+QUICK = {1: [(2, 1, "gather")], 2: [(3, 2, "ring")]}  # ranks: (stage, accumulation, exchange)
 EVERY = [*product(range(4), (1, 2), ("gather", "ring"))]
 
 
@@ -121,7 +121,7 @@ def test_interrupted_as_if_never_and_the_same_on_two_ranks(tmp_path, cells):
             named[name] = out
         codes, _ = ranks(tmp_path, world_size, tasks, timeout=3000)
         assert codes == [0, 85, 0] * len(some)
-    whole = load_file(tmp_path / "1-2-2-gather" / "student.safetensors")
+    whole = load_file(next(iter(named.values())) / "student.safetensors")
     for name, out in named.items():
         assert_same(out, out.with_name(f"{name}-broken"))
         weights = load_file(out / "student.safetensors")
@@ -139,7 +139,13 @@ MEMORY = [
 @pytest.mark.parametrize("stage, precision, accumulation, world_size", [(3, "fp32", 2, 2), *MEMORY])
 def test_its_memory_is_predicted(stage, precision, accumulation, world_size):
     config = load_preset(
-        "tiny", {"optim": {"micro_batch": 4}, "loss": {"weights": LOSSES, "bank": 100}, "student": {"patch_keep": 0.4}}
+        "tiny",
+        {
+            "optim": {"micro_batch": 4},
+            "loss": {"weights": LOSSES, "bank": 100},
+            "student": {"patch_keep": 0.4, "layers": 1},
+            "teacher": {"block": 0},
+        },
     )
     half = {} if precision == "fp32" else {precision: {"enabled": True}}
     asked = {"zero_optimization": {"stage": stage}, "gradient_accumulation_steps": accumulation, **half}

@@ -26,6 +26,7 @@ from tests.drive_train import drive as train
 from tests.metrics_file import metrics
 
 STEPS = 3
+ONE_BLOCK = ("--set", "student.layers=1", "--set", "teacher.block=0")  # a prediction takes a second for each
 SCENES = 20  # of each split: what is found in them is not looked at here
 SCALARS = 256  # bytes: the few numbers that operators and the engine hold for a moment
 
@@ -34,7 +35,7 @@ SCALARS = 256  # bytes: the few numbers that operators and the engine hold for a
 def drive(folder: Path, *options: str) -> dict[str, object]:
     """What was found. Asserts that the export gives what the run gives, and that a prediction is what is measured."""
     run, exported = folder / "run", folder / "exported"
-    given = ["--preset", "tiny", "--steps", str(STEPS), "--output-dir", str(run), *options]
+    given = ["--preset", "tiny", "--steps", str(STEPS), "--output-dir", str(run), *ONE_BLOCK, *options]
     assert not train([*given, "--set", "run.log_every=1"])
     found = {"logged": [line for line in metrics(run) if "loss" in line]}
     done = CliRunner().invoke(evaluate, ["--checkpoint", str(run), "--json", str(folder / "evaluated.json")])
