@@ -125,9 +125,8 @@ class CachingAllocator:
         self.take(segment.first)
         del self.segments[segment.address]
         self.reserved -= segment.size
-        self.actions.append(
-            Action("segment_free", segment.address, segment.size, segment.stream, None)
-        )
+        freed = Action("segment_free", segment.address, segment.size, segment.stream, None)
+        self.actions.append(freed)
 
     def _best_fit(self, free: list[Place], size: int) -> int:
         """The index in `free` of rule 3's block; `len(free)` if none is large enough."""

@@ -287,8 +287,7 @@ def _started(pid: int | None) -> str | None:
     if not isinstance(pid, int | str):
         return None
     try:
-        with open(f"/proc/{int(pid)}/stat") as file:
-            state, *rest = file.read().rpartition(")")[2].split()
+        state, *rest = Path(f"/proc/{int(pid)}/stat").read_text().rpartition(")")[2].split()
         return None if state in "ZX" else rest[18]  # a zombie cannot write any more
     except (OSError, ValueError, IndexError):
         pass

@@ -100,7 +100,10 @@ def _remove(paths: list[Path]) -> None:
     """Remove files and empty folders; errors are ignored."""
     for path in paths:
         with suppress(OSError):
-            path.rmdir() if path.is_dir() else path.unlink()
+            if path.is_dir():
+                path.rmdir()
+            else:
+                path.unlink()
 
 
 def requeued(resume: str, folder: Path) -> str:

@@ -311,12 +311,12 @@ def _replace_fp16(out: JsonObject, device: str, bf16: bool) -> str:
     for key, value in out.pop("fp16").items():
         if key != "enabled" and value != keys.FP16_DEFAULTS[key]:
             idle.append(f"fp16.{key} {value}")
-    chosen = "bf16" if bf16 else "fp32"
-    line = f"fp16 is slow or missing on this device ({device}): training in {chosen} instead"
+    line = f"fp16 is slow or missing on this device ({device}): training in "
     if bf16:
         out["bf16"] = {"enabled": True}
+        line += "bf16 instead"
     else:
-        line += ", as bf16 is too"
+        line += "fp32 instead, as bf16 is too"
     return f"{line}, without {', '.join(idle)}" if idle else line
 
 

@@ -75,6 +75,14 @@ def _joined(cells: Tensor, grid: Grid) -> Tensor:
     return cells.unflatten(0, grid).permute(2, 0, 3, 1, 4).flatten(3).flatten(1, 2).contiguous()
 
 
+def grid_at(row: int, grid: Tensor | None, square: Grid) -> Grid:
+    """The grid of one of several pictures, int64 [B, 2]; None: all are square."""
+    if grid is None:
+        return square
+    rows, columns = grid[row].tolist()
+    return rows, columns
+
+
 def patch_mask(grid: Tensor | None, patches: int) -> Tensor | None:
     """Which of N patches a picture has: int64 [B, 2] -> bool [B, N]; None: all, of square ones."""
     if grid is None:

@@ -117,9 +117,8 @@ def _open_val_source(config: DataConfig, names: list[str], opened: Opened) -> No
     if parts.validation is not None or parts.test is not None:
         validation = _evaluated(parts, name, config)
     elif config.val_split == "test":
-        opened.notices.append(
-            f"data.val_split has no effect: {name} has no parts and is used whole"
-        )
+        line = f"data.val_split has no effect: {name} has no parts and is used whole"
+        opened.notices.append(line)
     opened.validation = [validation or parts.train]
 
 

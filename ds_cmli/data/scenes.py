@@ -128,9 +128,13 @@ class Scenes(Dataset):
         self.augmentation = Augmentation(augmentation or {}, seed)
         self.split, self.seed, self.length, self.size = split, seed, length, pictures.size
         self.pictures, self.tokenizer = pictures, tokenizer
-        self.sentences = captions == "sentences"
-        self.counts = MANY if self.sentences else COUNTS
-        self.concepts = pictures.held_out if split == "unseen" else pictures.training
+        self.words: tuple[tuple[str, ...], tuple[str, ...]] = NAMES
+        self.counts: tuple[int, ...] = COUNTS
+        if captions == "sentences":
+            self.words, self.counts = SENTENCES, MANY
+        self.concepts = pictures.training
+        if split == "unseen":
+            self.concepts = pictures.held_out
         # Drawn in advance for validation; training scenes are drawn on request.
         self._layouts: list[Layout] = []
         shown: set[frozenset[int]] = set()
@@ -175,7 +179,7 @@ class Scenes(Dataset):
 
     def caption(self, index: int) -> tuple[str, list[tuple[int, int]]]:
         """The caption, and where each name stands in it."""
-        first, others = SENTENCES if self.sentences else NAMES
+        first, others = self.words
         draw = random.Random(f"words {self.split} {self.seed} {self.sentence_of(index)}")
         caption, spans = "", []
         for concept, _ in self.layout(index):

@@ -164,10 +164,9 @@ def build(
     for group in groups:
         names.append([name_of[id(parameter)] for parameter in group["params"]])
     warmup = config.optim.warmup_steps(total_steps)
+    scheduler = schedule.maker(ds_config, warmup, total_steps)
     with tagged_for_muon(groups):
-        engine = _initialize(
-            ds_config, objective, groups, schedule.maker(ds_config, warmup, total_steps)
-        )
+        engine = _initialize(ds_config, objective, groups, scheduler)
     cast_buffers(objective.losses, dtype)  # the banks
     _undo_first_update(engine.optimizer)
     nonfinite.attach(engine)

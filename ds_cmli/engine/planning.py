@@ -79,10 +79,9 @@ def filled(
     """
 
     def width() -> int:
+        student = config.student
         with torch.device("meta"):
-            model: Any = timm.create_model(
-                config.student.image_model, **config.student.image_overrides
-            )
+            model: Any = timm.create_model(student.image_model, **student.image_overrides)
             return model.num_features
 
     check_rates(config.optim, ds_config)

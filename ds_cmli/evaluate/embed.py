@@ -17,7 +17,7 @@ from ds_cmli.cmli.contrastive import upcast
 from ds_cmli.cmli.loss import l2_normalize
 from ds_cmli.common.errors import UserError
 from ds_cmli.common.hardware import one_attention_on_all_gpus
-from ds_cmli.data.aspect import Grid, patch_mask
+from ds_cmli.data.aspect import Grid, grid_at, patch_mask
 from ds_cmli.data.bad import NO_TOKEN, Bad, told
 from ds_cmli.data.batch import Batch
 from ds_cmli.data.loaders import WorkerInit, batches
@@ -66,10 +66,7 @@ class Images:
 
     def grid_of(self, row: int) -> Grid:
         """The numbers of rows and columns of one picture's patches."""
-        if self.grid is None:
-            return self.square
-        rows, columns = self.grid[row].tolist()
-        return rows, columns
+        return grid_at(row, self.grid, self.square)
 
     def patches_of(self, row: int) -> Tensor:
         """The patches that one picture has: [h * w, D]."""

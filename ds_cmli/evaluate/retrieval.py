@@ -92,7 +92,9 @@ class RankCounts:
 
         NaN never helps: a negative with NaN counts as higher, as does any if the positive has NaN.
         """
-        negative = ~block.is_positive if compared is None else ~block.is_positive & compared
+        negative = ~block.is_positive
+        if compared is not None:
+            negative &= compared
         for scores, best, axis, counts, queries in (
             (block.i2t, best_positive[:, :, None], 2, self.i2t, block.pictures),
             (block.t2i, positive[:, None, :], 1, self.t2i, block.captions),

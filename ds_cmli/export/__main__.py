@@ -81,9 +81,8 @@ def command(
         card.write_card(out, source, model, results, with_onnx)
         image, ids, mask = exported.example(model)
         lines.append(towers.write_image_encoder(out / towers.IMAGE, model, image))
-        lines.append(
-            towers.write_text_encoder(out / towers.TEXT, model, trained.tokenizer, ids, mask)
-        )
+        text = out / towers.TEXT
+        lines.append(towers.write_text_encoder(text, model, trained.tokenizer, ids, mask))
         if with_onnx:
             lines += towers.write_onnx(out / "onnx", model, image, ids, mask)
         elif onnx is None:

@@ -17,6 +17,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from types import FrameType
 from typing import NamedTuple
 
@@ -202,8 +203,7 @@ def _parent(pid: int) -> int:
 def _stat(pid: int) -> tuple[str, int]:
     """Name and parent of a process; an empty name and 0 if it has ended."""
     try:
-        with open(f"/proc/{pid}/stat") as file:
-            text = file.read()
+        text = Path(f"/proc/{pid}/stat").read_text()
     except OSError:
         return "", 0
     end = text.rindex(")")  # the name may hold brackets and spaces
@@ -214,8 +214,7 @@ def _stat(pid: int) -> tuple[str, int]:
 def _program(pid: int) -> str | None:
     """The module or script that a Python process runs; None if it is ending or has ended."""
     try:
-        with open(f"/proc/{pid}/cmdline", "rb") as file:
-            words = file.read().decode(errors="replace").split("\0")[:8]
+        words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")[:8]
     except (FileNotFoundError, ProcessLookupError):
         return None
     except OSError:

@@ -25,7 +25,7 @@ from ds_cmli.cmli.pair_scores import BothWays, Match, both_ways, match
 from ds_cmli.common.errors import UserError, one_line
 from ds_cmli.common.hardware import one_attention_on_all_gpus
 from ds_cmli.config.schema import Config, load_config
-from ds_cmli.data.aspect import laid_out, patch_mask
+from ds_cmli.data.aspect import grid_at, laid_out, patch_mask
 from ds_cmli.data.batch import Collate, Sample, stack_grids
 from ds_cmli.data.pictures import prepare, read_picture
 from ds_cmli.data.tokens import CaptionTokenizer, load_tokenizer, tell_cut
@@ -131,8 +131,7 @@ class Model:
     @property
     def grid(self) -> tuple[int, int]:
         """The number of rows and of columns of patches; N is their product."""
-        rows, columns = self.student.grid
-        return rows, columns
+        return self.student.grid
 
     @cached_property
     def scales(self) -> dict[str, float]:
@@ -241,10 +240,7 @@ class Model:
         valid = texts.token_mask[0]
         # The mask may be longer: texts are padded.
         spans = [span for span, own in zip(texts.spans[0], valid.tolist(), strict=False) if own]
-        grid = self.grid
-        if images.grid is not None:
-            rows, columns = images.grid[0].tolist()
-            grid = rows, columns
+        grid = grid_at(0, images.grid, self.grid)
         patches = images.patches[0, : math.prod(grid)]
         return match(texts.tokens[0][valid], patches, text, spans, grid)
 

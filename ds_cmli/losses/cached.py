@@ -121,8 +121,9 @@ def second_pass(
     if sums.text_cls is not None:
         step.back_to_texts("text_cls", collectives.sum_to_owner(sums.text_cls))  # collective
     if sums.tokens is not None:
-        # What has passed round a ring has been summed on its way.
-        own = sums.tokens if texts.go_round else collectives.sum_to_owner(sums.tokens)  # collective
+        own = sums.tokens
+        if not texts.go_round:  # what has passed round a ring has been summed on its way
+            own = collectives.sum_to_owner(sums.tokens)  # collective
         step.back_to_texts("tokens", own)
     total, found = pairs.weighted(sums.each), None if pairs.cut is None else pairs.cut.found
     return PairGradients(total, sums.each, sums.parameters, sums.ignored, found)

@@ -101,8 +101,7 @@ class Step:
         if stage and self._buckets_are_large():
             tried.append([BUCKET])
         if self.world_size > 1:
-            for higher in range(stage + 1, 4):
-                tried.append([zero_stage(higher)])
+            tried += [[zero_stage(higher)] for higher in range(stage + 1, 4)]
         if self.gpu and stage and "offload_optimizer" not in zero:
             tried.append([OFFLOAD])
         smaller = self._smaller_batches()

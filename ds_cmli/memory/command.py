@@ -85,9 +85,8 @@ def command(preset: str, deepspeed_config: str, settings: tuple[str, ...], **opt
     ds_config = DeepSpeedConfig.load(deepspeed_config)
     tell_beside_json(config, ds_config, asked.world_size, settings, options)
     if asked.checkpointing == "on":
-        ds_config = ds_config.replaced(
-            activation_checkpointing=ds_config.get("activation_checkpointing", {})
-        )
+        section = ds_config.get("activation_checkpointing", {})
+        ds_config = ds_config.replaced(activation_checkpointing=section)
     elif asked.checkpointing == "off":
         ds_config = ds_config.replaced(activation_checkpointing=None)
     micro_batch = ds_config.batch(config.optim.micro_batch, asked.world_size)[1]

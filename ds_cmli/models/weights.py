@@ -121,12 +121,9 @@ def account(
             f"{_count(other, wanted)} of another shape: {_some(other)}; give this model's own"
         )
     if len(missing) == len(wanted):
-        prefix = _prefix(wanted, unused)
-        do = (
-            f"remove {prefix!r} from its keys"
-            if prefix
-            else "give weights in the layout of the model"
-        )
+        do = "give weights in the layout of the model"
+        if prefix := _prefix(wanted, unused):
+            do = f"remove {prefix!r} from its keys"
         raise source.error(
             f"none of its keys ({_some(unused)}) is one of the model's ({_some(missing)}): {do}"
         )
@@ -159,8 +156,7 @@ def _prefix(wanted: Iterable[str], unused: Iterable[str]) -> str:
 
 
 def _blocks(keys: Iterable[str]) -> set[int]:
-    found = map(BLOCK.search, keys)
-    return {int(match[1]) for match in found if match}
+    return {int(found[1]) for found in map(BLOCK.search, keys) if found}
 
 
 def _count(keys: Sized, of: Sized) -> str:

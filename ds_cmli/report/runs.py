@@ -42,9 +42,7 @@ class RunFiles:
         """The last value of every column whose name begins with `prefix`."""
         out: dict[str, object] = {}
         for line in self.metrics:
-            for name, value in line.items():
-                if name.startswith(prefix):
-                    out[name] = value
+            out |= {name: value for name, value in line.items() if name.startswith(prefix)}
         return out
 
 
