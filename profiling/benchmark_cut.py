@@ -1,11 +1,11 @@
-"""python profiling/benchmark_cut.py RUN [--pairs 1024,2048] [--cuts 1e-4,1e-3] [--start] [--json]
+"""python profiling/benchmark_cut.py RUN [--pairs 1024,2048] [--cuts 1e-4,1e-3] [--start] [--cpu] [--json]
 
 A step's losses over pairs with `loss.cmli_cut` beside the same without, on a trained run's features.
 
 Each row compares all pairs of G of the run's training pairs with gradient caching ("cached": the losses and
 the gradients of all features), and as one batch ("plain": forward and backward of the all-pairs loss
-alone). All are timed in turn in one process, by the wall. `--start` takes the student as
-it is before training. The kept share and the bound of docs/op.md stand beside.
+alone). All are timed in turn in one process, by the wall, or by the processor (`--cpu`), where
+other work is on it. `--start` takes the student as it is before training. The kept share and the bound of docs/op.md stand beside.
 """
 
 import sys
@@ -39,7 +39,7 @@ from ds_cmli.distributed import process_group as distributed
 from ds_cmli.inference import Model
 from ds_cmli.losses.objective import Objective
 from ds_cmli.losses.pair_features import CachedStep, PairFeatures
-from profiling.scripts import compare, listed, processor
+from profiling.scripts import Clock, compare, listed, processor
 
 MICRO_BATCH = 64  # pairs that gradient caching takes at a time
 Figures = dict[str, float | str]
@@ -113,11 +113,11 @@ def with_cut(objective: Objective, delta: float) -> Objective:
 
 
 def compared(
-    kind: str, pairs: int, runs: dict[float, Callable[[], Tensor]], repeats: int
+    kind: str, pairs: int, runs: dict[float, Callable[[], Tensor]], repeats: int, clock: Clock
 ) -> list[Figures]:
-    times, rows = compare(runs, repeats, time.perf_counter), []
-    for delta, run in runs.items():
-        kept, bound = run().tolist()
+    shares = {delta: run().tolist() for delta, run in runs.items()}
+    times, rows = compare(runs, repeats, clock, warm_ups=0), []
+    for delta, (kept, bound) in shares.items():
         ratio = statistics.median(a / b for a, b in zip(times[delta], times[0.0], strict=True))
         seconds = statistics.median(times[delta])
         click.echo(
@@ -143,18 +143,22 @@ def compared(
 @click.option("--cuts", default="1e-4,1e-3", show_default=True, help="Beside 0.")
 @click.option("--repeats", type=click.IntRange(1), default=3, show_default=True)
 @click.option("--start", is_flag=True, help="The student before training.")
+@click.option("--cpu", is_flag=True, help="Seconds of the processor, not of the wall.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object alone.")
-def command(run: str, pairs: str, cuts: str, repeats: int, start: bool, as_json: bool) -> int:
+def command(
+    run: str, pairs: str, cuts: str, repeats: int, start: bool, cpu: bool, as_json: bool
+) -> int:
     sizes, deltas = listed("--pairs", pairs, int), [0.0, *listed("--cuts", cuts, float)]
+    clock = time.process_time if cpu else time.perf_counter
     with json_on_stdout(as_json) as print_json:
-        rows = measured(run, sizes, deltas, repeats, start)
+        rows = measured(run, sizes, deltas, repeats, start, clock)
         if as_json:
             print_json({"cpu": processor(), "start": start, "rows": rows})
     return 0
 
 
 def measured(
-    run: str, sizes: list[int], deltas: list[float], repeats: int, start: bool
+    run: str, sizes: list[int], deltas: list[float], repeats: int, start: bool, clock: Clock
 ) -> list[Figures]:
     distributed.init()
     model = loaded(run)
@@ -174,10 +178,10 @@ def measured(
     for pairs in sizes:
         features = embedded(model, objective, pairs)
         cached = {delta: cached_step(with_cut(objective, delta), features) for delta in deltas}
-        rows += compared("cached", pairs, cached, repeats)
+        rows += compared("cached", pairs, cached, repeats, clock)
         losses = {delta: CMLILoss(1 / scale, cut=delta) for delta in deltas}
         plain = {delta: plain_step(loss, features) for delta, loss in losses.items()}
-        rows += compared("plain", pairs, plain, repeats)
+        rows += compared("plain", pairs, plain, repeats, clock)
     distributed.shutdown()
     return rows
 

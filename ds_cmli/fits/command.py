@@ -70,7 +70,8 @@ def command(
     if not program or program == ("-m",):
         raise UserError("no program is given: name its script behind --, or -m and its module")
     if program[0] != "-m" and not Path(program[0]).is_file():
-        raise UserError(f"the script {program[0]!r} is not there: name a file, or -m and a module")
+        instead = "name the file that Python runs, without its launcher, or -m and a module"
+        raise UserError(f"the script {program[0]!r} is not there: {instead}")
     if rank >= (world_size or 1):
         raise UserError(f"--rank is {rank} of --world-size {world_size or 1}: give one below it")
     engine, files = named.pop("engine"), named

@@ -1,4 +1,4 @@
-"""Augmentation on the device before a small net: kornia ?, torchvision 0.28.0."""
+"""Augmentation on the device before a small net: kornia 0.9.0, torchvision 0.28.0."""
 
 import kornia.augmentation as K
 import torch

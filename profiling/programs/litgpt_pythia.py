@@ -1,4 +1,4 @@
-"""A Pythia by litgpt's model under Fabric in bf16: litgpt ?, lightning 2.6.6."""
+"""A Pythia by litgpt's model under Fabric in bf16: litgpt 0.5.9, lightning 2.6.6."""
 
 import lightning
 import torch
