@@ -106,7 +106,8 @@ SOAKED = [
 )
 def test_its_memory_is_predicted(stage, precision, world_size, more):
     loss = {"cmli_exchange": more.get("cmli_exchange", "gather")}
-    config = load_preset("tiny", {"optim": {"micro_batch": 4}, "loss": loss})
+    one_block = {"student": {"layers": 1}, "teacher": {"block": 0}}
+    config = load_preset("tiny", {"optim": {"micro_batch": 4}, "loss": loss, **one_block})
     asked = content(stage, precision, **{key: value for key, value in more.items() if key != "cmli_exchange"})
     predicted = predict(config, asked, world_size, target="cpu", options=Options(backend="fake")).report
     measured = measure(config, asked, world_size)
