@@ -56,7 +56,10 @@ _COMPILES = (
 )
 _NO_GPU = "It asks the driver, and a program that fits runs is to find a GPU without one."
 _WAITS_FOR_RANKS = "It waits for the other ranks, which are not there."
-OBJECTS = "all_gather_object gather_object broadcast_object_list scatter_object_list"
+OBJECTS = """
+all_gather_object gather_object broadcast_object_list scatter_object_list send_object_list
+recv_object_list
+"""
 _NO_DATA = "It does not know tensors without data as what they stand for."
 _NO_ADDRESS = "All tensors without data have the address 0, by which programs tell them apart."
 CUDA_FUNCTIONS = """

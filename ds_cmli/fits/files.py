@@ -1,5 +1,6 @@
 """What a program saves and loads: files without the values of tensors."""
 
+import io
 import json
 import os
 import re
@@ -9,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from importlib.util import find_spec
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 import torch
 from torch import Tensor
@@ -49,13 +50,22 @@ def without_values(left_out: Counter[str], recorder: Recorder) -> Iterator[None]
 def _saving(left_out: Counter[str], save: Callable[..., None]) -> Callable[..., None]:
     """Replaces `torch.save`."""
 
-    def run(value: object, file: object, *args: object, **kwargs: object) -> None:
+    def run(
+        value: object,
+        file: IO[bytes] | str | os.PathLike[str],
+        *args: object,
+        **kwargs: object,
+    ) -> None:
         left_out[WITHOUT_VALUES] += 1
-        if isinstance(file, str | os.PathLike):
-            sys.audit("open", os.fspath(file), "wb", os.O_WRONLY)  # native code opens it
         kwargs.pop("_use_new_zipfile_serialization", None)  # the old format cannot have gaps
         with torch.serialization.skip_data(materialize_fake_tensors=True):
-            save(value, file, *args, **kwargs)
+            if isinstance(file, str | os.PathLike):
+                sys.audit("open", os.fspath(file), "wb", os.O_WRONLY)  # native code opens it
+                save(value, file, *args, **kwargs)
+            else:  # it may have begun before, which gaps do not know
+                whole = io.BytesIO()
+                save(value, whole, *args, **kwargs)
+                file.write(whole.getvalue())
 
     return run
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import NoReturn
 
 import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
@@ -45,6 +46,8 @@ class World:
             "all_gather_object": _all_gather_object,
             "gather_object": _gather_object,
             "broadcast_object_list": _nothing,
+            "send_object_list": _nothing,
+            "recv_object_list": _not_received,
             "scatter_object_list": _scatter_object_list,
         }
         stack = ExitStack()
@@ -152,6 +155,13 @@ def _spawn(function: Callable, args: tuple = (), nprocs: int = 1, **_: object) -
             "one: let it start one, or run as a launcher starts it, and give --world-size"
         )
     function(0, *args)
+
+
+def _not_received(*_: object, **__: object) -> NoReturn:
+    raise NotFollowed(
+        f"{lines.current()}: recv_object_list: fits does not know what another rank sends; let the "
+        "program give what it needs of it, as sizes, itself"
+    )
 
 
 def _nothing(*_: object, **__: object) -> None:

@@ -66,6 +66,9 @@ memory = io.BytesIO()
 torch.save(model.state_dict(), memory, _use_new_zipfile_serialization=False)
 memory.seek(0)
 assert torch.load(memory)["first.weight"].shape == (1024, 1024) and taken() == 0
+with open("again.pt", "wb") as file:
+    torch.save(model.state_dict(), file)
+assert torch.load("again.pt", map_location="cpu")["first.weight"].shape == (1024, 1024) and taken() == 0
 
 save_model(model, "model.safetensors", metadata={"format": "pt"})
 load_model(other, "model.safetensors")

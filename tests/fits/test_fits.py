@@ -433,6 +433,7 @@ def test_a_mistake_is_the_programs_own(tmp_path):
             "import torch.distributed as dist\ndist.TCPStore('localhost', 1, 2).get('of another')",
             "program.py:2: this waits for 'of another' in a store, which another rank would write",
         ),
+        ("import torch.distributed as dist\ndist.recv_object_list([None])", "program.py:2: recv_object_list: fits"),
     ],
 )
 def test_what_is_not_followed_is_said_in_one_line(text, reason, tmp_path):
