@@ -130,7 +130,7 @@ def _without_data(
     from ds_cmli.fits.values import Values
 
     card = gpus.find(rooms[0].gpu)
-    recorder, values = StepRecorder(card.limits, steps), Values()
+    recorder, values = StepRecorder(card.limits, steps), Values(world.rank)
     ran = running.run(program, recorder, values, card, world)
     if ran.code:
         return ran.code

@@ -32,7 +32,7 @@ from ds_cmli.fits.kernels import CudaOperators
 from ds_cmli.fits.stand_ins import on_host
 from ds_cmli.fits.steps import StepRecorder
 from ds_cmli.fits.values import Values
-from ds_cmli.fits.world import NotFollowed, World
+from ds_cmli.fits.world import World
 
 WITHOUT_DATA = (
     DataDependentOutputException,
@@ -83,8 +83,8 @@ def run(
         stack.enter_context(threads.following(of_a_thread))
         stack.enter_context(of_a_thread())
         try:
-            ran.code = script.run(command, (NotFollowed, UserError, *WITHOUT_DATA))
-        except NotFollowed as reason:
+            ran.code = script.run(command, (script.NotFollowed, UserError, *WITHOUT_DATA))
+        except script.NotFollowed as reason:
             raise UserError(str(reason)) from None
         except WITHOUT_DATA as error:
             raise UserError(_needs_values(error)) from None

@@ -13,6 +13,10 @@ _opened: set[str] = set()  # files that the program has opened to write
 _running = False
 
 
+class NotFollowed(BaseException):
+    """Ends a program whose memory would be told wrongly; no `Exception`, which programs catch."""
+
+
 class StepsDone(BaseException):
     """Ends the program. Like SystemExit it is no `Exception`, which programs catch."""
 

@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from ds_cmli.fits import lines
 from ds_cmli.fits.results import grouped_product, largest_results, like, unknown_results
+from ds_cmli.fits.script import NotFollowed
 from ds_cmli.fits.stand_ins import (
     SMALL,
     all_known,
@@ -53,8 +54,10 @@ class Values(TorchDispatchMode):
 
     supports_higher_order_operators = True
 
-    def __init__(self) -> None:
+    def __init__(self, rank: int = 0) -> None:
         super().__init__()
+        self.rank = rank
+        self.gpus: set[int] = set()  # the numbers by which the program has named its GPU
         self.read: Counter[str] = Counter()  # stand-ins by the line that read them
         self.by_cpu: Counter[str] = Counter()  # operators that know no sizes without data
         self.bounded: Counter[str] = Counter()  # sizes that depend on data, by line
@@ -69,6 +72,9 @@ class Values(TorchDispatchMode):
             return NotImplemented  # a wrapper, such as a DTensor: its parts come here
         kwargs = dict(kwargs or {})
         kwargs.pop("pin_memory", None)  # the host's memory is not asked about
+        device = kwargs.get("device")
+        if isinstance(device, torch.device) and device.type != "cpu" and device.index is not None:
+            self._see_named(device)
         if isinstance(func, HigherOrderOperator):
             if func.name() == "run_dtensor_rng_op":  # moves the generator around an operator
                 return args[2](*args[3:], **kwargs)
@@ -116,6 +122,14 @@ class Values(TorchDispatchMode):
             return self._copied(args[0], out)
         remember(func, args, kwargs, leaves, out)
         return out
+
+    def _see_named(self, device: torch.device) -> None:
+        self.gpus.add(device.index)
+        if len(self.gpus) > 1 and self.gpus - {0, self.rank}:
+            raise NotFollowed(
+                f"{lines.current()}: this asks for {device}, a second GPU, and fits has one for "
+                "each rank: give --world-size, or let the program name one"
+            )
 
     def _on_host(self, func: OpOverload, args: tuple, kwargs: dict[str, object]) -> object:
         if func is aten.is_pinned.default:

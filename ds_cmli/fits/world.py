@@ -19,13 +19,10 @@ from torch.distributed import distributed_c10d as c10d
 from ds_cmli.common.patches import environment, patched, patched_each
 from ds_cmli.fits import kernels, lines
 from ds_cmli.fits.collectives import Rank
+from ds_cmli.fits.script import NotFollowed
 from ds_cmli.fits.steps import StepRecorder
 
 NAME = "this_rank_alone"  # of the backend, as it is registered with PyTorch
-
-
-class NotFollowed(BaseException):
-    """Ends a program whose memory would be told wrongly; no `Exception`, which programs catch."""
 
 
 @dataclass(frozen=True)

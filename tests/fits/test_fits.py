@@ -433,6 +433,10 @@ def test_a_mistake_is_the_programs_own(tmp_path):
             "import torch.distributed as dist\ndist.TCPStore('localhost', 1, 2).get('of another')",
             "program.py:2: this waits for 'of another' in a store, which another rank would write",
         ),
+        (
+            "import torch\ntorch.ones(1).cuda()\ntorch.ones(1, device='cuda:1')",
+            "program.py:3: this asks for cuda:1, a second",
+        ),
         ("import torch.distributed as dist\ndist.recv_object_list([None])", "program.py:2: recv_object_list: fits"),
     ],
 )
