@@ -30,6 +30,16 @@ class ProgramCommand(GroupedCommand):
 
     allow_interspersed_args = False
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Take `-m` for the program's beginning, as `--` is."""
+        if "-m" in args:
+            before = args[: args.index("-m")]
+            given, _, _ = self.make_parser(ctx).parse_args([*before])
+            program = given["program"]  # without any, a mark of click's that is no tuple
+            if "--" not in before and not (isinstance(program, tuple) and program):
+                args = [*before, "--", *args[len(before) :]]
+        return super().parse_args(ctx, args)
+
 
 @click.command(
     cls=ProgramCommand,

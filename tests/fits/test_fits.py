@@ -447,6 +447,20 @@ def test_what_is_not_followed_is_said_in_one_line(text, reason, tmp_path):
 
 
 @pytest.mark.parametrize(
+    "arguments, program",
+    [
+        (["-m", "module", "-m", "x"], ("-m", "module", "-m", "x")),
+        (["--gpu", "T4", "-m", "module"], ("-m", "module")),
+        (["--gpu", "T4", "--", "-m", "module"], ("-m", "module")),
+        (["script.py", "-m", "x"], ("script.py", "-m", "x")),
+        (["--", "script.py", "-m"], ("script.py", "-m")),
+    ],
+)
+def test_where_the_program_begins(arguments, program):
+    assert command.make_context("fits", arguments).params["program"] == program
+
+
+@pytest.mark.parametrize(
     "arguments, line",
     [
         ([], "no program is given"),
