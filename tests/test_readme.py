@@ -30,7 +30,7 @@ SCRIPTS = {"ds-cmli-search": "ds_cmli.inference.search"}
 # Run by another test with smaller models or other data, or by none, with the reason.
 ELSEWHERE = {
     "python3 -m venv .venv && . .venv/bin/activate && pip install -e .": ".ci/run: CI's own environment",
-    "pip install -e '.[test]' && pytest -n 2": ".ci/run: CI's own command",
+    "pip install -e '.[test]' && pytest -n 3": ".ci/run: CI's own command",
     "pip install -e '.[plots]'": "pyproject.toml: a part of what the tests need",
     "deepspeed ds_cmli/train.py --deepspeed_config ds_configs/zero2.json": "tests/test_train.py: four steps of `tiny`",
     "python ds_cmli/train.py --deepspeed_config ds_configs/zero2_muon.json": "tests/engine/test_muon.py: `tiny`",

@@ -65,6 +65,11 @@ def silent(line: str) -> None:
     """Show no progress."""
 
 
+def unwatched(train_engine: engine.TrainEngine, step: int) -> AbstractContextManager[object]:
+    """Watch nothing; a function, as a process of its own is given the options."""
+    return nullcontext()
+
+
 @dataclass(frozen=True)
 class Options:
     """What is rarely asked of a prediction.
@@ -85,9 +90,7 @@ class Options:
     backend: str | None = None
     texts: Sequence[Texts] | None = None
     scores: Callable[..., tuple[Tensor, Tensor]] | None = None
-    watch: Callable[[engine.TrainEngine, int], AbstractContextManager[object]] = (
-        lambda train_engine, step: nullcontext()
-    )
+    watch: Callable[[engine.TrainEngine, int], AbstractContextManager[object]] = unwatched
     tell: Callable[[str], None] = silent
 
 
