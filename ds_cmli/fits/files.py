@@ -51,21 +51,18 @@ def _saving(left_out: Counter[str], save: Callable[..., None]) -> Callable[..., 
     """Replaces `torch.save`."""
 
     def run(
-        value: object,
-        file: IO[bytes] | str | os.PathLike[str],
-        *args: object,
-        **kwargs: object,
+        obj: object, f: IO[bytes] | str | os.PathLike[str], *args: object, **kwargs: object
     ) -> None:
         left_out[WITHOUT_VALUES] += 1
         kwargs.pop("_use_new_zipfile_serialization", None)  # the old format cannot have gaps
         with torch.serialization.skip_data(materialize_fake_tensors=True):
-            if isinstance(file, str | os.PathLike):
-                sys.audit("open", os.fspath(file), "wb", os.O_WRONLY)  # native code opens it
-                save(value, file, *args, **kwargs)
+            if isinstance(f, str | os.PathLike):
+                sys.audit("open", os.fspath(f), "wb", os.O_WRONLY)  # native code opens it
+                save(obj, f, *args, **kwargs)
             else:  # it may have begun before, which gaps do not know
                 whole = io.BytesIO()
-                save(value, whole, *args, **kwargs)
-                file.write(whole.getvalue())
+                save(obj, whole, *args, **kwargs)
+                f.write(whole.getvalue())
 
     return run
 

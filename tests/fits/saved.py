@@ -59,8 +59,8 @@ for place in ("cpu", DEVICE):
 del random
 taken()
 
-torch.save(model, "model.pt")
-other = torch.load("model.pt", weights_only=False)
+torch.save(obj=model, f="model.pt")
+other = torch.load(f="model.pt", weights_only=False)
 assert other.first.weight is other.second.weight and taken() == 4 * MIB + 2 * 4096
 memory = io.BytesIO()
 torch.save(model.state_dict(), memory, _use_new_zipfile_serialization=False)
