@@ -3,6 +3,7 @@
 import torch
 import torch.nn.functional as F
 import triton
+from torch.nn.attention.flex_attention import flex_attention
 
 MIB, DEVICE = 1 << 20, torch.device("cuda")
 
@@ -58,6 +59,7 @@ def data() -> None:
     assert [len(each) for each in numbers.unique(return_inverse=True, return_counts=True)] == [5, 5, 5]
     assert len(scores.masked_select(scores > 0)) == 32 * 6 and len(scores.unique(dim=0)) == 32
     assert torch.distributions.Categorical(logits=scores).sample().shape == (32,)  # which looks for a NaN
+    assert torch.distributions.Categorical(probs=scores.softmax(-1)).entropy().shape == (32,)  # whose sums it checks
     assert not (scores <= scores + 1).any() and (scores < 0).all()  # programs raise on the other answer
     ends, experts = torch.tensor([10, 32], dtype=torch.int32, device=DEVICE), torch.randn(2, 8, 16, device=DEVICE)
     assert torch.equal(scores, scores * 2) and not torch.equal(ends, ends + 1)  # of the second, the values are known
@@ -75,6 +77,11 @@ def operators() -> None:
         scores.log_softmax(-1), torch.ones(2, 6, device=DEVICE).long(), lengths.cpu() + 10, lengths.cpu()
     ).backward()
     torch.nn.DataParallel(torch.nn.Linear(4, 4).cuda())(x[0]).sum().backward()
+    heads = torch.randn(1, 2, 16, 16, device=DEVICE, requires_grad=True)
+    flex_attention(heads, heads, heads).sum().backward()
+    encoder = torch.nn.TransformerEncoder(torch.nn.TransformerEncoderLayer(4, 2, batch_first=True), 1).cuda().eval()
+    with torch.no_grad():  # where it would make nested tensors of texts without their padding
+        assert encoder(x, src_key_padding_mask=torch.tensor([[False, True]] * 5).cuda()).shape == x.shape
     with torch.inference_mode():
         assert F.linear(x[0], torch.randn(3, 4, device=DEVICE)).sum().item() == 2
     with torch.random.fork_rng():

@@ -239,6 +239,7 @@ def test_what_a_program_asks_of_a_gpu(tmp_path):
     done = fits("--limit", "1.2GB", "--", str(Path(__file__).parent / "asked.py"), cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "a kernel of Triton did not run: 1 times" in done.stdout
+    assert "flex_attention is taken as compiled" in done.stdout
     assert "as large as on a CPU" in done.stdout and "aten._sample_dirichlet.default (1 times)" in done.stdout
     assert sum(int(count) for count in re.findall(r"asked.py:\d+ \((\d+) times\)", done.stdout)) < 99
 
