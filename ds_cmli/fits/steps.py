@@ -119,14 +119,11 @@ class StepRecorder(Recorder):
         first = len(self.blocks)
         super()._see_results(func, args, out, category)
         result = next((x for x in tree_leaves(out) if isinstance(x, Tensor)), None)
-        if isinstance(func, HigherOrderOperator):  # it runs functions
-            is_view = False
-            if func.name() == "flex_attention":
-                self.inexact.add(
-                    "flex_attention is taken as compiled: without torch.compile it holds all scores"
-                )
-        else:
-            is_view = func.is_view
+        if isinstance(func, HigherOrderOperator) and func.name() == "flex_attention":
+            self.inexact.add(
+                "flex_attention is taken as compiled: without torch.compile it holds all scores"
+            )
+        is_view = isinstance(func, OpOverload) and func.is_view  # others run functions
         if result is not None and result.device.type == self.device and not is_view:
             Stream.current.work.launch()
         if func in INTO_GIVEN:

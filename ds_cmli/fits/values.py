@@ -211,11 +211,11 @@ def _uncached(func: OpOverload, args: tuple) -> Tensor:
     mode = active_fake_mode()
     if mode is None:
         return func(*args)
-    mode.cache_enabled = False
+    before, mode.cache_enabled = mode.cache_enabled, False
     try:
         return func(*args)
     finally:
-        mode.cache_enabled = True
+        mode.cache_enabled = before
 
 
 def _is_elsewhere(value: object) -> bool:

@@ -590,11 +590,11 @@ NO_LONGER_NEEDED = {
 
 # Of each library the last version for which the need of its patches was checked.
 CHECKED = {
-    "safetensors": "0.8",
     "deepspeed": "0.19.8",
     "huggingface_hub": "2.4.0",
     "timm": "1.0.31",
     "python": "3.11",
+    "safetensors": "0.8",
     "torch": "2.13.0",
     "transformers": "5.24.0",
     "triton": "3.9.0",
