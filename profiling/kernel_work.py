@@ -52,8 +52,8 @@ class Kernels:
         given = (tuple(types.items()), tuple(constants.items()))
         return machine_code(kernel, *given, self.gpu.capability, warps, stages)
 
-    def forward(self, kept: float = 1.0) -> Work:
-        """The scores and argmax indices of this share of the pairs."""
+    def forward(self, kept: float = 1.0, indices: bool = True) -> Work:
+        """The scores of this share of the pairs, and their argmax indices if wanted."""
         I, J, N, M, D = self.sizes  # noqa: E741
         tiles = forward_tiles(N, M, D, self.dtype, self.capability, self.gpu.shared)
         blocks, groups = math.ceil(N / tiles.rows), math.ceil(J / TEXTS_PER_PROGRAM)
@@ -67,7 +67,7 @@ class Kernels:
             "suspect": "i1"
         }
         constants = {"D": D, "ROWS": tiles.rows, "BD": tiles.features, "BLOCKS": blocks}
-        constants |= {"MASKED": False, "SAVE": True, "STAGES": tiles.stages}
+        constants |= {"MASKED": False, "SAVE": indices, "STAGES": tiles.stages}
         instructions = flops = l2 = below = 0.0
         for width in tiles.tokens:
             last = width == tiles.tokens[-1]
@@ -87,21 +87,22 @@ class Kernels:
             instructions += tiles.warps * programs * machine.executed([steps / groups, *in_turn])
             flops += 2 * I * blocks * tiles.rows * steps * width * D
             l2 += 2 * D * (programs * tiles.rows + I * blocks * steps * width)
-        indices = I * J * (N + M)  # those of pairs that are not kept are written too, as 0
-        dram = float(2 * D * (I * N + J * M) + indices + 8 * I * J)
+        written = indices * I * J * (N + M)  # those of pairs that are not kept too, as 0
+        dram = float(2 * D * (I * N + J * M) + written + 8 * I * J)
         if blocks > 1:
-            partial = kept * I * J * blocks * (4 + 5 * M)  # written, and read by `combine_kernel`
+            # Written, and read by `combine_kernel`.
+            partial = kept * I * J * blocks * (4 + (4 + indices) * M)
             dram, l2 = dram + 2 * partial, l2 + 2 * partial
-            instructions += kept * self.combine(blocks)
-        return Work(flops, dram, l2 + indices, instructions)
+            instructions += kept * self.combine(blocks, indices)
+        return Work(flops, dram, l2 + written, instructions)
 
-    def combine(self, blocks: int) -> float:
+    def combine(self, blocks: int, indices: bool) -> float:
         """Instructions that put the blocks of an image together."""
         types = dict.fromkeys(("s_i2t", "s_t2i", "row_sum", "column_max"), "fp32")
         types |= dict.fromkeys(("arg_t2i", "column_arg", "kept"), "u8") | {"token_mask": "i16"}
         types |= dict.fromkeys(("image_count", "text_count"), "i32")
         constants = {"BLOCKS": blocks, "WIDTH": power_of_two(self.sizes.M)}
-        constants |= {"SAVE": True, "KEPT": False}
+        constants |= {"SAVE": indices, "KEPT": False}
         machine = self.machine(combine_kernel, types, constants, 4, 3)
         return 4 * self.sizes.I * self.sizes.J * machine.executed([blocks] * len(machine.loops))
 

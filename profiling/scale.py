@@ -185,7 +185,7 @@ def computed_scores(
         calls = math.ceil(sizes.J / TEXTS)  # the time grows with the texts
         sizes = sizes._replace(J=math.ceil(sizes.J / calls))
         kernels = Kernels(rates, "fp16", sizes, {sizes.M: sizes.J})
-        phases = [kernels.forward(), *kernels.backward(kept)]
+        phases = [kernels.forward(indices=not cost.scores_twice), *kernels.backward(kept)]
         if cost.scores_twice:
             phases.append(kernels.forward(kept))
         return cost.accumulation * calls * at_limits(phases, rates) / 1e3 / efficiency

@@ -83,6 +83,9 @@ def test_what_the_kernels_take_on_one_gpu():
     assert 0.3 < sparse.instructions / dense.instructions < 0.6
     assert few.instructions < sparse.instructions / 10
     assert sum(work.l2 for work in kernels.backward(1.0)) == sparse.l2 + kernels.sparse(False).l2
+    indices, scores = kernels.forward(), kernels.forward(indices=False)
+    assert indices.flops == scores.flops and scores.instructions < 0.8 * indices.instructions
+    assert indices.dram - scores.dram == indices.l2 - scores.l2 == 256 * 512 * (196 + 64)  # bytes of the indices
     captions = Kernels(a100, "bf16", SIZES, {10: 512})
     assert [work.flops for work in captions.backward(1.0)] == [captions.dense(side).flops for side in (True, False)]
 
