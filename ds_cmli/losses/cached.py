@@ -32,7 +32,7 @@ from ds_cmli.distributed import process_group as distributed
 from ds_cmli.losses.base import Loss
 from ds_cmli.losses.pair_features import CachedStep, PairFeatures
 from ds_cmli.losses.tile_statistics import TileStatistics
-from ds_cmli.losses.tiles import FEWER, FeatureGradients, Images, Stored, TextChunk, Texts, Tile
+from ds_cmli.losses.tiles import LARGER, FeatureGradients, Images, Stored, TextChunk, Texts, Tile
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def first_pass(
 
     for _, images in step.image_blocks():
         for chunk in texts.chunks():  # collective
-            for part in step.parts(images, chunk, pairs.argmax_bytes):
+            for part in step.parts(images, chunk, pairs.argmax_bytes, LARGER):
                 add(images, chunk, part)
         if not statistics.sums and stored is None:  # no loss uses them
             break
@@ -202,8 +202,8 @@ class _Sums:
         return tokens
 
     def _add_tiles(self, images: Images, chunk: TextChunk, sums: FeatureGradients) -> None:
-        fewer = 1 if self.stored is None else FEWER
-        for part in self.step.parts(images, chunk, self.pairs.argmax_bytes, fewer):
+        larger = 1 if self.stored is None else LARGER
+        for part in self.step.parts(images, chunk, self.pairs.argmax_bytes, larger):
             tile = self._tile(images, chunk, part)
             if self.stored is not None:
                 self._add_kept(tile, sums, self.stored)

@@ -128,11 +128,11 @@ class CachedStep:
         return Images(first, pair_id, None if cls is None else upcast(cls), patches, mask)
 
     def parts(
-        self, images: Images, chunk: TextChunk, argmax_bytes: int, fewer: int = 1
+        self, images: Images, chunk: TextChunk, argmax_bytes: int, larger: int = 1
     ) -> Iterator[slice]:
         """Yields which texts of a chunk each tile has."""
         count, positions = chunk.mask.shape
-        size = images.texts_of_a_tile(positions, argmax_bytes, fewer)
+        size = images.texts_of_a_tile(positions, argmax_bytes, larger)
         for start in probe.turns(range(0, count, size)):
             yield slice(start, min(start + size, count))
             self.heartbeat()

@@ -20,8 +20,8 @@ from ds_cmli.losses.base import PairInputs
 from ds_cmli.losses.functions import duplicates
 from ds_cmli.losses.tile_statistics import COLUMNS, ROWS, TileStatistics
 
-# A tile whose pairs are partly left out has so many times the pairs, as it computes fewer.
-FEWER = 8
+# A tile that saves no indices, or that leaves some of its pairs out, has so many times the pairs.
+LARGER = 8
 # Fewest pairs of a tile of token scores on a CPU, if the batch has as many: below, most of a tile's
 # cost is to start it.
 LEAST_PAIRS = 4096
@@ -86,11 +86,11 @@ class Images:
     def rows(self) -> slice:
         return slice(self.first, self.first + len(self.pair_id))
 
-    def texts_of_a_tile(self, positions: int, byte_limit: int, fewer: int = 1) -> int:
+    def texts_of_a_tile(self, positions: int, byte_limit: int, larger: int = 1) -> int:
         """T: as many texts as have argmax indices, or else scores, of at most `byte_limit`.
 
         It is at least one. Where tokens are compared on a CPU, a tile has no more pairs than a
-        micro-batch, so it takes no more memory, except that it has `fewer` times `LEAST_PAIRS`. A
+        micro-batch, so it takes no more memory, except that it has `larger` times `LEAST_PAIRS`. A
         GPU computes a tile of that size in less time than it takes to launch its kernels.
         """
         B = len(self.pair_id)
@@ -100,7 +100,7 @@ class Images:
         indices = B * (N * index_dtype(M).itemsize + M * index_dtype(N).itemsize)
         if probe.on_gpu(self.pair_id.device):
             return max(1, byte_limit // indices)
-        return max(1, min(max(B, fewer * LEAST_PAIRS // B), byte_limit // indices))
+        return max(1, min(max(B, larger * LEAST_PAIRS // B), byte_limit // indices))
 
 
 @dataclass(frozen=True)
