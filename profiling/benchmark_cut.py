@@ -115,9 +115,17 @@ def with_cut(objective: Objective, delta: float) -> Objective:
 def compared(
     kind: str, pairs: int, runs: dict[float, Callable[[], Tensor]], repeats: int, clock: Clock
 ) -> list[Figures]:
-    shares = {delta: run().tolist() for delta, run in runs.items()}
-    times, rows = compare(runs, repeats, clock, warm_ups=0), []
-    for delta, (kept, bound) in shares.items():
+    shares: dict[float, Tensor] = {}
+
+    def noted(delta: float) -> Callable[[], None]:
+        return lambda: shares.update({delta: runs[delta]()})
+
+    timed = {delta: noted(delta) for delta in runs}
+    # A warm-up of minutes would tell nothing: what is slow at first is over in a second.
+    warm_ups = int(pairs <= 1024)
+    times, rows = compare(timed, repeats, clock, warm_ups), []
+    for delta in runs:
+        kept, bound = shares[delta].tolist()
         ratio = statistics.median(a / b for a, b in zip(times[delta], times[0.0], strict=True))
         seconds = statistics.median(times[delta])
         click.echo(
