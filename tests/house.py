@@ -146,6 +146,9 @@ def measure() -> tuple[dict[str, float], list[str]]:
             if str(place) != PATCHES:
                 found["own functions patched by name"] += is_patch(node, of_libraries)
             found["docstrings without a verb or noun at the start"] += starts_badly(node)
+    for file in (ROOT / PACKAGE).rglob("*"):
+        if file.suffix in (".cpp", ".h"):
+            found["lines over 100 columns"] += sum(len(line) > COLUMNS for line in file.read_text().splitlines())
     for figure in LIMITS:
         if "1,000" in figure:
             found[figure] = round(1000 * found[figure] / code, 1)

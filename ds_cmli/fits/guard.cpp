@@ -1,5 +1,6 @@
-// A CUDA device that has no memory and does nothing, for a build of PyTorch without CUDA. Autograd and the generic code
-// of operators ask for a device's guard and hooks even where tensors hold no data.
+// A CUDA device that has no memory and does nothing, for a build of PyTorch without CUDA. Autograd
+// and the generic code of operators ask for a device's guard and hooks even where tensors hold no
+// data.
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/detail/CUDAHooksInterface.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
@@ -15,19 +16,21 @@ const Device ONLY(DeviceType::CUDA, 0);
 
 }  // namespace
 
-// Autograd runs each operator's backward on the stream of its forward, and lets streams wait for each other. streams.py
-// hears of it by these functions.
+// Autograd runs each operator's backward on the stream of its forward, and lets streams wait for
+// each other. streams.py hears of it by these functions.
 extern "C" {
-int64_t fits_stream = 0;                                 // the current one
+int64_t fits_stream = 0;  // the current one
 void (*fits_switched)(int64_t stream) = nullptr;
-int64_t (*fits_recorded)(int64_t stream) = nullptr;      // returns the event
+int64_t (*fits_recorded)(int64_t stream) = nullptr;  // returns the event
 void (*fits_waited)(int64_t stream, int64_t event) = nullptr;
 void (*fits_used)(const void* storage, int64_t stream) = nullptr;
 }
 
 namespace {
 
-Stream stream_of(int64_t number) { return Stream(Stream::UNSAFE, ONLY, number); }
+Stream stream_of(int64_t number) {
+  return Stream(Stream::UNSAFE, ONLY, number);
+}
 
 struct Guard final : c10::impl::NoOpDeviceGuardImpl<DeviceType::CUDA> {
   Device exchangeDevice(Device) const override { return ONLY; }
@@ -42,7 +45,8 @@ struct Guard final : c10::impl::NoOpDeviceGuardImpl<DeviceType::CUDA> {
     return before;
   }
   DeviceIndex deviceCount() const noexcept override { return 1; }
-  void record(void** event, const Stream& stream, const DeviceIndex, const c10::EventFlag) const override {
+  void record(void** event, const Stream& stream, const DeviceIndex,
+              const c10::EventFlag) const override {
     if (fits_recorded) *event = reinterpret_cast<void*>(fits_recorded(stream.id()));
   }
   void block(void* event, const Stream& stream) const override {

@@ -15,11 +15,13 @@ constexpr int ROWS = 8;
 #else
 constexpr int ROWS = 4;
 #endif
-constexpr int TOKENS = 64;         // that are multiplied with an image together, at the least
+constexpr int TOKENS = 64;  // that are multiplied with an image together, at the least
 
-// S [count, Q vectors] of rows of features with Q vectors of patches, whose features follow each other.
+// S [count, Q vectors] of rows of features with Q vectors of patches, whose features follow each
+// other.
 template <class T, int Q>
-void multiply(const T* const* rows, int64_t count, const T* patches, int64_t D, T* S, int64_t stride) {
+void multiply(const T* const* rows, int64_t count, const T* patches, int64_t D, T* S,
+              int64_t stride) {
   using V = typename Lanes<T>::Values;
   constexpr int L = BYTES / sizeof(T);
   for (int64_t first = 0; first < count; first += ROWS) {
@@ -39,9 +41,9 @@ void multiply(const T* const* rows, int64_t count, const T* patches, int64_t D, 
 
 // What pairs are compared for; each may be null.
 struct Wanted {
-  const Pairs *i2t, *t2i;        // the scores
-  const Indices* indices;        // the argmax positions
-  const Pairs *d_i2t, *d_t2i;    // only of pairs of which one of these gradients is not 0
+  const Pairs *i2t, *t2i;      // the scores
+  const Indices* indices;      // the argmax positions
+  const Pairs *d_i2t, *d_t2i;  // only of pairs of which one of these gradients is not 0
 };
 
 // Compares a thread's images with texts: a block of their similarities at a time.
@@ -51,23 +53,29 @@ struct Comparison {
 
   const Side &text, &image;
   const Wanted& wanted;
-  Range images;            // those of the block
-  int64_t columns, most;   // patches of the block, filled up to whole vectors; tokens at the most
+  Range images;           // those of the block
+  int64_t columns, most;  // patches of the block, filled up to whole vectors; tokens at the most
   int64_t tokens = 0, waiting = 0;
-  const T** rows;          // [tokens], features
-  int64_t* texts;          // [waiting]
-  T *patches, *S;          // [columns, D] in groups of up to three vectors [D, vectors, L]; [tokens, columns]
-  char* rest;              // for the maxima
+  const T** rows;  // [tokens], features
+  int64_t* texts;  // [waiting]
+  T* patches;      // [columns, D] in groups of up to three vectors, [D, vectors, L] each
+  T* S;            // [tokens, columns]
+  char* rest;      // for the maxima
 
-  Comparison(const Side& text, const Side& image, const Wanted& wanted, Range images, int64_t longest, char* scratch)
-      : text(text), image(image), wanted(wanted), images(images), most(std::max<int64_t>(TOKENS, longest)) {
-    columns = (image.first(images.stop - 1) + image.length(images.stop - 1) - image.first(images.first) + L - 1) / L * L;
+  Comparison(const Side& text, const Side& image, const Wanted& wanted, Range images,
+             int64_t longest, char* scratch)
+      : text(text),
+        image(image),
+        wanted(wanted),
+        images(images),
+        most(std::max<int64_t>(TOKENS, longest)) {
+    int64_t first = image.first(images.first), count = image.last[images.stop - 1] + 1 - first;
+    columns = (count + L - 1) / L * L;
     rows = reinterpret_cast<const T**>(scratch);
     texts = reinterpret_cast<int64_t*>(rows + most);
     patches = reinterpret_cast<T*>(texts + most);
     S = patches + columns * image.D;
     rest = reinterpret_cast<char*>(S + columns * (most + ROWS));
-    int64_t first = image.first(images.first), count = image.last[images.stop - 1] + 1 - first;
     for_groups([&](int64_t from, int64_t wide) {
       for (int64_t n = from; n < from + wide; n += L) {
         const T* of[L];
@@ -82,13 +90,14 @@ struct Comparison {
     if (!M || !counts(j)) return;
     if (tokens + M > most) compare();
     texts[waiting++] = j;
-    for (int64_t m = 0; m < M; ++m)
-      rows[tokens++] = features(text, text.first(j) + m);
+    for (int64_t m = 0; m < M; ++m) rows[tokens++] = features(text, text.first(j) + m);
   }
 
   void compare() {
     for_groups([&](int64_t from, int64_t wide) {
-      auto product = wide == 3 * L ? multiply<T, 3> : wide == 2 * L ? multiply<T, 2> : multiply<T, 1>;
+      auto product = multiply<T, 1>;
+      if (wide == 2 * L) product = multiply<T, 2>;
+      if (wide == 3 * L) product = multiply<T, 3>;
       if (tokens) product(rows, tokens, patches + from * image.D, image.D, S + from, columns);
     });
     if (!write<false>()) write<true>();
@@ -141,8 +150,10 @@ struct Comparison {
         int64_t N = image.length(i);
         found.find(of_text + image.first(i) - image.first(images.first), columns, N, M);
         if (wanted.i2t) {
-          at<T>(*wanted.i2t, image, text, i, j) = found.sum(found.best_token, N) * static_cast<const T*>(image.scale)[i];
-          at<T>(*wanted.t2i, image, text, i, j) = found.sum(found.best_patch, M) * static_cast<const T*>(text.scale)[j];
+          at<T>(*wanted.i2t, image, text, i, j) =
+              found.sum(found.best_token, N) * static_cast<const T*>(image.scale)[i];
+          at<T>(*wanted.t2i, image, text, i, j) =
+              found.sum(found.best_patch, M) * static_cast<const T*>(text.scale)[j];
         }
         if (wanted.indices)
           found.keep(*wanted.indices, wanted.indices->of_patches(image, i, j), N,
@@ -155,11 +166,11 @@ struct Comparison {
   }
 };
 
-// Compare images, none of them empty, with texts: blocks of images with up to `patches` patches, or one where only pairs
-// with a gradient are wanted.
+// Compare images, none of them empty, with texts: blocks of images with up to `patches` patches, or
+// one where only pairs with a gradient are wanted.
 template <class T>
-void compare(const Side& text, const Side& image, Range texts, Range images, const Wanted& wanted, int64_t patches,
-             int64_t longest, char* scratch, int64_t each, int threads) {
+void compare(const Side& text, const Side& image, Range texts, Range images, const Wanted& wanted,
+             int64_t patches, int64_t longest, char* scratch, int64_t each, int threads) {
   std::vector<Range> blocks;
   for (int64_t i = images.first; i < images.stop; ++i) {
     bool more = !blocks.empty() && !wanted.d_i2t;
@@ -170,7 +181,8 @@ void compare(const Side& text, const Side& image, Range texts, Range images, con
   }
 #pragma omp parallel for schedule(dynamic) num_threads(threads)
   for (size_t block = 0; block < blocks.size(); ++block) {
-    Comparison<T> comparison(text, image, wanted, blocks[block], longest, scratch + omp_get_thread_num() * each);
+    Comparison<T> comparison(text, image, wanted, blocks[block], longest,
+                             scratch + omp_get_thread_num() * each);
     for (int64_t j = texts.first; j < texts.stop; ++j) comparison.add(j);
     comparison.compare();
   }

@@ -10,8 +10,8 @@
 
 namespace {
 
-// The maxima of a pair's similarities [M, N] and their positions: the lowest of equal ones; if NANS, the first NaN. Without
-// NANS there must be none.
+// The maxima of a pair's similarities [M, N] and their positions: the lowest of equal ones; if
+// NANS, the first NaN. Without NANS there must be none.
 template <class T, bool NANS>
 struct Maxima : Vectors<T> {
   using typename Vectors<T>::Values;
@@ -19,10 +19,10 @@ struct Maxima : Vectors<T> {
   using typename Vectors<T>::Integer;
   using Vectors<T>::L;
 
-  T* best_token;   // [N], and a vector more, like the next
-  Integer* token;  // [N]
-  T* best_patch;   // [M]
-  Integer* patch;  // [M]
+  T* best_token;    // [N], and a vector more, like the next
+  Integer* token;   // [N]
+  T* best_patch;    // [M]
+  Integer* patch;   // [M]
   Values all = {};  // the sum of all similarities, in lanes
 
   Maxima(char* scratch, int64_t N, int64_t M) {
@@ -33,7 +33,10 @@ struct Maxima : Vectors<T> {
   }
 
   void find(const T* S, int64_t stride, int64_t N, int64_t M) {
-    for (int64_t n = 0; n < N; n += L) store(best_token + n, this->lowest()), store(token + n, Integers{});
+    for (int64_t n = 0; n < N; n += L) {
+      store(best_token + n, this->lowest());
+      store(token + n, Integers{});
+    }
     // What is at the end of a row, or the last rows, may be taken twice, which changes nothing.
     if (N < L)
       for (int64_t m = 0; m < M; ++m) few_patches(S + m * stride, N, m);
@@ -102,7 +105,9 @@ struct Maxima : Vectors<T> {
   void few_patches(const T* row, int64_t N, int64_t m) {
     T best = -std::numeric_limits<T>::infinity();
     Integer where = 0;
-    auto over = [](T value, T other) { return value > other || (value != value && other == other); };
+    auto over = [](T value, T other) {
+      return value > other || (value != value && other == other);
+    };
     for (int64_t n = 0; n < N; ++n) {
       all[0] += row[n];
       if (over(row[n], best)) best = row[n], where = n;

@@ -28,17 +28,20 @@ struct Range {
   int64_t first, stop;
 };
 
-// The argmax positions of all texts and the images from number `image` on, the first of which begins at `row`.
+// The argmax positions of all texts and the images from number `image` on, the first of which
+// begins at `row`.
 struct Indices {
-  void *tokens, *patches;             // best tokens of patches, best patches of tokens
-  int64_t token_bytes, patch_bytes;   // of a position
-  int64_t texts, rows;                // J, T
+  void *tokens, *patches;            // best tokens of patches, best patches of tokens
+  int64_t token_bytes, patch_bytes;  // of a position
+  int64_t texts, rows;               // J, T
   int64_t image, row;
 
   int64_t of_patches(const Side& images, int64_t i, int64_t j) const {
     return texts * (images.first(i) - row) + j * images.length(i);
   }
-  int64_t of_tokens(const Side& sides, int64_t i, int64_t j) const { return rows * (i - image) + sides.first(j); }
+  int64_t of_tokens(const Side& sides, int64_t i, int64_t j) const {
+    return rows * (i - image) + sides.first(j);
+  }
 };
 
 namespace {
@@ -57,7 +60,8 @@ inline int64_t get(const void* from, int64_t bytes, int64_t at) {
 
 template <class T>
 T& at(const Pairs& pairs, const Side& image, const Side& text, int64_t i, int64_t j) {
-  return static_cast<T*>(pairs.values)[image.order[i] * pairs.of_image + text.order[j] * pairs.of_text];
+  int64_t place = image.order[i] * pairs.of_image + text.order[j] * pairs.of_text;
+  return static_cast<T*>(pairs.values)[place];
 }
 
 }  // namespace

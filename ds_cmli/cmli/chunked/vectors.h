@@ -69,10 +69,13 @@ struct Vectors {
     return found;
   }
 
-  // Let a have its own lanes and b's where a bit of the lane is 0, next to each other, and b those where it is 1.
+  // Let a have its own lanes and b's where a bit of the lane is 0, next to each other, and b those
+  // where it is 1.
   template <class V>
   static void exchange(V& a, V& b, int bit) {
-    Integers own = lane(), zeros = own & bit ? own + (L - bit) : own, ones = own & bit ? own + L : own + bit;
+    Integers own = lane();
+    Integers zeros = own & bit ? own + (L - bit) : own;
+    Integers ones = own & bit ? own + L : own + bit;
     V low = shuffle(a, b, zeros);
     b = shuffle(a, b, ones);
     a = low;
