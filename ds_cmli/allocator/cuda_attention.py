@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ds_cmli.allocator.gpus import Limits
-from ds_cmli.allocator.inside import HALF, Inside, Stage, ceil_to, contiguous_copy
+from ds_cmli.allocator.inside import HALF, Inside, Stage, ceil_to, contiguous_copies
 
 FLASH, EFFICIENT, MATH = "flash", "efficient", "math"
 
@@ -36,10 +36,7 @@ def chosen(query: Tensor, masked: bool, limits: Limits) -> str:
 
 def _copies(*gradients: Tensor) -> Stage:
     """Copies of [B, H, S, D] tensors whose [B, S, H, D] is not contiguous."""
-    copies: Stage = ()
-    for x in gradients:
-        copies += contiguous_copy(x.transpose(1, 2), torch.contiguous_format)
-    return copies
+    return contiguous_copies(*(x.transpose(1, 2) for x in gradients))
 
 
 def flash_backward(

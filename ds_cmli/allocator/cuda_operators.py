@@ -24,7 +24,7 @@ from ds_cmli.allocator.inside import (
     Stage,
     accumulate_bytes,
     ceil_to,
-    contiguous_copy,
+    contiguous_copies,
 )
 
 aten = torch.ops.aten
@@ -97,17 +97,16 @@ def _logsumexp(args: tuple, limits: Limits) -> Inside:
     x, dims = args[:2]
     reduced = reduced_dimensions(x, dims)
     maxima = x.numel() // math.prod(x.shape[dim] for dim in reduced) * x.dtype.itemsize
-    exponentials = x.numel() * x.dtype.itemsize
     of_maxima = staging(x, reduced, x.dtype.itemsize, limits)
     of_sums = staging(x, reduced, accumulate_bytes(x.dtype), limits)
-    held = maxima, exponentials
+    held = maxima, x.nbytes  # the latter for the exponentials
     before = ((maxima, *of_maxima), (maxima, maxima, maxima // x.dtype.itemsize), held)
     return Inside(before, ((*held, *of_sums),))
 
 
 def _is_infinite(args: tuple, limits: Limits) -> Inside:
     """UnaryOps.cpp (`isinf`): the absolute values."""
-    return Inside(((args[0].numel() * args[0].dtype.itemsize,),))
+    return Inside(((args[0].nbytes,),))
 
 
 def _layer_norm_backward(args: tuple, limits: Limits) -> Inside:
@@ -146,7 +145,7 @@ def _sorted_pairs(n: int, largest: int, limits: Limits) -> Stage:
 
 def _embedding(args: tuple, limits: Limits) -> Inside:
     """Embedding.cpp (`embedding_symint`): indices of two and more dimensions become contiguous."""
-    return Inside((contiguous_copy(args[1], torch.contiguous_format),))
+    return Inside((contiguous_copies(args[1]),))
 
 
 def _embedding_backward(args: tuple, limits: Limits) -> Inside:
@@ -156,8 +155,7 @@ def _embedding_backward(args: tuple, limits: Limits) -> Inside:
     at once, for 16 bits in a table of fp32; which tables these are was seen on the null GPU."""
     grad, indices, rows = args[:3]
     n, width = indices.numel(), grad.shape[-1]
-    copies = contiguous_copy(indices, torch.contiguous_format)
-    copies += contiguous_copy(grad, torch.contiguous_format)
+    copies = contiguous_copies(indices, grad)
     if n <= 3072:
         return Inside((copies,))
     numbers, segments = n * INDEX, min(n, rows)
@@ -187,7 +185,7 @@ def _index_put(args: tuple, limits: Limits) -> Inside:
         return NOTHING
     x, indices, values = args[:3]
     n = max(index.numel() for index in indices if index is not None)
-    numbers, copy = n * INDEX, contiguous_copy(values, torch.contiguous_format)
+    numbers, copy = n * INDEX, contiguous_copies(values)
     temporary = _sorted_pairs(n, x.numel(), limits)
     after = (INDEX, INDEX, 1), (numbers, numbers), (numbers,) * 4 + copy + temporary
     return Inside(after=after)
@@ -204,8 +202,7 @@ def _convolution(args: tuple, limits: Limits) -> Inside:
     x, weight = args[:2]
     if _depthwise(weight, args[8]):
         return NOTHING
-    layout = suggested(x, weight)
-    return Inside(after=(contiguous_copy(x, layout) + contiguous_copy(weight, layout),))
+    return Inside(after=(contiguous_copies(x, weight, layout=suggested(x, weight)),))
 
 
 def _convolution_backward(args: tuple, limits: Limits) -> Inside:
@@ -216,8 +213,8 @@ def _convolution_backward(args: tuple, limits: Limits) -> Inside:
     kept: Stage = ()  # while the other gradients are computed
     others: Stage = ()
     if not _depthwise(weight, args[9]):
-        kept = contiguous_copy(grad, layout)
-        others = contiguous_copy(x, layout) + contiguous_copy(weight, layout)
+        kept = contiguous_copies(grad, layout=layout)
+        others = contiguous_copies(x, weight, layout=layout)
     of_bias: Stage = ()
     if args[10][2]:
         dims = [0, *range(2, grad.dim())]

@@ -246,7 +246,7 @@ def huber_loss(args: tuple, limits: Limits) -> Inside:
 def loss_of_logits(args: tuple, limits: Limits) -> Inside:
     """Loss.cpp (`binary_cross_entropy_with_logits`): the logarithm of the sigmoid as well, and its
     weights where there are some for the positive ones."""
-    kept: Stage = (args[0].numel() * args[0].dtype.itemsize,)
+    kept: Stage = (args[0].nbytes,)
     if len(args) > 3 and args[3] is not None:
         kept *= 2
     summed = _summed(args, 4, limits)

@@ -12,11 +12,12 @@ import re
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
-
-import torch
+from typing import TYPE_CHECKING, NamedTuple
 
 from ds_cmli.common.errors import UserError
+
+if TYPE_CHECKING:  # commands read the list before they import torch
+    import torch
 
 MEASURED, ASSUMED = "measured", "assumed"
 UNITS = {"": 1, "B": 1, "MB": 10**6, "GB": 10**9, "MIB": 2**20, "GIB": 2**30}
@@ -38,8 +39,10 @@ class Limits(NamedTuple):
     shared: int  # bytes of shared memory that a block may ask for
 
     @classmethod
-    def of(cls, device: torch.device) -> "Limits":
+    def of(cls, device: "torch.device") -> "Limits":
         """The limits of a GPU in this machine."""
+        import torch
+
         found = torch.cuda.get_device_properties(device)
         most = found.shared_memory_per_block
         return cls(

@@ -34,8 +34,12 @@ def accumulate_bytes(dtype: torch.dtype) -> int:
     return max(4, dtype.itemsize) if dtype.is_floating_point else 8
 
 
-def contiguous_copy(x: Tensor, memory_format: torch.memory_format) -> Stage:
-    """What `x.contiguous(memory_format=...)` allocates."""
-    if x.is_contiguous(memory_format=memory_format):
-        return ()
-    return (x.numel() * x.dtype.itemsize,)
+def contiguous_copies(
+    *tensors: Tensor, layout: torch.memory_format = torch.contiguous_format
+) -> Stage:
+    """What `x.contiguous(memory_format=layout)` of each tensor allocates."""
+    stage: Stage = ()
+    for x in tensors:
+        if not x.is_contiguous(memory_format=layout):
+            stage += (x.nbytes,)
+    return stage
