@@ -54,11 +54,6 @@ class Asked:
     templates: str | None
     boxes: str | None
 
-    def embed_settings(self, device: "torch.device") -> "EmbedSettings":
-        from ds_cmli.evaluate.embed import EmbedSettings
-
-        return EmbedSettings(self.batch_size, device, self.workers)
-
 
 @click.command(cls=GroupedCommand)
 @what("--checkpoint", required=True, help="A run's output folder.")
@@ -187,13 +182,11 @@ def _take_data(config: "Config", asked: Asked) -> None:
 def _retrieval(config: "Config", asked: Asked) -> Metrics:
     """Measure retrieval, and the pointing game on scenes. Collective."""
     from ds_cmli.data.load import build_eval_data
-    from ds_cmli.distributed import process_group as distributed
     from ds_cmli.evaluate.split import evaluate_split
 
     data = build_eval_data(config.data, config.run.seed, asked.split)
     say(*data.summary, *data.notices)
-    how = asked.embed_settings(distributed.init())  # collective
-    objective = load_objective(config, Path(asked.checkpoint), asked.ema, data, how.device)
+    objective, how = _started(config, asked, data)  # collective
     metrics: Metrics = {}
     for split, dataset in data.evals.items():
         found = evaluate_split(objective, dataset, data, how, asked.fold_size)  # collective
@@ -217,11 +210,9 @@ def _zero_shot(config: "Config", asked: Asked) -> Metrics:
     pictures = zero_shot.ClassPictures(asked.zero_shot, config.data)
     names = zero_shot.class_names(pictures.folders, asked.class_names)
     tokenizer = load_tokenizer(config.data.tokenizer, config.data.context_length)
-    data = EvalData(tokenizer=tokenizer)
-    how = asked.embed_settings(distributed.init())  # collective
-    objective = load_objective(config, Path(asked.checkpoint), asked.ema, data, how.device).eval()
+    objective, how = _started(config, asked, EvalData(tokenizer=tokenizer))  # collective
     classifier = zero_shot.build_classifier(
-        objective, tokenizer, names, templates, how
+        objective.eval(), tokenizer, names, templates, how
     )  # collective
     own = padded_share(len(pictures), distributed.rank(), distributed.world_size())
     loader = batches(pictures.pictures(own), how.batch_size, how.workers, collate_pictures)
@@ -234,19 +225,28 @@ def _boxes(config: "Config", asked: Asked) -> Metrics:
     """Play the pointing game on photographs. Collective."""
     from ds_cmli.data.load import EvalData
     from ds_cmli.data.tokens import load_tokenizer
-    from ds_cmli.distributed import process_group as distributed
     from ds_cmli.evaluate.pointing_game import Entities, pointing_game
 
     assert asked.boxes is not None and asked.image_root is not None
     tokenizer = load_tokenizer(config.data.tokenizer, config.data.context_length)
     split = asked.split or "val"
     entities = Entities(asked.boxes, asked.image_root, split, tokenizer, config.data)
-    data = EvalData(tokenizer=tokenizer)
-    how = asked.embed_settings(distributed.init())  # collective
-    objective = load_objective(config, Path(asked.checkpoint), asked.ema, data, how.device).eval()
-    found = pointing_game(objective.student, entities, how)  # collective
+    objective, how = _started(config, asked, EvalData(tokenizer=tokenizer))  # collective
+    found = pointing_game(objective.eval().student, entities, how)  # collective
     say(pointing(found))
     return prefixed("entities/", found)
+
+
+def _started(
+    config: "Config", asked: Asked, data: "EvalData"
+) -> tuple["Objective", "EmbedSettings"]:
+    """Start the process group, and load the student and the settings to embed with. Collective."""
+    from ds_cmli.distributed import process_group as distributed
+    from ds_cmli.evaluate.embed import EmbedSettings
+
+    device = distributed.init()  # collective
+    objective = load_objective(config, Path(asked.checkpoint), asked.ema, data, device)
+    return objective, EmbedSettings(asked.batch_size, device, asked.workers)
 
 
 def load_objective(

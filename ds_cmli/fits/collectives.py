@@ -92,7 +92,7 @@ class Rank(dist.ProcessGroup):
         self, outputs: list[list[Tensor]], inputs: list[Tensor], opts: object = None
     ) -> Done:
         """Gather tensors of equal sizes through a flat copy, as NCCL does."""
-        held = [_flat(parts) for parts in outputs]
+        held = list(map(_flat, outputs))
         for parts, own in zip(outputs, inputs, strict=True):
             for part in parts:
                 copy_values(part, own)
@@ -124,7 +124,7 @@ class Rank(dist.ProcessGroup):
     def reduce_scatter(
         self, outputs: list[Tensor], inputs: list[list[Tensor]], opts: object = None
     ) -> Done:
-        return self._over(outputs, inputs, [_flat(parts) for parts in inputs])
+        return self._over(outputs, inputs, list(map(_flat, inputs)))
 
     def reduce_scatter_single(self, output: object, given: object, opts: object = None) -> Done:
         return self._over(output, given)

@@ -96,9 +96,8 @@ class NullGpu:
                 files = [str(answers[rank]), (snapshot or "") if asked else ""]
                 command = [sys.executable, "-m", "ds_cmli.fits.counting", str(self.steps), *files]
                 out = None if asked else subprocess.DEVNULL
-                env |= (
-                    {} if self.world.size is None else {"RANK": str(rank), "GROUP_RANK": str(rank)}
-                )
+                if self.world.size is not None:
+                    env |= {"RANK": str(rank), "GROUP_RANK": str(rank)}
                 processes.append(subprocess.Popen([*command, *program], env=env, stdout=out))
             code = _first_failure(processes)
             counted = [Counted(**json.loads(path.read_text())) for path in answers if path.exists()]

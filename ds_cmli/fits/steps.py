@@ -24,14 +24,7 @@ from ds_cmli.allocator.cuda_operators import CONVOLUTIONS
 from ds_cmli.allocator.gpus import Limits
 from ds_cmli.allocator.inside import Inside
 from ds_cmli.common.patches import patched
-from ds_cmli.fits import lines
-from ds_cmli.fits.kernels import (
-    INTO_GIVEN,
-    MATRICES,
-    TRANSFERS,
-    operand_copies,
-    transfer_copies,
-)
+from ds_cmli.fits import kernels, lines
 from ds_cmli.fits.progress import Progress
 from ds_cmli.fits.recorder import Allocation, Recorder
 from ds_cmli.fits.script import StepsDone
@@ -104,12 +97,12 @@ class StepRecorder(Recorder):
     ) -> tuple[str, Inside]:
         if self.gpu is None:
             return super()._inside(func, args, kwargs)
-        if func in TRANSFERS:
-            return "temporaries", transfer_copies(func, args, kwargs or {})
+        if func in kernels.TRANSFERS:
+            return "temporaries", kernels.transfer_copies(func, args, kwargs or {})
         for leaf in tree_leaves(args):
             if isinstance(leaf, Tensor) and leaf.device.type == self.device:
-                if func in MATRICES:
-                    return "temporaries", operand_copies(func, args)
+                if func in kernels.MATRICES:
+                    return "temporaries", kernels.operand_copies(func, args)
                 return super()._inside(func, args, kwargs)
         return "temporaries", Inside()
 
@@ -126,7 +119,7 @@ class StepRecorder(Recorder):
         is_view = isinstance(func, OpOverload) and func.is_view  # others run functions
         if result is not None and result.device.type == self.device and not is_view:
             Stream.current.work.launch()
-        if func in INTO_GIVEN:
+        if func in kernels.INTO_GIVEN:
             self.given.setdefault(self.phase, len(self.log))
         if func in CONVOLUTIONS and torch.backends.cudnn.benchmark:
             key = func, *map(_described, tree_leaves(args))

@@ -43,7 +43,7 @@ class Change:
         return " and ".join(part.what for part in self.parts)
 
     def includes(self, other: "Change") -> bool:
-        return all(self._has(part) for part in other.parts)
+        return all(map(self._has, other.parts))
 
     def _has(self, wanted: Part) -> bool:
         return any(part.includes(wanted) for part in self.parts)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from ds_cmli.allocator import gpus
 from ds_cmli.common import quiet
 from ds_cmli.common.cli import GroupedCommand, option, run_command
 from ds_cmli.common.errors import UserError
@@ -131,14 +132,12 @@ class Asked:
 
 def single(config: Config, ds_config: DeepSpeedConfig, asked: Asked) -> JsonObject:
     """Predict one setting, or find the largest micro-batch that fits. Returns the report."""
-    from ds_cmli.allocator import gpus
     from ds_cmli.memory import search
-    from ds_cmli.memory.predict import DEFAULT_GPU
 
-    ranks, gpu, fitted = asked.world_size, asked.gpu or DEFAULT_GPU, None
+    ranks, gpu, fitted = asked.world_size, asked.gpu or search.DEFAULT_GPU, None
     if asked.fit:
         room, fitted_gpu = gpus.parse_memory(asked.fit)
-        gpu = asked.gpu or fitted_gpu or DEFAULT_GPU
+        gpu = asked.gpu or fitted_gpu or search.DEFAULT_GPU
         fitted = search.fit(config, ds_config, ranks, room, gpu=gpu, tell=tell)
         prediction = fitted.prediction
         tell("")
@@ -172,11 +171,9 @@ def grid(
     from rich.console import Console
     from rich.table import Table
 
-    from ds_cmli.allocator import gpus
     from ds_cmli.memory import search
-    from ds_cmli.memory.predict import DEFAULT_GPU
 
-    gpu = asked.gpu or DEFAULT_GPU
+    gpu = asked.gpu or search.DEFAULT_GPU
     reports: list[JsonObject] = []
     device: dict[tuple[int, ...], int] = {}
     total = gpus.find(gpu).total.bytes
@@ -211,8 +208,6 @@ def _named(names: list[str], values: tuple[int, ...]) -> str:
 
 def sentence(report: Report, gpu: str) -> str:
     """The answer in one sentence: whether the step fits on `gpu`."""
-    from ds_cmli.allocator import gpus
-
     total, needed_bytes = gpus.find(gpu).total.bytes, report.totals["device"]
     needed, has = gigabytes(needed_bytes, total)
     digits = len(has.partition(".")[2])
@@ -248,8 +243,6 @@ def fit_sentence(fitted: "Fit", room: int) -> str:
 
 def meant(fit: str, room: int, fitted_gpu: str, gpu: str, world_size: int) -> str:
     """What --fit was taken for, and how much of it tensors can have."""
-    from ds_cmli.allocator import gpus
-
     usable = max(room - gpus.device_bytes(0, gpu, world_size), 0)
     rest = "CUDA's context and NCCL" if world_size > 1 else "CUDA's context"
     left = f"{usable:,} B of them for tensors, the rest is {rest} as on a {gpu}"

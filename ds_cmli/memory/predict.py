@@ -28,22 +28,8 @@ from ds_cmli.config.json_values import JsonObject, Section
 from ds_cmli.config.schema import Config, check, choice
 from ds_cmli.distributed.traffic import Traffic
 from ds_cmli.fits.answer import with_cublas
+from ds_cmli.memory import host_memory, inputs
 from ds_cmli.memory.fake import Answers, fake_world
-from ds_cmli.memory.host_memory import (
-    HostMemory,
-    flattened_where_there_is_room,
-    free_bytes,
-    overlapping,
-    recorded_from_the_engine_on,
-)
-from ds_cmli.memory.inputs import (
-    UNCOMPILED,
-    StepBatches,
-    Texts,
-    check_predictable,
-    text_lengths,
-    without_weights,
-)
 from ds_cmli.memory.repeated import Repeated
 from ds_cmli.memory.report import Report, summarise
 from ds_cmli.memory.tracker import Tracker, phases
@@ -88,7 +74,7 @@ class Options:
     """
 
     backend: str | None = None
-    texts: Sequence[Texts] | None = None
+    texts: Sequence[inputs.Texts] | None = None
     scores: Callable[..., tuple[Tensor, Tensor]] | None = None
     watch: Callable[[engine.TrainEngine, int], AbstractContextManager[object]] = unwatched
     tell: Callable[[str], None] = silent
@@ -134,38 +120,35 @@ def predict(
     known = f"the ranks of {world_size} are 0 to {world_size - 1}"
     check(0 <= rank < world_size, "--rank", rank, known)
     json = DeepSpeedConfig.of(ds_config)
-    check_predictable(json)
+    inputs.check_predictable(json)
     card = gpus.find(gpu)
     limits = card.limits if target == "cuda" else None
-    here = _resolve(config, json, _Rank(rank, world_size, limits), options.tell)
-    backend = options.backend or ("nccl" if here.rank.cuda else "gloo")
+    here = _resolve(config, json, rank, world_size, limits, options.tell)
+    backend = options.backend or ("nccl" if here.cuda else "gloo")
+    lengths = inputs.text_lengths(here.config, here.json.micro_batch)
+    fixed = config.run.deterministic
     tracker = Tracker(
-        "cpu",
-        text_lengths(here.config, here.json.micro_batch),
-        workspaces=not here.rank.cuda,
-        backend=backend,
-        gpu=limits,
-        deterministic=config.run.deterministic,
+        "cpu", lengths, workspaces=not here.cuda, backend=backend, gpu=limits, deterministic=fixed
     )
 
     def free() -> int:
-        if here.rank.cuda:
-            return free_bytes(tracker, gpu, world_size)
+        if here.cuda:
+            return host_memory.free_bytes(tracker, gpu, world_size)
         return 1 << 60
 
     with (
         fake_world(world_size, tracker.gpu, tracker.another, rank) as answers,
         tracker,
-        flattened_where_there_is_room(tracker, free),
-        overlapping(tracker) if here.rank.cuda and _overlaps(here.json) else nullcontext(),
+        host_memory.flattened_where_there_is_room(tracker, free),
+        host_memory.overlapping(tracker) if here.cuda and _overlaps(here.json) else nullcontext(),
     ):
         events, sizes = _record(here, options, answers, tracker)
     gc.collect()  # engines are part of reference cycles
 
-    setting = _setting(here) | {"process_group": backend, "gpu": gpu if here.rank.cuda else "CPU"}
-    if not here.rank.cuda:
+    setting = _setting(here) | {"process_group": backend, "gpu": gpu if here.cuda else "CPU"}
+    if not here.cuda:
         return Prediction(summarise(events, setting, "predicted"), events, sum(sizes), max(sizes))
-    workspace = hardware.DETERMINISTIC_CUBLAS if config.run.deterministic else None
+    workspace = hardware.DETERMINISTIC_CUBLAS if fixed else None
     workspace = os.environ.get("CUBLAS_WORKSPACE_CONFIG", workspace)
     events = with_cublas(events, card.cublas_bytes(workspace))
     report, replayed = summarise(events, setting, "predicted"), replay(events)
@@ -181,57 +164,54 @@ def _overlaps(json: DeepSpeedConfig) -> bool:
     return json.stage == 3 if overlaps is None else bool(overlaps) and json.stage > 0
 
 
-class _Rank(NamedTuple):
-    """The rank that is predicted."""
-
-    number: int
-    world_size: int
-    gpu: Limits | None  # None: a CPU
-
-    @property
-    def cuda(self) -> bool:
-        return self.gpu is not None
-
-
 class _Resolved(NamedTuple):
-    """What is predicted: the configuration with random weights, without "auto" values."""
+    """The rank that is predicted: its configuration has random weights and no "auto" values."""
 
     config: Config
     json: DeepSpeedConfig
     vocab_size: int
-    rank: _Rank
+    rank: int
+    world_size: int
+    cuda: bool
 
 
 def _resolve(
-    config: Config, json: DeepSpeedConfig, rank: _Rank, tell: Callable[[str], None]
+    config: Config,
+    json: DeepSpeedConfig,
+    rank: int,
+    world_size: int,
+    gpu: Limits | None,
+    tell: Callable[[str], None],
 ) -> _Resolved:
-    json = json.on("cuda", fp16=True, bf16=True) if rank.cuda else engine.on_this_device(json)
-    json = engine.filled(config, json, rank.world_size, TOTAL_STEPS)
-    if rank.cuda:
-        json = _pinned(json)
+    reason: str | None = engine.NO_GPU
+    if gpu is None:
+        json = engine.filled(config, engine.on_this_device(json), world_size, TOTAL_STEPS)
+    else:
+        json = json.on("cuda", fp16=True, bf16=True)
+        json = _pinned(engine.filled(config, json, world_size, TOTAL_STEPS))
+        reason = why_not_on(gpu.capability)
     if config.run.compile != "off":
-        tell(UNCOMPILED)
-    config, vocab_size = without_weights(config)
-    reason = engine.NO_GPU if rank.gpu is None else why_not_on(rank.gpu.capability)
+        tell(inputs.UNCOMPILED)
+    config, vocab_size = inputs.without_weights(config)
     config, notice = engine.choose_backend(config, lambda: reason)
     if notice is not None:
         tell(notice)
-    return _Resolved(config, json, vocab_size, rank)
+    return _Resolved(config, json, vocab_size, rank, world_size, gpu is not None)
 
 
 def _setting(here: _Resolved) -> JsonObject:
-    config, json, rank = here.config, here.json, here.rank
+    config, json = here.config, here.json
     return {
         "preset": config.run.preset,
-        "world_size": rank.world_size,
-        "rank": rank.number,
+        "world_size": here.world_size,
+        "rank": here.rank,
         "micro_batch": json.micro_batch,
         "accumulation": json.accumulation,
         "zero_stage": json.stage,
         "precision": json.precision,
         "checkpointing": json.checkpointing,
         "losses": list(config.loss.weights),
-        "cmli_backend": config.loss.cmli_backend if rank.cuda else "chunked",
+        "cmli_backend": config.loss.cmli_backend if here.cuda else "chunked",
     }
 
 
@@ -243,7 +223,7 @@ def _record(
     The engine ends with this function, while the tracker is still entered.
     """
     options.tell("building the models and DeepSpeed's engine")
-    models = recorded_from_the_engine_on(tracker, here.json, here.rank.cuda, answers.enter)
+    models = host_memory.recorded_from_the_engine_on(tracker, here.json, here.cuda, answers.enter)
     device = torch.device("cpu")
     train_engine = engine.build(
         here.config, here.json, here.vocab_size, TOTAL_STEPS, device, models=models
@@ -255,10 +235,10 @@ def _record(
     steps = 2 if texts is None else len(texts) // accumulation
     with phases(train_engine, answers.enter), tracker.attach(train_engine):
         for number in range(steps):
-            rank, ranks = here.rank.number, here.rank.world_size
-            options.tell(f"step {number + 1} of {steps}, as rank {rank:,} of {ranks:,}")
+            as_rank = f"as rank {here.rank:,} of {here.world_size:,}"
+            options.tell(f"step {number + 1} of {steps}, {as_rank}")
             _step(here, train_engine, number, options, answers, tracker)
-    return tracker.events(host=not here.rank.cuda), sizes
+    return tracker.events(host=not here.cuda), sizes
 
 
 def _step(
@@ -274,11 +254,11 @@ def _step(
         of_step = of_step[number * accumulation : (number + 1) * accumulation]
     # In training on a GPU batches wait on the host, and each is copied to the device when its turn
     # comes.
-    with tracker.paused() if here.rank.cuda else tracker.scope("data"):
-        batches = StepBatches(here.config, here.json, of_step, answers, tracker)
+    with tracker.paused() if here.cuda else tracker.scope("data"):
+        batches = inputs.StepBatches(here.config, here.json, of_step, answers, tracker)
     with ExitStack() as stack:
-        if here.rank.cuda:
-            stack.enter_context(probe.subscribed(HostMemory(tracker)))
+        if here.cuda:
+            stack.enter_context(probe.subscribed(host_memory.HostMemory(tracker)))
         watched = stack.enter_context(options.watch(train_engine, number))
         if options.texts is None:
             traffic = watched if isinstance(watched, Traffic) else Traffic()

@@ -230,7 +230,7 @@ class _Repeated:
         """Log the last run's events with new blocks; returns tensors like its result."""
         tracker, run = self.tracker, self.runs[-1]
         given = _own_tensors(args)
-        blocks = [tracker.block_of(tensor) for tensor in given]
+        blocks = list(map(tracker.block_of, given))
         first, segment = len(tracker.blocks), tracker.segment
         tracker.blocks += tracker.blocks[run.first : run.first + run.blocks]
         for event in run.done.events:

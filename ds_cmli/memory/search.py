@@ -63,8 +63,8 @@ def sweep(
     ds_config: Section,
     world_size: int,
     axes: dict[str, list[int]],
-    gpu: str = DEFAULT_GPU,
-    tell: Callable[[str], None] = silent,
+    gpu: str,
+    tell: Callable[[str], None],
 ) -> Iterator[tuple[tuple[int, ...], Prediction]]:
     """Yield (values, prediction) of each point of the grid; the last axis varies fastest."""
     for values in product(*axes.values()):

@@ -276,7 +276,7 @@ class Tracker(Recorder, Probe):
 
     def events(self, host: bool = True) -> list[Event]:
         """All recorded events. `host`: include what an offloaded optimizer keeps in host memory."""
-        categories = [self._category(block) for block in self.blocks]
+        categories = list(map(self._category, self.blocks))
         events = []
         for block, size, phase in self.log:
             category = categories[block]
