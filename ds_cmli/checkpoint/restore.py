@@ -101,12 +101,7 @@ def problem(path: Path) -> str | None:
     The ranks share this work: reading all files takes as long as loading them.
     """
     mine = files.problem(path, distributed.rank(), distributed.world_size())
-    return _first(distributed.gather_objects(mine))  # collective
-
-
-def _first(problems: list[str | None]) -> str | None:
-    """The problem of the first rank that has one."""
-    return next(filter(None, problems), None)
+    return next(filter(None, distributed.gather_objects(mine)), None)  # collective
 
 
 def _candidates(resume: str, folder: Path) -> tuple[list[Path], str | None]:
@@ -270,7 +265,7 @@ def _load_engine(point: ResumePoint, train_engine: TrainEngine, with_changes: bo
     engine, path = train_engine.engine, point.path
     fresh = []  # the settings of each parameter group
     for group in engine.optimizer.param_groups:
-        fresh.append({k: v for k, v in group.items() if k != "params"})
+        fresh.append({k: v for k, v in group.items() if k not in ("params", "lr")})
     of_schedule = dict(engine.lr_scheduler.state_dict())
     try:
         if point.resharded:
@@ -292,7 +287,7 @@ def _load_engine(point: ResumePoint, train_engine: TrainEngine, with_changes: bo
             _apply_rates(engine, fresh, of_schedule)
         states = [*engine.optimizer.state.values()]
         mine = not_finite({"weights": parts(engine), "optimizer": states})
-        bad = _first(distributed.gather_objects(mine))  # collective
+        bad = next(filter(None, distributed.gather_objects(mine)), None)  # collective
         if bad is not None:
             raise UserError(
                 f"{path}: its {bad} is not finite: give an earlier checkpoint by --resume PATH"
@@ -315,5 +310,5 @@ def _apply_rates(
 ) -> None:
     """Apply this start's rates, weight decay and schedule, which loading has overwritten."""
     for group, new in zip(engine.optimizer.param_groups, fresh, strict=True):
-        group.update({k: v for k, v in new.items() if k != "lr"})
+        group.update(new)
     schedule.with_new_settings(engine.lr_scheduler, of_schedule, engine.optimizer.param_groups)

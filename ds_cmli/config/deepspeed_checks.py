@@ -8,16 +8,9 @@ import pydantic
 
 from ds_cmli.common.errors import UserError, nearest
 from ds_cmli.config import deepspeed_keys as keys
+from ds_cmli.config import optimizers
 from ds_cmli.config.json_values import JsonObject, Kind, Section
-from ds_cmli.config.optimizers import (
-    OPTIMIZERS,
-    PARAMETER,
-    PARAMETERS,
-    SCHEDULERS,
-    Optimizer,
-    Scheduler,
-    optimizer_name,
-)
+from ds_cmli.config.optimizers import Optimizer, Scheduler, optimizer_name
 from ds_cmli.config.validation import shown
 
 _IDLE = (None, False, 1)  # values of the keys of stage 3 that ask nothing
@@ -33,10 +26,10 @@ def light(content: Section) -> None:
             _value("", name, value, keys.SECTIONS[""])
     if "optimizer" in content:
         name = optimizer_name(content["optimizer"].get("type"))
-        _typed("optimizer", content["optimizer"], name, OPTIMIZERS)
+        _typed("optimizer", content["optimizer"], name, optimizers.OPTIMIZERS)
     if "scheduler" in content:
         name = content["scheduler"].get("type")
-        _typed("scheduler", content["scheduler"], name, SCHEDULERS)
+        _typed("scheduler", content["scheduler"], name, optimizers.SCHEDULERS)
     _precisions(content)
     _zero(content)
     _optimizer_with_zero(content)
@@ -48,15 +41,19 @@ def whole_numbers(content: Section, section: str = "") -> JsonObject:
     """The checked content with whole numbers, such as 5e7, as integers, which schedulers need."""
     known = keys.SECTIONS.get(section, {})
     if section in ("optimizer.params", "scheduler.params"):
-        known = PARAMETERS
+        known = optimizers.PARAMETERS
     out = {}
     for key, value in content.items():
         if isinstance(value, dict):
-            value = whole_numbers(value, f"{section}.{key}" if section else key)
+            value = whole_numbers(value, _dotted(section, key))
         elif isinstance(value, float) and value.is_integer() and _counts(known.get(key)):
             value = int(value)
         out[key] = value
     return out
+
+
+def _dotted(section: str, key: str) -> str:
+    return f"{section}.{key}" if section else key
 
 
 def _counts(kind: Kind | None) -> bool:
@@ -82,7 +79,7 @@ def _section(name: str, value: object) -> None:
 
 
 def _value(section: str, key: str, value: object, known: Mapping[str, Kind]) -> None:
-    where = f"{section}.{key}" if section else key
+    where = _dotted(section, key)
     if key not in known:
         _unknown(section, key, known)
     need = known[key](value)
@@ -138,7 +135,8 @@ def _typed(
         kind = value["type"]
         raise UserError(f"{section}.type is {kind!r}: it cannot train here, as {entry.why_not}")
     given = _mapping(f"{section}.params", value.get("params", {}))
-    known = {name: PARAMETERS.get(name, PARAMETER) for name in entry.takes} | dict(entry.kinds)
+    known = {name: optimizers.PARAMETERS.get(name, optimizers.PARAMETER) for name in entry.takes}
+    known |= entry.kinds
     for key, item in given.items():
         if key == "max_grad_norm":
             raise UserError(
@@ -209,12 +207,12 @@ def _optimizer_with_zero(content: Section) -> None:
     stage = zero.get("stage", 0)
     optimizer = content.get("optimizer", {})
     kind = optimizer_name(optimizer.get("type", "AdamW"))
-    if stage and OPTIMIZERS[kind].one_group:
+    if stage and optimizers.OPTIMIZERS[kind].one_group:
         raise UserError(
             f"optimizer.type is {kind!r}: at stage {stage} DeepSpeed makes one group of all "
             "parameters, those without weight decay too: take stage 0, or AdamW"
         )
-    tested = OPTIMIZERS[kind].zero_tested or content.get("zero_allow_untested_optimizer")
+    tested = optimizers.OPTIMIZERS[kind].zero_tested or content.get("zero_allow_untested_optimizer")
     if stage and not tested:
         raise UserError(
             f"optimizer.type is {kind!r}: DeepSpeed has not tested it at stage {stage}: add "
@@ -233,7 +231,7 @@ def _orthogonalizing(content: Section) -> None:
     kind = optimizer_name(content.get("optimizer", {}).get("type", "AdamW"))
     zero = content.get("zero_optimization", {})
     stage, clip = zero.get("stage", 0), content.get("gradient_clipping", "auto")
-    if not OPTIMIZERS[kind].orthogonalizes or not stage:
+    if not optimizers.OPTIMIZERS[kind].orthogonalizes or not stage:
         return
     if clip not in ("auto", 0):
         raise UserError(

@@ -10,17 +10,9 @@ import torch
 from torch import Tensor
 
 from ds_cmli.config.validation import check
+from ds_cmli.losses import functions
 from ds_cmli.losses.bank import AgainstTeacher
 from ds_cmli.losses.base import Loss, LossInputs
-from ds_cmli.losses.functions import (
-    choose_patches,
-    chosen_features,
-    cls_distillation_loss,
-    masked_mean,
-    patch_similarities,
-    target_image_loss,
-    target_text_loss,
-)
 
 
 class TokenTargets(Loss):
@@ -33,7 +25,7 @@ class TokenTargets(Loss):
     def match(self, inputs: LossInputs) -> Tensor:
         """The teacher patches of each token, as `functions.choose_patches` returns them."""
         config = self.config
-        return choose_patches(
+        return functions.choose_patches(
             self.similarities(inputs),
             config.target,
             config.target_top,
@@ -50,7 +42,7 @@ class TokenTargets(Loss):
             if inputs.width_head is not None:
                 patches = inputs.width_head(patches, back=True)
         # The match has no gradient, so only an all-pairs loss trains the projection.
-        similarity = patch_similarities(project(features.tokens), project(patches))
+        similarity = functions.patch_similarities(project(features.tokens), project(patches))
         if features.patch_mask is None:
             return similarity
         return similarity.masked_fill_(~features.patch_mask[:, None, :], -torch.inf)
@@ -66,7 +58,7 @@ class TargetImage(Loss):
     def forward(self, inputs: LossInputs) -> Tensor:
         patches, reduction = inputs.to_teacher(inputs.features.patches), self.config.mse_reduction
         mask = inputs.features.patch_mask
-        return target_image_loss(patches, inputs.teacher.patches, reduction, mask)
+        return functions.target_image_loss(patches, inputs.teacher.patches, reduction, mask)
 
 
 class TargetText(TokenTargets):
@@ -75,7 +67,7 @@ class TargetText(TokenTargets):
     def forward(self, inputs: LossInputs) -> Tensor:
         match, tokens = self.match(inputs), inputs.to_teacher(inputs.features.tokens)
         mask, reduction = self.counted(inputs), self.config.mse_reduction
-        return target_text_loss(tokens, inputs.teacher.patches, match, mask, reduction)
+        return functions.target_text_loss(tokens, inputs.teacher.patches, match, mask, reduction)
 
 
 class TargetCMLI(TargetText, TargetImage):
@@ -94,17 +86,17 @@ class TokenContrast(AgainstTeacher, TokenTargets):
 
     def forward(self, inputs: LossInputs) -> Tensor:
         patches = inputs.teacher.patches
-        targets = chosen_features(patches, self.match(inputs))  # [B, M, H_t]
+        targets = functions.chosen_features(patches, self.match(inputs))  # [B, M, H_t]
         tokens = inputs.to_teacher(inputs.features.tokens)
         each = self.contrast(inputs, tokens, targets, patches)  # [B, M], collective
-        return masked_mean(each, self.counted(inputs))
+        return functions.masked_mean(each, self.counted(inputs))
 
 
 class ClsDistillation(Loss):
     """The class tokens of image and text regress the teacher's: the mean of both."""
 
     def forward(self, inputs: LossInputs) -> Tensor:
-        return cls_distillation_loss(
+        return functions.cls_distillation_loss(
             inputs.to_teacher(inputs.features.image_cls),
             inputs.to_teacher(inputs.features.text_cls),
             inputs.teacher.cls,

@@ -116,13 +116,8 @@ class Objective(nn.Module):
         if queue is not None:
             self.losses["global"].bank = PairQueue(queue.pairs, student.width)
             if queue.with_tokens:
-                sizes = (
-                    queue.with_tokens,
-                    self.patches,
-                    queue.positions,
-                    student.projection.out_features,
-                )
-                self.losses["cmli"].bank = TokenQueue(*sizes)
+                sizes = self.patches, queue.positions, student.projection.out_features
+                self.losses["cmli"].bank = TokenQueue(queue.with_tokens, *sizes)
         # How many texts of other pairs were no negatives of this rank's images in the last
         # micro-batch or step.
         self.register_buffer("ignored", torch.zeros((), dtype=torch.int64), persistent=False)
@@ -248,15 +243,9 @@ class Objective(nn.Module):
                 if selection is None:
                     selection = select(patches, tokens, mask, share, self.config.cmli_scratch_bytes)
                 (patches, tokens), mask = selection.of(patches, tokens), selection.token_mask
+        there = features.patch_mask
         return PairFeatures(
-            image_cls,
-            text_cls,
-            patches,
-            tokens,
-            mask,
-            batch.pair_id,
-            features.patch_mask,
-            selection,
+            image_cls, text_cls, patches, tokens, mask, batch.pair_id, there, selection
         )
 
     def banks(self) -> dict[str, Bank]:

@@ -31,6 +31,10 @@ def present(*tensors: Tensor | None) -> list[Tensor]:
     return [x for x in tensors if x is not None]
 
 
+def _rows(x: Tensor | None, part: slice) -> Tensor | None:
+    return None if x is None else x[part]
+
+
 class TextChunk(NamedTuple):
     """Texts whose pairs are processed together: all of them, or those of one rank in a ring."""
 
@@ -154,8 +158,8 @@ class Tile(PairInputs):
         self.columns = slice(before + part.start, before + part.stop)
         self.pair_ids = images.pair_id, texts.pair_id[self.columns]
         self.image_cls, self.patches = images.cls, images.patches
-        self.text_cls = None if texts.cls is None else texts.cls[self.columns]
-        self.tokens = None if chunk.tokens is None else chunk.tokens[part]
+        self.text_cls = _rows(texts.cls, self.columns)
+        self.tokens = _rows(chunk.tokens, part)
         self.token_mask = chunk.mask[part]
         per_rank = len(texts.pair_id) // distributed.world_size()
         self.of_this_rank = distributed.rank() * per_rank
@@ -196,10 +200,7 @@ class Tile(PairInputs):
 
     def places(self, sums: FeatureGradients) -> list[Tensor]:
         """What belongs to each of `leaves()` in these sums."""
-        of_texts = [
-            None if sums.text_cls is None else sums.text_cls[self.columns],
-            None if sums.tokens is None else sums.tokens[self.part],
-        ]
+        of_texts = _rows(sums.text_cls, self.columns), _rows(sums.tokens, self.part)
         return present(sums.image_cls, sums.patches, *of_texts)
 
     @property
