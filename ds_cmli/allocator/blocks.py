@@ -162,13 +162,8 @@ class Action:
 
 def split(block: Block, address: int) -> Block:
     """Split a block at an address. Returns the right part; `block` becomes the left one."""
-    rest = Block(
-        block.segment,
-        address,
-        block.address + block.size - address,
-        before=block,
-        after=block.after,
-    )
+    end = block.address + block.size
+    rest = Block(block.segment, address, end - address, before=block, after=block.after)
     if rest.after is not None:
         rest.after.before = rest
     block.size, block.after = address - block.address, rest

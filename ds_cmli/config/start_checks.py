@@ -70,11 +70,8 @@ def _places(ds_config: Section) -> Iterator[tuple[str, str, Path]]:
         section = ds_config.get(name, {})
         if section.get("enabled"):
             path = section.get("output_path", "")
-            yield (
-                f"{name}.output_path",
-                path,
-                Path(path) / section.get("job_name", "DeepSpeedJobName"),
-            )
+            place = Path(path) / section.get("job_name", "DeepSpeedJobName")
+            yield f"{name}.output_path", path, place
 
 
 def _try(place: Path, folder: bool) -> None:

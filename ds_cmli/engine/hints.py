@@ -55,15 +55,8 @@ def _size_for_all(config: Config, patch: tuple[int, int]) -> str:
 
 def _image_encoders(config: Config) -> Iterator[ImageRequest]:
     student, teacher, size = config.student, config.teacher, config.data.image_size
-    yield ImageRequest(
-        "student.image_",
-        student.image_model,
-        "random",
-        student.image_overrides,
-        size,
-        True,
-        student.layers,
-    )
+    name, given = student.image_model, student.image_overrides
+    yield ImageRequest("student.image_", name, "random", given, size, True, student.layers)
     if needs_teacher(config.loss.weights):
         yield ImageRequest(
             "teacher.", teacher.model, "random", teacher.overrides, size, True, block=teacher.block

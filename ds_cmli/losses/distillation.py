@@ -25,12 +25,8 @@ class TokenTargets(Loss):
     def match(self, inputs: LossInputs) -> Tensor:
         """The teacher patches of each token, as `functions.choose_patches` returns them."""
         config = self.config
-        return functions.choose_patches(
-            self.similarities(inputs),
-            config.target,
-            config.target_top,
-            config.cmli_init_temperature,
-        )
+        found, temperature = self.similarities(inputs), config.cmli_init_temperature
+        return functions.choose_patches(found, config.target, config.target_top, temperature)
 
     @torch.no_grad()
     def similarities(self, inputs: LossInputs) -> Tensor:
