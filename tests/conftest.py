@@ -25,31 +25,51 @@ ROOT = Path(__file__).resolve().parent.parent
 LONGEST_FIRST = (
     "tests/slurm",
     "tests/memory/test_predict.py",
+    "tests/fits",
     "tests/checkpoint/test_restore.py",
-    "tests/engine/test_muon.py",
     "tests/memory/test_repeated.py",
-    "tests/memory/test_real_ranks.py",
-    "tests/cmli/test_triton.py",
-    "tests/losses/test_bank.py",
-    "tests/checkpoint/test_universal.py",
-    "tests/models/test_lora.py",
-    "tests/faults/test_restarts.py",
-    "tests/models/test_patch_keep.py",
-    "tests/memory/test_out_of_memory.py",
-    "tests/profiling/ablation/test_ablate.py",
-    "tests/checkpoint/test_removed.py",
-    "tests/fits/test_null_gpu.py",
-    "tests/profiling/test_backbones.py",
-    "tests/test_train.py",
-    "tests/models/test_any_aspect.py",
-    "tests/faults/test_nonfinite.py",
-    "tests/fits/test_fits.py",
-    "tests/config/test_mistakes.py",
-    "tests/models/test_blocks.py",
     "tests/null_gpu",
+    "tests/cmli/test_triton.py",
+    "tests/checkpoint/test_universal.py",
+    "tests/memory/test_real_ranks.py",
+    "tests/engine/test_muon.py",
+    "tests/checkpoint/test_resume_data.py",
+    "tests/engine/test_ema.py",
+    "tests/test_train.py",
+    "tests/engine/test_gradient_caching.py",
+    "tests/faults/test_nonfinite.py",
+    "tests/models/test_patch_keep.py",
+    "tests/losses/test_bank.py",
+    "tests/models/test_lora.py",
+    "tests/config/test_mistakes.py",
+    "tests/models/test_any_aspect.py",
+    "tests/config/test_fuzz.py",
+    "tests/checkpoint/test_removed.py",
+    "tests/memory/test_out_of_memory.py",
+    "tests/cmli/test_scores.py",
+    "tests/profiling/test_backbones.py",
+    "tests/export/test_card.py",
+    "tests/distributed/test_ranks.py",
+    "tests/engine/test_parameter_groups.py",
+    "tests/memory/test_measure.py",
+    "tests/engine/test_train_engine.py",
+    "tests/faults/test_preemption.py",
+    "tests/losses/test_queue.py",
+    "tests/models/test_blocks.py",
+    "tests/data/test_loaders.py",
+    "tests/profiling/ablation/test_ablate.py",
+    "tests/profiling/test_scale.py",
+    "tests/test_rehearse.py",
+    "tests/checkpoint/test_kill.py",
+    "tests/export/test_announcement.py",
+    "tests/data/test_assets.py",
+    "tests/cmli/test_sparse_backward.py",
+    "tests/faults/test_restarts.py",
+    "tests/cmli/test_triton_compile.py",
+    "tests/profiling/test_compare.py",
 )
-# Folders whose files run in one process: a machine can run only one Slurm, and the null GPU's server takes 12 s.
-TOGETHER = ("tests/slurm", "tests/null_gpu")
+# Folders whose files run in one process: a machine can run only one Slurm, and the others' servers take 5 and 12 s.
+TOGETHER = ("tests/slurm", "tests/fits", "tests/null_gpu")
 
 
 def place(nodeid: str) -> str:
@@ -77,6 +97,16 @@ def pytest_xdist_make_scheduler(config, log):
             return place(nodeid)
 
     return Files(config, log)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_setupnodes(config, specs):
+    """All processes are forked from one that has imported the libraries, but where that would ask for the GPU first."""
+    from tests.processes import worker
+
+    if config.option.markexpr != "gpu":
+        for spec in specs:
+            spec.python = worker()
 
 
 def pytest_collection_modifyitems(items):

@@ -4,10 +4,9 @@ It saves the seconds that PyTorch, DeepSpeed, transformers and timm take in each
 which order, is as in a fresh interpreter; tests of that, and of launchers, start real ones.
 
 `python()` is a command that stands for Python and does the same for whoever starts programs by a command: Slurm,
-torchrun, and the forked programs themselves.
+torchrun, and the forked programs themselves. `worker()` does so for xdist, whose processes run the tests.
 """
 
-import atexit
 import contextlib
 import fcntl
 import json
@@ -24,9 +23,10 @@ import sys
 import tempfile
 import threading
 import time
+import types
 from collections.abc import Iterator, Sequence
 from functools import cache
-from multiprocessing import forkserver, reduction
+from multiprocessing import forkserver, reduction, resource_tracker, util
 from pathlib import Path
 from unittest import mock
 
@@ -153,7 +153,6 @@ class Program:
 
 def _run(command: list[str], env: dict[str, str], cwd: str, streams: Files | Descriptors, executable: str) -> None:
     streams.become()
-    sys.executable = executable
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(env)
@@ -161,6 +160,10 @@ def _run(command: list[str], env: dict[str, str], cwd: str, streams: Files | Des
     time.tzset()
     # How a fresh interpreter starts processes: one from the server would start them as it was started itself.
     multiprocessing.set_start_method(None, force=True)
+    if command[0] == "-c":
+        _run_tests(command[1])
+        return
+    sys.executable = executable
     if command[0] == "-m":
         sys.argv = command[1:]
         sys.path.insert(0, cwd)
@@ -170,6 +173,13 @@ def _run(command: list[str], env: dict[str, str], cwd: str, streams: Files | Des
     if not os.path.isdir(command[0]):  # where it is, `run_path` adds it
         sys.path.insert(0, os.path.dirname(command[0]))
     runpy.run_path(command[0], run_name="__main__")
+
+
+def _run_tests(code: str) -> None:
+    """Be one of the processes in which xdist runs tests; what it forks comes from the server that it comes from."""
+    forkserver._forkserver.ensure_running = resource_tracker.ensure_running
+    sys.modules["__main__"] = types.ModuleType("__main__")
+    exec(code, vars(sys.modules["__main__"]))
 
 
 def finished(
@@ -194,7 +204,6 @@ def python() -> str:
     `forked_python.py` tells what the process that is started so has in common with the one that runs.
     """
     folder = tempfile.mkdtemp(prefix="python-")
-    owner = os.getpid()
     listening = socket.socket(socket.AF_UNIX)
     listening.bind(f"{folder}/socket")
     listening.listen()
@@ -210,16 +219,23 @@ case $1 in
 *) exec {shlex.quote(sys.executable)} "$@" ;;
 esac
 """)
-    path.chmod(0o755)
+    for_tests = path.with_name("worker")
+    for_tests.write_text(f'#!/bin/sh\n[ "$1" = -u ] && shift\nexec {forked} "$@"\n')
+    for file in (path, for_tests):
+        file.chmod(0o755)
 
     def end() -> None:
-        if os.getpid() == owner:
-            shutil.rmtree(folder, ignore_errors=True)
-            for program in SERVED:  # otherwise they would be waited for
-                program.kill()
+        shutil.rmtree(folder, ignore_errors=True)
+        for program in SERVED:  # otherwise they would be waited for
+            program.kill()
 
-    atexit.register(end)
+    util.Finalize(None, end, exitpriority=0)  # also where this process is a forked one, which leaves out `atexit`
     return str(path)
+
+
+def worker() -> str:
+    """The path of a command for xdist that does the same with the code of its processes, which run tests."""
+    return str(Path(python()).with_name("worker"))
 
 
 SERVED: set[Program] = set()

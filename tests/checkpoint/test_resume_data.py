@@ -49,7 +49,7 @@ def sources(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def own_caches(alone, tmp_path, monkeypatch):
     monkeypatch.setenv("DS_CMLI_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "arrow"))
+    monkeypatch.setattr(datasets().config, "HF_DATASETS_CACHE", str(tmp_path / "arrow"))
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -5,7 +5,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from sklearn.metrics import accuracy_score, balanced_accuracy_score, top_k_accuracy_score
 
 from ds_cmli.common.errors import UserError
 from ds_cmli.config.schema import DataConfig
@@ -46,6 +45,8 @@ class Numbered(torch.utils.data.Dataset):
 
 @pytest.mark.parametrize("case", range(20))
 def test_accuracies_as_scikit_learn_finds_them_on_scores_of_loops(case):
+    from sklearn.metrics import accuracy_score, balanced_accuracy_score, top_k_accuracy_score
+
     draw = np.random.default_rng(case)
     classes, templates, count, d, n = draw.integers(6, 12), draw.integers(1, 4), 30, 5, 4
     cls, patches = draw.normal(size=(count, d)), draw.normal(size=(count, n, d))

@@ -1,6 +1,7 @@
 """LoRA: what is trained, merged and refused; resumed, on two ranks, evaluated, exported and predicted."""
 
 import re
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from tests.drive_train import drive as train
 from tests.metrics_file import metrics
 from tests.stranger.drive import STEPS, drive
 
-pytest.importorskip("peft", reason="peft is not installed: pip install 'ds-cmli[test]'")
+pytestmark = pytest.mark.skipif(find_spec("peft") is None, reason="peft is not installed: pip install 'ds-cmli[test]'")
 LORA = {"image": ["qkv", "mlp.fc1"], "text": ["query"]}
 SETTING = ["--set", 'student.lora={"image": ["qkv", "mlp.fc1"], "text": ["query"]}', "--set", "student.lora_rank=4"]
 

@@ -6,20 +6,23 @@ from ds_cmli.data.sampler import Draw
 from tests.data.sources.samples import build, picture, shown
 from tests.data.sources.test_folder import user_error
 
-datasets = pytest.importorskip("datasets")
+
+def datasets():
+    """The library, whose import takes seconds: where these tests run, and not in each process that collects them."""
+    return pytest.importorskip("datasets")
 
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(datasets().config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
 
 
 def table(ks, image="image", caption="caption", as_image=False, **more):
     """A `Dataset` of pictures and captions, one text or two."""
     pictures = [{"bytes": picture(k), "path": None} if as_image else picture(k) for k in ks]
     columns = {image: pictures, caption: [f"red apple {k}" for k in ks], **more}
-    found = datasets.Dataset.from_dict(columns)
-    return found.cast_column(image, datasets.Image()) if as_image else found
+    found = datasets().Dataset.from_dict(columns)
+    return found.cast_column(image, datasets().Image()) if as_image else found
 
 
 def parquet(path, *arguments, **settings):
@@ -55,7 +58,7 @@ def test_what_save_to_disk_wrote_is_read_with_lists_of_captions(tmp_path):
     source = data.train.pictures.sources[0]
     assert source.captions(0)[0] == "red apple" and len(source.captions(0)) == 2
     assert len(data.evals["val"]) == 2 * 1
-    parts = datasets.DatasetDict(train=table(range(5)), validation=table(range(5, 8)))
+    parts = datasets().DatasetDict(train=table(range(5)), validation=table(range(5, 8)))
     parts.save_to_disk(str(tmp_path / "parts"))
     data = build(tmp_path / "parts")
     assert (len(data.train), len(data.evals["val"])) == (5, 3)
@@ -66,7 +69,7 @@ def test_rows_without_an_image_or_a_caption_are_bad_samples(tmp_path):
     some = table(range(50))
     rows = [dict(row) for row in some]
     rows[3]["image"], rows[4]["caption"], rows[5]["caption"] = None, None, "  "
-    datasets.Dataset.from_list(rows).save_to_disk(str(tmp_path / "x"))
+    datasets().Dataset.from_list(rows).save_to_disk(str(tmp_path / "x"))
     data = build(tmp_path / "x", val_source=str(tmp_path / "x"))
     bad = [data.train[k].bad[1] for k in (3, 4, 5)]
     assert bad == ["no image bytes in its row", "empty caption", "empty caption"]
@@ -97,7 +100,7 @@ def test_columns_are_found_or_given(tmp_path, columns, settings, said):
 def test_mistakes_are_one_line(tmp_path, monkeypatch):
     (tmp_path / "x.parquet").write_bytes(b"no parquet")
     assert "x.parquet', which cannot be read (" in user_error(build, tmp_path / "x.parquet")
-    datasets.DatasetDict(a=table(range(3))).save_to_disk(str(tmp_path / "d"))
+    datasets().DatasetDict(a=table(range(3))).save_to_disk(str(tmp_path / "d"))
     assert "has the splits a: name one 'train'" in user_error(build, tmp_path / "d")
     monkeypatch.setitem(sys.modules, "datasets", None)
     assert "pip install 'ds-cmli[parquet]'" in user_error(build, tmp_path / "x.parquet")
@@ -113,7 +116,7 @@ def test_captions_are_counted_and_measured_without_reading_them(tmp_path):
     assert source.caption_bytes().tolist() == [2000, 9, 0, 0, 3, 3, 3, 3]
     (line,) = (line for line in data.notices if "characters" in line)
     assert line.startswith("1 captions of ") and "the longest 2,000, of row 0" in line
-    datasets.Dataset.from_dict({"image": [picture(k) for k in range(3)], "caption": ["a", None, "ab"]}).to_parquet(
+    datasets().Dataset.from_dict({"image": [picture(k) for k in range(3)], "caption": ["a", None, "ab"]}).to_parquet(
         str(tmp_path / "a.parquet")
     )
     (source,) = build(tmp_path / "a.parquet", val_source=str(tmp_path / "a.parquet")).train.pictures.sources
@@ -127,7 +130,7 @@ def test_files_and_splits_of_unknown_names_are_told(tmp_path):
     assert len(data.train) == 7
     (line,) = (line for line in data.notices if "name none of the parts" in line)
     assert line.endswith("are trained on, the first: foo-00000-of-00001.parquet")
-    parts = datasets.DatasetDict(train=table(range(5)), foo=table(range(5, 8)))
+    parts = datasets().DatasetDict(train=table(range(5)), foo=table(range(5, 8)))
     parts.save_to_disk(str(tmp_path / "saved"))
     (line,) = build(tmp_path / "saved").notices
     assert line.startswith("the split 'foo' of ") and line.endswith("known are train, validation, valid, val, test")
