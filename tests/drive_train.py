@@ -40,10 +40,15 @@ def drive(arguments: list[str], stop_at: int | None = None, seen: str | None = N
         make(engine, *arguments, **more)
 
     def end_group():
-        # The hooks of a DeepSpeed engine keep it, its group's threads and their stacks until it is destroyed.
+        # The hooks of a DeepSpeed engine keep it, its group's threads and their stacks until it is destroyed; with
+        # ZeRO-3 what lies on its parameters does so even then.
         for engine in engines:
             if hasattr(engine, "engine"):
+                optimizer = engine.engine.optimizer
+                offload = getattr(optimizer, "parameter_offload", optimizer)
                 engine.engine.destroy()
+                for part in (*engine.objective.parameters(), offload, optimizer, engine.engine):
+                    vars(part).clear()
         engines.clear()
         shutdown()
         gc.collect()
